@@ -1,0 +1,50 @@
+"""Cross-entropy in plain torch; the fused form is an autograd function over chunks of rows."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK_LOGITS = 1 << 24  # logits held at a time: 64 MB in fp32
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    flat = logits.reshape(-1, logits.shape[-1]).float()
+    total = F.cross_entropy(flat, labels.reshape(-1), ignore_index=ignore_index, reduction="sum")
+    return total, (labels != ignore_index).sum()
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """hidden [N, H], weight [V, H], labels [N] (all valid) -> summed loss []."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels):
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        total = hidden.new_zeros((), dtype=torch.float32)
+        step = max(1, CHUNK_LOGITS // weight.shape[0])
+        for start in range(0, len(labels), step):
+            h, y = hidden[start : start + step], labels[start : start + step, None]
+            logits = F.linear(h, weight).float()  # [n, H] @ [H, V] -> [n, V]
+            lse = logits.logsumexp(-1, keepdim=True)
+            total += (lse - logits.gather(-1, y)).sum()
+            if need_hidden or need_weight:
+                grad = logits.sub_(lse).exp_()  # softmax, over the logits' memory
+                grad.scatter_add_(-1, y, grad.new_full((), -1).expand_as(y))
+                if need_hidden:
+                    grad_hidden[start : start + step] = grad.to(weight.dtype) @ weight
+                if need_weight:
+                    grad_weight += grad.t() @ h.float()
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None

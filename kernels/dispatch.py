@@ -1,0 +1,96 @@
+"""Which implementation of an op runs, and where the compiled CPU kernels are.
+
+An op's public function asks `pick(device, ...)` which of the backends it has should run:
+
+    reference   plain torch: any device, any dtype, differentiable
+    cpu         kernels/*/cpu.cpp, one shared library with a plain C ABI, for tensors in host memory
+    triton      */triton.py, for tensors on a GPU
+
+The fastest one that fits the tensor's device is taken. `use_backend` forces one; forcing what is missing raises.
+
+The library is optional. It holds each op once per instruction set (`lk_avx2_nf4_quantize`); the best that the
+processor has is chosen at load time, `LORAKIT_ISA=scalar|avx2` overrides. ctypes with declared argument types
+costs under a microsecond a call, where the ops do tens: one wheel per platform is worth that.
+"""
+
+import ctypes
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+
+import torch
+
+BACKENDS = ("reference", "cpu", "triton")
+LIBRARY = {"darwin": "liblorakit_cpu.dylib"}.get(sys.platform, "liblorakit_cpu.so")
+
+log = logging.getLogger("lorakit")
+_forced: ContextVar[str | None] = ContextVar("lorakit_backend", default=None)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op inside the `with` block on backend `name`: "reference", "cpu" or "triton".
+
+    Raises ValueError for an unknown name, RuntimeError where that backend is not installed, and, from
+    the op, RuntimeError where the tensor is on another device. An op that has no kernel for the
+    backend runs its reference.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
+    if name == "cpu" and library() is None:
+        raise RuntimeError(f"backend 'cpu' is not available: {LIBRARY} was not built at install time")
+    if name == "triton":
+        raise RuntimeError("backend 'triton' is not available: this version has no Triton kernels")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def pick(device: torch.device, *implemented: str) -> str:
+    """The backend for an op that has a reference and `implemented`, on tensors of `device`."""
+    forced = _forced.get()
+    if forced in implemented and device.type != forced:
+        raise RuntimeError(f"backend {forced!r} is forced, but the tensor is on {device}")
+    fits = "cpu" in implemented and device.type == "cpu"
+    return "cpu" if fits and forced != "reference" and library() is not None else "reference"
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The shared library of CPU kernels, or None (said once in the log) where it was not built."""
+    for folder in sys.modules[__package__].__path__:  # two folders in an editable install
+        path = Path(folder) / LIBRARY
+        if path.exists():
+            handle = ctypes.CDLL(str(path))
+            handle.lk_best_isa.restype = ctypes.c_char_p
+            return handle
+    log.warning("lorakit: %s is not installed; CPU tensors use the slower torch reference.", LIBRARY)
+    return None
+
+
+@functools.cache
+def isa() -> str:
+    """The instruction set whose kernels run: the processor's best, or LORAKIT_ISA."""
+    handle = library()
+    if handle is None:
+        raise RuntimeError(f"{LIBRARY} is not installed")
+    best = handle.lk_best_isa().decode()
+    wanted = os.environ.get("LORAKIT_ISA", best)
+    if wanted not in ("scalar", best):
+        raise RuntimeError(f"LORAKIT_ISA={wanted} cannot run here: this machine has scalar and {best}")
+    return wanted
+
+
+@functools.cache
+def function(op: str, *argtypes: type, isa_name: str | None = None) -> Callable[..., None]:
+    """The C function of `op` for the chosen instruction set, with declared argument types."""
+    entry = getattr(library(), f"lk_{isa_name or isa()}_{op}")
+    entry.argtypes, entry.restype = argtypes, None
+    return entry

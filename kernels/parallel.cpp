@@ -1,0 +1,68 @@
+// The part of the shared library that exists once: which instruction set this machine has, and the parallel loop.
+//
+// torch loads its OpenMP runtime with global visibility, so GOMP_parallel can be looked up instead of linked.
+// Linking a second runtime would put two pools of spinning threads on the same cores. Where torch brings another
+// runtime (macOS: libomp without the GOMP entry points), the loop runs on the calling thread.
+#include "simd.h"
+
+#include <dlfcn.h>
+
+namespace {
+
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+using Query = int (*)();
+
+struct Pool {
+    Parallel run = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    Query max_threads = reinterpret_cast<Query>(dlsym(RTLD_DEFAULT, "omp_get_max_threads"));
+    Query threads = reinterpret_cast<Query>(dlsym(RTLD_DEFAULT, "omp_get_num_threads"));
+    Query thread = reinterpret_cast<Query>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
+    Query inside = reinterpret_cast<Query>(dlsym(RTLD_DEFAULT, "omp_in_parallel"));
+    bool usable() const { return run && max_threads && threads && thread && inside; }
+};
+
+const Pool& pool() {
+    static const Pool instance;
+    return instance;
+}
+
+struct Job {
+    int64_t n;
+    void (*body)(void*, int64_t, int64_t);
+    void* context;
+};
+
+void run_share(void* data) {
+    const Job* job = static_cast<const Job*>(data);
+    const int64_t threads = pool().threads(), index = pool().thread();
+    const int64_t share = (job->n + threads - 1) / threads;
+    const int64_t first = index * share, last = first + share < job->n ? first + share : job->n;
+    if (first < last) job->body(job->context, first, last);
+}
+
+}  // namespace
+
+extern "C" {
+
+void lk_parallel_for(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
+    if (n <= 0) return;
+    int64_t threads = 1;
+    if (pool().usable() && !pool().inside()) {
+        const int64_t pieces = (n + grain - 1) / grain;
+        threads = pool().max_threads() < pieces ? pool().max_threads() : pieces;
+    }
+    if (threads <= 1) return body(context, 0, n);
+    Job job{n, body, context};
+    pool().run(run_share, &job, static_cast<unsigned>(threads), 0);
+}
+
+// The best instruction set that this library was built for and this processor runs.
+__attribute__((visibility("default"))) const char* lk_best_isa() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
+#endif
+    return "scalar";
+}
+
+}  // extern "C"

@@ -1,0 +1,18 @@
+"""Rotary position embedding (arXiv:2104.09864), in the half-split layout of the published checkpoints.
+
+A head of D values is D/2 pairs (x_j, x_{j + D/2}); position t turns pair j by the angle t * f_j:
+
+    x_j'       = x_j cos(t f_j) - x_{j+D/2} sin(t f_j)
+    x_{j+D/2}' = x_{j+D/2} cos(t f_j) + x_j sin(t f_j)
+
+The tables hold the D/2 distinct angles, in fp32; the rotation is computed in fp32 and rounded once.
+"""
+
+from torch import Tensor
+
+from . import reference
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate q [B, T, Hq, D] and k [B, T, Hk, D] by tables cos, sin [B or 1, T, D/2]: the same shapes and dtypes."""
+    return reference.rotate(q, cos, sin), reference.rotate(k, cos, sin)

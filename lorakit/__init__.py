@@ -1,0 +1,51 @@
+"""lorakit: fine-tune language models with LoRA and QLoRA. The names below are the whole public API.
+
+They are imported on first use, so that `import lorakit` costs nothing beside `import torch`.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "LoraConfig": "config",
+    "LorakitError": "config",
+    "ModelConfig": "config",
+    "QuantConfig": "config",
+    "RunConfig": "config",
+    "TrainConfig": "config",
+    "attach": "lora",
+    "detach": "lora",
+    "disable_adapters": "lora",
+    "evaluate": "trainer",
+    "generate": "generation",
+    "generate_batch": "generation",
+    "load_adapter": "adapter",
+    "load_model": "checkpoint",
+    "load_tokenizer": "tokenizer",
+    "merge": "lora",
+    "quantize": "quantization",
+    "read_rows": "data",
+    "rouge_l": "metrics",
+    "save_adapter": "adapter",
+    "save_model": "checkpoint",
+    "train": "trainer",
+    "unmerge": "lora",
+}
+_MODULES = ("kernels", "memory", "optim")
+
+__all__ = sorted([*_HOME, *_MODULES])  # noqa: PLE0605
+
+
+def __getattr__(name: str):
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
+    if name in _HOME:
+        value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'lorakit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

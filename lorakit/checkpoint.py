@@ -1,0 +1,253 @@
+"""Checkpoints: Hugging Face directories and GGUF files in, Hugging Face directories out.
+
+Reading never holds the dense model. Names and shapes of all tensors are compared with the model, which
+lies on the meta device, before the first value is read; then one tensor at a time is read, packed to
+4 bits if it belongs to a quantized layer, and put in its place:
+
+    peak memory = the model as it will be + the largest dense tensor
+
+Writing is atomic per file: a temporary file beside the target, fsync, rename. A reader sees the old
+file or the new one. Nothing here unpickles, and nothing writes to the network.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from . import hub
+from .config import LorakitError, ModelConfig, QuantConfig, nearest, quant_config, to_dtype
+from .gguf import read_gguf
+from .lora import LoraLinear
+from .model import Decoder
+from .quantization import NF4Linear, quantize as quantize_module
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+class LazyTensor(NamedTuple):
+    """A tensor that is still on disk."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
+def load_model(
+    path_or_hub_id: str | Path,
+    *,
+    dtype: str | torch.dtype = "bfloat16",
+    quantize: str | Mapping | QuantConfig | None = None,
+    device: str | torch.device | None = None,
+) -> Decoder:
+    """Load a causal language model, in evaluation mode.
+
+    path_or_hub_id: a Hugging Face directory, a .gguf file, or a Hub id ("organization/name").
+    dtype: of everything that is not quantized, and of all products.
+    quantize: "nf4" or a QuantConfig packs the linear layers (not the head) to 4 bits while loading,
+        from the values on disk; None keeps them dense.
+
+    Raises LorakitError, in one sentence, for anything that is missing, damaged, of the wrong shape or
+    left over.
+    """
+    dtype, quant = to_dtype(dtype), quant_config(quantize)
+    device = torch.device(device or "cpu")
+    path = hub.resolve(path_or_hub_id, hub.WEIGHTS)
+    if path.suffix == ".gguf":
+        config, found = read_gguf(path)
+        tensors = {name: LazyTensor(*entry) for name, entry in found.items()}
+    else:
+        config = ModelConfig.from_hf(read_json(path / "config.json"), str(path / "config.json"))
+        tensors = _open_directory(path)
+
+    with torch.device("meta"):
+        model = Decoder(config).to(dtype)
+    tensors = _select(tensors, model, str(path))
+    if quant is not None:
+        quantize_module(model, quant)
+    bar = tqdm(tensors.items(), desc=f"loading {path.name}", unit="tensor", disable=None, leave=False)
+    for name, tensor in bar:
+        try:
+            _place(model, name, tensor.read().to(device), dtype)
+        except ValueError as error:
+            raise LorakitError(f"{path}: tensor {name}: {error}") from None
+    return model.eval()
+
+
+def _open_directory(path: Path) -> dict[str, LazyTensor]:
+    if (path / WEIGHTS_FILE).exists():
+        return open_safetensors(path / WEIGHTS_FILE)
+    if not (path / INDEX_FILE).exists():
+        raise LorakitError(f"{path}: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there")
+    weight_map = read_json(path / INDEX_FILE).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise LorakitError(f"{path / INDEX_FILE}: weight_map is missing")
+    shards = {file: open_safetensors(path / file) for file in sorted(set(weight_map.values()))}
+    for name, file in weight_map.items():
+        if name not in shards[file]:
+            raise LorakitError(f"{path / file}: tensor {name}, which {INDEX_FILE} puts here, is missing")
+    return {name: shards[file][name] for name, file in weight_map.items()}
+
+
+def open_safetensors(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of one safetensors file. Raises LorakitError if it is missing or damaged."""
+    try:
+        file = safe_open(path, framework="pt")
+        names = list(file.keys())
+        shapes = [tuple(file.get_slice(name).get_shape()) for name in names]
+    except FileNotFoundError:
+        raise LorakitError(f"{path} does not exist") from None
+    except (SafetensorError, OSError) as error:
+        raise LorakitError(f"{path}: damaged or cut off ({error})") from None
+    # the lambda keeps the file open as long as one of its tensors may be read
+    return {
+        name: LazyTensor(shape, lambda name=name: file.get_tensor(name))
+        for name, shape in zip(names, shapes, strict=True)
+    }
+
+
+def _select(
+    tensors: dict[str, LazyTensor], model: Decoder, where: str
+) -> dict[str, LazyTensor]:
+    """The tensors that the model needs, in its order; raises unless they are all there and no other."""
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise LorakitError(f"{where}: tensor {name} is missing{nearest(name, tensors)}")
+        if tensors[name].shape != shape:
+            raise LorakitError(
+                f"{where}: tensor {name} is {tensors[name].shape}, the config asks for {shape}"
+            )
+    for name in tensors:
+        # old checkpoints store the rotary frequencies; tied ones may repeat the embedding as the head
+        derived = name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
+        if name not in expected and not derived:
+            raise LorakitError(f"{where}: tensor {name} belongs to no part of the model")
+    return {name: tensors[name] for name in expected}
+
+
+def _place(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    owner_name, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    if isinstance(owner, NF4Linear) and leaf == "weight":
+        owner.requantize(tensor)
+    else:  # a copy: the tensor may be a view of the file
+        setattr(owner, leaf, nn.Parameter(tensor.to(dtype, copy=True)))
+
+
+# ---- writing ------------------------------------------------------------------------------------
+
+
+def save_model(
+    module: Decoder, path: str | Path, *, max_shard_size: int = 5 * 10**9
+) -> None:
+    """Write `module` as a Hugging Face directory of dense weights in its dtype, made if missing.
+
+    Merged adapters are written as merged, 4-bit layers dequantized, in shards of at most
+    `max_shard_size` bytes (or one tensor); memory holds one shard at a time. Raises LorakitError, and
+    writes nothing, while an adapter is attached and not merged.
+    """
+    plan = list(_dense_tensors(module))
+    shards: list[list[tuple[str, LazyTensor]]] = [[]]
+    used = total = 0
+    for name, tensor in plan:
+        size = module.dtype.itemsize * torch.Size(tensor.shape).numel()
+        total += size
+        if shards[-1] and used + size > max_shard_size:
+            shards.append([])
+            used = 0
+        shards[-1].append((name, tensor))
+        used += size
+
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    weight_map = {}
+    for i, shard in enumerate(shards, 1):
+        file = WEIGHTS_FILE
+        if len(shards) > 1:
+            file = f"model-{i:05}-of-{len(shards):05}.safetensors"
+        write_safetensors(path / file, {name: tensor.read() for name, tensor in shard})
+        weight_map |= {name: file for name, _ in shard}
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(path / INDEX_FILE, index)
+    dtype = str(module.dtype).removeprefix("torch.")
+    write_json(path / "config.json", module.config.to_hf() | {"torch_dtype": dtype})
+    # what an earlier, differently sharded save left here would be read first, or not at all
+    for stale in {WEIGHTS_FILE, INDEX_FILE, *(f.name for f in path.glob("model-*.safetensors"))}:
+        if stale not in {*weight_map.values()} and not (stale == INDEX_FILE and len(shards) > 1):
+            (path / stale).unlink(missing_ok=True)
+
+
+def _dense_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, LazyTensor]]:
+    """Every weight under its Hugging Face name, computed when read."""
+    if isinstance(module, LoraLinear):
+        if module.merged is None:
+            raise LorakitError(
+                "save_model: an adapter is attached; merge it into the weights, or detach it, first"
+            )
+        yield f"{prefix}weight", LazyTensor(tuple(module.merged.shape), lambda: module.merged)
+        if module.base.bias is not None:
+            yield f"{prefix}bias", LazyTensor(tuple(module.base.bias.shape), lambda: module.base.bias)
+        return
+    for name, parameter in module.named_parameters(recurse=False):
+        if not isinstance(module, NF4Linear):
+            yield prefix + name, LazyTensor(tuple(parameter.shape), lambda p=parameter: p)
+        elif name == "weight":
+            shape = (module.out_features, module.in_features)
+            yield prefix + name, LazyTensor(shape, module.dequantize)
+        elif name == "bias":
+            yield prefix + name, LazyTensor(tuple(parameter.shape), lambda p=parameter: p)
+    for name, child in module.named_children():
+        yield from _dense_tensors(child, f"{prefix}{name}.")
+
+
+@contextmanager
+def _atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that becomes `path` if the block succeeds."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors to a safetensors file, atomically."""
+    with _atomic(path) as temporary:
+        plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        save_file(plain, temporary, metadata={"format": "pt"})
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write indented JSON with sorted keys, atomically."""
+    with _atomic(path) as temporary:
+        text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises LorakitError if it is missing, no JSON, or no object."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LorakitError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise LorakitError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise LorakitError(f"{path} must hold a JSON object, not {type(values).__name__}")
+    return values

@@ -1,0 +1,152 @@
+"""The `lorakit` command.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. An error that comes from the input is one
+sentence; --debug adds the traceback.
+"""
+
+import argparse
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import lorakit as lk
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except (lk.LorakitError, OSError) as error:
+        if args.debug:
+            traceback.print_exc()
+        print(f"lorakit: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("lorakit: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser = argparse.ArgumentParser(
+        prog="lorakit", description="Fine-tune language models with LoRA and QLoRA."
+    )
+    parser.add_argument("--version", action="version", version=f"lorakit {lk.__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    train = verbs.add_parser(
+        "train",
+        parents=[common],
+        help="train an adapter as a run file says",
+        description="Train a LoRA adapter as a run file says. key=value replaces a value of the file; "
+        "a.b=value reaches into a mapping, as in lora.r=8.",
+    )
+    train.add_argument("run_file", type=Path, metavar="run.yaml")
+    train.add_argument("overrides", nargs="*", metavar="key=value")
+    train.set_defaults(run=_train)
+
+    generate = verbs.add_parser(
+        "generate",
+        parents=[common],
+        help="continue a prompt",
+        description="Continue a prompt, given as an argument or on standard input.",
+    )
+    generate.add_argument("model", help="directory, .gguf file or Hub id")
+    generate.add_argument("prompt", nargs="?", help="default: read from standard input")
+    generate.add_argument("--adapter", type=Path, help="directory of a PEFT or lorakit adapter")
+    generate.add_argument("--chat", action="store_true", help="send the prompt as a user's message")
+    generate.add_argument("--quantize", choices=["nf4"], help="load the weights in 4 bits")
+    generate.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32")
+    generate.add_argument("--max-new-tokens", type=int, default=128)
+    generate.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
+    generate.add_argument("--top-p", type=float, default=1.0)
+    generate.add_argument("--seed", type=int)
+    generate.set_defaults(run=_generate)
+    return parser
+
+
+def _train(args: argparse.Namespace) -> int:
+    import torch
+
+    run = lk.RunConfig.from_dict(_read_run_file(args.run_file, args.overrides), str(args.run_file))
+    data = {"train": lk.read_rows(run.data.train)}  # bad rows should not wait for the model
+    if run.data.validation is not None:
+        data["validation"] = lk.read_rows(run.data.validation)
+    tok = lk.load_tokenizer(run.model)
+    started = time.perf_counter()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = lk.load_model(run.model, dtype=run.dtype, quantize=run.quantize, device=device)
+    print(f"loaded {run.model} in {time.perf_counter() - started:.1f} s on {device}")
+    torch.manual_seed(run.train.seed)
+    lk.attach(model, run.lora)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"training {trainable:,} adapter parameters on {len(data['train'])} rows")
+    result = lk.train(model, tok, data, run.train, base_model=run.model)
+    print(
+        f"{result.steps} steps in {result.seconds:.0f} s, loss {result.loss:.4f}, "
+        f"{result.tokens_per_second:.0f} tokens/s, peak {result.peak_memory_mb:.0f} MB"
+    )
+    if result.interrupted:
+        print(f"lorakit: interrupted; the adapter so far is in {result.output_dir}", file=sys.stderr)
+        return 130
+    print(f"adapter in {result.output_dir}")
+    return 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    import torch
+
+    prompt = args.prompt if args.prompt is not None else sys.stdin.read()
+    tok = lk.load_tokenizer(args.model)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = lk.load_model(args.model, dtype=args.dtype, quantize=args.quantize, device=device)
+    if args.adapter is not None:
+        lk.load_adapter(model, args.adapter)
+    text = lk.generate(
+        model,
+        tok,
+        [{"role": "user", "content": prompt}] if args.chat else prompt,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+    print(text)
+    return 0
+
+
+def _read_run_file(path: Path, overrides: list[str]) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise lk.LorakitError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError as error:
+        raise lk.LorakitError(f"{path} is not UTF-8 text: {error}") from None
+    if not isinstance(values, dict):
+        raise lk.LorakitError(f"{path} must hold a mapping of names to values")
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals or not name:
+            raise lk.LorakitError(f"{override!r} is not of the form key=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise lk.LorakitError(f"{override!r}: the value is not valid YAML") from None
+        *parents, leaf = name.split(".")
+        target = values
+        for parent in parents:
+            target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise lk.LorakitError(f"{override!r}: {parent} is not a mapping in {path}")
+        target[leaf] = value
+    return values
+
+
+if __name__ == "__main__":
+    sys.exit(main())

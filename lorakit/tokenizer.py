@@ -1,0 +1,295 @@
+"""Text to token ids and back: the `tokenizers` library, plus the model's own chat template.
+
+A Hugging Face directory gives tokenizer.json as it is. A GGUF file gives the vocabulary, the merges and
+the name of a pre-tokenizer of byte-level BPE, from which the same tokenizer is built.
+
+Chat templates are programs that come with the model, so they run in jinja2's immutable sandbox, with
+the settings that transformers uses (trim_blocks, lstrip_blocks, loop controls, `tojson`,
+`raise_exception`, `strftime_now`). A rendered chat already holds its special tokens: it is tokenized
+without adding any.
+"""
+
+import functools
+import json
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from jinja2 import Environment, TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from . import hub
+from .config import LorakitError
+from .gguf import read_header
+
+Messages = list[dict[str, Any]]
+
+# How text is cut before BPE, by GGUF's tokenizer.ggml.pre: regexes applied in turn. The first is
+# GPT-2's own (openai/gpt-2, encoder.py); the others are the ones in the models' tokenizer.json.
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PRE_TOKENIZERS = {
+    "gpt-2": [_GPT2],
+    "smollm": [r"\p{N}", _GPT2],
+    "llama-bpe": [_LLAMA3],
+    "qwen2": [_LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")],
+}
+CONTROL, USER_DEFINED = 3, 4  # GGUF token types
+
+
+class Tokenizer:
+    """A model's tokenizer. `special_tokens` maps "bos_token", "eos_token", ... to their text."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special_tokens: Mapping[str, str],
+        chat_template: str | Mapping[str, str] | None = None,
+    ):
+        self.backend = backend
+        self.special_tokens = dict(special_tokens)
+        self.chat_template = chat_template
+
+    def __len__(self) -> int:
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`, with what the model's tokenizer puts around a text unless told not to."""
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids."""
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def token_id(self, name: str) -> int | None:
+        """The id of a special token by its name ("bos_token", ...), or None where there is none."""
+        text = self.special_tokens.get(name)
+        return None if text is None else self.backend.token_to_id(text)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return self.token_id("bos_token")
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self.token_id("eos_token")
+
+    @property
+    def pad_token_id(self) -> int | None:
+        return self.token_id("pad_token")
+
+    def apply_chat_template(
+        self,
+        messages: Messages,
+        tokenize: bool = True,
+        add_generation_prompt: bool = False,
+        *,
+        chat_template: str | None = None,
+        tools: list[dict] | None = None,
+        documents: list[dict] | None = None,
+        **variables: Any,
+    ) -> str | list[int]:
+        """Messages ({"role": ..., "content": ...}) as the model was trained to see them.
+
+        add_generation_prompt: end with the header of the assistant's turn. `variables` reach the
+        template. Returns ids, or with tokenize=False the text. Raises LorakitError if there is no
+        template, the messages are malformed, or the template refuses them.
+        """
+        source = chat_template or self._template(tools is not None)
+        rendered = _render(
+            source,
+            messages=_checked(messages),
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=add_generation_prompt,
+            **{**self.special_tokens, **variables},
+        )
+        return self.encode(rendered, add_special_tokens=False) if tokenize else rendered
+
+    def _template(self, with_tools: bool) -> str:
+        if self.chat_template is None:
+            raise LorakitError("the tokenizer has no chat template; give one as chat_template=")
+        if isinstance(self.chat_template, str):
+            return self.chat_template
+        name = "tool_use" if with_tools and "tool_use" in self.chat_template else "default"
+        if name not in self.chat_template:
+            names = ", ".join(self.chat_template)
+            raise LorakitError(f"there is no chat template {name!r}; there are {names}")
+        return self.chat_template[name]
+
+
+# ---- chat templates -----------------------------------------------------------------------------
+
+
+class _GenerationTag(Extension):
+    """{% generation %}...{% endgeneration %} marks the assistant's text; here it is just its body."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+@functools.cache
+def _environment() -> Environment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
+@functools.lru_cache(maxsize=16)
+def _compile(source: str):
+    return _environment().from_string(source)
+
+
+def _render(source: str, **variables: Any) -> str:
+    try:
+        return _compile(source).render(**variables)
+    except TemplateError as error:
+        raise LorakitError(f"the chat template refuses these messages: {error}") from None
+
+
+def _checked(messages: Messages) -> Messages:
+    if not isinstance(messages, list) or not messages:
+        raise LorakitError(f"messages must be a list with at least one message, not {messages!r}")
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise LorakitError(
+                f"message {i} must be a mapping with 'role' and 'content', not {message!r}"
+            )
+    return [{k: v for k, v in message.items() if v is not None} for message in messages]
+
+
+# ---- loading ------------------------------------------------------------------------------------
+
+
+def load_tokenizer(path_or_hub_id: str | Path) -> Tokenizer:
+    """The tokenizer of a Hugging Face directory (tokenizer.json), a .gguf file or a Hub id.
+
+    Raises LorakitError if it is missing, damaged, or of a kind that lorakit does not read.
+    """
+    path = hub.resolve(path_or_hub_id, hub.TOKENIZER)
+    return _from_gguf(path) if path.suffix == ".gguf" else _from_directory(path)
+
+
+def _from_directory(path: Path) -> Tokenizer:
+    file = path / "tokenizer.json"
+    if not file.exists():
+        raise LorakitError(f"{path}: tokenizer.json is missing")
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception for any parse error
+        raise LorakitError(f"{file} is not a valid tokenizer: {error}") from None
+    config = _read_optional(path / "tokenizer_config.json")
+    special = {}
+    for name, value in config.items():
+        if name.endswith("_token"):
+            text = value.get("content") if isinstance(value, Mapping) else value
+            if isinstance(text, str):
+                special[name] = text
+    return Tokenizer(backend, special, _directory_template(path, config))
+
+
+def _directory_template(path: Path, config: Mapping) -> str | dict[str, str] | None:
+    """chat_template.jinja (and additional_chat_templates/), else tokenizer_config's, else the legacy file."""
+    if (path / "chat_template.jinja").exists():
+        default = (path / "chat_template.jinja").read_text(encoding="utf-8")
+        more = {
+            f.stem: f.read_text(encoding="utf-8")
+            for f in sorted((path / "additional_chat_templates").glob("*.jinja"))
+        }
+        return {"default": default, **more} if more else default
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        return {entry["name"]: entry["template"] for entry in template}
+    return template or _read_optional(path / "chat_template.json").get("chat_template")
+
+
+def _read_optional(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise LorakitError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise LorakitError(f"{path} must hold a JSON object, not {type(values).__name__}")
+    return values
+
+
+def _from_gguf(path: Path) -> Tokenizer:
+    metadata = read_header(path).metadata
+
+    def get(name: str, default: Any = None) -> Any:
+        return metadata.get(f"tokenizer.ggml.{name}", default)
+
+    if get("model") != "gpt2":
+        raise LorakitError(
+            f"{path}: tokenizer {get('model')!r} is not supported; byte-level BPE ('gpt2') is"
+        )
+    pre = get("pre", "gpt-2")
+    if pre not in PRE_TOKENIZERS:
+        known = ", ".join(PRE_TOKENIZERS)
+        raise LorakitError(f"{path}: pre-tokenizer {pre!r} is not supported; supported are {known}")
+    tokens, merges = get("tokens", []), get("merges", [])
+    if not tokens or not merges:
+        raise LorakitError(f"{path}: the file holds no vocabulary")
+
+    model = tokenizers.models.BPE(
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=[tuple(merge.split(" ", 1)) for merge in merges],
+        ignore_merges=pre == "llama-bpe",  # Llama 3 takes a word that is a token whole
+    )
+    backend = tokenizers.Tokenizer(model)
+    cut = [
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(regex), behavior="isolated")
+        for regex in PRE_TOKENIZERS[pre]
+    ]
+    to_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([*cut, to_bytes])
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    kinds = get("token_type", [])
+    for kind in (CONTROL, USER_DEFINED):
+        added = [
+            tokenizers.AddedToken(token, normalized=False, special=kind == CONTROL)
+            for token, its in zip(tokens, kinds, strict=False)
+            if its == kind
+        ]
+        add = backend.add_special_tokens if kind == CONTROL else backend.add_tokens
+        add(added)
+
+    special = {}
+    for name in ("bos", "eos", "unknown", "padding"):
+        token_id = get(f"{name}_token_id")
+        if token_id is not None and token_id < len(tokens):
+            key = {"unknown": "unk", "padding": "pad"}.get(name, name)
+            special[f"{key}_token"] = tokens[token_id]
+    if get("add_bos_token", pre == "llama-bpe") and "bos_token" in special:
+        bos = special["bos_token"]
+        backend.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{bos} $A",
+            pair=f"{bos} $A $B",
+            special_tokens=[(bos, backend.token_to_id(bos))],
+        )
+    return Tokenizer(backend, special, metadata.get("tokenizer.chat_template"))
