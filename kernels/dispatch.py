@@ -6,11 +6,13 @@ An op's public function asks `pick(device, ...)` which of the backends it has sh
     cpu         kernels/*/cpu.cpp, one shared library with a plain C ABI, for tensors in host memory
     triton      */triton.py, for tensors on a GPU
 
-The fastest one that fits the tensor's device is taken. `use_backend` forces one; forcing what is missing raises.
+The fastest one that fits the tensor's device is taken. `use_backend` forces one; forcing what is
+missing raises.
 
-The library is optional. It holds each op once per instruction set (`lk_avx2_nf4_quantize`); the best that the
-processor has is chosen at load time, `LORAKIT_ISA=scalar|avx2` overrides. ctypes with declared argument types
-costs under a microsecond a call, where the ops do tens: one wheel per platform is worth that.
+The library is optional. It holds each op once per instruction set (`lk_avx2_nf4_quantize`); the
+best that the processor has is chosen at load time, `LORAKIT_ISA=scalar|avx2` overrides. ctypes with
+declared argument types costs under a microsecond a call, where the ops do tens: one wheel per
+platform is worth that.
 """
 
 import ctypes
@@ -36,14 +38,16 @@ _forced: ContextVar[str | None] = ContextVar("lorakit_backend", default=None)
 def use_backend(name: str) -> Iterator[None]:
     """Run every op inside the `with` block on backend `name`: "reference", "cpu" or "triton".
 
-    Raises ValueError for an unknown name, RuntimeError where that backend is not installed, and, from
-    the op, RuntimeError where the tensor is on another device. An op that has no kernel for the
-    backend runs its reference.
+    Raises ValueError for an unknown name, RuntimeError where that backend is not installed, and,
+    from the op, RuntimeError where the tensor is on another device. An op that has no kernel for
+    the backend runs its reference.
     """
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
     if name == "cpu" and library() is None:
-        raise RuntimeError(f"backend 'cpu' is not available: {LIBRARY} was not built at install time")
+        raise RuntimeError(
+            f"backend 'cpu' is not available: {LIBRARY} was not built at install time"
+        )
     if name == "triton":
         raise RuntimeError("backend 'triton' is not available: this version has no Triton kernels")
     token = _forced.set(name)
@@ -71,7 +75,9 @@ def library() -> ctypes.CDLL | None:
             handle = ctypes.CDLL(str(path))
             handle.lk_best_isa.restype = ctypes.c_char_p
             return handle
-    log.warning("lorakit: %s is not installed; CPU tensors use the slower torch reference.", LIBRARY)
+    log.warning(
+        "lorakit: %s is not installed; CPU tensors use the slower torch reference.", LIBRARY
+    )
     return None
 
 
@@ -84,7 +90,9 @@ def isa() -> str:
     best = handle.lk_best_isa().decode()
     wanted = os.environ.get("LORAKIT_ISA", best)
     if wanted not in ("scalar", best):
-        raise RuntimeError(f"LORAKIT_ISA={wanted} cannot run here: this machine has scalar and {best}")
+        raise RuntimeError(
+            f"LORAKIT_ISA={wanted} cannot run here: this machine has scalar and {best}"
+        )
     return wanted
 
 

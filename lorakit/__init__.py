@@ -34,7 +34,7 @@ _HOME = {
 }
 _MODULES = ("kernels", "memory", "optim")
 
-__all__ = sorted([*_HOME, *_MODULES])  # noqa: PLE0605
+__all__ = sorted([*_HOME, *_MODULES])
 
 
 def __getattr__(name: str):

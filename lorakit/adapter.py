@@ -1,7 +1,8 @@
 """LoRA adapters on disk, in PEFT's format, both ways.
 
     adapter_config.json          the LoraConfig, with the fields that every PEFT version reads
-    adapter_model.safetensors    base_model.model.<layer>.lora_A.weight [r, in] and .lora_B.weight [out, r], fp32
+    adapter_model.safetensors    base_model.model.<layer>.lora_A.weight [r, in] and .lora_B.weight
+    [out, r], fp32
 
 `target_modules` is written as the full names of the adapted layers, so that reading does not depend
 on what "all-linear" means elsewhere.
@@ -40,8 +41,8 @@ UNSUPPORTED = {
 def save_adapter(module: nn.Module, path: str | Path, *, base_model: str | None = None) -> None:
     """Write the adapter attached to `module` into directory `path`, which is made if missing.
 
-    `base_model` is recorded as base_model_name_or_path. The weights are written before the config, and
-    each file whole or not at all. Raises LorakitError if no adapter is attached.
+    `base_model` is recorded as base_model_name_or_path. The weights are written before the config,
+    and each file whole or not at all. Raises LorakitError if no adapter is attached.
     """
     layers = lora_layers(module)
     if not layers:
@@ -75,12 +76,15 @@ def load_adapter(module: nn.Module, path: str | Path) -> nn.Module:
     """Attach the PEFT adapter in directory `path` to `module`, in place; returns `module`.
 
     Raises LorakitError, and leaves `module` without an adapter, for a missing or truncated file, a
-    PEFT feature that lorakit does not have, or tensors that are missing, unknown or of another shape.
+    PEFT feature that lorakit does not have, or tensors that are missing, unknown or of another
+    shape.
     """
     path = Path(path)
     values = read_json(path / CONFIG_FILE)
     if values.get("peft_type") != "LORA":
-        raise LorakitError(f"{path}: peft_type is {values.get('peft_type')!r}; only 'LORA' is supported")
+        raise LorakitError(
+            f"{path}: peft_type is {values.get('peft_type')!r}; only 'LORA' is supported"
+        )
     for name, unused in UNSUPPORTED.items():
         if values.get(name) not in (None, unused, []):
             raise LorakitError(f"{path}: {name}={json.dumps(values[name])} is not supported")
@@ -111,5 +115,6 @@ def _check_tensors(path, tensors, expected) -> None:
             raise LorakitError(f"{path}: tensor {name} belongs to no adapted layer of this model")
         if tensor.shape != tuple(expected[name].shape):
             raise LorakitError(
-                f"{path}: tensor {name} is {tensor.shape}, the model needs {tuple(expected[name].shape)}"
+                f"{path}: tensor {name} is {tensor.shape}, "
+                f"the model needs {tuple(expected[name].shape)}"
             )

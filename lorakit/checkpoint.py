@@ -1,8 +1,8 @@
 """Checkpoints: Hugging Face directories and GGUF files in, Hugging Face directories out.
 
-Reading never holds the dense model. Names and shapes of all tensors are compared with the model, which
-lies on the meta device, before the first value is read; then one tensor at a time is read, packed to
-4 bits if it belongs to a quantized layer, and put in its place:
+Reading never holds the dense model. Names and shapes of all tensors are compared with the model,
+which lies on the meta device, before the first value is read; then one tensor at a time is read,
+packed to 4 bits if it belongs to a quantized layer, and put in its place:
 
     peak memory = the model as it will be + the largest dense tensor
 
@@ -28,7 +28,8 @@ from .config import LorakitError, ModelConfig, QuantConfig, nearest, quant_confi
 from .gguf import read_gguf
 from .lora import LoraLinear
 from .model import Decoder
-from .quantization import NF4Linear, quantize as quantize_module
+from .quantization import NF4Linear
+from .quantization import quantize as quantize_module
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -58,8 +59,8 @@ def load_model(
     quantize: "nf4" or a QuantConfig packs the linear layers (not the head) to 4 bits while loading,
         from the values on disk; None keeps them dense.
 
-    Raises LorakitError, in one sentence, for anything that is missing, damaged, of the wrong shape or
-    left over.
+    Raises LorakitError, in one sentence, for anything that is missing, damaged, of the wrong shape
+    or left over.
     """
     dtype, quant = to_dtype(dtype), quant_config(quantize)
     device = torch.device(device or "cpu")
@@ -76,7 +77,9 @@ def load_model(
     tensors = _select(tensors, model, str(path))
     if quant is not None:
         quantize_module(model, quant)
-    bar = tqdm(tensors.items(), desc=f"loading {path.name}", unit="tensor", disable=None, leave=False)
+    bar = tqdm(
+        tensors.items(), desc=f"loading {path.name}", unit="tensor", disable=None, leave=False
+    )
     for name, tensor in bar:
         try:
             _place(model, name, tensor.read().to(device), dtype)
@@ -96,7 +99,9 @@ def _open_directory(path: Path) -> dict[str, LazyTensor]:
     shards = {file: open_safetensors(path / file) for file in sorted(set(weight_map.values()))}
     for name, file in weight_map.items():
         if name not in shards[file]:
-            raise LorakitError(f"{path / file}: tensor {name}, which {INDEX_FILE} puts here, is missing")
+            raise LorakitError(
+                f"{path / file}: tensor {name}, which {INDEX_FILE} puts here, is missing"
+            )
     return {name: shards[file][name] for name, file in weight_map.items()}
 
 
@@ -117,10 +122,10 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
     }
 
 
-def _select(
-    tensors: dict[str, LazyTensor], model: Decoder, where: str
-) -> dict[str, LazyTensor]:
-    """The tensors that the model needs, in its order; raises unless they are all there and no other."""
+def _select(tensors: dict[str, LazyTensor], model: Decoder, where: str) -> dict[str, LazyTensor]:
+    """The tensors that the model needs, in its order; raises unless they are all there and no
+    other.
+    """
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     for name, shape in expected.items():
         if name not in tensors:
@@ -130,7 +135,7 @@ def _select(
                 f"{where}: tensor {name} is {tensors[name].shape}, the config asks for {shape}"
             )
     for name in tensors:
-        # old checkpoints store the rotary frequencies; tied ones may repeat the embedding as the head
+        # old checkpoints store the rotary frequencies; tied ones may repeat the embedding as head
         derived = name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
         if name not in expected and not derived:
             raise LorakitError(f"{where}: tensor {name} belongs to no part of the model")
@@ -149,14 +154,12 @@ def _place(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype) -> N
 # ---- writing ------------------------------------------------------------------------------------
 
 
-def save_model(
-    module: Decoder, path: str | Path, *, max_shard_size: int = 5 * 10**9
-) -> None:
+def save_model(module: Decoder, path: str | Path, *, max_shard_size: int = 5 * 10**9) -> None:
     """Write `module` as a Hugging Face directory of dense weights in its dtype, made if missing.
 
     Merged adapters are written as merged, 4-bit layers dequantized, in shards of at most
-    `max_shard_size` bytes (or one tensor); memory holds one shard at a time. Raises LorakitError, and
-    writes nothing, while an adapter is attached and not merged.
+    `max_shard_size` bytes (or one tensor); memory holds one shard at a time. Raises LorakitError,
+    and writes nothing, while an adapter is attached and not merged.
     """
     plan = list(_dense_tensors(module))
     shards: list[list[tuple[str, LazyTensor]]] = [[]]
@@ -199,7 +202,10 @@ def _dense_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, L
             )
         yield f"{prefix}weight", LazyTensor(tuple(module.merged.shape), lambda: module.merged)
         if module.base.bias is not None:
-            yield f"{prefix}bias", LazyTensor(tuple(module.base.bias.shape), lambda: module.base.bias)
+            yield (
+                f"{prefix}bias",
+                LazyTensor(tuple(module.base.bias.shape), lambda: module.base.bias),
+            )
         return
     for name, parameter in module.named_parameters(recurse=False):
         if not isinstance(module, NF4Linear):

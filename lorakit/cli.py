@@ -1,7 +1,7 @@
 """The `lorakit` command.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. An error that comes from the input is one
-sentence; --debug adds the traceback.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. An error that comes from the input is
+one sentence; --debug adds the traceback.
 """
 
 import argparse
@@ -42,8 +42,8 @@ def _parser() -> argparse.ArgumentParser:
         "train",
         parents=[common],
         help="train an adapter as a run file says",
-        description="Train a LoRA adapter as a run file says. key=value replaces a value of the file; "
-        "a.b=value reaches into a mapping, as in lora.r=8.",
+        description="Train a LoRA adapter as a run file says. key=value replaces a value of the "
+        "file; a.b=value reaches into a mapping, as in lora.r=8.",
     )
     train.add_argument("run_file", type=Path, metavar="run.yaml")
     train.add_argument("overrides", nargs="*", metavar="key=value")
@@ -91,7 +91,9 @@ def _train(args: argparse.Namespace) -> int:
         f"{result.tokens_per_second:.0f} tokens/s, peak {result.peak_memory_mb:.0f} MB"
     )
     if result.interrupted:
-        print(f"lorakit: interrupted; the adapter so far is in {result.output_dir}", file=sys.stderr)
+        print(
+            f"lorakit: interrupted; the adapter so far is in {result.output_dir}", file=sys.stderr
+        )
         return 130
     print(f"adapter in {result.output_dir}")
     return 0

@@ -22,7 +22,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class LorakitError(ValueError):
-    """Something the caller gave cannot be used. The message is one sentence: what, where, what to do."""
+    """Something the caller gave cannot be used. One sentence: what, where, what to do."""
 
 
 def to_dtype(name: str | torch.dtype) -> torch.dtype:
@@ -35,7 +35,7 @@ def to_dtype(name: str | torch.dtype) -> torch.dtype:
 
 
 def nearest(name: str, valid: typing.Iterable[str]) -> str:
-    """' (did you mean ...?)' for the valid name closest to `name`, or nothing where none is close."""
+    """' (did you mean ...?)' with the valid name closest to `name`; '' where none is close."""
     close = difflib.get_close_matches(str(name), list(valid), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
@@ -102,7 +102,7 @@ def _check(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding. `rope_type` "default", "linear" or "llama3"; the rest are its parameters."""
+    """Rotary embedding: `rope_type` is "default", "linear" or "llama3"; the rest parametrize it."""
 
     rope_theta: float = 10000.0
     rope_type: str = "default"
@@ -154,10 +154,15 @@ class ModelConfig:
             f"model_type {self.model_type!r} is not supported; supported are "
             f"{', '.join(self.MODEL_TYPES)}{nearest(self.model_type, self.MODEL_TYPES)}",
         )
-        for name in (
-            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-            "num_key_value_heads head_dim"
-        ).split():
+        for name in [
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+        ]:
             _check(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
         _check(
             self.num_attention_heads % self.num_key_value_heads == 0,
@@ -194,7 +199,7 @@ class ModelConfig:
             values["num_key_value_heads"] = values.get("num_attention_heads")
         if values.get("head_dim") is None:
             hidden, heads = values.get("hidden_size"), values.get("num_attention_heads")
-            if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+            if type(hidden) is int and type(heads) is int and heads > 0:
                 _check(
                     hidden % heads == 0,
                     f"{where}: head_dim is not set, and hidden_size ({hidden}) is no multiple of "
@@ -225,13 +230,14 @@ class ModelConfig:
 
 def _rope_from_hf(values: Mapping, where: str) -> RopeConfig:
     """transformers 5: one rope_parameters; transformers 4: rope_theta beside rope_scaling."""
-    given = values.get("rope_parameters")
-    if given is None:
-        given = dict(values.get("rope_scaling") or {})
-        if "type" in given:
-            given.setdefault("rope_type", given.pop("type"))
-        if values.get("rope_theta") is not None:
-            given["rope_theta"] = values["rope_theta"]
+    if values.get("rope_parameters") is not None:
+        given = values["rope_parameters"]
+    else:
+        given = values.get("rope_scaling") or {}
+        if isinstance(given, Mapping):
+            given = {"rope_type" if name == "type" else name: v for name, v in given.items()}
+            if values.get("rope_theta") is not None:
+                given["rope_theta"] = values["rope_theta"]
     return from_mapping(RopeConfig, given, f"{where}, rope parameters", ignore_unknown=True)
 
 
@@ -271,7 +277,9 @@ class LoraConfig:
 
     def __post_init__(self):
         _check(self.r > 0, f"r must be positive, not {self.r}")
-        _check(0 <= self.lora_dropout < 1, f"lora_dropout is {self.lora_dropout}; it must be in [0, 1)")
+        _check(
+            0 <= self.lora_dropout < 1, f"lora_dropout is {self.lora_dropout}; it must be in [0, 1)"
+        )
         _check(len(self.target_modules) > 0, "target_modules is empty: name at least one layer")
 
     @property
@@ -308,24 +316,33 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name in (
-            "num_train_epochs per_device_train_batch_size gradient_accumulation_steps "
-            "learning_rate max_grad_norm max_seq_length"
-        ).split():
+        for name in [
+            "num_train_epochs",
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "learning_rate",
+            "max_grad_norm",
+            "max_seq_length",
+        ]:
             _check(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
         for name in ("max_steps", "eval_steps"):
             value = getattr(self, name)
             _check(value is None or value > 0, f"{name} must be positive or null, not {value}")
         _check(
             self.lr_scheduler_type in ("cosine", "linear", "constant"),
-            f"lr_scheduler_type is {self.lr_scheduler_type!r}; it must be cosine, linear or constant",
+            f"lr_scheduler_type is {self.lr_scheduler_type!r}; choose cosine, linear or constant",
         )
         _check(
             self.over_length in ("truncate", "drop", "raise"),
-            f"over_length is {self.over_length!r}; it must be truncate, drop or raise",
+            f"over_length is {self.over_length!r}; choose truncate, drop or raise",
         )
-        _check(0 <= self.warmup_ratio <= 1, f"warmup_ratio is {self.warmup_ratio}; it must be in [0, 1]")
-        _check(0 <= self.weight_decay < 1, f"weight_decay is {self.weight_decay}; it must be in [0, 1)")
+        _check(
+            0 <= self.warmup_ratio <= 1,
+            f"warmup_ratio is {self.warmup_ratio}; it must be in [0, 1]",
+        )
+        _check(
+            0 <= self.weight_decay < 1, f"weight_decay is {self.weight_decay}; it must be in [0, 1)"
+        )
 
 
 @dataclass(frozen=True)
@@ -361,9 +378,7 @@ class RunConfig:
         training = [f.name for f in dataclasses.fields(TrainConfig)]
         for name in values:
             if name not in own and name not in training:
-                raise LorakitError(
-                    f"{where}: unknown key {name!r}{nearest(name, own + training)}"
-                )
+                raise LorakitError(f"{where}: unknown key {name!r}{nearest(name, own + training)}")
         data = values.get("data")
         if isinstance(data, str):
             data = {"train": data}

@@ -3,9 +3,9 @@
     input_ids   prompt ... | completion ... | end token
     labels      -100   ... | completion ... | end token
 
-Prompt and completion are tokenized apart, so that the cut between them is where the rows put it, and
-where generation will put it. The end token is labelled by its place, not its id: a model that pads
-with its end token still learns to stop.
+Prompt and completion are tokenized apart, so that the cut between them is where the rows put it,
+and where generation will put it. The end token is labelled by its place, not its id: a model that
+pads with its end token still learns to stop.
 """
 
 import json
@@ -77,7 +77,9 @@ def _row(value: Any, place: str) -> Row:
     if isinstance(value, Row):
         return value
     if not isinstance(value, Mapping):
-        raise LorakitError(f"{place} must be an object with 'prompt' and 'completion', not {value!r}")
+        raise LorakitError(
+            f"{place} must be an object with 'prompt' and 'completion', not {value!r}"
+        )
     for name in FIELDS:
         if name not in value:
             raise LorakitError(f"{place}: field {name!r} is missing{nearest(name, value)}")
@@ -126,8 +128,9 @@ def encode_rows(
 def batches(lengths: list[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """Row indices of one epoch's batches: shuffled, yet rows of like length together.
 
-    Rows are shuffled, sorted by length within groups of 16 batches, cut, and the batches shuffled: the
-    order is random across groups, while a batch holds little padding. Depends on seed and epoch only.
+    Rows are shuffled, sorted by length within groups of 16 batches, cut, and the batches shuffled:
+    the order is random across groups, while a batch holds little padding. Depends on seed and epoch
+    only.
     """
     rng = random.Random(f"{seed}/{epoch}")
     order = list(range(len(lengths)))

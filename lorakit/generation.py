@@ -17,7 +17,8 @@ from .tokenizer import Messages, Tokenizer
 
 
 class KVCache:
-    """Keys and values per layer: [B, capacity, Hk, D], of which the first `length` positions are filled.
+    """Keys and values per layer: [B, capacity, Hk, D], of which the first `length` positions are
+    filled.
 
     `length` moves when the last layer has appended.
     """
@@ -64,10 +65,10 @@ def generate_batch(
 ) -> list[str]:
     """Continuations of several prompts, each a text or a list of messages, without the prompts.
 
-    temperature 0 takes the likeliest token; above, tokens are drawn from the smallest set that holds
-    `top_p` of the probability, with `seed`, or torch's global generator where it is None. A row ends
-    at an end token of the tokenizer or of the model's config. Raises LorakitError for an empty
-    prompt, or one that leaves no room within the model's max_position_embeddings.
+    temperature 0 takes the likeliest token; above, tokens are drawn from the smallest set that
+    holds `top_p` of the probability, with `seed`, or torch's global generator where it is None. A
+    row ends at an end token of the tokenizer or of the model's config. Raises LorakitError for an
+    empty prompt, or one that leaves no room within the model's max_position_embeddings.
     """
     if max_new_tokens < 1 or batch_size < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise LorakitError(
@@ -81,8 +82,8 @@ def generate_batch(
             raise LorakitError("generate: a prompt has no tokens")
         if len(ids) + max_new_tokens > limit:
             raise LorakitError(
-                f"generate: a prompt of {len(ids)} tokens and max_new_tokens={max_new_tokens} exceed "
-                f"the model's {limit} positions"
+                f"generate: a prompt of {len(ids)} tokens and max_new_tokens={max_new_tokens} "
+                f"exceed the model's {limit} positions"
             )
     stops = {*model.config.eos_token_ids, *([] if tok.eos_token_id is None else [tok.eos_token_id])}
     generator = None
@@ -95,9 +96,17 @@ def generate_batch(
     model.eval()
     try:
         batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-        for rows in tqdm(batches, desc="generating", disable=None if progress else True, leave=False):
+        for rows in tqdm(
+            batches, desc="generating", disable=None if progress else True, leave=False
+        ):
             new = _continue(
-                model, [encoded[i] for i in rows], max_new_tokens, temperature, top_p, generator, stops
+                model,
+                [encoded[i] for i in rows],
+                max_new_tokens,
+                temperature,
+                top_p,
+                generator,
+                stops,
             )
             for i, ids in zip(rows, new, strict=True):
                 texts[i] = tok.decode(ids)
@@ -112,7 +121,9 @@ def _encode(tok: Tokenizer, prompt: str | Messages) -> list[int]:
     return tok.apply_chat_template(prompt, add_generation_prompt=True)
 
 
-def _continue(model, prompts, max_new_tokens, temperature, top_p, generator, stops) -> list[list[int]]:
+def _continue(
+    model, prompts, max_new_tokens, temperature, top_p, generator, stops
+) -> list[list[int]]:
     """New token ids for each prompt, without the end token."""
     B, longest = len(prompts), max(map(len, prompts))
     padding = [longest - len(ids) for ids in prompts]

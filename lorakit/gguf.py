@@ -22,7 +22,8 @@ from torch import Tensor
 
 from .config import LorakitError, ModelConfig
 
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+# value type -> struct code
+SCALARS = dict(zip([0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12], "BbHhIif?Qqd", strict=True))
 STRING, ARRAY = 8, 9
 
 NAMES = {  # GGUF -> Hugging Face, `llama` architecture
@@ -136,7 +137,8 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, tuple[tuple[int, ...],
         length = _data_length(path, name, info)
         if info.offset + length > size:
             raise LorakitError(
-                f"{path}: the file is cut off: tensor {name} ends at byte {info.offset + length}, the file at {size}"
+                f"{path}: the file is cut off: tensor {name} ends at byte "
+                f"{info.offset + length}, the file at {size}"
             )
         heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(
             name.split(".")[-2] if "." in name else ""
@@ -178,7 +180,9 @@ def _reader(path: Path, info: TensorInfo, length: int, heads: int | None) -> Cal
         try:
             dense = gguf.quants.dequantize(raw.reshape(rows, -1), kind)
         except NotImplementedError:
-            raise LorakitError(f"{path}: tensors of type {kind.name} cannot be dequantized") from None
+            raise LorakitError(
+                f"{path}: tensors of type {kind.name} cannot be dequantized"
+            ) from None
         tensor = torch.from_numpy(np.ascontiguousarray(dense, dtype=np.float32)).view(info.shape)
         return tensor if heads is None else _unpermute(tensor, heads)
 
@@ -240,7 +244,8 @@ def _model_config(path: Path, header: Header) -> ModelConfig:
     rotated = metadata.get("llama.rope.dimension_count", config.head_dim)
     if rotated != config.head_dim:
         raise LorakitError(
-            f"{path}: a rotary embedding of {rotated} of {config.head_dim} dimensions is not supported"
+            f"{path}: a rotary embedding of {rotated} of {config.head_dim} dimensions "
+            "is not supported"
         )
     return config
 
@@ -248,8 +253,8 @@ def _model_config(path: Path, header: Header) -> ModelConfig:
 def _llama3_scaling(path: Path, info: TensorInfo, values: dict[str, Any]) -> dict[str, Any]:
     """Llama 3's scaling is stored as divisors of the frequencies, not as its four parameters.
 
-    Every published model uses 1, 4 and 8192 for the last three; the first is the largest divisor. That
-    these four give the stored divisors is checked.
+    Every published model uses 1, 4 and 8192 for the last three; the first is the largest divisor.
+    That these four give the stored divisors is checked.
     """
     from .rope import inverse_frequencies
 
@@ -268,5 +273,7 @@ def _llama3_scaling(path: Path, info: TensorInfo, values: dict[str, Any]) -> dic
     if not torch.allclose(
         inverse_frequencies(scaled.rope, plain.head_dim, cpu), expected, rtol=1e-4
     ):
-        raise LorakitError(f"{path}: rope_freqs.weight holds a rotary scaling that is not Llama 3's")
+        raise LorakitError(
+            f"{path}: rope_freqs.weight holds a rotary scaling that is not Llama 3's"
+        )
     return scaling

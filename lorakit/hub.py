@@ -1,4 +1,5 @@
-"""Where a model's files are: a directory, a .gguf file, or a Hub id, which is downloaded or found in the cache.
+"""Where a model's files are: a directory, a .gguf file, or a Hub id, which is downloaded or found
+in the cache.
 
 This is the only module that opens a connection, and only to the id that the user gave.
 """
@@ -13,10 +14,11 @@ TOKENIZER = ["tokenizer*.json", "special_tokens_map.json", "*.jinja", "chat_temp
 
 
 def resolve(path_or_hub_id: str | Path, patterns: list[str]) -> Path:
-    """A local directory, or a .gguf file. For a Hub id, the files that match `patterns` are fetched.
+    """A local directory, or a .gguf file. For a Hub id, the files that match `patterns` are
+    fetched.
 
-    What exists on disk is taken as it is; only a string of the form "organization/name" is asked of the
-    Hub. Raises LorakitError if there is no such thing in either place.
+    What exists on disk is taken as it is; only a string of the form "organization/name" is asked of
+    the Hub. Raises LorakitError if there is no such thing in either place.
     """
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):

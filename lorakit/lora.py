@@ -11,9 +11,9 @@
 A `LoraLinear` owns its base and asks three things of it: `base(x)`, `base.dequantize()` and
 `base.requantize(w)`. What the base stores, four bits or thirty-two, is not its business.
 
-A merged layer computes with one dense weight, W + s B A, in its dtype; the base is kept beside it, so
-that unmerge restores the very bits (subtracting s B A again would not). A and B are fp32 parameters
-whatever the model computes in.
+A merged layer computes with one dense weight, W + s B A, in its dtype; the base is kept beside it,
+so that unmerge restores the very bits (subtracting s B A again would not). A and B are fp32
+parameters whatever the model computes in.
 """
 
 import math
@@ -128,9 +128,9 @@ def _replace(module: nn.Module, name: str, child: nn.Module) -> None:
 def match_targets(names: list[str], targets: str | list[str]) -> list[str]:
     """The `names` of linear layers that `targets` selects, by PEFT's rules.
 
-    "all-linear": all but the output head `lm_head`. Another string: a regex that must match the whole
-    name. A list: each entry matches a whole name or its end after a dot. Raises LorakitError for a
-    string or a list entry that matches nothing, with the nearest name.
+    "all-linear": all but the output head `lm_head`. Another string: a regex that must match the
+    whole name. A list: each entry matches a whole name or its end after a dot. Raises LorakitError
+    for a string or a list entry that matches nothing, with the nearest name.
     """
     leaves = sorted({name.rpartition(".")[2] for name in names})
     if targets == "all-linear":
@@ -165,9 +165,9 @@ def match_targets(names: list[str], targets: str | list[str]) -> list[str]:
 def attach(module: nn.Module, config: LoraConfig | None = None) -> nn.Module:
     """Put a LoraLinear around every linear layer that `config.target_modules` selects, in place.
 
-    All other parameters are frozen; A is drawn from torch's global generator. Returns `module`. Raises
-    LorakitError, and changes nothing, if an adapter is attached already, a target matches nothing, or
-    a target is a subclass of nn.Linear that lorakit does not know how to wrap.
+    All other parameters are frozen; A is drawn from torch's global generator. Returns `module`.
+    Raises LorakitError, and changes nothing, if an adapter is attached already, a target matches
+    nothing, or a target is a subclass of nn.Linear that lorakit does not know how to wrap.
     """
     config = config or LoraConfig()
     if lora_layers(module):
@@ -178,7 +178,9 @@ def attach(module: nn.Module, config: LoraConfig | None = None) -> nn.Module:
     names = match_targets(list(linear), config.target_modules)
     for name in names:
         if not isinstance(linear[name], Base) and type(linear[name]) is not nn.Linear:
-            raise LorakitError(f"attach: {name} is a {type(linear[name]).__name__}, not an nn.Linear")
+            raise LorakitError(
+                f"attach: {name} is a {type(linear[name]).__name__}, not an nn.Linear"
+            )
     module.requires_grad_(False)
     for name in names:
         base = linear[name] if isinstance(linear[name], Base) else DenseBase(linear[name])

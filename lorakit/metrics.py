@@ -6,8 +6,9 @@ import re
 def rouge_l(prediction: str, reference: str) -> float:
     """ROUGE-L F1 (Lin 2004) in [0, 1]: the longest common subsequence of the two texts' words.
 
-    precision = LCS / words of the prediction, recall = LCS / words of the reference, F1 their harmonic
-    mean. Words are runs of letters and digits, lower case. Two texts without words score 0.
+    precision = LCS / words of the prediction, recall = LCS / words of the reference, F1 their
+    harmonic mean. Words are runs of letters and digits, lower case. Two texts without words score
+    0.
     """
     a, b = _words(prediction), _words(reference)
     common = _longest_common_subsequence(a, b)

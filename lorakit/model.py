@@ -4,8 +4,8 @@
     for each layer:   x += attention(norm(x));   x += mlp(norm(x))
     logits = norm(x) head^T                       head = the embedding itself where they are tied
 
-Parameter names are those of the published checkpoints (`model.layers.0.self_attn.q_proj.weight`), so
-that loading is an assignment. Tied models have no `lm_head` at all: one tensor, one name.
+Parameter names are those of the published checkpoints (`model.layers.0.self_attn.q_proj.weight`),
+so that loading is an assignment. Tied models have no `lm_head` at all: one tensor, one name.
 
 Build it on the meta device and let `checkpoint.load_model` fill it; nothing here allocates weights
 that are about to be overwritten. Shapes: B batch, T positions of this call, S positions with the
@@ -146,10 +146,10 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """The final, normalized hidden states [B, T, hidden_size] of input_ids int64 [B, T].
 
-        attention_mask [B, S]: true at real tokens, false at padding, on either side; positions count
-        real tokens. With a cache, input_ids continue what it holds, and S includes that.
+        attention_mask [B, S]: true at real tokens, false at padding, on either side; positions
+        count real tokens. With a cache, input_ids continue what it holds, and S includes that.
         """
-        B, T = input_ids.shape
+        T = input_ids.shape[1]
         past = 0 if cache is None else cache.length
         positions = torch.arange(past, past + T, device=input_ids.device)
         position_ids, mask = positions[None], None

@@ -1,7 +1,8 @@
 """AdamW and learning-rate schedules.
 
-`AdamW` has torch's param_groups, state and state_dict; its step is `kernels.adamw_step` over all the
-tensors of a group. A schedule is a function of the step alone: nothing to save, nothing to resume.
+`AdamW` has torch's param_groups, state and state_dict; its step is `kernels.adamw_step` over all
+the tensors of a group. A schedule is a function of the step alone: nothing to save, nothing to
+resume.
 """
 
 import math

@@ -1,8 +1,9 @@
 """Frozen 4-bit linear layers, and the walk that puts them in the place of dense ones.
 
-`NF4Linear` keeps the packed codes and the scales of `kernels.nf4` as frozen parameters, so they move
-with `.to(device)`, are seen by FSDP as plain uint8 tensors, and take part in `state_dict`. Its three
-methods, `layer(x)`, `layer.dequantize()` and `layer.requantize(w)`, are what `lora` needs of a base.
+`NF4Linear` keeps the packed codes and the scales of `kernels.nf4` as frozen parameters, so they
+move with `.to(device)`, are seen by FSDP as plain uint8 tensors, and take part in `state_dict`. Its
+three methods, `layer(x)`, `layer.dequantize()` and `layer.requantize(w)`, are what `lora` needs of
+a base.
 
 `quantize` on a model of the meta device makes empty shells of the right size; the loader then packs
 each dense weight as it is read. The dense model never exists.
@@ -19,7 +20,7 @@ from .kernels.nf4 import NESTED_BLOCK
 
 
 class NF4Linear(nn.Module):
-    """y = x W^T + bias with W [out_features, in_features] in NF4. `dtype` is what it computes in."""
+    """y = x W^T + bias, W [out_features, in_features] in NF4; `dtype` is what it computes in."""
 
     def __init__(self, in_features, out_features, config, bias=None, *, dtype, device=None):
         super().__init__()

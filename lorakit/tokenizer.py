@@ -1,12 +1,12 @@
 """Text to token ids and back: the `tokenizers` library, plus the model's own chat template.
 
-A Hugging Face directory gives tokenizer.json as it is. A GGUF file gives the vocabulary, the merges and
-the name of a pre-tokenizer of byte-level BPE, from which the same tokenizer is built.
+A Hugging Face directory gives tokenizer.json as it is. A GGUF file gives the vocabulary, the merges
+and the name of a pre-tokenizer of byte-level BPE, from which the same tokenizer is built.
 
-Chat templates are programs that come with the model, so they run in jinja2's immutable sandbox, with
-the settings that transformers uses (trim_blocks, lstrip_blocks, loop controls, `tojson`,
-`raise_exception`, `strftime_now`). A rendered chat already holds its special tokens: it is tokenized
-without adding any.
+Chat templates are programs that come with the model, so they run in jinja2's immutable sandbox,
+with the settings that transformers uses (trim_blocks, lstrip_blocks, loop controls, `tojson`,
+`raise_exception`, `strftime_now`). A rendered chat already holds its special tokens: it is
+tokenized without adding any.
 """
 
 import functools
@@ -60,7 +60,9 @@ class Tokenizer:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`, with what the model's tokenizer puts around a text unless told not to."""
+        """Token ids of `text`, with what the model's tokenizer puts around a text unless told not
+        to.
+        """
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
@@ -128,7 +130,7 @@ class Tokenizer:
 
 
 class _GenerationTag(Extension):
-    """{% generation %}...{% endgeneration %} marks the assistant's text; here it is just its body."""
+    """{% generation %}...{% endgeneration %}, the assistant's text: here just its body."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -212,7 +214,9 @@ def _from_directory(path: Path) -> Tokenizer:
 
 
 def _directory_template(path: Path, config: Mapping) -> str | dict[str, str] | None:
-    """chat_template.jinja (and additional_chat_templates/), else tokenizer_config's, else the legacy file."""
+    """chat_template.jinja (and additional_chat_templates/), else tokenizer_config's, else the
+    legacy file.
+    """
     if (path / "chat_template.jinja").exists():
         default = (path / "chat_template.jinja").read_text(encoding="utf-8")
         more = {

@@ -74,7 +74,9 @@ def train(
     if not isinstance(data, Mapping):
         data = {"train": data}
     if "train" not in data or not set(data) <= {"train", "validation"}:
-        raise LorakitError(f"train: data must hold 'train' and maybe 'validation', not {list(data)}")
+        raise LorakitError(
+            f"train: data must hold 'train' and maybe 'validation', not {list(data)}"
+        )
     limits = {"max_seq_length": config.max_seq_length, "over_length": config.over_length}
     examples = encode_rows(read_rows(data["train"]), tok, **limits)
     validation = None
@@ -185,7 +187,7 @@ def evaluate(
     max_seq_length: int = 1024,
     over_length: str = "truncate",
 ) -> dict[str, float]:
-    """Loss (nats per label token), perplexity, label tokens and rows of prompt-and-completion rows."""
+    """Loss (nats per label token), perplexity, and the numbers of label tokens and rows."""
     examples = encode_rows(
         read_rows(data), tok, max_seq_length=max_seq_length, over_length=over_length
     )

@@ -3,8 +3,8 @@
     m <- b1 m + (1 - b1) g            v <- b2 v + (1 - b2) g^2
     p <- p (1 - lr wd) - lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)
 
-Weight decay is decoupled: it shrinks p and never enters m or v. LoRA has hundreds of small tensors, so the step
-goes over all of them at once; a loop would pay a dozen launches for each.
+Weight decay is decoupled: it shrinks p and never enters m or v. LoRA has hundreds of small tensors,
+so the step goes over all of them at once; a loop would pay a dozen launches for each.
 """
 
 from torch import Tensor

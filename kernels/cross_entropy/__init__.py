@@ -1,13 +1,16 @@
-"""Next-token cross-entropy, summed over the labels that count, and the same fused with the output head.
+"""Next-token cross-entropy, summed over the labels that count, and the same fused with the output
+head.
 
-With logits z and label y, loss = logsumexp(z) - z_y, in fp32; d loss / d z = softmax(z) - onehot(y). Both functions
-return the sum and the number of labels that were not `ignore_index`, so that a caller can add up micro-batches of
-different length and divide once: the mean of means weighs short batches too much.
+With logits z and label y, loss = logsumexp(z) - z_y, in fp32; d loss / d z = softmax(z) -
+onehot(y). Both functions return the sum and the number of labels that were not `ignore_index`, so
+that a caller can add up micro-batches of different length and divide once: the mean of means weighs
+short batches too much.
 
-`linear_cross_entropy` takes the hidden states instead of the logits. The logits of a large vocabulary are the biggest
-tensor of a training step (T x V x 4 bytes: 0.8 GB for 4096 tokens of a 49,152-word model), so it walks the rows in
-chunks of about 64 MB of logits and computes the gradient in the forward pass, while a chunk's logits are at hand;
-backward only scales it. The cost: a gradient is computed even if backward never runs, unless gradients are disabled.
+`linear_cross_entropy` takes the hidden states instead of the logits. The logits of a large
+vocabulary are the biggest tensor of a training step (T x V x 4 bytes: 0.8 GB for 4096 tokens of a
+49,152-word model), so it walks the rows in chunks of about 64 MB of logits and computes the
+gradient in the forward pass, while a chunk's logits are at hand; backward only scales it. The cost:
+a gradient is computed even if backward never runs, unless gradients are disabled.
 """
 
 from torch import Tensor
@@ -15,7 +18,9 @@ from torch import Tensor
 from . import reference
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+def cross_entropy(
+    logits: Tensor, labels: Tensor, *, ignore_index: int = -100
+) -> tuple[Tensor, Tensor]:
     """logits [..., V], labels int64 [...] -> (summed loss fp32 [], count int64 [])."""
     return reference.cross_entropy(logits, labels, ignore_index)
 
@@ -23,10 +28,11 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, ignore_index: int = -100
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of hidden [..., H] @ weight[V, H]^T against labels int64 [...], never building all the logits.
+    """Cross-entropy of hidden [..., H] @ weight[V, H]^T against labels int64 [...], never building
+    all the logits.
 
-    Rows whose label is `ignore_index` are left out before the product. Returns (summed loss fp32 [], count int64 []);
-    differentiable in hidden and weight.
+    Rows whose label is `ignore_index` are left out before the product. Returns (summed loss fp32
+    [], count int64 []); differentiable in hidden and weight.
     """
     rows = (labels.reshape(-1) != ignore_index).nonzero()[:, 0]
     picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows)

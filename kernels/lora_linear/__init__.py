@@ -9,15 +9,16 @@ With x [M, K], a frozen base weight W [N, K], A [r, K], B [N, r], and s = alpha 
     dA = s (dy B)^T x
     dB = s dy^T (x A^T)
 
-Every product with A or B has a side of length r: no N x K update is ever formed, in either direction. With dropout
-the update reads a dropped copy of x; dA and dB then use that copy, and its own gradient is s (dy B) A.
+Every product with A or B has a side of length r: no N x K update is ever formed, in either
+direction. With dropout the update reads a dropped copy of x; dA and dB then use that copy, and its
+own gradient is s (dy B) A.
 
-What is kept
-------------
-Only the input of the update and the two small matrices. W is asked of the base when it is needed (a 4-bit base
-dequantizes it again), and x A^T is recomputed: r / K of the work of the layer, instead of M r kept values.
+What is kept ------------ Only the input of the update and the two small matrices. W is asked of the
+base when it is needed (a 4-bit base dequantizes it again), and x A^T is recomputed: r / K of the
+work of the layer, instead of M r kept values.
 
-The base is any callable with `dequantize()`: the op does not know, and need not, how the weight is stored.
+The base is any callable with `dequantize()`: the op does not know, and need not, how the weight is
+stored.
 """
 
 from collections.abc import Callable
@@ -47,7 +48,7 @@ def lora_linear(
 ) -> Tensor:
     """base(x) + scaling (x A^T) B^T for x [..., K], A [r, K], B [N, r]: [..., N] in x's dtype.
 
-    `dropped` [..., K] is what the update reads instead of x (x after dropout). Differentiable in x, dropped, A and B;
-    the base is frozen: a gradient for its weight is not computed.
+    `dropped` [..., K] is what the update reads instead of x (x after dropout). Differentiable in x,
+    dropped, A and B; the base is frozen: a gradient for its weight is not computed.
     """
     return reference.LoraLinearFunction.apply(x, dropped, lora_A, lora_B, base, scaling)

@@ -10,7 +10,7 @@ class LoraLinearFunction(torch.autograd.Function):
         seen = x if dropped is None else dropped  # what the update reads
         ctx.save_for_backward(seen, lora_A, lora_B)
         ctx.base, ctx.scaling, ctx.dropout = base, scaling, dropped is not None
-        # [M, K] @ [K, N] -> [M, N], then += s [M, r] @ [r, N] in place: y is ours, the base just made it
+        # [M, K] @ [K, N] -> [M, N], then += s [M, r] @ [r, N] in place: the base just made y
         y = base(x)
         low = F.linear(seen, lora_A.to(x.dtype))
         y.view(-1, y.shape[-1]).addmm_(

@@ -1,38 +1,37 @@
-"""NF4: 4-bit NormalFloat quantization with double quantization (QLoRA, arXiv:2305.14314, section 3).
+"""NF4: 4-bit NormalFloat quantization with double quantization (QLoRA, arXiv:2305.14314, section
+3).
 
-The maths
----------
-The tensor is flattened row-major and cut into blocks of `block_size` values; the last block may be short.
-A block is scaled by its largest magnitude, absmax, and every value becomes the index of the nearest of 16 fixed
-levels, the quantiles of a normal distribution rescaled to [-1, 1] so that 0 and both ends are exact:
+The maths --------- The tensor is flattened row-major and cut into blocks of `block_size` values;
+the last block may be short. A block is scaled by its largest magnitude, absmax, and every value
+becomes the index of the nearest of 16 fixed levels, the quantiles of a normal distribution rescaled
+to [-1, 1] so that 0 and both ends are exact:
 
-    scaled = x * (1 / absmax)                         fp32, a product with the reciprocal
-    code   = #{thresholds < scaled}                   thresholds are the fp32 midpoints of the levels
-    x'     = NF4_LEVELS[code] * absmax                fp32, then one rounding to the wanted dtype
+    scaled = x * (1 / absmax)                         fp32, a product with the reciprocal code   =
+    #{thresholds < scaled}                   thresholds are the fp32 midpoints of the levels x'
+    = NF4_LEVELS[code] * absmax                fp32, then one rounding to the wanted dtype
 
-Double quantization stores absmax itself in 8 bits. With offset = mean(absmax), the residue absmax - offset is
-quantized in blocks of 256 to the nearest of 256 levels of a signed "dynamic" map (arXiv:1511.04561: some bits hold a
-decimal exponent, the rest a linear fraction):
+Double quantization stores absmax itself in 8 bits. With offset = mean(absmax), the residue absmax -
+offset is quantized in blocks of 256 to the nearest of 256 levels of a signed "dynamic" map
+(arXiv:1511.04561: some bits hold a decimal exponent, the rest a linear fraction):
 
     absmax' = DYNAMIC[absmax_code] * nested_absmax[block // 256] + offset
 
-which costs 8/block_size + 32/(256 block_size) bits per parameter instead of 32/block_size: 0.127 instead of 0.5 at 64.
+which costs 8/block_size + 32/(256 block_size) bits per parameter instead of 32/block_size: 0.127
+instead of 0.5 at 64.
 
 Memory layout
 -------------
-    codes          uint8 [ceil(n / 2)]       element 2i in the high nibble of byte i, 2i + 1 in the low one
-    absmax         uint8 [blocks] (double quantization) or fp32 [blocks]
-    nested_absmax  fp32 [ceil(blocks / 256)]
-    offset         fp32 []
+    codes          uint8 [ceil(n / 2)]       element 2i in the high nibble of byte i, 2i + 1 in the
+    low one absmax         uint8 [blocks] (double quantization) or fp32 [blocks] nested_absmax  fp32
+    [ceil(blocks / 256)] offset         fp32 []
 
-These are bitsandbytes' bytes, so that its checkpoints need no conversion. The padding nibble of an odd length is 7,
-the code of 0. All-zero blocks have absmax 0 and code 7 everywhere.
+These are bitsandbytes' bytes, so that its checkpoints need no conversion. The padding nibble of an
+odd length is 7, the code of 0. All-zero blocks have absmax 0 and code 7 everywhere.
 
-The trade-off
--------------
-`nf4_linear` dequantizes the whole weight, multiplies, and forgets it; backward dequantizes again. That keeps
-4.127 bits per frozen parameter between products at the price of one dequantization per product, which is small
-beside the product itself from a few dozen rows on.
+The trade-off ------------- `nf4_linear` dequantizes the whole weight, multiplies, and forgets it;
+backward dequantizes again. That keeps 4.127 bits per frozen parameter between products at the price
+of one dequantization per product, which is small beside the product itself from a few dozen rows
+on.
 """
 
 import ctypes
@@ -47,7 +46,7 @@ from torch import Tensor
 from .. import dispatch
 from . import reference
 
-# Table of bitsandbytes (csrc/kernels.cu, dDequantizeNF4); Appendix E of the QLoRA paper prints the same values.
+# From bitsandbytes (csrc/kernels.cu, dDequantizeNF4); Appendix E of the QLoRA paper prints it too.
 NF4_LEVELS = (
     -1.0,
     -0.6961928009986877,
@@ -68,7 +67,8 @@ NF4_LEVELS = (
 )
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK = 256
-ABSMAX_FLOOR = 1e-38  # a smaller absmax divides as if it were this: 1 / absmax stays finite (bitsandbytes' rule)
+# A smaller absmax divides as if it were this, so that 1 / absmax stays finite (bitsandbytes' rule).
+ABSMAX_FLOOR = 1e-38
 
 
 @functools.cache
@@ -88,8 +88,8 @@ def thresholds(device: torch.device) -> Tensor:
 def dynamic_map(device: torch.device) -> Tensor:
     """The signed 8-bit dynamic map, fp32 [256], ascending.
 
-    For decade i = 0..6 the interval [0.1, 1] * 10^(i-6) is cut into 2^i equal parts whose centres, with both signs,
-    are levels; 0 and 1 complete the 256.
+    For decade i = 0..6 the interval [0.1, 1] * 10^(i-6) is cut into 2^i equal parts whose centres,
+    with both signs, are levels; 0 and 1 complete the 256.
     """
     positive = []
     for decade in range(7):
@@ -101,7 +101,9 @@ def dynamic_map(device: torch.device) -> Tensor:
 
 @dataclass(frozen=True, repr=False)
 class NF4Tensor:
-    """A quantized tensor: see the module's memory layout. `shape` and `dtype` are those of the original."""
+    """A quantized tensor: see the module's memory layout. `shape` and `dtype` are those of the
+    original.
+    """
 
     codes: Tensor
     absmax: Tensor
@@ -131,13 +133,15 @@ class NF4Tensor:
 def quantize_nf4(w: Tensor, *, block_size: int = 64, double_quant: bool = True) -> NF4Tensor:
     """Quantize `w` (fp32, bf16 or fp16, any shape, any strides) to NF4.
 
-    Raises ValueError for another dtype, a block size that is not a power of two from 32 to 4096, or a tensor with NaN
-    or infinite values; such a tensor has no scale.
+    Raises ValueError for another dtype, a block size that is not a power of two from 32 to 4096, or
+    a tensor with NaN or infinite values; such a tensor has no scale.
     """
     if w.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"NF4 quantizes float32, bfloat16 or float16 tensors, not {w.dtype}")
     if block_size not in BLOCK_SIZES:
-        raise ValueError(f"block_size is {block_size}: choose one of {', '.join(map(str, BLOCK_SIZES))}")
+        raise ValueError(
+            f"block_size is {block_size}: choose one of {', '.join(map(str, BLOCK_SIZES))}"
+        )
     flat = w.detach().reshape(-1)
     if dispatch.pick(w.device, "cpu") == "cpu":
         codes, absmax = _quantize_cpu(flat, block_size)
@@ -154,7 +158,9 @@ def quantize_nf4(w: Tensor, *, block_size: int = 64, double_quant: bool = True) 
 
 
 def dequantize_nf4(q: NF4Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The dense tensor of shape `q.shape`, in `dtype` (default: the original's). Fresh memory on every call."""
+    """The dense tensor of shape `q.shape`, in `dtype` (default: the original's). Fresh memory on
+    every call.
+    """
     dtype = dtype or q.dtype
     device = q.codes.device
     absmax = q.absmax
@@ -169,9 +175,11 @@ def dequantize_nf4(q: NF4Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def nf4_linear(x: Tensor, q: NF4Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., K] times the transpose of a frozen NF4 weight [N, K], plus bias [N]: [..., N] in x's dtype.
+    """x [..., K] times the transpose of a frozen NF4 weight [N, K], plus bias [N]: [..., N] in x's
+    dtype.
 
-    Differentiable in x and bias. What is kept for backward is the packed weight, never the dense one.
+    Differentiable in x and bias. What is kept for backward is the packed weight, never the dense
+    one.
     """
     return _NF4Linear.apply(x, q, bias)
 
@@ -194,10 +202,10 @@ class _NF4Linear(torch.autograd.Function):
         return grad_x, None, grad_bias
 
 
-# ---- the compiled kernels -------------------------------------------------------------------------------------------
+# ---- the compiled kernels -----------------------------------------------------------------------
 
 _POINTER, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-_CHUNK = 1 << 22  # values: a half-precision tensor is widened to fp32 piece by piece, 16 MB at a time
+_CHUNK = 1 << 22  # values: half precision is widened to fp32 piece by piece, 16 MB at a time
 
 
 def _quantize_cpu(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:

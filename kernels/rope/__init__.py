@@ -1,4 +1,5 @@
-"""Rotary position embedding (arXiv:2104.09864), in the half-split layout of the published checkpoints.
+"""Rotary position embedding (arXiv:2104.09864), in the half-split layout of the published
+checkpoints.
 
 A head of D values is D/2 pairs (x_j, x_{j + D/2}); position t turns pair j by the angle t * f_j:
 
@@ -14,5 +15,7 @@ from . import reference
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate q [B, T, Hq, D] and k [B, T, Hk, D] by tables cos, sin [B or 1, T, D/2]: the same shapes and dtypes."""
+    """Rotate q [B, T, Hq, D] and k [B, T, Hk, D] by tables cos, sin [B or 1, T, D/2]: the same
+    shapes and dtypes.
+    """
     return reference.rotate(q, cos, sin), reference.rotate(k, cos, sin)

@@ -1,4 +1,6 @@
-"""The gated activation of the Llama MLP (arXiv:2002.05202): silu(gate) * up, with silu(z) = z sigmoid(z)."""
+"""The gated activation of the Llama MLP (arXiv:2002.05202): silu(gate) * up, with silu(z) = z
+sigmoid(z).
+"""
 
 from torch import Tensor
 

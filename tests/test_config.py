@@ -1,0 +1,158 @@
+"""Configs: both spellings of transformers, and one clear sentence for anything wrong."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lorakit as lk
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "eos_token_id": [128001, 128008, 128009],
+}
+LLAMA3 = {
+    "factor": 32.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+
+
+def test_both_spellings_of_rope_give_one_config():
+    old = LLAMA | {"rope_theta": 500000.0, "rope_scaling": LLAMA3}
+    new = LLAMA | {"rope_parameters": {**LLAMA3, "rope_theta": 500000.0}}
+    config = lk.ModelConfig.from_hf(old)
+    assert config == lk.ModelConfig.from_hf(new)
+    assert config.rope.factor == 32
+    assert config.head_dim == 64
+    assert config.eos_token_ids == [128001, 128008, 128009]
+    legacy = LLAMA | {"rope_scaling": {"type": "linear", "factor": 2}}
+    assert lk.ModelConfig.from_hf(legacy).rope.rope_type == "linear"
+
+
+@pytest.mark.parametrize("rope", [{}, {"rope_theta": 5e5, "rope_scaling": LLAMA3}])
+def test_round_trip(rope):
+    config = lk.ModelConfig.from_hf(LLAMA | rope)
+    assert lk.ModelConfig.from_hf(config.to_hf()) == config
+
+
+def test_transformers_reads_what_we_write():
+    from transformers import LlamaConfig
+
+    config = lk.ModelConfig.from_hf(LLAMA | {"rope_theta": 5e5, "rope_scaling": LLAMA3})
+    theirs = LlamaConfig(**config.to_hf())
+    assert theirs.head_dim == 64
+    assert theirs.num_key_value_heads == 8
+    assert lk.ModelConfig.from_hf(theirs.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "lama"}, "model_type 'lama' is not supported.*did you mean 'llama'"),
+        ({"model_type": "mamba"}, "model_type 'mamba' is not supported"),
+        ({"hidden_size": "2048"}, "hidden_size must be int, not '2048'"),
+        ({"hidden_size": True}, "hidden_size must be int, not True"),
+        ({"num_hidden_layers": None}, "num_hidden_layers must be int, not None"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be positive"),
+        ({"num_key_value_heads": 5}, r"num_attention_heads \(32\) must be a multiple"),
+        ({"hidden_size": 2049}, "hidden_size .2049. is no multiple of num_attention_heads"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn' is not supp"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor must be float"),
+        ({"rope_scaling": 3}, "rope parameters must be a mapping"),
+        ({"quantization_config": {"load_in_4bit": True}}, "already quantized"),
+    ],
+)
+def test_bad_model_config(change, message):
+    with pytest.raises(lk.LorakitError, match=message):
+        lk.ModelConfig.from_hf(LLAMA | change)
+
+
+@pytest.mark.parametrize("values", [[], "llama", None, 3, {}])
+def test_config_of_the_wrong_type(values):
+    with pytest.raises(lk.LorakitError, match=r"config\.json"):
+        lk.ModelConfig.from_hf(values)
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+json_values = scalars | st.lists(scalars, max_size=3) | st.just({}) | st.just({"factor": 0})
+
+
+@given(st.dictionaries(st.sampled_from([*LLAMA, "rope_scaling", "head_dim"]), json_values))
+def test_any_json_gives_a_config_or_one_clear_error(change):
+    try:
+        config = lk.ModelConfig.from_hf(LLAMA | change)
+    except lk.LorakitError as error:
+        assert "config.json" in str(error)
+    else:
+        assert config.head_dim > 0
+
+
+RUN = {"model": "m", "data": "train.jsonl"}
+
+
+def test_run_config():
+    run = lk.RunConfig.from_dict(
+        {
+            **RUN,
+            "quantize": "nf4",
+            "lora": {"r": 4, "target_modules": ["q_proj"]},
+            "learning_rate": 1.0e-3,
+            "max_steps": 5,
+        }
+    )
+    assert run.quantize == lk.QuantConfig()
+    assert run.lora.r == 4
+    assert run.train.learning_rate == 1e-3
+    assert run.data.train == "train.jsonl"
+    assert lk.RunConfig.from_dict({**RUN, "quantize": {"block_size": 128}}).quantize.block_size == 128
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rat": 1}, "unknown key 'learning_rat' .did you mean 'learning_rate'"),
+        ({"lora": {"rank": 4, "r": 4}}, "lora: unknown key 'rank'"),
+        ({"lora": {"lora_alhpa": 4}}, "did you mean 'lora_alpha'"),
+        ({"quantize": {"blocksize": 64}}, "did you mean 'block_size'"),
+        ({"quantize": "int3"}, "quant_type is 'int3'; it must be 'nf4'"),
+        ({"data": {"train": "a", "valid": "b"}}, "did you mean 'validation'"),
+        ({"data": {"validation": "b"}}, "data: train is missing"),
+        ({"data": None}, "data is missing|data must be"),
+        ({"model": 3}, "model must be str, not 3"),
+        ({"learning_rate": "2e-4"}, "learning_rate must be float, not '2e-4'"),
+        ({"max_steps": 1.5}, "max_steps must be int or null, not 1.5"),
+        ({"max_steps": 0}, "max_steps must be positive"),
+        ({"lr_scheduler_type": "cosin"}, "lr_scheduler_type is 'cosin'"),
+        ({"over_length": "skip"}, "over_length is 'skip'"),
+        ({"dtype": "int8"}, "dtype 'int8' is not one of"),
+        ({"lora": {"r": 0}}, "r must be positive"),
+        ({"lora": {"lora_dropout": 1.0}}, "lora_dropout is 1.0"),
+    ],
+)
+def test_bad_run_config(change, message):
+    with pytest.raises(lk.LorakitError, match=message):
+        lk.RunConfig.from_dict(RUN | change, "run.yaml")
+
+
+def test_configs_are_frozen():
+    for config in (lk.QuantConfig(), lk.LoraConfig(), lk.TrainConfig()):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            config.r = 1
+
+
+def test_rslora_scaling():
+    assert lk.LoraConfig(r=8, lora_alpha=16).scaling == 2
+    assert lk.LoraConfig(r=8, lora_alpha=16, use_rslora=True).scaling == pytest.approx(5.657, abs=1e-3)

@@ -1,0 +1,136 @@
+"""Logits, gradients and text against transformers, in fp32."""
+
+import pytest
+import torch
+from tests.conftest import LLAMA3_ROPE, TINY_VARIANTS, tiny_llama
+
+import lorakit as lk
+from lorakit.config import RopeConfig
+from lorakit.rope import inverse_frequencies
+
+
+def ours_and_theirs(tmp_path, **overrides):
+    theirs = tiny_llama(**overrides)
+    theirs.save_pretrained(tmp_path)
+    return lk.load_model(tmp_path, dtype="float32"), theirs
+
+
+@pytest.mark.parametrize("variant", TINY_VARIANTS)
+def test_tiny_logits_and_every_gradient(tmp_path, variant):
+    ours, theirs = ours_and_theirs(tmp_path, **TINY_VARIANTS[variant])
+    ids = torch.randint(97, (2, 40), generator=torch.Generator().manual_seed(1))
+    logits, expected = ours(ids), theirs(ids).logits
+    # fp32 with sums in another order; values are of order 10
+    assert (logits - expected).abs().max() <= 1e-5 * max(1, expected.abs().max())
+    assert expected.abs().max() > 1  # the comparison means something
+
+    labels = ids.masked_fill(torch.rand(2, 40) < 0.5, -100)
+    loss, count = ours.loss(ids, labels)
+    (loss / count).backward()
+    theirs(ids, labels=labels).loss.backward()
+    named = dict(theirs.named_parameters())
+    compared = 0
+    for name, parameter in ours.named_parameters():
+        truth = named[name].grad
+        assert (parameter.grad - truth).abs().max() <= 1e-5 * max(1, truth.abs().max()), name
+        assert truth.abs().max() > 0, name
+        compared += 1
+    assert compared == len(named)
+
+
+@pytest.mark.parametrize("variant", ["gqa", "llama3_rope"])
+def test_gradient_checkpointing_changes_nothing(tmp_path, variant):
+    ours, _ = ours_and_theirs(tmp_path, **TINY_VARIANTS[variant])
+    ids = torch.randint(97, (2, 20))
+    grads = []
+    for checkpointing in (False, True):
+        ours.gradient_checkpointing = checkpointing
+        ours.zero_grad()
+        loss, _ = ours.loss(ids, ids)
+        loss.backward()
+        grads.append([p.grad for p in ours.parameters()])
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_no_logit(tmp_path, side):
+    ours, theirs = ours_and_theirs(tmp_path, num_key_value_heads=2)
+    torch.manual_seed(0)
+    rows = [torch.randint(97, (n,)) for n in (5, 9, 12)]
+    ids = torch.zeros(3, 12, dtype=torch.long)
+    mask = torch.zeros(3, 12, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        place = slice(12 - len(row), 12) if side == "left" else slice(0, len(row))
+        ids[i, place], mask[i, place] = row, True
+    logits = ours(ids, attention_mask=mask)
+    for i, row in enumerate(rows):
+        assert (logits[i][mask[i]] - theirs(row[None]).logits[0]).abs().max() <= 2e-5
+
+
+def test_cache_in_pieces_equals_the_whole(tmp_path):
+    from lorakit.generation import KVCache
+
+    ours, _ = ours_and_theirs(tmp_path, num_key_value_heads=2)
+    ids = torch.randint(97, (2, 15))
+    cache = KVCache(ours.config, 2, 15, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        pieces = [ours(part, cache=cache) for part in ids.split([4, 1, 6, 1, 3], dim=1)]
+        assert (torch.cat(pieces, 1) - ours(ids)).abs().max() <= 2e-5
+    assert cache.length == 15
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 1e5},
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+        LLAMA3_ROPE,
+        {**LLAMA3_ROPE, "original_max_position_embeddings": 8192, "rope_theta": 5e5, "factor": 32.0},
+    ],
+)
+def test_rotary_frequencies(rope):
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = LlamaConfig(hidden_size=256, num_attention_heads=4, rope_parameters=dict(rope))
+    expected = LlamaRotaryEmbedding(config).inv_freq
+    ours = inverse_frequencies(RopeConfig(**rope), 64, torch.device("cpu"))
+    assert torch.allclose(ours, expected, rtol=1e-6)  # fp32, one or two roundings apart
+
+
+@pytest.fixture(scope="module")
+def real(smollm2):
+    """SmolLM2, read from GGUF by transformers' own reader and by ours."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = {"gguf_file": smollm2.name}
+    theirs = AutoModelForCausalLM.from_pretrained(smollm2.parent, dtype=torch.float32, **where)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2.parent, **where)
+    ours = lk.load_model(smollm2, dtype="float32")
+    return ours, lk.load_tokenizer(smollm2), theirs.eval(), tokenizer
+
+
+TEXT = "The Roman Empire was the post-Republican period of ancient Rome. As a polity, it included "
+
+
+def test_smollm2_logits(real):
+    ours, tok, theirs, _ = real
+    ids = torch.tensor([tok.encode(TEXT * 10)])
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        # the bound of 30 layers in fp32; logits reach 30
+        assert (ours(ids) - expected).abs().max() <= 2e-4
+        assert expected.abs().max() > 10
+
+
+def test_smollm2_greedy_text_and_tokens(real):
+    ours, tok, theirs, tokenizer = real
+    messages = [{"role": "user", "content": "Write three sentences about the sea."}]
+    ids = tok.apply_chat_template(messages, add_generation_prompt=True)
+    expected = theirs.generate(torch.tensor([ids]), max_new_tokens=64, do_sample=False)[0, len(ids):]
+    text = lk.generate(ours, tok, messages, max_new_tokens=64)
+    assert text == tokenizer.decode(expected, skip_special_tokens=True)
+    # beside a longer prompt, so padded on the left: the same text
+    both = lk.generate_batch(ours, tok, [messages, TEXT * 2], max_new_tokens=64)
+    assert both[0] == text
