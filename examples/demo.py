@@ -67,11 +67,17 @@ def split(rows: list[dict], tok, max_tokens: int) -> tuple[list[dict], list[dict
     return train, held_out
 
 
+def first_line(text: str) -> str:
+    """The first line that says something: no code fence, no empty line."""
+    lines = [line.strip() for line in text.splitlines()]
+    return next((line for line in lines if line and not line.startswith("```")), "")
+
+
 def rouge(model, tok, rows: list[dict]) -> tuple[float, list[str]]:
     """Mean ROUGE-L of greedy one-line answers, and the answers."""
     prompts = [row["prompt"] for row in rows]
     texts = lk.generate_batch(model, tok, prompts, max_new_tokens=24, batch_size=16, progress=True)
-    answers = [text.strip().partition("\n")[0] for text in texts]
+    answers = [first_line(text) for text in texts]
     scores = [lk.rouge_l(a, row["completion"]) for a, row in zip(answers, rows, strict=True)]
     return sum(scores) / len(scores), answers
 
@@ -97,11 +103,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", help="a .gguf file, a model directory or a Hub id")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-tokens", type=int, default=160)
-    parser.add_argument("--eval-rows", type=int, default=160, help="held-out rows for the loss")
-    parser.add_argument("--rouge-rows", type=int, default=64, help="held-out rows to answer")
+    parser.add_argument("--eval-rows", type=int, default=128, help="held-out rows for the loss")
+    parser.add_argument("--rouge-rows", type=int, default=48, help="held-out rows to answer")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     started = time.perf_counter()

@@ -90,6 +90,7 @@ def load_adapter(module: nn.Module, path: str | Path) -> nn.Module:
             raise LorakitError(f"{path}: {name}={json.dumps(values[name])} is not supported")
     config = from_mapping(LoraConfig, values, str(path / CONFIG_FILE), ignore_unknown=True)
     tensors = open_safetensors(path / WEIGHTS_FILE)
+    trainable = {p: p.requires_grad for p in module.parameters()}
     attach(module, config)
     try:
         expected = {}
@@ -102,6 +103,8 @@ def load_adapter(module: nn.Module, path: str | Path) -> nn.Module:
                 parameter.copy_(tensors[name].read())
     except BaseException:
         detach(module)
+        for parameter, required in trainable.items():
+            parameter.requires_grad_(required)
         raise
     return module
 

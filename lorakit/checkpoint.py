@@ -72,8 +72,7 @@ def load_model(
         config = ModelConfig.from_hf(read_json(path / "config.json"), str(path / "config.json"))
         tensors = _open_directory(path)
 
-    with torch.device("meta"):
-        model = Decoder(config).to(dtype)
+    model = _empty_model(config, tensors, str(path)).to(dtype)
     tensors = _select(tensors, model, str(path))
     if quant is not None:
         quantize_module(model, quant)
@@ -86,6 +85,18 @@ def load_model(
         except ValueError as error:
             raise LorakitError(f"{path}: tensor {name}: {error}") from None
     return model.eval()
+
+
+def _empty_model(config: ModelConfig, tensors: Mapping[str, LazyTensor], where: str) -> Decoder:
+    """The model on the meta device. A damaged config may ask for sizes that no file could fill."""
+    last = f"model.layers.{config.num_hidden_layers - 1}.input_layernorm.weight"
+    if last not in tensors:  # said before a million layers are built
+        raise LorakitError(f"{where}: tensor {last} is missing")
+    try:
+        with torch.device("meta"):
+            return Decoder(config)
+    except RuntimeError as error:
+        raise LorakitError(f"{where}: the config's sizes are impossible ({error})") from None
 
 
 def _open_directory(path: Path) -> dict[str, LazyTensor]:

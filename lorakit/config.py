@@ -325,6 +325,7 @@ class TrainConfig:
             "max_seq_length",
         ]:
             _check(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
+        _check(self.max_seq_length > 1, "max_seq_length must be at least 2")
         for name in ("max_steps", "eval_steps"):
             value = getattr(self, name)
             _check(value is None or value > 0, f"{name} must be positive or null, not {value}")

@@ -114,9 +114,13 @@ def encode_rows(
             if over_length == "drop":
                 continue
             start = len(prompt) - len(tok.encode(row.prompt, add_special_tokens=False))
-            completion = completion[: max_seq_length - start - 1]
+            completion = completion[
+                : max_seq_length - max(start, 1)
+            ]  # a label needs a token before
             room = max_seq_length - start - len(completion)
             prompt = prompt[:start] + prompt[len(prompt) - room :]
+        if len(prompt) + len(completion) < 2:
+            raise LorakitError(f"{row.place} has one token; there is no next one to learn")
         examples.append(Example(prompt + completion, [IGNORE] * len(prompt) + completion))
     if not examples:
         raise LorakitError(

@@ -268,12 +268,11 @@ def _llama3_scaling(path: Path, info: TensorInfo, values: dict[str, Any]) -> dic
     }
     plain = ModelConfig.from_hf(values, str(path))
     scaled = ModelConfig.from_hf({**values, "rope_scaling": scaling}, str(path))
-    cpu = torch.device("cpu")
-    expected = inverse_frequencies(plain.rope, plain.head_dim, cpu) / divisors
-    if not torch.allclose(
-        inverse_frequencies(scaled.rope, plain.head_dim, cpu), expected, rtol=1e-4
+    size, cpu = plain.head_dim, torch.device("cpu")
+    if divisors.shape != (size // 2,) or not torch.allclose(
+        inverse_frequencies(scaled.rope, size, cpu) * divisors,
+        inverse_frequencies(plain.rope, size, cpu),
+        rtol=1e-4,
     ):
-        raise LorakitError(
-            f"{path}: rope_freqs.weight holds a rotary scaling that is not Llama 3's"
-        )
+        raise LorakitError(f"{path}: rope_freqs.weight holds a rotary scaling other than Llama 3's")
     return scaling

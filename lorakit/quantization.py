@@ -95,13 +95,15 @@ class NF4Linear(nn.Module):
 
     def _apply(self, fn, recurse: bool = True) -> nn.Module:
         """`.to(dtype)` changes what the layer computes in; the scales stay fp32."""
-        scales = {n: p for n, p in self._parameters.items() if n != "bias" and p is not None}
+        exact = {
+            n: p.detach() for n, p in self._parameters.items() if p is not None and n != "bias"
+        }
         super()._apply(fn, recurse)
-        for name, before in scales.items():
+        for name, before in exact.items():
             after = self._parameters[name]
             if after.dtype != before.dtype:
-                exact = before.detach().to(after.device)
-                self._parameters[name] = nn.Parameter(exact, requires_grad=False)
+                kept = nn.Parameter(before.to(after.device), requires_grad=False)
+                self._parameters[name] = kept
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
         return self
 

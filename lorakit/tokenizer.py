@@ -245,26 +245,34 @@ def _read_optional(path: Path) -> dict[str, Any]:
 def _from_gguf(path: Path) -> Tokenizer:
     metadata = read_header(path).metadata
 
-    def get(name: str, default: Any = None) -> Any:
-        return metadata.get(f"tokenizer.ggml.{name}", default)
+    def get(name: str, kind: type, default: Any = None) -> Any:
+        value = metadata.get(f"tokenizer.ggml.{name}", default)
+        if value is not None and not isinstance(value, kind):
+            raise LorakitError(f"{path}: tokenizer.ggml.{name} is {value!r}, not {kind.__name__}")
+        return value
 
-    if get("model") != "gpt2":
+    if get("model", str) != "gpt2":
         raise LorakitError(
-            f"{path}: tokenizer {get('model')!r} is not supported; byte-level BPE ('gpt2') is"
+            f"{path}: tokenizer {get('model', str)!r} is not supported; byte-level BPE ('gpt2') is"
         )
-    pre = get("pre", "gpt-2")
+    pre = get("pre", str, "gpt-2")
     if pre not in PRE_TOKENIZERS:
         known = ", ".join(PRE_TOKENIZERS)
         raise LorakitError(f"{path}: pre-tokenizer {pre!r} is not supported; supported are {known}")
-    tokens, merges = get("tokens", []), get("merges", [])
+    tokens, merges = get("tokens", list, []), get("merges", list, [])
     if not tokens or not merges:
         raise LorakitError(f"{path}: the file holds no vocabulary")
 
-    model = tokenizers.models.BPE(
-        vocab={token: i for i, token in enumerate(tokens)},
-        merges=[tuple(merge.split(" ", 1)) for merge in merges],
-        ignore_merges=pre == "llama-bpe",  # Llama 3 takes a word that is a token whole
-    )
+    try:
+        model = tokenizers.models.BPE(
+            vocab={token: i for i, token in enumerate(tokens)},
+            merges=[tuple(merge.split(" ", 1)) for merge in merges],
+            ignore_merges=pre == "llama-bpe",  # Llama 3 takes a word that is a token whole
+        )
+    except (
+        Exception
+    ) as error:  # the library raises bare Exception for a merge outside the vocabulary
+        raise LorakitError(f"{path}: the vocabulary is damaged: {error}") from None
     backend = tokenizers.Tokenizer(model)
     cut = [
         tokenizers.pre_tokenizers.Split(tokenizers.Regex(regex), behavior="isolated")
@@ -273,7 +281,7 @@ def _from_gguf(path: Path) -> Tokenizer:
     to_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([*cut, to_bytes])
     backend.decoder = tokenizers.decoders.ByteLevel()
-    kinds = get("token_type", [])
+    kinds = get("token_type", list, [])
     for kind in (CONTROL, USER_DEFINED):
         added = [
             tokenizers.AddedToken(token, normalized=False, special=kind == CONTROL)
@@ -285,11 +293,11 @@ def _from_gguf(path: Path) -> Tokenizer:
 
     special = {}
     for name in ("bos", "eos", "unknown", "padding"):
-        token_id = get(f"{name}_token_id")
+        token_id = get(f"{name}_token_id", int)
         if token_id is not None and token_id < len(tokens):
             key = {"unknown": "unk", "padding": "pad"}.get(name, name)
             special[f"{key}_token"] = tokens[token_id]
-    if get("add_bos_token", pre == "llama-bpe") and "bos_token" in special:
+    if get("add_bos_token", bool, pre == "llama-bpe") and "bos_token" in special:
         bos = special["bos_token"]
         backend.post_processor = tokenizers.processors.TemplateProcessing(
             single=f"{bos} $A",

@@ -46,9 +46,7 @@ TINY_VARIANTS = {
     "head_dim": {"head_dim": 12},
     "biases": {"attention_bias": True, "mlp_bias": True},
     "llama3_rope": {"rope_parameters": LLAMA3_ROPE},
-    "linear_rope": {
-        "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
-    },
+    "linear_rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
 }
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.conftest import TINY_VARIANTS, tiny_llama
 
 import lorakit as lk
+from tests.conftest import TINY_VARIANTS, tiny_llama
 
 
 @pytest.fixture

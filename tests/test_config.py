@@ -117,7 +117,9 @@ def test_run_config():
     assert run.lora.r == 4
     assert run.train.learning_rate == 1e-3
     assert run.data.train == "train.jsonl"
-    assert lk.RunConfig.from_dict({**RUN, "quantize": {"block_size": 128}}).quantize.block_size == 128
+    assert (
+        lk.RunConfig.from_dict({**RUN, "quantize": {"block_size": 128}}).quantize.block_size == 128
+    )
 
 
 @pytest.mark.parametrize(
@@ -155,4 +157,6 @@ def test_configs_are_frozen():
 
 def test_rslora_scaling():
     assert lk.LoraConfig(r=8, lora_alpha=16).scaling == 2
-    assert lk.LoraConfig(r=8, lora_alpha=16, use_rslora=True).scaling == pytest.approx(5.657, abs=1e-3)
+    assert lk.LoraConfig(r=8, lora_alpha=16, use_rslora=True).scaling == pytest.approx(
+        5.657, abs=1e-3
+    )

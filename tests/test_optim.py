@@ -64,9 +64,7 @@ def test_refuses_bad_options():
         lk.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], betas=(1.0, 0.9))
 
 
-@given(
-    st.sampled_from(["cosine", "linear", "constant"]), st.integers(1, 500), st.floats(0, 1)
-)
+@given(st.sampled_from(["cosine", "linear", "constant"]), st.integers(1, 500), st.floats(0, 1))
 def test_schedule(kind, total, warmup):
     """Rises to the peak, then never rises, stays within (0, peak]."""
     rates = [learning_rate(kind, step, total, 1.0, warmup) for step in range(total)]

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tests.conftest import LLAMA3_ROPE, TINY_VARIANTS, tiny_llama
 
 import lorakit as lk
 from lorakit.config import RopeConfig
 from lorakit.rope import inverse_frequencies
+from tests.conftest import LLAMA3_ROPE, TINY_VARIANTS, tiny_llama
 
 
 def ours_and_theirs(tmp_path, **overrides):
@@ -86,7 +86,12 @@ def test_cache_in_pieces_equals_the_whole(tmp_path):
         {"rope_type": "default", "rope_theta": 1e5},
         {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
         LLAMA3_ROPE,
-        {**LLAMA3_ROPE, "original_max_position_embeddings": 8192, "rope_theta": 5e5, "factor": 32.0},
+        {
+            **LLAMA3_ROPE,
+            "original_max_position_embeddings": 8192,
+            "rope_theta": 5e5,
+            "factor": 32.0,
+        },
     ],
 )
 def test_rotary_frequencies(rope):
@@ -128,7 +133,9 @@ def test_smollm2_greedy_text_and_tokens(real):
     ours, tok, theirs, tokenizer = real
     messages = [{"role": "user", "content": "Write three sentences about the sea."}]
     ids = tok.apply_chat_template(messages, add_generation_prompt=True)
-    expected = theirs.generate(torch.tensor([ids]), max_new_tokens=64, do_sample=False)[0, len(ids):]
+    expected = theirs.generate(torch.tensor([ids]), max_new_tokens=64, do_sample=False)[
+        0, len(ids) :
+    ]
     text = lk.generate(ours, tok, messages, max_new_tokens=64)
     assert text == tokenizer.decode(expected, skip_special_tokens=True)
     # beside a longer prompt, so padded on the left: the same text

@@ -4,12 +4,13 @@ import json
 import urllib.request
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tests.conftest import write_tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
 
 import lorakit as lk
 from lorakit.tokenizer import Tokenizer
+from tests.conftest import write_tokenizer
 
 TEXTS = [
     "Hello world, it's 2024!  don't\n\n  def f(x):\n\treturn 12345",
@@ -39,10 +40,12 @@ def test_gguf_ids_equal_transformers(pair, text):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.text(st.characters(max_codepoint=0x7FF)))
+@given(st.text())
 def test_gguf_round_trip(pair, text):
-    """decode(encode(text)) = text where the vocabulary has all bytes (it lacks some lead bytes)."""
+    """decode(encode(text)) = text, if the vocabulary has its bytes (SmolLM2's lacks some)."""
     tok = pair[0]
+    pieces = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)
+    assume(all(tok.backend.token_to_id(byte) is not None for piece, _ in pieces for byte in piece))
     assert tok.decode(tok.encode(text), skip_special_tokens=False) == text
 
 

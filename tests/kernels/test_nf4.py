@@ -92,7 +92,9 @@ def test_error_is_at_most_half_the_widest_gap_times_absmax(w, block_size):
 def test_quantizing_the_dequantized_tensor_changes_no_code(w, block_size):
     """quantize(dequantize(quantize(w))) = quantize(w), and absmax is exact, without nested scales."""
     q = kernels.quantize_nf4(w, block_size=block_size, double_quant=False)
-    again = kernels.quantize_nf4(kernels.dequantize_nf4(q), block_size=block_size, double_quant=False)
+    again = kernels.quantize_nf4(
+        kernels.dequantize_nf4(q), block_size=block_size, double_quant=False
+    )
     # a block whose largest value is negative keeps it: the level -1 is exact; so is +1
     assert torch.equal(again.codes, q.codes)
     assert torch.equal(again.absmax, q.absmax)

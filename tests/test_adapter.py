@@ -1,0 +1,146 @@
+"""Adapters on disk, against peft in both directions."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import lorakit as lk
+from lorakit.lora import lora_layers
+from tests.test_lora import IDS, randomize
+
+CONFIG = lk.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"])
+
+
+@pytest.fixture
+def model(tiny_dir):
+    return lk.load_model(tiny_dir, dtype="float32")
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    randomize(lk.attach(model, CONFIG))
+    lk.save_adapter(model, tmp_path / "adapter", base_model="someone/tiny")
+    return tmp_path / "adapter"
+
+
+def hugging_face(path):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], r".*\.1\..*up_proj"])
+def test_peft_loads_ours(model, tiny_dir, tmp_path, targets, rslora):
+    from peft import PeftModel
+
+    config = lk.LoraConfig(r=4, lora_alpha=6, target_modules=targets, use_rslora=rslora)
+    base = model(IDS)
+    randomize(lk.attach(model, config))
+    lk.save_adapter(model, tmp_path)
+    theirs = PeftModel.from_pretrained(hugging_face(tiny_dir), tmp_path).eval()
+    assert (theirs(IDS).logits - model(IDS)).abs().max() <= 1e-4
+    assert (model(IDS) - base).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], r".*\.1\..*up_proj"])
+def test_we_load_pefts(model, tiny_dir, tmp_path, targets, rslora):
+    import peft
+
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=targets, use_rslora=rslora, task_type="CAUSAL_LM"
+    )
+    theirs = peft.get_peft_model(hugging_face(tiny_dir), config).eval()
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, 0, 0.1)
+    theirs.save_pretrained(tmp_path)
+    lk.load_adapter(model, tmp_path)
+    assert (theirs(IDS).logits - model(IDS)).abs().max() <= 1e-4
+
+
+def test_same_files_as_peft(model, tiny_dir, tmp_path):
+    import peft
+
+    randomize(lk.attach(model, CONFIG))
+    lk.save_adapter(model, tmp_path / "ours")
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"])
+    peft.get_peft_model(hugging_face(tiny_dir), config).save_pretrained(tmp_path / "theirs")
+    ours, theirs = (
+        load_file(tmp_path / n / "adapter_model.safetensors") for n in ("ours", "theirs")
+    )
+    assert {k: (v.shape, v.dtype) for k, v in ours.items()} == {
+        k: (v.shape, v.dtype) for k, v in theirs.items()
+    }
+    known = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
+    written = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert set(written) <= set(known)
+
+
+def test_round_trip(model, saved, tiny_dir):
+    other = lk.load_adapter(lk.load_model(tiny_dir, dtype="float32"), saved)
+    assert torch.equal(other(IDS), model(IDS))
+    config = json.loads((saved / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "someone/tiny"
+    lk.save_adapter(other, saved.parent / "again", base_model="someone/tiny")
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (saved / file).read_bytes() == (saved.parent / "again" / file).read_bytes()
+
+
+def edit_config(path, **change):
+    file = path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+
+
+def edit_tensors(path, change):
+    tensors = load_file(path / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "adapter_model.safetensors")
+
+
+KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda p: shutil.rmtree(p), r"adapter_config\.json does not exist"),
+        (lambda p: (p / "adapter_model.safetensors").unlink(), "does not exist"),
+        (lambda p: (p / "adapter_config.json").write_text("{"), "not valid JSON"),
+        (lambda p: edit_config(p, peft_type="IA3"), "peft_type is 'IA3'"),
+        (lambda p: edit_config(p, use_dora=True), "use_dora=true is not supported"),
+        (lambda p: edit_config(p, modules_to_save=["lm_head"]), "modules_to_save=.*not supported"),
+        (lambda p: edit_config(p, r="4"), "r must be int, not '4'"),
+        (lambda p: edit_config(p, r=5), r"is \(4, \d+\), the model needs \(5, \d+\)"),
+        (lambda p: edit_config(p, target_modules=["w_proj"]), "'w_proj' matches no linear layer"),
+        (lambda p: edit_config(p, target_modules=["q_proj"]), "belongs to no adapted layer"),
+        (lambda p: edit_tensors(p, lambda t: t.pop(KEY)), "q_proj.lora_A.weight is missing"),
+        (lambda p: edit_tensors(p, lambda t: t.update(x=torch.zeros(1))), "tensor x belongs to no"),
+        (
+            lambda p: (p / "adapter_model.safetensors").write_bytes(
+                (p / "adapter_model.safetensors").read_bytes()[:-9]
+            ),
+            "damaged or cut off",
+        ),
+    ],
+)
+def test_a_bad_adapter_leaves_the_model_as_it_was(saved, tiny_dir, damage, message):
+    model = lk.load_model(tiny_dir, dtype="float32")
+    before = model(IDS)
+    damage(saved)
+    with pytest.raises(lk.LorakitError, match=message):
+        lk.load_adapter(model, saved)
+    assert not lora_layers(model)
+    assert all(p.requires_grad for p in model.parameters())
+    assert torch.equal(model(IDS), before)
+
+
+def test_nothing_to_save(model, tmp_path):
+    with pytest.raises(lk.LorakitError, match="no adapter is attached"):
+        lk.save_adapter(model, tmp_path / "x")
+    assert not (tmp_path / "x").exists()

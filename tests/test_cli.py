@@ -1,0 +1,186 @@
+"""The command line as a user meets it: what it prints, writes and returns."""
+
+import fcntl
+import json
+import os
+import pty
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+
+import pytest
+import yaml
+
+import lorakit as lk
+from lorakit.cli import main
+from tests.conftest import ROWS
+
+
+@pytest.fixture
+def run_file(tiny_dir, tmp_path):
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, ROWS)) + "\n")
+    values = {
+        "model": str(tiny_dir),
+        "quantize": "nf4",
+        "dtype": "float32",
+        "lora": {"r": 4, "lora_alpha": 8},
+        "data": {
+            "train": str(tmp_path / "train.jsonl"),
+            "validation": str(tmp_path / "train.jsonl"),
+        },
+        "output_dir": str(tmp_path / "out"),
+        "max_steps": 3,
+        "learning_rate": 1.0e-2,
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_train_then_generate(run_file, tiny_dir, tmp_path, capsys):
+    assert main(["train", str(run_file), "max_steps=4", "lora.r=2"]) == 0
+    out = capsys.readouterr().out
+    assert "step 4/4: loss" in out
+    assert "validation loss" in out
+    assert f"adapter in {tmp_path / 'out'}" in out
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["r"] == 2
+    assert config["base_model_name_or_path"] == str(tiny_dir)
+
+    base = [str(tiny_dir), "hello", "--dtype", "float32", "--quantize", "nf4"]
+    options = ["--adapter", str(tmp_path / "out"), "--max-new-tokens", "6"]
+    assert main(["generate", *base, *options]) == 0
+    model = lk.load_model(tiny_dir, dtype="float32", quantize="nf4")
+    lk.load_adapter(model, tmp_path / "out")
+    tok = lk.load_tokenizer(tiny_dir)
+    assert capsys.readouterr().out == lk.generate(model, tok, "hello", max_new_tokens=6) + "\n"
+    assert main(["generate", *base, *options, "--chat", "--temperature", "0.5", "--seed", "1"]) == 0
+
+
+def test_prompt_from_standard_input(tiny_dir):
+    command = [
+        sys.executable,
+        "-m",
+        "lorakit.cli",
+        "generate",
+        str(tiny_dir),
+        "--max-new-tokens",
+        "3",
+    ]
+    done = subprocess.run(command, input="hello", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["learning_rat=3"], "unknown key 'learning_rat' (did you mean 'learning_rate'?)"),
+        (
+            ["lora.target_modules=[q_prj]"],
+            "'q_prj' matches no linear layer (did you mean 'q_proj'?)",
+        ),
+        (["model=/nowhere"], "/nowhere does not exist"),
+        (["data=/nowhere.jsonl"], "/nowhere.jsonl does not exist"),
+        (["max_steps=three"], "max_steps must be int or null, not 'three'"),
+        (["max_steps"], "'max_steps' is not of the form key=value"),
+        (["model.name=3"], "model is not a mapping"),
+        (["lora=[1"], "the value is not valid YAML"),
+        (["max_seq_length=4", "over_length=raise"], "more than max_seq_length=4"),
+    ],
+)
+def test_an_error_is_one_sentence(run_file, tmp_path, capsys, change, message):
+    assert main(["train", str(run_file), *change]) == 1
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.startswith("lorakit: ")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("a: [1", "not valid YAML"), ("- 1", "must hold a mapping"), ("", "must hold a mapping")],
+)
+def test_bad_run_file(tmp_path, capsys, content, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    assert main(["train", str(path)]) == 1
+    assert message in capsys.readouterr().err
+    assert main(["train", str(tmp_path / "none.yaml")]) == 1
+    assert "No such file" in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback(run_file, capsys):
+    assert main(["train", str(run_file), "model=/nowhere", "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["tain"], ["train"], ["generate", "m", "--top-q", "1"]])
+def test_wrong_usage_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["generate", "--help"]])
+def test_help(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 0
+    assert "usage: lorakit" in capsys.readouterr().out
+
+
+def test_ctrl_c_saves_the_adapter(run_file, tmp_path):
+    command = [
+        sys.executable,
+        "-u",
+        "-m",
+        "lorakit.cli",
+        "train",
+        str(run_file),
+        "max_steps=100000",
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+    )
+    for line in process.stdout:
+        if line.startswith("step 5/"):
+            break
+    process.send_signal(signal.SIGINT)
+    started = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; the adapter so far is in" in err
+    assert "Traceback" not in err
+    assert time.monotonic() - started < 30
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_progress_bar_on_a_terminal(run_file):
+    """On a terminal a bar shows loss, rate, tokens/s and memory."""
+    parent, child = pty.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))  # 24 x 120
+    command = [sys.executable, "-m", "lorakit.cli", "train", str(run_file)]
+    process = subprocess.Popen(command, stdout=child, stderr=child)
+    os.close(child)
+    seen = b""
+    while True:
+        try:
+            chunk = os.read(parent, 4096)
+        except OSError:  # the other side has closed
+            break
+        if not chunk:
+            break
+        seen += chunk
+    os.close(parent)
+    assert process.wait() == 0
+    text = seen.decode()
+    assert "training: 100%" in text
+    for part in ("loss ", "lr ", "tok/s", "MB"):
+        assert part in text
+    assert "step 1/" not in text

@@ -1,0 +1,102 @@
+"""Who imports what (the table of the design), and what `import lorakit` costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+STANDARD = set(sys.stdlib_module_names) | {"torch", "tqdm"}
+FOREIGN = {"transformers", "peft", "bitsandbytes", "trl", "unsloth", "liger_kernel", "accelerate"}
+
+ALLOWED = {
+    "config": set(),
+    "rope": {"config"},
+    "hub": {"config", "huggingface_hub"},
+    "gguf": {"config", "rope", "gguf", "numpy"},
+    "tokenizer": {"config", "hub", "gguf", "tokenizers", "jinja2"},
+    "metrics": set(),
+    "memory": set(),
+    "model": {"kernels", "config", "rope"},
+    "quantization": {"kernels", "config"},
+    "lora": {"kernels", "config"},
+    "checkpoint": {"config", "model", "quantization", "lora", "hub", "gguf", "safetensors"},
+    "adapter": {"config", "lora", "checkpoint"},
+    "data": {"config", "tokenizer"},
+    "optim": {"config", "kernels"},
+    "generation": {"config", "model", "tokenizer"},
+    "trainer": {"config", "model", "tokenizer", "data", "optim", "lora", "adapter", "memory"},
+    "cli": {"lorakit", "yaml"},
+    "__init__": set(),
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Top names of all imports in a file; relative ones by their first part."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            if node.module:
+                found.add(node.module.partition(".")[0])
+            else:
+                found |= {alias.name for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "lorakit").glob("*.py")), ids=lambda p: p.stem)
+def test_modules_import_what_the_design_allows(path):
+    assert (
+        imports(path) - STANDARD <= ALLOWED[path.stem] - {path.stem} | {"gguf"} & ALLOWED[path.stem]
+    )
+
+
+def test_kernels_import_torch_only():
+    for path in (ROOT / "kernels").rglob("*.py"):
+        inside = {p.stem for p in (ROOT / "kernels").iterdir()} | {"reference", "dispatch"}
+        assert imports(path) - STANDARD <= inside, path
+        assert "lorakit" not in imports(path)
+
+
+@pytest.mark.parametrize("folder", ["examples", "benchmarks"])
+def test_programs_use_the_public_api(folder):
+    for path in (ROOT / folder).glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert not (node.module or "").startswith("lorakit"), path
+
+
+def test_import_is_light():
+    code = (
+        "import sys, torch; before = set(sys.modules); import lorakit;"
+        "print(*(set(sys.modules) - before))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) <= {"lorakit"} | {
+        m for m in done.stdout.split() if m.startswith(("__editable__", "_lorakit", "_editable"))
+    }
+
+
+def test_training_and_loading_import_no_peer(tiny_dir):
+    code = (
+        "import sys, lorakit as lk;"
+        f"m = lk.load_model({str(tiny_dir)!r}, quantize='nf4'); t = lk.load_tokenizer({str(tiny_dir)!r});"
+        "lk.generate(lk.attach(m), t, 'x', max_new_tokens=1); lk.train;"
+        "print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert not loaded & (FOREIGN | {"triton", "matplotlib", "gguf"})
+
+
+def test_every_public_name_exists():
+    import lorakit as lk
+
+    for name in lk.__all__:
+        assert getattr(lk, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        lk.nothing  # noqa: B018
+    assert set(lk.__all__) <= set(dir(lk))

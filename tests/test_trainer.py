@@ -1,0 +1,182 @@
+"""The loop: its gradient, its determinism, what it writes and what it refuses."""
+
+import json
+import math
+import os
+import signal
+import threading
+
+import pytest
+import torch
+
+import lorakit as lk
+from lorakit.lora import lora_layers
+from tests.conftest import ROWS
+
+
+@pytest.fixture(scope="module")
+def tok(tiny_dir):
+    return lk.load_tokenizer(tiny_dir)
+
+
+def adapted(tiny_dir, **options):
+    model = lk.load_model(tiny_dir, dtype="float32", quantize="nf4")
+    torch.manual_seed(0)
+    return lk.attach(model, lk.LoraConfig(r=4, lora_alpha=8, **options))
+
+
+def run(tiny_dir, tok, out, rows=ROWS, lora=None, **options):
+    model = adapted(tiny_dir, **(lora or {}))
+    config = lk.TrainConfig(
+        **{"output_dir": str(out), "max_steps": 6, "learning_rate": 1e-2, **options}
+    )
+    return model, lk.train(model, tok, rows, config)
+
+
+def test_learns_and_writes(tiny_dir, tok, tmp_path):
+    data = {"train": ROWS, "validation": ROWS[:4]}
+    model, result = run(tiny_dir, tok, tmp_path, data, max_steps=30, eval_steps=10)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 31))
+    assert steps[-1]["loss"] < 0.7 * steps[0]["loss"]
+    assert set(steps[0]) == {
+        "step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "peak_memory_mb"
+    }  # fmt: skip
+    evaluations = [line for line in lines if "eval_loss" in line]
+    assert [line["step"] for line in evaluations] == [10, 20, 30]
+    assert result.evaluations[-1]["loss"] == evaluations[-1]["eval_loss"]
+    assert result.evaluations[-1]["loss"] == pytest.approx(
+        lk.evaluate(model, tok, ROWS[:4])["loss"]
+    )
+    assert (result.steps, result.interrupted) == (30, False)
+    assert result.tokens == steps[-1]["tokens"]
+    fresh = lk.load_model(tiny_dir, dtype="float32", quantize="nf4")
+    again = lk.load_adapter(fresh, tmp_path)
+    ids = torch.arange(10)[None]
+    assert torch.equal(again(ids), model(ids))
+    assert not model.training
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_same_seed_same_bytes(tiny_dir, tok, tmp_path, dropout):
+    options = {"lora": {"lora_dropout": dropout}}
+    for name in ("a", "b"):
+        run(tiny_dir, tok, tmp_path / name, **options)
+    run(tiny_dir, tok, tmp_path / "c", seed=1, **options)
+    a, b, c = ((tmp_path / n / "adapter_model.safetensors").read_bytes() for n in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_accumulation_is_one_large_batch(tiny_dir, tok, tmp_path):
+    """8 rows x 1 and 1 row x 8 take the same step, though the rows have different lengths."""
+    rows = [{"prompt": "p" * i, "completion": "c" * (3 * i + 1)} for i in range(8)]
+    weights, losses = [], []
+    for size, accumulate in ((8, 1), (2, 4), (1, 8)):
+        model, result = run(
+            tiny_dir,
+            tok,
+            tmp_path,
+            rows,
+            max_steps=1,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulate,
+        )
+        losses.append(result.loss)
+        weights.append(torch.cat([x.lora_B.flatten() for x in lora_layers(model).values()]))
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+    # a first Adam step is lr * sign(g) wherever g is not tiny: compare where it is not
+    moved = weights[0].abs() > 0.5e-2
+    assert moved.float().mean() > 0.9
+    for other in weights[1:]:
+        assert (other - weights[0])[moved].abs().max() < 1e-5
+
+
+def test_loss_is_the_mean_over_label_tokens(tiny_dir, tok):
+    """evaluate = sum of cross-entropies of completion tokens / their number, one row at a time."""
+    model = lk.load_model(tiny_dir, dtype="float32")
+    result = lk.evaluate(model, tok, ROWS, batch_size=5)
+    total = count = 0
+    for row in ROWS:
+        prompt = tok.encode(row["prompt"])
+        ids = [*prompt, *tok.encode(row["completion"], add_special_tokens=False), 2]
+        logp = model(torch.tensor([ids]))[0].double().log_softmax(-1)
+        for t in range(len(prompt), len(ids)):
+            total -= logp[t - 1, ids[t]].item()
+            count += 1
+    assert result["label_tokens"] == count
+    assert result["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert result["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
+def test_gradient_checkpointing_gives_the_same_adapter(tiny_dir, tok, tmp_path):
+    for name, on in (("a", False), ("b", True)):
+        run(tiny_dir, tok, tmp_path / name, gradient_checkpointing=on)
+    a, b = ((tmp_path / n / "adapter_model.safetensors").read_bytes() for n in "ab")
+    assert a == b
+
+
+def test_clipping_and_schedule(tiny_dir, tok, tmp_path):
+    run(tiny_dir, tok, tmp_path, max_grad_norm=1e-4, warmup_ratio=0.5, max_steps=4)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [round(line["learning_rate"], 6) for line in lines] == [0.005, 0.01, 0.01, 0.005]
+    assert all(line["grad_norm"] > 1e-4 for line in lines)  # the norm before clipping
+
+
+def test_epochs(tiny_dir, tok, tmp_path):
+    options = {"max_steps": None, "per_device_train_batch_size": 5}
+    _, result = run(tiny_dir, tok, tmp_path, num_train_epochs=2.0, **options)
+    assert result.steps == 10  # 24 rows: 5 batches
+    _, result = run(
+        tiny_dir, tok, tmp_path, gradient_accumulation_steps=3, num_train_epochs=1.0, **options
+    )
+    assert result.steps == 2
+
+
+def test_ctrl_c_saves_and_leaves(tiny_dir, tok, tmp_path):
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+    before = signal.getsignal(signal.SIGINT)
+    timer.start()
+    model, result = run(tiny_dir, tok, tmp_path, max_steps=100_000)
+    assert result.interrupted
+    assert 0 < result.steps < 100_000
+    assert signal.getsignal(signal.SIGINT) is before
+    ids = torch.arange(10)[None]
+    fresh = lk.load_model(tiny_dir, dtype="float32", quantize="nf4")
+    assert torch.equal(lk.load_adapter(fresh, tmp_path)(ids), model(ids))
+
+
+def test_refuses_before_it_starts(tiny_dir, tok, tmp_path):
+    config = lk.TrainConfig(output_dir=str(tmp_path / "out"))
+    plain = lk.load_model(tiny_dir, dtype="float32")
+    with pytest.raises(lk.LorakitError, match="no adapter is attached"):
+        lk.train(plain, tok, ROWS, config)
+    model = adapted(tiny_dir)
+    with pytest.raises(lk.LorakitError, match="holds no rows"):
+        lk.train(model, tok, [], config)
+    with pytest.raises(lk.LorakitError, match="'train' and maybe 'validation'"):
+        lk.train(model, tok, {"training": ROWS}, config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_without_gradient_is_an_error(tiny_dir, tok, tmp_path):
+    model = adapted(tiny_dir)
+    layer = model.model.layers[1].mlp.up_proj
+    layer.enabled = False
+    with pytest.raises(lk.LorakitError, match=r"layers\.1\.mlp\.up_proj\.lora_B got no gradient"):
+        lk.train(model, tok, ROWS, lk.TrainConfig(output_dir=str(tmp_path), max_steps=2))
+
+
+def test_composes_with_a_plain_loop(tiny_dir, tok):
+    model = adapted(tiny_dir)
+    optimizer = lk.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    ids = torch.tensor([tok.encode("the same text again and again")])
+    losses = []
+    for _ in range(10):
+        loss, count = model.loss(ids, ids)
+        (loss / count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
