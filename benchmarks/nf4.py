@@ -1,10 +1,10 @@
-"""NF4 quantize and dequantize: lorakit's CPU kernels, its torch reference, and bitsandbytes, in one run.
+"""NF4 on the CPU: lorakit's kernels, its torch reference, and bitsandbytes, in one run.
 
     python benchmarks/nf4.py [--json rows.json]
 
-Prints the median of repeated runs with its 20th and 80th percentile, and GB/s of the bytes that have to
-move (packed codes, scales and the dense tensor, each once). The rows alternate, so that whatever else
-the machine does hits all of them.
+Prints the median of repeated runs with its 20th and 80th percentile, and GB/s of the bytes that
+have to move (packed codes, scales and the dense tensor, each once). The rows alternate, so that
+whatever else the machine does hits all of them.
 """
 
 import argparse

@@ -94,7 +94,7 @@ def plot(metrics: Path, file: Path, before: float, after: float) -> None:
     axes.axhline(before, color="gray", linestyle=":", label=f"held out, before: {before:.2f}")
     axes.axhline(after, color="tab:red", linestyle="--", label=f"held out, after: {after:.2f}")
     axes.set(xlabel="step", ylabel="loss (nats per token)", title="NF4 + LoRA on docstrings")
-    axes.legend()
+    axes.legend(loc="lower left")
     figure.tight_layout()
     figure.savefig(file, dpi=120)
 
@@ -163,7 +163,8 @@ def main() -> None:
     (args.output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     for row, before, after in list(zip(asked, answers_before, answers_after, strict=True))[:3]:
         print(f"\n{textwrap.indent(row['prompt'].removesuffix(QUESTION), '    | ')}")
-        print(f"    library: {row['completion']}\n    before:  {before}\n    after:   {after}")
+        print(f"    library: {row['completion']}")
+        print(f"    before:  {before or '(nothing)'}\n    after:   {after or '(nothing)'}")
     print(f"""
                       before     after
 held-out loss         {loss_before:6.3f}    {loss_after:6.3f}    {loss_after / loss_before - 1:+.1%}

@@ -9,6 +9,7 @@ pads with its end token still learns to stop.
 """
 
 import json
+import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from .config import LorakitError, nearest
 from .tokenizer import Tokenizer
+
+log = logging.getLogger("lorakit")
 
 IGNORE = -100
 FIELDS = ("prompt", "completion")
@@ -99,13 +102,14 @@ def encode_rows(
     tokens stay), and at the end of the completion only if that alone is too long; "drop": left out;
     "raise": an error. Raises LorakitError too if every row is dropped.
     """
-    examples, rows = [], list(rows)
+    examples, rows, long = [], list(rows), 0
     end = [] if tok.eos_token_id is None else [tok.eos_token_id]
     for row in rows:
         prompt = tok.encode(row.prompt)
         completion = tok.encode(row.completion, add_special_tokens=False) + end
         length = len(prompt) + len(completion)
         if length > max_seq_length:
+            long += 1
             if over_length == "raise":
                 raise LorakitError(
                     f"{row.place} has {length} tokens, more than max_seq_length={max_seq_length}; "
@@ -122,6 +126,15 @@ def encode_rows(
         if len(prompt) + len(completion) < 2:
             raise LorakitError(f"{row.place} has one token; there is no next one to learn")
         examples.append(Example(prompt + completion, [IGNORE] * len(prompt) + completion))
+    if long and examples:
+        done = "dropped" if over_length == "drop" else "truncated"
+        log.warning(
+            "lorakit: %d of %d rows are longer than max_seq_length=%d and were %s",
+            long,
+            len(rows),
+            max_seq_length,
+            done,
+        )
     if not examples:
         raise LorakitError(
             f"all {len(rows)} rows are longer than max_seq_length={max_seq_length} and were dropped"

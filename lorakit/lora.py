@@ -189,7 +189,7 @@ def attach(module: nn.Module, config: LoraConfig | None = None) -> nn.Module:
 
 
 def detach(module: nn.Module) -> nn.Module:
-    """Remove the adapter: the base layers return to their places, still frozen. Returns `module`."""
+    """Remove the adapter: the base layers return to their places, still frozen."""
     for name, layer in _adapted(module, "detach").items():
         base = layer.base
         _replace(module, name, base.linear if isinstance(base, DenseBase) else base)

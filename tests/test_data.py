@@ -26,7 +26,7 @@ def test_labels_are_the_completion_and_the_end(tok):
 @settings(max_examples=80, deadline=None)
 @given(st.text("abc ", max_size=30), st.text("xyz", min_size=1, max_size=30), st.integers(2, 70))
 def test_truncation_keeps_the_completion(tok, prompt, completion, limit):
-    """At most `limit` tokens; the completion goes whole if it fits; BOS and at least one label stay."""
+    """At most `limit` tokens: BOS, the end of the prompt, and all of the completion that fits."""
     row = Row(prompt, completion, "row 0")
     [example] = encode_rows([row], tok, max_seq_length=limit)
     labels = [label for label in example.labels if label != IGNORE]
@@ -41,10 +41,12 @@ def test_truncation_keeps_the_completion(tok, prompt, completion, limit):
     assert kept == prompt_ids[len(prompt_ids) - len(kept) :]  # its end
 
 
-def test_policies_for_long_rows(tok):
+def test_policies_for_long_rows(tok, caplog):
     rows = [Row("a" * 20, "b", "f line 7"), Row("a", "b", "f line 8")]
     assert len(encode_rows(rows, tok, max_seq_length=10)) == 2
+    assert "1 of 2 rows are longer than max_seq_length=10 and were truncated" in caplog.text
     assert len(encode_rows(rows, tok, max_seq_length=10, over_length="drop")) == 1
+    assert "were dropped" in caplog.text
     with pytest.raises(
         lk.LorakitError, match="f line 7 has 23 tokens, more than max_seq_length=10"
     ):

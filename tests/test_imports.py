@@ -82,8 +82,8 @@ def test_import_is_light():
 
 def test_training_and_loading_import_no_peer(tiny_dir):
     code = (
-        "import sys, lorakit as lk;"
-        f"m = lk.load_model({str(tiny_dir)!r}, quantize='nf4'); t = lk.load_tokenizer({str(tiny_dir)!r});"
+        f"import sys, lorakit as lk; path = {str(tiny_dir)!r};"
+        "m = lk.load_model(path, quantize='nf4'); t = lk.load_tokenizer(path);"
         "lk.generate(lk.attach(m), t, 'x', max_new_tokens=1); lk.train;"
         "print(*sys.modules)"
     )

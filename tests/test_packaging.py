@@ -85,7 +85,8 @@ def test_sdist_holds_what_a_build_needs(tmp_path):
     import tarfile
 
     sdist, _ = build("sdist", tmp_path)
-    names = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
     for needed in (
         "CMakeLists.txt",
         "kernels/simd.h",

@@ -20,8 +20,8 @@ def test_tiny_logits_and_every_gradient(tmp_path, variant):
     ours, theirs = ours_and_theirs(tmp_path, **TINY_VARIANTS[variant])
     ids = torch.randint(97, (2, 40), generator=torch.Generator().manual_seed(1))
     logits, expected = ours(ids), theirs(ids).logits
-    # fp32 with sums in another order; values are of order 10
-    assert (logits - expected).abs().max() <= 1e-5 * max(1, expected.abs().max())
+    # the same operations in fp32; elsewhere a product may sum in another order, values reach 7
+    assert (logits - expected).abs().max() <= 1e-5
     assert expected.abs().max() > 1  # the comparison means something
 
     labels = ids.masked_fill(torch.rand(2, 40) < 0.5, -100)
@@ -32,7 +32,7 @@ def test_tiny_logits_and_every_gradient(tmp_path, variant):
     compared = 0
     for name, parameter in ours.named_parameters():
         truth = named[name].grad
-        assert (parameter.grad - truth).abs().max() <= 1e-5 * max(1, truth.abs().max()), name
+        assert (parameter.grad - truth).abs().max() <= 1e-5, name
         assert truth.abs().max() > 0, name
         compared += 1
     assert compared == len(named)

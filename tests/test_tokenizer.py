@@ -137,7 +137,7 @@ def test_template_priority(directory):
 
 
 TEMPLATES = [
-    "{% for m in messages %}\n  {% if m.role == 'user' %}\n{{ m.content }}\n  {% endif %}\n{% endfor %}",
+    "{% for m in messages %}\n  {% if m.role == 'user' %}\n{{ m.content }} {% endif %}{% endfor %}",
     "{{ messages[0] | tojson }} {{ messages | tojson(indent=2) }}",
     "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
     "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.role }}{% endfor %}",

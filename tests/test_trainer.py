@@ -41,7 +41,8 @@ def test_learns_and_writes(tiny_dir, tok, tmp_path):
     assert [line["step"] for line in steps] == list(range(1, 31))
     assert steps[-1]["loss"] < 0.7 * steps[0]["loss"]
     assert set(steps[0]) == {
-        "step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "peak_memory_mb"
+        "step", "loss", "learning_rate", "grad_norm",
+        "tokens", "tokens_per_second", "peak_memory_mb",
     }  # fmt: skip
     evaluations = [line for line in lines if "eval_loss" in line]
     assert [line["step"] for line in evaluations] == [10, 20, 30]

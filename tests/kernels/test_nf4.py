@@ -70,7 +70,7 @@ def test_double_quantization_equals_bitsandbytes():
     # the offset is a mean: summation order may differ in the last bits
     assert abs(ours.offset - state.offset) < 1e-6
     assert torch.allclose(ours.nested_absmax, state.state2.absmax, rtol=1e-5)
-    # bitsandbytes' CPU code finds the nearest level by a table of 65,536 bins: at most one beside it
+    # bitsandbytes' CPU code finds the level by a table of 65,536 bins: at most one beside it
     difference = (ours.absmax.int() - state.absmax.int()).abs()
     assert difference.max() <= 1
     assert (difference > 0).float().mean() < 0.01
@@ -90,7 +90,7 @@ def test_error_is_at_most_half_the_widest_gap_times_absmax(w, block_size):
 @settings(max_examples=60, deadline=None)
 @given(tensors, block_sizes)
 def test_quantizing_the_dequantized_tensor_changes_no_code(w, block_size):
-    """quantize(dequantize(quantize(w))) = quantize(w), and absmax is exact, without nested scales."""
+    """quantize(dequantize(quantize(w))) = quantize(w), scales included, if they are fp32."""
     q = kernels.quantize_nf4(w, block_size=block_size, double_quant=False)
     again = kernels.quantize_nf4(
         kernels.dequantize_nf4(q), block_size=block_size, double_quant=False

@@ -1,0 +1,97 @@
+"""Every snippet and command of README, run as it stands there."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lorakit as lk
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)(?: (\S+))?\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def blocks(language, name=""):
+    return [text for lang, file, text in BLOCKS if lang == language and file == name]
+
+
+@pytest.fixture(scope="module")
+def workplace(smollm2, tmp_path_factory):
+    """An empty directory, and a Hub cache that holds the model under its Hub name."""
+    cache, work = tmp_path_factory.mktemp("cache"), tmp_path_factory.mktemp("work")
+    commit = "0" * 40
+    repo = cache / f"models--{MODEL.replace('/', '--')}"
+    snapshot = repo / "snapshots" / commit
+    lk.save_model(lk.load_model(smollm2, dtype="bfloat16"), snapshot)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    tok = lk.load_tokenizer(smollm2)
+    tok.backend.save(str(snapshot / "tokenizer.json"))
+    (snapshot / "tokenizer_config.json").write_text(json.dumps(tok.special_tokens))
+    (snapshot / "chat_template.jinja").write_text(tok.chat_template)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "PATH": path}
+
+    def run(command, check=True):
+        return subprocess.run(
+            command, cwd=work, env=env, capture_output=True, text=True, check=check
+        )
+
+    return work, run
+
+
+def test_python_example(workplace):
+    work, run = workplace
+    [code] = blocks("python")
+    assert len(code.strip().splitlines()) <= 20
+    done = run([sys.executable, "-c", code])
+    before, after = map(float, re.search(r"loss ([\d.]+) -> ([\d.]+)", done.stdout).groups())
+    assert after < 0.5 * before
+    assert (work / "runs" / "first" / "adapter_model.safetensors").exists()
+    assert (work / "runs" / "merged" / "model.safetensors").exists()
+
+
+def test_command_line(workplace):
+    work, run = workplace
+    [run_file], [rows] = blocks("yaml", "run.yaml"), blocks("json", "train.jsonl")
+    (work / "run.yaml").write_text(run_file)
+    (work / "train.jsonl").write_text(rows)
+    commands = [line for text in blocks("sh") for line in text.splitlines() if "lorakit " in line]
+    commands = [shlex.split(c, comments=True) for c in commands if c.startswith("lorakit ")]
+    assert {c[1] for c in commands} == {"train", "generate"}
+    for command in commands:
+        done = run(command, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip()
+
+
+def test_make_targets():
+    commands = [line for text in blocks("sh") for line in text.splitlines()]
+    targets = {t for line in commands for t in re.findall(r"^make (?:\w+=\S+ )*([\w-]+)", line)}
+    assert {"demo", "test", "lint", "bench"} <= targets
+    for target in targets:
+        subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_ci_runs_what_readme_names():
+    script = (ROOT / ".ci" / "run").read_text()
+    [command] = re.findall(r"^make .*$", script, re.MULTILINE)
+    assert command in README
+
+
+def test_links_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
+
+
+def test_names_in_readme_are_public():
+    for name in set(re.findall(r"\blk\.(\w+)", README)):
+        assert name in lk.__all__, name
