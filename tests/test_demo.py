@@ -58,7 +58,8 @@ def test_rows_are_functions_without_their_docstring(demo, tmp_path):
 def test_a_few_thousand_rows_and_no_module_on_both_sides(demo, smollm2):
     rows = demo.functions(Path(sysconfig.get_paths()["stdlib"]))
     assert len(rows) > 3000
-    assert not [row for row in rows if row["completion"] in row["prompt"].partition("\n")[0]]
+    given_away = [row for row in rows if row["completion"] in row["prompt"]]
+    assert len(given_away) < 0.005 * len(rows)  # docstrings that repeat a comment or the signature
     train, held_out = demo.split(rows, lk.load_tokenizer(smollm2), 160)
     assert len(train) > 2000
     assert len(held_out) > 100
