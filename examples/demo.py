@@ -146,6 +146,9 @@ def main() -> None:
         ),
         base_model=args.model,
     )
+    if result.interrupted:
+        print(f"interrupted; the adapter so far is in {args.output_dir}/")
+        sys.exit(130)
     print("after training: held-out loss and answers")
     loss_after = lk.evaluate(model, tok, held_out)["loss"]
     rouge_after, answers_after = rouge(model, tok, asked)
@@ -177,4 +180,9 @@ adapter, metrics.jsonl, loss.png, summary.json in {args.output_dir}/""")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except lk.LorakitError as error:
+        sys.exit(f"demo: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -103,7 +103,10 @@ def _open_directory(path: Path) -> dict[str, LazyTensor]:
     if (path / WEIGHTS_FILE).exists():
         return open_safetensors(path / WEIGHTS_FILE)
     if not (path / INDEX_FILE).exists():
-        raise LorakitError(f"{path}: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there")
+        raise LorakitError(
+            f"{path}: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there "
+            "(pickled weights are not read)"
+        )
     weight_map = read_json(path / INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict):
         raise LorakitError(f"{path / INDEX_FILE}: weight_map is missing")

@@ -2,10 +2,21 @@
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# Shared machines are slow at odd moments; continuous integration tries the same examples each time.
+settings.register_profile(
+    "lorakit",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize="CI" in os.environ,
+)
+settings.load_profile("lorakit")
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ def test_labels_are_the_completion_and_the_end(tok):
     assert example.labels == [IGNORE] * 3 + [c, d, 2]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.text("abc ", max_size=30), st.text("xyz", min_size=1, max_size=30), st.integers(2, 70))
 def test_truncation_keeps_the_completion(tok, prompt, completion, limit):
     """At most `limit` tokens: BOS, the end of the prompt, and all of the completion that fits."""

@@ -188,7 +188,7 @@ def test_truncated_anywhere(good, tmp_path):
             lk.load_model(bad, dtype="float32")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(position=st.integers(0, 4000), value=st.integers(0, 255))
 def test_one_damaged_byte_never_crashes(good, tmp_path_factory, position, value):
     data = bytearray(good.read_bytes())

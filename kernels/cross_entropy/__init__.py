@@ -13,6 +13,7 @@ gradient in the forward pass, while a chunk's logits are at hand; backward only 
 a gradient is computed even if backward never runs, unless gradients are disabled.
 """
 
+import torch
 from torch import Tensor
 
 from . import reference
@@ -36,5 +37,7 @@ def linear_cross_entropy(
     """
     rows = (labels.reshape(-1) != ignore_index).nonzero()[:, 0]
     picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows)
+    if not torch.is_grad_enabled():  # no gradient while the logits are at hand, then
+        weight = weight.detach()
     total = reference.LinearCrossEntropy.apply(picked, weight, labels.reshape(-1)[rows])
     return total, (labels != ignore_index).sum()

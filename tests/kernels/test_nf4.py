@@ -76,7 +76,7 @@ def test_double_quantization_equals_bitsandbytes():
     assert (difference > 0).float().mean() < 0.01
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(tensors, block_sizes)
 def test_error_is_at_most_half_the_widest_gap_times_absmax(w, block_size):
     """|x' - x| <= absmax * max_i (level[i+1] - level[i]) / 2, per block."""
@@ -87,7 +87,7 @@ def test_error_is_at_most_half_the_widest_gap_times_absmax(w, block_size):
     assert ((back - w).abs() <= bound * (1 + 2**-20)).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(tensors, block_sizes)
 def test_quantizing_the_dequantized_tensor_changes_no_code(w, block_size):
     """quantize(dequantize(quantize(w))) = quantize(w), scales included, if they are fp32."""
@@ -100,7 +100,7 @@ def test_quantizing_the_dequantized_tensor_changes_no_code(w, block_size):
     assert torch.equal(again.absmax, q.absmax)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(tensors, block_sizes)
 def test_double_quantization_moves_absmax_by_at_most_a_level_gap(w, block_size):
     """|absmax' - absmax| <= nested_absmax * (widest gap of the dynamic map) / 2."""
@@ -117,7 +117,7 @@ def test_double_quantization_moves_absmax_by_at_most_a_level_gap(w, block_size):
 
 
 @pytest.mark.skipif(not HAS_LIBRARY, reason="the CPU library was not built")
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(tensors, block_sizes, st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 def test_cpu_kernels_equal_the_reference_bit_for_bit(w, block_size, dtype):
     w = w.clamp(-60000, 60000).to(dtype)

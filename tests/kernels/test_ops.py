@@ -81,7 +81,7 @@ def test_swiglu(dtype):
         within_budget(*triple)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.integers(1, 40), st.integers(2, 300), st.floats(0, 1), st.integers(0, 1000), st.booleans()
 )
