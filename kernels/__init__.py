@@ -1,5 +1,4 @@
-"""The ops of lorakit: one folder per op, each with its maths, a torch reference and faster
-backends.
+"""The ops of lorakit: one folder per op, with its maths, a torch reference and faster backends.
 
 Every op here is one public function that picks its backend by the tensor's device (see `dispatch`).
 Importing this package has no side effects: no library is loaded and no GPU is touched until an op

@@ -1,8 +1,10 @@
-"""Next-token cross-entropy, summed over the labels that count, and the same fused with the output
-head.
+"""Next-token cross-entropy, summed over the labels that count; alone, and fused with the head.
 
-With logits z and label y, loss = logsumexp(z) - z_y, in fp32; d loss / d z = softmax(z) -
-onehot(y). Both functions return the sum and the number of labels that were not `ignore_index`, so
+With logits z and label y, in fp32,
+
+    loss = logsumexp(z) - z_y          d loss / d z = softmax(z) - onehot(y)
+
+Both functions return the sum and the number of labels that were not `ignore_index`, so
 that a caller can add up micro-batches of different length and divide once: the mean of means weighs
 short batches too much.
 
@@ -29,10 +31,9 @@ def cross_entropy(
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, ignore_index: int = -100
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of hidden [..., H] @ weight[V, H]^T against labels int64 [...], never building
-    all the logits.
+    """Cross-entropy of hidden [..., H] @ weight [V, H]^T, never building all the logits.
 
-    Rows whose label is `ignore_index` are left out before the product. Returns (summed loss fp32
+    labels: int64 [...]. Rows whose label is `ignore_index` are left out before the product. Returns (summed loss fp32
     [], count int64 []); differentiable in hidden and weight.
     """
     rows = (labels.reshape(-1) != ignore_index).nonzero()[:, 0]

@@ -13,9 +13,11 @@ Every product with A or B has a side of length r: no N x K update is ever formed
 direction. With dropout the update reads a dropped copy of x; dA and dB then use that copy, and its
 own gradient is s (dy B) A.
 
-What is kept ------------ Only the input of the update and the two small matrices. W is asked of the
-base when it is needed (a 4-bit base dequantizes it again), and x A^T is recomputed: r / K of the
-work of the layer, instead of M r kept values.
+What is kept
+------------
+Only the input of the update and the two small matrices. W is asked of the base when it is needed (a
+4-bit base dequantizes it again), and x A^T is recomputed: r / N of the layer's product, instead of
+M r kept values.
 
 The base is any callable with `dequantize()`: the op does not know, and need not, how the weight is
 stored.

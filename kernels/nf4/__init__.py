@@ -1,37 +1,40 @@
-"""NF4: 4-bit NormalFloat quantization with double quantization (QLoRA, arXiv:2305.14314, section
-3).
+"""NF4: 4-bit NormalFloat with double quantization (QLoRA, arXiv:2305.14314, section 3).
 
-The maths --------- The tensor is flattened row-major and cut into blocks of `block_size` values;
-the last block may be short. A block is scaled by its largest magnitude, absmax, and every value
-becomes the index of the nearest of 16 fixed levels, the quantiles of a normal distribution rescaled
-to [-1, 1] so that 0 and both ends are exact:
+The maths
+---------
+The tensor is flattened row-major and cut into blocks of `block_size` values; the last block may be
+short. A block is scaled by its largest magnitude, absmax, and every value becomes the index of the
+nearest of 16 fixed levels, the quantiles of a normal distribution rescaled to [-1, 1] so that 0 and
+both ends are exact:
 
-    scaled = x * (1 / absmax)                         fp32, a product with the reciprocal code   =
-    #{thresholds < scaled}                   thresholds are the fp32 midpoints of the levels x'
-    = NF4_LEVELS[code] * absmax                fp32, then one rounding to the wanted dtype
+    scaled = x * (1 / absmax)              fp32, a product with the reciprocal
+    code   = #{thresholds < scaled}        thresholds are the fp32 midpoints of the levels
+    x'     = NF4_LEVELS[code] * absmax     fp32, then one rounding to the wanted dtype
 
-Double quantization stores absmax itself in 8 bits. With offset = mean(absmax), the residue absmax -
-offset is quantized in blocks of 256 to the nearest of 256 levels of a signed "dynamic" map
+Double quantization stores absmax itself in 8 bits. With offset = mean(absmax), the residue
+absmax - offset is quantized in blocks of 256 to the nearest of 256 levels of a signed "dynamic" map
 (arXiv:1511.04561: some bits hold a decimal exponent, the rest a linear fraction):
 
     absmax' = DYNAMIC[absmax_code] * nested_absmax[block // 256] + offset
 
-which costs 8/block_size + 32/(256 block_size) bits per parameter instead of 32/block_size: 0.127
-instead of 0.5 at 64.
+which costs 8 / block_size + 32 / (256 block_size) bits per parameter instead of 32 / block_size:
+0.127 instead of 0.5 at 64.
 
 Memory layout
 -------------
-    codes          uint8 [ceil(n / 2)]       element 2i in the high nibble of byte i, 2i + 1 in the
-    low one absmax         uint8 [blocks] (double quantization) or fp32 [blocks] nested_absmax  fp32
-    [ceil(blocks / 256)] offset         fp32 []
+    codes          uint8 [ceil(n / 2)]     element 2i in the high nibble of byte i, 2i + 1 low
+    absmax         uint8 [blocks], or fp32 [blocks] without double quantization
+    nested_absmax  fp32 [ceil(blocks / 256)]
+    offset         fp32 []
 
 These are bitsandbytes' bytes, so that its checkpoints need no conversion. The padding nibble of an
 odd length is 7, the code of 0. All-zero blocks have absmax 0 and code 7 everywhere.
 
-The trade-off ------------- `nf4_linear` dequantizes the whole weight, multiplies, and forgets it;
-backward dequantizes again. That keeps 4.127 bits per frozen parameter between products at the price
-of one dequantization per product, which is small beside the product itself from a few dozen rows
-on.
+The trade-off
+-------------
+`nf4_linear` dequantizes the whole weight, multiplies, and forgets it; backward dequantizes again.
+That keeps 4.127 bits per frozen parameter between products at the price of one dequantization per
+product, which is small beside the product itself from a few dozen rows on.
 """
 
 import ctypes
@@ -142,7 +145,7 @@ def quantize_nf4(w: Tensor, *, block_size: int = 64, double_quant: bool = True) 
         raise ValueError(
             f"block_size is {block_size}: choose one of {', '.join(map(str, BLOCK_SIZES))}"
         )
-    flat = w.detach().reshape(-1)
+    flat = w.detach().reshape(-1).contiguous()  # reshape alone may keep the strides
     if dispatch.pick(w.device, "cpu") == "cpu":
         codes, absmax = _quantize_cpu(flat, block_size)
     else:

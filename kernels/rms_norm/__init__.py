@@ -1,5 +1,4 @@
-"""Root mean square layer normalization (arXiv:1910.07467): y = w * x / sqrt(mean(x^2) + eps), per
-row.
+"""Root mean square normalization (arXiv:1910.07467): y = w * x / sqrt(mean(x^2) + eps), per row.
 
 The statistics are fp32 whatever x is. The normalized row is rounded to x's dtype before the product
 with w, the order of the published Llama models; models trained with the other order differ in the

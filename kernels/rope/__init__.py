@@ -1,5 +1,4 @@
-"""Rotary position embedding (arXiv:2104.09864), in the half-split layout of the published
-checkpoints.
+"""Rotary position embedding (arXiv:2104.09864), in the half-split layout of the checkpoints.
 
 A head of D values is D/2 pairs (x_j, x_{j + D/2}); position t turns pair j by the angle t * f_j:
 

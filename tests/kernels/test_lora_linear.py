@@ -75,3 +75,18 @@ def test_frozen_input_gets_no_gradient():
     kernels.lora_linear(x.detach(), base, A, B, 1.0).sum().backward()
     assert A.grad is not None
     assert B.grad is not None
+
+
+def test_under_autocast():
+    """The caller's autocast is followed: bf16 products, gradients in the inputs' dtypes."""
+    x, base, A, B = make(torch.float32, M=(16,), K=64, N=48, r=4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = kernels.lora_linear(x, base, A, B, 1.0)
+    exact = kernels.lora_linear(x, base, A, B, 1.0)
+    assert y.dtype == torch.bfloat16
+    assert (y - exact).abs().max() < 0.02 * exact.abs().max()  # a few roundings of bf16
+    grads = torch.autograd.grad(y.float().sum(), (x, A, B))
+    truth = torch.autograd.grad(exact.sum(), (x, A, B))
+    for grad, wide in zip(grads, truth, strict=True):
+        assert grad.dtype == torch.float32
+        assert (grad - wide).abs().max() < 0.02 * wide.abs().max()

@@ -161,7 +161,10 @@ def test_every_instruction_set_gives_the_same_bits():
 
 def test_shapes_strides_and_empty():
     torch.manual_seed(0)
-    for w in (torch.randn(3, 4, 5, 7), torch.randn(64, 48).t(), torch.randn(1), torch.randn(0, 5)):
+    dense = torch.randn(3, 4, 5, 7)
+    strided = [torch.randn(64, 48).t(), torch.randn(256)[::2], dense[:, :1], dense[..., 3]]
+    expanded = torch.tensor([1.5]).expand(4096)
+    for w in (dense, torch.randn(1), torch.randn(0, 5), expanded, *strided):
         q = kernels.quantize_nf4(w, block_size=32, double_quant=False)
         back = kernels.dequantize_nf4(q)
         assert back.shape == w.shape
