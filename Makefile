@@ -1,7 +1,7 @@
 # Every target sets up what it needs in .venv, once. `make demo` on a fresh machine is a fine first command.
 PYTHON ?= python3
-# Installed first and by itself: a range would pull a CUDA build of several gigabytes onto a CPU machine.
-# On a GPU machine: make TORCH=torch
+# Installed first and by itself, so that no range of a dependency picks another build behind your back: on a
+# CPU machine that would be several gigabytes of CUDA. Any requirement or wheel: make TORCH=torch, make TORCH=some.whl
 TORCH ?= torch==2.13.0
 RUFF ?= ruff==0.17.6
 VENV := .venv
@@ -39,12 +39,14 @@ $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-$(VENV)/.torch: $(VENV)/.python
+TORCH_STAMP := $(VENV)/.torch-$(shell printf '%s' '$(TORCH)' | tr -c 'A-Za-z0-9.' '_')
+$(TORCH_STAMP): $(VENV)/.python
 	$(BIN)/pip install -q "$(TORCH)"
+	rm -f $(VENV)/.torch-*
 	touch $@
 
 # The package itself, editable; Python sources are picked up as they are, C++ sources rebuild it.
-$(VENV)/.lorakit: $(VENV)/.torch $(LIBRARY_SOURCES)
+$(VENV)/.lorakit: $(TORCH_STAMP) $(LIBRARY_SOURCES)
 	$(BIN)/pip install -q -e ".[gguf,plots]"
 	touch $@
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .checkpoint import open_safetensors, read_json, write_json, write_safetensors
+from .checkpoint import open_safetensors, write_safetensors
 from .config import LoraConfig, LorakitError, from_mapping
+from .files import read_json, write_json
 from .lora import attach, detach, lora_layers
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -35,7 +36,12 @@ UNSUPPORTED = {
     "trainable_token_indices": None,
     "target_parameters": None,
     "layer_replication": None,
+    "use_qalora": False,
+    "use_bdlora": None,
+    "alora_invocation_tokens": None,
 }
+# initializations that leave the base weights alone; PiSSA and its like change them, also on loading
+PLAIN_INITS = (None, True, False, "gaussian", "eva")
 
 
 def save_adapter(module: nn.Module, path: str | Path, *, base_model: str | None = None) -> None:
@@ -49,8 +55,8 @@ def save_adapter(module: nn.Module, path: str | Path, *, base_model: str | None 
         raise LorakitError("save_adapter: no adapter is attached")
     tensors = {}
     for name, layer in layers.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.float()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.float()
     config = next(iter(layers.values())).config
     values = {
         "base_model_name_or_path": base_model,
@@ -66,7 +72,7 @@ def save_adapter(module: nn.Module, path: str | Path, *, base_model: str | None 
         "task_type": "CAUSAL_LM",
         "use_rslora": config.use_rslora,
     }
-    path = Path(path)
+    path = Path(path).expanduser()
     path.mkdir(parents=True, exist_ok=True)
     write_safetensors(path / WEIGHTS_FILE, tensors)
     write_json(path / CONFIG_FILE, values)
@@ -79,7 +85,7 @@ def load_adapter(module: nn.Module, path: str | Path) -> nn.Module:
     PEFT feature that lorakit does not have, or tensors that are missing, unknown or of another
     shape.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     values = read_json(path / CONFIG_FILE)
     if values.get("peft_type") != "LORA":
         raise LorakitError(
@@ -88,6 +94,12 @@ def load_adapter(module: nn.Module, path: str | Path) -> nn.Module:
     for name, unused in UNSUPPORTED.items():
         if values.get(name) not in (None, unused, []):
             raise LorakitError(f"{path}: {name}={json.dumps(values[name])} is not supported")
+    if values.get("init_lora_weights") not in PLAIN_INITS:
+        raise LorakitError(
+            f"{path}: init_lora_weights={json.dumps(values['init_lora_weights'])} changes the base "
+            "weights; convert the adapter to plain LoRA first (PEFT: path_initial_model_for_weight_"
+            "conversion)"
+        )
     config = from_mapping(LoraConfig, values, str(path / CONFIG_FILE), ignore_unknown=True)
     tensors = open_safetensors(path / WEIGHTS_FILE)
     trainable = {p: p.requires_grad for p in module.parameters()}

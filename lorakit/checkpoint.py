@@ -10,12 +10,11 @@ Writing is atomic per file: a temporary file beside the target, fsync, rename. A
 file or the new one. Nothing here unpickles, and nothing writes to the network.
 """
 
-import json
-import os
+import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,11 +24,14 @@ from tqdm import tqdm
 
 from . import hub
 from .config import LorakitError, ModelConfig, QuantConfig, nearest, quant_config, to_dtype
+from .files import atomic, read_json, write_json
 from .gguf import read_gguf
 from .lora import LoraLinear
 from .model import Decoder
 from .quantization import NF4Linear
 from .quantization import quantize as quantize_module
+
+log = logging.getLogger("lorakit")
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -58,12 +60,13 @@ def load_model(
     dtype: of everything that is not quantized, and of all products.
     quantize: "nf4" or a QuantConfig packs the linear layers (not the head) to 4 bits while loading,
         from the values on disk; None keeps them dense.
+    device: where to put it; default: the GPU if torch has one, else the CPU.
 
     Raises LorakitError, in one sentence, for anything that is missing, damaged, of the wrong shape
     or left over.
     """
     dtype, quant = to_dtype(dtype), quant_config(quantize)
-    device = torch.device(device or "cpu")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     path = hub.resolve(path_or_hub_id, hub.WEIGHTS)
     if path.suffix == ".gguf":
         config, found = read_gguf(path)
@@ -71,6 +74,7 @@ def load_model(
     else:
         config = ModelConfig.from_hf(read_json(path / "config.json"), str(path / "config.json"))
         tensors = _open_directory(path)
+        config = _completed(config, path, tensors)
 
     model = _empty_model(config, tensors, str(path)).to(dtype)
     tensors = _select(tensors, model, str(path))
@@ -85,6 +89,27 @@ def load_model(
         except ValueError as error:
             raise LorakitError(f"{path}: tensor {name}: {error}") from None
     return model.eval()
+
+
+def _completed(config: ModelConfig, path: Path, tensors: Mapping[str, LazyTensor]) -> ModelConfig:
+    """`config` with the end tokens of generation_config.json, and tied only if the weights are."""
+    if (path / "generation_config.json").exists():
+        where = f"{path / 'generation_config.json'}: eos_token_id"
+        more = read_json(path / "generation_config.json").get("eos_token_id")
+        more = [] if more is None else more if isinstance(more, list) else [more]
+        if not all(type(token) is int for token in more):
+            raise LorakitError(f"{where} must be a number or a list of numbers, not {more!r}")
+        ends = list(dict.fromkeys([*config.eos_token_ids, *more]))
+        if ends != config.eos_token_ids:
+            config = dataclasses.replace(config, eos_token_id=ends)
+    head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+    both = config.tie_word_embeddings and head is not None and embedding is not None
+    if both and not (head.shape == embedding.shape and torch.equal(head.read(), embedding.read())):
+        log.warning(
+            "lorakit: %s: the config ties head and embedding, the weights differ; kept apart", path
+        )
+        config = dataclasses.replace(config, tie_word_embeddings=False)
+    return config
 
 
 def _empty_model(config: ModelConfig, tensors: Mapping[str, LazyTensor], where: str) -> Decoder:
@@ -108,8 +133,8 @@ def _open_directory(path: Path) -> dict[str, LazyTensor]:
             "(pickled weights are not read)"
         )
     weight_map = read_json(path / INDEX_FILE).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise LorakitError(f"{path / INDEX_FILE}: weight_map is missing")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise LorakitError(f"{path / INDEX_FILE}: weight_map, of names to files, is missing")
     shards = {file: open_safetensors(path / file) for file in sorted(set(weight_map.values()))}
     for name, file in weight_map.items():
         if name not in shards[file]:
@@ -157,6 +182,8 @@ def _select(tensors: dict[str, LazyTensor], model: Decoder, where: str) -> dict[
 
 
 def _place(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    if not tensor.is_floating_point():
+        raise ValueError(f"holds {tensor.dtype}; only floating-point weights are read")
     owner_name, _, leaf = name.rpartition(".")
     owner = model.get_submodule(owner_name)
     if isinstance(owner, NF4Linear) and leaf == "weight":
@@ -187,7 +214,7 @@ def save_model(module: Decoder, path: str | Path, *, max_shard_size: int = 5 * 1
         shards[-1].append((name, tensor))
         used += size
 
-    path = Path(path)
+    path = Path(path).expanduser()
     path.mkdir(parents=True, exist_ok=True)
     weight_map = {}
     for i, shard in enumerate(shards, 1):
@@ -233,41 +260,8 @@ def _dense_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, L
         yield from _dense_tensors(child, f"{prefix}{name}.")
 
 
-@contextmanager
-def _atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that becomes `path` if the block succeeds."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors to a safetensors file, atomically."""
-    with _atomic(path) as temporary:
+    with atomic(path) as temporary:
         plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         save_file(plain, temporary, metadata={"format": "pt"})
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write indented JSON with sorted keys, atomically."""
-    with _atomic(path) as temporary:
-        text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-        temporary.write_text(text, encoding="utf-8")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises LorakitError if it is missing, no JSON, or no object."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LorakitError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise LorakitError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise LorakitError(f"{path} must hold a JSON object, not {type(values).__name__}")
-    return values

@@ -5,6 +5,7 @@ one sentence; --debug adds the traceback.
 """
 
 import argparse
+import re
 import sys
 import time
 import traceback
@@ -16,7 +17,11 @@ import lorakit as lk
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse closes a list of arguments at the first option: what comes after it lands in `rest`
+    if any(argument.startswith("-") for argument in rest) or not args.take(args, rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return args.run(args)
     except (lk.LorakitError, OSError) as error:
@@ -47,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("run_file", type=Path, metavar="run.yaml")
     train.add_argument("overrides", nargs="*", metavar="key=value")
-    train.set_defaults(run=_train)
+    train.set_defaults(run=_train, take=_take_overrides)
 
     generate = verbs.add_parser(
         "generate",
@@ -65,8 +70,24 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
     generate.add_argument("--top-p", type=float, default=1.0)
     generate.add_argument("--seed", type=int)
-    generate.set_defaults(run=_generate)
+    generate.set_defaults(run=_generate, take=_take_prompt)
     return parser
+
+
+def _take_overrides(args: argparse.Namespace, rest: list[str]) -> bool:
+    args.overrides += rest
+    for override in args.overrides:
+        name, equals, _ = override.partition("=")
+        if not (name and equals):
+            print(f"lorakit: {override!r} is not of the form key=value", file=sys.stderr)
+            sys.exit(2)
+    return True
+
+
+def _take_prompt(args: argparse.Namespace, rest: list[str]) -> bool:
+    if args.prompt is None and rest:
+        args.prompt = rest.pop(0)
+    return not rest
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -78,9 +99,8 @@ def _train(args: argparse.Namespace) -> int:
         data["validation"] = lk.read_rows(run.data.validation)
     tok = lk.load_tokenizer(run.model)
     started = time.perf_counter()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = lk.load_model(run.model, dtype=run.dtype, quantize=run.quantize, device=device)
-    print(f"loaded {run.model} in {time.perf_counter() - started:.1f} s on {device}")
+    model = lk.load_model(run.model, dtype=run.dtype, quantize=run.quantize)
+    print(f"loaded {run.model} in {time.perf_counter() - started:.1f} s on {model.device}")
     torch.manual_seed(run.train.seed)
     lk.attach(model, run.lora)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -100,12 +120,9 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    import torch
-
     prompt = args.prompt if args.prompt is not None else sys.stdin.read()
     tok = lk.load_tokenizer(args.model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = lk.load_model(args.model, dtype=args.dtype, quantize=args.quantize, device=device)
+    model = lk.load_model(args.model, dtype=args.dtype, quantize=args.quantize)
     if args.adapter is not None:
         lk.load_adapter(model, args.adapter)
     text = lk.generate(
@@ -122,23 +139,18 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _read_run_file(path: Path, overrides: list[str]) -> dict[str, Any]:
-    import yaml
-
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise lk.LorakitError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    except UnicodeDecodeError as error:
-        raise lk.LorakitError(f"{path} is not UTF-8 text: {error}") from None
+        values = _yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise lk.LorakitError(f"{path} is not valid YAML: {reason}") from None
     if not isinstance(values, dict):
         raise lk.LorakitError(f"{path} must hold a mapping of names to values")
     for override in overrides:
-        name, equals, text = override.partition("=")
-        if not equals or not name:
-            raise lk.LorakitError(f"{override!r} is not of the form key=value")
+        name, _, text = override.partition("=")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
+            value = _yaml(text)
+        except ValueError:
             raise lk.LorakitError(f"{override!r}: the value is not valid YAML") from None
         *parents, leaf = name.split(".")
         target = values
@@ -148,6 +160,21 @@ def _read_run_file(path: Path, overrides: list[str]) -> dict[str, Any]:
                 raise lk.LorakitError(f"{override!r}: {parent} is not a mapping in {path}")
         target[leaf] = value
     return values
+
+
+def _yaml(text: str) -> Any:
+    """The value of YAML text, with 2e-4 a number as in YAML 1.2. Raises ValueError."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    number = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(error) from None
 
 
 if __name__ == "__main__":

@@ -53,7 +53,9 @@ def _accepts(kind: Any, value: Any) -> bool:
         return isinstance(value, Mapping)
     if kind in (int, float) and isinstance(value, bool):
         return False
-    return isinstance(value, (int, float) if kind is float else kind)
+    if kind is float:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, kind)
 
 
 def _type_name(kind: Any) -> str:
@@ -230,14 +232,14 @@ class ModelConfig:
 
 def _rope_from_hf(values: Mapping, where: str) -> RopeConfig:
     """transformers 5: one rope_parameters; transformers 4: rope_theta beside rope_scaling."""
-    if values.get("rope_parameters") is not None:
-        given = values["rope_parameters"]
-    else:
-        given = values.get("rope_scaling") or {}
-        if isinstance(given, Mapping):
-            given = {"rope_type" if name == "type" else name: v for name, v in given.items()}
-            if values.get("rope_theta") is not None:
-                given["rope_theta"] = values["rope_theta"]
+    given = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    if isinstance(given, Mapping):
+        given = {"rope_type" if name == "type" else name: v for name, v in given.items()}
+        beside = {"rope_theta": values.get("rope_theta")}
+        if given.get("rope_type") == "llama3":
+            original = values.get("max_position_embeddings")
+            beside["original_max_position_embeddings"] = original
+        given = {name: v for name, v in beside.items() if v is not None} | given
     return from_mapping(RopeConfig, given, f"{where}, rope parameters", ignore_unknown=True)
 
 
@@ -337,6 +339,7 @@ class TrainConfig:
             self.over_length in ("truncate", "drop", "raise"),
             f"over_length is {self.over_length!r}; choose truncate, drop or raise",
         )
+        _check(0 <= self.seed < 2**63, f"seed is {self.seed}; it must be in [0, 2^63)")
         _check(
             0 <= self.warmup_ratio <= 1,
             f"warmup_ratio is {self.warmup_ratio}; it must be in [0, 1]",

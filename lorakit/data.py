@@ -60,20 +60,27 @@ def _values(source: str | Path | Iterable) -> Iterator[tuple[Any, str]]:
         return
     path = Path(source).expanduser()
     try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    place = f"{path} line {number}"
-                    try:
-                        yield json.loads(line), place
-                    except json.JSONDecodeError as error:
-                        raise LorakitError(f"{place} is not valid JSON: {error}") from None
+        file = open(path, encoding="utf-8")  # noqa: SIM115, closed below
     except FileNotFoundError:
         raise LorakitError(f"{path} does not exist") from None
     except IsADirectoryError:
         raise LorakitError(f"{path} is a directory; a JSONL file is wanted") from None
-    except UnicodeDecodeError as error:
-        raise LorakitError(f"{path} is not UTF-8 text: {error}") from None
+    except ValueError as error:  # a null byte
+        raise LorakitError(f"{source!r} is no path: {error}") from None
+    with file:
+        try:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _parsed(line, f"{path} line {number}"), f"{path} line {number}"
+        except UnicodeDecodeError as error:
+            raise LorakitError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def _parsed(line: str, place: str) -> Any:
+    try:
+        return json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise LorakitError(f"{place} is not valid JSON: {error}") from None
 
 
 def _row(value: Any, place: str) -> Row:
@@ -104,9 +111,14 @@ def encode_rows(
     """
     examples, rows, long = [], list(rows), 0
     end = [] if tok.eos_token_id is None else [tok.eos_token_id]
+    if not end:
+        log.warning("lorakit: the tokenizer has no end token; the model will not learn to stop")
     for row in rows:
-        prompt = tok.encode(row.prompt)
-        completion = tok.encode(row.completion, add_special_tokens=False) + end
+        try:
+            prompt = tok.encode(row.prompt)
+            completion = tok.encode(row.completion, add_special_tokens=False) + end
+        except LorakitError as error:
+            raise LorakitError(f"{row.place}: {error}") from None
         length = len(prompt) + len(completion)
         if length > max_seq_length:
             long += 1

@@ -4,6 +4,7 @@ Prompts of different length run as one batch, padded on the left, so that every 
 in the last column. The cache is allocated once, for the prompt and all new tokens.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,16 +71,24 @@ def generate_batch(
     row ends at an end token of the tokenizer or of the model's config. Raises LorakitError for an
     empty prompt, or one that leaves no room within the model's max_position_embeddings.
     """
-    if max_new_tokens < 1 or batch_size < 1 or temperature < 0 or not 0 < top_p <= 1:
+    if (
+        max_new_tokens < 1
+        or batch_size < 1
+        or not 0 <= temperature < math.inf
+        or not 0 < top_p <= 1
+    ):
         raise LorakitError(
             "generate: max_new_tokens and batch_size must be at least 1, temperature at least 0, "
             "top_p in (0, 1]"
         )
+    if seed is not None and not 0 <= seed < 2**63:
+        raise LorakitError(f"generate: seed is {seed}; it must be in [0, 2^63)")
     encoded = [_encode(tok, prompt) for prompt in prompts]
     limit = model.config.max_position_embeddings
     for ids in encoded:
         if not ids:
             raise LorakitError("generate: a prompt has no tokens")
+        tok.check_fits(ids, model.config.vocab_size)
         if len(ids) + max_new_tokens > limit:
             raise LorakitError(
                 f"generate: a prompt of {len(ids)} tokens and max_new_tokens={max_new_tokens} "
@@ -154,6 +163,7 @@ def _sample(logits: Tensor, temperature: float, top_p: float, generator) -> Tens
     """One token id per row of logits [B, V]."""
     if temperature == 0:
         return logits.argmax(-1)
-    probs, tokens = (logits / temperature).softmax(-1).sort(descending=True, stable=True)
+    shifted = logits - logits.amax(-1, keepdim=True)  # a tiny temperature must not give inf - inf
+    probs, tokens = (shifted / temperature).softmax(-1).sort(descending=True, stable=True)
     probs[probs.cumsum(-1) - probs >= top_p] = 0  # what lies beyond the first top_p of the mass
     return tokens.gather(-1, torch.multinomial(probs, 1, generator=generator))[:, 0]

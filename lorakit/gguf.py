@@ -89,10 +89,12 @@ def _parse(file: BinaryIO, size: int) -> Header:
         if kind != ARRAY:
             raise _Truncated(f"unknown value type {kind}")
         item, count = scalar("I"), scalar("Q")
+        if item == ARRAY:
+            raise _Truncated("an array of arrays")
         if item in SCALARS:
             dtype = np.dtype("<" + SCALARS[item])
             return np.frombuffer(take(count * dtype.itemsize), dtype).tolist()
-        if count * 8 > size - file.tell():  # every string or array takes 8 bytes at least
+        if count * 8 > size - file.tell():  # every string takes 8 bytes at least
             raise _Truncated(f"an array of {count} items at {file.tell()} of {size}")
         return [value(item) for _ in range(count)]
 
@@ -128,22 +130,22 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, tuple[tuple[int, ...],
     type that the gguf package cannot dequantize, or a tensor that lorakit does not know.
     """
     header = read_header(path)
-    config = _model_config(path, header)
     size = path.stat().st_size
-    tensors = {}
+    lengths = {name: _data_length(path, name, info) for name, info in header.tensors.items()}
     for name, info in header.tensors.items():
-        if name == "rope_freqs.weight":
-            continue  # read by _model_config
-        length = _data_length(path, name, info)
-        if info.offset + length > size:
+        if info.offset + lengths[name] > size:
             raise LorakitError(
                 f"{path}: the file is cut off: tensor {name} ends at byte "
-                f"{info.offset + length}, the file at {size}"
+                f"{info.offset + lengths[name]}, the file at {size}"
             )
-        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(
-            name.split(".")[-2] if "." in name else ""
-        )
-        tensors[_hf_name(path, name)] = (info.shape, _reader(path, info, length, heads))
+    config = _model_config(path, header)
+    grouped = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    tensors = {}
+    for name, info in header.tensors.items():
+        if name != "rope_freqs.weight":  # the config has read it
+            heads = grouped.get(name.split(".")[-2] if "." in name else "")
+            read = _reader(path, info, lengths[name], heads)
+            tensors[_hf_name(path, name)] = (info.shape, read)
     return config, tensors
 
 
@@ -258,6 +260,11 @@ def _llama3_scaling(path: Path, info: TensorInfo, values: dict[str, Any]) -> dic
     """
     from .rope import inverse_frequencies
 
+    plain = ModelConfig.from_hf(values, str(path))
+    if info.shape != (plain.head_dim // 2,):
+        raise LorakitError(
+            f"{path}: rope_freqs.weight is {info.shape}, not ({plain.head_dim // 2},)"
+        )
     divisors = _reader(path, info, _data_length(path, "rope_freqs.weight", info), None)()
     scaling = {
         "rope_type": "llama3",
@@ -266,10 +273,9 @@ def _llama3_scaling(path: Path, info: TensorInfo, values: dict[str, Any]) -> dic
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    plain = ModelConfig.from_hf(values, str(path))
     scaled = ModelConfig.from_hf({**values, "rope_scaling": scaling}, str(path))
     size, cpu = plain.head_dim, torch.device("cpu")
-    if divisors.shape != (size // 2,) or not torch.allclose(
+    if not torch.allclose(
         inverse_frequencies(scaled.rope, size, cpu) * divisors,
         inverse_frequencies(plain.rope, size, cpu),
         rtol=1e-4,

@@ -20,7 +20,11 @@ def resolve(path_or_hub_id: str | Path, patterns: list[str]) -> Path:
     What exists on disk is taken as it is; only a string of the form "organization/name" is asked of
     the Hub. Raises LorakitError if there is no such thing in either place.
     """
-    path = Path(path_or_hub_id).expanduser()
+    try:
+        path = Path(path_or_hub_id).expanduser()
+        path.exists()
+    except (RuntimeError, ValueError) as error:  # an unknown user's home, a null byte
+        raise LorakitError(f"{path_or_hub_id!r} is no path: {error}") from None
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.exists():

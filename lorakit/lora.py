@@ -77,7 +77,7 @@ class LoraLinear(nn.Module):
         bound = 1 / math.sqrt(base.in_features)
         nn.init.uniform_(self.lora_A, -bound, bound)
         self.enabled = True
-        self.merged: Tensor | None = None  # [out, in]: W + s B A while merged
+        self.register_buffer("merged", None, persistent=False)  # [out, in]: W + s B A while merged
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
@@ -97,8 +97,8 @@ class LoraLinear(nn.Module):
     def merge(self) -> None:
         """Compute with W + s B A from now on. Raises LorakitError if that is not finite."""
         weight = self.base.dequantize()
-        merged = torch.addmm(weight.float(), self.lora_B, self.lora_A, alpha=self.config.scaling)
-        merged = merged.to(weight.dtype)
+        A, B = self.lora_A.float(), self.lora_B.float()
+        merged = torch.addmm(weight.float(), B, A, alpha=self.config.scaling).to(weight.dtype)
         if not torch.isfinite(merged).all():
             raise LorakitError("merge: the merged weight holds NaN or infinite values")
         self.merged = merged

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .config import LorakitError, QuantConfig
+from .config import LorakitError, QuantConfig, nearest
 from .kernels import NF4Tensor, dequantize_nf4, nf4_linear, quantize_nf4
 from .kernels.nf4 import NESTED_BLOCK
 
@@ -119,7 +119,7 @@ def quantize(module: nn.Module, config: QuantConfig | None = None) -> nn.Module:
 
     Layers named in `config.skip_modules` (by default the output head) stay as they are. Only the
     class nn.Linear itself is taken: a subclass may compute something else with its weight. Raises
-    LorakitError if nothing was left to quantize.
+    LorakitError, and changes nothing, if nothing is to be quantized or a skipped name is no layer.
     """
     config = config or QuantConfig()
     found = [
@@ -132,6 +132,13 @@ def quantize(module: nn.Module, config: QuantConfig | None = None) -> nn.Module:
     ]
     if not found:
         raise LorakitError("quantize: the module holds no nn.Linear to quantize")
+    named = {name for name, _ in module.named_modules()}
+    named |= {name.rpartition(".")[2] for name in named}
+    for skipped in config.skip_modules:
+        if skipped not in named and skipped != "lm_head":  # a tied model has no lm_head to skip
+            raise LorakitError(
+                f"quantize: skip_modules: {skipped!r} is no layer{nearest(skipped, named)}"
+            )
     for name in found:
         parent, _, leaf = name.rpartition(".")
         linear = module.get_submodule(name)

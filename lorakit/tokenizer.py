@@ -23,6 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from . import hub
 from .config import LorakitError
+from .files import read_json, read_text, write_json, write_text
 from .gguf import read_header
 
 Messages = list[dict[str, Any]]
@@ -60,19 +61,56 @@ class Tokenizer:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`, with what the model's tokenizer puts around a text unless told not
-        to.
+        """Token ids of `text`, with the special tokens that the model puts around it by default.
+
+        Raises LorakitError for what is not Unicode text.
         """
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError:
+            raise LorakitError(f"not valid Unicode text: {ascii(text)[:60]}") from None
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def token_id(self, name: str) -> int | None:
-        """The id of a special token by its name ("bos_token", ...), or None where there is none."""
+        """The id of a special token by its name ("bos_token", ...), or None where there is none.
+
+        Raises LorakitError if the vocabulary does not hold its text.
+        """
         text = self.special_tokens.get(name)
-        return None if text is None else self.backend.token_to_id(text)
+        if text is None:
+            return None
+        token_id = self.backend.token_to_id(text)
+        if token_id is None:
+            raise LorakitError(f"the tokenizer's {name}, {text!r}, is not in its vocabulary")
+        return token_id
+
+    def check_fits(self, ids: Iterable[int], vocab_size: int) -> None:
+        """Raise LorakitError if some id has no row in an embedding of `vocab_size` rows."""
+        largest = max(ids)
+        if largest >= vocab_size:
+            raise LorakitError(
+                f"token {largest} ({self.backend.id_to_token(largest)!r}) lies outside the model's "
+                f"vocabulary of {vocab_size}: tokenizer and model do not belong together"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write tokenizer.json, tokenizer_config.json and chat_template.jinja into `path`."""
+        path = Path(path).expanduser()
+        path.mkdir(parents=True, exist_ok=True)
+        config: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **self.special_tokens,
+        }
+        if isinstance(self.chat_template, str):
+            write_text(path / "chat_template.jinja", self.chat_template)
+        elif self.chat_template is not None:
+            named = self.chat_template.items()
+            config["chat_template"] = [{"name": n, "template": text} for n, text in named]
+        write_text(path / "tokenizer.json", self.backend.to_str(pretty=True))
+        write_json(path / "tokenizer_config.json", config)
 
     @property
     def bos_token_id(self) -> int | None:
@@ -168,7 +206,7 @@ def _compile(source: str):
 def _render(source: str, **variables: Any) -> str:
     try:
         return _compile(source).render(**variables)
-    except TemplateError as error:
+    except Exception as error:  # a template is a program: it may raise anything
         raise LorakitError(f"the chat template refuses these messages: {error}") from None
 
 
@@ -203,9 +241,11 @@ def _from_directory(path: Path) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception for any parse error
         raise LorakitError(f"{file} is not a valid tokenizer: {error}") from None
+    backend.no_truncation()  # limits of a training run that some repositories have kept
+    backend.no_padding()
     config = _read_optional(path / "tokenizer_config.json")
     special = {}
-    for name, value in config.items():
+    for name, value in (_read_optional(path / "special_tokens_map.json") | config).items():
         if name.endswith("_token"):
             text = value.get("content") if isinstance(value, Mapping) else value
             if isinstance(text, str):
@@ -218,28 +258,26 @@ def _directory_template(path: Path, config: Mapping) -> str | dict[str, str] | N
     legacy file.
     """
     if (path / "chat_template.jinja").exists():
-        default = (path / "chat_template.jinja").read_text(encoding="utf-8")
-        more = {
-            f.stem: f.read_text(encoding="utf-8")
-            for f in sorted((path / "additional_chat_templates").glob("*.jinja"))
-        }
+        default = read_text(path / "chat_template.jinja")
+        extra = sorted((path / "additional_chat_templates").glob("*.jinja"))
+        more = {file.stem: read_text(file) for file in extra}
         return {"default": default, **more} if more else default
     template = config.get("chat_template")
-    if isinstance(template, list):
-        return {entry["name"]: entry["template"] for entry in template}
-    return template or _read_optional(path / "chat_template.json").get("chat_template")
+    if template is None:
+        template = _read_optional(path / "chat_template.json").get("chat_template")
+    try:
+        if isinstance(template, list):
+            template = {entry["name"]: entry["template"] for entry in template}
+        texts = template.values() if isinstance(template, dict) else [template or ""]
+        if all(isinstance(text, str) for text in texts):
+            return template
+    except (TypeError, KeyError):
+        pass
+    raise LorakitError(f"{path}: chat_template must be text, or a list of names and templates")
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise LorakitError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise LorakitError(f"{path} must hold a JSON object, not {type(values).__name__}")
-    return values
+    return read_json(path) if path.exists() else {}
 
 
 def _from_gguf(path: Path) -> Tokenizer:

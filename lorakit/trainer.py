@@ -64,13 +64,20 @@ def train(
     data: a JSONL file or an iterable of rows, or {"train": ..., "validation": ...} of these.
     base_model: recorded in the adapter's config.
 
-    Raises LorakitError before the first step if no adapter is attached or the data cannot be used,
-    and after it if some lora_B got no gradient.
+    Raises LorakitError before the first step if no adapter is attached, the model is float16 or the
+    data cannot be used; after it if some lora_B got no gradient; and at a loss or gradient that is
+    not finite.
     """
     config = config or TrainConfig()
     layers = lora_layers(model)
     if not layers:
         raise LorakitError("train: no adapter is attached; call lorakit.attach(model, ...) first")
+    if any(layer.merged is not None for layer in layers.values()):
+        raise LorakitError("train: the adapter is merged; call lorakit.unmerge(model) first")
+    if model.dtype == torch.float16:
+        raise LorakitError(
+            "train: gradients of a float16 model underflow; load it in bfloat16 or float32"
+        )
     if not isinstance(data, Mapping):
         data = {"train": data}
     if "train" not in data or not set(data) <= {"train", "validation"}:
@@ -79,9 +86,11 @@ def train(
         )
     limits = {"max_seq_length": config.max_seq_length, "over_length": config.over_length}
     examples = encode_rows(read_rows(data["train"]), tok, **limits)
+    tok.check_fits((i for e in examples for i in e.input_ids), model.config.vocab_size)
     validation = None
     if data.get("validation") is not None:
         validation = encode_rows(read_rows(data["validation"]), tok, **limits)
+        tok.check_fits((i for e in validation for i in e.input_ids), model.config.vocab_size)
 
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = AdamW(
@@ -96,7 +105,7 @@ def train(
         / config.gradient_accumulation_steps
     )
     total = config.max_steps or math.ceil(config.num_train_epochs * per_epoch)
-    output_dir = Path(config.output_dir)
+    output_dir = Path(config.output_dir).expanduser()
     output_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)  # dropout
     was_training, was_checkpointing = model.training, model.gradient_checkpointing
@@ -113,6 +122,8 @@ def train(
                 log.flush()
                 if bar.disable:  # not a terminal: plain lines
                     print(_plain(values, total), flush=True)
+                elif "eval_loss" in values:
+                    bar.write(_plain(values, total))
 
             for step, micro_batches in zip(
                 range(1, total + 1), _step_batches(examples, config), strict=False
@@ -131,6 +142,11 @@ def train(
                 if step == 1:
                     _check_gradients(layers)
                 norm = nn.utils.clip_grad_norm_(params, config.max_grad_norm)
+                if not (math.isfinite(loss) and torch.isfinite(norm)):
+                    raise LorakitError(
+                        f"train: step {step} has loss {loss} and gradient norm {norm.item()}; the "
+                        "learning rate may be too high"
+                    )
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 took = time.perf_counter() - started
@@ -152,9 +168,11 @@ def train(
                 bar.set_postfix_str(
                     f"loss {loss:.3f}, lr {lr:.1e}, {tokens / seconds:.0f} tok/s, {peak:.0f} MB"
                 )
+                last = step == total
+                if stop.is_set() or last:  # before an evaluation that may be cut short
+                    save_adapter(model, output_dir, base_model=base_model)
                 if stop.is_set():
                     break
-                last = step == total
                 if validation and (last or (config.eval_steps and step % config.eval_steps == 0)):
                     result = _evaluate(model, validation, config.per_device_train_batch_size)
                     evaluations.append({"step": step, **result})
@@ -164,7 +182,6 @@ def train(
         bar.close()
         model.train(was_training)
         model.gradient_checkpointing = was_checkpointing
-    save_adapter(model, output_dir, base_model=base_model)
     return TrainResult(
         output_dir=output_dir,
         steps=step,
@@ -191,6 +208,7 @@ def evaluate(
     examples = encode_rows(
         read_rows(data), tok, max_seq_length=max_seq_length, over_length=over_length
     )
+    tok.check_fits((i for e in examples for i in e.input_ids), model.config.vocab_size)
     return _evaluate(model, examples, batch_size)
 
 

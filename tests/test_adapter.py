@@ -115,6 +115,8 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda p: edit_config(p, peft_type="IA3"), "peft_type is 'IA3'"),
         (lambda p: edit_config(p, use_dora=True), "use_dora=true is not supported"),
         (lambda p: edit_config(p, modules_to_save=["lm_head"]), "modules_to_save=.*not supported"),
+        (lambda p: edit_config(p, init_lora_weights="pissa"), 'init_lora_weights="pissa" changes'),
+        (lambda p: edit_config(p, use_qalora=True), "use_qalora=true is not supported"),
         (lambda p: edit_config(p, r="4"), "r must be int, not '4'"),
         (lambda p: edit_config(p, r=5), r"is \(4, \d+\), the model needs \(5, \d+\)"),
         (lambda p: edit_config(p, target_modules=["w_proj"]), "'w_proj' matches no linear layer"),

@@ -130,6 +130,8 @@ def edit(path, change):
 def test_missing_directory(tmp_path):
     fails(tmp_path / "nowhere", "nowhere does not exist")
     fails("./nowhere", "nowhere does not exist")
+    fails("~nobody-of-this-name/model", "is no path")
+    fails("a\0b", "is no path|does not exist")
     fails(tmp_path / "model.gguf", r"model\.gguf does not exist")
     (tmp_path / "file.txt").write_text("")
     fails(tmp_path / "file.txt", "neither a model directory nor")
@@ -148,7 +150,7 @@ def test_missing_files(copy):
         ("{", "not valid JSON"),
         ("[]", "must hold a JSON object"),
         ("{}", "model_type is missing"),
-        ("\udcff", "not valid JSON"),
+        ("\udcff", "not UTF-8"),
     ],
 )
 def test_bad_config(copy, content, message):
@@ -177,6 +179,40 @@ def test_derived_tensors_are_ignored(copy):
     lk.load_model(copy, dtype="float32")
 
 
+def test_integers_are_no_weights(copy):
+    edit(copy, lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}))
+    fails(copy, r"model\.norm\.weight: holds torch\.int8; only floating-point")
+
+
+def test_a_tied_config_over_different_heads_keeps_both(tmp_path, caplog):
+    from transformers import AutoModelForCausalLM
+
+    tiny_llama().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    model = lk.load_model(tmp_path, dtype="float32")
+    assert "the weights differ; kept apart" in caplog.text
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert (theirs(IDS).logits - model(IDS)).abs().max() < 1e-5
+    lk.save_model(model, tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert again["tie_word_embeddings"] is False
+
+
+def test_generation_config_adds_end_tokens(copy):
+    (copy / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    assert lk.load_model(copy).config.eos_token_ids == [2, 7]
+    (copy / "generation_config.json").write_text('{"eos_token_id": "x"}')
+    fails(copy, r"generation_config\.json: eos_token_id must be a number")
+
+
+def test_impossible_sizes(copy):
+    config = json.loads((copy / "config.json").read_text())
+    for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
+        (copy / "config.json").write_text(json.dumps({**config, name: 2**62, "head_dim": 8}))
+        fails(copy, r"is missing|impossible|asks for|too large")
+
+
 def test_nan_cannot_be_quantized(copy):
     edit(copy, lambda t: t["model.layers.0.mlp.up_proj.weight"].fill_(float("nan")))
     with pytest.raises(lk.LorakitError, match=r"up_proj\.weight: cannot quantize.*NaN"):
@@ -202,7 +238,9 @@ def test_bad_index(tiny_dir, tmp_path):
     index.write_text(json.dumps({"weight_map": {**weight_map, name: other}}))
     fails(tmp_path, "which model.safetensors.index.json puts here, is missing")
     index.write_text("{}")
-    fails(tmp_path, "weight_map is missing")
+    fails(tmp_path, "weight_map, of names to files, is missing")
+    index.write_text('{"weight_map": {"a": 3}}')
+    fails(tmp_path, "weight_map, of names to files, is missing")
 
 
 def test_failed_save_leaves_the_old_file(tiny_dir, tmp_path, monkeypatch):

@@ -60,6 +60,14 @@ def test_train_then_generate(run_file, tiny_dir, tmp_path, capsys):
     assert main(["generate", *base, *options, "--chat", "--temperature", "0.5", "--seed", "1"]) == 0
 
 
+def test_options_may_stand_anywhere(run_file, tiny_dir, capsys):
+    assert main(["train", str(run_file), "--debug", "max_steps=1", "learning_rate=2e-3"]) == 0
+    assert "step 1/1: loss" in capsys.readouterr().out
+    short = ["--max-new-tokens", "2"]
+    assert main(["generate", str(tiny_dir), "--chat", "hello", *short]) == 0
+    assert main(["generate", "--dtype", "float32", str(tiny_dir), *short, "hello"]) == 0
+
+
 def test_prompt_from_standard_input(tiny_dir):
     command = [
         sys.executable,
@@ -86,7 +94,9 @@ def test_prompt_from_standard_input(tiny_dir):
         (["model=/nowhere"], "/nowhere does not exist"),
         (["data=/nowhere.jsonl"], "/nowhere.jsonl does not exist"),
         (["max_steps=three"], "max_steps must be int or null, not 'three'"),
-        (["max_steps"], "'max_steps' is not of the form key=value"),
+        (["seed=2024-13-45"], "the value is not valid YAML"),
+        (["seed=99999999999999999999999"], "seed is 99999999999999999999999"),
+        (["max_steps=null", "num_train_epochs=.inf"], "num_train_epochs must be float, not inf"),
         (["model.name=3"], "model is not a mapping"),
         (["lora=[1"], "the value is not valid YAML"),
         (["max_seq_length=4", "over_length=raise"], "more than max_seq_length=4"),
@@ -119,12 +129,24 @@ def test_debug_shows_the_traceback(run_file, capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["tain"], ["train"], ["generate", "m", "--top-q", "1"]])
+WRONG = [
+    [],
+    ["tain"],
+    ["train"],
+    ["train", "run.yaml", "max_steps"],
+    ["train", "run.yaml", "=3"],
+    ["generate", "m", "--top-q", "1"],
+    ["generate", "m", "a", "b"],
+]
+
+
+@pytest.mark.parametrize("arguments", WRONG)
 def test_wrong_usage_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
-    assert "usage" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "usage" in err or "is not of the form key=value" in err
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["generate", "--help"]])
@@ -181,6 +203,6 @@ def test_progress_bar_on_a_terminal(run_file):
     assert process.wait() == 0
     text = seen.decode()
     assert "training: 100%" in text
-    for part in ("loss ", "lr ", "tok/s", "MB"):
+    for part in ("loss ", "lr ", "tok/s", "MB", "validation loss"):
         assert part in text
     assert "step 1/" not in text

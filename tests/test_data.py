@@ -92,6 +92,11 @@ def test_bad_files(tmp_path):
     (tmp_path / "bin").write_bytes(b"\xff\xfe")
     with pytest.raises(lk.LorakitError, match="not UTF-8"):
         read_rows(tmp_path / "bin")
+    with pytest.raises(lk.LorakitError, match="is no path"):
+        read_rows("a\0b")
+    (tmp_path / "deep").write_text("[" * 100_000)
+    with pytest.raises(lk.LorakitError, match="deep line 1 is not valid JSON"):
+        read_rows(tmp_path / "deep")
     with pytest.raises(lk.LorakitError, match="row 1: field 'prompt' is missing"):
         read_rows([{"prompt": "a", "completion": "b"}, {"text": "c"}])
 
@@ -123,6 +128,11 @@ def test_collate():
     ids, labels = collate(rows)
     assert torch.equal(ids, torch.tensor([[5, 6, 0], [7, 8, 9]]))
     assert torch.equal(labels, torch.tensor([[IGNORE, 6, IGNORE], [7, 8, 9]]))
+
+
+def test_the_place_of_text_that_is_not_unicode(tok):
+    with pytest.raises(lk.LorakitError, match="f line 3: not valid Unicode"):
+        encode_rows([Row("\ud83d", "x", "f line 3")], tok, max_seq_length=9)
 
 
 def test_json_round_trip_of_any_text(tok):

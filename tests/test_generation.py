@@ -60,6 +60,20 @@ def test_sampling_follows_the_probabilities():
     assert ((frequency - probs).abs() < 5 * (probs * (1 - probs) / n).sqrt()).all()
 
 
+def test_a_tiny_temperature_is_greedy():
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    assert _sample(logits, 1e-40, 1.0, None).item() == 1
+
+
+def test_a_tokenizer_of_another_model(tok, tmp_path):
+    from tests.conftest import tiny_llama
+
+    tiny_llama(vocab_size=100).save_pretrained(tmp_path)
+    model = lk.load_model(tmp_path, dtype="float32")
+    with pytest.raises(lk.LorakitError, match="outside the model's vocabulary of 100"):
+        lk.generate(model, tok, "zzz é")
+
+
 def test_top_p_keeps_the_smallest_set():
     probs = torch.tensor([0.05, 0.5, 0.15, 0.3])
     draws = _sample(probs.log().expand(5000, 4), 1.0, 0.7, torch.Generator().manual_seed(0))
@@ -90,6 +104,8 @@ def test_mode_is_restored(model, tok):
         ("x", {"max_new_tokens": 0}, "max_new_tokens"),
         ("x", {"temperature": -1.0}, "temperature"),
         ("x", {"top_p": 0.0}, "top_p"),
+        ("x", {"temperature": float("nan")}, "temperature"),
+        ("x", {"temperature": 1.0, "seed": 2**70}, "seed is"),
         ("x" * 60, {"max_new_tokens": 10}, "exceed the model's 64 positions"),
         ([], {}, "at least one message"),
     ],

@@ -188,6 +188,16 @@ def test_truncated_anywhere(good, tmp_path):
             lk.load_model(bad, dtype="float32")
 
 
+def test_truncated_rotary_scaling(tmp_path):
+    rope = {**LLAMA3_ROPE, "rope_theta": 5e5, "original_max_position_embeddings": 8192}
+    path = write_gguf(tmp_path / "bad.gguf", tiny_llama(rope_parameters=rope))
+    data = path.read_bytes()
+    for cut in (20, 40, 200, 5000):
+        path.write_bytes(data[:-cut])
+        with pytest.raises(lk.LorakitError, match="cut off"):
+            lk.load_model(path, dtype="float32")
+
+
 @settings(max_examples=150)
 @given(position=st.integers(0, 4000), value=st.integers(0, 255))
 def test_one_damaged_byte_never_crashes(good, tmp_path_factory, position, value):

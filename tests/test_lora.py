@@ -124,6 +124,18 @@ def test_disable_adapters(either):
         assert torch.equal(either(IDS), base)
 
 
+def test_a_merged_model_moves_as_a_whole(either, tmp_path):
+    lk.merge(randomize(lk.attach(either, CONFIG)))
+    names = set(either.state_dict())
+    either.to(torch.bfloat16)
+    assert either(IDS).dtype == torch.bfloat16
+    assert not [name for name in names if "merged" in name]
+    lk.merge(either)  # again, from an adapter that .to() has rounded
+    lk.save_adapter(either, tmp_path)
+    lk.save_model(either, tmp_path)
+    assert torch.equal(lk.load_model(tmp_path, dtype="bfloat16")(IDS), either(IDS))
+
+
 def test_dropout_only_while_training(model):
     randomize(lk.attach(model, lk.LoraConfig(r=4, lora_dropout=0.5)))
     assert torch.equal(model(IDS), model(IDS))

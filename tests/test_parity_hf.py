@@ -1,5 +1,7 @@
 """Logits, gradients and text against transformers, in fp32."""
 
+import json
+
 import pytest
 import torch
 
@@ -102,6 +104,41 @@ def test_rotary_frequencies(rope):
     expected = LlamaRotaryEmbedding(config).inv_freq
     ours = inverse_frequencies(RopeConfig(**rope), 64, torch.device("cpu"))
     assert torch.allclose(ours, expected, rtol=1e-6)  # fp32, one or two roundings apart
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_parameters": {"rope_type": "default"}, "rope_theta": 5e5},
+        {"rope_parameters": {"type": "linear", "factor": 4.0, "rope_theta": 1e4}},
+        {"rope_theta": 1e3, "rope_scaling": {"type": "linear", "factor": 4.0}},
+        {
+            "rope_theta": 1e4,
+            "rope_parameters": {"rope_type": "default"},
+            "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+        },
+        {
+            "rope_theta": 1e4,
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+            },
+        },
+    ],
+)
+def test_every_spelling_of_rope_is_read_as_transformers_reads_it(tmp_path, change):
+    from transformers import AutoModelForCausalLM
+
+    tiny_llama().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    ids = torch.arange(60)[None]
+    ours = lk.load_model(tmp_path, dtype="float32")
+    assert (ours(ids) - theirs(ids).logits).abs().max() <= 1e-5
 
 
 @pytest.fixture(scope="module")

@@ -83,3 +83,8 @@ def test_nothing_to_quantize():
 def test_bad_config(options):
     with pytest.raises(lk.LorakitError, match=next(iter(options))):
         lk.QuantConfig(**options)
+
+
+def test_a_skipped_name_must_exist():
+    with pytest.raises(lk.LorakitError, match="'lm_haed' is no layer .did you mean 'lm_head'"):
+        lk.quantize(net(), lk.QuantConfig(skip_modules=["lm_haed"]))

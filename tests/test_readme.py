@@ -1,6 +1,5 @@
 """Every snippet and command of README, run as it stands there."""
 
-import json
 import os
 import re
 import shlex
@@ -32,10 +31,7 @@ def workplace(smollm2, tmp_path_factory):
     lk.save_model(lk.load_model(smollm2, dtype="bfloat16"), snapshot)
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(commit)
-    tok = lk.load_tokenizer(smollm2)
-    tok.backend.save(str(snapshot / "tokenizer.json"))
-    (snapshot / "tokenizer_config.json").write_text(json.dumps(tok.special_tokens))
-    (snapshot / "chat_template.jinja").write_text(tok.chat_template)
+    lk.load_tokenizer(smollm2).save(snapshot)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = {**os.environ, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "PATH": path}
 
@@ -56,6 +52,7 @@ def test_python_example(workplace):
     assert after < 0.5 * before
     assert (work / "runs" / "first" / "adapter_model.safetensors").exists()
     assert (work / "runs" / "merged" / "model.safetensors").exists()
+    assert (work / "runs" / "merged" / "tokenizer.json").exists()
 
 
 def test_command_line(workplace):

@@ -181,6 +181,61 @@ def test_bad_templates_and_messages(directory, template, messages, error):
         tok.apply_chat_template(messages, chat_template=template)
 
 
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ 'a' + 5 }}"])
+def test_a_template_that_fails_says_so(directory, template):
+    with pytest.raises(lk.LorakitError, match="refuses these messages"):
+        lk.load_tokenizer(directory).apply_chat_template(
+            [{"role": "user", "content": "x"}], chat_template=template
+        )
+
+
+def test_limits_of_a_training_run_are_not_applied(directory):
+    backend = lk.load_tokenizer(directory).backend
+    backend.enable_truncation(5)
+    backend.enable_padding(length=8)
+    backend.save(str(directory / "tokenizer.json"))
+    assert len(lk.load_tokenizer(directory).encode("a text of some length")) == 22
+
+
+def test_special_tokens_map(directory):
+    (directory / "tokenizer_config.json").write_text("{}")
+    assert lk.load_tokenizer(directory).eos_token_id is None
+    (directory / "special_tokens_map.json").write_text('{"eos_token": {"content": "</s>"}}')
+    assert lk.load_tokenizer(directory).eos_token_id == 2
+    (directory / "special_tokens_map.json").write_text('{"eos_token": "<end>"}')
+    with pytest.raises(lk.LorakitError, match="eos_token, '<end>', is not in its vocabulary"):
+        lk.load_tokenizer(directory).eos_token_id  # noqa: B018
+
+
+def test_save(pair, directory, tmp_path):
+    from transformers import AutoTokenizer
+
+    chat = [{"role": "user", "content": "Hi"}]
+    for tok in (pair[0], lk.load_tokenizer(directory)):
+        tok.save(tmp_path / "saved")
+        again = lk.load_tokenizer(tmp_path / "saved")
+        theirs = AutoTokenizer.from_pretrained(tmp_path / "saved")
+        for text in TEXTS:
+            assert again.encode(text) == tok.encode(text) == theirs.encode(text)
+        assert again.special_tokens == tok.special_tokens
+        rendered = tok.apply_chat_template(chat, tokenize=False)
+        assert again.apply_chat_template(chat, tokenize=False) == rendered
+        assert theirs.apply_chat_template(chat, tokenize=False) == rendered
+
+
+def test_text_that_is_not_unicode(directory):
+    with pytest.raises(lk.LorakitError, match="not valid Unicode text"):
+        lk.load_tokenizer(directory).encode("\ud83d cut")
+
+
+@pytest.mark.parametrize("template", [5, [{"x": 1}], [3], {"default": 4}])
+def test_bad_chat_template_in_the_config(directory, template):
+    (directory / "chat_template.jinja").unlink()
+    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(lk.LorakitError, match="chat_template must be text"):
+        lk.load_tokenizer(directory)
+
+
 def test_no_template(directory):
     tok = lk.load_tokenizer(directory)
     bare = Tokenizer(tok.backend, tok.special_tokens)

@@ -161,6 +161,36 @@ def test_refuses_before_it_starts(tiny_dir, tok, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_refuses_float16_and_merged_models(tiny_dir, tok, tmp_path):
+    config = lk.TrainConfig(output_dir=str(tmp_path / "out"))
+    half = lk.attach(lk.load_model(tiny_dir, dtype="float16"))
+    with pytest.raises(lk.LorakitError, match="float16 model underflow"):
+        lk.train(half, tok, ROWS, config)
+    with pytest.raises(lk.LorakitError, match="the adapter is merged"):
+        lk.train(lk.merge(adapted(tiny_dir)), tok, ROWS, config)
+
+
+def test_stops_at_a_loss_that_is_not_finite(tiny_dir, tok, tmp_path):
+    model = adapted(tiny_dir)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    with pytest.raises(lk.LorakitError, match="step 1 has loss nan"):
+        lk.train(model, tok, ROWS, lk.TrainConfig(output_dir=str(tmp_path), max_steps=2))
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_the_adapter_is_saved_before_the_last_evaluation(tiny_dir, tok, tmp_path, monkeypatch):
+    from lorakit import trainer
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "_evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_dir, tok, tmp_path, {"train": ROWS, "validation": ROWS})
+    assert (tmp_path / "adapter_model.safetensors").exists()
+
+
 def test_an_adapter_without_gradient_is_an_error(tiny_dir, tok, tmp_path):
     model = adapted(tiny_dir)
     layer = model.model.layers[1].mlp.up_proj

@@ -33,8 +33,8 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of hidden [..., H] @ weight [V, H]^T, never building all the logits.
 
-    labels: int64 [...]. Rows whose label is `ignore_index` are left out before the product. Returns (summed loss fp32
-    [], count int64 []); differentiable in hidden and weight.
+    labels: int64 [...]; rows whose label is `ignore_index` are left out before the product. Returns
+    (summed loss fp32 [], count int64 []); differentiable in hidden and weight.
     """
     rows = (labels.reshape(-1) != ignore_index).nonzero()[:, 0]
     picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows)

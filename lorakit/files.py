@@ -1,0 +1,59 @@
+"""Small files: read with one clear error, written whole or not at all.
+
+Writing goes to a temporary file beside the target, which is flushed to the disk and then renamed
+over it: a reader sees the old file or the new one, and a full disk leaves the old one.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .config import LorakitError
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file. Raises LorakitError if it is missing or something else."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise LorakitError(f"{path} does not exist") from None
+    except UnicodeDecodeError as error:
+        raise LorakitError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises LorakitError if it is missing, no JSON, or no object."""
+    try:
+        values = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise LorakitError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise LorakitError(f"{path} must hold a JSON object, not {type(values).__name__}")
+    return values
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that becomes `path` if the block succeeds."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text, atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write indented JSON with sorted keys, atomically."""
+    write_text(path, json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
