@@ -26,7 +26,7 @@ from tqdm import tqdm
 from .adapter import save_adapter
 from .config import LorakitError, TrainConfig
 from .data import IGNORE, Example, batches, collate, encode_rows, read_rows
-from .lora import lora_layers
+from .lora import LoraLinear, lora_layers
 from .memory import peak_memory_mb
 from .model import Decoder
 from .optim import AdamW, learning_rate
@@ -69,119 +69,73 @@ def train(
     not finite.
     """
     config = config or TrainConfig()
-    layers = lora_layers(model)
-    if not layers:
-        raise LorakitError("train: no adapter is attached; call lorakit.attach(model, ...) first")
-    if any(layer.merged is not None for layer in layers.values()):
-        raise LorakitError("train: the adapter is merged; call lorakit.unmerge(model) first")
-    if model.dtype == torch.float16:
-        raise LorakitError(
-            "train: gradients of a float16 model underflow; load it in bfloat16 or float32"
-        )
+    layers = _trainable_layers(model)
     if not isinstance(data, Mapping):
         data = {"train": data}
     if "train" not in data or not set(data) <= {"train", "validation"}:
         raise LorakitError(
             f"train: data must hold 'train' and maybe 'validation', not {list(data)}"
         )
-    limits = {"max_seq_length": config.max_seq_length, "over_length": config.over_length}
-    examples = encode_rows(read_rows(data["train"]), tok, **limits)
-    tok.check_fits((i for e in examples for i in e.input_ids), model.config.vocab_size)
+    limits = (config.max_seq_length, config.over_length)
+    examples = _encode(model, tok, data["train"], *limits)
     validation = None
     if data.get("validation") is not None:
-        validation = encode_rows(read_rows(data["validation"]), tok, **limits)
-        tok.check_fits((i for e in validation for i in e.input_ids), model.config.vocab_size)
+        validation = _encode(model, tok, data["validation"], *limits)
 
     params = [p for p in model.parameters() if p.requires_grad]
+    betas = (config.adam_beta1, config.adam_beta2)
     optimizer = AdamW(
-        params,
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
+        params, betas=betas, eps=config.adam_epsilon, weight_decay=config.weight_decay
     )
-    per_epoch = math.ceil(
-        math.ceil(len(examples) / config.per_device_train_batch_size)
-        / config.gradient_accumulation_steps
-    )
-    total = config.max_steps or math.ceil(config.num_train_epochs * per_epoch)
+    total = _total_steps(len(examples), config)
     output_dir = Path(config.output_dir).expanduser()
     output_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)  # dropout
-    was_training, was_checkpointing = model.training, model.gradient_checkpointing
-    model.gradient_checkpointing = config.gradient_checkpointing
-    model.train()
 
-    loss, tokens, seconds, step, evaluations = math.nan, 0, 0.0, 0, []
-    bar = tqdm(total=total, desc="training", unit="step", disable=None)
-    try:
-        with open(output_dir / "metrics.jsonl", "w", encoding="utf-8") as log, _interrupt() as stop:
+    loss, tokens, seconds, evaluations = math.nan, 0, 0.0, []
+    with _training_mode(model, config), _Log(output_dir, total) as log, _interrupt() as stop:
+        for step, micro_batches in zip(
+            range(1, total + 1), _step_batches(examples, config), strict=False
+        ):
+            started = time.perf_counter()
+            kind, peak_rate = config.lr_scheduler_type, config.learning_rate
+            lr = learning_rate(kind, step - 1, total, peak_rate, config.warmup_ratio)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            loss = _backward(model, micro_batches)
+            if step == 1:
+                _check_gradients(layers)
+            norm = nn.utils.clip_grad_norm_(params, config.max_grad_norm).item()
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise LorakitError(
+                    f"train: step {step} has loss {loss} and gradient norm {norm}; "
+                    "the learning rate may be too high"
+                )
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
-            def record(values: dict[str, Any]) -> None:
-                log.write(json.dumps(values) + "\n")
-                log.flush()
-                if bar.disable:  # not a terminal: plain lines
-                    print(_plain(values, total), flush=True)
-                elif "eval_loss" in values:
-                    bar.write(_plain(values, total))
-
-            for step, micro_batches in zip(
-                range(1, total + 1), _step_batches(examples, config), strict=False
-            ):
-                started = time.perf_counter()
-                lr = learning_rate(
-                    config.lr_scheduler_type,
-                    step - 1,
-                    total,
-                    config.learning_rate,
-                    config.warmup_ratio,
-                )
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                loss = _backward(model, micro_batches)
-                if step == 1:
-                    _check_gradients(layers)
-                norm = nn.utils.clip_grad_norm_(params, config.max_grad_norm)
-                if not (math.isfinite(loss) and torch.isfinite(norm)):
-                    raise LorakitError(
-                        f"train: step {step} has loss {loss} and gradient norm {norm.item()}; the "
-                        "learning rate may be too high"
-                    )
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                took = time.perf_counter() - started
-                count = sum(len(e.input_ids) for batch in micro_batches for e in batch)
-                tokens, seconds = tokens + count, seconds + took
-                peak = peak_memory_mb(model.device)
-                record(
-                    {
-                        "step": step,
-                        "loss": loss,
-                        "learning_rate": lr,
-                        "grad_norm": norm.item(),
-                        "tokens": tokens,
-                        "tokens_per_second": count / took,
-                        "peak_memory_mb": peak,
-                    }
-                )
-                bar.update()
-                bar.set_postfix_str(
-                    f"loss {loss:.3f}, lr {lr:.1e}, {tokens / seconds:.0f} tok/s, {peak:.0f} MB"
-                )
-                last = step == total
-                if stop.is_set() or last:  # before an evaluation that may be cut short
-                    save_adapter(model, output_dir, base_model=base_model)
-                if stop.is_set():
-                    break
-                if validation and (last or (config.eval_steps and step % config.eval_steps == 0)):
-                    result = _evaluate(model, validation, config.per_device_train_batch_size)
-                    evaluations.append({"step": step, **result})
-                    record({"step": step, **{f"eval_{k}": v for k, v in result.items()}})
-            interrupted = stop.is_set()
-    finally:
-        bar.close()
-        model.train(was_training)
-        model.gradient_checkpointing = was_checkpointing
+            took = time.perf_counter() - started
+            count = sum(len(e.input_ids) for batch in micro_batches for e in batch)
+            tokens, seconds = tokens + count, seconds + took
+            log.step(
+                step=step,
+                loss=loss,
+                learning_rate=lr,
+                grad_norm=norm,
+                tokens=tokens,
+                tokens_per_second=count / took,
+                peak_memory_mb=peak_memory_mb(model.device),
+            )
+            last = step == total
+            if stop.is_set() or last:  # before an evaluation that may be cut short
+                save_adapter(model, output_dir, base_model=base_model)
+            if stop.is_set():
+                break
+            if validation and (last or (config.eval_steps and step % config.eval_steps == 0)):
+                result = _evaluate(model, validation, config.per_device_train_batch_size)
+                evaluations.append({"step": step, **result})
+                log.evaluation(step, result)
+        interrupted = stop.is_set()
     return TrainResult(
         output_dir=output_dir,
         steps=step,
@@ -205,10 +159,7 @@ def evaluate(
     over_length: str = "truncate",
 ) -> dict[str, float]:
     """Loss (nats per label token), perplexity, and the numbers of label tokens and rows."""
-    examples = encode_rows(
-        read_rows(data), tok, max_seq_length=max_seq_length, over_length=over_length
-    )
-    tok.check_fits((i for e in examples for i in e.input_ids), model.config.vocab_size)
+    examples = _encode(model, tok, data, max_seq_length, over_length)
     return _evaluate(model, examples, batch_size)
 
 
@@ -235,6 +186,37 @@ def _evaluate(model: Decoder, examples: list[Example], batch_size: int) -> dict[
     }
 
 
+def _trainable_layers(model: Decoder) -> dict[str, LoraLinear]:
+    layers = lora_layers(model)
+    if not layers:
+        raise LorakitError("train: no adapter is attached; call lorakit.attach(model, ...) first")
+    if any(layer.merged is not None for layer in layers.values()):
+        raise LorakitError("train: the adapter is merged; call lorakit.unmerge(model) first")
+    if model.dtype == torch.float16:
+        raise LorakitError(
+            "train: gradients of a float16 model underflow; load it in bfloat16 or float32"
+        )
+    return layers
+
+
+def _encode(
+    model: Decoder, tok: Tokenizer, rows: Rows, max_seq_length: int, over_length: str
+) -> list[Example]:
+    examples = encode_rows(
+        read_rows(rows), tok, max_seq_length=max_seq_length, over_length=over_length
+    )
+    tok.check_fits((i for e in examples for i in e.input_ids), model.config.vocab_size)
+    return examples
+
+
+def _total_steps(rows: int, config: TrainConfig) -> int:
+    if config.max_steps is not None:
+        return config.max_steps
+    micro_batches = math.ceil(rows / config.per_device_train_batch_size)
+    steps_per_epoch = math.ceil(micro_batches / config.gradient_accumulation_steps)
+    return math.ceil(config.num_train_epochs * steps_per_epoch)
+
+
 def _step_batches(examples: list[Example], config: TrainConfig) -> Iterator[list[list[Example]]]:
     """The micro-batches of one optimizer step after another, epoch after epoch, without end."""
     lengths = [len(e.input_ids) for e in examples]
@@ -259,20 +241,62 @@ def _backward(model: Decoder, micro_batches: list[list[Example]]) -> float:
     return total / count
 
 
-def _check_gradients(layers: Mapping[str, nn.Module]) -> None:
+def _check_gradients(layers: Mapping[str, LoraLinear]) -> None:
     for name, layer in layers.items():
         if layer.lora_B.grad is None:
             raise LorakitError(f"train: {name}.lora_B got no gradient; its output is not used")
 
 
-def _plain(values: Mapping[str, Any], total: int) -> str:
-    step = f"step {values['step']}/{total}"
-    if "eval_loss" in values:
-        return f"{step}: validation loss {values['eval_loss']:.4f}"
-    return (
-        f"{step}: loss {values['loss']:.4f}, lr {values['learning_rate']:.2e}, "
-        f"{values['tokens_per_second']:.0f} tok/s, {values['peak_memory_mb']:.0f} MB"
-    )
+class _Log:
+    """metrics.jsonl, and beside it a progress bar, or plain lines where there is no terminal."""
+
+    def __init__(self, output_dir: Path, total: int):
+        self.file = open(output_dir / "metrics.jsonl", "w", encoding="utf-8")  # noqa: SIM115
+        self.bar = tqdm(total=total, desc="training", unit="step", disable=None)
+        self.total = total
+
+    def __enter__(self) -> "_Log":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.bar.close()
+        self.file.close()
+
+    def step(self, **values: Any) -> None:
+        self._write(values)
+        line = (
+            f"loss {values['loss']:.4f}, lr {values['learning_rate']:.2e}, "
+            f"{values['tokens_per_second']:.0f} tok/s, {values['peak_memory_mb']:.0f} MB"
+        )
+        if self.bar.disable:
+            print(f"step {values['step']}/{self.total}: {line}", flush=True)
+        self.bar.set_postfix_str(line, refresh=False)
+        self.bar.update()
+
+    def evaluation(self, step: int, result: Mapping[str, float]) -> None:
+        self._write({"step": step, **{f"eval_{name}": value for name, value in result.items()}})
+        line = f"step {step}/{self.total}: validation loss {result['loss']:.4f}"
+        if self.bar.disable:
+            print(line, flush=True)
+        else:
+            self.bar.write(line)
+
+    def _write(self, values: Mapping[str, Any]) -> None:
+        self.file.write(json.dumps(values) + "\n")
+        self.file.flush()
+
+
+@contextmanager
+def _training_mode(model: Decoder, config: TrainConfig) -> Iterator[None]:
+    """Dropout and gradient checkpointing as the run wants them; as they were before, afterwards."""
+    before = model.training, model.gradient_checkpointing
+    model.train()
+    model.gradient_checkpointing = config.gradient_checkpointing
+    try:
+        yield
+    finally:
+        model.train(before[0])
+        model.gradient_checkpointing = before[1]
 
 
 @contextmanager
