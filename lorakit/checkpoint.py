@@ -162,9 +162,7 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
 
 
 def _select(tensors: dict[str, LazyTensor], model: Decoder, where: str) -> dict[str, LazyTensor]:
-    """The tensors that the model needs, in its order; raises unless they are all there and no
-    other.
-    """
+    """The tensors of the model, in its order; raises unless exactly these are there."""
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     for name, shape in expected.items():
         if name not in tensors:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from .config import LorakitError
 
-WEIGHTS = ["*.json", "*.safetensors"]
+# not "*.safetensors": some repositories keep the same weights a second time under another name
+WEIGHTS = ["config.json", "generation_config.json", "model*.safetensors", "model*.index.json"]
 TOKENIZER = ["tokenizer*.json", "special_tokens_map.json", "*.jinja", "chat_template.json"]
 
 
