@@ -127,6 +127,26 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class Family:
+    """What a model_type says beyond the keys of its config.json."""
+
+    architecture: str
+    """transformers' class"""
+    fields: dict[str, Any] = field(default_factory=dict)
+    """ModelConfig fields that every model of the family has"""
+    defaults: dict[str, Any] = field(default_factory=dict)
+    """transformers' defaults of keys that config.json may leave out, where they are not Llama's"""
+
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM"),
+    "mistral": Family("MistralForCausalLM", defaults={"sliding_window": 4096}),
+    "qwen2": Family("Qwen2ForCausalLM", fields={"qkv_bias": True}),
+    "qwen3": Family("Qwen3ForCausalLM", fields={"qk_norm": True}, defaults={"head_dim": 128}),
+}
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """What distinguishes one decoder from another. Names and defaults follow config.json."""
 
@@ -142,19 +162,24 @@ class ModelConfig:
     rope: RopeConfig = RopeConfig()
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
-    attention_bias: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
+    """RMSNorm over each head's queries and keys, before the rotary embedding"""
+    sliding_window: int | None = None
+    """positions that a sliding layer sees, its own included"""
+    sliding_layers: list[bool] = field(default_factory=list)
+    """per layer whether it slides; empty: none does"""
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
-    MODEL_TYPES = ("llama",)
-
     def __post_init__(self):
         _check(
-            self.model_type in self.MODEL_TYPES,
+            self.model_type in FAMILIES,
             f"model_type {self.model_type!r} is not supported; supported are "
-            f"{', '.join(self.MODEL_TYPES)}{nearest(self.model_type, self.MODEL_TYPES)}",
+            f"{', '.join(FAMILIES)}{nearest(self.model_type, FAMILIES)}",
         )
         for name in [
             "vocab_size",
@@ -172,6 +197,17 @@ class ModelConfig:
             f"num_key_value_heads ({self.num_key_value_heads})",
         )
         _check(self.head_dim % 2 == 0, f"head_dim must be even, not {self.head_dim}")
+        _check(
+            len(self.sliding_layers) in (0, self.num_hidden_layers),
+            f"layer_types names {len(self.sliding_layers)} of {self.num_hidden_layers} layers",
+        )
+        window = self.sliding_window
+        _check(window is None or window > 0, f"sliding_window must be positive, not {window}")
+        _check(not any(self.sliding_layers) or window is not None, "sliding_window is missing")
+
+    def window(self, layer: int) -> int | None:
+        """How many positions `layer` sees, or None where it sees all before it."""
+        return self.sliding_window if self.sliding_layers and self.sliding_layers[layer] else None
 
     @property
     def eos_token_ids(self) -> list[int]:
@@ -190,6 +226,8 @@ class ModelConfig:
             raise LorakitError(f"{where} must hold a JSON object, not {type(values).__name__}")
         values = dict(values)
         _check("model_type" in values, f"{where}: model_type is missing")
+        family = FAMILIES.get(str(values["model_type"]), Family(""))
+        values = family.defaults | values
         act = values.get("hidden_act", "silu")
         _check(act == "silu", f"{where}: hidden_act {act!r} is not supported; it must be 'silu'")
         if values.get("quantization_config") is not None:
@@ -209,13 +247,23 @@ class ModelConfig:
                 )
                 values["head_dim"] = hidden // heads
         values["rope"] = _rope_from_hf(values, where)
-        return from_mapping(cls, values, where, ignore_unknown=True)
+        values["qkv_bias"] = values["o_bias"] = values.get("attention_bias", False)
+        values["sliding_layers"] = _sliding_layers(values, where)
+        return from_mapping(cls, values | family.fields, where, ignore_unknown=True)
 
     def to_hf(self) -> dict[str, Any]:
         """The contents of a config.json in transformers 4's spelling, which every version reads."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        rope = values.pop("rope")
-        values["architectures"] = ["LlamaForCausalLM"]
+        rope, sliding = values.pop("rope"), values.pop("sliding_layers")
+        values["architectures"] = [FAMILIES[self.model_type].architecture]
+        values["attention_bias"] = values.pop("o_bias")
+        del values["qkv_bias"], values["qk_norm"]
+        if any(sliding):
+            first = values["max_window_layers"] = sliding.index(True)
+            values["use_sliding_window"] = True
+            if sliding != [i >= first for i in range(len(sliding))]:
+                names = ("full_attention", "sliding_attention")
+                values["layer_types"] = [names[slides] for slides in sliding]
         values["hidden_act"] = "silu"
         values["rope_theta"] = rope.rope_theta
         values["rope_scaling"] = None
@@ -241,6 +289,28 @@ def _rope_from_hf(values: Mapping, where: str) -> RopeConfig:
             beside["original_max_position_embeddings"] = original
         given = {name: v for name, v in beside.items() if v is not None} | given
     return from_mapping(RopeConfig, given, f"{where}, rope parameters", ignore_unknown=True)
+
+
+def _sliding_layers(values: Mapping, where: str) -> Any:
+    """Which layers have a sliding window: layer_types, or what stood in its place before."""
+    layers, window = values.get("num_hidden_layers"), values.get("sliding_window")
+    if values.get("layer_types") is not None:
+        names = {"full_attention": False, "sliding_attention": True}
+        kinds = values["layer_types"]
+        if not isinstance(kinds, list) or not all(kind in names for kind in map(str, kinds)):
+            raise LorakitError(
+                f"{where}: layer_types must list {' or '.join(names)}, not {kinds!r}"
+            )
+        sliding = [names[kind] for kind in kinds]
+        return sliding if any(sliding) else []
+    # Mistral's window holds for all layers; Qwen's from max_window_layers on, if it is used at all
+    first = 0
+    if "use_sliding_window" in values or "max_window_layers" in values:
+        first = values.get("max_window_layers", 0)
+        window = window if values.get("use_sliding_window") else None
+    if window is None or type(layers) is not int or type(first) is not int or first >= layers:
+        return []
+    return [i >= first for i in range(min(layers, 10_000))]
 
 
 # ---- quantization, adapters, runs ---------------------------------------------------------------

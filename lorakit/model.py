@@ -33,6 +33,25 @@ class Cache(Protocol):
         """Store k, v [B, T, Hk, D] of new positions; all of them so far: [B, S, Hk, D]."""
 
 
+def _mask(positions: Tensor, S: int, window: int | None, real: Tensor | None) -> Tensor | None:
+    """Which of S positions each of `positions` [T] may see: bool [T, S], with padding [B, 1, T, S].
+
+    Not the future, nothing `window` or more positions back, no padding (`real` [B, S] is false
+    there); but always itself, so that no row is empty. None where plain causal attention says all.
+    """
+    T = len(positions)
+    slides = window is not None and window < S
+    if real is None and not slides and T in (1, S):
+        return None
+    seen = torch.arange(S, device=positions.device)
+    mask = seen <= positions[:, None]
+    if slides:
+        mask &= seen > positions[:, None] - window
+    if real is None:
+        return mask
+    return ((mask & real[:, None]) | (seen == positions[:, None]))[:, None]
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -48,12 +67,16 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        hidden, bias = config.hidden_size, config.attention_bias
+        hidden, bias = config.hidden_size, config.qkv_bias
         self.grouped = heads != kv_heads
         self.q_proj = nn.Linear(hidden, heads * config.head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden, kv_heads * config.head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden, kv_heads * config.head_dim, bias=bias)
-        self.o_proj = nn.Linear(heads * config.head_dim, hidden, bias=bias)
+        self.o_proj = nn.Linear(heads * config.head_dim, hidden, bias=config.o_bias)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(
         self, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None
@@ -62,6 +85,8 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, -1, self.head_dim)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = kernels.rope(q, k, *tables)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
@@ -152,21 +177,18 @@ class Decoder(nn.Module):
         T = input_ids.shape[1]
         past = 0 if cache is None else cache.length
         positions = torch.arange(past, past + T, device=input_ids.device)
-        position_ids, mask = positions[None], None
+        position_ids, real = positions[None], None
         if attention_mask is not None:
             real = attention_mask.bool()
             position_ids = (real.cumsum(-1) - 1).clamp(min=0)[:, past:]
-        if attention_mask is not None or (past > 0 and T > 1):
-            seen = torch.arange(past + T, device=input_ids.device)
-            mask = seen <= positions[:, None]  # [T, S]: not the future,
-            if attention_mask is not None:  # nor padding; but itself, so that no row is empty
-                mask = (mask & real[:, None]) | (seen == positions[:, None])
-                mask = mask[:, None]  # [B, 1, T, S]
+        windows = {self.config.window(i) for i in range(self.config.num_hidden_layers)}
+        masks = {window: _mask(positions, past + T, window, real) for window in windows}
         freqs = inverse_frequencies(self.config.rope, self.config.head_dim, input_ids.device)
         tables = rope_tables(freqs, position_ids)
         x = self.model.embed_tokens(input_ids)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        for block in self.model.layers:
+        for i, block in enumerate(self.model.layers):
+            mask = masks[self.config.window(i)]
             if recompute:
                 x = checkpoint(block, x, tables, mask, cache, use_reentrant=False)
             else:

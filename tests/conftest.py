@@ -61,12 +61,32 @@ TINY_VARIANTS = {
 }
 
 
+FAMILY_VARIANTS = {
+    "mistral": {"sliding_window": 8},
+    "mistral without a window": {"sliding_window": None},
+    "qwen2": {},
+    "qwen2 sliding": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+    "qwen2 tied": {"tie_word_embeddings": True, "num_key_value_heads": 2},
+    "qwen3": {"head_dim": 12, "num_key_value_heads": 2},
+    "qwen3 sliding": {
+        "head_dim": 12, "use_sliding_window": True, "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+}  # fmt: skip
+
+
 def tiny_llama(**overrides):
     """A random transformers Llama in fp32. Biases and norms are random too."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    return tiny("llama", **overrides)
+
+
+def tiny(model_type, **overrides):
+    """A random transformers model of a family, in fp32; biases and norms are random too."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**{**TINY, **overrides})).eval()
+    config = AutoConfig.for_model(model_type, **{**TINY, **overrides})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:

@@ -72,6 +72,10 @@ def test_transformers_reads_what_we_write():
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn' is not supp"),
         ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor must be float"),
         ({"rope_scaling": 3}, "rope parameters must be a mapping"),
+        ({"layer_types": ["sliding"] * 16}, "layer_types must list full_attention or sliding"),
+        ({"layer_types": ["sliding_attention"] * 15, "sliding_window": 4}, "names 15 of 16 layers"),
+        ({"layer_types": ["sliding_attention"] * 16}, "sliding_window is missing"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window must be positive"),
         ({"quantization_config": {"load_in_4bit": True}}, "already quantized"),
     ],
 )
@@ -147,6 +151,19 @@ def test_run_config():
 def test_bad_run_config(change, message):
     with pytest.raises(lk.LorakitError, match=message):
         lk.RunConfig.from_dict(RUN | change, "run.yaml")
+
+
+def test_sliding_layers_of_each_family():
+    def sliding(model_type, **change):
+        return lk.ModelConfig.from_hf(LLAMA | {"model_type": model_type} | change).sliding_layers
+
+    assert sliding("llama") == []
+    assert sliding("mistral") == [True] * 16  # v0.1 leaves sliding_window out: 4096
+    assert sliding("mistral", sliding_window=None) == []
+    qwen = {"sliding_window": 32768, "max_window_layers": 12}
+    assert sliding("qwen2", use_sliding_window=False, **qwen) == []
+    assert sliding("qwen2", use_sliding_window=True, **qwen) == [False] * 12 + [True] * 4
+    assert sliding("qwen3", use_sliding_window=True, sliding_window=9, max_window_layers=99) == []
 
 
 def test_configs_are_frozen():

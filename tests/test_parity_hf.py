@@ -7,19 +7,33 @@ import torch
 
 import lorakit as lk
 from lorakit.config import RopeConfig
+from lorakit.generation import _continue
 from lorakit.rope import inverse_frequencies
-from tests.conftest import LLAMA3_ROPE, TINY_VARIANTS, tiny_llama
+from tests.conftest import (
+    FAMILY_VARIANTS,
+    LLAMA3_ROPE,
+    TINY_VARIANTS,
+    tiny,
+    tiny_llama,
+)
 
 
-def ours_and_theirs(tmp_path, **overrides):
-    theirs = tiny_llama(**overrides)
+def ours_and_theirs(tmp_path, family="llama", **overrides):
+    theirs = tiny(family, **overrides)
     theirs.save_pretrained(tmp_path)
     return lk.load_model(tmp_path, dtype="float32"), theirs
 
 
-@pytest.mark.parametrize("variant", TINY_VARIANTS)
-def test_tiny_logits_and_every_gradient(tmp_path, variant):
-    ours, theirs = ours_and_theirs(tmp_path, **TINY_VARIANTS[variant])
+VARIANTS = [("llama", options) for options in TINY_VARIANTS.values()]
+VARIANTS += [(name.partition(" ")[0], options) for name, options in FAMILY_VARIANTS.items()]
+variants = pytest.mark.parametrize(
+    ("family", "options"), VARIANTS, ids=[*TINY_VARIANTS, *FAMILY_VARIANTS]
+)
+
+
+@variants
+def test_tiny_logits_and_every_gradient(tmp_path, family, options):
+    ours, theirs = ours_and_theirs(tmp_path, family, **options)
     ids = torch.randint(97, (2, 40), generator=torch.Generator().manual_seed(1))
     logits, expected = ours(ids), theirs(ids).logits
     # the same operations in fp32; elsewhere a product may sum in another order, values reach 7
@@ -38,6 +52,56 @@ def test_tiny_logits_and_every_gradient(tmp_path, variant):
         assert truth.abs().max() > 0, name
         compared += 1
     assert compared == len(named)
+
+
+@variants
+def test_greedy_tokens_equal_transformers(tmp_path, family, options):
+    """40 greedy tokens: with the cache, without it, beside a longer row, and by transformers."""
+    ours, theirs = ours_and_theirs(tmp_path, family, **options)
+    prompts = [
+        torch.randint(3, 97, (n,), generator=torch.Generator().manual_seed(n)) for n in (5, 17)
+    ]
+    alone = []
+    for prompt in prompts:
+        ids = prompt[None]
+        expected = theirs.generate(
+            ids, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0
+        )[0, len(prompt) :].tolist()
+        for _ in range(40):
+            ids = torch.cat([ids, ours(ids)[:, -1:].argmax(-1)], 1)
+        assert ids[0, len(prompt) :].tolist() == expected
+        alone.append(expected)
+    together = _continue(ours, [p.tolist() for p in prompts], 40, 0.0, 1.0, None, set())
+    assert together == alone
+    assert _continue(ours, [prompts[0].tolist()], 40, 0.0, 1.0, None, set()) == alone[:1]
+
+
+@variants
+def test_saved_model_loads_in_transformers(tmp_path, family, options):
+    from transformers import AutoModelForCausalLM
+
+    ours, theirs = ours_and_theirs(tmp_path, family, **options)
+    lk.save_model(ours, tmp_path / "again")
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32).eval()
+    ids = torch.arange(40)[None]
+    assert type(back) is type(theirs)
+    assert torch.equal(back(ids).logits, theirs(ids).logits)
+    again = lk.load_model(tmp_path / "again", dtype="float32")
+    assert again.config == ours.config
+    assert torch.equal(again(ids), ours(ids))
+
+
+@variants
+def test_nf4_equals_the_dequantized_model(tmp_path, family, options):
+    """A quantized model computes what a dense one with its dequantized weights computes."""
+    theirs = tiny(family, **options)
+    theirs.save_pretrained(tmp_path)
+    packed = lk.load_model(tmp_path, dtype="float32", quantize="nf4")
+    lk.save_model(packed, tmp_path / "dense")
+    dense = lk.load_model(tmp_path / "dense", dtype="float32")
+    ids = torch.arange(40)[None]
+    assert torch.equal(packed(ids), dense(ids))
+    assert (packed(ids) - theirs(ids).logits).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("variant", ["gqa", "llama3_rope"])
