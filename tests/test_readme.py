@@ -22,7 +22,7 @@ def blocks(language, name=""):
 
 
 @pytest.fixture(scope="module")
-def workplace(smollm2, tmp_path_factory):
+def prepared(smollm2, tmp_path_factory):
     """An empty directory, and a Hub cache that holds the model under its Hub name."""
     cache, work = tmp_path_factory.mktemp("cache"), tmp_path_factory.mktemp("work")
     commit = "0" * 40
@@ -43,8 +43,8 @@ def workplace(smollm2, tmp_path_factory):
     return work, run
 
 
-def test_python_example(workplace):
-    work, run = workplace
+def test_python_example(prepared):
+    work, run = prepared
     [code] = blocks("python")
     assert len(code.strip().splitlines()) <= 20
     done = run([sys.executable, "-c", code])
@@ -55,8 +55,8 @@ def test_python_example(workplace):
     assert (work / "runs" / "merged" / "tokenizer.json").exists()
 
 
-def test_command_line(workplace):
-    work, run = workplace
+def test_command_line(prepared):
+    work, run = prepared
     [run_file], [rows] = blocks("yaml", "run.yaml"), blocks("json", "train.jsonl")
     (work / "run.yaml").write_text(run_file)
     (work / "train.jsonl").write_text(rows)
