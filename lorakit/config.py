@@ -132,17 +132,27 @@ class Family:
 
     architecture: str
     """transformers' class"""
+    windows: bool = False
+    """whether sliding_window is a key of the family; elsewhere it is a leftover without meaning"""
     fields: dict[str, Any] = field(default_factory=dict)
     """ModelConfig fields that every model of the family has"""
     defaults: dict[str, Any] = field(default_factory=dict)
     """transformers' defaults of keys that config.json may leave out, where they are not Llama's"""
 
 
+_QWEN_WINDOW = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 FAMILIES = {
     "llama": Family("LlamaForCausalLM"),
-    "mistral": Family("MistralForCausalLM", defaults={"sliding_window": 4096}),
-    "qwen2": Family("Qwen2ForCausalLM", fields={"qkv_bias": True}),
-    "qwen3": Family("Qwen3ForCausalLM", fields={"qk_norm": True}, defaults={"head_dim": 128}),
+    "mistral": Family("MistralForCausalLM", windows=True, defaults={"sliding_window": 4096}),
+    "qwen2": Family(
+        "Qwen2ForCausalLM", windows=True, fields={"qkv_bias": True}, defaults=_QWEN_WINDOW
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        windows=True,
+        fields={"qk_norm": True},
+        defaults=_QWEN_WINDOW | {"head_dim": 128},
+    ),
 }
 
 
@@ -248,6 +258,8 @@ class ModelConfig:
                 values["head_dim"] = hidden // heads
         values["rope"] = _rope_from_hf(values, where)
         values["qkv_bias"] = values["o_bias"] = values.get("attention_bias", False)
+        if not family.windows:
+            values["sliding_window"] = values["layer_types"] = None
         values["sliding_layers"] = _sliding_layers(values, where)
         return from_mapping(cls, values | family.fields, where, ignore_unknown=True)
 
@@ -305,9 +317,9 @@ def _sliding_layers(values: Mapping, where: str) -> Any:
         return sliding if any(sliding) else []
     # Mistral's window holds for all layers; Qwen's from max_window_layers on, if it is used at all
     first = 0
-    if "use_sliding_window" in values or "max_window_layers" in values:
+    if "use_sliding_window" in values:
         first = values.get("max_window_layers", 0)
-        window = window if values.get("use_sliding_window") else None
+        window = window if values["use_sliding_window"] else None
     if window is None or type(layers) is not int or type(first) is not int or first >= layers:
         return []
     return [i >= first for i in range(min(layers, 10_000))]

@@ -130,9 +130,8 @@ def encode_rows(
             if over_length == "drop":
                 continue
             start = len(prompt) - len(tok.encode(row.prompt, add_special_tokens=False))
-            completion = completion[
-                : max_seq_length - max(start, 1)
-            ]  # a label needs a token before
+            before = max(start, 1)  # a label needs a token before it
+            completion = completion[: max_seq_length - before]
             room = max_seq_length - start - len(completion)
             prompt = prompt[:start] + prompt[len(prompt) - room :]
         if len(prompt) + len(completion) < 2:

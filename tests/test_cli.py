@@ -80,7 +80,8 @@ def test_prompt_from_standard_input(tiny_dir):
     ]
     done = subprocess.run(command, input="hello", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("\n")
+    model, tok = lk.load_model(tiny_dir), lk.load_tokenizer(tiny_dir)
+    assert done.stdout == lk.generate(model, tok, "hello", max_new_tokens=3) + "\n"
 
 
 @pytest.mark.parametrize(

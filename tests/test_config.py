@@ -20,6 +20,7 @@ LLAMA = {
     "tie_word_embeddings": True,
     "eos_token_id": [128001, 128008, 128009],
 }
+MISTRAL = {"model_type": "mistral"}
 LLAMA3 = {
     "factor": 32.0,
     "high_freq_factor": 4.0,
@@ -72,9 +73,15 @@ def test_transformers_reads_what_we_write():
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn' is not supp"),
         ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor must be float"),
         ({"rope_scaling": 3}, "rope parameters must be a mapping"),
-        ({"layer_types": ["sliding"] * 16}, "layer_types must list full_attention or sliding"),
-        ({"layer_types": ["sliding_attention"] * 15, "sliding_window": 4}, "names 15 of 16 layers"),
-        ({"layer_types": ["sliding_attention"] * 16}, "sliding_window is missing"),
+        (
+            MISTRAL | {"layer_types": ["sliding"] * 16},
+            "layer_types must list full_attention or sliding",
+        ),
+        (MISTRAL | {"layer_types": ["sliding_attention"] * 15}, "names 15 of 16 layers"),
+        (
+            MISTRAL | {"layer_types": ["sliding_attention"] * 16, "sliding_window": None},
+            "sliding_window is missing",
+        ),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window must be positive"),
         ({"quantization_config": {"load_in_4bit": True}}, "already quantized"),
     ],
@@ -158,6 +165,8 @@ def test_sliding_layers_of_each_family():
         return lk.ModelConfig.from_hf(LLAMA | {"model_type": model_type} | change).sliding_layers
 
     assert sliding("llama") == []
+    assert sliding("llama", sliding_window=4096) == []  # transformers' Llama has no such key
+    assert sliding("qwen2", sliding_window=32) == []  # use_sliding_window is false unless said
     assert sliding("mistral") == [True] * 16  # v0.1 leaves sliding_window out: 4096
     assert sliding("mistral", sliding_window=None) == []
     qwen = {"sliding_window": 32768, "max_window_layers": 12}

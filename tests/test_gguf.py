@@ -1,8 +1,5 @@
 """GGUF: against llama.cpp's convention, every block format, and damaged files."""
 
-import json
-import urllib.request
-
 import gguf
 import numpy as np
 import pytest
@@ -155,20 +152,12 @@ def test_q8_0_is_close_and_streams_into_nf4(tmp_path):
     assert torch.equal(model(IDS), dense(IDS))
 
 
-def test_greedy_text_equals_llama_cpp(smollm2):
-    """32 greedy tokens of the same file, in llama.cpp and here."""
-    xllamacpp = pytest.importorskip("xllamacpp")
-    params = xllamacpp.CommonParams()
-    params.model.path = str(smollm2)
-    params.warmup = False
-    params.n_ctx = 256
-    server = xllamacpp.Server(params)
+def test_greedy_text_equals_llama_cpp(smollm2, llama_cpp):
+    """12 greedy tokens of the same file, in llama.cpp and here."""
     prompt = "Q: What is the capital of France?\nA:"
-    body = json.dumps({"prompt": prompt, "n_predict": 12, "temperature": 0}).encode()
-    with urllib.request.urlopen(f"{server.listening_address}/completion", body) as answer:
-        expected = json.load(answer)["content"]
+    answer = llama_cpp("completion", {"prompt": prompt, "n_predict": 12, "temperature": 0})
     model, tok = lk.load_model(smollm2, dtype="float32"), lk.load_tokenizer(smollm2)
-    assert lk.generate(model, tok, prompt, max_new_tokens=12) == expected
+    assert lk.generate(model, tok, prompt, max_new_tokens=12) == answer["content"]
 
 
 # ---- damaged files ----

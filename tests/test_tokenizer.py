@@ -1,7 +1,6 @@
 """Tokenizers and chat templates against transformers and llama.cpp."""
 
 import json
-import urllib.request
 
 import pytest
 from hypothesis import assume, given, settings
@@ -49,18 +48,10 @@ def test_gguf_round_trip(pair, text):
     assert tok.decode(tok.encode(text), skip_special_tokens=False) == text
 
 
-def test_gguf_ids_equal_llama_cpp(smollm2):
-    xllamacpp = pytest.importorskip("xllamacpp")
-    params = xllamacpp.CommonParams()
-    params.model.path = str(smollm2)
-    params.warmup = False
-    params.n_ctx = 64
-    server = xllamacpp.Server(params)
-    tok = lk.load_tokenizer(smollm2)
+def test_gguf_ids_equal_llama_cpp(pair, llama_cpp):
     for text in TEXTS:
-        body = json.dumps({"content": text, "parse_special": True}).encode()
-        with urllib.request.urlopen(f"{server.listening_address}/tokenize", body) as answer:
-            assert json.load(answer)["tokens"] == tok.encode(text), text
+        answer = llama_cpp("tokenize", {"content": text, "parse_special": True})
+        assert answer["tokens"] == pair[0].encode(text), text
 
 
 def test_special_tokens(pair):
