@@ -6,19 +6,22 @@ runs.
 """
 
 from .adamw import adamw_step
+from .attention import attention
 from .cross_entropy import cross_entropy, linear_cross_entropy
 from .dispatch import use_backend
 from .lora_linear import lora_linear
 from .nf4 import NF4Tensor, dequantize_nf4, nf4_linear, quantize_nf4
 from .rms_norm import rms_norm
 from .rope import rope
-from .swiglu import swiglu
+from .swiglu import geglu, swiglu
 
 __all__ = [
     "NF4Tensor",
     "adamw_step",
+    "attention",
     "cross_entropy",
     "dequantize_nf4",
+    "geglu",
     "linear_cross_entropy",
     "lora_linear",
     "nf4_linear",

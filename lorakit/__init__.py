@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 _HOME = {
     "LoraConfig": "config",
     "LorakitError": "config",
-    "ModelConfig": "config",
+    "ModelConfig": "model_config",
     "QuantConfig": "config",
     "RunConfig": "config",
     "TrainConfig": "config",

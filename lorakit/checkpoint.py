@@ -6,15 +6,20 @@ packed to 4 bits if it belongs to a quantized layer, and put in its place:
 
     peak memory = the model as it will be + the largest dense tensor
 
+A checkpoint that holds more than a text model (Gemma 3 with its vision tower) is read for the text
+model; the other tensors stay on disk, and `save_model` copies them as they are, so that the result
+is again such a checkpoint.
+
 Writing is atomic per file: a temporary file beside the target, fsync, rename. A reader sees the old
 file or the new one. Nothing here unpickles, and nothing writes to the network.
 """
 
 import dataclasses
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,13 +28,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import hub
-from .config import LorakitError, ModelConfig, QuantConfig, nearest, quant_config, to_dtype
+from .config import LorakitError, QuantConfig, nearest, quant_config, to_dtype
 from .files import atomic, read_json, write_json
 from .gguf import read_gguf
 from .lora import LoraLinear
 from .model import Decoder
+from .model_config import MULTIMODAL, ModelConfig
 from .quantization import NF4Linear
 from .quantization import quantize as quantize_module
+from .tokenizer import load_tokenizer
 
 log = logging.getLogger("lorakit")
 
@@ -42,6 +49,29 @@ class LazyTensor(NamedTuple):
 
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
+
+
+class Outer(NamedTuple):
+    """What a multimodal checkpoint holds around its text model."""
+
+    config: dict[str, Any]  # config.json, whose text_config is the text model's
+    prefixes: dict[str, str]  # the text model's names -> the file's, by their beginning
+    tensors: dict[str, LazyTensor]  # of the other towers
+
+
+class Source(NamedTuple):
+    """Where a model was loaded from."""
+
+    path: Path  # a directory or a .gguf file
+    outer: Outer | None
+
+
+# where multimodal checkpoints keep the text model: transformers 4.49 and since, and 4.52 in memory
+LAYOUTS = (
+    {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."},
+    {"model.": "model.language_model.", "lm_head.": "lm_head."},
+)
+COPIED = ["generation_config.json", "*processor_config.json", *hub.TOKENIZER]
 
 
 # ---- reading ------------------------------------------------------------------------------------
@@ -67,16 +97,21 @@ def load_model(
     """
     dtype, quant = to_dtype(dtype), quant_config(quantize)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    path = hub.resolve(path_or_hub_id, hub.WEIGHTS)
+    path = hub.resolve(path_or_hub_id, [*hub.WEIGHTS, *hub.TOKENIZER])
+    outer = None
     if path.suffix == ".gguf":
         config, found = read_gguf(path)
         tensors = {name: LazyTensor(*entry) for name, entry in found.items()}
     else:
-        config = ModelConfig.from_hf(read_json(path / "config.json"), str(path / "config.json"))
+        values = read_json(path / "config.json")
+        config = ModelConfig.from_hf(values, str(path / "config.json"))
         tensors = _open_directory(path)
+        if values["model_type"] in MULTIMODAL:
+            tensors, outer = _text_model(tensors, values, str(path))
         config = _completed(config, path, tensors)
 
     model = _empty_model(config, tensors, str(path)).to(dtype)
+    model.source = Source(path, outer)
     tensors = _select(tensors, model, str(path))
     if quant is not None:
         quantize_module(model, quant)
@@ -89,6 +124,26 @@ def load_model(
         except ValueError as error:
             raise LorakitError(f"{path}: tensor {name}: {error}") from None
     return model.eval()
+
+
+def _text_model(
+    tensors: dict[str, LazyTensor], config: dict[str, Any], where: str
+) -> tuple[dict[str, LazyTensor], Outer]:
+    """The tensors of the text model, under its own names, and the rest."""
+    for prefixes in LAYOUTS:
+        if any(name.startswith(prefixes["model."]) for name in tensors):
+            break
+    else:
+        raise LorakitError(f"{where}: the checkpoint holds no text model")
+    text, rest = {}, {}
+    for name, tensor in tensors.items():
+        for inner, beginning in prefixes.items():
+            if name.startswith(beginning):
+                text[inner + name.removeprefix(beginning)] = tensor
+                break
+        else:
+            rest[name] = tensor
+    return text, Outer(config, prefixes, rest)
 
 
 def _completed(config: ModelConfig, path: Path, tensors: Mapping[str, LazyTensor]) -> ModelConfig:
@@ -197,14 +252,27 @@ def save_model(module: Decoder, path: str | Path, *, max_shard_size: int = 5 * 1
     """Write `module` as a Hugging Face directory of dense weights in its dtype, made if missing.
 
     Merged adapters are written as merged, 4-bit layers dequantized, in shards of at most
-    `max_shard_size` bytes (or one tensor); memory holds one shard at a time. Raises LorakitError,
-    and writes nothing, while an adapter is attached and not merged.
+    `max_shard_size` bytes (or one tensor); memory holds one shard at a time. What lay beside the
+    weights that the model was loaded from comes along: tokenizer, generation config, and the other
+    towers of a multimodal checkpoint. Raises LorakitError, and writes nothing, while an adapter is
+    attached and not merged.
     """
-    plan = list(_dense_tensors(module))
+    plan = [
+        (name, tensor, module.dtype.itemsize * torch.Size(tensor.shape).numel())
+        for name, tensor in _dense_tensors(module)
+    ]
+    config = module.config.to_hf() | {"torch_dtype": str(module.dtype).removeprefix("torch.")}
+    outer = None if module.source is None else module.source.outer
+    if outer is not None:
+        plan = [(_outer_name(name, outer.prefixes), *rest) for name, *rest in plan]
+        for name, tensor in outer.tensors.items():
+            plan.append((name, tensor, tensor.read().nbytes))
+        tied = {"tie_word_embeddings": config["tie_word_embeddings"]}
+        config = outer.config | tied | {"text_config": config}
+
     shards: list[list[tuple[str, LazyTensor]]] = [[]]
     used = total = 0
-    for name, tensor in plan:
-        size = module.dtype.itemsize * torch.Size(tensor.shape).numel()
+    for name, tensor, size in plan:
         total += size
         if shards[-1] and used + size > max_shard_size:
             shards.append([])
@@ -224,12 +292,46 @@ def save_model(module: Decoder, path: str | Path, *, max_shard_size: int = 5 * 1
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(path / INDEX_FILE, index)
-    dtype = str(module.dtype).removeprefix("torch.")
-    write_json(path / "config.json", module.config.to_hf() | {"torch_dtype": dtype})
+    write_json(path / "config.json", config)
     # what an earlier, differently sharded save left here would be read first, or not at all
     for stale in {WEIGHTS_FILE, INDEX_FILE, *(f.name for f in path.glob("model-*.safetensors"))}:
         if stale not in {*weight_map.values()} and not (stale == INDEX_FILE and len(shards) > 1):
             (path / stale).unlink(missing_ok=True)
+    if module.source is not None:
+        _copy_beside(module, path)
+
+
+def _outer_name(name: str, prefixes: Mapping[str, str]) -> str:
+    for inner, beginning in prefixes.items():
+        if name.startswith(inner):
+            return beginning + name.removeprefix(inner)
+    return name
+
+
+def _copy_beside(module: Decoder, path: Path) -> None:
+    """Tokenizer and generation config, from where the model was loaded."""
+    source = module.source.path
+    if not source.exists():
+        log.warning("lorakit: %s is gone; no tokenizer was written to %s", source, path)
+    elif source.is_dir():
+        for pattern in COPIED:
+            for file in source.glob(pattern):
+                target = path / file.name
+                if file.resolve() != target.resolve():
+                    with atomic(target) as temporary:
+                        shutil.copyfile(file, temporary)
+    else:
+        ends = {
+            "bos_token_id": module.config.bos_token_id,
+            "eos_token_id": module.config.eos_token_id,
+        }
+        write_json(
+            path / "generation_config.json", {k: v for k, v in ends.items() if v is not None}
+        )
+        try:
+            load_tokenizer(source).save(path)
+        except LorakitError as error:
+            log.warning("lorakit: no tokenizer was written to %s: %s", path, error)
 
 
 def _dense_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, LazyTensor]]:

@@ -68,7 +68,11 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32")
     generate.add_argument("--max-new-tokens", type=int, default=128)
     generate.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
-    generate.add_argument("--top-p", type=float, default=1.0)
+    generate.add_argument("--top-k", type=int, help="of the likeliest so many tokens only")
+    generate.add_argument("--top-p", type=float, default=1.0, help="of the fewest with this mass")
+    generate.add_argument("--min-p", type=float, default=0.0, help="of those this near the best")
+    generate.add_argument("--repetition-penalty", type=float, default=1.0, help="1: none")
+    generate.add_argument("--stop", action="append", default=[], help="end before this text")
     generate.add_argument("--seed", type=int)
     generate.set_defaults(run=_generate, take=_take_prompt)
     return parser
@@ -125,16 +129,21 @@ def _generate(args: argparse.Namespace) -> int:
     model = lk.load_model(args.model, dtype=args.dtype, quantize=args.quantize)
     if args.adapter is not None:
         lk.load_adapter(model, args.adapter)
-    text = lk.generate(
+    lk.generate(
         model,
         tok,
         [{"role": "user", "content": prompt}] if args.chat else prompt,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
+        top_k=args.top_k,
         top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
         seed=args.seed,
+        stop=args.stop,
+        stream=lambda piece: print(piece, end="", flush=True),
     )
-    print(text)
+    print()
     return 0
 
 

@@ -94,238 +94,10 @@ def from_mapping(cls: type, values: Any, where: str, *, ignore_unknown: bool = F
         raise LorakitError(f"{where}: {error}") from None
 
 
-def _check(condition: bool, message: str) -> None:
+def check(condition: bool, message: str) -> None:
+    """Raise LorakitError with `message` unless `condition`."""
     if not condition:
         raise LorakitError(message)
-
-
-# ---- the model ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary embedding: `rope_type` is "default", "linear" or "llama3"; the rest parametrize it."""
-
-    rope_theta: float = 10000.0
-    rope_type: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-
-    def __post_init__(self):
-        kinds = ("default", "linear", "llama3")
-        _check(
-            self.rope_type in kinds,
-            f"rope_type {self.rope_type!r} is not supported; supported are {', '.join(kinds)}",
-        )
-        _check(self.rope_theta > 0 and self.factor > 0, "rope_theta and factor must be positive")
-        _check(
-            self.high_freq_factor > self.low_freq_factor,
-            "rope: high_freq_factor must exceed low_freq_factor",
-        )
-
-
-@dataclass(frozen=True)
-class Family:
-    """What a model_type says beyond the keys of its config.json."""
-
-    architecture: str
-    """transformers' class"""
-    windows: bool = False
-    """whether sliding_window is a key of the family; elsewhere it is a leftover without meaning"""
-    fields: dict[str, Any] = field(default_factory=dict)
-    """ModelConfig fields that every model of the family has"""
-    defaults: dict[str, Any] = field(default_factory=dict)
-    """transformers' defaults of keys that config.json may leave out, where they are not Llama's"""
-
-
-_QWEN_WINDOW = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
-FAMILIES = {
-    "llama": Family("LlamaForCausalLM"),
-    "mistral": Family("MistralForCausalLM", windows=True, defaults={"sliding_window": 4096}),
-    "qwen2": Family(
-        "Qwen2ForCausalLM", windows=True, fields={"qkv_bias": True}, defaults=_QWEN_WINDOW
-    ),
-    "qwen3": Family(
-        "Qwen3ForCausalLM",
-        windows=True,
-        fields={"qk_norm": True},
-        defaults=_QWEN_WINDOW | {"head_dim": 128},
-    ),
-}
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """What distinguishes one decoder from another. Names and defaults follow config.json."""
-
-    model_type: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float = 1e-6
-    rope: RopeConfig = RopeConfig()
-    max_position_embeddings: int = 2048
-    tie_word_embeddings: bool = False
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    """RMSNorm over each head's queries and keys, before the rotary embedding"""
-    sliding_window: int | None = None
-    """positions that a sliding layer sees, its own included"""
-    sliding_layers: list[bool] = field(default_factory=list)
-    """per layer whether it slides; empty: none does"""
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None
-
-    def __post_init__(self):
-        _check(
-            self.model_type in FAMILIES,
-            f"model_type {self.model_type!r} is not supported; supported are "
-            f"{', '.join(FAMILIES)}{nearest(self.model_type, FAMILIES)}",
-        )
-        for name in [
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-        ]:
-            _check(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
-        _check(
-            self.num_attention_heads % self.num_key_value_heads == 0,
-            f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
-            f"num_key_value_heads ({self.num_key_value_heads})",
-        )
-        _check(self.head_dim % 2 == 0, f"head_dim must be even, not {self.head_dim}")
-        _check(
-            len(self.sliding_layers) in (0, self.num_hidden_layers),
-            f"layer_types names {len(self.sliding_layers)} of {self.num_hidden_layers} layers",
-        )
-        window = self.sliding_window
-        _check(window is None or window > 0, f"sliding_window must be positive, not {window}")
-        _check(not any(self.sliding_layers) or window is not None, "sliding_window is missing")
-
-    def window(self, layer: int) -> int | None:
-        """How many positions `layer` sees, or None where it sees all before it."""
-        return self.sliding_window if self.sliding_layers and self.sliding_layers[layer] else None
-
-    @property
-    def eos_token_ids(self) -> list[int]:
-        """The end tokens as a list, whether config.json holds none, one or several."""
-        ids = self.eos_token_id
-        return [] if ids is None else ids if isinstance(ids, list) else [ids]
-
-    @classmethod
-    def from_hf(cls, values: Any, where: str = "config.json") -> "ModelConfig":
-        """From the contents of a Hugging Face config.json, in transformers 4's or 5's spelling.
-
-        Keys that do not change the computation are ignored. Raises LorakitError, naming `where`,
-        for an unknown model_type, a wrong type, a missing size, or a feature lorakit lacks.
-        """
-        if not isinstance(values, Mapping):
-            raise LorakitError(f"{where} must hold a JSON object, not {type(values).__name__}")
-        values = dict(values)
-        _check("model_type" in values, f"{where}: model_type is missing")
-        family = FAMILIES.get(str(values["model_type"]), Family(""))
-        values = family.defaults | values
-        act = values.get("hidden_act", "silu")
-        _check(act == "silu", f"{where}: hidden_act {act!r} is not supported; it must be 'silu'")
-        if values.get("quantization_config") is not None:
-            raise LorakitError(
-                f"{where}: the checkpoint is already quantized (quantization_config); "
-                "load its 16-bit original"
-            )
-        if values.get("num_key_value_heads") is None:
-            values["num_key_value_heads"] = values.get("num_attention_heads")
-        if values.get("head_dim") is None:
-            hidden, heads = values.get("hidden_size"), values.get("num_attention_heads")
-            if type(hidden) is int and type(heads) is int and heads > 0:
-                _check(
-                    hidden % heads == 0,
-                    f"{where}: head_dim is not set, and hidden_size ({hidden}) is no multiple of "
-                    f"num_attention_heads ({heads})",
-                )
-                values["head_dim"] = hidden // heads
-        values["rope"] = _rope_from_hf(values, where)
-        values["qkv_bias"] = values["o_bias"] = values.get("attention_bias", False)
-        if not family.windows:
-            values["sliding_window"] = values["layer_types"] = None
-        values["sliding_layers"] = _sliding_layers(values, where)
-        return from_mapping(cls, values | family.fields, where, ignore_unknown=True)
-
-    def to_hf(self) -> dict[str, Any]:
-        """The contents of a config.json in transformers 4's spelling, which every version reads."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        rope, sliding = values.pop("rope"), values.pop("sliding_layers")
-        values["architectures"] = [FAMILIES[self.model_type].architecture]
-        values["attention_bias"] = values.pop("o_bias")
-        del values["qkv_bias"], values["qk_norm"]
-        if any(sliding):
-            first = values["max_window_layers"] = sliding.index(True)
-            values["use_sliding_window"] = True
-            if sliding != [i >= first for i in range(len(sliding))]:
-                names = ("full_attention", "sliding_attention")
-                values["layer_types"] = [names[slides] for slides in sliding]
-        values["hidden_act"] = "silu"
-        values["rope_theta"] = rope.rope_theta
-        values["rope_scaling"] = None
-        if rope.rope_type != "default":
-            values["rope_scaling"] = {"rope_type": rope.rope_type, "factor": rope.factor}
-        if rope.rope_type == "llama3":
-            values["rope_scaling"] |= {
-                "low_freq_factor": rope.low_freq_factor,
-                "high_freq_factor": rope.high_freq_factor,
-                "original_max_position_embeddings": rope.original_max_position_embeddings,
-            }
-        return values
-
-
-def _rope_from_hf(values: Mapping, where: str) -> RopeConfig:
-    """transformers 5: one rope_parameters; transformers 4: rope_theta beside rope_scaling."""
-    given = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    if isinstance(given, Mapping):
-        given = {"rope_type" if name == "type" else name: v for name, v in given.items()}
-        beside = {"rope_theta": values.get("rope_theta")}
-        if given.get("rope_type") == "llama3":
-            original = values.get("max_position_embeddings")
-            beside["original_max_position_embeddings"] = original
-        given = {name: v for name, v in beside.items() if v is not None} | given
-    return from_mapping(RopeConfig, given, f"{where}, rope parameters", ignore_unknown=True)
-
-
-def _sliding_layers(values: Mapping, where: str) -> Any:
-    """Which layers have a sliding window: layer_types, or what stood in its place before."""
-    layers, window = values.get("num_hidden_layers"), values.get("sliding_window")
-    if values.get("layer_types") is not None:
-        names = {"full_attention": False, "sliding_attention": True}
-        kinds = values["layer_types"]
-        if not isinstance(kinds, list) or not all(kind in names for kind in map(str, kinds)):
-            raise LorakitError(
-                f"{where}: layer_types must list {' or '.join(names)}, not {kinds!r}"
-            )
-        sliding = [names[kind] for kind in kinds]
-        return sliding if any(sliding) else []
-    # Mistral's window holds for all layers; Qwen's from max_window_layers on, if it is used at all
-    first = 0
-    if "use_sliding_window" in values:
-        first = values.get("max_window_layers", 0)
-        window = window if values["use_sliding_window"] else None
-    if window is None or type(layers) is not int or type(first) is not int or first >= layers:
-        return []
-    return [i >= first for i in range(min(layers, 10_000))]
-
-
-# ---- quantization, adapters, runs ---------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -337,12 +109,13 @@ class QuantConfig:
     """values that share one scale: a power of two from 32 to 4096"""
     double_quant: bool = True
     """store the scales in 8 bits too"""
-    skip_modules: list[str] = field(default_factory=lambda: ["lm_head"])
-    """layers that stay dense: the last part of their name, or the whole"""
+    skip_modules: list[str] = field(default_factory=lambda: ["lm_head", "gate"])
+    """layers that stay dense: the last part of their name, or the whole. `gate` is the router of a
+    mixture of experts: small, and what follows depends on its every choice"""
 
     def __post_init__(self):
-        _check(self.quant_type == "nf4", f"quant_type is {self.quant_type!r}; it must be 'nf4'")
-        _check(
+        check(self.quant_type == "nf4", f"quant_type is {self.quant_type!r}; it must be 'nf4'")
+        check(
             self.block_size in (32, 64, 128, 256, 512, 1024, 2048, 4096),
             f"block_size is {self.block_size}; it must be a power of two from 32 to 4096",
         )
@@ -360,11 +133,11 @@ class LoraConfig:
     use_rslora: bool = False
 
     def __post_init__(self):
-        _check(self.r > 0, f"r must be positive, not {self.r}")
-        _check(
+        check(self.r > 0, f"r must be positive, not {self.r}")
+        check(
             0 <= self.lora_dropout < 1, f"lora_dropout is {self.lora_dropout}; it must be in [0, 1)"
         )
-        _check(len(self.target_modules) > 0, "target_modules is empty: name at least one layer")
+        check(len(self.target_modules) > 0, "target_modules is empty: name at least one layer")
 
     @property
     def scaling(self) -> float:
@@ -408,25 +181,25 @@ class TrainConfig:
             "max_grad_norm",
             "max_seq_length",
         ]:
-            _check(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
-        _check(self.max_seq_length > 1, "max_seq_length must be at least 2")
+            check(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
+        check(self.max_seq_length > 1, "max_seq_length must be at least 2")
         for name in ("max_steps", "eval_steps"):
             value = getattr(self, name)
-            _check(value is None or value > 0, f"{name} must be positive or null, not {value}")
-        _check(
+            check(value is None or value > 0, f"{name} must be positive or null, not {value}")
+        check(
             self.lr_scheduler_type in ("cosine", "linear", "constant"),
             f"lr_scheduler_type is {self.lr_scheduler_type!r}; choose cosine, linear or constant",
         )
-        _check(
+        check(
             self.over_length in ("truncate", "drop", "raise"),
             f"over_length is {self.over_length!r}; choose truncate, drop or raise",
         )
-        _check(0 <= self.seed < 2**63, f"seed is {self.seed}; it must be in [0, 2^63)")
-        _check(
+        check(0 <= self.seed < 2**63, f"seed is {self.seed}; it must be in [0, 2^63)")
+        check(
             0 <= self.warmup_ratio <= 1,
             f"warmup_ratio is {self.warmup_ratio}; it must be in [0, 1]",
         )
-        _check(
+        check(
             0 <= self.weight_decay < 1, f"weight_decay is {self.weight_decay}; it must be in [0, 1)"
         )
 

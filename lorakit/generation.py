@@ -1,53 +1,113 @@
-"""Text from a model: a key-value cache and the loop that samples one token after another.
+"""Text from a model: a key-value cache and the loop that picks one token after another.
 
 Prompts of different length run as one batch, padded on the left, so that every row's next token is
-in the last column. The cache is allocated once, for the prompt and all new tokens.
+in the last column. The cache is allocated once, for the prompt and all new tokens; layers with a
+sliding window keep the window only.
+
+A token is drawn from logits z, in this order (transformers' too):
+
+    z_i / penalty where z_i > 0, else z_i * penalty, for the row's own tokens i (arXiv:1909.05858)
+    p = softmax(z / temperature)
+    the top_k likeliest tokens;  the fewest that hold top_p of their mass (arXiv:1904.09751);
+    those with p_i >= min_p max(p) (arXiv:2407.01082)
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
+from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from tqdm import tqdm
 
-from .config import LorakitError, ModelConfig
+from .config import check
 from .model import Decoder
+from .model_config import ModelConfig
 from .tokenizer import Messages, Tokenizer
 
 
 class KVCache:
-    """Keys and values per layer: [B, capacity, Hk, D], of which the first `length` positions are
-    filled.
+    """Keys and values per layer, for `capacity` positions: [B, capacity, Hk, D], of which the first
+    `length` are filled; a layer with a sliding window holds the window alone: [B, window, Hk, D],
+    position p in slot p modulo window.
 
     `length` moves when the last layer has appended.
     """
 
     def __init__(self, config: ModelConfig, batch: int, capacity: int, dtype, device):
-        shape = (batch, capacity, config.num_key_value_heads, config.head_dim)
-        layers = range(config.num_hidden_layers)
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
-        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
+        self.windows = [config.window(i) for i in range(config.num_hidden_layers)]
+        heads, size = config.num_key_value_heads, config.head_dim
+        shapes = [(batch, min(capacity, w or capacity), heads, size) for w in self.windows]
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
         self.length = 0
 
+    def positions(self, new: int, window: int | None) -> Tensor:
+        """int64 [S]: the positions that `append` returns for `new` ones, in its order."""
+        past, end, device = self.length, self.length + new, self.keys[0].device
+        if window is None or end <= window:
+            return torch.arange(end, device=device)
+        if new > 1:
+            return torch.arange(max(0, past - window + 1), end, device=device)
+        slots = torch.arange(window, device=device)
+        return past - (past - slots) % window  # the latest position that fell into each slot
+
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        end = self.length + k.shape[1]
-        keys, values = self.keys[layer], self.values[layer]
-        keys[:, self.length : end] = k
-        values[:, self.length : end] = v
+        past, new = self.length, k.shape[1]
+        window, keys, values = self.windows[layer], self.keys[layer], self.values[layer]
         if layer == len(self.keys) - 1:
-            self.length = end
-        return keys[:, :end], values[:, :end]
+            self.length = past + new
+        end = past + new
+        if window is None or end <= window:
+            keys[:, past:end], values[:, past:end] = k, v
+            return keys[:, :end], values[:, :end]
+        if new == 1:
+            keys[:, past % window], values[:, past % window] = k[:, 0], v[:, 0]
+            return keys, values
+        kept = torch.arange(max(0, past - window + 1), past, device=k.device) % window
+        k, v = torch.cat([keys[:, kept], k], 1), torch.cat([values[:, kept], v], 1)
+        last = torch.arange(end - window, end, device=k.device) % window
+        keys[:, last], values[:, last] = k[:, -window:], v[:, -window:]
+        return k, v
+
+
+class Sampling(NamedTuple):
+    """How a token is picked from logits; see the module."""
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def check(self) -> None:
+        """Raise LorakitError for a value outside its range."""
+        check(0 <= self.temperature < math.inf, "generate: temperature must be at least 0")
+        check(self.top_k is None or self.top_k > 0, "generate: top_k must be at least 1, or None")
+        check(0 < self.top_p <= 1, "generate: top_p must be in (0, 1]")
+        check(0 <= self.min_p <= 1, "generate: min_p must be in [0, 1]")
+        check(
+            0 < self.repetition_penalty < math.inf, "generate: repetition_penalty must be positive"
+        )
 
 
 def generate(
-    model: Decoder, tok: Tokenizer, prompt_or_messages: str | Messages, **options: Any
+    model: Decoder,
+    tok: Tokenizer,
+    prompt_or_messages: str | Messages,
+    *,
+    stream: Callable[[str], Any] | None = None,
+    **options: Any,
 ) -> str:
     """The model's continuation of a text, or its answer to a list of messages.
 
-    Options are those of `generate_batch`.
+    stream: called with each piece of text as soon as it is certain; the pieces make up the result.
+    The other options are those of `generate_batch`.
     """
+    if stream is not None:
+        options["stream"] = lambda _, piece: stream(piece)
     return generate_batch(model, tok, [prompt_or_messages], **options)[0]
 
 
@@ -59,42 +119,50 @@ def generate_batch(
     *,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
+    top_k: int | None = None,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
     seed: int | None = None,
+    stop: str | Sequence[str] = (),
+    stream: Callable[[int, str], Any] | None = None,
     batch_size: int = 8,
     progress: bool = False,
 ) -> list[str]:
     """Continuations of several prompts, each a text or a list of messages, without the prompts.
 
-    temperature 0 takes the likeliest token; above, tokens are drawn from the smallest set that
-    holds `top_p` of the probability, with `seed`, or torch's global generator where it is None. A
-    row ends at an end token of the tokenizer or of the model's config. Raises LorakitError for an
-    empty prompt, or one that leaves no room within the model's max_position_embeddings.
+    temperature 0 takes the likeliest token; above, tokens are drawn with `seed`, or with torch's
+    global generator where it is None. A row ends at an end token: of the tokenizer, of the model's
+    config, or the one that closes a turn in the chat template; or where its text holds one of the
+    strings `stop`, which is cut off. stream(i, piece): new text of prompt i, as soon as it is
+    certain. Raises LorakitError for an option outside its range, an empty prompt, or one that
+    leaves no room within the positions the model is meant for.
     """
-    if (
-        max_new_tokens < 1
-        or batch_size < 1
-        or not 0 <= temperature < math.inf
-        or not 0 < top_p <= 1
-    ):
-        raise LorakitError(
-            "generate: max_new_tokens and batch_size must be at least 1, temperature at least 0, "
-            "top_p in (0, 1]"
-        )
-    if seed is not None and not 0 <= seed < 2**63:
-        raise LorakitError(f"generate: seed is {seed}; it must be in [0, 2^63)")
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    sampling.check()
+    check(
+        max_new_tokens > 0 and batch_size > 0,
+        "generate: max_new_tokens and batch_size must be at least 1",
+    )
+    check(seed is None or 0 <= seed < 2**63, f"generate: seed is {seed}; it must be in [0, 2^63)")
+    strings = [stop] if isinstance(stop, str) else list(stop)
+    check(
+        all(isinstance(text, str) and text for text in strings),
+        f"generate: stop must be a string or a list of strings, none empty, not {stop!r}",
+    )
     encoded = [_encode(tok, prompt) for prompt in prompts]
-    limit = model.config.max_position_embeddings
+    limit = model.config.context_length
     for ids in encoded:
-        if not ids:
-            raise LorakitError("generate: a prompt has no tokens")
+        check(bool(ids), "generate: a prompt has no tokens")
         tok.check_fits(ids, model.config.vocab_size)
-        if len(ids) + max_new_tokens > limit:
-            raise LorakitError(
-                f"generate: a prompt of {len(ids)} tokens and max_new_tokens={max_new_tokens} "
-                f"exceed the model's {limit} positions"
-            )
-    stops = {*model.config.eos_token_ids, *([] if tok.eos_token_id is None else [tok.eos_token_id])}
+        check(
+            len(ids) + max_new_tokens <= limit,
+            f"generate: a prompt of {len(ids)} tokens and max_new_tokens={max_new_tokens} "
+            f"exceed the model's {limit} positions",
+        )
+    ends = {*model.config.eos_token_ids, *tok.end_token_ids}
+    added = tok.backend.get_added_tokens_decoder().items()
+    ends |= {token for token, its in added if its.special and its.content in strings}  # no text
     generator = None
     if seed is not None:
         generator = torch.Generator(device=model.device).manual_seed(seed)
@@ -105,23 +173,76 @@ def generate_batch(
     model.eval()
     try:
         batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-        for rows in tqdm(
+        for batch in tqdm(
             batches, desc="generating", disable=None if progress else True, leave=False
         ):
-            new = _continue(
-                model,
-                [encoded[i] for i in rows],
-                max_new_tokens,
-                temperature,
-                top_p,
-                generator,
-                stops,
-            )
-            for i, ids in zip(rows, new, strict=True):
-                texts[i] = tok.decode(ids)
+            rows = [_Row(tok, encoded[i], strings, stream and partial(stream, i)) for i in batch]
+            picked = [encoded[i] for i in batch]
+            for tokens in _continue(model, picked, max_new_tokens, sampling, generator):
+                for row, token in zip(rows, tokens, strict=True):
+                    row.push(token, ends)
+                if not any(row.running for row in rows):
+                    break
+            for i, row in zip(batch, rows, strict=True):
+                texts[i] = row.finish()
     finally:
         model.train(was_training)
     return texts
+
+
+class _Row:
+    """The new tokens of one prompt, and their text as far as it is certain.
+
+    They are decoded behind the prompt's last token: SentencePiece drops the space before the first.
+    """
+
+    def __init__(
+        self,
+        tok: Tokenizer,
+        prompt: list[int],
+        stop: list[str],
+        stream: Callable[[str], Any] | None,
+    ):
+        self.tok, self.stop, self.stream = tok, stop, stream
+        self.before = prompt[-1:]
+        if "\N{REPLACEMENT CHARACTER}" in tok.decode(self.before):  # half a character
+            self.before = []
+        self.ids: list[int] = []
+        self.running = True
+        self.text, self.streamed = "", 0
+        self.decoder = DecodeStream(skip_special_tokens=True)
+        for token in self.before:
+            self.decoder.step(tok.backend, token)
+
+    def push(self, token: int, ends: set[int]) -> None:
+        if not self.running or token in ends:
+            self.running = False
+            return
+        self.ids.append(token)
+        if not self.stop and self.stream is None:
+            return
+        self.text += self.decoder.step(self.tok.backend, token) or ""
+        cut = self._cut(self.text)
+        self.running = cut == self.text
+        if self.stream is not None and self.running:
+            # the text's end may be the beginning of a stop string
+            held = [n for stop in self.stop for n in range(1, len(stop)) if cut.endswith(stop[:n])]
+            self._hand_on(cut[: len(cut) - max(held, default=0)])
+
+    def finish(self) -> str:
+        text = self.tok.decode(self.before + self.ids)
+        text = self._cut(text[len(self.tok.decode(self.before)) :])
+        self._hand_on(text)
+        return text
+
+    def _cut(self, text: str) -> str:
+        found = [text.find(stop) for stop in self.stop]
+        return text[: min((at for at in found if at >= 0), default=len(text))]
+
+    def _hand_on(self, text: str) -> None:
+        if self.stream is not None and len(text) > self.streamed:
+            piece, self.streamed = text[self.streamed :], len(text)
+            self.stream(piece)
 
 
 def _encode(tok: Tokenizer, prompt: str | Messages) -> list[int]:
@@ -131,39 +252,51 @@ def _encode(tok: Tokenizer, prompt: str | Messages) -> list[int]:
 
 
 def _continue(
-    model, prompts, max_new_tokens, temperature, top_p, generator, stops
-) -> list[list[int]]:
-    """New token ids for each prompt, without the end token."""
-    B, longest = len(prompts), max(map(len, prompts))
+    model: Decoder,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    generator: torch.Generator | None,
+) -> Iterator[list[int]]:
+    """The next token of every prompt, up to max_new_tokens times."""
+    B, longest, device = len(prompts), max(map(len, prompts)), model.device
     padding = [longest - len(ids) for ids in prompts]
-    ids = torch.tensor([[0] * n + p for n, p in zip(padding, prompts, strict=True)])
-    ids = ids.to(model.device)
-    mask = None
-    if any(padding):
-        mask = torch.ones(B, longest + max_new_tokens, dtype=torch.bool, device=model.device)
-        for row, n in enumerate(padding):
-            mask[row, :n] = False
-    cache = KVCache(model.config, B, longest + max_new_tokens, model.dtype, model.device)
-    new: list[list[int]] = [[] for _ in prompts]
-    running = [True] * B
+    ids = torch.tensor([[0] * n + p for n, p in zip(padding, prompts, strict=True)], device=device)
+    capacity = longest + max_new_tokens
+    real = torch.arange(capacity, device=device) >= torch.tensor(padding, device=device)[:, None]
+    mask = real if any(padding) else None
+    seen = None
+    if sampling.repetition_penalty != 1:
+        seen = torch.zeros(B, model.config.vocab_size, dtype=torch.bool, device=device)
+        for row, prompt in zip(seen, prompts, strict=True):
+            row[prompt] = True
+    cache = KVCache(model.config, B, capacity, model.dtype, device)
     for _ in range(max_new_tokens):
-        seen = None if mask is None else mask[:, : cache.length + ids.shape[1]]
-        hidden = model.hidden_states(ids, attention_mask=seen, cache=cache)
-        ids = _sample(model.head(hidden[:, -1]).float(), temperature, top_p, generator)[:, None]
-        for row, token in enumerate(ids[:, 0].tolist()):
-            running[row] = running[row] and token not in stops
-            if running[row]:
-                new[row].append(token)
-        if not any(running):
-            break
-    return new
+        visible = None if mask is None else mask[:, : cache.length + ids.shape[1]]
+        hidden = model.hidden_states(ids, attention_mask=visible, cache=cache)
+        logits = model.head(hidden[:, -1]).float()
+        ids = _sample(logits, sampling, generator, seen)[:, None]
+        if seen is not None:
+            seen.scatter_(1, ids, True)
+        yield ids[:, 0].tolist()
 
 
-def _sample(logits: Tensor, temperature: float, top_p: float, generator) -> Tensor:
-    """One token id per row of logits [B, V]."""
+def _sample(
+    logits: Tensor, sampling: Sampling, generator: torch.Generator | None, seen: Tensor | None
+) -> Tensor:
+    """One token id per row of logits [B, V]; seen: bool [B, V], tokens that the row holds."""
+    temperature, top_k, top_p, min_p, penalty = sampling
+    if seen is not None:
+        lower = torch.where(logits > 0, logits / penalty, logits * penalty)
+        logits = torch.where(seen, lower, logits)
     if temperature == 0:
         return logits.argmax(-1)
-    shifted = logits - logits.amax(-1, keepdim=True)  # a tiny temperature must not give inf - inf
-    probs, tokens = (shifted / temperature).softmax(-1).sort(descending=True, stable=True)
+    logits = logits - logits.amax(-1, keepdim=True)  # a tiny temperature must not give inf - inf
+    if top_k is not None and top_k < logits.shape[-1]:
+        logits, tokens = logits.topk(top_k)
+    else:
+        logits, tokens = logits.sort(descending=True, stable=True)
+    probs = (logits / temperature).softmax(-1)
     probs[probs.cumsum(-1) - probs >= top_p] = 0  # what lies beyond the first top_p of the mass
+    probs[probs < min_p * probs[:, :1]] = 0
     return tokens.gather(-1, torch.multinomial(probs, 1, generator=generator))[:, 0]

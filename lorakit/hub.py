@@ -34,6 +34,12 @@ def resolve(path_or_hub_id: str | Path, patterns: list[str]) -> Path:
     if path.suffix == ".gguf" or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", text):
         raise LorakitError(f"{path} does not exist")
 
+    if re.match(r"meta-llama/(meta-)?llama-?3\.3-(1|3|8)b", text, re.IGNORECASE):
+        raise LorakitError(
+            f"{text!r} does not exist: Llama 3.3 was published with 70B parameters only; 8B is "
+            "Llama 3.1, 1B and 3B are Llama 3.2"
+        )
+
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

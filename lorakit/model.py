@@ -6,13 +6,17 @@
 
 Parameter names are those of the published checkpoints (`model.layers.0.self_attn.q_proj.weight`),
 so that loading is an assignment. Tied models have no `lm_head` at all: one tensor, one name.
+Experts are plain linear layers under their published names, one module each, so that they quantize
+and take adapters like any other.
 
 Build it on the meta device and let `checkpoint.load_model` fill it; nothing here allocates weights
 that are about to be overwritten. Shapes: B batch, T positions of this call, S positions with the
 cache, Hq and Hk heads, D head_dim.
 """
 
-from typing import Protocol
+from functools import partial
+from itertools import pairwise
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +24,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import kernels
-from .config import ModelConfig
-from .rope import inverse_frequencies, rope_tables
+from .config import LorakitError
+from .model_config import ModelConfig
+from .rope import rope_tables
+
+GATED = {
+    "silu": kernels.swiglu,
+    "gelu_pytorch_tanh": kernels.geglu,
+    "gelu": partial(kernels.geglu, approximate="none"),
+}
 
 
 class Cache(Protocol):
@@ -30,102 +41,200 @@ class Cache(Protocol):
     length: int
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v [B, T, Hk, D] of new positions; all of them so far: [B, S, Hk, D]."""
+        """Store k, v [B, T, Hk, D] of new positions; those they may look at: [B, S, Hk, D]."""
+
+    def positions(self, new: int, window: int | None) -> Tensor:
+        """int64 [S]: which positions `append` will return for `new` ones, for layers of one window.
+        For a single new one all of them lie in its window.
+        """
 
 
-def _mask(positions: Tensor, S: int, window: int | None, real: Tensor | None) -> Tensor | None:
-    """Which of S positions each of `positions` [T] may see: bool [T, S], with padding [B, 1, T, S].
+class View(NamedTuple):
+    """What layers of one kind, sliding or not, see in this call."""
+
+    tables: tuple[Tensor, Tensor]  # cos and sin, fp32 [B or 1, T, D/2]
+    mask: Tensor | None  # as kernels.attention takes it
+    window: int | None
+    lengths: list[int] | None  # of packed documents
+
+
+def _mask(positions: Tensor, seen: Tensor, window: int | None, real: Tensor | None):
+    """Which of the keys at `seen` [S] each of `positions` [T] may look at: bool [T, S], or with
+    padding [B, 1, T, S].
 
     Not the future, nothing `window` or more positions back, no padding (`real` [B, S] is false
     there); but always itself, so that no row is empty. None where plain causal attention says all.
     """
-    T = len(positions)
+    T, S = len(positions), len(seen)
     slides = window is not None and window < S
-    if real is None and not slides and T in (1, S):
+    if real is None and (T == 1 or (T == S and not slides)):
         return None
-    seen = torch.arange(S, device=positions.device)
     mask = seen <= positions[:, None]
     if slides:
         mask &= seen > positions[:, None] - window
     if real is None:
         return mask
-    return ((mask & real[:, None]) | (seen == positions[:, None]))[:, None]
+    return ((mask & real[:, None, seen]) | (seen == positions[:, None]))[:, None]
+
+
+def _document_lengths(cu_seqlens: Tensor, input_ids: Tensor) -> list[int]:
+    """Of the documents packed into the one row of input_ids."""
+    B, T = input_ids.shape
+    bounds = cu_seqlens.tolist()
+    lengths = [end - start for start, end in pairwise(bounds)]
+    if B != 1 or not lengths or bounds[0] != 0 or bounds[-1] != T or min(lengths) < 1:
+        raise LorakitError(
+            f"cu_seqlens must rise from 0 to the length of the one packed row, {T}; it is {bounds} "
+            f"for {B} rows"
+        )
+    return lengths
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, config: ModelConfig):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.eps = config.rms_norm_eps
+        self.offset, self.casting_mode = config.norm_weight_offset, config.norm_casting_mode
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.rms_norm(x, self.weight, self.eps)
+        return kernels.rms_norm(
+            x, self.weight, self.eps, weight_offset=self.offset, casting_mode=self.casting_mode
+        )
 
 
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
+        self.scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
+        self.softcap = config.attn_logit_softcapping
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         hidden, bias = config.hidden_size, config.qkv_bias
-        self.grouped = heads != kv_heads
         self.q_proj = nn.Linear(hidden, heads * config.head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden, kv_heads * config.head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden, kv_heads * config.head_dim, bias=bias)
         self.o_proj = nn.Linear(heads * config.head_dim, hidden, bias=config.o_bias)
         self.q_norm = self.k_norm = None
         if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.q_norm = RMSNorm(config.head_dim, config)
+            self.k_norm = RMSNorm(config.head_dim, config)
 
-    def forward(
-        self, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, view: View, cache: Cache | None) -> Tensor:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = kernels.rope(q, k, *tables)
+        q, k = kernels.rope(q, k, *view.tables)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None and T > 1,  # without a mask, S == T or T == 1
-            enable_gqa=self.grouped,
+        out = kernels.attention(
+            q,
+            k,
+            v,
+            mask=view.mask,
+            scale=self.scale,
+            softcap=self.softcap,
+            window=view.window,
+            lengths=view.lengths,
         )
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(out.reshape(B, T, -1))
 
 
 class MLP(nn.Module):
-    def __init__(self, config: ModelConfig):
+    """The gated MLP, and an expert, whose layers some checkpoints name otherwise."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        inner: int,
+        names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    ):
         super().__init__()
-        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(hidden, inner, bias=bias)
-        self.up_proj = nn.Linear(hidden, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, hidden, bias=bias)
+        hidden, bias = config.hidden_size, config.mlp_bias
+        self.names, self.gated = names, GATED[config.hidden_act]
+        gate, up, down = names
+        self.add_module(gate, nn.Linear(hidden, inner, bias=bias))
+        self.add_module(up, nn.Linear(hidden, inner, bias=bias))
+        self.add_module(down, nn.Linear(inner, hidden, bias=bias))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(kernels.swiglu(self.gate_proj(x), self.up_proj(x)))
+        gate, up, down = (self.get_submodule(name) for name in self.names)
+        return down(self.gated(gate(x), up(x)))
+
+
+class MoE(nn.Module):
+    """Experts in the MLP's place: a router picks a few for every token and weighs their outputs.
+
+    The tokens are grouped by expert: an expert runs once, on all rows that chose it, and one that
+    none chose does not run. How many rows meet in a product depends on all documents of a packed
+    row, and matrix libraries sum a product of few rows in another order than one of many; so there
+    every group is filled up to a multiple of ROWS, from where on the order stays the same.
+    """
+
+    ROWS = 16
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.chosen, self.normalize = config.num_experts_per_tok, config.norm_topk_prob
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        _, *names = config.moe_names
+        self.experts = nn.ModuleList(
+            MLP(config, config.moe_intermediate_size, tuple(names))
+            for _ in range(config.num_experts)
+        )
+
+    def forward(self, x: Tensor, packed: bool) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        weights, chosen = self.gate(flat).softmax(-1, dtype=torch.float32).topk(self.chosen)
+        if self.normalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        order = chosen.flatten().argsort(stable=True)  # choices, by expert
+        counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
+        rows = (order // self.chosen).split(counts)
+        weights = weights.flatten()[order].split(counts)
+        out = torch.zeros_like(flat)
+        for expert, mine, weight in zip(self.experts, rows, weights, strict=True):
+            if len(mine):
+                filling = -len(mine) % self.ROWS if packed else 0
+                found = expert(F.pad(flat[mine], (0, 0, 0, filling)))[: len(mine)]
+                out.index_add_(0, mine, (found * weight[:, None]).to(out.dtype))
+        return out.view_as(x)
 
 
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        hidden = config.hidden_size
+        self.input_layernorm = RMSNorm(hidden, config)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.post_attention_layernorm = RMSNorm(hidden, config)
+        self.pre_feedforward_layernorm = self.post_feedforward_layernorm = None
+        if config.sandwich_norm:
+            self.pre_feedforward_layernorm = RMSNorm(hidden, config)
+            self.post_feedforward_layernorm = RMSNorm(hidden, config)
+        self.moe_name = None
+        if config.has_experts(layer):
+            self.moe_name = config.moe_names[0]
+            self.add_module(self.moe_name, MoE(config))
+        else:
+            self.mlp = MLP(config, config.intermediate_size)
 
-    def forward(
-        self, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None
-    ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), tables, mask, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, view: View, cache: Cache | None) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x), view, cache)
+        if self.pre_feedforward_layernorm is None:
+            x = x + attended
+            return x + self._feed_forward(self.post_attention_layernorm(x), view)
+        x = x + self.post_attention_layernorm(attended)
+        fed = self._feed_forward(self.pre_feedforward_layernorm(x), view)
+        return x + self.post_feedforward_layernorm(fed)
+
+    def _feed_forward(self, x: Tensor, view: View) -> Tensor:
+        if self.moe_name is None:
+            return self.mlp(x)
+        return self.get_submodule(self.moe_name)(x, view.lengths is not None)
 
 
 class Trunk(nn.Module):
@@ -135,7 +244,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config)
 
 
 class Decoder(nn.Module):
@@ -143,12 +252,21 @@ class Decoder(nn.Module):
 
     `gradient_checkpointing` (an attribute, off by default) keeps only each block's input for
     backward and computes the block again: less memory, one more forward pass.
+
+    Three keywords of the methods say what the rows of input_ids int64 [B, T] are:
+
+    attention_mask [B, S]: true at real tokens, false at padding, on either side; positions count
+        real tokens.
+    cu_seqlens int [n + 1]: documents packed into one row (B = 1), document i from cu_seqlens[i] to
+        cu_seqlens[i + 1]; each starts at position 0 and sees none of the others.
+    cache: input_ids continue what it holds, and S includes that.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        self.source = None  # where the weights came from: a checkpoint.Source, if from a file
         self.model = Trunk(config)
         self.lm_head = None
         if not config.tie_word_embeddings:
@@ -167,36 +285,68 @@ class Decoder(nn.Module):
         input_ids: Tensor,
         *,
         attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """The final, normalized hidden states [B, T, hidden_size] of input_ids int64 [B, T].
+        """The final, normalized hidden states [B, T, hidden_size] of input_ids int64 [B, T]."""
+        views = self.views(input_ids, attention_mask, cu_seqlens, cache)
+        x = self.embed(input_ids)
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        for i, block in enumerate(self.model.layers):
+            view = views[self.config.slides(i)]
+            if recompute:
+                x = checkpoint(block, x, view, cache, use_reentrant=False)
+            else:
+                x = block(x, view, cache)
+        return self.model.norm(x)
 
-        attention_mask [B, S]: true at real tokens, false at padding, on either side; positions
-        count real tokens. With a cache, input_ids continue what it holds, and S includes that.
-        """
-        T = input_ids.shape[1]
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """[B, T] -> [B, T, hidden_size], scaled where the family does so."""
+        x = self.model.embed_tokens(input_ids)
+        if self.config.scale_embeddings:
+            x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)
+        return x
+
+    def views(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        cache: Cache | None,
+    ) -> dict[bool, View]:
+        """What the layers without and with a sliding window see in this call."""
+        T, config, device = input_ids.shape[1], self.config, input_ids.device
         past = 0 if cache is None else cache.length
-        positions = torch.arange(past, past + T, device=input_ids.device)
-        position_ids, real = positions[None], None
+        positions = torch.arange(past, past + T, device=device)
+        position_ids, real, lengths = positions[None], None, None
+        if cu_seqlens is not None:
+            if attention_mask is not None or cache is not None:
+                raise LorakitError("packed documents take neither a padding mask nor a cache")
+            lengths = _document_lengths(cu_seqlens, input_ids)
+            position_ids = torch.cat([positions[:n] for n in lengths])[None]
         if attention_mask is not None:
             real = attention_mask.bool()
             position_ids = (real.cumsum(-1) - 1).clamp(min=0)[:, past:]
-        windows = {self.config.window(i) for i in range(self.config.num_hidden_layers)}
-        masks = {window: _mask(positions, past + T, window, real) for window in windows}
-        freqs = inverse_frequencies(self.config.rope, self.config.head_dim, input_ids.device)
-        tables = rope_tables(freqs, position_ids)
-        x = self.model.embed_tokens(input_ids)
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        for i, block in enumerate(self.model.layers):
-            mask = masks[self.config.window(i)]
-            if recompute:
-                x = checkpoint(block, x, tables, mask, cache, use_reentrant=False)
-            else:
-                x = block(x, tables, mask, cache)
-        return self.model.norm(x)
+        tables = rope_tables(config.rope, config.head_dim, position_ids)
+        local = tables
+        if config.rope_local is not None:
+            local = rope_tables(config.rope_local, config.head_dim, position_ids)
+        views = {}
+        for slides in {config.slides(i) for i in range(config.num_hidden_layers)}:
+            window = config.sliding_window if slides else None
+            mask = None
+            if lengths is None:
+                seen = positions if cache is None else cache.positions(T, window)
+                mask = _mask(positions, seen, window, real)
+            views[slides] = View(local if slides else tables, mask, window, lengths)
+        return views
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states: [..., hidden_size] -> [..., vocab_size]."""
+        logits, cap = self._uncapped(hidden), self.config.final_logit_softcapping
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def _uncapped(self, hidden: Tensor) -> Tensor:
         if self.lm_head is not None:
             return self.lm_head(hidden)
         return F.linear(hidden, self.model.embed_tokens.weight)
@@ -206,24 +356,41 @@ class Decoder(nn.Module):
         input_ids: Tensor,
         *,
         attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """Logits [B, T, vocab_size] of input_ids int64 [B, T]. See `hidden_states` for the rest."""
-        hidden = self.hidden_states(input_ids, attention_mask=attention_mask, cache=cache)
+        """Logits [B, T, vocab_size] of input_ids int64 [B, T]."""
+        hidden = self.hidden_states(
+            input_ids, attention_mask=attention_mask, cu_seqlens=cu_seqlens, cache=cache
+        )
         return self.head(hidden)
 
-    def loss(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Next-token cross-entropy of labels int64 [B, T], summed, and how many labels counted.
 
-        Position t predicts label t + 1; labels of -100 do not count, and their hidden states never
-        meet the head. Pad on the right: padding then lies in the future of every real token.
+        Position t predicts label t + 1; labels of -100 do not count, nor the first one of a packed
+        document, and their hidden states never meet the head. Padding on the right needs no
+        attention_mask: it lies in the future of every real token.
         """
-        hidden, targets = self.hidden_states(input_ids)[:, :-1], labels[:, 1:]
+        hidden = self.hidden_states(input_ids, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
+        hidden, targets = hidden[:, :-1], labels[:, 1:]
+        if cu_seqlens is not None:
+            targets = targets.clone()
+            targets[:, cu_seqlens[1:-1].long() - 1] = -100
+        cap = self.config.final_logit_softcapping
         if self.lm_head is None:
             weight = self.model.embed_tokens.weight
         elif type(self.lm_head) is nn.Linear:
             weight = self.lm_head.weight
         else:  # a head that is quantized or adapted: its own forward, on the label positions only
             rows = (targets != -100).nonzero(as_tuple=True)
-            return kernels.cross_entropy(self.lm_head(hidden[rows]), targets[rows])
-        return kernels.linear_cross_entropy(hidden, weight, targets)
+            logits = self.lm_head(hidden[rows])
+            return kernels.cross_entropy(logits, targets[rows], softcap=cap)
+        return kernels.linear_cross_entropy(hidden, weight, targets, softcap=cap)

@@ -117,9 +117,10 @@ class NF4Linear(nn.Module):
 def quantize(module: nn.Module, config: QuantConfig | None = None) -> nn.Module:
     """Replace every nn.Linear inside `module` by an NF4Linear, in place; returns `module`.
 
-    Layers named in `config.skip_modules` (by default the output head) stay as they are. Only the
-    class nn.Linear itself is taken: a subclass may compute something else with its weight. Raises
-    LorakitError, and changes nothing, if nothing is to be quantized or a skipped name is no layer.
+    Layers named in `config.skip_modules` (by default the output head and the routers) stay as they
+    are. Only the class nn.Linear itself is taken: a subclass may compute something else with its
+    weight. Raises LorakitError, and changes nothing, if nothing is to be quantized or a skipped
+    name is no layer.
     """
     config = config or QuantConfig()
     found = [
@@ -135,7 +136,7 @@ def quantize(module: nn.Module, config: QuantConfig | None = None) -> nn.Module:
     named = {name for name, _ in module.named_modules()}
     named |= {name.rpartition(".")[2] for name in named}
     for skipped in config.skip_modules:
-        if skipped not in named and skipped != "lm_head":  # a tied model has no lm_head to skip
+        if skipped not in named and skipped not in QuantConfig().skip_modules:
             raise LorakitError(
                 f"quantize: skip_modules: {skipped!r} is no layer{nearest(skipped, named)}"
             )

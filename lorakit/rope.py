@@ -1,10 +1,21 @@
 """Rotary frequencies, and the cos and sin tables that `kernels.rope` turns queries and keys by.
 
-Pair j of D/2 turns by f_j radians a position, f_j = theta^(-2j/D). A scaling changes only f:
+Pair j of D/2 turns by f_j radians a position, f_j = theta^(-2j/D). Stretching a model beyond the
+context L it was trained on by a factor s changes f, and for the last two also the length of the
+turned vectors (cos and sin are multiplied by a constant m):
 
-    linear    f_j / factor: positions are squeezed                       (arXiv:2306.15595)
-    llama3    a frequency that turns rarely within the original context is divided by `factor`, one
-              that turns often is kept, and those between are blended    (Llama 3.1's config)
+    linear     f_j / s: positions are squeezed                            (arXiv:2306.15595)
+    dynamic    beyond L, theta grows with the sequence length n:
+               theta (s n / L - s + 1)^(D / (D-2))                        ("NTK-aware")
+    llama3     a frequency that turns rarely within L is divided by s, one that turns often is kept,
+               and those between are blended                              (Llama 3.1's config)
+    yarn       the same idea with a ramp over j between two numbers of turns within L, and
+               m = 0.1 ln(s) + 1                                          (arXiv:2309.00071)
+    longrope   f_j / l_j with a searched list l, one up to L and one beyond, and
+               m = sqrt(1 + ln(s) / ln(L))                                (arXiv:2402.13753)
+
+"dynamic" and "longrope" depend on how long the sequence is now: keys that lie in a cache keep the
+rotation they were given.
 
 Everything is fp32, whatever the model's dtype: at position 8192 a bf16 angle is off by whole turns.
 """
@@ -14,25 +25,73 @@ import math
 import torch
 from torch import Tensor
 
-from .config import RopeConfig
+from .model_config import RopeConfig
 
 
-def inverse_frequencies(rope: RopeConfig, head_dim: int, device: torch.device) -> Tensor:
-    """f, in radians per position: fp32 [head_dim / 2]."""
+def inverse_frequencies(
+    rope: RopeConfig, head_dim: int, device: torch.device, length: int = 0
+) -> Tensor:
+    """f, in radians per position, for sequences of `length` positions: fp32 [head_dim / 2]."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    freqs = 1.0 / rope.rope_theta**exponents
+    theta, original = rope.rope_theta, rope.original_max_position_embeddings
+    if rope.rope_type == "dynamic" and length > original:
+        grown = rope.factor * length / original - rope.factor + 1
+        theta *= grown ** (head_dim / (head_dim - 2))
+    freqs = 1.0 / theta**exponents
     if rope.rope_type == "linear":
         return freqs / rope.factor
+    if rope.rope_type == "longrope":
+        divisors = rope.long_factor if length > original else rope.short_factor
+        return freqs / torch.tensor(divisors, dtype=torch.float32, device=device)
     if rope.rope_type == "llama3":
         # turns within the original context: below `low` divided, above `high` kept, between blended
-        turns = rope.original_max_position_embeddings * freqs / (2 * math.pi)
+        turns = original * freqs / (2 * math.pi)
         low, high = rope.low_freq_factor, rope.high_freq_factor
         keep = ((turns - low) / (high - low)).clamp(0, 1)
+        return (1 - keep) * freqs / rope.factor + keep * freqs
+    if rope.rope_type == "yarn":
+        keep = _yarn_kept(rope, head_dim, device)
         return (1 - keep) * freqs / rope.factor + keep * freqs
     return freqs
 
 
-def rope_tables(freqs: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * frequency: positions int64 [B, T] -> two fp32 [B, T, D/2]."""
-    angles = position_ids[..., None].float() * freqs
-    return angles.cos(), angles.sin()
+def _yarn_kept(rope: RopeConfig, head_dim: int, device: torch.device) -> Tensor:
+    """The share of each frequency that stays as it is: 1 for fast pairs, 0 for slow ones."""
+
+    def pair(turns: float) -> float:  # the j that makes so many turns within the original context
+        wavelength = rope.original_max_position_embeddings / (turns * 2 * math.pi)
+        return head_dim * math.log(wavelength) / (2 * math.log(rope.rope_theta))
+
+    first, last = pair(rope.beta_fast), pair(rope.beta_slow)
+    if rope.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    if first == last:
+        last += 0.001
+    pairs = torch.arange(head_dim // 2, dtype=torch.float32, device=device)
+    return 1 - ((pairs - first) / (last - first)).clamp(0, 1)
+
+
+def magnitude(rope: RopeConfig) -> float:
+    """m, what cos and sin are multiplied by."""
+    if rope.rope_type not in ("yarn", "longrope"):
+        return 1.0
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    log = math.log(max(rope.factor, 1.0))
+    if rope.rope_type == "longrope":
+        return math.sqrt(1 + log / math.log(rope.original_max_position_embeddings))
+    if rope.mscale and rope.mscale_all_dim:
+        return (0.1 * rope.mscale * log + 1) / (0.1 * rope.mscale_all_dim * log + 1)
+    return 0.1 * log + 1
+
+
+def rope_tables(rope: RopeConfig, head_dim: int, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """m cos and m sin of position * frequency: positions int64 [B, T] -> two fp32 [B, T, D/2]."""
+    length = 0
+    if rope.rope_type in ("dynamic", "longrope"):  # the only ones that ask; on a GPU it waits
+        length = int(position_ids.max()) + 1
+    freqs = inverse_frequencies(rope, head_dim, position_ids.device, length)
+    angles, m = position_ids[..., None].float() * freqs, magnitude(rope)
+    cos, sin = angles.cos(), angles.sin()
+    return (cos, sin) if m == 1 else (m * cos, m * sin)

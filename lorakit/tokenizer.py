@@ -1,7 +1,15 @@
 """Text to token ids and back: the `tokenizers` library, plus the model's own chat template.
 
-A Hugging Face directory gives tokenizer.json as it is. A GGUF file gives the vocabulary, the merges
-and the name of a pre-tokenizer of byte-level BPE, from which the same tokenizer is built.
+A Hugging Face directory gives tokenizer.json as it is. From a GGUF file the tokenizer is built that
+gives llama.cpp's ids. There are two kinds:
+
+- "gpt2", byte-level BPE: the file holds vocabulary, merges and the name of a pre-tokenizer.
+- "llama", SentencePiece's BPE: the file holds a score for each token, and of all neighbours in the
+  text those two are joined next whose union scores highest. So the merges are every split of every
+  token into two others, in the order of the scores. Spaces are written "▁", and a character that is
+  no token becomes tokens of single bytes. Two things that no trained vocabulary has would be cut
+  another way than by llama.cpp: two tokens with the same score, of which it joins the leftmost, and
+  a character that is no token within a longer one that is.
 
 Chat templates are programs that come with the model, so they run in jinja2's immutable sandbox,
 with the settings that transformers uses (trim_blocks, lstrip_blocks, loop controls, `tojson`,
@@ -29,19 +37,26 @@ from .gguf import read_header
 Messages = list[dict[str, Any]]
 
 # How text is cut before BPE, by GGUF's tokenizer.ggml.pre: regexes applied in turn. The first is
-# GPT-2's own (openai/gpt-2, encoder.py); the others are the ones in the models' tokenizer.json.
+# GPT-2's own (openai/gpt-2, encoder.py), "default" is what llama.cpp does where a file names none,
+# the others are the ones in the models' tokenizer.json.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 PRE_TOKENIZERS = {
+    "default": [
+        r"[\p{P}\$\+<=>\^~\|]+",
+        _GPT2.removesuffix(r"|\s+"),
+        r"\p{N}+",
+        r"[0-9][0-9][0-9]",
+    ],
     "gpt-2": [_GPT2],
     "smollm": [r"\p{N}", _GPT2],
     "llama-bpe": [_LLAMA3],
     "qwen2": [_LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")],
 }
-CONTROL, USER_DEFINED = 3, 4  # GGUF token types
+UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # GGUF token types
 
 
 class Tokenizer:
@@ -123,6 +138,23 @@ class Tokenizer:
     @property
     def pad_token_id(self) -> int | None:
         return self.token_id("pad_token")
+
+    @property
+    def end_token_ids(self) -> list[int]:
+        """The tokens that end an answer: eos_token, and what closes the assistant's turn in the
+        chat template, found by rendering one.
+        """
+        ends = [] if self.eos_token_id is None else [self.eos_token_id]
+        mark = "0123456789"
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
+        try:
+            rendered = self.apply_chat_template(turns, tokenize=False)
+        except LorakitError:  # no template, or one that wants other turns
+            return ends
+        _, found, rest = rendered.rpartition(mark)
+        closing = self.encode(rest.lstrip(), add_special_tokens=False)[:1] if found else []
+        added = self.backend.get_added_tokens_decoder()
+        return ends + [token for token in closing if token in added and token not in ends]
 
     def apply_chat_template(
         self,
@@ -280,38 +312,126 @@ def _read_optional(path: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def _from_gguf(path: Path) -> Tokenizer:
-    metadata = read_header(path).metadata
+# ---- GGUF vocabularies --------------------------------------------------------------------------
 
-    def get(name: str, kind: type, default: Any = None) -> Any:
-        value = metadata.get(f"tokenizer.ggml.{name}", default)
+
+class _Vocabulary:
+    """What a GGUF file says under tokenizer.ggml, its types checked."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.metadata = read_header(path).metadata
+        self.tokens: list[str] = self.items("tokens", str)
+        if not self.tokens:
+            raise LorakitError(f"{path}: the file holds no vocabulary")
+        if len(set(self.tokens)) != len(self.tokens):
+            raise LorakitError(f"{path}: the vocabulary holds a token twice")
+
+    def get(self, name: str, kind: type, default: Any = None) -> Any:
+        value = self.metadata.get(f"tokenizer.ggml.{name}", default)
         if value is not None and not isinstance(value, kind):
-            raise LorakitError(f"{path}: tokenizer.ggml.{name} is {value!r}, not {kind.__name__}")
+            raise LorakitError(
+                f"{self.path}: tokenizer.ggml.{name} is {value!r:.60}, not {kind.__name__}"
+            )
         return value
 
-    if get("model", str) != "gpt2":
+    def items(self, name: str, kind: type) -> list:
+        values = self.get(name, list, [])
+        if values and not isinstance(values[0], kind):  # an array's items are of one type
+            raise LorakitError(
+                f"{self.path}: tokenizer.ggml.{name} holds {values[0]!r:.60}, not {kind.__name__}"
+            )
+        return values
+
+    def per_token(self, name: str, kind: type) -> list:
+        values = self.items(name, kind)
+        if len(values) != len(self.tokens):
+            raise LorakitError(
+                f"{self.path}: tokenizer.ggml.{name} has {len(values)} entries for "
+                f"{len(self.tokens)} tokens"
+            )
+        return values
+
+    def special(self, name: str, default: int | None = None) -> str | None:
+        """The text of a special token; None if the file gives no id, or one outside."""
+        token_id = self.get(f"{name}_token_id", int, default)
+        if token_id is None or not 0 <= token_id < len(self.tokens):
+            return None
+        return self.tokens[token_id]
+
+
+def _from_gguf(path: Path) -> Tokenizer:
+    vocabulary = _Vocabulary(path)
+    kind = vocabulary.get("model", str)
+    if kind not in ("gpt2", "llama"):
         raise LorakitError(
-            f"{path}: tokenizer {get('model', str)!r} is not supported; byte-level BPE ('gpt2') is"
+            f"{path}: tokenizer {kind!r} is not supported; byte-level BPE ('gpt2') and "
+            "SentencePiece's ('llama') are"
         )
-    pre = get("pre", str, "gpt-2")
+    spm = kind == "llama"
+    defaults = {"bos": 1, "eos": 2, "unknown": 0} if spm else {}  # llama.cpp's
+    special = {
+        f"{key}_token": vocabulary.special(name, defaults.get(name))
+        for key, name in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items()
+    }
+    special = {name: token for name, token in special.items() if token is not None}
+    add_bos = vocabulary.get(
+        "add_bos_token", bool, spm or vocabulary.get("pre", str) == "llama-bpe"
+    )
+    add_eos = vocabulary.get("add_eos_token", bool, False)
+    template = vocabulary.metadata.get("tokenizer.chat_template")
+    if template is not None and not isinstance(template, str):
+        raise LorakitError(f"{path}: tokenizer.chat_template is {template!r:.60}, not text")
+    try:
+        backend = (_sentencepiece if spm else _byte_level)(vocabulary)
+        _add_tokens(backend, vocabulary)
+        before = [special["bos_token"]] if add_bos and "bos_token" in special else []
+        after = [special["eos_token"]] if add_eos and "eos_token" in special else []
+        if before or after:
+            backend.post_processor = tokenizers.processors.TemplateProcessing(
+                single=[*before, "$A", *after],
+                pair=[*before, "$A", "$B", *after],
+                special_tokens=[(t, backend.token_to_id(t)) for t in {*before, *after}],
+            )
+    except LorakitError:
+        raise
+    except Exception as error:  # the library raises bare Exception for what it cannot use
+        raise LorakitError(f"{path}: the vocabulary is damaged: {error}") from None
+    return Tokenizer(backend, special, template)
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, vocabulary: _Vocabulary) -> None:
+    """Tokens that are found in the text as they stand, before anything else is done to it."""
+    if "tokenizer.ggml.token_type" not in vocabulary.metadata:
+        return
+    special, plain = [], []
+    for token, its in zip(vocabulary.tokens, vocabulary.per_token("token_type", int), strict=True):
+        if its in (UNKNOWN, CONTROL, USER_DEFINED):
+            chosen = plain if its == USER_DEFINED else special
+            chosen.append(
+                tokenizers.AddedToken(token, normalized=False, special=its != USER_DEFINED)
+            )
+    backend.add_special_tokens(special)
+    backend.add_tokens(plain)
+
+
+def _byte_level(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
+    pre = vocabulary.get("pre", str, "default")
     if pre not in PRE_TOKENIZERS:
         known = ", ".join(PRE_TOKENIZERS)
-        raise LorakitError(f"{path}: pre-tokenizer {pre!r} is not supported; supported are {known}")
-    tokens, merges = get("tokens", list, []), get("merges", list, [])
-    if not tokens or not merges:
-        raise LorakitError(f"{path}: the file holds no vocabulary")
-
-    try:
-        model = tokenizers.models.BPE(
-            vocab={token: i for i, token in enumerate(tokens)},
+        raise LorakitError(
+            f"{vocabulary.path}: pre-tokenizer {pre!r} is not supported; supported are {known}"
+        )
+    merges = vocabulary.items("merges", str)
+    if not merges:
+        raise LorakitError(f"{vocabulary.path}: the file holds no merges")
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            vocab={token: i for i, token in enumerate(vocabulary.tokens)},
             merges=[tuple(merge.split(" ", 1)) for merge in merges],
             ignore_merges=pre == "llama-bpe",  # Llama 3 takes a word that is a token whole
         )
-    except (
-        Exception
-    ) as error:  # the library raises bare Exception for a merge outside the vocabulary
-        raise LorakitError(f"{path}: the vocabulary is damaged: {error}") from None
-    backend = tokenizers.Tokenizer(model)
+    )
     cut = [
         tokenizers.pre_tokenizers.Split(tokenizers.Regex(regex), behavior="isolated")
         for regex in PRE_TOKENIZERS[pre]
@@ -319,27 +439,33 @@ def _from_gguf(path: Path) -> Tokenizer:
     to_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([*cut, to_bytes])
     backend.decoder = tokenizers.decoders.ByteLevel()
-    kinds = get("token_type", list, [])
-    for kind in (CONTROL, USER_DEFINED):
-        added = [
-            tokenizers.AddedToken(token, normalized=False, special=kind == CONTROL)
-            for token, its in zip(tokens, kinds, strict=False)
-            if its == kind
-        ]
-        add = backend.add_special_tokens if kind == CONTROL else backend.add_tokens
-        add(added)
+    return backend
 
-    special = {}
-    for name in ("bos", "eos", "unknown", "padding"):
-        token_id = get(f"{name}_token_id", int)
-        if token_id is not None and token_id < len(tokens):
-            key = {"unknown": "unk", "padding": "pad"}.get(name, name)
-            special[f"{key}_token"] = tokens[token_id]
-    if get("add_bos_token", bool, pre == "llama-bpe") and "bos_token" in special:
-        bos = special["bos_token"]
-        backend.post_processor = tokenizers.processors.TemplateProcessing(
-            single=f"{bos} $A",
-            pair=f"{bos} $A $B",
-            special_tokens=[(bos, backend.token_to_id(bos))],
+
+def _sentencepiece(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
+    tokens, scores = vocabulary.tokens, vocabulary.per_token("scores", float)
+    ids = {token: i for i, token in enumerate(tokens)}
+    merges = [
+        (score, token[:i], token[i:])
+        for token, score in zip(tokens, scores, strict=True)
+        for i in range(len(token) - 1, 0, -1)
+        if token[:i] in ids and token[i:] in ids
+    ]
+    merges.sort(key=lambda merge: -merge[0])
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            vocab=ids,
+            merges=[(left, right) for _, left, right in merges],
+            unk_token=vocabulary.special("unknown", 0),
+            byte_fallback=True,
         )
-    return Tokenizer(backend, special, metadata.get("tokenizer.chat_template"))
+    )
+    normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
+    normalize = [normalizers.Replace(" ", "▁")]
+    decode = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if vocabulary.get("add_space_prefix", bool, True):
+        normalize.insert(0, normalizers.Prepend("▁"))
+        decode.append(decoders.Strip(" ", left=1, right=0))
+    backend.normalizer = normalizers.Sequence(normalize)
+    backend.decoder = decoders.Sequence(decode)
+    return backend

@@ -77,21 +77,117 @@ TINY_VARIANTS = {
     "biases": {"attention_bias": True, "mlp_bias": True},
     "llama3_rope": {"rope_parameters": LLAMA3_ROPE},
     "linear_rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    "yarn_rope": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "beta_fast": 4.0,
+        }
+    },
+    "dynamic_rope": {
+        "max_position_embeddings": 24,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 3.0},
+    },
+    "longrope": {
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 24,
+            "short_factor": [1.0, 1.1, 1.3, 1.6],
+            "long_factor": [1.0, 2.0, 3.0, 4.0],
+        }
+    },
 }
 
-
+# name -> (model_type, settings in which each feature of the family matters)
+SHARP = {"initializer_range": 0.8}  # large enough that soft caps bite
+TWO_ROPES = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+GEMMA3 = {
+    "head_dim": 12,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 7,
+    "sliding_window": 6,
+    "query_pre_attn_scalar": 20,
+    "rope_parameters": TWO_ROPES,
+    "tie_word_embeddings": True,
+}
 FAMILY_VARIANTS = {
-    "mistral": {"sliding_window": 8},
-    "mistral without a window": {"sliding_window": None},
-    "qwen2": {},
-    "qwen2 sliding": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
-    "qwen2 tied": {"tie_word_embeddings": True, "num_key_value_heads": 2},
-    "qwen3": {"head_dim": 12, "num_key_value_heads": 2},
-    "qwen3 sliding": {
-        "head_dim": 12, "use_sliding_window": True, "sliding_window": 5,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
-}  # fmt: skip
+    "mistral": ("mistral", {"sliding_window": 8}),
+    "mistral without a window": ("mistral", {"sliding_window": None}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_key_value_heads": 2}),
+    "mixtral sliding": ("mixtral", {"num_local_experts": 4, "sliding_window": 8}),
+    "qwen2": ("qwen2", {}),
+    "qwen2 sliding": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+    ),
+    "qwen2 tied": ("qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 2}),
+    "qwen3": ("qwen3", {"head_dim": 12, "num_key_value_heads": 2}),
+    "qwen3 sliding": (
+        "qwen3",
+        {
+            "head_dim": 12,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {
+            "head_dim": 12,
+            "num_key_value_heads": 2,
+            "num_hidden_layers": 3,
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 20,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "qwen3_moe sparse step": (
+        "qwen3_moe",
+        {
+            "num_hidden_layers": 4,
+            "num_experts": 4,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 20,
+            "decoder_sparse_step": 2,
+            "use_sliding_window": True,
+            "sliding_window": 7,
+        },
+    ),
+    "gemma": ("gemma", {"head_dim": 12, "num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "gemma2": (
+        "gemma2",
+        {
+            **SHARP,
+            "head_dim": 12,
+            "num_key_value_heads": 2,
+            "num_hidden_layers": 3,
+            "sliding_window": 6,
+            "query_pre_attn_scalar": 20,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 3.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gemma2 untied": (
+        "gemma2",
+        {**SHARP, "head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8},
+    ),
+    "gemma3_text": ("gemma3_text", GEMMA3),
+    "gemma3_text all full": (
+        "gemma3_text",
+        {**GEMMA3, "num_hidden_layers": 2, "layer_types": ["full_attention"] * 2},
+    ),
+}
 
 
 def tiny_llama(**overrides):
@@ -105,12 +201,35 @@ def tiny(model_type, **overrides):
 
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **{**TINY, **overrides})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    # eager: transformers' SDPA path leaves out the soft cap
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
-                parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
+                around = 0.0 if "gemma" in model_type or "norm" not in name else 1.0
+                parameter.normal_(around, 0.2)
     return model
+
+
+def published(named, model_type):
+    """transformers' tensors under the names of its files: it fuses a layer's experts in memory."""
+    found = {}
+    for name, tensor in named.items():
+        if model_type == "mixtral":
+            name = name.replace(".mlp.", ".block_sparse_moe.")
+        prefix, fused, kind = name.partition("experts.")
+        if not fused:
+            found[name] = tensor
+            continue
+        names = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[kind]
+        if model_type == "mixtral":
+            names = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}[kind]
+        for expert, both in enumerate(tensor):
+            for leaf, part in zip(names, both.chunk(len(names)), strict=True):
+                found[f"{prefix}experts.{expert}.{leaf}.weight"] = part
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lorakit as lk
-from tests.conftest import TINY_VARIANTS, tiny_llama
+from tests.conftest import GEMMA3, TINY, TINY_VARIANTS, tiny_llama
 
 
 @pytest.fixture
@@ -35,10 +35,22 @@ def test_round_trip_through_transformers(tmp_path, variant, shard):
     model = lk.load_model(tmp_path / "a", dtype="float32")
     lk.save_model(model, tmp_path / "b", max_shard_size=20_000 if shard else 10**9)
     assert (tmp_path / "b" / "model.safetensors.index.json").exists() == bool(shard)
-    back = AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.float32).eval()
+    back = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "b", dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     for (name, a), b in zip(theirs.named_parameters(), back.parameters(), strict=True):
         assert torch.equal(a, b), name
     assert torch.equal(back(IDS).logits, theirs(IDS).logits)
+
+
+SAVED = [
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+]
 
 
 def test_saving_again_leaves_no_stale_shards(tiny_dir, tmp_path):
@@ -46,7 +58,7 @@ def test_saving_again_leaves_no_stale_shards(tiny_dir, tmp_path):
     lk.save_model(model, tmp_path, max_shard_size=20_000)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     lk.save_model(model, tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == SAVED
     again = lk.load_model(tmp_path, dtype="float32")
     assert torch.equal(again(IDS), model(IDS))
 
@@ -108,6 +120,118 @@ def test_saving_a_quantized_model_writes_what_it_computes(tiny_dir, tmp_path):
     lk.save_model(model, tmp_path)
     dense = lk.load_model(tmp_path, dtype="float32")
     assert torch.equal(dense(IDS), model(IDS))
+
+
+# ---- what comes along ----
+
+
+def test_tokenizer_and_generation_config_come_along(copy, tmp_path):
+    (copy / "generation_config.json").write_text('{"eos_token_id": [2, 7], "top_k": 3}')
+    lk.save_model(lk.load_model(copy), tmp_path / "b")
+    for name in set(SAVED) - {"config.json", "model.safetensors"}:
+        assert (tmp_path / "b" / name).read_bytes() == (copy / name).read_bytes(), name
+    assert lk.load_model(tmp_path / "b").config.eos_token_ids == [2, 7]
+
+
+def test_a_gguf_files_tokenizer_comes_along(smollm2, tmp_path):
+    from transformers import AutoTokenizer, GenerationConfig
+
+    lk.save_model(lk.load_model(smollm2), tmp_path)
+    text, tok = "The sea, the sea! 1234", lk.load_tokenizer(smollm2)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs(text)["input_ids"] == lk.load_tokenizer(tmp_path).encode(text) == tok.encode(text)
+    assert theirs.eos_token_id == GenerationConfig.from_pretrained(tmp_path).eos_token_id == 2
+    turns = [{"role": "user", "content": "x"}]
+    assert theirs.apply_chat_template(turns, tokenize=False) == tok.apply_chat_template(
+        turns, tokenize=False
+    )
+
+
+def test_saving_over_the_source_and_without_it(copy, tmp_path, caplog):
+    model = lk.load_model(copy, dtype="float32")
+    before = {file.name: file.read_bytes() for file in copy.iterdir() if "config" not in file.name}
+    lk.save_model(model, copy)
+    after = {file.name: file.read_bytes() for file in copy.iterdir() if "config" not in file.name}
+    assert before.keys() == after.keys()
+    assert before["tokenizer.json"] == after["tokenizer.json"]
+    shutil.rmtree(copy)
+    lk.save_model(model, tmp_path / "b")
+    assert "is gone; no tokenizer was written" in caplog.text
+    assert torch.equal(lk.load_model(tmp_path / "b", dtype="float32")(IDS), model(IDS))
+
+
+@pytest.fixture(scope="session")
+def multimodal(tmp_path_factory):
+    """A tiny Gemma 3 with a vision tower, as transformers saves it."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    torch.manual_seed(0)
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 20,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = Gemma3Config(
+        text_config={**TINY, **GEMMA3}, vision_config=vision, image_token_index=96
+    )
+    model = Gemma3ForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    path = tmp_path_factory.mktemp("multimodal")
+    model.save_pretrained(path)
+    return path, model
+
+
+@pytest.mark.parametrize("layout", ["language_model.model", "model.language_model"])
+def test_text_tower_of_a_multimodal_checkpoint(multimodal, tmp_path, layout):
+    from transformers import Gemma3ForConditionalGeneration
+
+    source, theirs = multimodal
+    shutil.copytree(source, tmp_path / "a")
+    if layout != "language_model.model":
+        found = load_file(tmp_path / "a" / "model.safetensors")
+        renamed = {name.replace("language_model.model", layout): t for name, t in found.items()}
+        save_file(renamed, tmp_path / "a" / "model.safetensors", metadata={"format": "pt"})
+    model = lk.load_model(tmp_path / "a", dtype="float32")
+    with torch.no_grad():
+        assert (model(IDS) - theirs(IDS).logits).abs().max() <= 2e-5
+        model.model.layers[0].mlp.up_proj.weight *= 2
+    lk.save_model(model, tmp_path / "b", max_shard_size=60_000)
+    before, after = {}, {}
+    for path, found in ((tmp_path / "a", before), (tmp_path / "b", after)):
+        for file in path.glob("*.safetensors"):
+            found |= load_file(file)
+    changed = f"{layout}.layers.0.mlp.up_proj.weight"
+    assert before.keys() == after.keys()
+    assert any("vision_tower" in name for name in after)
+    for name, tensor in after.items():
+        assert torch.equal(tensor, before[name] * (2 if name == changed else 1)), name
+    back = Gemma3ForConditionalGeneration.from_pretrained(
+        tmp_path / "b", dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        assert (model(IDS) - back(IDS).logits).abs().max() <= 2e-5
+
+
+def test_a_published_gemma_3_config_leaves_most_fields_out():
+    """What the repository of gemma-3-4b-it says of its text model; the rest are defaults."""
+    text = {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    }
+    values = {"model_type": "gemma3", "text_config": text, "eos_token_id": [1, 106]}
+    config = lk.ModelConfig.from_hf(values)
+    assert (config.vocab_size, config.head_dim, config.num_key_value_heads) == (262208, 256, 4)
+    assert (config.rope.rope_theta, config.rope.factor) == (1e6, 8.0)
+    assert (config.rope_local.rope_theta, config.rope_local.factor) == (1e4, 1.0)
+    assert config.query_pre_attn_scalar == 256
+    assert [config.slides(i) for i in range(7)] == [True] * 5 + [False, True]
+    assert config.eos_token_ids == [1, 106]
 
 
 # ---- what is wrong is said in one sentence ----
@@ -251,7 +375,7 @@ def test_failed_save_leaves_the_old_file(tiny_dir, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         lk.save_model(model, tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == SAVED
 
 
 # ---- memory ----

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lorakit as lk
+from lorakit.model_config import FAMILIES
 
 LLAMA = {
     "model_type": "llama",
@@ -21,6 +22,9 @@ LLAMA = {
     "eos_token_id": [128001, 128008, 128009],
 }
 MISTRAL = {"model_type": "mistral"}
+MIXTRAL = {"model_type": "mixtral"}
+QWEN3_MOE = {"model_type": "qwen3_moe"}
+GEMMA2 = {"model_type": "gemma2"}
 LLAMA3 = {
     "factor": 32.0,
     "high_freq_factor": 4.0,
@@ -69,8 +73,25 @@ def test_transformers_reads_what_we_write():
         ({"num_hidden_layers": 0}, "num_hidden_layers must be positive"),
         ({"num_key_value_heads": 5}, r"num_attention_heads \(32\) must be a multiple"),
         ({"hidden_size": 2049}, "hidden_size .2049. is no multiple of num_attention_heads"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn' is not supp"),
+        ({"hidden_act": "relu"}, "hidden_act 'relu' is not supported"),
+        ({"rope_scaling": {"rope_type": "mrope", "factor": 2.0}}, "rope_type 'mrope' is not supp"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "short_factor and long_factor hold 0 and 0"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 32}},
+            "hold 32 and 0 numbers, not head_dim / 2 = 32",
+        ),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "rope_theta": 1}, "above 1"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention is not supported"),
+        ({"model_type": "llava"}, "model_type 'llava' is not supported"),
+        ({"model_type": "siglip_vision_model"}, "model_type 'siglip_vision_model' is not supp"),
+        ({"model_type": "gemma3"}, "model_type 'gemma3' without a text_config"),
+        (MIXTRAL | {"num_experts_per_tok": 9}, r"num_experts_per_tok \(9\) must lie between 1 and"),
+        (MIXTRAL | {"num_local_experts": 0}, "must lie between 1 and the number of experts .0."),
+        (QWEN3_MOE | {"decoder_sparse_step": 0}, "decoder_sparse_step must be positive"),
+        (QWEN3_MOE | {"mlp_only_layers": 3}, "mlp_only_layers must be a list"),
+        (GEMMA2 | {"attn_logit_softcapping": -1.0}, "attn_logit_softcapping must be positive"),
+        (GEMMA2 | {"sliding_window_pattern": 0}, "sliding_window_pattern must be a positive"),
         ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor must be float"),
         ({"rope_scaling": 3}, "rope parameters must be a mapping"),
         (
@@ -84,6 +105,7 @@ def test_transformers_reads_what_we_write():
         ),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window must be positive"),
         ({"quantization_config": {"load_in_4bit": True}}, "already quantized"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "already quantized .gptq."),
     ],
 )
 def test_bad_model_config(change, message):
@@ -97,11 +119,78 @@ def test_config_of_the_wrong_type(values):
         lk.ModelConfig.from_hf(values)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"model_type": "gemma2"}, {"layer_types": ["sliding_attention", "full_attention"] * 8}),
+        (
+            {
+                "model_type": "gemma3_text",
+                "rope_theta": 5e5,
+                "rope_local_base_freq": 2e4,
+                "rope_scaling": {"type": "linear", "factor": 8.0},
+                "sliding_window_pattern": 4,
+            },
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_theta": 5e5, "rope_type": "linear", "factor": 8.0},
+                    "sliding_attention": {"rope_theta": 2e4, "rope_type": "default"},
+                },
+                "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 4,
+            },
+        ),
+        (
+            {"model_type": "qwen3_moe", "num_experts": 9, "torch_dtype": "bfloat16"},
+            {"num_local_experts": 9, "dtype": "bfloat16"},
+        ),
+        (
+            {
+                "model_type": "qwen2",
+                "use_sliding_window": True,
+                "sliding_window": 9,
+                "max_window_layers": 14,
+            },
+            {
+                "sliding_window": 9,
+                "layer_types": ["full_attention"] * 14 + ["sliding_attention"] * 2,
+            },
+        ),
+        (
+            {"model_type": "gemma", "hidden_act": "gelu"},
+            {"hidden_activation": "gelu_pytorch_tanh"},
+        ),
+    ],
+    ids=["gemma2", "gemma3", "qwen3_moe", "qwen2", "gemma"],
+)
+def test_both_spellings_of_the_families(old, new):
+    sizes = {name: value for name, value in LLAMA.items() if name != "model_type"}
+    config = lk.ModelConfig.from_hf(sizes | old)
+    assert lk.ModelConfig.from_hf(sizes | {"model_type": old["model_type"]} | new) == config
+    assert lk.ModelConfig.from_hf(config.to_hf()) == config
+
+
+def test_yarn_and_dynamic_reach_beyond_max_position_embeddings():
+    def length(**rope):
+        values = LLAMA | {"max_position_embeddings": 32768, "rope_scaling": rope}
+        return lk.ModelConfig.from_hf(values).context_length
+
+    original = {"original_max_position_embeddings": 32768}
+    assert length(rope_type="yarn", factor=4.0, **original) == 131072  # Qwen2.5's way
+    assert length(rope_type="dynamic", factor=2.0) == 65536
+    assert length(rope_type="linear", factor=4.0) == 32768  # there it is the stretched length
+
+
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
 json_values = scalars | st.lists(scalars, max_size=3) | st.just({}) | st.just({"factor": 0})
 
 
-@given(st.dictionaries(st.sampled_from([*LLAMA, "rope_scaling", "head_dim"]), json_values))
+KEYS = [*LLAMA, *lk.ModelConfig.from_hf(LLAMA | MISTRAL).to_hf(), "rope_parameters", "text_config"]
+KEYS += ["num_local_experts", "num_experts", "decoder_sparse_step", "sliding_window_pattern"]
+KEYS += ["rope_local_base_freq", "partial_rotary_factor", "hidden_activation", "mlp_only_layers"]
+MODEL_TYPES = st.sampled_from([{"model_type": name} for name in [*FAMILIES, "gemma3"]])
+
+
+@given(st.builds(dict.__or__, MODEL_TYPES, st.dictionaries(st.sampled_from(KEYS), json_values)))
 def test_any_json_gives_a_config_or_one_clear_error(change):
     try:
         config = lk.ModelConfig.from_hf(LLAMA | change)

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import lorakit as lk
-from lorakit.generation import _sample
+from lorakit.generation import Sampling, _sample
 
 
 @pytest.fixture(scope="module")
@@ -15,6 +17,11 @@ def model(tiny_dir):
 @pytest.fixture(scope="module")
 def tok(tiny_dir):
     return lk.load_tokenizer(tiny_dir)
+
+
+@pytest.fixture(scope="module")
+def smol(smollm2):
+    return lk.load_model(smollm2, dtype="float32"), lk.load_tokenizer(smollm2)
 
 
 @pytest.mark.parametrize("variant", ["dense", "nf4", "adapted"])
@@ -55,14 +62,14 @@ def test_sampling_follows_the_probabilities():
     probs = (logits / 0.7).softmax(-1)
     generator = torch.Generator().manual_seed(0)
     n = 20_000
-    draws = _sample(logits.expand(n, 4), 0.7, 1.0, generator)
+    draws = _sample(logits.expand(n, 4), Sampling(0.7), generator, None)
     frequency = draws.bincount(minlength=4) / n
     assert ((frequency - probs).abs() < 5 * (probs * (1 - probs) / n).sqrt()).all()
 
 
 def test_a_tiny_temperature_is_greedy():
     logits = torch.tensor([[1.0, 3.0, 2.0]])
-    assert _sample(logits, 1e-40, 1.0, None).item() == 1
+    assert _sample(logits, Sampling(1e-40), None, None).item() == 1
 
 
 def test_a_tokenizer_of_another_model(tok, tmp_path):
@@ -74,12 +81,129 @@ def test_a_tokenizer_of_another_model(tok, tmp_path):
         lk.generate(model, tok, "zzz é")
 
 
-def test_top_p_keeps_the_smallest_set():
-    probs = torch.tensor([0.05, 0.5, 0.15, 0.3])
-    draws = _sample(probs.log().expand(5000, 4), 1.0, 0.7, torch.Generator().manual_seed(0))
-    assert set(draws.tolist()) == {1, 3}  # 0.5 alone is below 0.7, 0.5 + 0.3 is not
-    draws = _sample(probs.log().expand(5000, 4), 1.0, 0.5, torch.Generator().manual_seed(0))
-    assert set(draws.tolist()) == {1}
+def support(probs, **options):
+    """Which tokens 5000 draws hit."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.tensor(probs).log().expand(5000, len(probs))
+    return set(_sample(logits, Sampling(1.0, **options), generator, None).tolist())
+
+
+def test_what_top_k_top_p_and_min_p_keep():
+    probs = [0.05, 0.5, 0.15, 0.3]
+    assert support(probs) == {0, 1, 2, 3}
+    assert support(probs, top_p=0.7) == {1, 3}  # 0.5 alone is below 0.7, 0.5 + 0.3 is not
+    assert support(probs, top_p=0.5) == {1}
+    assert support(probs, top_k=3) == {1, 2, 3}
+    assert support(probs, top_k=9) == {0, 1, 2, 3}
+    assert support(probs, min_p=0.2) == {1, 2, 3}  # 0.2 * 0.5 = 0.1
+    assert support(probs, min_p=0.5) == {1, 3}
+    assert support(probs, min_p=1.0) == {1}
+    assert support(probs, top_k=2, top_p=0.6) == {1}  # of the mass of the two, 0.5 is 0.625
+
+
+options = st.fixed_dictionaries(
+    {
+        "temperature": st.floats(0.3, 3),
+        "top_k": st.none() | st.integers(1, 12),
+        "top_p": st.floats(0.05, 0.99),
+        "min_p": st.floats(0, 0.9),
+        "repetition_penalty": st.floats(0.5, 2),
+    }
+)
+
+
+@settings(max_examples=40)
+@given(options, st.integers(0, 2**20))
+def test_the_same_tokens_stay_as_in_transformers(options, seed):
+    from transformers import generation as hf
+
+    torch.manual_seed(seed)
+    logits, prompt = 3 * torch.randn(1, 10), torch.randint(10, (1, 4))
+    seen = torch.zeros(1, 10, dtype=torch.bool).scatter(1, prompt, True)
+    theirs = hf.RepetitionPenaltyLogitsProcessor(options["repetition_penalty"])(prompt, logits)
+    theirs = hf.TemperatureLogitsWarper(options["temperature"])(prompt, theirs)
+    if options["top_k"] is not None:
+        theirs = hf.TopKLogitsWarper(min(options["top_k"], 10))(prompt, theirs)
+    theirs = hf.TopPLogitsWarper(options["top_p"])(prompt, theirs)
+    if options["min_p"]:
+        theirs = hf.MinPLogitsWarper(options["min_p"])(prompt, theirs)
+    probs = theirs.softmax(-1)[0]
+    generator = torch.Generator().manual_seed(seed)
+    draws = _sample(logits.expand(2000, 10), Sampling(**options), generator, seen.expand(2000, 10))
+    frequency = draws.bincount(minlength=10) / 2000
+    # impossible tokens are never drawn; the rest lies within 6 standard deviations and one draw
+    assert (frequency[probs == 0] == 0).all()
+    assert ((frequency - probs).abs() <= 6 * (probs * (1 - probs) / 2000).sqrt() + 1 / 2000).all()
+
+
+def test_repetition_penalty_in_text(model, tok):
+    plain = lk.generate(model, tok, "hello", max_new_tokens=20)
+    forbidding = lk.generate(model, tok, "hello", max_new_tokens=20, repetition_penalty=1e6)
+    assert forbidding != plain
+    ids = tok.encode(forbidding, add_special_tokens=False)
+    assert not set(ids) & set(tok.encode("hello", add_special_tokens=False))
+    rows = ["hello", "a longer one"]  # padding is no token of a row
+    both = lk.generate_batch(model, tok, rows, max_new_tokens=20, repetition_penalty=1e6)
+    assert both[0] == forbidding
+
+
+@pytest.mark.parametrize("stop", ["string", "list"])
+def test_stop_strings_are_cut_off_and_end_the_row(smol, stop):
+    model, tok = smol
+    prompt = "One, two, three, four,"
+    full = lk.generate(model, tok, prompt, max_new_tokens=30)
+    word = full.split()[3]
+    pieces = []
+    cut = lk.generate(
+        model,
+        tok,
+        prompt,
+        max_new_tokens=30,
+        stop=word if stop == "string" else ["never to be seen", word],
+        stream=pieces.append,
+    )
+    assert cut == full[: full.index(word)]
+    assert "".join(pieces) == cut
+    assert len(pieces) > 1
+
+
+def test_a_special_token_as_stop_string(smol, smollm2):
+    """It leaves no text that could be searched, so it ends the row as a token."""
+    model, tok = smol
+    question = [{"role": "user", "content": "Hi"}]
+    answer = lk.generate(model, tok, question, max_new_tokens=24)
+    prompt = tok.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    bare = lk.load_tokenizer(smollm2)
+    bare.chat_template, bare.special_tokens = None, {}
+    ends = model.config.eos_token_id
+    object.__setattr__(model.config, "eos_token_id", None)
+    try:
+        assert lk.generate(model, bare, prompt, max_new_tokens=24) != answer  # it runs on
+        assert lk.generate(model, bare, prompt, max_new_tokens=24, stop="<|im_end|>") == answer
+    finally:
+        object.__setattr__(model.config, "eos_token_id", ends)
+
+
+def test_the_stream_of_every_row_is_its_text(smol):
+    model, tok = smol
+    prompts = ["Ünïcödé 🙂 and 漢字 mean", "The sea", "def f(x):"]
+    pieces = [[], [], []]
+    texts = lk.generate_batch(
+        model, tok, prompts, max_new_tokens=16, stream=lambda i, piece: pieces[i].append(piece)
+    )
+    assert ["".join(p) for p in pieces] == texts
+    assert all(len(p) > 3 for p in pieces)
+
+
+def test_end_tokens_that_only_the_template_names(tiny_dir, tok):
+    assert tok.end_token_ids == [2]
+    other = lk.load_tokenizer(tiny_dir)
+    other.chat_template = "{% for m in messages %}{{ m.content }}\n<unk>{% endfor %}"
+    assert other.end_token_ids == [2, 0]
+    other.chat_template = "{% for m in messages %}{{ m.content }} and so on{% endfor %}"
+    assert other.end_token_ids == [2]
+    other.chat_template = None
+    assert other.end_token_ids == [2]
 
 
 def test_stops_at_every_end_token(tiny_dir, tok):
@@ -104,6 +228,11 @@ def test_mode_is_restored(model, tok):
         ("x", {"max_new_tokens": 0}, "max_new_tokens"),
         ("x", {"temperature": -1.0}, "temperature"),
         ("x", {"top_p": 0.0}, "top_p"),
+        ("x", {"top_k": 0}, "top_k"),
+        ("x", {"min_p": 1.5}, "min_p"),
+        ("x", {"repetition_penalty": 0.0}, "repetition_penalty"),
+        ("x", {"stop": ""}, "stop must be"),
+        ("x", {"stop": [3]}, "stop must be"),
         ("x", {"temperature": float("nan")}, "temperature"),
         ("x", {"temperature": 1.0, "seed": 2**70}, "seed is"),
         ("x" * 60, {"max_new_tokens": 10}, "exceed the model's 64 positions"),

@@ -1,4 +1,11 @@
-"""GGUF: against llama.cpp's convention, every block format, and damaged files."""
+"""GGUF: against the published tensors, the logits of transformers and of llama.cpp, every block
+format, and damaged files.
+"""
+
+import contextlib
+import dataclasses
+import json
+import urllib.request
 
 import gguf
 import numpy as np
@@ -6,12 +13,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import lorakit as lk
-from lorakit.gguf import NAMES, read_gguf, read_header
-from tests.conftest import LLAMA3_ROPE, tiny_llama
+from lorakit.gguf import read_gguf, read_header
+from lorakit.model_config import RopeConfig
+from tests.conftest import LLAMA3_ROPE, tiny, tiny_llama
 
 TOKENS = ["<unk>", "<s>", "</s>", "t", "o", "k", "to", "tok", *[f"tok{i}" for i in range(89)]]
+ARCHITECTURES = {
+    "llama": "llama",
+    "mixtral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+}
 
 
 def permute(weight, heads):
@@ -20,10 +40,38 @@ def permute(weight, heads):
     return weight.reshape(heads, 2, shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(shape)
 
 
-def write_gguf(path, model, kind=gguf.GGMLQuantizationType.F32, metadata=None, skip=()):
-    """A transformers Llama as llama.cpp's converter writes it."""
+def stored(published, config):
+    """Published tensors as llama.cpp's converter stores them, its names taken from gguf."""
+    arch = ARCHITECTURES[config.model_type]
+    known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(known[arch], config.num_hidden_layers)
+    experts, arrays = {}, {}
+    for name, tensor in published.items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        array = tensor.float().numpy()
+        if arch == "llama" and "q_proj" in name:
+            array = permute(array, config.num_attention_heads)
+        if arch == "llama" and "k_proj" in name:
+            array = permute(array, config.num_key_value_heads)
+        if arch.startswith("gemma") and name.endswith("norm.weight"):
+            array = array + 1
+        before, found, after = name.partition(".experts.")
+        if found:  # ...experts.3.w1.weight
+            number, _, rest = after.partition(".")
+            name = f"{before}.experts.{rest}"
+            experts.setdefault(name, {})[int(number)] = array
+            array = np.stack([experts[name][i] for i in sorted(experts[name])])
+        arrays[names.get_name(name, (".weight", ".bias"))] = array
+    return arrays
+
+
+def write_gguf(
+    path, model, kind=gguf.GGMLQuantizationType.F32, metadata=None, skip=(), tensors=None
+):
+    """A transformers model as llama.cpp's converter writes it."""
     config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, ARCHITECTURES[config.model_type])
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -31,11 +79,23 @@ def write_gguf(path, model, kind=gguf.GGMLQuantizationType.F32, metadata=None, s
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
+    head_dim = getattr(config, "head_dim", None)
+    head_dim = head_dim or config.hidden_size // config.num_attention_heads
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    add_rope(writer, config)
+    if config.model_type in ("mixtral", "qwen3_moe"):
+        writer.add_expert_count(config.num_local_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+    if config.model_type == "qwen3_moe":
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if config.model_type in ("gemma2", "gemma3_text"):
+        writer.add_sliding_window(config.sliding_window)
+    if config.model_type == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(TOKENS)
@@ -43,34 +103,19 @@ def write_gguf(path, model, kind=gguf.GGMLQuantizationType.F32, metadata=None, s
     writer.add_token_merges(["t o", "to k"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
+    add = {str: writer.add_string, int: writer.add_uint32}
+    add |= {float: writer.add_float32, bool: writer.add_bool}
     for key, value in (metadata or {}).items():
-        writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
-    back = {hf: name for name, hf in NAMES.items()}
-    for name, tensor in model.state_dict().items():
-        if name in skip or (name == "lm_head.weight" and config.tie_word_embeddings):
-            continue
-        array = tensor.float().numpy()
-        stem, _, leaf = name.rpartition(".")
-        if stem.endswith("q_proj"):
-            array = permute(array, config.num_attention_heads)
-        if stem.endswith("k_proj"):
-            array = permute(array, config.num_key_value_heads)
-        if stem.startswith("model.layers."):
-            _, _, layer, rest = stem.split(".", 3)
-            stem = f"blk.{layer}.{back[rest]}"
-        else:
-            stem = back[stem]
+        writer.kv_data[0].pop(key, None)
+        if value is not None:
+            add.get(type(value), writer.add_array)(key, value)
+    if tensors is None:
+        published = published_tensors(model, path.parent)
+        tensors = stored({n: t for n, t in published.items() if n not in skip}, config)
+    for name, array in tensors.items():
         its = kind if array.ndim > 1 else gguf.GGMLQuantizationType.F32
         data = gguf.quants.quantize(np.ascontiguousarray(array), its)
-        writer.add_tensor(f"{stem}.{leaf}", data, raw_dtype=its)
-    if config.rope_parameters["rope_type"] == "llama3":
-        plain = 1.0 / config.rope_parameters["rope_theta"] ** (
-            np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
-        )
-        writer.add_tensor(
-            "rope_freqs.weight",
-            (plain / model.model.rotary_emb.inv_freq.numpy()).astype(np.float32),
-        )
+        writer.add_tensor(name, data, raw_dtype=its)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -78,34 +123,262 @@ def write_gguf(path, model, kind=gguf.GGMLQuantizationType.F32, metadata=None, s
     return path
 
 
+def add_rope(writer, config):
+    rope = config.rope_parameters
+    if "sliding_attention" in rope:
+        writer.add_rope_freq_base_swa(rope["sliding_attention"]["rope_theta"])
+        rope = rope["full_attention"]
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] == "llama3":  # as divisors of the frequencies
+        exponents = torch.arange(0, config.head_dim, 2) / config.head_dim
+        plain = 1.0 / rope["rope_theta"] ** exponents
+        scaled = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0]
+        writer.add_tensor("rope_freqs.weight", (plain / scaled).numpy())
+    elif rope["rope_type"] != "default":
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+        writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+
+
+def published_tensors(model, folder):
+    """The tensors under the names of published checkpoints, as transformers saves them."""
+    model.save_pretrained(folder / "published")
+    return load_file(folder / "published" / "model.safetensors")
+
+
 IDS = torch.arange(40).view(2, 20)
 
 
-@pytest.mark.parametrize(
-    "variant",
-    [
-        {},
-        {"tie_word_embeddings": True, "num_key_value_heads": 2},
-        {"head_dim": 12},
-        {"attention_bias": True, "mlp_bias": True},
-        # as published models have it: a frequency low enough to be divided by the whole factor
-        {
-            "rope_parameters": {
-                **LLAMA3_ROPE,
-                "rope_theta": 500000.0,
-                "original_max_position_embeddings": 8192,
-            }
-        },
-    ],
-)
-def test_loads_what_llama_cpp_writes(tmp_path, variant):
-    theirs = tiny_llama(**variant)
-    model = lk.load_model(write_gguf(tmp_path / "m.gguf", theirs), dtype="float32")
-    for name, parameter in theirs.named_parameters():
-        assert torch.equal(parameter, model.get_parameter(name)), name
+# as published models have it: a frequency low enough to be divided by the whole factor
+LLAMA3 = {**LLAMA3_ROPE, "rope_theta": 500000.0, "original_max_position_embeddings": 8192}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 4.0,
+}
+TWO_ROPES = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+GEMMA = {"head_dim": 12, "num_key_value_heads": 2, "tie_word_embeddings": True}
+GEMMA |= {"query_pre_attn_scalar": 12, "sliding_window": 6}
+CAPS = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0, "initializer_range": 0.8}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
+VARIANTS = {
+    "llama": ("llama", {}),
+    "llama tied": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 2}),
+    "llama head_dim": ("llama", {"head_dim": 12}),
+    "llama biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama rope_freqs": ("llama", {"rope_parameters": LLAMA3}),
+    "llama yarn": ("llama", {"rope_parameters": YARN}),
+    "mixtral": ("mixtral", EXPERTS),
+    "qwen2": ("qwen2", {"num_key_value_heads": 2}),
+    "qwen3": ("qwen3", {"head_dim": 12, "num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {**EXPERTS, "head_dim": 12, "moe_intermediate_size": 20, "norm_topk_prob": True},
+    ),
+    "gemma": ("gemma", {"head_dim": 12, "num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "gemma2": ("gemma2", {**GEMMA, **CAPS, "num_hidden_layers": 3}),
+    "gemma3": ("gemma3_text", {**GEMMA, "rope_parameters": TWO_ROPES, "num_hidden_layers": 7}),
+}
+
+
+def make(variant):
+    model_type, settings = VARIANTS[variant]
+    model = tiny(model_type, **settings)
+    if "gemma" in model_type:  # one is added to the norms and taken away: exact for these values
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "norm" in name:
+                    parameter.mul_(1024).round_().div_(1024)
+    return model
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def pair(request, tmp_path_factory):
+    """A transformers model and the same as a GGUF file."""
+    theirs = make(request.param)
+    return theirs, write_gguf(tmp_path_factory.mktemp("gguf") / "m.gguf", theirs)
+
+
+def test_tensors_and_config_are_the_published_ones(pair):
+    theirs, path = pair
+    config, tensors = read_gguf(path)
+    published = published_tensors(theirs, path.parent)
+    assert tensors.keys() == published.keys() - (
+        {"lm_head.weight"} if theirs.config.tie_word_embeddings else set()
+    )
+    for name, (shape, read) in tensors.items():
+        assert shape == tuple(published[name].shape), name
+        assert torch.equal(read(), published[name]), name
+    expected = lk.ModelConfig.from_hf(theirs.config.to_dict())
+    for field in dataclasses.fields(config):
+        ours, its = getattr(config, field.name), getattr(expected, field.name)
+        if isinstance(its, RopeConfig):  # what a file does not say need not be the same
+            assert (ours.rope_type, ours.rope_theta) == (its.rope_type, its.rope_theta)
+            assert ours.factor == pytest.approx(its.factor)
+        elif field.name not in ("bos_token_id", "eos_token_id", "pad_token_id", "sliding_window"):
+            assert ours == pytest.approx(its), field.name
+    layers = range(config.num_hidden_layers)
+    assert [config.window(i) for i in layers] == [expected.window(i) for i in layers]
+    assert config.eos_token_ids == [2]
+
+
+def test_logits_are_transformers(pair):
+    theirs, path = pair
+    model = lk.load_model(path, dtype="float32")
     # fp32: the divisors of a rotary scaling went through one rounding more
-    assert (model(IDS) - theirs(IDS).logits).abs().max() <= 1e-4
-    assert model.config.eos_token_ids == [2]
+    scaled = theirs.config.rope_parameters.get("rope_type") == "llama3"
+    assert (model(IDS) - theirs(IDS).logits).abs().max() <= (1e-4 if scaled else 2e-5)
+
+
+def test_logits_are_llama_cpp(pair):
+    theirs, path = pair
+    compare_with_llama_cpp(path, theirs.config.model_type)
+
+
+def compare_with_llama_cpp(path, model_type):
+    """The likeliest next tokens after a prompt longer than any window, and 5 greedy ones."""
+    # llama.cpp's GELU is a table of fp16 values
+    tolerance = 1e-2 if "gemma" in model_type else 5e-5
+    model = lk.load_model(path, dtype="float32")
+    prompt = IDS[0].tolist()
+    request = {"prompt": prompt, "n_predict": 5, "temperature": 0, "n_probs": 20}
+    with llama_cpp_server(path) as ask:
+        steps = ask("completion", request)["completion_probabilities"]
+    for step in steps:
+        logprobs = model(torch.tensor([prompt]))[0, -1].log_softmax(-1)
+        for token in step["top_logprobs"]:
+            ours = logprobs[token["id"]].item()
+            assert token["logprob"] == pytest.approx(ours, abs=tolerance)
+        prompt.append(logprobs.argmax().item())
+    assert prompt[-5:] == [step["id"] for step in steps]
+
+
+UNSAID = {
+    "gemma3 before freq_base_swa": (
+        VARIANTS["gemma3"],
+        {"gemma3.rope.freq_base_swa": None},
+        {"rope_local": RopeConfig(rope_theta=10000.0)},
+    ),
+    "gemma3 without a window": (
+        VARIANTS["gemma3"],
+        {"gemma3.attention.sliding_window": None},
+        {"sliding_layers": [], "sliding_window": None},
+    ),
+    "gemma3 with a pattern": (
+        VARIANTS["gemma3"],
+        {"gemma3.attention.sliding_window_pattern": 3},
+        {"sliding_layers": [True, True, False, True, True, False, True]},
+    ),
+    "gemma3 with a list of layers": (
+        VARIANTS["gemma3"],
+        {"gemma3.attention.sliding_window_pattern": [True, False, False, True, True, False, True]},
+        {"sliding_layers": [True, False, False, True, True, False, True]},
+    ),
+    "gemma3 27B": (
+        ("gemma3_text", {**GEMMA, "rope_parameters": TWO_ROPES, "num_hidden_layers": 62}),
+        {},
+        {"query_pre_attn_scalar": 8},  # hidden_size / heads
+    ),
+    "gemma2 27B": (
+        ("gemma2", {**GEMMA, **CAPS, "num_hidden_layers": 46}),
+        {},
+        {"query_pre_attn_scalar": 8},
+    ),
+    "gemma2 defaults": (
+        ("gemma2", GEMMA),
+        {
+            "gemma2.attention.sliding_window": None,
+            "gemma2.attn_logit_softcapping": None,
+            "gemma2.final_logit_softcapping": None,
+            "gemma2.rope.freq_base": None,
+        },
+        {
+            "sliding_window": 4096,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "rope": RopeConfig(rope_theta=10000.0),
+        },
+    ),
+    "qwen3 head_dim": (
+        ("qwen3", {"head_dim": 8}),
+        {"qwen3.attention.key_length": None, "qwen3.attention.value_length": None},
+        {"head_dim": 8},
+    ),
+    "llama linear": (
+        ("llama", {}),
+        {"llama.rope.scaling.factor": 4.0},
+        {"rope": RopeConfig(rope_type="linear", factor=4.0)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNSAID)
+def test_what_a_file_leaves_unsaid_is_what_llama_cpp_computes(tmp_path, name):
+    (model_type, settings), metadata, fields = UNSAID[name]
+    path = write_gguf(tmp_path / "m.gguf", tiny(model_type, **settings), metadata=metadata)
+    config = read_gguf(path)[0]
+    assert {name: getattr(config, name) for name in fields} == fields
+    compare_with_llama_cpp(path, model_type)
+
+
+def test_an_expert_is_read_alone(tmp_path, monkeypatch):
+    theirs = tiny("mixtral", **EXPERTS, intermediate_size=64)
+    q8_0 = gguf.GGMLQuantizationType.Q8_0
+    _, tensors = read_gguf(write_gguf(tmp_path / "m.gguf", theirs, q8_0))
+    published = published_tensors(theirs, tmp_path)
+    read_bytes = []
+    fromfile = np.fromfile
+    monkeypatch.setattr(
+        np, "fromfile", lambda *a, **k: read_bytes.append(k["count"]) or fromfile(*a, **k)
+    )
+    for number in range(4):
+        name = f"model.layers.1.block_sparse_moe.experts.{number}.w2.weight"
+        expected = gguf.quants.dequantize(gguf.quants.quantize(published[name].numpy(), q8_0), q8_0)
+        assert np.array_equal(tensors[name][1]().numpy(), expected)
+    assert read_bytes == [32 * 64 // 32 * 34] * 4
+
+
+def test_experts_in_tensors_of_their_own(tmp_path):
+    """As the first Mixtral files had them."""
+    theirs = tiny("mixtral", **EXPERTS)
+    published = published_tensors(theirs, tmp_path)
+    arrays = {}
+    for name, array in stored(published, theirs.config).items():
+        if "_exps" in name:
+            parts = {name.replace("_exps", f".{i}"): part for i, part in enumerate(array)}
+            arrays |= parts
+        else:
+            arrays[name] = array
+    _, tensors = read_gguf(write_gguf(tmp_path / "m.gguf", theirs, tensors=arrays))
+    assert tensors.keys() == published.keys()
+    for name, (_, read) in tensors.items():
+        assert torch.equal(read(), published[name]), name
+
+
+@contextlib.contextmanager
+def llama_cpp_server(path):
+    xllamacpp = pytest.importorskip("xllamacpp")
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.warmup = False
+    params.n_ctx = 64
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    server = xllamacpp.Server(params)
+
+    def ask(where, body):
+        data = json.dumps(body).encode()
+        with urllib.request.urlopen(f"{server.listening_address}/{where}", data) as answer:
+            return json.load(answer)
+
+    yield ask
 
 
 @pytest.mark.parametrize("kind", sorted(gguf.GGML_QUANT_SIZES, key=lambda k: k.name))
@@ -204,14 +477,57 @@ def test_one_damaged_byte_never_crashes(good, tmp_path_factory, position, value)
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"llama.expert_count": 8}, "mixture-of-experts"),
-        ({"llama.rope.scaling.type": "yarn"}, "rope_type 'yarn' is not supported"),
+        ({"llama.expert_count": 8}, "belongs to no mixtral model"),
+        ({"llama.rope.dimension_count": 4}, "rotary embedding of 4 of 8 dimensions"),
+        (
+            {"llama.rope.scaling.factor": 2.0, "llama.rope.scaling.attn_factor": 2.0},
+            "scaling.attn_factor is not supported",
+        ),
+        ({"llama.rope.scaling.type": "squeezed"}, "rope_type 'squeezed' is not supported"),
     ],
 )
 def test_unsupported(tmp_path, metadata, message):
     path = write_gguf(tmp_path / "m.gguf", tiny_llama(), metadata=metadata)
     with pytest.raises(lk.LorakitError, match=message):
         lk.load_model(path)
+
+
+def test_another_number_of_experts(tmp_path):
+    theirs = tiny("mixtral", **EXPERTS)
+    path = write_gguf(tmp_path / "m.gguf", theirs, metadata={"llama.expert_count": 3})
+    with pytest.raises(
+        lk.LorakitError, match=r"ffn_gate_exps\.weight is \(4, 48, 32\), not \(3 exp"
+    ):
+        lk.load_model(path)
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen3_moe", "gemma2"])
+def test_a_metadata_value_of_another_type_never_crashes(tmp_path, variant):
+    """Nor one that is missing. The config and the vocabulary are read before any tensor."""
+    theirs = make(variant)
+    path = write_gguf(tmp_path / "good.gguf", theirs)
+    arch = ARCHITECTURES[theirs.config.model_type]
+    extra = ("rope.scaling.type", "rope.scaling.factor", "attention.sliding_window_pattern")
+    keys = [*read_header(path).metadata, *(f"{arch}.{name}" for name in extra)]
+    for key in [*keys, "tokenizer.chat_template"]:
+        for value in ("x", 0, 3, -1.5, [7], ["y"], None):
+            bad = write_gguf(
+                tmp_path / "bad.gguf", theirs, metadata={key: value}, tensors={"other": np.ones(1)}
+            )
+            for load in (lk.load_model, lk.load_tokenizer):
+                try:
+                    load(bad)
+                except lk.LorakitError as error:
+                    assert "bad.gguf" in str(error), (key, value)
+
+
+def test_the_end_of_a_turn_is_an_end_token_too(tmp_path):
+    extra = {"tokenizer.ggml.eot_token_id": 7}
+    path = write_gguf(tmp_path / "a.gguf", tiny_llama(), metadata=extra)
+    assert lk.load_model(path).config.eos_token_ids == [2, 7]
+    same = {"tokenizer.ggml.eot_token_id": 2}
+    path = write_gguf(tmp_path / "b.gguf", tiny_llama(), metadata=same)
+    assert lk.load_model(path).config.eos_token_ids == [2]
 
 
 def test_other_architecture(tmp_path):

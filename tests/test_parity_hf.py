@@ -6,13 +6,14 @@ import pytest
 import torch
 
 import lorakit as lk
-from lorakit.config import RopeConfig
-from lorakit.generation import _continue
+from lorakit.generation import Sampling, _continue
+from lorakit.model_config import RopeConfig
 from lorakit.rope import inverse_frequencies
 from tests.conftest import (
     FAMILY_VARIANTS,
     LLAMA3_ROPE,
     TINY_VARIANTS,
+    published,
     tiny,
     tiny_llama,
 )
@@ -24,8 +25,14 @@ def ours_and_theirs(tmp_path, family="llama", **overrides):
     return lk.load_model(tmp_path, dtype="float32"), theirs
 
 
+def greedy(model, prompts, count):
+    with torch.no_grad():
+        steps = list(_continue(model, prompts, count, Sampling(), None))
+    return [list(row) for row in zip(*steps, strict=True)]
+
+
 VARIANTS = [("llama", options) for options in TINY_VARIANTS.values()]
-VARIANTS += [(name.partition(" ")[0], options) for name, options in FAMILY_VARIANTS.items()]
+VARIANTS += FAMILY_VARIANTS.values()
 variants = pytest.mark.parametrize(
     ("family", "options"), VARIANTS, ids=[*TINY_VARIANTS, *FAMILY_VARIANTS]
 )
@@ -36,44 +43,55 @@ def test_tiny_logits_and_every_gradient(tmp_path, family, options):
     ours, theirs = ours_and_theirs(tmp_path, family, **options)
     ids = torch.randint(97, (2, 40), generator=torch.Generator().manual_seed(1))
     logits, expected = ours(ids), theirs(ids).logits
-    # the same operations in fp32; elsewhere a product may sum in another order, values reach 7
-    assert (logits - expected).abs().max() <= 1e-5
+    # the same formulas in fp32, in another order of sums (torch's attention beside a spelled-out
+    # one); logits reach 7
+    assert (logits - expected).abs().max() <= 2e-5
     assert expected.abs().max() > 1  # the comparison means something
 
     labels = ids.masked_fill(torch.rand(2, 40) < 0.5, -100)
     loss, count = ours.loss(ids, labels)
     (loss / count).backward()
     theirs(ids, labels=labels).loss.backward()
-    named = dict(theirs.named_parameters())
-    compared = 0
+    truths = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    truths = published(truths, family)
+    assert {name for name, _ in ours.named_parameters()} == set(truths)
     for name, parameter in ours.named_parameters():
-        truth = named[name].grad
-        assert (parameter.grad - truth).abs().max() <= 1e-5, name
-        assert truth.abs().max() > 0, name
-        compared += 1
-    assert compared == len(named)
+        truth = truths[name]
+        grad = torch.zeros_like(truth) if parameter.grad is None else parameter.grad
+        assert (grad - truth).abs().max() <= 1e-4 * truth.abs().max(), name
+        unvisited = parameter.grad is None and ".experts." in name
+        assert truth.abs().max() > 0 or unvisited, name
 
 
 @variants
 def test_greedy_tokens_equal_transformers(tmp_path, family, options):
-    """40 greedy tokens: with the cache, without it, beside a longer row, and by transformers."""
+    """64 greedy tokens: with the cache, without it, beside a longer row, and by transformers."""
     ours, theirs = ours_and_theirs(tmp_path, family, **options)
     prompts = [
         torch.randint(3, 97, (n,), generator=torch.Generator().manual_seed(n)) for n in (5, 17)
     ]
+    # these two turn a key by angles that depend on the length of the sequence when it comes in:
+    # cached keys keep theirs, so that rows of a batch, and the two ways, differ from one another
+    by_length = ours.config.rope.rope_type in ("dynamic", "longrope")
+
+    def expected(ids, use_cache):
+        options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        out = theirs.generate(ids, max_new_tokens=64, use_cache=use_cache, **options)
+        return out[0, ids.shape[1] :].tolist()
+
     alone = []
-    for prompt in prompts:
-        ids = prompt[None]
-        expected = theirs.generate(
-            ids, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0
-        )[0, len(prompt) :].tolist()
-        for _ in range(40):
-            ids = torch.cat([ids, ours(ids)[:, -1:].argmax(-1)], 1)
-        assert ids[0, len(prompt) :].tolist() == expected
-        alone.append(expected)
-    together = _continue(ours, [p.tolist() for p in prompts], 40, 0.0, 1.0, None, set())
-    assert together == alone
-    assert _continue(ours, [prompts[0].tolist()], 40, 0.0, 1.0, None, set()) == alone[:1]
+    with torch.no_grad():
+        for prompt in prompts:
+            ids = prompt[None]
+            alone.append(expected(ids, use_cache=True))
+            for _ in range(64):
+                ids = torch.cat([ids, ours(ids)[:, -1:].argmax(-1)], 1)
+            uncached = expected(prompt[None], use_cache=False) if by_length else alone[-1]
+            assert ids[0, len(prompt) :].tolist() == uncached
+    for prompt, tokens in zip(prompts, alone, strict=True):
+        assert greedy(ours, [prompt.tolist()], 64) == [tokens]
+    if not by_length:
+        assert greedy(ours, [p.tolist() for p in prompts], 64) == alone
 
 
 @variants
@@ -82,7 +100,9 @@ def test_saved_model_loads_in_transformers(tmp_path, family, options):
 
     ours, theirs = ours_and_theirs(tmp_path, family, **options)
     lk.save_model(ours, tmp_path / "again")
-    back = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32).eval()
+    back = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "again", dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     ids = torch.arange(40)[None]
     assert type(back) is type(theirs)
     assert torch.equal(back(ids).logits, theirs(ids).logits)

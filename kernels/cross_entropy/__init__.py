@@ -4,6 +4,8 @@ With logits z and label y, in fp32,
 
     loss = logsumexp(z) - z_y          d loss / d z = softmax(z) - onehot(y)
 
+A soft cap c (Gemma 2) replaces z by c tanh(z / c), of slope 1 - tanh^2(z / c).
+
 Both functions return the sum and the number of labels that were not `ignore_index`, so
 that a caller can add up micro-batches of different length and divide once: the mean of means weighs
 short batches too much.
@@ -22,14 +24,21 @@ from . import reference
 
 
 def cross_entropy(
-    logits: Tensor, labels: Tensor, *, ignore_index: int = -100
+    logits: Tensor, labels: Tensor, *, softcap: float | None = None, ignore_index: int = -100
 ) -> tuple[Tensor, Tensor]:
-    """logits [..., V], labels int64 [...] -> (summed loss fp32 [], count int64 [])."""
-    return reference.cross_entropy(logits, labels, ignore_index)
+    """logits [..., V] before any soft cap, labels int64 [...] -> (summed loss fp32 [], count int64
+    []).
+    """
+    return reference.cross_entropy(logits, labels, softcap, ignore_index)
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, ignore_index: int = -100
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    softcap: float | None = None,
+    ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of hidden [..., H] @ weight [V, H]^T, never building all the logits.
 
@@ -40,5 +49,5 @@ def linear_cross_entropy(
     picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows)
     if not torch.is_grad_enabled():  # no gradient while the logits are at hand, then
         weight = weight.detach()
-    total = reference.LinearCrossEntropy.apply(picked, weight, labels.reshape(-1)[rows])
+    total = reference.LinearCrossEntropy.apply(picked, weight, labels.reshape(-1)[rows], softcap)
     return total, (labels != ignore_index).sum()

@@ -7,8 +7,12 @@ from torch import Tensor
 CHUNK_LOGITS = 1 << 24  # logits held at a time: 64 MB in fp32
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+def cross_entropy(
+    logits: Tensor, labels: Tensor, softcap: float | None, ignore_index: int
+) -> tuple[Tensor, Tensor]:
     flat = logits.reshape(-1, logits.shape[-1]).float()
+    if softcap is not None:
+        flat = softcap * torch.tanh(flat / softcap)
     total = F.cross_entropy(flat, labels.reshape(-1), ignore_index=ignore_index, reduction="sum")
     return total, (labels != ignore_index).sum()
 
@@ -17,7 +21,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     """hidden [N, H], weight [V, H], labels [N] (all valid) -> summed loss []."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels):
+    def forward(ctx, hidden, weight, labels, softcap):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
@@ -26,11 +30,16 @@ class LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(labels), step):
             h, y = hidden[start : start + step], labels[start : start + step, None]
             logits = F.linear(h, weight).float()  # [n, H] @ [H, V] -> [n, V]
+            if softcap is not None:
+                logits = logits.div_(softcap).tanh_().mul_(softcap)
+                slope = 1 - (logits / softcap).square_() if need_hidden or need_weight else None
             lse = logits.logsumexp(-1, keepdim=True)
             total += (lse - logits.gather(-1, y)).sum()
             if need_hidden or need_weight:
                 grad = logits.sub_(lse).exp_()  # softmax, over the logits' memory
                 grad.scatter_add_(-1, y, grad.new_full((), -1).expand_as(y))
+                if softcap is not None:
+                    grad *= slope
                 if need_hidden:
                     grad_hidden[start : start + step] = grad.to(weight.dtype) @ weight
                 if need_weight:
@@ -47,4 +56,4 @@ class LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None
+        return grad_hidden, grad_weight, None, None

@@ -1,8 +1,12 @@
-"""Root mean square normalization (arXiv:1910.07467): y = w * x / sqrt(mean(x^2) + eps), per row.
+"""Root mean square normalization (arXiv:1910.07467), per row:
 
-The statistics are fp32 whatever x is. The normalized row is rounded to x's dtype before the product
-with w, the order of the published Llama models; models trained with the other order differ in the
-last bit of bf16.
+    y = (offset + w) x / sqrt(mean(x^2) + eps)
+
+The statistics are fp32 whatever x is. Two orders of rounding are in use, and models trained with
+one differ from the other in the last bit of bf16:
+
+    "llama"    the normalized row is rounded to x's dtype, then multiplied by w in that dtype
+    "gemma"    the product is taken in fp32 and rounded once; Gemma also stores w with offset 1
 """
 
 from torch import Tensor
@@ -10,8 +14,15 @@ from torch import Tensor
 from . import reference
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    weight_offset: float = 0.0,
+    casting_mode: str = "llama",
+) -> Tensor:
     """x [..., H] normalized over its last dimension and scaled by weight [H]: [..., H] in x's
-    dtype.
+    dtype. casting_mode: "llama" or "gemma", see above.
     """
-    return reference.rms_norm(x, weight, eps)
+    return reference.rms_norm(x, weight, eps, weight_offset, casting_mode)

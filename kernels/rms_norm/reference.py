@@ -4,7 +4,10 @@ import torch
 from torch import Tensor
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, casting_mode: str) -> Tensor:
     wide = x.float()
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return weight * (wide * scale).to(x.dtype)
+    normalized = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if casting_mode == "gemma":
+        return (normalized * (offset + weight.float())).to(x.dtype)
+    scale = weight if offset == 0 else offset + weight
+    return scale * normalized.to(x.dtype)

@@ -1,5 +1,8 @@
-"""The gated activation of the Llama MLP (arXiv:2002.05202): silu(gate) * up, with silu(z) = z
-sigmoid(z).
+"""The gated activations of the MLP (arXiv:2002.05202), elementwise:
+
+swiglu    silu(gate) * up                       silu(z) = z sigmoid(z)
+geglu     gelu(gate) * up                       gelu(z) = z Phi(z), Phi the normal distribution
+          approximate="tanh": Phi(z) ~ (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3))) / 2
 """
 
 from torch import Tensor
@@ -10,3 +13,8 @@ from . import reference
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, elementwise, for two tensors of one shape and dtype."""
     return reference.swiglu(gate, up)
+
+
+def geglu(gate: Tensor, up: Tensor, *, approximate: str = "tanh") -> Tensor:
+    """gelu(gate) * up, elementwise; approximate: "tanh", or "none" for the exact form by erf."""
+    return reference.geglu(gate, up, approximate)

@@ -1,0 +1,53 @@
+"""Causal attention with grouped queries, sliding windows, a soft cap and packed documents.
+
+    s_ij = scale q_i . k_j          s = c tanh(s / c) where there is a soft cap c (arXiv:2408.00118)
+    p_i  = softmax over the j that i may see        o_i = sum_j p_ij v_j
+
+Query head h reads key head h // (Hq / Hk). Who may see whom is said by `mask`, or, without one, by
+plain causality. Packed documents (`lengths`) are walked one by one: none computes a product with
+another's keys, so no bit of one depends on another, and the work is sum(T_i^2), not (sum T_i)^2.
+
+Without a soft cap torch's scaled_dot_product_attention does the work, which keeps no scores.
+The soft cap has no such kernel in torch: its scores exist, for CHUNK query rows at a time, and in
+training each chunk's are computed again for backward, so that memory holds one chunk's.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    lengths: Sequence[int] | None = None,
+) -> Tensor:
+    """q [B, T, Hq, D], k and v [B, S, Hk, D], Hq a multiple of Hk -> [B, T, Hq, D] in q's dtype.
+
+    mask: bool [T, S] or [B, 1, T, S], true where a query may look; None: the last query is beside
+        the last key and sees all up to itself (T == S or T == 1).
+    scale: of the scores; default D^-0.5. softcap: c above.
+    lengths: of the documents packed along T == S, B == 1, each causal by itself, with `window` the
+        positions it may look back, its own included; needs mask None.
+    """
+    if lengths is None:
+        return reference.attention(q, k, v, mask, scale, softcap)
+    parts = []
+    for length, *part in zip(
+        lengths, *(x.split(list(lengths), dim=1) for x in (q, k, v)), strict=True
+    ):
+        mask = None
+        if window is not None and window < length:
+            seen = torch.ones(length, length, dtype=torch.bool, device=q.device)
+            mask = seen.tril().triu(1 - window)
+        parts.append(reference.attention(*part, mask, scale, softcap))
+    return torch.cat(parts, dim=1)

@@ -1,0 +1,54 @@
+"""Attention in plain torch, and with a soft cap with its scores spelled out."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = 512  # query rows whose scores exist at a time
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T or S, D]
+    if softcap is not None:
+        return _softcapped(q, k, v, mask, scale, softcap).transpose(1, 2)
+    out = F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=mask is None and q.shape[2] > 1,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out.transpose(1, 2)
+
+
+def _softcapped(q, k, v, mask, scale, softcap) -> Tensor:
+    B, Hq, T, D = q.shape
+    Hk, S = k.shape[1], k.shape[2]
+    if mask is None:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    mask = mask.expand(B, 1, T, S)[:, :, None]
+    q = q.reshape(B, Hk, Hq // Hk, T, D) * (D**-0.5 if scale is None else scale)
+
+    def rows(q, k, v, mask):
+        scores = q @ k[:, :, None].transpose(-1, -2)  # [B, Hk, G, t, S]
+        scores = softcap * torch.tanh(scores.float() / softcap)
+        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+        return weights.to(v.dtype) @ v[:, :, None]
+
+    chunks = list(zip(q.split(CHUNK, dim=3), mask.split(CHUNK, dim=3), strict=True))
+    again = len(chunks) > 1 and torch.is_grad_enabled()
+    out = [
+        checkpoint(rows, part, k, v, seen, use_reentrant=False) if again else rows(part, k, v, seen)
+        for part, seen in chunks
+    ]
+    return torch.cat(out, dim=3).reshape(B, Hq, T, D)

@@ -1,0 +1,583 @@
+"""What distinguishes one decoder from another, read from a Hugging Face config.json and back.
+
+`ModelConfig` says what is computed, one field per difference; `model.py` asks it and nothing else.
+`FAMILIES` says what a `model_type` means beyond the keys of its file: transformers' class, the
+fields that all its models share, and the defaults of keys that published files leave out. So a new
+family is a row of that table as long as it computes nothing new.
+
+Both spellings are read: transformers 4's (`rope_theta` beside `rope_scaling`, `torch_dtype`,
+`sliding_window_pattern`) and 5's (`rope_parameters`, nested by layer type for Gemma 3, and
+`layer_types`). The older one is written, since every version reads it.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .config import LorakitError, check, from_mapping, nearest
+
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+LAYER_TYPES = {"full_attention": False, "sliding_attention": True}
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding: the base, and how it is stretched (`rope.py` has the formulas)."""
+
+    rope_theta: float = 10000.0
+    rope_type: str = "default"
+    factor: float = 1.0
+    original_max_position_embeddings: int = 8192
+    """the context before stretching; all types but default and linear"""
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    attention_factor: float | None = None
+    """what cos and sin are multiplied by; yarn and longrope, None: their formula"""
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    short_factor: list[float] = field(default_factory=list)
+    long_factor: list[float] = field(default_factory=list)
+
+    def __post_init__(self):
+        check(
+            self.rope_type in ROPE_TYPES,
+            f"rope_type {self.rope_type!r} is not supported; supported are {', '.join(ROPE_TYPES)}",
+        )
+        check(self.rope_theta > 0 and self.factor > 0, "rope_theta and factor must be positive")
+        check(
+            self.high_freq_factor > self.low_freq_factor,
+            "rope: high_freq_factor must exceed low_freq_factor",
+        )
+        check(
+            self.original_max_position_embeddings > 1,
+            "rope: original_max_position_embeddings must be at least 2",
+        )
+        check(self.beta_fast > 0 and self.beta_slow > 0, "rope: beta_fast, beta_slow must be > 0")
+        check(
+            self.rope_type != "yarn" or self.rope_theta > 1,
+            "rope: yarn needs a rope_theta above 1",
+        )
+        check(
+            all(f > 0 for f in self.short_factor + self.long_factor),
+            "rope: short_factor and long_factor must be positive",
+        )
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a model_type says beyond the keys of its config.json."""
+
+    architecture: str
+    """transformers' class"""
+    fields: dict[str, Any] = field(default_factory=dict)
+    """ModelConfig fields that every model of the family has"""
+    defaults: dict[str, Any] = field(default_factory=dict)
+    """transformers' defaults of keys that config.json may leave out, where they are not Llama's"""
+    ignored: tuple[str, ...] = ()
+    """keys that files of the family carry and transformers does not use"""
+
+
+_LEFTOVERS = ("sliding_window", "layer_types")  # in a family that has no window
+_QWEN = {"use_sliding_window": False, "sliding_window": 4096}
+_GEMMA = {
+    "norm_weight_offset": 1.0,
+    "norm_casting_mode": "gemma",
+    "scale_embeddings": True,
+}
+_GEMMA_DEFAULTS = {
+    "head_dim": 256,
+    "tie_word_embeddings": True,
+    "hidden_act": "gelu_pytorch_tanh",
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+_GEMMA2_DEFAULTS = _GEMMA_DEFAULTS | {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", ignored=_LEFTOVERS),
+    "mistral": Family("MistralForCausalLM", defaults={"sliding_window": 4096}),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        fields={"moe_names": ["block_sparse_moe", "w1", "w3", "w2"]},
+        defaults={
+            "rope_theta": 1e6,
+            "rms_norm_eps": 1e-5,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        fields={"qkv_bias": True},
+        defaults=_QWEN | {"max_window_layers": 28},
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        fields={"qk_norm": True},
+        defaults=_QWEN | {"max_window_layers": 28, "head_dim": 128},
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        fields={"qk_norm": True},
+        defaults=_QWEN
+        | {
+            "num_local_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": False,
+        },
+        ignored=("max_window_layers", "layer_types"),
+    ),
+    "gemma": Family("GemmaForCausalLM", _GEMMA, _GEMMA_DEFAULTS, ignored=_LEFTOVERS),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        _GEMMA | {"sandwich_norm": True},
+        _GEMMA2_DEFAULTS
+        | {
+            "sliding_window_pattern": 2,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        _GEMMA | {"sandwich_norm": True, "qk_norm": True},
+        _GEMMA2_DEFAULTS
+        | {
+            "vocab_size": 262208,
+            "sliding_window_pattern": 6,
+            "max_position_embeddings": 131072,
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+        },
+    ),
+}
+MULTIMODAL = {"gemma3": "gemma3_text"}
+"""model types whose text_config is one of the families: the text tower alone is computed"""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What distinguishes one decoder from another. Names and defaults follow config.json."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    rope: RopeConfig = RopeConfig()
+    rope_local: RopeConfig | None = None
+    """the sliding layers' own rotary embedding, where they have one"""
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    """RMSNorm over each head's queries and keys, before the rotary embedding"""
+    norm_weight_offset: float = 0.0
+    """norms scale by offset + weight"""
+    norm_casting_mode: str = "llama"
+    """whether a norm rounds to the model's dtype before ("llama") or after ("gemma") scaling"""
+    sandwich_norm: bool = False
+    """attention's and the MLP's outputs are normalized too, before they are added"""
+    scale_embeddings: bool = False
+    """embeddings are multiplied by sqrt(hidden_size), rounded to their dtype"""
+    query_pre_attn_scalar: float | None = None
+    """scores are divided by its square root; None: by head_dim's"""
+    attn_logit_softcapping: float | None = None
+    """c: scores s become c tanh(s / c) before the softmax"""
+    final_logit_softcapping: float | None = None
+    sliding_window: int | None = None
+    """positions that a sliding layer sees, its own included"""
+    sliding_layers: list[bool] = field(default_factory=list)
+    """per layer whether it slides; empty: none does"""
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = True
+    """the weights of a token's experts are scaled to sum to one"""
+    moe_layers: list[bool] = field(default_factory=list)
+    """per layer whether it has experts in the MLP's place; empty: none has"""
+    moe_names: list[str] = field(
+        default_factory=lambda: ["mlp", "gate_proj", "up_proj", "down_proj"]
+    )
+    """what the checkpoints call the MoE block, and gate, up and down of an expert"""
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self):
+        check(
+            self.model_type in FAMILIES,
+            f"model_type {self.model_type!r} is not supported; supported are "
+            f"{', '.join([*FAMILIES, *MULTIMODAL])}{nearest(self.model_type, FAMILIES)}",
+        )
+        for name in [
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+        ]:
+            check(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
+        check(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+            f"num_key_value_heads ({self.num_key_value_heads})",
+        )
+        check(self.head_dim % 2 == 0, f"head_dim must be even, not {self.head_dim}")
+        check(
+            self.hidden_act in ACTIVATIONS,
+            f"hidden_act {self.hidden_act!r} is not supported; supported are "
+            f"{', '.join(ACTIVATIONS)}",
+        )
+        check(
+            len(self.sliding_layers) in (0, self.num_hidden_layers),
+            f"layer_types names {len(self.sliding_layers)} of {self.num_hidden_layers} layers",
+        )
+        window = self.sliding_window
+        check(window is None or window > 0, f"sliding_window must be positive, not {window}")
+        check(not any(self.sliding_layers) or window is not None, "sliding_window is missing")
+        for name in ["query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"]:
+            value = getattr(self, name)
+            check(value is None or value > 0, f"{name} must be positive or null, not {value}")
+        for rope in (self.rope, self.rope_local):
+            if rope is not None and rope.rope_type == "longrope":
+                pairs = (len(rope.short_factor), len(rope.long_factor))
+                check(
+                    pairs == (self.head_dim // 2, self.head_dim // 2),
+                    f"longrope's short_factor and long_factor hold {pairs[0]} and {pairs[1]} "
+                    f"numbers, not head_dim / 2 = {self.head_dim // 2}",
+                )
+        if any(self.moe_layers):
+            check(
+                0 < self.num_experts_per_tok <= self.num_experts,
+                f"num_experts_per_tok ({self.num_experts_per_tok}) must lie between 1 and the "
+                f"number of experts ({self.num_experts})",
+            )
+            check(self.moe_intermediate_size > 0, "moe_intermediate_size must be positive")
+
+    def slides(self, layer: int) -> bool:
+        """Whether `layer` has the sliding window."""
+        return bool(self.sliding_layers) and self.sliding_layers[layer]
+
+    def window(self, layer: int) -> int | None:
+        """How many positions `layer` sees, or None where it sees all before it."""
+        return self.sliding_window if self.slides(layer) else None
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether `layer` has experts in the place of its MLP."""
+        return bool(self.moe_layers) and self.moe_layers[layer]
+
+    @property
+    def context_length(self) -> int:
+        """Positions the model is meant for: yarn and dynamic scaling reach beyond
+        max_position_embeddings, which stays the length before stretching there.
+        """
+        rope = self.rope
+        if rope.rope_type not in ("dynamic", "yarn"):
+            return self.max_position_embeddings
+        stretched = int(rope.original_max_position_embeddings * rope.factor)
+        return max(self.max_position_embeddings, stretched)
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """The end tokens as a list, whether config.json holds none, one or several."""
+        ids = self.eos_token_id
+        return [] if ids is None else ids if isinstance(ids, list) else [ids]
+
+    @classmethod
+    def from_hf(cls, values: Any, where: str = "config.json") -> "ModelConfig":
+        """From the contents of a Hugging Face config.json, in transformers 4's or 5's spelling.
+
+        Of a multimodal model the text tower is read. Keys that do not change the computation are
+        ignored. Raises LorakitError, naming `where`, for an unknown model_type, a wrong type, a
+        missing size, or a feature lorakit lacks.
+        """
+        if not isinstance(values, Mapping):
+            raise LorakitError(f"{where} must hold a JSON object, not {type(values).__name__}")
+        check("model_type" in values, f"{where}: model_type is missing")
+        if str(values["model_type"]) in MULTIMODAL:
+            values, where = _text_config(values, where), f"{where}, text_config"
+        family = FAMILIES.get(str(values["model_type"]), Family(""))
+        given = {name: value for name, value in values.items() if name not in family.ignored}
+        values = family.defaults | given
+        _refuse_what_is_not_computed(values, where)
+        if values.get("num_key_value_heads") is None:
+            values["num_key_value_heads"] = values.get("num_attention_heads")
+        if values.get("head_dim") is None:
+            hidden, heads = values.get("hidden_size"), values.get("num_attention_heads")
+            if type(hidden) is int and type(heads) is int and heads > 0:
+                check(
+                    hidden % heads == 0,
+                    f"{where}: head_dim is not set, and hidden_size ({hidden}) is no multiple of "
+                    f"num_attention_heads ({heads})",
+                )
+                values["head_dim"] = hidden // heads
+        values["hidden_act"] = _activation(values, given)
+        values["rope"], values["rope_local"] = _ropes_from_hf(values, where)
+        values["qkv_bias"] = values["o_bias"] = values.get("attention_bias", False)
+        values["sliding_layers"] = _sliding_layers(values, where)
+        _read_experts(values, where)
+        return from_mapping(cls, values | family.fields, where, ignore_unknown=True)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The contents of a config.json in transformers 4's spelling, which every version reads."""
+        family = FAMILIES[self.model_type]
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        rope, local = values.pop("rope"), values.pop("rope_local")
+        sliding, experts = values.pop("sliding_layers"), values.pop("moe_layers")
+        values["architectures"] = [family.architecture]
+        values["attention_bias"] = values.pop("o_bias")
+        if self.hidden_act != "silu":
+            values["hidden_activation"] = self.hidden_act
+        for name in (*family.fields, *_DERIVED):
+            values.pop(name, None)
+        for name in _OPTIONAL:
+            if values[name] is None and name not in family.defaults:
+                del values[name]
+        if "sliding_window_pattern" in family.defaults:
+            values["sliding_window_pattern"] = family.defaults["sliding_window_pattern"]
+        elif "use_sliding_window" in family.defaults:
+            values["use_sliding_window"] = any(sliding)
+            values["max_window_layers"] = sliding.index(True) if any(sliding) else len(sliding)
+        # layer_types only where the keys above do not say it: a Mistral that carries them is taken
+        # for a Ministral
+        if _sliding_layers(values, "") != sliding:
+            names = list(LAYER_TYPES)
+            kinds = sliding or [False] * self.num_hidden_layers
+            values["layer_types"] = [names[slides] for slides in kinds]
+        values["rope_theta"], values["rope_scaling"] = rope.rope_theta, _scaling_to_hf(rope)
+        if rope.rope_type == "longrope":
+            original = rope.original_max_position_embeddings
+            values["original_max_position_embeddings"] = original
+        if local is not None:
+            values["rope_local_base_freq"] = local.rope_theta
+            if local.rope_type != "default":  # version 4 has no key for it
+                both = {"full_attention": rope, "sliding_attention": local}
+                values["rope_parameters"] = {
+                    kind: {"rope_theta": its.rope_theta} | (_scaling_to_hf(its) or {})
+                    for kind, its in both.items()
+                }
+        if any(experts):
+            _write_experts(self, values, experts)
+        return values
+
+
+_DERIVED = (
+    "qkv_bias",
+    "qk_norm",
+    "norm_weight_offset",
+    "norm_casting_mode",
+    "sandwich_norm",
+    "scale_embeddings",
+    "moe_names",
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+)
+_OPTIONAL = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
+
+
+def _text_config(values: Mapping, where: str) -> dict[str, Any]:
+    text = values.get("text_config")
+    if not isinstance(text, Mapping):
+        raise LorakitError(
+            f"{where}: model_type {values['model_type']!r} without a text_config: there is no "
+            "text model in it"
+        )
+    outer = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
+    shared = {name: values[name] for name in outer if values.get(name) is not None}
+    return shared | text | {"model_type": MULTIMODAL[values["model_type"]]}
+
+
+def _refuse_what_is_not_computed(values: Mapping, where: str) -> None:
+    quantization = values.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+        raise LorakitError(
+            f"{where}: the checkpoint is already quantized ({method or 'quantization_config'}), "
+            "which is not supported; load its 16-bit original"
+        )
+    check(
+        not values.get("use_bidirectional_attention"),
+        f"{where}: use_bidirectional_attention is not supported",
+    )
+    partial = values.get("partial_rotary_factor")
+    check(
+        partial is None or partial == 1,
+        f"{where}: partial_rotary_factor {partial!r} is not supported; it must be 1",
+    )
+
+
+def _activation(values: Mapping, given: Mapping) -> Any:
+    """Gemma's files have two keys; Gemma 1's "gelu" has always meant the tanh approximation."""
+    name = given.get("hidden_activation") or values.get("hidden_act", "silu")
+    return "gelu_pytorch_tanh" if name == "gelu" and values["model_type"] == "gemma" else name
+
+
+def _ropes_from_hf(values: Mapping, where: str) -> tuple[RopeConfig, RopeConfig | None]:
+    """The rotary embedding of all layers, and that of the sliding ones where it is another.
+
+    transformers 5: one rope_parameters, or one per layer type; 4: rope_theta beside rope_scaling,
+    which belongs to the full layers, and rope_local_base_freq for the sliding ones.
+    """
+    where = f"{where}, rope parameters"
+    full = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    local = {}
+    nested = values.get("rope_parameters")
+    if isinstance(nested, Mapping) and any(name in nested for name in LAYER_TYPES):
+        full = values.get("rope_scaling") or nested.get("full_attention") or {}
+        local = nested.get("sliding_attention") or {}
+    rope = _rope(full, values, values.get("rope_theta"), where)
+    if "rope_local_base_freq" not in values:
+        return rope, None
+    return rope, _rope(local, values, values["rope_local_base_freq"], where)
+
+
+def _rope(given: Any, values: Mapping, theta: Any, where: str) -> RopeConfig:
+    if not isinstance(given, Mapping):
+        raise LorakitError(f"{where} must be a mapping of names to values, not {given!r}")
+    given = {"rope_type" if name == "type" else name: v for name, v in given.items()}
+    given = {name: value for name, value in given.items() if value is not None}
+    kind, positions = given.get("rope_type", "default"), values.get("max_position_embeddings")
+    check(
+        given.get("partial_rotary_factor", 1) == 1,
+        f"{where}: partial_rotary_factor {given.get('partial_rotary_factor')!r} is not supported",
+    )
+    if theta is not None:
+        given.setdefault("rope_theta", theta)
+    if kind == "dynamic":  # the context before stretching is the model's own
+        given.pop("original_max_position_embeddings", None)
+    if kind in ("dynamic", "yarn", "longrope", "llama3") and positions is not None:
+        beside = values.get("original_max_position_embeddings")
+        given.setdefault("original_max_position_embeddings", beside or positions)
+        original = given["original_max_position_embeddings"]
+        numbers = type(original) is int and type(positions) is int and original > 0
+        if kind in ("yarn", "longrope") and "factor" not in given and numbers:
+            given["factor"] = positions / original
+    return from_mapping(RopeConfig, given, where, ignore_unknown=True)
+
+
+_SCALING_KEYS = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    ),
+    "longrope": (
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "short_factor",
+        "long_factor",
+    ),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
+
+
+def _scaling_to_hf(rope: RopeConfig) -> dict[str, Any] | None:
+    if rope.rope_type == "default":
+        return None
+    values = {name: getattr(rope, name) for name in _SCALING_KEYS[rope.rope_type]}
+    given = {name: value for name, value in values.items() if value is not None}
+    return {"rope_type": rope.rope_type} | given
+
+
+def _pattern(period: int, layers: int) -> list[bool]:
+    """All slide but every `period`-th."""
+    return [(i + 1) % period != 0 for i in range(layers)]
+
+
+def _sliding_layers(values: Mapping, where: str) -> Any:
+    """Which layers have a sliding window: layer_types, or what stood in its place before."""
+    layers, window = values.get("num_hidden_layers"), values.get("sliding_window")
+    if values.get("layer_types") is not None:
+        kinds = values["layer_types"]
+        if not isinstance(kinds, list) or not all(kind in LAYER_TYPES for kind in map(str, kinds)):
+            raise LorakitError(
+                f"{where}: layer_types must list {' or '.join(LAYER_TYPES)}, not {kinds!r}"
+            )
+        sliding = [LAYER_TYPES[kind] for kind in kinds]
+        return sliding if any(sliding) else []
+    if window is None or not values.get("use_sliding_window", True) or type(layers) is not int:
+        return []
+    count = min(layers, 10_000)
+    period = values.get("_sliding_window_pattern", values.get("sliding_window_pattern"))
+    if period is not None:
+        check(
+            type(period) is int and period > 0,
+            f"{where}: sliding_window_pattern must be a positive number, not {period!r}",
+        )
+        sliding = _pattern(period, count)
+        return sliding if any(sliding) else []
+    # Mistral's window holds for all layers, Qwen's from max_window_layers on
+    first = values.get("max_window_layers", 0)
+    if type(first) is not int or first >= layers:
+        return []
+    return [i >= first for i in range(count)]
+
+
+def _read_experts(values: dict[str, Any], where: str) -> None:
+    """`num_experts` and which layers have them, under the names of Mixtral and of Qwen3-MoE."""
+    defaults = FAMILIES.get(str(values["model_type"]), Family("")).defaults
+    if "num_local_experts" not in defaults:
+        for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
+            values.pop(name, None)
+        return
+    values.setdefault("num_experts", values["num_local_experts"])
+    if "moe_intermediate_size" not in values:
+        values["moe_intermediate_size"] = values.get("intermediate_size")
+    layers, every = values.get("num_hidden_layers"), values.get("decoder_sparse_step", 1)
+    dense = values.get("mlp_only_layers") or []
+    check(type(every) is int and every > 0, f"{where}: decoder_sparse_step must be positive")
+    check(isinstance(dense, list), f"{where}: mlp_only_layers must be a list, not {dense!r}")
+    if type(layers) is int:
+        values["moe_layers"] = [
+            i not in dense and (i + 1) % every == 0 for i in range(min(layers, 10_000))
+        ]
+
+
+def _write_experts(config: ModelConfig, values: dict[str, Any], experts: list[bool]) -> None:
+    defaults = FAMILIES[config.model_type].defaults
+    values["num_experts_per_tok"] = config.num_experts_per_tok
+    if "moe_intermediate_size" not in defaults:  # Mixtral
+        values["num_local_experts"] = config.num_experts
+        return
+    values["num_experts"] = config.num_experts
+    values["moe_intermediate_size"] = config.moe_intermediate_size
+    values["norm_topk_prob"] = config.norm_topk_prob
+    values["decoder_sparse_step"] = 1
+    values["mlp_only_layers"] = [i for i, has in enumerate(experts) if not has]
