@@ -8,6 +8,7 @@ runs.
 from .adamw import adamw_step
 from .attention import attention
 from .cross_entropy import cross_entropy, linear_cross_entropy
+from .decode import DecodeCache, DecodeLayer, DecodePlan, decode_compiled, decode_step
 from .dispatch import use_backend
 from .lora_linear import lora_linear
 from .nf4 import NF4Tensor, dequantize_nf4, nf4_linear, quantize_nf4
@@ -16,10 +17,15 @@ from .rope import rope
 from .swiglu import geglu, swiglu
 
 __all__ = [
+    "DecodeCache",
+    "DecodeLayer",
+    "DecodePlan",
     "NF4Tensor",
     "adamw_step",
     "attention",
     "cross_entropy",
+    "decode_compiled",
+    "decode_step",
     "dequantize_nf4",
     "geglu",
     "linear_cross_entropy",

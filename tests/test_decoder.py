@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lorakit as lk
-from lorakit.generation import KVCache
+from lorakit.decoding import KVCache
 from tests.conftest import FAMILY_VARIANTS, TINY_VARIANTS, tiny
 
 VARIANTS = {"llama": ("llama", TINY_VARIANTS["gqa"])} | FAMILY_VARIANTS

@@ -38,14 +38,15 @@ variants = pytest.mark.parametrize(
 )
 
 
-@variants
-def test_tiny_logits_and_every_gradient(tmp_path, family, options):
-    ours, theirs = ours_and_theirs(tmp_path, family, **options)
+def compare(ours, theirs, family, differences, label):
+    """Logits within 2e-5, the gradient of every parameter within 1e-4 of its largest entry."""
     ids = torch.randint(97, (2, 40), generator=torch.Generator().manual_seed(1))
     logits, expected = ours(ids), theirs(ids).logits
     # the same formulas in fp32, in another order of sums (torch's attention beside a spelled-out
     # one); logits reach 7
-    assert (logits - expected).abs().max() <= 2e-5
+    difference = (logits - expected).abs().max().item()
+    differences(family, f"{label}: logits", difference)
+    assert difference <= 2e-5
     assert expected.abs().max() > 1  # the comparison means something
 
     labels = ids.masked_fill(torch.rand(2, 40) < 0.5, -100)
@@ -54,13 +55,47 @@ def test_tiny_logits_and_every_gradient(tmp_path, family, options):
     theirs(ids, labels=labels).loss.backward()
     truths = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     truths = published(truths, family)
-    assert {name for name, _ in ours.named_parameters()} == set(truths)
+    largest = 0.0
     for name, parameter in ours.named_parameters():
+        if not parameter.requires_grad:
+            continue
         truth = truths[name]
         grad = torch.zeros_like(truth) if parameter.grad is None else parameter.grad
-        assert (grad - truth).abs().max() <= 1e-4 * truth.abs().max(), name
         unvisited = parameter.grad is None and ".experts." in name
         assert truth.abs().max() > 0 or unvisited, name
+        if not unvisited:
+            relative = ((grad - truth).abs().max() / truth.abs().max()).item()
+            assert relative <= 1e-4, name
+            largest = max(largest, relative)
+    differences(family, f"{label}: gradients, relative", largest)
+    return {name for name, _ in ours.named_parameters()}, set(truths)
+
+
+@variants
+def test_tiny_logits_and_every_gradient(tmp_path, family, options, differences):
+    ours, theirs = ours_and_theirs(tmp_path, family, **options)
+    names, expected = compare(ours, theirs, family, differences, "fp32")
+    assert names == expected
+    assert all(parameter.requires_grad for parameter in ours.parameters())
+
+
+@variants
+def test_nf4_equals_the_dequantized_model(tmp_path, family, options, differences):
+    """A quantized model computes what transformers computes with the dequantized weights."""
+    from transformers import AutoModelForCausalLM
+
+    original = tiny(family, **options)
+    original.save_pretrained(tmp_path)
+    packed = lk.load_model(tmp_path, dtype="float32", quantize="nf4")
+    lk.save_model(packed, tmp_path / "dense")
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense", dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    compare(packed, theirs, family, differences, "NF4")
+    dense = lk.load_model(tmp_path / "dense", dtype="float32")
+    ids = torch.arange(40)[None]
+    assert torch.equal(packed(ids), dense(ids))
+    assert (packed(ids) - original(ids).logits).abs().max() > 1e-3
 
 
 @variants
@@ -111,19 +146,6 @@ def test_saved_model_loads_in_transformers(tmp_path, family, options):
     assert torch.equal(again(ids), ours(ids))
 
 
-@variants
-def test_nf4_equals_the_dequantized_model(tmp_path, family, options):
-    """A quantized model computes what a dense one with its dequantized weights computes."""
-    theirs = tiny(family, **options)
-    theirs.save_pretrained(tmp_path)
-    packed = lk.load_model(tmp_path, dtype="float32", quantize="nf4")
-    lk.save_model(packed, tmp_path / "dense")
-    dense = lk.load_model(tmp_path / "dense", dtype="float32")
-    ids = torch.arange(40)[None]
-    assert torch.equal(packed(ids), dense(ids))
-    assert (packed(ids) - theirs(ids).logits).abs().max() > 1e-3
-
-
 @pytest.mark.parametrize("variant", ["gqa", "llama3_rope"])
 def test_gradient_checkpointing_changes_nothing(tmp_path, variant):
     ours, _ = ours_and_theirs(tmp_path, **TINY_VARIANTS[variant])
@@ -137,33 +159,6 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, variant):
         grads.append([p.grad for p in ours.parameters()])
     for a, b in zip(*grads, strict=True):
         assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_no_logit(tmp_path, side):
-    ours, theirs = ours_and_theirs(tmp_path, num_key_value_heads=2)
-    torch.manual_seed(0)
-    rows = [torch.randint(97, (n,)) for n in (5, 9, 12)]
-    ids = torch.zeros(3, 12, dtype=torch.long)
-    mask = torch.zeros(3, 12, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        place = slice(12 - len(row), 12) if side == "left" else slice(0, len(row))
-        ids[i, place], mask[i, place] = row, True
-    logits = ours(ids, attention_mask=mask)
-    for i, row in enumerate(rows):
-        assert (logits[i][mask[i]] - theirs(row[None]).logits[0]).abs().max() <= 2e-5
-
-
-def test_cache_in_pieces_equals_the_whole(tmp_path):
-    from lorakit.generation import KVCache
-
-    ours, _ = ours_and_theirs(tmp_path, num_key_value_heads=2)
-    ids = torch.randint(97, (2, 15))
-    cache = KVCache(ours.config, 2, 15, torch.float32, torch.device("cpu"))
-    with torch.no_grad():
-        pieces = [ours(part, cache=cache) for part in ids.split([4, 1, 6, 1, 3], dim=1)]
-        assert (torch.cat(pieces, 1) - ours(ids)).abs().max() <= 2e-5
-    assert cache.length == 15
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,191 @@
+"""One token after another: the key-value cache, and the step from a token to the next one's logits.
+
+The decoder module computes a step of one new token per row as some 15 small ops a layer, and on a
+CPU their launches cost more than reading the weights. Where nothing but plain linear layers is
+in the way, `kernels.decode_step` does the whole step in one call: dense weights in fp32 or bf16
+(merged adapters included), no experts, no hooks, a few rows.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from . import kernels
+from .lora import LoraLinear
+from .model import Block, Decoder
+from .model_config import ModelConfig
+from .rope import rope_tables
+
+FUSED_ROWS = 8  # from more on a matrix product pays: benchmarks/generation.py --rows
+
+
+class KVCache:
+    """Keys and values per layer, for `capacity` positions: [B, capacity, Hk, D], of which the first
+    `length` are filled; a layer with a sliding window holds the window alone: [B, window, Hk, D],
+    position p in slot p modulo window.
+
+    `length` moves when the last layer has appended.
+    """
+
+    def __init__(self, config: ModelConfig, batch: int, capacity: int, dtype, device):
+        self.windows = [config.window(i) for i in range(config.num_hidden_layers)]
+        heads = config.num_key_value_heads
+        self.sizes = [min(capacity, window or capacity) for window in self.windows]
+        shapes = [(batch, size, heads, config.head_dim) for size in self.sizes]
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+        self.length = 0
+
+    def slot(self, size: int) -> tuple[int, int]:
+        """Where the next position goes in a layer that holds `size`, and how many slots are in use
+        with it.
+        """
+        return self.length % size, min(self.length + 1, size)
+
+    def positions(self, new: int, window: int | None) -> Tensor:
+        """int64 [S]: the positions that `append` returns for `new` ones, in its order."""
+        past, end, device = self.length, self.length + new, self.keys[0].device
+        if window is None or end <= window:
+            return torch.arange(end, device=device)
+        if new > 1:
+            return torch.arange(max(0, past - window + 1), end, device=device)
+        slots = torch.arange(window, device=device)
+        return past - (past - slots) % window  # the latest position that fell into each slot
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        past, new = self.length, k.shape[1]
+        window, keys, values = self.windows[layer], self.keys[layer], self.values[layer]
+        if layer == len(self.keys) - 1:
+            self.length = past + new
+        end = past + new
+        if window is None or end <= window:
+            keys[:, past:end], values[:, past:end] = k, v
+            return keys[:, :end], values[:, :end]
+        if new == 1:
+            keys[:, past % window], values[:, past % window] = k[:, 0], v[:, 0]
+            return keys, values
+        kept = torch.arange(max(0, past - window + 1), past, device=k.device) % window
+        k, v = torch.cat([keys[:, kept], k], 1), torch.cat([values[:, kept], v], 1)
+        last = torch.arange(end - window, end, device=k.device) % window
+        keys[:, last], values[:, last] = k[:, -window:], v[:, -window:]
+        return k, v
+
+
+class Decoding:
+    """The state of a batch that is being continued: decoding(ids) takes its next tokens.
+
+    padding: how many columns on the left of each row are none of it. capacity: positions in all.
+    """
+
+    def __init__(self, model: Decoder, padding: list[int], capacity: int):
+        B, device = len(padding), model.device
+        self.model = model
+        self.cache = KVCache(model.config, B, capacity, model.dtype, device)
+        self.padding = torch.tensor(padding, device=device)
+        columns = torch.arange(capacity, device=device)
+        self.real = columns >= self.padding[:, None] if any(padding) else None
+        self.plan = _plan(model) if B <= FUSED_ROWS else None
+        if self.plan is not None:
+            ropes = [rope for rope in (model.config.rope, model.config.rope_local) if rope]
+            head_dim = model.config.head_dim
+            self.slots = kernels.DecodeCache(self.plan, self.cache.keys, self.cache.values)
+            self.tables = [torch.stack(rope_tables(rope, head_dim, columns)) for rope in ropes]
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """ids int64 [B, T], which follow those of earlier calls -> logits fp32 [B, V] of the next
+        token.
+        """
+        if self.plan is not None and ids.shape[1] == 1 and self.cache.length > 0:
+            return self._fused(ids[:, 0].contiguous())
+        real = None if self.real is None else self.real[:, : self.cache.length + ids.shape[1]]
+        hidden = self.model.hidden_states(ids, attention_mask=real, cache=self.cache)
+        return self.model.head(hidden[:, -1]).float()
+
+    def _fused(self, ids: Tensor) -> Tensor:
+        cache = self.cache
+        positions = cache.length - self.padding
+        tables = [table.index_select(1, positions).unbind() for table in self.tables]
+        slots = {size: cache.slot(size) for size in set(cache.sizes)}
+        slots = [slots[size] for size in cache.sizes]
+        visible = None
+        if self.real is not None:
+            seen = {w: self.real[:, cache.positions(1, w)] for w in set(cache.windows)}
+            visible = [seen[window] for window in cache.windows]
+        logits = kernels.decode_step(self.plan, ids, tables, self.slots, slots, visible)
+        cache.length += 1
+        return logits
+
+
+def _plan(model: Decoder) -> kernels.DecodePlan | None:
+    """The model as `kernels.decode_step` takes it, or None where it cannot."""
+    config = model.config
+    ropes = {rope.rope_type for rope in (config.rope, config.rope_local) if rope is not None}
+    if ropes & {"dynamic", "longrope"}:  # every step has tables of its own
+        return None
+    hooks = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    head = model.model.embed_tokens if model.lm_head is None else model.lm_head
+    plain = type(head) in (nn.Linear, nn.Embedding) and model.dtype != torch.float16
+    if hooks or not plain or not kernels.decode_compiled(model.device):
+        return None
+    layers = [_layer(block, config, i) for i, block in enumerate(model.model.layers)]
+    if None in layers:
+        return None
+    scale = torch.tensor(config.hidden_size**0.5, dtype=model.dtype).item()
+    attention = model.model.layers[0].self_attn
+    return kernels.DecodePlan(
+        model.model.embed_tokens.weight,
+        layers,
+        model.model.norm.weight,
+        head.weight,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        eps=config.rms_norm_eps,
+        activation=config.hidden_act,
+        norm_weight_offset=config.norm_weight_offset,
+        embedding_scale=scale if config.scale_embeddings else 1.0,
+        attention_scale=attention.scale,
+        attn_softcap=config.attn_logit_softcapping,
+        final_softcap=config.final_logit_softcapping,
+    )
+
+
+def _layer(block: Block, config: ModelConfig, i: int) -> kernels.DecodeLayer | None:
+    if block.moe_name is not None:
+        return None
+    attention, mlp = block.self_attn, block.mlp
+    linear = {
+        "q": attention.q_proj,
+        "k": attention.k_proj,
+        "v": attention.v_proj,
+        "o": attention.o_proj,
+        "gate": mlp.gate_proj,
+        "up": mlp.up_proj,
+        "down": mlp.down_proj,
+    }
+    weights = {name: _dense(layer) for name, layer in linear.items()}
+    if None in weights.values():
+        return None
+    biases = {f"{name}_bias": bias for name, (_, bias) in weights.items()}
+    norms = {
+        "input_norm": block.input_layernorm,
+        "post_attention_norm": block.post_attention_layernorm,
+        "pre_feedforward_norm": block.pre_feedforward_layernorm,
+        "post_feedforward_norm": block.post_feedforward_layernorm,
+        "q_norm": attention.q_norm,
+        "k_norm": attention.k_norm,
+    }
+    return kernels.DecodeLayer(
+        **{name: weight for name, (weight, _) in weights.items()},
+        **biases,
+        **{name: norm.weight for name, norm in norms.items() if norm is not None},
+        rope=int(config.rope_local is not None and config.slides(i)),
+    )
+
+
+def _dense(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a layer that is one dense product, else None."""
+    if type(layer) is nn.Linear:
+        return layer.weight, layer.bias
+    if isinstance(layer, LoraLinear) and layer.enabled and layer.merged is not None:
+        return layer.merged, layer.base.bias
+    return None

@@ -1,0 +1,187 @@
+"""The config.json of published models, as their repositories have it (keys that matter), against
+the number of parameters that their pages state, and against transformers' reading of the same.
+"""
+
+import json
+
+import pytest
+import torch
+
+import lorakit as lk
+from lorakit.model import Decoder
+from lorakit.rope import inverse_frequencies
+
+
+def sizes(vocab, hidden, inner, layers, heads, kv_heads, **more):
+    return {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        **more,
+    }
+
+
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "hidden_act": "silu"}
+LLAMA31 = LLAMA | {"rope_theta": 5e5, "rope_scaling": LLAMA3, "max_position_embeddings": 131072}
+LLAMA32 = LLAMA31 | {"rope_scaling": LLAMA3 | {"factor": 32.0}, "tie_word_embeddings": True}
+QWEN2 = {"model_type": "qwen2", "rope_theta": 1e6, "rms_norm_eps": 1e-6, "sliding_window": 32768}
+QWEN2 |= {"use_sliding_window": False, "max_window_layers": 21, "max_position_embeddings": 32768}
+QWEN3 = {"model_type": "qwen3", "rope_theta": 1e6, "head_dim": 128, "attention_bias": False}
+GEMMA = {"model_type": "gemma", "hidden_act": "gelu", "head_dim": 256, "rope_theta": 1e4}
+GEMMA2 = {
+    "model_type": "gemma2",
+    "head_dim": 256,
+    "sliding_window": 4096,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 8192,
+}
+GEMMA3 = {
+    "model_type": "gemma3_text",
+    "head_dim": 256,
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 1e4,
+    "sliding_window_pattern": 6,
+    "hidden_activation": "gelu_pytorch_tanh",
+}
+MISTRAL = {"model_type": "mistral", "rms_norm_eps": 1e-5}
+
+PUBLISHED = {
+    "Llama 2 7B": (LLAMA | sizes(32000, 4096, 11008, 32, 32, 32), 6_738_415_616),
+    "Code Llama 7B": (
+        LLAMA | {"rope_theta": 1e6} | sizes(32016, 4096, 11008, 32, 32, 32),
+        6_738_546_688,
+    ),
+    "Llama 3 8B": (
+        LLAMA | {"rope_theta": 5e5} | sizes(128256, 4096, 14336, 32, 32, 8),
+        8_030_261_248,
+    ),
+    "Llama 3.1 8B": (LLAMA31 | sizes(128256, 4096, 14336, 32, 32, 8), 8_030_261_248),
+    "Llama 3.2 1B": (LLAMA32 | sizes(128256, 2048, 8192, 16, 32, 8), 1_235_814_400),
+    "Llama 3.2 3B": (LLAMA32 | sizes(128256, 3072, 8192, 28, 24, 8), 3_212_749_824),
+    "Llama 3.3 70B": (LLAMA31 | sizes(128256, 8192, 28672, 80, 64, 8), 70_553_706_496),
+    "SmolLM2 135M": (
+        LLAMA | {"rope_theta": 1e5} | sizes(49152, 576, 1536, 30, 9, 3, tie_word_embeddings=True),
+        134_515_008,
+    ),
+    "Qwen2.5 0.5B": (
+        QWEN2 | sizes(151936, 896, 4864, 24, 14, 2, tie_word_embeddings=True),
+        494_032_768,
+    ),
+    "Qwen2.5 7B": (QWEN2 | sizes(152064, 3584, 18944, 28, 28, 4), 7_615_616_512),
+    "Qwen3 0.6B": (
+        QWEN3 | sizes(151936, 1024, 3072, 28, 16, 8, tie_word_embeddings=True),
+        596_049_920,
+    ),
+    "Qwen3 8B": (QWEN3 | sizes(151936, 4096, 12288, 36, 32, 8), 8_190_735_360),
+    "Qwen3 30B A3B": (
+        QWEN3
+        | {
+            "model_type": "qwen3_moe",
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
+        | sizes(151936, 2048, 6144, 48, 32, 4),
+        30_532_122_624,
+    ),
+    "Gemma 2B": (GEMMA | sizes(256000, 2048, 16384, 18, 8, 1), 2_506_172_416),
+    "Gemma 7B": (GEMMA | sizes(256000, 3072, 24576, 28, 16, 16), 8_537_680_896),
+    "Gemma 2 2B": (
+        GEMMA2 | sizes(256000, 2304, 9216, 26, 8, 4, query_pre_attn_scalar=256),
+        2_614_341_888,
+    ),
+    "Gemma 2 9B": (
+        GEMMA2 | sizes(256000, 3584, 14336, 42, 16, 8, query_pre_attn_scalar=256),
+        9_241_705_984,
+    ),
+    "Gemma 2 27B": (
+        GEMMA2
+        | sizes(256000, 4608, 36864, 46, 32, 16, query_pre_attn_scalar=144)
+        | {"head_dim": 128},
+        27_227_128_320,
+    ),
+    "Gemma 3 1B": (
+        GEMMA3 | sizes(262144, 1152, 6912, 26, 4, 1, sliding_window=512),
+        999_885_952,
+    ),
+    "Mistral 7B v0.1": (
+        MISTRAL | sizes(32000, 4096, 14336, 32, 32, 8, sliding_window=4096),
+        7_241_732_096,
+    ),
+    "Mistral 7B v0.2": (
+        MISTRAL | {"rope_theta": 1e6} | sizes(32000, 4096, 14336, 32, 32, 8, sliding_window=None),
+        7_241_732_096,
+    ),
+    "Mistral 7B v0.3": (
+        MISTRAL | {"rope_theta": 1e6} | sizes(32768, 4096, 14336, 32, 32, 8, sliding_window=None),
+        7_248_023_552,
+    ),
+    "Mixtral 8x7B": (
+        {"model_type": "mixtral", "rope_theta": 1e6, "rms_norm_eps": 1e-5, "sliding_window": None}
+        | {"num_local_experts": 8, "num_experts_per_tok": 2}
+        | sizes(32000, 4096, 14336, 32, 32, 8),
+        46_702_792_704,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_number_of_parameters(name):
+    values, count = PUBLISHED[name]
+    with torch.device("meta"):
+        model = Decoder(lk.ModelConfig.from_hf(values))
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_transformers_reads_the_same(name, tmp_path):
+    """Rotary frequencies, attention scale, windows and caps, as transformers' modules hold them;
+    and again from the config.json that lorakit writes.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values, _ = PUBLISHED[name]
+    config = lk.ModelConfig.from_hf(values)
+    for content in (values, config.to_hf()):
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        theirs = AutoConfig.from_pretrained(tmp_path)
+        slides = [config.slides(i) for i in range(config.num_hidden_layers)]
+        theirs.num_hidden_layers = 1  # the modules of one layer say it all
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(theirs).model
+        assert model.layers[0].self_attn.scaling == pytest.approx(
+            (config.query_pre_attn_scalar or config.head_dim) ** -0.5
+        )
+        kinds = {"full_attention": config.rope, "sliding_attention": config.rope_local}
+        rope = type(model.rotary_emb)(theirs)
+        found = {kind: rope for kind, rope in kinds.items() if rope is not None}
+        for kind, ours in found.items():
+            freqs = rope.inv_freq if len(found) == 1 else getattr(rope, f"{kind}_inv_freq")
+            mine = inverse_frequencies(ours, config.head_dim, torch.device("cpu"))
+            assert torch.allclose(mine, freqs, rtol=1e-6)
+        if config.model_type.startswith("gemma") and any(slides):
+            kinds = [kind == "sliding_attention" for kind in theirs.layer_types]
+            assert kinds == slides
+        if any(slides):
+            assert theirs.sliding_window == config.sliding_window
+        if config.model_type == "gemma2":
+            assert theirs.attn_logit_softcapping == config.attn_logit_softcapping == 50
+            assert theirs.final_logit_softcapping == config.final_logit_softcapping == 30
+        assert theirs.tie_word_embeddings == config.tie_word_embeddings
+        assert theirs.rms_norm_eps == config.rms_norm_eps
