@@ -15,6 +15,7 @@ from .model import Block, Decoder
 from .model_config import ModelConfig
 from .rope import rope_tables
 
+PROMPT_ROWS = 64  # tokens of a prompt that one call takes
 FUSED_ROWS = 8  # from more on a matrix product pays: benchmarks/generation.py --rows
 
 
@@ -35,11 +36,11 @@ class KVCache:
         self.values = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
         self.length = 0
 
-    def slot(self, size: int) -> tuple[int, int]:
-        """Where the next position goes in a layer that holds `size`, and how many slots are in use
-        with it.
+    def slots(self, size: int, new: int) -> tuple[int, int]:
+        """In a layer that holds `size` positions, where the first of `new` ones goes, and how many
+        slots are in use with them.
         """
-        return self.length % size, min(self.length + 1, size)
+        return self.length % size, min(self.length + new, size)
 
     def positions(self, new: int, window: int | None) -> Tensor:
         """int64 [S]: the positions that `append` returns for `new` ones, in its order."""
@@ -84,34 +85,49 @@ class Decoding:
         columns = torch.arange(capacity, device=device)
         self.real = columns >= self.padding[:, None] if any(padding) else None
         self.plan = _plan(model) if B <= FUSED_ROWS else None
-        if self.plan is not None:
-            ropes = [rope for rope in (model.config.rope, model.config.rope_local) if rope]
-            head_dim = model.config.head_dim
-            self.slots = kernels.DecodeCache(self.plan, self.cache.keys, self.cache.values)
-            self.tables = [torch.stack(rope_tables(rope, head_dim, columns)) for rope in ropes]
+        if self.plan is None:
+            return
+        ropes = [rope for rope in (model.config.rope, model.config.rope_local) if rope is not None]
+        self.tables = [rope_tables(rope, model.config.head_dim, columns) for rope in ropes]
+        self.held = kernels.DecodeCache(self.plan, self.cache.keys, self.cache.values)
+        self.sizes = set(self.cache.sizes)
+        self.shortest = min(self.sizes)  # a prompt must not run around a layer's window
+        # torch multiplies in bf16 at a seventh of its fp32 speed where the processor cannot
+        narrow = torch.backends.cpu.get_cpu_capability() != "AVX512"
+        self.fused_prompts = model.dtype == torch.bfloat16 and narrow
 
     def __call__(self, ids: Tensor) -> Tensor:
         """ids int64 [B, T], which follow those of earlier calls -> logits fp32 [B, V] of the next
         token.
         """
-        if self.plan is not None and ids.shape[1] == 1 and self.cache.length > 0:
-            return self._fused(ids[:, 0].contiguous())
-        real = None if self.real is None else self.real[:, : self.cache.length + ids.shape[1]]
+        B, T = ids.shape
+        if self.plan is not None and T == 1:
+            return self._fused(ids.contiguous())
+        if self.plan is not None and self.fused_prompts and self.cache.length + T <= self.shortest:
+            for part in ids.split(max(1, PROMPT_ROWS // B), dim=1):
+                logits = self._fused(part.contiguous())
+            return logits
+        real = None if self.real is None else self.real[:, : self.cache.length + T]
         hidden = self.model.hidden_states(ids, attention_mask=real, cache=self.cache)
         return self.model.head(hidden[:, -1]).float()
 
     def _fused(self, ids: Tensor) -> Tensor:
-        cache = self.cache
-        positions = cache.length - self.padding
-        tables = [table.index_select(1, positions).unbind() for table in self.tables]
-        slots = {size: cache.slot(size) for size in set(cache.sizes)}
-        slots = [slots[size] for size in cache.sizes]
+        cache, (B, T) = self.cache, ids.shape
+        start, end = cache.length, cache.length + T
+        if B == 1:  # no padding then
+            tables = [(cos[None, start:end], sin[None, start:end]) for cos, sin in self.tables]
+        else:
+            at = (torch.arange(start, end) - self.padding[:, None]).clamp_(min=0)
+            tables = [(cos[at], sin[at]) for cos, sin in self.tables]
+        slots = {size: cache.slots(size, T) for size in self.sizes}
         visible = None
         if self.real is not None:
-            seen = {w: self.real[:, cache.positions(1, w)] for w in set(cache.windows)}
+            seen = {w: self.real[:, cache.positions(T, w)] for w in set(cache.windows)}
             visible = [seen[window] for window in cache.windows]
-        logits = kernels.decode_step(self.plan, ids, tables, self.slots, slots, visible)
-        cache.length += 1
+        logits = kernels.decode_step(
+            self.plan, ids, tables, self.held, [slots[size] for size in cache.sizes], visible
+        )
+        cache.length = end
         return logits
 
 

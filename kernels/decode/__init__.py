@@ -203,8 +203,8 @@ def decode_compiled(device: torch.device) -> bool:
 
 def decode_step(
     plan: DecodePlan,
-    ids: Tensor,  # int64 [B]
-    tables: Sequence[tuple[Tensor, Tensor]],  # per rope: cos, sin, fp32 [B, D / 2]
+    ids: Tensor,  # int64 [B] or [B, T]
+    tables: Sequence[tuple[Tensor, Tensor]],  # per rope: cos, sin, fp32 [B, D / 2] or [B, T, D / 2]
     cache: DecodeCache,
     slots: Sequence[tuple[int, int]],  # per layer: slot, count
     visible: Sequence[Tensor | None] | None = None,  # per layer: bool [B, >= count], or None
@@ -212,18 +212,20 @@ def decode_step(
     """Logits fp32 [B, V] of the token after `ids`; the cache gains their keys and values at `slot`.
 
     A query attends to slots 0 .. count - 1, which include the new one, where `visible` is true; to
-    its own slot always. Raises ValueError, before anything is written, for what does not fit. One
-    cache serves one step at a time.
+    its own slot always. With T tokens a row (a prompt, or a piece of one) token t goes to slot + t,
+    sees the slots up to its own, and count is slot + T; the logits are those after the last one.
+    Raises ValueError, before anything is written, for what does not fit. One cache serves one step
+    at a time.
     """
-    B = len(ids)
-    rotations = _check_inputs(plan, B, ids, tables)
-    contexts = _check_slots(plan, B, cache, slots, visible)
+    B, T = len(ids), ids.shape[-1] if ids.dim() == 2 else 1
+    rotations = _check_inputs(plan, ids, tables)
+    contexts = _check_slots(plan, B, T, cache, slots, visible)
     if dispatch.pick(plan.device, "cpu") == "reference":
-        layers = [(*its, *at) for *its, at in zip(cache.keys, cache.values, slots, strict=True)]
-        with torch.no_grad():
-            return reference.decode_step(plan, ids, tables, layers, visible)
+        return _by_reference(plan, ids.view(B, T), tables, cache, slots, visible)
     logits = torch.empty(B, plan.vocab_size)
-    run = dispatch.function(plan._op, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT64)
+    run = dispatch.function(
+        plan._op, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT64
+    )
     run(
         ctypes.addressof(plan._model),
         ids.data_ptr(),
@@ -231,21 +233,39 @@ def decode_step(
         contexts.buffer_info()[0],
         logits.data_ptr(),
         B,
+        T,
     )
     return logits
 
 
-def _check_inputs(plan: DecodePlan, B: int, ids: Tensor, tables) -> array:
+@torch.no_grad()
+def _by_reference(plan, ids, tables, cache, slots, visible) -> Tensor:
+    """One token after another."""
+    (B, T), D = ids.shape, plan.head_dim
+    tables = [[table.view(B, T, D // 2) for table in pair] for pair in tables]
+    for t in range(T):
+        at = [[table[:, t] for table in pair] for pair in tables]
+        counts = [(slot + t, count - T + 1 + t) for slot, count in slots]
+        layers = [
+            (*its, *its_at) for *its, its_at in zip(cache.keys, cache.values, counts, strict=True)
+        ]
+        logits = reference.decode_step(plan, ids[:, t], at, layers, visible)
+    return logits
+
+
+def _check_inputs(plan: DecodePlan, ids: Tensor, tables) -> array:
     """What cpu.cpp reads as Table[ropes], once ids and tables fit."""
-    if ids.dtype != torch.int64 or ids.dim() != 1 or B == 0:
-        raise ValueError(f"ids is {ids.dtype} {list(ids.shape)}, expected int64 [B], B > 0")
+    if ids.dtype != torch.int64 or ids.dim() not in (1, 2) or ids.numel() == 0:
+        raise ValueError(
+            f"ids is {ids.dtype} {list(ids.shape)}, expected int64 [B] or [B, T], none of them 0"
+        )
     if not ids.is_contiguous() or not ids.is_cpu:
         raise ValueError("ids must be contiguous and in host memory")
-    if not all(0 <= i < plan.vocab_size for i in ids.tolist()):
+    if not all(0 <= i < plan.vocab_size for i in ids.flatten().tolist()):
         raise ValueError(f"ids hold a token outside of [0, {plan.vocab_size})")
     if len(tables) < plan.ropes:
         raise ValueError(f"tables are {len(tables)}, the layers use {plan.ropes}")
-    shape, rotations = (B, plan.head_dim // 2), array("q")
+    shape, rotations = (*ids.shape, plan.head_dim // 2), array("q")
     for i, pair in enumerate(tables):
         for name, table in zip(("cos", "sin"), pair, strict=True):
             if table.shape != shape or table.dtype != torch.float32:
@@ -259,7 +279,7 @@ def _check_inputs(plan: DecodePlan, B: int, ids: Tensor, tables) -> array:
     return rotations
 
 
-def _check_slots(plan: DecodePlan, B: int, cache: DecodeCache, slots, visible) -> array:
+def _check_slots(plan: DecodePlan, B: int, T: int, cache: DecodeCache, slots, visible) -> array:
     """What cpu.cpp reads as Context[layers], once slots and visible fit.
 
     A step finds Python's own data evicted by the weights, so every object it touches counts: this
@@ -272,7 +292,7 @@ def _check_slots(plan: DecodePlan, B: int, cache: DecodeCache, slots, visible) -
         raise ValueError(f"ids hold {B} rows, the cache {cache.rows}")
     for i, (slot, count) in enumerate(slots):
         at = 7 * i
-        if not 0 <= slot < count <= contexts[at + 2]:
+        if not 0 <= slot < count <= contexts[at + 2] or (T > 1 and count != slot + T):
             raise ValueError(
                 f"slots[{i}] are slot {slot}, count {count}, of a capacity of {contexts[at + 2]}"
             )

@@ -1,4 +1,4 @@
-// One decoding step of a whole dense decoder on the CPU: embedding row in, logits out, one call.
+// One decoding step of a whole dense decoder on the CPU: embedding rows in, logits out, one call.
 //
 // A step reads every weight once and computes two operations per weight read, so memory sets the time and the code
 // only has to keep it busy. There is one parallel region for the whole step. Inside it every thread walks the
@@ -9,6 +9,9 @@
 //   3  merge the pieces; its share of the rows of o                               -> delta
 //   4  x += delta; norm; its share of the rows of gate and up; the activation     -> inner
 //   5  its share of the rows of down                                              -> delta
+//
+// A prompt is the same with T tokens per row of the batch: each weight is read once for all of them. Its keys and
+// values are stored in a stage of their own, since later tokens look at earlier ones.
 //
 // What is O(hidden) (norms, sums, the merge) every thread does for itself, on a copy of its own: that is cheaper
 // than a barrier. A thread's share of a matrix is one run of rows, read in memory order; the last rows of a run
@@ -225,16 +228,16 @@ struct Pieces {
 template <class W>
 struct Step {
     const Model<W>& model;
-    const int64_t* ids;          // [B]
+    const int64_t* ids;          // [B, T], B T below: rows
     const Table* tables;         // one per rope
     const Context<W>* contexts;  // one per layer
-    float* logits;               // [B, V]
-    int64_t batch;
+    float* logits;               // [B, V], of each row's last token
+    int64_t rows, tokens;        // B T, T
     // shared by the threads; a row starts on a cache line and ends in zeros
-    float* projected;     // [B, (Hq + 2 Hk) D]
-    float* pieces;        // [B, Hq, number, D + 16]: sum of weighted values; largest score, sum of the weights
-    float* delta;         // [B, H]
-    float *gate, *inner;  // [B, I]
+    float* projected;     // [rows, (Hq + 2 Hk) D]
+    float* pieces;        // [rows, Hq, number, D + 16]: sum of weighted values; largest score, sum of the weights
+    float* delta;         // [rows, H]
+    float *gate, *inner;  // [rows, I]
     Barrier barrier;
 };
 
@@ -281,23 +284,23 @@ template <class W>
 struct Worker {
     Step<W>& step;
     const Model<W>& model;
-    const int64_t index, team, B, H, D, group;
+    const int64_t index, team, rows, T, H, D, group;
     const int64_t wide, attended_wide, inner_wide, projected_wide, head_wide;  // row lengths in memory
     Arena arena;
-    float *x, *normed, *attended;  // [B, ..]: the residual stream, its norm, the output of attention
+    float *x, *normed, *attended;  // [rows, ..]: the residual stream, its norm, the output of attention
     float *query, *scores;         // [G, D], [G, 256]
     float *row;                    // [H or D]
     const W* zeros;                // [D]
 
     Worker(Step<W>& s, int64_t index, int64_t team)
-        : step(s), model(s.model), index(index), team(team), B(s.batch), H(s.model.hidden), D(s.model.head_dim),
+        : step(s), model(s.model), index(index), team(team), rows(s.rows), T(s.tokens), H(s.model.hidden), D(s.model.head_dim),
           group(s.model.heads / s.model.kv_heads), wide(padded(H)), attended_wide(padded(model.heads * D)),
           inner_wide(padded(model.inner)), projected_wide(padded((model.heads + 2 * model.kv_heads) * D)),
           head_wide(padded(D)),
-          arena(B * (2 * wide + attended_wide) + (group + 1) * head_wide + group * 256 + wide + head_wide) {
-        x = arena.take(B * wide);
-        normed = arena.take(B * wide);
-        attended = arena.take(B * attended_wide);
+          arena(rows * (2 * wide + attended_wide) + (group + 1) * head_wide + group * 256 + wide + head_wide) {
+        x = arena.take(rows * wide);
+        normed = arena.take(rows * wide);
+        attended = arena.take(rows * attended_wide);
         query = arena.take(group * head_wide);
         zeros = reinterpret_cast<W*>(arena.take(head_wide));
         scores = arena.take(group * 256);
@@ -338,7 +341,7 @@ struct Worker {
 
     // x += delta, or its norm where the layer has one there
     void add_delta(const W* weight) {
-        for (int64_t b = 0; b < B; ++b) {
+        for (int64_t b = 0; b < rows; ++b) {
             const float* delta = step.delta + b * wide;
             if (weight) rms_norm(delta, weight, H, row);
             add(weight ? row : delta, x + b * wide);
@@ -346,11 +349,11 @@ struct Worker {
     }
 
     void norm_x(const W* weight) {
-        for (int64_t b = 0; b < B; ++b) rms_norm(x + b * wide, weight, H, normed + b * wide);
+        for (int64_t b = 0; b < rows; ++b) rms_norm(x + b * wide, weight, H, normed + b * wide);
     }
 
     void embed() {
-        for (int64_t b = 0; b < B; ++b) {
+        for (int64_t b = 0; b < rows; ++b) {
             const W* source = model.embedding + step.ids[b] * H;
             float* out = x + b * wide;
             const Vec scale = fill(model.embedding_scale);
@@ -371,17 +374,18 @@ struct Worker {
         for (int n = 0; n < N; ++n) run.out[(b + n) * run.stride + i] = out[n] + bias;
     }
 
-    // One row of the matrix for all rows of the batch: it stays in the nearest cache.
-    void rows_of_batch(const Run<W>& run, int64_t i, int64_t K, const float* a, int64_t a_stride,
+    // One row of the matrix for all n rows of a: it stays in the nearest cache.
+    void rows_of_batch(const Run<W>& run, int64_t i, int64_t K, const float* a, int64_t a_stride, int64_t n,
                        const W* ahead) const {
         int64_t b = 0;
-        for (; b + 4 <= B; b += 4, ahead = nullptr) products<4>(run, i, b, K, a, a_stride, ahead);
-        for (; b + 2 <= B; b += 2, ahead = nullptr) products<2>(run, i, b, K, a, a_stride, ahead);
-        if (b < B) products<1>(run, i, b, K, a, a_stride, ahead);
+        for (; b + 4 <= n; b += 4, ahead = nullptr) products<4>(run, i, b, K, a, a_stride, ahead);
+        for (; b + 2 <= n; b += 2, ahead = nullptr) products<2>(run, i, b, K, a, a_stride, ahead);
+        if (b < n) products<1>(run, i, b, K, a, a_stride, ahead);
     }
 
-    // a [B, K] times the runs. `next` is where the thread will read afterwards.
-    void multiply(const Run<W>* runs, int count, int64_t K, const float* a, int64_t a_stride, const W* next) const {
+    // a [n, K] times the runs. `next` is where the thread will read afterwards.
+    void multiply(const Run<W>* runs, int count, int64_t K, const float* a, int64_t a_stride, int64_t n,
+                  const W* next) const {
         const int64_t distance = (AHEAD / static_cast<int64_t>(sizeof(W)) + K - 1) / K;  // in rows
         for (int r = 0; r < count; ++r) {
             const Run<W>& run = runs[r];
@@ -389,7 +393,7 @@ struct Worker {
             for (int64_t i = run.first; i < run.last; ++i) {
                 const int64_t over = i + distance - run.last;
                 const W* ahead = over < 0 ? run.w + (i + distance) * K : then ? then + over * K : nullptr;
-                rows_of_batch(run, i, K, a, a_stride, ahead);
+                rows_of_batch(run, i, K, a, a_stride, n, ahead);
             }
         }
     }
@@ -423,7 +427,7 @@ struct Worker {
         norm_x(layer.input_norm);
         Run<W> runs[3];
         const int count = parts(layer, runs);
-        multiply(runs, count, H, normed, wide, start_of(layer.o, H, model.heads * D));
+        multiply(runs, count, H, normed, wide, rows, start_of(layer.o, H, model.heads * D));
     }
 
     // One head of `projected`: its norm, if any, and the rotation
@@ -454,9 +458,15 @@ struct Worker {
         }
     }
 
-    static bool seen(const Context<W>& context, int64_t b, int64_t t) {
-        return !context.visible || context.visible[b * context.visible_stride + t] || t == context.slot;
+    // Whether row b, a token of a row of the batch, looks at slot t
+    bool seen(const Context<W>& context, int64_t b, int64_t t) const {
+        return !context.visible || context.visible[b / T * context.visible_stride + t] || t == own(context, b);
     }
+
+    int64_t own(const Context<W>& context, int64_t b) const { return context.slot + b % T; }
+
+    // The end of what row b looks at: a prompt's tokens see those before them
+    int64_t end(const Context<W>& context, int64_t b) const { return T == 1 ? context.count : own(context, b) + 1; }
 
     float* piece_of(int64_t b, int64_t head, int64_t piece, int64_t number) const {
         return step.pieces + ((b * model.heads + head) * number + piece) * (head_wide + 16);
@@ -465,16 +475,20 @@ struct Worker {
     // Attention over pieces of the context; whoever has the piece of the new slot stores the new key and value.
     void attend(const Layer<W>& layer, const Context<W>& context) {
         const Pieces pieces(context.count);
-        const int64_t units = B * pieces.number * model.kv_heads, last = units * (index + 1) / team;
+        const int64_t units = rows * pieces.number * model.kv_heads, last = units * (index + 1) / team;
         for (int64_t u = units * index / team; u < last; ++u) {
             const Unit unit = unit_at(u, context, pieces), then = unit_at(u + 1 < last ? u + 1 : u, context, pieces);
             const int64_t b = unit.row, start = unit.start, stop = unit.stop;
-            if (start <= context.slot && context.slot < stop) keep(layer, context, b, unit.head);
+            if (T == 1 && start <= context.slot && context.slot < stop) keep(layer, context, b, unit.head);
             const float* heads = step.projected + b * projected_wide + unit.head * group * D;
             for (int64_t g = 0; g < group; ++g)
                 rotate(heads + g * D, layer.q_norm, step.tables[layer.rope], b, query + g * head_wide);
             const int64_t apart = pieces.number * (head_wide + 16);  // from a piece to the next head's
             float* out = piece_of(b, unit.head * group, unit.piece, pieces.number);
+            if (stop <= start) {  // after the end of what this row sees
+                for (int64_t g = 0; g < group; ++g) nothing(out + g * apart);
+                continue;
+            }
             const W *keys = context.keys + unit.at, *values = context.values + unit.at, *slots[TILE];
             for (int64_t t = start; t < stop; t += TILE) {
                 slots_at(keys, values, context, b, t, stop, slots);
@@ -506,19 +520,32 @@ struct Worker {
     Unit unit_at(int64_t u, const Context<W>& context, const Pieces& pieces) const {
         const int64_t h = u % model.kv_heads, piece = u / model.kv_heads % pieces.number;
         const int64_t b = u / model.kv_heads / pieces.number, start = piece * pieces.size;
-        const int64_t at = (b * context.capacity * model.kv_heads + h) * D;
-        return {b, h, piece, start, smaller(start + pieces.size, context.count), at};
+        const int64_t at = (b / T * context.capacity * model.kv_heads + h) * D;
+        return {b, h, piece, start, smaller(start + pieces.size, end(context, b)), at};
     }
 
     void keep(const Layer<W>& layer, const Context<W>& context, int64_t b, int64_t h) {
         const float* heads = step.projected + b * projected_wide;
         const float* value = heads + (model.heads + model.kv_heads + h) * D;
-        const int64_t at = ((b * context.capacity + context.slot) * model.kv_heads + h) * D;
+        const int64_t at = ((b / T * context.capacity + own(context, b)) * model.kv_heads + h) * D;
         rotate(heads + (model.heads + h) * D, layer.k_norm, step.tables[layer.rope], b, query);
         for (int64_t d = 0; d < D; ++d) {
             round_to(query[d], context.keys + at + d);
             round_to(value[d], context.values + at + d);
         }
+    }
+
+    // A prompt's new keys and values
+    void keep_all(const Layer<W>& layer, const Context<W>& context) {
+        const int64_t units = rows * model.kv_heads;
+        for (int64_t u = units * index / team; u < units * (index + 1) / team; ++u)
+            keep(layer, context, u / model.kv_heads, u % model.kv_heads);
+    }
+
+    // A piece of no slots
+    void nothing(float* piece) const {
+        std::memset(piece, 0, static_cast<size_t>(head_wide + 16) * 4);
+        piece[head_wide] = -HUGE_VALF;
     }
 
     // The products of TILE keys with G queries, scaled: out [G, 256]
@@ -607,7 +634,7 @@ struct Worker {
     // attended[b, head] = the pieces' sums over the pieces' totals, all relative to the largest score
     void merge(const Context<W>& context) {
         const int64_t number = Pieces(context.count).number;
-        for (int64_t b = 0; b < B; ++b) {
+        for (int64_t b = 0; b < rows; ++b) {
             for (int64_t head = 0; head < model.heads; ++head) {
                 const float* first = piece_of(b, head, 0, number);
                 float most = -HUGE_VALF, total = 0;
@@ -644,8 +671,8 @@ struct Worker {
     void feed(const Layer<W>& layer) {
         const Run<W> runs[] = {share_of(layer.gate, layer.gate_bias, model.inner, step.gate, inner_wide),
                                share_of(layer.up, layer.up_bias, model.inner, step.inner, inner_wide)};
-        multiply(runs, 2, H, normed, wide, start_of(layer.down, H, model.inner));
-        for (int64_t b = 0; b < B; ++b) {
+        multiply(runs, 2, H, normed, wide, rows, start_of(layer.down, H, model.inner));
+        for (int64_t b = 0; b < rows; ++b) {
             const float* gate = step.gate + b * inner_wide;
             float* inner = step.inner + b * inner_wide;
             int64_t i = runs[0].first;
@@ -660,12 +687,14 @@ struct Worker {
     }
 
     void predict() {
-        norm_x(model.norm);
+        const int64_t batch = rows / T;
+        for (int64_t b = 0; b < batch; ++b)  // of the last tokens only
+            rms_norm(x + (b * T + T - 1) * wide, model.norm, H, normed + b * wide);
         const Run<W> run = share_of(model.head, nullptr, model.vocab, step.logits, model.vocab);
-        multiply(&run, 1, H, normed, wide, nullptr);
+        multiply(&run, 1, H, normed, wide, batch, nullptr);
         const float cap = model.final_softcap;
         if (cap == 0) return;
-        for (int64_t b = 0; b < B; ++b) {
+        for (int64_t b = 0; b < batch; ++b) {
             float* logits = step.logits + b * model.vocab;
             for (int64_t i = run.first; i < run.last; ++i) logits[i] = cap * tanhf(logits[i] / cap);
         }
@@ -678,11 +707,15 @@ struct Worker {
             const Layer<W>& layer = model.layers[l];
             project(layer);
             wait(nullptr, 0, 0);
+            if (T > 1) {
+                keep_all(layer, step.contexts[l]);
+                wait(nullptr, 0, 0);
+            }
             attend(layer, step.contexts[l]);
             wait(start_of(layer.o, H, Q), length(H), Q);
             merge(step.contexts[l]);
             const Run<W> o = share_of(layer.o, layer.o_bias, H, step.delta, wide);
-            multiply(&o, 1, Q, attended, attended_wide, start_of(layer.gate, I, H));
+            multiply(&o, 1, Q, attended, attended_wide, rows, start_of(layer.gate, I, H));
             wait(start_of(layer.gate, I, H), length(I), H);
             const bool sandwich = layer.pre_feedforward_norm;
             add_delta(sandwich ? layer.post_attention_norm : nullptr);
@@ -693,7 +726,7 @@ struct Worker {
             Run<W> next[3] = {share_of(model.head, nullptr, model.vocab, nullptr, 0)};
             if (l + 1 < model.depth) parts(model.layers[l + 1], next);
             const W* start = next[0].w + next[0].first * H;
-            multiply(&down, 1, I, step.inner, inner_wide, start);
+            multiply(&down, 1, I, step.inner, inner_wide, rows, start);
             wait(start, next[0].last - next[0].first, H);
             add_delta(layer.post_feedforward_norm);
         }
@@ -712,7 +745,7 @@ void run_share(void* data, int64_t first, int64_t last) {
 
 template <class W>
 void decode(const Model<W>& model, const int64_t* ids, const Table* tables, const Context<W>* contexts, float* logits,
-            int64_t batch) {
+            int64_t batch, int64_t tokens) {
     int64_t number = 1;
     for (int64_t l = 0; l < model.depth; ++l) {
         const int64_t n = Pieces(contexts[l].count).number;
@@ -721,13 +754,14 @@ void decode(const Model<W>& model, const int64_t* ids, const Table* tables, cons
     const int64_t projected = padded((model.heads + 2 * model.kv_heads) * model.head_dim);
     const int64_t pieces = model.heads * number * (padded(model.head_dim) + 16);
     const int64_t hidden = padded(model.hidden), inner = padded(model.inner);
-    Arena arena(batch * (projected + padded(pieces) + hidden + 2 * inner));
-    Step<W> step{model, ids, tables, contexts, logits, batch, nullptr, nullptr, nullptr, nullptr, nullptr, {}};
-    step.projected = arena.take(batch * projected);
-    step.pieces = arena.take(batch * pieces);
-    step.delta = arena.take(batch * hidden);
-    step.gate = arena.take(batch * inner);
-    step.inner = arena.take(batch * inner);
+    const int64_t rows = batch * tokens;
+    Arena arena(rows * (projected + padded(pieces) + hidden + 2 * inner));
+    Step<W> step{model, ids, tables, contexts, logits, rows, tokens, nullptr, nullptr, nullptr, nullptr, nullptr, {}};
+    step.projected = arena.take(rows * projected);
+    step.pieces = arena.take(rows * pieces);
+    step.delta = arena.take(rows * hidden);
+    step.gate = arena.take(rows * inner);
+    step.inner = arena.take(rows * inner);
     lk_parallel_for(SHARES, 1, run_share<W>, &step);
 }
 
@@ -736,13 +770,13 @@ void decode(const Model<W>& model, const int64_t* ids, const Table* tables, cons
 extern "C" {
 
 void LK_EXPORT(decode_fp32)(const Model<float>* model, const int64_t* ids, const Table* tables,
-                            const Context<float>* contexts, float* logits, int64_t batch) {
-    decode(*model, ids, tables, contexts, logits, batch);
+                            const Context<float>* contexts, float* logits, int64_t batch, int64_t tokens) {
+    decode(*model, ids, tables, contexts, logits, batch, tokens);
 }
 
 void LK_EXPORT(decode_bf16)(const Model<uint16_t>* model, const int64_t* ids, const Table* tables,
-                            const Context<uint16_t>* contexts, float* logits, int64_t batch) {
-    decode(*model, ids, tables, contexts, logits, batch);
+                            const Context<uint16_t>* contexts, float* logits, int64_t batch, int64_t tokens) {
+    decode(*model, ids, tables, contexts, logits, batch, tokens);
 }
 
 }  // extern "C"

@@ -1,0 +1,124 @@
+"""The step of one compiled call: taken where it may be, and then as exact as the forward pass."""
+
+import pytest
+import torch
+
+import lorakit as lk
+from lorakit import kernels
+from lorakit.decoding import FUSED_ROWS, Decoding
+from tests.conftest import FAMILY_VARIANTS, TINY_VARIANTS, tiny
+
+if not kernels.decode_compiled(torch.device("cpu")):
+    pytest.skip("the CPU library was not built", allow_module_level=True)
+
+VARIANTS = {"llama": ("llama", TINY_VARIANTS["gqa"])} | FAMILY_VARIANTS
+VARIANTS |= {"llama yarn": ("llama", TINY_VARIANTS["yarn_rope"])}
+DENSE = {name: v for name, v in VARIANTS.items() if v[0] not in ("mixtral", "qwen3_moe")}
+variants = pytest.mark.parametrize(("family", "options"), DENSE.values(), ids=DENSE.keys())
+
+
+def load(tmp_path, family="llama", options=TINY_VARIANTS["gqa"], dtype="float32", **how):
+    if not (tmp_path / "config.json").exists():
+        tiny(family, **options).save_pretrained(tmp_path)
+    return lk.load_model(tmp_path, dtype=dtype, **how)
+
+
+def run(model, rows, steps, padding, fused):
+    """Logits after a prompt and after every following token, [B, 1 + steps, V]."""
+    decoding = Decoding(model, padding, rows.shape[1])
+    if not fused:
+        decoding.plan = None
+    else:
+        assert decoding.plan is not None
+    prompt = rows.shape[1] - steps
+    with torch.no_grad():
+        found = [decoding(rows[:, :prompt])]
+        found += [decoding(rows[:, t : t + 1]) for t in range(prompt, rows.shape[1])]
+    return torch.stack(found, 1)
+
+
+@variants
+@pytest.mark.parametrize("padding", [[0], [0, 4, 11]], ids=["one row", "padded rows"])
+def test_fp32_logits_equal_the_forward_pass(tmp_path, family, options, padding):
+    model = load(tmp_path, family, options)
+    rows = torch.randint(97, (len(padding), 40), generator=torch.Generator().manual_seed(1))
+    plain = run(model, rows, 26, padding, fused=False)
+    fused = run(model, rows, 26, padding, fused=True)
+    # two fp32 computations, each within 2e-5 of the exact result
+    assert (fused - plain).abs().max() <= 4e-5
+    assert plain.abs().max() > 1
+
+
+@variants
+@pytest.mark.parametrize("padding", [[0], [0, 2]], ids=["one row", "padded rows"])
+def test_bf16_logits_are_at_least_as_near_to_exact_ones(tmp_path, family, options, padding):
+    """Prompts take the compiled road too here, where they fit a layer's window. Its activations
+    stay fp32, so it may be nearer to exact arithmetic on the bf16 weights, and never much further.
+    """
+    model = load(tmp_path, family, options, dtype="bfloat16")
+    exact = load(tmp_path, family, options).bfloat16().float()  # the same weights, all in fp32
+    rows = torch.randint(97, (len(padding), 14), generator=torch.Generator().manual_seed(2))
+    truth = run(exact, rows, 10, padding, fused=False)
+    plain = (run(model, rows, 10, padding, fused=False) - truth).abs()
+    fused = (run(model, rows, 10, padding, fused=True) - truth).abs()
+    assert fused.mean() <= plain.mean()
+    assert fused.max() <= 1.5 * plain.max()
+
+
+def test_a_long_prompt_goes_in_pieces(tmp_path):
+    model = load(tmp_path, options={**TINY_VARIANTS["gqa"], "max_position_embeddings": 256})
+    rows = torch.randint(97, (2, 150), generator=torch.Generator().manual_seed(3))
+    decoding = Decoding(model, [0, 3], 150)
+    decoding.fused_prompts = True
+    plain = run(model, rows, 0, [0, 3], fused=False)
+    with torch.no_grad():
+        assert (decoding(rows) - plain[:, 0]).abs().max() <= 4e-5
+    assert decoding.cache.length == 150
+
+
+def test_merged_adapters_are_decoded_merged(tmp_path):
+    model = load(tmp_path)
+    lk.attach(model, lk.LoraConfig(r=2))
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, 0, 0.1)
+    assert Decoding(model, [0], 8).plan is None
+    rows = torch.randint(97, (1, 12))
+    adapted = run(model, rows, 8, [0], fused=False)
+    lk.merge(model)
+    merged = run(model, rows, 8, [0], fused=True)
+    assert (merged - adapted).abs().max() <= 4e-5
+    with lk.disable_adapters(model):
+        assert Decoding(model, [0], 8).plan is None
+    lk.unmerge(model)
+    lk.detach(model)
+    assert (run(model, rows, 8, [0], fused=True) - adapted).abs().max() > 1e-2
+
+
+def test_what_the_kernel_does_not_know_takes_the_forward_pass(tmp_path):
+    assert Decoding(load(tmp_path), [0] * FUSED_ROWS, 8).plan is not None
+    assert Decoding(load(tmp_path), [0] * (FUSED_ROWS + 1), 8).plan is None
+    assert Decoding(load(tmp_path, quantize="nf4"), [0], 8).plan is None
+    assert Decoding(load(tmp_path, dtype="float16"), [0], 8).plan is None
+    with kernels.use_backend("reference"):
+        assert Decoding(load(tmp_path), [0], 8).plan is None
+    hooked, calls = load(tmp_path), []
+    hooked.model.layers[1].mlp.up_proj.register_forward_hook(lambda *_: calls.append(1))
+    run(hooked, torch.zeros(1, 6, dtype=torch.long), 4, [0], fused=False)
+    assert Decoding(hooked, [0], 8).plan is None
+    assert len(calls) == 5
+    moe = load(tmp_path / "moe", *FAMILY_VARIANTS["mixtral"])
+    assert Decoding(moe, [0], 8).plan is None
+    dynamic = load(tmp_path / "dynamic", options=TINY_VARIANTS["dynamic_rope"])
+    assert Decoding(dynamic, [0], 8).plan is None
+
+
+def test_changed_weights_are_seen_at_once(tmp_path):
+    model = load(tmp_path)
+    rows = torch.randint(97, (1, 12))
+    before = run(model, rows, 8, [0], fused=True)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    after = run(model, rows, 8, [0], fused=True)
+    assert (after - before).abs().max() > 1e-2
+    assert (after - run(model, rows, 8, [0], fused=False)).abs().max() <= 4e-5
