@@ -29,6 +29,7 @@ lint: $(VENV)/.lint
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/nf4.py
+	$(BIN)/python benchmarks/generation.py $(MODEL)
 
 clean:
 	rm -rf $(VENV) build dist runs .pytest_cache .ruff_cache .hypothesis
@@ -59,7 +60,7 @@ $(VENV)/.test: $(VENV)/.demo
 	$(BIN)/pip install -q -e ".[test]"
 	touch $@
 
-$(VENV)/.bench: $(VENV)/.lorakit
+$(VENV)/.bench: $(VENV)/.demo
 	$(BIN)/pip install -q -e ".[bench]"
 	touch $@
 

@@ -558,7 +558,7 @@ def _read_experts(values: dict[str, Any], where: str) -> None:
             values.pop(name, None)
         return
     values.setdefault("num_experts", values["num_local_experts"])
-    if "moe_intermediate_size" not in values:
+    if "moe_intermediate_size" not in defaults:  # Mixtral
         values["moe_intermediate_size"] = values.get("intermediate_size")
     layers, every = values.get("num_hidden_layers"), values.get("decoder_sparse_step", 1)
     dense = values.get("mlp_only_layers") or []

@@ -378,6 +378,28 @@ def test_failed_save_leaves_the_old_file(tiny_dir, tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == SAVED
 
 
+@pytest.mark.parametrize("size", ["8B", "3B", "1B-Instruct"])
+def test_a_model_that_never_was(size):
+    fails(f"meta-llama/Llama-3.3-{size}", "Llama 3.3 was published with 70B parameters only; 8B is")
+
+
+def test_a_checkpoint_without_a_text_model(multimodal, tmp_path):
+    source, _ = multimodal
+    shutil.copytree(source, tmp_path / "a")
+    found = load_file(tmp_path / "a" / "model.safetensors")
+    vision = {name: t for name, t in found.items() if "language_model" not in name}
+    save_file(vision, tmp_path / "a" / "model.safetensors", metadata={"format": "pt"})
+    fails(tmp_path / "a", "the checkpoint holds no text model")
+
+
+def test_fused_quantization_formats_are_refused_by_name(copy):
+    config = json.loads((copy / "config.json").read_text())
+    for method in ("gptq", "awq", "fp8", "compressed-tensors", "bitsandbytes"):
+        quantized = config | {"quantization_config": {"quant_method": method, "bits": 4}}
+        (copy / "config.json").write_text(json.dumps(quantized))
+        fails(copy, f"already quantized .{method}., which is not supported")
+
+
 # ---- memory ----
 
 PEAK = """

@@ -189,6 +189,28 @@ def test_rotary_frequencies(rope):
     "change",
     [
         {"rope_parameters": {"rope_type": "default"}, "rope_theta": 5e5},
+        {"rope_theta": 1e4, "rope_scaling": {"type": "dynamic", "factor": 4.0}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 0.9}},
+        {
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 8.0,
+                "original_max_position_embeddings": 16,
+                "beta_fast": 3,
+                "truncate": False,
+                "mscale": 0.7,
+                "mscale_all_dim": 0.5,
+            }
+        },
+        {
+            "original_max_position_embeddings": 16,
+            "rope_scaling": {
+                "type": "longrope",
+                "short_factor": [1.0, 1.0, 1.5, 2.0],
+                "long_factor": [1.0, 2.0, 3.0, 5.0],
+            },
+        },
         {"rope_parameters": {"type": "linear", "factor": 4.0, "rope_theta": 1e4}},
         {"rope_theta": 1e3, "rope_scaling": {"type": "linear", "factor": 4.0}},
         {

@@ -11,7 +11,7 @@ import torch
 
 import lorakit as lk
 from lorakit.lora import lora_layers
-from tests.conftest import ROWS
+from tests.conftest import ROWS, tiny
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +189,22 @@ def test_the_adapter_is_saved_before_the_last_evaluation(tiny_dir, tok, tmp_path
     with pytest.raises(KeyboardInterrupt):
         run(tiny_dir, tok, tmp_path, {"train": ROWS, "validation": ROWS})
     assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_a_mixture_of_experts_trains(tok, tmp_path, family):
+    """In the first step no token may choose some of the experts."""
+    options = {"num_local_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    tiny(family, vocab_size=300, **options).save_pretrained(tmp_path / "model")
+    model = lk.load_model(tmp_path / "model", dtype="float32", quantize="nf4")
+    torch.manual_seed(0)
+    lk.attach(model, lk.LoraConfig(r=4, lora_alpha=8))
+    config = lk.TrainConfig(
+        str(tmp_path / "out"), max_steps=12, per_device_train_batch_size=1, learning_rate=1e-2
+    )
+    before = lk.evaluate(model, tok, ROWS[:4])["loss"]
+    lk.train(model, tok, [{"prompt": "1", "completion": "2"}, *ROWS], config)
+    assert lk.evaluate(model, tok, ROWS[:4])["loss"] < before
 
 
 def test_an_adapter_without_gradient_is_an_error(tiny_dir, tok, tmp_path):

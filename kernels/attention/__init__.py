@@ -41,13 +41,19 @@ def attention(
     """
     if lengths is None:
         return reference.attention(q, k, v, mask, scale, softcap)
-    parts = []
-    for length, *part in zip(
-        lengths, *(x.split(list(lengths), dim=1) for x in (q, k, v)), strict=True
-    ):
-        mask = None
-        if window is not None and window < length:
-            seen = torch.ones(length, length, dtype=torch.bool, device=q.device)
-            mask = seen.tril().triu(1 - window)
-        parts.append(reference.attention(*part, mask, scale, softcap))
-    return torch.cat(parts, dim=1)
+    documents = zip(*(x.split(list(lengths), dim=1) for x in (q, k, v)), strict=True)
+    return torch.cat(
+        [
+            reference.attention(*part, _window_mask(part[0], window), scale, softcap)
+            for part in documents
+        ],
+        dim=1,
+    )
+
+
+def _window_mask(q: Tensor, window: int | None) -> Tensor | None:
+    """Of one document's queries [1, T, Hq, D]: bool [T, T], None where it is plainly causal."""
+    T = q.shape[1]
+    if window is None or window >= T:
+        return None
+    return torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)

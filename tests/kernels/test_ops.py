@@ -39,6 +39,28 @@ def test_rms_norm(dtype, width):
         within_budget(*triple)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 33, 576])
+def test_rms_norm_of_gemma(dtype, width):
+    """(1 + w) in fp32, one rounding at the end."""
+    torch.manual_seed(0)
+    x, w = torch.randn(4, 5, width).to(dtype), torch.randn(width).to(dtype)
+    grad = torch.randn(4, 5, width).to(dtype)
+    options = {"weight_offset": 1.0, "casting_mode": "gemma"}
+    ours = value_and_grads(lambda x, w: kernels.rms_norm(x, w, 1e-6, **options), (x, w), grad)
+
+    def by_torch(x, w):
+        return F.rms_norm(x, (width,), 1 + w, 1e-6)
+
+    same = value_and_grads(by_torch, (x, w), grad)
+    truth = value_and_grads(by_torch, (x.double(), w.double()), grad.double())
+    for triple in zip(ours, same, truth, strict=True):
+        within_budget(*triple)
+    once_rounded = by_torch(x.double(), w.double()).to(dtype)
+    if dtype == torch.bfloat16:  # fp32 inside: at most a tie falls the other way
+        assert (ours[0] != once_rounded).float().mean() <= 0.01
+
+
 def test_rope_turns_each_pair_by_its_angle():
     torch.manual_seed(0)
     q, k = torch.randn(2, 5, 4, 8), torch.randn(2, 5, 2, 8)
@@ -81,12 +103,109 @@ def test_swiglu(dtype):
         within_budget(*triple)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+def test_geglu(dtype, approximate):
+    torch.manual_seed(0)
+    gate, up, grad = (torch.randn(7, 33).to(dtype) for _ in range(3))
+    ours = value_and_grads(
+        lambda gate, up: kernels.geglu(gate, up, approximate=approximate), (gate, up), grad
+    )
+
+    def spelled_out(gate, up):
+        if approximate == "none":
+            return gate * 0.5 * (1 + torch.erf(gate / 2**0.5)) * up
+        inner = (2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)
+        return 0.5 * gate * (1 + torch.tanh(inner)) * up
+
+    same = value_and_grads(spelled_out, (gate, up), grad)
+    wide = value_and_grads(spelled_out, (gate.double(), up.double()), grad.double())
+    for triple in zip(ours, same, wide, strict=True):
+        within_budget(*triple)
+
+
+def attention_in_double(q, k, v, mask, scale, softcap):
+    """The formula, with every score."""
+    q, k, v = (x.double() for x in (q, k, v))
+    group = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+    scores = torch.einsum("bthd,bshd->bhts", q, k) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    return torch.einsum("bhts,bshd->bthd", weights, v)
+
+
+@settings(max_examples=40)
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    group=st.sampled_from([1, 3]),
+    window=st.none() | st.integers(1, 14),
+    softcap=st.none() | st.floats(0.3, 5),
+    kind=st.sampled_from(["causal", "masked", "packed"]),
+)
+def test_attention(lengths, group, window, softcap, kind):
+    """Position i sees position j of its own document with i - window < j <= i, and no other; values
+    and gradients are those of the formula in fp64.
+    """
+    torch.manual_seed(sum(lengths))
+    T, scale = sum(lengths), 0.4
+    packed = kind == "packed"
+    B = 1 if packed else 2
+    q = torch.randn(B, T, 2 * group, 8)
+    k, v = torch.randn(B, T, 2, 8), torch.randn(B, T, 2, 8)
+    document = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    i, j = torch.arange(T)[:, None], torch.arange(T)
+    mask = j <= i
+    options = {"scale": scale, "softcap": softcap}
+    if kind != "causal" and window is not None:
+        mask = mask & (j > i - window)
+    if packed:
+        mask = mask & (document[:, None] == document)
+        options |= {"lengths": lengths, "window": window}
+    elif kind == "masked":
+        options["mask"] = mask
+    grad = torch.randn_like(q)
+    ours = value_and_grads(lambda *x: kernels.attention(*x, **options), (q, k, v), grad)
+
+    def truth(*x):
+        return attention_in_double(*x, mask, scale, softcap)
+
+    wide = value_and_grads(truth, (q.double(), k.double(), v.double()), grad.double())
+    for a, b in zip(ours, wide, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * (1 + b.abs().max())  # fp32 sums of at most 48 terms
+
+
+def test_soft_capped_attention_in_chunks(monkeypatch):
+    """Chunks of query rows, computed again for backward, change nothing but the order of sums."""
+    from lorakit.kernels.attention import reference
+
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 40, 4, 8), torch.randn(2, 40, 2, 8), torch.randn(2, 40, 2, 8)
+    grad = torch.randn_like(q)
+    found = []
+    for chunk in (512, 7):
+        monkeypatch.setattr(reference, "CHUNK", chunk)
+        found.append(
+            value_and_grads(lambda *x: kernels.attention(*x, softcap=2.0), (q, k, v), grad)
+        )
+    for whole, pieces in zip(*found, strict=True):
+        assert (whole - pieces).abs().max() <= 1e-5
+
+
 @settings(max_examples=25)
 @given(
-    st.integers(1, 40), st.integers(2, 300), st.floats(0, 1), st.integers(0, 1000), st.booleans()
+    st.integers(1, 40),
+    st.integers(2, 300),
+    st.floats(0, 1),
+    st.integers(0, 1000),
+    st.booleans(),
+    st.none() | st.floats(0.5, 30),
 )
-def test_linear_cross_entropy(rows, vocab, ignored, seed, small_chunks):
-    """sum over labels of logsumexp(h W^T) - (h W^T)[label], and its gradients, against fp64."""
+def test_linear_cross_entropy(rows, vocab, ignored, seed, small_chunks, softcap):
+    """sum over labels of logsumexp(z) - z[label], and its gradients, against fp64; z = h W^T, or
+    c tanh(h W^T / c).
+    """
     torch.manual_seed(seed)
     hidden, weight = torch.randn(rows, 16), torch.randn(vocab, 16)
     labels = torch.randint(vocab, (rows,)).masked_fill(torch.rand(rows) < ignored, -100)
@@ -95,19 +214,20 @@ def test_linear_cross_entropy(rows, vocab, ignored, seed, small_chunks):
         if small_chunks:  # several chunks
             kernels.cross_entropy.__globals__["reference"].CHUNK_LOGITS = 3 * vocab
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        total, count = kernels.linear_cross_entropy(h, w, labels)
+        total, count = kernels.linear_cross_entropy(h, w, labels, softcap=softcap)
         (total * 0.5).backward()
     finally:
         kernels.cross_entropy.__globals__["reference"].CHUNK_LOGITS = chunk
 
     H, W = hidden.double().requires_grad_(), weight.double().requires_grad_()
-    truth = F.cross_entropy(H @ W.t(), labels, ignore_index=-100, reduction="sum")
+    logits = H @ W.t() if softcap is None else softcap * torch.tanh(H @ W.t() / softcap)
+    truth = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
     (truth * 0.5).backward()
     assert count == (labels != -100).sum()
     # fp32 sums of at most 300 terms: 1e-5 relative to the largest
     for ours, theirs in ((total, truth), (h.grad, H.grad), (w.grad, W.grad)):
         assert (ours - theirs).abs().max() <= 1e-5 * (1 + theirs.abs().max())
-    plain, same_count = kernels.cross_entropy(hidden @ weight.t(), labels)
+    plain, same_count = kernels.cross_entropy(hidden @ weight.t(), labels, softcap=softcap)
     assert same_count == count
     assert abs(plain - truth) <= 1e-5 * (1 + truth.abs())
 
