@@ -83,9 +83,8 @@ def main() -> None:
         memory.sum()
         reads.append(time.perf_counter() - started)
     peer = statistics.median(rates["transformers"])
-    print(
-        f"{args.model.rpartition('/')[2]}, {args.dtype}, {args.tokens} tokens after a prompt of {ids.shape[1]}"
-    )
+    name = args.model.rpartition("/")[2]
+    print(f"{name}, {args.dtype}, {args.tokens} tokens after a prompt of {ids.shape[1]}")
     print(f"{'':14} {'prompt ms':>9} {'tokens/s':>9} {'range':>13} {'GB/s':>6} {'x':>6}")
     for name in sides:
         rate, span = (
