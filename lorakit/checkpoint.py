@@ -33,7 +33,7 @@ from .config import LorakitError, QuantConfig, nearest, quant_config, to_dtype
 from .files import atomic, read_json, write_json
 from .gguf import read_gguf
 from .lora import LoraLinear
-from .memory import huge_pages
+from .memory import HUGE_PAGE, in_large_pages
 from .model import Decoder
 from .model_config import MULTIMODAL, ModelConfig
 from .quantization import NF4Linear
@@ -74,6 +74,7 @@ LAYOUTS = (
     {"model.": "model.language_model.", "lm_head.": "lm_head."},
 )
 COPIED = ["generation_config.json", "*processor_config.json", *hub.TOKENIZER]
+COPIED += ["additional_chat_templates/*.jinja"]
 
 
 # ---- reading ------------------------------------------------------------------------------------
@@ -113,7 +114,7 @@ def load_model(
         config = _completed(config, path, tensors)
 
     model = _empty_model(config, tensors, str(path)).to(dtype)
-    model.source = Source(path, outer)
+    model.source = Source(path.absolute(), outer)
     tensors = _select(tensors, model, str(path))
     if quant is not None:
         quantize_module(model, quant)
@@ -238,22 +239,19 @@ def _select(tensors: dict[str, LazyTensor], model: Decoder, where: str) -> dict[
 
 
 def _homes(model: nn.Module) -> dict[str, Tensor]:
-    """Where the dense matrices go in host memory: those of a layer side by side in large pages.
-
-    By layers, so that quantizing a layer afterwards gives its memory back.
+    """Where the dense matrices go in host memory: in large pages, those of a layer that are smaller
+    than a page side by side.
     """
-    layers: dict[str, dict[str, Tensor]] = {}
+    groups: dict[str, dict[str, Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2 and parameter.dtype == model.dtype:
-            match = re.match(r"model\.layers\.\d+\.", name)
-            layers.setdefault(match.group() if match else name, {})[name] = parameter
+            layer = re.match(r"model\.layers\.\d+\.", name)
+            small = layer and parameter.nbytes < HUGE_PAGE
+            groups.setdefault(layer.group() if small else name, {})[name] = parameter
     homes = {}
-    for matrices in layers.values():
-        sizes = [-(-matrix.nbytes // 64) * 64 for matrix in matrices.values()]
-        for (name, matrix), place in zip(
-            matrices.items(), huge_pages(sum(sizes)).split(sizes), strict=True
-        ):
-            homes[name] = place[: matrix.nbytes].view(matrix.dtype).view(matrix.shape)
+    for group in groups.values():
+        places = in_large_pages([parameter.shape for parameter in group.values()], model.dtype)
+        homes |= zip(group, places, strict=True)
     return homes
 
 
@@ -341,9 +339,10 @@ def _copy_beside(module: Decoder, path: Path) -> None:
         log.warning("lorakit: %s is gone; no tokenizer was written to %s", source, path)
     elif source.is_dir():
         for pattern in COPIED:
-            for file in source.glob(pattern):
-                target = path / file.name
+            for file in filter(Path.is_file, source.glob(pattern)):
+                target = path / file.relative_to(source)
                 if file.resolve() != target.resolve():
+                    target.parent.mkdir(exist_ok=True)
                     with atomic(target) as temporary:
                         shutil.copyfile(file, temporary)
     else:

@@ -134,12 +134,13 @@ class Decoding:
 def _plan(model: Decoder) -> kernels.DecodePlan | None:
     """The model as `kernels.decode_step` takes it, or None where it cannot."""
     config = model.config
-    ropes = {rope.rope_type for rope in (config.rope, config.rope_local) if rope is not None}
-    if ropes & {"dynamic", "longrope"}:  # every step has tables of its own
-        return None
-    hooks = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    if any(rope.by_length for rope in (config.rope, config.rope_local) if rope is not None):
+        return None  # every step has tables of its own
+    hooks = any(
+        m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules()
+    )
     head = model.model.embed_tokens if model.lm_head is None else model.lm_head
-    plain = type(head) in (nn.Linear, nn.Embedding) and model.dtype != torch.float16
+    plain = type(head) in (nn.Linear, nn.Embedding)
     if hooks or not plain or not kernels.decode_compiled(model.device):
         return None
     layers = [_layer(block, config, i) for i, block in enumerate(model.model.layers)]
@@ -147,22 +148,25 @@ def _plan(model: Decoder) -> kernels.DecodePlan | None:
         return None
     scale = torch.tensor(config.hidden_size**0.5, dtype=model.dtype).item()
     attention = model.model.layers[0].self_attn
-    return kernels.DecodePlan(
-        model.model.embed_tokens.weight,
-        layers,
-        model.model.norm.weight,
-        head.weight,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        eps=config.rms_norm_eps,
-        activation=config.hidden_act,
-        norm_weight_offset=config.norm_weight_offset,
-        embedding_scale=scale if config.scale_embeddings else 1.0,
-        attention_scale=attention.scale,
-        attn_softcap=config.attn_logit_softcapping,
-        final_softcap=config.final_logit_softcapping,
-    )
+    try:
+        return kernels.DecodePlan(
+            model.model.embed_tokens.weight,
+            layers,
+            model.model.norm.weight,
+            head.weight,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            eps=config.rms_norm_eps,
+            activation=config.hidden_act,
+            norm_weight_offset=config.norm_weight_offset,
+            embedding_scale=scale if config.scale_embeddings else 1.0,
+            attention_scale=attention.scale,
+            attn_softcap=config.attn_logit_softcapping,
+            final_softcap=config.final_logit_softcapping,
+        )
+    except ValueError:  # another dtype, several, or strides: the forward pass knows them all
+        return None
 
 
 def _layer(block: Block, config: ModelConfig, i: int) -> kernels.DecodeLayer | None:

@@ -43,7 +43,8 @@ class Sampling(NamedTuple):
         check(0 < self.top_p <= 1, "generate: top_p must be in (0, 1]")
         check(0 <= self.min_p <= 1, "generate: min_p must be in [0, 1]")
         check(
-            0 < self.repetition_penalty < math.inf, "generate: repetition_penalty must be positive"
+            1e-6 <= self.repetition_penalty <= 1e6,
+            "generate: repetition_penalty must be in [1e-6, 1e6]",
         )
 
 
@@ -237,9 +238,11 @@ def _sample(
     if seen is not None:
         lower = torch.where(logits > 0, logits / penalty, logits * penalty)
         logits = torch.where(seen, lower, logits)
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits - logits.amax(-1, keepdim=True)  # a tiny temperature must not give inf - inf
+    top, token = logits.max(-1, keepdim=True)
+    check(bool(top.isfinite().all()), "generate: the model's logits are not finite")
+    if temperature < 1e-30:  # in fp32 it may be 0
+        return token[:, 0]
+    logits = logits - top  # a tiny temperature must not give inf - inf
     if top_k is not None and top_k < logits.shape[-1]:
         logits, tokens = logits.topk(top_k)
     else:

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import kernels
 from .config import LorakitError
-from .model_config import ModelConfig
+from .model_config import ModelConfig, RopeConfig
 from .rope import rope_tables
 
 GATED = {
@@ -80,6 +80,11 @@ def _mask(positions: Tensor, seen: Tensor, window: int | None, real: Tensor | No
 def _document_lengths(cu_seqlens: Tensor, input_ids: Tensor) -> list[int]:
     """Of the documents packed into the one row of input_ids."""
     B, T = input_ids.shape
+    whole = isinstance(cu_seqlens, Tensor) and cu_seqlens.dim() == 1
+    if not whole or cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool:
+        raise LorakitError(
+            f"cu_seqlens must be a tensor of whole numbers [n + 1], not {cu_seqlens!r}"
+        )
     bounds = cu_seqlens.tolist()
     lengths = [end - start for start, end in pairwise(bounds)]
     if B != 1 or not lengths or bounds[0] != 0 or bounds[-1] != T or min(lengths) < 1:
@@ -88,6 +93,14 @@ def _document_lengths(cu_seqlens: Tensor, input_ids: Tensor) -> list[int]:
             f"for {B} rows"
         )
     return lengths
+
+
+def _tables(rope: RopeConfig, head_dim: int, position_ids: Tensor, lengths: list[int] | None):
+    """Rotary tables; where they depend on the sequence's length, each document has its own."""
+    if lengths is None or not rope.by_length:
+        return rope_tables(rope, head_dim, position_ids)
+    parts = [rope_tables(rope, head_dim, part) for part in position_ids.split(lengths, dim=1)]
+    return tuple(torch.cat(tables, dim=1) for tables in zip(*parts, strict=True))
 
 
 class RMSNorm(nn.Module):
@@ -327,10 +340,9 @@ class Decoder(nn.Module):
         if attention_mask is not None:
             real = attention_mask.bool()
             position_ids = (real.cumsum(-1) - 1).clamp(min=0)[:, past:]
-        tables = rope_tables(config.rope, config.head_dim, position_ids)
-        local = tables
+        local = tables = _tables(config.rope, config.head_dim, position_ids, lengths)
         if config.rope_local is not None:
-            local = rope_tables(config.rope_local, config.head_dim, position_ids)
+            local = _tables(config.rope_local, config.head_dim, position_ids, lengths)
         views = {}
         for slides in {config.slides(i) for i in range(config.num_hidden_layers)}:
             window = config.sliding_window if slides else None

@@ -67,6 +67,11 @@ class RopeConfig:
             "rope: short_factor and long_factor must be positive",
         )
 
+    @property
+    def by_length(self) -> bool:
+        """Whether the frequencies depend on how long the sequence is."""
+        return self.rope_type in ("dynamic", "longrope")
+
 
 @dataclass(frozen=True)
 class Family:
@@ -80,6 +85,8 @@ class Family:
     """transformers' defaults of keys that config.json may leave out, where they are not Llama's"""
     ignored: tuple[str, ...] = ()
     """keys that files of the family carry and transformers does not use"""
+    activation: str = "hidden_act"
+    """the key of the MLP's activation"""
 
 
 _LEFTOVERS = ("sliding_window", "layer_types")  # in a family that has no window
@@ -102,6 +109,7 @@ _GEMMA2_DEFAULTS = _GEMMA_DEFAULTS | {
     "num_key_value_heads": 4,
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
+    "hidden_activation": "gelu_pytorch_tanh",
 }
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", ignored=_LEFTOVERS),
@@ -148,6 +156,8 @@ FAMILIES = {
             "attn_logit_softcapping": 50.0,
             "final_logit_softcapping": 30.0,
         },
+        ignored=("sliding_window_pattern",),
+        activation="hidden_activation",
     ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
@@ -160,6 +170,7 @@ FAMILIES = {
             "rope_theta": 1e6,
             "rope_local_base_freq": 1e4,
         },
+        activation="hidden_activation",
     ),
 }
 MULTIMODAL = {"gemma3": "gemma3_text"}
@@ -318,8 +329,8 @@ class ModelConfig:
         if str(values["model_type"]) in MULTIMODAL:
             values, where = _text_config(values, where), f"{where}, text_config"
         family = FAMILIES.get(str(values["model_type"]), Family(""))
-        given = {name: value for name, value in values.items() if name not in family.ignored}
-        values = family.defaults | given
+        absent = {name for name in _NOT_NULL if values.get(name) is None}.union(family.ignored)
+        values = family.defaults | {n: value for n, value in values.items() if n not in absent}
         _refuse_what_is_not_computed(values, where)
         if values.get("num_key_value_heads") is None:
             values["num_key_value_heads"] = values.get("num_attention_heads")
@@ -332,7 +343,12 @@ class ModelConfig:
                     f"num_attention_heads ({heads})",
                 )
                 values["head_dim"] = hidden // heads
-        values["hidden_act"] = _activation(values, given)
+        act = values.get(family.activation, "silu")
+        if (
+            act == "gelu" and values["model_type"] == "gemma"
+        ):  # its files have always meant the other
+            act = "gelu_pytorch_tanh"
+        values["hidden_act"] = act
         values["rope"], values["rope_local"] = _ropes_from_hf(values, where)
         values["qkv_bias"] = values["o_bias"] = values.get("attention_bias", False)
         values["sliding_layers"] = _sliding_layers(values, where)
@@ -347,8 +363,7 @@ class ModelConfig:
         sliding, experts = values.pop("sliding_layers"), values.pop("moe_layers")
         values["architectures"] = [family.architecture]
         values["attention_bias"] = values.pop("o_bias")
-        if self.hidden_act != "silu":
-            values["hidden_activation"] = self.hidden_act
+        values[family.activation] = self.hidden_act
         for name in (*family.fields, *_DERIVED):
             values.pop(name, None)
         for name in _OPTIONAL:
@@ -395,6 +410,9 @@ _DERIVED = (
     "moe_intermediate_size",
     "norm_topk_prob",
 )
+_NOT_NULL = ("rope_theta", "rope_local_base_freq", "sliding_window_pattern", "max_window_layers")
+_NOT_NULL += ("hidden_act", "hidden_activation")
+"""keys for which null means the family's default"""
 _OPTIONAL = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
 
 
@@ -429,12 +447,6 @@ def _refuse_what_is_not_computed(values: Mapping, where: str) -> None:
     )
 
 
-def _activation(values: Mapping, given: Mapping) -> Any:
-    """Gemma's files have two keys; Gemma 1's "gelu" has always meant the tanh approximation."""
-    name = given.get("hidden_activation") or values.get("hidden_act", "silu")
-    return "gelu_pytorch_tanh" if name == "gelu" and values["model_type"] == "gemma" else name
-
-
 def _ropes_from_hf(values: Mapping, where: str) -> tuple[RopeConfig, RopeConfig | None]:
     """The rotary embedding of all layers, and that of the sliding ones where it is another.
 
@@ -446,7 +458,9 @@ def _ropes_from_hf(values: Mapping, where: str) -> tuple[RopeConfig, RopeConfig 
     local = {}
     nested = values.get("rope_parameters")
     if isinstance(nested, Mapping) and any(name in nested for name in LAYER_TYPES):
-        full = values.get("rope_scaling") or nested.get("full_attention") or {}
+        full, scaling = nested.get("full_attention") or {}, values.get("rope_scaling") or {}
+        if isinstance(full, Mapping) and isinstance(scaling, Mapping):
+            full = {**full, **scaling}
         local = nested.get("sliding_attention") or {}
     rope = _rope(full, values, values.get("rope_theta"), where)
     if "rope_local_base_freq" not in values:
@@ -457,9 +471,13 @@ def _ropes_from_hf(values: Mapping, where: str) -> tuple[RopeConfig, RopeConfig 
 def _rope(given: Any, values: Mapping, theta: Any, where: str) -> RopeConfig:
     if not isinstance(given, Mapping):
         raise LorakitError(f"{where} must be a mapping of names to values, not {given!r}")
-    given = {"rope_type" if name == "type" else name: v for name, v in given.items()}
     given = {name: value for name, value in given.items() if value is not None}
-    kind, positions = given.get("rope_type", "default"), values.get("max_position_embeddings")
+    given = {"rope_type": given.pop("type", "default")} | given
+    kind, positions = given["rope_type"], values.get("max_position_embeddings")
+    check(
+        kind not in ("linear", "dynamic", "llama3") or "factor" in given,
+        f"{where}: rope_type {kind!r} needs a factor",
+    )
     check(
         given.get("partial_rotary_factor", 1) == 1,
         f"{where}: partial_rotary_factor {given.get('partial_rotary_factor')!r} is not supported",
@@ -524,6 +542,8 @@ def _pattern(period: int, layers: int) -> list[bool]:
 def _sliding_layers(values: Mapping, where: str) -> Any:
     """Which layers have a sliding window: layer_types, or what stood in its place before."""
     layers, window = values.get("num_hidden_layers"), values.get("sliding_window")
+    if not values.get("use_sliding_window", True):
+        return []
     if values.get("layer_types") is not None:
         kinds = values["layer_types"]
         if not isinstance(kinds, list) or not all(kind in LAYER_TYPES for kind in map(str, kinds)):
@@ -532,10 +552,10 @@ def _sliding_layers(values: Mapping, where: str) -> Any:
             )
         sliding = [LAYER_TYPES[kind] for kind in kinds]
         return sliding if any(sliding) else []
-    if window is None or not values.get("use_sliding_window", True) or type(layers) is not int:
+    if window is None or type(layers) is not int:
         return []
     count = min(layers, 10_000)
-    period = values.get("_sliding_window_pattern", values.get("sliding_window_pattern"))
+    period = values.get("sliding_window_pattern")
     if period is not None:
         check(
             type(period) is int and period > 0,

@@ -89,7 +89,7 @@ def magnitude(rope: RopeConfig) -> float:
 def rope_tables(rope: RopeConfig, head_dim: int, position_ids: Tensor) -> tuple[Tensor, Tensor]:
     """m cos and m sin of position * frequency: positions int64 [B, T] -> two fp32 [B, T, D/2]."""
     length = 0
-    if rope.rope_type in ("dynamic", "longrope"):  # the only ones that ask; on a GPU it waits
+    if rope.by_length:  # on a GPU this waits
         length = int(position_ids.max()) + 1
     freqs = inverse_frequencies(rope, head_dim, position_ids.device, length)
     angles, m = position_ids[..., None].float() * freqs, magnitude(rope)

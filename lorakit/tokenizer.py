@@ -154,7 +154,8 @@ class Tokenizer:
         _, found, rest = rendered.rpartition(mark)
         closing = self.encode(rest.lstrip(), add_special_tokens=False)[:1] if found else []
         added = self.backend.get_added_tokens_decoder()
-        return ends + [token for token in closing if token in added and token not in ends]
+        others = [*ends, self.bos_token_id]  # what opens the next text closes nothing
+        return ends + [token for token in closing if token in added and token not in others]
 
     def apply_chat_template(
         self,

@@ -125,9 +125,16 @@ def test_saving_a_quantized_model_writes_what_it_computes(tiny_dir, tmp_path):
 # ---- what comes along ----
 
 
-def test_tokenizer_and_generation_config_come_along(copy, tmp_path):
+def test_tokenizer_and_generation_config_come_along(copy, tmp_path, monkeypatch):
     (copy / "generation_config.json").write_text('{"eos_token_id": [2, 7], "top_k": 3}')
-    lk.save_model(lk.load_model(copy), tmp_path / "b")
+    (copy / "additional_chat_templates").mkdir()
+    (copy / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    (copy / "tokenizer_of_mine.json").mkdir()  # a directory is none of them
+    monkeypatch.chdir(copy.parent)
+    model = lk.load_model(copy.name)
+    monkeypatch.chdir(tmp_path)
+    lk.save_model(model, tmp_path / "b")
+    assert set(lk.load_tokenizer(tmp_path / "b").chat_template) == {"default", "tool_use"}
     for name in set(SAVED) - {"config.json", "model.safetensors"}:
         assert (tmp_path / "b" / name).read_bytes() == (copy / name).read_bytes(), name
     assert lk.load_model(tmp_path / "b").config.eos_token_ids == [2, 7]

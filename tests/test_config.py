@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lorakit as lk
-from lorakit.model_config import FAMILIES
+from lorakit.model_config import FAMILIES, RopeConfig
 
 LLAMA = {
     "model_type": "llama",
@@ -91,9 +91,14 @@ def test_transformers_reads_what_we_write():
         (QWEN3_MOE | {"decoder_sparse_step": 0}, "decoder_sparse_step must be positive"),
         (QWEN3_MOE | {"mlp_only_layers": 3}, "mlp_only_layers must be a list"),
         (GEMMA2 | {"attn_logit_softcapping": -1.0}, "attn_logit_softcapping must be positive"),
-        (GEMMA2 | {"sliding_window_pattern": 0}, "sliding_window_pattern must be a positive"),
+        (
+            {"model_type": "gemma3_text", "sliding_window_pattern": 0},
+            "sliding_window_pattern must be a positive",
+        ),
         ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor must be float"),
         ({"rope_scaling": 3}, "rope parameters must be a mapping"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_type 'linear' needs a factor"),
+        ({"rope_scaling": {"rope_type": "dynamic"}}, "rope_type 'dynamic' needs a factor"),
         (
             MISTRAL | {"layer_types": ["sliding"] * 16},
             "layer_types must list full_attention or sliding",
@@ -151,6 +156,7 @@ def test_config_of_the_wrong_type(values):
                 "max_window_layers": 14,
             },
             {
+                "use_sliding_window": True,
                 "sliding_window": 9,
                 "layer_types": ["full_attention"] * 14 + ["sliding_attention"] * 2,
             },
@@ -167,6 +173,57 @@ def test_both_spellings_of_the_families(old, new):
     config = lk.ModelConfig.from_hf(sizes | old)
     assert lk.ModelConfig.from_hf(sizes | {"model_type": old["model_type"]} | new) == config
     assert lk.ModelConfig.from_hf(config.to_hf()) == config
+
+
+@pytest.mark.parametrize(
+    ("model_type", "change", "field", "expected"),
+    [
+        (
+            "gemma3_text",
+            {"sliding_window_pattern": None},
+            "sliding_layers",
+            ([True] * 5 + [False]) * 2,
+        ),
+        (
+            "gemma3_text",
+            {"_sliding_window_pattern": 3},
+            "sliding_layers",
+            ([True] * 5 + [False]) * 2,
+        ),
+        ("gemma2", {"sliding_window_pattern": 3}, "sliding_layers", [True, False] * 6),
+        ("mixtral", {"rope_theta": None}, "rope", RopeConfig(1e6)),
+        ("gemma3_text", {"rope_theta": None}, "rope", RopeConfig(1e6)),
+        (
+            "gemma3_text",
+            {
+                "rope_parameters": {"full_attention": {"rope_theta": 5e5}},
+                "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            },
+            "rope",
+            RopeConfig(5e5, "linear", 8.0),
+        ),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "linear", "type": "llama3", "factor": 2.0}},
+            "rope",
+            RopeConfig(1e4, "linear", 2.0),
+        ),
+        ("llama", {"hidden_act": "silu", "hidden_activation": "gelu"}, "hidden_act", "silu"),
+        ("gemma2", {"hidden_act": "gelu"}, "hidden_act", "gelu_pytorch_tanh"),
+        (
+            "qwen3",
+            {"use_sliding_window": False, "layer_types": ["sliding_attention"] * 12},
+            "sliding_layers",
+            [],
+        ),
+    ],
+)
+def test_odd_configs_are_read_as_transformers_reads_them(model_type, change, field, expected):
+    values = LLAMA | {"model_type": model_type, "num_hidden_layers": 12} | change
+    config = lk.ModelConfig.from_hf(values)
+    assert dataclasses.asdict(config)[field] == (
+        dataclasses.asdict(expected) if field == "rope" else expected
+    )
 
 
 def test_yarn_and_dynamic_reach_beyond_max_position_embeddings():

@@ -8,6 +8,12 @@ from lorakit.decoding import KVCache
 from tests.conftest import FAMILY_VARIANTS, TINY_VARIANTS, tiny
 
 VARIANTS = {"llama": ("llama", TINY_VARIANTS["gqa"])} | FAMILY_VARIANTS
+BY_LENGTH = {name: ("llama", TINY_VARIANTS[name]) for name in ("dynamic_rope", "longrope")}
+packed_variants = pytest.mark.parametrize(
+    ("family", "options"),
+    (VARIANTS | BY_LENGTH).values(),
+    ids=(VARIANTS | BY_LENGTH).keys(),
+)
 variants = pytest.mark.parametrize(("family", "options"), VARIANTS.values(), ids=VARIANTS.keys())
 
 
@@ -16,21 +22,21 @@ def load(tmp_path, family, options, **how):
     return lk.load_model(tmp_path, dtype="float32", **how)
 
 
-@variants
+@packed_variants
 @torch.no_grad()
 def test_packed_documents_do_not_see_each_other(tmp_path, family, options):
     model = load(tmp_path, family, options)
     torch.manual_seed(0)
-    documents = [torch.randint(97, (1, n)) for n in (3, 17, 1, 12)]
-    cu_seqlens = torch.tensor([0, 3, 20, 21, 33], dtype=torch.int32)
+    documents = [torch.randint(97, (1, n)) for n in (3, 27, 1, 12)]
+    cu_seqlens = torch.tensor([0, 3, 30, 31, 43], dtype=torch.int32)
     packed = model(torch.cat(documents, 1), cu_seqlens=cu_seqlens)
-    for document, logits in zip(documents, packed.split([3, 17, 1, 12], dim=1), strict=True):
+    for document, logits in zip(documents, packed.split([3, 27, 1, 12], dim=1), strict=True):
         # each document's own logits; products over more rows may sum in another order
         assert (logits - model(document)).abs().max() <= 1e-5
-    documents[1] = torch.randint(97, (1, 17))
+    documents[1] = torch.randint(97, (1, 27))
     changed = model(torch.cat(documents, 1), cu_seqlens=cu_seqlens)
-    assert not torch.equal(changed[:, 3:20], packed[:, 3:20])
-    for part in (slice(0, 3), slice(20, 33)):
+    assert not torch.equal(changed[:, 3:30], packed[:, 3:30])
+    for part in (slice(0, 3), slice(30, 43)):
         assert torch.equal(changed[:, part], packed[:, part])
 
 
@@ -62,7 +68,20 @@ def test_packed_loss_and_gradients_are_the_sum_over_documents(tmp_path, family, 
 def test_bad_cu_seqlens(tmp_path, bounds):
     model = load(tmp_path, "llama", {})
     with pytest.raises(lk.LorakitError, match="cu_seqlens must rise from 0"):
-        model(torch.zeros(1, 10, dtype=torch.long), cu_seqlens=torch.tensor(bounds))
+        model(
+            torch.zeros(1, 10, dtype=torch.long), cu_seqlens=torch.tensor(bounds, dtype=torch.long)
+        )
+
+
+@pytest.mark.parametrize("wrong", [[0, 10], torch.tensor(3), torch.tensor([0.0, 10.0]), None])
+def test_cu_seqlens_of_the_wrong_type(tmp_path, wrong):
+    model = load(tmp_path, "llama", {})
+    ids = torch.zeros(1, 10, dtype=torch.long)
+    if wrong is None:
+        assert torch.equal(model(ids, cu_seqlens=wrong), model(ids))
+    else:
+        with pytest.raises(lk.LorakitError, match="cu_seqlens must be a tensor of whole numbers"):
+            model(ids, cu_seqlens=wrong)
 
 
 def test_packing_takes_one_row_and_no_padding(tmp_path):

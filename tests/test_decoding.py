@@ -113,6 +113,37 @@ def test_what_the_kernel_does_not_know_takes_the_forward_pass(tmp_path):
     assert Decoding(dynamic, [0], 8).plan is None
 
 
+def test_what_the_plan_refuses_takes_the_forward_pass(tmp_path):
+    assert Decoding(load(tmp_path).double(), [0], 8).plan is None
+    mixed = load(tmp_path, dtype="bfloat16")
+    mixed.model.layers[0].input_layernorm.float()
+    assert Decoding(mixed, [0], 8).plan is None
+    strided = load(tmp_path)
+    strided.lm_head.weight = torch.nn.Parameter(strided.lm_head.weight.t().contiguous().t())
+    assert Decoding(strided, [0], 8).plan is None
+    patched = load(tmp_path)
+    patched.model.layers[0].mlp.up_proj.forward = lambda x: x @ patched.lm_head.weight[:48].t()
+    assert Decoding(patched, [0], 8).plan is None
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_nan_in_one_row_stays_there(tmp_path, threads):
+    family, options = FAMILY_VARIANTS["gemma3_text"]
+    model = load(tmp_path, family, options)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[5] = torch.nan
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        decoding = Decoding(model, [0, 0], 20)
+        decoding(torch.tensor([[7, 8], [9, 10]]))
+        logits = decoding(torch.tensor([[5], [11]]))
+    finally:
+        torch.set_num_threads(before)
+    assert logits[0].isnan().all()
+    assert logits[1].isnan().nonzero().tolist() == [[5]]  # the tied head's own row
+
+
 def test_changed_weights_are_seen_at_once(tmp_path):
     model = load(tmp_path)
     rows = torch.randint(97, (1, 12))

@@ -69,7 +69,17 @@ def test_sampling_follows_the_probabilities():
 
 def test_a_tiny_temperature_is_greedy():
     logits = torch.tensor([[1.0, 3.0, 2.0]])
-    assert _sample(logits, Sampling(1e-40), None, None).item() == 1
+    for temperature in (1e-20, 1e-30, 1e-40, 1e-300):
+        assert _sample(logits, Sampling(temperature), None, None).item() == 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_that_yields_nan(tiny_dir, tok, temperature):
+    model = lk.load_model(tiny_dir, dtype="float32")
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+    with pytest.raises(lk.LorakitError, match="logits are not finite"):
+        lk.generate(model, tok, "x", max_new_tokens=3, temperature=temperature)
 
 
 def test_a_tokenizer_of_another_model(tok, tmp_path):
@@ -202,6 +212,8 @@ def test_end_tokens_that_only_the_template_names(tiny_dir, tok):
     assert other.end_token_ids == [2, 0]
     other.chat_template = "{% for m in messages %}{{ m.content }} and so on{% endfor %}"
     assert other.end_token_ids == [2]
+    other.chat_template = "{% for m in messages %}{{ m.content }}<s>{% endfor %}"
+    assert other.end_token_ids == [2]  # what opens the next text
     other.chat_template = None
     assert other.end_token_ids == [2]
 
@@ -231,6 +243,7 @@ def test_mode_is_restored(model, tok):
         ("x", {"top_k": 0}, "top_k"),
         ("x", {"min_p": 1.5}, "min_p"),
         ("x", {"repetition_penalty": 0.0}, "repetition_penalty"),
+        ("x", {"repetition_penalty": 1e-40}, "repetition_penalty"),
         ("x", {"stop": ""}, "stop must be"),
         ("x", {"stop": [3]}, "stop must be"),
         ("x", {"temperature": float("nan")}, "temperature"),

@@ -433,6 +433,8 @@ struct Worker {
     // One head of `projected`: its norm, if any, and the rotation
     void rotate(const float* from, const W* norm, const Table& table, int64_t b, float* out) const {
         std::memcpy(out, from, static_cast<size_t>(D) * 4);
+        // the norm sums over the padding too, where another row's NaN may have been left
+        std::memset(out + D, 0, static_cast<size_t>(head_wide - D) * 4);
         if (norm) rms_norm(out, norm, D, out);
         const int64_t half = D / 2;
         const float *cos = table.cos + b * half, *sin = table.sin + b * half;
