@@ -87,6 +87,8 @@ class Family:
     """keys that files of the family carry and transformers does not use"""
     activation: str = "hidden_act"
     """the key of the MLP's activation"""
+    activations: dict[str, str] = field(default_factory=dict)
+    """what its values mean, where it is not what they say"""
 
 
 _LEFTOVERS = ("sliding_window", "layer_types")  # in a family that has no window
@@ -146,7 +148,13 @@ FAMILIES = {
         },
         ignored=("max_window_layers", "layer_types"),
     ),
-    "gemma": Family("GemmaForCausalLM", _GEMMA, _GEMMA_DEFAULTS, ignored=_LEFTOVERS),
+    "gemma": Family(
+        "GemmaForCausalLM",
+        _GEMMA,
+        _GEMMA_DEFAULTS,
+        ignored=_LEFTOVERS,
+        activations={"gelu": "gelu_pytorch_tanh"},
+    ),
     "gemma2": Family(
         "Gemma2ForCausalLM",
         _GEMMA | {"sandwich_norm": True},
@@ -344,11 +352,7 @@ class ModelConfig:
                 )
                 values["head_dim"] = hidden // heads
         act = values.get(family.activation, "silu")
-        if (
-            act == "gelu" and values["model_type"] == "gemma"
-        ):  # its files have always meant the other
-            act = "gelu_pytorch_tanh"
-        values["hidden_act"] = act
+        values["hidden_act"] = family.activations.get(act, act) if isinstance(act, str) else act
         values["rope"], values["rope_local"] = _ropes_from_hf(values, where)
         values["qkv_bias"] = values["o_bias"] = values.get("attention_bias", False)
         values["sliding_layers"] = _sliding_layers(values, where)
@@ -424,6 +428,7 @@ def _text_config(values: Mapping, where: str) -> dict[str, Any]:
             "text model in it"
         )
     outer = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
+    outer += ("quantization_config",)
     shared = {name: values[name] for name in outer if values.get(name) is not None}
     return shared | text | {"model_type": MULTIMODAL[values["model_type"]]}
 

@@ -111,6 +111,14 @@ def test_transformers_reads_what_we_write():
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window must be positive"),
         ({"quantization_config": {"load_in_4bit": True}}, "already quantized"),
         ({"quantization_config": {"quant_method": "gptq"}}, "already quantized .gptq."),
+        (
+            {
+                "model_type": "gemma3",
+                "text_config": {},
+                "quantization_config": {"quant_method": "awq"},
+            },
+            "already quantized .awq.",
+        ),
     ],
 )
 def test_bad_model_config(change, message):
