@@ -30,12 +30,13 @@ from tqdm import tqdm
 
 from . import hub
 from .config import LorakitError, QuantConfig, nearest, quant_config, to_dtype
+from .families import MULTIMODAL
 from .files import atomic, read_json, write_json
 from .gguf import read_gguf
 from .lora import LoraLinear
 from .memory import HUGE_PAGE, in_large_pages
 from .model import Decoder
-from .model_config import MULTIMODAL, ModelConfig
+from .model_config import ModelConfig
 from .quantization import NF4Linear
 from .quantization import quantize as quantize_module
 from .tokenizer import load_tokenizer

@@ -87,8 +87,8 @@ class Decoding:
         self.plan = _plan(model) if B <= FUSED_ROWS else None
         if self.plan is None:
             return
-        ropes = [rope for rope in (model.config.rope, model.config.rope_local) if rope is not None]
-        self.tables = [rope_tables(rope, model.config.head_dim, columns) for rope in ropes]
+        head_dim = model.config.head_dim
+        self.tables = [rope_tables(rope, head_dim, columns) for rope in model.config.ropes]
         self.held = kernels.DecodeCache(self.plan, self.cache.keys, self.cache.values)
         self.sizes = set(self.cache.sizes)
         self.shortest = min(self.sizes)  # a prompt must not run around a layer's window
@@ -134,7 +134,7 @@ class Decoding:
 def _plan(model: Decoder) -> kernels.DecodePlan | None:
     """The model as `kernels.decode_step` takes it, or None where it cannot."""
     config = model.config
-    if any(rope.by_length for rope in (config.rope, config.rope_local) if rope is not None):
+    if any(rope.by_length for rope in config.ropes):
         return None  # every step has tables of its own
     hooks = any(
         m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules()

@@ -52,22 +52,28 @@ def smollm2() -> Path:
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
-@pytest.fixture(scope="session")
-def llama_cpp(smollm2):
-    """llama.cpp's own server on the same file: llama_cpp("tokenize", {...}) -> its answer."""
+def llama_cpp_server(path):
+    """llama.cpp's own server on a file, computing in fp32: ask("tokenize", {...}) -> its answer."""
     xllamacpp = pytest.importorskip("xllamacpp")
     params = xllamacpp.CommonParams()
-    params.model.path = str(smollm2)
+    params.model.path = str(path)
     params.warmup = False
     params.n_ctx = 256
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xllamacpp.Server(params)
 
-    def ask(path: str, body: dict) -> dict:
+    def ask(where: str, body: dict) -> dict:
         data = json.dumps(body).encode()
-        with urllib.request.urlopen(f"{server.listening_address}/{path}", data) as answer:
+        with urllib.request.urlopen(f"{server.listening_address}/{where}", data) as answer:
             return json.load(answer)
 
     return ask
+
+
+@pytest.fixture(scope="session")
+def llama_cpp(smollm2):
+    return llama_cpp_server(smollm2)
 
 
 TINY = {

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lorakit as lk
-from lorakit.model_config import FAMILIES, RopeConfig
+from lorakit.families import FAMILIES
+from lorakit.model_config import RopeConfig
 
 LLAMA = {
     "model_type": "llama",

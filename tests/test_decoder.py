@@ -53,6 +53,7 @@ def test_packed_loss_and_gradients_are_the_sum_over_documents(tmp_path, family, 
     losses, counts = zip(*(model.loss(ids, ids) for ids in documents), strict=True)
     sum(losses).backward()
     assert count == sum(counts) == 28 - 3
+    # the same sums in fp32 in another order: some units of 2^-24, through two layers and back
     assert abs(loss - sum(losses)) <= 1e-5 * loss
     for name, parameter in model.named_parameters():
         truth = parameter.grad
@@ -127,6 +128,7 @@ def test_cache_in_pieces_equals_the_whole(tmp_path, family, options):
     for cut in ([30], [4, 1, 6, 1, 3, 15], [1] * 30, [20, 2, 1, 7], [3, 3, 3, 3, 3, 3, 3, 9]):
         cache = KVCache(model.config, 2, 30, torch.float32, torch.device("cpu"))
         pieces = [model(part, cache=cache) for part in ids.split(cut, dim=1)]
+        # fp32 in another order of sums; logits reach 7
         assert (torch.cat(pieces, 1) - whole).abs().max() <= 2e-5, cut
         assert cache.length == 30
     for layer, keys in enumerate(cache.keys):

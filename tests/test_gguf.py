@@ -2,10 +2,7 @@
 format, and damaged files.
 """
 
-import contextlib
 import dataclasses
-import json
-import urllib.request
 
 import gguf
 import numpy as np
@@ -19,7 +16,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 import lorakit as lk
 from lorakit.gguf import read_gguf, read_header
 from lorakit.model_config import RopeConfig
-from tests.conftest import LLAMA3_ROPE, tiny, tiny_llama
+from tests.conftest import LLAMA3_ROPE, llama_cpp_server, tiny, tiny_llama
 
 TOKENS = ["<unk>", "<s>", "</s>", "t", "o", "k", "to", "tok", *[f"tok{i}" for i in range(89)]]
 ARCHITECTURES = {
@@ -249,8 +246,8 @@ def compare_with_llama_cpp(path, model_type):
     model = lk.load_model(path, dtype="float32")
     prompt = IDS[0].tolist()
     request = {"prompt": prompt, "n_predict": 5, "temperature": 0, "n_probs": 20}
-    with llama_cpp_server(path) as ask:
-        steps = ask("completion", request)["completion_probabilities"]
+    ask = llama_cpp_server(path)
+    steps = ask("completion", request)["completion_probabilities"]
     for step in steps:
         logprobs = model(torch.tensor([prompt]))[0, -1].log_softmax(-1)
         for token in step["top_logprobs"]:
@@ -360,25 +357,6 @@ def test_experts_in_tensors_of_their_own(tmp_path):
     assert tensors.keys() == published.keys()
     for name, (_, read) in tensors.items():
         assert torch.equal(read(), published[name]), name
-
-
-@contextlib.contextmanager
-def llama_cpp_server(path):
-    xllamacpp = pytest.importorskip("xllamacpp")
-    params = xllamacpp.CommonParams()
-    params.model.path = str(path)
-    params.warmup = False
-    params.n_ctx = 64
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    server = xllamacpp.Server(params)
-
-    def ask(where, body):
-        data = json.dumps(body).encode()
-        with urllib.request.urlopen(f"{server.listening_address}/{where}", data) as answer:
-            return json.load(answer)
-
-    yield ask
 
 
 @pytest.mark.parametrize("kind", sorted(gguf.GGML_QUANT_SIZES, key=lambda k: k.name))

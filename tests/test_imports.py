@@ -13,7 +13,8 @@ FOREIGN = {"transformers", "peft", "bitsandbytes", "trl", "unsloth", "liger_kern
 
 ALLOWED = {
     "config": set(),
-    "model_config": {"config"},
+    "families": set(),
+    "model_config": {"config", "families"},
     "rope": {"model_config"},
     "files": {"config"},
     "hub": {"config", "huggingface_hub"},
@@ -26,6 +27,7 @@ ALLOWED = {
     "lora": {"kernels", "config"},
     "checkpoint": {
         "config",
+        "families",
         "model_config",
         "tokenizer",
         "files",

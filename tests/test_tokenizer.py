@@ -11,8 +11,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 import lorakit as lk
 from lorakit.gguf import read_header
 from lorakit.tokenizer import Tokenizer
-from tests.conftest import tiny_llama, write_tokenizer
-from tests.test_gguf import llama_cpp_server, write_gguf
+from tests.conftest import llama_cpp_server, tiny_llama, write_tokenizer
+from tests.test_gguf import write_gguf
 
 TEXTS = [
     "Hello world, it's 2024!  don't\n\n  def f(x):\n\treturn 12345",
@@ -110,10 +110,10 @@ def test_pre_tokenizers_equal_llama_cpp(smollm2, tmp_path, pre):
     metadata |= {"tokenizer.ggml.pre": pre, "tokenizer.ggml.add_bos_token": None}
     path = write_vocabulary(tmp_path / "m.gguf", metadata)
     tok = lk.load_tokenizer(path)
-    with llama_cpp_server(path) as ask:
-        for text in PRE_TEXTS:
-            request = {"content": text, "parse_special": True, "add_special": True}
-            assert tok.encode(text) == ask("tokenize", request)["tokens"], text
+    ask = llama_cpp_server(path)
+    for text in PRE_TEXTS:
+        request = {"content": text, "parse_special": True, "add_special": True}
+        assert tok.encode(text) == ask("tokenize", request)["tokens"], text
 
 
 # ---- SentencePiece's BPE in GGUF ----
@@ -177,8 +177,8 @@ def spm(request, tmp_path_factory):
     """A tokenizer made from scores, and llama.cpp's server on the same file."""
     metadata = spm_metadata(**request.param)
     path = write_vocabulary(tmp_path_factory.mktemp("spm") / "m.gguf", metadata)
-    with llama_cpp_server(path) as ask:
-        yield lk.load_tokenizer(path), ask
+    ask = llama_cpp_server(path)
+    return lk.load_tokenizer(path), ask
 
 
 def check_spm(spm, text):

@@ -1,0 +1,120 @@
+"""The model families: what a `model_type` means beyond the keys of its config.json.
+
+transformers' class, the ModelConfig fields that all models of the family share, and the defaults of
+keys that published files leave out. A new family is a row here as long as it computes nothing new.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a model_type says beyond the keys of its config.json."""
+
+    architecture: str
+    """transformers' class"""
+    fields: dict[str, Any] = field(default_factory=dict)
+    """ModelConfig fields that every model of the family has"""
+    defaults: dict[str, Any] = field(default_factory=dict)
+    """transformers' defaults of keys that config.json may leave out, where they are not Llama's"""
+    ignored: tuple[str, ...] = ()
+    """keys that files of the family carry and transformers does not use"""
+    activation: str = "hidden_act"
+    """the key of the MLP's activation"""
+    activations: dict[str, str] = field(default_factory=dict)
+    """what its values mean, where it is not what they say"""
+
+
+_LEFTOVERS = ("sliding_window", "layer_types")  # in a family that has no window
+_QWEN = {"use_sliding_window": False, "sliding_window": 4096}
+_GEMMA = {
+    "norm_weight_offset": 1.0,
+    "norm_casting_mode": "gemma",
+    "scale_embeddings": True,
+}
+_GEMMA_DEFAULTS = {
+    "head_dim": 256,
+    "tie_word_embeddings": True,
+    "hidden_act": "gelu_pytorch_tanh",
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+_GEMMA2_DEFAULTS = _GEMMA_DEFAULTS | {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "hidden_activation": "gelu_pytorch_tanh",
+}
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", ignored=_LEFTOVERS),
+    "mistral": Family("MistralForCausalLM", defaults={"sliding_window": 4096}),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        fields={"moe_names": ["block_sparse_moe", "w1", "w3", "w2"]},
+        defaults={
+            "rope_theta": 1e6,
+            "rms_norm_eps": 1e-5,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        fields={"qkv_bias": True},
+        defaults=_QWEN | {"max_window_layers": 28},
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        fields={"qk_norm": True},
+        defaults=_QWEN | {"max_window_layers": 28, "head_dim": 128},
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        fields={"qk_norm": True},
+        defaults=_QWEN
+        | {
+            "num_local_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": False,
+        },
+        ignored=("max_window_layers", "layer_types"),
+    ),
+    "gemma": Family(
+        "GemmaForCausalLM",
+        _GEMMA,
+        _GEMMA_DEFAULTS,
+        ignored=_LEFTOVERS,
+        activations={"gelu": "gelu_pytorch_tanh"},
+    ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        _GEMMA | {"sandwich_norm": True},
+        _GEMMA2_DEFAULTS
+        | {
+            "sliding_window_pattern": 2,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        ignored=("sliding_window_pattern",),
+        activation="hidden_activation",
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        _GEMMA | {"sandwich_norm": True, "qk_norm": True},
+        _GEMMA2_DEFAULTS
+        | {
+            "vocab_size": 262208,
+            "sliding_window_pattern": 6,
+            "max_position_embeddings": 131072,
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+        },
+        activation="hidden_activation",
+    ),
+}
+MULTIMODAL = {"gemma3": "gemma3_text"}
+"""model types whose text_config is one of the families: the text tower alone is computed"""
