@@ -10,8 +10,10 @@ from .attention import attention
 from .cross_entropy import cross_entropy, linear_cross_entropy
 from .decode import DecodeCache, DecodeLayer, DecodePlan, decode_compiled, decode_step
 from .dispatch import use_backend
+from .frozen_linear import Packed, dequantize, dequantize_rows, frozen_linear
+from .int8 import Int8Tensor, dequantize_int8, quantize_int8
 from .lora_linear import lora_linear
-from .nf4 import NF4Tensor, dequantize_nf4, nf4_linear, quantize_nf4
+from .nf4 import NF4Tensor, dequantize_nf4, quantize_fp4, quantize_nf4
 from .rms_norm import rms_norm
 from .rope import rope
 from .swiglu import geglu, swiglu
@@ -20,17 +22,24 @@ __all__ = [
     "DecodeCache",
     "DecodeLayer",
     "DecodePlan",
+    "Int8Tensor",
     "NF4Tensor",
+    "Packed",
     "adamw_step",
     "attention",
     "cross_entropy",
     "decode_compiled",
     "decode_step",
+    "dequantize",
+    "dequantize_int8",
     "dequantize_nf4",
+    "dequantize_rows",
+    "frozen_linear",
     "geglu",
     "linear_cross_entropy",
     "lora_linear",
-    "nf4_linear",
+    "quantize_fp4",
+    "quantize_int8",
     "quantize_nf4",
     "rms_norm",
     "rope",

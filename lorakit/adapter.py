@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .checkpoint import open_safetensors, write_safetensors
 from .config import LoraConfig, LorakitError, from_mapping
 from .files import read_json, write_json
 from .lora import attach, detach, lora_layers
+from .tensors import open_safetensors, write_safetensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

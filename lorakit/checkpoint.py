@@ -16,19 +16,18 @@ file or the new one. Nothing here unpickles, and nothing writes to the network.
 
 import dataclasses
 import logging
+import math
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import hub
+from . import hub, kernels
 from .config import LorakitError, QuantConfig, nearest, quant_config, to_dtype
 from .families import MULTIMODAL
 from .files import atomic, read_json, write_json
@@ -37,21 +36,19 @@ from .lora import LoraLinear
 from .memory import HUGE_PAGE, in_large_pages
 from .model import Decoder
 from .model_config import ModelConfig
-from .quantization import NF4Linear
+from .quantization import Int8Linear, NF4Linear, PackedWeight, packed_layer
 from .quantization import quantize as quantize_module
+from .tensors import (
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    LazyTensor,
+    fold_packed,
+    open_directory,
+    write_safetensors,
+)
 from .tokenizer import load_tokenizer
 
 log = logging.getLogger("lorakit")
-
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-
-
-class LazyTensor(NamedTuple):
-    """A tensor that is still on disk."""
-
-    shape: tuple[int, ...]
-    read: Callable[[], Tensor]
 
 
 class Outer(NamedTuple):
@@ -93,7 +90,9 @@ def load_model(
     path_or_hub_id: a Hugging Face directory, a .gguf file, or a Hub id ("organization/name").
     dtype: of everything that is not quantized, and of all products.
     quantize: "nf4" or a QuantConfig packs the linear layers (not the head) to 4 bits while loading,
-        from the values on disk; None keeps them dense.
+        from the values on disk; None keeps them as they are. What bitsandbytes packed, in 4 bits or
+        in int8, stays packed with its very codes; `quantize` is not applied then, and a line says
+        so.
     device: where to put it; default: the GPU if torch has one, else the CPU.
 
     Raises LorakitError, in one sentence, for anything that is missing, damaged, of the wrong shape
@@ -101,6 +100,39 @@ def load_model(
     """
     dtype, quant = to_dtype(dtype), quant_config(quantize)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    config, tensors, source = open_model(path_or_hub_id)
+    where = str(source.path)
+    model = _empty_model(config, tensors, where).to(dtype)
+    model.source = source
+    tensors = _select(tensors, model, where)
+    packed = {name: tensor.packed for name, tensor in tensors.items() if tensor.packed is not None}
+    for name, stored in packed.items():
+        _make_shell(model, name.removesuffix(".weight"), stored, where)
+    if quant is not None and packed:
+        kinds = " and ".join(sorted({stored.quant_type for stored in packed.values()}))
+        log.warning("lorakit: %s is quantized already (%s); it stays as it is", where, kinds)
+    elif quant is not None:
+        quantize_module(model, quant)
+    homes = _homes(model) if device.type == "cpu" else {}
+    bar = tqdm(
+        tensors.items(),
+        desc=f"loading {source.path.name}",
+        unit="tensor",
+        disable=None,
+        leave=False,
+    )
+    for name, tensor in bar:
+        try:
+            _place(model, name, tensor.read(), dtype, device, homes.get(name))
+        except ValueError as error:
+            raise LorakitError(f"{where}: tensor {name}: {error}") from None
+    return model.eval()
+
+
+def open_model(
+    path_or_hub_id: str | Path,
+) -> tuple[ModelConfig, dict[str, LazyTensor], Source]:
+    """What a checkpoint holds, its tensors still on disk. Raises LorakitError as `load_model`."""
     path = hub.resolve(path_or_hub_id, [*hub.WEIGHTS, *hub.TOKENIZER])
     outer = None
     if path.suffix == ".gguf":
@@ -109,26 +141,11 @@ def load_model(
     else:
         values = read_json(path / "config.json")
         config = ModelConfig.from_hf(values, str(path / "config.json"))
-        tensors = _open_directory(path)
+        tensors = fold_packed(open_directory(path), str(path))
         if values["model_type"] in MULTIMODAL:
             tensors, outer = _text_model(tensors, values, str(path))
         config = _completed(config, path, tensors)
-
-    model = _empty_model(config, tensors, str(path)).to(dtype)
-    model.source = Source(path.absolute(), outer)
-    tensors = _select(tensors, model, str(path))
-    if quant is not None:
-        quantize_module(model, quant)
-    homes = _homes(model) if device.type == "cpu" else {}
-    bar = tqdm(
-        tensors.items(), desc=f"loading {path.name}", unit="tensor", disable=None, leave=False
-    )
-    for name, tensor in bar:
-        try:
-            _place(model, name, tensor.read().to(device), dtype, homes.get(name))
-        except ValueError as error:
-            raise LorakitError(f"{path}: tensor {name}: {error}") from None
-    return model.eval()
+    return config, tensors, Source(path.absolute(), outer)
 
 
 def _text_model(
@@ -164,12 +181,17 @@ def _completed(config: ModelConfig, path: Path, tensors: Mapping[str, LazyTensor
             config = dataclasses.replace(config, eos_token_id=ends)
     head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
     both = config.tie_word_embeddings and head is not None and embedding is not None
-    if both and not (head.shape == embedding.shape and torch.equal(head.read(), embedding.read())):
+    if both and not _same(head, embedding):
         log.warning(
             "lorakit: %s: the config ties head and embedding, the weights differ; kept apart", path
         )
         config = dataclasses.replace(config, tie_word_embeddings=False)
     return config
+
+
+def _same(a: LazyTensor, b: LazyTensor) -> bool:
+    dense = a.packed is None and b.packed is None
+    return dense and a.shape == b.shape and torch.equal(a.read(), b.read())
 
 
 def _empty_model(config: ModelConfig, tensors: Mapping[str, LazyTensor], where: str) -> Decoder:
@@ -182,43 +204,6 @@ def _empty_model(config: ModelConfig, tensors: Mapping[str, LazyTensor], where: 
             return Decoder(config)
     except RuntimeError as error:
         raise LorakitError(f"{where}: the config's sizes are impossible ({error})") from None
-
-
-def _open_directory(path: Path) -> dict[str, LazyTensor]:
-    if (path / WEIGHTS_FILE).exists():
-        return open_safetensors(path / WEIGHTS_FILE)
-    if not (path / INDEX_FILE).exists():
-        raise LorakitError(
-            f"{path}: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there "
-            "(pickled weights are not read)"
-        )
-    weight_map = read_json(path / INDEX_FILE).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-        raise LorakitError(f"{path / INDEX_FILE}: weight_map, of names to files, is missing")
-    shards = {file: open_safetensors(path / file) for file in sorted(set(weight_map.values()))}
-    for name, file in weight_map.items():
-        if name not in shards[file]:
-            raise LorakitError(
-                f"{path / file}: tensor {name}, which {INDEX_FILE} puts here, is missing"
-            )
-    return {name: shards[file][name] for name, file in weight_map.items()}
-
-
-def open_safetensors(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of one safetensors file. Raises LorakitError if it is missing or damaged."""
-    try:
-        file = safe_open(path, framework="pt")
-        names = list(file.keys())
-        shapes = [tuple(file.get_slice(name).get_shape()) for name in names]
-    except FileNotFoundError:
-        raise LorakitError(f"{path} does not exist") from None
-    except (SafetensorError, OSError) as error:
-        raise LorakitError(f"{path}: damaged or cut off ({error})") from None
-    # the lambda keeps the file open as long as one of its tensors may be read
-    return {
-        name: LazyTensor(shape, lambda name=name: file.get_tensor(name))
-        for name, shape in zip(names, shapes, strict=True)
-    }
 
 
 def _select(tensors: dict[str, LazyTensor], model: Decoder, where: str) -> dict[str, LazyTensor]:
@@ -256,44 +241,78 @@ def _homes(model: nn.Module) -> dict[str, Tensor]:
     return homes
 
 
+def _make_shell(model: nn.Module, name: str, stored: QuantConfig, where: str) -> None:
+    """Put an empty packed layer in the place of the dense one."""
+    layer = model.get_submodule(name)
+    if type(layer) not in (nn.Linear, nn.Embedding):
+        raise LorakitError(f"{where}: {name} is a {type(layer).__name__}, but stored packed")
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, packed_layer(layer, stored))
+
+
 def _place(
-    model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, home: Tensor | None
+    model: nn.Module,
+    name: str,
+    value: Tensor | kernels.Packed,
+    dtype: torch.dtype,
+    device: torch.device,
+    home: Tensor | None,
 ) -> None:
-    if not tensor.is_floating_point():
-        raise ValueError(f"holds {tensor.dtype}; only floating-point weights are read")
     owner_name, _, leaf = name.rpartition(".")
     owner = model.get_submodule(owner_name)
-    if isinstance(owner, NF4Linear) and leaf == "weight":
-        owner.requantize(tensor)
+    if not isinstance(value, Tensor):
+        owner.place(value.to(device, copy=True))
+        return
+    if not value.is_floating_point():
+        raise ValueError(f"holds {value.dtype}; only floating-point weights are read")
+    value = value.to(device)
+    if isinstance(owner, PackedWeight) and leaf == "weight":
+        owner.requantize(value)
     else:  # a copy: the tensor may be a view of the file
-        copy = tensor.to(dtype, copy=True) if home is None else home.copy_(tensor)
+        copy = value.to(dtype, copy=True) if home is None else home.copy_(value)
         setattr(owner, leaf, nn.Parameter(copy))
 
 
 # ---- writing ------------------------------------------------------------------------------------
 
 
-def save_model(module: Decoder, path: str | Path, *, max_shard_size: int = 5 * 10**9) -> None:
-    """Write `module` as a Hugging Face directory of dense weights in its dtype, made if missing.
+def save_model(
+    module: Decoder,
+    path: str | Path,
+    *,
+    packed: bool = False,
+    max_shard_size: int = 5 * 10**9,
+) -> None:
+    """Write `module` as a Hugging Face directory, made if missing.
 
-    Merged adapters are written as merged, 4-bit layers dequantized, in shards of at most
-    `max_shard_size` bytes (or one tensor); memory holds one shard at a time. What lay beside the
-    weights that the model was loaded from comes along: tokenizer, generation config, and the other
-    towers of a multimodal checkpoint. Raises LorakitError, and writes nothing, while an adapter is
-    attached and not merged.
+    packed: False writes dense weights in the model's dtype, packed layers dequantized. True writes
+        packed linear layers as they are, as bitsandbytes does, so that lorakit and transformers
+        with bitsandbytes load the very same numbers; everything else dense. A checkpoint is in 4
+        bits or in int8: beside 4-bit layers int8 ones are written dense, and embeddings always.
+
+    Merged adapters are written as merged, in shards of at most `max_shard_size` bytes (or one
+    tensor); memory holds one shard at a time. What lay beside the weights that the model was loaded
+    from comes along: tokenizer, generation config, and the other towers of a multimodal checkpoint.
+
+    Raises LorakitError, and writes nothing, while an adapter is attached and not merged, and with
+    `packed` if no linear layer is packed or the checkpoint has other towers.
     """
-    plan = [
-        (name, tensor, module.dtype.itemsize * torch.Size(tensor.shape).numel())
-        for name, tensor in _dense_tensors(module)
-    ]
     config = module.config.to_hf() | {"torch_dtype": str(module.dtype).removeprefix("torch.")}
     outer = None if module.source is None else module.source.outer
+    if outer is not None and any(tensor.packed for tensor in outer.tensors.values()):
+        raise LorakitError("save_model: towers that are packed beside a dense text are not written")
+    kept = None
+    if packed:
+        kept, quantization = _kept_packed(module, outer)
+        config["quantization_config"] = quantization
+    plan = list(_stored_tensors(module, kept))
     if outer is not None:
         plan = [(_outer_name(name, outer.prefixes), *rest) for name, *rest in plan]
         for name, tensor in outer.tensors.items():
             plan.append((name, tensor, tensor.read().nbytes))
         tied = {"tie_word_embeddings": config["tie_word_embeddings"]}
         config = outer.config | tied | {"text_config": config}
+        config.pop("quantization_config", None)  # the text is dense now
 
     shards: list[list[tuple[str, LazyTensor]]] = [[]]
     used = total = 0
@@ -360,34 +379,86 @@ def _copy_beside(module: Decoder, path: Path) -> None:
             log.warning("lorakit: no tokenizer was written to %s: %s", path, error)
 
 
-def _dense_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, LazyTensor]]:
-    """Every weight under its Hugging Face name, computed when read."""
+def _kept_packed(module: Decoder, outer: Outer | None) -> tuple[type[PackedWeight], dict[str, Any]]:
+    """The layers that a packed checkpoint keeps packed, and its quantization_config."""
+    if outer is not None:
+        raise LorakitError("save_model: a multimodal checkpoint is written with packed=False only")
+    packed = [layer for layer in module.modules() if isinstance(layer, (NF4Linear, Int8Linear))]
+    if not packed:
+        raise LorakitError("save_model: packed=True, but no linear layer is packed")
+    four_bit = any(isinstance(layer, NF4Linear) for layer in packed)
+    kept = NF4Linear if four_bit else Int8Linear
+    # what transformers is not to expect packed; it has a head even where that is the embedding
+    dense = {
+        name
+        for name, layer in module.named_modules()
+        if isinstance(layer, (nn.Linear, LoraLinear, NF4Linear, Int8Linear))
+        and not isinstance(layer, kept)
+    }
+    if module.lm_head is None:
+        dense.add("lm_head")
+    unpacked = [
+        name
+        for name, layer in module.named_modules()
+        if isinstance(layer, PackedWeight) and not isinstance(layer, kept)
+    ]
+    if unpacked:
+        log.warning("lorakit: save_model: written dense: %s", ", ".join(unpacked))
+    if any("experts." in name for name, layer in module.named_modules() if isinstance(layer, kept)):
+        log.warning(
+            "lorakit: save_model: packed experts load in lorakit and transformers 4; "
+            "transformers 5 has none"
+        )
+    first = next(layer.config for layer in packed if isinstance(layer, kept))
+    quantization = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": four_bit,
+        "load_in_8bit": not four_bit,
+        "llm_int8_skip_modules": sorted(dense),
+        "llm_int8_threshold": 6.0,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_enable_fp32_cpu_offload": False,
+    }
+    if four_bit:
+        quantization |= {
+            "bnb_4bit_quant_type": first.quant_type,
+            "bnb_4bit_use_double_quant": first.double_quant,
+            "bnb_4bit_compute_dtype": str(module.dtype).removeprefix("torch."),
+            "bnb_4bit_quant_storage": "uint8",
+        }
+    return kept, quantization
+
+
+def _stored_tensors(
+    module: nn.Module, kept: type[PackedWeight] | None, prefix: str = ""
+) -> Iterator[tuple[str, LazyTensor, int]]:
+    """Every tensor of the file under its name, computed when read, and its size in bytes; layers of
+    type `kept` packed, others dense.
+    """
+
+    def dense(name: str, shape: torch.Size, read, itemsize: int):
+        return prefix + name, LazyTensor(tuple(shape), read), math.prod(shape) * itemsize
+
     if isinstance(module, LoraLinear):
         if module.merged is None:
             raise LorakitError(
                 "save_model: an adapter is attached; merge it into the weights, or detach it, first"
             )
-        yield f"{prefix}weight", LazyTensor(tuple(module.merged.shape), lambda: module.merged)
-        if module.base.bias is not None:
-            yield (
-                f"{prefix}bias",
-                LazyTensor(tuple(module.base.bias.shape), lambda: module.base.bias),
-            )
+        merged, bias = module.merged, module.base.bias
+        yield dense("weight", merged.shape, lambda: merged, merged.itemsize)
+        if bias is not None:
+            yield dense("bias", bias.shape, lambda: bias, bias.itemsize)
         return
-    for name, parameter in module.named_parameters(recurse=False):
-        if not isinstance(module, NF4Linear):
-            yield prefix + name, LazyTensor(tuple(parameter.shape), lambda p=parameter: p)
-        elif name == "weight":
-            shape = (module.out_features, module.in_features)
-            yield prefix + name, LazyTensor(shape, module.dequantize)
-        elif name == "bias":
-            yield prefix + name, LazyTensor(tuple(parameter.shape), lambda p=parameter: p)
+    parameters = dict(module.named_parameters(recurse=False))
+    if isinstance(module, PackedWeight):
+        if kept is not None and isinstance(module, kept):
+            tensors = module.quantized.tensors(f"{prefix}weight")
+            for name, tensor in tensors.items():
+                yield name, LazyTensor(tuple(tensor.shape), lambda t=tensor: t), tensor.nbytes
+        else:
+            yield dense("weight", module.shape, module.dequantize, module.dtype.itemsize)
+        parameters = {name: p for name, p in parameters.items() if name == "bias"}
+    for name, parameter in parameters.items():
+        yield dense(name, parameter.shape, lambda p=parameter: p, parameter.itemsize)
     for name, child in module.named_children():
-        yield from _dense_tensors(child, f"{prefix}{name}.")
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors to a safetensors file, atomically."""
-    with atomic(path) as temporary:
-        plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        save_file(plain, temporary, metadata={"format": "pt"})
+        yield from _stored_tensors(child, kept, f"{prefix}{name}.")

@@ -139,8 +139,9 @@ def _plan(model: Decoder) -> kernels.DecodePlan | None:
     hooks = any(
         m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules()
     )
-    head = model.model.embed_tokens if model.lm_head is None else model.lm_head
-    plain = type(head) in (nn.Linear, nn.Embedding)
+    embedding = model.model.embed_tokens
+    head = embedding if model.lm_head is None else model.lm_head
+    plain = type(embedding) is nn.Embedding and type(head) in (nn.Linear, nn.Embedding)
     if hooks or not plain or not kernels.decode_compiled(model.device):
         return None
     layers = [_layer(block, config, i) for i, block in enumerate(model.model.layers)]
@@ -150,7 +151,7 @@ def _plan(model: Decoder) -> kernels.DecodePlan | None:
     attention = model.model.layers[0].self_attn
     try:
         return kernels.DecodePlan(
-            model.model.embed_tokens.weight,
+            embedding.weight,
             layers,
             model.model.norm.weight,
             head.weight,

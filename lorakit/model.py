@@ -16,7 +16,7 @@ cache, Hq and Hk heads, D head_dim.
 
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,13 @@ class Cache(Protocol):
         """int64 [S]: which positions `append` will return for `new` ones, for layers of one window.
         For a single new one all of them lie in its window.
         """
+
+
+@runtime_checkable
+class Packed(Protocol):
+    """An embedding or a head whose weight is stored in few bits."""
+
+    quantized: kernels.Packed
 
 
 class View(NamedTuple):
@@ -361,7 +368,10 @@ class Decoder(nn.Module):
     def _uncapped(self, hidden: Tensor) -> Tensor:
         if self.lm_head is not None:
             return self.lm_head(hidden)
-        return F.linear(hidden, self.model.embed_tokens.weight)
+        embedding = self.model.embed_tokens
+        if isinstance(embedding, Packed):
+            return kernels.frozen_linear(hidden, embedding.quantized)
+        return F.linear(hidden, embedding.weight)
 
     def forward(
         self,
@@ -397,12 +407,13 @@ class Decoder(nn.Module):
             targets = targets.clone()
             targets[:, cu_seqlens[1:-1].long() - 1] = -100
         cap = self.config.final_logit_softcapping
-        if self.lm_head is None:
-            weight = self.model.embed_tokens.weight
-        elif type(self.lm_head) is nn.Linear:
-            weight = self.lm_head.weight
-        else:  # a head that is quantized or adapted: its own forward, on the label positions only
+        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        if isinstance(head, Packed):
+            weight = head.quantized
+        elif type(head) in (nn.Linear, nn.Embedding):
+            weight = head.weight
+        else:  # a head that is adapted: its own forward, on the label positions only
             rows = (targets != -100).nonzero(as_tuple=True)
-            logits = self.lm_head(hidden[rows])
+            logits = head(hidden[rows])
             return kernels.cross_entropy(logits, targets[rows], softcap=cap)
         return kernels.linear_cross_entropy(hidden, weight, targets, softcap=cap)

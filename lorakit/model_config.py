@@ -329,9 +329,11 @@ def _refuse_what_is_not_computed(values: Mapping, where: str) -> None:
     quantization = values.get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-        raise LorakitError(
+        # which tensors it packed the loader sees by their names
+        check(
+            method == "bitsandbytes",
             f"{where}: the checkpoint is already quantized ({method or 'quantization_config'}), "
-            "which is not supported; load its 16-bit original"
+            "which is not supported; load its 16-bit original",
         )
     check(
         not values.get("use_bidirectional_attention"),

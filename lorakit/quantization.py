@@ -1,97 +1,63 @@
-"""Frozen 4-bit linear layers, and the walk that puts them in the place of dense ones.
+"""Frozen packed layers, and the walk that puts them in the place of dense ones.
 
-`NF4Linear` keeps the packed codes and the scales of `kernels.nf4` as frozen parameters, so they
-move with `.to(device)`, are seen by FSDP as plain uint8 tensors, and take part in `state_dict`. Its
-three methods, `layer(x)`, `layer.dequantize()` and `layer.requantize(w)`, are what `lora` needs of
-a base.
+    NF4Linear, Int8Linear            y = x W^T + b
+    NF4Embedding, Int8Embedding      rows of W: gathered packed, then dequantized, only they
+
+Each keeps the codes and scales of its one matrix as frozen parameters, so that they move with
+`.to(device)`, are seen by FSDP as plain uint8 tensors, and take part in `state_dict`. The linear
+ones have the three methods that `lora` needs of a base: `layer(x)`, `layer.dequantize()` and
+`layer.requantize(w)`.
 
 `quantize` on a model of the meta device makes empty shells of the right size; the loader then packs
 each dense weight as it is read. The dense model never exists.
 """
 
+import dataclasses
 import math
+from abc import abstractmethod
+from collections import Counter
 
 import torch
 from torch import Tensor, nn
 
-from .config import LorakitError, QuantConfig, nearest
-from .kernels import NF4Tensor, dequantize_nf4, nf4_linear, quantize_nf4
-from .kernels.nf4 import NESTED_BLOCK
+from . import kernels
+from .config import DTYPES, LorakitError, QuantConfig, nearest
+from .kernels.nf4.tensor import NESTED_BLOCK
 
 
-class NF4Linear(nn.Module):
-    """y = x W^T + bias, W [out_features, in_features] in NF4; `dtype` is what it computes in."""
+class PackedWeight(nn.Module):
+    """A frozen matrix [rows, columns] of `shape`, packed; `dtype` is what it computes in."""
 
-    def __init__(self, in_features, out_features, config, bias=None, *, dtype, device=None):
+    def __init__(self, shape: tuple[int, int], config: QuantConfig, dtype: torch.dtype):
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.block_size, self.dtype = config.block_size, dtype
-        n = in_features * out_features
-        blocks = math.ceil(n / config.block_size)
-
-        def frozen(*shape: int, dtype: torch.dtype) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
-
-        self.weight = frozen(math.ceil(n / 2), dtype=torch.uint8)  # two codes a byte
-        if config.double_quant:
-            self.absmax = frozen(blocks, dtype=torch.uint8)
-            self.nested_absmax = frozen(math.ceil(blocks / NESTED_BLOCK), dtype=torch.float32)
-            self.offset = frozen(dtype=torch.float32)
-        else:
-            self.absmax = frozen(blocks, dtype=torch.float32)
-            self.nested_absmax = self.offset = None
-        self.bias = bias
-
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, config: QuantConfig) -> "NF4Linear":
-        """The quantized form of `linear`; on the meta device an empty shell."""
-        weight, bias = linear.weight, linear.bias
-        layer = cls(
-            linear.in_features,
-            linear.out_features,
-            config,
-            bias,
-            dtype=weight.dtype,
-            device=weight.device,
-        )
-        if not weight.is_meta:
-            layer.requantize(weight)
-        return layer
+        self.shape, self.config, self.dtype = shape, config, dtype
 
     @property
-    def quantized(self) -> NF4Tensor:
-        """The weight as the kernels take it; shares the parameters' memory."""
-        return NF4Tensor(
-            self.weight,
-            self.absmax,
-            self.nested_absmax,
-            self.offset,
-            (self.out_features, self.in_features),
-            self.block_size,
-            self.dtype,
-        )
+    @abstractmethod
+    def quantized(self) -> kernels.Packed:
+        """The matrix as the kernels take it; shares the parameters' memory."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return nf4_linear(x, self.quantized, self.bias)
+    @abstractmethod
+    def place(self, q: kernels.Packed) -> None:
+        """Take `q`, of the same kind and shape, as the new matrix, on its device."""
+
+    @abstractmethod
+    def _pack(self, w: Tensor) -> kernels.Packed: ...
 
     def dequantize(self) -> Tensor:
-        """W, dense: [out_features, in_features] in the layer's dtype."""
-        return dequantize_nf4(self.quantized, self.dtype)
+        """The dense matrix, in the layer's dtype."""
+        return kernels.dequantize(self.quantized, self.dtype)
 
     def requantize(self, w: Tensor) -> None:
-        """Take dense `w` [out_features, in_features] as the new weight, on `w`'s device."""
-        if tuple(w.shape) != (self.out_features, self.in_features):
+        """Take dense `w` as the new matrix, on `w`'s device."""
+        if tuple(w.shape) != self.shape:
             raise LorakitError(
-                f"requantize: the weight is {tuple(w.shape)}, the layer "
-                f"({self.out_features}, {self.in_features})"
+                f"requantize: the weight is {tuple(w.shape)}, the layer {self.shape}"
             )
-        double_quant = self.nested_absmax is not None
-        q = quantize_nf4(w, block_size=self.block_size, double_quant=double_quant)
-        self.weight = nn.Parameter(q.codes, requires_grad=False)
-        self.absmax = nn.Parameter(q.absmax, requires_grad=False)
-        if double_quant:
-            self.nested_absmax = nn.Parameter(q.nested_absmax, requires_grad=False)
-            self.offset = nn.Parameter(q.offset, requires_grad=False)
+        self.place(self._pack(w))
+
+    def _freeze(self, name: str, tensor: Tensor) -> None:
+        setattr(self, name, nn.Parameter(tensor, requires_grad=False))
 
     def _apply(self, fn, recurse: bool = True) -> nn.Module:
         """`.to(dtype)` changes what the layer computes in; the scales stay fp32."""
@@ -102,46 +68,212 @@ class NF4Linear(nn.Module):
         for name, before in exact.items():
             after = self._parameters[name]
             if after.dtype != before.dtype:
-                kept = nn.Parameter(before.to(after.device), requires_grad=False)
-                self._parameters[name] = kept
+                self._freeze(name, before.to(after.device))
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
         return self
+
+
+class NF4Weight(PackedWeight):
+    """In 4 bits, NF4 or FP4."""
+
+    def __init__(self, shape, config, dtype, device):
+        super().__init__(shape, config, dtype)
+        n = math.prod(shape)
+        blocks = math.ceil(n / config.block_size)
+
+        def freeze(name: str, *shape: int, dtype: torch.dtype) -> None:
+            self._freeze(name, torch.empty(shape, dtype=dtype, device=device))
+
+        freeze("weight", math.ceil(n / 2), dtype=torch.uint8)  # two codes a byte
+        if config.double_quant:
+            freeze("absmax", blocks, dtype=torch.uint8)
+            freeze("nested_absmax", math.ceil(blocks / NESTED_BLOCK), dtype=torch.float32)
+            freeze("offset", dtype=torch.float32)
+        else:
+            freeze("absmax", blocks, dtype=torch.float32)
+            self.nested_absmax = self.offset = None
+
+    @property
+    def quantized(self) -> kernels.NF4Tensor:
+        return kernels.NF4Tensor(
+            self.weight,
+            self.absmax,
+            self.nested_absmax,
+            self.offset,
+            self.shape,
+            self.config.block_size,
+            self.dtype,
+            self.config.quant_type,
+        )
+
+    def place(self, q: kernels.NF4Tensor) -> None:
+        self._freeze("weight", q.codes)
+        self._freeze("absmax", q.absmax)
+        if q.double_quant:
+            self._freeze("nested_absmax", q.nested_absmax)
+            self._freeze("offset", q.offset)
+
+    def _pack(self, w: Tensor) -> kernels.NF4Tensor:
+        config = self.config
+        quantize = kernels.quantize_nf4 if config.quant_type == "nf4" else kernels.quantize_fp4
+        return quantize(
+            w,
+            block_size=config.block_size,
+            double_quant=config.double_quant,
+            search_scales=config.search_scales,
+        )
+
+
+class Int8Weight(PackedWeight):
+    """In 8 bits, one scale per row."""
+
+    def __init__(self, shape, config, dtype, device):
+        super().__init__(shape, config, dtype)
+        self._freeze("weight", torch.empty(shape, dtype=torch.int8, device=device))
+        self._freeze("scale", torch.empty(shape[0], dtype=torch.float32, device=device))
+
+    @property
+    def quantized(self) -> kernels.Int8Tensor:
+        return kernels.Int8Tensor(self.weight, self.scale, self.dtype)
+
+    def place(self, q: kernels.Int8Tensor) -> None:
+        self._freeze("weight", q.values)
+        self._freeze("scale", q.scale)
+
+    def _pack(self, w: Tensor) -> kernels.Int8Tensor:
+        return kernels.quantize_int8(w)
+
+
+class PackedLinear(PackedWeight):
+    """y = x W^T + bias, W [out_features, in_features]."""
+
+    def __init__(self, in_features, out_features, config, bias=None, *, dtype, device=None):
+        super().__init__((out_features, in_features), config, dtype, device)
+        self.in_features, self.out_features = in_features, out_features
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.frozen_linear(x, self.quantized, self.bias)
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, block_size={self.block_size}, dtype={self.dtype}"
+            f"bias={self.bias is not None}, dtype={self.dtype}, {_storage(self.config)}"
         )
 
 
-def quantize(module: nn.Module, config: QuantConfig | None = None) -> nn.Module:
-    """Replace every nn.Linear inside `module` by an NF4Linear, in place; returns `module`.
+class PackedEmbedding(PackedWeight):
+    """ids int64 [...] -> [..., embedding_dim]: the rows of W [num_embeddings, embedding_dim]."""
 
-    Layers named in `config.skip_modules` (by default the output head and the routers) stay as they
-    are. Only the class nn.Linear itself is taken: a subclass may compute something else with its
-    weight. Raises LorakitError, and changes nothing, if nothing is to be quantized or a skipped
-    name is no layer.
+    def __init__(self, num_embeddings, embedding_dim, config, *, dtype, device=None):
+        super().__init__((num_embeddings, embedding_dim), config, dtype, device)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return kernels.dequantize_rows(self.quantized, ids, self.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, {_storage(self.config)}"
+
+
+class NF4Linear(PackedLinear, NF4Weight): ...
+
+
+class Int8Linear(PackedLinear, Int8Weight): ...
+
+
+class NF4Embedding(PackedEmbedding, NF4Weight): ...
+
+
+class Int8Embedding(PackedEmbedding, Int8Weight): ...
+
+
+def _storage(config: QuantConfig) -> str:
+    if config.quant_type == "int8":
+        return "int8"
+    return f"{config.quant_type}, block_size={config.block_size}"
+
+
+def packed_layer(layer: nn.Linear | nn.Embedding, config: QuantConfig) -> PackedWeight:
+    """The packed form of `layer`, stored as `config.quant_type`; on the meta device a shell."""
+    weight, int8 = layer.weight, config.quant_type == "int8"
+    options = {"dtype": weight.dtype, "device": weight.device}
+    if isinstance(layer, nn.Linear):
+        kind = Int8Linear if int8 else NF4Linear
+        packed = kind(layer.in_features, layer.out_features, config, layer.bias, **options)
+    else:
+        kind = Int8Embedding if int8 else NF4Embedding
+        packed = kind(layer.num_embeddings, layer.embedding_dim, config, **options)
+    if not weight.is_meta:
+        packed.requantize(weight.detach())
+    return packed
+
+
+def quantize(module: nn.Module, config: QuantConfig | None = None) -> nn.Module:
+    """Replace the linear layers inside `module` by packed ones, in place; returns `module`.
+
+    Every nn.Linear is taken but the output head (`lm_head`) and what `config.skip_modules` names
+    (by default the routers), which stay as they are; the head and the embeddings if `config` says
+    how. Only the classes nn.Linear and nn.Embedding themselves are taken: a subclass may compute
+    something else with its weight.
+
+    Raises LorakitError, and changes nothing, if nothing is to be quantized, a name in `config` is
+    no layer, a weight holds NaN or infinite values, or a weight belongs to two layers.
     """
     config = config or QuantConfig()
-    found = [
-        name
-        for name, child in module.named_modules()
-        if type(child) is nn.Linear
-        and name
-        and name not in config.skip_modules
-        and name.rpartition(".")[2] not in config.skip_modules
-    ]
+    layers = dict(module.named_modules())
+    _check_names(layers, config)
+    found = {}
+    for name, layer in layers.items():
+        leaf = name.rpartition(".")[2]
+        kind = None
+        if type(layer) is nn.Embedding:
+            kind = config.embed_tokens
+        elif type(layer) is nn.Linear and name:
+            kind = config.lm_head if leaf == "lm_head" else config.quant_type
+        if kind is not None and name not in config.skip_modules and leaf not in config.skip_modules:
+            found[name] = kind
     if not found:
         raise LorakitError("quantize: the module holds no nn.Linear to quantize")
-    named = {name for name, _ in module.named_modules()}
-    named |= {name.rpartition(".")[2] for name in named}
-    for skipped in config.skip_modules:
-        if skipped not in named and skipped not in QuantConfig().skip_modules:
-            raise LorakitError(
-                f"quantize: skip_modules: {skipped!r} is no layer{nearest(skipped, named)}"
-            )
-    for name in found:
+    _check_weights(layers, found)
+    for name, kind in found.items():
         parent, _, leaf = name.rpartition(".")
-        linear = module.get_submodule(name)
-        setattr(module.get_submodule(parent), leaf, NF4Linear.from_linear(linear, config))
+        packed = packed_layer(layers.pop(name), dataclasses.replace(config, quant_type=kind))
+        setattr(module.get_submodule(parent), leaf, packed)
     return module
+
+
+def _check_names(layers: dict[str, nn.Module], config: QuantConfig) -> None:
+    leaves = {name.rpartition(".")[2] for name in layers}
+    for skipped in config.skip_modules:
+        if skipped not in {*layers, *leaves, *QuantConfig().skip_modules}:
+            raise LorakitError(
+                f"quantize: skip_modules: {skipped!r} is no layer"
+                f"{nearest(skipped, {*layers, *leaves})}"
+            )
+    if config.lm_head is not None and "lm_head" not in leaves:
+        raise LorakitError(
+            "quantize: there is no layer lm_head to be stored as "
+            f"{config.lm_head}; a head that is tied to the embedding is stored with embed_tokens"
+        )
+    kinds = {type(layer) for layer in layers.values()}
+    if config.embed_tokens is not None and nn.Embedding not in kinds:
+        raise LorakitError("quantize: there is no nn.Embedding for embed_tokens")
+
+
+def _check_weights(layers: dict[str, nn.Module], found: dict[str, str]) -> None:
+    owners = Counter(id(layer._parameters.get("weight")) for layer in layers.values())
+    for name in found:
+        weight = layers[name].weight
+        if owners[id(weight)] > 1:
+            raise LorakitError(
+                f"quantize: {name} shares its weight with another layer; packed they would be two"
+            )
+        if type(layers[name]) is nn.Embedding and layers[name].max_norm is not None:
+            raise LorakitError(f"quantize: {name} has a max_norm, which a packed embedding has not")
+        if weight.is_meta:
+            continue
+        if weight.dtype not in DTYPES.values():
+            raise LorakitError(f"quantize: {name} holds {weight.dtype}, which is not packed")
+        if weight.numel() and not all(bound.isfinite() for bound in weight.detach().aminmax()):
+            raise LorakitError(f"quantize: {name} holds NaN or infinite values")

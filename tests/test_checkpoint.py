@@ -401,7 +401,7 @@ def test_a_checkpoint_without_a_text_model(multimodal, tmp_path):
 
 def test_fused_quantization_formats_are_refused_by_name(copy):
     config = json.loads((copy / "config.json").read_text())
-    for method in ("gptq", "awq", "fp8", "compressed-tensors", "bitsandbytes"):
+    for method in ("gptq", "awq", "fp8", "compressed-tensors"):
         quantized = config | {"quantization_config": {"quant_method": method, "bits": 4}}
         (copy / "config.json").write_text(json.dumps(quantized))
         fails(copy, f"already quantized .{method}., which is not supported")

@@ -15,11 +15,15 @@ vocabulary are the biggest tensor of a training step (T x V x 4 bytes: 0.8 GB fo
 49,152-word model), so it walks the rows in chunks of about 64 MB of logits and computes the
 gradient in the forward pass, while a chunk's logits are at hand; backward only scales it. The cost:
 a gradient is computed even if backward never runs, unless gradients are disabled.
+
+A packed head (NF4 or int8) is dequantized some thousand rows of the vocabulary at a time, and the
+dense head never exists: twice for every chunk, for the logits and for the gradient.
 """
 
 import torch
 from torch import Tensor
 
+from ..frozen_linear import Packed
 from . import reference
 
 
@@ -34,7 +38,7 @@ def cross_entropy(
 
 def linear_cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | Packed,
     labels: Tensor,
     *,
     softcap: float | None = None,
@@ -43,11 +47,11 @@ def linear_cross_entropy(
     """Cross-entropy of hidden [..., H] @ weight [V, H]^T, never building all the logits.
 
     labels: int64 [...]; rows whose label is `ignore_index` are left out before the product. Returns
-    (summed loss fp32 [], count int64 []); differentiable in hidden and weight.
+    (summed loss fp32 [], count int64 []); differentiable in hidden and in a dense weight.
     """
     rows = (labels.reshape(-1) != ignore_index).nonzero()[:, 0]
     picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows)
-    if not torch.is_grad_enabled():  # no gradient while the logits are at hand, then
-        weight = weight.detach()
+    if isinstance(weight, Tensor) and not torch.is_grad_enabled():
+        weight = weight.detach()  # no gradient while the logits are at hand, then
     total = reference.LinearCrossEntropy.apply(picked, weight, labels.reshape(-1)[rows], softcap)
     return total, (labels != ignore_index).sum()

@@ -1,4 +1,4 @@
-"""NF4: 4-bit NormalFloat with double quantization (QLoRA, arXiv:2305.14314, section 3).
+"""NF4: 4-bit NormalFloat with double quantization (QLoRA, arXiv:2305.14314, section 3); and FP4.
 
 The maths
 ---------
@@ -8,8 +8,9 @@ nearest of 16 fixed levels, the quantiles of a normal distribution rescaled to [
 both ends are exact:
 
     scaled = x * (1 / absmax)              fp32, a product with the reciprocal
-    code   = #{thresholds < scaled}        thresholds are the fp32 midpoints of the levels
-    x'     = NF4_LEVELS[code] * absmax     fp32, then one rounding to the wanted dtype
+    i      = #{thresholds < scaled}        thresholds are the fp32 midpoints of the sorted levels
+    code   = order[i]                      NF4: i itself; FP4's codes are not sorted
+    x'     = levels[code] * absmax         fp32, then one rounding to the wanted dtype
 
 Double quantization stores absmax itself in 8 bits. With offset = mean(absmax), the residue
 absmax - offset is quantized in blocks of 256 to the nearest of 256 levels of a signed "dynamic" map
@@ -20,6 +21,14 @@ absmax - offset is quantized in blocks of 256 to the nearest of 256 levels of a 
 which costs 8 / block_size + 32 / (256 block_size) bits per parameter instead of 32 / block_size:
 0.127 instead of 0.5 at 64.
 
+Better scales
+-------------
+absmax is not the scale with the least error. `search_scales` tries FACTORS of it, from 3/4 to 3/2,
+and keeps for every block the one that minimises the squared error. A smaller one gives up the
+largest value for finer levels; a larger one puts it on a level below 1. After double quantization
+the codes are chosen again, for the scales that the reader will see. The format stays the same, so
+it costs nothing later; quantizing takes some 25 times as long.
+
 Memory layout
 -------------
     codes          uint8 [ceil(n / 2)]     element 2i in the high nibble of byte i, 2i + 1 low
@@ -27,224 +36,147 @@ Memory layout
     nested_absmax  fp32 [ceil(blocks / 256)]
     offset         fp32 []
 
-These are bitsandbytes' bytes, so that its checkpoints need no conversion. The padding nibble of an
-odd length is 7, the code of 0. All-zero blocks have absmax 0 and code 7 everywhere.
+These are bitsandbytes' bytes, so that its checkpoints need no conversion (`tensor.py`). The padding
+nibble of an odd length is the code of 0, which all-zero blocks, of absmax 0, have everywhere.
 
 The trade-off
 -------------
-`nf4_linear` dequantizes the whole weight, multiplies, and forgets it; backward dequantizes again.
-That keeps 4.127 bits per frozen parameter between products at the price of one dequantization per
-product, which is small beside the product itself from a few dozen rows on.
+Whoever multiplies by such a weight dequantizes it first, and forgets it after (`frozen_linear`).
 """
 
-import ctypes
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import replace
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
-from . import reference
+from . import cpu, reference
+from .tensor import BLOCK_SIZES, LEVELS, NESTED_BLOCK, NF4Tensor, dynamic_map, levels
 
-# From bitsandbytes (csrc/kernels.cu, dDequantizeNF4); Appendix E of the QLoRA paper prints it too.
-NF4_LEVELS = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-NESTED_BLOCK = 256
 # A smaller absmax divides as if it were this, so that 1 / absmax stays finite (bitsandbytes' rule).
 ABSMAX_FLOOR = 1e-38
+# Of absmax. Smaller steps, or a wider range, gain less than 2 % of the squared error on the weights
+# of SmolLM2 (docs/dev/LOG.md). 1 first: of equal ones the first is kept.
+FACTORS = (1.0, *(k / 32 for k in range(24, 49) if k != 32))
 
 
 @functools.cache
-def levels(device: torch.device) -> Tensor:
-    """The 16 levels, fp32 [16]."""
-    return torch.tensor(NF4_LEVELS, dtype=torch.float32, device=device)
-
-
-@functools.cache
-def thresholds(device: torch.device) -> Tensor:
+def thresholds(quant_type: str, device: torch.device) -> Tensor:
     """Where the nearest level changes, fp32 [15]: midpoints of neighbours, rounded to fp32 once."""
-    table = torch.tensor(NF4_LEVELS, dtype=torch.float32, device=device)
+    table = levels(quant_type, device).sort().values
     return (table[1:] + table[:-1]) / 2
 
 
 @functools.cache
-def dynamic_map(device: torch.device) -> Tensor:
-    """The signed 8-bit dynamic map, fp32 [256], ascending.
-
-    For decade i = 0..6 the interval [0.1, 1] * 10^(i-6) is cut into 2^i equal parts whose centres,
-    with both signs, are levels; 0 and 1 complete the 256.
-    """
-    positive = []
-    for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
-        positive += (10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
-    values = sorted(positive + [-value for value in positive] + [0.0, 1.0])
-    return torch.tensor(values, dtype=torch.float32, device=device)
+def order(quant_type: str, device: torch.device) -> Tensor:
+    """The codes by ascending level, uint8 [16]; of FP4's two zeros, 0 before 8."""
+    table = LEVELS[quant_type]
+    return torch.tensor(sorted(range(16), key=table.__getitem__), dtype=torch.uint8, device=device)
 
 
-@dataclass(frozen=True, repr=False)
-class NF4Tensor:
-    """A quantized tensor: see the module's memory layout. `shape` and `dtype` are those of the
-    original.
-    """
-
-    codes: Tensor
-    absmax: Tensor
-    nested_absmax: Tensor | None
-    offset: Tensor | None
-    shape: tuple[int, ...]
-    block_size: int
-    dtype: torch.dtype
-
-    @property
-    def double_quant(self) -> bool:
-        return self.nested_absmax is not None
-
-    @property
-    def bits_per_parameter(self) -> float:
-        """All stored bytes, scales included, over the number of parameters."""
-        stored = [self.codes, self.absmax, self.nested_absmax, self.offset]
-        return 8 * sum(t.nbytes for t in stored if t is not None) / max(1, math.prod(self.shape))
-
-    def __repr__(self) -> str:
-        return (
-            f"NF4Tensor(shape={self.shape}, block_size={self.block_size}, dtype={self.dtype}, "
-            f"double_quant={self.double_quant}, {self.bits_per_parameter:.3f} bits per parameter)"
-        )
-
-
-def quantize_nf4(w: Tensor, *, block_size: int = 64, double_quant: bool = True) -> NF4Tensor:
+def quantize_nf4(
+    w: Tensor, *, block_size: int = 64, double_quant: bool = True, search_scales: bool = False
+) -> NF4Tensor:
     """Quantize `w` (fp32, bf16 or fp16, any shape, any strides) to NF4.
+
+    search_scales: look for the scale of every block that minimises the squared error.
 
     Raises ValueError for another dtype, a block size that is not a power of two from 32 to 4096, or
     a tensor with NaN or infinite values; such a tensor has no scale.
     """
+    return _quantize(w, "nf4", block_size, double_quant, search_scales)
+
+
+def quantize_fp4(
+    w: Tensor, *, block_size: int = 64, double_quant: bool = True, search_scales: bool = False
+) -> NF4Tensor:
+    """Quantize `w` to bitsandbytes' 4-bit float. As `quantize_nf4` otherwise; the error is larger
+    (docs/quantization.md).
+    """
+    return _quantize(w, "fp4", block_size, double_quant, search_scales)
+
+
+def _quantize(
+    w: Tensor, quant_type: str, block_size: int, double_quant: bool, search_scales: bool
+) -> NF4Tensor:
     if w.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"NF4 quantizes float32, bfloat16 or float16 tensors, not {w.dtype}")
+        raise ValueError(f"4 bits hold float32, bfloat16 or float16 tensors, not {w.dtype}")
     if block_size not in BLOCK_SIZES:
         raise ValueError(
             f"block_size is {block_size}: choose one of {', '.join(map(str, BLOCK_SIZES))}"
         )
     flat = w.detach().reshape(-1).contiguous()  # reshape alone may keep the strides
-    if dispatch.pick(w.device, "cpu") == "cpu":
-        codes, absmax = _quantize_cpu(flat, block_size)
-    else:
-        codes, absmax = reference.quantize(flat, thresholds(w.device), block_size, ABSMAX_FLOOR)
+    backend = _backend(w.device)
+    bounds, codes_by_level = thresholds(quant_type, w.device), order(quant_type, w.device)
+    codes, absmax = backend.quantize(flat, bounds, codes_by_level, block_size, ABSMAX_FLOOR)
     if not torch.isfinite(absmax).all():
         raise ValueError("cannot quantize a tensor that holds NaN or infinite values")
-    nested, offset = None, None
+    if search_scales:
+        table = levels(quant_type, w.device)[codes_by_level.long()]
+        factors = torch.tensor(FACTORS, device=w.device)
+        found = backend.search(flat, absmax, bounds, table, factors, block_size, ABSMAX_FLOOR)
+        absmax = torch.where(found > torch.finfo(w.dtype).max, absmax, found)
+    nested = offset = None
     if double_quant:
         absmax, nested, offset = reference.quantize_absmax(
             absmax, dynamic_map(w.device), NESTED_BLOCK, ABSMAX_FLOOR
         )
-    return NF4Tensor(codes, absmax, nested, offset, tuple(w.shape), block_size, w.dtype)
+    q = NF4Tensor(codes, absmax, nested, offset, tuple(w.shape), block_size, w.dtype, quant_type)
+    if search_scales:
+        scales = _scales(q)
+        codes = backend.encode(flat, scales, bounds, codes_by_level, block_size, ABSMAX_FLOOR)
+        q = replace(q, codes=codes)
+    return q
 
 
 def dequantize_nf4(q: NF4Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The dense tensor of shape `q.shape`, in `dtype` (default: the original's). Fresh memory on
     every call.
     """
-    dtype = dtype or q.dtype
-    device = q.codes.device
-    absmax = q.absmax
-    if q.nested_absmax is not None:
-        absmax = reference.dequantize_absmax(
-            q.absmax, q.nested_absmax, q.offset, dynamic_map(device), NESTED_BLOCK
-        )
-    if dispatch.pick(device, "cpu") == "cpu":
-        return _dequantize_cpu(q, absmax, dtype)
-    flat = reference.dequantize(q.codes, absmax, levels(device), math.prod(q.shape), q.block_size)
-    return flat.to(dtype).view(q.shape)
+    dequantize, n = _backend(q.device).dequantize, math.prod(q.shape)
+    table = levels(q.quant_type, q.device)
+    flat = dequantize(q.codes, _scales(q), table, n, q.block_size, dtype or q.dtype)
+    return flat.view(q.shape)
 
 
-def nf4_linear(x: Tensor, q: NF4Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., K] times the transpose of a frozen NF4 weight [N, K], plus bias [N]: [..., N] in x's
-    dtype.
+def dequantize_nf4_rows(q: NF4Tensor, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Rows of a matrix q [N, K], picked by `rows` int64 [...]: [..., K]. Only they are dequantized.
 
-    Differentiable in x and bias. What is kept for backward is the packed weight, never the dense
-    one.
+    Raises IndexError for a row that is not there.
     """
-    return _NF4Linear.apply(x, q, bias)
+    N, K = q.shape
+    if K % q.block_size:  # rows begin inside of blocks: find each value by itself
+        starts = torch.arange(N, device=q.device)[:, None] * K
+        at = F.embedding(rows, starts) + torch.arange(K, device=q.device)
+        table = levels(q.quant_type, q.device)
+        dense = reference.dequantize_at(q.codes, _scales(q, at // q.block_size), table, at)
+        return dense.to(dtype or q.dtype)
+    per_row = K // q.block_size
+    codes = F.embedding(rows, q.codes.view(N, K // 2))
+    blocks = rows[..., None] * per_row + torch.arange(per_row, device=q.device)
+    scales = _scales(q, blocks).view(-1)
+    single = {"absmax": scales, "nested_absmax": None, "offset": None}
+    picked = replace(q, codes=codes.view(-1), shape=(*rows.shape, K), **single)
+    return dequantize_nf4(picked, dtype)
 
 
-class _NF4Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, q, bias):
-        ctx.q = q
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return F.linear(x, dequantize_nf4(q, x.dtype), bias)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        # [..., N] @ [N, K] -> [..., K]
-        grad_x = grad @ dequantize_nf4(ctx.q, grad.dtype) if ctx.needs_input_grad[0] else None
-        grad_bias = None
-        if ctx.needs_input_grad[2]:
-            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-        return grad_x, None, grad_bias
+def _backend(device: torch.device) -> ModuleType:
+    return cpu if dispatch.pick(device, "cpu") == "cpu" else reference
 
 
-# ---- the compiled kernels -----------------------------------------------------------------------
-
-_POINTER, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-_CHUNK = 1 << 22  # values: half precision is widened to fp32 piece by piece, 16 MB at a time
-
-
-def _quantize_cpu(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    run = dispatch.function(
-        "nf4_quantize", _POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _FLOAT
-    )
-    n = flat.numel()
-    bounds = thresholds(flat.device)
-    codes = torch.empty((n + 1) // 2, dtype=torch.uint8)
-    absmax = torch.empty((n + block_size - 1) // block_size, dtype=torch.float32)
-    for start in range(0, n, _CHUNK):  # _CHUNK is a multiple of every block size
-        piece = flat[start : start + _CHUNK].float()
-        run(
-            piece.data_ptr(),
-            bounds.data_ptr(),
-            codes.data_ptr() + start // 2,
-            absmax.data_ptr() + 4 * (start // block_size),
-            piece.numel(),
-            block_size,
-            ABSMAX_FLOOR,
-        )
-    return codes, absmax
-
-
-def _dequantize_cpu(q: NF4Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    computed = dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
-    op = "nf4_dequantize_bf16" if computed == torch.bfloat16 else "nf4_dequantize_fp32"
-    run = dispatch.function(op, _POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT64)
-    out = torch.empty(q.shape, dtype=computed)
-    codes, table = q.codes.contiguous(), levels(q.codes.device)
-    run(
-        codes.data_ptr(),
-        table.data_ptr(),
-        absmax.data_ptr(),
-        out.data_ptr(),
-        out.numel(),
-        q.block_size,
-    )
-    return out.to(dtype)
+def _scales(q: NF4Tensor, blocks: Tensor | None = None) -> Tensor:
+    """The scales of `blocks` int64 [...] (default: of all), fp32 [...]."""
+    codes, nested = q.absmax, q.nested_absmax
+    if nested is None:
+        return codes if blocks is None else codes[blocks]
+    if blocks is None:
+        nested = nested.repeat_interleave(NESTED_BLOCK)[: codes.numel()]
+    else:
+        codes, nested = codes[blocks], nested[blocks // NESTED_BLOCK]
+    scales = reference.dequantize_absmax(codes, nested, q.offset, dynamic_map(q.device))
+    # rounded to 8 bits, the scale of the largest values may exceed what their dtype holds
+    return scales.clamp_(max=torch.finfo(q.dtype).max)

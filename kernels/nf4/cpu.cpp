@@ -1,7 +1,10 @@
-// NF4 on the CPU: blockwise quantize to packed codes and absmax, and dequantize to fp32 or bf16.
+// NF4 and FP4 on the CPU: blockwise quantize to packed codes and scales, and dequantize to fp32 or bf16.
 //
-// The layout and the roundings are those of reference.py, bit for bit: scaled = x * (1 / absmax) in fp32, the
-// code is the number of thresholds strictly below it, element 2i sits in the high nibble of byte i.
+// The layout and the roundings are those of reference.py, bit for bit: scaled = x * (1 / scale) in fp32, the
+// code belongs to the level that has as many levels below it as there are thresholds strictly below that value,
+// element 2i sits in the high nibble of byte i. The search adds squared errors in the order of reference.py, so
+// that both keep the same scale.
+//
 // Dequantizing a block first scales the 16 table entries (16 products instead of block_size, each rounded as the
 // product of one element would be), then only looks values up: on AVX2, eight at a time from two registers.
 //
@@ -36,36 +39,102 @@ float block_absmax(const float* x, int64_t count) {
 struct Quantize {
     const float* x;
     const float* thresholds;  // [15]
+    const uint8_t* order;     // [16], codes by ascending level
     uint8_t* codes;           // [ceil(n / 2)]
-    float* absmax;            // [ceil(n / block)]
+    float* scales;            // [ceil(n / block)]
     int64_t n, block;
-    float floor;              // absmax below this divides as if it were this
+    float floor;              // a scale nearer to 0 divides as if it were this
 };
+
+float reciprocal(float scale, float floor) { return 1.0f / (__builtin_fabsf(scale) < floor ? floor : scale); }
+
+int64_t count_of(int64_t n, int64_t block, int64_t b) { return n - b * block < block ? n - b * block : block; }
+
+void encode_block(const Quantize& q, int64_t b) {
+    int32_t index[64];
+    const int64_t start = b * q.block, count = count_of(q.n, q.block, b);
+    const float inverse = reciprocal(q.scales[b], q.floor);
+    for (int64_t at = 0; at < count; at += 64) {
+        const int64_t step = count - at < 64 ? count - at : 64;
+        const float* x = q.x + start + at;
+        index[step % 64] = 7;  // the padding of an odd length: 0 lies above 7 thresholds in both tables
+        for (int64_t i = 0; i < step; ++i) {
+            const float v = x[i] * inverse;
+            int32_t below = 0;
+#pragma GCC unroll 15  // and the loop over i becomes vectors
+            for (int t = 0; t < 15; ++t) below += q.thresholds[t] < v;
+            index[i] = below;
+        }
+        uint8_t* out = q.codes + (start + at) / 2;
+        for (int64_t i = 0; i < (step + 1) / 2; ++i)
+            out[i] = static_cast<uint8_t>(q.order[index[2 * i]] << 4 | q.order[index[2 * i + 1]]);
+    }
+}
+
+void encode_blocks(void* data, int64_t first, int64_t last) {
+    const Quantize& q = *static_cast<const Quantize*>(data);
+    for (int64_t b = first; b < last; ++b) encode_block(q, b);
+}
 
 void quantize_blocks(void* data, int64_t first, int64_t last) {
     const Quantize& q = *static_cast<const Quantize*>(data);
-    uint8_t nibble[64];
     for (int64_t b = first; b < last; ++b) {
-        const int64_t start = b * q.block;
-        const int64_t count = q.n - start < q.block ? q.n - start : q.block;
-        const float amax = block_absmax(q.x + start, count);
-        q.absmax[b] = amax;
-        const float inverse = 1.0f / (amax < q.floor ? q.floor : amax);
-        for (int64_t at = 0; at < count; at += 64) {
-            const int64_t step = count - at < 64 ? count - at : 64;
-            const float* x = q.x + start + at;
-            std::memset(nibble, 0, sizeof nibble);
-            for (int64_t i = 0; i < step; ++i) {
-                const float v = x[i] * inverse;
-                uint8_t code = 0;
-                for (int t = 0; t < 15; ++t) code += q.thresholds[t] < v;
-                nibble[i] = code;
-            }
-            if (step % 2) nibble[step] = 7;  // the padding nibble of an odd length is the code of 0
-            uint8_t* out = q.codes + (start + at) / 2;
-            for (int64_t i = 0; i < (step + 1) / 2; ++i)
-                out[i] = static_cast<uint8_t>(nibble[2 * i] << 4 | nibble[2 * i + 1]);
+        q.scales[b] = block_absmax(q.x + b * q.block, count_of(q.n, q.block, b));
+        encode_block(q, b);
+    }
+}
+
+struct Search {
+    const float* x;
+    const float* thresholds;  // [15]
+    const float* levels;      // [16], ascending
+    const float* factors;     // of absmax, to be tried in this order
+    const float* inverse;     // 1 / factors
+    float* scales;            // [ceil(n / block)]: absmax in, the best scale out
+    int64_t count, n, block;
+    float floor;
+};
+
+constexpr int64_t kLargestBlock = 4096;
+
+// The squared error of x [n], given in units of absmax, with the scale `factor`. The halves of the terms are added
+// until one is left; n is a power of two.
+float squared_error(const float* thresholds, const float* levels, const float* __restrict x, float factor,
+                    float inverse, int64_t n, float* __restrict terms) {
+    for (int64_t i = 0; i < n; ++i) {
+        const float v = x[i] * inverse;
+        float level = levels[0];
+#pragma GCC unroll 15  // and the loop over i becomes vectors
+        for (int t = 0; t < 15; ++t) {
+            const float next = levels[t + 1];
+            level = thresholds[t] < v ? next : level;
         }
+        const float off = level * factor - x[i];
+        terms[i] = off * off;
+    }
+    for (int64_t half = n / 2; half > 0; half /= 2)
+        for (int64_t i = 0; i < half; ++i) terms[i] += terms[i + half];
+    return terms[0];
+}
+
+void search_blocks(void* data, int64_t first, int64_t last) {
+    const Search& s = *static_cast<const Search*>(data);
+    float x[kLargestBlock], terms[kLargestBlock], thresholds[15], levels[16];
+    std::memcpy(thresholds, s.thresholds, sizeof thresholds);
+    std::memcpy(levels, s.levels, sizeof levels);
+    for (int64_t b = first; b < last; ++b) {
+        const int64_t count = count_of(s.n, s.block, b);
+        const float scale = s.scales[b], inverse = reciprocal(scale, s.floor);
+        for (int64_t i = 0; i < count; ++i) x[i] = s.x[b * s.block + i] * inverse;
+        for (int64_t i = count; i < s.block; ++i) x[i] = 0.0f;
+        float best = s.factors[0];
+        float least = squared_error(thresholds, levels, x, best, s.inverse[0], s.block, terms);
+        for (int64_t f = 1; f < s.count; ++f) {
+            const float factor = s.factors[f];
+            const float error = squared_error(thresholds, levels, x, factor, s.inverse[f], s.block, terms);
+            if (error < least) least = error, best = factor;
+        }
+        s.scales[b] = scale * best;
     }
 }
 
@@ -140,10 +209,23 @@ int64_t grain(int64_t block) { return 32768 / block; }  // blocks: below this a 
 
 extern "C" {
 
-void LK_EXPORT(nf4_quantize)(const float* x, const float* thresholds, uint8_t* codes, float* absmax, int64_t n,
-                             int64_t block, float floor) {
-    Quantize q{x, thresholds, codes, absmax, n, block, floor};
+void LK_EXPORT(nf4_quantize)(const float* x, const float* thresholds, const uint8_t* order, uint8_t* codes,
+                             float* absmax, int64_t n, int64_t block, float floor) {
+    Quantize q{x, thresholds, order, codes, absmax, n, block, floor};
     lk_parallel_for(blocks(n, block), grain(block), quantize_blocks, &q);
+}
+
+void LK_EXPORT(nf4_encode)(const float* x, const float* thresholds, const uint8_t* order, uint8_t* codes,
+                           float* scales, int64_t n, int64_t block, float floor) {
+    Quantize q{x, thresholds, order, codes, scales, n, block, floor};
+    lk_parallel_for(blocks(n, block), grain(block), encode_blocks, &q);
+}
+
+void LK_EXPORT(nf4_search)(const float* x, const float* thresholds, const float* levels, const float* factors,
+                           const float* inverse, float* scales, int64_t count, int64_t n, int64_t block,
+                           float floor) {
+    Search s{x, thresholds, levels, factors, inverse, scales, count, n, block, floor};
+    lk_parallel_for(blocks(n, block), 4096 / block, search_blocks, &s);
 }
 
 void LK_EXPORT(nf4_dequantize_fp32)(const uint8_t* codes, const float* table, const float* absmax, void* out,

@@ -1,47 +1,109 @@
-"""NF4 in plain torch, on any device: what every other backend is checked against. See the package
-for the maths.
+"""NF4 and FP4 in plain torch, on any device: what every other backend is checked against. See the
+package for the maths.
 """
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 1 << 22  # values quantized at a time: bounds the int32 and fp32 temporaries to about 50 MB
+CHUNK = 1 << 22  # values at a time, bounds the temporaries to about 50 MB; a multiple of all blocks
 
 
 def quantize(
-    flat: Tensor, thresholds: Tensor, block_size: int, floor: float
+    flat: Tensor, thresholds: Tensor, order: Tensor, block_size: int, floor: float
 ) -> tuple[Tensor, Tensor]:
     """flat [n] -> codes uint8 [ceil(n / 2)], absmax fp32 [ceil(n / block_size)]."""
-    if flat.numel() == 0:
-        return flat.new_empty(0, dtype=torch.uint8), flat.new_empty(0, dtype=torch.float32)
-    pieces = [_quantize_chunk(x.float(), thresholds, block_size, floor) for x in flat.split(CHUNK)]
-    codes, absmax = zip(*pieces, strict=True)
-    return torch.cat(codes), torch.cat(absmax)
+    pieces = [blocks.abs().amax(dim=1) for blocks in _blocks(flat, block_size)]
+    absmax = torch.cat(pieces) if pieces else flat.new_empty(0, dtype=torch.float32)
+    return encode(flat, absmax, thresholds, order, block_size, floor), absmax
 
 
-def _quantize_chunk(
-    x: Tensor, thresholds: Tensor, block_size: int, floor: float
-) -> tuple[Tensor, Tensor]:
-    short = -x.numel() % block_size
-    blocks = F.pad(x, (0, short)).view(-1, block_size)  # zeros never raise an absmax
-    absmax = blocks.abs().amax(dim=1)
-    scaled = blocks * (1 / absmax.clamp(min=floor))[:, None]
-    index = torch.bucketize(scaled.view(-1), thresholds, out_int32=True).to(torch.uint8)
-    index = index[: x.numel() + x.numel() % 2]  # an odd length keeps one padding 0, of code 7
-    return index[::2] << 4 | index[1::2], absmax
+def encode(
+    flat: Tensor, scales: Tensor, thresholds: Tensor, order: Tensor, block_size: int, floor: float
+) -> Tensor:
+    """The code of the nearest level for every value of flat [n]: uint8 [ceil(n / 2)]."""
+    codes, n = [], flat.numel()
+    parts = scales.split(CHUNK // block_size)
+    for blocks, scale in zip(_blocks(flat, block_size), parts, strict=False):
+        scale = torch.where(scale.abs() < floor, floor, scale)
+        scaled = blocks * (1 / scale)[:, None]
+        code = order[torch.bucketize(scaled.view(-1), thresholds, out_int32=True)]
+        codes.append(code[::2] << 4 | code[1::2])
+    if not codes:
+        return flat.new_empty(0, dtype=torch.uint8)
+    return torch.cat(codes)[: (n + 1) // 2]  # an odd length keeps one padding 0
 
 
-def dequantize(codes: Tensor, absmax: Tensor, levels: Tensor, n: int, block_size: int) -> Tensor:
-    """codes uint8 [ceil(n / 2)], absmax fp32 [ceil(n / block_size)] -> fp32 [n]."""
+def search(
+    flat: Tensor,
+    absmax: Tensor,
+    thresholds: Tensor,
+    table: Tensor,
+    factors: Tensor,
+    block_size: int,
+    floor: float,
+) -> Tensor:
+    """For every block absmax times the first of the `factors` with the least squared error, fp32
+    [blocks]. `table` holds the levels in ascending order.
+    """
+    inverse, found = 1 / factors, []
+    parts = absmax.split(CHUNK // block_size)
+    for blocks, scale in zip(_blocks(flat, block_size), parts, strict=False):
+        x = blocks * (1 / scale.clamp(min=floor))[:, None]
+        least = best = None
+        for factor, over in zip(factors, inverse, strict=True):
+            index = torch.bucketize(x * over, thresholds, out_int32=True)
+            off = table[index] * factor - x
+            error = _halving_sum(off * off)
+            if best is None:
+                least, best = error, factor.expand_as(error)
+            better = error < least
+            least, best = torch.where(better, error, least), torch.where(better, factor, best)
+        found.append(scale * best)
+    return torch.cat(found) if found else absmax
+
+
+def _halving_sum(x: Tensor) -> Tensor:
+    """[blocks, 2^k] -> [blocks], the halves added until one is left: an order that any backend can
+    keep, so that all choose the same.
+    """
+    while x.shape[1] > 1:
+        half = x.shape[1] // 2
+        x = x[:, :half] + x[:, half:]
+    return x[:, 0]
+
+
+def _blocks(flat: Tensor, block_size: int) -> Iterator[Tensor]:
+    """flat [n] as fp32 [blocks, block_size], piece by piece; the last one filled with zeros, which
+    raise no absmax.
+    """
+    for piece in flat.split(CHUNK) if flat.numel() else ():
+        yield F.pad(piece.float(), (0, -piece.numel() % block_size)).view(-1, block_size)
+
+
+def dequantize(
+    codes: Tensor, scales: Tensor, table: Tensor, n: int, block_size: int, dtype: torch.dtype
+) -> Tensor:
+    """codes uint8 [ceil(n / 2)], scales fp32 [ceil(n / block_size)], levels by code -> [n]."""
     # byte -> its two values, fp32 [256, 2]
-    pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)
+    pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], dim=1)
     flat = pairs.index_select(0, codes.int()).view(-1)[:n]
     full = n - n % block_size
-    flat[:full].view(-1, block_size).mul_(absmax[: full // block_size, None])
+    flat[:full].view(-1, block_size).mul_(scales[: full // block_size, None])
     if full < n:
-        flat[full:].mul_(absmax[-1])
-    return flat
+        flat[full:].mul_(scales[-1])
+    return flat.to(dtype)
+
+
+def dequantize_at(codes: Tensor, scales: Tensor, table: Tensor, at: Tensor) -> Tensor:
+    """The values at places `at` int64 [...] of the flat tensor; scales fp32 [...] are theirs: fp32
+    [...].
+    """
+    byte = codes[at >> 1]
+    code = torch.where(at % 2 == 1, byte & 15, byte >> 4)
+    return table[code.int()] * scales
 
 
 def quantize_absmax(
@@ -53,6 +115,8 @@ def quantize_absmax(
     if absmax.numel() == 0:
         return absmax.to(torch.uint8), absmax, absmax.new_zeros(())
     offset = absmax.mean()
+    if not torch.isfinite(offset):  # the sum overflowed
+        offset = (absmax / absmax.numel()).sum()
     groups = F.pad(absmax - offset, (0, -absmax.numel() % block)).view(-1, block)
     nested = groups.abs().amax(dim=1)
     scaled = groups * (1 / nested.clamp(min=floor))[:, None]
@@ -61,9 +125,8 @@ def quantize_absmax(
     return codes[: absmax.numel()].contiguous(), nested, offset
 
 
-def dequantize_absmax(
-    codes: Tensor, nested: Tensor, offset: Tensor, levels: Tensor, block: int
-) -> Tensor:
-    """The inverse of `quantize_absmax`, up to its rounding: fp32 [blocks]."""
-    values = levels.index_select(0, codes.int())
-    return values.mul_(nested.repeat_interleave(block)[: codes.numel()]).add_(offset)
+def dequantize_absmax(codes: Tensor, nested: Tensor, offset: Tensor, levels: Tensor) -> Tensor:
+    """The inverse of `quantize_absmax`, up to its rounding: codes uint8 [...] and the nested scale
+    of each, fp32 [...] -> fp32 [...].
+    """
+    return (levels[codes.int()] * nested).add_(offset)

@@ -1,0 +1,74 @@
+"""The compiled kernels of cpu.cpp, with the signatures of reference.py; tensors in host memory."""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+
+POINTER, INT64, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+# values: half precision is widened to fp32 piece by piece, 16 MB at a time; a multiple of every
+# block size
+CHUNK = 1 << 22
+
+
+def quantize(
+    flat: Tensor, thresholds: Tensor, order: Tensor, block_size: int, floor: float
+) -> tuple[Tensor, Tensor]:
+    run = dispatch.function("nf4_quantize", *[POINTER] * 5, INT64, INT64, FLOAT)
+    n = flat.numel()
+    codes = torch.empty((n + 1) // 2, dtype=torch.uint8)
+    absmax = torch.empty((n + block_size - 1) // block_size, dtype=torch.float32)
+    tables = thresholds.data_ptr(), order.data_ptr()
+    for start in range(0, n, CHUNK):
+        x = flat[start : start + CHUNK].float()
+        out = codes.data_ptr() + start // 2, absmax.data_ptr() + 4 * (start // block_size)
+        run(x.data_ptr(), *tables, *out, x.numel(), block_size, floor)
+    return codes, absmax
+
+
+def encode(
+    flat: Tensor, scales: Tensor, thresholds: Tensor, order: Tensor, block_size: int, floor: float
+) -> Tensor:
+    run = dispatch.function("nf4_encode", *[POINTER] * 5, INT64, INT64, FLOAT)
+    n = flat.numel()
+    codes = torch.empty((n + 1) // 2, dtype=torch.uint8)
+    tables = thresholds.data_ptr(), order.data_ptr()
+    for start in range(0, n, CHUNK):
+        x = flat[start : start + CHUNK].float()
+        places = codes.data_ptr() + start // 2, scales.data_ptr() + 4 * (start // block_size)
+        run(x.data_ptr(), *tables, *places, x.numel(), block_size, floor)
+    return codes
+
+
+def search(
+    flat: Tensor,
+    absmax: Tensor,
+    thresholds: Tensor,
+    table: Tensor,
+    factors: Tensor,
+    block_size: int,
+    floor: float,
+) -> Tensor:
+    run = dispatch.function("nf4_search", *[POINTER] * 6, *[INT64] * 3, FLOAT)
+    scales, inverse = absmax.clone(), 1 / factors
+    tables = [t.data_ptr() for t in (thresholds, table, factors, inverse)]
+    for start in range(0, flat.numel(), CHUNK):
+        x = flat[start : start + CHUNK].float()
+        place = scales.data_ptr() + 4 * (start // block_size)
+        run(x.data_ptr(), *tables, place, len(factors), x.numel(), block_size, floor)
+    return scales
+
+
+def dequantize(
+    codes: Tensor, scales: Tensor, table: Tensor, n: int, block_size: int, dtype: torch.dtype
+) -> Tensor:
+    computed = dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
+    op = "nf4_dequantize_bf16" if computed == torch.bfloat16 else "nf4_dequantize_fp32"
+    run = dispatch.function(op, *[POINTER] * 4, INT64, INT64)
+    out = torch.empty(n, dtype=computed)
+    codes, scales = codes.contiguous(), scales.contiguous()
+    pointers = [t.data_ptr() for t in (codes, table, scales, out)]
+    run(*pointers, n, block_size)
+    return out.to(dtype)

@@ -1,0 +1,246 @@
+"""What a 4-bit tensor consists of, and how it lies in a file.
+
+In memory an `NF4Tensor` is three or four torch tensors (the package tells the layout). In a
+safetensors file it is what bitsandbytes writes for a weight named X:
+
+    X                 codes, [bytes, 1]; as uint8, or the same bytes under a wider dtype
+    X.absmax            uint8 [blocks], or fp32 [blocks] without double quantization
+    X.quant_map         fp32 [16], the levels
+    X.nested_absmax     fp32 [ceil(blocks / 256)], with double quantization
+    X.nested_quant_map  fp32 [256], the dynamic map, with double quantization
+    X.quant_state.bitsandbytes__nf4 (or fp4): JSON as uint8, of shape, dtype, block size, offset
+
+A file is checked against all of it before anything is believed: a scale too few would be read from
+beyond the end of the memory.
+"""
+
+import functools
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+# From bitsandbytes (csrc/kernels.cu, dDequantizeNF4); Appendix E of the QLoRA paper prints it too.
+NF4_LEVELS = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+# bitsandbytes' FP4: a sign, two bits of exponent and one of mantissa, over its largest value, 12.
+# Not the order that such bits have elsewhere; code 8 is a second zero.
+_FP4_MAGNITUDES = (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4)
+FP4_LEVELS = (*_FP4_MAGNITUDES, 0.0, *(-value for value in _FP4_MAGNITUDES[1:]))
+LEVELS = {"nf4": NF4_LEVELS, "fp4": FP4_LEVELS}
+
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+NESTED_BLOCK = 256
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MARK = ".quant_state.bitsandbytes__"  # a tensor X is in 4 bits if there is an X + MARK + quant_type
+
+
+@functools.cache
+def levels(quant_type: str, device: torch.device) -> Tensor:
+    """The 16 levels by code, fp32 [16]."""
+    return torch.tensor(LEVELS[quant_type], dtype=torch.float32, device=device)
+
+
+@functools.cache
+def dynamic_map(device: torch.device) -> Tensor:
+    """The signed 8-bit dynamic map, fp32 [256], ascending.
+
+    For decade i = 0..6 the interval [0.1, 1] * 10^(i-6) is cut into 2^i equal parts whose centres,
+    with both signs, are levels; 0 and 1 complete the 256.
+    """
+    positive = []
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
+        positive += (10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
+    values = sorted(positive + [-value for value in positive] + [0.0, 1.0])
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class NF4Tensor:
+    """A tensor in 4 bits, NF4 or FP4: see the package for the memory layout. `shape` and `dtype`
+    are those of the original.
+
+    Raises ValueError if the tensors do not fit `shape` and `block_size`. Not to be pickled: it goes
+    to safetensors files, by `tensors` and `from_tensors`.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    offset: Tensor | None
+    shape: tuple[int, ...]
+    block_size: int
+    dtype: torch.dtype
+    quant_type: str = "nf4"
+
+    def __post_init__(self):
+        n = math.prod(self.shape)
+        blocks = -(-n // self.block_size)
+        scale = torch.float32 if self.nested_absmax is None else torch.uint8
+        held = [("codes", self.codes, -(-n // 2), torch.uint8)]
+        held.append(("absmax", self.absmax, blocks, scale))
+        if self.nested_absmax is not None:
+            nested = -(-blocks // NESTED_BLOCK)
+            held.append(("nested_absmax", self.nested_absmax, nested, torch.float32))
+            held.append(("offset", self.offset, 1, torch.float32))
+        for name, tensor, count, dtype in held:
+            if tensor.numel() != count or tensor.dtype != dtype:
+                raise ValueError(
+                    f"{name} holds {tensor.numel()} values of {tensor.dtype}, where shape "
+                    f"{self.shape} in blocks of {self.block_size} has {count} of {dtype}"
+                )
+
+    @property
+    def double_quant(self) -> bool:
+        return self.nested_absmax is not None
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is stored, scales included."""
+        return sum(t.nbytes for t in self._parts().values())
+
+    @property
+    def bits_per_parameter(self) -> float:
+        return 8 * self.nbytes / max(1, math.prod(self.shape))
+
+    def _parts(self) -> dict[str, Tensor]:
+        values = {f.name: self.__dict__[f.name] for f in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "NF4Tensor":
+        return replace(self, **{name: change(part) for name, part in self._parts().items()})
+
+    def to(self, device: torch.device | str, *, copy: bool = False) -> "NF4Tensor":
+        """The same on another device; with `copy` in memory of its own in any case."""
+        return self._map(lambda part: part.to(device, copy=copy))
+
+    def __deepcopy__(self, memo: dict) -> "NF4Tensor":
+        return self._map(Tensor.clone)
+
+    def __reduce__(self):
+        raise TypeError(
+            "an NF4Tensor is not pickled: save its tensors(name) to a safetensors file, "
+            "from_tensors reads them again"
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"NF4Tensor(shape={self.shape}, quant_type={self.quant_type!r}, "
+            f"block_size={self.block_size}, dtype={self.dtype}, double_quant={self.double_quant}, "
+            f"{self.bits_per_parameter:.3f} bits per parameter)"
+        )
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The entries of a safetensors file for the tensor `name`, as bitsandbytes writes them."""
+        state = {
+            "quant_type": self.quant_type,
+            "blocksize": self.block_size,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "shape": list(self.shape),
+        }
+        found = {
+            name: self.codes.view(-1, 1),
+            f"{name}.absmax": self.absmax,
+            f"{name}.quant_map": levels(self.quant_type, self.device).clone(),
+        }
+        if self.nested_absmax is not None:
+            found[f"{name}.nested_absmax"] = self.nested_absmax
+            found[f"{name}.nested_quant_map"] = dynamic_map(self.device).clone()
+            state |= {
+                "nested_blocksize": NESTED_BLOCK,
+                "nested_dtype": "float32",
+                "nested_offset": self.offset.item(),
+            }
+        text = json.dumps(state).encode()
+        found[f"{name}{MARK}{self.quant_type}"] = torch.tensor(list(text), dtype=torch.uint8)
+        return found
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], name: str) -> "NF4Tensor":
+        """The tensor `name` from the entries of a file; the inverse of `tensors`.
+
+        Raises ValueError, in one sentence, for entries that are missing, of the wrong size, or of
+        another code than NF4 or FP4.
+        """
+        quant_type, state = read_state(tensors, name)
+        codes = _entry(tensors, name).contiguous().view(-1)
+        codes = codes if codes.dtype == torch.uint8 else codes.view(torch.uint8)
+        absmax = _entry(tensors, f"{name}.absmax").view(-1)
+        _same(tensors, f"{name}.quant_map", levels(quant_type, absmax.device))
+        nested = offset = None
+        if "nested_blocksize" in state:
+            nested = _entry(tensors, f"{name}.nested_absmax").view(-1)
+            _same(tensors, f"{name}.nested_quant_map", dynamic_map(absmax.device))
+            offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=absmax.device)
+        dtype, shape = DTYPES[state["dtype"]], tuple(state["shape"])
+        return cls(codes, absmax, nested, offset, shape, state["blocksize"], dtype, quant_type)
+
+
+def read_state(tensors: Mapping[str, Tensor], name: str) -> tuple[str, dict]:
+    """The quant type of tensor `name`, and what its quant_state says, checked."""
+    kinds = [kind for kind in LEVELS if f"{name}{MARK}{kind}" in tensors]
+    if len(kinds) != 1:
+        raise ValueError(f"one of {', '.join(name + MARK + kind for kind in LEVELS)} must be there")
+    raw = tensors[f"{name}{MARK}{kinds[0]}"]
+    try:
+        state = json.loads(bytes(raw.flatten().tolist()))
+    except (TypeError, ValueError, RecursionError):  # TypeError: not even whole numbers
+        raise ValueError(f"{name}{MARK}{kinds[0]} is no JSON") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{name}{MARK}{kinds[0]} is no JSON object")
+
+    def whole(value: object) -> bool:
+        return type(value) is int and value >= 0
+
+    shape, offset = state.get("shape"), state.get("nested_offset")
+    valid = {
+        "quant_type": state.get("quant_type") == kinds[0],
+        "blocksize": state.get("blocksize") in BLOCK_SIZES,
+        "dtype": isinstance(state.get("dtype"), str) and state["dtype"] in DTYPES,
+        "shape": isinstance(shape, list) and all(map(whole, shape)),
+    }
+    if "nested_blocksize" in state:
+        valid["nested_blocksize"] = state["nested_blocksize"] == NESTED_BLOCK
+        valid["nested_dtype"] = state.get("nested_dtype") == "float32"
+        valid["nested_offset"] = isinstance(offset, float) and abs(offset) <= torch.finfo().max
+    for key, fine in valid.items():
+        if not fine:
+            raise ValueError(f"its quant_state has {key} {state.get(key)!r}")
+    return kinds[0], state
+
+
+def _entry(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in tensors:
+        raise ValueError(f"{name} is missing")
+    return tensors[name]
+
+
+def _same(tensors: Mapping[str, Tensor], name: str, expected: Tensor) -> None:
+    """Raises ValueError unless the table in the file is ours, to a few roundings."""
+    found = _entry(tensors, name).view(-1).float()
+    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-6, atol=1e-9):
+        raise ValueError(f"{name} is another code than the one lorakit knows")

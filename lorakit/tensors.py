@@ -1,0 +1,126 @@
+"""Tensors in files: safetensors, opened without being read, written whole or not at all.
+
+A tensor that bitsandbytes packed lies in a file as several. They are told by what lies beside them,
+not by a name or the config: "dynamic" checkpoints pack some layers and leave others in 16 bits.
+`fold_packed` makes one of each such group.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from . import kernels
+from .config import LorakitError, QuantConfig
+from .files import atomic, read_json
+from .kernels.nf4.tensor import MARK, read_state
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+class LazyTensor(NamedTuple):
+    """A tensor that is still on disk."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor | kernels.Packed]
+    packed: QuantConfig | None = None  # how it is stored, if packed
+
+
+def open_directory(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of a Hugging Face directory, in one file or sharded. Raises LorakitError if
+    something is missing or damaged.
+    """
+    if (path / WEIGHTS_FILE).exists():
+        return open_safetensors(path / WEIGHTS_FILE)
+    if not (path / INDEX_FILE).exists():
+        raise LorakitError(
+            f"{path}: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there "
+            "(pickled weights are not read)"
+        )
+    weight_map = read_json(path / INDEX_FILE).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise LorakitError(f"{path / INDEX_FILE}: weight_map, of names to files, is missing")
+    shards = {file: open_safetensors(path / file) for file in sorted(set(weight_map.values()))}
+    for name, file in weight_map.items():
+        if name not in shards[file]:
+            raise LorakitError(
+                f"{path / file}: tensor {name}, which {INDEX_FILE} puts here, is missing"
+            )
+    return {name: shards[file][name] for name, file in weight_map.items()}
+
+
+def open_safetensors(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of one safetensors file. Raises LorakitError if it is missing or damaged."""
+    try:
+        file = safe_open(path, framework="pt")
+        names = list(file.keys())
+        shapes = [tuple(file.get_slice(name).get_shape()) for name in names]
+    except FileNotFoundError:
+        raise LorakitError(f"{path} does not exist") from None
+    except (SafetensorError, OSError) as error:
+        raise LorakitError(f"{path}: damaged or cut off ({error})") from None
+    # the lambda keeps the file open as long as one of its tensors may be read
+    return {
+        name: LazyTensor(shape, lambda name=name: file.get_tensor(name))
+        for name, shape in zip(names, shapes, strict=True)
+    }
+
+
+def fold_packed(tensors: Mapping[str, LazyTensor], where: str) -> dict[str, LazyTensor]:
+    """`tensors` with every group that bitsandbytes wrote for one weight, in 4 bits or in int8, as
+    one of the weight's shape. Raises LorakitError for a group that is not whole.
+    """
+    folded = dict(tensors)
+    for key in tensors:
+        name, mark, _ = key.partition(MARK)
+        if mark:
+            folded |= _fold(folded, name, _four_bits, where)
+        elif key.endswith(".SCB"):
+            folded |= _fold(folded, key.removesuffix("SCB") + "weight", _eight_bits, where)
+    return folded
+
+
+def _fold(folded: dict[str, LazyTensor], name: str, kind: Callable, where: str):
+    if name not in folded:
+        raise LorakitError(f"{where}: tensor {name} is missing, its scales are there")
+    try:
+        return {name: kind(folded, name)}
+    except ValueError as error:
+        raise LorakitError(f"{where}: tensor {name}: {error}") from None
+
+
+def _four_bits(folded: dict[str, LazyTensor], name: str) -> LazyTensor:
+    beside = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", MARK + "nf4")
+    beside = [name + end for end in (*beside, MARK + "fp4") if name + end in folded]
+    parts = {part: folded.pop(part) for part in beside} | {name: folded[name]}
+    marks = {part: tensor.read() for part, tensor in parts.items() if MARK in part}
+    quant_type, state = read_state(marks, name)
+    config = QuantConfig(quant_type, state["blocksize"], "nested_blocksize" in state)
+
+    def read() -> kernels.NF4Tensor:
+        found = {part: tensor.read() for part, tensor in parts.items()}
+        return kernels.NF4Tensor.from_tensors(found, name)
+
+    return LazyTensor(tuple(state["shape"]), read, config)
+
+
+def _eight_bits(folded: dict[str, LazyTensor], name: str) -> LazyTensor:
+    beside = [name.removesuffix("weight") + end for end in ("SCB", "weight_format")]
+    parts = {part: folded.pop(part) for part in beside if part in folded} | {name: folded[name]}
+
+    def read() -> kernels.Int8Tensor:
+        found = {part: tensor.read() for part, tensor in parts.items()}
+        return kernels.Int8Tensor.from_tensors(found, name)
+
+    return LazyTensor(parts[name].shape, read, QuantConfig("int8"))
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors to a safetensors file, atomically."""
+    with atomic(path) as temporary:
+        plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        save_file(plain, temporary, metadata={"format": "pt"})
