@@ -19,7 +19,7 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ from .lora import LoraLinear
 from .memory import HUGE_PAGE, in_large_pages
 from .model import Decoder
 from .model_config import ModelConfig
-from .quantization import Int8Linear, NF4Linear, PackedWeight, packed_layer
+from .quantization import Int8Linear, NF4Linear, PackedLinear, PackedWeight, packed_layer
 from .quantization import quantize as quantize_module
 from .tensors import (
     INDEX_FILE,
@@ -102,9 +102,9 @@ def load_model(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     config, tensors, source = open_model(path_or_hub_id)
     where = str(source.path)
-    model = _empty_model(config, tensors, where).to(dtype)
+    model = empty_model(config, tensors, where).to(dtype)
     model.source = source
-    tensors = _select(tensors, model, where)
+    tensors = select(tensors, model, where)
     packed = {name: tensor.packed for name, tensor in tensors.items() if tensor.packed is not None}
     for name, stored in packed.items():
         _make_shell(model, name.removesuffix(".weight"), stored, where)
@@ -194,7 +194,7 @@ def _same(a: LazyTensor, b: LazyTensor) -> bool:
     return dense and a.shape == b.shape and torch.equal(a.read(), b.read())
 
 
-def _empty_model(config: ModelConfig, tensors: Mapping[str, LazyTensor], where: str) -> Decoder:
+def empty_model(config: ModelConfig, tensors: Mapping[str, LazyTensor], where: str) -> Decoder:
     """The model on the meta device. A damaged config may ask for sizes that no file could fill."""
     last = f"model.layers.{config.num_hidden_layers - 1}.input_layernorm.weight"
     if last not in tensors:  # said before a million layers are built
@@ -206,7 +206,7 @@ def _empty_model(config: ModelConfig, tensors: Mapping[str, LazyTensor], where: 
         raise LorakitError(f"{where}: the config's sizes are impossible ({error})") from None
 
 
-def _select(tensors: dict[str, LazyTensor], model: Decoder, where: str) -> dict[str, LazyTensor]:
+def select(tensors: dict[str, LazyTensor], model: Decoder, where: str) -> dict[str, LazyTensor]:
     """The tensors of the model, in its order; raises unless exactly these are there."""
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     for name, shape in expected.items():
@@ -379,37 +379,39 @@ def _copy_beside(module: Decoder, path: Path) -> None:
             log.warning("lorakit: no tokenizer was written to %s: %s", path, error)
 
 
+def _layers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """All modules by name, an adapted layer as one."""
+    yield name, module
+    if not isinstance(module, LoraLinear):
+        for leaf, child in module.named_children():
+            yield from _layers(child, f"{name}.{leaf}" if name else leaf)
+
+
 def _kept_packed(module: Decoder, outer: Outer | None) -> tuple[type[PackedWeight], dict[str, Any]]:
     """The layers that a packed checkpoint keeps packed, and its quantization_config."""
     if outer is not None:
         raise LorakitError("save_model: a multimodal checkpoint is written with packed=False only")
-    packed = [layer for layer in module.modules() if isinstance(layer, (NF4Linear, Int8Linear))]
-    if not packed:
+    layers = dict(_layers(module))
+    linear = [layer for layer in layers.values() if isinstance(layer, PackedLinear)]
+    if not linear:
         raise LorakitError("save_model: packed=True, but no linear layer is packed")
-    four_bit = any(isinstance(layer, NF4Linear) for layer in packed)
+    four_bit = any(isinstance(layer, NF4Linear) for layer in linear)
     kept = NF4Linear if four_bit else Int8Linear
-    # what transformers is not to expect packed; it has a head even where that is the embedding
-    dense = {
-        name
-        for name, layer in module.named_modules()
-        if isinstance(layer, (nn.Linear, LoraLinear, NF4Linear, Int8Linear))
-        and not isinstance(layer, kept)
-    }
-    if module.lm_head is None:
-        dense.add("lm_head")
-    unpacked = [
-        name
-        for name, layer in module.named_modules()
-        if isinstance(layer, PackedWeight) and not isinstance(layer, kept)
-    ]
+    others = {name: layer for name, layer in layers.items() if not isinstance(layer, kept)}
+    unpacked = [name for name, layer in others.items() if isinstance(layer, PackedWeight)]
     if unpacked:
         log.warning("lorakit: save_model: written dense: %s", ", ".join(unpacked))
-    if any("experts." in name for name, layer in module.named_modules() if isinstance(layer, kept)):
+    if any("experts." in name for name in layers.keys() - others.keys()):
         log.warning(
             "lorakit: save_model: packed experts load in lorakit and transformers 4; "
             "transformers 5 has none"
         )
-    first = next(layer.config for layer in packed if isinstance(layer, kept))
+    # what transformers is not to expect packed; it has a head even where that is the embedding
+    kinds = (nn.Linear, LoraLinear, PackedLinear)
+    dense = {name for name, layer in others.items() if isinstance(layer, kinds)}
+    if module.lm_head is None:
+        dense.add("lm_head")
+    first = next(layer.config for layer in linear if isinstance(layer, kept))
     quantization = {
         "quant_method": "bitsandbytes",
         "load_in_4bit": four_bit,
@@ -430,35 +432,31 @@ def _kept_packed(module: Decoder, outer: Outer | None) -> tuple[type[PackedWeigh
 
 
 def _stored_tensors(
-    module: nn.Module, kept: type[PackedWeight] | None, prefix: str = ""
+    module: nn.Module, kept: type[PackedWeight] | None
 ) -> Iterator[tuple[str, LazyTensor, int]]:
     """Every tensor of the file under its name, computed when read, and its size in bytes; layers of
     type `kept` packed, others dense.
     """
 
-    def dense(name: str, shape: torch.Size, read, itemsize: int):
-        return prefix + name, LazyTensor(tuple(shape), read), math.prod(shape) * itemsize
+    def entry(name: str, shape: torch.Size, dtype: torch.dtype, read: Callable[[], Tensor]):
+        return name, LazyTensor(tuple(shape), read), math.prod(shape) * dtype.itemsize
 
-    if isinstance(module, LoraLinear):
-        if module.merged is None:
-            raise LorakitError(
-                "save_model: an adapter is attached; merge it into the weights, or detach it, first"
-            )
-        merged, bias = module.merged, module.base.bias
-        yield dense("weight", merged.shape, lambda: merged, merged.itemsize)
-        if bias is not None:
-            yield dense("bias", bias.shape, lambda: bias, bias.itemsize)
-        return
-    parameters = dict(module.named_parameters(recurse=False))
-    if isinstance(module, PackedWeight):
-        if kept is not None and isinstance(module, kept):
-            tensors = module.quantized.tensors(f"{prefix}weight")
-            for name, tensor in tensors.items():
-                yield name, LazyTensor(tuple(tensor.shape), lambda t=tensor: t), tensor.nbytes
-        else:
-            yield dense("weight", module.shape, module.dequantize, module.dtype.itemsize)
-        parameters = {name: p for name, p in parameters.items() if name == "bias"}
-    for name, parameter in parameters.items():
-        yield dense(name, parameter.shape, lambda p=parameter: p, parameter.itemsize)
-    for name, child in module.named_children():
-        yield from _stored_tensors(child, kept, f"{prefix}{name}.")
+    for layer_name, layer in _layers(module):
+        prefix = f"{layer_name}." if layer_name else ""
+        parameters = dict(layer.named_parameters(recurse=False))
+        if isinstance(layer, LoraLinear):
+            if layer.merged is None:
+                raise LorakitError(
+                    "save_model: an adapter is attached; merge it into the weights, or detach it, "
+                    "first"
+                )
+            parameters = {"weight": layer.merged, "bias": layer.base.bias}
+        elif isinstance(layer, PackedWeight):
+            parameters = {name: p for name, p in parameters.items() if name == "bias"}
+            if kept is not None and isinstance(layer, kept):
+                parameters |= layer.quantized.tensors("weight")
+            else:
+                yield entry(f"{prefix}weight", layer.shape, layer.dtype, layer.dequantize)
+        for name, tensor in parameters.items():
+            if tensor is not None:
+                yield entry(prefix + name, tensor.shape, tensor.dtype, lambda t=tensor: t)

@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("prompt", nargs="?", help="default: read from standard input")
     generate.add_argument("--adapter", type=Path, help="directory of a PEFT or lorakit adapter")
     generate.add_argument("--chat", action="store_true", help="send the prompt as a user's message")
-    generate.add_argument("--quantize", choices=["nf4"], help="load the weights in 4 bits")
+    generate.add_argument("--quantize", choices=["nf4", "fp4", "int8"], help="pack the weights")
     generate.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32")
     generate.add_argument("--max-new-tokens", type=int, default=128)
     generate.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
@@ -75,6 +75,23 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--stop", action="append", default=[], help="end before this text")
     generate.add_argument("--seed", type=int)
     generate.set_defaults(run=_generate, take=_take_prompt)
+
+    report = verbs.add_parser(
+        "quantize-report",
+        parents=[common],
+        help="what quantization would do to each layer of a model",
+        description="Quantize each layer of a model, one at a time, and print its bits per "
+        "parameter, relative error and cosine. key=value sets a field of QuantConfig, as in "
+        "quant_type=fp4 or search_scales=true.",
+    )
+    report.add_argument("model", help="directory, .gguf file or Hub id")
+    report.add_argument("overrides", nargs="*", metavar="key=value")
+    report.add_argument("--worst", type=int, default=10, help="how many layers to list again")
+    report.add_argument(
+        "--plot", type=Path, default=Path("quantize-report.png"), help="PNG to write"
+    )
+    report.add_argument("--no-plot", action="store_const", dest="plot", const=None)
+    report.set_defaults(run=_quantize_report, take=_take_overrides)
     return parser
 
 
@@ -107,6 +124,8 @@ def _train(args: argparse.Namespace) -> int:
     print(f"loaded {run.model} in {time.perf_counter() - started:.1f} s on {model.device}")
     torch.manual_seed(run.train.seed)
     lk.attach(model, run.lora)
+    if run.loftq:
+        print(lk.loftq(model))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"training {trainable:,} adapter parameters on {len(data['train'])} rows")
     result = lk.train(model, tok, data, run.train, base_model=run.model)
@@ -147,6 +166,16 @@ def _generate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _quantize_report(args: argparse.Namespace) -> int:
+    config = {override.partition("=")[0]: _value(override) for override in args.overrides}
+    report = lk.quantize_report(args.model, config)
+    print(report.table(args.worst))
+    if args.plot is not None:
+        report.save_plot(args.plot)
+        print(f"plot in {args.plot}")
+    return 0
+
+
 def _read_run_file(path: Path, overrides: list[str]) -> dict[str, Any]:
     try:
         values = _yaml(path.read_text(encoding="utf-8"))
@@ -156,19 +185,22 @@ def _read_run_file(path: Path, overrides: list[str]) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise lk.LorakitError(f"{path} must hold a mapping of names to values")
     for override in overrides:
-        name, _, text = override.partition("=")
-        try:
-            value = _yaml(text)
-        except ValueError:
-            raise lk.LorakitError(f"{override!r}: the value is not valid YAML") from None
-        *parents, leaf = name.split(".")
+        *parents, leaf = override.partition("=")[0].split(".")
         target = values
         for parent in parents:
             target = target.setdefault(parent, {})
             if not isinstance(target, dict):
                 raise lk.LorakitError(f"{override!r}: {parent} is not a mapping in {path}")
-        target[leaf] = value
+        target[leaf] = _value(override)
     return values
+
+
+def _value(override: str) -> Any:
+    """What follows the = of key=value, as YAML reads it."""
+    try:
+        return _yaml(override.partition("=")[2])
+    except ValueError:
+        raise lk.LorakitError(f"{override!r}: the value is not valid YAML") from None
 
 
 def _yaml(text: str) -> Any:

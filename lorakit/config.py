@@ -244,13 +244,21 @@ class RunConfig:
     data: DataConfig
     lora: LoraConfig = LoraConfig()
     quantize: QuantConfig | None = None
+    loftq: bool = False
+    """start the adapter from the error of the quantization (LoftQ, one iteration)"""
     dtype: str = "bfloat16"
     train: TrainConfig = TrainConfig()
 
+    def __post_init__(self):
+        check(
+            self.quantize is not None or not self.loftq,
+            "loftq starts from the error of a quantization: set quantize too",
+        )
+
     @classmethod
     def from_dict(cls, values: Any, where: str = "run file") -> "RunConfig":
-        """From the mapping of a run file: `model`, `data`, `lora`, `quantize`, `dtype`, and
-        TrainConfig's fields beside them.
+        """From the mapping of a run file: the fields of this class, with TrainConfig's beside
+        them.
 
         Raises LorakitError with the nearest valid name for a key that is none of these.
         """

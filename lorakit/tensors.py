@@ -6,6 +6,7 @@ not by a name or the config: "dynamic" checkpoints pack some layers and leave ot
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,18 +57,21 @@ def open_directory(path: Path) -> dict[str, LazyTensor]:
 def open_safetensors(path: Path) -> dict[str, LazyTensor]:
     """The tensors of one safetensors file. Raises LorakitError if it is missing or damaged."""
     try:
-        file = safe_open(path, framework="pt")
-        names = list(file.keys())
-        shapes = [tuple(file.get_slice(name).get_shape()) for name in names]
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}
     except FileNotFoundError:
         raise LorakitError(f"{path} does not exist") from None
     except (SafetensorError, OSError) as error:
         raise LorakitError(f"{path}: damaged or cut off ({error})") from None
-    # the lambda keeps the file open as long as one of its tensors may be read
-    return {
-        name: LazyTensor(shape, lambda name=name: file.get_tensor(name))
-        for name, shape in zip(names, shapes, strict=True)
-    }
+    return {n: LazyTensor(s, partial(_read, path, n)) for n, s in shapes.items()}
+
+
+def _read(path: Path, name: str) -> Tensor:
+    """One tensor, a view of the mapped file. The file is mapped anew for each: the pages that have
+    been read count as this process's memory until the mapping goes, with its last tensor.
+    """
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
 
 
 def fold_packed(tensors: Mapping[str, LazyTensor], where: str) -> dict[str, LazyTensor]:

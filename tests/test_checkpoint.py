@@ -422,6 +422,40 @@ print((peak - imports) / 1e6, packed / 1e6, largest / 1e6)
 """
 
 
+def test_quantizing_streams_from_disk(tmp_path):
+    """Of a checkpoint of 1.1 GB: the packed model, two of its largest tensors, and what the code
+    itself takes (30 MB seen). A mapped file counts too: kept open, it alone would be the 1.1 GB.
+    """
+    hidden, inner, layers = 2048, 8192, 8
+    sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
+    sizes |= {"num_attention_heads": 16, "num_key_value_heads": 16}
+    config = TINY | sizes | {"model_type": "llama", "tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shapes = {f"self_attn.{p}_proj": (hidden, hidden) for p in "qkvo"}
+    shapes |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden)}
+    shapes["mlp.down_proj"] = (hidden, inner)
+    shapes |= {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)}
+    layer = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
+    tensors = {"model.embed_tokens.weight": torch.randn(TINY["vocab_size"], hidden).bfloat16()}
+    tensors["model.norm.weight"] = torch.ones(hidden).bfloat16()
+    for i in range(layers):
+        tensors |= {f"model.layers.{i}.{n}.weight": w.clone() for n, w in layer.items()}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    del tensors, layer
+    assert (tmp_path / "model.safetensors").stat().st_size > 1e9
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tmp_path), "bfloat16"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (tmp_path / "model.safetensors").unlink()
+    used, packed, _ = map(float, done.stdout.split())
+    largest = 2 * hidden * inner / 1e6
+    assert packed > 250
+    assert used < packed + 2 * largest + 60, (used, packed, largest)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("kind", ["gguf", "safetensors"])
 def test_peak_memory_of_loading(smollm2, tmp_path, kind, dtype):

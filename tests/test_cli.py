@@ -60,6 +60,39 @@ def test_train_then_generate(run_file, tiny_dir, tmp_path, capsys):
     assert main(["generate", *base, *options, "--chat", "--temperature", "0.5", "--seed", "1"]) == 0
 
 
+def test_loftq_before_training(run_file, capsys):
+    assert main(["train", str(run_file), "loftq=true", "max_steps=1"]) == 0
+    assert "LoftQ: mean relative error of 14 layers 0." in capsys.readouterr().out
+    assert main(["train", str(run_file), "loftq=true", "quantize=null"]) == 1
+    assert "set quantize too" in capsys.readouterr().err
+
+
+def test_quantize_report(tiny_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["quantize-report", str(tiny_dir), "block_size=32", "--worst", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "the 2 worst" in out
+    assert "14 layers, mean relative error 0.0" in out
+    assert out.endswith("plot in quantize-report.png\n")
+    assert (tmp_path / "quantize-report.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["quantize-report", "--no-plot", str(tiny_dir), "lm_head=int8"]) == 0
+    assert "15 layers" in capsys.readouterr().out
+    assert main(["quantize-report", str(tiny_dir), "--plot", "new/one.png"]) == 0
+    assert (tmp_path / "new" / "one.png").exists()
+    for wrong, message in [
+        ("blocksize=32", "unknown key 'blocksize' (did you mean 'block_size'?)"),
+        ("quant_type=q4", "quant_type is 'q4'; it must be one of nf4, fp4, int8"),
+        ("block_size=[", "the value is not valid YAML"),
+        ("skip_modules=[nothing]", "'nothing' is no layer"),
+    ]:
+        assert main(["quantize-report", str(tiny_dir), wrong]) == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    with pytest.raises(SystemExit, match="2"):
+        main(["quantize-report", str(tiny_dir), "block_size"])
+
+
 def test_options_may_stand_anywhere(run_file, tiny_dir, capsys):
     assert main(["train", str(run_file), "--debug", "max_steps=1", "learning_rate=2e-3"]) == 0
     assert "step 1/1: loss" in capsys.readouterr().out

@@ -42,6 +42,8 @@ ALLOWED = {
     },
     "tensors": {"config", "files", "kernels", "safetensors"},
     "adapter": {"config", "files", "lora", "tensors"},
+    "loftq": {"config", "model", "lora", "tensors", "checkpoint"},
+    "report": {"config", "files", "kernels", "quantization", "checkpoint", "matplotlib"},
     "data": {"config", "tokenizer"},
     "optim": {"config", "kernels"},
     "decoding": {"kernels", "model", "model_config", "rope", "lora"},

@@ -1,0 +1,114 @@
+"""LoftQ: the adapter starts as the best low-rank approximation of the quantization error."""
+
+import pytest
+import torch
+from torch import nn
+
+import lorakit as lk
+from lorakit.lora import lora_layers
+
+
+def quantized(width=96, r=8, seed=0, **quant):
+    torch.manual_seed(seed)
+    module = nn.Sequential(nn.Linear(width, 64), nn.Linear(64, width, bias=False))
+    weights = {name: layer.weight.detach().clone() for name, layer in module.named_children()}
+    lk.quantize(module, lk.QuantConfig(**quant))
+    lk.attach(module, lk.LoraConfig(r=r, lora_alpha=3 * r))
+    return module, weights
+
+
+@pytest.mark.parametrize("quant", [{}, {"quant_type": "fp4"}, {"search_scales": True}])
+def test_the_first_iteration_is_the_truncated_svd(quant):
+    module, weights = quantized(**quant)
+    codes = {name: layer.base.weight.clone() for name, layer in lora_layers(module).items()}
+    result = lk.loftq(module, weights)
+    for name, layer in lora_layers(module).items():
+        assert torch.equal(layer.base.weight, codes[name])
+        W = weights[name].double()
+        residue = W - layer.base.dequantize().double()
+        values = torch.linalg.svdvals(residue)
+        update = 3 * (layer.lora_B.double() @ layer.lora_A.double())
+        left = (residue - update).norm()
+        # subspace iteration finds what rank 8 can hold to 2 percent
+        assert residue.norm() ** 2 - left**2 > 0.98 * values[:8].square().sum()
+        assert result.before[name] == pytest.approx((residue.norm() / W.norm()).item(), rel=1e-5)
+        assert result.after[name] == pytest.approx((left / W.norm()).item(), rel=1e-5)
+        assert layer.lora_A.requires_grad
+    mean = sum(result.after.values()) / 2
+    assert str(result).endswith(f"of 2 layers {sum(result.before.values()) / 2:.4f} -> {mean:.4f}")
+
+
+def test_more_iterations_lower_the_error_and_change_the_base():
+    module, weights = quantized()
+    codes = module[0].base.weight.clone()
+    once = lk.loftq(module, weights)
+    five = lk.loftq(module, weights, iterations=5)
+    assert five.before == once.before
+    assert all(five.after[name] < once.after[name] for name in weights)
+    assert not torch.equal(module[0].base.weight, codes)
+    x = torch.randn(5, 96)
+    layer = module[0]
+    truth = x @ weights["0"].t() + layer.base.bias
+    with torch.no_grad():
+        error = (layer(x) - truth).norm() / truth.norm()
+    assert error < 1.2 * five.after["0"]  # the forward pass computes what was measured
+
+
+@pytest.mark.parametrize("r", [1, 64, 100])
+def test_any_rank(r):
+    """A rank beyond the matrix's own leaves nothing of the error."""
+    module, weights = quantized(r=r)
+    result = lk.loftq(module, weights)
+    for name in weights:
+        assert result.after[name] < result.before[name]
+        assert r < 64 or result.after[name] < 1e-5
+    assert all(torch.isfinite(layer.lora_A).all() for layer in lora_layers(module).values())
+
+
+def test_on_a_loaded_model(tiny_dir):
+    """The originals are read again from the checkpoint; the adapter fits any NF4 of it."""
+    model = lk.load_model(tiny_dir, dtype="float32", quantize="nf4", device="cpu")
+    dense = lk.load_model(tiny_dir, dtype="float32", device="cpu")
+    ids = torch.randint(0, 97, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = (model(ids) - dense(ids)).norm()
+        lk.attach(model, lk.LoraConfig(r=8))
+        result = lk.loftq(model)
+        assert (model(ids) - dense(ids)).norm() < before
+    assert len(result.before) == 14
+    assert all(result.after[name] < result.before[name] for name in result.before)
+
+
+def test_the_same_seed_gives_the_same_bits():
+    a, weights = quantized()
+    b, _ = quantized()
+    for module in (a, b):
+        torch.manual_seed(3)
+        lk.loftq(module, weights)
+    assert torch.equal(a[0].lora_A, b[0].lora_A)
+    assert torch.equal(a[1].lora_B, b[1].lora_B)
+
+
+def test_what_cannot_be_done_changes_nothing(tiny_dir, tmp_path):
+    module, weights = quantized()
+    start = module[0].lora_A.detach().clone()
+    with pytest.raises(lk.LorakitError, match="the original weight of 1 is missing"):
+        lk.loftq(module, {"0": weights["0"]})
+    with pytest.raises(lk.LorakitError, match=r"the original of 1 is \(3, 3\), the layer \(96, 64"):
+        lk.loftq(module, weights | {"1": torch.ones(3, 3)})
+    with pytest.raises(lk.LorakitError, match="not loaded from a file"):
+        lk.loftq(module)
+    with pytest.raises(lk.LorakitError, match="iterations must be at least 1"):
+        lk.loftq(module, weights, iterations=0)
+    assert torch.equal(module[0].lora_A, start)
+    with pytest.raises(lk.LorakitError, match="no adapter"):
+        lk.loftq(nn.Linear(2, 2), weights)
+    dense = lk.attach(nn.Sequential(nn.Linear(4, 4)), lk.LoraConfig(r=2))
+    with pytest.raises(lk.LorakitError, match="0 is dense"):
+        lk.loftq(dense, {"0": torch.ones(4, 4)})
+
+    model = lk.load_model(tiny_dir, quantize="nf4", device="cpu")
+    lk.save_model(model, tmp_path, packed=True)
+    again = lk.attach(lk.load_model(tmp_path, device="cpu"))
+    with pytest.raises(lk.LorakitError, match="is quantized itself"):
+        lk.loftq(again)
