@@ -62,11 +62,20 @@ def test_command_line(prepared):
     (work / "train.jsonl").write_text(rows)
     commands = [line for text in blocks("sh") for line in text.splitlines() if "lorakit " in line]
     commands = [shlex.split(c, comments=True) for c in commands if c.startswith("lorakit ")]
-    assert {c[1] for c in commands} == {"train", "generate"}
+    assert {c[1] for c in commands} == {"train", "generate", "quantize-report"}
     for command in commands:
         done = run(command, check=False)
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip()
+
+
+def test_examples_of_the_guide_to_quantization(prepared):
+    _, run = prepared
+    guide = (ROOT / "docs" / "quantization.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```", guide, re.MULTILINE | re.DOTALL))
+    done = run([sys.executable, "-c", code])
+    [printed] = re.findall(r"# (LoftQ: .*)", code)
+    assert done.stdout.strip() == printed
 
 
 def test_make_targets():
@@ -82,10 +91,12 @@ def test_ci_runs_what_readme_names():
     assert command in README
 
 
-def test_links_exist():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
+@pytest.mark.parametrize("page", ["README.md", "docs/models.md", "docs/quantization.md"])
+def test_links_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
         if not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+            assert ((ROOT / page).parent / target).exists(), target
 
 
 def test_names_in_readme_are_public():

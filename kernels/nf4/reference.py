@@ -29,7 +29,8 @@ def encode(
     for blocks, scale in zip(_blocks(flat, block_size), parts, strict=False):
         scale = torch.where(scale.abs() < floor, floor, scale)
         scaled = blocks * (1 / scale)[:, None]
-        code = order[torch.bucketize(scaled.view(-1), thresholds, out_int32=True)]
+        index = torch.bucketize(scaled.view(-1), thresholds, out_int32=True)
+        code = order.index_select(0, index)
         codes.append(code[::2] << 4 | code[1::2])
     if not codes:
         return flat.new_empty(0, dtype=torch.uint8)
@@ -55,7 +56,7 @@ def search(
         least = best = None
         for factor, over in zip(factors, inverse, strict=True):
             index = torch.bucketize(x * over, thresholds, out_int32=True)
-            off = table[index] * factor - x
+            off = table.index_select(0, index.view(-1)).view(x.shape) * factor - x
             error = _halving_sum(off * off)
             if best is None:
                 least, best = error, factor.expand_as(error)
@@ -129,4 +130,5 @@ def dequantize_absmax(codes: Tensor, nested: Tensor, offset: Tensor, levels: Ten
     """The inverse of `quantize_absmax`, up to its rounding: codes uint8 [...] and the nested scale
     of each, fp32 [...] -> fp32 [...].
     """
-    return (levels[codes.int()] * nested).add_(offset)
+    values = levels.index_select(0, codes.flatten().int()).view(codes.shape)
+    return values.mul_(nested).add_(offset)
