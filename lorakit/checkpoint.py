@@ -32,7 +32,7 @@ from .config import LorakitError, QuantConfig, nearest, quant_config, to_dtype
 from .families import MULTIMODAL
 from .files import atomic, read_json, write_json
 from .gguf import read_gguf
-from .lora import LoraLinear
+from .lora import LoraLinear, lora_layers
 from .memory import HUGE_PAGE, in_large_pages
 from .model import Decoder
 from .model_config import ModelConfig
@@ -107,7 +107,7 @@ def load_model(
     tensors = select(tensors, model, where)
     packed = {name: tensor.packed for name, tensor in tensors.items() if tensor.packed is not None}
     for name, stored in packed.items():
-        _make_shell(model, name.removesuffix(".weight"), stored, where)
+        _make_shell(model, name, stored, where)
     if quant is not None and packed:
         kinds = " and ".join(sorted({stored.quant_type for stored in packed.values()}))
         log.warning("lorakit: %s is quantized already (%s); it stays as it is", where, kinds)
@@ -241,11 +241,15 @@ def _homes(model: nn.Module) -> dict[str, Tensor]:
     return homes
 
 
-def _make_shell(model: nn.Module, name: str, stored: QuantConfig, where: str) -> None:
-    """Put an empty packed layer in the place of the dense one."""
+def _make_shell(model: nn.Module, tensor: str, stored: QuantConfig, where: str) -> None:
+    """Put an empty packed layer in the place of the dense one that owns `tensor`."""
+    name, _, kind = tensor.rpartition(".")
     layer = model.get_submodule(name)
-    if type(layer) not in (nn.Linear, nn.Embedding):
-        raise LorakitError(f"{where}: {name} is a {type(layer).__name__}, but stored packed")
+    if kind != "weight" or type(layer) not in (nn.Linear, nn.Embedding):
+        raise LorakitError(
+            f"{where}: tensor {tensor} is stored packed, which only the weights of linear layers "
+            "and embeddings can be"
+        )
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, packed_layer(layer, stored))
 
@@ -294,11 +298,22 @@ def save_model(
     tensor); memory holds one shard at a time. What lay beside the weights that the model was loaded
     from comes along: tokenizer, generation config, and the other towers of a multimodal checkpoint.
 
-    Raises LorakitError, and writes nothing, while an adapter is attached and not merged, and with
-    `packed` if no linear layer is packed or the checkpoint has other towers.
+    Raises LorakitError, and writes nothing, while an adapter is attached and not merged, over the
+    checkpoint whose towers are to come along, and with `packed` if no linear layer is packed or
+    there are such towers.
     """
     config = module.config.to_hf() | {"torch_dtype": str(module.dtype).removeprefix("torch.")}
     outer = None if module.source is None else module.source.outer
+    path = Path(path).expanduser()
+    if any(layer.merged is None for layer in lora_layers(module).values()):
+        raise LorakitError(
+            "save_model: an adapter is attached; merge it into the weights, or detach it, first"
+        )
+    if outer is not None and outer.tensors and path.resolve() == module.source.path.resolve():
+        raise LorakitError(
+            f"save_model: the other towers are read from {path} while it writes; choose another "
+            "directory"
+        )
     if outer is not None and any(tensor.packed for tensor in outer.tensors.values()):
         raise LorakitError("save_model: towers that are packed beside a dense text are not written")
     kept = None
@@ -324,7 +339,6 @@ def save_model(
         shards[-1].append((name, tensor))
         used += size
 
-    path = Path(path).expanduser()
     path.mkdir(parents=True, exist_ok=True)
     weight_map = {}
     for i, shard in enumerate(shards, 1):
@@ -445,11 +459,6 @@ def _stored_tensors(
         prefix = f"{layer_name}." if layer_name else ""
         parameters = dict(layer.named_parameters(recurse=False))
         if isinstance(layer, LoraLinear):
-            if layer.merged is None:
-                raise LorakitError(
-                    "save_model: an adapter is attached; merge it into the weights, or detach it, "
-                    "first"
-                )
             parameters = {"weight": layer.merged, "bias": layer.base.bias}
         elif isinstance(layer, PackedWeight):
             parameters = {name: p for name, p in parameters.items() if name == "bias"}

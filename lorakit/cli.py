@@ -86,13 +86,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("model", help="directory, .gguf file or Hub id")
     report.add_argument("overrides", nargs="*", metavar="key=value")
-    report.add_argument("--worst", type=int, default=10, help="how many layers to list again")
+    report.add_argument("--worst", type=_count, default=10, help="how many layers to list again")
     report.add_argument(
         "--plot", type=Path, default=Path("quantize-report.png"), help="PNG to write"
     )
     report.add_argument("--no-plot", action="store_const", dest="plot", const=None)
     report.set_defaults(run=_quantize_report, take=_take_overrides)
     return parser
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError
+    return value
 
 
 def _take_overrides(args: argparse.Namespace, rest: list[str]) -> bool:
@@ -167,6 +174,8 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _quantize_report(args: argparse.Namespace) -> int:
+    if args.plot is not None and (not args.plot.name or args.plot.is_dir()):
+        raise lk.LorakitError(f"--plot {args.plot}: not the name of a file")
     config = {override.partition("=")[0]: _value(override) for override in args.overrides}
     report = lk.quantize_report(args.model, config)
     print(report.table(args.worst))

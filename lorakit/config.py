@@ -120,8 +120,8 @@ class QuantConfig:
     lm_head: str | None = None
     """of an output head of its own: "nf4", "fp4", "int8", or null for dense"""
     skip_modules: list[str] = field(default_factory=lambda: ["gate"])
-    """layers that stay dense: the last part of their name, or the whole. `gate` is the router of a
-    mixture of experts: small, and what follows depends on its every choice"""
+    """what stays dense: names of layers or of what holds them, whole or a part between dots. `gate`
+    is the router of a mixture of experts: small, and what follows depends on its every choice"""
 
     def __post_init__(self):
         storage = ", ".join(STORAGE)
@@ -140,7 +140,8 @@ class QuantConfig:
                 f"{name} is to be stored as {kind}, and stands in skip_modules too",
             )
         check(
-            self.block_size in (32, 64, 128, 256, 512, 1024, 2048, 4096),
+            type(self.block_size) is int
+            and self.block_size in (32, 64, 128, 256, 512, 1024, 2048, 4096),
             f"block_size is {self.block_size}; it must be a power of two from 32 to 4096",
         )
 

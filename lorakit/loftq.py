@@ -59,19 +59,22 @@ def loftq(
     weights: the original weight [out_features, in_features] of every adapted layer, by the layer's
         name; None reads them again, one at a time, from where the model was loaded from.
 
-    Raises LorakitError, before anything changes, if no adapter is attached, a layer is dense, or an
-    original is missing or of another shape.
+    Raises LorakitError, before anything changes, if no adapter is attached or it is merged, a layer
+    is dense, or an original is missing or of another shape; and on reading an original that holds
+    NaN or infinite values.
     """
     layers = lora_layers(module)
     if not layers:
         raise LorakitError("loftq: no adapter is attached")
-    if iterations < 1:
-        raise LorakitError(f"loftq: iterations must be at least 1, not {iterations}")
+    if type(iterations) is not int or iterations < 1:
+        raise LorakitError(f"loftq: iterations must be a whole number from 1 on, not {iterations}")
     originals = _originals(module, weights)
     for name, layer in layers.items():
         shape = (layer.base.out_features, layer.base.in_features)
         if isinstance(layer.base, DenseBase):
             raise LorakitError(f"loftq: {name} is dense; quantize the model before attaching")
+        if layer.merged is not None:
+            raise LorakitError(f"loftq: the adapter of {name} is merged; unmerge it first")
         if layer.config.scaling == 0:
             raise LorakitError("loftq: lora_alpha is 0, which hides whatever the adapter holds")
         if name not in originals:
@@ -83,6 +86,8 @@ def loftq(
     before, after = {}, {}
     for name, layer in tqdm(layers.items(), desc="LoftQ", unit="layer", disable=None, leave=False):
         original = originals[name].read().to(layer.lora_A.device, torch.float32)
+        if not torch.isfinite(original).all():
+            raise LorakitError(f"loftq: the original weight of {name} holds NaN or infinite values")
         before[name], after[name] = _start(layer, original, iterations)
     return LoftQResult(before, after)
 
@@ -103,11 +108,11 @@ def _originals(module: nn.Module, weights: Mapping[str, Tensor] | None) -> dict[
 def _start(layer: LoraLinear, original: Tensor, iterations: int) -> tuple[float, float]:
     """Set A, B, and after the first iteration the base. Returns the errors before and after."""
     A, B, s, r = layer.lora_A, layer.lora_B, layer.config.scaling, layer.config.r
-    norm = original.norm().clamp(min=torch.finfo().tiny)
+    norm = original.norm().clamp(min=torch.finfo(torch.float32).tiny)
     rank = min(r, *original.shape)
     for iteration in range(iterations):
         if iteration > 0:
-            layer.base.requantize(torch.addmm(original, B, A, alpha=-s))
+            layer.base.requantize(torch.addmm(original, B.float(), A.float(), alpha=-s))
         residue = original - layer.base.dequantize().float()
         if iteration == 0:
             before = (residue.norm() / norm).item()
@@ -116,5 +121,5 @@ def _start(layer: LoraLinear, original: Tensor, iterations: int) -> tuple[float,
         root = S[:rank].sqrt()
         A.zero_()[:rank] = root[:, None] * V[:, :rank].t()
         B.zero_()[:, :rank] = U[:, :rank] * (root / s)
-    after = (residue.addmm_(B, A, alpha=-s).norm() / norm).item()
+    after = (residue.addmm_(B.float(), A.float(), alpha=-s).norm() / norm).item()
     return before, after

@@ -206,7 +206,7 @@ def packed_layer(layer: nn.Linear | nn.Embedding, config: QuantConfig) -> Packed
         packed = kind(layer.num_embeddings, layer.embedding_dim, config, **options)
     if not weight.is_meta:
         packed.requantize(weight.detach())
-    return packed
+    return packed.train(layer.training)
 
 
 def quantize(module: nn.Module, config: QuantConfig | None = None) -> nn.Module:
@@ -221,6 +221,8 @@ def quantize(module: nn.Module, config: QuantConfig | None = None) -> nn.Module:
     no layer, a weight holds NaN or infinite values, or a weight belongs to two layers.
     """
     config = config or QuantConfig()
+    if any("lora_A" in name.split(".") for name, _ in module.named_parameters()):
+        raise LorakitError("quantize: an adapter is attached; quantize the model before attaching")
     layers = dict(module.named_modules())
     _check_names(layers, config)
     found = {}
@@ -231,11 +233,11 @@ def quantize(module: nn.Module, config: QuantConfig | None = None) -> nn.Module:
             kind = config.embed_tokens
         elif type(layer) is nn.Linear and name:
             kind = config.lm_head if leaf == "lm_head" else config.quant_type
-        if kind is not None and name not in config.skip_modules and leaf not in config.skip_modules:
+        if kind is not None and not any(_lies_in(name, skipped) for skipped in config.skip_modules):
             found[name] = kind
     if not found:
         raise LorakitError("quantize: the module holds no nn.Linear to quantize")
-    _check_weights(layers, found)
+    _check_weights(module, found)
     for name, kind in found.items():
         parent, _, leaf = name.rpartition(".")
         packed = packed_layer(layers.pop(name), dataclasses.replace(config, quant_type=kind))
@@ -243,14 +245,18 @@ def quantize(module: nn.Module, config: QuantConfig | None = None) -> nn.Module:
     return module
 
 
+def _lies_in(name: str, part: str) -> bool:
+    """Whether `part` is `name` or stands in it between dots."""
+    return f".{part}." in f".{name}."
+
+
 def _check_names(layers: dict[str, nn.Module], config: QuantConfig) -> None:
     leaves = {name.rpartition(".")[2] for name in layers}
     for skipped in config.skip_modules:
-        if skipped not in {*layers, *leaves, *QuantConfig().skip_modules}:
-            raise LorakitError(
-                f"quantize: skip_modules: {skipped!r} is no layer"
-                f"{nearest(skipped, {*layers, *leaves})}"
-            )
+        usual = skipped in QuantConfig().skip_modules
+        if not usual and not any(_lies_in(name, skipped) for name in layers):
+            hint = nearest(skipped, {*layers, *leaves})
+            raise LorakitError(f"quantize: skip_modules: {skipped!r} is no layer{hint}")
     if config.lm_head is not None and "lm_head" not in leaves:
         raise LorakitError(
             "quantize: there is no layer lm_head to be stored as "
@@ -261,15 +267,17 @@ def _check_names(layers: dict[str, nn.Module], config: QuantConfig) -> None:
         raise LorakitError("quantize: there is no nn.Embedding for embed_tokens")
 
 
-def _check_weights(layers: dict[str, nn.Module], found: dict[str, str]) -> None:
-    owners = Counter(id(layer._parameters.get("weight")) for layer in layers.values())
+def _check_weights(module: nn.Module, found: dict[str, str]) -> None:
+    places = module.named_modules(remove_duplicate=False)  # a layer may have two
+    owners = Counter(id(layer._parameters.get("weight")) for _, layer in places)
     for name in found:
-        weight = layers[name].weight
+        layer = module.get_submodule(name)
+        weight = layer.weight
         if owners[id(weight)] > 1:
             raise LorakitError(
                 f"quantize: {name} shares its weight with another layer; packed they would be two"
             )
-        if type(layers[name]) is nn.Embedding and layers[name].max_norm is not None:
+        if type(layer) is nn.Embedding and layer.max_norm is not None:
             raise LorakitError(f"quantize: {name} has a max_norm, which a packed embedding has not")
         if weight.is_meta:
             continue

@@ -103,8 +103,9 @@ class QuantReport:
         axes.set_title(f"{Path(self.path).name} in {self.config.quant_type}")
         axes.grid(alpha=0.3)
         axes.legend(ncols=4, fontsize="small")
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with atomic(Path(path)) as temporary:
+        path = Path(path).expanduser()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(path) as temporary:
             figure.savefig(temporary, format="png", dpi=120)
 
 

@@ -70,8 +70,11 @@ def _read(path: Path, name: str) -> Tensor:
     """One tensor, a view of the mapped file. The file is mapped anew for each: the pages that have
     been read count as this process's memory until the mapping goes, with its last tensor.
     """
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
+    except (FileNotFoundError, SafetensorError) as error:
+        raise LorakitError(f"{path}: tensor {name} is there no more ({error})") from None
 
 
 def fold_packed(tensors: Mapping[str, LazyTensor], where: str) -> dict[str, LazyTensor]:

@@ -172,6 +172,8 @@ def test_training_and_merging_on_a_packed_checkpoint(tmp_path):
     assert layer.lora_B.grad.abs().max() > 0
     with torch.no_grad():
         layer.lora_B.normal_()
+    with pytest.raises(lk.LorakitError, match="an adapter is attached"):
+        lk.save_model(model, tmp_path / "none", packed=True)
     lk.merge(model)
     expected = model(IDS)
     lk.save_model(model, tmp_path / "merged")
@@ -206,6 +208,8 @@ def test_packed_towers_beside_a_text_model(tmp_path):
     with pytest.raises(lk.LorakitError, match="packed=False only"):
         lk.save_model(model, tmp_path / "out", packed=True)
     assert not (tmp_path / "out").exists()
+    with pytest.raises(lk.LorakitError, match="while it writes; choose another directory"):
+        lk.save_model(model, path)
     lk.save_model(model, tmp_path / "out")
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     again = lk.load_model(tmp_path / "out", dtype="float32", device="cpu")
@@ -253,6 +257,8 @@ def edit_state(found, **changes):
         (lambda f: edit_state(f, shape=[64, 32]), r"q_proj.weight is \(64, 32\), the config asks"),
         (lambda f: edit_state(f, shape=[-64, 64]), "quant_state has shape"),
         (lambda f: edit_state(f, blocksize=48), "quant_state has blocksize 48"),
+        (lambda f: edit_state(f, blocksize=64.0), "quant_state has blocksize 64.0"),
+        (lambda f: f[f"{NAME}.nested_absmax"].fill_(torch.nan), "scales hold NaN or infinite"),
         (lambda f: edit_state(f, quant_type="fp4"), "quant_state has quant_type 'fp4'"),
         (lambda f: edit_state(f, nested_offset=float("nan")), "quant_state has nested_offset nan"),
         (lambda f: f.update({MARK: torch.zeros(9, dtype=torch.uint8)}), "is no JSON"),
@@ -264,6 +270,13 @@ def test_a_damaged_checkpoint_is_one_sentence(tmp_path, change, message):
     with pytest.raises(lk.LorakitError, match=message) as error:
         lk.load_model(damaged(path, change))
     assert "\n" not in str(error.value)
+
+
+def test_int8_with_a_scale_that_is_nan(tmp_path):
+    _, path = packed(tmp_path, options=FORMATS["int8"])
+    scale = NAME.replace("weight", "SCB")
+    with pytest.raises(lk.LorakitError, match=r"q_proj.weight: its scales hold NaN"):
+        lk.load_model(damaged(path, lambda found: found[scale].fill_(torch.nan)))
 
 
 def test_int8_without_scales(tmp_path):
@@ -286,5 +299,16 @@ def test_a_norm_cannot_be_packed(tmp_path):
         del found[name]
         found.update(q.tensors(name))
 
-    with pytest.raises(lk.LorakitError, match=r"model.norm is a RMSNorm, but stored packed"):
+    with pytest.raises(lk.LorakitError, match=r"model.norm.weight is stored packed, which only"):
+        lk.load_model(damaged(path, change))
+
+
+def test_a_bias_cannot_be_packed(tmp_path):
+    _, path = packed(tmp_path, "qwen2")
+    name = "model.layers.0.self_attn.q_proj.bias"
+
+    def change(found):
+        found.update(lk.kernels.quantize_nf4(found.pop(name)).tensors(name))
+
+    with pytest.raises(lk.LorakitError, match=r"q_proj.bias is stored packed, which only"):
         lk.load_model(damaged(path, change))

@@ -89,8 +89,12 @@ def test_quantize_report(tiny_dir, tmp_path, monkeypatch, capsys):
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
-    with pytest.raises(SystemExit, match="2"):
-        main(["quantize-report", str(tiny_dir), "block_size"])
+    for plot in ("", "/"):
+        assert main(["quantize-report", str(tiny_dir), "--plot", plot]) == 1
+        assert "not the name of a file" in capsys.readouterr().err
+    for wrong in (["block_size"], ["--worst", "-1"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["quantize-report", str(tiny_dir), *wrong])
 
 
 def test_options_may_stand_anywhere(run_file, tiny_dir, capsys):

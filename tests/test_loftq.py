@@ -79,6 +79,13 @@ def test_on_a_loaded_model(tiny_dir):
     assert all(result.after[name] < result.before[name] for name in result.before)
 
 
+def test_an_adapter_in_bf16():
+    module, weights = quantized()
+    module.to(torch.bfloat16)
+    result = lk.loftq(module, weights, iterations=2)
+    assert all(result.after[name] < result.before[name] for name in weights)
+
+
 def test_the_same_seed_gives_the_same_bits():
     a, weights = quantized()
     b, _ = quantized()
@@ -98,8 +105,17 @@ def test_what_cannot_be_done_changes_nothing(tiny_dir, tmp_path):
         lk.loftq(module, weights | {"1": torch.ones(3, 3)})
     with pytest.raises(lk.LorakitError, match="not loaded from a file"):
         lk.loftq(module)
-    with pytest.raises(lk.LorakitError, match="iterations must be at least 1"):
-        lk.loftq(module, weights, iterations=0)
+    for wrong in (0, 1.5, True):
+        with pytest.raises(lk.LorakitError, match="iterations must be a whole number from 1 on"):
+            lk.loftq(module, weights, iterations=wrong)
+    lk.merge(module)
+    with pytest.raises(lk.LorakitError, match="the adapter of 0 is merged"):
+        lk.loftq(module, weights)
+    lk.unmerge(module)
+    bad = weights["0"].clone()
+    bad[0, 0] = torch.nan
+    with pytest.raises(lk.LorakitError, match="the original weight of 0 holds NaN"):
+        lk.loftq(module, weights | {"0": bad})
     assert torch.equal(module[0].lora_A, start)
     with pytest.raises(lk.LorakitError, match="no adapter"):
         lk.loftq(nn.Linear(2, 2), weights)

@@ -175,6 +175,39 @@ def test_names_in_the_config_must_mean_something(tiny_model):
     assert not any(isinstance(m, NF4Linear) for m in tied.modules())
 
 
+def test_what_is_skipped_by_a_part_of_its_name(tiny_model):
+    model = lk.quantize(tiny_model(False), lk.QuantConfig(skip_modules=["mlp", "layers.1"]))
+    for name, layer in model.named_modules():
+        if name.endswith("_proj"):
+            dense = ".mlp." in name or ".layers.1." in name
+            assert isinstance(layer, nn.Linear if dense else NF4Linear), name
+
+
+def test_an_adapter_must_come_after(tiny_model):
+    model = lk.attach(tiny_model(False))
+    with pytest.raises(lk.LorakitError, match="quantize the model before attaching"):
+        lk.quantize(model)
+
+
+def test_the_mode_is_kept(tiny_model):
+    model = lk.quantize(tiny_model(False))
+    assert not any(module.training for module in model.modules())
+    assert lk.quantize(net().train())[0].training
+
+
+def test_a_model_in_double(tiny_model):
+    model = lk.quantize(tiny_model(False), lk.QuantConfig(embed_tokens="nf4", lm_head="int8"))
+    ids = torch.arange(6)[None]
+    expected = model(ids)
+    assert torch.allclose(model.double()(ids).float(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_in_two_places_is_refused():
+    layer = nn.Linear(8, 8)
+    with pytest.raises(lk.LorakitError, match="0 shares its weight with another layer"):
+        lk.quantize(nn.Sequential(layer, nn.ReLU(), layer))
+
+
 def test_a_weight_of_two_layers_is_refused():
     module = nn.ModuleDict({"embed": nn.Embedding(10, 8), "lm_head": nn.Linear(8, 10, bias=False)})
     module["lm_head"].weight = module["embed"].weight
@@ -227,7 +260,14 @@ def test_nothing_to_quantize():
 
 
 @pytest.mark.parametrize(
-    "options", [{"block_size": 33}, {"block_size": 16}, {"quant_type": "fp3"}, {"lm_head": "int4"}]
+    "options",
+    [
+        {"block_size": 33},
+        {"block_size": 64.0},
+        {"block_size": 16},
+        {"quant_type": "fp3"},
+        {"lm_head": "int4"},
+    ],
 )
 def test_bad_config(options):
     with pytest.raises(lk.LorakitError, match=next(iter(options))):

@@ -34,6 +34,7 @@ class Int8Tensor:
 
     def __post_init__(self):
         fits = self.values.dim() == 2 and self.scale.shape == self.values.shape[:1]
+        fits &= self.values.device == self.scale.device
         if not fits or self.values.dtype != torch.int8 or self.scale.dtype != torch.float32:
             raise ValueError(
                 f"values are {self.values.dtype} {tuple(self.values.shape)} with scales "
@@ -66,7 +67,7 @@ class Int8Tensor:
         values, row scales, and the layout, 0 for rows.
         """
         beside = name.removesuffix("weight")
-        layout = torch.zeros((), dtype=torch.uint8)
+        layout = torch.zeros((), dtype=torch.uint8, device=self.device)
         return {name: self.values, beside + "SCB": self.scale, beside + "weight_format": layout}
 
     @classmethod
@@ -80,7 +81,10 @@ class Int8Tensor:
         layout = tensors.get(beside + "weight_format")
         if layout is not None and layout.any():
             raise ValueError(f"weight_format {layout.tolist()} is not 0, the layout by rows")
-        return cls(tensors[name], tensors[beside + "SCB"].view(-1), torch.float16)
+        scale = tensors[beside + "SCB"].view(-1)
+        if not torch.isfinite(scale).all():
+            raise ValueError("its scales hold NaN or infinite values")
+        return cls(tensors[name], scale, torch.float16)
 
 
 def quantize_int8(w: Tensor) -> Int8Tensor:

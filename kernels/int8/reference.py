@@ -24,4 +24,7 @@ def quantize(w: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """int8 [..., K] times scales fp32 [..., 1] / 127, computed in fp32."""
-    return (values * scale).mul_(1 / 127).to(dtype)
+    largest = torch.finfo(torch.float32).max
+    huge = scale > largest / 127  # there divide first: the product would overflow
+    first, then = torch.where(huge, scale * (1 / 127), scale), torch.where(huge, 1, 1 / 127)
+    return (values * first).mul_(then).clamp_(-largest, largest).to(dtype)

@@ -18,8 +18,9 @@ def quantize(
 ) -> tuple[Tensor, Tensor]:
     run = dispatch.function("nf4_quantize", *[POINTER] * 5, INT64, INT64, FLOAT)
     n = flat.numel()
-    codes = torch.empty((n + 1) // 2, dtype=torch.uint8)
-    absmax = torch.empty((n + block_size - 1) // block_size, dtype=torch.float32)
+    codes = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
+    blocks = (n + block_size - 1) // block_size
+    absmax = torch.empty(blocks, dtype=torch.float32, device=flat.device)
     tables = thresholds.data_ptr(), order.data_ptr()
     for start in range(0, n, CHUNK):
         x = flat[start : start + CHUNK].float()
@@ -33,7 +34,7 @@ def encode(
 ) -> Tensor:
     run = dispatch.function("nf4_encode", *[POINTER] * 5, INT64, INT64, FLOAT)
     n = flat.numel()
-    codes = torch.empty((n + 1) // 2, dtype=torch.uint8)
+    codes = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
     tables = thresholds.data_ptr(), order.data_ptr()
     for start in range(0, n, CHUNK):
         x = flat[start : start + CHUNK].float()
@@ -67,7 +68,7 @@ def dequantize(
     computed = dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
     op = "nf4_dequantize_bf16" if computed == torch.bfloat16 else "nf4_dequantize_fp32"
     run = dispatch.function(op, *[POINTER] * 4, INT64, INT64)
-    out = torch.empty(n, dtype=computed)
+    out = torch.empty(n, dtype=computed, device=codes.device)
     codes, scales = codes.contiguous(), scales.contiguous()
     pointers = [t.data_ptr() for t in (codes, table, scales, out)]
     run(*pointers, n, block_size)

@@ -69,7 +69,7 @@ def dynamic_map(device: torch.device) -> Tensor:
     """
     positive = []
     for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32, device="cpu")
         positive += (10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
     values = sorted(positive + [-value for value in positive] + [0.0, 1.0])
     return torch.tensor(values, dtype=torch.float32, device=device)
@@ -94,6 +94,10 @@ class NF4Tensor:
     quant_type: str = "nf4"
 
     def __post_init__(self):
+        if type(self.block_size) is not int or self.block_size not in BLOCK_SIZES:
+            raise ValueError(f"block_size is {self.block_size}; choose one of {BLOCK_SIZES}")
+        if self.quant_type not in LEVELS or min(self.shape, default=0) < 0:
+            raise ValueError(f"quant_type {self.quant_type!r}, shape {self.shape}: no such tensor")
         n = math.prod(self.shape)
         blocks = -(-n // self.block_size)
         scale = torch.float32 if self.nested_absmax is None else torch.uint8
@@ -104,6 +108,8 @@ class NF4Tensor:
             held.append(("nested_absmax", self.nested_absmax, nested, torch.float32))
             held.append(("offset", self.offset, 1, torch.float32))
         for name, tensor, count, dtype in held:
+            if tensor.device != self.device:
+                raise ValueError(f"{name} is on {tensor.device}, codes on {self.device}")
             if tensor.numel() != count or tensor.dtype != dtype:
                 raise ValueError(
                     f"{name} holds {tensor.numel()} values of {tensor.dtype}, where shape "
@@ -176,7 +182,9 @@ class NF4Tensor:
                 "nested_offset": self.offset.item(),
             }
         text = json.dumps(state).encode()
-        found[f"{name}{MARK}{self.quant_type}"] = torch.tensor(list(text), dtype=torch.uint8)
+        found[f"{name}{MARK}{self.quant_type}"] = torch.tensor(
+            list(text), dtype=torch.uint8, device=self.device
+        )
         return found
 
     @classmethod
@@ -196,6 +204,8 @@ class NF4Tensor:
             nested = _entry(tensors, f"{name}.nested_absmax").view(-1)
             _same(tensors, f"{name}.nested_quant_map", dynamic_map(absmax.device))
             offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=absmax.device)
+        if not torch.isfinite(absmax if nested is None else nested).all():
+            raise ValueError("its scales hold NaN or infinite values")
         dtype, shape = DTYPES[state["dtype"]], tuple(state["shape"])
         return cls(codes, absmax, nested, offset, shape, state["blocksize"], dtype, quant_type)
 
@@ -219,14 +229,16 @@ def read_state(tensors: Mapping[str, Tensor], name: str) -> tuple[str, dict]:
     shape, offset = state.get("shape"), state.get("nested_offset")
     valid = {
         "quant_type": state.get("quant_type") == kinds[0],
-        "blocksize": state.get("blocksize") in BLOCK_SIZES,
+        "blocksize": whole(state.get("blocksize")) and state["blocksize"] in BLOCK_SIZES,
         "dtype": isinstance(state.get("dtype"), str) and state["dtype"] in DTYPES,
         "shape": isinstance(shape, list) and all(map(whole, shape)),
     }
     if "nested_blocksize" in state:
         valid["nested_blocksize"] = state["nested_blocksize"] == NESTED_BLOCK
         valid["nested_dtype"] = state.get("nested_dtype") == "float32"
-        valid["nested_offset"] = isinstance(offset, float) and abs(offset) <= torch.finfo().max
+        valid["nested_offset"] = (
+            isinstance(offset, float) and abs(offset) <= torch.finfo(torch.float32).max
+        )
     for key, fine in valid.items():
         if not fine:
             raise ValueError(f"its quant_state has {key} {state.get(key)!r}")

@@ -62,6 +62,15 @@ def test_rows_are_the_rows(w, seed):
         kernels.dequantize_rows(q, torch.tensor([len(w)]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_largest_floats(dtype):
+    largest = torch.finfo(dtype).max
+    w = torch.tensor([[largest, -largest, 1.0], [1.0, 2.0, 3.0]], dtype=dtype)
+    back = kernels.dequantize_int8(kernels.quantize_int8(w))
+    assert torch.isfinite(back).all()
+    assert (back - w).abs().max() <= 2 * torch.finfo(dtype).eps * largest
+
+
 def test_zero_rows_and_bad_input():
     q = kernels.quantize_int8(torch.zeros(3, 5))
     assert not kernels.dequantize_int8(q).any()
