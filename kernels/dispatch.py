@@ -4,7 +4,7 @@ An op's public function asks `pick(device, ...)` which of the backends it has sh
 
     reference   plain torch: any device, any dtype, differentiable
     cpu         kernels/*/cpu.cpp, one shared library with a plain C ABI, for tensors in host memory
-    triton      */triton.py, for tensors on a GPU
+    triton      */triton.py, for tensors on a GPU; with TRITON_INTERPRET=1 in the environment, any
 
 The fastest one that fits the tensor's device is taken. `use_backend` forces one; forcing what is
 missing raises.
@@ -17,6 +17,7 @@ platform is worth that.
 
 import ctypes
 import functools
+import importlib.util
 import logging
 import os
 import sys
@@ -29,6 +30,8 @@ import torch
 
 BACKENDS = ("reference", "cpu", "triton")
 LIBRARY = {"darwin": "liblorakit_cpu.dylib"}.get(sys.platform, "liblorakit_cpu.so")
+
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 log = logging.getLogger("lorakit")
 _forced: ContextVar[str | None] = ContextVar("lorakit_backend", default=None)
@@ -48,8 +51,8 @@ def use_backend(name: str) -> Iterator[None]:
         raise RuntimeError(
             f"backend 'cpu' is not available: {LIBRARY} was not built at install time"
         )
-    if name == "triton":
-        raise RuntimeError("backend 'triton' is not available: this version has no Triton kernels")
+    if name == "triton" and not has_triton():
+        raise RuntimeError("backend 'triton' is not available: the package triton is not installed")
     token = _forced.set(name)
     try:
         yield
@@ -60,10 +63,34 @@ def use_backend(name: str) -> Iterator[None]:
 def pick(device: torch.device, *implemented: str) -> str:
     """The backend for an op that has a reference and `implemented`, on tensors of `device`."""
     forced = _forced.get()
-    if forced in implemented and device.type != forced:
-        raise RuntimeError(f"backend {forced!r} is forced, but the tensor is on {device}")
-    fits = "cpu" in implemented and device.type == "cpu"
-    return "cpu" if fits and forced != "reference" and library() is not None else "reference"
+    if forced in implemented:
+        if not _fits(forced, device):
+            raise RuntimeError(f"backend {forced!r} is forced, but the tensor is on {device}")
+        return forced
+    if forced is not None:  # the reference, or a backend that has no kernel for this op
+        return "reference"
+    if "triton" in implemented and device.type == "cuda" and has_triton():
+        return "triton"
+    if "cpu" in implemented and device.type == "cpu" and library() is not None:
+        return "cpu"
+    return "reference"
+
+
+def triton_runs(x: torch.Tensor) -> bool:
+    """Whether an op that has a Triton kernel for fp32, bf16 and fp16 should run it on `x`."""
+    return x.dtype in _TRITON_DTYPES and pick(x.device, "triton") == "triton"
+
+
+def _fits(backend: str, device: torch.device) -> bool:
+    if backend == "triton":
+        return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return device.type == backend
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether the package is installed; nothing is imported for it."""
+    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache

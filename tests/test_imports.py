@@ -1,6 +1,7 @@
 """Who imports what (the table of the design), and what `import lorakit` costs."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,10 @@ def test_kernels_import_torch_only():
         inside = {p.stem for folder in (ROOT / "kernels", path.parent) for p in folder.iterdir()}
         assert imports(path) - STANDARD <= inside, path
         assert "lorakit" not in imports(path)
+        loads_triton = re.search(
+            r"^\s*(import triton|from triton)\b", path.read_text(), re.MULTILINE
+        )
+        assert bool(loads_triton) == (path.name == "triton.py"), path
 
 
 @pytest.mark.parametrize("folder", ["examples", "benchmarks"])

@@ -1,6 +1,7 @@
 """Packed layers: their product, their parameters, their moves; and the walk that places them."""
 
 import copy
+import importlib
 import math
 
 import pytest
@@ -231,9 +232,9 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_changes(bad):
 def test_linear_cross_entropy_with_a_packed_head(monkeypatch, kind, softcap):
     """Loss and gradient with the head a panel at a time are those with the dense head."""
     torch.manual_seed(0)
-    reference = kernels.cross_entropy.__globals__["reference"]
-    monkeypatch.setattr(reference, "PANEL", 64 * 30)  # several panels, the last one short
-    monkeypatch.setattr(reference, "CHUNK_LOGITS", 101 * 7)
+    linear = importlib.import_module("lorakit.kernels.cross_entropy.linear")
+    monkeypatch.setattr(linear, "PANEL", 64 * 30)  # several panels, the last one short
+    monkeypatch.setattr(linear, "CHUNK_LOGITS", 101 * 7)
     head = packed_layer(nn.Linear(64, 101, bias=False), lk.QuantConfig(kind)).quantized
     labels = torch.randint(0, 101, (25,))
     labels[3:6] = -100

@@ -91,7 +91,9 @@ def test_ci_runs_what_readme_names():
     assert command in README
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/models.md", "docs/quantization.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/models.md", "docs/quantization.md", "docs/kernels.md"]
+)
 def test_links_exist(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)\)", text):

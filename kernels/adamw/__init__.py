@@ -9,6 +9,7 @@ so the step goes over all of them at once; a loop would pay a dozen launches for
 
 from torch import Tensor
 
+from .. import dispatch
 from . import reference
 
 
@@ -25,4 +26,11 @@ def adamw_step(
     weight_decay: float,
 ) -> None:
     """Update params, exp_avgs (m) and exp_avg_sqs (v) in place; `step` t counts from 1."""
-    reference.adamw_step(params, grads, exp_avgs, exp_avg_sqs, step, lr, betas, eps, weight_decay)
+    tensors = params, grads, exp_avgs, exp_avg_sqs
+    if params and dispatch.triton_runs(params[0]):
+        from . import triton
+
+        if triton.fits(*tensors):
+            triton.adamw_step(*tensors, step, lr, betas, eps, weight_decay)
+            return
+    reference.adamw_step(*tensors, step, lr, betas, eps, weight_decay)

@@ -4,7 +4,12 @@ With logits z and label y, in fp32,
 
     loss = logsumexp(z) - z_y          d loss / d z = softmax(z) - onehot(y)
 
-A soft cap c (Gemma 2) replaces z by c tanh(z / c), of slope 1 - tanh^2(z / c).
+A soft cap c (Gemma 2) replaces z by c tanh(z / c), of slope 1 - tanh^2(z / c). Label smoothing e
+(arXiv:1512.00567) wants a share e of the probability spread over all V words, and the z-loss a
+(arXiv:2204.02311, section 5) keeps the normalizer near 1:
+
+    loss = logsumexp(z) - (1 - e) z_y - e mean(z) + a logsumexp(z)^2
+    d loss / d z = softmax(z) (1 + 2 a logsumexp(z)) - (1 - e) onehot(y) - e / V
 
 Both functions return the sum and the number of labels that were not `ignore_index`, so
 that a caller can add up micro-batches of different length and divide once: the mean of means weighs
@@ -23,17 +28,30 @@ dense head never exists: twice for every chunk, for the logits and for the gradi
 import torch
 from torch import Tensor
 
+from .. import dispatch
 from ..frozen_linear import Packed
 from . import reference
+from .linear import Form, LinearCrossEntropy
 
 
 def cross_entropy(
-    logits: Tensor, labels: Tensor, *, softcap: float | None = None, ignore_index: int = -100
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor]:
     """logits [..., V] before any soft cap, labels int64 [...] -> (summed loss fp32 [], count int64
     []).
     """
-    return reference.cross_entropy(logits, labels, softcap, ignore_index)
+    form = Form(softcap, label_smoothing, z_loss)
+    if dispatch.triton_runs(logits):
+        from . import triton
+
+        return triton.cross_entropy(logits, labels, form, ignore_index)
+    return reference.cross_entropy(logits, labels, form, ignore_index)
 
 
 def linear_cross_entropy(
@@ -42,6 +60,8 @@ def linear_cross_entropy(
     labels: Tensor,
     *,
     softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of hidden [..., H] @ weight [V, H]^T, never building all the logits.
@@ -53,5 +73,12 @@ def linear_cross_entropy(
     picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows)
     if isinstance(weight, Tensor) and not torch.is_grad_enabled():
         weight = weight.detach()  # no gradient while the logits are at hand, then
-    total = reference.LinearCrossEntropy.apply(picked, weight, labels.reshape(-1)[rows], softcap)
+    backend = reference
+    if dispatch.triton_runs(picked):
+        from . import triton
+
+        backend = triton
+    chosen = labels.reshape(-1)[rows]
+    form = Form(softcap, label_smoothing, z_loss)
+    total = LinearCrossEntropy.apply(picked, weight, chosen, form, backend)
     return total, (labels != ignore_index).sum()

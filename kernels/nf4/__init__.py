@@ -78,6 +78,13 @@ def order(quant_type: str, device: torch.device) -> Tensor:
     return torch.tensor(sorted(range(16), key=table.__getitem__), dtype=torch.uint8, device=device)
 
 
+@functools.cache
+def pairs(quant_type: str, device: torch.device) -> Tensor:
+    """The two values of a byte of codes, fp32 [256, 2]."""
+    table = levels(quant_type, device)
+    return torch.stack([table.repeat_interleave(16), table.repeat(16)], dim=1)
+
+
 def quantize_nf4(
     w: Tensor, *, block_size: int = 64, double_quant: bool = True, search_scales: bool = False
 ) -> NF4Tensor:
@@ -137,9 +144,14 @@ def dequantize_nf4(q: NF4Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The dense tensor of shape `q.shape`, in `dtype` (default: the original's). Fresh memory on
     every call.
     """
-    dequantize, n = _backend(q.device).dequantize, math.prod(q.shape)
-    table = levels(q.quant_type, q.device)
-    flat = dequantize(q.codes, _scales(q), table, n, q.block_size, dtype or q.dtype)
+    backend = _backend(q.device)
+    dtype, n = dtype or q.dtype, math.prod(q.shape)
+    if backend in (cpu, reference):
+        table = levels(q.quant_type, q.device)
+        flat = backend.dequantize(q.codes, _scales(q), table, n, q.block_size, dtype)
+    else:  # the scales too
+        both = pairs(q.quant_type, q.device)
+        flat = backend.dequantize(q, both, dynamic_map(q.device), dtype)
     return flat.view(q.shape)
 
 
@@ -165,7 +177,12 @@ def dequantize_nf4_rows(q: NF4Tensor, rows: Tensor, dtype: torch.dtype | None = 
 
 
 def _backend(device: torch.device) -> ModuleType:
-    return cpu if dispatch.pick(device, "cpu") == "cpu" else reference
+    picked = dispatch.pick(device, "cpu", "triton")
+    if picked == "triton":
+        from . import triton
+
+        return triton
+    return cpu if picked == "cpu" else reference
 
 
 def _scales(q: NF4Tensor, blocks: Tensor | None = None) -> Tensor:

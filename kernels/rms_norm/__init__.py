@@ -11,6 +11,7 @@ one differ from the other in the last bit of bf16:
 
 from torch import Tensor
 
+from .. import dispatch
 from . import reference
 
 
@@ -25,4 +26,8 @@ def rms_norm(
     """x [..., H] normalized over its last dimension and scaled by weight [H]: [..., H] in x's
     dtype. casting_mode: "llama" or "gemma", see above.
     """
+    if dispatch.triton_runs(x):
+        from . import triton
+
+        return triton.rms_norm(x, weight, eps, weight_offset, casting_mode)
     return reference.rms_norm(x, weight, eps, weight_offset, casting_mode)

@@ -10,6 +10,7 @@ The tables hold the D/2 distinct angles, in fp32; the rotation is computed in fp
 
 from torch import Tensor
 
+from .. import dispatch
 from . import reference
 
 
@@ -17,4 +18,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     """Rotate q [B, T, Hq, D] and k [B, T, Hk, D] by tables cos, sin [B or 1, T, D/2]: the same
     shapes and dtypes.
     """
+    if dispatch.triton_runs(q):
+        from . import triton
+
+        return triton.rotate(q, k, cos, sin)
     return reference.rotate(q, cos, sin), reference.rotate(k, cos, sin)

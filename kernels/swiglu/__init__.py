@@ -7,14 +7,23 @@ geglu     gelu(gate) * up                       gelu(z) = z Phi(z), Phi the norm
 
 from torch import Tensor
 
+from .. import dispatch
 from . import reference
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, elementwise, for two tensors of one shape and dtype."""
+    if dispatch.triton_runs(gate):
+        from . import triton
+
+        return triton.swiglu(gate, up)
     return reference.swiglu(gate, up)
 
 
 def geglu(gate: Tensor, up: Tensor, *, approximate: str = "tanh") -> Tensor:
     """gelu(gate) * up, elementwise; approximate: "tanh", or "none" for the exact form by erf."""
+    if dispatch.triton_runs(gate):
+        from . import triton
+
+        return triton.geglu(gate, up, approximate)
     return reference.geglu(gate, up, approximate)

@@ -1,5 +1,7 @@
 """The small ops against fp64: |op - fp64| <= 2 |torch in the same dtype - fp64| + one rounding."""
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -192,15 +194,13 @@ def test_linear_cross_entropy(rows, vocab, ignored, seed, small_chunks, softcap)
     torch.manual_seed(seed)
     hidden, weight = torch.randn(rows, 16), torch.randn(vocab, 16)
     labels = torch.randint(vocab, (rows,)).masked_fill(torch.rand(rows) < ignored, -100)
-    chunk = kernels.cross_entropy.__globals__["reference"].CHUNK_LOGITS
-    try:
+    linear = importlib.import_module("lorakit.kernels.cross_entropy.linear")
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    with pytest.MonkeyPatch.context() as patch:
         if small_chunks:  # several chunks
-            kernels.cross_entropy.__globals__["reference"].CHUNK_LOGITS = 3 * vocab
-        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+            patch.setattr(linear, "CHUNK_LOGITS", 3 * vocab)
         total, count = kernels.linear_cross_entropy(h, w, labels, softcap=softcap)
         (total * 0.5).backward()
-    finally:
-        kernels.cross_entropy.__globals__["reference"].CHUNK_LOGITS = chunk
 
     H, W = hidden.double().requires_grad_(), weight.double().requires_grad_()
     logits = H @ W.t() if softcap is None else softcap * torch.tanh(H @ W.t() / softcap)

@@ -1,0 +1,275 @@
+"""Every Triton kernel, compiled ahead of time for every GPU target: what the compiler made of it.
+
+    python benchmarks/static_gpu.py [--csv FILE] [--target sm_90] [--op rms_norm]
+
+No GPU is needed. The ops run as a user would call them, on CPU tensors of real shapes, but each
+launch is only noted: which kernel, with which arguments, and what is known of them (a pointer or a
+stride that is a multiple of 16, as the launcher would see it). That is compiled for each target:
+
+    registers, spills  per thread, and bytes that went to memory for want of registers
+    shared             bytes of shared memory per program
+    wide               share of the bytes of global memory moved in accesses of 128 bits
+    instructions       per value; a kernel that loops is counted for one pass of its loop
+    special            operations of the special-function unit (exp2, reciprocal, ...) per value
+
+What is counted is code, not time: these figures say where a kernel is surely lean or surely not.
+"""
+
+import argparse
+import csv
+import importlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from unittest import mock
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # of which Triton would warn
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+import lorakit as lk
+
+TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (75, 80, 86, 89, 90, 100, 120)}
+TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
+# bytes of shared memory that one program may have: CUDA C programming guide, table 30; CDNA 3 ISA
+SHARED_LIMIT = {"sm_75": 65_536, "sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376}
+SHARED_LIMIT |= {"sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376, "gfx942": 65_536}
+NAMES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8",
+    torch.int64: "i64", torch.int32: "i32",
+}  # fmt: skip
+
+
+# under TRITON_INTERPRET=1 they would come into being as interpreted functions, which do not compile
+for folder in lk.kernels.__path__:
+    for file in Path(folder).glob("*/triton.py"):
+        importlib.import_module(f"lorakit.kernels.{file.parent.name}.triton")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One kernel on one target."""
+
+    op: str
+    kernel: str
+    target: str
+    registers: int
+    spilled: int
+    shared: int
+    wide: float
+    instructions: float
+    special: float
+
+
+@dataclass(frozen=True)
+class Launch:
+    function: JITFunction
+    arguments: tuple
+    options: dict
+
+
+def launches(call: Callable) -> list[Launch]:
+    """The kernels that `call` would launch; none of them runs."""
+    noted = []
+
+    def note(self, *arguments, grid, warmup, **options):
+        noted.append(Launch(self, arguments, options))
+
+    with (
+        mock.patch.object(JITFunction, "run", note),
+        mock.patch.dict(os.environ, TRITON_INTERPRET="1"),
+        lk.kernels.use_backend("triton"),
+    ):
+        call()
+    return noted
+
+
+def compile_for(launch: Launch, target: GPUTarget):
+    """The launch as Triton's launcher would specialize it, compiled."""
+    names = launch.function.arg_names
+    signature, constants, attributes = {}, {}, {}
+    given = dict(zip(names, launch.arguments, strict=False))
+    options = {k: v for k, v in launch.options.items() if k not in names}
+    given |= {k: v for k, v in launch.options.items() if k in names}
+    for i, name in enumerate(names):
+        value, parameter = given[name], launch.function.params[i]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[name], constants[(i,)] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[name], aligned = "*" + NAMES[value.dtype], value.data_ptr() % 16 == 0
+        else:
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            signature[name] = "fp32" if type(value) is float else signature[name]
+            aligned = type(value) is int and value % 16 == 0
+        if aligned:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.function, signature, constants, attributes)
+    return triton.compile(source, target=target, options=options)
+
+
+def measure(op: str, launch: Launch, values: int, target: str) -> Figures:
+    """`values`: how many a program handles in one pass of its loop, if it has one."""
+    made = compile_for(launch, TARGETS[target])
+    name = launch.function.fn.__name__.strip("_")
+    threads = made.metadata.num_warps * TARGETS[target].warp_size
+    found = _of_amd(made) if target.startswith("gfx") else _of_nvidia(made, int(target[3:]))
+    registers, spilled, wide, instructions, special = found
+    return Figures(
+        op, name, target, registers, spilled, made.metadata.shared, round(wide, 3),
+        round(instructions * threads / values, 2), round(special * threads / values, 3),
+    )  # fmt: skip
+
+
+def _of_nvidia(made, architecture: int) -> tuple[int, int, float, int, int]:
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        ptx.write_text(made.asm["ptx"])
+        cubin.write_bytes(made.asm["cubin"])
+        name = sm_arch_from_capability(architecture)
+        command = [get_ptxas(architecture).path, "-v", f"--gpu-name={name}", str(ptx)]
+        log = _run([*command, "-o", str(Path(folder, "again"))])
+        code = _run([knobs.nvidia.cuobjdump.path, "-sass", str(cubin)])
+    registers = int(re.search(r"Used (\d+) registers", log)[1])
+    stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log).groups()
+    counts, moved = Counter(), Counter()
+    for match in re.finditer(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T\d]+ )?([A-Z][A-Z0-9_.]*)", code):
+        kind, *suffixes = match[1].split(".")
+        counts[kind] += kind != "NOP"
+        if kind in ("LDG", "STG"):
+            bits = [int(s.strip("US")) for s in suffixes if re.fullmatch(r"[US]?(8|16|64|128)", s)]
+            moved[bits[0] if bits else 32] += bits[0] if bits else 32
+    # a scalar is moved once for the whole program, which the code does not show
+    scalar = re.findall(r"tt\.(?:load|store) [^\n]*: !tt\.ptr<\w?[a-z]+(\d+)>", made.asm["ttir"])
+    for bits in map(int, scalar):
+        moved[max(bits, 8)] -= max(bits, 8)
+    wide = moved[128] / max(1, moved.total())
+    return registers, int(stores) + int(loads), wide, counts.total(), counts["MUFU"]
+
+
+def _of_amd(made) -> tuple[int, int, float, int, int]:
+    code = made.asm["amdgcn"]
+    registers = int(re.search(r"\.vgpr_count:\s+(\d+)", code)[1])
+    spilled = sum(map(int, re.findall(r"\.[vs]gpr_spill_count:\s+(\d+)", code)))
+    body = re.findall(r"^\s+((?:[svb]|global|buffer|ds|flat)_\w+)", code, re.MULTILINE)
+    moved = Counter()
+    for name in body:
+        if match := re.match(r"(?:global|buffer|flat)_(?:load|store)_(\w+)", name):
+            kind = match[1]
+            bits = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32}.get(kind)
+            moved[bits or (8 if "byte" in kind else 16)] += bits or (8 if "byte" in kind else 16)
+    special = re.compile(r"v_(exp|log|rcp|rsq|sqrt|sin|cos)_")
+    wide = moved[128] / max(1, moved.total())
+    return registers, spilled, wide, len(body), sum(bool(special.match(name)) for name in body)
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def cases() -> Iterator[tuple[str, Callable, int]]:
+    """Ops at the shapes of published models: name, call, values of a program's pass."""
+    ops = lk.kernels
+
+    def bf16(*shape: int, grad: bool = True) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16).requires_grad_(grad)
+
+    def both(call: Callable) -> Callable:
+        def run():
+            y = call()
+            y = y if isinstance(y, tuple) else (y,)
+            torch.autograd.backward(y, [torch.empty_like(t) for t in y])
+
+        return run
+
+    for width in (896, 1152, 2048, 4096, 8192):
+        x, w = bf16(8, width), bf16(width, grad=False)
+        yield f"rms_norm {width}", both(lambda x=x, w=w: ops.rms_norm(x, w, 1e-5)), width
+    x, w = bf16(8, 2304), bf16(2304, grad=False)
+    gemma = {"weight_offset": 1.0, "casting_mode": "gemma"}
+    yield "rms_norm 2304 gemma", both(lambda: ops.rms_norm(x, w, 1e-6, **gemma)), 2304
+    w_trained = bf16(4096)
+    y = bf16(8, 4096)
+    yield "rms_norm 4096 with dw", both(lambda: ops.rms_norm(y, w_trained, 1e-5)), 4096
+    for dim in (64, 128, 256):
+        q, k = bf16(1, 8, 32, dim), bf16(1, 8, 8, dim)
+        table = torch.empty(1, 8, dim // 2)
+        yield f"rope {dim}", both(lambda q=q, k=k, t=table: ops.rope(q, k, t, t)), 512
+    gate, up = bf16(8, 14336), bf16(8, 14336)
+    yield "swiglu", both(lambda: ops.swiglu(gate, up)), 1024
+    yield "geglu tanh", both(lambda: ops.geglu(gate, up)), 1024
+    yield "geglu erf", both(lambda: ops.geglu(gate, up, approximate="none")), 1024
+    labels = torch.zeros(4, dtype=torch.int64)
+    for vocabulary, cap in ((128256, None), (151936, None), (256000, 30.0)):
+        logits = bf16(4, vocabulary)
+        name = f"cross_entropy {vocabulary}" + (" capped" if cap else "")
+        run = both(lambda z=logits, c=cap: ops.cross_entropy(z, labels, softcap=c)[0])
+        yield name, run, 4096
+    odd = bf16(4, 50272).detach()[:, :50257].requires_grad_()  # rows padded to a multiple of 16
+    yield "cross_entropy 50257", both(lambda: ops.cross_entropy(odd, labels)[0]), 4096
+    with lk.kernels.use_backend("reference"):
+        packed = {
+            double: ops.quantize_nf4(torch.ones(64, 4096), double_quant=double)
+            for double in (True, False)
+        }
+    ones = [[torch.ones(4096)] for _ in range(4)]
+    options = {"step": 1, "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+    yield "adamw", lambda: ops.adamw_step(*ones, **options), 1024
+    for double, q in packed.items():
+        name = "nf4 dequantize" + (" double" if double else "")
+        yield name, lambda q=q: ops.dequantize_nf4(q, torch.bfloat16), 1024
+
+
+def measure_target(target: str, only: str | None) -> list[Figures]:
+    found = []
+    for op, call, values in cases():
+        if only is None or only in op:
+            found += [measure(op, launch, values, target) for launch in launches(call)]
+    return found
+
+
+def measure_all(targets: list[str], only: str | None = None) -> list[Figures]:
+    """All rows, by op; a process per target, as many at a time as there are processors."""
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
+        parts = list(pool.map(measure_target, targets, [only] * len(targets)))
+    return [row for rows in zip(*parts, strict=True) for row in rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--target", action="append", choices=TARGETS, help="default: all")
+    parser.add_argument("--op", help="only ops whose name holds this")
+    parser.add_argument("--csv", type=Path, help="write the rows to this file too")
+    args = parser.parse_args()
+    print(f"triton {version('triton')}, Python {sys.version.split()[0]}")
+    rows = measure_all(args.target or list(TARGETS), args.op)
+    names = [f.name for f in fields(Figures)]
+    print(f"{'op':24} {'kernel':11} {'target':7}" + "".join(f" {n:>12}" for n in names[3:]))
+    for row in rows:
+        numbers = list(asdict(row).values())[3:]
+        print(f"{row.op:24} {row.kernel:11} {row.target:7}" + "".join(f" {n:12}" for n in numbers))
+    if args.csv is not None:
+        with open(args.csv, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(map(asdict, rows))
+
+
+if __name__ == "__main__":
+    main()

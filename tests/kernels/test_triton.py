@@ -1,0 +1,384 @@
+"""The Triton kernels in the interpreter, against fp64 and against their references.
+
+Error budget: |kernel - fp64| <= |reference - fp64| + a few roundings, in every dtype; NF4 bit for
+bit. Few programs and odd sizes: the interpreter costs a millisecond a program.
+"""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+from lorakit import kernels
+from lorakit.kernels import nf4
+from tests.triton_interpreter import interpreted, narrow, widen
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+dtypes = st.sampled_from(DTYPES)
+seeds = st.integers(0, 2**31)
+
+
+def random(seed, *shape, scale=1.0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def run(f, inputs, backend=None):
+    """Outputs of f and the gradients of its inputs, for fixed gradients of the outputs."""
+    inputs = [t.detach().clone().requires_grad_() for t in inputs]
+
+    def both():
+        out = f(*inputs)
+        out = out if isinstance(out, tuple) else (out,)
+        given = [random(i, *y.shape).to(y.dtype) for i, y in enumerate(out)]
+        return [*out, *torch.autograd.grad(out, inputs, given)]
+
+    if backend == "triton":
+        with interpreted(), kernels.use_backend("triton"):
+            return both()
+    with kernels.use_backend("reference"):
+        return both()
+
+
+def within_budget(f, exactly, inputs, terms=0.0):
+    """`exactly`: f in fp64. `terms`: the size of what may cancel inside, in fp32."""
+    ours, reference = run(f, inputs, "triton"), run(f, inputs)
+    truth = run(exactly, [t.double() for t in inputs])
+    for y, same, exact in zip(ours, reference, truth, strict=True):
+        assert (y.dtype, y.shape) == (same.dtype, same.shape)
+        rounding = 4 * torch.finfo(y.dtype).eps * exact.abs().max() + 2**-21 * terms
+        allowed = (same.double() - exact).abs().max() + rounding
+        assert (y.double() - exact).abs().max() <= allowed
+
+
+# ---- the instrument -----------------------------------------------------------------------------
+
+
+@settings(max_examples=200)
+@given(st.floats(width=32, allow_nan=True, allow_infinity=True))
+def test_the_interpreters_rounding_is_torchs(value):
+    x = torch.tensor([value])
+    bits = torch.from_numpy(narrow(x.numpy()).view("int16")).view(torch.bfloat16)
+    expected = x.bfloat16()
+    assert torch.equal(bits.isnan(), expected.isnan())
+    assert math.isnan(value) or torch.equal(bits, expected)
+    assert math.isnan(value) or widen(narrow(x.numpy()))[0] == expected.float()[0]
+
+
+def test_bf16_arithmetic_in_the_interpreter():
+    """Sums, products, reductions and dot products of bf16, as torch computes them."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def kernel(X, Y, SUM, PRODUCT, TOTAL, LARGEST, DOT, N: tl.constexpr):
+        at = tl.arange(0, N)
+        x, y = tl.load(X + at), tl.load(Y + at)
+        tl.store(SUM + at, x + y)
+        tl.store(PRODUCT + at, x * y)
+        tl.store(TOTAL, tl.sum(x))
+        tl.store(LARGEST, tl.max(x))
+        square = at[:, None] % N * N + at[None, :] * 0
+        a = tl.load(X + (square // N))  # rows of equal values
+        b = tl.load(Y + at[None, :] + square * 0)
+        tl.store(DOT + at[:, None] * N + at[None, :], tl.dot(a, b))
+
+    N = 16
+    x, y = random(0, N).bfloat16(), random(1, N).bfloat16()
+    out = [torch.zeros(N, dtype=torch.bfloat16) for _ in range(2)]
+    single = [torch.zeros(1, dtype=torch.bfloat16) for _ in range(2)]
+    dot = torch.zeros(N, N)
+    with interpreted():
+        kernel[(1,)](x, y, *out, *single, dot, N)
+    assert torch.equal(out[0], x + y)
+    assert torch.equal(out[1], x * y)
+    assert single[0] == x.float().sum().bfloat16()
+    assert single[1] == x.max()
+    expected = x.float()[:, None].expand(N, N) @ y.float()[None, :].expand(N, N)
+    assert torch.allclose(dot, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_same_kernel_compiles_after_it_was_interpreted():
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from lorakit.kernels.swiglu import triton as swiglu
+
+    gate = random(0, 64)
+    with interpreted(), kernels.use_backend("triton"):
+        kernels.swiglu(gate, gate)
+    signature = {"GATE": "*bf16", "UP": "*bf16", "Y": "*bf16", "n": "i32"}
+    signature |= {"KIND": "constexpr", "BLOCK": "constexpr"}
+    source = ASTSource(swiglu._forward, signature, {(4,): "silu", (5,): 1024})
+    assert compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+
+
+def test_without_a_gpu_the_backend_is_refused_on_cpu_tensors(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with kernels.use_backend("triton"), pytest.raises(RuntimeError, match="tensor is on cpu"):
+        kernels.swiglu(torch.ones(3), torch.ones(3))
+
+
+# ---- the ops ------------------------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 5), st.integers(1, 300), dtypes, st.sampled_from([0.0, 1.0]),
+    st.sampled_from(["llama", "gemma"]), seeds,
+)  # fmt: skip
+def test_rms_norm(rows, width, dtype, offset, casting_mode, seed):
+    x, w = random(seed, rows, width, scale=3).to(dtype), random(seed + 1, width).to(dtype)
+    options = {"weight_offset": offset, "casting_mode": casting_mode}
+
+    def exactly(x, w):
+        return (offset + w) * x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+
+    slope = x.double().square().mean(-1).add(1e-5).rsqrt().max() * (offset + w.double()).abs().max()
+    within_budget(
+        lambda x, w: kernels.rms_norm(x, w, 1e-5, **options), exactly, (x, w), terms=4 * slope
+    )
+
+
+def test_rms_norm_of_a_frozen_weight_and_of_strided_rows():
+    weight = random(1, 24)
+    x = random(0, 2, 3, 48)[..., :24]
+    grads = {}
+    for backend in ("reference", "triton"):
+        leaf = x.detach().requires_grad_()
+        with interpreted(), kernels.use_backend(backend):
+            kernels.rms_norm(leaf, weight, 1e-5).backward(torch.ones(2, 3, 24))
+        grads[backend] = leaf.grad
+    assert torch.allclose(grads["triton"], grads["reference"], rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 2), st.integers(1, 3), st.integers(1, 5), st.integers(1, 3), st.integers(1, 40),
+    st.booleans(), dtypes, seeds,
+)  # fmt: skip
+def test_rope(B, T, q_heads, k_heads, half, one_table, dtype, seed):
+    fused = random(seed, B, T, q_heads + k_heads, 2 * half).to(dtype)
+    angle = random(seed + 1, 1 if one_table else B, T, half, scale=5)
+    cos, sin = angle.cos(), angle.sin()
+
+    def turn(fused):  # views of one projection, as in a model
+        return kernels.rope(fused[:, :, :q_heads], fused[:, :, q_heads:], cos, sin)
+
+    ours, reference = run(turn, (fused,), "triton"), run(turn, (fused,))
+    for a, b in zip(ours, reference, strict=True):
+        assert torch.equal(a, b)  # the same fp32 products and sums, rounded once
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 2500), dtypes, st.sampled_from(["silu", "tanh", "none"]), seeds)
+def test_gated_activations(n, dtype, kind, seed):
+    gate, up = random(seed, n, scale=3).to(dtype), random(seed + 1, n).to(dtype)
+
+    def f(gate, up):
+        if kind == "silu":
+            return kernels.swiglu(gate, up)
+        return kernels.geglu(gate, up, approximate=kind)
+
+    def exactly(gate, up):
+        if kind == "silu":
+            return torch.nn.functional.silu(gate) * up
+        return torch.nn.functional.gelu(gate, approximate=kind) * up
+
+    within_budget(f, exactly, (gate, up), terms=4)
+
+
+def exact_loss(logits, labels, softcap, label_smoothing, z_loss):
+    """The definition: sum of lse - (1 - e) z_y - e mean(z) + a lse^2 over the labels that count."""
+    z = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    z, y = z[labels != -100], labels[labels != -100]
+    lse, e = z.logsumexp(-1), label_smoothing
+    loss = lse - (1 - e) * z.gather(-1, y[:, None])[:, 0] - e * z.mean(-1) + z_loss * lse**2
+    return loss.sum()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 5), st.integers(2, 9000), st.booleans(), st.sampled_from([None, 4.0, 30.0]),
+    st.sampled_from([0.0, 0.1]), st.sampled_from([0.0, 1e-3]), dtypes, seeds,
+)  # fmt: skip
+def test_cross_entropy(rows, vocabulary, padded, cap, smoothing, z_loss, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, vocabulary, (rows,), generator=generator)
+    labels[torch.rand(rows, generator=generator) < 0.3] = -100
+    buffer = torch.full((rows, -(-vocabulary // 16) * 16), math.nan, dtype=dtype)
+    logits = random(seed, rows, vocabulary, scale=4).to(dtype)
+
+    def f(logits):
+        if padded:  # rows that lie apart, and poison between them
+            view = buffer.clone()[:, :vocabulary]
+            logits = view.copy_(logits)
+        return kernels.cross_entropy(logits, labels, **options)[0]
+
+    options = {"softcap": cap, "label_smoothing": smoothing, "z_loss": z_loss}
+    exactly = partial(exact_loss, labels=labels, **options)
+
+    within_budget(f, exactly, (logits,), terms=rows * 32)
+
+
+def test_cross_entropy_writes_its_gradient_and_nothing_else():
+    from lorakit.kernels.cross_entropy import triton as ours
+    from lorakit.kernels.cross_entropy.linear import Form
+
+    rows, vocabulary = 3, 37
+    memory = torch.full((rows + 2, 64), 7.0)
+    logits = memory[1:-1, :vocabulary]
+    logits.copy_(random(0, rows, vocabulary))
+    labels = torch.tensor([3, -100, 36])
+    with interpreted():
+        _, lse = ours.loss_and_lse(logits, labels, Form(), -100)
+        ours.gradient(logits, labels, lse, torch.tensor(2.0), Form(), -100, logits)
+    assert (memory[0] == 7).all()
+    assert (memory[-1] == 7).all()
+    assert (memory[1:-1, 48:] == 7).all()  # what lies behind the padding to 16
+    expected = random(0, rows, vocabulary).softmax(-1)
+    expected[0, 3] -= 1
+    expected[2, 36] -= 1
+    expected[1] = 0
+    assert torch.allclose(logits, 2 * expected, rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 9), st.integers(2, 400), st.sampled_from([None, 5.0]), st.booleans(),
+    st.sampled_from([0.0, 0.1]), st.sampled_from([0.0, 1e-3]), dtypes, seeds,
+)  # fmt: skip
+def test_linear_cross_entropy(rows, vocabulary, cap, packed, smoothing, z_loss, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, vocabulary, (rows,), generator=generator)
+    labels[torch.rand(rows, generator=generator) < 0.3] = -100
+    hidden, head = random(seed, rows, 64).to(dtype), random(seed + 1, vocabulary, 64).to(dtype)
+    if packed:
+        q = kernels.quantize_nf4(head)
+        head = kernels.dequantize_nf4(q)
+    inputs = (hidden,) if packed else (hidden, head)
+
+    def f(hidden, head=None):
+        weight = q if head is None else head
+        return kernels.linear_cross_entropy(
+            hidden, weight, labels, softcap=cap, label_smoothing=smoothing, z_loss=z_loss
+        )[0]
+
+    def exactly(hidden, weight=None):
+        z = hidden @ (head.double() if weight is None else weight).t()
+        return exact_loss(z, labels, cap, smoothing, z_loss)
+
+    # the logits are rounded to the dtype, as a model's are: rows of |z| up to 40, and their slopes
+    terms = rows * 40 * torch.finfo(dtype).eps * 2**21 * head.float().abs().max()
+    within_budget(f, exactly, inputs, terms=terms)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 9000), seeds, st.sampled_from(nf4.BLOCK_SIZES), st.booleans(), st.booleans(),
+    st.booleans(), dtypes,
+)  # fmt: skip
+def test_nf4_equals_the_reference_bit_for_bit(
+    n, seed, block_size, fp4, double_quant, search, dtype
+):
+    quantize = kernels.quantize_fp4 if fp4 else kernels.quantize_nf4
+    options = {"block_size": block_size, "double_quant": double_quant, "search_scales": search}
+    w = random(seed, n, scale=2.0 ** (seed % 40 - 20)).clamp(-60000, 60000).to(dtype)
+    with kernels.use_backend("reference"):
+        truth = quantize(w, **options)
+    with interpreted(), kernels.use_backend("triton"):
+        ours = quantize(w, **options)
+    assert torch.equal(ours.codes, truth.codes)
+    assert torch.equal(ours.absmax, truth.absmax)
+    for out in DTYPES:
+        with kernels.use_backend("reference"):
+            expected = kernels.dequantize_nf4(truth, out)
+        with interpreted(), kernels.use_backend("triton"):
+            assert torch.equal(kernels.dequantize_nf4(truth, out), expected)
+
+
+def test_nf4_refuses_nan():
+    w = torch.ones(200)
+    w[77] = math.nan
+    with (
+        interpreted(),
+        kernels.use_backend("triton"),
+        pytest.raises(ValueError, match="NaN or infinite"),
+    ):
+        kernels.quantize_nf4(w)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(0, 3000), min_size=1, max_size=4), st.integers(1, 1000), seeds)
+def test_adamw(sizes, step, seed):
+    """Three steps over many tensors, against fp64; what lies between them is not touched."""
+    memory = torch.full((4, sum(n + 64 for n in sizes) + 64), 7.0)
+    places, start = [], 0
+    for n in sizes:
+        places.append(slice(start, start + n))
+        start += -(-n // 16) * 16 + 16
+    lists = [[row[place] for place in places] for row in memory]  # p, g, m, v
+    for i, tensors in enumerate(lists):
+        for j, t in enumerate(tensors):
+            t.copy_(random(seed + 10 * i + j, len(t)))
+    for v in lists[3]:
+        v.abs_()
+    exact = [[t.double() for t in tensors] for tensors in lists]
+    options = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+    for t in range(step, step + 3):
+        with interpreted(), kernels.use_backend("triton"):
+            kernels.adamw_step(*lists, step=t, **options)
+        for p, g, m, v in zip(*exact, strict=True):
+            m.mul_(0.9).add_(g, alpha=0.1)
+            v.mul_(0.999).addcmul_(g, g, value=0.001)
+            p.mul_(1 - 1e-3)
+            p -= 1e-2 / (1 - 0.9**t) * m / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+    for ours, truth in zip(lists, exact, strict=True):
+        for a, b in zip(ours, truth, strict=True):
+            # three steps of a few fp32 roundings each; early steps divide by 1 - 0.999^t
+            assert torch.allclose(a.double(), b, rtol=1e-5, atol=1e-6)
+    inside = torch.zeros(memory.shape[1], dtype=torch.bool)
+    for place in places:
+        inside[place] = True
+    assert (memory[:, ~inside] == 7).all()
+
+
+def test_adamw_of_other_tensors_takes_the_reference():
+    odd = torch.ones(9)[1:]  # not on 16 bytes
+    lists = [[odd], [torch.ones(8)], [torch.zeros(8)], [torch.zeros(8)]]
+    options = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+    with interpreted(), kernels.use_backend("triton"):
+        kernels.adamw_step(*lists, step=1, **options)
+    assert torch.allclose(odd, torch.full((8,), 0.99))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_training_step_of_a_whole_model(tiny_dir, dtype):
+    """QLoRA on a tiny Llama: loss and gradients of every adapter, kernel against reference."""
+    import lorakit as lk
+
+    ids = torch.randint(0, 97, (2, 9), generator=torch.Generator().manual_seed(0))
+    found = {}
+    for backend in ("reference", "triton"):
+        with interpreted(), kernels.use_backend(backend):
+            model = lk.load_model(tiny_dir, dtype=dtype, quantize="nf4", device="cpu")
+            torch.manual_seed(1)
+            lk.attach(model, lk.LoraConfig(r=4))
+            for name, parameter in model.named_parameters():
+                if name.endswith("lora_B"):
+                    torch.nn.init.normal_(parameter, std=0.1)
+            loss, count = model.loss(ids, ids)
+            (loss / count).backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        found[backend] = (loss.detach(), grads)
+    (loss, grads), (expected, expected_grads) = found["triton"], found["reference"]
+    # the reference rounds after every operation, the kernels once: a few roundings of bf16
+    tolerance = 1e-5 if dtype == "float32" else 0.05
+    assert torch.allclose(loss, expected, rtol=tolerance)
+    assert grads.keys() == expected_grads.keys()
+    for name, grad in grads.items():
+        difference = (grad - expected_grads[name]).norm() / expected_grads[name].norm()
+        assert difference < tolerance, name

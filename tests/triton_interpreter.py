@@ -1,0 +1,172 @@
+"""Triton's interpreter, made right for bf16, for the very kernels that are compiled elsewhere.
+
+Two things are wrong with the stock interpreter (3.9.0; its issues 11584 and 11604). It keeps bf16
+as the bits, uint16, and calculates with those: sums, products and reductions of bf16 come out as
+integers', and fp32 is cut to bf16 instead of rounded. And TRITON_INTERPRET=1 turns every kernel of
+the process, Triton's own included, into an interpreted one that no longer compiles.
+
+`interpreted()` runs ordinary @triton.jit functions in the interpreter for the length of a `with`
+block. Inside it bf16 operands are widened to fp32 before every operation and results rounded to
+nearest even after it, as a GPU does.
+"""
+
+import importlib
+import os
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter, jit
+
+from lorakit import kernels
+
+for folder in kernels.__path__:  # with TRITON_INTERPRET=1 they would be made interpreted for good
+    for file in Path(folder).glob("*/triton.py"):
+        importlib.import_module(f"lorakit.kernels.{file.parent.name}.triton")
+
+Builder, Handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+_functions: dict = {}
+
+
+def widen(bits: np.ndarray) -> np.ndarray:
+    """bf16 as uint16 bits -> fp32"""
+    return (np.asarray(bits).astype(np.uint32) << 16).view(np.float32)
+
+
+def narrow(values: np.ndarray) -> np.ndarray:
+    """fp32 -> bf16 as uint16 bits, to nearest even; every NaN becomes the quiet one."""
+    values = np.ascontiguousarray(values, dtype=np.float32)
+    bits = values.view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
+
+
+def _is_bf16(value) -> bool:
+    return isinstance(value, Handle) and value.dtype.scalar == tl.bfloat16
+
+
+def _wide(value):
+    return Handle(widen(value.data), tl.float32) if _is_bf16(value) else value
+
+
+def _in_fp32(operation):
+    """`operation` on widened operands, its floating-point result rounded back."""
+
+    def run(self, *operands, **options):
+        if not any(map(_is_bf16, operands)):
+            return operation(self, *operands, **options)
+        result = operation(self, *map(_wide, operands), **options)
+        if result.data.dtype == np.bool_:
+            return result
+        return Handle(narrow(result.data), tl.bfloat16)
+
+    return run
+
+
+def _ternary(self, a, b, c, op):
+    if op is np.where:  # a choice moves bits
+        return _original["ternary_op"](self, a, b, c, op)
+    return _in_fp32(_original["ternary_op"])(self, a, b, c, op)
+
+
+def _cast(self, source, target):
+    before, after = source.dtype.scalar, target.scalar
+    if before == after:
+        return _original["cast_impl"](self, source, target)
+    if before == tl.bfloat16:
+        wide = Handle(widen(source.data), tl.float32)
+        return wide if after == tl.float32 else _original["cast_impl"](self, wide, target)
+    if after == tl.bfloat16:
+        return Handle(narrow(source.data.astype(np.float32)), tl.bfloat16)
+    return _original["cast_impl"](self, source, target)
+
+
+def _fp_to_fp(self, source, target, rounding):
+    nearest = rounding == interpreter._ir.ROUNDING_MODE.RTNE
+    if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16 and nearest:
+        return Handle(narrow(source.data), tl.bfloat16)
+    return _original["create_fp_to_fp"](self, source, target, rounding)
+
+
+def _dot(self, a, b, *rest):
+    return _original["create_dot"](self, _wide(a), _wide(b), *rest)
+
+
+def _reduced_in_fp32(apply):
+    """tl.sum, tl.max, tl.cumsum and the like: on widened tensors, the result rounded back."""
+
+    def retyped(tensor, data, dtype):
+        shape = list(tensor.shape)
+        kind = tl.block_type(dtype, shape) if shape else dtype
+        return tl.tensor(Handle(data, dtype), kind)
+
+    def run(self, given):
+        inputs = given if isinstance(given, tuple) else (given,)
+        if not any(t.dtype.scalar == tl.bfloat16 for t in inputs):
+            return apply(self, given)
+        wide = [
+            retyped(t, widen(t.handle.data), tl.float32) if t.dtype.scalar == tl.bfloat16 else t
+            for t in inputs
+        ]
+        results = apply(self, tuple(wide))
+        results = tuple(
+            retyped(t, narrow(t.handle.data), tl.bfloat16) if t.dtype.scalar == tl.float32 else t
+            for t in results
+        )
+        return results if isinstance(given, tuple) else results[0]
+
+    return run
+
+
+_NAMES = ("cast_impl", "create_fp_to_fp", "binary_op", "unary_op", "ternary_op", "create_dot")
+_NAMES += ("create_fma", "create_clampf", "create_rsqrt")
+_original = {name: getattr(Builder, name) for name in _NAMES}
+_PATCHES = {name: _in_fp32(_original[name]) for name in _NAMES} | {
+    "cast_impl": _cast,
+    "create_fp_to_fp": _fp_to_fp,
+    "ternary_op": _ternary,
+    "create_dot": _dot,
+}
+
+
+def _interpretable(function: jit.JITFunction) -> interpreter.InterpretedFunction:
+    if function.fn not in _functions:  # hashing the JITFunction itself would parse its source
+        _functions[function.fn] = interpreter.InterpretedFunction(function.fn)
+    return _functions[function.fn]
+
+
+def _launch(self, *arguments, grid, warmup, **options):
+    return _interpretable(self).run(*arguments, grid=grid, warmup=warmup, **options)
+
+
+def _call(self, *arguments, **options):
+    """A function called by a kernel; `tl` is patched already, by `interpreted`."""
+    return _interpretable(self).rewrite()(*arguments, **options)
+
+
+@contextmanager
+def interpreted() -> Iterator[None]:
+    """Launches of @triton.jit kernels inside the block run in the interpreter, on CPU tensors."""
+    with (
+        mock.patch.multiple(Builder, **_PATCHES),
+        mock.patch.object(
+            interpreter.ReduceOps, "apply", _reduced_in_fp32(interpreter.ReduceOps.apply)
+        ),
+        mock.patch.object(
+            interpreter.ScanOps, "apply", _reduced_in_fp32(interpreter.ScanOps.apply)
+        ),
+        mock.patch.object(jit.JITFunction, "run", _launch),
+        mock.patch.object(jit.JITFunction, "__call__", _call),
+        mock.patch.dict(os.environ, TRITON_INTERPRET="1"),
+    ):
+        # once for all launches: the interpreter would do it again at every call of a function
+        modules = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+        scope = interpreter._patch_lang(modules)
+        try:
+            yield
+        finally:
+            scope.restore()
