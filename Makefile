@@ -28,7 +28,7 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 
 bench: $(VENV)/.bench
-	$(BIN)/python benchmarks/nf4.py
+	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/generation.py $(MODEL)
 
 clean:
