@@ -26,6 +26,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -204,6 +205,9 @@ def cases() -> Iterator[tuple[str, Callable, int]]:
     x, w = bf16(8, 2304), bf16(2304, grad=False)
     gemma = {"weight_offset": 1.0, "casting_mode": "gemma"}
     yield "rms_norm 2304 gemma", both(lambda: ops.rms_norm(x, w, 1e-6, **gemma)), 2304
+    r = bf16(8, 4096)
+    flat, w2 = bf16(8, 4096), bf16(4096, grad=False)
+    yield "add_rms_norm 4096", both(lambda: ops.add_rms_norm(flat, r, w2, 1e-5)), 4096
     w_trained = bf16(4096)
     y = bf16(8, 4096)
     yield "rms_norm 4096 with dw", both(lambda: ops.rms_norm(y, w_trained, 1e-5)), 4096
@@ -231,6 +235,19 @@ def cases() -> Iterator[tuple[str, Callable, int]]:
     ones = [[torch.ones(4096)] for _ in range(4)]
     options = {"step": 1, "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
     yield "adamw", lambda: ops.adamw_step(*ones, **options), 1024
+    halves = [torch.empty(8, 4096, dtype=torch.float16).requires_grad_() for _ in range(2)]
+    yield "swiglu fp16", both(lambda: ops.swiglu(*halves)), 1024
+    wide = torch.empty(4, 32000).requires_grad_()
+    yield "cross_entropy 32000 fp32", both(lambda: ops.cross_entropy(wide, labels)[0]), 4096
+    for dtype in (torch.float32, torch.bfloat16):
+        w = torch.ones(64, 4096, dtype=dtype)
+        name = f"nf4 quantize {NAMES[dtype]}"
+
+        def quantize(w: torch.Tensor = w) -> None:
+            with suppress(ValueError):  # scales that were not computed may not be finite
+                ops.quantize_nf4(w, double_quant=False)
+
+        yield name, quantize, 1024
     for double, q in packed.items():
         name = "nf4 dequantize" + (" double" if double else "")
         yield name, lambda q=q: ops.dequantize_nf4(q, torch.bfloat16), 1024

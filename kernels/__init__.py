@@ -14,7 +14,7 @@ from .frozen_linear import Packed, dequantize, dequantize_rows, frozen_linear
 from .int8 import Int8Tensor, dequantize_int8, quantize_int8
 from .lora_linear import lora_linear
 from .nf4 import NF4Tensor, dequantize_nf4, quantize_fp4, quantize_nf4
-from .rms_norm import rms_norm
+from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope
 from .swiglu import geglu, swiglu
 
@@ -26,6 +26,7 @@ __all__ = [
     "NF4Tensor",
     "Packed",
     "adamw_step",
+    "add_rms_norm",
     "attention",
     "cross_entropy",
     "decode_compiled",

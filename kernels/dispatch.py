@@ -6,6 +6,8 @@ An op's public function asks `pick(device, ...)` which of the backends it has sh
     cpu         kernels/*/cpu.cpp, one shared library with a plain C ABI, for tensors in host memory
     triton      */triton.py, for tensors on a GPU; with TRITON_INTERPRET=1 in the environment, any
 
+(Triton's own interpreter is wrong for bf16; tests/triton_interpreter.py corrects it.)
+
 The fastest one that fits the tensor's device is taken. `use_backend` forces one; forcing what is
 missing raises.
 
@@ -22,8 +24,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -34,12 +35,13 @@ LIBRARY = {"darwin": "liblorakit_cpu.dylib"}.get(sys.platform, "liblorakit_cpu.s
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 log = logging.getLogger("lorakit")
-_forced: ContextVar[str | None] = ContextVar("lorakit_backend", default=None)
+_forced: str | None = None  # of the process: backward runs in threads of torch's own
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every op inside the `with` block on backend `name`: "reference", "cpu" or "triton".
+    """Run every op inside the `with` block on backend `name`, "reference", "cpu" or "triton", in
+    all threads.
 
     Raises ValueError for an unknown name, RuntimeError where that backend is not installed, and,
     from the op, RuntimeError where the tensor is on another device. An op that has no kernel for
@@ -53,21 +55,21 @@ def use_backend(name: str) -> Iterator[None]:
         )
     if name == "triton" and not has_triton():
         raise RuntimeError("backend 'triton' is not available: the package triton is not installed")
-    token = _forced.set(name)
+    global _forced
+    before, _forced = _forced, name
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before
 
 
 def pick(device: torch.device, *implemented: str) -> str:
     """The backend for an op that has a reference and `implemented`, on tensors of `device`."""
-    forced = _forced.get()
-    if forced in implemented:
-        if not _fits(forced, device):
-            raise RuntimeError(f"backend {forced!r} is forced, but the tensor is on {device}")
-        return forced
-    if forced is not None:  # the reference, or a backend that has no kernel for this op
+    if _forced in implemented:
+        if not _fits(_forced, device):
+            raise RuntimeError(f"backend {_forced!r} is forced, but the tensor is on {device}")
+        return _forced
+    if _forced is not None:  # the reference, or a backend that has no kernel for this op
         return "reference"
     if "triton" in implemented and device.type == "cuda" and has_triton():
         return "triton"
@@ -79,6 +81,11 @@ def pick(device: torch.device, *implemented: str) -> str:
 def triton_runs(x: torch.Tensor) -> bool:
     """Whether an op that has a Triton kernel for fp32, bf16 and fp16 should run it on `x`."""
     return x.dtype in _TRITON_DTYPES and pick(x.device, "triton") == "triton"
+
+
+def on_device(x: torch.Tensor) -> AbstractContextManager:
+    """Inside the block Triton launches on the device of `x`, whichever is current."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def _fits(backend: str, device: torch.device) -> bool:

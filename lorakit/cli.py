@@ -90,7 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--plot", type=Path, default=Path("quantize-report.png"), help="PNG to write"
     )
-    report.add_argument("--no-plot", action="store_const", dest="plot", const=None)
+    report.add_argument(
+        "--no-plot", action="store_const", dest="plot", const=None, help="only print"
+    )
     report.set_defaults(run=_quantize_report, take=_take_overrides)
     return parser
 

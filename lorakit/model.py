@@ -117,10 +117,12 @@ class RMSNorm(nn.Module):
         self.eps = config.rms_norm_eps
         self.offset, self.casting_mode = config.norm_weight_offset, config.norm_casting_mode
 
-    def forward(self, x: Tensor) -> Tensor:
-        return kernels.rms_norm(
-            x, self.weight, self.eps, weight_offset=self.offset, casting_mode=self.casting_mode
-        )
+    def forward(self, x: Tensor, residual: Tensor | None = None):
+        """Normalized x; with a residual, the sum of both normalized, and the sum."""
+        options = {"weight_offset": self.offset, "casting_mode": self.casting_mode}
+        if residual is None:
+            return kernels.rms_norm(x, self.weight, self.eps, **options)
+        return kernels.add_rms_norm(x, residual, self.weight, self.eps, **options)
 
 
 class Attention(nn.Module):
@@ -245,11 +247,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor, view: View, cache: Cache | None) -> Tensor:
         attended = self.self_attn(self.input_layernorm(x), view, cache)
         if self.pre_feedforward_layernorm is None:
-            x = x + attended
-            return x + self._feed_forward(self.post_attention_layernorm(x), view)
-        x = x + self.post_attention_layernorm(attended)
-        fed = self._feed_forward(self.pre_feedforward_layernorm(x), view)
-        return x + self.post_feedforward_layernorm(fed)
+            normalized, x = self.post_attention_layernorm(attended, x)
+            return x + self._feed_forward(normalized, view)
+        attended = self.post_attention_layernorm(attended)
+        normalized, x = self.pre_feedforward_layernorm(attended, x)
+        return x + self.post_feedforward_layernorm(self._feed_forward(normalized, view))
 
     def _feed_forward(self, x: Tensor, view: View) -> Tensor:
         if self.moe_name is None:

@@ -57,11 +57,10 @@ def check(targets, tmp_path):
         capture_output=True,
     )
     found, rows = read(tmp_path / "found.csv"), read(BASELINE)
-    assert len(found) > 30
+    assert found.keys() == {key for key in rows if key[2] in (targets or static_gpu.TARGETS)}
     for key, figures in found.items():
         assert figures["spilled"] == "0", key
         assert int(figures["shared"]) <= static_gpu.SHARED_LIMIT[figures["target"]], key
-        assert key in rows, f"{key}: run benchmarks/static_gpu.py --csv benchmarks/{BASELINE.name}"
         if version("triton").startswith("3.9."):  # what the baseline was compiled with
             assert not no_worse(rows[key], figures), (key, figures, rows[key])
 

@@ -31,6 +31,7 @@ def adamw_step(
         from . import triton
 
         if triton.fits(*tensors):
-            triton.adamw_step(*tensors, step, lr, betas, eps, weight_decay)
+            with dispatch.on_device(params[0]):
+                triton.adamw_step(*tensors, step, lr, betas, eps, weight_decay)
             return
     reference.adamw_step(*tensors, step, lr, betas, eps, weight_decay)

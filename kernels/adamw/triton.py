@@ -60,7 +60,7 @@ def _adam(p, g, m, v, decay, beta1, rest1, beta2, rest2, rate, correction, eps):
 def fits(*lists: list[Tensor]) -> bool:
     """Whether the kernel can take these tensors: fp32, dense, on 16 bytes, of one device."""
     device = lists[0][0].device
-    return all(
+    dense = all(
         t.dtype == torch.float32
         and t.is_contiguous()
         and t.data_ptr() % 16 == 0
@@ -68,6 +68,7 @@ def fits(*lists: list[Tensor]) -> bool:
         for tensors in lists
         for t in tensors
     )
+    return dense and all(len({t.shape for t in group}) == 1 for group in zip(*lists, strict=True))
 
 
 def adamw_step(
@@ -82,17 +83,19 @@ def adamw_step(
     weight_decay: float,
 ) -> None:
     """As reference.adamw_step, for tensors that `fits` accepts."""
-    table, pieces = [], []
-    for i, tensors in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
-        n = tensors[0].numel()
-        table.append([*(t.data_ptr() for t in tensors), n])
-        pieces += [[i, piece] for piece in range(triton.cdiv(n, BLOCK))]
-    device = params[0].device
-    table = torch.tensor(table, dtype=torch.int64, device=device)
-    beta1, beta2 = betas
-    if pieces:
+    groups = zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)
+    table = [[*(t.data_ptr() for t in tensors), tensors[0].numel()] for tensors in groups]
+    table = torch.tensor(table, dtype=torch.int64, device="cpu")
+    counts = (table[:, 4] + BLOCK - 1) // BLOCK
+    tensor = torch.arange(len(table), device="cpu").repeat_interleave(counts)
+    piece = torch.arange(len(tensor), device="cpu") - (counts.cumsum(0) - counts)[tensor]
+    pieces = torch.stack([tensor, piece], dim=1)
+    device, (beta1, beta2) = params[0].device, betas
+    if len(pieces):
         _update[(len(pieces),)](
-            table, torch.tensor(pieces, dtype=torch.int64, device=device), 1 - lr * weight_decay,
-            beta1, 1 - beta1, beta2, 1 - beta2, lr / (1 - beta1**step),
-            1 / math.sqrt(1 - beta2**step), eps, BLOCK, num_warps=WARPS,
+            table.to(device), pieces.to(device), 1 - lr * weight_decay, beta1, 1 - beta1, beta2,
+            1 - beta2, lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), eps, BLOCK,
+            num_warps=WARPS,
         )  # fmt: skip
+    for tensors in (params, exp_avgs, exp_avg_sqs):
+        torch.autograd.graph.increment_version(tensors)  # as an operation of torch's would

@@ -47,10 +47,11 @@ def cross_entropy(
     []).
     """
     form = Form(softcap, label_smoothing, z_loss)
-    if dispatch.triton_runs(logits):
+    if labels.shape == logits.shape[:-1] and dispatch.triton_runs(logits):
         from . import triton
 
-        return triton.cross_entropy(logits, labels, form, ignore_index)
+        with dispatch.on_device(logits):
+            return triton.cross_entropy(logits, labels, form, ignore_index)
     return reference.cross_entropy(logits, labels, form, ignore_index)
 
 
@@ -80,5 +81,6 @@ def linear_cross_entropy(
         backend = triton
     chosen = labels.reshape(-1)[rows]
     form = Form(softcap, label_smoothing, z_loss)
-    total = LinearCrossEntropy.apply(picked, weight, chosen, form, backend)
+    with dispatch.on_device(picked):
+        total = LinearCrossEntropy.apply(picked, weight, chosen, form, backend)
     return total, (labels != ignore_index).sum()

@@ -9,7 +9,8 @@ A vocabulary that is no multiple of 16 would make every access one of 16 bits. W
 logits lie that far apart, as a multiple of 16, the padding between them is read too, and not used;
 in the gradient, whose memory is made here, it is written with zeros.
 
-Nothing here waits for the device: counts and scales stay there.
+Nothing here waits for the device: counts and scales stay there. A label outside of the vocabulary
+therefore raises nothing; it makes loss and gradient NaN.
 """
 
 import torch
@@ -21,6 +22,7 @@ from ..frozen_linear import Packed
 from .linear import Form, panels
 
 BLOCK, WARPS = 4096, 8
+NONE_IGNORED = -(2**62)  # no label
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -56,10 +58,12 @@ def _forward(
             total += tl.sum(tl.where(columns < V, z, 0.0))
         z = tl.where(columns < V, z, float("-inf"))
         largest = tl.maximum(m, tl.max(z))
-        s = s * tl.exp2((m - largest) * LOG2E) + tl.sum(tl.exp2((z - largest) * LOG2E))
+        base = tl.where(largest == float("-inf"), 0.0, largest)  # so far nothing but -inf
+        s = s * tl.exp2((m - base) * LOG2E) + tl.sum(tl.exp2((z - base) * LOG2E))
         m = largest
-    lse = m + tl.log2(s) * LN2
-    chosen = _capped(tl.load(start_of_row + label).to(tl.float32), cap)
+    known = (label >= 0) & (label < V)
+    lse = tl.where(known, m + tl.log2(s) * LN2, float("nan"))  # from where it reaches the gradient
+    chosen = _capped(tl.load(start_of_row + label, mask=known, other=0.0).to(tl.float32), cap)
     loss = lse - (1 - smoothing) * chosen
     if smoothing != 0:
         loss -= smoothing * (total / V)
@@ -150,7 +154,7 @@ def logits(h: Tensor, head: Tensor | Packed) -> Tensor:
     out = padded_rows(len(h), head.shape[0], h.dtype, h.device)
     whole = [(slice(None), head)] if isinstance(head, Tensor) else panels(head, h.dtype)
     for words, panel in whole:
-        torch.mm(h, panel.t(), out=out[:, words])
+        torch.mm(h, panel.to(h.dtype).t(), out=out[:, words])
     return out
 
 
@@ -160,10 +164,10 @@ def loss_and_gradient(
     """logits [n, V], given up, labels int64 [n] -> summed loss [], and if they are needed the
     gradients of the logits [n, V], in their memory.
     """
-    loss, lse = loss_and_lse(logits, labels, form, -1)
+    loss, lse = loss_and_lse(logits, labels, form, NONE_IGNORED)
     if need:
         one = torch.ones((), device=logits.device)
-        gradient(logits, labels, lse, one, form, -1, logits)
+        gradient(logits, labels, lse, one, form, NONE_IGNORED, logits)
     return loss.sum(), logits if need else None
 
 
@@ -191,5 +195,6 @@ def cross_entropy(
     logits: Tensor, labels: Tensor, form: Form, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
     flat = logits.reshape(-1, logits.shape[-1])
-    total = CrossEntropy.apply(flat, labels.reshape(-1), form, ignore_index)
+    labels = labels.reshape(-1).contiguous()
+    total = CrossEntropy.apply(flat, labels, form, ignore_index)
     return total, (labels != ignore_index).sum()

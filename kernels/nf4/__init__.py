@@ -119,7 +119,8 @@ def _quantize(
     flat = w.detach().reshape(-1).contiguous()  # reshape alone may keep the strides
     backend = _backend(w.device)
     bounds, codes_by_level = thresholds(quant_type, w.device), order(quant_type, w.device)
-    codes, absmax = backend.quantize(flat, bounds, codes_by_level, block_size, ABSMAX_FLOOR)
+    with dispatch.on_device(flat):
+        codes, absmax = backend.quantize(flat, bounds, codes_by_level, block_size, ABSMAX_FLOOR)
     if not torch.isfinite(absmax).all():
         raise ValueError("cannot quantize a tensor that holds NaN or infinite values")
     if search_scales:
@@ -135,7 +136,8 @@ def _quantize(
     q = NF4Tensor(codes, absmax, nested, offset, tuple(w.shape), block_size, w.dtype, quant_type)
     if search_scales:
         scales = _scales(q)
-        codes = backend.encode(flat, scales, bounds, codes_by_level, block_size, ABSMAX_FLOOR)
+        with dispatch.on_device(flat):
+            codes = backend.encode(flat, scales, bounds, codes_by_level, block_size, ABSMAX_FLOOR)
         q = replace(q, codes=codes)
     return q
 
@@ -151,7 +153,8 @@ def dequantize_nf4(q: NF4Tensor, dtype: torch.dtype | None = None) -> Tensor:
         flat = backend.dequantize(q.codes, _scales(q), table, n, q.block_size, dtype)
     else:  # the scales too
         both = pairs(q.quant_type, q.device)
-        flat = backend.dequantize(q, both, dynamic_map(q.device), dtype)
+        with dispatch.on_device(q.codes):
+            flat = backend.dequantize(q, both, dynamic_map(q.device), dtype)
     return flat.view(q.shape)
 
 

@@ -95,10 +95,13 @@ def dequantize(q: NF4Tensor, pairs: Tensor, scale_map: Tensor, dtype: torch.dtyp
     n = math.prod(q.shape)
     y = torch.empty(n, dtype=dtype, device=q.device)
     tile = min(q.block_size // 2, 128)
-    nested, offset = (q.nested_absmax, q.offset) if q.double_quant else (q.absmax, q.absmax)
+    codes, absmax = q.codes.contiguous(), q.absmax.contiguous()
+    nested, offset = absmax, absmax
+    if q.double_quant:
+        nested, offset = q.nested_absmax.contiguous(), q.offset
     if n:
         _dequantize[(triton.cdiv(n, 2 * BYTES),)](
-            q.codes, q.absmax, nested, offset, scale_map, pairs, y, n, torch.finfo(q.dtype).max,
+            codes, absmax, nested, offset, scale_map, pairs, y, n, torch.finfo(q.dtype).max,
             q.double_quant, n % (2 * BYTES) == 0, q.block_size // 2, BYTES // tile, tile,
             num_warps=WARPS, **EXACT,
         )  # fmt: skip

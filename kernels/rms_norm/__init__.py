@@ -14,6 +14,8 @@ from torch import Tensor
 from .. import dispatch
 from . import reference
 
+WIDEST = 32768  # row of the Triton kernel, which beyond would spill registers
+
 
 def rms_norm(
     x: Tensor,
@@ -26,8 +28,37 @@ def rms_norm(
     """x [..., H] normalized over its last dimension and scaled by weight [H]: [..., H] in x's
     dtype. casting_mode: "llama" or "gemma", see above.
     """
-    if dispatch.triton_runs(x):
+    if _suits_triton(x, weight):
         from . import triton
 
-        return triton.rms_norm(x, weight, eps, weight_offset, casting_mode)
+        with dispatch.on_device(x):
+            return triton.rms_norm(x, weight, eps, weight_offset, casting_mode)
     return reference.rms_norm(x, weight, eps, weight_offset, casting_mode)
+
+
+def _suits_triton(x: Tensor, weight: Tensor) -> bool:
+    """A row has to fit into registers."""
+    fits = weight.shape == x.shape[-1:] and x.shape[-1] <= WIDEST
+    return fits and dispatch.triton_runs(x)
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    weight_offset: float = 0.0,
+    casting_mode: str = "llama",
+) -> tuple[Tensor, Tensor]:
+    """The sum s = x + residual [..., H], rounded to x's dtype, normalized as by `rms_norm`, and s
+    itself: both [..., H].
+    """
+    same = (x.dtype, x.shape) == (residual.dtype, residual.shape)
+    if same and _suits_triton(x, weight):
+        from . import triton
+
+        with dispatch.on_device(x):
+            return triton.add_rms_norm(x, residual, weight, eps, weight_offset, casting_mode)
+    total = x + residual
+    return reference.rms_norm(total, weight, eps, weight_offset, casting_mode), total

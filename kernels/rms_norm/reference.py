@@ -10,4 +10,4 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, casting_mode:
     if casting_mode == "gemma":
         return (normalized * (offset + weight.float())).to(x.dtype)
     scale = weight if offset == 0 else offset + weight
-    return scale * normalized.to(x.dtype)
+    return (scale * normalized.to(x.dtype)).to(x.dtype)

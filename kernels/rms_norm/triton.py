@@ -7,6 +7,9 @@ Forward keeps 1 / sqrt(mean(x^2) + eps) per row, fp32. With g = dy (offset + w) 
 A frozen weight, as in LoRA, takes no dw: then a program has one row, and forward and backward move
 2 and 3 times the size of x. Otherwise a few hundred programs walk over the rows, each with a sum of
 its own, and torch adds those up: no atomics, so the same bits every time.
+
+`add_rms_norm` takes the sum of a residual connection along: it is read where it is made, and its
+gradient joins that of the norm, instead of three more passes over the activations.
 """
 
 import torch
@@ -19,14 +22,21 @@ PROGRAMS = 256  # that share the rows when dw is wanted
 
 @triton.jit
 def _forward(
-    X, W, Y, RSTD, stride, width,
-    eps: tl.constexpr, offset: tl.constexpr, LLAMA: tl.constexpr, BLOCK: tl.constexpr,
+    X, RESIDUAL, S, W, Y, RSTD, stride, residual_stride, width,
+    eps: tl.constexpr, offset: tl.constexpr, LLAMA: tl.constexpr, ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     x = tl.load(X + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
     w = tl.load(W + columns, mask=inside, other=0.0)
+    if ADD:
+        at = row * residual_stride + columns
+        x += tl.load(RESIDUAL + at, mask=inside, other=0.0).to(tl.float32)
+        x = x.to(S.dtype.element_ty)
+        tl.store(S + row * width + columns, x, mask=inside)
+        x = x.to(tl.float32)
     rstd = 1 / tl.sqrt(tl.sum(x * x) / width + eps)
     y = x * rstd
     if LLAMA:  # the normalized row rounded first
@@ -41,7 +51,7 @@ def _forward(
 
 
 @triton.jit
-def _row_backward(DY, X, w, RSTD, DX, stride, row, width, columns, inside):
+def _row_backward(DY, DS, X, w, RSTD, DX, stride, row, width, columns, inside, ADD: tl.constexpr):
     """Stores dx of one row and returns its share of dw."""
     x = tl.load(X + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
     dy = tl.load(DY + row * width + columns, mask=inside, other=0.0).to(tl.float32)
@@ -49,14 +59,16 @@ def _row_backward(DY, X, w, RSTD, DX, stride, row, width, columns, inside):
     normal = x * rstd
     g = dy * w
     dx = rstd * (g - normal * (tl.sum(g * normal) / width))
+    if ADD:
+        dx += tl.load(DS + row * width + columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(DX + row * width + columns, dx.to(DX.dtype.element_ty), mask=inside)
     return dy * normal
 
 
 @triton.jit
 def _backward(
-    DY, X, W, RSTD, DX, DW, stride, rows, width,
-    offset: tl.constexpr, NEED_DW: tl.constexpr, BLOCK: tl.constexpr,
+    DY, DS, X, W, RSTD, DX, DW, stride, rows, width,
+    offset: tl.constexpr, NEED_DW: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -65,15 +77,58 @@ def _backward(
     if NEED_DW:
         dw = tl.zeros((BLOCK,), tl.float32)
         for row in range(first, rows, tl.num_programs(0)):
-            dw += _row_backward(DY, X, w, RSTD, DX, stride, row, width, columns, inside)
+            dw += _row_backward(DY, DS, X, w, RSTD, DX, stride, row, width, columns, inside, ADD)
         tl.store(DW + first * width + columns, dw, mask=inside)
     else:
-        _row_backward(DY, X, w, RSTD, DX, stride, first, width, columns, inside)
+        _row_backward(DY, DS, X, w, RSTD, DX, stride, first, width, columns, inside, ADD)
 
 
-def _shape(width: int) -> dict[str, int]:
+def _launch_shape(width: int) -> dict[str, int]:
     block = triton.next_power_of_2(width)
     return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., H] -> [rows, H] whose rows may lie apart."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(1) == 1 else flat.contiguous()
+
+
+def _normalize(ctx, x, residual, weight, eps, offset, casting_mode) -> tuple[Tensor, Tensor]:
+    """Of x, or of the sum x + residual: the normalized rows and the sum (or x), [rows, H]."""
+    flat, added = _rows(x), residual is not None
+    other = _rows(residual) if added else flat
+    rows, width = flat.shape
+    weight = weight.contiguous()
+    y = torch.empty((rows, width), dtype=x.dtype, device=x.device)
+    total = torch.empty_like(y) if added else flat
+    rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
+    if rows:
+        _forward[(rows,)](
+            flat, other, total, weight, y, rstd, flat.stride(0), other.stride(0), width, eps,
+            offset, casting_mode == "llama", added, **_launch_shape(width),
+        )  # fmt: skip
+    ctx.save_for_backward(total, weight, rstd)
+    ctx.offset, ctx.shape = offset, x.shape
+    return y, total
+
+
+def _gradients(ctx, grad, grad_total, need_dw) -> tuple[Tensor, Tensor | None]:
+    """dx, to which the gradient of the sum is added if there is one, and dw if it is needed."""
+    x, weight, rstd = ctx.saved_tensors
+    rows, width = x.shape
+    added = grad_total is not None
+    grad = grad.reshape(rows, width).contiguous()
+    of_total = grad_total.reshape(rows, width).contiguous() if added else grad
+    dx = torch.empty_like(grad)
+    programs = min(PROGRAMS, rows) if need_dw else rows
+    dw = torch.empty((programs if need_dw else 0, width), device=x.device, dtype=torch.float32)
+    if rows:
+        _backward[(programs,)](
+            grad, of_total, x, weight, rstd, dx, dw, x.stride(0), rows, width, ctx.offset, need_dw,
+            added, **_launch_shape(width),
+        )  # fmt: skip
+    return dx.view(ctx.shape), dw.sum(0).to(weight.dtype) if need_dw else None
 
 
 class RMSNorm(torch.autograd.Function):
@@ -81,40 +136,35 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps, offset, casting_mode):
-        flat = x.reshape(-1, x.shape[-1])
-        if flat.stride(1) != 1:
-            flat = flat.contiguous()
-        rows, width = flat.shape
-        weight = weight.contiguous()
-        y = torch.empty((rows, width), dtype=x.dtype, device=x.device)
-        rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
-        if rows:
-            llama = casting_mode == "llama"
-            _forward[(rows,)](
-                flat, weight, y, rstd, flat.stride(0), width, eps, offset, llama, **_shape(width)
-            )
-        ctx.save_for_backward(flat, weight, rstd)
-        ctx.offset, ctx.shape = offset, x.shape
+        y, _ = _normalize(ctx, x, None, weight, eps, offset, casting_mode)
         return y.view(x.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x, weight, rstd = ctx.saved_tensors
-        rows, width = x.shape
-        grad = grad.reshape(rows, width).contiguous()
-        dx = torch.empty_like(grad)
-        need_dw = ctx.needs_input_grad[1]
-        programs = min(PROGRAMS, rows) if need_dw else rows
-        dw = torch.empty((programs if need_dw else 0, width), device=x.device, dtype=torch.float32)
-        if rows:
-            _backward[(programs,)](
-                grad, x, weight, rstd, dx, dw, x.stride(0), rows, width, ctx.offset, need_dw,
-                **_shape(width),
-            )  # fmt: skip
-        dw = dw.sum(0).to(weight.dtype) if need_dw else None
-        return dx.view(ctx.shape), dw, None, None, None
+        return *_gradients(ctx, grad, None, ctx.needs_input_grad[1]), None, None, None
+
+
+class AddRMSNorm(torch.autograd.Function):
+    """x, residual [..., H], weight [H] -> the sum normalized, and the sum, [..., H]"""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, eps, offset, casting_mode):
+        y, total = _normalize(ctx, x, residual, weight, eps, offset, casting_mode)
+        return y.view(x.shape), total.view(x.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, grad_total):
+        dx, dw = _gradients(ctx, grad, grad_total, ctx.needs_input_grad[2])
+        return dx, dx, dw, None, None, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, casting_mode: str) -> Tensor:
     return RMSNorm.apply(x, weight, eps, offset, casting_mode)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, casting_mode: str
+) -> tuple[Tensor, Tensor]:
+    return AddRMSNorm.apply(x, residual, weight, eps, offset, casting_mode)

@@ -42,12 +42,12 @@ def _rotate(
         sin = -sin
     q_groups = tl.cdiv(q_heads, HEADS)
     if group < q_groups:
-        head = group * HEADS + tl.arange(0, HEADS)
+        head = (group * HEADS + tl.arange(0, HEADS)).to(tl.int64)
         row = batch * q_batch + t * q_token
         out = token * q_heads * 2 * half
         _turn(Q, YQ, row, q_head, out, head, q_heads, cos, sin, columns, inside, half)
     else:
-        head = (group - q_groups) * HEADS + tl.arange(0, HEADS)
+        head = ((group - q_groups) * HEADS + tl.arange(0, HEADS)).to(tl.int64)
         row = batch * k_batch + t * k_token
         out = token * k_heads * 2 * half
         _turn(K, YK, row, k_head, out, head, k_heads, cos, sin, columns, inside, half)

@@ -13,17 +13,24 @@ from . import reference
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, elementwise, for two tensors of one shape and dtype."""
-    if dispatch.triton_runs(gate):
+    if _suits_triton(gate, up):
         from . import triton
 
-        return triton.swiglu(gate, up)
+        with dispatch.on_device(gate):
+            return triton.swiglu(gate, up)
     return reference.swiglu(gate, up)
 
 
 def geglu(gate: Tensor, up: Tensor, *, approximate: str = "tanh") -> Tensor:
     """gelu(gate) * up, elementwise; approximate: "tanh", or "none" for the exact form by erf."""
-    if dispatch.triton_runs(gate):
+    if _suits_triton(gate, up):
         from . import triton
 
-        return triton.geglu(gate, up, approximate)
+        with dispatch.on_device(gate):
+            return triton.geglu(gate, up, approximate)
     return reference.geglu(gate, up, approximate)
+
+
+def _suits_triton(gate: Tensor, up: Tensor) -> bool:
+    same = (gate.dtype, gate.shape) == (up.dtype, up.shape)
+    return same and dispatch.triton_runs(gate)

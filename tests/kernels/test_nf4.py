@@ -592,9 +592,10 @@ def test_parts_that_do_not_fit_are_refused():
             dataclasses.replace(q, **wrong)
 
 
-def test_use_backend():
+def test_use_backend(monkeypatch):
     with pytest.raises(ValueError, match="unknown backend 'cuda'"), kernels.use_backend("cuda"):
         pass
+    monkeypatch.setattr(dispatch, "has_triton", lambda: False)
     with pytest.raises(RuntimeError, match="triton"), kernels.use_backend("triton"):
         pass
 

@@ -4,7 +4,9 @@ Error budget: |kernel - fp64| <= |reference - fp64| + a few roundings, in every 
 bit. Few programs and odd sizes: the interpreter costs a millisecond a program.
 """
 
+import dataclasses
 import math
+import threading
 from functools import partial
 
 import pytest
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 from lorakit import kernels
-from lorakit.kernels import nf4
+from lorakit.kernels import dispatch, nf4
 from tests.triton_interpreter import interpreted, narrow, widen
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -134,13 +136,39 @@ def test_rms_norm(rows, width, dtype, offset, casting_mode, seed):
     x, w = random(seed, rows, width, scale=3).to(dtype), random(seed + 1, width).to(dtype)
     options = {"weight_offset": offset, "casting_mode": casting_mode}
 
-    def exactly(x, w):
-        return (offset + w) * x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
-
     slope = x.double().square().mean(-1).add(1e-5).rsqrt().max() * (offset + w.double()).abs().max()
     within_budget(
-        lambda x, w: kernels.rms_norm(x, w, 1e-5, **options), exactly, (x, w), terms=4 * slope
+        lambda x, w: kernels.rms_norm(x, w, 1e-5, **options),
+        lambda x, w: exact_norm(x, w, offset),
+        (x, w),
+        terms=4 * slope,
     )
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 4), st.integers(2, 300), dtypes, st.booleans(), seeds)
+def test_add_rms_norm(rows, width, dtype, gemma, seed):
+    """Bit for bit the sum; the norm and all gradients within the budget of the two steps."""
+    x, residual = (random(seed + i, rows, width, scale=2).to(dtype) for i in range(2))
+    w = random(seed + 2, width).to(dtype)
+    options = {"weight_offset": float(gemma), "casting_mode": "gemma" if gemma else "llama"}
+    within_budget(
+        lambda x, r, w: kernels.add_rms_norm(x, r, w, 1e-5, **options)[0],
+        lambda x, r, w: exact_norm((x + r), w, float(gemma)),
+        (x, residual, w),
+        # the sum is rounded to the dtype before it is normalized
+        terms=2**21 * torch.finfo(dtype).eps * 16 * (float(gemma) + w.float()).abs().max(),
+    )
+    ours, reference = (
+        run(lambda x, r, w: kernels.add_rms_norm(x, r, w, 1e-5, **options), (x, residual, w), b)
+        for b in ("triton", None)
+    )
+    assert torch.equal(ours[1], reference[1])
+    assert torch.equal(ours[2], ours[3])  # one gradient for both
+
+
+def exact_norm(x, w, offset):
+    return (offset + w) * x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
 
 
 def test_rms_norm_of_a_frozen_weight_and_of_strided_rows():
@@ -311,6 +339,84 @@ def test_nf4_refuses_nan():
         kernels.quantize_nf4(w)
 
 
+@pytest.mark.parametrize("blocked", [slice(0, 4096), slice(0, 4500), slice(4096, None)])
+def test_cross_entropy_of_words_that_are_ruled_out(blocked):
+    """-inf is a logit like any other, also where a whole piece of the row is nothing else."""
+    logits = random(0, 2, 5000)
+    logits[0, blocked] = -math.inf
+    labels = torch.tensor([4600 if blocked.start == 0 else 5, 7])
+    ours, reference = (
+        run(lambda z: kernels.cross_entropy(z, labels)[0], (logits,), b) for b in ("triton", None)
+    )
+    for a, b in zip(ours, reference, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("label", [50, -1, 10**9])
+def test_a_label_outside_of_the_vocabulary_is_nan(label):
+    hidden, head = random(0, 4, 16), random(1, 50, 16)
+    labels = torch.tensor([1, label, 3, -100])
+    for f in (
+        lambda h: kernels.cross_entropy(h @ head.t(), labels)[0],
+        lambda h: kernels.linear_cross_entropy(h, head, labels)[0],
+    ):
+        loss, grad = run(f, (hidden,), "triton")
+        assert loss.isnan()
+        assert grad[1].isnan().all()
+        assert grad[0].isfinite().all()
+
+
+def test_labels_that_are_a_view():
+    logits, labels = random(0, 4, 9), torch.arange(8)[::2]
+    for chosen in (labels, torch.tensor(3).expand(4)):
+        ours, reference = (
+            run(lambda z, y=chosen: kernels.cross_entropy(z, y)[0], (logits,), backend)
+            for backend in ("triton", None)
+        )
+        assert torch.allclose(ours[0], reference[0])
+
+
+def test_shapes_that_broadcast_take_the_reference():
+    x, weight = random(0, 4, 8), random(1, 8)
+    q, table = random(2, 1, 3, 2, 8), random(3, 1, 1, 4)
+    calls = [
+        lambda: kernels.rms_norm(x, weight[:1], 1e-5),
+        lambda: kernels.swiglu(x, weight),
+        lambda: kernels.geglu(x, weight),
+        lambda: kernels.add_rms_norm(x, weight, weight, 1e-5)[0],
+        lambda: kernels.rope(q, q, table, table)[0],
+        lambda: kernels.swiglu(x.bfloat16(), x),
+    ]
+    for call in calls:
+        with interpreted(), kernels.use_backend("triton"):
+            ours = call()
+        with kernels.use_backend("reference"):
+            expected = call()
+        assert ours.dtype == expected.dtype
+        assert torch.equal(ours, expected)
+
+
+def test_the_backend_holds_in_other_threads():
+    """torch runs backward in threads of its own."""
+    found = []
+    with kernels.use_backend("reference"):
+        thread = threading.Thread(
+            target=lambda: found.append(dispatch.pick(torch.device("cpu"), "cpu", "triton"))
+        )
+        thread.start()
+        thread.join()
+    assert found == ["reference"]
+
+
+def test_nf4_of_strided_parts():
+    q = kernels.quantize_nf4(random(0, 1000), double_quant=False)
+    apart = torch.zeros(2 * len(q.codes), dtype=torch.uint8)
+    apart[::2] = q.codes
+    strided = dataclasses.replace(q, codes=apart[::2])
+    with interpreted(), kernels.use_backend("triton"):
+        assert torch.equal(kernels.dequantize_nf4(strided), kernels.dequantize_nf4(q))
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(0, 3000), min_size=1, max_size=4), st.integers(1, 1000), seeds)
 def test_adamw(sizes, step, seed):
@@ -340,6 +446,7 @@ def test_adamw(sizes, step, seed):
         for a, b in zip(ours, truth, strict=True):
             # three steps of a few fp32 roundings each; early steps divide by 1 - 0.999^t
             assert torch.allclose(a.double(), b, rtol=1e-5, atol=1e-6)
+    assert all(t._version > 3 for t in lists[0] + lists[2] + lists[3])  # autograd sees the change
     inside = torch.zeros(memory.shape[1], dtype=torch.bool)
     for place in places:
         inside[place] = True
