@@ -78,7 +78,7 @@ def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
         return torch.cat([-b, a], -1)
 
     def by_torch() -> tuple[Tensor, Tensor]:
-        c, s = both[0], both[1].to(dtype)
+        c, s = both
         return q * c + rotate_half(q) * s, k * c + rotate_half(k) * s
 
     turned = 2 * T * 20 * 128 * size

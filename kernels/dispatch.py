@@ -32,7 +32,7 @@ import torch
 BACKENDS = ("reference", "cpu", "triton")
 LIBRARY = {"darwin": "liblorakit_cpu.dylib"}.get(sys.platform, "liblorakit_cpu.so")
 
-_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what weights and activations come in
 
 log = logging.getLogger("lorakit")
 _forced: str | None = None  # of the process: backward runs in threads of torch's own
@@ -80,7 +80,7 @@ def pick(device: torch.device, *implemented: str) -> str:
 
 def triton_runs(x: torch.Tensor) -> bool:
     """Whether an op that has a Triton kernel for fp32, bf16 and fp16 should run it on `x`."""
-    return x.dtype in _TRITON_DTYPES and pick(x.device, "triton") == "triton"
+    return x.dtype in FLOATS and pick(x.device, "triton") == "triton"
 
 
 def on_device(x: torch.Tensor) -> AbstractContextManager:
@@ -131,8 +131,8 @@ def isa() -> str:
 
 
 @functools.cache
-def function(op: str, *argtypes: type, isa_name: str | None = None) -> Callable[..., None]:
+def function(op: str, *argtypes: type) -> Callable[..., None]:
     """The C function of `op` for the chosen instruction set, with declared argument types."""
-    entry = getattr(library(), f"lk_{isa_name or isa()}_{op}")
+    entry = getattr(library(), f"lk_{isa()}_{op}")
     entry.argtypes, entry.restype = argtypes, None
     return entry

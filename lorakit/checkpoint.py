@@ -4,7 +4,7 @@ Reading never holds the dense model. Names and shapes of all tensors are compare
 which lies on the meta device, before the first value is read; then one tensor at a time is read,
 packed to 4 bits if it belongs to a quantized layer, and put in its place:
 
-    peak memory = the model as it will be + the largest dense tensor
+    peak memory = the model as it will be + twice the largest dense tensor
 
 A checkpoint that holds more than a text model (Gemma 3 with its vision tower) is read for the text
 model; the other tensors stay on disk, and `save_model` copies them as they are, so that the result
@@ -100,11 +100,9 @@ def load_model(
     """
     dtype, quant = to_dtype(dtype), quant_config(quantize)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    config, tensors, source = open_model(path_or_hub_id)
-    where = str(source.path)
-    model = empty_model(config, tensors, where).to(dtype)
-    model.source = source
-    tensors = select(tensors, model, where)
+    model, tensors = open_model(path_or_hub_id)
+    model.to(dtype)
+    where = str(model.source.path)
     packed = {name: tensor.packed for name, tensor in tensors.items() if tensor.packed is not None}
     for name, stored in packed.items():
         _make_shell(model, name, stored, where)
@@ -116,23 +114,23 @@ def load_model(
     homes = _homes(model) if device.type == "cpu" else {}
     bar = tqdm(
         tensors.items(),
-        desc=f"loading {source.path.name}",
+        desc=f"loading {model.source.path.name}",
         unit="tensor",
         disable=None,
         leave=False,
     )
     for name, tensor in bar:
         try:
-            _place(model, name, tensor.read(), dtype, device, homes.get(name))
+            _place(model, name, tensor.read(), dtype, device, homes)
         except ValueError as error:
             raise LorakitError(f"{where}: tensor {name}: {error}") from None
     return model.eval()
 
 
-def open_model(
-    path_or_hub_id: str | Path,
-) -> tuple[ModelConfig, dict[str, LazyTensor], Source]:
-    """What a checkpoint holds, its tensors still on disk. Raises LorakitError as `load_model`."""
+def open_model(path_or_hub_id: str | Path) -> tuple[Decoder, dict[str, LazyTensor]]:
+    """The model of a checkpoint, on the meta device, and its tensors by name, still on disk. Raises
+    LorakitError as `load_model` does.
+    """
     path = hub.resolve(path_or_hub_id, [*hub.WEIGHTS, *hub.TOKENIZER])
     outer = None
     if path.suffix == ".gguf":
@@ -145,7 +143,9 @@ def open_model(
         if values["model_type"] in MULTIMODAL:
             tensors, outer = _text_model(tensors, values, str(path))
         config = _completed(config, path, tensors)
-    return config, tensors, Source(path.absolute(), outer)
+    model = _empty_model(config, tensors, str(path))
+    model.source = Source(path.absolute(), outer)
+    return model, _select(tensors, model, str(path))
 
 
 def _text_model(
@@ -194,7 +194,7 @@ def _same(a: LazyTensor, b: LazyTensor) -> bool:
     return dense and a.shape == b.shape and torch.equal(a.read(), b.read())
 
 
-def empty_model(config: ModelConfig, tensors: Mapping[str, LazyTensor], where: str) -> Decoder:
+def _empty_model(config: ModelConfig, tensors: Mapping[str, LazyTensor], where: str) -> Decoder:
     """The model on the meta device. A damaged config may ask for sizes that no file could fill."""
     last = f"model.layers.{config.num_hidden_layers - 1}.input_layernorm.weight"
     if last not in tensors:  # said before a million layers are built
@@ -206,7 +206,7 @@ def empty_model(config: ModelConfig, tensors: Mapping[str, LazyTensor], where: s
         raise LorakitError(f"{where}: the config's sizes are impossible ({error})") from None
 
 
-def select(tensors: dict[str, LazyTensor], model: Decoder, where: str) -> dict[str, LazyTensor]:
+def _select(tensors: dict[str, LazyTensor], model: Decoder, where: str) -> dict[str, LazyTensor]:
     """The tensors of the model, in its order; raises unless exactly these are there."""
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     for name, shape in expected.items():
@@ -225,18 +225,21 @@ def select(tensors: dict[str, LazyTensor], model: Decoder, where: str) -> dict[s
 
 
 def _homes(model: nn.Module) -> dict[str, Tensor]:
-    """Where the dense matrices go in host memory: in large pages, those of a layer that are smaller
-    than a page side by side.
+    """Where dense matrices and packed codes go in host memory: in large pages, those of a layer
+    that are smaller than a page side by side. Among the temporaries of loading they would leave
+    holes in the heap.
     """
-    groups: dict[str, dict[str, Tensor]] = {}
+    groups: dict[tuple[str, torch.dtype], dict[str, Tensor]] = {}
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 2 and parameter.dtype == model.dtype:
+        dense = parameter.dim() == 2 and parameter.dtype == model.dtype
+        if dense or parameter.dtype in (torch.uint8, torch.int8):
             layer = re.match(r"model\.layers\.\d+\.", name)
             small = layer and parameter.nbytes < HUGE_PAGE
-            groups.setdefault(layer.group() if small else name, {})[name] = parameter
+            key = layer.group() if small else name, parameter.dtype
+            groups.setdefault(key, {})[name] = parameter
     homes = {}
-    for group in groups.values():
-        places = in_large_pages([parameter.shape for parameter in group.values()], model.dtype)
+    for (_, dtype), group in groups.items():
+        places = in_large_pages([parameter.shape for parameter in group.values()], dtype)
         homes |= zip(group, places, strict=True)
     return homes
 
@@ -250,8 +253,7 @@ def _make_shell(model: nn.Module, tensor: str, stored: QuantConfig, where: str) 
             f"{where}: tensor {tensor} is stored packed, which only the weights of linear layers "
             "and embeddings can be"
         )
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, packed_layer(layer, stored))
+    model.set_submodule(name, packed_layer(layer, stored))
 
 
 def _place(
@@ -260,21 +262,32 @@ def _place(
     value: Tensor | kernels.Packed,
     dtype: torch.dtype,
     device: torch.device,
-    home: Tensor | None,
+    homes: Mapping[str, Tensor],
 ) -> None:
+    """Copies: what was read may be a view of the file."""
     owner_name, _, leaf = name.rpartition(".")
     owner = model.get_submodule(owner_name)
-    if not isinstance(value, Tensor):
-        owner.place(value.to(device, copy=True))
-        return
-    if not value.is_floating_point():
-        raise ValueError(f"holds {value.dtype}; only floating-point weights are read")
-    value = value.to(device)
-    if isinstance(owner, PackedWeight) and leaf == "weight":
-        owner.requantize(value)
-    else:  # a copy: the tensor may be a view of the file
-        copy = value.to(dtype, copy=True) if home is None else home.copy_(value)
-        setattr(owner, leaf, nn.Parameter(copy))
+    packs = isinstance(owner, PackedWeight) and leaf == "weight"
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            raise ValueError(f"holds {value.dtype}; only floating-point weights are read")
+        if packs:
+            owner.requantize(value.to(device))
+        else:
+            setattr(owner, leaf, nn.Parameter(_settled(value, homes.get(name), dtype, device)))
+    else:
+        owner.place(value)
+    if packs:
+        for part, parameter in owner.named_parameters(recurse=False):
+            if part != "bias":
+                home = homes.get(f"{owner_name}.{part}")
+                parameter.data = _settled(parameter.data, home, parameter.dtype, device)
+
+
+def _settled(
+    value: Tensor, home: Tensor | None, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    return value.to(device, dtype, copy=True) if home is None else home.copy_(value)
 
 
 # ---- writing ------------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ format. More iterations change the base, and the adapter fits this base alone (s
 `save_model(..., packed=True)`).
 
 The approximation is found by subspace iteration with 2 r vectors (arXiv:0909.4061, algorithm 4.4),
-some products with the residue instead of its singular value decomposition, which for a matrix of
-4096 x 14336 takes minutes. The error of a quantization is nearly noise, with singular values close
-to each other: what rank r can hold of it is found to 2 percent (a test holds it).
+some products with the residue instead of its whole singular value decomposition. The error of a
+quantization is nearly noise, with singular values close to each other: what rank r can hold of it
+is found to 2 percent (a test holds it).
 """
 
 from collections.abc import Mapping
@@ -97,10 +97,10 @@ def _originals(module: nn.Module, weights: Mapping[str, Tensor] | None) -> dict[
         return {n: LazyTensor(tuple(w.shape), lambda w=w: w) for n, w in weights.items()}
     if not isinstance(module, Decoder) or module.source is None:
         raise LorakitError("loftq: the model was not loaded from a file; give its dense weights")
-    _, tensors, source = open_model(module.source.path)
+    _, tensors = open_model(module.source.path)
     if any(tensor.packed for tensor in tensors.values()):
         raise LorakitError(
-            f"loftq: {source.path} is quantized itself; give the weights it was made from"
+            f"loftq: {module.source.path} is quantized itself; give the weights it was made from"
         )
     return {name.removesuffix(".weight"): tensor for name, tensor in tensors.items()}
 

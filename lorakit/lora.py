@@ -120,11 +120,6 @@ def _adapted(module: nn.Module, what: str) -> dict[str, LoraLinear]:
     return layers
 
 
-def _replace(module: nn.Module, name: str, child: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(parent), leaf, child)
-
-
 def match_targets(names: list[str], targets: str | list[str]) -> list[str]:
     """The `names` of linear layers that `targets` selects, by PEFT's rules.
 
@@ -184,7 +179,7 @@ def attach(module: nn.Module, config: LoraConfig | None = None) -> nn.Module:
     module.requires_grad_(False)
     for name in names:
         base = linear[name] if isinstance(linear[name], Base) else DenseBase(linear[name])
-        _replace(module, name, LoraLinear(base, config).train(linear[name].training))
+        module.set_submodule(name, LoraLinear(base, config).train(linear[name].training))
     return module
 
 
@@ -192,7 +187,7 @@ def detach(module: nn.Module) -> nn.Module:
     """Remove the adapter: the base layers return to their places, still frozen."""
     for name, layer in _adapted(module, "detach").items():
         base = layer.base
-        _replace(module, name, base.linear if isinstance(base, DenseBase) else base)
+        module.set_submodule(name, base.linear if isinstance(base, DenseBase) else base)
     return module
 
 

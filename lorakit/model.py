@@ -50,7 +50,7 @@ class Cache(Protocol):
 
 
 @runtime_checkable
-class Packed(Protocol):
+class PackedLayer(Protocol):
     """An embedding or a head whose weight is stored in few bits."""
 
     quantized: kernels.Packed
@@ -374,7 +374,7 @@ class Decoder(nn.Module):
         if self.lm_head is not None:
             return self.lm_head(hidden)
         embedding = self.model.embed_tokens
-        if isinstance(embedding, Packed):
+        if isinstance(embedding, PackedLayer):
             return kernels.frozen_linear(hidden, embedding.quantized)
         return F.linear(hidden, embedding.weight)
 
@@ -413,7 +413,7 @@ class Decoder(nn.Module):
             targets[:, cu_seqlens[1:-1].long() - 1] = -100
         cap = self.config.final_logit_softcapping
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        if isinstance(head, Packed):
+        if isinstance(head, PackedLayer):
             weight = head.quantized
         elif type(head) in (nn.Linear, nn.Embedding):
             weight = head.weight

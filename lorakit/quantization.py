@@ -14,7 +14,6 @@ each dense weight as it is read. The dense model never exists.
 
 import dataclasses
 import math
-from abc import abstractmethod
 from collections import Counter
 
 import torch
@@ -33,16 +32,16 @@ class PackedWeight(nn.Module):
         self.shape, self.config, self.dtype = shape, config, dtype
 
     @property
-    @abstractmethod
     def quantized(self) -> kernels.Packed:
         """The matrix as the kernels take it; shares the parameters' memory."""
+        raise NotImplementedError
 
-    @abstractmethod
     def place(self, q: kernels.Packed) -> None:
         """Take `q`, of the same kind and shape, as the new matrix, on its device."""
+        raise NotImplementedError
 
-    @abstractmethod
-    def _pack(self, w: Tensor) -> kernels.Packed: ...
+    def _pack(self, w: Tensor) -> kernels.Packed:
+        raise NotImplementedError
 
     def dequantize(self) -> Tensor:
         """The dense matrix, in the layer's dtype."""
@@ -238,10 +237,9 @@ def quantize(module: nn.Module, config: QuantConfig | None = None) -> nn.Module:
     if not found:
         raise LorakitError("quantize: the module holds no nn.Linear to quantize")
     _check_weights(module, found)
-    for name, kind in found.items():
-        parent, _, leaf = name.rpartition(".")
+    for name, kind in found.items():  # popped: the dense weight may go as soon as it is packed
         packed = packed_layer(layers.pop(name), dataclasses.replace(config, quant_type=kind))
-        setattr(module.get_submodule(parent), leaf, packed)
+        module.set_submodule(name, packed)
     return module
 
 

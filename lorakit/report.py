@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import kernels
-from .checkpoint import empty_model, open_model, select
+from .checkpoint import open_model
 from .config import LorakitError, QuantConfig, quant_config
 from .files import atomic
 from .quantization import PackedWeight
@@ -119,11 +119,10 @@ def quantize_report(
     config = quant_config(quantize)
     if config is None:
         raise LorakitError("quantize_report: say how to quantize, such as 'nf4'")
-    model_config, tensors, source = open_model(path_or_hub_id)
+    model, tensors = open_model(path_or_hub_id)
+    path = model.source.path
     if any(tensor.packed for tensor in tensors.values()):
-        raise LorakitError(f"{source.path} is quantized already: report on what it was made from")
-    model = empty_model(model_config, tensors, str(source.path))
-    tensors = select(tensors, model, str(source.path))
+        raise LorakitError(f"{path} is quantized already: report on what it was made from")
     quantize_module(model, config)
     packed = {n: m for n, m in model.named_modules() if isinstance(m, PackedWeight)}
     layers, stored = [], 0
@@ -134,14 +133,14 @@ def quantize_report(
         try:
             layer.requantize(original)
         except ValueError as error:
-            raise LorakitError(f"{source.path}: tensor {name}.weight: {error}") from None
+            raise LorakitError(f"{path}: tensor {name}.weight: {error}") from None
         layers.append(_compare(name, layer, original))
         stored += layer.quantized.nbytes
         layer.to_empty(device="meta")
     parameters = sum(math.prod(layer.shape) for layer in layers)
     dense = sum(math.prod(tensor.shape) for tensor in tensors.values())
     bits = (8 * stored + 16 * dense) / (parameters + dense)
-    return QuantReport(str(source.path), config, layers, bits)
+    return QuantReport(str(path), config, layers, bits)
 
 
 def _compare(name: str, layer: PackedWeight, original: Tensor) -> LayerReport:

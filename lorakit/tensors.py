@@ -21,6 +21,7 @@ from .kernels.nf4.tensor import MARK, read_state
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+REMAP = 16 << 20  # bytes
 
 
 class LazyTensor(NamedTuple):
@@ -63,18 +64,34 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
         raise LorakitError(f"{path} does not exist") from None
     except (SafetensorError, OSError) as error:
         raise LorakitError(f"{path}: damaged or cut off ({error})") from None
-    return {n: LazyTensor(s, partial(_read, path, n)) for n, s in shapes.items()}
+    mapped = _Mapped(path)
+    return {name: LazyTensor(shape, partial(mapped.read, name)) for name, shape in shapes.items()}
 
 
-def _read(path: Path, name: str) -> Tensor:
-    """One tensor, a view of the mapped file. The file is mapped anew for each: the pages that have
-    been read count as this process's memory until the mapping goes, with its last tensor.
+class _Mapped:
+    """A safetensors file that is mapped while it is read. The pages that have been read count as
+    this process's memory until the mapping goes, so it is made anew after every REMAP bytes; not
+    for every tensor, because the header is parsed each time.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(name)
-    except (FileNotFoundError, SafetensorError) as error:
-        raise LorakitError(f"{path}: tensor {name} is there no more ({error})") from None
+
+    def __init__(self, path: Path):
+        self.path, self.file, self.seen = path, None, 0
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, a view of the file, which keeps its mapping."""
+        try:
+            if self.file is None:
+                self.file = safe_open(self.path, framework="pt")
+            tensor = self.file.get_tensor(name)
+        except (FileNotFoundError, SafetensorError) as error:
+            raise LorakitError(f"{self.path}: tensor {name} is there no more ({error})") from None
+        self.seen += tensor.nbytes
+        if self.seen >= REMAP:
+            self.file, self.seen = None, 0
+        return tensor
+
+    def __getstate__(self) -> dict:
+        return {"path": self.path, "file": None, "seen": 0}  # a copy maps for itself
 
 
 def fold_packed(tensors: Mapping[str, LazyTensor], where: str) -> dict[str, LazyTensor]:

@@ -423,8 +423,9 @@ print((peak - imports) / 1e6, packed / 1e6, largest / 1e6)
 
 
 def test_quantizing_streams_from_disk(tmp_path):
-    """Of a checkpoint of 1.1 GB: the packed model, two of its largest tensors, and what the code
-    itself takes (30 MB seen). A mapped file counts too: kept open, it alone would be the 1.1 GB.
+    """Of a checkpoint of 1.1 GB: the packed model, two of its largest tensors, and 150 MB: the code
+    itself (50 seen), 16 of small tensors that stay mapped, and up to 64 that glibc keeps when they
+    are free. A mapped file counts: kept open, it alone would be the 1.1 GB.
     """
     hidden, inner, layers = 2048, 8192, 8
     sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
@@ -453,7 +454,7 @@ def test_quantizing_streams_from_disk(tmp_path):
     used, packed, _ = map(float, done.stdout.split())
     largest = 2 * hidden * inner / 1e6
     assert packed > 250
-    assert used < packed + 2 * largest + 60, (used, packed, largest)
+    assert used < packed + 2 * largest + 150, (used, packed, largest)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -44,7 +44,7 @@ def cross_entropy(
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor]:
     """logits [..., V] before any soft cap, labels int64 [...] -> (summed loss fp32 [], count int64
-    []).
+    []). The module tells what `softcap`, `label_smoothing` and `z_loss` add.
     """
     form = Form(softcap, label_smoothing, z_loss)
     if labels.shape == logits.shape[:-1] and dispatch.triton_runs(logits):

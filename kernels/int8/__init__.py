@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import dispatch
 from . import reference
 
 
@@ -92,7 +93,7 @@ def quantize_int8(w: Tensor) -> Int8Tensor:
 
     Raises ValueError for another dtype, for what is no matrix, and for NaN or infinite values.
     """
-    if w.dtype not in (torch.float32, torch.bfloat16, torch.float16) or w.dim() != 2:
+    if w.dtype not in dispatch.FLOATS or w.dim() != 2:
         raise ValueError(
             f"int8 holds float32, bfloat16 or float16 matrices, not {w.dtype} {tuple(w.shape)}"
         )

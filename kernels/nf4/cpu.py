@@ -8,35 +8,39 @@ from torch import Tensor
 from .. import dispatch
 
 POINTER, INT64, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-# values: half precision is widened to fp32 piece by piece, 16 MB at a time; a multiple of every
-# block size
-CHUNK = 1 << 22
+# Values: half precision is widened to fp32 piece by piece, 4 MB at a time; a multiple of every
+# block size. Larger pieces leave larger holes in the heap (docs/dev/LOG.md).
+CHUNK = 1 << 20
 
 
 def quantize(
     flat: Tensor, thresholds: Tensor, order: Tensor, block_size: int, floor: float
 ) -> tuple[Tensor, Tensor]:
-    run = dispatch.function("nf4_quantize", *[POINTER] * 5, INT64, INT64, FLOAT)
-    n = flat.numel()
-    codes = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
-    blocks = (n + block_size - 1) // block_size
+    blocks = -(-flat.numel() // block_size)
     absmax = torch.empty(blocks, dtype=torch.float32, device=flat.device)
-    tables = thresholds.data_ptr(), order.data_ptr()
-    for start in range(0, n, CHUNK):
-        x = flat[start : start + CHUNK].float()
-        out = codes.data_ptr() + start // 2, absmax.data_ptr() + 4 * (start // block_size)
-        run(x.data_ptr(), *tables, *out, x.numel(), block_size, floor)
-    return codes, absmax
+    return _codes("nf4_quantize", flat, absmax, thresholds, order, block_size, floor), absmax
 
 
 def encode(
     flat: Tensor, scales: Tensor, thresholds: Tensor, order: Tensor, block_size: int, floor: float
 ) -> Tensor:
-    run = dispatch.function("nf4_encode", *[POINTER] * 5, INT64, INT64, FLOAT)
-    n = flat.numel()
-    codes = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
+    return _codes("nf4_encode", flat, scales, thresholds, order, block_size, floor)
+
+
+def _codes(
+    op: str,
+    flat: Tensor,
+    scales: Tensor,
+    thresholds: Tensor,
+    order: Tensor,
+    block_size: int,
+    floor: float,
+) -> Tensor:
+    """The codes of flat; `scales` are read, or written by the op that quantizes."""
+    run = dispatch.function(op, *[POINTER] * 5, INT64, INT64, FLOAT)
+    codes = torch.empty(-(-flat.numel() // 2), dtype=torch.uint8, device=flat.device)
     tables = thresholds.data_ptr(), order.data_ptr()
-    for start in range(0, n, CHUNK):
+    for start in range(0, flat.numel(), CHUNK):
         x = flat[start : start + CHUNK].float()
         places = codes.data_ptr() + start // 2, scales.data_ptr() + 4 * (start // block_size)
         run(x.data_ptr(), *tables, *places, x.numel(), block_size, floor)

@@ -85,11 +85,11 @@ def _blocks(flat: Tensor, block_size: int) -> Iterator[Tensor]:
 
 
 def dequantize(
-    codes: Tensor, scales: Tensor, table: Tensor, n: int, block_size: int, dtype: torch.dtype
+    codes: Tensor, scales: Tensor, pairs: Tensor, n: int, block_size: int, dtype: torch.dtype
 ) -> Tensor:
-    """codes uint8 [ceil(n / 2)], scales fp32 [ceil(n / block_size)], levels by code -> [n]."""
-    # byte -> its two values, fp32 [256, 2]
-    pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], dim=1)
+    """codes uint8 [ceil(n / 2)], scales fp32 [ceil(n / block_size)], the two levels of every byte
+    fp32 [256, 2] -> [n].
+    """
     flat = pairs.index_select(0, codes.int()).view(-1)[:n]
     full = n - n % block_size
     flat[:full].view(-1, block_size).mul_(scales[: full // block_size, None])

@@ -18,7 +18,7 @@ import functools
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -75,6 +75,14 @@ def dynamic_map(device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
+def check_block_size(block_size: int) -> None:
+    """Raises ValueError unless it is a power of two from 32 to 4096."""
+    if type(block_size) is not int or block_size not in BLOCK_SIZES:
+        raise ValueError(
+            f"block_size is {block_size}: choose one of {', '.join(map(str, BLOCK_SIZES))}"
+        )
+
+
 @dataclass(frozen=True, repr=False, eq=False)
 class NF4Tensor:
     """A tensor in 4 bits, NF4 or FP4: see the package for the memory layout. `shape` and `dtype`
@@ -94,8 +102,7 @@ class NF4Tensor:
     quant_type: str = "nf4"
 
     def __post_init__(self):
-        if type(self.block_size) is not int or self.block_size not in BLOCK_SIZES:
-            raise ValueError(f"block_size is {self.block_size}; choose one of {BLOCK_SIZES}")
+        check_block_size(self.block_size)
         if self.quant_type not in LEVELS or min(self.shape, default=0) < 0:
             raise ValueError(f"quant_type {self.quant_type!r}, shape {self.shape}: no such tensor")
         n = math.prod(self.shape)
@@ -134,8 +141,7 @@ class NF4Tensor:
         return 8 * self.nbytes / max(1, math.prod(self.shape))
 
     def _parts(self) -> dict[str, Tensor]:
-        values = {f.name: self.__dict__[f.name] for f in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "NF4Tensor":
         return replace(self, **{name: change(part) for name, part in self._parts().items()})
@@ -241,7 +247,9 @@ def read_state(tensors: Mapping[str, Tensor], name: str) -> tuple[str, dict]:
         )
     for key, fine in valid.items():
         if not fine:
-            raise ValueError(f"its quant_state has {key} {state.get(key)!r}")
+            raise ValueError(
+                f"its quant_state has {key} {state.get(key)!r}, which bitsandbytes does not write"
+            )
     return kinds[0], state
 
 

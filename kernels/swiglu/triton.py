@@ -6,9 +6,10 @@ With a = act(gate), and a' its slope,
 
     silu:  a = z s(z)                 a' = s(z) (1 + z (1 - s(z)))           s the sigmoid
     gelu:  a = z P(z)                 a' = P(z) + z p(z)                     P and p of the normal
-    tanh:  a = z (1 + t) / 2          a' = (1 + t) / 2 + z (1 - t^2) u' / 2  t = tanh(u(z))
+    tanh:  a = z s                    a' = s + 2 z s (1 - s) u'              s = s(2 u(z))
 
-tanh(u) is 2 s(2u) - 1, one exponential. Backward keeps gate and up only.
+where the last is z (1 + tanh u) / 2 with u = sqrt(2 / pi) (z + 0.044715 z^3). Backward keeps gate
+and up only.
 """
 
 import torch
@@ -31,9 +32,11 @@ def _activate(z, KIND: tl.constexpr):
         return z * half, half + z * density
     else:
         u = 0.7978845608028654 * (z + 0.044715 * z * z * z)
-        t = 2 * tl.sigmoid(2 * u) - 1
         slope = 0.7978845608028654 * (1 + 3 * 0.044715 * z * z)
-        return 0.5 * z * (1 + t), 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * slope
+        e = tl.exp(-2 * tl.abs(u))  # s and s (1 - s) from it: 1 - s would cancel, and z u' is large
+        r = 1 / (1 + e)
+        s = tl.where(u >= 0, r, e * r)
+        return z * s, s + 2 * z * (e * r * r) * slope
 
 
 @triton.jit

@@ -20,6 +20,7 @@ from safetensors.torch import load, save
 
 from lorakit import kernels
 from lorakit.kernels import dispatch, nf4
+from lorakit.kernels.nf4.tensor import BLOCK_SIZES
 
 CPU = torch.device("cpu")
 HAS_LIBRARY = dispatch.library() is not None
@@ -52,7 +53,7 @@ def tensors(exponents=NORMAL, dtypes=(torch.float32,)):
     )
 
 
-block_sizes = st.sampled_from(nf4.BLOCK_SIZES)
+block_sizes = st.sampled_from(BLOCK_SIZES)
 kinds = st.sampled_from(["nf4", "fp4"])
 
 
@@ -104,7 +105,7 @@ def dequantize_in_torch(packed, state):
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-@pytest.mark.parametrize("block_size", nf4.BLOCK_SIZES)
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(4096,), (64, 192), (96, 4096), (3, 5, 4096), (2, 2, 32, 64)])
 def test_equals_bitsandbytes(shape, dtype, block_size, kind):
@@ -557,7 +558,7 @@ def test_frozen_linear_keeps_no_dense_weight():
     assert y.grad_fn is not None
 
 
-def test_another_default_device_or_dtype(monkeypatch):
+def test_another_default_device_or_dtype():
     """The defaults that a user sets for new tensors do not reach the kernels' buffers."""
     w = torch.randn(200)
     truth = kernels.quantize_nf4(w, search_scales=True)
@@ -579,16 +580,16 @@ def test_another_default_device_or_dtype(monkeypatch):
 
 def test_parts_that_do_not_fit_are_refused():
     q = kernels.quantize_nf4(torch.randn(100), double_quant=False)
-    for wrong in (
-        {"absmax": q.absmax.to("meta")},
-        {"absmax": q.absmax[:1]},
-        {"codes": q.codes.char()},
-        {"block_size": 0},
-        {"block_size": 64.0},
-        {"quant_type": "int8"},
-        {"shape": (-10, -10)},
+    for wrong, message in (
+        ({"absmax": q.absmax.to("meta")}, "absmax is on meta, codes on cpu"),
+        ({"absmax": q.absmax[:1]}, "absmax holds 1 values"),
+        ({"codes": q.codes.char()}, "codes holds 50 values of torch.int8"),
+        ({"block_size": 0}, "block_size is 0: choose one of 32"),
+        ({"block_size": 64.0}, "block_size is 64.0: choose"),
+        ({"quant_type": "int8"}, "quant_type 'int8'"),
+        ({"shape": (-10, -10)}, r"shape \(-10, -10\)"),
     ):
-        with pytest.raises(ValueError, match=r"."):
+        with pytest.raises(ValueError, match=message):
             dataclasses.replace(q, **wrong)
 
 
