@@ -5,27 +5,30 @@ Importing this package has no side effects: no library is loaded and no GPU is t
 runs.
 """
 
-from .adamw import adamw_step
+from .adamw import Moment8bit, adamw_step, adamw_step_8bit
 from .attention import attention
 from .cross_entropy import cross_entropy, linear_cross_entropy
 from .decode import DecodeCache, DecodeLayer, DecodePlan, decode_compiled, decode_step
 from .dispatch import use_backend
 from .frozen_linear import Packed, dequantize, dequantize_rows, frozen_linear
 from .int8 import Int8Tensor, dequantize_int8, quantize_int8
-from .lora_linear import lora_linear
+from .lora_linear import LoraWeights, lora_linear, lora_mlp, lora_qkv
 from .nf4 import NF4Tensor, dequantize_nf4, quantize_fp4, quantize_nf4
 from .rms_norm import add_rms_norm, rms_norm
-from .rope import rope
-from .swiglu import geglu, swiglu
+from .rope import norm_rope, rope
+from .swiglu import gated, geglu, swiglu
 
 __all__ = [
     "DecodeCache",
     "DecodeLayer",
     "DecodePlan",
     "Int8Tensor",
+    "LoraWeights",
+    "Moment8bit",
     "NF4Tensor",
     "Packed",
     "adamw_step",
+    "adamw_step_8bit",
     "add_rms_norm",
     "attention",
     "cross_entropy",
@@ -36,9 +39,13 @@ __all__ = [
     "dequantize_nf4",
     "dequantize_rows",
     "frozen_linear",
+    "gated",
     "geglu",
     "linear_cross_entropy",
     "lora_linear",
+    "lora_mlp",
+    "lora_qkv",
+    "norm_rope",
     "quantize_fp4",
     "quantize_int8",
     "quantize_nf4",

@@ -88,6 +88,23 @@ def on_device(x: torch.Tensor) -> AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
+def compiles_to() -> str:
+    """What becomes of a Triton kernel here: "ptx" for NVIDIA, "amdgcn" for AMD, "interpreted"."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "interpreted"
+    return "ptx" if torch.version.hip is None else "amdgcn"
+
+
+def lanes() -> int:
+    """Threads of a warp: 64 on AMD's GPUs for data centres."""
+    return 64 if compiles_to() == "amdgcn" else 32
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Of NVIDIA's GPU `device`; in the interpreter that of an H100."""
+    return (9, 0) if device.type == "cpu" else torch.cuda.get_device_capability(device)
+
+
 def _fits(backend: str, device: torch.device) -> bool:
     if backend == "triton":
         return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"

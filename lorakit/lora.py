@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import LoraConfig, LorakitError, nearest
-from .kernels import lora_linear
+from .kernels import LoraWeights, lora_linear
 
 
 @runtime_checkable
@@ -79,19 +79,30 @@ class LoraLinear(nn.Module):
         self.enabled = True
         self.register_buffer("merged", None, persistent=False)  # [out, in]: W + s B A while merged
 
+    def adapted(self) -> LoraWeights | None:
+        """What the fused kernels need, or None if this layer is not to be computed by them:
+        disabled, merged, or with a base whose weight is trained too.
+        """
+        bias = self.base.bias
+        trained = any(p.requires_grad and p is not bias for p in self.base.parameters())
+        if not self.enabled or self.merged is not None or trained:
+            return None
+        dropout = self.config.lora_dropout if self.training else 0.0
+        return LoraWeights(self.base, self.lora_A, self.lora_B, self.config.scaling, dropout)
+
     def forward(self, x: Tensor) -> Tensor:
+        weights = self.adapted()
+        if weights is not None:
+            return lora_linear(x, weights)
         if not self.enabled:
             return self.base(x)
         if self.merged is not None:
             return F.linear(x, self.merged, self.base.bias)
-        dropped, scaling = None, self.config.scaling
-        if self.config.lora_dropout > 0 and self.training:
-            dropped = F.dropout(x, self.config.lora_dropout)
-        if any(p.requires_grad for p in self.base.parameters()):
-            # the caller trains the base too: let autograd see all of it
-            low = F.linear(x if dropped is None else dropped, self.lora_A.to(x.dtype))
-            return self.base(x) + scaling * F.linear(low, self.lora_B.to(x.dtype))
-        return lora_linear(x, self.base, self.lora_A, self.lora_B, scaling, dropped=dropped)
+        # the caller trains the base too: let autograd see all of it
+        low = F.linear(
+            F.dropout(x, self.config.lora_dropout, self.training), self.lora_A.to(x.dtype)
+        )
+        return self.base(x) + self.config.scaling * F.linear(low, self.lora_B.to(x.dtype))
 
     @torch.no_grad()
     def merge(self) -> None:

@@ -14,7 +14,6 @@ that are about to be overwritten. Shapes: B batch, T positions of this call, S p
 cache, Hq and Hk heads, D head_dim.
 """
 
-from functools import partial
 from itertools import pairwise
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -27,12 +26,6 @@ from . import kernels
 from .config import LorakitError
 from .model_config import ModelConfig, RopeConfig
 from .rope import rope_tables
-
-GATED = {
-    "silu": kernels.swiglu,
-    "gelu_pytorch_tanh": kernels.geglu,
-    "gelu": partial(kernels.geglu, approximate="none"),
-}
 
 
 class Cache(Protocol):
@@ -54,6 +47,22 @@ class PackedLayer(Protocol):
     """An embedding or a head whose weight is stored in few bits."""
 
     quantized: kernels.Packed
+
+
+@runtime_checkable
+class AdaptedLayer(Protocol):
+    """A linear layer with a low-rank update."""
+
+    def adapted(self) -> kernels.LoraWeights | None:
+        """What the fused kernels take, or None if it has to be called as it is."""
+
+
+def _adapted(*layers: nn.Module) -> list[kernels.LoraWeights] | None:
+    """Of all the layers, or None if one of them is not, or has to be called as it is."""
+    if not all(isinstance(layer, AdaptedLayer) for layer in layers):
+        return None
+    found = [layer.adapted() for layer in layers]
+    return None if None in found else found
 
 
 class View(NamedTuple):
@@ -115,14 +124,15 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = config.rms_norm_eps
-        self.offset, self.casting_mode = config.norm_weight_offset, config.norm_casting_mode
+        self.options = {
+            "weight_offset": config.norm_weight_offset, "casting_mode": config.norm_casting_mode
+        }  # fmt: skip
 
     def forward(self, x: Tensor, residual: Tensor | None = None):
         """Normalized x; with a residual, the sum of both normalized, and the sum."""
-        options = {"weight_offset": self.offset, "casting_mode": self.casting_mode}
         if residual is None:
-            return kernels.rms_norm(x, self.weight, self.eps, **options)
-        return kernels.add_rms_norm(x, residual, self.weight, self.eps, **options)
+            return kernels.rms_norm(x, self.weight, self.eps, **self.options)
+        return kernels.add_rms_norm(x, residual, self.weight, self.eps, **self.options)
 
 
 class Attention(nn.Module):
@@ -144,12 +154,18 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, view: View, cache: Cache | None) -> Tensor:
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = kernels.rope(q, k, *view.tables)
+        layers = self.q_proj, self.k_proj, self.v_proj
+        adapted = _adapted(*layers)
+        if adapted is None:
+            projected = [layer(x) for layer in layers]
+        else:
+            projected = kernels.lora_qkv(x, adapted)
+        q, k, v = (y.view(B, T, -1, self.head_dim) for y in projected)
+        if self.q_norm is None:
+            q, k = kernels.rope(q, k, *view.tables)
+        else:
+            weights, norm = (self.q_norm.weight, self.k_norm.weight), self.q_norm
+            q, k = kernels.norm_rope(q, k, *weights, norm.eps, *view.tables, **norm.options)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         out = kernels.attention(
@@ -176,15 +192,17 @@ class MLP(nn.Module):
     ):
         super().__init__()
         hidden, bias = config.hidden_size, config.mlp_bias
-        self.names, self.gated = names, GATED[config.hidden_act]
+        self.names, self.hidden_act = names, config.hidden_act
         gate, up, down = names
         self.add_module(gate, nn.Linear(hidden, inner, bias=bias))
         self.add_module(up, nn.Linear(hidden, inner, bias=bias))
         self.add_module(down, nn.Linear(inner, hidden, bias=bias))
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up, down = (self.get_submodule(name) for name in self.names)
-        return down(self.gated(gate(x), up(x)))
+        gate, up, down = layers = [self.get_submodule(name) for name in self.names]
+        if (adapted := _adapted(*layers)) is not None:
+            return kernels.lora_mlp(x, *adapted, self.hidden_act)
+        return down(kernels.gated(gate(x), up(x), self.hidden_act))
 
 
 class MoE(nn.Module):
@@ -413,12 +431,18 @@ class Decoder(nn.Module):
             targets[:, cu_seqlens[1:-1].long() - 1] = -100
         cap = self.config.final_logit_softcapping
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        lora = None
+        for adapted in _adapted(head) or ():
+            if adapted.dropout == 0 and adapted.magnitude is None:
+                head, lora = adapted.base, (adapted.lora_A, adapted.lora_B, adapted.scaling)
         if isinstance(head, PackedLayer):
             weight = head.quantized
         elif type(head) in (nn.Linear, nn.Embedding):
             weight = head.weight
-        else:  # a head that is adapted: its own forward, on the label positions only
+        elif lora is not None:
+            weight = head.dequantize()
+        else:  # another adapted head: its own forward, on the label positions only
             rows = (targets != -100).nonzero(as_tuple=True)
             logits = head(hidden[rows])
             return kernels.cross_entropy(logits, targets[rows], softcap=cap)
-        return kernels.linear_cross_entropy(hidden, weight, targets, softcap=cap)
+        return kernels.linear_cross_entropy(hidden, weight, targets, lora=lora, softcap=cap)

@@ -21,6 +21,8 @@ vocabulary are the biggest tensor of a training step (T x V x 4 bytes: 0.8 GB fo
 gradient in the forward pass, while a chunk's logits are at hand; backward only scales it. The cost:
 a gradient is computed even if backward never runs, unless gradients are disabled.
 
+A head with a low-rank update, W + s B A, gets it chunk by chunk (`lora_linear` has the formulas).
+
 A packed head (NF4 or int8) is dequantized some thousand rows of the vocabulary at a time, and the
 dense head never exists: twice for every chunk, for the logits and for the gradient.
 """
@@ -60,6 +62,7 @@ def linear_cross_entropy(
     weight: Tensor | Packed,
     labels: Tensor,
     *,
+    lora: tuple[Tensor, Tensor, float] | None = None,
     softcap: float | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -67,13 +70,17 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of hidden [..., H] @ weight [V, H]^T, never building all the logits.
 
-    labels: int64 [...]; rows whose label is `ignore_index` are left out before the product. Returns
-    (summed loss fp32 [], count int64 []); differentiable in hidden and in a dense weight.
+    labels: int64 [...]; rows whose label is `ignore_index` are left out before the product.
+    lora: lora_A [r, H], lora_B [V, r] and s of a head weight + s B A. Returns (summed loss fp32 [],
+    count int64 []); differentiable in hidden, in a dense weight, in A and in B.
     """
     rows = (labels.reshape(-1) != ignore_index).nonzero()[:, 0]
     picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows)
-    if isinstance(weight, Tensor) and not torch.is_grad_enabled():
-        weight = weight.detach()  # no gradient while the logits are at hand, then
+    lora_A, lora_B, scaling = (None, None, 0.0) if lora is None else lora
+    if not torch.is_grad_enabled():  # no gradient while the logits are at hand, then
+        weight, lora_A, lora_B = (
+            t.detach() if isinstance(t, Tensor) else t for t in (weight, lora_A, lora_B)
+        )
     backend = reference
     if dispatch.triton_runs(picked):
         from . import triton
@@ -82,5 +89,7 @@ def linear_cross_entropy(
     chosen = labels.reshape(-1)[rows]
     form = Form(softcap, label_smoothing, z_loss)
     with dispatch.on_device(picked):
-        total = LinearCrossEntropy.apply(picked, weight, chosen, form, backend)
+        total = LinearCrossEntropy.apply(
+            picked, weight, lora_A, lora_B, scaling, chosen, form, backend
+        )
     return total, (labels != ignore_index).sum()

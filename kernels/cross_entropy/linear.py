@@ -45,34 +45,54 @@ def _grad_hidden(grad: Tensor, head: Tensor | Packed, dtype: torch.dtype) -> Ten
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """hidden [N, H], weight [V, H] dense or packed, labels [N] (all valid) -> summed loss []."""
+    """hidden [N, H], weight [V, H] dense or packed, labels [N] (all valid) -> summed loss [].
+
+    With lora_A [r, H] and lora_B [V, r] the head is weight + scaling B A.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, form: Form, backend: ModuleType):
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
+    def forward(
+        ctx, hidden, weight, lora_A, lora_B, scaling, labels, form: Form, backend: ModuleType
+    ):
+        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, lora_A, lora_B)]
+        need_hidden, need_weight, need_A, need_B = need = ctx.needs_input_grad[:4]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        grad_weight, grad_A, grad_B = (
+            torch.zeros_like(t, dtype=torch.float32) if needed else None
+            for t, needed in zip((weight, lora_A, lora_B), need[1:], strict=True)
+        )
+        if adapted := lora_A is not None:
+            A, sB = lora_A.to(hidden.dtype), (lora_B * scaling).to(hidden.dtype)
         total = hidden.new_zeros((), dtype=torch.float32)
         step = max(1, CHUNK_LOGITS // weight.shape[0])
         for start in range(0, len(labels), step):
             h, y = hidden[start : start + step], labels[start : start + step]
             logits = backend.logits(h, weight)  # [n, H] @ [H, V] -> [n, V]
-            loss, grad = backend.loss_and_gradient(logits, y, form, need_hidden or need_weight)
+            if adapted:
+                low = h @ A.t()  # [n, H] @ [H, r]
+                logits.addmm_(low.to(logits.dtype), sB.t().to(logits.dtype))
+            loss, grad = backend.loss_and_gradient(logits, y, form, any(need))
             total += loss
             if need_hidden:
                 grad_hidden[start : start + step] = _grad_hidden(grad, weight, h.dtype)
             if need_weight:
                 grad_weight += grad.t().float() @ h.float()
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
+            if need_B:
+                grad_B += scaling * (grad.t() @ low.to(grad.dtype)).float()
+            if adapted and (need_hidden or need_A):
+                dlow = grad.to(h.dtype) @ sB  # [n, V] @ [V, r]
+            if adapted and need_hidden:
+                grad_hidden[start : start + step].addmm_(dlow, A)
+            if need_A:
+                grad_A += (dlow.t() @ h).float()
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_A, grad_B)
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
-        if grad_weight is not None:
-            grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None
+        scaled = (
+            None if g is None else (g * grad.to(g.dtype)).to(dtype)
+            for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return *scaled, None, None, None, None

@@ -18,10 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import dispatch
 from ..frozen_linear import Packed
 from .linear import Form, panels
 
-BLOCK, WARPS = 4096, 8
+BLOCK, THREADS = 4096, 256
 NONE_IGNORED = -(2**62)  # no label
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -76,7 +77,8 @@ def _forward(
 @triton.jit
 def _backward(
     LOGITS, LABELS, LSE, SCALE, GRAD, stride, grad_stride, V, padded, ignore_index: tl.constexpr,
-    cap: tl.constexpr, smoothing: tl.constexpr, z_loss: tl.constexpr, BLOCK: tl.constexpr,
+    cap: tl.constexpr, smoothing: tl.constexpr, z_loss: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -92,13 +94,15 @@ def _backward(
     grad = tl.exp2((z - lse) * LOG2E)
     if z_loss != 0:
         grad = grad * (1 + 2 * z_loss * lse)
-    grad = tl.where(columns == label, grad - (1 - smoothing), grad)
+    grad = tl.where(columns == label.to(tl.int32), grad - (1 - smoothing), grad)
     if smoothing != 0:
         grad -= smoothing / V
     if cap is not None:
         part = z * (1 / cap)
         grad = grad * (1 - part * part)
-    grad = tl.where(columns < V, grad * tl.load(SCALE), 0.0)
+    grad = grad * tl.load(SCALE)
+    if PADDED:
+        grad = tl.where(columns < V, grad, 0.0)
     tl.store(target, grad.to(GRAD.dtype.element_ty), mask=inside)
 
 
@@ -128,7 +132,7 @@ def loss_and_lse(
     if N:
         _forward[(N,)](
             logits, labels, loss, lse, logits.stride(0), V, _padded(logits), ignore_index, *form,
-            BLOCK, num_warps=WARPS,
+            BLOCK, num_warps=THREADS // dispatch.lanes(),
         )  # fmt: skip
     return loss, lse
 
@@ -141,10 +145,11 @@ def gradient(
     scale: fp32 []. Padding between the rows of `out` may be written.
     """
     N, V = logits.shape
+    padded = _padded(logits, out)
     if N:
         _backward[(N, triton.cdiv(V, BLOCK))](
             logits, labels, lse, scale, out, logits.stride(0), out.stride(0), V,
-            _padded(logits, out), ignore_index, *form, BLOCK, num_warps=WARPS,
+            padded, ignore_index, *form, padded > V, BLOCK, num_warps=THREADS // dispatch.lanes(),
         )  # fmt: skip
     return out
 

@@ -4,19 +4,45 @@
 
 W' is the dequantized weight in the dtype of x. Forward makes it, multiplies and forgets it;
 backward makes it again. Between the two only the packed weight is kept, at the price of one more
-dequantization, which is small beside the product itself from a few dozen rows on.
+dequantization, which is small beside the product itself from a few dozen rows on. For fewer rows a
+GPU multiplies by an NF4 weight as it is packed (`FEW_ROWS`). The dense weight needs no workspace of
+its own there: torch's allocator hands the next layer the same memory.
 
 `dequantize` and `dequantize_rows` take either kind; the latter is the look-up of an embedding.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import dispatch
 from ..int8 import Int8Tensor, dequantize_int8, dequantize_int8_rows
 from ..nf4 import NF4Tensor, dequantize_nf4, dequantize_nf4_rows
 
 Packed = NF4Tensor | Int8Tensor
+
+
+class FewRows(NamedTuple):
+    """Up to how many rows a product takes the packed weight: one row at a time, and by tiles."""
+
+    one_by_one: int
+    by_tiles: int
+
+
+# By compute capability; one that is not named has the figures of the next lower one. After the
+# rules that bitsandbytes 0.50 was calibrated to: on an H100 dequantizing wins early, on consumer
+# GPUs late. Not measured by us yet: benchmarks/gpu.py prints what to write here. Below 8.0 Triton
+# has no matrix instructions for the tiles.
+FEW_ROWS = {
+    (7, 5): FewRows(4, 0),
+    (8, 0): FewRows(1, 32),
+    (8, 6): FewRows(1, 64),
+    (9, 0): FewRows(1, 16),
+    (12, 0): FewRows(1, 64),
+}
+FEW_ROWS_AMD = FewRows(1, 16)
 
 
 def dequantize(q: Packed, dtype: torch.dtype | None = None) -> Tensor:
@@ -42,19 +68,45 @@ def frozen_linear(x: Tensor, q: Packed, bias: Tensor | None = None) -> Tensor:
     return _FrozenLinear.apply(x, q, bias)
 
 
+def _few_rows(x: Tensor, q: Packed) -> FewRows:
+    """What counts as few rows for a product of x with q; none where it must be dequantized."""
+    takes = isinstance(q, NF4Tensor) and len(q.shape) == 2 and q.shape[1] % q.block_size == 0
+    if not takes or not dispatch.triton_runs(x):
+        return FewRows(0, 0)
+    if dispatch.compiles_to() == "amdgcn":
+        return FEW_ROWS_AMD
+    known = [at for at in FEW_ROWS if at <= dispatch.capability(x.device)]
+    return FEW_ROWS[max(known)] if known else FewRows(0, 0)
+
+
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, q, bias):
         ctx.q = q
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return F.linear(x, dequantize(q, x.dtype), bias)
+        flat, few = x.reshape(-1, x.shape[-1]), _few_rows(x, q)
+        if len(flat) > max(few):
+            return F.linear(x, dequantize(q, x.dtype), bias)
+        from . import triton
+
+        multiply = triton.vector if len(flat) <= few.one_by_one else triton.forward
+        with dispatch.on_device(x):
+            return multiply(flat, q, bias).view(*x.shape[:-1], q.shape[0])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         # [..., N] @ [N, K] -> [..., K]
-        grad_x = grad @ dequantize(ctx.q, grad.dtype) if ctx.needs_input_grad[0] else None
-        grad_bias = None
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            flat = grad.reshape(-1, grad.shape[-1])
+            if len(flat) > _few_rows(grad, ctx.q).by_tiles:
+                grad_x = grad @ dequantize(ctx.q, grad.dtype)
+            else:
+                from . import triton
+
+                with dispatch.on_device(grad):
+                    grad_x = triton.backward(flat, ctx.q).view(*grad.shape[:-1], ctx.q.shape[1])
         if ctx.needs_input_grad[2]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
         return grad_x, None, grad_bias

@@ -1,46 +1,219 @@
-"""The LoRA product and its backward in plain torch. Formulas: see the package."""
+"""The LoRA products and their backward in plain torch. Formulas: see the package.
+
+M rows, K inputs and N outputs of a layer, r its rank, R the sum of the ranks that are stacked.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from .. import swiglu
+
+TENSORS = 4  # of a layer: A, B, the base's bias, DoRA's magnitude
 
 
-class LoraLinearFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, dropped, lora_A, lora_B, base, scaling):
-        seen = x if dropped is None else dropped  # what the update reads
-        ctx.save_for_backward(seen, lora_A, lora_B)
-        ctx.base, ctx.scaling, ctx.dropout = base, scaling, dropped is not None
-        # [M, K] @ [K, N] -> [M, N], then += s [M, r] @ [r, N] in place: the base just made y
-        y = base(x)
-        low = F.linear(seen, lora_A.to(x.dtype)).to(y.dtype)  # under autocast y is narrower than x
-        y.view(-1, y.shape[-1]).addmm_(
-            low.reshape(-1, low.shape[-1]), lora_B.to(y.dtype).t(), alpha=scaling
-        )
+class Dropout(NamedTuple):
+    """A mask that can be drawn again."""
+
+    rate: float
+    seed: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.rate == 0:
+            return x
+        if self.rate == 1:
+            return torch.zeros_like(x)
+        generator = torch.Generator(x.device).manual_seed(self.seed)
+        mask = torch.empty_like(x).bernoulli_(1 - self.rate, generator=generator)
+        return mask.mul_(x).mul_(1 / (1 - self.rate))
+
+
+class Layer:
+    """One layer in one pass, forward or backward: what belongs to it in the compute dtype."""
+
+    def __init__(self, static: tuple, tensors: Sequence[Tensor | None], dtype: torch.dtype):
+        self.base, self.scaling = static
+        self.lora_A, self.lora_B, self.bias, self.magnitude = tensors
+        self.dtype, self.wide = dtype, torch.promote_types(dtype, torch.float32)
+        self.A = self.lora_A.to(dtype)
+        self.sB = (self.lora_B * self.scaling).to(dtype)
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """W [N, K], dense until the pass is over."""
+        return self.base.dequantize().to(self.dtype)
+
+    @cached_property
+    def row_norms(self) -> Tensor:
+        """||W + s B A|| by rows, fp32 or wider [N], from products of rank r."""
+        A, sB = self.lora_A.to(self.wide), (self.lora_B * self.scaling).to(self.wide)
+        square = torch.linalg.vector_norm(self.weight, dim=1, dtype=self.wide).square()
+        square += 2 * (sB * F.linear(self.weight, self.A).to(self.wide)).sum(1)  # [N, K] @ [K, r]
+        square += (sB * (sB @ (A @ A.t()))).sum(1)
+        return square.clamp(min=0).sqrt()
+
+    @property
+    def gain(self) -> Tensor:
+        return (self.magnitude.to(self.wide) / self.row_norms).to(self.dtype)
+
+    def product(self, x: Tensor, low: Tensor) -> Tensor:
+        """x W^T + s low B^T: [M, N]"""
+        return F.linear(x, self.weight).addmm_(low, self.sB.t())
+
+    def forward(self, x: Tensor, low: Tensor) -> Tensor:
+        """y [M, N] of x [M, K] and low = d(x) A^T [M, r]."""
+        y = self.product(x, low)
+        if self.magnitude is not None:
+            y *= self.gain
+        if self.bias is not None:
+            y += self.bias
         return y
+
+    def forward_by_base(self, x: Tensor, low: Tensor) -> Tensor:
+        """The same; the base may have a better way than to make its whole weight dense."""
+        if self.magnitude is not None:
+            return self.forward(x, low)
+        y = self.base(x)
+        # under autocast y is narrower than x; in place, as the base just made it
+        return y.addmm_(low.to(y.dtype), self.sB.to(y.dtype).t())
+
+
+class Group:
+    """Layers that read the same x, in one pass."""
+
+    def __init__(self, static: list, drop: Dropout, tensors: Sequence, dtype: torch.dtype):
+        parts = [tensors[i : i + TENSORS] for i in range(0, len(tensors), TENSORS)]
+        self.layers = [Layer(s, part, dtype) for s, part in zip(static, parts, strict=True)]
+        self.drop = drop
+        self.ranks = [len(layer.A) for layer in self.layers]
+        self.A = torch.cat([layer.A for layer in self.layers])  # [R, K]
+
+    def low(self, x: Tensor) -> tuple[Tensor, ...]:
+        """d(x) A^T of each layer, [M, r]."""
+        return F.linear(self.drop(x), self.A).split(self.ranks, dim=1)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """y [M, N] of each layer for x [M, K]."""
+        lows = zip(self.layers, self.low(x), strict=True)
+        return [layer.forward_by_base(x, low) for layer, low in lows]
+
+    def forward_again(self, x: Tensor) -> list[Tensor]:
+        """The same from the dense weights, which backward needs anyway."""
+        return [y.forward(x, low) for y, low in zip(self.layers, self.low(x), strict=True)]
+
+    def take(self, grads: Sequence[Tensor]) -> None:
+        """The gradients dy [M, N] of each layer, from which the others follow."""
+        self.grads = grads
+        self.scaled = [  # by DoRA's gain
+            dy if layer.magnitude is None else dy * layer.gain
+            for layer, dy in zip(self.layers, grads, strict=True)
+        ]
+        # s (dy B) of each layer: [M, N] @ [N, r], side by side [M, R]
+        both = zip(self.layers, self.scaled, strict=True)
+        self.dlow = torch.cat([dy @ layer.sB for layer, dy in both], dim=1)
+
+    def grad_x(self) -> Tensor:
+        """dx = dy W + s (dy B) A, summed over the layers: [M, K]"""
+        first, *others = zip(self.layers, self.scaled, strict=True)
+        dx = first[1] @ first[0].weight
+        for layer, dy in others:
+            dx.addmm_(dy, layer.weight)
+        if self.drop.rate:
+            return dx.add_(self.drop(self.dlow @ self.A))
+        return dx.addmm_(self.dlow, self.A)
+
+    def forget_weights(self) -> None:
+        for layer in self.layers:
+            del layer.weight
+
+    def grad_tensors(self, x: Tensor, need: Sequence[bool]) -> list[Tensor | None]:
+        """Of the small tensors of each layer, for x [M, K]."""
+        found: list[Tensor | None] = [None] * len(need)
+        if any(need[0::TENSORS]):
+            # === dA = s (dy B)^T d(x), stacked: [R, M] @ [M, K] ===
+            stacked = (self.dlow.t() @ self.drop(x)).split(self.ranks)
+        lows = self.low(x) if any(need[1::TENSORS] + need[3::TENSORS]) else self.ranks
+        for i, (layer, low) in enumerate(zip(self.layers, lows, strict=True)):
+            at = TENSORS * i
+            if need[at]:
+                found[at] = stacked[i].to(layer.lora_A.dtype)
+            if need[at + 1]:
+                # === dB = s dy^T (d(x) A^T): [N, M] @ [M, r] ===
+                found[at + 1] = (self.scaled[i].t() @ low).to(layer.lora_B.dtype) * layer.scaling
+            if need[at + 2]:
+                found[at + 2] = self.grads[i].sum(0).to(layer.bias.dtype)
+            if need[at + 3]:
+                through = (self.grads[i] * layer.product(x, low)).sum(0, dtype=layer.wide)
+                found[at + 3] = (through / layer.row_norms).to(layer.magnitude.dtype)
+        return found
+
+
+class LoraLinears(torch.autograd.Function):
+    """x [..., K] -> y [..., N] of each layer."""
+
+    @staticmethod
+    def forward(ctx, x, static, drop, *tensors):
+        ctx.save_for_backward(x, *tensors)
+        ctx.static, ctx.drop = static, drop
+        flat = x.reshape(-1, x.shape[-1])
+        ys = Group(static, drop, tensors, x.dtype).forward(flat)
+        return tuple(y.view(*x.shape[:-1], -1) for y in ys)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        x, *tensors = ctx.saved_tensors
+        dtype = grads[0].dtype
+        flat = x.reshape(-1, x.shape[-1]).to(dtype)
+        group = Group(ctx.static, ctx.drop, tensors, dtype)
+        group.take([dy.reshape(len(flat), -1) for dy in grads])
+        dx = group.grad_x().view(x.shape).to(x.dtype) if ctx.needs_input_grad[0] else None
+        return dx, None, None, *group.grad_tensors(flat, ctx.needs_input_grad[3:])
+
+
+class LoraMLP(torch.autograd.Function):
+    """x [..., K] -> [..., K], through gate, up and down."""
+
+    @staticmethod
+    def forward(ctx, x, hidden_act, inner, inner_drop, outer, outer_drop, *tensors):
+        ctx.save_for_backward(x, *tensors)
+        ctx.hidden_act = hidden_act
+        ctx.groups = (inner, inner_drop), (outer, outer_drop)
+        first, second = LoraMLP._groups(ctx, tensors, x.dtype)
+        gate, up = first.forward(x.reshape(-1, x.shape[-1]))
+        hidden = swiglu.gated(gate, up, hidden_act)
+        return second.forward(hidden)[0].view(*x.shape[:-1], -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        seen, lora_A, lora_B = ctx.saved_tensors
-        s = ctx.scaling
-        dy = grad.reshape(-1, grad.shape[-1])  # [M, N]
-        x = seen.reshape(-1, seen.shape[-1]).to(dy.dtype)  # [M, K]
-        A, B = lora_A.to(dy.dtype), lora_B.to(dy.dtype)
-        grad_x = grad_dropped = grad_A = grad_B = None
-        low = dy @ B  # [M, N] @ [N, r] -> [M, r]
+        x, *tensors = ctx.saved_tensors
+        flat = x.reshape(-1, x.shape[-1]).to(grad.dtype)
+        first, second = LoraMLP._groups(ctx, tensors, grad.dtype)
+        gate, up = first.forward_again(flat)
+        second.take([grad.reshape(len(flat), -1)])
+        hidden = second.grad_x()
+        second.forget_weights()
+        # over its gradient the hidden state, over gate and up theirs
+        swiglu.gated_backward_(hidden, gate, up, ctx.hidden_act)
+        first.take([gate, up])
+        dx = first.grad_x().view(x.shape).to(x.dtype) if ctx.needs_input_grad[0] else None
+        need = ctx.needs_input_grad[6:]
+        split = 2 * TENSORS
+        of_inner = first.grad_tensors(flat, need[:split])
+        return (
+            dx, *(None,) * 5, *of_inner, *second.grad_tensors(hidden, need[split:])
+        )  # fmt: skip
 
-        # === dx = dy W + s (dy B) A ===
-        if ctx.needs_input_grad[0]:
-            grad_x = dy @ ctx.base.dequantize().to(dy.dtype)
-            if not ctx.dropout:
-                grad_x.addmm_(low, A, alpha=s)
-            grad_x = grad_x.view(seen.shape).to(seen.dtype)
-        if ctx.needs_input_grad[1]:
-            grad_dropped = (s * (low @ A)).view(seen.shape).to(seen.dtype)
-
-        # === dA = s (dy B)^T x,  dB = s dy^T (x A^T) ===
-        if ctx.needs_input_grad[2]:
-            grad_A = (low.t() @ x).to(lora_A.dtype).mul_(s)
-        if ctx.needs_input_grad[3]:
-            grad_B = (dy.t() @ (x @ A.t())).to(lora_B.dtype).mul_(s)
-        return grad_x, grad_dropped, grad_A, grad_B, None, None
+    @staticmethod
+    def _groups(ctx, tensors, dtype: torch.dtype) -> tuple[Group, Group]:
+        (inner, inner_drop), (outer, outer_drop) = ctx.groups
+        split = TENSORS * len(inner)
+        return (
+            Group(inner, inner_drop, tensors[:split], dtype),
+            Group(outer, outer_drop, tensors[split:], dtype),
+        )

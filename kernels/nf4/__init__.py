@@ -55,7 +55,15 @@ from torch import Tensor
 
 from .. import dispatch
 from . import cpu, reference
-from .tensor import LEVELS, NESTED_BLOCK, NF4Tensor, check_block_size, dynamic_map, levels
+from .tensor import (
+    LEVELS,
+    NESTED_BLOCK,
+    NF4Tensor,
+    check_block_size,
+    dynamic_map,
+    levels,
+    pairs,
+)
 
 # A smaller absmax divides as if it were this, so that 1 / absmax stays finite (bitsandbytes' rule).
 ABSMAX_FLOOR = 1e-38
@@ -76,13 +84,6 @@ def order(quant_type: str, device: torch.device) -> Tensor:
     """The codes by ascending level, uint8 [16]; of FP4's two zeros, 0 before 8."""
     table = LEVELS[quant_type]
     return torch.tensor(sorted(range(16), key=table.__getitem__), dtype=torch.uint8, device=device)
-
-
-@functools.cache
-def pairs(quant_type: str, device: torch.device) -> Tensor:
-    """The two values of a byte of codes, fp32 [256, 2]."""
-    table = levels(quant_type, device)
-    return torch.stack([table.repeat_interleave(16), table.repeat(16)], dim=1)
 
 
 def quantize_nf4(
@@ -151,19 +152,25 @@ def dequantize_nf4(q: NF4Tensor, dtype: torch.dtype | None = None) -> Tensor:
     elif backend is reference:
         both = pairs(q.quant_type, q.device)
         flat = reference.dequantize(q.codes, _scales(q), both, n, q.block_size, dtype)
-    else:  # the scales too
-        both = pairs(q.quant_type, q.device)
+    else:
         with dispatch.on_device(q.codes):
-            flat = backend.dequantize(q, both, dynamic_map(q.device), dtype)
+            flat = backend.dequantize(q, dtype)
     return flat.view(q.shape)
 
 
 def dequantize_nf4_rows(q: NF4Tensor, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Rows of a matrix q [N, K], picked by `rows` int64 [...]: [..., K]. Only they are dequantized.
 
-    Raises IndexError for a row that is not there.
+    Raises IndexError for a row that is not there; the Triton kernel, which waits for nobody, makes
+    it NaN.
     """
     N, K = q.shape
+    if K % q.block_size == 0 and dispatch.pick(q.device, "cpu", "triton") == "triton":
+        from . import triton
+
+        with dispatch.on_device(q.codes):
+            flat = triton.dequantize_rows(q, rows.reshape(-1), dtype or q.dtype)
+        return flat.view(*rows.shape, K)
     if K % q.block_size:  # rows begin inside of blocks: find each value by itself
         starts = torch.arange(N, device=q.device)[:, None] * K
         at = F.embedding(rows, starts) + torch.arange(K, device=q.device)

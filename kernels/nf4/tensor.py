@@ -61,6 +61,13 @@ def levels(quant_type: str, device: torch.device) -> Tensor:
 
 
 @functools.cache
+def pairs(quant_type: str, device: torch.device) -> Tensor:
+    """The two levels of a byte of codes, fp32 [256, 2]."""
+    table = levels(quant_type, device)
+    return torch.stack([table.repeat_interleave(16), table.repeat(16)], dim=1)
+
+
+@functools.cache
 def dynamic_map(device: torch.device) -> Tensor:
     """The signed 8-bit dynamic map, fp32 [256], ascending.
 

@@ -26,14 +26,21 @@ def rms_norm(
     casting_mode: str = "llama",
 ) -> Tensor:
     """x [..., H] normalized over its last dimension and scaled by weight [H]: [..., H] in x's
-    dtype. casting_mode: "llama" or "gemma", see above.
+    dtype. casting_mode: "llama" or "gemma", see above; ValueError for another.
     """
+    check_casting_mode(casting_mode)
     if _suits_triton(x, weight):
         from . import triton
 
         with dispatch.on_device(x):
             return triton.rms_norm(x, weight, eps, weight_offset, casting_mode)
     return reference.rms_norm(x, weight, eps, weight_offset, casting_mode)
+
+
+def check_casting_mode(casting_mode: str) -> None:
+    """Raises ValueError unless it is one of the two."""
+    if casting_mode not in ("llama", "gemma"):
+        raise ValueError(f"casting_mode is {casting_mode!r}: choose llama or gemma")
 
 
 def _suits_triton(x: Tensor, weight: Tensor) -> bool:
@@ -54,6 +61,7 @@ def add_rms_norm(
     """The sum s = x + residual [..., H], rounded to x's dtype, normalized as by `rms_norm`, and s
     itself: both [..., H].
     """
+    check_casting_mode(casting_mode)
     same = (x.dtype, x.shape) == (residual.dtype, residual.shape)
     if same and _suits_triton(x, weight):
         from . import triton

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import dispatch
+
 PROGRAMS = 256  # that share the rows when dw is wanted
 
 
@@ -37,7 +39,7 @@ def _forward(
         x = x.to(S.dtype.element_ty)
         tl.store(S + row * width + columns, x, mask=inside)
         x = x.to(tl.float32)
-    rstd = 1 / tl.sqrt(tl.sum(x * x) / width + eps)
+    rstd = tl.rsqrt(tl.sum(x * x) / width + eps)
     y = x * rstd
     if LLAMA:  # the normalized row rounded first
         y = y.to(X.dtype.element_ty).to(tl.float32)
@@ -85,7 +87,8 @@ def _backward(
 
 def _launch_shape(width: int) -> dict[str, int]:
     block = triton.next_power_of_2(width)
-    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
+    threads = min(512, max(dispatch.lanes(), block // 16))
+    return {"BLOCK": block, "num_warps": threads // dispatch.lanes()}
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -1,8 +1,12 @@
-"""The gated activations of the MLP (arXiv:2002.05202), elementwise:
+"""The gated activations of the MLP (arXiv:2002.05202), elementwise: y = a(gate) up.
 
-swiglu    silu(gate) * up                       silu(z) = z sigmoid(z)
-geglu     gelu(gate) * up                       gelu(z) = z Phi(z), Phi the normal distribution
-          approximate="tanh": Phi(z) ~ (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3))) / 2
+silu                a(z) = z sigmoid(z)                                   SwiGLU
+gelu                a(z) = z Phi(z), Phi the normal distribution          GeGLU
+gelu_pytorch_tanh   the same with Phi(z) ~ (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3))) / 2
+
+    d gate = dy up a'(gate)          d up = dy a(gate)
+
+The names are those of `hidden_act` in a checkpoint's config.
 """
 
 from torch import Tensor
@@ -10,25 +14,51 @@ from torch import Tensor
 from .. import dispatch
 from . import reference
 
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")
+APPROXIMATIONS = {"tanh": "gelu_pytorch_tanh", "none": "gelu"}
+
+
+def gated(gate: Tensor, up: Tensor, hidden_act: str) -> Tensor:
+    """a(gate) * up, elementwise, for two tensors of one shape and dtype.
+
+    Raises ValueError for another `hidden_act` than the three above.
+    """
+    if hidden_act not in ACTIVATIONS:
+        raise ValueError(f"hidden_act is {hidden_act!r}: choose one of {', '.join(ACTIVATIONS)}")
+    if _suits_triton(gate, up):
+        from . import triton
+
+        with dispatch.on_device(gate):
+            return triton.gated(gate, up, hidden_act)
+    return reference.gated(gate, up, hidden_act)
+
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, elementwise, for two tensors of one shape and dtype."""
-    if _suits_triton(gate, up):
-        from . import triton
-
-        with dispatch.on_device(gate):
-            return triton.swiglu(gate, up)
-    return reference.swiglu(gate, up)
+    return gated(gate, up, "silu")
 
 
 def geglu(gate: Tensor, up: Tensor, *, approximate: str = "tanh") -> Tensor:
-    """gelu(gate) * up, elementwise; approximate: "tanh", or "none" for the exact form by erf."""
-    if _suits_triton(gate, up):
+    """gelu(gate) * up, elementwise; approximate: "tanh", or "none" for the exact form by erf.
+
+    Raises ValueError for another `approximate`.
+    """
+    if approximate not in APPROXIMATIONS:
+        raise ValueError(f"approximate is {approximate!r}: choose tanh or none")
+    return gated(gate, up, APPROXIMATIONS[approximate])
+
+
+def gated_backward_(grad: Tensor, gate: Tensor, up: Tensor, hidden_act: str) -> None:
+    """Backward in place, for a caller to whom all three belong: y is written over its gradient
+    `grad`, d gate over gate and d up over up. All contiguous, of one shape and dtype.
+    """
+    if _suits_triton(gate, up) and grad.dtype == gate.dtype:
         from . import triton
 
         with dispatch.on_device(gate):
-            return triton.geglu(gate, up, approximate)
-    return reference.geglu(gate, up, approximate)
+            triton.gated_backward_(grad, gate, up, hidden_act)
+    else:
+        reference.gated_backward_(grad, gate, up, hidden_act)
 
 
 def _suits_triton(gate: Tensor, up: Tensor) -> bool:

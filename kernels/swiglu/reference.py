@@ -1,12 +1,31 @@
-"""SwiGLU and GeGLU in plain torch."""
+"""The gated activations in plain torch."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
+APPROXIMATE = {"gelu_pytorch_tanh": "tanh", "gelu": "none"}  # torch's names of the two
 
 
-def geglu(gate: Tensor, up: Tensor, approximate: str) -> Tensor:
-    return F.gelu(gate, approximate=approximate) * up
+def gated(gate: Tensor, up: Tensor, hidden_act: str) -> Tensor:
+    return _activation(gate, hidden_act) * up
+
+
+def gated_backward_(grad: Tensor, gate: Tensor, up: Tensor, hidden_act: str) -> None:
+    act = _activation(gate, hidden_act)
+    through = grad * up
+    if hidden_act == "silu":
+        slope = torch.ops.aten.silu_backward(through, gate)
+    else:
+        approximate = APPROXIMATE[hidden_act]
+        slope = torch.ops.aten.gelu_backward(through, gate, approximate=approximate)
+    gate.copy_(slope)
+    torch.mul(act, up, out=through)
+    torch.mul(grad, act, out=up)
+    grad.copy_(through)
+
+
+def _activation(gate: Tensor, hidden_act: str) -> Tensor:
+    if hidden_act == "silu":
+        return F.silu(gate)
+    return F.gelu(gate, approximate=APPROXIMATE[hidden_act])

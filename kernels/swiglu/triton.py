@@ -9,7 +9,8 @@ With a = act(gate), and a' its slope,
     tanh:  a = z s                    a' = s + 2 z s (1 - s) u'              s = s(2 u(z))
 
 where the last is z (1 + tanh u) / 2 with u = sqrt(2 / pi) (z + 0.044715 z^3). Backward keeps gate
-and up only.
+and up only. A caller to whom they belong, and the gradient, gets the results in their places and y
+once more, which it then need not have kept (`lora_mlp`).
 """
 
 import torch
@@ -17,16 +18,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, WARPS = 1024, 4
+from .. import dispatch
+
+BLOCK, THREADS = 1024, 128
 
 
 @triton.jit
-def _activate(z, KIND: tl.constexpr):
+def _activate(z, HIDDEN_ACT: tl.constexpr):
     """The activation and its slope at z, fp32."""
-    if KIND == "silu":
+    if HIDDEN_ACT == "silu":
         s = tl.sigmoid(z)
         return z * s, s * (1 + z * (1 - s))
-    elif KIND == "none":
+    elif HIDDEN_ACT == "gelu":
         half = 0.5 * (1 + tl.erf(z * 0.7071067811865476))
         density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
         return z * half, half + z * density
@@ -40,55 +43,66 @@ def _activate(z, KIND: tl.constexpr):
 
 
 @triton.jit
-def _forward(GATE, UP, Y, n, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def _forward(GATE, UP, Y, n, HIDDEN_ACT: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
     gate = tl.load(GATE + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(UP + at, mask=inside, other=0.0).to(tl.float32)
-    value, _ = _activate(gate, KIND)
+    value, _ = _activate(gate, HIDDEN_ACT)
     tl.store(Y + at, (value * up).to(Y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _backward(DY, GATE, UP, DGATE, DUP, n, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def _backward(
+    DY, GATE, UP, DGATE, DUP, Y, n,
+    HIDDEN_ACT: tl.constexpr, NEED_Y: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
     dy = tl.load(DY + at, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(GATE + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(UP + at, mask=inside, other=0.0).to(tl.float32)
-    value, slope = _activate(gate, KIND)
+    value, slope = _activate(gate, HIDDEN_ACT)
     tl.store(DGATE + at, (dy * up * slope).to(DGATE.dtype.element_ty), mask=inside)
     tl.store(DUP + at, (dy * value).to(DUP.dtype.element_ty), mask=inside)
+    if NEED_Y:
+        tl.store(Y + at, (value * up).to(Y.dtype.element_ty), mask=inside)
+
+
+def _launch_backward(dy, gate, up, dgate, dup, y, hidden_act: str) -> None:
+    if n := gate.numel():
+        _backward[(triton.cdiv(n, BLOCK),)](
+            dy, gate, up, dgate, dup, dy if y is None else y, n, hidden_act, y is not None, BLOCK,
+            num_warps=THREADS // dispatch.lanes(),
+        )  # fmt: skip
 
 
 class GatedActivation(torch.autograd.Function):
-    """gate, up [...] -> [...]; kind: "silu", "tanh" or "none" """
+    """gate, up [...] -> [...]"""
 
     @staticmethod
-    def forward(ctx, gate, up, kind):
+    def forward(ctx, gate, up, hidden_act):
         gate, up = gate.contiguous(), up.contiguous()
         y = torch.empty_like(gate)
         if n := gate.numel():
-            _forward[(triton.cdiv(n, BLOCK),)](gate, up, y, n, kind, BLOCK, num_warps=WARPS)
+            grid = (triton.cdiv(n, BLOCK),)
+            _forward[grid](gate, up, y, n, hidden_act, BLOCK, num_warps=THREADS // dispatch.lanes())
         ctx.save_for_backward(gate, up)
-        ctx.kind = kind
+        ctx.hidden_act = hidden_act
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
-        grad = grad.contiguous()
         dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-        if n := gate.numel():
-            grid = (triton.cdiv(n, BLOCK),)
-            _backward[grid](grad, gate, up, dgate, dup, n, ctx.kind, BLOCK, num_warps=WARPS)
+        _launch_backward(grad.contiguous(), gate, up, dgate, dup, None, ctx.hidden_act)
         return dgate, dup, None
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return GatedActivation.apply(gate, up, "silu")
+def gated(gate: Tensor, up: Tensor, hidden_act: str) -> Tensor:
+    return GatedActivation.apply(gate, up, hidden_act)
 
 
-def geglu(gate: Tensor, up: Tensor, approximate: str) -> Tensor:
-    return GatedActivation.apply(gate, up, approximate)
+def gated_backward_(grad: Tensor, gate: Tensor, up: Tensor, hidden_act: str) -> None:
+    _launch_backward(grad, gate, up, gate, up, grad, hidden_act)

@@ -1,52 +1,176 @@
 """The hand-derived backward of LoRA against autograd in fp64, and what it keeps."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lorakit import kernels
+from lorakit.kernels import LoraWeights
+from lorakit.kernels.swiglu import ACTIVATIONS
 
 
 class Dense:
     """A base in the test's dtype."""
 
-    def __init__(self, weight):
-        self.weight = weight
+    def __init__(self, weight, bias=None):
+        self.weight, self.bias = weight, bias
 
     def __call__(self, x):
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight, self.bias)
 
     def dequantize(self):
         return self.weight
 
 
-def make(dtype, M=(2, 3), K=7, N=5, r=2):
-    torch.manual_seed(0)
-    x = torch.randn(*M, K, dtype=dtype, requires_grad=True)
-    A = torch.randn(r, K, dtype=dtype, requires_grad=True)
-    B = torch.randn(N, r, dtype=dtype, requires_grad=True)
-    return x, Dense(torch.randn(N, K, dtype=dtype)), A, B
+class NF4(Dense):
+    """A base that has to be unpacked."""
+
+    def __init__(self, weight):
+        self.q, self.bias = kernels.quantize_nf4(weight), None
+
+    def __call__(self, x):
+        return kernels.frozen_linear(x, self.q)
+
+    def dequantize(self):
+        return kernels.dequantize_nf4(self.q)
+
+
+def layer(K, N, r=2, dtype=torch.float64, *, bias=False, dora=False, scaling=1.7, **options):
+    def leaf(*shape):
+        return torch.randn(*shape, dtype=dtype).requires_grad_()
+
+    base = Dense(torch.randn(N, K, dtype=dtype), leaf(N) if bias else None)
+    magnitude = leaf(N) if dora else None
+    return LoraWeights(base, leaf(r, K), leaf(N, r), scaling, magnitude=magnitude, **options)
+
+
+def leaves(*layers):
+    found = [
+        t for each in layers for t in (each.lora_A, each.lora_B, each.base.bias, each.magnitude)
+    ]
+    return [t for t in found if t is not None]
+
+
+def spelled_out(x, each, mask=None):
+    """The definition, for autograd."""
+    seen = x if mask is None else x * mask
+    weight = each.base.dequantize().to(x.dtype)
+    A, B = each.lora_A.to(x.dtype), each.lora_B.to(x.dtype)
+    y = x @ weight.t() + each.scaling * (seen @ A.t()) @ B.t()
+    if each.magnitude is not None:
+        norms = (weight + each.scaling * B.detach() @ A.detach()).norm(dim=1)
+        y = y * (each.magnitude / norms)
+    return y if each.base.bias is None else y + each.base.bias
+
+
+def act(z, hidden_act):
+    if hidden_act == "silu":
+        return F.silu(z)
+    return F.gelu(z, approximate="tanh" if hidden_act == "gelu_pytorch_tanh" else "none")
+
+
+def same(ours, truth, inputs, tolerance=1e-9):
+    """Values and gradients, for one gradient of the outputs; fp64 throughout."""
+    grads = [torch.randn_like(y) for y in ours]
+    for a, b in zip(ours, truth, strict=True):
+        assert torch.allclose(a, b, rtol=tolerance, atol=tolerance)
+    found = torch.autograd.grad(ours, inputs, grads)
+    for a, b in zip(found, torch.autograd.grad(truth, inputs, grads), strict=True):
+        assert a.shape == b.shape
+        assert torch.allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+shapes = st.sampled_from([(3,), (2, 3), (1, 1)])
+
+
+@settings(max_examples=30)
+@given(shapes, st.lists(st.integers(1, 9), min_size=1, max_size=3), st.booleans(), st.booleans())
+def test_layers_that_share_an_input(shape, sizes, bias, dora):
+    torch.manual_seed(len(sizes))
+    x = torch.randn(*shape, 7, dtype=torch.float64, requires_grad=True)
+    layers = [layer(7, N, r=1 + i, bias=bias, dora=dora) for i, N in enumerate(sizes)]
+    ours = kernels.lora_qkv(x, layers)
+    same(ours, [spelled_out(x, each) for each in layers], [x, *leaves(*layers)])
+
+
+@settings(max_examples=30)
+@given(shapes, st.integers(1, 9), st.sampled_from(ACTIVATIONS), st.booleans(), st.booleans())
+def test_mlp(shape, inner, hidden_act, bias, dora):
+    torch.manual_seed(inner)
+    x = torch.randn(*shape, 5, dtype=torch.float64, requires_grad=True)
+    gate, up = (layer(5, inner, r=1 + i, bias=bias, dora=dora) for i in range(2))
+    down = layer(inner, 6, bias=bias, dora=dora)
+    ours = kernels.lora_mlp(x, gate, up, down, hidden_act)
+    hidden = act(spelled_out(x, gate), hidden_act) * spelled_out(x, up)
+    same([ours], [spelled_out(hidden, down)], [x, *leaves(gate, up, down)])
 
 
 def test_gradcheck():
-    x, base, A, B = make(torch.float64)
-    dropped = (x.detach() * 2).requires_grad_()
+    """Finite differences; with DoRA only for what its held norm does not depend on."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
+    plain, dora = layer(7, 5, bias=True), layer(7, 5, dora=True)
     assert torch.autograd.gradcheck(
-        lambda x, A, B: kernels.lora_linear(x, base, A, B, 1.7), (x, A, B)
+        lambda x, *_: kernels.lora_linear(x, plain), (x, *leaves(plain))
     )
+    assert torch.autograd.gradcheck(lambda x, m: kernels.lora_linear(x, dora), (x, dora.magnitude))
+    gate, up, down = layer(7, 4), layer(7, 4), layer(4, 7)
     assert torch.autograd.gradcheck(
-        lambda x, d, A, B: kernels.lora_linear(x, base, A, B, 1.7, dropped=d), (x, dropped, A, B)
+        lambda x, *_: kernels.lora_mlp(x, gate, up, down, "silu"), (x, *leaves(gate, up, down))
     )
+
+
+def masks(calls):
+    """The masks that `calls` draw, found through a layer that passes its dropped input on."""
+    eye = torch.eye(7, dtype=torch.float64)
+    nothing = Dense(torch.zeros(7, 7, dtype=torch.float64))
+    probe = LoraWeights(nothing, eye, eye, 1.0, dropout=0.4)
+    return [
+        kernels.lora_linear(torch.ones(50, 7, dtype=torch.float64), probe) for _ in range(calls)
+    ]
+
+
+def test_dropout():
+    """One mask for the layers that share an input, the same in backward; it keeps the mean."""
+    x = torch.randn(50, 7, dtype=torch.float64, requires_grad=True)
+    layers = [layer(7, 5, dropout=0.4), layer(7, 3, dropout=0.4)]
+    torch.manual_seed(3)
+    (mask,) = masks(1)
+    assert set(mask.unique().tolist()) == {0.0, 1 / 0.6}
+    assert 0.2 < (mask == 0).double().mean() < 0.6
+    torch.manual_seed(3)
+    ours = kernels.lora_qkv(x, layers)
+    same(ours, [spelled_out(x, each, mask) for each in layers], [x, *leaves(*layers)])
+
+
+def test_dropout_of_an_mlp():
+    x = torch.randn(50, 7, dtype=torch.float64, requires_grad=True)
+    gate, up, down = (layer(7, 7, dropout=0.4) for _ in range(3))
+    torch.manual_seed(4)
+    shared, of_down = masks(2)
+    assert not torch.equal(shared, of_down)
+    torch.manual_seed(4)
+    ours = kernels.lora_mlp(x, gate, up, down, "gelu")
+    hidden = F.gelu(spelled_out(x, gate, shared)) * spelled_out(x, up, shared)
+    same([ours], [spelled_out(hidden, down, of_down)], [x, *leaves(gate, up, down)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, None])
 def test_within_the_error_of_plain_autograd(dtype, adapter_dtype):
     """|ours - fp64| <= 2 |autograd in the same dtype - fp64| + a rounding of the largest value."""
-    x, base, A, B = make(dtype, M=(64,), K=96, N=80, r=8)
-    A, B = (t.detach().to(adapter_dtype or dtype).requires_grad_() for t in (A, B))
+    torch.manual_seed(0)
+    kind = adapter_dtype or dtype
+    x = torch.randn(64, 96, dtype=dtype, requires_grad=True)
+    wide = layer(96, 80, r=8, dtype=dtype, scaling=0.5)
+    A, B = (t.detach().to(kind).requires_grad_() for t in (wide.lora_A, wide.lora_B))
+    base = wide.base
     grad = torch.randn(64, 80, dtype=dtype)
-    y = kernels.lora_linear(x, base, A, B, 0.5)
+    y = kernels.lora_linear(x, LoraWeights(base, A, B, 0.5))
     ours = [y, *torch.autograd.grad(y, (x, A, B), grad)]
 
     def plain(kind):
@@ -62,31 +186,107 @@ def test_within_the_error_of_plain_autograd(dtype, adapter_dtype):
     assert ours[2].dtype == A.dtype
 
 
-def test_saves_the_input_and_the_small_matrices_only():
-    x, base, A, B = make(torch.float32, M=(16,), K=64, N=48, r=4)
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        kernels.lora_linear(x, base, A, B, 1.0)
-    assert sorted(t.numel() for t in saved) == sorted([x.numel(), A.numel(), B.numel()])
+def test_the_norms_of_dora_without_the_sum():
+    """fp32 and bf16 against ||W + s B A|| formed in fp64; the cross term is a product in dtype."""
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2**-8)):
+        torch.manual_seed(1)
+        x, each = torch.randn(4, 300, dtype=dtype), layer(300, 50, 8, dtype, dora=True)
+        truth = spelled_out(x.double(), each)
+        y = kernels.lora_linear(x, each)
+        assert (y.double() - truth).abs().max() < tolerance * truth.abs().max()
+
+
+def saved_bytes(call):
+    """What autograd keeps from the call to its backward, each memory once."""
+    found = {}
+
+    def note(t):
+        found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        y = call()
+    return sum(found.values()), y
+
+
+def qlora_mlp(r=16, H=1024, I=3584):  # noqa: E741
+    def one(K, N):
+        return LoraWeights(
+            NF4(torch.randn(N, K, dtype=torch.bfloat16)),
+            torch.randn(r, K).requires_grad_(),
+            torch.randn(N, r).requires_grad_(),
+            2.0,
+        )
+
+    return one(H, I), one(H, I), one(I, H)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+def test_a_qlora_mlp_keeps_its_input_alone(dropout):
+    """At most 2,100 bytes a token at H = 1024, I = 3584: x in bf16 is 2,048."""
+    import dataclasses
+
+    layers = [dataclasses.replace(each, dropout=dropout) for each in qlora_mlp()]
+    found = {}
+    for T in (64, 192):
+        x = torch.randn(1, T, 1024, dtype=torch.bfloat16, requires_grad=True)
+        found[T], y = saved_bytes(lambda x=x: kernels.lora_mlp(x, *layers, "silu"))
+        y.sum().backward()
+    assert (found[192] - found[64]) / 128 <= 2100
+    # and what does not grow with the tokens are the adapters: no dense weight among it
+    small = sum(t.numel() * t.element_size() for t in leaves(*layers))
+    assert found[64] <= small + 64 * 2100
+
+
+def test_the_callers_tensors_stay_as_they_are():
+    gate, up, down = qlora_mlp(4, 64, 64)
+    x = torch.randn(5, 64, dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn(5, 64, dtype=torch.bfloat16)
+    before = [t.clone() for t in (x, grad, *leaves(gate, up, down))]
+    y = kernels.lora_mlp(x, gate, up, down, "silu")
+    first = torch.autograd.grad(y, leaves(gate), grad, retain_graph=True)
+    again = torch.autograd.grad(y, leaves(gate), grad)
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip((x, grad, *leaves(gate, up, down)), before, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_frozen_input_gets_no_gradient():
-    x, base, A, B = make(torch.float32)
-    kernels.lora_linear(x.detach(), base, A, B, 1.0).sum().backward()
-    assert A.grad is not None
-    assert B.grad is not None
+    x, each = torch.randn(4, 7, dtype=torch.float64), layer(7, 5)
+    kernels.lora_linear(x, each).sum().backward()
+    assert each.lora_A.grad is not None
+    assert each.lora_B.grad is not None
 
 
 def test_under_autocast():
     """The caller's autocast is followed: bf16 products, gradients in the inputs' dtypes."""
-    x, base, A, B = make(torch.float32, M=(16,), K=64, N=48, r=4)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = kernels.lora_linear(x, base, A, B, 1.0)
-    exact = kernels.lora_linear(x, base, A, B, 1.0)
-    assert y.dtype == torch.bfloat16
-    assert (y - exact).abs().max() < 0.02 * exact.abs().max()  # a few roundings of bf16
-    grads = torch.autograd.grad(y.float().sum(), (x, A, B))
-    truth = torch.autograd.grad(exact.sum(), (x, A, B))
-    for grad, wide in zip(grads, truth, strict=True):
-        assert grad.dtype == torch.float32
-        assert (grad - wide).abs().max() < 0.02 * wide.abs().max()
+    torch.manual_seed(0)
+    x = torch.randn(16, 64, requires_grad=True)
+    each = layer(64, 48, 4, torch.float32)
+    layers = layer(64, 48, 4, torch.float32), layer(64, 48, 4, torch.float32)
+    layers = *layers, layer(48, 64, 4, torch.float32, scaling=1 / math.sqrt(3))
+    for call, tensors in (
+        (lambda: kernels.lora_linear(x, each), leaves(each)),
+        (lambda: kernels.lora_mlp(x, *layers, "silu"), leaves(*layers)),
+    ):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = call()
+        exact = call()
+        assert y.dtype == torch.bfloat16
+        assert (y - exact).abs().max() < 0.02 * exact.abs().max()  # a few roundings of bf16
+        grads = torch.autograd.grad(y.float().sum(), (x, *tensors))
+        truth = torch.autograd.grad(exact.sum(), (x, *tensors))
+        for grad, wide in zip(grads, truth, strict=True):
+            assert grad.dtype == torch.float32
+            assert (grad - wide).norm() < 0.03 * wide.norm()
+
+
+def test_refusals():
+    x = torch.randn(2, 7, dtype=torch.float64)
+    with pytest.raises(ValueError, match="same dropout"):
+        kernels.lora_qkv(x, [layer(7, 5), layer(7, 5, dropout=0.1)])
+    with pytest.raises(ValueError, match="hidden_act is 'relu'"):
+        kernels.lora_mlp(x, layer(7, 5), layer(7, 5), layer(5, 7), "relu")
+    with pytest.raises(ValueError, match="approximate is 'tan'"):
+        kernels.geglu(x, x, approximate="tan")

@@ -1,14 +1,23 @@
-"""The Triton kernels in the interpreter, against fp64 and against their references.
+"""The Triton kernels against fp64 and against their references: in the interpreter, or compiled
+where there is a GPU (`make gpu`).
 
 Error budget: |kernel - fp64| <= |reference - fp64| + a few roundings, in every dtype; NF4 bit for
 bit. Few programs and odd sizes: the interpreter costs a millisecond a program.
+
+Every tensor that a kernel gets or makes lies between guard zones of NaN (`guarded`): a read beyond
+its end shows in the result, a write beyond it and an output left unwritten fail.
 """
 
+import contextlib
 import dataclasses
+import importlib
 import math
+import re
 import threading
 from functools import partial
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,33 +26,84 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 from lorakit import kernels
 from lorakit.kernels import dispatch
-from lorakit.kernels.nf4.tensor import BLOCK_SIZES
+from lorakit.kernels.nf4.tensor import BLOCK_SIZES, LEVELS
+from lorakit.kernels.swiglu import ACTIVATIONS, gated_backward_
 from tests.triton_interpreter import interpreted, narrow, widen
 
+frozen_linear = importlib.import_module("lorakit.kernels.frozen_linear")  # the function hides it
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 dtypes = st.sampled_from(DTYPES)
 seeds = st.integers(0, 2**31)
 
 
+ZONE = 256  # bytes on either side; keeps the alignment of what lies between
+
+
+@contextlib.contextmanager
+def on_triton():
+    """Ops run their Triton kernels: in the interpreter, or on the GPU if there is one."""
+    run = interpreted() if DEVICE == "cpu" else contextlib.nullcontext()
+    with run, kernels.use_backend("triton"):
+        yield
+
+
 def random(seed, *shape, scale=1.0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+    found = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+    return found.to(DEVICE)
+
+
+def fenced(shape, dtype, device, buffers, allocate=torch.empty):
+    """Memory of NaN between two zones of NaN."""
+    size = math.prod(shape) * dtype.itemsize
+    buffer = allocate(size + 2 * ZONE, dtype=torch.uint8, device=device).fill_(255)
+    buffers.append((buffer, size))
+    return buffer[ZONE : ZONE + size].view(dtype).view(shape)
+
+
+@contextlib.contextmanager
+def guarded(*inputs):
+    """Yields copies of the inputs between guard zones; so is what kernels allocate inside. Raises
+    if a zone or an input has changed.
+    """
+    buffers, empty_like = [], torch.empty_like
+    copies = [fenced(t.shape, t.dtype, t.device, buffers).copy_(t) for t in inputs]
+
+    def empty(*shape, dtype=torch.float32, device="cpu"):
+        shape = shape[0] if isinstance(shape[0], (tuple, list, torch.Size)) else shape
+        return fenced(tuple(shape), dtype, device, buffers, allocate)
+
+    def like(t, **options):
+        if options or not t.is_contiguous():
+            return empty_like(t, **options)
+        return fenced(t.shape, t.dtype, t.device, buffers, allocate)
+
+    allocate = torch.empty
+    with mock.patch.object(torch, "empty", empty), mock.patch.object(torch, "empty_like", like):
+        yield copies
+    for buffer, size in buffers:
+        assert (buffer[:ZONE] == 255).all(), "written before the start of a tensor"
+        assert (buffer[ZONE + size :] == 255).all(), "written beyond the end of a tensor"
+    for before, after in zip(inputs, copies, strict=True):
+        assert torch.equal(before.contiguous().view(torch.uint8), after.view(torch.uint8))
 
 
 def run(f, inputs, backend=None):
     """Outputs of f and the gradients of its inputs, for fixed gradients of the outputs."""
-    inputs = [t.detach().clone().requires_grad_() for t in inputs]
 
-    def both():
+    def both(*inputs):
+        inputs = [t.detach().requires_grad_() for t in inputs]
         out = f(*inputs)
         out = out if isinstance(out, tuple) else (out,)
         given = [random(i, *y.shape).to(y.dtype) for i, y in enumerate(out)]
         return [*out, *torch.autograd.grad(out, inputs, given)]
 
     if backend == "triton":
-        with interpreted(), kernels.use_backend("triton"):
-            return both()
+        with on_triton(), guarded(*inputs) as inputs:
+            return both(*inputs)
     with kernels.use_backend("reference"):
-        return both()
+        return both(*inputs)
 
 
 def within_budget(f, exactly, inputs, terms=0.0):
@@ -90,7 +150,7 @@ def test_bf16_arithmetic_in_the_interpreter():
         tl.store(DOT + at[:, None] * N + at[None, :], tl.dot(a, b))
 
     N = 16
-    x, y = random(0, N).bfloat16(), random(1, N).bfloat16()
+    x, y = random(0, N).bfloat16().cpu(), random(1, N).bfloat16().cpu()
     out = [torch.zeros(N, dtype=torch.bfloat16) for _ in range(2)]
     single = [torch.zeros(1, dtype=torch.bfloat16) for _ in range(2)]
     dot = torch.zeros(N, N)
@@ -110,11 +170,11 @@ def test_the_same_kernel_compiles_after_it_was_interpreted():
 
     from lorakit.kernels.swiglu import triton as swiglu
 
-    gate = random(0, 64)
+    gate = random(0, 64).cpu()
     with interpreted(), kernels.use_backend("triton"):
         kernels.swiglu(gate, gate)
     signature = {"GATE": "*bf16", "UP": "*bf16", "Y": "*bf16", "n": "i32"}
-    signature |= {"KIND": "constexpr", "BLOCK": "constexpr"}
+    signature |= {"HIDDEN_ACT": "constexpr", "BLOCK": "constexpr"}
     source = ASTSource(swiglu._forward, signature, {(4,): "silu", (5,): 1024})
     assert compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
 
@@ -178,29 +238,101 @@ def test_rms_norm_of_a_frozen_weight_and_of_strided_rows():
     grads = {}
     for backend in ("reference", "triton"):
         leaf = x.detach().requires_grad_()
-        with interpreted(), kernels.use_backend(backend):
-            kernels.rms_norm(leaf, weight, 1e-5).backward(torch.ones(2, 3, 24))
+        with on_triton(), kernels.use_backend(backend):
+            kernels.rms_norm(leaf, weight, 1e-5).backward(torch.ones_like(leaf))
         grads[backend] = leaf.grad
     # fp32 sums of 24 values in another order
     assert torch.allclose(grads["triton"], grads["reference"], rtol=1e-5, atol=1e-6)
 
 
+heads = st.tuples(*(st.integers(1, n) for n in (2, 3, 5, 3)))  # B, T, Hq, Hk
+
+
+def tables(B, T, half, seed):
+    angle = random(seed, B, T, half, scale=5)
+    return angle.cos(), angle.sin()
+
+
+def exact_turn(x, cos, sin):
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    cos, sin = cos.double()[:, :, None], sin.double()[:, :, None]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+
+
+@settings(max_examples=25)
+@given(heads, st.integers(1, 40), st.integers(0, 9), st.booleans(), st.booleans(), dtypes, seeds)
+def test_rope(sizes, half, still, one_table, inplace, dtype, seed):
+    """Views of one projection, as in a model; whole heads or the first values of each; over its
+    operands or not.
+    """
+    B, T, q_heads, k_heads = sizes
+    fused = random(seed, B, T, q_heads + k_heads, 2 * half + still).to(dtype)
+    cos, sin = tables(1 if one_table else B, T, half, seed + 1)
+
+    def turn(fused):
+        fused = fused * 1  # that may be written to
+        return kernels.rope(fused[:, :, :q_heads], fused[:, :, q_heads:], cos, sin, inplace=inplace)
+
+    def exactly(fused):
+        turned = exact_turn(fused, cos, sin)
+        return turned[:, :, :q_heads], turned[:, :, q_heads:]
+
+    within_budget(turn, exactly, (fused,), terms=8)
+
+
+def test_rope_in_place_tells_autograd():
+    q = random(0, 1, 2, 3, 8).requires_grad_()
+    cos, sin = tables(1, 2, 4, 1)
+    with on_triton():
+        kept = q * 1
+        squared = kept.square()  # keeps what is about to be overwritten
+        turned, _ = kernels.rope(kept, kept.detach().clone(), cos, sin, inplace=True)
+        assert turned.data_ptr() == kept.data_ptr()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            squared.sum().backward()
+
+
 @settings(max_examples=25)
 @given(
-    st.integers(1, 2), st.integers(1, 3), st.integers(1, 5), st.integers(1, 3), st.integers(1, 40),
-    st.booleans(), dtypes, seeds,
+    heads, st.integers(1, 40), dtypes, st.sampled_from([0.0, 1.0]),
+    st.sampled_from(["llama", "gemma"]), seeds,
 )  # fmt: skip
-def test_rope(B, T, q_heads, k_heads, half, one_table, dtype, seed):
-    fused = random(seed, B, T, q_heads + k_heads, 2 * half).to(dtype)
-    angle = random(seed + 1, 1 if one_table else B, T, half, scale=5)
-    cos, sin = angle.cos(), angle.sin()
+def test_norm_rope(sizes, half, dtype, offset, casting_mode, seed):
+    B, T, q_heads, k_heads = sizes
+    q, k = (random(seed + n, B, T, n, 2 * half, scale=2).to(dtype) for n in (q_heads, k_heads))
+    weights = [random(seed + i, 2 * half).to(dtype) for i in range(2)]
+    cos, sin = tables(1, T, half, seed + 1)
+    options = {"weight_offset": offset, "casting_mode": casting_mode}
 
-    def turn(fused):  # views of one projection, as in a model
-        return kernels.rope(fused[:, :, :q_heads], fused[:, :, q_heads:], cos, sin)
+    def exactly(q, k):
+        return tuple(
+            exact_turn(exact_norm(x, w.double(), offset), cos, sin)
+            for x, w in zip((q, k), weights, strict=True)
+        )
 
-    ours, reference = run(turn, (fused,), "triton"), run(turn, (fused,))
-    for a, b in zip(ours, reference, strict=True):
-        assert torch.equal(a, b)  # the same fp32 products and sums, rounded once
+    slope = max(
+        (x.double().square().mean(-1) + 1e-5).rsqrt().max() * (offset + w.double()).abs().max()
+        for x, w in zip((q, k), weights, strict=True)
+    )
+    within_budget(
+        lambda q, k: kernels.norm_rope(q, k, *weights, 1e-5, cos, sin, **options),
+        exactly,
+        (q, k),
+        # the reference rounds to the dtype between the two steps, the kernel in forward only
+        terms=8 * slope + 2**21 * torch.finfo(dtype).eps * slope,
+    )
+
+
+def test_norm_rope_of_a_trained_weight():
+    q, weight = random(0, 1, 2, 3, 8), random(1, 8)
+    cos, sin = tables(1, 2, 4, 1)
+
+    def f(q, w):
+        return kernels.norm_rope(q, q, w, w, 1e-5, cos, sin)
+
+    for ours, expected in zip(run(f, (q, weight), "triton"), run(f, (q, weight)), strict=True):
+        assert torch.allclose(ours, expected, rtol=1e-5, atol=1e-5)  # fp32 sums in another order
 
 
 @settings(max_examples=25)
@@ -221,11 +353,31 @@ def test_gated_activations(n, dtype, kind, seed):
     within_budget(f, exactly, (gate, up), terms=4)
 
 
+@settings(max_examples=15)
+@given(st.integers(1, 2500), dtypes, st.sampled_from(ACTIVATIONS), seeds)
+def test_gated_activations_backward_in_place(n, dtype, hidden_act, seed):
+    """Over grad, gate and up: what forward and backward give, each rounded once."""
+    grad, gate, up = (random(seed + i, n, scale=2).to(dtype) for i in range(3))
+    given = [t.clone() for t in (grad, gate, up)]
+    with on_triton():
+        gated_backward_(*given, hidden_act)
+    leaves = [gate.double().requires_grad_(), up.double().requires_grad_()]
+    with kernels.use_backend("reference"):
+        y = kernels.gated(*leaves, hidden_act)
+        truth = [y, *torch.autograd.grad(y, leaves, grad.double())]
+        plain = [t.clone() for t in (grad, gate, up)]
+        gated_backward_(*plain, hidden_act)
+    for ours, same, exact in zip(given, plain, truth, strict=True):
+        rounding = 4 * torch.finfo(dtype).eps * exact.abs().max() + 2**-19
+        assert (ours.double() - exact).abs().max() <= rounding
+        assert (same.double() - exact).abs().max() <= 2 * rounding  # several roundings to dtype
+
+
 def some_labels(rows, vocabulary, seed):
     """Of which some do not count."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, vocabulary, (rows,), generator=generator)
-    return labels.masked_fill(torch.rand(rows, generator=generator) < 0.3, -100)
+    return labels.masked_fill(torch.rand(rows, generator=generator) < 0.3, -100).to(DEVICE)
 
 
 def exact_loss(logits, labels, softcap, label_smoothing, z_loss):
@@ -244,7 +396,7 @@ def exact_loss(logits, labels, softcap, label_smoothing, z_loss):
 )  # fmt: skip
 def test_cross_entropy(rows, vocabulary, padded, cap, smoothing, z_loss, dtype, seed):
     labels = some_labels(rows, vocabulary, seed)
-    buffer = torch.full((rows, -(-vocabulary // 16) * 16), math.nan, dtype=dtype)
+    buffer = torch.full((rows, -(-vocabulary // 16) * 16), math.nan, dtype=dtype, device=DEVICE)
     logits = random(seed, rows, vocabulary, scale=4).to(dtype)
 
     def f(logits):
@@ -264,13 +416,13 @@ def test_cross_entropy_writes_its_gradient_and_nothing_else():
     from lorakit.kernels.cross_entropy.linear import Form
 
     rows, vocabulary = 3, 37
-    memory = torch.full((rows + 2, 64), 7.0)
+    memory = torch.full((rows + 2, 64), 7.0, device=DEVICE)
     logits = memory[1:-1, :vocabulary]
     logits.copy_(random(0, rows, vocabulary))
-    labels = torch.tensor([3, -100, 36])
-    with interpreted():
+    labels = torch.tensor([3, -100, 36], device=DEVICE)
+    with on_triton():
         _, lse = ours.loss_and_lse(logits, labels, Form(), -100)
-        ours.gradient(logits, labels, lse, torch.tensor(2.0), Form(), -100, logits)
+        ours.gradient(logits, labels, lse, torch.tensor(2.0, device=DEVICE), Form(), -100, logits)
     assert (memory[0] == 7).all()
     assert (memory[-1] == 7).all()
     assert (memory[1:-1, 48:] == 7).all()  # what lies behind the padding to 16
@@ -282,31 +434,43 @@ def test_cross_entropy_writes_its_gradient_and_nothing_else():
     assert torch.allclose(logits, 2 * expected, rtol=1e-5, atol=1e-6)
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(
     st.integers(1, 9), st.integers(2, 400), st.sampled_from([None, 5.0]), st.booleans(),
-    st.sampled_from([0.0, 0.1]), st.sampled_from([0.0, 1e-3]), dtypes, seeds,
+    st.booleans(), st.sampled_from([0.0, 0.1]), st.sampled_from([0.0, 1e-3]), dtypes, seeds,
 )  # fmt: skip
-def test_linear_cross_entropy(rows, vocabulary, cap, packed, smoothing, z_loss, dtype, seed):
+def test_linear_cross_entropy(
+    rows, vocabulary, cap, packed, adapted, smoothing, z_loss, dtype, seed
+):
     labels = some_labels(rows, vocabulary, seed)
     hidden, head = random(seed, rows, 64).to(dtype), random(seed + 1, vocabulary, 64).to(dtype)
     if packed:
         q = kernels.quantize_nf4(head)
         head = kernels.dequantize_nf4(q)
-    inputs = (hidden,) if packed else (hidden, head)
+    inputs = [hidden] if packed else [hidden, head]
+    if adapted:
+        inputs += [random(seed + 2, 3, 64, scale=0.1), random(seed + 3, vocabulary, 3)]
 
-    def f(hidden, head=None):
-        weight = q if head is None else head
+    def taken(inputs):
+        inputs = list(inputs)
+        lora = (*inputs[-2:], 0.5) if adapted else None
+        return inputs[0], None if packed else inputs[1], lora
+
+    def f(*inputs):
+        hidden, weight, lora = taken(inputs)
         return kernels.linear_cross_entropy(
-            hidden, weight, labels, softcap=cap, label_smoothing=smoothing, z_loss=z_loss
-        )[0]
+            hidden, q if packed else weight, labels, lora=lora, softcap=cap,
+            label_smoothing=smoothing, z_loss=z_loss,
+        )[0]  # fmt: skip
 
-    def exactly(hidden, weight=None):
-        z = hidden @ (head.double() if weight is None else weight).t()
+    def exactly(*inputs):
+        hidden, weight, lora = taken(inputs)
+        weight = head.double() if packed else weight
+        z = hidden @ (weight if lora is None else weight + 0.5 * lora[1] @ lora[0]).t()
         return exact_loss(z, labels, cap, smoothing, z_loss)
 
     # the logits are rounded to the dtype, as a model's are: rows of |z| up to 40, and their slopes
-    terms = rows * 40 * torch.finfo(dtype).eps * 2**21 * head.float().abs().max()
+    terms = rows * 40 * torch.finfo(dtype).eps * 2**21 * max(t.float().abs().max() for t in inputs)
     within_budget(f, exactly, inputs, terms=terms)
 
 
@@ -323,25 +487,165 @@ def test_nf4_equals_the_reference_bit_for_bit(
     w = random(seed, n, scale=2.0 ** (seed % 40 - 20)).clamp(-60000, 60000).to(dtype)
     with kernels.use_backend("reference"):
         truth = quantize(w, **options)
-    with interpreted(), kernels.use_backend("triton"):
+    with on_triton():
         ours = quantize(w, **options)
     assert torch.equal(ours.codes, truth.codes)
     assert torch.equal(ours.absmax, truth.absmax)
     for out in DTYPES:
         with kernels.use_backend("reference"):
             expected = kernels.dequantize_nf4(truth, out)
-        with interpreted(), kernels.use_backend("triton"):
+        with on_triton():
             assert torch.equal(kernels.dequantize_nf4(truth, out), expected)
 
 
+def run_ptx(code, words):
+    """The registers $0 to $7 after the instructions of `code`, with $8 = words uint32 [n]."""
+    registers = {"$8": words.astype(np.uint64)}
+
+    def value(name):
+        return registers[name] if name in registers else np.uint64(int(name, 0))
+
+    for name, arguments in re.findall(r"(\w+\.b32|shr\.u32) ([^;]+);", code.partition("p3; ")[2]):
+        target, *operands = arguments.split(", ")
+        a, b, *rest = map(value, operands)
+        if name == "and.b32":
+            found = a & b
+        elif name == "shr.u32":
+            found = a >> b
+        elif name == "lop3.b32":
+            assert rest[1] == 0xCA  # a ? b : c, bit by bit
+            found = (a & b) | (~a & rest[0] & np.uint64(0xFFFFFFFF))
+        else:
+            assert name == "prmt.b32"
+            bytes_, found = a | (b << np.uint64(32)), np.uint64(0)
+            for i in map(np.uint64, range(0, 32, 8)):
+                nibble = (rest[0] >> (i >> np.uint64(1))) & np.uint64(15)
+                assert (nibble < 8).all()  # from 8 on the sign would be spread
+                byte = (bytes_ >> (nibble * np.uint64(8))) & np.uint64(255)
+                found = found | (byte << i)
+        registers[target] = found
+    return [registers[f"${i}"].astype(np.uint32).view(np.float32) for i in range(8)]
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_the_look_up_in_ptx(quant_type):
+    """Inline assembly is not interpreted: its instructions, carried out here, for all bytes in all
+    four places, give the levels bit for bit.
+    """
+    from lorakit.kernels.nf4.triton import ptx
+
+    words = np.random.default_rng(0).permutation(2**16).astype(np.uint32)
+    words = np.concatenate(
+        [words | words[::-1] << 16, np.arange(256, dtype=np.uint32) * 0x01010101]
+    )
+    found = run_ptx(ptx(quant_type), words)
+    table = np.array(LEVELS[quant_type], dtype=np.float32).view(np.uint32)
+    for i in range(4):
+        byte = (words >> (8 * i)) & 255
+        assert (found[i].view(np.uint32) == table[byte >> 4]).all()
+        assert (found[4 + i].view(np.uint32) == table[byte & 15]).all()
+
+
+@settings(max_examples=15)
+@given(
+    st.integers(1, 9), st.integers(1, 6), st.sampled_from(BLOCK_SIZES[:4]), st.booleans(), dtypes,
+    seeds,
+)  # fmt: skip
+def test_rows_of_nf4_bit_for_bit(N, blocks, block_size, double_quant, dtype, seed):
+    w = random(seed, N, blocks * block_size)
+    q = kernels.quantize_nf4(w, block_size=block_size, double_quant=double_quant)
+    ids = torch.randint(N, (2, 3), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    with on_triton(), guarded():
+        ours = kernels.dequantize_rows(q, ids, dtype)
+    assert torch.equal(ours, kernels.dequantize_nf4(q, dtype)[ids])
+
+
+def test_a_row_that_is_not_there_is_nan():
+    q = kernels.quantize_nf4(random(0, 10, 128))
+    with on_triton():
+        rows = kernels.dequantize_rows(q, torch.tensor([10, 3, -1], device=DEVICE))
+    assert rows.isnan().all(1).tolist() == [True, False, True]
+
+
+@settings(max_examples=30)
+@given(
+    st.integers(1, 40), st.integers(1, 140), st.integers(1, 5), st.sampled_from([32, 64, 256]),
+    st.booleans(), st.booleans(), dtypes, seeds,
+)  # fmt: skip
+def test_products_of_few_rows(M, N, blocks, block_size, double_quant, with_bias, dtype, seed):
+    """Straight from the packed weight, forward and backward; the truth has the dense weight."""
+    x, bias = random(seed, M, blocks * block_size).to(dtype), random(seed + 1, N).to(dtype)
+    w = random(seed + 2, N, blocks * block_size).to(dtype)
+    q = kernels.quantize_nf4(w, block_size=block_size, double_quant=double_quant)
+    dense = kernels.dequantize_nf4(q, torch.float32).double()
+    inputs = (x, bias) if with_bias else (x,)
+    few = frozen_linear.FewRows(1, 64)
+    with mock.patch.dict(frozen_linear.FEW_ROWS, {(0, 0): few, (9, 0): few}, clear=True):
+        within_budget(
+            lambda x, b=None: kernels.frozen_linear(x, q, b),
+            lambda x, b=None: torch.nn.functional.linear(x, dense, b),
+            inputs,
+            terms=4 * len(dense.flatten()) ** 0.5,  # fp32 sums in another order
+        )
+
+
+def test_long_sums_are_cut_into_parts():
+    """And an x that is a view, in three dimensions."""
+    q = kernels.quantize_nf4(random(0, 70, 4096))
+    x = random(1, 2, 3, 8192)[..., ::2]
+    ours, reference = (
+        run(lambda x: kernels.frozen_linear(x, q), (x,), backend) for backend in ("triton", None)
+    )
+    for a, b in zip(ours, reference, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-3)  # fp32 sums of 4096 in another order
+
+
+def test_which_products_take_the_packed_weight():
+    narrow, odd = kernels.quantize_nf4(random(0, 8, 128)), kernels.quantize_nf4(random(0, 8, 96))
+    with on_triton():
+        assert max(frozen_linear._few_rows(random(0, 2, 128), narrow)) > 1
+        assert max(frozen_linear._few_rows(random(0, 2, 96), odd)) == 0  # a block holds two rows
+        assert max(frozen_linear._few_rows(random(0, 2, 128).double(), narrow)) == 0
+        for capability, expected in {(7, 0): 0, (7, 5): 4, (8, 7): 64, (12, 1): 64}.items():
+            with mock.patch.object(dispatch, "capability", return_value=capability):
+                assert max(frozen_linear._few_rows(random(0, 2, 128), narrow)) == expected
+        with mock.patch.object(dispatch, "compiles_to", return_value="amdgcn"):
+            few = frozen_linear._few_rows(random(0, 2, 128), narrow)
+            assert few == frozen_linear.FEW_ROWS_AMD
+    with kernels.use_backend("reference"):
+        assert max(frozen_linear._few_rows(random(0, 2, 128), narrow)) == 0
+
+
+def test_an_unknown_option_raises_with_its_name():
+    x = random(0, 2, 8)
+    with on_triton():
+        with pytest.raises(ValueError, match="casting_mode is 'bf16'"):
+            kernels.rms_norm(x, x[0], 1e-5, casting_mode="bf16")
+        with pytest.raises(ValueError, match="casting_mode is 'Llama'"):
+            kernels.add_rms_norm(x, x, x[0], 1e-5, casting_mode="Llama")
+        with pytest.raises(ValueError, match="hidden_act is 'relu'"):
+            kernels.gated(x, x, "relu")
+        with pytest.raises(ValueError, match="approximate is 'erf'"):
+            kernels.geglu(x, x, approximate="erf")
+        with pytest.raises(ValueError, match="block_size is 48"):
+            kernels.quantize_nf4(x, block_size=48)
+
+
+def test_the_guard_zones_see_what_they_should():
+    with pytest.raises(AssertionError, match="beyond the end"), guarded(random(0, 5)) as (x,):
+        torch.as_strided(x, (1,), (1,), x.storage_offset() + 5).fill_(1)
+    with guarded():
+        assert torch.empty((2, 3), dtype=torch.bfloat16, device=DEVICE).isnan().all()
+    with pytest.raises(AssertionError, match="before the start"), guarded(random(0, 5)) as (x,):
+        torch.as_strided(x, (1,), (1,), x.storage_offset() - 1).fill_(1)
+    with pytest.raises(AssertionError), guarded(random(0, 5)) as (x,):
+        x[2] = 0
+
+
 def test_nf4_refuses_nan():
-    w = torch.ones(200)
+    w = torch.ones(200, device=DEVICE)
     w[77] = math.nan
-    with (
-        interpreted(),
-        kernels.use_backend("triton"),
-        pytest.raises(ValueError, match="NaN or infinite"),
-    ):
+    with on_triton(), pytest.raises(ValueError, match="NaN or infinite"):
         kernels.quantize_nf4(w)
 
 
@@ -350,7 +654,7 @@ def test_cross_entropy_of_words_that_are_ruled_out(blocked):
     """-inf is a logit like any other, also where a whole piece of the row is nothing else."""
     logits = random(0, 2, 5000)
     logits[0, blocked] = -math.inf
-    labels = torch.tensor([4600 if blocked.start == 0 else 5, 7])
+    labels = torch.tensor([4600 if blocked.start == 0 else 5, 7], device=DEVICE)
     ours, reference = (
         run(lambda z: kernels.cross_entropy(z, labels)[0], (logits,), b) for b in ("triton", None)
     )
@@ -361,7 +665,7 @@ def test_cross_entropy_of_words_that_are_ruled_out(blocked):
 @pytest.mark.parametrize("label", [50, -1, 10**9])
 def test_a_label_outside_of_the_vocabulary_is_nan(label):
     hidden, head = random(0, 4, 16), random(1, 50, 16)
-    labels = torch.tensor([1, label, 3, -100])
+    labels = torch.tensor([1, label, 3, -100], device=DEVICE)
     for f in (
         lambda h: kernels.cross_entropy(h @ head.t(), labels)[0],
         lambda h: kernels.linear_cross_entropy(h, head, labels)[0],
@@ -373,8 +677,8 @@ def test_a_label_outside_of_the_vocabulary_is_nan(label):
 
 
 def test_labels_that_are_a_view():
-    logits, labels = random(0, 4, 9), torch.arange(8)[::2]
-    for chosen in (labels, torch.tensor(3).expand(4)):
+    logits, labels = random(0, 4, 9), torch.arange(8, device=DEVICE)[::2]
+    for chosen in (labels, torch.tensor(3, device=DEVICE).expand(4)):
         ours, reference = (
             run(lambda z, y=chosen: kernels.cross_entropy(z, y)[0], (logits,), backend)
             for backend in ("triton", None)
@@ -394,7 +698,7 @@ def test_shapes_that_broadcast_take_the_reference():
         lambda: kernels.swiglu(x.bfloat16(), x),
     ]
     for call in calls:
-        with interpreted(), kernels.use_backend("triton"):
+        with on_triton():
             ours = call()
         with kernels.use_backend("reference"):
             expected = call()
@@ -416,10 +720,10 @@ def test_the_backend_holds_in_other_threads():
 
 def test_nf4_of_strided_parts():
     q = kernels.quantize_nf4(random(0, 1000), double_quant=False)
-    apart = torch.zeros(2 * len(q.codes), dtype=torch.uint8)
+    apart = torch.zeros(2 * len(q.codes), dtype=torch.uint8, device=DEVICE)
     apart[::2] = q.codes
     strided = dataclasses.replace(q, codes=apart[::2])
-    with interpreted(), kernels.use_backend("triton"):
+    with on_triton():
         assert torch.equal(kernels.dequantize_nf4(strided), kernels.dequantize_nf4(q))
 
 
@@ -427,7 +731,7 @@ def test_nf4_of_strided_parts():
 @given(st.lists(st.integers(0, 3000), min_size=1, max_size=4), st.integers(1, 1000), seeds)
 def test_adamw(sizes, step, seed):
     """Three steps over many tensors, against fp64; what lies between them is not touched."""
-    memory = torch.full((4, sum(n + 64 for n in sizes) + 64), 7.0)
+    memory = torch.full((4, sum(n + 64 for n in sizes) + 64), 7.0, device=DEVICE)
     places, start = [], 0
     for n in sizes:
         places.append(slice(start, start + n))
@@ -441,7 +745,7 @@ def test_adamw(sizes, step, seed):
     exact = [[t.double() for t in tensors] for tensors in lists]
     options = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
     for t in range(step, step + 3):
-        with interpreted(), kernels.use_backend("triton"):
+        with on_triton():
             kernels.adamw_step(*lists, step=t, **options)
         for p, g, m, v in zip(*exact, strict=True):
             m.mul_(0.9).add_(g, alpha=0.1)
@@ -460,12 +764,12 @@ def test_adamw(sizes, step, seed):
 
 
 def test_adamw_of_other_tensors_takes_the_reference():
-    odd = torch.ones(9)[1:]  # not on 16 bytes
-    lists = [[odd], [torch.ones(8)], [torch.zeros(8)], [torch.zeros(8)]]
+    odd = torch.ones(9, device=DEVICE)[1:]  # not on 16 bytes
+    lists = [[odd], *([torch.full((8,), x, device=DEVICE)] for x in (1.0, 0.0, 0.0))]
     options = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
-    with interpreted(), kernels.use_backend("triton"):
+    with on_triton():
         kernels.adamw_step(*lists, step=1, **options)
-    assert torch.allclose(odd, torch.full((8,), 0.99))
+    assert torch.allclose(odd, torch.full_like(odd, 0.99))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -473,11 +777,11 @@ def test_a_training_step_of_a_whole_model(tiny_dir, dtype):
     """QLoRA on a tiny Llama: loss and gradients of every adapter, kernel against reference."""
     import lorakit as lk
 
-    ids = torch.randint(0, 97, (2, 9), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 97, (2, 9), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     found = {}
     for backend in ("reference", "triton"):
-        with interpreted(), kernels.use_backend(backend):
-            model = lk.load_model(tiny_dir, dtype=dtype, quantize="nf4", device="cpu")
+        with on_triton(), kernels.use_backend(backend):
+            model = lk.load_model(tiny_dir, dtype=dtype, quantize="nf4", device=DEVICE)
             torch.manual_seed(1)
             lk.attach(model, lk.LoraConfig(r=4))
             for name, parameter in model.named_parameters():
