@@ -1,6 +1,6 @@
 """Every Triton kernel, compiled ahead of time for every GPU target: what the compiler made of it.
 
-    python benchmarks/static_gpu.py [--csv FILE] [--target sm_90] [--op rms_norm]
+    python benchmarks/static_gpu.py [--peers] [--csv FILE] [--target sm_90] [--op rms_norm]
 
 No GPU is needed. The ops run as a user would call them, on CPU tensors of real shapes, but each
 launch is only noted: which kernel, with which arguments, and what is known of them (a pointer or a
@@ -13,33 +13,35 @@ stride that is a multiple of 16, as the launcher would see it). That is compiled
     special            operations of the special-function unit (exp2, reciprocal, ...) per value
 
 What is counted is code, not time: these figures say where a kernel is surely lean or surely not.
+With --peers the Triton kernels of Liger and bitsandbytes are compiled in the same run, from the
+packages that are installed (static_peers.py says how), which takes twice as long.
 """
 
 import argparse
 import csv
 import importlib
+import itertools
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # of which Triton would warn
 
+import static_peers
 import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
@@ -66,6 +68,7 @@ for folder in lk.kernels.__path__:
 class Figures:
     """One kernel on one target."""
 
+    provider: str
     op: str
     kernel: str
     target: str
@@ -84,9 +87,11 @@ class Launch:
     options: dict
 
 
-def launches(call: Callable) -> list[Launch]:
-    """The kernels that `call` would launch; none of them runs."""
-    noted = []
+def launches(call: Callable, target: str) -> list[Launch]:
+    """The kernels that `call` would launch on a GPU of that kind; none of them runs."""
+    noted, backend = [], TARGETS[target].backend
+    language = "ptx" if backend == "cuda" else "amdgcn"
+    capability = divmod(TARGETS[target].arch, 10) if backend == "cuda" else (9, 4)
 
     def note(self, *arguments, grid, warmup, **options):
         noted.append(Launch(self, arguments, options))
@@ -94,6 +99,8 @@ def launches(call: Callable) -> list[Launch]:
     with (
         mock.patch.object(JITFunction, "run", note),
         mock.patch.dict(os.environ, TRITON_INTERPRET="1"),
+        mock.patch.object(lk.kernels.dispatch, "compiles_to", return_value=language),
+        mock.patch.object(lk.kernels.dispatch, "capability", return_value=capability),
         lk.kernels.use_backend("triton"),
     ):
         call()
@@ -108,7 +115,8 @@ def compile_for(launch: Launch, target: GPUTarget):
     options = {k: v for k, v in launch.options.items() if k not in names}
     given |= {k: v for k, v in launch.options.items() if k in names}
     for i, name in enumerate(names):
-        value, parameter = given[name], launch.function.params[i]
+        parameter = launch.function.params[i]
+        value = given.get(name, parameter.default)
         if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
             signature[name], constants[(i,)] = "constexpr", value
             continue
@@ -124,30 +132,27 @@ def compile_for(launch: Launch, target: GPUTarget):
     return triton.compile(source, target=target, options=options)
 
 
-def measure(op: str, launch: Launch, values: int, target: str) -> Figures:
+def measure(provider: str, op: str, launch: Launch, values: int, target: str) -> Figures:
     """`values`: how many a program handles in one pass of its loop, if it has one."""
     made = compile_for(launch, TARGETS[target])
     name = launch.function.fn.__name__.strip("_")
     threads = made.metadata.num_warps * TARGETS[target].warp_size
-    found = _of_amd(made) if target.startswith("gfx") else _of_nvidia(made, int(target[3:]))
+    found = _of_amd(made) if target.startswith("gfx") else _of_nvidia(made)
     registers, spilled, wide, instructions, special = found
     return Figures(
-        op, name, target, registers, spilled, made.metadata.shared, round(wide, 3),
+        provider, op, name, target, registers, spilled, made.metadata.shared, round(wide, 3),
         round(instructions * threads / values, 2), round(special * threads / values, 3),
     )  # fmt: skip
 
 
-def _of_nvidia(made, architecture: int) -> tuple[int, int, float, int, int]:
+def _of_nvidia(made) -> tuple[int, int, float, int, int]:
     with tempfile.TemporaryDirectory() as folder:
-        ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        ptx.write_text(made.asm["ptx"])
+        cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(made.asm["cubin"])
-        name = sm_arch_from_capability(architecture)
-        command = [get_ptxas(architecture).path, "-v", f"--gpu-name={name}", str(ptx)]
-        log = _run([*command, "-o", str(Path(folder, "again"))])
+        used = _run([knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)])
         code = _run([knobs.nvidia.cuobjdump.path, "-sass", str(cubin)])
-    registers = int(re.search(r"Used (\d+) registers", log)[1])
-    stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log).groups()
+    # Triton has no arrays of a thread's own: what is on the stack was spilled
+    registers, spilled = map(int, re.search(r"REG:(\d+) STACK:(\d+)", used).groups())
     counts, moved = Counter(), Counter()
     for match in re.finditer(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T\d]+ )?([A-Z][A-Z0-9_.]*)", code):
         kind, *suffixes = match[1].split(".")
@@ -160,7 +165,7 @@ def _of_nvidia(made, architecture: int) -> tuple[int, int, float, int, int]:
     for bits in map(int, scalar):
         moved[max(bits, 8)] -= max(bits, 8)
     wide = moved[128] / max(1, moved.total())
-    return registers, int(stores) + int(loads), wide, counts.total(), counts["MUFU"]
+    return registers, spilled, wide, counts.total(), counts["MUFU"]
 
 
 def _of_amd(made) -> tuple[int, int, float, int, int]:
@@ -215,10 +220,16 @@ def cases() -> Iterator[tuple[str, Callable, int]]:
         q, k = bf16(1, 8, 32, dim), bf16(1, 8, 8, dim)
         table = torch.empty(1, 8, dim // 2)
         yield f"rope {dim}", both(lambda q=q, k=k, t=table: ops.rope(q, k, t, t)), 512
+    weight = bf16(128, grad=False)
+    heads = bf16(1, 8, 32, 128), bf16(1, 8, 8, 128), weight, weight, 1e-6
+    table128 = torch.empty(1, 8, 64)
+    yield "norm_rope 128", both(lambda: ops.norm_rope(*heads, table128, table128)), 512
     gate, up = bf16(8, 14336), bf16(8, 14336)
     yield "swiglu", both(lambda: ops.swiglu(gate, up)), 1024
     yield "geglu tanh", both(lambda: ops.geglu(gate, up)), 1024
     yield "geglu erf", both(lambda: ops.geglu(gate, up, approximate="none")), 1024
+    three = [torch.empty(8, 14336, dtype=torch.bfloat16) for _ in range(3)]
+    yield "swiglu in place", lambda: ops.gated_backward_(*three, "silu"), 1024
     labels = torch.zeros(4, dtype=torch.int64)
     for vocabulary, cap in ((128256, None), (151936, None), (256000, 30.0)):
         logits = bf16(4, vocabulary)
@@ -235,6 +246,8 @@ def cases() -> Iterator[tuple[str, Callable, int]]:
     ones = [[torch.ones(4096)] for _ in range(4)]
     options = {"step": 1, "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
     yield "adamw", lambda: ops.adamw_step(*ones, **options), 1024
+    moments = [[ops.Moment8bit.zeros(4096, torch.device("cpu"))] for _ in range(2)]
+    yield "adamw 8-bit", lambda: ops.adamw_step_8bit(*ones[:2], *moments, **options), 2048
     halves = [torch.empty(8, 4096, dtype=torch.float16).requires_grad_() for _ in range(2)]
     yield "swiglu fp16", both(lambda: ops.swiglu(*halves)), 1024
     wide = torch.empty(4, 32000).requires_grad_()
@@ -248,39 +261,61 @@ def cases() -> Iterator[tuple[str, Callable, int]]:
                 ops.quantize_nf4(w, double_quant=False)
 
         yield name, quantize, 1024
+    one, few = bf16(1, 4096, grad=False), bf16(16, 4096)
+    # unrolled four times, and once more for what is left
+    yield "nf4 product of 1", lambda: ops.frozen_linear(one, packed[True]), 5 * 1024
+    yield "nf4 product of 16", both(lambda: ops.frozen_linear(few, packed[True])), 64 * 64
+    ids = torch.zeros(4, dtype=torch.int64)
+    yield "nf4 rows", lambda: ops.dequantize_rows(packed[True], ids, torch.bfloat16), 1024
     for double, q in packed.items():
         name = "nf4 dequantize" + (" double" if double else "")
-        yield name, lambda q=q: ops.dequantize_nf4(q, torch.bfloat16), 1024
+        yield name, lambda q=q: ops.dequantize_nf4(q, torch.bfloat16), 4096
 
 
-def measure_target(target: str, only: str | None) -> list[Figures]:
+def measure_target(target: str, only: str | None, peers: bool) -> list[Figures]:
+    chosen = (("lorakit", *case) for case in cases())
+    if peers:
+        chosen = itertools.chain(chosen, static_peers.cases(target))
     found = []
-    for op, call, values in cases():
+    for provider, op, call, values in chosen:
         if only is None or only in op:
-            found += [measure(op, launch, values, target) for launch in launches(call)]
+            noted = launches(call, target)
+            found += [measure(provider, op, launch, values, target) for launch in noted]
     return found
 
 
-def measure_all(targets: list[str], only: str | None = None) -> list[Figures]:
-    """All rows, by op; a process per target, as many at a time as there are processors."""
+def measure_all(targets: list[str], only: str | None, peers: bool) -> list[Figures]:
+    """All rows, by target; a process for each, as many at a time as there are processors."""
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
-        parts = list(pool.map(measure_target, targets, [only] * len(targets)))
-    return [row for rows in zip(*parts, strict=True) for row in rows]
+        parts = pool.map(measure_target, targets, *([x] * len(targets) for x in (only, peers)))
+        return [row for rows in parts for row in rows]
+
+
+def installed(package: str) -> bool:
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--target", action="append", choices=TARGETS, help="default: all")
     parser.add_argument("--op", help="only ops whose name holds this")
+    parser.add_argument("--peers", action="store_true", help="Liger and bitsandbytes too")
     parser.add_argument("--csv", type=Path, help="write the rows to this file too")
     args = parser.parse_args()
-    print(f"triton {version('triton')}, Python {sys.version.split()[0]}")
-    rows = measure_all(args.target or list(TARGETS), args.op)
+    known = ["triton"]
+    if args.peers:
+        known += [name for name in ("liger-kernel", "bitsandbytes") if installed(name)]
+    print(", ".join(f"{name} {version(name)}" for name in known))
+    rows = measure_all(args.target or list(TARGETS), args.op, args.peers)
     names = [f.name for f in fields(Figures)]
-    print(f"{'op':24} {'kernel':11} {'target':7}" + "".join(f" {n:>12}" for n in names[3:]))
-    for row in rows:
-        numbers = list(asdict(row).values())[3:]
-        print(f"{row.op:24} {row.kernel:11} {row.target:7}" + "".join(f" {n:12}" for n in numbers))
+    lines = [names, *(list(asdict(row).values()) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(4)]
+    for line in lines:
+        texts = " ".join(f"{text:{width}}" for text, width in zip(line, widths, strict=False))
+        print(texts + "".join(f" {number:>12}" for number in line[4:]))
     if args.csv is not None:
         with open(args.csv, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, names)

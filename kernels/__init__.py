@@ -16,7 +16,7 @@ from .lora_linear import LoraWeights, lora_linear, lora_mlp, lora_qkv
 from .nf4 import NF4Tensor, dequantize_nf4, quantize_fp4, quantize_nf4
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import norm_rope, rope
-from .swiglu import gated, geglu, swiglu
+from .swiglu import gated, gated_backward_, geglu, swiglu
 
 __all__ = [
     "DecodeCache",
@@ -40,6 +40,7 @@ __all__ = [
     "dequantize_rows",
     "frozen_linear",
     "gated",
+    "gated_backward_",
     "geglu",
     "linear_cross_entropy",
     "lora_linear",

@@ -184,6 +184,8 @@ class TrainConfig:
     lr_scheduler_type: str = "cosine"
     """"cosine", "linear" or "constant", each after a linear warm-up"""
     warmup_ratio: float = 0.03
+    optim: str = "adamw_torch"
+    """AdamW with fp32 state ("adamw_torch") or 8-bit state ("adamw_8bit")"""
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
@@ -214,6 +216,10 @@ class TrainConfig:
         check(
             self.lr_scheduler_type in ("cosine", "linear", "constant"),
             f"lr_scheduler_type is {self.lr_scheduler_type!r}; choose cosine, linear or constant",
+        )
+        check(
+            self.optim in ("adamw_torch", "adamw_8bit"),
+            f"optim is {self.optim!r}; choose adamw_torch or adamw_8bit",
         )
         check(
             self.over_length in ("truncate", "drop", "raise"),

@@ -1,22 +1,35 @@
 """AdamW and learning-rate schedules.
 
 `AdamW` has torch's param_groups, state and state_dict; its step is `kernels.adamw_step` over all
-the tensors of a group. A schedule is a function of the step alone: nothing to save, nothing to
-resume.
+the tensors of a group, or `kernels.adamw_step_8bit`. A schedule is a function of the step alone:
+nothing to save, nothing to resume.
 """
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .config import LorakitError
-from .kernels import adamw_step
+from .kernels import Moment8bit, adamw_step, adamw_step_8bit
+
+# Values of a parameter with 8-bit state (bitsandbytes' rule); fewer are not worth the noise.
+MIN_8BIT_SIZE = 4096
 
 
 class AdamW(torch.optim.Optimizer):
-    """Adam with decoupled weight decay (arXiv:1711.05101); fp32 state beside every parameter."""
+    """Adam with decoupled weight decay (arXiv:1711.05101); its state has 32 or 8 bits.
+
+    state_bits=32: fp32 tensors exp_avg and exp_avg_sq beside every parameter, 8 bytes per value.
+    state_bits=8: their codes, uint8 [n], and exp_avg_absmax and exp_avg_sq_absmax, fp32
+    [ceil(n / 256)], 2.03 bytes per value; parameters of fewer than 4096 values keep fp32 state.
+    A group of parameters may have its own.
+
+    Raises LorakitError for a negative lr, eps or weight_decay, a beta outside of [0, 1), and other
+    state_bits.
+    """
 
     def __init__(
         self,
@@ -25,6 +38,8 @@ class AdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
+        *,
+        state_bits: int = 32,
     ):
         if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= b < 1 for b in betas):
             raise LorakitError(
@@ -32,7 +47,24 @@ class AdamW(torch.optim.Optimizer):
                 f"lr={lr}, betas={betas}, eps={eps}, weight_decay={weight_decay}"
             )
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0}
-        super().__init__(params, defaults)
+        super().__init__(params, defaults | {"state_bits": state_bits})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        bits = self.param_groups[-1]["state_bits"]
+        if bits not in (32, 8):
+            raise LorakitError(f"AdamW: state_bits is {bits!r}; it must be 32 or 8")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, which would cast every tensor of the state to the dtype of its parameter:
+        here each keeps its own.
+        """
+        super().load_state_dict(state_dict)
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(saved, params, strict=True):
+            for name, value in state_dict["state"].get(i, {}).items():
+                self.state[p][name] = value.to(p.device)
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> Tensor | None:
@@ -46,21 +78,40 @@ class AdamW(torch.optim.Optimizer):
                 continue
             for p in params:
                 if not self.state[p]:
-                    self.state[p]["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
-                    self.state[p]["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
+                    self.state[p].update(_zero_state(p, group["state_bits"]))
             group["step"] += 1
+            options = {name: group[name] for name in ("step", "lr", "betas", "eps", "weight_decay")}
+            in_8bit = [p for p in params if "exp_avg_absmax" in self.state[p]]
+            in_fp32 = [p for p in params if "exp_avg_absmax" not in self.state[p]]
             adamw_step(
-                params,
-                [p.grad for p in params],
-                [self.state[p]["exp_avg"] for p in params],
-                [self.state[p]["exp_avg_sq"] for p in params],
-                step=group["step"],
-                lr=group["lr"],
-                betas=group["betas"],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
+                in_fp32,
+                [p.grad for p in in_fp32],
+                [self.state[p]["exp_avg"] for p in in_fp32],
+                [self.state[p]["exp_avg_sq"] for p in in_fp32],
+                **options,
+            )
+            adamw_step_8bit(
+                in_8bit,
+                [p.grad for p in in_8bit],
+                [self._moment(p, "exp_avg") for p in in_8bit],
+                [self._moment(p, "exp_avg_sq") for p in in_8bit],
+                **options,
             )
         return loss
+
+    def _moment(self, p: Tensor, name: str) -> Moment8bit:
+        return Moment8bit(self.state[p][name], self.state[p][f"{name}_absmax"])
+
+
+def _zero_state(p: Tensor, state_bits: int) -> dict[str, Tensor]:
+    """The state before the first step."""
+    state = {}
+    for name in ("exp_avg", "exp_avg_sq"):
+        if state_bits == 8 and p.numel() >= MIN_8BIT_SIZE:
+            state[name], state[f"{name}_absmax"] = Moment8bit.zeros(p.numel(), p.device)
+        else:
+            state[name] = torch.zeros_like(p, dtype=torch.float32)
+    return state
 
 
 def learning_rate(kind: str, step: int, total: int, peak: float, warmup_ratio: float) -> float:

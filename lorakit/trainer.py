@@ -85,7 +85,11 @@ def train(
     params = [p for p in model.parameters() if p.requires_grad]
     betas = (config.adam_beta1, config.adam_beta2)
     optimizer = AdamW(
-        params, betas=betas, eps=config.adam_epsilon, weight_decay=config.weight_decay
+        params,
+        betas=betas,
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        state_bits=8 if config.optim == "adamw_8bit" else 32,
     )
     total = _total_steps(len(examples), config)
     output_dir = Path(config.output_dir).expanduser()

@@ -2,7 +2,29 @@
 
 A LoRA adapter is hundreds of tensors of some ten thousand values; a launch for each would take
 longer than the arithmetic. The kernel gets a table of addresses, and a list that says which tensor
-and which piece of it each program updates. 16 bytes are read and 12 written per value, once each.
+and which piece of it each program updates. With fp32 state 16 bytes are read and 12 written per
+value, once each; with 8-bit state 10 and 6, and 16 more per block of 256.
+
+8-bit state
+-----------
+A warp takes whole blocks, as two halves of which a thread holds 4 values: 128-bit accesses of p and
+g, 32-bit ones of the codes, and no waiting for other warps to know absmax. It is the largest bit
+pattern of |x|, which orders like the numbers and puts NaN on top.
+
+The code of x is the number of edges below it. A search would be 8 loads that wait for each other.
+But the edges are nearly equidistant within a decade: with 2^i parts in decade i, the edge numbered
+2^i - 1 + j lies close to (0.1 + 0.9 j / 2^i) * 10^(i-6), so that within the decade the number of
+the edge next to x is, rounded,
+
+    x * 2^i * 10^(6-i) / 0.9 + 2^i * 8/9 - 1                  (unsigned: twice the parts, - 2)
+
+These seven lines form a concave function, hence it is their minimum, wherever x lies: no decade is
+looked for. Every edge is at least 1/4 of a step away from where the rounding turns to its
+neighbour, so all edges before the found one are below x, all after it above, and one comparison
+with its exact value, looked up, decides.
+
+The state is bit for bit the reference's, which needs products and sums that are not contracted into
+one rounding. p has the GPU's faster square root and division, of a few units in the last place.
 """
 
 import math
@@ -12,7 +34,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, WARPS = 1024, 8
+from .. import dispatch
+from ..nf4 import ABSMAX_FLOOR
+from .state import BLOCK as BLOCK_8BIT
+from .state import Moment8bit, signed_map, unsigned_map
+
+BLOCK, THREADS = 1024, 256  # 4 values a thread
+ROWS = 8  # blocks of 8-bit state of one program
+EXACT = {"enable_fp_fusion": False}
 
 
 @triton.jit
@@ -57,18 +86,138 @@ def _adam(p, g, m, v, decay, beta1, rest1, beta2, rest2, rate, correction, eps):
     return p, m, v
 
 
+@triton.jit
+def _update_8bit(
+    TENSORS, PIECES, M_LEVELS, M_EDGES, V_LEVELS, V_EDGES,
+    decay, beta1, rest1, beta2, rest2, rate, correction, eps,
+    floor: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    tensor, piece = tl.load(PIECES + 2 * program), tl.load(PIECES + 2 * program + 1)
+    entry = TENSORS + 7 * tensor
+    fp32 = tl.pointer_type(tl.float32)
+    u8 = tl.pointer_type(tl.uint8)
+    start = piece * (ROWS * BLOCK)
+    P = tl.multiple_of(tl.load(entry).to(fp32), 16) + start
+    G = tl.multiple_of(tl.load(entry + 1).to(fp32), 16) + start
+    M = tl.multiple_of(tl.load(entry + 2).to(u8), 16) + start
+    M_ABSMAX = tl.load(entry + 3).to(fp32) + piece * ROWS
+    V = tl.multiple_of(tl.load(entry + 4).to(u8), 16) + start
+    V_ABSMAX = tl.load(entry + 5).to(fp32) + piece * ROWS
+    left = tl.load(entry + 6) - start
+    if left >= ROWS * BLOCK:
+        _blocks(
+            P, G, M, M_ABSMAX, V, V_ABSMAX, M_LEVELS, M_EDGES, V_LEVELS, V_EDGES, left,
+            decay, beta1, rest1, beta2, rest2, rate, correction, eps, floor, True, ROWS, BLOCK,
+        )  # fmt: skip
+    else:
+        _blocks(
+            P, G, M, M_ABSMAX, V, V_ABSMAX, M_LEVELS, M_EDGES, V_LEVELS, V_EDGES, left.to(tl.int32),
+            decay, beta1, rest1, beta2, rest2, rate, correction, eps, floor, False, ROWS, BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def _blocks(
+    P, G, M, M_ABSMAX, V, V_ABSMAX, M_LEVELS, M_EDGES, V_LEVELS, V_EDGES, left,
+    decay, beta1, rest1, beta2, rest2, rate, correction, eps,
+    floor: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.arange(0, ROWS)[:, None]
+    low = row * BLOCK + tl.arange(0, BLOCK // 2)[None, :]
+    high = low + BLOCK // 2
+    if WHOLE:
+        of_row, of_low, of_high = None, None, None
+    else:
+        of_row, of_low, of_high = row * BLOCK < left, low < left, high < left
+    m_absmax, v_absmax = tl.load(M_ABSMAX + row, mask=of_row), tl.load(V_ABSMAX + row, mask=of_row)
+    m_low, v_low = _half(
+        P, G, M, V, low, of_low, m_absmax, v_absmax, M_LEVELS, V_LEVELS,
+        decay, beta1, rest1, beta2, rest2, rate, correction, eps,
+    )  # fmt: skip
+    m_high, v_high = _half(
+        P, G, M, V, high, of_high, m_absmax, v_absmax, M_LEVELS, V_LEVELS,
+        decay, beta1, rest1, beta2, rest2, rate, correction, eps,
+    )  # fmt: skip
+    m_absmax, v_absmax = _absmax(m_low, m_high), _absmax(v_low, v_high)
+    over_m, over_v = _over(m_absmax, floor), _over(v_absmax, floor)
+    tl.store(M + low, _code(m_low * over_m, M_EDGES, True), mask=of_low)
+    tl.store(V + low, _code(v_low * over_v, V_EDGES, False), mask=of_low)
+    tl.store(M + high, _code(m_high * over_m, M_EDGES, True), mask=of_high)
+    tl.store(V + high, _code(v_high * over_v, V_EDGES, False), mask=of_high)
+    tl.store(M_ABSMAX + row, m_absmax, mask=of_row)
+    tl.store(V_ABSMAX + row, v_absmax, mask=of_row)
+
+
+@triton.jit
+def _half(
+    P, G, M, V, at, inside, m_absmax, v_absmax, M_LEVELS, V_LEVELS,
+    decay, beta1, rest1, beta2, rest2, rate, correction, eps,
+):  # fmt: skip
+    """Update p; the new m and v."""
+    if inside is None:
+        p, g, m, v = tl.load(P + at), tl.load(G + at), tl.load(M + at), tl.load(V + at)
+    else:  # 0 for what is not there, which raises no absmax
+        p, g = tl.load(P + at, mask=inside, other=0.0), tl.load(G + at, mask=inside, other=0.0)
+        m, v = tl.load(M + at, mask=inside, other=127), tl.load(V + at, mask=inside, other=0)
+    m = tl.load(M_LEVELS + m.to(tl.int32)) * m_absmax
+    v = tl.load(V_LEVELS + v.to(tl.int32)) * v_absmax
+    p, m, v = _adam(p, g, m, v, decay, beta1, rest1, beta2, rest2, rate, correction, eps)
+    tl.store(P + at, p, mask=inside)
+    return m, v
+
+
+@triton.jit
+def _absmax(low, high):
+    bits = tl.maximum(_bits(low), _bits(high))
+    return tl.max(bits, axis=1, keep_dims=True).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _bits(x):
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _over(absmax, floor: tl.constexpr):
+    return tl.div_rn(1.0, tl.where(absmax < floor, floor, absmax))
+
+
+@triton.jit
+def _code(x, EDGES, SIGNED: tl.constexpr):
+    parts: tl.constexpr = 1 if SIGNED else 2  # of the lowest decade
+    middle: tl.constexpr = 128 if SIGNED else 1  # place in EDGES of the edge numbered 0
+    size = tl.abs(x)
+    edge = tl.full(x.shape, 255.5 - middle, tl.float32)  # beyond it lies nothing but NaN
+    for i in tl.static_range(7):
+        slope = parts * 2**i * 10 ** (6 - i) / 0.9
+        edge = tl.minimum(edge, tl.fma(size, slope, parts * 2**i * 8 / 9 - parts + 0.5))
+    edge = (middle + (tl.where(x < 0, -edge, edge) if SIGNED else edge)).to(tl.int32)
+    return (edge - (x <= tl.load(EDGES + edge)).to(tl.int32)).to(tl.uint8)
+
+
 def fits(*lists: list[Tensor]) -> bool:
     """Whether the kernel can take these tensors: fp32, dense, on 16 bytes, of one device."""
     device = lists[0][0].device
-    dense = all(
-        t.dtype == torch.float32
-        and t.is_contiguous()
-        and t.data_ptr() % 16 == 0
-        and t.device == device
-        for tensors in lists
-        for t in tensors
-    )
+    dense = all(_dense(t, torch.float32, device) for tensors in lists for t in tensors)
     return dense and all(len({t.shape for t in group}) == 1 for group in zip(*lists, strict=True))
+
+
+def fits_8bit(params: list[Tensor], grads: list[Tensor], *moments: list[Moment8bit]) -> bool:
+    """`fits` of params and grads, and of 8-bit moments that are as long as they have to be."""
+    return fits(params, grads) and all(
+        moment.codes.numel() == p.numel()
+        and moment.absmax.numel() == triton.cdiv(p.numel(), BLOCK_8BIT)
+        and _dense(moment.codes, torch.uint8, p.device)
+        and _dense(moment.absmax, torch.float32, p.device)
+        for of_all in moments
+        for p, moment in zip(params, of_all, strict=True)
+    )
+
+
+def _dense(t: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
+    aligned = t.is_contiguous() and t.data_ptr() % 16 == 0
+    return aligned and t.dtype == dtype and t.device == device
 
 
 def adamw_step(
@@ -84,18 +233,62 @@ def adamw_step(
 ) -> None:
     """As reference.adamw_step, for tensors that `fits` accepts."""
     groups = zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)
-    table = [[*(t.data_ptr() for t in tensors), tensors[0].numel()] for tensors in groups]
-    table = torch.tensor(table, dtype=torch.int64, device="cpu")
-    counts = (table[:, 4] + BLOCK - 1) // BLOCK
-    tensor = torch.arange(len(table), device="cpu").repeat_interleave(counts)
-    piece = torch.arange(len(tensor), device="cpu") - (counts.cumsum(0) - counts)[tensor]
-    pieces = torch.stack([tensor, piece], dim=1)
-    device, (beta1, beta2) = params[0].device, betas
+    table, pieces = _work(params, list(groups), BLOCK)
     if len(pieces):
         _update[(len(pieces),)](
-            table.to(device), pieces.to(device), 1 - lr * weight_decay, beta1, 1 - beta1, beta2,
-            1 - beta2, lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), eps, BLOCK,
-            num_warps=WARPS,
+            table, pieces, *_numbers(step, lr, betas, eps, weight_decay), BLOCK,
+            num_warps=THREADS // dispatch.lanes(),
         )  # fmt: skip
     for tensors in (params, exp_avgs, exp_avg_sqs):
         torch.autograd.graph.increment_version(tensors)  # as an operation of torch's would
+
+
+def adamw_step_8bit(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Moment8bit],
+    exp_avg_sqs: list[Moment8bit],
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """As reference.adamw_step_8bit, for tensors that `fits_8bit` accepts."""
+    groups = zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)
+    table, pieces = _work(params, [(p, g, *m, *v) for p, g, m, v in groups], ROWS * BLOCK_8BIT)
+    device = params[0].device
+    if len(pieces):
+        _update_8bit[(len(pieces),)](
+            table, pieces, *signed_map(device), *unsigned_map(device),
+            *_numbers(step, lr, betas, eps, weight_decay), ABSMAX_FLOOR, ROWS, BLOCK_8BIT,
+            num_warps=THREADS // dispatch.lanes(), **EXACT,
+        )  # fmt: skip
+    for moments in (exp_avgs, exp_avg_sqs):
+        torch.autograd.graph.increment_version([part for moment in moments for part in moment])
+    torch.autograd.graph.increment_version(params)
+
+
+def _work(
+    params: list[Tensor], groups: list[tuple[Tensor, ...]], values: int
+) -> tuple[Tensor, Tensor]:
+    """A row of `table` has the addresses of a group of tensors and the length of the parameter; one
+    of `pieces` says which row a program is at, and which piece of so many values.
+    """
+    rows = [[t.data_ptr() for t in group] for group in groups]
+    rows = [[*row, p.numel()] for row, p in zip(rows, params, strict=True)]
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu")
+    counts = (table[:, -1] + values - 1) // values
+    tensor = torch.arange(len(table), device="cpu").repeat_interleave(counts)
+    piece = torch.arange(len(tensor), device="cpu") - (counts.cumsum(0) - counts)[tensor]
+    pieces = torch.stack([tensor, piece], dim=1)
+    return table.to(params[0].device), pieces.to(params[0].device)
+
+
+def _numbers(
+    step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+) -> tuple[float, ...]:
+    """decay, beta1, rest1, beta2, rest2, rate, correction, eps"""
+    (beta1, beta2), correction = betas, 1 / math.sqrt(1 - betas[1] ** step)
+    rate = lr / (1 - beta1**step)
+    return 1 - lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2, rate, correction, eps

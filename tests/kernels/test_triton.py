@@ -27,9 +27,11 @@ pytest.importorskip("triton")
 from lorakit import kernels
 from lorakit.kernels import dispatch
 from lorakit.kernels.nf4.tensor import BLOCK_SIZES, LEVELS
-from lorakit.kernels.swiglu import ACTIVATIONS, gated_backward_
+from lorakit.kernels.swiglu import ACTIVATIONS
+from tests.conftest import tiny
 from tests.triton_interpreter import interpreted, narrow, widen
 
+adamw = importlib.import_module("lorakit.kernels.adamw.triton")
 frozen_linear = importlib.import_module("lorakit.kernels.frozen_linear")  # the function hides it
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -360,13 +362,13 @@ def test_gated_activations_backward_in_place(n, dtype, hidden_act, seed):
     grad, gate, up = (random(seed + i, n, scale=2).to(dtype) for i in range(3))
     given = [t.clone() for t in (grad, gate, up)]
     with on_triton():
-        gated_backward_(*given, hidden_act)
+        kernels.gated_backward_(*given, hidden_act)
     leaves = [gate.double().requires_grad_(), up.double().requires_grad_()]
     with kernels.use_backend("reference"):
         y = kernels.gated(*leaves, hidden_act)
         truth = [y, *torch.autograd.grad(y, leaves, grad.double())]
         plain = [t.clone() for t in (grad, gate, up)]
-        gated_backward_(*plain, hidden_act)
+        kernels.gated_backward_(*plain, hidden_act)
     for ours, same, exact in zip(given, plain, truth, strict=True):
         rounding = 4 * torch.finfo(dtype).eps * exact.abs().max() + 2**-19
         assert (ours.double() - exact).abs().max() <= rounding
@@ -731,7 +733,8 @@ def test_nf4_of_strided_parts():
 @given(st.lists(st.integers(0, 3000), min_size=1, max_size=4), st.integers(1, 1000), seeds)
 def test_adamw(sizes, step, seed):
     """Three steps over many tensors, against fp64; what lies between them is not touched."""
-    memory = torch.full((4, sum(n + 64 for n in sizes) + 64), 7.0, device=DEVICE)
+    # a multiple of 16 values a row, so that all of them begin on 16 bytes
+    memory = torch.full((4, sum(n // 16 * 16 + 64 for n in sizes) + 64), 7.0, device=DEVICE)
     places, start = [], 0
     for n in sizes:
         places.append(slice(start, start + n))
@@ -742,6 +745,7 @@ def test_adamw(sizes, step, seed):
             t.copy_(random(seed + 10 * i + j, len(t)))
     for v in lists[3]:
         v.abs_()
+    assert adamw.fits(*lists)
     exact = [[t.double() for t in tensors] for tensors in lists]
     options = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
     for t in range(step, step + 3):
@@ -772,18 +776,27 @@ def test_adamw_of_other_tensors_takes_the_reference():
     assert torch.allclose(odd, torch.full_like(odd, 0.99))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_training_step_of_a_whole_model(tiny_dir, dtype):
-    """QLoRA on a tiny Llama: loss and gradients of every adapter, kernel against reference."""
+@pytest.mark.parametrize(
+    ("family", "dtype", "targets"),
+    [
+        ("llama", "float32", r".*_proj|lm_head"),
+        ("llama", "bfloat16", "all-linear"),
+        ("qwen3", "float32", "all-linear"),  # normalizes its heads
+        ("gemma3_text", "float32", ["q_proj", "down_proj"]),
+    ],
+)
+def test_a_training_step_of_a_whole_model(tmp_path, family, dtype, targets):
+    """QLoRA on a tiny model: loss and gradients of every adapter, kernel against reference."""
     import lorakit as lk
 
+    tiny(family, tie_word_embeddings=family != "llama").save_pretrained(tmp_path)
     ids = torch.randint(0, 97, (2, 9), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     found = {}
     for backend in ("reference", "triton"):
         with on_triton(), kernels.use_backend(backend):
-            model = lk.load_model(tiny_dir, dtype=dtype, quantize="nf4", device=DEVICE)
+            model = lk.load_model(tmp_path, dtype=dtype, quantize="nf4", device=DEVICE)
             torch.manual_seed(1)
-            lk.attach(model, lk.LoraConfig(r=4))
+            lk.attach(model, lk.LoraConfig(r=4, target_modules=targets))
             for name, parameter in model.named_parameters():
                 if name.endswith("lora_B"):
                     torch.nn.init.normal_(parameter, std=0.1)
