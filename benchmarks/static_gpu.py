@@ -8,6 +8,7 @@ stride that is a multiple of 16, as the launcher would see it). That is compiled
 
     registers, spills  per thread, and bytes that went to memory for want of registers
     shared             bytes of shared memory per program
+    occupancy          share of a multiprocessor's threads that registers and shared memory let in
     wide               share of the bytes of global memory moved in accesses of 128 bits
     instructions       per value; a kernel that loops is counted for one pass of its loop
     special            operations of the special-function unit (exp2, reciprocal, ...) per value
@@ -52,6 +53,13 @@ TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 # bytes of shared memory that one program may have: CUDA C programming guide, table 30; CDNA 3 ISA
 SHARED_LIMIT = {"sm_75": 65_536, "sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376}
 SHARED_LIMIT |= {"sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376, "gfx942": 65_536}
+# of a multiprocessor: threads, programs, bytes of shared memory (table 30 again); on CDNA 3 of a
+# compute unit; the programs are bounded by its threads.
+ROOM = {
+    "sm_75": (1024, 16, 65_536), "sm_80": (2048, 32, 167_936), "sm_86": (1536, 16, 102_400),
+    "sm_89": (1536, 24, 102_400), "sm_90": (2048, 32, 233_472), "sm_100": (2048, 32, 233_472),
+    "sm_120": (1536, 24, 102_400), "gfx942": (2048, 2048, 65_536),
+}  # fmt: skip
 NAMES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8",
     torch.int64: "i64", torch.int32: "i32",
@@ -75,6 +83,7 @@ class Figures:
     registers: int
     spilled: int
     shared: int
+    occupancy: float
     wide: float
     instructions: float
     special: float
@@ -140,9 +149,26 @@ def measure(provider: str, op: str, launch: Launch, values: int, target: str) ->
     found = _of_amd(made) if target.startswith("gfx") else _of_nvidia(made)
     registers, spilled, wide, instructions, special = found
     return Figures(
-        provider, op, name, target, registers, spilled, made.metadata.shared, round(wide, 3),
-        round(instructions * threads / values, 2), round(special * threads / values, 3),
+        provider, op, name, target, registers, spilled, made.metadata.shared,
+        occupancy(target, registers, made.metadata.num_warps, made.metadata.shared),
+        round(wide, 3), round(instructions * threads / values, 2),
+        round(special * threads / values, 3),
     )  # fmt: skip
+
+
+def occupancy(target: str, registers: int, warps: int, shared: int) -> float:
+    """The share of a multiprocessor's threads that can be there at a time."""
+    most, programs, memory = ROOM[target]
+    lanes, amd = TARGETS[target].warp_size, target.startswith("gfx")
+    # a warp gets registers by 256; one of AMD's four units has 512 for each lane, given out by 8
+    if amd:
+        fitting = 4 * (512 // (-(-max(registers, 1) // 8) * 8)) // warps
+    else:
+        fitting = 65_536 // (-(-registers * lanes // 256) * 256) // warps
+    kept = 0 if amd or target == "sm_75" else 1024  # of every program's shared memory
+    by_shared = memory // max(1, shared + kept)
+    found = min(programs, fitting, by_shared, most // (warps * lanes))
+    return round(found * warps * lanes / most, 3)
 
 
 def _of_nvidia(made) -> tuple[int, int, float, int, int]:
@@ -160,12 +186,7 @@ def _of_nvidia(made) -> tuple[int, int, float, int, int]:
         if kind in ("LDG", "STG"):
             bits = [int(s.strip("US")) for s in suffixes if re.fullmatch(r"[US]?(8|16|64|128)", s)]
             moved[bits[0] if bits else 32] += bits[0] if bits else 32
-    # a scalar is moved once for the whole program, which the code does not show
-    scalar = re.findall(r"tt\.(?:load|store) [^\n]*: !tt\.ptr<\w?[a-z]+(\d+)>", made.asm["ttir"])
-    for bits in map(int, scalar):
-        moved[max(bits, 8)] -= max(bits, 8)
-    wide = moved[128] / max(1, moved.total())
-    return registers, spilled, wide, counts.total(), counts["MUFU"]
+    return registers, spilled, _wide(moved, made.asm["ttir"]), counts.total(), counts["MUFU"]
 
 
 def _of_amd(made) -> tuple[int, int, float, int, int]:
@@ -180,8 +201,20 @@ def _of_amd(made) -> tuple[int, int, float, int, int]:
             bits = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32}.get(kind)
             moved[bits or (8 if "byte" in kind else 16)] += bits or (8 if "byte" in kind else 16)
     special = re.compile(r"v_(exp|log|rcp|rsq|sqrt|sin|cos)_")
-    wide = moved[128] / max(1, moved.total())
-    return registers, spilled, wide, len(body), sum(bool(special.match(name)) for name in body)
+    specials = sum(bool(special.match(name)) for name in body)
+    return registers, spilled, _wide(moved, made.asm["ttir"]), len(body), specials
+
+
+def _wide(moved: Counter, ttir: str) -> float:
+    """The share of 128-bit accesses among `moved`, bits by width, without what a program moves of
+    scalars: once for all its threads, which the code does not show.
+    """
+    scalars = re.findall(r"tt\.(?:load|store) [^\n]*: !tt\.ptr<\w?[a-z]+(\d+)>", ttir)
+    of_scalars = Counter(max(int(bits), 8) for bits in scalars)
+    narrow = sum(
+        max(0, bits - width * of_scalars[width]) for width, bits in moved.items() if width < 128
+    )
+    return moved[128] / max(1, moved[128] + narrow)
 
 
 def _run(command: list[str]) -> str:

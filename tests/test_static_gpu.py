@@ -5,6 +5,7 @@ memory, and is no worse than the committed figures.
 import csv
 import importlib
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -14,6 +15,7 @@ import pytest
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parent.parent
+GUIDE = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
 PROGRAM, BASELINE = ROOT / "benchmarks" / "static_gpu.py", ROOT / "benchmarks" / "static_gpu.csv"
 
 
@@ -39,6 +41,7 @@ def no_worse(row, found):
     worse = {
         "registers": int(found["registers"]) > 1.05 * int(row["registers"]) + 2,
         "shared": int(found["shared"]) > 1.05 * int(row["shared"]),
+        "occupancy": float(found["occupancy"]) < 0.95 * float(row["occupancy"]),
         "wide": float(found["wide"]) < 0.95 * float(row["wide"]),
         "instructions": float(found["instructions"]) > 1.05 * float(row["instructions"]),
         "special": float(found["special"]) > 1.05 * float(row["special"]),
@@ -73,3 +76,64 @@ def test_budget(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_budget_of_every_target(tmp_path, monkeypatch):
     check(None, tmp_path, monkeypatch)
+
+
+# ---- what the guide says of the baseline --------------------------------------------------------
+
+
+def figures(launches):
+    """The less the better."""
+    return {
+        "registers": max(int(r["registers"]) for r in launches),
+        "instructions": sum(float(r["instructions"]) for r in launches),
+        "narrow": -min(float(r["wide"]) for r in launches),
+    }
+
+
+STREAMING = ("rms_norm", "add_rms_norm", "rope", "norm_rope", "swiglu", "geglu", "cross_entropy")
+
+
+def test_streaming_kernels_move_128_bits_at_a_time():
+    rows = [r for r in read(BASELINE).values() if r["provider"] == "lorakit"]
+    streaming = [r for r in rows if r["op"].split()[0] in STREAMING]
+    assert len(streaming) > len(rows) / 2
+    for row in streaming:
+        assert float(row["wide"]) >= 0.95, row
+
+
+def test_the_table_of_the_guide_is_the_baseline():
+    rows = [r for r in read(BASELINE).values() if r["target"] == "sm_90"]
+    names = [name for name in rows[0] if name not in ("provider", "target")]
+    places = list(dict.fromkeys(row["op"] for row in rows))
+    rows.sort(key=lambda row: (places.index(row["op"]), row["provider"] != "lorakit"))
+    expected = []
+    for row in rows:
+        row["kernel"] = row["kernel"] if row["provider"] == "lorakit" else row["provider"]
+        expected.append(f"| {' | '.join(row[name] for name in names)} |")
+    found = re.findall(r"^\|[^|]+\|[^|]+(?:\| [0-9.]+ ){7}\|$", GUIDE, re.MULTILINE)
+    assert found == expected, "\n".join(expected)
+
+
+def test_the_guide_names_every_figure_that_a_peer_has_better():
+    """Launch by launch; where a peer has another number of them, the worst registers and share of
+    128 bits, and all instructions.
+    """
+    ops = {}
+    for row in read(BASELINE).values():
+        if row["target"] == "sm_90":
+            ops.setdefault(row["op"], {}).setdefault(row["provider"], []).append(row)
+    worse = set()
+    for op, providers in ops.items():
+        ours = providers.pop("lorakit")
+        for theirs in providers.values():
+            pairs = [(ours, theirs)]
+            if len(ours) == len(theirs):
+                pairs = [([a], [b]) for a, b in zip(ours, theirs, strict=True)]
+            for a, b in pairs:
+                worse |= {(op, name) for name in figures(a) if figures(a)[name] > figures(b)[name]}
+    section = GUIDE.partition("## Where a peer")[2].partition("\n## ")[0]
+    told = set()
+    for names, better in re.findall(r"^- ((?:`[^`]+`(?:, )?)+) \(([^)]+)\):", section, re.M):
+        for op in re.findall("`([^`]+)`", names):
+            told |= {(op, name) for name in better.split(", ")}
+    assert told == worse
