@@ -58,11 +58,19 @@ class AdaptedLayer(Protocol):
 
 
 def _adapted(*layers: nn.Module) -> list[kernels.LoraWeights] | None:
-    """Of all the layers, or None if one of them is not, or has to be called as it is."""
-    if not all(isinstance(layer, AdaptedLayer) for layer in layers):
+    """Of all the layers, or None if one of them is not, or has to be called as it is: also for its
+    hooks, or because it drops another share of the input than the others.
+    """
+    hooked = any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        for m in layers
+    )
+    if hooked or not all(isinstance(layer, AdaptedLayer) for layer in layers):
         return None
     found = [layer.adapted() for layer in layers]
-    return None if None in found else found
+    if None in found or len({weights.dropout for weights in found}) > 1:
+        return None
+    return found
 
 
 class View(NamedTuple):
@@ -160,7 +168,8 @@ class Attention(nn.Module):
             projected = [layer(x) for layer in layers]
         else:
             projected = kernels.lora_qkv(x, adapted)
-        q, k, v = (y.view(B, T, -1, self.head_dim) for y in projected)
+        heads = (y.shape[-1] // self.head_dim for y in projected)
+        q, k, v = (y.view(B, T, n, self.head_dim) for y, n in zip(projected, heads, strict=True))
         if self.q_norm is None:
             q, k = kernels.rope(q, k, *view.tables)
         else:

@@ -181,6 +181,45 @@ def test_an_adapted_head_is_in_the_loss(model):
     assert model.lm_head.lora_A.grad.abs().max() > 0
 
 
+def test_an_adapted_head_under_autocast(model):
+    randomize(lk.attach(model, lk.LoraConfig(r=4, target_modules=["lm_head"])))
+    exact, _ = model.loss(IDS, IDS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _ = model.loss(IDS, IDS)
+    loss.backward()
+    assert abs(loss - exact) < 0.02 * exact  # a few roundings of bf16
+
+
+def test_hooks_of_adapted_layers_are_called(model):
+    """Although attention and MLP would compute several layers at once."""
+    randomize(lk.attach(model, CONFIG))
+    before = model(IDS)
+    block, seen = model.model.layers[0], []
+    for layer in (block.self_attn.q_proj, block.mlp.gate_proj):
+        layer.register_forward_hook(lambda layer, inputs, output: seen.append(layer))
+    # products one by one instead of side by side: fp32 sums in another order
+    assert torch.allclose(model(IDS), before, rtol=1e-4, atol=1e-5)
+    assert seen == [block.self_attn.q_proj, block.mlp.gate_proj]
+
+
+def test_one_layer_may_drop_nothing(model):
+    randomize(lk.attach(model, lk.LoraConfig(r=4, lora_dropout=0.5)))
+    model.train()
+    for block in model.model.layers:
+        block.mlp.gate_proj.eval()
+    loss, _ = model.loss(IDS, IDS)
+    loss.backward()
+    assert model.model.layers[0].mlp.up_proj.lora_A.grad.abs().max() > 0
+
+
+def test_an_activation_in_place_behind_an_adapted_layer():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(6, 5), nn.ReLU(inplace=True), nn.Linear(5, 3))
+    lk.attach(module, lk.LoraConfig(r=2))
+    module(torch.randn(4, 6)).sum().backward()
+    assert module[0].lora_B.grad is not None
+
+
 NAMES = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(12) for p in "qkvo"] + ["lm_head"]
 
 

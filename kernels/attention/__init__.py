@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import dispatch
 from . import reference
 
 
@@ -39,8 +40,10 @@ def attention(
     lengths: of the documents packed along T == S, B == 1, each causal by itself, with `window` the
         positions it may look back, its own included; needs mask None.
     """
+    dtype, wide = q.dtype, dispatch.product_dtype(q)
+    q, k, v = q.to(wide), k.to(wide), v.to(wide)
     if lengths is None:
-        return reference.attention(q, k, v, mask, scale, softcap)
+        return reference.attention(q, k, v, mask, scale, softcap).to(dtype)
     documents = zip(*(x.split(list(lengths), dim=1) for x in (q, k, v)), strict=True)
     return torch.cat(
         [
@@ -48,7 +51,7 @@ def attention(
             for part in documents
         ],
         dim=1,
-    )
+    ).to(dtype)
 
 
 def _window_mask(q: Tensor, window: int | None) -> Tensor | None:

@@ -11,10 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import dispatch
 from ..frozen_linear import Packed, dequantize_rows
 
 CHUNK_LOGITS = 1 << 24  # logits held at a time: 64 MB in fp32
-PANEL = 1 << 22  # values of a packed head that are dense at a time: 16 MB in fp32
+PANEL = 1 << 22  # values of a head that are made dense, or fp32, at a time: 16 MB in fp32
 
 
 class Form(NamedTuple):
@@ -25,19 +26,28 @@ class Form(NamedTuple):
     z_loss: float = 0.0
 
 
-def panels(head: Packed, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """A packed head [V, H], some rows of the vocabulary at a time, dense."""
+def panels(head: Tensor | Packed, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """A head [V, H] that is packed, or of another dtype, some rows of the vocabulary at a time."""
     V, H = head.shape
     step = max(1, PANEL // H)
     for start in range(0, V, step):
-        rows = torch.arange(start, min(start + step, V), device=head.device)
-        yield slice(start, start + step), dequantize_rows(head, rows, dtype)
+        words = slice(start, min(start + step, V))
+        if isinstance(head, Tensor):
+            yield words, head[words].to(dtype)
+        else:
+            rows = torch.arange(words.start, words.stop, device=head.device)
+            yield words, dequantize_rows(head, rows, dtype)
+
+
+def is_ready(head: Tensor | Packed, dtype: torch.dtype) -> bool:
+    """Whether products in `dtype` can take the head as it is."""
+    return isinstance(head, Tensor) and head.dtype == dtype
 
 
 def _grad_hidden(grad: Tensor, head: Tensor | Packed, dtype: torch.dtype) -> Tensor:
     """[n, V] @ [V, H] -> [n, H]"""
-    if isinstance(head, Tensor):
-        return grad.to(head.dtype) @ head
+    if is_ready(head, dtype):
+        return grad.to(dtype) @ head
     total = grad.new_zeros(len(grad), head.shape[1], dtype=torch.float32)
     for words, panel in panels(head, dtype):
         total += grad[:, words].to(dtype) @ panel
@@ -56,6 +66,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     ):
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, lora_A, lora_B)]
         need_hidden, need_weight, need_A, need_B = need = ctx.needs_input_grad[:4]
+        hidden = hidden.to(dispatch.product_dtype(hidden))
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight, grad_A, grad_B = (
             torch.zeros_like(t, dtype=torch.float32) if needed else None
@@ -82,7 +93,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             if adapted and (need_hidden or need_A):
                 dlow = grad.to(h.dtype) @ sB  # [n, V] @ [V, r]
             if adapted and need_hidden:
-                grad_hidden[start : start + step].addmm_(dlow, A)
+                grad_hidden[start : start + step].addmm_(dlow.to(A.dtype), A)
             if need_A:
                 grad_A += (dlow.t() @ h).float()
         ctx.save_for_backward(grad_hidden, grad_weight, grad_A, grad_B)
@@ -92,7 +103,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         scaled = (
-            None if g is None else (g * grad.to(g.dtype)).to(dtype)
+            None if g is None else (g.float() * grad).to(dtype)  # grad is one over the labels: fp32
             for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return *scaled, None, None, None, None

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..frozen_linear import Packed
-from .linear import Form, panels
+from .linear import Form, is_ready, panels
 
 
 def cross_entropy(
@@ -29,7 +29,7 @@ def cross_entropy(
 
 def logits(h: Tensor, head: Tensor | Packed) -> Tensor:
     """h [n, H], head [V, H] -> fp32 [n, V]"""
-    if isinstance(head, Tensor):
+    if is_ready(head, h.dtype):
         return F.linear(h, head).float()
     out = h.new_empty(len(h), head.shape[0], dtype=torch.float32)
     for words, panel in panels(head, h.dtype):

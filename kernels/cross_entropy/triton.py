@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..frozen_linear import Packed
-from .linear import Form, panels
+from .linear import Form, is_ready, panels
 
 BLOCK, THREADS = 4096, 256
 NONE_IGNORED = -(2**62)  # no label
@@ -157,9 +157,9 @@ def gradient(
 def logits(h: Tensor, head: Tensor | Packed) -> Tensor:
     """h [n, H], head [V, H] -> [n, V] in h's dtype, rows apart by a multiple of 16"""
     out = padded_rows(len(h), head.shape[0], h.dtype, h.device)
-    whole = [(slice(None), head)] if isinstance(head, Tensor) else panels(head, h.dtype)
+    whole = [(slice(None), head)] if is_ready(head, h.dtype) else panels(head, h.dtype)
     for words, panel in whole:
-        torch.mm(h, panel.to(h.dtype).t(), out=out[:, words])
+        torch.mm(h, panel.t(), out=out[:, words])
     return out
 
 

@@ -65,13 +65,15 @@ def frozen_linear(x: Tensor, q: Packed, bias: Tensor | None = None) -> Tensor:
 
     Differentiable in x and bias.
     """
-    return _FrozenLinear.apply(x, q, bias)
+    y = _FrozenLinear.apply(x.reshape(-1, x.shape[-1]), q, bias)
+    return y.view(*x.shape[:-1], y.shape[1])
 
 
 def _few_rows(x: Tensor, q: Packed) -> FewRows:
     """What counts as few rows for a product of x with q; none where it must be dequantized."""
     takes = isinstance(q, NF4Tensor) and len(q.shape) == 2 and q.shape[1] % q.block_size == 0
-    if not takes or not dispatch.triton_runs(x):
+    autocast = torch.is_autocast_enabled(x.device.type)  # which follows torch's products
+    if not takes or autocast or not dispatch.triton_runs(x):
         return FewRows(0, 0)
     if dispatch.compiles_to() == "amdgcn":
         return FEW_ROWS_AMD
@@ -84,29 +86,32 @@ class _FrozenLinear(torch.autograd.Function):
     def forward(ctx, x, q, bias):
         ctx.q = q
         ctx.bias_dtype = None if bias is None else bias.dtype
-        flat, few = x.reshape(-1, x.shape[-1]), _few_rows(x, q)
-        if len(flat) > max(few):
-            return F.linear(x, dequantize(q, x.dtype), bias)
+        few = _few_rows(x, q)
+        if not 0 < len(x) <= max(few):
+            wide = dispatch.product_dtype(x)
+            bias = None if bias is None else bias.to(wide)
+            y = F.linear(x.to(wide), dequantize(q, wide), bias)
+            return y if wide == x.dtype else y.to(x.dtype)  # autocast may have chosen another
         from . import triton
 
-        multiply = triton.vector if len(flat) <= few.one_by_one else triton.forward
+        multiply = triton.vector if len(x) <= few.one_by_one else triton.forward
         with dispatch.on_device(x):
-            return multiply(flat, q, bias).view(*x.shape[:-1], q.shape[0])
+            return multiply(x, q, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        # [..., N] @ [N, K] -> [..., K]
+        # [M, N] @ [N, K] -> [M, K]
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            flat = grad.reshape(-1, grad.shape[-1])
-            if len(flat) > _few_rows(grad, ctx.q).by_tiles:
-                grad_x = grad @ dequantize(ctx.q, grad.dtype)
+            if not 0 < len(grad) <= _few_rows(grad, ctx.q).by_tiles:
+                wide = dispatch.product_dtype(grad)
+                grad_x = (grad.to(wide) @ dequantize(ctx.q, wide)).to(grad.dtype)
             else:
                 from . import triton
 
                 with dispatch.on_device(grad):
-                    grad_x = triton.backward(flat, ctx.q).view(*grad.shape[:-1], ctx.q.shape[1])
+                    grad_x = triton.backward(grad, ctx.q)
         if ctx.needs_input_grad[2]:
-            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+            grad_bias = grad.sum(0).to(ctx.bias_dtype)
         return grad_x, None, grad_bias

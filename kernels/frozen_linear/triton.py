@@ -159,12 +159,12 @@ def _product(
     programs = tiles * triton.cdiv(M, block_m)
     last = triton.cdiv(depth, step)
     split = max(1, min(triton.cdiv(PROGRAMS, programs), last // 8))
-    dtype = x.dtype if split == 1 else torch.float32
-    y = torch.empty((split, M, width), dtype=dtype, device=x.device)
+    shape, dtype = ((M, width), x.dtype) if split == 1 else ((split, M, width), torch.float32)
+    y = torch.empty(shape, dtype=dtype, device=x.device)
     if y.numel():
         kernel[(tiles, split, triton.cdiv(M, block_m))](
             *packed_arguments(q), x.contiguous(), bias, y, M, *q.shape, triton.cdiv(last, split),
             last, HALF=q.block_size // 2, BM=block_m, BN=TILE, BK=min(q.block_size, 128),
             num_warps=4, **packed_options(q),
         )  # fmt: skip
-    return y[0] if split == 1 else y.sum(0).to(x.dtype)
+    return y if split == 1 else y.sum(0).to(x.dtype)

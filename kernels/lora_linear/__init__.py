@@ -34,7 +34,7 @@ for hidden size H and intermediate size I that is 2 H bytes a token in bf16 inst
 2 (2 H + 6 I) and more that autograd keeps, for a third more products in the MLP.
 
 The base is any callable with `dequantize()` and `bias`: the op need not know how the weight is
-stored. None of the caller's tensors is written to.
+stored. What it returns is written to; none of the caller's tensors is.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,7 +49,7 @@ from . import reference
 
 
 class Base(Protocol):
-    """A frozen linear map: base(x) = x W^T + bias, and its W."""
+    """A frozen linear map: base(x) = x W^T + bias, in memory of its own, and its W."""
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
@@ -83,7 +83,9 @@ def lora_qkv(x: Tensor, layers: Sequence[LoraWeights]) -> tuple[Tensor, ...]:
 
     Raises ValueError where their dropout differs.
     """
-    return reference.LoraLinears.apply(x, *_static(layers), *_tensors(layers))
+    flat = x.reshape(-1, x.shape[-1])
+    ys = reference.LoraLinears.apply(flat, *_static(layers), *_tensors(layers))
+    return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
 
 
 def lora_mlp(
@@ -98,7 +100,9 @@ def lora_mlp(
         raise ValueError(f"hidden_act is {hidden_act!r}: choose one of {', '.join(ACTIVATIONS)}")
     layers = [gate, up, down]
     inner, outer = _static(layers[:2]), _static(layers[2:])
-    return reference.LoraMLP.apply(x, hidden_act, *inner, *outer, *_tensors(layers))
+    flat = x.reshape(-1, x.shape[-1])
+    y = reference.LoraMLP.apply(flat, hidden_act, *inner, *outer, *_tensors(layers))
+    return y.view(*x.shape[:-1], y.shape[1])
 
 
 def _static(layers: Sequence[LoraWeights]) -> tuple[list, reference.Dropout]:

@@ -3,7 +3,8 @@
 M rows, K inputs and N outputs of a layer, r its rank, R the sum of the ranks that are stacked.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import swiglu
+from .. import dispatch, swiglu
 
 TENSORS = 4  # of a layer: A, B, the base's bias, DoRA's magnitude
 
@@ -28,7 +29,9 @@ class Dropout(NamedTuple):
         if self.rate == 1:
             return torch.zeros_like(x)
         generator = torch.Generator(x.device).manual_seed(self.seed)
-        mask = torch.empty_like(x).bernoulli_(1 - self.rate, generator=generator)
+        # row-major whatever the strides of x are: backward draws it again for another tensor
+        mask = torch.empty_like(x, memory_format=torch.contiguous_format)
+        mask.bernoulli_(1 - self.rate, generator=generator)
         return mask.mul_(x).mul_(1 / (1 - self.rate))
 
 
@@ -62,7 +65,8 @@ class Layer:
 
     def product(self, x: Tensor, low: Tensor) -> Tensor:
         """x W^T + s low B^T: [M, N]"""
-        return F.linear(x, self.weight).addmm_(low, self.sB.t())
+        y = F.linear(x, self.weight)
+        return y.addmm_(low.to(y.dtype), self.sB.to(y.dtype).t())
 
     def forward(self, x: Tensor, low: Tensor) -> Tensor:
         """y [M, N] of x [M, K] and low = d(x) A^T [M, r]."""
@@ -96,14 +100,14 @@ class Group:
         """d(x) A^T of each layer, [M, r]."""
         return F.linear(self.drop(x), self.A).split(self.ranks, dim=1)
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """y [M, N] of each layer for x [M, K]."""
+    def forward(self, x: Tensor, by_base: bool) -> list[Tensor]:
+        """y [M, N] of each layer for x [M, K]: by calling the bases, or from the dense weights,
+        which backward needs anyway.
+        """
         lows = zip(self.layers, self.low(x), strict=True)
-        return [layer.forward_by_base(x, low) for layer, low in lows]
-
-    def forward_again(self, x: Tensor) -> list[Tensor]:
-        """The same from the dense weights, which backward needs anyway."""
-        return [y.forward(x, low) for y, low in zip(self.layers, self.low(x), strict=True)]
+        if by_base:
+            return [layer.forward_by_base(x, low) for layer, low in lows]
+        return [layer.forward(x, low) for layer, low in lows]
 
     def take(self, grads: Sequence[Tensor]) -> None:
         """The gradients dy [M, N] of each layer, from which the others follow."""
@@ -152,62 +156,74 @@ class Group:
         return found
 
 
+def exactly(backward: Callable) -> Callable:
+    """A backward that is not differentiated again, and that no autocast around it changes."""
+
+    @torch.autograd.function.once_differentiable
+    @functools.wraps(backward)
+    def run(ctx, *grads):
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return backward(ctx, *grads)
+
+    return run
+
+
 class LoraLinears(torch.autograd.Function):
-    """x [..., K] -> y [..., N] of each layer."""
+    """x [M, K] -> y [M, N] of each layer."""
 
     @staticmethod
     def forward(ctx, x, static, drop, *tensors):
         ctx.save_for_backward(x, *tensors)
         ctx.static, ctx.drop = static, drop
-        flat = x.reshape(-1, x.shape[-1])
-        ys = Group(static, drop, tensors, x.dtype).forward(flat)
-        return tuple(y.view(*x.shape[:-1], -1) for y in ys)
+        wide = dispatch.product_dtype(x)
+        ys = Group(static, drop, tensors, wide).forward(x.to(wide), by_base=wide == x.dtype)
+        return tuple(ys if wide == x.dtype else (y.to(x.dtype) for y in ys))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @exactly
     def backward(ctx, *grads):
         x, *tensors = ctx.saved_tensors
-        dtype = grads[0].dtype
-        flat = x.reshape(-1, x.shape[-1]).to(dtype)
-        group = Group(ctx.static, ctx.drop, tensors, dtype)
-        group.take([dy.reshape(len(flat), -1) for dy in grads])
-        dx = group.grad_x().view(x.shape).to(x.dtype) if ctx.needs_input_grad[0] else None
-        return dx, None, None, *group.grad_tensors(flat, ctx.needs_input_grad[3:])
+        wide = dispatch.product_dtype(grads[0])
+        group = Group(ctx.static, ctx.drop, tensors, wide)
+        group.take([dy.to(wide) for dy in grads])
+        dx = group.grad_x().to(x.dtype) if ctx.needs_input_grad[0] else None
+        return dx, None, None, *group.grad_tensors(x.to(wide), ctx.needs_input_grad[3:])
 
 
 class LoraMLP(torch.autograd.Function):
-    """x [..., K] -> [..., K], through gate, up and down."""
+    """x [M, K] -> [M, K], through gate, up and down."""
 
     @staticmethod
     def forward(ctx, x, hidden_act, inner, inner_drop, outer, outer_drop, *tensors):
         ctx.save_for_backward(x, *tensors)
         ctx.hidden_act = hidden_act
         ctx.groups = (inner, inner_drop), (outer, outer_drop)
-        first, second = LoraMLP._groups(ctx, tensors, x.dtype)
-        gate, up = first.forward(x.reshape(-1, x.shape[-1]))
-        hidden = swiglu.gated(gate, up, hidden_act)
-        return second.forward(hidden)[0].view(*x.shape[:-1], -1)
+        wide = dispatch.product_dtype(x)
+        by_base = wide == x.dtype
+        first, second = LoraMLP._groups(ctx, tensors, wide)
+        gate, up = first.forward(x.to(wide), by_base)
+        (y,) = second.forward(swiglu.gated(gate, up, hidden_act), by_base)
+        return y if by_base else y.to(x.dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @exactly
     def backward(ctx, grad):
         x, *tensors = ctx.saved_tensors
-        flat = x.reshape(-1, x.shape[-1]).to(grad.dtype)
-        first, second = LoraMLP._groups(ctx, tensors, grad.dtype)
-        gate, up = first.forward_again(flat)
-        second.take([grad.reshape(len(flat), -1)])
+        wide = dispatch.product_dtype(grad)
+        flat = x.to(wide)
+        first, second = LoraMLP._groups(ctx, tensors, wide)
+        gate, up = first.forward(flat, by_base=False)
+        second.take([grad.to(wide)])
         hidden = second.grad_x()
         second.forget_weights()
         # over its gradient the hidden state, over gate and up theirs
         swiglu.gated_backward_(hidden, gate, up, ctx.hidden_act)
         first.take([gate, up])
-        dx = first.grad_x().view(x.shape).to(x.dtype) if ctx.needs_input_grad[0] else None
-        need = ctx.needs_input_grad[6:]
-        split = 2 * TENSORS
+        dx = first.grad_x().to(x.dtype) if ctx.needs_input_grad[0] else None
+        need, split = ctx.needs_input_grad[6:], 2 * TENSORS
         of_inner = first.grad_tensors(flat, need[:split])
-        return (
-            dx, *(None,) * 5, *of_inner, *second.grad_tensors(hidden, need[split:])
-        )  # fmt: skip
+        of_outer = second.grad_tensors(hidden, need[split:])
+        return dx, *(None,) * 5, *of_inner, *of_outer
 
     @staticmethod
     def _groups(ctx, tensors, dtype: torch.dtype) -> tuple[Group, Group]:

@@ -99,20 +99,20 @@ def _rows(x: Tensor) -> Tensor:
 
 def _normalize(ctx, x, residual, weight, eps, offset, casting_mode) -> tuple[Tensor, Tensor]:
     """Of x, or of the sum x + residual: the normalized rows and the sum (or x), [rows, H]."""
-    flat, added = _rows(x), residual is not None
-    other = _rows(residual) if added else flat
-    rows, width = flat.shape
+    added = residual is not None
+    other = residual if added else x
+    rows, width = x.shape
     weight = weight.contiguous()
     y = torch.empty((rows, width), dtype=x.dtype, device=x.device)
-    total = torch.empty_like(y) if added else flat
+    total = torch.empty_like(y) if added else x
     rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows:
         _forward[(rows,)](
-            flat, other, total, weight, y, rstd, flat.stride(0), other.stride(0), width, eps,
+            x, other, total, weight, y, rstd, x.stride(0), other.stride(0), width, eps,
             offset, casting_mode == "llama", added, **_launch_shape(width),
         )  # fmt: skip
     ctx.save_for_backward(total, weight, rstd)
-    ctx.offset, ctx.shape = offset, x.shape
+    ctx.offset = offset
     return y, total
 
 
@@ -121,8 +121,8 @@ def _gradients(ctx, grad, grad_total, need_dw) -> tuple[Tensor, Tensor | None]:
     x, weight, rstd = ctx.saved_tensors
     rows, width = x.shape
     added = grad_total is not None
-    grad = grad.reshape(rows, width).contiguous()
-    of_total = grad_total.reshape(rows, width).contiguous() if added else grad
+    grad = grad.contiguous()
+    of_total = grad_total.contiguous() if added else grad
     dx = torch.empty_like(grad)
     programs = min(PROGRAMS, rows) if need_dw else rows
     dw = torch.empty((programs if need_dw else 0, width), device=x.device, dtype=torch.float32)
@@ -131,16 +131,15 @@ def _gradients(ctx, grad, grad_total, need_dw) -> tuple[Tensor, Tensor | None]:
             grad, of_total, x, weight, rstd, dx, dw, x.stride(0), rows, width, ctx.offset, need_dw,
             added, **_launch_shape(width),
         )  # fmt: skip
-    return dx.view(ctx.shape), dw.sum(0).to(weight.dtype) if need_dw else None
+    return dx, dw.sum(0).to(weight.dtype) if need_dw else None
 
 
 class RMSNorm(torch.autograd.Function):
-    """x [..., H], weight [H] -> [..., H]"""
+    """x [rows, H], weight [H] -> [rows, H]"""
 
     @staticmethod
     def forward(ctx, x, weight, eps, offset, casting_mode):
-        y, _ = _normalize(ctx, x, None, weight, eps, offset, casting_mode)
-        return y.view(x.shape)
+        return _normalize(ctx, x, None, weight, eps, offset, casting_mode)[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -149,12 +148,11 @@ class RMSNorm(torch.autograd.Function):
 
 
 class AddRMSNorm(torch.autograd.Function):
-    """x, residual [..., H], weight [H] -> the sum normalized, and the sum, [..., H]"""
+    """x, residual [rows, H], weight [H] -> the sum normalized, and the sum, [rows, H]"""
 
     @staticmethod
     def forward(ctx, x, residual, weight, eps, offset, casting_mode):
-        y, total = _normalize(ctx, x, residual, weight, eps, offset, casting_mode)
-        return y.view(x.shape), total.view(x.shape)
+        return _normalize(ctx, x, residual, weight, eps, offset, casting_mode)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -164,10 +162,11 @@ class AddRMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, casting_mode: str) -> Tensor:
-    return RMSNorm.apply(x, weight, eps, offset, casting_mode)
+    return RMSNorm.apply(_rows(x), weight, eps, offset, casting_mode).view(x.shape)
 
 
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, casting_mode: str
 ) -> tuple[Tensor, Tensor]:
-    return AddRMSNorm.apply(x, residual, weight, eps, offset, casting_mode)
+    y, total = AddRMSNorm.apply(_rows(x), _rows(residual), weight, eps, offset, casting_mode)
+    return y.view(x.shape), total.view(x.shape)

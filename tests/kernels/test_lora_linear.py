@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorakit import kernels
-from lorakit.kernels import LoraWeights
+from lorakit.kernels import LoraWeights, dispatch
 from lorakit.kernels.swiglu import ACTIVATIONS
 
 
@@ -147,6 +147,18 @@ def test_dropout():
     same(ours, [spelled_out(x, each, mask) for each in layers], [x, *leaves(*layers)])
 
 
+@pytest.mark.parametrize("shape", [(7, 50), (1, 7, 50)])
+def test_dropout_of_an_input_that_is_not_row_major(shape):
+    """The mask of backward is that of forward, element by element, whatever the strides."""
+    x = torch.randn(shape, dtype=torch.float64).transpose(-1, -2).requires_grad_()
+    each = layer(7, 5, dropout=0.4)
+    torch.manual_seed(3)
+    (mask,) = masks(1)
+    torch.manual_seed(3)
+    y = kernels.lora_linear(x, each)
+    same([y], [spelled_out(x, each, mask.view(x.shape))], [x, *leaves(each)])
+
+
 def test_dropout_of_an_mlp():
     x = torch.randn(50, 7, dtype=torch.float64, requires_grad=True)
     gate, up, down = (layer(7, 7, dropout=0.4) for _ in range(3))
@@ -252,6 +264,52 @@ def test_the_callers_tensors_stay_as_they_are():
         assert torch.equal(a, b)
 
 
+def test_no_rows():
+    each, mlp = layer(7, 5), [layer(7, 5), layer(7, 5), layer(5, 7)]
+    for shape in ((0, 7), (2, 0, 7)):
+        x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for call, N in (
+            (lambda x: kernels.lora_linear(x, each), 5),
+            (lambda x: kernels.lora_mlp(x, *mlp, "silu"), 7),
+        ):
+            y = call(x)
+            assert y.shape == (*shape[:-1], N)
+            y.sum().backward()
+            assert x.grad.shape == shape
+    assert (each.lora_A.grad == 0).all()
+
+
+def test_the_output_may_be_changed_in_place():
+    each = layer(7, 5)
+    x = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
+    same([torch.relu_(kernels.lora_linear(x, each))], [spelled_out(x, each).relu()], [x])
+
+
+@pytest.mark.skipif(dispatch._multiplies_bf16(), reason="the processor has 16-bit products")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_are_multiplied_in_fp32_where_that_is_faster(dtype):
+    """The same dtypes, nearer to fp64 than products in 16 bits are; forced plain torch stays so."""
+    torch.manual_seed(0)
+    each = layer(300, 200, 8, dtype)
+    x = torch.randn(40, 300, dtype=dtype, requires_grad=True)
+    grad = torch.randn(40, 200, dtype=dtype)
+
+    def run():
+        y = kernels.lora_linear(x, each)
+        return [y, *torch.autograd.grad(y, (x, each.lora_A), grad)]
+
+    ours = run()
+    with kernels.use_backend("reference"):
+        plain = run()
+    wide = x.detach().double().requires_grad_()
+    y = spelled_out(wide, each)
+    truth = [y, *torch.autograd.grad(y, (wide, each.lora_A), grad.double())]
+    for a, b, exact in zip(ours, plain, truth, strict=True):
+        assert a.dtype == b.dtype
+        error, usual = ((t.double() - exact).norm() for t in (a, b))
+        assert error < 0.9 * usual
+
+
 def test_frozen_input_gets_no_gradient():
     x, each = torch.randn(4, 7, dtype=torch.float64), layer(7, 5)
     kernels.lora_linear(x, each).sum().backward()
@@ -266,8 +324,10 @@ def test_under_autocast():
     each = layer(64, 48, 4, torch.float32)
     layers = layer(64, 48, 4, torch.float32), layer(64, 48, 4, torch.float32)
     layers = *layers, layer(48, 64, 4, torch.float32, scaling=1 / math.sqrt(3))
+    dora = layer(64, 48, 4, torch.float32, dora=True)
     for call, tensors in (
         (lambda: kernels.lora_linear(x, each), leaves(each)),
+        (lambda: kernels.lora_linear(x, dora), leaves(dora)),
         (lambda: kernels.lora_mlp(x, *layers, "silu"), leaves(*layers)),
     ):
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -280,6 +340,15 @@ def test_under_autocast():
         for grad, wide in zip(grads, truth, strict=True):
             assert grad.dtype == torch.float32
             assert (grad - wide).norm() < 0.03 * wide.norm()
+        with torch.autocast("cpu", dtype=torch.bfloat16):  # around backward alone: as without
+            inside = torch.autograd.grad(call_exactly(call), (x, *tensors))
+        for grad, wide in zip(inside, truth, strict=True):
+            assert torch.equal(grad, wide)
+
+
+def call_exactly(call):
+    with torch.autocast("cpu", enabled=False):
+        return call().sum()
 
 
 def test_refusals():

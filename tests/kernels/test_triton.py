@@ -283,6 +283,19 @@ def test_rope(sizes, half, still, one_table, inplace, dtype, seed):
     within_budget(turn, exactly, (fused,), terms=8)
 
 
+def test_rope_in_place_of_shared_memory():
+    """Heads that are one in memory are turned once each."""
+    cos, sin = tables(1, 3, 4, 1)
+    one = random(0, 2, 3, 1, 8)
+    for q, k in ((one, one), (one.expand(2, 3, 5, 8), random(2, 1, 3, 2, 8).expand(2, 3, 2, 8))):
+        with kernels.use_backend("reference"):
+            expected = kernels.rope(q, k, cos, sin)
+        with on_triton():
+            ours = kernels.rope(q, k, cos, sin, inplace=True)
+        for a, b in zip(ours, expected, strict=True):
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)  # one fp32 rounding, contracted
+
+
 def test_rope_in_place_tells_autograd():
     q = random(0, 1, 2, 3, 8).requires_grad_()
     cos, sin = tables(1, 2, 4, 1)
@@ -600,6 +613,21 @@ def test_long_sums_are_cut_into_parts():
     )
     for a, b in zip(ours, reference, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-3)  # fp32 sums of 4096 in another order
+
+
+@pytest.mark.parametrize("backend", ["triton", None])
+def test_products_of_no_rows(backend):
+    q = kernels.quantize_nf4(random(0, 8, 128))
+    for x in (random(1, 0, 128), random(1, 2, 0, 128)):
+        y, grad = run(lambda x: kernels.frozen_linear(x, q), (x,), backend)
+        assert (y.shape, grad.shape) == ((*x.shape[:-1], 8), x.shape)
+
+
+def test_autocast_is_followed_whatever_the_rows():
+    q = kernels.quantize_nf4(random(0, 8, 128))
+    with on_triton(), torch.autocast(DEVICE, dtype=torch.bfloat16):
+        dtypes = {kernels.frozen_linear(random(1, M, 128), q).dtype for M in (1, 5, 40)}
+    assert dtypes == {torch.bfloat16}
 
 
 def test_which_products_take_the_packed_weight():
