@@ -95,8 +95,8 @@ def product_dtype(x: torch.Tensor) -> torch.dtype:
     times (dy W) slower than fp32's.
     """
     half = x.dtype in (torch.bfloat16, torch.float16)
-    slow = half and x.device.type == "cpu" and _forced != "reference" and not _multiplies_bf16()
-    return torch.float32 if slow else x.dtype
+    on_cpu = x.device.type == "cpu" and _forced in (None, "cpu")
+    return torch.float32 if half and on_cpu and not _multiplies_bf16() else x.dtype
 
 
 @functools.cache
