@@ -7,6 +7,7 @@ nothing to save, nothing to resume.
 
 import math
 from collections.abc import Callable, Iterable
+from inspect import unwrap
 from typing import Any
 
 import torch
@@ -17,6 +18,16 @@ from .kernels import Moment8bit, adamw_step, adamw_step_8bit
 
 # Values of a parameter with 8-bit state (bitsandbytes' rule); fewer are not worth the noise.
 MIN_8BIT_SIZE = 4096
+
+
+class _Plain:
+    """Methods of torch's Optimizer as they were written: decorated as they are there, each imports
+    torch's compiler when it is first called, which takes seconds and 150 MB.
+    """
+
+    add_param_group = unwrap(torch.optim.Optimizer.add_param_group)
+    load_state_dict = unwrap(torch.optim.Optimizer.load_state_dict)
+    zero_grad = unwrap(torch.optim.Optimizer.zero_grad)
 
 
 class AdamW(torch.optim.Optimizer):
@@ -50,7 +61,7 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(params, defaults | {"state_bits": state_bits})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
+        _Plain.add_param_group(self, param_group)
         bits = self.param_groups[-1]["state_bits"]
         if bits not in (32, 8):
             raise LorakitError(f"AdamW: state_bits is {bits!r}; it must be 32 or 8")
@@ -59,12 +70,15 @@ class AdamW(torch.optim.Optimizer):
         """As torch's, which would cast every tensor of the state to the dtype of its parameter:
         here each keeps its own.
         """
-        super().load_state_dict(state_dict)
+        _Plain.load_state_dict(self, state_dict)
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(saved, params, strict=True):
             for name, value in state_dict["state"].get(i, {}).items():
                 self.state[p][name] = value.to(p.device)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        _Plain.zero_grad(self, set_to_none)
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> Tensor | None:
