@@ -532,13 +532,14 @@ def test_rows_are_the_rows(count, columns, seed, block_size, double_quant, kind)
 def test_frozen_linear_is_the_dense_product(dtype):
     torch.manual_seed(0)
     q = kernels.quantize_nf4(torch.randn(24, 40).to(dtype))
-    weight = kernels.dequantize_nf4(q, dtype)
     bias = torch.randn(24, dtype=dtype, requires_grad=True)
     x = torch.randn(2, 5, 40, dtype=dtype, requires_grad=True)
     grad = torch.randn(2, 5, 24, dtype=dtype)
 
     y = kernels.frozen_linear(x, q, bias)
-    truth = torch.nn.functional.linear(x, weight, bias)
+    wide = dispatch.product_dtype(x)  # fp32 where the processor has no products of 16 bits
+    weight = kernels.dequantize_nf4(q, wide)
+    truth = torch.nn.functional.linear(x.to(wide), weight, bias.to(wide)).to(dtype)
     assert torch.equal(y, truth)  # the same product of the same numbers
     ours = torch.autograd.grad(y, (x, bias), grad)
     theirs = torch.autograd.grad(truth, (x, bias), grad)
