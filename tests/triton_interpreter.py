@@ -14,11 +14,12 @@ import importlib
 import os
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter, jit
 
@@ -170,3 +171,14 @@ def interpreted() -> Iterator[None]:
             yield
         finally:
             scope.restore()
+
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def on_triton() -> Iterator[None]:
+    """Ops run their Triton kernels: in the interpreter, or on the GPU if there is one."""
+    run = interpreted() if DEVICE.type == "cpu" else nullcontext()
+    with run, kernels.use_backend("triton"):
+        yield

@@ -24,7 +24,8 @@ a gradient is computed even if backward never runs, unless gradients are disable
 A head with a low-rank update, W + s B A, gets it chunk by chunk (`lora_linear` has the formulas).
 
 A packed head (NF4 or int8) is dequantized some thousand rows of the vocabulary at a time, and the
-dense head never exists: twice for every chunk, for the logits and for the gradient.
+dense head never exists: twice for every chunk, for the logits and for the gradient. The same way
+a head in 16 bits becomes fp32 where the processor has no products of 16 bits.
 """
 
 import torch

@@ -2,11 +2,12 @@
 
     y = x W'^T + b          dx = dy W'          db = sum of dy
 
-W' is the dequantized weight in the dtype of x. Forward makes it, multiplies and forgets it;
-backward makes it again. Between the two only the packed weight is kept, at the price of one more
-dequantization, which is small beside the product itself from a few dozen rows on. For fewer rows a
-GPU multiplies by an NF4 weight as it is packed (`FEW_ROWS`). The dense weight needs no workspace of
-its own there: torch's allocator hands the next layer the same memory.
+W' is the dequantized weight in the dtype of x, or in fp32 where the processor has no products of 16
+bits (`dispatch.product_dtype`); y and dx are rounded to their dtypes once. Forward makes it,
+multiplies and forgets it; backward makes it again. Between the two only the packed weight is kept,
+at the price of one more dequantization, which is small beside the product itself from a few dozen
+rows on. For fewer rows a GPU multiplies by an NF4 weight as it is packed (`FEW_ROWS`). The dense
+weight needs no workspace of its own there: torch's allocator hands the next layer the same memory.
 
 `dequantize` and `dequantize_rows` take either kind; the latter is the look-up of an embedding.
 """

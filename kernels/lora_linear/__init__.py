@@ -30,8 +30,8 @@ What is kept
 ------------
 x, the small matrices, and the seed of the masks. W is asked of the base when it is needed (a 4-bit
 base dequantizes it again). x A^T, and the gate, up and hidden state of an MLP, are computed again:
-for hidden size H and intermediate size I that is 2 H bytes a token in bf16 instead of the
-2 (2 H + 6 I) and more that autograd keeps, for a third more products in the MLP.
+for hidden size H and intermediate size I that is 2 H bytes a token in bf16 instead of the 2 H + 8 I
+and more that autograd keeps (x, gate, a(gate), up, y), for a third more products in the MLP.
 
 The base is any callable with `dequantize()` and `bias`: the op need not know how the weight is
 stored. What it returns is written to; none of the caller's tensors is.

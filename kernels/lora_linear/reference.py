@@ -140,7 +140,9 @@ class Group:
         if any(need[0::TENSORS]):
             # === dA = s (dy B)^T d(x), stacked: [R, M] @ [M, K] ===
             stacked = (self.dlow.t() @ self.drop(x)).split(self.ranks)
-        lows = self.low(x) if any(need[1::TENSORS] + need[3::TENSORS]) else self.ranks
+        lows = [None] * len(self.layers)
+        if any(need[1::TENSORS] + need[3::TENSORS]):
+            lows = self.low(x)
         for i, (layer, low) in enumerate(zip(self.layers, lows, strict=True)):
             at = TENSORS * i
             if need[at]:

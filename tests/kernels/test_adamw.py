@@ -2,7 +2,6 @@
 interpreter or compiled where there is a GPU, against the reference.
 """
 
-import contextlib
 import math
 
 import pytest
@@ -19,20 +18,11 @@ from lorakit.kernels import Moment8bit
 from lorakit.kernels.adamw import reference
 from lorakit.kernels.adamw.state import BLOCK, signed_map, unsigned_map
 from lorakit.kernels.adamw.triton import _code, fits_8bit
-from tests.triton_interpreter import interpreted
+from tests.triton_interpreter import DEVICE, on_triton
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 MAPS = {"signed": signed_map(DEVICE), "unsigned": unsigned_map(DEVICE)}
 seeds = st.integers(0, 2**31)
-
-
-@contextlib.contextmanager
-def on_triton():
-    """Ops run their Triton kernels: in the interpreter, or on the GPU if there is one."""
-    run = interpreted() if DEVICE.type == "cpu" else contextlib.nullcontext()
-    with run, kernels.use_backend("triton"):
-        yield
 
 
 def random(seed, *shape):

@@ -29,26 +29,17 @@ from lorakit.kernels import dispatch
 from lorakit.kernels.nf4.tensor import BLOCK_SIZES, LEVELS
 from lorakit.kernels.swiglu import ACTIVATIONS
 from tests.conftest import tiny
-from tests.triton_interpreter import interpreted, narrow, widen
+from tests.triton_interpreter import DEVICE, interpreted, narrow, on_triton, widen
 
 adamw = importlib.import_module("lorakit.kernels.adamw.triton")
 frozen_linear = importlib.import_module("lorakit.kernels.frozen_linear")  # the function hides it
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 dtypes = st.sampled_from(DTYPES)
 seeds = st.integers(0, 2**31)
 
 
 ZONE = 256  # bytes on either side; keeps the alignment of what lies between
-
-
-@contextlib.contextmanager
-def on_triton():
-    """Ops run their Triton kernels: in the interpreter, or on the GPU if there is one."""
-    run = interpreted() if DEVICE == "cpu" else contextlib.nullcontext()
-    with run, kernels.use_backend("triton"):
-        yield
 
 
 def random(seed, *shape, scale=1.0):
@@ -625,7 +616,7 @@ def test_products_of_no_rows(backend):
 
 def test_autocast_is_followed_whatever_the_rows():
     q = kernels.quantize_nf4(random(0, 8, 128))
-    with on_triton(), torch.autocast(DEVICE, dtype=torch.bfloat16):
+    with on_triton(), torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         dtypes = {kernels.frozen_linear(random(1, M, 128), q).dtype for M in (1, 5, 40)}
     assert dtypes == {torch.bfloat16}
 
