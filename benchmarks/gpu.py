@@ -18,7 +18,7 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
@@ -61,7 +61,7 @@ LARGE = Sizes(
     vocabularies=(128256, 151936), matrices=((4096, 4096), (14336, 4096)),
     rows=(1, 2, 4, 8, 16, 32, 64, 128, 512), trained=adapter_sizes(4096, 14336, 8 * 128, 32),
 )  # fmt: skip
-LAYERS, TOKENS = 4, 2048  # of the step
+LAYERS, TOKENS = 4, (2048, 8192)  # of the step; with fewer tokens launching takes the time
 
 
 # ---- the step -----------------------------------------------------------------------------------
@@ -69,6 +69,7 @@ LAYERS, TOKENS = 4, 2048  # of the step
 
 @dataclass(frozen=True)
 class StepRow:
+    tokens: int
     provider: str
     ms: float = math.nan
     p20: float = math.nan
@@ -145,35 +146,36 @@ def peers_step(s: Setting, layers: int, ids: Tensor) -> Callable[[], None]:
 
 
 def step_rows(
-    s: Setting, layers: int, tokens: int, chosen: Collection[str], clock: Clock
+    s: Setting, layers: int, counts: Sequence[int], chosen: Collection[str], clock: Clock
 ) -> Iterator[StepRow]:
-    ids = torch.randint(s.sizes.vocabularies[0], (1, tokens), device=s.device)
-    makers = {f"lorakit {name}": partial(our_step, s, layers, ids, name) for name in OURS}
-    makers["PEFT, bitsandbytes"] = partial(peers_step, s, layers, ids)
-    for name, make in makers.items():
-        if name in chosen:
-            yield step_row(name, make, tokens, clock)
-            gc.collect()
-            if s.device.type == "cuda":
-                torch.cuda.empty_cache()
+    for tokens in counts:
+        ids = torch.randint(s.sizes.vocabularies[0], (1, tokens), device=s.device)
+        makers = {f"lorakit {name}": partial(our_step, s, layers, ids, name) for name in OURS}
+        makers["PEFT, bitsandbytes"] = partial(peers_step, s, layers, ids)
+        for name, make in makers.items():
+            if name in chosen:
+                yield step_row(tokens, name, make, clock)
+                gc.collect()
+                if s.device.type == "cuda":
+                    torch.cuda.empty_cache()
 
 
 def step_row(
-    name: str, make: Callable[[], Callable[[], None]], tokens: int, clock: Clock
+    tokens: int, name: str, make: Callable[[], Callable[[], None]], clock: Clock
 ) -> StepRow:
     before = clock.allocated_mb()
     step, error = attempt(make)
     if error:
-        return StepRow(name, error=error)
+        return StepRow(tokens, name, error=error)
     found = measure({name: lambda: step}, clock)[name]
     if found.error:
-        return StepRow(name, error=found.error)
+        return StepRow(tokens, name, error=found.error)
     held = clock.allocated_mb() - before
     beyond, error = attempt(lambda: clock.peak_mb(step))
     if error:
-        return StepRow(name, error=error)
+        return StepRow(tokens, name, error=error)
     ms, span = found.median, (found.quantile(0.2), found.quantile(0.8))
-    return StepRow(name, ms, *span, 1e3 * tokens / ms, held, held + beyond)
+    return StepRow(tokens, name, ms, *span, 1e3 * tokens / ms, held, held + beyond)
 
 
 # ---- the report ---------------------------------------------------------------------------------
@@ -212,9 +214,9 @@ def number(value: float, digits: int) -> str:
 
 
 def step_table(rows: list[StepRow]) -> str:
-    titles = ["provider", "ms", "p20", "p80", "tokens/s", "model MB", "peak MB"]
+    titles = ["provider", "tokens", "ms", "p20", "p80", "tokens/s", "model MB", "peak MB"]
     return table(titles, [
-        [row.provider, *(number(v, 1) for v in (row.ms, row.p20, row.p80)),
+        [row.provider, str(row.tokens), *(number(v, 1) for v in (row.ms, row.p20, row.p80)),
          *(number(v, 0) for v in (row.tokens_per_s, row.model_mb, row.peak_mb))]
         for row in rows if not row.error
     ])  # fmt: skip
@@ -269,7 +271,9 @@ def product_tables(rows: list[Row]) -> str:
 
 def markdown(heading: str, steps: list[StepRow], rows: list[Row], step_shape: str) -> str:
     others = [row for row in rows if row.op != "frozen_linear"]
-    failed = [f"- QLoRA step, {row.provider}: {row.error}\n" for row in steps if row.error]
+    failed = [
+        f"- QLoRA step, {r.tokens} tokens, {r.provider}: {r.error}\n" for r in steps if r.error
+    ]
     failed += [f"- {r.op} {r.shape}, {r.provider}: {r.error}\n" for r in rows if r.error]
     return "\n".join([
         "# On a GPU\n",
@@ -310,8 +314,8 @@ def save_plot(rows: list[Row], path: Path) -> None:
 
 
 def run(
-    s: Setting, layers: int, tokens: int, chosen: Collection[str], clock: Clock, only: str,
-    report: Path, picture: Path,
+    s: Setting, layers: int, counts: Sequence[int], chosen: Collection[str], clock: Clock,
+    only: str, report: Path, picture: Path,
 ) -> int:  # fmt: skip
     """Measures, prints and writes everything; the exit code."""
     bandwidth = clock.copy_bandwidth()
@@ -322,13 +326,13 @@ def run(
     for row in all_rows(s, chosen, clock, bandwidth, only):
         rows.append(row)
         print(line(row), flush=True)
-    shape = f"{layers} layers of {s.sizes.hidden} and {s.sizes.inner}, {tokens} tokens, r = {RANK}"
+    shape = f"{layers} layers of {s.sizes.hidden} and {s.sizes.inner}, r = {RANK}"
     if only in "qlora step":
         print(f"QLoRA step: {shape}")
-        for row in step_rows(s, layers, tokens, chosen, clock):
+        for row in step_rows(s, layers, counts, chosen, clock):
             steps.append(row)
             told = row.error or f"{row.tokens_per_s:.0f} tokens/s, peak {row.peak_mb:.0f} MB"
-            print(f"{row.provider:18} {told}", flush=True)
+            print(f"{row.tokens:5} {row.provider:18} {told}", flush=True)
     report.write_text(markdown(top, steps, rows, shape), encoding="utf-8")
     save_plot(rows, picture)
     print(f"written: {report}, {picture}")

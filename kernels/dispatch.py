@@ -86,7 +86,9 @@ def triton_runs(x: torch.Tensor) -> bool:
 
 def on_device(x: torch.Tensor) -> AbstractContextManager:
     """Inside the block Triton launches on the device of `x`, whichever is current."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
 
 
 def product_dtype(x: torch.Tensor) -> torch.dtype:
@@ -119,6 +121,7 @@ def lanes() -> int:
     return 64 if compiles_to() == "amdgcn" else 32
 
 
+@functools.cache
 def capability(device: torch.device) -> tuple[int, int]:
     """Of NVIDIA's GPU `device`; in the interpreter that of an H100."""
     return (9, 0) if device.type == "cpu" else torch.cuda.get_device_capability(device)

@@ -80,6 +80,7 @@ class View(NamedTuple):
     mask: Tensor | None  # as kernels.attention takes it
     window: int | None
     lengths: list[int] | None  # of packed documents
+    again: bool  # whether the blocks run a second time, right before their backward
 
 
 def _mask(positions: Tensor, seen: Tensor, window: int | None, real: Tensor | None):
@@ -207,10 +208,11 @@ class MLP(nn.Module):
         self.add_module(up, nn.Linear(hidden, inner, bias=bias))
         self.add_module(down, nn.Linear(inner, hidden, bias=bias))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, keep: bool = False) -> Tensor:
+        """keep: gate(x) and up(x) for backward, which otherwise computes them again."""
         gate, up, down = layers = [self.get_submodule(name) for name in self.names]
         if (adapted := _adapted(*layers)) is not None:
-            return kernels.lora_mlp(x, *adapted, self.hidden_act)
+            return kernels.lora_mlp(x, *adapted, self.hidden_act, keep=keep)
         return down(kernels.gated(gate(x), up(x), self.hidden_act))
 
 
@@ -235,7 +237,7 @@ class MoE(nn.Module):
             for _ in range(config.num_experts)
         )
 
-    def forward(self, x: Tensor, packed: bool) -> Tensor:
+    def forward(self, x: Tensor, packed: bool, keep: bool) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         weights, chosen = self.gate(flat).softmax(-1, dtype=torch.float32).topk(self.chosen)
         if self.normalize:
@@ -248,7 +250,7 @@ class MoE(nn.Module):
         for expert, mine, weight in zip(self.experts, rows, weights, strict=True):
             if len(mine):
                 filling = -len(mine) % self.ROWS if packed else 0
-                found = expert(F.pad(flat[mine], (0, 0, 0, filling)))[: len(mine)]
+                found = expert(F.pad(flat[mine], (0, 0, 0, filling)), keep)[: len(mine)]
                 out.index_add_(0, mine, (found * weight[:, None]).to(out.dtype))
         return out.view_as(x)
 
@@ -282,8 +284,8 @@ class Block(nn.Module):
 
     def _feed_forward(self, x: Tensor, view: View) -> Tensor:
         if self.moe_name is None:
-            return self.mlp(x)
-        return self.get_submodule(self.moe_name)(x, view.lengths is not None)
+            return self.mlp(x, view.again)
+        return self.get_submodule(self.moe_name)(x, view.lengths is not None, view.again)
 
 
 class Trunk(nn.Module):
@@ -343,10 +345,9 @@ class Decoder(nn.Module):
         """The final, normalized hidden states [B, T, hidden_size] of input_ids int64 [B, T]."""
         views = self.views(input_ids, attention_mask, cu_seqlens, cache)
         x = self.embed(input_ids)
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for i, block in enumerate(self.model.layers):
             view = views[self.config.slides(i)]
-            if recompute:
+            if view.again:
                 x = checkpoint(block, x, view, cache, use_reentrant=False)
             else:
                 x = block(x, view, cache)
@@ -382,14 +383,14 @@ class Decoder(nn.Module):
         local = tables = _tables(config.rope, config.head_dim, position_ids, lengths)
         if config.rope_local is not None:
             local = _tables(config.rope_local, config.head_dim, position_ids, lengths)
-        views = {}
+        views, again = {}, self.gradient_checkpointing and torch.is_grad_enabled()
         for slides in {config.slides(i) for i in range(config.num_hidden_layers)}:
             window = config.sliding_window if slides else None
             mask = None
             if lengths is None:
                 seen = positions if cache is None else cache.positions(T, window)
                 mask = _mask(positions, seen, window, real)
-            views[slides] = View(local if slides else tables, mask, window, lengths)
+            views[slides] = View(local if slides else tables, mask, window, lengths, again)
         return views
 
     def head(self, hidden: Tensor) -> Tensor:

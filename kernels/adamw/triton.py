@@ -27,6 +27,7 @@ The state is bit for bit the reference's, which needs products and sums that are
 one rounding. p has the GPU's faster square root and division, of a few units in the last place.
 """
 
+import functools
 import math
 
 import torch
@@ -207,7 +208,7 @@ def fits_8bit(params: list[Tensor], grads: list[Tensor], *moments: list[Moment8b
     """`fits` of params and grads, and of 8-bit moments that are as long as they have to be."""
     return fits(params, grads) and all(
         moment.codes.numel() == p.numel()
-        and moment.absmax.numel() == triton.cdiv(p.numel(), BLOCK_8BIT)
+        and moment.absmax.numel() == -(-p.numel() // BLOCK_8BIT)
         and _dense(moment.codes, torch.uint8, p.device)
         and _dense(moment.absmax, torch.float32, p.device)
         for of_all in moments
@@ -232,8 +233,7 @@ def adamw_step(
     weight_decay: float,
 ) -> None:
     """As reference.adamw_step, for tensors that `fits` accepts."""
-    groups = zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)
-    table, pieces = _work(params, list(groups), BLOCK)
+    table, pieces = _work(list(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)), BLOCK)
     if len(pieces):
         _update[(len(pieces),)](
             table, pieces, *_numbers(step, lr, betas, eps, weight_decay), BLOCK,
@@ -256,7 +256,7 @@ def adamw_step_8bit(
 ) -> None:
     """As reference.adamw_step_8bit, for tensors that `fits_8bit` accepts."""
     groups = zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)
-    table, pieces = _work(params, [(p, g, *m, *v) for p, g, m, v in groups], ROWS * BLOCK_8BIT)
+    table, pieces = _work([(p, g, *m, *v) for p, g, m, v in groups], ROWS * BLOCK_8BIT)
     device = params[0].device
     if len(pieces):
         _update_8bit[(len(pieces),)](
@@ -269,20 +269,25 @@ def adamw_step_8bit(
     torch.autograd.graph.increment_version(params)
 
 
-def _work(
-    params: list[Tensor], groups: list[tuple[Tensor, ...]], values: int
-) -> tuple[Tensor, Tensor]:
-    """A row of `table` has the addresses of a group of tensors and the length of the parameter; one
-    of `pieces` says which row a program is at, and which piece of so many values.
+def _work(groups: list[tuple[Tensor, ...]], values: int) -> tuple[Tensor, Tensor]:
+    """A row of the table has the addresses of a group of tensors, the parameter first, and the
+    length of that; the other is `_pieces`.
     """
-    rows = [[t.data_ptr() for t in group] for group in groups]
-    rows = [[*row, p.numel()] for row, p in zip(rows, params, strict=True)]
-    table = torch.tensor(rows, dtype=torch.int64, device="cpu")
-    counts = (table[:, -1] + values - 1) // values
-    tensor = torch.arange(len(table), device="cpu").repeat_interleave(counts)
+    device = groups[0][0].device
+    rows = [[*(t.data_ptr() for t in group), group[0].numel()] for group in groups]
+    # from pinned memory, or the host would wait for all that the device has to do before
+    table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+    lengths = tuple(row[-1] for row in rows)
+    return table.to(device, non_blocking=True), _pieces(lengths, values, device)
+
+
+@functools.lru_cache(maxsize=16)  # groups of parameters
+def _pieces(lengths: tuple[int, ...], values: int, device: torch.device) -> Tensor:
+    """Which tensor a program is at, and which piece of so many values: [programs, 2]."""
+    counts = (torch.tensor(lengths, device="cpu") + values - 1) // values
+    tensor = torch.arange(len(lengths), device="cpu").repeat_interleave(counts)
     piece = torch.arange(len(tensor), device="cpu") - (counts.cumsum(0) - counts)[tensor]
-    pieces = torch.stack([tensor, piece], dim=1)
-    return table.to(params[0].device), pieces.to(params[0].device)
+    return torch.stack([tensor, piece], dim=1).to(device)
 
 
 def _numbers(

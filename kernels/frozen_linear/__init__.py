@@ -32,15 +32,15 @@ class FewRows(NamedTuple):
     by_tiles: int
 
 
-# By compute capability; one that is not named has the figures of the next lower one. After the
-# rules that bitsandbytes 0.50 was calibrated to: on an H100 dequantizing wins early, on consumer
-# GPUs late. Not measured by us yet: benchmarks/gpu.py prints what to write here. Below 8.0 Triton
-# has no matrix instructions for the tiles.
+# By compute capability; one that is not named has the figures of the next lower one. That of 9.0 was
+# measured on an H100 (benchmarks/gpu.md), the others are the rules that bitsandbytes 0.50 was
+# calibrated to: benchmarks/gpu.py prints what to write here. Below 8.0 Triton has no matrix
+# instructions for the tiles.
 FEW_ROWS = {
     (7, 5): FewRows(4, 0),
     (8, 0): FewRows(1, 32),
     (8, 6): FewRows(1, 64),
-    (9, 0): FewRows(1, 16),
+    (9, 0): FewRows(1, 64),
     (12, 0): FewRows(1, 64),
 }
 FEW_ROWS_AMD = FewRows(1, 16)

@@ -3,8 +3,8 @@
 With few rows M a product takes as long as reading the weight does. These read it packed, 0.52 bytes
 a value, where dequantizing first reads that, writes 2 bytes and reads them again.
 
-    vector     y = x W^T, one row of x at a time. A program sums ROWS rows of W, one after the
-               other, in pieces of PIECE values; weights, products and sums are fp32.
+    vector     y = x W^T, one row of x at a time. A program sums a row of W in pieces of PIECE
+               values; weights, products and sums are fp32.
     forward    y = x W^T by tl.dot: 16 rows of x and more, a tile of W's rows, a block of its
                columns at a time, so that every row of the tile has one scale.
     backward   dx = dy W by tl.dot: a tile of W's columns, all of its rows.
@@ -22,39 +22,38 @@ from torch import Tensor
 from ..nf4 import NF4Tensor
 from ..nf4.triton import packed_arguments, packed_options, scales_of, values_of
 
-ROWS, PIECE = 4, 1024  # of W, and of its columns, for a program of `vector`
+PIECE, VECTOR_WARPS = 1024, 2  # columns of W at a time, and threads, of a program of `vector`
 TILE = 64  # rows of W in forward; in backward columns, if a block has as many
 PROGRAMS = 256  # to fill a GPU with
+FUSED = {"enable_fp_fusion": True}  # a product and a sum round once: nothing is held to their bits
 
 
 @triton.jit
 def _vector(
     CODES, SCALES, NESTED, OFFSET, MAP, PAIRS, X, BIAS, Y, N, K,
     largest: tl.constexpr, DOUBLE: tl.constexpr, PTX: tl.constexpr,
-    HALF: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    HALF: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    first, m = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1).to(tl.int64)
+    n, m = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     offset = tl.load(OFFSET)
     block = tl.arange(0, BLOCKS)
     byte = block[:, None] * HALF + tl.arange(0, HALF)[None, :]
     column = block[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
-    for i in range(0, tl.minimum(N - first, ROWS)):
-        n = first + i
-        row = n * (K // 2)
-        total = tl.zeros((BLOCKS, 2 * HALF), tl.float32)
-        for start in tl.range(0, K // 2, BLOCKS * HALF, loop_unroll_factor=4):
-            packed = tl.load(CODES + row + start + byte, mask=start + byte < K // 2)
-            of_block = start + block * HALF < K // 2
-            which = (row + start) // HALF + block
-            scale = scales_of(SCALES, NESTED, offset, MAP, which, of_block, largest, DOUBLE)
-            w = values_of(packed, scale, PAIRS, PTX, tl.float32)
-            at = 2 * start + column
-            x = tl.load(X + m * K + at, mask=at < K, other=0.0).to(tl.float32)
-            total += x * w
-        y = tl.sum(total)
-        if BIAS is not None:
-            y += tl.load(BIAS + n).to(tl.float32)
-        tl.store(Y + m * N + n, y.to(Y.dtype.element_ty))
+    row = n * (K // 2)
+    total = tl.zeros((BLOCKS, 2 * HALF), tl.float32)
+    for start in tl.range(0, K // 2, BLOCKS * HALF, loop_unroll_factor=4):
+        packed = tl.load(CODES + row + start + byte, mask=start + byte < K // 2)
+        of_block = start + block * HALF < K // 2
+        which = (row + start) // HALF + block
+        scale = scales_of(SCALES, NESTED, offset, MAP, which, of_block, largest, DOUBLE)
+        w = values_of(packed, scale, PAIRS, PTX, tl.float32)
+        at = 2 * start + column
+        x = tl.load(X + m * K + at, mask=at < K, other=0.0).to(tl.float32)
+        total += x * w
+    y = tl.sum(total)
+    if BIAS is not None:
+        y += tl.load(BIAS + n).to(tl.float32)
+    tl.store(Y + m * N + n, y.to(Y.dtype.element_ty))
 
 
 @triton.jit
@@ -130,9 +129,9 @@ def vector(x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     if y.numel():
         blocks = max(1, min(PIECE, triton.next_power_of_2(K)) // q.block_size)
-        _vector[(triton.cdiv(N, ROWS), M)](
-            *packed_arguments(q), x.contiguous(), bias, y, N, K, HALF=q.block_size // 2, ROWS=ROWS,
-            BLOCKS=blocks, num_warps=4, **packed_options(q),
+        _vector[(N, M)](
+            *packed_arguments(q), x.contiguous(), bias, y, N, K, HALF=q.block_size // 2,
+            BLOCKS=blocks, num_warps=VECTOR_WARPS, **(packed_options(q) | FUSED),
         )  # fmt: skip
     return y
 

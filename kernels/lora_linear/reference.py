@@ -196,25 +196,26 @@ class LoraMLP(torch.autograd.Function):
     """x [M, K] -> [M, K], through gate, up and down."""
 
     @staticmethod
-    def forward(ctx, x, hidden_act, inner, inner_drop, outer, outer_drop, *tensors):
-        ctx.save_for_backward(x, *tensors)
+    def forward(ctx, x, hidden_act, keep, inner, inner_drop, outer, outer_drop, *tensors):
         ctx.hidden_act = hidden_act
         ctx.groups = (inner, inner_drop), (outer, outer_drop)
         wide = dispatch.product_dtype(x)
         by_base = wide == x.dtype
         first, second = LoraMLP._groups(ctx, tensors, wide)
         gate, up = first.forward(x.to(wide), by_base)
+        ctx.save_for_backward(x, *((gate, up) if keep else (None, None)), *tensors)
         (y,) = second.forward(swiglu.gated(gate, up, hidden_act), by_base)
         return y if by_base else y.to(x.dtype)
 
     @staticmethod
     @exactly
     def backward(ctx, grad):
-        x, *tensors = ctx.saved_tensors
+        x, gate, up, *tensors = ctx.saved_tensors
         wide = dispatch.product_dtype(grad)
         flat = x.to(wide)
         first, second = LoraMLP._groups(ctx, tensors, wide)
-        gate, up = first.forward(flat, by_base=False)
+        if gate is None:
+            gate, up = first.forward(flat, by_base=False)
         second.take([grad.to(wide)])
         hidden = second.grad_x()
         second.forget_weights()
@@ -222,10 +223,10 @@ class LoraMLP(torch.autograd.Function):
         swiglu.gated_backward_(hidden, gate, up, ctx.hidden_act)
         first.take([gate, up])
         dx = first.grad_x().to(x.dtype) if ctx.needs_input_grad[0] else None
-        need, split = ctx.needs_input_grad[6:], 2 * TENSORS
+        need, split = ctx.needs_input_grad[7:], 2 * TENSORS
         of_inner = first.grad_tensors(flat, need[:split])
         of_outer = second.grad_tensors(hidden, need[split:])
-        return dx, *(None,) * 5, *of_inner, *of_outer
+        return dx, *(None,) * 6, *of_inner, *of_outer
 
     @staticmethod
     def _groups(ctx, tensors, dtype: torch.dtype) -> tuple[Group, Group]:
