@@ -8,8 +8,9 @@
             |                   |
             +---- + s * --------+
 
-A `LoraLinear` owns its base and asks three things of it: `base(x)`, `base.dequantize()` and
-`base.requantize(w)`. What the base stores, four bits or thirty-two, is not its business.
+A `LoraLinear` owns its base and asks four things of it: `base(x)`, `base.dequantize()`, the same
+some rows at a time, and `base.requantize(w)`. What the base stores, four bits or thirty-two, is not
+its business.
 
 A merged layer computes with one dense weight, W + s B A, in its dtype; the base is kept beside it,
 so that unmerge restores the very bits (subtracting s B A again would not). A and B are fp32
@@ -27,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import LoraConfig, LorakitError, nearest
-from .kernels import LoraWeights, lora_linear
+from .kernels import LoraWeights, Panels, lora_linear
 
 
 @runtime_checkable
@@ -40,11 +41,13 @@ class Base(Protocol):
 
     def dequantize(self) -> Tensor: ...
 
+    def panels(self, dtype: torch.dtype) -> Panels: ...
+
     def requantize(self, w: Tensor) -> None: ...
 
 
 class DenseBase(nn.Module):
-    """An nn.Linear with the three methods of a base."""
+    """An nn.Linear with the methods of a base."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -60,6 +63,9 @@ class DenseBase(nn.Module):
 
     def dequantize(self) -> Tensor:
         return self.linear.weight.detach()
+
+    def panels(self, dtype: torch.dtype) -> Panels:
+        return [(slice(0, self.out_features), self.dequantize().to(dtype))]
 
     def requantize(self, w: Tensor) -> None:
         self.linear.weight.data.copy_(w)

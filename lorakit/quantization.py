@@ -5,7 +5,7 @@
 
 Each keeps the codes and scales of its one matrix as frozen parameters, so that they move with
 `.to(device)`, are seen by FSDP as plain uint8 tensors, and take part in `state_dict`. The linear
-ones have the three methods that `lora` needs of a base: `layer(x)`, `layer.dequantize()` and
+ones have what `lora` needs of a base: `layer(x)`, `layer.dequantize()`, `layer.panels(dtype)` and
 `layer.requantize(w)`.
 
 `quantize` on a model of the meta device makes empty shells of the right size; the loader then packs
@@ -46,6 +46,10 @@ class PackedWeight(nn.Module):
     def dequantize(self) -> Tensor:
         """The dense matrix, in the layer's dtype."""
         return kernels.dequantize(self.quantized, self.dtype)
+
+    def panels(self, dtype: torch.dtype) -> kernels.Panels:
+        """The same in `dtype`, on a CPU some rows at a time."""
+        return kernels.weight_panels(self.quantized, dtype)
 
     def requantize(self, w: Tensor) -> None:
         """Take dense `w` as the new matrix, on `w`'s device."""

@@ -234,7 +234,8 @@ def test_linear_cross_entropy_with_a_packed_head(monkeypatch, kind, softcap):
     """Loss and gradient with the head a panel at a time are those with the dense head."""
     torch.manual_seed(0)
     linear = importlib.import_module("lorakit.kernels.cross_entropy.linear")
-    monkeypatch.setattr(linear, "PANEL", 64 * 30)  # several panels, the last one short
+    frozen_linear = importlib.import_module("lorakit.kernels.frozen_linear")
+    monkeypatch.setattr(frozen_linear, "PANEL", 64 * 30)  # several panels, the last one short
     monkeypatch.setattr(linear, "CHUNK_LOGITS", 101 * 7)
     head = packed_layer(nn.Linear(64, 101, bias=False), lk.QuantConfig(kind)).quantized
     labels = torch.randint(0, 101, (25,))

@@ -4,7 +4,6 @@ The walk over the chunks is the same for every backend; what a backend does to a
 two functions of its module, `logits` and `loss_and_gradient`.
 """
 
-from collections.abc import Iterator
 from types import ModuleType
 from typing import NamedTuple
 
@@ -12,12 +11,11 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..frozen_linear import Packed, dequantize_rows
+from ..frozen_linear import Packed, panels
 
 # Logits held at a time: 64 MB in fp32; on a GPU, which products of few rows leave half idle, 256 MB
 # in bf16, a multiple of TILE rows.
 CHUNK_LOGITS, CHUNK_LOGITS_GPU, TILE = 1 << 24, 1 << 27, 128
-PANEL = 1 << 22  # values of a head that are made dense, or fp32, at a time: 16 MB in fp32
 
 
 class Form(NamedTuple):
@@ -26,19 +24,6 @@ class Form(NamedTuple):
     softcap: float | None = None
     label_smoothing: float = 0.0
     z_loss: float = 0.0
-
-
-def panels(head: Tensor | Packed, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """A head [V, H] that is packed, or of another dtype, some rows of the vocabulary at a time."""
-    V, H = head.shape
-    step = max(1, PANEL // H)
-    for start in range(0, V, step):
-        words = slice(start, min(start + step, V))
-        if isinstance(head, Tensor):
-            yield words, head[words].to(dtype)
-        else:
-            rows = torch.arange(words.start, words.stop, device=head.device)
-            yield words, dequantize_rows(head, rows, dtype)
 
 
 def _chunk_rows(vocabulary: int, device: torch.device) -> int:

@@ -6,12 +6,17 @@ W' is the dequantized weight in the dtype of x, or in fp32 where the processor h
 bits (`dispatch.product_dtype`); y and dx are rounded to their dtypes once. Forward makes it,
 multiplies and forgets it; backward makes it again. Between the two only the packed weight is kept,
 at the price of one more dequantization, which is small beside the product itself from a few dozen
-rows on. For fewer rows a GPU multiplies by an NF4 weight as it is packed (`FEW_ROWS`). The dense
-weight needs no workspace of its own there: torch's allocator hands the next layer the same memory.
+rows on. For fewer rows a GPU multiplies by an NF4 weight as it is packed (`FEW_ROWS`).
+
+On a CPU the weight is made dense a panel of rows at a time, PANEL values, which the caches hold
+until they are multiplied, and which is all the memory that it takes. On a GPU it is made whole:
+torch's allocator hands the next layer the same memory.
 
 `dequantize` and `dequantize_rows` take either kind; the latter is the look-up of an embedding.
 """
 
+import math
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -20,9 +25,12 @@ from torch import Tensor
 
 from .. import dispatch
 from ..int8 import Int8Tensor, dequantize_int8, dequantize_int8_rows
-from ..nf4 import NF4Tensor, dequantize_nf4, dequantize_nf4_rows
+from ..nf4 import NF4Tensor, dequantize_nf4, dequantize_nf4_panel, dequantize_nf4_rows
 
 Packed = NF4Tensor | Int8Tensor
+Panels = Iterable[tuple[slice, Tensor]]  # which rows, and these, dense: [rows, K]
+
+PANEL = 1 << 20  # values: 4 MB in fp32
 
 
 class FewRows(NamedTuple):
@@ -32,8 +40,8 @@ class FewRows(NamedTuple):
     by_tiles: int
 
 
-# By compute capability; one that is not named has the figures of the next lower one. That of 9.0 was
-# measured on an H100 (benchmarks/gpu.md), the others are the rules that bitsandbytes 0.50 was
+# By compute capability; one that is not named has the figures of the next lower one. Those of 9.0
+# were measured on an H100 (benchmarks/gpu.md), the others are the rules that bitsandbytes 0.50 was
 # calibrated to: benchmarks/gpu.py prints what to write here. Below 8.0 Triton has no matrix
 # instructions for the tiles.
 FEW_ROWS = {
@@ -58,6 +66,49 @@ def dequantize_rows(q: Packed, rows: Tensor, dtype: torch.dtype | None = None) -
     """
     pick = dequantize_nf4_rows if isinstance(q, NF4Tensor) else dequantize_int8_rows
     return pick(q, rows, dtype)
+
+
+def panels(w: Tensor | Packed, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of w [N, K], packed or of another dtype, made dense PANEL values at a time."""
+    N, K = w.shape
+    together = math.lcm(w.block_size, K) // K if isinstance(w, NF4Tensor) and K else 1
+    step = max(1, PANEL // max(1, K * together)) * together  # so that panels begin with a block
+    if step >= N and not isinstance(w, Tensor):
+        yield slice(0, N), dequantize(w, dtype)
+        return
+    for start in range(0, N, step):
+        rows = slice(start, min(start + step, N))
+        if isinstance(w, Tensor):
+            yield rows, w[rows].to(dtype)
+        elif isinstance(w, NF4Tensor):
+            yield rows, dequantize_nf4_panel(w, rows, dtype)
+        else:
+            picked = torch.arange(rows.start, rows.stop, device=w.device)
+            yield rows, dequantize_int8_rows(w, picked, dtype)
+
+
+def weight_panels(q: Packed, dtype: torch.dtype) -> Panels:
+    """`panels` on a CPU, elsewhere the whole of q."""
+    if q.device.type == "cpu":
+        return panels(q, dtype)
+    return [(slice(0, q.shape[0]), dequantize(q, dtype))]
+
+
+def product(x: Tensor, weight: Panels, bias: Tensor | None = None) -> Tensor:
+    """x [M, K] times the transpose of a weight [N, K] that comes in panels, plus bias: [M, N]"""
+    parts = [F.linear(x, W, None if bias is None else bias[rows]) for rows, W in weight]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def product_back(grad: Tensor, weight: Panels) -> Tensor:
+    """grad [M, N] times a weight [N, K] that comes in panels: [M, K]"""
+    total = None
+    for rows, W in weight:
+        if total is None:
+            total = grad[:, rows] @ W
+        else:
+            total.addmm_(grad[:, rows], W)
+    return total
 
 
 def frozen_linear(x: Tensor, q: Packed, bias: Tensor | None = None) -> Tensor:
@@ -91,7 +142,7 @@ class _FrozenLinear(torch.autograd.Function):
         if not 0 < len(x) <= max(few):
             wide = dispatch.product_dtype(x)
             bias = None if bias is None else bias.to(wide)
-            y = F.linear(x.to(wide), dequantize(q, wide), bias)
+            y = product(x.to(wide), weight_panels(q, wide), bias)
             return y if wide == x.dtype else y.to(x.dtype)  # autocast may have chosen another
         from . import triton
 
@@ -107,7 +158,7 @@ class _FrozenLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             if not 0 < len(grad) <= _few_rows(grad, ctx.q).by_tiles:
                 wide = dispatch.product_dtype(grad)
-                grad_x = (grad.to(wide) @ dequantize(ctx.q, wide)).to(grad.dtype)
+                grad_x = product_back(grad.to(wide), weight_panels(ctx.q, wide)).to(grad.dtype)
             else:
                 from . import triton
 

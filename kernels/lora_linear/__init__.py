@@ -35,7 +35,7 @@ and more that autograd keeps (x, gate, a(gate), up, y), for a third more product
 gradient checkpointing a block is computed again right before its backward: what it keeps then lives
 for that block only, and the MLP keeps gate and up (`keep`), or would compute them three times.
 
-The base is any callable with `dequantize()` and `bias`: the op need not know how the weight is
+The base is any callable with `panels(dtype)` and `bias`: the op need not know how the weight is
 stored. What it returns is written to; none of the caller's tensors is.
 """
 
@@ -46,6 +46,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..frozen_linear import Panels
 from ..swiglu import ACTIVATIONS
 from . import reference
 
@@ -55,7 +56,7 @@ class Base(Protocol):
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
-    dequantize: Callable[[], Tensor]  # -> W [N, K], in the compute dtype
+    panels: Callable[[torch.dtype], Panels]  # -> W [N, K] dense in that dtype, some rows at a time
     bias: Tensor | None  # [N]
 
 

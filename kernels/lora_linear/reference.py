@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch, swiglu
+from ..frozen_linear import Panels, product, product_back
 
 TENSORS = 4  # of a layer: A, B, the base's bias, DoRA's magnitude
 
@@ -44,19 +45,26 @@ class Layer:
         self.dtype, self.wide = dtype, torch.promote_types(dtype, torch.float32)
         self.A = self.lora_A.to(dtype)
         self.sB = (self.lora_B * self.scaling).to(dtype)
+        self.kept: Panels | None = None
 
-    @cached_property
-    def weight(self) -> Tensor:
-        """W [N, K], dense until the pass is over."""
-        return self.base.dequantize().to(self.dtype)
+    def weight(self) -> Panels:
+        """W [N, K], dense; on a GPU, where that is the whole, it is kept until the pass is over."""
+        if self.kept is not None:
+            return self.kept
+        found = self.base.panels(self.dtype)
+        if self.lora_A.device.type == "cpu":
+            return found
+        self.kept = list(found)
+        return self.kept
 
     @cached_property
     def row_norms(self) -> Tensor:
         """||W + s B A|| by rows, fp32 or wider [N], from products of rank r."""
         A, sB = self.lora_A.to(self.wide), (self.lora_B * self.scaling).to(self.wide)
-        square = torch.linalg.vector_norm(self.weight, dim=1, dtype=self.wide).square()
-        square += 2 * (sB * F.linear(self.weight, self.A).to(self.wide)).sum(1)  # [N, K] @ [K, r]
-        square += (sB * (sB @ (A @ A.t()))).sum(1)
+        square = (sB * (sB @ (A @ A.t()))).sum(1)
+        for rows, W in self.weight():
+            square[rows] += torch.linalg.vector_norm(W, dim=1, dtype=self.wide).square()
+            square[rows] += 2 * (sB[rows] * F.linear(W, self.A).to(self.wide)).sum(1)  # @ [K, r]
         return square.clamp(min=0).sqrt()
 
     @property
@@ -65,7 +73,7 @@ class Layer:
 
     def product(self, x: Tensor, low: Tensor) -> Tensor:
         """x W^T + s low B^T: [M, N]"""
-        y = F.linear(x, self.weight)
+        y = product(x, self.weight())
         return y.addmm_(low.to(y.dtype), self.sB.to(y.dtype).t())
 
     def forward(self, x: Tensor, low: Tensor) -> Tensor:
@@ -123,16 +131,17 @@ class Group:
     def grad_x(self) -> Tensor:
         """dx = dy W + s (dy B) A, summed over the layers: [M, K]"""
         first, *others = zip(self.layers, self.scaled, strict=True)
-        dx = first[1] @ first[0].weight
+        dx = product_back(first[1], first[0].weight())
         for layer, dy in others:
-            dx.addmm_(dy, layer.weight)
+            for rows, W in layer.weight():
+                dx.addmm_(dy[:, rows], W)
         if self.drop.rate:
             return dx.add_(self.drop(self.dlow @ self.A))
         return dx.addmm_(self.dlow, self.A)
 
     def forget_weights(self) -> None:
         for layer in self.layers:
-            del layer.weight
+            layer.kept = None
 
     def grad_tensors(self, x: Tensor, need: Sequence[bool]) -> list[Tensor | None]:
         """Of the small tensors of each layer, for x [M, K]."""

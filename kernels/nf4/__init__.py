@@ -186,6 +186,19 @@ def dequantize_nf4_rows(q: NF4Tensor, rows: Tensor, dtype: torch.dtype | None = 
     return dequantize_nf4(picked, dtype)
 
 
+def dequantize_nf4_panel(q: NF4Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
+    """Rows of a matrix q [N, K], one after the other, of which the first begins with a block."""
+    K = q.shape[1]
+    values = slice(rows.start * K, rows.stop * K)
+    blocks = slice(values.start // q.block_size, -(-values.stop // q.block_size))
+    codes = q.codes.view(-1)[values.start // 2 : -(-values.stop // 2)]
+    scales = _scales(q, torch.arange(blocks.start, blocks.stop, device=q.device))
+    single = {"absmax": scales, "nested_absmax": None, "offset": None}
+    return dequantize_nf4(
+        replace(q, codes=codes, shape=(rows.stop - rows.start, K), **single), dtype
+    )
+
+
 def _backend(device: torch.device) -> ModuleType:
     picked = dispatch.pick(device, "cpu", "triton")
     if picked == "triton":
