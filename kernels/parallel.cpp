@@ -1,4 +1,4 @@
-// The part of the shared library that exists once: which instruction set this machine has, and the parallel loop.
+// The part of the shared library that exists once: which instruction sets this machine has, and the parallel loop.
 //
 // torch loads its OpenMP runtime with global visibility, so GOMP_parallel can be looked up instead of linked.
 // Linking a second runtime would put two pools of spinning threads on the same cores. Where torch brings another
@@ -56,11 +56,15 @@ void lk_parallel_for(int64_t n, int64_t grain, void (*body)(void*, int64_t, int6
     pool().run(run_share, &job, static_cast<unsigned>(threads), 0);
 }
 
-// The best instruction set that this library was built for and this processor runs.
-__attribute__((visibility("default"))) const char* lk_best_isa() {
+// The instruction sets that this library was built for and this processor (and its system) runs, the best last.
+__attribute__((visibility("default"))) const char* lk_runnable() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (avx2 && avx512) return "scalar avx2 avx512";
+    if (avx2) return "scalar avx2";
 #endif
     return "scalar";
 }

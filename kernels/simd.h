@@ -1,7 +1,7 @@
 // What every cpu.cpp needs: the exported name of an op, the parallel loop, and bf16 rounding.
 //
 // Each cpu.cpp is compiled once per instruction set (CMakeLists.txt) with LORAKIT_ISA = scalar, avx2, ...
-// LK_EXPORT(op) then names lk_scalar_op, lk_avx2_op, ..., and kernels/dispatch.py picks by lk_best_isa().
+// LK_EXPORT(op) then names lk_scalar_op, lk_avx2_op, ..., and kernels/dispatch.py picks from lk_runnable().
 // Everything else in a cpu.cpp lives in an anonymous namespace: an inline function that is shared between two
 // copies could be linked in its AVX2 form into the scalar one, and die on an old machine.
 #pragma once

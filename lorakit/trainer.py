@@ -13,7 +13,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,11 +58,12 @@ def train(
     config: TrainConfig | None = None,
     *,
     base_model: str | None = None,
+    after_step: Callable[[], None] | None = None,
 ) -> TrainResult:
     """Train the adapter attached to `model` (see `attach`) on rows of prompt and completion.
 
     data: a JSONL file or an iterable of rows, or {"train": ..., "validation": ...} of these.
-    base_model: recorded in the adapter's config.
+    base_model: recorded in the adapter's config. after_step: called after every optimizer step.
 
     Raises LorakitError before the first step if no adapter is attached, the model is float16 or the
     data cannot be used; after it if some lora_B got no gradient; and at a loss or gradient that is
@@ -117,6 +118,8 @@ def train(
                 )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            if after_step is not None:
+                after_step()
 
             took = time.perf_counter() - started
             count = sum(len(e.input_ids) for batch in micro_batches for e in batch)

@@ -40,6 +40,19 @@ def run_file(tiny_dir, tmp_path):
     return path
 
 
+def test_profile(run_file, tmp_path, capsys):
+    """The rows are a step, and nothing is saved."""
+    assert main(["train", str(run_file), "--profile", "gradient_checkpointing=true"]) == 0
+    head, *rows = capsys.readouterr().out.partition("a step takes ")[2].splitlines()
+    step = float(head.split(" ms")[0])
+    times = {line.rsplit(None, 3)[0].strip(): float(line.split()[-3]) for line in rows}
+    assert {"lora_linear: LoraMLP", "lora_linear: LoraMLP backward", "optimizer"} <= times.keys()
+    assert 0 < times["lora_linear: LoraMLP backward"] < step
+    # forward runs again in backward, inside of no op of ours; each row is rounded to 0.1 ms
+    assert abs(sum(times.values()) - step) < 0.1 * len(rows)
+    assert not (tmp_path / "out").exists()
+
+
 def test_train_then_generate(run_file, tiny_dir, tmp_path, capsys):
     assert main(["train", str(run_file), "max_steps=4", "lora.r=2"]) == 0
     out = capsys.readouterr().out

@@ -18,23 +18,20 @@ from lorakit.kernels.decode import (
 
 @contextlib.contextmanager
 def backend(name):
-    """Runs what is inside on "reference", or on the kernel for "scalar" or the "best" ISA."""
+    """Runs what is inside on "reference", or on the kernel for an instruction set."""
     if name == "reference":
         with kernels.use_backend("reference"):
             yield
         return
-    if dispatch.library() is None:
-        pytest.skip("the CPU library was not built")
-    isa = "scalar" if name == "scalar" else dispatch.library().lk_best_isa().decode()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "isa", lambda: isa)
+        patch.setattr(dispatch, "isa", lambda: name)
         dispatch.function.cache_clear()
         with kernels.use_backend("cpu"):
             yield
     dispatch.function.cache_clear()
 
 
-BACKENDS = ["reference", "scalar", "best"]
+BACKENDS = ["reference", *(dispatch.runnable() if dispatch.library() else [])]
 SHAPE = {"H": 64, "Hq": 4, "Hk": 2, "D": 16, "I": 96, "V": 101, "B": 1}
 # slot, count and capacity of the layers: the last slot, one in the middle, the first token of all
 SLOTS = [(9, 10, 12), (3, 7, 8), (0, 1, 1)]
@@ -182,7 +179,7 @@ def test_bits_of_the_cache_and_of_repeated_calls(dtype, name):
             assert torch.equal(now, was)
 
 
-@pytest.mark.parametrize("name", ["scalar", "best"])
+@pytest.mark.parametrize("name", BACKENDS[1:])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_neither_threads_nor_batch_size_change_a_bit(dtype, name):
     case = {"B": 7, "H": 40, "slots": [(3, 601, 640), (33, 34, 40)], "qk_norm": True}
@@ -400,7 +397,7 @@ def test_a_prompt_is_the_same_as_its_tokens_one_by_one(case, dtype, name):
         assert layer[0][:, 63:].isnan().all()
 
 
-@pytest.mark.parametrize("name", ["reference", "best"])
+@pytest.mark.parametrize("name", ["reference", BACKENDS[-1]])
 def test_a_step_names_the_argument_that_does_not_fit(name):
     plan, ids, tables, cache, visible = build(torch.float32, masked=True)
     before = copied(cache)
