@@ -5,8 +5,8 @@ import ctypes
 import torch
 from torch import Tensor
 
+from ..dispatch import CPU_DTYPES, FLOAT, INT64, POINTER, address, run
 from ..frozen_linear import Packed
-from ..rms_norm.cpu import DTYPES, FLOAT, INT64, POINTER, address, run
 from .linear import Form, is_ready, panels
 
 NONE_IGNORED = -(2**62)  # no label
@@ -24,7 +24,7 @@ class Rows(ctypes.Structure):
 
 def fits(x: Tensor) -> bool:
     """Whether the kernels take it."""
-    return x.dtype in DTYPES
+    return x.dtype in CPU_DTYPES
 
 
 def _run(

@@ -5,11 +5,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-from .. import dispatch
+from ..dispatch import CPU_DTYPES, FLOAT, INT64, POINTER, address, run
 
 PIECES = 32  # of the rows when dw is wanted, whose sums are added at the end
-POINTER, INT64, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # -> the end of a function's name
 
 
 class Norm(ctypes.Structure):
@@ -32,19 +30,9 @@ class Gradient(ctypes.Structure):
     )
 
 
-def run(op: str, dtype: torch.dtype, arguments: ctypes.Structure) -> None:
-    """Calls the kernel of `op` for `dtype`."""
-    dispatch.function(f"{op}_{DTYPES[dtype]}", POINTER)(ctypes.addressof(arguments))
-
-
-def address(t: Tensor | None) -> int | None:
-    """None: a null pointer"""
-    return None if t is None else t.data_ptr()
-
-
 def fits(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernels take them."""
-    return x.dtype in DTYPES and weight.dtype == x.dtype and weight.shape == x.shape[-1:]
+    return x.dtype in CPU_DTYPES and weight.dtype == x.dtype and weight.shape == x.shape[-1:]
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ..rms_norm.cpu import DTYPES, FLOAT, INT64, POINTER, run
+from ..dispatch import CPU_DTYPES, FLOAT, INT64, POINTER, run
 
 
 class Heads(ctypes.Structure):
@@ -31,7 +31,7 @@ class Rotation(ctypes.Structure):
 
 def fits(q: Tensor) -> bool:
     """Whether the kernels take it."""
-    return q.dtype in DTYPES
+    return q.dtype in CPU_DTYPES
 
 
 def _heads(x: Tensor, out: Tensor) -> Heads:

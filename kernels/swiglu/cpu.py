@@ -5,7 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ..rms_norm.cpu import DTYPES, INT64, POINTER, address, run
+from ..dispatch import CPU_DTYPES, INT64, POINTER, address, run
 
 ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1, "gelu": 2}  # -> their numbers in cpu.cpp
 
@@ -30,7 +30,7 @@ class Backward(ctypes.Structure):
 
 def fits(x: Tensor) -> bool:
     """Whether the kernels take it."""
-    return x.dtype in DTYPES
+    return x.dtype in CPU_DTYPES
 
 
 def _backward(dy, gate, up, dgate, dup, y, hidden_act: str) -> None:
