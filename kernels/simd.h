@@ -31,6 +31,20 @@ inline uint16_t bf16_from_float(float value) {
     return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
+// The largest bit pattern of |x|. Integers order like floats here, and NaN comes out on top.
+inline float absmax(const float* x, int64_t count) {
+    uint32_t largest = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, x + i, 4);
+        bits &= 0x7fffffffu;
+        largest = bits > largest ? bits : largest;
+    }
+    float result;
+    std::memcpy(&result, &largest, 4);
+    return result;
+}
+
 namespace simd {
 
 constexpr int64_t GRAIN = 32768;  // values: below this a second thread costs more than it saves
@@ -92,6 +106,7 @@ inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline Vec madd(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }  // a b + c
 inline Vec larger(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }              // b where one is NaN
 inline Vec smaller(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }             // likewise
+inline Vec square_root(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
 inline Vec magnitude(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
 inline Vec by_sign(Vec a, Vec negative, Vec positive) { return {_mm256_blendv_ps(positive.v, negative.v, a.v)}; }
 inline Vec power_of_two(Vec a) {  // the lowest eight bits of a are the exponent of the result
@@ -153,6 +168,9 @@ inline Vec larger(Vec a, Vec b) {
 }
 inline Vec smaller(Vec a, Vec b) {
     return lanes([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline Vec square_root(Vec a) {
+    return lanes([&](int i) { return __builtin_sqrtf(a.v[i]); });
 }
 inline Vec magnitude(Vec a) {
     return lanes([&](int i) { return __builtin_fabsf(a.v[i]); });

@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorakit import kernels
-from lorakit.kernels import dispatch
+from lorakit.kernels import Moment8bit, dispatch
+from lorakit.kernels.adamw.state import BLOCK, signed_map, unsigned_map
 from lorakit.kernels.swiglu import ACTIVATIONS
 
 pytestmark = pytest.mark.skipif(dispatch.library() is None, reason="the library was not built")
@@ -29,6 +30,7 @@ dtypes = st.sampled_from([torch.float32, torch.bfloat16])
 modes = st.sampled_from([(0.0, "llama"), (1.0, "llama"), (0.0, "gemma"), (1.0, "gemma")])
 seeds = st.integers(0, 2**31)
 ZONE = 64  # bytes on either side
+CPU = torch.device("cpu")
 
 
 @contextlib.contextmanager
@@ -476,6 +478,158 @@ def test_linear_cross_entropy(dtype, softcap):
         assert (y.double() - exact).abs().max() <= allowed
 
 
+# ---- adamw --------------------------------------------------------------------------------------
+
+ADAMW = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+lengths = st.lists(st.integers(0, 700) | st.integers(8100, 8500), min_size=1, max_size=4)
+
+
+def scattered(sizes, dtype, fill):
+    """Tensors of these sizes that begin anywhere in one memory, and what lies between them."""
+    memory = torch.full((sum(sizes) + 7 * len(sizes) + 7,), fill, dtype=dtype)
+    between, tensors, start = torch.ones(len(memory), dtype=torch.bool), [], 7
+    for n in sizes:
+        between[start : start + n] = False
+        tensors.append(memory[start : start + n])
+        start += n + 7
+    return tensors, memory, between
+
+
+def gradients(seed, sizes, decades):
+    """Normal numbers times sizes spread evenly over so many decades."""
+    return [
+        random(seed + i, n)
+        * 10 ** (-decades * torch.rand(n, generator=torch.Generator().manual_seed(seed + i)))
+        for i, n in enumerate(sizes)
+    ]
+
+
+@settings(max_examples=30)
+@given(isas, lengths, st.integers(1, 1000), st.floats(0, 6), seeds)
+def test_adamw(isa, sizes, t, decades, seed):
+    """A step of tensors that begin anywhere, against fp64. The moments are the reference's bit for
+    bit where torch rounds a product and its sum in one, as the kernel does; its square root may be
+    off by one unit in the last place, so p is held to the maths alone.
+    """
+    lists = [scattered(sizes, torch.float32, 7.0) for _ in range(4)]
+    p, g, m, v = (tensors for tensors, _, _ in lists)
+    torch._foreach_copy_(p, gradients(seed, sizes, 0))
+    torch._foreach_copy_(g, gradients(seed + 10, sizes, decades))
+    torch._foreach_copy_(m, gradients(seed + 20, sizes, decades))
+    torch._foreach_copy_(v, torch._foreach_pow(gradients(seed + 30, sizes, decades), 2))
+    before = [[x.clone() for x in tensors] for tensors in (p, g, m, v)]
+    same = [[x.clone() for x in tensors] for tensors in (p, g, m, v)]
+    with on_cpu(isa):
+        kernels.adamw_step(p, g, m, v, step=t, **ADAMW)
+    with kernels.use_backend("reference"):
+        kernels.adamw_step(*same, step=t, **ADAMW)
+    fused = isa == "best" and dispatch.isa() == "avx2"
+    fused &= torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    for i in range(len(sizes)):
+        old_p, old_g, old_m, old_v = (tensors[i].double() for tensors in before)
+        new_m, new_v = 0.9 * old_m + 0.1 * old_g, 0.999 * old_v + 0.001 * old_g.square()
+        terms = 0.9 * old_m.abs() + 0.1 * old_g.abs()  # of new_m, which may cancel
+        rate = 1e-2 / (1 - 0.9**t) / ((new_v / (1 - 0.999**t)).sqrt() + 1e-8)
+        new_p = old_p * (1 - 1e-3) - rate * new_m
+        # the betas are fp32 numbers: one rounding, and three of the products and the sum
+        assert ((m[i] - new_m).abs() <= 2**-22 * terms).all()
+        assert ((v[i] - new_v).abs() <= 2**-22 * new_v).all()
+        # these, and a dozen more of the quotient, the difference and v's root
+        assert ((p[i] - new_p).abs() <= 2**-20 * (old_p.abs() + rate * terms)).all()
+        assert torch.equal(g[i], before[1][i])
+        if fused:
+            assert torch.equal(m[i], same[2][i])
+            assert torch.equal(v[i], same[3][i])
+    assert all((memory[between] == 7).all() for _, memory, between in lists)
+
+
+def of_8bit(sizes):
+    """Moments of nothing, whose tensors begin anywhere, and all memories with what lies between."""
+    codes, scales = (
+        scattered(lengths, dtype, 7)
+        for lengths, dtype in (
+            (sizes, torch.uint8),
+            ([-(-n // BLOCK) for n in sizes], torch.float32),
+        )
+    )
+    for part in (*codes[0], *scales[0]):
+        part.zero_()
+    return [Moment8bit(*parts) for parts in zip(codes[0], scales[0], strict=True)], (codes, scales)
+
+
+def both_8bit(isa, p, grads, m, v, t):
+    """A step for each list of gradients by the kernel, and by the reference beside it."""
+    for i, g in enumerate(grads):
+        q = [x.clone() for x in p]
+        m_too, v_too = ([Moment8bit(*map(torch.clone, x)) for x in moments] for moments in (m, v))
+        before = [x.clone() for x in p]
+        with on_cpu(isa):
+            kernels.adamw_step_8bit(p, g, m, v, step=t + i, **ADAMW)
+        with kernels.use_backend("reference"):
+            kernels.adamw_step_8bit(q, g, m_too, v_too, step=t + i, **ADAMW)
+        for ours, same in zip((*m, *v), (*m_too, *v_too), strict=True):
+            assert torch.equal(ours.codes, same.codes)
+            assert torch.allclose(ours.absmax, same.absmax, rtol=0, atol=0, equal_nan=True)
+        for ours, same, old in zip(p, q, before, strict=True):
+            # torch's square root may be off by one unit in the last place, then two roundings
+            allowed = 2**-22 * (same.abs() + (old - same).abs())
+            off = (ours - same).abs() > allowed
+            assert not off.any()
+            assert torch.equal(ours.isfinite(), same.isfinite())
+
+
+@settings(max_examples=30)
+@given(isas, lengths, st.integers(1, 1000), st.floats(0, 7), seeds)
+def test_adamw_8bit(isa, sizes, t, decades, seed):
+    """The state is the reference's bit for bit, of tensors that begin anywhere."""
+    p, p_memory, p_between = scattered(sizes, torch.float32, 7.0)
+    torch._foreach_copy_(p, gradients(seed, sizes, 0))
+    (m, of_m), (v, of_v) = of_8bit(sizes), of_8bit(sizes)
+    grads = gradients(seed + 10, sizes, decades)
+    # the second takes m back to next to nothing, the smallest absmax there is
+    both_8bit(isa, p, [grads, [-0.9 * g for g in grads], grads], m, v, t)
+    assert (p_memory[p_between] == 7).all()
+    for _, memory, between in (*of_m, *of_v):
+        assert (memory[between] == 7).all()
+
+
+@pytest.mark.parametrize("isa", ["scalar", "best"])
+@pytest.mark.parametrize("number", [math.nan, -math.nan, math.inf, -math.inf])
+def test_adamw_8bit_of_a_gradient_that_is_not_finite(isa, number):
+    """In a whole block and in a short one; the block is lost from the next step on."""
+    p, grads = [random(0, 700)], [[random(i, 700)] for i in range(1, 4)]
+    grads[0][0][[300, 600]] = number
+    both_8bit(isa, p, grads, [Moment8bit.zeros(700, CPU)], [Moment8bit.zeros(700, CPU)], 1)
+    assert p[0].isfinite().tolist() == [True] * 256 + [False] * 444
+
+
+@pytest.mark.parametrize("isa", ["scalar", "best"])
+def test_codes_around_every_edge(isa):
+    """With betas of 0 the moments are g and its square. g goes over every edge and level, the root
+    of every one of v's, and the four numbers on either side of each, beside a 1 in every block.
+    """
+    signed, unsigned = signed_map(CPU), unsigned_map(CPU)
+    at = [signed.edges[1:], signed.levels, unsigned.edges[1:].sqrt(), unsigned.levels.sqrt()]
+    numbers = [torch.cat(at)]
+    for end in (-math.inf, math.inf):
+        x = numbers[0]
+        for _ in range(4):
+            x = x.nextafter(torch.full_like(x, end))
+            numbers.append(x)
+    numbers = torch.cat(numbers)
+    numbers = torch.cat([numbers, -numbers]).clamp(-1, 1)
+    blocks = torch.nn.functional.pad(numbers, (0, -len(numbers) % 255)).view(-1, 255)
+    g = torch.nn.functional.pad(blocks, (1, 0), value=1.0).view(-1)
+    m, v = (Moment8bit.zeros(len(g), CPU) for _ in range(2))
+    options = {"lr": 1e-2, "betas": (0.0, 0.0), "eps": 1e-8, "weight_decay": 0.0}
+    with on_cpu(isa):
+        kernels.adamw_step_8bit([torch.zeros_like(g)], [g], [m], [v], step=1, **options)
+    assert torch.equal(m.codes.long(), torch.bucketize(g, signed.edges[1:]))
+    assert torch.equal(v.codes.long(), torch.bucketize(g * g, unsigned.edges[1:]))
+    for codes, count in ((m.codes, 256), (v.codes, 256)):
+        assert len(codes.unique()) == count  # every code was asked for
+
+
 # ---- what the kernels do not take ---------------------------------------------------------------
 
 
@@ -510,10 +664,38 @@ def test_which_backend_runs():
         assert run.call_count == 0
 
 
+def test_which_optimizer_runs():
+    """fp32, dense and in host memory, wherever it begins; anything else in a list, all of it by
+    the reference.
+    """
+    from lorakit.kernels.adamw import cpu
+
+    wide = random(0, 2, 601)
+
+    def steps(p, g):
+        lists = [random(1, 300), p], [random(2, 300), g]
+        state = [[torch.zeros(x.shape) for x in lists[0]] for _ in range(2)]
+        kernels.adamw_step(*lists, *state, step=1, **ADAMW)
+        state = [[Moment8bit.zeros(x.numel(), CPU) for x in lists[0]] for _ in range(2)]
+        kernels.adamw_step_8bit(*lists, *state, step=1, **ADAMW)
+
+    for p, g, calls in (
+        (wide[0, :600], wide[1, 1:], 2),
+        (wide[0, :600].bfloat16(), wide[1, 1:], 0),
+        (wide[0, 1:], wide[1, 1:].bfloat16(), 0),
+        (wide[0, :600:2], wide[1, 1:301], 0),
+    ):
+        with called(cpu, "_run") as run:
+            steps(p, g)
+        assert run.call_count == calls
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_change_no_bit(threads):
     """Of rows enough to be shared among threads, also where gradients of a weight are summed."""
     before = torch.get_num_threads()
+    lists = [gradients(seed, [90_000, 17], 2) for seed in range(3)]
+    lists.append([x.square() for x in lists[2]])
 
     @functools.cache
     def found(count):
@@ -523,7 +705,13 @@ def test_threads_change_no_bit(threads):
         parts = value_and_grads(lambda x, w: kernels.rms_norm(x, w, 1e-5), (x, w))
         parts += value_and_grads(lambda x, y: kernels.swiglu(x, y), (x, x.flip(0)))
         parts += value_and_grads(lambda x: kernels.cross_entropy(x, labels)[0], (x,))
-        return parts
+        p, g, m, v = ([x.clone() for x in tensors] for tensors in lists)
+        kernels.adamw_step(p, g, m, v, step=1, **ADAMW)
+        parts += p + m + v
+        p = [x.clone() for x in lists[0]]
+        m, v = ([Moment8bit.zeros(len(x), CPU) for x in p] for _ in range(2))
+        kernels.adamw_step_8bit(p, g, m, v, step=1, **ADAMW)
+        return parts + p + [part for x in (*m, *v) for part in x]
 
     try:
         with on_cpu():
