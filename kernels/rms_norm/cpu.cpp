@@ -10,9 +10,7 @@
 //
 // The sum x + residual of a residual connection is made, rounded and normalized in one, and its gradient joins that
 // of the norm.
-#include "simd.h"
-
-#include <math.h>
+#include "rms_norm/row.h"
 
 namespace {
 
@@ -32,31 +30,21 @@ void forward(const Norm<T>& a) {
     parallel(a.rows, a.H, [&](int64_t first, int64_t last) {
         for (int64_t row = first; row < last; ++row) {
             const T* x = a.x + row * a.stride;
-            Running squares;
+            Running sums;
             if (a.residual) {
                 const T* residual = a.residual + row * a.residual_stride;
                 T* total = a.total + row * a.H;
-                squares = running(a.H, fill(0), [&](int64_t i, auto part, Vec sum) {
+                sums = running(a.H, fill(0), [&](int64_t i, auto part, Vec sum) {
                     const Vec s = rounded<T>(load(x + i, part) + load(residual + i, part));
                     store(s, total + i, part);
                     return madd(s, s, sum);
                 });
                 x = total;
             } else {
-                squares = running(a.H, fill(0), [&](int64_t i, auto part, Vec sum) {
-                    const Vec v = load(x + i, part);
-                    return madd(v, v, sum);
-                });
+                sums = squares(x, a.H);
             }
-            const double mean = static_cast<double>(sum(squares)) / static_cast<double>(a.H);
-            const float rstd = static_cast<float>(1 / sqrt(mean + static_cast<double>(a.eps)));
-            const Vec scale = fill(rstd), offset = fill(a.offset);
-            T* y = a.y + row * a.H;
-            a.rstd[row] = rstd;
-            vectors(a.H, [&](int64_t i, auto part) {
-                const Vec normal = load(x + i, part) * scale;
-                store((a.llama ? rounded<T>(normal) : normal) * (offset + load(a.w + i, part)), y + i, part);
-            });
+            a.rstd[row] = reciprocal_rms(sums, a.H, a.eps);
+            normalize(x, a.w, a.rstd[row], a.offset, a.llama, a.H, a.y + row * a.H);
         }
     });
 }
@@ -73,19 +61,9 @@ struct Gradient {
 
 template <class T>
 void backward_row(const Gradient<T>& a, int64_t row) {
-    const T *x = a.x + row * a.stride, *dy = a.dy + row * a.H, *dtotal = a.dtotal + row * a.H;
-    T* dx = a.dx + row * a.H;
-    const Vec rstd = fill(a.rstd[row]), offset = fill(a.offset);
-    const Running products = running(a.H, fill(0), [&](int64_t i, auto part, Vec sum) {
-        return madd(load(dy + i, part) * (offset + load(a.w + i, part)), load(x + i, part) * rstd, sum);
-    });
-    const Vec mean = fill(sum(products) / static_cast<float>(a.H));
-    vectors(a.H, [&](int64_t i, auto part) {
-        const Vec g = load(dy + i, part) * (offset + load(a.w + i, part));
-        Vec d = rstd * (g - load(x + i, part) * rstd * mean);
-        if (a.dtotal) d = d + load(dtotal + i, part);
-        store(d, dx + i, part);
-    });
+    const T* dtotal = a.dtotal ? a.dtotal + row * a.H : nullptr;
+    normalize_backward(a.dy + row * a.H, a.x + row * a.stride, a.w, dtotal, a.rstd[row], a.offset, a.H,
+                       a.dx + row * a.H);
 }
 
 template <class T>

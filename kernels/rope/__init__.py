@@ -23,7 +23,7 @@ from .. import dispatch
 from ..rms_norm import check_casting_mode, rms_norm
 from . import cpu, reference
 
-WIDEST = 1024  # head of the Triton kernel
+WIDEST = 1024  # head of the Triton kernel, and of both that normalize
 
 
 def rope(
@@ -60,7 +60,9 @@ def norm_rope(
     frozen = not (torch.is_grad_enabled() and (q_weight.requires_grad or k_weight.requires_grad))
     whole = 2 * cos.shape[-1] == D and q_weight.shape == k_weight.shape == (D,)
     backend = _backend(q, k, cos, sin) if frozen and whole else reference
-    if backend not in (cpu, reference):
+    if backend is cpu and (D > WIDEST or not q.dtype == q_weight.dtype == k_weight.dtype):
+        backend = reference
+    if backend is not reference:
         with dispatch.on_device(q):
             return backend.norm_rotate(
                 q, k, q_weight, k_weight, cos, sin, eps, weight_offset, casting_mode

@@ -274,15 +274,55 @@ def test_norm_rope(isa, shape, half, dtype, mode, seed):
             for x, w in zip((q, k), weights, strict=True)
         )
 
+    def fused(q, k):
+        return kernels.norm_rope(q, k, *weights, 1e-5, cos, sin, **options)
+
+    def one_by_one(q, k):
+        heads = (
+            kernels.rms_norm(x, w, 1e-5, **options) for x, w in zip((q, k), weights, strict=True)
+        )
+        return kernels.rope(*heads, cos, sin)
+
+    with on_cpu(isa):
+        found = [value_and_grads(f, (q, k)) for f in (fused, one_by_one)]
+    # backward the two round to the dtype in between
+    for i in range(4 if dtype == torch.float32 else 2):
+        assert torch.equal(found[0][i], found[1][i])
+
     steepest = max(slope(x, w, mode[0]) for x, w in zip((q, k), weights, strict=True))
     within_budget(
         isa,
-        lambda q, k: kernels.norm_rope(q, k, *weights, 1e-5, cos, sin, **options),
+        fused,
         exactly,
         (q, k),
         # both round to the dtype between the two steps, where the sums may fall on either side
         terms=8 * steepest + 2**21 * torch.finfo(dtype).eps * steepest,
     )
+
+
+def test_norm_rope_of_views_and_of_what_it_does_not_fuse():
+    """Heads of one projection are read where they lie; a trained weight, one of another dtype and
+    wide heads take the two ops.
+    """
+    from lorakit.kernels.rope import cpu
+
+    for D, dtype, trained, calls in (
+        (16, torch.float32, False, 1),
+        (16, torch.float32, True, 0),
+        (16, torch.bfloat16, False, 0),
+        (1026, torch.float32, False, 0),
+    ):
+        both = random(0, 2, 3, 5, D)
+        q, k = both[:, :, :3], both[:, :, 3:]
+        weights = [random(i, D).to(dtype).requires_grad_(trained) for i in (1, 2)]
+        cos, sin = tables(1, 3, D // 2, 3)
+        with on_cpu(), called(cpu, "norm_rotate") as fused:
+            turned = kernels.norm_rope(q, k, *weights, 1e-5, cos, sin)
+        assert fused.call_count == calls
+        for x, w, y in zip((q, k), weights, turned, strict=True):
+            exact = exact_turn(exact_norm(x.double(), w.double(), 0.0), cos, sin)
+            # fp32 inside, a few roundings of values below 16
+            assert (y - exact).abs().max() <= 2**-24 * 6 * 16
 
 
 # ---- gated activations --------------------------------------------------------------------------
