@@ -77,7 +77,7 @@ class Case:
     peers: dict[str, Callable[..., object]]  # of `inputs` as well
     inputs: tuple[Tensor, ...] = ()  # with respect to which backward is timed, if any
     moved_back: int = 0
-    kernels: tuple[str, ...] = ("triton", "reference")  # the backends that the op has
+    kernels: tuple[str, ...] = OURS  # the backends that the op has
 
 
 def liger():
@@ -247,7 +247,7 @@ def quantization(s: Setting) -> Iterator[Case]:
         q, q8 = ops.quantize_nf4(w), ops.quantize_int8(w)
         yield Case(
             "nf4 quantize", shape, w.nbytes + q.nbytes, lambda w=w: ops.quantize_nf4(w),
-            {"bitsandbytes": lambda w=w: pack_by_bnb(w)}, kernels=OURS,
+            {"bitsandbytes": lambda w=w: pack_by_bnb(w)},
         )  # fmt: skip
         for dtype in (torch.float32, torch.bfloat16):
             packed = functools.cache(lambda w=w, d=dtype: pack_by_bnb(w.to(d)))
@@ -255,7 +255,6 @@ def quantization(s: Setting) -> Iterator[Case]:
                 f"nf4 to {dtype_name(dtype)}", shape, q.nbytes + N * K * dtype.itemsize,
                 lambda q=q, d=dtype: ops.dequantize_nf4(q, d),
                 {"bitsandbytes": lambda p=packed: bnb().functional.dequantize_4bit(*p())},
-                kernels=OURS,
             )  # fmt: skip
         yield Case(
             "int8 dequantize", shape, q8.nbytes + N * K * s.dtype.itemsize,
@@ -268,7 +267,7 @@ def quantization(s: Setting) -> Iterator[Case]:
         yield Case(
             "nf4 rows", f"{T} of {shape}", moved,
             lambda q=q, rows=rows: ops.dequantize_rows(q, rows, s.dtype),
-            {"torch": lambda w=dense, rows=rows: F.embedding(rows, w)}, kernels=OURS,
+            {"torch": lambda w=dense, rows=rows: F.embedding(rows, w)},
         )  # fmt: skip
 
 
@@ -298,7 +297,7 @@ def products(s: Setting) -> Iterator[Case]:
                     "dequantize, torch": lambda x=x, q=q: F.linear(x, ops.dequantize(q, x.dtype)),
                     "bitsandbytes": functools.partial(by_bnb, x),
                     **{name: functools.partial(by_way, way, x, q) for name, way in WAYS.items()},
-                }, kernels=OURS,
+                },
             )  # fmt: skip
 
 
@@ -371,13 +370,13 @@ def adapters(s: Setting) -> Iterator[Case]:
         "lora_linear", f"{T} x {inner}x{H}", packed["gate_proj"] + x.nbytes + out,
         lambda x, A, B: ops.lora_linear(x, weights("gate_proj", A, B)),
         {"PEFT, bitsandbytes": lambda *inputs: by_peft(theirs().gate_proj, *inputs)},
-        (x, *parts[:2]), packed["gate_proj"] + 2 * x.nbytes + out, kernels=OURS,
+        (x, *parts[:2]), packed["gate_proj"] + 2 * x.nbytes + out,
     )  # fmt: skip
     total = sum(packed.values())
     yield Case(
         "lora_mlp", f"{T} x {inner}x{H}", total + 2 * x.nbytes, whole,
         {"PEFT, bitsandbytes": lambda *inputs: by_peft(theirs(), *inputs)},
-        (x, *parts), total + 3 * x.nbytes, kernels=OURS,
+        (x, *parts), total + 3 * x.nbytes,
     )  # fmt: skip
 
 

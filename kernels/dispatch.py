@@ -34,6 +34,8 @@ import torch
 BACKENDS = ("reference", "cpu", "triton")
 LIBRARY = {"darwin": "liblorakit_cpu.dylib"}.get(sys.platform, "liblorakit_cpu.so")
 
+POINTER, INT64, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+CPU_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # -> the end of a C function's name
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what weights and activations come in
 
 log = logging.getLogger("lorakit")
@@ -187,3 +189,13 @@ def function(op: str, *argtypes: type) -> Callable[..., None]:
     entry = getattr(library(), f"lk_{isa()}_{op}")
     entry.argtypes, entry.restype = argtypes, None
     return entry
+
+
+def run(op: str, dtype: torch.dtype, arguments: ctypes.Structure) -> None:
+    """Calls the C function of `op` for tensors of `dtype`, one of CPU_DTYPES."""
+    function(f"{op}_{CPU_DTYPES[dtype]}", POINTER)(ctypes.addressof(arguments))
+
+
+def address(t: torch.Tensor | None) -> int | None:
+    """Of the first value; None, a null pointer in C, for None."""
+    return None if t is None else t.data_ptr()

@@ -32,10 +32,13 @@ A NaN or an infinity in the gradient makes absmax of its block the same: from th
 the state of such a parameter, and says nothing.)
 """
 
+from types import ModuleType
+
 from torch import Tensor
 
 from .. import dispatch
-from . import reference
+from . import cpu, reference
+from .lists import fits, fits_8bit
 from .state import Moment8bit
 
 
@@ -55,14 +58,11 @@ def adamw_step(
     tensors = params, grads, exp_avgs, exp_avg_sqs
     if not params:
         return
-    if dispatch.triton_runs(params[0]):
-        from . import triton
-
-        if triton.fits(*tensors):
-            with dispatch.on_device(params[0]):
-                triton.adamw_step(*tensors, step, lr, betas, eps, weight_decay)
-            return
-    reference.adamw_step(*tensors, step, lr, betas, eps, weight_decay)
+    backend = _backend(params[0])
+    if backend is not reference and not fits(*tensors, alignment=backend.ALIGNMENT):
+        backend = reference
+    with dispatch.on_device(params[0]):
+        backend.adamw_step(*tensors, step, lr, betas, eps, weight_decay)
 
 
 def adamw_step_8bit(
@@ -85,11 +85,17 @@ def adamw_step_8bit(
     tensors = params, grads, exp_avgs, exp_avg_sqs
     if not params:
         return
-    if dispatch.triton_runs(params[0]):
+    backend = _backend(params[0])
+    if backend is not reference and not fits_8bit(*tensors, alignment=backend.ALIGNMENT):
+        backend = reference
+    with dispatch.on_device(params[0]):
+        backend.adamw_step_8bit(*tensors, step, lr, betas, eps, weight_decay)
+
+
+def _backend(p: Tensor) -> ModuleType:
+    picked = dispatch.pick(p.device, "cpu", "triton")
+    if picked == "triton":
         from . import triton
 
-        if triton.fits_8bit(*tensors):
-            with dispatch.on_device(params[0]):
-                triton.adamw_step_8bit(*tensors, step, lr, betas, eps, weight_decay)
-            return
-    reference.adamw_step_8bit(*tensors, step, lr, betas, eps, weight_decay)
+        return triton
+    return cpu if picked == "cpu" else reference

@@ -27,7 +27,7 @@ def adamw_step(
     torch._foreach_mul_(exp_avg_sqs, beta2)
     torch._foreach_addcmul_(exp_avg_sqs, grads, grads, value=1 - beta2)
     denominator = torch._foreach_sqrt(exp_avg_sqs)
-    torch._foreach_div_(denominator, math.sqrt(1 - beta2**step))
+    torch._foreach_mul_(denominator, 1 / math.sqrt(1 - beta2**step))
     torch._foreach_add_(denominator, eps)
     torch._foreach_mul_(params, 1 - lr * weight_decay)
     torch._foreach_addcdiv_(params, exp_avgs, denominator, value=-lr / (1 - beta1**step))

@@ -27,20 +27,18 @@ The state is bit for bit the reference's, which needs products and sums that are
 one rounding. p has the GPU's faster square root and division, of a few units in the last place.
 """
 
-import functools
-import math
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import dispatch
 from ..nf4 import ABSMAX_FLOOR
+from .lists import changed, numbers, work
 from .state import BLOCK as BLOCK_8BIT
 from .state import Moment8bit, signed_map, unsigned_map
 
 BLOCK, THREADS = 1024, 256  # 4 values a thread
+ALIGNMENT = 16  # bytes, of every tensor
 ROWS = 8  # blocks of 8-bit state of one program
 EXACT = {"enable_fp_fusion": False}
 
@@ -197,30 +195,6 @@ def _code(x, EDGES, SIGNED: tl.constexpr):
     return (edge - (x <= tl.load(EDGES + edge)).to(tl.int32)).to(tl.uint8)
 
 
-def fits(*lists: list[Tensor]) -> bool:
-    """Whether the kernel can take these tensors: fp32, dense, on 16 bytes, of one device."""
-    device = lists[0][0].device
-    dense = all(_dense(t, torch.float32, device) for tensors in lists for t in tensors)
-    return dense and all(len({t.shape for t in group}) == 1 for group in zip(*lists, strict=True))
-
-
-def fits_8bit(params: list[Tensor], grads: list[Tensor], *moments: list[Moment8bit]) -> bool:
-    """`fits` of params and grads, and of 8-bit moments that are as long as they have to be."""
-    return fits(params, grads) and all(
-        moment.codes.numel() == p.numel()
-        and moment.absmax.numel() == -(-p.numel() // BLOCK_8BIT)
-        and _dense(moment.codes, torch.uint8, p.device)
-        and _dense(moment.absmax, torch.float32, p.device)
-        for of_all in moments
-        for p, moment in zip(params, of_all, strict=True)
-    )
-
-
-def _dense(t: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
-    aligned = t.is_contiguous() and t.data_ptr() % 16 == 0
-    return aligned and t.dtype == dtype and t.device == device
-
-
 def adamw_step(
     params: list[Tensor],
     grads: list[Tensor],
@@ -232,15 +206,15 @@ def adamw_step(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """As reference.adamw_step, for tensors that `fits` accepts."""
-    table, pieces = _work(list(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)), BLOCK)
+    """As reference.adamw_step, for tensors that fit."""
+    groups = list(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True))
+    table, pieces = work(groups, BLOCK)
     if len(pieces):
         _update[(len(pieces),)](
-            table, pieces, *_numbers(step, lr, betas, eps, weight_decay), BLOCK,
+            table, pieces, *numbers(step, lr, betas, eps, weight_decay), BLOCK,
             num_warps=THREADS // dispatch.lanes(),
         )  # fmt: skip
-    for tensors in (params, exp_avgs, exp_avg_sqs):
-        torch.autograd.graph.increment_version(tensors)  # as an operation of torch's would
+    changed(params, exp_avgs, exp_avg_sqs)
 
 
 def adamw_step_8bit(
@@ -254,46 +228,14 @@ def adamw_step_8bit(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """As reference.adamw_step_8bit, for tensors that `fits_8bit` accepts."""
+    """As reference.adamw_step_8bit, for tensors that fit."""
     groups = zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)
-    table, pieces = _work([(p, g, *m, *v) for p, g, m, v in groups], ROWS * BLOCK_8BIT)
+    table, pieces = work([(p, g, *m, *v) for p, g, m, v in groups], ROWS * BLOCK_8BIT)
     device = params[0].device
     if len(pieces):
         _update_8bit[(len(pieces),)](
             table, pieces, *signed_map(device), *unsigned_map(device),
-            *_numbers(step, lr, betas, eps, weight_decay), ABSMAX_FLOOR, ROWS, BLOCK_8BIT,
+            *numbers(step, lr, betas, eps, weight_decay), ABSMAX_FLOOR, ROWS, BLOCK_8BIT,
             num_warps=THREADS // dispatch.lanes(), **EXACT,
         )  # fmt: skip
-    for moments in (exp_avgs, exp_avg_sqs):
-        torch.autograd.graph.increment_version([part for moment in moments for part in moment])
-    torch.autograd.graph.increment_version(params)
-
-
-def _work(groups: list[tuple[Tensor, ...]], values: int) -> tuple[Tensor, Tensor]:
-    """A row of the table has the addresses of a group of tensors, the parameter first, and the
-    length of that; the other is `_pieces`.
-    """
-    device = groups[0][0].device
-    rows = [[*(t.data_ptr() for t in group), group[0].numel()] for group in groups]
-    # from pinned memory, or the host would wait for all that the device has to do before
-    table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
-    lengths = tuple(row[-1] for row in rows)
-    return table.to(device, non_blocking=True), _pieces(lengths, values, device)
-
-
-@functools.lru_cache(maxsize=16)  # groups of parameters
-def _pieces(lengths: tuple[int, ...], values: int, device: torch.device) -> Tensor:
-    """Which tensor a program is at, and which piece of so many values: [programs, 2]."""
-    counts = (torch.tensor(lengths, device="cpu") + values - 1) // values
-    tensor = torch.arange(len(lengths), device="cpu").repeat_interleave(counts)
-    piece = torch.arange(len(tensor), device="cpu") - (counts.cumsum(0) - counts)[tensor]
-    return torch.stack([tensor, piece], dim=1).to(device)
-
-
-def _numbers(
-    step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
-) -> tuple[float, ...]:
-    """decay, beta1, rest1, beta2, rest2, rate, correction, eps"""
-    (beta1, beta2), correction = betas, 1 / math.sqrt(1 - betas[1] ** step)
-    rate = lr / (1 - beta1**step)
-    return 1 - lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2, rate, correction, eps
+    changed(params, exp_avgs, exp_avg_sqs)

@@ -28,12 +28,14 @@ dense head never exists: twice for every chunk, for the logits and for the gradi
 a head in 16 bits becomes fp32 where the processor has no products of 16 bits.
 """
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from .. import dispatch
 from ..frozen_linear import Packed
-from . import reference
+from . import cpu, reference
 from .linear import Form, LinearCrossEntropy
 
 
@@ -50,12 +52,9 @@ def cross_entropy(
     []). The module tells what `softcap`, `label_smoothing` and `z_loss` add.
     """
     form = Form(softcap, label_smoothing, z_loss)
-    if labels.shape == logits.shape[:-1] and dispatch.triton_runs(logits):
-        from . import triton
-
-        with dispatch.on_device(logits):
-            return triton.cross_entropy(logits, labels, form, ignore_index)
-    return reference.cross_entropy(logits, labels, form, ignore_index)
+    backend = _backend(logits) if labels.shape == logits.shape[:-1] else reference
+    with dispatch.on_device(logits):
+        return backend.cross_entropy(logits, labels, form, ignore_index)
 
 
 def linear_cross_entropy(
@@ -82,15 +81,21 @@ def linear_cross_entropy(
         weight, lora_A, lora_B = (
             t.detach() if isinstance(t, Tensor) else t for t in (weight, lora_A, lora_B)
         )
-    backend = reference
-    if dispatch.triton_runs(picked):
-        from . import triton
-
-        backend = triton
     chosen = labels.reshape(-1)[rows]
     form = Form(softcap, label_smoothing, z_loss)
     with dispatch.on_device(picked):
         total = LinearCrossEntropy.apply(
-            picked, weight, lora_A, lora_B, scaling, chosen, form, backend
+            picked, weight, lora_A, lora_B, scaling, chosen, form, _backend(picked)
         )
     return total, (labels != ignore_index).sum()
+
+
+def _backend(x: Tensor) -> ModuleType:
+    if x.dtype not in dispatch.FLOATS:
+        return reference
+    picked = dispatch.pick(x.device, "cpu", "triton")
+    if picked == "triton":
+        from . import triton
+
+        return triton
+    return cpu if picked == "cpu" and cpu.fits(x) else reference

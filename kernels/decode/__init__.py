@@ -49,6 +49,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..dispatch import FLOAT, INT64, POINTER
 from . import reference
 
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")  # cpu.cpp knows them by their index
@@ -223,9 +224,7 @@ def decode_step(
     if dispatch.pick(plan.device, "cpu") == "reference":
         return _by_reference(plan, ids.view(B, T), tables, cache, slots, visible)
     logits = torch.empty(B, plan.vocab_size)
-    run = dispatch.function(
-        plan._op, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT64
-    )
+    run = dispatch.function(plan._op, POINTER, POINTER, POINTER, POINTER, POINTER, INT64, INT64)
     run(
         ctypes.addressof(plan._model),
         ids.data_ptr(),
@@ -333,18 +332,16 @@ def _check_mask(B: int, i: int, mask: Tensor, count: int) -> tuple[int, int]:
 
 # ---- the compiled kernel ------------------------------------------------------------------------
 
-_POINTER, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-
 
 class _Model(ctypes.Structure):
     """cpu.cpp's Model."""
 
     _fields_ = (
-        *((name, _POINTER) for name in ("embedding", "norm", "head", "layers")),
-        *((name, _INT64) for name in ("depth", "vocab", "hidden", "inner")),
-        *((name, _INT64) for name in ("heads", "kv_heads", "head_dim", "activation")),
-        *((name, _FLOAT) for name in ("eps", "norm_offset", "embedding_scale")),
-        *((name, _FLOAT) for name in ("attention_scale", "attn_softcap", "final_softcap")),
+        *((name, POINTER) for name in ("embedding", "norm", "head", "layers")),
+        *((name, INT64) for name in ("depth", "vocab", "hidden", "inner")),
+        *((name, INT64) for name in ("heads", "kv_heads", "head_dim", "activation")),
+        *((name, FLOAT) for name in ("eps", "norm_offset", "embedding_scale")),
+        *((name, FLOAT) for name in ("attention_scale", "attn_softcap", "final_softcap")),
     )
 
 

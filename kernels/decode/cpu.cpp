@@ -27,40 +27,11 @@
 #include <sched.h>
 #include <stdlib.h>
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 namespace {
 
-inline float widen(float a) { return a; }
-inline float widen(uint16_t a) {
-    const uint32_t bits = static_cast<uint32_t>(a) << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
-// ---- eight floats -------------------------------------------------------------------------------------------------
+using namespace simd;
 
 #if defined(__AVX2__)
-struct Vec {
-    __m256 v;
-};
-inline Vec fill(float a) { return {_mm256_set1_ps(a)}; }
-inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
-inline Vec load(const uint16_t* p) {
-    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
-}
-inline void store(Vec a, float* p) { _mm256_storeu_ps(p, a.v); }
-inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
-inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
-inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
-inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
-inline Vec madd(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
-inline Vec largest(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
-
 // The sums of eight vectors, one per lane.
 inline Vec sums(const Vec* a) {
     const __m256 low = _mm256_hadd_ps(_mm256_hadd_ps(a[0].v, a[1].v), _mm256_hadd_ps(a[2].v, a[3].v));
@@ -68,9 +39,9 @@ inline Vec sums(const Vec* a) {
     return {_mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31))};
 }
 
-// e^x to about an ulp: e^x = 2^n e^r with |r| <= ln(2) / 2, e^r by its Taylor polynomial of degree 7 (the rest is
-// below 6e-9). Below the smallest normal number it is 0; NaN stays NaN.
-inline Vec exponential(Vec x) {
+// e^x to about an ulp, of any x, where that of simd.h ends at 88: e^x = 2^n e^r with |r| <= ln(2) / 2, e^r by its
+// Taylor polynomial of degree 7 (the rest is below 6e-9). Below the smallest normal number it is 0; NaN stays NaN.
+inline Vec any_exponential(Vec x) {
     const __m256 low = _mm256_set1_ps(-87.33654f);
     const __m256 none = _mm256_cmp_ps(x.v, low, _CMP_LT_OQ);
     const __m256 a = _mm256_max_ps(low, _mm256_min_ps(_mm256_set1_ps(88.37626f), x.v));
@@ -86,50 +57,18 @@ inline Vec exponential(Vec x) {
     return {_mm256_andnot_ps(none, _mm256_mul_ps(p, _mm256_castsi256_ps(power)))};
 }
 #else
-struct Vec {
-    float v[8];
-};
-template <class F>
-inline Vec lanes(F f) {
-    Vec r;
-    for (int i = 0; i < 8; ++i) r.v[i] = f(i);
-    return r;
-}
-inline Vec fill(float a) { return lanes([&](int) { return a; }); }
-template <class T>
-inline Vec load(const T* p) { return lanes([&](int i) { return widen(p[i]); }); }
-inline void store(Vec a, float* p) { std::memcpy(p, a.v, sizeof a.v); }
-inline Vec operator+(Vec a, Vec b) { return lanes([&](int i) { return a.v[i] + b.v[i]; }); }
-inline Vec operator-(Vec a, Vec b) { return lanes([&](int i) { return a.v[i] - b.v[i]; }); }
-inline Vec operator*(Vec a, Vec b) { return lanes([&](int i) { return a.v[i] * b.v[i]; }); }
-inline Vec operator/(Vec a, Vec b) { return lanes([&](int i) { return a.v[i] / b.v[i]; }); }
-inline Vec madd(Vec a, Vec b, Vec c) { return lanes([&](int i) { return a.v[i] * b.v[i] + c.v[i]; }); }
-inline Vec largest(Vec a, Vec b) { return lanes([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
 inline Vec sums(const Vec* a) {
     return lanes([&](int i) {
         const float* v = a[i].v;
         return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
     });
 }
-inline Vec exponential(Vec x) { return lanes([&](int i) { return expf(x.v[i]); }); }
+inline Vec any_exponential(Vec x) {
+    return lanes([&](int i) { return expf(x.v[i]); });
+}
 #endif
 
-inline float sum(Vec a) {
-    float v[8];
-    store(a, v);
-    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
-}
-
-// The first `count` < 8 values at p, then zeros: never reads past them.
-template <class T>
-inline Vec load_some(const T* p, int64_t count) {
-    T padded[8] = {};
-    std::memcpy(padded, p, static_cast<size_t>(count) * sizeof(T));
-    return load(padded);
-}
-
 inline int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // ---- what Python hands over (kernels/decode/__init__.py builds the same layouts) -----------------------------------
 
@@ -270,8 +209,8 @@ inline void dots(const W* w, int64_t K, const float* x, int64_t x_stride, const 
         }
     }
     if (k < K) {
-        const Vec a = K - k >= 8 ? load(w + k) : load_some(w + k, K - k);
-        const Vec b = K - k > 8 ? load_some(w + k + 8, K - k - 8) : fill(0);
+        const Vec a = K - k >= 8 ? load(w + k) : load(w + k, First{K - k});
+        const Vec b = K - k > 8 ? load(w + k + 8, First{K - k - 8}) : fill(0);
         for (int n = 0; n < N; ++n) {
             part[n][0] = madd(a, load(x + n * x_stride + k), part[n][0]);
             part[n][1] = madd(b, load(x + n * x_stride + k + 8), part[n][1]);
@@ -332,7 +271,7 @@ struct Worker {
         const Vec s = fill(scale), offset = fill(model.norm_offset);
         int64_t i = 0;
         for (; i + 8 <= n; i += 8) store(load(a + i) * s * (load(weight + i) + offset), out + i);
-        if (i < n) store(load(a + i) * s * (load_some(weight + i, n - i) + offset), out + i);
+        if (i < n) store(load(a + i) * s * (load(weight + i, First{n - i}) + offset), out + i);
     }
 
     void add(const float* a, float* out) const {
@@ -359,7 +298,7 @@ struct Worker {
             const Vec scale = fill(model.embedding_scale);
             int64_t i = 0;
             for (; i + 8 <= H; i += 8) store(load(source + i) * scale, out + i);
-            if (i < H) store(load_some(source + i, H - i) * scale, out + i);
+            if (i < H) store(load(source + i, First{H - i}) * scale, out + i);
         }
     }
 
@@ -567,7 +506,7 @@ struct Worker {
                 }
             }
             for (int i = 0; i < 4 && d < D; ++i) {
-                const Vec key = load_some(four[i] + d, D - d);
+                const Vec key = load(four[i] + d, First{D - d});
                 for (int g = 0; g < G; ++g) part[g][i] = madd(key, load(q + g * head_wide + d), part[g][i]);
             }
             for (int g = 0; g < G; ++g)
@@ -597,7 +536,7 @@ struct Worker {
             for (int g = 0; g < G; ++g) {
                 Vec all = load(out + g * apart + d);
                 for (int i = 0; i < TILE; ++i) {
-                    const Vec value = D - d >= 8 ? load(slots[i] + d) : load_some(slots[i] + d, D - d);
+                    const Vec value = D - d >= 8 ? load(slots[i] + d) : load(slots[i] + d, First{D - d});
                     all = madd(fill(weights[g * 256 + i]), value, all);
                 }
                 store(all, out + g * apart + d);
@@ -617,14 +556,12 @@ struct Worker {
             for (int64_t i = 0; i < n; ++i) s[i] = seen(context, b, start + i) ? s[i] : -HUGE_VALF;
         }
         Vec top = load(s);
-        for (int64_t i = 8; i < whole; i += 8) top = largest(top, load(s + i));
-        float lane[8], most = -HUGE_VALF;
-        store(top, lane);
-        for (const float l : lane) most = l > most ? l : most;
+        for (int64_t i = 8; i < whole; i += 8) top = larger(top, load(s + i));
+        const float most = largest(top);
         const Vec base = fill(most == -HUGE_VALF ? 0.0f : most);  // nothing seen: exponentials of -inf, all 0
         Vec total = fill(0);
         for (int64_t i = 0; i < whole; i += 8) {
-            const Vec e = exponential(load(s + i) - base);
+            const Vec e = any_exponential(load(s + i) - base);
             store(e, s + i);
             total = total + e;
         }
@@ -667,7 +604,7 @@ struct Worker {
         }
         // silu: a sigmoid(a); gelu by tanh: 0.5 a (1 + tanh u) = a sigmoid(2 u)
         const Vec u = model.activation == 0 ? a : a * fill(1.59576912f) * madd(a * a, fill(0.044715f), fill(1));
-        return a / (fill(1) + exponential(fill(0) - u));
+        return a / (fill(1) + any_exponential(fill(0) - u));
     }
 
     void feed(const Layer<W>& layer) {
@@ -682,7 +619,7 @@ struct Worker {
             if (i < runs[0].last) {  // the next values are another thread's
                 const int64_t n = runs[0].last - i;
                 float v[8];
-                store(activate(load_some(gate + i, n)) * load_some(inner + i, n), v);
+                store(activate(load(gate + i, First{n})) * load(inner + i, First{n}), v);
                 std::memcpy(inner + i, v, static_cast<size_t>(n) * 4);
             }
         }

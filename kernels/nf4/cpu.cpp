@@ -23,20 +23,6 @@ const float* scaled_table(const float* table, float absmax, float* out) {
     return out;
 }
 
-// absmax of one block: the largest bit pattern of |x|. Integers order like floats here, and NaN comes out on top.
-float block_absmax(const float* x, int64_t count) {
-    uint32_t largest = 0;
-    for (int64_t i = 0; i < count; ++i) {
-        uint32_t bits;
-        std::memcpy(&bits, x + i, 4);
-        bits &= 0x7fffffffu;
-        largest = bits > largest ? bits : largest;
-    }
-    float result;
-    std::memcpy(&result, &largest, 4);
-    return result;
-}
-
 struct Quantize {
     const float* x;
     const float* thresholds;  // [15]
@@ -80,7 +66,7 @@ void encode_blocks(void* data, int64_t first, int64_t last) {
 void quantize_blocks(void* data, int64_t first, int64_t last) {
     const Quantize& q = *static_cast<const Quantize*>(data);
     for (int64_t b = first; b < last; ++b) {
-        q.scales[b] = block_absmax(q.x + b * q.block, count_of(q.n, q.block, b));
+        q.scales[b] = absmax(q.x + b * q.block, count_of(q.n, q.block, b));
         encode_block(q, b);
     }
 }

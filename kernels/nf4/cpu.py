@@ -1,13 +1,11 @@
 """The compiled kernels of cpu.cpp, with the signatures of reference.py; tensors in host memory."""
 
-import ctypes
-
 import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..dispatch import FLOAT, INT64, POINTER
 
-POINTER, INT64, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 # Values: half precision is widened to fp32 piece by piece, 4 MB at a time; a multiple of every
 # block size. Larger pieces leave larger holes in the heap (docs/dev/LOG.md).
 CHUNK = 1 << 20

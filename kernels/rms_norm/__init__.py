@@ -9,10 +9,12 @@ one differ from the other in the last bit of bf16:
     "gemma"    the product is taken in fp32 and rounded once; Gemma also stores w with offset 1
 """
 
+from types import ModuleType
+
 from torch import Tensor
 
 from .. import dispatch
-from . import reference
+from . import cpu, reference
 
 WIDEST = 32768  # row of the Triton kernel, which beyond would spill registers
 
@@ -29,12 +31,8 @@ def rms_norm(
     dtype. casting_mode: "llama" or "gemma", see above; ValueError for another.
     """
     check_casting_mode(casting_mode)
-    if _suits_triton(x, weight):
-        from . import triton
-
-        with dispatch.on_device(x):
-            return triton.rms_norm(x, weight, eps, weight_offset, casting_mode)
-    return reference.rms_norm(x, weight, eps, weight_offset, casting_mode)
+    with dispatch.on_device(x):
+        return _backend(x, weight).rms_norm(x, weight, eps, weight_offset, casting_mode)
 
 
 def check_casting_mode(casting_mode: str) -> None:
@@ -43,10 +41,15 @@ def check_casting_mode(casting_mode: str) -> None:
         raise ValueError(f"casting_mode is {casting_mode!r}: choose llama or gemma")
 
 
-def _suits_triton(x: Tensor, weight: Tensor) -> bool:
-    """A row has to fit into registers."""
-    fits = weight.shape == x.shape[-1:] and x.shape[-1] <= WIDEST
-    return fits and dispatch.triton_runs(x)
+def _backend(x: Tensor, weight: Tensor) -> ModuleType:
+    if x.dtype not in dispatch.FLOATS or weight.shape != x.shape[-1:]:
+        return reference
+    picked = dispatch.pick(x.device, "cpu", "triton")
+    if picked == "triton" and x.shape[-1] <= WIDEST:
+        from . import triton
+
+        return triton
+    return cpu if picked == "cpu" and cpu.fits(x, weight) else reference
 
 
 def add_rms_norm(
@@ -63,10 +66,9 @@ def add_rms_norm(
     """
     check_casting_mode(casting_mode)
     same = (x.dtype, x.shape) == (residual.dtype, residual.shape)
-    if same and _suits_triton(x, weight):
-        from . import triton
-
-        with dispatch.on_device(x):
-            return triton.add_rms_norm(x, residual, weight, eps, weight_offset, casting_mode)
-    total = x + residual
-    return reference.rms_norm(total, weight, eps, weight_offset, casting_mode), total
+    backend = _backend(x, weight) if same else reference
+    if backend is reference:
+        total = x + residual
+        return reference.rms_norm(total, weight, eps, weight_offset, casting_mode), total
+    with dispatch.on_device(x):
+        return backend.add_rms_norm(x, residual, weight, eps, weight_offset, casting_mode)

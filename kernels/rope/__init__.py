@@ -14,14 +14,16 @@ Some families normalize every head of q and k before they turn it (Qwen 3, Gemma
 does both in one pass; of its operands it keeps q and k.
 """
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from .. import dispatch
 from ..rms_norm import check_casting_mode, rms_norm
-from . import reference
+from . import cpu, reference
 
-WIDEST = 1024  # head of the Triton kernel
+WIDEST = 1024  # head of the Triton kernel, and of both that normalize
 
 
 def rope(
@@ -33,12 +35,11 @@ def rope(
     inplace: q and k are given up, and the result may be written over them. What autograd kept of
     them for another operation's backward then raises there.
     """
-    if _suits_triton(q, k, cos, sin):
-        from . import triton
-
-        with dispatch.on_device(q):
-            return triton.rotate(q, k, cos, sin, inplace)
-    return reference.rotate(q, cos, sin), reference.rotate(k, cos, sin)
+    backend = _backend(q, k, cos, sin)
+    if backend is reference:
+        return reference.rotate(q, cos, sin), reference.rotate(k, cos, sin)
+    with dispatch.on_device(q):
+        return backend.rotate(q, k, cos, sin, inplace and _own_memory(q, k))
 
 
 def norm_rope(
@@ -58,11 +59,12 @@ def norm_rope(
     D = q.shape[-1]
     frozen = not (torch.is_grad_enabled() and (q_weight.requires_grad or k_weight.requires_grad))
     whole = 2 * cos.shape[-1] == D and q_weight.shape == k_weight.shape == (D,)
-    if frozen and whole and _suits_triton(q, k, cos, sin):
-        from . import triton
-
+    backend = _backend(q, k, cos, sin) if frozen and whole else reference
+    if backend is cpu and (D > WIDEST or not q.dtype == q_weight.dtype == k_weight.dtype):
+        backend = reference
+    if backend is not reference:
         with dispatch.on_device(q):
-            return triton.norm_rotate(
+            return backend.norm_rotate(
                 q, k, q_weight, k_weight, cos, sin, eps, weight_offset, casting_mode
             )
     options = {"weight_offset": weight_offset, "casting_mode": casting_mode}
@@ -70,13 +72,27 @@ def norm_rope(
     return rope(q, k, cos, sin)
 
 
-def _suits_triton(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
+def _own_memory(q: Tensor, k: Tensor) -> bool:
+    """Whether rows are dense, and no value of q and k is another one too, as `expand` makes them
+    (k being q itself among it).
+    """
+    return q.data_ptr() != k.data_ptr() and all(
+        x.stride(-1) == 1 and all(n == 1 or s for n, s in zip(x.shape, x.stride(), strict=True))
+        for x in (q, k)
+    )
+
+
+def _backend(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> ModuleType:
     B, T, _, D = q.shape
     fits = cos.shape == sin.shape and cos.shape[:2] in ((1, T), (B, T))
-    fits &= cos.dim() == 3 and 2 * cos.shape[-1] <= D <= WIDEST
+    fits &= cos.dim() == 3 and 2 * cos.shape[-1] <= D
     fits &= cos.dtype == sin.dtype == torch.float32
-    return (
-        fits
-        and (k.shape[:2], k.shape[3], k.dtype) == ((B, T), D, q.dtype)
-        and (dispatch.triton_runs(q))
-    )
+    fits &= (k.shape[:2], k.shape[3], k.dtype) == ((B, T), D, q.dtype)
+    if not fits or q.dtype not in dispatch.FLOATS:
+        return reference
+    picked = dispatch.pick(q.device, "cpu", "triton")
+    if picked == "triton" and D <= WIDEST:
+        from . import triton
+
+        return triton
+    return cpu if picked == "cpu" and cpu.fits(q) else reference

@@ -128,16 +128,6 @@ def _launch(
     )  # fmt: skip
 
 
-def _own_memory(q: Tensor, k: Tensor) -> bool:
-    """Whether rows are dense, and no value of q and k is another one too, as `expand` makes them
-    (k being q itself among it).
-    """
-    return q.data_ptr() != k.data_ptr() and all(
-        x.stride(-1) == 1 and all(n == 1 or s for n, s in zip(x.shape, x.stride(), strict=True))
-        for x in (q, k)
-    )
-
-
 def _rows_dense(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
 
@@ -156,7 +146,7 @@ class Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, cos, sin, inplace):
         ctx.save_for_backward(cos, sin)
-        if inplace and _own_memory(q, k):
+        if inplace:
             out = q.detach(), k.detach()
             _launch((q, k), out, cos, sin, back=False)
             torch.autograd.graph.increment_version((q, k))

@@ -9,12 +9,14 @@ gelu_pytorch_tanh   the same with Phi(z) ~ (1 + tanh(sqrt(2/pi) (z + 0.044715 z^
 The names are those of `hidden_act` in a checkpoint's config.
 """
 
+from types import ModuleType
+
 from torch import Tensor
 
 from .. import dispatch
-from . import reference
+from . import cpu, reference
 
-ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")
+ACTIVATIONS = tuple(cpu.ACTIVATIONS)
 APPROXIMATIONS = {"tanh": "gelu_pytorch_tanh", "none": "gelu"}
 
 
@@ -25,12 +27,8 @@ def gated(gate: Tensor, up: Tensor, hidden_act: str) -> Tensor:
     """
     if hidden_act not in ACTIVATIONS:
         raise ValueError(f"hidden_act is {hidden_act!r}: choose one of {', '.join(ACTIVATIONS)}")
-    if _suits_triton(gate, up):
-        from . import triton
-
-        with dispatch.on_device(gate):
-            return triton.gated(gate, up, hidden_act)
-    return reference.gated(gate, up, hidden_act)
+    with dispatch.on_device(gate):
+        return _backend(gate, up).gated(gate, up, hidden_act)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -52,15 +50,17 @@ def gated_backward_(grad: Tensor, gate: Tensor, up: Tensor, hidden_act: str) -> 
     """Backward in place, for a caller to whom all three belong: y is written over its gradient
     `grad`, d gate over gate and d up over up. All contiguous, of one shape and dtype.
     """
-    if _suits_triton(gate, up) and grad.dtype == gate.dtype:
+    with dispatch.on_device(gate):
+        backend = _backend(gate, up) if grad.dtype == gate.dtype else reference
+        backend.gated_backward_(grad, gate, up, hidden_act)
+
+
+def _backend(gate: Tensor, up: Tensor) -> ModuleType:
+    if gate.dtype not in dispatch.FLOATS or (gate.dtype, gate.shape) != (up.dtype, up.shape):
+        return reference
+    picked = dispatch.pick(gate.device, "cpu", "triton")
+    if picked == "triton":
         from . import triton
 
-        with dispatch.on_device(gate):
-            triton.gated_backward_(grad, gate, up, hidden_act)
-    else:
-        reference.gated_backward_(grad, gate, up, hidden_act)
-
-
-def _suits_triton(gate: Tensor, up: Tensor) -> bool:
-    same = (gate.dtype, gate.shape) == (up.dtype, up.shape)
-    return same and dispatch.triton_runs(gate)
+        return triton
+    return cpu if picked == "cpu" and cpu.fits(gate) else reference

@@ -1,7 +1,8 @@
-"""AdamW with 8-bit state: against fp64 maths and bitsandbytes; and its Triton kernel, in the
-interpreter or compiled where there is a GPU, against the reference.
+"""AdamW with 8-bit state: its reference and its C++ kernel against fp64 maths and bitsandbytes; and
+its Triton kernel, in the interpreter or compiled where there is a GPU, against the reference.
 """
 
+import functools
 import math
 
 import pytest
@@ -14,14 +15,19 @@ import triton
 import triton.language as tl
 
 from lorakit import kernels
-from lorakit.kernels import Moment8bit
-from lorakit.kernels.adamw import reference
+from lorakit.kernels import Moment8bit, dispatch
+from lorakit.kernels.adamw import lists, reference
 from lorakit.kernels.adamw.state import BLOCK, signed_map, unsigned_map
-from lorakit.kernels.adamw.triton import _code, fits_8bit
+from lorakit.kernels.adamw.triton import ALIGNMENT, _code
 from tests.triton_interpreter import DEVICE, on_triton
 
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 MAPS = {"signed": signed_map(DEVICE), "unsigned": unsigned_map(DEVICE)}
+BACKENDS = ["reference"]
+if DEVICE.type == "cpu" and dispatch.library():
+    BACKENDS.append("cpu")
+backends = pytest.mark.parametrize("backend", BACKENDS)
+fits_8bit = functools.partial(lists.fits_8bit, alignment=ALIGNMENT)
 seeds = st.integers(0, 2**31)
 
 
@@ -60,8 +66,10 @@ def test_the_maps_are_those_of_bitsandbytes():
 
 
 @settings(max_examples=50)
-@given(st.integers(1, 1500), st.integers(1, 1000), st.floats(0, 6), seeds)
-def test_a_step_is_the_maths(n, t, decades, seed):
+@given(
+    st.sampled_from(BACKENDS), st.integers(1, 1500), st.integers(1, 1000), st.floats(0, 6), seeds
+)
+def test_a_step_is_the_maths(backend, n, t, decades, seed):
     """One step from any state, in fp64; every value of the new state is at the nearest level."""
     p, g = random(seed, n), gradient(seed + 1, n, decades)
     m, v = moments(n)
@@ -75,7 +83,8 @@ def test_a_step_is_the_maths(n, t, decades, seed):
     terms = 0.9 * old_m.abs() + 0.1 * g.double().abs()  # of new_m, which may cancel
     rate = 1e-2 / (1 - 0.9**t) / ((new_v / (1 - 0.999**t)).sqrt() + 1e-8)
     truth = p.double() * (1 - 1e-3) - rate * new_m
-    step(p, g, m, v, t)
+    with kernels.use_backend(backend):
+        step(p, g, m, v, t)
     # a dozen fp32 roundings of 2^-24, of p and of an update that may be much larger
     assert ((p.double() - truth).abs() <= 1e-6 * (truth.abs() + rate * terms)).all()
     for moment, which, exact, size in ((m, "signed", new_m, terms), (v, "unsigned", new_v, new_v)):
@@ -108,7 +117,8 @@ def test_quantizing_twice_changes_nothing(numbers, exponent):
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="its CUDA kernel has 1 - beta in fp32: 1e-5 off")
-def test_equals_bitsandbytes_step_for_step():
+@backends
+def test_equals_bitsandbytes_step_for_step(backend):
     """From the same state, ours is never further from the exact moments than theirs."""
     optim = pytest.importorskip("bitsandbytes.optim")
     n = 5000
@@ -121,7 +131,8 @@ def test_equals_bitsandbytes_step_for_step():
         exact_v = 0.999 * values(v, "unsigned").double() + 0.001 * g.double() ** 2
         theirs.grad = g.clone()
         optimizer.step()
-        step(p, g, m, v, t)
+        with kernels.use_backend(backend):
+            step(p, g, m, v, t)
         # the same operations in another order: a few roundings of 2^-24, of |p| up to 4
         assert torch.allclose(p, theirs, rtol=0, atol=2e-6)
         state = optimizer.state[theirs]
@@ -142,24 +153,28 @@ def test_equals_bitsandbytes_step_for_step():
             moment.absmax.copy_(absmax)
 
 
-def test_a_small_v_does_not_make_the_next_update_explode():
+@backends
+def test_a_small_v_does_not_make_the_next_update_explode(backend):
     """A gradient of 1/10,000 of its block's largest, then none: m is kept, v must be too."""
     p, g = torch.zeros(BLOCK, device=DEVICE), torch.ones(BLOCK, device=DEVICE)
     g[7] = 1e-4
     m, v = moments(BLOCK)
-    step(p, g, m, v, 1)
-    assert values(m, "signed")[7] > 0
-    assert values(v, "unsigned")[7] > 0
-    before = p.clone()
-    g[7] = 0
-    step(p, g, m, v, 2)
+    with kernels.use_backend(backend):
+        step(p, g, m, v, 1)
+        assert values(m, "signed")[7] > 0
+        assert values(v, "unsigned")[7] > 0
+        before = p.clone()
+        g[7] = 0
+        step(p, g, m, v, 2)
     moved = (p - before).abs()
     assert 0 < moved[7] < OPTIONS["lr"]  # m / eps would be 900 times the learning rate
 
 
-def test_a_gradient_of_zero_changes_only_by_decay():
+@backends
+def test_a_gradient_of_zero_changes_only_by_decay(backend):
     p, (m, v) = torch.ones(300, device=DEVICE), moments(300)
-    step(p, torch.zeros_like(p), m, v)
+    with kernels.use_backend(backend):
+        step(p, torch.zeros_like(p), m, v)
     assert torch.equal(p, torch.full_like(p, 1 - 1e-3))
     assert (values(m, "signed") == 0).all()
     assert (values(v, "unsigned") == 0).all()
@@ -180,28 +195,31 @@ def check_not_finite(number):
     return m, v
 
 
+@backends
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
-def test_what_a_gradient_that_is_not_finite_does(number):
-    check_not_finite(number)
+def test_what_a_gradient_that_is_not_finite_does(backend, number):
+    with kernels.use_backend(backend):
+        check_not_finite(number)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes_and_strides(dtype):
-    """Computed in fp32, whatever comes in; row-major order, whatever the strides."""
+    """In fp32, whatever comes in; row-major order, whatever the strides. By the reference."""
     p, g = random(0, 40, 30), random(1, 40, 30)
     turned = p.t().contiguous().t().to(dtype)
     m, v = moments(1200)
     step(turned, g.to(dtype), m, v)
     flat, (same_m, same_v) = p.to(dtype).float().view(-1), moments(1200)
-    with kernels.use_backend("reference"):  # as `turned` is: not contiguous
+    with kernels.use_backend("reference"):
         step(flat, g.to(dtype).float().view(-1), same_m, same_v)
     assert torch.equal(turned, flat.view(40, 30).to(dtype))
     for a, b in zip((*m, *v), (*same_m, *same_v), strict=True):
         assert torch.equal(a, b)
 
 
-def test_refuses_a_moment_of_another_length():
-    with pytest.raises(RuntimeError):
+@backends
+def test_refuses_a_moment_of_another_length(backend):
+    with kernels.use_backend(backend), pytest.raises(RuntimeError):
         step(random(0, 600), random(1, 600), *moments(500))
     kernels.adamw_step_8bit([], [], [], [], step=1, **OPTIONS)
 

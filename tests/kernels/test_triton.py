@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 from lorakit import kernels
 from lorakit.kernels import dispatch
+from lorakit.kernels.adamw.lists import fits
 from lorakit.kernels.nf4.tensor import BLOCK_SIZES, LEVELS
 from lorakit.kernels.swiglu import ACTIVATIONS
 from tests.conftest import tiny
@@ -764,7 +765,7 @@ def test_adamw(sizes, step, seed):
             t.copy_(random(seed + 10 * i + j, len(t)))
     for v in lists[3]:
         v.abs_()
-    assert adamw.fits(*lists)
+    assert fits(*lists, alignment=adamw.ALIGNMENT)
     exact = [[t.double() for t in tensors] for tensors in lists]
     options = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
     for t in range(step, step + 3):

@@ -1,0 +1,120 @@
+// Cross-entropy on the CPU, a row of logits at a time, fp32 inside; rows may lie apart.
+//
+// Forward walks over the row in pieces that stay in the nearest cache: the largest value of a piece, then the sum of
+// exp(z - m) for the largest m so far; what was summed before is scaled when m grows. So memory is read once. The sums
+// of the pieces are added in double precision. Backward, exp(z - lse), may run right after it, while the row lies in
+// the second cache, and over the logits.
+//
+// A soft cap grows with its argument: the largest value is capped, not the largest of the capped values found.
+//
+// A row is one thread's, and its pieces depend on V alone: the threads change no bit.
+#include "simd.h"
+
+#include <math.h>
+
+namespace {
+
+using namespace simd;
+
+constexpr int64_t PIECE = 4096;  // values: 16 KB in fp32, of a first cache of 32
+
+template <class T>
+struct Rows {
+    const T* logits;        // [N, V]
+    const int64_t* labels;  // [N], each in [0, V) or ignored
+    float *loss, *lse;      // [N]; loss null: lse is read
+    T* gradient;            // [N, V] or null; may be the logits
+    const float* scale;     // of the gradient
+    int64_t stride, gradient_stride, N, V, ignored;
+    float cap, smoothing, z_loss;  // no cap: 0
+};
+
+template <bool CAPPED>
+inline Vec capped(Vec x, float cap, float inverse) {
+    return CAPPED ? fill(cap) * tanh(x * fill(inverse)) : x;
+}
+
+template <bool CAPPED, class T>
+void forward_row(const Rows<T>& a, int64_t row) {
+    const T* x = a.logits + row * a.stride;
+    const float inverse = 1 / a.cap, none = -__builtin_inff();
+    float m = none;
+    double exponentials = 0, values = 0;
+    for (int64_t start = 0; start < a.V; start += PIECE) {
+        const T* piece = x + start;
+        const int64_t count = smaller(PIECE, a.V - start);
+        const float top = largest(running(count, fill(none), [&](int64_t i, auto part, Vec found) {
+            return larger(load(piece + i, part, none), found);
+        }));
+        float next;
+        Vec z = capped<CAPPED>(fill(top), a.cap, inverse);
+        store(z, &next, First{1});
+        if (next > m) {
+            exponentials *= exp(static_cast<double>(m) - static_cast<double>(next));
+            m = next;
+        }
+        const Vec base = fill(m == none ? 0 : m);  // so far nothing but -inf
+        exponentials += sum(running(count, fill(0), [&](int64_t i, auto part, Vec sum) {
+            return sum + only(exponential(capped<CAPPED>(load(piece + i, part), a.cap, inverse) - base), part);
+        }));
+        if (a.smoothing != 0)
+            values += sum(running(count, fill(0), [&](int64_t i, auto part, Vec sum) {
+                return sum + capped<CAPPED>(load(piece + i, part), a.cap, inverse);
+            }));
+    }
+    float chosen;
+    store(capped<CAPPED>(load(x + a.labels[row], First{1}), a.cap, inverse), &chosen, First{1});
+    const double lse = m + log(exponentials);
+    a.lse[row] = static_cast<float>(lse);
+    a.loss[row] = static_cast<float>(lse - (1 - static_cast<double>(a.smoothing)) * chosen -
+                                     a.smoothing * values / static_cast<double>(a.V) + a.z_loss * lse * lse);
+}
+
+// a' (e^(z - lse) factor - spread), the label's share aside
+template <bool CAPPED, class T>
+void backward_row(const Rows<T>& a, int64_t row) {
+    const T* x = a.logits + row * a.stride;
+    T* out = a.gradient + row * a.gradient_stride;
+    const float inverse = 1 / a.cap, scale = *a.scale, at = a.lse[row];
+    const Vec lse = fill(at), factor = fill(scale * (1 + 2 * a.z_loss * at));
+    const Vec spread = fill(scale * a.smoothing / static_cast<float>(a.V));
+    const auto gradient = [&](Vec x, Vec more) {
+        const Vec z = capped<CAPPED>(x, a.cap, inverse);
+        const Vec g = exponential(z - lse) * factor - (spread + more);
+        if (!CAPPED) return g;
+        const Vec part = z * fill(inverse);
+        return g * (fill(1) - part * part);
+    };
+    const int64_t label = a.labels[row];
+    const Vec chosen = load(x + label, First{1});  // before it is overwritten
+    vectors(a.V, [&](int64_t i, auto part) { store(gradient(load(x + i, part), fill(0)), out + i, part); });
+    store(gradient(chosen, fill(scale * (1 - a.smoothing))), out + label, First{1});
+}
+
+template <bool CAPPED, class T>
+void rows(const Rows<T>& a) {
+    parallel(a.N, a.V, [&](int64_t first, int64_t last) {
+        for (int64_t row = first; row < last; ++row) {
+            const bool ignored = a.labels[row] == a.ignored;
+            if (a.loss && ignored) a.loss[row] = a.lse[row] = 0;
+            if (a.loss && !ignored) forward_row<CAPPED>(a, row);
+            if (a.gradient && ignored)
+                std::memset(a.gradient + row * a.gradient_stride, 0, static_cast<size_t>(a.V) * sizeof(T));
+            if (a.gradient && !ignored) backward_row<CAPPED>(a, row);
+        }
+    });
+}
+
+template <class T>
+void cross_entropy(const Rows<T>& a) {
+    a.cap != 0 ? rows<true>(a) : rows<false>(a);
+}
+
+}  // namespace
+
+extern "C" {
+
+void LK_EXPORT(cross_entropy_fp32)(const Rows<float>* rows) { cross_entropy(*rows); }
+void LK_EXPORT(cross_entropy_bf16)(const Rows<uint16_t>* rows) { cross_entropy(*rows); }
+
+}  // extern "C"

@@ -1,0 +1,105 @@
+"""The kernels of cpu.cpp: fp32 and bf16, in host memory."""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from ..dispatch import CPU_DTYPES, FLOAT, INT64, POINTER, address, run
+from ..frozen_linear import Packed
+from .linear import Form, is_ready, panels
+
+NONE_IGNORED = -(2**62)  # no label
+
+
+class Rows(ctypes.Structure):
+    """cpu.cpp's."""
+
+    _fields_ = (
+        *((name, POINTER) for name in ("logits", "labels", "loss", "lse", "gradient", "scale")),
+        *((name, INT64) for name in ("stride", "gradient_stride", "N", "V", "ignored")),
+        *((name, FLOAT) for name in ("cap", "smoothing", "z_loss")),
+    )
+
+
+def fits(x: Tensor) -> bool:
+    """Whether the kernels take it."""
+    return x.dtype in CPU_DTYPES
+
+
+def _run(
+    logits: Tensor, labels: Tensor, loss: Tensor | None, lse: Tensor, gradient: Tensor | None,
+    scale: Tensor | None, form: Form, ignore_index: int,
+) -> None:  # fmt: skip
+    pointers = [address(t) for t in (logits, labels, loss, lse, gradient, scale)]
+    strides = logits.stride(0), 0 if gradient is None else gradient.stride(0)
+    options = form.softcap or 0.0, form.label_smoothing, form.z_loss
+    arguments = Rows(*pointers, *strides, *logits.shape, ignore_index, *options)
+    run("cross_entropy", logits.dtype, arguments)
+
+
+def _check(labels: Tensor, V: int, ignore_index: int) -> None:
+    outside = ((labels < 0) | (labels >= V)) & (labels != ignore_index)
+    if outside.any():
+        label = labels[outside][0].item()
+        raise IndexError(f"label {label} is outside of the vocabulary of {V} words")
+
+
+def _losses(N: int) -> tuple[Tensor, Tensor]:
+    """For losses and log-sum-exps, fp32 [N]."""
+    return torch.empty((2, N), dtype=torch.float32).unbind()
+
+
+def logits(h: Tensor, head: Tensor | Packed) -> Tensor:
+    """h [n, H], head [V, H] -> [n, V] in h's dtype"""
+    if is_ready(head, h.dtype):
+        return torch.mm(h, head.t())
+    out = torch.empty((len(h), head.shape[0]), dtype=h.dtype)
+    for words, panel in panels(head, h.dtype):
+        torch.mm(h, panel.t(), out=out[:, words])
+    return out
+
+
+def loss_and_gradient(
+    logits: Tensor, labels: Tensor, form: Form, need: bool
+) -> tuple[Tensor, Tensor | None]:
+    """logits [n, V], given up, labels int64 [n] -> summed loss [], and if they are needed the
+    gradients of the logits [n, V], in their memory.
+    """
+    _check(labels, logits.shape[1], NONE_IGNORED)
+    loss, lse = _losses(len(labels))
+    gradient = logits if need else None
+    _run(logits, labels, loss, lse, gradient, torch.ones(()), form, NONE_IGNORED)
+    return loss.sum(), gradient
+
+
+class CrossEntropy(torch.autograd.Function):
+    """logits [N, V], labels int64 [N] -> summed loss fp32 []"""
+
+    @staticmethod
+    def forward(ctx, logits, labels, form, ignore_index):
+        if logits.stride(-1) != 1:
+            logits = logits.contiguous()
+        loss, lse = _losses(len(labels))
+        _run(logits, labels, loss, lse, None, None, form, ignore_index)
+        ctx.save_for_backward(logits, labels, lse)
+        ctx.options = form, ignore_index
+        return loss.sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        logits, labels, lse = ctx.saved_tensors
+        out = torch.empty(logits.shape, dtype=logits.dtype)
+        _run(logits, labels, None, lse, out, grad, *ctx.options)
+        return out, None, None, None
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, form: Form, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    flat = logits.reshape(-1, logits.shape[-1])
+    labels = labels.reshape(-1).contiguous()
+    _check(labels, flat.shape[1], ignore_index)
+    total = CrossEntropy.apply(flat, labels, form, ignore_index)
+    return total, (labels != ignore_index).sum()
