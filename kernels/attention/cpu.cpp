@@ -36,6 +36,7 @@ inline int64_t whole(int64_t n) { return tiles(n, 16) * 16; }
 
 constexpr int64_t MOST_ROWS = 192;   // of a unit, if its tokens can be so few
 constexpr int64_t CACHED = 12288;    // floats of q that a unit has, likewise
+constexpr float SLACK = 16;          // e^16 times as many as there are keys is far below the largest float
 
 // Floats from row to row of what has a column per dimension of a head: an odd number of cache lines, so that a column
 // of a tile does not fall on the same few places of the cache.
@@ -77,9 +78,11 @@ struct Attention {
 template <int M, bool TRANSPOSED, bool ADD>
 void tile(const float* a, int64_t a_apart, const float* b, int64_t b_apart, int64_t depth, float* c, int64_t c_apart) {
     Vec sums[M][2];
+#pragma GCC unroll 6  // lest the sums live in memory
     for (int i = 0; i < M; ++i) sums[i][0] = sums[i][1] = fill(0);
     for (int64_t k = 0; k < depth; ++k) {
         const Vec low = load(b), high = load(b + 8);
+#pragma GCC unroll 6
         for (int i = 0; i < M; ++i) {
             const Vec factor = fill(a[TRANSPOSED ? i : i * a_apart]);
             sums[i][0] = madd(factor, low, sums[i][0]);
@@ -88,6 +91,7 @@ void tile(const float* a, int64_t a_apart, const float* b, int64_t b_apart, int6
         a += TRANSPOSED ? a_apart : 1;
         b += b_apart;
     }
+#pragma GCC unroll 6
     for (int i = 0; i < M; ++i, c += c_apart) {
         store(ADD ? load(c) + sums[i][0] : sums[i][0], c);
         store(ADD ? load(c + 8) + sums[i][1] : sums[i][1], c + 8);
@@ -150,6 +154,7 @@ template <class T>
 struct Unit {
     const Attention<T>& a;
     const int64_t D, wide, G;
+    const float factor;  // that scores are still to be multiplied by when they have been capped, or not
     float *q, *dy, *o, *dq;     // [rows, wide]; backward has no o, forward neither dy nor dq
     float *kt, *vt, *kr, *vr;   // a block of keys: [D, APART], [KEYS, wide]
     float *p, *ds;              // [rows, APART], in forward [ROWS, APART]
@@ -160,7 +165,7 @@ struct Unit {
     int64_t head, first, count, rows, keys, j, start, size;
 
     Unit(const Attention<T>& attention, float* space, bool backward)
-        : a(attention), D(a.D), wide(width(a.D)), G(a.Hq / a.Hk) {
+        : a(attention), D(a.D), wide(width(a.D)), G(a.Hq / a.Hk), factor(a.softcap == 0 ? a.scale : 1) {
         const int64_t most = a.tokens * G;
         auto take = [&](int64_t floats) { return space += floats, space - floats; };
         q = take(most * wide), o = dq = take(most * wide);
@@ -268,6 +273,18 @@ struct Unit {
         for (int64_t c = 0; c < size; ++c) widen_row(key(x, c), to + c * wide);
     }
 
+    // Brings the n-th of `parts` parts of the next block of keys to the cache.
+    void fetch(int64_t n, int64_t parts) const {
+        const int64_t share = tiles(KEYS, parts), bytes = D * static_cast<int64_t>(sizeof(T));
+        for (int64_t c = KEYS + n * share; c < smaller(KEYS + (n + 1) * share, keys - start); ++c) {
+            const T* const pair[] = {key(a.k, c), key(a.v, c)};
+            for (const T* x : pair) {
+                const char* line = reinterpret_cast<const char*>(x);
+                for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(line + i);
+            }
+        }
+    }
+
     // -> [D, APART], zeros behind the last key
     void by_columns(const View<const T>& x, float* to) const {
         for (int64_t c = 0; c < whole(size); c += 8) {
@@ -283,9 +300,17 @@ struct Unit {
 
     // ---- forward ----
 
-    Vec score(Vec product) const {
-        const Vec s = product * fill(a.scale);
-        return a.softcap == 0 ? s : fill(a.softcap) * tanh(s * fill(1 / a.softcap));
+    // Products q k' of a row, left to be scaled unless they are capped here; what the row does not see: -inf.
+    void score(int64_t row, const Range& r, float* s) const {
+        if (a.softcap != 0) {
+            const Vec cap = fill(a.softcap), by = fill(a.scale / a.softcap);
+            for (int64_t c = r.low; c < r.high; c += 8) store(cap * tanh(load(s + c) * by), s + c);
+        }
+        if (r.all) return;
+        float signs[KEYS];
+        hide(row, r, signs);
+        for (int64_t c = r.low; c < r.high; c += 8)
+            store(by_sign(load(signs + c), load(s + c), fill(-HUGE_VALF)), s + c);
     }
 
     void forward() {
@@ -297,7 +322,10 @@ struct Unit {
             if (!sees(block.number)) continue;
             by_columns(a.k, kt);
             by_rows(a.v, vr);
-            for (int64_t row = 0; row < rows; row += ROWS) attend(row, smaller(ROWS, rows - row));
+            for (int64_t row = 0; row < rows; row += ROWS) {
+                fetch(row / ROWS, tiles(rows, ROWS));
+                attend(row, smaller(ROWS, rows - row));
+            }
         }
         for (int64_t i = 0; i < rows; ++i) {
             const float all = sum(load(total + 8 * i));  // 0: sees nothing
@@ -316,34 +344,31 @@ struct Unit {
                               whole(D));
     }
 
-    // Scores -> exponentials below the row's largest so far, to which what it has summed before is brought
+    // Scores -> exponentials relative to the row's base, which is raised, and what was summed brought to it, only
+    // where a score lies SLACK above it: the next exponentials need not wait for the largest score to be known.
     void soften(int64_t row, const Range& r, float* s) {
-        float signs[KEYS];
-        if (!r.all) hide(row, r, signs);
-        Vec most = fill(top[row]);
+        score(row, r, s);
+        Vec most = fill(-HUGE_VALF);
+        for (int64_t c = r.low; c < r.high; c += 8) most = larger(load(s + c), most);
+        float base = top[row];
+        const float found = largest(most) * factor;
+        if (found > base + SLACK) base = raise(row, found);
+        const Vec by = fill(factor), below = fill(base == -HUGE_VALF ? 0 : -base);  // nothing seen yet: e^-inf, all 0
+        Vec added = load(total + 8 * row);
         for (int64_t c = r.low; c < r.high; c += 8) {
-            Vec x = score(load(s + c));
-            if (!r.all) x = by_sign(load(signs + c), x, fill(-HUGE_VALF));
-            store(x, s + c);
-            most = larger(x, most);
-        }
-        const float before = top[row], now = largest(most);
-        const Vec base = fill(now == -HUGE_VALF ? 0 : now);  // nothing seen yet: e^-inf, all 0
-        Vec added = fill(0);
-        for (int64_t c = r.low; c < r.high; c += 8) {
-            const Vec e = exponential(load(s + c) - base);
+            const Vec e = exponential(madd(load(s + c), by, below));
             store(e, s + c);
             added = added + e;
         }
-        Vec sums = load(total + 8 * row);
-        if (now != before) {
-            const Vec factor = exponential(fill(before) - base);
-            float* sum = o + row * wide;
-            for (int64_t i = 0; i < D; i += 8) store(load(sum + i) * factor, sum + i);
-            sums = sums * factor;
-            top[row] = now;
-        }
-        store(sums + added, total + 8 * row);
+        store(added, total + 8 * row);
+    }
+
+    float raise(int64_t row, float base) {
+        const Vec shrink = exponential(fill(top[row]) - fill(base));
+        float* sums = o + row * wide;
+        for (int64_t i = 0; i < D; i += 8) store(load(sums + i) * shrink, sums + i);
+        store(load(total + 8 * row) * shrink, total + 8 * row);
+        return top[row] = base;
     }
 
     // ---- backward ----
@@ -366,7 +391,10 @@ struct Unit {
             by_columns(a.k, kt);
             by_columns(a.v, vt);
             by_rows(a.k, kr);
-            for (int64_t row = 0; row < rows; row += ROWS) differentiate(row, smaller(ROWS, rows - row));
+            for (int64_t row = 0; row < rows; row += ROWS) {
+                fetch(row / ROWS, tiles(rows, ROWS));
+                differentiate(row, smaller(ROWS, rows - row));
+            }
             add();
         }
         for (int64_t i = 0; i < rows; ++i)
@@ -394,25 +422,22 @@ struct Unit {
     }
 
     // q k' -> p, dp -> ds, of one row
-    void slope(int64_t row, const Range& r, float* x, float* dx) const {
-        float signs[KEYS];
-        if (!r.all) hide(row, r, signs);
-        const Vec lse = fill(top[row]), mean = fill(part[row]), scale = fill(a.scale), zero = fill(0);
+    void slope(int64_t row, const Range& r, float* s, float* d) const {
+        score(row, r, s);
+        const Vec scale = fill(a.scale), mean = fill(-part[row] * a.scale);
+        for (int64_t c = r.low; c < r.high; c += 8) store(madd(load(d + c), scale, mean), d + c);
+        if (a.softcap != 0) {
+            const Vec by = fill(1 / a.softcap), one = fill(1);
+            for (int64_t c = r.low; c < r.high; c += 8) {
+                const Vec t = larger(-one, load(s + c) * by);  // -1 for what is not seen
+                store(load(d + c) * (one - t * t), d + c);
+            }
+        }
+        const Vec by = fill(factor), below = fill(-top[row]);
         for (int64_t c = r.low; c < r.high; c += 8) {
-            const Vec s = score(load(x + c));
-            Vec e = exponential(s - lse);
-            Vec d = e * (load(dx + c) - mean) * scale;
-            if (a.softcap != 0) {
-                const Vec t = s * fill(1 / a.softcap);
-                d = d * (fill(1) - t * t);
-            }
-            if (!r.all) {
-                const Vec sign = load(signs + c);
-                e = by_sign(sign, e, zero);
-                d = by_sign(sign, d, zero);
-            }
-            store(e, x + c);
-            store(d, dx + c);
+            const Vec e = exponential(madd(load(s + c), by, below));
+            store(e, s + c);
+            store(e * load(d + c), d + c);
         }
     }
 
