@@ -1,16 +1,19 @@
 // Causal or masked attention on the CPU, forward and backward, in blocks of queries and keys: no T x S scores exist.
 //
 // A unit of work is a block of a document's tokens and one key head. Its rows are the tokens' query heads that read
-// that key head, token by token, widened to fp32 (q, and in backward dy); they stay in the cache while the blocks of
-// KEYS keys that any of them sees go by. Six rows at a time meet a block of keys:
+// that key head, token by token; q, and in backward dy, are widened to fp32 and also laid out by columns. They stay in
+// the cache while the blocks of KEYS keys that any of them sees go by. A strip of STRIP rows meets a block of keys:
 //
-//     forward    s = q k'   p = e^(s - largest so far)   o += p v    and at the end o / sum p, lse = ln sum e^s
-//     backward   s = q k'   p = e^(s - lse)   dp = dy v'   ds = p (dp - dy . o) scale   dq += ds k
-//                then, with all rows of the unit, dv += p' dy and dk += ds' q
+//     forward    s = k q'   p = e^(s - base of the row)   o += p' v    and at the end y = o / sum p, lse = ln sum e^s
+//     backward   s = k q'   p = e^(s - lse)   dp = v dy'   ds = p (dp - dy . y) scale   dq += ds' k
+//                then, with all rows of the unit, dv += p dy and dk += ds q
 //
 // with s scaled, and capped where there is a soft cap c: s = c tanh(s / c), whose ds has the factor 1 - (s / c)^2.
-// Every product is made of tiles of 6 x 16 sums that stay in registers. Keys nobody sees are left out of it: for six
-// rows the scores in groups of 16, the sums over keys exactly; for six keys the rows of tokens that come too early.
+// s, p, dp and ds have a line per key and a column per row, so that eight rows are softened at a time and nothing is
+// summed across a vector. The base of a row is its first largest score, raised where a score lies SLACK above it.
+//
+// Every product is made of tiles of 6 x 16 sums that stay in registers. What nobody sees is left out of it: of scores
+// tiles, and of sums over keys, or rows, those before the first and behind the last that is seen by one of the six.
 //
 // Threads take the units from one list, the longest first. A unit owns its rows of y, lse and dq. The units of one
 // document and key head all add to dk and dv, block of keys by block of keys, and for each they wait for their turn:
@@ -26,21 +29,21 @@ namespace {
 
 using namespace simd;
 
-constexpr int64_t ROWS = 6;          // of a tile of sums
-constexpr int64_t KEYS = 64;         // of a block, a multiple of 16
-constexpr int64_t APART = KEYS + 16;  // floats from row to row of what has a column per key: an odd number of lines
+constexpr int64_t TILE = 6;         // rows of a tile of sums
+constexpr int64_t STRIP = 48;       // rows of a unit that meet a block of keys at a time: whole tiles, both ways
+constexpr int64_t KEYS = 64;        // of a block
+constexpr int64_t MOST_ROWS = 192;  // of a unit, if its tokens can be so few
+constexpr int64_t CACHED = 12288;   // floats of q that a unit has, likewise
+constexpr float LOWEST = -3e38f;    // a base while nothing has been seen
+constexpr float SLACK = 16;         // e^16 times as many as there are keys is far below the largest float
 
 inline int64_t bigger(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t tiles(int64_t n, int64_t size) { return (n + size - 1) / size; }
 inline int64_t whole(int64_t n) { return tiles(n, 16) * 16; }
 
-constexpr int64_t MOST_ROWS = 192;   // of a unit, if its tokens can be so few
-constexpr int64_t CACHED = 12288;    // floats of q that a unit has, likewise
-constexpr float SLACK = 16;          // e^16 times as many as there are keys is far below the largest float
-
-// Floats from row to row of what has a column per dimension of a head: an odd number of cache lines, so that a column
-// of a tile does not fall on the same few places of the cache.
-inline int64_t width(int64_t D) { return (tiles(D, 16) | 1) * 16; }
+// Floats from one row of n to the next: an odd number of cache lines, so that a column of them does not fall on the
+// same few places of the cache.
+inline int64_t width(int64_t n) { return (tiles(n, 16) | 1) * 16; }
 
 // ---- what Python hands over (cpu.py has the same layouts) ----------------------------------------------------------
 
@@ -98,7 +101,7 @@ void tile(const float* a, int64_t a_apart, const float* b, int64_t b_apart, int6
     }
 }
 
-// The same for `rows` <= ROWS and any number of columns that is a multiple of 16.
+// The same for `rows` <= TILE and any number of columns that is a multiple of 16.
 template <bool TRANSPOSED, bool ADD>
 void multiply(int64_t rows, const float* a, int64_t a_apart, const float* b, int64_t b_apart, int64_t depth, float* c,
               int64_t c_apart, int64_t columns) {
@@ -145,35 +148,47 @@ inline void transpose(Vec (&a)[8]) {
 
 // ---- one unit ------------------------------------------------------------------------------------------------------
 
-struct Range {  // of columns: those that a tile's rows may have to do with, and in groups of 16
-    int64_t first, last, low, high;
-    bool all;  // every row of the tile sees all of [low, high)
+struct Range {
+    int64_t first, last;  // none before first, none from last on
 };
 
 template <class T>
 struct Unit {
     const Attention<T>& a;
-    const int64_t D, wide, G;
+    const int64_t D, G, most, wide, apart;  // most: rows; floats from row to row, and from column to column
     const float factor;  // that scores are still to be multiplied by when they have been capped, or not
-    float *q, *dy, *o, *dq;     // [rows, wide]; backward has no o, forward neither dy nor dq
-    float *kt, *vt, *kr, *vr;   // a block of keys: [D, APART], [KEYS, wide]
-    float *p, *ds;              // [rows, APART], in forward [ROWS, APART]
-    float *top, *total, *part;  // [rows]: the largest score or the lse; [rows, 8]: the sums; [rows]: dy . o
+    float *k, *v;        // a block of keys: [KEYS, wide]
+    float *q, *dy;       // [rows, wide], in backward alone
+    float *qt, *dyt;     // the same by columns: [D, apart]; dyt in backward alone
+    float* sums;         // [rows, wide]: o or dq
+    float *p, *ds;       // [KEYS, apart]; in forward p alone, [KEYS, STRIP]
+    float *base, *rest;  // [rows]: the base or the lse; the sum of p, or -scale dy . y
 
-    // The document's block, its part of the batch, and a block of keys
     Block block;
-    int64_t head, first, count, rows, keys, j, start, size;
+    int64_t head, first, count, rows, keys;  // first: token of the document; keys: of the document
+    int64_t j, start, size;                  // a block of keys
 
     Unit(const Attention<T>& attention, float* space, bool backward)
-        : a(attention), D(a.D), wide(width(a.D)), G(a.Hq / a.Hk), factor(a.softcap == 0 ? a.scale : 1) {
-        const int64_t most = a.tokens * G;
-        auto take = [&](int64_t floats) { return space += floats, space - floats; };
-        q = take(most * wide), o = dq = take(most * wide);
-        dy = backward ? take(most * wide) : nullptr;
-        kt = take(wide * APART), vt = backward ? take(wide * APART) : nullptr;
-        kr = vr = take(KEYS * wide);
-        p = take((backward ? most : ROWS) * APART), ds = backward ? take(most * APART) : nullptr;
-        top = take(most), part = total = take(8 * most);
+        : a(attention), D(a.D), G(a.Hq / a.Hk), most(a.tokens * G), wide(width(D)), apart(width(most)),
+          factor(a.softcap == 0 ? a.scale : 1) {
+        auto take = [&](int64_t floats) {
+            space += floats;
+            return space - floats;
+        };
+        k = take(KEYS * wide), v = take(KEYS * wide);
+        qt = take(whole(D) * apart), sums = take(most * wide);
+        base = take(apart), rest = take(apart);
+        if (!backward) {
+            p = take(KEYS * STRIP);
+            return;
+        }
+        p = take(KEYS * apart), ds = take(KEYS * apart);
+        dyt = take(whole(D) * apart), q = take(most * wide), dy = take(most * wide);
+    }
+
+    static int64_t floats(int64_t D, int64_t most) {
+        const int64_t wide = width(D), apart = width(most);
+        return 2 * KEYS * wide + 2 * whole(D) * apart + 3 * most * wide + 2 * apart + 2 * KEYS * bigger(apart, STRIP);
     }
 
     void set(int64_t u) {
@@ -191,10 +206,19 @@ struct Unit {
         size = smaller(KEYS, keys - start);
     }
 
+    int64_t token(int64_t row) const { return block.start + first + row / G; }
+    int64_t query_head(int64_t row) const { return head * G + row % G; }
+    template <class X>
+    X* of(const View<X>& x, int64_t row) const {
+        return x.at(block.batch, token(row), query_head(row));
+    }
+    const T* of_key(const View<const T>& x, int64_t c) const { return x.at(block.batch, block.start + start + c, head); }
+    float& lse(int64_t row) const { return a.lse[(block.batch * a.Hq + query_head(row)) * a.T_ + token(row)]; }
+
     // ---- who sees what ----
 
-    const uint8_t* mask(int64_t token) const {
-        return a.mask + block.batch * a.mask_batch + token * a.mask_token + start;
+    const uint8_t* mask(int64_t row) const {
+        return a.mask + block.batch * a.mask_batch + token(row) * a.mask_token + start;
     }
 
     // Whether any token of the document's block `number` sees a key of the current block of keys.
@@ -207,242 +231,268 @@ struct Unit {
         return start <= latest && start + size > earliest - a.window + 1;
     }
 
-    // The columns that the token sees: none before first, none from last on.
-    void range(int64_t token, int64_t& from, int64_t& to) const {
-        if (a.mask) {
-            const uint8_t* m = mask(token);
-            for (from = 0, to = size; from < to && !m[from]; ++from) {}
-            while (to > from && !m[to - 1]) --to;
-            return;
+    // The keys of the block that one of the rows [row, end) sees.
+    Range keys_of(int64_t row, int64_t end) const {
+        Range r = {0, size};
+        if (!a.mask) {
+            r.first = bigger(0, first + row / G - a.window + 1 - start);
+            r.last = bigger(r.first, smaller(size, first + (end - 1) / G + 1 - start));
+            return r;
         }
-        from = bigger(0, token - a.window + 1 - start);
-        to = bigger(from, smaller(size, token + 1 - start));
-    }
-
-    Range range_of(int64_t row, int64_t m) const {
-        Range r = {KEYS, 0, 0, 0, !a.mask};
-        const int64_t earliest = first + row / G, latest = first + (row + m - 1) / G;
-        int64_t most = 0, least = KEYS;
-        for (int64_t t = earliest; t <= latest; ++t) {
-            int64_t from, to;
-            range(t, from, to);
-            if (from < to) r.first = smaller(r.first, from), r.last = bigger(r.last, to);
-            most = bigger(most, from), least = smaller(least, to);
-        }
-        if (r.first >= r.last) return {0, 0, 0, 0, true};
-        r.low = r.first / 16 * 16, r.high = whole(r.last);
-        r.all = r.all && most <= r.low && least >= r.high;
+        auto any = [&](int64_t c) {
+            for (int64_t i = row; i < end; i += G - i % G)
+                if (mask(i)[c]) return true;
+            return false;
+        };
+        while (r.last > 0 && !any(r.last - 1)) --r.last;
+        while (r.first < r.last && !any(r.first)) ++r.first;
         return r;
     }
 
-    // Per column c of a row: negative where its token sees the key. Eight at a time.
-    void hide(int64_t row, const Range& r, float* signs) const {
-        const int64_t token = first + row / G;
-        if (a.mask) {
-            const uint8_t* m = mask(token);
-            for (int64_t c = r.low; c < r.high; ++c) signs[c] = c < size && m[c] ? -1.0f : 1.0f;
-            return;
-        }
-        int64_t from, to;
-        range(token, from, to);
-        for (int64_t c = r.low; c < r.high; ++c) signs[c] = from <= c && c < to ? -1.0f : 1.0f;
+    // The rows that see one of the keys [c, end) of the block; with a mask, all.
+    Range rows_of(int64_t c, int64_t end) const {
+        if (a.mask) return {0, rows};
+        const int64_t from = bigger(0, start + c - first), to = smaller(count, start + end - 1 + a.window - first);
+        return {from * G, bigger(from, to) * G};
     }
 
     // ---- moving ----
-
-    // Rows of the unit -> [rows, wide], zeros behind D
-    void gather(const View<const T>& x, float* to) const {
-        for (int64_t t = 0; t < count; ++t)
-            for (int64_t g = 0; g < G; ++g, to += wide)
-                widen_row(x.at(block.batch, block.start + first + t, head * G + g), to);
-    }
-
-    void widen_row(const T* x, float* to) const {
-        vectors(D, [&](int64_t i, auto some) { store(load(x + i, some), to + i); });
-        for (int64_t i = tiles(D, 8) * 8; i < wide; i += 8) store(fill(0), to + i);
-    }
-
-    void keep(const float* row, float by, T* to) const {
-        const Vec factor = fill(by);
-        vectors(D, [&](int64_t i, auto some) { store(load(row + i) * factor, to + i, some); });
-    }
-
-    const T* key(const View<const T>& x, int64_t c) const { return x.at(block.batch, block.start + start + c, head); }
-
-    void by_rows(const View<const T>& x, float* to) const {
-        for (int64_t c = 0; c < size; ++c) widen_row(key(x, c), to + c * wide);
-    }
 
     // Brings the n-th of `parts` parts of the next block of keys to the cache.
     void fetch(int64_t n, int64_t parts) const {
         const int64_t share = tiles(KEYS, parts), bytes = D * static_cast<int64_t>(sizeof(T));
         for (int64_t c = KEYS + n * share; c < smaller(KEYS + (n + 1) * share, keys - start); ++c) {
-            const T* const pair[] = {key(a.k, c), key(a.v, c)};
-            for (const T* x : pair) {
-                const char* line = reinterpret_cast<const char*>(x);
+            const char* const pair[] = {reinterpret_cast<const char*>(of_key(a.k, c)),
+                                        reinterpret_cast<const char*>(of_key(a.v, c))};
+            for (const char* line : pair)
                 for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(line + i);
-            }
         }
     }
 
-    // -> [D, APART], zeros behind the last key
-    void by_columns(const View<const T>& x, float* to) const {
-        for (int64_t c = 0; c < whole(size); c += 8) {
+    void widen_row(const T* x, float* to) const {  // zeros behind D
+        vectors(D, [&](int64_t i, auto some) { store(load(x + i, some), to + i); });
+        for (int64_t i = tiles(D, 8) * 8; i < whole(D); i += 8) store(fill(0), to + i);
+    }
+
+    void load_keys() const {
+        for (int64_t c = 0; c < size; ++c) {
+            widen_row(of_key(a.k, c), k + c * wide);
+            widen_row(of_key(a.v, c), v + c * wide);
+        }
+    }
+
+    // Zeros behind the last row
+    void load_columns(const View<const T>& x, float* to) const {
+        for (int64_t row = 0; row < whole(rows); row += 8) {
+            const T* lines[8];
+            for (int64_t n = 0; n < 8; ++n) lines[n] = row + n < rows ? of(x, row + n) : nullptr;
             vectors(D, [&](int64_t i, auto some) {
                 Vec square[8];
-                for (int64_t n = 0; n < 8; ++n)
-                    square[n] = c + n < size ? load(key(x, c + n) + i, some) : fill(0);
+                for (int64_t n = 0; n < 8; ++n) square[n] = lines[n] ? load(lines[n] + i, some) : fill(0);
                 transpose(square);
-                for (int64_t n = 0; n < 8; ++n) store(square[n], to + (i + n) * APART + c);
+                for (int64_t n = 0; n < 8; ++n) store(square[n], to + (i + n) * apart + row);
             });
         }
     }
 
-    // ---- forward ----
+    void keep(const float* row, float by, T* to) const {
+        const Vec times = fill(by);
+        vectors(D, [&](int64_t i, auto some) { store(load(row + i) * times, to + i, some); });
+    }
 
-    // Products q k' of a row, left to be scaled unless they are capped here; what the row does not see: -inf.
-    void score(int64_t row, const Range& r, float* s) const {
+    // ---- scores --------------------------------------------------------------------------------------------------
+
+    // out [KEYS, .] = x y' for the keys that r says and the rows [row, end), but `otherwise` where a tile sees nothing
+    void multiply_strip(const Range& r, int64_t row, int64_t end, const float* x, const float* y, float otherwise,
+                        float* out, int64_t out_apart) const {
+        const int64_t columns = whole(end - row);
+        for (int64_t c = r.first; c < r.last; c += TILE) {
+            const int64_t m = smaller(TILE, r.last - c);
+            const Range seen = rows_of(c, c + m);
+            const int64_t low = smaller(columns, bigger(0, seen.first - row) / 16 * 16);
+            const int64_t high = bigger(low, smaller(columns, whole(bigger(0, seen.last - row))));
+            float* to = out + c * out_apart;
+            multiply<false, false>(m, x + c * wide, wide, y + row + low, apart, D, to + low, out_apart, high - low);
+            for (int64_t i = 0; i < m; ++i, to += out_apart) {
+                for (int64_t n = 0; n < low; n += 8) store(fill(otherwise), to + n);
+                for (int64_t n = high; n < columns; n += 8) store(fill(otherwise), to + n);
+            }
+        }
+    }
+
+    // Products become scores, left to be scaled unless they are capped here; what is not seen: -inf.
+    void score(const Range& r, int64_t row, int64_t end, float* s, int64_t s_apart) const {
+        const int64_t columns = whole(end - row);
+        const Vec never = fill(-HUGE_VALF);
         if (a.softcap != 0) {
             const Vec cap = fill(a.softcap), by = fill(a.scale / a.softcap);
-            for (int64_t c = r.low; c < r.high; c += 8) store(cap * tanh(load(s + c) * by), s + c);
+            for (int64_t c = r.first; c < r.last; ++c) {
+                float* line = s + c * s_apart;
+                for (int64_t n = 0; n < columns; n += 8) store(cap * tanh(load(line + n) * by), line + n);
+            }
         }
-        if (r.all) return;
-        float signs[KEYS];
-        hide(row, r, signs);
-        for (int64_t c = r.low; c < r.high; c += 8)
-            store(by_sign(load(signs + c), load(s + c), fill(-HUGE_VALF)), s + c);
+        if (a.mask) {
+            for (int64_t i = row; i < end; ++i) {
+                const uint8_t* m = mask(i);
+                for (int64_t c = r.first; c < r.last; ++c)
+                    if (!m[c]) s[c * s_apart + i - row] = -HUGE_VALF;
+            }
+            return;
+        }
+        const float numbers[] = {0, 1, 2, 3, 4, 5, 6, 7};
+        for (int64_t c = r.first; c < r.last; ++c) {
+            const Range seen = rows_of(c, c + 1);
+            if (seen.first <= row && seen.last >= end) continue;
+            const Vec from = fill(static_cast<float>(seen.first - row)), to = fill(static_cast<float>(seen.last - row));
+            float* line = s + c * s_apart;
+            for (int64_t n = 0; n < columns; n += 8) {
+                const Vec at = load(numbers) + fill(static_cast<float>(n) + 0.5f);
+                store(by_sign(smaller(at - from, to - at), never, load(line + n)), line + n);
+            }
+        }
     }
+
+    // ---- forward -------------------------------------------------------------------------------------------------
 
     void forward() {
-        gather(a.q, q);
-        for (int64_t i = 0; i < rows * wide; i += 8) store(fill(0), o + i);
-        for (int64_t i = 0; i < rows; ++i) top[i] = -HUGE_VALF, store(fill(0), total + 8 * i);
+        load_columns(a.q, qt);
+        for (int64_t i = 0; i < rows * wide; i += 8) store(fill(0), sums + i);
+        for (int64_t i = 0; i < whole(rows); i += 8) store(fill(LOWEST), base + i), store(fill(0), rest + i);
         for (int64_t n = 0; n * KEYS < keys; ++n) {
             set_keys(n);
             if (!sees(block.number)) continue;
-            by_columns(a.k, kt);
-            by_rows(a.v, vr);
-            for (int64_t row = 0; row < rows; row += ROWS) {
-                fetch(row / ROWS, tiles(rows, ROWS));
-                attend(row, smaller(ROWS, rows - row));
+            load_keys();
+            for (int64_t row = 0; row < rows; row += STRIP) {
+                fetch(row / STRIP, tiles(rows, STRIP));
+                attend(row, smaller(row + STRIP, rows));
             }
         }
         for (int64_t i = 0; i < rows; ++i) {
-            const float all = sum(load(total + 8 * i));  // 0: sees nothing
-            const int64_t t = block.start + first + i / G, h = head * G + i % G;
-            keep(o + i * wide, all == 0 ? 0 : 1 / all, a.y.at(block.batch, t, h));
-            a.lse[(block.batch * a.Hq + h) * a.T_ + t] = all == 0 ? HUGE_VALF : top[i] + logf(all);
+            const float sum = rest[i];  // 0: sees nothing
+            keep(sums + i * wide, sum == 0 ? 0 : 1 / sum, of(a.y, i));
+            lse(i) = sum == 0 ? HUGE_VALF : base[i] + logf(sum);
         }
     }
 
-    void attend(int64_t row, int64_t m) {
-        const Range r = range_of(row, m);
+    void attend(int64_t row, int64_t end) {
+        const Range r = keys_of(row, end);
         if (r.first == r.last) return;
-        multiply<false, false>(m, q + row * wide, wide, kt + r.low, APART, D, p + r.low, APART, r.high - r.low);
-        for (int64_t i = 0; i < m; ++i) soften(row + i, r, p + i * APART);
-        multiply<false, true>(m, p + r.first, APART, vr + r.first * wide, wide, r.last - r.first, o + row * wide, wide,
-                              whole(D));
+        multiply_strip(r, row, end, k, qt, -HUGE_VALF, p, STRIP);
+        score(r, row, end, p, STRIP);
+        for (int64_t i = row; i < end; i += 8) soften(r, i, p + i - row);
+        add_to_rows(r, row, end, p, STRIP, v);
     }
 
-    // Scores -> exponentials relative to the row's base, which is raised, and what was summed brought to it, only
-    // where a score lies SLACK above it: the next exponentials need not wait for the largest score to be known.
-    void soften(int64_t row, const Range& r, float* s) {
-        score(row, r, s);
-        Vec most = fill(-HUGE_VALF);
-        for (int64_t c = r.low; c < r.high; c += 8) most = larger(load(s + c), most);
-        float base = top[row];
-        const float found = largest(most) * factor;
-        if (found > base + SLACK) base = raise(row, found);
-        const Vec by = fill(factor), below = fill(base == -HUGE_VALF ? 0 : -base);  // nothing seen yet: e^-inf, all 0
-        Vec added = load(total + 8 * row);
-        for (int64_t c = r.low; c < r.high; c += 8) {
-            const Vec e = exponential(madd(load(s + c), by, below));
-            store(e, s + c);
-            added = added + e;
+    // Scores of eight rows -> exponentials relative to their bases
+    void soften(const Range& r, int64_t row, float* s) {
+        Vec highest = fill(-HUGE_VALF);
+        for (int64_t c = r.first; c < r.last; ++c) highest = larger(load(s + c * STRIP), highest);
+        const Vec by = fill(factor);
+        highest = highest * by;
+        if (largest(highest - load(base + row)) > SLACK) raise(row, highest);
+        const Vec below = -load(base + row);
+        Vec sum = load(rest + row);
+        for (int64_t c = r.first; c < r.last; ++c) {
+            const Vec e = exponential(madd(load(s + c * STRIP), by, below));
+            store(e, s + c * STRIP);
+            sum = sum + e;
         }
-        store(added, total + 8 * row);
+        store(sum, rest + row);
     }
 
-    float raise(int64_t row, float base) {
-        const Vec shrink = exponential(fill(top[row]) - fill(base));
-        float* sums = o + row * wide;
-        for (int64_t i = 0; i < D; i += 8) store(load(sums + i) * shrink, sums + i);
-        store(load(total + 8 * row) * shrink, total + 8 * row);
-        return top[row] = base;
+    // Brings the bases of eight rows to `highest` where they lie lower, and with them what was summed.
+    void raise(int64_t row, Vec highest) {
+        float shrink[8];
+        const Vec before = load(base + row), now = larger(highest, before);
+        const Vec by = exponential(before - now);
+        store(by, shrink);
+        store(now, base + row);
+        store(load(rest + row) * by, rest + row);
+        for (int64_t i = row; i < smaller(row + 8, rows); ++i)
+            for (int64_t d = 0; d < D; d += 8) store(load(sums + i * wide + d) * fill(shrink[i - row]), sums + i * wide + d);
     }
 
-    // ---- backward ----
+    // sums += weights' x for the rows [row, end)
+    void add_to_rows(const Range& r, int64_t row, int64_t end, const float* weights, int64_t weights_apart,
+                     const float* x) const {
+        for (int64_t i = row; i < end; i += TILE) {
+            const int64_t m = smaller(TILE, end - i);
+            const Range seen = a.mask ? r : keys_of(i, i + m);
+            multiply<true, true>(m, weights + seen.first * weights_apart + i - row, weights_apart,
+                                 x + seen.first * wide, wide, seen.last - seen.first, sums + i * wide, wide, whole(D));
+        }
+    }
+
+    // ---- backward ------------------------------------------------------------------------------------------------
 
     void backward() {
-        gather(a.q, q);
-        gather(a.dy, dy);
-        for (int64_t i = 0; i < rows * wide; i += 8) store(fill(0), dq + i);
+        load_columns(a.q, qt);
+        load_columns(a.dy, dyt);
+        for (int64_t i = 0; i < rows * wide; i += 8) store(fill(0), sums + i);
         for (int64_t i = 0; i < rows; ++i) {
-            const int64_t t = block.start + first + i / G, h = head * G + i % G;
-            const T* y = a.y.at(block.batch, t, h);
-            part[i] = sum(running(D, fill(0), [&](int64_t d, auto some, Vec before) {
+            widen_row(of(a.q, i), q + i * wide);
+            widen_row(of(a.dy, i), dy + i * wide);
+            const T* y = of(a.y, i);
+            rest[i] = -a.scale * sum(running(D, fill(0), [&](int64_t d, auto some, Vec before) {
                 return madd(load(dy + i * wide + d), load(y + d, some), before);
             }));
-            top[i] = a.lse[(block.batch * a.Hq + h) * a.T_ + t];
+            base[i] = lse(i);
         }
+        for (int64_t i = rows; i < whole(rows); ++i) base[i] = HUGE_VALF, rest[i] = 0;
         for (int64_t n = 0; n * KEYS < keys; ++n) {
             set_keys(n);
             if (!sees(block.number)) continue;
-            by_columns(a.k, kt);
-            by_columns(a.v, vt);
-            by_rows(a.k, kr);
-            for (int64_t row = 0; row < rows; row += ROWS) {
-                fetch(row / ROWS, tiles(rows, ROWS));
-                differentiate(row, smaller(ROWS, rows - row));
+            load_keys();
+            for (int64_t row = 0; row < rows; row += STRIP) {
+                fetch(row / STRIP, tiles(rows, STRIP));
+                differentiate(row, smaller(row + STRIP, rows));
             }
-            add();
+            add_to_keys();
         }
-        for (int64_t i = 0; i < rows; ++i)
-            keep(dq + i * wide, 1, a.dq.at(block.batch, block.start + first + i / G, head * G + i % G));
+        for (int64_t i = 0; i < rows; ++i) keep(sums + i * wide, 1, of(a.dq, i));
     }
 
-    // p and ds of m rows, in all columns; dq += ds k
-    void differentiate(int64_t row, int64_t m) {
-        const Range r = range_of(row, m);
-        float *ps = p + row * APART, *dss = ds + row * APART;
-        if (r.first < r.last) {
-            const int64_t columns = r.high - r.low;
-            multiply<false, false>(m, q + row * wide, wide, kt + r.low, APART, D, ps + r.low, APART, columns);
-            multiply<false, false>(m, dy + row * wide, wide, vt + r.low, APART, D, dss + r.low, APART, columns);
-        }
-        for (int64_t i = 0; i < m; ++i) {
-            float *x = ps + i * APART, *dx = dss + i * APART;
-            slope(row + i, r, x, dx);
-            for (int64_t c = 0; c < r.low; c += 8) store(fill(0), x + c), store(fill(0), dx + c);
-            for (int64_t c = r.high; c < whole(size); c += 8) store(fill(0), x + c), store(fill(0), dx + c);
+    // p and ds of the rows [row, end), in all lines; dq += ds' k
+    void differentiate(int64_t row, int64_t end) {
+        const Range r = keys_of(row, end);
+        float *s = p + row, *d = ds + row;
+        const int64_t columns = whole(end - row);
+        for (int64_t c = 0; c < size; ++c) {
+            if (c == r.first && r.first < r.last) c = r.last;
+            if (c == size) break;
+            for (int64_t n = 0; n < columns; n += 8)
+                store(fill(0), s + c * apart + n), store(fill(0), d + c * apart + n);
         }
         if (r.first == r.last) return;
-        multiply<false, true>(m, dss + r.first, APART, kr + r.first * wide, wide, r.last - r.first, dq + row * wide,
-                              wide, whole(D));
+        multiply_strip(r, row, end, k, qt, -HUGE_VALF, s, apart);
+        multiply_strip(r, row, end, v, dyt, 0, d, apart);
+        score(r, row, end, s, apart);
+        for (int64_t n = 0; n < columns; n += 8) slope(r, row + n, s + n, d + n);
+        add_to_rows(r, row, end, d, apart, k);
     }
 
-    // q k' -> p, dp -> ds, of one row
-    void slope(int64_t row, const Range& r, float* s, float* d) const {
-        score(row, r, s);
-        const Vec scale = fill(a.scale), mean = fill(-part[row] * a.scale);
-        for (int64_t c = r.low; c < r.high; c += 8) store(madd(load(d + c), scale, mean), d + c);
+    // Of eight rows: scores -> p, dp -> ds
+    void slope(const Range& r, int64_t row, float* s, float* d) const {
+        const Vec scale = fill(a.scale), mean = load(rest + row), by = fill(factor), below = -load(base + row);
         if (a.softcap != 0) {
-            const Vec by = fill(1 / a.softcap), one = fill(1);
-            for (int64_t c = r.low; c < r.high; c += 8) {
-                const Vec t = larger(-one, load(s + c) * by);  // -1 for what is not seen
-                store(load(d + c) * (one - t * t), d + c);
+            const Vec inverse = fill(1 / a.softcap), one = fill(1);
+            for (int64_t c = r.first; c < r.last; ++c) {
+                const Vec x = load(s + c * apart), t = larger(-one, x * inverse);  // -1 for what is not seen
+                const Vec e = exponential(x + below);
+                store(e, s + c * apart);
+                store(e * (one - t * t) * madd(load(d + c * apart), scale, mean), d + c * apart);
             }
+            return;
         }
-        const Vec by = fill(factor), below = fill(-top[row]);
-        for (int64_t c = r.low; c < r.high; c += 8) {
-            const Vec e = exponential(madd(load(s + c), by, below));
-            store(e, s + c);
-            store(e * load(d + c), d + c);
+        for (int64_t c = r.first; c < r.last; ++c) {
+            const Vec e = exponential(madd(load(s + c * apart), by, below));
+            store(e, s + c * apart);
+            store(e * madd(load(d + c * apart), scale, mean), d + c * apart);
         }
     }
 
-    // dv += p' dy, dk += ds' q, when those before have done so
-    void add() const {
+    // dv += p dy, dk += ds q, when the units before have done so
+    void add_to_keys() const {
         int32_t* turn = a.turns + (block.document * a.Hk + head) * tiles(a.S, KEYS) + j;
         int32_t mine = 0;
         for (int64_t n = block.number + 1; n * a.tokens < block.length; ++n) mine += sees(n);
@@ -452,20 +502,15 @@ struct Unit {
 #endif
             if (spins > 4000) sched_yield();  // the one waited for may need this processor
         }
-        const int64_t padded = whole(D), apart = a.Hk * padded;
+        const int64_t padded = whole(D), line = a.Hk * padded;
         const int64_t place = ((block.batch * a.S + block.start + start) * a.Hk + head) * padded;
         for (int64_t d = 0; d < padded; d += 16) {
-            for (int64_t c = 0; c < size; c += ROWS) {
-                const int64_t m = smaller(ROWS, size - c);
-                int64_t from = 0, to = rows;
-                if (!a.mask) {  // the rows of the tokens between the first key and the last one's window
-                    from = bigger(0, start + c - first) * G;
-                    to = smaller(count, start + c + m - 1 + a.window - first) * G;
-                }
-                const int64_t depth = to - from, at = from * APART + c, there = place + c * apart + d;
-                if (depth <= 0) continue;
-                multiply<true, true>(m, p + at, APART, dy + from * wide + d, wide, depth, a.dv + there, apart, 16);
-                multiply<true, true>(m, ds + at, APART, q + from * wide + d, wide, depth, a.dk + there, apart, 16);
+            for (int64_t c = 0; c < size; c += TILE) {
+                const int64_t m = smaller(TILE, size - c);
+                const Range seen = rows_of(c, c + m);
+                const int64_t at = c * apart + seen.first, from = seen.first * wide + d, to = place + c * line + d;
+                multiply<false, true>(m, p + at, apart, dy + from, wide, seen.last - seen.first, a.dv + to, line, 16);
+                multiply<false, true>(m, ds + at, apart, q + from, wide, seen.last - seen.first, a.dk + to, line, 16);
             }
         }
         __atomic_store_n(turn, mine + 1, __ATOMIC_RELEASE);
@@ -533,11 +578,9 @@ extern "C" {
 // Sizes for heads of D dimensions, `group` query heads to a key head: tokens of a block, keys of a block, and floats
 // of one slot of `space`.
 void LK_EXPORT(attention_sizes)(int64_t D, int64_t group, int64_t* sizes) {
-    const int64_t wide = width(D);
-    const int64_t tokens = bigger(1, smaller(MOST_ROWS, CACHED / whole(D)) / group), rows = tokens * group;
-    sizes[0] = tokens;
+    sizes[0] = bigger(1, smaller(MOST_ROWS, CACHED / whole(D)) / group);
     sizes[1] = KEYS;
-    sizes[2] = whole(3 * rows * wide + 2 * wide * APART + KEYS * wide + 2 * bigger(rows, ROWS) * APART + 9 * rows);
+    sizes[2] = Unit<float>::floats(D, sizes[0] * group);
 }
 
 void LK_EXPORT(attention_fp32)(const Attention<float>* a) { run(*a, false); }
