@@ -33,7 +33,7 @@ constexpr int64_t TILE = 6;         // rows of a tile of sums
 constexpr int64_t STRIP = 48;       // rows of a unit that meet a block of keys at a time: whole tiles, both ways
 constexpr int64_t KEYS = 64;        // of a block
 constexpr int64_t MOST_ROWS = 192;  // of a unit, if its tokens can be so few
-constexpr int64_t CACHED = 12288;   // floats of q that a unit has, likewise
+constexpr int64_t CACHED = 18432;   // floats of q that a unit has, likewise
 constexpr float LOWEST = -3e38f;    // a base while nothing has been seen
 constexpr float SLACK = 16;         // e^16 times as many as there are keys is far below the largest float
 
