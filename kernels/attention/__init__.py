@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from . import reference
+from . import cpu, reference
 
 
 def attention(
@@ -40,6 +40,12 @@ def attention(
     lengths: of the documents packed along T == S, B == 1, each causal by itself, with `window` the
         positions it may look back, its own included; needs mask None.
     """
+    if lengths is None:
+        window = None
+    else:
+        mask = None
+    if cpu.fits(q, k, v, mask, scale) and dispatch.pick(q.device, "cpu") == "cpu":
+        return cpu.attention(q, k, v, mask, scale, softcap, window, lengths)
     dtype, wide = q.dtype, dispatch.product_dtype(q)
     q, k, v = q.to(wide), k.to(wide), v.to(wide)
     if lengths is None:

@@ -22,26 +22,16 @@ from lorakit import kernels
 from lorakit.kernels import Moment8bit, dispatch
 from lorakit.kernels.adamw.state import BLOCK, signed_map, unsigned_map
 from lorakit.kernels.swiglu import ACTIVATIONS
+from tests.instruction_sets import ISAS, on_cpu
 
 pytestmark = pytest.mark.skipif(dispatch.library() is None, reason="the library was not built")
 
-ISAS = dispatch.runnable() if dispatch.library() else []
 isas = st.sampled_from(ISAS)
 dtypes = st.sampled_from([torch.float32, torch.bfloat16])
 modes = st.sampled_from([(0.0, "llama"), (1.0, "llama"), (0.0, "gemma"), (1.0, "gemma")])
 seeds = st.integers(0, 2**31)
 ZONE = 64  # bytes on either side
 CPU = torch.device("cpu")
-
-
-@contextlib.contextmanager
-def on_cpu(isa=None):
-    """Ops run their C++ kernels, for an instruction set, by default the best."""
-    chosen = isa or ISAS[-1]
-    dispatch.function.cache_clear()
-    with mock.patch.object(dispatch, "isa", return_value=chosen), kernels.use_backend("cpu"):
-        yield
-    dispatch.function.cache_clear()
 
 
 def random(seed, *shape, scale=1.0):

@@ -1,7 +1,5 @@
 """The decoding step against fp64 and against transformers; its promises about bits and memory."""
 
-import contextlib
-
 import pytest
 import torch
 
@@ -14,24 +12,15 @@ from lorakit.kernels.decode import (
     decode_step,
     reference,
 )
+from tests.instruction_sets import ISAS, on_cpu
 
 
-@contextlib.contextmanager
 def backend(name):
     """Runs what is inside on "reference", or on the kernel for an instruction set."""
-    if name == "reference":
-        with kernels.use_backend("reference"):
-            yield
-        return
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "isa", lambda: name)
-        dispatch.function.cache_clear()
-        with kernels.use_backend("cpu"):
-            yield
-    dispatch.function.cache_clear()
+    return kernels.use_backend("reference") if name == "reference" else on_cpu(name)
 
 
-BACKENDS = ["reference", *(dispatch.runnable() if dispatch.library() else [])]
+BACKENDS = ["reference", *ISAS]
 SHAPE = {"H": 64, "Hq": 4, "Hk": 2, "D": 16, "I": 96, "V": 101, "B": 1}
 # slot, count and capacity of the layers: the last slot, one in the middle, the first token of all
 SLOTS = [(9, 10, 12), (3, 7, 8), (0, 1, 1)]
