@@ -23,8 +23,9 @@ const float* scaled_table(const float* table, float absmax, float* out) {
     return out;
 }
 
+template <class T>
 struct Quantize {
-    const float* x;
+    const T* x;               // fp32 or bf16
     const float* thresholds;  // [15]
     const uint8_t* order;     // [16], codes by ascending level
     uint8_t* codes;           // [ceil(n / 2)]
@@ -37,36 +38,98 @@ float reciprocal(float scale, float floor) { return 1.0f / (__builtin_fabsf(scal
 
 int64_t count_of(int64_t n, int64_t block, int64_t b) { return n - b * block < block ? n - b * block : block; }
 
-void encode_block(const Quantize& q, int64_t b) {
-    int32_t index[64];
+// The codes of 64 values at a time and of fewer at the end.
+#if defined(__AVX2__)
+// Four halvings find how many thresholds lie below eight values; of the candidates of each one, by the outcomes so
+// far, a permute picks the right one. `half`, `quarter` and `eighth` are those of the last three.
+struct Halving {
+    __m256 middle, half, quarter, eighth;
+};
+
+Halving halving(const float* t) {
+    return {_mm256_set1_ps(t[7]), _mm256_setr_ps(t[3], t[11], 0, 0, 0, 0, 0, 0),
+            _mm256_setr_ps(t[1], t[5], t[9], t[13], 0, 0, 0, 0),
+            _mm256_setr_ps(t[0], t[2], t[4], t[6], t[8], t[10], t[12], t[14])};
+}
+
+__m256i doubled(__m256i found, __m256 threshold, __m256 v) {  // 2 found + (threshold < v)
+    const __m256i below = _mm256_castps_si256(_mm256_cmp_ps(threshold, v, _CMP_LT_OQ));
+    return _mm256_sub_epi32(_mm256_add_epi32(found, found), below);
+}
+
+__m256i thresholds_below(const Halving& h, __m256 v) {
+    __m256i found = doubled(_mm256_setzero_si256(), h.middle, v);
+    found = doubled(found, _mm256_permutevar8x32_ps(h.half, found), v);
+    found = doubled(found, _mm256_permutevar8x32_ps(h.quarter, found), v);
+    return doubled(found, _mm256_permutevar8x32_ps(h.eighth, found), v);
+}
+
+// 32 values to 16 bytes.
+template <class T>
+void encode32(const Halving& h, __m128i order, const T* x, simd::Vec inverse, uint8_t* out) {
+    __m256i found[4];
+    for (int i = 0; i < 4; ++i) found[i] = thresholds_below(h, (simd::load(x + 8 * i) * inverse).v);
+    // the packs take 128-bit lanes from either side: dwords of four values, in the order 0 2 4 6 1 3 5 7
+    const __m256i words = _mm256_packus_epi16(_mm256_packus_epi32(found[0], found[1]),
+                                              _mm256_packus_epi32(found[2], found[3]));
+    const __m256i bytes = _mm256_permutevar8x32_epi32(words, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    const __m256i codes = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(order), bytes);
+    // 16 a + b of every pair of bytes
+    const __m256i pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi16(0x0110));
+    const __m128i packed = _mm_packus_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), packed);
+}
+#endif
+
+template <class T>
+void encode_block(const Quantize<T>& q, int64_t b) {
     const int64_t start = b * q.block, count = count_of(q.n, q.block, b);
     const float inverse = reciprocal(q.scales[b], q.floor);
-    for (int64_t at = 0; at < count; at += 64) {
+    const T* x = q.x + start;
+    uint8_t* out = q.codes + start / 2;
+    int64_t at = 0;
+#if defined(__AVX2__)
+    const Halving h = halving(q.thresholds);
+    const __m128i order = _mm_loadu_si128(reinterpret_cast<const __m128i*>(q.order));
+    for (; at + 32 <= count; at += 32) encode32(h, order, x + at, simd::fill(inverse), out + at / 2);
+#endif
+    int32_t index[64];
+    for (; at < count; at += 64) {
         const int64_t step = count - at < 64 ? count - at : 64;
-        const float* x = q.x + start + at;
         index[step % 64] = 7;  // the padding of an odd length: 0 lies above 7 thresholds in both tables
         for (int64_t i = 0; i < step; ++i) {
-            const float v = x[i] * inverse;
+            const float v = simd::widen(x[at + i]) * inverse;
             int32_t below = 0;
 #pragma GCC unroll 15  // and the loop over i becomes vectors
             for (int t = 0; t < 15; ++t) below += q.thresholds[t] < v;
             index[i] = below;
         }
-        uint8_t* out = q.codes + (start + at) / 2;
         for (int64_t i = 0; i < (step + 1) / 2; ++i)
-            out[i] = static_cast<uint8_t>(q.order[index[2 * i]] << 4 | q.order[index[2 * i + 1]]);
+            out[at / 2 + i] = static_cast<uint8_t>(q.order[index[2 * i]] << 4 | q.order[index[2 * i + 1]]);
     }
 }
 
+float absmax_of(const float* x, int64_t count) { return absmax(x, count); }
+float absmax_of(const uint16_t* x, int64_t count) {  // the upper halves order like the whole numbers
+    uint32_t largest = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        const uint32_t bits = x[i] & 0x7fffu;
+        largest = bits > largest ? bits : largest;
+    }
+    return simd::widen(static_cast<uint16_t>(largest));
+}
+
+template <class T>
 void encode_blocks(void* data, int64_t first, int64_t last) {
-    const Quantize& q = *static_cast<const Quantize*>(data);
+    const Quantize<T>& q = *static_cast<const Quantize<T>*>(data);
     for (int64_t b = first; b < last; ++b) encode_block(q, b);
 }
 
+template <class T>
 void quantize_blocks(void* data, int64_t first, int64_t last) {
-    const Quantize& q = *static_cast<const Quantize*>(data);
+    const Quantize<T>& q = *static_cast<const Quantize<T>*>(data);
     for (int64_t b = first; b < last; ++b) {
-        q.scales[b] = absmax(q.x + b * q.block, count_of(q.n, q.block, b));
+        q.scales[b] = absmax_of(q.x + b * q.block, count_of(q.n, q.block, b));
         encode_block(q, b);
     }
 }
@@ -225,17 +288,16 @@ int64_t grain(int64_t block) { return 32768 / block; }  // blocks: below this a 
 
 extern "C" {
 
-void LK_EXPORT(nf4_quantize)(const float* x, const float* thresholds, const uint8_t* order, uint8_t* codes,
-                             float* absmax, int64_t n, int64_t block, float floor) {
-    Quantize q{x, thresholds, order, codes, absmax, n, block, floor};
-    lk_parallel_for(blocks(n, block), grain(block), quantize_blocks, &q);
-}
-
-void LK_EXPORT(nf4_encode)(const float* x, const float* thresholds, const uint8_t* order, uint8_t* codes,
-                           float* scales, int64_t n, int64_t block, float floor) {
-    Quantize q{x, thresholds, order, codes, scales, n, block, floor};
-    lk_parallel_for(blocks(n, block), grain(block), encode_blocks, &q);
-}
+#define LK_QUANTIZE(op, suffix, T, blocks_of)                                                                       \
+    void LK_EXPORT(op##_##suffix)(const T* x, const float* thresholds, const uint8_t* order, uint8_t* codes,       \
+                                  float* scales, int64_t n, int64_t block, float floor) {                          \
+        Quantize<T> q{x, thresholds, order, codes, scales, n, block, floor};                                       \
+        lk_parallel_for(blocks(n, block), grain(block), blocks_of<T>, &q);                                         \
+    }
+LK_QUANTIZE(nf4_quantize, fp32, float, quantize_blocks)
+LK_QUANTIZE(nf4_quantize, bf16, uint16_t, quantize_blocks)
+LK_QUANTIZE(nf4_encode, fp32, float, encode_blocks)
+LK_QUANTIZE(nf4_encode, bf16, uint16_t, encode_blocks)
 
 void LK_EXPORT(nf4_search)(const float* x, const float* thresholds, const float* levels, const float* factors,
                            const float* inverse, float* scales, int64_t count, int64_t n, int64_t block,

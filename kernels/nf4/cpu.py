@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..dispatch import FLOAT, INT64, POINTER
+from ..dispatch import CPU_DTYPES, FLOAT, INT64, POINTER
 
-# Values: half precision is widened to fp32 piece by piece, 4 MB at a time; a multiple of every
-# block size. Larger pieces leave larger holes in the heap (docs/dev/LOG.md).
+# Values: fp16 (and for the search bf16) is widened to fp32 piece by piece, 4 MB at a time; a
+# multiple of every block size. Larger pieces leave larger holes in the heap (docs/dev/LOG.md).
 CHUNK = 1 << 20
 
 
@@ -35,11 +35,13 @@ def _codes(
     floor: float,
 ) -> Tensor:
     """The codes of flat; `scales` are read, or written by the op that quantizes."""
-    run = dispatch.function(op, *[POINTER] * 5, INT64, INT64, FLOAT)
+    taken = flat.dtype if flat.dtype in CPU_DTYPES else torch.float32
+    run = dispatch.function(f"{op}_{CPU_DTYPES[taken]}", *[POINTER] * 5, INT64, INT64, FLOAT)
     codes = torch.empty(-(-flat.numel() // 2), dtype=torch.uint8, device=flat.device)
     tables = thresholds.data_ptr(), order.data_ptr()
-    for start in range(0, flat.numel(), CHUNK):
-        x = flat[start : start + CHUNK].float()
+    step = flat.numel() if flat.dtype == taken else CHUNK
+    for start in range(0, flat.numel(), max(1, step)):
+        x = flat[start : start + step].to(taken)
         places = codes.data_ptr() + start // 2, scales.data_ptr() + 4 * (start // block_size)
         run(x.data_ptr(), *tables, *places, x.numel(), block_size, floor)
     return codes
@@ -67,8 +69,8 @@ def search(
 def dequantize(
     codes: Tensor, scales: Tensor, table: Tensor, n: int, block_size: int, dtype: torch.dtype
 ) -> Tensor:
-    computed = dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
-    op = "nf4_dequantize_bf16" if computed == torch.bfloat16 else "nf4_dequantize_fp32"
+    computed = dtype if dtype in CPU_DTYPES else torch.float32
+    op = f"nf4_dequantize_{CPU_DTYPES[computed]}"
     run = dispatch.function(op, *[POINTER] * 4, INT64, INT64)
     out = torch.empty(n, dtype=computed, device=codes.device)
     codes, scales = codes.contiguous(), scales.contiguous()

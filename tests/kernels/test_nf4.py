@@ -375,13 +375,18 @@ def test_the_kernels_write_their_outputs_and_nothing_else(instruction_set, n):
     bounds, codes_by_level = nf4.thresholds("nf4", CPU), nf4.order("nf4", CPU)
     table, pointer, count = nf4.levels("nf4", CPU), ctypes.c_void_p, ctypes.c_int64
     blocks, guard = -(-n // 64), 64
-    codes = torch.full((-(-n // 2) + guard,), 0xAA, dtype=torch.uint8)
-    scales = torch.full((blocks + guard,), 7.0)
-    run = dispatch.function("nf4_quantize", *[pointer] * 5, count, count, ctypes.c_float)
-    buffers = [t.data_ptr() for t in (w, bounds, codes_by_level, codes, scales)]
-    run(*buffers, n, 64, nf4.ABSMAX_FLOOR)
-    assert (codes[-guard:] == 0xAA).all()
-    assert (scales[-guard:] == 7).all()
+    for op, x in (("bf16", w.bfloat16()), ("fp32", w)):
+        codes = torch.full((-(-n // 2) + guard,), 0xAA, dtype=torch.uint8)
+        scales = torch.full((blocks + guard,), 7.0)
+        types = *[pointer] * 5, count, count, ctypes.c_float
+        run = dispatch.function(f"nf4_quantize_{op}", *types)
+        buffers = [t.data_ptr() for t in (x, bounds, codes_by_level, codes, scales)]
+        run(*buffers, n, 64, nf4.ABSMAX_FLOOR)
+        assert (codes[-guard:] == 0xAA).all()
+        assert (scales[-guard:] == 7).all()
+        with kernels.use_backend("reference"):
+            truth = kernels.quantize_nf4(x, double_quant=False)
+        assert torch.equal(codes[:-guard], truth.codes)
     for op, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         run = dispatch.function(f"nf4_dequantize_{op}", *[pointer] * 4, count, count)
         out = torch.full((n + guard,), 7.0, dtype=dtype)
