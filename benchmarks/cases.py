@@ -156,6 +156,23 @@ def rotation(s: Setting) -> Iterator[Case]:
     )  # fmt: skip
 
 
+def attentions(s: Setting) -> Iterator[Case]:
+    """Causal, with grouped queries. Arithmetic bounds it, so that GB/s say little."""
+    T, D, heads = s.sizes.tokens, s.sizes.head_dim, (s.sizes.heads, s.sizes.kv_heads)
+    q, k, v = (s.random(1, T, n, D, grad=True) for n in (heads[0], heads[1], heads[1]))
+
+    def by_torch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return y.transpose(1, 2)
+
+    moved = 2 * (q.nbytes + k.nbytes)
+    yield Case(
+        "attention", f"{T}x{heads[0]}/{heads[1]}x{D}", moved, lk.kernels.attention,
+        {"torch": by_torch}, (q, k, v), 2 * moved, kernels=("cpu", "reference"),
+    )  # fmt: skip
+
+
 def activations(s: Setting) -> Iterator[Case]:
     ops, shape = lk.kernels, f"{s.sizes.tokens}x{s.sizes.inner}"
     gate, up = (s.random(s.sizes.tokens, s.sizes.inner, grad=True) for _ in range(2))
@@ -388,6 +405,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 CASES: dict[Callable[[Setting], Iterator[Case]], tuple[str, ...]] = {
     norms: ("rms_norm", "add_rms_norm"),
     rotation: ("rope", "norm_rope"),
+    attentions: ("attention",),
     activations: ("swiglu", "geglu"),
     losses: ("cross_entropy",),
     heads: ("linear_cross_entropy",),

@@ -46,7 +46,7 @@ from kernels import (
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LEAST = 30  # runs of every provider
 # what arithmetic bounds, where a share of the bandwidth says nothing
-PRODUCTS = ("frozen_linear", "linear_cross_entropy", "lora_linear", "lora_mlp")
+PRODUCTS = ("attention", "frozen_linear", "linear_cross_entropy", "lora_linear", "lora_mlp")
 
 
 def adapter_sizes(hidden: int, inner: int, kv: int, layers: int) -> tuple[int, ...]:

@@ -7,9 +7,14 @@ Query head h reads key head h // (Hq / Hk). Who may see whom is said by `mask`, 
 plain causality. Packed documents (`lengths`) are walked one by one: none computes a product with
 another's keys, so no bit of one depends on another, and the work is sum(T_i^2), not (sum T_i)^2.
 
-Without a soft cap torch's scaled_dot_product_attention does the work, which keeps no scores.
-The soft cap has no such kernel in torch: its scores exist, for CHUNK query rows at a time, and in
-training each chunk's are computed again for backward, so that memory holds one chunk's.
+On a CPU one kernel does all of it, forward and backward (cpu.cpp): blocks of queries meet blocks of
+keys in the cache, with a running maximum and sum per query (arXiv:2205.14135), so that no T x S
+scores exist and blocks that nobody sees cost nothing. For backward it keeps y and one fp32 per
+query, ln sum_j e^s_ij, and computes p again.
+
+Elsewhere torch's scaled_dot_product_attention does the work, which keeps no scores either, but has
+no soft cap: that one's scores exist, for CHUNK query rows at a time, and in training each chunk's
+are computed again for backward, so that memory holds one chunk's.
 """
 
 from collections.abc import Sequence

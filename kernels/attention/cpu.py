@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-
-POINTER, INT64, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # -> the end of a function's name
+from ..dispatch import CPU_DTYPES, FLOAT, INT64, POINTER
 
 
 class View(ctypes.Structure):
@@ -119,7 +117,7 @@ def _run(
         *(len(blocks), *strides, slots, size),
         *(T, S, Hq, Hk, D, tokens, options.window, options.scale, options.softcap),
     )
-    dispatch.function(f"{op}_{DTYPES[q.dtype]}", POINTER)(ctypes.addressof(arguments))
+    dispatch.function(f"{op}_{CPU_DTYPES[q.dtype]}", POINTER)(ctypes.addressof(arguments))
 
 
 class BlockwiseAttention(torch.autograd.Function):
@@ -168,6 +166,6 @@ def attention(
     if mask is not None:
         mask = _dense_rows(mask[None] if mask.dim() == 2 else mask[:, 0])
     dtype = q.dtype
-    if dtype not in DTYPES:
+    if dtype not in CPU_DTYPES:
         q, k, v = q.float(), k.float(), v.float()
     return BlockwiseAttention.apply(q, k, v, mask, options).to(dtype)
