@@ -209,8 +209,11 @@ class MLP(nn.Module):
         self.add_module(down, nn.Linear(inner, hidden, bias=bias))
 
     def forward(self, x: Tensor, keep: bool = False) -> Tensor:
-        """keep: gate(x) and up(x) for backward, which otherwise computes them again."""
+        """keep: gate(x) and up(x) for backward, which otherwise computes them again; on a CPU they
+        always are.
+        """
         gate, up, down = layers = [self.get_submodule(name) for name in self.names]
+        keep = keep or x.device.type == "cpu"
         if (adapted := _adapted(*layers)) is not None:
             return kernels.lora_mlp(x, *adapted, self.hidden_act, keep=keep)
         return down(kernels.gated(gate(x), up(x), self.hidden_act))

@@ -31,9 +31,10 @@ What is kept
 x, the small matrices, and the seed of the masks. W is asked of the base when it is needed (a 4-bit
 base dequantizes it again). x A^T, and the gate, up and hidden state of an MLP, are computed again:
 for hidden size H and intermediate size I that is 2 H bytes a token in bf16 instead of the 2 H + 8 I
-and more that autograd keeps (x, gate, a(gate), up, y), for a third more products in the MLP. Under
-gradient checkpointing a block is computed again right before its backward: what it keeps then lives
-for that block only, and the MLP keeps gate and up (`keep`), or would compute them three times.
+and more that autograd keeps (x, gate, a(gate), up, y), for a third more products in the MLP. With
+`keep` gate and up are kept too. The decoder asks for it where products are dear, on a CPU (a fifth
+of a step), and under gradient checkpointing: there a block is computed again right before its
+backward, what it keeps lives for that block only, and gate and up would be computed three times.
 
 The base is any callable with `panels(dtype)` and `bias`: the op need not know how the weight is
 stored. What it returns is written to; none of the caller's tensors is.
@@ -102,9 +103,8 @@ def lora_mlp(
 ) -> Tensor:
     """down(a(gate(x)) * up(x)) for x [..., K]; hidden_act: "silu", "gelu_pytorch_tanh" or "gelu".
 
-    Keeps x alone for backward, with `keep` also gate(x) and up(x), which backward then overwrites:
-    it can run once. Raises ValueError for another activation, or where the dropout of gate and up
-    differs.
+    Keeps x alone for backward, with `keep` also gate(x) and up(x). Raises ValueError for another
+    activation, or where the dropout of gate and up differs.
     """
     if hidden_act not in ACTIVATIONS:
         raise ValueError(f"hidden_act is {hidden_act!r}: choose one of {', '.join(ACTIVATIONS)}")

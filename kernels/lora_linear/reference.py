@@ -225,6 +225,8 @@ class LoraMLP(torch.autograd.Function):
         first, second = LoraMLP._groups(ctx, tensors, wide)
         if gate is None:
             gate, up = first.forward(flat, by_base=False)
+        else:
+            gate, up = gate.clone(), up.clone()  # to be written over, here and in another backward
         second.take([grad.to(wide)])
         hidden = second.grad_x()
         second.forget_weights()
