@@ -92,7 +92,11 @@ def test_ci_runs_what_readme_names():
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/models.md", "docs/quantization.md", "docs/kernels.md"]
+    "page",
+    [
+        "README.md",
+        *(f"docs/{name}.md" for name in ("models", "quantization", "kernels", "performance")),
+    ],
 )
 def test_links_exist(page):
     text = (ROOT / page).read_text(encoding="utf-8")
