@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..dispatch import CPU_DTYPES, FLOAT, INT64, POINTER
+from ..dispatch import CPU_DTYPES, FLOAT, INT64, POINTER, address, run
 
 
 class View(ctypes.Structure):
@@ -61,10 +61,6 @@ def _view(x: Tensor | None) -> View:
     return View() if x is None else View(x.data_ptr(), *x.stride()[:3])
 
 
-def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
-
-
 def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -81,7 +77,7 @@ def _blocks(B: int, lengths: list[int], tokens: int) -> list[tuple[int, ...]]:
     return sorted(blocks, key=lambda block: -block[4])
 
 
-def _run(
+def _launch(
     op: str,
     q: Tensor,
     k: Tensor,
@@ -113,11 +109,11 @@ def _run(
         strides = 0 if mask.shape[0] == 1 else mask.stride(0), mask.stride(1)
     arguments = Attention(
         *(_view(x) for x in (q, k, v, dy, y, dq)),
-        *(_address(x) for x in (lse, dk, dv, mask, blocks, seen, turns, space)),
+        *(address(x) for x in (lse, dk, dv, mask, blocks, seen, turns, space)),
         *(len(blocks), *strides, slots, size),
         *(T, S, Hq, Hk, D, tokens, options.window, options.scale, options.softcap),
     )
-    dispatch.function(f"{op}_{CPU_DTYPES[q.dtype]}", POINTER)(ctypes.addressof(arguments))
+    run(op, q.dtype, arguments)
 
 
 class BlockwiseAttention(torch.autograd.Function):
@@ -129,7 +125,7 @@ class BlockwiseAttention(torch.autograd.Function):
         B, T, Hq, _ = q.shape
         y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.empty((B, Hq, T), dtype=torch.float32, device=q.device)
-        _run("attention", q, k, v, y, lse, mask, options)
+        _launch("attention", q, k, v, y, lse, mask, options)
         ctx.save_for_backward(q, k, v, y, lse, mask)
         ctx.options = options
         return y
@@ -143,7 +139,7 @@ class BlockwiseAttention(torch.autograd.Function):
         wide = (B, S, Hk, -(-D // 16) * 16)  # whole vectors, to which the units add in fp32
         dk, dv = (torch.zeros(wide, dtype=torch.float32, device=q.device) for _ in range(2))
         gradients = {"dy": _dense_rows(dy), "dq": dq, "dk": dk, "dv": dv}
-        _run("attention_backward", q, k, v, y, lse, mask, ctx.options, **gradients)
+        _launch("attention_backward", q, k, v, y, lse, mask, ctx.options, **gradients)
         return dq, *(x[..., :D].to(k.dtype) for x in (dk, dv)), None, None
 
 
