@@ -25,6 +25,7 @@ _HOME = {
     "load_tokenizer": "tokenizer",
     "loftq": "loftq",
     "merge": "lora",
+    "profile_training": "profiling",
     "quantize": "quantization",
     "quantize_report": "report",
     "read_rows": "data",

@@ -7,10 +7,8 @@ one sentence; --debug adds the traceback.
 import argparse
 import re
 import sys
-import tempfile
 import time
 import traceback
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +142,8 @@ def _train(args: argparse.Namespace) -> int:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"training {trainable:,} adapter parameters on {len(data['train'])} rows")
     if args.profile:
-        return _profile(model, tok, data["train"], run.train)
+        print(lk.profile_training(model, tok, data["train"], run.train))
+        return 0
     result = lk.train(model, tok, data, run.train, base_model=run.model)
     print(
         f"{result.steps} steps in {result.seconds:.0f} s, loss {result.loss:.4f}, "
@@ -156,18 +155,6 @@ def _train(args: argparse.Namespace) -> int:
         )
         return 130
     print(f"adapter in {result.output_dir}")
-    return 0
-
-
-def _profile(model: Any, tok: Any, rows: list[dict], config: lk.TrainConfig) -> int:
-    from .profiling import STEPS, WARM_UP, watching
-
-    with watching() as found, tempfile.TemporaryDirectory() as folder:
-        steps = replace(config, max_steps=WARM_UP + STEPS, output_dir=folder)
-        if lk.train(model, tok, rows, steps, after_step=found).interrupted:
-            print("lorakit: interrupted", file=sys.stderr)
-            return 130
-    print(found)
     return 0
 
 

@@ -50,6 +50,7 @@ ALLOWED = {
     "decoding": {"kernels", "model", "model_config", "rope", "lora"},
     "generation": {"config", "model", "decoding", "tokenizer", "tokenizers"},
     "trainer": {"config", "model", "tokenizer", "data", "optim", "lora", "adapter", "memory"},
+    "profiling": {"kernels", "config", "model", "tokenizer", "trainer"},
     "cli": {"lorakit", "yaml"},
     "__init__": set(),
 }
