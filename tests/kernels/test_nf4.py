@@ -605,6 +605,7 @@ def test_use_backend(monkeypatch):
 
 
 def test_without_the_library_every_op_runs_and_one_line_says_so(monkeypatch, caplog):
+    monkeypatch.delenv("LORAKIT_LIBRARY", raising=False)
     monkeypatch.setattr(dispatch, "LIBRARY", "missing.so")
     dispatch.library.cache_clear()
     try:
