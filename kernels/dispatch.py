@@ -12,7 +12,7 @@ The fastest one that fits the tensor's device is taken. `use_backend` forces one
 missing raises.
 
 The library is optional. It holds each op once per instruction set (`lk_avx2_nf4_quantize`); the
-best that the processor has is chosen at load time, `LORAKIT_ISA=scalar|avx2` overrides;
+best that the processor has is chosen at load time, `LORAKIT_ISA=scalar|avx2|avx512` does;
 `LORAKIT_LIBRARY` names another build of it, such as the one of `make test-asan`. ctypes with
 declared argument types costs under a microsecond a call, where the ops do tens: one wheel per
 platform is worth that.
@@ -150,8 +150,10 @@ def has_triton() -> bool:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The shared library of CPU kernels, or None (said once in the log) where it was not built."""
-    folders = sys.modules[__package__].__path__  # two in an editable install
     named = os.environ.get("LORAKIT_LIBRARY")
+    if named and not Path(named).exists():
+        raise RuntimeError(f"LORAKIT_LIBRARY names {named}, where there is no file")
+    folders = sys.modules[__package__].__path__  # two in an editable install
     for path in [Path(named)] if named else [Path(folder) / LIBRARY for folder in folders]:
         if path.exists():
             handle = ctypes.CDLL(str(path))

@@ -9,7 +9,7 @@ kind of work of a step, the mean over the STEPS that are watched after WARM_UP o
     the rest                    Python and small torch ops; on a GPU also waiting to be launched
 
 On a GPU the times are those of the device's kernels, and the rest is what the step took beyond
-them. The profiler itself slows a step down by a few per cent, small models by more.
+them. The profiler itself takes some of the time.
 """
 
 import time
@@ -36,6 +36,7 @@ TORCH_OPS = 8  # rows for them
 class StepProfile:
     """Call it after every step; printed, it is the table."""
 
+    on_gpu: bool
     seconds: float = 0.0  # of a step
     rows: dict[str, float] = field(default_factory=dict)  # seconds a step
     _seen: int = 0
@@ -45,15 +46,21 @@ class StepProfile:
     def __call__(self) -> None:
         self._seen += 1
         if self._seen == WARM_UP:
-            _wait()
-            self._profiler, self._started = _profiler(), time.perf_counter()
+            self._wait()
+            gpu = [ProfilerActivity.CUDA] if self.on_gpu else []
+            self._profiler = profile(activities=[ProfilerActivity.CPU, *gpu])
             self._profiler.start()
+            self._started = time.perf_counter()
         elif self._seen == WARM_UP + STEPS:
-            _wait()
+            self._wait()
             self.seconds = (time.perf_counter() - self._started) / STEPS
             self._profiler.stop()
-            self.rows = _rows(self._profiler.events(), self.seconds)
+            self.rows = _rows(self._profiler.events(), self.seconds, self.on_gpu)
             self._profiler = None
+
+    def _wait(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()
 
     def __str__(self) -> str:
         width = max(map(len, self.rows), default=0)
@@ -73,7 +80,7 @@ def profile_training(
 
     Raises what `train` does, and KeyboardInterrupt if Ctrl-C ended it.
     """
-    found = StepProfile()
+    found = StepProfile(model.device.type == "cuda")
     try:
         with TemporaryDirectory() as folder:
             few = replace(config or TrainConfig(), max_steps=WARM_UP + STEPS, output_dir=folder)
@@ -83,16 +90,6 @@ def profile_training(
         if found._profiler is not None:
             found._profiler.stop()
     return found
-
-
-def _profiler() -> profile:
-    on_gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
-    return profile(activities=[ProfilerActivity.CPU, *on_gpu])
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _functions() -> dict[str, str]:
@@ -107,9 +104,8 @@ def _functions() -> dict[str, str]:
     return names
 
 
-def _rows(events: list[FunctionEvent], step: float) -> dict[str, float]:
-    functions, on_gpu = _functions(), torch.cuda.is_available()
-    ours, torchs = defaultdict(float), defaultdict(float)
+def _rows(events: list[FunctionEvent], step: float, on_gpu: bool) -> dict[str, float]:
+    functions, ours, torchs = _functions(), defaultdict(float), defaultdict(float)
 
     def row(event: FunctionEvent) -> str | None:
         if event.name.startswith("Optimizer.step#"):

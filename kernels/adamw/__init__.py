@@ -38,7 +38,7 @@ from torch import Tensor
 
 from .. import dispatch
 from . import cpu, reference
-from .lists import fits, fits_8bit
+from .lists import Options, fits, fits_8bit
 from .state import Moment8bit
 
 
@@ -62,7 +62,7 @@ def adamw_step(
     if backend is not reference and not fits(*tensors, alignment=backend.ALIGNMENT):
         backend = reference
     with dispatch.on_device(params[0]):
-        backend.adamw_step(*tensors, step, lr, betas, eps, weight_decay)
+        backend.adamw_step(*tensors, Options(step, lr, betas, eps, weight_decay))
 
 
 def adamw_step_8bit(
@@ -89,7 +89,7 @@ def adamw_step_8bit(
     if backend is not reference and not fits_8bit(*tensors, alignment=backend.ALIGNMENT):
         backend = reference
     with dispatch.on_device(params[0]):
-        backend.adamw_step_8bit(*tensors, step, lr, betas, eps, weight_decay)
+        backend.adamw_step_8bit(*tensors, Options(step, lr, betas, eps, weight_decay))
 
 
 def _backend(p: Tensor) -> ModuleType:

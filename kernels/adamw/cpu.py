@@ -7,7 +7,7 @@ from torch import Tensor
 from .. import dispatch
 from ..dispatch import FLOAT, INT64, POINTER
 from ..nf4 import ABSMAX_FLOOR
-from .lists import changed, numbers, work
+from .lists import Options, changed, numbers, work
 from .state import Moment8bit, signed_map, unsigned_map
 
 SIZE = 8192  # values of a piece: whole blocks, which the second cache holds
@@ -26,10 +26,10 @@ class Step(ctypes.Structure):
     )
 
 
-def _run(op: str, groups: list[tuple[Tensor, ...]], maps: list[Tensor], options: tuple) -> None:
+def _run(op: str, groups: list[tuple[Tensor, ...]], maps: list[Tensor], options: Options) -> None:
     tables = work(groups, SIZE)
     pointers = [t.data_ptr() for t in (*tables, *maps)] + [None] * (4 - len(maps))
-    step = Step(*pointers, len(tables[1]), SIZE, *numbers(*options), ABSMAX_FLOOR)
+    step = Step(*pointers, len(tables[1]), SIZE, *numbers(options), ABSMAX_FLOOR)
     dispatch.function(op, POINTER)(ctypes.addressof(step))
 
 
@@ -38,14 +38,10 @@ def adamw_step(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
+    options: Options,
 ) -> None:
     groups = list(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True))
-    _run("adamw", groups, [], (step, lr, betas, eps, weight_decay))
+    _run("adamw", groups, [], options)
     changed(params, exp_avgs, exp_avg_sqs)
 
 
@@ -54,15 +50,10 @@ def adamw_step_8bit(
     grads: list[Tensor],
     exp_avgs: list[Moment8bit],
     exp_avg_sqs: list[Moment8bit],
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
+    options: Options,
 ) -> None:
     groups = zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)
     device = params[0].device
     maps = [*signed_map(device), *unsigned_map(device)]
-    options = step, lr, betas, eps, weight_decay
     _run("adamw_8bit", [(p, g, *m, *v) for p, g, m, v in groups], maps, options)
     changed(params, exp_avgs, exp_avg_sqs)

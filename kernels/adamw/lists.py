@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,11 +59,20 @@ def _pieces(lengths: tuple[int, ...], values: int, device: torch.device) -> Tens
     return torch.stack([tensor, piece], dim=1).to(device)
 
 
-def numbers(
-    step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
-) -> tuple[float, ...]:
+class Options(NamedTuple):
+    """Of a step, which is counted from 1."""
+
+    step: int
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+
+
+def numbers(options: Options) -> tuple[float, ...]:
     """decay, beta1, rest1, beta2, rest2, rate, correction, eps"""
-    (beta1, beta2), correction = betas, 1 / math.sqrt(1 - betas[1] ** step)
+    step, lr, (beta1, beta2), eps, weight_decay = options
+    correction = 1 / math.sqrt(1 - beta2**step)
     rate = lr / (1 - beta1**step)
     return 1 - lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2, rate, correction, eps
 

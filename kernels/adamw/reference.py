@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..nf4 import ABSMAX_FLOOR
+from .lists import Options
 from .state import BLOCK, Map, Moment8bit, signed_map, unsigned_map
 
 
@@ -15,13 +16,9 @@ def adamw_step(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
+    options: Options,
 ) -> None:
-    beta1, beta2 = betas
+    step, lr, (beta1, beta2), eps, weight_decay = options
     torch._foreach_mul_(exp_avgs, beta1)
     torch._foreach_add_(exp_avgs, grads, alpha=1 - beta1)
     torch._foreach_mul_(exp_avg_sqs, beta2)
@@ -38,16 +35,12 @@ def adamw_step_8bit(
     grads: list[Tensor],
     exp_avgs: list[Moment8bit],
     exp_avg_sqs: list[Moment8bit],
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
+    options: Options,
 ) -> None:
     """Products and sums are operations of their own, in the order of the kernel: torch's fused ones
     round differently on every processor, and the codes should not depend on it.
     """
-    beta1, beta2 = betas
+    step, lr, (beta1, beta2), eps, weight_decay = options
     rate, correction = lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
     for p, g, exp_avg, exp_avg_sq in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
         first, second = signed_map(p.device), unsigned_map(p.device)

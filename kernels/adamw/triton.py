@@ -33,7 +33,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..nf4 import ABSMAX_FLOOR
-from .lists import changed, numbers, work
+from .lists import Options, changed, numbers, work
 from .state import BLOCK as BLOCK_8BIT
 from .state import Moment8bit, signed_map, unsigned_map
 
@@ -200,18 +200,14 @@ def adamw_step(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
+    options: Options,
 ) -> None:
     """As reference.adamw_step, for tensors that fit."""
     groups = list(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True))
     table, pieces = work(groups, BLOCK)
     if len(pieces):
         _update[(len(pieces),)](
-            table, pieces, *numbers(step, lr, betas, eps, weight_decay), BLOCK,
+            table, pieces, *numbers(options), BLOCK,
             num_warps=THREADS // dispatch.lanes(),
         )  # fmt: skip
     changed(params, exp_avgs, exp_avg_sqs)
@@ -222,11 +218,7 @@ def adamw_step_8bit(
     grads: list[Tensor],
     exp_avgs: list[Moment8bit],
     exp_avg_sqs: list[Moment8bit],
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
+    options: Options,
 ) -> None:
     """As reference.adamw_step_8bit, for tensors that fit."""
     groups = zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)
@@ -235,7 +227,7 @@ def adamw_step_8bit(
     if len(pieces):
         _update_8bit[(len(pieces),)](
             table, pieces, *signed_map(device), *unsigned_map(device),
-            *numbers(step, lr, betas, eps, weight_decay), ABSMAX_FLOOR, ROWS, BLOCK_8BIT,
+            *numbers(options), ABSMAX_FLOOR, ROWS, BLOCK_8BIT,
             num_warps=THREADS // dispatch.lanes(), **EXACT,
         )  # fmt: skip
     changed(params, exp_avgs, exp_avg_sqs)

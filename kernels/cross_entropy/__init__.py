@@ -17,7 +17,7 @@ short batches too much.
 
 `linear_cross_entropy` takes the hidden states instead of the logits. The logits of a large
 vocabulary are the biggest tensor of a training step (T x V x 4 bytes: 0.8 GB for 4096 tokens of a
-49,152-word model), so it walks the rows in chunks of about 64 MB of logits and computes the
+49,152-word model), so it walks the rows in chunks (64 MB of logits, on a GPU 256) and computes the
 gradient in the forward pass, while a chunk's logits are at hand; backward only scales it. The cost:
 a gradient is computed even if backward never runs, unless gradients are disabled.
 
@@ -53,8 +53,31 @@ def cross_entropy(
     """
     form = Form(softcap, label_smoothing, z_loss)
     backend = _backend(logits) if labels.shape == logits.shape[:-1] else reference
+    if backend is reference:
+        return reference.cross_entropy(logits, labels, form, ignore_index)
+    flat, labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).contiguous()
     with dispatch.on_device(logits):
-        return backend.cross_entropy(logits, labels, form, ignore_index)
+        total = CrossEntropy.apply(flat, labels, form, ignore_index, backend)
+    return total, (labels != ignore_index).sum()
+
+
+class CrossEntropy(torch.autograd.Function):
+    """logits [N, V], labels int64 [N] -> summed loss fp32 []"""
+
+    @staticmethod
+    def forward(ctx, logits, labels, form, ignore_index, backend):
+        if logits.stride(-1) != 1:
+            logits = logits.contiguous()
+        loss, lse = backend.loss_and_lse(logits, labels, form, ignore_index)
+        ctx.save_for_backward(logits, labels, lse)
+        ctx.options, ctx.backend = (form, ignore_index), backend
+        return loss.sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        logits, labels, lse = ctx.saved_tensors
+        return ctx.backend.gradient(logits, labels, lse, grad, *ctx.options), *(None,) * 4
 
 
 def linear_cross_entropy(

@@ -45,9 +45,26 @@ def _check(labels: Tensor, V: int, ignore_index: int) -> None:
         raise IndexError(f"label {label} is outside of the vocabulary of {V} words")
 
 
-def _losses(N: int) -> tuple[Tensor, Tensor]:
-    """For losses and log-sum-exps, fp32 [N]."""
-    return torch.empty((2, N), dtype=torch.float32).unbind()
+def loss_and_lse(
+    logits: Tensor, labels: Tensor, form: Form, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """logits [N, V] (rows may lie apart), labels int64 [N] -> losses and log-sum-exps, fp32 [N].
+
+    Raises IndexError for a label that is no word.
+    """
+    _check(labels, logits.shape[1], ignore_index)
+    loss, lse = torch.empty((2, len(labels)), dtype=torch.float32).unbind()
+    _run(logits, labels, loss, lse, None, None, form, ignore_index)
+    return loss, lse
+
+
+def gradient(
+    logits: Tensor, labels: Tensor, lse: Tensor, scale: Tensor, form: Form, ignore_index: int,
+) -> Tensor:  # fmt: skip
+    """d (scale * sum of losses) / d logits [N, V]; scale: fp32 []."""
+    out = torch.empty(logits.shape, dtype=logits.dtype)
+    _run(logits, labels, None, lse, out, scale, form, ignore_index)
+    return out
 
 
 def logits(h: Tensor, head: Tensor | Packed) -> Tensor:
@@ -67,39 +84,7 @@ def loss_and_gradient(
     gradients of the logits [n, V], in their memory.
     """
     _check(labels, logits.shape[1], NONE_IGNORED)
-    loss, lse = _losses(len(labels))
-    gradient = logits if need else None
-    _run(logits, labels, loss, lse, gradient, torch.ones(()), form, NONE_IGNORED)
-    return loss.sum(), gradient
-
-
-class CrossEntropy(torch.autograd.Function):
-    """logits [N, V], labels int64 [N] -> summed loss fp32 []"""
-
-    @staticmethod
-    def forward(ctx, logits, labels, form, ignore_index):
-        if logits.stride(-1) != 1:
-            logits = logits.contiguous()
-        loss, lse = _losses(len(labels))
-        _run(logits, labels, loss, lse, None, None, form, ignore_index)
-        ctx.save_for_backward(logits, labels, lse)
-        ctx.options = form, ignore_index
-        return loss.sum()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        logits, labels, lse = ctx.saved_tensors
-        out = torch.empty(logits.shape, dtype=logits.dtype)
-        _run(logits, labels, None, lse, out, grad, *ctx.options)
-        return out, None, None, None
-
-
-def cross_entropy(
-    logits: Tensor, labels: Tensor, form: Form, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    flat = logits.reshape(-1, logits.shape[-1])
-    labels = labels.reshape(-1).contiguous()
-    _check(labels, flat.shape[1], ignore_index)
-    total = CrossEntropy.apply(flat, labels, form, ignore_index)
-    return total, (labels != ignore_index).sum()
+    loss, lse = torch.empty((2, len(labels)), dtype=torch.float32).unbind()
+    found = logits if need else None
+    _run(logits, labels, loss, lse, found, torch.ones(()), form, NONE_IGNORED)
+    return loss.sum(), found

@@ -139,12 +139,13 @@ def loss_and_lse(
 
 def gradient(
     logits: Tensor, labels: Tensor, lse: Tensor, scale: Tensor, form: Form, ignore_index: int,
-    out: Tensor,
+    out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """d (scale * sum of losses) / d logits into `out` [N, V], which may be the logits themselves;
-    scale: fp32 []. Padding between the rows of `out` may be written.
+    """d (scale * sum of losses) / d logits [N, V], into `out` if it is given, which may be the
+    logits themselves; scale: fp32 []. Padding between the rows of `out` may be written.
     """
     N, V = logits.shape
+    out = padded_rows(N, V, logits.dtype, logits.device) if out is None else out
     padded = _padded(logits, out)
     if N:
         _backward[(N, triton.cdiv(V, BLOCK))](
@@ -174,32 +175,3 @@ def loss_and_gradient(
         one = torch.ones((), device=logits.device)
         gradient(logits, labels, lse, one, form, NONE_IGNORED, logits)
     return loss.sum(), logits if need else None
-
-
-class CrossEntropy(torch.autograd.Function):
-    """logits [N, V], labels int64 [N] -> summed loss fp32 []"""
-
-    @staticmethod
-    def forward(ctx, logits, labels, form, ignore_index):
-        if logits.stride(-1) != 1:
-            logits = logits.contiguous()
-        loss, lse = loss_and_lse(logits, labels, form, ignore_index)
-        ctx.save_for_backward(logits, labels, lse)
-        ctx.options = form, ignore_index
-        return loss.sum()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        logits, labels, lse = ctx.saved_tensors
-        out = padded_rows(*logits.shape, logits.dtype, logits.device)
-        return gradient(logits, labels, lse, grad, *ctx.options, out), None, None, None
-
-
-def cross_entropy(
-    logits: Tensor, labels: Tensor, form: Form, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    flat = logits.reshape(-1, logits.shape[-1])
-    labels = labels.reshape(-1).contiguous()
-    total = CrossEntropy.apply(flat, labels, form, ignore_index)
-    return total, (labels != ignore_index).sum()

@@ -11,6 +11,7 @@ one differ from the other in the last bit of bf16:
 
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from .. import dispatch
@@ -31,8 +32,13 @@ def rms_norm(
     dtype. casting_mode: "llama" or "gemma", see above; ValueError for another.
     """
     check_casting_mode(casting_mode)
+    backend = _backend(x, weight)
+    if backend is reference:
+        return reference.rms_norm(x, weight, eps, weight_offset, casting_mode)
     with dispatch.on_device(x):
-        return _backend(x, weight).rms_norm(x, weight, eps, weight_offset, casting_mode)
+        return RMSNorm.apply(_rows(x), weight, eps, weight_offset, casting_mode, backend).view(
+            x.shape
+        )
 
 
 def check_casting_mode(casting_mode: str) -> None:
@@ -70,5 +76,60 @@ def add_rms_norm(
     if backend is reference:
         total = x + residual
         return reference.rms_norm(total, weight, eps, weight_offset, casting_mode), total
+    options = eps, weight_offset, casting_mode, backend
     with dispatch.on_device(x):
-        return backend.add_rms_norm(x, residual, weight, eps, weight_offset, casting_mode)
+        y, total = AddRMSNorm.apply(_rows(x), _rows(residual), weight, *options)
+    return y.view(x.shape), total.view(x.shape)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., H] -> [rows, H] whose rows may lie apart."""
+    flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return flat if flat.stride(1) == 1 else flat.contiguous()
+
+
+def scale_of(weight: Tensor, offset: float, casting_mode: str) -> tuple[Tensor, float]:
+    """weight and offset as the kernels take them: for "llama" their sum is one of the dtype."""
+    if casting_mode == "llama" and offset != 0:
+        weight, offset = weight + offset, 0.0
+    return weight.contiguous(), offset
+
+
+def _normalize(ctx, x, residual, weight, eps, offset, casting_mode, backend) -> tuple:
+    """The normalized rows, and the sum x + residual or x."""
+    weight, offset = scale_of(weight, offset, casting_mode)
+    llama = casting_mode == "llama"
+    y, total, rstd = backend.normalize(x, residual, weight, eps, offset, llama)
+    ctx.save_for_backward(total, weight, rstd)
+    ctx.offset, ctx.backend = offset, backend
+    return y, total
+
+
+class RMSNorm(torch.autograd.Function):
+    """x [rows, H], weight [H] -> [rows, H]"""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps, offset, casting_mode, backend):
+        return _normalize(ctx, x, None, weight, eps, offset, casting_mode, backend)[0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        options = ctx.offset, ctx.needs_input_grad[1]
+        dx, dw = ctx.backend.gradients(grad.contiguous(), None, *ctx.saved_tensors, *options)
+        return dx, dw, *(None,) * 4
+
+
+class AddRMSNorm(torch.autograd.Function):
+    """x, residual [rows, H], weight [H] -> the sum normalized, and the sum, [rows, H]"""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, eps, offset, casting_mode, backend):
+        return _normalize(ctx, x, residual, weight, eps, offset, casting_mode, backend)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        grads, options = (g.contiguous() for g in grads), (ctx.offset, ctx.needs_input_grad[2])
+        dx, dw = ctx.backend.gradients(*grads, *ctx.saved_tensors, *options)
+        return dx, dx, dw, *(None,) * 4

@@ -43,8 +43,6 @@ def _forward(
     y = x * rstd
     if LLAMA:  # the normalized row rounded first
         y = y.to(X.dtype.element_ty).to(tl.float32)
-        if offset != 0:
-            w = (w.to(tl.float32) + offset).to(W.dtype.element_ty)
         y = y * w.to(tl.float32)
     else:
         y = y * (w.to(tl.float32) + offset)
@@ -91,82 +89,38 @@ def _launch_shape(width: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": threads // dispatch.lanes()}
 
 
-def _rows(x: Tensor) -> Tensor:
-    """[..., H] -> [rows, H] whose rows may lie apart."""
-    flat = x.reshape(-1, x.shape[-1])
-    return flat if flat.stride(1) == 1 else flat.contiguous()
-
-
-def _normalize(ctx, x, residual, weight, eps, offset, casting_mode) -> tuple[Tensor, Tensor]:
-    """Of x, or of the sum x + residual: the normalized rows and the sum (or x), [rows, H]."""
+def normalize(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, llama: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of x [rows, H], or of the sum x + residual: the normalized rows, the sum (or x) and rstd."""
     added = residual is not None
     other = residual if added else x
     rows, width = x.shape
-    weight = weight.contiguous()
     y = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     total = torch.empty_like(y) if added else x
     rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows:
         _forward[(rows,)](
             x, other, total, weight, y, rstd, x.stride(0), other.stride(0), width, eps,
-            offset, casting_mode == "llama", added, **_launch_shape(width),
+            offset, llama, added, **_launch_shape(width),
         )  # fmt: skip
-    ctx.save_for_backward(total, weight, rstd)
-    ctx.offset = offset
-    return y, total
+    return y, total, rstd
 
 
-def _gradients(ctx, grad, grad_total, need_dw) -> tuple[Tensor, Tensor | None]:
+def gradients(
+    grad: Tensor, grad_total: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor,
+    offset: float, need_dw: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """dx, to which the gradient of the sum is added if there is one, and dw if it is needed."""
-    x, weight, rstd = ctx.saved_tensors
     rows, width = x.shape
     added = grad_total is not None
-    grad = grad.contiguous()
-    of_total = grad_total.contiguous() if added else grad
+    of_total = grad_total if added else grad
     dx = torch.empty_like(grad)
     programs = min(PROGRAMS, rows) if need_dw else rows
     dw = torch.empty((programs if need_dw else 0, width), device=x.device, dtype=torch.float32)
     if rows:
         _backward[(programs,)](
-            grad, of_total, x, weight, rstd, dx, dw, x.stride(0), rows, width, ctx.offset, need_dw,
+            grad, of_total, x, weight, rstd, dx, dw, x.stride(0), rows, width, offset, need_dw,
             added, **_launch_shape(width),
         )  # fmt: skip
     return dx, dw.sum(0).to(weight.dtype) if need_dw else None
-
-
-class RMSNorm(torch.autograd.Function):
-    """x [rows, H], weight [H] -> [rows, H]"""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps, offset, casting_mode):
-        return _normalize(ctx, x, None, weight, eps, offset, casting_mode)[0]
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        return *_gradients(ctx, grad, None, ctx.needs_input_grad[1]), None, None, None
-
-
-class AddRMSNorm(torch.autograd.Function):
-    """x, residual [rows, H], weight [H] -> the sum normalized, and the sum, [rows, H]"""
-
-    @staticmethod
-    def forward(ctx, x, residual, weight, eps, offset, casting_mode):
-        return _normalize(ctx, x, residual, weight, eps, offset, casting_mode)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, grad_total):
-        dx, dw = _gradients(ctx, grad, grad_total, ctx.needs_input_grad[2])
-        return dx, dx, dw, None, None, None
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, casting_mode: str) -> Tensor:
-    return RMSNorm.apply(_rows(x), weight, eps, offset, casting_mode).view(x.shape)
-
-
-def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, casting_mode: str
-) -> tuple[Tensor, Tensor]:
-    y, total = AddRMSNorm.apply(_rows(x), _rows(residual), weight, eps, offset, casting_mode)
-    return y.view(x.shape), total.view(x.shape)

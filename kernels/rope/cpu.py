@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import CPU_DTYPES, FLOAT, INT64, POINTER, address, run
+from ..rms_norm import scale_of
 
 
 class Heads(ctypes.Structure):
@@ -132,8 +133,6 @@ def norm_rotate(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float,
     offset: float, casting_mode: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    weights = q_weight, k_weight
-    if casting_mode == "llama" and offset != 0:  # rounded to the weight's dtype
-        weights, offset = tuple(w + offset for w in weights), 0.0
-    weights = tuple(w.detach().contiguous() for w in weights)
+    both = [scale_of(w.detach(), offset, casting_mode) for w in (q_weight, k_weight)]
+    weights, (offset, _) = zip(*both, strict=True)
     return NormRotate.apply(q, k, cos, sin, Norms(weights, eps, offset, casting_mode))

@@ -11,6 +11,7 @@ The names are those of `hidden_act` in a checkpoint's config.
 
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from .. import dispatch
@@ -27,8 +28,11 @@ def gated(gate: Tensor, up: Tensor, hidden_act: str) -> Tensor:
     """
     if hidden_act not in ACTIVATIONS:
         raise ValueError(f"hidden_act is {hidden_act!r}: choose one of {', '.join(ACTIVATIONS)}")
+    backend = _backend(gate, up)
+    if backend is reference:
+        return reference.gated(gate, up, hidden_act)
     with dispatch.on_device(gate):
-        return _backend(gate, up).gated(gate, up, hidden_act)
+        return GatedActivation.apply(gate, up, hidden_act, backend)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -50,9 +54,32 @@ def gated_backward_(grad: Tensor, gate: Tensor, up: Tensor, hidden_act: str) -> 
     """Backward in place, for a caller to whom all three belong: y is written over its gradient
     `grad`, d gate over gate and d up over up. All contiguous, of one shape and dtype.
     """
+    backend = _backend(gate, up) if grad.dtype == gate.dtype else reference
+    if backend is reference:
+        return reference.gated_backward_(grad, gate, up, hidden_act)
     with dispatch.on_device(gate):
-        backend = _backend(gate, up) if grad.dtype == gate.dtype else reference
-        backend.gated_backward_(grad, gate, up, hidden_act)
+        backend.backward(grad, gate, up, gate, up, grad, hidden_act)
+
+
+class GatedActivation(torch.autograd.Function):
+    """gate, up [...] -> [...]"""
+
+    @staticmethod
+    def forward(ctx, gate, up, hidden_act, backend):
+        gate, up = gate.contiguous(), up.contiguous()
+        y = torch.empty_like(gate)
+        backend.forward(gate, up, y, hidden_act)
+        ctx.save_for_backward(gate, up)
+        ctx.hidden_act, ctx.backend = hidden_act, backend
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+        ctx.backend.backward(grad.contiguous(), gate, up, dgate, dup, None, ctx.hidden_act)
+        return dgate, dup, None, None
 
 
 def _backend(gate: Tensor, up: Tensor) -> ModuleType:

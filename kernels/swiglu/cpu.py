@@ -2,7 +2,6 @@
 
 import ctypes
 
-import torch
 from torch import Tensor
 
 from ..dispatch import CPU_DTYPES, INT64, POINTER, address, run
@@ -33,37 +32,16 @@ def fits(x: Tensor) -> bool:
     return x.dtype in CPU_DTYPES
 
 
-def _backward(dy, gate, up, dgate, dup, y, hidden_act: str) -> None:
+def forward(gate: Tensor, up: Tensor, y: Tensor, hidden_act: str) -> None:
+    pointers = [address(t) for t in (gate, up, y)]
+    run("gated", gate.dtype, Forward(*pointers, gate.numel(), ACTIVATIONS[hidden_act]))
+
+
+def backward(
+    dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, y: Tensor | None,
+    hidden_act: str,
+) -> None:  # fmt: skip
+    """The last three are written, and may lie over the first three."""
     pointers = [address(t) for t in (dy, gate, up, dgate, dup, y)]
     arguments = Backward(*pointers, gate.numel(), ACTIVATIONS[hidden_act])
     run("gated_backward", gate.dtype, arguments)
-
-
-class GatedActivation(torch.autograd.Function):
-    """gate, up [...] -> [...]"""
-
-    @staticmethod
-    def forward(ctx, gate, up, hidden_act):
-        gate, up = gate.contiguous(), up.contiguous()
-        y = torch.empty_like(gate)
-        pointers = [address(t) for t in (gate, up, y)]
-        run("gated", gate.dtype, Forward(*pointers, gate.numel(), ACTIVATIONS[hidden_act]))
-        ctx.save_for_backward(gate, up)
-        ctx.hidden_act = hidden_act
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        gate, up = ctx.saved_tensors
-        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-        _backward(grad.contiguous(), gate, up, dgate, dup, None, ctx.hidden_act)
-        return dgate, dup, None
-
-
-def gated(gate: Tensor, up: Tensor, hidden_act: str) -> Tensor:
-    return GatedActivation.apply(gate, up, hidden_act)
-
-
-def gated_backward_(grad: Tensor, gate: Tensor, up: Tensor, hidden_act: str) -> None:
-    _backward(grad, gate, up, gate, up, grad, hidden_act)

@@ -13,7 +13,6 @@ and up only. A caller to whom they belong, and the gradient, gets the results in
 once more, which it then need not have kept (`lora_mlp`).
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -69,40 +68,19 @@ def _backward(
         tl.store(Y + at, (value * up).to(Y.dtype.element_ty), mask=inside)
 
 
-def _launch_backward(dy, gate, up, dgate, dup, y, hidden_act: str) -> None:
+def forward(gate: Tensor, up: Tensor, y: Tensor, hidden_act: str) -> None:
+    if n := gate.numel():
+        grid = (triton.cdiv(n, BLOCK),)
+        _forward[grid](gate, up, y, n, hidden_act, BLOCK, num_warps=THREADS // dispatch.lanes())
+
+
+def backward(
+    dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, y: Tensor | None,
+    hidden_act: str,
+) -> None:  # fmt: skip
+    """The last three are written, and may lie over the first three."""
     if n := gate.numel():
         _backward[(triton.cdiv(n, BLOCK),)](
             dy, gate, up, dgate, dup, dy if y is None else y, n, hidden_act, y is not None, BLOCK,
             num_warps=THREADS // dispatch.lanes(),
         )  # fmt: skip
-
-
-class GatedActivation(torch.autograd.Function):
-    """gate, up [...] -> [...]"""
-
-    @staticmethod
-    def forward(ctx, gate, up, hidden_act):
-        gate, up = gate.contiguous(), up.contiguous()
-        y = torch.empty_like(gate)
-        if n := gate.numel():
-            grid = (triton.cdiv(n, BLOCK),)
-            _forward[grid](gate, up, y, n, hidden_act, BLOCK, num_warps=THREADS // dispatch.lanes())
-        ctx.save_for_backward(gate, up)
-        ctx.hidden_act = hidden_act
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        gate, up = ctx.saved_tensors
-        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-        _launch_backward(grad.contiguous(), gate, up, dgate, dup, None, ctx.hidden_act)
-        return dgate, dup, None
-
-
-def gated(gate: Tensor, up: Tensor, hidden_act: str) -> Tensor:
-    return GatedActivation.apply(gate, up, hidden_act)
-
-
-def gated_backward_(grad: Tensor, gate: Tensor, up: Tensor, hidden_act: str) -> None:
-    _launch_backward(grad, gate, up, gate, up, grad, hidden_act)

@@ -22,6 +22,7 @@ from lorakit import kernels
 from lorakit.kernels import Moment8bit, dispatch
 from lorakit.kernels.adamw.state import BLOCK, signed_map, unsigned_map
 from lorakit.kernels.swiglu import ACTIVATIONS
+from tests.exact import exact_norm, exact_turn
 from tests.instruction_sets import ISAS, on_cpu
 
 pytestmark = pytest.mark.skipif(dispatch.library() is None, reason="the library was not built")
@@ -102,10 +103,6 @@ def called(module, name):
 
 
 # ---- rms_norm -----------------------------------------------------------------------------------
-
-
-def exact_norm(x, w, offset):
-    return (offset + w) * x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
 
 
 def slope(x, w, offset):
@@ -202,13 +199,6 @@ sizes = st.tuples(*(st.integers(1, n) for n in (2, 3, 5, 3)))  # B, T, Hq, Hk
 def tables(B, T, half, seed):
     angle = random(seed, B, T, half, scale=5)
     return angle.cos(), angle.sin()
-
-
-def exact_turn(x, cos, sin):
-    half = cos.shape[-1]
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    cos, sin = cos.double()[:, :, None], sin.double()[:, :, None]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 
 @settings(max_examples=60)

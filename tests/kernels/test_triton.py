@@ -30,6 +30,7 @@ from lorakit.kernels.adamw.lists import fits
 from lorakit.kernels.nf4.tensor import BLOCK_SIZES, LEVELS
 from lorakit.kernels.swiglu import ACTIVATIONS
 from tests.conftest import tiny
+from tests.exact import exact_norm, exact_turn
 from tests.triton_interpreter import DEVICE, interpreted, narrow, on_triton, widen
 
 adamw = importlib.import_module("lorakit.kernels.adamw.triton")
@@ -222,10 +223,6 @@ def test_add_rms_norm(rows, width, dtype, gemma, seed):
     assert torch.equal(ours[2], ours[3])  # one gradient for both
 
 
-def exact_norm(x, w, offset):
-    return (offset + w) * x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
-
-
 def test_rms_norm_of_a_frozen_weight_and_of_strided_rows():
     weight = random(1, 24)
     x = random(0, 2, 3, 48)[..., :24]
@@ -245,13 +242,6 @@ heads = st.tuples(*(st.integers(1, n) for n in (2, 3, 5, 3)))  # B, T, Hq, Hk
 def tables(B, T, half, seed):
     angle = random(seed, B, T, half, scale=5)
     return angle.cos(), angle.sin()
-
-
-def exact_turn(x, cos, sin):
-    half = cos.shape[-1]
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    cos, sin = cos.double()[:, :, None], sin.double()[:, :, None]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 
 @settings(max_examples=25)
