@@ -63,6 +63,9 @@ __attribute__((visibility("default"))) const char* lk_runnable() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#if defined(LORAKIT_AVX512BF16)
+    if (avx2 && avx512 && __builtin_cpu_supports("avx512bf16")) return "scalar avx2 avx512 avx512bf16";
+#endif
     if (avx2 && avx512) return "scalar avx2 avx512";
     if (avx2) return "scalar avx2";
 #endif
