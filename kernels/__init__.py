@@ -9,8 +9,8 @@ from .adamw import Moment8bit, adamw_step, adamw_step_8bit
 from .attention import attention
 from .cross_entropy import cross_entropy, linear_cross_entropy
 from .decode import DecodeCache, DecodeLayer, DecodePlan, decode_compiled, decode_step
-from .dispatch import use_backend
-from .frozen_linear import Packed, Panels, dequantize, dequantize_rows, frozen_linear, weight_panels
+from .dispatch import rounded_up, use_backend
+from .frozen_linear import Packed, dequantize, dequantize_rows, frozen_linear
 from .int8 import Int8Tensor, dequantize_int8, quantize_int8
 from .lora_linear import LoraWeights, lora_linear, lora_mlp, lora_qkv
 from .nf4 import NF4Tensor, dequantize_nf4, quantize_fp4, quantize_nf4
@@ -27,7 +27,6 @@ __all__ = [
     "Moment8bit",
     "NF4Tensor",
     "Packed",
-    "Panels",
     "adamw_step",
     "adamw_step_8bit",
     "add_rms_norm",
@@ -53,7 +52,7 @@ __all__ = [
     "quantize_nf4",
     "rms_norm",
     "rope",
+    "rounded_up",
     "swiglu",
     "use_backend",
-    "weight_panels",
 ]

@@ -8,8 +8,8 @@
             |                   |
             +---- + s * --------+
 
-A `LoraLinear` owns its base and asks four things of it: `base(x)`, `base.dequantize()`, the same
-some rows at a time, and `base.requantize(w)`. What the base stores, four bits or thirty-two, is not
+A `LoraLinear` owns its base and asks four things of it: `base(x)`, `base.dequantize()`,
+`base.stored`, the weight as the kernels take it, and `base.requantize(w)`. What the base stores, four bits or thirty-two, is not
 its business.
 
 A merged layer computes with one dense weight, W + s B A, in its dtype; the base is kept beside it,
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import LoraConfig, LorakitError, nearest
-from .kernels import LoraWeights, Panels, lora_linear
+from .kernels import LoraWeights, Packed, lora_linear
 
 
 @runtime_checkable
@@ -41,7 +41,8 @@ class Base(Protocol):
 
     def dequantize(self) -> Tensor: ...
 
-    def panels(self, dtype: torch.dtype) -> Panels: ...
+    @property
+    def stored(self) -> Tensor | Packed: ...
 
     def requantize(self, w: Tensor) -> None: ...
 
@@ -64,8 +65,9 @@ class DenseBase(nn.Module):
     def dequantize(self) -> Tensor:
         return self.linear.weight.detach()
 
-    def panels(self, dtype: torch.dtype) -> Panels:
-        return [(slice(0, self.out_features), self.dequantize().to(dtype))]
+    @property
+    def stored(self) -> Tensor:
+        return self.linear.weight.detach()
 
     def requantize(self, w: Tensor) -> None:
         self.linear.weight.data.copy_(w)

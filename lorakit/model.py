@@ -14,6 +14,7 @@ that are about to be overwritten. Shapes: B batch, T positions of this call, S p
 cache, Hq and Hk heads, D head_dim.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -128,6 +129,9 @@ def _tables(rope: RopeConfig, head_dim: int, position_ids: Tensor, lengths: list
     return tuple(torch.cat(tables, dim=1) for tables in zip(*parts, strict=True))
 
 
+Again = tuple[Callable[[Tensor], Tensor], Tensor] | None  # as kernels.lora_qkv takes it
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, config: ModelConfig):
         super().__init__()
@@ -161,14 +165,14 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config)
             self.k_norm = RMSNorm(config.head_dim, config)
 
-    def forward(self, x: Tensor, view: View, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, view: View, cache: Cache | None, again: Again) -> Tensor:
         B, T, _ = x.shape
         layers = self.q_proj, self.k_proj, self.v_proj
         adapted = _adapted(*layers)
         if adapted is None:
             projected = [layer(x) for layer in layers]
         else:
-            projected = kernels.lora_qkv(x, adapted)
+            projected = kernels.lora_qkv(x, adapted, again=again)
         heads = (y.shape[-1] // self.head_dim for y in projected)
         q, k, v = (y.view(B, T, n, self.head_dim) for y, n in zip(projected, heads, strict=True))
         if self.q_norm is None:
@@ -208,14 +212,14 @@ class MLP(nn.Module):
         self.add_module(up, nn.Linear(hidden, inner, bias=bias))
         self.add_module(down, nn.Linear(inner, hidden, bias=bias))
 
-    def forward(self, x: Tensor, keep: bool = False) -> Tensor:
+    def forward(self, x: Tensor, keep: bool = False, again: Again = None) -> Tensor:
         """keep: gate(x) and up(x) for backward, which otherwise computes them again; on a CPU they
-        always are.
+        always are. again: how x was made, if it is to be made again rather than kept.
         """
         gate, up, down = layers = [self.get_submodule(name) for name in self.names]
         keep = keep or x.device.type == "cpu"
         if (adapted := _adapted(*layers)) is not None:
-            return kernels.lora_mlp(x, *adapted, self.hidden_act, keep=keep)
+            return kernels.lora_mlp(x, *adapted, self.hidden_act, keep=keep, again=again)
         return down(kernels.gated(gate(x), up(x), self.hidden_act))
 
 
@@ -277,17 +281,25 @@ class Block(nn.Module):
             self.mlp = MLP(config, config.intermediate_size)
 
     def forward(self, x: Tensor, view: View, cache: Cache | None) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), view, cache)
-        if self.pre_feedforward_layernorm is None:
-            normalized, x = self.post_attention_layernorm(attended, x)
-            return x + self._feed_forward(normalized, view)
-        attended = self.post_attention_layernorm(attended)
-        normalized, x = self.pre_feedforward_layernorm(attended, x)
-        return x + self.post_feedforward_layernorm(self._feed_forward(normalized, view))
+        # What the linear layers read is a norm of what is kept anyway. On a CPU it is cheap to
+        # compute again; under checkpointing nothing is kept for long.
+        forget = x.device.type == "cpu" and not view.again
+        again = (self.input_layernorm, x) if forget else None
+        attended = self.self_attn(self.input_layernorm(x), view, cache, again)
+        norm = self.pre_feedforward_layernorm
+        if norm is None:
+            norm = self.post_attention_layernorm
+        else:
+            attended = self.post_attention_layernorm(attended)
+        normalized, x = norm(attended, x)
+        added = self._feed_forward(normalized, view, (norm, x) if forget else None)
+        if self.post_feedforward_layernorm is not None:
+            added = self.post_feedforward_layernorm(added)
+        return x + added
 
-    def _feed_forward(self, x: Tensor, view: View) -> Tensor:
+    def _feed_forward(self, x: Tensor, view: View, again: Again) -> Tensor:
         if self.moe_name is None:
-            return self.mlp(x, view.again)
+            return self.mlp(x, view.again, again)
         return self.get_submodule(self.moe_name)(x, view.lengths is not None, view.again)
 
 

@@ -5,7 +5,7 @@
 
 Each keeps the codes and scales of its one matrix as frozen parameters, so that they move with
 `.to(device)`, are seen by FSDP as plain uint8 tensors, and take part in `state_dict`. The linear
-ones have what `lora` needs of a base: `layer(x)`, `layer.dequantize()`, `layer.panels(dtype)` and
+ones have what `lora` needs of a base: `layer(x)`, `layer.dequantize()`, `layer.stored` and
 `layer.requantize(w)`.
 
 `quantize` on a model of the meta device makes empty shells of the right size; the loader then packs
@@ -47,9 +47,10 @@ class PackedWeight(nn.Module):
         """The dense matrix, in the layer's dtype."""
         return kernels.dequantize(self.quantized, self.dtype)
 
-    def panels(self, dtype: torch.dtype) -> kernels.Panels:
-        """The same in `dtype`, on a CPU some rows at a time."""
-        return kernels.weight_panels(self.quantized, dtype)
+    @property
+    def stored(self) -> kernels.Packed:
+        """The same, as an adapter asks for it."""
+        return self.quantized
 
     def requantize(self, w: Tensor) -> None:
         """Take dense `w` as the new matrix, on `w`'s device."""

@@ -77,14 +77,12 @@ def logits(h: Tensor, head: Tensor | Packed) -> Tensor:
     return out
 
 
-def loss_and_gradient(
-    logits: Tensor, labels: Tensor, form: Form, need: bool
-) -> tuple[Tensor, Tensor | None]:
-    """logits [n, V], given up, labels int64 [n] -> summed loss [], and if they are needed the
-    gradients of the logits [n, V], in their memory.
+def loss_and_gradient(logits: Tensor, labels: Tensor, form: Form, need: bool) -> Tensor:
+    """logits [n, V], labels int64 [n] -> summed loss []. If they are needed, the gradients of the
+    logits are written over them.
     """
     _check(labels, logits.shape[1], NONE_IGNORED)
     loss, lse = torch.empty((2, len(labels)), dtype=torch.float32).unbind()
     found = logits if need else None
     _run(logits, labels, loss, lse, found, torch.ones(()), form, NONE_IGNORED)
-    return loss.sum(), found
+    return loss.sum()

@@ -8,14 +8,16 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
 from ..frozen_linear import Packed, panels
 
-# Logits held at a time: 64 MB in fp32; on a GPU, which products of few rows leave half idle, 256 MB
-# in bf16, a multiple of TILE rows.
-CHUNK_LOGITS, CHUNK_LOGITS_GPU, TILE = 1 << 24, 1 << 27, 128
+# Logits held at a time: 48 MB in fp32; on a GPU, which products of few rows leave half idle, 256 MB
+# in bf16, a multiple of TILE rows. But not fewer than FEWEST rows: for every chunk torch lays the
+# head out anew.
+CHUNK_LOGITS, CHUNK_LOGITS_GPU, TILE, FEWEST = 3 << 22, 1 << 27, 128, 128
 
 
 class Form(NamedTuple):
@@ -26,9 +28,12 @@ class Form(NamedTuple):
     z_loss: float = 0.0
 
 
-def _chunk_rows(vocabulary: int, device: torch.device) -> int:
+def _chunk_rows(rows: int, vocabulary: int, device: torch.device) -> int:
+    """Of a chunk, where there are `rows` in all."""
     if device.type == "cpu":
-        return max(1, CHUNK_LOGITS // vocabulary)
+        most = max(FEWEST, CHUNK_LOGITS // vocabulary)
+        chunks = -(-rows // most)
+        return dispatch.rounded_up(-(-rows // chunks), device) if chunks else most
     rows = max(1, CHUNK_LOGITS_GPU // vocabulary)
     return rows - rows % TILE if rows > TILE else rows
 
@@ -69,17 +74,21 @@ class LinearCrossEntropy(torch.autograd.Function):
         if adapted := lora_A is not None:
             A, sB = lora_A.to(hidden.dtype), (lora_B * scaling).to(hidden.dtype)
         total = hidden.new_zeros((), dtype=torch.float32)
-        step = _chunk_rows(weight.shape[0], hidden.device)
+        step = _chunk_rows(len(labels), weight.shape[0], hidden.device)
         for start in range(0, len(labels), step):
             h, y = hidden[start : start + step], labels[start : start + step]
+            n, filling = len(h), dispatch.rounded_up(len(h), h.device) - len(h)
+            if filling:
+                h = F.pad(h, (0, 0, 0, filling))
             logits = backend.logits(h, weight)  # [n, H] @ [H, V] -> [n, V]
             if adapted:
                 low = h @ A.t()  # [n, H] @ [H, r]
                 logits.addmm_(low.to(logits.dtype), sB.t().to(logits.dtype))
-            loss, grad = backend.loss_and_gradient(logits, y, form, any(need))
-            total += loss
+            total += backend.loss_and_gradient(logits[:n], y, form, any(need))
+            grad = logits  # what they have become; the filling has none
+            grad[n:] = 0
             if need_hidden:
-                grad_hidden[start : start + step] = _grad_hidden(grad, weight, h.dtype)
+                grad_hidden[start : start + step] = _grad_hidden(grad, weight, h.dtype)[:n]
             if need_weight:
                 grad_weight += grad.t().float() @ h.float()
             if need_B:
@@ -87,7 +96,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             if adapted and (need_hidden or need_A):
                 dlow = grad.to(h.dtype) @ sB  # [n, V] @ [V, r]
             if adapted and need_hidden:
-                grad_hidden[start : start + step].addmm_(dlow.to(A.dtype), A)
+                grad_hidden[start : start + step].addmm_(dlow[:n].to(A.dtype), A)
             if need_A:
                 grad_A += (dlow.t() @ h).float()
             del logits, grad  # before the next chunk's are made

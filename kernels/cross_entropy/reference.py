@@ -37,11 +37,9 @@ def logits(h: Tensor, head: Tensor | Packed) -> Tensor:
     return out
 
 
-def loss_and_gradient(
-    logits: Tensor, labels: Tensor, form: Form, need: bool
-) -> tuple[Tensor, Tensor | None]:
-    """logits fp32 [n, V], given up, labels int64 [n] -> summed loss [], and if they are needed the
-    gradients of the logits [n, V].
+def loss_and_gradient(logits: Tensor, labels: Tensor, form: Form, need: bool) -> Tensor:
+    """logits fp32 [n, V], given up, labels int64 [n] -> summed loss []. If they are needed, the
+    gradients of the logits are written over them.
     """
     (cap, smoothing, z_loss), y = form, labels[:, None]
     if cap is not None:
@@ -54,8 +52,8 @@ def loss_and_gradient(
     if z_loss:
         loss += z_loss * lse.square().sum()
     if not need:
-        return loss, None
-    grad = logits.sub_(lse).exp_()  # softmax, over the logits' memory
+        return loss
+    grad = logits.sub_(lse).exp_()  # softmax
     if z_loss:
         grad *= 1 + 2 * z_loss * lse
     grad.scatter_add_(-1, y, grad.new_full((), smoothing - 1).expand_as(y))
@@ -63,4 +61,4 @@ def loss_and_gradient(
         grad -= smoothing / logits.shape[-1]
     if cap is not None:
         grad *= slope
-    return loss, grad
+    return loss

@@ -164,14 +164,12 @@ def logits(h: Tensor, head: Tensor | Packed) -> Tensor:
     return out
 
 
-def loss_and_gradient(
-    logits: Tensor, labels: Tensor, form: Form, need: bool
-) -> tuple[Tensor, Tensor | None]:
-    """logits [n, V], given up, labels int64 [n] -> summed loss [], and if they are needed the
-    gradients of the logits [n, V], in their memory.
+def loss_and_gradient(logits: Tensor, labels: Tensor, form: Form, need: bool) -> Tensor:
+    """logits [n, V], labels int64 [n] -> summed loss []. If they are needed, the gradients of the
+    logits are written over them.
     """
     loss, lse = loss_and_lse(logits, labels, form, NONE_IGNORED)
     if need:
         one = torch.ones((), device=logits.device)
         gradient(logits, labels, lse, one, form, NONE_IGNORED, logits)
-    return loss.sum(), logits if need else None
+    return loss.sum()

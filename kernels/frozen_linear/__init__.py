@@ -87,11 +87,14 @@ def panels(w: Tensor | Packed, dtype: torch.dtype) -> Iterator[tuple[slice, Tens
             yield rows, dequantize_int8_rows(w, picked, dtype)
 
 
-def weight_panels(q: Packed, dtype: torch.dtype) -> Panels:
-    """`panels` on a CPU, elsewhere the whole of q."""
-    if q.device.type == "cpu":
-        return panels(q, dtype)
-    return [(slice(0, q.shape[0]), dequantize(q, dtype))]
+def weight_panels(w: Tensor | Packed, dtype: torch.dtype) -> Panels:
+    """`panels` on a CPU; elsewhere, and where it is dense already, the whole of w."""
+    if isinstance(w, Tensor) and w.dtype == dtype:
+        return [(slice(0, w.shape[0]), w)]
+    if w.device.type == "cpu":
+        return panels(w, dtype)
+    dense = w.to(dtype) if isinstance(w, Tensor) else dequantize(w, dtype)
+    return [(slice(0, w.shape[0]), dense)]
 
 
 def product(x: Tensor, weight: Panels, bias: Tensor | None = None) -> Tensor:

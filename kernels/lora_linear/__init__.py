@@ -36,10 +36,15 @@ and more that autograd keeps (x, gate, a(gate), up, y), for a third more product
 of a step), and under gradient checkpointing: there a block is computed again right before its
 backward, what it keeps lives for that block only, and gate and up would be computed three times.
 
-The base is any callable with `panels(dtype)` and `bias`: the op need not know how the weight is
-stored. What it returns is written to; none of the caller's tensors is.
+How
+---
+Two classes do the same for the layers of one input: `reference.Group` in torch's products, with W
+dense some rows at a time, and `cpu.Group` in sums of products straight from what is stored. The
+base is any callable with its `stored` weight and `bias`. What it returns is written to; none of the
+caller's tensors is.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -47,9 +52,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..frozen_linear import Panels
-from ..swiglu import ACTIVATIONS
-from . import reference
+from .. import dispatch, swiglu
+from ..frozen_linear import Packed
+from . import cpu, reference
+from .reference import TENSORS, Dropout
+
+
+Again = tuple[Callable[[Tensor], Tensor], Tensor] | None
 
 
 class Base(Protocol):
@@ -57,7 +66,7 @@ class Base(Protocol):
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
-    panels: Callable[[torch.dtype], Panels]  # -> W [N, K] dense in that dtype, some rows at a time
+    stored: Tensor | Packed  # W [N, K]
     bias: Tensor | None  # [N]
 
 
@@ -82,13 +91,16 @@ def lora_linear(x: Tensor, layer: LoraWeights) -> Tensor:
     return lora_qkv(x, [layer])[0]
 
 
-def lora_qkv(x: Tensor, layers: Sequence[LoraWeights]) -> tuple[Tensor, ...]:
+def lora_qkv(
+    x: Tensor, layers: Sequence[LoraWeights], *, again: Again = None
+) -> tuple[Tensor, ...]:
     """`lora_linear` of several layers that read the same x, such as q, k and v.
 
-    Raises ValueError where their dropout differs.
+    again: (f, s) with x = f(s), of which s is kept for backward and not x. Raises ValueError where
+    the layers' dropout differs.
     """
     flat = x.reshape(-1, x.shape[-1])
-    ys = reference.LoraLinears.apply(flat, *_static(layers), *_tensors(layers))
+    ys = LoraLinears.apply(flat, again, *_static(layers), *_tensors(layers))
     return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
 
 
@@ -100,29 +112,31 @@ def lora_mlp(
     hidden_act: str,
     *,
     keep: bool = False,
+    again: Again = None,
 ) -> Tensor:
     """down(a(gate(x)) * up(x)) for x [..., K]; hidden_act: "silu", "gelu_pytorch_tanh" or "gelu".
 
-    Keeps x alone for backward, with `keep` also gate(x) and up(x). Raises ValueError for another
+    Keeps x alone for backward (with `again`, as in `lora_qkv`, not even that), with `keep` also
+    gate(x) and up(x). Raises ValueError for another
     activation, or where the dropout of gate and up differs.
     """
-    if hidden_act not in ACTIVATIONS:
-        raise ValueError(f"hidden_act is {hidden_act!r}: choose one of {', '.join(ACTIVATIONS)}")
+    if hidden_act not in swiglu.ACTIVATIONS:
+        raise ValueError(f"hidden_act is {hidden_act!r}: choose one of {', '.join(swiglu.ACTIVATIONS)}")
     layers = [gate, up, down]
     inner, outer = _static(layers[:2]), _static(layers[2:])
     flat = x.reshape(-1, x.shape[-1])
-    y = reference.LoraMLP.apply(flat, hidden_act, keep, *inner, *outer, *_tensors(layers))
+    y = LoraMLP.apply(flat, hidden_act, keep, again, *inner, *outer, *_tensors(layers))
     return y.view(*x.shape[:-1], y.shape[1])
 
 
-def _static(layers: Sequence[LoraWeights]) -> tuple[list, reference.Dropout]:
+def _static(layers: Sequence[LoraWeights]) -> tuple[list, Dropout]:
     """What autograd does not see of layers that share an input."""
     if len({layer.dropout for layer in layers}) > 1:
         raise ValueError("layers that share an input must have the same dropout")
     rate = layers[0].dropout
     # drawn from the generator in host memory: nothing waits for the device
     seed = int(torch.randint(2**62, (), device="cpu")) if rate else 0
-    return [(layer.base, layer.scaling) for layer in layers], reference.Dropout(rate, seed)
+    return [(layer.base, layer.scaling) for layer in layers], Dropout(rate, seed)
 
 
 def _tensors(layers: Sequence[LoraWeights]) -> list[Tensor | None]:
@@ -131,3 +145,104 @@ def _tensors(layers: Sequence[LoraWeights]) -> list[Tensor | None]:
         for layer in layers
         for tensor in (layer.lora_A, layer.lora_B, layer.base.bias, layer.magnitude)
     ]
+
+
+def _group(x: Tensor, static: list, drop: Dropout, tensors: Sequence[Tensor | None]):
+    """The layers for one pass on x [M, K], or on gradients in its dtype."""
+    if cpu.fits(x, static, tensors):
+        return cpu.Group(static, drop, tensors)
+    return reference.Group(static, drop, tensors, dispatch.product_dtype(x))
+
+
+def exactly(backward: Callable) -> Callable:
+    """A backward that is not differentiated again, and that no autocast around it changes."""
+
+    @torch.autograd.function.once_differentiable
+    @functools.wraps(backward)
+    def run(ctx, *grads):
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return backward(ctx, *grads)
+
+    return run
+
+
+def _keep(ctx, x: Tensor, again: Again, *tensors: Tensor | None) -> None:
+    """For backward; x [M, K] itself, or what it is made of."""
+    ctx.make, source = (None, x) if again is None else again
+    ctx.save_for_backward(source, *tensors)
+
+
+def _kept(ctx) -> tuple[Tensor | None, ...]:
+    source, *tensors = ctx.saved_tensors
+    if ctx.make is not None:
+        with torch.no_grad():
+            made = ctx.make(source)
+        source = made.reshape(-1, made.shape[-1])
+    return source, *tensors
+
+
+class LoraLinears(torch.autograd.Function):
+    """x [M, K] -> y [M, N] of each layer."""
+
+    @staticmethod
+    def forward(ctx, x, again, static, drop, *tensors):
+        _keep(ctx, x, again, *tensors)
+        ctx.static, ctx.drop = static, drop
+        group = _group(x, static, drop, tensors)
+        same = group.dtype == x.dtype
+        ys = group.forward(x.to(group.dtype), by_base=same)
+        return tuple(ys if same else (y.to(x.dtype) for y in ys))
+
+    @staticmethod
+    @exactly
+    def backward(ctx, *grads):
+        x, *tensors = _kept(ctx)
+        group = _group(grads[0], ctx.static, ctx.drop, tensors)
+        group.take([dy.to(group.dtype) for dy in grads])
+        dx = group.grad_x().to(x.dtype) if ctx.needs_input_grad[0] else None
+        found = group.grad_tensors(x.to(group.dtype), ctx.needs_input_grad[4:])
+        return dx, None, None, None, *found
+
+
+class LoraMLP(torch.autograd.Function):
+    """x [M, K] -> [M, K], through gate, up and down."""
+
+    @staticmethod
+    def forward(ctx, x, hidden_act, keep, again, inner, inner_drop, outer, outer_drop, *tensors):
+        ctx.hidden_act = hidden_act
+        ctx.groups = (inner, inner_drop), (outer, outer_drop)
+        first, second = LoraMLP._groups(ctx, x, tensors)
+        same = first.dtype == x.dtype
+        gate, up = first.forward(x.to(first.dtype), by_base=same)
+        _keep(ctx, x, again, *((gate, up) if keep else (None, None)), *tensors)
+        (y,) = second.forward(swiglu.gated(gate, up, hidden_act), by_base=same)
+        return y if same else y.to(x.dtype)
+
+    @staticmethod
+    @exactly
+    def backward(ctx, grad):
+        x, gate, up, *tensors = _kept(ctx)
+        first, second = LoraMLP._groups(ctx, grad, tensors)
+        flat = x.to(first.dtype)
+        if gate is None:
+            gate, up = first.forward(flat, by_base=False)
+        else:
+            gate, up = gate.clone(), up.clone()  # to be written over, here and in another backward
+        second.take([grad.to(second.dtype)])
+        hidden = second.grad_x()
+        second.forget_weights()
+        # over its gradient the hidden state, over gate and up theirs
+        swiglu.gated_backward_(hidden, gate, up, ctx.hidden_act)
+        first.take([gate, up])
+        dx = first.grad_x().to(x.dtype) if ctx.needs_input_grad[0] else None
+        need, split = ctx.needs_input_grad[8:], 2 * TENSORS
+        of_inner = first.grad_tensors(flat, need[:split])
+        of_outer = second.grad_tensors(hidden, need[split:])
+        return dx, *(None,) * 7, *of_inner, *of_outer
+
+    @staticmethod
+    def _groups(ctx, x, tensors):
+        (inner, inner_drop), (outer, outer_drop) = ctx.groups
+        split = TENSORS * len(inner)
+        groups = (inner, inner_drop, tensors[:split]), (outer, outer_drop, tensors[split:])
+        return tuple(_group(x, *group) for group in groups)

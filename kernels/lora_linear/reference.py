@@ -3,8 +3,7 @@
 M rows, K inputs and N outputs of a layer, r its rank, R the sum of the ranks that are stacked.
 """
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -12,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import dispatch, swiglu
-from ..frozen_linear import Panels, product, product_back
+from ..frozen_linear import Panels, product, product_back, weight_panels
 
 TENSORS = 4  # of a layer: A, B, the base's bias, DoRA's magnitude
 
@@ -51,7 +49,7 @@ class Layer:
         """W [N, K], dense; on a GPU, where that is the whole, it is kept until the pass is over."""
         if self.kept is not None:
             return self.kept
-        found = self.base.panels(self.dtype)
+        found = weight_panels(self.base.stored, self.dtype)
         if self.lora_A.device.type == "cpu":
             return found
         self.kept = list(found)
@@ -98,6 +96,7 @@ class Group:
     """Layers that read the same x, in one pass."""
 
     def __init__(self, static: list, drop: Dropout, tensors: Sequence, dtype: torch.dtype):
+        self.dtype = dtype
         parts = [tensors[i : i + TENSORS] for i in range(0, len(tensors), TENSORS)]
         self.layers = [Layer(s, part, dtype) for s, part in zip(static, parts, strict=True)]
         self.drop = drop
@@ -165,85 +164,3 @@ class Group:
                 through = (self.grads[i] * layer.product(x, low)).sum(0, dtype=layer.wide)
                 found[at + 3] = (through / layer.row_norms).to(layer.magnitude.dtype)
         return found
-
-
-def exactly(backward: Callable) -> Callable:
-    """A backward that is not differentiated again, and that no autocast around it changes."""
-
-    @torch.autograd.function.once_differentiable
-    @functools.wraps(backward)
-    def run(ctx, *grads):
-        with torch.autocast(grads[0].device.type, enabled=False):
-            return backward(ctx, *grads)
-
-    return run
-
-
-class LoraLinears(torch.autograd.Function):
-    """x [M, K] -> y [M, N] of each layer."""
-
-    @staticmethod
-    def forward(ctx, x, static, drop, *tensors):
-        ctx.save_for_backward(x, *tensors)
-        ctx.static, ctx.drop = static, drop
-        wide = dispatch.product_dtype(x)
-        ys = Group(static, drop, tensors, wide).forward(x.to(wide), by_base=wide == x.dtype)
-        return tuple(ys if wide == x.dtype else (y.to(x.dtype) for y in ys))
-
-    @staticmethod
-    @exactly
-    def backward(ctx, *grads):
-        x, *tensors = ctx.saved_tensors
-        wide = dispatch.product_dtype(grads[0])
-        group = Group(ctx.static, ctx.drop, tensors, wide)
-        group.take([dy.to(wide) for dy in grads])
-        dx = group.grad_x().to(x.dtype) if ctx.needs_input_grad[0] else None
-        return dx, None, None, *group.grad_tensors(x.to(wide), ctx.needs_input_grad[3:])
-
-
-class LoraMLP(torch.autograd.Function):
-    """x [M, K] -> [M, K], through gate, up and down."""
-
-    @staticmethod
-    def forward(ctx, x, hidden_act, keep, inner, inner_drop, outer, outer_drop, *tensors):
-        ctx.hidden_act = hidden_act
-        ctx.groups = (inner, inner_drop), (outer, outer_drop)
-        wide = dispatch.product_dtype(x)
-        by_base = wide == x.dtype
-        first, second = LoraMLP._groups(ctx, tensors, wide)
-        gate, up = first.forward(x.to(wide), by_base)
-        ctx.save_for_backward(x, *((gate, up) if keep else (None, None)), *tensors)
-        (y,) = second.forward(swiglu.gated(gate, up, hidden_act), by_base)
-        return y if by_base else y.to(x.dtype)
-
-    @staticmethod
-    @exactly
-    def backward(ctx, grad):
-        x, gate, up, *tensors = ctx.saved_tensors
-        wide = dispatch.product_dtype(grad)
-        flat = x.to(wide)
-        first, second = LoraMLP._groups(ctx, tensors, wide)
-        if gate is None:
-            gate, up = first.forward(flat, by_base=False)
-        else:
-            gate, up = gate.clone(), up.clone()  # to be written over, here and in another backward
-        second.take([grad.to(wide)])
-        hidden = second.grad_x()
-        second.forget_weights()
-        # over its gradient the hidden state, over gate and up theirs
-        swiglu.gated_backward_(hidden, gate, up, ctx.hidden_act)
-        first.take([gate, up])
-        dx = first.grad_x().to(x.dtype) if ctx.needs_input_grad[0] else None
-        need, split = ctx.needs_input_grad[7:], 2 * TENSORS
-        of_inner = first.grad_tensors(flat, need[:split])
-        of_outer = second.grad_tensors(hidden, need[split:])
-        return dx, *(None,) * 6, *of_inner, *of_outer
-
-    @staticmethod
-    def _groups(ctx, tensors, dtype: torch.dtype) -> tuple[Group, Group]:
-        (inner, inner_drop), (outer, outer_drop) = ctx.groups
-        split = TENSORS * len(inner)
-        return (
-            Group(inner, inner_drop, tensors[:split], dtype),
-            Group(outer, outer_drop, tensors[split:], dtype),
-        )

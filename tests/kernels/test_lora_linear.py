@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lorakit import kernels
 from lorakit.kernels import LoraWeights, dispatch
+from lorakit.kernels.frozen_linear import weight_panels
 from lorakit.kernels.swiglu import ACTIVATIONS
 
 
@@ -22,11 +23,9 @@ class Dense:
     def __call__(self, x):
         return F.linear(x, self.weight, self.bias)
 
-    def panels(self, dtype):
-        """Two, if it has two rows."""
-        cut = len(self.weight) // 2
-        for rows in (slice(0, cut), slice(cut, len(self.weight))) if cut else (slice(0, 1),):
-            yield rows, self.weight[rows].to(dtype)
+    @property
+    def stored(self):
+        return self.weight.detach()
 
 
 class NF4(Dense):
@@ -38,8 +37,9 @@ class NF4(Dense):
     def __call__(self, x):
         return kernels.frozen_linear(x, self.q)
 
-    def panels(self, dtype):
-        return kernels.weight_panels(self.q, dtype)
+    @property
+    def stored(self):
+        return self.q
 
 
 def layer(K, N, r=2, dtype=torch.float64, *, bias=False, dora=False, scaling=1.7, **options):
@@ -61,7 +61,7 @@ def leaves(*layers):
 def spelled_out(x, each, mask=None):
     """The definition, for autograd."""
     seen = x if mask is None else x * mask
-    weight = torch.cat([W for _, W in each.base.panels(x.dtype)])
+    weight = torch.cat([W for _, W in weight_panels(each.base.stored, x.dtype)])
     A, B = each.lora_A.to(x.dtype), each.lora_B.to(x.dtype)
     y = x @ weight.t() + each.scaling * (seen @ A.t()) @ B.t()
     if each.magnitude is not None:

@@ -1,0 +1,147 @@
+"""The layers of one input as sums of products (`products`), where a compiled kernel takes them.
+
+Forward is two calls: all of x A^T, then all of y. Backward is one for s dy B, one for dx, and two
+for dA and dB, the first of which computes x A^T again. A and B are read as they are, in fp32; what
+is rounded to bf16 is x A^T, s dy B, and the results.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..nf4 import NF4Tensor
+from ..products import Sum, Term, available, sums_of_products, takes
+from .reference import TENSORS, Dropout
+
+
+class Layer(NamedTuple):
+    weight: Tensor | NF4Tensor  # as it is stored
+    scaling: float
+    lora_A: Tensor
+    lora_B: Tensor
+    bias: Tensor | None
+    start: int  # of its columns in what all A make of x
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.start, self.start + self.lora_A.shape[0])
+
+    @property
+    def pairs(self) -> slice:
+        """The same, an even number: the last one is zero if it is not of the layer."""
+        return slice(self.start, self.start + _even(self.lora_A.shape[0]))
+
+
+def fits(x: Tensor, static: Sequence[tuple], tensors: Sequence[Tensor | None]) -> bool:
+    """Whether the kernel takes these layers, for x [M, K]."""
+    if not available(x) or not x.shape[0] or torch.is_autocast_enabled("cpu"):
+        return False
+    small = [*tensors[0::TENSORS], *tensors[1::TENSORS]]
+    return (
+        all(magnitude is None for magnitude in tensors[3::TENSORS])
+        and all(t.dtype == torch.float32 and t.is_contiguous() for t in small)
+        and all(takes(base.stored) for base, _ in static)
+    )
+
+
+class Group:
+    """What `reference.Group` is, in bf16 and without dense weights."""
+
+    dtype = torch.bfloat16
+
+    def __init__(self, static: list, drop: Dropout, tensors: Sequence[Tensor | None]):
+        self.drop, self.layers, start = drop, [], 0
+        for i, (base, scaling) in enumerate(static):
+            lora_A, lora_B, bias, _ = tensors[TENSORS * i : TENSORS * (i + 1)]
+            self.layers.append(Layer(base.stored, scaling, lora_A, lora_B, bias, start))
+            start = self.layers[-1].pairs.stop
+
+    def _side_by_side(self, x: Tensor) -> Tensor:
+        """Room for [M, r] of each layer."""
+        odd = any(layer.lora_A.shape[0] % 2 for layer in self.layers)
+        make = x.new_zeros if odd else x.new_empty
+        return make(x.shape[0], self.layers[-1].pairs.stop)
+
+    def low(self, x: Tensor) -> Tensor:
+        """d(x) A^T of each layer, side by side."""
+        dropped, low = self.drop(x), self._side_by_side(x)
+        sums_of_products(
+            [Sum([Term(dropped, each.lora_A, True)], low[:, each.columns]) for each in self.layers]
+        )
+        return low
+
+    def forward(self, x: Tensor, by_base: bool) -> list[Tensor]:
+        """y = x W^T + s low B^T + b of each layer, [M, N], for x [M, K]. Never by the bases."""
+        x = _dense_rows(x)
+        low, sums = self.low(x), []
+        for layer in self.layers:
+            y = x.new_empty(x.shape[0], layer.lora_B.shape[0])
+            update = Term(low[:, layer.pairs], layer.lora_B, True, layer.scaling)
+            bias = None if layer.bias is None else layer.bias.float()
+            sums.append(Sum([Term(x, layer.weight, True), update], y, bias=bias))
+        sums_of_products(sums)
+        return [each.out for each in sums]
+
+    def take(self, grads: Sequence[Tensor]) -> None:
+        """The gradients dy [M, N] of each layer, from which the others follow."""
+        self.grads = [_dense_rows(dy) for dy in grads]
+        self.dlow, sums = self._side_by_side(self.grads[0]), []
+        for layer, dy in self._both():  # s dy B: [M, N] @ [N, r]
+            terms, out = [Term(dy, layer.lora_B, False)], self.dlow[:, layer.columns]
+            sums.append(Sum(terms, out, layer.scaling))
+        sums_of_products(sums)
+
+    def grad_x(self) -> Tensor:
+        """dx = dy W + s (dy B) A, summed over the layers: [M, K]"""
+        dx = self.dlow.new_empty(self.dlow.shape[0], self.layers[0].lora_A.shape[1])
+        terms = [Term(dy, layer.weight, False) for layer, dy in self._both()]
+        update = [Term(self.dlow[:, each.pairs], each.lora_A, False) for each in self.layers]
+        if not self.drop.rate:
+            sums_of_products([Sum(terms + update, dx)])
+            return dx
+        through = torch.empty_like(dx)
+        sums_of_products([Sum(terms, dx), Sum(update, through)])
+        return dx.add_(self.drop(through))
+
+    def forget_weights(self) -> None:
+        """There are none."""
+
+    def grad_tensors(self, x: Tensor, need: Sequence[bool]) -> list[Tensor | None]:
+        """Of the small tensors of each layer, for x [M, K]."""
+        x = _dense_rows(x)
+        found: list[Tensor | None] = [None] * len(need)
+        dropped, dlow, sums = self.drop(x), _turned(self.dlow), []
+        low = _turned(self.low(x)) if any(need[1::TENSORS]) else None
+        for i, (layer, dy) in enumerate(self._both()):
+            at = TENSORS * i
+            if need[at]:  # s (dy B)^T d(x): [r, M] @ [M, K]
+                found[at] = torch.empty_like(layer.lora_A)
+                sums.append(Sum([Term(dlow[layer.columns], dropped, False)], found[at]))
+            if need[at + 1]:  # its transpose, s (d(x) A^T)^T dy: [r, M] @ [M, N]
+                turned = torch.empty(layer.lora_B.shape[::-1], device=x.device)
+                sums.append(Sum([Term(low[layer.columns], dy, False)], turned, layer.scaling))
+                found[at + 1] = turned.t()
+            if need[at + 2]:
+                found[at + 2] = dy.sum(0, dtype=torch.float32).to(layer.bias.dtype)
+        sums_of_products(sums)
+        return found
+
+    def _both(self) -> Iterator[tuple[Layer, Tensor]]:
+        return zip(self.layers, self.grads, strict=True)
+
+
+def _even(n: int) -> int:
+    return n + n % 2
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _turned(x: Tensor) -> Tensor:
+    """x [M, R] by columns, with a zero at the end of each if M is odd: [R, M or M + 1]"""
+    turned = x.new_zeros(x.shape[1], _even(x.shape[0]))
+    turned[:, : x.shape[0]] = x.t()
+    return turned

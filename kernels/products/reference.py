@@ -1,0 +1,27 @@
+"""Sums of products in plain torch: fp32 products, rounded once."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..nf4 import NF4Tensor, dequantize_nf4
+from .terms import Sum
+
+
+def sums_of_products(sums: Sequence[Sum]) -> None:
+    for terms, out, scale, bias in sums:
+        total = torch.zeros(out.shape, device=out.device)
+        for a, b, turned, factor in terms:
+            b = dense(b, factor)
+            b = b.t() if turned else b
+            total += a[:, : len(b)].float() @ b
+        total *= scale
+        out.copy_(total if bias is None else total + bias)
+
+
+def dense(b: Tensor | NF4Tensor, factor: float) -> Tensor:
+    """factor b in fp32, but of values that bf16 holds."""
+    if isinstance(b, NF4Tensor):
+        return dequantize_nf4(b, torch.bfloat16).float()
+    return (b if b.dtype == torch.bfloat16 else (factor * b).bfloat16()).float()
