@@ -8,6 +8,7 @@
 // A soft cap grows with its argument: the largest value is capped, not the largest of the capped values found.
 //
 // A row is one thread's, and its pieces depend on V alone: the threads change no bit.
+#define LORAKIT_ANY_LANES
 #include "simd.h"
 
 #include <math.h>
@@ -44,7 +45,7 @@ void forward_row(const Rows<T>& a, int64_t row) {
         const T* piece = x + start;
         const int64_t count = smaller(PIECE, a.V - start);
         const float top = largest(running(count, fill(none), [&](int64_t i, auto part, Vec found) {
-            return larger(load(piece + i, part, none), found);
+            return larger(only(load(piece + i, part), part, none), found);
         }));
         float next;
         Vec z = capped<CAPPED>(fill(top), a.cap, inverse);
@@ -55,7 +56,7 @@ void forward_row(const Rows<T>& a, int64_t row) {
         }
         const Vec base = fill(m == none ? 0 : m);  // so far nothing but -inf
         exponentials += sum(running(count, fill(0), [&](int64_t i, auto part, Vec sum) {
-            return sum + only(exponential(capped<CAPPED>(load(piece + i, part), a.cap, inverse) - base), part);
+            return sum + only(exponential(capped<CAPPED>(load(piece + i, part), a.cap, inverse) - base), part, 0);
         }));
         if (a.smoothing != 0)
             values += sum(running(count, fill(0), [&](int64_t i, auto part, Vec sum) {

@@ -1,5 +1,6 @@
 // RMSNorm of one row, forward and backward: what the norms and the rotation of normalized heads share.
 #pragma once
+#define LORAKIT_ANY_LANES
 #include "simd.h"
 
 #include <math.h>

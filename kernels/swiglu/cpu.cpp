@@ -7,6 +7,7 @@
 //
 // A value depends on its own operands alone, in a whole vector or in the rest of one: the threads change no bit.
 // Every output may be one of the operands.
+#define LORAKIT_ANY_LANES
 #include "simd.h"
 
 namespace {
