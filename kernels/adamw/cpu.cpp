@@ -83,25 +83,24 @@ inline Vec place(Vec x) {
 }
 
 #if defined(__AVX512F__)
-// A table of 256 floats lies in sixteen registers: of each pair of them a permutation picks by the lower five bits of
-// the index, of the eight picks the upper three bits choose. A gather takes twice as long.
+// table[index] for a table of N floats: of 32, in two registers, a permutation picks by the lower five bits of the index;
+// of the picks from two halves the next bit chooses. A gather takes longer.
+template <int N>
 inline __m512 pick(const float* table, __m512i index) {
-    __m512 found[8];
-    for (int i = 0; i < 8; ++i)
-        found[i] = _mm512_permutex2var_ps(_mm512_loadu_ps(table + 32 * i), index, _mm512_loadu_ps(table + 32 * i + 16));
-    for (int step = 1; step < 8; step *= 2) {
-        const __mmask16 odd = _mm512_test_epi32_mask(index, _mm512_set1_epi32(32 * step));
-        for (int i = 0; i < 8; i += 2 * step) found[i] = _mm512_mask_blend_ps(odd, found[i], found[i + step]);
+    if constexpr (N == 32) {
+        return _mm512_permutex2var_ps(_mm512_loadu_ps(table), index, _mm512_loadu_ps(table + 16));
+    } else {
+        const __mmask16 upper = _mm512_test_epi32_mask(index, _mm512_set1_epi32(N / 2));
+        return _mm512_mask_blend_ps(upper, pick<N / 2>(table, index), pick<N / 2>(table + N / 2, index));
     }
-    return found[0];
 }
 inline Vec look_up(const float* table, const uint8_t* index) {
-    return {pick(table, _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(index))))};
+    return {pick<256>(table, _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(index))))};
 }
 template <bool SIGNED>
 inline void store_codes(Vec x, const float* edges, uint8_t* out) {
     const __m512i edge = _mm512_cvttps_epi32(place<SIGNED>(x).v);
-    const __mmask16 below = _mm512_cmp_ps_mask(x.v, pick(edges, edge), _CMP_LE_OQ);
+    const __mmask16 below = _mm512_cmp_ps_mask(x.v, pick<256>(edges, edge), _CMP_LE_OQ);
     const __m512i code = _mm512_mask_sub_epi32(edge, below, edge, _mm512_set1_epi32(1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(code));
 }
