@@ -48,6 +48,12 @@ FORMATS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def products_in_fp32(monkeypatch):
+    """Where the processor has AVX512-BF16, bitsandbytes' own multiply in bf16."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+
+
 def packed(tmp_path, family="llama", options=FORMATS["nf4, double"], **overrides):
     """A transformers + bitsandbytes model, and where it is saved."""
     torch.manual_seed(0)

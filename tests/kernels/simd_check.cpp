@@ -120,9 +120,10 @@ void over_lanes(const float* a) {  // small integers, whose sum is exact in any 
 
 void functions() {
     for (int start = 0; start < 400000; start += LANES) {
-        float x[LANES], e[LANES], t[LANES];
+        float x[LANES], e[LANES], power[LANES], t[LANES];
         for (int i = 0; i < LANES; ++i) x[i] = static_cast<float>(start + i) * (175.0f / 400000) - 87;
         store(exponential(load(x)), e);
+        store(exponential2(load(x)), power);
         store(tanh(load(x)), t);
         for (int i = 0; i < LANES; ++i) {  // as simd.h says; two roundings for one where nothing is fused
 #if defined(__FMA__) || defined(LORAKIT_NEON)
@@ -131,15 +132,18 @@ void functions() {
             const double allowed = 1;
 #endif
             expect(ulps(e[i], exp(static_cast<double>(x[i]))) <= 1.1 + allowed, "exponential", x[i], e[i]);
+            expect(ulps(power[i], exp2(static_cast<double>(x[i]))) <= 1.1 + allowed, "exponential2", x[i], power[i]);
             expect(ulps(t[i], ::tanh(static_cast<double>(x[i]))) <= 2 + allowed, "tanh", x[i], t[i]);
         }
     }
     float found[LANES];
-    const float ends[] = {-INFINITY, -1e30f, -88.5f, 0.0f, NAN};
+    const float ends[] = {-INFINITY, -1e30f, -127.5f, 0.0f, NAN};
     for (const float x : ends) {
         store(exponential(fill(x)), found);
         const float expected = isnan(x) ? x : x == 0 ? 1.0f : 0.0f;
         expect(same(found[0], expected), "exponential", x, found[0]);
+        store(exponential2(fill(x)), found);
+        expect(same(found[0], expected), "exponential2", x, found[0]);
     }
 }
 
