@@ -3,8 +3,8 @@
 // result may be the operand. Backward is the same with -sin.
 //
 // With the norms of the heads a head is normalized, rounded and turned while it lies in the nearest cache; forward has
-// the bits of the two ops. Backward reads q and k again, and computes their statistics again. Those of some heads come
-// first, as each is a chain of sums, a root and divisions that the processor works on side by side.
+// the bits of the two ops. Backward reads q and k again, and computes their statistics again. Those of a few heads
+// come first: each is a chain of sums, a root and divisions, and the processor works on several side by side.
 #include "rms_norm/row.h"
 
 namespace {
@@ -12,7 +12,7 @@ namespace {
 using namespace simd;
 
 constexpr int64_t WIDEST = 1024;  // normalized head; as in __init__.py
-constexpr int64_t GROUP = 16;     // heads whose statistics come first
+constexpr int64_t GROUP = 4;      // heads whose statistics come first
 
 struct Strides {
     int64_t batch, token, head;  // of values
@@ -55,11 +55,11 @@ void turn(const Tables& t, const In* in, Out* out) {
 template <class T>
 void turn_head(const Rotation<T>& a, const Tables& tables, const T* w, const T* in, const T* x, float rstd, T* out) {
     if (x) {
-        float turned[WIDEST];
+        alignas(64) float turned[WIDEST];
         turn(tables, in, turned);
         normalize_backward(turned, x, w, static_cast<const T*>(nullptr), rstd, a.offset, a.D, out);
     } else if (w) {
-        float normal[WIDEST];
+        alignas(64) float normal[WIDEST];
         normalize(in, w, rstd, a.offset, a.llama, a.D, normal);
         turn(tables, normal, out);
     } else {
