@@ -54,6 +54,9 @@ class Sizes(NamedTuple):
     matrices: tuple[tuple[int, int], ...]  # [N, K] of packed weights
     rows: tuple[int, ...]  # M of the products with them
     trained: tuple[int, ...]  # values of each tensor that the optimizer updates
+    # Bytes of a tensor of the ops that memory bounds, if the tokens make fewer: so many that two of
+    # them do not fit a cache, and so few that malloc returns pages it has rather than fresh ones.
+    streamed: int = 0
 
 
 class Setting(NamedTuple):
@@ -64,6 +67,10 @@ class Setting(NamedTuple):
     def random(self, *shape: int, grad: bool = False) -> Tensor:
         x = torch.randn(shape, device=self.device, dtype=self.dtype)
         return x.requires_grad_(grad)
+
+    def rows(self, width: int) -> int:
+        """Of the ops that memory bounds, for rows of so many values."""
+        return max(self.sizes.tokens, self.sizes.streamed // (width * self.dtype.itemsize))
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,7 @@ class Case:
     inputs: tuple[Tensor, ...] = ()  # with respect to which backward is timed, if any
     moved_back: int = 0
     kernels: tuple[str, ...] = OURS  # the backends that the op has
+    overwrites: bool = False  # its inputs: every run gets copies, and there is no backward
 
 
 def liger():
@@ -93,7 +101,7 @@ def bnb():
 
 
 def norms(s: Setting) -> Iterator[Case]:
-    ops, T, H = lk.kernels, s.sizes.tokens, s.sizes.hidden
+    ops, T, H = lk.kernels, s.rows(s.sizes.hidden), s.sizes.hidden
     x, residual, w = s.random(T, H, grad=True), s.random(T, H, grad=True), s.random(H)
     n = x.nbytes
     yield Case(
@@ -118,7 +126,8 @@ def norms(s: Setting) -> Iterator[Case]:
 
 
 def rotation(s: Setting) -> Iterator[Case]:
-    T, D, heads = s.sizes.tokens, s.sizes.head_dim, (s.sizes.heads, s.sizes.kv_heads)
+    D, heads = s.sizes.head_dim, (s.sizes.heads, s.sizes.kv_heads)
+    T = s.rows(sum(heads) * D)
     q, k = (s.random(1, T, n, D, grad=True) for n in heads)
     angle = torch.randn(1, T, D // 2, device=s.device)
     cos, sin = angle.cos(), angle.sin()
@@ -174,9 +183,10 @@ def attentions(s: Setting) -> Iterator[Case]:
 
 
 def activations(s: Setting) -> Iterator[Case]:
-    ops, shape = lk.kernels, f"{s.sizes.tokens}x{s.sizes.inner}"
-    gate, up = (s.random(s.sizes.tokens, s.sizes.inner, grad=True) for _ in range(2))
-    n = gate.nbytes
+    """In place: what `lora_mlp` runs backward, over the three tensors that it reads."""
+    ops, T, inner = lk.kernels, s.rows(s.sizes.inner), s.sizes.inner
+    gate, up = (s.random(T, inner, grad=True) for _ in range(2))
+    shape, n, grad = f"{T}x{inner}", gate.nbytes, s.random(T, inner)
     yield Case(
         "swiglu", shape, 3 * n, ops.swiglu,
         {
@@ -191,11 +201,20 @@ def activations(s: Setting) -> Iterator[Case]:
             "Liger": lambda gate, up: liger().LigerGELUMulFunction.apply(gate, up),
         }, (gate, up), 5 * n,
     )  # fmt: skip
+    for op, name in (("swiglu", "silu"), ("geglu", "gelu_pytorch_tanh")):
+        yield Case(
+            f"{op} backward in place", shape, 6 * n,
+            lambda grad, gate, up, name=name: ops.gated_backward_(grad, gate, up, name), {},
+            (grad, gate.detach(), up.detach()), overwrites=True,
+        )  # fmt: skip
 
 
 def losses(s: Setting) -> Iterator[Case]:
-    """Liger computes the gradient in forward, over the logits."""
+    """Liger computes the gradient in forward, over the logits; so does lorakit in place, which is
+    what `linear_cross_entropy` does to a chunk.
+    """
     ops, T = lk.kernels, s.sizes.tokens
+    module = importlib.import_module("lorakit.kernels.cross_entropy")
     for V in s.sizes.vocabularies:
         logits, y = s.random(T, V, grad=True), torch.randint(V, (T,), device=s.device)
         yield Case(
@@ -204,6 +223,14 @@ def losses(s: Setting) -> Iterator[Case]:
                 "torch": lambda z, y=y: F.cross_entropy(z.float(), y, reduction="sum"),
                 "Liger": lambda z, y=y: liger().LigerCrossEntropyFunction.apply(z, y, None)[0],
             }, (logits,), 2 * logits.nbytes,
+        )  # fmt: skip
+
+        def in_place(z: Tensor, y: Tensor = y) -> tuple[Tensor, Tensor | None]:
+            return module._backend(z).loss_and_gradient(z, y, module.Form(), True)
+
+        yield Case(
+            "cross_entropy in place", f"{T}x{V}", 2 * logits.nbytes, in_place, {},
+            (logits.detach(),), kernels=("triton", "cpu"), overwrites=True,
         )  # fmt: skip
 
 
@@ -406,8 +433,10 @@ CASES: dict[Callable[[Setting], Iterator[Case]], tuple[str, ...]] = {
     norms: ("rms_norm", "add_rms_norm"),
     rotation: ("rope", "norm_rope"),
     attentions: ("attention",),
-    activations: ("swiglu", "geglu"),
-    losses: ("cross_entropy",),
+    activations: (
+        "swiglu", "geglu", "swiglu backward in place", "geglu backward in place"
+    ),
+    losses: ("cross_entropy", "cross_entropy in place"),
     heads: ("linear_cross_entropy",),
     optimizer: ("adamw", "adamw 8-bit"),
     quantization: (

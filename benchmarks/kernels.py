@@ -38,8 +38,8 @@ import lorakit as lk
 
 SMALL = Sizes(
     tokens=1024, hidden=2048, inner=5632, heads=16, kv_heads=4, head_dim=128,
-    vocabularies=(32768,), matrices=((1536, 576), (4096, 4096)), rows=(1, 16, 256),
-    trained=(1 << 22,),
+    vocabularies=(32768, 151936), matrices=((1536, 576), (4096, 4096)), rows=(1, 16, 256),
+    trained=(1 << 22,), streamed=1 << 24,
 )  # fmt: skip
 # Bytes, and how often they are written. The largest cache of a GPU has 256 MB (AMD's MI300X); the
 # host needs 2 ms, on an H100 six times the 1 GB, for a backward that Python launches.
@@ -214,9 +214,9 @@ def rows_of(case: Case, chosen: Collection[str], clock: Clock, bandwidth: float)
     calls = providers(case, chosen)
 
     def inputs(name: str) -> tuple[Tensor, ...]:
-        if name not in OVERWRITES:
+        if name not in OVERWRITES and not case.overwrites:
             return case.inputs
-        return tuple(x.detach().clone().requires_grad_() for x in case.inputs)
+        return tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in case.inputs)
 
     def forward(name: str) -> Callable[[], object]:
         return partial(calls[name], *inputs(name))
@@ -229,7 +229,7 @@ def rows_of(case: Case, chosen: Collection[str], clock: Clock, bandwidth: float)
         return lambda: backward_of(calls[name], given)()
 
     passes = [(case.op, forward, forward, case.moved)]
-    if case.inputs:
+    if case.inputs and not case.overwrites:
         passes.append((f"{case.op} backward", backward, both, case.moved_back))
     rows = []
     for op, timed, weighed, moved in passes:

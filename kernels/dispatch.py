@@ -13,8 +13,8 @@ missing raises.
 
 The library is optional. It holds each op once per instruction set (`lk_avx2_nf4_quantize`); the
 best that the processor has is chosen at load time, or the one that `LORAKIT_ISA` names: scalar,
-avx2, avx512, avx512bf16. `LORAKIT_LIBRARY` names another build of it, such as the one of
-`make test-asan`. ctypes with declared argument types costs under a microsecond a call, where the
+avx2, avx512, avx512bf16; scalar, neon. `LORAKIT_LIBRARY` names another build of it, such as the one
+of `make test-asan`. ctypes with declared argument types costs under a microsecond a call, where the
 ops do tens: one wheel per platform is worth that.
 """
 

@@ -68,8 +68,12 @@ __attribute__((visibility("default"))) const char* lk_runnable() {
 #endif
     if (avx2 && avx512) return "scalar avx2 avx512";
     if (avx2) return "scalar avx2";
-#endif
     return "scalar";
+#elif defined(__aarch64__)
+    return "scalar neon";
+#else
+    return "scalar";
+#endif
 }
 
 }  // extern "C"

@@ -31,8 +31,8 @@ def test_packed_documents_do_not_see_each_other(tmp_path, family, options):
     cu_seqlens = torch.tensor([0, 3, 30, 31, 43], dtype=torch.int32)
     packed = model(torch.cat(documents, 1), cu_seqlens=cu_seqlens)
     for document, logits in zip(documents, packed.split([3, 27, 1, 12], dim=1), strict=True):
-        # each document's own logits; products over more rows may sum in another order
-        assert (logits - model(document)).abs().max() <= 1e-5
+        # each document's own logits, up to 7; products over more rows may sum in another order
+        assert (logits - model(document)).abs().max() <= 2e-5
     documents[1] = torch.randint(97, (1, 27))
     changed = model(torch.cat(documents, 1), cu_seqlens=cu_seqlens)
     assert not torch.equal(changed[:, 3:30], packed[:, 3:30])

@@ -8,6 +8,7 @@
 //
 // The code of x is the number of edges below it. The edges lie next to seven lines of which the smallest is taken, as
 // derived in triton.py, and one comparison with the exact edge decides: two look-ups a value and moment, no search.
+#define LORAKIT_ANY_LANES
 #include "simd.h"
 
 namespace {
@@ -81,7 +82,29 @@ inline Vec place(Vec x) {
     return fill(middle) + (SIGNED ? by_sign(smaller(x, fill(0)), -edge, edge) : edge);  // NaN is not below 0
 }
 
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+// table[index] for a table of N floats: of 32, in two registers, a permutation picks by the lower five bits of the index;
+// of the picks from two halves the next bit chooses. A gather takes longer.
+template <int N>
+inline __m512 pick(const float* table, __m512i index) {
+    if constexpr (N == 32) {
+        return _mm512_permutex2var_ps(_mm512_loadu_ps(table), index, _mm512_loadu_ps(table + 16));
+    } else {
+        const __mmask16 upper = _mm512_test_epi32_mask(index, _mm512_set1_epi32(N / 2));
+        return _mm512_mask_blend_ps(upper, pick<N / 2>(table, index), pick<N / 2>(table + N / 2, index));
+    }
+}
+inline Vec look_up(const float* table, const uint8_t* index) {
+    return {pick<256>(table, _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(index))))};
+}
+template <bool SIGNED>
+inline void store_codes(Vec x, const float* edges, uint8_t* out) {
+    const __m512i edge = _mm512_cvttps_epi32(place<SIGNED>(x).v);
+    const __mmask16 below = _mm512_cmp_ps_mask(x.v, pick<256>(edges, edge), _CMP_LE_OQ);
+    const __m512i code = _mm512_mask_sub_epi32(edge, below, edge, _mm512_set1_epi32(1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(code));
+}
+#elif defined(__AVX2__)
 inline __m256i wide(const uint8_t* p) {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 }
@@ -96,14 +119,18 @@ inline void store_codes(Vec x, const float* edges, uint8_t* out) {
 }
 #else
 inline Vec look_up(const float* table, const uint8_t* index) {
-    return lanes([&](int i) { return table[index[i]]; });
+    float found[LANES];
+    for (int i = 0; i < LANES; ++i) found[i] = table[index[i]];
+    return load(found);
 }
 template <bool SIGNED>
 inline void store_codes(Vec x, const float* edges, uint8_t* out) {
-    const Vec edge = place<SIGNED>(x);
-    for (int i = 0; i < 8; ++i) {
-        const int at = static_cast<int>(edge.v[i]);
-        out[i] = static_cast<uint8_t>(at - (x.v[i] <= edges[at]));
+    float value[LANES], edge[LANES];
+    store(x, value);
+    store(place<SIGNED>(x), edge);
+    for (int i = 0; i < LANES; ++i) {
+        const int at = static_cast<int>(edge[i]);
+        out[i] = static_cast<uint8_t>(at - (value[i] <= edges[at]));
     }
 }
 #endif
@@ -113,7 +140,7 @@ template <bool SIGNED>
 float quantize(const float* x, int64_t n, const float* edges, float floor, uint8_t* codes) {
     const float scale = absmax(x, n);
     const Vec over = fill(1 / (scale < floor ? floor : scale));
-    for (int64_t i = 0; i < BLOCK; i += 8) store_codes<SIGNED>(load(x + i) * over, edges, codes + i);
+    for (int64_t i = 0; i < BLOCK; i += LANES) store_codes<SIGNED>(load(x + i) * over, edges, codes + i);
     return scale;
 }
 
@@ -128,7 +155,7 @@ struct Block {
 void update(const Step& a, const Block& b, int64_t n) {
     float mean[BLOCK], square[BLOCK];
     const Vec m_scale = fill(*b.m_absmax), v_scale = fill(*b.v_absmax);
-    for (int64_t i = 0; i < BLOCK; i += 8) {
+    for (int64_t i = 0; i < BLOCK; i += LANES) {
         const Vec g = load(b.g + i);
         const Vec m = look_up(a.m_levels, b.m + i) * m_scale * fill(a.beta1) + g * fill(a.rest1);
         const Vec v = look_up(a.v_levels, b.v + i) * v_scale * fill(a.beta2) + g * g * fill(a.rest2);

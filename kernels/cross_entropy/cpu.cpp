@@ -5,9 +5,13 @@
 // of the pieces are added in double precision. Backward, exp(z - lse), may run right after it, while the row lies in
 // the second cache, and over the logits.
 //
+// exp(z - m) is 2^(z LOG2E - M), a multiply-add and fewer steps than exp. M is m LOG2E rounded to fp32, one number for
+// all of the sum, so that its rounding can be undone in double precision: m = M / LOG2E from then on. Likewise lse.
+//
 // A soft cap grows with its argument: the largest value is capped, not the largest of the capped values found.
 //
 // A row is one thread's, and its pieces depend on V alone: the threads change no bit.
+#define LORAKIT_ANY_LANES
 #include "simd.h"
 
 #include <math.h>
@@ -38,24 +42,25 @@ template <bool CAPPED, class T>
 void forward_row(const Rows<T>& a, int64_t row) {
     const T* x = a.logits + row * a.stride;
     const float inverse = 1 / a.cap, none = -__builtin_inff();
-    float m = none;
+    const Vec log2e = fill(LOG2E);
+    float M = none;
     double exponentials = 0, values = 0;
     for (int64_t start = 0; start < a.V; start += PIECE) {
         const T* piece = x + start;
         const int64_t count = smaller(PIECE, a.V - start);
         const float top = largest(running(count, fill(none), [&](int64_t i, auto part, Vec found) {
-            return larger(load(piece + i, part, none), found);
+            return larger(only(load(piece + i, part), part, none), found);
         }));
         float next;
-        Vec z = capped<CAPPED>(fill(top), a.cap, inverse);
-        store(z, &next, First{1});
-        if (next > m) {
-            exponentials *= exp(static_cast<double>(m) - static_cast<double>(next));
-            m = next;
+        store(capped<CAPPED>(fill(top), a.cap, inverse) * log2e, &next, First{1});
+        if (next > M) {
+            exponentials *= exp2(static_cast<double>(M) - static_cast<double>(next));
+            M = next;
         }
-        const Vec base = fill(m == none ? 0 : m);  // so far nothing but -inf
+        const Vec below = fill(M == none ? 0 : -M);  // so far nothing but -inf
         exponentials += sum(running(count, fill(0), [&](int64_t i, auto part, Vec sum) {
-            return sum + only(exponential(capped<CAPPED>(load(piece + i, part), a.cap, inverse) - base), part);
+            const Vec z = capped<CAPPED>(load(piece + i, part), a.cap, inverse);
+            return sum + only(exponential2(madd(z, log2e, below)), part, 0);
         }));
         if (a.smoothing != 0)
             values += sum(running(count, fill(0), [&](int64_t i, auto part, Vec sum) {
@@ -64,7 +69,7 @@ void forward_row(const Rows<T>& a, int64_t row) {
     }
     float chosen;
     store(capped<CAPPED>(load(x + a.labels[row], First{1}), a.cap, inverse), &chosen, First{1});
-    const double lse = m + log(exponentials);
+    const double lse = M / static_cast<double>(LOG2E) + log(exponentials);
     a.lse[row] = static_cast<float>(lse);
     a.loss[row] = static_cast<float>(lse - (1 - static_cast<double>(a.smoothing)) * chosen -
                                      a.smoothing * values / static_cast<double>(a.V) + a.z_loss * lse * lse);
@@ -76,11 +81,14 @@ void backward_row(const Rows<T>& a, int64_t row) {
     const T* x = a.logits + row * a.stride;
     T* out = a.gradient + row * a.gradient_stride;
     const float inverse = 1 / a.cap, scale = *a.scale, at = a.lse[row];
-    const Vec lse = fill(at), factor = fill(scale * (1 + 2 * a.z_loss * at));
+    const float M = at * LOG2E;
+    const double rounding = M - at * static_cast<double>(LOG2E);
+    const Vec log2e = fill(LOG2E), below = fill(-M);
+    const Vec factor = fill(scale * (1 + 2 * a.z_loss * at) * static_cast<float>(exp2(rounding)));
     const Vec spread = fill(scale * a.smoothing / static_cast<float>(a.V));
     const auto gradient = [&](Vec x, Vec more) {
         const Vec z = capped<CAPPED>(x, a.cap, inverse);
-        const Vec g = exponential(z - lse) * factor - (spread + more);
+        const Vec g = exponential2(madd(z, log2e, below)) * factor - (spread + more);
         if (!CAPPED) return g;
         const Vec part = z * fill(inverse);
         return g * (fill(1) - part * part);

@@ -36,9 +36,7 @@ def rms_norm(
     if backend is reference:
         return reference.rms_norm(x, weight, eps, weight_offset, casting_mode)
     with dispatch.on_device(x):
-        return RMSNorm.apply(_rows(x), weight, eps, weight_offset, casting_mode, backend).view(
-            x.shape
-        )
+        return RMSNorm.apply(x, weight, eps, weight_offset, casting_mode, backend)
 
 
 def check_casting_mode(casting_mode: str) -> None:
@@ -78,13 +76,12 @@ def add_rms_norm(
         return reference.rms_norm(total, weight, eps, weight_offset, casting_mode), total
     options = eps, weight_offset, casting_mode, backend
     with dispatch.on_device(x):
-        y, total = AddRMSNorm.apply(_rows(x), _rows(residual), weight, *options)
-    return y.view(x.shape), total.view(x.shape)
+        return AddRMSNorm.apply(x, residual, weight, *options)
 
 
 def _rows(x: Tensor) -> Tensor:
     """[..., H] -> [rows, H] whose rows may lie apart."""
-    flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    flat = x.flatten(0, -2) if x.dim() > 1 else x[None]
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
@@ -106,30 +103,38 @@ def _normalize(ctx, x, residual, weight, eps, offset, casting_mode, backend) -> 
 
 
 class RMSNorm(torch.autograd.Function):
-    """x [rows, H], weight [H] -> [rows, H]"""
+    """x [..., H], weight [H] -> [..., H]; views as rows are made here, where autograd sees none"""
 
     @staticmethod
     def forward(ctx, x, weight, eps, offset, casting_mode, backend):
-        return _normalize(ctx, x, None, weight, eps, offset, casting_mode, backend)[0]
+        y, _ = _normalize(ctx, _rows(x), None, weight, eps, offset, casting_mode, backend)
+        return y.view(x.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         options = ctx.offset, ctx.needs_input_grad[1]
-        dx, dw = ctx.backend.gradients(grad.contiguous(), None, *ctx.saved_tensors, *options)
-        return dx, dw, *(None,) * 4
+        rows = _rows(grad.contiguous())
+        dx, dw = ctx.backend.gradients(rows, None, *ctx.saved_tensors, *options)
+        return dx.view(grad.shape), dw, *(None,) * 4
 
 
 class AddRMSNorm(torch.autograd.Function):
-    """x, residual [rows, H], weight [H] -> the sum normalized, and the sum, [rows, H]"""
+    """x, residual [..., H], weight [H] -> the sum normalized, and the sum, [..., H]"""
 
     @staticmethod
     def forward(ctx, x, residual, weight, eps, offset, casting_mode, backend):
-        return _normalize(ctx, x, residual, weight, eps, offset, casting_mode, backend)
+        rows = _rows(x), _rows(residual)
+        y, total = _normalize(ctx, *rows, weight, eps, offset, casting_mode, backend)
+        return y.view(x.shape), total.view(x.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
-        grads, options = (g.contiguous() for g in grads), (ctx.offset, ctx.needs_input_grad[2])
-        dx, dw = ctx.backend.gradients(*grads, *ctx.saved_tensors, *options)
+        rows, options = (
+            (_rows(g.contiguous()) for g in grads),
+            (ctx.offset, ctx.needs_input_grad[2]),
+        )
+        dx, dw = ctx.backend.gradients(*rows, *ctx.saved_tensors, *options)
+        dx = dx.view(grads[0].shape)
         return dx, dx, dw, *(None,) * 4

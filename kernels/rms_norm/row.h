@@ -1,5 +1,6 @@
 // RMSNorm of one row, forward and backward: what the norms and the rotation of normalized heads share.
 #pragma once
+#define LORAKIT_ANY_LANES
 #include "simd.h"
 
 #include <math.h>
@@ -21,13 +22,14 @@ inline float reciprocal_rms(const Running& squares, int64_t H, float eps) {
     return static_cast<float>(1 / sqrt(mean + static_cast<double>(eps)));
 }
 
-// y = (offset + w) x rstd; llama: x rstd is rounded to T first
-template <class T>
-inline void normalize(const T* x, const T* w, float rstd, float offset, bool llama, int64_t H, T* y) {
+// y = (offset + w) x rstd, a value of T; llama: x rstd is rounded to T first
+template <class T, class Y>
+inline void normalize(const T* x, const T* w, float rstd, float offset, bool llama, int64_t H, Y* y) {
     const Vec scale = fill(rstd), shift = fill(offset);
     vectors(H, [&](int64_t i, auto part) {
         const Vec normal = load(x + i, part) * scale;
-        store((llama ? rounded<T>(normal) : normal) * (shift + load(w + i, part)), y + i, part);
+        const Vec scaled = (llama ? rounded<T>(normal) : normal) * (shift + load(w + i, part));
+        store(sizeof(Y) > sizeof(T) ? rounded<T>(scaled) : scaled, y + i, part);
     });
 }
 

@@ -3,7 +3,8 @@
 // result may be the operand. Backward is the same with -sin.
 //
 // With the norms of the heads a head is normalized, rounded and turned while it lies in the nearest cache; forward has
-// the bits of the two ops. Backward reads q and k again, and computes their statistics again.
+// the bits of the two ops. Backward reads q and k again, and computes their statistics again. Those of a few heads
+// come first: each is a chain of sums, a root and divisions, and the processor works on several side by side.
 #include "rms_norm/row.h"
 
 namespace {
@@ -11,6 +12,7 @@ namespace {
 using namespace simd;
 
 constexpr int64_t WIDEST = 1024;  // normalized head; as in __init__.py
+constexpr int64_t GROUP = 4;      // heads whose statistics come first
 
 struct Strides {
     int64_t batch, token, head;  // of values
@@ -49,21 +51,23 @@ void turn(const Tables& t, const In* in, Out* out) {
     });
 }
 
+// in and, where there is one, x: of the head
 template <class T>
-void turn_normalized(const Rotation<T>& a, const Tables& tables, const Heads<T>& heads, const T* in, T* out) {
-    T normal[WIDEST];
-    const float rstd = reciprocal_rms(squares(in, a.D), a.D, a.eps);
-    normalize(in, heads.w, rstd, a.offset, a.llama, a.D, normal);
-    turn(tables, normal, out);
-}
-
-template <class T>
-void turn_normalized_back(const Rotation<T>& a, const Tables& tables, const Heads<T>& heads, const T* dy, const T* x,
-                          T* dx) {
-    float turned[WIDEST];
-    const float rstd = reciprocal_rms(squares(x, a.D), a.D, a.eps);
-    turn(tables, dy, turned);
-    normalize_backward(turned, x, heads.w, static_cast<const T*>(nullptr), rstd, a.offset, a.D, dx);
+void turn_head(const Rotation<T>& a, const Tables& tables, const T* w, const T* in, const T* x, float rstd, T* out) {
+    if (x) {
+        alignas(64) float turned[WIDEST];
+        turn(tables, in, turned);
+        normalize_backward(turned, x, w, static_cast<const T*>(nullptr), rstd, a.offset, a.D, out);
+    } else if (w) {
+        alignas(64) float normal[WIDEST];
+        normalize(in, w, rstd, a.offset, a.llama, a.D, normal);
+        turn(tables, normal, out);
+    } else {
+        turn(tables, in, out);
+        const int64_t turned = 2 * a.half;
+        if (in != out && turned < a.D)
+            std::memcpy(out + turned, in + turned, static_cast<size_t>(a.D - turned) * sizeof(T));
+    }
 }
 
 template <class T>
@@ -71,19 +75,15 @@ void rotate_token(const Rotation<T>& a, const Heads<T>& heads, int64_t b, int64_
     const int64_t row = b * a.table_batch + t * a.half;
     const Tables tables = {a.cos + row, a.sin + row, a.half, a.sign};
     const auto at = [&](const Strides& s, int64_t h) { return b * s.batch + t * s.token + h * s.head; };
-    for (int64_t h = 0; h < heads.number; ++h) {
-        const T* in = heads.in + at(heads.of_in, h);
-        T* out = heads.out + at(heads.of_out, h);
-        if (heads.x) {
-            turn_normalized_back(a, tables, heads, in, heads.x + at(heads.of_x, h), out);
-        } else if (heads.w) {
-            turn_normalized(a, tables, heads, in, out);
-        } else {
-            turn(tables, in, out);
-            const int64_t turned = 2 * a.half;
-            if (in != out && turned < a.D)
-                std::memcpy(out + turned, in + turned, static_cast<size_t>(a.D - turned) * sizeof(T));
-        }
+    const auto in = [&](int64_t h) { return heads.in + at(heads.of_in, h); };
+    const auto x = [&](int64_t h) { return heads.x ? heads.x + at(heads.of_x, h) : nullptr; };
+    for (int64_t first = 0; first < heads.number; first += GROUP) {
+        const int64_t last = smaller(first + GROUP, heads.number);
+        float rstd[GROUP] = {};
+        for (int64_t h = first; heads.w && h < last; ++h)
+            rstd[h - first] = reciprocal_rms(squares(heads.x ? x(h) : in(h), a.D), a.D, a.eps);
+        for (int64_t h = first; h < last; ++h)
+            turn_head(a, tables, heads.w, in(h), x(h), rstd[h - first], heads.out + at(heads.of_out, h));
     }
 }
 

@@ -1,7 +1,6 @@
 """The kernels of cpu.cpp: fp32 and bf16, in host memory."""
 
 import ctypes
-import itertools
 from typing import NamedTuple
 
 import torch
@@ -10,14 +9,16 @@ from torch import Tensor
 from ..dispatch import CPU_DTYPES, FLOAT, INT64, POINTER, address, run
 from ..rms_norm import scale_of
 
+AXES = ("batch", "token", "head")
+
 
 class Heads(ctypes.Structure):
-    """cpu.cpp's, with its strides of in, x and out."""
+    """cpu.cpp's."""
 
     _fields_ = (
         *((name, POINTER) for name in ("input", "x", "w", "output")),
         ("number", INT64),
-        ("strides", INT64 * 9),
+        *((f"{of}_{axis}", INT64) for of in ("in", "x", "out") for axis in AXES),
     )
 
 
@@ -47,9 +48,9 @@ def fits(q: Tensor) -> bool:
 
 
 def _heads(x: Tensor, raw: Tensor | None, weight: Tensor | None, out: Tensor) -> Heads:
-    strides = [(0, 0, 0) if t is None else t.stride()[:3] for t in (x, raw, out)]
     pointers = [address(t) for t in (x, raw, weight, out)]
-    return Heads(*pointers, x.shape[2], (INT64 * 9)(*itertools.chain(*strides)))
+    of_raw = (0, 0, 0) if raw is None else raw.stride()[:3]
+    return Heads(*pointers, x.shape[2], *x.stride()[:3], *of_raw, *out.stride()[:3])
 
 
 def _rotate(

@@ -7,6 +7,7 @@
 //
 // A value depends on its own operands alone, in a whole vector or in the rest of one: the threads change no bit.
 // Every output may be one of the operands.
+#define LORAKIT_ANY_LANES
 #include "simd.h"
 
 namespace {
@@ -35,8 +36,7 @@ struct GeluTanh {
     static Activated at(Vec z) {
         const float root = 0.7978845608028654f, cubic = 0.044715f;
         const Vec one = fill(1), a = smaller(fill(12), magnitude(z)), square = a * a;  // beyond 12, e is 0
-        const Vec u = fill(root) * madd(fill(cubic) * square, a, a);
-        const Vec e = exponential(fill(-2) * u), whole = one + e;
+        const Vec e = exponential2(fill(-2 * LOG2E * root) * madd(fill(cubic) * square, a, a)), whole = one + e;
         const Vec s = by_sign(z, e, one) / whole;
         const Vec du = fill(root) * madd(fill(3 * cubic), square, one);
         return {by_sign(z, z * e, z) / whole, madd(fill(2) * z * e / (whole * whole), du, s)};
@@ -50,7 +50,7 @@ struct Gelu {
         const float coefficients[] = {0.139621407f, 0.139861867f,  0.119832881f, 0.105507962f,  -0.0231097303f,
                                       0.15917401f,  -0.255714118f, 0.143971622f, -0.0291459151f};
         const Vec one = fill(1), a = smaller(fill(14), magnitude(z));
-        const Vec e = exponential(fill(-0.5f) * a * a), y = one / madd(fill(0.35f), a, one);
+        const Vec e = exponential2(fill(-0.5f * LOG2E) * a * a), y = one / madd(fill(0.35f), a, one);
         const Vec tail = e * y * polynomial(coefficients, y);
         const Vec part = by_sign(z, tail, one - tail);
         const Vec density = fill(0.3989422804014327f) * e;
