@@ -121,8 +121,10 @@ struct Pairs {
         return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(order, round(x)))};
     }
     static void line(const uint16_t* x, int64_t D, float* to) {
-        std::memcpy(to, x, static_cast<size_t>(D) * 2);
-        if (D % 2) reinterpret_cast<uint16_t*>(to)[D] = 0;
+        for (int64_t i = 0; i < D; i += 32) {
+            const __mmask32 inside = D - i < 32 ? (1u << (D - i)) - 1 : ~0u;
+            _mm512_storeu_si512(to + i / 2, _mm512_maskz_loadu_epi16(inside, x + i));
+        }
     }
     static void put(const V (&x)[2], float* to, int64_t apart, int64_t n) {
         float* const place = to + n / 2;
@@ -481,6 +483,7 @@ struct Unit {
             }
             return;
         }
+        if (rows_of(r.last - 1, r.last).first <= row && rows_of(r.first, r.first + 1).last >= end) return;  // all see all
         const float numbers[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
         for (int64_t c = r.first; c < r.last; ++c) {
             const Range seen = rows_of(c, c + 1);
