@@ -35,8 +35,9 @@ namespace {
 using namespace simd;
 
 constexpr int64_t LINE = sizeof(Vec) / sizeof(float);  // floats of a vector
-constexpr int64_t TILE = LINE == 16 ? 8 : 6;           // rows of a tile of sums, and the most vectors in one: 24 of the
-constexpr int64_t ACROSS = LINE == 16 ? 3 : 2;         // 32 registers of AVX-512, 12 of the 16 of AVX2
+// A tile has up to TILE rows of ACROSS vectors of sums: 24 of the 32 registers of AVX-512, 12 of the 16 of AVX2.
+constexpr int64_t TILE = LINE == 16 ? 8 : 6;
+constexpr int64_t ACROSS = LINE == 16 ? 3 : 2;
 constexpr int64_t STRIP = 48;       // rows of a unit that meet a block of keys at a time: whole tiles, both ways
 constexpr int64_t KEYS = 64;        // of a block
 constexpr int64_t MOST_ROWS = 192;  // of a unit, if its tokens can be so few

@@ -1,6 +1,6 @@
-"""The kernels of cpu.cpp, in host memory: fp32 and bf16, with fp32 inside, and fp16 by way of fp32
-copies. q, k, v and the gradient are read where they lie, whatever their strides, if the D values of
-a head are side by side.
+"""The kernels of cpu.cpp, in host memory: fp32; bf16, with sums in fp32 and, unless the processor
+multiplies bf16 itself, products too; and fp16 by way of fp32 copies. q, k, v and the gradient are
+read where they lie, whatever their strides, if the D values of a head are side by side.
 """
 
 import ctypes
