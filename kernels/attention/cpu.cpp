@@ -14,8 +14,8 @@
 //
 // The operands of a product are made of words of 32 bits along what is summed: one fp32, or, where the processor
 // multiplies them, a pair of bf16 (Single and Pairs below). What a product reads line by line is packed as `lines`,
-// [rows, words of D]; what it reads a vector at a time as `words`, [words of rows, D], or `columns`, [words of D, rows].
-// Of single values lines and words are the same. All sums, and the exponentials until they are packed, are fp32.
+// [rows, words of D]; what it reads a vector at a time as `words`, [words of rows, D], or as `columns`, [words of D,
+// rows]. Of single values lines and words are the same. All sums, and p and ds until they are packed, are fp32.
 //
 // Every product is made of tiles of sums that stay in registers. What nobody sees is left out of it: of scores tiles,
 // and of sums over keys, or rows, the words before the first and behind the last that is seen by one of the tile's.
@@ -484,7 +484,8 @@ struct Unit {
             }
             return;
         }
-        if (rows_of(r.last - 1, r.last).first <= row && rows_of(r.first, r.first + 1).last >= end) return;  // all see all
+        const bool all = rows_of(r.last - 1, r.last).first <= row && rows_of(r.first, r.first + 1).last >= end;
+        if (all) return;  // see all
         const float numbers[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
         for (int64_t c = r.first; c < r.last; ++c) {
             const Range seen = rows_of(c, c + 1);
@@ -616,7 +617,8 @@ struct Unit {
         for (int64_t c = 0; c < size; ++c) {
             if (c == r.first && r.first < r.last) c = r.last;
             if (c >= size) break;
-            const int64_t at = c * apart + row / PAIR;  // what whole vectors reach beyond the strip is yet to be written
+            const int64_t at = c * apart + row / PAIR;
+            // whole vectors may reach into the next strip, which is yet to be written
             clear(p + at, columns / PAIR), clear(ds + at, columns / PAIR);
         }
         if (r.first == r.last) return;
