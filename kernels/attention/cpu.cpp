@@ -1,19 +1,24 @@
 // Causal or masked attention on the CPU, forward and backward, in blocks of queries and keys: no T x S scores exist.
 //
 // A unit of work is a block of a document's tokens and one key head. Its rows are the tokens' query heads that read
-// that key head, token by token; q, and in backward dy, are widened to fp32 and also laid out by columns. They stay in
-// the cache while the blocks of KEYS keys that any of them sees go by. A strip of STRIP rows meets a block of keys:
+// that key head, token by token; q, and in backward dy, are packed once. They stay in the cache while the blocks of
+// KEYS keys that any of them sees go by. A strip of STRIP rows meets a block of keys:
 //
 //     forward    s = k q'   p = e^(s - base of the row)   o += p' v    and at the end y = o / sum p, lse = ln sum e^s
 //     backward   s = k q'   p = e^(s - lse)   dp = v dy'   ds = p (dp - dy . y) scale   dq += ds' k
 //                then, with all rows of the unit, dv += p dy and dk += ds q
 //
 // with s scaled, and capped where there is a soft cap c: s = c tanh(s / c), whose ds has the factor 1 - (s / c)^2.
-// s, p, dp and ds have a line per key and a column per row, so that eight rows are softened at a time and nothing is
-// summed across a vector. The base of a row is its first largest score, raised where a score lies SLACK above it.
+// s, p, dp and ds have a line per key and a column per row, so that a vector of rows is softened at a time and nothing
+// is summed across it. The base of a row is its first largest score, raised where a score lies SLACK above it.
 //
-// Every product is made of tiles of 6 x 16 sums that stay in registers. What nobody sees is left out of it: of scores
-// tiles, and of sums over keys, or rows, those before the first and behind the last that is seen by one of the six.
+// The operands of a product are made of words of 32 bits along what is summed: one fp32, or, where the processor
+// multiplies them, a pair of bf16 (Single and Pairs below). What a product reads line by line is packed as `lines`,
+// [rows, words of D]; what it reads a vector at a time as `words`, [words of rows, D], or as `columns`, [words of D,
+// rows]. Of single values lines and words are the same. All sums, and p and ds until they are packed, are fp32.
+//
+// Every product is made of tiles of sums that stay in registers. What nobody sees is left out of it: of scores tiles,
+// and of sums over keys, or rows, the words before the first and behind the last that is seen by one of the tile's.
 //
 // Threads take the units from one list, the longest first. A unit owns its rows of y, lse and dq. The units of one
 // document and key head all add to dk and dv, block of keys by block of keys, and for each they wait for their turn:
@@ -29,7 +34,10 @@ namespace {
 
 using namespace simd;
 
-constexpr int64_t TILE = 6;         // rows of a tile of sums
+constexpr int64_t LINE = sizeof(Vec) / sizeof(float);  // floats of a vector
+// A tile has up to TILE rows of ACROSS vectors of sums: 24 of the 32 registers of AVX-512, 12 of the 16 of AVX2.
+constexpr int64_t TILE = LINE == 16 ? 8 : 6;
+constexpr int64_t ACROSS = LINE == 16 ? 3 : 2;
 constexpr int64_t STRIP = 48;       // rows of a unit that meet a block of keys at a time: whole tiles, both ways
 constexpr int64_t KEYS = 64;        // of a block
 constexpr int64_t MOST_ROWS = 192;  // of a unit, if its tokens can be so few
@@ -44,6 +52,10 @@ inline int64_t whole(int64_t n) { return tiles(n, 16) * 16; }
 // Floats from one row of n to the next: an odd number of cache lines, so that a column of them does not fall on the
 // same few places of the cache.
 inline int64_t width(int64_t n) { return (tiles(n, 16) | 1) * 16; }
+
+inline void clear(float* to, int64_t floats) {
+    for (int64_t i = 0; i < floats; i += LINE) store(fill(0), to + i);
+}
 
 // ---- what Python hands over (cpu.py has the same layouts) ----------------------------------------------------------
 
@@ -75,50 +87,158 @@ struct Attention {
     float scale, softcap;                      // softcap 0: none
 };
 
+// ---- operands ------------------------------------------------------------------------------------------------------
+
+// One fp32 is a word.
+struct Single {
+    static constexpr int64_t PAIR = 1;  // values of a word
+    static Vec multiply(Vec a, Vec b, Vec sum) { return madd(a, b, sum); }
+    static Vec words(const Vec (&x)[1]) { return x[0]; }
+
+    // The values of one row, and zeros that fill up the last word.
+    template <class T>
+    static void line(const T* x, int64_t D, float* to) {
+        vectors(D, [&](int64_t i, auto some) { store(load(x + i, some), to + i); });
+    }
+    // x[i] are the values from n on of the i-th of PAIR lines.
+    static void put(const Vec (&x)[1], float* to, int64_t, int64_t n) { store(x[0], to + n); }
+};
+
+#if defined(__AVX512BF16__)
+// Two bf16 are a word, the earlier one in its lower half. vdpbf16ps sums their products in fp32; it and the rounding
+// take subnormal numbers as 0, which loses at most 1.2e-38 of an operand or a sum.
+template <class V>
+struct Pairs {
+    static constexpr int64_t PAIR = 2;
+    static V multiply(V a, V b, V sum) {
+        return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
+    }
+    static __m512i round(const V (&x)[2]) {  // all of x[0], then all of x[1]
+        return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(x[1].v, x[0].v));
+    }
+    static V words(const V (&x)[2]) {
+        const __m512i n = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+        const __m512i order = _mm512_or_si512(n, _mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(16)), 16));
+        return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(order, round(x)))};
+    }
+    static void line(const uint16_t* x, int64_t D, float* to) {
+        for (int64_t i = 0; i < D; i += 32) {
+            const __mmask32 inside = D - i < 32 ? (1u << (D - i)) - 1 : ~0u;
+            _mm512_storeu_si512(to + i / 2, _mm512_maskz_loadu_epi16(inside, x + i));
+        }
+    }
+    static void put(const V (&x)[2], float* to, int64_t apart, int64_t n) {
+        float* const place = to + n / 2;
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(place), _mm512_castsi512_si256(round(x)));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(place + apart), _mm512_extracti64x4_epi64(round(x), 1));
+    }
+};
+#endif
+
+template <class T, bool = sizeof(T) == 2 && LINE == 16>
+struct Operands {
+    using Type = Single;
+};
+#if defined(__AVX512BF16__)
+template <class T>
+struct Operands<T, true> {
+    using Type = Pairs<Vec>;
+};
+#endif
+
 // ---- products ------------------------------------------------------------------------------------------------------
 
-// c [M, 16] = or += a b with a [M, depth] (or as it lies, a' [depth, M]) and b [depth, 16].
-template <int M, bool TRANSPOSED, bool ADD>
-void tile(const float* a, int64_t a_apart, const float* b, int64_t b_apart, int64_t depth, float* c, int64_t c_apart) {
-    Vec sums[M][2];
-#pragma GCC unroll 6  // lest the sums live in memory
-    for (int i = 0; i < M; ++i) sums[i][0] = sums[i][1] = fill(0);
-    for (int64_t k = 0; k < depth; ++k) {
-        const Vec low = load(b), high = load(b + 8);
-#pragma GCC unroll 6
+// c [rows, columns] = or += a b with a [rows, words], or as it lies a' [words, rows], and b [words, columns]
+struct Product {
+    const float* a;
+    int64_t a_apart;
+    const float* b;
+    int64_t b_apart;
+    int64_t words;
+    float* c;
+    int64_t c_apart;
+    bool add;
+};
+
+// M rows and N vectors of it, from column j on.
+template <class Op, bool TRANSPOSED, int M, int N>
+void tile(const Product& x, int64_t j) {
+    Vec sums[M][N];
+#pragma GCC unroll 8  // lest the sums live in memory
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 3
+        for (int n = 0; n < N; ++n) sums[i][n] = x.add ? load(x.c + i * x.c_apart + j + n * LINE) : fill(0);
+    const float *a = x.a, *b = x.b + j;
+    const int64_t a_apart = x.a_apart, b_apart = x.b_apart;
+    for (int64_t k = 0; k < x.words; ++k) {
+        Vec line[N];
+#pragma GCC unroll 3
+        for (int n = 0; n < N; ++n) line[n] = load(b + n * LINE);
+#pragma GCC unroll 8
         for (int i = 0; i < M; ++i) {
             const Vec factor = fill(a[TRANSPOSED ? i : i * a_apart]);
-            sums[i][0] = madd(factor, low, sums[i][0]);
-            sums[i][1] = madd(factor, high, sums[i][1]);
+#pragma GCC unroll 3
+            for (int n = 0; n < N; ++n) sums[i][n] = Op::multiply(factor, line[n], sums[i][n]);
         }
         a += TRANSPOSED ? a_apart : 1;
         b += b_apart;
     }
-#pragma GCC unroll 6
-    for (int i = 0; i < M; ++i, c += c_apart) {
-        store(ADD ? load(c) + sums[i][0] : sums[i][0], c);
-        store(ADD ? load(c + 8) + sums[i][1] : sums[i][1], c + 8);
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 3
+        for (int n = 0; n < N; ++n) store(sums[i][n], x.c + i * x.c_apart + j + n * LINE);
+}
+
+// The tile of so many rows and vectors, at most M and N.
+template <class Op, bool TRANSPOSED, int M = TILE, int N = ACROSS>
+void tile(const Product& x, int64_t j, int64_t rows, int64_t across) {
+    if constexpr (N > 1)
+        if (across < N) return tile<Op, TRANSPOSED, M, N - 1>(x, j, rows, across);
+    if constexpr (M > 1)
+        if (rows < M) return tile<Op, TRANSPOSED, M - 1, N>(x, j, rows, across);
+    tile<Op, TRANSPOSED, M, N>(x, j);
+}
+
+// All columns of `rows` <= TILE rows; a multiple of 16.
+template <class Op, bool TRANSPOSED>
+void multiply(const Product& x, int64_t rows, int64_t columns) {
+    for (int64_t j = 0, across; j < columns; j += across * LINE) {
+        // rather twice two vectors than three and one, whose few sums would wait for one another
+        const int64_t left = (columns - j) / LINE;
+        across = left == 4 ? 2 : smaller(left, ACROSS);
+        tile<Op, TRANSPOSED>(x, j, rows, across);
     }
 }
 
-// The same for `rows` <= TILE and any number of columns that is a multiple of 16.
-template <bool TRANSPOSED, bool ADD>
-void multiply(int64_t rows, const float* a, int64_t a_apart, const float* b, int64_t b_apart, int64_t depth, float* c,
-              int64_t c_apart, int64_t columns) {
-    for (int64_t j = 0; j < columns; j += 16) {
-        switch (rows) {
-            case 6: tile<6, TRANSPOSED, ADD>(a, a_apart, b + j, b_apart, depth, c + j, c_apart); break;
-            case 5: tile<5, TRANSPOSED, ADD>(a, a_apart, b + j, b_apart, depth, c + j, c_apart); break;
-            case 4: tile<4, TRANSPOSED, ADD>(a, a_apart, b + j, b_apart, depth, c + j, c_apart); break;
-            case 3: tile<3, TRANSPOSED, ADD>(a, a_apart, b + j, b_apart, depth, c + j, c_apart); break;
-            case 2: tile<2, TRANSPOSED, ADD>(a, a_apart, b + j, b_apart, depth, c + j, c_apart); break;
-            default: tile<1, TRANSPOSED, ADD>(a, a_apart, b + j, b_apart, depth, c + j, c_apart);
+// LINE vectors as the rows of a matrix become its columns.
+#if defined(__AVX512F__)
+template <class V>
+void transpose(V (&a)[16]) {
+    __m512 pairs[16], fours[16];
+    for (int i = 0; i < 16; i += 2) {
+        pairs[i] = _mm512_unpacklo_ps(a[i].v, a[i + 1].v);
+        pairs[i + 1] = _mm512_unpackhi_ps(a[i].v, a[i + 1].v);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        for (int j = 0; j < 2; ++j) {
+            fours[i + 2 * j] = _mm512_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0x44);
+            fours[i + 2 * j + 1] = _mm512_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0xee);
         }
     }
+    for (int i = 0; i < 4; ++i) {  // the quarters of each of the fours belong to columns i, i + 4, i + 8 and i + 12
+        const __m512 even_top = _mm512_shuffle_f32x4(fours[i], fours[i + 4], 0x88);
+        const __m512 even_rest = _mm512_shuffle_f32x4(fours[i + 8], fours[i + 12], 0x88);
+        const __m512 odd_top = _mm512_shuffle_f32x4(fours[i], fours[i + 4], 0xdd);
+        const __m512 odd_rest = _mm512_shuffle_f32x4(fours[i + 8], fours[i + 12], 0xdd);
+        a[i].v = _mm512_shuffle_f32x4(even_top, even_rest, 0x88);
+        a[i + 4].v = _mm512_shuffle_f32x4(odd_top, odd_rest, 0x88);
+        a[i + 8].v = _mm512_shuffle_f32x4(even_top, even_rest, 0xdd);
+        a[i + 12].v = _mm512_shuffle_f32x4(odd_top, odd_rest, 0xdd);
+    }
 }
-
-// Eight vectors as the rows of a matrix become its columns.
-inline void transpose(Vec (&a)[8]) {
+#endif
+template <class V>
+void transpose(V (&a)[8]) {
 #if defined(__AVX2__)
     __m256 pairs[8], fours[8];
     for (int i = 0; i < 8; i += 2) {
@@ -154,15 +274,22 @@ struct Range {
 
 template <class T>
 struct Unit {
+    using Op = typename Operands<T>::Type;
+    static constexpr int64_t PAIR = Op::PAIR;
+
     const Attention<T>& a;
     const int64_t D, G, most, wide, apart;  // most: rows; floats from row to row, and from column to column
     const float factor;  // that scores are still to be multiplied by when they have been capped, or not
-    float *k, *v;        // a block of keys: [KEYS, wide]
-    float *q, *dy;       // [rows, wide], in backward alone
-    float *qt, *dyt;     // the same by columns: [D, apart]; dyt in backward alone
+    float *k, *v;        // a block of keys: lines [KEYS, wide], but v in forward words
+    float* q_columns;    // [words of D, apart]
     float* sums;         // [rows, wide]: o or dq
-    float *p, *ds;       // [KEYS, apart]; in forward p alone, [KEYS, STRIP]
     float *base, *rest;  // [rows]: the base or the lse; the sum of p, or -scale dy . y
+    float* s;            // [KEYS, STRIP]; in forward then p in words
+    // in backward alone:
+    float *k_words, *q_words, *dy_words;  // [words of KEYS, or of rows, wide]
+    float* dy_columns;                    // like q's
+    float* dp;                            // [KEYS, STRIP], then ds in words
+    float *p, *ds;                        // lines [KEYS, apart]
 
     Block block;
     int64_t head, first, count, rows, keys;  // first: token of the document; keys: of the document
@@ -176,19 +303,20 @@ struct Unit {
             return space - floats;
         };
         k = take(KEYS * wide), v = take(KEYS * wide);
-        qt = take(whole(D) * apart), sums = take(most * wide);
+        q_columns = take(whole(D) * apart), sums = take(most * wide);
         base = take(apart), rest = take(apart);
-        if (!backward) {
-            p = take(KEYS * STRIP);
-            return;
-        }
+        s = take(KEYS * STRIP);
+        if (!backward) return;
+        k_words = PAIR == 1 ? k : take(KEYS * wide);
+        q_words = take(most * wide), dy_words = take(most * wide);
+        dy_columns = take(whole(D) * apart);
+        dp = take(KEYS * STRIP);
         p = take(KEYS * apart), ds = take(KEYS * apart);
-        dyt = take(whole(D) * apart), q = take(most * wide), dy = take(most * wide);
     }
 
     static int64_t floats(int64_t D, int64_t most) {
         const int64_t wide = width(D), apart = width(most);
-        return 2 * KEYS * wide + 2 * whole(D) * apart + 3 * most * wide + 2 * apart + 2 * KEYS * bigger(apart, STRIP);
+        return (3 * KEYS + 3 * most) * wide + 2 * (whole(D) + KEYS + 1) * apart + 2 * KEYS * STRIP;
     }
 
     void set(int64_t u) {
@@ -231,22 +359,26 @@ struct Unit {
         return start <= latest && start + size > earliest - a.window + 1;
     }
 
-    // The keys of the block that one of the rows [row, end) sees.
+    // Widened to whole words.
+    static Range in_words(const Range& r) {
+        if (r.first >= r.last) return {0, 0};
+        return {r.first / PAIR * PAIR, tiles(r.last, PAIR) * PAIR};
+    }
+
+    // The keys of the block that one of the rows [row, end) sees, in words: the last may lie beyond the block.
     Range keys_of(int64_t row, int64_t end) const {
-        Range r = {0, size};
-        if (!a.mask) {
-            r.first = bigger(0, first + row / G - a.window + 1 - start);
-            r.last = bigger(r.first, smaller(size, first + (end - 1) / G + 1 - start));
-            return r;
-        }
+        if (!a.mask)
+            return in_words({bigger(0, first + row / G - a.window + 1 - start),
+                             smaller(size, first + (end - 1) / G + 1 - start)});
         auto any = [&](int64_t c) {
             for (int64_t i = row; i < end; i += G - i % G)
                 if (mask(i)[c]) return true;
             return false;
         };
+        Range r = {0, size};
         while (r.last > 0 && !any(r.last - 1)) --r.last;
         while (r.first < r.last && !any(r.first)) ++r.first;
-        return r;
+        return in_words(r);
     }
 
     // The rows that see one of the keys [c, end) of the block; with a mask, all.
@@ -269,29 +401,40 @@ struct Unit {
         }
     }
 
-    void widen_row(const T* x, float* to) const {  // zeros behind D
-        vectors(D, [&](int64_t i, auto some) { store(load(x + i, some), to + i); });
-        for (int64_t i = tiles(D, 8) * 8; i < whole(D); i += 8) store(fill(0), to + i);
+    // Of `n` rows, at(i) being the i-th; if that leaves a word of them short, then zeros.
+    template <class At>
+    void load_lines(int64_t n, At at, float* to) const {
+        for (int64_t i = 0; i < n; ++i) Op::line(at(i), D, to + i * wide);
+        if (n % PAIR) clear(to + n * wide, whole(D));
     }
 
-    void load_keys() const {
-        for (int64_t c = 0; c < size; ++c) {
-            widen_row(of_key(a.k, c), k + c * wide);
-            widen_row(of_key(a.v, c), v + c * wide);
+    template <class At>
+    void load_words(int64_t n, At at, float* to) const {
+        for (int64_t i = 0; i < n; i += PAIR, to += wide) {
+            const T* lines[PAIR];
+            for (int64_t u = 0; u < PAIR; ++u) lines[u] = i + u < n ? at(i + u) : nullptr;
+            vectors(D, [&](int64_t d, auto some) {
+                Vec x[PAIR];
+                for (int64_t u = 0; u < PAIR; ++u) x[u] = lines[u] ? load(lines[u] + d, some) : fill(0);
+                store(Op::words(x), to + d);
+            });
+            const int64_t end = tiles(D, LINE) * LINE;
+            clear(to + end, whole(D) - end);
         }
     }
 
-    // Zeros behind the last row
-    void load_columns(const View<const T>& x, float* to) const {
-        for (int64_t row = 0; row < whole(rows); row += 8) {
-            const T* lines[8];
-            for (int64_t n = 0; n < 8; ++n) lines[n] = row + n < rows ? of(x, row + n) : nullptr;
-            vectors(D, [&](int64_t i, auto some) {
-                Vec square[8];
-                for (int64_t n = 0; n < 8; ++n) square[n] = lines[n] ? load(lines[n] + i, some) : fill(0);
+    // Of the unit's rows, zeros behind the last; by way of `sums`.
+    template <class At>
+    void load_columns(At at, float* to) const {
+        for (int64_t i = 0; i < rows; ++i) Op::line(at(i), D, sums + i * wide);
+        for (int64_t row = 0; row < whole(rows); row += LINE) {
+            for (int64_t i = 0; i < tiles(D, PAIR); i += LINE) {
+                Vec square[LINE];
+                for (int64_t n = 0; n < LINE; ++n)
+                    square[n] = row + n < rows ? load(sums + (row + n) * wide + i) : fill(0);
                 transpose(square);
-                for (int64_t n = 0; n < 8; ++n) store(square[n], to + (i + n) * apart + row);
-            });
+                for (int64_t n = 0; n < LINE; ++n) store(square[n], to + (i + n) * apart + row);
+            }
         }
     }
 
@@ -302,50 +445,54 @@ struct Unit {
 
     // ---- scores --------------------------------------------------------------------------------------------------
 
-    // out [KEYS, .] = x y' for the keys that r says and the rows [row, end), but `otherwise` where a tile sees nothing
+    // out [KEYS, STRIP] = x y' for the keys that r says and the rows [row, end), but `otherwise` where a tile sees
+    // nothing
     void multiply_strip(const Range& r, int64_t row, int64_t end, const float* x, const float* y, float otherwise,
-                        float* out, int64_t out_apart) const {
+                        float* out) const {
         const int64_t columns = whole(end - row);
         for (int64_t c = r.first; c < r.last; c += TILE) {
             const int64_t m = smaller(TILE, r.last - c);
             const Range seen = rows_of(c, c + m);
             const int64_t low = smaller(columns, bigger(0, seen.first - row) / 16 * 16);
             const int64_t high = bigger(low, smaller(columns, whole(bigger(0, seen.last - row))));
-            float* to = out + c * out_apart;
-            multiply<false, false>(m, x + c * wide, wide, y + row + low, apart, D, to + low, out_apart, high - low);
-            for (int64_t i = 0; i < m; ++i, to += out_apart) {
-                for (int64_t n = 0; n < low; n += 8) store(fill(otherwise), to + n);
-                for (int64_t n = high; n < columns; n += 8) store(fill(otherwise), to + n);
+            float* to = out + c * STRIP;
+            multiply<Op, false>({x + c * wide, wide, y + row + low, apart, tiles(D, PAIR), to + low, STRIP, false}, m,
+                                high - low);
+            for (int64_t i = 0; i < m; ++i, to += STRIP) {
+                for (int64_t n = 0; n < low; n += LINE) store(fill(otherwise), to + n);
+                for (int64_t n = high; n < columns; n += LINE) store(fill(otherwise), to + n);
             }
         }
     }
 
     // Products become scores, left to be scaled unless they are capped here; what is not seen: -inf.
-    void score(const Range& r, int64_t row, int64_t end, float* s, int64_t s_apart) const {
+    void score(const Range& r, int64_t row, int64_t end) const {
         const int64_t columns = whole(end - row);
         const Vec never = fill(-HUGE_VALF);
         if (a.softcap != 0) {
             const Vec cap = fill(a.softcap), by = fill(a.scale / a.softcap);
             for (int64_t c = r.first; c < r.last; ++c) {
-                float* line = s + c * s_apart;
-                for (int64_t n = 0; n < columns; n += 8) store(cap * tanh(load(line + n) * by), line + n);
+                float* line = s + c * STRIP;
+                for (int64_t n = 0; n < columns; n += LINE) store(cap * tanh(load(line + n) * by), line + n);
             }
         }
         if (a.mask) {
             for (int64_t i = row; i < end; ++i) {
                 const uint8_t* m = mask(i);
                 for (int64_t c = r.first; c < r.last; ++c)
-                    if (!m[c]) s[c * s_apart + i - row] = -HUGE_VALF;
+                    if (c == size || !m[c]) s[c * STRIP + i - row] = -HUGE_VALF;
             }
             return;
         }
-        const float numbers[] = {0, 1, 2, 3, 4, 5, 6, 7};
+        const bool all = rows_of(r.last - 1, r.last).first <= row && rows_of(r.first, r.first + 1).last >= end;
+        if (all) return;  // see all
+        const float numbers[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
         for (int64_t c = r.first; c < r.last; ++c) {
             const Range seen = rows_of(c, c + 1);
             if (seen.first <= row && seen.last >= end) continue;
             const Vec from = fill(static_cast<float>(seen.first - row)), to = fill(static_cast<float>(seen.last - row));
-            float* line = s + c * s_apart;
-            for (int64_t n = 0; n < columns; n += 8) {
+            float* line = s + c * STRIP;
+            for (int64_t n = 0; n < columns; n += LINE) {
                 const Vec at = load(numbers) + fill(static_cast<float>(n) + 0.5f);
                 store(by_sign(smaller(at - from, to - at), never, load(line + n)), line + n);
             }
@@ -355,13 +502,14 @@ struct Unit {
     // ---- forward -------------------------------------------------------------------------------------------------
 
     void forward() {
-        load_columns(a.q, qt);
-        for (int64_t i = 0; i < rows * wide; i += 8) store(fill(0), sums + i);
-        for (int64_t i = 0; i < whole(rows); i += 8) store(fill(LOWEST), base + i), store(fill(0), rest + i);
+        load_columns([&](int64_t i) { return of(a.q, i); }, q_columns);
+        clear(sums, rows * wide);
+        for (int64_t i = 0; i < whole(rows); i += LINE) store(fill(LOWEST), base + i), store(fill(0), rest + i);
         for (int64_t n = 0; n * KEYS < keys; ++n) {
             set_keys(n);
             if (!sees(block.number)) continue;
-            load_keys();
+            load_lines(size, [&](int64_t c) { return of_key(a.k, c); }, k);
+            load_words(size, [&](int64_t c) { return of_key(a.v, c); }, v);
             for (int64_t row = 0; row < rows; row += STRIP) {
                 fetch(row / STRIP, tiles(rows, STRIP));
                 attend(row, smaller(row + STRIP, rows));
@@ -377,64 +525,71 @@ struct Unit {
     void attend(int64_t row, int64_t end) {
         const Range r = keys_of(row, end);
         if (r.first == r.last) return;
-        multiply_strip(r, row, end, k, qt, -HUGE_VALF, p, STRIP);
-        score(r, row, end, p, STRIP);
-        for (int64_t i = row; i < end; i += 8) soften(r, i, p + i - row);
-        add_to_rows(r, row, end, p, STRIP, v);
+        multiply_strip(r, row, end, k, q_columns, -HUGE_VALF, s);
+        score(r, row, end);
+        for (int64_t n = 0; n < end - row; n += LINE) soften(r, row + n, s + n);
+        add_to_rows(r, row, end, s, v);
     }
 
-    // Scores of eight rows -> exponentials relative to their bases
+    // Scores of a vector of rows -> exponentials relative to their bases, in words
     void soften(const Range& r, int64_t row, float* s) {
-        Vec highest = fill(-HUGE_VALF);
-        for (int64_t c = r.first; c < r.last; ++c) highest = larger(load(s + c * STRIP), highest);
+        Vec highest = fill(-HUGE_VALF), other = highest;  // neither waits for the other
+        for (int64_t c = r.first; c < r.last; c += 2) {
+            highest = larger(load(s + c * STRIP), highest);
+            other = larger(load(s + smaller(c + 1, r.last - 1) * STRIP), other);
+        }
         const Vec by = fill(factor);
-        highest = highest * by;
+        highest = larger(highest, other) * by;
         if (largest(highest - load(base + row)) > SLACK) raise(row, highest);
         const Vec below = -load(base + row);
         Vec sum = load(rest + row);
-        for (int64_t c = r.first; c < r.last; ++c) {
-            const Vec e = exponential(madd(load(s + c * STRIP), by, below));
-            store(e, s + c * STRIP);
-            sum = sum + e;
+        for (int64_t c = r.first; c < r.last; c += PAIR) {
+            Vec e[PAIR];
+            for (int64_t u = 0; u < PAIR; ++u) {
+                e[u] = exponential(madd(load(s + (c + u) * STRIP), by, below));
+                sum = sum + e[u];
+            }
+            store(Op::words(e), s + c / PAIR * STRIP);
         }
         store(sum, rest + row);
     }
 
-    // Brings the bases of eight rows to `highest` where they lie lower, and with them what was summed.
+    // Brings the bases of a vector of rows to `highest` where they lie lower, and with them what was summed.
     void raise(int64_t row, Vec highest) {
-        float shrink[8];
+        float shrink[LINE];
         const Vec before = load(base + row), now = larger(highest, before);
         const Vec by = exponential(before - now);
         store(by, shrink);
         store(now, base + row);
         store(load(rest + row) * by, rest + row);
-        for (int64_t i = row; i < smaller(row + 8, rows); ++i)
-            for (int64_t d = 0; d < D; d += 8) store(load(sums + i * wide + d) * fill(shrink[i - row]), sums + i * wide + d);
+        for (int64_t i = row; i < smaller(row + LINE, rows); ++i)
+            for (int64_t d = 0; d < D; d += LINE)
+                store(load(sums + i * wide + d) * fill(shrink[i - row]), sums + i * wide + d);
     }
 
-    // sums += weights' x for the rows [row, end)
-    void add_to_rows(const Range& r, int64_t row, int64_t end, const float* weights, int64_t weights_apart,
-                     const float* x) const {
+    // sums += weights' x for the rows [row, end), both in words
+    void add_to_rows(const Range& r, int64_t row, int64_t end, const float* weights, const float* x) const {
         for (int64_t i = row; i < end; i += TILE) {
             const int64_t m = smaller(TILE, end - i);
             const Range seen = a.mask ? r : keys_of(i, i + m);
-            multiply<true, true>(m, weights + seen.first * weights_apart + i - row, weights_apart,
-                                 x + seen.first * wide, wide, seen.last - seen.first, sums + i * wide, wide, whole(D));
+            const int64_t word = seen.first / PAIR, words = seen.last / PAIR - word;
+            const float* from = weights + word * STRIP + i - row;
+            multiply<Op, true>({from, STRIP, x + word * wide, wide, words, sums + i * wide, wide, true}, m, whole(D));
         }
     }
 
     // ---- backward ------------------------------------------------------------------------------------------------
 
     void backward() {
-        load_columns(a.q, qt);
-        load_columns(a.dy, dyt);
-        for (int64_t i = 0; i < rows * wide; i += 8) store(fill(0), sums + i);
+        auto q = [&](int64_t i) { return of(a.q, i); };
+        auto dy = [&](int64_t i) { return of(a.dy, i); };
+        load_columns(q, q_columns), load_words(rows, q, q_words);
+        load_columns(dy, dy_columns), load_words(rows, dy, dy_words);
+        clear(sums, rows * wide);
         for (int64_t i = 0; i < rows; ++i) {
-            widen_row(of(a.q, i), q + i * wide);
-            widen_row(of(a.dy, i), dy + i * wide);
-            const T* y = of(a.y, i);
+            const T *y = of(a.y, i), *g = dy(i);
             rest[i] = -a.scale * sum(running(D, fill(0), [&](int64_t d, auto some, Vec before) {
-                return madd(load(dy + i * wide + d), load(y + d, some), before);
+                return madd(load(g + d, some), load(y + d, some), before);
             }));
             base[i] = lse(i);
         }
@@ -442,7 +597,10 @@ struct Unit {
         for (int64_t n = 0; n * KEYS < keys; ++n) {
             set_keys(n);
             if (!sees(block.number)) continue;
-            load_keys();
+            auto key = [&](int64_t c) { return of_key(a.k, c); };
+            load_lines(size, key, k);
+            if (k_words != k) load_words(size, key, k_words);
+            load_lines(size, [&](int64_t c) { return of_key(a.v, c); }, v);
             for (int64_t row = 0; row < rows; row += STRIP) {
                 fetch(row / STRIP, tiles(rows, STRIP));
                 differentiate(row, smaller(row + STRIP, rows));
@@ -455,39 +613,40 @@ struct Unit {
     // p and ds of the rows [row, end), in all lines; dq += ds' k
     void differentiate(int64_t row, int64_t end) {
         const Range r = keys_of(row, end);
-        float *s = p + row, *d = ds + row;
         const int64_t columns = whole(end - row);
         for (int64_t c = 0; c < size; ++c) {
             if (c == r.first && r.first < r.last) c = r.last;
-            if (c == size) break;
-            for (int64_t n = 0; n < columns; n += 8)
-                store(fill(0), s + c * apart + n), store(fill(0), d + c * apart + n);
+            if (c >= size) break;
+            const int64_t at = c * apart + row / PAIR;
+            // whole vectors may reach into the next strip, which is yet to be written
+            clear(p + at, columns / PAIR), clear(ds + at, columns / PAIR);
         }
         if (r.first == r.last) return;
-        multiply_strip(r, row, end, k, qt, -HUGE_VALF, s, apart);
-        multiply_strip(r, row, end, v, dyt, 0, d, apart);
-        score(r, row, end, s, apart);
-        for (int64_t n = 0; n < columns; n += 8) slope(r, row + n, s + n, d + n);
-        add_to_rows(r, row, end, d, apart, k);
+        multiply_strip(r, row, end, k, q_columns, -HUGE_VALF, s);
+        multiply_strip(r, row, end, v, dy_columns, 0, dp);
+        score(r, row, end);
+        for (int64_t n = 0; n < columns; n += LINE) slope(r, row + n, s + n, dp + n);
+        add_to_rows(r, row, end, dp, k_words);
     }
 
-    // Of eight rows: scores -> p, dp -> ds
-    void slope(const Range& r, int64_t row, float* s, float* d) const {
+    // Of a vector of rows: scores -> p in lines, dp -> ds in lines and in words
+    void slope(const Range& r, int64_t row, const float* s, float* dp) const {
         const Vec scale = fill(a.scale), mean = load(rest + row), by = fill(factor), below = -load(base + row);
-        if (a.softcap != 0) {
-            const Vec inverse = fill(1 / a.softcap), one = fill(1);
-            for (int64_t c = r.first; c < r.last; ++c) {
-                const Vec x = load(s + c * apart), t = larger(-one, x * inverse);  // -1 for what is not seen
-                const Vec e = exponential(x + below);
-                store(e, s + c * apart);
-                store(e * (one - t * t) * madd(load(d + c * apart), scale, mean), d + c * apart);
+        const Vec inverse = fill(a.softcap == 0 ? 0 : 1 / a.softcap), one = fill(1);
+        for (int64_t c = r.first; c < r.last; c += PAIR) {
+            Vec e[PAIR], d[PAIR];
+            for (int64_t u = 0; u < PAIR; ++u) {
+                const Vec x = load(s + (c + u) * STRIP);
+                e[u] = exponential(madd(x, by, below));
+                d[u] = e[u] * madd(load(dp + (c + u) * STRIP), scale, mean);
+                if (a.softcap != 0) {
+                    const Vec t = larger(-one, x * inverse);  // -1 for what is not seen
+                    d[u] = d[u] * (one - t * t);
+                }
             }
-            return;
-        }
-        for (int64_t c = r.first; c < r.last; ++c) {
-            const Vec e = exponential(madd(load(s + c * apart), by, below));
-            store(e, s + c * apart);
-            store(e * madd(load(d + c * apart), scale, mean), d + c * apart);
+            Op::put(e, p + c * apart, apart, row);
+            Op::put(d, ds + c * apart, apart, row);
+            store(Op::words(d), dp + c / PAIR * STRIP);
         }
     }
 
@@ -502,18 +661,21 @@ struct Unit {
 #endif
             if (spins > 4000) sched_yield();  // the one waited for may need this processor
         }
-        const int64_t padded = whole(D), line = a.Hk * padded;
-        const int64_t place = ((block.batch * a.S + block.start + start) * a.Hk + head) * padded;
-        for (int64_t d = 0; d < padded; d += 16) {
-            for (int64_t c = 0; c < size; c += TILE) {
-                const int64_t m = smaller(TILE, size - c);
-                const Range seen = rows_of(c, c + m);
-                const int64_t at = c * apart + seen.first, from = seen.first * wide + d, to = place + c * line + d;
-                multiply<false, true>(m, p + at, apart, dy + from, wide, seen.last - seen.first, a.dv + to, line, 16);
-                multiply<false, true>(m, ds + at, apart, q + from, wide, seen.last - seen.first, a.dk + to, line, 16);
-            }
-        }
+        const int64_t place = ((block.batch * a.S + block.start + start) * a.Hk + head) * whole(D);
+        add_to_keys(p, dy_words, a.dv + place);
+        add_to_keys(ds, q_words, a.dk + place);
         __atomic_store_n(turn, mine + 1, __ATOMIC_RELEASE);
+    }
+
+    void add_to_keys(const float* weights, const float* x, float* to) const {
+        const int64_t line = a.Hk * whole(D);
+        for (int64_t c = 0; c < size; c += TILE) {
+            const int64_t m = smaller(TILE, size - c);
+            const Range seen = in_words(rows_of(c, c + m));
+            const int64_t word = seen.first / PAIR, words = seen.last / PAIR - word;
+            const float* from = weights + c * apart + word;
+            multiply<Op, false>({from, apart, x + word * wide, wide, words, to + c * line, line, true}, m, whole(D));
+        }
     }
 };
 

@@ -1,9 +1,10 @@
-"""The kernels of cpu.cpp, in host memory: fp32 and bf16, with fp32 inside, and fp16 by way of fp32
-copies. q, k, v and the gradient are read where they lie, whatever their strides, if the D values of
-a head are side by side.
+"""The kernels of cpu.cpp, in host memory: fp32; bf16, with sums in fp32 and, unless the processor
+multiplies bf16 itself, products too; and fp16 by way of fp32 copies. q, k, v and the gradient are
+read where they lie, whatever their strides, if the D values of a head are side by side.
 """
 
 import ctypes
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -38,7 +39,7 @@ class Options(NamedTuple):
     scale: float
     softcap: float  # 0: none
     window: int
-    lengths: list[int]
+    lengths: tuple[int, ...]
 
 
 def fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> bool:
@@ -65,7 +66,16 @@ def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _blocks(B: int, lengths: list[int], tokens: int) -> list[tuple[int, ...]]:
+@functools.lru_cache(maxsize=64)
+def _sizes(isa: str, D: int, group: int) -> tuple[int, ...]:
+    """Of a block in tokens, of a block in keys, of a thread's space in floats."""
+    sizes = (INT64 * 3)()
+    dispatch.function("attention_sizes", INT64, INT64, POINTER)(D, group, ctypes.addressof(sizes))
+    return tuple(sizes)
+
+
+@functools.lru_cache(maxsize=16)  # the layers of a model, forward and backward, ask for the same
+def _blocks(B: int, lengths: tuple[int, ...], tokens: int) -> Tensor:
     """cpu.cpp's, of the documents in each row of the batch: those of the latest tokens first."""
     starts = list(itertools.accumulate(lengths, initial=0))[:-1]
     blocks = [
@@ -74,7 +84,8 @@ def _blocks(B: int, lengths: list[int], tokens: int) -> list[tuple[int, ...]]:
         for i, (start, length) in enumerate(zip(starts, lengths, strict=True))
         for number in range(-(-length // tokens))
     ]
-    return sorted(blocks, key=lambda block: -block[4])
+    blocks.sort(key=lambda block: -block[4])
+    return torch.tensor(blocks, dtype=torch.int64, device="cpu")
 
 
 def _launch(
@@ -93,15 +104,13 @@ def _launch(
     dv: Tensor | None = None,
 ) -> None:
     (B, T, Hq, D), (S, Hk), on = q.shape, k.shape[1:3], q.device
-    sizes = (INT64 * 3)()
-    dispatch.function("attention_sizes", INT64, INT64, POINTER)(
-        D, Hq // Hk, ctypes.addressof(sizes)
-    )
-    tokens, keys, size = sizes  # of a block, of a block, of a thread's space
-    blocks = torch.tensor(_blocks(B, options.lengths, tokens), dtype=torch.int64, device=on)
+    tokens, keys, size = _sizes(dispatch.isa(), D, Hq // Hk)
+    blocks = _blocks(B, options.lengths, tokens)
     documents, slots = B * len(options.lengths), min(torch.get_num_threads(), len(blocks) * Hk)
     space = torch.empty((slots, size), dtype=torch.float32, device=on)
-    turns = torch.zeros((documents, Hk, -(-S // keys)), dtype=torch.int32, device=on)
+    turns = None
+    if dk is not None:
+        turns = torch.zeros((documents, Hk, -(-S // keys)), dtype=torch.int32, device=on)
     seen, strides = None, (0, 0)
     if mask is not None:
         shape = documents, -(-T // tokens), -(-S // keys)
@@ -155,9 +164,9 @@ def attention(
 ) -> Tensor:
     """Of what `fits`; `window` goes without a mask. Raises ValueError unless the lengths add up."""
     T, D = q.shape[1], q.shape[3]
-    lengths = [T] if lengths is None else list(lengths)
+    lengths = (T,) if lengths is None else tuple(lengths)
     if sum(lengths) != T or min(lengths, default=0) < 0:
-        raise ValueError(f"the lengths {lengths} do not add up to the {T} tokens")
+        raise ValueError(f"the lengths {list(lengths)} do not add up to the {T} tokens")
     options = Options(scale or D**-0.5, softcap or 0.0, T if window is None else window, lengths)
     if mask is not None:
         mask = _dense_rows(mask[None] if mask.dim() == 2 else mask[:, 0])
