@@ -89,17 +89,16 @@ __m512 wide16(const uint16_t* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
 }
 
-// The same of sixteen values from tables of sixteen. What is found stands at its place from the first comparison on, 8
-// or 0, then 4 more or not: where the next threshold lies beyond what is found, its table has it at that index.
+// The same of sixteen values. What is found is 0 or 8, then 4 more or not, then 2, then 1; whether it is `step` more the
+// threshold of that number, found + step - 1, decides, so that a table which begins with threshold step - 1 has it at
+// the index `found`.
 struct Halving16 {
     __m512 middle, half, quarter, eighth;
 };
 
 Halving16 halving16(const float* t) {
-    const __m512i up = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 14);
-    const __m512 all = _mm512_maskz_loadu_ps(0x7fff, t);
-    return {_mm512_set1_ps(t[7]), _mm512_permutexvar_ps(_mm512_add_epi32(up, _mm512_set1_epi32(3)), all),
-            _mm512_permutexvar_ps(_mm512_add_epi32(up, _mm512_set1_epi32(1)), all), _mm512_permutexvar_ps(up, all)};
+    return {_mm512_set1_ps(t[7]), _mm512_maskz_loadu_ps(0x0fff, t + 3), _mm512_maskz_loadu_ps(0x3fff, t + 1),
+            _mm512_maskz_loadu_ps(0x7fff, t)};
 }
 
 __m512i further(__m512i found, __m512 threshold, __m512 v, int step) {  // found + step where threshold < v
