@@ -119,7 +119,8 @@ def test_saving_a_quantized_model_writes_what_it_computes(tiny_dir, tmp_path):
     model = lk.load_model(tiny_dir, dtype="float32", quantize={"block_size": 32})
     lk.save_model(model, tmp_path)
     dense = lk.load_model(tmp_path, dtype="float32")
-    assert torch.equal(dense(IDS), model(IDS))
+    ids = IDS.repeat(3, 1)  # a few rows take the weight packed: sums in another order
+    assert torch.equal(dense(ids), model(ids))
 
 
 # ---- what comes along ----

@@ -6,7 +6,8 @@ W' is the dequantized weight in the dtype of x, or in fp32 where the processor h
 bits (`dispatch.product_dtype`); y and dx are rounded to their dtypes once. Forward makes it,
 multiplies and forgets it; backward makes it again. Between the two only the packed weight is kept,
 at the price of one more dequantization, which is small beside the product itself from a few dozen
-rows on. For fewer rows a GPU multiplies by an NF4 weight as it is packed (`FEW_ROWS`).
+rows on. For fewer rows an NF4 weight is multiplied by as it is packed (`FEW_ROWS`), on a CPU in the
+forward pass.
 
 On a CPU the weight is made dense a panel of rows at a time, PANEL values, which the caches hold
 until they are multiplied, and which is all the memory that it takes. On a GPU it is made whole:
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..int8 import Int8Tensor, dequantize_int8, dequantize_int8_rows
-from ..nf4 import NF4Tensor, dequantize_nf4, dequantize_nf4_panel, dequantize_nf4_rows
+from ..nf4 import NF4Tensor, cpu, dequantize_nf4, dequantize_nf4_panels, dequantize_nf4_rows
 
 Packed = NF4Tensor | Int8Tensor
 Panels = Iterable[tuple[slice, Tensor]]  # which rows, and these, dense: [rows, K]
@@ -52,6 +53,15 @@ FEW_ROWS = {
     (12, 0): FewRows(1, 64),
 }
 FEW_ROWS_AMD = FewRows(1, 16)
+# The same of the C++ kernel, by instruction set and dtype: as far as it was the faster one for all
+# of 4096 x 4096, 1536 x 576 and 576 x 1536 (Zen 5). In fp32 on AVX-512 it still is for 64 rows, but
+# torch's product used AVX2 alone. Scalar code never is for more than one row.
+FEW_ROWS_CPU = {
+    ("avx2", torch.float32): 16,
+    ("avx512", torch.float32): 32,
+    ("avx512bf16", torch.float32): 32,
+    ("avx512bf16", torch.bfloat16): 32,
+}
 
 
 def dequantize(q: Packed, dtype: torch.dtype | None = None) -> Tensor:
@@ -69,19 +79,22 @@ def dequantize_rows(q: Packed, rows: Tensor, dtype: torch.dtype | None = None) -
 
 
 def panels(w: Tensor | Packed, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The rows of w [N, K], packed or of another dtype, made dense PANEL values at a time."""
+    """The rows of w [N, K], packed or of another dtype, made dense PANEL values at a time. They may
+    share one memory: each panel holds until the next is asked for.
+    """
     N, K = w.shape
     together = math.lcm(w.block_size, K) // K if isinstance(w, NF4Tensor) and K else 1
     step = max(1, PANEL // max(1, K * together)) * together  # so that panels begin with a block
     if step >= N and not isinstance(w, Tensor):
         yield slice(0, N), dequantize(w, dtype)
         return
+    if isinstance(w, NF4Tensor):
+        yield from dequantize_nf4_panels(w, step, dtype)
+        return
     for start in range(0, N, step):
         rows = slice(start, min(start + step, N))
         if isinstance(w, Tensor):
             yield rows, w[rows].to(dtype)
-        elif isinstance(w, NF4Tensor):
-            yield rows, dequantize_nf4_panel(w, rows, dtype)
         else:
             picked = torch.arange(rows.start, rows.stop, device=w.device)
             yield rows, dequantize_int8_rows(w, picked, dtype)
@@ -124,16 +137,29 @@ def frozen_linear(x: Tensor, q: Packed, bias: Tensor | None = None) -> Tensor:
     return y.view(*x.shape[:-1], y.shape[1])
 
 
-def _few_rows(x: Tensor, q: Packed) -> FewRows:
-    """What counts as few rows for a product of x with q; none where it must be dequantized."""
+def _takes(x: Tensor, q: Packed) -> bool:
+    """Whether x can be multiplied by q as it is packed."""
     takes = isinstance(q, NF4Tensor) and len(q.shape) == 2 and q.shape[1] % q.block_size == 0
-    autocast = torch.is_autocast_enabled(x.device.type)  # which follows torch's products
-    if not takes or autocast or not dispatch.triton_runs(x):
+    return takes and not torch.is_autocast_enabled(x.device.type)  # which follows torch's products
+
+
+def _few_rows(x: Tensor, q: Packed) -> FewRows:
+    """What counts as few rows for a product of x with q by Triton; none where it must be
+    dequantized.
+    """
+    if not _takes(x, q) or not dispatch.triton_runs(x):
         return FewRows(0, 0)
     if dispatch.compiles_to() == "amdgcn":
         return FEW_ROWS_AMD
     known = [at for at in FEW_ROWS if at <= dispatch.capability(x.device)]
     return FEW_ROWS[max(known)] if known else FewRows(0, 0)
+
+
+def _few_rows_cpu(x: Tensor, q: Packed, dtype: torch.dtype) -> int:
+    """The same of the C++ kernel, in products of `dtype`."""
+    if dtype not in dispatch.CPU_DTYPES or dispatch.pick(x.device, "cpu") != "cpu":
+        return 0
+    return FEW_ROWS_CPU.get((dispatch.isa(), dtype), 0) if _takes(x, q) else 0
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -144,8 +170,11 @@ class _FrozenLinear(torch.autograd.Function):
         few = _few_rows(x, q)
         if not 0 < len(x) <= max(few):
             wide = dispatch.product_dtype(x)
-            bias = None if bias is None else bias.to(wide)
-            y = product(x.to(wide), weight_panels(q, wide), bias)
+            if 0 < len(x) <= _few_rows_cpu(x, q, wide):
+                y = cpu.product(x.to(wide), q, None if bias is None else bias.float())
+            else:
+                bias = None if bias is None else bias.to(wide)
+                y = product(x.to(wide), weight_panels(q, wide), bias)
             return y if wide == x.dtype else y.to(x.dtype)  # autocast may have chosen another
         from . import triton
 

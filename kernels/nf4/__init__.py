@@ -41,11 +41,13 @@ nibble of an odd length is the code of 0, which all-zero blocks, of absmax 0, ha
 
 The trade-off
 -------------
-Whoever multiplies by such a weight dequantizes it first, and forgets it after (`frozen_linear`).
+Whoever multiplies many rows by such a weight dequantizes it first, and forgets it after; a few rows
+are multiplied by it as it is packed (`frozen_linear`).
 """
 
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from types import ModuleType
 
@@ -61,6 +63,7 @@ from .tensor import (
     NF4Tensor,
     check_block_size,
     dynamic_map,
+    largest_scale,
     levels,
     pairs,
 )
@@ -84,6 +87,13 @@ def order(quant_type: str, device: torch.device) -> Tensor:
     """The codes by ascending level, uint8 [16]; of FP4's two zeros, 0 before 8."""
     table = LEVELS[quant_type]
     return torch.tensor(sorted(range(16), key=table.__getitem__), dtype=torch.uint8, device=device)
+
+
+@functools.cache
+def middles(device: torch.device) -> Tensor:
+    """Where the nearest level of the dynamic map changes, fp32 [255]."""
+    table = dynamic_map(device)
+    return (table[1:] + table[:-1]) / 2
 
 
 def quantize_nf4(
@@ -119,7 +129,7 @@ def _quantize(
     bounds, codes_by_level = thresholds(quant_type, w.device), order(quant_type, w.device)
     with dispatch.on_device(flat):
         codes, absmax = backend.quantize(flat, bounds, codes_by_level, block_size, ABSMAX_FLOOR)
-    if not torch.isfinite(absmax).all():
+    if absmax.numel() and not torch.isfinite(absmax.amax()):  # which NaN is the largest for
         raise ValueError("cannot quantize a tensor that holds NaN or infinite values")
     if search_scales:
         table = levels(quant_type, w.device)[codes_by_level.long()]
@@ -128,9 +138,9 @@ def _quantize(
         absmax = torch.where(found > torch.finfo(w.dtype).max, absmax, found)
     nested = offset = None
     if double_quant:
-        absmax, nested, offset = reference.quantize_absmax(
-            absmax, dynamic_map(w.device), NESTED_BLOCK, ABSMAX_FLOOR
-        )
+        offset = reference.mean_absmax(absmax) if len(absmax) else absmax.new_zeros(())
+        quantize = cpu.quantize_absmax if backend is cpu else reference.quantize_absmax
+        absmax, nested = quantize(absmax, offset, middles(w.device), ABSMAX_FLOOR)
     q = NF4Tensor(codes, absmax, nested, offset, tuple(w.shape), block_size, w.dtype, quant_type)
     if search_scales:
         scales = _scales(q)
@@ -144,13 +154,9 @@ def dequantize_nf4(q: NF4Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The dense tensor of shape `q.shape`, in `dtype` (default: the original's). Fresh memory on
     every call.
     """
-    backend = _backend(q.device)
-    dtype, n = dtype or q.dtype, math.prod(q.shape)
-    if backend is cpu:
-        table = levels(q.quant_type, q.device)
-        flat = cpu.dequantize(q.codes, _scales(q), table, n, q.block_size, dtype)
-    elif backend is reference:
-        both = pairs(q.quant_type, q.device)
+    backend, dtype = _backend(q.device), dtype or q.dtype
+    if backend is reference:
+        both, n = pairs(q.quant_type, q.device), math.prod(q.shape)
         flat = reference.dequantize(q.codes, _scales(q), both, n, q.block_size, dtype)
     else:
         with dispatch.on_device(q.codes):
@@ -186,17 +192,24 @@ def dequantize_nf4_rows(q: NF4Tensor, rows: Tensor, dtype: torch.dtype | None = 
     return dequantize_nf4(picked, dtype)
 
 
-def dequantize_nf4_panel(q: NF4Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
-    """Rows of a matrix q [N, K], one after the other, of which the first begins with a block."""
-    K = q.shape[1]
-    values = slice(rows.start * K, rows.stop * K)
-    blocks = slice(values.start // q.block_size, -(-values.stop // q.block_size))
-    codes = q.codes.view(-1)[values.start // 2 : -(-values.stop // 2)]
-    scales = _scales(q, torch.arange(blocks.start, blocks.stop, device=q.device))
-    single = {"absmax": scales, "nested_absmax": None, "offset": None}
-    return dequantize_nf4(
-        replace(q, codes=codes, shape=(rows.stop - rows.start, K), **single), dtype
-    )
+def dequantize_nf4_panels(
+    q: NF4Tensor, step: int, dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of a matrix q [N, K], `step` at a time, which must be whole blocks: which rows, and
+    these, [rows, K]. On a CPU all share one memory: each holds until the next is asked for.
+    """
+    if _backend(q.device) is cpu:
+        yield from cpu.panels(q, step, dtype)
+        return
+    N, K = q.shape
+    for start in range(0, N, step):
+        rows = slice(start, min(start + step, N))
+        blocks = slice(start * K // q.block_size, -(-rows.stop * K // q.block_size))
+        codes = q.codes.view(-1)[start * K // 2 : -(-rows.stop * K // 2)]
+        scales = _scales(q, torch.arange(blocks.start, blocks.stop, device=q.device))
+        single = {"absmax": scales, "nested_absmax": None, "offset": None}
+        panel = replace(q, codes=codes, shape=(rows.stop - start, K), **single)
+        yield rows, dequantize_nf4(panel, dtype)
 
 
 def _backend(device: torch.device) -> ModuleType:
@@ -218,5 +231,4 @@ def _scales(q: NF4Tensor, blocks: Tensor | None = None) -> Tensor:
     else:
         codes, nested = codes[blocks], nested[blocks // NESTED_BLOCK]
     scales = reference.dequantize_absmax(codes, nested, q.offset, dynamic_map(q.device))
-    # rounded to 8 bits, the scale of the largest values may exceed what their dtype holds
-    return scales.clamp_(max=min(torch.finfo(d).max for d in (q.dtype, torch.float32)))
+    return scales.clamp_(max=largest_scale(q.dtype))

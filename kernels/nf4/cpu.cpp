@@ -1,4 +1,5 @@
-// NF4 and FP4 on the CPU: blockwise quantize to packed codes and scales, and dequantize to fp32 or bf16.
+// NF4 and FP4 on the CPU: blockwise quantize to packed codes and scales, dequantize to fp32 or bf16, and multiply a few
+// rows by a packed matrix.
 //
 // The layout and the roundings are those of reference.py, bit for bit: scaled = x * (1 / scale) in fp32, the
 // code belongs to the level that has as many levels below it as there are thresholds strictly below that value,
@@ -7,7 +8,8 @@
 //
 // Dequantizing a block first scales the 16 table entries (16 products instead of block_size, each rounded as the
 // product of one element would be), then only looks values up: on AVX2 eight at a time from two registers, on
-// AVX-512 sixteen from one.
+// AVX-512 from one, 16 in fp32 or 32 in bf16. The scales of double quantization are made on the way, a group of them at
+// a time.
 //
 // Blocks are counted over the flattened tensor, so a row length that is no multiple of the block size is fine.
 #include "simd.h"
@@ -38,7 +40,6 @@ float reciprocal(float scale, float floor) { return 1.0f / (__builtin_fabsf(scal
 
 int64_t count_of(int64_t n, int64_t block, int64_t b) { return n - b * block < block ? n - b * block : block; }
 
-// The codes of 64 values at a time and of fewer at the end.
 #if defined(__AVX2__)
 // Four halvings find how many thresholds lie below eight values; of the candidates of each one, by the outcomes so
 // far, a permute picks the right one. `half`, `quarter` and `eighth` are those of the last three.
@@ -81,33 +82,110 @@ void encode32(const Halving& h, __m128i order, const T* x, simd::Vec inverse, ui
 }
 #endif
 
+#if defined(__AVX512F__)
+__m512 wide16(const float* p) { return _mm512_loadu_ps(p); }
+__m512 wide16(const uint16_t* p) {
+    const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+}
+
+// The same of sixteen values. What is found is 0 or 8, then 4 more or not, then 2, then 1; whether it is `step` more the
+// threshold of that number, found + step - 1, decides, so that a table which begins with threshold step - 1 has it at
+// the index `found`.
+struct Halving16 {
+    __m512 middle, half, quarter, eighth;
+};
+
+Halving16 halving16(const float* t) {
+    return {_mm512_set1_ps(t[7]), _mm512_maskz_loadu_ps(0x0fff, t + 3), _mm512_maskz_loadu_ps(0x3fff, t + 1),
+            _mm512_maskz_loadu_ps(0x7fff, t)};
+}
+
+__m512i further(__m512i found, __m512 threshold, __m512 v, int step) {  // found + step where threshold < v
+    const __mmask16 below = _mm512_cmp_ps_mask(threshold, v, _CMP_LT_OQ);
+    return _mm512_mask_or_epi32(found, below, found, _mm512_set1_epi32(step));
+}
+
+__m512i thresholds_below(const Halving16& h, __m512 v) {
+    __m512i found = further(_mm512_setzero_si512(), h.middle, v, 8);
+    found = further(found, _mm512_permutexvar_ps(found, h.half), v, 4);
+    found = further(found, _mm512_permutexvar_ps(found, h.quarter), v, 2);
+    return further(found, _mm512_permutexvar_ps(found, h.eighth), v, 1);
+}
+
+// 64 values to 32 bytes.
 template <class T>
-void encode_block(const Quantize<T>& q, int64_t b) {
-    const int64_t start = b * q.block, count = count_of(q.n, q.block, b);
-    const float inverse = reciprocal(q.scales[b], q.floor);
-    const T* x = q.x + start;
-    uint8_t* out = q.codes + start / 2;
-    int64_t at = 0;
-#if defined(__AVX2__)
-    const Halving h = halving(q.thresholds);
-    const __m128i order = _mm_loadu_si128(reinterpret_cast<const __m128i*>(q.order));
-    for (; at + 32 <= count; at += 32) encode32(h, order, x + at, simd::fill(inverse), out + at / 2);
+void encode64(const Halving16& h, __m128i order, const T* x, float inverse, uint8_t* out) {
+    __m512i found[4];
+    for (int i = 0; i < 4; ++i)
+        found[i] = thresholds_below(h, _mm512_mul_ps(wide16(x + 16 * i), _mm512_set1_ps(inverse)));
+    // as in encode32: lane j of the result has four values of each of the four vectors
+    const __m512i words = _mm512_packus_epi16(_mm512_packus_epi32(found[0], found[1]),
+                                              _mm512_packus_epi32(found[2], found[3]));
+    const __m512i lanes = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i bytes = _mm512_permutexvar_epi32(lanes, words);
+    const __m512i codes = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(order), bytes);
+    const __m512i pairs = _mm512_maddubs_epi16(codes, _mm512_set1_epi16(0x0110));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi16_epi8(pairs));
+}
 #endif
+
+template <class T>
+__attribute__((noinline)) void encode_rest(const float* thresholds, const uint8_t* order, const T* x, float inverse,
+                                           int64_t count, uint8_t* out) {
     int32_t index[64];
-    for (; at < count; at += 64) {
+    for (int64_t at = 0; at < count; at += 64) {
         const int64_t step = count - at < 64 ? count - at : 64;
         index[step % 64] = 7;  // the padding of an odd length: 0 lies above 7 thresholds in both tables
         for (int64_t i = 0; i < step; ++i) {
             const float v = simd::widen(x[at + i]) * inverse;
             int32_t below = 0;
 #pragma GCC unroll 15  // and the loop over i becomes vectors
-            for (int t = 0; t < 15; ++t) below += q.thresholds[t] < v;
+            for (int t = 0; t < 15; ++t) below += thresholds[t] < v;
             index[i] = below;
         }
         for (int64_t i = 0; i < (step + 1) / 2; ++i)
-            out[at / 2 + i] = static_cast<uint8_t>(q.order[index[2 * i]] << 4 | q.order[index[2 * i + 1]]);
+            out[at / 2 + i] = static_cast<uint8_t>(order[index[2 * i]] << 4 | order[index[2 * i + 1]]);
     }
 }
+
+// Finds the codes of block after block. Holds copies of what it reads, which no store can change, so that they stay in
+// registers.
+template <class T>
+struct Encoder {
+    Quantize<T> q;
+#if defined(__AVX2__)
+    Halving h;
+    __m128i order;
+#endif
+#if defined(__AVX512F__)
+    Halving16 h16;
+#endif
+    explicit Encoder(const Quantize<T>& quantize) : q(quantize) {
+#if defined(__AVX2__)
+        h = halving(q.thresholds);
+        order = _mm_loadu_si128(reinterpret_cast<const __m128i*>(q.order));
+#endif
+#if defined(__AVX512F__)
+        h16 = halving16(q.thresholds);
+#endif
+    }
+
+    __attribute__((always_inline)) void operator()(int64_t b, float scale) const {
+        const int64_t start = b * q.block, count = count_of(q.n, q.block, b);
+        const float inverse = reciprocal(scale, q.floor);
+        const T* x = q.x + start;
+        uint8_t* out = q.codes + start / 2;
+        int64_t at = 0;
+#if defined(__AVX512F__)
+        for (; at + 64 <= count; at += 64) encode64(h16, order, x + at, inverse, out + at / 2);
+#endif
+#if defined(__AVX2__)
+        for (; at + 32 <= count; at += 32) encode32(h, order, x + at, simd::fill(inverse), out + at / 2);
+#endif
+        if (at < count) encode_rest(q.thresholds, q.order, x + at, inverse, count - at, out + at / 2);
+    }
+};
 
 float absmax_of(const float* x, int64_t count) { return absmax(x, count); }
 float absmax_of(const uint16_t* x, int64_t count) {  // the upper halves order like the whole numbers
@@ -121,16 +199,48 @@ float absmax_of(const uint16_t* x, int64_t count) {  // the upper halves order l
 
 template <class T>
 void encode_blocks(void* data, int64_t first, int64_t last) {
-    const Quantize<T>& q = *static_cast<const Quantize<T>*>(data);
-    for (int64_t b = first; b < last; ++b) encode_block(q, b);
+    const Encoder<T> encode(*static_cast<const Quantize<T>*>(data));
+    for (int64_t b = first; b < last; ++b) encode(b, encode.q.scales[b]);
 }
 
 template <class T>
 void quantize_blocks(void* data, int64_t first, int64_t last) {
-    const Quantize<T>& q = *static_cast<const Quantize<T>*>(data);
+    const Encoder<T> encode(*static_cast<const Quantize<T>*>(data));
+    const Quantize<T>& q = encode.q;
     for (int64_t b = first; b < last; ++b) {
-        q.scales[b] = absmax_of(q.x + b * q.block, count_of(q.n, q.block, b));
-        encode_block(q, b);
+        const float scale = absmax_of(q.x + b * q.block, count_of(q.n, q.block, b));
+        q.scales[b] = scale;
+        encode(b, scale);
+    }
+}
+
+constexpr int64_t GROUP = 256;  // scales that share one of their own
+
+struct QuantizeScales {
+    const float* absmax;    // [n]
+    const float* middles;   // [255], of the neighbours in the dynamic map
+    uint8_t* codes;         // [n]
+    float* nested;          // [ceil(n / GROUP)]
+    int64_t n;
+    float offset, floor;
+};
+
+void quantize_scales(void* data, int64_t first, int64_t last) {
+    const QuantizeScales q = *static_cast<const QuantizeScales*>(data);
+    const float* __restrict middles = q.middles;
+    uint8_t* __restrict codes = q.codes;
+    for (int64_t g = first; g < last; ++g) {
+        const int64_t count = count_of(q.n, GROUP, g);
+        float residue[GROUP];
+        int32_t below[GROUP] = {};
+        for (int64_t i = 0; i < count; ++i) residue[i] = q.absmax[g * GROUP + i] - q.offset;
+        q.nested[g] = absmax(residue, count);
+        const float inverse = reciprocal(q.nested[g], q.floor);
+        for (int64_t i = 0; i < count; ++i) residue[i] *= inverse;
+        for (int32_t step = 128; step > 0; step /= 2)  // by halving
+            for (int64_t i = 0; i < count; ++i)
+                below[i] += middles[below[i] + step - 1] < residue[i] ? step : 0;
+        for (int64_t i = 0; i < count; ++i) codes[g * GROUP + i] = static_cast<uint8_t>(below[i]);
     }
 }
 
@@ -188,13 +298,37 @@ void search_blocks(void* data, int64_t first, int64_t last) {
     }
 }
 
-struct Dequantize {
-    const uint8_t* codes;
-    const float* table;   // [16]
-    const float* absmax;  // [ceil(n / block)]
-    void* out;            // [n], fp32 or bf16
-    int64_t n, block;
+struct Packed {
+    const uint8_t* codes;  // [ceil(n / 2)]
+    const void* absmax;    // [ceil(n / block)], uint8 with double quantization, else fp32
+    const float* nested;   // [ceil(blocks / GROUP)], or null
+    const float* offset;   // []
+    const float* map;      // [256]
+    const float* table;    // [16]
+    int64_t block;
+    float largest;         // that a scale of double quantization may be
 };
+
+// f(b, scale) for the blocks in [first, last)
+template <class F>
+void for_blocks(const Packed& w, int64_t first, int64_t last, F f) {
+    while (first < last) {
+        const int64_t group = first / GROUP, end = simd::smaller((group + 1) * GROUP, last);
+        float made[GROUP];
+        const float* scales = static_cast<const float*>(w.absmax) + first;
+        if (w.nested) {
+            const uint8_t* codes = static_cast<const uint8_t*>(w.absmax) + first;
+            const float nested = w.nested[group], offset = *w.offset;
+            for (int64_t i = 0; i < end - first; ++i) {
+                const float scale = w.map[codes[i]] * nested + offset;
+                made[i] = scale > w.largest ? w.largest : scale;
+            }
+            scales = made;
+        }
+        for (int64_t b = first; b < end; ++b) f(b, scales[b - first]);
+        first = end;
+    }
+}
 
 void store(float value, float* out) { *out = value; }
 void store(float value, uint16_t* out) { *out = bf16_from_float(value); }
@@ -223,62 +357,240 @@ void store16(__m256 a, __m256 b, uint16_t* out) {
 #endif
 
 #if defined(__AVX512F__)
-// Values 2i from `even`, 2i + 1 from `odd`, in turn.
-void store32(__m512 even, __m512 odd, float* out) {
-    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    _mm512_storeu_ps(out, _mm512_permutex2var_ps(even, first, odd));
-    _mm512_storeu_ps(out + 16, _mm512_permutex2var_ps(even, _mm512_add_epi32(first, _mm512_set1_epi32(8)), odd));
-}
+// A table of 16 values, from which 16 bytes of codes look up 32. Each byte is spread over two lanes and shifted there,
+// so that the lowest bits of an index, all that a permutation reads, are its higher code in the even lane and its lower
+// one in the odd.
+struct Table16 {
+    __m512i v;
+};
+struct Table32 {  // every value twice: the lowest bit of an index is any
+    __m512i v;
+};
 
-__m512i upper_bf16(__m512 value) {  // rounded to bf16, ties to even, in the upper halves of 32-bit lanes
-    const __m512i bits = _mm512_castps_si512(value);
+void make_table(__m512 levels, float scale, Table16& out) {
+    out.v = _mm512_castps_si512(_mm512_mul_ps(levels, _mm512_set1_ps(scale)));
+}
+void make_table(__m512 levels, float scale, Table32& out) {
+    const __m512i bits = _mm512_castps_si512(_mm512_mul_ps(levels, _mm512_set1_ps(scale)));
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __m512i upper = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));  // ties to even
+    out.v = _mm512_mask_blend_epi16(0x55555555, upper, _mm512_srli_epi32(upper, 16));
 }
 
-void store32(__m512 even, __m512 odd, uint16_t* out) {  // a lane is a pair of values, the even one below
-    const __m512i low = _mm512_srli_epi32(upper_bf16(even), 16);
-    _mm512_storeu_si512(out, _mm512_mask_blend_epi16(0xaaaaaaaa, low, upper_bf16(odd)));
+__m512i spread(const uint8_t* codes, __m512i where) {
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))), where);
 }
+
+void look_up32(const Table16& table, const uint8_t* codes, float* out) {
+    // two lanes of 32 bits to a byte; 0x80 gives a zero
+    const __m512i where = _mm512_add_epi32(_mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7),
+                                           _mm512_set1_epi32(static_cast<int>(0x80808000u)));
+    const __m512i shift = _mm512_set1_epi64(4);
+    for (int i = 0; i < 2; ++i) {
+        const __m512i bytes = spread(codes, _mm512_add_epi32(where, _mm512_set1_epi32(8 * i)));
+        const __m512i found = _mm512_permutexvar_epi32(_mm512_srlv_epi32(bytes, shift), table.v);
+        _mm512_storeu_si512(out + 16 * i, found);
+    }
+}
+
+void look_up32(const Table32& table, const uint8_t* codes, uint16_t* out) {
+    // two lanes of 16 bits to a byte, which goes to the lower half of the even one and the upper half of the odd
+    const __m512i byte = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i where = _mm512_add_epi32(_mm512_mullo_epi32(byte, _mm512_set1_epi32(0x01000001)),
+                                           _mm512_set1_epi32(0x00808000));
+    const __m512i index = _mm512_srlv_epi16(spread(codes, where), _mm512_set1_epi32(0x00070003));
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, table.v));
+}
+
+template <class T>
+struct TableOf {
+    using Type = Table16;
+};
+template <>
+struct TableOf<uint16_t> {
+    using Type = Table32;
+};
 #endif
+
+// From the value i of a block on.
+template <class T>
+__attribute__((noinline)) void dequantize_rest(const float* table, const uint8_t* codes, float scale, int64_t i,
+                                               int64_t count, T* out) {
+    float scaled[16];
+    scaled_table(table, scale, scaled);
+#if defined(__AVX2__)
+    const __m256 low = _mm256_loadu_ps(scaled), high = _mm256_loadu_ps(scaled + 8);
+    const __m256i mask = _mm256_set1_epi32(15);
+    for (; i + 16 <= count; i += 16) {
+        const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + i / 2));
+        const __m256i wide = _mm256_cvtepu8_epi32(bytes);
+        const __m256 even = look_up(low, high, _mm256_srli_epi32(wide, 4));
+        const __m256 odd = look_up(low, high, _mm256_and_si256(wide, mask));
+        const __m256 x = _mm256_unpacklo_ps(even, odd), y = _mm256_unpackhi_ps(even, odd);
+        store16(_mm256_permute2f128_ps(x, y, 0x20), _mm256_permute2f128_ps(x, y, 0x31), out + i);
+    }
+#endif
+    for (; i < count; ++i) {
+        const uint8_t byte = codes[i / 2];
+        store(scaled[i % 2 ? byte & 15 : byte >> 4], out + i);
+    }
+}
+
+// Makes blocks dense. Holds copies of what it reads, which no store can change, so that they stay in registers.
+template <class T>
+struct Decoder {
+    const uint8_t* codes;
+    const float* table;
+    int64_t block;
+#if defined(__AVX512F__)
+    __m512 levels;
+    explicit Decoder(const Packed& w)
+        : codes(w.codes), table(w.table), block(w.block), levels(_mm512_loadu_ps(w.table)) {}
+#else
+    explicit Decoder(const Packed& w) : codes(w.codes), table(w.table), block(w.block) {}
+#endif
+    // block b to out [count]
+    __attribute__((always_inline)) void operator()(int64_t b, float scale, int64_t count, T* out) const {
+        const uint8_t* of_block = codes + b * block / 2;
+        int64_t i = 0;
+#if defined(__AVX512F__)
+        typename TableOf<T>::Type scaled;
+        make_table(levels, scale, scaled);
+        for (; i + 32 <= count; i += 32) look_up32(scaled, of_block + i / 2, out + i);
+        if (i == count) return;
+#endif
+        dequantize_rest(table, of_block, scale, i, count, out);
+    }
+};
+
+struct Dequantize {
+    Packed w;
+    void* out;      // [n], fp32 or bf16
+    int64_t first;  // the block that out begins with
+    int64_t n;
+};
 
 template <class T>
 void dequantize_blocks(void* data, int64_t first, int64_t last) {
     const Dequantize& d = *static_cast<const Dequantize*>(data);
-    float scaled[16];
-    for (int64_t b = first; b < last; ++b) {
-        const int64_t start = b * d.block;
-        const int64_t count = d.n - start < d.block ? d.n - start : d.block;
-        const uint8_t* codes = d.codes + start / 2;
-        T* out = static_cast<T*>(d.out) + start;
-        scaled_table(d.table, d.absmax[b], scaled);
-        int64_t i = 0;
+    const Decoder<T> decode(d.w);
+    const int64_t n = d.n, skipped = d.first;
+    T* out = static_cast<T*>(d.out);
+    for_blocks(d.w, skipped + first, skipped + last, [=](int64_t b, float scale) {
+        const int64_t at = b - skipped;
+        decode(b, scale, count_of(n, decode.block, at), out + at * decode.block);
+    });
+}
+
+// ---- products of a few rows ----------------------------------------------------------------------------------------
+//
+// y = x W^T + bias. TILE rows of W are made dense a piece of DEPTH values at a time, which the nearest cache holds, and
+// multiplied by all rows of x: W itself is read once, packed. A sum over a piece runs in the lanes of a register, which
+// are added up at its end, and the pieces' sums in their order: the same for a row of x whatever the others are, and
+// for any number of threads. AVX512-BF16's products take subnormal numbers for 0.
+
+struct Product {
+    Packed w;            // [N, K], K a multiple of the block
+    const void* x;       // [M, K], fp32 or bf16
+    const float* bias;   // [N], or null
+    void* y;             // [M, N], as x
+    int64_t M, N, K;
+};
+
+constexpr int TILE = 8;
+constexpr int64_t DEPTH = 1024;
+constexpr int64_t ROWS = 64;  // of x, between which W is made again
 #if defined(__AVX512F__)
-        const __m512 scaled16 = _mm512_loadu_ps(scaled);
-        for (; i + 32 <= count; i += 32) {
-            const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i / 2));
-            const __m512i wide = _mm512_cvtepu8_epi32(bytes);  // of an index vpermps reads the lowest four bits
-            store32(_mm512_permutexvar_ps(_mm512_srli_epi32(wide, 4), scaled16),
-                    _mm512_permutexvar_ps(wide, scaled16), out + i);
-        }
+constexpr int TOGETHER = 2;  // rows of x: registers for TOGETHER * TILE sums
+#else
+constexpr int TOGETHER = 1;
 #endif
-#if defined(__AVX2__)
-        const __m256 low = _mm256_loadu_ps(scaled), high = _mm256_loadu_ps(scaled + 8);
-        const __m256i mask = _mm256_set1_epi32(15);
-        for (; i + 16 <= count; i += 16) {
-            const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + i / 2));
-            const __m256i wide = _mm256_cvtepu8_epi32(bytes);
-            const __m256 even = look_up(low, high, _mm256_srli_epi32(wide, 4));
-            const __m256 odd = look_up(low, high, _mm256_and_si256(wide, mask));
-            const __m256 x = _mm256_unpacklo_ps(even, odd), y = _mm256_unpackhi_ps(even, odd);
-            store16(_mm256_permute2f128_ps(x, y, 0x20), _mm256_permute2f128_ps(x, y, 0x31), out + i);
-        }
-#endif
-        for (; i < count; ++i) {
-            const uint8_t byte = codes[i / 2];
-            store(scaled[i % 2 ? byte & 15 : byte >> 4], out + i);
-        }
+
+template <class T>
+struct Dot {
+    using Sum = simd::Vec;
+    static constexpr int64_t LANES = 8;
+    static Sum zero() { return simd::fill(0); }
+    static Sum add(Sum sum, const T* a, const T* b) { return simd::madd(simd::load(a), simd::load(b), sum); }
+    static float total(Sum sum) { return simd::sum(sum); }
+};
+#if defined(__AVX512F__)
+struct Dot512 {
+    using Sum = __m512;
+    static Sum zero() { return _mm512_setzero_ps(); }
+    static float total(Sum sum) { return _mm512_reduce_add_ps(sum); }
+};
+template <>
+struct Dot<float> : Dot512 {
+    static constexpr int64_t LANES = 16;
+    static Sum add(Sum sum, const float* a, const float* b) {
+        return _mm512_fmadd_ps(_mm512_loadu_ps(a), _mm512_loadu_ps(b), sum);
     }
+};
+#endif
+#if defined(__AVX512BF16__)
+template <>
+struct Dot<uint16_t> : Dot512 {
+    static constexpr int64_t LANES = 32;
+    static __m512bh load(const uint16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
+    static Sum add(Sum sum, const uint16_t* a, const uint16_t* b) { return _mm512_dpbf16_ps(sum, load(a), load(b)); }
+};
+#endif
+
+// Adds to sums [COUNT, TILE] the products of rows of x [COUNT, K] and w [TILE, depth].
+template <int COUNT, class T>
+void multiply(const T* x, int64_t K, const T* w, int64_t depth, float* sums) {
+    using D = Dot<T>;
+    typename D::Sum sum[COUNT][TILE];
+    for (int m = 0; m < COUNT; ++m)
+        for (int n = 0; n < TILE; ++n) sum[m][n] = D::zero();
+    for (int64_t k = 0; k < depth; k += D::LANES)
+        for (int n = 0; n < TILE; ++n)
+            for (int m = 0; m < COUNT; ++m) sum[m][n] = D::add(sum[m][n], w + n * depth + k, x + m * K + k);
+    for (int m = 0; m < COUNT; ++m)
+        for (int n = 0; n < TILE; ++n) sums[m * TILE + n] += D::total(sum[m][n]);
+}
+
+template <class T>
+void multiply_tiles(void* data, int64_t first, int64_t last) {
+    const Product& p = *static_cast<const Product*>(data);
+    const int64_t K = p.K, of_row = K / p.w.block, step = p.w.block > DEPTH ? p.w.block : DEPTH;
+    const Decoder<T> decode(p.w);
+    alignas(64) T dense[TILE * kLargestBlock];
+    for (int64_t tile = first; tile < last; ++tile)
+        for (int64_t from = 0; from < p.M; from += ROWS) {
+            const int64_t n = tile * TILE, rows = simd::smaller(TILE, p.N - n), M = simd::smaller(ROWS, p.M - from);
+            const T* x = static_cast<const T*>(p.x) + from * K;
+            float sums[ROWS * TILE] = {};
+            for (int64_t k = 0; k < K; k += step) {
+                const int64_t depth = simd::smaller(step, K - k);
+                for (int64_t r = 0; r < TILE; ++r) {
+                    T* out = dense + r * depth;
+                    if (r >= rows) {
+                        std::memset(out, 0, static_cast<size_t>(depth) * sizeof(T));
+                        continue;
+                    }
+                    const int64_t b = (n + r) * of_row + k / p.w.block;
+                    for_blocks(p.w, b, b + depth / p.w.block, [=](int64_t at, float scale) {
+                        decode(at, scale, decode.block, out + (at - b) * decode.block);
+                    });
+                }
+                int64_t m = 0;
+                for (; m + TOGETHER <= M; m += TOGETHER)
+                    multiply<TOGETHER>(x + m * K + k, K, dense, depth, sums + m * TILE);
+                for (; m < M; ++m) multiply<1>(x + m * K + k, K, dense, depth, sums + m * TILE);
+            }
+            T* y = static_cast<T*>(p.y) + from * p.N + n;
+            for (int64_t m = 0; m < M; ++m)
+                for (int64_t r = 0; r < rows; ++r)
+                    store(sums[m * TILE + r] + (p.bias ? p.bias[n + r] : 0.0f), y + m * p.N + r);
+        }
+}
+
+template <class T>
+void multiply_rows(Product& p) {
+    const int64_t grain = simd::GRAIN / (TILE * (p.K > 0 ? p.K : 1));
+    lk_parallel_for((p.N + TILE - 1) / TILE, grain > 0 ? grain : 1, multiply_tiles<T>, &p);
 }
 
 int64_t blocks(int64_t n, int64_t block) { return (n + block - 1) / block; }
@@ -306,16 +618,20 @@ void LK_EXPORT(nf4_search)(const float* x, const float* thresholds, const float*
     lk_parallel_for(blocks(n, block), 4096 / block, search_blocks, &s);
 }
 
-void LK_EXPORT(nf4_dequantize_fp32)(const uint8_t* codes, const float* table, const float* absmax, void* out,
-                                    int64_t n, int64_t block) {
-    Dequantize d{codes, table, absmax, out, n, block};
-    lk_parallel_for(blocks(n, block), grain(block), dequantize_blocks<float>, &d);
+void LK_EXPORT(nf4_quantize_scales)(const float* absmax, const float* middles, uint8_t* codes, float* nested, int64_t n,
+                                    float offset, float floor) {
+    QuantizeScales q{absmax, middles, codes, nested, n, offset, floor};
+    lk_parallel_for(blocks(n, GROUP), 4096 / GROUP, quantize_scales, &q);
 }
 
-void LK_EXPORT(nf4_dequantize_bf16)(const uint8_t* codes, const float* table, const float* absmax, void* out,
-                                    int64_t n, int64_t block) {
-    Dequantize d{codes, table, absmax, out, n, block};
-    lk_parallel_for(blocks(n, block), grain(block), dequantize_blocks<uint16_t>, &d);
+void LK_EXPORT(nf4_dequantize_fp32)(Dequantize* d) {
+    lk_parallel_for(blocks(d->n, d->w.block), grain(d->w.block), dequantize_blocks<float>, d);
 }
+void LK_EXPORT(nf4_dequantize_bf16)(Dequantize* d) {
+    lk_parallel_for(blocks(d->n, d->w.block), grain(d->w.block), dequantize_blocks<uint16_t>, d);
+}
+
+void LK_EXPORT(nf4_product_fp32)(Product* p) { multiply_rows<float>(*p); }
+void LK_EXPORT(nf4_product_bf16)(Product* p) { multiply_rows<uint16_t>(*p); }
 
 }  // extern "C"

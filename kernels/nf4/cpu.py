@@ -1,14 +1,48 @@
-"""The compiled kernels of cpu.cpp, with the signatures of reference.py; tensors in host memory."""
+"""The compiled kernels of cpu.cpp: quantizing has the signatures of reference.py, and what reads a
+packed tensor takes it whole. Tensors in host memory.
+"""
+
+import ctypes
+import functools
+import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..dispatch import CPU_DTYPES, FLOAT, INT64, POINTER
+from ..dispatch import CPU_DTYPES, FLOAT, INT64, POINTER, address
+from .tensor import NESTED_BLOCK, NF4Tensor, dynamic_map, largest_scale, levels
 
 # Values: fp16 (and for the search bf16) is widened to fp32 piece by piece, 4 MB at a time; a
 # multiple of every block size. Larger pieces leave larger holes in the heap (docs/dev/LOG.md).
 CHUNK = 1 << 20
+HOST = torch.device("cpu")
+
+
+class Packed(ctypes.Structure):
+    """cpu.cpp's."""
+
+    _fields_ = (
+        *((name, POINTER) for name in ("codes", "absmax", "nested", "offset", "map", "table")),
+        ("block", INT64),
+        ("largest", FLOAT),
+    )
+
+
+class Dequantize(Packed):
+    """cpu.cpp's."""
+
+    _fields_ = (("out", POINTER), ("first", INT64), ("n", INT64))
+
+
+class Product(Packed):
+    """cpu.cpp's."""
+
+    _fields_ = (
+        *((name, POINTER) for name in ("x", "bias", "y")),
+        *((name, INT64) for name in ("M", "N", "K")),
+    )
 
 
 def quantize(
@@ -66,14 +100,66 @@ def search(
     return scales
 
 
-def dequantize(
-    codes: Tensor, scales: Tensor, table: Tensor, n: int, block_size: int, dtype: torch.dtype
-) -> Tensor:
+def quantize_absmax(
+    absmax: Tensor, offset: Tensor, middles: Tensor, floor: float
+) -> tuple[Tensor, Tensor]:
+    n = absmax.numel()
+    codes = torch.empty(n, dtype=torch.uint8, device=HOST)
+    nested = torch.empty(-(-n // NESTED_BLOCK), dtype=torch.float32, device=HOST)
+    run = dispatch.function("nf4_quantize_scales", *[POINTER] * 4, INT64, FLOAT, FLOAT)
+    run(*(address(t) for t in (absmax, middles, codes, nested)), n, offset.item(), floor)
+    return codes, nested
+
+
+@functools.cache
+def _tables(quant_type: str) -> tuple[int, int]:
+    """The addresses of the dynamic map and of the levels; both live as long as the process."""
+    return address(dynamic_map(HOST)), address(levels(quant_type, HOST))
+
+
+def _parts(q: NF4Tensor) -> list[Tensor | None]:
+    """What q consists of, in whole memory."""
+    parts = q.codes, q.absmax, q.nested_absmax, q.offset
+    return [None if part is None else part.contiguous() for part in parts]
+
+
+def _arguments(q: NF4Tensor, parts: list[Tensor | None]) -> tuple:
+    """Of Packed; the parts must live until the call."""
+    tables = _tables(q.quant_type)
+    return *map(address, parts), *tables, q.block_size, largest_scale(q.dtype)
+
+
+def dequantize(q: NF4Tensor, dtype: torch.dtype) -> Tensor:
+    """The flat dense tensor [n]."""
     computed = dtype if dtype in CPU_DTYPES else torch.float32
-    op = f"nf4_dequantize_{CPU_DTYPES[computed]}"
-    run = dispatch.function(op, *[POINTER] * 4, INT64, INT64)
-    out = torch.empty(n, dtype=computed, device=codes.device)
-    codes, scales = codes.contiguous(), scales.contiguous()
-    pointers = [t.data_ptr() for t in (codes, table, scales, out)]
-    run(*pointers, n, block_size)
-    return out.to(dtype)
+    n = math.prod(q.shape)
+    out, parts = torch.empty(n, dtype=computed, device=HOST), _parts(q)
+    arguments = Dequantize(*_arguments(q, parts), address(out), 0, n)
+    dispatch.run("nf4_dequantize", computed, arguments)
+    return out if dtype == computed else out.to(dtype)
+
+
+def panels(q: NF4Tensor, step: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """As the package's `dequantize_nf4_panels`."""
+    computed = dtype if dtype in CPU_DTYPES else torch.float32
+    N, K = q.shape
+    out, parts = torch.empty((step, K), dtype=computed, device=HOST), _parts(q)
+    arguments = Dequantize(*_arguments(q, parts), address(out), 0, 0)
+    for start in range(0, N, step):
+        rows = slice(start, min(start + step, N))
+        arguments.first = start * K // q.block_size
+        arguments.n = (rows.stop - start) * K
+        dispatch.run("nf4_dequantize", computed, arguments)
+        yield rows, out[: rows.stop - start].to(dtype)
+
+
+def product(x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
+    """x [M, K], fp32 or bf16, times the transpose of q [N, K], K a multiple of the block, plus bias
+    fp32 [N]: [M, N], summed in fp32. The weight is rounded to x's dtype, as `dequantize` rounds it.
+    """
+    (M, K), N = x.shape, q.shape[0]
+    y, x, parts = torch.empty((M, N), dtype=x.dtype, device=HOST), x.contiguous(), _parts(q)
+    bias = None if bias is None else bias.contiguous()
+    arguments = Product(*_arguments(q, parts), *map(address, (x, bias, y)), M, N, K)
+    dispatch.run("nf4_product", x.dtype, arguments)
+    return y

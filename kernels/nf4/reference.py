@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .tensor import NESTED_BLOCK
+
 CHUNK = 1 << 22  # values at a time, bounds the temporaries to about 50 MB; a multiple of all blocks
 
 
@@ -107,23 +109,25 @@ def dequantize_at(codes: Tensor, scales: Tensor, table: Tensor, at: Tensor) -> T
     return table[code.int()] * scales
 
 
-def quantize_absmax(
-    absmax: Tensor, levels: Tensor, block: int, floor: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """absmax fp32 [blocks] -> codes uint8 [blocks], nested_absmax fp32 [ceil(blocks / block)],
-    offset fp32 [].
-    """
-    if absmax.numel() == 0:
-        return absmax.to(torch.uint8), absmax, absmax.new_zeros(())
+def mean_absmax(absmax: Tensor) -> Tensor:
+    """The offset of double quantization, fp32 []."""
     offset = absmax.mean()
     if not torch.isfinite(offset):  # the sum overflowed
         offset = (absmax / absmax.numel()).sum()
-    groups = F.pad(absmax - offset, (0, -absmax.numel() % block)).view(-1, block)
+    return offset
+
+
+def quantize_absmax(
+    absmax: Tensor, offset: Tensor, middles: Tensor, floor: float
+) -> tuple[Tensor, Tensor]:
+    """absmax fp32 [blocks], offset fp32 [] -> codes uint8 [blocks], nested_absmax fp32
+    [ceil(blocks / NESTED_BLOCK)]. `middles` fp32 [255] are those of the dynamic map's levels.
+    """
+    groups = F.pad(absmax - offset, (0, -absmax.numel() % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     nested = groups.abs().amax(dim=1)
     scaled = groups * (1 / nested.clamp(min=floor))[:, None]
-    middles = (levels[1:] + levels[:-1]) / 2
     codes = torch.bucketize(scaled.view(-1), middles, out_int32=True).to(torch.uint8)
-    return codes[: absmax.numel()].contiguous(), nested, offset
+    return codes[: absmax.numel()].contiguous(), nested
 
 
 def dequantize_absmax(codes: Tensor, nested: Tensor, offset: Tensor, levels: Tensor) -> Tensor:

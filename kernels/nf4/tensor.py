@@ -82,6 +82,14 @@ def dynamic_map(device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
+@functools.cache
+def largest_scale(dtype: torch.dtype) -> float:
+    """That a tensor of `dtype` may have: rounded to 8 bits, the scale of the largest values could
+    exceed what their dtype holds.
+    """
+    return min(torch.finfo(d).max for d in (dtype, torch.float32))
+
+
 def check_block_size(block_size: int) -> None:
     """Raises ValueError unless it is a power of two from 32 to 4096."""
     if type(block_size) is not int or block_size not in BLOCK_SIZES:

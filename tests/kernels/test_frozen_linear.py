@@ -1,6 +1,7 @@
 """A packed weight a panel of rows at a time."""
 
 import importlib
+import math
 from unittest import mock
 
 import pytest
@@ -10,7 +11,10 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakit import kernels
+from lorakit.kernels import dispatch
 from lorakit.kernels.frozen_linear import PANEL, panels
+from lorakit.kernels.nf4 import cpu
+from tests.instruction_sets import ISAS, on_cpu
 
 frozen_linear = importlib.import_module("lorakit.kernels.frozen_linear")
 
@@ -34,10 +38,11 @@ def test_panels_are_the_rows(N, K, block_size, double_quant, dtype, values):
     with mock.patch.object(frozen_linear, "PANEL", values):
         for q in packed:
             dense = q.to(dtype) if isinstance(q, torch.Tensor) else kernels.dequantize(q, dtype)
-            found = list(panels(q, dtype))
-            assert [i for rows, _ in found for i in range(N)[rows]] == list(range(N))
-            for rows, part in found:
+            found = []
+            for rows, part in panels(q, dtype):  # which holds until the next
+                found += range(N)[rows]
                 assert torch.equal(part, dense[rows])
+            assert found == list(range(N))
 
 
 @pytest.mark.parametrize("values", [1, 700, PANEL])
@@ -56,6 +61,95 @@ def test_products_by_panels(values, bias):
     assert (y - truth).abs().max() < 1e-5
     assert (x.grad - grad.double() @ W).abs().max() < 1e-5
     assert b is None or torch.allclose(b.grad, grad.sum(0))
+
+
+# ---- few rows on a CPU --------------------------------------------------------------------------
+
+
+def product(isa, x, q, bias):
+    """By the C++ kernel, into memory between guard zones, as x is: a read beyond its end would be
+    one of NaN.
+    """
+    (M, K), N, zone = x.shape, q.shape[0], 64
+
+    def fenced(n):
+        memory = torch.full((n + 2 * zone,), math.nan, dtype=x.dtype)
+        return memory, memory[zone : n + zone]
+
+    (_, inside), (memory, y) = fenced(M * K), fenced(M * N)
+    inside.copy_(x.view(-1))
+    parts = cpu._parts(q)
+    pointers = [dispatch.address(t) for t in (inside, bias, y)]
+    with on_cpu(isa):
+        arguments = cpu.Product(*cpu._arguments(q, parts), *pointers, M, N, K)
+        dispatch.run("nf4_product", x.dtype, arguments)
+    assert memory[:zone].isnan().all()
+    assert memory[M * N + zone :].isnan().all()
+    return y.view(M, N)
+
+
+@pytest.mark.skipif(not ISAS, reason="the library was not built")
+@settings(max_examples=150)
+@given(
+    st.sampled_from(ISAS), st.integers(1, 70), st.integers(0, 40), st.integers(0, 50),
+    st.sampled_from([32, 64, 2048]), st.booleans(), st.booleans(),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.sampled_from([kernels.quantize_nf4, kernels.quantize_fp4]), st.integers(0, 2**31),
+)  # fmt: skip
+def test_products_of_few_rows(isa, M, N, blocks, block_size, double, biased, dtype, quantize, seed):
+    """x W'^T + b, W' the weight rounded to the dtype: off by an fp32 sum and one rounding. Each row
+    has the bits that it has by itself.
+    """
+    K = block_size * min(blocks, 4096 // block_size)
+    q = quantize(random(N, K, seed=seed), block_size=block_size, double_quant=double)
+    x, bias = random(M, K, seed=seed + 1).to(dtype), random(N, seed=seed + 2) if biased else None
+    y = product(isa, x, q, bias)
+    W, b = kernels.dequantize(q, dtype).double(), torch.zeros(N) if bias is None else bias
+    truth, terms = x.double() @ W.t() + b, x.double().abs() @ W.abs().t() + b.abs()
+    # up to 256 terms one after the other in a lane, and a dozen more sums, each rounded: at worst
+    # 2^-16 of all terms, but chance has it that the largest seen is 2^-24
+    allowed = 2**-22 * terms + torch.finfo(dtype).eps / 2 * truth.abs()
+    assert ((y - truth).abs() <= allowed).all()
+    assert torch.equal(product(isa, x[-1:], q, bias), y[-1:])
+
+
+@pytest.mark.skipif(not ISAS, reason="the library was not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_change_no_bit(dtype):
+    q, x = kernels.quantize_nf4(random(301, 1024)), random(9, 1024, seed=1).to(dtype)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            dense = [part.clone() for _, part in panels(q, dtype)]
+            found.append((cpu.product(x, q, None), *dense))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_which_rows_are_few(isa, dtype):
+    """As many as the table says, of whole blocks, and not under autocast; a gradient of x in any
+    case.
+    """
+    for K, cast, few in ((128, False, True), (96, False, False), (128, True, False)):
+        q = kernels.quantize_nf4(random(24, K))
+        for M in (1, 16, 32, 33):
+            x = random(M, K).to(dtype).requires_grad_()
+            with on_cpu(isa), torch.autocast("cpu", torch.bfloat16, enabled=cast):
+                with mock.patch.object(cpu, "product", wraps=cpu.product) as called:
+                    y = kernels.frozen_linear(x, q)
+                wide = dispatch.product_dtype(x)
+                most = frozen_linear.FEW_ROWS_CPU.get((isa, wide), 0)
+            assert called.call_count == (few and most >= M)
+            y.sum().backward()
+            expected = kernels.dequantize(q, torch.float64).sum(0).expand(M, K)
+            # 24 terms rounded to the dtype, or to autocast's
+            eps = torch.finfo(torch.bfloat16 if cast else dtype).eps
+            assert torch.allclose(x.grad.double(), expected, rtol=eps, atol=24 * eps)
 
 
 class Largest(TorchDispatchMode):

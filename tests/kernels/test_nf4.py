@@ -3,7 +3,6 @@ other.
 """
 
 import copy
-import ctypes
 import dataclasses
 import gc
 import hashlib
@@ -21,6 +20,7 @@ from safetensors.torch import load, save
 from lorakit import kernels
 from lorakit.kernels import dispatch, nf4
 from lorakit.kernels.nf4.tensor import BLOCK_SIZES
+from tests.instruction_sets import ISAS, on_cpu
 
 CPU = torch.device("cpu")
 HAS_LIBRARY = dispatch.library() is not None
@@ -180,8 +180,9 @@ def test_double_quantization_equals_bitsandbytes(kind, block_size, differences):
 def test_scale_codes_are_the_nearest():
     """|map[code] - x| = min_i |map[i] - x|, x the scaled residue, in fp64."""
     absmax = torch.rand(2000, generator=torch.Generator().manual_seed(0)) + 0.1
-    table = nf4.dynamic_map(CPU)
-    codes, nested, offset = nf4.reference.quantize_absmax(absmax, table, 256, nf4.ABSMAX_FLOOR)
+    table, offset = nf4.dynamic_map(CPU), nf4.reference.mean_absmax(absmax)
+    options = offset, nf4.middles(CPU), nf4.ABSMAX_FLOOR
+    codes, nested = nf4.reference.quantize_absmax(absmax, *options)
     residue = (absmax - offset).double()
     scaled = residue / nested.double().repeat_interleave(256)[:2000]
     distance = (scaled[:, None] - table.double()).abs()
@@ -347,54 +348,150 @@ def test_cpu_kernels_equal_the_reference_bit_for_bit(w, block_size, kind, double
             assert torch.equal(dense, kernels.dequantize_nf4(truth, out))
 
 
-@pytest.fixture(params=dispatch.runnable() if HAS_LIBRARY else [])
-def instruction_set(request, monkeypatch):
-    monkeypatch.setenv("LORAKIT_ISA", request.param)
-    for cached in (dispatch.isa, dispatch.function):
-        cached.cache_clear()
-    yield
-    for cached in (dispatch.isa, dispatch.function):
-        cached.cache_clear()
+isas = st.sampled_from(ISAS or ["none"])
+needs_library = pytest.mark.skipif(not HAS_LIBRARY, reason="the CPU library was not built")
 
 
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("search", [False, True])
-def test_every_instruction_set_gives_the_same_bits(instruction_set, search):
+def test_every_instruction_set_gives_the_same_bits(isa, search):
     w = torch.randn(100_003, generator=torch.Generator().manual_seed(0))
     with kernels.use_backend("reference"):
         truth = kernels.quantize_fp4(w, search_scales=search)
-    assert same(kernels.quantize_fp4(w, search_scales=search), truth)
+    with on_cpu(isa):
+        assert same(kernels.quantize_fp4(w, search_scales=search), truth)
     for dtype in DTYPES:
         with kernels.use_backend("reference"):
             expected = kernels.dequantize_nf4(truth, dtype)
-        assert torch.equal(kernels.dequantize_nf4(truth, dtype), expected)
+        with on_cpu(isa):
+            assert torch.equal(kernels.dequantize_nf4(truth, dtype), expected)
 
 
+def around(x):
+    """x and the two numbers on either side of each."""
+    found = [x]
+    for end in (-math.inf, math.inf):
+        y = x
+        for _ in range(2):
+            y = y.nextafter(torch.full_like(y, end))
+            found.append(y)
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_codes_around_every_threshold(isa, kind, dtype):
+    """In blocks of which the largest value is 1, and in as many as all ways to encode one meet."""
+    numbers = around(nf4.thresholds(kind, CPU).to(dtype))
+    numbers = torch.cat([numbers, -numbers]).clamp(-1, 1)
+    for block_size in (32, 64):
+        blocks = torch.nn.functional.pad(numbers, (0, -len(numbers) % (block_size - 1)))
+        w = torch.nn.functional.pad(blocks.view(-1, block_size - 1), (1, 0), value=1.0)
+        w = torch.cat([w.view(-1), w.view(-1)[: block_size // 2 + 5]])
+        with on_cpu(isa):
+            ours = QUANTIZE[kind](w, block_size=block_size)
+        with kernels.use_backend("reference"):
+            assert same(ours, QUANTIZE[kind](w, block_size=block_size))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_scale_codes_around_every_middle(isa):
+    """Of residues over all middles and levels of the dynamic map, in groups whose largest is 1."""
+    numbers = around(torch.cat([nf4.middles(CPU), nf4.dynamic_map(CPU)])).clamp(-1, 1)
+    groups = torch.nn.functional.pad(numbers, (0, -len(numbers) % 255)).view(-1, 255)
+    residues = torch.nn.functional.pad(groups, (1, 0), value=1.0).view(-1)[:-70]
+    options = torch.zeros(()), nf4.middles(CPU), nf4.ABSMAX_FLOOR
+    with on_cpu(isa):
+        codes, nested = nf4.cpu.quantize_absmax(residues, *options)
+    truth, scales = nf4.reference.quantize_absmax(residues, *options)
+    assert torch.equal(codes, truth)
+    assert torch.equal(nested, scales)
+    assert len(codes.unique()) == 256  # every code was asked for
+
+
+@needs_library
+@settings(max_examples=100)
+@given(isas, st.integers(1, 2000), st.integers(0, 2**31), st.integers(-150, 127))
+def test_double_quantization_equals_the_reference_bit_for_bit(isa, n, seed, exponent):
+    """Of any scales, from the subnormals to the largest, also where their sum overflows."""
+    absmax = normal(n, seed, exponent, 0.1).abs()
+    offset = nf4.reference.mean_absmax(absmax)
+    options = offset, nf4.middles(CPU), nf4.ABSMAX_FLOOR
+    with on_cpu(isa):
+        ours = nf4.cpu.quantize_absmax(absmax, *options)
+    for a, b in zip(ours, nf4.reference.quantize_absmax(absmax, *options), strict=True):
+        assert torch.equal(a, b)
+
+
+@needs_library
+@settings(max_examples=100)
+@given(
+    isas, st.integers(1, 60), st.integers(1, 40), st.integers(0, 2**31), st.integers(-150, 127),
+    st.sampled_from([32, 64, 1024]), kinds, st.booleans(), st.sampled_from(DTYPES),
+)  # fmt: skip
+def test_dequantizing_equals_the_reference_bit_for_bit(
+    isa, rows, columns, seed, exponent, block_size, kind, double_quant, dtype
+):
+    """The whole and its panels, between guard zones; codes and scales that no quantizing makes."""
+    generator = torch.Generator().manual_seed(seed)
+    n, guard = rows * columns, 64
+    blocks = -(-n // block_size)
+
+    def codes(count):
+        return torch.randint(0, 256, (count,), generator=generator, dtype=torch.uint8)
+
+    scales = codes(blocks), normal(-(-blocks // 256), seed, exponent, 0.1), torch.tensor(0.25)
+    scales = scales if double_quant else (normal(blocks, seed, exponent, 0.1), None, None)
+    q = kernels.NF4Tensor(codes(-(-n // 2)), *scales, (rows, columns), block_size, dtype, kind)
+    for out in DTYPES:
+        with kernels.use_backend("reference"):
+            expected = kernels.dequantize_nf4(q, out)
+        step = math.lcm(block_size, columns) // columns
+        with on_cpu(isa):
+            assert torch.equal(kernels.dequantize_nf4(q, out), expected)
+            for at, part in nf4.dequantize_nf4_panels(q, step, out):
+                assert torch.equal(part, expected[at])
+            if out not in dispatch.CPU_DTYPES:
+                continue
+            memory, parts = torch.full((n + guard,), 7.0, dtype=out), nf4.cpu._parts(q)
+            pointers = nf4.cpu._arguments(q, parts)
+            arguments = nf4.cpu.Dequantize(*pointers, memory.data_ptr(), 0, n)
+            dispatch.run("nf4_dequantize", out, arguments)
+        assert torch.equal(memory[:n], expected.view(-1))
+        assert (memory[n:] == 7).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 4097, 100_003])
-def test_the_kernels_write_their_outputs_and_nothing_else(instruction_set, n):
+def test_the_kernels_write_their_outputs_and_nothing_else(isa, n):
     w = torch.randn(n, generator=torch.Generator().manual_seed(n))
     bounds, codes_by_level = nf4.thresholds("nf4", CPU), nf4.order("nf4", CPU)
-    table, pointer, count = nf4.levels("nf4", CPU), ctypes.c_void_p, ctypes.c_int64
+    pointer, count, number = dispatch.POINTER, dispatch.INT64, dispatch.FLOAT
     blocks, guard = -(-n // 64), 64
     for op, x in (("bf16", w.bfloat16()), ("fp32", w)):
         codes = torch.full((-(-n // 2) + guard,), 0xAA, dtype=torch.uint8)
         scales = torch.full((blocks + guard,), 7.0)
-        types = *[pointer] * 5, count, count, ctypes.c_float
-        run = dispatch.function(f"nf4_quantize_{op}", *types)
-        buffers = [t.data_ptr() for t in (x, bounds, codes_by_level, codes, scales)]
-        run(*buffers, n, 64, nf4.ABSMAX_FLOOR)
-        assert (codes[-guard:] == 0xAA).all()
+        scale_codes = torch.full((blocks + guard,), 0xAA, dtype=torch.uint8)
+        nested = torch.full((-(-blocks // 256) + guard,), 7.0)
+        with kernels.use_backend("reference"):
+            truth = kernels.quantize_nf4(x)
+        with on_cpu(isa):
+            run = dispatch.function(f"nf4_quantize_{op}", *[pointer] * 5, count, count, number)
+            buffers = [t.data_ptr() for t in (x, bounds, codes_by_level, codes, scales)]
+            run(*buffers, n, 64, nf4.ABSMAX_FLOOR)
+            types = *[pointer] * 4, count, number, number
+            run = dispatch.function("nf4_quantize_scales", *types)
+            buffers = [t.data_ptr() for t in (scales, nf4.middles(CPU), scale_codes, nested)]
+            run(*buffers, blocks, truth.offset.item(), nf4.ABSMAX_FLOOR)
+        for buffer, written, untouched in (
+            (codes, truth.codes, 0xAA),
+            (scale_codes, truth.absmax, 0xAA),
+            (nested, truth.nested_absmax, 7),
+        ):
+            assert torch.equal(buffer[:-guard], written)
+            assert (buffer[-guard:] == untouched).all()
         assert (scales[-guard:] == 7).all()
-        with kernels.use_backend("reference"):
-            truth = kernels.quantize_nf4(x, double_quant=False)
-        assert torch.equal(codes[:-guard], truth.codes)
-    for op, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        run = dispatch.function(f"nf4_dequantize_{op}", *[pointer] * 4, count, count)
-        out = torch.full((n + guard,), 7.0, dtype=dtype)
-        run(*[t.data_ptr() for t in (codes, table, scales, out)], n, 64)
-        assert (out[-guard:] == 7).all()
-        q = kernels.NF4Tensor(codes[:-guard], scales[:-guard], None, None, (n,), 64, torch.float32)
-        with kernels.use_backend("reference"):
-            assert torch.equal(out[:-guard], kernels.dequantize_nf4(q, dtype))
 
 
 # ---- shapes, and the tensor ---------------------------------------------------------------------
