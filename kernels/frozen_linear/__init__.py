@@ -9,8 +9,9 @@ at the price of one more dequantization, which is small beside the product itsel
 rows on. For fewer rows an NF4 weight is multiplied by as it is packed (`FEW_ROWS`), on a CPU in the
 forward pass.
 
-On a CPU the weight is made dense a panel of rows at a time, PANEL values, which the caches hold
-until they are multiplied, and which is all the memory that it takes. On a GPU it is made whole:
+In bf16 on a CPU that has instructions for it no weight is made dense (`products`). Elsewhere a CPU
+makes it dense a panel of rows at a time, PANEL values, which the caches hold until they are
+multiplied, and which is all the memory that it takes. On a GPU it is made whole:
 torch's allocator hands the next layer the same memory.
 
 `dequantize` and `dequantize_rows` take either kind; the latter is the look-up of an embedding.
@@ -27,6 +28,7 @@ from torch import Tensor
 from .. import dispatch
 from ..int8 import Int8Tensor, dequantize_int8, dequantize_int8_rows
 from ..nf4 import NF4Tensor, cpu, dequantize_nf4, dequantize_nf4_panels, dequantize_nf4_rows
+from ..products import Sum, Term, available, dense_rows, sums_of_products, takes
 
 Packed = NF4Tensor | Int8Tensor
 Panels = Iterable[tuple[slice, Tensor]]  # which rows, and these, dense: [rows, K]
@@ -162,6 +164,12 @@ def _few_rows_cpu(x: Tensor, q: Packed, dtype: torch.dtype) -> int:
     return FEW_ROWS_CPU.get((dispatch.isa(), dtype), 0) if _takes(x, q) else 0
 
 
+def _sums(x: Tensor, q: Packed) -> bool:
+    """Whether the products with q, as it is packed, are those of `products`."""
+    autocast = torch.is_autocast_enabled(x.device.type)
+    return len(x) > 0 and available(x) and takes(q) and not autocast
+
+
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, q, bias):
@@ -172,6 +180,10 @@ class _FrozenLinear(torch.autograd.Function):
             wide = dispatch.product_dtype(x)
             if 0 < len(x) <= _few_rows_cpu(x, q, wide):
                 y = cpu.product(x.to(wide), q, None if bias is None else bias.float())
+            elif _sums(x, q):
+                y = x.new_empty(len(x), q.shape[0])
+                bias = None if bias is None else bias.float()
+                sums_of_products([Sum([Term(dense_rows(x), q, True)], y, bias=bias)])
             else:
                 bias = None if bias is None else bias.to(wide)
                 y = product(x.to(wide), weight_panels(q, wide), bias)
@@ -188,7 +200,10 @@ class _FrozenLinear(torch.autograd.Function):
         # [M, N] @ [N, K] -> [M, K]
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            if not 0 < len(grad) <= _few_rows(grad, ctx.q).by_tiles:
+            if _sums(grad, ctx.q):
+                grad_x = grad.new_empty(len(grad), ctx.q.shape[1])
+                sums_of_products([Sum([Term(dense_rows(grad), ctx.q, False)], grad_x)])
+            elif not 0 < len(grad) <= _few_rows(grad, ctx.q).by_tiles:
                 wide = dispatch.product_dtype(grad)
                 grad_x = product_back(grad.to(wide), weight_panels(ctx.q, wide)).to(grad.dtype)
             else:

@@ -149,9 +149,10 @@ def _tensors(layers: Sequence[LoraWeights]) -> list[Tensor | None]:
 
 def _group(x: Tensor, static: list, drop: Dropout, tensors: Sequence[Tensor | None]):
     """The layers for one pass on x [M, K], or on gradients in its dtype."""
-    if cpu.fits(x, static, tensors):
-        return cpu.Group(static, drop, tensors)
-    return reference.Group(static, drop, tensors, dispatch.product_dtype(x))
+    found = cpu.group(x, static, drop, tensors)
+    if found is None:
+        found = reference.Group(static, drop, tensors, dispatch.product_dtype(x))
+    return found
 
 
 def exactly(backward: Callable) -> Callable:
@@ -225,15 +226,15 @@ class LoraMLP(torch.autograd.Function):
         first, second = LoraMLP._groups(ctx, grad, tensors)
         flat = x.to(first.dtype)
         if gate is None:
-            gate, up = first.forward(flat, by_base=False)
-        else:
-            gate, up = gate.clone(), up.clone()  # to be written over, here and in another backward
+            gate, up = into = first.forward(flat, by_base=False)
+        else:  # another backward may ask for them
+            into = torch.empty_like(gate), torch.empty_like(up)
         second.take([grad.to(second.dtype)])
         hidden = second.grad_x()
         second.forget_weights()
-        # over its gradient the hidden state, over gate and up theirs
-        swiglu.gated_backward_(hidden, gate, up, ctx.hidden_act)
-        first.take([gate, up])
+        # the hidden state goes over its gradient
+        swiglu.gated_backward_(hidden, gate, up, ctx.hidden_act, into)
+        first.take(into)
         dx = first.grad_x().to(x.dtype) if ctx.needs_input_grad[0] else None
         need, split = ctx.needs_input_grad[8:], 2 * TENSORS
         of_inner = first.grad_tensors(flat, need[:split])

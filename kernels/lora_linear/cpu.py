@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..nf4 import NF4Tensor
-from ..products import Sum, Term, available, sums_of_products, takes
+from ..products import Sum, Term, available, dense_rows, sums_of_products, takes
 from .reference import TENSORS, Dropout
 
 
@@ -34,16 +34,30 @@ class Layer(NamedTuple):
         return slice(self.start, self.start + _even(self.lora_A.shape[0]))
 
 
-def fits(x: Tensor, static: Sequence[tuple], tensors: Sequence[Tensor | None]) -> bool:
-    """Whether the kernel takes these layers, for x [M, K]."""
+def group(
+    x: Tensor, static: Sequence[tuple], drop: Dropout, tensors: Sequence[Tensor | None]
+) -> "Group | None":
+    """The layers for x [M, K], or None if the kernel does not take them."""
     if not available(x) or not x.shape[0] or torch.is_autocast_enabled("cpu"):
-        return False
-    small = [*tensors[0::TENSORS], *tensors[1::TENSORS]]
-    return (
-        all(magnitude is None for magnitude in tensors[3::TENSORS])
-        and all(t.dtype == torch.float32 and t.is_contiguous() for t in small)
-        and all(takes(base.stored) for base, _ in static)
-    )
+        return None
+    if any(magnitude is not None for magnitude in tensors[3::TENSORS]):
+        return None
+    if not all(t.dtype == torch.float32 and t.is_contiguous() for t in _small(tensors)):
+        return None
+    weights = [base.stored for base, _ in static]
+    if not all(map(takes, weights)):
+        return None
+    layers, start = [], 0
+    for i, (weight, (_, scaling)) in enumerate(zip(weights, static, strict=True)):
+        lora_A, lora_B, bias, _ = tensors[TENSORS * i : TENSORS * (i + 1)]
+        layers.append(Layer(weight, scaling, lora_A, lora_B, bias, start))
+        start = layers[-1].pairs.stop
+    return Group(layers, drop)
+
+
+def _small(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    """A and B of each layer."""
+    return [*tensors[0::TENSORS], *tensors[1::TENSORS]]
 
 
 class Group:
@@ -51,12 +65,8 @@ class Group:
 
     dtype = torch.bfloat16
 
-    def __init__(self, static: list, drop: Dropout, tensors: Sequence[Tensor | None]):
-        self.drop, self.layers, start = drop, [], 0
-        for i, (base, scaling) in enumerate(static):
-            lora_A, lora_B, bias, _ = tensors[TENSORS * i : TENSORS * (i + 1)]
-            self.layers.append(Layer(base.stored, scaling, lora_A, lora_B, bias, start))
-            start = self.layers[-1].pairs.stop
+    def __init__(self, layers: list[Layer], drop: Dropout):
+        self.layers, self.drop = layers, drop
 
     def _side_by_side(self, x: Tensor) -> Tensor:
         """Room for [M, r] of each layer."""
@@ -74,7 +84,7 @@ class Group:
 
     def forward(self, x: Tensor, by_base: bool) -> list[Tensor]:
         """y = x W^T + s low B^T + b of each layer, [M, N], for x [M, K]. Never by the bases."""
-        x = _dense_rows(x)
+        x = dense_rows(x)
         low, sums = self.low(x), []
         for layer in self.layers:
             y = x.new_empty(x.shape[0], layer.lora_B.shape[0])
@@ -86,7 +96,7 @@ class Group:
 
     def take(self, grads: Sequence[Tensor]) -> None:
         """The gradients dy [M, N] of each layer, from which the others follow."""
-        self.grads = [_dense_rows(dy) for dy in grads]
+        self.grads = [dense_rows(dy) for dy in grads]
         self.dlow, sums = self._side_by_side(self.grads[0]), []
         for layer, dy in self._both():  # s dy B: [M, N] @ [N, r]
             terms, out = [Term(dy, layer.lora_B, False)], self.dlow[:, layer.columns]
@@ -110,7 +120,7 @@ class Group:
 
     def grad_tensors(self, x: Tensor, need: Sequence[bool]) -> list[Tensor | None]:
         """Of the small tensors of each layer, for x [M, K]."""
-        x = _dense_rows(x)
+        x = dense_rows(x)
         found: list[Tensor | None] = [None] * len(need)
         dropped, dlow, sums = self.drop(x), _turned(self.dlow), []
         low = _turned(self.low(x)) if any(need[1::TENSORS]) else None
@@ -134,10 +144,6 @@ class Group:
 
 def _even(n: int) -> int:
     return n + n % 2
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _turned(x: Tensor) -> Tensor:

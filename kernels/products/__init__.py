@@ -24,7 +24,7 @@ from ..nf4 import NF4Tensor
 from . import cpu
 from .terms import Sum, Term
 
-__all__ = ["Sum", "Term", "available", "sums_of_products", "takes"]
+__all__ = ["Sum", "Term", "available", "dense_rows", "sums_of_products", "takes"]
 
 BLOCK = 64  # values of an NF4 row that the kernel unpacks at a time
 
@@ -43,6 +43,11 @@ def takes(w: Tensor | NF4Tensor) -> bool:
     if not isinstance(w, NF4Tensor):
         return False
     return N % 2 == 0 and K % BLOCK == 0 and w.block_size % BLOCK == 0
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """x [M, K] with the values of a row side by side."""
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def sums_of_products(sums: Sequence[Sum]) -> None:

@@ -50,15 +50,23 @@ def geglu(gate: Tensor, up: Tensor, *, approximate: str = "tanh") -> Tensor:
     return gated(gate, up, APPROXIMATIONS[approximate])
 
 
-def gated_backward_(grad: Tensor, gate: Tensor, up: Tensor, hidden_act: str) -> None:
-    """Backward in place, for a caller to whom all three belong: y is written over its gradient
-    `grad`, d gate over gate and d up over up. All contiguous, of one shape and dtype.
+def gated_backward_(
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    hidden_act: str,
+    into: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Backward in place, for a caller to whom the tensors belong: y is written over its gradient
+    `grad`, d gate over gate and d up over up, or `into` two others. All contiguous, of one shape
+    and dtype.
     """
+    dgate, dup = into or (gate, up)
     backend = _backend(gate, up) if grad.dtype == gate.dtype else reference
     if backend is reference:
-        return reference.gated_backward_(grad, gate, up, hidden_act)
+        return reference.gated_backward_(grad, gate, up, dgate, dup, hidden_act)
     with dispatch.on_device(gate):
-        backend.backward(grad, gate, up, gate, up, grad, hidden_act)
+        backend.backward(grad, gate, up, dgate, dup, grad, hidden_act)
 
 
 class GatedActivation(torch.autograd.Function):

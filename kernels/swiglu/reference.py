@@ -11,7 +11,9 @@ def gated(gate: Tensor, up: Tensor, hidden_act: str) -> Tensor:
     return _activation(gate, hidden_act) * up
 
 
-def gated_backward_(grad: Tensor, gate: Tensor, up: Tensor, hidden_act: str) -> None:
+def gated_backward_(
+    grad: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, hidden_act: str
+) -> None:
     act = _activation(gate, hidden_act)
     through = grad * up
     if hidden_act == "silu":
@@ -19,9 +21,9 @@ def gated_backward_(grad: Tensor, gate: Tensor, up: Tensor, hidden_act: str) -> 
     else:
         approximate = APPROXIMATE[hidden_act]
         slope = torch.ops.aten.gelu_backward(through, gate, approximate=approximate)
-    gate.copy_(slope)
+    dgate.copy_(slope)
     torch.mul(act, up, out=through)
-    torch.mul(grad, act, out=up)
+    torch.mul(grad, act, out=dup)
     grad.copy_(through)
 
 

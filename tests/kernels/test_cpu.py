@@ -342,7 +342,11 @@ def test_gated_backward_in_place(isa, n, dtype, hidden_act, seed):
         leaves = gate.clone().requires_grad_(), up.clone().requires_grad_()
         y = kernels.gated(*leaves, hidden_act)
         expected = [y, *torch.autograd.grad(y, leaves, grad)]
+        twice, into = grad.clone(), (torch.empty_like(gate), torch.empty_like(up))
+        kernels.gated_backward_(twice, gate, up, hidden_act, into)
         kernels.gated_backward_(grad, gate, up, hidden_act)
+    for one, other in zip((twice, *into), (grad, gate, up), strict=True):
+        assert torch.equal(one, other)
     for ours, same in zip((grad, gate, up), expected, strict=True):
         assert torch.equal(ours, same)
 

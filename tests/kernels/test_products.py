@@ -1,0 +1,201 @@
+"""Sums of products straight from packed weights, against fp64, and the layers that consist of them
+against the ones that consist of torch's products.
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorakit import kernels
+from lorakit.kernels import dispatch, products
+from lorakit.kernels.lora_linear import cpu, reference
+from lorakit.kernels.products import Sum, Term, reference as spelled_out, sums_of_products
+
+AVX512BF16 = dispatch.library() is not None and "avx512bf16" in dispatch.runnable()
+pytestmark = pytest.mark.skipif(not AVX512BF16, reason="the processor has no products of bf16")
+
+BF16 = torch.bfloat16
+seeds = st.integers(0, 2**31)
+sizes = st.sampled_from([1, 2, 5, 6, 7, 12, 13, 17, 40, 63, 64, 65, 100, 130])
+
+
+def fenced(shape, dtype, width=None):
+    """A matrix of NaN between others: rows `width` apart, with a row before and behind it."""
+    width = width or shape[1] + 3
+    whole = torch.full((shape[0] + 2, width), float("nan"), dtype=dtype)
+    return whole, whole[1:-1, : shape[1]]
+
+
+def term(generator, M, N, depth, kind, turned):
+    """Matrices whose rows lie apart, between NaN: what is read too far is seen."""
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator)
+
+    a = fenced((M, depth), BF16)[1].copy_(random(M, depth))
+    shape = (N, depth) if turned else (depth, N)
+    if kind in ("nf4", "fp4"):
+        quantize = kernels.quantize_nf4 if kind == "nf4" else kernels.quantize_fp4
+        return Term(a, quantize(random(*shape).to(BF16), double_quant=N % 2 == 0), turned)
+    b = fenced(shape, BF16 if kind == "bf16" else torch.float32)[1].copy_(random(*shape))
+    return Term(a, b, turned, 1.5 if kind == "fp32" else 1.0)
+
+
+def exactly(terms, scale, bias):
+    """In fp64, of the values in bf16 that are multiplied; and the same of all magnitudes."""
+    total = size = 0
+    for a, b, turned, factor in terms:
+        b = spelled_out.dense(b, factor).double()
+        b = b.t() if turned else b
+        a = a[:, : len(b)].double()
+        total, size = total + a @ b, size + a.abs() @ b.abs()
+    bias = torch.zeros(()) if bias is None else bias
+    return scale * total + bias.double(), abs(scale) * size + bias.abs()
+
+
+@settings(max_examples=150)
+@given(
+    sizes, sizes,
+    st.lists(st.tuples(st.sampled_from(["bf16", "fp32", "nf4", "fp4"]), st.booleans(),
+                       st.sampled_from([2, 6, 16, 64, 128])), min_size=1, max_size=3),
+    st.booleans(), st.booleans(), seeds,
+)  # fmt: skip
+def test_a_sum_is_exact_but_for_its_roundings(M, N, kinds, wide, biased, seed):
+    """Products of bf16 are exact in fp32; each of the sums that add them up rounds to 2^-24, some
+    more often than once a value, and the result rounds to its dtype.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    terms = []
+    for kind, turned, depth in kinds:
+        if kind in ("nf4", "fp4"):  # rows of whole blocks
+            depth, N = (64 if turned else depth), (N if turned else 64 * -(-N // 64))
+        terms.append((kind, turned, depth))
+    terms = [term(generator, M, N, depth, kind, turned) for kind, turned, depth in terms]
+    bias = torch.randn(N, generator=generator) if biased else None
+    whole, out = fenced((M, N), torch.float32 if wide else BF16)
+    sums_of_products([Sum(terms, out, 0.75, bias)])
+    exact, size = exactly(terms, 0.75, bias)
+    depth = sum(a.shape[1] for a, *_ in terms)
+    allowed = 2**-24 * (depth + 3) * size + (0 if wide else 2**-8) * exact.abs()
+    assert ((out.double() - exact).abs() <= allowed).all()
+    assert whole[0].isnan().all()
+    assert whole[-1].isnan().all()
+    assert whole[1:-1, N:].isnan().all()
+    same = torch.empty_like(out)
+    spelled_out.sums_of_products([Sum(terms, same, 0.75, bias)])
+    assert ((same.double() - exact).abs() <= allowed).all()
+
+
+@settings(max_examples=40)
+@given(sizes, sizes, st.booleans(), seeds)
+def test_what_is_less_deep_ends_in_zeros(M, N, turned, seed):
+    """An odd number of values along the depth is filled up by a zero; a's counterpart is read."""
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(M, 8, generator=generator).to(BF16)
+    b = fenced((N, 7) if turned else (7, N), BF16)[1]
+    b.copy_(torch.randn(b.shape, generator=generator))
+    out = torch.empty(M, N)
+    sums_of_products([Sum([Term(a, b, turned)], out)])
+    exact, size = exactly([Term(a, b, turned, 1.0)], 1.0, None)
+    assert ((out.double() - exact).abs() <= 2**-24 * 11 * size).all()
+
+
+def test_the_number_of_threads_changes_no_bit():
+    generator = torch.Generator().manual_seed(0)
+    terms = [term(generator, 100, 200, 128, kind, True) for kind in ("nf4", "fp32")]
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(torch.empty(100, 200, dtype=BF16))
+            sums_of_products([Sum(terms, found[-1]), Sum(terms[:1], torch.empty(100, 200))])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_which_weights_it_takes():
+    w = torch.randn(6, 128)
+    assert products.takes(w.to(BF16))
+    assert products.takes(kernels.quantize_nf4(w))
+    assert not products.takes(w)  # fp32
+    assert not products.takes(kernels.quantize_nf4(w, block_size=32))
+    assert not products.takes(kernels.quantize_nf4(torch.randn(6, 96)))  # rows end inside a block
+    assert not products.takes(kernels.quantize_nf4(w[:5]))
+    assert not products.takes(kernels.quantize_int8(w))
+    assert not products.available(w)
+    with kernels.use_backend("reference"):
+        assert not products.available(w.to(BF16))
+
+
+class Frozen:
+    def __init__(self, stored, bias=None):
+        self.stored, self.bias = stored, bias
+
+    def __call__(self, x):
+        raise AssertionError("the weight is not asked for by calling the layer")
+
+
+def passes(group, x, dys, need):
+    """Outputs and gradients, forward and backward."""
+    ys = group.forward(x, by_base=False)
+    group.take(dys)
+    return [*ys, group.grad_x(), *group.grad_tensors(x, need)]
+
+
+@settings(max_examples=40)
+@given(
+    st.sampled_from([1, 7, 50]), st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    st.booleans(), st.booleans(), st.sampled_from([0.0, 0.5, 1.0]), seeds,
+)  # fmt: skip
+def test_layers_of_one_input_agree(M, ranks, packed, biased, rate, seed):
+    """The same outputs and gradients as from torch's products of fp32 copies, but for three
+    roundings to bf16: of A or B, of x A^T or s dy B, and of the result, each at most 2^-9 of the
+    sum of the magnitudes. Ranks may be odd.
+    """
+    torch.manual_seed(seed)
+    K, static, dense, tensors = 64, [], [], []
+    for rank, N in zip(ranks, [32, 64, 6], strict=False):
+        w = torch.randn(N, K).to(BF16)
+        if packed:
+            stored = kernels.quantize_nf4(w)
+            w = kernels.dequantize_nf4(stored)
+        static.append((Frozen(stored if packed else w), 0.5))
+        dense.append((Frozen(w.float()), 0.5))
+        bias = torch.randn(N).to(BF16) if biased else None
+        tensors += [torch.randn(rank, K), torch.randn(N, rank), bias, None]
+    x = torch.randn(M, 2 * K).to(BF16)[:, ::2]  # values not side by side
+    dys = [torch.randn(M, len(B)).to(BF16) for B in tensors[1::4]]
+    need = [t is not None for t in tensors]
+
+    def drop(t):  # the same mask for all
+        return reference.Dropout(rate, 3)(t.to(BF16)).to(t.dtype)
+
+    drop.rate = rate
+    ours = passes(cpu.group(x, static, drop, tensors), x, dys, need)
+    wide = reference.Group(dense, drop, tensors, torch.float32)
+    exact = passes(wide, x.float(), [dy.float() for dy in dys], need)
+    positive = [(Frozen(base.stored.abs()), s) for base, s in dense]
+    sizes = passes(
+        reference.Group(positive, drop, [t if t is None else t.abs() for t in tensors], torch.float32),
+        x.float().abs(), [dy.float().abs() for dy in dys], need,
+    )  # fmt: skip
+    for found, same, size in zip(ours, exact, sizes, strict=True):
+        if same is None:
+            assert found is None
+        else:
+            assert found.shape == same.shape
+            assert ((found.float() - same).abs() <= 3 * 2**-9 * size + 1e-6).all()
+
+
+def test_a_layer_that_does_not_fit_takes_torchs_products():
+    x, A, B = torch.randn(40, 64).to(BF16), torch.randn(2, 64), torch.randn(6, 2)
+    static, drop = [(Frozen(torch.randn(6, 64).to(BF16)), 1.0)], reference.Dropout(0.0, 0)
+    assert cpu.group(x, static, drop, [A, B, None, None])
+    for other in ([A, B, None, torch.ones(6)], [A.to(BF16), B, None, None]):  # the first is DoRA
+        assert cpu.group(x, static, drop, other) is None
+    assert cpu.group(x[:0], static, drop, [A, B, None, None]) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cpu.group(x, static, drop, [A, B, None, None]) is None
