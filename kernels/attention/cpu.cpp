@@ -25,6 +25,9 @@
 // that of the last tokens comes first, as it does in the list, so that whoever is waited for is at work or done. The
 // order of every sum is thus fixed by the document alone, and neither the number of threads nor what else is in the
 // batch changes a bit.
+#if defined(__AVX512F__)
+#define LORAKIT_ANY_LANES
+#endif
 #include "simd.h"
 
 #include <math.h>
@@ -34,7 +37,7 @@ namespace {
 
 using namespace simd;
 
-constexpr int64_t LINE = sizeof(Vec) / sizeof(float);  // floats of a vector
+constexpr int64_t LINE = LANES;  // floats of a vector
 // A tile has up to TILE rows of ACROSS vectors of sums: 24 of the 32 registers of AVX-512, 12 of the 16 of AVX2.
 constexpr int64_t TILE = LINE == 16 ? 8 : 6;
 constexpr int64_t ACROSS = LINE == 16 ? 3 : 2;
@@ -107,16 +110,15 @@ struct Single {
 #if defined(__AVX512BF16__)
 // Two bf16 are a word, the earlier one in its lower half. vdpbf16ps sums their products in fp32; it and the rounding
 // take subnormal numbers as 0, which loses at most 1.2e-38 of an operand or a sum.
-template <class V>
 struct Pairs {
     static constexpr int64_t PAIR = 2;
-    static V multiply(V a, V b, V sum) {
+    static Vec multiply(Vec a, Vec b, Vec sum) {
         return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
     }
-    static __m512i round(const V (&x)[2]) {  // all of x[0], then all of x[1]
+    static __m512i round(const Vec (&x)[2]) {  // all of x[0], then all of x[1]
         return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(x[1].v, x[0].v));
     }
-    static V words(const V (&x)[2]) {
+    static Vec words(const Vec (&x)[2]) {
         const __m512i n = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
         const __m512i order = _mm512_or_si512(n, _mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(16)), 16));
         return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(order, round(x)))};
@@ -127,7 +129,7 @@ struct Pairs {
             _mm512_storeu_si512(to + i / 2, _mm512_maskz_loadu_epi16(inside, x + i));
         }
     }
-    static void put(const V (&x)[2], float* to, int64_t apart, int64_t n) {
+    static void put(const Vec (&x)[2], float* to, int64_t apart, int64_t n) {
         float* const place = to + n / 2;
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(place), _mm512_castsi512_si256(round(x)));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(place + apart), _mm512_extracti64x4_epi64(round(x), 1));
@@ -135,14 +137,14 @@ struct Pairs {
 };
 #endif
 
-template <class T, bool = sizeof(T) == 2 && LINE == 16>
+template <class T>
 struct Operands {
     using Type = Single;
 };
 #if defined(__AVX512BF16__)
-template <class T>
-struct Operands<T, true> {
-    using Type = Pairs<Vec>;
+template <>
+struct Operands<uint16_t> {
+    using Type = Pairs;
 };
 #endif
 
@@ -212,8 +214,7 @@ void multiply(const Product& x, int64_t rows, int64_t columns) {
 
 // LINE vectors as the rows of a matrix become its columns.
 #if defined(__AVX512F__)
-template <class V>
-void transpose(V (&a)[16]) {
+inline void transpose(Vec (&a)[16]) {
     __m512 pairs[16], fours[16];
     for (int i = 0; i < 16; i += 2) {
         pairs[i] = _mm512_unpacklo_ps(a[i].v, a[i + 1].v);
@@ -236,10 +237,8 @@ void transpose(V (&a)[16]) {
         a[i + 12].v = _mm512_shuffle_f32x4(odd_top, odd_rest, 0xdd);
     }
 }
-#endif
-template <class V>
-void transpose(V (&a)[8]) {
-#if defined(__AVX2__)
+#elif defined(__AVX2__)
+inline void transpose(Vec (&a)[8]) {
     __m256 pairs[8], fours[8];
     for (int i = 0; i < 8; i += 2) {
         pairs[i] = _mm256_unpacklo_ps(a[i].v, a[i + 1].v);
@@ -255,7 +254,9 @@ void transpose(V (&a)[8]) {
         a[i].v = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
         a[i + 4].v = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
     }
+}
 #else
+inline void transpose(Vec (&a)[8]) {
     for (int i = 0; i < 8; ++i) {
         for (int j = 0; j < i; ++j) {
             const float other = a[i].v[j];
@@ -263,8 +264,8 @@ void transpose(V (&a)[8]) {
             a[j].v[i] = other;
         }
     }
-#endif
 }
+#endif
 
 // ---- one unit ------------------------------------------------------------------------------------------------------
 
