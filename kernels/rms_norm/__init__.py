@@ -131,10 +131,8 @@ class AddRMSNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
-        rows, options = (
-            (_rows(g.contiguous()) for g in grads),
-            (ctx.offset, ctx.needs_input_grad[2]),
-        )
+        rows = (_rows(g.contiguous()) for g in grads)
+        options = ctx.offset, ctx.needs_input_grad[2]
         dx, dw = ctx.backend.gradients(*rows, *ctx.saved_tensors, *options)
         dx = dx.view(grads[0].shape)
         return dx, dx, dw, *(None,) * 4
