@@ -12,11 +12,7 @@
 // a time.
 //
 // Blocks are counted over the flattened tensor, so a row length that is no multiple of the block size is fine.
-#include "simd.h"
-
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include "packed.h"
 
 namespace {
 
@@ -214,8 +210,6 @@ void quantize_blocks(void* data, int64_t first, int64_t last) {
     }
 }
 
-constexpr int64_t GROUP = 256;  // scales that share one of their own
-
 struct QuantizeScales {
     const float* absmax;    // [n]
     const float* middles;   // [255], of the neighbours in the dynamic map
@@ -298,17 +292,6 @@ void search_blocks(void* data, int64_t first, int64_t last) {
     }
 }
 
-struct Packed {
-    const uint8_t* codes;  // [ceil(n / 2)]
-    const void* absmax;    // [ceil(n / block)], uint8 with double quantization, else fp32
-    const float* nested;   // [ceil(blocks / GROUP)], or null
-    const float* offset;   // []
-    const float* map;      // [256]
-    const float* table;    // [16]
-    int64_t block;
-    float largest;         // that a scale of double quantization may be
-};
-
 // f(b, scale) for the blocks in [first, last)
 template <class F>
 void for_blocks(const Packed& w, int64_t first, int64_t last, F f) {
@@ -319,10 +302,7 @@ void for_blocks(const Packed& w, int64_t first, int64_t last, F f) {
         if (w.nested) {
             const uint8_t* codes = static_cast<const uint8_t*>(w.absmax) + first;
             const float nested = w.nested[group], offset = *w.offset;
-            for (int64_t i = 0; i < end - first; ++i) {
-                const float scale = w.map[codes[i]] * nested + offset;
-                made[i] = scale > w.largest ? w.largest : scale;
-            }
+            for (int64_t i = 0; i < end - first; ++i) made[i] = double_quantized(w, codes[i], nested, offset);
             scales = made;
         }
         for (int64_t b = first; b < end; ++b) f(b, scales[b - first]);
@@ -357,30 +337,6 @@ void store16(__m256 a, __m256 b, uint16_t* out) {
 #endif
 
 #if defined(__AVX512F__)
-// A table of 16 values, from which 16 bytes of codes look up 32. Each byte is spread over two lanes and shifted there,
-// so that the lowest bits of an index, all that a permutation reads, are its higher code in the even lane and its lower
-// one in the odd.
-struct Table16 {
-    __m512i v;
-};
-struct Table32 {  // every value twice: the lowest bit of an index is any
-    __m512i v;
-};
-
-void make_table(__m512 levels, float scale, Table16& out) {
-    out.v = _mm512_castps_si512(_mm512_mul_ps(levels, _mm512_set1_ps(scale)));
-}
-void make_table(__m512 levels, float scale, Table32& out) {
-    const __m512i bits = _mm512_castps_si512(_mm512_mul_ps(levels, _mm512_set1_ps(scale)));
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i upper = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));  // ties to even
-    out.v = _mm512_mask_blend_epi16(0x55555555, upper, _mm512_srli_epi32(upper, 16));
-}
-
-__m512i spread(const uint8_t* codes, __m512i where) {
-    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))), where);
-}
-
 void look_up32(const Table16& table, const uint8_t* codes, float* out) {
     // two lanes of 32 bits to a byte; 0x80 gives a zero
     const __m512i where = _mm512_add_epi32(_mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7),
@@ -394,12 +350,7 @@ void look_up32(const Table16& table, const uint8_t* codes, float* out) {
 }
 
 void look_up32(const Table32& table, const uint8_t* codes, uint16_t* out) {
-    // two lanes of 16 bits to a byte, which goes to the lower half of the even one and the upper half of the odd
-    const __m512i byte = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i where = _mm512_add_epi32(_mm512_mullo_epi32(byte, _mm512_set1_epi32(0x01000001)),
-                                           _mm512_set1_epi32(0x00808000));
-    const __m512i index = _mm512_srlv_epi16(spread(codes, where), _mm512_set1_epi32(0x00070003));
-    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, table.v));
+    _mm512_storeu_si512(out, looked_up32(table, codes));
 }
 
 template <class T>

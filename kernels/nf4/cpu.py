@@ -21,7 +21,7 @@ HOST = torch.device("cpu")
 
 
 class Packed(ctypes.Structure):
-    """cpu.cpp's."""
+    """packed.h's."""
 
     _fields_ = (
         *((name, POINTER) for name in ("codes", "absmax", "nested", "offset", "map", "table")),
@@ -127,6 +127,12 @@ def _arguments(q: NF4Tensor, parts: list[Tensor | None]) -> tuple:
     """Of Packed; the parts must live until the call."""
     tables = _tables(q.quant_type)
     return *map(address, parts), *tables, q.block_size, largest_scale(q.dtype)
+
+
+def packed_arguments(q: NF4Tensor) -> tuple[Packed, list[Tensor | None]]:
+    """q for a kernel, and what must live until the call."""
+    parts = _parts(q)
+    return Packed(*_arguments(q, parts)), parts
 
 
 def dequantize(q: NF4Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@
 //
 // The threads share the tiles of every sum evenly, so that two may lay out the same panel. A sum runs over the depth in
 // order, in one thread: how many there are changes no bit.
-#include "simd.h"
+#include "../nf4/packed.h"
 
 #if defined(__AVX512BF16__)
 
@@ -20,14 +20,11 @@ namespace {
 
 // A matrix [rows, columns], row by row (cpu.py has the same layouts).
 struct Matrix {
-    const void* data;            // bf16, fp32, or codes
-    int64_t kind, stride;        // 0 bf16, 1 fp32, 2 codes; values from one row to the next
-    float factor;                // fp32 values times this
-    const float* levels;         // [16], of codes
-    const void* absmax;          // of codes: fp32 scales, or their codes where there is `nested`
-    const float *nested, *map, *offset;
-    float largest;               // of what the original's dtype holds
-    int64_t block;               // values of a block, a multiple of 64
+    const void* data;       // bf16 or fp32
+    int64_t stride;         // values from one row to the next
+    int64_t kind;           // 0 bf16, 1 fp32, 2 packed
+    float factor;           // fp32 values times this
+    const Packed* packed;   // in blocks of a multiple of 64
 };
 
 struct Term {
@@ -56,30 +53,14 @@ struct Sums {
 
 inline __m512i bf16_of(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
-inline float scale_of(const Matrix& m, int64_t block) {
-    if (!m.nested) return static_cast<const float*>(m.absmax)[block];
-    const float code = m.map[static_cast<const uint8_t*>(m.absmax)[block]];
-    const float scale = code * m.nested[block / 256] + *m.offset;
-    return scale < m.largest ? scale : m.largest;
-}
-
 // The 64 values of a row that begin at `column`, as bf16; zeros from `count` on. Codes begin with a block.
 inline void load64(const Matrix& m, int64_t row, int64_t column, int64_t count, __m512i (&out)[2]) {
     const int64_t at = row * m.stride + column;
     if (m.kind == 2) {
-        const __m512 levels = _mm512_loadu_ps(m.levels);
-        const __m512i bits = _mm512_castps_si512(_mm512_mul_ps(levels, _mm512_set1_ps(scale_of(m, at / m.block))));
-        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-        const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-        const __m256i once = _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
-        const __m512i table = _mm512_broadcast_i64x4(once);
-        const uint8_t* codes = static_cast<const uint8_t*>(m.data) + at / 2;
-        for (int i = 0; i < 2; ++i) {
-            // of an index vpermw reads five bits, and the table repeats after four
-            const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes) + i));
-            const __m512i index = _mm512_or_si512(_mm512_srli_epi32(byte, 4), _mm512_slli_epi32(byte, 16));
-            out[i] = _mm512_permutexvar_epi16(index, table);
-        }
+        const Packed& w = *m.packed;
+        Table32 table;
+        make_table(_mm512_loadu_ps(w.table), scale_of(w, at / w.block), table);
+        for (int64_t i = 0; i < 2; ++i) out[i] = looked_up32(table, w.codes + at / 2 + 16 * i);
         return;
     }
     const uint64_t mask = count >= 64 ? ~0ull : count > 0 ? (1ull << count) - 1 : 0;

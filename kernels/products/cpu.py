@@ -8,24 +8,19 @@ from torch import Tensor
 
 from .. import dispatch
 from ..dispatch import FLOAT, INT64, POINTER, address
-from ..nf4 import NF4Tensor
-from ..nf4.tensor import dynamic_map, levels
+from ..nf4.cpu import packed_arguments
 from . import terms as given
 
 LANES = 64  # columns of a panel at most
+PACKED = 2  # the kind of a matrix
 
 
 class Matrix(ctypes.Structure):
     """cpu.cpp's."""
 
     _fields_ = (
-        ("data", POINTER),
-        ("kind", INT64),
-        ("stride", INT64),
-        ("factor", FLOAT),
-        *((name, POINTER) for name in ("levels", "absmax", "nested", "map", "offset")),
-        ("largest", FLOAT),
-        ("block", INT64),
+        *(("data", POINTER), ("stride", INT64), ("kind", INT64)),
+        *(("factor", FLOAT), ("packed", POINTER)),
     )
 
 
@@ -58,38 +53,28 @@ class Sums(ctypes.Structure):
     )
 
 
-def _matrix(b: Tensor | NF4Tensor, factor: float) -> Matrix:
+def _term(term: given.Term, held: list) -> tuple:
+    """The fields of Term. What they point at goes to `held`."""
+    a, b, turned, factor = term
     if isinstance(b, Tensor):
-        return Matrix(b.data_ptr(), int(b.dtype == torch.float32), b.stride(0), factor)
-    table = levels(b.quant_type, b.device).data_ptr()
-    scales = b.absmax.data_ptr(), None, None, None
-    if b.nested_absmax is not None:
-        nested = b.nested_absmax, dynamic_map(b.device), b.offset
-        scales = b.absmax.data_ptr(), *(t.data_ptr() for t in nested)
-    largest = min(torch.finfo(b.dtype).max, torch.finfo(torch.float32).max)
-    return Matrix(b.codes.data_ptr(), 2, b.shape[1], 1.0, table, *scales, largest, b.block_size)
-
-
-def _terms(terms: Sequence[given.Term]) -> ctypes.Array:
-    return (Term * len(terms))(
-        *(
-            (a.data_ptr(), a.stride(0), a.shape[1], _matrix(b, factor), b.shape[turned], turned)
-            for a, b, turned, factor in terms
-        )
-    )
+        matrix = Matrix(b.data_ptr(), b.stride(0), b.dtype == torch.float32, factor)
+    else:
+        packed, parts = packed_arguments(b)
+        held += packed, parts
+        matrix = Matrix(None, b.shape[1], PACKED, 1.0, ctypes.addressof(packed))
+    return a.data_ptr(), a.stride(0), a.shape[1], matrix, b.shape[turned], turned
 
 
 def sums_of_products(sums: Sequence[given.Sum]) -> None:
-    held = [_terms(terms) for terms, *_ in sums]  # until the kernel is done
-    passed = (Sum * len(sums))(
-        *(
-            (ctypes.addressof(mine), len(mine), *out.shape, out.data_ptr(), out.stride(0),
-             out.dtype == torch.float32, scale, address(bias))
-            for mine, (_, out, scale, bias) in zip(held, sums, strict=True)
-        )
-    )  # fmt: skip
-    size = LANES // 2 * max(sum(a.shape[1] for a, *_ in terms) for terms, *_ in sums)
-    threads = torch.get_num_threads()
+    held, passed, depth = [], [], 0
+    for terms, out, scale, bias in sums:
+        mine = (Term * len(terms))(*(_term(term, held) for term in terms))
+        held.append(mine)
+        place = out.data_ptr(), out.stride(0), out.dtype == torch.float32
+        passed.append((ctypes.addressof(mine), len(mine), *out.shape, *place, scale, address(bias)))
+        depth = max(depth, sum(a.shape[1] for a, *_ in terms))
+    passed = (Sum * len(passed))(*passed)
+    threads, size = torch.get_num_threads(), depth // 2 * LANES
     space = torch.empty(threads * size, dtype=torch.int32, device=sums[0].out.device)
     arguments = Sums(ctypes.addressof(passed), space.data_ptr(), len(sums), threads, size)
     dispatch.function("sums_of_products", POINTER)(ctypes.addressof(arguments))
