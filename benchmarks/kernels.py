@@ -229,8 +229,8 @@ def rows_of(case: Case, chosen: Collection[str], clock: Clock, bandwidth: float)
         return lambda: backward_of(calls[name], given)()
 
     passes = [(case.op, forward, forward, case.moved)]
-    if case.inputs and not case.overwrites:
-        passes.append((f"{case.op} backward", backward, both, case.moved_back))
+    if len(case.passes) == 2:
+        passes.append((case.passes[1], backward, both, case.moved_back))
     rows = []
     for op, timed, weighed, moved in passes:
         found = measure({name: partial(timed, name) for name in calls}, clock)
