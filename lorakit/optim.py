@@ -6,7 +6,7 @@ nothing to save, nothing to resume.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from inspect import unwrap
 from typing import Any
 
@@ -18,6 +18,7 @@ from .kernels import Moment8bit, adamw_step, adamw_step_8bit
 
 # Values of a parameter with 8-bit state (bitsandbytes' rule); fewer are not worth the noise.
 MIN_8BIT_SIZE = 4096
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class _Plain:
@@ -90,9 +91,9 @@ class AdamW(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            for p in params:
-                if not self.state[p]:
-                    self.state[p].update(_zero_state(p, group["state_bits"]))
+            fresh = [p for p in params if not self.state[p]]
+            for p, state in zip(fresh, _zero_states(fresh, group["state_bits"]), strict=True):
+                self.state[p].update(state)
             group["step"] += 1
             options = {name: group[name] for name in ("step", "lr", "betas", "eps", "weight_decay")}
             in_8bit = [p for p in params if "exp_avg_absmax" in self.state[p]]
@@ -117,15 +118,34 @@ class AdamW(torch.optim.Optimizer):
         return Moment8bit(self.state[p][name], self.state[p][f"{name}_absmax"])
 
 
-def _zero_state(p: Tensor, state_bits: int) -> dict[str, Tensor]:
-    """The state before the first step."""
-    state = {}
-    for name in ("exp_avg", "exp_avg_sq"):
-        if state_bits == 8 and p.numel() >= MIN_8BIT_SIZE:
-            state[name], state[f"{name}_absmax"] = Moment8bit.zeros(p.numel(), p.device)
-        else:
-            state[name] = torch.zeros_like(p, dtype=torch.float32)
-    return state
+def _zero_states(params: list[Tensor], state_bits: int) -> Iterator[dict[str, Tensor]]:
+    """The states before the first step. Those in fp32 lie side by side: made one by one, in the
+    middle of training, they would cut the heap's free memory into pieces too short for activations.
+    """
+    in_8bit = [state_bits == 8 and p.numel() >= MIN_8BIT_SIZE for p in params]
+    wide = [p for p, few_bits in zip(params, in_8bit, strict=True) if not few_bits]
+    both = [iter(_side_by_side(wide)) for _ in MOMENTS]
+    for p, few_bits in zip(params, in_8bit, strict=True):
+        state = {}
+        for name, tensors in zip(MOMENTS, both, strict=True):
+            if few_bits:
+                state[name], state[f"{name}_absmax"] = Moment8bit.zeros(p.numel(), p.device)
+            else:
+                state[name] = next(tensors)
+        yield state
+
+
+def _side_by_side(params: list[Tensor]) -> list[Tensor]:
+    """Zeros in fp32 of the same shapes, in one memory per device."""
+    flat = {}
+    for device in {p.device for p in params}:
+        total = sum(p.numel() for p in params if p.device == device)
+        flat[device] = torch.zeros(total, dtype=torch.float32, device=device)
+    found = []
+    for p in params:
+        mine, flat[p.device] = flat[p.device].split([p.numel(), flat[p.device].numel() - p.numel()])
+        found.append(mine.view(p.shape))
+    return found
 
 
 def learning_rate(kind: str, step: int, total: int, peak: float, warmup_ratio: float) -> float:

@@ -236,7 +236,7 @@ def test_linear_cross_entropy_with_a_packed_head(monkeypatch, kind, softcap):
     linear = importlib.import_module("lorakit.kernels.cross_entropy.linear")
     frozen_linear = importlib.import_module("lorakit.kernels.frozen_linear")
     monkeypatch.setattr(frozen_linear, "PANEL", 64 * 30)  # several panels, the last one short
-    monkeypatch.setattr(linear, "CHUNK_LOGITS", 101 * 7)
+    monkeypatch.setattr(linear, "CHUNK_BYTES", 4 * 101 * 7)
     monkeypatch.setattr(linear, "FEWEST", 1)
     head = packed_layer(nn.Linear(64, 101, bias=False), lk.QuantConfig(kind)).quantized
     labels = torch.randint(0, 101, (25,))

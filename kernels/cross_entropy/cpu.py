@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ..dispatch import CPU_DTYPES, FLOAT, INT64, POINTER, address, run
 from ..frozen_linear import Packed
-from .linear import Form, is_ready, panels
+from ..products import Sum, Term, dense_rows, sums_of_products
+from .linear import Form, by_sums, is_ready, panels
 
 NONE_IGNORED = -(2**62)  # no label
 
@@ -69,6 +70,10 @@ def gradient(
 
 def logits(h: Tensor, head: Tensor | Packed) -> Tensor:
     """h [n, H], head [V, H] -> [n, V] in h's dtype"""
+    if by_sums(h, head):
+        out = torch.empty((len(h), head.shape[0]), dtype=h.dtype)
+        sums_of_products([Sum([Term(dense_rows(h), head, True)], out)])
+        return out
     if is_ready(head, h.dtype):
         return torch.mm(h, head.t())
     out = torch.empty((len(h), head.shape[0]), dtype=h.dtype)

@@ -11,13 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import dispatch
+from .. import dispatch, products
 from ..frozen_linear import Packed, panels
+from ..products import Sum, Term
 
-# Logits held at a time: 48 MB in fp32; on a GPU, which products of few rows leave half idle, 256 MB
-# in bf16, a multiple of TILE rows. But not fewer than FEWEST rows: for every chunk torch lays the
-# head out anew.
-CHUNK_LOGITS, CHUNK_LOGITS_GPU, TILE, FEWEST = 3 << 22, 1 << 27, 128, 128
+# Logits held at a time: 24 MB on a CPU, but not fewer than FEWEST rows, because every chunk lays the
+# head out anew; on a GPU, which products of few rows leave half idle, 256 MB in bf16, a multiple of
+# TILE rows.
+CHUNK_BYTES, FEWEST = 24 << 20, 128
+CHUNK_LOGITS_GPU, TILE = 1 << 27, 128
+DEPTH = 4096  # words whose part of the hidden states' gradient is added up at a time
 
 
 class Form(NamedTuple):
@@ -28,12 +31,12 @@ class Form(NamedTuple):
     z_loss: float = 0.0
 
 
-def _chunk_rows(rows: int, vocabulary: int, device: torch.device) -> int:
+def _chunk_rows(rows: int, vocabulary: int, hidden: Tensor) -> int:
     """Of a chunk, where there are `rows` in all."""
-    if device.type == "cpu":
-        most = max(FEWEST, CHUNK_LOGITS // vocabulary)
-        chunks = -(-rows // most)
-        return dispatch.rounded_up(-(-rows // chunks), device) if chunks else most
+    if hidden.device.type == "cpu":
+        most = max(FEWEST, CHUNK_BYTES // (vocabulary * hidden.element_size()))
+        chunks = max(1, -(-rows // most))
+        return max(1, dispatch.rounded_up(-(-rows // chunks), hidden.device))
     rows = max(1, CHUNK_LOGITS_GPU // vocabulary)
     return rows - rows % TILE if rows > TILE else rows
 
@@ -43,8 +46,21 @@ def is_ready(head: Tensor | Packed, dtype: torch.dtype) -> bool:
     return isinstance(head, Tensor) and head.dtype == dtype
 
 
+def by_sums(h: Tensor, head: Tensor | Packed) -> bool:
+    """Whether the products of h and a dense head are those of `products`."""
+    return isinstance(head, Tensor) and products.available(h) and products.takes(head)
+
+
 def _grad_hidden(grad: Tensor, head: Tensor | Packed, dtype: torch.dtype) -> Tensor:
     """[n, V] @ [V, H] -> [n, H]"""
+    if by_sums(grad, head):
+        part = grad.new_empty(len(grad), head.shape[1], dtype=torch.float32)
+        total = torch.zeros_like(part)
+        for start in range(0, len(head), DEPTH):
+            words = slice(start, start + DEPTH)
+            products.sums_of_products([Sum([Term(grad[:, words], head[words], False)], part)])
+            total += part
+        return total
     if is_ready(head, dtype):
         return grad.to(dtype) @ head
     total = grad.new_zeros(len(grad), head.shape[1], dtype=torch.float32)
@@ -74,7 +90,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         if adapted := lora_A is not None:
             A, sB = lora_A.to(hidden.dtype), (lora_B * scaling).to(hidden.dtype)
         total = hidden.new_zeros((), dtype=torch.float32)
-        step = _chunk_rows(len(labels), weight.shape[0], hidden.device)
+        step = _chunk_rows(len(labels), weight.shape[0], hidden)
         for start in range(0, len(labels), step):
             h, y = hidden[start : start + step], labels[start : start + step]
             n, filling = len(h), dispatch.rounded_up(len(h), h.device) - len(h)

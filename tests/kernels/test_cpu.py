@@ -489,7 +489,7 @@ def test_linear_cross_entropy(dtype, softcap):
 
     from lorakit.kernels.cross_entropy import linear
 
-    with mock.patch.multiple(linear, CHUNK_LOGITS=5 * 300, FEWEST=1):
+    with mock.patch.multiple(linear, CHUNK_BYTES=4 * 5 * 300, FEWEST=1):
         with on_cpu():
             ours = value_and_grads(loss, (hidden, weight))
         with kernels.use_backend("reference"):

@@ -198,7 +198,7 @@ def test_linear_cross_entropy(rows, vocab, ignored, seed, small_chunks, softcap)
     h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
         if small_chunks:  # several chunks
-            patch.setattr(linear, "CHUNK_LOGITS", 3 * vocab)
+            patch.setattr(linear, "CHUNK_BYTES", 4 * 3 * vocab)
             patch.setattr(linear, "FEWEST", 1)
         total, count = kernels.linear_cross_entropy(h, w, labels, softcap=softcap)
         (total * 0.5).backward()
@@ -230,7 +230,7 @@ def test_linear_cross_entropy_of_an_adapted_head(rows, vocab, small_chunks, pack
     ours = [t.clone().requires_grad_() for t in (hidden, A, B)]
     with pytest.MonkeyPatch.context() as patch:
         if small_chunks:
-            patch.setattr(linear, "CHUNK_LOGITS", 3 * vocab)
+            patch.setattr(linear, "CHUNK_BYTES", 4 * 3 * vocab)
             patch.setattr(linear, "FEWEST", 1)
         total, _ = kernels.linear_cross_entropy(ours[0], weight, labels, lora=(*ours[1:], 0.7))
         (total * 0.5).backward()
