@@ -33,6 +33,7 @@ _HOME = {
     "save_adapter": "adapter",
     "save_model": "checkpoint",
     "train": "trainer",
+    "tune_allocator": "memory",
     "unmerge": "lora",
 }
 _MODULES = ("kernels", "memory", "optim")

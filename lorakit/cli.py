@@ -127,6 +127,7 @@ def _take_prompt(args: argparse.Namespace, rest: list[str]) -> bool:
 def _train(args: argparse.Namespace) -> int:
     import torch
 
+    lk.tune_allocator()
     run = lk.RunConfig.from_dict(_read_run_file(args.run_file, args.overrides), str(args.run_file))
     data = {"train": lk.read_rows(run.data.train)}  # bad rows should not wait for the model
     if run.data.validation is not None:

@@ -1,7 +1,9 @@
-"""Memory that a run has used, and memory in large pages."""
+"""Memory that a run has used, memory in large pages, and memory that the allocator keeps."""
 
+import ctypes
 import math
 import mmap
+import platform
 import resource
 import sys
 from collections.abc import Sequence
@@ -11,6 +13,8 @@ import torch
 from torch import Tensor
 
 HUGE_PAGE = 2 << 20  # of x86-64, and of aarch64 with pages of 4 KB
+# of mallopt, in glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def peak_memory_mb(device: torch.device | str = "cpu") -> float:
@@ -48,3 +52,19 @@ def in_large_pages(shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[
         tensors.append(flat.view(*shape))
         start += size
     return tensors
+
+
+def tune_allocator() -> bool:
+    """Let the C library keep the memory of freed tensors for the next ones, in this process and
+    from now on; whether it did, which is only on glibc (most Linux systems).
+
+    By default glibc maps large tensors anew and gives freed memory back, and the system takes a
+    microsecond for each fresh page of 4 KB. What it costs: the process keeps the most memory that
+    it ever had, and its peak may rise by some percent, as nothing returns from the middle of the
+    heap (docs/performance.md has both). `lorakit train` calls it; a program that uses the library
+    decides for itself.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return all(mallopt(*option) for option in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)))

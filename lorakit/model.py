@@ -21,11 +21,11 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from . import kernels
 from .config import LorakitError
 from .model_config import ModelConfig, RopeConfig
+from .recompute import checkpoint
 from .rope import rope_tables
 
 
@@ -363,7 +363,7 @@ class Decoder(nn.Module):
         for i, block in enumerate(self.model.layers):
             view = views[self.config.slides(i)]
             if view.again:
-                x = checkpoint(block, x, view, cache, use_reentrant=False)
+                x = checkpoint(block, x, view, cache)
             else:
                 x = block(x, view, cache)
         return self.model.norm(x)

@@ -23,7 +23,8 @@ ALLOWED = {
     "tokenizer": {"config", "files", "hub", "gguf", "tokenizers", "jinja2"},
     "metrics": set(),
     "memory": set(),
-    "model": {"kernels", "config", "model_config", "rope"},
+    "recompute": set(),
+    "model": {"kernels", "config", "model_config", "recompute", "rope"},
     "quantization": {"kernels", "config"},
     "lora": {"kernels", "config"},
     "checkpoint": {
