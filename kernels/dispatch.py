@@ -104,6 +104,34 @@ def product_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float32 if half and on_cpu and not _multiplies_bf16() else x.dtype
 
 
+def asks_onednn(x: torch.Tensor, w: torch.Tensor) -> bool:
+    """Whether a product of x and w is better asked of oneDNN: in fp32 on AMD's processors with
+    AVX-512. There torch asks MKL, which uses half of their vectors and takes 2.3 times as long.
+    Under autocast torch's product is not in fp32.
+    """
+    fp32 = x.dtype == w.dtype == torch.float32 and x.device.type == "cpu" and len(x) > 0
+    if not fp32 or _forced not in (None, "cpu") or torch.is_autocast_enabled("cpu"):
+        return False
+    return _mkl_is_slow()
+
+
+def linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [M, K] w^T + bias [N] for w [N, K] of any strides: [M, N]. Not differentiable."""
+    if not asks_onednn(x, w):
+        return torch.nn.functional.linear(x, w, bias)
+    n = len(x)
+    filling = rounded_up(n, x.device) - n
+    if filling:
+        x = torch.nn.functional.pad(x, (0, 0, 0, filling))
+    return torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], "")[:n]
+
+
+@functools.cache
+def _mkl_is_slow() -> bool:
+    usable = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return usable and library() is not None and bool(library().lk_mkl_is_slow())
+
+
 @functools.cache
 def _multiplies_bf16() -> bool:
     """Whether the processor does; of another maker's than x86 torch is taken to know best."""

@@ -76,4 +76,14 @@ __attribute__((visibility("default"))) const char* lk_runnable() {
 #endif
 }
 
+// Whether the processor is AMD's and has AVX-512, which MKL, made by Intel, leaves unused there.
+__attribute__((visibility("default"))) int lk_mkl_is_slow() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    return __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512f");
+#else
+    return 0;
+#endif
+}
+
 }  // extern "C"

@@ -5,6 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from .. import dispatch
 from ..dispatch import CPU_DTYPES, FLOAT, INT64, POINTER, address, run
 from ..frozen_linear import Packed
 from ..products import Sum, Term, dense_rows, sums_of_products
@@ -75,7 +76,7 @@ def logits(h: Tensor, head: Tensor | Packed) -> Tensor:
         sums_of_products([Sum([Term(dense_rows(h), head, True)], out)])
         return out
     if is_ready(head, h.dtype):
-        return torch.mm(h, head.t())
+        return dispatch.linear(h, head)
     out = torch.empty((len(h), head.shape[0]), dtype=h.dtype)
     for words, panel in panels(head, h.dtype):
         torch.mm(h, panel.t(), out=out[:, words])

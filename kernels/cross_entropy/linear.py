@@ -62,10 +62,10 @@ def _grad_hidden(grad: Tensor, head: Tensor | Packed, dtype: torch.dtype) -> Ten
             total += part
         return total
     if is_ready(head, dtype):
-        return grad.to(dtype) @ head
+        return dispatch.linear(grad.to(dtype), head.t())
     total = grad.new_zeros(len(grad), head.shape[1], dtype=torch.float32)
     for words, panel in panels(head, dtype):
-        total += grad[:, words].to(dtype) @ panel
+        total += dispatch.linear(grad[:, words].to(dtype), panel.t())
     return total
 
 

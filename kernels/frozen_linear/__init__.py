@@ -22,7 +22,6 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
@@ -114,16 +113,19 @@ def weight_panels(w: Tensor | Packed, dtype: torch.dtype) -> Panels:
 
 def product(x: Tensor, weight: Panels, bias: Tensor | None = None) -> Tensor:
     """x [M, K] times the transpose of a weight [N, K] that comes in panels, plus bias: [M, N]"""
-    parts = [F.linear(x, W, None if bias is None else bias[rows]) for rows, W in weight]
+    parts = [dispatch.linear(x, W, None if bias is None else bias[rows]) for rows, W in weight]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def product_back(grad: Tensor, weight: Panels) -> Tensor:
-    """grad [M, N] times a weight [N, K] that comes in panels: [M, K]"""
-    total = None
+def product_back(grad: Tensor, weight: Panels, total: Tensor | None = None) -> Tensor:
+    """grad [M, N] times a weight [N, K] that comes in panels, added to `total` [M, K] if there is
+    one: [M, K]
+    """
     for rows, W in weight:
         if total is None:
-            total = grad[:, rows] @ W
+            total = dispatch.linear(grad[:, rows], W.t())
+        elif dispatch.asks_onednn(grad, W):
+            total += dispatch.linear(grad[:, rows], W.t())
         else:
             total.addmm_(grad[:, rows], W)
     return total

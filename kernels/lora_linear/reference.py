@@ -129,11 +129,9 @@ class Group:
 
     def grad_x(self) -> Tensor:
         """dx = dy W + s (dy B) A, summed over the layers: [M, K]"""
-        first, *others = zip(self.layers, self.scaled, strict=True)
-        dx = product_back(first[1], first[0].weight())
-        for layer, dy in others:
-            for rows, W in layer.weight():
-                dx.addmm_(dy[:, rows], W)
+        dx = None
+        for layer, dy in zip(self.layers, self.scaled, strict=True):
+            dx = product_back(dy, layer.weight(), dx)
         if self.drop.rate:
             return dx.add_(self.drop(self.dlow @ self.A))
         return dx.addmm_(self.dlow, self.A)

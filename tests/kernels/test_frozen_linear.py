@@ -190,3 +190,23 @@ class Base:
     @property
     def stored(self):
         return self.q
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 37, 64])
+def test_products_of_onednn(rows, turned, monkeypatch):
+    """As exact as torch's in fp32, whatever the strides; how many rows there are is nobody's
+    matter. Sums run in another order: each rounds to 2^-24 of the magnitudes it adds up.
+    """
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("torch was built without oneDNN")
+    monkeypatch.setattr(dispatch, "_mkl_is_slow", lambda: True)
+    x, w, bias = torch.randn(rows, 200)[:, ::2], torch.randn(50, 100), torch.randn(50)
+    w = w.t().contiguous().t() if turned else w
+    y = dispatch.linear(x, w, bias)
+    exact = x.double() @ w.double().t() + bias
+    size = x.abs() @ w.abs().t() + bias.abs()
+    assert y.shape == exact.shape
+    assert ((y.double() - exact).abs() <= 100 * 2**-24 * size).all()
+    with kernels.use_backend("reference"):
+        assert torch.equal(dispatch.linear(x, w, bias), torch.nn.functional.linear(x, w, bias))
