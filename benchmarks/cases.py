@@ -290,8 +290,10 @@ def pack_by_bnb(w: Tensor):
 
 
 def quantization(s: Setting) -> Iterator[Case]:
-    """Double quantization on, blocks of 64."""
-    ops = lk.kernels
+    """Double quantization on, blocks of 64. In panels: all of the matrix in memory that exists, a
+    piece after the other, as products take it.
+    """
+    ops, panels = lk.kernels, importlib.import_module("lorakit.kernels.frozen_linear").panels
     for N, K in s.sizes.matrices:
         w, shape = torch.randn(N, K, device=s.device), f"{N}x{K}"
         q, q8 = ops.quantize_nf4(w), ops.quantize_int8(w)
@@ -306,6 +308,11 @@ def quantization(s: Setting) -> Iterator[Case]:
                 lambda q=q, d=dtype: ops.dequantize_nf4(q, d),
                 {"bitsandbytes": lambda p=packed: bnb().functional.dequantize_4bit(*p())},
             )  # fmt: skip
+        yield Case(
+            "nf4 panels", shape, q.nbytes + N * K * s.dtype.itemsize,
+            lambda q=q: [None for _ in panels(q, s.dtype)], {},
+            kernels=("reference", "cpu"),
+        )  # fmt: skip
         yield Case(
             "int8 dequantize", shape, q8.nbytes + N * K * s.dtype.itemsize,
             lambda q=q8: ops.dequantize_int8(q, s.dtype),
@@ -446,7 +453,7 @@ CASES: dict[Callable[[Setting], Iterator[Case]], tuple[str, ...]] = {
     heads: ("linear_cross_entropy",),
     optimizer: ("adamw", "adamw 8-bit"),
     quantization: (
-        "nf4 quantize", "nf4 to float32", "nf4 to bfloat16", "nf4 rows", "int8 dequantize"
+        "nf4 quantize", "nf4 to float32", "nf4 to bfloat16", "nf4 panels", "nf4 rows", "int8 dequantize"
     ),
     products: ("frozen_linear",),
     adapters: ("lora_linear", "lora_mlp"),

@@ -9,8 +9,8 @@
             +---- + s * --------+
 
 A `LoraLinear` owns its base and asks four things of it: `base(x)`, `base.dequantize()`,
-`base.stored`, the weight as the kernels take it, and `base.requantize(w)`. What the base stores, four bits or thirty-two, is not
-its business.
+`base.stored`, the weight as the kernels take it, and `base.requantize(w)`. What the base stores,
+four bits or thirty-two, is not its business.
 
 A merged layer computes with one dense weight, W + s B A, in its dtype; the base is kept beside it,
 so that unmerge restores the very bits (subtracting s B A again would not). A and B are fp32

@@ -362,10 +362,7 @@ class Decoder(nn.Module):
         x = self.embed(input_ids)
         for i, block in enumerate(self.model.layers):
             view = views[self.config.slides(i)]
-            if view.again:
-                x = checkpoint(block, x, view, cache)
-            else:
-                x = block(x, view, cache)
+            x = checkpoint(block, x, view, cache) if view.again else block(x, view, cache)
         return self.model.norm(x)
 
     def embed(self, input_ids: Tensor) -> Tensor:

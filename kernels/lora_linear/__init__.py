@@ -57,7 +57,6 @@ from ..frozen_linear import Packed
 from . import cpu, reference
 from .reference import TENSORS, Dropout
 
-
 Again = tuple[Callable[[Tensor], Tensor], Tensor] | None
 
 
@@ -121,7 +120,9 @@ def lora_mlp(
     activation, or where the dropout of gate and up differs.
     """
     if hidden_act not in swiglu.ACTIVATIONS:
-        raise ValueError(f"hidden_act is {hidden_act!r}: choose one of {', '.join(swiglu.ACTIVATIONS)}")
+        raise ValueError(
+            f"hidden_act is {hidden_act!r}: choose one of {', '.join(swiglu.ACTIVATIONS)}"
+        )
     layers = [gate, up, down]
     inner, outer = _static(layers[:2]), _static(layers[2:])
     flat = x.reshape(-1, x.shape[-1])

@@ -9,9 +9,8 @@ from ..nf4 import NF4Tensor
 
 
 class Term(NamedTuple):
-    """a bf16 [M, depth], depth even, times b, bf16, fp32 or NF4 [depth, N], or [N, depth] if `turned`.
-
-    A b that is less deep has zeros behind it.
+    """a bf16 [M, depth], depth even, times b, bf16, fp32 or NF4 [depth, N], or [N, depth] if
+    `turned`. A b that is less deep has zeros behind it.
     """
 
     a: Tensor

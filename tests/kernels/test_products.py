@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from lorakit import kernels
 from lorakit.kernels import dispatch, products
 from lorakit.kernels.lora_linear import cpu, reference
-from lorakit.kernels.products import Sum, Term, reference as spelled_out, sums_of_products
+from lorakit.kernels.products import Sum, Term, sums_of_products
+from lorakit.kernels.products import reference as spelled_out
 
 AVX512BF16 = dispatch.library() is not None and "avx512bf16" in dispatch.runnable()
 pytestmark = pytest.mark.skipif(not AVX512BF16, reason="the processor has no products of bf16")
@@ -178,10 +179,9 @@ def test_layers_of_one_input_agree(M, ranks, packed, biased, rate, seed):
     wide = reference.Group(dense, drop, tensors, torch.float32)
     exact = passes(wide, x.float(), [dy.float() for dy in dys], need)
     positive = [(Frozen(base.stored.abs()), s) for base, s in dense]
-    sizes = passes(
-        reference.Group(positive, drop, [t if t is None else t.abs() for t in tensors], torch.float32),
-        x.float().abs(), [dy.float().abs() for dy in dys], need,
-    )  # fmt: skip
+    magnitudes = [t if t is None else t.abs() for t in tensors]
+    wide = reference.Group(positive, drop, magnitudes, torch.float32)
+    sizes = passes(wide, x.float().abs(), [dy.float().abs() for dy in dys], need)
     for found, same, size in zip(ours, exact, sizes, strict=True):
         if same is None:
             assert found is None
