@@ -453,7 +453,8 @@ CASES: dict[Callable[[Setting], Iterator[Case]], tuple[str, ...]] = {
     heads: ("linear_cross_entropy",),
     optimizer: ("adamw", "adamw 8-bit"),
     quantization: (
-        "nf4 quantize", "nf4 to float32", "nf4 to bfloat16", "nf4 panels", "nf4 rows", "int8 dequantize"
+        "nf4 quantize", "nf4 to float32", "nf4 to bfloat16", "nf4 panels", "nf4 rows",
+        "int8 dequantize",
     ),
     products: ("frozen_linear",),
     adapters: ("lora_linear", "lora_mlp"),
