@@ -220,7 +220,7 @@ def test_packed_towers_beside_a_text_model(tmp_path):
     lk.save_model(model, tmp_path / "out")
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     again = lk.load_model(tmp_path / "out", dtype="float32", device="cpu")
-    assert torch.equal(again(IDS), model(IDS))
+    assert (again(IDS) - model(IDS)).abs().max() <= TOLERANCE  # packed products, dense ones
 
 
 def test_quantize_is_not_applied_to_what_is_quantized(tmp_path, caplog):
