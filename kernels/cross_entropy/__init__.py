@@ -17,7 +17,7 @@ short batches too much.
 
 `linear_cross_entropy` takes the hidden states instead of the logits. The logits of a large
 vocabulary are the biggest tensor of a training step (T x V x 4 bytes: 0.8 GB for 4096 tokens of a
-49,152-word model), so it walks the rows in chunks (64 MB of logits, on a GPU 256) and computes the
+49,152-word model), so it walks the rows in chunks (24 MB of logits, on a GPU 256) and computes the
 gradient in the forward pass, while a chunk's logits are at hand; backward only scales it. The cost:
 a gradient is computed even if backward never runs, unless gradients are disabled.
 
