@@ -29,13 +29,14 @@ A whole gated MLP, y = down(a(gate(x)) up(x)), is one function of x: `lora_mlp`.
 What is kept
 ------------
 x, the small matrices, and the seed of the masks. With `again` not even x, but what x is a norm of,
-which the caller keeps anyway (the decoder does so on a CPU). W is asked of the base when it is needed (a 4-bit
-base dequantizes it again). x A^T, and the gate, up and hidden state of an MLP, are computed again:
-for hidden size H and intermediate size I that is 2 H bytes a token in bf16 instead of the 2 H + 8 I
-and more that autograd keeps (x, gate, a(gate), up, y), for a third more products in the MLP. With
-`keep` gate and up are kept too. The decoder asks for it where products are dear, on a CPU (a fifth
-of a step), and under gradient checkpointing: there a block is computed again right before its
-backward, what it keeps lives for that block only, and gate and up would be computed three times.
+which the caller keeps anyway (the decoder does so on a CPU). W is asked of the base when it is
+needed (a 4-bit base dequantizes it again). x A^T, and the gate, up and hidden state of an MLP, are
+computed again: for hidden size H and intermediate size I that is 2 H bytes a token in bf16 instead
+of the 2 H + 8 I and more that autograd keeps (x, gate, a(gate), up, y), for a third more products
+in the MLP. With `keep` gate and up are kept too. The decoder asks for it where products are dear,
+on a CPU (a fifth of a step), and under gradient checkpointing: there a block is computed again
+right before its backward, what it keeps lives for that block only, and gate and up would be
+computed three times.
 
 How
 ---
