@@ -95,7 +95,8 @@ def test_nf4_equals_the_dequantized_model(tmp_path, family, options, differences
     compare(packed, theirs, family, differences, "NF4")
     dense = lk.load_model(tmp_path / "dense", dtype="float32")
     ids = torch.arange(40)[None]
-    assert torch.equal(packed(ids), dense(ids))
+    # not the same bits: products with packed weights may run in another order
+    assert (packed(ids) - dense(ids)).abs().max() <= LOGITS
     assert (packed(ids) - original(ids).logits).abs().max() > 1e-3
 
 
