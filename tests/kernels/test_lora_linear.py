@@ -381,3 +381,31 @@ def test_refusals():
         kernels.lora_mlp(x, layer(7, 5), layer(7, 5), layer(5, 7), "relu")
     with pytest.raises(ValueError, match="approximate is 'tan'"):
         kernels.geglu(x, x, approximate="tan")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_input_that_is_made_again_is_not_kept(dtype):
+    """The same bits, and of x nothing is left until backward."""
+    gate, up, down = qlora_mlp(4, 64, 192)
+    source = torch.randn(2, 40, 64, dtype=dtype)
+
+    def make(s):
+        return s * 2
+
+    calls = (
+        lambda x, **how: torch.cat(kernels.lora_qkv(x, [gate, up], **how), dim=-1),
+        lambda x, **how: kernels.lora_mlp(x, gate, up, down, "silu", keep=True, **how),
+    )
+    for call in calls:
+        found = []
+        for how in ({}, {"again": (make, source)}):
+            x, kept = make(source).requires_grad_(), []
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda t, kept=kept: (kept.append(t.data_ptr()), t)[1], lambda t: t
+            ):
+                y = call(x, **how)
+            assert (x.data_ptr() in kept) == (not how)
+            grads = torch.autograd.grad(y.float().square().sum(), [x, *leaves(gate, up)])
+            found.append([y.detach(), *grads])
+        for one, other in zip(*found, strict=True):
+            assert torch.equal(one, other)
