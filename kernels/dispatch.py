@@ -133,6 +133,12 @@ def _mkl_is_slow() -> bool:
 
 
 @functools.cache
+def multiplies_tiles() -> bool:
+    """Whether the processor multiplies whole tiles of bf16 (AMX), which oneDNN makes use of."""
+    return library() is not None and bool(library().lk_multiplies_tiles())
+
+
+@functools.cache
 def _multiplies_bf16() -> bool:
     """Whether the processor does; of another maker's than x86 torch is taken to know best."""
     if platform.machine().lower() not in ("x86_64", "amd64"):

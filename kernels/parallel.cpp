@@ -6,6 +6,9 @@
 #include "simd.h"
 
 #include <dlfcn.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 namespace {
 
@@ -73,6 +76,16 @@ __attribute__((visibility("default"))) const char* lk_runnable() {
     return "scalar neon";
 #else
     return "scalar";
+#endif
+}
+
+// Whether the processor multiplies tiles of bf16 (AMX-BF16: bit 22 of edx, leaf 7 of cpuid; Intel's manual, volume 2).
+__attribute__((visibility("default"))) int lk_multiplies_tiles() {
+#if defined(__x86_64__)
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
+#else
+    return 0;
 #endif
 }
 

@@ -9,8 +9,9 @@ rounded once, the update costs its share of the depth instead of a walk over y, 
 exists, in memory or in a workspace. A product of its own kernels also needs none of the code that
 oneDNN makes, and keeps, for every new number of rows.
 
-One compiled kernel does it (cpu.cpp), for bf16 on processors with AVX512-BF16; elsewhere, and for
-what `takes` refuses, callers use torch's products on panels of dense weight (`frozen_linear`).
+One compiled kernel does it (cpu.cpp), for bf16 on processors with AVX512-BF16. Elsewhere, for what
+`takes` refuses, and where oneDNN has the tiles of AMX to multiply with, callers use torch's
+products on panels of dense weight (`frozen_linear`).
 `reference` says the same in torch.
 """
 
@@ -32,7 +33,7 @@ BLOCK = 64  # values of an NF4 row that the kernel unpacks at a time
 def available(x: Tensor) -> bool:
     """Whether the kernel is there for products with x [M, K]."""
     on_cpu = x.dtype == torch.bfloat16 and dispatch.pick(x.device, "cpu") == "cpu"
-    return on_cpu and dispatch.isa() == "avx512bf16"
+    return on_cpu and dispatch.isa() == "avx512bf16" and not dispatch.multiplies_tiles()
 
 
 def takes(w: Tensor | NF4Tensor) -> bool:

@@ -13,7 +13,7 @@ from lorakit.kernels.lora_linear import cpu, reference
 from lorakit.kernels.products import Sum, Term, sums_of_products
 from lorakit.kernels.products import reference as spelled_out
 
-FITS = dispatch.library() is not None and dispatch.isa() == "avx512bf16"
+FITS = products.available(torch.zeros(1, 2, dtype=torch.bfloat16))
 pytestmark = pytest.mark.skipif(not FITS, reason="for processors with AVX512-BF16")
 
 BF16 = torch.bfloat16
@@ -117,7 +117,7 @@ def test_the_number_of_threads_changes_no_bit():
     assert torch.equal(found[0], found[2])
 
 
-def test_which_weights_it_takes():
+def test_which_weights_it_takes(monkeypatch):
     w = torch.randn(6, 128)
     assert products.takes(w.to(BF16))
     assert products.takes(kernels.quantize_nf4(w))
@@ -127,8 +127,11 @@ def test_which_weights_it_takes():
     assert not products.takes(kernels.quantize_nf4(w[:5]))
     assert not products.takes(kernels.quantize_int8(w))
     assert not products.available(w)
+    assert products.available(w.to(BF16))
     with kernels.use_backend("reference"):
         assert not products.available(w.to(BF16))
+    monkeypatch.setattr(dispatch, "multiplies_tiles", lambda: True)
+    assert not products.available(w.to(BF16))
 
 
 class Frozen:
