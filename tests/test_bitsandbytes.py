@@ -20,8 +20,8 @@ pytest.importorskip("bitsandbytes")
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig  # noqa: E402
 
 IDS = torch.randint(0, 97, (2, 9), generator=torch.Generator().manual_seed(0))
-# fp32 products in another order; the issue asks for 1e-4, at most 1.1e-5 was seen
-TOLERANCE = 5e-5
+# fp32 products in another order, by other libraries: at most 5.1e-5 was seen (Mixtral, up to 6)
+TOLERANCE = 1e-4
 
 
 def four_bits(**options):
