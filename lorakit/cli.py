@@ -127,7 +127,6 @@ def _take_prompt(args: argparse.Namespace, rest: list[str]) -> bool:
 def _train(args: argparse.Namespace) -> int:
     import torch
 
-    lk.tune_allocator()
     run = lk.RunConfig.from_dict(_read_run_file(args.run_file, args.overrides), str(args.run_file))
     data = {"train": lk.read_rows(run.data.train)}  # bad rows should not wait for the model
     if run.data.validation is not None:
@@ -140,6 +139,7 @@ def _train(args: argparse.Namespace) -> int:
     lk.attach(model, run.lora)
     if run.loftq:
         print(lk.loftq(model))
+    lk.tune_allocator()  # not before: what loading takes for a moment goes back to the system
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"training {trainable:,} adapter parameters on {len(data['train'])} rows")
     if args.profile:
