@@ -9,7 +9,7 @@ from .adamw import Moment8bit, adamw_step, adamw_step_8bit
 from .attention import attention
 from .cross_entropy import cross_entropy, linear_cross_entropy
 from .decode import DecodeCache, DecodeLayer, DecodePlan, decode_compiled, decode_step
-from .dispatch import rounded_up, use_backend
+from .dispatch import use_backend
 from .frozen_linear import Packed, dequantize, dequantize_rows, frozen_linear
 from .int8 import Int8Tensor, dequantize_int8, quantize_int8
 from .lora_linear import LoraWeights, lora_linear, lora_mlp, lora_qkv
@@ -52,7 +52,6 @@ __all__ = [
     "quantize_nf4",
     "rms_norm",
     "rope",
-    "rounded_up",
     "swiglu",
     "use_backend",
 ]

@@ -118,8 +118,8 @@ def lora_mlp(
     """down(a(gate(x)) * up(x)) for x [..., K]; hidden_act: "silu", "gelu_pytorch_tanh" or "gelu".
 
     Keeps x alone for backward (with `again`, as in `lora_qkv`, not even that), with `keep` also
-    gate(x) and up(x). Raises ValueError for another
-    activation, or where the dropout of gate and up differs.
+    gate(x) and up(x). Raises ValueError for another activation, or where the dropout of gate and up
+    differs.
     """
     if hidden_act not in swiglu.ACTIVATIONS:
         raise ValueError(

@@ -1,7 +1,7 @@
 """Sums of products of matrices, of which a factor may be stored in 4 bits: all that a linear layer
 with a low-rank update consists of.
 
-    out [M, N] = scale * sum over the terms of  factor a [M, depth] b [depth, N]   + bias [N]
+    out [M, N] = scale * sum over the terms of  a [M, depth] (factor b) [depth, N]   + bias [N]
 
 A layer's y = x W^T + low (s B)^T is one such sum of two terms, and so is the gradient of what three
 layers read, dx = dy_q W_q + dy_k W_k + dy_v W_v + dlow A. Everything is added up in fp32 and
@@ -11,8 +11,7 @@ oneDNN makes, and keeps, for every new number of rows.
 
 One compiled kernel does it (cpu.cpp), for bf16 on processors with AVX512-BF16. Elsewhere, for what
 `takes` refuses, and where oneDNN has the tiles of AMX to multiply with, callers use torch's
-products on panels of dense weight (`frozen_linear`).
-`reference` says the same in torch.
+products on panels of dense weight (`frozen_linear`). `reference` says the same in torch.
 """
 
 from collections.abc import Sequence
