@@ -8,15 +8,19 @@ import importlib
 __version__ = "0.1.0"
 
 _HOME = {
+    "Drift": "merging",
     "LoraConfig": "config",
     "LorakitError": "config",
     "ModelConfig": "model_config",
     "QuantConfig": "config",
     "RunConfig": "config",
     "TrainConfig": "config",
-    "attach": "lora",
-    "detach": "lora",
-    "disable_adapters": "lora",
+    "adapter_names": "attached",
+    "adapter_rows": "attached",
+    "attach": "attach",
+    "delete_adapter": "attached",
+    "detach": "attached",
+    "disable_adapters": "attached",
     "evaluate": "trainer",
     "generate": "generation",
     "generate_batch": "generation",
@@ -24,7 +28,8 @@ _HOME = {
     "load_model": "checkpoint",
     "load_tokenizer": "tokenizer",
     "loftq": "loftq",
-    "merge": "lora",
+    "merge": "merging",
+    "merge_and_unload": "merging",
     "profile_training": "profiling",
     "quantize": "quantization",
     "quantize_report": "report",
@@ -32,9 +37,10 @@ _HOME = {
     "rouge_l": "metrics",
     "save_adapter": "adapter",
     "save_model": "checkpoint",
+    "set_adapter": "attached",
     "train": "trainer",
     "tune_allocator": "memory",
-    "unmerge": "lora",
+    "unmerge": "merging",
 }
 _MODULES = ("kernels", "memory", "optim")
 

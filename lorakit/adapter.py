@@ -1,89 +1,139 @@
-"""LoRA adapters on disk, in PEFT's format, both ways.
+"""Adapters on disk, in PEFT's format, both ways.
 
     adapter_config.json          the LoraConfig, with the fields that every PEFT version reads
-    adapter_model.safetensors    base_model.model.<layer>.lora_A.weight [r, in] and .lora_B.weight
-    [out, r], fp32
+    adapter_model.safetensors    base_model.model.<module>.<ending>, where <ending> is
 
-`target_modules` is written as the full names of the adapted layers, so that reading does not depend
-on what "all-linear" means elsewhere.
+    lora_A.weight [r, in], lora_B.weight [out, r]               a linear layer
+    lora_B.bias [out], lora_magnitude_vector [out]              with lora_bias, with DoRA
+    lora_embedding_A [r, V], lora_embedding_B [H, r]            an embedding
+    token_adapter.trainable_tokens_delta [n, H]                 trained rows of an embedding
+    base_layer.bias [out]; bias                                 a trained bias; of no adapted layer
+    weight, and the like                                        a module that is trained whole
+
+What is written is always plain: an adapter that started from a part of the weight (PiSSA, OLoRA) as
+one of twice the rank over the weight as it was. `target_modules` is written as the full names of
+the adapted layers, so that reading does not depend on what "all-linear" means elsewhere.
+
+What is read besides: full copies of adapted embeddings and heads, which PEFT adds, are checked
+against the model's and left alone; the names that multimodal checkpoints gave the text model.
 """
 
+import dataclasses
 import json
+import math
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from .attach import attach
+from .attached import (
+    adapter_config,
+    attached,
+    check_adapter,
+    delete_adapter,
+    selected_adapter,
+    set_adapter,
+)
 from .config import LoraConfig, LorakitError, from_mapping
 from .files import read_json, write_json
-from .lora import attach, detach, lora_layers
-from .tensors import open_safetensors, write_safetensors
+from .lora import lora_layers
+from .tensors import LazyTensor, open_safetensors, write_safetensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 # PEFT features that change the computation and that lorakit does not have: value when unused
 UNSUPPORTED = {
-    "use_dora": False,
-    "modules_to_save": None,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "bias": "none",
-    "lora_bias": False,
-    "layers_to_transform": None,
-    "exclude_modules": None,
-    "fan_in_fan_out": False,
-    "trainable_token_indices": None,
     "target_parameters": None,
     "layer_replication": None,
     "use_qalora": False,
     "use_bdlora": None,
     "alora_invocation_tokens": None,
 }
-# initializations that leave the base weights alone; PiSSA and its like change them, also on loading
-PLAIN_INITS = (None, True, False, "gaussian", "eva")
+# initializations after which A and B are all there is; others change the base, also on loading
+PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
+STARTS = r"pissa(_niter_\d+)?|olora"  # that lorakit keeps beside A and B
+# where multimodal checkpoints keep the text model, of several generations
+TEXT = {"model.language_model.": "model.", "language_model.model.": "model.", "language_model.": ""}
 
 
-def save_adapter(module: nn.Module, path: str | Path, *, base_model: str | None = None) -> None:
-    """Write the adapter attached to `module` into directory `path`, which is made if missing.
+def save_adapter(
+    module: nn.Module,
+    path: str | Path,
+    *,
+    name: str | None = None,
+    base_model: str | None = None,
+) -> None:
+    """Write adapter `name` of `module`, by default the selected one, into directory `path`, which
+    is made if missing.
 
     `base_model` is recorded as base_model_name_or_path. The weights are written before the config,
-    and each file whole or not at all. Raises LorakitError if no adapter is attached.
+    and each file whole or not at all. Raises LorakitError if there is no such adapter.
     """
-    layers = lora_layers(module)
-    if not layers:
-        raise LorakitError("save_adapter: no adapter is attached")
-    tensors = {}
-    for name, layer in layers.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.float()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.float()
-    config = next(iter(layers.values())).config
-    values = {
-        "base_model_name_or_path": base_model,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": config.lora_alpha,
-        "lora_dropout": config.lora_dropout,
-        "peft_type": "LORA",
-        "r": config.r,
-        "target_modules": sorted(layers),
-        "task_type": "CAUSAL_LM",
-        "use_rslora": config.use_rslora,
+    name = selected_adapter(module) if name is None else name
+    check_adapter(module, name or "default", "save_adapter")
+    config = adapter_config(module, name)
+    having = {place: m for place, m in attached(module).items() if name in m.adapters}
+    tensors = {
+        f"{PREFIX}{place}.{ending}": tensor.detach()
+        for place, each in having.items()
+        for ending, tensor in each.saved(name).items()
     }
+    layers = lora_layers(module)
+    places = sorted(place for place in having if place in layers)
+    twice = any(layers[place].adapters[name].start_A is not None for place in places)
     path = Path(path).expanduser()
     path.mkdir(parents=True, exist_ok=True)
     write_safetensors(path / WEIGHTS_FILE, tensors)
-    write_json(path / CONFIG_FILE, values)
+    values = _written(config, twice) | {"base_model_name_or_path": base_model}
+    write_json(path / CONFIG_FILE, values | {"target_modules": places})
 
 
-def load_adapter(module: nn.Module, path: str | Path) -> nn.Module:
-    """Attach the PEFT adapter in directory `path` to `module`, in place; returns `module`.
+def _written(config: LoraConfig, twice: bool) -> dict[str, Any]:
+    """The config of a plain adapter, of twice the rank if it is to hold what it started from too:
+    the scaling stays, so alpha grows as r does, or with rsLoRA as its root.
+    """
+    values = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "bias": config.bias,
+        "fan_in_fan_out": config.fan_in_fan_out,
+        "lora_dropout": config.lora_dropout,
+        "use_rslora": config.use_rslora,
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+    }
+    for name in (
+        "rank_pattern",
+        "alpha_pattern",
+        "use_dora",
+        "lora_bias",
+        "modules_to_save",
+        "trainable_token_indices",
+        "ensure_weight_tying",
+    ):
+        if getattr(config, name):  # older readers know fewer names
+            values[name] = getattr(config, name)
+    if twice:
+        more = math.sqrt(2) if config.use_rslora else 2
+        values["r"], values["lora_alpha"] = 2 * config.r, more * config.lora_alpha
+        values["rank_pattern"] = {key: 2 * r for key, r in config.rank_pattern.items()}
+        values["alpha_pattern"] = {key: more * a for key, a in config.alpha_pattern.items()}
+    return values
 
-    Raises LorakitError, and leaves `module` without an adapter, for a missing or truncated file, a
-    PEFT feature that lorakit does not have, or tensors that are missing, unknown or of another
-    shape.
+
+def load_adapter(module: nn.Module, path: str | Path, *, name: str = "default") -> nn.Module:
+    """Attach the PEFT adapter in directory `path` to `module` as `name`, in place, and select it;
+    returns `module`.
+
+    Raises LorakitError, and leaves `module` as it was, for a missing or truncated file, a PEFT
+    feature that lorakit does not have, or tensors that are missing, unknown or of another shape.
     """
     path = Path(path).expanduser()
     values = read_json(path / CONFIG_FILE)
@@ -91,45 +141,113 @@ def load_adapter(module: nn.Module, path: str | Path) -> nn.Module:
         raise LorakitError(
             f"{path}: peft_type is {values.get('peft_type')!r}; only 'LORA' is supported"
         )
-    for name, unused in UNSUPPORTED.items():
-        if values.get(name) not in (None, unused, []):
-            raise LorakitError(f"{path}: {name}={json.dumps(values[name])} is not supported")
-    if values.get("init_lora_weights") not in PLAIN_INITS:
-        raise LorakitError(
-            f"{path}: init_lora_weights={json.dumps(values['init_lora_weights'])} changes the base "
-            "weights; convert the adapter to plain LoRA first (PEFT: path_initial_model_for_weight_"
-            "conversion)"
-        )
-    config = from_mapping(LoraConfig, values, str(path / CONFIG_FILE), ignore_unknown=True)
+    for key, unused in UNSUPPORTED.items():
+        if values.get(key) not in (None, unused, []):
+            raise LorakitError(f"{path}: {key}={json.dumps(values[key])} is not supported")
     tensors = open_safetensors(path / WEIGHTS_FILE)
+    config = _read_config(path, values, module, tensors)
     trainable = {p: p.requires_grad for p in module.parameters()}
-    attach(module, config)
+    before = selected_adapter(module)
+    attach(module, config, name=name)
     try:
-        expected = {}
-        for name, layer in lora_layers(module).items():
-            expected[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
-            expected[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
-        _check_tensors(path, tensors, expected)
+        expected = {
+            f"{place}.{ending}": parameter
+            for place, each in attached(module).items()
+            if name in each.adapters
+            for ending, parameter in each.tensors(name).items()
+        }
+        found = _matched(path, module, tensors, expected)
         with torch.no_grad():
-            for name, parameter in expected.items():
-                parameter.copy_(tensors[name].read())
+            for key, parameter in expected.items():
+                parameter.copy_(found[key].read())
     except BaseException:
-        detach(module)
+        delete_adapter(module, name)
+        if before is not None:
+            set_adapter(module, before)
         for parameter, required in trainable.items():
             parameter.requires_grad_(required)
         raise
     return module
 
 
-def _check_tensors(path, tensors, expected) -> None:
-    for name in expected:
-        if name not in tensors:
-            raise LorakitError(f"{path}: tensor {name} is missing")
-    for name, tensor in tensors.items():
-        if name not in expected:
-            raise LorakitError(f"{path}: tensor {name} belongs to no adapted layer of this model")
-        if tensor.shape != tuple(expected[name].shape):
+def _read_config(
+    path: Path, values: Mapping[str, Any], module: nn.Module, tensors: Mapping[str, LazyTensor]
+) -> LoraConfig:
+    init = values.get("init_lora_weights")
+    plain = init in PLAIN_INITS
+    if not plain and not (isinstance(init, str) and re.fullmatch(STARTS, init)):
+        raise LorakitError(
+            f"{path}: init_lora_weights={json.dumps(init)} changes the base weights; convert the "
+            "adapter to plain LoRA first (PEFT: path_initial_model_for_weight_conversion)"
+        )
+    fields = {f.name: f for f in dataclasses.fields(LoraConfig)}
+    values = {key: value for key, value in values.items() if key in fields}
+    for key in ("rank_pattern", "alpha_pattern", "bias", "lora_bias", "ensure_weight_tying"):
+        if values.get(key, 0) is None:  # PEFT writes null for what is not used
+            del values[key]
+    values["init_lora_weights"] = True if plain else init
+    targets = values.get("target_modules")
+    if isinstance(targets, list):
+        values["target_modules"] = [_renamed(target, module) for target in targets]
+    if values.get("layers_to_transform") is None:
+        values.pop("layers_pattern", None)
+    return from_mapping(LoraConfig, values, str(path / CONFIG_FILE), ignore_unknown=True)
+
+
+def _renamed(name: str, module: nn.Module) -> str:
+    """The name in `module` of what a multimodal model calls `name`."""
+    top = {child for child, _ in module.named_children()}
+    if name.partition(".")[0] in top and not name.startswith("model.language_model."):
+        return name
+    for prefix, instead in TEXT.items():
+        if (
+            name.startswith(prefix)
+            and f"{instead}{name.removeprefix(prefix)}".partition(".")[0] in top
+        ):
+            return instead + name.removeprefix(prefix)
+    return name
+
+
+def _matched(
+    path: Path,
+    module: nn.Module,
+    tensors: Mapping[str, LazyTensor],
+    expected: Mapping[str, nn.Parameter],
+) -> dict[str, LazyTensor]:
+    """The tensors of the file by the keys of `expected`, all there and none too many."""
+    found = {}
+    for key, tensor in tensors.items():
+        inner = key.removeprefix(PREFIX)
+        inner = inner if inner in expected else _renamed(inner, module)
+        if inner in expected:
+            found[inner] = tensor
+        elif not _is_copy(path, module, inner, tensor):
+            raise LorakitError(f"{path}: tensor {key} belongs to no adapted layer of this model")
+    for key, parameter in expected.items():
+        if key not in found:
+            raise LorakitError(f"{path}: tensor {PREFIX}{key} is missing")
+        if found[key].shape != tuple(parameter.shape):
             raise LorakitError(
-                f"{path}: tensor {name} is {tensor.shape}, "
-                f"the model needs {tuple(expected[name].shape)}"
+                f"{path}: tensor {PREFIX}{key} is {found[key].shape}, "
+                f"the model needs {tuple(parameter.shape)}"
             )
+    return found
+
+
+def _is_copy(path: Path, module: nn.Module, key: str, tensor: LazyTensor) -> bool:
+    """Whether `key` is the weight of an adapted embedding or head, which PEFT adds. It has to be
+    the model's own: with another one the adapter was trained on another model.
+    """
+    place, base, _ = key.rpartition(".base_layer.weight")
+    each = attached(module).get(place)
+    if not base or each is None:
+        return False
+    own = each.plain._parameters.get("weight")
+    if own is None or not own.is_floating_point():
+        return True  # packed: not comparable bit by bit
+    if tensor.shape != tuple(own.shape) or not torch.equal(tensor.read().to(own), own):
+        raise LorakitError(
+            f"{path}: {key} differs from the model's: the adapter was trained on another model, or "
+            "one with more tokens"
+        )
+    return True

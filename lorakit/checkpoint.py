@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import hub, kernels
+from .attached import Attached, attached
 from .config import LorakitError, QuantConfig, nearest, quant_config, to_dtype
 from .families import MULTIMODAL
 from .files import atomic, read_json, write_json
 from .gguf import read_gguf
-from .lora import LoraLinear, lora_layers
 from .memory import HUGE_PAGE, in_large_pages
 from .model import Decoder
 from .model_config import ModelConfig
@@ -290,6 +290,24 @@ def _settled(
     return value.to(device, dtype, copy=True) if home is None else home.copy_(value)
 
 
+def dense_weights(
+    module: nn.Module, weights: Mapping[str, Tensor] | None, what: str
+) -> dict[str, LazyTensor]:
+    """The dense weights that a quantized model was made from, by layer, still on disk: `weights`
+    if given, else from where the model was loaded. `what` names the caller in messages.
+    """
+    if weights is not None:
+        return {n: LazyTensor(tuple(w.shape), lambda w=w: w) for n, w in weights.items()}
+    if not isinstance(module, Decoder) or module.source is None:
+        raise LorakitError(f"{what}: the model was not loaded from a file; give its dense weights")
+    _, tensors = open_model(module.source.path)
+    if any(tensor.packed for tensor in tensors.values()):
+        raise LorakitError(
+            f"{what}: {module.source.path} is quantized itself; give the weights it was made from"
+        )
+    return {name.removesuffix(".weight"): tensor for name, tensor in tensors.items()}
+
+
 # ---- writing ------------------------------------------------------------------------------------
 
 
@@ -318,7 +336,7 @@ def save_model(
     config = module.config.to_hf() | {"torch_dtype": str(module.dtype).removeprefix("torch.")}
     outer = None if module.source is None else module.source.outer
     path = Path(path).expanduser()
-    if any(layer.merged is None for layer in lora_layers(module).values()):
+    if not _is_merged(module):
         raise LorakitError(
             "save_model: an adapter is attached; merge it into the weights, or detach it, first"
         )
@@ -406,12 +424,19 @@ def _copy_beside(module: Decoder, path: Path) -> None:
             log.warning("lorakit: no tokenizer was written to %s: %s", path, error)
 
 
+def _is_merged(module: nn.Module) -> bool:
+    """Whether every adapter that computes anything is in the weights."""
+    found = attached(module).values()
+    return any(each.merged is not None for each in found) or not found
+
+
 def _layers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """All modules by name, an adapted layer as one."""
+    """All modules by name; in the place of an adapted one what computes there, merged or not."""
+    if isinstance(module, Attached):
+        module = module.current()
     yield name, module
-    if not isinstance(module, LoraLinear):
-        for leaf, child in module.named_children():
-            yield from _layers(child, f"{name}.{leaf}" if name else leaf)
+    for leaf, child in module.named_children():
+        yield from _layers(child, f"{name}.{leaf}" if name else leaf)
 
 
 def _kept_packed(module: Decoder, outer: Outer | None) -> tuple[type[PackedWeight], dict[str, Any]]:
@@ -434,7 +459,7 @@ def _kept_packed(module: Decoder, outer: Outer | None) -> tuple[type[PackedWeigh
             "transformers 5 has none"
         )
     # what transformers is not to expect packed; it has a head even where that is the embedding
-    kinds = (nn.Linear, LoraLinear, PackedLinear)
+    kinds = (nn.Linear, PackedLinear)
     dense = {name for name, layer in others.items() if isinstance(layer, kinds)}
     if module.lm_head is None:
         dense.add("lm_head")
@@ -471,9 +496,7 @@ def _stored_tensors(
     for layer_name, layer in _layers(module):
         prefix = f"{layer_name}." if layer_name else ""
         parameters = dict(layer.named_parameters(recurse=False))
-        if isinstance(layer, LoraLinear):
-            parameters = {"weight": layer.merged, "bias": layer.base.bias}
-        elif isinstance(layer, PackedWeight):
+        if isinstance(layer, PackedWeight):
             parameters = {name: p for name, p in parameters.items() if name == "bias"}
             if kept is not None and isinstance(layer, kept):
                 parameters |= layer.quantized.tensors("weight")

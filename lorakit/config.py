@@ -10,6 +10,7 @@ unknown name is an error that says the nearest valid one, and nothing is convert
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -50,7 +51,9 @@ def _accepts(kind: Any, value: Any) -> bool:
     if origin is list:
         return isinstance(value, list) and all(_accepts(args[0], item) for item in value)
     if origin is dict:
-        return isinstance(value, Mapping)
+        return isinstance(value, Mapping) and all(
+            _accepts(args[0], k) and _accepts(args[1], v) for k, v in value.items()
+        )
     if kind in (int, float) and isinstance(value, bool):
         return False
     if kind is float:
@@ -146,6 +149,9 @@ class QuantConfig:
         )
 
 
+INITIALIZATIONS = ("gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", "loftq", "eva")
+
+
 @dataclass(frozen=True)
 class LoraConfig:
     """A low-rank adapter. The update is scaled by lora_alpha / r, or / sqrt(r) with use_rslora."""
@@ -154,19 +160,100 @@ class LoraConfig:
     lora_alpha: int | float = 8
     target_modules: str | list[str] = "all-linear"
     """"all-linear" (every linear layer but the output head), names, or one regex for whole names"""
+    exclude_modules: str | list[str] | None = None
+    """what target_modules would select and is to stay as it is; by the same rules"""
+    layers_to_transform: int | list[int] | None = None
+    """only in the layers of these numbers: the first number in a layer's name"""
+    layers_pattern: str | list[str] | None = None
+    """what stands before that number, as `layers` does, where names hold several"""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """another r for some layers: names, ends of names after a dot, or regexes of these"""
+    alpha_pattern: dict[str, int | float] = field(default_factory=dict)
+    """another lora_alpha, by the same rules"""
     lora_dropout: float = 0.0
     use_rslora: bool = False
+    use_dora: bool = False
+    """learn the length of every row of the weight beside its direction (DoRA)"""
+    lora_bias: bool = False
+    """a bias on the low-rank path, in layers that have one already"""
+    bias: str = "none"
+    """train the biases of the base too: "none", "lora_only" of the adapted layers, or "all" """
+    modules_to_save: list[str] | None = None
+    """modules to train whole beside the low-rank updates; they are saved with the adapter"""
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    """rows of the embedding to train; with several embeddings, by the name of each"""
+    ensure_weight_tying: bool = False
+    """adapt a tied embedding and its head alike; without it a tied embedding is refused"""
+    fan_in_fan_out: bool = False
+    """also adapt layers that store their weight [in, out], like the Conv1D of GPT-2"""
+    init_lora_weights: bool | str = True
+    """how A and B start. true: B zero; false: both random, which changes the model at once; or one
+    of the names in `INITIALIZATIONS`"""
 
     def __post_init__(self):
-        check(self.r > 0, f"r must be positive, not {self.r}")
+        for name, r in {"r": self.r, **self.rank_pattern}.items():
+            check(type(r) is int and r > 0, f"{name} must be positive and whole, not {r}")
         check(
             0 <= self.lora_dropout < 1, f"lora_dropout is {self.lora_dropout}; it must be in [0, 1)"
         )
         check(len(self.target_modules) > 0, "target_modules is empty: name at least one layer")
+        check(
+            self.bias in ("none", "all", "lora_only"),
+            f"bias is {self.bias!r}; choose none, lora_only or all",
+        )
+        for name in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(self, name):
+                check(valid_regex(key), f"{name}: {key!r} is no valid regex")
+        init = self.init_lora_weights
+        check(
+            isinstance(init, bool)
+            or init in INITIALIZATIONS
+            or re.fullmatch(r"pissa_niter_\d+", init) is not None,
+            f"init_lora_weights is {init!r}; it must be true, false or one of "
+            + ", ".join(INITIALIZATIONS),
+        )
+        check(
+            not (self.lora_bias and self.use_dora),
+            "lora_bias and use_dora do not go together: choose one",
+        )
+        check(
+            not self.lora_bias or isinstance(init, bool),
+            "lora_bias goes with init_lora_weights true or false only",
+        )
+        check(
+            self.layers_pattern is None or self.layers_to_transform is not None,
+            "layers_pattern says where layers_to_transform finds its numbers: give these too",
+        )
 
-    @property
-    def scaling(self) -> float:
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+    def rank(self, name: str) -> int:
+        """r of the layer called `name`."""
+        return _of_pattern(self.rank_pattern, name, self.r)
+
+    def alpha(self, name: str) -> int | float:
+        """lora_alpha of the layer called `name`."""
+        return _of_pattern(self.alpha_pattern, name, self.lora_alpha)
+
+    def scaling(self, name: str) -> float:
+        """The factor of B A in the layer called `name`."""
+        r = self.rank(name)
+        return self.alpha(name) / (math.sqrt(r) if self.use_rslora else r)
+
+
+def valid_regex(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
+
+
+def in_pattern(key: str, name: str) -> bool:
+    """Whether an entry of rank_pattern or alpha_pattern means the layer called `name`."""
+    return re.match(rf"(.*\.)?({key})$", name) is not None
+
+
+def _of_pattern(pattern: Mapping[str, Any], name: str, otherwise: Any) -> Any:
+    return next((value for key, value in pattern.items() if in_pattern(key, name)), otherwise)
 
 
 @dataclass(frozen=True)

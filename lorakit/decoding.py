@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels
-from .lora import LoraLinear
+from .attached import Attached
 from .model import Block, Decoder
 from .model_config import ModelConfig
 from .rope import rope_tables
@@ -139,8 +139,8 @@ def _plan(model: Decoder) -> kernels.DecodePlan | None:
     hooks = any(
         m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules()
     )
-    embedding = model.model.embed_tokens
-    head = embedding if model.lm_head is None else model.lm_head
+    embedding = _alone(model.model.embed_tokens)
+    head = embedding if model.lm_head is None else _alone(model.lm_head)
     plain = type(embedding) is nn.Embedding and type(head) in (nn.Linear, nn.Embedding)
     if hooks or not plain or not kernels.decode_compiled(model.device):
         return None
@@ -205,8 +205,10 @@ def _layer(block: Block, config: ModelConfig, i: int) -> kernels.DecodeLayer | N
 
 def _dense(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of a layer that is one dense product, else None."""
-    if type(layer) is nn.Linear:
-        return layer.weight, layer.bias
-    if isinstance(layer, LoraLinear) and layer.enabled and layer.merged is not None:
-        return layer.merged, layer.base.bias
-    return None
+    layer = _alone(layer)
+    return (layer.weight, layer.bias) if type(layer) is nn.Linear else None
+
+
+def _alone(layer: nn.Module) -> nn.Module:
+    """What computes in the place of an adapted layer, if that is one module."""
+    return (layer.alone() or layer) if isinstance(layer, Attached) else layer

@@ -25,11 +25,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoint import open_model
+from .checkpoint import dense_weights
 from .config import LorakitError
 from .lora import DenseBase, LoraLinear, lora_layers
-from .model import Decoder
-from .tensors import LazyTensor
 
 SUBSPACE_ITERATIONS = 8
 
@@ -68,14 +66,14 @@ def loftq(
         raise LorakitError("loftq: no adapter is attached")
     if type(iterations) is not int or iterations < 1:
         raise LorakitError(f"loftq: iterations must be a whole number from 1 on, not {iterations}")
-    originals = _originals(module, weights)
+    originals = dense_weights(module, weights, "loftq")
     for name, layer in layers.items():
         shape = (layer.base.out_features, layer.base.in_features)
         if isinstance(layer.base, DenseBase):
             raise LorakitError(f"loftq: {name} is dense; quantize the model before attaching")
         if layer.merged is not None:
             raise LorakitError(f"loftq: the adapter of {name} is merged; unmerge it first")
-        if layer.config.scaling == 0:
+        if layer.part.scaling == 0:
             raise LorakitError("loftq: lora_alpha is 0, which hides whatever the adapter holds")
         if name not in originals:
             raise LorakitError(f"loftq: the original weight of {name} is missing")
@@ -92,22 +90,9 @@ def loftq(
     return LoftQResult(before, after)
 
 
-def _originals(module: nn.Module, weights: Mapping[str, Tensor] | None) -> dict[str, LazyTensor]:
-    if weights is not None:
-        return {n: LazyTensor(tuple(w.shape), lambda w=w: w) for n, w in weights.items()}
-    if not isinstance(module, Decoder) or module.source is None:
-        raise LorakitError("loftq: the model was not loaded from a file; give its dense weights")
-    _, tensors = open_model(module.source.path)
-    if any(tensor.packed for tensor in tensors.values()):
-        raise LorakitError(
-            f"loftq: {module.source.path} is quantized itself; give the weights it was made from"
-        )
-    return {name.removesuffix(".weight"): tensor for name, tensor in tensors.items()}
-
-
 def _start(layer: LoraLinear, original: Tensor, iterations: int) -> tuple[float, float]:
     """Set A, B, and after the first iteration the base. Returns the errors before and after."""
-    A, B, s, r = layer.lora_A, layer.lora_B, layer.config.scaling, layer.config.r
+    A, B, s, r = layer.lora_A, layer.lora_B, layer.part.scaling, layer.part.r
     norm = original.norm().clamp(min=torch.finfo(torch.float32).tiny)
     rank = min(r, *original.shape)
     for iteration in range(iterations):

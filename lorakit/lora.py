@@ -1,4 +1,4 @@
-"""LoRA layers, and the walks that attach, merge and remove them on any nn.Module.
+"""LoRA on any nn.Module: what each kind of layer computes, and which layers get it.
 
             x ------------------+
             |                   |
@@ -8,27 +8,43 @@
             |                   |
             +---- + s * --------+
 
-A `LoraLinear` owns its base and asks four things of it: `base(x)`, `base.dequantize()`,
-`base.stored`, the weight as the kernels take it, and `base.requantize(w)`. What the base stores,
-four bits or thirty-two, is not its business.
+    LoraLinear      a linear layer                        y = W x + s B A x, or with DoRA's lengths
+    LoraEmbedding   an embedding, W [V, H] by rows        y = W[id] + s B A[:, id]
+    TokenRows       some rows of an embedding, trained    y = rows[id] instead of W[id]
+    TiedHead        a head on the weight of an embedding that is adapted in one of these ways
+    SavedModule     a module that is trained whole (modules_to_save)
+    TrainedBias     a module of which the bias is trained (bias="all")
 
-A merged layer computes with one dense weight, W + s B A, in its dtype; the base is kept beside it,
-so that unmerge restores the very bits (subtracting s B A again would not). A and B are fp32
-parameters whatever the model computes in.
+A `LoraLinear` owns its base and asks five things of it: `base(x)`, `base.dequantize()`,
+`base.stored`, the weight as the kernels take it, `base.requantize(w)`, and `base.frozen`. What the
+base stores, four bits or thirty-two, is not its business. A and B are fp32 parameters whatever the
+model computes in.
+
+An initialization that takes a part out of the weight (PiSSA, OLoRA) leaves the base as it is all
+the same: the part lies beside A and B as A0 and B0, and the layer computes
+
+    W x + s (B A - B0 A0) x = W x + s [B, -B0] [A; A0] x
+
+which is the same function at twice the rank of the low-rank path. So any base serves, four bits
+too, several adapters share it, and what is saved is plain LoRA of twice the rank, exactly.
 """
 
-import math
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import copy
 from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from .config import LoraConfig, LorakitError, nearest
+from . import kernels
+from .attached import Attached, Part
+from .config import LoraConfig, LorakitError
 from .kernels import LoraWeights, Packed, lora_linear
+
+# Inputs of so few numbers go op by op through autograd: the call of the fused function would cost
+# more than it saves (benchmarks/lora_overhead.py).
+FEW = 4096
 
 
 @runtime_checkable
@@ -38,6 +54,7 @@ class Base(Protocol):
     in_features: int
     out_features: int
     bias: Tensor | None
+    frozen: bool
 
     def dequantize(self) -> Tensor: ...
 
@@ -52,15 +69,20 @@ class DenseBase(nn.Module):
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.linear = linear
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.linear, self.training = linear, linear.training
+        self.out_features, self.in_features = linear.weight.shape
 
     @property
     def bias(self) -> Tensor | None:
         return self.linear.bias
 
+    @property
+    def frozen(self) -> bool:
+        return not self.linear.weight.requires_grad
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x)
+        linear = self.linear
+        return F.linear(x, linear.weight, linear.bias)
 
     def dequantize(self) -> Tensor:
         return self.linear.weight.detach()
@@ -73,179 +95,454 @@ class DenseBase(nn.Module):
         self.linear.weight.data.copy_(w)
 
 
-class LoraLinear(nn.Module):
-    """base(x) + scaling * B A dropout(x)."""
+class TransposedBase(DenseBase):
+    """A linear layer that stores its weight [in, out], such as the Conv1D of transformers."""
 
-    def __init__(self, base: Base, config: LoraConfig):
-        super().__init__()
-        self.base, self.config = base, config
-        device = next(base.parameters()).device
-        self.lora_A = nn.Parameter(torch.empty(config.r, base.in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.r, device=device))
-        bound = 1 / math.sqrt(base.in_features)
-        nn.init.uniform_(self.lora_A, -bound, bound)
-        self.enabled = True
-        self.register_buffer("merged", None, persistent=False)  # [out, in]: W + s B A while merged
-
-    def adapted(self) -> LoraWeights | None:
-        """What the fused kernels need, or None if this layer is not to be computed by them:
-        disabled, merged, or with a base whose weight is trained too.
-        """
-        bias = self.base.bias
-        trained = any(p.requires_grad and p is not bias for p in self.base.parameters())
-        if not self.enabled or self.merged is not None or trained:
-            return None
-        dropout = self.config.lora_dropout if self.training else 0.0
-        return LoraWeights(self.base, self.lora_A, self.lora_B, self.config.scaling, dropout)
+    def __init__(self, linear: nn.Module):
+        super().__init__(linear)
+        self.in_features, self.out_features = linear.weight.shape
 
     def forward(self, x: Tensor) -> Tensor:
-        weights = self.adapted()
-        if weights is not None:
-            return lora_linear(x, weights)
-        if not self.enabled:
-            return self.base(x)
-        if self.merged is not None:
-            return F.linear(x, self.merged, self.base.bias)
-        # the caller trains the base too: let autograd see all of it
-        low = F.linear(
-            F.dropout(x, self.config.lora_dropout, self.training), self.lora_A.to(x.dtype)
-        )
-        return self.base(x) + self.config.scaling * F.linear(low, self.lora_B.to(x.dtype))
+        return F.linear(x, self.linear.weight.t(), self.linear.bias)
+
+    def dequantize(self) -> Tensor:
+        return self.linear.weight.detach().t()
+
+    @property
+    def stored(self) -> Tensor:
+        return self.linear.weight.detach().t()
+
+    def requantize(self, w: Tensor) -> None:
+        self.linear.weight.data.copy_(w.t())
+
+
+class LoraPart(Part):
+    """What one adapter adds to one layer: lora_A [r, in], lora_B [out, r], fp32, and where the
+    config says so
+
+    lora_bias [out]     added on the low-rank path, scaled as it is
+    magnitude [out]     DoRA's length of every row
+    bias [out]          in place of the base's
+    start_A, start_B    A0 and B0, frozen: s B0 A0 is taken out of the weight
+    """
+
+    def __init__(self, config: LoraConfig, name: str, lora_A: Tensor, lora_B: Tensor):
+        super().__init__(config)
+        self.r, self.scaling, self.dropout = len(lora_A), config.scaling(name), config.lora_dropout
+        self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
+        self.lora_bias = self.magnitude = self.bias = None
+        self.register_buffer("start_A", None)
+        self.register_buffer("start_B", None)
+
+    def start_with(self, A: Tensor, B: Tensor) -> None:
+        """Start from A [r, in] and B [out, r] with nothing changed: s B A is taken out of W."""
+        with torch.no_grad():
+            self.lora_A.copy_(A)
+            self.lora_B.copy_(B)
+        self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """A [R, in] and B [out, R] of the whole update, R = r, or 2 r with a start."""
+        if self.start_A is None:
+            return self.lora_A, self.lora_B
+        A = torch.cat([self.lora_A, self.start_A])
+        return A, torch.cat([self.lora_B, -self.start_B], dim=1)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether A and B are all there is."""
+        return self.start_A is self.lora_bias is self.magnitude is self.bias is None
+
+
+class LoraLinear(Attached):
+    """base(x) + scaling * B A dropout(x), and the like."""
+
+    def __init__(self, base: Base):
+        super().__init__(base)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.light: tuple[LoraPart, nn.Linear] | None = None
+
+    @property
+    def plain(self) -> nn.Module:
+        return self.base.linear if isinstance(self.base, DenseBase) else self.base
+
+    @property
+    def part(self) -> LoraPart:
+        """Of the selected adapter."""
+        return self.adapters[self.selected]
+
+    @property
+    def lora_A(self) -> nn.Parameter:
+        return self.part.lora_A
+
+    @property
+    def lora_B(self) -> nn.Parameter:
+        return self.part.lora_B
+
+    def tensors(self, name: str) -> dict[str, nn.Parameter]:
+        part = self.adapters[name]
+        found = {
+            "lora_A.weight": part.lora_A,
+            "lora_B.weight": part.lora_B,
+            "lora_B.bias": part.lora_bias,
+            "lora_magnitude_vector": part.magnitude,
+            "base_layer.bias": part.bias,
+        }
+        return {ending: tensor for ending, tensor in found.items() if tensor is not None}
+
+    def saved(self, name: str) -> dict[str, Tensor]:
+        A, B = self.adapters[name].pair()
+        values = self.tensors(name) | {"lora_A.weight": A, "lora_B.weight": B}
+        return {ending: tensor.float() for ending, tensor in values.items()}
+
+    def update(self) -> LoraWeights | None:
+        (part,) = self.using
+        return None if part is None else self._weights(part)
+
+    def adapted(self) -> LoraWeights | None:
+        return self.update() if self.base.frozen else None
+
+    def _weights(self, part: LoraPart) -> LoraWeights:
+        A, B = part.pair()
+        bias = self.base.bias if part.bias is None else part.bias
+        if part.lora_bias is not None:
+            bias = bias + part.scaling * part.lora_bias
+        dropout = part.dropout if self.training else 0.0
+        return LoraWeights(self.base, A, B, part.scaling, dropout, part.magnitude, bias)
+
+    def refresh(self) -> None:
+        super().refresh()
+        (part,) = self.using
+        light = part is not None and part.is_plain and type(self.base) is DenseBase
+        self.light = (part, self.base.linear) if light else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.light is not None and x.numel() <= FEW:
+            return self._lightly(x)
+        (part,) = self.using
+        return self.without(x) if part is None else self.compute(part, x)
+
+    def _lightly(self, x: Tensor) -> Tensor:
+        """With as little as possible beside the three products: 2 us are what a product costs."""
+        part, linear = self.light
+        own, update = linear._parameters, part._parameters  # a module's own look-up is slower
+        A, B = update["lora_A"], update["lora_B"]
+        flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        y = F.linear(flat, own["weight"], own["bias"])
+        if part.dropout and self.training:
+            flat = F.dropout(flat, part.dropout)
+        if A.dtype != y.dtype:
+            A, B, flat = A.to(y.dtype), B.to(y.dtype), flat.to(y.dtype)
+        y = torch.addmm(y, F.linear(flat, A), B.t(), alpha=part.scaling)
+        return y if flat is x else y.view(*x.shape[:-1], y.shape[1])
+
+    def compute(self, part: LoraPart, x: Tensor) -> Tensor:
+        if self.base.frozen:
+            return lora_linear(x, self._weights(part))
+        return self._by_autograd(part, x)
+
+    def _by_autograd(self, part: LoraPart, x: Tensor) -> Tensor:
+        """Op by op: where the caller trains the base too, autograd has to see all of it."""
+        flat, base = x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), self.base
+        y = base.forward(flat)
+        if part.dropout and self.training:
+            flat = F.dropout(flat, part.dropout)
+        A, B = part.pair()
+        if A.dtype != y.dtype:
+            A, B = A.to(y.dtype), B.to(y.dtype)
+        y = torch.addmm(y, F.linear(flat.to(A.dtype), A), B.t(), alpha=part.scaling)
+        if not part.is_plain:
+            weights = self._weights(part)
+            y = y if base.bias is None else y - base.bias
+            if part.magnitude is not None:
+                y = y * (part.magnitude / self._row_norms(part)).to(y.dtype)
+            y = y if weights.bias is None else y + weights.bias
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
     @torch.no_grad()
-    def merge(self) -> None:
-        """Compute with W + s B A from now on. Raises LorakitError if that is not finite."""
-        weight = self.base.dequantize()
-        A, B = self.lora_A.float(), self.lora_B.float()
-        merged = torch.addmm(weight.float(), B, A, alpha=self.config.scaling).to(weight.dtype)
-        if not torch.isfinite(merged).all():
-            raise LorakitError("merge: the merged weight holds NaN or infinite values")
-        self.merged = merged
+    def _row_norms(self, part: LoraPart) -> Tensor:
+        return self._sum(part, self.base.dequantize()).norm(dim=1)
+
+    def _sum(self, part: LoraPart, weight: Tensor) -> Tensor:
+        """W + s B A, fp32 or wider [out, in]."""
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        A, B = part.pair()
+        return torch.addmm(weight.to(wide), B.to(wide), A.to(wide), alpha=part.scaling)
+
+    @torch.no_grad()
+    def joined(self, weight: Tensor | None) -> nn.Module:
+        part, base = self.part, self.base
+        weight = base.dequantize() if weight is None else weight
+        found = self._sum(part, weight)
+        if part.magnitude is not None:
+            found *= (part.magnitude / found.norm(dim=1))[:, None]
+        return self.plain_with(found.to(base.dequantize().dtype), self._weights(part).bias)
+
+    def plain_with(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """A layer of its own, as the base is, with another weight [out, in]."""
+        if isinstance(self.base, TransposedBase):
+            weight = weight.t().contiguous()
+        if isinstance(self.base, DenseBase):
+            return with_weight(self.base.linear, weight, bias)
+        linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")
+        return with_weight(linear, weight, bias)
 
     def extra_repr(self) -> str:
-        merged = self.merged is not None
-        return f"r={self.config.r}, scaling={self.config.scaling:g}, merged={merged}"
+        names = [f"{name}: r={part.r}" for name, part in self.adapters.items()]
+        return f"{', '.join(names)}, selected={self.selected}, merged={self.merged is not None}"
 
 
-def lora_layers(module: nn.Module) -> dict[str, LoraLinear]:
-    """The adapted layers inside `module` by name, in the order of the module tree."""
-    return {name: m for name, m in module.named_modules() if isinstance(m, LoraLinear)}
+def with_weight(layer: nn.Module, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
+    """A copy of `layer` with another frozen weight and bias; the rest is shared with it."""
+    other = copy.copy(layer)
+    other._parameters = dict(layer._parameters)
+    other.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        other.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return other
 
 
-def _adapted(module: nn.Module, what: str) -> dict[str, LoraLinear]:
-    layers = lora_layers(module)
-    if not layers:
-        raise LorakitError(f"{what}: no adapter is attached")
-    return layers
+# ---- embeddings ----
 
 
-def match_targets(names: list[str], targets: str | list[str]) -> list[str]:
-    """The `names` of linear layers that `targets` selects, by PEFT's rules.
+class HeadOfEmbedding:
+    """The weight of an embedding [V, H] as that of a linear layer: the base of a tied head."""
 
-    "all-linear": all but the output head `lm_head`. Another string: a regex that must match the
-    whole name. A list: each entry matches a whole name or its end after a dot. Raises LorakitError
-    for a string or a list entry that matches nothing, with the nearest name.
-    """
-    leaves = sorted({name.rpartition(".")[2] for name in names})
-    if targets == "all-linear":
-        found = [name for name in names if name.rpartition(".")[2] != "lm_head"]
-        if not found:
-            raise LorakitError("target_modules 'all-linear': the module holds no linear layer")
-        return found
-    if isinstance(targets, str):
+    bias = None
+
+    def __init__(self, embedding: nn.Module):
+        packed = not isinstance(embedding, nn.Embedding)
+        self.stored = embedding.quantized if packed else embedding.weight.detach()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if isinstance(self.stored, Tensor):
+            return F.linear(x, self.stored)
+        return kernels.frozen_linear(x, self.stored)
+
+
+def _look_up(embedding: nn.Module, weight: Tensor, ids: Tensor) -> Tensor:
+    """Rows of `weight` [n, any], with whatever else `embedding` does to its own."""
+    if isinstance(embedding, nn.Embedding) and type(embedding) is not nn.Embedding:
+        return functional_call(embedding, {"weight": weight}, (ids,))
+    return F.embedding(ids, weight)
+
+
+class LoraEmbedding(Attached):
+    """base(ids) + scaling * A^T[ids] B^T, lora_A [r, V] and lora_B [H, r]."""
+
+    def __init__(self, base: nn.Module, tied: bool):
+        super().__init__(base)
+        self.tied = tied  # whether a head has this weight too
+
+    @property
+    def part(self) -> LoraPart:
+        """Of the selected adapter."""
+        return self.adapters[self.selected]
+
+    @property
+    def lora_A(self) -> nn.Parameter:
+        return self.part.lora_A
+
+    @property
+    def lora_B(self) -> nn.Parameter:
+        return self.part.lora_B
+
+    def tensors(self, name: str) -> dict[str, nn.Parameter]:
+        part = self.adapters[name]
+        found = {
+            "lora_embedding_A": part.lora_A,
+            "lora_embedding_B": part.lora_B,
+            "lora_magnitude_vector": part.magnitude,
+        }
+        return {ending: tensor for ending, tensor in found.items() if tensor is not None}
+
+    def saved(self, name: str) -> dict[str, Tensor]:
+        A, B = self.adapters[name].pair()
+        values = self.tensors(name) | {"lora_embedding_A": A, "lora_embedding_B": B}
+        return {ending: tensor.float() for ending, tensor in values.items()}
+
+    def update(self) -> LoraWeights | None:
+        """As a tied head sees it."""
+        (part,) = self.using
+        return None if part is None else self.of_head(part, HeadOfEmbedding(self.base))
+
+    def of_head(self, part: LoraPart, base) -> LoraWeights:
+        A, B = part.pair()
+        return LoraWeights(base, B.t(), A.t(), part.scaling)
+
+    def compute(self, part: LoraPart, ids: Tensor) -> Tensor:
+        y = self.base(ids)
+        A, B = part.pair()
+        low = _look_up(self.base, A.t(), ids).to(y.dtype)
+        if part.magnitude is None:
+            flat = torch.addmm(
+                y.flatten(0, -2), low.flatten(0, -2), B.t().to(y.dtype), alpha=part.scaling
+            )
+            return flat.view_as(y)
+        gain = (part.magnitude / self._column_norms(part)).to(y.dtype)
+        return (y + part.scaling * F.linear(low, B.to(y.dtype))) * gain
+
+    def _dense(self) -> Tensor:
+        packed = not isinstance(self.base, nn.Embedding)
+        return self.base.dequantize() if packed else self.base.weight.detach()
+
+    @torch.no_grad()
+    def _column_norms(self, part: LoraPart) -> Tensor:
+        """||W + s (B A)^T|| of each column [H], from products of rank r."""
+        W = self._dense().float()
+        A, sB = part.lora_A, part.lora_B * part.scaling
+        square = torch.linalg.vector_norm(W, dim=0).square()
+        square += 2 * (sB * (A @ W).t()).sum(1) + (sB * (sB @ (A @ A.t()))).sum(1)
+        return square.clamp(min=0).sqrt()
+
+    @torch.no_grad()
+    def joined(self, weight: Tensor | None) -> nn.Module:
+        part = self.part
+        own = self._dense()
+        A, B = part.pair()
+        found = torch.addmm(
+            (own if weight is None else weight).float(), A.t(), B.t(), alpha=part.scaling
+        )
+        if part.magnitude is not None:
+            found *= part.magnitude / found.norm(dim=0)
+        if isinstance(self.base, nn.Embedding):
+            return with_weight(self.base, found.to(own.dtype))
+        return nn.Embedding.from_pretrained(found.to(own.dtype))
+
+
+class RowsPart(Part):
+    """Trained rows [n, H] for the tokens `ids` [n], n of V."""
+
+    def __init__(self, config: LoraConfig, ids: Tensor, rows: Tensor, vocabulary: int):
+        super().__init__(config)
+        self.rows = nn.Parameter(rows)
+        slots = torch.full((vocabulary,), -1, device=rows.device)
+        slots[ids] = torch.arange(len(ids), device=rows.device)
+        self.register_buffer("ids", ids, persistent=False)
+        self.register_buffer("slots", slots, persistent=False)  # of each token its row, or -1
+
+
+class TokenRows(Attached):
+    """base(ids), but for some tokens rows that are trained; a tied head has them too."""
+
+    tied = True
+
+    def tensors(self, name: str) -> dict[str, nn.Parameter]:
+        return {"token_adapter.trainable_tokens_delta": self.adapters[name].rows}
+
+    def compute(self, part: RowsPart, ids: Tensor) -> Tensor:
+        y, slots = self.base(ids), part.slots[ids]
+        rows = _look_up(self.base, part.rows, slots.clamp(min=0)).to(y.dtype)
+        return torch.where((slots >= 0)[..., None], rows, y)
+
+    def original_rows(self, ids: Tensor) -> Tensor:
+        """fp32 [n, H]"""
+        if isinstance(self.base, nn.Embedding):
+            return self.base.weight.detach()[ids].float()
+        return self.base(ids).float()
+
+    def update(self) -> LoraWeights | None:
+        """As a tied head sees it: B one-hot, A the difference of the rows."""
+        (part,) = self.using
+        return None if part is None else self.of_head(part, HeadOfEmbedding(self.base))
+
+    def of_head(self, part: RowsPart, base) -> LoraWeights:
+        one_hot = (
+            part.slots[:, None] == torch.arange(len(part.ids), device=part.ids.device)
+        ).float()
+        return LoraWeights(base, part.rows - self.original_rows(part.ids), one_hot, 1.0)
+
+    @torch.no_grad()
+    def joined(self, weight: Tensor | None) -> nn.Module:
+        part, packed = self.adapters[self.selected], not isinstance(self.base, nn.Embedding)
+        own = self.base.dequantize() if packed else self.base.weight.detach()
+        found = (own if weight is None else weight.to(own.dtype)).clone()
+        found[part.ids] = part.rows.to(found.dtype)
+        return nn.Embedding.from_pretrained(found) if packed else with_weight(self.base, found)
+
+
+class TiedHead(Attached):
+    """A linear layer on the weight of an embedding that is adapted: it changes alike."""
+
+    def __init__(self, base: nn.Linear, embedding: Attached):
+        super().__init__(base)
+        self.embedding = (embedding,)  # a tuple, lest its parameters have two names
+
+    def tensors(self, name: str) -> dict[str, nn.Parameter]:
+        return {}
+
+    def without(self, x: Tensor) -> Tensor:
+        (embedding,) = self.embedding
+        (part,) = embedding.using
+        if self.rows is not None and self.enabled:
+            raise LorakitError("adapter_rows: an adapted head that is tied has one adapter for all")
+        if part is None:
+            return self.current()(x)
+        if isinstance(part, (LoraPart, RowsPart)):
+            return lora_linear(x, embedding.of_head(part, DenseBase(self.base)))
+        return F.linear(x, part.weight, self.base.bias)  # a copy that is trained whole
+
+    def joined(self, weight: Tensor | None) -> nn.Module:
+        (embedding,) = self.embedding
+        other = with_weight(self.base, embedding.merged.weight)
+        other.weight = embedding.merged.weight  # the same tensor
+        return other
+
+
+# ---- modules that are trained as they are ----
+
+
+class Delegate(Attached):
+    """Looks from outside like the module that computes."""
+
+    def __getattr__(self, name: str):
         try:
-            pattern = re.compile(targets)
-        except re.error as error:
-            raise LorakitError(f"target_modules {targets!r} is no valid regex: {error}") from None
-        found = [name for name in names if pattern.fullmatch(name)]
-        if not found:
-            hint = nearest(targets, leaves)
-            raise LorakitError(
-                f"target_modules: the regex {targets!r} matches no linear layer{hint}; a string is "
-                "matched against whole names, a list against their ends"
-            )
-        return found
-    matched = {t: [n for n in names if n == t or n.endswith("." + t)] for t in targets}
-    for target, hits in matched.items():
-        if not hits:
-            raise LorakitError(
-                f"target_modules: {target!r} matches no linear layer{nearest(target, leaves)}; "
-                f"there are {', '.join(leaves)}"
-            )
-    wanted = {name for hits in matched.values() for name in hits}
-    return [name for name in names if name in wanted]
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.current(), name)
 
 
-def attach(module: nn.Module, config: LoraConfig | None = None) -> nn.Module:
-    """Put a LoraLinear around every linear layer that `config.target_modules` selects, in place.
+class SavedModule(Delegate):
+    """A module trained whole: each adapter has a copy of it."""
 
-    All other parameters are frozen; A is drawn from torch's global generator. Returns `module`.
-    Raises LorakitError, and changes nothing, if an adapter is attached already, a target matches
-    nothing, or a target is a subclass of nn.Linear that lorakit does not know how to wrap.
-    """
-    config = config or LoraConfig()
-    if lora_layers(module):
-        raise LorakitError("attach: an adapter is attached already; detach it first")
-    linear = {
-        name: m for name, m in module.named_modules() if name and isinstance(m, (nn.Linear, Base))
-    }
-    names = match_targets(list(linear), config.target_modules)
-    for name in names:
-        if not isinstance(linear[name], Base) and type(linear[name]) is not nn.Linear:
-            raise LorakitError(
-                f"attach: {name} is a {type(linear[name]).__name__}, not an nn.Linear"
-            )
-    module.requires_grad_(False)
-    for name in names:
-        base = linear[name] if isinstance(linear[name], Base) else DenseBase(linear[name])
-        module.set_submodule(name, LoraLinear(base, config).train(linear[name].training))
-    return module
+    def current(self) -> nn.Module:
+        (copied,) = self.using
+        return super().current() if copied is None else copied
+
+    def alone(self) -> nn.Module | None:
+        return super().alone() if self.using[0] is None else self.current()
+
+    def tensors(self, name: str) -> dict[str, nn.Parameter]:
+        return dict(self.adapters[name].named_parameters())
+
+    def compute(self, copied: nn.Module, *args, **options):
+        return copied(*args, **options)
+
+    def joined(self, weight: Tensor | None) -> nn.Module:
+        return copy.deepcopy(self.adapters[self.selected]).requires_grad_(False)
 
 
-def detach(module: nn.Module) -> nn.Module:
-    """Remove the adapter: the base layers return to their places, still frozen."""
-    for name, layer in _adapted(module, "detach").items():
-        base = layer.base
-        module.set_submodule(name, base.linear if isinstance(base, DenseBase) else base)
-    return module
+class BiasPart(nn.Module):
+    def __init__(self, bias: Tensor):
+        super().__init__()
+        self.bias = nn.Parameter(bias.detach().clone())
 
 
-def merge(module: nn.Module) -> nn.Module:
-    """Let every adapted layer compute with one dense weight W + s B A. Returns `module`.
+class TrainedBias(Delegate):
+    """A module whose bias alone is trained: each adapter has its own."""
 
-    Needs the dense weights in memory beside the base. `save_model` writes merged weights; `unmerge`
-    returns to base and adapter. Raises LorakitError, and leaves everything unmerged, if a merged
-    weight is not finite.
-    """
-    layers = _adapted(module, "merge")
-    try:
-        for name, layer in layers.items():
-            try:
-                layer.merge()
-            except LorakitError as error:
-                raise LorakitError(f"{error} ({name})") from None
-    except LorakitError:
-        unmerge(module)
-        raise
-    return module
+    def tensors(self, name: str) -> dict[str, nn.Parameter]:
+        return {"bias": self.adapters[name].bias}
+
+    def compute(self, part: BiasPart, *args, **options):
+        return functional_call(self.base, {"bias": part.bias}, args, options)
+
+    def joined(self, weight: Tensor | None) -> nn.Module:
+        bias = self.adapters[self.selected].bias.detach().to(self.base.bias.dtype)
+        return with_weight(self.base, self.base.weight.detach(), bias)
 
 
-def unmerge(module: nn.Module) -> nn.Module:
-    """Undo `merge`; the base was never touched. Returns `module`."""
-    for layer in _adapted(module, "unmerge").values():
-        layer.merged = None
-    return module
-
-
-@contextmanager
-def disable_adapters(module: nn.Module) -> Iterator[None]:
-    """Inside the `with` block every adapted layer computes its base alone."""
-    layers = list(_adapted(module, "disable_adapters").values())
-    before = [layer.enabled for layer in layers]
-    for layer in layers:
-        layer.enabled = False
-    try:
-        yield
-    finally:
-        for layer, enabled in zip(layers, before, strict=True):
-            layer.enabled = enabled
+def lora_layers(module: nn.Module) -> dict[str, LoraLinear | LoraEmbedding]:
+    """The layers inside `module` with a low-rank update, by name, in the order of the tree."""
+    kinds = (LoraLinear, LoraEmbedding)
+    return {name: m for name, m in module.named_modules() if isinstance(m, kinds)}

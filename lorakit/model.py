@@ -52,21 +52,37 @@ class PackedLayer(Protocol):
 
 @runtime_checkable
 class AdaptedLayer(Protocol):
-    """A linear layer with a low-rank update."""
+    """What stands in the place of a layer while adapters are attached to it (see attached.py)."""
+
+    rows: list | None  # which rows of a batch each adapter computes, or one for all
+
+    def update(self) -> kernels.LoraWeights | None:
+        """The low-rank update, of an embedding as its tied head sees it; None if there is none."""
 
     def adapted(self) -> kernels.LoraWeights | None:
-        """What the fused kernels take, or None if it has to be called as it is."""
+        """Base and update as the fused kernels take them, or None if there is no update or the
+        layer has to be called as it is.
+        """
+
+    def current(self) -> nn.Module:
+        """What an update is added to."""
+
+    def alone(self) -> nn.Module | None:
+        """The one module that computes, None if an adapter is added to it."""
+
+
+def _hooked(module: nn.Module) -> bool:
+    m = module
+    return bool(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+    )
 
 
 def _adapted(*layers: nn.Module) -> list[kernels.LoraWeights] | None:
     """Of all the layers, or None if one of them is not, or has to be called as it is: also for its
     hooks, or because it drops another share of the input than the others.
     """
-    hooked = any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        for m in layers
-    )
-    if hooked or not all(isinstance(layer, AdaptedLayer) for layer in layers):
+    if any(map(_hooked, layers)) or not all(isinstance(m, AdaptedLayer) for m in layers):
         return None
     found = [layer.adapted() for layer in layers]
     if None in found or len({weights.dropout for weights in found}) > 1:
@@ -343,7 +359,7 @@ class Decoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.model.embed_tokens.weight.device
+        return self.model.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -413,10 +429,21 @@ class Decoder(nn.Module):
     def _uncapped(self, hidden: Tensor) -> Tensor:
         if self.lm_head is not None:
             return self.lm_head(hidden)
-        embedding = self.model.embed_tokens
+        embedding, update = self._tied_head()
+        if update is not None:
+            return kernels.lora_linear(hidden, update)
         if isinstance(embedding, PackedLayer):
             return kernels.frozen_linear(hidden, embedding.quantized)
         return F.linear(hidden, embedding.weight)
+
+    def _tied_head(self) -> tuple[nn.Module, kernels.LoraWeights | None]:
+        """The embedding that is the head too, and the low-rank update of both."""
+        embedding = self.model.embed_tokens
+        if not isinstance(embedding, AdaptedLayer):
+            return embedding, None
+        if embedding.rows is not None:
+            raise LorakitError("adapter_rows: a head that is tied has one adapter for all rows")
+        return embedding.current(), embedding.update()
 
     def forward(
         self,
@@ -452,19 +479,28 @@ class Decoder(nn.Module):
             targets = targets.clone()
             targets[:, cu_seqlens[1:-1].long() - 1] = -100
         cap = self.config.final_logit_softcapping
-        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        lora = None
-        for adapted in _adapted(head) or ():
-            if adapted.dropout == 0 and adapted.magnitude is None:
-                head, lora = adapted.base, (adapted.lora_A, adapted.lora_B, adapted.scaling)
-        if isinstance(head, PackedLayer):
-            weight = head.quantized
-        elif type(head) in (nn.Linear, nn.Embedding):
-            weight = head.weight
-        elif lora is not None:
-            weight = head.dequantize()
-        else:  # another adapted head: its own forward, on the label positions only
+        weight, update = self._head_weight()
+        if weight is None:
             rows = (targets != -100).nonzero(as_tuple=True)
-            logits = head(hidden[rows])
+            whole = isinstance(self.lm_head, AdaptedLayer) and self.lm_head.rows is not None
+            logits = self._uncapped(hidden)[rows] if whole else self._uncapped(hidden[rows])
             return kernels.cross_entropy(logits, targets[rows], softcap=cap)
+        lora = None if update is None else (update.lora_A, update.lora_B, update.scaling)
         return kernels.linear_cross_entropy(hidden, weight, targets, lora=lora, softcap=cap)
+
+    def _head_weight(self) -> tuple[Tensor | kernels.Packed | None, kernels.LoraWeights | None]:
+        """What the head multiplies with, and its low-rank update; no weight if that is not all."""
+        head, update = self.lm_head, None
+        if head is None:
+            head, update = self._tied_head()
+        elif _hooked(head):
+            return None, None
+        elif isinstance(head, AdaptedLayer) and head.rows is None:
+            update = head.update()
+            head = head.alone() if update is None else head.current()
+        more = update is not None and (update.dropout or update.magnitude is not None)
+        if more or (update is not None and update.bias is not None):
+            return None, None
+        if isinstance(head, PackedLayer):
+            return head.quantized, update
+        return (head.weight if type(head) in (nn.Linear, nn.Embedding) else None), update

@@ -5,8 +5,8 @@
 
 Each keeps the codes and scales of its one matrix as frozen parameters, so that they move with
 `.to(device)`, are seen by FSDP as plain uint8 tensors, and take part in `state_dict`. The linear
-ones have what `lora` needs of a base: `layer(x)`, `layer.dequantize()`, `layer.stored` and
-`layer.requantize(w)`.
+ones have what `lora` needs of a base: `layer(x)`, `layer.dequantize()`, `layer.stored`,
+`layer.requantize(w)` and `layer.frozen`.
 
 `quantize` on a model of the meta device makes empty shells of the right size; the loader then packs
 each dense weight as it is read. The dense model never exists.
@@ -26,6 +26,8 @@ from .kernels.nf4.tensor import NESTED_BLOCK
 
 class PackedWeight(nn.Module):
     """A frozen matrix [rows, columns] of `shape`, packed; `dtype` is what it computes in."""
+
+    frozen = True
 
     def __init__(self, shape: tuple[int, int], config: QuantConfig, dtype: torch.dtype):
         super().__init__()
@@ -225,7 +227,7 @@ def quantize(module: nn.Module, config: QuantConfig | None = None) -> nn.Module:
     no layer, a weight holds NaN or infinite values, or a weight belongs to two layers.
     """
     config = config or QuantConfig()
-    if any("lora_A" in name.split(".") for name, _ in module.named_parameters()):
+    if any("adapters" in name.split(".") for name, _ in module.named_parameters()):
         raise LorakitError("quantize: an adapter is attached; quantize the model before attaching")
     layers = dict(module.named_modules())
     _check_names(layers, config)

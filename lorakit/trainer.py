@@ -24,9 +24,9 @@ from torch import nn
 from tqdm import tqdm
 
 from .adapter import save_adapter
+from .attached import Attached, attached
 from .config import LorakitError, TrainConfig
 from .data import IGNORE, Example, batches, collate, encode_rows, read_rows
-from .lora import LoraLinear, lora_layers
 from .memory import peak_memory_mb
 from .model import Decoder, MoE
 from .optim import AdamW, learning_rate
@@ -193,8 +193,8 @@ def _evaluate(model: Decoder, examples: list[Example], batch_size: int) -> dict[
     }
 
 
-def _trainable_layers(model: Decoder) -> dict[str, LoraLinear]:
-    layers = lora_layers(model)
+def _trainable_layers(model: Decoder) -> dict[str, Attached]:
+    layers = {name: each for name, each in attached(model).items() if each.selected is not None}
     if not layers:
         raise LorakitError("train: no adapter is attached; call lorakit.attach(model, ...) first")
     if any(layer.merged is not None for layer in layers.values()):
@@ -248,12 +248,13 @@ def _backward(model: Decoder, micro_batches: list[list[Example]]) -> float:
     return total / count
 
 
-def _check_gradients(model: Decoder, layers: Mapping[str, LoraLinear]) -> None:
-    """An expert may have been chosen by no token yet; every other adapter has work to do."""
+def _check_gradients(model: Decoder, layers: Mapping[str, Attached]) -> None:
+    """An expert may have been chosen by no token yet; every other module has work to do."""
     experts = tuple(f"{n}.experts." for n, m in model.named_modules() if isinstance(m, MoE))
     for name, layer in layers.items():
-        if layer.lora_B.grad is None and not name.startswith(experts):
-            raise LorakitError(f"train: {name}.lora_B got no gradient; its output is not used")
+        for ending, parameter in layer.tensors(layer.selected).items():
+            if parameter.grad is None and not name.startswith(experts):
+                raise LorakitError(f"train: {name}.{ending} got no gradient; it is not used")
 
 
 class _Log:

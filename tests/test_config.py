@@ -337,7 +337,6 @@ def test_configs_are_frozen():
 
 
 def test_rslora_scaling():
-    assert lk.LoraConfig(r=8, lora_alpha=16).scaling == 2
-    assert lk.LoraConfig(r=8, lora_alpha=16, use_rslora=True).scaling == pytest.approx(
-        5.657, abs=1e-3
-    )
+    assert lk.LoraConfig(r=8, lora_alpha=16).scaling("q_proj") == 2
+    scaling = lk.LoraConfig(r=8, lora_alpha=16, use_rslora=True).scaling("q_proj")
+    assert scaling == pytest.approx(5.657, abs=1e-3)

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lorakit as lk
-from lorakit.lora import LoraLinear, lora_layers, match_targets
+from lorakit.lora import LoraLinear, lora_layers
+from lorakit.targets import match_targets
 
 IDS = torch.arange(24).view(2, 12)
 
@@ -108,7 +109,7 @@ def test_merge_refuses_what_is_not_finite(model):
     last = model.model.layers[1].mlp.down_proj
     with torch.no_grad():
         last.lora_B[0, 0] = float("inf")
-    with pytest.raises(lk.LorakitError, match=r"NaN or infinite.*down_proj"):
+    with pytest.raises(lk.LorakitError, match=r"down_proj holds NaN or infinite"):
         lk.merge(model)
     assert all(layer.merged is None for layer in lora_layers(model).values())
 
@@ -126,10 +127,8 @@ def test_disable_adapters(either):
 
 def test_a_merged_model_moves_as_a_whole(either, tmp_path):
     lk.merge(randomize(lk.attach(either, CONFIG)))
-    names = set(either.state_dict())
     either.to(torch.bfloat16)
     assert either(IDS).dtype == torch.bfloat16
-    assert not [name for name in names if "merged" in name]
     lk.merge(either)  # again, from an adapter that .to() has rounded
     lk.save_adapter(either, tmp_path)
     lk.save_model(either, tmp_path)
@@ -248,9 +247,9 @@ def test_targets_by_the_rule_of_peft(targets):
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        (["q_proj", "v_prj"], "'v_prj' matches no linear layer .did you mean 'v_proj'"),
-        (["proj"], "'proj' matches no linear layer"),
-        ("q_proj", "regex 'q_proj' matches no linear layer .did you mean 'q_proj'.*a list"),
+        (["q_proj", "v_prj"], "'v_prj' matches no layer .did you mean 'v_proj'"),
+        (["proj"], "'proj' matches no layer"),
+        ("q_proj", "regex 'q_proj' matches no layer .did you mean 'q_proj'.*a list"),
         (r"(.*q_proj", "no valid regex"),
         ("", "target_modules is empty"),
         ([], "target_modules is empty"),

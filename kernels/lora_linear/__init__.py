@@ -73,7 +73,9 @@ class Base(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class LoraWeights:
-    """A base layer and its update: lora_A [r, K], lora_B [N, r], magnitude [N] for DoRA."""
+    """A base layer and its update: lora_A [r, K], lora_B [N, r], magnitude [N] for DoRA, and a bias
+    [N] in place of the base's.
+    """
 
     base: Base
     lora_A: Tensor
@@ -81,12 +83,13 @@ class LoraWeights:
     scaling: float
     dropout: float = 0.0
     magnitude: Tensor | None = None
+    bias: Tensor | None = None
 
 
 def lora_linear(x: Tensor, layer: LoraWeights) -> Tensor:
     """base(x) + scaling (x A^T) B^T for x [..., K]: [..., N] in x's dtype.
 
-    Differentiable in x, A, B, the base's bias and the magnitude; the base's weight is frozen: a
+    Differentiable in x, A, B, the bias and the magnitude; the base's weight is frozen: a
     gradient for it is not computed. Masks of dropout come from torch's global generator.
     """
     return lora_qkv(x, [layer])[0]
@@ -143,11 +146,11 @@ def _static(layers: Sequence[LoraWeights]) -> tuple[list, Dropout]:
 
 
 def _tensors(layers: Sequence[LoraWeights]) -> list[Tensor | None]:
-    return [
-        tensor
-        for layer in layers
-        for tensor in (layer.lora_A, layer.lora_B, layer.base.bias, layer.magnitude)
-    ]
+    found = []
+    for layer in layers:
+        bias = layer.base.bias if layer.bias is None else layer.bias
+        found += [layer.lora_A, layer.lora_B, bias, layer.magnitude]
+    return found
 
 
 def _group(x: Tensor, static: list, drop: Dropout, tensors: Sequence[Tensor | None]):

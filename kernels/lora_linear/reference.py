@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..frozen_linear import Panels, product, product_back, weight_panels
 
-TENSORS = 4  # of a layer: A, B, the base's bias, DoRA's magnitude
+TENSORS = 4  # of a layer: A, B, the bias, DoRA's magnitude
 
 
 class Dropout(NamedTuple):
@@ -85,7 +85,7 @@ class Layer:
 
     def forward_by_base(self, x: Tensor, low: Tensor) -> Tensor:
         """The same; the base may have a better way than to make its whole weight dense."""
-        if self.magnitude is not None:
+        if self.magnitude is not None or self.bias is not self.base.bias:
             return self.forward(x, low)
         y = self.base(x)
         # under autocast y is narrower than x; in place, as the base just made it

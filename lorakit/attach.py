@@ -1,0 +1,332 @@
+"""Put an adapter on a module: which of its parts get what, and everything refused before anything
+changes.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from .attached import Attached, adapter_names, attached, plain_modules
+from .config import LoraConfig, LorakitError, nearest
+from .lora import (
+    Base,
+    BiasPart,
+    DenseBase,
+    LoraEmbedding,
+    LoraLinear,
+    LoraPart,
+    RowsPart,
+    SavedModule,
+    TiedHead,
+    TokenRows,
+    TrainedBias,
+    TransposedBase,
+)
+from .model import Decoder, PackedLayer
+from .targets import ends_with, lies_in, select
+
+Places = dict[str, nn.Module]
+
+
+def attach(
+    module: nn.Module, config: LoraConfig | None = None, *, name: str = "default"
+) -> nn.Module:
+    """Put adapter `name` on every layer of `module` that `config` selects, in place, and select it:
+    it computes and trains, others that are attached wait for `set_adapter`.
+
+    With the first adapter all parameters of `module` are frozen. What is random is drawn from
+    torch's global generator. Returns `module`.
+
+    Raises LorakitError, and changes nothing, if an adapter of this name is attached, one is merged,
+    an entry of `config` matches nothing, or something it selects cannot be adapted: it says which
+    and why.
+    """
+    config = config or LoraConfig()
+    names = adapter_names(module)
+    if name in names:
+        raise LorakitError(
+            f"attach: an adapter {name!r} is attached already; detach it first, or choose another "
+            "name"
+        )
+    if not name or "." in name:
+        raise LorakitError(f"attach: {name!r} is no name for an adapter: it must hold no dot")
+    if any(each.merged is not None for each in attached(module).values()):
+        raise LorakitError("attach: an adapter is merged; unmerge it first")
+    new = _parts(module, config)
+    if not names:
+        module.requires_grad_(False)
+    for each, part in new.parts:
+        each.put(name, part)
+    for place, each in new.places.items():
+        module.set_submodule(place, each)
+    for each in attached(module).values():
+        each.select(name)
+    return module
+
+
+class _New:
+    """What is to be put where: wrappers by place, and what the adapter adds to each."""
+
+    def __init__(self) -> None:
+        self.places: dict[str, Attached] = {}
+        self.parts: list[tuple[Attached, nn.Module]] = []
+        self.made: dict[int, Attached] = {}  # of each module its wrapper: it may have two places
+
+    def wrap(
+        self, place: str, module: nn.Module, kind: type[Attached], make: Callable[[], Attached]
+    ) -> Attached | None:
+        """The wrapper of `module`, or None if it is known already."""
+        if isinstance(module, Attached):
+            if type(module) is not kind:
+                raise LorakitError(
+                    f"attach: {place} is a {type(module).__name__} of another adapter, and cannot "
+                    f"be a {kind.__name__} too"
+                )
+            known = id(module) in self.made
+            self.made[id(module)] = module
+            return None if known else module
+        known = id(module) in self.made
+        if not known:
+            self.made[id(module)] = make()
+        self.places[place] = self.made[id(module)]
+        return None if known else self.places[place]
+
+
+def _parts(module: nn.Module, config: LoraConfig) -> _New:
+    places = {n: m for n, m in plain_modules(module) if n}
+    linear = [n for n, m in places.items() if _is_linear(m, config)]
+    embeddings = [n for n, m in places.items() if _is_embedding(m)]
+    new = _New()
+    for place in select(linear, embeddings, config):
+        layer = places[place]
+        if _is_embedding(layer):
+            _embedding(new, module, places, place, config)
+            continue
+        if isinstance(layer, nn.Linear) and type(layer) is not nn.Linear:
+            raise LorakitError(f"attach: {place} is a {type(layer).__name__}, not an nn.Linear")
+        if (other := _tied_embedding(places, layer)) is not None:
+            raise LorakitError(
+                f"attach: {place} shares its weight with {other}; adapt that one, with "
+                "ensure_weight_tying"
+            )
+        each = new.wrap(place, layer, LoraLinear, lambda layer=layer: LoraLinear(_base(layer)))
+        if each is not None:
+            new.parts.append((each, _linear_part(each, place, config)))
+    for place in _saved(places, config):
+        layer = places[place]
+        tied = _tied_heads(module, places, layer)
+        other = _tied_embedding(places, layer)
+        if (tied is not None or other is not None) and not config.ensure_weight_tying:
+            raise LorakitError(_tied_message(place))
+        if other is not None:
+            raise LorakitError(f"attach: {place} shares its weight with {other}; save that one")
+        each = new.wrap(place, layer, SavedModule, lambda layer=layer: SavedModule(layer))
+        if each is not None:
+            new.parts.append((each, _copy(place, each.base)))
+            _tie(new, places, tied or [], each)
+    for place, ids in _token_rows(places, embeddings, config):
+        layer = places[place]
+        each = new.wrap(place, layer, TokenRows, lambda layer=layer: TokenRows(layer))
+        if each is not None:
+            new.parts.append((each, _rows_part(each, place, ids, config)))
+            _tie(new, places, _tied_heads(module, places, layer) or [], each)
+    if config.bias == "all":
+        for place, layer in places.items():
+            bias = layer._parameters.get("bias")
+            taken = place in new.places or isinstance(layer, Attached)
+            saved = any(lies_in(place, m) for m in config.modules_to_save or [])
+            if bias is not None and not taken and not saved:
+                each = new.wrap(place, layer, TrainedBias, lambda layer=layer: TrainedBias(layer))
+                if each is not None:
+                    new.parts.append((each, BiasPart(bias)))
+    return new
+
+
+def _is_linear(module: nn.Module, config: LoraConfig) -> bool:
+    transposed = config.fan_in_fan_out and _is_transposed(module)
+    return transposed or isinstance(module, (nn.Linear, Base, LoraLinear))
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Whether it is the Conv1D of transformers, which is not imported for the question."""
+    return type(module).__name__ == "Conv1D"
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    packed = isinstance(module, PackedLayer) and not isinstance(module, Base)
+    return isinstance(module, (nn.Embedding, LoraEmbedding, TokenRows)) or (
+        packed and not isinstance(module, Attached)
+    )
+
+
+def _base(layer: nn.Module) -> Base:
+    if isinstance(layer, Base):
+        return layer
+    return TransposedBase(layer) if _is_transposed(layer) else DenseBase(layer)
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def _linear_part(each: LoraLinear, place: str, config: LoraConfig) -> LoraPart:
+    base, r, device = each.base, config.rank(place), _device(each.base)
+    A = torch.empty(r, base.in_features, device=device)
+    bound = base.in_features**-0.5
+    nn.init.uniform_(A, -bound, bound)
+    B = torch.zeros(base.out_features, r, device=device)
+    if config.init_lora_weights is False:
+        nn.init.uniform_(B, -(r**-0.5), r**-0.5)
+    part = LoraPart(config, place, A, B)
+    if config.lora_bias:
+        if base.bias is None:
+            raise LorakitError(f"attach: lora_bias needs a layer with a bias, and {place} has none")
+        part.lora_bias = nn.Parameter(torch.zeros(base.out_features, device=device))
+    if config.bias != "none" and base.bias is not None:
+        part.bias = nn.Parameter(base.bias.detach().float().clone())
+    if config.use_dora:
+        length = each._sum(part, base.dequantize()).norm(dim=1)
+        part.magnitude = nn.Parameter(length.detach())
+    return part
+
+
+# ---- embeddings, and what shares their weight ----
+
+
+def _embedding(
+    new: _New, module: nn.Module, places: Places, place: str, config: LoraConfig
+) -> None:
+    layer = places[place]
+    if config.lora_bias:
+        raise LorakitError(f"attach: {place} is an embedding, which takes no lora_bias")
+    if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
+        raise LorakitError(f"attach: {place} has a max_norm, which changes its weight in use")
+    heads = _tied_heads(module, places, layer)
+    if heads is not None and not config.ensure_weight_tying:
+        raise LorakitError(_tied_message(place))
+    if heads is not None and config.use_dora:
+        raise LorakitError(f"attach: {place} is tied to the head, where use_dora has no meaning")
+    make = lambda: LoraEmbedding(layer, heads is not None)  # noqa: E731
+    each = new.wrap(place, layer, LoraEmbedding, make)
+    if each is None:
+        return
+    weight = each.base.weight
+    H, V = each.base.embedding_dim, each.base.num_embeddings
+    r = config.rank(place)
+    A = torch.zeros(r, V, device=weight.device)
+    B = torch.randn(H, r, device=weight.device)
+    part = LoraPart(config, place, A, B)
+    if config.use_dora:
+        part.magnitude = nn.Parameter(each._column_norms(part))
+    new.parts.append((each, part))
+    _tie(new, places, heads or [], each)
+
+
+def _tied_message(place: str) -> str:
+    return (
+        f"attach: {place} shares its weight with the output head; with ensure_weight_tying=true "
+        "both are adapted alike and stay one"
+    )
+
+
+def _weight(module: nn.Module) -> Tensor | None:
+    module = module.plain if isinstance(module, Attached) else module
+    return module._parameters.get("weight")
+
+
+def _tied_heads(module: nn.Module, places: Places, layer: nn.Module) -> list[str] | None:
+    """The linear layers that share the weight of embedding `layer`; an empty list where the decoder
+    uses the embedding itself as its head; None if there is no such thing.
+    """
+    layer = layer.plain if isinstance(layer, Attached) else layer
+    if not isinstance(layer, nn.Embedding) and not isinstance(layer, PackedLayer):
+        return None
+    weight = _weight(layer)
+    heads = [
+        n
+        for n, m in places.items()
+        if _weight(m) is weight and isinstance(m, (nn.Linear, TiedHead))
+    ]
+    for each in module.modules():
+        if isinstance(each, Decoder) and each.lm_head is None:
+            own = each.model.embed_tokens
+            if (own.plain if isinstance(own, Attached) else own) is layer:
+                return heads
+    return heads or None
+
+
+def _tied_embedding(places: Places, layer: nn.Module) -> str | None:
+    """The embedding that shares the weight of linear layer `layer`."""
+    weight = _weight(layer)
+    if weight is None or not isinstance(layer, nn.Linear):
+        return None
+    return next((n for n, m in places.items() if _is_embedding(m) and _weight(m) is weight), None)
+
+
+def _tie(new: _New, places: Places, heads: list[str], embedding: Attached) -> None:
+    for place in heads:
+        head = places[place]
+        if not isinstance(head, TiedHead):
+            new.places[place] = TiedHead(head, embedding)
+
+
+# ---- what is trained whole, or in part ----
+
+
+def _saved(places: Places, config: LoraConfig) -> Iterator[str]:
+    for entry in config.modules_to_save or []:
+        hits = [n for n in places if ends_with(n, entry)]
+        if not hits:
+            leaves = {n.rpartition(".")[2] for n in places}
+            raise LorakitError(
+                f"modules_to_save: {entry!r} matches no module{nearest(entry, leaves)}"
+            )
+        yield from hits
+
+
+def _copy(place: str, module: nn.Module) -> nn.Module:
+    packed = [p for p in module.parameters() if not p.is_floating_point()]
+    if packed or isinstance(module, PackedLayer):
+        raise LorakitError(
+            f"modules_to_save: {place} is packed; only a dense module can be trained"
+        )
+    if not list(module.parameters()):
+        raise LorakitError(f"modules_to_save: {place} has no parameters")
+    return copy.deepcopy(module).requires_grad_(True)
+
+
+def _token_rows(
+    places: Places, embeddings: list[str], config: LoraConfig
+) -> Iterator[tuple[str, list[int]]]:
+    wanted = config.trainable_token_indices
+    if wanted is None:
+        return
+    if isinstance(wanted, list):
+        if len(embeddings) != 1:
+            there = ", ".join(embeddings) or "none"
+            raise LorakitError(
+                "trainable_token_indices: a list needs a module with one embedding; name it in a "
+                f"mapping. There are: {there}"
+            )
+        wanted = {embeddings[0]: wanted}
+    for entry, ids in wanted.items():
+        hits = [n for n in embeddings if ends_with(n, entry)]
+        if not hits:
+            raise LorakitError(
+                f"trainable_token_indices: {entry!r} is no embedding{nearest(entry, embeddings)}"
+            )
+        for place in hits:
+            yield place, ids
+
+
+def _rows_part(each: TokenRows, place: str, ids: list[int], config: LoraConfig) -> RowsPart:
+    V = each.base.num_embeddings
+    fits = ids and all(type(i) is int and 0 <= i < V for i in ids) and len(set(ids)) == len(ids)
+    if not fits:
+        raise LorakitError(
+            f"trainable_token_indices: {place} needs different whole numbers from 0 to {V - 1}"
+        )
+    index = torch.tensor(ids, device=_device(each.base))
+    return RowsPart(config, index, each.original_rows(index).clone(), V)
