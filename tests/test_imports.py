@@ -27,6 +27,9 @@ ALLOWED = {
     "model": {"kernels", "config", "model_config", "recompute", "rope"},
     "quantization": {"kernels", "config"},
     "lora": {"kernels", "config"},
+    "initialization": {"config"},
+    "eva": {"config", "initialization"},
+    "combination": {"config"},
     "checkpoint": {
         "config",
         "families",
@@ -44,7 +47,7 @@ ALLOWED = {
     },
     "tensors": {"config", "files", "kernels", "safetensors"},
     "adapter": {"config", "files", "lora", "tensors"},
-    "loftq": {"config", "model", "lora", "tensors", "checkpoint"},
+    "loftq": {"config", "initialization", "model", "lora", "tensors", "checkpoint"},
     "report": {"config", "files", "kernels", "quantization", "checkpoint", "matplotlib"},
     "data": {"config", "tokenizer"},
     "optim": {"config", "kernels"},
