@@ -14,8 +14,8 @@ keeps W - s B A, so it computes what it did before:
 
     "pissa"          W = U S V^T;  A = sqrt(S_r / s) V_r^T, B = U_r sqrt(S_r / s): s B A is the best
                      approximation of W of rank r (arXiv:2404.02948)
-    "pissa_niter_N"  the same from N subspace iterations with r vectors: seconds instead of minutes
-                     for a large W, and a little less than the best
+    "pissa_niter_N"  the same from N subspace iterations with r vectors: products with W instead of
+                     its whole decomposition, and a little less than the best
     "olora"          W = Q R;  A = the first r rows of R, B = the first r columns of Q
                      (arXiv:2406.01775). Note that s B A grows with s
 
