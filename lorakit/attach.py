@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .attached import Attached, adapter_names, attached, plain_modules
 from .config import LoraConfig, LorakitError, nearest
+from .initialization import from_weight, initial, needs_weight
 from .lora import (
     Base,
     BiasPart,
@@ -173,13 +174,17 @@ def _device(module: nn.Module) -> torch.device:
 
 def _linear_part(each: LoraLinear, place: str, config: LoraConfig) -> LoraPart:
     base, r, device = each.base, config.rank(place), _device(each.base)
-    A = torch.empty(r, base.in_features, device=device)
-    bound = base.in_features**-0.5
-    nn.init.uniform_(A, -bound, bound)
-    B = torch.zeros(base.out_features, r, device=device)
-    if config.init_lora_weights is False:
-        nn.init.uniform_(B, -(r**-0.5), r**-0.5)
+    kind, shape = config.init_lora_weights, (base.in_features, base.out_features)
+    try:
+        if needs_weight(kind):
+            A, B = from_weight(kind, base.dequantize(), r, config.scaling(place))
+        else:
+            A, B = initial(kind, *shape, r, device=device)
+    except LorakitError as error:
+        raise LorakitError(f"attach: {place}: {error}") from None
     part = LoraPart(config, place, A, B)
+    if needs_weight(kind):
+        part.start_with(A, B)
     if config.lora_bias:
         if base.bias is None:
             raise LorakitError(f"attach: lora_bias needs a layer with a bias, and {place} has none")

@@ -152,6 +152,19 @@ class QuantConfig:
 INITIALIZATIONS = ("gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", "loftq", "eva")
 
 
+def check_initialization(kind: bool | str) -> None:
+    """Raise LorakitError, with the nearest name, unless `kind` is True, False, one of
+    INITIALIZATIONS or "pissa_niter_" and a whole number.
+    """
+    known = [name for name in INITIALIZATIONS if name != "pissa_niter_N"]
+    numbered = isinstance(kind, str) and re.fullmatch(r"pissa_niter_[0-9]+", kind)
+    check(
+        isinstance(kind, bool) or kind in known or bool(numbered),
+        f"init_lora_weights is {kind!r}{nearest(kind, INITIALIZATIONS)}; it must be true, false or "
+        f"one of {', '.join(INITIALIZATIONS)}, N a whole number",
+    )
+
+
 @dataclass(frozen=True)
 class LoraConfig:
     """A low-rank adapter. The update is scaled by lora_alpha / r, or / sqrt(r) with use_rslora."""
@@ -205,13 +218,7 @@ class LoraConfig:
             for key in getattr(self, name):
                 check(valid_regex(key), f"{name}: {key!r} is no valid regex")
         init = self.init_lora_weights
-        check(
-            isinstance(init, bool)
-            or init in INITIALIZATIONS
-            or re.fullmatch(r"pissa_niter_\d+", init) is not None,
-            f"init_lora_weights is {init!r}; it must be true, false or one of "
-            + ", ".join(INITIALIZATIONS),
-        )
+        check_initialization(init)
         check(
             not (self.lora_bias and self.use_dora),
             "lora_bias and use_dora do not go together: choose one",

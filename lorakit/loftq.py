@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from .checkpoint import dense_weights
 from .config import LorakitError
+from .initialization import subspace_svd
 from .lora import DenseBase, LoraLinear, lora_layers
 
 SUBSPACE_ITERATIONS = 8
@@ -102,9 +103,9 @@ def _start(layer: LoraLinear, original: Tensor, iterations: int) -> tuple[float,
         if iteration == 0:
             before = (residue.norm() / norm).item()
         width = min(2 * r, *original.shape)
-        U, S, V = torch.svd_lowrank(residue, q=width, niter=SUBSPACE_ITERATIONS)
-        root = S[:rank].sqrt()
-        A.zero_()[:rank] = root[:, None] * V[:, :rank].t()
-        B.zero_()[:, :rank] = U[:, :rank] * (root / s)
+        U, S, Vt = subspace_svd(residue, rank, width=width, iterations=SUBSPACE_ITERATIONS)
+        root = S.sqrt()
+        A.zero_()[:rank] = root[:, None] * Vt
+        B.zero_()[:, :rank] = U * (root / s)
     after = (residue.addmm_(B.float(), A.float(), alpha=-s).norm() / norm).item()
     return before, after
