@@ -3,12 +3,12 @@ changes.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from .attached import Attached, adapter_names, attached, plain_modules
+from .attached import Attached, Plan, adapter_names, attached, plain_modules
 from .config import LoraConfig, LorakitError, nearest
 from .initialization import from_weight, initial, needs_weight
 from .lora import (
@@ -55,55 +55,27 @@ def attach(
         raise LorakitError(f"attach: {name!r} is no name for an adapter: it must hold no dot")
     if any(each.merged is not None for each in attached(module).values()):
         raise LorakitError("attach: an adapter is merged; unmerge it first")
-    new = _parts(module, config)
+    plan = _lora(module, config)
     if not names:
         module.requires_grad_(False)
-    for each, part in new.parts:
+    for each, part in plan.parts:
         each.put(name, part)
-    for place, each in new.places.items():
+    for place, each in plan.places.items():
         module.set_submodule(place, each)
     for each in attached(module).values():
         each.select(name)
     return module
 
 
-class _New:
-    """What is to be put where: wrappers by place, and what the adapter adds to each."""
-
-    def __init__(self) -> None:
-        self.places: dict[str, Attached] = {}
-        self.parts: list[tuple[Attached, nn.Module]] = []
-        self.made: dict[int, Attached] = {}  # of each module its wrapper: it may have two places
-
-    def wrap(
-        self, place: str, module: nn.Module, kind: type[Attached], make: Callable[[], Attached]
-    ) -> Attached | None:
-        """The wrapper of `module`, or None if it is known already."""
-        if isinstance(module, Attached):
-            if type(module) is not kind:
-                raise LorakitError(
-                    f"attach: {place} is a {type(module).__name__} of another adapter, and cannot "
-                    f"be a {kind.__name__} too"
-                )
-            known = id(module) in self.made
-            self.made[id(module)] = module
-            return None if known else module
-        known = id(module) in self.made
-        if not known:
-            self.made[id(module)] = make()
-        self.places[place] = self.made[id(module)]
-        return None if known else self.places[place]
-
-
-def _parts(module: nn.Module, config: LoraConfig) -> _New:
+def _lora(module: nn.Module, config: LoraConfig) -> Plan:
     places = {n: m for n, m in plain_modules(module) if n}
     linear = [n for n, m in places.items() if _is_linear(m, config)]
     embeddings = [n for n, m in places.items() if _is_embedding(m)]
-    new = _New()
+    plan = Plan()
     for place in select(linear, embeddings, config):
         layer = places[place]
         if _is_embedding(layer):
-            _embedding(new, module, places, place, config)
+            _embedding(plan, module, places, place, config)
             continue
         if isinstance(layer, nn.Linear) and type(layer) is not nn.Linear:
             raise LorakitError(f"attach: {place} is a {type(layer).__name__}, not an nn.Linear")
@@ -112,9 +84,9 @@ def _parts(module: nn.Module, config: LoraConfig) -> _New:
                 f"attach: {place} shares its weight with {other}; adapt that one, with "
                 "ensure_weight_tying"
             )
-        each = new.wrap(place, layer, LoraLinear, lambda layer=layer: LoraLinear(_base(layer)))
+        each = plan.wrap(place, layer, LoraLinear, lambda layer=layer: LoraLinear(_base(layer)))
         if each is not None:
-            new.parts.append((each, _linear_part(each, place, config)))
+            plan.parts.append((each, _linear_part(each, place, config)))
     for place in _saved(places, config):
         layer = places[place]
         tied = _tied_heads(module, places, layer)
@@ -123,25 +95,25 @@ def _parts(module: nn.Module, config: LoraConfig) -> _New:
             raise LorakitError(_tied_message(place))
         if other is not None:
             raise LorakitError(f"attach: {place} shares its weight with {other}; save that one")
-        each = new.wrap(place, layer, SavedModule, lambda layer=layer: SavedModule(layer))
+        each = plan.wrap(place, layer, SavedModule, lambda layer=layer: SavedModule(layer))
         if each is not None:
-            new.parts.append((each, _copy(place, each.base)))
-            _tie(new, places, tied or [], each)
+            plan.parts.append((each, _copy(place, each.base)))
+            _tie(plan, places, tied or [], each)
     for place, ids in _token_rows(places, embeddings, config):
         layer = places[place]
-        each = new.wrap(place, layer, TokenRows, lambda layer=layer: TokenRows(layer))
+        each = plan.wrap(place, layer, TokenRows, lambda layer=layer: TokenRows(layer))
         if each is not None:
-            new.parts.append((each, _rows_part(each, place, ids, config)))
-            _tie(new, places, _tied_heads(module, places, layer) or [], each)
+            plan.parts.append((each, _rows_part(each, place, ids, config)))
+            _tie(plan, places, _tied_heads(module, places, layer) or [], each)
     if config.bias == "all":
         for place, layer in places.items():
             bias = layer._parameters.get("bias")
-            taken = place in new.places or isinstance(layer, Attached)
+            taken = place in plan.places or isinstance(layer, Attached)
             saved = any(lies_in(place, m) for m in config.modules_to_save or [])
             if bias is not None and not taken and not saved:
-                each = new.wrap(place, layer, TrainedBias, lambda layer=layer: TrainedBias(layer))
+                each = plan.wrap(place, layer, TrainedBias, lambda layer=layer: TrainedBias(layer))
                 if each is not None:
-                    new.parts.append((each, BiasPart(bias)))
+                    plan.parts.append((each, BiasPart(bias)))
     return new
 
 
@@ -201,7 +173,7 @@ def _linear_part(each: LoraLinear, place: str, config: LoraConfig) -> LoraPart:
 
 
 def _embedding(
-    new: _New, module: nn.Module, places: Places, place: str, config: LoraConfig
+    plan: Plan, module: nn.Module, places: Places, place: str, config: LoraConfig
 ) -> None:
     layer = places[place]
     if config.lora_bias:
@@ -214,7 +186,7 @@ def _embedding(
     if heads is not None and config.use_dora:
         raise LorakitError(f"attach: {place} is tied to the head, where use_dora has no meaning")
     make = lambda: LoraEmbedding(layer, heads is not None)  # noqa: E731
-    each = new.wrap(place, layer, LoraEmbedding, make)
+    each = plan.wrap(place, layer, LoraEmbedding, make)
     if each is None:
         return
     weight = each.base.weight
@@ -225,8 +197,8 @@ def _embedding(
     part = LoraPart(config, place, A, B)
     if config.use_dora:
         part.magnitude = nn.Parameter(each._column_norms(part))
-    new.parts.append((each, part))
-    _tie(new, places, heads or [], each)
+    plan.parts.append((each, part))
+    _tie(plan, places, heads or [], each)
 
 
 def _tied_message(place: str) -> str:
@@ -270,11 +242,11 @@ def _tied_embedding(places: Places, layer: nn.Module) -> str | None:
     return next((n for n, m in places.items() if _is_embedding(m) and _weight(m) is weight), None)
 
 
-def _tie(new: _New, places: Places, heads: list[str], embedding: Attached) -> None:
+def _tie(plan: Plan, places: Places, heads: list[str], embedding: Attached) -> None:
     for place in heads:
         head = places[place]
         if not isinstance(head, TiedHead):
-            new.places[place] = TiedHead(head, embedding)
+            plan.places[place] = TiedHead(head, embedding)
 
 
 # ---- what is trained whole, or in part ----

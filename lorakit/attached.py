@@ -14,7 +14,7 @@ not), and `detach` puts it back where it was.
 What kinds there are is not said here: see lora.py and its neighbours.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -132,6 +132,36 @@ class Attached(nn.Module):
         whole = self.enabled and self.merged is None and self.rows is None
         chosen = whole and self.selected is not None
         self.using = (self.adapters[self.selected] if chosen else None,)
+
+
+class Plan:
+    """What an adapter is going to be: wrappers by place, and what it adds to each. A plan is made
+    whole, with everything refused that has to be, before `attach` carries it out.
+    """
+
+    def __init__(self) -> None:
+        self.places: dict[str, Attached] = {}
+        self.parts: list[tuple[Attached, nn.Module]] = []
+        self.made: dict[int, Attached] = {}  # of each module its wrapper: it may have two places
+
+    def wrap(
+        self, place: str, module: nn.Module, kind: type[Attached], make: Callable[[], Attached]
+    ) -> Attached | None:
+        """The wrapper of `module`, or None if it is known already."""
+        if isinstance(module, Attached):
+            if type(module) is not kind:
+                raise LorakitError(
+                    f"attach: {place} is a {type(module).__name__} of another adapter, and cannot "
+                    f"be a {kind.__name__} too"
+                )
+            known = id(module) in self.made
+            self.made[id(module)] = module
+            return None if known else module
+        known = id(module) in self.made
+        if not known:
+            self.made[id(module)] = make()
+        self.places[place] = self.made[id(module)]
+        return None if known else self.places[place]
 
 
 # ---- walks ----
