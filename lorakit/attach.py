@@ -114,7 +114,7 @@ def _lora(module: nn.Module, config: LoraConfig) -> Plan:
                 each = plan.wrap(place, layer, TrainedBias, lambda layer=layer: TrainedBias(layer))
                 if each is not None:
                     plan.parts.append((each, BiasPart(bias)))
-    return new
+    return plan
 
 
 def _is_linear(module: nn.Module, config: LoraConfig) -> bool:
