@@ -29,7 +29,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .attach import attach
 from .attached import (
     adapter_config,
     attached,
@@ -38,6 +37,7 @@ from .attached import (
     selected_adapter,
     set_adapter,
 )
+from .attaching import attach
 from .config import LoraConfig, LorakitError, from_mapping
 from .files import read_json, write_json
 from .lora import lora_layers

@@ -118,6 +118,10 @@ class Attached(nn.Module):
         whole = self.using[0] is None and (self.rows is None or not self.enabled)
         return self.current() if whole else None
 
+    def in_use(self) -> bool:
+        """Whether any adapter has a part in it."""
+        return len(self.adapters) > 0
+
     def put(self, name: str, adapter: nn.Module) -> None:
         self.adapters[name] = adapter.train(self.training)
 
@@ -184,8 +188,8 @@ def attached(module: nn.Module) -> dict[str, Attached]:
 
 
 def adapter_names(module: nn.Module) -> list[str]:
-    """The adapters attached to `module`, in the order they came."""
-    return list(dict.fromkeys(name for m in attached(module).values() for name in m.adapters))
+    """The adapters attached to `module`, sorted."""
+    return sorted({name for each in attached(module).values() for name in each.adapters})
 
 
 def selected_adapter(module: nn.Module) -> str | None:
@@ -249,16 +253,21 @@ def delete_adapter(module: nn.Module, name: str) -> nn.Module:
     kept = selected_adapter(module)
     if kept == name:
         kept = names[0] if names else None
-    gone = []
-    for place, each in found.items():
+    remove_parts(module, name, list(found), kept)
+    return module
+
+
+def remove_parts(module: nn.Module, name: str, places: list[str], selected: str | None) -> None:
+    """Take adapter `name` from the modules at `places`; those that are left without any return to
+    their places, the others compute with `selected`.
+    """
+    found = {place: module.get_submodule(place) for place in places}
+    for each in found.values():
         if name in each.adapters:
             del each.adapters[name]
-        if each.adapters:
-            each.select(kept)
-        else:
-            gone.append(place)
-    _put_back(module, {place: found[place].plain for place in gone})
-    return module
+        each.select(selected)
+    gone = {place: each.plain for place, each in found.items() if not each.in_use()}
+    _put_back(module, gone)
 
 
 def detach(module: nn.Module) -> nn.Module:

@@ -137,8 +137,6 @@ def _train(args: argparse.Namespace) -> int:
     print(f"loaded {run.model} in {time.perf_counter() - started:.1f} s on {model.device}")
     torch.manual_seed(run.train.seed)
     lk.attach(model, run.lora)
-    if run.loftq:
-        print(lk.loftq(model))
     lk.tune_allocator()  # not before: what loading takes for a moment goes back to the system
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"training {trainable:,} adapter parameters on {len(data['train'])} rows")

@@ -31,16 +31,87 @@ sign of the majority is that of the values before their weights, as there.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .config import LorakitError, check, nearest
+from .attached import adapter_names, attached, check_adapter
+from .config import LoraConfig, LorakitError, check, nearest
+from .lora import LoraPart, lora_layers
 
 PRUNED = ("magnitude_prune", "ties", "dare_linear", "dare_ties")
 KINDS = ("linear", "cat", "svd", *PRUNED, *(f"{kind}_svd" for kind in PRUNED))
 SIGN_METHODS = ("total", "frequency")
+
+
+@torch.no_grad()
+def combine_adapters(
+    module: nn.Module,
+    names: Sequence[str],
+    weights: Sequence[float],
+    name: str,
+    kind: str = "linear",
+    *,
+    rank: int | None = None,
+    density: float | None = None,
+    majority_sign_method: str = "total",
+    seed: int | None = None,
+) -> nn.Module:
+    """Attach adapter `name`, made of the adapters `names` by `weights`, one for each; the selected
+    one stays selected. Returns `module`.
+
+    kind, rank, density, majority_sign_method: as in `combine`; a layer that only some of the
+        adapters have is made of these.
+    seed: of what the kinds with "dare" drop; None draws from torch's global generator.
+
+    Raises LorakitError, and changes nothing, if an adapter is missing or `name` is taken, one holds
+    more than A and B, or `combine` refuses.
+    """
+    for each in names:
+        check_adapter(module, each, "combine_adapters")
+    if name in adapter_names(module) or not name or "." in name:
+        raise LorakitError(
+            f"combine_adapters: {name!r} must be a new name without a dot; attached: "
+            + ", ".join(adapter_names(module))
+        )
+    check(len(names) == len(weights), "combine_adapters: give one weight for each adapter")
+    layers = lora_layers(module)
+    for place, each in attached(module).items():
+        for other in set(names) & set(each.adapters):
+            part = each.adapters[other]
+            plain = isinstance(part, LoraPart) and part.magnitude is part.lora_bias is part.bias
+            if not plain:
+                raise LorakitError(
+                    f"combine_adapters: {other!r} holds more than A and B in {place}; only plain "
+                    "low-rank updates are combined"
+                )
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    found = {}
+    for place, layer in layers.items():
+        mine = [n for n in names if n in layer.adapters]
+        if mine:
+            parts = [(*layer.adapters[n].pair(), layer.adapters[n].scaling) for n in mine]
+            found[place] = combine(
+                kind,
+                parts,
+                [w for n, w in zip(names, weights, strict=True) if n in layer.adapters],
+                rank=rank,
+                density=density,
+                majority_sign_method=majority_sign_method,
+                generator=generator,
+            )
+    ranks = {place: len(A) for place, (A, _) in found.items()}
+    r = Counter(ranks.values()).most_common(1)[0][0]
+    others = {place: own for place, own in ranks.items() if own != r}
+    config = LoraConfig(
+        r=r, lora_alpha=r, target_modules=list(found), rank_pattern=others, alpha_pattern=others
+    )
+    for place, (A, B) in found.items():
+        part = LoraPart(config, place, A.contiguous(), B.contiguous())
+        layers[place].put(name, part.requires_grad_(False))
+    return module
 
 
 @torch.no_grad()

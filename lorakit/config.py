@@ -280,6 +280,8 @@ class TrainConfig:
     warmup_ratio: float = 0.03
     optim: str = "adamw_torch"
     """AdamW with fp32 state ("adamw_torch") or 8-bit state ("adamw_8bit")"""
+    loraplus_lr_ratio: float | None = None
+    """LoRA+: lora_B learns so many times as fast as lora_A, 16 say; null: as fast"""
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
@@ -303,6 +305,8 @@ class TrainConfig:
             "max_seq_length",
         ]:
             check(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
+        ratio = self.loraplus_lr_ratio
+        check(ratio is None or ratio > 0, f"loraplus_lr_ratio must be positive, not {ratio}")
         check(self.max_seq_length > 1, "max_seq_length must be at least 2")
         for name in ("max_steps", "eval_steps"):
             value = getattr(self, name)
@@ -345,15 +349,13 @@ class RunConfig:
     data: DataConfig
     lora: LoraConfig = LoraConfig()
     quantize: QuantConfig | None = None
-    loftq: bool = False
-    """start the adapter from the error of the quantization (LoftQ, one iteration)"""
     dtype: str = "bfloat16"
     train: TrainConfig = TrainConfig()
 
     def __post_init__(self):
         check(
-            self.quantize is not None or not self.loftq,
-            "loftq starts from the error of a quantization: set quantize too",
+            self.quantize is not None or self.lora.init_lora_weights != "loftq",
+            "init_lora_weights: loftq starts from the error of a quantization; set quantize too",
         )
 
     @classmethod

@@ -133,6 +133,8 @@ class LoraPart(Part):
         self.lora_bias = self.magnitude = self.bias = None
         self.register_buffer("start_A", None)
         self.register_buffer("start_B", None)
+        kind = config.init_lora_weights
+        self.awaits = kind if kind in ("loftq", "eva") else None  # what has yet to start it
 
     def start_with(self, A: Tensor, B: Tensor) -> None:
         """Start from A [r, in] and B [out, r] with nothing changed: s B A is taken out of W."""
@@ -467,6 +469,9 @@ class TiedHead(Attached):
     def __init__(self, base: nn.Linear, embedding: Attached):
         super().__init__(base)
         self.embedding = (embedding,)  # a tuple, lest its parameters have two names
+
+    def in_use(self) -> bool:
+        return self.embedding[0].in_use()
 
     def tensors(self, name: str) -> dict[str, nn.Parameter]:
         return {}

@@ -11,7 +11,7 @@ from inspect import unwrap
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import LorakitError
 from .kernels import Moment8bit, adamw_step, adamw_step_8bit
@@ -146,6 +146,34 @@ def _side_by_side(params: list[Tensor]) -> list[Tensor]:
         mine, flat[p.device] = flat[p.device].split([p.numel(), flat[p.device].numel() - p.numel()])
         found.append(mine.view(p.shape))
     return found
+
+
+def loraplus_groups(
+    module: nn.Module, lr: float, loraplus_lr_ratio: float, *, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Parameter groups for LoRA+ (arXiv:2402.12354): every lora_B, and what has one dimension (a
+    bias, DoRA's magnitude), learns loraplus_lr_ratio times as fast as the rest that trains. What
+    has one dimension does not decay.
+
+    Raises LorakitError for a ratio that is not positive, or where nothing trains.
+    """
+    if not loraplus_lr_ratio > 0:
+        raise LorakitError(f"loraplus_lr_ratio must be positive, not {loraplus_lr_ratio}")
+    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            fast = name.endswith("lora_B") or p.dim() == 1
+            groups.setdefault((fast, p.dim() > 1), []).append(p)
+    if not groups:
+        raise LorakitError("loraplus_groups: no parameter trains; attach an adapter first")
+    return [
+        {
+            "params": params,
+            "lr": lr * (loraplus_lr_ratio if fast else 1.0),
+            "weight_decay": weight_decay if decays else 0.0,
+        }
+        for (fast, decays), params in groups.items()
+    ]
 
 
 def learning_rate(kind: str, step: int, total: int, peak: float, warmup_ratio: float) -> float:

@@ -20,16 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from .adapter import save_adapter
 from .attached import Attached, attached
 from .config import LorakitError, TrainConfig
 from .data import IGNORE, Example, batches, collate, encode_rows, read_rows
+from .eva_initialization import eva
+from .loftq_initialization import loftq
+from .lora import LoraPart
 from .memory import peak_memory_mb
 from .model import Decoder, MoE
-from .optim import AdamW, learning_rate
+from .optim import AdamW, learning_rate, loraplus_groups
 from .tokenizer import Tokenizer
 
 Rows = str | Path | Iterable[Mapping[str, Any]]
@@ -83,10 +86,17 @@ def train(
     if data.get("validation") is not None:
         validation = _encode(model, tok, data["validation"], *limits)
 
+    _start_adapter(model, layers, examples, config)
+    layers = _trainable_layers(model)  # EVA may have left some out
     params = [p for p in model.parameters() if p.requires_grad]
     betas = (config.adam_beta1, config.adam_beta2)
+    groups: list[dict[str, Any]] = [{"params": params, "lr": 1.0}]
+    if config.loraplus_lr_ratio is not None:
+        ratio, decay = config.loraplus_lr_ratio, config.weight_decay
+        groups = loraplus_groups(model, 1.0, ratio, weight_decay=decay)
+    shares = [group["lr"] for group in groups]  # of the scheduled rate
     optimizer = AdamW(
-        params,
+        groups,
         betas=betas,
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
@@ -105,8 +115,8 @@ def train(
             started = time.perf_counter()
             kind, peak_rate = config.lr_scheduler_type, config.learning_rate
             lr = learning_rate(kind, step - 1, total, peak_rate, config.warmup_ratio)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            for group, share in zip(optimizer.param_groups, shares, strict=True):
+                group["lr"] = lr * share
             loss = _backward(model, micro_batches)
             if step == 1:
                 _check_gradients(model, layers)
@@ -204,6 +214,33 @@ def _trainable_layers(model: Decoder) -> dict[str, Attached]:
             "train: gradients of a float16 model underflow; load it in bfloat16 or float32"
         )
     return layers
+
+
+def _start_adapter(
+    model: Decoder, layers: Mapping[str, Attached], examples: list[Example], config: TrainConfig
+) -> None:
+    """Where init_lora_weights is "loftq" or "eva" and nobody has done it yet."""
+    parts = [each.adapters[each.selected] for each in layers.values()]
+    awaited = {part.awaits for part in parts if isinstance(part, LoraPart)}
+    if "loftq" in awaited:
+        print(loftq(model))
+    if "eva" in awaited:
+        was_training = model.training
+        model.eval()
+        print(eva(model, _few_batches(model, examples, config)))
+        model.train(was_training)
+
+
+def _few_batches(
+    model: Decoder, examples: list[Example], config: TrainConfig
+) -> Iterator[dict[str, Tensor]]:
+    """The batches of the first epoch, as they will be trained on."""
+    lengths = [len(e.input_ids) for e in examples]
+    for rows in batches(lengths, config.per_device_train_batch_size, config.seed, 0):
+        ids, _ = collate([examples[row] for row in rows])
+        real = torch.tensor([lengths[row] for row in rows])[:, None]
+        mask = torch.arange(ids.shape[1]) < real
+        yield {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
 
 
 def _encode(

@@ -74,9 +74,9 @@ def test_train_then_generate(run_file, tiny_dir, tmp_path, capsys):
 
 
 def test_loftq_before_training(run_file, capsys):
-    assert main(["train", str(run_file), "loftq=true", "max_steps=1"]) == 0
+    assert main(["train", str(run_file), "lora.init_lora_weights=loftq", "max_steps=1"]) == 0
     assert "LoftQ: mean relative error of 14 layers 0." in capsys.readouterr().out
-    assert main(["train", str(run_file), "loftq=true", "quantize=null"]) == 1
+    assert main(["train", str(run_file), "lora.init_lora_weights=loftq", "quantize=null"]) == 1
     assert "set quantize too" in capsys.readouterr().err
 
 
@@ -140,7 +140,7 @@ def test_prompt_from_standard_input(tiny_dir):
         (["learning_rat=3"], "unknown key 'learning_rat' (did you mean 'learning_rate'?)"),
         (
             ["lora.target_modules=[q_prj]"],
-            "'q_prj' matches no linear layer (did you mean 'q_proj'?)",
+            "'q_prj' matches no layer (did you mean 'q_proj'?)",
         ),
         (["model=/nowhere"], "/nowhere does not exist"),
         (["data=/nowhere.jsonl"], "/nowhere.jsonl does not exist"),

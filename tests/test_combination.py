@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+import lorakit as lk
 from lorakit.combination import KINDS, PRUNED, combine
 from lorakit.config import LorakitError
 
@@ -318,3 +319,80 @@ def test_refusals():
     for kind, parts, weights, options, message in cases:
         with pytest.raises(LorakitError, match=message):
             combine(kind, parts, weights, **options)
+
+
+# ---- on a module ----
+
+
+def two_adapters():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 8), nn.Embedding(9, 8))
+    lk.attach(module, lk.LoraConfig(r=3, lora_alpha=6, target_modules=["0", "1"]), name="a")
+    lk.attach(module, lk.LoraConfig(r=2, target_modules=["1", "2"], use_rslora=True), name="b")
+    for name, p in module.named_parameters():
+        if "adapters" in name:
+            nn.init.normal_(p)
+    return module
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("cat", 1e-6), ("svd", 1e-5)])
+def test_a_combined_adapter_computes_the_sum(kind, tolerance):
+    """cat keeps all; svd of the whole rank too. A layer of one adapter alone has this one's."""
+    module = two_adapters()
+    x, weights = torch.randn(5, 10), {"a": 0.7, "b": -1.5}
+    base = module[1].plain(x)
+    truth, alone = base.clone(), module[0].plain(torch.eye(12))
+    for name, weight in weights.items():
+        lk.set_adapter(module, name)
+        truth += weight * (module[1](x) - base)
+    lk.set_adapter(module, "a")
+    alone = alone + 0.7 * (module[0](torch.eye(12)) - alone)
+    rank = {"rank": 5} if kind == "svd" else {}
+    if kind == "svd":  # a layer of rank 3 alone has two zero rows then
+        lk.combine_adapters(module, ["a", "b"], [0.7, -1.5], "c", kind, **rank)
+    else:
+        lk.combine_adapters(module, ["a", "b"], [0.7, -1.5], "c", kind)
+    assert lk.adapter_names(module) == ["a", "b", "c"]
+    assert not any(p.requires_grad for n, p in module.named_parameters() if ".c." in n)
+    lk.set_adapter(module, "c")
+    # fp32 products of rank 5 instead of two of rank 3 and 2; svd adds its own rounding
+    assert (module[1](x) - truth).abs().max() <= 10 * tolerance * truth.abs().max()
+    assert (module[0](torch.eye(12)) - alone).abs().max() <= 10 * tolerance * alone.abs().max()
+
+
+def test_a_combined_adapter_is_saved(tmp_path):
+    module = two_adapters()
+    lk.combine_adapters(module, ["a", "b"], [1.0, 1.0], "c", "cat")
+    lk.set_adapter(module, "c")
+    lk.save_adapter(module, tmp_path)
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 8), nn.Embedding(9, 8))
+    lk.load_adapter(plain, tmp_path)
+    x = torch.randn(5, 10)
+    assert torch.equal(plain[1](x), module[1](x))
+    assert torch.equal(plain[2](torch.arange(9)), module[2](torch.arange(9)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"names": ["a", "d"]}, "no adapter 'd'"),
+        ({"name": "b"}, "must be a new name"),
+        ({"weights": [1.0]}, "one weight for each adapter"),
+        ({"kind": "linaer"}, "did you mean 'linear'"),
+        ({"kind": "linear"}, r"one rank, and these have \[2, 3\]"),
+    ],
+)
+def test_combining_refuses_and_changes_nothing(change, message):
+    module = two_adapters()
+    options = {"names": ["a", "b"], "weights": [1.0, 1.0], "name": "c", "kind": "cat"} | change
+    with pytest.raises(LorakitError, match=message):
+        lk.combine_adapters(module, **options)
+    assert lk.adapter_names(module) == ["a", "b"]
+
+
+def test_a_dora_adapter_is_not_combined():
+    module = two_adapters()
+    lk.attach(module, lk.LoraConfig(r=3, target_modules=["0"], use_dora=True), name="d")
+    with pytest.raises(LorakitError, match="'d' holds more than A and B in 0"):
+        lk.combine_adapters(module, ["a", "d"], [1.0, 1.0], "c", "cat")

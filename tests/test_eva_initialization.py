@@ -10,8 +10,11 @@ from peft.tuners.lora.eva import SVDHook, get_eva_state_dict, initialize_lora_ev
 from peft.utils.incremental_pca import IncrementalPCA
 from torch import nn
 
+import lorakit as lk
 from lorakit.config import LorakitError
-from lorakit.eva import IncrementalSVD, redistribute
+from lorakit.eva_initialization import IncrementalSVD, redistribute
+from lorakit.lora import lora_layers
+from lorakit.lora import lora_layers
 
 
 def rows(n, features, seed=0, decay=0.8, rank=None, offset=3.0):
@@ -297,3 +300,98 @@ def test_refusals():
         redistribute({"a": torch.ones(2)}, 2, 1.0, rho=0.5)
     with pytest.raises(LorakitError, match="r must be positive, not 0"):
         redistribute({"a": torch.ones(2)}, 0, 1.0)
+
+
+# ---- on a module ----
+
+
+def test_an_adapter_starts_from_what_its_layers_read():
+    """Ranks as PEFT gives them, the update still zero, and A along the inputs."""
+    r, names = 4, ["first", "second", "third"]
+    batches = [rows(128, 16, decay=0.9, offset=0.0)] * 2
+    theirs = get_peft_model(
+        Tiny(),
+        LoraConfig(r=r, lora_alpha=6, target_modules=names, init_lora_weights="eva",
+                   eva_config=EvaConfig(rho=2.0)),
+        low_cpu_mem_usage=True,
+    )  # fmt: skip
+    own = {
+        "forward_fn": lambda m, x: m(x),
+        "prepare_model_inputs_fn": None,
+        "prepare_layer_inputs_fn": None,
+        "show_progress_bar": False,
+    }
+    state = get_eva_state_dict(theirs, batches, **own)
+    ours = Tiny()
+    before = ours(batches[0])
+    config = lk.LoraConfig(r=r, lora_alpha=6, target_modules=names, init_lora_weights="eva")
+    lk.attach(ours, config)
+    result = lk.eva(ours, batches, rho=2.0)
+    assert result.converged
+    assert result.batches == 2
+    assert result.ranks == {n.rpartition(".")[2]: len(A) for n, A in state.items()}
+    layers = lora_layers(ours)
+    assert torch.equal(ours(batches[0]), before)
+    for key, A in state.items():
+        layer = layers[key.rpartition(".")[2]]
+        assert layer.part.scaling == 6 / r
+        assert layer.part.awaits is None
+        # single directions whose variance is nearly equal may be found turned into each other
+        assert torch.linalg.svdvals(A.float() @ layer.lora_A.detach().t()).min() > 0.99
+
+
+def test_a_layer_without_rank_is_left_out(tmp_path):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with torch.no_grad():
+        module[0].weight.copy_(torch.eye(8))
+        module[0].bias.zero_()
+    x = torch.randn(64, 8) * torch.tensor([3.0] + [1e-3] * 7)
+    module[1].register_forward_pre_hook(lambda m, args: (torch.randn(64, 8),))
+    lk.attach(module, lk.LoraConfig(r=1, target_modules=["0", "1"], init_lora_weights="eva"))
+    result = lk.eva(module, [x, x], rho=2.0, tau=0.0)
+    assert sum(result.ranks.values()) == 2
+    assert all((place in lora_layers(module)) == (r > 0) for place, r in result.ranks.items())
+    lk.save_adapter(module, tmp_path)
+
+
+def test_eva_refuses_and_changes_nothing():
+    module = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(lk.LorakitError, match="no adapter is attached"):
+        lk.eva(module, [])
+    lk.attach(module, lk.LoraConfig(r=2, init_lora_weights="eva"))
+    A = module[0].lora_A
+    with pytest.raises(lk.LorakitError, match="0 saw too few rows in 0 batches"):
+        lk.eva(module, [])
+    with pytest.raises(lk.LorakitError, match="NaN or infinite"):
+        lk.eva(module, [torch.full((9, 8), float("nan"))])
+    assert module[0].lora_A is A
+    assert module[0].part.awaits == "eva"
+    assert not module[0]._forward_pre_hooks
+
+
+def test_padding_does_not_count(tiny_dir):
+    model = lk.load_model(tiny_dir, dtype="float32")
+    config = lk.LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights="eva")
+    ids = torch.arange(24).view(2, 12)
+    padded = torch.nn.functional.pad(ids, (0, 5), value=7)
+    mask = torch.nn.functional.pad(torch.ones_like(ids), (0, 5))
+    found = []
+    for batch in (ids, {"input_ids": padded, "attention_mask": mask}):
+        lk.attach(model, config)
+        lk.eva(model, [batch], rho=1.0)
+        found.append(lora_layers(model)["model.layers.0.self_attn.o_proj"].lora_A.detach())
+        lk.detach(model)
+    # the same rows, from products of another size: fp32 sums in another order
+    assert torch.linalg.svdvals(found[0] @ found[1].t()).min() > 0.9999
+
+
+def test_training_starts_it(tiny_dir, tmp_path, capsys):
+    model, tok = lk.load_model(tiny_dir, dtype="float32"), lk.load_tokenizer(tiny_dir)
+    lk.attach(model, lk.LoraConfig(r=4, init_lora_weights="eva"))
+    data = [{"prompt": "one two", "completion": " three four"}] * 12
+    lk.train(model, tok, data, lk.TrainConfig(output_dir=str(tmp_path), max_steps=2))
+    assert "EVA: " in capsys.readouterr().out
+    again = lk.load_adapter(lk.load_model(tiny_dir, dtype="float32"), tmp_path)
+    ids = torch.arange(24).view(2, 12)
+    assert torch.equal(again(ids), model.eval()(ids))

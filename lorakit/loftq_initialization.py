@@ -107,5 +107,6 @@ def _start(layer: LoraLinear, original: Tensor, iterations: int) -> tuple[float,
         root = S.sqrt()
         A.zero_()[:rank] = root[:, None] * Vt
         B.zero_()[:, :rank] = U * (root / s)
+    layer.part.awaits = None
     after = (residue.addmm_(B.float(), A.float(), alpha=-s).norm() / norm).item()
     return before, after

@@ -21,16 +21,163 @@ The rows that pass are many, so the directions are found by subspace iteration w
 rows give the same bits, and torch's generator does not move.
 """
 
-from collections.abc import Mapping
+import dataclasses
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm import tqdm
 
+from .attached import check_adapter, remove_parts, selected_adapter
 from .config import LorakitError, check
 from .initialization import subspace_svd
+from .lora import LoraLinear, LoraPart
 
 SUBSPACE_ITERATIONS = 4
+TAU = 0.99  # the cosine from which on a direction counts as found
+
+log = logging.getLogger("lorakit")
+
+
+@dataclass(frozen=True)
+class EvaResult:
+    """The rank of each layer, 0 where none is worth it, and how many batches it took."""
+
+    ranks: dict[str, int]
+    batches: int
+    converged: bool
+
+    def __str__(self) -> str:
+        given = [r for r in self.ranks.values() if r]
+        until = "until all directions settled" if self.converged else "all that there were"
+        return (
+            f"EVA: {self.batches} batches, {until}; ranks {min(given)} to {max(given)} in "
+            f"{len(given)} of {len(self.ranks)} layers"
+        )
+
+
+@torch.no_grad()
+def eva(
+    module: nn.Module,
+    batches: Iterable[Tensor | Mapping[str, Tensor]],
+    *,
+    rho: float = 2.0,
+    tau: float = TAU,
+) -> EvaResult:
+    """Start the selected adapter from what its linear layers read in `batches`, and move ranks to
+    where they explain most. What the adapter held is lost; B is zero, so nothing changes yet.
+
+    batches: int64 ids [B, T], or mappings of keywords for `module`; positions where their
+        attention_mask is 0 do not count. No more of them are taken than it needs.
+    rho: no layer gets more than rho times its rank. 1 leaves all ranks as they are.
+    tau: a direction is found when a batch turns it by less than the angle of this cosine.
+
+    Raises LorakitError, before anything changes, if no adapter is selected, its ranks differ, a
+    layer sees fewer rows than it needs, or an input is not finite.
+    """
+    name = selected_adapter(module)
+    check_adapter(module, name or "default", "eva")
+    layers = {
+        place: m
+        for place, m in module.named_modules()
+        if isinstance(m, LoraLinear) and name in m.adapters
+    }
+    check(len(layers) > 0, "eva: the adapter is on no linear layer")
+    config = next(iter(layers.values())).adapters[name].config
+    check(not config.rank_pattern, "eva: it finds the ranks itself; leave rank_pattern out")
+    check(rho >= 1, f"rho must be at least 1, not {rho}")
+    watch = _Watch(layers, round(config.r * rho))
+    count, done = 0, False
+    with watch:
+        for batch in tqdm(batches, desc="EVA", unit="batch", disable=None, leave=False):
+            watch.run(module, batch)
+            count += 1
+            if done := watch.converged(tau):
+                break
+    if (short := watch.short()) is not None:
+        raise LorakitError(
+            f"eva: {short} saw too few rows in {count} batches; it needs {round(config.r * rho)}"
+        )
+    if not done:
+        log.warning("lorakit: eva: some directions had not settled after %d batches", count)
+    found = {place: watch.of[place] for place in layers}
+    ratios = {place: svd.explained_variance_ratio for place, svd in found.items()}
+    ranks, alphas = redistribute(ratios, config.r, config.lora_alpha, rho=rho)
+    config = dataclasses.replace(
+        config,
+        rank_pattern={place: r for place, r in ranks.items() if r not in (0, config.r)},
+        alpha_pattern={p: alphas[p] for p, r in ranks.items() if r not in (0, config.r)},
+    )
+    for place, layer in layers.items():
+        if ranks[place]:
+            _start(layer, name, place, config, found[place].components[: ranks[place]])
+    remove_parts(module, name, [place for place, r in ranks.items() if r == 0], name)
+    return EvaResult(ranks, count, done)
+
+
+def _start(layer: LoraLinear, name: str, place: str, config, A: Tensor) -> None:
+    old = layer.adapters[name]
+    B = old.lora_B.new_zeros(old.lora_B.shape[0], len(A))
+    part = LoraPart(config, place, A.to(old.lora_A.device).clone(), B)
+    part.magnitude, part.bias, part.awaits = old.magnitude, old.bias, None
+    layer.put(name, part)
+    layer.select(name)
+
+
+class _Watch:
+    """The inputs of layers while a module runs. Layers that read the very same tensor (q, k and v)
+    share one decomposition.
+    """
+
+    def __init__(self, layers: Mapping[str, LoraLinear], n_components: int):
+        self.layers, self.n_components = layers, n_components
+        self.of: dict[str, IncrementalSVD] = {}  # of each layer
+        self.first: dict[int, str] = {}  # of each decomposition the layer that feeds it
+        self.seen: dict[int, tuple[Tensor, IncrementalSVD]] = {}  # in this run, by the input
+        self.mask: Tensor | None = None
+
+    def __enter__(self) -> "_Watch":
+        self.hooks = [
+            layer.register_forward_pre_hook(lambda m, args, place=place: self._take(place, args[0]))
+            for place, layer in self.layers.items()
+        ]
+        return self
+
+    def __exit__(self, *_) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def run(self, module: nn.Module, batch: Tensor | Mapping[str, Tensor]) -> None:
+        self.seen, self.mask = {}, None
+        if isinstance(batch, Mapping):
+            self.mask = batch.get("attention_mask")
+            module(**batch)
+        else:
+            module(batch)
+
+    def _take(self, place: str, x: Tensor) -> None:
+        if place not in self.of:
+            if id(x) in self.seen:
+                self.of[place] = self.seen[id(x)][1]
+            else:
+                self.of[place] = IncrementalSVD(self.n_components)
+                self.first[id(self.of[place])] = place
+        svd = self.of[place]
+        self.seen[id(x)] = (x, svd)  # x too: the number is its own while it lives
+        if self.first[id(svd)] == place:
+            masked = self.mask is not None and self.mask.shape == x.shape[:-1]
+            svd.update(x[self.mask.bool()] if masked else x.reshape(-1, x.shape[-1]))
+
+    def converged(self, tau: float) -> bool:
+        whole = len(self.of) == len(self.layers)
+        return whole and all(bool(svd.converged(tau).all()) for svd in set(self.of.values()))
+
+    def short(self) -> str | None:
+        """A layer of which too little is known."""
+        return next((p for p in self.layers if p not in self.of or not self.of[p].rows), None)
 
 
 class IncrementalSVD:
