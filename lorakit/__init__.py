@@ -15,6 +15,8 @@ _HOME = {
     "RunConfig": "config",
     "TrainConfig": "config",
     "attach": "lora",
+    "convert_adapter": "conversion",
+    "describe_adapter": "adapter_files",
     "detach": "lora",
     "disable_adapters": "lora",
     "evaluate": "trainer",
