@@ -36,6 +36,7 @@ PARTS = {
     ".lora_magnitude_vector.weight": "magnitude",
     ".lora_B.bias": "bias",
 }
+LARGEST = torch.finfo(torch.float32).max  # alpha; what JSON calls a number may have no end
 TOKENS, COPY = ".token_adapter.trainable_tokens_delta", ".base_layer.weight"
 
 
@@ -60,18 +61,20 @@ class PeftConfig:
     def __post_init__(self):
         if self.peft_type != "LORA":
             raise LorakitError(f"peft_type is {self.peft_type!r}; only 'LORA' is supported")
-        for name, known in (("rank_pattern", self.rank_pattern), ("r", {"": self.r})):
-            for pattern, rank in (known or {}).items():
-                if type(rank) is not int or rank < 1:
-                    of = f" of {pattern!r}" if pattern else ""
-                    raise LorakitError(f"{name}{of} must be a positive whole number, not {rank!r}")
-        for pattern, alpha in (self.alpha_pattern or {}).items():
-            if type(alpha) not in (int, float) or not math.isfinite(alpha):
-                raise LorakitError(f"alpha_pattern of {pattern!r} must be a number, not {alpha!r}")
-        for pattern in [*(self.rank_pattern or {}), *(self.alpha_pattern or {})]:
+        ranks, alphas = self.rank_pattern or {}, self.alpha_pattern or {}
+        named = [("r", self.r), *((f"rank_pattern of {p!r}", r) for p, r in ranks.items())]
+        for name, rank in named:
+            if type(rank) is not int or not 0 < rank < 1 << 31:
+                raise LorakitError(f"{name} must be a positive whole number, not {rank!r}")
+        named = [("lora_alpha", self.lora_alpha)]
+        named += [(f"alpha_pattern of {p!r}", alpha) for p, alpha in alphas.items()]
+        for name, alpha in named:
+            if type(alpha) not in (int, float) or not abs(alpha) <= LARGEST:
+                raise LorakitError(f"{name} must be a number, not {alpha!r}")
+        for pattern in [*ranks, *alphas]:
             try:
-                re.compile(pattern)
-            except (re.error, RecursionError) as error:
+                re.compile(_pattern(pattern))
+            except (re.error, RecursionError, OverflowError) as error:
                 raise LorakitError(f"the pattern {pattern!r} is no valid regex: {error}") from None
 
     def rank(self, name: str) -> int:
@@ -90,9 +93,14 @@ class PeftConfig:
 
 def _first_match(patterns: dict | None, name: str, default):
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if re.match(_pattern(pattern), name):
             return value
     return default
+
+
+def _pattern(key: str) -> str:
+    """A key of rank_pattern or alpha_pattern as the regex that PEFT makes of it."""
+    return rf"(.*\.)?({key})$"
 
 
 class Layer(NamedTuple):
@@ -367,7 +375,7 @@ def describe_adapter(path: str | Path) -> AdapterReport:
         str(adapter.path),
         layers,
         len(adapter.saved),
-        sum(tensors[name].shape[0] for name in adapter.tokens),
+        sum(math.prod(tensors[name].shape[:1]) for name in adapter.tokens),
         sum(layer.magnitude is not None for layer in adapter.layers),
         sum(layer.embedding for layer in adapter.layers),
         len(adapter.biases) + sum(layer.bias is not None for layer in adapter.layers),

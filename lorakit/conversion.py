@@ -185,7 +185,7 @@ def convert_adapter(
 
 
 def _check_target(source: Path, target: Path) -> None:
-    if target == source.absolute() or (target.exists() and target.samefile(source)):
+    if source.exists() and target.exists() and target.samefile(source):
         raise LorakitError(f"{target} is the adapter to be converted: name another directory")
     if target.exists() and not target.is_dir():
         raise LorakitError(f"{target} is a file: name a directory")

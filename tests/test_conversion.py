@@ -75,6 +75,7 @@ FEATURES = {
         "rank_pattern": {"layers.1.self_attn.q_proj": 8, "q_proj": 2},
         "alpha_pattern": {r"layers\.0\..*": 11},
     },
+    "some layers": {"layers_to_transform": [1], "exclude_modules": ["v_proj"]},
     "embedding and head": {"target_modules": ["embed_tokens", "lm_head", "v_proj"]},
     "a bias setting without biases": {"bias": "all"},
 }
@@ -495,6 +496,9 @@ DAMAGED = [
     (lambda p: edit_config(p, rank_pattern={"q_proj": "4"}), "rank_pattern of 'q_proj'"),
     (lambda p: edit_config(p, alpha_pattern={"q": [1]}), "alpha_pattern of 'q' must be a number"),
     (lambda p: edit_config(p, alpha_pattern={"(": 1}), r"'\(' is no valid regex"),
+    (lambda p: edit_config(p, rank_pattern={"(?i)Q_PROJ": 1}), "is no valid regex: global flags"),
+    (lambda p: edit_config(p, lora_alpha=10**400), "lora_alpha must be a number, not 1000"),
+    (lambda p: edit_config(p, r=10**400), "r must be a positive whole number"),
     (cut, "damaged or cut off"),
     (lambda p: edit_tensors(p, lambda t: t.pop(KEY + ".lora_A.weight")), "lora_A.weight is missi"),
     (
@@ -541,6 +545,51 @@ def test_what_cannot_be_converted(saved, tmp_path, damage, message):
         assert len(lk.describe_adapter(saved).layers) == 14
 
 
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+NUMBERS = st.integers() | st.floats() | st.integers(1, 4)
+PATTERNS = ["rank_pattern", "alpha_pattern"]
+SETTINGS = ["r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias"]
+SETTINGS += ["modules_to_save", "target_parameters", "lora_dropout", "task_type", "arrow_config"]
+SETTINGS += ["init_lora_weights", "base_model_name_or_path", "peft_type"]
+ENDS = [".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector", ".lora_embedding_A", ".bias"]
+ENDS += [".lora_B.bias", ".base_layer.weight", ".token_adapter.trainable_tokens_delta", ".lora_C"]
+KEYS = ["model.layers.0.mlp.experts", "model.layers.0.mlp.experts.base_layer", "layers.٣.q_proj"]
+
+
+@settings(max_examples=150)
+@given(
+    values=st.dictionaries(st.sampled_from(SETTINGS), JSON, max_size=4)
+    | st.fixed_dictionaries({n: st.dictionaries(st.text(), NUMBERS) for n in PATTERNS})
+    | st.fixed_dictionaries({"r": NUMBERS, "lora_alpha": NUMBERS}),
+    tensors=st.dictionaries(
+        st.builds(
+            str.__add__, st.sampled_from([*KEYS, "model.embed_tokens", ""]), st.sampled_from(ENDS)
+        ),
+        st.lists(st.integers(0, 4), max_size=3),
+        max_size=5,
+    ),
+)
+def test_any_files_are_read_or_refused_in_one_sentence(tmp_path_factory, values, tensors):
+    path = tmp_path_factory.mktemp("any")
+    (path / "in").mkdir()
+    (path / "in" / CONFIG).write_text(json.dumps({"peft_type": "LORA"} | values))
+    tensors = {PREFIX + name: torch.ones(shape) for name, shape in tensors.items()}
+    save_file(tensors, path / "in" / WEIGHTS)
+    try:
+        str(lk.describe_adapter(path / "in"))
+        lk.convert_adapter(path / "in", path / "out")
+    except lk.LorakitError as error:
+        assert str(error)
+        assert not (path / "out").exists()
+    shutil.rmtree(path)
+
+
 def test_biases_are_refused(tiny_dir, tmp_path):
     base = tiny_llama(attention_bias=True)
     peft_adapter(base, tmp_path / "in", bias="lora_only")
@@ -569,6 +618,8 @@ def test_targets_are_never_overwritten(saved, tmp_path, monkeypatch):
         lk.convert_adapter(saved, tmp_path / "full")
     with pytest.raises(lk.LorakitError, match="is a file"):
         lk.convert_adapter(saved, tmp_path / "full" / "notes.txt")
+    with pytest.raises(lk.LorakitError, match=r"none/adapter_config\.json does not exist"):
+        lk.convert_adapter(tmp_path / "none", tmp_path / "missing")
     assert before == {p.name: p.read_bytes() for p in saved.iterdir()}
     (tmp_path / "empty").mkdir()
     lk.convert_adapter(saved, tmp_path / "empty")
