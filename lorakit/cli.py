@@ -99,6 +99,39 @@ def _parser() -> argparse.ArgumentParser:
         "--no-plot", action="store_const", dest="plot", const=None, help="only print"
     )
     report.set_defaults(run=_quantize_report, take=_take_overrides)
+
+    adapter = verbs.add_parser(
+        "adapter",
+        help="look at an adapter, or make plain LoRA of it",
+        description="Look at an adapter on disk, or make plain LoRA of it.",
+    )
+    actions = adapter.add_subparsers(metavar="ACTION", required=True)
+    show = actions.add_parser(
+        "show",
+        parents=[common],
+        help="ranks, scalings and norms of each layer",
+        description="Print rank, scaling and norms of each layer of an adapter, what is stored "
+        "beside them, and warnings.",
+    )
+    show.add_argument("adapter", type=Path, help="directory of a PEFT or lorakit adapter")
+    show.set_defaults(run=_show_adapter, take=_take_nothing)
+    convert = actions.add_parser(
+        "convert",
+        parents=[common],
+        help="write it as plain LoRA, which every server understands",
+        description="Write an adapter as plain LoRA: one rank, one lora_alpha, full names of the "
+        "layers. rsLoRA and patterns of ranks and alphas are folded in exactly; DoRA is "
+        "approximated, and the error of each layer printed.",
+    )
+    convert.add_argument("adapter", type=Path, help="directory of a PEFT or lorakit adapter")
+    convert.add_argument("out", type=Path, help="directory to write, new or empty")
+    convert.add_argument(
+        "--base-model", help="directory, .gguf file or Hub id; for DoRA and fused experts"
+    )
+    convert.add_argument(
+        "--rank", type=_count, help="default: the largest of a layer; for DoRA twice that"
+    )
+    convert.set_defaults(run=_convert_adapter, take=_take_nothing)
     return parser
 
 
@@ -121,6 +154,10 @@ def _take_overrides(args: argparse.Namespace, rest: list[str]) -> bool:
 def _take_prompt(args: argparse.Namespace, rest: list[str]) -> bool:
     if args.prompt is None and rest:
         args.prompt = rest.pop(0)
+    return not rest
+
+
+def _take_nothing(args: argparse.Namespace, rest: list[str]) -> bool:
     return not rest
 
 
@@ -190,6 +227,16 @@ def _quantize_report(args: argparse.Namespace) -> int:
     if args.plot is not None:
         report.save_plot(args.plot)
         print(f"plot in {args.plot}")
+    return 0
+
+
+def _show_adapter(args: argparse.Namespace) -> int:
+    print(lk.describe_adapter(args.adapter))
+    return 0
+
+
+def _convert_adapter(args: argparse.Namespace) -> int:
+    print(lk.convert_adapter(args.adapter, args.out, base_model=args.base_model, rank=args.rank))
     return 0
 
 
