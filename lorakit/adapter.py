@@ -14,6 +14,9 @@ What is written is always plain: an adapter that started from a part of the weig
 one of twice the rank over the weight as it was. `target_modules` is written as the full names of
 the adapted layers, so that reading does not depend on what "all-linear" means elsewhere.
 
+Experts are linear layers of their own, as in the published checkpoints; the fused form of
+transformers 5 is read too, and written on request (experts.py).
+
 What is read besides: full copies of adapted embeddings and heads, which PEFT adds, are checked
 against the model's and left alone; the names that multimodal checkpoints gave the text model.
 """
@@ -27,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .attached import (
     adapter_config,
@@ -39,8 +42,10 @@ from .attached import (
 )
 from .attaching import attach
 from .config import LoraConfig, LorakitError, from_mapping
+from .experts import is_fused, join_experts, split_experts
 from .files import read_json, write_json
 from .lora import lora_layers
+from .model import Decoder
 from .tensors import LazyTensor, open_safetensors, write_safetensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -48,12 +53,12 @@ PREFIX = "base_model.model."
 
 # PEFT features that change the computation and that lorakit does not have: value when unused
 UNSUPPORTED = {
-    "target_parameters": None,
     "layer_replication": None,
     "use_qalora": False,
     "use_bdlora": None,
     "alora_invocation_tokens": None,
 }
+PATTERNS = ("rank_pattern", "alpha_pattern")
 # initializations after which A and B are all there is; others change the base, also on loading
 PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 STARTS = r"pissa(_niter_\d+)?|olora"  # that lorakit keeps beside A and B
@@ -67,12 +72,15 @@ def save_adapter(
     *,
     name: str | None = None,
     base_model: str | None = None,
+    fused_experts: bool = False,
 ) -> None:
     """Write adapter `name` of `module`, by default the selected one, into directory `path`, which
     is made if missing.
 
-    `base_model` is recorded as base_model_name_or_path. The weights are written before the config,
-    and each file whole or not at all. Raises LorakitError if there is no such adapter.
+    `base_model` is recorded as base_model_name_or_path. fused_experts writes the experts of a
+    `Decoder` as transformers 5 holds them; by default they are linear layers of their own, which
+    PEFT and every server read. The weights are written before the config, and each file whole or
+    not at all. Raises LorakitError if there is no such adapter, or its experts cannot be fused.
     """
     name = selected_adapter(module) if name is None else name
     check_adapter(module, name or "default", "save_adapter")
@@ -86,16 +94,19 @@ def save_adapter(
     layers = lora_layers(module)
     places = sorted(place for place in having if place in layers)
     twice = any(layers[place].adapters[name].start_A is not None for place in places)
+    values = _written(config, twice, places)
+    values |= {"base_model_name_or_path": base_model, "target_modules": places}
+    if fused_experts:
+        tensors, values = _fused(module, tensors, values)
     path = Path(path).expanduser()
     path.mkdir(parents=True, exist_ok=True)
     write_safetensors(path / WEIGHTS_FILE, tensors)
-    values = _written(config, twice) | {"base_model_name_or_path": base_model}
-    write_json(path / CONFIG_FILE, values | {"target_modules": places})
+    write_json(path / CONFIG_FILE, values)
 
 
-def _written(config: LoraConfig, twice: bool) -> dict[str, Any]:
-    """The config of a plain adapter, of twice the rank if it is to hold what it started from too:
-    the scaling stays, so alpha grows as r does, or with rsLoRA as its root.
+def _written(config: LoraConfig, twice: bool, places: list[str]) -> dict[str, Any]:
+    """The config of a plain adapter on `places`, of twice the rank if it is to hold what it started
+    from too: the scaling stays, so alpha grows as r does, or with rsLoRA as its root.
     """
     values = {
         "peft_type": "LORA",
@@ -110,8 +121,6 @@ def _written(config: LoraConfig, twice: bool) -> dict[str, Any]:
         "lora_alpha": config.lora_alpha,
     }
     for name in (
-        "rank_pattern",
-        "alpha_pattern",
         "use_dora",
         "lora_bias",
         "modules_to_save",
@@ -120,12 +129,70 @@ def _written(config: LoraConfig, twice: bool) -> dict[str, Any]:
     ):
         if getattr(config, name):  # older readers know fewer names
             values[name] = getattr(config, name)
+    values |= _patterns(config, places)
     if twice:
         more = math.sqrt(2) if config.use_rslora else 2
         values["r"], values["lora_alpha"] = 2 * config.r, more * config.lora_alpha
-        values["rank_pattern"] = {key: 2 * r for key, r in config.rank_pattern.items()}
-        values["alpha_pattern"] = {key: more * a for key, a in config.alpha_pattern.items()}
+        for name, factor in (("rank_pattern", 2), ("alpha_pattern", more)):
+            if name in values:
+                values[name] = {key: factor * value for key, value in values[name].items()}
     return values
+
+
+def _patterns(config: LoraConfig, places: list[str]) -> dict[str, Any]:
+    """rank_pattern and alpha_pattern, where they are used. JSON is written, here and by PEFT, with
+    sorted keys, and the first key that matches counts: where the order matters, whole names.
+    """
+    written = {}
+    for name, of in (("rank_pattern", LoraConfig.rank), ("alpha_pattern", LoraConfig.alpha)):
+        pattern = dict(sorted(getattr(config, name).items()))
+        same = dataclasses.replace(config, **{name: pattern})
+        if any(of(same, place) != of(config, place) for place in places):
+            pattern = {place: of(config, place) for place in places}
+        if pattern:
+            written[name] = pattern
+    return written
+
+
+def _fused(
+    module: nn.Module, tensors: dict[str, Tensor], values: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The adapters of experts as those of the two parameters of transformers 5, gate and up with
+    twice the rank (see experts.py).
+    """
+    if not isinstance(module, Decoder) or not module.config.num_experts:
+        raise LorakitError("save_adapter: fused_experts, but the model has no experts")
+    block, *leaves = module.config.moe_names
+    single = re.compile(rf".*\.{block}\.experts\.\d+\.({'|'.join(leaves)})")
+    places = [place for place in values["target_modules"] if not single.fullmatch(place)]
+    experts = [place for place in values["target_modules"] if single.fullmatch(place)]
+    config = LoraConfig(**{key: values[key] for key in ("r", "lora_alpha", "use_rslora")})
+    config = dataclasses.replace(config, **{key: values.get(key, {}) for key in PATTERNS})
+    kinds = {(config.rank(place), config.alpha(place)) for place in experts}
+    if len(kinds) != 1 or values.get("use_dora"):
+        raise LorakitError(
+            "save_adapter: fused_experts needs adapted experts, all of one rank and alpha, and no "
+            "use_dora"
+        )
+    ((r, alpha),) = kinds
+    more = math.sqrt(2) if config.use_rslora else 2
+    has = {place.rpartition(".")[2] for place in experts}
+    parameters: list[str] = []
+    ranks = {place: config.rank(place) for place in places if config.rank(place) != config.r}
+    alphas = {p: config.alpha(p) for p in places if config.alpha(p) != config.lora_alpha}
+    for parameter, leaf, factors in (
+        ("gate_up_proj", leaves[0], (2, more)),
+        ("down_proj", leaves[2], (1, 1)),
+    ):
+        if leaf in has:
+            parameters.append(f"mlp.experts.{parameter}")
+            ranks[f"experts.{parameter}"] = factors[0] * r
+            alphas[f"experts.{parameter}"] = factors[1] * alpha
+    values |= {"target_modules": places, "target_parameters": parameters}
+    values |= {"rank_pattern": ranks, "alpha_pattern": alphas}
+    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    fused = join_experts(tensors, module.config.moe_names)
+    return {PREFIX + name: tensor for name, tensor in fused.items()}, values
 
 
 def load_adapter(module: nn.Module, path: str | Path, *, name: str = "default") -> nn.Module:
@@ -145,6 +212,8 @@ def load_adapter(module: nn.Module, path: str | Path, *, name: str = "default") 
         if values.get(key) not in (None, unused, []):
             raise LorakitError(f"{path}: {key}={json.dumps(values[key])} is not supported")
     tensors = open_safetensors(path / WEIGHTS_FILE)
+    if values.get("target_parameters"):
+        tensors, values = _split(path, module, tensors, values)
     config = _read_config(path, values, module, tensors)
     trainable = {p: p.requires_grad for p in module.parameters()}
     before = selected_adapter(module)
@@ -194,17 +263,53 @@ def _read_config(
     return from_mapping(LoraConfig, values, str(path / CONFIG_FILE), ignore_unknown=True)
 
 
+def _split(
+    path: Path, module: nn.Module, tensors: Mapping[str, LazyTensor], values: Mapping[str, Any]
+) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
+    """Adapters of fused experts as those of each expert's layers, and the config for these."""
+    parameters = values["target_parameters"]
+    known = isinstance(module, Decoder) and module.config.num_experts
+    if not known or not all(p.endswith(("gate_up_proj", "down_proj")) for p in parameters):
+        raise LorakitError(
+            f"{path}: target_parameters={json.dumps(parameters)}: only experts of lorakit's own "
+            "decoder are adapted as parameters"
+        )
+    fused = {n: t for n, t in tensors.items() if is_fused(re.sub(r"\.lora_[AB]\..*", "", n))}
+    names = module.config.moe_names
+    block, *_, down = names
+    read = {name: tensor.read() for name, tensor in fused.items()}
+    single = split_experts(read, module.config.num_experts, names, parameters)
+    wanted = ("r", "lora_alpha", "use_rslora", *PATTERNS)
+    config = from_mapping(
+        LoraConfig,
+        {key: values[key] for key in wanted if values.get(key) is not None},
+        str(path / CONFIG_FILE),
+    )
+    ranks, alphas = {}, {}
+    for key, A in single.items():
+        if key.endswith(".lora_A.weight"):
+            place = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+            beginning, leaf = place.partition(f".{block}.experts.")[0], place.rpartition(".")[2]
+            parameter = "down_proj" if leaf == down else "gate_up_proj"
+            scaling = config.scaling(f"{beginning}.mlp.experts.{parameter}")
+            ranks[place] = len(A)
+            alphas[place] = scaling * (math.sqrt(len(A)) if config.use_rslora else len(A))
+    rest = {name: tensor for name, tensor in tensors.items() if name not in fused}
+    for name in rest:
+        if name.endswith(".lora_A.weight"):
+            place = name.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+            ranks[place], alphas[place] = config.rank(place), config.alpha(place)
+    lazy = {n: LazyTensor(tuple(t.shape), lambda t=t: t) for n, t in single.items()}
+    more = {"target_modules": list(ranks), "rank_pattern": ranks, "alpha_pattern": alphas}
+    return rest | lazy, {**values, **more, "target_parameters": None}
+
+
 def _renamed(name: str, module: nn.Module) -> str:
     """The name in `module` of what a multimodal model calls `name`."""
-    top = {child for child, _ in module.named_children()}
-    if name.partition(".")[0] in top and not name.startswith("model.language_model."):
-        return name
-    for prefix, instead in TEXT.items():
-        if (
-            name.startswith(prefix)
-            and f"{instead}{name.removeprefix(prefix)}".partition(".")[0] in top
-        ):
-            return instead + name.removeprefix(prefix)
+    if isinstance(module, Decoder):
+        for prefix, instead in TEXT.items():
+            if name.startswith(prefix):
+                return instead + name.removeprefix(prefix)
     return name
 
 

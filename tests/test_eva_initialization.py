@@ -14,7 +14,6 @@ import lorakit as lk
 from lorakit.config import LorakitError
 from lorakit.eva_initialization import IncrementalSVD, redistribute
 from lorakit.lora import lora_layers
-from lorakit.lora import lora_layers
 
 
 def rows(n, features, seed=0, decay=0.8, rank=None, offset=3.0):

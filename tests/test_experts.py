@@ -1,0 +1,138 @@
+"""Adapters of experts: of all or of some, in the files of transformers 5 and of every other tool."""
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import lorakit as lk
+from lorakit.lora import lora_layers
+from tests.conftest import tiny
+
+IDS = torch.arange(40).view(2, 20) % 97
+OPTIONS = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+FAMILIES = ["mixtral", "qwen3_moe"]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def directory(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp(request.param)
+    tiny(request.param, vocab_size=97, **OPTIONS).save_pretrained(path)
+    return path
+
+
+def hugging_face(path):
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+
+
+def load(path, **options):
+    return lk.load_model(path, dtype="float32", **options)
+
+
+def leaves(model):
+    return list(model.config.moe_names[1:])
+
+
+def randomize(model):
+    torch.manual_seed(1)
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(p, 0, 0.1)
+
+
+# ours sums the experts of a token in another order, in fp32
+TOLERANCE = 1e-5
+
+
+def same(a, b):
+    return (a - b).abs().max() <= TOLERANCE * b.abs().max()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_peft_loads_ours(directory, tmp_path, fused, rslora):
+    model = load(directory)
+    base = model(IDS)
+    targets = [*leaves(model), "q_proj"]
+    lk.attach(model, lk.LoraConfig(r=3, lora_alpha=5, target_modules=targets, use_rslora=rslora))
+    randomize(model)
+    assert not same(model(IDS), base)
+    lk.save_adapter(model, tmp_path, fused_experts=fused)
+    if rslora and not fused:  # PEFT doubles both r and alpha of such a file: a factor of sqrt(2)
+        return
+    theirs = peft.PeftModel.from_pretrained(hugging_face(directory), tmp_path).eval()
+    assert same(model(IDS), theirs(IDS).logits)
+
+
+@pytest.mark.parametrize("parameters", [["gate_up_proj", "down_proj"], ["down_proj"]])
+def test_we_load_pefts(directory, tmp_path, parameters):
+    config = peft.LoraConfig(
+        r=3,
+        lora_alpha=5,
+        target_modules=["v_proj"],
+        target_parameters=[f"mlp.experts.{p}" for p in parameters],
+        rank_pattern={"experts.down_proj": 2},
+        task_type="CAUSAL_LM",
+    )
+    theirs = peft.get_peft_model(hugging_face(directory), config).eval()
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = lk.load_adapter(load(directory), tmp_path / "theirs")
+    assert same(model(IDS), theirs(IDS).logits)
+    lk.save_adapter(model, tmp_path / "ours")
+    again = lk.load_adapter(load(directory), tmp_path / "ours")
+    assert torch.equal(again(IDS), model(IDS))
+
+
+def test_some_experts_alone(directory, tmp_path):
+    model = load(directory, quantize="nf4")
+    gate = leaves(model)[0]
+    targets = [f"experts.1.{gate}", f"layers.0.{model.config.moe_names[0]}.experts.3.{gate}"]
+    lk.attach(model, lk.LoraConfig(r=2, target_modules=targets))
+    assert len(lora_layers(model)) == len(model.model.layers) + 1
+    loss, _ = model.loss(IDS, IDS)
+    loss.backward()
+    assert all(
+        layer.lora_B.grad is None or layer.lora_B.grad.abs().max() > 0
+        for layer in lora_layers(model).values()
+    )
+    lk.save_adapter(model, tmp_path)
+    lk.load_adapter(load(directory), tmp_path)
+    with pytest.raises(lk.LorakitError, match=r"join_experts|fused_experts|missing"):
+        lk.save_adapter(model, tmp_path / "fused", fused_experts=True)
+    assert not (tmp_path / "fused").exists()
+
+
+def test_no_update_of_a_weights_size_is_formed(directory):
+    """The largest tensor that a step saves for backward or makes anew is one of activations."""
+    model = load(directory)
+    lk.attach(model, lk.LoraConfig(r=2, target_modules=leaves(model)))
+    sizes = []
+    weight = lora_layers(model)[next(iter(lora_layers(model)))].base.dequantize()
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.shape in (weight.shape, weight.t().shape):
+                sizes.append(str(func))
+            return out
+
+    with Watch():
+        loss, _ = model.loss(IDS[:, :5], IDS[:, :5])
+        loss.backward()
+    assert not [name for name in sizes if "mm" in name]
+
+
+def test_what_cannot_be_fused_or_split(directory, tiny_dir, tmp_path):
+    dense = lk.attach(lk.load_model(tiny_dir, dtype="float32"))
+    with pytest.raises(lk.LorakitError, match="the model has no experts"):
+        lk.save_adapter(dense, tmp_path / "a", fused_experts=True)
+    model = load(directory)
+    lk.attach(model, lk.LoraConfig(r=2, target_modules=leaves(model)))
+    lk.save_adapter(model, tmp_path / "b", fused_experts=True)
+    plain = lk.load_model(tiny_dir, dtype="float32")
+    with pytest.raises(lk.LorakitError, match="only experts of lorakit's own decoder"):
+        lk.load_adapter(plain, tmp_path / "b")
+    assert not lora_layers(plain)
