@@ -233,10 +233,12 @@ class LoraLinear(Attached):
         y = F.linear(flat, own["weight"], own["bias"])
         if part.dropout and self.training:
             flat = F.dropout(flat, part.dropout)
-        if A.dtype != y.dtype:
-            A, B, flat = A.to(y.dtype), B.to(y.dtype), flat.to(y.dtype)
-        y = torch.addmm(y, F.linear(flat, A), B.t(), alpha=part.scaling)
-        return y if flat is x else y.view(*x.shape[:-1], y.shape[1])
+        if A.dtype == y.dtype:
+            y = torch.addmm(y, F.linear(flat, A), B.t(), alpha=part.scaling)
+        else:  # so few products are faster in A's fp32
+            low, dtype = F.linear(flat.to(A.dtype), A), y.dtype
+            y = torch.addmm(y.to(low.dtype), low, B.t(), alpha=part.scaling).to(dtype)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
     def compute(self, part: LoraPart, x: Tensor) -> Tensor:
         if self.base.frozen:

@@ -1,4 +1,4 @@
-"""Adapters of experts: of all or of some, in the files of transformers 5 and of every other tool."""
+"""Adapters of experts, of all or of some, in the files of transformers 5 and of other tools."""
 
 import peft
 import pytest
