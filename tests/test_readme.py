@@ -69,6 +69,17 @@ def test_command_line(prepared):
         assert done.stdout.strip()
 
 
+def test_examples_of_the_guide_to_lora(prepared):
+    _, run = prepared
+    guide = (ROOT / "docs" / "lora.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```", guide, re.MULTILINE | re.DOTALL))
+    done = run([sys.executable, "-c", code])
+    names, close, drift = done.stdout.strip().splitlines()
+    assert names == "['first']"
+    assert close == "True"
+    assert drift.startswith("merged on dequantized weights: logits of 32 tokens moved by")
+
+
 def test_examples_of_the_guide_to_quantization(prepared):
     _, run = prepared
     guide = (ROOT / "docs" / "quantization.md").read_text(encoding="utf-8")
