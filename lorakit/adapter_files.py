@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE
-from .config import LorakitError, from_mapping
+from .config import LorakitError, check, from_mapping, of_pattern, valid_regex
 from .experts import is_fused, per_expert, which_fused
 from .files import read_json
 from .tensors import LazyTensor, open_safetensors
@@ -72,35 +72,20 @@ class PeftConfig:
             if type(alpha) not in (int, float) or not abs(alpha) <= LARGEST:
                 raise LorakitError(f"{name} must be a number, not {alpha!r}")
         for pattern in [*ranks, *alphas]:
-            try:
-                re.compile(_pattern(pattern))
-            except (re.error, RecursionError, OverflowError) as error:
-                raise LorakitError(f"the pattern {pattern!r} is no valid regex: {error}") from None
+            check(valid_regex(pattern), f"the pattern {pattern!r} is no valid regex")
 
     def rank(self, name: str) -> int:
         """Of the layer or parameter `name`."""
-        return _first_match(self.rank_pattern, name, self.r)
+        return of_pattern(self.rank_pattern or {}, name, self.r)
 
     def alpha(self, name: str) -> int | float:
         """Of the layer or parameter `name`."""
-        return _first_match(self.alpha_pattern, name, self.lora_alpha)
+        return of_pattern(self.alpha_pattern or {}, name, self.lora_alpha)
 
     def scaling(self, name: str) -> float:
         """What B A is multiplied by."""
         rank = self.rank(name)
         return self.alpha(name) / (math.sqrt(rank) if self.use_rslora else rank)
-
-
-def _first_match(patterns: dict | None, name: str, default):
-    for pattern, value in (patterns or {}).items():
-        if re.match(_pattern(pattern), name):
-            return value
-    return default
-
-
-def _pattern(key: str) -> str:
-    """A key of rank_pattern or alpha_pattern as the regex that PEFT makes of it."""
-    return rf"(.*\.)?({key})$"
 
 
 class Layer(NamedTuple):

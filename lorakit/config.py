@@ -234,11 +234,11 @@ class LoraConfig:
 
     def rank(self, name: str) -> int:
         """r of the layer called `name`."""
-        return _of_pattern(self.rank_pattern, name, self.r)
+        return of_pattern(self.rank_pattern, name, self.r)
 
     def alpha(self, name: str) -> int | float:
         """lora_alpha of the layer called `name`."""
-        return _of_pattern(self.alpha_pattern, name, self.lora_alpha)
+        return of_pattern(self.alpha_pattern, name, self.lora_alpha)
 
     def scaling(self, name: str) -> float:
         """The factor of B A in the layer called `name`."""
@@ -247,9 +247,10 @@ class LoraConfig:
 
 
 def valid_regex(pattern: str) -> bool:
+    """Whether it can be matched, also as a group of a larger one."""
     try:
-        re.compile(pattern)
-    except re.error:
+        re.compile(f"({pattern})")
+    except (re.error, RecursionError, OverflowError):
         return False
     return True
 
@@ -259,7 +260,8 @@ def in_pattern(key: str, name: str) -> bool:
     return re.match(rf"(.*\.)?({key})$", name) is not None
 
 
-def _of_pattern(pattern: Mapping[str, Any], name: str, otherwise: Any) -> Any:
+def of_pattern(pattern: Mapping[str, Any], name: str, otherwise: Any) -> Any:
+    """The value of the first entry of a rank_pattern or alpha_pattern that means layer `name`."""
     return next((value for key, value in pattern.items() if in_pattern(key, name)), otherwise)
 
 
