@@ -292,9 +292,31 @@ class TrainConfig:
     max_seq_length: int = 1024
     over_length: str = "truncate"
     """what to do with a longer row: "truncate" (the prompt's start first), "drop" or "raise" """
+    packing: bool = False
+    """put several rows into one, of per_device_train_batch_size * max_seq_length tokens at most, in
+    which they do not see each other, instead of padding them"""
+    label_smoothing_factor: float = 0.0
+    z_loss: float = 0.0
+    """weight of the square of the logits' normalizer in the loss"""
+    neftune_noise_alpha: float | None = None
+    """noise on the embeddings while training (NEFTune): 5, say"""
     gradient_checkpointing: bool = False
+    activation_offloading: bool = False
+    """with gradient_checkpointing, keep the blocks' inputs in host memory"""
     eval_steps: int | None = None
     """evaluate on the validation rows every so many steps; null: only at the end"""
+    early_stopping_patience: int | None = None
+    """stop after so many evaluations without a better loss"""
+    load_best_model_at_end: bool = False
+    """end with the adapter of the best evaluation"""
+    save_steps: int | None = None
+    """write a checkpoint every so many steps and at the end; null: only when interrupted"""
+    save_total_limit: int = 2
+    """how many checkpoints to keep; the best one stays besides"""
+    resume: str | None = None
+    """"auto": go on from output_dir's last checkpoint, or start; or a checkpoint's directory"""
+    report_to: str | None = None
+    """"tensorboard": write its files too"""
     seed: int = 0
 
     def __post_init__(self):
@@ -310,9 +332,23 @@ class TrainConfig:
         ratio = self.loraplus_lr_ratio
         check(ratio is None or ratio > 0, f"loraplus_lr_ratio must be positive, not {ratio}")
         check(self.max_seq_length > 1, "max_seq_length must be at least 2")
-        for name in ("max_steps", "eval_steps"):
+        for name in ("max_steps", "eval_steps", "save_steps", "early_stopping_patience"):
             value = getattr(self, name)
             check(value is None or value > 0, f"{name} must be positive or null, not {value}")
+        check(self.save_total_limit > 0, "save_total_limit must be at least 1")
+        for name in ("label_smoothing_factor", "z_loss"):
+            value = getattr(self, name)
+            check(0 <= value < 1, f"{name} is {value}; it must be in [0, 1)")
+        noise = self.neftune_noise_alpha
+        check(noise is None or noise > 0, f"neftune_noise_alpha must be positive, not {noise}")
+        check(
+            self.gradient_checkpointing or not self.activation_offloading,
+            "activation_offloading keeps what gradient_checkpointing keeps: set that too",
+        )
+        check(
+            self.report_to in (None, "tensorboard"),
+            f"report_to is {self.report_to!r}; choose tensorboard or null",
+        )
         check(
             self.lr_scheduler_type in ("cosine", "linear", "constant"),
             f"lr_scheduler_type is {self.lr_scheduler_type!r}; choose cosine, linear or constant",

@@ -185,3 +185,24 @@ def collate(examples: list[Example]) -> tuple[Tensor, Tensor]:
     ids = torch.tensor([pad(e.input_ids, 0) for e in examples])
     labels = torch.tensor([pad(e.labels, IGNORE) for e in examples])
     return ids, labels
+
+
+def pack(lengths: list[int], budget: int) -> list[list[int]]:
+    packs, room = [], []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        for j, free in enumerate(room):
+            if free >= lengths[i]:
+                packs[j].append(i)
+                room[j] -= lengths[i]
+                break
+        else:
+            packs.append([i])
+            room.append(budget - lengths[i])
+    return packs
+
+
+def collate_packed(examples):
+    ids = torch.tensor([[i for e in examples for i in e.input_ids]])
+    labels = torch.tensor([[i for e in examples for i in e.labels]])
+    bounds = torch.tensor([0] + [len(e.input_ids) for e in examples]).cumsum(0).int()
+    return ids, labels, bounds

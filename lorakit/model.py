@@ -145,6 +145,15 @@ def _tables(rope: RopeConfig, head_dim: int, position_ids: Tensor, lengths: list
     return tuple(torch.cat(tables, dim=1) for tables in zip(*parts, strict=True))
 
 
+def _noise(x: Tensor, alpha: float, cu_seqlens: Tensor | None) -> Tensor:
+    """NEFTune's for embeddings x [B, T, H]: uniform, up to alpha / sqrt(T H), T of the document."""
+    noise, length = torch.empty_like(x).uniform_(-alpha, alpha), x.new_tensor(x.shape[1])
+    if cu_seqlens is not None:
+        lengths = cu_seqlens.diff().to(x.device)
+        length = lengths.repeat_interleave(lengths)[:, None].to(x.dtype)
+    return noise / (length * x.shape[2]).sqrt()
+
+
 Again = tuple[Callable[[Tensor], Tensor], Tensor] | None  # as kernels.lora_qkv takes it
 
 
@@ -335,8 +344,10 @@ class Trunk(nn.Module):
 class Decoder(nn.Module):
     """A causal language model.
 
-    `gradient_checkpointing` (an attribute, off by default) keeps only each block's input for
-    backward and computes the block again: less memory, one more forward pass.
+    Three attributes, off by default, change training alone. `gradient_checkpointing` keeps only
+    each block's input for backward and computes the block again: less memory, a forward pass more.
+    `offload_activations` keeps these inputs in host memory until then. `neftune_noise_alpha` a adds
+    uniform noise to the embeddings, up to a / sqrt(T H) (NEFTune, arXiv:2310.05914).
 
     Three keywords of the methods say what the rows of input_ids int64 [B, T] are:
 
@@ -350,7 +361,8 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = self.offload_activations = False
+        self.neftune_noise_alpha: float | None = None
         self.source = None  # where the weights came from: a checkpoint.Source, if from a file
         self.model = Trunk(config)
         self.lm_head = None
@@ -376,9 +388,14 @@ class Decoder(nn.Module):
         """The final, normalized hidden states [B, T, hidden_size] of input_ids int64 [B, T]."""
         views = self.views(input_ids, attention_mask, cu_seqlens, cache)
         x = self.embed(input_ids)
+        if self.training and self.neftune_noise_alpha is not None:
+            x = x + _noise(x, self.neftune_noise_alpha, cu_seqlens)
         for i, block in enumerate(self.model.layers):
             view = views[self.config.slides(i)]
-            x = checkpoint(block, x, view, cache) if view.again else block(x, view, cache)
+            if view.again:
+                x = checkpoint(block, x, view, cache, offload=self.offload_activations)
+            else:
+                x = block(x, view, cache)
         return self.model.norm(x)
 
     def embed(self, input_ids: Tensor) -> Tensor:
@@ -466,8 +483,11 @@ class Decoder(nn.Module):
         *,
         attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
-        """Next-token cross-entropy of labels int64 [B, T], summed, and how many labels counted.
+        """Next-token cross-entropy of labels int64 [B, T], summed, and how many labels counted;
+        label_smoothing and z_loss as in `kernels.cross_entropy`.
 
         Position t predicts label t + 1; labels of -100 do not count, nor the first one of a packed
         document, and their hidden states never meet the head. Padding on the right needs no
@@ -478,15 +498,16 @@ class Decoder(nn.Module):
         if cu_seqlens is not None:
             targets = targets.clone()
             targets[:, cu_seqlens[1:-1].long() - 1] = -100
-        cap = self.config.final_logit_softcapping
+        form = {"softcap": self.config.final_logit_softcapping}
+        form |= {"label_smoothing": label_smoothing, "z_loss": z_loss}
         weight, update = self._head_weight()
         if weight is None:
             rows = (targets != -100).nonzero(as_tuple=True)
             whole = isinstance(self.lm_head, AdaptedLayer) and self.lm_head.rows is not None
             logits = self._uncapped(hidden)[rows] if whole else self._uncapped(hidden[rows])
-            return kernels.cross_entropy(logits, targets[rows], softcap=cap)
+            return kernels.cross_entropy(logits, targets[rows], **form)
         lora = None if update is None else (update.lora_A, update.lora_B, update.scaling)
-        return kernels.linear_cross_entropy(hidden, weight, targets, lora=lora, softcap=cap)
+        return kernels.linear_cross_entropy(hidden, weight, targets, lora=lora, **form)
 
     def _head_weight(self) -> tuple[Tensor | kernels.Packed | None, kernels.LoraWeights | None]:
         """What the head multiplies with, and its low-rank update; no weight if that is not all."""

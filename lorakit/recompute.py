@@ -26,8 +26,12 @@ class _Enough(Exception):
 class _Run:
     """One run of a block, and what backward will ask of it."""
 
-    def __init__(self, block: Callable[..., Tensor], x: Tensor, rest: tuple[Any, ...]):
-        self.block, self.x, self.rest = block, x, rest
+    def __init__(
+        self, block: Callable[..., Tensor], x: Tensor, rest: tuple[Any, ...], offload: bool
+    ):
+        self.block, self.rest = block, rest
+        self.device, self.needs = x.device, x.requires_grad
+        self.x = _to_host(x) if offload else x.detach()
         self.count, self.found = 0, {}
         self.random = _random_state(x.device)
         kind = x.device.type
@@ -52,7 +56,8 @@ class _Run:
             if len(found) == self.count:
                 raise _Enough
 
-        x = self.x.detach().requires_grad_(self.x.requires_grad)
+        # from the host the copy is made in the order of the stream: it waits for its writing
+        x = self.x.to(self.device, non_blocking=True).detach().requires_grad_(self.needs)
         with torch.enable_grad(), self.autocast, _as_before(self.random, x.device):
             try:
                 with saved_tensors_hooks(keep, lambda nothing: nothing):
@@ -67,11 +72,21 @@ class _Run:
         self.found = dict(enumerate(found))
 
 
-def checkpoint(block: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
-    """block(x, *rest), which keeps nothing but x, and `rest` as it is, for backward."""
-    run = _Run(block, x, rest)
+def checkpoint(
+    block: Callable[..., Tensor], x: Tensor, *rest: Any, offload: bool = False
+) -> Tensor:
+    """block(x, *rest), which keeps nothing but x, and `rest` as it is, for backward; with `offload`
+    x in host memory.
+    """
+    run = _Run(block, x, rest, offload)
     with saved_tensors_hooks(run.number, run.tensor):
         return block(x, *rest)
+
+
+def _to_host(x: Tensor) -> Tensor:
+    """A copy of x in host memory, from a GPU pinned and written while the GPU goes on."""
+    host = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=x.is_cuda)
+    return host.copy_(x.detach(), non_blocking=True)
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

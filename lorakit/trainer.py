@@ -1,21 +1,28 @@
 """The training loop and evaluation.
 
 One optimizer step sums the loss over the label tokens of all its micro-batches and divides once by
-their number: a step of 8 rows has the same gradient whether it runs as 1 x 8 or 8 x 1.
+their number: a step of 8 rows has the same gradient whether it runs as 1 x 8 or 8 x 1, padded or
+packed.
 
-Written to `output_dir`: the adapter, and metrics.jsonl with one line per step (loss, learning rate,
-gradient norm, tokens per second, peak memory) and per evaluation. Ctrl-C ends the run after the
-current step, and saves the adapter as it is then.
+Written to `output_dir`: the adapter, metrics.jsonl with one line per step (loss, learning rate,
+gradient norm, tokens per second, share of padding, peak memory) and per evaluation, and checkpoints
+(see run_state.py). What a step does follows from its number, the seed and the checkpoint: a run
+that was killed and resumed ends with the bytes of one that was not. Ctrl-C and SIGTERM end a run
+after the current step, with a checkpoint.
+
+A step whose gradient is not finite is skipped and counted; after BAD_STEPS in a row the run stops.
 """
 
 import json
 import math
+import random
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +30,22 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from . import run_state
 from .adapter import save_adapter
 from .attached import Attached, attached
 from .config import LorakitError, TrainConfig
-from .data import IGNORE, Example, batches, collate, encode_rows, read_rows
+from .data import (
+    IGNORE,
+    Example,
+    batches,
+    collate,
+    collate_packed,
+    encode_rows,
+    pack,
+    read_rows,
+)
 from .eva_initialization import eva
+from .files import write_text
 from .loftq_initialization import loftq
 from .lora import LoraPart
 from .memory import peak_memory_mb
@@ -36,12 +54,14 @@ from .optim import AdamW, learning_rate, loraplus_groups
 from .tokenizer import Tokenizer
 
 Rows = str | Path | Iterable[Mapping[str, Any]]
+BAD_STEPS = 10
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run did. Losses are nats per label token; tokens and tokens_per_second count real
-    tokens, prompts included and padding not; `seconds` excludes evaluation."""
+    """What a run did, all of it if it was resumed. Losses are nats per label token; tokens and
+    tokens_per_second count real tokens, prompts included and padding not; `seconds` excludes
+    evaluation. skipped_steps had a gradient that was not finite."""
 
     output_dir: Path
     steps: int
@@ -52,6 +72,24 @@ class TrainResult:
     peak_memory_mb: float
     evaluations: list[dict[str, float]] = field(default_factory=list)
     interrupted: bool = False
+    skipped_steps: int = 0
+    stopped_early: bool = False
+
+
+@dataclass
+class _Progress:
+    """What a run has come to; saved with its checkpoints."""
+
+    step: int = 0
+    loss: float = math.nan
+    tokens: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    bad_in_a_row: int = 0
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    best_step: int | None = None
+    best_loss: float = math.inf
+    worse_in_a_row: int = 0  # evaluations since the best one
 
 
 def train(
@@ -63,106 +101,140 @@ def train(
     base_model: str | None = None,
     after_step: Callable[[], None] | None = None,
 ) -> TrainResult:
-    """Train the adapter attached to `model` (see `attach`) on rows of prompt and completion.
+    """Train the selected adapter of `model` (see `attach`).
 
-    data: a JSONL file or an iterable of rows, or {"train": ..., "validation": ...} of these.
+    data: a file or an iterable of rows (see docs/data.md), or {"train": ..., "validation": ...} of
+        these.
     base_model: recorded in the adapter's config. after_step: called after every optimizer step.
 
-    Raises LorakitError before the first step if no adapter is attached, the model is float16 or the
-    data cannot be used; after it if some lora_B got no gradient; and at a loss or gradient that is
-    not finite.
+    Raises LorakitError before the first step if no adapter is attached, the model is float16, the
+    data cannot be used, or output_dir holds checkpoints and the run is not to resume; after it if
+    some parameter got no gradient; and after ten steps in a row whose gradient is not finite.
     """
     config = config or TrainConfig()
-    layers = _trainable_layers(model)
+    _trainable_layers(model)
     if not isinstance(data, Mapping):
         data = {"train": data}
     if "train" not in data or not set(data) <= {"train", "validation"}:
         raise LorakitError(
             f"train: data must hold 'train' and maybe 'validation', not {list(data)}"
         )
-    limits = (config.max_seq_length, config.over_length)
-    examples = _encode(model, tok, data["train"], *limits)
+    examples = _encode(model, tok, data["train"], config)
     validation = None
     if data.get("validation") is not None:
-        validation = _encode(model, tok, data["validation"], *limits)
-
-    _start_adapter(model, layers, examples, config)
-    layers = _trainable_layers(model)  # EVA may have left some out
-    params = [p for p in model.parameters() if p.requires_grad]
-    betas = (config.adam_beta1, config.adam_beta2)
-    groups: list[dict[str, Any]] = [{"params": params, "lr": 1.0}]
-    if config.loraplus_lr_ratio is not None:
-        ratio, decay = config.loraplus_lr_ratio, config.weight_decay
-        groups = loraplus_groups(model, 1.0, ratio, weight_decay=decay)
-    shares = [group["lr"] for group in groups]  # of the scheduled rate
-    optimizer = AdamW(
-        groups,
-        betas=betas,
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-        state_bits=8 if config.optim == "adamw_8bit" else 32,
-    )
-    total = _total_steps(len(examples), config)
+        validation = _encode(model, tok, data["validation"], config)
     output_dir = Path(config.output_dir).expanduser()
     output_dir.mkdir(parents=True, exist_ok=True)
+    resumed = _resumed(output_dir, config)
     torch.manual_seed(config.seed)  # dropout
+    _start_adapter(model, examples, config)
+    layers = _trainable_layers(model)  # EVA may have left some out
+    optimizer, shares = _optimizer(model, config)
+    order, same = _Order(examples, config), _must_match(examples, config)
+    progress = _Progress()
+    if resumed is not None:
+        values = run_state.restore(resumed, model, optimizer, model.device)
+        run_state.check_same(resumed.path, values["same"], same)
+        progress = _Progress(**values["progress"])
+        print(f"resumed from {resumed.path}")
 
-    loss, tokens, seconds, evaluations = math.nan, 0, 0.0, []
-    with _training_mode(model, config), _Log(output_dir, total) as log, _interrupt() as stop:
-        for step, micro_batches in zip(
-            range(1, total + 1), _step_batches(examples, config), strict=False
-        ):
-            started = time.perf_counter()
-            kind, peak_rate = config.lr_scheduler_type, config.learning_rate
-            lr = learning_rate(kind, step - 1, total, peak_rate, config.warmup_ratio)
+    def save(path: Path) -> None:
+        save_adapter(model, path, base_model=base_model)
+
+    def checkpoint() -> None:
+        tensors = run_state.trained_tensors(model) | run_state.optimizer_tensors(optimizer)
+        tensors |= run_state.random_tensors(model.device)
+        values = {"progress": asdict(progress), "same": same}
+        values["groups"] = run_state.group_values(optimizer)
+        try:
+            run_state.write_checkpoint(output_dir, progress.step, tensors, values, save)
+        except OSError as error:
+            log.say(
+                f"lorakit: the checkpoint of step {progress.step} could not be written "
+                f"({error.strerror or error}); earlier ones are whole"
+            )
+            return
+        run_state.prune(output_dir, config.save_total_limit, progress.best_step)
+
+    stopped = False
+    with (
+        _training_mode(model, config),
+        _Log(output_dir, order.total, progress.step, config) as log,
+        _interrupt() as stop,
+    ):
+        while progress.step < order.total and not (stop.is_set() or stopped):
+            started, step = time.perf_counter(), progress.step + 1
+            kind, peak = config.lr_scheduler_type, config.learning_rate
+            lr = learning_rate(kind, step - 1, order.total, peak, config.warmup_ratio)
             for group, share in zip(optimizer.param_groups, shares, strict=True):
                 group["lr"] = lr * share
-            loss = _backward(model, micro_batches)
+            micro_batches = order.step(step)
+            loss = _backward(model, [[examples[i] for i in rows] for rows in micro_batches], config)
             if step == 1:
                 _check_gradients(model, layers)
+            params = [p for group in optimizer.param_groups for p in group["params"]]
             norm = nn.utils.clip_grad_norm_(params, config.max_grad_norm).item()
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise LorakitError(
-                    f"train: step {step} has loss {loss} and gradient norm {norm}; "
-                    "the learning rate may be too high"
-                )
-            optimizer.step()
+            progress.step, progress.loss = step, loss
+            if math.isfinite(loss) and math.isfinite(norm):
+                optimizer.step()
+                progress.bad_in_a_row = 0
+            else:
+                _skip(model, progress, norm, micro_batches, log)
             optimizer.zero_grad(set_to_none=True)
             if after_step is not None:
                 after_step()
 
             took = time.perf_counter() - started
-            count = sum(len(e.input_ids) for batch in micro_batches for e in batch)
-            tokens, seconds = tokens + count, seconds + took
+            lengths = [[len(examples[i].input_ids) for i in rows] for rows in micro_batches]
+            count = sum(map(sum, lengths))
+            computed = count if config.packing else sum(len(n) * max(n) for n in lengths)
+            progress.tokens, progress.seconds = progress.tokens + count, progress.seconds + took
             log.step(
                 step=step,
                 loss=loss,
                 learning_rate=lr,
                 grad_norm=norm,
-                tokens=tokens,
+                tokens=progress.tokens,
                 tokens_per_second=count / took,
+                padding=1 - count / computed,
                 peak_memory_mb=peak_memory_mb(model.device),
             )
-            last = step == total
-            if stop.is_set() or last:  # before an evaluation that may be cut short
-                save_adapter(model, output_dir, base_model=base_model)
-            if stop.is_set():
-                break
-            if validation and (last or (config.eval_steps and step % config.eval_steps == 0)):
+            last = step == order.total
+            if (stop.is_set() or last) and progress.skipped < step:
+                save(output_dir)  # before an evaluation that may be cut short
+            due = last or (config.eval_steps and step % config.eval_steps == 0)
+            better = False
+            if validation and due and not stop.is_set():
                 result = _evaluate(model, validation, config.per_device_train_batch_size)
-                evaluations.append({"step": step, **result})
                 log.evaluation(step, result)
+                better = _note_evaluation(progress, step, result)
+                patience = config.early_stopping_patience
+                stopped = patience is not None and progress.worse_in_a_row >= patience
+            regular = config.save_steps and (step % config.save_steps == 0 or last)
+            wanted = better and (config.load_best_model_at_end or config.save_steps)
+            if stop.is_set() or regular or wanted or (stopped and config.save_steps):
+                checkpoint()
         interrupted = stop.is_set()
+        if progress.skipped == progress.step > 0:
+            raise LorakitError(f"train: none of the {progress.step} steps was finite")
+        if not interrupted:
+            best = progress.best_step
+            if config.load_best_model_at_end and best not in (None, progress.step):
+                _restore_adapter(model, output_dir / f"checkpoint-{best}")
+                log.say(f"the adapter is that of step {best}, the best evaluation")
+            save(output_dir)
     return TrainResult(
         output_dir=output_dir,
-        steps=step,
-        loss=loss,
-        tokens=tokens,
-        seconds=seconds,
-        tokens_per_second=tokens / seconds,
+        steps=progress.step,
+        loss=progress.loss,
+        tokens=progress.tokens,
+        seconds=progress.seconds,
+        tokens_per_second=progress.tokens / max(progress.seconds, 1e-9),
         peak_memory_mb=peak_memory_mb(model.device),
-        evaluations=evaluations,
+        evaluations=progress.evaluations,
         interrupted=interrupted,
+        skipped_steps=progress.skipped,
+        stopped_early=stopped,
     )
 
 
@@ -176,8 +248,8 @@ def evaluate(
     over_length: str = "truncate",
 ) -> dict[str, float]:
     """Loss (nats per label token), perplexity, and the numbers of label tokens and rows."""
-    examples = _encode(model, tok, data, max_seq_length, over_length)
-    return _evaluate(model, examples, batch_size)
+    config = TrainConfig(max_seq_length=max_seq_length, over_length=over_length)
+    return _evaluate(model, _encode(model, tok, data, config), batch_size)
 
 
 @torch.no_grad()
@@ -203,6 +275,20 @@ def _evaluate(model: Decoder, examples: list[Example], batch_size: int) -> dict[
     }
 
 
+def _note_evaluation(progress: _Progress, step: int, result: Mapping[str, float]) -> bool:
+    """Whether it is the best one so far."""
+    progress.evaluations.append({"step": step, **result})
+    better = result["loss"] < progress.best_loss
+    if better:
+        progress.best_step, progress.best_loss, progress.worse_in_a_row = step, result["loss"], 0
+    else:
+        progress.worse_in_a_row += 1
+    return better
+
+
+# ---- before the first step ----
+
+
 def _trainable_layers(model: Decoder) -> dict[str, Attached]:
     layers = {name: each for name, each in attached(model).items() if each.selected is not None}
     if not layers:
@@ -216,11 +302,9 @@ def _trainable_layers(model: Decoder) -> dict[str, Attached]:
     return layers
 
 
-def _start_adapter(
-    model: Decoder, layers: Mapping[str, Attached], examples: list[Example], config: TrainConfig
-) -> None:
+def _start_adapter(model: Decoder, examples: list[Example], config: TrainConfig) -> None:
     """Where init_lora_weights is "loftq" or "eva" and nobody has done it yet."""
-    parts = [each.adapters[each.selected] for each in layers.values()]
+    parts = [each.adapters[each.selected] for each in _trainable_layers(model).values()]
     awaited = {part.awaits for part in parts if isinstance(part, LoraPart)}
     if "loftq" in awaited:
         print(loftq(model))
@@ -234,7 +318,7 @@ def _start_adapter(
 def _few_batches(
     model: Decoder, examples: list[Example], config: TrainConfig
 ) -> Iterator[dict[str, Tensor]]:
-    """The batches of the first epoch, as they will be trained on."""
+    """The rows of the first epoch in batches, padded."""
     lengths = [len(e.input_ids) for e in examples]
     for rows in batches(lengths, config.per_device_train_batch_size, config.seed, 0):
         ids, _ = collate([examples[row] for row in rows])
@@ -243,43 +327,121 @@ def _few_batches(
         yield {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
 
 
-def _encode(
-    model: Decoder, tok: Tokenizer, rows: Rows, max_seq_length: int, over_length: str
-) -> list[Example]:
-    examples = encode_rows(
-        read_rows(rows), tok, max_seq_length=max_seq_length, over_length=over_length
-    )
+def _encode(model: Decoder, tok: Tokenizer, rows: Rows, config: TrainConfig) -> list[Example]:
+    limits = {"max_seq_length": config.max_seq_length, "over_length": config.over_length}
+    examples = encode_rows(read_rows(rows), tok, **limits)
     tok.check_fits((i for e in examples for i in e.input_ids), model.config.vocab_size)
     return examples
 
 
-def _total_steps(rows: int, config: TrainConfig) -> int:
-    if config.max_steps is not None:
-        return config.max_steps
-    micro_batches = math.ceil(rows / config.per_device_train_batch_size)
-    steps_per_epoch = math.ceil(micro_batches / config.gradient_accumulation_steps)
-    return math.ceil(config.num_train_epochs * steps_per_epoch)
+def _optimizer(model: Decoder, config: TrainConfig) -> tuple[AdamW, list[float]]:
+    """The optimizer, and of each of its groups the share of the scheduled rate."""
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in model.parameters() if p.requires_grad], "lr": 1.0}
+    ]
+    if config.loraplus_lr_ratio is not None:
+        ratio, decay = config.loraplus_lr_ratio, config.weight_decay
+        groups = loraplus_groups(model, 1.0, ratio, weight_decay=decay)
+    optimizer = AdamW(
+        groups,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        state_bits=8 if config.optim == "adamw_8bit" else 32,
+    )
+    return optimizer, [group["lr"] for group in groups]
 
 
-def _step_batches(examples: list[Example], config: TrainConfig) -> Iterator[list[list[Example]]]:
-    """The micro-batches of one optimizer step after another, epoch after epoch, without end."""
-    lengths = [len(e.input_ids) for e in examples]
-    accumulate = config.gradient_accumulation_steps
-    epoch = 0
-    while True:
-        order = batches(lengths, config.per_device_train_batch_size, config.seed, epoch)
-        for i in range(0, len(order), accumulate):
-            yield [[examples[row] for row in rows] for rows in order[i : i + accumulate]]
-        epoch += 1
+class _Order:
+    """Which rows each step takes: a function of the seed, the lengths and the step."""
+
+    def __init__(self, examples: list[Example], config: TrainConfig):
+        self.lengths, self.config = [len(e.input_ids) for e in examples], config
+        self.packs = None
+        if config.packing:
+            size = config.per_device_train_batch_size * config.max_seq_length
+            self.packs = pack(self.lengths, size)
+        self.epoch, self.micro_batches = -1, []
+        self._load(0)
+        self.per_epoch = math.ceil(len(self.micro_batches) / config.gradient_accumulation_steps)
+        self.total = config.max_steps or math.ceil(config.num_train_epochs * self.per_epoch)
+
+    def _load(self, epoch: int) -> None:
+        if epoch == self.epoch:
+            return
+        self.epoch, config = epoch, self.config
+        if self.packs is None:
+            size = config.per_device_train_batch_size
+            self.micro_batches = batches(self.lengths, size, config.seed, epoch)
+        else:
+            self.micro_batches = list(self.packs)
+            random.Random(f"{config.seed}/{epoch}").shuffle(self.micro_batches)
+
+    def step(self, step: int) -> list[list[int]]:
+        """The micro-batches of step 1, 2, ...: row numbers."""
+        epoch, i = divmod(step - 1, self.per_epoch)
+        self._load(epoch)
+        accumulate = self.config.gradient_accumulation_steps
+        return self.micro_batches[i * accumulate : (i + 1) * accumulate]
 
 
-def _backward(model: Decoder, micro_batches: list[list[Example]]) -> float:
+def _must_match(examples: list[Example], config: TrainConfig) -> dict[str, Any]:
+    """What a run that goes on from a checkpoint shares with the one that made it."""
+    data = blake2b(digest_size=16)
+    for example in examples:
+        data.update(json.dumps(example).encode())
+    names = (
+        "seed",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "packing",
+        "optim",
+    )
+    return {name: getattr(config, name) for name in names} | {"data": data.hexdigest()}
+
+
+def _resumed(output_dir: Path, config: TrainConfig) -> run_state.Checkpoint | None:
+    """The checkpoint to go on from, or None to start."""
+    run_state.remove_unfinished(output_dir)
+    found = run_state.checkpoints(output_dir)
+    if config.resume is None:
+        if found:
+            raise LorakitError(
+                f"train: {output_dir} holds checkpoints of an earlier run; set resume to auto to "
+                "go on from the last one, or choose another output_dir"
+            )
+        return None
+    if config.resume == "auto":
+        return found[-1] if found else None
+    path = Path(config.resume).expanduser()
+    asked = [each for each in run_state.checkpoints(path.parent) if each.path == path]
+    if not asked:
+        raise LorakitError(f"train: resume: {path} is no checkpoint of a run")
+    return asked[0]
+
+
+def _restore_adapter(model: Decoder, path: Path) -> None:
+    tensors = run_state.read_adapter(path)
+    with torch.no_grad():
+        for name, tensor in run_state.trained_tensors(model).items():
+            tensor.copy_(tensors[name].read())
+
+
+# ---- a step ----
+
+
+def _backward(model: Decoder, micro_batches: list[list[Example]], config: TrainConfig) -> float:
     """Gradients of the mean loss over all label tokens of the step; that mean."""
     count = sum(label != IGNORE for batch in micro_batches for e in batch for label in e.labels[1:])
-    total = 0.0
+    total, device = 0.0, model.device
+    form = {"label_smoothing": config.label_smoothing_factor, "z_loss": config.z_loss}
     for batch in micro_batches:
-        ids, labels = collate(batch)
-        loss, _ = model.loss(ids.to(model.device), labels.to(model.device))
+        bounds = None
+        if config.packing:
+            ids, labels, bounds = collate_packed(batch)
+        else:
+            ids, labels = collate(batch)
+        loss, _ = model.loss(ids.to(device), labels.to(device), cu_seqlens=bounds, **form)
         (loss / count).backward()
         total += loss.item()
     return total / count
@@ -294,13 +456,46 @@ def _check_gradients(model: Decoder, layers: Mapping[str, Attached]) -> None:
                 raise LorakitError(f"train: {name}.{ending} got no gradient; it is not used")
 
 
+def _skip(
+    model: Decoder,
+    progress: _Progress,
+    norm: float,
+    micro_batches: list[list[int]],
+    log: "_Log",
+) -> None:
+    """Count a step whose loss or gradient is not finite. Raises LorakitError after too many."""
+    progress.skipped += 1
+    progress.bad_in_a_row += 1
+    grads = ((n, p.grad) for n, p in model.named_parameters() if p.grad is not None)
+    where = next((n for n, grad in grads if not torch.isfinite(grad).all()), "the loss")
+    rows = ", ".join(str(row) for batch in micro_batches for row in batch)
+    what = (
+        f"step {progress.step} has loss {progress.loss} and gradient norm {norm}, first in "
+        f"{where}, on the rows {rows} (from 0 on)"
+    )
+    if progress.bad_in_a_row >= BAD_STEPS:
+        raise LorakitError(
+            f"train: {BAD_STEPS} steps in a row were not finite: {what}; the learning rate may be "
+            "too high, or the rows damaged"
+        )
+    log.say(f"lorakit: skipped: {what}")
+
+
+# ---- around it ----
+
+
 class _Log:
     """metrics.jsonl, and beside it a progress bar, or plain lines where there is no terminal."""
 
-    def __init__(self, output_dir: Path, total: int):
-        self.file = open(output_dir / "metrics.jsonl", "w", encoding="utf-8")  # noqa: SIM115
-        self.bar = tqdm(total=total, desc="training", unit="step", disable=None)
-        self.total = total
+    def __init__(self, output_dir: Path, total: int, done: int, config: TrainConfig):
+        path = output_dir / "metrics.jsonl"
+        kept = [line for line in _lines(path) if json.loads(line)["step"] <= done]
+        write_text(path, "".join(f"{line}\n" for line in kept))
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        self.bar = tqdm(total=total, initial=done, desc="training", unit="step", disable=None)
+        self.total, self.board = total, None
+        if config.report_to == "tensorboard":
+            self.board = _board(output_dir, done)
 
     def __enter__(self) -> "_Log":
         return self
@@ -308,6 +503,8 @@ class _Log:
     def __exit__(self, *_: Any) -> None:
         self.bar.close()
         self.file.close()
+        if self.board is not None:
+            self.board.close()
 
     def step(self, **values: Any) -> None:
         self._write(values)
@@ -322,7 +519,9 @@ class _Log:
 
     def evaluation(self, step: int, result: Mapping[str, float]) -> None:
         self._write({"step": step, **{f"eval_{name}": value for name, value in result.items()}})
-        line = f"step {step}/{self.total}: validation loss {result['loss']:.4f}"
+        self.say(f"step {step}/{self.total}: validation loss {result['loss']:.4f}")
+
+    def say(self, line: str) -> None:
         if self.bar.disable:
             print(line, flush=True)
         else:
@@ -331,35 +530,64 @@ class _Log:
     def _write(self, values: Mapping[str, Any]) -> None:
         self.file.write(json.dumps(values) + "\n")
         self.file.flush()
+        if self.board is not None:
+            for name, value in values.items():
+                if name != "step":
+                    self.board.add_scalar(name, value, values["step"])
+
+
+def _lines(path: Path) -> list[str]:
+    """The whole lines of a file of JSON lines; a run that was killed may have cut the last one."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [line.rstrip("\n") for line in lines if line.endswith("\n")]
+
+
+def _board(output_dir: Path, done: int):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise LorakitError(
+            "report_to: tensorboard is not installed; pip install 'lorakit[tensorboard]'"
+        ) from None
+    return SummaryWriter(str(output_dir / "tensorboard"), purge_step=done + 1)
 
 
 @contextmanager
 def _training_mode(model: Decoder, config: TrainConfig) -> Iterator[None]:
-    """Dropout and gradient checkpointing as the run wants them; as they were before, afterwards."""
-    before = model.training, model.gradient_checkpointing
+    """Dropout, gradient checkpointing and noise as the run wants them; as before, afterwards."""
+    names = ("gradient_checkpointing", "offload_activations", "neftune_noise_alpha")
+    before = model.training, [getattr(model, name) for name in names]
     model.train()
     model.gradient_checkpointing = config.gradient_checkpointing
+    model.offload_activations = config.activation_offloading
+    model.neftune_noise_alpha = config.neftune_noise_alpha
     try:
         yield
     finally:
         model.train(before[0])
-        model.gradient_checkpointing = before[1]
+        for name, value in zip(names, before[1], strict=True):
+            setattr(model, name, value)
 
 
 @contextmanager
 def _interrupt() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets; the second one interrupts as usual."""
+    """An event that the first Ctrl-C or SIGTERM sets; the second one acts as usual."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread may set signal handlers
         return
+    before = {}
 
     def handle(number: int, frame: Any) -> None:
         stop.set()
-        signal.signal(signal.SIGINT, previous)
+        signal.signal(number, before[number])
 
-    previous = signal.signal(signal.SIGINT, handle)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, handle)
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in before.items():
+            signal.signal(number, handler)

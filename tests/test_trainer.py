@@ -42,7 +42,7 @@ def test_learns_and_writes(tiny_dir, tok, tmp_path):
     assert steps[-1]["loss"] < 0.7 * steps[0]["loss"]
     assert set(steps[0]) == {
         "step", "loss", "learning_rate", "grad_norm",
-        "tokens", "tokens_per_second", "peak_memory_mb",
+        "tokens", "tokens_per_second", "padding", "peak_memory_mb",
     }  # fmt: skip
     evaluations = [line for line in lines if "eval_loss" in line]
     assert [line["step"] for line in evaluations] == [10, 20, 30]
@@ -176,7 +176,7 @@ def test_stops_at_a_loss_that_is_not_finite(tiny_dir, tok, tmp_path):
     model = adapted(tiny_dir)
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
-    with pytest.raises(lk.LorakitError, match="step 1 has loss nan"):
+    with pytest.raises(lk.LorakitError, match="none of the 2 steps was finite"):
         lk.train(model, tok, ROWS, lk.TrainConfig(output_dir=str(tmp_path), max_steps=2))
     assert not (tmp_path / "adapter_model.safetensors").exists()
 

@@ -1,0 +1,188 @@
+"""Checkpoints of a run: all that its next step depends on, in directories that are whole or absent.
+
+    output_dir/checkpoint-40/
+        adapter_model.safetensors, adapter_config.json     the adapter, as `save_adapter` writes it
+        state.safetensors       every trained tensor as it is, the optimizer's state, random state
+        state.json              the step, counts, evaluations, and what a resumed run must share
+
+A checkpoint is written under another name, flushed to the disk, and renamed: a run that is killed
+at any moment leaves the earlier ones and at most a directory that starts with a dot, which the next
+run removes. A full disk leaves the earlier ones too. Where in the data a run stands follows from
+the step alone; the order of the rows is a function of seed and epoch.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attached import attached
+from .config import LorakitError
+from .files import read_json, write_json
+from .optim import AdamW
+from .tensors import open_safetensors, write_safetensors
+
+STATE_TENSORS, STATE_VALUES = "state.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One that is on the disk."""
+
+    path: Path
+    step: int
+
+
+def checkpoints(output_dir: Path) -> list[Checkpoint]:
+    """Those of a run, the oldest first."""
+    found = []
+    for path in output_dir.glob("checkpoint-*"):
+        number = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if number and (path / STATE_VALUES).is_file():
+            found.append(Checkpoint(path, int(number.group(1))))
+    return sorted(found, key=lambda each: each.step)
+
+
+def write_checkpoint(
+    output_dir: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    values: Mapping[str, Any],
+    save_adapter: Callable[[Path], None],
+) -> Checkpoint:
+    """Write checkpoint-`step`, whole or not at all. Raises OSError where the disk is full."""
+    path, temporary = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        save_adapter(temporary)
+        write_safetensors(temporary / STATE_TENSORS, tensors)
+        write_json(temporary / STATE_VALUES, values)
+        _flush(temporary)
+        if path.exists():  # of a run that was resumed from an earlier one: the same bytes
+            shutil.rmtree(path)
+        os.rename(temporary, path)
+        _flush(output_dir)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Checkpoint(path, step)
+
+
+def _flush(directory: Path) -> None:
+    """To the disk: the names in a directory."""
+    if os.name != "posix":
+        return
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def prune(output_dir: Path, keep: int, best: int | None) -> None:
+    """Remove all checkpoints but the last `keep` and that of step `best`."""
+    for each in checkpoints(output_dir)[:-keep]:
+        if each.step != best:
+            shutil.rmtree(each.path)
+
+
+def remove_unfinished(output_dir: Path) -> None:
+    """What a run that was killed left behind."""
+    for path in output_dir.glob(".checkpoint-*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+# ---- what is in one ----
+
+
+def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Every tensor of the selected adapter as it is, by name: parameters, and what they started
+    from.
+    """
+    found = {}
+    for place, each in attached(module).items():
+        if each.selected is not None:
+            for name, tensor in each.adapters[each.selected].state_dict().items():
+                found[f"adapter.{place}.{name}"] = tensor
+    return found
+
+
+def read_adapter(path: Path) -> dict[str, Any]:
+    """The tensors of a checkpoint's adapter, as `trained_tensors` names them, still on disk."""
+    return open_safetensors(path / STATE_TENSORS)
+
+
+def optimizer_tensors(optimizer: AdamW) -> dict[str, Tensor]:
+    """The optimizer's state, by the number of the parameter."""
+    return {
+        f"optimizer.{number}.{name}": tensor
+        for number, state in optimizer.state_dict()["state"].items()
+        for name, tensor in state.items()
+    }
+
+
+def random_tensors(device: torch.device) -> dict[str, Tensor]:
+    found = {"random.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        found["random.cuda"] = torch.cuda.get_rng_state(device)
+    return found
+
+
+def restore(
+    checkpoint: Checkpoint, module: nn.Module, optimizer: AdamW, device: torch.device
+) -> dict[str, Any]:
+    """Set adapter, optimizer and random state as they were; returns the other values.
+
+    Raises LorakitError for a damaged file, or one of another adapter.
+    """
+    tensors = open_safetensors(checkpoint.path / STATE_TENSORS)
+    values = read_json(checkpoint.path / STATE_VALUES)
+    own = trained_tensors(module)
+    theirs = {name for name in tensors if name.startswith("adapter.")}
+    for name in own.keys() ^ theirs:
+        raise LorakitError(f"{checkpoint.path}: {name} is not in both, the run and the checkpoint")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if tensors[name].shape != tuple(tensor.shape):
+                raise LorakitError(
+                    f"{checkpoint.path}: {name} is {tensors[name].shape}, in this run "
+                    f"{tuple(tensor.shape)}"
+                )
+            tensor.copy_(tensors[name].read())
+    state: dict[int, dict[str, Tensor]] = {}
+    for name in tensors:
+        kind, _, rest = name.partition(".")
+        if kind == "optimizer":
+            number, _, part = rest.partition(".")
+            # a copy: what is read is a view of the file
+            state.setdefault(int(number), {})[part] = tensors[name].read().clone()
+    groups = optimizer.state_dict()["param_groups"]
+    for group, saved in zip(groups, values["groups"], strict=True):
+        group |= saved
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    torch.set_rng_state(tensors["random.cpu"].read().clone())
+    if device.type == "cuda" and "random.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random.cuda"].read().clone(), device)
+    return values
+
+
+def group_values(optimizer: AdamW) -> list[dict[str, Any]]:
+    """What each parameter group holds beside its parameters."""
+    groups = optimizer.state_dict()["param_groups"]
+    return [{name: v for name, v in group.items() if name != "params"} for group in groups]
+
+
+def check_same(checkpoint: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise LorakitError if a run with settings `now` cannot go on from one with `saved`."""
+    for name, value in now.items():
+        if saved.get(name) != value:
+            raise LorakitError(
+                f"resume: {checkpoint} was made with {name} {saved.get(name)!r}, this run has "
+                f"{value!r}; make them equal, or start in another output_dir"
+            )

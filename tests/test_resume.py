@@ -1,0 +1,264 @@
+"""Runs that are killed, interrupted, out of disk or full of NaN: what is left, how they go on."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lorakit as lk
+from lorakit import run_state, trainer
+from tests.conftest import ROWS
+from tests.test_trainer import adapted, run
+
+ADAPTER = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def tok(tiny_dir):
+    return lk.load_tokenizer(tiny_dir)
+
+
+OPTIONS = {"max_steps": 12, "save_steps": 3, "per_device_train_batch_size": 4}
+
+
+def same_tensors(a, b):
+    a, b = load_file(a / run_state.STATE_TENSORS), load_file(b / run_state.STATE_TENSORS)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lora": {"lora_dropout": 0.2}},
+        {"packing": True, "max_seq_length": 40, "optim": "adamw_8bit"},
+        {"lora": {"init_lora_weights": "pissa"}, "loraplus_lr_ratio": 4.0},
+        {"lora": {"init_lora_weights": "eva"}, "gradient_accumulation_steps": 2},
+        {"lora": {"use_dora": True, "modules_to_save": ["lm_head"]}, "neftune_noise_alpha": 5.0},
+    ],
+    ids=["dropout", "packed, 8 bits", "PiSSA, LoRA+", "EVA", "DoRA, head, noise"],
+)
+def test_a_resumed_run_ends_with_the_same_bytes(tiny_dir, tok, tmp_path, options):
+    run(tiny_dir, tok, tmp_path / "whole", **OPTIONS, **options)
+    _, first = run(tiny_dir, tok, tmp_path / "a", **OPTIONS, **options, **{"save_total_limit": 9})
+    assert first.steps == 12
+    for later in (9, 12):  # as if it had been killed after step 6
+        shutil.rmtree(tmp_path / "a" / f"checkpoint-{later}")
+    (tmp_path / "a" / ADAPTER).unlink()
+    _, result = run(tiny_dir, tok, tmp_path / "a", **OPTIONS, **options, resume="auto")
+    assert result.steps == 12
+    assert result.tokens == first.tokens
+    assert (tmp_path / "a" / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes()
+    assert same_tensors(tmp_path / "a" / "checkpoint-12", tmp_path / "whole" / "checkpoint-12")
+    steps = [json.loads(x)["step"] for x in (tmp_path / "a" / "metrics.jsonl").open()]
+    assert steps == list(range(1, 13))
+
+
+RUN = """
+import sys, torch, lorakit as lk
+torch.set_num_threads(1)
+path, out = sys.argv[1:]
+model = lk.load_model(path, dtype="float32", quantize="nf4")
+torch.manual_seed(0)
+lk.attach(model, lk.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1))
+from tests.conftest import ROWS
+print("ready", flush=True)
+lk.train(model, lk.load_tokenizer(path), ROWS, lk.TrainConfig(
+    out, max_steps=60, save_steps=1, per_device_train_batch_size=4, learning_rate=1e-2,
+    resume="auto"))
+print("done", flush=True)
+"""
+
+
+def start(tiny_dir, out):
+    command = [sys.executable, "-c", RUN, str(tiny_dir), str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_ends_with_the_same_bytes(tiny_dir, tmp_path, kills):
+    """SIGKILL at random moments; with a checkpoint after every step many fall into its writing."""
+    whole = start(tiny_dir, tmp_path / "whole")
+    began = time.perf_counter()
+    out = whole.communicate()[0]
+    length = time.perf_counter() - began
+    assert out.endswith("done\n")
+    rng, cut = random.Random(0), 0
+    for _ in range(kills):
+        process = start(tiny_dir, tmp_path / "killed")
+        time.sleep(rng.uniform(0, 2 * length / kills))
+        process.send_signal(signal.SIGKILL)
+        out = process.communicate()[0]
+        cut += not out.endswith("done\n")
+        for each in run_state.checkpoints(tmp_path / "killed"):  # every one is whole
+            load_file(each.path / run_state.STATE_TENSORS)
+            json.loads((each.path / run_state.STATE_VALUES).read_text())
+    assert cut >= min(kills, 3) - 1
+    out = start(tiny_dir, tmp_path / "killed").communicate()[0]
+    assert out.endswith("done\n")
+    a, b = tmp_path / "whole", tmp_path / "killed"
+    assert (a / ADAPTER).read_bytes() == (b / ADAPTER).read_bytes()
+    assert same_tensors(a / "checkpoint-60", b / "checkpoint-60")
+    assert not list(b.glob(".checkpoint*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_a_checkpoint_and_leaves(tiny_dir, tok, tmp_path, number):
+    before = signal.getsignal(number)
+    threading.Timer(1.0, os.kill, (os.getpid(), number)).start()
+    _, result = run(tiny_dir, tok, tmp_path, max_steps=100_000)
+    assert result.interrupted
+    assert signal.getsignal(number) is before
+    [saved] = run_state.checkpoints(tmp_path)
+    assert saved.step == result.steps
+    more = result.steps + 2
+    _, again = run(tiny_dir, tok, tmp_path, max_steps=more, resume="auto")
+    assert (again.steps, again.interrupted) == (more, False)
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(tiny_dir, tok, tmp_path, monkeypatch, capsys):
+    real, calls = run_state.write_safetensors, []
+
+    def full(path, tensors):
+        calls.append(path)
+        if len(calls) == 2:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        real(path, tensors)
+
+    monkeypatch.setattr(run_state, "write_safetensors", full)
+    _, result = run(tiny_dir, tok, tmp_path, max_steps=5, save_steps=2)
+    assert result.steps == 5
+    out = capsys.readouterr().out
+    assert "checkpoint of step 4 could not be written (No space left on device); earlier" in out
+    assert [each.step for each in run_state.checkpoints(tmp_path)] == [2, 5]
+    assert not list(tmp_path.glob(".checkpoint*"))
+
+
+def test_the_last_and_the_best_are_kept(tiny_dir, tok, tmp_path):
+    # what the rows for validation share with the others is learned first, the contrary later
+    contrary = [{**row, "completion": row["completion"][::-1]} for row in ROWS[:4]]
+    data = {"train": ROWS, "validation": contrary}
+    model, result = run(
+        tiny_dir, tok, tmp_path, data, max_steps=100, eval_steps=2, save_steps=2,
+        learning_rate=3e-2, load_best_model_at_end=True, early_stopping_patience=3,
+    )  # fmt: skip
+    losses = {e["step"]: e["loss"] for e in result.evaluations}
+    best = min(losses, key=losses.get)
+    assert result.stopped_early
+    assert result.steps == best + 6
+    assert {each.step for each in run_state.checkpoints(tmp_path)} == {
+        best, result.steps - 2, result.steps,
+    }  # fmt: skip
+    # the adapter in memory and on the disk is the best one
+    fresh = lk.load_adapter(lk.load_model(tiny_dir, dtype="float32", quantize="nf4"), tmp_path)
+    for each in (model, fresh):
+        assert lk.evaluate(each, tok, contrary)["loss"] == losses[best]
+
+
+def test_bad_steps_are_skipped_and_counted(tiny_dir, tok, tmp_path, monkeypatch, capsys):
+    real, seen = trainer._backward, []
+
+    def sometimes(model, *rest):
+        loss = real(model, *rest)
+        seen.append(loss)
+        if len(seen) in (3, 4):
+            next(p for p in model.parameters() if p.grad is not None).grad[0] = float("nan")
+        return loss
+
+    monkeypatch.setattr(trainer, "_backward", sometimes)
+    _, result = run(tiny_dir, tok, tmp_path, max_steps=6)
+    assert result.skipped_steps == 2
+    out = capsys.readouterr().out
+    assert out.count("skipped: step") == 2
+    assert "first in model.layers.0.self_attn.q_proj.adapters.default.lora_A, on the rows" in out
+    weights = load_file(tmp_path / ADAPTER)
+    assert all(torch.isfinite(w).all() for w in weights.values())
+
+
+def test_ten_bad_steps_in_a_row_stop_the_run(tiny_dir, tok, tmp_path):
+    model = adapted(tiny_dir)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    config = lk.TrainConfig(output_dir=str(tmp_path), max_steps=50)
+    message = r"10 steps in a row were not finite: step 10 has loss nan .* on the rows [\d, ]+"
+    with pytest.raises(lk.LorakitError, match=message):
+        lk.train(model, tok, ROWS, config)
+    assert not (tmp_path / ADAPTER).exists()
+
+
+def test_what_cannot_be_resumed(tiny_dir, tok, tmp_path):
+    run(tiny_dir, tok, tmp_path, **OPTIONS)
+    with pytest.raises(lk.LorakitError, match="holds checkpoints of an earlier run; set resume"):
+        run(tiny_dir, tok, tmp_path, **OPTIONS)
+    for change, message in (
+        ({"rows": ROWS[1:]}, "was made with data"),
+        ({"seed": 1}, "made with seed 0, this run has 1"),
+        ({"lora": {"target_modules": ["q_proj"]}}, "is not in both, the run and the checkpoint"),
+        ({"lora": {"use_dora": True}}, "is not in both"),
+    ):
+        with pytest.raises(lk.LorakitError, match=message):
+            run(tiny_dir, tok, tmp_path, resume="auto", **(OPTIONS | change))
+    with pytest.raises(lk.LorakitError, match="is no checkpoint of a run"):
+        run(tiny_dir, tok, tmp_path, resume=str(tmp_path / "checkpoint-4"), **OPTIONS)
+    (tmp_path / "checkpoint-12" / run_state.STATE_TENSORS).write_bytes(b"cut")
+    with pytest.raises(lk.LorakitError, match="damaged or cut off"):
+        run(tiny_dir, tok, tmp_path, resume="auto", **OPTIONS)
+    _, result = run(tiny_dir, tok, tmp_path, resume=str(tmp_path / "checkpoint-9"), **OPTIONS)
+    assert result.steps == 12
+
+
+def test_a_finished_run_is_left_as_it_is(tiny_dir, tok, tmp_path):
+    run(tiny_dir, tok, tmp_path, **OPTIONS)
+    before = (tmp_path / ADAPTER).read_bytes()
+    _, result = run(tiny_dir, tok, tmp_path, resume="auto", **OPTIONS)
+    assert result.steps == 12
+    assert (tmp_path / ADAPTER).read_bytes() == before
+
+
+def step_of(tiny_dir, tok, tmp_path, rows, **options):
+    """Weights after one step over all rows, from the same start."""
+    lora = {"lora_alpha": 8}
+    model, result = run(tiny_dir, tok, tmp_path / str(options), rows, lora, max_steps=1, **options)
+    del model
+    return load_file(tmp_path / str(options) / ADAPTER), result.loss
+
+
+def test_a_step_is_the_same_however_it_is_cut(tiny_dir, tok, tmp_path, monkeypatch):
+    """Micro-batches of 1, 2, 4 and 8 rows, padded or packed, ragged rows: the same gradient, to
+    fp32's rounding of sums in another order.
+    """
+    rows = [{"prompt": "p" * (3 * i + 1), "completion": "c" * (40 - 4 * i)} for i in range(8)]
+    found = {}
+    real = trainer._backward
+
+    def note(model, *rest):
+        loss = real(model, *rest)
+        grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        found[key] = (loss, torch.cat(grads).double())
+        return loss
+
+    monkeypatch.setattr(trainer, "_backward", note)
+    for packing in (False, True):
+        for size in (1, 2, 4, 8):
+            key = (packing, size)
+            limit = 48 if packing else 1024
+            run(
+                tiny_dir, tok, tmp_path / f"{packing}{size}", rows, max_steps=1, packing=packing,
+                per_device_train_batch_size=size, max_seq_length=limit,
+                gradient_accumulation_steps=8 // size + 8 * packing,
+            )  # fmt: skip
+    loss, grad = found[False, 1]
+    for other_loss, other in found.values():
+        assert other_loss == pytest.approx(loss, rel=1e-6)
+        assert (other - grad).norm() <= 1e-6 * grad.norm()
