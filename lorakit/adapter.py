@@ -86,11 +86,7 @@ def save_adapter(
     check_adapter(module, name or "default", "save_adapter")
     config = adapter_config(module, name)
     having = {place: m for place, m in attached(module).items() if name in m.adapters}
-    tensors = {
-        f"{PREFIX}{place}.{ending}": tensor.detach()
-        for place, each in having.items()
-        for ending, tensor in each.saved(name).items()
-    }
+    tensors = adapter_tensors(module, name)
     layers = lora_layers(module)
     places = sorted(place for place in having if place in layers)
     twice = any(layers[place].adapters[name].start_A is not None for place in places)
@@ -102,6 +98,16 @@ def save_adapter(
     path.mkdir(parents=True, exist_ok=True)
     write_safetensors(path / WEIGHTS_FILE, tensors)
     write_json(path / CONFIG_FILE, values)
+
+
+def adapter_tensors(module: nn.Module, name: str) -> dict[str, Tensor]:
+    """What is written of adapter `name`, by its key in the file."""
+    return {
+        f"{PREFIX}{place}.{ending}": tensor.detach()
+        for place, each in attached(module).items()
+        if name in each.adapters
+        for ending, tensor in each.saved(name).items()
+    }
 
 
 def _written(config: LoraConfig, twice: bool, places: list[str]) -> dict[str, Any]:
