@@ -57,10 +57,11 @@ def logits(model, *args, **options):
 
 
 @pytest.fixture
-def adapters(theirs, tmp_path):
+def adapters(tmp_path):
     """Directories `a` and `b` that peft wrote, with one adapter each."""
     config = peft.LoraConfig(**OPTIONS, task_type="CAUSAL_LM")
-    model = peft.get_peft_model(theirs, config, adapter_name="a")
+    model = tiny_llama(num_key_value_heads=2, vocab_size=300)
+    model = peft.get_peft_model(model, config, adapter_name="a")
     model.add_adapter("b", peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"]))
     randomize(model).save_pretrained(tmp_path)
     return tmp_path
