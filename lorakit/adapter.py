@@ -18,7 +18,8 @@ Experts are linear layers of their own, as in the published checkpoints; the fus
 transformers 5 is read too, and written on request (experts.py).
 
 What is read besides: full copies of adapted embeddings and heads, which PEFT adds, are checked
-against the model's and left alone; the names that multimodal checkpoints gave the text model.
+against the model's and left alone, and so is what it writes of a tied head; the names that
+multimodal checkpoints gave the text model.
 """
 
 import dataclasses
@@ -44,7 +45,7 @@ from .attaching import attach
 from .config import LoraConfig, LorakitError, from_mapping
 from .experts import is_fused, join_experts, split_experts
 from .files import read_json, write_json
-from .lora import lora_layers
+from .lora import TiedHead, lora_layers
 from .model import Decoder
 from .tensors import LazyTensor, open_safetensors, write_safetensors
 
@@ -62,6 +63,12 @@ PATTERNS = ("rank_pattern", "alpha_pattern")
 # initializations after which A and B are all there is; others change the base, also on loading
 PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 STARTS = r"pissa(_niter_\d+)?|olora"  # that lorakit keeps beside A and B
+# of a tied head by its ending: that of the embedding, and whether it lies transposed
+TWINS = {
+    "lora_A.weight": ("lora_embedding_B", True),
+    "lora_B.weight": ("lora_embedding_A", True),
+    "weight": ("weight", False),
+}
 # where multimodal checkpoints keep the text model, of several generations
 TEXT = {"model.language_model.": "model.", "language_model.model.": "model.", "language_model.": ""}
 
@@ -102,12 +109,19 @@ def save_adapter(
 
 def adapter_tensors(module: nn.Module, name: str) -> dict[str, Tensor]:
     """What is written of adapter `name`, by its key in the file."""
-    return {
+    found = attached(module)
+    tensors = {
         f"{PREFIX}{place}.{ending}": tensor.detach()
-        for place, each in attached(module).items()
+        for place, each in found.items()
         if name in each.adapters
         for ending, tensor in each.saved(name).items()
     }
+    heads = {"lm_head", *(place for place, each in found.items() if isinstance(each, TiedHead))}
+    for head in sorted(heads):
+        whole = f"{PREFIX}{_embedding_of(module, head)}.weight"
+        if whole in tensors:  # PEFT looks for what is trained whole under both names
+            tensors[f"{PREFIX}{head}.weight"] = tensors[whole].clone()
+    return tensors
 
 
 def _written(config: LoraConfig, twice: bool, places: list[str]) -> dict[str, Any]:
@@ -326,14 +340,18 @@ def _matched(
     expected: Mapping[str, nn.Parameter],
 ) -> dict[str, LazyTensor]:
     """The tensors of the file by the keys of `expected`, all there and none too many."""
-    found = {}
+    found, names = {}, {}
     for key, tensor in tensors.items():
         inner = key.removeprefix(PREFIX)
         inner = inner if inner in expected else _renamed(inner, module)
-        if inner in expected:
-            found[inner] = tensor
-        elif not _is_copy(path, module, inner, tensor):
-            raise LorakitError(f"{path}: tensor {key} belongs to no adapted layer of this model")
+        found[inner], names[inner] = tensor, key
+    for inner in [inner for inner in found if inner not in expected]:
+        if not (
+            _is_copy(path, module, inner, found[inner]) or _is_twin(path, module, inner, found)
+        ):
+            raise LorakitError(
+                f"{path}: tensor {names[inner]} belongs to no adapted layer of this model"
+            )
     for key, parameter in expected.items():
         if key not in found:
             raise LorakitError(f"{path}: tensor {PREFIX}{key} is missing")
@@ -350,7 +368,7 @@ def _is_copy(path: Path, module: nn.Module, key: str, tensor: LazyTensor) -> boo
     the model's own: with another one the adapter was trained on another model.
     """
     place, base, _ = key.rpartition(".base_layer.weight")
-    each = attached(module).get(place)
+    each = attached(module).get(_embedding_of(module, place) or place)
     if not base or each is None:
         return False
     own = each.plain._parameters.get("weight")
@@ -362,3 +380,30 @@ def _is_copy(path: Path, module: nn.Module, key: str, tensor: LazyTensor) -> boo
             "one with more tokens"
         )
     return True
+
+
+def _is_twin(path: Path, module: nn.Module, key: str, tensors: Mapping[str, LazyTensor]) -> bool:
+    """Whether `key` is what PEFT writes of a tied head. It has to be that of the embedding."""
+    for ending, (other, transposed) in TWINS.items():
+        embedding = _embedding_of(module, key.removesuffix(f".{ending}"))
+        twin = tensors.get(f"{embedding}.{other}")
+        if embedding is None or twin is None:
+            continue
+        own = twin.read().t() if transposed else twin.read()
+        if not torch.equal(tensors[key].read(), own):
+            raise LorakitError(
+                f"{path}: {key} differs from {embedding}.{other}, and in this model they are tied"
+            )
+        return True
+    return False
+
+
+def _embedding_of(module: nn.Module, head: str) -> str | None:
+    """The name of the adapted embedding whose weight `head` has too."""
+    found = attached(module)
+    if isinstance(module, Decoder) and module.lm_head is None and head == "lm_head":
+        return "model.embed_tokens" if "model.embed_tokens" in found else None
+    if isinstance(found.get(head), TiedHead):
+        (embedding,) = found[head].embedding
+        return next(place for place, each in found.items() if each is embedding)
+    return None

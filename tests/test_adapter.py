@@ -146,3 +146,50 @@ def test_nothing_to_save(model, tmp_path):
     with pytest.raises(lk.LorakitError, match="no adapter is attached"):
         lk.save_adapter(model, tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("kind", ["transformers", "decoder"])
+@pytest.mark.parametrize(
+    "options",
+    [{"target_modules": ["embed_tokens", "q_proj"]}, {"modules_to_save": ["embed_tokens"]}],
+)
+def test_tied_embeddings_both_ways(tmp_path, kind, options):
+    """PEFT writes what embedding and head share under both names."""
+    import peft
+
+    from tests.conftest import tiny_llama
+
+    def base():
+        return tiny_llama(tie_word_embeddings=True)
+
+    def mine():
+        return base() if kind == "transformers" else lk.load_model(tmp_path / "m", dtype="float32")
+
+    def logits(model):
+        found = model(IDS)
+        return found if isinstance(found, torch.Tensor) else found.logits
+
+    base().save_pretrained(tmp_path / "m")
+    options = {"r": 4, "target_modules": ["q_proj"], "ensure_weight_tying": True, **options}
+    theirs = peft.get_peft_model(base(), peft.LoraConfig(**options)).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = lk.load_adapter(mine().eval(), tmp_path / "theirs")
+    assert (logits(ours) - theirs(IDS).logits).abs().max() <= 1e-4
+    assert (logits(ours) - base()(IDS).logits).abs().max() > 0.1
+
+    lk.save_adapter(ours, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(base(), tmp_path / "ours").eval()
+    assert (logits(ours) - again(IDS).logits).abs().max() <= 1e-4
+
+    def drift(tensors):
+        head = next(key for key in tensors if "lm_head" in key and "base_layer" not in key)
+        tensors[head] += 1
+
+    edit_tensors(tmp_path / "theirs", drift)
+    with pytest.raises(lk.LorakitError, match="in this model they are tied"):
+        lk.load_adapter(mine(), tmp_path / "theirs")

@@ -542,9 +542,13 @@ def set_peft_model_state_dict(
         if adapter_name in each.adapters
         for ending, parameter in each.tensors(adapter_name).items()
     }
-    for key in sorted(expected.keys() ^ peft_model_state_dict.keys()):
-        what = "is missing" if key in expected else "belongs to no adapted layer of this model"
-        raise LorakitError(f"set_peft_model_state_dict: tensor {key} {what}")
+    known = adapter_tensors(base, adapter_name).keys()  # a tied head has what its embedding has
+    for key in sorted(expected.keys() - peft_model_state_dict.keys()):
+        raise LorakitError(f"set_peft_model_state_dict: tensor {key} is missing")
+    for key in sorted(peft_model_state_dict.keys() - known):
+        raise LorakitError(
+            f"set_peft_model_state_dict: tensor {key} belongs to no adapted layer of this model"
+        )
     for key, parameter in expected.items():
         shape = tuple(peft_model_state_dict[key].shape)
         check(
