@@ -38,6 +38,7 @@ from .attached import (
     attached,
     check_adapter,
     delete_adapter,
+    plain_modules,
     selected_adapter,
     set_adapter,
 )
@@ -45,7 +46,7 @@ from .attaching import attach
 from .config import LoraConfig, LorakitError, from_mapping
 from .experts import is_fused, join_experts, split_experts
 from .files import read_json, write_json
-from .lora import TiedHead, lora_layers
+from .lora import SavedModule, TiedHead, lora_layers
 from .model import Decoder
 from .tensors import LazyTensor, open_safetensors, write_safetensors
 
@@ -99,6 +100,9 @@ def save_adapter(
     twice = any(layers[place].adapters[name].start_A is not None for place in places)
     values = _written(config, twice, places)
     values |= {"base_model_name_or_path": base_model, "target_modules": places}
+    if config.modules_to_save:  # whole names: PEFT takes "norm" for every layernorm too
+        saved = [place for place, each in having.items() if isinstance(each, SavedModule)]
+        values["modules_to_save"] = sorted(saved)
     if fused_experts:
         tensors, values = _fused(module, tensors, values)
     path = Path(path).expanduser()
@@ -278,9 +282,27 @@ def _read_config(
     targets = values.get("target_modules")
     if isinstance(targets, list):
         values["target_modules"] = [_renamed(target, module) for target in targets]
+    if isinstance(values.get("modules_to_save"), list):
+        values["modules_to_save"] = [
+            name for entry in values["modules_to_save"] for name in _saved(entry, module, tensors)
+        ]
     if values.get("layers_to_transform") is None:
         values.pop("layers_pattern", None)
     return from_mapping(LoraConfig, values, str(path / CONFIG_FILE), ignore_unknown=True)
+
+
+def _saved(entry: str, module: nn.Module, tensors: Mapping[str, LazyTensor]) -> list[str]:
+    """What PEFT saved for an entry of modules_to_save, which is an end of names, with a dot before
+    it or not: what the file has tensors of.
+    """
+    entry = _renamed(entry, module)
+    beginnings = {_renamed(key.removeprefix(PREFIX), module).rpartition(".")[0] for key in tensors}
+    found = [
+        name
+        for name, _ in plain_modules(module)
+        if name.endswith(entry) and any(f"{b}.".startswith(f"{name}.") for b in beginnings)
+    ]
+    return found or [entry]
 
 
 def _split(

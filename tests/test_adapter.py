@@ -193,3 +193,32 @@ def test_tied_embeddings_both_ways(tmp_path, kind, options):
     edit_tensors(tmp_path / "theirs", drift)
     with pytest.raises(lk.LorakitError, match="in this model they are tied"):
         lk.load_adapter(mine(), tmp_path / "theirs")
+
+
+def test_modules_to_save_by_any_end_of_their_names(model, tiny_dir, tmp_path):
+    """PEFT takes "norm" for the layernorms too, lorakit for the last norm alone; each reads what
+    the other wrote.
+    """
+    import peft
+
+    options = {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["norm"]}
+    theirs = peft.get_peft_model(hugging_face(tiny_dir), peft.LoraConfig(**options)).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path / "theirs")
+    lk.load_adapter(model, tmp_path / "theirs", name="theirs")
+    assert (model(IDS) - theirs(IDS).logits).abs().max() <= 1e-4
+
+    lk.attach(model, lk.LoraConfig(**options), name="ours")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    lk.save_adapter(model, tmp_path / "ours")
+    written = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert written["modules_to_save"] == ["model.norm"]
+    again = peft.PeftModel.from_pretrained(hugging_face(tiny_dir), tmp_path / "ours").eval()
+    assert (model(IDS) - again(IDS).logits).abs().max() <= 1e-4

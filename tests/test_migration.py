@@ -103,7 +103,7 @@ def typo(name):
         "modules_to_save",
     ],
 )
-def test_names_that_match_nothing_are_silent_there_and_raise_here(name):
+def test_names_that_match_nothing_train_on_there_and_raise_here(name):
     peft.get_peft_model(tiny_llama(), peft.LoraConfig(**typo(name)))
     with pytest.raises(lk.LorakitError, match=name):
         compat.get_peft_model(tiny_llama(), compat.LoraConfig(**typo(name)))
