@@ -157,6 +157,15 @@ def _noise(x: Tensor, alpha: float, cu_seqlens: Tensor | None) -> Tensor:
 Again = tuple[Callable[[Tensor], Tensor], Tensor] | None  # as kernels.lora_qkv takes it
 
 
+def _targets(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """What each position but the last is to predict: int64 [B, T - 1]; not over documents."""
+    targets = labels[:, 1:]
+    if cu_seqlens is not None:
+        targets = targets.clone()
+        targets[:, cu_seqlens[1:-1].long() - 1] = -100
+    return targets
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, config: ModelConfig):
         super().__init__()
@@ -494,12 +503,34 @@ class Decoder(nn.Module):
         attention_mask: it lies in the future of every real token.
         """
         hidden = self.hidden_states(input_ids, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
-        hidden, targets = hidden[:, :-1], labels[:, 1:]
-        if cu_seqlens is not None:
-            targets = targets.clone()
-            targets[:, cu_seqlens[1:-1].long() - 1] = -100
-        form = {"softcap": self.config.final_logit_softcapping}
-        form |= {"label_smoothing": label_smoothing, "z_loss": z_loss}
+        targets = _targets(labels, cu_seqlens)
+        return self._head_loss(
+            hidden[:, :-1], targets, label_smoothing=label_smoothing, z_loss=z_loss
+        )
+
+    def row_losses(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`loss` of each row, or of each packed document: summed fp32 [n], and counts int64 [n]."""
+        hidden = self.hidden_states(input_ids, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
+        hidden, targets = hidden[:, :-1], _targets(labels, cu_seqlens)
+        if cu_seqlens is None:
+            rows = zip(hidden.split(1), targets.split(1), strict=True)
+        else:
+            bounds = cu_seqlens.tolist()
+            parts = [slice(start, end) for start, end in pairwise(bounds)]
+            rows = [(hidden[:, part], targets[:, part]) for part in parts]
+        found = [self._head_loss(*row) for row in rows]
+        return torch.stack([loss for loss, _ in found]), torch.stack([n for _, n in found])
+
+    def _head_loss(self, hidden: Tensor, targets: Tensor, **form: float) -> tuple[Tensor, Tensor]:
+        """Summed cross-entropy and count of targets int64 [B, T] for hidden [B, T, H]."""
+        form["softcap"] = self.config.final_logit_softcapping
         weight, update = self._head_weight()
         if weight is None:
             rows = (targets != -100).nonzero(as_tuple=True)

@@ -102,6 +102,7 @@ ALLOWED = {
         "files",
         "run_state",
     },
+    "preference": {"attached", "config", "model"},
     "run_state": {"attached", "config", "files", "optim", "tensors"},
     "profiling": {"kernels", "config", "model", "tokenizer", "trainer"},
     "cli": {"lorakit", "yaml"},

