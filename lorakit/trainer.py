@@ -25,14 +25,14 @@ from tqdm import tqdm
 
 from .adapter import save_adapter
 from .attached import Attached, attached
-from .config import LorakitError, TrainConfig
+from .config import OPTIMIZERS, LorakitError, TrainConfig
 from .data import IGNORE, Example, batches, collate, encode_rows, read_rows
 from .eva_initialization import eva
 from .loftq_initialization import loftq
 from .lora import LoraPart
 from .memory import peak_memory_mb
 from .model import Decoder, MoE
-from .optim import AdamW, learning_rate, loraplus_groups
+from .optim import AdamW, decay_groups, learning_rate, loraplus_groups
 from .tokenizer import Tokenizer
 
 Rows = str | Path | Iterable[Mapping[str, Any]]
@@ -90,21 +90,24 @@ def train(
     layers = _trainable_layers(model)  # EVA may have left some out
     params = [p for p in model.parameters() if p.requires_grad]
     betas = (config.adam_beta1, config.adam_beta2)
-    groups: list[dict[str, Any]] = [{"params": params, "lr": 1.0}]
-    if config.loraplus_lr_ratio is not None:
-        ratio, decay = config.loraplus_lr_ratio, config.weight_decay
+    ratio, decay = config.loraplus_lr_ratio, config.weight_decay
+    if ratio is None:
+        groups = decay_groups(model, 1.0, decay)
+    else:
         groups = loraplus_groups(model, 1.0, ratio, weight_decay=decay)
     shares = [group["lr"] for group in groups]  # of the scheduled rate
+    output_dir = Path(config.output_dir).expanduser()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    state_bits, paged = OPTIMIZERS[config.optim]
     optimizer = AdamW(
         groups,
         betas=betas,
         eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-        state_bits=8 if config.optim == "adamw_8bit" else 32,
+        state_bits=state_bits,
+        paged=paged,
+        page_dir=output_dir,
     )
     total = _total_steps(len(examples), config)
-    output_dir = Path(config.output_dir).expanduser()
-    output_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)  # dropout
 
     loss, tokens, seconds, evaluations = math.nan, 0, 0.0, []
@@ -113,8 +116,16 @@ def train(
             range(1, total + 1), _step_batches(examples, config), strict=False
         ):
             started = time.perf_counter()
-            kind, peak_rate = config.lr_scheduler_type, config.learning_rate
-            lr = learning_rate(kind, step - 1, total, peak_rate, config.warmup_ratio)
+            lr = learning_rate(
+                config.lr_scheduler_type,
+                step - 1,
+                total,
+                config.learning_rate,
+                config.warmup_ratio,
+                warmup_steps=config.warmup_steps,
+                min_lr_ratio=config.min_lr_ratio,
+                num_cycles=config.num_cycles,
+            )
             for group, share in zip(optimizer.param_groups, shares, strict=True):
                 group["lr"] = lr * share
             loss = _backward(model, micro_batches)
