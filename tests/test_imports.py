@@ -84,7 +84,9 @@ ALLOWED = {
     },
     "report": {"config", "files", "kernels", "quantization", "checkpoint", "matplotlib"},
     "data": {"config", "tokenizer"},
-    "optim": {"config", "kernels"},
+    "paging": {"config"},
+    "paged_state": {"config", "kernels", "paging"},
+    "optim": {"config", "kernels", "paged_state"},
     "decoding": {"kernels", "model", "model_config", "rope", "attached"},
     "generation": {"config", "model", "decoding", "tokenizer", "tokenizers"},
     "trainer": {
