@@ -265,6 +265,9 @@ def of_pattern(pattern: Mapping[str, Any], name: str, otherwise: Any) -> Any:
     return next((value for key, value in pattern.items() if in_pattern(key, name)), otherwise)
 
 
+TRAIN_ON = ("completion", "last_turn", "all")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run. The optimizer step averages over per_device_train_batch_size x
@@ -292,6 +295,9 @@ class TrainConfig:
     max_seq_length: int = 1024
     over_length: str = "truncate"
     """what to do with a longer row: "truncate" (the prompt's start first), "drop" or "raise" """
+    train_on: str = "completion"
+    """which tokens are learned: "completion" (of a chat every turn of the assistant), "last_turn"
+    of a chat, or "all" """
     gradient_checkpointing: bool = False
     eval_steps: int | None = None
     """evaluate on the validation rows every so many steps; null: only at the end"""
@@ -325,6 +331,10 @@ class TrainConfig:
             self.over_length in ("truncate", "drop", "raise"),
             f"over_length is {self.over_length!r}; choose truncate, drop or raise",
         )
+        check(
+            self.train_on in TRAIN_ON,
+            f"train_on is {self.train_on!r}; choose completion, last_turn or all",
+        )
         check(0 <= self.seed < 2**63, f"seed is {self.seed}; it must be in [0, 2^63)")
         check(
             0 <= self.warmup_ratio <= 1,
@@ -337,10 +347,13 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """JSONL files of rows with the text fields `prompt` and `completion`."""
+    """Files of rows: JSONL, JSON, CSV or Parquet."""
 
     train: str
     validation: str | None = None
+    format: str | None = None
+    """what their rows are: "messages", "sharegpt", "prompt_completion", "alpaca" or "text"; null:
+    what the fields of the first row say"""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,13 +26,14 @@ from tqdm import tqdm
 from .adapter import save_adapter
 from .attached import Attached, attached
 from .config import LorakitError, TrainConfig
-from .data import IGNORE, Example, batches, collate, encode_rows, read_rows
+from .data import IGNORE, Example, batches, collate, encode_rows
 from .eva_initialization import eva
 from .loftq_initialization import loftq
 from .lora import LoraPart
 from .memory import peak_memory_mb
 from .model import Decoder, MoE
 from .optim import AdamW, learning_rate, loraplus_groups
+from .rows import read_rows
 from .tokenizer import Tokenizer
 
 Rows = str | Path | Iterable[Mapping[str, Any]]
@@ -80,7 +81,7 @@ def train(
         raise LorakitError(
             f"train: data must hold 'train' and maybe 'validation', not {list(data)}"
         )
-    limits = (config.max_seq_length, config.over_length)
+    limits = (config.max_seq_length, config.over_length, config.train_on)
     examples = _encode(model, tok, data["train"], *limits)
     validation = None
     if data.get("validation") is not None:
@@ -174,14 +175,15 @@ def evaluate(
     batch_size: int = 8,
     max_seq_length: int = 1024,
     over_length: str = "truncate",
+    train_on: str = "completion",
 ) -> dict[str, float]:
     """Loss (nats per label token), perplexity, and the numbers of label tokens and rows."""
-    examples = _encode(model, tok, data, max_seq_length, over_length)
+    examples = _encode(model, tok, data, max_seq_length, over_length, train_on)
     return _evaluate(model, examples, batch_size)
 
 
 @torch.no_grad()
-def _evaluate(model: Decoder, examples: list[Example], batch_size: int) -> dict[str, float]:
+def _evaluate(model: Decoder, examples: Sequence[Example], batch_size: int) -> dict[str, float]:
     total, count = 0.0, 0
     ordered = sorted(examples, key=lambda e: len(e.input_ids))
     starts = range(0, len(ordered), batch_size)
@@ -217,7 +219,7 @@ def _trainable_layers(model: Decoder) -> dict[str, Attached]:
 
 
 def _start_adapter(
-    model: Decoder, layers: Mapping[str, Attached], examples: list[Example], config: TrainConfig
+    model: Decoder, layers: Mapping[str, Attached], examples: Sequence[Example], config: TrainConfig
 ) -> None:
     """Where init_lora_weights is "loftq" or "eva" and nobody has done it yet."""
     parts = [each.adapters[each.selected] for each in layers.values()]
@@ -232,7 +234,7 @@ def _start_adapter(
 
 
 def _few_batches(
-    model: Decoder, examples: list[Example], config: TrainConfig
+    model: Decoder, examples: Sequence[Example], config: TrainConfig
 ) -> Iterator[dict[str, Tensor]]:
     """The batches of the first epoch, as they will be trained on."""
     lengths = [len(e.input_ids) for e in examples]
@@ -244,10 +246,19 @@ def _few_batches(
 
 
 def _encode(
-    model: Decoder, tok: Tokenizer, rows: Rows, max_seq_length: int, over_length: str
-) -> list[Example]:
+    model: Decoder,
+    tok: Tokenizer,
+    rows: Rows,
+    max_seq_length: int,
+    over_length: str,
+    train_on: str,
+) -> Sequence[Example]:
     examples = encode_rows(
-        read_rows(rows), tok, max_seq_length=max_seq_length, over_length=over_length
+        read_rows(rows),
+        tok,
+        max_seq_length=max_seq_length,
+        over_length=over_length,
+        train_on=train_on,
     )
     tok.check_fits((i for e in examples for i in e.input_ids), model.config.vocab_size)
     return examples
@@ -261,7 +272,9 @@ def _total_steps(rows: int, config: TrainConfig) -> int:
     return math.ceil(config.num_train_epochs * steps_per_epoch)
 
 
-def _step_batches(examples: list[Example], config: TrainConfig) -> Iterator[list[list[Example]]]:
+def _step_batches(
+    examples: Sequence[Example], config: TrainConfig
+) -> Iterator[list[list[Example]]]:
     """The micro-batches of one optimizer step after another, epoch after epoch, without end."""
     lengths = [len(e.input_ids) for e in examples]
     accumulate = config.gradient_accumulation_steps
