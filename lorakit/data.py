@@ -4,10 +4,10 @@
     labels      -100   ... | completion ... | end token | -100   ... | completion ... | end token
 
 Chats are rendered once by the model's own template and tokenized whole, so that their ids are those
-of `tok.apply_chat_template`; a token is labelled if it starts within a turn to be learned (see
-turns.py). Prompts with a completion are tokenized apart, so that the cut between them is where the
-rows put it, and where generation will put it. The end token is labelled by its place, not its id: a
-model that pads with its end token still learns to stop.
+of `tok.apply_chat_template`; a token is labelled if some of it was written in a turn that is to be
+learned (turns.py). Prompts with a completion are tokenized apart, so that the cut between them is
+where the rows put it, and where generation will put it. The end token is labelled by its place, not
+its id: a model that pads with its end token still learns to stop.
 
 Examples of a list of rows are held. Those of a file are made again each time they are asked for, as
 its rows are read again: only their lengths are held.
@@ -16,7 +16,7 @@ its rows are read again: only their lengths are held.
 import logging
 import random
 from array import array
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from typing import NamedTuple
@@ -156,7 +156,7 @@ class Encoder:
             raise LorakitError("no turn of the assistant is there to learn")
         if self.train_on == "last_turn":
             turns = turns[-1:]
-        starts = [a for a, _ in offsets]
+        starts, ends = [a for a, _ in offsets], [b for _, b in offsets]
 
         def blank(token: int) -> bool:
             return not text[slice(*offsets[token])].strip()
@@ -164,9 +164,7 @@ class Encoder:
         labels, first = [IGNORE] * len(ids), len(ids)
         for i in turns:
             start, end = turn_span(render, row.messages, text, i)
-            within = list(range(bisect_left(starts, start), bisect_left(starts, end)))
-            while within and offsets[within[0]] == (start, start):  # white space of the header,
-                within.pop(0)  # which some tokenizers give no width
+            within = list(range(bisect_right(ends, start), bisect_left(starts, end)))
             while within and ids[within[-1]] not in self.end_tokens and blank(within[-1]):
                 within.pop()
             if not within or ids[within[-1]] not in self.end_tokens:

@@ -197,7 +197,7 @@ _MAKE: dict[str, Callable[[Mapping, str], Row]] = {
 def _messages(values: Any, place: str) -> list[dict[str, Any]]:
     """Messages with a role, and with text or tool calls. Their other fields are kept."""
     if not isinstance(values, list) or not values:
-        raise LorakitError(f"{place}: messages must be a list, of one or more, not {values!r:.60}")
+        raise LorakitError(f"{place}: messages must be a list of one or more, not {values!r:.60}")
     messages = []
     for i, message in enumerate(values):
         where = f"{place}, message {i}"

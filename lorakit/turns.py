@@ -41,15 +41,14 @@ def turn_span(render: Render, messages: Messages, text: str, i: int) -> tuple[in
     shown = [render([*messages[:i], probe, *messages[i + 1 :]]) for probe in _probes(messages[i])]
     header, tail = _common(*shown), _common_suffix(*shown)
     alone = [_tried(render, [*messages[:i], probe]) for probe in _probes(messages[i])]
-    closing = _common_suffix(*alone).rstrip() if None not in alone else tail.rstrip()
-    fits = len(header) + len(tail) <= len(text) and text.startswith(header) and text.endswith(tail)
+    closing = (tail if None in alone else _common_suffix(*alone)).rstrip()
+    start, end = _start(header, before), len(text) - len(tail)
+    fits = start <= end and text.startswith(header[:start]) and text.endswith(tail)
     if not (fits and tail.startswith(closing)):
         raise LorakitError(
             f"the chat template shows message {i} in a way that leaves unclear where it starts and "
             "ends; use train_on all"
         )
-    start = len(before) if known else len(header)
-    end = len(text) - len(tail)
     for name in ("content", *REASONING):
         if (messages[i].get(name) or "").strip() not in text[start:end]:
             raise LorakitError(
@@ -57,6 +56,15 @@ def turn_span(render: Render, messages: Messages, text: str, i: int) -> tuple[in
                 "mostly); use train_on last_turn, with a row for each turn that is to be learned"
             )
     return start, end + len(closing)
+
+
+def _start(header: str, before: str | None) -> int:
+    """Where the turn starts: behind its header, but for white space that generation writes."""
+    space = header[len(header.rstrip()) :]
+    start = len(header)
+    while before is not None and space and not before.endswith(space):
+        space, start = space[:-1], start - 1
+    return start
 
 
 def dropped(render: Render, messages: Messages, text: str) -> int | None:
