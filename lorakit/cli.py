@@ -326,7 +326,7 @@ def _yaml(text: str) -> Any:
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
     try:
         return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
+    except Exception as error:  # the constructors of tags, as in `!!bool x`, raise anything
         raise ValueError(error) from None
 
 

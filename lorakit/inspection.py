@@ -119,14 +119,14 @@ class LintReport:
             (f"rows longer than max_seq_length={self.max_seq_length}", self.over_long),
             ("rows that cannot be used", self.unusable),
         ]:
-            lines.append(f"{len(found):,} {what}")
+            lines.append(f"{what}: {len(found):,}")
             lines += [f"  {line}" for line in found[:5]]
             lines += [f"  and {len(found) - 5:,} more"] if len(found) > 5 else []
         return "\n".join(lines)
 
     def _histogram(self) -> list[str]:
         lengths = sorted(self.lengths.elements())
-        middle, high = lengths[len(lengths) // 2], lengths[int(0.95 * (len(lengths) - 1))]
+        middle, high = lengths[len(lengths) // 2], lengths[-(-95 * len(lengths) // 100) - 1]
         span = f"{lengths[0]:,} to {lengths[-1]:,}"
         head = f"tokens per row: {span}, median {middle:,}, 95% up to {high:,}"
         step = -(-(lengths[-1] + 1 - lengths[0]) // BARS)
@@ -146,13 +146,13 @@ class LintReport:
 
 
 def lint_rows(
-    rows: Iterable[Row],
+    rows: Sequence[Row],
     tok: Tokenizer,
     *,
     max_seq_length: int = 1024,
     train_on: str = "completion",
 ) -> LintReport:
-    """Lengths, class balance, duplicates, empty turns, and rows too long or of no use."""
+    """What is worth knowing of rows before training on them; see the fields of LintReport."""
     encoder = Encoder(tok, train_on=train_on)
     report, seen = LintReport(max_seq_length), {}
     answers: Counter[str] = Counter()
@@ -160,7 +160,7 @@ def lint_rows(
         report.rows += 1
         digest = _digest(row)
         if digest in seen:
-            report.duplicates.append((row.place, f"row {seen[digest] + 1}"))
+            report.duplicates.append((row.place, rows[seen[digest]].place))
         seen.setdefault(digest, number)
         report.empty += _empty_turns(row)
         answer = _answer(row)
