@@ -100,6 +100,37 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.set_defaults(run=_quantize_report, take=_take_overrides)
 
+    data = verbs.add_parser(
+        "data",
+        help="look at rows of training data as the model sees them, or check them",
+        description="Look at rows of training data as the model sees them, or check them.",
+    )
+    actions = data.add_subparsers(metavar="ACTION", required=True)
+    rows = argparse.ArgumentParser(add_help=False)
+    rows.add_argument("file", type=Path, help="JSONL, JSON, CSV or Parquet")
+    rows.add_argument("--model", required=True, help="directory, .gguf file or Hub id")
+    rows.add_argument("--format", help="of the rows; default: what their fields say")
+    rows.add_argument("--train-on", default="completion", help="completion, last_turn or all")
+    show = actions.add_parser(
+        "show",
+        parents=[common, rows],
+        help="the tokens of the first rows, labels coloured",
+        description="Print the tokens of the first rows, a bar between them. What is learned is "
+        "coloured, or in double brackets where the output is no terminal.",
+    )
+    show.add_argument("--rows", type=_count, default=3, help="how many")
+    show.add_argument("--no-color", action="store_true", help="brackets on a terminal too")
+    show.set_defaults(run=_show_data, take=_take_nothing)
+    lint = actions.add_parser(
+        "lint",
+        parents=[common, rows],
+        help="duplicates, lengths, class balance, empty turns, over-long rows",
+        description="Report lengths, class balance, duplicates, empty turns, over-long rows and "
+        "rows that cannot be used. Exits with 1 if there are any of the last.",
+    )
+    lint.add_argument("--max-seq-length", type=_count, default=1024)
+    lint.set_defaults(run=_lint_data, take=_take_nothing)
+
     adapter = verbs.add_parser(
         "adapter",
         help="look at an adapter, or make plain LoRA of it",
@@ -165,9 +196,10 @@ def _train(args: argparse.Namespace) -> int:
     import torch
 
     run = lk.RunConfig.from_dict(_read_run_file(args.run_file, args.overrides), str(args.run_file))
-    data = {"train": lk.read_rows(run.data.train)}  # bad rows should not wait for the model
+    # bad rows should not wait for the model
+    data = {"train": lk.read_rows(run.data.train, format=run.data.format)}
     if run.data.validation is not None:
-        data["validation"] = lk.read_rows(run.data.validation)
+        data["validation"] = lk.read_rows(run.data.validation, format=run.data.format)
     tok = lk.load_tokenizer(run.model)
     started = time.perf_counter()
     model = lk.load_model(run.model, dtype=run.dtype, quantize=run.quantize)
@@ -230,6 +262,22 @@ def _quantize_report(args: argparse.Namespace) -> int:
     return 0
 
 
+def _show_data(args: argparse.Namespace) -> int:
+    rows = lk.read_rows(args.file, format=args.format)
+    tok = lk.load_tokenizer(args.model)
+    color = sys.stdout.isatty() and not args.no_color
+    print(lk.show_rows(rows, tok, args.rows, train_on=args.train_on, color=color))
+    return 0
+
+
+def _lint_data(args: argparse.Namespace) -> int:
+    rows = lk.read_rows(args.file, format=args.format)
+    tok = lk.load_tokenizer(args.model)
+    report = lk.lint_rows(rows, tok, max_seq_length=args.max_seq_length, train_on=args.train_on)
+    print(report)
+    return 1 if report.unusable else 0
+
+
 def _show_adapter(args: argparse.Namespace) -> int:
     print(lk.describe_adapter(args.adapter))
     return 0
@@ -278,7 +326,7 @@ def _yaml(text: str) -> Any:
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
     try:
         return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
+    except Exception as error:  # the constructors of tags, as in `!!bool x`, raise anything
         raise ValueError(error) from None
 
 

@@ -281,6 +281,7 @@ OPTIMIZERS = {
     "paged_adamw_32bit": (32, True),
     "paged_adamw_8bit": (8, True),
 }
+TRAIN_ON = ("completion", "last_turn", "all")
 
 
 @dataclass(frozen=True)
@@ -326,6 +327,9 @@ class TrainConfig:
     """weight of the square of the logits' normalizer in the loss"""
     neftune_noise_alpha: float | None = None
     """noise on the embeddings while training (NEFTune): 5, say"""
+    train_on: str = "completion"
+    """which tokens are learned: "completion" (of a chat every turn of the assistant), "last_turn"
+    of a chat, or "all" """
     gradient_checkpointing: bool = False
     activation_offloading: bool = False
     """with gradient_checkpointing, keep the blocks' inputs in host memory"""
@@ -391,6 +395,10 @@ class TrainConfig:
             self.over_length in ("truncate", "drop", "raise"),
             f"over_length is {self.over_length!r}; choose truncate, drop or raise",
         )
+        check(
+            self.train_on in TRAIN_ON,
+            f"train_on is {self.train_on!r}; choose completion, last_turn or all",
+        )
         check(0 <= self.seed < 2**63, f"seed is {self.seed}; it must be in [0, 2^63)")
         check(
             0 <= self.warmup_ratio <= 1,
@@ -403,10 +411,13 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """JSONL files of rows with the text fields `prompt` and `completion`."""
+    """Files of rows: JSONL, JSON, CSV or Parquet."""
 
     train: str
     validation: str | None = None
+    format: str | None = None
+    """what their rows are: "messages", "sharegpt", "prompt_completion", "alpaca" or "text"; null:
+    what the fields of the first row say"""
 
 
 @dataclass(frozen=True)

@@ -1,38 +1,52 @@
-"""Training rows: from text with the fields `prompt` and `completion` to token ids and labels.
+"""Rows to token ids and labels, and the batches they end up in.
 
-    input_ids   prompt ... | completion ... | end token
-    labels      -100   ... | completion ... | end token
+    input_ids   prompt ... | completion ... | end token | prompt ... | completion ... | end token
+    labels      -100   ... | completion ... | end token | -100   ... | completion ... | end token
 
-Prompt and completion are tokenized apart, so that the cut between them is where the rows put it,
-and where generation will put it. The end token is labelled by its place, not its id: a model that
-pads with its end token still learns to stop.
+Chats are rendered once by the model's own template and tokenized whole, so that their ids are those
+of `tok.apply_chat_template`; a token is labelled if some of it was written in a turn that is to be
+learned (turns.py). Prompts with a completion are tokenized apart, so that the cut between them is
+where the rows put it, and where generation will put it. The end token is labelled by its place, not
+its id: a model that pads with its end token still learns to stop.
+
+Examples of a list of rows are held. Those of a file are made again each time they are asked for, as
+its rows are read again: only their lengths are held.
 """
 
-import json
 import logging
 import random
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .config import LorakitError, nearest
+from .config import TRAIN_ON, LorakitError, nearest
+from .formats import Chat, Instruction, Row, Text
+from .rows import Rows
 from .tokenizer import Tokenizer
+from .turns import dropped, turn_span
 
 log = logging.getLogger("lorakit")
 
 IGNORE = -100
-FIELDS = ("prompt", "completion")
-
-
-class Row(NamedTuple):
-    """A text row and where it came from ("train.jsonl line 3", "row 3")."""
-
-    prompt: str
-    completion: str
-    place: str
+# What a template that prints today's date prints, so that a run can be repeated: the date that
+# Llama 3.1's template falls back on.
+TODAY = datetime(2024, 7, 26)
+# The prompts of Stanford Alpaca (tatsu-lab/stanford_alpaca, train.py), for models without a chat
+# template.
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+)
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
 
 
 class Example(NamedTuple):
@@ -40,120 +54,276 @@ class Example(NamedTuple):
     labels: list[int]
 
 
-def read_rows(source: str | Path | Iterable[Mapping[str, Any]]) -> list[Row]:
-    """Rows of a JSONL file, or of any iterable of mappings; other fields are ignored.
+class Parts(NamedTuple):
+    """A row's tokens before they are cut to length. The first `head` tokens stay in any case, what
+    is cut first lies between them and `prompt`, where the first label is."""
 
-    Raises LorakitError for a missing file, a line that is no JSON object, a row without both fields
-    as non-empty completion text, or no rows at all.
-    """
-    name = f"{source}" if isinstance(source, (str, Path)) else "data"
-    rows = [_row(value, place) for value, place in _values(source)]
-    if not rows:
-        raise LorakitError(f"{name} holds no rows")
-    return rows
+    input_ids: list[int]
+    labels: list[int]
+    head: int
+    prompt: int
 
 
-def _values(source: str | Path | Iterable) -> Iterator[tuple[Any, str]]:
-    if not isinstance(source, (str, Path)):
-        for i, value in enumerate(source):
-            yield value, f"row {i}"
-        return
-    path = Path(source).expanduser()
-    try:
-        file = open(path, encoding="utf-8")  # noqa: SIM115, closed below
-    except FileNotFoundError:
-        raise LorakitError(f"{path} does not exist") from None
-    except IsADirectoryError:
-        raise LorakitError(f"{path} is a directory; a JSONL file is wanted") from None
-    except ValueError as error:  # a null byte
-        raise LorakitError(f"{source!r} is no path: {error}") from None
-    with file:
+class Encoder:
+    """Makes the examples of rows. `long` counts the rows over `max_seq_length`."""
+
+    def __init__(
+        self,
+        tok: Tokenizer,
+        *,
+        max_seq_length: int | None = None,
+        over_length: str = "truncate",
+        train_on: str = "completion",
+    ):
+        if train_on not in TRAIN_ON:
+            raise LorakitError(
+                f"train_on is {train_on!r}{nearest(train_on, TRAIN_ON)}; "
+                f"choose {', '.join(TRAIN_ON)}"
+            )
+        self.tok, self.train_on = tok, train_on
+        self.max_seq_length, self.over_length = max_seq_length, over_length
+        self.long = 0
+        self.end = [] if tok.eos_token_id is None else [tok.eos_token_id]
+        self.checked: set[tuple] = set()  # roles of chats of which the template drops none
+        added = tok.backend.get_added_tokens_decoder()
+        special = {number for number, token in added.items() if token.special}
+        self.end_tokens = special | set(self.end)
+
+    def __call__(self, row: Row) -> Example | None:
+        """A row's example, of at most max_seq_length tokens; None for one that is to be dropped.
+
+        Raises LorakitError for a row from which nothing, or something wrong, would be learned.
+        """
         try:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _parsed(line, f"{path} line {number}"), f"{path} line {number}"
-        except UnicodeDecodeError as error:
-            raise LorakitError(f"{path} is not UTF-8 text: {error}") from None
+            parts = self._parts(row)
+            limit = self.max_seq_length
+            if limit is not None and len(parts.input_ids) > limit:
+                self.long += 1
+                if self.over_length == "raise":
+                    raise LorakitError(
+                        f"{len(parts.input_ids)} tokens, more than max_seq_length={limit}; "
+                        "raise it, or set over_length to truncate or drop"
+                    )
+                if self.over_length == "drop":
+                    return None
+                parts = _cut(self._shortened(row, parts, limit), limit)
+            self._check(parts)
+        except LorakitError as error:
+            raise LorakitError(f"{row.place}: {error}") from None
+        return Example(parts.input_ids, parts.labels)
+
+    def _parts(self, row: Row) -> Parts:
+        if isinstance(row, Chat):
+            return self._chat(row)
+        if isinstance(row, Instruction):
+            if self.tok.chat_template is not None:
+                return self._chat(_as_chat(row))
+            prompt = ALPACA_WITH_INPUT if row.input else ALPACA
+            prompt = prompt.format(instruction=row.instruction, input=row.input)
+            return self._pair(prompt, row.output)
+        if isinstance(row, Text):
+            ids = self.tok.encode(row.text)
+            ids = ids if ids[-1:] == self.end else ids + self.end
+            return Parts(ids, ids, 0, 0)
+        return self._pair(row.prompt, row.completion)
+
+    def _pair(self, prompt: str, completion: str) -> Parts:
+        before = self.tok.encode(prompt)
+        head = len(before) - len(self.tok.encode(prompt, add_special_tokens=False))
+        after = self.tok.encode(completion, add_special_tokens=False) + self.end
+        masked = before if self.train_on == "all" else [IGNORE] * len(before)
+        return Parts(before + after, masked + after, head, len(before))
+
+    def _chat(self, row: Chat) -> Parts:
+        def render(messages: list[dict], generation_prompt: bool = False) -> str:
+            return self.tok.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+                tools=row.tools,
+                strftime_now=TODAY.strftime,
+            )
+
+        text = render(row.messages)
+        self._check_roles(row, text, render)
+        ids, offsets = self.tok.encode_with_offsets(text)
+        head = int(ids[:1] == [self.tok.bos_token_id])
+        if self.train_on == "all":
+            return Parts(ids, ids, head, head)
+        turns = [i for i, m in enumerate(row.messages) if m["role"] == "assistant"]
+        turns = [i for i in turns if i >= row.first]
+        if not turns:
+            raise LorakitError("no turn of the assistant is there to learn")
+        if self.train_on == "last_turn":
+            turns = turns[-1:]
+        starts, ends = [a for a, _ in offsets], [b for _, b in offsets]
+
+        def blank(token: int) -> bool:
+            return not text[slice(*offsets[token])].strip()
+
+        labels, first = [IGNORE] * len(ids), len(ids)
+        for i in turns:
+            start, end = turn_span(render, row.messages, text, i)
+            within = list(range(bisect_right(ends, start), bisect_left(starts, end)))
+            while within and ids[within[-1]] not in self.end_tokens and blank(within[-1]):
+                within.pop()
+            if not within or ids[within[-1]] not in self.end_tokens:
+                raise LorakitError(
+                    f"the chat template puts no end token after message {i}, or masks it: the "
+                    "model would not learn to stop; end the turn with {{ eos_token }}"
+                )
+            first = min(first, within[0])
+            for t in within:
+                labels[t] = ids[t]
+        return Parts(ids, labels, head, first)
+
+    def _check_roles(self, row: Chat, text: str, render: Callable[..., str]) -> None:
+        """Once for all chats of the same roles: what a template shows depends on these."""
+        roles = tuple(message["role"] for message in row.messages)
+        key = (*roles, row.tools is not None)
+        if key in self.checked:
+            return
+        number = dropped(render, row.messages, text)
+        if number is not None:
+            raise LorakitError(
+                f"the chat template leaves out message {number}, of role {roles[number]!r:.60}; "
+                "take it out of the row, or use a template that knows the role"
+            )
+        if row.tools is not None:
+            without = self.tok.apply_chat_template(
+                row.messages, tokenize=False, strftime_now=TODAY.strftime
+            )
+            if without == text:
+                raise LorakitError(
+                    "the chat template leaves out the tools; take them out of the row, or use a "
+                    "template that knows them"
+                )
+        self.checked.add(key)
+
+    def _shortened(self, row: Row, parts: Parts, limit: int) -> Parts:
+        """A chat without its oldest exchanges: as few as will do, and never the last answer."""
+        while isinstance(row, Chat) and len(parts.input_ids) > limit:
+            roles = [message["role"] for message in row.messages]
+            start = next((i for i, r in enumerate(roles) if r not in ("system", "developer")), 0)
+            then = next((i for i in range(start + 1, len(roles)) if roles[i] == "user"), None)
+            if then is None or "assistant" not in roles[max(then, row.first) :]:
+                break
+            messages = row.messages[:start] + row.messages[then:]
+            first = max(row.first - (then - start), 0)
+            row = row._replace(messages=messages, first=first)
+            parts = self._parts(row)
+        return parts
+
+    def _check(self, parts: Parts) -> None:
+        ids, bos = parts.input_ids, self.tok.bos_token_id
+        if bos is not None and ids[:2] == [bos, bos]:
+            raise LorakitError(
+                f"starts with {self.tok.special_tokens['bos_token']} twice: the text holds one and "
+                "the tokenizer or the template adds one; take it out of the text"
+            )
+        if len(ids) < 2:
+            raise LorakitError("only one token; there is no next one to learn")
+        if all(label == IGNORE for label in parts.labels[1:]):
+            raise LorakitError("all labels are masked; there is nothing to learn")
 
 
-def _parsed(line: str, place: str) -> Any:
-    try:
-        return json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise LorakitError(f"{place} is not valid JSON: {error}") from None
+def _as_chat(row: Instruction) -> Chat:
+    request = f"{row.instruction}\n\n{row.input}" if row.input else row.instruction
+    messages = [
+        {"role": "user", "content": request},
+        {"role": "assistant", "content": row.output},
+    ]
+    return Chat(messages, None, 0, row.place)
 
 
-def _row(value: Any, place: str) -> Row:
-    if isinstance(value, Row):
-        return value
-    if not isinstance(value, Mapping):
-        raise LorakitError(
-            f"{place} must be an object with 'prompt' and 'completion', not {value!r}"
-        )
-    for name in FIELDS:
-        if name not in value:
-            raise LorakitError(f"{place}: field {name!r} is missing{nearest(name, value)}")
-        if not isinstance(value[name], str):
-            raise LorakitError(f"{place}: field {name!r} must be text, not {value[name]!r}")
-    if not value["completion"]:
-        raise LorakitError(f"{place}: the completion is empty, there is nothing to learn")
-    return Row(value["prompt"], value["completion"], place)
+def _cut(parts: Parts, limit: int) -> Parts:
+    """At most `limit` tokens: without the start of the prompt, and where that is not enough without
+    the end of the rest.
+    """
+    ids, labels, head, prompt = parts
+    if len(ids) <= limit:
+        return parts
+    before = max(head, min(prompt, 1))  # a label needs a token before it
+    end = min(len(ids), prompt + limit - before)
+    start = max(head, prompt - (limit - head - (end - prompt)))
+    kept = [*range(head), *range(start, end)]
+    return Parts([ids[t] for t in kept], [labels[t] for t in kept], head, prompt - start + head)
+
+
+class Examples(Sequence[Example]):
+    """The examples of rows that are not held. `lengths` are their numbers of tokens."""
+
+    def __init__(self, rows: Rows, encoder: Encoder):
+        self.rows, self.encoder = rows, encoder
+        self.numbers, self.lengths = array("q"), array("l")
+        for number, row in enumerate(rows):
+            example = encoder(row)
+            if example is not None:
+                self.numbers.append(number)
+                self.lengths.append(len(example.input_ids))
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self.encoder(self.rows[self.numbers[index]])
 
 
 def encode_rows(
-    rows: Iterable[Row], tok: Tokenizer, *, max_seq_length: int, over_length: str = "truncate"
-) -> list[Example]:
+    rows: Iterable[Row],
+    tok: Tokenizer,
+    *,
+    max_seq_length: int,
+    over_length: str = "truncate",
+    train_on: str = "completion",
+) -> Sequence[Example]:
     """Token ids and labels of rows, at most `max_seq_length` tokens each.
 
+    train_on: "completion", of a chat every turn of the assistant; "last_turn", of a chat its last
+    one only; "all": every token.
+
     A longer row is, by `over_length`: "truncate": cut at the start of the prompt (its first special
-    tokens stay), and at the end of the completion only if that alone is too long; "drop": left out;
-    "raise": an error. Raises LorakitError too if every row is dropped.
+    tokens stay), and at the end of the completion only if that alone is too long; of a chat first
+    the oldest exchanges go, and text is cut at its end; "drop": left out; "raise": an error.
+
+    Raises LorakitError for a row that starts with two BOS tokens, has no label, holds a message
+    that the template leaves out, or would not teach the model to stop; and if every row is dropped.
     """
-    examples, rows, long = [], list(rows), 0
-    end = [] if tok.eos_token_id is None else [tok.eos_token_id]
-    if not end:
+    encoder = Encoder(
+        tok, max_seq_length=max_seq_length, over_length=over_length, train_on=train_on
+    )
+    if not encoder.end:
         log.warning("lorakit: the tokenizer has no end token; the model will not learn to stop")
-    for row in rows:
-        try:
-            prompt = tok.encode(row.prompt)
-            completion = tok.encode(row.completion, add_special_tokens=False) + end
-        except LorakitError as error:
-            raise LorakitError(f"{row.place}: {error}") from None
-        length = len(prompt) + len(completion)
-        if length > max_seq_length:
-            long += 1
-            if over_length == "raise":
-                raise LorakitError(
-                    f"{row.place} has {length} tokens, more than max_seq_length={max_seq_length}; "
-                    "raise it, or set over_length to truncate or drop"
-                )
-            if over_length == "drop":
-                continue
-            start = len(prompt) - len(tok.encode(row.prompt, add_special_tokens=False))
-            before = max(start, 1)  # a label needs a token before it
-            completion = completion[: max_seq_length - before]
-            room = max_seq_length - start - len(completion)
-            prompt = prompt[:start] + prompt[len(prompt) - room :]
-        if len(prompt) + len(completion) < 2:
-            raise LorakitError(f"{row.place} has one token; there is no next one to learn")
-        examples.append(Example(prompt + completion, [IGNORE] * len(prompt) + completion))
-    if long and examples:
-        done = "dropped" if over_length == "drop" else "truncated"
-        log.warning(
-            "lorakit: %d of %d rows are longer than max_seq_length=%d and were %s",
-            long,
-            len(rows),
-            max_seq_length,
-            done,
-        )
+    rows = rows if isinstance(rows, Rows) else list(rows)
+    if isinstance(rows, Rows):
+        examples: Sequence[Example] = Examples(rows, encoder)
+    else:
+        examples = [example for row in rows if (example := encoder(row)) is not None]
     if not examples:
         raise LorakitError(
             f"all {len(rows)} rows are longer than max_seq_length={max_seq_length} and were dropped"
         )
+    if encoder.long:
+        log.warning(
+            "lorakit: %d of %d rows are longer than max_seq_length=%d and were %s",
+            encoder.long,
+            len(rows),
+            max_seq_length,
+            "dropped" if over_length == "drop" else "truncated",
+        )
     return examples
 
 
-def batches(lengths: list[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+def lengths_of(examples: Sequence[Example]) -> Sequence[int]:
+    """The numbers of tokens of all examples, without making them again."""
+    if isinstance(examples, Examples):
+        return examples.lengths
+    return [len(example.input_ids) for example in examples]
+
+
+def batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """Row indices of one epoch's batches: shuffled, yet rows of like length together.
 
     Rows are shuffled, sorted by length within groups of 16 batches, cut, and the batches shuffled:
@@ -185,24 +355,3 @@ def collate(examples: list[Example]) -> tuple[Tensor, Tensor]:
     ids = torch.tensor([pad(e.input_ids, 0) for e in examples])
     labels = torch.tensor([pad(e.labels, IGNORE) for e in examples])
     return ids, labels
-
-
-def pack(lengths: list[int], budget: int) -> list[list[int]]:
-    packs, room = [], []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        for j, free in enumerate(room):
-            if free >= lengths[i]:
-                packs[j].append(i)
-                room[j] -= lengths[i]
-                break
-        else:
-            packs.append([i])
-            room.append(budget - lengths[i])
-    return packs
-
-
-def collate_packed(examples):
-    ids = torch.tensor([[i for e in examples for i in e.input_ids]])
-    labels = torch.tensor([[i for e in examples for i in e.labels]])
-    bounds = torch.tensor([0] + [len(e.input_ids) for e in examples]).cumsum(0).int()
-    return ids, labels, bounds

@@ -56,6 +56,7 @@ PRE_TOKENIZERS = {
     "llama-bpe": [_LLAMA3],
     "qwen2": [_LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")],
 }
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a message's field
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # GGUF token types
 
 
@@ -84,6 +85,17 @@ class Tokenizer:
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         except TypeError:
             raise LorakitError(f"not valid Unicode text: {ascii(text)[:60]}") from None
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of `text` as it stands, and from which character to which each reaches.
+
+        Raises LorakitError for what is not Unicode text.
+        """
+        try:
+            encoding = self.backend.encode(text, add_special_tokens=False)
+        except TypeError:
+            raise LorakitError(f"not valid Unicode text: {ascii(text)[:60]}") from None
+        return encoding.ids, encoding.offsets
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids."""
@@ -251,7 +263,15 @@ def _checked(messages: Messages) -> Messages:
             raise LorakitError(
                 f"message {i} must be a mapping with 'role' and 'content', not {message!r}"
             )
-    return [{k: v for k, v in message.items() if v is not None} for message in messages]
+    return [_plain_names({k: v for k, v in m.items() if v is not None}) for m in messages]
+
+
+def _plain_names(message: dict[str, Any]) -> dict[str, Any]:
+    """Reasoning under the names by which templates look for it, as transformers 5 does."""
+    found = [message[name] for name in REASONING if name in message]
+    if not found:
+        return message
+    return {"thinking": found[0], **message, "reasoning_content": found[0]}
 
 
 # ---- loading ------------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
@@ -34,16 +35,7 @@ from . import run_state
 from .adapter import save_adapter
 from .attached import Attached, attached
 from .config import OPTIMIZERS, LorakitError, TrainConfig
-from .data import (
-    IGNORE,
-    Example,
-    batches,
-    collate,
-    collate_packed,
-    encode_rows,
-    pack,
-    read_rows,
-)
+from .data import IGNORE, Example, batches, collate, encode_rows, lengths_of
 from .eva_initialization import eva
 from .files import write_text
 from .loftq_initialization import loftq
@@ -51,6 +43,8 @@ from .lora import LoraPart
 from .memory import peak_memory_mb
 from .model import Decoder, MoE
 from .optim import AdamW, decay_groups, learning_rate, loraplus_groups
+from .packing import collate_packed, pack
+from .rows import read_rows
 from .tokenizer import Tokenizer
 
 Rows = str | Path | Iterable[Mapping[str, Any]]
@@ -254,22 +248,24 @@ def evaluate(
     batch_size: int = 8,
     max_seq_length: int = 1024,
     over_length: str = "truncate",
+    train_on: str = "completion",
 ) -> dict[str, float]:
     """Loss (nats per label token), perplexity, and the numbers of label tokens and rows."""
-    config = TrainConfig(max_seq_length=max_seq_length, over_length=over_length)
+    config = TrainConfig(max_seq_length=max_seq_length, over_length=over_length, train_on=train_on)
     return _evaluate(model, _encode(model, tok, data, config), batch_size)
 
 
 @torch.no_grad()
-def _evaluate(model: Decoder, examples: list[Example], batch_size: int) -> dict[str, float]:
+def _evaluate(model: Decoder, examples: Sequence[Example], batch_size: int) -> dict[str, float]:
     total, count = 0.0, 0
-    ordered = sorted(examples, key=lambda e: len(e.input_ids))
+    lengths = lengths_of(examples)
+    ordered = sorted(range(len(examples)), key=lengths.__getitem__)
     starts = range(0, len(ordered), batch_size)
     was_training = model.training
     model.eval()
     try:
         for start in tqdm(starts, desc="evaluating", unit="batch", disable=None, leave=False):
-            ids, labels = collate(ordered[start : start + batch_size])
+            ids, labels = collate([examples[i] for i in ordered[start : start + batch_size]])
             loss, n = model.loss(ids.to(model.device), labels.to(model.device))
             total, count = total + loss.item(), count + n.item()
     finally:
@@ -310,7 +306,7 @@ def _trainable_layers(model: Decoder) -> dict[str, Attached]:
     return layers
 
 
-def _start_adapter(model: Decoder, examples: list[Example], config: TrainConfig) -> None:
+def _start_adapter(model: Decoder, examples: Sequence[Example], config: TrainConfig) -> None:
     """Where init_lora_weights is "loftq" or "eva" and nobody has done it yet."""
     parts = [each.adapters[each.selected] for each in _trainable_layers(model).values()]
     awaited = {part.awaits for part in parts if isinstance(part, LoraPart)}
@@ -324,10 +320,10 @@ def _start_adapter(model: Decoder, examples: list[Example], config: TrainConfig)
 
 
 def _few_batches(
-    model: Decoder, examples: list[Example], config: TrainConfig
+    model: Decoder, examples: Sequence[Example], config: TrainConfig
 ) -> Iterator[dict[str, Tensor]]:
     """The rows of the first epoch in batches, padded."""
-    lengths = [len(e.input_ids) for e in examples]
+    lengths = lengths_of(examples)
     for rows in batches(lengths, config.per_device_train_batch_size, config.seed, 0):
         ids, _ = collate([examples[row] for row in rows])
         real = torch.tensor([lengths[row] for row in rows])[:, None]
@@ -335,9 +331,14 @@ def _few_batches(
         yield {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
 
 
-def _encode(model: Decoder, tok: Tokenizer, rows: Rows, config: TrainConfig) -> list[Example]:
-    limits = {"max_seq_length": config.max_seq_length, "over_length": config.over_length}
-    examples = encode_rows(read_rows(rows), tok, **limits)
+def _encode(model: Decoder, tok: Tokenizer, rows: Rows, config: TrainConfig) -> Sequence[Example]:
+    examples = encode_rows(
+        read_rows(rows),
+        tok,
+        max_seq_length=config.max_seq_length,
+        over_length=config.over_length,
+        train_on=config.train_on,
+    )
     tok.check_fits((i for e in examples for i in e.input_ids), model.config.vocab_size)
     return examples
 
@@ -364,8 +365,8 @@ def _optimizer(model: Decoder, config: TrainConfig) -> tuple[AdamW, list[float]]
 class _Order:
     """Which rows each step takes: a function of the seed, the lengths and the step."""
 
-    def __init__(self, examples: list[Example], config: TrainConfig):
-        self.lengths, self.config = [len(e.input_ids) for e in examples], config
+    def __init__(self, examples: Sequence[Example], config: TrainConfig):
+        self.lengths, self.config = lengths_of(examples), config
         self.packs = None
         if config.packing:
             size = config.per_device_train_batch_size * config.max_seq_length
@@ -394,11 +395,13 @@ class _Order:
         return self.micro_batches[i * accumulate : (i + 1) * accumulate]
 
 
-def _must_match(examples: list[Example], config: TrainConfig) -> dict[str, Any]:
-    """What a run that goes on from a checkpoint shares with the one that made it."""
-    data = blake2b(digest_size=16)
-    for example in examples:
-        data.update(json.dumps(example).encode())
+def _must_match(examples: Sequence[Example], config: TrainConfig) -> dict[str, Any]:
+    """What a run that goes on from a checkpoint shares with the one that made it: of the rows all
+    lengths and, lest a large file be read once more, a thousand of them.
+    """
+    data = blake2b(array("l", lengths_of(examples)).tobytes(), digest_size=16)
+    for i in range(0, len(examples), max(1, len(examples) // 1000)):
+        data.update(json.dumps(examples[i]).encode())
     names = (
         "seed",
         "per_device_train_batch_size",

@@ -3,10 +3,11 @@
 import dataclasses
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorakit as lk
+from lorakit.cli import _read_run_file
 from lorakit.families import FAMILIES
 from lorakit.model_config import RopeConfig
 
@@ -305,6 +306,8 @@ def test_run_config():
         ({"max_steps": 0}, "max_steps must be positive"),
         ({"lr_scheduler_type": "cosin"}, "lr_scheduler_type is 'cosin'"),
         ({"over_length": "skip"}, "over_length is 'skip'"),
+        ({"train_on": "answer"}, "train_on is 'answer'; choose completion, last_turn or all"),
+        ({"data": {"train": "a", "format": 3}}, "data: format must be str or null, not 3"),
         ({"dtype": "int8"}, "dtype 'int8' is not one of"),
         ({"lora": {"r": 0}}, "r must be positive"),
         ({"lora": {"lora_dropout": 1.0}}, "lora_dropout is 1.0"),
@@ -340,3 +343,34 @@ def test_rslora_scaling():
     assert lk.LoraConfig(r=8, lora_alpha=16).scaling("q_proj") == 2
     scaling = lk.LoraConfig(r=8, lora_alpha=16, use_rslora=True).scaling("q_proj")
     assert scaling == pytest.approx(5.657, abs=1e-3)
+
+
+RUN_KEYS = ["model", "data", "lora", "quantize", "dtype", "seed", "train_on", "max_steps", "x"]
+YAML_PIECES = b"\n|  |[|]|{|}|&a |*a|- |? |m|1|2e-4|!!int |!!timestamp x|!!bool |2024-99-99|'|<<: "
+YAML = st.lists(
+    st.one_of(
+        st.sampled_from(RUN_KEYS).map(lambda key: f"{key}: ".encode()),
+        st.sampled_from(YAML_PIECES.split(b"|")),
+        st.binary(max_size=3),
+    ),
+    max_size=14,
+).map(b"".join)
+
+
+@settings(max_examples=300)
+@given(YAML)
+def test_any_bytes_give_a_run_or_one_clear_error(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "run.yaml"
+    path.write_bytes(data)
+    try:
+        run = lk.RunConfig.from_dict(_read_run_file(path, []), "run.yaml")
+    except lk.LorakitError as error:
+        assert "run.yaml" in str(error) or "dtype" in str(error)
+    else:
+        assert run.model
+
+
+def test_deep_yaml(tmp_path):
+    (tmp_path / "run.yaml").write_text("[" * 100_000)
+    with pytest.raises(lk.LorakitError, match="is not valid YAML"):
+        _read_run_file(tmp_path / "run.yaml", [])

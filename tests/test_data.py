@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorakit as lk
-from lorakit.data import IGNORE, Example, Row, batches, collate, encode_rows, read_rows
+from lorakit.data import IGNORE, Example, batches, collate, encode_rows
+from lorakit.formats import Pair
+from lorakit.rows import read_rows
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +19,7 @@ def tok(tiny_dir):
 
 
 def test_labels_are_the_completion_and_the_end(tok):
-    [example] = encode_rows([Row("ab", "cd", "row 0")], tok, max_seq_length=99)
+    [example] = encode_rows([Pair("ab", "cd", "row 0")], tok, max_seq_length=99)
     a, b, c, d = (tok.encode(ch, add_special_tokens=False)[0] for ch in "abcd")
     assert example.input_ids == [1, a, b, c, d, 2]
     assert example.labels == [IGNORE] * 3 + [c, d, 2]
@@ -27,7 +29,7 @@ def test_labels_are_the_completion_and_the_end(tok):
 @given(st.text("abc ", max_size=30), st.text("xyz", min_size=1, max_size=30), st.integers(2, 70))
 def test_truncation_keeps_the_completion(tok, prompt, completion, limit):
     """At most `limit` tokens: BOS, the end of the prompt, and all of the completion that fits."""
-    row = Row(prompt, completion, "row 0")
+    row = Pair(prompt, completion, "row 0")
     [example] = encode_rows([row], tok, max_seq_length=limit)
     labels = [label for label in example.labels if label != IGNORE]
     full = [*tok.encode(completion, add_special_tokens=False), 2]
@@ -42,14 +44,12 @@ def test_truncation_keeps_the_completion(tok, prompt, completion, limit):
 
 
 def test_policies_for_long_rows(tok, caplog):
-    rows = [Row("a" * 20, "b", "f line 7"), Row("a", "b", "f line 8")]
+    rows = [Pair("a" * 20, "b", "f line 7"), Pair("a", "b", "f line 8")]
     assert len(encode_rows(rows, tok, max_seq_length=10)) == 2
     assert "1 of 2 rows are longer than max_seq_length=10 and were truncated" in caplog.text
     assert len(encode_rows(rows, tok, max_seq_length=10, over_length="drop")) == 1
     assert "were dropped" in caplog.text
-    with pytest.raises(
-        lk.LorakitError, match="f line 7 has 23 tokens, more than max_seq_length=10"
-    ):
+    with pytest.raises(lk.LorakitError, match="f line 7: 23 tokens, more than max_seq_length=10"):
         encode_rows(rows, tok, max_seq_length=10, over_length="raise")
     with pytest.raises(lk.LorakitError, match="all 1 rows are longer"):
         encode_rows(rows[:1], tok, max_seq_length=10, over_length="drop")
@@ -132,10 +132,10 @@ def test_collate():
 
 def test_the_place_of_text_that_is_not_unicode(tok):
     with pytest.raises(lk.LorakitError, match="f line 3: not valid Unicode"):
-        encode_rows([Row("\ud83d", "x", "f line 3")], tok, max_seq_length=9)
+        encode_rows([Pair("\ud83d", "x", "f line 3")], tok, max_seq_length=9)
 
 
 def test_json_round_trip_of_any_text(tok):
     text = json.loads(json.dumps("naïve \u2028 😀"))
-    [example] = encode_rows([Row("", text, "r")], tok, max_seq_length=200)
+    [example] = encode_rows([Pair("", text, "r")], tok, max_seq_length=200)
     assert tok.decode([i for i in example.labels if i != IGNORE]) == text

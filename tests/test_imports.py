@@ -83,7 +83,12 @@ ALLOWED = {
         "tensors",
     },
     "report": {"config", "files", "kernels", "quantization", "checkpoint", "matplotlib"},
-    "data": {"config", "tokenizer"},
+    "formats": {"config"},
+    "rows": {"config", "formats", "pyarrow"},
+    "turns": {"config", "tokenizer"},
+    "data": {"config", "formats", "rows", "tokenizer", "turns"},
+    "packing": {"config", "data"},
+    "inspection": {"config", "data", "formats", "tokenizer"},
     "paging": {"config"},
     "paged_state": {"config", "kernels", "paging"},
     "optim": {"config", "kernels", "paged_state"},
@@ -103,6 +108,8 @@ ALLOWED = {
         "memory",
         "files",
         "run_state",
+        "rows",
+        "packing",
     },
     "preference": {"attached", "config", "model"},
     "run_state": {"attached", "config", "files", "optim", "tensors"},
@@ -181,7 +188,7 @@ def test_training_and_loading_import_no_peer(tiny_dir):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
-    assert not loaded & (FOREIGN | {"triton", "matplotlib", "gguf"})
+    assert not loaded & (FOREIGN | {"triton", "matplotlib", "gguf", "pyarrow"})
 
 
 def test_compat_imports_no_peer():

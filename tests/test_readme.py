@@ -89,6 +89,20 @@ def test_examples_of_the_guide_to_quantization(prepared):
     assert done.stdout.strip() == printed
 
 
+def test_examples_of_the_guide_to_data(prepared):
+    work, run = prepared
+    guide = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```", guide, re.MULTILINE | re.DOTALL))
+    assert set(re.findall(r"\blk\.(\w+)", guide)) <= set(lk.__all__)
+    done = run([sys.executable, "-c", code])
+    assert done.stdout.strip().splitlines() == re.findall(r"print.*\)  # (.*)", code)
+    (work / "train.jsonl").write_text(blocks("json", "train.jsonl")[0])
+    commands = re.findall(r"^lorakit .*$", guide, re.MULTILINE)
+    shown, linted = (run(shlex.split(command)).stdout for command in commands)
+    assert shown.count("9 tokens, 3 of them labels\n") == 2
+    assert linted.startswith("3 rows, ")
+
+
 def test_make_targets():
     targets = set(re.findall(r"(?:^|`)make ([\w-]+)", README, re.MULTILINE))
     assert {"demo", "test", "lint", "bench", "test-all"} <= targets
@@ -108,7 +122,15 @@ def test_ci_runs_what_readme_names():
         "README.md",
         *(
             f"docs/{name}.md"
-            for name in ("models", "quantization", "kernels", "performance", "migration")
+            for name in (
+                "data",
+                "lora",
+                "models",
+                "quantization",
+                "kernels",
+                "performance",
+                "migration",
+            )
         ),
     ],
 )

@@ -59,6 +59,24 @@ def test_learns_and_writes(tiny_dir, tok, tmp_path):
     assert not model.training
 
 
+def test_chats_from_a_file(tiny_dir, tok, tmp_path):
+    """Every format trains, and a file as the list of its rows does."""
+    chats = [
+        {"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": a.upper()}]}
+        for a in "abcdef"
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in chats))
+    losses = {
+        data: run(tiny_dir, tok, tmp_path / "out", rows, max_steps=2, train_on=data)[1].loss
+        for data, rows in [("completion", path), ("last_turn", chats), ("all", str(path))]
+    }
+    assert losses["completion"] == losses["last_turn"] != losses["all"]
+    model = adapted(tiny_dir)
+    assert lk.evaluate(model, tok, path) == lk.evaluate(model, tok, chats, train_on="last_turn")
+    assert lk.evaluate(model, tok, [{"text": "abc"}])["label_tokens"] == 4
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_same_seed_same_bytes(tiny_dir, tok, tmp_path, dropout):
     options = {"lora": {"lora_dropout": dropout}}

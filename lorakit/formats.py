@@ -1,0 +1,226 @@
+"""What a row of training data means: a prompt with its completion, a chat, an instruction, or text.
+
+    format              fields, those in brackets optional                      becomes
+    messages            messages: [{role, content, ...}] (tools)                Chat
+    sharegpt            conversations: [{from, value}] (system, tools)          Chat
+    prompt_completion   prompt, completion: both text                           Pair
+                        or both messages (tools)                                Chat
+    alpaca              instruction, output (input)                             Instruction
+    text                text                                                    Text
+
+The format is that of the first line above whose fields a row has. Fields that it does not name are
+ignored. Of a message every field reaches the chat template: tool calls, reasoning, names.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from .config import LorakitError, nearest
+
+# The fields that a row must have. A row that could be of several formats is of the first of them.
+FORMATS = {
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "prompt_completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "text": ("text",),
+}
+SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+
+
+class Pair(NamedTuple):
+    """A prompt and what is to follow it. `place`: where it came from ("train.jsonl line 3")."""
+
+    prompt: str
+    completion: str
+    place: str
+
+
+class Chat(NamedTuple):
+    """Messages as chat templates take them; those before number `first` are never learned."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
+    first: int
+    place: str
+
+
+class Instruction(NamedTuple):
+    """A row of Alpaca: becomes a chat, or a prompt where the tokenizer has no chat template."""
+
+    instruction: str
+    input: str
+    output: str
+    place: str
+
+
+class Text(NamedTuple):
+    """Text to learn from its first token to its last."""
+
+    text: str
+    place: str
+
+
+Row = Pair | Chat | Instruction | Text
+
+
+def parse_json(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # not only bad JSON: numbers of 5000 digits too
+        raise LorakitError(f"{place} is not valid JSON: {error}") from None
+
+
+def detect(value: Any, place: str) -> str:
+    """The format of a row, told by its fields."""
+    if isinstance(value, Row):
+        return "rows"
+    names = _fields_of(value, place)
+    for format, fields in FORMATS.items():
+        if all(field in names for field in fields):
+            return format
+    for format, fields in FORMATS.items():
+        if any(field in names for field in fields):
+            return format  # which will name the field that is missing
+    close = [nearest(field, names) for fields in FORMATS.values() for field in fields]
+    raise LorakitError(
+        f"{place} has no field that tells its format{next(filter(None, close), '')}: messages, "
+        "conversations, prompt and completion, instruction and output, or text; it has "
+        f"{', '.join(names) or 'none':.200}"
+    )
+
+
+def _fields_of(value: Any, place: str) -> list[str]:
+    if not isinstance(value, Mapping):
+        raise LorakitError(f"{place} must be an object with named fields, not {value!r:.60}")
+    return [str(name) for name in value]
+
+
+def make_row(value: Any, place: str, format: str | None) -> Row:
+    if isinstance(value, Row):
+        return value
+    if format not in _MAKE:
+        raise LorakitError(f"{place}: rows that were read and others are mixed")
+    _fields_of(value, place)
+    return _MAKE[format](value, place)
+
+
+def _get(value: Mapping, name: str, place: str) -> Any:
+    if name not in value:
+        raise LorakitError(f"{place}: field {name!r} is missing{nearest(name, map(str, value))}")
+    return value[name]
+
+
+def _text(value: Mapping, name: str, place: str) -> str:
+    text = _get(value, name, place)
+    if not isinstance(text, str):
+        raise LorakitError(f"{place}: field {name!r} must be text, not {text!r:.60}")
+    return text
+
+
+def _filled(value: Mapping, name: str, place: str) -> str:
+    text = _text(value, name, place)
+    if not text:
+        raise LorakitError(f"{place}: the {name} is empty, there is nothing to learn")
+    return text
+
+
+def _optional_text(value: Mapping, name: str, place: str) -> str:
+    return "" if value.get(name) is None else _text(value, name, place)
+
+
+def _pair(value: Mapping, place: str) -> Row:
+    prompt, completion = _get(value, "prompt", place), _get(value, "completion", place)
+    if isinstance(prompt, list) and isinstance(completion, list):
+        before = _messages(prompt, f"{place}, prompt") if prompt else []
+        after = _messages(completion, f"{place}, completion")
+        return Chat(before + after, _tools(value, place), len(before), place)
+    if isinstance(prompt, list) or isinstance(completion, list):
+        raise LorakitError(f"{place}: prompt and completion must both be text, or both messages")
+    return Pair(_text(value, "prompt", place), _filled(value, "completion", place), place)
+
+
+def _chat(value: Mapping, place: str) -> Row:
+    return Chat(_messages(_get(value, "messages", place), place), _tools(value, place), 0, place)
+
+
+def _sharegpt(value: Mapping, place: str) -> Row:
+    turns = _get(value, "conversations", place)
+    if not isinstance(turns, list):
+        raise LorakitError(f"{place}: conversations must be a list of turns, not {turns!r:.60}")
+    system = _optional_text(value, "system", place)
+    messages = [{"role": "system", "content": system}] if system else []
+    for i, turn in enumerate(turns):
+        where = f"{place}, turn {i}"
+        if not isinstance(turn, Mapping):
+            raise LorakitError(f"{where} must be an object with from and value, not {turn!r:.60}")
+        role = _text(turn, "from", where)
+        if role not in SHAREGPT_ROLES:
+            raise LorakitError(
+                f"{where} is from {role!r:.60}{nearest(role, SHAREGPT_ROLES)}; it must be one of "
+                f"{', '.join(SHAREGPT_ROLES)}"
+            )
+        message = {"role": SHAREGPT_ROLES[role], "content": _text(turn, "value", where)}
+        messages.append(message)
+    return Chat(_messages(messages, place), _tools(value, place), 0, place)
+
+
+def _alpaca(value: Mapping, place: str) -> Row:
+    instruction = _text(value, "instruction", place)
+    more = _optional_text(value, "input", place)
+    return Instruction(instruction, more, _filled(value, "output", place), place)
+
+
+def _plain(value: Mapping, place: str) -> Row:
+    return Text(_filled(value, "text", place), place)
+
+
+_MAKE: dict[str, Callable[[Mapping, str], Row]] = {
+    "messages": _chat,
+    "sharegpt": _sharegpt,
+    "prompt_completion": _pair,
+    "alpaca": _alpaca,
+    "text": _plain,
+}
+
+
+def _messages(values: Any, place: str) -> list[dict[str, Any]]:
+    """Messages with a role, and with text or tool calls. Their other fields are kept."""
+    if not isinstance(values, list) or not values:
+        raise LorakitError(f"{place}: messages must be a list of one or more, not {values!r:.60}")
+    messages = []
+    for i, message in enumerate(values):
+        where = f"{place}, message {i}"
+        if not isinstance(message, Mapping):
+            raise LorakitError(f"{where} must be an object with role and content")
+        if not _text(message, "role", where):
+            raise LorakitError(f"{where} has an empty role")
+        if message.get("content") is None:
+            if not message.get("tool_calls"):
+                raise LorakitError(f"{where} has neither content nor tool_calls")
+        else:
+            _text(message, "content", where)
+        messages.append({str(name): item for name, item in message.items() if item is not None})
+    return messages
+
+
+def _tools(value: Mapping, place: str) -> list[dict[str, Any]] | None:
+    """The field `tools`: a list, or JSON text of one where a table cannot hold it."""
+    tools = value.get("tools")
+    if isinstance(tools, str) and tools:
+        tools = parse_json(tools, f"{place}, tools")
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise LorakitError(f"{place}: tools must be a list of objects, not {tools!r:.60}")
+    return tools

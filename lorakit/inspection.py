@@ -1,0 +1,215 @@
+"""What training data looks like to the model, and what is wrong with it: `lorakit data`.
+
+Both go through the same Encoder as training, so that what they show is what is learned. The lint is
+one pass; of a row it keeps 16 bytes of a digest and a length, and short answers that repeat.
+"""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from .config import LorakitError
+from .data import IGNORE, Encoder
+from .formats import Chat, Instruction, Row, Text
+from .tokenizer import Tokenizer
+
+LEARNED, MASKED, PLAIN = "\x1b[30;42m", "\x1b[2m", "\x1b[0m"
+SHORT = 40  # characters of an answer that may be a class
+CLASSES = 1000  # of which so many are counted, and so many are listed:
+LISTED = 10
+BARS, WIDTH = 10, 40  # of the histogram
+
+
+def show_rows(
+    rows: Sequence[Row],
+    tok: Tokenizer,
+    count: int = 3,
+    *,
+    train_on: str = "completion",
+    color=False,
+) -> str:
+    """The tokens of the first `count` rows, a bar between them; the labels coloured, or else in
+    double brackets. White space and control characters are made visible.
+
+    Raises LorakitError for a row that cannot be learned from.
+    """
+    encoder = Encoder(tok, train_on=train_on)
+    shown = []
+    for row in rows[:count]:
+        ids, labels = encoder(row)
+        learned = sum(label != IGNORE for label in labels)
+        head = f"{row.place}: {len(ids)} tokens, {learned} of them labels"
+        shown.append(f"{head}\n{_colored(tok, ids, labels, color)}\n")
+    return "\n".join(shown)
+
+
+def _colored(tok: Tokenizer, ids: list[int], labels: list[int], color: bool) -> str:
+    out, learned = [], False
+    for text, label in _pieces(tok, ids, labels):
+        if color:
+            # a line break would carry the colour on to the edge of the terminal
+            start = LEARNED if label else MASKED
+            out += [f"{start}{line}{PLAIN}" for line in _visible(text).split("\n")[:1]]
+            out += [f"\n{start}{line}{PLAIN}" for line in _visible(text).split("\n")[1:]]
+            out.append("|")
+            continue
+        if label != learned:
+            out.append("[[" if label else "]]")
+            learned = label
+        elif out:
+            out.append("|")
+        out.append(_visible(text))
+    return "".join(out).removesuffix("|") + ("]]" if learned else "")
+
+
+def _pieces(tok: Tokenizer, ids: list[int], labels: list[int]) -> Iterable[tuple[str, bool]]:
+    """Texts of tokens, and whether they are labels; tokens that are one character together are one.
+
+    A token is decoded behind itself: at the start of a text some tokenizers leave out its space.
+    """
+    held: list[int] = []
+    for i, token in enumerate(ids):
+        held.append(token)
+        alone = tok.decode(held, skip_special_tokens=False)
+        text = tok.decode(held * 2, skip_special_tokens=False)[len(alone) :]
+        learned = labels[i] != IGNORE
+        last = i + 1 == len(ids) or (labels[i + 1] != IGNORE) != learned
+        if "\ufffd" not in text or len(held) == 4 or last:
+            yield text, learned
+            held = []
+
+
+def _visible(text: str) -> str:
+    shown = text.replace(" ", "·").replace("\n", "↵\n").replace("\t", "→")
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in shown)
+
+
+@dataclass
+class LintReport:
+    """What `lint_rows` found. `lengths` counts the rows of each number of tokens."""
+
+    max_seq_length: int
+    rows: int = 0
+    labels: int = 0
+    lengths: Counter[int] = field(default_factory=Counter)
+    duplicates: list[tuple[str, str]] = field(default_factory=list)
+    """places of a row and of the equal one before it"""
+    empty: list[str] = field(default_factory=list)
+    """places of turns without text"""
+    over_long: list[str] = field(default_factory=list)
+    unusable: list[str] = field(default_factory=list)
+    """errors of rows that cannot be learned from"""
+    classes: Counter[str] = field(default_factory=Counter)
+    """short answers, of which some are given more than once"""
+
+    def __str__(self) -> str:
+        tokens = sum(length * n for length, n in self.lengths.items())
+        lines = [f"{self.rows:,} rows, {tokens:,} tokens, {self.labels:,} of them labels"]
+        if self.lengths:
+            lines += ["", *self._histogram()]
+        if self.classes:
+            lines += ["", *self._balance()]
+        lines.append("")
+        repeated = [f"{place} repeats {first}" for place, first in self.duplicates]
+        for what, found in [
+            ("rows that repeat an earlier one, but for white space", repeated),
+            ("turns without text", self.empty),
+            (f"rows longer than max_seq_length={self.max_seq_length}", self.over_long),
+            ("rows that cannot be used", self.unusable),
+        ]:
+            lines.append(f"{what}: {len(found):,}")
+            lines += [f"  {line}" for line in found[:5]]
+            lines += [f"  and {len(found) - 5:,} more"] if len(found) > 5 else []
+        return "\n".join(lines)
+
+    def _histogram(self) -> list[str]:
+        lengths = sorted(self.lengths.elements())
+        middle, high = lengths[len(lengths) // 2], lengths[-(-95 * len(lengths) // 100) - 1]
+        span = f"{lengths[0]:,} to {lengths[-1]:,}"
+        head = f"tokens per row: {span}, median {middle:,}, 95% up to {high:,}"
+        step = -(-(lengths[-1] + 1 - lengths[0]) // BARS)
+        counts = Counter((length - lengths[0]) // step for length in lengths)
+        lines = []
+        for bar in range(max(counts) + 1):
+            start, n = lengths[0] + bar * step, counts[bar]
+            drawn = "#" * -(-WIDTH * n // max(counts.values()))
+            lines.append(f"  {start:>7,} to {start + step - 1:>7,}  {drawn:{WIDTH}}  {n:,}")
+        return [head, *lines]
+
+    def _balance(self) -> list[str]:
+        lines = [f"short answers that repeat: {len(self.classes)}"]
+        for text, n in self.classes.most_common(LISTED):
+            lines.append(f"  {n / self.rows:6.1%}  {_visible(text)}")
+        return lines
+
+
+def lint_rows(
+    rows: Sequence[Row],
+    tok: Tokenizer,
+    *,
+    max_seq_length: int = 1024,
+    train_on: str = "completion",
+) -> LintReport:
+    """What is worth knowing of rows before training on them; see the fields of LintReport."""
+    encoder = Encoder(tok, train_on=train_on)
+    report, seen = LintReport(max_seq_length), {}
+    answers: Counter[str] = Counter()
+    for number, row in enumerate(rows):
+        report.rows += 1
+        digest = _digest(row)
+        if digest in seen:
+            report.duplicates.append((row.place, rows[seen[digest]].place))
+        seen.setdefault(digest, number)
+        report.empty += _empty_turns(row)
+        answer = _answer(row)
+        if len(answer) <= SHORT and (answer in answers or len(answers) < CLASSES):
+            answers[answer] += 1
+        try:
+            example = encoder(row)
+        except LorakitError as error:
+            report.unusable.append(str(error))
+            continue
+        length = len(example.input_ids)
+        report.lengths[length] += 1
+        report.labels += sum(label != IGNORE for label in example.labels)
+        if length > max_seq_length:
+            report.over_long.append(f"{row.place}: {length:,} tokens")
+    report.classes = Counter({text: n for text, n in answers.items() if n > 1})
+    return report
+
+
+def _texts(row: Row) -> list[str]:
+    if not isinstance(row, Chat):
+        return list(row[:-1])
+    texts = [str(row.tools)]
+    for message in row.messages:
+        others = {name: value for name, value in message.items() if name != "content"}
+        texts += [message.get("content") or "", str(others)]
+    return texts
+
+
+def _digest(row: Row) -> bytes:
+    words = "\0".join(" ".join(text.split()) for text in _texts(row))
+    return hashlib.blake2b(words.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def _answer(row: Row) -> str:
+    if isinstance(row, Chat):
+        return (row.messages[-1].get("content") or "").strip()
+    if isinstance(row, Text):
+        return row.text.strip()
+    return (row.output if isinstance(row, Instruction) else row.completion).strip()
+
+
+def _empty_turns(row: Row) -> list[str]:
+    if isinstance(row, Chat):
+        return [
+            f"{row.place}, message {i} ({m['role']:.20})"
+            for i, m in enumerate(row.messages)
+            if not re.search(r"\S", m.get("content") or "") and not m.get("tool_calls")
+        ]
+    named = zip(row._fields, row[:-1], strict=False)
+    wanted = [(name, text) for name, text in named if name != "input"]
+    return [f"{row.place}, {name}" for name, text in wanted if not text.strip()]

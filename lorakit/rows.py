@@ -1,0 +1,349 @@
+"""Rows of training data, from files or from anything that can be iterated over.
+
+    suffix            the file holds                        its rows are
+    .jsonl .ndjson    an object per line                    read again whenever they are needed
+    .csv              a header, then a record per row       read again whenever they are needed
+    .json             one array of objects                  held
+    .parquet          a table (needs pyarrow)               held, as the table that pyarrow reads
+
+Of a JSONL or CSV file only the place of every row is kept, 16 bytes: where it starts, and its line.
+So a file may be larger than memory, at the price of parsing a row each time it is used. Whatever
+has a length and takes an index, a Hugging Face Dataset for one, is asked for its rows again too;
+the rows of a list or a generator are held. Either way every row is checked once when it is read.
+
+What a row means is told by its fields (formats.py), the same for all rows of a source.
+"""
+
+import csv
+import hashlib
+import json
+import os
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Protocol, runtime_checkable
+
+from .config import LorakitError, nearest
+from .formats import FORMATS, Row, detect, make_row, parse_json
+
+
+@runtime_checkable
+class Indexed(Protocol):
+    """Has a length and takes an index: a list, a Hugging Face Dataset."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+
+Source = str | Path | Iterable[Mapping[str, Any]] | Indexed
+
+
+class Rows(Sequence[Row]):
+    """Rows that are fetched when they are asked for. Slices are lists."""
+
+    def fetch(self, index: int) -> Row:
+        """Row number `index`, from 0 to the length."""
+        raise NotImplementedError
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self.fetch(i) for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self.fetch(index % len(self))
+
+
+def read_rows(source: Source, *, format: str | None = None) -> Sequence[Row]:
+    """Rows of a file, or of an iterable of mappings; of `format`, or of the one its fields tell.
+
+    Raises LorakitError for a file that is missing or none of the four kinds, a row that is not of
+    the format of the first one, or no rows at all.
+    """
+    if format is not None and format not in FORMATS:
+        raise LorakitError(
+            f"format is {format!r}{nearest(format, FORMATS)}; choose one of {', '.join(FORMATS)}"
+        )
+    if isinstance(source, Rows):
+        return source
+    if isinstance(source, (str, Path)):
+        rows, name = _file_rows(source, format), str(source)
+    else:
+        rows, name = _other_rows(source, format), "data"
+    if not rows:
+        raise LorakitError(f"{name} holds no rows")
+    return rows
+
+
+def _other_rows(source: Any, format: str | None) -> Sequence[Row]:
+    if isinstance(source, Mapping):
+        raise LorakitError(
+            f"data is a mapping of {', '.join(map(str, source)) or 'nothing'}, not rows; "
+            "take one of its values"
+        )
+    if isinstance(source, Indexed) and not isinstance(source, (list, tuple)):
+        return IndexedRows(source, "row", format)
+    if not isinstance(source, Iterable):
+        raise LorakitError(f"data must be a file or an iterable of rows, not {source!r:.60}")
+    return _held(source, "row", format)
+
+
+def _held(values: Iterable[Any], name: str, format: str | None) -> list[Row]:
+    rows = []
+    for i, value in enumerate(values):
+        format = format or detect(value, f"{name} {i}")
+        rows.append(make_row(value, f"{name} {i}", format))
+    return rows
+
+
+class IndexedRows(Rows):
+    """Rows of something that has a length and takes an index."""
+
+    def __init__(self, values: Indexed, name: str, format: str | None):
+        self.values, self.name, self.format = values, name, format
+        for i in range(len(values)):
+            self.format = self.format or detect(values[i], f"{name} {i}")
+            self.fetch(i)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def fetch(self, index: int) -> Row:
+        return make_row(self.values[index], f"{self.name} {index}", self.format)
+
+
+class Selected(Rows):
+    """Some of the rows of a sequence, by their numbers."""
+
+    def __init__(self, rows: Sequence[Row], numbers: Sequence[int]):
+        self.rows, self.numbers = rows, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def fetch(self, index: int) -> Row:
+        return self.rows[self.numbers[index]]
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+
+def _file_rows(source: str | Path, format: str | None) -> Sequence[Row]:
+    if "\0" in str(source):
+        raise LorakitError(f"{source!r} is no path: it holds a null byte")
+    path = Path(source).expanduser()
+    if path.is_dir():
+        raise LorakitError(f"{path} is a directory; a file of rows is wanted")
+    if not path.exists():
+        raise LorakitError(f"{path} does not exist")
+    if not path.is_file():
+        raise LorakitError(f"{path} is no regular file, and its rows could not be read again")
+    suffix = path.suffix.lower()
+    if suffix == ".json":
+        return _json_rows(path, format)
+    if suffix == ".parquet":
+        return IndexedRows(_Table(path), f"{path} row", format)
+    if suffix == ".csv":
+        return FileRows(path, _CsvRecords(path), format)
+    if suffix in (".jsonl", ".ndjson", ""):
+        return FileRows(path, _JsonLines(path), format)
+    raise LorakitError(
+        f"{path}: files of kind {suffix!r} are not read; .jsonl, .json, .csv and .parquet are"
+    )
+
+
+class Record(NamedTuple):
+    start: int  # in bytes
+    line: int  # counted from 1
+    value: Any
+
+
+class _JsonLines:
+    """The objects of a JSONL file; `first` and `line` are where the file stands."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def header(self, file: BinaryIO) -> tuple[int, int]:
+        return 0, 1
+
+    def records(self, file: BinaryIO, start: int, line: int) -> Iterator[Record]:
+        for raw in file:
+            text = _decoded(raw, start, f"{self.path} line {line}")
+            if text.strip():
+                yield Record(start, line, parse_json(text, f"{self.path} line {line}"))
+            start, line = start + len(raw), line + 1
+
+
+class _CsvRecords:
+    """The records of a CSV file, as a mapping from the names in its first record."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.names: list[str] = []
+        csv.field_size_limit(2**31 - 1)  # of the whole process; the default is 128 KiB
+
+    def header(self, file: BinaryIO) -> tuple[int, int]:
+        for _, _, names, end, after in self._fields(file, 0, 1):
+            self.names = names
+            twice = [name for name in self.names if self.names.count(name) > 1]
+            if twice:
+                raise LorakitError(f"{self.path} line 1: two columns are called {twice[0]!r:.60}")
+            return end, after
+        return 0, 1
+
+    def records(self, file: BinaryIO, start: int, line: int) -> Iterator[Record]:
+        for first, number, fields, _, _ in self._fields(file, start, line):
+            if len(fields) != len(self.names):
+                raise LorakitError(
+                    f"{self.path} line {number}: {len(fields)} fields, where the header has "
+                    f"{len(self.names)}"
+                )
+            yield Record(first, number, dict(zip(self.names, fields, strict=True)))
+
+    def _fields(self, file: BinaryIO, start: int, line: int) -> Iterator[tuple]:
+        """Where a record starts, its line, its fields, and both of what follows it."""
+        end, after = start, line
+
+        def lines() -> Iterator[str]:
+            nonlocal end, after
+            for raw in file:
+                text = _decoded(raw, end, f"{self.path} line {after}")
+                end, after = end + len(raw), after + 1
+                yield text
+
+        reader = csv.reader(lines(), strict=True)  # takes a line only when it needs one
+        while True:
+            try:
+                fields = next(reader, None)
+            except csv.Error as error:
+                raise LorakitError(f"{self.path} line {line} is not valid CSV: {error}") from None
+            if fields is None:
+                return
+            if fields:
+                yield start, line, fields, end, after
+            start, line = end, after
+
+
+class FileRows(Rows):
+    """Rows of a JSONL or CSV file, which is opened again to fetch one."""
+
+    def __init__(self, path: Path, reader: _JsonLines | _CsvRecords, format: str | None):
+        self.path, self.reader, self.format = path, reader, format
+        self.starts, self.lines = array("q"), array("q")
+        with open(path, "rb") as file:
+            self.version = _version(file)
+            start, line = reader.header(file)
+            file.seek(start)
+            for record in reader.records(file, start, line):
+                if self.format is None:
+                    self.format = detect(record.value, f"{path} line {record.line}")
+                self._row(record)
+                self.starts.append(record.start)
+                self.lines.append(record.line)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __iter__(self) -> Iterator[Row]:
+        return map(self._row, self._records(0)) if self.starts else iter(())
+
+    def fetch(self, index: int) -> Row:
+        for record in self._records(index):
+            return self._row(record)
+        raise LorakitError(f"{self.path} was cut off after it was read; read it again")
+
+    def _records(self, index: int) -> Iterator[Record]:
+        """From row number `index` to the end."""
+        with open(self.path, "rb") as file:
+            if _version(file) != self.version:
+                raise LorakitError(f"{self.path} was changed after it was read; read it again")
+            file.seek(self.starts[index])
+            yield from self.reader.records(file, self.starts[index], self.lines[index])
+
+    def _row(self, record: Record) -> Row:
+        return make_row(record.value, f"{self.path} line {record.line}", self.format)
+
+
+def _version(file: BinaryIO) -> tuple[int, int]:
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
+
+
+def _decoded(raw: bytes, start: int, place: str) -> str:
+    """A line as text, without the mark that some programs put at the start of a file."""
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise LorakitError(f"{place} is not UTF-8 text: {error}") from None
+    return text.removeprefix("\ufeff") if start == 0 else text
+
+
+def _json_rows(path: Path, format: str | None) -> list[Row]:
+    values = parse_json(_decoded(path.read_bytes(), 0, str(path)), str(path))
+    if not isinstance(values, list):
+        raise LorakitError(
+            f"{path} must hold one JSON array of rows, not {type(values).__name__}; a file with an "
+            "object per line is called .jsonl"
+        )
+    return _held(values, f"{path} item", format)
+
+
+class _Table:
+    """The rows of a Parquet file."""
+
+    def __init__(self, path: Path):
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError:
+            raise LorakitError(
+                f"{path}: reading Parquet needs pyarrow; install lorakit[parquet]"
+            ) from None
+        try:
+            self.table = pyarrow.parquet.read_table(path)
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise LorakitError(f"{path} is no Parquet file that can be read: {reason}") from None
+        self.path = path
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            return self.table.slice(index, 1).to_pylist()[0]
+        except ValueError as error:  # text that is not UTF-8
+            raise LorakitError(f"{self.path} row {index}: {error}") from None
+
+
+# ---- splitting ----------------------------------------------------------------------------------
+
+
+def content_digest(row: Row) -> bytes:
+    """8 bytes that depend on what a row says, not on where it stands or what kind of file held it:
+    BLAKE2b of its canonical JSON.
+    """
+    content = [type(row).__name__, *row[:-1]]
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.blake2b(text.encode("ascii"), digest_size=8).digest()
+
+
+def split(
+    source: Source, parts: Sequence[float] = (0.8, 0.1, 0.1), *, format: str | None = None
+) -> tuple[Sequence[Row], ...]:
+    """Rows in as many parts as there are shares, which sum to 1, in their old order.
+
+    The part of a row depends on its content only: new rows move no old ones, and equal rows are in
+    the same part. So the shares are met about, and a part of few rows may be empty.
+    """
+    valid = all(isinstance(part, (int, float)) and 0 <= part <= 1 for part in parts)
+    if not valid or abs(sum(parts) - 1) > 1e-9:
+        raise LorakitError(f"the shares of a split must be from 0 to 1 and sum to 1, not {parts}")
+    rows = read_rows(source, format=format)
+    numbers = [array("q") for _ in parts]
+    for i, row in enumerate(rows):
+        at, last = int.from_bytes(content_digest(row), "big") / 2**64, len(parts) - 1
+        chosen = next((p for p in range(last) if at < sum(parts[: p + 1])), last)
+        numbers[chosen].append(i)
+    return tuple(Selected(rows, chosen) for chosen in numbers)

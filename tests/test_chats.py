@@ -1,0 +1,321 @@
+"""Chats: ids as transformers has them, labels as its assistant mask has them, and what is refused.
+
+transformers finds the assistant's tokens by tags in the template; lorakit ignores these and
+compares renderings.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lorakit as lk
+from lorakit.data import IGNORE, TODAY, Encoder
+from lorakit.formats import Chat, Pair
+from lorakit.tokenizer import Tokenizer
+from tests.chat_templates import BOS_EOS, SPECIAL, TEMPLATES
+from tests.test_tokenizer import spm_metadata, write_vocabulary
+
+TAGGED = ["llama3", "qwen25", "gemma3", "mistral"]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "add",
+            "description": "Sums <two> numbers & é",
+            "parameters": {"type": "object", "properties": {"a": {"type": "number"}}},
+        },
+    }
+]
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content, **fields):
+    return {"role": "assistant", "content": content, **fields}
+
+
+CALL = assistant(
+    None, tool_calls=[{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+)
+SYSTEM = {"role": "system", "content": "Be brief."}
+RESULT = {"role": "tool", "content": "3"}
+PLAIN = {
+    "one": [user("Hi"), assistant("Hello there!")],
+    "many": [user("Hi"), assistant("Hello!"), user("1 + 1?"), assistant("2"), user("Bye")],
+    "space": [user("  a \n"), assistant("b\n\n  c"), user("\td"), assistant("é 😀 中文")],
+    "same": [user("a"), assistant("a"), user("a"), assistant("a")],
+    "system": [SYSTEM, user("Hi"), assistant("Yo."), user("ok"), assistant("ok")],
+}
+WITH_TOOLS = {
+    "call": [user("1+2?"), CALL, RESULT, assistant("It is 3.")],
+    "calls": [user("a"), CALL, RESULT, assistant("b"), user("c"), CALL, RESULT, assistant("d")],
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def today():
+    """transformers' templates on the day of ours."""
+    from transformers.utils import chat_template_utils
+
+    with pytest.MonkeyPatch.context() as patch:
+        clock = SimpleNamespace(now=lambda: TODAY)
+        patch.setattr(chat_template_utils, "datetime", clock)
+        yield
+
+
+@pytest.fixture(scope="module")
+def make(smollm2, tmp_path_factory):
+    """A tokenizer with a family's template and special tokens, and transformers' of its files."""
+    from transformers import AutoTokenizer
+
+    made = {}
+
+    def build(family):
+        if family not in made:
+            path = tmp_path_factory.mktemp(family)
+            if family in ("gemma3", "mistral"):  # SentencePiece
+                options = {"add_space_prefix": family == "mistral"}
+                tok = lk.load_tokenizer(write_vocabulary(path / "m.gguf", spm_metadata(**options)))
+            else:
+                tok = lk.load_tokenizer(smollm2)
+            tok.backend.add_special_tokens(SPECIAL[family])
+            bos, eos = BOS_EOS[family]
+            special = {"eos_token": eos} | ({"bos_token": bos} if bos else {})
+            Tokenizer(tok.backend, special, TEMPLATES[family]).save(path / "hf")
+            made[family] = (
+                lk.load_tokenizer(path / "hf"),
+                AutoTokenizer.from_pretrained(path / "hf"),
+            )
+        return made[family]
+
+    return build
+
+
+def encode(tok, messages, tools=None, train_on="completion", first=0, **options):
+    return Encoder(tok, train_on=train_on, **options)(Chat(messages, tools, first, "row 0"))
+
+
+def shown(tok, example):
+    """The runs of labels, as text."""
+    runs, last = [], None
+    for i, label in enumerate(example.labels):
+        if label != IGNORE:
+            assert label == example.input_ids[i]
+            if last != i - 1:
+                runs.append([])
+            runs[-1].append(label)
+            last = i
+    return [tok.decode(run, skip_special_tokens=False) for run in runs]
+
+
+def check_as_transformers(pair, messages, tools):
+    ours, theirs = pair
+    expected = theirs.apply_chat_template(
+        messages,
+        tools=tools,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    example = encode(ours, messages, tools)
+    assert example.input_ids == expected["input_ids"]
+    assert [int(label != IGNORE) for label in example.labels] == expected["assistant_masks"]
+    assert encode(ours, messages, tools, "all").labels == expected["input_ids"]
+    last = encode(ours, messages, tools, "last_turn")
+    assert shown(ours, last) == shown(ours, example)[-1:]
+
+
+@pytest.mark.parametrize("chat", PLAIN)
+@pytest.mark.parametrize("family", TAGGED)
+def test_chats_equal_transformers(make, family, chat):
+    check_as_transformers(make(family), PLAIN[chat], None)
+
+
+@pytest.mark.parametrize("chat", WITH_TOOLS)
+@pytest.mark.parametrize("family", ["llama3", "qwen25", "mistral"])
+def test_tools_equal_transformers(make, family, chat):
+    check_as_transformers(make(family), WITH_TOOLS[chat], TOOLS)
+
+
+@settings(max_examples=60)
+@given(
+    family=st.sampled_from(TAGGED),
+    texts=st.lists(
+        st.text("ab \n<>é中|😀.{}%", max_size=12).filter(lambda t: t.strip()),
+        min_size=2,
+        max_size=5,
+    ),
+    system=st.booleans(),
+)
+def test_any_chat_equals_transformers(make, family, texts, system):
+    """For all texts: ids = transformers' ids, labels = its assistant mask."""
+    messages = [(assistant if i % 2 else user)(text) for i, text in enumerate(texts)]
+    check_as_transformers(make(family), [SYSTEM, *messages] if system else messages, None)
+
+
+# ---- templates that rewrite earlier turns ----
+
+
+def test_qwen3_labels_what_a_finished_turn_shows(make):
+    tok = make("qwen3")[0]
+    chat = [user("a"), assistant("b"), user("c"), assistant("d", reasoning_content="why")]
+    example = encode(tok, chat)
+    assert example.input_ids == tok.apply_chat_template(chat)
+    assert shown(tok, example) == ["b<|im_end|>", "<think>\nwhy\n</think>\n\nd<|im_end|>"]
+    loop = [user("a"), {**CALL, "reasoning_content": "r"}, RESULT, assistant("b", thinking="s")]
+    first, second = shown(tok, encode(tok, loop))
+    assert first.startswith("<think>\nr\n</think>\n\n\n<tool_call>")
+    assert second == "<think>\ns\n</think>\n\nb<|im_end|>"
+
+
+@pytest.mark.parametrize("content", ["b", "<think>\nr\n</think>\n\nb"])
+def test_reasoning_that_is_left_out_is_refused(make, content):
+    tok = make("qwen3")[0]
+    fields = {} if "think" in content else {"reasoning": "r"}
+    chat = [user("a"), assistant(content, **fields), user("c"), assistant("d")]
+    with pytest.raises(lk.LorakitError, match=r"row 0: .*leaves out some of message 1.*last_turn"):
+        encode(tok, chat)
+    assert shown(tok, encode(tok, chat, train_on="last_turn")) == [
+        "<think>\n\n</think>\n\nd<|im_end|>"
+    ]
+    assert shown(tok, encode(tok, chat[:2])) == ["<think>\nr\n</think>\n\nb<|im_end|>"]
+
+
+def test_a_header_that_finished_turns_do_not_show(make):
+    tok = make("r1")[0]
+    chat = [user("a"), assistant("<b"), user("c"), assistant("d")]
+    assert shown(tok, encode(tok, chat)) == ["<b<|end|>", "d<|end|>"]
+
+
+def test_transformers_names_of_reasoning(make):
+    ours, theirs = make("qwen3")
+    for name in ("reasoning", "thinking", "reasoning_content"):
+        chat = [user("a"), assistant("b", **{name: "why"})]
+        text = ours.apply_chat_template(chat, tokenize=False)
+        assert text == theirs.apply_chat_template(chat, tokenize=False)
+        assert "<think>\nwhy\n</think>" in text
+    template = "{{ messages[0].thinking }} {{ messages[0].reasoning_content }}"
+    both = [{"role": "assistant", "thinking": "a", "reasoning": "b", "content": ""}]
+    for chat in (both, [{**both[0], "reasoning_content": None}]):
+        text = ours.apply_chat_template(chat, tokenize=False, chat_template=template)
+        assert text == theirs.apply_chat_template(chat, tokenize=False, chat_template=template)
+
+
+# ---- SmolLM2's own template ----
+
+
+@pytest.mark.parametrize("chat", PLAIN)
+def test_smollm2(smollm2, chat):
+    from transformers import AutoTokenizer
+
+    ours = lk.load_tokenizer(smollm2)
+    theirs = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
+    messages = PLAIN[chat]
+    example = encode(ours, messages)
+    assert example.input_ids == theirs.apply_chat_template(messages, return_dict=False)
+    answers = [m["content"] for m in messages if m["role"] == "assistant"]
+    assert shown(ours, example) == [f"{answer}<|im_end|>" for answer in answers]
+
+
+# ---- what is refused ----
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_dir):
+    tok = lk.load_tokenizer(tiny_dir)
+
+    def build(template):
+        return Tokenizer(tok.backend, tok.special_tokens, template)
+
+    return build
+
+
+CHAT = [SYSTEM, user("ab"), assistant("cd")]
+TURNS = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+GENERATION = "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (
+            TURNS.replace("%}<s>", "if m.role != 'system' %}<s>", 1) + GENERATION,
+            "leaves out message 0, of role 'system'",
+        ),
+        ("{{ bos_token }}" + TURNS + GENERATION, "starts with <s> twice"),
+        (TURNS.replace("</s>", "\n") + GENERATION, "puts no end token after message 2"),
+        (TURNS.replace("m.content", "m.content | upper") + GENERATION, None),
+        ("{{ messages | map(attribute='content') | map('length') | sum }}</s>", "leaves unclear"),
+    ],
+)
+def test_templates_that_would_teach_something_else(tiny, template, message):
+    tok = tiny(template)
+    if message is None:
+        assert shown(tok, encode(tok, CHAT)) == ["CD</s>"]
+        return
+    with pytest.raises(lk.LorakitError, match=f"row 0: .*({message})"):
+        encode(tok, CHAT)
+
+
+def test_rows_with_nothing_to_learn(tiny):
+    tok = tiny(TURNS + GENERATION)
+    with pytest.raises(lk.LorakitError, match="row 0: no turn of the assistant"):
+        encode(tok, CHAT[:2])
+    with pytest.raises(lk.LorakitError, match="row 0: the chat template leaves out the tools"):
+        encode(tok, CHAT, TOOLS)
+    with pytest.raises(lk.LorakitError, match=r"train_on is 'al' .did you mean 'all'"):
+        encode(tok, CHAT, train_on="al")
+    with pytest.raises(lk.LorakitError, match="row 3: starts with <s> twice"):
+        Encoder(tok)(Pair("<s>a", "b", "row 3"))
+
+
+def test_prompt_messages_are_not_learned(tiny):
+    tok = tiny(TURNS + GENERATION)
+    row = {"prompt": [*CHAT, user("e")], "completion": [assistant("f")]}
+    [read] = lk.read_rows([row])
+    assert read.first == 4
+    assert shown(tok, Encoder(tok)(read)) == ["f</s>"]
+
+
+def test_long_chats_lose_their_oldest_exchanges(tiny):
+    tok = tiny(TURNS + GENERATION)
+    chat = [SYSTEM]
+    for i in range(5):
+        chat += [user(f"question {i}"), assistant(f"answer {i}")]
+    whole = encode(tok, chat)
+    cut = encode(tok, chat, max_seq_length=len(whole.input_ids) - 1)
+    assert cut.input_ids == tok.apply_chat_template([SYSTEM, *chat[3:]])
+    assert shown(tok, cut) == [f"answer {i}</s>" for i in range(1, 5)]
+    # of the last exchange the start of the prompt goes, then the end of the answer
+    last = encode(tok, chat, max_seq_length=12)
+    assert tok.decode(last.input_ids, skip_special_tokens=False) == "<s>: answer 4</s>"
+    assert shown(tok, encode(tok, chat, max_seq_length=5)) == ["answ"]
+
+
+def test_alpaca(tiny):
+    chat = tiny(TURNS + GENERATION)
+    rows = [
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        {"instruction": "Go.", "output": "x"},
+    ]
+    full, plain = lk.read_rows(rows)
+    expected = [user("Add.\n\n1 2"), assistant("3")]
+    assert Encoder(chat)(full) == encode(chat, expected)
+    bare = tiny(None)
+    example = Encoder(bare)(full)
+    text = bare.decode(example.input_ids)
+    assert text.endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n3")
+    assert shown(bare, example) == ["3</s>"]
+    assert "### Input" not in bare.decode(Encoder(bare)(plain).input_ids)
+
+
+def test_plain_text_is_learned_whole(tiny):
+    tok = tiny(None)
+    [row] = lk.read_rows([{"text": "abc"}])
+    ids = [*tok.encode("abc"), 2]
+    assert Encoder(tok)(row) == (ids, ids)
+    assert Encoder(tok, max_seq_length=3)(row) == (ids[:3], ids[:3])
+    assert Encoder(tok, train_on="all")(Pair("a", "b", "")).labels == [*tok.encode("ab"), 2]
