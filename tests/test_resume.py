@@ -97,7 +97,7 @@ def test_a_run_that_is_killed_ends_with_the_same_bytes(tiny_dir, tmp_path, kills
     rng = random.Random(0)
     for kill in range(kills):
         process, step = start(tiny_dir, tmp_path / "killed"), 0
-        while step < 55 * (kill + 1) / kills:
+        while step < 45 * (kill + 1) / kills:
             said = process.stdout.readline()
             step = int(re.match(r"step (\d+)/", said).group(1)) if "step " in said[:5] else step
         time.sleep(rng.uniform(0, per_step))
