@@ -37,6 +37,7 @@ from .attached import (
     attached,
     check_adapter,
     delete_adapter,
+    plain_modules,
     selected_adapter,
     set_adapter,
 )
@@ -44,7 +45,7 @@ from .attaching import attach
 from .config import LoraConfig, LorakitError, from_mapping
 from .experts import is_fused, join_experts, split_experts
 from .files import read_json, write_json
-from .lora import lora_layers
+from .lora import SavedModule, TiedHead, lora_layers
 from .model import Decoder
 from .tensors import LazyTensor, open_safetensors, write_safetensors
 
@@ -61,7 +62,10 @@ UNSUPPORTED = {
 PATTERNS = ("rank_pattern", "alpha_pattern")
 # initializations after which A and B are all there is; others change the base, also on loading
 PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
-STARTS = r"pissa(_niter_\d+)?|olora"  # that lorakit keeps beside A and B
+# that lorakit keeps beside A and B, and that follow from the weight: pissa_niter_N is also random
+STARTS = ("pissa", "olora")
+# what a tied head has of an adapted embedding, transposed
+TIED = {"lora_A.weight": "lora_embedding_B", "lora_B.weight": "lora_embedding_A"}
 # where multimodal checkpoints keep the text model, of several generations
 TEXT = {"model.language_model.": "model.", "language_model.model.": "model.", "language_model.": ""}
 
@@ -91,11 +95,15 @@ def save_adapter(
         for place, each in having.items()
         for ending, tensor in each.saved(name).items()
     }
+    tensors |= _of_tied_heads(module, tensors)
     layers = lora_layers(module)
     places = sorted(place for place in having if place in layers)
     twice = any(layers[place].adapters[name].start_A is not None for place in places)
     values = _written(config, twice, places)
     values |= {"base_model_name_or_path": base_model, "target_modules": places}
+    if config.modules_to_save:  # whole names: PEFT takes any ending, "norm" for input_layernorm too
+        whole = [place for place, each in having.items() if isinstance(each, SavedModule)]
+        values["modules_to_save"] = sorted(whole)
     if fused_experts:
         tensors, values = _fused(module, tensors, values)
     path = Path(path).expanduser()
@@ -244,7 +252,7 @@ def _read_config(
 ) -> LoraConfig:
     init = values.get("init_lora_weights")
     plain = init in PLAIN_INITS
-    if not plain and not (isinstance(init, str) and re.fullmatch(STARTS, init)):
+    if not plain and init not in STARTS:
         raise LorakitError(
             f"{path}: init_lora_weights={json.dumps(init)} changes the base weights; convert the "
             "adapter to plain LoRA first (PEFT: path_initial_model_for_weight_conversion)"
@@ -255,6 +263,11 @@ def _read_config(
         if values.get(key, 0) is None:  # PEFT writes null for what is not used
             del values[key]
     values["init_lora_weights"] = True if plain else init
+    if values.get("modules_to_save"):  # PEFT's rule: any ending
+        names = [name for name, _ in plain_modules(module) if name]
+        entries = [_renamed(entry, module) for entry in values["modules_to_save"]]
+        whole = {entry: [n for n in names if n.endswith(entry)] or [entry] for entry in entries}
+        values["modules_to_save"] = sorted({n for hits in whole.values() for n in hits})
     targets = values.get("target_modules")
     if isinstance(targets, list):
         values["target_modules"] = [_renamed(target, module) for target in targets]
@@ -320,13 +333,20 @@ def _matched(
     expected: Mapping[str, nn.Parameter],
 ) -> dict[str, LazyTensor]:
     """The tensors of the file by the keys of `expected`, all there and none too many."""
-    found = {}
+    found, rest = {}, {}
     for key, tensor in tensors.items():
         inner = key.removeprefix(PREFIX)
         inner = inner if inner in expected else _renamed(inner, module)
-        if inner in expected:
-            found[inner] = tensor
-        elif not _is_copy(path, module, inner, tensor):
+        (found if inner in expected else rest)[inner] = tensor
+    own = {PREFIX + key: tensor.read() for key, tensor in found.items()} if rest else {}
+    again = _of_tied_heads(module, own)
+    for key, tensor in rest.items():
+        if (same := again.get(PREFIX + key)) is not None:
+            if tensor.shape != tuple(same.shape) or not torch.equal(tensor.read(), same):
+                raise LorakitError(
+                    f"{path}: {key} is not the same as of the embedding, which is tied to it"
+                )
+        elif not _is_copy(path, module, key, tensor):
             raise LorakitError(f"{path}: tensor {key} belongs to no adapted layer of this model")
     for key, parameter in expected.items():
         if key not in found:
@@ -339,12 +359,37 @@ def _matched(
     return found
 
 
+def _tied_heads(module: nn.Module) -> dict[str, str]:
+    """Of each head that follows an attached embedding, the embedding; that of a tied `Decoder` has
+    its name in files alone.
+    """
+    found = attached(module)
+    places = {id(each): place for place, each in found.items()}
+    heads = {p: m.embedding[0] for p, m in found.items() if isinstance(m, TiedHead)}
+    if isinstance(module, Decoder) and module.lm_head is None:
+        heads["lm_head"] = module.model.embed_tokens
+    return {place: places[id(each)] for place, each in heads.items() if id(each) in places}
+
+
+def _of_tied_heads(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What PEFT writes of tied heads too, and asks for: the same once more."""
+    again = {}
+    for head, place in _tied_heads(module).items():
+        beginning = f"{PREFIX}{place}."
+        if f"{beginning}weight" in tensors:
+            again[f"{PREFIX}{head}.weight"] = tensors[f"{beginning}weight"].clone()
+        for ending, other in TIED.items():
+            if beginning + other in tensors:
+                again[f"{PREFIX}{head}.{ending}"] = tensors[beginning + other].t().contiguous()
+    return again
+
+
 def _is_copy(path: Path, module: nn.Module, key: str, tensor: LazyTensor) -> bool:
     """Whether `key` is the weight of an adapted embedding or head, which PEFT adds. It has to be
     the model's own: with another one the adapter was trained on another model.
     """
     place, base, _ = key.rpartition(".base_layer.weight")
-    each = attached(module).get(place)
+    each = attached(module).get(_tied_heads(module).get(place, place))
     if not base or each is None:
         return False
     own = each.plain._parameters.get("weight")
