@@ -19,6 +19,11 @@ transformers 5 is read too, and written on request (experts.py).
 
 What is read besides: full copies of adapted embeddings and heads, which PEFT adds, are checked
 against the model's and left alone; the names that multimodal checkpoints gave the text model.
+
+A head that is tied to an adapted embedding, or to one that is trained whole, has no tensors of its
+own; PEFT asks for them, so they are written once more, and must be the same when read.
+`modules_to_save` is written as whole names: an entry of it is a whole name or its end after a dot
+here, while to PEFT it is any end, "norm" that of `input_layernorm` too, and is read as such.
 """
 
 import dataclasses

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import lorakit as lk
 from lorakit.lora import lora_layers
+from tests.conftest import tiny_llama
 from tests.test_lora import IDS, randomize
 
 CONFIG = lk.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"])
@@ -146,3 +147,28 @@ def test_nothing_to_save(model, tmp_path):
     with pytest.raises(lk.LorakitError, match="no adapter is attached"):
         lk.save_adapter(model, tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_a_random_start_cannot_be_read_again(model, saved):
+    """Another draw would take another part out of the weight."""
+    edit_config(saved, init_lora_weights="pissa_niter_4")
+    with pytest.raises(lk.LorakitError, match="convert the adapter to plain LoRA first"):
+        lk.load_adapter(lk.detach(model), saved)
+
+
+def test_a_saved_module_is_named_whole(model, tmp_path):
+    lk.attach(model, lk.LoraConfig(modules_to_save=["norm"]))
+    lk.save_adapter(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["model.norm"]
+
+
+def test_a_tied_head_that_differs_is_refused(tmp_path):
+    tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    tied = lk.load_model(tmp_path / "base", dtype="float32")
+    config = lk.LoraConfig(target_modules=["embed_tokens"], ensure_weight_tying=True)
+    lk.save_adapter(lk.attach(tied, config), tmp_path / "adapter")
+    key = "base_model.model.lm_head.lora_A.weight"
+    edit_tensors(tmp_path / "adapter", lambda tensors: tensors[key].add_(1))
+    with pytest.raises(lk.LorakitError, match="lora_A.weight is not the same as of the embedding"):
+        lk.load_adapter(lk.detach(tied), tmp_path / "adapter")
