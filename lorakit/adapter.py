@@ -103,8 +103,22 @@ def save_adapter(
     tensors |= _of_tied_heads(module, tensors)
     layers = lora_layers(module)
     places = sorted(place for place in having if place in layers)
-    twice = any(layers[place].adapters[name].start_A is not None for place in places)
-    values = _written(config, twice, places)
+    starts = [place for place in places if layers[place].adapters[name].start_A is not None]
+    values = _written(config, bool(starts), places)
+    if 0 < len(starts) < len(places):  # an embedding starts as ever, and keeps its rank
+        more = math.sqrt(2) if config.use_rslora else 2
+        values["rank_pattern"] = {p: config.rank(p) * (2 if p in starts else 1) for p in places}
+        values["alpha_pattern"] = {
+            p: config.alpha(p) * (more if p in starts else 1) for p in places
+        }
+    for head, place in _tied_heads(module).items():  # to PEFT a layer of its own
+        written = dataclasses.replace(
+            LoraConfig(r=values["r"], lora_alpha=values["lora_alpha"]),
+            **{key: values.get(key, {}) for key in PATTERNS},
+        )
+        for key, of in (("rank_pattern", LoraConfig.rank), ("alpha_pattern", LoraConfig.alpha)):
+            if place in places and of(written, place) != of(written, head):
+                values[key] = {**values.get(key, {}), head: of(written, place)}
     values |= {"base_model_name_or_path": base_model, "target_modules": places}
     if config.modules_to_save:  # whole names: PEFT takes any ending, "norm" for input_layernorm too
         whole = [place for place, each in having.items() if isinstance(each, SavedModule)]
@@ -267,6 +281,10 @@ def _read_config(
     for key in ("rank_pattern", "alpha_pattern", "bias", "lora_bias", "ensure_weight_tying"):
         if values.get(key, 0) is None:  # PEFT writes null for what is not used
             del values[key]
+    if values.get("ensure_weight_tying"):  # a tied head follows its embedding
+        for key in PATTERNS:
+            pattern = values.get(key, {})
+            values[key] = {k: value for k, value in pattern.items() if k != "lm_head"}
     values["init_lora_weights"] = True if plain else init
     if values.get("modules_to_save"):  # PEFT's rule: any ending
         names = [name for name, _ in plain_modules(module) if name]

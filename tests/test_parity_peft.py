@@ -632,6 +632,41 @@ def test_tied_models_stay_tied(bases, tmp_path, base, options):
     assert_same(logits_of(theirs), expected)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["lm_head", "q_proj"]},
+        {"target_modules": r".*(lm_head|embed_tokens|q_proj)"},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["embed_tokens"], "init_lora_weights": False, "use_rslora": True},
+    ],
+)
+def test_peft_puts_an_adapter_of_a_tied_head_on_the_embedding(bases, tmp_path, options):
+    """And so its files are read."""
+    _, theirs, ours = bases("llama tied")
+    adapted = peft_attach(theirs, {**options, "ensure_weight_tying": True})
+    disturb({n: p for n, p in adapted.named_parameters() if p.requires_grad})
+    peft_save(adapted, tmp_path)
+    lk.load_adapter(ours, tmp_path)
+    assert_same(logits_of(ours), logits_of(adapted))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"alpha_pattern": {"embed_tokens": 12}, "rank_pattern": {"embed_tokens": 2}}]
+    + [{"init_lora_weights": "pissa", "use_rslora": rslora} for rslora in (False, True)],
+)
+def test_a_tied_embedding_with_a_rank_of_its_own(bases, tmp_path, options):
+    _, theirs, ours = bases("llama tied")
+    options = {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True, **options}
+    _, _, other = bases("llama tied")
+    disturb(trained(lk.attach(ours, ours_config(options))))
+    lk.save_adapter(ours, tmp_path)
+    lk.load_adapter(other, tmp_path)
+    assert_same(logits_of(other), logits_of(ours))
+    assert_same(logits_of(peft_load(theirs, tmp_path)), logits_of(ours))
+
+
 # ---- weights stored [in, out] ----
 
 
