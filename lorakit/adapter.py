@@ -18,12 +18,8 @@ Experts are linear layers of their own, as in the published checkpoints; the fus
 transformers 5 is read too, and written on request (experts.py).
 
 What is read besides: full copies of adapted embeddings and heads, which PEFT adds, are checked
-against the model's and left alone; the names that multimodal checkpoints gave the text model.
-
-A head that is tied to an adapted embedding, or to one that is trained whole, has no tensors of its
-own; PEFT asks for them, so they are written once more, and must be the same when read.
-`modules_to_save` is written as whole names: an entry of it is a whole name or its end after a dot
-here, while to PEFT it is any end, "norm" that of `input_layernorm` too, and is read as such.
+against the model's and left alone, and so is what it writes of a tied head; the names that
+multimodal checkpoints gave the text model.
 """
 
 import dataclasses
@@ -69,8 +65,12 @@ PATTERNS = ("rank_pattern", "alpha_pattern")
 PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 # that lorakit keeps beside A and B, and that follow from the weight: pissa_niter_N is also random
 STARTS = ("pissa", "olora")
-# what a tied head has of an adapted embedding, transposed
-TIED = {"lora_A.weight": "lora_embedding_B", "lora_B.weight": "lora_embedding_A"}
+# of a tied head by its ending: that of the embedding, and whether it lies transposed
+TWINS = {
+    "lora_A.weight": ("lora_embedding_B", True),
+    "lora_B.weight": ("lora_embedding_A", True),
+    "weight": ("weight", False),
+}
 # where multimodal checkpoints keep the text model, of several generations
 TEXT = {"model.language_model.": "model.", "language_model.model.": "model.", "language_model.": ""}
 
@@ -95,12 +95,7 @@ def save_adapter(
     check_adapter(module, name or "default", "save_adapter")
     config = adapter_config(module, name)
     having = {place: m for place, m in attached(module).items() if name in m.adapters}
-    tensors = {
-        f"{PREFIX}{place}.{ending}": tensor.detach()
-        for place, each in having.items()
-        for ending, tensor in each.saved(name).items()
-    }
-    tensors |= _of_tied_heads(module, tensors)
+    tensors = adapter_tensors(module, name)
     layers = lora_layers(module)
     places = sorted(place for place in having if place in layers)
     starts = [place for place in places if layers[place].adapters[name].start_A is not None]
@@ -120,15 +115,41 @@ def save_adapter(
             if place in places and of(written, place) != of(written, head):
                 values[key] = {**values.get(key, {}), head: of(written, place)}
     values |= {"base_model_name_or_path": base_model, "target_modules": places}
-    if config.modules_to_save:  # whole names: PEFT takes any ending, "norm" for input_layernorm too
-        whole = [place for place, each in having.items() if isinstance(each, SavedModule)]
-        values["modules_to_save"] = sorted(whole)
+    if config.modules_to_save:  # whole names: PEFT takes "norm" for every layernorm too
+        saved = [place for place, each in having.items() if isinstance(each, SavedModule)]
+        values["modules_to_save"] = sorted(saved)
     if fused_experts:
         tensors, values = _fused(module, tensors, values)
     path = Path(path).expanduser()
     path.mkdir(parents=True, exist_ok=True)
     write_safetensors(path / WEIGHTS_FILE, tensors)
     write_json(path / CONFIG_FILE, values)
+
+
+def adapter_tensors(module: nn.Module, name: str) -> dict[str, Tensor]:
+    """What is written of adapter `name`, by its key in the file."""
+    found = attached(module)
+    tensors = {
+        f"{PREFIX}{place}.{ending}": tensor.detach()
+        for place, each in found.items()
+        if name in each.adapters
+        for ending, tensor in each.saved(name).items()
+    }
+    for head, place in _tied_heads(module).items():  # PEFT looks for it under both names
+        for ending, (other, transposed) in TWINS.items():
+            if (own := tensors.get(f"{PREFIX}{place}.{other}")) is not None:
+                twin = own.t() if transposed else own
+                tensors[f"{PREFIX}{head}.{ending}"] = twin.clone(
+                    memory_format=torch.contiguous_format
+                )
+    return tensors
+
+
+def _tied_heads(module: nn.Module) -> dict[str, str]:
+    """The adapted embedding of each head that is tied to one."""
+    heads = {"lm_head", *(n for n, each in attached(module).items() if isinstance(each, TiedHead))}
+    found = {head: _embedding_of(module, head) for head in sorted(heads)}
+    return {head: place for head, place in found.items() if place is not None}
 
 
 def _written(config: LoraConfig, twice: bool, places: list[str]) -> dict[str, Any]:
@@ -286,17 +307,30 @@ def _read_config(
             pattern = values.get(key, {})
             values[key] = {k: value for k, value in pattern.items() if k != "lm_head"}
     values["init_lora_weights"] = True if plain else init
-    if values.get("modules_to_save"):  # PEFT's rule: any ending
-        names = [name for name, _ in plain_modules(module) if name]
-        entries = [_renamed(entry, module) for entry in values["modules_to_save"]]
-        whole = {entry: [n for n in names if n.endswith(entry)] or [entry] for entry in entries}
-        values["modules_to_save"] = sorted({n for hits in whole.values() for n in hits})
     targets = values.get("target_modules")
     if isinstance(targets, list):
         values["target_modules"] = [_renamed(target, module) for target in targets]
+    if isinstance(values.get("modules_to_save"), list):
+        values["modules_to_save"] = [
+            name for entry in values["modules_to_save"] for name in _saved(entry, module, tensors)
+        ]
     if values.get("layers_to_transform") is None:
         values.pop("layers_pattern", None)
     return from_mapping(LoraConfig, values, str(path / CONFIG_FILE), ignore_unknown=True)
+
+
+def _saved(entry: str, module: nn.Module, tensors: Mapping[str, LazyTensor]) -> list[str]:
+    """What PEFT saved for an entry of modules_to_save, which is an end of names, with a dot before
+    it or not: what the file has tensors of.
+    """
+    entry = _renamed(entry, module)
+    beginnings = {_renamed(key.removeprefix(PREFIX), module).rpartition(".")[0] for key in tensors}
+    found = [
+        name
+        for name, _ in plain_modules(module)
+        if name.endswith(entry) and any(f"{b}.".startswith(f"{name}.") for b in beginnings)
+    ]
+    return found or [entry]
 
 
 def _split(
@@ -356,21 +390,18 @@ def _matched(
     expected: Mapping[str, nn.Parameter],
 ) -> dict[str, LazyTensor]:
     """The tensors of the file by the keys of `expected`, all there and none too many."""
-    found, rest = {}, {}
+    found, names = {}, {}
     for key, tensor in tensors.items():
         inner = key.removeprefix(PREFIX)
         inner = inner if inner in expected else _renamed(inner, module)
-        (found if inner in expected else rest)[inner] = tensor
-    own = {PREFIX + key: tensor.read() for key, tensor in found.items()} if rest else {}
-    again = _of_tied_heads(module, own)
-    for key, tensor in rest.items():
-        if (same := again.get(PREFIX + key)) is not None:
-            if tensor.shape != tuple(same.shape) or not torch.equal(tensor.read(), same):
-                raise LorakitError(
-                    f"{path}: {key} is not the same as of the embedding, which is tied to it"
-                )
-        elif not _is_copy(path, module, key, tensor):
-            raise LorakitError(f"{path}: tensor {key} belongs to no adapted layer of this model")
+        found[inner], names[inner] = tensor, key
+    for inner in [inner for inner in found if inner not in expected]:
+        if not (
+            _is_copy(path, module, inner, found[inner]) or _is_twin(path, module, inner, found)
+        ):
+            raise LorakitError(
+                f"{path}: tensor {names[inner]} belongs to no adapted layer of this model"
+            )
     for key, parameter in expected.items():
         if key not in found:
             raise LorakitError(f"{path}: tensor {PREFIX}{key} is missing")
@@ -382,37 +413,12 @@ def _matched(
     return found
 
 
-def _tied_heads(module: nn.Module) -> dict[str, str]:
-    """Of each head that follows an attached embedding, the embedding; that of a tied `Decoder` has
-    its name in files alone.
-    """
-    found = attached(module)
-    places = {id(each): place for place, each in found.items()}
-    heads = {p: m.embedding[0] for p, m in found.items() if isinstance(m, TiedHead)}
-    if isinstance(module, Decoder) and module.lm_head is None:
-        heads["lm_head"] = module.model.embed_tokens
-    return {place: places[id(each)] for place, each in heads.items() if id(each) in places}
-
-
-def _of_tied_heads(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What PEFT writes of tied heads too, and asks for: the same once more."""
-    again = {}
-    for head, place in _tied_heads(module).items():
-        beginning = f"{PREFIX}{place}."
-        if f"{beginning}weight" in tensors:
-            again[f"{PREFIX}{head}.weight"] = tensors[f"{beginning}weight"].clone()
-        for ending, other in TIED.items():
-            if beginning + other in tensors:
-                again[f"{PREFIX}{head}.{ending}"] = tensors[beginning + other].t().contiguous()
-    return again
-
-
 def _is_copy(path: Path, module: nn.Module, key: str, tensor: LazyTensor) -> bool:
     """Whether `key` is the weight of an adapted embedding or head, which PEFT adds. It has to be
     the model's own: with another one the adapter was trained on another model.
     """
     place, base, _ = key.rpartition(".base_layer.weight")
-    each = attached(module).get(_tied_heads(module).get(place, place))
+    each = attached(module).get(_embedding_of(module, place) or place)
     if not base or each is None:
         return False
     own = each.plain._parameters.get("weight")
@@ -424,3 +430,30 @@ def _is_copy(path: Path, module: nn.Module, key: str, tensor: LazyTensor) -> boo
             "one with more tokens"
         )
     return True
+
+
+def _is_twin(path: Path, module: nn.Module, key: str, tensors: Mapping[str, LazyTensor]) -> bool:
+    """Whether `key` is what PEFT writes of a tied head. It has to be that of the embedding."""
+    for ending, (other, transposed) in TWINS.items():
+        embedding = _embedding_of(module, key.removesuffix(f".{ending}"))
+        twin = tensors.get(f"{embedding}.{other}")
+        if embedding is None or twin is None:
+            continue
+        own = twin.read().t() if transposed else twin.read()
+        if not torch.equal(tensors[key].read(), own):
+            raise LorakitError(
+                f"{path}: {key} differs from {embedding}.{other}, and in this model they are tied"
+            )
+        return True
+    return False
+
+
+def _embedding_of(module: nn.Module, head: str) -> str | None:
+    """The name of the adapted embedding whose weight `head` has too."""
+    found = attached(module)
+    if isinstance(module, Decoder) and module.lm_head is None and head == "lm_head":
+        return "model.embed_tokens" if "model.embed_tokens" in found else None
+    if isinstance(found.get(head), TiedHead):
+        (embedding,) = found[head].embedding
+        return next(place for place, each in found.items() if each is embedding)
+    return None

@@ -265,6 +265,24 @@ def of_pattern(pattern: Mapping[str, Any], name: str, otherwise: Any) -> Any:
     return next((value for key, value in pattern.items() if in_pattern(key, name)), otherwise)
 
 
+SCHEDULES = (
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_min_lr",
+    "cosine_with_restarts",
+    "inverse_sqrt",
+)
+# bits of AdamW's state, and whether it is paged
+OPTIMIZERS = {
+    "adamw_torch": (32, False),
+    "adamw_8bit": (8, False),
+    "paged_adamw_32bit": (32, True),
+    "paged_adamw_8bit": (8, True),
+}
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run. The optimizer step averages over per_device_train_batch_size x
@@ -278,10 +296,18 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1
     learning_rate: float = 2e-4
     lr_scheduler_type: str = "cosine"
-    """"cosine", "linear" or "constant", each after a linear warm-up"""
+    """"constant", "constant_with_warmup" (the same), "linear", "cosine", "cosine_with_min_lr",
+    "cosine_with_restarts" or "inverse_sqrt", each after a linear warm-up"""
     warmup_ratio: float = 0.03
+    warmup_steps: int | None = None
+    """of the warm-up; null: warmup_ratio of all steps"""
+    min_lr_ratio: float = 0.0
+    """where cosine_with_min_lr ends, as a part of learning_rate"""
+    num_cycles: int = 1
+    """of cosine_with_restarts"""
     optim: str = "adamw_torch"
-    """AdamW with fp32 state ("adamw_torch") or 8-bit state ("adamw_8bit")"""
+    """AdamW with fp32 state ("adamw_torch") or 8-bit state ("adamw_8bit"), or with paged state
+    ("paged_adamw_32bit", "paged_adamw_8bit"), which on a CPU lies in a file in output_dir"""
     loraplus_lr_ratio: float | None = None
     """LoRA+: lora_B learns so many times as fast as lora_A, 16 say; null: as fast"""
     weight_decay: float = 0.0
@@ -349,14 +375,18 @@ class TrainConfig:
             self.report_to in (None, "tensorboard"),
             f"report_to is {self.report_to!r}; choose tensorboard or null",
         )
+        for name, valid in (("lr_scheduler_type", SCHEDULES), ("optim", tuple(OPTIMIZERS))):
+            value, choices = getattr(self, name), f"{', '.join(valid[:-1])} or {valid[-1]}"
+            check(value in valid, f"{name} is {value!r}; choose {choices}")
         check(
-            self.lr_scheduler_type in ("cosine", "linear", "constant"),
-            f"lr_scheduler_type is {self.lr_scheduler_type!r}; choose cosine, linear or constant",
+            self.warmup_steps is None or self.warmup_steps >= 0,
+            f"warmup_steps must be null or not negative, not {self.warmup_steps}",
         )
         check(
-            self.optim in ("adamw_torch", "adamw_8bit"),
-            f"optim is {self.optim!r}; choose adamw_torch or adamw_8bit",
+            0 <= self.min_lr_ratio <= 1,
+            f"min_lr_ratio is {self.min_lr_ratio}; it must be in [0, 1]",
         )
+        check(self.num_cycles > 0, f"num_cycles must be positive, not {self.num_cycles}")
         check(
             self.over_length in ("truncate", "drop", "raise"),
             f"over_length is {self.over_length!r}; choose truncate, drop or raise",

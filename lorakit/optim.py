@@ -1,24 +1,27 @@
 """AdamW and learning-rate schedules.
 
 `AdamW` has torch's param_groups, state and state_dict; its step is `kernels.adamw_step` over all
-the tensors of a group, or `kernels.adamw_step_8bit`. A schedule is a function of the step alone:
-nothing to save, nothing to resume.
+the tensors of a group, or `kernels.adamw_step_8bit`. Its state is resident, beside the parameters,
+or paged (`paged_state.py`): then the same step goes over what lies in one page after another, with
+the same bits. A schedule is a function of the step alone: nothing to save, nothing to resume.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from inspect import unwrap
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .config import LorakitError
+from .config import SCHEDULES, LorakitError, nearest
 from .kernels import Moment8bit, adamw_step, adamw_step_8bit
+from .paged_state import MOMENTS, PagedState, layout
 
 # Values of a parameter with 8-bit state (bitsandbytes' rule); fewer are not worth the noise.
 MIN_8BIT_SIZE = 4096
-MOMENTS = ("exp_avg", "exp_avg_sq")
+PAGE_BUDGET = 64 << 20
 
 
 class _Plain:
@@ -28,6 +31,7 @@ class _Plain:
 
     add_param_group = unwrap(torch.optim.Optimizer.add_param_group)
     load_state_dict = unwrap(torch.optim.Optimizer.load_state_dict)
+    state_dict = unwrap(torch.optim.Optimizer.state_dict)
     zero_grad = unwrap(torch.optim.Optimizer.zero_grad)
 
 
@@ -39,9 +43,19 @@ class AdamW(torch.optim.Optimizer):
     [ceil(n / 256)], 2.03 bytes per value; parameters of fewer than 4096 values keep fp32 state.
     A group of parameters may have its own.
 
-    Raises LorakitError for a negative lr, eps or weight_decay, a beta outside of [0, 1), and other
-    state_bits.
+    paged: the state lies in pages of 8 MB, in pinned host memory for parameters on a CUDA device,
+    in a file that the system removes for those on the CPU; of them as many are resident as
+    `page_budget` bytes hold, 64 MB unless given. The file is in `page_dir`, or the system's
+    directory for temporary files; there should be a disk behind it. Bits and state_dict are those
+    of resident state, every tensor pages, and the attribute `state` stays empty. Such an optimizer
+    cannot be pickled or copied; it can be saved by its state_dict.
+
+    Raises LorakitError for a negative lr, eps or weight_decay, a beta outside of [0, 1), other
+    state_bits, a page_budget below one page; and in `step`, where paged, for a full disk and for a
+    parameter that is not contiguous.
     """
+
+    _paged: PagedState | None = None
 
     def __init__(
         self,
@@ -52,14 +66,27 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: float = 0.01,
         *,
         state_bits: int = 32,
+        paged: bool = False,
+        page_budget: int = PAGE_BUDGET,
+        page_dir: str | Path | None = None,
     ):
         if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= b < 1 for b in betas):
             raise LorakitError(
                 f"AdamW: lr, eps and weight_decay must not be negative and betas be in [0, 1): "
                 f"lr={lr}, betas={betas}, eps={eps}, weight_decay={weight_decay}"
             )
+        if paged:
+            self._paged = PagedState(page_budget, page_dir)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0}
         super().__init__(params, defaults | {"state_bits": state_bits})
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._paged is not None:
+            raise LorakitError(
+                "AdamW: paged state can be neither pickled nor copied; save state_dict() and load "
+                "it into a new optimizer"
+            )
+        return super().__getstate__()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         _Plain.add_param_group(self, param_group)
@@ -67,16 +94,48 @@ class AdamW(torch.optim.Optimizer):
         if bits not in (32, 8):
             raise LorakitError(f"AdamW: state_bits is {bits!r}; it must be 32 or 8")
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, whose tensors are the state itself.
+
+        Of paged state it is a copy, in host memory that is mapped from a second file in page_dir
+        and written page by page: it takes that much of the disk until the tensors are gone, and of
+        memory only what the system can spare.
+        """
+        if self._paged is None:
+            return _Plain.state_dict(self)
+        self.state.update(self._paged.snapshot())
+        try:
+            return _Plain.state_dict(self)
+        finally:
+            self.state.clear()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, which would cast every tensor of the state to the dtype of its parameter:
-        here each keeps its own.
+        here each keeps its own. State of either kind, resident or paged, can be loaded into either.
+
+        Paged state is written page by page from tensors that may be memory-mapped themselves
+        (torch.load(..., mmap=True)); what was there before is given back first.
+
+        Raises LorakitError for state that is not AdamW's of such parameters, and then nothing has
+        changed.
         """
-        _Plain.load_state_dict(self, state_dict)
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(saved, params, strict=True):
-            for name, value in state_dict["state"].get(i, {}).items():
-                self.state[p][name] = value.to(p.device)
+        states = {
+            p: state_dict["state"][i]
+            for i, p in zip(saved, params, strict=False)  # torch says what is wrong with it
+            if state_dict["state"].get(i)
+        }
+        for number, (p, state) in enumerate(states.items()):
+            _check_state(number, p, state)
+        _Plain.load_state_dict(self, {**state_dict, "state": {}})
+        if self._paged is None:
+            for p, state in states.items():
+                self.state[p].update({name: t.to(p.device) for name, t in state.items()})
+        else:
+            self._paged.clear()
+            self._paged.add({p: _is_8bit(state) for p, state in states.items()})
+            self._paged.fill(states)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         _Plain.zero_grad(self, set_to_none)
@@ -87,42 +146,102 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        groups = []  # with what has a gradient
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            fresh = [p for p in params if not self.state[p]]
-            for p, state in zip(fresh, _zero_states(fresh, group["state_bits"]), strict=True):
-                self.state[p].update(state)
+            if params:
+                self._start(params, group["state_bits"])
+                groups.append((group, params))
+        for group, _ in groups:
             group["step"] += 1
-            options = {name: group[name] for name in ("step", "lr", "betas", "eps", "weight_decay")}
-            in_8bit = [p for p in params if "exp_avg_absmax" in self.state[p]]
-            in_fp32 = [p for p in params if "exp_avg_absmax" not in self.state[p]]
-            adamw_step(
-                in_fp32,
-                [p.grad for p in in_fp32],
-                [self.state[p]["exp_avg"] for p in in_fp32],
-                [self.state[p]["exp_avg_sq"] for p in in_fp32],
-                **options,
-            )
-            adamw_step_8bit(
-                in_8bit,
-                [p.grad for p in in_8bit],
-                [self._moment(p, "exp_avg") for p in in_8bit],
-                [self._moment(p, "exp_avg_sq") for p in in_8bit],
-                **options,
-            )
+        if self._paged is not None:
+            self._step_paged(groups)
+            return loss
+        for group, params in groups:
+            gradients = [p.grad.contiguous() for p in params]
+            _update(group, params, gradients, [self.state[p] for p in params])
         return loss
 
-    def _moment(self, p: Tensor, name: str) -> Moment8bit:
-        return Moment8bit(self.state[p][name], self.state[p][f"{name}_absmax"])
+    def _start(self, params: list[Tensor], state_bits: int) -> None:
+        """Zero state for those that have none."""
+        if self._paged is not None:
+            fresh = [p for p in params if p not in self._paged]
+            self._paged.add({p: _in_8bit(p, state_bits) for p in fresh})
+            return
+        fresh = [p for p in params if not self.state[p]]
+        for p, state in zip(fresh, _zero_states(fresh, state_bits), strict=True):
+            self.state[p].update(state)
+
+    def _step_paged(self, groups: list[tuple[dict[str, Any], list[Tensor]]]) -> None:
+        flat = {p: (p.view(-1), p.grad.reshape(-1)) for _, params in groups for p in params}
+        number_of = {p: i for i, (_, params) in enumerate(groups) for p in params}
+        for places in self._paged.walk(flat):
+            parts = [([], [], []) for _ in groups]
+            for p, piece, state in places:
+                values, gradient = (t[piece.start : piece.stop] for t in flat[p])
+                for part, new in zip(parts[number_of[p]], (values, gradient, state), strict=True):
+                    part.append(new)
+            for (group, _), part in zip(groups, parts, strict=True):
+                _update(group, *part)
+
+
+def _update(
+    group: Mapping[str, Any],
+    params: list[Tensor],
+    gradients: list[Tensor],
+    states: list[dict[str, Tensor]],
+) -> None:
+    """One step of a group, for parameters or parts of them and their state."""
+    options = {name: group[name] for name in ("step", "lr", "betas", "eps", "weight_decay")}
+    rows = list(zip(params, gradients, states, strict=True))
+    wide = [row for row in rows if not _is_8bit(row[2])]
+    adamw_step(
+        [p for p, _, _ in wide],
+        [g for _, g, _ in wide],
+        *([state[name] for _, _, state in wide] for name in MOMENTS),
+        **options,
+    )
+    narrow = [row for row in rows if _is_8bit(row[2])]
+    adamw_step_8bit(
+        [p for p, _, _ in narrow],
+        [g for _, g, _ in narrow],
+        *(
+            [Moment8bit(state[name], state[f"{name}_absmax"]) for _, _, state in narrow]
+            for name in MOMENTS
+        ),
+        **options,
+    )
+
+
+def _in_8bit(p: Tensor, state_bits: int) -> bool:
+    return state_bits == 8 and p.numel() >= MIN_8BIT_SIZE
+
+
+def _is_8bit(state: Mapping[str, Tensor]) -> bool:
+    return "exp_avg_absmax" in state
+
+
+def _check_state(number: int, p: Tensor, state: Mapping[str, Any]) -> None:
+    in_8bit = _is_8bit(state)
+    expected = {
+        name: (dtype, (count,) if in_8bit else tuple(p.shape))
+        for name, (dtype, count) in layout(p.numel(), in_8bit).items()
+    }
+    found = {
+        name: (t.dtype, tuple(t.shape)) if isinstance(t, Tensor) else t for name, t in state.items()
+    }
+    if found != expected:
+        raise LorakitError(
+            f"AdamW: the saved state of parameter {number}, of shape {tuple(p.shape)}, has "
+            f"{found} instead of {expected}"
+        )
 
 
 def _zero_states(params: list[Tensor], state_bits: int) -> Iterator[dict[str, Tensor]]:
     """The states before the first step. Those in fp32 lie side by side: made one by one, in the
     middle of training, they would cut the heap's free memory into pieces too short for activations.
     """
-    in_8bit = [state_bits == 8 and p.numel() >= MIN_8BIT_SIZE for p in params]
+    in_8bit = [_in_8bit(p, state_bits) for p in params]
     wide = [p for p, few_bits in zip(params, in_8bit, strict=True) if not few_bits]
     both = [iter(_side_by_side(wide)) for _ in MOMENTS]
     for p, few_bits in zip(params, in_8bit, strict=True):
@@ -136,55 +255,111 @@ def _zero_states(params: list[Tensor], state_bits: int) -> Iterator[dict[str, Te
 
 
 def _side_by_side(params: list[Tensor]) -> list[Tensor]:
-    """Zeros in fp32 of the same shapes, in one memory per device."""
+    """Zeros in fp32 of the same shapes, in one memory per device, each on 64 bytes."""
+    sizes = [-(-p.numel() // 16) * 16 for p in params]
     flat = {}
     for device in {p.device for p in params}:
-        total = sum(p.numel() for p in params if p.device == device)
+        total = sum(n for p, n in zip(params, sizes, strict=True) if p.device == device)
         flat[device] = torch.zeros(total, dtype=torch.float32, device=device)
     found = []
-    for p in params:
-        mine, flat[p.device] = flat[p.device].split([p.numel(), flat[p.device].numel() - p.numel()])
-        found.append(mine.view(p.shape))
+    for p, n in zip(params, sizes, strict=True):
+        found.append(flat[p.device][: p.numel()].view(p.shape))
+        flat[p.device] = flat[p.device][n:]
     return found
+
+
+def decay_groups(module: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups of what trains, at most two: what has one dimension or none (a bias, a norm,
+    DoRA's magnitude) does not decay.
+
+    Raises LorakitError where nothing trains.
+    """
+    return _groups(module, lr, weight_decay, lambda name, p: 1.0)
 
 
 def loraplus_groups(
     module: nn.Module, lr: float, loraplus_lr_ratio: float, *, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """Parameter groups for LoRA+ (arXiv:2402.12354): every lora_B, and what has one dimension (a
-    bias, DoRA's magnitude), learns loraplus_lr_ratio times as fast as the rest that trains. What
-    has one dimension does not decay.
+    """Parameter groups for LoRA+ (arXiv:2402.12354): every lora_B, and what has one dimension or
+    none (a bias, DoRA's magnitude), learns loraplus_lr_ratio times as fast as the rest that trains.
+    Decay is that of `decay_groups`.
 
     Raises LorakitError for a ratio that is not positive, or where nothing trains.
     """
     if not loraplus_lr_ratio > 0:
         raise LorakitError(f"loraplus_lr_ratio must be positive, not {loraplus_lr_ratio}")
-    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+
+    def share(name: str, p: Tensor) -> float:
+        return loraplus_lr_ratio if name.endswith("lora_B") or p.dim() <= 1 else 1.0
+
+    return _groups(module, lr, weight_decay, share)
+
+
+def _groups(
+    module: nn.Module, lr: float, weight_decay: float, share: Callable[[str, Tensor], float]
+) -> list[dict[str, Any]]:
+    """What trains, by its share of the rate and whether it decays."""
+    groups: dict[tuple[float, bool], list[Tensor]] = {}
     for name, p in module.named_parameters():
         if p.requires_grad:
-            fast = name.endswith("lora_B") or p.dim() == 1
-            groups.setdefault((fast, p.dim() > 1), []).append(p)
+            groups.setdefault((share(name, p), p.dim() > 1), []).append(p)
     if not groups:
-        raise LorakitError("loraplus_groups: no parameter trains; attach an adapter first")
+        raise LorakitError("no parameter trains; attach an adapter first")
     return [
-        {
-            "params": params,
-            "lr": lr * (loraplus_lr_ratio if fast else 1.0),
-            "weight_decay": weight_decay if decays else 0.0,
-        }
-        for (fast, decays), params in groups.items()
+        {"params": params, "lr": lr * rate, "weight_decay": weight_decay if decays else 0.0}
+        for (rate, decays), params in groups.items()
     ]
 
 
-def learning_rate(kind: str, step: int, total: int, peak: float, warmup_ratio: float) -> float:
-    """The rate of step 0 <= step < total: a linear warm-up to `peak`, then by kind.
+def learning_rate(
+    kind: str,
+    step: int,
+    total: int,
+    peak: float,
+    warmup_ratio: float = 0.0,
+    *,
+    warmup_steps: int | None = None,
+    min_lr_ratio: float = 0.0,
+    num_cycles: int = 1,
+) -> float:
+    """The rate of step 0 <= step < total: a linear warm-up to `peak`, then by kind, as transformers
+    has it. With `done` from 0 at the end of the warm-up W to 1 at `total`:
 
-    "constant" stays; "linear" falls to 0 at `total`; "cosine" falls to 0 along half a cosine. The
-    warm-up takes ceil(warmup_ratio * total) steps, and its first is not zero.
+        constant, constant_with_warmup   peak
+        linear                           peak (1 - done)
+        cosine                           peak (1 + cos(pi done)) / 2
+        cosine_with_min_lr               the same from peak to min_lr_ratio peak
+        cosine_with_restarts             num_cycles of cosine, each from peak to 0
+        inverse_sqrt                     peak sqrt(W / step); without a warm-up
+                                         peak sqrt(10,000 / (10,000 + step))
+
+    W is warmup_steps, or ceil(warmup_ratio * total). The rates of the warm-up are peak / W, 2 peak
+    / W and so on to peak: the first step does something, which in transformers it does not.
+
+    Raises LorakitError for another kind.
     """
-    warmup = math.ceil(warmup_ratio * total)
+    if kind not in SCHEDULES:
+        raise LorakitError(
+            f"no schedule is called {kind!r}{nearest(kind, SCHEDULES)}; there are "
+            f"{', '.join(SCHEDULES)}"
+        )
+    warmup = math.ceil(warmup_ratio * total) if warmup_steps is None else warmup_steps
     if step < warmup:
         return peak * (step + 1) / warmup
     done = (step - warmup) / max(1, total - warmup)
-    falls = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
-    return peak * falls[kind]
+    if kind == "linear":
+        return peak * (1 - done)
+    if kind == "cosine":
+        return peak * _half_cosine(done)
+    if kind == "cosine_with_min_lr":
+        return peak * (_half_cosine(done) * (1 - min_lr_ratio) + min_lr_ratio)
+    if kind == "cosine_with_restarts":
+        return peak * _half_cosine(num_cycles * done % 1)
+    if kind == "inverse_sqrt":
+        scale = warmup or 10_000
+        return peak / math.sqrt((step - warmup + scale) / scale)
+    return peak
+
+
+def _half_cosine(done: float) -> float:
+    return (1 + math.cos(math.pi * done)) / 2

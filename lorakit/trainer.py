@@ -33,7 +33,7 @@ from tqdm import tqdm
 from . import run_state
 from .adapter import save_adapter
 from .attached import Attached, attached
-from .config import LorakitError, TrainConfig
+from .config import OPTIMIZERS, LorakitError, TrainConfig
 from .data import (
     IGNORE,
     Example,
@@ -50,7 +50,7 @@ from .loftq_initialization import loftq
 from .lora import LoraPart
 from .memory import peak_memory_mb
 from .model import Decoder, MoE
-from .optim import AdamW, learning_rate, loraplus_groups
+from .optim import AdamW, decay_groups, learning_rate, loraplus_groups
 from .tokenizer import Tokenizer
 
 Rows = str | Path | Iterable[Mapping[str, Any]]
@@ -164,8 +164,16 @@ def train(
     ):
         while progress.step < order.total and not (stop.is_set() or stopped):
             started, step = time.perf_counter(), progress.step + 1
-            kind, peak = config.lr_scheduler_type, config.learning_rate
-            lr = learning_rate(kind, step - 1, order.total, peak, config.warmup_ratio)
+            lr = learning_rate(
+                config.lr_scheduler_type,
+                step - 1,
+                order.total,
+                config.learning_rate,
+                config.warmup_ratio,
+                warmup_steps=config.warmup_steps,
+                min_lr_ratio=config.min_lr_ratio,
+                num_cycles=config.num_cycles,
+            )
             for group, share in zip(optimizer.param_groups, shares, strict=True):
                 group["lr"] = lr * share
             micro_batches = order.step(step)
@@ -336,18 +344,19 @@ def _encode(model: Decoder, tok: Tokenizer, rows: Rows, config: TrainConfig) -> 
 
 def _optimizer(model: Decoder, config: TrainConfig) -> tuple[AdamW, list[float]]:
     """The optimizer, and of each of its groups the share of the scheduled rate."""
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in model.parameters() if p.requires_grad], "lr": 1.0}
-    ]
-    if config.loraplus_lr_ratio is not None:
-        ratio, decay = config.loraplus_lr_ratio, config.weight_decay
+    ratio, decay = config.loraplus_lr_ratio, config.weight_decay
+    if ratio is None:
+        groups = decay_groups(model, 1.0, decay)
+    else:
         groups = loraplus_groups(model, 1.0, ratio, weight_decay=decay)
+    state_bits, paged = OPTIMIZERS[config.optim]
     optimizer = AdamW(
         groups,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-        state_bits=8 if config.optim == "adamw_8bit" else 32,
+        state_bits=state_bits,
+        paged=paged,
+        page_dir=Path(config.output_dir).expanduser(),
     )
     return optimizer, [group["lr"] for group in groups]
 

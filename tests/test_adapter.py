@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 
 import lorakit as lk
 from lorakit.lora import lora_layers
-from tests.conftest import tiny_llama
 from tests.test_lora import IDS, randomize
 
 CONFIG = lk.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"])
@@ -149,26 +148,84 @@ def test_nothing_to_save(model, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("kind", ["transformers", "decoder"])
+@pytest.mark.parametrize(
+    "options",
+    [{"target_modules": ["embed_tokens", "q_proj"]}, {"modules_to_save": ["embed_tokens"]}],
+)
+def test_tied_embeddings_both_ways(tmp_path, kind, options):
+    """PEFT writes what embedding and head share under both names."""
+    import peft
+
+    from tests.conftest import tiny_llama
+
+    def base():
+        return tiny_llama(tie_word_embeddings=True)
+
+    def mine():
+        return base() if kind == "transformers" else lk.load_model(tmp_path / "m", dtype="float32")
+
+    def logits(model):
+        found = model(IDS)
+        return found if isinstance(found, torch.Tensor) else found.logits
+
+    base().save_pretrained(tmp_path / "m")
+    options = {"r": 4, "target_modules": ["q_proj"], "ensure_weight_tying": True, **options}
+    theirs = peft.get_peft_model(base(), peft.LoraConfig(**options)).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = lk.load_adapter(mine().eval(), tmp_path / "theirs")
+    assert (logits(ours) - theirs(IDS).logits).abs().max() <= 1e-4
+    assert (logits(ours) - base()(IDS).logits).abs().max() > 0.1
+
+    lk.save_adapter(ours, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(base(), tmp_path / "ours").eval()
+    assert (logits(ours) - again(IDS).logits).abs().max() <= 1e-4
+
+    def drift(tensors):
+        head = next(key for key in tensors if "lm_head" in key and "base_layer" not in key)
+        tensors[head] += 1
+
+    edit_tensors(tmp_path / "theirs", drift)
+    with pytest.raises(lk.LorakitError, match="in this model they are tied"):
+        lk.load_adapter(mine(), tmp_path / "theirs")
+
+
+def test_modules_to_save_by_any_end_of_their_names(model, tiny_dir, tmp_path):
+    """PEFT takes "norm" for the layernorms too, lorakit for the last norm alone; each reads what
+    the other wrote.
+    """
+    import peft
+
+    options = {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["norm"]}
+    theirs = peft.get_peft_model(hugging_face(tiny_dir), peft.LoraConfig(**options)).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path / "theirs")
+    lk.load_adapter(model, tmp_path / "theirs", name="theirs")
+    assert (model(IDS) - theirs(IDS).logits).abs().max() <= 1e-4
+
+    lk.attach(model, lk.LoraConfig(**options), name="ours")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    lk.save_adapter(model, tmp_path / "ours")
+    written = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert written["modules_to_save"] == ["model.norm"]
+    again = peft.PeftModel.from_pretrained(hugging_face(tiny_dir), tmp_path / "ours").eval()
+    assert (model(IDS) - again(IDS).logits).abs().max() <= 1e-4
+
+
 def test_a_random_start_cannot_be_read_again(model, saved):
     """Another draw would take another part out of the weight."""
     edit_config(saved, init_lora_weights="pissa_niter_4")
     with pytest.raises(lk.LorakitError, match="convert the adapter to plain LoRA first"):
         lk.load_adapter(lk.detach(model), saved)
-
-
-def test_a_saved_module_is_named_whole(model, tmp_path):
-    lk.attach(model, lk.LoraConfig(modules_to_save=["norm"]))
-    lk.save_adapter(model, tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["modules_to_save"] == ["model.norm"]
-
-
-def test_a_tied_head_that_differs_is_refused(tmp_path):
-    tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
-    tied = lk.load_model(tmp_path / "base", dtype="float32")
-    config = lk.LoraConfig(target_modules=["embed_tokens"], ensure_weight_tying=True)
-    lk.save_adapter(lk.attach(tied, config), tmp_path / "adapter")
-    key = "base_model.model.lm_head.lora_A.weight"
-    edit_tensors(tmp_path / "adapter", lambda tensors: tensors[key].add_(1))
-    with pytest.raises(lk.LorakitError, match="lora_A.weight is not the same as of the embedding"):
-        lk.load_adapter(lk.detach(tied), tmp_path / "adapter")

@@ -84,7 +84,9 @@ ALLOWED = {
     },
     "report": {"config", "files", "kernels", "quantization", "checkpoint", "matplotlib"},
     "data": {"config", "tokenizer"},
-    "optim": {"config", "kernels"},
+    "paging": {"config"},
+    "paged_state": {"config", "kernels", "paging"},
+    "optim": {"config", "kernels", "paged_state"},
     "decoding": {"kernels", "model", "model_config", "rope", "attached"},
     "generation": {"config", "model", "decoding", "tokenizer", "tokenizers"},
     "trainer": {
@@ -122,6 +124,15 @@ def imports(path: Path) -> set[str]:
             else:
                 found |= {alias.name for alias in node.names}
     return found
+
+
+def test_compat_imports_nothing_foreign():
+    """Its parts may import any module of lorakit, and no module of lorakit imports them."""
+    paths = sorted((ROOT / "lorakit" / "compat").rglob("*.py"))
+    assert len(paths) >= 2
+    for path in paths:
+        assert imports(path) - STANDARD <= set(ALLOWED) | {"lorakit"}, path
+        assert "kernels" not in imports(path)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "lorakit").glob("*.py")), ids=lambda p: p.stem)
@@ -171,6 +182,12 @@ def test_training_and_loading_import_no_peer(tiny_dir):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     assert not loaded & (FOREIGN | {"triton", "matplotlib", "gguf"})
+
+
+def test_compat_imports_no_peer():
+    code = "import sys, lorakit.compat.peft; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {name.partition(".")[0] for name in done.stdout.split()} & FOREIGN
 
 
 def test_every_public_name_exists():

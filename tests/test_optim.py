@@ -166,7 +166,7 @@ def test_refuses_bad_options():
         lk.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], betas=(1.0, 0.9))
     with pytest.raises(lk.LorakitError, match="state_bits is 16; it must be 32 or 8"):
         lk.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], state_bits=16)
-    with pytest.raises(lk.LorakitError, match="choose adamw_torch or adamw_8bit"):
+    with pytest.raises(lk.LorakitError, match="choose adamw_torch, adamw_8bit, paged"):
         lk.TrainConfig(optim="sgd")
 
 

@@ -106,7 +106,10 @@ def test_ci_runs_what_readme_names():
     "page",
     [
         "README.md",
-        *(f"docs/{name}.md" for name in ("models", "quantization", "kernels", "performance")),
+        *(
+            f"docs/{name}.md"
+            for name in ("models", "quantization", "kernels", "performance", "migration")
+        ),
     ],
 )
 def test_links_exist(page):

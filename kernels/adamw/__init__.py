@@ -32,6 +32,7 @@ A NaN or an infinity in the gradient makes absmax of its block the same: from th
 the state of such a parameter, and says nothing.)
 """
 
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 from torch import Tensor
@@ -58,11 +59,9 @@ def adamw_step(
     tensors = params, grads, exp_avgs, exp_avg_sqs
     if not params:
         return
-    backend = _backend(params[0])
-    if backend is not reference and not fits(*tensors, alignment=backend.ALIGNMENT):
-        backend = reference
     with dispatch.on_device(params[0]):
-        backend.adamw_step(*tensors, Options(step, lr, betas, eps, weight_decay))
+        for backend, some in _by_backend(fits, *tensors):
+            backend.adamw_step(*some, Options(step, lr, betas, eps, weight_decay))
 
 
 def adamw_step_8bit(
@@ -85,11 +84,29 @@ def adamw_step_8bit(
     tensors = params, grads, exp_avgs, exp_avg_sqs
     if not params:
         return
-    backend = _backend(params[0])
-    if backend is not reference and not fits_8bit(*tensors, alignment=backend.ALIGNMENT):
-        backend = reference
     with dispatch.on_device(params[0]):
-        backend.adamw_step_8bit(*tensors, Options(step, lr, betas, eps, weight_decay))
+        for backend, some in _by_backend(fits_8bit, *tensors):
+            backend.adamw_step_8bit(*some, Options(step, lr, betas, eps, weight_decay))
+
+
+def _by_backend(
+    fit: Callable[..., bool], *tensors: list
+) -> Iterator[tuple[ModuleType, tuple[list, ...]]]:
+    """The backends that take part, and what each of them updates. Which one a parameter gets
+    depends on nothing but its own tensors: whatever else is in the lists, its bits are the same.
+    """
+    backend = _backend(tensors[0][0])
+    if backend is reference or fit(*tensors, alignment=backend.ALIGNMENT):
+        yield backend, tensors
+        return
+    device = tensors[0][0].device
+    rows = {backend: [], reference: []}
+    for row in zip(*tensors, strict=True):
+        alone = fit(*([part] for part in row), alignment=backend.ALIGNMENT)
+        rows[backend if alone and row[0].device == device else reference].append(row)
+    for each, some in rows.items():
+        if some:
+            yield each, tuple(map(list, zip(*some, strict=True)))
 
 
 def _backend(p: Tensor) -> ModuleType:

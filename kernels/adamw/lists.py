@@ -51,12 +51,15 @@ def work(groups: list[tuple[Tensor, ...]], values: int) -> tuple[Tensor, Tensor]
     return table.to(device, non_blocking=True), _pieces(lengths, values, device)
 
 
-@functools.lru_cache(maxsize=16)  # groups of parameters
+@functools.lru_cache(maxsize=64)  # groups of parameters, or pages with a part of one
 def _pieces(lengths: tuple[int, ...], values: int, device: torch.device) -> Tensor:
     counts = (torch.tensor(lengths, device="cpu") + values - 1) // values
     tensor = torch.arange(len(lengths), device="cpu").repeat_interleave(counts)
     piece = torch.arange(len(tensor), device="cpu") - (counts.cumsum(0) - counts)[tensor]
-    return torch.stack([tensor, piece], dim=1).to(device)
+    table = torch.stack([tensor, piece], dim=1)
+    if device.type == "cuda":
+        table = table.pin_memory()
+    return table.to(device, non_blocking=True)
 
 
 class Options(NamedTuple):

@@ -1,0 +1,206 @@
+"""AdamW's state in pages (`paging.py`), whatever the size of the tensors.
+
+The state of a parameter is cut where a page ends, at a multiple of 256 values, the block of 8-bit
+state. A piece holds both moments of its values, each on 64 bytes, so that one page is enough to
+update them; small parameters lie side by side in a page. A step of AdamW is the same arithmetic
+for every value, or for every block: a piece at a time gives the same bits as all at once.
+
+    8-bit piece of n values    exp_avg uint8 [n] | its absmax fp32 [n / 256] | exp_avg_sq | absmax
+    32-bit piece               exp_avg fp32 [n] | exp_avg_sq fp32 [n]
+
+Nothing but the places of the pieces is kept beside the pages.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .config import LorakitError
+from .kernels.adamw.state import BLOCK
+from .paging import (
+    PAGE_BYTES,
+    FileStore,
+    PageTable,
+    PinnedStore,
+    check_budget,
+    mapped,
+    scratch_file,
+)
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+ALIGNMENT = 64  # bytes; the kernels ask for 16
+
+
+class Piece(NamedTuple):
+    """Values start to stop of a parameter, and where in the space of its device their state is."""
+
+    start: int
+    stop: int
+    position: int
+
+
+def layout(n: int, in_8bit: bool) -> dict[str, tuple[torch.dtype, int]]:
+    """The tensors of the state of n values, in their order: dtype and length of each."""
+    found = {}
+    for name in MOMENTS:
+        found[name] = (torch.uint8 if in_8bit else torch.float32, n)
+        if in_8bit:
+            found[f"{name}_absmax"] = (torch.float32, -(-n // BLOCK))
+    return found
+
+
+def views(memory: Tensor, n: int, in_8bit: bool) -> dict[str, Tensor]:
+    """The tensors of a piece of n values in `memory`, uint8, which begins with it."""
+    found, at = {}, 0
+    for name, (dtype, count) in layout(n, in_8bit).items():
+        nbytes = count * dtype.itemsize
+        found[name] = memory[at : at + nbytes].view(dtype)
+        at += _aligned(nbytes)
+    return found
+
+
+def cut(n: int, in_8bit: bool, position: int, page_bytes: int) -> tuple[list[Piece], int]:
+    """The pieces of n values, side by side from `position` on; and the end of the last."""
+    pieces, start = [], 0
+    while start < n:
+        left = page_bytes - position % page_bytes
+        count = n - start
+        if _piece_bytes(count, in_8bit) > left:
+            bytes_of_a_block = sum(
+                k * dtype.itemsize for dtype, k in layout(BLOCK, in_8bit).values()
+            )
+            count = left // bytes_of_a_block * BLOCK
+            while _piece_bytes(count, in_8bit) > left:  # by what aligns its parts
+                count -= BLOCK
+        if count:
+            nbytes = _piece_bytes(count, in_8bit)
+            pieces.append(Piece(start, start + count, position))
+        position += nbytes if count else left
+        start += count
+    return pieces, position
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _piece_bytes(n: int, in_8bit: bool) -> int:
+    return sum(_aligned(count * dtype.itemsize) for dtype, count in layout(n, in_8bit).values())
+
+
+class PagedState:
+    """The states of parameters in pages, those of each device under a budget of its own.
+
+    Raises LorakitError for a budget below one page.
+    """
+
+    def __init__(self, budget: int, directory: str | Path | None, page_bytes: int = PAGE_BYTES):
+        check_budget(budget, page_bytes)
+        self.budget, self.directory, self.page_bytes = budget, directory, page_bytes
+        self.clear()
+
+    def clear(self) -> None:
+        """Give all pages back."""
+        self._tables: dict[torch.device, PageTable] = {}
+        self._ends: dict[torch.device, int] = {}
+        self._pieces: dict[Tensor, list[Piece]] = {}
+        self._in_8bit: dict[Tensor, bool] = {}
+
+    def __contains__(self, p: Tensor) -> bool:
+        return p in self._pieces
+
+    def add(self, params: Mapping[Tensor, bool]) -> None:
+        """Zero state for parameters that have none, with 8 bits where the value is True.
+
+        Raises LorakitError where there is no room, and for a parameter that is not contiguous or
+        neither on a CPU nor on a CUDA device.
+        """
+        ends, pieces = dict(self._ends), {}
+        for p, in_8bit in params.items():
+            if not p.is_contiguous():
+                raise LorakitError(
+                    f"AdamW: a parameter of shape {tuple(p.shape)} is not contiguous; "
+                    "paged state needs it to be"
+                )
+            end = ends.get(p.device, 0)
+            pieces[p], ends[p.device] = cut(p.numel(), in_8bit, end, self.page_bytes)
+        for device, end in ends.items():
+            self._table(device).grow(end)
+        self._ends = ends
+        self._pieces |= pieces
+        self._in_8bit |= params
+
+    def walk(self, params: Iterable[Tensor]) -> Iterator[list[tuple[Tensor, Piece, dict]]]:
+        """Page after page, what lies there of these parameters: the parameter, the piece, and the
+        tensors of its state. They may be changed until the next page is asked for.
+        """
+        for table, places in self._by_page(params):
+            for page, memory in table.walk(places):
+                yield [(p, piece, self._views(memory, p, piece)) for p, piece in places[page]]
+
+    def snapshot(self) -> dict[Tensor, dict[str, Tensor]]:
+        """The whole state as it is now, as resident state would be, in host memory: memory-mapped
+        from a file of its own in the directory, which is gone with the last of the tensors.
+        """
+        total = sum(_piece_bytes(p.numel(), bits) for p, bits in self._in_8bit.items())
+        file = scratch_file(self.directory)
+        region = mapped(file, 0, max(1, total))
+        found, starts, at = {}, {}, 0
+        for p, in_8bit in self._in_8bit.items():
+            found[p], starts[p] = {}, {}
+            for name, (dtype, count) in layout(p.numel(), in_8bit).items():
+                tensor = torch.empty(0, dtype=dtype, device="cpu")
+                if count:
+                    tensor = torch.frombuffer(region, dtype=dtype, count=count, offset=at)
+                found[p][name] = tensor if in_8bit else tensor.view(p.shape)
+                starts[p][name] = at
+                at += _aligned(count * dtype.itemsize)
+        for table, places in self._by_page(self._pieces):
+            for page in sorted(places):
+                memory = table.read(page)
+                for p, piece in places[page]:
+                    for name, part in self._views(memory, p, piece).items():
+                        first = piece.start // BLOCK if name.endswith("absmax") else piece.start
+                        start = starts[p][name] + first * part.itemsize
+                        os.pwrite(file.fileno(), part.numpy(), start)
+        return found
+
+    def fill(self, states: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
+        """Write the whole states of parameters that have one, as `snapshot` returns them."""
+        for places in self.walk(states):
+            for p, piece, parts in places:
+                for name, part in parts.items():
+                    first = piece.start // BLOCK if name.endswith("absmax") else piece.start
+                    whole = states[p][name].reshape(-1)
+                    part.copy_(whole[first : first + len(part)])
+
+    def _by_page(
+        self, params: Iterable[Tensor]
+    ) -> Iterator[tuple[PageTable, dict[int, list[tuple[Tensor, Piece]]]]]:
+        """What lies in each page, of one device after another."""
+        places: dict[torch.device, dict[int, list[tuple[Tensor, Piece]]]] = {}
+        for p in params:
+            pages = places.setdefault(p.device, {})
+            for piece in self._pieces[p]:
+                pages.setdefault(piece.position // self.page_bytes, []).append((p, piece))
+        for device, pages in places.items():
+            yield self._tables[device], pages
+
+    def _views(self, memory: Tensor, p: Tensor, piece: Piece) -> dict[str, Tensor]:
+        start = piece.position % self.page_bytes
+        return views(memory[start:], piece.stop - piece.start, self._in_8bit[p])
+
+    def _table(self, device: torch.device) -> PageTable:
+        if device not in self._tables:
+            if device.type == "cuda":
+                store = PinnedStore(device, self.page_bytes)
+            elif device.type == "cpu":
+                store = FileStore(self.directory, self.page_bytes)
+            else:
+                raise LorakitError(f"AdamW: state of parameters on {device} cannot be paged")
+            self._tables[device] = PageTable(store, self.budget)
+        return self._tables[device]
