@@ -63,7 +63,8 @@ UNSUPPORTED = {
 PATTERNS = ("rank_pattern", "alpha_pattern")
 # initializations after which A and B are all there is; others change the base, also on loading
 PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
-STARTS = r"pissa(_niter_\d+)?|olora"  # that lorakit keeps beside A and B
+# that lorakit keeps beside A and B, and that follow from the weight: pissa_niter_N is also random
+STARTS = ("pissa", "olora")
 # of a tied head by its ending: that of the embedding, and whether it lies transposed
 TWINS = {
     "lora_A.weight": ("lora_embedding_B", True),
@@ -97,8 +98,22 @@ def save_adapter(
     tensors = adapter_tensors(module, name)
     layers = lora_layers(module)
     places = sorted(place for place in having if place in layers)
-    twice = any(layers[place].adapters[name].start_A is not None for place in places)
-    values = _written(config, twice, places)
+    starts = [place for place in places if layers[place].adapters[name].start_A is not None]
+    values = _written(config, bool(starts), places)
+    if 0 < len(starts) < len(places):  # an embedding starts as ever, and keeps its rank
+        more = math.sqrt(2) if config.use_rslora else 2
+        values["rank_pattern"] = {p: config.rank(p) * (2 if p in starts else 1) for p in places}
+        values["alpha_pattern"] = {
+            p: config.alpha(p) * (more if p in starts else 1) for p in places
+        }
+    for head, place in _tied_heads(module).items():  # to PEFT a layer of its own
+        written = dataclasses.replace(
+            LoraConfig(r=values["r"], lora_alpha=values["lora_alpha"]),
+            **{key: values.get(key, {}) for key in PATTERNS},
+        )
+        for key, of in (("rank_pattern", LoraConfig.rank), ("alpha_pattern", LoraConfig.alpha)):
+            if place in places and of(written, place) != of(written, head):
+                values[key] = {**values.get(key, {}), head: of(written, place)}
     values |= {"base_model_name_or_path": base_model, "target_modules": places}
     if config.modules_to_save:  # whole names: PEFT takes "norm" for every layernorm too
         saved = [place for place, each in having.items() if isinstance(each, SavedModule)]
@@ -120,12 +135,21 @@ def adapter_tensors(module: nn.Module, name: str) -> dict[str, Tensor]:
         if name in each.adapters
         for ending, tensor in each.saved(name).items()
     }
-    heads = {"lm_head", *(place for place, each in found.items() if isinstance(each, TiedHead))}
-    for head in sorted(heads):
-        whole = f"{PREFIX}{_embedding_of(module, head)}.weight"
-        if whole in tensors:  # PEFT looks for what is trained whole under both names
-            tensors[f"{PREFIX}{head}.weight"] = tensors[whole].clone()
+    for head, place in _tied_heads(module).items():  # PEFT looks for it under both names
+        for ending, (other, transposed) in TWINS.items():
+            if (own := tensors.get(f"{PREFIX}{place}.{other}")) is not None:
+                twin = own.t() if transposed else own
+                tensors[f"{PREFIX}{head}.{ending}"] = twin.clone(
+                    memory_format=torch.contiguous_format
+                )
     return tensors
+
+
+def _tied_heads(module: nn.Module) -> dict[str, str]:
+    """The adapted embedding of each head that is tied to one."""
+    heads = {"lm_head", *(n for n, each in attached(module).items() if isinstance(each, TiedHead))}
+    found = {head: _embedding_of(module, head) for head in sorted(heads)}
+    return {head: place for head, place in found.items() if place is not None}
 
 
 def _written(config: LoraConfig, twice: bool, places: list[str]) -> dict[str, Any]:
@@ -268,7 +292,7 @@ def _read_config(
 ) -> LoraConfig:
     init = values.get("init_lora_weights")
     plain = init in PLAIN_INITS
-    if not plain and not (isinstance(init, str) and re.fullmatch(STARTS, init)):
+    if not plain and init not in STARTS:
         raise LorakitError(
             f"{path}: init_lora_weights={json.dumps(init)} changes the base weights; convert the "
             "adapter to plain LoRA first (PEFT: path_initial_model_for_weight_conversion)"
@@ -278,6 +302,10 @@ def _read_config(
     for key in ("rank_pattern", "alpha_pattern", "bias", "lora_bias", "ensure_weight_tying"):
         if values.get(key, 0) is None:  # PEFT writes null for what is not used
             del values[key]
+    if values.get("ensure_weight_tying"):  # a tied head follows its embedding
+        for key in PATTERNS:
+            pattern = values.get(key, {})
+            values[key] = {k: value for k, value in pattern.items() if k != "lm_head"}
     values["init_lora_weights"] = True if plain else init
     targets = values.get("target_modules")
     if isinstance(targets, list):

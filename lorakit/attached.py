@@ -267,17 +267,17 @@ def remove_parts(module: nn.Module, name: str, places: list[str], selected: str 
             del each.adapters[name]
         each.select(selected)
     gone = {place: each.plain for place, each in found.items() if not each.in_use()}
-    _put_back(module, gone)
+    put_back(module, gone)
 
 
 def detach(module: nn.Module) -> nn.Module:
     """Remove all adapters: the modules they were on return to their places, still frozen."""
     found = having_adapters(module, "detach")
-    _put_back(module, {name: each.plain for name, each in found.items()})
+    put_back(module, {name: each.plain for name, each in found.items()})
     return module
 
 
-def _put_back(module: nn.Module, plain: dict[str, nn.Module]) -> None:
+def put_back(module: nn.Module, plain: dict[str, nn.Module]) -> None:
     """`plain` by the name of each Attached that makes way for it, in all its places."""
     instead = {id(module.get_submodule(name)): new for name, new in plain.items()}
     places = [(name, m) for name, m in plain_modules(module) if id(m) in instead]

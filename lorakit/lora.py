@@ -393,8 +393,9 @@ class LoraEmbedding(Attached):
     @torch.no_grad()
     def _column_norms(self, part: LoraPart) -> Tensor:
         """||W + s (B A)^T|| of each column [H], from products of rank r."""
-        W = self._dense().float()
-        A, sB = part.lora_A, part.lora_B * part.scaling
+        W = self._dense()
+        W = W.to(torch.promote_types(W.dtype, torch.float32))
+        A, sB = part.lora_A.to(W.dtype), part.lora_B.to(W.dtype) * part.scaling
         square = torch.linalg.vector_norm(W, dim=0).square()
         square += 2 * (sB * (A @ W).t()).sum(1) + (sB * (sB @ (A @ A.t()))).sum(1)
         return square.clamp(min=0).sqrt()
@@ -404,9 +405,9 @@ class LoraEmbedding(Attached):
         part = self.part
         own = self._dense()
         A, B = part.pair()
-        found = torch.addmm(
-            (own if weight is None else weight).float(), A.t(), B.t(), alpha=part.scaling
-        )
+        wide = torch.promote_types(own.dtype, torch.float32)
+        W = (own if weight is None else weight).to(wide)
+        found = torch.addmm(W, A.t().to(wide), B.t().to(wide), alpha=part.scaling)
         if part.magnitude is not None:
             found *= part.magnitude / found.norm(dim=0)
         if isinstance(self.base, nn.Embedding):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .attached import Attached, having_adapters
+from .attached import Attached, having_adapters, put_back
 from .checkpoint import dense_weights
 from .config import LorakitError
 from .lora import LoraEmbedding, LoraLinear, TiedHead, TokenRows
@@ -114,8 +114,8 @@ def merge_and_unload(module: nn.Module, base: str = "dequantized") -> nn.Module:
     and adapters are gone. Returns `module`; raises as `merge` does.
     """
     merge(module, base)
-    for name, each in having_adapters(module, "merge_and_unload").items():
-        module.set_submodule(name, each.current())
+    found = having_adapters(module, "merge_and_unload")
+    put_back(module, {name: each.current() for name, each in found.items()})
     return module
 
 

@@ -222,3 +222,10 @@ def test_modules_to_save_by_any_end_of_their_names(model, tiny_dir, tmp_path):
     assert written["modules_to_save"] == ["model.norm"]
     again = peft.PeftModel.from_pretrained(hugging_face(tiny_dir), tmp_path / "ours").eval()
     assert (model(IDS) - again(IDS).logits).abs().max() <= 1e-4
+
+
+def test_a_random_start_cannot_be_read_again(model, saved):
+    """Another draw would take another part out of the weight."""
+    edit_config(saved, init_lora_weights="pissa_niter_4")
+    with pytest.raises(lk.LorakitError, match="convert the adapter to plain LoRA first"):
+        lk.load_adapter(lk.detach(model), saved)
