@@ -36,6 +36,7 @@ def turn_span(render: Render, messages: Messages, text: str, i: int) -> tuple[in
     after = _tried(render, messages[: i + 1])
     known = before is not None and text.startswith(before)
     if known and after is not None and text.startswith(after) and len(after) > len(before):
+        _check_shown(messages[i], i, text[len(before) : len(after)], REASONING)
         return len(before), len(after)
 
     shown = [render([*messages[:i], probe, *messages[i + 1 :]]) for probe in _probes(messages[i])]
@@ -49,13 +50,19 @@ def turn_span(render: Render, messages: Messages, text: str, i: int) -> tuple[in
             f"the chat template shows message {i} in a way that leaves unclear where it starts and "
             "ends; use train_on all"
         )
-    for name in ("content", *REASONING):
-        if (messages[i].get(name) or "").strip() not in text[start:end]:
-            raise LorakitError(
-                f"the chat template leaves out some of message {i} when others follow (reasoning, "
-                "mostly); use train_on last_turn, with a row for each turn that is to be learned"
-            )
+    _check_shown(messages[i], i, text[start:end], ("content", *REASONING))
     return start, end + len(closing)
+
+
+def _check_shown(message: dict[str, Any], i: int, shown: str, fields: tuple[str, ...]) -> None:
+    for name in fields:
+        value = message.get(name)
+        if isinstance(value, str) and value.strip() not in shown:
+            raise LorakitError(
+                f"the chat template leaves out the {name} of message {i}, or a part of it; if only "
+                "since others follow, train on last_turn with a row for each such turn; if in any "
+                f"case, take the {name} out of the row"
+            )
 
 
 def _start(header: str, before: str | None) -> int:

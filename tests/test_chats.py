@@ -7,7 +7,7 @@ compares renderings.
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 import lorakit as lk
@@ -156,7 +156,53 @@ def test_any_chat_equals_transformers(make, family, texts, system):
     check_as_transformers(make(family), [SYSTEM, *messages] if system else messages, None)
 
 
+ANY_MESSAGE = st.fixed_dictionaries(
+    {
+        "role": st.sampled_from(["system", "user", "assistant", "tool", "x"]),
+        "content": st.text("ab \n<>/think|_ims", max_size=10)
+        | st.sampled_from(["</think>", "<think>a</think>b", "<|im_end|>", "<s>", "</s>"]),
+    },
+    optional={
+        "reasoning": st.sampled_from(["", "why", 3, None]),
+        "tool_calls": st.sampled_from([None, [], CALL["tool_calls"], [3]]),
+    },
+)
+
+
+@settings(max_examples=300)
+@given(
+    st.sampled_from(list(TEMPLATES)),
+    st.lists(ANY_MESSAGE, min_size=1, max_size=5),
+    st.sampled_from([None, TOOLS]),
+    st.sampled_from([None, 9, 30]),
+)
+def test_any_messages_give_an_example_or_one_error(make, family, messages, tools, limit):
+    """Labels are tokens at their places, and every run of them ends with an end token."""
+    tok = make(family)[0]
+    try:
+        example = encode(tok, messages, tools, max_seq_length=limit)
+    except lk.LorakitError as error:
+        event("an error")
+        assert str(error).startswith("row 0")
+        return
+    event("an example")
+    runs = shown(tok, example)
+    assert runs
+    if limit is None:
+        ids = tok.apply_chat_template(messages, tools=tools, strftime_now=TODAY.strftime)
+        assert example.input_ids == ids
+        assert all(run.endswith(tuple(SPECIAL[family])) for run in runs)
+    else:
+        assert len(example.input_ids) <= limit
+
+
 # ---- templates that rewrite earlier turns ----
+
+
+def test_reasoning_that_the_template_does_not_know_is_refused(make):
+    chat = [user("a"), assistant("b", reasoning="why")]
+    with pytest.raises(lk.LorakitError, match="leaves out the reasoning of message 1"):
+        encode(make("qwen25")[0], chat)
 
 
 def test_qwen3_labels_what_a_finished_turn_shows(make):
@@ -176,7 +222,9 @@ def test_reasoning_that_is_left_out_is_refused(make, content):
     tok = make("qwen3")[0]
     fields = {} if "think" in content else {"reasoning": "r"}
     chat = [user("a"), assistant(content, **fields), user("c"), assistant("d")]
-    with pytest.raises(lk.LorakitError, match=r"row 0: .*leaves out some of message 1.*last_turn"):
+    with pytest.raises(
+        lk.LorakitError, match=r"row 0: .*leaves out the \w+ of message 1.*last_turn"
+    ):
         encode(tok, chat)
     assert shown(tok, encode(tok, chat, train_on="last_turn")) == [
         "<think>\n\n</think>\n\nd<|im_end|>"

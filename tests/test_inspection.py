@@ -70,7 +70,7 @@ def test_lint(tok):
     assert text.startswith("6 rows, ")
     assert "   33.3%  yes" in text
     assert "rows longer than max_seq_length=90: 1\n  row 4: 123 tokens" in text
-    assert "median 42, 95% up to 123\n" in text
+    assert "median 32, 95% up to 123\n" in text
     bars = [line for line in text.splitlines() if "#" in line]
     assert sum(int(line.split()[-1]) for line in bars) == 5
 
