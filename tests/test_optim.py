@@ -315,8 +315,8 @@ def test_the_rates_of_transformers(kind, total, warmup, floor, n):
         expected = 3.0 * theirs(step + 1 if step < warmup else step)
         # in fp64; near the end of a cosine 1 + cos(x) leaves absolute digits alone, and a restart
         # that falls between two numbers is at one of its ends
-        near = abs(n * (step - warmup) / max(1, total - warmup) % 1 - 0.5) < 0.5 - 1e-9
-        if kind != "cosine_with_restarts" or near:
+        inside = abs(n * (step - warmup) / max(1, total - warmup) % 1 - 0.5) < 0.5 - 1e-9
+        if kind != "cosine_with_restarts" or inside:
             assert rate == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
