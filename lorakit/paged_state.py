@@ -159,9 +159,10 @@ class PagedState:
                 found[p][name] = tensor if in_8bit else tensor.view(p.shape)
                 starts[p][name] = at
                 at += _aligned(count * dtype.itemsize)
+        memory = torch.empty(self.page_bytes, dtype=torch.uint8, device="cpu")
         for table, places in self._by_page(self._pieces):
             for page in sorted(places):
-                memory = table.read(page)
+                table.read(page, memory)
                 for p, piece in places[page]:
                     for name, part in self._views(memory, p, piece).items():
                         first = piece.start // BLOCK if name.endswith("absmax") else piece.start

@@ -61,8 +61,8 @@ class Store(Protocol):
     def drop(self, page: int) -> None:
         """Its memory is free for another page."""
 
-    def read(self, page: int) -> Tensor:
-        """A page as it was last written back, uint8 [page_bytes] in host memory."""
+    def read(self, page: int, into: Tensor) -> None:
+        """Copy a page, as it was last written back, into uint8 [page_bytes] in host memory."""
 
 
 class PageTable:
@@ -123,10 +123,12 @@ class PageTable:
                     self.prefetch(following)
                 yield page, memory
 
-    def read(self, page: int) -> Tensor:
-        """What a page holds, uint8 [page_bytes] in host memory; it does not become resident."""
+    def read(self, page: int, into: Tensor) -> None:
+        """Copy what a page holds into uint8 [page_bytes] in host memory. It does not become
+        resident.
+        """
         self._clean(page)
-        return self.store.read(page)
+        self.store.read(page, into)
 
     def _bring(self, page: int) -> Tensor | None:
         if page in self._resident:
@@ -197,10 +199,8 @@ class FileStore:
         region, start = self._memory[page]
         region.madvise(mmap.MADV_DONTNEED, start, self.page_bytes)
 
-    def read(self, page: int) -> Tensor:
-        content = torch.empty(self.page_bytes, dtype=torch.uint8, device="cpu")
-        os.preadv(self.file.fileno(), [content.numpy()], page * self.page_bytes)
-        return content
+    def read(self, page: int, into: Tensor) -> None:
+        os.preadv(self.file.fileno(), [into.numpy()], page * self.page_bytes)
 
 
 class _Slot:
@@ -224,7 +224,7 @@ class PinnedStore:
         self._host: list[Tensor] = []
         self._slots: dict[int, _Slot] = {}
         self._free: list[_Slot] = []
-        self._written: dict[int, torch.cuda.Event] = {}  # since when the host has a page's changes
+        self._written: dict[int, torch.cuda.Event] = {}  # when the host has a page's changes
         self._in, self._out = (torch.cuda.Stream(device) for _ in range(2))
 
     def grow(self, pages: int) -> None:
@@ -242,9 +242,9 @@ class PinnedStore:
     def load(self, page: int) -> Tensor:
         slot = self._free.pop() if self._free else self._new_slot()
         self._slots[page] = slot
+        # the page's own last write-back was waited for too: by the load that took its buffer then,
+        # which comes before this one in the stream
         self._in.wait_event(slot.done)
-        if page in self._written:
-            self._in.wait_event(self._written[page])
         with torch.cuda.stream(self._in):
             slot.memory.copy_(self._host[page], non_blocking=True)
         slot.done = self._in.record_event()
@@ -266,10 +266,10 @@ class PinnedStore:
     def drop(self, page: int) -> None:
         self._free.append(self._slots.pop(page))
 
-    def read(self, page: int) -> Tensor:
+    def read(self, page: int, into: Tensor) -> None:
         if page in self._written:
             self._written[page].synchronize()
-        return self._host[page]
+        into.copy_(self._host[page])
 
     def _new_slot(self) -> _Slot:
         """Its memory may have been another tensor's, which the caller's stream still works on; and

@@ -62,8 +62,8 @@ class Stream:
         return event
 
 
-class Host:
-    """The stream of the caller, whose operations run at once."""
+class AtOnce:
+    """A stream whose operations run when they are asked for."""
 
     def __init__(self, simulation):
         self.simulation = simulation
@@ -97,6 +97,8 @@ class Simulation:
             what.done = True
         if kind == "copy":
             what[0].copy_(what[1])
+        if kind == "call":
+            what()
         return True
 
     def _may_run(self, kind, what):
@@ -115,11 +117,13 @@ class _PutOff(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def simulated_streams(seed):
+def simulated_streams(seed, current=AtOnce):
+    """current: the kind of the caller's stream; it can be put off where the test says what runs."""
     simulation = Simulation(seed)
+    simulation.current = current(simulation)
     with (
         mock.patch("torch.cuda.Stream", side_effect=lambda device: Stream(simulation)),
-        mock.patch("torch.cuda.current_stream", return_value=Host(simulation)),
+        mock.patch("torch.cuda.current_stream", return_value=simulation.current),
         mock.patch("torch.cuda.stream", _PutOff),
         mock.patch("torch.Tensor.record_stream"),
     ):
@@ -216,14 +220,22 @@ OPERATIONS = st.lists(
 def test_pages_hold_what_was_written(kind, capacity, operations, seed):
     """Against a dict; a page is filled with a number that no other write has."""
     expected, number = dict.fromkeys(range(6), 0), itertools.count(1)
+    content = torch.empty(PAGE, dtype=torch.uint8)
+
+    def write(memory, before, after):
+        words = memory.view(torch.int64)
+        assert (words == before).all()
+        words.fill_(after)
 
     def change(page, memory):
-        words = memory.view(torch.int64)
-        assert (words == expected[page]).all()
-        expected[page] = next(number)
-        words.fill_(expected[page])
+        before, expected[page] = expected[page], next(number)
+        call = functools.partial(write, memory, before, expected[page])
+        if kind == "file":
+            call()
+        else:
+            simulation.current.queue.append(("call", call))
 
-    with simulated_streams(seed):
+    with simulated_streams(seed, Stream) as simulation:
         store = FileStore(page_bytes=PAGE) if kind == "file" else PinnedStore(CPU, PAGE)
         table = PageTable(store, capacity * PAGE)
         table.grow(PAGE)
@@ -235,14 +247,16 @@ def test_pages_hold_what_was_written(kind, capacity, operations, seed):
             elif operation == "prefetch":
                 table.prefetch(page)
             elif operation == "read":
-                assert (table.read(page).view(torch.int64) == expected[page]).all()
+                table.read(page, content)
+                assert (content.view(torch.int64) == expected[page]).all()
             else:
                 for each, memory in table.walk(range(page, 6)):
                     change(each, memory)
             if kind == "pinned":
                 assert len(store._slots) + len(store._free) <= capacity
         for page in range(6):
-            assert (table.read(page).view(torch.int64) == expected[page]).all()
+            table.read(page, content)
+            assert (content.view(torch.int64) == expected[page]).all()
 
 
 # ---- the page file ------------------------------------------------------------------------------
