@@ -46,7 +46,7 @@ _HOME = {
     "tune_allocator": "memory",
     "unmerge": "merging",
 }
-_MODULES = ("kernels", "memory", "optim")
+_MODULES = ("kernels", "memory", "metrics", "optim")
 
 __all__ = sorted([*_HOME, *_MODULES])
 

@@ -265,6 +265,27 @@ def of_pattern(pattern: Mapping[str, Any], name: str, otherwise: Any) -> Any:
     return next((value for key, value in pattern.items() if in_pattern(key, name)), otherwise)
 
 
+METRICS = (
+    "accuracy",
+    "macro_f1",
+    "weighted_f1",
+    "exact_match",
+    "partial_match",
+    "entity_f1",
+    "rouge_l",
+)
+
+
+def check_metrics(names: typing.Iterable[str]) -> None:
+    """Raise LorakitError, with the nearest name, unless each is one of METRICS."""
+    for name in names:
+        check(
+            name in METRICS,
+            f"unknown metric {name!r}{nearest(name, METRICS)}; beside loss and perplexity there "
+            f"are {', '.join(METRICS)}",
+        )
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run. The optimizer step averages over per_device_train_batch_size x
@@ -305,6 +326,8 @@ class TrainConfig:
     """with gradient_checkpointing, keep the blocks' inputs in host memory"""
     eval_steps: int | None = None
     """evaluate on the validation rows every so many steps; null: only at the end"""
+    eval_metrics: list[str] = field(default_factory=list)
+    """what to score the model's own completions of them by, beside the loss: names in `METRICS`"""
     early_stopping_patience: int | None = None
     """stop after so many evaluations without a better loss"""
     load_best_model_at_end: bool = False
@@ -336,6 +359,7 @@ class TrainConfig:
             value = getattr(self, name)
             check(value is None or value > 0, f"{name} must be positive or null, not {value}")
         check(self.save_total_limit > 0, "save_total_limit must be at least 1")
+        check_metrics(self.eval_metrics)
         for name in ("label_smoothing_factor", "z_loss"):
             value = getattr(self, name)
             check(0 <= value < 1, f"{name} is {value}; it must be in [0, 1)")

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from . import run_state
 from .adapter import save_adapter
 from .attached import Attached, attached
-from .config import LorakitError, TrainConfig
+from .config import METRICS, LorakitError, TrainConfig
 from .data import (
     IGNORE,
     Example,
@@ -51,6 +51,7 @@ from .lora import LoraPart
 from .memory import peak_memory_mb
 from .model import Decoder, MoE
 from .optim import AdamW, learning_rate, loraplus_groups
+from .scoring import check_rows, score_rows
 from .tokenizer import Tokenizer
 
 Rows = str | Path | Iterable[Mapping[str, Any]]
@@ -122,7 +123,11 @@ def train(
     examples = _encode(model, tok, data["train"], config)
     validation = None
     if data.get("validation") is not None:
-        validation = _encode(model, tok, data["validation"], config)
+        held_out = read_rows(data["validation"])
+        validation = _encode(model, tok, held_out, config)
+        check_rows(model, tok, held_out, config.eval_metrics)
+    elif config.eval_metrics:
+        raise LorakitError("train: eval_metrics scores validation rows; give data some")
     output_dir = Path(config.output_dir).expanduser()
     output_dir.mkdir(parents=True, exist_ok=True)
     resumed = _resumed(output_dir, config)
@@ -205,7 +210,9 @@ def train(
             due = last or (config.eval_steps and step % config.eval_steps == 0)
             better = False
             if validation and due and not stop.is_set():
-                result = _evaluate(model, validation, config.per_device_train_batch_size)
+                size = config.per_device_train_batch_size
+                result = _evaluate(model, validation, size)
+                result |= score_rows(model, tok, held_out, config.eval_metrics, size)
                 log.evaluation(step, result)
                 better = _note_evaluation(progress, step, result)
                 patience = config.early_stopping_patience
@@ -246,10 +253,20 @@ def evaluate(
     batch_size: int = 8,
     max_seq_length: int = 1024,
     over_length: str = "truncate",
+    metrics: str | Iterable[str] = (),
 ) -> dict[str, float]:
-    """Loss (nats per label token), perplexity, and the numbers of label tokens and rows."""
+    """Loss (nats per label token), perplexity, and the numbers of label tokens and rows.
+
+    metrics: what to score the model's own completions by, of the names in metrics.py. Every row
+    is completed greedily, after its whole prompt, whatever over_length says. Raises LorakitError
+    for an unknown name, and a prompt that leaves no room for a completion.
+    """
     config = TrainConfig(max_seq_length=max_seq_length, over_length=over_length)
-    return _evaluate(model, _encode(model, tok, data, config), batch_size)
+    rows, metrics = read_rows(data), [metrics] if isinstance(metrics, str) else list(metrics)
+    examples = _encode(model, tok, rows, config)
+    check_rows(model, tok, rows, metrics)
+    result = _evaluate(model, examples, batch_size)
+    return result | score_rows(model, tok, rows, metrics, batch_size)
 
 
 @torch.no_grad()
@@ -519,7 +536,8 @@ class _Log:
 
     def evaluation(self, step: int, result: Mapping[str, float]) -> None:
         self._write({"step": step, **{f"eval_{name}": value for name, value in result.items()}})
-        self.say(f"step {step}/{self.total}: validation loss {result['loss']:.4f}")
+        scores = "".join(f", {n} {v:.4f}" for n, v in result.items() if n in METRICS)
+        self.say(f"step {step}/{self.total}: validation loss {result['loss']:.4f}{scores}")
 
     def say(self, line: str) -> None:
         if self.bar.disable:
