@@ -34,6 +34,7 @@ _HOME = {
     "loftq": "loftq_initialization",
     "merge": "merging",
     "merge_and_unload": "merging",
+    "plot_runs": "plots",
     "profile_training": "profiling",
     "quantize": "quantization",
     "quantize_report": "report",

@@ -100,6 +100,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.set_defaults(run=_quantize_report, take=_take_overrides)
 
+    plot = verbs.add_parser(
+        "plot",
+        parents=[common],
+        help="curves of training runs",
+        description="Draw loss, learning rate, gradient norm and tokens per second of training "
+        "runs side by side: a PNG for each, and a page that holds them with the last values.",
+    )
+    plot.add_argument("runs", nargs="+", metavar="RUN_DIR", help="output_dir of a training run")
+    plot.add_argument("--out", type=Path, default=Path("plots"), help="directory to write")
+    plot.set_defaults(run=_plot, take=_take_runs)
+
     adapter = verbs.add_parser(
         "adapter",
         help="look at an adapter, or make plain LoRA of it",
@@ -155,6 +166,11 @@ def _take_prompt(args: argparse.Namespace, rest: list[str]) -> bool:
     if args.prompt is None and rest:
         args.prompt = rest.pop(0)
     return not rest
+
+
+def _take_runs(args: argparse.Namespace, rest: list[str]) -> bool:
+    args.runs += rest
+    return True
 
 
 def _take_nothing(args: argparse.Namespace, rest: list[str]) -> bool:
@@ -227,6 +243,11 @@ def _quantize_report(args: argparse.Namespace) -> int:
     if args.plot is not None:
         report.save_plot(args.plot)
         print(f"plot in {args.plot}")
+    return 0
+
+
+def _plot(args: argparse.Namespace) -> int:
+    print(f"plots in {lk.plot_runs(args.runs, args.out)}")
     return 0
 
 

@@ -84,6 +84,7 @@ ALLOWED = {
         "tensors",
     },
     "report": {"config", "files", "kernels", "quantization", "checkpoint", "matplotlib"},
+    "plots": {"config", "files", "matplotlib"},
     "data": {"config", "tokenizer"},
     "optim": {"config", "kernels"},
     "decoding": {"kernels", "model", "model_config", "rope", "attached"},
