@@ -42,6 +42,7 @@ _HOME = {
     "pair_losses": "preference",
     "pack": "packing",
     "padding_share": "packing",
+    "plot_runs": "plots",
     "profile_training": "profiling",
     "quantize": "quantization",
     "quantize_report": "report",
@@ -56,7 +57,7 @@ _HOME = {
     "tune_allocator": "memory",
     "unmerge": "merging",
 }
-_MODULES = ("kernels", "memory", "optim")
+_MODULES = ("kernels", "memory", "metrics", "optim")
 
 __all__ = sorted([*_HOME, *_MODULES])
 

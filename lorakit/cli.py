@@ -130,6 +130,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     lint.add_argument("--max-seq-length", type=_count, default=1024)
     lint.set_defaults(run=_lint_data, take=_take_nothing)
+    plot = verbs.add_parser(
+        "plot",
+        parents=[common],
+        help="curves of training runs",
+        description="Draw loss, learning rate, gradient norm and tokens per second of training "
+        "runs side by side: a PNG for each, and a page that holds them with the last values.",
+    )
+    plot.add_argument("runs", nargs="+", metavar="RUN_DIR", help="output_dir of a training run")
+    plot.add_argument("--out", type=Path, default=Path("plots"), help="directory to write")
+    plot.set_defaults(run=_plot, take=_take_runs)
 
     adapter = verbs.add_parser(
         "adapter",
@@ -186,6 +196,11 @@ def _take_prompt(args: argparse.Namespace, rest: list[str]) -> bool:
     if args.prompt is None and rest:
         args.prompt = rest.pop(0)
     return not rest
+
+
+def _take_runs(args: argparse.Namespace, rest: list[str]) -> bool:
+    args.runs += rest
+    return True
 
 
 def _take_nothing(args: argparse.Namespace, rest: list[str]) -> bool:
@@ -276,6 +291,11 @@ def _lint_data(args: argparse.Namespace) -> int:
     report = lk.lint_rows(rows, tok, max_seq_length=args.max_seq_length, train_on=args.train_on)
     print(report)
     return 1 if report.unusable else 0
+
+
+def _plot(args: argparse.Namespace) -> int:
+    print(f"plots in {lk.plot_runs(args.runs, args.out)}")
+    return 0
 
 
 def _show_adapter(args: argparse.Namespace) -> int:

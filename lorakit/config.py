@@ -281,7 +281,27 @@ OPTIMIZERS = {
     "paged_adamw_32bit": (32, True),
     "paged_adamw_8bit": (8, True),
 }
+OBJECTIVES = ("sft", "dpo", "orpo")
 TRAIN_ON = ("completion", "last_turn", "all")
+METRICS = (
+    "accuracy",
+    "macro_f1",
+    "weighted_f1",
+    "exact_match",
+    "partial_match",
+    "entity_f1",
+    "rouge_l",
+)
+
+
+def check_metrics(names: typing.Iterable[str]) -> None:
+    """Raise LorakitError, with the nearest name, unless each is one of METRICS."""
+    for name in names:
+        check(
+            name in METRICS,
+            f"unknown metric {name!r}{nearest(name, METRICS)}; beside loss and perplexity there "
+            f"are {', '.join(METRICS)}",
+        )
 
 
 @dataclass(frozen=True)
@@ -319,6 +339,10 @@ class TrainConfig:
     max_seq_length: int = 1024
     over_length: str = "truncate"
     """what to do with a longer row: "truncate" (the prompt's start first), "drop" or "raise" """
+    objective: str = "sft"
+    """"sft": learn the rows; "dpo" or "orpo": prefer `chosen` to `rejected` (preference.py)"""
+    beta: float = 0.1
+    """of dpo and orpo: how strongly"""
     packing: bool = False
     """put several rows into one, of per_device_train_batch_size * max_seq_length tokens at most, in
     which they do not see each other, instead of padding them"""
@@ -335,6 +359,8 @@ class TrainConfig:
     """with gradient_checkpointing, keep the blocks' inputs in host memory"""
     eval_steps: int | None = None
     """evaluate on the validation rows every so many steps; null: only at the end"""
+    eval_metrics: list[str] = field(default_factory=list)
+    """what to score the model's own completions of them by, beside the loss: names in `METRICS`"""
     early_stopping_patience: int | None = None
     """stop after so many evaluations without a better loss"""
     load_best_model_at_end: bool = False
@@ -366,9 +392,15 @@ class TrainConfig:
             value = getattr(self, name)
             check(value is None or value > 0, f"{name} must be positive or null, not {value}")
         check(self.save_total_limit > 0, "save_total_limit must be at least 1")
+        check_metrics(self.eval_metrics)
         for name in ("label_smoothing_factor", "z_loss"):
             value = getattr(self, name)
             check(0 <= value < 1, f"{name} is {value}; it must be in [0, 1)")
+        check(
+            self.objective in OBJECTIVES,
+            f"objective is {self.objective!r}; choose {', '.join(OBJECTIVES)}",
+        )
+        check(self.beta > 0, f"beta must be positive, not {self.beta}")
         noise = self.neftune_noise_alpha
         check(noise is None or noise > 0, f"neftune_noise_alpha must be positive, not {noise}")
         check(

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .config import TRAIN_ON, LorakitError, nearest
-from .formats import Chat, Instruction, Row, Text
+from .formats import Chat, Choice, Instruction, Row, Text
 from .rows import Rows
 from .tokenizer import Tokenizer
 from .turns import dropped, turn_span
@@ -52,6 +52,18 @@ ALPACA_WITH_INPUT = (
 class Example(NamedTuple):
     input_ids: list[int]
     labels: list[int]
+
+
+class PairExample(NamedTuple):
+    """The examples of a better and a worse answer."""
+
+    chosen: Example
+    rejected: Example
+
+    @property
+    def input_ids(self) -> list[int]:
+        """Of both, one after the other."""
+        return self.chosen.input_ids + self.rejected.input_ids
 
 
 class Parts(NamedTuple):
@@ -89,11 +101,14 @@ class Encoder:
         special = {number for number, token in added.items() if token.special}
         self.end_tokens = special | set(self.end)
 
-    def __call__(self, row: Row) -> Example | None:
+    def __call__(self, row: Row) -> Example | PairExample | None:
         """A row's example, of at most max_seq_length tokens; None for one that is to be dropped.
 
         Raises LorakitError for a row from which nothing, or something wrong, would be learned.
         """
+        if isinstance(row, Choice):
+            chosen, rejected = self(row.chosen), self(row.rejected)
+            return None if None in (chosen, rejected) else PairExample(chosen, rejected)
         try:
             parts = self._parts(row)
             limit = self.max_seq_length
@@ -117,7 +132,7 @@ class Encoder:
             return self._chat(row)
         if isinstance(row, Instruction):
             if self.tok.chat_template is not None:
-                return self._chat(_as_chat(row))
+                return self._chat(as_chat(row))
             prompt = ALPACA_WITH_INPUT if row.input else ALPACA
             prompt = prompt.format(instruction=row.instruction, input=row.input)
             return self._pair(prompt, row.output)
@@ -227,7 +242,8 @@ class Encoder:
             raise LorakitError("all labels are masked; there is nothing to learn")
 
 
-def _as_chat(row: Instruction) -> Chat:
+def as_chat(row: Instruction) -> Chat:
+    """An instruction as a user's message, and the output as its answer."""
     request = f"{row.instruction}\n\n{row.input}" if row.input else row.instruction
     messages = [
         {"role": "user", "content": request},

@@ -5,6 +5,7 @@
     sharegpt            conversations: [{from, value}] (system, tools)          Chat
     prompt_completion   prompt, completion: both text                           Pair
                         or both messages (tools)                                Chat
+    preference          chosen, rejected (prompt, tools): text or messages       Choice
     alpaca              instruction, output (input)                             Instruction
     text                text                                                    Text
 
@@ -23,6 +24,7 @@ FORMATS = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
     "prompt_completion": ("prompt", "completion"),
+    "preference": ("chosen", "rejected"),
     "alpaca": ("instruction", "output"),
     "text": ("text",),
 }
@@ -71,7 +73,15 @@ class Text(NamedTuple):
     place: str
 
 
-Row = Pair | Chat | Instruction | Text
+class Choice(NamedTuple):
+    """Two answers to the same prompt, the better one first."""
+
+    chosen: Pair | Chat
+    rejected: Pair | Chat
+    place: str
+
+
+Row = Pair | Chat | Instruction | Text | Choice
 
 
 def parse_json(text: str, place: str) -> Any:
@@ -95,7 +105,8 @@ def detect(value: Any, place: str) -> str:
     close = [nearest(field, names) for fields in FORMATS.values() for field in fields]
     raise LorakitError(
         f"{place} has no field that tells its format{next(filter(None, close), '')}: messages, "
-        "conversations, prompt and completion, instruction and output, or text; it has "
+        "conversations, prompt and completion, chosen and rejected, instruction and output, or "
+        "text; it has "
         f"{', '.join(names) or 'none':.200}"
     )
 
@@ -150,6 +161,25 @@ def _pair(value: Mapping, place: str) -> Row:
     return Pair(_text(value, "prompt", place), _filled(value, "completion", place), place)
 
 
+def _choice(value: Mapping, place: str) -> Row:
+    """The prompt apart, or messages that both answers begin with."""
+    answers = [_get(value, name, place) for name in ("chosen", "rejected")]
+    prompt, shared = value.get("prompt"), 0
+    if prompt is None:
+        if not all(isinstance(answer, list) for answer in answers):
+            raise LorakitError(f"{place}: chosen and rejected need a prompt, unless both are chats")
+        for a, b in zip(*answers, strict=False):
+            if a != b:
+                break
+            shared += 1
+        prompt = answers[0][:shared]
+    both = [
+        _pair({**value, "prompt": prompt, "completion": answer[shared:]}, f"{place}, {name}")
+        for answer, name in zip(answers, ("chosen", "rejected"), strict=True)
+    ]
+    return Choice(*both, place)
+
+
 def _chat(value: Mapping, place: str) -> Row:
     return Chat(_messages(_get(value, "messages", place), place), _tools(value, place), 0, place)
 
@@ -189,6 +219,7 @@ _MAKE: dict[str, Callable[[Mapping, str], Row]] = {
     "messages": _chat,
     "sharegpt": _sharegpt,
     "prompt_completion": _pair,
+    "preference": _choice,
     "alpaca": _alpaca,
     "text": _plain,
 }

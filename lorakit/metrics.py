@@ -1,6 +1,75 @@
-"""Scores of generated text against a reference."""
+"""Scores of generated texts against references, each in [0, 1].
+
+`score` takes as many predictions as references, by the names in `config.METRICS`:
+
+    exact_match    share of predictions that are the reference, but for space around it
+    partial_match  share that are, or whose words hold the reference's words, all in a row
+    rouge_l        mean ROUGE-L F1 over words
+    accuracy       share of predictions that are the reference's label
+    macro_f1       F1 of each label that occurs in either list, their mean
+    weighted_f1    the mean weighted by how often each label is the reference
+    entity_f1      F1 of entities, counted over all texts together
+
+A label is the whole text without case and space around it. Words are runs of letters and digits,
+lower case.
+
+    F1 = 2 tp / (2 tp + fp + fn),  0 where nothing is counted: as scikit-learn and seqeval do
+
+Entities are read from either of two forms, that of the reference deciding:
+
+    B-PER I-PER O B-LOC     one BIO tag per word: an entity is a type with its first and last place
+    PER: Ann Lee; LOC: Rome type and text, apart by a colon; entities by semicolons or line breaks
+
+In the second form an entity may occur several times, and counts as often; what has no colon is
+none. In the first an I- that continues no entity of its type begins one (CoNLL's rule), and what is
+no tag counts as O.
+"""
 
 import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+
+from .config import LorakitError, check_metrics
+
+Texts = Sequence[str]
+TAG = re.compile(r"O|[BI]-\S+")
+
+
+def score(predictions: Texts, references: Texts, metrics: str | Iterable[str]) -> dict[str, float]:
+    """Metrics by name (see the module) of predictions[i] against references[i].
+
+    Raises LorakitError for an unknown name, no texts, or lists of different length.
+    """
+    metrics = [metrics] if isinstance(metrics, str) else list(metrics)
+    check_metrics(metrics)
+    if len(predictions) != len(references) or not references:
+        raise LorakitError(
+            f"score: {len(predictions)} predictions and {len(references)} references; give as many "
+            "of one as of the other, and at least one"
+        )
+    return {name: SCORES[name](predictions, references) for name in metrics}
+
+
+# ---- of a text as a whole ----
+
+
+def exact_match(predictions: Texts, references: Texts) -> float:
+    """Share of pairs that are equal but for space around them."""
+    return _mean(p.strip() == r.strip() for p, r in zip(predictions, references, strict=True))
+
+
+def partial_match(predictions: Texts, references: Texts) -> float:
+    """Share of pairs that match exactly, or where the reference's words stand in the prediction,
+    all of them in a row."""
+    return _mean(
+        p.strip() == r.strip() or _holds(_words(p), _words(r))
+        for p, r in zip(predictions, references, strict=True)
+    )
+
+
+def mean_rouge_l(predictions: Texts, references: Texts) -> float:
+    """The mean of `rouge_l`."""
+    return _mean(rouge_l(p, r) for p, r in zip(predictions, references, strict=True))
 
 
 def rouge_l(prediction: str, reference: str) -> float:
@@ -15,8 +84,18 @@ def rouge_l(prediction: str, reference: str) -> float:
     return 2 * common / (len(a) + len(b)) if common else 0.0
 
 
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
 def _words(text: str) -> list[str]:
     return re.findall(r"[^\W_]+", text.lower())
+
+
+def _holds(words: list[str], part: list[str]) -> bool:
+    places = range(len(words) - len(part) + 1)
+    return bool(part) and any(words[i : i + len(part)] == part for i in places)
 
 
 def _longest_common_subsequence(a: list[str], b: list[str]) -> int:
@@ -28,3 +107,86 @@ def _longest_common_subsequence(a: list[str], b: list[str]) -> int:
             best[j] = diagonal + 1 if word == other else max(above, best[j - 1])
             diagonal = above
     return best[-1]
+
+
+# ---- of labels ----
+
+
+def accuracy(predictions: Texts, references: Texts) -> float:
+    """Share of pairs with the same label: the text without case and space around it."""
+    pairs = zip(predictions, references, strict=True)
+    return _mean(_label(p) == _label(r) for p, r in pairs)
+
+
+def macro_f1(predictions: Texts, references: Texts) -> float:
+    """The mean F1 of the labels that occur, as predictions or references."""
+    return _mean(_f1_of_labels(predictions, references).values())
+
+
+def weighted_f1(predictions: Texts, references: Texts) -> float:
+    """The mean F1 of the labels, each as often as it is the reference."""
+    f1 = _f1_of_labels(predictions, references)
+    return _mean(f1[_label(r)] for r in references)
+
+
+def _label(text: str) -> str:
+    return text.strip().casefold()
+
+
+def _f1_of_labels(predictions: Texts, references: Texts) -> dict[str, float]:
+    pairs = [(_label(p), _label(r)) for p, r in zip(predictions, references, strict=True)]
+    hits = Counter(p for p, r in pairs if p == r)
+    predicted, true = Counter(p for p, _ in pairs), Counter(r for _, r in pairs)
+    labels = sorted(predicted | true)  # sorted: the sum of floats is the same in every process
+    return {label: _f1(hits[label], predicted[label], true[label]) for label in labels}
+
+
+def _f1(hits: int, predicted: int, true: int) -> float:
+    return 2 * hits / (predicted + true) if hits else 0.0
+
+
+# ---- of entities ----
+
+
+def entity_f1(predictions: Texts, references: Texts) -> float:
+    """Micro-averaged F1 of entities, from BIO tags or from "type: text" (see the module)."""
+    hits = predicted = true = 0
+    for prediction, reference in zip(predictions, references, strict=True):
+        tagged = all(map(TAG.fullmatch, reference.split()))
+        read = _tagged_entities if tagged else _written_entities
+        found, wanted = read(prediction), read(reference)
+        hits += (found & wanted).total()
+        predicted, true = predicted + found.total(), true + wanted.total()
+    return _f1(hits, predicted, true)
+
+
+def _tagged_entities(text: str) -> Counter[tuple[str, int, int]]:
+    """(type, first place, place after the last) of BIO tags."""
+    entities, kind, start = [], None, 0
+    for place, word in enumerate([*text.split(), "O"]):
+        tag, _, name = word.partition("-") if TAG.fullmatch(word) else ("O", "", "")
+        goes_on = tag == "I" and name == kind
+        if kind is not None and not goes_on:
+            entities.append((kind, start, place))
+            kind = None
+        if tag != "O" and not goes_on:
+            kind, start = name, place
+    return Counter(entities)
+
+
+def _written_entities(text: str) -> Counter[tuple[str, str]]:
+    """(type, text) of "type: text" between semicolons or line breaks."""
+    pairs = (part.partition(":") for part in re.split(r"[;\n]", text))
+    stripped = ((kind.strip(), words.strip()) for kind, _, words in pairs)
+    return Counter((kind, words) for kind, words in stripped if kind and words)
+
+
+SCORES: dict[str, Callable[[Texts, Texts], float]] = {
+    "accuracy": accuracy,
+    "macro_f1": macro_f1,
+    "weighted_f1": weighted_f1,
+    "exact_match": exact_match,
+    "partial_match": partial_match,
+    "entity_f1": entity_f1,
+    "rouge_l": mean_rouge_l,
+}

@@ -22,7 +22,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,16 @@ from tqdm import tqdm
 from . import run_state
 from .adapter import save_adapter
 from .attached import Attached, attached
-from .config import OPTIMIZERS, LorakitError, TrainConfig
-from .data import IGNORE, Example, batches, collate, encode_rows, lengths_of
+from .config import METRICS, OPTIMIZERS, LorakitError, TrainConfig
+from .data import (
+    IGNORE,
+    Example,
+    PairExample,
+    batches,
+    collate,
+    encode_rows,
+    lengths_of,
+)
 from .eva_initialization import eva
 from .files import write_text
 from .loftq_initialization import loftq
@@ -44,7 +52,9 @@ from .memory import peak_memory_mb
 from .model import Decoder, MoE
 from .optim import AdamW, decay_groups, learning_rate, loraplus_groups
 from .packing import collate_packed, pack
+from .preference import pair_losses
 from .rows import read_rows
+from .scoring import check_rows, score_rows
 from .tokenizer import Tokenizer
 
 Rows = str | Path | Iterable[Mapping[str, Any]]
@@ -116,7 +126,11 @@ def train(
     examples = _encode(model, tok, data["train"], config)
     validation = None
     if data.get("validation") is not None:
-        validation = _encode(model, tok, data["validation"], config)
+        held_out = read_rows(data["validation"])
+        validation = _encode(model, tok, held_out, config)
+        check_rows(model, tok, held_out, config.eval_metrics)
+    elif config.eval_metrics:
+        raise LorakitError("train: eval_metrics scores validation rows; give data some")
     output_dir = Path(config.output_dir).expanduser()
     output_dir.mkdir(parents=True, exist_ok=True)
     resumed = _resumed(output_dir, config)
@@ -207,7 +221,9 @@ def train(
             due = last or (config.eval_steps and step % config.eval_steps == 0)
             better = False
             if validation and due and not stop.is_set():
-                result = _evaluate(model, validation, config.per_device_train_batch_size)
+                size = config.per_device_train_batch_size
+                result = _evaluate(model, validation, size, config)
+                result |= score_rows(model, tok, held_out, config.eval_metrics, size)
                 log.evaluation(step, result)
                 better = _note_evaluation(progress, step, result)
                 patience = config.early_stopping_patience
@@ -249,14 +265,31 @@ def evaluate(
     max_seq_length: int = 1024,
     over_length: str = "truncate",
     train_on: str = "completion",
+    metrics: str | Iterable[str] = (),
 ) -> dict[str, float]:
-    """Loss (nats per label token), perplexity, and the numbers of label tokens and rows."""
+    """Loss (nats per label token), perplexity, and the numbers of label tokens and rows.
+
+    metrics: what to score the model's own completions by, of the names in metrics.py. Every row
+    is completed greedily, after its whole prompt, whatever over_length says. Raises LorakitError
+    for an unknown name, and a prompt that leaves no room for a completion.
+    """
     config = TrainConfig(max_seq_length=max_seq_length, over_length=over_length, train_on=train_on)
-    return _evaluate(model, _encode(model, tok, data, config), batch_size)
+    rows, metrics = read_rows(data), [metrics] if isinstance(metrics, str) else list(metrics)
+    examples = _encode(model, tok, rows, config)
+    check_rows(model, tok, rows, metrics)
+    result = _evaluate(model, examples, batch_size)
+    return result | score_rows(model, tok, rows, metrics, batch_size)
 
 
 @torch.no_grad()
-def _evaluate(model: Decoder, examples: Sequence[Example], batch_size: int) -> dict[str, float]:
+def _evaluate(
+    model: Decoder, examples: Sequence[Example], batch_size: int, config: TrainConfig | None = None
+) -> dict[str, float]:
+    """Of rows the mean loss over their label tokens; of pairs over the pairs, with `config`'s
+    objective.
+    """
+    plain = TrainConfig() if config is None else config
+    plain = replace(plain, packing=False, label_smoothing_factor=0.0, z_loss=0.0)
     total, count = 0.0, 0
     lengths = lengths_of(examples)
     ordered = sorted(range(len(examples)), key=lengths.__getitem__)
@@ -265,11 +298,14 @@ def _evaluate(model: Decoder, examples: Sequence[Example], batch_size: int) -> d
     model.eval()
     try:
         for start in tqdm(starts, desc="evaluating", unit="batch", disable=None, leave=False):
-            ids, labels = collate([examples[i] for i in ordered[start : start + batch_size]])
-            loss, n = model.loss(ids.to(model.device), labels.to(model.device))
+            batch = [examples[i] for i in ordered[start : start + batch_size]]
+            loss, n = _summed_loss(model, batch, plain)
             total, count = total + loss.item(), count + n.item()
     finally:
         model.train(was_training)
+    if plain.objective != "sft":
+        pairs = len(examples)
+        return {"loss": total / pairs, "preference_accuracy": count / pairs, "rows": pairs}
     mean = total / count
     return {
         "loss": mean,
@@ -325,8 +361,10 @@ def _few_batches(
     """The rows of the first epoch in batches, padded."""
     lengths = lengths_of(examples)
     for rows in batches(lengths, config.per_device_train_batch_size, config.seed, 0):
-        ids, _ = collate([examples[row] for row in rows])
-        real = torch.tensor([lengths[row] for row in rows])[:, None]
+        chosen = [examples[row] for row in rows]
+        chosen = [e.chosen if isinstance(e, PairExample) else e for e in chosen]
+        ids, _ = collate(chosen)
+        real = torch.tensor([len(e.input_ids) for e in chosen])[:, None]
         mask = torch.arange(ids.shape[1]) < real
         yield {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
 
@@ -340,6 +378,11 @@ def _encode(model: Decoder, tok: Tokenizer, rows: Rows, config: TrainConfig) -> 
         train_on=config.train_on,
     )
     tok.check_fits((i for e in examples for i in e.input_ids), model.config.vocab_size)
+    if isinstance(examples[0], PairExample) != (config.objective != "sft"):
+        raise LorakitError(
+            f"objective {config.objective!r} does not fit the rows: dpo and orpo need `chosen` and "
+            "`rejected`, sft rows without them"
+        )
     return examples
 
 
@@ -443,20 +486,39 @@ def _restore_adapter(model: Decoder, path: Path) -> None:
 
 
 def _backward(model: Decoder, micro_batches: list[list[Example]], config: TrainConfig) -> float:
-    """Gradients of the mean loss over all label tokens of the step; that mean."""
-    count = sum(label != IGNORE for batch in micro_batches for e in batch for label in e.labels[1:])
-    total, device = 0.0, model.device
-    form = {"label_smoothing": config.label_smoothing_factor, "z_loss": config.z_loss}
+    """Gradients of the mean loss over the label tokens of the step, or over its pairs; that mean."""
+    if config.objective == "sft":
+        labels = (e.labels[1:] for batch in micro_batches for e in batch)
+        count = sum(label != IGNORE for each in labels for label in each)
+    else:
+        count = sum(map(len, micro_batches))
+    total = 0.0
     for batch in micro_batches:
-        bounds = None
-        if config.packing:
-            ids, labels, bounds = collate_packed(batch)
-        else:
-            ids, labels = collate(batch)
-        loss, _ = model.loss(ids.to(device), labels.to(device), cu_seqlens=bounds, **form)
+        loss, _ = _summed_loss(model, batch, config)
         (loss / count).backward()
         total += loss.item()
     return total / count
+
+
+def _summed_loss(
+    model: Decoder, batch: Sequence[Example | PairExample], config: TrainConfig
+) -> tuple[Tensor, Tensor]:
+    """The summed loss of a batch, and how many label tokens it has, or of pairs how many the model
+    has the right way round.
+    """
+    pairs = config.objective != "sft"
+    if pairs:
+        batch = [e.chosen for e in batch] + [e.rejected for e in batch]
+    ids, labels, *bounds = collate_packed(batch) if config.packing else collate(batch)
+    where = {"cu_seqlens": bounds[0] if bounds else None}
+    inputs = ids.to(model.device), labels.to(model.device)
+    smoothing = config.label_smoothing_factor
+    if not pairs:
+        form = {"label_smoothing": smoothing, "z_loss": config.z_loss}
+        return model.loss(*inputs, **where, **form)
+    form = {"objective": config.objective, "beta": config.beta, "label_smoothing": smoothing}
+    losses, prefers = pair_losses(model, *inputs, **where, **form)
+    return losses.sum(), prefers.sum()
 
 
 def _check_gradients(model: Decoder, layers: Mapping[str, Attached]) -> None:
@@ -531,7 +593,8 @@ class _Log:
 
     def evaluation(self, step: int, result: Mapping[str, float]) -> None:
         self._write({"step": step, **{f"eval_{name}": value for name, value in result.items()}})
-        self.say(f"step {step}/{self.total}: validation loss {result['loss']:.4f}")
+        scores = "".join(f", {n} {v:.4f}" for n, v in result.items() if n in METRICS)
+        self.say(f"step {step}/{self.total}: validation loss {result['loss']:.4f}{scores}")
 
     def say(self, line: str) -> None:
         if self.bar.disable:

@@ -111,6 +111,27 @@ def test_quantize_report(tiny_dir, tmp_path, monkeypatch, capsys):
             main(["quantize-report", str(tiny_dir), *wrong])
 
 
+def test_plot(run_file, tmp_path, monkeypatch, capsys):
+    for name in ("one", "two"):
+        assert main(["train", str(run_file), f"output_dir={tmp_path / name}"]) == 0
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert main(["plot", "one", "--out", "new/both", "two"]) == 0
+    assert capsys.readouterr().out == "plots in new/both/runs.html\n"
+    assert (
+        "<tr><th></th><th>one</th><th>two</th></tr>"
+        in (tmp_path / "new" / "both" / "runs.html").read_text()
+    )
+    assert main(["plot", "one"]) == 0
+    assert (tmp_path / "plots" / "loss.png").exists()
+    assert main(["plot", "one", "new"]) == 1
+    assert capsys.readouterr().err == (
+        "lorakit: new holds no metrics.jsonl; name the output_dir of a training run\n"
+    )
+    assert main(["plot", "one", "--out", "run.yaml"]) == 1
+    assert "run.yaml is not a directory" in capsys.readouterr().err
+
+
 @pytest.fixture
 def trained(run_file, tmp_path, capsys):
     assert main(["train", str(run_file), "max_steps=1", "lora.use_rslora=true", "lora.r=5"]) == 0
@@ -258,6 +279,9 @@ WRONG = [
     ["train", "run.yaml", "=3"],
     ["generate", "m", "--top-q", "1"],
     ["generate", "m", "a", "b"],
+    ["plot"],
+    ["plot", "--out", "x"],
+    ["plot", "x", "--to", "y"],
     ["adapter"],
     ["adapter", "shw", "x"],
     ["adapter", "show"],
@@ -277,7 +301,15 @@ def test_wrong_usage_exits_with_2(arguments, capsys):
     assert "usage" in err or "is not of the form key=value" in err
 
 
-HELP = [[], ["train"], ["generate"], ["adapter"], ["adapter", "show"], ["adapter", "convert"]]
+HELP = [
+    [],
+    ["train"],
+    ["generate"],
+    ["plot"],
+    ["adapter"],
+    ["adapter", "show"],
+    ["adapter", "convert"],
+]
 
 
 @pytest.mark.parametrize("arguments", [[*verb, "--help"] for verb in HELP])

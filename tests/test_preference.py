@@ -158,3 +158,58 @@ def test_bad_options():
             lk.dpo_loss(one, one, one, one, **options)
     with pytest.raises(lk.LorakitError, match="beta must be positive"):
         lk.orpo_loss(one, one, beta=-1.0)
+
+
+PAIRS = [
+    {"prompt": f"{a} plus {b} is ", "chosen": f"{a + b}.", "rejected": f"{a + b + 1}, I think."}
+    for a in range(6)
+    for b in range(4)
+]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("objective", ["dpo", "orpo"])
+def test_a_run_learns_to_prefer(tiny_dir, tmp_path, objective, packing):
+    model, tok = (
+        lk.load_model(tiny_dir, dtype="float32", quantize="nf4"),
+        lk.load_tokenizer(tiny_dir),
+    )
+    torch.manual_seed(0)
+    lk.attach(model, lk.LoraConfig(r=4, lora_alpha=8))
+    config = lk.TrainConfig(
+        str(tmp_path), max_steps=30, learning_rate=1e-2, objective=objective, packing=packing,
+        max_seq_length=64, eval_steps=15, save_steps=20,
+    )  # fmt: skip
+    result = lk.train(model, tok, {"train": PAIRS, "validation": PAIRS[:6]}, config)
+    first, last = result.evaluations[0], result.evaluations[-1]
+    assert last["loss"] < first["loss"]
+    assert last["preference_accuracy"] == 1
+    assert last["rows"] == 6
+
+
+def test_rows_and_objective_must_fit(tiny_dir, tmp_path):
+    model, tok = lk.attach(lk.load_model(tiny_dir, dtype="float32")), lk.load_tokenizer(tiny_dir)
+    sft, dpo = (lk.TrainConfig(str(tmp_path), objective=o) for o in ("sft", "dpo"))
+    rows = [{"prompt": "a", "completion": "b"}]
+    for data, config in ((PAIRS, sft), (rows, dpo)):
+        with pytest.raises(lk.LorakitError, match="does not fit the rows"):
+            lk.train(model, tok, data, config)
+
+
+def test_pairs_of_chats(tiny_dir):
+    """With a prompt of their own, or with messages that both begin with."""
+    tok = lk.load_tokenizer(tiny_dir)
+    before = [{"role": "user", "content": "hi"}]
+    good, bad = ([{"role": "assistant", "content": text}] for text in ("hello", "no"))
+    apart = {"prompt": before, "chosen": good, "rejected": bad}
+    whole = {"chosen": before + good, "rejected": before + bad}
+    a, b = (
+        lk.encode_rows(lk.read_rows([row]), tok, max_seq_length=200)[0] for row in (apart, whole)
+    )
+    assert a == b
+    assert a.chosen.input_ids == tok.apply_chat_template(before + good)
+    assert a.rejected.labels.count(-100) == a.chosen.labels.count(-100)
+    with pytest.raises(lk.LorakitError, match="row 0: chosen and rejected need a prompt"):
+        lk.read_rows([{"chosen": "a", "rejected": "b"}])
+    with pytest.raises(lk.LorakitError, match="row 0, rejected: the completion is empty"):
+        lk.read_rows([{"prompt": "x", "chosen": "a", "rejected": ""}])

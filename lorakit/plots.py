@@ -1,0 +1,185 @@
+"""Curves of training runs, side by side, from the metrics.jsonl that each has written.
+
+PNG     one per quantity: loss (of training, and dashed of evaluations), learning rate, gradient
+        norm, tokens per second, each over the optimizer steps, a colour for each run
+HTML    one page that holds these pictures and a table of the last value of everything; it needs
+        nothing else, neither files beside it nor a network
+"""
+
+import json
+import logging
+import math
+from base64 import b64encode
+from collections.abc import Iterable, Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from .config import LorakitError
+from .files import atomic, read_text, write_text
+
+log = logging.getLogger("lorakit")
+
+# file name -> label of the axis, and the quantities drawn: solid, and dashed with a dot at each
+PLOTS = {
+    "loss": ("loss, nats per label token", "loss", "eval_loss"),
+    "learning_rate": ("learning rate", "learning_rate", None),
+    "grad_norm": ("gradient norm", "grad_norm", None),
+    "tokens_per_second": ("tokens per second", "tokens_per_second", None),
+}
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<title>Training runs</title>
+<style>
+body {{ font-family: sans-serif; margin: 2em; }}
+img {{ max-width: 100%; }}
+table {{ border-collapse: collapse; }}
+th, td {{ border-bottom: 1px solid #ccc; padding: 0.2em 1em; text-align: right; }}
+th:first-child {{ text-align: left; }}
+</style>
+<h1>Training runs</h1>
+{pictures}
+<h2>Last values</h2>
+{table}
+</html>
+"""
+
+
+def plot_runs(paths: str | Path | Iterable[str | Path], out: str | Path) -> Path:
+    """Draw the runs whose output directories are `paths` into directory `out`: a PNG for each of
+    PLOTS, and runs.html. Returns the path of the latter. Needs matplotlib (the extra `plots`).
+
+    Raises LorakitError for no run, a directory without metrics.jsonl, or one that is not of
+    lorakit. The last line of a run that was cut off while writing it is left out, and said.
+    """
+    if isinstance(paths, (str, Path)):
+        paths = [paths]
+    runs = _named([Path(path).expanduser() for path in paths])
+    if not runs:
+        raise LorakitError("plot_runs: name the output directory of at least one run")
+    out = Path(out).expanduser()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise LorakitError(f"plot_runs: {out} is not a directory; choose another") from None
+    for name in PLOTS:
+        with atomic(out / f"{name}.png") as temporary:
+            _draw(name, runs, temporary)
+    pictures = "\n".join(_picture(out / f"{name}.png", PLOTS[name][0]) for name in PLOTS)
+    write_text(out / "runs.html", PAGE.format(pictures=pictures, table=_table(runs)))
+    return out / "runs.html"
+
+
+# ---- reading ----
+
+Line = Mapping[str, float]
+
+
+def _named(paths: list[Path]) -> dict[str, list[Line]]:
+    """The lines of each run, by the last part of its path, or the whole where that is not one's
+    own."""
+    paths = list(dict.fromkeys(paths))
+    leaves = [path.resolve().name for path in paths]
+    names = [
+        leaf if leaves.count(leaf) == 1 else str(path)
+        for leaf, path in zip(leaves, paths, strict=True)
+    ]
+    shown = [name.encode("utf-8", "replace").decode() for name in names]  # a path may be any bytes
+    return {name: _read_metrics(path) for name, path in zip(shown, paths, strict=True)}
+
+
+def _read_metrics(directory: Path) -> list[Line]:
+    """The lines of a run's metrics.jsonl: numbers by name, "step" among them."""
+    path = directory / "metrics.jsonl"
+    if not path.is_file():
+        raise LorakitError(
+            f"{directory} holds no metrics.jsonl; name the output_dir of a training run"
+        )
+    text, lines = read_text(path), []
+    *whole, rest = text.split("\n")
+    for number, line in enumerate(whole, 1):
+        if line.strip():
+            lines.append(_parsed(line, f"{path} line {number}"))
+    if rest:
+        log.warning("lorakit: %s: the last line is cut off and left out", path)
+    if not lines:
+        raise LorakitError(f"{path} holds no step yet")
+    return lines
+
+
+def _parsed(line: str, place: str) -> Line:
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise LorakitError(f"{place} is not valid JSON: {error}") from None
+    if not isinstance(values, dict) or type(values.get("step")) is not int:
+        raise LorakitError(f"{place}: an object with a whole number 'step' is wanted")
+    for name, value in values.items():
+        whole = type(value) is int and abs(value) < 2**63
+        if not whole and type(value) is not float:
+            raise LorakitError(f"{place}: {name} must be a number, not {value!r}")
+    return values
+
+
+def _curve(lines: list[Line], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a quantity; what is not finite is NaN, which no line goes through."""
+    found = [(line["step"], line[name]) for line in lines if name in line]
+    values = [float(v) if math.isfinite(v) else math.nan for _, v in found]
+    return [step for step, _ in found], values
+
+
+# ---- drawing ----
+
+
+def _draw(name: str, runs: Mapping[str, list[Line]], path: Path) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise LorakitError("plots need matplotlib: pip install 'lorakit[plots]'") from None
+    label, solid, dashed = PLOTS[name]
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for i, (run, lines) in enumerate(runs.items()):
+        colour = f"C{i % 10}"
+        axes.plot(*_curve(lines, solid), color=colour, linewidth=1, label=_plain(run))
+        if dashed is not None:
+            steps, values = _curve(lines, dashed)
+            if steps:
+                label_of = f"{_plain(run)}, evaluation"
+                axes.plot(steps, values, "--", marker=".", color=colour, label=label_of)
+    axes.set(xlabel="step", ylabel=label)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, format="png", dpi=120)
+
+
+def _plain(name: str) -> str:
+    r"""As matplotlib shows it: "$" would begin a formula, and "_" in front hide the label."""
+    return " " * name.startswith("_") + name.replace("$", r"\$")
+
+
+def _picture(path: Path, title: str) -> str:
+    data = b64encode(path.read_bytes()).decode()
+    return f'<p><img alt="{escape(title)} over steps" src="data:image/png;base64,{data}"></p>'
+
+
+def _table(runs: Mapping[str, list[Line]]) -> str:
+    """A row for each quantity, in the order in which the runs wrote them, a column for each run."""
+    last = {run: {k: v for line in lines for k, v in line.items()} for run, lines in runs.items()}
+    names = dict.fromkeys(name for values in last.values() for name in values)
+    rows = [_row("th", ["", *runs])]
+    rows += [_row("td", [name, *(_number(v.get(name)) for v in last.values())]) for name in names]
+    return "<table>\n" + "\n".join(rows) + "\n</table>"
+
+
+def _row(cell: str, texts: list[str]) -> str:
+    first, *others = map(escape, texts)
+    cells = "".join(f"<{cell}>{text}</{cell}>" for text in others)
+    return f"<tr><th>{first}</th>{cells}</tr>"
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"

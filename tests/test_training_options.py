@@ -1,0 +1,85 @@
+"""Options of the loss and of memory while training, each against what it is defined by."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import lorakit as lk
+from lorakit.lora import lora_layers
+
+IDS = torch.arange(36).view(3, 12) * 5 % 300
+
+
+@pytest.fixture
+def model(tiny_dir):
+    model = lk.load_model(tiny_dir, dtype="float32", quantize="nf4")
+    torch.manual_seed(0)
+    lk.attach(model, lk.LoraConfig(r=4, lora_alpha=8))
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B, 0, 0.1)
+    return model
+
+
+def gradients(model, **options):
+    loss, _ = model.loss(IDS, IDS, **options)
+    loss.backward()
+    grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    model.zero_grad(set_to_none=True)
+    return loss.detach(), grads
+
+
+def test_label_smoothing_and_z_loss(model):
+    logits = model(IDS)[:, :-1].reshape(-1, 300).double()
+    labels = IDS[:, 1:].reshape(-1)
+    smoothed = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=0.1)
+    truth = smoothed + 1e-3 * logits.logsumexp(-1).square().sum()
+    loss, _ = model.loss(IDS, IDS, label_smoothing=0.1, z_loss=1e-3)
+    assert abs(loss - truth) <= 1e-5 * truth  # fp32 sums over 300 words
+
+
+def test_checkpointing_and_offloading_leave_gradients_unchanged(model):
+    """The same bits, as the same products run on the same numbers."""
+    model.train()
+    loss, grads = gradients(model)
+    for offload in (False, True):
+        model.gradient_checkpointing, model.offload_activations = True, offload
+        other_loss, others = gradients(model)
+        assert torch.equal(other_loss, loss)
+        assert torch.equal(others, grads)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_neftune_noise(model, packed):
+    """Uniform, up to alpha / sqrt(T H) of a row or a document, and only while training."""
+    model.neftune_noise_alpha = 5.0
+    ids, bounds, length = IDS, None, torch.full((3, 12, 1), 12.0)
+    if packed:
+        ids, bounds = IDS.view(1, -1), torch.tensor([0, 4, 36])
+        length = torch.tensor([4.0] * 4 + [32.0] * 32)[None, :, None]
+    seen = []
+    layer = model.model.layers[0]
+    hook = layer.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach()))
+    for training in (False, True, True):
+        model.train(training)
+        model.hidden_states(ids, cu_seqlens=bounds)
+    hook.remove()
+    plain, *noisy = seen
+    assert torch.equal(plain, model.embed(ids))
+    shares = [(x - plain) / (5 / (length * 32).sqrt()) for x in noisy]
+    assert not torch.equal(*shares)
+    for share in shares:
+        assert share.abs().max() <= 1 + 1e-4
+        assert share.std() == pytest.approx(3**-0.5, rel=0.1)  # of U(-1, 1)
+
+
+def test_gradient_of_each_row_is_that_of_all(model):
+    """`row_losses` sums to `loss`, padded and packed, and counts the same."""
+    labels = IDS.clone()
+    labels[1, 5:] = -100
+    loss, count = model.loss(IDS, labels)
+    for options in ({}, {"cu_seqlens": torch.tensor([0, 12, 24, 36])}):
+        ids, own = (IDS, labels) if not options else (IDS.view(1, -1), labels.view(1, -1))
+        losses, counts = model.row_losses(ids, own, **options)
+        assert losses.sum().item() == pytest.approx(loss.item(), rel=1e-5)
+        assert counts.tolist() == [11, 4, 11]
+    assert count == 26
