@@ -486,7 +486,7 @@ def _restore_adapter(model: Decoder, path: Path) -> None:
 
 
 def _backward(model: Decoder, micro_batches: list[list[Example]], config: TrainConfig) -> float:
-    """Gradients of the mean loss over the label tokens of the step, or over its pairs; that mean."""
+    """Gradients of the mean loss over the step's label tokens, or over its pairs; that mean."""
     if config.objective == "sft":
         labels = (e.labels[1:] for batch in micro_batches for e in batch)
         count = sum(label != IGNORE for each in labels for label in each)
