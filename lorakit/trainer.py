@@ -26,7 +26,7 @@ from tqdm import tqdm
 from .adapter import save_adapter
 from .attached import Attached, attached
 from .config import LorakitError, TrainConfig
-from .data import IGNORE, Example, batches, collate, encode_rows
+from .data import IGNORE, Example, batches, collate, encode_rows, lengths_of
 from .eva_initialization import eva
 from .loftq_initialization import loftq
 from .lora import LoraPart
@@ -64,9 +64,9 @@ def train(
     base_model: str | None = None,
     after_step: Callable[[], None] | None = None,
 ) -> TrainResult:
-    """Train the adapter attached to `model` (see `attach`) on rows of prompt and completion.
+    """Train the adapter attached to `model` (see `attach`) on rows of any format (see `read_rows`).
 
-    data: a JSONL file or an iterable of rows, or {"train": ..., "validation": ...} of these.
+    data: a file or an iterable of rows, or {"train": ..., "validation": ...} of these.
     base_model: recorded in the adapter's config. after_step: called after every optimizer step.
 
     Raises LorakitError before the first step if no adapter is attached, the model is float16 or the
@@ -237,7 +237,7 @@ def _few_batches(
     model: Decoder, examples: Sequence[Example], config: TrainConfig
 ) -> Iterator[dict[str, Tensor]]:
     """The batches of the first epoch, as they will be trained on."""
-    lengths = [len(e.input_ids) for e in examples]
+    lengths = lengths_of(examples)
     for rows in batches(lengths, config.per_device_train_batch_size, config.seed, 0):
         ids, _ = collate([examples[row] for row in rows])
         real = torch.tensor([lengths[row] for row in rows])[:, None]
@@ -276,7 +276,7 @@ def _step_batches(
     examples: Sequence[Example], config: TrainConfig
 ) -> Iterator[list[list[Example]]]:
     """The micro-batches of one optimizer step after another, epoch after epoch, without end."""
-    lengths = [len(e.input_ids) for e in examples]
+    lengths = lengths_of(examples)
     accumulate = config.gradient_accumulation_steps
     epoch = 0
     while True:
