@@ -287,6 +287,13 @@ class Examples(Sequence[Example]):
         return self.encoder(self.rows[self.numbers[index]])
 
 
+def lengths_of(examples: Sequence[Example]) -> Sequence[int]:
+    """Numbers of tokens; of the examples of a file without making them again."""
+    if isinstance(examples, Examples):
+        return examples.lengths
+    return [len(example.input_ids) for example in examples]
+
+
 def encode_rows(
     rows: Iterable[Row],
     tok: Tokenizer,
@@ -330,13 +337,6 @@ def encode_rows(
             "dropped" if over_length == "drop" else "truncated",
         )
     return examples
-
-
-def lengths_of(examples: Sequence[Example]) -> Sequence[int]:
-    """The numbers of tokens of all examples, without making them again."""
-    if isinstance(examples, Examples):
-        return examples.lengths
-    return [len(example.input_ids) for example in examples]
 
 
 def batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:

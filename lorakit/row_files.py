@@ -21,15 +21,17 @@ class Record(NamedTuple):
 
 
 class JsonLines:
-    """The objects of a JSONL file; `first` and `line` are where the file stands."""
+    """The objects of a JSONL file."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def header(self, file: BinaryIO) -> tuple[int, int]:
+        """Where the first record may start, and its line."""
         return 0, 1
 
     def records(self, file: BinaryIO, start: int, line: int) -> Iterator[Record]:
+        """Those from where `file` stands: at byte `start`, on `line`."""
         for raw in file:
             text = decoded(raw, start, f"{self.path} line {line}")
             if text.strip():
@@ -38,7 +40,7 @@ class JsonLines:
 
 
 class CsvRecords:
-    """The records of a CSV file, as a mapping from the names in its first record."""
+    """The records of a CSV file, as mappings from the names in its header; else as JsonLines."""
 
     def __init__(self, path: Path):
         self.path = path

@@ -82,7 +82,13 @@ def _other_rows(source: Any, format: str | None) -> Sequence[Row]:
             "take one of its values"
         )
     if isinstance(source, Indexed) and not isinstance(source, (list, tuple)):
-        return IndexedRows(source, "row", format)
+        try:
+            return IndexedRows(source, "row", format)
+        except (KeyError, IndexError):  # a table of pandas has its columns there
+            raise LorakitError(
+                f"data of type {type(source).__name__} has no rows under 0, 1, ...; give an "
+                "iterable of mappings"
+            ) from None
     if not isinstance(source, Iterable):
         raise LorakitError(f"data must be a file or an iterable of rows, not {source!r:.60}")
     return _held(source, "row", format)

@@ -74,6 +74,13 @@ def test_train_then_generate(run_file, tiny_dir, tmp_path, capsys):
     assert main(["generate", *base, *options, "--chat", "--temperature", "0.5", "--seed", "1"]) == 0
 
 
+def test_format_of_the_data(run_file, capsys):
+    assert main(["train", str(run_file), "data.format=text"]) == 1
+    assert "train.jsonl line 1: field 'text' is missing" in capsys.readouterr().err
+    assert main(["train", str(run_file), "data.format=txt"]) == 1
+    assert "did you mean 'text'" in capsys.readouterr().err
+
+
 def test_loftq_before_training(run_file, capsys):
     assert main(["train", str(run_file), "lora.init_lora_weights=loftq", "max_steps=1"]) == 0
     assert "LoftQ: mean relative error of 14 layers 0." in capsys.readouterr().out

@@ -4,12 +4,14 @@ import csv
 import json
 import os
 import tracemalloc
+from collections import deque
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorakit as lk
+from lorakit.data import lengths_of
 from lorakit.formats import Chat, Instruction, Pair, Text
 from lorakit.rows import FileRows, IndexedRows, content_digest, split
 
@@ -104,6 +106,22 @@ def test_one_format_per_source():
     for wrong in ({"train": rows}, 3):
         with pytest.raises(lk.LorakitError, match="data (is a mapping of train|must be a file)"):
             lk.read_rows(wrong)
+
+
+def test_a_table_whose_index_is_no_row():
+    pandas = pytest.importorskip("pandas")  # comes with datasets
+    table = pandas.DataFrame([{"text": "a"}, {"text": "b"}])
+    with pytest.raises(lk.LorakitError, match="data of type DataFrame has no rows under 0, 1"):
+        lk.read_rows(table)
+    assert [row.text for row in lk.read_rows(table.to_dict("records"))] == ["a", "b"]
+
+
+def test_generators_and_other_sequences():
+    values = [{"text": "a"}, {"text": "b"}]
+    held = lk.read_rows(iter(values))
+    assert held == lk.read_rows(values) == lk.read_rows(tuple(values))
+    assert list(lk.read_rows(deque(values))) == held
+    assert lk.read_rows(lk.read_rows(deque(values))).values == deque(values)
 
 
 # ---- files ----
@@ -249,7 +267,7 @@ def test_examples_of_a_file_are_made_again(tmp_path, tiny_dir):
     assert len(lazy) == len(held) == 3
     assert list(lazy) == held
     assert lazy[1:] == held[1:]
-    assert list(lazy.lengths) == [len(e.input_ids) for e in held]
+    assert list(lengths_of(lazy)) == lengths_of(held) == [len(e.input_ids) for e in held]
 
 
 # ---- any bytes ----
