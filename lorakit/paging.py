@@ -26,8 +26,9 @@ import tempfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -162,8 +163,8 @@ def check_budget(budget: int, page_bytes: int) -> None:
 class FileStore:
     """Pages in a file of `directory` that has no name, memory-mapped; resident are those that the
     process has in its page tables. The system writes and reads them, and may keep them in memory
-    that it has left over. In a directory that lies in memory itself (tmpfs, on some systems /tmp)
-    nothing is saved.
+    that it has left over; on macOS it also decides when a dropped page leaves. In a directory that
+    lies in memory itself (tmpfs, on some systems /tmp) nothing is saved.
 
     Raises LorakitError for a directory where no file can be made.
     """
@@ -200,7 +201,8 @@ class FileStore:
         region.madvise(mmap.MADV_DONTNEED, start, self.page_bytes)
 
     def read(self, page: int, into: Tensor) -> None:
-        os.preadv(self.file.fileno(), [into.numpy()], page * self.page_bytes)
+        self.file.seek(page * self.page_bytes)
+        self.file.readinto(into.numpy())
 
 
 class _Slot:
@@ -281,7 +283,7 @@ class PinnedStore:
         return _Slot(memory, torch.cuda.current_stream(self.device).record_event())
 
 
-def scratch_file(directory: str | Path | None) -> BinaryIO:
+def scratch_file(directory: str | Path | None) -> FileIO:
     """A file without a name in `directory`, or in the system's for temporary files.
 
     Raises LorakitError where none can be made.
@@ -295,7 +297,7 @@ def scratch_file(directory: str | Path | None) -> BinaryIO:
         ) from error
 
 
-def mapped(file: BinaryIO, start: int, nbytes: int) -> mmap.mmap:
+def mapped(file: FileIO, start: int, nbytes: int) -> mmap.mmap:
     """These bytes of a file, which is made longer for them: their room is taken.
 
     Raises LorakitError where there is none, and leaves the file as long as it was.
