@@ -9,6 +9,7 @@ unknown name is an error that says the nearest valid one, and nothing is convert
 
 import dataclasses
 import difflib
+import logging
 import math
 import re
 import types
@@ -18,6 +19,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from .aliases import ALIASES, own_names
+
+log = logging.getLogger("lorakit")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -472,23 +477,25 @@ class RunConfig:
     @classmethod
     def from_dict(cls, values: Any, where: str = "run file") -> "RunConfig":
         """From the mapping of a run file: the fields of this class, with TrainConfig's beside
-        them.
+        them, or the names of TRL and Axolotl (see aliases.py).
 
-        Raises LorakitError with the nearest valid name for a key that is none of these.
+        Raises LorakitError with the nearest valid name for a key that is none of these, for two
+        names of one setting, and for an alias that cannot be honoured.
         """
         if not isinstance(values, Mapping):
             raise LorakitError(f"{where} must be a mapping of names to values, not {values!r}")
-        values = dict(values)
+        try:
+            values, notes = own_names(values)
+        except ValueError as error:
+            raise LorakitError(f"{where}: {error}") from None
         own = [f.name for f in dataclasses.fields(cls) if f.name != "train"]
         training = [f.name for f in dataclasses.fields(TrainConfig)]
         for name in values:
             if name not in own and name not in training:
-                raise LorakitError(f"{where}: unknown key {name!r}{nearest(name, own + training)}")
-        data = values.get("data")
-        if isinstance(data, str):
-            data = {"train": data}
-        if data is not None:
-            values["data"] = from_mapping(DataConfig, data, f"{where}, data")
+                known = [*own, *training, *sorted(ALIASES)]
+                raise LorakitError(f"{where}: unknown key {name!r}{nearest(name, known)}")
+        if values.get("data") is not None:
+            values["data"] = from_mapping(DataConfig, values["data"], f"{where}, data")
         if "lora" in values:
             values["lora"] = from_mapping(LoraConfig, values["lora"], f"{where}, lora")
         values["quantize"] = quant_config(values.get("quantize"), f"{where}, quantize")
@@ -496,6 +503,8 @@ class RunConfig:
         values["train"] = from_mapping(TrainConfig, train, where)
         run = from_mapping(cls, values, where)
         to_dtype(run.dtype)
+        for note in notes:
+            log.warning("lorakit: %s: %s", where, note)
         return run
 
 

@@ -118,6 +118,44 @@ def test_quantize_report(tiny_dir, tmp_path, monkeypatch, capsys):
             main(["quantize-report", str(tiny_dir), *wrong])
 
 
+def test_run_file_of_axolotl(run_file, tmp_path, capsys):
+    """Other names, the same adapter."""
+    assert main(["train", str(run_file)]) == 0
+    values = yaml.safe_load(run_file.read_text())
+    theirs = {
+        "base_model": values["model"],
+        "load_in_4bit": True,
+        "adapter": "qlora",
+        "lora_r": 4,
+        "lora_alpha": 8,
+        "datasets": [{"path": values["data"]["train"]}],
+        "bf16": False,
+        "output_dir": str(tmp_path / "theirs"),
+        "max_steps": 3,
+        "learning_rate": 1e-2,
+        "flash_attention": True,
+    }
+    run_file.write_text(yaml.safe_dump(theirs))
+    capsys.readouterr()
+    assert main(["train", str(run_file), "lora_r=4"]) == 0
+    ours, other = (
+        (tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("out", "theirs")
+    )
+    assert ours == other
+    assert main(["train", str(run_file), "lora.r=8"]) == 1
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert err == f"lorakit: {run_file}: lora_r and lora.r set the same thing: keep one of them"
+
+
+def test_eval_metrics(run_file, tmp_path, capsys):
+    assert main(["train", str(run_file), "eval_metrics=[exact_match, rouge_l]"]) == 0
+    assert ", exact_match 0.0000, rouge_l 0." in capsys.readouterr().out
+    last = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1]
+    assert {"eval_loss", "eval_exact_match", "eval_rouge_l"} < json.loads(last).keys()
+    assert main(["train", str(run_file), "eval_metrics=[rouge]"]) == 1
+    assert "unknown metric 'rouge' (did you mean 'rouge_l'?)" in capsys.readouterr().err
+
+
 def test_plot(run_file, tmp_path, monkeypatch, capsys):
     for name in ("one", "two"):
         assert main(["train", str(run_file), f"output_dir={tmp_path / name}"]) == 0

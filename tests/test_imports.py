@@ -13,7 +13,8 @@ STANDARD = set(sys.stdlib_module_names) | {"torch", "tqdm"}
 FOREIGN = {"transformers", "peft", "bitsandbytes", "trl", "unsloth", "liger_kernel", "accelerate"}
 
 ALLOWED = {
-    "config": set(),
+    "aliases": set(),
+    "config": {"aliases"},
     "families": set(),
     "model_config": {"config", "families"},
     "rope": {"model_config"},

@@ -62,7 +62,7 @@ def test_command_line(prepared):
     (work / "train.jsonl").write_text(rows)
     commands = [line for text in blocks("sh") for line in text.splitlines() if "lorakit " in line]
     commands = [shlex.split(c, comments=True) for c in commands if c.startswith("lorakit ")]
-    assert {c[1] for c in commands} == {"train", "generate", "quantize-report", "adapter"}
+    assert {c[1] for c in commands} == {"train", "generate", "quantize-report", "plot", "adapter"}
     for command in commands:
         done = run(command, check=False)
         assert done.returncode == 0, done.stderr

@@ -1,0 +1,287 @@
+"""Names that run files of TRL, transformers and Axolotl give to lorakit's settings.
+
+Every foreign name stands in one of the tables below, which docs/run-file.md prints:
+
+    RENAMED    another name for one of ours; a.b reaches into a mapping
+    CONVERTED  the value says something in other words, too
+    SETTLED    fine with the values that ask for what lorakit does anyhow, refused with others
+    IGNORED    changes nothing in what is learnt: one line says so
+    REFUSED    cannot be honoured
+
+and VALUES holds other spellings of values. A foreign name whose value is null says nothing, as in
+Axolotl's templates, but for NULL_SAYS. Messages are ValueErrors without the file's name; config.py
+puts that before.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+RENAMED = {
+    "base_model": "model",
+    "model_name_or_path": "model",
+    "dataset_name": "data.train",
+    "torch_dtype": "dtype",
+    "micro_batch_size": "per_device_train_batch_size",
+    "num_epochs": "num_train_epochs",
+    "lr_scheduler": "lr_scheduler_type",
+    "optimizer": "optim",
+    "sequence_len": "max_seq_length",
+    "max_length": "max_seq_length",
+    "sample_packing": "packing",
+    "noisy_embedding_alpha": "neftune_noise_alpha",
+    "lora_r": "lora.r",
+    "lora_alpha": "lora.lora_alpha",
+    "lora_dropout": "lora.lora_dropout",
+    "lora_target_modules": "lora.target_modules",
+    "lora_exclude_modules": "lora.exclude_modules",
+    "lora_modules_to_save": "lora.modules_to_save",
+    "lora_layers_to_transform": "lora.layers_to_transform",
+    "lora_fan_in_fan_out": "lora.fan_in_fan_out",
+    "use_rslora": "lora.use_rslora",
+    "peft_use_rslora": "lora.use_rslora",
+    "use_dora": "lora.use_dora",
+    "peft_use_dora": "lora.use_dora",
+    "init_lora_weights": "lora.init_lora_weights",
+    "peft_init_lora_weights": "lora.init_lora_weights",
+}
+
+VALUES = {
+    "optim": {
+        "adamw_torch_fused": "adamw_torch",
+        "adamw_hf": "adamw_torch",
+        "adamw_bnb_8bit": "adamw_8bit",
+    },
+    "report_to": {"none": None},
+    "max_steps": {-1: None},
+}
+
+DEVICE = "lorakit trains on one device: take it out"
+PER_EPOCH = "give the number of steps, as save_steps or eval_steps"
+REFUSED = {
+    "deepspeed": DEVICE,
+    "fsdp": DEVICE,
+    "fsdp_config": DEVICE,
+    "saves_per_epoch": PER_EPOCH,
+    "evals_per_epoch": PER_EPOCH,
+    "hub_model_id": "lorakit uploads nothing: take it out, and upload output_dir afterwards",
+}
+
+# name -> the values that ask for what happens anyhow, and what to do about others
+SETTLED = {
+    "fp16": ([False], "gradients of a float16 model underflow: set bf16: true or dtype: float32"),
+    "tf32": ([False], "lorakit leaves torch's precision of products alone: take it out"),
+    "val_set_size": (
+        [0],
+        "lorakit splits no rows off: write those to evaluate on to a file and name it in data, "
+        "as validation",
+    ),
+    "use_peft": ([True], "lorakit trains adapters only"),
+    "push_to_hub": ([False], "lorakit uploads nothing: upload output_dir afterwards"),
+    "lora_task_type": (["CAUSAL_LM"], "lorakit trains causal language models only"),
+}
+
+ATTENTION = "lorakit chooses the kernel of attention itself, with the same result"
+TOKENIZER = "it is read from the model's directory"
+EVALUATION = "evaluation takes per_device_train_batch_size rows at a time, with the same result"
+OWN_KERNELS = "lorakit has kernels of its own"
+IGNORED = {
+    "logging_steps": "metrics.jsonl gets every step",
+    "flash_attention": ATTENTION,
+    "xformers_attention": ATTENTION,
+    "sdp_attention": ATTENTION,
+    "attn_implementation": ATTENTION,
+    "gradient_checkpointing_kwargs": "there is one way of it, with the same gradients",
+    "per_device_eval_batch_size": EVALUATION,
+    "eval_batch_size": EVALUATION,
+    "eval_sample_packing": EVALUATION,
+    "pad_to_sequence_len": "rows are padded to the longest of a batch",
+    "group_by_length": "batches hold rows of like length anyhow",
+    "dataset_prepared_path": "rows are read anew, which takes seconds",
+    "dataloader_num_workers": "rows are read before training",
+    "model_type": TOKENIZER,
+    "tokenizer_type": TOKENIZER,
+    "trust_remote_code": "lorakit runs no code of a model",
+    "use_liger_kernel": OWN_KERNELS,
+    "lora_mlp_kernel": OWN_KERNELS,
+    "lora_qkv_kernel": OWN_KERNELS,
+    "lora_o_kernel": OWN_KERNELS,
+    "strict": "unknown keys are errors anyhow",
+}
+WANDB = "the numbers are in metrics.jsonl, and with report_to: tensorboard in its files"
+
+Meaning = dict[str, Any]  # our names -> values
+File = Mapping[Any, Any]
+Notes = list[str]
+
+
+def own_names(values: File) -> tuple[dict[Any, Any], Notes]:
+    """A run file's mapping with lorakit's names alone, and what to tell the user.
+
+    Raises ValueError for what cannot be honoured, and for two names of one setting.
+    """
+    own = {name: value for name, value in values.items() if not is_alias(name)}
+    for name, leaf in (("data", "train"), ("quantize", "quant_type")):
+        if isinstance(own.get(name), str):
+            own[name] = {leaf: own[name]}
+    for name in ("data", "lora", "quantize"):
+        if isinstance(own.get(name), Mapping):
+            own[name] = dict(own[name])
+    notes: Notes = []
+    said_by: dict[str, str] = {}
+    for name, value in values.items():
+        if not is_alias(name) or (value is None and name not in NULL_SAYS):
+            continue
+        for target, meant in _meaning(name, value, values, notes).items():
+            parent, dot, leaf = target.rpartition(".")
+            place = own.setdefault(parent, {}) if dot else own
+            if not isinstance(place, dict) or leaf in place:
+                other = said_by.get(target, target if isinstance(place, dict) else parent)
+                raise ValueError(f"{name} and {other} set the same thing: keep one of them")
+            place[leaf], said_by[target] = meant, name
+    for name, spellings in VALUES.items():
+        value = own.get(name)
+        if type(value) in (str, int) and value in spellings:
+            own[name] = spellings[value]
+            notes.append(f"{said_by.get(name, name)}: {value} is taken as {own[name]}")
+    return own, notes
+
+
+def is_alias(name: Any) -> bool:
+    """Whether a key of a run file is another library's name for something."""
+    return isinstance(name, str) and (name in ALIASES or name.startswith("wandb_"))
+
+
+def _meaning(name: str, value: Any, values: File, notes: Notes) -> Meaning:
+    """What an alias says, in our names. Raises ValueError if that cannot be honoured."""
+    if name in RENAMED:
+        return {RENAMED[name]: value}
+    if name in CONVERTED:
+        try:
+            return CONVERTED[name](value, values, notes)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    if name in REFUSED:
+        raise ValueError(f"{name}: {REFUSED[name]}")
+    if name in SETTLED:
+        fine, otherwise = SETTLED[name]
+        if value not in fine:
+            raise ValueError(f"{name} is {value!r}: {otherwise}")
+        return {}
+    notes.append(f"{name} is ignored: {IGNORED.get(name, WANDB)}")
+    return {}
+
+
+# ---- conversions: (value, the whole file, notes) -> what it means ----
+
+Conversion = Callable[[Any, File, Notes], Meaning]
+
+
+def _switch(target: str, meant: Any) -> Conversion:
+    """true: `target` is `meant`; false: nothing is said."""
+
+    def convert(value: Any, values: File, notes: Notes) -> Meaning:
+        return {target: meant} if _true(value) else {}
+
+    return convert
+
+
+def _true(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"it must be true or false, not {value!r}")
+    return value
+
+
+def _bf16(value: Any, values: File, notes: Notes) -> Meaning:
+    if value in ("auto", "full"):
+        return {"dtype": "bfloat16"}
+    return {"dtype": "bfloat16" if _true(value) else "float32"}
+
+
+def _load_in_4bit(value: Any, values: File, notes: Notes) -> Meaning:
+    if not _true(value) or values.get("bnb_4bit_quant_type") is not None:
+        return {}
+    return {"quantize.quant_type": "nf4"}
+
+
+def _of_4bit(target: str) -> Conversion:
+    """A setting of bitsandbytes that load_in_4bit brings to bear."""
+
+    def convert(value: Any, values: File, notes: Notes) -> Meaning:
+        if values.get("load_in_4bit") is not True:
+            raise ValueError("it says how load_in_4bit packs: set that to true, or take it out")
+        return {target: value}
+
+    return convert
+
+
+def _adapter(value: Any, values: File, notes: Notes) -> Meaning:
+    if value not in ("lora", "qlora"):
+        raise ValueError(f"choose lora or qlora, not {value!r}: lorakit trains adapters only")
+    if value == "lora" or values.get("load_in_4bit") is True:
+        return {}
+    if values.get("load_in_4bit") is not None:
+        raise ValueError("qlora needs load_in_4bit: true")
+    return {"quantize.quant_type": "nf4"}
+
+
+def _datasets(target: str) -> Conversion:
+    def convert(value: Any, values: File, notes: Notes) -> Meaning:
+        if not isinstance(value, list) or len(value) != 1 or not isinstance(value[0], Mapping):
+            raise ValueError("a list of one entry with a path is wanted; put all rows in one file")
+        for key in value[0]:
+            if key in ("type", "ds_type"):
+                notes.append(f"{key} of datasets is ignored: the fields of a row say how to read")
+            elif key != "path":
+                raise ValueError(f"{key!r} of an entry cannot be honoured: take it out")
+        if "path" not in value[0]:
+            raise ValueError("the entry has no path")
+        return {target: value[0]["path"]}
+
+    return convert
+
+
+def _completion_only(value: Any, values: File, notes: Notes) -> Meaning:
+    return {"train_on": "completion" if _true(value) else "all"}
+
+
+def _strategy(steps: str) -> Conversion:
+    def convert(value: Any, values: File, notes: Notes) -> Meaning:
+        if value not in ("no", "steps"):
+            raise ValueError(f"give {steps} instead of {value!r}")
+        if (value == "steps") != (values.get(steps) is not None):
+            given = "is missing" if value == "steps" else "is given too"
+            raise ValueError(f"it is {value!r}, and {steps} {given}")
+        return {}
+
+    return convert
+
+
+def _resume(value: Any, values: File, notes: Notes) -> Meaning:
+    if isinstance(value, bool):
+        return {"resume": "auto"} if value else {}
+    return {"resume": value}
+
+
+CONVERTED: dict[str, Conversion] = {
+    "bf16": _bf16,
+    "load_in_4bit": _load_in_4bit,
+    "load_in_8bit": _switch("quantize.quant_type", "int8"),
+    "bnb_4bit_quant_type": _of_4bit("quantize.quant_type"),
+    "use_bnb_nested_quant": _of_4bit("quantize.double_quant"),
+    "bnb_4bit_use_double_quant": _of_4bit("quantize.double_quant"),
+    "adapter": _adapter,
+    "lora_target_linear": _switch("lora.target_modules", "all-linear"),
+    "train_on_inputs": _switch("train_on", "all"),
+    "completion_only_loss": _completion_only,
+    "assistant_only_loss": _switch("train_on", "completion"),
+    "datasets": _datasets("data.train"),
+    "test_datasets": _datasets("data.validation"),
+    "save_strategy": _strategy("save_steps"),
+    "eval_strategy": _strategy("eval_steps"),
+    "evaluation_strategy": _strategy("eval_steps"),
+    "resume_from_checkpoint": _resume,
+    "auto_resume_from_checkpoints": _switch("resume", "auto"),
+}
+
+NULL_SAYS = ("adapter", "max_length")  # train all weights; cut no row off: neither can be honoured
+ALIASES = {*RENAMED, *CONVERTED, *SETTLED, *IGNORED, *REFUSED}
