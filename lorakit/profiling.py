@@ -84,6 +84,7 @@ def profile_training(
     try:
         with TemporaryDirectory() as folder:
             few = replace(config or TrainConfig(), max_steps=WARM_UP + STEPS, output_dir=folder)
+            few = replace(few, eval_metrics=[])  # nothing is evaluated
             if train(model, tok, data, few, after_step=found).interrupted:
                 raise KeyboardInterrupt
     finally:
