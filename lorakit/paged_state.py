@@ -42,6 +42,10 @@ class Piece(NamedTuple):
     stop: int
     position: int
 
+    def first(self, name: str) -> int:
+        """Where the piece begins in the whole tensor of the state that is called `name`."""
+        return self.start // BLOCK if name.endswith("absmax") else self.start
+
 
 def layout(n: int, in_8bit: bool) -> dict[str, tuple[torch.dtype, int]]:
     """The tensors of the state of n values, in their order: dtype and length of each."""
@@ -165,8 +169,7 @@ class PagedState:
                 table.read(page, memory)
                 for p, piece in places[page]:
                     for name, part in self._views(memory, p, piece).items():
-                        first = piece.start // BLOCK if name.endswith("absmax") else piece.start
-                        start = starts[p][name] + first * part.itemsize
+                        start = starts[p][name] + piece.first(name) * part.itemsize
                         os.pwrite(file.fileno(), part.numpy(), start)
         return found
 
@@ -175,8 +178,7 @@ class PagedState:
         for places in self.walk(states):
             for p, piece, parts in places:
                 for name, part in parts.items():
-                    first = piece.start // BLOCK if name.endswith("absmax") else piece.start
-                    whole = states[p][name].reshape(-1)
+                    first, whole = piece.first(name), states[p][name].reshape(-1)
                     part.copy_(whole[first : first + len(part)])
 
     def _by_page(

@@ -31,6 +31,17 @@ def test_rows_and_plot(tmp_path):
     assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
+def test_optimizers():
+    command = [BENCHMARKS / "optimizers.py", "--values", "9000", "--tensors", "2", "--steps", "2"]
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, check=True, cwd=BENCHMARKS
+    )
+    rows = done.stdout.splitlines()[2:]
+    assert len(rows) == 6
+    assert not any("failed" in row for row in rows)
+
+
 def test_a_backend_that_does_not_run_here():
     options = ["--backend", "triton", "--device", "cpu"]
     done = subprocess.run([*PROGRAM, *options], capture_output=True, text=True)
