@@ -63,7 +63,8 @@ def train(
     """Train the adapter attached to `model` (see `attach`) on rows of prompt and completion.
 
     data: a JSONL file or an iterable of rows, or {"train": ..., "validation": ...} of these.
-    base_model: recorded in the adapter's config. after_step: called after every optimizer step.
+    base_model: recorded in the adapter's config. after_step: called after every optimizer step,
+    while its gradients are still there.
 
     Raises LorakitError before the first step if no adapter is attached, the model is float16 or the
     data cannot be used; after it if some lora_B got no gradient; and at a loss or gradient that is
@@ -117,9 +118,9 @@ def train(
                     "the learning rate may be too high"
                 )
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
             if after_step is not None:
                 after_step()
+            optimizer.zero_grad(set_to_none=True)
 
             took = time.perf_counter() - started
             count = sum(len(e.input_ids) for batch in micro_batches for e in batch)
