@@ -9,6 +9,12 @@
     token_adapter.trainable_tokens_delta [n, H]                 trained rows of an embedding
     base_layer.bias [out]; bias                                 a trained bias; of no adapted layer
     weight, and the like                                        a module that is trained whole
+    ia3_l [out, 1] or [1, in]                                   IA3
+    vera_lambda_b [out], vera_lambda_d [r]                      VeRA, whose matrices of all layers
+                                                                are base_model.vera_A and vera_B
+    lora_A [r, in], lora_B [out, r], lora_E [r, 1]              AdaLoRA, the triplets that are left
+
+A prompt has no module: it is prompt_embeddings, [n, H], or [n, 2 L Hk D] for keys and values.
 
 What is written is always plain: an adapter that started from a part of the weight (PiSSA, OLoRA) as
 one of twice the rank over the weight as it was. `target_modules` is written as the full names of
@@ -33,7 +39,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adalora import AdaLoraConfig
 from .attached import (
+    Attached,
     adapter_config,
     attached,
     check_adapter,
@@ -43,15 +51,34 @@ from .attached import (
     set_adapter,
 )
 from .attaching import attach
-from .config import LoraConfig, LorakitError, from_mapping
+from .config import LoraConfig, LorakitError, TargetConfig, from_mapping
 from .experts import is_fused, join_experts, split_experts
 from .files import read_json, write_json
-from .lora import SavedModule, TiedHead, lora_layers
+from .ia3 import IA3Config
+from .lora import AttachedLinear, SavedModule, TiedHead, lora_layers
 from .model import Decoder
+from .prompts import (
+    PrefixTuningConfig,
+    Prompt,
+    PromptConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    shape_fields,
+)
 from .tensors import LazyTensor, open_safetensors, write_safetensors
+from .vera import VeraConfig, projection
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+PEFT_TYPES = {
+    "LORA": LoraConfig,
+    "IA3": IA3Config,
+    "VERA": VeraConfig,
+    "ADALORA": AdaLoraConfig,
+    "PROMPT_TUNING": PromptTuningConfig,
+    "P_TUNING": PromptEncoderConfig,
+    "PREFIX_TUNING": PrefixTuningConfig,
+}
 
 # PEFT features that change the computation and that lorakit does not have: value when unused
 UNSUPPORTED = {
@@ -96,6 +123,24 @@ def save_adapter(
     config = adapter_config(module, name)
     having = {place: m for place, m in attached(module).items() if name in m.adapters}
     tensors = adapter_tensors(module, name)
+    if isinstance(config, VeraConfig) and config.save_projection:
+        tensors |= _projection(module, name)
+    if isinstance(config, LoraConfig):
+        values = _lora_values(module, name, config, having)
+    else:
+        values = _written_plainly(config, name, having, module)
+    if fused_experts:
+        tensors, values = _fused(module, tensors, values)
+    path = Path(path).expanduser()
+    path.mkdir(parents=True, exist_ok=True)
+    write_safetensors(path / WEIGHTS_FILE, tensors)
+    write_json(path / CONFIG_FILE, values | {"base_model_name_or_path": base_model})
+
+
+def _lora_values(
+    module: nn.Module, name: str, config: LoraConfig, having: Mapping[str, Attached]
+) -> dict[str, Any]:
+    """adapter_config.json of a LoRA adapter on the modules `having` it."""
     layers = lora_layers(module)
     places = sorted(place for place in having if place in layers)
     starts = [place for place in places if layers[place].adapters[name].start_A is not None]
@@ -114,23 +159,54 @@ def save_adapter(
         for key, of in (("rank_pattern", LoraConfig.rank), ("alpha_pattern", LoraConfig.alpha)):
             if place in places and of(written, place) != of(written, head):
                 values[key] = {**values.get(key, {}), head: of(written, place)}
-    values |= {"base_model_name_or_path": base_model, "target_modules": places}
+    values["target_modules"] = places
     if config.modules_to_save:  # whole names: PEFT takes "norm" for every layernorm too
         saved = [place for place, each in having.items() if isinstance(each, SavedModule)]
         values["modules_to_save"] = sorted(saved)
-    if fused_experts:
-        tensors, values = _fused(module, tensors, values)
-    path = Path(path).expanduser()
-    path.mkdir(parents=True, exist_ok=True)
-    write_safetensors(path / WEIGHTS_FILE, tensors)
-    write_json(path / CONFIG_FILE, values)
+    return values
+
+
+def _key(place: str, each: Attached, ending: str) -> str:
+    return ending if isinstance(each, Prompt) else f"{PREFIX}{place}.{ending}"
+
+
+def _projection(module: nn.Module, name: str) -> dict[str, Tensor]:
+    shared = projection(module, name)
+    return {"base_model.vera_A": shared.A, "base_model.vera_B": shared.B}
+
+
+def _written_plainly(
+    config: TargetConfig | PromptConfig,
+    name: str,
+    having: Mapping[str, Attached],
+    module: nn.Module,
+) -> dict[str, Any]:
+    """The config of another method: every field, the layers by their full names."""
+    kind = next(key for key, kind in PEFT_TYPES.items() if kind is type(config))
+    values = dataclasses.asdict(config) | {"peft_type": kind, "task_type": "CAUSAL_LM"}
+    values["inference_mode"] = True
+    if isinstance(config, PromptConfig):
+        return values | shape_fields(config, module.config)
+    for key in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+        del values[key]
+    parts = {
+        n: m.adapters[name] for n, m in sorted(having.items()) if isinstance(m, AttachedLinear)
+    }
+    values["target_modules"] = list(parts)
+    if isinstance(config, IA3Config):
+        values["feedforward_modules"] = [n for n, part in parts.items() if part.feedforward]
+    if isinstance(config, AdaLoraConfig):
+        patterns = {f"{n}.lora_E": part.pattern() for n, part in parts.items()}
+        cut = any(not all(pattern) for pattern in patterns.values())
+        values["rank_pattern"] = patterns if cut else None
+    return values
 
 
 def adapter_tensors(module: nn.Module, name: str) -> dict[str, Tensor]:
     """What is written of adapter `name`, by its key in the file."""
     found = attached(module)
     tensors = {
-        f"{PREFIX}{place}.{ending}": tensor.detach()
+        _key(place, each, ending): tensor.detach()
         for place, each in found.items()
         if name in each.adapters
         for ending, tensor in each.saved(name).items()
@@ -252,9 +328,10 @@ def load_adapter(module: nn.Module, path: str | Path, *, name: str = "default") 
     """
     path = Path(path).expanduser()
     values = read_json(path / CONFIG_FILE)
-    if values.get("peft_type") != "LORA":
+    if values.get("peft_type") not in PEFT_TYPES:
         raise LorakitError(
-            f"{path}: peft_type is {values.get('peft_type')!r}; only 'LORA' is supported"
+            f"{path}: peft_type is {values.get('peft_type')!r}; lorakit has "
+            + ", ".join(PEFT_TYPES)
         )
     for key, unused in UNSUPPORTED.items():
         if values.get(key) not in (None, unused, []):
@@ -262,17 +339,22 @@ def load_adapter(module: nn.Module, path: str | Path, *, name: str = "default") 
     tensors = open_safetensors(path / WEIGHTS_FILE)
     if values.get("target_parameters"):
         tensors, values = _split(path, module, tensors, values)
-    config = _read_config(path, values, module, tensors)
+    if values["peft_type"] == "LORA":
+        config = _read_config(path, values, module, tensors)
+    else:
+        config = _read_plainly(path, values, module)
     trainable = {p: p.requires_grad for p in module.parameters()}
     before = selected_adapter(module)
     attach(module, config, name=name)
     try:
         expected = {
-            f"{place}.{ending}": parameter
+            _key(place, each, ending).removeprefix(PREFIX): parameter
             for place, each in attached(module).items()
             if name in each.adapters
             for ending, parameter in each.tensors(name).items()
         }
+        if isinstance(config, VeraConfig) and config.save_projection:
+            expected |= _projection(module, name)
         found = _matched(path, module, tensors, expected)
         with torch.no_grad():
             for key, parameter in expected.items():
@@ -374,6 +456,27 @@ def _split(
     return rest | lazy, {**values, **more, "target_parameters": None}
 
 
+def _read_plainly(
+    path: Path, values: Mapping[str, Any], module: nn.Module
+) -> TargetConfig | PromptConfig:
+    """The config of another method than LoRA."""
+    if values.get("bias", "none") != "none":
+        raise LorakitError(f"{path}: bias={json.dumps(values['bias'])} is for LoRA alone")
+    kind = PEFT_TYPES[values["peft_type"]]
+    fields = {f.name for f in dataclasses.fields(kind)}
+    values = {key: value for key, value in values.items() if key in fields and value is not None}
+    for key in ("target_modules", "feedforward_modules"):
+        if isinstance(values.get(key), list):
+            values[key] = [_renamed(target, module) for target in values[key]]
+    if "rank_pattern" in values:
+        values["rank_pattern"] = {_renamed(k, module): v for k, v in values["rank_pattern"].items()}
+    if values.get("layers_to_transform") is None:
+        values.pop("layers_pattern", None)
+    if issubclass(kind, PromptConfig):
+        values["inference_mode"] = True
+    return from_mapping(kind, values, str(path / CONFIG_FILE), ignore_unknown=True)
+
+
 def _renamed(name: str, module: nn.Module) -> str:
     """The name in `module` of what a multimodal model calls `name`."""
     if isinstance(module, Decoder):
@@ -404,13 +507,18 @@ def _matched(
             )
     for key, parameter in expected.items():
         if key not in found:
-            raise LorakitError(f"{path}: tensor {PREFIX}{key} is missing")
+            raise LorakitError(f"{path}: tensor {_full(key)} is missing")
         if found[key].shape != tuple(parameter.shape):
             raise LorakitError(
-                f"{path}: tensor {PREFIX}{key} is {found[key].shape}, "
+                f"{path}: tensor {_full(key)} is {found[key].shape}, "
                 f"the model needs {tuple(parameter.shape)}"
             )
     return found
+
+
+def _full(key: str) -> str:
+    """The key in the file: what is no module's has no prefix."""
+    return key if key.startswith("base_model.") or "." not in key else PREFIX + key
 
 
 def _is_copy(path: Path, module: nn.Module, key: str, tensor: LazyTensor) -> bool:

@@ -8,10 +8,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from .adalora import AdaLoraConfig, AdaLoraLinear, AdaLoraPart
 from .attached import Attached, Plan, adapter_names, attached, plain_modules
-from .config import LoraConfig, LorakitError, nearest
+from .config import LoraConfig, LorakitError, TargetConfig, nearest
+from .ia3 import IA3Config, IA3Linear, IA3Part
 from .initialization import from_weight, initial, needs_weight
 from .lora import (
+    AttachedLinear,
     Base,
     BiasPart,
     DenseBase,
@@ -26,16 +29,22 @@ from .lora import (
     TransposedBase,
 )
 from .model import Decoder, PackedLayer
-from .targets import ends_with, lies_in, select
+from .prompts import Prompt, PromptConfig, prompt_part
+from .targets import ends_with, lies_in, match_targets, select
+from .vera import Projection, VeraConfig, VeraLinear, VeraPart
 
 Places = dict[str, nn.Module]
 
 
 def attach(
-    module: nn.Module, config: LoraConfig | None = None, *, name: str = "default"
+    module: nn.Module,
+    config: TargetConfig | PromptConfig | None = None,
+    *,
+    name: str = "default",
 ) -> nn.Module:
     """Put adapter `name` on every layer of `module` that `config` selects, in place, and select it:
-    it computes and trains, others that are attached wait for `set_adapter`.
+    it computes and trains, others that are attached wait for `set_adapter`. The type of `config`
+    says by which method; LoRA, if there is none.
 
     With the first adapter all parameters of `module` are frozen. What is random is drawn from
     torch's global generator. Returns `module`.
@@ -55,7 +64,19 @@ def attach(
         raise LorakitError(f"attach: {name!r} is no name for an adapter: it must hold no dot")
     if any(each.merged is not None for each in attached(module).values()):
         raise LorakitError("attach: an adapter is merged; unmerge it first")
-    plan = _lora(module, config)
+    match config:
+        case LoraConfig():
+            plan = _lora(module, config)
+        case IA3Config():
+            plan = _ia3(module, config)
+        case VeraConfig():
+            plan = _vera(module, config)
+        case AdaLoraConfig():
+            plan = _adalora(module, config)
+        case PromptConfig():
+            plan = _prompt(module, config)
+        case _:
+            raise LorakitError(f"attach: {type(config).__name__} is no adapter's config")
     if not names:
         module.requires_grad_(False)
     for each, part in plan.parts:
@@ -117,9 +138,91 @@ def _lora(module: nn.Module, config: LoraConfig) -> Plan:
     return plan
 
 
-def _is_linear(module: nn.Module, config: LoraConfig) -> bool:
+def _linear_places(module: nn.Module, config: TargetConfig) -> Iterator[tuple[str, nn.Module]]:
+    """The layers that `config` selects, by name, for a method that knows linear layers alone."""
+    places = {n: m for n, m in plain_modules(module) if n}
+    linear = [n for n, m in places.items() if _is_linear(m, config)]
+    for place in select(linear, [], config):
+        layer = places[place]
+        if isinstance(layer, nn.Linear) and type(layer) is not nn.Linear:
+            raise LorakitError(f"attach: {place} is a {type(layer).__name__}, not an nn.Linear")
+        if (other := _tied_embedding(places, layer)) is not None:
+            raise LorakitError(
+                f"attach: {place} shares its weight with {other}; only LoRA adapts both"
+            )
+        yield place, layer
+
+
+def _save_whole(plan: Plan, module: nn.Module, config: TargetConfig) -> Plan:
+    """`plan`, and in it the modules that are trained whole beside the adapted layers."""
+    places = {n: m for n, m in plain_modules(module) if n}
+    for place in _saved(places, config):
+        layer = places[place]
+        tied = _tied_heads(module, places, layer) is not None
+        if tied or _tied_embedding(places, layer) is not None:
+            raise LorakitError(
+                f"attach: {place} shares its weight with another module; only LoRA saves both"
+            )
+        each = plan.wrap(place, layer, SavedModule, lambda layer=layer: SavedModule(layer))
+        if each is not None:
+            plan.parts.append((each, _copy(place, each.base)))
+    return plan
+
+
+def _ia3(module: nn.Module, config: IA3Config) -> Plan:
+    plan, chosen = Plan(), dict(_linear_places(module, config))
+    inner = config.feedforward_modules
+    fed = set(match_targets(list(chosen), inner, "feedforward_modules") if inner else ())
+    for place, layer in chosen.items():
+        each = plan.wrap(place, layer, IA3Linear, lambda layer=layer: IA3Linear(_base(layer)))
+        if each is not None:
+            size = each.in_features if place in fed else each.out_features
+            part = IA3Part(config, size, place in fed).to(_device(each.base))
+            plan.parts.append((each, part))
+    return _save_whole(plan, module, config)
+
+
+def _vera(module: nn.Module, config: VeraConfig) -> Plan:
+    plan, found = Plan(), []
+    for place, layer in _linear_places(module, config):
+        each = plan.wrap(place, layer, VeraLinear, lambda layer=layer: VeraLinear(_base(layer)))
+        if each is not None:
+            found.append(each)
+    largest = (max(e.in_features for e in found), max(e.out_features for e in found))
+    projection = Projection(config, *largest).to(_device(found[0].base))
+    for each in found:
+        part = VeraPart(config, projection, each.in_features, each.out_features)
+        plan.parts.append((each, part.to(_device(each.base))))
+    return _save_whole(plan, module, config)
+
+
+def _adalora(module: nn.Module, config: AdaLoraConfig) -> Plan:
+    plan = Plan()
+    for place, layer in _linear_places(module, config):
+        each = plan.wrap(
+            place, layer, AdaLoraLinear, lambda layer=layer: AdaLoraLinear(_base(layer))
+        )
+        if each is not None:
+            part = AdaLoraPart(config, config.rank(place), each.in_features, each.out_features)
+            plan.parts.append((each, part.to(_device(each.base))))
+    return _save_whole(plan, module, config)
+
+
+def _prompt(module: nn.Module, config: PromptConfig) -> Plan:
+    if not isinstance(module, Decoder):
+        raise LorakitError(
+            f"attach: a prompt goes on a lorakit Decoder (see load_model), not on a "
+            f"{type(module).__name__}"
+        )
+    plan, start = Plan(), module.beginning
+    each = plan.wrap("beginning", start, Prompt, lambda: Prompt(start))
+    plan.parts.append((each, prompt_part(module, config)))
+    return plan
+
+
+def _is_linear(module: nn.Module, config: TargetConfig) -> bool:
     transposed = config.fan_in_fan_out and _is_transposed(module)
-    return transposed or isinstance(module, (nn.Linear, Base, LoraLinear))
+    return transposed or isinstance(module, (nn.Linear, Base, AttachedLinear))
 
 
 def _is_transposed(module: nn.Module) -> bool:
@@ -252,7 +355,7 @@ def _tie(plan: Plan, places: Places, heads: list[str], embedding: Attached) -> N
 # ---- what is trained whole, or in part ----
 
 
-def _saved(places: Places, config: LoraConfig) -> Iterator[str]:
+def _saved(places: Places, config: TargetConfig) -> Iterator[str]:
     for entry in config.modules_to_save or []:
         hits = [n for n in places if ends_with(n, entry)]
         if not hits:

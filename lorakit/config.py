@@ -170,12 +170,10 @@ def check_initialization(kind: bool | str) -> None:
     )
 
 
-@dataclass(frozen=True)
-class LoraConfig:
-    """A low-rank adapter. The update is scaled by lora_alpha / r, or / sqrt(r) with use_rslora."""
+@dataclass(frozen=True, kw_only=True)
+class TargetConfig:
+    """Which layers an adapter goes on: what every method that adapts layers is told alike."""
 
-    r: int = 8
-    lora_alpha: int | float = 8
     target_modules: str | list[str] = "all-linear"
     """"all-linear" (every linear layer but the output head), names, or one regex for whole names"""
     exclude_modules: str | list[str] | None = None
@@ -184,6 +182,25 @@ class LoraConfig:
     """only in the layers of these numbers: the first number in a layer's name"""
     layers_pattern: str | list[str] | None = None
     """what stands before that number, as `layers` does, where names hold several"""
+    modules_to_save: list[str] | None = None
+    """modules to train whole beside the adapted layers; they are saved with the adapter"""
+    fan_in_fan_out: bool = False
+    """also adapt layers that store their weight [in, out], like the Conv1D of GPT-2"""
+
+    def __post_init__(self):
+        check(len(self.target_modules) > 0, "target_modules is empty: name at least one layer")
+        check(
+            self.layers_pattern is None or self.layers_to_transform is not None,
+            "layers_pattern says where layers_to_transform finds its numbers: give these too",
+        )
+
+
+@dataclass(frozen=True)
+class LoraConfig(TargetConfig):
+    """A low-rank adapter. The update is scaled by lora_alpha / r, or / sqrt(r) with use_rslora."""
+
+    r: int = 8
+    lora_alpha: int | float = 8
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """another r for some layers: names, ends of names after a dot, or regexes of these"""
     alpha_pattern: dict[str, int | float] = field(default_factory=dict)
@@ -196,14 +213,10 @@ class LoraConfig:
     """a bias on the low-rank path, in layers that have one already"""
     bias: str = "none"
     """train the biases of the base too: "none", "lora_only" of the adapted layers, or "all" """
-    modules_to_save: list[str] | None = None
-    """modules to train whole beside the low-rank updates; they are saved with the adapter"""
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     """rows of the embedding to train; with several embeddings, by the name of each"""
     ensure_weight_tying: bool = False
     """adapt a tied embedding and its head alike; without it a tied embedding is refused"""
-    fan_in_fan_out: bool = False
-    """also adapt layers that store their weight [in, out], like the Conv1D of GPT-2"""
     init_lora_weights: bool | str = True
     """how A and B start. true: B zero; false: both random, which changes the model at once; or one
     of the names in `INITIALIZATIONS`"""
@@ -214,7 +227,7 @@ class LoraConfig:
         check(
             0 <= self.lora_dropout < 1, f"lora_dropout is {self.lora_dropout}; it must be in [0, 1)"
         )
-        check(len(self.target_modules) > 0, "target_modules is empty: name at least one layer")
+        super().__post_init__()
         check(
             self.bias in ("none", "all", "lora_only"),
             f"bias is {self.bias!r}; choose none, lora_only or all",
@@ -231,10 +244,6 @@ class LoraConfig:
         check(
             not self.lora_bias or isinstance(init, bool),
             "lora_bias goes with init_lora_weights true or false only",
-        )
-        check(
-            self.layers_pattern is None or self.layers_to_transform is not None,
-            "layers_pattern says where layers_to_transform finds its numbers: give these too",
         )
 
     def rank(self, name: str) -> int:

@@ -74,16 +74,23 @@ class KVCache:
 class Decoding:
     """The state of a batch that is being continued: decoding(ids) takes its next tokens.
 
-    padding: how many columns on the left of each row are none of it. capacity: positions in all.
+    padding: how many columns on the left of each row are none of it. capacity: positions in all,
+    without those of a trained prompt, which the cache is begun with.
     """
 
     def __init__(self, model: Decoder, padding: list[int], capacity: int):
         B, device = len(padding), model.device
         self.model = model
+        self.before = model.beginning.length
+        capacity += self.before
         self.cache = KVCache(model.config, B, capacity, model.dtype, device)
+        model.beginning(model, self.cache, B)
         self.padding = torch.tensor(padding, device=device)
         columns = torch.arange(capacity, device=device)
-        self.real = columns >= self.padding[:, None] if any(padding) else None
+        self.real = None
+        if any(padding):
+            first = self.before + self.padding[:, None]
+            self.real = (columns < self.before) | (columns >= first)
         self.plan = _plan(model) if B <= FUSED_ROWS else None
         if self.plan is None:
             return
@@ -107,7 +114,9 @@ class Decoding:
             for part in ids.split(max(1, PROMPT_ROWS // B), dim=1):
                 logits = self._fused(part.contiguous())
             return logits
-        real = None if self.real is None else self.real[:, : self.cache.length + T]
+        real = self.real
+        if real is not None:
+            real = real[:, self.before : self.cache.length + T]
         hidden = self.model.hidden_states(ids, attention_mask=real, cache=self.cache)
         return self.model.head(hidden[:, -1]).float()
 

@@ -106,7 +106,7 @@ def generate_batch(
         f"generate: stop must be a string or a list of strings, none empty, not {stop!r}",
     )
     encoded = [_encode(tok, prompt) for prompt in prompts]
-    limit = model.config.context_length
+    limit = model.config.context_length - model.beginning.length
     for ids in encoded:
         check(bool(ids), "generate: a prompt has no tokens")
         tok.check_fits(ids, model.config.vocab_size)

@@ -39,7 +39,7 @@ from torch.func import functional_call
 
 from . import kernels
 from .attached import Attached, Part
-from .config import LoraConfig, LorakitError
+from .config import LoraConfig, LorakitError, TargetConfig
 from .kernels import LoraWeights, Packed, lora_linear
 
 # Inputs of so few numbers go op by op through autograd: the call of the fused function would cost
@@ -116,7 +116,29 @@ class TransposedBase(DenseBase):
         self.linear.weight.data.copy_(w.t())
 
 
-class LoraPart(Part):
+class LowRank(Part):
+    """The update s B A of one layer by one adapter, of which `pair` gives A and B; and nothing else
+    that a `LoraLinear` knows of, unless a part says so.
+    """
+
+    def __init__(self, config: TargetConfig, r: int, scaling: float, dropout: float):
+        super().__init__(config)
+        self.r, self.scaling, self.dropout = r, scaling, dropout
+        self.lora_bias = self.magnitude = self.bias = None
+        self.register_buffer("start_A", None)
+        self.register_buffer("start_B", None)
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """A [R, in] and B [out, R] of the whole update."""
+        raise NotImplementedError
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether A and B are all there is."""
+        return self.start_A is self.lora_bias is self.magnitude is self.bias is None
+
+
+class LoraPart(LowRank):
     """What one adapter adds to one layer: lora_A [r, in], lora_B [out, r], fp32, and where the
     config says so
 
@@ -127,12 +149,8 @@ class LoraPart(Part):
     """
 
     def __init__(self, config: LoraConfig, name: str, lora_A: Tensor, lora_B: Tensor):
-        super().__init__(config)
-        self.r, self.scaling, self.dropout = len(lora_A), config.scaling(name), config.lora_dropout
+        super().__init__(config, len(lora_A), config.scaling(name), config.lora_dropout)
         self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
-        self.lora_bias = self.magnitude = self.bias = None
-        self.register_buffer("start_A", None)
-        self.register_buffer("start_B", None)
         kind = config.init_lora_weights
         self.awaits = kind if kind in ("loftq", "eva") else None  # what has yet to start it
 
@@ -150,23 +168,34 @@ class LoraPart(Part):
         A = torch.cat([self.lora_A, self.start_A])
         return A, torch.cat([self.lora_B, -self.start_B], dim=1)
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether A and B are all there is."""
-        return self.start_A is self.lora_bias is self.magnitude is self.bias is None
 
-
-class LoraLinear(Attached):
-    """base(x) + scaling * B A dropout(x), and the like."""
+class AttachedLinear(Attached):
+    """The common part of all kinds on a linear layer."""
 
     def __init__(self, base: Base):
         super().__init__(base)
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.light: tuple[LoraPart, nn.Linear] | None = None
 
     @property
     def plain(self) -> nn.Module:
         return self.base.linear if isinstance(self.base, DenseBase) else self.base
+
+    def plain_with(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """A layer of its own, as the base is, with another weight [out, in]."""
+        if isinstance(self.base, TransposedBase):
+            weight = weight.t().contiguous()
+        if isinstance(self.base, DenseBase):
+            return with_weight(self.base.linear, weight, bias)
+        linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")
+        return with_weight(linear, weight, bias)
+
+
+class LoraLinear(AttachedLinear):
+    """base(x) + scaling * B A dropout(x), and the like."""
+
+    def __init__(self, base: Base):
+        super().__init__(base)
+        self.light: tuple[LoraPart, nn.Linear] | None = None
 
     @property
     def part(self) -> LoraPart:
@@ -215,7 +244,7 @@ class LoraLinear(Attached):
     def refresh(self) -> None:
         super().refresh()
         (part,) = self.using
-        light = part is not None and part.is_plain and type(self.base) is DenseBase
+        light = type(part) is LoraPart and part.is_plain and type(self.base) is DenseBase
         self.light = (part, self.base.linear) if light else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -281,15 +310,6 @@ class LoraLinear(Attached):
         if part.magnitude is not None:
             found *= (part.magnitude / found.norm(dim=1))[:, None]
         return self.plain_with(found.to(base.dequantize().dtype), self._weights(part).bias)
-
-    def plain_with(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
-        """A layer of its own, as the base is, with another weight [out, in]."""
-        if isinstance(self.base, TransposedBase):
-            weight = weight.t().contiguous()
-        if isinstance(self.base, DenseBase):
-            return with_weight(self.base.linear, weight, bias)
-        linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")
-        return with_weight(linear, weight, bias)
 
     def extra_repr(self) -> str:
         names = [f"{name}: r={part.r}" for name, part in self.adapters.items()]
@@ -551,6 +571,6 @@ class TrainedBias(Delegate):
 
 
 def lora_layers(module: nn.Module) -> dict[str, LoraLinear | LoraEmbedding]:
-    """The layers inside `module` with a low-rank update, by name, in the order of the tree."""
+    """The layers inside `module` with an A and a B, by name, in the order of the tree."""
     kinds = (LoraLinear, LoraEmbedding)
-    return {name: m for name, m in module.named_modules() if isinstance(m, kinds)}
+    return {name: m for name, m in module.named_modules() if type(m) in kinds}

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from .attached import Attached, having_adapters, put_back
 from .checkpoint import dense_weights
 from .config import LorakitError
-from .lora import LoraEmbedding, LoraLinear, TiedHead, TokenRows
+from .lora import AttachedLinear, LoraEmbedding, TiedHead, TokenRows
 from .model import Decoder
 from .quantization import PackedWeight, packed_layer
 from .tensors import LazyTensor
@@ -137,7 +137,7 @@ def _originals(
     module: nn.Module, layers: Mapping[str, Attached], weights: Mapping[str, Tensor] | None
 ) -> dict[str, LazyTensor]:
     """Of the layers that are quantized."""
-    kinds = (LoraLinear, LoraEmbedding, TokenRows)
+    kinds = (AttachedLinear, LoraEmbedding, TokenRows)
     packed = {
         name: each
         for name, each in layers.items()

@@ -350,6 +350,16 @@ class Trunk(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config)
 
 
+class Beginning(nn.Module):
+    """What stands before the first position of every row: nothing. A prompt takes its place."""
+
+    length = 0  # in positions
+
+    def forward(self, model: "Decoder", cache: Cache | None, rows: int) -> Cache | None:
+        """`cache` of so many rows, and if it is new or None, one that holds the beginning."""
+        return cache
+
+
 class Decoder(nn.Module):
     """A causal language model.
 
@@ -373,6 +383,7 @@ class Decoder(nn.Module):
         self.gradient_checkpointing = self.offload_activations = False
         self.neftune_noise_alpha: float | None = None
         self.source = None  # where the weights came from: a checkpoint.Source, if from a file
+        self.beginning = Beginning()
         self.model = Trunk(config)
         self.lm_head = None
         if not config.tie_word_embeddings:
@@ -395,6 +406,14 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
     ) -> Tensor:
         """The final, normalized hidden states [B, T, hidden_size] of input_ids int64 [B, T]."""
+        if self.beginning.length:
+            if cu_seqlens is not None:
+                raise LorakitError("packed documents take no prompt; give them as rows of a batch")
+            cache = self.beginning(self, cache, len(input_ids))
+            if attention_mask is not None:
+                mask = attention_mask.bool()
+                ones = mask.new_ones(len(mask), self.beginning.length)
+                attention_mask = torch.cat([ones, mask], dim=1)
         views = self.views(input_ids, attention_mask, cu_seqlens, cache)
         x = self.embed(input_ids)
         if self.training and self.neftune_noise_alpha is not None:

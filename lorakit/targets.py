@@ -14,7 +14,7 @@ Nothing is selected by accident and nothing silently not: every entry has to mat
 import re
 from collections.abc import Iterable
 
-from .config import LoraConfig, LorakitError, in_pattern, nearest, valid_regex
+from .config import LoraConfig, LorakitError, TargetConfig, in_pattern, nearest, valid_regex
 
 
 def ends_with(name: str, entry: str) -> bool:
@@ -56,7 +56,7 @@ def match_targets(
     return [name for name in names if name in wanted]
 
 
-def select(linear: list[str], embeddings: list[str], config: LoraConfig) -> list[str]:
+def select(linear: list[str], embeddings: list[str], config: TargetConfig) -> list[str]:
     """Which of the layers, given by name and in order, `config` selects.
 
     Raises LorakitError where an entry of target_modules, exclude_modules, layers_to_transform,
@@ -73,7 +73,7 @@ def select(linear: list[str], embeddings: list[str], config: LoraConfig) -> list
         found = _in_layers(found, config)
     if not found:
         raise LorakitError("target_modules: every layer it matches is excluded")
-    for what in ("rank_pattern", "alpha_pattern"):
+    for what in ("rank_pattern", "alpha_pattern") if isinstance(config, LoraConfig) else ():
         for key in getattr(config, what):
             if not any(in_pattern(key, name) for name in found):
                 hint = nearest(key, [n.rpartition(".")[2] for n in found])
@@ -86,7 +86,7 @@ def lies_in(name: str, module: str) -> bool:
     return f".{module}." in f".{name}."
 
 
-def _in_layers(names: list[str], config: LoraConfig) -> list[str]:
+def _in_layers(names: list[str], config: TargetConfig) -> list[str]:
     wanted, patterns = config.layers_to_transform, config.layers_pattern or []
     wanted = [wanted] if isinstance(wanted, int) else wanted
     patterns = [patterns] if isinstance(patterns, str) else patterns

@@ -109,7 +109,8 @@ def train(
 
     data: a file or an iterable of rows (see docs/data.md), or {"train": ..., "validation": ...} of
         these.
-    base_model: recorded in the adapter's config. after_step: called after every optimizer step.
+    base_model: recorded in the adapter's config. after_step: called after every optimizer step,
+        while its gradients are still there.
 
     Raises LorakitError before the first step if no adapter is attached, the model is float16, the
     data cannot be used, or output_dir holds checkpoints and the run is not to resume; after it if
@@ -196,9 +197,9 @@ def train(
                 progress.bad_in_a_row = 0
             else:
                 _skip(model, progress, norm, micro_batches, log)
-            optimizer.zero_grad(set_to_none=True)
             if after_step is not None:
                 after_step()
+            optimizer.zero_grad(set_to_none=True)
 
             took = time.perf_counter() - started
             lengths = [[len(examples[i].input_ids) for i in rows] for rows in micro_batches]

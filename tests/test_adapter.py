@@ -112,7 +112,7 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda p: shutil.rmtree(p), r"adapter_config\.json does not exist"),
         (lambda p: (p / "adapter_model.safetensors").unlink(), "does not exist"),
         (lambda p: (p / "adapter_config.json").write_text("{"), "not valid JSON"),
-        (lambda p: edit_config(p, peft_type="IA3"), "peft_type is 'IA3'"),
+        (lambda p: edit_config(p, peft_type="POLY"), "peft_type is 'POLY'"),
         (lambda p: edit_config(p, use_dora=True), "lora_magnitude_vector is missing"),
         (lambda p: edit_config(p, modules_to_save=["lm_head"]), "lm_head.weight is missing"),
         (lambda p: edit_config(p, init_lora_weights="corda"), 'init_lora_weights="corda" changes'),

@@ -1,0 +1,207 @@
+"""AdaLoRA (arXiv:2303.10512): a low-rank update in the form of an SVD, whose rank moves during the
+training to the layers that need it.
+
+    y = W x + s B diag(E) A x        A [r, in], E [r, 1], B [out, r], s = lora_alpha / init_r
+
+Every layer starts with rank `init_r`. A triplet of a row of A, a number of E and a column of B is
+important where the loss hangs on it: per number w, with I = |w dL/dw|,
+
+    S = mean of I,  U = mean of |I - S|        running means, by beta1 and beta2
+    score of a triplet = S U of E + mean over the row of S U of A + mean over the column of B's
+
+`allocate` sets E of the least important triplets of all layers to zero. How many stay falls from
+init_r a layer to target_r: none goes until step `tinit`, then some every `deltaT` steps, along a
+cubic curve, and in the last `tfinal` steps the choice stands. `orthogonality` keeps A and B near
+orthogonal, without which E would not be the size of a triplet.
+
+    for step, batch in enumerate(batches):
+        (loss(batch) + lorakit.orthogonality(model)).backward()
+        optimizer.step()
+        lorakit.allocate(model, step)            # reads the gradients
+        optimizer.zero_grad()
+
+`lorakit.train` takes `allocate` as its `after_step`, but knows no penalty. While it trains, AdaLoRA
+keeps two more numbers for every trained one; what is saved are the triplets that are left.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .attached import having_adapters
+from .config import LorakitError, TargetConfig, check
+from .lora import LoraLinear, LowRank
+
+
+@dataclass(frozen=True)
+class AdaLoraConfig(TargetConfig):
+    """An adapter whose rank is allocated in training. Steps count from 0."""
+
+    total_step: int
+    """of the training, which the schedule divides"""
+    init_r: int = 12
+    target_r: int = 8
+    """the mean rank that is left"""
+    lora_alpha: int | float = 8
+    lora_dropout: float = 0.0
+    tinit: int = 0
+    """steps before the first triplet goes"""
+    tfinal: int = 0
+    """steps at the end in which none goes"""
+    deltaT: int = 1
+    """steps between two allocations"""
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orth_reg_weight: float = 0.5
+    rank_pattern: dict[str, list[bool]] | None = None
+    """of a trained adapter: for each layer's lora_E, which of its init_r triplets are left"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("total_step", "init_r", "target_r", "deltaT"):
+            check(getattr(self, name) > 0, f"{name} must be at least 1")
+        for name in ("beta1", "beta2"):
+            check(0 < getattr(self, name) < 1, f"{name} must be between 0 and 1")
+        p = self.lora_dropout
+        check(0 <= p < 1, f"lora_dropout is {p}; it must be in [0, 1)")
+        check(self.orth_reg_weight >= 0, "orth_reg_weight must not be negative")
+        check(self.target_r <= self.init_r, "target_r must not be larger than init_r")
+        check(
+            self.tinit < self.total_step - self.tfinal,
+            "tinit and tfinal leave no step to allocate in: total_step must be larger than both",
+        )
+
+    def rank(self, place: str) -> int:
+        """How many triplets the layer called `place` has."""
+        pattern = (self.rank_pattern or {}).get(f"{place}.lora_E")
+        return self.init_r if pattern is None else sum(pattern)
+
+    def budget(self, step: int, whole: int, layers: int) -> int:
+        """How many of `whole` triplets in `layers` layers stay at `step`."""
+        start, end = self.tinit, self.total_step - self.tfinal
+        target = self.target_r * layers
+        if step <= start:
+            return whole
+        if step > end:
+            return target
+        return int((whole - target) * (1 - (step - start) / (end - start)) ** 3 + target)
+
+
+class AdaLoraPart(LowRank):
+    """Of one layer: lora_A fp32 [r, in], lora_E [r, 1], lora_B [out, r]; in training `left`, bool
+    [r], and of each tensor the running means S and U.
+    """
+
+    def __init__(self, config: AdaLoraConfig, r: int, in_features: int, out_features: int):
+        alpha = config.lora_alpha if config.lora_alpha > 0 else config.init_r
+        # what PEFT adds to the rank is part of the function
+        super().__init__(config, r, alpha / (config.init_r + 1e-5), config.lora_dropout)
+        self.lora_A = nn.Parameter(torch.randn(r, in_features) * 0.02)
+        self.lora_E = nn.Parameter(torch.zeros(r, 1))
+        self.lora_B = nn.Parameter(torch.randn(out_features, r) * 0.02)
+        self.register_buffer("left", torch.ones(r, dtype=torch.bool), persistent=False)
+        self.means: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        return self.lora_A * self.lora_E, self.lora_B
+
+    def pattern(self) -> list[bool]:
+        """Which of the init_r triplets are left."""
+        return self.left.tolist() + [False] * (self.config.init_r - self.r)
+
+    @torch.no_grad()
+    def observe(self) -> None:
+        """Take the gradients of a step into the running means."""
+        for name, p in self.named_parameters():
+            # an expert that no token chose has none
+            size = torch.zeros_like(p) if p.grad is None else (p * p.grad).abs()
+            S, U = self.means.get(name) or (torch.zeros_like(p), torch.zeros_like(p))
+            S = self.config.beta1 * S + (1 - self.config.beta1) * size
+            U = self.config.beta2 * U + (1 - self.config.beta2) * (size - S).abs()
+            self.means[name] = S, U
+
+    def scores(self) -> Tensor:
+        """Of every triplet: [r]"""
+        product = {name: S * U for name, (S, U) in self.means.items()}
+        vectors = product["lora_A"].mean(1) + product["lora_B"].mean(0)
+        return product["lora_E"][:, 0] + vectors
+
+    @torch.no_grad()
+    def cut(self) -> None:
+        self.lora_E.masked_fill_(~self.left[:, None], 0.0)
+
+
+class AdaLoraLinear(LoraLinear):
+    """A layer whose update is B diag(E) A."""
+
+    def tensors(self, name: str) -> dict[str, nn.Parameter]:
+        part = self.adapters[name]
+        return {"lora_A": part.lora_A, "lora_B": part.lora_B, "lora_E": part.lora_E}
+
+    def saved(self, name: str) -> dict[str, Tensor]:
+        part = self.adapters[name]
+        A, B, E = part.lora_A[part.left], part.lora_B[:, part.left], part.lora_E[part.left]
+        return {"lora_A": A.float(), "lora_B": B.float(), "lora_E": E.float()}
+
+
+def _selected(module: nn.Module, what: str) -> list[AdaLoraPart]:
+    layers = having_adapters(module, what).values()
+    found = [m.part for m in layers if isinstance(m, AdaLoraLinear) and m.selected is not None]
+    if not found:
+        raise LorakitError(f"{what}: the selected adapter is no AdaLoRA")
+    return found
+
+
+def allocate(module: nn.Module, step: int) -> None:
+    """After optimizer step number `step`, from 0, and before `zero_grad`: note how important the
+    triplets of the selected adapter are, and set E of those to zero that the schedule has no room
+    for.
+
+    Raises LorakitError if no AdaLoRA is selected, or a parameter has no gradient.
+    """
+    parts = _selected(module, "allocate")
+    config = parts[0].config
+    last = config.total_step - config.tfinal
+    if step < last:
+        if all(part.lora_E.grad is None for part in parts):
+            raise LorakitError(
+                "allocate: there are no gradients; call it after the optimizer's step and before "
+                "zero_grad"
+            )
+        for part in parts:
+            part.observe()
+    due = config.tinit < step <= last and (step % config.deltaT == 0 or step == last)
+    if due and parts[0].means:
+        scores = [part.scores() for part in parts]
+        whole = sum(part.r for part in parts)
+        going = whole - config.budget(step, whole, len(parts))
+        if going > 0:
+            limit = torch.cat(scores).kthvalue(going).values
+            for part, score in zip(parts, scores, strict=True):
+                part.left.copy_(score > limit)
+                part.cut()
+    elif step > last:
+        for part in parts:
+            part.cut()
+    if step == last:
+        for part in parts:
+            part.means.clear()
+
+
+def orthogonality(module: nn.Module) -> Tensor:
+    """What to add to the loss: orth_reg_weight times the mean of ||A A^T - 1|| and ||B^T B - 1||,
+    over the layers of the selected adapter.
+
+    Raises LorakitError if no AdaLoRA is selected.
+    """
+    parts = _selected(module, "orthogonality")
+    sides = [side for part in parts for side in (part.lora_A, part.lora_B.t())]
+    total = sum((_gram(side) for side in sides), start=torch.zeros(()).to(sides[0]))
+    return parts[0].config.orth_reg_weight * total / len(sides)
+
+
+def _gram(side: Tensor) -> Tensor:
+    """||M M^T - 1||, Frobenius' norm."""
+    square = side @ side.t()
+    return torch.linalg.norm(square - torch.eye(len(square)).to(square))

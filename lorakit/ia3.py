@@ -1,0 +1,58 @@
+"""IA3 (arXiv:2205.05638): one trained factor for each output of a layer, or each input.
+
+    y = l * (W x + b)        l [out]
+    y = W (l * x) + b        l [in], for `feedforward_modules`: the layer that ends an MLP, whose
+                             input is the hidden state
+
+Both are a row or a column of W times a number, so merged nothing is left of it. What is trained and
+stored are in or out numbers a layer, a hundredth of LoRA's of rank 8; it starts from ones, where
+nothing is changed. In exchange it cannot turn a direction into another one, as LoRA can.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .attached import Part
+from .config import TargetConfig
+from .lora import AttachedLinear
+
+
+@dataclass(frozen=True)
+class IA3Config(TargetConfig):
+    """An adapter of factors."""
+
+    feedforward_modules: str | list[str] | None = None
+    """of the adapted layers those whose input is scaled; by the rules of target_modules"""
+
+
+class IA3Part(Part):
+    """Of one layer: ia3_l fp32 [out, 1], or [1, in] if it scales the input."""
+
+    def __init__(self, config: IA3Config, size: int, feedforward: bool):
+        super().__init__(config)
+        self.feedforward = feedforward
+        self.ia3_l = nn.Parameter(torch.ones((1, size) if feedforward else (size, 1)))
+
+
+class IA3Linear(AttachedLinear):
+    """base(x) * l, or base(x * l)."""
+
+    def tensors(self, name: str) -> dict[str, nn.Parameter]:
+        return {"ia3_l": self.adapters[name].ia3_l}
+
+    def compute(self, part: IA3Part, x: Tensor) -> Tensor:
+        factor = part.ia3_l.flatten()
+        if part.feedforward:
+            return self.base((x * factor).to(x.dtype))
+        y = self.base(x)
+        return (y * factor).to(y.dtype)
+
+    @torch.no_grad()
+    def joined(self, weight: Tensor | None) -> nn.Module:
+        part, own, bias = self.adapters[self.selected], self.base.dequantize(), self.base.bias
+        found = (own if weight is None else weight) * part.ia3_l
+        if bias is not None and not part.feedforward:
+            bias = (bias * part.ia3_l.flatten()).to(bias.dtype)
+        return self.plain_with(found.to(own.dtype), bias)

@@ -1,0 +1,300 @@
+"""Prompts that are trained: n positions before the first one of every row, of a frozen model.
+
+    PromptTuningConfig   arXiv:2104.08691   n trained embeddings
+    PromptEncoderConfig  arXiv:2103.10385   P-tuning: n embeddings that a small network makes of
+                                            trained ones; it eases training and is then thrown away
+    PrefixTuningConfig   arXiv:2101.00190   n trained keys and values of every layer, with
+                                            prefix_projection made by such a network too
+
+To the rows behind it a prompt is nothing but keys and values: no position looks at a later one, so
+what the model makes of n embeddings does not depend on the row. So all three are one thing here:
+
+    embeddings [n, H] -> the blocks, once for all rows -> k, v [1, n, Hk, D] of every layer
+    prefix     [n, 2 L Hk D]                           -> k, v [1, n, Hk, D] of every layer
+
+which stand in the cache before the rows do. Labels, masks and outputs stay those of the rows.
+
+What is stored is the finished prompt. It costs n positions of cache and of context, and nothing of
+the model's speed in between; it adapts less than LoRA does, and wants a larger learning rate.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .attached import Attached, Part
+from .config import LorakitError, check, nearest
+from .model import Cache, Decoder
+from .model_config import ModelConfig
+from .tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptConfig:
+    """What all prompts are told alike."""
+
+    num_virtual_tokens: int
+    inference_mode: bool = False
+    """the finished prompt alone, without the network that makes it: as in a file"""
+
+    def __post_init__(self):
+        n = self.num_virtual_tokens
+        check(type(n) is int and n > 0, f"num_virtual_tokens must be positive and whole, not {n}")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    listed = ", ".join(choices)
+    check(value in choices, f"{name} is {value!r}{nearest(value, choices)}; choose one of {listed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptTuningConfig(PromptConfig):
+    """Trained embeddings."""
+
+    prompt_tuning_init: str = "RANDOM"
+    """"RANDOM", "SAMPLE_VOCAB" (embeddings of random tokens) or "TEXT" (of a text's tokens)"""
+    prompt_tuning_init_text: str | None = None
+    """repeated or cut off to num_virtual_tokens"""
+    tokenizer_name_or_path: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_choice(
+            "prompt_tuning_init", self.prompt_tuning_init, ("RANDOM", "SAMPLE_VOCAB", "TEXT")
+        )
+        check(
+            self.prompt_tuning_init != "TEXT"
+            or bool(self.prompt_tuning_init_text and self.tokenizer_name_or_path),
+            "prompt_tuning_init TEXT needs prompt_tuning_init_text and tokenizer_name_or_path",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptEncoderConfig(PromptConfig):
+    """Embeddings from a network (P-tuning)."""
+
+    encoder_reparameterization_type: str = "MLP"
+    """"MLP" or "LSTM" """
+    encoder_hidden_size: int | None = None
+    """null: the model's"""
+    encoder_num_layers: int = 2
+    """of the LSTM"""
+    encoder_dropout: float = 0.0
+    """between the layers of the LSTM"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        kind = self.encoder_reparameterization_type
+        _check_choice("encoder_reparameterization_type", kind, ("MLP", "LSTM"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixTuningConfig(PromptConfig):
+    """Trained keys and values."""
+
+    prefix_projection: bool = False
+    """make them with a network of trained embeddings"""
+    encoder_hidden_size: int | None = None
+    """of that network; null: the width of a layer's keys"""
+    init_weights: str | None = None
+    """"zero": start from zero, null: at random"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(
+            self.init_weights in (None, "zero"),
+            f"init_weights is {self.init_weights!r}; it must be zero, or null",
+        )
+
+
+# ---- what is trained ----
+
+
+class PromptPart(Part):
+    """embedding fp32 [n, any], and the network that makes the prompt of it, if there is one."""
+
+    def __init__(self, config: PromptConfig, embedding: Tensor, encoder: nn.Module | None = None):
+        super().__init__(config)
+        self.length = len(embedding)
+        self.embedding, self.encoder = nn.Parameter(embedding), encoder
+
+    def finished(self) -> Tensor:
+        """What is stored: embeddings [n, H], or keys and values [n, 2 L Hk D]."""
+        return self.embedding if self.encoder is None else self.encoder(self.embedding)
+
+    def keys_values(self, model: Decoder) -> list[tuple[Tensor, Tensor]]:
+        """Per layer k, v [1, n, Hk, D], in what the model computes in."""
+        found = self.finished().to(model.dtype)
+        if not isinstance(self.config, PrefixTuningConfig):
+            return _run(model, found[None])
+        heads, head_dim = model.config.num_key_value_heads, model.config.head_dim
+        found = found.view(1, self.length, -1, 2, heads, head_dim)
+        return [(layer[:, :, 0], layer[:, :, 1]) for layer in found.unbind(2)]
+
+
+class LSTMEncoder(nn.Module):
+    """[n, H] -> [n, H]: a bidirectional LSTM along the prompt, and an MLP."""
+
+    def __init__(self, size: int, inner: int, layers: int, dropout: float):
+        super().__init__()
+        self.lstm = nn.LSTM(
+            size, inner, layers, dropout=dropout, bidirectional=True, batch_first=True
+        )
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * inner, 2 * inner), nn.ReLU(), nn.Linear(2 * inner, size)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(self.lstm(x)[0])
+
+
+def prompt_part(model: Decoder, config: PromptConfig) -> PromptPart:
+    """A new prompt for `model`. Raises LorakitError for a text that has no tokens."""
+    n, H = config.num_virtual_tokens, model.config.hidden_size
+    match config:
+        case PromptTuningConfig():
+            return PromptPart(config, _embeddings(model, config)).to(model.device)
+        case PromptEncoderConfig():
+            embedding, encoder = torch.randn(n, H), None
+            inner = config.encoder_hidden_size or H
+            if config.encoder_reparameterization_type == "LSTM":
+                encoder = LSTMEncoder(H, inner, config.encoder_num_layers, config.encoder_dropout)
+            else:
+                layers = [nn.Linear(H, inner), nn.ReLU(), nn.Linear(inner, inner), nn.ReLU()]
+                encoder = nn.Sequential(*layers, nn.Linear(inner, H))
+        case PrefixTuningConfig():
+            width = model.config.num_key_value_heads * model.config.head_dim
+            whole = 2 * width * model.config.num_hidden_layers
+            projected = config.prefix_projection and not config.inference_mode
+            embedding, encoder = torch.randn(n, width if projected else whole), None
+            if projected:
+                inner = config.encoder_hidden_size or width
+                last = nn.Linear(inner, whole)
+                encoder = nn.Sequential(nn.Linear(width, inner), nn.Tanh(), last)
+            if config.init_weights == "zero":
+                for tensor in [last.weight, last.bias] if projected else [embedding]:
+                    nn.init.zeros_(tensor)
+    if config.inference_mode:
+        encoder = None
+    return PromptPart(config, embedding, encoder).to(model.device)
+
+
+@torch.no_grad()
+def _embeddings(model: Decoder, config: PromptTuningConfig) -> Tensor:
+    n, kind = config.num_virtual_tokens, config.prompt_tuning_init
+    if kind == "RANDOM" or config.inference_mode:
+        return torch.randn(n, model.config.hidden_size)
+    if kind == "SAMPLE_VOCAB":
+        ids = torch.randint(model.config.vocab_size, (n,))
+    else:
+        ids = load_tokenizer(config.tokenizer_name_or_path).encode(config.prompt_tuning_init_text)
+        check(bool(ids), "prompt_tuning_init_text has no tokens")
+        ids = torch.tensor(ids).repeat(-(-n // len(ids)))[:n]
+    return model.embed(ids.to(model.device)[None])[0].float()
+
+
+def shape_fields(config: PromptConfig, model: ModelConfig) -> dict[str, int]:
+    """What PEFT wants to read of the model that a prompt is for."""
+    width, heads = model.hidden_size, model.num_attention_heads
+    if isinstance(config, PrefixTuningConfig):
+        heads = model.num_key_value_heads
+        width = heads * model.head_dim
+    return {
+        "token_dim": width,
+        "num_attention_heads": heads,
+        "num_layers": model.num_hidden_layers,
+        "num_transformer_submodules": 1,
+    }
+
+
+# ---- where it stands ----
+
+
+class Prompt(Attached):
+    """In the place of a decoder's `beginning`."""
+
+    @property
+    def length(self) -> int:
+        (part,) = self.using
+        return 0 if part is None else part.length
+
+    def tensors(self, name: str) -> dict[str, nn.Parameter]:
+        part = self.adapters[name]
+        if part.encoder is None:
+            return {"prompt_embeddings": part.embedding}
+        return dict(part.named_parameters())
+
+    @torch.no_grad()
+    def saved(self, name: str) -> dict[str, Tensor]:
+        part = self.adapters[name]
+        training = part.training
+        finished = part.eval().finished()
+        part.train(training)
+        return {"prompt_embeddings": finished.float()}
+
+    def compute(self, part: PromptPart, model: Decoder, cache: Cache | None, rows: int) -> Cache:
+        if cache is not None and cache.length > 0:
+            return cache  # it was begun with the prompt
+        layers = [
+            (k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1))
+            for k, v in part.keys_values(model)
+        ]
+        if cache is None:
+            return Preceding(model.config, part.length, layers)
+        for layer, (k, v) in enumerate(layers):
+            cache.append(layer, k, v)
+        return cache
+
+    def joined(self, weight: Tensor | None) -> nn.Module:
+        raise LorakitError("merge: a prompt is no part of the weights; keep it beside them")
+
+    def without(self, model: Decoder, cache: Cache | None, rows: int) -> Cache | None:
+        return cache
+
+
+class Preceding:
+    """A cache that holds a prompt, and of a call's own positions nothing."""
+
+    def __init__(self, config: ModelConfig, length: int, layers: list[tuple[Tensor, Tensor]]):
+        self.config, self.length, self.layers = config, length, layers
+
+    def _first(self, new: int, window: int | None) -> int:
+        """Of the positions that are returned: a single new one must not see beyond the window."""
+        return max(0, self.length + new - window) if new == 1 and window is not None else 0
+
+    def positions(self, new: int, window: int | None) -> Tensor:
+        device = self.layers[0][0].device
+        return torch.arange(self._first(new, window), self.length + new, device=device)
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        first = self._first(k.shape[1], self.config.window(layer))
+        before = self.layers[layer]
+        k, v = torch.cat([before[0], k], 1), torch.cat([before[1], v], 1)
+        return k[:, first:], v[:, first:]
+
+
+class _Keeping:
+    """A cache that starts empty and keeps what a single call gives it."""
+
+    length = 0
+
+    def __init__(self) -> None:
+        self.layers: list[tuple[Tensor, Tensor]] = []
+
+    def positions(self, new: int, window: int | None) -> Tensor:
+        return torch.arange(new)
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        self.layers.append((k, v))
+        return k, v
+
+
+def _run(model: Decoder, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of every layer for embeddings x [1, n, H], the first positions of a row."""
+    kept = _Keeping()
+    ids = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)  # for the shape alone
+    views = model.views(ids, None, None, None)
+    for i, block in enumerate(model.model.layers):
+        x = block(x, views[model.config.slides(i)], kept)
+    return kept.layers

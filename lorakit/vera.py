@@ -1,0 +1,85 @@
+"""VeRA (arXiv:2310.11454): all layers share one random A and one random B, and train vectors alone.
+
+    y = W x + b * (B (d * (A x)))        A [r, in] and B [out, r] frozen, d [r] and b [out] trained
+
+which is a low-rank update with diag(d) A and diag(b) B, and computed as one. A and B are as large
+as the largest layer, smaller ones read their upper left corner. b starts at zero, d at `d_initial`.
+
+What is stored of a layer are out + r numbers. A and B follow from `projection_prng_key`: PEFT's
+draw, repeated here number by number. Where torch draws others one day, only a file that holds them
+(`save_projection`, the default) still means the same, at the price of r (in + out) numbers. A rank
+of hundreds costs time in every layer, though hardly any trained numbers.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .config import TargetConfig, check
+from .lora import LoraLinear, LowRank
+
+
+@dataclass(frozen=True)
+class VeraConfig(TargetConfig):
+    """An adapter of vectors between shared random matrices."""
+
+    r: int = 256
+    projection_prng_key: int = 0
+    """what A and B are drawn with"""
+    save_projection: bool = True
+    """write A and B into the file too"""
+    vera_dropout: float = 0.0
+    d_initial: float = 0.1
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(type(self.r) is int and self.r > 0, f"r must be positive and whole, not {self.r}")
+        p = self.vera_dropout
+        check(0 <= p < 1, f"vera_dropout is {p}; it must be in [0, 1)")
+
+
+class Projection(nn.Module):
+    """A fp32 [r, in] and B [out, r] of all layers of an adapter, drawn as PEFT draws them: uniform,
+    of variance 2 / in and 2 / r.
+    """
+
+    def __init__(self, config: VeraConfig, in_features: int, out_features: int):
+        super().__init__()
+        generator = torch.Generator().manual_seed(config.projection_prng_key)
+        for name, shape in ("A", (config.r, in_features)), ("B", (out_features, config.r)):
+            bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))
+            drawn = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+            self.register_buffer(name, drawn)
+
+
+class VeraPart(LowRank):
+    """Of one layer: lambda_b fp32 [out] and lambda_d [r], beside the matrices of all layers."""
+
+    def __init__(self, config: VeraConfig, shared: Projection, in_features: int, out_features: int):
+        super().__init__(config, config.r, 1.0, config.vera_dropout)
+        self.shared, self.in_features, self.out_features = shared, in_features, out_features
+        self.lambda_b = nn.Parameter(torch.zeros(out_features))
+        self.lambda_d = nn.Parameter(torch.full((config.r,), config.d_initial))
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        A = self.shared.A[:, : self.in_features] * self.lambda_d[:, None]
+        return A, self.shared.B[: self.out_features] * self.lambda_b[:, None]
+
+
+class VeraLinear(LoraLinear):
+    """A layer whose A and B are made of those that all layers share."""
+
+    def tensors(self, name: str) -> dict[str, nn.Parameter]:
+        part = self.adapters[name]
+        return {"vera_lambda_b": part.lambda_b, "vera_lambda_d": part.lambda_d}
+
+    def saved(self, name: str) -> dict[str, Tensor]:
+        return {ending: tensor.float() for ending, tensor in self.tensors(name).items()}
+
+
+def projection(module: nn.Module, name: str) -> Projection:
+    """The matrices that the layers of adapter `name` share."""
+    layers = (m for m in module.modules() if isinstance(m, VeraLinear) and name in m.adapters)
+    return next(layers).adapters[name].shared
