@@ -69,6 +69,16 @@ def test_command_line(prepared):
         assert done.stdout.strip()
 
 
+def test_examples_of_the_guide_to_training(prepared):
+    work, run = prepared
+    guide = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```", guide, re.MULTILINE | re.DOTALL))
+    done = run([sys.executable, "-c", code])
+    assert "\n6 False 0\n" in done.stdout
+    assert done.stdout.endswith("['loss', 'preference_accuracy', 'rows', 'step']\n")
+    assert (work / "runs" / "sums" / "checkpoint-6" / "state.json").exists()
+
+
 def test_examples_of_the_guide_to_lora(prepared):
     _, run = prepared
     guide = (ROOT / "docs" / "lora.md").read_text(encoding="utf-8")
