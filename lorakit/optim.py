@@ -121,13 +121,11 @@ class AdamW(torch.optim.Optimizer):
         """
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
-        states = {
-            p: state_dict["state"][i]
-            for i, p in zip(saved, params, strict=False)  # torch says what is wrong with it
-            if state_dict["state"].get(i)
-        }
-        for number, (p, state) in enumerate(states.items()):
-            _check_state(number, p, state)
+        states = {}
+        for i, p in zip(saved, params, strict=False):  # torch says it if they are not as many
+            if state_dict["state"].get(i):
+                states[p] = state_dict["state"][i]
+                _check_state(i, p, states[p])
         _Plain.load_state_dict(self, {**state_dict, "state": {}})
         if self._paged is None:
             for p, state in states.items():
