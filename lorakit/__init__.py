@@ -24,7 +24,7 @@ _HOME = {
     "adapter_names": "attached",
     "adapter_rows": "attached",
     "allocate": "adalora",
-    "attach": "attach",
+    "attach": "attaching",
     "delete_adapter": "attached",
     "detach": "attached",
     "disable_adapters": "attached",

@@ -36,7 +36,6 @@ import torch
 from torch import Tensor, nn
 
 from .adalora import AdaLoraConfig
-from .attach import attach
 from .attached import (
     Attached,
     adapter_config,
@@ -46,6 +45,7 @@ from .attached import (
     selected_adapter,
     set_adapter,
 )
+from .attaching import attach
 from .config import LoraConfig, LorakitError, TargetConfig, from_mapping
 from .files import read_json, write_json
 from .ia3 import IA3Config

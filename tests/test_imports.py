@@ -35,7 +35,7 @@ ALLOWED = {
     "vera": {"config", "lora"},
     "adalora": {"config", "attached", "lora"},
     "prompts": {"config", "attached", "model", "model_config", "tokenizer"},
-    "attach": {
+    "attaching": {
         "config",
         "attached",
         "targets",
@@ -76,7 +76,7 @@ ALLOWED = {
         "config",
         "files",
         "attached",
-        "attach",
+        "attaching",
         "lora",
         "ia3",
         "vera",
