@@ -66,7 +66,6 @@ class AdaLoraConfig(TargetConfig):
         p = self.lora_dropout
         check(0 <= p < 1, f"lora_dropout is {p}; it must be in [0, 1)")
         check(self.orth_reg_weight >= 0, "orth_reg_weight must not be negative")
-        check(self.target_r <= self.init_r, "target_r must not be larger than init_r")
         check(
             self.tinit < self.total_step - self.tfinal,
             "tinit and tfinal leave no step to allocate in: total_step must be larger than both",
@@ -162,6 +161,10 @@ def allocate(module: nn.Module, step: int) -> None:
     """
     parts = _selected(module, "allocate")
     config = parts[0].config
+    check(
+        config.target_r <= config.init_r,
+        f"allocate: target_r is {config.target_r}, more than init_r, {config.init_r}; lower it",
+    )
     last = config.total_step - config.tfinal
     if step < last:
         if all(part.lora_E.grad is None for part in parts):

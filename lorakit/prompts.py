@@ -217,6 +217,8 @@ class Prompt(Attached):
     @property
     def length(self) -> int:
         (part,) = self.using
+        if part is None and self.rows is not None and self.enabled:
+            raise LorakitError("adapter_rows: a prompt is the same for all rows of a batch")
         return 0 if part is None else part.length
 
     def tensors(self, name: str) -> dict[str, nn.Parameter]:
@@ -225,7 +227,6 @@ class Prompt(Attached):
             return {"prompt_embeddings": part.embedding}
         return dict(part.named_parameters())
 
-    @torch.no_grad()
     def saved(self, name: str) -> dict[str, Tensor]:
         part = self.adapters[name]
         training = part.training
@@ -248,9 +249,6 @@ class Prompt(Attached):
 
     def joined(self, weight: Tensor | None) -> nn.Module:
         raise LorakitError("merge: a prompt is no part of the weights; keep it beside them")
-
-    def without(self, model: Decoder, cache: Cache | None, rows: int) -> Cache | None:
-        return cache
 
 
 class Preceding:
