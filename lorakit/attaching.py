@@ -288,8 +288,7 @@ def _embedding(
         raise LorakitError(_tied_message(place))
     if heads is not None and config.use_dora:
         raise LorakitError(f"attach: {place} is tied to the head, where use_dora has no meaning")
-    make = lambda: LoraEmbedding(layer, heads is not None)  # noqa: E731
-    each = plan.wrap(place, layer, LoraEmbedding, make)
+    each = plan.wrap(place, layer, LoraEmbedding, lambda: LoraEmbedding(layer))
     if each is None:
         return
     weight = each.base.weight

@@ -81,6 +81,24 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int)
     generate.set_defaults(run=_generate, take=_take_prompt)
 
+    merge = verbs.add_parser(
+        "merge",
+        parents=[common],
+        help="write a model with an adapter in its weights",
+        description="Add an adapter to the weights of a model, write the result as a Hugging Face "
+        "directory, and print how far that moved the logits of a few tokens.",
+    )
+    merge.add_argument("model", help="directory, .gguf file or Hub id")
+    merge.add_argument("adapter", type=Path, help="directory of a PEFT or lorakit adapter")
+    merge.add_argument("out", type=Path, help="directory to write; new or empty")
+    merge.add_argument("--quantize", choices=["nf4", "fp4", "int8"],
+                       help="as in training; the logits are compared with its own")  # fmt: skip
+    merge.add_argument("--base", choices=["dequantized", "dense", "nf4"], default="dequantized",
+                       help="over quantized weights: what the update is added to; nf4 writes the "
+                       "result packed again")  # fmt: skip
+    merge.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32")
+    merge.set_defaults(run=_merge, take=_take_nothing)
+
     report = verbs.add_parser(
         "quantize-report",
         parents=[common],
@@ -262,6 +280,19 @@ def _generate(args: argparse.Namespace) -> int:
         stream=lambda piece: print(piece, end="", flush=True),
     )
     print()
+    return 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise lk.LorakitError(f"{args.out} is there already, and not empty: choose another name")
+    if args.base == "nf4" and args.quantize not in ("nf4", "fp4"):
+        raise lk.LorakitError("--base nf4 packs again what was packed: add --quantize nf4")
+    model = lk.load_model(args.model, dtype=args.dtype, quantize=args.quantize)
+    lk.load_adapter(model, args.adapter)
+    print(lk.merge(model, args.base))
+    lk.save_model(model, args.out, packed=args.base == "nf4")
+    print(f"model in {args.out}")
     return 0
 
 

@@ -169,6 +169,30 @@ class LoraPart(LowRank):
         return A, torch.cat([self.lora_B, -self.start_B], dim=1)
 
 
+class WithLora(Attached):
+    """The common part of all kinds with A and B; `endings` are theirs in PEFT's file."""
+
+    endings: tuple[str, str]
+
+    @property
+    def part(self) -> LoraPart:
+        """Of the selected adapter."""
+        return self.adapters[self.selected]
+
+    @property
+    def lora_A(self) -> nn.Parameter:
+        return self.part.lora_A
+
+    @property
+    def lora_B(self) -> nn.Parameter:
+        return self.part.lora_B
+
+    def saved(self, name: str) -> dict[str, Tensor]:
+        pair = zip(self.endings, self.adapters[name].pair(), strict=True)
+        values = self.tensors(name) | dict(pair)
+        return {ending: tensor.float() for ending, tensor in values.items()}
+
+
 class AttachedLinear(Attached):
     """The common part of all kinds on a linear layer."""
 
@@ -190,41 +214,25 @@ class AttachedLinear(Attached):
         return with_weight(linear, weight, bias)
 
 
-class LoraLinear(AttachedLinear):
+class LoraLinear(AttachedLinear, WithLora):
     """base(x) + scaling * B A dropout(x), and the like."""
+
+    endings = ("lora_A.weight", "lora_B.weight")
 
     def __init__(self, base: Base):
         super().__init__(base)
         self.light: tuple[LoraPart, nn.Linear] | None = None
 
-    @property
-    def part(self) -> LoraPart:
-        """Of the selected adapter."""
-        return self.adapters[self.selected]
-
-    @property
-    def lora_A(self) -> nn.Parameter:
-        return self.part.lora_A
-
-    @property
-    def lora_B(self) -> nn.Parameter:
-        return self.part.lora_B
-
     def tensors(self, name: str) -> dict[str, nn.Parameter]:
         part = self.adapters[name]
         found = {
-            "lora_A.weight": part.lora_A,
-            "lora_B.weight": part.lora_B,
+            self.endings[0]: part.lora_A,
+            self.endings[1]: part.lora_B,
             "lora_B.bias": part.lora_bias,
             "lora_magnitude_vector": part.magnitude,
             "base_layer.bias": part.bias,
         }
         return {ending: tensor for ending, tensor in found.items() if tensor is not None}
-
-    def saved(self, name: str) -> dict[str, Tensor]:
-        A, B = self.adapters[name].pair()
-        values = self.tensors(name) | {"lora_A.weight": A, "lora_B.weight": B}
-        return {ending: tensor.float() for ending, tensor in values.items()}
 
     def update(self) -> LoraWeights | None:
         (part,) = self.using
@@ -351,39 +359,19 @@ def _look_up(embedding: nn.Module, weight: Tensor, ids: Tensor) -> Tensor:
     return F.embedding(ids, weight)
 
 
-class LoraEmbedding(Attached):
+class LoraEmbedding(WithLora):
     """base(ids) + scaling * A^T[ids] B^T, lora_A [r, V] and lora_B [H, r]."""
 
-    def __init__(self, base: nn.Module, tied: bool):
-        super().__init__(base)
-        self.tied = tied  # whether a head has this weight too
-
-    @property
-    def part(self) -> LoraPart:
-        """Of the selected adapter."""
-        return self.adapters[self.selected]
-
-    @property
-    def lora_A(self) -> nn.Parameter:
-        return self.part.lora_A
-
-    @property
-    def lora_B(self) -> nn.Parameter:
-        return self.part.lora_B
+    endings = ("lora_embedding_A", "lora_embedding_B")
 
     def tensors(self, name: str) -> dict[str, nn.Parameter]:
         part = self.adapters[name]
         found = {
-            "lora_embedding_A": part.lora_A,
-            "lora_embedding_B": part.lora_B,
+            self.endings[0]: part.lora_A,
+            self.endings[1]: part.lora_B,
             "lora_magnitude_vector": part.magnitude,
         }
         return {ending: tensor for ending, tensor in found.items() if tensor is not None}
-
-    def saved(self, name: str) -> dict[str, Tensor]:
-        A, B = self.adapters[name].pair()
-        values = self.tensors(name) | {"lora_embedding_A": A, "lora_embedding_B": B}
-        return {ending: tensor.float() for ending, tensor in values.items()}
 
     def update(self) -> LoraWeights | None:
         """As a tied head sees it."""
@@ -449,8 +437,6 @@ class RowsPart(Part):
 
 class TokenRows(Attached):
     """base(ids), but for some tokens rows that are trained; a tied head has them too."""
-
-    tied = True
 
     def tensors(self, name: str) -> dict[str, nn.Parameter]:
         return {"token_adapter.trainable_tokens_delta": self.adapters[name].rows}

@@ -62,3 +62,41 @@ def test_collate_packed():
     assert labels.tolist() == [[IGNORE, 6, IGNORE, 8, 9, IGNORE, 3]]
     assert ends.tolist() == [0, 2, 5, 7]
     assert ends.dtype == torch.int32
+
+
+@pytest.fixture(scope="module")
+def adapted(tiny_dir):
+    model = lk.load_model(tiny_dir, dtype="float32", quantize="nf4")
+    torch.manual_seed(0)
+    lk.attach(model, lk.LoraConfig(r=4, lora_alpha=8))
+    for name, p in model.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(p, 0, 0.1)
+    return model
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 299), min_size=2, max_size=12), min_size=2, max_size=5),
+    st.data(),
+)
+def test_documents_do_not_see_each_other(adapted, documents, data):
+    """Whatever one holds, not a bit of the others' logits changes; and each has the loss that it
+    has alone, to the rounding of sums over another number of rows.
+    """
+    number = data.draw(st.integers(0, len(documents) - 1))
+    length = len(documents[number])
+    other = data.draw(st.lists(st.integers(0, 299), min_size=length, max_size=length))
+    changed = [*documents[:number], other, *documents[number + 1 :]]
+    bounds = torch.tensor([0] + [len(d) for d in documents]).cumsum(0)
+
+    def ids(rows):
+        return torch.tensor([[token for row in rows for token in row]])
+
+    with torch.no_grad():
+        before, after = (adapted(ids(rows), cu_seqlens=bounds) for rows in (documents, changed))
+        start, end = bounds[number], bounds[number + 1]
+        assert torch.equal(before[:, :start], after[:, :start])
+        assert torch.equal(before[:, end:], after[:, end:])
+        losses, _ = adapted.row_losses(ids(documents), ids(documents), cu_seqlens=bounds)
+        alone = [adapted.loss(ids([row]), ids([row]))[0] for row in documents]
+    assert torch.allclose(losses, torch.stack(alone), rtol=1e-5, atol=1e-5)

@@ -689,8 +689,8 @@ def test_which_backend_runs():
 
 
 def test_which_optimizer_runs():
-    """fp32, dense and in host memory, wherever it begins; anything else in a list, all of it by
-    the reference.
+    """The kernel for what is fp32, dense and in host memory, wherever it begins; the reference for
+    the others of a list, one by one.
     """
     from lorakit.kernels.adamw import cpu
 
@@ -703,15 +703,16 @@ def test_which_optimizer_runs():
         state = [[Moment8bit.zeros(x.numel(), CPU) for x in lists[0]] for _ in range(2)]
         kernels.adamw_step_8bit(*lists, *state, step=1, **ADAMW)
 
-    for p, g, calls in (
+    for p, g, taken in (
         (wide[0, :600], wide[1, 1:], 2),
-        (wide[0, :600].bfloat16(), wide[1, 1:], 0),
-        (wide[0, 1:], wide[1, 1:].bfloat16(), 0),
-        (wide[0, :600:2], wide[1, 1:301], 0),
+        (wide[0, :600].bfloat16(), wide[1, 1:], 1),
+        (wide[0, 1:], wide[1, 1:].bfloat16(), 1),
+        (wide[0, :600:2], wide[1, 1:301], 1),
     ):
         with called(cpu, "_run") as run:
             steps(p, g)
-        assert run.call_count == calls
+        assert run.call_count == 2  # of 32 and of 8 bits
+        assert [len(call.args[1]) for call in run.call_args_list] == [taken, taken]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
