@@ -3,6 +3,8 @@ what merging, generating and training make of them.
 """
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -434,3 +436,30 @@ def test_refused_uses(model):
         lk.attach(model, lk.IA3Config(), name="other")
     with pytest.raises(lk.LorakitError, match="lorakit Decoder"):
         lk.attach(torch.nn.Linear(2, 2), lk.PrefixTuningConfig(num_virtual_tokens=2))
+
+
+class Descent:
+    """An optimizer of whatever trains when it steps: the guide attaches after this is made."""
+
+    def __init__(self, model):
+        self.model = model
+
+    @torch.no_grad()
+    def step(self):
+        for p in self.model.parameters():
+            if p.grad is not None:
+                p -= 1e-3 * p.grad
+
+    def zero_grad(self):
+        self.model.zero_grad(set_to_none=True)
+
+
+def test_snippets_of_the_guide(tiny_dir):
+    guide = (Path(__file__).parent.parent / "docs" / "methods.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"^```python\n(.*?)^```", guide, re.MULTILINE | re.DOTALL)
+    assert len(snippets) == 4
+    for snippet in snippets:
+        model = lk.load_model(tiny_dir, dtype="float32")
+        names = {"lk": lk, "model": model, "optimizer": Descent(model)}
+        exec(snippet, names | {"batches": [(IDS, IDS)] * 3})
+        assert lk.adapter_names(model)

@@ -62,7 +62,8 @@ def test_command_line(prepared):
     (work / "train.jsonl").write_text(rows)
     commands = [line for text in blocks("sh") for line in text.splitlines() if "lorakit " in line]
     commands = [shlex.split(c, comments=True) for c in commands if c.startswith("lorakit ")]
-    assert {c[1] for c in commands} == {"train", "generate", "quantize-report", "plot", "adapter"}
+    verbs = {"train", "generate", "quantize-report", "data", "plot", "merge", "adapter"}
+    assert {c[1] for c in commands} == verbs
     for command in commands:
         done = run(command, check=False)
         assert done.returncode == 0, done.stderr
@@ -128,21 +129,7 @@ def test_ci_runs_what_readme_names():
 
 @pytest.mark.parametrize(
     "page",
-    [
-        "README.md",
-        *(
-            f"docs/{name}.md"
-            for name in (
-                "data",
-                "lora",
-                "models",
-                "quantization",
-                "kernels",
-                "performance",
-                "migration",
-            )
-        ),
-    ],
+    ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))],
 )
 def test_links_exist(page):
     text = (ROOT / page).read_text(encoding="utf-8")
