@@ -78,17 +78,47 @@ def test_both_sides_do_the_same_job(tiny_dir, tmp_path):
         assert 0 < least <= rate <= most
         assert 0 < over < peak
         assert seconds > 0
-        assert loading > 0
+        assert loading >= 0  # to a tenth of a second
         first[name] = loss
         losses[name] = re.findall(rf"^{name}: step \d/4.* loss ([\d.]+),", done.stderr, re.M)
         assert len(losses[name]) == 4
     assert lines[5].startswith(f"lorakit / {PEER}: tokens/s ")
-    # four printed digits: fp32 products and sums in another order
-    assert first["lorakit"] == pytest.approx(first[PEER], abs=2e-4)
+    # four printed digits: fp32 products and sums in another order; or the peer's products in bf16
+    narrow = "avx512bf16" in lk.kernels.dispatch.runnable()
+    assert first["lorakit"] == pytest.approx(first[PEER], abs=0.14 if narrow else 2e-4)
     # A is drawn at random on each side; three steps at this learning rate move the loss little
     for ours, peers in zip(*losses.values(), strict=True):
-        assert float(ours) == pytest.approx(float(peers), rel=0.01)
+        assert float(ours) == pytest.approx(float(peers), rel=0.03 if narrow else 0.01)
     assert not left_behind(tmp_path)
+
+
+@pytest.mark.slow
+def test_both_sides_learn_alike(tiny_dir, tmp_path):
+    options = ["--steps", 20, "--batch", 2, "--dtype", "float32", "--rank", 2]
+    done = run("parity.py", tiny_dir, *options, folder=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 6
+    for line in lines[3:5]:
+        *_, ours, theirs, ratio = figures(line)
+        assert ours / theirs == pytest.approx(ratio, abs=1e-3)
+        assert ratio == pytest.approx(1, abs=0.03)
+    assert not left_behind(tmp_path)
+
+
+def test_what_parity_needs():
+    done = run("parity.py", "--steps", 19, folder=Path.cwd())
+    assert done.returncode == 2
+    assert "--steps must be at least 20" in done.stderr
+
+
+@pytest.mark.slow
+def test_overhead(tmp_path):
+    done = run("lora_overhead.py", "--repeats", 1, "--calls", 3, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = done.stdout.splitlines()[2:]
+    assert len(rows) == 8
+    assert all(min(figures(row.replace("float32", "").replace("bfloat16", ""))) > 0 for row in rows)
 
 
 @pytest.mark.slow
@@ -244,7 +274,7 @@ def test_sides_that_disagree(module):
     wrong = training.disagreement
     assert wrong(rows(2.0, 2.03), "bfloat16") == ""
     assert "differ by more than 2.0%" in wrong(rows(2.0, 2.05), "bfloat16")
-    assert "differ" in wrong(rows(2.03, 2.0), "float32")
+    assert "differ" in wrong(rows(2.05, 2.0), "float32")
     assert "not finite" in wrong(rows(2.0, math.nan), "bfloat16")
     assert "different numbers" in wrong(rows(2.0, 2.0, trained=(5, 6)), "bfloat16")
     failed = rows(2.0, 3.0)
