@@ -12,7 +12,7 @@ from .decode import DecodeCache, DecodeLayer, DecodePlan, decode_compiled, decod
 from .dispatch import use_backend
 from .frozen_linear import Packed, dequantize, dequantize_rows, frozen_linear
 from .int8 import Int8Tensor, dequantize_int8, quantize_int8
-from .lora_linear import LoraWeights, lora_linear, lora_mlp, lora_qkv
+from .lora_linear import LoraWeights, lora_linear, lora_mlp, lora_qkv, lora_row_norms
 from .nf4 import NF4Tensor, dequantize_nf4, quantize_fp4, quantize_nf4
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import norm_rope, rope
@@ -46,6 +46,7 @@ __all__ = [
     "lora_linear",
     "lora_mlp",
     "lora_qkv",
+    "lora_row_norms",
     "norm_rope",
     "quantize_fp4",
     "quantize_int8",

@@ -13,6 +13,7 @@ from .attached import Attached, Plan, adapter_names, attached, plain_modules
 from .config import LoraConfig, LorakitError, TargetConfig, nearest
 from .ia3 import IA3Config, IA3Linear, IA3Part
 from .initialization import from_weight, initial, needs_weight
+from .kernels import LoraWeights, lora_row_norms
 from .lora import (
     AttachedLinear,
     Base,
@@ -267,8 +268,7 @@ def _linear_part(each: LoraLinear, place: str, config: LoraConfig) -> LoraPart:
     if config.bias != "none" and base.bias is not None:
         part.bias = nn.Parameter(base.bias.detach().float().clone())
     if config.use_dora:
-        length = each._sum(part, base.dequantize()).norm(dim=1)
-        part.magnitude = nn.Parameter(length.detach())
+        part.magnitude = nn.Parameter(lora_row_norms(LoraWeights(base, *part.pair(), part.scaling)))
     return part
 
 

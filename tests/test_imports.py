@@ -48,6 +48,7 @@ ALLOWED = {
         "adalora",
         "prompts",
         "model",
+        "kernels",
     },
     "merging": {
         "config",

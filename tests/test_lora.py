@@ -276,3 +276,26 @@ def test_refusals(model):
 
     with pytest.raises(lk.LorakitError, match="is a Odd"):
         lk.attach(nn.Sequential(Odd(3, 3)), CONFIG)
+
+
+def test_dora_starts_from_products_of_its_rank(either):
+    """The lengths of the rows of W + s B A, without any product of the shape of W."""
+    made = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if "mm" in str(func):
+                made.append(tuple(out.shape))
+            return out
+
+    with Watch():
+        lk.attach(either, lk.LoraConfig(r=2, use_dora=True, init_lora_weights=False))
+    for layer in lora_layers(either).values():
+        assert (layer.out_features, layer.in_features) not in made
+        part = layer.part
+        W = layer.base.dequantize().double() + part.scaling * (
+            part.lora_B.double() @ part.lora_A.double()
+        )
+        # a sum of fp32 squares of some 32 numbers
+        assert torch.allclose(part.magnitude.double(), W.norm(dim=1), rtol=1e-5)

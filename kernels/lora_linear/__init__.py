@@ -95,6 +95,14 @@ def lora_linear(x: Tensor, layer: LoraWeights) -> Tensor:
     return lora_qkv(x, [layer])[0]
 
 
+@torch.no_grad()
+def lora_row_norms(layer: LoraWeights) -> Tensor:
+    """||W + s B A|| of each row, fp32 or wider [N]: DoRA's c, from products of rank r."""
+    tensors = layer.lora_A, layer.lora_B, None, None
+    static = layer.base, layer.scaling
+    return reference.Layer(static, tensors, layer.base.stored.dtype).row_norms
+
+
 def lora_qkv(
     x: Tensor, layers: Sequence[LoraWeights], *, again: Again = None
 ) -> tuple[Tensor, ...]:
