@@ -1,6 +1,7 @@
 """Every variant of an adapter against peft: files both ways, what it computes, how it trains."""
 
 import copy
+import os
 import warnings
 
 import pytest
@@ -203,9 +204,12 @@ def logits_of(module, ids=IDS):
 
 
 def assert_same(found, expected):
-    """1e-5 of the largest: the same formulas in fp32, sums in another order."""
+    """1e-5 of the largest: the same formulas in fp32, sums in another order. Kernels that were told
+    to do without vectors sum one by one, in the least exact order.
+    """
     difference = (found - expected).abs().max() / expected.abs().max()
-    assert difference <= 1e-5, f"{difference:.1e}"
+    limit = 2e-5 if os.environ.get("LORAKIT_ISA") == "scalar" else 1e-5
+    assert difference <= limit, f"{difference:.1e}"
 
 
 @cases
