@@ -218,6 +218,22 @@ def _unmerged(module: nn.Module, what: str) -> dict[str, Attached]:
     return found
 
 
+def check_new_name(module: nn.Module, name: str, what: str) -> None:
+    """Raise LorakitError, naming the caller, unless an adapter may be attached as `name`."""
+    names = adapter_names(module)
+    if name in names:
+        raise LorakitError(
+            f"{what}: an adapter {name!r} is attached already; detach it first, or choose another "
+            "name"
+        )
+    taken = {*dir(nn.ModuleDict()), ""}  # torch registers it among these
+    if not isinstance(name, str) or "." in name or name in taken:
+        raise LorakitError(
+            f"{what}: {name!r} is no name for an adapter: it must hold no dot, and be no method of "
+            "torch's ModuleDict"
+        )
+
+
 def check_adapter(module: nn.Module, name: str, what: str) -> None:
     """Raise LorakitError, naming the caller, unless adapter `name` is attached to `module`."""
     names = adapter_names(module)

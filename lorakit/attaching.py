@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from .adalora import AdaLoraConfig, AdaLoraLinear, AdaLoraPart
-from .attached import Attached, Plan, adapter_names, attached, plain_modules
+from .attached import (
+    Attached,
+    Plan,
+    adapter_names,
+    attached,
+    check_new_name,
+    plain_modules,
+)
 from .config import LoraConfig, LorakitError, TargetConfig, nearest
 from .ia3 import IA3Config, IA3Linear, IA3Part
 from .initialization import from_weight, initial, needs_weight
@@ -56,13 +63,7 @@ def attach(
     """
     config = config or LoraConfig()
     names = adapter_names(module)
-    if name in names:
-        raise LorakitError(
-            f"attach: an adapter {name!r} is attached already; detach it first, or choose another "
-            "name"
-        )
-    if not name or "." in name:
-        raise LorakitError(f"attach: {name!r} is no name for an adapter: it must hold no dot")
+    check_new_name(module, name, "attach")
     if any(each.merged is not None for each in attached(module).values()):
         raise LorakitError("attach: an adapter is merged; unmerge it first")
     match config:

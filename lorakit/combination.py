@@ -37,7 +37,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .attached import adapter_names, attached, check_adapter
+from .attached import attached, check_adapter, check_new_name
 from .config import LoraConfig, LorakitError, check, nearest
 from .lora import LoraPart, lora_layers
 
@@ -71,11 +71,7 @@ def combine_adapters(
     """
     for each in names:
         check_adapter(module, each, "combine_adapters")
-    if name in adapter_names(module) or not name or "." in name:
-        raise LorakitError(
-            f"combine_adapters: {name!r} must be a new name without a dot; attached: "
-            + ", ".join(adapter_names(module))
-        )
+    check_new_name(module, name, "combine_adapters")
     check(len(names) == len(weights), "combine_adapters: give one weight for each adapter")
     layers = lora_layers(module)
     for place, each in attached(module).items():

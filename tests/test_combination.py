@@ -377,7 +377,7 @@ def test_a_combined_adapter_is_saved(tmp_path):
     ("change", "message"),
     [
         ({"names": ["a", "d"]}, "no adapter 'd'"),
-        ({"name": "b"}, "must be a new name"),
+        ({"name": "b"}, "'b' is attached already"),
         ({"weights": [1.0]}, "one weight for each adapter"),
         ({"kind": "linaer"}, "did you mean 'linear'"),
         ({"kind": "linear"}, r"one rank, and these have \[2, 3\]"),

@@ -299,3 +299,11 @@ def test_dora_starts_from_products_of_its_rank(either):
         )
         # a sum of fp32 squares of some 32 numbers
         assert torch.allclose(part.magnitude.double(), W.norm(dim=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "keys", "forward", "training", 3])
+def test_names_that_no_adapter_can_have(model, name):
+    with pytest.raises(lk.LorakitError, match="is no name for an adapter"):
+        lk.attach(model, CONFIG, name=name)
+    assert not lora_layers(model)
+    assert all(p.requires_grad for p in model.parameters())
