@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from .config import LorakitError, check_metrics
 from .data import ALPACA, ALPACA_WITH_INPUT, as_chat
-from .formats import Chat, Instruction, Row, Text
+from .formats import Chat, Choice, Instruction, Row, Text
 from .generation import generate_batch
 from .metrics import score
 from .model import Decoder
@@ -67,6 +67,8 @@ def _asked(tok: Tokenizer, row: Row) -> tuple[str | list[dict], str]:
     """What the model is to continue, text or messages, and what it should say: of a chat the last
     turn of the assistant.
     """
+    if isinstance(row, Choice):
+        return _asked(tok, row.chosen)
     if isinstance(row, Instruction):
         if tok.chat_template is not None:
             return _asked(tok, as_chat(row))

@@ -133,6 +133,8 @@ def train(
     elif config.eval_metrics:
         raise LorakitError("train: eval_metrics scores validation rows; give data some")
     output_dir = Path(config.output_dir).expanduser()
+    if output_dir.exists() and not output_dir.is_dir():
+        raise LorakitError(f"train: output_dir {output_dir} is a file; choose another name")
     output_dir.mkdir(parents=True, exist_ok=True)
     resumed = _resumed(output_dir, config)
     torch.manual_seed(config.seed)  # dropout
@@ -414,6 +416,7 @@ class _Order:
         self.packs = None
         if config.packing:
             size = config.per_device_train_batch_size * config.max_seq_length
+            size *= 1 if config.objective == "sft" else 2  # a pair is two rows
             self.packs = pack(self.lengths, size)
         self.epoch, self.micro_batches = -1, []
         self._load(0)

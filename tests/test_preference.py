@@ -213,3 +213,17 @@ def test_pairs_of_chats(tiny_dir):
         lk.read_rows([{"chosen": "a", "rejected": "b"}])
     with pytest.raises(lk.LorakitError, match="row 0, rejected: the completion is empty"):
         lk.read_rows([{"prompt": "x", "chosen": "a", "rejected": ""}])
+
+
+def test_long_pairs_are_packed_and_scored(tiny_dir, tmp_path):
+    """A pair is two rows of max_seq_length at most; the better answer is what is scored."""
+    model, tok = lk.attach(lk.load_model(tiny_dir, dtype="float32")), lk.load_tokenizer(tiny_dir)
+    pairs = [{"prompt": "p" * 90, "chosen": "b" * 50, "rejected": "c" * 50}] * 3
+    config = lk.TrainConfig(
+        str(tmp_path), max_steps=2, objective="dpo", packing=True, max_seq_length=64,
+        per_device_train_batch_size=1, eval_metrics=["exact_match"],
+    )  # fmt: skip
+    short = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+    result = lk.train(model, tok, {"train": pairs, "validation": short}, config)
+    assert result.steps == 2
+    assert result.evaluations[-1]["exact_match"] == 0

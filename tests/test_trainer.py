@@ -174,6 +174,9 @@ def test_refuses_before_it_starts(tiny_dir, tok, tmp_path):
     model = adapted(tiny_dir)
     with pytest.raises(lk.LorakitError, match="holds no rows"):
         lk.train(model, tok, [], config)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(lk.LorakitError, match="file is a file; choose another name"):
+        lk.train(model, tok, ROWS, lk.TrainConfig(output_dir=str(tmp_path / "file")))
     with pytest.raises(lk.LorakitError, match="'train' and maybe 'validation'"):
         lk.train(model, tok, {"training": ROWS}, config)
     assert not (tmp_path / "out").exists()
