@@ -35,7 +35,7 @@ _HOME = {
     "dpo_loss": "preference",
     "encode_rows": "data",
     "eva": "eva_initialization",
-    "evaluate": "trainer",
+    "evaluate": "evaluation",
     "generate": "generation",
     "generate_batch": "generation",
     "lint_rows": "inspection",

@@ -53,7 +53,7 @@ from .attached import (
 from .attaching import attach
 from .config import LoraConfig, LorakitError, TargetConfig, from_mapping
 from .experts import is_fused, join_experts, split_experts
-from .files import read_json, write_json
+from .files import as_path, read_json, write_json
 from .ia3 import IA3Config
 from .lora import AttachedLinear, SavedModule, TiedHead, lora_layers
 from .model import Decoder
@@ -131,7 +131,7 @@ def save_adapter(
         values = _written_plainly(config, name, having, module)
     if fused_experts:
         tensors, values = _fused(module, tensors, values)
-    path = Path(path).expanduser()
+    path = as_path(path)
     path.mkdir(parents=True, exist_ok=True)
     write_safetensors(path / WEIGHTS_FILE, tensors)
     write_json(path / CONFIG_FILE, values | {"base_model_name_or_path": base_model})
@@ -326,7 +326,7 @@ def load_adapter(module: nn.Module, path: str | Path, *, name: str = "default") 
     Raises LorakitError, and leaves `module` as it was, for a missing or truncated file, a PEFT
     feature that lorakit does not have, or tensors that are missing, unknown or of another shape.
     """
-    path = Path(path).expanduser()
+    path = as_path(path)
     values = read_json(path / CONFIG_FILE)
     if values.get("peft_type") not in PEFT_TYPES:
         raise LorakitError(

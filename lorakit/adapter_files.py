@@ -24,7 +24,7 @@ from torch import Tensor
 from .adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from .config import LorakitError, check, from_mapping, of_pattern, valid_regex
 from .experts import is_fused, per_expert, which_fused
-from .files import read_json
+from .files import as_path, read_json
 from .tensors import LazyTensor, open_safetensors
 
 PARTS = {
@@ -123,7 +123,7 @@ def open_adapter(path: str | Path) -> Adapter:
     """Open an adapter's directory; values stay on disk. Raises LorakitError for a file that is
     missing or damaged, a peft_type other than LORA, or half an adapter of a layer.
     """
-    path = Path(path).expanduser()
+    path = as_path(path)
     values = read_json(path / CONFIG_FILE)
     config = from_mapping(PeftConfig, values, str(path / CONFIG_FILE), ignore_unknown=True)
     if not (path / WEIGHTS_FILE).exists() and (path / "adapter_model.bin").exists():

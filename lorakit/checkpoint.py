@@ -31,7 +31,7 @@ from . import hub, kernels
 from .attached import Attached, attached
 from .config import LorakitError, QuantConfig, nearest, quant_config, to_dtype
 from .families import MULTIMODAL
-from .files import atomic, read_json, write_json
+from .files import as_path, atomic, read_json, write_json
 from .gguf import read_gguf
 from .memory import HUGE_PAGE, in_large_pages
 from .model import Decoder
@@ -335,7 +335,7 @@ def save_model(
     """
     config = module.config.to_hf() | {"torch_dtype": str(module.dtype).removeprefix("torch.")}
     outer = None if module.source is None else module.source.outer
-    path = Path(path).expanduser()
+    path = as_path(path)
     if not _is_merged(module):
         raise LorakitError(
             "save_model: an adapter is attached; merge it into the weights, or detach it, first"

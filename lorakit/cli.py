@@ -367,11 +367,18 @@ def _value(override: str) -> Any:
 
 
 def _yaml(text: str) -> Any:
-    """The value of YAML text, with 2e-4 a number as in YAML 1.2. Raises ValueError."""
+    """The value of YAML text, with 2e-4 a number as in YAML 1.2. Raises ValueError, for a key that
+    a mapping holds twice too.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
-        pass
+        def construct_mapping(self, node, deep=False):
+            names = [key.value for key, _ in node.value if isinstance(key.value, str)]
+            for name in names:
+                if names.count(name) > 1 and name != "<<":
+                    raise ValueError(f"{name} is given twice: keep one")
+            return super().construct_mapping(node, deep)
 
     number = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))

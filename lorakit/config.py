@@ -102,6 +102,15 @@ def from_mapping(cls: type, values: Any, where: str, *, ignore_unknown: bool = F
         raise LorakitError(f"{where}: {error}") from None
 
 
+def check_types(config: Any) -> None:
+    """Raise LorakitError unless every field of a config is of the type that it is declared as."""
+    kinds = typing.get_type_hints(type(config))
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        kind = _type_name(kinds[f.name])
+        check(_accepts(kinds[f.name], value), f"{f.name} must be {kind}, not {value!r:.60}")
+
+
 def check(condition: bool, message: str) -> None:
     """Raise LorakitError with `message` unless `condition`."""
     if not condition:
@@ -154,6 +163,7 @@ class QuantConfig:
         )
 
 
+MOST_RANK = 1 << 16  # no layer is so wide; what is larger is a slip, and would fill the memory
 INITIALIZATIONS = ("gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", "loftq", "eva")
 
 
@@ -188,7 +198,11 @@ class TargetConfig:
     """also adapt layers that store their weight [in, out], like the Conv1D of GPT-2"""
 
     def __post_init__(self):
+        check_types(self)
         check(len(self.target_modules) > 0, "target_modules is empty: name at least one layer")
+        patterns = self.layers_pattern or []
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            check(valid_regex(pattern), f"layers_pattern: {pattern!r} is no valid regex")
         check(
             self.layers_pattern is None or self.layers_to_transform is not None,
             "layers_pattern says where layers_to_transform finds its numbers: give these too",
@@ -222,12 +236,12 @@ class LoraConfig(TargetConfig):
     of the names in `INITIALIZATIONS`"""
 
     def __post_init__(self):
+        super().__post_init__()
         for name, r in {"r": self.r, **self.rank_pattern}.items():
-            check(type(r) is int and r > 0, f"{name} must be positive and whole, not {r}")
+            check(0 < r <= MOST_RANK, f"{name} must be positive, and {MOST_RANK} at most, not {r}")
         check(
             0 <= self.lora_dropout < 1, f"lora_dropout is {self.lora_dropout}; it must be in [0, 1)"
         )
-        super().__post_init__()
         check(
             self.bias in ("none", "all", "lora_only"),
             f"bias is {self.bias!r}; choose none, lora_only or all",
@@ -267,6 +281,13 @@ def valid_regex(pattern: str) -> bool:
     except (re.error, RecursionError, OverflowError):
         return False
     return True
+
+
+def whole_name(name: str) -> str:
+    """An entry of rank_pattern or alpha_pattern that means the layer called `name` alone: without
+    the ^ an entry also means layers whose name ends so after a dot.
+    """
+    return f"^{name}"
 
 
 def in_pattern(key: str, name: str) -> bool:
@@ -390,6 +411,7 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self):
+        check_types(self)
         for name in [
             "num_train_epochs",
             "per_device_train_batch_size",
@@ -462,8 +484,8 @@ class DataConfig:
     train: str
     validation: str | None = None
     format: str | None = None
-    """what their rows are: "messages", "sharegpt", "prompt_completion", "alpaca" or "text"; null:
-    what the fields of the first row say"""
+    """what their rows are: "messages", "sharegpt", "prompt_completion", "preference", "alpaca" or
+    "text"; null: what the fields of the first row say"""
 
 
 @dataclass(frozen=True)

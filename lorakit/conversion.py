@@ -43,7 +43,7 @@ from .adapter_files import Adapter, Layer, natural, open_adapter, some
 from .checkpoint import open_model
 from .config import LorakitError, nearest
 from .experts import split_experts
-from .files import write_json
+from .files import as_path, write_json
 from .model_config import ModelConfig
 from .tensors import LazyTensor, write_safetensors
 
@@ -130,7 +130,7 @@ def convert_adapter(
     modules_to_save, trained tokens, initializations that changed the base, ...), a missing or
     damaged file, NaN, a rank too small, or a target that is not new or empty.
     """
-    source, target = Path(source).expanduser(), Path(target).expanduser().absolute()
+    source, target = as_path(source), as_path(target).absolute()
     _check_target(source, target)
     adapter = open_adapter(source)
     _check_plain(adapter)

@@ -107,7 +107,9 @@ class Encoder:
         Raises LorakitError for a row from which nothing, or something wrong, would be learned.
         """
         if isinstance(row, Choice):
+            before = self.long
             chosen, rejected = self(row.chosen), self(row.rejected)
+            self.long = before + (self.long > before)  # a row, not two answers
             return None if None in (chosen, rejected) else PairExample(chosen, rejected)
         try:
             parts = self._parts(row)

@@ -14,6 +14,16 @@ from typing import Any
 from .config import LorakitError
 
 
+def as_path(path: str | Path) -> Path:
+    """A path that a user gave, with ~ expanded. Raises LorakitError for what is none."""
+    if "\0" in str(path):
+        raise LorakitError(f"{str(path)!r} is no path: it holds a null byte")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # an unknown user's home
+        raise LorakitError(f"{str(path)!r} is no path: {error}") from None
+
+
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file. Raises LorakitError if it is missing or something else."""
     try:

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from .config import LorakitError
+from .files import as_path
 
 # not "*.safetensors": some repositories keep the same weights a second time under another name
 WEIGHTS = ["config.json", "generation_config.json", "model*.safetensors", "model*.index.json"]
@@ -21,11 +22,7 @@ def resolve(path_or_hub_id: str | Path, patterns: list[str]) -> Path:
     What exists on disk is taken as it is; only a string of the form "organization/name" is asked of
     the Hub. Raises LorakitError if there is no such thing in either place.
     """
-    try:
-        path = Path(path_or_hub_id).expanduser()
-        path.exists()
-    except (RuntimeError, ValueError) as error:  # an unknown user's home, a null byte
-        raise LorakitError(f"{path_or_hub_id!r} is no path: {error}") from None
+    path = as_path(path_or_hub_id)
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.exists():

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import LorakitError
-from .files import atomic, read_text, write_text
+from .files import as_path, atomic, read_text, write_text
 
 log = logging.getLogger("lorakit")
 
@@ -55,10 +55,10 @@ def plot_runs(paths: str | Path | Iterable[str | Path], out: str | Path) -> Path
     """
     if isinstance(paths, (str, Path)):
         paths = [paths]
-    runs = _named([Path(path).expanduser() for path in paths])
+    runs = _named([as_path(path) for path in paths])
     if not runs:
         raise LorakitError("plot_runs: name the output directory of at least one run")
-    out = Path(out).expanduser()
+    out = as_path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from . import kernels
 from .checkpoint import open_model
 from .config import LorakitError, QuantConfig, quant_config
-from .files import atomic
+from .files import as_path, atomic
 from .quantization import PackedWeight
 from .quantization import quantize as quantize_module
 
@@ -103,7 +103,7 @@ class QuantReport:
         axes.set_title(f"{Path(self.path).name} in {self.config.quant_type}")
         axes.grid(alpha=0.3)
         axes.legend(ncols=4, fontsize="small")
-        path = Path(path).expanduser()
+        path = as_path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic(path) as temporary:
             figure.savefig(temporary, format="png", dpi=120)

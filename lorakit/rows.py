@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 from .config import LorakitError, nearest
+from .files import as_path
 from .formats import FORMATS, Row, detect, make_row, parse_json
 from .row_files import CsvRecords, JsonLines, Record, Table, decoded
 
@@ -135,9 +136,7 @@ class Selected(Rows):
 
 
 def _file_rows(source: str | Path, format: str | None) -> Sequence[Row]:
-    if "\0" in str(source):
-        raise LorakitError(f"{source!r} is no path: it holds a null byte")
-    path = Path(source).expanduser()
+    path = as_path(source)
     if path.is_dir():
         raise LorakitError(f"{path} is a directory; a file of rows is wanted")
     if not path.exists():

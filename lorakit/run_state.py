@@ -11,10 +11,12 @@ run removes. A full disk leaves the earlier ones too. Where in the data a run st
 the step alone; the order of the rows is a function of seed and epoch.
 """
 
+import fcntl
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,21 @@ def prune(output_dir: Path, keep: int, best: int | None) -> None:
             shutil.rmtree(each.path)
 
 
+@contextmanager
+def only_run_in(output_dir: Path) -> Iterator[None]:
+    """Inside the `with` block no other run trains into `output_dir`; the lock ends with the process
+    at the latest. Raises LorakitError if one does already.
+    """
+    with open(output_dir / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LorakitError(
+                f"train: another run is training into {output_dir}; choose another output_dir"
+            ) from None
+        yield
+
+
 def remove_unfinished(output_dir: Path) -> None:
     """What a run that was killed left behind."""
     for path in output_dir.glob(".checkpoint-*.tmp"):
@@ -134,15 +151,29 @@ def random_tensors(device: torch.device) -> dict[str, Tensor]:
     return found
 
 
+def read_values(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What state.json holds: progress, same and groups. Raises LorakitError if it does not."""
+    path = checkpoint.path / STATE_VALUES
+    values = read_json(path)
+    for name, kind in (("progress", dict), ("same", dict), ("groups", list)):
+        if not isinstance(values.get(name), kind):
+            raise LorakitError(f"{path} is damaged: {name} is missing; remove this checkpoint")
+    return values
+
+
 def restore(
-    checkpoint: Checkpoint, module: nn.Module, optimizer: AdamW, device: torch.device
-) -> dict[str, Any]:
-    """Set adapter, optimizer and random state as they were; returns the other values.
+    checkpoint: Checkpoint,
+    values: Mapping[str, Any],
+    module: nn.Module,
+    optimizer: AdamW,
+    device: torch.device,
+) -> None:
+    """Set adapter, optimizer and random state as they were. Of the optimizer's settings the number
+    of its steps comes from the checkpoint, the others are this run's.
 
     Raises LorakitError for a damaged file, or one of another adapter.
     """
     tensors = open_safetensors(checkpoint.path / STATE_TENSORS)
-    values = read_json(checkpoint.path / STATE_VALUES)
     own = trained_tensors(module)
     theirs = {name for name in tensors if name.startswith("adapter.")}
     for name in own.keys() ^ theirs:
@@ -164,12 +195,11 @@ def restore(
             state.setdefault(int(number), {})[part] = tensors[name].read().clone()
     groups = optimizer.state_dict()["param_groups"]
     for group, saved in zip(groups, values["groups"], strict=True):
-        group |= saved
+        group["step"] = saved["step"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     torch.set_rng_state(tensors["random.cpu"].read().clone())
     if device.type == "cuda" and "random.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random.cuda"].read().clone(), device)
-    return values
 
 
 def group_values(optimizer: AdamW) -> list[dict[str, Any]]:
@@ -181,8 +211,12 @@ def group_values(optimizer: AdamW) -> list[dict[str, Any]]:
 def check_same(checkpoint: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise LorakitError if a run with settings `now` cannot go on from one with `saved`."""
     for name, value in now.items():
-        if saved.get(name) != value:
+        before = saved.get(name)
+        if isinstance(value, dict) and isinstance(before, dict) and before != value:
+            inner = next(key for key in {**before, **value} if before.get(key) != value.get(key))
+            name, before, value = f"{name} {inner}", before.get(inner), value.get(inner)
+        if before != value:
             raise LorakitError(
-                f"resume: {checkpoint} was made with {name} {saved.get(name)!r}, this run has "
-                f"{value!r}; make them equal, or start in another output_dir"
+                f"resume: {checkpoint} was made with {name} {before!r}, this run has {value!r}; "
+                "make them equal, or start in another output_dir"
             )

@@ -144,7 +144,10 @@ def _eight_bits(folded: dict[str, LazyTensor], name: str) -> LazyTensor:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors to a safetensors file, atomically."""
+    """Write tensors to a safetensors file, atomically. Raises OSError, as of a full disk."""
     with atomic(path) as temporary:
         plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        save_file(plain, temporary, metadata={"format": "pt"})
+        try:
+            save_file(plain, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:  # which is no OSError, whatever the cause
+            raise OSError(f"{path}: {error}") from None

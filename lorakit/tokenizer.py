@@ -31,7 +31,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from . import hub
 from .config import LorakitError
-from .files import read_json, read_text, write_json, write_text
+from .files import as_path, read_json, read_text, write_json, write_text
 from .gguf import read_header
 
 Messages = list[dict[str, Any]]
@@ -125,7 +125,7 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and chat_template.jinja into `path`."""
-        path = Path(path).expanduser()
+        path = as_path(path)
         path.mkdir(parents=True, exist_ok=True)
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",

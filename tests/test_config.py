@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 
@@ -667,3 +668,39 @@ def test_the_guide_lists_every_alias():
     ignored = aliases.IGNORED | {"wandb_...": aliases.WANDB}
     assert table("Ignored, with") == [[f"`{name}`", why] for name, why in ignored.items()]
     assert table("Refused:") == [[f"`{name}`", why] for name, why in aliases.REFUSED.items()]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora_alpha": "8"}, "lora_alpha must be int or float, not '8'"),
+        ({"lora_alpha": math.nan}, "lora_alpha must be int or float, not nan"),
+        ({"target_modules": None}, "target_modules must be str or list"),
+        (
+            {"layers_pattern": "(", "layers_to_transform": 1},
+            "layers_pattern: '.' is no valid regex",
+        ),
+        ({"r": 10**9}, "r must be positive, and 65536 at most"),
+        ({"modules_to_save": [3]}, "modules_to_save must be list"),
+    ],
+)
+def test_values_of_the_wrong_type_from_python(options, message):
+    with pytest.raises(lk.LorakitError, match=message):
+        lk.LoraConfig(**options)
+
+
+def test_endless_epochs():
+    with pytest.raises(lk.LorakitError, match="num_train_epochs must be float, not inf"):
+        lk.TrainConfig(num_train_epochs=math.inf)
+
+
+def test_a_key_that_is_given_twice(tmp_path):
+    (tmp_path / "run.yaml").write_text("model: m\nmax_steps: 1\nmax_steps: 2\n")
+    with pytest.raises(lk.LorakitError, match="max_steps is given twice: keep one"):
+        _read_run_file(tmp_path / "run.yaml", [])
+
+
+@pytest.mark.parametrize("path", ["a\0b", "~nosuchuser/x"])
+def test_what_is_no_path(path):
+    with pytest.raises(lk.LorakitError, match="is no path"):
+        lk.load_adapter(None, path)

@@ -244,7 +244,7 @@ def test_refused_before_the_first_step(tiny_dir, tok, tmp_path):
     with pytest.raises(lk.LorakitError, match="unknown metric 'exact'"):
         lk.evaluate(model, tok, ROWS, metrics="exact")
     config = lk.TrainConfig(output_dir=str(tmp_path), eval_metrics=["exact_match"])
-    with pytest.raises(lk.LorakitError, match="eval_metrics scores validation rows"):
+    with pytest.raises(lk.LorakitError, match="eval_metrics needs validation rows"):
         lk.train(model, tok, ROWS, config)
     limit = model.config.context_length
     long = [{"prompt": "x" * limit, "completion": "y"}]

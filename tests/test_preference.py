@@ -192,7 +192,7 @@ def test_rows_and_objective_must_fit(tiny_dir, tmp_path):
     sft, dpo = (lk.TrainConfig(str(tmp_path), objective=o) for o in ("sft", "dpo"))
     rows = [{"prompt": "a", "completion": "b"}]
     for data, config in ((PAIRS, sft), (rows, dpo)):
-        with pytest.raises(lk.LorakitError, match="does not fit the rows"):
+        with pytest.raises(lk.LorakitError, match="does not fit the training rows"):
             lk.train(model, tok, data, config)
 
 
@@ -227,3 +227,10 @@ def test_long_pairs_are_packed_and_scored(tiny_dir, tmp_path):
     result = lk.train(model, tok, {"train": pairs, "validation": short}, config)
     assert result.steps == 2
     assert result.evaluations[-1]["exact_match"] == 0
+
+
+def test_long_pairs_are_counted_as_rows(tiny_dir, caplog):
+    tok = lk.load_tokenizer(tiny_dir)
+    rows = lk.read_rows([{"prompt": "p" * 90, "chosen": "b", "rejected": "c"}] * 2)
+    lk.encode_rows(rows, tok, max_seq_length=60)
+    assert "2 of 2 rows are longer than max_seq_length=60" in caplog.text

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -129,23 +130,50 @@ def test_a_signal_saves_a_checkpoint_and_leaves(tiny_dir, tok, tmp_path, number)
     assert (again.steps, again.interrupted) == (more, False)
 
 
-def test_a_full_disk_leaves_the_earlier_checkpoint(tiny_dir, tok, tmp_path, monkeypatch, capsys):
-    real, calls = run_state.write_safetensors, []
+@pytest.fixture
+def small_files():
+    """Ends what writes a file of more than so many bytes as a full disk does: with an error of the
+    operating system, which safetensors reports in its own way.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def full(path, tensors):
-        calls.append(path)
-        if len(calls) == 2:
-            path.write_bytes(b"half")
-            raise OSError(28, "No space left on device")
-        real(path, tensors)
+    def limit(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
 
-    monkeypatch.setattr(run_state, "write_safetensors", full)
+    yield limit
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(
+    tiny_dir, tok, tmp_path, monkeypatch, capsys, small_files
+):
+    """Step 4's cannot be written, the others can; the run goes on and ends well."""
+    real = run_state.write_checkpoint
+
+    def sometimes(output_dir, step, *rest):
+        small_files(3000 if step == 4 else -1)
+        try:
+            return real(output_dir, step, *rest)
+        finally:
+            small_files(-1)
+
+    monkeypatch.setattr(run_state, "write_checkpoint", sometimes)
     _, result = run(tiny_dir, tok, tmp_path, max_steps=5, save_steps=2)
     assert result.steps == 5
     out = capsys.readouterr().out
-    assert "checkpoint of step 4 could not be written (No space left on device); earlier" in out
+    assert "checkpoint of step 4 could not be written (" in out
+    assert "File too large" in out
     assert [each.step for each in run_state.checkpoints(tmp_path)] == [2, 5]
     assert not list(tmp_path.glob(".checkpoint*"))
+    assert (tmp_path / ADAPTER).exists()
+
+
+def test_a_full_disk_at_the_end_is_one_line(tiny_dir, tok, tmp_path, small_files):
+    model = adapted(tiny_dir)
+    small_files(3000)
+    with pytest.raises(OSError, match="File too large"):
+        lk.save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / ADAPTER).exists()
 
 
 def test_the_last_and_the_best_are_kept(tiny_dir, tok, tmp_path):
@@ -207,8 +235,10 @@ def test_what_cannot_be_resumed(tiny_dir, tok, tmp_path):
     for change, message in (
         ({"rows": ROWS[1:]}, "was made with data"),
         ({"seed": 1}, "made with seed 0, this run has 1"),
-        ({"lora": {"target_modules": ["q_proj"]}}, "is not in both, the run and the checkpoint"),
-        ({"lora": {"use_dora": True}}, "is not in both"),
+        ({"lora": {"target_modules": ["q_proj"]}}, "made with adapter target_modules 'all-linear'"),
+        ({"lora": {"use_rslora": True}}, "adapter use_rslora False, this run has True"),
+        ({"loraplus_lr_ratio": 4.0}, "made with loraplus_lr_ratio None, this run has 4.0"),
+        ({"max_steps": 5}, "is beyond the 5 steps of this run; raise max_steps"),
     ):
         with pytest.raises(lk.LorakitError, match=message):
             run(tiny_dir, tok, tmp_path, resume="auto", **(OPTIONS | change))
@@ -217,7 +247,21 @@ def test_what_cannot_be_resumed(tiny_dir, tok, tmp_path):
     (tmp_path / "checkpoint-12" / run_state.STATE_TENSORS).write_bytes(b"cut")
     with pytest.raises(lk.LorakitError, match="damaged or cut off"):
         run(tiny_dir, tok, tmp_path, resume="auto", **OPTIONS)
-    _, result = run(tiny_dir, tok, tmp_path, resume=str(tmp_path / "checkpoint-9"), **OPTIONS)
+    earlier = {"resume": str(tmp_path / "checkpoint-9"), **OPTIONS}
+    with pytest.raises(lk.LorakitError, match=r"holds later checkpoints \(checkpoint-12\); remove"):
+        run(tiny_dir, tok, tmp_path, **earlier)
+    shutil.rmtree(tmp_path / "checkpoint-12")
+    state = tmp_path / "checkpoint-9" / run_state.STATE_VALUES
+    values = json.loads(state.read_text())
+    for damage, message in (
+        ({}, "is damaged: progress is missing"),
+        (values | {"progress": {"more": 1}}, "is of another version of lorakit"),
+    ):
+        state.write_text(json.dumps(damage))
+        with pytest.raises(lk.LorakitError, match=message):
+            run(tiny_dir, tok, tmp_path, **earlier)
+    state.write_text(json.dumps(values))
+    _, result = run(tiny_dir, tok, tmp_path, **earlier)
     assert result.steps == 12
 
 
@@ -265,3 +309,99 @@ def test_a_step_is_the_same_however_it_is_cut(tiny_dir, tok, tmp_path, monkeypat
     for other_loss, other in found.values():
         assert other_loss == pytest.approx(loss, rel=1e-6)
         assert (other - grad).norm() <= 1e-6 * grad.norm()
+
+
+EVALUATED = {"max_steps": 8, "eval_steps": 2, "save_steps": 3, "learning_rate": 3e-2}
+
+
+@pytest.mark.parametrize("moment", ["step 4", "step 8", "evaluation 4", "evaluation 8"])
+def test_an_interrupted_evaluation_is_made_up_for(tiny_dir, tok, tmp_path, monkeypatch, moment):
+    """Ctrl-C in a step that is to be evaluated, or while it is: the adapter of that step is there,
+    and the run that goes on evaluates the same steps and ends with the same bytes.
+    """
+    data = {"train": ROWS, "validation": ROWS[:4]}
+    _, whole = run(tiny_dir, tok, tmp_path / "whole", data, **EVALUATED)
+    kind, at = moment.split()
+    name = {"step": "_backward", "evaluation": "loss_of"}[kind]
+    real, seen = getattr(trainer, name), []
+
+    def once(*args):
+        found = real(*args)
+        seen.append(found)
+        if len(seen) == int(at) // (1 if kind == "step" else 2):
+            os.kill(os.getpid(), signal.SIGINT)
+        return found
+
+    monkeypatch.setattr(trainer, name, once)
+    _, first = run(tiny_dir, tok, tmp_path / "a", data, **EVALUATED)
+    monkeypatch.setattr(trainer, name, real)
+    assert first.steps == int(at)
+    assert first.interrupted == (moment != "evaluation 8")  # which was the last thing to do
+    assert (tmp_path / "a" / ADAPTER).exists()
+    _, again = run(tiny_dir, tok, tmp_path / "a", data, **EVALUATED, resume="auto")
+    assert again.evaluations == whole.evaluations
+    assert (tmp_path / "a" / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes()
+
+
+def test_a_run_that_stopped_early_stays_stopped(tiny_dir, tok, tmp_path, monkeypatch):
+    data, losses = {"train": ROWS, "validation": ROWS[:4]}, iter([1.0, 2.0, 3.0, 0.5])
+    monkeypatch.setattr(trainer, "loss_of", lambda *_: {"loss": next(losses)})
+    options = {"max_steps": 8, "eval_steps": 1, "save_steps": 1, "early_stopping_patience": 2}
+    _, first = run(tiny_dir, tok, tmp_path, data, **options)
+    before = (tmp_path / ADAPTER).read_bytes()
+    _, again = run(tiny_dir, tok, tmp_path, data, **options, resume="auto")
+    for result in (first, again):
+        assert (result.steps, result.stopped_early, result.interrupted) == (3, True, False)
+    assert (tmp_path / ADAPTER).read_bytes() == before
+
+
+def test_a_best_checkpoint_that_is_gone(tiny_dir, tok, tmp_path, monkeypatch, capsys):
+    data, losses = {"train": ROWS, "validation": ROWS[:4]}, iter([1.0, 2.0, 3.0])
+    monkeypatch.setattr(trainer, "loss_of", lambda *_: {"loss": next(losses)})
+    real = run_state.write_checkpoint
+
+    def full(output_dir, step, *rest):
+        if step == 1:
+            raise OSError(28, "No space left on device")
+        return real(output_dir, step, *rest)
+
+    monkeypatch.setattr(run_state, "write_checkpoint", full)
+    options = {"max_steps": 3, "eval_steps": 1, "load_best_model_at_end": True}
+    _, result = run(tiny_dir, tok, tmp_path, data, **options)
+    assert result.steps == 3
+    assert "the last adapter stays: the checkpoint of the best, step 1" in capsys.readouterr().out
+    assert (tmp_path / ADAPTER).exists()
+
+
+def test_one_run_at_a_time(tiny_dir, tok, tmp_path):
+    with (
+        run_state.only_run_in(tmp_path),
+        pytest.raises(lk.LorakitError, match="another run is training into"),
+    ):
+        run(tiny_dir, tok, tmp_path)
+    run(tiny_dir, tok, tmp_path)
+
+
+def test_the_optimizers_settings_are_those_of_the_run(tiny_dir, tok, tmp_path):
+    """A resumed run takes the weight decay that it is told, not the one of the checkpoint."""
+    adapters = []
+    for name, decay in (("a", 0.0), ("b", 0.9)):
+        run(tiny_dir, tok, tmp_path / name, max_steps=2, save_steps=2)
+        options = {"max_steps": 4, "resume": "auto", "weight_decay": decay}
+        run(tiny_dir, tok, tmp_path / name, **options)
+        adapters.append((tmp_path / name / ADAPTER).read_bytes())
+    assert adapters[0] != adapters[1]
+
+
+def test_a_damaged_log_does_not_stop_a_run(tiny_dir, tok, tmp_path):
+    run(tiny_dir, tok, tmp_path, max_steps=2, save_steps=2)
+    log = tmp_path / "metrics.jsonl"
+    log.write_bytes(log.read_bytes() + b'garbage\n[]\n{"step": "x"}\n\xff\n{"step": 1')
+    run(tiny_dir, tok, tmp_path, max_steps=3, resume="auto")
+    assert [json.loads(line)["step"] for line in log.open()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["early_stopping_patience", "load_best_model_at_end"])
+def test_what_needs_validation_rows(tiny_dir, tok, tmp_path, name):
+    with pytest.raises(lk.LorakitError, match=f"{name} needs validation rows"):
+        run(tiny_dir, tok, tmp_path, **{name: 1 if "patience" in name else True})

@@ -208,7 +208,7 @@ def test_the_adapter_is_saved_before_the_last_evaluation(tiny_dir, tok, tmp_path
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer, "_evaluate", interrupted)
+    monkeypatch.setattr(trainer, "loss_of", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(tiny_dir, tok, tmp_path, {"train": ROWS, "validation": ROWS})
     assert (tmp_path / "adapter_model.safetensors").exists()

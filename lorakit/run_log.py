@@ -1,0 +1,86 @@
+"""What a run says while it trains: metrics.jsonl, a progress bar or plain lines, TensorBoard."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from .config import METRICS, LorakitError, TrainConfig
+from .files import write_text
+
+
+class Log:
+    """metrics.jsonl, and beside it a progress bar, or plain lines where there is no terminal."""
+
+    def __init__(self, output_dir: Path, total: int, done: int, config: TrainConfig):
+        path = output_dir / "metrics.jsonl"
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        kept = [line for line in text.splitlines(keepends=True) if _is_of(line, done)]
+        write_text(path, "".join(kept))
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        self.bar = tqdm(total=total, initial=done, desc="training", unit="step", disable=None)
+        self.total, self.board = total, None
+        if config.report_to == "tensorboard":
+            self.board = _board(output_dir, done)
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.bar.close()
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+    def step(self, **values: Any) -> None:
+        self._write(values)
+        line = (
+            f"loss {values['loss']:.4f}, lr {values['learning_rate']:.2e}, "
+            f"{values['tokens_per_second']:.0f} tok/s, {values['peak_memory_mb']:.0f} MB"
+        )
+        if self.bar.disable:
+            print(f"step {values['step']}/{self.total}: {line}", flush=True)
+        self.bar.set_postfix_str(line, refresh=False)
+        self.bar.update()
+
+    def evaluation(self, step: int, result: Mapping[str, float]) -> None:
+        self._write({"step": step, **{f"eval_{name}": value for name, value in result.items()}})
+        scores = "".join(f", {n} {v:.4f}" for n, v in result.items() if n in METRICS)
+        self.say(f"step {step}/{self.total}: validation loss {result['loss']:.4f}{scores}")
+
+    def say(self, line: str) -> None:
+        if self.bar.disable:
+            print(line, flush=True)
+        else:
+            self.bar.write(line)
+
+    def _write(self, values: Mapping[str, Any]) -> None:
+        self.file.write(json.dumps(values) + "\n")
+        self.file.flush()
+        if self.board is not None:
+            for name, value in values.items():
+                if name != "step":
+                    self.board.add_scalar(name, value, values["step"])
+
+
+def _is_of(line: str, done: int) -> bool:
+    """Whether a line of metrics.jsonl is whole, and of a step up to `done`: a run that was killed
+    may have cut the last one, and come further than its last checkpoint.
+    """
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return False
+    return line.endswith("\n") and isinstance(step, int) and step <= done
+
+
+def _board(output_dir: Path, done: int):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise LorakitError(
+            "report_to: tensorboard is not installed; pip install 'lorakit[tensorboard]'"
+        ) from None
+    return SummaryWriter(str(output_dir / "tensorboard"), purge_step=done + 1)
