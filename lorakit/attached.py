@@ -14,7 +14,7 @@ not), and `detach` puts it back where it was.
 What kinds there are is not said here: see lora.py and its neighbours.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -61,6 +61,12 @@ class Attached(nn.Module):
         """The same, as it is written."""
         return self.tensors(name)
 
+    @torch.no_grad()
+    def restore(self, name: str, values: Mapping[str, Tensor]) -> None:
+        """Give adapter `name` the values that `saved` gave, of the same shapes."""
+        for ending, parameter in self.tensors(name).items():
+            parameter.copy_(values[ending])
+
     def joined(self, weight: Tensor | None) -> nn.Module:
         """The module with the selected adapter in its weights; `weight` in place of the base's."""
         raise NotImplementedError
@@ -96,7 +102,13 @@ class Attached(nn.Module):
         """What computes where no adapter is added to it: the base, or the merged module."""
         return self.merged if self.merged is not None and self.enabled else self.plain
 
-    def _by_rows(self, x: Tensor, *args, **options) -> Tensor:
+    def _by_rows(self, *args, **options) -> Tensor:
+        if not args:
+            raise LorakitError(
+                f"adapter_rows: a {type(self.base).__name__} is called with keywords alone: which "
+                "of them holds the rows is not known"
+            )
+        x, *args = args
         count = sum(len(index) for _, index in self.rows)
         if len(x) != count:
             raise LorakitError(
@@ -281,7 +293,8 @@ def remove_parts(module: nn.Module, name: str, places: list[str], selected: str 
     for each in found.values():
         if name in each.adapters:
             del each.adapters[name]
-        each.select(selected)
+        if each.selected == name or each.selected != selected:  # or what trains stays as it is
+            each.select(selected)
     gone = {place: each.plain for place, each in found.items() if not each.in_use()}
     put_back(module, gone)
 
@@ -332,12 +345,13 @@ def adapter_rows(module: nn.Module, names: Sequence[str | None]) -> Iterator[Non
     found = list(_unmerged(module, "adapter_rows").values())
     rows = {name: [i for i, other in enumerate(names) if other == name] for name in names}
     rows = [(name, torch.tensor(index)) for name, index in rows.items()]
+    before = [each.rows for each in found]
     try:
         for each in found:
             each.rows = rows
             each.refresh()
         yield
     finally:
-        for each in found:
-            each.rows = None
+        for each, rows in zip(found, before, strict=True):
+            each.rows = rows
             each.refresh()

@@ -20,7 +20,6 @@ from .attached import (
 from .config import LoraConfig, LorakitError, TargetConfig, nearest
 from .ia3 import IA3Config, IA3Linear, IA3Part
 from .initialization import from_weight, initial, needs_weight
-from .kernels import LoraWeights, lora_row_norms
 from .lora import (
     AttachedLinear,
     Base,
@@ -83,6 +82,9 @@ def attach(
         module.requires_grad_(False)
     for each, part in plan.parts:
         each.put(name, part)
+    for place, layer in list(plain_modules(module)):  # a layer in two places is one in both
+        if id(layer) in plan.made and layer is not plan.made[id(layer)]:
+            plan.places[place] = plan.made[id(layer)]
     for place, each in plan.places.items():
         module.set_submodule(place, each)
     for each in attached(module).values():
@@ -100,28 +102,11 @@ def _lora(module: nn.Module, config: LoraConfig) -> Plan:
         if _is_embedding(layer):
             _embedding(plan, module, places, place, config)
             continue
-        if isinstance(layer, nn.Linear) and type(layer) is not nn.Linear:
-            raise LorakitError(f"attach: {place} is a {type(layer).__name__}, not an nn.Linear")
-        if (other := _tied_embedding(places, layer)) is not None:
-            raise LorakitError(
-                f"attach: {place} shares its weight with {other}; adapt that one, with "
-                "ensure_weight_tying"
-            )
+        _check_linear(places, place, "adapt that one, with ensure_weight_tying")
         each = plan.wrap(place, layer, LoraLinear, lambda layer=layer: LoraLinear(_base(layer)))
         if each is not None:
             plan.parts.append((each, _linear_part(each, place, config)))
-    for place in _saved(places, config):
-        layer = places[place]
-        tied = _tied_heads(module, places, layer)
-        other = _tied_embedding(places, layer)
-        if (tied is not None or other is not None) and not config.ensure_weight_tying:
-            raise LorakitError(_tied_message(place))
-        if other is not None:
-            raise LorakitError(f"attach: {place} shares its weight with {other}; save that one")
-        each = plan.wrap(place, layer, SavedModule, lambda layer=layer: SavedModule(layer))
-        if each is not None:
-            plan.parts.append((each, _copy(place, each.base)))
-            _tie(plan, places, tied or [], each)
+    _save_whole(plan, module, config, config.ensure_weight_tying)
     for place, ids in _token_rows(places, embeddings, config):
         layer = places[place]
         each = plan.wrap(place, layer, TokenRows, lambda layer=layer: TokenRows(layer))
@@ -130,8 +115,9 @@ def _lora(module: nn.Module, config: LoraConfig) -> Plan:
             _tie(plan, places, _tied_heads(module, places, layer) or [], each)
     if config.bias == "all":
         for place, layer in places.items():
-            bias = layer._parameters.get("bias")
-            taken = place in plan.places or isinstance(layer, Attached)
+            plain = layer.plain if isinstance(layer, Attached) else layer
+            bias = plain._parameters.get("bias")
+            taken = place in plan.places or id(layer) in plan.made
             saved = any(lies_in(place, m) for m in config.modules_to_save or [])
             if bias is not None and not taken and not saved:
                 each = plan.wrap(place, layer, TrainedBias, lambda layer=layer: TrainedBias(layer))
@@ -140,34 +126,43 @@ def _lora(module: nn.Module, config: LoraConfig) -> Plan:
     return plan
 
 
+def _check_linear(places: Places, place: str, instead: str) -> None:
+    layer = places[place]
+    if isinstance(layer, nn.Linear) and type(layer) is not nn.Linear:
+        raise LorakitError(f"attach: {place} is a {type(layer).__name__}, not an nn.Linear")
+    if (other := tied_embedding(places, layer)) is not None:
+        raise LorakitError(f"attach: {place} shares its weight with {other}; {instead}")
+
+
 def _linear_places(module: nn.Module, config: TargetConfig) -> Iterator[tuple[str, nn.Module]]:
     """The layers that `config` selects, by name, for a method that knows linear layers alone."""
     places = {n: m for n, m in plain_modules(module) if n}
-    linear = [n for n, m in places.items() if _is_linear(m, config)]
-    for place in select(linear, [], config):
-        layer = places[place]
-        if isinstance(layer, nn.Linear) and type(layer) is not nn.Linear:
-            raise LorakitError(f"attach: {place} is a {type(layer).__name__}, not an nn.Linear")
-        if (other := _tied_embedding(places, layer)) is not None:
-            raise LorakitError(
-                f"attach: {place} shares its weight with {other}; only LoRA adapts both"
-            )
-        yield place, layer
+    for place in select([n for n, m in places.items() if _is_linear(m, config)], [], config):
+        _check_linear(places, place, "only LoRA adapts both")
+        yield place, places[place]
 
 
-def _save_whole(plan: Plan, module: nn.Module, config: TargetConfig) -> Plan:
-    """`plan`, and in it the modules that are trained whole beside the adapted layers."""
+def _save_whole(plan: Plan, module: nn.Module, config: TargetConfig, tie: bool = False) -> Plan:
+    """`plan`, and in it the modules that are trained whole beside the adapted layers; with `tie`
+    an embedding and the head that has its weight together.
+    """
     places = {n: m for n, m in plain_modules(module) if n}
     for place in _saved(places, config):
         layer = places[place]
-        tied = _tied_heads(module, places, layer) is not None
-        if tied or _tied_embedding(places, layer) is not None:
+        heads = _tied_heads(module, places, layer)
+        other = tied_embedding(places, layer)
+        if (heads is not None or other is not None) and not tie:
+            if isinstance(config, LoraConfig):
+                raise LorakitError(_tied_message(place))
             raise LorakitError(
                 f"attach: {place} shares its weight with another module; only LoRA saves both"
             )
+        if other is not None:
+            raise LorakitError(f"attach: {place} shares its weight with {other}; save that one")
         each = plan.wrap(place, layer, SavedModule, lambda layer=layer: SavedModule(layer))
         if each is not None:
             plan.parts.append((each, _copy(place, each.base)))
+            _tie(plan, places, heads or [], each)
     return plan
 
 
@@ -257,19 +252,12 @@ def _linear_part(each: LoraLinear, place: str, config: LoraConfig) -> LoraPart:
             A, B = from_weight(kind, base.dequantize(), r, config.scaling(place))
         else:
             A, B = initial(kind, *shape, r, device=device)
+        part = LoraPart(config, place, A, B)
+        if needs_weight(kind):
+            part.start_with(A, B)
+        each.complete(part)
     except LorakitError as error:
         raise LorakitError(f"attach: {place}: {error}") from None
-    part = LoraPart(config, place, A, B)
-    if needs_weight(kind):
-        part.start_with(A, B)
-    if config.lora_bias:
-        if base.bias is None:
-            raise LorakitError(f"attach: lora_bias needs a layer with a bias, and {place} has none")
-        part.lora_bias = nn.Parameter(torch.zeros(base.out_features, device=device))
-    if config.bias != "none" and base.bias is not None:
-        part.bias = nn.Parameter(base.bias.detach().float().clone())
-    if config.use_dora:
-        part.magnitude = nn.Parameter(lora_row_norms(LoraWeights(base, *part.pair(), part.scaling)))
     return part
 
 
@@ -337,7 +325,7 @@ def _tied_heads(module: nn.Module, places: Places, layer: nn.Module) -> list[str
     return heads or None
 
 
-def _tied_embedding(places: Places, layer: nn.Module) -> str | None:
+def tied_embedding(places: Places, layer: nn.Module) -> str | None:
     """The embedding that shares the weight of linear layer `layer`."""
     weight = _weight(layer)
     if weight is None or not isinstance(layer, nn.Linear):
@@ -363,10 +351,21 @@ def _saved(places: Places, config: TargetConfig) -> Iterator[str]:
             raise LorakitError(
                 f"modules_to_save: {entry!r} matches no module{nearest(entry, leaves)}"
             )
+        for hit in hits:
+            inside = [other for other in config.modules_to_save if lies_in(hit, other)]
+            if not all(ends_with(hit, other) for other in inside):
+                raise LorakitError(
+                    f"modules_to_save: {hit} lies in another one that is named ({inside[0]}): that "
+                    "one is trained whole already"
+                )
         yield from hits
 
 
 def _copy(place: str, module: nn.Module) -> nn.Module:
+    if attached(module):
+        raise LorakitError(
+            f"modules_to_save: {place} holds layers of another adapter; detach that first"
+        )
     packed = [p for p in module.parameters() if not p.is_floating_point()]
     if packed or isinstance(module, PackedLayer):
         raise LorakitError(

@@ -317,9 +317,11 @@ def _show_data(args: argparse.Namespace) -> int:
 
 
 def _lint_data(args: argparse.Namespace) -> int:
-    rows = lk.read_rows(args.file, format=args.format)
+    errors: list[str] = []
+    rows = lk.read_rows(args.file, format=args.format, errors=errors)
     tok = lk.load_tokenizer(args.model)
-    report = lk.lint_rows(rows, tok, max_seq_length=args.max_seq_length, train_on=args.train_on)
+    options = {"max_seq_length": args.max_seq_length, "train_on": args.train_on}
+    report = lk.lint_rows(rows, tok, **options, errors=errors)
     print(report)
     return 1 if report.unusable else 0
 

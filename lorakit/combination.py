@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from .attached import attached, check_adapter, check_new_name
-from .config import LoraConfig, LorakitError, check, nearest
+from .config import LoraConfig, LorakitError, check, each_alone, nearest
 from .lora import LoraPart, lora_layers
 
 PRUNED = ("magnitude_prune", "ties", "dare_linear", "dare_ties")
@@ -69,6 +69,7 @@ def combine_adapters(
     Raises LorakitError, and changes nothing, if an adapter is missing or `name` is taken, one holds
     more than A and B, or `combine` refuses.
     """
+    check(len(names) > 0, "combine_adapters: name at least one adapter")
     for each in names:
         check_adapter(module, each, "combine_adapters")
     check_new_name(module, name, "combine_adapters")
@@ -100,7 +101,7 @@ def combine_adapters(
             )
     ranks = {place: len(A) for place, (A, _) in found.items()}
     r = Counter(ranks.values()).most_common(1)[0][0]
-    others = {place: own for place, own in ranks.items() if own != r}
+    others = each_alone({place: own for place, own in ranks.items() if own != r}, ranks)
     config = LoraConfig(
         r=r, lora_alpha=r, target_modules=list(found), rank_pattern=others, alpha_pattern=others
     )

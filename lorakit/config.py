@@ -283,11 +283,18 @@ def valid_regex(pattern: str) -> bool:
     return True
 
 
-def whole_name(name: str) -> str:
-    """An entry of rank_pattern or alpha_pattern that means the layer called `name` alone: without
-    the ^ an entry also means layers whose name ends so after a dot.
+def endings(names: typing.Iterable[str]) -> set[str]:
+    """All that follows a dot in one of them."""
+    return {name[i + 1 :] for name in names for i, sign in enumerate(name) if sign == "."}
+
+
+def each_alone(values: Mapping[str, Any], names: typing.Iterable[str]) -> dict[str, Any]:
+    """A rank_pattern or alpha_pattern of values by layer: every entry means, of the layers `names`,
+    one alone. A bare name, which every reader of the file knows, would also mean a layer whose name
+    ends so after a dot; a ^ before it ends that.
     """
-    return f"^{name}"
+    unclear = endings(names)
+    return {f"^{name}" if name in unclear else name: value for name, value in values.items()}
 
 
 def in_pattern(key: str, name: str) -> bool:

@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .attached import check_adapter, remove_parts, selected_adapter
-from .config import LorakitError, check
+from .attached import Part, attached, check_adapter, remove_parts, selected_adapter
+from .config import LorakitError, check, each_alone
 from .initialization import subspace_svd
 from .lora import LoraLinear, LoraPart
 
@@ -87,6 +87,7 @@ def eva(
     }
     check(len(layers) > 0, "eva: the adapter is on no linear layer")
     config = next(iter(layers.values())).adapters[name].config
+    check(all(m.merged is None for m in layers.values()), "eva: the adapter is merged; unmerge it")
     check(not config.rank_pattern, "eva: it finds the ranks itself; leave rank_pattern out")
     check(rho >= 1, f"rho must be at least 1, not {rho}")
     watch = _Watch(layers, round(config.r * rho))
@@ -106,11 +107,15 @@ def eva(
     found = {place: watch.of[place] for place in layers}
     ratios = {place: svd.explained_variance_ratio for place, svd in found.items()}
     ranks, alphas = redistribute(ratios, config.r, config.lora_alpha, rho=rho)
+    moved = [place for place, r in ranks.items() if r not in (0, config.r)]
     config = dataclasses.replace(
         config,
-        rank_pattern={place: r for place, r in ranks.items() if r not in (0, config.r)},
-        alpha_pattern={p: alphas[p] for p, r in ranks.items() if r not in (0, config.r)},
+        rank_pattern=each_alone({place: ranks[place] for place in moved}, ranks),
+        alpha_pattern=each_alone({place: alphas[place] for place in moved}, ranks),
     )
+    for each in attached(module).values():  # an embedding's part too
+        if name in each.adapters and isinstance(each.adapters[name], Part):
+            each.adapters[name].config = config
     for place, layer in layers.items():
         if ranks[place]:
             _start(layer, name, place, config, found[place].components[: ranks[place]])
@@ -122,7 +127,8 @@ def _start(layer: LoraLinear, name: str, place: str, config, A: Tensor) -> None:
     old = layer.adapters[name]
     B = old.lora_B.new_zeros(old.lora_B.shape[0], len(A))
     part = LoraPart(config, place, A.to(old.lora_A.device).clone(), B)
-    part.magnitude, part.bias, part.awaits = old.magnitude, old.bias, None
+    layer.complete(part)
+    part.awaits = None
     layer.put(name, part)
     layer.select(name)
 

@@ -84,6 +84,11 @@ class Choice(NamedTuple):
 Row = Pair | Chat | Instruction | Text | Choice
 
 
+def content_of(row: Row) -> list[Any]:
+    """All that a row says, without where it came from."""
+    return [content_of(item) if isinstance(item, Row) else item for item in row[:-1]]
+
+
 def parse_json(text: str, place: str) -> Any:
     try:
         return json.loads(text)

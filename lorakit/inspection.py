@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from .config import LorakitError
-from .data import IGNORE, Encoder
-from .formats import Chat, Instruction, Row, Text
+from .data import IGNORE, Encoder, PairExample
+from .formats import Chat, Choice, Instruction, Row, Text
 from .tokenizer import Tokenizer
 
 LEARNED, MASKED, PLAIN = "\x1b[30;42m", "\x1b[2m", "\x1b[0m"
@@ -38,10 +38,11 @@ def show_rows(
     encoder = Encoder(tok, train_on=train_on)
     shown = []
     for row in rows[:count]:
-        ids, labels = encoder(row)
-        learned = sum(label != IGNORE for label in labels)
-        head = f"{row.place}: {len(ids)} tokens, {learned} of them labels"
-        shown.append(f"{head}\n{_colored(tok, ids, labels, color)}\n")
+        for each in (row.chosen, row.rejected) if isinstance(row, Choice) else (row,):
+            ids, labels = encoder(each)
+            learned = sum(label != IGNORE for label in labels)
+            head = f"{each.place}: {len(ids)} tokens, {learned} of them labels"
+            shown.append(f"{head}\n{_colored(tok, ids, labels, color)}\n")
     return "\n".join(shown)
 
 
@@ -88,7 +89,9 @@ def _visible(text: str) -> str:
 
 @dataclass
 class LintReport:
-    """What `lint_rows` found. `lengths` counts the rows of each number of tokens."""
+    """What `lint_rows` found. `lengths` counts the rows of each number of tokens, of both answers
+    together where there are two.
+    """
 
     max_seq_length: int
     rows: int = 0
@@ -100,7 +103,7 @@ class LintReport:
     """places of turns without text"""
     over_long: list[str] = field(default_factory=list)
     unusable: list[str] = field(default_factory=list)
-    """errors of rows that cannot be learned from"""
+    """errors of rows that cannot be read, or not be learned from"""
     classes: Counter[str] = field(default_factory=Counter)
     """short answers, of which some are given more than once"""
 
@@ -151,10 +154,14 @@ def lint_rows(
     *,
     max_seq_length: int = 1024,
     train_on: str = "completion",
+    errors: Sequence[str] = (),
 ) -> LintReport:
-    """What is worth knowing of rows before training on them; see the fields of LintReport."""
+    """What is worth knowing of rows before training on them; see the fields of LintReport.
+
+    errors: of the rows that `read_rows` left out.
+    """
     encoder = Encoder(tok, train_on=train_on)
-    report, seen = LintReport(max_seq_length), {}
+    report, seen = LintReport(max_seq_length, rows=len(errors), unusable=list(errors)), {}
     answers: Counter[str] = Counter()
     for number, row in enumerate(rows):
         report.rows += 1
@@ -171,9 +178,10 @@ def lint_rows(
         except LorakitError as error:
             report.unusable.append(str(error))
             continue
-        length = len(example.input_ids)
-        report.lengths[length] += 1
-        report.labels += sum(label != IGNORE for label in example.labels)
+        answers_of = example if isinstance(example, PairExample) else [example]
+        report.lengths[len(example.input_ids)] += 1
+        report.labels += sum(label != IGNORE for e in answers_of for label in e.labels)
+        length = max(len(e.input_ids) for e in answers_of)
         if length > max_seq_length:
             report.over_long.append(f"{row.place}: {length:,} tokens")
     report.classes = Counter({text: n for text, n in answers.items() if n > 1})
@@ -181,6 +189,8 @@ def lint_rows(
 
 
 def _texts(row: Row) -> list[str]:
+    if isinstance(row, Choice):
+        return _texts(row.chosen) + _texts(row.rejected)
     if not isinstance(row, Chat):
         return list(row[:-1])
     texts = [str(row.tools)]
@@ -196,6 +206,8 @@ def _digest(row: Row) -> bytes:
 
 
 def _answer(row: Row) -> str:
+    if isinstance(row, Choice):
+        return _answer(row.chosen)
     if isinstance(row, Chat):
         return (row.messages[-1].get("content") or "").strip()
     if isinstance(row, Text):
@@ -204,6 +216,8 @@ def _answer(row: Row) -> str:
 
 
 def _empty_turns(row: Row) -> list[str]:
+    if isinstance(row, Choice):
+        return _empty_turns(row.chosen) + _empty_turns(row.rejected)
     if isinstance(row, Chat):
         return [
             f"{row.place}, message {i} ({m['role']:.20})"

@@ -62,13 +62,15 @@ def loftq(
     is dense, or an original is missing or of another shape; and on reading an original that holds
     NaN or infinite values.
     """
-    layers = lora_layers(module)
+    layers = {n: layer for n, layer in lora_layers(module).items() if layer.selected is not None}
     if not layers:
         raise LorakitError("loftq: no adapter is attached")
     if type(iterations) is not int or iterations < 1:
         raise LorakitError(f"loftq: iterations must be a whole number from 1 on, not {iterations}")
     originals = dense_weights(module, weights, "loftq")
     for name, layer in layers.items():
+        if not isinstance(layer, LoraLinear):
+            raise LorakitError(f"loftq: {name} is an embedding; leave it out of target_modules")
         shape = (layer.base.out_features, layer.base.in_features)
         if isinstance(layer.base, DenseBase):
             raise LorakitError(f"loftq: {name} is dense; quantize the model before attaching")
@@ -107,6 +109,9 @@ def _start(layer: LoraLinear, original: Tensor, iterations: int) -> tuple[float,
         root = S.sqrt()
         A.zero_()[:rank] = root[:, None] * Vt
         B.zero_()[:, :rank] = U * (root / s)
-    layer.part.awaits = None
+    part = layer.part
+    part.awaits = part.start_A = part.start_B = None  # of what the adapter held nothing stays
+    layer.complete(part)
+    layer.refresh()
     after = (residue.addmm_(B.float(), A.float(), alpha=-s).norm() / norm).item()
     return before, after

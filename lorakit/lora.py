@@ -30,6 +30,7 @@ too, several adapters share it, and what is saved is plain LoRA of twice the ran
 """
 
 import copy
+from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -192,6 +193,16 @@ class WithLora(Attached):
         values = self.tensors(name) | dict(pair)
         return {ending: tensor.float() for ending, tensor in values.items()}
 
+    @torch.no_grad()
+    def restore(self, name: str, values: Mapping[str, Tensor]) -> None:
+        part = self.adapters[name]
+        if part.start_A is not None:  # the lower half of what `pair` gives
+            (a, A), (b, B) = ((ending, values[ending]) for ending in self.endings)
+            part.start_A.copy_(A[part.r :])
+            part.start_B.copy_(-B[:, part.r :])
+            values = {**values, a: A[: part.r], b: B[:, : part.r]}
+        super().restore(name, values)
+
 
 class AttachedLinear(Attached):
     """The common part of all kinds on a linear layer."""
@@ -234,6 +245,36 @@ class LoraLinear(AttachedLinear, WithLora):
         }
         return {ending: tensor for ending, tensor in found.items() if tensor is not None}
 
+    @property
+    def weight(self) -> Tensor:
+        """What the layer multiplies with, update and all, [out, in], computed each time and without
+        gradients: for code that reads a layer's weight, as torch's encoder layers and T5 do.
+        """
+        (part,) = self.using
+        layer = self.current() if part is None else self.joined_with(part, None)
+        return layer.dequantize() if isinstance(layer, Base) else layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """What the layer adds, [out]."""
+        (part,) = self.using
+        return self.current().bias if part is None else self._weights(part).bias
+
+    def complete(self, part: LoraPart) -> None:
+        """Give a new part what its config says beside A and B. Raises LorakitError for a lora_bias
+        where the base has none.
+        """
+        config, base = part.config, self.base
+        if config.lora_bias:
+            if base.bias is None:
+                raise LorakitError("lora_bias needs a layer with a bias")
+            part.lora_bias = nn.Parameter(torch.zeros_like(part.lora_B[:, 0]))
+        if config.bias != "none" and base.bias is not None:
+            part.bias = nn.Parameter(base.bias.detach().float().clone())
+        if config.use_dora:
+            length = kernels.lora_row_norms(LoraWeights(base, *part.pair(), part.scaling))
+            part.magnitude = nn.Parameter(length)
+
     def update(self) -> LoraWeights | None:
         (part,) = self.using
         return None if part is None else self._weights(part)
@@ -270,9 +311,11 @@ class LoraLinear(AttachedLinear, WithLora):
         y = F.linear(flat, own["weight"], own["bias"])
         if part.dropout and self.training:
             flat = F.dropout(flat, part.dropout)
+        if y.dtype == torch.float64:
+            A, B = A.double(), B.double()
         if A.dtype == y.dtype:
             y = torch.addmm(y, F.linear(flat, A), B.t(), alpha=part.scaling)
-        else:  # so few products are faster in A's fp32
+        else:  # so few products are faster in A's fp32 than in 16 bits
             low, dtype = F.linear(flat.to(A.dtype), A), y.dtype
             y = torch.addmm(y.to(low.dtype), low, B.t(), alpha=part.scaling).to(dtype)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
@@ -310,9 +353,12 @@ class LoraLinear(AttachedLinear, WithLora):
         A, B = part.pair()
         return torch.addmm(weight.to(wide), B.to(wide), A.to(wide), alpha=part.scaling)
 
-    @torch.no_grad()
     def joined(self, weight: Tensor | None) -> nn.Module:
-        part, base = self.part, self.base
+        return self.joined_with(self.part, weight)
+
+    @torch.no_grad()
+    def joined_with(self, part: LoraPart, weight: Tensor | None) -> nn.Module:
+        base = self.base
         weight = base.dequantize() if weight is None else weight
         found = self._sum(part, weight)
         if part.magnitude is not None:

@@ -81,6 +81,8 @@ def merge(
         raise LorakitError(f"merge: base is {base!r}; choose one of {', '.join(BASES)}")
     if all(each.selected is None for each in layers.values()):
         raise LorakitError("merge: no adapter is selected")
+    if any(not each.enabled or each.rows is not None for each in layers.values()):
+        raise LorakitError("merge: the adapters are disabled, or differ by row; leave that block")
     unmerge(module)
     originals = _originals(module, layers, weights) if base == "dense" else {}
     ids = _few_tokens(module) if input_ids is None and isinstance(module, Decoder) else input_ids
@@ -93,12 +95,10 @@ def merge(
         for each in layers.values():  # whose weight is that of a merged embedding
             if isinstance(each, TiedHead) and each.embedding[0].merged is not None:
                 each.merged = each.joined(None)
-    except LorakitError:
+        return None if before is None else _drift(base, before, _logits(module, ids))
+    except BaseException:
         unmerge(module)
         raise
-    if before is None:
-        return None
-    return _drift(base, before, _logits(module, ids))
 
 
 def unmerge(module: nn.Module) -> nn.Module:
@@ -165,10 +165,13 @@ def _few_tokens(model: Decoder) -> Tensor:
 
 def _logits(module: nn.Module, ids: Tensor) -> Tensor:
     """fp32 [tokens, V]"""
-    training = module.training
+    training = {each: each.training for each in module.modules()}
     module.eval()
-    found = module(ids)
-    module.train(training)
+    try:
+        found = module(ids)
+    finally:
+        for each, before in training.items():
+            each.training = before
     if not isinstance(found, Tensor):
         found = found.logits  # as the models of transformers return them
     return found.flatten(0, -2).float()

@@ -6,6 +6,7 @@ and tell where each record starts: what is kept of a file is a number, not a rec
 """
 
 import csv
+from codecs import BOM_UTF8 as BOM
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -17,7 +18,7 @@ from .formats import parse_json
 class Record(NamedTuple):
     start: int  # in bytes
     line: int  # counted from 1
-    value: Any
+    content: Any  # for `value` of the reader to make sense of
 
 
 class JsonLines:
@@ -33,10 +34,13 @@ class JsonLines:
     def records(self, file: BinaryIO, start: int, line: int) -> Iterator[Record]:
         """Those from where `file` stands: at byte `start`, on `line`."""
         for raw in file:
-            text = decoded(raw, start, f"{self.path} line {line}")
-            if text.strip():
-                yield Record(start, line, parse_json(text, f"{self.path} line {line}"))
+            if raw.removeprefix(BOM).strip():
+                yield Record(start, line, raw)
             start, line = start + len(raw), line + 1
+
+    def value(self, record: Record) -> Any:
+        place = f"{self.path} line {record.line}"
+        return parse_json(decoded(record.content, record.start, place), place)
 
 
 class CsvRecords:
@@ -58,12 +62,15 @@ class CsvRecords:
 
     def records(self, file: BinaryIO, start: int, line: int) -> Iterator[Record]:
         for first, number, fields, _, _ in self._fields(file, start, line):
-            if len(fields) != len(self.names):
-                raise LorakitError(
-                    f"{self.path} line {number}: {len(fields)} fields, where the header has "
-                    f"{len(self.names)}"
-                )
-            yield Record(first, number, dict(zip(self.names, fields, strict=True)))
+            yield Record(first, number, fields)
+
+    def value(self, record: Record) -> dict[str, str]:
+        if len(record.content) != len(self.names):
+            raise LorakitError(
+                f"{self.path} line {record.line}: {len(record.content)} fields, where the header "
+                f"has {len(self.names)}"
+            )
+        return dict(zip(self.names, record.content, strict=True))
 
     def _fields(self, file: BinaryIO, start: int, line: int) -> Iterator[tuple]:
         """Where a record starts, its line, its fields, and both of what follows it."""

@@ -19,12 +19,13 @@ import json
 import os
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 from .config import LorakitError, nearest
 from .files import as_path
-from .formats import FORMATS, Row, detect, make_row, parse_json
+from .formats import FORMATS, Row, content_of, detect, make_row, parse_json
 from .row_files import CsvRecords, JsonLines, Record, Table, decoded
 
 
@@ -55,8 +56,12 @@ class Rows(Sequence[Row]):
         return self.fetch(index % len(self))
 
 
-def read_rows(source: Source, *, format: str | None = None) -> Sequence[Row]:
+def read_rows(
+    source: Source, *, format: str | None = None, errors: list[str] | None = None
+) -> Sequence[Row]:
     """Rows of a file, or of an iterable of mappings; of `format`, or of the one its fields tell.
+
+    errors: a row that cannot be used is left out, and why is added here, instead of raised.
 
     Raises LorakitError for a file that is missing or none of the four kinds, a row that is not of
     the format of the first one, or no rows at all.
@@ -68,15 +73,26 @@ def read_rows(source: Source, *, format: str | None = None) -> Sequence[Row]:
     if isinstance(source, Rows):
         return source
     if isinstance(source, (str, Path)):
-        rows, name = _file_rows(source, format), str(source)
+        rows, name = _file_rows(source, format, errors), str(source)
     else:
-        rows, name = _other_rows(source, format), "data"
+        rows, name = _other_rows(source, format, errors), "data"
     if not rows:
-        raise LorakitError(f"{name} holds no rows")
+        raise LorakitError(errors[0] if errors else f"{name} holds no rows")
     return rows
 
 
-def _other_rows(source: Any, format: str | None) -> Sequence[Row]:
+@contextmanager
+def _noted(errors: list[str] | None) -> Iterator[None]:
+    """What is wrong with a row goes into `errors`, if that is wanted."""
+    try:
+        yield
+    except LorakitError as error:
+        if errors is None:
+            raise
+        errors.append(str(error))
+
+
+def _other_rows(source: Any, format: str | None, errors: list[str] | None) -> Sequence[Row]:
     if isinstance(source, Mapping):
         raise LorakitError(
             f"data is a mapping of {', '.join(map(str, source)) or 'nothing'}, not rows; "
@@ -84,7 +100,7 @@ def _other_rows(source: Any, format: str | None) -> Sequence[Row]:
         )
     if isinstance(source, Indexed) and not isinstance(source, (list, tuple)):
         try:
-            return IndexedRows(source, "row", format)
+            return IndexedRows(source, "row", format, errors)
         except (KeyError, IndexError):  # a table of pandas has its columns there
             raise LorakitError(
                 f"data of type {type(source).__name__} has no rows under 0, 1, ...; give an "
@@ -92,31 +108,42 @@ def _other_rows(source: Any, format: str | None) -> Sequence[Row]:
             ) from None
     if not isinstance(source, Iterable):
         raise LorakitError(f"data must be a file or an iterable of rows, not {source!r:.60}")
-    return _held(source, "row", format)
+    return _held(source, "row", format, errors)
 
 
-def _held(values: Iterable[Any], name: str, format: str | None) -> list[Row]:
+def _held(
+    values: Iterable[Any], name: str, format: str | None, errors: list[str] | None
+) -> list[Row]:
     rows = []
     for i, value in enumerate(values):
-        format = format or detect(value, f"{name} {i}")
-        rows.append(make_row(value, f"{name} {i}", format))
+        with _noted(errors):
+            format = format or detect(value, f"{name} {i}")
+            rows.append(make_row(value, f"{name} {i}", format))
     return rows
 
 
 class IndexedRows(Rows):
     """Rows of something that has a length and takes an index."""
 
-    def __init__(self, values: Indexed, name: str, format: str | None):
+    def __init__(
+        self, values: Indexed, name: str, format: str | None, errors: list[str] | None = None
+    ):
         self.values, self.name, self.format = values, name, format
+        self.numbers = array("q")
         for i in range(len(values)):
-            self.format = self.format or detect(values[i], f"{name} {i}")
-            self.fetch(i)
+            with _noted(errors):
+                self.format = self.format or detect(values[i], f"{name} {i}")
+                self._row(i)
+                self.numbers.append(i)
 
     def __len__(self) -> int:
-        return len(self.values)
+        return len(self.numbers)
 
     def fetch(self, index: int) -> Row:
-        return make_row(self.values[index], f"{self.name} {index}", self.format)
+        return self._row(self.numbers[index])
+
+    def _row(self, number: int) -> Row:
+        return make_row(self.values[number], f"{self.name} {number}", self.format)
 
 
 class Selected(Rows):
@@ -135,7 +162,7 @@ class Selected(Rows):
 # ---- files --------------------------------------------------------------------------------------
 
 
-def _file_rows(source: str | Path, format: str | None) -> Sequence[Row]:
+def _file_rows(source: str | Path, format: str | None, errors: list[str] | None) -> Sequence[Row]:
     path = as_path(source)
     if path.is_dir():
         raise LorakitError(f"{path} is a directory; a file of rows is wanted")
@@ -145,13 +172,13 @@ def _file_rows(source: str | Path, format: str | None) -> Sequence[Row]:
         raise LorakitError(f"{path} is no regular file, and its rows could not be read again")
     suffix = path.suffix.lower()
     if suffix == ".json":
-        return _json_rows(path, format)
+        return _json_rows(path, format, errors)
     if suffix == ".parquet":
-        return IndexedRows(Table(path), f"{path} row", format)
+        return IndexedRows(Table(path), f"{path} row", format, errors)
     if suffix == ".csv":
-        return FileRows(path, CsvRecords(path), format)
+        return FileRows(path, CsvRecords(path), format, errors)
     if suffix in (".jsonl", ".ndjson", ""):
-        return FileRows(path, JsonLines(path), format)
+        return FileRows(path, JsonLines(path), format, errors)
     raise LorakitError(
         f"{path}: files of kind {suffix!r} are not read; .jsonl, .json, .csv and .parquet are"
     )
@@ -160,7 +187,13 @@ def _file_rows(source: str | Path, format: str | None) -> Sequence[Row]:
 class FileRows(Rows):
     """Rows of a JSONL or CSV file, which is opened again to fetch one."""
 
-    def __init__(self, path: Path, reader: JsonLines | CsvRecords, format: str | None):
+    def __init__(
+        self,
+        path: Path,
+        reader: JsonLines | CsvRecords,
+        format: str | None,
+        errors: list[str] | None = None,
+    ):
         self.path, self.reader, self.format = path, reader, format
         self.starts, self.lines = array("q"), array("q")
         with open(path, "rb") as file:
@@ -168,17 +201,22 @@ class FileRows(Rows):
             start, line = reader.header(file)
             file.seek(start)
             for record in reader.records(file, start, line):
-                if self.format is None:
-                    self.format = detect(record.value, f"{path} line {record.line}")
-                self._row(record)
-                self.starts.append(record.start)
-                self.lines.append(record.line)
+                with _noted(errors):
+                    if self.format is None:
+                        self.format = detect(reader.value(record), f"{path} line {record.line}")
+                    self._row(record)
+                    self.starts.append(record.start)
+                    self.lines.append(record.line)
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def __iter__(self) -> Iterator[Row]:
-        return map(self._row, self._records(0)) if self.starts else iter(())
+        number = 0
+        for record in self._records(0) if self.starts else ():
+            if number < len(self) and record.start == self.starts[number]:
+                yield self._row(record)
+                number += 1
 
     def fetch(self, index: int) -> Row:
         for record in self._records(index):
@@ -194,7 +232,8 @@ class FileRows(Rows):
             yield from self.reader.records(file, self.starts[index], self.lines[index])
 
     def _row(self, record: Record) -> Row:
-        return make_row(record.value, f"{self.path} line {record.line}", self.format)
+        value = self.reader.value(record)
+        return make_row(value, f"{self.path} line {record.line}", self.format)
 
 
 def _version(file: BinaryIO) -> tuple[int, int]:
@@ -202,14 +241,14 @@ def _version(file: BinaryIO) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _json_rows(path: Path, format: str | None) -> list[Row]:
+def _json_rows(path: Path, format: str | None, errors: list[str] | None) -> list[Row]:
     values = parse_json(decoded(path.read_bytes(), 0, str(path)), str(path))
     if not isinstance(values, list):
         raise LorakitError(
             f"{path} must hold one JSON array of rows, not {type(values).__name__}; a file with an "
             "object per line is called .jsonl"
         )
-    return _held(values, f"{path} item", format)
+    return _held(values, f"{path} item", format, errors)
 
 
 # ---- splitting ----------------------------------------------------------------------------------
@@ -219,7 +258,7 @@ def content_digest(row: Row) -> bytes:
     """8 bytes that depend on what a row says, not on where it stands or what kind of file held it:
     BLAKE2b of its canonical JSON.
     """
-    content = [type(row).__name__, *row[:-1]]
+    content = [type(row).__name__, *content_of(row)]
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.blake2b(text.encode("ascii"), digest_size=8).digest()
 

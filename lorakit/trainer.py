@@ -184,7 +184,8 @@ def train(
                 ended = progress.step == order.total or _has_stopped(progress, config)
                 ended = ended and not waits
                 keep = config.save_steps and (ended or progress.step % config.save_steps == 0)
-                keep = keep or (better and config.load_best_model_at_end) or stop.is_set()
+                best = better and (config.load_best_model_at_end or config.save_steps)
+                keep = keep or best or stop.is_set()
                 if keep and (progress.step != saved or better):
                     checkpoint()
                     saved = progress.step

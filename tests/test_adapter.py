@@ -113,6 +113,21 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda p: (p / "adapter_model.safetensors").unlink(), "does not exist"),
         (lambda p: (p / "adapter_config.json").write_text("{"), "not valid JSON"),
         (lambda p: edit_config(p, peft_type="POLY"), "peft_type is 'POLY'"),
+        (lambda p: edit_config(p, peft_type=["LORA"]), r"peft_type is \['LORA'\]"),
+        (lambda p: edit_config(p, modules_to_save=[3]), r"modules_to_save must be list"),
+        (lambda p: edit_config(p, target_modules=[3]), r"target_modules must be str or list"),
+        (lambda p: edit_config(p, target_modules=None), "target_modules must be str or list"),
+        (
+            lambda p: edit_config(p, rank_pattern=5, ensure_weight_tying=True),
+            "rank_pattern must be dict",
+        ),
+        (lambda p: edit_config(p, target_parameters=5), "target_parameters=5: only experts"),
+        (lambda p: edit_config(p, target_parameters=[5]), r"target_parameters=\[5\]: only experts"),
+        (lambda p: edit_config(p, r=10**9), "r must be positive, and 65536 at most"),
+        (
+            lambda p: edit_config(p, layers_to_transform=[0], layers_pattern="("),
+            "layers_pattern: '\\(' is no valid regex",
+        ),
         (lambda p: edit_config(p, use_dora=True), "lora_magnitude_vector is missing"),
         (lambda p: edit_config(p, modules_to_save=["lm_head"]), "lm_head.weight is missing"),
         (lambda p: edit_config(p, init_lora_weights="corda"), 'init_lora_weights="corda" changes'),
@@ -140,6 +155,94 @@ def test_a_bad_adapter_leaves_the_model_as_it_was(saved, tiny_dir, damage, messa
     assert not lora_layers(model)
     assert all(p.requires_grad for p in model.parameters())
     assert torch.equal(model(IDS), before)
+
+
+@pytest.mark.parametrize("peft_type", ["IA3", "VERA", "ADALORA"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"target_modules": [3]},
+        {"feedforward_modules": [3], "rank_pattern": [3], "r": [3]},
+        {"target_modules": 3},
+    ],
+)
+def test_odd_types_in_the_config_of_another_method(saved, tiny_dir, peft_type, change):
+    edit_config(saved, peft_type=peft_type, **change)
+    with pytest.raises(lk.LorakitError, match=r"adapter_config\.json: .* must be"):
+        lk.load_adapter(lk.load_model(tiny_dir, dtype="float32"), saved)
+
+
+def nested():
+    torch.manual_seed(0)
+    inner = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    return torch.nn.Sequential(torch.nn.Linear(8, 8), inner)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lk.LoraConfig(r=2, target_modules="0"),
+        lk.LoraConfig(r=2, target_modules=["0", "1.1"], exclude_modules=["1.0"]),
+        # of all three, with other ranks in the order in which the first match counts
+        lk.LoraConfig(r=2, target_modules=["0", "1"], rank_pattern={"1.0": 3, "0": 4}),
+        lk.LoraConfig(r=2, target_modules=["0", "1"], alpha_pattern={"1.0": 3, "0": 4}),
+    ],
+    ids=["regex", "exclude", "ranks", "alphas"],
+)
+def test_a_name_in_which_another_one_ends(tmp_path, config):
+    """`0` is also how `1.0` ends: what is read is the same all the same, here and in PEFT."""
+    from peft import PeftModel
+
+    module, x = nested(), torch.randn(3, 8)
+    randomize(lk.attach(module, config))
+    lk.save_adapter(module, tmp_path)
+    again = lk.load_adapter(nested(), tmp_path)
+    assert lora_layers(again).keys() == lora_layers(module).keys()
+    assert torch.equal(again(x), module(x))
+    edit_config(tmp_path, task_type=None)  # a PeftModelForCausalLM asks for methods of such a model
+    theirs = PeftModel.from_pretrained(nested(), tmp_path).eval()
+    # fp32 sums of 8 products in another order, through three layers
+    assert (theirs(x) - module(x)).abs().max() < 1e-5
+    lk.save_adapter(again, tmp_path / "again")
+    assert torch.equal(lk.load_adapter(nested(), tmp_path / "again")(x), module(x))
+
+
+@pytest.mark.parametrize("kind", [lk.IA3Config, lk.VeraConfig, lk.AdaLoraConfig])
+def test_a_name_in_which_another_one_ends_of_another_method(tmp_path, kind):
+    steps = {"total_step": 9} if kind is lk.AdaLoraConfig else {}
+    module, x = nested(), torch.randn(3, 8)
+    lk.attach(module, kind(target_modules=["0", "1.1"], exclude_modules=["1.0"], **steps))
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+    lk.save_adapter(module, tmp_path)
+    assert torch.equal(lk.load_adapter(nested(), tmp_path)(x), module(x))
+
+
+def test_a_tied_head_of_any_name_has_no_rank_of_its_own(tmp_path):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed, self.fc = torch.nn.Embedding(20, 8), torch.nn.Linear(8, 8)
+            self.output = torch.nn.Linear(8, 20, bias=False)
+            self.output.weight = self.embed.weight
+
+        def forward(self, ids):
+            return self.output(self.fc(self.embed(ids)))
+
+    config = lk.LoraConfig(
+        r=4, target_modules=["embed", "fc"], rank_pattern={"embed": 2}, ensure_weight_tying=True
+    )
+    module, ids = randomize(lk.attach(Model(), config)), torch.arange(20)[None]
+    lk.save_adapter(module, tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["rank_pattern"] == {"embed": 2, "output": 2}  # PEFT adapts it as one of its own
+    again = lk.load_adapter(Model(), tmp_path)
+    assert torch.equal(again(ids), module(ids))
+    twice = lk.load_adapter(module, tmp_path, name="twice")  # where the head is one of ours by now
+    assert torch.equal(again(ids), twice(ids))
 
 
 def test_nothing_to_save(model, tmp_path):

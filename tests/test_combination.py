@@ -379,6 +379,7 @@ def test_a_combined_adapter_is_saved(tmp_path):
         ({"names": ["a", "d"]}, "no adapter 'd'"),
         ({"name": "b"}, "'b' is attached already"),
         ({"weights": [1.0]}, "one weight for each adapter"),
+        ({"names": [], "weights": []}, "name at least one adapter"),
         ({"kind": "linaer"}, "did you mean 'linear'"),
         ({"kind": "linear"}, r"one rank, and these have \[2, 3\]"),
     ],

@@ -270,6 +270,80 @@ def test_state_dicts(base, adapters):
         compat.set_peft_model_state_dict(other, {**state, key: torch.zeros(3)})
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_the_state_dict_of_a_start_that_is_a_part_of_the_weight(tiny_dir, start):
+    """It is plain LoRA of twice the rank, and goes back into the same adapter to the bit."""
+    config = compat.LoraConfig(**OPTIONS, init_lora_weights=start)
+    model = compat.get_peft_model(lk.load_model(tiny_dir, dtype="float32"), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    before = model(IDS)
+    state = {k: v.clone() for k, v in compat.get_peft_model_state_dict(model).items()}
+    assert all(8 in tensor.shape for tensor in state.values())
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if "lora_" in name or "start_" in name:
+                tensor.normal_()
+    assert not torch.allclose(model(IDS), before)
+    compat.set_peft_model_state_dict(model, state)
+    assert torch.equal(model(IDS), before)
+    again = compat.get_peft_model_state_dict(model)
+    assert all(torch.equal(again[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lk.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        lk.VeraConfig(target_modules=["q_proj"], r=4),
+        lk.AdaLoraConfig(target_modules=["q_proj"], total_step=9),
+        lk.PromptTuningConfig(num_virtual_tokens=3),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_other_methods_are_saved_and_set(config, tiny_dir, tmp_path):
+    model = compat.get_peft_model(lk.load_model(tiny_dir, dtype="float32"), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+    assert model.active_peft_config is model.peft_config["default"] is config
+    model.save_pretrained(tmp_path)
+    again = compat.PeftModel.from_pretrained(lk.load_model(tiny_dir, dtype="float32"), tmp_path)
+    assert torch.equal(again(IDS), model(IDS))
+    other = compat.get_peft_model(lk.load_model(tiny_dir, dtype="float32"), config)
+    compat.set_peft_model_state_dict(other, compat.get_peft_model_state_dict(model))
+    if not isinstance(config, lk.VeraConfig):  # whose frozen matrices the seed makes, not the state
+        assert torch.equal(other(IDS), model(IDS))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.delete_adapter("b"),
+        lambda m: m.delete_adapter("a"),
+        lambda m: m.merge_adapter(["a"]),
+        lambda m: m.merge_adapter(["b"]),
+    ],
+)
+def test_what_trains_afterwards_is_what_trains_in_peft(change, frozen):
+    def trains(library):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        config = library.LoraConfig(target_modules=["0", "1"], r=2)
+        model = library.get_peft_model(model, config, "a")
+        model.add_adapter("b", config)
+        model.set_adapter("a", inference_mode=frozen)
+        change(model)
+        every = [(n, p) for n, p in model.named_parameters() if "lora_" in n]
+        return {("a" in n.split("."), p.requires_grad) for n, p in every}
+
+    assert trains(compat) == trains(peft)
+
+
 def test_generation(theirs, adapters):
     ours = tiny_llama(num_key_value_heads=2, vocab_size=300)
     ours = compat.PeftModel.from_pretrained(ours, adapters / "a")

@@ -13,7 +13,7 @@ from torch import nn
 import lorakit as lk
 from lorakit.config import LorakitError
 from lorakit.eva_initialization import IncrementalSVD, redistribute
-from lorakit.lora import lora_layers
+from lorakit.lora import LoraLinear, lora_layers
 
 
 def rows(n, features, seed=0, decay=0.8, rank=None, offset=3.0):
@@ -352,6 +352,63 @@ def test_a_layer_without_rank_is_left_out(tmp_path):
     assert sum(result.ranks.values()) == 2
     assert all((place in lora_layers(module)) == (r > 0) for place, r in result.ranks.items())
     lk.save_adapter(module, tmp_path)
+
+
+class Reader(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.a, self.b = nn.Embedding(40, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+        with torch.no_grad():  # `a` reads few directions, `b` more
+            self.embed.weight *= 0.2 ** torch.arange(16)
+            self.a.weight *= 30
+
+    def forward(self, ids):
+        return self.b(torch.tanh(self.a(self.embed(ids))))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["embed", "a", "b"]},
+        {"target_modules": ["a", "b"], "trainable_token_indices": [1, 2]},
+        {"target_modules": ["a", "b"], "use_dora": True},
+        {"target_modules": ["a", "b"], "lora_bias": True, "init_lora_weights": True},
+        {"target_modules": ["a", "b"], "bias": "lora_only"},
+    ],
+    ids=["embedding", "tokens", "dora", "lora_bias", "bias"],
+)
+def test_the_output_stays_and_the_file_loads(tmp_path, options):
+    """Whatever the adapter held before, and whatever else is adapted beside the linear layers."""
+    module = Reader()
+    batches = [torch.randint(0, 40, (8, 12)) for _ in range(3)]
+    before = module(batches[0])
+    lk.attach(module, lk.LoraConfig(**{"r": 3, "init_lora_weights": "eva", **options}))
+    with torch.no_grad():
+        for each in lora_layers(module).values():
+            if isinstance(each, LoraLinear):
+                for parameter in each.parameters():
+                    if parameter.requires_grad:
+                        parameter.add_(torch.randn_like(parameter))
+    result = lk.eva(module, batches)
+    assert len(set(result.ranks.values())) > 1  # or nothing would be in the patterns
+    # fp32 sums of 16 products in another order
+    torch.testing.assert_close(module(batches[0]), before, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    lk.save_adapter(module, tmp_path)
+    again = lk.load_adapter(Reader(), tmp_path)
+    assert torch.equal(again(batches[0]), module(batches[0]))
+
+
+def test_a_merged_adapter_is_not_started():
+    module = nn.Sequential(nn.Linear(8, 8))
+    lk.attach(module, lk.LoraConfig(r=2, init_lora_weights="eva"))
+    lk.merge(module)
+    with pytest.raises(lk.LorakitError, match="the adapter is merged; unmerge it"):
+        lk.eva(module, [torch.randn(64, 8)])
 
 
 def test_eva_refuses_and_changes_nothing():

@@ -80,11 +80,59 @@ def test_lint_of_every_format(tok):
         {"prompt": " ", "completion": "b"},
         {"instruction": " ", "output": "b"},
         {"text": " "},
+        {"prompt": " ", "chosen": "b", "rejected": "c"},
     ):
         report = lint_rows(lk.read_rows([row, row]), tok)
-        assert [place[:6] for place in report.empty] == ["row 0,", "row 1,"]
+        assert sorted({place[:6] for place in report.empty}) == ["row 0,", "row 1,"]
         assert len(report.duplicates) == 1
         assert not report.unusable
+
+
+def test_pairs(tok):
+    """Lengths are those of both answers, the limit that of one."""
+    rows = lk.read_rows([{"prompt": "a", "chosen": "b" * 9, "rejected": "c"}])
+    assert show_rows(rows, tok) == (
+        "row 0, chosen: 12 tokens, 10 of them labels\n<s>|a[[b|b|b|b|b|b|b|b|b|</s>]]\n\n"
+        "row 0, rejected: 4 tokens, 2 of them labels\n<s>|a[[c|</s>]]\n"
+    )
+    report = lint_rows(rows, tok, max_seq_length=11)
+    assert (report.lengths, report.labels) == ({16: 1}, 12)
+    assert report.over_long == ["row 0: 12 tokens"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "json"])
+def test_all_rows_that_cannot_be_read_are_listed(tiny_dir, tmp_path, capsys, kind):
+    good = [{"prompt": "a", "completion": c} for c in "bc"]
+    path = tmp_path / f"rows.{kind}"
+    if kind == "csv":
+        path.write_text("prompt,completion\na\na,b\na,b,c\na,\na,c\n")
+        wrong = ["line 2: 1 fields", "line 4: 3 fields", "line 5: the completion is empty"]
+    elif kind == "json":
+        path.write_text(json.dumps([3, good[0], {"prompt": "a"}, good[1], {"text": "x"}]))
+        wrong = ["item 0 must be an object", "item 2: field 'completion'", "item 4: field 'prompt'"]
+    else:
+        lines = ["[3]", json.dumps(good[0]), '{"prompt": ', '{"text": "x"}', json.dumps(good[1])]
+        path.write_bytes("\n".join(lines).encode() + b'\n{"prompt": "\xff"}\n')
+        wrong = ["line 1 must be", "line 3 is not valid", "line 4: field", "line 6 is not UTF-8"]
+    assert main(["data", "lint", str(path), "--model", str(tiny_dir)]) == 1
+    found = capsys.readouterr().out
+    assert found.startswith(f"{2 + len(wrong)} rows, 8 tokens, 4 of them labels\n")
+    assert f"rows that cannot be used: {len(wrong)}\n" in found
+    for text in wrong:
+        assert f"{path} {text}" in found
+    errors = []
+    rows = lk.read_rows(path, errors=errors)
+    assert len(errors) == len(wrong)
+    assert [row.completion for row in rows] == ["b", "c"]
+    assert [rows[i].completion for i in (0, 1, -1)] == ["b", "c", "c"]
+    with pytest.raises(lk.LorakitError, match=r"rows\."):
+        lk.read_rows(path)
+
+
+def test_a_file_of_which_no_row_can_be_read(tiny_dir, tmp_path, capsys):
+    path = rows_file(tmp_path / "r.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
+    assert main(["data", "lint", str(path), "--model", str(tiny_dir)]) == 1
+    assert "line 1: field 'completion' is missing" in capsys.readouterr().err
 
 
 def test_many_findings_are_cut(tok):

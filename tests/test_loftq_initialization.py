@@ -79,6 +79,52 @@ def test_on_a_loaded_model(tiny_dir):
     assert all(result.after[name] < result.before[name] for name in result.before)
 
 
+@pytest.mark.parametrize(
+    "options", [{"init_lora_weights": "pissa"}, {"use_dora": True}, {"init_lora_weights": False}]
+)
+def test_whatever_the_adapter_held(options):
+    """What is computed is the original weight but for what is left of the error."""
+    plain, weights = quantized()
+    truth = lk.loftq(plain, weights)
+    module, _ = quantized()
+    lk.detach(module)
+    lk.attach(module, lk.LoraConfig(r=8, lora_alpha=24, **options))
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+    result = lk.loftq(module, weights)
+    for name, layer in lora_layers(module).items():
+        # the subspace is found from another random start
+        assert result.after[name] == pytest.approx(truth.after[name], rel=1e-2)
+        W = weights[name]
+        error = (layer.weight - W).norm() / W.norm()
+        assert error == pytest.approx(result.after[name], rel=1e-4)  # fp32 norms
+        x = torch.randn(5, layer.in_features)
+        y = x @ layer.weight.t() + (0 if layer.bias is None else layer.bias)
+        # fp32 sums of 96 products in another order
+        torch.testing.assert_close(layer(x), y, rtol=1e-5, atol=1e-5)
+
+
+def test_the_selected_adapter_alone():
+    module, weights = quantized()
+    lk.attach(module, lk.LoraConfig(r=4, target_modules=["1"]), name="b")
+    first = module[0].adapters["default"].lora_A.clone()
+    result = lk.loftq(module, weights)
+    assert result.after.keys() == {"1"}
+    assert torch.equal(module[0].adapters["default"].lora_A, first)
+
+
+def test_an_embedding_is_refused():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Embedding(64, 64), nn.Linear(64, 64))
+    weights = {name: layer.weight.detach().clone() for name, layer in module.named_children()}
+    lk.quantize(module)
+    lk.attach(module, lk.LoraConfig(r=4, target_modules=["0", "1"]))
+    with pytest.raises(lk.LorakitError, match="0 is an embedding; leave it out"):
+        lk.loftq(module, weights)
+
+
 def test_an_adapter_in_bf16():
     module, weights = quantized()
     module.to(torch.bfloat16)

@@ -383,6 +383,14 @@ def test_split_depends_on_content_only(tmp_path):
     assert content_digest(Text("row 0", "x")).hex() == "2dcb9962c182e7a0"
 
 
+def test_split_of_pairs_depends_on_content_only():
+    values = [{"prompt": "a", "chosen": f"b {i}", "rejected": "c"} for i in range(200)]
+    forward, backward = split(values), split(values[::-1])
+    for part, other in zip(forward, backward, strict=True):
+        answers = [sorted(row.chosen.completion for row in rows) for rows in (part, other)]
+        assert answers[0] == answers[1]
+
+
 @given(pairs, st.integers(1, 5))
 def test_every_row_is_in_one_part(values, n):
     parts = split(values, [1 / n] * n)

@@ -22,10 +22,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 
-from ..adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE, adapter_tensors, load_adapter, save_adapter
+from ..adapter import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    adapter_tensors,
+    key_of,
+    load_adapter,
+    save_adapter,
+)
 from ..attached import (
     adapter_config,
     adapter_names,
@@ -41,11 +47,12 @@ from ..attached import (
 from ..attaching import attach
 from ..combination import combine_adapters
 from ..config import LoraConfig as PlainConfig
-from ..config import LorakitError, check, from_mapping
+from ..config import LorakitError, TargetConfig, check, from_mapping
 from ..files import read_json
 from ..hub import resolve
 from ..merging import merge, merge_and_unload, unmerge
 from ..model import Decoder
+from ..prompts import PromptConfig
 from ..quantization import PackedWeight
 
 DEFAULT_TARGETS = ["q_proj", "v_proj"]  # PEFT's for every family that lorakit knows
@@ -255,17 +262,19 @@ class PeftModel(_Outside):
         return [] if self.active_adapter is None else [self.active_adapter]
 
     @property
-    def peft_config(self) -> dict[str, LoraConfig]:
+    def peft_config(self) -> dict[str, LoraConfig | TargetConfig | PromptConfig]:
         """The config of each adapter."""
         model = self.get_base_model()
         return {name: self._config_of(name) for name in adapter_names(model)}
 
     @property
-    def active_peft_config(self) -> LoraConfig:
+    def active_peft_config(self) -> LoraConfig | TargetConfig | PromptConfig:
         return self._config_of(self.active_adapter)
 
-    def _config_of(self, name: str) -> LoraConfig:
+    def _config_of(self, name: str) -> LoraConfig | TargetConfig | PromptConfig:
         config = adapter_config(self.get_base_model(), name)
+        if not isinstance(config, PlainConfig):  # of another method than LoRA
+            return config
         if not isinstance(config, LoraConfig):
             values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
             config = LoraConfig(**values)
@@ -418,7 +427,9 @@ class PeftModel(_Outside):
             check_adapter(self.get_base_model(), name, "save_pretrained")
         for name in names if is_main_process else []:
             folder = Path(save_directory) / ("" if name == "default" else name)
-            origin = self._config_of(name).base_model_name_or_path
+            config = self._config_of(name)
+            lora = isinstance(config, LoraConfig)
+            origin = config.base_model_name_or_path if lora else self._origin()
             save_adapter(self.get_base_model(), folder, name=name, base_model=origin)
 
     # ---- in the weights ----
@@ -432,7 +443,8 @@ class PeftModel(_Outside):
         self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False
     ) -> None:
         """`lk.merge` of the active adapter, or of the one named; it is always safe."""
-        self._select_for("merge_adapter", adapter_names)
+        with _same_training(self.get_base_model()):
+            self._select_for("merge_adapter", adapter_names)
         merge(self.get_base_model())
 
     def unmerge_adapter(self) -> None:
@@ -527,37 +539,34 @@ def get_peft_model_state_dict(model: PeftModel, adapter_name: str = "default") -
     return adapter_tensors(model.get_base_model(), adapter_name)
 
 
-@torch.no_grad()
 def set_peft_model_state_dict(
     model: PeftModel, peft_model_state_dict: Mapping[str, Tensor], adapter_name: str = "default"
 ) -> None:
     """Give an adapter the values of such tensors. Raises LorakitError, and changes nothing, if one
     is missing, belongs to nothing, or has another shape.
     """
-    base = model.get_base_model()
+    base, given = model.get_base_model(), peft_model_state_dict
     check_adapter(base, adapter_name, "set_peft_model_state_dict")
-    expected = {
-        f"{PREFIX}{place}.{ending}": parameter
+    known = adapter_tensors(base, adapter_name)  # a tied head has what its embedding has
+    having = [
+        (each, {key_of(place, each, ending): ending for ending in each.tensors(adapter_name)})
         for place, each in attached(base).items()
         if adapter_name in each.adapters
-        for ending, parameter in each.tensors(adapter_name).items()
-    }
-    known = adapter_tensors(base, adapter_name).keys()  # a tied head has what its embedding has
-    for key in sorted(expected.keys() - peft_model_state_dict.keys()):
+    ]
+    for key in sorted(key for _, keys in having for key in keys if key not in given):
         raise LorakitError(f"set_peft_model_state_dict: tensor {key} is missing")
-    for key in sorted(peft_model_state_dict.keys() - known):
+    for key in sorted(given.keys() - known.keys()):
         raise LorakitError(
             f"set_peft_model_state_dict: tensor {key} belongs to no adapted layer of this model"
         )
-    for key, parameter in expected.items():
-        shape = tuple(peft_model_state_dict[key].shape)
+    for key, tensor in given.items():
         check(
-            shape == tuple(parameter.shape),
-            f"set_peft_model_state_dict: tensor {key} is {shape}, the model needs "
-            f"{tuple(parameter.shape)}",
+            tensor.shape == known[key].shape,
+            f"set_peft_model_state_dict: tensor {key} is {tuple(tensor.shape)}, the model needs "
+            f"{tuple(known[key].shape)}",
         )
-    for key, parameter in expected.items():
-        parameter.copy_(peft_model_state_dict[key])
+    for each, keys in having:
+        each.restore(adapter_name, {ending: given[key] for key, ending in keys.items()})
 
 
 # ---- as PEFT does it, where lorakit selects and trains at once ----
@@ -585,12 +594,19 @@ def _train(model: nn.Module, name: str, required: bool) -> None:
 def _nothing_else(model: nn.Module) -> Iterator[None]:
     """One more adapter comes inside the `with` block; what computes and what trains stays so."""
     before = selected_adapter(model)
+    with nullcontext() if before is None else _same_training(model):
+        yield
+        if before is not None:
+            set_adapter(model, before)
+
+
+@contextmanager
+def _same_training(model: nn.Module) -> Iterator[None]:
+    """What trains now does so after the `with` block, whatever is selected inside it."""
     required = [(p, p.requires_grad) for p in model.parameters()]
     yield
-    if before is not None:
-        set_adapter(model, before)
-        for parameter, trains in required:
-            parameter.requires_grad_(trains)
+    for parameter, trains in required:
+        parameter.requires_grad_(trains)
 
 
 def _add(model: nn.Module, name: str, config: PlainConfig) -> None:
