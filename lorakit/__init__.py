@@ -39,7 +39,7 @@ _HOME = {
     "generate": "generation",
     "generate_batch": "generation",
     "lint_rows": "inspection",
-    "load_adapter": "adapter",
+    "load_adapter": "adapter_loading",
     "load_model": "checkpoint",
     "load_tokenizer": "tokenizer",
     "loftq": "loftq_initialization",

@@ -18,26 +18,14 @@ from .attached import (
     plain_modules,
 )
 from .config import LoraConfig, LorakitError, TargetConfig, nearest
+from .embeddings import LoraEmbedding, RowsPart, TiedHead, TokenRows
 from .ia3 import IA3Config, IA3Linear, IA3Part
 from .initialization import from_weight, initial, needs_weight
-from .lora import (
-    AttachedLinear,
-    Base,
-    BiasPart,
-    DenseBase,
-    LoraEmbedding,
-    LoraLinear,
-    LoraPart,
-    RowsPart,
-    SavedModule,
-    TiedHead,
-    TokenRows,
-    TrainedBias,
-    TransposedBase,
-)
+from .lora import AttachedLinear, Base, DenseBase, LoraLinear, LoraPart, TransposedBase
 from .model import Decoder, PackedLayer
 from .prompts import Prompt, PromptConfig, prompt_part
 from .targets import ends_with, lies_in, match_targets, select
+from .trained_modules import BiasPart, SavedModule, TrainedBias
 from .vera import Projection, VeraConfig, VeraLinear, VeraPart
 
 Places = dict[str, nn.Module]

@@ -1,4 +1,4 @@
-"""LoRA on any nn.Module: what each kind of layer computes, and which layers get it.
+"""LoRA on a linear layer: what it computes.
 
             x ------------------+
             |                   |
@@ -8,12 +8,9 @@
             |                   |
             +---- + s * --------+
 
-    LoraLinear      a linear layer                        y = W x + s B A x, or with DoRA's lengths
-    LoraEmbedding   an embedding, W [V, H] by rows        y = W[id] + s B A[:, id]
-    TokenRows       some rows of an embedding, trained    y = rows[id] instead of W[id]
-    TiedHead        a head on the weight of an embedding that is adapted in one of these ways
-    SavedModule     a module that is trained whole (modules_to_save)
-    TrainedBias     a module of which the bias is trained (bias="all")
+    LoraLinear      y = W x + s B A x, or with DoRA's lengths of the rows
+
+Embeddings are in embeddings.py, modules that are trained as they are in trained_modules.py.
 
 A `LoraLinear` owns its base and asks five things of it: `base(x)`, `base.dequantize()`,
 `base.stored`, the weight as the kernels take it, `base.requantize(w)`, and `base.frozen`. What the
@@ -36,7 +33,6 @@ from typing import Protocol, runtime_checkable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from . import kernels
 from .attached import Attached, Part
@@ -380,229 +376,10 @@ def with_weight(layer: nn.Module, weight: Tensor, bias: Tensor | None = None) ->
     return other
 
 
-# ---- embeddings ----
-
-
-class HeadOfEmbedding:
-    """The weight of an embedding [V, H] as that of a linear layer: the base of a tied head."""
-
-    bias = None
-
-    def __init__(self, embedding: nn.Module):
-        packed = not isinstance(embedding, nn.Embedding)
-        self.stored = embedding.quantized if packed else embedding.weight.detach()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if isinstance(self.stored, Tensor):
-            return F.linear(x, self.stored)
-        return kernels.frozen_linear(x, self.stored)
-
-
-def _look_up(embedding: nn.Module, weight: Tensor, ids: Tensor) -> Tensor:
-    """Rows of `weight` [n, any], with whatever else `embedding` does to its own."""
-    if isinstance(embedding, nn.Embedding) and type(embedding) is not nn.Embedding:
-        return functional_call(embedding, {"weight": weight}, (ids,))
-    return F.embedding(ids, weight)
-
-
-class LoraEmbedding(WithLora):
-    """base(ids) + scaling * A^T[ids] B^T, lora_A [r, V] and lora_B [H, r]."""
-
-    endings = ("lora_embedding_A", "lora_embedding_B")
-
-    def tensors(self, name: str) -> dict[str, nn.Parameter]:
-        part = self.adapters[name]
-        found = {
-            self.endings[0]: part.lora_A,
-            self.endings[1]: part.lora_B,
-            "lora_magnitude_vector": part.magnitude,
-        }
-        return {ending: tensor for ending, tensor in found.items() if tensor is not None}
-
-    def update(self) -> LoraWeights | None:
-        """As a tied head sees it."""
-        (part,) = self.using
-        return None if part is None else self.of_head(part, HeadOfEmbedding(self.base))
-
-    def of_head(self, part: LoraPart, base) -> LoraWeights:
-        A, B = part.pair()
-        return LoraWeights(base, B.t(), A.t(), part.scaling)
-
-    def compute(self, part: LoraPart, ids: Tensor) -> Tensor:
-        y = self.base(ids)
-        A, B = part.pair()
-        low = _look_up(self.base, A.t(), ids).to(y.dtype)
-        if part.magnitude is None:
-            flat = torch.addmm(
-                y.flatten(0, -2), low.flatten(0, -2), B.t().to(y.dtype), alpha=part.scaling
-            )
-            return flat.view_as(y)
-        gain = (part.magnitude / self._column_norms(part)).to(y.dtype)
-        return (y + part.scaling * F.linear(low, B.to(y.dtype))) * gain
-
-    def _dense(self) -> Tensor:
-        packed = not isinstance(self.base, nn.Embedding)
-        return self.base.dequantize() if packed else self.base.weight.detach()
-
-    @torch.no_grad()
-    def _column_norms(self, part: LoraPart) -> Tensor:
-        """||W + s (B A)^T|| of each column [H], from products of rank r."""
-        W = self._dense()
-        W = W.to(torch.promote_types(W.dtype, torch.float32))
-        A, sB = part.lora_A.to(W.dtype), part.lora_B.to(W.dtype) * part.scaling
-        square = torch.linalg.vector_norm(W, dim=0).square()
-        square += 2 * (sB * (A @ W).t()).sum(1) + (sB * (sB @ (A @ A.t()))).sum(1)
-        return square.clamp(min=0).sqrt()
-
-    @torch.no_grad()
-    def joined(self, weight: Tensor | None) -> nn.Module:
-        part = self.part
-        own = self._dense()
-        A, B = part.pair()
-        wide = torch.promote_types(own.dtype, torch.float32)
-        W = (own if weight is None else weight).to(wide)
-        found = torch.addmm(W, A.t().to(wide), B.t().to(wide), alpha=part.scaling)
-        if part.magnitude is not None:
-            found *= part.magnitude / found.norm(dim=0)
-        if isinstance(self.base, nn.Embedding):
-            return with_weight(self.base, found.to(own.dtype))
-        return nn.Embedding.from_pretrained(found.to(own.dtype))
-
-
-class RowsPart(Part):
-    """Trained rows [n, H] for the tokens `ids` [n], n of V."""
-
-    def __init__(self, config: LoraConfig, ids: Tensor, rows: Tensor, vocabulary: int):
-        super().__init__(config)
-        self.rows = nn.Parameter(rows)
-        slots = torch.full((vocabulary,), -1, device=rows.device)
-        slots[ids] = torch.arange(len(ids), device=rows.device)
-        self.register_buffer("ids", ids, persistent=False)
-        self.register_buffer("slots", slots, persistent=False)  # of each token its row, or -1
-
-
-class TokenRows(Attached):
-    """base(ids), but for some tokens rows that are trained; a tied head has them too."""
-
-    def tensors(self, name: str) -> dict[str, nn.Parameter]:
-        return {"token_adapter.trainable_tokens_delta": self.adapters[name].rows}
-
-    def compute(self, part: RowsPart, ids: Tensor) -> Tensor:
-        y, slots = self.base(ids), part.slots[ids]
-        rows = _look_up(self.base, part.rows, slots.clamp(min=0)).to(y.dtype)
-        return torch.where((slots >= 0)[..., None], rows, y)
-
-    def original_rows(self, ids: Tensor) -> Tensor:
-        """fp32 [n, H]"""
-        if isinstance(self.base, nn.Embedding):
-            return self.base.weight.detach()[ids].float()
-        return self.base(ids).float()
-
-    def update(self) -> LoraWeights | None:
-        """As a tied head sees it: B one-hot, A the difference of the rows."""
-        (part,) = self.using
-        return None if part is None else self.of_head(part, HeadOfEmbedding(self.base))
-
-    def of_head(self, part: RowsPart, base) -> LoraWeights:
-        one_hot = (
-            part.slots[:, None] == torch.arange(len(part.ids), device=part.ids.device)
-        ).float()
-        return LoraWeights(base, part.rows - self.original_rows(part.ids), one_hot, 1.0)
-
-    @torch.no_grad()
-    def joined(self, weight: Tensor | None) -> nn.Module:
-        part, packed = self.adapters[self.selected], not isinstance(self.base, nn.Embedding)
-        own = self.base.dequantize() if packed else self.base.weight.detach()
-        found = (own if weight is None else weight.to(own.dtype)).clone()
-        found[part.ids] = part.rows.to(found.dtype)
-        return nn.Embedding.from_pretrained(found) if packed else with_weight(self.base, found)
-
-
-class TiedHead(Attached):
-    """A linear layer on the weight of an embedding that is adapted: it changes alike."""
-
-    def __init__(self, base: nn.Linear, embedding: Attached):
-        super().__init__(base)
-        self.embedding = (embedding,)  # a tuple, lest its parameters have two names
-
-    def in_use(self) -> bool:
-        return self.embedding[0].in_use()
-
-    def tensors(self, name: str) -> dict[str, nn.Parameter]:
-        return {}
-
-    def without(self, x: Tensor) -> Tensor:
-        (embedding,) = self.embedding
-        (part,) = embedding.using
-        if self.rows is not None and self.enabled:
-            raise LorakitError("adapter_rows: an adapted head that is tied has one adapter for all")
-        if part is None:
-            return self.current()(x)
-        if isinstance(part, (LoraPart, RowsPart)):
-            return lora_linear(x, embedding.of_head(part, DenseBase(self.base)))
-        return F.linear(x, part.weight, self.base.bias)  # a copy that is trained whole
-
-    def joined(self, weight: Tensor | None) -> nn.Module:
-        (embedding,) = self.embedding
-        other = with_weight(self.base, embedding.merged.weight)
-        other.weight = embedding.merged.weight  # the same tensor
-        return other
-
-
-# ---- modules that are trained as they are ----
-
-
-class Delegate(Attached):
-    """Looks from outside like the module that computes."""
-
-    def __getattr__(self, name: str):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.current(), name)
-
-
-class SavedModule(Delegate):
-    """A module trained whole: each adapter has a copy of it."""
-
-    def current(self) -> nn.Module:
-        (copied,) = self.using
-        return super().current() if copied is None else copied
-
-    def alone(self) -> nn.Module | None:
-        return super().alone() if self.using[0] is None else self.current()
-
-    def tensors(self, name: str) -> dict[str, nn.Parameter]:
-        return dict(self.adapters[name].named_parameters())
-
-    def compute(self, copied: nn.Module, *args, **options):
-        return copied(*args, **options)
-
-    def joined(self, weight: Tensor | None) -> nn.Module:
-        return copy.deepcopy(self.adapters[self.selected]).requires_grad_(False)
-
-
-class BiasPart(nn.Module):
-    def __init__(self, bias: Tensor):
-        super().__init__()
-        self.bias = nn.Parameter(bias.detach().clone())
-
-
-class TrainedBias(Delegate):
-    """A module whose bias alone is trained: each adapter has its own."""
-
-    def tensors(self, name: str) -> dict[str, nn.Parameter]:
-        return {"bias": self.adapters[name].bias}
-
-    def compute(self, part: BiasPart, *args, **options):
-        return functional_call(self.base, {"bias": part.bias}, args, options)
-
-    def joined(self, weight: Tensor | None) -> nn.Module:
-        bias = self.adapters[self.selected].bias.detach().to(self.base.bias.dtype)
-        return with_weight(self.base, self.base.weight.detach(), bias)
-
-
-def lora_layers(module: nn.Module) -> dict[str, LoraLinear | LoraEmbedding]:
-    """The layers inside `module` with an A and a B, by name, in the order of the tree."""
-    kinds = (LoraLinear, LoraEmbedding)
-    return {name: m for name, m in module.named_modules() if type(m) in kinds}
+def lora_layers(module: nn.Module) -> dict[str, WithLora]:
+    """The layers inside `module` with an A and a B of LoRA, by name, in the order of the tree."""
+    return {
+        name: m
+        for name, m in module.named_modules()
+        if isinstance(m, WithLora) and all(isinstance(p, LoraPart) for p in m.adapters.values())
+    }

@@ -24,7 +24,8 @@ from tqdm import tqdm
 from .attached import Attached, having_adapters, put_back
 from .checkpoint import dense_weights
 from .config import LorakitError
-from .lora import AttachedLinear, LoraEmbedding, TiedHead, TokenRows
+from .embeddings import LoraEmbedding, TiedHead, TokenRows
+from .lora import AttachedLinear
 from .model import Decoder
 from .quantization import PackedWeight, packed_layer
 from .tensors import LazyTensor

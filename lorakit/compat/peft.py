@@ -29,9 +29,9 @@ from ..adapter import (
     WEIGHTS_FILE,
     adapter_tensors,
     key_of,
-    load_adapter,
     save_adapter,
 )
+from ..adapter_loading import load_adapter
 from ..attached import (
     adapter_config,
     adapter_names,
