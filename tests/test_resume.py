@@ -1,5 +1,6 @@
 """Runs that are killed, interrupted, out of disk or full of NaN: what is left, how they go on."""
 
+import contextlib
 import json
 import os
 import random
@@ -130,32 +131,27 @@ def test_a_signal_saves_a_checkpoint_and_leaves(tiny_dir, tok, tmp_path, number)
     assert (again.steps, again.interrupted) == (more, False)
 
 
-@pytest.fixture
-def small_files():
+@contextlib.contextmanager
+def small_files(size):
     """Ends what writes a file of more than so many bytes as a full disk does: with an error of the
-    operating system, which safetensors reports in its own way.
+    operating system, which safetensors reports in its own way. The limit holds for the report of
+    the tests too where that goes to a file, so it must be gone before a test ends.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    def limit(size):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
 
-    yield limit
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_a_full_disk_leaves_the_earlier_checkpoint(
-    tiny_dir, tok, tmp_path, monkeypatch, capsys, small_files
-):
+def test_a_full_disk_leaves_the_earlier_checkpoint(tiny_dir, tok, tmp_path, monkeypatch, capsys):
     """Step 4's cannot be written, the others can; the run goes on and ends well."""
     real = run_state.write_checkpoint
 
     def sometimes(output_dir, step, *rest):
-        small_files(3000 if step == 4 else -1)
-        try:
+        with small_files(3000) if step == 4 else contextlib.nullcontext():
             return real(output_dir, step, *rest)
-        finally:
-            small_files(-1)
 
     monkeypatch.setattr(run_state, "write_checkpoint", sometimes)
     _, result = run(tiny_dir, tok, tmp_path, max_steps=5, save_steps=2)
@@ -168,10 +164,9 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(
     assert (tmp_path / ADAPTER).exists()
 
 
-def test_a_full_disk_at_the_end_is_one_line(tiny_dir, tok, tmp_path, small_files):
+def test_a_full_disk_at_the_end_is_one_line(tiny_dir, tmp_path):
     model = adapted(tiny_dir)
-    small_files(3000)
-    with pytest.raises(OSError, match="File too large"):
+    with small_files(3000), pytest.raises(OSError, match="File too large"):
         lk.save_adapter(model, tmp_path / "adapter")
     assert not (tmp_path / "adapter" / ADAPTER).exists()
 
