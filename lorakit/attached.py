@@ -315,19 +315,25 @@ def put_back(module: nn.Module, plain: dict[str, nn.Module]) -> None:
 
 
 @contextmanager
+def _for_the_block(found: Sequence[Attached]) -> Iterator[None]:
+    """After the `with` block `enabled` and `rows` of each are what they were before."""
+    before = [(each, each.enabled, each.rows) for each in found]
+    try:
+        yield
+    finally:
+        for each, each.enabled, each.rows in before:
+            each.refresh()
+
+
+@contextmanager
 def disable_adapters(module: nn.Module) -> Iterator[None]:
     """Inside the `with` block every module computes without its adapter."""
     found = list(having_adapters(module, "disable_adapters").values())
-    before = [each.enabled for each in found]
-    try:
+    with _for_the_block(found):
         for each in found:
             each.enabled = False
             each.refresh()
         yield
-    finally:
-        for each, enabled in zip(found, before, strict=True):
-            each.enabled = enabled
-            each.refresh()
 
 
 @contextmanager
@@ -345,13 +351,8 @@ def adapter_rows(module: nn.Module, names: Sequence[str | None]) -> Iterator[Non
     found = list(_unmerged(module, "adapter_rows").values())
     rows = {name: [i for i, other in enumerate(names) if other == name] for name in names}
     rows = [(name, torch.tensor(index)) for name, index in rows.items()]
-    before = [each.rows for each in found]
-    try:
+    with _for_the_block(found):
         for each in found:
             each.rows = rows
             each.refresh()
         yield
-    finally:
-        for each, rows in zip(found, before, strict=True):
-            each.rows = rows
-            each.refresh()
