@@ -246,6 +246,7 @@ def _completion_only(value: Any, values: File, notes: Notes) -> Meaning:
 
 def _strategy(steps: str) -> Conversion:
     def convert(value: Any, values: File, notes: Notes) -> Meaning:
+        value = "no" if value is False else value  # as YAML reads no
         if value not in ("no", "steps"):
             raise ValueError(f"give {steps} instead of {value!r}")
         if (value == "steps") != (values.get(steps) is not None):

@@ -1,11 +1,15 @@
 """The `lorakit` command.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. An error that comes from the input is
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 141 nobody reads what it prints. An
+error that comes from the input is
 one sentence; --debug adds the traceback.
 """
 
 import argparse
+import io
+import os
 import re
+import signal
 import sys
 import time
 import traceback
@@ -17,21 +21,29 @@ import lorakit as lk
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # text of any file, on a terminal of any encoding
+            stream.reconfigure(errors="backslashreplace")
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     # argparse closes a list of arguments at the first option: what comes after it lands in `rest`
     if any(argument.startswith("-") for argument in rest) or not args.take(args, rest):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:  # first: it may come while the names below are being imported
+        print("lorakit: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (lk.LorakitError, OSError) as error:
         if args.debug:
             traceback.print_exc()
         print(f"lorakit: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("lorakit: interrupted", file=sys.stderr)
-        return 130
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,6 +12,7 @@ import difflib
 import logging
 import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -62,7 +63,9 @@ def _accepts(kind: Any, value: Any) -> bool:
     if kind in (int, float) and isinstance(value, bool):
         return False
     if kind is float:
-        return isinstance(value, (int, float)) and math.isfinite(value)
+        return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max  # no nan
+    if kind is int:
+        return isinstance(value, int) and abs(value) < 2**63
     return isinstance(value, kind)
 
 
@@ -72,6 +75,11 @@ def _type_name(kind: Any) -> str:
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return " or ".join(_type_name(arg) for arg in typing.get_args(kind))
     return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
+
+
+def _refusal(name: str, kind: Any, value: Any) -> str:
+    size = " (too large)" if isinstance(value, int) and abs(value) >= 2**63 else ""
+    return f"{name} must be {_type_name(kind)}, not {value!r:.60}{size}"
 
 
 def from_mapping(cls: type, values: Any, where: str, *, ignore_unknown: bool = False) -> Any:
@@ -90,8 +98,7 @@ def from_mapping(cls: type, values: Any, where: str, *, ignore_unknown: bool = F
     known = {name: value for name, value in values.items() if name in fields}
     for name, value in known.items():
         if not _accepts(kinds[name], value):
-            kind = _type_name(kinds[name])
-            raise LorakitError(f"{where}: {name} must be {kind}, not {value!r}")
+            raise LorakitError(f"{where}: {_refusal(name, kinds[name], value)}")
     for name, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and name not in known:
@@ -107,8 +114,7 @@ def check_types(config: Any) -> None:
     kinds = typing.get_type_hints(type(config))
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
-        kind = _type_name(kinds[f.name])
-        check(_accepts(kinds[f.name], value), f"{f.name} must be {kind}, not {value!r:.60}")
+        check(_accepts(kinds[f.name], value), _refusal(f.name, kinds[f.name], value))
 
 
 def check(condition: bool, message: str) -> None:
@@ -324,6 +330,7 @@ OPTIMIZERS = {
     "paged_adamw_8bit": (8, True),
 }
 OBJECTIVES = ("sft", "dpo", "orpo")
+OVER_LENGTH = ("truncate", "drop", "raise")
 TRAIN_ON = ("completion", "last_turn", "all")
 METRICS = (
     "accuracy",
@@ -428,6 +435,7 @@ class TrainConfig:
             "max_seq_length",
         ]:
             check(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
+        check(self.num_train_epochs < 1e9, "num_train_epochs must be below 10^9")
         ratio = self.loraplus_lr_ratio
         check(ratio is None or ratio > 0, f"loraplus_lr_ratio must be positive, not {ratio}")
         check(self.max_seq_length > 1, "max_seq_length must be at least 2")
@@ -442,6 +450,16 @@ class TrainConfig:
         check(
             self.objective in OBJECTIVES,
             f"objective is {self.objective!r}; choose {', '.join(OBJECTIVES)}",
+        )
+        pairs, smoothing = self.objective != "sft", self.label_smoothing_factor
+        check(not (pairs and self.z_loss), "z_loss is of sft alone; dpo and orpo do not know it")
+        check(
+            not smoothing or self.objective != "orpo",
+            "label_smoothing_factor is of sft and dpo; orpo does not know it",
+        )
+        check(
+            smoothing < 0.5 or not pairs,
+            f"label_smoothing_factor is {smoothing}; for pairs it must be in [0, 0.5)",
         )
         check(self.beta > 0, f"beta must be positive, not {self.beta}")
         noise = self.neftune_noise_alpha
@@ -466,8 +484,16 @@ class TrainConfig:
             f"min_lr_ratio is {self.min_lr_ratio}; it must be in [0, 1]",
         )
         check(self.num_cycles > 0, f"num_cycles must be positive, not {self.num_cycles}")
+        for name, usual, schedule in (
+            ("min_lr_ratio", 0, "cosine_with_min_lr"),
+            ("num_cycles", 1, "cosine_with_restarts"),
+        ):
+            check(
+                getattr(self, name) == usual or self.lr_scheduler_type == schedule,
+                f"{name} is of lr_scheduler_type {schedule} alone, not of {self.lr_scheduler_type}",
+            )
         check(
-            self.over_length in ("truncate", "drop", "raise"),
+            self.over_length in OVER_LENGTH,
             f"over_length is {self.over_length!r}; choose truncate, drop or raise",
         )
         check(

@@ -17,18 +17,19 @@ import logging
 import random
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .config import TRAIN_ON, LorakitError, nearest
+from .config import OVER_LENGTH, TRAIN_ON, LorakitError, nearest
 from .formats import Chat, Choice, Instruction, Row, Text
 from .rows import Rows
 from .tokenizer import Tokenizer
-from .turns import dropped, turn_span
+from .turns import check_shown, dropped, turn_span
 
 log = logging.getLogger("lorakit")
 
@@ -40,12 +41,12 @@ TODAY = datetime(2024, 7, 26)
 # template.
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
-    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
 )
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further "
     "context. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
 
 
@@ -92,6 +93,11 @@ class Encoder:
                 f"train_on is {train_on!r}{nearest(train_on, TRAIN_ON)}; "
                 f"choose {', '.join(TRAIN_ON)}"
             )
+        if over_length not in OVER_LENGTH:
+            raise LorakitError(
+                f"over_length is {over_length!r}{nearest(over_length, OVER_LENGTH)}; "
+                f"choose {', '.join(OVER_LENGTH)}"
+            )
         self.tok, self.train_on = tok, train_on
         self.max_seq_length, self.over_length = max_seq_length, over_length
         self.long = 0
@@ -106,48 +112,58 @@ class Encoder:
 
         Raises LorakitError for a row from which nothing, or something wrong, would be learned.
         """
-        if isinstance(row, Choice):
-            before = self.long
-            chosen, rejected = self(row.chosen), self(row.rejected)
-            self.long = before + (self.long > before)  # a row, not two answers
-            return None if None in (chosen, rejected) else PairExample(chosen, rejected)
-        try:
-            parts = self._parts(row)
-            limit = self.max_seq_length
-            if limit is not None and len(parts.input_ids) > limit:
-                self.long += 1
-                if self.over_length == "raise":
-                    raise LorakitError(
-                        f"{len(parts.input_ids)} tokens, more than max_seq_length={limit}; "
-                        "raise it, or set over_length to truncate or drop"
-                    )
-                if self.over_length == "drop":
-                    return None
-                parts = _cut(self._shortened(row, parts, limit), limit)
-            self._check(parts)
-        except LorakitError as error:
-            raise LorakitError(f"{row.place}: {error}") from None
-        return Example(parts.input_ids, parts.labels)
+        pair, limit = isinstance(row, Choice), self.max_seq_length
+        answers = [row.chosen, row.rejected] if pair else [row]
+        parts = [self._parts(each) for each in answers]
+        longest = max(len(each.input_ids) for each in parts)
+        if limit is not None and longest > limit:
+            self.long += 1
+            if self.over_length == "raise":
+                raise LorakitError(
+                    f"{row.place}: {longest} tokens, more than max_seq_length={limit}; "
+                    "raise it, or set over_length to truncate or drop"
+                )
+            if self.over_length == "drop":
+                return None
+            parts = self._shortened(answers, parts, limit)
+            start = max(_first_kept(each, limit) for each in parts)  # of a pair's prompt too
+            parts = [_cut(each, start, limit) for each in parts]
+        examples = []
+        for each, made in zip(answers, parts, strict=True):
+            with _at(each.place):
+                self._check(made)
+            examples.append(Example(made.input_ids, made.labels))
+        return PairExample(*examples) if pair else examples[0]
 
     def _parts(self, row: Row) -> Parts:
-        if isinstance(row, Chat):
-            return self._chat(row)
-        if isinstance(row, Instruction):
-            if self.tok.chat_template is not None:
-                return self._chat(as_chat(row))
-            prompt = ALPACA_WITH_INPUT if row.input else ALPACA
-            prompt = prompt.format(instruction=row.instruction, input=row.input)
-            return self._pair(prompt, row.output)
-        if isinstance(row, Text):
-            ids = self.tok.encode(row.text)
-            ids = ids if ids[-1:] == self.end else ids + self.end
-            return Parts(ids, ids, 0, 0)
-        return self._pair(row.prompt, row.completion)
+        with _at(row.place):
+            if isinstance(row, Instruction) and self.tok.chat_template is not None:
+                row = as_chat(row)
+            if isinstance(row, Chat):
+                return self._chat(row)
+            if isinstance(row, Instruction):
+                prompt = ALPACA_WITH_INPUT if row.input else ALPACA
+                prompt = prompt.format(instruction=row.instruction, input=row.input)
+                return self._pair(prompt, row.output)
+            if isinstance(row, Text):
+                ids = self._ended(self.tok.encode(row.text))
+                return Parts(ids, ids, 0, 0)
+            return self._pair(row.prompt, row.completion)
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        """With an end token, which some rows hold already."""
+        return ids if ids[-1:] == self.end else ids + self.end
 
     def _pair(self, prompt: str, completion: str) -> Parts:
         before = self.tok.encode(prompt)
-        head = len(before) - len(self.tok.encode(prompt, add_special_tokens=False))
-        after = self.tok.encode(completion, add_special_tokens=False) + self.end
+        plain = self.tok.encode(prompt, add_special_tokens=False)
+        head = len(before) - len(plain)
+        if before[head:] != plain and before[-1:] == self.end:
+            raise LorakitError(
+                "the tokenizer puts its end token behind every text, so also between a prompt and "
+                "its completion; turn that off in the tokenizer (add_eos_token)"
+            )
+        after = self._ended(self.tok.encode(completion, add_special_tokens=False))
         masked = before if self.train_on == "all" else [IGNORE] * len(before)
         return Parts(before + after, masked + after, head, len(before))
 
@@ -165,30 +181,37 @@ class Encoder:
         self._check_roles(row, text, render)
         ids, offsets = self.tok.encode_with_offsets(text)
         head = int(ids[:1] == [self.tok.bos_token_id])
-        if self.train_on == "all":
-            return Parts(ids, ids, head, head)
+
+        def check_end(tokens: list[int], i: int) -> list[int]:
+            """The tokens of message i without the white space behind its end token."""
+            while tokens and ids[tokens[-1]] not in self.end_tokens:
+                if text[slice(*offsets[tokens[-1]])].strip():
+                    break
+                tokens = tokens[:-1]
+            if not tokens or ids[tokens[-1]] not in self.end_tokens:
+                raise LorakitError(
+                    f"the chat template puts no end token after message {i}, or masks it: the "
+                    "model would not learn to stop; end the turn with {{ eos_token }}"
+                )
+            return tokens
+
         turns = [i for i, m in enumerate(row.messages) if m["role"] == "assistant"]
+        if self.train_on == "all":
+            for i in turns:
+                check_shown(row.messages[i], i, text)
+            if turns and turns[-1] == len(row.messages) - 1:
+                check_end(list(range(len(ids))), turns[-1])
+            return Parts(ids, ids, head, head)
         turns = [i for i in turns if i >= row.first]
         if not turns:
             raise LorakitError("no turn of the assistant is there to learn")
         if self.train_on == "last_turn":
             turns = turns[-1:]
         starts, ends = [a for a, _ in offsets], [b for _, b in offsets]
-
-        def blank(token: int) -> bool:
-            return not text[slice(*offsets[token])].strip()
-
         labels, first = [IGNORE] * len(ids), len(ids)
         for i in turns:
             start, end = turn_span(render, row.messages, text, i)
-            within = list(range(bisect_right(ends, start), bisect_left(starts, end)))
-            while within and ids[within[-1]] not in self.end_tokens and blank(within[-1]):
-                within.pop()
-            if not within or ids[within[-1]] not in self.end_tokens:
-                raise LorakitError(
-                    f"the chat template puts no end token after message {i}, or masks it: the "
-                    "model would not learn to stop; end the turn with {{ eos_token }}"
-                )
+            within = check_end([*range(bisect_right(ends, start), bisect_left(starts, end))], i)
             first = min(first, within[0])
             for t in within:
                 labels[t] = ids[t]
@@ -196,15 +219,15 @@ class Encoder:
 
     def _check_roles(self, row: Chat, text: str, render: Callable[..., str]) -> None:
         """Once for all chats of the same roles: what a template shows depends on these."""
-        roles = tuple(message["role"] for message in row.messages)
+        roles = tuple((each["role"], "tool_calls" in each) for each in row.messages)
         key = (*roles, row.tools is not None)
         if key in self.checked:
             return
-        number = dropped(render, row.messages, text)
-        if number is not None:
+        what = dropped(render, row.messages, text)
+        if what is not None:
             raise LorakitError(
-                f"the chat template leaves out message {number}, of role {roles[number]!r:.60}; "
-                "take it out of the row, or use a template that knows the role"
+                f"the chat template leaves out {what}; take it out of the row, or use a template "
+                "that knows it"
             )
         if row.tools is not None:
             without = self.tok.apply_chat_template(
@@ -217,18 +240,15 @@ class Encoder:
                 )
         self.checked.add(key)
 
-    def _shortened(self, row: Row, parts: Parts, limit: int) -> Parts:
-        """A chat without its oldest exchanges: as few as will do, and never the last answer."""
-        while isinstance(row, Chat) and len(parts.input_ids) > limit:
-            roles = [message["role"] for message in row.messages]
-            start = next((i for i, r in enumerate(roles) if r not in ("system", "developer")), 0)
-            then = next((i for i in range(start + 1, len(roles)) if roles[i] == "user"), None)
-            if then is None or "assistant" not in roles[max(then, row.first) :]:
+    def _shortened(self, rows: Sequence[Row], parts: list[Parts], limit: int) -> list[Parts]:
+        """Of a chat, or both of a pair, without the oldest exchanges: as few as will do, and never
+        the last answer.
+        """
+        while max(len(each.input_ids) for each in parts) > limit:
+            shorter = [_without_oldest(row) for row in rows]
+            if None in shorter:
                 break
-            messages = row.messages[:start] + row.messages[then:]
-            first = max(row.first - (then - start), 0)
-            row = row._replace(messages=messages, first=first)
-            parts = self._parts(row)
+            rows, parts = shorter, [self._parts(row) for row in shorter]
         return parts
 
     def _check(self, parts: Parts) -> None:
@@ -244,6 +264,28 @@ class Encoder:
             raise LorakitError("all labels are masked; there is nothing to learn")
 
 
+def _without_oldest(row: Row) -> Chat | None:
+    """A chat without its first exchange; None where an answer to learn would go with it."""
+    if not isinstance(row, Chat):
+        return None
+    roles = [message["role"] for message in row.messages]
+    start = next((i for i, r in enumerate(roles) if r not in ("system", "developer")), 0)
+    then = next((i for i in range(start + 1, len(roles)) if roles[i] == "user"), None)
+    if then is None or "assistant" not in roles[max(then, row.first) :]:
+        return None
+    messages = row.messages[:start] + row.messages[then:]
+    return row._replace(messages=messages, first=max(row.first - (then - start), 0))
+
+
+@contextmanager
+def _at(place: str) -> Iterator[None]:
+    """Errors in the `with` block name the row."""
+    try:
+        yield
+    except LorakitError as error:
+        raise LorakitError(f"{place}: {error}") from None
+
+
 def as_chat(row: Instruction) -> Chat:
     """An instruction as a user's message, and the output as its answer."""
     request = f"{row.instruction}\n\n{row.input}" if row.input else row.instruction
@@ -254,46 +296,52 @@ def as_chat(row: Instruction) -> Chat:
     return Chat(messages, None, 0, row.place)
 
 
-def _cut(parts: Parts, limit: int) -> Parts:
-    """At most `limit` tokens: without the start of the prompt, and where that is not enough without
-    the end of the rest.
-    """
-    ids, labels, head, prompt = parts
-    if len(ids) <= limit:
-        return parts
+def _first_kept(parts: Parts, limit: int) -> int:
+    """The first token behind the head that fits, with what is to be learned, into `limit`."""
+    ids, _, head, prompt = parts
     before = max(head, min(prompt, 1))  # a label needs a token before it
     end = min(len(ids), prompt + limit - before)
-    start = max(head, prompt - (limit - head - (end - prompt)))
-    kept = [*range(head), *range(start, end)]
+    return max(head, prompt - (limit - head - (end - prompt)))
+
+
+def _cut(parts: Parts, start: int, limit: int) -> Parts:
+    """The head, and what follows from token `start` on, at most `limit` tokens in all."""
+    ids, labels, head, prompt = parts
+    kept = [*range(head), *range(start, min(len(ids), start + limit - head))]
     return Parts([ids[t] for t in kept], [labels[t] for t in kept], head, prompt - start + head)
 
 
 class Examples(Sequence[Example]):
-    """The examples of rows that are not held. `lengths` are their numbers of tokens."""
+    """The examples of rows but those that `encoder` drops. `lengths` are their numbers of tokens.
 
-    def __init__(self, rows: Rows, encoder: Encoder):
+    Those of rows that are held are held too, the others are made anew each time.
+    """
+
+    def __init__(self, rows: Sequence[Row], encoder: Encoder):
         self.rows, self.encoder = rows, encoder
+        self.held: list[Example | PairExample] | None = None if isinstance(rows, Rows) else []
         self.numbers, self.lengths = array("q"), array("l")
         for number, row in enumerate(rows):
             example = encoder(row)
             if example is not None:
                 self.numbers.append(number)
                 self.lengths.append(len(example.input_ids))
+                if self.held is not None:
+                    self.held.append(example)
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def __getitem__(self, index):
+        if self.held is not None:
+            return self.held[index]
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         return self.encoder(self.rows[self.numbers[index]])
 
-
-def lengths_of(examples: Sequence[Example]) -> Sequence[int]:
-    """Numbers of tokens; of the examples of a file without making them again."""
-    if isinstance(examples, Examples):
-        return examples.lengths
-    return [len(example.input_ids) for example in examples]
+    def place(self, index: int) -> str:
+        """Where the row came from, as "train.jsonl line 3"."""
+        return self.rows[self.numbers[index]].place
 
 
 def encode_rows(
@@ -303,7 +351,7 @@ def encode_rows(
     max_seq_length: int,
     over_length: str = "truncate",
     train_on: str = "completion",
-) -> Sequence[Example]:
+) -> Examples:
     """Token ids and labels of rows, at most `max_seq_length` tokens each.
 
     train_on: "completion", of a chat every turn of the assistant; "last_turn", of a chat its last
@@ -322,10 +370,7 @@ def encode_rows(
     if not encoder.end:
         log.warning("lorakit: the tokenizer has no end token; the model will not learn to stop")
     rows = rows if isinstance(rows, Rows) else list(rows)
-    if isinstance(rows, Rows):
-        examples: Sequence[Example] = Examples(rows, encoder)
-    else:
-        examples = [example for row in rows if (example := encoder(row)) is not None]
+    examples = Examples(rows, encoder)
     if not examples:
         raise LorakitError(
             f"all {len(rows)} rows are longer than max_seq_length={max_seq_length} and were dropped"

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .config import LorakitError, TrainConfig
-from .data import Example, PairExample, collate, encode_rows, lengths_of
+from .config import LorakitError, TrainConfig, check
+from .data import Example, Examples, PairExample, collate, encode_rows
 from .model import Decoder
 from .packing import collate_packed
 from .preference import pair_losses
@@ -39,6 +39,7 @@ def evaluate(
     is completed greedily, after its whole prompt, whatever over_length says. Raises LorakitError
     for an unknown name, and a prompt that leaves no room for a completion.
     """
+    check(isinstance(batch_size, int) and batch_size > 0, "evaluate: batch_size must be at least 1")
     config = TrainConfig(max_seq_length=max_seq_length, over_length=over_length, train_on=train_on)
     rows, metrics = read_rows(data), [metrics] if isinstance(metrics, str) else list(metrics)
     examples = encode(model, tok, rows, config)
@@ -49,7 +50,7 @@ def evaluate(
 
 @torch.no_grad()
 def loss_of(
-    model: Decoder, examples: Sequence[Example], batch_size: int, config: TrainConfig | None = None
+    model: Decoder, examples: Examples, batch_size: int, config: TrainConfig | None = None
 ) -> dict[str, float]:
     """Of rows the mean loss over their label tokens; of pairs over the pairs, with `config`'s
     objective.
@@ -57,8 +58,7 @@ def loss_of(
     plain = TrainConfig() if config is None else config
     plain = replace(plain, packing=False, label_smoothing_factor=0.0, z_loss=0.0)
     total, count = 0.0, 0
-    lengths = lengths_of(examples)
-    ordered = sorted(range(len(examples)), key=lengths.__getitem__)
+    ordered = sorted(range(len(examples)), key=examples.lengths.__getitem__)
     starts = range(0, len(ordered), batch_size)
     was_training = model.training
     model.eval()
@@ -83,7 +83,7 @@ def loss_of(
 
 def encode(
     model: Decoder, tok: Tokenizer, rows: Rows, config: TrainConfig, what: str = "the rows"
-) -> Sequence[Example]:
+) -> Examples:
     examples = encode_rows(
         read_rows(rows),
         tok,

@@ -169,6 +169,9 @@ def _pair(value: Mapping, place: str) -> Row:
 def _choice(value: Mapping, place: str) -> Row:
     """The prompt apart, or messages that both answers begin with."""
     answers = [_get(value, name, place) for name in ("chosen", "rejected")]
+    for name, answer in zip(("chosen", "rejected"), answers, strict=True):
+        if not isinstance(answer, (str, list)):
+            raise LorakitError(f"{place}: {name} must be text or messages, not {answer!r:.60}")
     prompt, shared = value.get("prompt"), 0
     if prompt is None:
         if not all(isinstance(answer, list) for answer in answers):

@@ -70,7 +70,7 @@ def generate(
 def generate_batch(
     model: Decoder,
     tok: Tokenizer,
-    prompts: Sequence[str | Messages],
+    prompts: Sequence[str | Messages | list[int]],
     *,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
@@ -84,7 +84,8 @@ def generate_batch(
     batch_size: int = 8,
     progress: bool = False,
 ) -> list[str]:
-    """Continuations of several prompts, each a text or a list of messages, without the prompts.
+    """Continuations of several prompts, each a text, a list of messages, or its token ids; without
+    the prompts.
 
     temperature 0 takes the likeliest token; above, tokens are drawn with `seed`, or with torch's
     global generator where it is None. A row ends at an end token: of the tokenizer, of the model's
@@ -200,9 +201,11 @@ class _Row:
             self.stream(piece)
 
 
-def _encode(tok: Tokenizer, prompt: str | Messages) -> list[int]:
+def _encode(tok: Tokenizer, prompt: str | Messages | list[int]) -> list[int]:
     if isinstance(prompt, str):
         return tok.encode(prompt)
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
+        return prompt
     return tok.apply_chat_template(prompt, add_generation_prompt=True)
 
 

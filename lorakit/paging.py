@@ -19,6 +19,7 @@ process ends. Its room is taken when it grows, so that a full disk is an error t
 signal in the middle of a step.
 """
 
+import math
 import mmap
 import os
 import sys
@@ -308,8 +309,9 @@ def mapped(file: FileIO, start: int, nbytes: int) -> mmap.mmap:
     except OSError as error:
         os.ftruncate(file.fileno(), start)
         raise LorakitError(
-            f"paged state: the disk of the page file has no room for {nbytes / 1e6:.0f} MB more "
-            f"({error.strerror}); name another page_dir, or use 8-bit state"
+            "paged state: the disk of the page file has no room for "
+            f"{math.ceil(nbytes / 1e6)} MB more ({error.strerror}); name another page_dir, or "
+            "use 8-bit state"
         ) from error
 
 

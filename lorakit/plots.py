@@ -123,9 +123,11 @@ def _parsed(line: str, place: str) -> Line:
 
 
 def _curve(lines: list[Line], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a quantity; what is not finite is NaN, which no line goes through."""
+    """Steps and values of a quantity; what is not finite, or nearly so, is NaN, which no line goes
+    through.
+    """
     found = [(line["step"], line[name]) for line in lines if name in line]
-    values = [float(v) if math.isfinite(v) else math.nan for _, v in found]
+    values = [float(v) if abs(v) < 1e300 else math.nan for _, v in found]  # matplotlib's limit
     return [step for step, _ in found], values
 
 

@@ -53,6 +53,8 @@ class CsvRecords:
 
     def header(self, file: BinaryIO) -> tuple[int, int]:
         for _, _, names, end, after in self._fields(file, 0, 1):
+            if isinstance(names, LorakitError):
+                raise names
             self.names = names
             twice = [name for name in self.names if self.names.count(name) > 1]
             if twice:
@@ -65,6 +67,8 @@ class CsvRecords:
             yield Record(first, number, fields)
 
     def value(self, record: Record) -> dict[str, str]:
+        if isinstance(record.content, LorakitError):
+            raise record.content
         if len(record.content) != len(self.names):
             raise LorakitError(
                 f"{self.path} line {record.line}: {len(record.content)} fields, where the header "
@@ -73,22 +77,27 @@ class CsvRecords:
         return dict(zip(self.names, record.content, strict=True))
 
     def _fields(self, file: BinaryIO, start: int, line: int) -> Iterator[tuple]:
-        """Where a record starts, its line, its fields, and both of what follows it."""
+        """Where a record starts, its line, its fields or what is wrong with it, and both of what
+        follows it.
+        """
         end, after = start, line
 
         def lines() -> Iterator[str]:
             nonlocal end, after
             for raw in file:
-                text = decoded(raw, end, f"{self.path} line {after}")
+                at, number = end, after
                 end, after = end + len(raw), after + 1
-                yield text
+                yield decoded(raw, at, f"{self.path} line {number}")
 
         reader = csv.reader(lines(), strict=True)  # takes a line only when it needs one
         while True:
             try:
                 fields = next(reader, None)
-            except csv.Error as error:
-                raise LorakitError(f"{self.path} line {line} is not valid CSV: {error}") from None
+            except (csv.Error, LorakitError) as error:
+                fields = error
+                if isinstance(error, csv.Error):
+                    fields = LorakitError(f"{self.path} line {line} is not valid CSV: {error}")
+                reader = csv.reader(lines(), strict=True)  # goes on with the next line
             if fields is None:
                 return
             if fields:
@@ -120,7 +129,7 @@ class Table:
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
             return self.table.slice(index, 1).to_pylist()[0]
-        except ValueError as error:  # text that is not UTF-8
+        except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date out of range
             raise LorakitError(f"{self.path} row {index}: {error}") from None
 
 

@@ -4,18 +4,17 @@ that there is nothing of it to save.
 
 import math
 import random
-from collections.abc import Sequence
 
 from .config import TrainConfig
-from .data import Example, batches, lengths_of
+from .data import Examples, batches
 from .packing import pack
 
 
 class Order:
     """Which rows each step takes: a function of the seed, the lengths and the step."""
 
-    def __init__(self, examples: Sequence[Example], config: TrainConfig):
-        self.lengths, self.config = lengths_of(examples), config
+    def __init__(self, examples: Examples, config: TrainConfig):
+        self.lengths, self.config = examples.lengths, config
         self.packs = None
         if config.packing:
             size = config.per_device_train_batch_size * config.max_seq_length

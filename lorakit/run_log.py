@@ -1,6 +1,8 @@
 """What a run says while it trains: metrics.jsonl, a progress bar or plain lines, TensorBoard."""
 
+import errno
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ class Log:
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         kept = [line for line in text.splitlines(keepends=True) if _is_of(line, done)]
         write_text(path, "".join(kept))
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115
+        self.lost = False  # whether some of it could not be written
         self.bar = tqdm(total=total, initial=done, desc="training", unit="step", disable=None)
         self.total, self.board = total, None
         if config.report_to == "tensorboard":
@@ -57,8 +60,19 @@ class Log:
             self.bar.write(line)
 
     def _write(self, values: Mapping[str, Any]) -> None:
-        self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
+        """A line, whole or not at all: a full disk costs lines, not the run."""
+        line, start = (json.dumps(values) + "\n").encode(), self.file.seek(0, os.SEEK_END)
+        try:
+            if self.file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self.file.truncate(start)
+            if not self.lost:
+                self.say(
+                    f"lorakit: metrics.jsonl could not be written ({error.strerror}); the run goes "
+                    "on, and lines of it are missing"
+                )
+            self.lost = True
         if self.board is not None:
             for name, value in values.items():
                 if name != "step":
@@ -71,7 +85,7 @@ def _is_of(line: str, done: int) -> bool:
     """
     try:
         step = json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return False
     return line.endswith("\n") and isinstance(step, int) and step <= done
 

@@ -28,7 +28,7 @@ from .attached import attached
 from .config import LorakitError
 from .files import read_json, write_json
 from .optim import AdamW
-from .tensors import open_safetensors, write_safetensors
+from .tensors import LazyTensor, open_safetensors, write_safetensors
 
 STATE_TENSORS, STATE_VALUES = "state.safetensors", "state.json"
 
@@ -120,13 +120,16 @@ def remove_unfinished(output_dir: Path) -> None:
 
 def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Every tensor of the selected adapter as it is, by name: parameters, and what they started
-    from.
+    from. One that several layers share, as VeRA's do, is there once.
     """
-    found = {}
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
     for place, each in attached(module).items():
         if each.selected is not None:
-            for name, tensor in each.adapters[each.selected].state_dict().items():
-                found[f"adapter.{place}.{name}"] = tensor
+            for name, tensor in each.adapters[each.selected].state_dict(keep_vars=True).items():
+                if id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    found[f"adapter.{place}.{name}"] = tensor
     return found
 
 
@@ -186,6 +189,20 @@ def restore(
                     f"{tuple(tensor.shape)}"
                 )
             tensor.copy_(tensors[name].read())
+    try:
+        _restore_optimizer(optimizer, tensors, values["groups"])
+        torch.set_rng_state(tensors["random.cpu"].read().clone())
+        if device.type == "cuda" and "random.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random.cuda"].read().clone(), device)
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        raise LorakitError(
+            f"{checkpoint.path} is damaged ({type(error).__name__}: {error}); remove it"
+        ) from None
+
+
+def _restore_optimizer(
+    optimizer: AdamW, tensors: Mapping[str, LazyTensor], saved_groups: list[Mapping[str, Any]]
+) -> None:
     state: dict[int, dict[str, Tensor]] = {}
     for name in tensors:
         kind, _, rest = name.partition(".")
@@ -194,12 +211,9 @@ def restore(
             # a copy: what is read is a view of the file
             state.setdefault(int(number), {})[part] = tensors[name].read().clone()
     groups = optimizer.state_dict()["param_groups"]
-    for group, saved in zip(groups, values["groups"], strict=True):
+    for group, saved in zip(groups, saved_groups, strict=True):
         group["step"] = saved["step"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-    torch.set_rng_state(tensors["random.cpu"].read().clone())
-    if device.type == "cuda" and "random.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random.cuda"].read().clone(), device)
 
 
 def group_values(optimizer: AdamW) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ completion of the rows has: what goes on beyond every reference is wrong already
 from collections.abc import Sequence
 
 from .config import LorakitError, check_metrics
-from .data import ALPACA, ALPACA_WITH_INPUT, as_chat
+from .data import ALPACA, ALPACA_WITH_INPUT, TODAY, as_chat
 from .formats import Chat, Choice, Instruction, Row, Text
 from .generation import generate_batch
 from .metrics import score
@@ -29,7 +29,7 @@ def score_rows(
     predictions = generate_batch(
         model,
         tok,
-        [prompt for prompt, _ in asked],
+        [_prompt_ids(tok, prompt) for prompt, _ in asked],
         max_new_tokens=_longest(tok, rows),
         batch_size=batch_size,
         progress=True,
@@ -46,15 +46,19 @@ def check_rows(model: Decoder, tok: Tokenizer, rows: Sequence[Row], metrics: Seq
         return
     limit, new = model.config.context_length, _longest(tok, rows)
     for row in rows:
-        prompt, _ = _asked(tok, row)
-        chat = not isinstance(prompt, str)
-        ids = tok.apply_chat_template(prompt, add_generation_prompt=True) if chat else None
-        length = len(tok.encode(prompt) if ids is None else ids)
+        length = len(_prompt_ids(tok, _asked(tok, row)[0]))
         if not 0 < length <= limit - new:
             raise LorakitError(
                 f"{row.place}: to score completions of up to {new} tokens, a prompt must have 1 to "
                 f"{limit - new} tokens, not {length}"
             )
+
+
+def _prompt_ids(tok: Tokenizer, prompt: str | list[dict]) -> list[int]:
+    """As the model is trained on it, the date in the template included."""
+    if isinstance(prompt, str):
+        return tok.encode(prompt)
+    return tok.apply_chat_template(prompt, add_generation_prompt=True, strftime_now=TODAY.strftime)
 
 
 def _longest(tok: Tokenizer, rows: Sequence[Row]) -> int:
@@ -76,9 +80,11 @@ def _asked(tok: Tokenizer, row: Row) -> tuple[str | list[dict], str]:
         return prompt.format(instruction=row.instruction, input=row.input), row.output
     if isinstance(row, Chat):
         turns = [i for i, m in enumerate(row.messages) if m["role"] == "assistant"]
-        if not turns or row.tools is not None or not row.messages[turns[-1]].get("content"):
+        answers = turns and turns[-1] > 0 and row.messages[turns[-1]].get("content")
+        if not answers or row.tools is not None:
             raise LorakitError(
-                f"{row.place}: only a chat without tools that holds an answer in text is scored"
+                f"{row.place}: only a chat without tools that holds an answer in text to something "
+                "is scored"
             )
         return row.messages[: turns[-1]], row.messages[turns[-1]]["content"]
     if isinstance(row, Text):

@@ -18,7 +18,6 @@ import math
 import signal
 import threading
 import time
-from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -36,10 +35,10 @@ from .config import OPTIMIZERS, LorakitError, TrainConfig
 from .data import (
     IGNORE,
     Example,
+    Examples,
     PairExample,
     batches,
     collate,
-    lengths_of,
 )
 from .eva_initialization import eva
 from .evaluation import Rows, encode, loss_of, summed_loss
@@ -142,7 +141,8 @@ def train(
         _start_adapter(model, examples, config)
         layers = _trainable_layers(model)  # EVA may have left some out
         optimizer, shares = _optimizer(model, config)
-        order, same = Order(examples, config), _must_match(model, examples, config)
+        order = Order(examples, config)
+        same = _must_match(model, examples, validation, config)
         progress = _Progress()
         if resumed is not None:
             progress = _restored(resumed, model, optimizer, same, order)
@@ -159,17 +159,18 @@ def train(
             return _note_evaluation(progress, result)
 
         def checkpoint() -> None:
-            tensors = run_state.trained_tensors(model) | run_state.optimizer_tensors(optimizer)
-            tensors |= run_state.random_tensors(model.device)
             values = {"progress": asdict(progress), "same": same}
-            values["groups"] = run_state.group_values(optimizer)
             try:
+                tensors = run_state.trained_tensors(model) | run_state.random_tensors(model.device)
+                tensors |= run_state.optimizer_tensors(optimizer)  # paged state takes room for it
+                values["groups"] = run_state.group_values(optimizer)
                 run_state.write_checkpoint(output_dir, progress.step, tensors, values, save)
                 run_state.prune(output_dir, config.save_total_limit, progress.best_step)
-            except OSError as error:
+            except (OSError, LorakitError) as error:
+                reason = isinstance(error, OSError) and error.strerror
                 log.say(
                     f"lorakit: the checkpoint of step {progress.step} could not be written "
-                    f"({error.strerror or error}); earlier ones are whole"
+                    f"({reason or error}); earlier ones are whole"
                 )
 
         with (
@@ -180,13 +181,14 @@ def train(
             while True:
                 due = validation is not None and _evaluation_is_due(progress, order.total, config)
                 waits = due and stop.is_set()  # for the run that goes on from here
-                better = due and not waits and evaluate_now()
+                evaluated = due and not waits
+                better = evaluated and evaluate_now()
                 ended = progress.step == order.total or _has_stopped(progress, config)
                 ended = ended and not waits
                 keep = config.save_steps and (ended or progress.step % config.save_steps == 0)
                 best = better and (config.load_best_model_at_end or config.save_steps)
                 keep = keep or best or stop.is_set()
-                if keep and (progress.step != saved or better):
+                if keep and (progress.step != saved or evaluated):
                     checkpoint()
                     saved = progress.step
                 if ended or stop.is_set():
@@ -255,7 +257,7 @@ def _trainable_layers(model: Decoder) -> dict[str, Attached]:
     return layers
 
 
-def _start_adapter(model: Decoder, examples: Sequence[Example], config: TrainConfig) -> None:
+def _start_adapter(model: Decoder, examples: Examples, config: TrainConfig) -> None:
     """Where init_lora_weights is "loftq" or "eva" and nobody has done it yet."""
     parts = [each.adapters[each.selected] for each in _trainable_layers(model).values()]
     awaited = {part.awaits for part in parts if isinstance(part, LoraPart)}
@@ -269,10 +271,10 @@ def _start_adapter(model: Decoder, examples: Sequence[Example], config: TrainCon
 
 
 def _few_batches(
-    model: Decoder, examples: Sequence[Example], config: TrainConfig
+    model: Decoder, examples: Examples, config: TrainConfig
 ) -> Iterator[dict[str, Tensor]]:
     """The rows of the first epoch in batches, padded."""
-    lengths = lengths_of(examples)
+    lengths = examples.lengths
     for rows in batches(lengths, config.per_device_train_batch_size, config.seed, 0):
         chosen = [examples[row] for row in rows]
         chosen = [e.chosen if isinstance(e, PairExample) else e for e in chosen]
@@ -301,24 +303,38 @@ def _optimizer(model: Decoder, config: TrainConfig) -> tuple[AdamW, list[float]]
     return optimizer, [group["lr"] for group in groups]
 
 
-def _check_validation(validation: Sequence[Example] | None, config: TrainConfig) -> None:
+def _check_validation(validation: Examples | None, config: TrainConfig) -> None:
     """Raise LorakitError for what needs validation rows, where there are none."""
     names = ("eval_metrics", "early_stopping_patience", "load_best_model_at_end")
     for name in names if validation is None else ():
         if getattr(config, name):
             raise LorakitError(f"train: {name} needs validation rows; give data some")
+    for name in ("early_stopping_patience", "load_best_model_at_end"):
+        if getattr(config, name) and config.eval_steps is None:
+            raise LorakitError(
+                f"train: {name} needs more than the evaluation at the end; set eval_steps"
+            )
     if validation is None and config.eval_steps is not None:
         print("eval_steps: there are no validation rows, so nothing is evaluated")
 
 
-def _must_match(model: Decoder, examples: Sequence[Example], config: TrainConfig) -> dict[str, Any]:
+def _must_match(
+    model: Decoder,
+    examples: Examples,
+    validation: Examples | None,
+    config: TrainConfig,
+) -> dict[str, Any]:
     """What a run that goes on from a checkpoint shares with the one that made it: of the rows all
     lengths and, lest a large file be read once more, a thousand of them; of the model the first
     numbers of everything that is frozen.
     """
-    data = blake2b(array("l", lengths_of(examples)).tobytes(), digest_size=16)
-    for i in range(0, len(examples), max(1, len(examples) // 1000)):
-        data.update(json.dumps(examples[i]).encode())
+
+    def digest(examples: Examples) -> str:
+        found = blake2b(examples.lengths.tobytes(), digest_size=16)
+        for i in range(0, len(examples), max(1, len(examples) // 1000)):
+            found.update(json.dumps(examples[i]).encode())
+        return found.hexdigest()
+
     frozen = blake2b(digest_size=16)
     for p in model.parameters():
         if not p.requires_grad:
@@ -336,7 +352,8 @@ def _must_match(model: Decoder, examples: Sequence[Example], config: TrainConfig
     names += ["max_seq_length"] if config.packing else []
     adapter = asdict(adapter_config(model, selected_adapter(model)))
     return {name: getattr(config, name) for name in names} | {
-        "data": data.hexdigest(),
+        "data": digest(examples),
+        "validation data": None if validation is None else digest(validation),
         "model": frozen.hexdigest(),
         "adapter": json.loads(json.dumps(adapter)),
     }
@@ -397,7 +414,10 @@ def _restored(
 def _end_with_the_best(model: Decoder, output_dir: Path, progress: _Progress, log: Log) -> None:
     best = progress.best_step
     path = output_dir / f"checkpoint-{best}"
-    if best in (None, progress.step):
+    if best == progress.step:
+        return
+    if best is None:
+        log.say("the last adapter stays: no evaluation had a finite loss")
         return
     if not path.exists():  # the disk was full, or the run came from another directory
         log.say(f"the last adapter stays: the checkpoint of the best, step {best}, is not there")
@@ -421,7 +441,7 @@ def _step(
     optimizer: AdamW,
     shares: Sequence[float],
     order: Order,
-    examples: Sequence[Example],
+    examples: Examples,
     progress: _Progress,
     layers: Mapping[str, Attached],
     config: TrainConfig,
@@ -453,10 +473,11 @@ def _step(
         optimizer.step()
         progress.bad_in_a_row = 0
     else:
-        _skip(model, progress, norm, numbers, log)
+        places = [examples.place(i) for rows in numbers for i in rows]
+        _skip(model, progress, norm, places, log)
 
     took = time.perf_counter() - started
-    lengths = [[len(example.input_ids) for example in batch] for batch in micro_batches]
+    lengths = [[n for example in batch for n in _row_lengths(example)] for batch in micro_batches]
     count = sum(map(sum, lengths))
     computed = count if config.packing else sum(len(n) * max(n) for n in lengths)
     progress.tokens, progress.seconds = progress.tokens + count, progress.seconds + took
@@ -470,6 +491,12 @@ def _step(
         padding=1 - count / computed,
         peak_memory_mb=peak_memory_mb(model.device),
     )
+
+
+def _row_lengths(example: Example | PairExample) -> list[int]:
+    """Of the rows that it takes in a batch."""
+    rows = example if isinstance(example, PairExample) else [example]
+    return [len(row.input_ids) for row in rows]
 
 
 def _backward(model: Decoder, micro_batches: list[list[Example]], config: TrainConfig) -> float:
@@ -500,7 +527,7 @@ def _skip(
     model: Decoder,
     progress: _Progress,
     norm: float,
-    micro_batches: list[list[int]],
+    places: Sequence[str],
     log: Log,
 ) -> None:
     """Count a step whose loss or gradient is not finite. Raises LorakitError after too many."""
@@ -508,10 +535,9 @@ def _skip(
     progress.bad_in_a_row += 1
     grads = ((n, p.grad) for n, p in model.named_parameters() if p.grad is not None)
     where = next((n for n, grad in grads if not torch.isfinite(grad).all()), "the loss")
-    rows = ", ".join(str(row) for batch in micro_batches for row in batch)
     what = (
         f"step {progress.step} has loss {progress.loss} and gradient norm {norm}, first in "
-        f"{where}, on the rows {rows} (from 0 on)"
+        f"{where}, on {', '.join(places)}"
     )
     if progress.bad_in_a_row >= BAD_STEPS:
         raise LorakitError(

@@ -36,7 +36,7 @@ def turn_span(render: Render, messages: Messages, text: str, i: int) -> tuple[in
     after = _tried(render, messages[: i + 1])
     known = before is not None and text.startswith(before)
     if known and after is not None and text.startswith(after) and len(after) > len(before):
-        _check_shown(messages[i], i, text[len(before) : len(after)], REASONING)
+        check_shown(messages[i], i, text[len(before) : len(after)])
         return len(before), len(after)
 
     shown = [render([*messages[:i], probe, *messages[i + 1 :]]) for probe in _probes(messages[i])]
@@ -50,19 +50,24 @@ def turn_span(render: Render, messages: Messages, text: str, i: int) -> tuple[in
             f"the chat template shows message {i} in a way that leaves unclear where it starts and "
             "ends; use train_on all"
         )
-    _check_shown(messages[i], i, text[start:end], ("content", *REASONING))
+    check_shown(messages[i], i, text[start:end])
     return start, end + len(closing)
 
 
-def _check_shown(message: dict[str, Any], i: int, shown: str, fields: tuple[str, ...]) -> None:
-    for name in fields:
+def check_shown(message: dict[str, Any], i: int, shown: str) -> None:
+    """Raise LorakitError unless `shown` holds what message `i` says, but for case and spaces."""
+    for name in ("content", *REASONING):
         value = message.get(name)
-        if isinstance(value, str) and value.strip() not in shown:
+        if isinstance(value, str) and _letters(value) not in _letters(shown):
             raise LorakitError(
                 f"the chat template leaves out the {name} of message {i}, or a part of it; if only "
                 "since others follow, train on last_turn with a row for each such turn; if in any "
                 f"case, take the {name} out of the row"
             )
+
+
+def _letters(text: str) -> str:
+    return "".join(text.split()).casefold()
 
 
 def _start(header: str, before: str | None) -> int:
@@ -74,12 +79,18 @@ def _start(header: str, before: str | None) -> int:
     return start
 
 
-def dropped(render: Render, messages: Messages, text: str) -> int | None:
-    """The number of a message that the template leaves out, or None."""
+def dropped(render: Render, messages: Messages, text: str) -> str | None:
+    """A message that the template leaves out, or the tool calls of one; None if there is none."""
     for i, message in enumerate(messages):
-        others = _probes(message)
-        if all(_tried(render, [*messages[:i], o, *messages[i + 1 :]]) == text for o in others):
-            return i
+
+        def same(other: dict[str, Any], i: int = i) -> bool:
+            return _tried(render, [*messages[:i], other, *messages[i + 1 :]]) == text
+
+        if all(same(probe) for probe in _probes(message)):
+            return f"message {i}, of role {message['role']!r:.60}"
+        without = {name: value for name, value in message.items() if name != "tool_calls"}
+        if message.get("tool_calls") and same({"content": "", **without}):
+            return f"the tool_calls of message {i}"
     return None
 
 

@@ -355,7 +355,7 @@ def test_alpaca(tiny):
     bare = tiny(None)
     example = Encoder(bare)(full)
     text = bare.decode(example.input_ids)
-    assert text.endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n3")
+    assert text.endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:3")
     assert shown(bare, example) == ["3</s>"]
     assert "### Input" not in bare.decode(Encoder(bare)(plain).input_ids)
 
@@ -367,3 +367,55 @@ def test_plain_text_is_learned_whole(tiny):
     assert Encoder(tok)(row) == (ids, ids)
     assert Encoder(tok, max_seq_length=3)(row) == (ids[:3], ids[:3])
     assert Encoder(tok, train_on="all")(Pair("a", "b", "")).labels == [*tok.encode("ab"), 2]
+
+
+ONE_CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+
+
+@pytest.mark.parametrize("content", ["", "Let me look.", None])
+def test_tool_calls_that_the_template_leaves_out(tiny, content):
+    """Otherwise an empty answer would be learned in their place."""
+    tok = tiny(TURNS.replace("m.content", "m.content or ''") + GENERATION)
+    chat = [user("q"), {"role": "assistant", "content": content, "tool_calls": [ONE_CALL]}]
+    for train_on in ("completion", "last_turn", "all"):
+        with pytest.raises(lk.LorakitError, match="leaves out the tool_calls of message 1"):
+            encode(tok, chat, train_on=train_on)
+    shows = tiny(TURNS.replace("m.content", "m.content or '' }}{{ m.tool_calls") + GENERATION)
+    assert "arguments" in shown(shows, encode(shows, chat))[0]
+
+
+@pytest.mark.parametrize("train_on", ["completion", "last_turn", "all"])
+def test_what_a_template_cuts_from_an_answer(tiny, train_on):
+    """Reasoning beside the content, or within it, as the templates of DeepSeek-R1 cut it off."""
+    beside = [user("q"), {"role": "assistant", "content": "ans", "reasoning_content": "because"}]
+    with pytest.raises(lk.LorakitError, match="leaves out the reasoning_content of message 1"):
+        encode(tiny(TURNS + GENERATION), beside, train_on=train_on)
+    cut = TURNS.replace("m.content", "m.content.split('</think>')[-1]")
+    within = [user("q"), assistant("<think>because</think>ans")]
+    with pytest.raises(lk.LorakitError, match="leaves out the content of message 1, or a part"):
+        encode(tiny(cut + GENERATION), within, train_on=train_on)
+
+
+def test_an_end_token_is_wanted_where_all_is_learned(tiny):
+    tok = tiny(TURNS.replace("</s>", "\n") + GENERATION)
+    with pytest.raises(lk.LorakitError, match="puts no end token after message 2"):
+        encode(tok, CHAT, train_on="all")
+    encode(tok, CHAT[:2], train_on="all")  # nobody answers here
+
+
+def test_end_tokens_of_the_rows_and_of_the_tokenizer(tiny):
+    """One that a completion holds already is not put twice; one in front of it is refused."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers.processors import TemplateProcessing
+
+    tok = tiny(None)
+    once, twice = (Encoder(tok)(Pair("a", text, "row 0")) for text in ("b", "b</s>"))
+    assert once == twice
+    backend = Backend.from_str(tok.backend.to_str())
+    special = [("<s>", tok.bos_token_id), ("</s>", tok.eos_token_id)]
+    backend.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=special)
+    closing = Tokenizer(backend, tok.special_tokens, None)
+    with pytest.raises(lk.LorakitError, match="row 0: the tokenizer puts its end token behind"):
+        Encoder(closing)(Pair("a", "b", "row 0"))
+    [row] = lk.read_rows([{"text": "ab"}])
+    assert Encoder(closing)(row) == Encoder(tok)(row)

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import termios
+import textwrap
 import time
 
 import pytest
@@ -283,7 +284,10 @@ def test_prompt_from_standard_input(tiny_dir):
         (["data=/nowhere.jsonl"], "/nowhere.jsonl does not exist"),
         (["max_steps=three"], "max_steps must be int or null, not 'three'"),
         (["seed=2024-13-45"], "the value is not valid YAML"),
-        (["seed=99999999999999999999999"], "seed is 99999999999999999999999"),
+        (
+            ["seed=99999999999999999999999"],
+            "seed must be int, not 9999",
+        ),
         (["max_steps=null", "num_train_epochs=.inf"], "num_train_epochs must be float, not inf"),
         (["model.name=3"], "model is not a mapping"),
         (["lora=[1"], "the value is not valid YAML"),
@@ -453,3 +457,19 @@ def test_merge_refuses(tiny_dir, small_adapter, tmp_path, capsys):
     assert main(["merge", str(tiny_dir), str(tmp_path / "none"), out]) == 1
     assert "does not exist" in capsys.readouterr().err
     assert not (tmp_path / "merged").exists()
+
+
+def test_ctrl_c_before_anything_is_imported():
+    """The exit imports nothing: torch, cut off once, cannot be imported again."""
+    code = """
+        import sys, lorakit.cli as cli
+        def interrupted(args):
+            raise KeyboardInterrupt
+        cli._plot = interrupted
+        assert cli.main(["plot", "x"]) == 130
+        assert "torch" not in sys.modules
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "lorakit: interrupted\n")

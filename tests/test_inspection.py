@@ -1,6 +1,10 @@
 """`lorakit data`: tokens as the model sees them, and what is wrong with rows."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -182,3 +186,31 @@ def test_color_on_a_terminal(tiny_dir, tmp_path, capsys, monkeypatch):
     assert PLAIN in capsys.readouterr().out
     assert main([*command, "--no-color"]) == 0
     assert PLAIN not in capsys.readouterr().out
+
+
+def test_text_that_no_terminal_shows(tiny_dir, tmp_path):
+    """Half a surrogate pair, a name that is not UTF-8, a terminal that knows ASCII only."""
+    row = {"messages": [user("x"), {"role": "\ud800", "content": ""}, assistant("y z")]}
+    name = os.fsencode(tmp_path) + b"/\xff.jsonl"
+    with open(name, "w") as file:
+        file.write(json.dumps(row) + "\n")
+    for verb in ("lint", "show"):
+        command = [sys.executable, "-m", "lorakit.cli", "data", verb, name, "--model", tiny_dir]
+        done = subprocess.run(
+            command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}
+        )
+        assert b"Traceback" not in done.stderr
+        assert done.returncode == 1  # the template is given no text
+        assert b"\\udcff" in done.stdout + done.stderr
+
+
+def test_a_reader_that_has_seen_enough(tiny_dir, tmp_path):
+    path = rows_file(tmp_path / "rows.jsonl", [{"text": "a" * 500}] * 500)
+    command = [sys.executable, "-m", "lorakit.cli", "data", "show", path, "--model", tiny_dir]
+    process = subprocess.Popen(
+        [*map(str, command), "--rows", "500"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.read(10)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(timeout=60) == 128 + signal.SIGPIPE

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lorakit as lk
-from lorakit import metrics
+from lorakit import metrics, scoring
 from lorakit.config import METRICS
+from lorakit.tokenizer import Tokenizer
 from tests.conftest import ROWS
 
 words = st.lists(st.sampled_from(["a", "b", "c", "d"]), max_size=7)
@@ -251,3 +252,34 @@ def test_refused_before_the_first_step(tiny_dir, tok, tmp_path):
     with pytest.raises(lk.LorakitError, match=rf"row 0: .*must have 1 to {limit - 2} tokens"):
         lk.train(model, tok, {"train": ROWS, "validation": long}, config)
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_the_prompt_that_is_scored_is_the_one_that_is_trained(tiny_dir, tok, monkeypatch):
+    """Whatever the day: a template may print the date."""
+    template = (
+        "{{ strftime_now('%Y') }}{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>"
+        "{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"
+    )
+    dated = Tokenizer(tok.backend, tok.special_tokens, template)
+    prompts = []
+
+    def generate(model, tok, asked, **_):
+        prompts.extend(asked)
+        return ["x"] * len(asked)
+
+    monkeypatch.setattr(scoring, "generate_batch", generate)
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "abc"}]
+    model = lk.load_model(tiny_dir, dtype="float32")
+    lk.evaluate(model, dated, [{"messages": chat}], metrics="exact_match")
+    [example] = lk.encode_rows(lk.read_rows([{"messages": chat}]), dated, max_seq_length=99)
+    assert prompts == [example.input_ids[: example.labels.count(-100)]]
+    assert dated.decode(prompts[0]).startswith("2024")
+    with pytest.raises(lk.LorakitError, match="row 0: only a chat .* an answer in text to somethi"):
+        lk.evaluate(model, dated, [{"messages": chat[1:]}], metrics="exact_match")
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5])
+def test_size_of_the_batches(tiny_dir, tok, size):
+    model = lk.load_model(tiny_dir, dtype="float32")
+    with pytest.raises(lk.LorakitError, match="batch_size must be at least 1"):
+        lk.evaluate(model, tok, ROWS, batch_size=size)

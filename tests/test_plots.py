@@ -178,3 +178,12 @@ def test_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(lk.LorakitError, match="plots need matplotlib"):
         lk.plot_runs(run, tmp_path / "out")
+
+
+def test_numbers_and_names_at_the_edge(tmp_path):
+    """Losses that no axis holds, and half a surrogate pair in a name."""
+    lines = lines_of(2)
+    lines[0] |= {"loss": 1.7e308, "\ud800": 1.0}
+    lines[1]["loss"] = -1.7e308
+    page = lk.plot_runs(write_run(tmp_path / "a", lines), tmp_path / "out")
+    assert "?" in page.read_text(encoding="utf-8")

@@ -1,5 +1,6 @@
 """DPO and ORPO against TRL on the same logits, and against fp64 on a model."""
 
+import json
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -234,3 +235,61 @@ def test_long_pairs_are_counted_as_rows(tiny_dir, caplog):
     rows = lk.read_rows([{"prompt": "p" * 90, "chosen": "b", "rejected": "c"}] * 2)
     lk.encode_rows(rows, tok, max_seq_length=60)
     assert "2 of 2 rows are longer than max_seq_length=60" in caplog.text
+
+
+@pytest.mark.parametrize("chats", [False, True])
+def test_a_pair_that_is_cut_keeps_one_prompt(tiny_dir, chats):
+    """As little of it as the longer answer leaves room for; of chats the same exchanges."""
+    tok = lk.load_tokenizer(tiny_dir)
+    if chats:
+        turns = [{"role": "user", "content": "a" * 9}, {"role": "assistant", "content": "b" * 9}]
+        user, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "c" * 9}
+        worse = {"role": "assistant", "content": "d" * 30}
+        row = {"prompt": [*turns, *turns, user], "chosen": [answer], "rejected": [worse]}
+    else:
+        prompt = "".join(chr(97 + i % 26) for i in range(30))
+        row = {"prompt": prompt, "chosen": "x" * 5, "rejected": "y" * 25}
+    limit = 60 if chats else 40
+    [example] = lk.encode_rows(lk.read_rows([row]), tok, max_seq_length=limit)
+    chosen, rejected = (
+        [t for t, label in zip(each.input_ids, each.labels, strict=True) if label == -100]
+        for each in (example.chosen, example.rejected)
+    )
+    assert chosen == rejected
+    assert len(example.rejected.input_ids) <= limit
+    assert len(chosen) > 5
+    assert example.chosen.labels[-2:] == [tok.encode("c" if chats else "x")[-1], tok.eos_token_id]
+
+
+def test_padding_of_pairs(tiny_dir, tmp_path):
+    """Both answers of a pair are rows of the batch, each as long as the longest."""
+    tok = lk.load_tokenizer(tiny_dir)
+    model = lk.attach(lk.load_model(tiny_dir, dtype="float32"), lk.LoraConfig(r=4))
+    pairs = [{"prompt": "ab", "chosen": "x" * 5, "rejected": "y" * 40}] * 4
+    config = lk.TrainConfig(str(tmp_path), max_steps=1, objective="dpo")
+    lk.train(model, tok, pairs, config)
+    [line] = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    short, long = 3 + 5 + 1, 3 + 40 + 1  # <s> and the end token
+    assert json.loads(line)["padding"] == pytest.approx(1 - (short + long) / (2 * long))
+
+
+@pytest.mark.parametrize("answer", [None, 3, True, {"role": "assistant", "content": "x"}])
+@pytest.mark.parametrize("name", ["chosen", "rejected"])
+def test_an_answer_that_is_none(name, answer):
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"} | {name: answer}
+    with pytest.raises(lk.LorakitError, match=f"row 0: {name} must be text or messages, not"):
+        lk.read_rows([row])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective": "orpo", "label_smoothing_factor": 0.1}, "orpo does not know it"),
+        ({"objective": "orpo", "z_loss": 0.1}, "z_loss is of sft alone"),
+        ({"objective": "dpo", "z_loss": 0.1}, "z_loss is of sft alone"),
+        ({"objective": "dpo", "label_smoothing_factor": 0.7}, r"must be in \[0, 0\.5\)"),
+    ],
+)
+def test_options_that_an_objective_does_not_have(options, message):
+    with pytest.raises(lk.LorakitError, match=message):
+        lk.TrainConfig(**options)

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorakit as lk
-from lorakit.data import lengths_of
 from lorakit.formats import Chat, Instruction, Pair, Text
 from lorakit.rows import FileRows, IndexedRows, content_digest, split
 
@@ -265,9 +264,10 @@ def test_examples_of_a_file_are_made_again(tmp_path, tiny_dir):
     held = lk.encode_rows(list(lk.read_rows(path)), tok, max_seq_length=60, over_length="drop")
     lazy = lk.encode_rows(lk.read_rows(path), tok, max_seq_length=60, over_length="drop")
     assert len(lazy) == len(held) == 3
-    assert list(lazy) == held
+    assert list(lazy) == list(held)
     assert lazy[1:] == held[1:]
-    assert list(lengths_of(lazy)) == lengths_of(held) == [len(e.input_ids) for e in held]
+    assert list(lazy.lengths) == list(held.lengths) == [len(e.input_ids) for e in held]
+    assert lazy.place(2) == held.place(2) == f"{path} line 3"
 
 
 # ---- any bytes ----
@@ -403,3 +403,43 @@ def test_every_row_is_in_one_part(values, n):
 def test_shares_that_are_none(shares):
     with pytest.raises(lk.LorakitError, match="must be from 0 to 1 and sum to 1"):
         split([{"text": "a"}], shares)
+
+
+def test_nulls_within_the_objects_of_a_table(tmp_path):
+    """Arrow gives every object the fields of all; JSON says null where it means it."""
+    datasets = pytest.importorskip("datasets")
+
+    def row(arguments):
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        return {"messages": [HI, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+
+    values = [row({"city": "Rome"}), row({"day": 3})]
+    for source in (
+        values,
+        written(tmp_path / "r.parquet", values),
+        datasets.Dataset.from_list(values),
+    ):
+        calls = [r.messages[1]["tool_calls"][0] for r in lk.read_rows(source)]
+        assert [c["function"]["arguments"] for c in calls] == [{"city": "Rome"}, {"day": 3}]
+    [kept] = lk.read_rows(written(tmp_path / "r.jsonl", [row({"day": None})]))
+    assert kept.messages[1]["tool_calls"][0]["function"]["arguments"] == {"day": None}
+
+
+def test_a_date_that_python_does_not_have(tmp_path):
+    pyarrow, parquet = map(pytest.importorskip, ("pyarrow", "pyarrow.parquet"))
+    when = pyarrow.array([2**62], pyarrow.timestamp("us"))
+    parquet.write_table(pyarrow.table({"text": ["a"], "at": when}), tmp_path / "r.parquet")
+    with pytest.raises(lk.LorakitError, match=r"r\.parquet row 0: date value out of range"):
+        lk.read_rows(tmp_path / "r.parquet")
+
+
+@pytest.mark.parametrize("bad", [b"\xff", b'"a"b', b'"a\xff\nb"'])
+def test_what_follows_a_bad_line_of_csv(tmp_path, bad):
+    path, errors = tmp_path / "r.csv", []
+    path.write_bytes(b"text\ngood\n" + bad + b"\nalso good\n")
+    rows = lk.read_rows(path, errors=errors)
+    assert [rows[0].text, rows[-1].text] == ["good", "also good"]
+    assert list(rows) == [rows[i] for i in range(len(rows))]
+    assert f"{path} line 3 is not" in errors[0]
+    with pytest.raises(lk.LorakitError, match="line 3 is not"):
+        lk.read_rows(path)
