@@ -271,7 +271,7 @@ def _without_oldest(row: Row) -> Chat | None:
     roles = [message["role"] for message in row.messages]
     start = next((i for i, r in enumerate(roles) if r not in ("system", "developer")), 0)
     then = next((i for i in range(start + 1, len(roles)) if roles[i] == "user"), None)
-    if then is None or "assistant" not in roles[max(then, row.first) :]:
+    if then is None or (row.first and then > row.first) or "assistant" not in roles[then:]:
         return None
     messages = row.messages[:start] + row.messages[then:]
     return row._replace(messages=messages, first=max(row.first - (then - start), 0))
