@@ -316,6 +316,8 @@ def test_rows_with_nothing_to_learn(tiny):
         encode(tok, CHAT, TOOLS)
     with pytest.raises(lk.LorakitError, match=r"train_on is 'al' .did you mean 'all'"):
         encode(tok, CHAT, train_on="al")
+    with pytest.raises(lk.LorakitError, match=r"over_length is 'cut'; choose truncate, drop"):
+        encode(tok, CHAT, over_length="cut")
     with pytest.raises(lk.LorakitError, match="row 3: starts with <s> twice"):
         Encoder(tok)(Pair("<s>a", "b", "row 3"))
 

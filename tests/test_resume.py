@@ -406,6 +406,14 @@ def test_what_needs_validation_rows(tiny_dir, tok, tmp_path, name):
         run(tiny_dir, tok, tmp_path, **{name: 1 if "patience" in name else True})
 
 
+@pytest.mark.parametrize("name", ["early_stopping_patience", "load_best_model_at_end"])
+def test_what_needs_more_than_one_evaluation(tiny_dir, tok, tmp_path, name):
+    data = {"train": ROWS, "validation": ROWS[:4]}
+    value = 1 if name == "early_stopping_patience" else True
+    with pytest.raises(lk.LorakitError, match=f"{name} needs more than .* set eval_steps"):
+        run(tiny_dir, tok, tmp_path, data, **{name: value})
+
+
 @pytest.mark.parametrize("save_projection", [True, False])
 def test_a_vera_run_goes_on(tiny_dir, tok, tmp_path, save_projection):
     """Its projections are the same tensor in every layer, and are written once."""
