@@ -497,8 +497,8 @@ DAMAGED = [
     (lambda p: edit_config(p, alpha_pattern={"q": [1]}), "alpha_pattern of 'q' must be a number"),
     (lambda p: edit_config(p, alpha_pattern={"(": 1}), r"'\(' is no valid regex"),
     (lambda p: edit_config(p, rank_pattern={"(?i)Q_PROJ": 1}), "is no valid regex"),
-    (lambda p: edit_config(p, lora_alpha=10**400), "lora_alpha must be a number, not 1000"),
-    (lambda p: edit_config(p, r=10**400), "r must be a positive whole number"),
+    (lambda p: edit_config(p, lora_alpha=10**400), "lora_alpha must be int or float, not 1000"),
+    (lambda p: edit_config(p, r=10**400), "r must be int, not 1000"),
     (cut, "damaged or cut off"),
     (lambda p: edit_tensors(p, lambda t: t.pop(KEY + ".lora_A.weight")), "lora_A.weight is missi"),
     (
