@@ -29,7 +29,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,13 @@ TWINS = {
 }
 
 
+@runtime_checkable
+class Generating(Protocol):
+    """A causal language model of transformers."""
+
+    def prepare_inputs_for_generation(self, *args, **options): ...
+
+
 def save_adapter(
     module: nn.Module,
     path: str | Path,
@@ -116,9 +123,13 @@ def save_adapter(
         values = _lora_values(module, name, config, having)
     else:
         values = _written_plainly(config, name, having, module)
+    if not isinstance(module, (Decoder, Generating)):  # PEFT asks one of CAUSAL_LM to generate
+        values["task_type"] = None
     if fused_experts:
         tensors, values = _fused(module, tensors, values)
     path = as_path(path)
+    if path.exists() and not path.is_dir():
+        raise LorakitError(f"save_adapter: {path} is a file; a directory is wanted")
     path.mkdir(parents=True, exist_ok=True)
     write_safetensors(path / WEIGHTS_FILE, tensors)
     write_json(path / CONFIG_FILE, values | {"base_model_name_or_path": base_model})
@@ -138,7 +149,7 @@ def _lora_values(
         alphas = {p: config.alpha(p) * (more if p in starts else 1) for p in places}
         values["rank_pattern"] = each_alone(ranks, places)
         values["alpha_pattern"] = each_alone(alphas, places)
-    for head, place in _tied_heads(module).items():  # to PEFT a layer of its own
+    for head, place in tied_heads(module).items():  # to PEFT a layer of its own
         written = dataclasses.replace(
             LoraConfig(r=values["r"], lora_alpha=values["lora_alpha"]),
             **{key: values.get(key, {}) for key in PATTERNS},
@@ -201,7 +212,7 @@ def adapter_tensors(module: nn.Module, name: str) -> dict[str, Tensor]:
         if name in each.adapters
         for ending, tensor in each.saved(name).items()
     }
-    for head, place in _tied_heads(module).items():  # PEFT looks for it under both names
+    for head, place in tied_heads(module).items():  # PEFT looks for it under both names
         for ending, (other, transposed) in TWINS.items():
             if (own := tensors.get(f"{PREFIX}{place}.{other}")) is not None:
                 twin = own.t() if transposed else own
@@ -211,8 +222,8 @@ def adapter_tensors(module: nn.Module, name: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _tied_heads(module: nn.Module) -> dict[str, str]:
-    """The adapted embedding of each head that is tied to one."""
+def tied_heads(module: nn.Module) -> dict[str, str]:
+    """The adapted embedding of each head that is tied to one, by name."""
     heads = {"lm_head", *(n for n, each in attached(module).items() if isinstance(each, TiedHead))}
     found = {head: embedding_of(module, head) for head in sorted(heads)}
     return {head: place for head, place in found.items() if place is not None}

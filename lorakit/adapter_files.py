@@ -335,7 +335,7 @@ def describe_adapter(path: str | Path) -> AdapterReport:
             )
         )
         rest = [tensor.read() for tensor in (layer.magnitude, layer.bias) if tensor is not None]
-        if not all(torch.isfinite(tensor).all() for tensor in (a, b, *rest)):
+        if not all(torch.isfinite(tensor.float()).all() for tensor in (a, b, *rest)):
             broken.append(layer.name)
         elif not (a if layer.embedding else b).any():  # which of them PEFT starts from zero
             untrained.append(layer.name)
@@ -343,7 +343,7 @@ def describe_adapter(path: str | Path) -> AdapterReport:
             wrong.append(layer.name)
     beside = [n for names in (adapter.saved, adapter.tokens, adapter.biases) for n in names]
     tensors = open_safetensors(adapter.path / WEIGHTS_FILE)
-    broken += [name for name in beside if not torch.isfinite(tensors[name].read()).all()]
+    broken += [name for name in beside if not torch.isfinite(tensors[name].read().float()).all()]
     warnings = [
         f"{text}: {some(names)}"
         for names, text in [

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .adalora import AdaLoraConfig
 from .adapter import (
@@ -28,6 +28,7 @@ from .adapter import (
     embedding_of,
     key_of,
     projection_tensors,
+    tied_heads,
 )
 from .attached import attached, delete_adapter, plain_modules, selected_adapter, set_adapter
 from .attaching import attach, tied_embedding
@@ -72,6 +73,8 @@ def load_adapter(module: nn.Module, path: str | Path, *, name: str = "default") 
     for key, unused in UNSUPPORTED.items():
         if values.get(key) not in (None, unused, []):
             raise LorakitError(f"{path}: {key}={json.dumps(values[key])} is not supported")
+    if not (path / WEIGHTS_FILE).exists() and (path / "adapter_model.bin").exists():
+        raise LorakitError(f"{path}: adapter_model.bin is pickled, which is not read; convert it")
     tensors = open_safetensors(path / WEIGHTS_FILE)
     if values.get("target_parameters"):
         tensors, values = _split(path, module, tensors, values)
@@ -87,14 +90,18 @@ def load_adapter(module: nn.Module, path: str | Path, *, name: str = "default") 
             key_of(place, each, ending).removeprefix(PREFIX): parameter
             for place, each in attached(module).items()
             if name in each.adapters
-            for ending, parameter in each.tensors(name).items()
+            for ending, parameter in each.stored(name).items()
         }
         if isinstance(config, VeraConfig) and config.save_projection:
             expected |= projection_tensors(module, name)
-        found = _matched(path, module, tensors, expected)
+        moved = isinstance(config, LoraConfig) and config.init_lora_weights in STARTS
+        found = _matched(path, module, tensors, expected, moved)
         with torch.no_grad():
             for key, parameter in expected.items():
-                parameter.copy_(found[key].read())
+                tensor = found[key].read()
+                if tensor.is_floating_point() != parameter.is_floating_point():
+                    raise LorakitError(f"{path}: tensor {_full(key)} is of {tensor.dtype}")
+                parameter.copy_(tensor)
     except BaseException:
         delete_adapter(module, name)
         if before is not None:
@@ -160,7 +167,8 @@ def _saved(entry: str, module: nn.Module, tensors: Mapping[str, LazyTensor]) -> 
         for name, _ in plain_modules(module)
         if name.endswith(entry) and any(f"{b}.".startswith(f"{name}.") for b in beginnings)
     ]
-    return found or [entry]
+    known = any(name.endswith(entry) for name, _ in plain_modules(module))
+    return found or ([entry] if known else [])  # PEFT names classifiers that a model may not have
 
 
 def _split(
@@ -242,9 +250,12 @@ def _matched(
     path: Path,
     module: nn.Module,
     tensors: Mapping[str, LazyTensor],
-    expected: Mapping[str, nn.Parameter],
+    expected: Mapping[str, Tensor],
+    moved: bool,
 ) -> dict[str, LazyTensor]:
-    """The tensors of the file by the keys of `expected`, all there and none too many."""
+    """The tensors of the file by the keys of `expected`, all there and none too many. moved: PEFT
+    took what the adapter started from out of the weights that it added.
+    """
     found, names = {}, {}
     for key, tensor in tensors.items():
         inner = key.removeprefix(PREFIX)
@@ -252,11 +263,19 @@ def _matched(
         found[inner], names[inner] = tensor, key
     for inner in [inner for inner in found if inner not in expected]:
         if not (
-            _is_copy(path, module, inner, found[inner]) or _is_twin(path, module, inner, found)
+            _is_copy(path, module, inner, found[inner], moved)
+            or _is_twin(path, module, inner, found)
         ):
             raise LorakitError(
                 f"{path}: tensor {names[inner]} belongs to no adapted layer of this model"
             )
+    for head, place in tied_heads(module).items():
+        for ending, (other, _) in TWINS.items():
+            if f"{place}.{other}" in expected and f"{head}.{ending}" not in found:
+                raise LorakitError(
+                    f"{path}: {place} is adapted, and {head}, which has its weight in this model, "
+                    "is not: the adapter was trained without tying them (ensure_weight_tying)"
+                )
     for key, parameter in expected.items():
         if key not in found:
             raise LorakitError(f"{path}: tensor {_full(key)} is missing")
@@ -273,7 +292,7 @@ def _full(key: str) -> str:
     return key if key.startswith("base_model.") or "." not in key else PREFIX + key
 
 
-def _is_copy(path: Path, module: nn.Module, key: str, tensor: LazyTensor) -> bool:
+def _is_copy(path: Path, module: nn.Module, key: str, tensor: LazyTensor, moved: bool) -> bool:
     """Whether `key` is the weight of an adapted embedding or head, which PEFT adds. It has to be
     the model's own: with another one the adapter was trained on another model.
     """
@@ -284,7 +303,8 @@ def _is_copy(path: Path, module: nn.Module, key: str, tensor: LazyTensor) -> boo
     own = each.plain._parameters.get("weight")
     if own is None or not own.is_floating_point():
         return True  # packed: not comparable bit by bit
-    if tensor.shape != tuple(own.shape) or not torch.equal(tensor.read().to(own), own):
+    same = moved or torch.equal(tensor.read().to(own), own)
+    if tensor.shape != tuple(own.shape) or not same:
         raise LorakitError(
             f"{path}: {key} differs from the model's: the adapter was trained on another model, or "
             "one with more tokens"

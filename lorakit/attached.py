@@ -54,18 +54,24 @@ class Attached(nn.Module):
         raise NotImplementedError
 
     def tensors(self, name: str) -> dict[str, nn.Parameter]:
-        """What is saved of adapter `name`, by the ending of its key in PEFT's file."""
+        """What is trained of adapter `name`, by the ending of its key in PEFT's file."""
         raise NotImplementedError
 
-    def saved(self, name: str) -> dict[str, Tensor]:
-        """The same, as it is written."""
+    def stored(self, name: str) -> dict[str, Tensor]:
+        """The same, and what else a file gives values to: the buffers of a module that is trained
+        whole.
+        """
         return self.tensors(name)
+
+    def saved(self, name: str) -> dict[str, Tensor]:
+        """What is `stored`, as it is written."""
+        return self.stored(name)
 
     @torch.no_grad()
     def restore(self, name: str, values: Mapping[str, Tensor]) -> None:
         """Give adapter `name` the values that `saved` gave, of the same shapes."""
-        for ending, parameter in self.tensors(name).items():
-            parameter.copy_(values[ending])
+        for ending, tensor in self.stored(name).items():
+            tensor.copy_(values[ending])
 
     def joined(self, weight: Tensor | None) -> nn.Module:
         """The module with the selected adapter in its weights; `weight` in place of the base's."""
@@ -168,7 +174,7 @@ class Plan:
             if type(module) is not kind:
                 raise LorakitError(
                     f"attach: {place} is a {type(module).__name__} of another adapter, and cannot "
-                    f"be a {kind.__name__} too"
+                    f"be a {kind.__name__} too; leave it out (exclude_modules), or detach that one"
                 )
             known = id(module) in self.made
             self.made[id(module)] = module
@@ -221,6 +227,12 @@ def having_adapters(module: nn.Module, what: str) -> dict[str, Attached]:
     if not found:
         raise LorakitError(f"{what}: no adapter is attached")
     return found
+
+
+def check_no_block(module: nn.Module, what: str) -> None:
+    """Raise LorakitError, naming the caller, inside `disable_adapters` and `adapter_rows`."""
+    if any(not each.enabled or each.rows is not None for each in attached(module).values()):
+        raise LorakitError(f"{what}: the adapters are disabled, or differ by row; leave that block")
 
 
 def _unmerged(module: nn.Module, what: str) -> dict[str, Attached]:
@@ -276,6 +288,7 @@ def delete_adapter(module: nn.Module, name: str) -> nn.Module:
     Raises LorakitError if there is no such adapter, or one is merged.
     """
     check_adapter(module, name, "delete_adapter")
+    check_no_block(module, "delete_adapter")
     found = _unmerged(module, "delete_adapter")
     names = [other for other in adapter_names(module) if other != name]
     kept = selected_adapter(module)
@@ -341,10 +354,14 @@ def adapter_rows(module: nn.Module, names: Sequence[str | None]) -> Iterator[Non
     """Inside the `with` block row i of every batch goes through adapter names[i]; None: the base
     alone.
 
-    A batch must have len(names) rows. The rows of one adapter are computed together. Raises
-    LorakitError if there is no such adapter, one is merged, or, on the first batch, the rows do not
-    reach an adapted module as they are: packed documents and experts mix them.
+    Gradients go through, but `backward` belongs inside the block too where checkpointing computes
+    again what it needs. A batch must have len(names) rows. The rows of one adapter are computed
+    together. Raises LorakitError if there is no such adapter, one is merged, or, on the first
+    batch, the rows do not reach an adapted module as they are: packed documents and experts mix
+    them.
     """
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise LorakitError(f"adapter_rows: names must be a list of names and None, not {names!r}")
     for name in names:
         if name is not None:
             check_adapter(module, name, "adapter_rows")

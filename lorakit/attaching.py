@@ -15,13 +15,24 @@ from .attached import (
     adapter_names,
     attached,
     check_new_name,
+    check_no_block,
     plain_modules,
 )
 from .config import LoraConfig, LorakitError, TargetConfig, nearest
 from .embeddings import LoraEmbedding, RowsPart, TiedHead, TokenRows
 from .ia3 import IA3Config, IA3Linear, IA3Part
 from .initialization import from_weight, initial, needs_weight
-from .lora import AttachedLinear, Base, DenseBase, LoraLinear, LoraPart, TransposedBase
+from .lora import (
+    AttachedLinear,
+    Base,
+    CalledBase,
+    CalledTransposedBase,
+    DenseBase,
+    LoraLinear,
+    LoraPart,
+    TransposedBase,
+    is_called,
+)
 from .model import Decoder, PackedLayer
 from .prompts import Prompt, PromptConfig, prompt_part
 from .targets import ends_with, lies_in, match_targets, select
@@ -48,9 +59,12 @@ def attach(
     an entry of `config` matches nothing, or something it selects cannot be adapted: it says which
     and why.
     """
+    if not isinstance(module, nn.Module):
+        raise LorakitError(f"attach: a module of torch is wanted, not {module!r:.60}")
     config = config or LoraConfig()
     names = adapter_names(module)
     check_new_name(module, name, "attach")
+    check_no_block(module, "attach")
     if any(each.merged is not None for each in attached(module).values()):
         raise LorakitError("attach: an adapter is merged; unmerge it first")
     match config:
@@ -65,7 +79,10 @@ def attach(
         case PromptConfig():
             plan = _prompt(module, config)
         case _:
-            raise LorakitError(f"attach: {type(config).__name__} is no adapter's config")
+            kind = f"{type(config).__module__}.{type(config).__name__}"
+            raise LorakitError(
+                f"attach: {kind} is no adapter's config of lorakit's, such as LoraConfig"
+            )
     if not names:
         module.requires_grad_(False)
     for each, part in plan.parts:
@@ -85,8 +102,8 @@ def _lora(module: nn.Module, config: LoraConfig) -> Plan:
     linear = [n for n, m in places.items() if _is_linear(m, config)]
     embeddings = [n for n, m in places.items() if _is_embedding(m)]
     plan = Plan()
-    for place in select(linear, embeddings, config):
-        layer = places[place]
+    for place in select(linear + _within_saved(places), embeddings, config):
+        layer = _found(places, place)
         if _is_embedding(layer):
             _embedding(plan, module, places, place, config)
             continue
@@ -97,6 +114,12 @@ def _lora(module: nn.Module, config: LoraConfig) -> Plan:
     _save_whole(plan, module, config, config.ensure_weight_tying)
     for place, ids in _token_rows(places, embeddings, config):
         layer = places[place]
+        saved = any(lies_in(place, m) for m in config.modules_to_save or [])
+        if saved or isinstance(plan.made.get(id(layer)), LoraEmbedding):
+            raise LorakitError(
+                f"trainable_token_indices: {place} is among target_modules or modules_to_save too; "
+                "keep one of them"
+            )
         each = plan.wrap(place, layer, TokenRows, lambda layer=layer: TokenRows(layer))
         if each is not None:
             plan.parts.append((each, _rows_part(each, place, ids, config)))
@@ -108,6 +131,11 @@ def _lora(module: nn.Module, config: LoraConfig) -> Plan:
             taken = place in plan.places or id(layer) in plan.made
             saved = any(lies_in(place, m) for m in config.modules_to_save or [])
             if bias is not None and not taken and not saved:
+                if next(plain.children(), None) is not None:
+                    raise LorakitError(
+                        f"bias: {place} has a bias of its own beside the modules in it, which "
+                        "'all' cannot train; choose 'lora_only' or 'none'"
+                    )
                 each = plan.wrap(place, layer, TrainedBias, lambda layer=layer: TrainedBias(layer))
                 if each is not None:
                     plan.parts.append((each, BiasPart(bias)))
@@ -125,9 +153,31 @@ def _check_linear(places: Places, place: str, instead: str) -> None:
 def _linear_places(module: nn.Module, config: TargetConfig) -> Iterator[tuple[str, nn.Module]]:
     """The layers that `config` selects, by name, for a method that knows linear layers alone."""
     places = {n: m for n, m in plain_modules(module) if n}
-    for place in select([n for n, m in places.items() if _is_linear(m, config)], [], config):
+    linear = [n for n, m in places.items() if _is_linear(m, config)]
+    for place in select(linear + _within_saved(places), [], config):
+        layer = _found(places, place)
         _check_linear(places, place, "only LoRA adapts both")
-        yield place, places[place]
+        yield place, layer
+
+
+def _within_saved(places: Places) -> list[str]:
+    """The linear layers in what another adapter trains whole."""
+    return [
+        f"{place}.{name}"
+        for place, each in places.items()
+        if isinstance(each, SavedModule)
+        for name, inner in each.base.named_modules()
+        if name and isinstance(inner, (nn.Linear, Base))
+    ]
+
+
+def _found(places: Places, place: str) -> nn.Module:
+    if place not in places:
+        raise LorakitError(
+            f"attach: {place} lies in a module that another adapter trains whole; leave it out "
+            "(exclude_modules), or detach that one"
+        )
+    return places[place]
 
 
 def _save_whole(plan: Plan, module: nn.Module, config: TargetConfig, tie: bool = False) -> Plan:
@@ -206,8 +256,14 @@ def _prompt(module: nn.Module, config: PromptConfig) -> Plan:
 
 
 def _is_linear(module: nn.Module, config: TargetConfig) -> bool:
+    module = _trained_as_it_is(module)
     transposed = config.fan_in_fan_out and _is_transposed(module)
     return transposed or isinstance(module, (nn.Linear, Base, AttachedLinear))
+
+
+def _trained_as_it_is(module: nn.Module) -> nn.Module:
+    """What another adapter trains whole or by its bias; any other module itself."""
+    return module.base if isinstance(module, (SavedModule, TrainedBias)) else module
 
 
 def _is_transposed(module: nn.Module) -> bool:
@@ -216,6 +272,7 @@ def _is_transposed(module: nn.Module) -> bool:
 
 
 def _is_embedding(module: nn.Module) -> bool:
+    module = _trained_as_it_is(module)
     packed = isinstance(module, PackedLayer) and not isinstance(module, Base)
     return isinstance(module, (nn.Embedding, LoraEmbedding, TokenRows)) or (
         packed and not isinstance(module, Attached)
@@ -225,7 +282,9 @@ def _is_embedding(module: nn.Module) -> bool:
 def _base(layer: nn.Module) -> Base:
     if isinstance(layer, Base):
         return layer
-    return TransposedBase(layer) if _is_transposed(layer) else DenseBase(layer)
+    if _is_transposed(layer):
+        return CalledTransposedBase(layer) if is_called(layer) else TransposedBase(layer)
+    return CalledBase(layer) if is_called(layer) else DenseBase(layer)
 
 
 def _device(module: nn.Module) -> torch.device:
@@ -287,29 +346,37 @@ def _tied_message(place: str) -> str:
     )
 
 
+def plain_of(module: nn.Module) -> nn.Module:
+    return module.plain if isinstance(module, Attached) else module
+
+
 def _weight(module: nn.Module) -> Tensor | None:
-    module = module.plain if isinstance(module, Attached) else module
-    return module._parameters.get("weight")
+    return plain_of(module)._parameters.get("weight")
 
 
 def _tied_heads(module: nn.Module, places: Places, layer: nn.Module) -> list[str] | None:
     """The linear layers that share the weight of embedding `layer`; an empty list where the decoder
     uses the embedding itself as its head; None if there is no such thing.
     """
-    layer = layer.plain if isinstance(layer, Attached) else layer
+    layer = plain_of(layer)
     if not isinstance(layer, nn.Embedding) and not isinstance(layer, PackedLayer):
         return None
     weight = _weight(layer)
+    for name, other in places.items():
+        if _is_embedding(other) and _weight(other) is weight and plain_of(other) is not layer:
+            raise LorakitError(
+                f"attach: {name} is another embedding with the same weight, which would not be "
+                "adapted; lorakit adapts an embedding and its heads alike, not several embeddings"
+            )
     heads = [
         n
         for n, m in places.items()
         if _weight(m) is weight and isinstance(m, (nn.Linear, TiedHead))
     ]
     for each in module.modules():
-        if isinstance(each, Decoder) and each.lm_head is None:
-            own = each.model.embed_tokens
-            if (own.plain if isinstance(own, Attached) else own) is layer:
-                return heads
+        tied = isinstance(each, Decoder) and each.lm_head is None
+        if tied and plain_of(each.model.embed_tokens) is layer:
+            return heads
     return heads or None
 
 
@@ -353,6 +420,10 @@ def _copy(place: str, module: nn.Module) -> nn.Module:
     if attached(module):
         raise LorakitError(
             f"modules_to_save: {place} holds layers of another adapter; detach that first"
+        )
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        raise LorakitError(
+            f"modules_to_save: {place} only holds modules, and is not called; name those in it"
         )
     packed = [p for p in module.parameters() if not p.is_floating_point()]
     if packed or isinstance(module, PackedLayer):

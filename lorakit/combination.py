@@ -31,6 +31,7 @@ sign of the majority is that of the values before their weights, as there.
 """
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Sequence
 
@@ -69,7 +70,19 @@ def combine_adapters(
     Raises LorakitError, and changes nothing, if an adapter is missing or `name` is taken, one holds
     more than A and B, or `combine` refuses.
     """
+    lists = [isinstance(each, (list, tuple)) for each in (names, weights)]
+    check(all(lists), "combine_adapters: names and weights must be lists")
     check(len(names) > 0, "combine_adapters: name at least one adapter")
+    for weight in weights:
+        good = isinstance(weight, (int, float)) and abs(weight) <= sys.float_info.max
+        check(good, f"combine_adapters: a weight must be a number, not {weight!r:.60}")
+    for option, value, kinds in (
+        ("rank", rank, int),
+        ("density", density, (int, float)),
+        ("seed", seed, int),
+    ):
+        good = value is None or (isinstance(value, kinds) and not isinstance(value, bool))
+        check(good, f"combine_adapters: {option} must be a number, not {value!r:.60}")
     for each in names:
         check_adapter(module, each, "combine_adapters")
     check_new_name(module, name, "combine_adapters")

@@ -175,14 +175,14 @@ INITIALIZATIONS = ("gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", 
 
 def check_initialization(kind: bool | str) -> None:
     """Raise LorakitError, with the nearest name, unless `kind` is True, False, one of
-    INITIALIZATIONS or "pissa_niter_" and a whole number.
+    INITIALIZATIONS or "pissa_niter_" and a whole number up to 1000.
     """
     known = [name for name in INITIALIZATIONS if name != "pissa_niter_N"]
-    numbered = isinstance(kind, str) and re.fullmatch(r"pissa_niter_[0-9]+", kind)
+    numbered = isinstance(kind, str) and re.fullmatch(r"pissa_niter_(1000|[0-9]{1,3})", kind)
     check(
         isinstance(kind, bool) or kind in known or bool(numbered),
         f"init_lora_weights is {kind!r}{nearest(kind, INITIALIZATIONS)}; it must be true, false or "
-        f"one of {', '.join(INITIALIZATIONS)}, N a whole number",
+        f"one of {', '.join(INITIALIZATIONS)}, N a whole number up to 1000",
     )
 
 

@@ -130,7 +130,7 @@ def convert_adapter(
     modules_to_save, trained tokens, initializations that changed the base, ...), a missing or
     damaged file, NaN, a rank too small, or a target that is not new or empty.
     """
-    source, target = as_path(source), as_path(target).absolute()
+    source, target = as_path(source), as_path(target).resolve()  # not a link to it
     _check_target(source, target)
     adapter = open_adapter(source)
     _check_plain(adapter)
@@ -148,6 +148,12 @@ def convert_adapter(
         rank = 2 * largest if dora else None
     if rank is not None and rank < 1:
         raise LorakitError(f"convert_adapter: rank must be a positive whole number, not {rank}")
+    sides = max(side for layer in adapter.layers for side in (layer.a.shape[-1], layer.b.shape[0]))
+    if rank is not None and rank > max(sides, largest):
+        raise LorakitError(
+            f"convert_adapter: rank {rank} is more than any layer has rows or columns; {sides} is "
+            "the most that makes sense"
+        )
 
     plain: dict[str, _Plain] = {}
     errors: dict[str, tuple[float, float]] = {}  # || delta - B' A' ||^2 and || delta ||^2

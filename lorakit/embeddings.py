@@ -9,10 +9,11 @@ embedding adds is, to the head, an update of low rank too, with A and B in each 
 for trained rows with a one-hot B.
 """
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from . import kernels
 from .attached import Attached, Part
@@ -28,7 +29,7 @@ class HeadOfEmbedding:
 
     def __init__(self, embedding: nn.Module):
         packed = not isinstance(embedding, nn.Embedding)
-        self.stored = embedding.quantized if packed else embedding.weight.detach()
+        self.stored = embedding.quantized if packed else _frozen(embedding.weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         if isinstance(self.stored, Tensor):
@@ -36,11 +37,31 @@ class HeadOfEmbedding:
         return kernels.frozen_linear(x, self.stored)
 
 
-def _look_up(embedding: nn.Module, weight: Tensor, ids: Tensor) -> Tensor:
-    """Rows of `weight` [n, any], with whatever else `embedding` does to its own."""
+def _frozen(weight: Tensor) -> Tensor:
+    if weight.requires_grad:
+        raise LorakitError(
+            "the weight of an adapted embedding is to train, and a head is tied to it: the head's "
+            "gradient would be missing; freeze it, or save the embedding whole (modules_to_save)"
+        )
+    return weight
+
+
+def _look_up(
+    embedding: nn.Module, weight: Tensor, ids: Tensor, padding_idx: int | None = None
+) -> Tensor:
+    """Rows of `weight` [n, any], with whatever else `embedding` does to its own; that of
+    `padding_idx` gets no gradient.
+    """
     if isinstance(embedding, nn.Embedding) and type(embedding) is not nn.Embedding:
-        return functional_call(embedding, {"weight": weight}, (ids,))
-    return F.embedding(ids, weight)
+        other = copy.copy(embedding)
+        other._parameters = {}
+        other.weight, other.padding_idx = weight, padding_idx
+        return other(ids)
+    return F.embedding(ids, weight, padding_idx)
+
+
+def _padding(embedding: nn.Module) -> int | None:
+    return embedding.padding_idx if isinstance(embedding, nn.Embedding) else None
 
 
 class LoraEmbedding(WithLora):
@@ -69,11 +90,11 @@ class LoraEmbedding(WithLora):
     def compute(self, part: LoraPart, ids: Tensor) -> Tensor:
         y = self.base(ids)
         A, B = part.pair()
-        low = _look_up(self.base, A.t(), ids).to(y.dtype)
+        low = _look_up(self.base, A.t(), ids, _padding(self.base)).to(y.dtype)
         if part.magnitude is None:
-            flat = torch.addmm(
-                y.flatten(0, -2), low.flatten(0, -2), B.t().to(y.dtype), alpha=part.scaling
-            )
+            flat, update = y.reshape(-1, y.shape[-1]), low.reshape(-1, low.shape[-1])
+            with torch.autocast(y.device.type, enabled=False):  # as precise as the embedding is
+                flat = torch.addmm(flat, update, B.t().to(y.dtype), alpha=part.scaling)
             return flat.view_as(y)
         gain = (part.magnitude / self._column_norms(part)).to(y.dtype)
         return (y + part.scaling * F.linear(low, B.to(y.dtype))) * gain
@@ -92,16 +113,26 @@ class LoraEmbedding(WithLora):
         square += 2 * (sB * (A @ W).t()).sum(1) + (sB * (sB @ (A @ A.t()))).sum(1)
         return square.clamp(min=0).sqrt()
 
+    @property
+    def weight(self) -> Tensor:
+        """[V, H] with the update, computed each time: for code that uses it as a head. Gradients
+        reach the adapter.
+        """
+        (part,) = self.using
+        return self.current().weight if part is None else self._sum(part, self._dense())
+
+    def _sum(self, part: LoraPart, W: Tensor) -> Tensor:
+        A, B = part.pair()
+        wide = torch.promote_types(W.dtype, torch.float32)
+        found = torch.addmm(W.to(wide), A.t().to(wide), B.t().to(wide), alpha=part.scaling)
+        if part.magnitude is not None:  # the lengths count as constants, as in PEFT
+            found = found * (part.magnitude / found.detach().norm(dim=0))
+        return found.to(W.dtype)
+
     @torch.no_grad()
     def joined(self, weight: Tensor | None) -> nn.Module:
-        part = self.part
         own = self._dense()
-        A, B = part.pair()
-        wide = torch.promote_types(own.dtype, torch.float32)
-        W = (own if weight is None else weight).to(wide)
-        found = torch.addmm(W, A.t().to(wide), B.t().to(wide), alpha=part.scaling)
-        if part.magnitude is not None:
-            found *= part.magnitude / found.norm(dim=0)
+        found = self._sum(self.part, own if weight is None else weight)
         if isinstance(self.base, nn.Embedding):
             return with_weight(self.base, found.to(own.dtype))
         return nn.Embedding.from_pretrained(found.to(own.dtype))
@@ -115,6 +146,7 @@ class RowsPart(Part):
         self.rows = nn.Parameter(rows)
         slots = torch.full((vocabulary,), -1, device=rows.device)
         slots[ids] = torch.arange(len(ids), device=rows.device)
+        self.slot_of = {token: slot for slot, token in enumerate(ids.tolist())}
         self.register_buffer("ids", ids, persistent=False)
         self.register_buffer("slots", slots, persistent=False)  # of each token its row, or -1
 
@@ -127,8 +159,16 @@ class TokenRows(Attached):
 
     def compute(self, part: RowsPart, ids: Tensor) -> Tensor:
         y, slots = self.base(ids), part.slots[ids]
-        rows = _look_up(self.base, part.rows, slots.clamp(min=0)).to(y.dtype)
+        padding = part.slot_of.get(_padding(self.base))
+        rows = _look_up(self.base, part.rows, slots.clamp(min=0), padding).to(y.dtype)
         return torch.where((slots >= 0)[..., None], rows, y)
+
+    @property
+    def weight(self) -> Tensor:
+        """[V, H] with the trained rows, made each time, as that of a `LoraEmbedding`."""
+        (part,) = self.using
+        own = self.current().weight
+        return own if part is None else own.index_copy(0, part.ids, part.rows.to(own.dtype))
 
     def original_rows(self, ids: Tensor) -> Tensor:
         """fp32 [n, H]"""
@@ -177,6 +217,7 @@ class TiedHead(Attached):
         if part is None:
             return self.current()(x)
         if isinstance(part, (LoraPart, RowsPart)):
+            _frozen(self.base.weight)
             return lora_linear(x, embedding.of_head(part, DenseBase(self.base)))
         return F.linear(x, part.weight, self.base.bias)  # a copy that is trained whole
 

@@ -89,7 +89,9 @@ def eva(
     config = next(iter(layers.values())).adapters[name].config
     check(all(m.merged is None for m in layers.values()), "eva: the adapter is merged; unmerge it")
     check(not config.rank_pattern, "eva: it finds the ranks itself; leave rank_pattern out")
-    check(rho >= 1, f"rho must be at least 1, not {rho}")
+    good = isinstance(rho, (int, float)) and 1 <= rho < 1e6
+    check(good, f"eva: rho must be at least 1, and below 10^6, not {rho!r:.60}")
+    check(isinstance(batches, Iterable), f"eva: batches must be iterable, not {batches!r:.60}")
     watch = _Watch(layers, round(config.r * rho))
     count, done = 0, False
     with watch:

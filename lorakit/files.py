@@ -30,6 +30,8 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise LorakitError(f"{path} does not exist") from None
+    except (IsADirectoryError, NotADirectoryError):
+        raise LorakitError(f"{path} is no file") from None
     except UnicodeDecodeError as error:
         raise LorakitError(f"{path} is not UTF-8 text: {error}") from None
 

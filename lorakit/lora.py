@@ -92,6 +92,31 @@ class DenseBase(nn.Module):
         self.linear.weight.data.copy_(w)
 
 
+class CalledBase(DenseBase):
+    """An nn.Linear that is more than its weight and bias: with hooks, a forward of its own, or a
+    weight that is computed, as pruned ones have it. It is called as it is.
+    """
+
+    @property
+    def frozen(self) -> bool:
+        """The fused kernels would not call it."""
+        return False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+def is_called(layer: nn.Module) -> bool:
+    """Whether a layer has to be called for what it does."""
+    hooks = (
+        layer._forward_hooks,
+        layer._forward_pre_hooks,
+        layer._backward_hooks,
+        layer._backward_pre_hooks,
+    )
+    return any(hooks) or "forward" in vars(layer) or "weight" not in layer._parameters
+
+
 class TransposedBase(DenseBase):
     """A linear layer that stores its weight [in, out], such as the Conv1D of transformers."""
 
@@ -111,6 +136,10 @@ class TransposedBase(DenseBase):
 
     def requantize(self, w: Tensor) -> None:
         self.linear.weight.data.copy_(w.t())
+
+
+class CalledTransposedBase(CalledBase, TransposedBase):
+    """A Conv1D that is more than its weight and bias."""
 
 
 class LowRank(Part):
@@ -211,11 +240,28 @@ class AttachedLinear(Attached):
     def plain(self) -> nn.Module:
         return self.base.linear if isinstance(self.base, DenseBase) else self.base
 
+    @property
+    def weight(self) -> Tensor:
+        """What the layer multiplies with, adapter and all, [out, in], computed each time and
+        without gradients: for code that reads a layer's weight, as torch's encoder layers and T5
+        do.
+        """
+        layer = self._whole()
+        return layer.dequantize() if isinstance(layer, Base) else layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """What the layer adds, [out]."""
+        return self._whole().bias
+
+    def _whole(self) -> nn.Module:
+        return self.current() if self.using[0] is None else self.joined(None)
+
     def plain_with(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         """A layer of its own, as the base is, with another weight [out, in]."""
         if isinstance(self.base, TransposedBase):
             weight = weight.t().contiguous()
-        if isinstance(self.base, DenseBase):
+        if isinstance(self.base, DenseBase) and "weight" in self.base.linear._parameters:
             return with_weight(self.base.linear, weight, bias)
         linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")
         return with_weight(linear, weight, bias)
@@ -240,21 +286,6 @@ class LoraLinear(AttachedLinear, WithLora):
             "base_layer.bias": part.bias,
         }
         return {ending: tensor for ending, tensor in found.items() if tensor is not None}
-
-    @property
-    def weight(self) -> Tensor:
-        """What the layer multiplies with, update and all, [out, in], computed each time and without
-        gradients: for code that reads a layer's weight, as torch's encoder layers and T5 do.
-        """
-        (part,) = self.using
-        layer = self.current() if part is None else self.joined_with(part, None)
-        return layer.dequantize() if isinstance(layer, Base) else layer.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """What the layer adds, [out]."""
-        (part,) = self.using
-        return self.current().bias if part is None else self._weights(part).bias
 
     def complete(self, part: LoraPart) -> None:
         """Give a new part what its config says beside A and B. Raises LorakitError for a lora_bias
@@ -324,7 +355,8 @@ class LoraLinear(AttachedLinear, WithLora):
     def _by_autograd(self, part: LoraPart, x: Tensor) -> Tensor:
         """Op by op: where the caller trains the base too, autograd has to see all of it."""
         flat, base = x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), self.base
-        y = base.forward(flat)
+        y = base.forward(x)
+        y = y if x.dim() == 2 else y.reshape(-1, y.shape[-1])
         if part.dropout and self.training:
             flat = F.dropout(flat, part.dropout)
         A, B = part.pair()
@@ -349,12 +381,9 @@ class LoraLinear(AttachedLinear, WithLora):
         A, B = part.pair()
         return torch.addmm(weight.to(wide), B.to(wide), A.to(wide), alpha=part.scaling)
 
-    def joined(self, weight: Tensor | None) -> nn.Module:
-        return self.joined_with(self.part, weight)
-
     @torch.no_grad()
-    def joined_with(self, part: LoraPart, weight: Tensor | None) -> nn.Module:
-        base = self.base
+    def joined(self, weight: Tensor | None) -> nn.Module:
+        base, part = self.base, self.part
         weight = base.dequantize() if weight is None else weight
         found = self._sum(part, weight)
         if part.magnitude is not None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .attached import Attached, having_adapters, put_back
+from .attached import Attached, check_no_block, having_adapters, put_back
 from .checkpoint import dense_weights
 from .config import LorakitError
 from .embeddings import LoraEmbedding, TiedHead, TokenRows
@@ -82,8 +82,7 @@ def merge(
         raise LorakitError(f"merge: base is {base!r}; choose one of {', '.join(BASES)}")
     if all(each.selected is None for each in layers.values()):
         raise LorakitError("merge: no adapter is selected")
-    if any(not each.enabled or each.rows is not None for each in layers.values()):
-        raise LorakitError("merge: the adapters are disabled, or differ by row; leave that block")
+    check_no_block(module, "merge")
     unmerge(module)
     originals = _originals(module, layers, weights) if base == "dense" else {}
     ids = _few_tokens(module) if input_ids is None and isinstance(module, Decoder) else input_ids
@@ -122,8 +121,14 @@ def merge_and_unload(module: nn.Module, base: str = "dequantized") -> nn.Module:
 
 def _joined(name: str, each: Attached, base: str, original: LazyTensor | None) -> nn.Module:
     weight = None if original is None else original.read().to(_device(each))
+    if "forward" in vars(each.plain):
+        raise LorakitError(
+            f"merge: {name} has a forward of its own (accelerate's hooks?), which would still "
+            "compute with the old weight; take that off first"
+        )
     merged = each.joined(weight)
-    if not all(torch.isfinite(p).all() for p in merged.parameters() if p.is_floating_point()):
+    values = (*merged.parameters(), *merged.buffers())
+    if not all(torch.isfinite(v).all() for v in values if v.is_floating_point()):
         raise LorakitError(f"merge: the merged weight of {name} holds NaN or infinite values")
     if base == "nf4" and isinstance(each.base, PackedWeight):
         merged = packed_layer(merged, each.base.config)

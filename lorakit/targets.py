@@ -5,7 +5,7 @@
                    output head
     exclude_modules     the same rules, and wins
     layers_to_transform of these, the layers with such a number: the first one in the name that
-                   follows a name (or `layers_pattern`) and a dot
+                   follows a name (or `layers_pattern`) and a dot; a whole name in the list stays
     modules_to_save     what lies in one of these is trained whole and takes no adapter
 
 Nothing is selected by accident and nothing silently not: every entry has to match something.
@@ -87,6 +87,8 @@ def lies_in(name: str, module: str) -> bool:
 
 
 def _in_layers(names: list[str], config: TargetConfig) -> list[str]:
+    targets = config.target_modules
+    whole = set() if isinstance(targets, str) else set(targets)
     wanted, patterns = config.layers_to_transform, config.layers_pattern or []
     wanted = [wanted] if isinstance(wanted, int) else wanted
     patterns = [patterns] if isinstance(patterns, str) else patterns
@@ -98,7 +100,7 @@ def _in_layers(names: list[str], config: TargetConfig) -> list[str]:
             raise LorakitError(
                 f"layers_to_transform: no adapted layer has the number {number}; there are {there}"
             )
-    return [name for name in names if numbers[name] in wanted]
+    return [name for name in names if name in whole or numbers[name] in wanted]
 
 
 def _number(name: str, patterns: Iterable[str]) -> int | None:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .attached import Attached
-from .lora import with_weight
 
 
 class Delegate(Attached):
@@ -38,6 +37,16 @@ class SavedModule(Delegate):
     def tensors(self, name: str) -> dict[str, nn.Parameter]:
         return dict(self.adapters[name].named_parameters())
 
+    def stored(self, name: str) -> dict[str, Tensor]:
+        return self.adapters[name].state_dict(keep_vars=True)
+
+    def saved(self, name: str) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for ending, tensor in self.stored(name).items():  # a file holds no tensor under two names
+            twice = any(tensor is other for other in found.values())
+            found[ending] = tensor.detach().clone() if twice else tensor
+        return found
+
     def compute(self, copied: nn.Module, *args, **options):
         return copied(*args, **options)
 
@@ -61,5 +70,7 @@ class TrainedBias(Delegate):
         return functional_call(self.base, {"bias": part.bias}, args, options)
 
     def joined(self, weight: Tensor | None) -> nn.Module:
-        bias = self.adapters[self.selected].bias.detach().to(self.base.bias.dtype)
-        return with_weight(self.base, self.base.weight.detach(), bias)
+        other, bias = copy.copy(self.base), self.adapters[self.selected].bias.detach()
+        other._parameters = dict(self.base._parameters)
+        other.bias = nn.Parameter(bias.to(self.base.bias.dtype, copy=True), requires_grad=False)
+        return other

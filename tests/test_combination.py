@@ -397,3 +397,24 @@ def test_a_dora_adapter_is_not_combined():
     lk.attach(module, lk.LoraConfig(r=3, target_modules=["0"], use_dora=True), name="d")
     with pytest.raises(LorakitError, match="'d' holds more than A and B in 0"):
         lk.combine_adapters(module, ["a", "d"], [1.0, 1.0], "c", "cat")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"names": None}, "names and weights must be lists"),
+        ({"weights": 1.0}, "names and weights must be lists"),
+        ({"weights": ["0.5"]}, "a weight must be a number, not '0.5'"),
+        ({"weights": [10**400]}, "a weight must be a number, not 1000"),
+        ({"rank": 2.5}, "rank must be a number, not 2.5"),
+        ({"rank": True}, "rank must be a number, not True"),
+        ({"density": "x"}, "density must be a number, not 'x'"),
+        ({"seed": "a"}, "seed must be a number, not 'a'"),
+    ],
+)
+def test_arguments_of_the_wrong_type(change, message):
+    module = lk.attach(torch.nn.Sequential(torch.nn.Linear(8, 8)), lk.LoraConfig(r=2), name="a")
+    options = {"names": ["a"], "weights": [1.0], "name": "b", **change}
+    with pytest.raises(lk.LorakitError, match=message):
+        lk.combine_adapters(module, **options)
+    assert lk.adapter_names(module) == ["a"]

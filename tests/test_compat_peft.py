@@ -453,3 +453,75 @@ def test_calls_that_are_refused(base, adapters):
     with pytest.raises(lk.LorakitError, match="no svd_clamp"):
         model.add_weighted_adapter(["default"], [1.0], "x", svd_clamp=0.9)
     assert not (adapters / "x").exists()
+
+
+def test_what_a_script_asks_the_inner_model(adapters):
+    """`base_model` switches, merges and disables as the PeftModel does."""
+    models = []
+    for module in (peft, compat):
+        model = tiny_llama(num_key_value_heads=2, vocab_size=300)
+        model = module.PeftModel.from_pretrained(model, adapters / "a", "a", torch_device="cpu")
+        model.load_adapter(adapters / "b", "b", torch_device="cpu")
+        assert model.peft_config["a"].inference_mode
+        model.base_model.set_adapter("b")
+        assert [model.base_model.active_adapter] == model.active_adapters == ["b"]
+        adapted = logits(model, IDS)
+        model.base_model.disable_adapter_layers()
+        plain = logits(model, IDS)
+        model.base_model.enable_adapter_layers()
+        close(logits(model, IDS), adapted)
+        model.base_model.merge_adapter()
+        close(logits(model, IDS), adapted)
+        model.base_model.unmerge_adapter()
+        close(logits(model.base_model.merge_and_unload(), IDS), adapted)
+        models.append((adapted, plain))
+    for ours, truth in zip(*models, strict=True):
+        close(ours, truth)
+    assert (models[0][0] - models[0][1]).abs().max() > 1e-3
+
+
+def test_options_of_peft_for_loading(base, adapters):
+    defaults = {"config": None, "revision": None, "subfolder": None, "token": None}
+    model = compat.PeftModel.from_pretrained(base(), adapters / "a", **defaults)
+    for option, message in (
+        ({"revision": "main"}, "from_pretrained: revision is not supported; leave it out"),
+        ({"subfoldr": None}, "unknown option 'subfoldr' .did you mean 'subfolder'"),
+    ):
+        with pytest.raises(lk.LorakitError, match=message):
+            compat.PeftModel.from_pretrained(base(), adapters / "a", **option)
+    assert compat.get_peft_model_state_dict(model, None, "default")
+    with pytest.raises(lk.LorakitError, match="the model's own state_dict is taken"):
+        compat.get_peft_model_state_dict(model, {})
+    lists = {key: [1.0] for key in compat.get_peft_model_state_dict(model)}
+    with pytest.raises(lk.LorakitError, match="is no tensor but a list"):
+        compat.set_peft_model_state_dict(model, lists)
+
+
+def test_configs_of_other_types_and_their_files(tmp_path):
+    config = compat.LoraConfig(
+        target_modules=("q_proj",), modules_to_save={"lm_head"}, layers_to_transform=range(1)
+    )
+    assert (config.modules_to_save, config.layers_to_transform) == (["lm_head"], [0])
+    config.save_pretrained(tmp_path)
+    assert compat.LoraConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    read = peft.LoraConfig.from_pretrained(tmp_path)
+    assert (read.target_modules, read.layers_to_transform) == ({"q_proj"}, [0])
+
+
+def test_options_that_a_kind_of_combination_does_not_know(theirs, adapters):
+    model = compat.PeftModel.from_pretrained(theirs, adapters / "a", "a")
+    model.load_adapter(adapters / "b", "b")
+    for kind in ("cat", "svd"):
+        model.add_weighted_adapter(["a", "b"], [1.0, 0.5], kind, kind, svd_rank=3, density=0.5)
+    assert set(model.peft_config) == {"a", "b", "cat", "svd"}
+
+
+def test_a_beam_is_a_row(theirs, adapters):
+    truth = peft.PeftModel.from_pretrained(theirs, adapters / "a", "a").eval()
+    options = {"max_new_tokens": 4, "num_beams": 2, "do_sample": False, "pad_token_id": 0}
+    expected = truth.generate(input_ids=IDS, adapter_names=["a", "__base__"], **options)
+    ours = compat.PeftModel.from_pretrained(
+        tiny_llama(num_key_value_heads=2, vocab_size=300), adapters / "a", "a"
+    )
+    found = ours.generate(input_ids=IDS, adapter_names=["a", "__base__"], **options)
+    assert torch.equal(found, expected)

@@ -174,6 +174,7 @@ ALLOWED = {
     "run_state": {"attached", "config", "files", "optim", "tensors"},
     "profiling": {"kernels", "config", "model", "tokenizer", "trainer"},
     "cli": {"lorakit", "yaml"},
+    "__main__": {"cli"},
     "__init__": set(),
 }
 

@@ -45,10 +45,10 @@ from ..attached import (
     set_adapter,
 )
 from ..attaching import attach
-from ..combination import combine_adapters
+from ..combination import PRUNED, combine_adapters
 from ..config import LoraConfig as PlainConfig
-from ..config import LorakitError, TargetConfig, check, from_mapping
-from ..files import read_json
+from ..config import LorakitError, TargetConfig, check, from_mapping, nearest
+from ..files import as_path, read_json, write_json
 from ..hub import resolve
 from ..merging import merge, merge_and_unload, unmerge
 from ..model import Decoder
@@ -70,6 +70,20 @@ class TaskType(str, enum.Enum):
 
 
 WITH_CLASSIFIER = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # PEFT adds to modules_to_save
+# options of PEFT for loading that have to be left as they are there
+FOR_LOADING = (
+    "config",
+    "device_map",
+    "ephemeral_gpu_offload",
+    "ignore_mismatched_sizes",
+    "key_mapping",
+    "max_memory",
+    "offload_folder",
+    "revision",
+    "subfolder",
+    "token",
+    "torch_dtype",
+)
 LACKING = (
     "alora_invocation_tokens",
     "arrow_config",
@@ -140,8 +154,8 @@ class LoraConfig(PlainConfig):
             "without a task_type",
         )
         self._take("target_modules", self.target_modules or DEFAULT_TARGETS)
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), (set, tuple)):
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform"):
+            if isinstance(getattr(self, name), (set, tuple, range)):
                 self._take(name, sorted(getattr(self, name)))
         for name in ("rank_pattern", "alpha_pattern"):
             self._take(name, getattr(self, name) or {})
@@ -149,6 +163,16 @@ class LoraConfig(PlainConfig):
 
     def _take(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields by name."""
+        return dataclasses.asdict(self)
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write adapter_config.json into a directory, which is made if missing."""
+        folder = as_path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / CONFIG_FILE, self.to_dict())
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "LoraConfig":
@@ -206,6 +230,64 @@ class LoraModel(_Outside):
     def forward(self, *args, **options):
         return self.model(*args, **options)
 
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """As `PeftModel.set_adapter`."""
+        set_adapter(self.model, adapter_name)
+        _train(self.model, adapter_name, not inference_mode)
+
+    def disable_adapter_layers(self) -> None:
+        """Compute without adapters until `enable_adapter_layers`."""
+        self._enable(False)
+
+    def enable_adapter_layers(self) -> None:
+        self._enable(True)
+
+    def _enable(self, enabled: bool) -> None:
+        for each in attached(self.model).values():
+            each.enabled = enabled
+            each.refresh()
+
+    def merge_adapter(
+        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """`lk.merge` of the active adapter, or of the one named; it is always safe."""
+        with _same_training(self.model):
+            self._select_for("merge_adapter", adapter_names)
+        merge(self.model)
+
+    def unmerge_adapter(self) -> None:
+        """`lk.unmerge`: the weights are what they were, to the bit."""
+        unmerge(self.model)
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+    ) -> nn.Module:
+        """The model with the active adapter, or the one named, in its weights, and no other; always
+        safe. A quantized base becomes dense.
+        """
+        self._select_for("merge_and_unload", adapter_names)
+        return merge_and_unload(self.model)
+
+    def unload(self) -> nn.Module:
+        """The model without adapters."""
+        return detach(self.model)
+
+    def _select_for(self, what: str, names: Sequence[str] | None) -> None:
+        if names is not None:
+            check(len(names) == 1, f"{what}: one adapter is merged; combine several first")
+            set_adapter(self.model, names[0])
+
+    @property
+    def active_adapter(self) -> str | None:
+        return selected_adapter(self.model)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return [] if self.active_adapter is None else [self.active_adapter]
+
 
 class PeftModel(_Outside):
     """A model with adapters by name, of which one, or none, is active."""
@@ -235,11 +317,15 @@ class PeftModel(_Outside):
         *,
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
+        torch_device: Any = None,
+        **options: Any,
     ) -> "PeftModel":
         """`model` with the adapter of a directory, or of a Hub id; frozen and in eval mode unless
-        it is to be trained. Raises LorakitError as `lk.load_adapter` does.
+        it is to be trained. It goes where the layers are, whatever torch_device is. Raises
+        LorakitError as `lk.load_adapter` does, and for an option that lorakit does not have.
         """
         _check_dtype(autocast_adapter_dtype)
+        _check_loading(options, "from_pretrained")
         path = resolve(model_id, [CONFIG_FILE, WEIGHTS_FILE])
         task = read_json(path / CONFIG_FILE).get("task_type") if cls is PeftModel else None
         _load(model, path, adapter_name, is_trainable)
@@ -254,14 +340,6 @@ class PeftModel(_Outside):
         return self.base_model.model
 
     @property
-    def active_adapter(self) -> str | None:
-        return selected_adapter(self.get_base_model())
-
-    @property
-    def active_adapters(self) -> list[str]:
-        return [] if self.active_adapter is None else [self.active_adapter]
-
-    @property
     def peft_config(self) -> dict[str, LoraConfig | TargetConfig | PromptConfig]:
         """The config of each adapter."""
         model = self.get_base_model()
@@ -272,7 +350,8 @@ class PeftModel(_Outside):
         return self._config_of(self.active_adapter)
 
     def _config_of(self, name: str) -> LoraConfig | TargetConfig | PromptConfig:
-        config = adapter_config(self.get_base_model(), name)
+        model = self.get_base_model()
+        config = adapter_config(model, name)
         if not isinstance(config, PlainConfig):  # of another method than LoRA
             return config
         if not isinstance(config, LoraConfig):
@@ -280,7 +359,7 @@ class PeftModel(_Outside):
             config = LoraConfig(**values)
         if config.base_model_name_or_path is None:
             config = dataclasses.replace(config, base_model_name_or_path=self._origin())
-        return config
+        return dataclasses.replace(config, inference_mode=not _trains(model, name))
 
     def _origin(self) -> str | None:
         model = self.get_base_model()
@@ -290,8 +369,7 @@ class PeftModel(_Outside):
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Compute with this adapter, and train it unless `inference_mode`."""
-        set_adapter(self.get_base_model(), adapter_name)
-        self.set_requires_grad(adapter_name, not inference_mode)
+        self.base_model.set_adapter(adapter_name, inference_mode)
 
     def add_adapter(
         self,
@@ -312,9 +390,12 @@ class PeftModel(_Outside):
         *,
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
+        torch_device: Any = None,
+        **options: Any,
     ) -> None:
         """Attach the adapter of a directory, or of a Hub id; it waits for `set_adapter`."""
         _check_dtype(autocast_adapter_dtype)
+        _check_loading(options, "load_adapter")
         path = resolve(model_id, [CONFIG_FILE, WEIGHTS_FILE])
         _load(self.get_base_model(), path, adapter_name, is_trainable)
         if not is_trainable:
@@ -339,7 +420,10 @@ class PeftModel(_Outside):
     ) -> None:
         """Attach one adapter made of several, as `lk.combine_adapters` does."""
         check(svd_clamp is None, "add_weighted_adapter: lorakit has no svd_clamp")
-        options = {"rank": svd_rank, "density": density}
+        options = {  # PEFT takes, and leaves, what a kind does not know
+            "rank": svd_rank if "svd" in combination_type else None,
+            "density": density if combination_type.startswith(PRUNED) else None,
+        }
         with _nothing_else(self.get_base_model()):
             combine_adapters(
                 self.get_base_model(),
@@ -373,6 +457,9 @@ class PeftModel(_Outside):
 
     def generate(self, *args, adapter_names: Sequence[str] | None = None, **options):
         """What the model generates, for those that do (lorakit's decoder: `lk.generate`)."""
+        beams = options.get("num_beams") or 1  # each of which is a row
+        if adapter_names is not None:
+            adapter_names = [name for name in adapter_names for _ in range(beams)]
         with self._rows(adapter_names):
             return self.get_base_model().generate(*args, **options)
 
@@ -413,9 +500,12 @@ class PeftModel(_Outside):
         selected_adapters: Sequence[str] | None = None,
         save_embedding_layers: bool | str = "auto",
         is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | Path | None = None,
     ) -> None:
         """Write all adapters, or those selected: "default" into the directory, others into one of
-        their name inside it. Raises LorakitError if there is no such adapter.
+        their name inside it. What started from a part of the weight is plain LoRA in the file
+        without path_initial_model_for_weight_conversion. Raises LorakitError if there is no such
+        adapter.
         """
         check(safe_serialization, "save_pretrained: adapters are written as safetensors only")
         check(
@@ -431,41 +521,6 @@ class PeftModel(_Outside):
             lora = isinstance(config, LoraConfig)
             origin = config.base_model_name_or_path if lora else self._origin()
             save_adapter(self.get_base_model(), folder, name=name, base_model=origin)
-
-    # ---- in the weights ----
-
-    def _select_for(self, what: str, names: Sequence[str] | None) -> None:
-        if names is not None:
-            check(len(names) == 1, f"{what}: one adapter is merged; combine several first")
-            set_adapter(self.get_base_model(), names[0])
-
-    def merge_adapter(
-        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False
-    ) -> None:
-        """`lk.merge` of the active adapter, or of the one named; it is always safe."""
-        with _same_training(self.get_base_model()):
-            self._select_for("merge_adapter", adapter_names)
-        merge(self.get_base_model())
-
-    def unmerge_adapter(self) -> None:
-        """`lk.unmerge`: the weights are what they were, to the bit."""
-        unmerge(self.get_base_model())
-
-    def merge_and_unload(
-        self,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: Sequence[str] | None = None,
-    ) -> nn.Module:
-        """The model with the active adapter, or the one named, in its weights, and no other; always
-        safe. A quantized base becomes dense.
-        """
-        self._select_for("merge_and_unload", adapter_names)
-        return merge_and_unload(self.get_base_model())
-
-    def unload(self) -> nn.Module:
-        """The model without adapters."""
-        return detach(self.get_base_model())
 
 
 class PeftModelForCausalLM(PeftModel):
@@ -531,10 +586,13 @@ def prepare_model_for_kbit_training(
     return model
 
 
-def get_peft_model_state_dict(model: PeftModel, adapter_name: str = "default") -> dict[str, Tensor]:
+def get_peft_model_state_dict(
+    model: PeftModel, state_dict: None = None, adapter_name: str = "default"
+) -> dict[str, Tensor]:
     """The tensors of an adapter by the keys of its file, copies where it started from a part of the
-    weight. Raises LorakitError if there is no such adapter.
+    weight. Raises LorakitError if there is no such adapter, or a state_dict is given.
     """
+    check(state_dict is None, "get_peft_model_state_dict: the model's own state_dict is taken")
     check_adapter(model.get_base_model(), adapter_name, "get_peft_model_state_dict")
     return adapter_tensors(model.get_base_model(), adapter_name)
 
@@ -549,7 +607,7 @@ def set_peft_model_state_dict(
     check_adapter(base, adapter_name, "set_peft_model_state_dict")
     known = adapter_tensors(base, adapter_name)  # a tied head has what its embedding has
     having = [
-        (each, {key_of(place, each, ending): ending for ending in each.tensors(adapter_name)})
+        (each, {key_of(place, each, ending): ending for ending in each.stored(adapter_name)})
         for place, each in attached(base).items()
         if adapter_name in each.adapters
     ]
@@ -560,6 +618,10 @@ def set_peft_model_state_dict(
             f"set_peft_model_state_dict: tensor {key} belongs to no adapted layer of this model"
         )
     for key, tensor in given.items():
+        check(
+            isinstance(tensor, Tensor),
+            f"set_peft_model_state_dict: {key} is no tensor but a {type(tensor).__name__}",
+        )
         check(
             tensor.shape == known[key].shape,
             f"set_peft_model_state_dict: tensor {key} is {tuple(tensor.shape)}, the model needs "
@@ -579,9 +641,20 @@ def _check_dtype(autocast_adapter_dtype: bool) -> None:
     )
 
 
+def _check_loading(options: Mapping[str, Any], what: str) -> None:
+    for name, value in options.items():
+        check(name in FOR_LOADING, f"{what}: unknown option {name!r}{nearest(name, FOR_LOADING)}")
+        check(value in (None, False), f"{what}: {name} is not supported; leave it out")
+
+
 def _is_checkpointing(model: nn.Module) -> bool:
     """Whether a model of transformers is: its blocks say so in an attribute."""
     return any(m.__dict__.get("gradient_checkpointing", False) for m in model.modules())
+
+
+def _trains(model: nn.Module, name: str) -> bool:
+    parts = [m.adapters[name] for m in attached(model).values() if name in m.adapters]
+    return any(p.requires_grad for part in parts for p in part.parameters())
 
 
 def _train(model: nn.Module, name: str, required: bool) -> None:
