@@ -195,7 +195,7 @@ def test_text_that_no_terminal_shows(tiny_dir, tmp_path):
     with open(name, "w") as file:
         file.write(json.dumps(row) + "\n")
     for verb in ("lint", "show"):
-        command = [sys.executable, "-m", "lorakit.cli", "data", verb, name, "--model", tiny_dir]
+        command = [sys.executable, "-m", "lorakit", "data", verb, name, "--model", tiny_dir]
         done = subprocess.run(
             command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}
         )
@@ -206,7 +206,7 @@ def test_text_that_no_terminal_shows(tiny_dir, tmp_path):
 
 def test_a_reader_that_has_seen_enough(tiny_dir, tmp_path):
     path = rows_file(tmp_path / "rows.jsonl", [{"text": "a" * 500}] * 500)
-    command = [sys.executable, "-m", "lorakit.cli", "data", "show", path, "--model", tiny_dir]
+    command = [sys.executable, "-m", "lorakit", "data", "show", path, "--model", tiny_dir]
     process = subprocess.Popen(
         [*map(str, command), "--rows", "500"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
