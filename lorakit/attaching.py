@@ -346,24 +346,25 @@ def _tied_message(place: str) -> str:
     )
 
 
-def plain_of(module: nn.Module) -> nn.Module:
+def _plain(module: nn.Module) -> nn.Module:
     return module.plain if isinstance(module, Attached) else module
 
 
 def _weight(module: nn.Module) -> Tensor | None:
-    return plain_of(module)._parameters.get("weight")
+    return _plain(module)._parameters.get("weight")
 
 
 def _tied_heads(module: nn.Module, places: Places, layer: nn.Module) -> list[str] | None:
     """The linear layers that share the weight of embedding `layer`; an empty list where the decoder
     uses the embedding itself as its head; None if there is no such thing.
     """
-    layer = plain_of(layer)
+    layer = _plain(layer)
     if not isinstance(layer, nn.Embedding) and not isinstance(layer, PackedLayer):
         return None
     weight = _weight(layer)
     for name, other in places.items():
-        if _is_embedding(other) and _weight(other) is weight and plain_of(other) is not layer:
+        same = weight is not None and _weight(other) is weight
+        if same and _is_embedding(other) and _plain(other) is not layer:
             raise LorakitError(
                 f"attach: {name} is another embedding with the same weight, which would not be "
                 "adapted; lorakit adapts an embedding and its heads alike, not several embeddings"
@@ -375,7 +376,7 @@ def _tied_heads(module: nn.Module, places: Places, layer: nn.Module) -> list[str
     ]
     for each in module.modules():
         tied = isinstance(each, Decoder) and each.lm_head is None
-        if tied and plain_of(each.model.embed_tokens) is layer:
+        if tied and _plain(each.model.embed_tokens) is layer:
             return heads
     return heads or None
 
