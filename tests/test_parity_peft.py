@@ -28,6 +28,7 @@ BASES = {
         "gemma3_text",
         {"head_dim": 12, "sliding_window": 6, "tie_word_embeddings": True},
     ),
+    "mistral": ("mistral", {"num_key_value_heads": 2, "sliding_window": 6}),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_key_value_heads": 2}),
 }
 
@@ -37,11 +38,13 @@ CASES = {
     "plain, qwen2": ("qwen2", {}),
     "plain, gemma3": ("gemma3", {}),
     "plain, gemma3 tied": ("gemma3 tied", {}),
+    "plain, mistral": ("mistral", {}),
     "plain, mixtral": ("mixtral", {"target_modules": ATTENTION}),
     "rslora": ("llama", {"use_rslora": True}),
     "dora": ("llama", {"use_dora": True}),
     "dora, biases": ("biases", {"use_dora": True}),
     "dora, gemma3 tied": ("gemma3 tied", {"use_dora": True, "use_rslora": True}),
+    "dora, mistral": ("mistral", {"use_dora": True, "use_rslora": True}),
     "dora, mixtral": ("mixtral", {"target_modules": ATTENTION, "use_dora": True}),
     "lora_bias": ("qwen2", {"target_modules": ["q_proj", "v_proj"], "lora_bias": True}),
     "lora_bias, rslora": ("biases", {"lora_bias": True, "use_rslora": True}),
@@ -79,6 +82,7 @@ CASES = {
     "olora": ("llama", {"init_lora_weights": "olora"}),
     "pissa": ("llama", {"init_lora_weights": "pissa"}),
     "pissa, qwen2": ("qwen2", {"init_lora_weights": "pissa", "use_rslora": True}),
+    "pissa, mistral": ("mistral", {"init_lora_weights": "pissa"}),
     "pissa, mixtral": ("mixtral", {"target_modules": ATTENTION, "init_lora_weights": "pissa"}),
     "pissa, patterns": (
         "llama",
@@ -92,6 +96,7 @@ CASES = {
     "saved lm_head": ("llama", {"modules_to_save": ["lm_head"]}),
     "saved embed_tokens": ("gemma3", {"modules_to_save": ["embed_tokens"]}),
     "saved norm": ("qwen2", {"modules_to_save": ["norm", "input_layernorm"]}),
+    "saved, mistral": ("mistral", {"modules_to_save": ["lm_head", "norm"]}),
     "saved mlp": ("llama", {"modules_to_save": ["1.mlp", "lm_head"]}),
     "saved tied": (
         "llama tied",
@@ -115,9 +120,11 @@ CASES = {
     ),
     "head": ("llama", {"target_modules": ["lm_head", "q_proj"]}),
     "head, dora": ("qwen2", {"target_modules": ["lm_head", "q_proj"], "use_dora": True}),
+    "head and embedding, mistral": ("mistral", {"target_modules": ["lm_head", "embed_tokens"]}),
     "head and embedding": ("gemma3", {"target_modules": ["lm_head", "embed_tokens"]}),
     "tokens": ("llama", {"trainable_token_indices": [3, 90, 5]}),
     "tokens by name": ("gemma3", {"trainable_token_indices": {"embed_tokens": [3, 90, 5]}}),
+    "tokens, mistral": ("mistral", {"trainable_token_indices": [3, 90, 5]}),
     "tokens tied": ("llama tied", {"trainable_token_indices": [3, 90, 5]}),
     "tokens tied, gemma3": (
         "gemma3 tied",
@@ -321,6 +328,7 @@ def test_a_merge_that_is_not_finite_is_refused(bases):
 
 TRAINED = [
     "plain",
+    "plain, mistral",
     "plain, mixtral",
     "rslora",
     "dora",
