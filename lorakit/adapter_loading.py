@@ -162,13 +162,9 @@ def _saved(entry: str, module: nn.Module, tensors: Mapping[str, LazyTensor]) -> 
     """
     entry = _renamed(entry, module)
     beginnings = {_renamed(key.removeprefix(PREFIX), module).rpartition(".")[0] for key in tensors}
-    found = [
-        name
-        for name, _ in plain_modules(module)
-        if name.endswith(entry) and any(f"{b}.".startswith(f"{name}.") for b in beginnings)
-    ]
-    known = any(name.endswith(entry) for name, _ in plain_modules(module))
-    return found or ([entry] if known else [])  # PEFT names classifiers that a model may not have
+    named = [name for name, _ in plain_modules(module) if name.endswith(entry)]
+    found = [name for name in named if any(f"{b}.".startswith(f"{name}.") for b in beginnings)]
+    return found or ([entry] if named else [])  # PEFT names classifiers that a model may not have
 
 
 def _split(

@@ -232,7 +232,9 @@ def having_adapters(module: nn.Module, what: str) -> dict[str, Attached]:
 def check_no_block(module: nn.Module, what: str) -> None:
     """Raise LorakitError, naming the caller, inside `disable_adapters` and `adapter_rows`."""
     if any(not each.enabled or each.rows is not None for each in attached(module).values()):
-        raise LorakitError(f"{what}: the adapters are disabled, or differ by row; leave that block")
+        raise LorakitError(
+            f"{what}: the adapters are disabled, or differ by row; leave that block, or enable them"
+        )
 
 
 def _unmerged(module: nn.Module, what: str) -> dict[str, Attached]:

@@ -46,9 +46,12 @@ def _frozen(weight: Tensor) -> Tensor:
     return weight
 
 
-def _look_up(
-    embedding: nn.Module, weight: Tensor, ids: Tensor, padding_idx: int | None = None
-) -> Tensor:
+def _dense(embedding: nn.Module) -> Tensor:
+    """The weight [V, H]; of a packed embedding as it computes."""
+    return embedding.weight if isinstance(embedding, nn.Embedding) else embedding.dequantize()
+
+
+def _look_up(embedding: nn.Module, weight: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
     """Rows of `weight` [n, any], with whatever else `embedding` does to its own; that of
     `padding_idx` gets no gradient.
     """
@@ -99,14 +102,10 @@ class LoraEmbedding(WithLora):
         gain = (part.magnitude / self._column_norms(part)).to(y.dtype)
         return (y + part.scaling * F.linear(low, B.to(y.dtype))) * gain
 
-    def _dense(self) -> Tensor:
-        packed = not isinstance(self.base, nn.Embedding)
-        return self.base.dequantize() if packed else self.base.weight.detach()
-
     @torch.no_grad()
     def _column_norms(self, part: LoraPart) -> Tensor:
         """||W + s (B A)^T|| of each column [H], from products of rank r."""
-        W = self._dense()
+        W = _dense(self.base)
         W = W.to(torch.promote_types(W.dtype, torch.float32))
         A, sB = part.lora_A.to(W.dtype), part.lora_B.to(W.dtype) * part.scaling
         square = torch.linalg.vector_norm(W, dim=0).square()
@@ -119,7 +118,8 @@ class LoraEmbedding(WithLora):
         reach the adapter.
         """
         (part,) = self.using
-        return self.current().weight if part is None else self._sum(part, self._dense())
+        own = _dense(self.current())
+        return own if part is None else self._sum(part, own)
 
     def _sum(self, part: LoraPart, W: Tensor) -> Tensor:
         A, B = part.pair()
@@ -131,7 +131,7 @@ class LoraEmbedding(WithLora):
 
     @torch.no_grad()
     def joined(self, weight: Tensor | None) -> nn.Module:
-        own = self._dense()
+        own = _dense(self.base)
         found = self._sum(self.part, own if weight is None else weight)
         if isinstance(self.base, nn.Embedding):
             return with_weight(self.base, found.to(own.dtype))
@@ -167,7 +167,7 @@ class TokenRows(Attached):
     def weight(self) -> Tensor:
         """[V, H] with the trained rows, made each time, as that of a `LoraEmbedding`."""
         (part,) = self.using
-        own = self.current().weight
+        own = _dense(self.current())
         return own if part is None else own.index_copy(0, part.ids, part.rows.to(own.dtype))
 
     def original_rows(self, ids: Tensor) -> Tensor:
@@ -189,11 +189,12 @@ class TokenRows(Attached):
 
     @torch.no_grad()
     def joined(self, weight: Tensor | None) -> nn.Module:
-        part, packed = self.adapters[self.selected], not isinstance(self.base, nn.Embedding)
-        own = self.base.dequantize() if packed else self.base.weight.detach()
-        found = (own if weight is None else weight.to(own.dtype)).clone()
-        found[part.ids] = part.rows.to(found.dtype)
-        return nn.Embedding.from_pretrained(found) if packed else with_weight(self.base, found)
+        part, own = self.adapters[self.selected], _dense(self.base)
+        own = own if weight is None else weight.to(own.dtype)
+        found = own.index_copy(0, part.ids, part.rows.to(own.dtype))
+        if isinstance(self.base, nn.Embedding):
+            return with_weight(self.base, found)
+        return nn.Embedding.from_pretrained(found)
 
 
 class TiedHead(Attached):
