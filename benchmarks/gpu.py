@@ -29,7 +29,7 @@ from cases import OURS, PEERS, RANK, SCALING, WAYS, Setting, Sizes, mixed_precis
 from torch import Tensor, nn
 
 import lorakit as lk
-import lorakit.model  # the decoder itself: load_model would want a file
+import lorakit.models.decoder  # the decoder itself: load_model would want a file
 from kernels import (
     HEADER,
     Clock,
@@ -91,7 +91,7 @@ def decoder(s: Setting, layers: int) -> nn.Module:
         "llama", n.vocabularies[0], n.hidden, n.inner, layers, n.heads, n.kv_heads, n.head_dim
     )
     with torch.device("meta"):
-        model = lorakit.model.Decoder(config)
+        model = lorakit.models.decoder.Decoder(config)
     model = model.to(s.dtype).to_empty(device=s.device).requires_grad_(False)
     for parameter in model.parameters():
         parameter.normal_(std=0.02) if parameter.dim() > 1 else parameter.fill_(1)

@@ -186,9 +186,9 @@ class Writer:
 
     def __init__(self) -> None:
         import lorakit as lk
-        import lorakit.model  # the decoder itself: load_model would want a file
+        import lorakit.models.decoder  # the decoder itself: load_model would want a file
 
-        self.lk, self.decoder = lk, lorakit.model.Decoder
+        self.lk, self.decoder = lk, lorakit.models.decoder.Decoder
 
     def machine(self) -> dict[str, Any]:
         isa = torch.backends.cpu.get_cpu_capability()

@@ -1,7 +1,6 @@
-"""Who imports what (the table of the design), and what `import lorakit` costs."""
+"""The order of the rooms, who may import what, and what `import lorakit` costs."""
 
 import ast
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,220 +11,168 @@ ROOT = Path(__file__).parent.parent
 STANDARD = set(sys.stdlib_module_names) | {"torch", "tqdm"}
 FOREIGN = {"transformers", "peft", "bitsandbytes", "trl", "unsloth", "liger_kernel", "accelerate"}
 
-ALLOWED = {
-    "aliases": set(),
-    "config": {"aliases"},
-    "families": set(),
-    "model_config": {"config", "families"},
-    "rope": {"model_config"},
-    "files": {"config"},
-    "hub": {"config", "files", "huggingface_hub"},
-    "gguf": {"config", "model_config", "rope", "gguf", "numpy"},
-    "tokenizer": {"config", "files", "hub", "gguf", "tokenizers", "jinja2"},
-    "metrics": {"config"},
-    "scoring": {"config", "data", "formats", "generation", "metrics", "model", "tokenizer"},
-    "memory": set(),
-    "recompute": set(),
-    "model": {"kernels", "config", "model_config", "recompute", "rope"},
-    "quantization": {"kernels", "config"},
-    "targets": {"config"},
-    "initialization": {"config"},
-    "combination": {"config", "attached", "lora"},
-    "attached": {"config"},
-    "lora": {"kernels", "config", "attached"},
-    "embeddings": {"kernels", "config", "attached", "lora"},
-    "trained_modules": {"attached", "lora"},
-    "ia3": {"config", "attached", "lora"},
-    "vera": {"config", "lora"},
-    "adalora": {"config", "attached", "lora"},
-    "prompts": {"config", "attached", "model", "model_config", "tokenizer"},
-    "attaching": {
-        "config",
-        "attached",
-        "targets",
-        "initialization",
-        "lora",
-        "embeddings",
-        "trained_modules",
-        "ia3",
-        "vera",
-        "adalora",
-        "prompts",
-        "model",
-        "kernels",
-    },
-    "merging": {
-        "config",
-        "attached",
-        "embeddings",
-        "lora",
-        "model",
-        "quantization",
-        "tensors",
-        "checkpoint",
-    },
-    "checkpoint": {
-        "config",
-        "families",
-        "model_config",
-        "tokenizer",
-        "files",
-        "tensors",
-        "model",
-        "quantization",
-        "kernels",
-        "attached",
-        "memory",
-        "hub",
-        "gguf",
-    },
-    "tensors": {"config", "files", "kernels", "safetensors"},
-    "adapter": {
-        "config",
-        "files",
-        "attached",
-        "experts",
-        "lora",
-        "embeddings",
-        "trained_modules",
-        "ia3",
-        "vera",
-        "adalora",
-        "prompts",
-        "model",
-        "tensors",
-    },
-    "adapter_loading": {
-        "config",
-        "files",
-        "adapter",
-        "attached",
-        "attaching",
-        "embeddings",
-        "experts",
-        "vera",
-        "adalora",
-        "prompts",
-        "model",
-        "tensors",
-    },
-    "loftq_initialization": {"config", "lora", "checkpoint", "initialization"},
-    "eva_initialization": {"config", "attached", "lora", "initialization"},
-    "experts": {"config"},
-    "adapter_files": {"adapter", "config", "experts", "files", "tensors"},
-    "conversion": {
-        "adapter",
-        "adapter_files",
-        "checkpoint",
-        "config",
-        "experts",
-        "files",
-        "kernels",
-        "model_config",
-        "tensors",
-    },
-    "report": {"config", "files", "kernels", "quantization", "checkpoint", "matplotlib"},
-    "formats": {"config"},
-    "row_files": {"config", "formats", "pyarrow"},
-    "rows": {"config", "files", "formats", "row_files"},
-    "turns": {"config", "tokenizer"},
-    "data": {"config", "formats", "rows", "tokenizer", "turns"},
-    "packing": {"config", "data"},
-    "inspection": {"config", "data", "formats", "tokenizer"},
-    "paging": {"config"},
-    "paged_state": {"config", "kernels", "paging"},
-    "optim": {"config", "kernels", "paged_state"},
-    "plots": {"config", "files", "matplotlib"},
-    "decoding": {"kernels", "model", "model_config", "rope", "attached"},
-    "generation": {"config", "model", "decoding", "tokenizer", "tokenizers"},
-    "evaluation": {
-        "config",
-        "data",
-        "model",
-        "packing",
-        "preference",
-        "rows",
-        "scoring",
-        "tokenizer",
-    },
-    "row_order": {"config", "data", "packing"},
-    "run_log": {"config", "files"},
-    "trainer": {
-        "adapter",
-        "attached",
-        "config",
-        "data",
-        "eva_initialization",
-        "evaluation",
-        "files",
-        "loftq_initialization",
-        "lora",
-        "memory",
-        "model",
-        "optim",
-        "row_order",
-        "rows",
-        "run_log",
-        "run_state",
-        "scoring",
-        "tokenizer",
-    },
-    "preference": {"attached", "config", "model"},
-    "run_state": {"attached", "config", "files", "optim", "tensors"},
-    "profiling": {"kernels", "config", "model", "tokenizer", "trainer"},
-    "cli": {"lorakit", "yaml"},
-    "__main__": {"cli"},
-    "__init__": set(),
-}
+# A room imports from itself and from rooms on lines before its own; the set holds the libraries
+# that it may import beside torch, tqdm and Python's own.
+ORDER = [
+    {"kernels": {"triton"}},
+    {"config": set()},
+    {"files": {"huggingface_hub", "safetensors", "numpy", "gguf"}},
+    {"models": {"tokenizers", "jinja2", "numpy", "gguf"}},
+    {"adapters": set(), "data": {"pyarrow"}},
+    {"inference": {"tokenizers"}},
+    {"evaluation": {"matplotlib"}},
+    {"training": {"tensorboard"}},
+    {"compat": set()},
+]
+FLOOR = {room: floor for floor, rooms in enumerate(ORDER) for room in rooms}
+LIBRARIES = {room: found for rooms in ORDER for room, found in rooms.items()}
+# The command line, the examples and the benchmarks use the public API, `import lorakit as lk`.
+PUBLIC_ONLY = {"cli": {"yaml"}}
 
 
-def imports(path: Path) -> set[str]:
-    """Top names of all imports in a file; relative ones by their first part."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def imported(tree: ast.AST, package: str) -> list[tuple[str, str | None]]:
+    """Return (module, name) of every import in a file of `package`, absolute; name is None for
+    `import module`."""
+    found = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
+            found += [(alias.name, None) for alias in node.names]
         if isinstance(node, ast.ImportFrom):
-            if node.module:
-                found.add(node.module.partition(".")[0])
-            else:
-                found |= {alias.name for alias in node.names}
+            parents = package.split(".")[: len(package.split(".")) + 1 - node.level]
+            module = ".".join([*parents] * bool(node.level) + [node.module] * bool(node.module))
+            found += [(module, alias.name) for alias in node.names]
     return found
 
 
-def test_compat_imports_nothing_foreign():
-    """Its parts may import any module of lorakit, and no module of lorakit imports them."""
-    paths = sorted((ROOT / "lorakit" / "compat").rglob("*.py"))
-    assert len(paths) >= 2
-    for path in paths:
-        assert imports(path) - STANDARD <= set(ALLOWED) | {"lorakit"}, path
-        assert "kernels" not in imports(path)
+def violations(source: str, package: str) -> list[str]:
+    """Return a sentence for every import in a file of `package` that the order of rooms forbids."""
+    tree, said = ast.parse(source), []
+    room = package.split(".")[1] if "." in package else ""
+    for module, name in imported(tree, package):
+        top, *inner = module.split(".")
+        if top in FOREIGN:
+            said.append(f"{module} is for tests and benchmarks")
+        elif top != "lorakit":
+            allowed = LIBRARIES.get(room, PUBLIC_ONLY.get(room, set()))
+            if top not in STANDARD | allowed:
+                said.append(f"{room} may not import {module}")
+        else:
+            other = inner[0] if inner else name if name in FLOOR or name in PUBLIC_ONLY else None
+            if room in PUBLIC_ONLY:
+                if other not in (None, room):
+                    said.append(f"{room} uses the public API, not lorakit.{other}")
+            elif other is None:
+                said.append(f"{room} imports lorakit itself, which stands after every room")
+            elif other != room and not (other in FLOOR and FLOOR[other] < FLOOR[room]):
+                said.append(f"{room} imports {other}, which does not stand before it")
+        if name is not None and top == "lorakit" and name.startswith("_") and not name.startswith("__"):
+            said.append(f"{name} is private to {module}")
+    modules = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        and (node.level or str(node.module).startswith("lorakit"))
+        for alias in node.names
+        if alias.name[0].islower()
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            private = node.attr.startswith("_") and not node.attr.startswith("__")
+            if private and node.value.id in modules:
+                said.append(f"{node.attr} is private to {node.value.id}")
+    return said
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "lorakit").glob("*.py")), ids=lambda p: p.stem)
-def test_modules_import_what_the_design_allows(path):
-    assert (
-        imports(path) - STANDARD <= ALLOWED[path.stem] - {path.stem} | {"gguf"} & ALLOWED[path.stem]
-    )
+def modules() -> list[tuple[Path, str]]:
+    """Return every file of the package with the name of the package that it lies in."""
+    found = []
+    for top in (ROOT / "lorakit", ROOT / "kernels"):
+        for path in sorted(top.rglob("*.py")):
+            parts = path.parent.relative_to(ROOT).parts
+            parts = ("lorakit", *parts) if parts[0] == "kernels" else parts
+            found.append((path, ".".join(parts)))
+    return found
 
 
-def test_kernels_import_torch_only():
-    for path in (ROOT / "kernels").rglob("*.py"):
-        inside = {p.stem for folder in (ROOT / "kernels", path.parent) for p in folder.iterdir()}
-        assert imports(path) - STANDARD <= inside, path
-        assert "lorakit" not in imports(path)
-        loads_triton = re.search(
-            r"^\s*(import triton|from triton)\b", path.read_text(), re.MULTILINE
-        )
-        assert bool(loads_triton) == (path.name == "triton.py"), path
+FILES = [(path, package) for path, package in modules() if package != "lorakit"]
+
+
+@pytest.mark.parametrize(
+    ("path", "package"), FILES, ids=[str(path.relative_to(ROOT)) for path, _ in FILES]
+)
+def test_imports_keep_the_order_of_rooms(path, package):
+    assert not violations(path.read_text(encoding="utf-8"), package)
+
+
+def test_every_room_is_in_the_table():
+    rooms = {package.split(".")[1] for _, package in FILES}
+    assert rooms == set(FLOOR) | set(PUBLIC_ONLY)
+
+
+@pytest.mark.parametrize(
+    ("package", "line", "said"),
+    [
+        ("lorakit.models", "from lorakit.adapters.attach import attach", "imports adapters"),
+        ("lorakit.adapters", "from lorakit.data.rows import read_rows", "imports data"),
+        ("lorakit.data", "from lorakit.adapters.attach import attach", "imports adapters"),
+        ("lorakit.training", "import lorakit.compat.peft", "imports compat"),
+        ("lorakit.models", "from ..training import optim", "imports training"),
+        ("lorakit.files", "from lorakit import models", "imports models"),
+        ("lorakit.training", "import lorakit", "lorakit itself"),
+        ("lorakit.kernels.nf4", "from lorakit.config.errors import check", "imports config"),
+        ("lorakit.kernels", "import numpy", "may not import numpy"),
+        ("lorakit.config", "import yaml", "may not import yaml"),
+        ("lorakit.training", "import peft", "for tests and benchmarks"),
+        ("lorakit.training", "from transformers.models import llama", "for tests and benchmarks"),
+        ("lorakit.training", "from lorakit.models.load import _secret", "_secret is private"),
+        ("lorakit.kernels.rope", "from ..nf4 import _secret", "_secret is private"),
+        (
+            "lorakit.training",
+            "from lorakit.models import load\nload._secret()",
+            "_secret is private",
+        ),
+        ("lorakit.cli", "from lorakit.training.train import train", "uses the public API"),
+    ],
+)
+def test_a_planted_import_against_the_order_is_found(package, line, said):
+    [found] = violations(line, package)
+    assert said in found
+
+
+@pytest.mark.parametrize(
+    ("package", "line"),
+    [
+        ("lorakit.training", "from lorakit.models.load import load_model"),
+        ("lorakit.models", "from lorakit import kernels"),
+        ("lorakit.adapters.methods", "from lorakit.adapters.layers.lora import LoraLinear"),
+        ("lorakit.cli", "import lorakit as lk\nfrom lorakit import LorakitError, __version__"),
+        ("lorakit.cli", "from lorakit.cli.run_file import read_run_file"),
+        ("lorakit.kernels.rope", "from .. import dispatch\nfrom . import reference"),
+    ],
+)
+def test_an_import_within_the_order_passes(package, line):
+    assert not violations(line, package)
+
+
+def test_only_files_named_triton_import_triton():
+    for path, package in FILES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        loads = any(module.split(".")[0] == "triton" for module, _ in imported(tree, package))
+        assert loads == (path.name == "triton.py"), path
 
 
 @pytest.mark.parametrize("folder", ["examples", "benchmarks"])
 def test_programs_use_the_public_api(folder):
     for path in (ROOT / folder).glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom):
-                assert not (node.module or "").startswith("lorakit"), path
+        for module, name in imported(ast.parse(path.read_text(encoding="utf-8")), folder):
+            assert name is None or not module.startswith("lorakit."), path
+
+
+def test_compat_is_nobodys_foundation():
+    for path, package in FILES:
+        if not package.startswith("lorakit.compat"):
+            for module, _ in imported(ast.parse(path.read_text(encoding="utf-8")), package):
+                assert not module.startswith("lorakit.compat"), path
 
 
 def test_import_is_light():

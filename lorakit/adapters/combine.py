@@ -38,9 +38,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .attached import attached, check_adapter, check_new_name
-from .config import LoraConfig, LorakitError, check, each_alone, nearest
-from .lora import LoraPart, lora_layers
+from lorakit.adapters.layers.lora import LoraPart, lora_layers
+from lorakit.adapters.manage import attached, check_adapter, check_new_name
+from lorakit.config.adapters import LoraConfig
+from lorakit.config.errors import LorakitError, check, nearest
+from lorakit.config.patterns import each_alone
 
 PRUNED = ("magnitude_prune", "ties", "dare_linear", "dare_ties")
 KINDS = ("linear", "cat", "svd", *PRUNED, *(f"{kind}_svd" for kind in PRUNED))

@@ -31,10 +31,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .attached import Part, attached, check_adapter, remove_parts, selected_adapter
-from .config import LorakitError, check, each_alone
-from .initialization import subspace_svd
-from .lora import LoraLinear, LoraPart
+from lorakit.adapters.initialize import subspace_svd
+from lorakit.adapters.layers.lora import LoraLinear, LoraPart
+from lorakit.adapters.layers.wrapper import Part
+from lorakit.adapters.manage import attached, check_adapter, remove_parts, selected_adapter
+from lorakit.config.errors import LorakitError, check
+from lorakit.config.patterns import each_alone
 
 SUBSPACE_ITERATIONS = 4
 TAU = 0.99  # the cosine from which on a direction counts as found

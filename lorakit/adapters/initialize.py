@@ -32,7 +32,8 @@ import math
 import torch
 from torch import Tensor
 
-from .config import LorakitError, check_initialization
+from lorakit.config.adapters import check_initialization
+from lorakit.config.errors import LorakitError
 
 
 def needs_weight(kind: bool | str) -> bool:

@@ -25,10 +25,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoint import dense_weights
-from .config import LorakitError
-from .initialization import subspace_svd
-from .lora import DenseBase, LoraLinear, lora_layers
+from lorakit.adapters.initialize import subspace_svd
+from lorakit.adapters.layers.base import DenseBase
+from lorakit.adapters.layers.lora import LoraLinear, lora_layers
+from lorakit.config.errors import LorakitError
+from lorakit.models.load import dense_weights
 
 SUBSPACE_ITERATIONS = 8
 

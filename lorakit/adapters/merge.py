@@ -21,14 +21,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .attached import Attached, check_no_block, having_adapters, put_back
-from .checkpoint import dense_weights
-from .config import LorakitError
-from .embeddings import LoraEmbedding, TiedHead, TokenRows
-from .lora import AttachedLinear
-from .model import Decoder
-from .quantization import PackedWeight, packed_layer
-from .tensors import LazyTensor
+from lorakit.adapters.layers.base import AttachedLinear
+from lorakit.adapters.layers.embeddings import LoraEmbedding, TiedHead, TokenRows
+from lorakit.adapters.layers.wrapper import Attached
+from lorakit.adapters.manage import check_no_block, having_adapters, put_back
+from lorakit.config.errors import LorakitError
+from lorakit.files.safetensors import LazyTensor
+from lorakit.models.decoder import Decoder
+from lorakit.models.load import dense_weights
+from lorakit.models.packed_layers import PackedWeight, packed_layer
 
 BASES = ("dequantized", "dense", "nf4")
 TOKENS = 32  # of the drift, where the caller gives none

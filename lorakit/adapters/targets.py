@@ -14,7 +14,9 @@ Nothing is selected by accident and nothing silently not: every entry has to mat
 import re
 from collections.abc import Iterable
 
-from .config import LoraConfig, LorakitError, TargetConfig, in_pattern, nearest, valid_regex
+from lorakit.config.adapters import LoraConfig, TargetConfig
+from lorakit.config.errors import LorakitError, nearest
+from lorakit.config.patterns import in_pattern, valid_regex
 
 
 def ends_with(name: str, entry: str) -> bool:

@@ -8,15 +8,18 @@ one sentence; --debug adds the traceback.
 import argparse
 import io
 import os
-import re
 import signal
 import sys
-import time
 import traceback
 from pathlib import Path
-from typing import Any
 
 import lorakit as lk
+from lorakit.cli.adapter import convert_adapter_files, show_adapter
+from lorakit.cli.data import lint_data, show_data
+from lorakit.cli.generate import generate as generate_verb
+from lorakit.cli.model import merge as merge_verb
+from lorakit.cli.model import quantize_report
+from lorakit.cli.train import train as train_verb
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="a few steps only, nothing saved: print where the time of a step goes",
     )
-    train.set_defaults(run=_train, take=_take_overrides)
+    train.set_defaults(run=train_verb, take=_take_overrides)
 
     generate = verbs.add_parser(
         "generate",
@@ -91,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--repetition-penalty", type=float, default=1.0, help="1: none")
     generate.add_argument("--stop", action="append", default=[], help="end before this text")
     generate.add_argument("--seed", type=int)
-    generate.set_defaults(run=_generate, take=_take_prompt)
+    generate.set_defaults(run=generate_verb, take=_take_prompt)
 
     merge = verbs.add_parser(
         "merge",
@@ -109,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
                        help="over quantized weights: what the update is added to; nf4 writes the "
                        "result packed again")  # fmt: skip
     merge.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32")
-    merge.set_defaults(run=_merge, take=_take_nothing)
+    merge.set_defaults(run=merge_verb, take=_take_nothing)
 
     report = verbs.add_parser(
         "quantize-report",
@@ -128,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--no-plot", action="store_const", dest="plot", const=None, help="only print"
     )
-    report.set_defaults(run=_quantize_report, take=_take_overrides)
+    report.set_defaults(run=quantize_report, take=_take_overrides)
 
     data = verbs.add_parser(
         "data",
@@ -150,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     show.add_argument("--rows", type=_count, default=3, help="how many")
     show.add_argument("--no-color", action="store_true", help="brackets on a terminal too")
-    show.set_defaults(run=_show_data, take=_take_nothing)
+    show.set_defaults(run=show_data, take=_take_nothing)
     lint = actions.add_parser(
         "lint",
         parents=[common, rows],
@@ -159,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
         "rows that cannot be used. Exits with 1 if there are any of the last.",
     )
     lint.add_argument("--max-seq-length", type=_count, default=1024)
-    lint.set_defaults(run=_lint_data, take=_take_nothing)
+    lint.set_defaults(run=lint_data, take=_take_nothing)
     plot = verbs.add_parser(
         "plot",
         parents=[common],
@@ -185,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
         "beside them, and warnings.",
     )
     show.add_argument("adapter", type=Path, help="directory of a PEFT or lorakit adapter")
-    show.set_defaults(run=_show_adapter, take=_take_nothing)
+    show.set_defaults(run=show_adapter, take=_take_nothing)
     convert = actions.add_parser(
         "convert",
         parents=[common],
@@ -202,7 +205,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--rank", type=_count, help="default: the largest of a layer; for DoRA twice that"
     )
-    convert.set_defaults(run=_convert_adapter, take=_take_nothing)
+    convert.set_defaults(run=convert_adapter_files, take=_take_nothing)
     return parser
 
 
@@ -237,169 +240,9 @@ def _take_nothing(args: argparse.Namespace, rest: list[str]) -> bool:
     return not rest
 
 
-def _train(args: argparse.Namespace) -> int:
-    import torch
-
-    run = lk.RunConfig.from_dict(_read_run_file(args.run_file, args.overrides), str(args.run_file))
-    # bad rows should not wait for the model
-    data = {"train": lk.read_rows(run.data.train, format=run.data.format)}
-    if run.data.validation is not None:
-        data["validation"] = lk.read_rows(run.data.validation, format=run.data.format)
-    tok = lk.load_tokenizer(run.model)
-    started = time.perf_counter()
-    model = lk.load_model(run.model, dtype=run.dtype, quantize=run.quantize)
-    print(f"loaded {run.model} in {time.perf_counter() - started:.1f} s on {model.device}")
-    torch.manual_seed(run.train.seed)
-    lk.attach(model, run.lora)
-    lk.tune_allocator()  # not before: what loading takes for a moment goes back to the system
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"training {trainable:,} adapter parameters on {len(data['train'])} rows")
-    if args.profile:
-        print(lk.profile_training(model, tok, data["train"], run.train))
-        return 0
-    result = lk.train(model, tok, data, run.train, base_model=run.model)
-    print(
-        f"{result.steps} steps in {result.seconds:.0f} s, loss {result.loss:.4f}, "
-        f"{result.tokens_per_second:.0f} tokens/s, peak {result.peak_memory_mb:.0f} MB"
-    )
-    if result.interrupted:
-        print(
-            f"lorakit: interrupted; the adapter so far is in {result.output_dir}", file=sys.stderr
-        )
-        return 130
-    print(f"adapter in {result.output_dir}")
-    return 0
-
-
-def _generate(args: argparse.Namespace) -> int:
-    prompt = args.prompt if args.prompt is not None else sys.stdin.read()
-    tok = lk.load_tokenizer(args.model)
-    model = lk.load_model(args.model, dtype=args.dtype, quantize=args.quantize)
-    if args.adapter is not None:
-        lk.load_adapter(model, args.adapter)
-    lk.generate(
-        model,
-        tok,
-        [{"role": "user", "content": prompt}] if args.chat else prompt,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-        seed=args.seed,
-        stop=args.stop,
-        stream=lambda piece: print(piece, end="", flush=True),
-    )
-    print()
-    return 0
-
-
-def _merge(args: argparse.Namespace) -> int:
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise lk.LorakitError(f"{args.out} is there already, and not empty: choose another name")
-    if args.base == "nf4" and args.quantize not in ("nf4", "fp4"):
-        raise lk.LorakitError("--base nf4 packs again what was packed: add --quantize nf4")
-    model = lk.load_model(args.model, dtype=args.dtype, quantize=args.quantize)
-    lk.load_adapter(model, args.adapter)
-    print(lk.merge(model, args.base))
-    lk.save_model(model, args.out, packed=args.base == "nf4")
-    print(f"model in {args.out}")
-    return 0
-
-
-def _quantize_report(args: argparse.Namespace) -> int:
-    if args.plot is not None and (not args.plot.name or args.plot.is_dir()):
-        raise lk.LorakitError(f"--plot {args.plot}: not the name of a file")
-    config = {override.partition("=")[0]: _value(override) for override in args.overrides}
-    report = lk.quantize_report(args.model, config)
-    print(report.table(args.worst))
-    if args.plot is not None:
-        report.save_plot(args.plot)
-        print(f"plot in {args.plot}")
-    return 0
-
-
-def _show_data(args: argparse.Namespace) -> int:
-    rows = lk.read_rows(args.file, format=args.format)
-    tok = lk.load_tokenizer(args.model)
-    color = sys.stdout.isatty() and not args.no_color
-    print(lk.show_rows(rows, tok, args.rows, train_on=args.train_on, color=color))
-    return 0
-
-
-def _lint_data(args: argparse.Namespace) -> int:
-    errors: list[str] = []
-    rows = lk.read_rows(args.file, format=args.format, errors=errors)
-    tok = lk.load_tokenizer(args.model)
-    options = {"max_seq_length": args.max_seq_length, "train_on": args.train_on}
-    report = lk.lint_rows(rows, tok, **options, errors=errors)
-    print(report)
-    return 1 if report.unusable else 0
-
-
 def _plot(args: argparse.Namespace) -> int:
     print(f"plots in {lk.plot_runs(args.runs, args.out)}")
     return 0
-
-
-def _show_adapter(args: argparse.Namespace) -> int:
-    print(lk.describe_adapter(args.adapter))
-    return 0
-
-
-def _convert_adapter(args: argparse.Namespace) -> int:
-    print(lk.convert_adapter(args.adapter, args.out, base_model=args.base_model, rank=args.rank))
-    return 0
-
-
-def _read_run_file(path: Path, overrides: list[str]) -> dict[str, Any]:
-    try:
-        values = _yaml(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        reason = " ".join(str(error).split())
-        raise lk.LorakitError(f"{path} is not valid YAML: {reason}") from None
-    if not isinstance(values, dict):
-        raise lk.LorakitError(f"{path} must hold a mapping of names to values")
-    for override in overrides:
-        *parents, leaf = override.partition("=")[0].split(".")
-        target = values
-        for parent in parents:
-            target = target.setdefault(parent, {})
-            if not isinstance(target, dict):
-                raise lk.LorakitError(f"{override!r}: {parent} is not a mapping in {path}")
-        target[leaf] = _value(override)
-    return values
-
-
-def _value(override: str) -> Any:
-    """What follows the = of key=value, as YAML reads it."""
-    try:
-        return _yaml(override.partition("=")[2])
-    except ValueError:
-        raise lk.LorakitError(f"{override!r}: the value is not valid YAML") from None
-
-
-def _yaml(text: str) -> Any:
-    """The value of YAML text, with 2e-4 a number as in YAML 1.2. Raises ValueError, for a key that
-    a mapping holds twice too.
-    """
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node, deep=False):
-            names = [key.value for key, _ in node.value if isinstance(key.value, str)]
-            for name in names:
-                if names.count(name) > 1 and name != "<<":
-                    raise ValueError(f"{name} is given twice: keep one")
-            return super().construct_mapping(node, deep)
-
-    number = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
-    try:
-        return yaml.load(text, Loader)
-    except Exception as error:  # the constructors of tags, as in `!!bool x`, raise anything
-        raise ValueError(error) from None
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Names of other libraries over lorakit's functions, for scripts that were written for these."""
+"""The names of other libraries over lorakit's functions."""

@@ -24,15 +24,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from ..adapter import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    adapter_tensors,
-    key_of,
-    save_adapter,
-)
-from ..adapter_loading import load_adapter
-from ..attached import (
+from lorakit.adapters.attach import attach
+from lorakit.adapters.combine import PRUNED, combine_adapters
+from lorakit.adapters.manage import (
     adapter_config,
     adapter_names,
     adapter_rows,
@@ -44,16 +38,20 @@ from ..attached import (
     selected_adapter,
     set_adapter,
 )
-from ..attaching import attach
-from ..combination import PRUNED, combine_adapters
-from ..config import LoraConfig as PlainConfig
-from ..config import LorakitError, TargetConfig, check, from_mapping, nearest
-from ..files import as_path, read_json, write_json
-from ..hub import resolve
-from ..merging import merge, merge_and_unload, unmerge
-from ..model import Decoder
-from ..prompts import PromptConfig
-from ..quantization import PackedWeight
+from lorakit.adapters.merge import merge, merge_and_unload, unmerge
+from lorakit.adapters.methods.prompts import PromptConfig
+from lorakit.adapters.peft_files.layout import CONFIG_FILE, WEIGHTS_FILE
+from lorakit.adapters.peft_files.load import load_adapter
+from lorakit.adapters.peft_files.save import adapter_tensors, save_adapter
+from lorakit.adapters.peft_files.ties import key_of
+from lorakit.config.adapters import LoraConfig as PlainConfig
+from lorakit.config.adapters import TargetConfig
+from lorakit.config.errors import LorakitError, check, nearest
+from lorakit.config.fields import from_mapping
+from lorakit.files.hub import resolve
+from lorakit.files.local import as_path, read_json, write_json
+from lorakit.models.decoder import Decoder
+from lorakit.models.packed_layers import PackedWeight
 
 DEFAULT_TARGETS = ["q_proj", "v_proj"]  # PEFT's for every family that lorakit knows
 

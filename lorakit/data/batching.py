@@ -4,10 +4,14 @@ that there is nothing of it to save.
 
 import math
 import random
+from collections.abc import Sequence
 
-from .config import TrainConfig
-from .data import Examples, batches
-from .packing import pack
+import torch
+from torch import Tensor
+
+from lorakit.config.training import TrainConfig
+from lorakit.data.encode import IGNORE, Example, Examples
+from lorakit.data.packing import pack
 
 
 class Order:
@@ -42,3 +46,37 @@ class Order:
         self._load(epoch)
         accumulate = self.config.gradient_accumulation_steps
         return self.micro_batches[i * accumulate : (i + 1) * accumulate]
+
+
+def batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Row indices of one epoch's batches: shuffled, yet rows of like length together.
+
+    Rows are shuffled, sorted by length within groups of 16 batches, cut, and the batches shuffled:
+    the order is random across groups, while a batch holds little padding. Depends on seed and epoch
+    only.
+    """
+    rng = random.Random(f"{seed}/{epoch}")
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    group = 16 * batch_size
+    cut = []
+    for i in range(0, len(order), group):
+        chunk = sorted(order[i : i + group], key=lengths.__getitem__)
+        cut += [chunk[j : j + batch_size] for j in range(0, len(chunk), batch_size)]
+    rng.shuffle(cut)
+    return cut
+
+
+def collate(examples: list[Example]) -> tuple[Tensor, Tensor]:
+    """Examples padded on the right: input_ids and labels, int64 [B, longest].
+
+    The padding is token 0: no real token sees it, and its labels do not count.
+    """
+    longest = max(len(e.input_ids) for e in examples)
+
+    def pad(values: list[int], filler: int) -> list[int]:
+        return values + [filler] * (longest - len(values))
+
+    ids = torch.tensor([pad(e.input_ids, 0) for e in examples])
+    labels = torch.tensor([pad(e.labels, IGNORE) for e in examples])
+    return ids, labels

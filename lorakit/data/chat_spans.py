@@ -18,8 +18,8 @@ as if the model had never thought.
 from collections.abc import Callable
 from typing import Any
 
-from .config import LorakitError
-from .tokenizer import REASONING, Messages
+from lorakit.config.errors import LorakitError
+from lorakit.models.chat_template import REASONING, Messages
 
 Render = Callable[..., str]
 """render(messages, generation_prompt=False)"""

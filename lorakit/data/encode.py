@@ -14,7 +14,6 @@ its rows are read again: only their lengths are held.
 """
 
 import logging
-import random
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,14 +21,12 @@ from contextlib import contextmanager
 from datetime import datetime
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from .config import OVER_LENGTH, TRAIN_ON, LorakitError, nearest
-from .formats import Chat, Choice, Instruction, Row, Text
-from .rows import Rows
-from .tokenizer import Tokenizer
-from .turns import check_shown, dropped, turn_span
+from lorakit.config.errors import LorakitError, nearest
+from lorakit.config.training import OVER_LENGTH, TRAIN_ON
+from lorakit.data.chat_spans import check_shown, dropped, turn_span
+from lorakit.data.rows import Rows
+from lorakit.data.schemas import Chat, Choice, Instruction, Row, Text
+from lorakit.models.tokenizer import Tokenizer
 
 log = logging.getLogger("lorakit")
 
@@ -384,37 +381,3 @@ def encode_rows(
             "dropped" if over_length == "drop" else "truncated",
         )
     return examples
-
-
-def batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Row indices of one epoch's batches: shuffled, yet rows of like length together.
-
-    Rows are shuffled, sorted by length within groups of 16 batches, cut, and the batches shuffled:
-    the order is random across groups, while a batch holds little padding. Depends on seed and epoch
-    only.
-    """
-    rng = random.Random(f"{seed}/{epoch}")
-    order = list(range(len(lengths)))
-    rng.shuffle(order)
-    group = 16 * batch_size
-    cut = []
-    for i in range(0, len(order), group):
-        chunk = sorted(order[i : i + group], key=lengths.__getitem__)
-        cut += [chunk[j : j + batch_size] for j in range(0, len(chunk), batch_size)]
-    rng.shuffle(cut)
-    return cut
-
-
-def collate(examples: list[Example]) -> tuple[Tensor, Tensor]:
-    """Examples padded on the right: input_ids and labels, int64 [B, longest].
-
-    The padding is token 0: no real token sees it, and its labels do not count.
-    """
-    longest = max(len(e.input_ids) for e in examples)
-
-    def pad(values: list[int], filler: int) -> list[int]:
-        return values + [filler] * (longest - len(values))
-
-    ids = torch.tensor([pad(e.input_ids, 0) for e in examples])
-    labels = torch.tensor([pad(e.labels, IGNORE) for e in examples])
-    return ids, labels

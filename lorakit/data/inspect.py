@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from .config import LorakitError
-from .data import IGNORE, Encoder, PairExample
-from .formats import Chat, Choice, Instruction, Row, Text
-from .tokenizer import Tokenizer
+from lorakit.config.errors import LorakitError
+from lorakit.data.encode import IGNORE, Encoder, PairExample
+from lorakit.data.schemas import Chat, Choice, Instruction, Row, Text
+from lorakit.models.tokenizer import Tokenizer
 
 LEARNED, MASKED, PLAIN = "\x1b[30;42m", "\x1b[2m", "\x1b[0m"
 SHORT = 40  # characters of an answer that may be a class

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .config import LorakitError
-from .data import IGNORE, Example
+from lorakit.config.errors import LorakitError
+from lorakit.data.encode import IGNORE, Example
 
 
 def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from .config import LorakitError
-from .formats import parse_json
+from lorakit.config.errors import LorakitError
+from lorakit.data.schemas import parse_json
 
 
 class Record(NamedTuple):

@@ -23,10 +23,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, runtime_checkable
 
-from .config import LorakitError, nearest
-from .files import as_path
-from .formats import FORMATS, Row, content_of, detect, make_row, parse_json
-from .row_files import CsvRecords, JsonLines, Record, Table, decoded
+from lorakit.config.errors import LorakitError, nearest
+from lorakit.data.readers import CsvRecords, JsonLines, Record, Table, decoded
+from lorakit.data.schemas import FORMATS, Row, content_of, detect, make_row, parse_json
+from lorakit.files.local import as_path
 
 
 @runtime_checkable

@@ -17,7 +17,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from .config import LorakitError, nearest
+from lorakit.config.errors import LorakitError, nearest
 
 # The fields that a row must have. A row that could be of several formats is of the first of them.
 FORMATS = {

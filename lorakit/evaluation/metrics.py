@@ -29,7 +29,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
-from .config import LorakitError, check_metrics
+from lorakit.config.errors import LorakitError
+from lorakit.config.training import check_metrics
 
 Texts = Sequence[str]
 TAG = re.compile(r"O|[BI]-\S+")

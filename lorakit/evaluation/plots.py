@@ -15,8 +15,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from .config import LorakitError
-from .files import as_path, atomic, read_text, write_text
+from lorakit.config.errors import LorakitError
+from lorakit.files.local import as_path, atomic, read_text, write_text
 
 log = logging.getLogger("lorakit")
 

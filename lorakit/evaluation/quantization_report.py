@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import kernels
-from .checkpoint import open_model
-from .config import LorakitError, QuantConfig, quant_config
-from .files import as_path, atomic
-from .quantization import PackedWeight
-from .quantization import quantize as quantize_module
+from lorakit import kernels
+from lorakit.config.errors import LorakitError
+from lorakit.config.quantization import QuantConfig, quant_config
+from lorakit.files.local import as_path, atomic
+from lorakit.models.load import open_model
+from lorakit.models.packed_layers import PackedWeight
+from lorakit.models.packed_layers import quantize as quantize_module
 
 CHUNK = 1 << 22  # values compared at a time, in fp64
 

@@ -6,13 +6,14 @@ completion of the rows has: what goes on beyond every reference is wrong already
 
 from collections.abc import Sequence
 
-from .config import LorakitError, check_metrics
-from .data import ALPACA, ALPACA_WITH_INPUT, TODAY, as_chat
-from .formats import Chat, Choice, Instruction, Row, Text
-from .generation import generate_batch
-from .metrics import score
-from .model import Decoder
-from .tokenizer import Tokenizer
+from lorakit.config.errors import LorakitError
+from lorakit.config.training import check_metrics
+from lorakit.data.encode import ALPACA, ALPACA_WITH_INPUT, TODAY, as_chat
+from lorakit.data.schemas import Chat, Choice, Instruction, Row, Text
+from lorakit.evaluation.metrics import score
+from lorakit.inference.generate import generate_batch
+from lorakit.models.decoder import Decoder
+from lorakit.models.tokenizer import Tokenizer
 
 
 def score_rows(

@@ -7,8 +7,8 @@ This is the only module that opens a connection, and only to the id that the use
 import re
 from pathlib import Path
 
-from .config import LorakitError
-from .files import as_path
+from lorakit.config.errors import LorakitError
+from lorakit.files.local import as_path
 
 # not "*.safetensors": some repositories keep the same weights a second time under another name
 WEIGHTS = ["config.json", "generation_config.json", "model*.safetensors", "model*.index.json"]

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .config import LorakitError
+from lorakit.config.errors import LorakitError
 
 
 def as_path(path: str | Path) -> Path:

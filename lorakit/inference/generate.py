@@ -21,10 +21,11 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from tqdm import tqdm
 
-from .config import check
-from .decoding import Decoding
-from .model import Decoder
-from .tokenizer import Messages, Tokenizer
+from lorakit.config.errors import check
+from lorakit.inference.decode import Decoding
+from lorakit.models.chat_template import Messages
+from lorakit.models.decoder import Decoder
+from lorakit.models.tokenizer import Tokenizer
 
 
 class Sampling(NamedTuple):
@@ -134,7 +135,7 @@ def generate_batch(
         ):
             rows = [_Row(tok, encoded[i], strings, stream and partial(stream, i)) for i in batch]
             picked = [encoded[i] for i in batch]
-            for tokens in _continue(model, picked, max_new_tokens, sampling, generator):
+            for tokens in continue_text(model, picked, max_new_tokens, sampling, generator):
                 for row, token in zip(rows, tokens, strict=True):
                     row.push(token, ends)
                 if not any(row.running for row in rows):
@@ -209,7 +210,7 @@ def _encode(tok: Tokenizer, prompt: str | Messages | list[int]) -> list[int]:
     return tok.apply_chat_template(prompt, add_generation_prompt=True)
 
 
-def _continue(
+def continue_text(
     model: Decoder,
     prompts: list[list[int]],
     max_new_tokens: int,
@@ -227,13 +228,13 @@ def _continue(
             row[prompt] = True
     decoding = Decoding(model, padding, longest + max_new_tokens)
     for _ in range(max_new_tokens):
-        ids = _sample(decoding(ids), sampling, generator, seen)[:, None]
+        ids = sample(decoding(ids), sampling, generator, seen)[:, None]
         if seen is not None:
             seen.scatter_(1, ids, True)
         yield ids[:, 0].tolist()
 
 
-def _sample(
+def sample(
     logits: Tensor, sampling: Sampling, generator: torch.Generator | None, seen: Tensor | None
 ) -> Tensor:
     """One token id per row of logits [B, V]; seen: bool [B, V], tokens that the row holds."""

@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .config import LorakitError, check, from_mapping, nearest
-from .families import FAMILIES, MULTIMODAL, Family
+from lorakit.config.errors import LorakitError, check, nearest
+from lorakit.config.fields import from_mapping
+from lorakit.models.families import FAMILIES, MULTIMODAL, Family
 
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")

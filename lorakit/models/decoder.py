@@ -16,17 +16,17 @@ cache, Hq and Hk heads, D head_dim.
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import kernels
-from .config import LorakitError
-from .model_config import ModelConfig, RopeConfig
-from .recompute import checkpoint
-from .rope import rope_tables
+from lorakit import kernels
+from lorakit.config.errors import LorakitError
+from lorakit.models.config import ModelConfig
+from lorakit.models.recompute import checkpoint
+from lorakit.models.views import View, document_lengths, key_mask, rotary_tables
 
 
 class Cache(Protocol):
@@ -55,6 +55,7 @@ class AdaptedLayer(Protocol):
     """What stands in the place of a layer while adapters are attached to it (see attached.py)."""
 
     rows: list | None  # which rows of a batch each adapter computes, or one for all
+    merged: nn.Module | None
 
     def update(self) -> kernels.LoraWeights | None:
         """The low-rank update, of an embedding as its tied head sees it; None if there is none."""
@@ -88,61 +89,6 @@ def _adapted(*layers: nn.Module) -> list[kernels.LoraWeights] | None:
     if None in found or len({weights.dropout for weights in found}) > 1:
         return None
     return found
-
-
-class View(NamedTuple):
-    """What layers of one kind, sliding or not, see in this call."""
-
-    tables: tuple[Tensor, Tensor]  # cos and sin, fp32 [B or 1, T, D/2]
-    mask: Tensor | None  # as kernels.attention takes it
-    window: int | None
-    lengths: list[int] | None  # of packed documents
-    again: bool  # whether the blocks run a second time, right before their backward
-
-
-def _mask(positions: Tensor, seen: Tensor, window: int | None, real: Tensor | None):
-    """Which of the keys at `seen` [S] each of `positions` [T] may look at: bool [T, S], or with
-    padding [B, 1, T, S].
-
-    Not the future, nothing `window` or more positions back, no padding (`real` [B, S] is false
-    there); but always itself, so that no row is empty. None where plain causal attention says all.
-    """
-    T, S = len(positions), len(seen)
-    slides = window is not None and window < S
-    if real is None and (T == 1 or (T == S and not slides)):
-        return None
-    mask = seen <= positions[:, None]
-    if slides:
-        mask &= seen > positions[:, None] - window
-    if real is None:
-        return mask
-    return ((mask & real[:, None, seen]) | (seen == positions[:, None]))[:, None]
-
-
-def _document_lengths(cu_seqlens: Tensor, input_ids: Tensor) -> list[int]:
-    """Of the documents packed into the one row of input_ids."""
-    B, T = input_ids.shape
-    whole = isinstance(cu_seqlens, Tensor) and cu_seqlens.dim() == 1
-    if not whole or cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool:
-        raise LorakitError(
-            f"cu_seqlens must be a tensor of whole numbers [n + 1], not {cu_seqlens!r}"
-        )
-    bounds = cu_seqlens.tolist()
-    lengths = [end - start for start, end in pairwise(bounds)]
-    if B != 1 or not lengths or bounds[0] != 0 or bounds[-1] != T or min(lengths) < 1:
-        raise LorakitError(
-            f"cu_seqlens must rise from 0 to the length of the one packed row, {T}; it is {bounds} "
-            f"for {B} rows"
-        )
-    return lengths
-
-
-def _tables(rope: RopeConfig, head_dim: int, position_ids: Tensor, lengths: list[int] | None):
-    """Rotary tables; where they depend on the sequence's length, each document has its own."""
-    if lengths is None or not rope.by_length:
-        return rope_tables(rope, head_dim, position_ids)
-    parts = [rope_tables(rope, head_dim, part) for part in position_ids.split(lengths, dim=1)]
-    return tuple(torch.cat(tables, dim=1) for tables in zip(*parts, strict=True))
 
 
 def _noise(x: Tensor, alpha: float, cu_seqlens: Tensor | None) -> Tensor:
@@ -448,21 +394,21 @@ class Decoder(nn.Module):
         if cu_seqlens is not None:
             if attention_mask is not None or cache is not None:
                 raise LorakitError("packed documents take neither a padding mask nor a cache")
-            lengths = _document_lengths(cu_seqlens, input_ids)
+            lengths = document_lengths(cu_seqlens, input_ids)
             position_ids = torch.cat([positions[:n] for n in lengths])[None]
         if attention_mask is not None:
             real = attention_mask.bool()
             position_ids = (real.cumsum(-1) - 1).clamp(min=0)[:, past:]
-        local = tables = _tables(config.rope, config.head_dim, position_ids, lengths)
+        local = tables = rotary_tables(config.rope, config.head_dim, position_ids, lengths)
         if config.rope_local is not None:
-            local = _tables(config.rope_local, config.head_dim, position_ids, lengths)
+            local = rotary_tables(config.rope_local, config.head_dim, position_ids, lengths)
         views, again = {}, self.gradient_checkpointing and torch.is_grad_enabled()
         for slides in {config.slides(i) for i in range(config.num_hidden_layers)}:
             window = config.sliding_window if slides else None
             mask = None
             if lengths is None:
                 seen = positions if cache is None else cache.positions(T, window)
-                mask = _mask(positions, seen, window, real)
+                mask = key_mask(positions, seen, window, real)
             views[slides] = View(local if slides else tables, mask, window, lengths, again)
         return views
 

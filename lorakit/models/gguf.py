@@ -18,23 +18,17 @@ What a file does not say is what llama.cpp computes: Gemma's attention scale goe
 layers, Qwen has no sliding window, Qwen3-MoE's expert weights sum to one.
 """
 
-import math
-import struct
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .config import LorakitError
-from .model_config import ModelConfig
-
-# value type -> struct code
-SCALARS = dict(zip([0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12], "BbHhIif?Qqd", strict=True))
-STRING, ARRAY = 8, 9
+from lorakit.config.errors import LorakitError
+from lorakit.files.gguf import Header, TensorInfo, data_length, numpy_reader, read_header
+from lorakit.models.config import ModelConfig
 
 # GGUF -> Hugging Face: the tensors outside the layers, then those of a layer, by what a layer has
 OUTER = {
@@ -157,87 +151,6 @@ FAMILIES = {
 }
 
 
-class TensorInfo(NamedTuple):
-    shape: tuple[int, ...]  # outermost first
-    kind: int  # a GGMLQuantizationType
-    offset: int  # from the start of the file
-
-
-class Header(NamedTuple):
-    metadata: dict[str, Any]
-    tensors: dict[str, TensorInfo]
-
-
-def read_header(path: Path) -> Header:
-    """Metadata and tensor infos. Raises LorakitError if the file is no GGUF, or ends too soon."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        try:
-            return _parse(file, size)
-        except (_Truncated, UnicodeDecodeError, struct.error, OverflowError) as error:
-            raise LorakitError(f"{path}: the GGUF header is damaged or cut off ({error})") from None
-        except LorakitError as error:
-            raise LorakitError(f"{path}: {error}") from None
-
-
-class _Truncated(Exception):
-    pass
-
-
-def _parse(file: BinaryIO, size: int) -> Header:
-    def take(count: int) -> bytes:
-        if count > size - file.tell():
-            raise _Truncated(f"{count} bytes wanted at {file.tell()} of {size}")
-        return file.read(count)
-
-    def scalar(code: str) -> Any:
-        return struct.unpack("<" + code, take(struct.calcsize("<" + code)))[0]
-
-    def string() -> str:
-        return take(scalar("Q")).decode("utf-8")
-
-    def value(kind: int) -> Any:
-        if kind == STRING:
-            return string()
-        if kind in SCALARS:
-            return scalar(SCALARS[kind])
-        if kind != ARRAY:
-            raise _Truncated(f"unknown value type {kind}")
-        item, count = scalar("I"), scalar("Q")
-        if item == ARRAY:
-            raise _Truncated("an array of arrays")
-        if item in SCALARS:
-            dtype = np.dtype("<" + SCALARS[item])
-            return np.frombuffer(take(count * dtype.itemsize), dtype).tolist()
-        if count * 8 > size - file.tell():  # every string takes 8 bytes at least
-            raise _Truncated(f"an array of {count} items at {file.tell()} of {size}")
-        return [value(item) for _ in range(count)]
-
-    if size < 24 or take(4) != b"GGUF":
-        raise LorakitError("not a GGUF file")
-    version = scalar("I")
-    if version not in (2, 3):
-        raise LorakitError(f"GGUF version {version} is not supported; 2 and 3 are")
-    tensor_count, pair_count = scalar("Q"), scalar("Q")
-    metadata = {}
-    for _ in range(pair_count):
-        key = string()
-        metadata[key] = value(scalar("I"))
-    infos = {}
-    for _ in range(tensor_count):
-        name, dims = string(), scalar("I")
-        if dims > 8:
-            raise _Truncated(f"tensor {name!r} has {dims} dimensions")
-        shape = tuple(scalar("Q") for _ in range(dims))[::-1]
-        infos[name] = (shape, scalar("I"), scalar("Q"))
-    alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment < 1:
-        raise LorakitError(f"general.alignment is {alignment!r}")
-    start = -(-file.tell() // alignment) * alignment
-    tensors = {n: TensorInfo(shape, kind, start + at) for n, (shape, kind, at) in infos.items()}
-    return Header(metadata, tensors)
-
-
 def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, tuple[tuple[int, ...], Callable]]]:
     """The config, and per Hugging Face tensor name its shape and a function that reads it (fp32).
 
@@ -246,7 +159,7 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, tuple[tuple[int, ...],
     """
     header = read_header(path)
     size = path.stat().st_size
-    lengths = {name: _data_length(path, name, info) for name, info in header.tensors.items()}
+    lengths = {name: data_length(path, name, info) for name, info in header.tensors.items()}
     for name, info in header.tensors.items():
         if info.offset + lengths[name] > size:
             raise LorakitError(
@@ -262,10 +175,10 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, tuple[tuple[int, ...],
         hf_name = _hf_name(path, name, family)
         if "{}" in hf_name:
             for i, expert in enumerate(_experts(path, name, info, lengths[name], config)):
-                read = _reader(path, expert, lengths[name] // config.num_experts)
+                read = numpy_reader(path, expert, lengths[name] // config.num_experts)
                 tensors[hf_name.replace("{}", str(i))] = (expert.shape, read)
         else:
-            read = _reader(path, info, lengths[name], _restoration(hf_name, family, config))
+            read = numpy_reader(path, info, lengths[name], _restoration(hf_name, family, config))
             tensors[hf_name] = (info.shape, read)
     return config, tensors
 
@@ -317,53 +230,6 @@ def _restoration(
     if family.norm_offset and hf_name.endswith("norm.weight"):
         return lambda weight: weight - family.norm_offset
     return None
-
-
-def _package():
-    try:
-        import gguf
-    except ImportError:
-        raise LorakitError(
-            "reading GGUF files needs the gguf package: pip install 'lorakit[gguf]'"
-        ) from None
-    return gguf
-
-
-def _data_length(path: Path, name: str, info: TensorInfo) -> int:
-    gguf = _package()
-    try:
-        kind = gguf.GGMLQuantizationType(info.kind)
-        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    except (ValueError, KeyError):
-        raise LorakitError(f"{path}: tensor {name} has the unknown type {info.kind}") from None
-    row = info.shape[-1] if info.shape else 1
-    if row % block:
-        raise LorakitError(f"{path}: tensor {name}: rows of {row} are no multiple of {block}")
-    return math.prod(info.shape) // block * block_bytes
-
-
-def _reader(
-    path: Path,
-    info: TensorInfo,
-    length: int,
-    restoration: Callable[[Tensor], Tensor] | None = None,
-) -> Callable[[], Tensor]:
-    gguf = _package()
-    kind = gguf.GGMLQuantizationType(info.kind)
-
-    def read() -> Tensor:
-        raw = np.fromfile(path, dtype=np.uint8, count=length, offset=info.offset)
-        rows = math.prod(info.shape[:-1])
-        try:
-            dense = gguf.quants.dequantize(raw.reshape(rows, -1), kind)
-        except NotImplementedError:
-            raise LorakitError(
-                f"{path}: tensors of type {kind.name} cannot be dequantized"
-            ) from None
-        tensor = torch.from_numpy(np.ascontiguousarray(dense, dtype=np.float32)).view(info.shape)
-        return tensor if restoration is None else restoration(tensor)
-
-    return read
 
 
 def _unpermute(weight: Tensor, heads: int) -> Tensor:
@@ -437,14 +303,14 @@ def _llama3_scaling(path: Path, info: TensorInfo, values: dict[str, Any]) -> dic
     Every published model uses 1, 4 and 8192 for the last three; the first is the largest divisor.
     That these four give the stored divisors is checked.
     """
-    from .rope import inverse_frequencies
+    from lorakit.models.rope import inverse_frequencies
 
     plain = ModelConfig.from_hf(values, str(path))
     if info.shape != (plain.head_dim // 2,):
         raise LorakitError(
             f"{path}: rope_freqs.weight is {info.shape}, not ({plain.head_dim // 2},)"
         )
-    divisors = _reader(path, info, _data_length(path, "rope_freqs.weight", info))()
+    divisors = numpy_reader(path, info, data_length(path, "rope_freqs.weight", info))()
     scaling = {
         "rope_type": "llama3",
         "factor": float(divisors.max()),

@@ -19,9 +19,11 @@ from collections import Counter
 import torch
 from torch import Tensor, nn
 
-from . import kernels
-from .config import DTYPES, LorakitError, QuantConfig, nearest
-from .kernels.nf4.tensor import NESTED_BLOCK
+from lorakit import kernels
+from lorakit.config.errors import LorakitError, nearest
+from lorakit.config.fields import DTYPES
+from lorakit.config.quantization import QuantConfig
+from lorakit.kernels.nf4.tensor import NESTED_BLOCK
 
 
 class PackedWeight(nn.Module):

@@ -25,7 +25,7 @@ import math
 import torch
 from torch import Tensor
 
-from .model_config import RopeConfig
+from lorakit.models.config import RopeConfig
 
 
 def inverse_frequencies(

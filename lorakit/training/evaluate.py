@@ -1,23 +1,22 @@
 """Rows as a model sees them, their loss, and scores of what the model makes of them."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from .config import LorakitError, TrainConfig, check
-from .data import Example, Examples, PairExample, collate, encode_rows
-from .model import Decoder
-from .packing import collate_packed
-from .preference import pair_losses
-from .rows import read_rows
-from .scoring import check_rows, score_rows
-from .tokenizer import Tokenizer
+from lorakit.config.errors import LorakitError, check
+from lorakit.config.training import TrainConfig
+from lorakit.data.encode import Examples, PairExample, encode_rows
+from lorakit.data.rows import read_rows
+from lorakit.evaluation.score import check_rows, score_rows
+from lorakit.models.decoder import Decoder
+from lorakit.models.tokenizer import Tokenizer
+from lorakit.training.losses.batch import summed_loss
 
 Rows = str | Path | Iterable[Mapping[str, Any]]
 
@@ -98,24 +97,3 @@ def encode(
             "`rejected`, sft rows without them"
         )
     return examples
-
-
-def summed_loss(
-    model: Decoder, batch: Sequence[Example | PairExample], config: TrainConfig
-) -> tuple[Tensor, Tensor]:
-    """The summed loss of a batch, and how many label tokens it has, or of pairs how many the model
-    has the right way round.
-    """
-    pairs = config.objective != "sft"
-    if pairs:
-        batch = [e.chosen for e in batch] + [e.rejected for e in batch]
-    ids, labels, *bounds = collate_packed(batch) if config.packing else collate(batch)
-    where = {"cu_seqlens": bounds[0] if bounds else None}
-    inputs = ids.to(model.device), labels.to(model.device)
-    smoothing = config.label_smoothing_factor
-    if not pairs:
-        form = {"label_smoothing": smoothing, "z_loss": config.z_loss}
-        return model.loss(*inputs, **where, **form)
-    form = {"objective": config.objective, "beta": config.beta, "label_smoothing": smoothing}
-    losses, prefers = pair_losses(model, *inputs, **where, **form)
-    return losses.sum(), prefers.sum()

@@ -9,8 +9,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .config import METRICS, LorakitError, TrainConfig
-from .files import write_text
+from lorakit.config.errors import LorakitError
+from lorakit.config.training import METRICS, TrainConfig
+from lorakit.files.local import write_text
 
 
 class Log:

@@ -19,9 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .config import LorakitError
-from .kernels.adamw.state import BLOCK
-from .paging import (
+from lorakit.config.errors import LorakitError
+from lorakit.kernels.adamw.state import BLOCK
+from lorakit.training.paging import (
     PAGE_BYTES,
     FileStore,
     PageTable,

@@ -34,7 +34,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .config import LorakitError
+from lorakit.config.errors import LorakitError
 
 PAGE_BYTES = 8 << 20  # a copy of it takes 0.3 ms over PCIe 4, some fifty launches of a kernel
 MADV_POPULATE_WRITE = 23  # of Linux 5.14; Python has no name for it

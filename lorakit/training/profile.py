@@ -22,11 +22,11 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
-from .config import TrainConfig
-from .kernels import __name__ as KERNELS
-from .model import Decoder
-from .tokenizer import Tokenizer
-from .trainer import Rows, train
+from lorakit.config.training import TrainConfig
+from lorakit.kernels import __name__ as KERNELS
+from lorakit.models.decoder import Decoder
+from lorakit.models.tokenizer import Tokenizer
+from lorakit.training.train import Rows, train
 
 WARM_UP, STEPS = 2, 3
 TORCH_OPS = 8  # rows for them

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attached import attached
-from .config import LorakitError
-from .files import read_json, write_json
-from .optim import AdamW
-from .tensors import LazyTensor, open_safetensors, write_safetensors
+from lorakit.adapters.manage import attached
+from lorakit.config.errors import LorakitError
+from lorakit.files.local import read_json, write_json
+from lorakit.files.safetensors import LazyTensor, open_safetensors, write_safetensors
+from lorakit.training.optim import AdamW
 
 STATE_TENSORS, STATE_VALUES = "state.safetensors", "state.json"
 

@@ -13,7 +13,6 @@ after the current step, with a checkpoint.
 A step whose gradient is not finite is skipped and counted; after BAD_STEPS in a row the run stops.
 """
 
-import json
 import math
 import signal
 import threading
@@ -21,38 +20,35 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import run_state
-from .adapter import save_adapter
-from .attached import Attached, adapter_config, attached, selected_adapter
-from .config import OPTIMIZERS, LorakitError, TrainConfig
-from .data import (
-    IGNORE,
-    Example,
-    Examples,
-    PairExample,
-    batches,
-    collate,
-)
-from .eva_initialization import eva
-from .evaluation import Rows, encode, loss_of, summed_loss
-from .files import as_path
-from .loftq_initialization import loftq
-from .lora import LoraPart
-from .memory import peak_memory_mb
-from .model import Decoder, MoE
-from .optim import AdamW, decay_groups, learning_rate, loraplus_groups
-from .row_order import Order
-from .rows import read_rows
-from .run_log import Log
-from .scoring import check_rows, score_rows
-from .tokenizer import Tokenizer
+from lorakit.adapters.eva import eva
+from lorakit.adapters.layers.lora import LoraPart
+from lorakit.adapters.layers.wrapper import Attached
+from lorakit.adapters.loftq import loftq
+from lorakit.adapters.manage import attached
+from lorakit.adapters.peft_files.save import save_adapter
+from lorakit.config.errors import LorakitError
+from lorakit.config.training import OPTIMIZERS, TrainConfig
+from lorakit.data.batching import Order, batches, collate
+from lorakit.data.encode import IGNORE, Example, Examples, PairExample
+from lorakit.data.rows import read_rows
+from lorakit.evaluation.score import check_rows, score_rows
+from lorakit.files.local import as_path
+from lorakit.models.decoder import Decoder, MoE
+from lorakit.models.tokenizer import Tokenizer
+from lorakit.training import state as run_state
+from lorakit.training.evaluate import Rows, encode, loss_of
+from lorakit.training.log import Log
+from lorakit.training.losses.batch import summed_loss
+from lorakit.training.memory import peak_memory_mb
+from lorakit.training.optim import AdamW, decay_groups, loraplus_groups
+from lorakit.training.resume import Progress, end_with_the_best, must_match, restored, resumed_state
+from lorakit.training.schedules import learning_rate
 
 BAD_STEPS = 10
 
@@ -74,22 +70,6 @@ class TrainResult:
     interrupted: bool = False
     skipped_steps: int = 0
     stopped_early: bool = False
-
-
-@dataclass
-class _Progress:
-    """What a run has come to; saved with its checkpoints."""
-
-    step: int = 0
-    loss: float = math.nan
-    tokens: int = 0
-    seconds: float = 0.0
-    skipped: int = 0
-    bad_in_a_row: int = 0
-    evaluations: list[dict[str, float]] = field(default_factory=list)
-    best_step: int | None = None
-    best_loss: float = math.inf
-    worse_in_a_row: int = 0  # evaluations since the best one
 
 
 def train(
@@ -136,16 +116,16 @@ def train(
         save_adapter(model, path, base_model=base_model)
 
     with run_state.only_run_in(output_dir):
-        resumed = _resumed(output_dir, config)
+        resumed = resumed_state(output_dir, config)
         torch.manual_seed(config.seed)  # dropout
         _start_adapter(model, examples, config)
         layers = _trainable_layers(model)  # EVA may have left some out
         optimizer, shares = _optimizer(model, config)
         order = Order(examples, config)
-        same = _must_match(model, examples, validation, config)
-        progress = _Progress()
+        same = must_match(model, examples, validation, config)
+        progress = Progress()
         if resumed is not None:
-            progress = _restored(resumed, model, optimizer, same, order)
+            progress = restored(resumed, model, optimizer, same, order)
         saved = progress.step  # the checkpoint that there is, if any
 
         def evaluate_now() -> bool:
@@ -200,7 +180,7 @@ def train(
             if progress.skipped == progress.step > 0:
                 raise LorakitError(f"train: none of the {progress.step} steps was finite")
             if ended and config.load_best_model_at_end:
-                _end_with_the_best(model, output_dir, progress, log)
+                end_with_the_best(model, output_dir, progress, log)
             save(output_dir)
     return TrainResult(
         output_dir=output_dir,
@@ -217,19 +197,19 @@ def train(
     )
 
 
-def _evaluation_is_due(progress: _Progress, total: int, config: TrainConfig) -> bool:
+def _evaluation_is_due(progress: Progress, total: int, config: TrainConfig) -> bool:
     """Of the step that is done, also where the run was interrupted before it."""
     step, done = progress.step, progress.evaluations
     regular = config.eval_steps and step % config.eval_steps == 0
     return step > 0 and (step == total or regular) and not (done and done[-1]["step"] == step)
 
 
-def _has_stopped(progress: _Progress, config: TrainConfig) -> bool:
+def _has_stopped(progress: Progress, config: TrainConfig) -> bool:
     patience = config.early_stopping_patience
     return patience is not None and progress.worse_in_a_row >= patience
 
 
-def _note_evaluation(progress: _Progress, result: Mapping[str, float]) -> bool:
+def _note_evaluation(progress: Progress, result: Mapping[str, float]) -> bool:
     """Whether it is the best one so far."""
     step = progress.step
     progress.evaluations.append({"step": step, **result})
@@ -318,121 +298,6 @@ def _check_validation(validation: Examples | None, config: TrainConfig) -> None:
         print("eval_steps: there are no validation rows, so nothing is evaluated")
 
 
-def _must_match(
-    model: Decoder,
-    examples: Examples,
-    validation: Examples | None,
-    config: TrainConfig,
-) -> dict[str, Any]:
-    """What a run that goes on from a checkpoint shares with the one that made it: of the rows all
-    lengths and, lest a large file be read once more, a thousand of them; of the model the first
-    numbers of everything that is frozen.
-    """
-
-    def digest(examples: Examples) -> str:
-        found = blake2b(examples.lengths.tobytes(), digest_size=16)
-        for i in range(0, len(examples), max(1, len(examples) // 1000)):
-            found.update(json.dumps(examples[i]).encode())
-        return found.hexdigest()
-
-    frozen = blake2b(digest_size=16)
-    for p in model.parameters():
-        if not p.requires_grad:
-            frozen.update(str((p.dtype, p.shape)).encode())
-            frozen.update(str(p.detach().flatten()[:16].tolist()).encode())
-    names = [
-        "seed",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "packing",
-        "objective",
-        "optim",
-        "loraplus_lr_ratio",
-    ]
-    names += ["max_seq_length"] if config.packing else []
-    adapter = asdict(adapter_config(model, selected_adapter(model)))
-    return {name: getattr(config, name) for name in names} | {
-        "data": digest(examples),
-        "validation data": None if validation is None else digest(validation),
-        "model": frozen.hexdigest(),
-        "adapter": json.loads(json.dumps(adapter)),
-    }
-
-
-def _resumed(output_dir: Path, config: TrainConfig) -> run_state.Checkpoint | None:
-    """The checkpoint to go on from, or None to start."""
-    run_state.remove_unfinished(output_dir)
-    found = run_state.checkpoints(output_dir)
-    if config.resume is None:
-        if found:
-            raise LorakitError(
-                f"train: {output_dir} holds checkpoints of an earlier run; set resume to auto to "
-                "go on from the last one, or choose another output_dir"
-            )
-        return None
-    if config.resume == "auto":
-        return found[-1] if found else None
-    path = as_path(config.resume).absolute()
-    asked = [each for each in run_state.checkpoints(path.parent) if each.path == path]
-    if not asked:
-        raise LorakitError(f"train: resume: {path} is no checkpoint of a run")
-    later = [each.path.name for each in found if each.step > asked[0].step]
-    if later:  # which would be taken for newer than what this run is going to write
-        raise LorakitError(
-            f"train: resume: {output_dir} holds later checkpoints ({', '.join(later)}); remove "
-            "them, or choose another output_dir"
-        )
-    return asked[0]
-
-
-def _restored(
-    checkpoint: run_state.Checkpoint,
-    model: Decoder,
-    optimizer: AdamW,
-    same: Mapping[str, Any],
-    order: Order,
-) -> _Progress:
-    """Model, optimizer and random state as they were; how far the run had come."""
-    if checkpoint.step > order.total:
-        raise LorakitError(
-            f"train: resume: {checkpoint.path} is beyond the {order.total} steps of this run; "
-            "raise max_steps"
-        )
-    values = run_state.read_values(checkpoint)
-    run_state.check_same(checkpoint.path, values["same"], same)
-    try:
-        progress = _Progress(**values["progress"])
-    except TypeError as error:
-        raise LorakitError(
-            f"train: resume: {checkpoint.path} is of another version of lorakit ({error})"
-        ) from None
-    run_state.restore(checkpoint, values, model, optimizer, model.device)
-    print(f"resumed from {checkpoint.path}")
-    return progress
-
-
-def _end_with_the_best(model: Decoder, output_dir: Path, progress: _Progress, log: Log) -> None:
-    best = progress.best_step
-    path = output_dir / f"checkpoint-{best}"
-    if best == progress.step:
-        return
-    if best is None:
-        log.say("the last adapter stays: no evaluation had a finite loss")
-        return
-    if not path.exists():  # the disk was full, or the run came from another directory
-        log.say(f"the last adapter stays: the checkpoint of the best, step {best}, is not there")
-        return
-    _restore_adapter(model, path)
-    log.say(f"the adapter is that of step {best}, the best evaluation")
-
-
-def _restore_adapter(model: Decoder, path: Path) -> None:
-    tensors = run_state.read_adapter(path)
-    with torch.no_grad():
-        for name, tensor in run_state.trained_tensors(model).items():
-            tensor.copy_(tensors[name].read())
-
-
 # ---- a step ----
 
 
@@ -442,7 +307,7 @@ def _step(
     shares: Sequence[float],
     order: Order,
     examples: Examples,
-    progress: _Progress,
+    progress: Progress,
     layers: Mapping[str, Attached],
     config: TrainConfig,
     log: Log,
@@ -525,7 +390,7 @@ def _check_gradients(model: Decoder, layers: Mapping[str, Attached]) -> None:
 
 def _skip(
     model: Decoder,
-    progress: _Progress,
+    progress: Progress,
     norm: float,
     places: Sequence[str],
     log: Log,

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import lorakit as lk
-from lorakit import merging
-from lorakit.attached import selected_adapter
-from lorakit.lora import lora_layers
+from lorakit.adapters import merge as merging
+from lorakit.adapters.layers.lora import lora_layers
+from lorakit.adapters.manage import selected_adapter
 
 # fp32 sums of up to 32 products in another order
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import lorakit as lk
-from lorakit.combination import KINDS, PRUNED, combine
-from lorakit.config import LorakitError
+from lorakit.adapters.combine import KINDS, PRUNED, combine
+from lorakit.config.errors import LorakitError
 
 IN, OUT = 24, 40
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import lorakit as lk
-from lorakit.experts import join_experts, split_experts
+from lorakit.adapters.peft_files.experts import join_experts, split_experts
+from tests.adapters.test_peft_files import edit_config, edit_tensors, hugging_face
 from tests.conftest import published, tiny, tiny_llama
-from tests.test_adapter import edit_config, edit_tensors, hugging_face
 
 IDS = torch.arange(24).view(2, 12)
 LEAVES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -629,7 +629,7 @@ def test_targets_are_never_overwritten(saved, tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr("lorakit.conversion.write_json", full_disk)
+    monkeypatch.setattr("lorakit.adapters.peft_files.convert.write_json", full_disk)
     with pytest.raises(OSError, match="no space"):
         lk.convert_adapter(saved, tmp_path / "late")
     assert sorted(p.name for p in tmp_path.iterdir()) == known

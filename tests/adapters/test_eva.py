@@ -11,9 +11,9 @@ from peft.utils.incremental_pca import IncrementalPCA
 from torch import nn
 
 import lorakit as lk
-from lorakit.config import LorakitError
-from lorakit.eva_initialization import IncrementalSVD, redistribute
-from lorakit.lora import LoraLinear, lora_layers
+from lorakit.adapters.eva import IncrementalSVD, redistribute
+from lorakit.adapters.layers.lora import LoraLinear, lora_layers
+from lorakit.config.errors import LorakitError
 
 
 def rows(n, features, seed=0, decay=0.8, rank=None, offset=3.0):

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lorakit as lk
-from lorakit.lora import lora_layers
+from lorakit.adapters.layers.lora import lora_layers
 from tests.conftest import tiny
 
 IDS = torch.arange(40).view(2, 20) % 97

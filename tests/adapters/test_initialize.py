@@ -9,13 +9,9 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from lorakit.config import INITIALIZATIONS, LorakitError, check_initialization
-from lorakit.initialization import (
-    from_weight,
-    initial,
-    needs_weight,
-    subspace_svd,
-)
+from lorakit.adapters.initialize import from_weight, initial, needs_weight, subspace_svd
+from lorakit.config.adapters import INITIALIZATIONS, check_initialization
+from lorakit.config.errors import LorakitError
 
 
 def matrix(rows, columns, seed=0, decay=0.9):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import lorakit as lk
-from lorakit.lora import lora_layers
+from lorakit.adapters.layers.lora import lora_layers
 
 
 def quantized(width=96, r=8, seed=0, **quant):

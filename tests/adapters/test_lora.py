@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lorakit as lk
-from lorakit.lora import LoraLinear, lora_layers
-from lorakit.targets import match_targets
+from lorakit.adapters.layers.lora import LoraLinear, lora_layers
+from lorakit.adapters.targets import match_targets
 
 IDS = torch.arange(24).view(2, 12)
 

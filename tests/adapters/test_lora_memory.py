@@ -5,7 +5,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import lorakit as lk
-from lorakit.model import Decoder
+from lorakit.models.decoder import Decoder
 
 H, I, L, HEADS, KV_HEADS, D, V, R = 2048, 5632, 2, 16, 4, 128, 4096, 16  # noqa: E741
 

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 import lorakit as lk
-from lorakit.adalora import AdaLoraLinear
-from lorakit.attached import attached
+from lorakit.adapters.manage import attached
+from lorakit.adapters.methods.adalora import AdaLoraLinear
+from tests.adapters.test_peft_files import hugging_face
 from tests.conftest import ROWS, tiny
-from tests.test_adapter import hugging_face
 
 IDS = torch.arange(3, 27).view(2, 12)
 LAYERS = ["q_proj", "k_proj", "v_proj", "down_proj"]
@@ -455,7 +455,7 @@ class Descent:
 
 
 def test_snippets_of_the_guide(tiny_dir):
-    guide = (Path(__file__).parent.parent / "docs" / "methods.md").read_text(encoding="utf-8")
+    guide = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
     snippets = re.findall(r"^```python\n(.*?)^```", guide, re.MULTILINE | re.DOTALL)
     assert len(snippets) == 4
     for snippet in snippets:

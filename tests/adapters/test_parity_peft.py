@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lorakit as lk
-from lorakit.attached import attached
+from lorakit.adapters.manage import attached
 from tests.conftest import tiny
 
 IDS = torch.randint(97, (3, 20), generator=torch.Generator().manual_seed(1))

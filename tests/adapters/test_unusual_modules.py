@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn.utils import prune
 
 import lorakit as lk
-from lorakit.attached import attached
+from lorakit.adapters.manage import attached
+from tests.adapters.test_attached import CLOSE, filled
+from tests.adapters.test_peft_files import hugging_face
 from tests.conftest import tiny
-from tests.test_adapter import hugging_face
-from tests.test_attached import CLOSE, filled
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 

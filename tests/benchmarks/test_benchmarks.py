@@ -13,7 +13,7 @@ import torch
 
 from lorakit import kernels
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PROGRAM = [sys.executable, BENCHMARKS / "kernels.py"]
 CPU = torch.device("cpu")
 TINY = (5, 64, 128, 2, 1, 32, (67,), ((96, 64),), (1, 3), (10, 4100))

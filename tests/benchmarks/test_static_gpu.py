@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
 PROGRAM, BASELINE = ROOT / "benchmarks" / "static_gpu.py", ROOT / "benchmarks" / "static_gpu.csv"
 

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import lorakit as lk
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PEER = "PEFT, bitsandbytes"
 # alone where a test needs no peer: its imports take seconds
 OURS = ["--side", "lorakit"]

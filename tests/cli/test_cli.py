@@ -17,7 +17,7 @@ import torch
 import yaml
 
 import lorakit as lk
-from lorakit.cli import main
+from lorakit.cli.command import main
 from tests.conftest import ROWS
 
 
@@ -233,8 +233,8 @@ def test_adapter_convert(trained, tiny_dir, tmp_path, capsys):
 
 
 def test_adapter_convert_of_dora(tiny_dir, tmp_path, capsys):
-    from tests.test_adapter import hugging_face
-    from tests.test_conversion import peft_adapter
+    from tests.adapters.test_convert import peft_adapter
+    from tests.adapters.test_peft_files import hugging_face
 
     peft_adapter(hugging_face(tiny_dir), tmp_path / "dora", use_dora=True)
     command = ["adapter", "convert", str(tmp_path / "dora"), str(tmp_path / "out")]

@@ -11,10 +11,10 @@ import torch
 
 import lorakit as lk
 from lorakit.compat import peft as compat
+from tests.compat.test_peft import close, logits, randomize
 from tests.conftest import tiny_llama
-from tests.test_compat_peft import close, logits, randomize
 
-PAGE = (Path(__file__).parent.parent / "docs" / "migration.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "migration.md").read_text(encoding="utf-8")
 SECTIONS = {}
 for _heading, _text in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL):
     _found = re.findall(r"^```python (\w+)\n(.*?)^```", _text, re.MULTILINE | re.DOTALL)

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorakit as lk
-from lorakit import aliases
-from lorakit.cli import _read_run_file
-from lorakit.config import DataConfig
-from lorakit.families import FAMILIES
-from lorakit.model_config import RopeConfig
+from lorakit.cli.run_file import read_run_file
+from lorakit.config import aliases as aliases
+from lorakit.config.run import DataConfig
+from lorakit.models.config import RopeConfig
+from lorakit.models.families import FAMILIES
 
 LLAMA = {
     "model_type": "llama",
@@ -380,7 +380,7 @@ def test_any_bytes_give_a_run_or_one_clear_error(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "run.yaml"
     path.write_bytes(data)
     try:
-        run = lk.RunConfig.from_dict(_read_run_file(path, []), "run.yaml")
+        run = lk.RunConfig.from_dict(read_run_file(path, []), "run.yaml")
     except lk.LorakitError as error:
         assert "run.yaml" in str(error) or "dtype" in str(error)
     else:
@@ -390,7 +390,7 @@ def test_any_bytes_give_a_run_or_one_clear_error(tmp_path_factory, data):
 def test_deep_yaml(tmp_path):
     (tmp_path / "run.yaml").write_text("[" * 100_000)
     with pytest.raises(lk.LorakitError, match="is not valid YAML"):
-        _read_run_file(tmp_path / "run.yaml", [])
+        read_run_file(tmp_path / "run.yaml", [])
 
 
 # ---- run files of other libraries ----
@@ -621,7 +621,7 @@ def test_any_mapping_gives_a_run_or_one_clear_error(start, change):
     assert repr(change) == before
 
 
-RUN_FILE = (Path(__file__).parent.parent / "docs" / "run-file.md").read_text(encoding="utf-8")
+RUN_FILE = (Path(__file__).parents[2] / "docs" / "run-file.md").read_text(encoding="utf-8")
 
 
 def table(heading):
@@ -705,7 +705,7 @@ def test_endless_epochs():
 def test_a_key_that_is_given_twice(tmp_path):
     (tmp_path / "run.yaml").write_text("model: m\nmax_steps: 1\nmax_steps: 2\n")
     with pytest.raises(lk.LorakitError, match="max_steps is given twice: keep one"):
-        _read_run_file(tmp_path / "run.yaml", [])
+        read_run_file(tmp_path / "run.yaml", [])
 
 
 @pytest.mark.parametrize("path", ["a\0b", "~nosuchuser/x"])

@@ -11,11 +11,11 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 import lorakit as lk
-from lorakit.data import IGNORE, TODAY, Encoder
-from lorakit.formats import Chat, Pair
-from lorakit.tokenizer import Tokenizer
+from lorakit.data.encode import IGNORE, TODAY, Encoder
+from lorakit.data.schemas import Chat, Pair
+from lorakit.models.tokenizer import Tokenizer
 from tests.chat_templates import BOS_EOS, SPECIAL, TEMPLATES
-from tests.test_tokenizer import spm_metadata, write_vocabulary
+from tests.models.test_tokenizer import spm_metadata, write_vocabulary
 
 TAGGED = ["llama3", "qwen25", "gemma3", "mistral"]
 TOOLS = [

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorakit as lk
-from lorakit.data import IGNORE, Example, batches, collate, encode_rows
-from lorakit.formats import Pair
-from lorakit.rows import read_rows
+from lorakit.data.batching import batches, collate
+from lorakit.data.encode import IGNORE, Example, encode_rows
+from lorakit.data.rows import read_rows
+from lorakit.data.schemas import Pair
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import sys
 import pytest
 
 import lorakit as lk
-from lorakit.cli import main
-from lorakit.inspection import PLAIN, lint_rows, show_rows
-from tests.test_chats import SYSTEM, assistant, user
+from lorakit.cli.command import main
+from lorakit.data.inspect import PLAIN, lint_rows, show_rows
+from tests.data.test_chats import SYSTEM, assistant, user
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lorakit as lk
-from lorakit.data import IGNORE, Example
+from lorakit.data.encode import IGNORE, Example
 
 
 def first_fit_decreasing(lengths, budget):

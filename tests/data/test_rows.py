@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorakit as lk
-from lorakit.formats import Chat, Instruction, Pair, Text
-from lorakit.rows import FileRows, IndexedRows, content_digest, split
+from lorakit.data.rows import FileRows, IndexedRows, content_digest, split
+from lorakit.data.schemas import Chat, Instruction, Pair, Text
 
 HI, YO = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}
 TOOL = {"type": "function", "function": {"name": "f"}}

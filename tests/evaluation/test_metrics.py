@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lorakit as lk
-from lorakit import metrics, scoring
-from lorakit.config import METRICS
-from lorakit.tokenizer import Tokenizer
+from lorakit.config.training import METRICS
+from lorakit.evaluation import metrics as metrics
+from lorakit.evaluation import score as scoring
+from lorakit.models.tokenizer import Tokenizer
 from tests.conftest import ROWS
 
 words = st.lists(st.sampled_from(["a", "b", "c", "d"]), max_size=7)

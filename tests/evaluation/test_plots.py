@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 import lorakit as lk
-from lorakit.plots import PLOTS
+from lorakit.evaluation.plots import PLOTS
 
 
 def lines_of(steps, evaluate_at=(), loss=lambda step: 5 / step):

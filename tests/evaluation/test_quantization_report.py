@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lorakit as lk
-from lorakit.quantization import PackedWeight
+from lorakit.models.packed_layers import PackedWeight
 
 
 @pytest.mark.parametrize(

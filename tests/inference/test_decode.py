@@ -5,7 +5,7 @@ import torch
 
 import lorakit as lk
 from lorakit import kernels
-from lorakit.decoding import FUSED_ROWS, Decoding
+from lorakit.inference.decode import FUSED_ROWS, Decoding
 from tests.conftest import FAMILY_VARIANTS, LOGITS, TINY_VARIANTS, tiny
 
 if not kernels.decode_compiled(torch.device("cpu")):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorakit as lk
-from lorakit.generation import Sampling, _sample
+from lorakit.inference.generate import Sampling, sample
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +49,11 @@ def test_a_batch_gives_each_rows_own_text(model, tok):
 
 
 def test_seed(model, tok):
-    def sample(seed):
+    def draw(seed):
         return lk.generate(model, tok, "hi", max_new_tokens=20, temperature=1.5, seed=seed)
 
-    assert sample(1) == sample(1)
-    assert len({sample(s) for s in range(5)}) > 1
+    assert draw(1) == draw(1)
+    assert len({draw(s) for s in range(5)}) > 1
 
 
 def test_sampling_follows_the_probabilities():
@@ -62,7 +62,7 @@ def test_sampling_follows_the_probabilities():
     probs = (logits / 0.7).softmax(-1)
     generator = torch.Generator().manual_seed(0)
     n = 20_000
-    draws = _sample(logits.expand(n, 4), Sampling(0.7), generator, None)
+    draws = sample(logits.expand(n, 4), Sampling(0.7), generator, None)
     frequency = draws.bincount(minlength=4) / n
     assert ((frequency - probs).abs() < 5 * (probs * (1 - probs) / n).sqrt()).all()
 
@@ -70,7 +70,7 @@ def test_sampling_follows_the_probabilities():
 def test_a_tiny_temperature_is_greedy():
     logits = torch.tensor([[1.0, 3.0, 2.0]])
     for temperature in (1e-20, 1e-30, 1e-40, 1e-300):
-        assert _sample(logits, Sampling(temperature), None, None).item() == 1
+        assert sample(logits, Sampling(temperature), None, None).item() == 1
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -95,7 +95,7 @@ def support(probs, **options):
     """Which tokens 5000 draws hit."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.tensor(probs).log().expand(5000, len(probs))
-    return set(_sample(logits, Sampling(1.0, **options), generator, None).tolist())
+    return set(sample(logits, Sampling(1.0, **options), generator, None).tolist())
 
 
 def test_what_top_k_top_p_and_min_p_keep():
@@ -139,7 +139,7 @@ def test_the_same_tokens_stay_as_in_transformers(options, seed):
         theirs = hf.MinPLogitsWarper(options["min_p"])(prompt, theirs)
     probs = theirs.softmax(-1)[0]
     generator = torch.Generator().manual_seed(seed)
-    draws = _sample(logits.expand(2000, 10), Sampling(**options), generator, seen.expand(2000, 10))
+    draws = sample(logits.expand(2000, 10), Sampling(**options), generator, seen.expand(2000, 10))
     frequency = draws.bincount(minlength=10) / 2000
     # impossible tokens are never drawn; the rest lies within 6 standard deviations and one draw
     assert (frequency[probs == 0] == 0).all()

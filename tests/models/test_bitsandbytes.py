@@ -11,9 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lorakit as lk
-from lorakit.quantization import Int8Linear, NF4Linear
-
-from .conftest import tiny
+from lorakit.models.packed_layers import Int8Linear, NF4Linear
+from tests.conftest import tiny
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("bitsandbytes")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lorakit as lk
-from lorakit.decoding import KVCache
+from lorakit.inference.kv_cache import KVCache
 from tests.conftest import FAMILY_VARIANTS, LOGITS, TINY_VARIANTS, tiny
 
 VARIANTS = {"llama": ("llama", TINY_VARIANTS["gqa"])} | FAMILY_VARIANTS

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import lorakit as lk
-from lorakit.gguf import read_gguf, read_header
-from lorakit.model_config import RopeConfig
+from lorakit.files.gguf import read_header
+from lorakit.models.config import RopeConfig
+from lorakit.models.gguf import read_gguf
 from tests.conftest import LLAMA3_ROPE, LOGITS, llama_cpp_server, tiny, tiny_llama
 
 TOKENS = ["<unk>", "<s>", "</s>", "t", "o", "k", "to", "tok", *[f"tok{i}" for i in range(89)]]

@@ -10,7 +10,13 @@ from torch import nn
 
 import lorakit as lk
 from lorakit import kernels
-from lorakit.quantization import Int8Embedding, Int8Linear, NF4Embedding, NF4Linear, packed_layer
+from lorakit.models.packed_layers import (
+    Int8Embedding,
+    Int8Linear,
+    NF4Embedding,
+    NF4Linear,
+    packed_layer,
+)
 
 
 def net():

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import lorakit as lk
-from lorakit.generation import Sampling, _continue
-from lorakit.model_config import RopeConfig
-from lorakit.rope import inverse_frequencies
+from lorakit.inference.generate import Sampling, continue_text
+from lorakit.models.config import RopeConfig
+from lorakit.models.rope import inverse_frequencies
 from tests.conftest import (
     FAMILY_VARIANTS,
     LLAMA3_ROPE,
@@ -28,7 +28,7 @@ def ours_and_theirs(tmp_path, family="llama", **overrides):
 
 def greedy(model, prompts, count):
     with torch.no_grad():
-        steps = list(_continue(model, prompts, count, Sampling(), None))
+        steps = list(continue_text(model, prompts, count, Sampling(), None))
     return [list(row) for row in zip(*steps, strict=True)]
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import lorakit as lk
-from lorakit.model import Decoder
-from lorakit.rope import inverse_frequencies
+from lorakit.models.decoder import Decoder
+from lorakit.models.rope import inverse_frequencies
 
 
 def sizes(vocab, hidden, inner, layers, heads, kv_heads, **more):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lorakit.recompute import checkpoint
+from lorakit.models.recompute import checkpoint
 
 
 class Block(nn.Module):

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from tokenizers.pre_tokenizers import ByteLevel
 
 import lorakit as lk
-from lorakit.gguf import read_header
-from lorakit.tokenizer import Tokenizer
+from lorakit.files.gguf import read_header
+from lorakit.models.tokenizer import Tokenizer
 from tests.conftest import llama_cpp_server, tiny_llama, write_tokenizer
-from tests.test_gguf import write_gguf
+from tests.models.test_gguf import write_gguf
 
 TEXTS = [
     "Hello world, it's 2024!  don't\n\n  def f(x):\n\treturn 12345",

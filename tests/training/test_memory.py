@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import lorakit as lk
-from lorakit import memory
-from lorakit.memory import HUGE_PAGE, in_large_pages
+from lorakit.models.large_pages import HUGE_PAGE, in_large_pages
+from lorakit.training import memory as memory
 
 
 @pytest.mark.parametrize("rows", [1, 1000, HUGE_PAGE // 4, HUGE_PAGE + 5])

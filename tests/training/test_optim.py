@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorakit as lk
-from lorakit.config import SCHEDULES
-from lorakit.optim import learning_rate
+from lorakit.config.training import SCHEDULES
+from lorakit.training.schedules import learning_rate
 from tests.conftest import ROWS
 
 SMALL = [(3, 4), (5,), ()]
@@ -228,7 +228,7 @@ def test_training_takes_the_state_from_the_config(tiny_dir, tmp_path, monkeypatc
             chosen.append((options["state_bits"], options["paged"]))
             super().__init__(params, **options)
 
-    monkeypatch.setattr("lorakit.trainer.AdamW", Noted)
+    monkeypatch.setattr("lorakit.training.train.AdamW", Noted)
     adapters = []
     for optim in ("adamw_torch", "paged_adamw_32bit", "adamw_8bit", "paged_adamw_8bit"):
         torch.manual_seed(0)

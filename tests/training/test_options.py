@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import lorakit as lk
-from lorakit.lora import lora_layers
+from lorakit.adapters.layers.lora import lora_layers
 
 IDS = torch.arange(36).view(3, 12) * 5 % 300
 

@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorakit as lk
-from lorakit.paged_state import PagedState, cut, layout, views
-from lorakit.paging import FileStore, PageTable, PinnedStore
+from lorakit.training.paged_state import PagedState, cut, layout, views
+from lorakit.training.paging import FileStore, PageTable, PinnedStore
 
 PAGE = 1 << 16  # a multiple of every system's own page
 CPU = torch.device("cpu")
@@ -365,7 +365,7 @@ def parameters(shapes, dtypes, seed):
 
 def paged_adamw(*args, **options):
     small = functools.partial(PagedState, page_bytes=PAGE)
-    with mock.patch("lorakit.optim.PagedState", small):
+    with mock.patch("lorakit.training.optim.PagedState", small):
         return lk.optim.AdamW(*args, paged=True, **options)
 
 
@@ -434,7 +434,7 @@ def test_any_sizes_in_either_store(sizes, bits, pages, pinned, seed):
     resident = lk.optim.AdamW(groups(params), state_bits=bits)
     train(resident, params, range(4))
     store = (lambda directory, page_bytes: PinnedStore(CPU, page_bytes)) if pinned else FileStore
-    with simulated_streams(seed), mock.patch("lorakit.paged_state.FileStore", store):
+    with simulated_streams(seed), mock.patch("lorakit.training.paged_state.FileStore", store):
         paged = paged_adamw(groups(same), page_budget=pages * PAGE, state_bits=bits)
         train(paged, same, range(4))
         for p, q in zip(params, same, strict=True):

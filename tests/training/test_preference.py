@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lorakit as lk
-from lorakit.lora import lora_layers
+from lorakit.adapters.layers.lora import lora_layers
 
 B, T, V = 3, 11, 17
 

@@ -18,9 +18,10 @@ import torch
 from safetensors.torch import load_file
 
 import lorakit as lk
-from lorakit import run_state, trainer
+from lorakit.training import state as run_state
+from lorakit.training import train as trainer
 from tests.conftest import ROWS
-from tests.test_trainer import adapted, run
+from tests.training.test_train import adapted, run
 
 ADAPTER = "adapter_model.safetensors"
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lorakit as lk
-from lorakit.lora import lora_layers
+from lorakit.adapters.layers.lora import lora_layers
 from tests.conftest import ROWS, tiny
 
 

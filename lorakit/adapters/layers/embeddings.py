@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import kernels
-from .attached import Attached, Part
-from .config import LoraConfig, LorakitError
-from .kernels import LoraWeights, lora_linear
-from .lora import DenseBase, LoraPart, WithLora, with_weight
+from lorakit import kernels
+from lorakit.adapters.layers.base import DenseBase, with_weight
+from lorakit.adapters.layers.lora import LoraPart, WithLora
+from lorakit.adapters.layers.wrapper import Attached, Part
+from lorakit.config.adapters import LoraConfig
+from lorakit.config.errors import LorakitError
+from lorakit.kernels import LoraWeights, lora_linear
 
 
 class HeadOfEmbedding:

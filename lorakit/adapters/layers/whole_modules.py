@@ -11,7 +11,7 @@ import copy
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .attached import Attached
+from lorakit.adapters.layers.wrapper import Attached
 
 
 class Delegate(Attached):

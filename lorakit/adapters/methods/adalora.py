@@ -29,9 +29,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .attached import having_adapters
-from .config import LorakitError, TargetConfig, check
-from .lora import LoraLinear, LowRank
+from lorakit.adapters.layers.lora import LoraLinear, LowRank
+from lorakit.adapters.manage import having_adapters
+from lorakit.adapters.plan import Plan, base_of, device_of, linear_places, save_whole
+from lorakit.config.adapters import TargetConfig
+from lorakit.config.errors import LorakitError, check
 
 
 @dataclass(frozen=True)
@@ -208,3 +210,15 @@ def _gram(side: Tensor) -> Tensor:
     """||M M^T - 1||, Frobenius' norm."""
     square = side @ side.t()
     return torch.linalg.norm(square - torch.eye(len(square)).to(square))
+
+
+def plan_adalora(module: nn.Module, config: AdaLoraConfig) -> Plan:
+    plan = Plan()
+    for place, layer in linear_places(module, config):
+        each = plan.wrap(
+            place, layer, AdaLoraLinear, lambda layer=layer: AdaLoraLinear(base_of(layer))
+        )
+        if each is not None:
+            part = AdaLoraPart(config, config.rank(place), each.in_features, each.out_features)
+            plan.parts.append((each, part.to(device_of(each.base))))
+    return save_whole(plan, module, config)

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .attached import Part
-from .config import TargetConfig
-from .lora import AttachedLinear
+from lorakit.adapters.layers.base import AttachedLinear
+from lorakit.adapters.layers.wrapper import Part
+from lorakit.adapters.plan import Plan, base_of, device_of, linear_places, save_whole
+from lorakit.adapters.targets import match_targets
+from lorakit.config.adapters import TargetConfig
 
 
 @dataclass(frozen=True)
@@ -56,3 +58,16 @@ class IA3Linear(AttachedLinear):
         if bias is not None and not part.feedforward:
             bias = (bias * part.ia3_l.flatten()).to(bias.dtype)
         return self.plain_with(found.to(own.dtype), bias)
+
+
+def plan_ia3(module: nn.Module, config: IA3Config) -> Plan:
+    plan, chosen = Plan(), dict(linear_places(module, config))
+    inner = config.feedforward_modules
+    fed = set(match_targets(list(chosen), inner, "feedforward_modules") if inner else ())
+    for place, layer in chosen.items():
+        each = plan.wrap(place, layer, IA3Linear, lambda layer=layer: IA3Linear(base_of(layer)))
+        if each is not None:
+            size = each.in_features if place in fed else each.out_features
+            part = IA3Part(config, size, place in fed).to(device_of(each.base))
+            plan.parts.append((each, part))
+    return save_whole(plan, module, config)

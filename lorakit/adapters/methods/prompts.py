@@ -23,11 +23,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .attached import Attached, Part
-from .config import LorakitError, check, nearest
-from .model import Cache, Decoder
-from .model_config import ModelConfig
-from .tokenizer import load_tokenizer
+from lorakit.adapters.layers.wrapper import Attached, Part
+from lorakit.adapters.plan import Plan
+from lorakit.config.errors import LorakitError, check, nearest
+from lorakit.models.config import ModelConfig
+from lorakit.models.decoder import Cache, Decoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +188,8 @@ def _embeddings(model: Decoder, config: PromptTuningConfig) -> Tensor:
     if kind == "SAMPLE_VOCAB":
         ids = torch.randint(model.config.vocab_size, (n,))
     else:
+        from lorakit.models.tokenizer_files import load_tokenizer
+
         ids = load_tokenizer(config.tokenizer_name_or_path).encode(config.prompt_tuning_init_text)
         check(bool(ids), "prompt_tuning_init_text has no tokens")
         ids = torch.tensor(ids).repeat(-(-n // len(ids)))[:n]
@@ -296,3 +298,15 @@ def _run(model: Decoder, x: Tensor) -> list[tuple[Tensor, Tensor]]:
     for i, block in enumerate(model.model.layers):
         x = block(x, views[model.config.slides(i)], kept)
     return kept.layers
+
+
+def plan_prompt(module: nn.Module, config: PromptConfig) -> Plan:
+    if not isinstance(module, Decoder):
+        raise LorakitError(
+            f"attach: a prompt goes on a lorakit Decoder (see load_model), not on a "
+            f"{type(module).__name__}"
+        )
+    plan, start = Plan(), module.beginning
+    each = plan.wrap("beginning", start, Prompt, lambda: Prompt(start))
+    plan.parts.append((each, prompt_part(module, config)))
+    return plan

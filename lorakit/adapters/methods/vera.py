@@ -17,8 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .config import TargetConfig, check
-from .lora import LoraLinear, LowRank
+from lorakit.adapters.layers.lora import LoraLinear, LowRank
+from lorakit.adapters.plan import Plan, base_of, device_of, linear_places, save_whole
+from lorakit.config.adapters import TargetConfig
+from lorakit.config.errors import check
 
 
 @dataclass(frozen=True)
@@ -83,3 +85,17 @@ def projection(module: nn.Module, name: str) -> Projection:
     """The matrices that the layers of adapter `name` share."""
     layers = (m for m in module.modules() if isinstance(m, VeraLinear) and name in m.adapters)
     return next(layers).adapters[name].shared
+
+
+def plan_vera(module: nn.Module, config: VeraConfig) -> Plan:
+    plan, found = Plan(), []
+    for place, layer in linear_places(module, config):
+        each = plan.wrap(place, layer, VeraLinear, lambda layer=layer: VeraLinear(base_of(layer)))
+        if each is not None:
+            found.append(each)
+    largest = (max(e.in_features for e in found), max(e.out_features for e in found))
+    projection = Projection(config, *largest).to(device_of(found[0].base))
+    for each in found:
+        part = VeraPart(config, projection, each.in_features, each.out_features)
+        plan.parts.append((each, part.to(device_of(each.base))))
+    return save_whole(plan, module, config)

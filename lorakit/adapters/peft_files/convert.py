@@ -37,15 +37,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from . import kernels
-from .adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE
-from .adapter_files import Adapter, Layer, natural, open_adapter, some
-from .checkpoint import open_model
-from .config import LorakitError, nearest
-from .experts import split_experts
-from .files import as_path, write_json
-from .model_config import ModelConfig
-from .tensors import LazyTensor, write_safetensors
+from lorakit import kernels
+from lorakit.adapters.peft_files.experts import split_experts
+from lorakit.adapters.peft_files.inspect import Adapter, Layer, natural, open_adapter, some
+from lorakit.adapters.peft_files.layout import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from lorakit.config.errors import LorakitError, nearest
+from lorakit.files.local import as_path, write_json
+from lorakit.files.safetensors import LazyTensor, write_safetensors
+from lorakit.models.config import ModelConfig
+from lorakit.models.load import open_model
 
 SUBSPACE_ITERATIONS = 8
 # initializations that leave the base weights alone

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .config import LorakitError
+from lorakit.config.errors import LorakitError
 
 FUSED = ".experts"
 MOE_NAMES = ("mlp", "gate_proj", "up_proj", "down_proj")  # as ModelConfig.moe_names

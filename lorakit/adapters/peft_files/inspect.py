@@ -21,11 +21,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE
-from .config import LorakitError, check, from_mapping, of_pattern, valid_regex
-from .experts import is_fused, per_expert, which_fused
-from .files import as_path, read_json
-from .tensors import LazyTensor, open_safetensors
+from lorakit.adapters.peft_files.experts import is_fused, per_expert, which_fused
+from lorakit.adapters.peft_files.layout import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from lorakit.config.errors import LorakitError, check
+from lorakit.config.fields import from_mapping
+from lorakit.config.patterns import of_pattern, valid_regex
+from lorakit.files.local import as_path, read_json
+from lorakit.files.safetensors import LazyTensor, open_safetensors
 
 PARTS = {
     ".lora_A.weight": "a",

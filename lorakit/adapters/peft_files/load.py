@@ -17,29 +17,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adalora import AdaLoraConfig
-from .adapter import (
-    CONFIG_FILE,
-    PATTERNS,
+from lorakit.adapters.attach import attach
+from lorakit.adapters.layers.embeddings import TiedHead
+from lorakit.adapters.manage import (
+    attached,
+    delete_adapter,
+    plain_modules,
+    selected_adapter,
+    set_adapter,
+)
+from lorakit.adapters.methods.adalora import AdaLoraConfig
+from lorakit.adapters.methods.prompts import PromptConfig
+from lorakit.adapters.methods.vera import VeraConfig
+from lorakit.adapters.peft_files.experts import is_fused, split_experts
+from lorakit.adapters.peft_files.layout import CONFIG_FILE, PATTERNS, PREFIX, WEIGHTS_FILE
+from lorakit.adapters.peft_files.ties import (
     PEFT_TYPES,
-    PREFIX,
     TWINS,
-    WEIGHTS_FILE,
     embedding_of,
     key_of,
     projection_tensors,
     tied_heads,
 )
-from .attached import attached, delete_adapter, plain_modules, selected_adapter, set_adapter
-from .attaching import attach, tied_embedding
-from .config import LoraConfig, LorakitError, TargetConfig, from_mapping
-from .embeddings import TiedHead
-from .experts import is_fused, split_experts
-from .files import as_path, read_json
-from .model import Decoder
-from .prompts import PromptConfig
-from .tensors import LazyTensor, open_safetensors
-from .vera import VeraConfig
+from lorakit.adapters.plan import tied_embedding
+from lorakit.config.adapters import LoraConfig, TargetConfig
+from lorakit.config.errors import LorakitError
+from lorakit.config.fields import from_mapping
+from lorakit.files.local import as_path, read_json
+from lorakit.files.safetensors import LazyTensor, open_safetensors
+from lorakit.models.decoder import Decoder
 
 # PEFT features that change the computation and that lorakit does not have: value when unused
 UNSUPPORTED = {

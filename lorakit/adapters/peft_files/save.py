@@ -34,59 +34,36 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from .adalora import AdaLoraConfig
-from .attached import (
-    Attached,
+from lorakit.adapters.layers.base import AttachedLinear
+from lorakit.adapters.layers.lora import lora_layers
+from lorakit.adapters.layers.whole_modules import SavedModule
+from lorakit.adapters.layers.wrapper import Attached
+from lorakit.adapters.manage import (
     adapter_config,
     attached,
     check_adapter,
     plain_modules,
     selected_adapter,
 )
-from .config import (
-    LoraConfig,
-    LorakitError,
-    TargetConfig,
-    each_alone,
-    endings,
+from lorakit.adapters.methods.adalora import AdaLoraConfig
+from lorakit.adapters.methods.ia3 import IA3Config
+from lorakit.adapters.methods.prompts import PromptConfig, shape_fields
+from lorakit.adapters.methods.vera import VeraConfig
+from lorakit.adapters.peft_files.experts import join_experts
+from lorakit.adapters.peft_files.layout import CONFIG_FILE, PATTERNS, PREFIX, WEIGHTS_FILE
+from lorakit.adapters.peft_files.ties import (
+    PEFT_TYPES,
+    TWINS,
+    key_of,
+    projection_tensors,
+    tied_heads,
 )
-from .embeddings import TiedHead
-from .experts import join_experts
-from .files import as_path, write_json
-from .ia3 import IA3Config
-from .lora import AttachedLinear, lora_layers
-from .model import Decoder
-from .prompts import (
-    PrefixTuningConfig,
-    Prompt,
-    PromptConfig,
-    PromptEncoderConfig,
-    PromptTuningConfig,
-    shape_fields,
-)
-from .tensors import write_safetensors
-from .trained_modules import SavedModule
-from .vera import VeraConfig, projection
-
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
-PEFT_TYPES = {
-    "LORA": LoraConfig,
-    "IA3": IA3Config,
-    "VERA": VeraConfig,
-    "ADALORA": AdaLoraConfig,
-    "PROMPT_TUNING": PromptTuningConfig,
-    "P_TUNING": PromptEncoderConfig,
-    "PREFIX_TUNING": PrefixTuningConfig,
-}
-
-PATTERNS = ("rank_pattern", "alpha_pattern")
-# of a tied head by its ending: that of the embedding, and whether it lies transposed
-TWINS = {
-    "lora_A.weight": ("lora_embedding_B", True),
-    "lora_B.weight": ("lora_embedding_A", True),
-    "weight": ("weight", False),
-}
+from lorakit.config.adapters import LoraConfig, TargetConfig
+from lorakit.config.errors import LorakitError
+from lorakit.config.patterns import each_alone, endings
+from lorakit.files.local import as_path, write_json
+from lorakit.files.safetensors import write_safetensors
+from lorakit.models.decoder import Decoder
 
 
 @runtime_checkable
@@ -164,17 +141,6 @@ def _lora_values(
     return values
 
 
-def key_of(place: str, each: Attached, ending: str) -> str:
-    """In the file, of a tensor of the module at `place`."""
-    return ending if isinstance(each, Prompt) else f"{PREFIX}{place}.{ending}"
-
-
-def projection_tensors(module: nn.Module, name: str) -> dict[str, Tensor]:
-    """The matrices that all layers of a VeRA adapter share, by their key in the file."""
-    shared = projection(module, name)
-    return {"base_model.vera_A": shared.A, "base_model.vera_B": shared.B}
-
-
 def _written_plainly(
     config: TargetConfig | PromptConfig,
     name: str,
@@ -220,13 +186,6 @@ def adapter_tensors(module: nn.Module, name: str) -> dict[str, Tensor]:
                     memory_format=torch.contiguous_format
                 )
     return tensors
-
-
-def tied_heads(module: nn.Module) -> dict[str, str]:
-    """The adapted embedding of each head that is tied to one, by name."""
-    heads = {"lm_head", *(n for n, each in attached(module).items() if isinstance(each, TiedHead))}
-    found = {head: embedding_of(module, head) for head in sorted(heads)}
-    return {head: place for head, place in found.items() if place is not None}
 
 
 def _written(config: LoraConfig, twice: bool, places: list[str]) -> dict[str, Any]:
@@ -328,14 +287,3 @@ def _fused(
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     fused = join_experts(tensors, module.config.moe_names)
     return {PREFIX + name: tensor for name, tensor in fused.items()}, values
-
-
-def embedding_of(module: nn.Module, head: str) -> str | None:
-    """The name of the adapted embedding whose weight `head` has too."""
-    found = attached(module)
-    if isinstance(module, Decoder) and module.lm_head is None and head == "lm_head":
-        return "model.embed_tokens" if "model.embed_tokens" in found else None
-    if isinstance(found.get(head), TiedHead):
-        (embedding,) = found[head].embedding
-        return next(place for place, each in found.items() if each is embedding)
-    return None

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attached import disable_adapters
-from .config import LorakitError
-from .model import Decoder
+from lorakit.adapters.manage import disable_adapters
+from lorakit.config.errors import LorakitError
+from lorakit.models.decoder import Decoder
 
 
 def dpo_loss(

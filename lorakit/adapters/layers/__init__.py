@@ -1,0 +1,1 @@
+"""The modules that stand in a model while an adapter is attached."""

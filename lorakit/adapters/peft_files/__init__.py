@@ -1,0 +1,1 @@
+"""PEFT's files: how adapters are saved, loaded, shown and converted."""

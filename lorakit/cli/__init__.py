@@ -1,0 +1,5 @@
+"""The `lorakit` command."""
+
+from .command import main
+
+__all__ = ["main"]

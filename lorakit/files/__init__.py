@@ -1,0 +1,1 @@
+"""Bytes on disk: local files, the Hub, safetensors and GGUF containers; no knowledge of models."""

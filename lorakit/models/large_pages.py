@@ -1,0 +1,36 @@
+"""Carried out of lorakit/memory.py."""
+
+import math
+import mmap
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+HUGE_PAGE = 2 << 20  # of x86-64, and of aarch64 with pages of 4 KB
+
+
+def in_large_pages(shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[Tensor]:
+    """Tensors side by side in host memory, zeros, which Linux is asked to back by pages of 2 MB.
+
+    Reading 270 MB of weights from end to end is 8 % faster than from pages of 4 KB
+    (docs/dev/LOG.md): fewer address translations, and prefetching does not stop at every page. Each
+    tensor has a storage of its own; the memory is given back when the last of them is gone.
+    """
+    sizes = [-(-math.prod(shape) * dtype.itemsize // 64) * 64 for shape in shapes]
+    total = sum(sizes)
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # a forked process writes into a copy
+    region = mmap.mmap(-1, total + HUGE_PAGE, flags=private)
+    start = -torch.frombuffer(region, dtype=torch.uint8).data_ptr() % HUGE_PAGE
+    whole = total // HUGE_PAGE * HUGE_PAGE  # the rest would fill a page that is not needed
+    if sys.platform == "linux" and whole:
+        with suppress(OSError):  # a kernel without such pages
+            region.madvise(mmap.MADV_HUGEPAGE, start, whole)
+    tensors = []
+    for shape, size in zip(shapes, sizes, strict=True):
+        flat = torch.frombuffer(region, dtype=dtype, count=math.prod(shape), offset=start)
+        tensors.append(flat.view(*shape))
+        start += size
+    return tensors

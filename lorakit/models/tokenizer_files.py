@@ -1,0 +1,253 @@
+"""Carried out of lorakit/tokenizer.py."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from lorakit.config.errors import LorakitError
+from lorakit.files import hub
+from lorakit.files.gguf import read_header
+from lorakit.files.local import read_json, read_text
+from lorakit.models.tokenizer import Tokenizer
+
+# How text is cut before BPE, by GGUF's tokenizer.ggml.pre: regexes applied in turn. The first is
+# GPT-2's own (openai/gpt-2, encoder.py), "default" is what llama.cpp does where a file names none,
+# the others are the ones in the models' tokenizer.json.
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PRE_TOKENIZERS = {
+    "default": [
+        r"[\p{P}\$\+<=>\^~\|]+",
+        _GPT2.removesuffix(r"|\s+"),
+        r"\p{N}+",
+        r"[0-9][0-9][0-9]",
+    ],
+    "gpt-2": [_GPT2],
+    "smollm": [r"\p{N}", _GPT2],
+    "llama-bpe": [_LLAMA3],
+    "qwen2": [_LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")],
+}
+UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # GGUF token types
+
+
+# ---- loading ------------------------------------------------------------------------------------
+
+
+def load_tokenizer(path_or_hub_id: str | Path) -> Tokenizer:
+    """The tokenizer of a Hugging Face directory (tokenizer.json), a .gguf file or a Hub id.
+
+    Raises LorakitError if it is missing, damaged, or of a kind that lorakit does not read.
+    """
+    path = hub.resolve(path_or_hub_id, hub.TOKENIZER)
+    return _from_gguf(path) if path.suffix == ".gguf" else _from_directory(path)
+
+
+def _from_directory(path: Path) -> Tokenizer:
+    file = path / "tokenizer.json"
+    if not file.exists():
+        raise LorakitError(f"{path}: tokenizer.json is missing")
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception for any parse error
+        raise LorakitError(f"{file} is not a valid tokenizer: {error}") from None
+    backend.no_truncation()  # limits of a training run that some repositories have kept
+    backend.no_padding()
+    config = _read_optional(path / "tokenizer_config.json")
+    special = {}
+    for name, value in (_read_optional(path / "special_tokens_map.json") | config).items():
+        if name.endswith("_token"):
+            text = value.get("content") if isinstance(value, Mapping) else value
+            if isinstance(text, str):
+                special[name] = text
+    return Tokenizer(backend, special, _directory_template(path, config))
+
+
+def _directory_template(path: Path, config: Mapping) -> str | dict[str, str] | None:
+    """chat_template.jinja (and additional_chat_templates/), else tokenizer_config's, else the
+    legacy file.
+    """
+    if (path / "chat_template.jinja").exists():
+        default = read_text(path / "chat_template.jinja")
+        extra = sorted((path / "additional_chat_templates").glob("*.jinja"))
+        more = {file.stem: read_text(file) for file in extra}
+        return {"default": default, **more} if more else default
+    template = config.get("chat_template")
+    if template is None:
+        template = _read_optional(path / "chat_template.json").get("chat_template")
+    try:
+        if isinstance(template, list):
+            template = {entry["name"]: entry["template"] for entry in template}
+        texts = template.values() if isinstance(template, dict) else [template or ""]
+        if all(isinstance(text, str) for text in texts):
+            return template
+    except (TypeError, KeyError):
+        pass
+    raise LorakitError(f"{path}: chat_template must be text, or a list of names and templates")
+
+
+def _read_optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
+
+
+# ---- GGUF vocabularies --------------------------------------------------------------------------
+
+
+class _Vocabulary:
+    """What a GGUF file says under tokenizer.ggml, its types checked."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.metadata = read_header(path).metadata
+        self.tokens: list[str] = self.items("tokens", str)
+        if not self.tokens:
+            raise LorakitError(f"{path}: the file holds no vocabulary")
+        if len(set(self.tokens)) != len(self.tokens):
+            raise LorakitError(f"{path}: the vocabulary holds a token twice")
+
+    def get(self, name: str, kind: type, default: Any = None) -> Any:
+        value = self.metadata.get(f"tokenizer.ggml.{name}", default)
+        if value is not None and not isinstance(value, kind):
+            raise LorakitError(
+                f"{self.path}: tokenizer.ggml.{name} is {value!r:.60}, not {kind.__name__}"
+            )
+        return value
+
+    def items(self, name: str, kind: type) -> list:
+        values = self.get(name, list, [])
+        if values and not isinstance(values[0], kind):  # an array's items are of one type
+            raise LorakitError(
+                f"{self.path}: tokenizer.ggml.{name} holds {values[0]!r:.60}, not {kind.__name__}"
+            )
+        return values
+
+    def per_token(self, name: str, kind: type) -> list:
+        values = self.items(name, kind)
+        if len(values) != len(self.tokens):
+            raise LorakitError(
+                f"{self.path}: tokenizer.ggml.{name} has {len(values)} entries for "
+                f"{len(self.tokens)} tokens"
+            )
+        return values
+
+    def special(self, name: str, default: int | None = None) -> str | None:
+        """The text of a special token; None if the file gives no id, or one outside."""
+        token_id = self.get(f"{name}_token_id", int, default)
+        if token_id is None or not 0 <= token_id < len(self.tokens):
+            return None
+        return self.tokens[token_id]
+
+
+def _from_gguf(path: Path) -> Tokenizer:
+    vocabulary = _Vocabulary(path)
+    kind = vocabulary.get("model", str)
+    if kind not in ("gpt2", "llama"):
+        raise LorakitError(
+            f"{path}: tokenizer {kind!r} is not supported; byte-level BPE ('gpt2') and "
+            "SentencePiece's ('llama') are"
+        )
+    spm = kind == "llama"
+    defaults = {"bos": 1, "eos": 2, "unknown": 0} if spm else {}  # llama.cpp's
+    special = {
+        f"{key}_token": vocabulary.special(name, defaults.get(name))
+        for key, name in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items()
+    }
+    special = {name: token for name, token in special.items() if token is not None}
+    add_bos = vocabulary.get(
+        "add_bos_token", bool, spm or vocabulary.get("pre", str) == "llama-bpe"
+    )
+    add_eos = vocabulary.get("add_eos_token", bool, False)
+    template = vocabulary.metadata.get("tokenizer.chat_template")
+    if template is not None and not isinstance(template, str):
+        raise LorakitError(f"{path}: tokenizer.chat_template is {template!r:.60}, not text")
+    try:
+        backend = (_sentencepiece if spm else _byte_level)(vocabulary)
+        _add_tokens(backend, vocabulary)
+        before = [special["bos_token"]] if add_bos and "bos_token" in special else []
+        after = [special["eos_token"]] if add_eos and "eos_token" in special else []
+        if before or after:
+            backend.post_processor = tokenizers.processors.TemplateProcessing(
+                single=[*before, "$A", *after],
+                pair=[*before, "$A", "$B", *after],
+                special_tokens=[(t, backend.token_to_id(t)) for t in {*before, *after}],
+            )
+    except LorakitError:
+        raise
+    except Exception as error:  # the library raises bare Exception for what it cannot use
+        raise LorakitError(f"{path}: the vocabulary is damaged: {error}") from None
+    return Tokenizer(backend, special, template)
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, vocabulary: _Vocabulary) -> None:
+    """Tokens that are found in the text as they stand, before anything else is done to it."""
+    if "tokenizer.ggml.token_type" not in vocabulary.metadata:
+        return
+    special, plain = [], []
+    for token, its in zip(vocabulary.tokens, vocabulary.per_token("token_type", int), strict=True):
+        if its in (UNKNOWN, CONTROL, USER_DEFINED):
+            chosen = plain if its == USER_DEFINED else special
+            chosen.append(
+                tokenizers.AddedToken(token, normalized=False, special=its != USER_DEFINED)
+            )
+    backend.add_special_tokens(special)
+    backend.add_tokens(plain)
+
+
+def _byte_level(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
+    pre = vocabulary.get("pre", str, "default")
+    if pre not in PRE_TOKENIZERS:
+        known = ", ".join(PRE_TOKENIZERS)
+        raise LorakitError(
+            f"{vocabulary.path}: pre-tokenizer {pre!r} is not supported; supported are {known}"
+        )
+    merges = vocabulary.items("merges", str)
+    if not merges:
+        raise LorakitError(f"{vocabulary.path}: the file holds no merges")
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            vocab={token: i for i, token in enumerate(vocabulary.tokens)},
+            merges=[tuple(merge.split(" ", 1)) for merge in merges],
+            ignore_merges=pre == "llama-bpe",  # Llama 3 takes a word that is a token whole
+        )
+    )
+    cut = [
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(regex), behavior="isolated")
+        for regex in PRE_TOKENIZERS[pre]
+    ]
+    to_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([*cut, to_bytes])
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    return backend
+
+
+def _sentencepiece(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
+    tokens, scores = vocabulary.tokens, vocabulary.per_token("scores", float)
+    ids = {token: i for i, token in enumerate(tokens)}
+    merges = [
+        (score, token[:i], token[i:])
+        for token, score in zip(tokens, scores, strict=True)
+        for i in range(len(token) - 1, 0, -1)
+        if token[:i] in ids and token[i:] in ids
+    ]
+    merges.sort(key=lambda merge: -merge[0])
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            vocab=ids,
+            merges=[(left, right) for _, left, right in merges],
+            unk_token=vocabulary.special("unknown", 0),
+            byte_fallback=True,
+        )
+    )
+    normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
+    normalize = [normalizers.Replace(" ", "▁")]
+    decode = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if vocabulary.get("add_space_prefix", bool, True):
+        normalize.insert(0, normalizers.Prepend("▁"))
+        decode.append(decoders.Strip(" ", left=1, right=0))
+    backend.normalizer = normalizers.Sequence(normalize)
+    backend.decoder = decoders.Sequence(decode)
+    return backend

@@ -1,0 +1,1 @@
+"""A training run: the loop, the optimizers, checkpoints, evaluation and the log."""

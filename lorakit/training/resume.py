@@ -1,0 +1,153 @@
+"""Carried out of lorakit/trainer.py."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorakit.adapters.manage import adapter_config, selected_adapter
+from lorakit.config.errors import LorakitError
+from lorakit.config.training import TrainConfig
+from lorakit.data.batching import Order
+from lorakit.data.encode import Examples
+from lorakit.files.local import as_path
+from lorakit.models.decoder import Decoder
+from lorakit.training import state as run_state
+from lorakit.training.log import Log
+from lorakit.training.optim import AdamW
+
+
+@dataclass
+class Progress:
+    """What a run has come to; saved with its checkpoints."""
+
+    step: int = 0
+    loss: float = math.nan
+    tokens: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    bad_in_a_row: int = 0
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    best_step: int | None = None
+    best_loss: float = math.inf
+    worse_in_a_row: int = 0  # evaluations since the best one
+
+
+def must_match(
+    model: Decoder,
+    examples: Examples,
+    validation: Examples | None,
+    config: TrainConfig,
+) -> dict[str, Any]:
+    """What a run that goes on from a checkpoint shares with the one that made it: of the rows all
+    lengths and, lest a large file be read once more, a thousand of them; of the model the first
+    numbers of everything that is frozen.
+    """
+
+    def digest(examples: Examples) -> str:
+        found = blake2b(examples.lengths.tobytes(), digest_size=16)
+        for i in range(0, len(examples), max(1, len(examples) // 1000)):
+            found.update(json.dumps(examples[i]).encode())
+        return found.hexdigest()
+
+    frozen = blake2b(digest_size=16)
+    for p in model.parameters():
+        if not p.requires_grad:
+            frozen.update(str((p.dtype, p.shape)).encode())
+            frozen.update(str(p.detach().flatten()[:16].tolist()).encode())
+    names = [
+        "seed",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "packing",
+        "objective",
+        "optim",
+        "loraplus_lr_ratio",
+    ]
+    names += ["max_seq_length"] if config.packing else []
+    adapter = asdict(adapter_config(model, selected_adapter(model)))
+    return {name: getattr(config, name) for name in names} | {
+        "data": digest(examples),
+        "validation data": None if validation is None else digest(validation),
+        "model": frozen.hexdigest(),
+        "adapter": json.loads(json.dumps(adapter)),
+    }
+
+
+def resumed_state(output_dir: Path, config: TrainConfig) -> run_state.Checkpoint | None:
+    """The checkpoint to go on from, or None to start."""
+    run_state.remove_unfinished(output_dir)
+    found = run_state.checkpoints(output_dir)
+    if config.resume is None:
+        if found:
+            raise LorakitError(
+                f"train: {output_dir} holds checkpoints of an earlier run; set resume to auto to "
+                "go on from the last one, or choose another output_dir"
+            )
+        return None
+    if config.resume == "auto":
+        return found[-1] if found else None
+    path = as_path(config.resume).absolute()
+    asked = [each for each in run_state.checkpoints(path.parent) if each.path == path]
+    if not asked:
+        raise LorakitError(f"train: resume: {path} is no checkpoint of a run")
+    later = [each.path.name for each in found if each.step > asked[0].step]
+    if later:  # which would be taken for newer than what this run is going to write
+        raise LorakitError(
+            f"train: resume: {output_dir} holds later checkpoints ({', '.join(later)}); remove "
+            "them, or choose another output_dir"
+        )
+    return asked[0]
+
+
+def restored(
+    checkpoint: run_state.Checkpoint,
+    model: Decoder,
+    optimizer: AdamW,
+    same: Mapping[str, Any],
+    order: Order,
+) -> Progress:
+    """Model, optimizer and random state as they were; how far the run had come."""
+    if checkpoint.step > order.total:
+        raise LorakitError(
+            f"train: resume: {checkpoint.path} is beyond the {order.total} steps of this run; "
+            "raise max_steps"
+        )
+    values = run_state.read_values(checkpoint)
+    run_state.check_same(checkpoint.path, values["same"], same)
+    try:
+        progress = Progress(**values["progress"])
+    except TypeError as error:
+        raise LorakitError(
+            f"train: resume: {checkpoint.path} is of another version of lorakit ({error})"
+        ) from None
+    run_state.restore(checkpoint, values, model, optimizer, model.device)
+    print(f"resumed from {checkpoint.path}")
+    return progress
+
+
+def end_with_the_best(model: Decoder, output_dir: Path, progress: Progress, log: Log) -> None:
+    best = progress.best_step
+    path = output_dir / f"checkpoint-{best}"
+    if best == progress.step:
+        return
+    if best is None:
+        log.say("the last adapter stays: no evaluation had a finite loss")
+        return
+    if not path.exists():  # the disk was full, or the run came from another directory
+        log.say(f"the last adapter stays: the checkpoint of the best, step {best}, is not there")
+        return
+    _restore_adapter(model, path)
+    log.say(f"the adapter is that of step {best}, the best evaluation")
+
+
+def _restore_adapter(model: Decoder, path: Path) -> None:
+    tensors = run_state.read_adapter(path)
+    with torch.no_grad():
+        for name, tensor in run_state.trained_tensors(model).items():
+            tensor.copy_(tensors[name].read())
