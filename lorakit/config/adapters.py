@@ -9,12 +9,29 @@ from lorakit.config.fields import check_types
 from lorakit.config.patterns import of_pattern, valid_regex
 
 MOST_RANK = 1 << 16  # no layer is so wide; what is larger is a slip, and would fill the memory
-INITIALIZATIONS = ("gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", "loftq", "eva")
+# Each name of init_lora_weights, and whether it is plain: it leaves the weights of the base alone.
+INITIALIZATIONS = {
+    "gaussian": True,
+    "orthogonal": True,
+    "pissa": False,
+    "pissa_niter_N": False,
+    "olora": False,
+    "loftq": False,
+    "eva": True,
+}
+# Values of init_lora_weights in an adapter_config.json whose adapter fits the weights of the base.
+PLAIN_INITIALIZATIONS = (
+    None,
+    True,
+    False,
+    *(name for name, plain in INITIALIZATIONS.items() if plain),
+)
 
 
 def check_initialization(kind: bool | str) -> None:
-    """Raise LorakitError, with the nearest name, unless `kind` is True, False, one of
-    INITIALIZATIONS or "pissa_niter_" and a whole number up to 1000.
+    """Raise LorakitError, with the nearest valid name, unless `kind` is an initialization.
+
+    That is True, False, one of INITIALIZATIONS, or "pissa_niter_" and a whole number up to 1000.
     """
     known = [name for name in INITIALIZATIONS if name != "pissa_niter_N"]
     numbered = isinstance(kind, str) and re.fullmatch(r"pissa_niter_(1000|[0-9]{1,3})", kind)
