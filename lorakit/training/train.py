@@ -26,12 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapters.eva import eva
-from lorakit.adapters.layers.lora import LoraPart
 from lorakit.adapters.layers.wrapper import Attached
-from lorakit.adapters.loftq import loftq
 from lorakit.adapters.manage import attached
 from lorakit.adapters.peft_files.save import save_adapter
+from lorakit.adapters.start import start_adapter
 from lorakit.config.errors import LorakitError
 from lorakit.config.training import OPTIMIZERS, TrainConfig
 from lorakit.data.batching import Order, batches, collate
@@ -118,7 +116,9 @@ def train(
     with run_state.only_run_in(output_dir):
         resumed = resumed_state(output_dir, config)
         torch.manual_seed(config.seed)  # dropout
-        _start_adapter(model, examples, config)
+        started = start_adapter(model, lambda: _few_batches(model, examples, config))
+        if started is not None:
+            print(started)
         layers = _trainable_layers(model)  # EVA may have left some out
         optimizer, shares = _optimizer(model, config)
         order = Order(examples, config)
@@ -235,19 +235,6 @@ def _trainable_layers(model: Decoder) -> dict[str, Attached]:
             "train: gradients of a float16 model underflow; load it in bfloat16 or float32"
         )
     return layers
-
-
-def _start_adapter(model: Decoder, examples: Examples, config: TrainConfig) -> None:
-    """Where init_lora_weights is "loftq" or "eva" and nobody has done it yet."""
-    parts = [each.adapters[each.selected] for each in _trainable_layers(model).values()]
-    awaited = {part.awaits for part in parts if isinstance(part, LoraPart)}
-    if "loftq" in awaited:
-        print(loftq(model))
-    if "eva" in awaited:
-        was_training = model.training
-        model.eval()
-        print(eva(model, _few_batches(model, examples, config)))
-        model.train(was_training)
 
 
 def _few_batches(
