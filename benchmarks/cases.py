@@ -9,7 +9,6 @@ one row's error.
 """
 
 import functools
-import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -36,7 +35,7 @@ PEERS = {
 GPU_ONLY = ("Liger",)
 OVERWRITES = ("Liger",)  # its inputs, with outputs or gradients: it gets copies of its own
 # The two ways of lorakit's to multiply a few rows by a packed matrix, for any number of them:
-# (one_by_one, by_tiles) as in FEW_ROWS of kernels/frozen_linear, which says when to take which.
+# (one_by_one, by_tiles) as in FEW_ROWS of kernels/ops/frozen_linear, which says when to take which.
 WAYS = {"lorakit vector": (2**30, 0), "lorakit tiles": (0, 2**30)}
 RANK, SCALING = 16, 2.0  # of the adapters
 
@@ -220,7 +219,7 @@ def losses(s: Setting) -> Iterator[Case]:
     what `linear_cross_entropy` does to a chunk.
     """
     ops, T = lk.kernels, s.sizes.tokens
-    module = importlib.import_module("lorakit.kernels.cross_entropy")
+    module = lk.kernels.ops.cross_entropy
     for V in s.sizes.vocabularies:
         logits, y = s.random(T, V, grad=True), torch.randint(V, (T,), device=s.device)
         yield Case(
@@ -293,7 +292,7 @@ def quantization(s: Setting) -> Iterator[Case]:
     """Double quantization on, blocks of 64. In panels: all of the matrix in memory that exists, a
     piece after the other, as products take it.
     """
-    ops, panels = lk.kernels, importlib.import_module("lorakit.kernels.frozen_linear").panels
+    ops, panels = lk.kernels, lk.kernels.ops.frozen_linear.panels
     for N, K in s.sizes.matrices:
         w, shape = torch.randn(N, K, device=s.device), f"{N}x{K}"
         q, q8 = ops.quantize_nf4(w), ops.quantize_int8(w)
@@ -330,7 +329,7 @@ def quantization(s: Setting) -> Iterator[Case]:
 
 def products(s: Setting) -> Iterator[Case]:
     """x [M, K] with a packed weight [N, K], without gradients, as in generation."""
-    ops, module = lk.kernels, importlib.import_module("lorakit.kernels.frozen_linear")
+    ops, module = lk.kernels, lk.kernels.ops.frozen_linear
 
     def by_way(way: tuple[int, int], x: Tensor, q: object) -> Tensor:
         forced = dict.fromkeys(module.FEW_ROWS, module.FewRows(*way))

@@ -242,8 +242,8 @@ def by_rows(rows: list[Row]) -> dict[str, dict[str, dict[int, float]]]:
 
 
 def few_rows(found: dict[str, dict[int, float]]) -> tuple[int, int] | None:
-    """What FEW_ROWS of kernels/frozen_linear should say: up to how many rows one at a time is the
-    fastest, and up to how many one of the two ways beats dequantizing; of those measured.
+    """What FEW_ROWS of kernels/ops/frozen_linear should say: up to how many rows one at a time is
+    the fastest, and up to how many one of the two ways beats dequantizing; of those measured.
     """
     vector, tiles, dense = (found.get(name, {}) for name in (*WAYS, "dequantize, torch"))
     counts = sorted(vector.keys() & tiles.keys() & dense.keys())

@@ -68,8 +68,8 @@ NAMES = {
 
 # under TRITON_INTERPRET=1 they would come into being as interpreted functions, which do not compile
 for folder in lk.kernels.__path__:
-    for file in Path(folder).glob("*/triton.py"):
-        importlib.import_module(f"lorakit.kernels.{file.parent.name}.triton")
+    for file in Path(folder).glob("ops/*/triton.py"):
+        importlib.import_module(f"lorakit.kernels.ops.{file.parent.name}.triton")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
     python examples/custom_op.py                       # on a machine with a GPU: compiled
 
 The op is the squared ReLU (arXiv:2109.08668): y = max(x, 0)^2, dy/dx = 2 max(x, 0). In the library
-it would be the folder kernels/squared_relu, and each part below says which file it would be.
+it would be the folder kernels/ops/squared_relu, and each part below says which file it would be.
 """
 
 import torch
@@ -15,14 +15,14 @@ import lorakit as lk
 
 dispatch = lk.kernels.dispatch
 
-# ---- kernels/squared_relu/reference.py: plain torch, read first, right on any device -------------
+# ---- kernels/ops/squared_relu/reference.py: plain torch, read first, right on any device ---------
 
 
 def reference(x: Tensor) -> Tensor:
     return torch.relu(x).square()
 
 
-# ---- kernels/squared_relu/triton.py: only such files import triton, and only when they run -------
+# ---- kernels/ops/squared_relu/triton.py: only such files import triton, and only when they run ---
 
 if dispatch.has_triton():
     import triton
@@ -70,7 +70,7 @@ class SquaredReLU(torch.autograd.Function):
         return dx
 
 
-# ---- kernels/squared_relu/__init__.py: the mathematics, and the one public function --------------
+# ---- kernels/ops/squared_relu/__init__.py: the mathematics, and the one public function ----------
 
 
 def squared_relu(x: Tensor) -> Tensor:

@@ -5,18 +5,18 @@ Importing this package has no side effects: no library is loaded and no GPU is t
 runs.
 """
 
-from .adamw import Moment8bit, adamw_step, adamw_step_8bit
-from .attention import attention
-from .cross_entropy import cross_entropy, linear_cross_entropy
-from .decode import DecodeCache, DecodeLayer, DecodePlan, decode_compiled, decode_step
 from .dispatch import use_backend
-from .frozen_linear import Packed, dequantize, dequantize_rows, frozen_linear
-from .int8 import Int8Tensor, dequantize_int8, quantize_int8
-from .lora_linear import LoraWeights, lora_linear, lora_mlp, lora_qkv, lora_row_norms
-from .nf4 import NF4Tensor, dequantize_nf4, quantize_fp4, quantize_nf4
-from .rms_norm import add_rms_norm, rms_norm
-from .rope import norm_rope, rope
-from .swiglu import gated, gated_backward_, geglu, swiglu
+from .ops.adamw import Moment8bit, adamw_step, adamw_step_8bit
+from .ops.attention import attention
+from .ops.cross_entropy import cross_entropy, linear_cross_entropy
+from .ops.decode import DecodeCache, DecodeLayer, DecodePlan, decode_compiled, decode_step
+from .ops.frozen_linear import Packed, dequantize, dequantize_rows, frozen_linear
+from .ops.int8 import Int8Tensor, dequantize_int8, quantize_int8
+from .ops.lora_linear import LoraWeights, lora_linear, lora_mlp, lora_qkv, lora_row_norms
+from .ops.nf4 import NF4Tensor, dequantize_nf4, quantize_fp4, quantize_nf4
+from .ops.rms_norm import add_rms_norm, rms_norm
+from .ops.rope import norm_rope, rope
+from .ops.swiglu import gated, gated_backward_, geglu, swiglu
 
 __all__ = [
     "DecodeCache",

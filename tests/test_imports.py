@@ -119,13 +119,13 @@ def test_every_room_is_in_the_table():
         ("lorakit.models", "from ..training import optim", "imports training"),
         ("lorakit.files", "from lorakit import models", "imports models"),
         ("lorakit.training", "import lorakit", "lorakit itself"),
-        ("lorakit.kernels.nf4", "from lorakit.config.errors import check", "imports config"),
+        ("lorakit.kernels.ops.nf4", "from lorakit.config.errors import check", "imports config"),
         ("lorakit.kernels", "import numpy", "may not import numpy"),
         ("lorakit.config", "import yaml", "may not import yaml"),
         ("lorakit.training", "import peft", "for tests and benchmarks"),
         ("lorakit.training", "from transformers.models import llama", "for tests and benchmarks"),
         ("lorakit.training", "from lorakit.models.load import _secret", "_secret is private"),
-        ("lorakit.kernels.rope", "from ..nf4 import _secret", "_secret is private"),
+        ("lorakit.kernels.ops.rope", "from ..nf4 import _secret", "_secret is private"),
         (
             "lorakit.training",
             "from lorakit.models import load\nload._secret()",
@@ -147,7 +147,7 @@ def test_a_planted_import_against_the_order_is_found(package, line, said):
         ("lorakit.adapters.methods", "from lorakit.adapters.layers.lora import LoraLinear"),
         ("lorakit.cli", "import lorakit as lk\nfrom lorakit import LorakitError, __version__"),
         ("lorakit.cli", "from lorakit.cli.run_file import read_run_file"),
-        ("lorakit.kernels.rope", "from .. import dispatch\nfrom . import reference"),
+        ("lorakit.kernels.ops.rope", "from ... import dispatch\nfrom . import reference"),
     ],
 )
 def test_an_import_within_the_order_passes(package, line):

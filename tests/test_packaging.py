@@ -66,7 +66,7 @@ def test_wheel_contents(wheel):
     assert re.fullmatch(r"lorakit-[\d.]+-py3-none-\w+\.whl", wheel.name)
     tops = {name.partition("/")[0] for name in names}
     assert len(tops) == 2  # lorakit and its dist-info: no top-level package `kernels`
-    assert "lorakit/kernels/nf4/reference.py" in names
+    assert "lorakit/kernels/ops/nf4/reference.py" in names
     assert "lorakit/kernels/liblorakit_cpu.so" in names or sys.platform != "linux"
     assert not [name for name in names if name.endswith((".cpp", ".h"))]
     assert any(name.endswith("LICENSE") for name in names)
@@ -90,7 +90,7 @@ def test_sdist_holds_what_a_build_needs(tmp_path):
     for needed in (
         "CMakeLists.txt",
         "kernels/simd.h",
-        "kernels/nf4/cpu.cpp",
+        "kernels/ops/nf4/cpu.cpp",
         "lorakit/cli.py",
         "LICENSE",
     ):

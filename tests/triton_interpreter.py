@@ -26,8 +26,8 @@ from triton.runtime import interpreter, jit
 from lorakit import kernels
 
 for folder in kernels.__path__:  # with TRITON_INTERPRET=1 they would be made interpreted for good
-    for file in Path(folder).glob("*/triton.py"):
-        importlib.import_module(f"lorakit.kernels.{file.parent.name}.triton")
+    for file in Path(folder).glob("ops/*/triton.py"):
+        importlib.import_module(f"lorakit.kernels.ops.{file.parent.name}.triton")
 
 Builder, Handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
 _functions: dict = {}

@@ -6,7 +6,7 @@ from lorakit import kernels
 from lorakit.config.errors import LorakitError
 from lorakit.config.quantization import QuantConfig
 from lorakit.files.safetensors import LazyTensor
-from lorakit.kernels.nf4.tensor import MARK, read_state
+from lorakit.kernels.ops.nf4.tensor import MARK, read_state
 
 
 def fold_packed(tensors: Mapping[str, LazyTensor], where: str) -> dict[str, LazyTensor]:

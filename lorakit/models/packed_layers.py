@@ -23,7 +23,7 @@ from lorakit import kernels
 from lorakit.config.errors import LorakitError, nearest
 from lorakit.config.fields import DTYPES
 from lorakit.config.quantization import QuantConfig
-from lorakit.kernels.nf4.tensor import NESTED_BLOCK
+from lorakit.kernels.ops.nf4.tensor import NESTED_BLOCK
 
 
 class PackedWeight(nn.Module):

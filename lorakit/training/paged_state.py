@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lorakit.config.errors import LorakitError
-from lorakit.kernels.adamw.state import BLOCK
+from lorakit.kernels.ops.adamw.state import BLOCK
 from lorakit.training.paging import (
     PAGE_BYTES,
     FileStore,

@@ -23,7 +23,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
 from lorakit.config.training import TrainConfig
-from lorakit.kernels import __name__ as KERNELS
+from lorakit.kernels.ops import __name__ as OPS
 from lorakit.models.decoder import Decoder
 from lorakit.models.tokenizer import Tokenizer
 from lorakit.training.train import Rows, train
@@ -97,8 +97,8 @@ def _functions() -> dict[str, str]:
     """The profiler's names of lorakit's ops -> the rows that they belong to."""
     names = {}
     for function in torch.autograd.Function.__subclasses__():
-        if function.__module__.startswith(f"{KERNELS}."):
-            folder = function.__module__[len(KERNELS) + 1 :].partition(".")[0]
+        if function.__module__.startswith(f"{OPS}."):
+            folder = function.__module__[len(OPS) + 1 :].partition(".")[0]
             row = f"{folder}: {function.__name__.strip('_')}"
             names[function.__name__] = row
             names[f"{function.__name__}Backward"] = f"{row} backward"

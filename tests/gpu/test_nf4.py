@@ -5,7 +5,7 @@ import torch
 
 import lorakit as lk
 from lorakit import kernels
-from lorakit.kernels.nf4.tensor import BLOCK_SIZES
+from lorakit.kernels.ops.nf4.tensor import BLOCK_SIZES
 from tests.gpu.operations import DTYPES, random, same_bits
 
 CPU = torch.device("cpu")

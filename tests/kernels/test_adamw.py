@@ -16,9 +16,9 @@ import triton.language as tl
 
 from lorakit import kernels
 from lorakit.kernels import Moment8bit, dispatch
-from lorakit.kernels.adamw import lists, reference
-from lorakit.kernels.adamw.state import BLOCK, signed_map, unsigned_map
-from lorakit.kernels.adamw.triton import ALIGNMENT, _code
+from lorakit.kernels.ops.adamw import lists, reference
+from lorakit.kernels.ops.adamw.state import BLOCK, signed_map, unsigned_map
+from lorakit.kernels.ops.adamw.triton import ALIGNMENT, _code
 from tests.triton_interpreter import DEVICE, on_triton
 
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from lorakit import kernels
 from lorakit.kernels import dispatch
-from lorakit.kernels.attention import cpu
+from lorakit.kernels.ops.attention import cpu
 from tests.instruction_sets import ISAS, on_cpu
 
 pytestmark = pytest.mark.skipif(dispatch.library() is None, reason="the library was not built")

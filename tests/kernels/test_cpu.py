@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 from lorakit import kernels
 from lorakit.kernels import Moment8bit, dispatch
-from lorakit.kernels.adamw.state import BLOCK, signed_map, unsigned_map
-from lorakit.kernels.swiglu import ACTIVATIONS
+from lorakit.kernels.ops.adamw.state import BLOCK, signed_map, unsigned_map
+from lorakit.kernels.ops.swiglu import ACTIVATIONS
 from tests.exact import exact_norm, exact_turn
 from tests.instruction_sets import ISAS, on_cpu
 
@@ -285,7 +285,7 @@ def test_norm_rope_of_views_and_of_what_it_does_not_fuse():
     """Heads of one projection are read where they lie; a trained weight, one of another dtype and
     wide heads take the two ops.
     """
-    from lorakit.kernels.rope import cpu
+    from lorakit.kernels.ops.rope import cpu
 
     for D, dtype, trained, calls in (
         (16, torch.float32, False, 1),
@@ -429,8 +429,8 @@ def test_cross_entropy(isa, rows, V, dtype, form, ignored, scale, seed):
 )  # fmt: skip
 def test_loss_and_gradient_of_a_chunk(isa, rows, V, dtype, form, scale, seed):
     """In the memory of the logits, and the bits of the op that keeps them."""
-    from lorakit.kernels.cross_entropy import cpu
-    from lorakit.kernels.cross_entropy.linear import Form
+    from lorakit.kernels.ops.cross_entropy import cpu
+    from lorakit.kernels.ops.cross_entropy.linear import Form
 
     logits = random(seed, rows, V, scale=scale).to(dtype)
     labels = torch.randint(V, (rows,), generator=torch.Generator().manual_seed(seed))
@@ -487,7 +487,7 @@ def test_linear_cross_entropy(dtype, softcap):
     def exactly(hidden, weight):
         return exact_loss(hidden @ weight.t(), labels, softcap)
 
-    from lorakit.kernels.cross_entropy import linear
+    from lorakit.kernels.ops.cross_entropy import linear
 
     with mock.patch.multiple(linear, CHUNK_BYTES=4 * 5 * 300, FEWEST=1):
         with on_cpu():
@@ -659,10 +659,10 @@ def test_codes_around_every_edge(isa):
 
 def test_which_backend_runs():
     """fp32 and bf16 by the kernels, everything else by the reference, as by use_backend."""
-    from lorakit.kernels.cross_entropy import cpu as cross_entropy
-    from lorakit.kernels.rms_norm import cpu as rms_norm
-    from lorakit.kernels.rope import cpu as rope
-    from lorakit.kernels.swiglu import cpu as swiglu
+    from lorakit.kernels.ops.cross_entropy import cpu as cross_entropy
+    from lorakit.kernels.ops.rms_norm import cpu as rms_norm
+    from lorakit.kernels.ops.rope import cpu as rope
+    from lorakit.kernels.ops.swiglu import cpu as swiglu
 
     def ops(x, w):
         q = x.view(1, 2, 2, 8)
@@ -692,7 +692,7 @@ def test_which_optimizer_runs():
     """The kernel for what is fp32, dense and in host memory, wherever it begins; the reference for
     the others of a list, one by one.
     """
-    from lorakit.kernels.adamw import cpu
+    from lorakit.kernels.ops.adamw import cpu
 
     wide = random(0, 2, 601)
 

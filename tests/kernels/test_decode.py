@@ -5,7 +5,7 @@ import torch
 
 from lorakit import kernels
 from lorakit.kernels import decode, dispatch
-from lorakit.kernels.decode import (
+from lorakit.kernels.ops.decode import (
     DecodeCache,
     DecodeLayer,
     DecodePlan,

@@ -1,6 +1,5 @@
 """A packed weight a panel of rows at a time."""
 
-import importlib
 import math
 from unittest import mock
 
@@ -12,11 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakit import kernels
 from lorakit.kernels import dispatch
-from lorakit.kernels.frozen_linear import PANEL, panels
-from lorakit.kernels.nf4 import cpu
+from lorakit.kernels.ops import frozen_linear
+from lorakit.kernels.ops.frozen_linear import PANEL, panels
+from lorakit.kernels.ops.nf4 import cpu
 from tests.instruction_sets import ISAS, on_cpu
-
-frozen_linear = importlib.import_module("lorakit.kernels.frozen_linear")
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from lorakit import kernels
 from lorakit.kernels import LoraWeights, dispatch
-from lorakit.kernels.frozen_linear import weight_panels
-from lorakit.kernels.swiglu import ACTIVATIONS
+from lorakit.kernels.ops.frozen_linear import weight_panels
+from lorakit.kernels.ops.swiglu import ACTIVATIONS
 
 
 class Dense:

@@ -19,7 +19,7 @@ from safetensors.torch import load, save
 
 from lorakit import kernels
 from lorakit.kernels import dispatch, nf4
-from lorakit.kernels.nf4.tensor import BLOCK_SIZES
+from lorakit.kernels.ops.nf4.tensor import BLOCK_SIZES
 from tests.instruction_sets import ISAS, on_cpu
 
 CPU = torch.device("cpu")

@@ -1,7 +1,5 @@
 """The small ops against fp64: |op - fp64| <= 2 |torch in the same dtype - fp64| + one rounding."""
 
-import importlib
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorakit import kernels
+from lorakit.kernels.ops.cross_entropy import linear
 
 
 def within_budget(ours, same_dtype, truth):
@@ -163,7 +162,7 @@ def test_attention(lengths, group, window, softcap, kind):
 
 def test_soft_capped_attention_in_chunks(monkeypatch):
     """Chunks of query rows, computed again for backward, change nothing but the order of sums."""
-    from lorakit.kernels.attention import reference
+    from lorakit.kernels.ops.attention import reference
 
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 40, 4, 8), torch.randn(2, 40, 2, 8), torch.randn(2, 40, 2, 8)
@@ -194,7 +193,6 @@ def test_linear_cross_entropy(rows, vocab, ignored, seed, small_chunks, softcap)
     torch.manual_seed(seed)
     hidden, weight = torch.randn(rows, 16), torch.randn(vocab, 16)
     labels = torch.randint(vocab, (rows,)).masked_fill(torch.rand(rows) < ignored, -100)
-    linear = importlib.import_module("lorakit.kernels.cross_entropy.linear")
     h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
         if small_chunks:  # several chunks
@@ -226,7 +224,6 @@ def test_linear_cross_entropy_of_an_adapted_head(rows, vocab, small_chunks, pack
     dense = kernels.dequantize_nf4(weight) if packed else dense
     A, B = torch.randn(3, 64), torch.randn(vocab, 3)
     labels = torch.randint(vocab, (rows,)).masked_fill(torch.rand(rows) < 0.3, -100)
-    linear = importlib.import_module("lorakit.kernels.cross_entropy.linear")
     ours = [t.clone().requires_grad_() for t in (hidden, A, B)]
     with pytest.MonkeyPatch.context() as patch:
         if small_chunks:

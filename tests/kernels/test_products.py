@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from lorakit import kernels
 from lorakit.kernels import dispatch, products
-from lorakit.kernels.lora_linear import cpu, reference
-from lorakit.kernels.products import Sum, Term, sums_of_products
-from lorakit.kernels.products import reference as spelled_out
+from lorakit.kernels.ops.lora_linear import cpu, reference
+from lorakit.kernels.ops.products import Sum, Term, sums_of_products
+from lorakit.kernels.ops.products import reference as spelled_out
 
 FITS = products.available(torch.zeros(1, 2, dtype=torch.bfloat16))
 pytestmark = pytest.mark.skipif(not FITS, reason="for processors with AVX512-BF16")

@@ -13,7 +13,7 @@ import pytest
 from tests.instruction_sets import ISAS
 
 ROOT = Path(__file__).parents[2]
-SOURCES = sorted(ROOT.glob("kernels/*/cpu.cpp"))
+SOURCES = sorted(ROOT.glob("kernels/ops/*/cpu.cpp"))
 AVX2 = ("-mavx2", "-mfma")
 FLAGS = {
     "scalar": (),

@@ -10,7 +10,6 @@ its end shows in the result, a write beyond it and an output left unwritten fail
 
 import contextlib
 import dataclasses
-import importlib
 import math
 import re
 import threading
@@ -26,15 +25,14 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 from lorakit import kernels
 from lorakit.kernels import dispatch
-from lorakit.kernels.adamw.lists import fits
-from lorakit.kernels.nf4.tensor import BLOCK_SIZES, LEVELS
-from lorakit.kernels.swiglu import ACTIVATIONS
+from lorakit.kernels.ops import frozen_linear
+from lorakit.kernels.ops.adamw import triton as adamw
+from lorakit.kernels.ops.adamw.lists import fits
+from lorakit.kernels.ops.nf4.tensor import BLOCK_SIZES, LEVELS
+from lorakit.kernels.ops.swiglu import ACTIVATIONS
 from tests.conftest import tiny
 from tests.exact import exact_norm, exact_turn
 from tests.triton_interpreter import DEVICE, interpreted, narrow, on_triton, widen
-
-adamw = importlib.import_module("lorakit.kernels.adamw.triton")
-frozen_linear = importlib.import_module("lorakit.kernels.frozen_linear")  # the function hides it
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 dtypes = st.sampled_from(DTYPES)
@@ -163,7 +161,7 @@ def test_the_same_kernel_compiles_after_it_was_interpreted():
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from lorakit.kernels.swiglu import triton as swiglu
+    from lorakit.kernels.ops.swiglu import triton as swiglu
 
     gate = random(0, 64).cpu()
     with interpreted(), kernels.use_backend("triton"):
@@ -409,8 +407,8 @@ def test_cross_entropy(rows, vocabulary, padded, cap, smoothing, z_loss, dtype, 
 
 
 def test_cross_entropy_writes_its_gradient_and_nothing_else():
-    from lorakit.kernels.cross_entropy import triton as ours
-    from lorakit.kernels.cross_entropy.linear import Form
+    from lorakit.kernels.ops.cross_entropy import triton as ours
+    from lorakit.kernels.ops.cross_entropy.linear import Form
 
     rows, vocabulary = 3, 37
     memory = torch.full((rows + 2, 64), 7.0, device=DEVICE)
@@ -529,7 +527,7 @@ def test_the_look_up_in_ptx(quant_type):
     """Inline assembly is not interpreted: its instructions, carried out here, for all bytes in all
     four places, give the levels bit for bit.
     """
-    from lorakit.kernels.nf4.triton import ptx
+    from lorakit.kernels.ops.nf4.triton import ptx
 
     words = np.random.default_rng(0).permutation(2**16).astype(np.uint32)
     words = np.concatenate(

@@ -1,7 +1,6 @@
 """Packed layers: their product, their parameters, their moves; and the walk that places them."""
 
 import copy
-import importlib
 import math
 
 import pytest
@@ -10,6 +9,8 @@ from torch import nn
 
 import lorakit as lk
 from lorakit import kernels
+from lorakit.kernels.ops import frozen_linear
+from lorakit.kernels.ops.cross_entropy import linear
 from lorakit.models.packed_layers import (
     Int8Embedding,
     Int8Linear,
@@ -242,8 +243,6 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_changes(bad):
 def test_linear_cross_entropy_with_a_packed_head(monkeypatch, kind, softcap):
     """Loss and gradient with the head a panel at a time are those with the dense head."""
     torch.manual_seed(0)
-    linear = importlib.import_module("lorakit.kernels.cross_entropy.linear")
-    frozen_linear = importlib.import_module("lorakit.kernels.frozen_linear")
     monkeypatch.setattr(frozen_linear, "PANEL", 64 * 30)  # several panels, the last one short
     monkeypatch.setattr(linear, "CHUNK_BYTES", 4 * 101 * 7)
     monkeypatch.setattr(linear, "FEWEST", 1)

@@ -1,0 +1,176 @@
+"""The kernels of cpu.cpp, in host memory: fp32; bf16, with sums in fp32 and, unless the processor
+multiplies bf16 itself, products too; and fp16 by way of fp32 copies. q, k, v and the gradient are
+read where they lie, whatever their strides, if the D values of a head are side by side.
+"""
+
+import ctypes
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import dispatch
+from ...dispatch import CPU_DTYPES, FLOAT, INT64, POINTER, address, run
+
+
+class View(ctypes.Structure):
+    """cpu.cpp's."""
+
+    _fields_ = (("data", POINTER), *((name, INT64) for name in ("batch", "token", "head")))
+
+
+class Attention(ctypes.Structure):
+    """cpu.cpp's."""
+
+    _fields_ = (
+        *((name, View) for name in ("q", "k", "v", "dy", "y", "dq")),
+        *((name, POINTER) for name in ("lse", "dk", "dv", "mask")),
+        *((name, POINTER) for name in ("blocks", "seen", "turns", "space")),
+        *((name, INT64) for name in ("count", "mask_batch", "mask_token", "slots", "size")),
+        *((name, INT64) for name in ("T", "S", "Hq", "Hk", "D", "tokens", "window")),
+        *((name, FLOAT) for name in ("scale", "softcap")),
+    )
+
+
+class Options(NamedTuple):
+    scale: float
+    softcap: float  # 0: none
+    window: int
+    lengths: tuple[int, ...]
+
+
+def fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> bool:
+    """Whether the kernels take them. Of a single token each key and value is used once: laying them
+    out for the kernels would cost more than that.
+    """
+    (B, T, Hq, D), (S, Hk) = q.shape, k.shape[1:3]
+    same = q.dtype in dispatch.FLOATS and q.dtype == k.dtype == v.dtype
+    if not same or k.shape != (B, S, Hk, D) or v.shape != k.shape or Hq % Hk or T == 1:
+        return False
+    if scale is not None and scale <= 0:
+        return False
+    if mask is None:
+        return T == S
+    shapes = (T, S), (1, 1, T, S), (B, 1, T, S)
+    return mask.dtype == torch.bool and mask.shape in shapes
+
+
+def _view(x: Tensor | None) -> View:
+    return View() if x is None else View(x.data_ptr(), *x.stride()[:3])
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@functools.lru_cache(maxsize=64)
+def _sizes(isa: str, D: int, group: int) -> tuple[int, ...]:
+    """Of a block in tokens, of a block in keys, of a thread's space in floats."""
+    sizes = (INT64 * 3)()
+    dispatch.function("attention_sizes", INT64, INT64, POINTER)(D, group, ctypes.addressof(sizes))
+    return tuple(sizes)
+
+
+@functools.lru_cache(maxsize=16)  # the layers of a model, forward and backward, ask for the same
+def _blocks(B: int, lengths: tuple[int, ...], tokens: int) -> Tensor:
+    """cpu.cpp's, of the documents in each row of the batch: those of the latest tokens first."""
+    starts = list(itertools.accumulate(lengths, initial=0))[:-1]
+    blocks = [
+        (b * len(lengths) + i, b, start, length, number)
+        for b in range(B)
+        for i, (start, length) in enumerate(zip(starts, lengths, strict=True))
+        for number in range(-(-length // tokens))
+    ]
+    blocks.sort(key=lambda block: -block[4])
+    return torch.tensor(blocks, dtype=torch.int64, device="cpu")
+
+
+def _launch(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    options: Options,
+    *,
+    dy: Tensor | None = None,
+    dq: Tensor | None = None,
+    dk: Tensor | None = None,
+    dv: Tensor | None = None,
+) -> None:
+    (B, T, Hq, D), (S, Hk), on = q.shape, k.shape[1:3], q.device
+    tokens, keys, size = _sizes(dispatch.isa(), D, Hq // Hk)
+    blocks = _blocks(B, options.lengths, tokens)
+    documents, slots = B * len(options.lengths), min(torch.get_num_threads(), len(blocks) * Hk)
+    space = torch.empty((slots, size), dtype=torch.float32, device=on)
+    turns = None
+    if dk is not None:
+        turns = torch.zeros((documents, Hk, -(-S // keys)), dtype=torch.int32, device=on)
+    seen, strides = None, (0, 0)
+    if mask is not None:
+        shape = documents, -(-T // tokens), -(-S // keys)
+        seen = torch.empty(shape, dtype=torch.uint8, device=on)
+        strides = 0 if mask.shape[0] == 1 else mask.stride(0), mask.stride(1)
+    arguments = Attention(
+        *(_view(x) for x in (q, k, v, dy, y, dq)),
+        *(address(x) for x in (lse, dk, dv, mask, blocks, seen, turns, space)),
+        *(len(blocks), *strides, slots, size),
+        *(T, S, Hq, Hk, D, tokens, options.window, options.scale, options.softcap),
+    )
+    run(op, q.dtype, arguments)
+
+
+class BlockwiseAttention(torch.autograd.Function):
+    """q [B, T, Hq, D], k and v [B, S, Hk, D], mask [B or 1, T, S] or None -> [B, T, Hq, D]"""
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, options):
+        q, k, v = (_dense_rows(x) for x in (q, k, v))
+        B, T, Hq, _ = q.shape
+        y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        lse = torch.empty((B, Hq, T), dtype=torch.float32, device=q.device)
+        _launch("attention", q, k, v, y, lse, mask, options)
+        ctx.save_for_backward(q, k, v, y, lse, mask)
+        ctx.options = options
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        q, k, v, y, lse, mask = ctx.saved_tensors
+        B, S, Hk, D = k.shape
+        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        wide = (B, S, Hk, -(-D // 16) * 16)  # whole vectors, to which the units add in fp32
+        dk, dv = (torch.zeros(wide, dtype=torch.float32, device=q.device) for _ in range(2))
+        gradients = {"dy": _dense_rows(dy), "dq": dq, "dk": dk, "dv": dv}
+        _launch("attention_backward", q, k, v, y, lse, mask, ctx.options, **gradients)
+        return dq, *(x[..., :D].to(k.dtype) for x in (dk, dv)), None, None
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    window: int | None,
+    lengths: Sequence[int] | None,
+) -> Tensor:
+    """Of what `fits`; `window` goes without a mask. Raises ValueError unless the lengths add up."""
+    T, D = q.shape[1], q.shape[3]
+    lengths = (T,) if lengths is None else tuple(lengths)
+    if sum(lengths) != T or min(lengths, default=0) < 0:
+        raise ValueError(f"the lengths {list(lengths)} do not add up to the {T} tokens")
+    options = Options(scale or D**-0.5, softcap or 0.0, T if window is None else window, lengths)
+    if mask is not None:
+        mask = _dense_rows(mask[None] if mask.dim() == 2 else mask[:, 0])
+    dtype = q.dtype
+    if dtype not in CPU_DTYPES:
+        q, k, v = q.float(), k.float(), v.float()
+    return BlockwiseAttention.apply(q, k, v, mask, options).to(dtype)

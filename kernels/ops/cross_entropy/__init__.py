@@ -1,0 +1,124 @@
+"""Next-token cross-entropy, summed over the labels that count; alone, and fused with the head.
+
+With logits z and label y, in fp32,
+
+    loss = logsumexp(z) - z_y          d loss / d z = softmax(z) - onehot(y)
+
+A soft cap c (Gemma 2) replaces z by c tanh(z / c), of slope 1 - tanh^2(z / c). Label smoothing e
+(arXiv:1512.00567) wants a share e of the probability spread over all V words, and the z-loss a
+(arXiv:2204.02311, section 5) keeps the normalizer near 1:
+
+    loss = logsumexp(z) - (1 - e) z_y - e mean(z) + a logsumexp(z)^2
+    d loss / d z = softmax(z) (1 + 2 a logsumexp(z)) - (1 - e) onehot(y) - e / V
+
+Both functions return the sum and the number of labels that were not `ignore_index`, so
+that a caller can add up micro-batches of different length and divide once: the mean of means weighs
+short batches too much.
+
+`linear_cross_entropy` takes the hidden states instead of the logits. The logits of a large
+vocabulary are the biggest tensor of a training step (T x V x 4 bytes: 0.8 GB for 4096 tokens of a
+49,152-word model), so it walks the rows in chunks (24 MB of logits, on a GPU 256) and computes the
+gradient in the forward pass, while a chunk's logits are at hand; backward only scales it. The cost:
+a gradient is computed even if backward never runs, unless gradients are disabled.
+
+A head with a low-rank update, W + s B A, gets it chunk by chunk (`lora_linear` has the formulas).
+
+A packed head (NF4 or int8) is dequantized some thousand rows of the vocabulary at a time, and the
+dense head never exists: twice for every chunk, for the logits and for the gradient. The same way
+a head in 16 bits becomes fp32 where the processor has no products of 16 bits.
+"""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ... import dispatch
+from ..frozen_linear import Packed
+from . import cpu, reference
+from .linear import Form, LinearCrossEntropy
+
+
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor]:
+    """logits [..., V] before any soft cap, labels int64 [...] -> (summed loss fp32 [], count int64
+    []). The module tells what `softcap`, `label_smoothing` and `z_loss` add.
+    """
+    form = Form(softcap, label_smoothing, z_loss)
+    backend = _backend(logits) if labels.shape == logits.shape[:-1] else reference
+    if backend is reference:
+        return reference.cross_entropy(logits, labels, form, ignore_index)
+    flat, labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).contiguous()
+    with dispatch.on_device(logits):
+        total = CrossEntropy.apply(flat, labels, form, ignore_index, backend)
+    return total, (labels != ignore_index).sum()
+
+
+class CrossEntropy(torch.autograd.Function):
+    """logits [N, V], labels int64 [N] -> summed loss fp32 []"""
+
+    @staticmethod
+    def forward(ctx, logits, labels, form, ignore_index, backend):
+        if logits.stride(-1) != 1:
+            logits = logits.contiguous()
+        loss, lse = backend.loss_and_lse(logits, labels, form, ignore_index)
+        ctx.save_for_backward(logits, labels, lse)
+        ctx.options, ctx.backend = (form, ignore_index), backend
+        return loss.sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        logits, labels, lse = ctx.saved_tensors
+        return ctx.backend.gradient(logits, labels, lse, grad, *ctx.options), *(None,) * 4
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor | Packed,
+    labels: Tensor,
+    *,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of hidden [..., H] @ weight [V, H]^T, never building all the logits.
+
+    labels: int64 [...]; rows whose label is `ignore_index` are left out before the product.
+    lora: lora_A [r, H], lora_B [V, r] and s of a head weight + s B A. Returns (summed loss fp32 [],
+    count int64 []); differentiable in hidden, in a dense weight, in A and in B.
+    """
+    rows = (labels.reshape(-1) != ignore_index).nonzero()[:, 0]
+    picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows)
+    lora_A, lora_B, scaling = (None, None, 0.0) if lora is None else lora
+    if not torch.is_grad_enabled():  # no gradient while the logits are at hand, then
+        weight, lora_A, lora_B = (
+            t.detach() if isinstance(t, Tensor) else t for t in (weight, lora_A, lora_B)
+        )
+    chosen = labels.reshape(-1)[rows]
+    form = Form(softcap, label_smoothing, z_loss)
+    with dispatch.on_device(picked):
+        total = LinearCrossEntropy.apply(
+            picked, weight, lora_A, lora_B, scaling, chosen, form, _backend(picked)
+        )
+    return total, (labels != ignore_index).sum()
+
+
+def _backend(x: Tensor) -> ModuleType:
+    if x.dtype not in dispatch.FLOATS:
+        return reference
+    picked = dispatch.pick(x.device, "cpu", "triton")
+    if picked == "triton":
+        from . import triton
+
+        return triton
+    return cpu if picked == "cpu" and cpu.fits(x) else reference

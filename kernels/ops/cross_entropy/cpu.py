@@ -1,0 +1,94 @@
+"""The kernels of cpu.cpp: fp32 and bf16, in host memory."""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from ... import dispatch
+from ...dispatch import CPU_DTYPES, FLOAT, INT64, POINTER, address, run
+from ..frozen_linear import Packed
+from ..products import Sum, Term, dense_rows, sums_of_products
+from .linear import Form, by_sums, is_ready, panels
+
+NONE_IGNORED = -(2**62)  # no label
+
+
+class Rows(ctypes.Structure):
+    """cpu.cpp's."""
+
+    _fields_ = (
+        *((name, POINTER) for name in ("logits", "labels", "loss", "lse", "gradient", "scale")),
+        *((name, INT64) for name in ("stride", "gradient_stride", "N", "V", "ignored")),
+        *((name, FLOAT) for name in ("cap", "smoothing", "z_loss")),
+    )
+
+
+def fits(x: Tensor) -> bool:
+    """Whether the kernels take it."""
+    return x.dtype in CPU_DTYPES
+
+
+def _run(
+    logits: Tensor, labels: Tensor, loss: Tensor | None, lse: Tensor, gradient: Tensor | None,
+    scale: Tensor | None, form: Form, ignore_index: int,
+) -> None:  # fmt: skip
+    pointers = [address(t) for t in (logits, labels, loss, lse, gradient, scale)]
+    strides = logits.stride(0), 0 if gradient is None else gradient.stride(0)
+    options = form.softcap or 0.0, form.label_smoothing, form.z_loss
+    arguments = Rows(*pointers, *strides, *logits.shape, ignore_index, *options)
+    run("cross_entropy", logits.dtype, arguments)
+
+
+def _check(labels: Tensor, V: int, ignore_index: int) -> None:
+    outside = ((labels < 0) | (labels >= V)) & (labels != ignore_index)
+    if outside.any():
+        label = labels[outside][0].item()
+        raise IndexError(f"label {label} is outside of the vocabulary of {V} words")
+
+
+def loss_and_lse(
+    logits: Tensor, labels: Tensor, form: Form, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """logits [N, V] (rows may lie apart), labels int64 [N] -> losses and log-sum-exps, fp32 [N].
+
+    Raises IndexError for a label that is no word.
+    """
+    _check(labels, logits.shape[1], ignore_index)
+    loss, lse = torch.empty((2, len(labels)), dtype=torch.float32).unbind()
+    _run(logits, labels, loss, lse, None, None, form, ignore_index)
+    return loss, lse
+
+
+def gradient(
+    logits: Tensor, labels: Tensor, lse: Tensor, scale: Tensor, form: Form, ignore_index: int,
+) -> Tensor:  # fmt: skip
+    """d (scale * sum of losses) / d logits [N, V]; scale: fp32 []."""
+    out = torch.empty(logits.shape, dtype=logits.dtype)
+    _run(logits, labels, None, lse, out, scale, form, ignore_index)
+    return out
+
+
+def logits(h: Tensor, head: Tensor | Packed) -> Tensor:
+    """h [n, H], head [V, H] -> [n, V] in h's dtype"""
+    if by_sums(h, head):
+        out = torch.empty((len(h), head.shape[0]), dtype=h.dtype)
+        sums_of_products([Sum([Term(dense_rows(h), head, True)], out)])
+        return out
+    if is_ready(head, h.dtype):
+        return dispatch.linear(h, head)
+    out = torch.empty((len(h), head.shape[0]), dtype=h.dtype)
+    for words, panel in panels(head, h.dtype):
+        torch.mm(h, panel.t(), out=out[:, words])
+    return out
+
+
+def loss_and_gradient(logits: Tensor, labels: Tensor, form: Form, need: bool) -> Tensor:
+    """logits [n, V], labels int64 [n] -> summed loss []. If they are needed, the gradients of the
+    logits are written over them.
+    """
+    _check(labels, logits.shape[1], NONE_IGNORED)
+    loss, lse = torch.empty((2, len(labels)), dtype=torch.float32).unbind()
+    found = logits if need else None
+    _run(logits, labels, loss, lse, found, torch.ones(()), form, NONE_IGNORED)
+    return loss.sum()

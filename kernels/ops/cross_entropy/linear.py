@@ -1,0 +1,130 @@
+"""Cross-entropy fused with the head: a chunk of rows at a time, gradients in the forward pass.
+
+The walk over the chunks is the same for every backend; what a backend does to a chunk's logits are
+two functions of its module, `logits` and `loss_and_gradient`.
+"""
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import dispatch
+from .. import products
+from ..frozen_linear import Packed, panels
+from ..products import Sum, Term
+
+# Logits held at a time: 24 MB on a CPU, but not fewer than FEWEST rows, because every chunk lays
+# the head out anew; on a GPU, which products of few rows leave half idle, 256 MB in bf16, a
+# multiple of TILE rows.
+CHUNK_BYTES, FEWEST = 24 << 20, 128
+CHUNK_LOGITS_GPU, TILE = 1 << 27, 128
+DEPTH = 4096  # words whose part of the hidden states' gradient is added up at a time
+
+
+class Form(NamedTuple):
+    """What is done to the logits, and what is added to the loss."""
+
+    softcap: float | None = None
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+
+def _chunk_rows(rows: int, vocabulary: int, hidden: Tensor) -> int:
+    """Of a chunk, where there are `rows` in all."""
+    if hidden.device.type == "cpu":
+        most = max(FEWEST, CHUNK_BYTES // (vocabulary * hidden.element_size()))
+        chunks = max(1, -(-rows // most))
+        return max(1, dispatch.rounded_up(-(-rows // chunks), hidden.device))
+    rows = max(1, CHUNK_LOGITS_GPU // vocabulary)
+    return rows - rows % TILE if rows > TILE else rows
+
+
+def is_ready(head: Tensor | Packed, dtype: torch.dtype) -> bool:
+    """Whether products in `dtype` can take the head as it is."""
+    return isinstance(head, Tensor) and head.dtype == dtype
+
+
+def by_sums(h: Tensor, head: Tensor | Packed) -> bool:
+    """Whether the products of h and a dense head are those of `products`."""
+    return isinstance(head, Tensor) and products.available(h) and products.takes(head)
+
+
+def _grad_hidden(grad: Tensor, head: Tensor | Packed, dtype: torch.dtype) -> Tensor:
+    """[n, V] @ [V, H] -> [n, H]"""
+    if by_sums(grad, head):
+        part = grad.new_empty(len(grad), head.shape[1], dtype=torch.float32)
+        total = torch.zeros_like(part)
+        for start in range(0, len(head), DEPTH):
+            words = slice(start, start + DEPTH)
+            products.sums_of_products([Sum([Term(grad[:, words], head[words], False)], part)])
+            total += part
+        return total
+    if is_ready(head, dtype):
+        return dispatch.linear(grad.to(dtype), head.t())
+    total = grad.new_zeros(len(grad), head.shape[1], dtype=torch.float32)
+    for words, panel in panels(head, dtype):
+        total += dispatch.linear(grad[:, words].to(dtype), panel.t())
+    return total
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """hidden [N, H], weight [V, H] dense or packed, labels [N] (all valid) -> summed loss [].
+
+    With lora_A [r, H] and lora_B [V, r] the head is weight + scaling B A.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, hidden, weight, lora_A, lora_B, scaling, labels, form: Form, backend: ModuleType
+    ):
+        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, lora_A, lora_B)]
+        need_hidden, need_weight, need_A, need_B = need = ctx.needs_input_grad[:4]
+        hidden = hidden.to(dispatch.product_dtype(hidden))
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight, grad_A, grad_B = (
+            torch.zeros_like(t, dtype=torch.float32) if needed else None
+            for t, needed in zip((weight, lora_A, lora_B), need[1:], strict=True)
+        )
+        if adapted := lora_A is not None:
+            A, sB = lora_A.to(hidden.dtype), (lora_B * scaling).to(hidden.dtype)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        step = _chunk_rows(len(labels), weight.shape[0], hidden)
+        for start in range(0, len(labels), step):
+            h, y = hidden[start : start + step], labels[start : start + step]
+            n, filling = len(h), dispatch.rounded_up(len(h), h.device) - len(h)
+            if filling:
+                h = F.pad(h, (0, 0, 0, filling))
+            logits = backend.logits(h, weight)  # [n, H] @ [H, V] -> [n, V]
+            if adapted:
+                low = h @ A.t()  # [n, H] @ [H, r]
+                logits.addmm_(low.to(logits.dtype), sB.t().to(logits.dtype))
+            total += backend.loss_and_gradient(logits[:n], y, form, any(need))
+            grad = logits  # what they have become; the filling has none
+            grad[n:] = 0
+            if need_hidden:
+                grad_hidden[start : start + step] = _grad_hidden(grad, weight, h.dtype)[:n]
+            if need_weight:
+                grad_weight += grad.t().float() @ h.float()
+            if need_B:
+                grad_B += scaling * (grad.t() @ low.to(grad.dtype)).float()
+            if adapted and (need_hidden or need_A):
+                dlow = grad.to(h.dtype) @ sB  # [n, V] @ [V, r]
+            if adapted and need_hidden:
+                grad_hidden[start : start + step].addmm_(dlow[:n].to(A.dtype), A)
+            if need_A:
+                grad_A += (dlow.t() @ h).float()
+            del logits, grad  # before the next chunk's are made
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_A, grad_B)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        scaled = (
+            None if g is None else (g.float() * grad).to(dtype)  # grad is one over the labels: fp32
+            for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return *scaled, None, None, None, None

@@ -1,0 +1,175 @@
+"""Cross-entropy on a GPU: one program per row in forward, one per piece of a row in backward.
+
+Forward reads the logits once, piece by piece, with the running maximum m and the sum s of
+exp(z - m): one exponential a logit and one a piece. It keeps the log-sum-exp alone. Backward reads
+the logits again and writes the gradient, over the logits where the caller gives them up.
+
+A soft cap z = c tanh(x / c) has the slope 1 - (z / c)^2; tanh is 2 s(2x / c) - 1, s the sigmoid.
+A vocabulary that is no multiple of 16 would make every access one of 16 bits. Where the rows of the
+logits lie that far apart, as a multiple of 16, the padding between them is read too, and not used;
+in the gradient, whose memory is made here, it is written with zeros.
+
+Nothing here waits for the device: counts and scales stay there. A label outside of the vocabulary
+therefore raises nothing; it makes loss and gradient NaN.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ... import dispatch
+from ..frozen_linear import Packed
+from .linear import Form, is_ready, panels
+
+BLOCK, THREADS = 4096, 256
+NONE_IGNORED = -(2**62)  # no label
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _capped(x, cap: tl.constexpr):
+    if cap is None:
+        return x
+    else:
+        return cap * (2 * tl.sigmoid(x * (2 / cap)) - 1)
+
+
+@triton.jit
+def _forward(
+    LOGITS, LABELS, LOSS, LSE, stride, V, padded, ignore_index: tl.constexpr, cap: tl.constexpr,
+    smoothing: tl.constexpr, z_loss: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(LABELS + row)
+    if label == ignore_index:
+        tl.store(LOSS + row, 0.0)
+        tl.store(LSE + row, 0.0)
+        return
+    start_of_row = LOGITS + row * stride
+    m = tl.full((), float("-inf"), tl.float32)
+    s = tl.full((), 0.0, tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    for start in range(0, V, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        x = tl.load(start_of_row + columns, mask=columns < padded, other=0.0).to(tl.float32)
+        z = _capped(x, cap)
+        if smoothing != 0:
+            total += tl.sum(tl.where(columns < V, z, 0.0))
+        z = tl.where(columns < V, z, float("-inf"))
+        largest = tl.maximum(m, tl.max(z))
+        base = tl.where(largest == float("-inf"), 0.0, largest)  # so far nothing but -inf
+        s = s * tl.exp2((m - base) * LOG2E) + tl.sum(tl.exp2((z - base) * LOG2E))
+        m = largest
+    known = (label >= 0) & (label < V)
+    lse = tl.where(known, m + tl.log2(s) * LN2, float("nan"))  # from where it reaches the gradient
+    chosen = _capped(tl.load(start_of_row + label, mask=known, other=0.0).to(tl.float32), cap)
+    loss = lse - (1 - smoothing) * chosen
+    if smoothing != 0:
+        loss -= smoothing * (total / V)
+    if z_loss != 0:
+        loss += z_loss * lse * lse
+    tl.store(LSE + row, lse)
+    tl.store(LOSS + row, loss)
+
+
+@triton.jit
+def _backward(
+    LOGITS, LABELS, LSE, SCALE, GRAD, stride, grad_stride, V, padded, ignore_index: tl.constexpr,
+    cap: tl.constexpr, smoothing: tl.constexpr, z_loss: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < padded
+    target = GRAD + row * grad_stride + columns
+    label = tl.load(LABELS + row)
+    if label == ignore_index:
+        tl.store(target, tl.zeros((BLOCK,), GRAD.dtype.element_ty), mask=inside)
+        return
+    x = tl.load(LOGITS + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
+    z = _capped(x, cap)
+    lse = tl.load(LSE + row)
+    grad = tl.exp2((z - lse) * LOG2E)
+    if z_loss != 0:
+        grad = grad * (1 + 2 * z_loss * lse)
+    grad = tl.where(columns == label.to(tl.int32), grad - (1 - smoothing), grad)
+    if smoothing != 0:
+        grad -= smoothing / V
+    if cap is not None:
+        part = z * (1 / cap)
+        grad = grad * (1 - part * part)
+    grad = grad * tl.load(SCALE)
+    if PADDED:
+        grad = tl.where(columns < V, grad, 0.0)
+    tl.store(target, grad.to(GRAD.dtype.element_ty), mask=inside)
+
+
+def _padded(*tensors: Tensor) -> int:
+    """How many columns of all of them [N, V] may be touched: V, or with the padding behind it."""
+    V = tensors[0].shape[1]
+    wide = triton.cdiv(V, 16) * 16
+    for x in tensors:
+        last = x.storage_offset() + (len(x) - 1) * x.stride(0) + wide
+        if x.stride(0) < wide or last * x.element_size() > x.untyped_storage().nbytes():
+            return V
+    return wide
+
+
+def padded_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An empty [rows, columns] whose rows begin at multiples of 16 values."""
+    wide = triton.cdiv(columns, 16) * 16
+    return torch.empty((rows, wide), dtype=dtype, device=device)[:, :columns]
+
+
+def loss_and_lse(
+    logits: Tensor, labels: Tensor, form: Form, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """logits [N, V] (rows may lie apart), labels int64 [N] -> losses and log-sum-exps, fp32 [N]."""
+    N, V = logits.shape
+    loss, lse = torch.empty((2, N), dtype=torch.float32, device=logits.device).unbind()
+    if N:
+        _forward[(N,)](
+            logits, labels, loss, lse, logits.stride(0), V, _padded(logits), ignore_index, *form,
+            BLOCK, num_warps=THREADS // dispatch.lanes(),
+        )  # fmt: skip
+    return loss, lse
+
+
+def gradient(
+    logits: Tensor, labels: Tensor, lse: Tensor, scale: Tensor, form: Form, ignore_index: int,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """d (scale * sum of losses) / d logits [N, V], into `out` if it is given, which may be the
+    logits themselves; scale: fp32 []. Padding between the rows of `out` may be written.
+    """
+    N, V = logits.shape
+    out = padded_rows(N, V, logits.dtype, logits.device) if out is None else out
+    padded = _padded(logits, out)
+    if N:
+        _backward[(N, triton.cdiv(V, BLOCK))](
+            logits, labels, lse, scale, out, logits.stride(0), out.stride(0), V,
+            padded, ignore_index, *form, padded > V, BLOCK, num_warps=THREADS // dispatch.lanes(),
+        )  # fmt: skip
+    return out
+
+
+def logits(h: Tensor, head: Tensor | Packed) -> Tensor:
+    """h [n, H], head [V, H] -> [n, V] in h's dtype, rows apart by a multiple of 16"""
+    out = padded_rows(len(h), head.shape[0], h.dtype, h.device)
+    whole = [(slice(None), head)] if is_ready(head, h.dtype) else panels(head, h.dtype)
+    for words, panel in whole:
+        torch.mm(h, panel.t(), out=out[:, words])
+    return out
+
+
+def loss_and_gradient(logits: Tensor, labels: Tensor, form: Form, need: bool) -> Tensor:
+    """logits [n, V], labels int64 [n] -> summed loss []. If they are needed, the gradients of the
+    logits are written over them.
+    """
+    loss, lse = loss_and_lse(logits, labels, form, NONE_IGNORED)
+    if need:
+        one = torch.ones((), device=logits.device)
+        gradient(logits, labels, lse, one, form, NONE_IGNORED, logits)
+    return loss.sum()

@@ -1,0 +1,264 @@
+"""Linear layers with a low-rank update (LoRA, arXiv:2106.09685), differentiated by hand.
+
+The maths
+---------
+With x [M, K], a frozen base weight W [N, K], bias b, A [r, K], B [N, r], and s = alpha / r:
+
+    y  = x W^T + s (x A^T) B^T + b
+    dx = dy W + s (dy B) A
+    dA = s (dy B)^T x
+    dB = s dy^T (x A^T)
+
+Every product with A or B has a side of length r: no N x K update is ever formed, in either
+direction. Layers that read the same x (q, k and v; gate and up) stack their A: x is read once for
+x [A_q; A_k; A_v]^T, and once for all of dA.
+
+With dropout the update reads d(x), the share p of it zero and the rest over 1 - p: dA and dB use
+d(x), and the part s (dy B) A of dx goes through the same mask. Layers that share x share the mask.
+
+DoRA (arXiv:2402.09353) learns the length m of every row of the weight beside its direction:
+
+    y  = g (x W^T + s (x A^T) B^T) + b         g = m / c,   c = ||W + s B A|| by rows
+    c^2 = ||W||^2 + 2 s B . (W A^T) + s^2 B . (B (A A^T))          . and || by rows
+    dm = (sum over rows of dy (y - b) / g) / c
+
+with c held constant in backward (section 4.3 there). g scales dy, and the rest is as above.
+
+A whole gated MLP, y = down(a(gate(x)) up(x)), is one function of x: `lora_mlp`.
+
+What is kept
+------------
+x, the small matrices, and the seed of the masks. With `again` not even x, but what x is a norm of,
+which the caller keeps anyway (the decoder does so on a CPU). W is asked of the base when it is
+needed (a 4-bit base dequantizes it again). x A^T, and the gate, up and hidden state of an MLP, are
+computed again: for hidden size H and intermediate size I that is 2 H bytes a token in bf16 instead
+of the 2 H + 8 I and more that autograd keeps (x, gate, a(gate), up, y), for a third more products
+in the MLP. With `keep` gate and up are kept too. The decoder asks for it where products are dear,
+on a CPU (a fifth of a step), and under gradient checkpointing: there a block is computed again
+right before its backward, what it keeps lives for that block only, and gate and up would be
+computed three times.
+
+How
+---
+Two classes do the same for the layers of one input: `reference.Group` in torch's products, with W
+dense some rows at a time, and `cpu.Group` in sums of products straight from what is stored. The
+base is any callable with its `stored` weight and `bias`. What it returns is written to; none of the
+caller's tensors is.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ... import dispatch
+from .. import swiglu
+from ..frozen_linear import Packed
+from . import cpu, reference
+from .reference import TENSORS, Dropout
+
+Again = tuple[Callable[[Tensor], Tensor], Tensor] | None
+
+
+class Base(Protocol):
+    """A frozen linear map: base(x) = x W^T + bias, in memory of its own, and its W."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    stored: Tensor | Packed  # W [N, K]
+    bias: Tensor | None  # [N]
+
+
+@dataclass(frozen=True, eq=False)
+class LoraWeights:
+    """A base layer and its update: lora_A [r, K], lora_B [N, r], magnitude [N] for DoRA, and a bias
+    [N] in place of the base's.
+    """
+
+    base: Base
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    dropout: float = 0.0
+    magnitude: Tensor | None = None
+    bias: Tensor | None = None
+
+
+def lora_linear(x: Tensor, layer: LoraWeights) -> Tensor:
+    """base(x) + scaling (x A^T) B^T for x [..., K]: [..., N] in x's dtype.
+
+    Differentiable in x, A, B, the bias and the magnitude; the base's weight is frozen: a
+    gradient for it is not computed. Masks of dropout come from torch's global generator.
+    """
+    return lora_qkv(x, [layer])[0]
+
+
+@torch.no_grad()
+def lora_row_norms(layer: LoraWeights) -> Tensor:
+    """||W + s B A|| of each row, fp32 or wider [N]: DoRA's c, from products of rank r."""
+    tensors = layer.lora_A, layer.lora_B, None, None
+    static = layer.base, layer.scaling
+    return reference.Layer(static, tensors, layer.base.stored.dtype).row_norms
+
+
+def lora_qkv(
+    x: Tensor, layers: Sequence[LoraWeights], *, again: Again = None
+) -> tuple[Tensor, ...]:
+    """`lora_linear` of several layers that read the same x, such as q, k and v.
+
+    again: (f, s) with x = f(s), of which s is kept for backward and not x. Raises ValueError where
+    the layers' dropout differs.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    ys = LoraLinears.apply(flat, again, *_static(layers), *_tensors(layers))
+    return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
+
+
+def lora_mlp(
+    x: Tensor,
+    gate: LoraWeights,
+    up: LoraWeights,
+    down: LoraWeights,
+    hidden_act: str,
+    *,
+    keep: bool = False,
+    again: Again = None,
+) -> Tensor:
+    """down(a(gate(x)) * up(x)) for x [..., K]; hidden_act: "silu", "gelu_pytorch_tanh" or "gelu".
+
+    Keeps x alone for backward (with `again`, as in `lora_qkv`, not even that), with `keep` also
+    gate(x) and up(x). Raises ValueError for another activation, or where the dropout of gate and up
+    differs.
+    """
+    if hidden_act not in swiglu.ACTIVATIONS:
+        raise ValueError(
+            f"hidden_act is {hidden_act!r}: choose one of {', '.join(swiglu.ACTIVATIONS)}"
+        )
+    layers = [gate, up, down]
+    inner, outer = _static(layers[:2]), _static(layers[2:])
+    flat = x.reshape(-1, x.shape[-1])
+    y = LoraMLP.apply(flat, hidden_act, keep, again, *inner, *outer, *_tensors(layers))
+    return y.view(*x.shape[:-1], y.shape[1])
+
+
+def _static(layers: Sequence[LoraWeights]) -> tuple[list, Dropout]:
+    """What autograd does not see of layers that share an input."""
+    if len({layer.dropout for layer in layers}) > 1:
+        raise ValueError("layers that share an input must have the same dropout")
+    rate = layers[0].dropout
+    # drawn from the generator in host memory: nothing waits for the device
+    seed = int(torch.randint(2**62, (), device="cpu")) if rate else 0
+    return [(layer.base, layer.scaling) for layer in layers], Dropout(rate, seed)
+
+
+def _tensors(layers: Sequence[LoraWeights]) -> list[Tensor | None]:
+    found = []
+    for layer in layers:
+        bias = layer.base.bias if layer.bias is None else layer.bias
+        found += [layer.lora_A, layer.lora_B, bias, layer.magnitude]
+    return found
+
+
+def _group(x: Tensor, static: list, drop: Dropout, tensors: Sequence[Tensor | None]):
+    """The layers for one pass on x [M, K], or on gradients in its dtype."""
+    found = cpu.group(x, static, drop, tensors)
+    if found is None:
+        found = reference.Group(static, drop, tensors, dispatch.product_dtype(x))
+    return found
+
+
+def exactly(backward: Callable) -> Callable:
+    """A backward that is not differentiated again, and that no autocast around it changes."""
+
+    @torch.autograd.function.once_differentiable
+    @functools.wraps(backward)
+    def run(ctx, *grads):
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return backward(ctx, *grads)
+
+    return run
+
+
+def _keep(ctx, x: Tensor, again: Again, *tensors: Tensor | None) -> None:
+    """For backward; x [M, K] itself, or what it is made of."""
+    ctx.make, source = (None, x) if again is None else again
+    ctx.save_for_backward(source, *tensors)
+
+
+def _kept(ctx) -> tuple[Tensor | None, ...]:
+    source, *tensors = ctx.saved_tensors
+    if ctx.make is not None:
+        with torch.no_grad():
+            made = ctx.make(source)
+        source = made.reshape(-1, made.shape[-1])
+    return source, *tensors
+
+
+class LoraLinears(torch.autograd.Function):
+    """x [M, K] -> y [M, N] of each layer."""
+
+    @staticmethod
+    def forward(ctx, x, again, static, drop, *tensors):
+        _keep(ctx, x, again, *tensors)
+        ctx.static, ctx.drop = static, drop
+        group = _group(x, static, drop, tensors)
+        same = group.dtype == x.dtype
+        ys = group.forward(x.to(group.dtype), by_base=same)
+        return tuple(ys if same else (y.to(x.dtype) for y in ys))
+
+    @staticmethod
+    @exactly
+    def backward(ctx, *grads):
+        x, *tensors = _kept(ctx)
+        group = _group(grads[0], ctx.static, ctx.drop, tensors)
+        group.take([dy.to(group.dtype) for dy in grads])
+        dx = group.grad_x().to(x.dtype) if ctx.needs_input_grad[0] else None
+        found = group.grad_tensors(x.to(group.dtype), ctx.needs_input_grad[4:])
+        return dx, None, None, None, *found
+
+
+class LoraMLP(torch.autograd.Function):
+    """x [M, K] -> [M, K], through gate, up and down."""
+
+    @staticmethod
+    def forward(ctx, x, hidden_act, keep, again, inner, inner_drop, outer, outer_drop, *tensors):
+        ctx.hidden_act = hidden_act
+        ctx.groups = (inner, inner_drop), (outer, outer_drop)
+        first, second = LoraMLP._groups(ctx, x, tensors)
+        same = first.dtype == x.dtype
+        gate, up = first.forward(x.to(first.dtype), by_base=same)
+        _keep(ctx, x, again, *((gate, up) if keep else (None, None)), *tensors)
+        (y,) = second.forward(swiglu.gated(gate, up, hidden_act), by_base=same)
+        return y if same else y.to(x.dtype)
+
+    @staticmethod
+    @exactly
+    def backward(ctx, grad):
+        x, gate, up, *tensors = _kept(ctx)
+        first, second = LoraMLP._groups(ctx, grad, tensors)
+        flat = x.to(first.dtype)
+        if gate is None:
+            gate, up = into = first.forward(flat, by_base=False)
+        else:  # another backward may ask for them
+            into = torch.empty_like(gate), torch.empty_like(up)
+        second.take([grad.to(second.dtype)])
+        hidden = second.grad_x()
+        second.forget_weights()
+        # the hidden state goes over its gradient
+        swiglu.gated_backward_(hidden, gate, up, ctx.hidden_act, into)
+        first.take(into)
+        dx = first.grad_x().to(x.dtype) if ctx.needs_input_grad[0] else None
+        need, split = ctx.needs_input_grad[8:], 2 * TENSORS
+        of_inner = first.grad_tensors(flat, need[:split])
+        of_outer = second.grad_tensors(hidden, need[split:])
+        return dx, *(None,) * 7, *of_inner, *of_outer
+
+    @staticmethod
+    def _groups(ctx, x, tensors):
+        (inner, inner_drop), (outer, outer_drop) = ctx.groups
+        split = TENSORS * len(inner)
+        groups = (inner, inner_drop, tensors[:split]), (outer, outer_drop, tensors[split:])
+        return tuple(_group(x, *group) for group in groups)

@@ -1,0 +1,234 @@
+"""NF4: 4-bit NormalFloat with double quantization (QLoRA, arXiv:2305.14314, section 3); and FP4.
+
+The maths
+---------
+The tensor is flattened row-major and cut into blocks of `block_size` values; the last block may be
+short. A block is scaled by its largest magnitude, absmax, and every value becomes the index of the
+nearest of 16 fixed levels, the quantiles of a normal distribution rescaled to [-1, 1] so that 0 and
+both ends are exact:
+
+    scaled = x * (1 / absmax)              fp32, a product with the reciprocal
+    i      = #{thresholds < scaled}        thresholds are the fp32 midpoints of the sorted levels
+    code   = order[i]                      NF4: i itself; FP4's codes are not sorted
+    x'     = levels[code] * absmax         fp32, then one rounding to the wanted dtype
+
+Double quantization stores absmax itself in 8 bits. With offset = mean(absmax), the residue
+absmax - offset is quantized in blocks of 256 to the nearest of 256 levels of a signed "dynamic" map
+(arXiv:1511.04561: some bits hold a decimal exponent, the rest a linear fraction):
+
+    absmax' = DYNAMIC[absmax_code] * nested_absmax[block // 256] + offset
+
+which costs 8 / block_size + 32 / (256 block_size) bits per parameter instead of 32 / block_size:
+0.127 instead of 0.5 at 64.
+
+Better scales
+-------------
+absmax is not the scale with the least error. `search_scales` tries FACTORS of it, from 3/4 to 3/2,
+and keeps for every block the one that minimises the squared error. A smaller one gives up the
+largest value for finer levels; a larger one puts it on a level below 1. After double quantization
+the codes are chosen again, for the scales that the reader will see. The format stays the same, so
+it costs nothing later; quantizing takes some 15 times as long.
+
+Memory layout
+-------------
+    codes          uint8 [ceil(n / 2)]     element 2i in the high nibble of byte i, 2i + 1 low
+    absmax         uint8 [blocks], or fp32 [blocks] without double quantization
+    nested_absmax  fp32 [ceil(blocks / 256)]
+    offset         fp32 []
+
+These are bitsandbytes' bytes, so that its checkpoints need no conversion (`tensor.py`). The padding
+nibble of an odd length is the code of 0, which all-zero blocks, of absmax 0, have everywhere.
+
+The trade-off
+-------------
+Whoever multiplies many rows by such a weight dequantizes it first, and forgets it after; a few rows
+are multiplied by it as it is packed (`frozen_linear`).
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import dispatch
+from . import cpu, reference
+from .tensor import (
+    LEVELS,
+    NESTED_BLOCK,
+    NF4Tensor,
+    check_block_size,
+    dynamic_map,
+    largest_scale,
+    levels,
+    pairs,
+)
+
+# A smaller absmax divides as if it were this, so that 1 / absmax stays finite (bitsandbytes' rule).
+ABSMAX_FLOOR = 1e-38
+# Of absmax. Half the step gains 0.7 % of the squared error on the weights of SmolLM2, a wider range
+# nothing (docs/dev/LOG.md). 1 first: of equal ones the first is kept.
+FACTORS = (1.0, *(k / 32 for k in range(24, 49) if k != 32))
+
+
+@functools.cache
+def thresholds(quant_type: str, device: torch.device) -> Tensor:
+    """Where the nearest level changes, fp32 [15]: midpoints of neighbours, rounded to fp32 once."""
+    table = levels(quant_type, device).sort().values
+    return (table[1:] + table[:-1]) / 2
+
+
+@functools.cache
+def order(quant_type: str, device: torch.device) -> Tensor:
+    """The codes by ascending level, uint8 [16]; of FP4's two zeros, 0 before 8."""
+    table = LEVELS[quant_type]
+    return torch.tensor(sorted(range(16), key=table.__getitem__), dtype=torch.uint8, device=device)
+
+
+@functools.cache
+def middles(device: torch.device) -> Tensor:
+    """Where the nearest level of the dynamic map changes, fp32 [255]."""
+    table = dynamic_map(device)
+    return (table[1:] + table[:-1]) / 2
+
+
+def quantize_nf4(
+    w: Tensor, *, block_size: int = 64, double_quant: bool = True, search_scales: bool = False
+) -> NF4Tensor:
+    """Quantize `w` (fp32, bf16 or fp16, any shape, any strides) to NF4.
+
+    search_scales: look for the scale of every block that minimises the squared error.
+
+    Raises ValueError for another dtype, a block size that is not a power of two from 32 to 4096, or
+    a tensor with NaN or infinite values; such a tensor has no scale.
+    """
+    return _quantize(w, "nf4", block_size, double_quant, search_scales)
+
+
+def quantize_fp4(
+    w: Tensor, *, block_size: int = 64, double_quant: bool = True, search_scales: bool = False
+) -> NF4Tensor:
+    """Quantize `w` to bitsandbytes' 4-bit float. As `quantize_nf4` otherwise; the error is larger
+    (docs/quantization.md).
+    """
+    return _quantize(w, "fp4", block_size, double_quant, search_scales)
+
+
+def _quantize(
+    w: Tensor, quant_type: str, block_size: int, double_quant: bool, search_scales: bool
+) -> NF4Tensor:
+    if w.dtype not in dispatch.FLOATS:
+        raise ValueError(f"4 bits hold float32, bfloat16 or float16 tensors, not {w.dtype}")
+    check_block_size(block_size)
+    flat = w.detach().reshape(-1).contiguous()  # reshape alone may keep the strides
+    backend = _backend(w.device)
+    bounds, codes_by_level = thresholds(quant_type, w.device), order(quant_type, w.device)
+    with dispatch.on_device(flat):
+        codes, absmax = backend.quantize(flat, bounds, codes_by_level, block_size, ABSMAX_FLOOR)
+    if absmax.numel() and not torch.isfinite(absmax.amax()):  # which NaN is the largest for
+        raise ValueError("cannot quantize a tensor that holds NaN or infinite values")
+    if search_scales:
+        table = levels(quant_type, w.device)[codes_by_level.long()]
+        factors = torch.tensor(FACTORS, dtype=torch.float32, device=w.device)
+        found = backend.search(flat, absmax, bounds, table, factors, block_size, ABSMAX_FLOOR)
+        absmax = torch.where(found > torch.finfo(w.dtype).max, absmax, found)
+    nested = offset = None
+    if double_quant:
+        offset = reference.mean_absmax(absmax) if len(absmax) else absmax.new_zeros(())
+        quantize = cpu.quantize_absmax if backend is cpu else reference.quantize_absmax
+        absmax, nested = quantize(absmax, offset, middles(w.device), ABSMAX_FLOOR)
+    q = NF4Tensor(codes, absmax, nested, offset, tuple(w.shape), block_size, w.dtype, quant_type)
+    if search_scales:
+        scales = _scales(q)
+        with dispatch.on_device(flat):
+            codes = backend.encode(flat, scales, bounds, codes_by_level, block_size, ABSMAX_FLOOR)
+        q = replace(q, codes=codes)
+    return q
+
+
+def dequantize_nf4(q: NF4Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The dense tensor of shape `q.shape`, in `dtype` (default: the original's). Fresh memory on
+    every call.
+    """
+    backend, dtype = _backend(q.device), dtype or q.dtype
+    if backend is reference:
+        both, n = pairs(q.quant_type, q.device), math.prod(q.shape)
+        flat = reference.dequantize(q.codes, _scales(q), both, n, q.block_size, dtype)
+    else:
+        with dispatch.on_device(q.codes):
+            flat = backend.dequantize(q, dtype)
+    return flat.view(q.shape)
+
+
+def dequantize_nf4_rows(q: NF4Tensor, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Rows of a matrix q [N, K], picked by `rows` int64 [...]: [..., K]. Only they are dequantized.
+
+    Raises IndexError for a row that is not there; the Triton kernel, which waits for nobody, makes
+    it NaN.
+    """
+    N, K = q.shape
+    if K % q.block_size == 0 and dispatch.pick(q.device, "cpu", "triton") == "triton":
+        from . import triton
+
+        with dispatch.on_device(q.codes):
+            flat = triton.dequantize_rows(q, rows.reshape(-1), dtype or q.dtype)
+        return flat.view(*rows.shape, K)
+    if K % q.block_size:  # rows begin inside of blocks: find each value by itself
+        starts = torch.arange(N, device=q.device)[:, None] * K
+        at = F.embedding(rows, starts) + torch.arange(K, device=q.device)
+        table = levels(q.quant_type, q.device)
+        dense = reference.dequantize_at(q.codes, _scales(q, at // q.block_size), table, at)
+        return dense.to(dtype or q.dtype)
+    per_row = K // q.block_size
+    codes = F.embedding(rows, q.codes.view(N, K // 2))
+    blocks = rows[..., None] * per_row + torch.arange(per_row, device=q.device)
+    scales = _scales(q, blocks).view(-1)
+    single = {"absmax": scales, "nested_absmax": None, "offset": None}
+    picked = replace(q, codes=codes.view(-1), shape=(*rows.shape, K), **single)
+    return dequantize_nf4(picked, dtype)
+
+
+def dequantize_nf4_panels(
+    q: NF4Tensor, step: int, dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of a matrix q [N, K], `step` at a time, which must be whole blocks: which rows, and
+    these, [rows, K]. On a CPU all share one memory: each holds until the next is asked for.
+    """
+    if _backend(q.device) is cpu:
+        yield from cpu.panels(q, step, dtype)
+        return
+    N, K = q.shape
+    for start in range(0, N, step):
+        rows = slice(start, min(start + step, N))
+        blocks = slice(start * K // q.block_size, -(-rows.stop * K // q.block_size))
+        codes = q.codes.view(-1)[start * K // 2 : -(-rows.stop * K // 2)]
+        scales = _scales(q, torch.arange(blocks.start, blocks.stop, device=q.device))
+        single = {"absmax": scales, "nested_absmax": None, "offset": None}
+        panel = replace(q, codes=codes, shape=(rows.stop - start, K), **single)
+        yield rows, dequantize_nf4(panel, dtype)
+
+
+def _backend(device: torch.device) -> ModuleType:
+    picked = dispatch.pick(device, "cpu", "triton")
+    if picked == "triton":
+        from . import triton
+
+        return triton
+    return cpu if picked == "cpu" else reference
+
+
+def _scales(q: NF4Tensor, blocks: Tensor | None = None) -> Tensor:
+    """The scales of `blocks` int64 [...] (default: of all), fp32 [...]."""
+    codes, nested = q.absmax, q.nested_absmax
+    if nested is None:
+        return codes if blocks is None else codes[blocks]
+    if blocks is None:
+        nested = nested.repeat_interleave(NESTED_BLOCK)[: codes.numel()]
+    else:
+        codes, nested = codes[blocks], nested[blocks // NESTED_BLOCK]
+    scales = reference.dequantize_absmax(codes, nested, q.offset, dynamic_map(q.device))
+    return scales.clamp_(max=largest_scale(q.dtype))

@@ -1,0 +1,171 @@
+"""The compiled kernels of cpu.cpp: quantizing has the signatures of reference.py, and what reads a
+packed tensor takes it whole. Tensors in host memory.
+"""
+
+import ctypes
+import functools
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ... import dispatch
+from ...dispatch import CPU_DTYPES, FLOAT, INT64, POINTER, address
+from .tensor import NESTED_BLOCK, NF4Tensor, dynamic_map, largest_scale, levels
+
+# Values: fp16 (and for the search bf16) is widened to fp32 piece by piece, 4 MB at a time; a
+# multiple of every block size. Larger pieces leave larger holes in the heap (docs/dev/LOG.md).
+CHUNK = 1 << 20
+HOST = torch.device("cpu")
+
+
+class Packed(ctypes.Structure):
+    """packed.h's."""
+
+    _fields_ = (
+        *((name, POINTER) for name in ("codes", "absmax", "nested", "offset", "map", "table")),
+        ("block", INT64),
+        ("largest", FLOAT),
+    )
+
+
+class Dequantize(Packed):
+    """cpu.cpp's."""
+
+    _fields_ = (("out", POINTER), ("first", INT64), ("n", INT64))
+
+
+class Product(Packed):
+    """cpu.cpp's."""
+
+    _fields_ = (
+        *((name, POINTER) for name in ("x", "bias", "y")),
+        *((name, INT64) for name in ("M", "N", "K")),
+    )
+
+
+def quantize(
+    flat: Tensor, thresholds: Tensor, order: Tensor, block_size: int, floor: float
+) -> tuple[Tensor, Tensor]:
+    blocks = -(-flat.numel() // block_size)
+    absmax = torch.empty(blocks, dtype=torch.float32, device=flat.device)
+    return _codes("nf4_quantize", flat, absmax, thresholds, order, block_size, floor), absmax
+
+
+def encode(
+    flat: Tensor, scales: Tensor, thresholds: Tensor, order: Tensor, block_size: int, floor: float
+) -> Tensor:
+    return _codes("nf4_encode", flat, scales, thresholds, order, block_size, floor)
+
+
+def _codes(
+    op: str,
+    flat: Tensor,
+    scales: Tensor,
+    thresholds: Tensor,
+    order: Tensor,
+    block_size: int,
+    floor: float,
+) -> Tensor:
+    """The codes of flat; `scales` are read, or written by the op that quantizes."""
+    taken = flat.dtype if flat.dtype in CPU_DTYPES else torch.float32
+    run = dispatch.function(f"{op}_{CPU_DTYPES[taken]}", *[POINTER] * 5, INT64, INT64, FLOAT)
+    codes = torch.empty(-(-flat.numel() // 2), dtype=torch.uint8, device=flat.device)
+    tables = thresholds.data_ptr(), order.data_ptr()
+    step = flat.numel() if flat.dtype == taken else CHUNK
+    for start in range(0, flat.numel(), max(1, step)):
+        x = flat[start : start + step].to(taken)
+        places = codes.data_ptr() + start // 2, scales.data_ptr() + 4 * (start // block_size)
+        run(x.data_ptr(), *tables, *places, x.numel(), block_size, floor)
+    return codes
+
+
+def search(
+    flat: Tensor,
+    absmax: Tensor,
+    thresholds: Tensor,
+    table: Tensor,
+    factors: Tensor,
+    block_size: int,
+    floor: float,
+) -> Tensor:
+    run = dispatch.function("nf4_search", *[POINTER] * 6, *[INT64] * 3, FLOAT)
+    scales, inverse = absmax.clone(), 1 / factors
+    tables = [t.data_ptr() for t in (thresholds, table, factors, inverse)]
+    for start in range(0, flat.numel(), CHUNK):
+        x = flat[start : start + CHUNK].float()
+        place = scales.data_ptr() + 4 * (start // block_size)
+        run(x.data_ptr(), *tables, place, len(factors), x.numel(), block_size, floor)
+    return scales
+
+
+def quantize_absmax(
+    absmax: Tensor, offset: Tensor, middles: Tensor, floor: float
+) -> tuple[Tensor, Tensor]:
+    n = absmax.numel()
+    codes = torch.empty(n, dtype=torch.uint8, device=HOST)
+    nested = torch.empty(-(-n // NESTED_BLOCK), dtype=torch.float32, device=HOST)
+    run = dispatch.function("nf4_quantize_scales", *[POINTER] * 4, INT64, FLOAT, FLOAT)
+    run(*(address(t) for t in (absmax, middles, codes, nested)), n, offset.item(), floor)
+    return codes, nested
+
+
+@functools.cache
+def _tables(quant_type: str) -> tuple[int, int]:
+    """The addresses of the dynamic map and of the levels; both live as long as the process."""
+    return address(dynamic_map(HOST)), address(levels(quant_type, HOST))
+
+
+def _parts(q: NF4Tensor) -> list[Tensor | None]:
+    """What q consists of, in whole memory."""
+    parts = q.codes, q.absmax, q.nested_absmax, q.offset
+    return [None if part is None else part.contiguous() for part in parts]
+
+
+def _arguments(q: NF4Tensor, parts: list[Tensor | None]) -> tuple:
+    """Of Packed; the parts must live until the call."""
+    tables = _tables(q.quant_type)
+    return *map(address, parts), *tables, q.block_size, largest_scale(q.dtype)
+
+
+def packed_arguments(q: NF4Tensor) -> tuple[Packed, list[Tensor | None]]:
+    """q for a kernel, and what must live until the call."""
+    parts = _parts(q)
+    return Packed(*_arguments(q, parts)), parts
+
+
+def dequantize(q: NF4Tensor, dtype: torch.dtype) -> Tensor:
+    """The flat dense tensor [n]."""
+    computed = dtype if dtype in CPU_DTYPES else torch.float32
+    n = math.prod(q.shape)
+    out, parts = torch.empty(n, dtype=computed, device=HOST), _parts(q)
+    arguments = Dequantize(*_arguments(q, parts), address(out), 0, n)
+    dispatch.run("nf4_dequantize", computed, arguments)
+    return out if dtype == computed else out.to(dtype)
+
+
+def panels(q: NF4Tensor, step: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """As the package's `dequantize_nf4_panels`."""
+    computed = dtype if dtype in CPU_DTYPES else torch.float32
+    N, K = q.shape
+    out, parts = torch.empty((step, K), dtype=computed, device=HOST), _parts(q)
+    arguments = Dequantize(*_arguments(q, parts), address(out), 0, 0)
+    for start in range(0, N, step):
+        rows = slice(start, min(start + step, N))
+        arguments.first = start * K // q.block_size
+        arguments.n = (rows.stop - start) * K
+        dispatch.run("nf4_dequantize", computed, arguments)
+        yield rows, out[: rows.stop - start].to(dtype)
+
+
+def product(x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
+    """x [M, K], fp32 or bf16, times the transpose of q [N, K], K a multiple of the block, plus bias
+    fp32 [N]: [M, N], summed in fp32. The weight is rounded to x's dtype, as `dequantize` rounds it.
+    """
+    (M, K), N = x.shape, q.shape[0]
+    y, x, parts = torch.empty((M, N), dtype=x.dtype, device=HOST), x.contiguous(), _parts(q)
+    bias = None if bias is None else bias.contiguous()
+    arguments = Product(*_arguments(q, parts), *map(address, (x, bias, y)), M, N, K)
+    dispatch.run("nf4_product", x.dtype, arguments)
+    return y

@@ -1,0 +1,80 @@
+"""The kernel of cpu.cpp, in host memory."""
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ... import dispatch
+from ...dispatch import FLOAT, INT64, POINTER, address
+from ..nf4.cpu import packed_arguments
+from . import terms as given
+
+LANES = 64  # columns of a panel at most
+PACKED = 2  # the kind of a matrix
+
+
+class Matrix(ctypes.Structure):
+    """cpu.cpp's."""
+
+    _fields_ = (
+        *(("data", POINTER), ("stride", INT64), ("kind", INT64)),
+        *(("factor", FLOAT), ("packed", POINTER)),
+    )
+
+
+class Term(ctypes.Structure):
+    """cpu.cpp's."""
+
+    _fields_ = (
+        *(("a", POINTER), ("a_stride", INT64), ("depth", INT64)),
+        *(("b", Matrix), ("b_depth", INT64), ("turned", INT64)),
+    )
+
+
+class Sum(ctypes.Structure):
+    """cpu.cpp's."""
+
+    _fields_ = (
+        ("terms", POINTER),
+        *((name, INT64) for name in ("count", "M", "N")),
+        *(("out", POINTER), ("out_stride", INT64), ("wide", INT64)),
+        *(("scale", FLOAT), ("bias", POINTER)),
+    )
+
+
+class Sums(ctypes.Structure):
+    """cpu.cpp's."""
+
+    _fields_ = (
+        *(("sums", POINTER), ("space", POINTER)),
+        *((name, INT64) for name in ("count", "threads", "size")),
+    )
+
+
+def _term(term: given.Term, held: list) -> tuple:
+    """The fields of Term. What they point at goes to `held`."""
+    a, b, turned, factor = term
+    if isinstance(b, Tensor):
+        matrix = Matrix(b.data_ptr(), b.stride(0), b.dtype == torch.float32, factor)
+    else:
+        packed, parts = packed_arguments(b)
+        held += packed, parts
+        matrix = Matrix(None, b.shape[1], PACKED, 1.0, ctypes.addressof(packed))
+    return a.data_ptr(), a.stride(0), a.shape[1], matrix, b.shape[turned], turned
+
+
+def sums_of_products(sums: Sequence[given.Sum]) -> None:
+    held, passed, depth = [], [], 0
+    for terms, out, scale, bias in sums:
+        mine = (Term * len(terms))(*(_term(term, held) for term in terms))
+        held.append(mine)
+        place = out.data_ptr(), out.stride(0), out.dtype == torch.float32
+        passed.append((ctypes.addressof(mine), len(mine), *out.shape, *place, scale, address(bias)))
+        depth = max(depth, sum(a.shape[1] for a, *_ in terms))
+    passed = (Sum * len(passed))(*passed)
+    threads, size = torch.get_num_threads(), depth // 2 * LANES
+    space = torch.empty(threads * size, dtype=torch.int32, device=sums[0].out.device)
+    arguments = Sums(ctypes.addressof(passed), space.data_ptr(), len(sums), threads, size)
+    dispatch.function("sums_of_products", POINTER)(ctypes.addressof(arguments))

@@ -1,0 +1,86 @@
+"""SwiGLU and GeGLU on a GPU: flat, 1024 values a program, fp32 inside.
+
+With a = act(gate), and a' its slope,
+
+    y = a up          d gate = dy up a'          d up = dy a
+
+    silu:  a = z s(z)                 a' = s(z) (1 + z (1 - s(z)))           s the sigmoid
+    gelu:  a = z P(z)                 a' = P(z) + z p(z)                     P and p of the normal
+    tanh:  a = z s                    a' = s + 2 z s (1 - s) u'              s = s(2 u(z))
+
+where the last is z (1 + tanh u) / 2 with u = sqrt(2 / pi) (z + 0.044715 z^3). Backward keeps gate
+and up only. A caller to whom they belong, and the gradient, gets the results in their places and y
+once more, which it then need not have kept (`lora_mlp`).
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ... import dispatch
+
+BLOCK, THREADS = 1024, 128
+
+
+@triton.jit
+def _activate(z, HIDDEN_ACT: tl.constexpr):
+    """The activation and its slope at z, fp32."""
+    if HIDDEN_ACT == "silu":
+        s = tl.sigmoid(z)
+        return z * s, s * (1 + z * (1 - s))
+    elif HIDDEN_ACT == "gelu":
+        half = 0.5 * (1 + tl.erf(z * 0.7071067811865476))
+        density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
+        return z * half, half + z * density
+    else:
+        u = 0.7978845608028654 * (z + 0.044715 * z * z * z)
+        slope = 0.7978845608028654 * (1 + 3 * 0.044715 * z * z)
+        e = tl.exp(-2 * tl.abs(u))  # s and s (1 - s) from it: 1 - s would cancel, and z u' is large
+        r = 1 / (1 + e)
+        s = tl.where(u >= 0, r, e * r)
+        return z * s, s + 2 * z * (e * r * r) * slope
+
+
+@triton.jit
+def _forward(GATE, UP, Y, n, HIDDEN_ACT: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < n
+    gate = tl.load(GATE + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(UP + at, mask=inside, other=0.0).to(tl.float32)
+    value, _ = _activate(gate, HIDDEN_ACT)
+    tl.store(Y + at, (value * up).to(Y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward(
+    DY, GATE, UP, DGATE, DUP, Y, n,
+    HIDDEN_ACT: tl.constexpr, NEED_Y: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < n
+    dy = tl.load(DY + at, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(GATE + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(UP + at, mask=inside, other=0.0).to(tl.float32)
+    value, slope = _activate(gate, HIDDEN_ACT)
+    tl.store(DGATE + at, (dy * up * slope).to(DGATE.dtype.element_ty), mask=inside)
+    tl.store(DUP + at, (dy * value).to(DUP.dtype.element_ty), mask=inside)
+    if NEED_Y:
+        tl.store(Y + at, (value * up).to(Y.dtype.element_ty), mask=inside)
+
+
+def forward(gate: Tensor, up: Tensor, y: Tensor, hidden_act: str) -> None:
+    if n := gate.numel():
+        grid = (triton.cdiv(n, BLOCK),)
+        _forward[grid](gate, up, y, n, hidden_act, BLOCK, num_warps=THREADS // dispatch.lanes())
+
+
+def backward(
+    dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, y: Tensor | None,
+    hidden_act: str,
+) -> None:  # fmt: skip
+    """The last three are written, and may lie over the first three."""
+    if n := gate.numel():
+        _backward[(triton.cdiv(n, BLOCK),)](
+            dy, gate, up, dgate, dup, dy if y is None else y, n, hidden_act, y is not None, BLOCK,
+            num_warps=THREADS // dispatch.lanes(),
+        )  # fmt: skip
