@@ -31,6 +31,12 @@ class LazyTensor(NamedTuple):
     read: Callable[[], Tensor | kernels.Packed]
     packed: QuantConfig | None = None  # how it is stored, if packed
 
+    def read_dense(self) -> Tensor:
+        """Return the values of a tensor that is not packed."""
+        values = self.read()
+        assert isinstance(values, Tensor), "a packed tensor was read as a dense one"
+        return values
+
 
 def open_directory(path: Path) -> dict[str, LazyTensor]:
     """The tensors of a Hugging Face directory, in one file or sharded. Raises LorakitError if
