@@ -19,9 +19,10 @@ from lorakit.adapters.layers.embeddings import LoraEmbedding, TiedHead, TokenRow
 from lorakit.adapters.layers.whole_modules import SavedModule, TrainedBias
 from lorakit.adapters.layers.wrapper import Attached
 from lorakit.adapters.manage import attached, plain_modules
-from lorakit.adapters.targets import ends_with, lies_in, select
+from lorakit.adapters.targets import ends_with, select
 from lorakit.config.adapters import LoraConfig, TargetConfig
 from lorakit.config.errors import LorakitError, nearest
+from lorakit.config.patterns import lies_in
 from lorakit.models.decoder import Decoder, PackedLayer
 
 

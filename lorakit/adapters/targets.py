@@ -16,7 +16,7 @@ from collections.abc import Iterable
 
 from lorakit.config.adapters import LoraConfig, TargetConfig
 from lorakit.config.errors import LorakitError, nearest
-from lorakit.config.patterns import in_pattern, valid_regex
+from lorakit.config.patterns import in_pattern, lies_in, valid_regex
 
 
 def ends_with(name: str, entry: str) -> bool:
@@ -81,11 +81,6 @@ def select(linear: list[str], embeddings: list[str], config: TargetConfig) -> li
                 hint = nearest(key, [n.rpartition(".")[2] for n in found])
                 raise LorakitError(f"{what}: {key!r} matches no adapted layer{hint}")
     return found
-
-
-def lies_in(name: str, module: str) -> bool:
-    """Whether `module` names the layer `name` or something that holds it."""
-    return f".{module}." in f".{name}."
 
 
 def _in_layers(names: list[str], config: TargetConfig) -> list[str]:

@@ -37,3 +37,11 @@ def in_pattern(key: str, name: str) -> bool:
 def of_pattern(pattern: Mapping[str, Any], name: str, otherwise: Any) -> Any:
     """The value of the first entry of a rank_pattern or alpha_pattern that means layer `name`."""
     return next((value for key, value in pattern.items() if in_pattern(key, name)), otherwise)
+
+
+def lies_in(name: str, module: str) -> bool:
+    """Whether `module` is `name` itself, a module that holds it, or a part of its path.
+
+    Names are paths of dots: "mlp" and "layers.1" hold "model.layers.1.mlp.up_proj".
+    """
+    return f".{module}." in f".{name}."

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lorakit import kernels
 from lorakit.config.errors import LorakitError, nearest
 from lorakit.config.fields import DTYPES
+from lorakit.config.patterns import lies_in
 from lorakit.config.quantization import QuantConfig
 from lorakit.kernels.ops.nf4.tensor import NESTED_BLOCK
 
@@ -241,7 +242,7 @@ def quantize(module: nn.Module, config: QuantConfig | None = None) -> nn.Module:
             kind = config.embed_tokens
         elif type(layer) is nn.Linear and name:
             kind = config.lm_head if leaf == "lm_head" else config.quant_type
-        if kind is not None and not any(_lies_in(name, skipped) for skipped in config.skip_modules):
+        if kind is not None and not any(lies_in(name, skipped) for skipped in config.skip_modules):
             found[name] = kind
     if not found:
         raise LorakitError("quantize: the module holds no nn.Linear to quantize")
@@ -252,16 +253,11 @@ def quantize(module: nn.Module, config: QuantConfig | None = None) -> nn.Module:
     return module
 
 
-def _lies_in(name: str, part: str) -> bool:
-    """Whether `part` is `name` or stands in it between dots."""
-    return f".{part}." in f".{name}."
-
-
 def _check_names(layers: dict[str, nn.Module], config: QuantConfig) -> None:
     leaves = {name.rpartition(".")[2] for name in layers}
     for skipped in config.skip_modules:
         usual = skipped in QuantConfig().skip_modules
-        if not usual and not any(_lies_in(name, skipped) for name in layers):
+        if not usual and not any(lies_in(name, skipped) for name in layers):
             hint = nearest(skipped, {*layers, *leaves})
             raise LorakitError(f"quantize: skip_modules: {skipped!r} is no layer{hint}")
     if config.lm_head is not None and "lm_head" not in leaves:

@@ -26,9 +26,10 @@ from lorakit.adapters.plan import (
     tied_message,
     within_saved,
 )
-from lorakit.adapters.targets import ends_with, lies_in, select
+from lorakit.adapters.targets import ends_with, select
 from lorakit.config.adapters import LoraConfig
 from lorakit.config.errors import LorakitError, nearest
+from lorakit.config.patterns import lies_in
 
 
 def plan_lora(module: nn.Module, config: LoraConfig) -> Plan:
