@@ -28,6 +28,7 @@ from lorakit.adapters.manage import check_no_block, having_adapters, put_back
 from lorakit.config.errors import LorakitError
 from lorakit.files.safetensors import LazyTensor
 from lorakit.models.decoder import Decoder
+from lorakit.models.hooks import has_own_forward
 from lorakit.models.load import dense_weights
 from lorakit.models.packed_layers import PackedWeight, packed_layer
 
@@ -122,7 +123,7 @@ def merge_and_unload(module: nn.Module, base: str = "dequantized") -> nn.Module:
 
 def _joined(name: str, each: Attached, base: str, original: LazyTensor | None) -> nn.Module:
     weight = None if original is None else original.read().to(_device(each))
-    if "forward" in vars(each.plain):
+    if has_own_forward(each.plain):
         raise LorakitError(
             f"merge: {name} has a forward of its own (accelerate's hooks?), which would still "
             "compute with the old weight; take that off first"

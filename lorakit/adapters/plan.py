@@ -13,7 +13,7 @@ from lorakit.adapters.layers.base import (
     CalledTransposedBase,
     DenseBase,
     TransposedBase,
-    is_called,
+    must_be_called,
 )
 from lorakit.adapters.layers.embeddings import LoraEmbedding, TiedHead, TokenRows
 from lorakit.adapters.layers.whole_modules import SavedModule, TrainedBias
@@ -149,8 +149,8 @@ def base_of(layer: nn.Module) -> Base:
     if isinstance(layer, Base):
         return layer
     if _is_transposed(layer):
-        return CalledTransposedBase(layer) if is_called(layer) else TransposedBase(layer)
-    return CalledBase(layer) if is_called(layer) else DenseBase(layer)
+        return CalledTransposedBase(layer) if must_be_called(layer) else TransposedBase(layer)
+    return CalledBase(layer) if must_be_called(layer) else DenseBase(layer)
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -13,6 +13,7 @@ from lorakit import kernels
 from lorakit.inference.kv_cache import KVCache
 from lorakit.models.config import ModelConfig
 from lorakit.models.decoder import AdaptedLayer, Block, Decoder
+from lorakit.models.hooks import has_hooks, has_own_forward
 from lorakit.models.rope import rope_tables
 
 PROMPT_ROWS = 64  # tokens of a prompt that one call takes
@@ -93,9 +94,7 @@ def _plan(model: Decoder) -> kernels.DecodePlan | None:
     config = model.config
     if any(rope.by_length for rope in config.ropes):
         return None  # every step has tables of its own
-    hooks = any(
-        m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules()
-    )
+    hooks = any(has_hooks(m) or has_own_forward(m) for m in model.modules())
     embedding = _alone(model.model.embed_tokens)
     head = embedding if model.lm_head is None else _alone(model.lm_head)
     plain = type(embedding) is nn.Embedding and type(head) in (nn.Linear, nn.Embedding)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from lorakit import kernels
 from lorakit.config.errors import LorakitError
 from lorakit.models.config import ModelConfig
+from lorakit.models.hooks import has_hooks
 from lorakit.models.recompute import checkpoint
 from lorakit.models.views import View, document_lengths, key_mask, rotary_tables
 
@@ -72,18 +73,11 @@ class AdaptedLayer(Protocol):
         """The one module that computes, None if an adapter is added to it."""
 
 
-def _hooked(module: nn.Module) -> bool:
-    m = module
-    return bool(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-    )
-
-
 def _adapted(*layers: nn.Module) -> list[kernels.LoraWeights] | None:
     """Of all the layers, or None if one of them is not, or has to be called as it is: also for its
     hooks, or because it drops another share of the input than the others.
     """
-    if any(map(_hooked, layers)) or not all(isinstance(m, AdaptedLayer) for m in layers):
+    if any(map(has_hooks, layers)) or not all(isinstance(m, AdaptedLayer) for m in layers):
         return None
     found = [layer.adapted() for layer in layers]
     if None in found or len({weights.dropout for weights in found}) > 1:
@@ -510,7 +504,7 @@ class Decoder(nn.Module):
         head, update = self.lm_head, None
         if head is None:
             head, update = self._tied_head()
-        elif _hooked(head):
+        elif has_hooks(head):
             return None, None
         elif isinstance(head, AdaptedLayer) and head.rows is None:
             update = head.update()

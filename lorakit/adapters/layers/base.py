@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lorakit.adapters.layers.wrapper import Attached
 from lorakit.kernels import Packed
+from lorakit.models.hooks import has_hooks, has_own_forward
 
 
 @runtime_checkable
@@ -72,15 +73,9 @@ class CalledBase(DenseBase):
         return self.linear(x)
 
 
-def is_called(layer: nn.Module) -> bool:
-    """Whether a layer has to be called for what it does."""
-    hooks = (
-        layer._forward_hooks,
-        layer._forward_pre_hooks,
-        layer._backward_hooks,
-        layer._backward_pre_hooks,
-    )
-    return any(hooks) or "forward" in vars(layer) or "weight" not in layer._parameters
+def must_be_called(layer: nn.Module) -> bool:
+    """Return whether a linear layer is more than its weight and bias: see `CalledBase`."""
+    return has_hooks(layer) or has_own_forward(layer) or "weight" not in layer._parameters
 
 
 class TransposedBase(DenseBase):
