@@ -1,12 +1,16 @@
-"""lorakit: fine-tune language models with LoRA and QLoRA. The names below are the whole public API.
+"""Fine-tune language models with LoRA and QLoRA.
 
-They are imported on first use, so that `import lorakit` costs nothing beside `import torch`.
+The names below are the whole public API. Each is imported when it is first used, so `import
+lorakit` itself costs almost nothing. `__init__.pyi` tells type checkers and editors the same names.
 """
 
 import importlib
+import warnings
+from typing import Any
 
 __version__ = "0.1.0"
 
+# public name -> the module of lorakit that defines it
 _HOME = {
     "AdaLoraConfig": "adapters.methods.adalora",
     "Drift": "adapters.merge",
@@ -21,9 +25,10 @@ _HOME = {
     "RunConfig": "config.run",
     "TrainConfig": "config.training",
     "VeraConfig": "adapters.methods.vera",
+    "adalora_allocate": "adapters.methods.adalora",
+    "adalora_orthogonality": "adapters.methods.adalora",
     "adapter_names": "adapters.manage",
     "adapter_rows": "adapters.manage",
-    "allocate": "adapters.methods.adalora",
     "attach": "adapters.attach",
     "collate_packed": "data.packing",
     "combine_adapters": "adapters.combine",
@@ -46,8 +51,7 @@ _HOME = {
     "merge": "adapters.merge",
     "merge_and_unload": "adapters.merge",
     "orpo_loss": "training.losses.preference",
-    "orthogonality": "adapters.methods.adalora",
-    "pack": "data.packing",
+    "pack_rows": "data.packing",
     "padding_share": "data.packing",
     "pair_losses": "training.losses.preference",
     "plot_runs": "evaluation.plots",
@@ -60,28 +64,45 @@ _HOME = {
     "save_model": "models.save",
     "set_adapter": "adapters.manage",
     "show_rows": "data.inspect",
-    "split": "data.rows",
+    "split_rows": "data.rows",
     "train": "training.train",
     "tune_allocator": "training.memory",
     "unmerge": "adapters.merge",
 }
+# public name of a module -> the module
 _MODULES = {
     "kernels": "kernels",
     "memory": "training.memory",
     "metrics": "evaluation.metrics",
     "optim": "training.optim",
 }
+# old name -> new name; the old ones leave with lorakit 0.2
+_RENAMED = {
+    "allocate": "adalora_allocate",
+    "orthogonality": "adalora_orthogonality",
+    "pack": "pack_rows",
+    "split": "split_rows",
+}
 
 __all__ = sorted([*_HOME, *_MODULES])
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
+    """Import and return a public name that is used for the first time."""
     if name in _MODULES:
         return importlib.import_module(f".{_MODULES[name]}", __name__)
     if name in _HOME:
         value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
         globals()[name] = value
         return value
+    if name in _RENAMED:
+        new = _RENAMED[name]
+        warnings.warn(
+            f"lorakit.{name} is now lorakit.{new}; the old name leaves with lorakit 0.2",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return __getattr__(new)
     raise AttributeError(f"module 'lorakit' has no attribute {name!r}")
 
 

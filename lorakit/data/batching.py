@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lorakit.config.training import TrainConfig
 from lorakit.data.encode import IGNORE, Example, Examples
-from lorakit.data.packing import pack
+from lorakit.data.packing import pack_rows
 
 
 class Order:
@@ -23,7 +23,7 @@ class Order:
         if config.packing:
             size = config.per_device_train_batch_size * config.max_seq_length
             size *= 1 if config.objective == "sft" else 2  # a pair is two rows
-            self.packs = pack(self.lengths, size)
+            self.packs = pack_rows(self.lengths, size)
         self.epoch, self.micro_batches = -1, []
         self._load(0)
         self.per_epoch = math.ceil(len(self.micro_batches) / config.gradient_accumulation_steps)

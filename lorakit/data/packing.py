@@ -19,7 +19,7 @@ from lorakit.config.errors import LorakitError
 from lorakit.data.encode import IGNORE, Example
 
 
-def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
+def pack_rows(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Numbers of the examples in each row, no row over `budget` tokens.
 
     The same lengths give the same rows. Raises LorakitError for an example that fits in none.

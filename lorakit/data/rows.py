@@ -273,7 +273,7 @@ def content_digest(row: Row) -> bytes:
     return hashlib.blake2b(text.encode("ascii"), digest_size=8).digest()
 
 
-def split(
+def split_rows(
     source: Source, parts: Sequence[float] = (0.8, 0.1, 0.1), *, format: str | None = None
 ) -> tuple[Sequence[Row], ...]:
     """Rows in as many parts as there are shares, which sum to 1, in their old order.

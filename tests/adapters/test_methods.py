@@ -221,13 +221,13 @@ def test_adalora_allocates_as_peft_does(model, tiny_dir, tmp_path):
         for step in range(ADALORA["total_step"]):
             if each is model:
                 total, count = model.loss(IDS, IDS)
-                loss = total / count + lk.orthogonality(model)
+                loss = total / count + lk.adalora_orthogonality(model)
             else:
                 loss = peft_model(input_ids=IDS, labels=IDS).loss
             loss.backward()
             optimizer.step()
             if each is model:
-                lk.allocate(model, step)
+                lk.adalora_allocate(model, step)
             else:
                 peft_model.base_model.update_and_allocate(step)
             optimizer.zero_grad()
@@ -282,7 +282,7 @@ def test_train_allocates(model, tiny_dir, tmp_path):
         lk.load_tokenizer(tiny_dir),
         ROWS[:8],
         config,
-        after_step=lambda: lk.allocate(model, next(steps)),
+        after_step=lambda: lk.adalora_allocate(model, next(steps)),
     )
     layers = [m for m in attached(model).values() if isinstance(m, AdaLoraLinear)]
     assert sum(int(m.part.left.sum()) for m in layers) == 2 * len(layers)
@@ -423,15 +423,15 @@ def test_refused_uses(model):
         model(IDS[:1], cu_seqlens=torch.tensor([0, 5, 12]))
     with lk.adapter_rows(model, ["default", None]), pytest.raises(lk.LorakitError, match="prompt"):
         model(IDS)
-    with pytest.raises(lk.LorakitError, match="allocate: the selected adapter is no AdaLoRA"):
-        lk.allocate(model, 0)
+    with pytest.raises(lk.LorakitError, match="adalora_allocate: the selected adapter is no Ada"):
+        lk.adalora_allocate(model, 0)
     lk.detach(model)
     lk.attach(model, lk.AdaLoraConfig(total_step=9))
     with pytest.raises(lk.LorakitError, match="no gradients"):
-        lk.allocate(model, 0)
+        lk.adalora_allocate(model, 0)
     lk.attach(model, lk.AdaLoraConfig(total_step=9, init_r=3), name="small")
     with pytest.raises(lk.LorakitError, match="target_r is 8, more than init_r, 3"):
-        lk.allocate(model, 0)
+        lk.adalora_allocate(model, 0)
     with pytest.raises(lk.LorakitError, match="q_proj is a AdaLoraLinear of another adapter"):
         lk.attach(model, lk.IA3Config(), name="other")
     with pytest.raises(lk.LorakitError, match="lorakit Decoder"):

@@ -26,13 +26,13 @@ def first_fit_decreasing(lengths, budget):
 
 @given(st.lists(st.integers(1, 50), max_size=80), st.integers(50, 120))
 def test_pack_is_first_fit_decreasing(lengths, budget):
-    assert lk.pack(lengths, budget) == first_fit_decreasing(lengths, budget)
+    assert lk.pack_rows(lengths, budget) == first_fit_decreasing(lengths, budget)
 
 
 def test_pack_refuses_what_fits_nowhere():
-    assert lk.pack([], 0) == []
+    assert lk.pack_rows([], 0) == []
     with pytest.raises(lk.LorakitError, match="example 1 has 9 tokens, more than the 8 of a row"):
-        lk.pack([3, 9], 8)
+        lk.pack_rows([3, 9], 8)
 
 
 def test_pack_is_fast_and_tight():
@@ -40,7 +40,7 @@ def test_pack_is_fast_and_tight():
     lengths = torch.empty(200_000).log_normal_(5.5, 1, generator=generator)
     lengths = lengths.clamp(1, 4096).int().tolist()
     start = time.perf_counter()
-    rows = lk.pack(lengths, 4096)
+    rows = lk.pack_rows(lengths, 4096)
     assert time.perf_counter() - start < 10
     assert lk.padding_share(lengths, rows, 4096) < 1e-3
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorakit as lk
-from lorakit.data.rows import FileRows, IndexedRows, content_digest, split
+from lorakit.data.rows import FileRows, IndexedRows, content_digest, split_rows
 from lorakit.data.schemas import Chat, Instruction, Pair, Text
 
 HI, YO = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}
@@ -368,14 +368,14 @@ def test_any_values_give_rows_or_one_error(values):
 
 def test_split_depends_on_content_only(tmp_path):
     values = [{"text": f"row {i}"} for i in range(2000)]
-    parts = split(values)
+    parts = split_rows(values)
     assert [len(part) for part in parts] == pytest.approx([1600, 200, 200], abs=60)
     assert sorted(row for part in parts for row in part) == sorted(lk.read_rows(values))
-    of_file = split(written(tmp_path / "r.jsonl", values))
+    of_file = split_rows(written(tmp_path / "r.jsonl", values))
     assert isinstance(of_file[0].rows, FileRows)
     for part, other in zip(parts, of_file, strict=True):
         assert [row.text for row in part] == [row.text for row in other]
-    more = split([{"text": "new"}, *values[::-1], values[0]])
+    more = split_rows([{"text": "new"}, *values[::-1], values[0]])
     for part, other in zip(parts, more, strict=True):
         assert {row.text for row in part} <= {row.text for row in other}
         assert {row.text for row in other} - {row.text for row in part} <= {"new"}
@@ -385,7 +385,7 @@ def test_split_depends_on_content_only(tmp_path):
 
 def test_split_of_pairs_depends_on_content_only():
     values = [{"prompt": "a", "chosen": f"b {i}", "rejected": "c"} for i in range(200)]
-    forward, backward = split(values), split(values[::-1])
+    forward, backward = split_rows(values), split_rows(values[::-1])
     for part, other in zip(forward, backward, strict=True):
         answers = [sorted(row.chosen.completion for row in rows) for rows in (part, other)]
         assert answers[0] == answers[1]
@@ -393,7 +393,7 @@ def test_split_of_pairs_depends_on_content_only():
 
 @given(pairs, st.integers(1, 5))
 def test_every_row_is_in_one_part(values, n):
-    parts = split(values, [1 / n] * n)
+    parts = split_rows(values, [1 / n] * n)
     assert sorted(row.place for part in parts for row in part) == sorted(
         row.place for row in lk.read_rows(values)
     )
@@ -402,7 +402,7 @@ def test_every_row_is_in_one_part(values, n):
 @pytest.mark.parametrize("shares", [(0.5, 0.4), (1.5, -0.5), (), ("a",)])
 def test_shares_that_are_none(shares):
     with pytest.raises(lk.LorakitError, match="must be from 0 to 1 and sum to 1"):
-        split([{"text": "a"}], shares)
+        split_rows([{"text": "a"}], shares)
 
 
 def test_nulls_within_the_objects_of_a_table(tmp_path):

@@ -9,19 +9,19 @@ important where the loss hangs on it: per number w, with I = |w dL/dw|,
     S = mean of I,  U = mean of |I - S|        running means, by beta1 and beta2
     score of a triplet = S U of E + mean over the row of S U of A + mean over the column of B's
 
-`allocate` sets E of the least important triplets of all layers to zero. How many stay falls from
-init_r a layer to target_r: none goes until step `tinit`, then some every `deltaT` steps, along a
-cubic curve, and in the last `tfinal` steps the choice stands. `orthogonality` keeps A and B near
-orthogonal, without which E would not be the size of a triplet.
+`adalora_allocate` sets E of the least important triplets of all layers to zero. How many stay falls
+from init_r a layer to target_r: none goes until step `tinit`, then some every `deltaT` steps, along
+a cubic curve, and in the last `tfinal` steps the choice stands. `adalora_orthogonality` keeps A and
+B near orthogonal, without which E would not be the size of a triplet.
 
     for step, batch in enumerate(batches):
-        (loss(batch) + lorakit.orthogonality(model)).backward()
+        (loss(batch) + lorakit.adalora_orthogonality(model)).backward()
         optimizer.step()
-        lorakit.allocate(model, step)            # reads the gradients
+        lorakit.adalora_allocate(model, step)    # reads the gradients
         optimizer.zero_grad()
 
-`lorakit.train` takes `allocate` as its `after_step`, but knows no penalty. While it trains, AdaLoRA
-keeps two more numbers for every trained one; what is saved are the triplets that are left.
+`lorakit.train` takes `adalora_allocate` as its `after_step`, but knows no penalty. While it trains,
+AdaLoRA keeps two more numbers for every trained one; what is saved are the triplets that are left.
 """
 
 from dataclasses import dataclass
@@ -154,25 +154,26 @@ def _selected(module: nn.Module, what: str) -> list[AdaLoraPart]:
     return found
 
 
-def allocate(module: nn.Module, step: int) -> None:
+def adalora_allocate(module: nn.Module, step: int) -> None:
     """After optimizer step number `step`, from 0, and before `zero_grad`: note how important the
     triplets of the selected adapter are, and set E of those to zero that the schedule has no room
     for.
 
     Raises LorakitError if no AdaLoRA is selected, or a parameter has no gradient.
     """
-    parts = _selected(module, "allocate")
+    parts = _selected(module, "adalora_allocate")
     config = parts[0].config
     check(
         config.target_r <= config.init_r,
-        f"allocate: target_r is {config.target_r}, more than init_r, {config.init_r}; lower it",
+        f"adalora_allocate: target_r is {config.target_r}, more than init_r, {config.init_r}; "
+        "lower it",
     )
     last = config.total_step - config.tfinal
     if step < last:
         if all(part.lora_E.grad is None for part in parts):
             raise LorakitError(
-                "allocate: there are no gradients; call it after the optimizer's step and before "
-                "zero_grad"
+                "adalora_allocate: there are no gradients; call it after the optimizer's step and "
+                "before zero_grad"
             )
         for part in parts:
             part.observe()
@@ -194,13 +195,13 @@ def allocate(module: nn.Module, step: int) -> None:
             part.means.clear()
 
 
-def orthogonality(module: nn.Module) -> Tensor:
+def adalora_orthogonality(module: nn.Module) -> Tensor:
     """What to add to the loss: orth_reg_weight times the mean of ||A A^T - 1|| and ||B^T B - 1||,
     over the layers of the selected adapter.
 
     Raises LorakitError if no AdaLoRA is selected.
     """
-    parts = _selected(module, "orthogonality")
+    parts = _selected(module, "adalora_orthogonality")
     sides = [side for part in parts for side in (part.lora_A, part.lora_B.t())]
     total = sum((_gram(side) for side in sides), start=torch.zeros(()).to(sides[0]))
     return parts[0].config.orth_reg_weight * total / len(sides)
