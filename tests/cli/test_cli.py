@@ -17,7 +17,7 @@ import torch
 import yaml
 
 import lorakit as lk
-from lorakit.cli.command import main
+from lorakit.cli.main import main
 from tests.conftest import ROWS
 
 
