@@ -78,6 +78,7 @@ FEATURES = {
     "some layers": {"layers_to_transform": [1], "exclude_modules": ["v_proj"]},
     "embedding and head": {"target_modules": ["embed_tokens", "lm_head", "v_proj"]},
     "a bias setting without biases": {"bias": "all"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
 }
 
 

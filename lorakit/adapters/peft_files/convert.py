@@ -38,9 +38,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lorakit import kernels
+from lorakit.adapters.peft_files import features
 from lorakit.adapters.peft_files.experts import split_experts
 from lorakit.adapters.peft_files.inspect import Adapter, Layer, natural, open_adapter, some
 from lorakit.adapters.peft_files.layout import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from lorakit.config.adapters import PLAIN_INITIALIZATIONS
 from lorakit.config.errors import LorakitError, nearest
 from lorakit.files.local import as_path, write_json
 from lorakit.files.safetensors import LazyTensor, write_safetensors
@@ -48,22 +50,6 @@ from lorakit.models.config import ModelConfig
 from lorakit.models.load import open_model
 
 SUBSPACE_ITERATIONS = 8
-# initializations that leave the base weights alone
-PLAIN_INITS = (None, True, False, "gaussian", "eva")
-# what PEFT can compute and plain LoRA cannot, with what to do about it
-MERGE = "merge it into the model with PEFT, and serve that"
-REFUSED = {
-    "modules_to_save": MERGE,
-    "trainable_token_indices": MERGE,
-    "layer_replication": MERGE,
-    "use_qalora": MERGE,
-    "use_bdlora": MERGE,
-    "kasa_config": MERGE,
-    "velora_config": MERGE,
-    "monteclora_config": MERGE,
-    "arrow_config": "it mixes several adapters by the input: convert these, one by one",
-    "alora_invocation_tokens": "it is switched on by tokens of the input, which only PEFT does",
-}
 
 
 @dataclass(frozen=True)
@@ -208,26 +194,22 @@ def _check_plain(adapter: Adapter) -> None:
     path, values = adapter.path, adapter.values
     if adapter.unknown:
         raise LorakitError(f"{path}: tensor {adapter.unknown[0]} is of no kind known to lorakit")
-    for name, advice in REFUSED.items():
-        if values.get(name) not in (None, False, [], {}):
-            raise LorakitError(
-                f"{path}: {name}={json.dumps(values[name])} does not fit in plain LoRA: {advice}"
-            )
-    if values.get("init_lora_weights") not in PLAIN_INITS:
+    features.check_plain(path, values)
+    if values.get("init_lora_weights") not in PLAIN_INITIALIZATIONS:
         raise LorakitError(
             f"{path}: init_lora_weights={json.dumps(values['init_lora_weights'])} changed the base "
             "weights, which these files do not hold: save it with PEFT's "
             "path_initial_model_for_weight_conversion"
         )
     for name in adapter.tokens + adapter.biases:
-        raise LorakitError(f"{path}: {name} does not fit in plain LoRA: {MERGE}")
+        raise LorakitError(f"{path}: {name} does not fit in plain LoRA: {features.MERGE}")
     if not adapter.layers:
         raise LorakitError(f"{path}: no layer is adapted")
     for layer in adapter.layers:
         if layer.bias is not None and layer.bias.read().any():
             raise LorakitError(
                 f"{path}: {layer.key}.lora_B.bias (lora_bias) does not fit in plain LoRA unless it "
-                f"is zero: {MERGE}"
+                f"is zero: {features.MERGE}"
             )
         if layer.rank != layer.expected_rank:
             raise LorakitError(

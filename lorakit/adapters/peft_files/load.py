@@ -29,6 +29,7 @@ from lorakit.adapters.manage import (
 from lorakit.adapters.methods.adalora import AdaLoraConfig
 from lorakit.adapters.methods.prompts import PromptConfig
 from lorakit.adapters.methods.vera import VeraConfig
+from lorakit.adapters.peft_files import features
 from lorakit.adapters.peft_files.experts import is_fused, split_experts
 from lorakit.adapters.peft_files.layout import CONFIG_FILE, PATTERNS, PREFIX, WEIGHTS_FILE
 from lorakit.adapters.peft_files.ties import (
@@ -40,22 +41,13 @@ from lorakit.adapters.peft_files.ties import (
     tied_heads,
 )
 from lorakit.adapters.plan import tied_embedding
-from lorakit.config.adapters import LoraConfig, TargetConfig
+from lorakit.config.adapters import PLAIN_INITIALIZATIONS, LoraConfig, TargetConfig
 from lorakit.config.errors import LorakitError
 from lorakit.config.fields import from_mapping
 from lorakit.files.local import as_path, read_json
 from lorakit.files.safetensors import LazyTensor, open_safetensors
 from lorakit.models.decoder import Decoder
 
-# PEFT features that change the computation and that lorakit does not have: value when unused
-UNSUPPORTED = {
-    "layer_replication": None,
-    "use_qalora": False,
-    "use_bdlora": None,
-    "alora_invocation_tokens": None,
-}
-# initializations after which A and B are all there is; others change the base, also on loading
-PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 # that lorakit keeps beside A and B, and that follow from the weight: pissa_niter_N is also random
 STARTS = ("pissa", "olora")
 # where multimodal checkpoints keep the text model, of several generations
@@ -76,9 +68,7 @@ def load_adapter(module: nn.Module, path: str | Path, *, name: str = "default") 
             f"{path}: peft_type is {values.get('peft_type')!r}; lorakit has "
             + ", ".join(PEFT_TYPES)
         )
-    for key, unused in UNSUPPORTED.items():
-        if values.get(key) not in (None, unused, []):
-            raise LorakitError(f"{path}: {key}={json.dumps(values[key])} is not supported")
+    features.check_file(path, values)
     if not (path / WEIGHTS_FILE).exists() and (path / "adapter_model.bin").exists():
         raise LorakitError(f"{path}: adapter_model.bin is pickled, which is not read; convert it")
     tensors = open_safetensors(path / WEIGHTS_FILE)
@@ -122,7 +112,7 @@ def _read_config(
     path: Path, values: Mapping[str, Any], module: nn.Module, tensors: Mapping[str, LazyTensor]
 ) -> LoraConfig:
     init = values.get("init_lora_weights")
-    plain = init in PLAIN_INITS
+    plain = init in PLAIN_INITIALIZATIONS
     if not plain and init not in STARTS:
         raise LorakitError(
             f"{path}: init_lora_weights={json.dumps(init)} changes the base weights; convert the "

@@ -40,6 +40,7 @@ from lorakit.adapters.manage import (
 )
 from lorakit.adapters.merge import merge, merge_and_unload, unmerge
 from lorakit.adapters.methods.prompts import PromptConfig
+from lorakit.adapters.peft_files import features
 from lorakit.adapters.peft_files.layout import CONFIG_FILE, WEIGHTS_FILE
 from lorakit.adapters.peft_files.load import load_adapter
 from lorakit.adapters.peft_files.save import adapter_tensors, save_adapter
@@ -82,22 +83,6 @@ FOR_LOADING = (
     "token",
     "torch_dtype",
 )
-LACKING = (
-    "alora_invocation_tokens",
-    "arrow_config",
-    "corda_config",
-    "eva_config",
-    "kasa_config",
-    "layer_replication",
-    "loftq_config",
-    "lora_ga_config",
-    "megatron_config",
-    "monteclora_config",
-    "target_parameters",
-    "use_bdlora",
-    "use_qalora",
-    "velora_config",
-)
 
 
 @dataclass(frozen=True)
@@ -122,7 +107,7 @@ class LoraConfig(PlainConfig):
     megatron_core: Any = None
     qalora_group_size: Any = None
     runtime_config: Any = None
-    # LACKING: has to be unused
+    # what has to be unused
     alora_invocation_tokens: Any = None
     arrow_config: Any = None
     corda_config: Any = None
@@ -139,8 +124,7 @@ class LoraConfig(PlainConfig):
     velora_config: Any = None
 
     def __post_init__(self):
-        for name in LACKING:
-            check(not getattr(self, name), f"LoraConfig: lorakit has no {name}")
+        features.check_new(vars(self))
         task = self.task_type
         check(
             task is None or task in list(TaskType),

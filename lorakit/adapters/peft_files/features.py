@@ -1,0 +1,94 @@
+"""What lorakit does with each option of PEFT's configs.
+
+PEFT's LoraConfig has more options than lorakit's, and each release adds some. Every option stands
+in exactly one of these tables:
+
+    HONOURED         lorakit's LoraConfig has a field of this name
+    FUSED_EXPERTS    a file may say it; a new config says it in another way
+    HARMLESS         changes nothing in what an adapter computes
+    OTHER_START      tells how PEFT starts an adapter, or spreads it over machines. A file holds the
+                     result, so the option is spent there. A new config would start differently
+                     from what it says, so it is refused there
+    REFUSED          changes what an adapter computes, or how it learns, and lorakit lacks it
+
+NOT_PLAIN names the options that lorakit honours and that plain LoRA cannot hold. An option counts
+as used unless it is null, false, zero or empty, which are the defaults of all that are refused.
+
+A test compares the tables with the options of the installed PEFT. A release with a new option fails
+there until somebody decides what the option means here.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lorakit.config.adapters import LoraConfig
+from lorakit.config.errors import LorakitError
+
+MERGE = "merge it into the model with PEFT, and serve that"
+
+HONOURED = frozenset(field.name for field in dataclasses.fields(LoraConfig))
+
+FUSED_EXPERTS = {
+    "target_parameters": "adapters of fused experts are read; a new one names the experts' layers",
+}
+
+HARMLESS = {
+    "auto_mapping": "it names the classes that PEFT wraps around the model",
+    "base_model_name_or_path": "it names the model that the adapter was trained on",
+    "inference_mode": "it freezes the adapter",
+    "megatron_core": "it names a module that only megatron_config uses",
+    "peft_type": "it names the method, which is read before the options are",
+    "peft_version": "it names the version that wrote the file",
+    "qalora_group_size": "only use_qalora uses it",
+    "revision": "it names a version of the model that the adapter was trained on",
+    "runtime_config": "it moves weights between devices while they are merged",
+    "task_type": "it names what the model is for",
+}
+
+OTHER_START = {
+    "corda_config": "settings of the initialization CorDA",
+    "eva_config": "settings of PEFT's EVA; lorakit's EVA has its own",
+    "loftq_config": "settings of PEFT's LoftQ; lorakit's LoftQ reads them from the quantized layer",
+    "lora_ga_config": "settings of the initialization LoRA-GA",
+    "megatron_config": "it spreads the layers over several devices",
+}
+
+# Each with what to do about it.
+REFUSED = {
+    "alora_invocation_tokens": "it is switched on by tokens of the input, which only PEFT does",
+    "arrow_config": "it mixes several adapters by the input: convert these, one by one",
+    "kasa_config": MERGE,
+    "layer_replication": MERGE,
+    "monteclora_config": MERGE,
+    "use_bdlora": MERGE,
+    "use_qalora": MERGE,
+    "velora_config": MERGE,
+}
+
+NOT_PLAIN = {"modules_to_save": MERGE, "trainable_token_indices": MERGE}
+
+
+def check_new(values: Mapping[str, Any]) -> None:
+    """Raise LorakitError if a new config of PEFT's kind uses an option that lorakit lacks."""
+    for name in sorted([*FUSED_EXPERTS, *OTHER_START, *REFUSED]):
+        if values.get(name):
+            raise LorakitError(f"LoraConfig: lorakit has no {name}")
+
+
+def check_file(path: Path, values: Mapping[str, Any]) -> None:
+    """Raise LorakitError if adapter_config.json uses an option that lorakit lacks."""
+    for name in REFUSED:
+        if values.get(name):
+            raise LorakitError(f"{path}: {name}={json.dumps(values[name])} is not supported")
+
+
+def check_plain(path: Path, values: Mapping[str, Any]) -> None:
+    """Raise LorakitError if adapter_config.json uses an option that plain LoRA cannot hold."""
+    for name, advice in (NOT_PLAIN | REFUSED).items():
+        if values.get(name):
+            raise LorakitError(
+                f"{path}: {name}={json.dumps(values[name])} does not fit in plain LoRA: {advice}"
+            )
