@@ -121,7 +121,7 @@ def combine_adapters(
         r=r, lora_alpha=r, target_modules=list(found), rank_pattern=others, alpha_pattern=others
     )
     for place, (A, B) in found.items():
-        part = LoraPart(config, place, A.contiguous(), B.contiguous())
+        part = LoraPart(config, config.scaling(place), A.contiguous(), B.contiguous())
         layers[place].put(name, part.requires_grad_(False))
     return module
 

@@ -130,7 +130,7 @@ def eva(
 def _start(layer: LoraLinear, name: str, place: str, config, A: Tensor) -> None:
     old = layer.adapters[name]
     B = old.lora_B.new_zeros(old.lora_B.shape[0], len(A))
-    part = LoraPart(config, place, A.to(old.lora_A.device).clone(), B)
+    part = LoraPart(config, config.scaling(place), A.to(old.lora_A.device).clone(), B)
     layer.complete(part)
     part.awaits = None
     layer.put(name, part)

@@ -132,5 +132,9 @@ class LoraConfig(TargetConfig):
 
     def scaling(self, name: str) -> float:
         """The factor of B A in the layer called `name`."""
+        return self.rank_and_scaling(name)[1]
+
+    def rank_and_scaling(self, name: str) -> tuple[int, float]:
+        """Return r of the layer called `name`, and the factor of B A in it."""
         r = self.rank(name)
-        return self.alpha(name) / (math.sqrt(r) if self.use_rslora else r)
+        return r, self.alpha(name) / (math.sqrt(r) if self.use_rslora else r)

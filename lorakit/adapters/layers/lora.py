@@ -76,8 +76,8 @@ class LoraPart(LowRank):
     start_A, start_B    A0 and B0, frozen: s B0 A0 is taken out of the weight
     """
 
-    def __init__(self, config: LoraConfig, name: str, lora_A: Tensor, lora_B: Tensor):
-        super().__init__(config, len(lora_A), config.scaling(name), config.lora_dropout)
+    def __init__(self, config: LoraConfig, scaling: float, lora_A: Tensor, lora_B: Tensor):
+        super().__init__(config, len(lora_A), scaling, config.lora_dropout)
         self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
         kind = config.init_lora_weights
         self.awaits = kind if kind in ("loftq", "eva") else None  # what has yet to start it

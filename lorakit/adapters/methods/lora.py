@@ -78,14 +78,15 @@ def plan_lora(module: nn.Module, config: LoraConfig) -> Plan:
 
 
 def _linear_part(each: LoraLinear, place: str, config: LoraConfig) -> LoraPart:
-    base, r, device = each.base, config.rank(place), device_of(each.base)
+    base, device = each.base, device_of(each.base)
+    r, scaling = config.rank_and_scaling(place)
     kind, shape = config.init_lora_weights, (base.in_features, base.out_features)
     try:
         if needs_weight(kind):
-            A, B = from_weight(kind, base.dequantize(), r, config.scaling(place))
+            A, B = from_weight(kind, base.dequantize(), r, scaling)
         else:
             A, B = initial(kind, *shape, r, device=device)
-        part = LoraPart(config, place, A, B)
+        part = LoraPart(config, scaling, A, B)
         if needs_weight(kind):
             part.start_with(A, B)
         each.complete(part)
@@ -115,10 +116,10 @@ def _embedding(
         return
     weight = each.base.weight
     H, V = each.base.embedding_dim, each.base.num_embeddings
-    r = config.rank(place)
+    r, scaling = config.rank_and_scaling(place)
     A = torch.zeros(r, V, device=weight.device)
     B = torch.randn(H, r, device=weight.device)
-    part = LoraPart(config, place, A, B)
+    part = LoraPart(config, scaling, A, B)
     if config.use_dora:
         part.magnitude = nn.Parameter(each._column_norms(part))
     plan.parts.append((each, part))
