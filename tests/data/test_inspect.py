@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import lorakit as lk
-from lorakit.cli.command import main
+from lorakit.cli.main import main
 from lorakit.data.inspect import PLAIN, lint_rows, show_rows
 from tests.data.test_chats import SYSTEM, assistant, user
 
