@@ -23,7 +23,8 @@ from lorakit.adapters.targets import ends_with, select
 from lorakit.config.adapters import LoraConfig, TargetConfig
 from lorakit.config.errors import LorakitError, nearest
 from lorakit.config.patterns import lies_in
-from lorakit.models.decoder import Decoder, PackedLayer
+from lorakit.models.decoder import Decoder
+from lorakit.models.packed_layers import PackedWeight
 
 
 class Plan:
@@ -139,7 +140,7 @@ def _is_transposed(module: nn.Module) -> bool:
 
 def is_embedding(module: nn.Module) -> bool:
     module = _trained_as_it_is(module)
-    packed = isinstance(module, PackedLayer) and not isinstance(module, Base)
+    packed = isinstance(module, PackedWeight) and not isinstance(module, Base)
     return isinstance(module, (nn.Embedding, LoraEmbedding, TokenRows)) or (
         packed and not isinstance(module, Attached)
     )
@@ -177,7 +178,7 @@ def tied_heads(module: nn.Module, places: Places, layer: nn.Module) -> list[str]
     uses the embedding itself as its head; None if there is no such thing.
     """
     layer = _plain(layer)
-    if not isinstance(layer, nn.Embedding) and not isinstance(layer, PackedLayer):
+    if not isinstance(layer, nn.Embedding) and not isinstance(layer, PackedWeight):
         return None
     weight = _weight(layer)
     for name, other in places.items():
@@ -245,7 +246,7 @@ def _copy(place: str, module: nn.Module) -> nn.Module:
             f"modules_to_save: {place} only holds modules, and is not called; name those in it"
         )
     packed = [p for p in module.parameters() if not p.is_floating_point()]
-    if packed or isinstance(module, PackedLayer):
+    if packed or isinstance(module, PackedWeight):
         raise LorakitError(
             f"modules_to_save: {place} is packed; only a dense module can be trained"
         )

@@ -16,7 +16,7 @@ cache, Hq and Hk heads, D head_dim.
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,10 @@ from torch import Tensor, nn
 
 from lorakit import kernels
 from lorakit.config.errors import LorakitError
+from lorakit.models.adapted_layer import AdaptedLayer, fused_weights
 from lorakit.models.config import ModelConfig
 from lorakit.models.hooks import has_hooks
+from lorakit.models.packed_layers import PackedWeight
 from lorakit.models.recompute import checkpoint
 from lorakit.models.views import View, document_lengths, key_mask, rotary_tables
 
@@ -42,47 +44,6 @@ class Cache(Protocol):
         """int64 [S]: which positions `append` will return for `new` ones, for layers of one window.
         For a single new one all of them lie in its window.
         """
-
-
-@runtime_checkable
-class PackedLayer(Protocol):
-    """An embedding or a head whose weight is stored in few bits."""
-
-    quantized: kernels.Packed
-
-
-@runtime_checkable
-class AdaptedLayer(Protocol):
-    """What stands in the place of a layer while adapters are attached to it (see attached.py)."""
-
-    rows: list | None  # which rows of a batch each adapter computes, or one for all
-    merged: nn.Module | None
-
-    def update(self) -> kernels.LoraWeights | None:
-        """The low-rank update, of an embedding as its tied head sees it; None if there is none."""
-
-    def adapted(self) -> kernels.LoraWeights | None:
-        """Base and update as the fused kernels take them, or None if there is no update or the
-        layer has to be called as it is.
-        """
-
-    def current(self) -> nn.Module:
-        """What an update is added to."""
-
-    def alone(self) -> nn.Module | None:
-        """The one module that computes, None if an adapter is added to it."""
-
-
-def _adapted(*layers: nn.Module) -> list[kernels.LoraWeights] | None:
-    """Of all the layers, or None if one of them is not, or has to be called as it is: also for its
-    hooks, or because it drops another share of the input than the others.
-    """
-    if any(map(has_hooks, layers)) or not all(isinstance(m, AdaptedLayer) for m in layers):
-        return None
-    found = [layer.adapted() for layer in layers]
-    if None in found or len({weights.dropout for weights in found}) > 1:
-        return None
-    return found
 
 
 def _noise(x: Tensor, alpha: float, cu_seqlens: Tensor | None) -> Tensor:
@@ -142,7 +103,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, view: View, cache: Cache | None, again: Again) -> Tensor:
         B, T, _ = x.shape
         layers = self.q_proj, self.k_proj, self.v_proj
-        adapted = _adapted(*layers)
+        adapted = fused_weights(*layers)
         if adapted is None:
             projected = [layer(x) for layer in layers]
         else:
@@ -192,7 +153,7 @@ class MLP(nn.Module):
         """
         gate, up, down = layers = [self.get_submodule(name) for name in self.names]
         keep = keep or x.device.type == "cpu"
-        if (adapted := _adapted(*layers)) is not None:
+        if (adapted := fused_weights(*layers)) is not None:
             return kernels.lora_mlp(x, *adapted, self.hidden_act, keep=keep, again=again)
         return down(kernels.gated(gate(x), up(x), self.hidden_act))
 
@@ -290,13 +251,17 @@ class Trunk(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config)
 
 
-class Beginning(nn.Module):
-    """What stands before the first position of every row: nothing. A prompt takes its place."""
+class NoPrompt(nn.Module):
+    """What stands in the place of a learned prompt where there is none.
+
+    A learned prompt comes before the first position of every row, as keys and values that all
+    later positions see. `attach` puts one here (adapters/methods/prompts.py).
+    """
 
     length = 0  # in positions
 
     def forward(self, model: "Decoder", cache: Cache | None, rows: int) -> Cache | None:
-        """`cache` of so many rows, and if it is new or None, one that holds the beginning."""
+        """Return `cache` of so many rows; if it is None or empty, one that begins with the prompt."""
         return cache
 
 
@@ -323,7 +288,7 @@ class Decoder(nn.Module):
         self.gradient_checkpointing = self.offload_activations = False
         self.neftune_noise_alpha: float | None = None
         self.source = None  # where the weights came from: a checkpoint.Source, if from a file
-        self.beginning = Beginning()
+        self.beginning = NoPrompt()  # named so in the saved state of runs
         self.model = Trunk(config)
         self.lm_head = None
         if not config.tie_word_embeddings:
@@ -417,7 +382,7 @@ class Decoder(nn.Module):
         embedding, update = self._tied_head()
         if update is not None:
             return kernels.lora_linear(hidden, update)
-        if isinstance(embedding, PackedLayer):
+        if isinstance(embedding, PackedWeight):
             return kernels.frozen_linear(hidden, embedding.quantized)
         return F.linear(hidden, embedding.weight)
 
@@ -512,6 +477,6 @@ class Decoder(nn.Module):
         more = update is not None and (update.dropout or update.magnitude is not None)
         if more or (update is not None and update.bias is not None):
             return None, None
-        if isinstance(head, PackedLayer):
+        if isinstance(head, PackedWeight):
             return head.quantized, update
         return (head.weight if type(head) in (nn.Linear, nn.Embedding) else None), update

@@ -14,7 +14,8 @@ from lorakit.config.errors import LorakitError
 from lorakit.files import hub
 from lorakit.files.local import as_path, atomic, write_json
 from lorakit.files.safetensors import INDEX_FILE, WEIGHTS_FILE, LazyTensor, write_safetensors
-from lorakit.models.decoder import AdaptedLayer, Decoder
+from lorakit.models.adapted_layer import AdaptedLayer
+from lorakit.models.decoder import Decoder
 from lorakit.models.load import Outer
 from lorakit.models.packed_layers import Int8Linear, NF4Linear, PackedLinear, PackedWeight
 from lorakit.models.tokenizer_files import load_tokenizer

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.config.errors import LorakitError
+from lorakit.models.adapted_layer import AdaptedLayer
 
 
 class Part(nn.Module):
@@ -30,7 +31,7 @@ class Part(nn.Module):
         self.config = config
 
 
-class Attached(nn.Module):
+class Attached(AdaptedLayer):
     """The common part of every kind; a kind says how one adapter computes, what of it is saved, and
     what the module is with the adapter in its weights.
     """

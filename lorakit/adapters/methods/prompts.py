@@ -214,7 +214,7 @@ def shape_fields(config: PromptConfig, model: ModelConfig) -> dict[str, int]:
 
 
 class Prompt(Attached):
-    """In the place of a decoder's `beginning`."""
+    """A learned prompt in the place of a decoder's `NoPrompt`."""
 
     @property
     def length(self) -> int:

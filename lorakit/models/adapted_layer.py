@@ -1,0 +1,58 @@
+"""How the decoder sees a layer that carries adapters, and when fused kernels may compute it.
+
+The room of adapters puts an `AdaptedLayer` in the place of a layer. The models, and decoding, ask it
+what it computes with; they know nothing of adapters beyond this class. It is a class and no protocol
+because the decoder asks for it in every layer of every step: isinstance on a protocol with members
+takes some 50 us, on a class 0.03 us.
+"""
+
+from torch import Tensor, nn
+
+from lorakit import kernels
+from lorakit.models.hooks import has_hooks
+
+
+class AdaptedLayer(nn.Module):
+    """A module in the place of a layer while adapters are attached to it."""
+
+    rows: list[tuple[str | None, Tensor]] | None
+    """the rows of a batch that each adapter computes; None where one adapter computes all"""
+    merged: nn.Module | None
+    """the layer with an adapter in its weights, while it is merged"""
+
+    def update(self) -> kernels.LoraWeights | None:
+        """Return the low-rank update, or None if there is none.
+
+        The update of an embedding is the one that its tied head sees.
+        """
+        raise NotImplementedError
+
+    def adapted(self) -> kernels.LoraWeights | None:
+        """Return base and update as the fused kernels take them.
+
+        None: there is no update, or the layer has to be called as it is.
+        """
+        raise NotImplementedError
+
+    def current(self) -> nn.Module:
+        """Return the module that an update is added to."""
+        raise NotImplementedError
+
+    def alone(self) -> nn.Module | None:
+        """Return the one module that computes, or None if an adapter is added to it."""
+        raise NotImplementedError
+
+
+def fused_weights(*layers: nn.Module) -> list[kernels.LoraWeights] | None:
+    """Return base and update of layers that read one input, for the fused kernels.
+
+    None: one of them carries no adapter, has to be called as it is (also for its hooks), or drops
+    another share of the input than the others.
+    """
+    found = []
+    for layer in layers:
+        weights = layer.adapted() if isinstance(layer, AdaptedLayer) else None
+        if weights is None or has_hooks(layer):
+            return None
+        found.append(weights)
+    return found if len({weights.dropout for weights in found}) == 1 else None
