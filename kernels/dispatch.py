@@ -1,25 +1,26 @@
 """Which implementation of an op runs, and where the compiled CPU kernels are.
 
-An op's public function asks `pick(device, ...)` which of the backends it has should run:
+The folder of an op holds its backends:
 
     reference   plain torch: any device, any dtype, differentiable
-    cpu         kernels/*/cpu.cpp, one shared library with a plain C ABI, for tensors in host memory
-    triton      */triton.py, for tensors on a GPU; with TRITON_INTERPRET=1 in the environment, any
+    cpu         cpu.cpp of the ops, one shared library with a plain C ABI, for tensors in host memory
+    triton      triton.py, for tensors on a GPU; with TRITON_INTERPRET=1 in the environment, any
 
 (Triton's own interpreter is wrong for bf16; tests/triton_interpreter.py corrects it.)
 
-The fastest one that fits the tensor's device is taken. `use_backend` forces one; forcing what is
-missing raises.
+The op's public function asks `backend` or `pick` for the fastest one that fits the tensor's device.
+`use_backend` forces one; to force one that is missing raises an error.
 
-The library is optional. It holds each op once per instruction set (`lk_avx2_nf4_quantize`); the
+The library is optional. It holds each op once per instruction set (`lk_avx2_nf4_quantize`). The
 best that the processor has is chosen at load time, or the one that `LORAKIT_ISA` names: scalar,
 avx2, avx512, avx512bf16; scalar, neon. `LORAKIT_LIBRARY` names another build of it, such as the one
-of `make test-asan`. ctypes with declared argument types costs under a microsecond a call, where the
-ops do tens: one wheel per platform is worth that.
+of `make test-asan`. A call by ctypes with declared argument types costs under a microsecond, and
+the ops take tens: one wheel per platform is worth that.
 """
 
 import ctypes
 import functools
+import importlib
 import importlib.util
 import logging
 import os
@@ -28,6 +29,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -39,17 +41,25 @@ CPU_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # -> the end of a 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what weights and activations come in
 
 log = logging.getLogger("lorakit")
-_forced: str | None = None  # of the process: backward runs in threads of torch's own
+_forced: str | None = None  # for the whole process: backward runs in threads of torch's own
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every op inside the `with` block on backend `name`, "reference", "cpu" or "triton", in
-    all threads.
+    """Run every op inside the `with` block on one backend, in all threads.
 
-    Raises ValueError for an unknown name, RuntimeError where that backend is not installed, and,
-    from the op, RuntimeError where the tensor is on another device. An op that has no kernel for
-    the backend runs its reference.
+    An op that has no kernel for the backend runs its reference.
+
+    Args:
+        name: "reference", "cpu" or "triton".
+
+    Yields:
+        Nothing; the block runs with the backend forced.
+
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: the backend is not installed; raised by an op, its tensor is on a device that
+            the backend does not run on.
     """
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
@@ -68,7 +78,10 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def pick(device: torch.device, *implemented: str) -> str:
-    """The backend for an op that has a reference and `implemented`, on tensors of `device`."""
+    """Return the name of the backend for an op on tensors of `device`.
+
+    The op has a reference, and the backends named in `implemented`.
+    """
     if _forced in implemented:
         if not _fits(_forced, device):
             raise RuntimeError(f"backend {_forced!r} is forced, but the tensor is on {device}")
@@ -82,22 +95,42 @@ def pick(device: torch.device, *implemented: str) -> str:
     return "reference"
 
 
+def backend(
+    package: str, device: torch.device, *, cpu: bool = True, triton: bool = True
+) -> ModuleType:
+    """Return the module of the op's folder `package` that runs on tensors of `device`.
+
+    `cpu` and `triton` say whether the kernels of that backend take the operands. The reference
+    takes what the picked one does not.
+    """
+    picked = pick(device, "cpu", "triton") if cpu or triton else "reference"
+    if (picked == "cpu" and not cpu) or (picked == "triton" and not triton):
+        picked = "reference"
+    return _module(package, picked)
+
+
+@functools.cache
+def _module(package: str, name: str) -> ModuleType:
+    return importlib.import_module(f"{package}.{name}")
+
+
 def triton_runs(x: torch.Tensor) -> bool:
-    """Whether an op that has a Triton kernel for fp32, bf16 and fp16 should run it on `x`."""
+    """Return whether an op that has a Triton kernel for fp32, bf16 and fp16 should run it on x."""
     return x.dtype in FLOATS and pick(x.device, "triton") == "triton"
 
 
 def on_device(x: torch.Tensor) -> AbstractContextManager:
-    """Inside the block Triton launches on the device of `x`, whichever is current."""
+    """Return a context in which Triton launches on the device of x, whichever is current."""
     if not x.is_cuda or x.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(x.device)
 
 
 def product_dtype(x: torch.Tensor) -> torch.dtype:
-    """What products of matrices in x's dtype are computed in: that dtype, or fp32 on a processor
-    that has no instructions for 16 bits, where torch's products in them are ten (x W^T) to fifty
-    times (dy W) slower than fp32's.
+    """Return the dtype in which products of matrices in x's dtype are computed.
+
+    That is x's dtype, or fp32 on a processor that has no instructions for 16 bits. There torch's
+    products in 16 bits are ten (x W^T) to fifty times (dy W) slower than those in fp32.
     """
     half = x.dtype in (torch.bfloat16, torch.float16)
     on_cpu = x.device.type == "cpu" and _forced in (None, "cpu")
@@ -105,9 +138,10 @@ def product_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def asks_onednn(x: torch.Tensor, w: torch.Tensor) -> bool:
-    """Whether a product of x and w is better asked of oneDNN: in fp32 on AMD's processors with
-    AVX-512. There torch asks MKL, which uses half of their vectors and takes 2.3 times as long.
-    Under autocast torch's product is not in fp32.
+    """Return whether a product of x and w is better asked of oneDNN.
+
+    It is in fp32 on AMD's processors with AVX-512. There torch asks MKL, which uses half of their
+    vectors and takes 2.3 times as long. Under autocast torch's product is not in fp32.
     """
     fp32 = x.dtype == w.dtype == torch.float32 and x.device.type == "cpu" and len(x) > 0
     if not fp32 or _forced not in (None, "cpu") or torch.is_autocast_enabled("cpu"):
@@ -116,7 +150,7 @@ def asks_onednn(x: torch.Tensor, w: torch.Tensor) -> bool:
 
 
 def linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [M, K] w^T + bias [N] for w [N, K] of any strides: [M, N]. Not differentiable."""
+    """Return x [M, K] w^T + bias [N] for w [N, K] of any strides: [M, N]. Not differentiable."""
     if not asks_onednn(x, w):
         return torch.nn.functional.linear(x, w, bias)
     n = len(x)
@@ -128,30 +162,32 @@ def linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -
 
 @functools.cache
 def _mkl_is_slow() -> bool:
+    handle = library()
     usable = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    return usable and library() is not None and bool(library().lk_mkl_is_slow())
+    return usable and handle is not None and bool(handle.lk_mkl_is_slow())
 
 
 @functools.cache
 def multiplies_tiles() -> bool:
-    """Whether the processor multiplies whole tiles of bf16 (AMX), which oneDNN makes use of."""
-    return library() is not None and bool(library().lk_multiplies_tiles())
+    """Return whether the processor multiplies whole tiles of bf16 (AMX), which oneDNN uses."""
+    handle = library()
+    return handle is not None and bool(handle.lk_multiplies_tiles())
 
 
 @functools.cache
 def _multiplies_bf16() -> bool:
-    """Whether the processor does; of another maker's than x86 torch is taken to know best."""
+    """Return whether the processor multiplies bf16; for others than x86 torch knows best."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True
     return torch.cpu._is_avx512_bf16_supported()
 
 
 def rounded_up(rows: int, device: torch.device) -> int:
-    """How many rows a product of `rows` should have; the others are filling.
+    """Return how many rows a product of `rows` should have; the others are filling.
 
-    On a CPU oneDNN makes code for every size it meets and keeps it: half a millisecond and some
-    0.7 MB for each product of a training step. There it is one of eight sizes an octave, at most an
-    eighth more; elsewhere `rows`.
+    On a CPU oneDNN makes code for every size that it meets and keeps it: half a millisecond and
+    some 0.7 MB for each product of a training step. There the number is one of eight sizes an
+    octave, at most an eighth more; elsewhere it is `rows`.
     """
     if device.type != "cpu":
         return rows
@@ -160,20 +196,20 @@ def rounded_up(rows: int, device: torch.device) -> int:
 
 
 def compiles_to() -> str:
-    """What becomes of a Triton kernel here: "ptx" for NVIDIA, "amdgcn" for AMD, "interpreted"."""
+    """Return what a Triton kernel becomes: "ptx" (NVIDIA), "amdgcn" (AMD) or "interpreted"."""
     if _interprets():
         return "interpreted"
     return "ptx" if torch.version.hip is None else "amdgcn"
 
 
 def lanes() -> int:
-    """Threads of a warp: 64 on AMD's GPUs for data centres."""
+    """Return the threads of a warp: 64 on AMD's GPUs for data centres, else 32."""
     return 64 if compiles_to() == "amdgcn" else 32
 
 
 @functools.cache
 def capability(device: torch.device) -> tuple[int, int]:
-    """Of NVIDIA's GPU `device`; in the interpreter that of an H100."""
+    """Return the compute capability of NVIDIA's GPU `device`; an H100's in the interpreter."""
     return (9, 0) if device.type == "cpu" else torch.cuda.get_device_capability(device)
 
 
@@ -184,19 +220,22 @@ def _fits(backend: str, device: torch.device) -> bool:
 
 
 def _interprets() -> bool:
-    """By Triton's own reading of the variable."""
+    """Return whether Triton interprets its kernels, by its own reading of the variable."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 @functools.cache
 def has_triton() -> bool:
-    """Whether the package is installed; nothing is imported for it."""
+    """Return whether the package triton is installed; nothing is imported to find out."""
     return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The shared library of CPU kernels, or None (said once in the log) where it was not built."""
+    """Return the shared library of CPU kernels, or None where it was not built.
+
+    The log says once that it is missing.
+    """
     named = os.environ.get("LORAKIT_LIBRARY")
     if named and not Path(named).exists():
         raise RuntimeError(f"LORAKIT_LIBRARY names {named}, where there is no file")
@@ -214,7 +253,7 @@ def library() -> ctypes.CDLL | None:
 
 @functools.cache
 def isa() -> str:
-    """The instruction set whose kernels run: the processor's best, or LORAKIT_ISA."""
+    """Return the instruction set whose kernels run: the processor's best, or LORAKIT_ISA."""
     found = runnable()
     wanted = os.environ.get("LORAKIT_ISA", found[-1])
     if wanted not in found:
@@ -225,7 +264,7 @@ def isa() -> str:
 
 
 def runnable() -> list[str]:
-    """The instruction sets that the library was built for and this processor has, the best last."""
+    """Return the instruction sets that both library and processor have, the best last."""
     handle = library()
     if handle is None:
         raise RuntimeError(f"{LIBRARY} is not installed")
@@ -234,17 +273,17 @@ def runnable() -> list[str]:
 
 @functools.cache
 def function(op: str, *argtypes: type) -> Callable[..., None]:
-    """The C function of `op` for the chosen instruction set, with declared argument types."""
+    """Return the C function of `op` for the chosen instruction set, with argument types."""
     entry = getattr(library(), f"lk_{isa()}_{op}")
     entry.argtypes, entry.restype = argtypes, None
     return entry
 
 
 def run(op: str, dtype: torch.dtype, arguments: ctypes.Structure) -> None:
-    """Calls the C function of `op` for tensors of `dtype`, one of CPU_DTYPES."""
+    """Call the C function of `op` for tensors of `dtype`, one of CPU_DTYPES."""
     function(f"{op}_{CPU_DTYPES[dtype]}", POINTER)(ctypes.addressof(arguments))
 
 
 def address(t: torch.Tensor | None) -> int | None:
-    """Of the first value; None, a null pointer in C, for None."""
+    """Return the address of the first value; None, a null pointer in C, for None."""
     return None if t is None else t.data_ptr()

@@ -15,9 +15,9 @@ from typing import Any
 
 from lorakit.config.errors import LorakitError, check, nearest
 from lorakit.config.fields import from_mapping
+from lorakit.kernels.ops.swiglu import Activation
 from lorakit.models.families import FAMILIES, MULTIMODAL, Family
 
-ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 LAYER_TYPES = {"full_attention": False, "sliding_attention": True}
 
@@ -152,9 +152,9 @@ class ModelConfig:
         )
         check(self.head_dim % 2 == 0, f"head_dim must be even, not {self.head_dim}")
         check(
-            self.hidden_act in ACTIVATIONS,
+            self.hidden_act in Activation.__members__,
             f"hidden_act {self.hidden_act!r} is not supported; supported are "
-            f"{', '.join(ACTIVATIONS)}",
+            f"{', '.join(Activation.__members__)}",
         )
         check(
             len(self.sliding_layers) in (0, self.num_hidden_layers),

@@ -21,13 +21,14 @@ from hypothesis import strategies as st
 from lorakit import kernels
 from lorakit.kernels import Moment8bit, dispatch
 from lorakit.kernels.ops.adamw.state import BLOCK, signed_map, unsigned_map
-from lorakit.kernels.ops.swiglu import ACTIVATIONS
+from lorakit.kernels.ops.swiglu import Activation
 from tests.exact import exact_norm, exact_turn
 from tests.instruction_sets import ISAS, on_cpu
 
 pytestmark = pytest.mark.skipif(dispatch.library() is None, reason="the library was not built")
 
 isas = st.sampled_from(ISAS)
+ACTIVATIONS = list(Activation.__members__)
 dtypes = st.sampled_from([torch.float32, torch.bfloat16])
 modes = st.sampled_from([(0.0, "llama"), (1.0, "llama"), (0.0, "gemma"), (1.0, "gemma")])
 seeds = st.integers(0, 2**31)

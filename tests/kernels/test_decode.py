@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from lorakit import kernels
-from lorakit.kernels import decode, dispatch
+from lorakit.kernels import dispatch
+from lorakit.kernels.ops import decode
 from lorakit.kernels.ops.decode import (
     DecodeCache,
     DecodeLayer,

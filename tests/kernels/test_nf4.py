@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from lorakit import kernels
-from lorakit.kernels import dispatch, nf4
+from lorakit.kernels import dispatch
+from lorakit.kernels.ops import nf4
 from lorakit.kernels.ops.nf4.tensor import BLOCK_SIZES
 from tests.instruction_sets import ISAS, on_cpu
 

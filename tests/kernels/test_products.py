@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorakit import kernels
-from lorakit.kernels import dispatch, products
+from lorakit.kernels import dispatch
+from lorakit.kernels.ops import products
 from lorakit.kernels.ops.lora_linear import cpu, reference
 from lorakit.kernels.ops.products import Sum, Term, sums_of_products
 from lorakit.kernels.ops.products import reference as spelled_out

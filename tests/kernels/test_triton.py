@@ -29,11 +29,12 @@ from lorakit.kernels.ops import frozen_linear
 from lorakit.kernels.ops.adamw import triton as adamw
 from lorakit.kernels.ops.adamw.lists import fits
 from lorakit.kernels.ops.nf4.tensor import BLOCK_SIZES, LEVELS
-from lorakit.kernels.ops.swiglu import ACTIVATIONS
+from lorakit.kernels.ops.swiglu import Activation
 from tests.conftest import tiny
 from tests.exact import exact_norm, exact_turn
 from tests.triton_interpreter import DEVICE, interpreted, narrow, on_triton, widen
 
+ACTIVATIONS = list(Activation.__members__)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 dtypes = st.sampled_from(DTYPES)
 seeds = st.integers(0, 2**31)

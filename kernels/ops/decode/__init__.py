@@ -50,9 +50,8 @@ from torch import Tensor
 
 from ... import dispatch
 from ...dispatch import FLOAT, INT64, POINTER
+from ..swiglu import Activation, check_activation
 from . import reference
-
-ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")  # cpu.cpp knows them by their index
 
 
 class DecodeLayer(NamedTuple):
@@ -112,8 +111,7 @@ class DecodePlan:
         attn_softcap: float | None = None,
         final_softcap: float | None = None,
     ):
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation is {activation!r}: one of {', '.join(ACTIVATIONS)}")
+        check_activation(activation, "activation")
         if min(num_heads, num_kv_heads) < 1 or num_heads % num_kv_heads:
             raise ValueError(f"{num_heads} heads are no multiple of {num_kv_heads} kv heads")
         if head_dim < 2 or head_dim % 2:
@@ -363,7 +361,7 @@ def _pack(plan: DecodePlan) -> tuple[array, _Model]:
         plan.num_heads,
         plan.num_kv_heads,
         plan.head_dim,
-        ACTIVATIONS.index(plan.activation),
+        Activation[plan.activation],
         plan.eps,
         plan.norm_weight_offset,
         plan.embedding_scale,

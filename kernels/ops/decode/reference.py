@@ -4,11 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS = {
-    "silu": F.silu,
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu": F.gelu,
-}
+from ..swiglu.reference import activate
 
 
 def decode_step(plan, ids, tables, cache, visible, wide=torch.float32) -> Tensor:
@@ -40,7 +36,7 @@ def decode_step(plan, ids, tables, cache, visible, wide=torch.float32) -> Tensor
         sandwich = layer.pre_feedforward_norm is not None
         x = x + (norm(delta, layer.post_attention_norm) if sandwich else delta)
         normed = norm(x, layer.pre_feedforward_norm if sandwich else layer.post_attention_norm)
-        gate = ACTIVATIONS[plan.activation](linear(normed, layer.gate, layer.gate_bias))
+        gate = activate(linear(normed, layer.gate, layer.gate_bias), plan.activation)
         delta = linear(gate * linear(normed, layer.up, layer.up_bias), layer.down, layer.down_bias)
         x = x + (norm(delta, layer.post_feedforward_norm) if sandwich else delta)
     return _capped(linear(norm(x, plan.norm), plan.head), plan.final_softcap)

@@ -133,10 +133,7 @@ def lora_mlp(
     gate(x) and up(x). Raises ValueError for another activation, or where the dropout of gate and up
     differs.
     """
-    if hidden_act not in swiglu.ACTIVATIONS:
-        raise ValueError(
-            f"hidden_act is {hidden_act!r}: choose one of {', '.join(swiglu.ACTIVATIONS)}"
-        )
+    swiglu.check_activation(hidden_act)
     layers = [gate, up, down]
     inner, outer = _static(layers[:2]), _static(layers[2:])
     flat = x.reshape(-1, x.shape[-1])

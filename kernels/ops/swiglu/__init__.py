@@ -1,12 +1,12 @@
 """The gated activations of the MLP (arXiv:2002.05202), elementwise: y = a(gate) up.
 
-silu                a(z) = z sigmoid(z)                                   SwiGLU
-gelu                a(z) = z Phi(z), Phi the normal distribution          GeGLU
-gelu_pytorch_tanh   the same with Phi(z) ~ (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3))) / 2
+    silu                a(z) = z sigmoid(z)                                   SwiGLU
+    gelu                a(z) = z Phi(z), Phi the normal distribution          GeGLU
+    gelu_pytorch_tanh   gelu with Phi(z) ~ (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3))) / 2
 
     d gate = dy up a'(gate)          d up = dy a(gate)
 
-The names are those of `hidden_act` in a checkpoint's config.
+The names are those of `hidden_act` in a model's config.json; `activation.py` has the list of them.
 """
 
 from types import ModuleType
@@ -16,18 +16,26 @@ from torch import Tensor
 
 from ... import dispatch
 from . import cpu, reference
-
-ACTIVATIONS = tuple(cpu.ACTIVATIONS)
-APPROXIMATIONS = {"tanh": "gelu_pytorch_tanh", "none": "gelu"}
+from .activation import Activation, check_activation
 
 
 def gated(gate: Tensor, up: Tensor, hidden_act: str) -> Tensor:
-    """a(gate) * up, elementwise, for two tensors of one shape and dtype.
+    """Compute a(gate) * up, elementwise (arXiv:2002.05202).
 
-    Raises ValueError for another `hidden_act` than the three above.
+    Differentiable in both tensors; it keeps them for backward.
+
+    Args:
+        gate: [...], any floating-point dtype; kernels run for fp32, bf16 and fp16.
+        up: the shape and dtype of `gate`.
+        hidden_act: the activation a: "silu", "gelu_pytorch_tanh" or "gelu".
+
+    Returns:
+        a(gate) * up, in the shape and dtype of `gate`.
+
+    Raises:
+        ValueError: `hidden_act` is another name.
     """
-    if hidden_act not in ACTIVATIONS:
-        raise ValueError(f"hidden_act is {hidden_act!r}: choose one of {', '.join(ACTIVATIONS)}")
+    check_activation(hidden_act)
     backend = _backend(gate, up)
     if backend is reference:
         return reference.gated(gate, up, hidden_act)
@@ -36,18 +44,36 @@ def gated(gate: Tensor, up: Tensor, hidden_act: str) -> Tensor:
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, elementwise, for two tensors of one shape and dtype."""
+    """Compute silu(gate) * up, elementwise (arXiv:2002.05202).
+
+    Args:
+        gate: [...], any floating-point dtype.
+        up: the shape and dtype of `gate`.
+
+    Returns:
+        silu(gate) * up, in the shape and dtype of `gate`.
+    """
     return gated(gate, up, "silu")
 
 
 def geglu(gate: Tensor, up: Tensor, *, approximate: str = "tanh") -> Tensor:
-    """gelu(gate) * up, elementwise; approximate: "tanh", or "none" for the exact form by erf.
+    """Compute gelu(gate) * up, elementwise (arXiv:2002.05202).
 
-    Raises ValueError for another `approximate`.
+    Args:
+        gate: [...], any floating-point dtype.
+        up: the shape and dtype of `gate`.
+        approximate: "tanh", or "none" for the exact form by erf.
+
+    Returns:
+        gelu(gate) * up, in the shape and dtype of `gate`.
+
+    Raises:
+        ValueError: `approximate` is another word.
     """
-    if approximate not in APPROXIMATIONS:
-        raise ValueError(f"approximate is {approximate!r}: choose tanh or none")
-    return gated(gate, up, APPROXIMATIONS[approximate])
+    for form in (Activation.gelu_pytorch_tanh, Activation.gelu):
+        if form.approximate == approximate:
+            return gated(gate, up, form.name)
+    raise ValueError(f"approximate is {approximate!r}: choose tanh or none")
 
 
 def gated_backward_(
@@ -57,9 +83,16 @@ def gated_backward_(
     hidden_act: str,
     into: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Backward in place, for a caller to whom the tensors belong: y is written over its gradient
-    `grad`, d gate over gate and d up over up, or `into` two others. All contiguous, of one shape
-    and dtype.
+    """Run the backward pass of `gated` in place, for a caller to whom the tensors belong.
+
+    All tensors are contiguous and of one shape and dtype.
+
+    Args:
+        grad: dy [...]; y = a(gate) * up is written over it.
+        gate: [...]; d gate is written over it, unless `into` is given.
+        up: [...]; d up is written over it, unless `into` is given.
+        hidden_act: the activation a, as in `gated`.
+        into: the two tensors that d gate and d up are written to instead.
     """
     dgate, dup = into or (gate, up)
     backend = _backend(gate, up) if grad.dtype == gate.dtype else reference
@@ -70,7 +103,7 @@ def gated_backward_(
 
 
 class GatedActivation(torch.autograd.Function):
-    """gate, up [...] -> [...]"""
+    """Map gate and up [...] to y [...] by the kernels of a backend."""
 
     @staticmethod
     def forward(ctx, gate, up, hidden_act, backend):
@@ -91,11 +124,8 @@ class GatedActivation(torch.autograd.Function):
 
 
 def _backend(gate: Tensor, up: Tensor) -> ModuleType:
-    if gate.dtype not in dispatch.FLOATS or (gate.dtype, gate.shape) != (up.dtype, up.shape):
-        return reference
-    picked = dispatch.pick(gate.device, "cpu", "triton")
-    if picked == "triton":
-        from . import triton
-
-        return triton
-    return cpu if picked == "cpu" and cpu.fits(gate) else reference
+    same = (gate.dtype, gate.shape) == (up.dtype, up.shape)
+    cpu_takes, triton_takes = cpu.takes(gate), gate.dtype in dispatch.FLOATS
+    return dispatch.backend(
+        __package__, gate.device, cpu=same and cpu_takes, triton=same and triton_takes
+    )

@@ -96,7 +96,7 @@ void backward_with(const Backward<T>& a) {
     });
 }
 
-// activation: its number in ACTIVATIONS of cpu.py
+// activation: its value in the enum of activation.py
 template <class T>
 void forward(const Forward<T>& a) {
     if (a.activation == 0) return forward_with<Silu>(a);

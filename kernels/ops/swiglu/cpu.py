@@ -1,16 +1,15 @@
-"""The kernels of cpu.cpp: fp32 and bf16, in host memory."""
+"""Calls of the C++ kernels in cpu.cpp: fp32 and bf16, in host memory."""
 
 import ctypes
 
 from torch import Tensor
 
 from ...dispatch import CPU_DTYPES, INT64, POINTER, address, run
-
-ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1, "gelu": 2}  # -> their numbers in cpu.cpp
+from .activation import Activation
 
 
 class Forward(ctypes.Structure):
-    """cpu.cpp's."""
+    """The arguments of the kernel `gated`; `Forward` of cpu.cpp."""
 
     _fields_ = (
         *((name, POINTER) for name in ("gate", "up", "y")),
@@ -19,7 +18,7 @@ class Forward(ctypes.Structure):
 
 
 class Backward(ctypes.Structure):
-    """cpu.cpp's."""
+    """The arguments of the kernel `gated_backward`; `Backward` of cpu.cpp."""
 
     _fields_ = (
         *((name, POINTER) for name in ("dy", "gate", "up", "dgate", "dup", "y")),
@@ -27,21 +26,22 @@ class Backward(ctypes.Structure):
     )
 
 
-def fits(x: Tensor) -> bool:
-    """Whether the kernels take it."""
+def takes(x: Tensor) -> bool:
+    """Return whether the kernels take tensors like x."""
     return x.dtype in CPU_DTYPES
 
 
 def forward(gate: Tensor, up: Tensor, y: Tensor, hidden_act: str) -> None:
+    """Write a(gate) * up to y."""
     pointers = [address(t) for t in (gate, up, y)]
-    run("gated", gate.dtype, Forward(*pointers, gate.numel(), ACTIVATIONS[hidden_act]))
+    run("gated", gate.dtype, Forward(*pointers, gate.numel(), Activation[hidden_act]))
 
 
 def backward(
     dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, y: Tensor | None,
     hidden_act: str,
 ) -> None:  # fmt: skip
-    """The last three are written, and may lie over the first three."""
+    """Write dgate, dup and, unless it is None, y. They may lie over the first three."""
     pointers = [address(t) for t in (dy, gate, up, dgate, dup, y)]
-    arguments = Backward(*pointers, gate.numel(), ACTIVATIONS[hidden_act])
+    arguments = Backward(*pointers, gate.numel(), Activation[hidden_act])
     run("gated_backward", gate.dtype, arguments)

@@ -4,22 +4,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-APPROXIMATE = {"gelu_pytorch_tanh": "tanh", "gelu": "none"}  # torch's names of the two
+from .activation import Activation
 
 
 def gated(gate: Tensor, up: Tensor, hidden_act: str) -> Tensor:
-    return _activation(gate, hidden_act) * up
+    """Return a(gate) * up."""
+    return activate(gate, hidden_act) * up
 
 
 def gated_backward_(
     grad: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, hidden_act: str
 ) -> None:
-    act = _activation(gate, hidden_act)
+    """Write d gate to dgate, d up to dup, and y over its gradient `grad`."""
+    act = activate(gate, hidden_act)
     through = grad * up
-    if hidden_act == "silu":
+    if Activation[hidden_act] is Activation.silu:
         slope = torch.ops.aten.silu_backward(through, gate)
     else:
-        approximate = APPROXIMATE[hidden_act]
+        approximate = Activation[hidden_act].approximate
         slope = torch.ops.aten.gelu_backward(through, gate, approximate=approximate)
     dgate.copy_(slope)
     torch.mul(act, up, out=through)
@@ -27,7 +29,7 @@ def gated_backward_(
     grad.copy_(through)
 
 
-def _activation(gate: Tensor, hidden_act: str) -> Tensor:
-    if hidden_act == "silu":
-        return F.silu(gate)
-    return F.gelu(gate, approximate=APPROXIMATE[hidden_act])
+def activate(x: Tensor, hidden_act: str) -> Tensor:
+    """Return a(x)."""
+    act = Activation[hidden_act]
+    return F.silu(x) if act is Activation.silu else F.gelu(x, approximate=act.approximate)

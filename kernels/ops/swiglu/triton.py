@@ -9,8 +9,8 @@ With a = act(gate), and a' its slope,
     tanh:  a = z s                    a' = s + 2 z s (1 - s) u'              s = s(2 u(z))
 
 where the last is z (1 + tanh u) / 2 with u = sqrt(2 / pi) (z + 0.044715 z^3). Backward keeps gate
-and up only. A caller to whom they belong, and the gradient, gets the results in their places and y
-once more, which it then need not have kept (`lora_mlp`).
+and up only. A caller to whom these and the gradient belong gets the results in their places, and y
+as well, so that it need not keep y (`lora_mlp`).
 """
 
 import triton
@@ -69,6 +69,7 @@ def _backward(
 
 
 def forward(gate: Tensor, up: Tensor, y: Tensor, hidden_act: str) -> None:
+    """Write a(gate) * up to y."""
     if n := gate.numel():
         grid = (triton.cdiv(n, BLOCK),)
         _forward[grid](gate, up, y, n, hidden_act, BLOCK, num_warps=THREADS // dispatch.lanes())
@@ -78,7 +79,7 @@ def backward(
     dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, y: Tensor | None,
     hidden_act: str,
 ) -> None:  # fmt: skip
-    """The last three are written, and may lie over the first three."""
+    """Write dgate, dup and, unless it is None, y. They may lie over the first three."""
     if n := gate.numel():
         _backward[(triton.cdiv(n, BLOCK),)](
             dy, gate, up, dgate, dup, dy if y is None else y, n, hidden_act, y is not None, BLOCK,
