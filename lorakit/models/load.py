@@ -19,7 +19,7 @@ import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,32 +38,18 @@ from lorakit.models.decoder import Decoder
 from lorakit.models.families import MULTIMODAL
 from lorakit.models.gguf import read_gguf
 from lorakit.models.large_pages import HUGE_PAGE, in_large_pages
+from lorakit.models.multimodal import Surroundings, split_text_model
 from lorakit.models.packed_layers import PackedWeight, packed_layer
 from lorakit.models.packed_layers import quantize as quantize_module
 
 log = logging.getLogger("lorakit")
 
 
-class Outer(NamedTuple):
-    """What a multimodal checkpoint holds around its text model."""
-
-    config: dict[str, Any]  # config.json, whose text_config is the text model's
-    prefixes: dict[str, str]  # the text model's names -> the file's, by their beginning
-    tensors: dict[str, LazyTensor]  # of the other towers
-
-
 class Source(NamedTuple):
     """Where a model was loaded from."""
 
     path: Path  # a directory or a .gguf file
-    outer: Outer | None
-
-
-# where multimodal checkpoints keep the text model: transformers 4.49 and since, and 4.52 in memory
-LAYOUTS = (
-    {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."},
-    {"model.": "model.language_model.", "lm_head.": "lm_head."},
-)
+    surroundings: Surroundings | None
 
 
 # ---- reading ------------------------------------------------------------------------------------
@@ -123,7 +109,7 @@ def open_model(path_or_hub_id: str | Path) -> tuple[Decoder, dict[str, LazyTenso
     LorakitError as `load_model` does.
     """
     path = hub.resolve(path_or_hub_id, [*hub.WEIGHTS, *hub.TOKENIZER])
-    outer = None
+    surroundings = None
     if path.suffix == ".gguf":
         config, found = read_gguf(path)
         tensors = {name: LazyTensor(*entry) for name, entry in found.items()}
@@ -132,31 +118,11 @@ def open_model(path_or_hub_id: str | Path) -> tuple[Decoder, dict[str, LazyTenso
         config = ModelConfig.from_hf(values, str(path / "config.json"))
         tensors = fold_packed(open_directory(path), str(path))
         if values["model_type"] in MULTIMODAL:
-            tensors, outer = _text_model(tensors, values, str(path))
+            tensors, surroundings = split_text_model(tensors, values, str(path))
         config = _completed(config, path, tensors)
     model = _empty_model(config, tensors, str(path))
-    model.source = Source(path.absolute(), outer)
+    model.source = Source(path.absolute(), surroundings)
     return model, _select(tensors, model, str(path))
-
-
-def _text_model(
-    tensors: dict[str, LazyTensor], config: dict[str, Any], where: str
-) -> tuple[dict[str, LazyTensor], Outer]:
-    """The tensors of the text model, under its own names, and the rest."""
-    for prefixes in LAYOUTS:
-        if any(name.startswith(prefixes["model."]) for name in tensors):
-            break
-    else:
-        raise LorakitError(f"{where}: the checkpoint holds no text model")
-    text, rest = {}, {}
-    for name, tensor in tensors.items():
-        for inner, beginning in prefixes.items():
-            if name.startswith(beginning):
-                text[inner + name.removeprefix(beginning)] = tensor
-                break
-        else:
-            rest[name] = tensor
-    return text, Outer(config, prefixes, rest)
 
 
 def _completed(config: ModelConfig, path: Path, tensors: Mapping[str, LazyTensor]) -> ModelConfig:

@@ -3,7 +3,7 @@
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from lorakit.files.local import as_path, atomic, write_json
 from lorakit.files.safetensors import INDEX_FILE, WEIGHTS_FILE, LazyTensor, write_safetensors
 from lorakit.models.adapted_layer import AdaptedLayer
 from lorakit.models.decoder import Decoder
-from lorakit.models.load import Outer
+from lorakit.models.multimodal import Surroundings
 from lorakit.models.packed_layers import Int8Linear, NF4Linear, PackedLinear, PackedWeight
 from lorakit.models.tokenizer_files import load_tokenizer
 
@@ -51,7 +51,7 @@ def save_model(
     there are such towers.
     """
     config = module.config.to_hf() | {"torch_dtype": str(module.dtype).removeprefix("torch.")}
-    outer = None if module.source is None else module.source.outer
+    outer = None if module.source is None else module.source.surroundings
     path = as_path(path)
     if not _is_merged(module):
         raise LorakitError(
@@ -70,7 +70,7 @@ def save_model(
         config["quantization_config"] = quantization
     plan = list(_stored_tensors(module, kept))
     if outer is not None:
-        plan = [(_outer_name(name, outer.prefixes), *rest) for name, *rest in plan]
+        plan = [(outer.file_name(name), *rest) for name, *rest in plan]
         for name, tensor in outer.tensors.items():
             plan.append((name, tensor, tensor.read().nbytes))
         tied = {"tie_word_embeddings": config["tie_word_embeddings"]}
@@ -105,13 +105,6 @@ def save_model(
             (path / stale).unlink(missing_ok=True)
     if module.source is not None:
         _copy_beside(module, path)
-
-
-def _outer_name(name: str, prefixes: Mapping[str, str]) -> str:
-    for inner, beginning in prefixes.items():
-        if name.startswith(inner):
-            return beginning + name.removeprefix(inner)
-    return name
 
 
 def _copy_beside(module: Decoder, path: Path) -> None:
@@ -156,7 +149,9 @@ def _layers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]
         yield from _layers(child, f"{name}.{leaf}" if name else leaf)
 
 
-def _kept_packed(module: Decoder, outer: Outer | None) -> tuple[type[PackedWeight], dict[str, Any]]:
+def _kept_packed(
+    module: Decoder, outer: Surroundings | None
+) -> tuple[type[PackedWeight], dict[str, Any]]:
     """The layers that a packed checkpoint keeps packed, and its quantization_config."""
     if outer is not None:
         raise LorakitError("save_model: a multimodal checkpoint is written with packed=False only")

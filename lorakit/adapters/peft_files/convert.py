@@ -48,6 +48,7 @@ from lorakit.files.local import as_path, write_json
 from lorakit.files.safetensors import LazyTensor, write_safetensors
 from lorakit.models.config import ModelConfig
 from lorakit.models.load import open_model
+from lorakit.models.multimodal import text_name
 
 SUBSPACE_ITERATIONS = 8
 
@@ -263,10 +264,8 @@ def _split_layer(adapter: Adapter, layer: Layer, config: ModelConfig) -> dict[st
 
 def _base_weight(adapter, layer: Layer, config: ModelConfig, tensors, base_model) -> Tensor:
     """W of an adapted layer, [out, in] in fp32."""
-    name = _renamed_block(layer.name, config)
     # a multimodal model's names: the text model is opened alone
-    name = re.sub(r"^(model\.language_model\.|language_model\.model\.)", "model.", name)
-    name = name.removeprefix("language_model.") + ".weight"
+    name = text_name(_renamed_block(layer.name, config)) + ".weight"
     if name == "lm_head.weight" and config.tie_word_embeddings:
         name = "model.embed_tokens.weight"
     if name not in tensors:

@@ -47,11 +47,10 @@ from lorakit.config.fields import from_mapping
 from lorakit.files.local import as_path, read_json
 from lorakit.files.safetensors import LazyTensor, open_safetensors
 from lorakit.models.decoder import Decoder
+from lorakit.models.multimodal import text_name
 
 # that lorakit keeps beside A and B, and that follow from the weight: pissa_niter_N is also random
 STARTS = ("pissa", "olora")
-# where multimodal checkpoints keep the text model, of several generations
-TEXT = {"model.language_model.": "model.", "language_model.model.": "model.", "language_model.": ""}
 
 
 def load_adapter(module: nn.Module, path: str | Path, *, name: str = "default") -> nn.Module:
@@ -231,11 +230,7 @@ def _read_plainly(
 
 def _renamed(name: str, module: nn.Module) -> str:
     """The name in `module` of what a multimodal model calls `name`."""
-    if isinstance(module, Decoder):
-        for prefix, instead in TEXT.items():
-            if name.startswith(prefix):
-                return instead + name.removeprefix(prefix)
-    return name
+    return text_name(name) if isinstance(module, Decoder) else name
 
 
 def _matched(

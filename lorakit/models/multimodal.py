@@ -1,0 +1,87 @@
+"""The text model inside the files of a multimodal model.
+
+lorakit computes the text model alone. The files of a multimodal model (Gemma 3 with its vision
+tower) hold more, and give the text model's tensors longer names:
+
+    own name            transformers 4.49 and since       transformers 4.52 in memory
+    model.layers.0      language_model.model.layers.0     model.language_model.layers.0
+    lm_head             language_model.lm_head            lm_head
+
+Adapters that were trained on a multimodal model use these names too. This is the one place that
+knows them.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from lorakit.config.errors import LorakitError
+from lorakit.files.safetensors import LazyTensor
+
+# The beginning of a text model's own name -> the beginning of its name in the files.
+_LAYOUTS = (
+    {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."},
+    {"model.": "model.language_model.", "lm_head.": "lm_head."},
+)
+# The way back, for names that may end anywhere. Names of both layouts are told apart by it.
+_OWN = {"model.language_model.": "model.", "language_model.": ""}
+
+
+def text_name(name: str) -> str:
+    """Return the text model's own name for what a multimodal model calls `name`.
+
+    Any other name is returned as it is.
+    """
+    for beginning, own in _OWN.items():
+        if name.startswith(beginning):
+            return own + name.removeprefix(beginning)
+    return name
+
+
+class Surroundings(NamedTuple):
+    """What the files of a multimodal model hold around the text model."""
+
+    config: dict[str, Any]
+    """The whole config.json. Its text_config is that of the text model."""
+    layout: Mapping[str, str]
+    """The text model's own names -> the files' names, by their beginnings."""
+    tensors: dict[str, LazyTensor]
+    """The tensors of the other towers, by their names in the files."""
+
+    def file_name(self, name: str) -> str:
+        """Return the name in the files of the text model's tensor `name`."""
+        for own, beginning in self.layout.items():
+            if name.startswith(own):
+                return beginning + name.removeprefix(own)
+        return name
+
+
+def split_text_model(
+    tensors: Mapping[str, LazyTensor], config: dict[str, Any], where: str
+) -> tuple[dict[str, LazyTensor], Surroundings]:
+    """Split the tensors of a multimodal model into its text model and the rest.
+
+    Args:
+        tensors: All tensors of the files, by their names there.
+        config: The contents of config.json.
+        where: The files' place, for messages.
+
+    Returns:
+        The tensors of the text model under its own names, and what lies around them.
+
+    Raises:
+        LorakitError: If the files hold no text model.
+    """
+    for layout in _LAYOUTS:
+        if any(name.startswith(layout["model."]) for name in tensors):
+            break
+    else:
+        raise LorakitError(f"{where}: the checkpoint holds no text model")
+    text, rest = {}, {}
+    for name, tensor in tensors.items():
+        for own, beginning in layout.items():
+            if name.startswith(beginning):
+                text[own + name.removeprefix(beginning)] = tensor
+                break
+        else:
+            rest[name] = tensor
+    return text, Surroundings(config, layout, rest)
