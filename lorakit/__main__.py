@@ -1,8 +1,8 @@
-"""`python -m lorakit`, the same as `lorakit`."""
+"""`python -m lorakit` runs the `lorakit` command."""
 
 import sys
 
-from .cli import main
+from lorakit.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

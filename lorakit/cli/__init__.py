@@ -1,5 +1,5 @@
-"""The `lorakit` command."""
+"""The `lorakit` command; pyproject.toml names `main` as its entry."""
 
-from .main import main
+from lorakit.cli.main import main
 
 __all__ = ["main"]

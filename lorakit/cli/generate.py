@@ -1,12 +1,47 @@
-"""Carried out of lorakit/cli.py."""
+"""`lorakit generate`: continue a prompt, with an adapter or without."""
 
 import argparse
 import sys
+from pathlib import Path
 
 import lorakit as lk
+from lorakit.cli.arguments import ADAPTER_HELP, DTYPE_HELP, MODEL_HELP, STORAGE, Verbs
+
+
+def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
+    """Add the verb to the command line."""
+    parser = verbs.add_parser(
+        "generate",
+        parents=[common],
+        help="continue a prompt",
+        description="Continue a prompt, given as an argument or on standard input.",
+    )
+    add = parser.add_argument
+    add("model", help=MODEL_HELP)
+    add("prompt", nargs="?", help="text to continue (default: what standard input holds)")
+    add("--adapter", type=Path, help=ADAPTER_HELP)
+    add("--chat", action="store_true", help="send the prompt as a user's message")
+    add("--quantize", choices=STORAGE, help="pack the weights of the model")
+    add("--dtype", default="bfloat16", help=DTYPE_HELP)
+    add("--max-new-tokens", type=int, default=128, help="stop after so many tokens (default: 128)")
+    add("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
+    add("--top-k", type=int, help="draw from the k likeliest tokens only")
+    add("--top-p", type=float, default=1.0, help="draw from the fewest tokens of this mass")
+    add("--min-p", type=float, default=0.0, help="leave out tokens below this part of the best")
+    add("--repetition-penalty", type=float, default=1.0, help="1, the default, is no penalty")
+    add("--stop", action="append", default=[], help="end before this text; may be given again")
+    add("--seed", type=int, help="seed of the drawn tokens")
+    parser.set_defaults(run=generate, take_rest=_take_prompt)
+
+
+def _take_prompt(args: argparse.Namespace, rest: list[str]) -> bool:
+    if args.prompt is None and rest:
+        args.prompt = rest.pop(0)
+    return not rest
 
 
 def generate(args: argparse.Namespace) -> int:
+    """Print the prompt's continuation, piece by piece, and return the exit code."""
     prompt = args.prompt if args.prompt is not None else sys.stdin.read()
     tok = lk.load_tokenizer(args.model)
     model = lk.load_model(args.model, dtype=args.dtype, quantize=args.quantize)

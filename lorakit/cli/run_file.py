@@ -1,4 +1,4 @@
-"""Carried out of lorakit/cli.py."""
+"""Run files: YAML mappings, and the key=value arguments that replace values of them."""
 
 import re
 from pathlib import Path
@@ -8,8 +8,20 @@ import lorakit as lk
 
 
 def read_run_file(path: Path, overrides: list[str]) -> dict[str, Any]:
+    """Read a run file, and put overrides in the place of its values.
+
+    Args:
+        path: The YAML file.
+        overrides: Arguments key=value, or a.b=value for a value within a mapping of the file.
+
+    Returns:
+        The mapping of the file, with the overrides in it.
+
+    Raises:
+        LorakitError: The file is no YAML mapping, or an override does not fit it.
+    """
     try:
-        values = _yaml(path.read_text(encoding="utf-8"))
+        values = _read_yaml(path.read_text(encoding="utf-8"))
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise lk.LorakitError(f"{path} is not valid YAML: {reason}") from None
@@ -27,30 +39,34 @@ def read_run_file(path: Path, overrides: list[str]) -> dict[str, Any]:
 
 
 def yaml_value(override: str) -> Any:
-    """What follows the = of key=value, as YAML reads it."""
+    """Return what follows the = of a key=value argument, read as YAML."""
     try:
-        return _yaml(override.partition("=")[2])
+        return _read_yaml(override.partition("=")[2])
     except ValueError:
         raise lk.LorakitError(f"{override!r}: the value is not valid YAML") from None
 
 
-def _yaml(text: str) -> Any:
-    """The value of YAML text, with 2e-4 a number as in YAML 1.2. Raises ValueError, for a key that
-    a mapping holds twice too.
+# 2e-4 is a number in YAML 1.2. PyYAML reads YAML 1.1, in which it is a text.
+_NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+")
+
+
+def _read_yaml(text: str) -> Any:
+    """Return the value of a YAML text.
+
+    ValueError tells that the text is not valid, or that a mapping holds a key twice.
     """
     import yaml
 
     class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node, deep=False):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             names = [key.value for key, _ in node.value if isinstance(key.value, str)]
             for name in names:
                 if names.count(name) > 1 and name != "<<":
                     raise ValueError(f"{name} is given twice: keep one")
             return super().construct_mapping(node, deep)
 
-    number = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))
     try:
         return yaml.load(text, Loader)
-    except Exception as error:  # the constructors of tags, as in `!!bool x`, raise anything
+    except Exception as error:  # the constructor of a tag, as in `!!bool x`, raises anything
         raise ValueError(error) from None

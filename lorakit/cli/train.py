@@ -1,18 +1,42 @@
-"""Carried out of lorakit/cli.py."""
+"""`lorakit train`: train an adapter as a run file says, or profile a few steps of that run."""
 
 import argparse
 import sys
 import time
+from pathlib import Path
 
 import lorakit as lk
+from lorakit.cli.arguments import Verbs, take_overrides
 from lorakit.cli.run_file import read_run_file
 
 
+def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
+    """Add the verb to the command line."""
+    parser = verbs.add_parser(
+        "train",
+        parents=[common],
+        help="train an adapter as a run file says",
+        description="Train a LoRA adapter as a run file says. key=value replaces a value of the "
+        "file; a.b=value reaches into a mapping, as in lora.r=8.",
+    )
+    parser.add_argument("run_file", type=Path, metavar="run.yaml", help="YAML file of the run")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="value to use instead of the file's"
+    )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="run a few steps only, save nothing, and print where the time of a step goes",
+    )
+    parser.set_defaults(run=train, take_rest=take_overrides)
+
+
 def train(args: argparse.Namespace) -> int:
+    """Train, or profile, and return the exit code."""
     import torch
 
     run = lk.RunConfig.from_dict(read_run_file(args.run_file, args.overrides), str(args.run_file))
-    # bad rows should not wait for the model
+    # The rows are read before the model: an error in them should not take minutes to show.
     data = {"train": lk.read_rows(run.data.train, format=run.data.format)}
     if run.data.validation is not None:
         data["validation"] = lk.read_rows(run.data.validation, format=run.data.format)
@@ -22,7 +46,7 @@ def train(args: argparse.Namespace) -> int:
     print(f"loaded {run.model} in {time.perf_counter() - started:.1f} s on {model.device}")
     torch.manual_seed(run.train.seed)
     lk.attach(model, run.lora)
-    lk.tune_allocator()  # not before: what loading takes for a moment goes back to the system
+    lk.tune_allocator()  # only now: what loading took for a moment has gone back to the system
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"training {trainable:,} adapter parameters on {len(data['train'])} rows")
     if args.profile:

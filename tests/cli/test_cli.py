@@ -462,11 +462,12 @@ def test_merge_refuses(tiny_dir, small_adapter, tmp_path, capsys):
 def test_ctrl_c_before_anything_is_imported():
     """The exit imports nothing: torch, cut off once, cannot be imported again."""
     code = """
-        import sys, lorakit.cli as cli
+        import sys
+        from lorakit.cli import main, plot
         def interrupted(args):
             raise KeyboardInterrupt
-        cli._plot = interrupted
-        assert cli.main(["plot", "x"]) == 130
+        plot.plot = interrupted
+        assert main(["plot", "x"]) == 130
         assert "torch" not in sys.modules
     """
     done = subprocess.run(

@@ -1,0 +1,44 @@
+"""What the arguments of several verbs have in common: types, choices, help and what may follow."""
+
+import argparse
+import sys
+from typing import TypeAlias
+
+# argparse has no public name for what `add_subparsers` returns.
+Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+MODEL_HELP = "directory, .gguf file or Hub id of the model"
+ADAPTER_HELP = "directory of a PEFT or lorakit adapter"
+OUT_HELP = "directory to write; it must be new or empty"
+DTYPE_HELP = "dtype of the model: bfloat16, float16 or float32 (default: bfloat16)"
+STORAGE = ["nf4", "fp4", "int8"]  # how a model's frozen weights may be packed
+
+
+def count(text: str) -> int:
+    """Return the whole number that an argument says; argparse reports one that says none."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+    return int(text)
+
+
+# ---- arguments that stand after an option ----
+#
+# argparse closes a list of arguments at the first option, so `train run.yaml --debug max_steps=3`
+# leaves max_steps=3 over. A verb's `take_rest` adds such a rest to the verb's arguments. It returns
+# whether it took everything.
+
+
+def take_nothing(args: argparse.Namespace, rest: list[str]) -> bool:
+    """Take no argument after an option: the verb has no list of arguments."""
+    return not rest
+
+
+def take_overrides(args: argparse.Namespace, rest: list[str]) -> bool:
+    """Take every argument after an option as an override; exit with 2 if one is no key=value."""
+    args.overrides += rest
+    for override in args.overrides:
+        name, equals, _ = override.partition("=")
+        if not (name and equals):
+            print(f"lorakit: {override!r} is not of the form key=value", file=sys.stderr)
+            sys.exit(2)
+    return True

@@ -1,0 +1,49 @@
+"""`lorakit merge`: write a model that has an adapter in its weights."""
+
+import argparse
+from pathlib import Path
+
+import lorakit as lk
+from lorakit.cli.arguments import ADAPTER_HELP, DTYPE_HELP, MODEL_HELP, OUT_HELP, STORAGE, Verbs
+
+
+def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
+    """Add the verb to the command line."""
+    parser = verbs.add_parser(
+        "merge",
+        parents=[common],
+        help="write a model with an adapter in its weights",
+        description="Add an adapter to the weights of a model, write the result as a Hugging Face "
+        "directory, and print how far that moved the logits of a few tokens.",
+    )
+    parser.add_argument("model", help=MODEL_HELP)
+    parser.add_argument("adapter", type=Path, help=ADAPTER_HELP)
+    parser.add_argument("out", type=Path, help=OUT_HELP)
+    parser.add_argument(
+        "--quantize",
+        choices=STORAGE,
+        help="pack the weights as in training; the logits are compared with the packed model's",
+    )
+    parser.add_argument(
+        "--base",
+        choices=["dequantized", "dense", "nf4"],
+        default="dequantized",
+        help="what the update is added to, for a packed model: the unpacked weights (the "
+        "default), the weights of the model's files, or unpacked weights that are packed again",
+    )
+    parser.add_argument("--dtype", default="bfloat16", help=DTYPE_HELP)
+    parser.set_defaults(run=merge)
+
+
+def merge(args: argparse.Namespace) -> int:
+    """Write the merged model, and return the exit code."""
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise lk.LorakitError(f"{args.out} is there already, and not empty: choose another name")
+    if args.base == "nf4" and args.quantize not in ("nf4", "fp4"):
+        raise lk.LorakitError("--base nf4 packs again what was packed: add --quantize nf4")
+    model = lk.load_model(args.model, dtype=args.dtype, quantize=args.quantize)
+    lk.load_adapter(model, args.adapter)
+    print(lk.merge(model, args.base))
+    lk.save_model(model, args.out, packed=args.base == "nf4")
+    print(f"model in {args.out}")
+    return 0
