@@ -38,7 +38,9 @@ LIBRARY = {"darwin": "liblorakit_cpu.dylib"}.get(sys.platform, "liblorakit_cpu.s
 
 POINTER, INT64, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 CPU_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # -> the end of a C function's name
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what weights and activations come in
+# the dtypes that weights and activations come in, by their names in config.json and in run files
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FLOATS = tuple(DTYPES.values())
 
 log = logging.getLogger("lorakit")
 _forced: str | None = None  # for the whole process: backward runs in threads of torch's own

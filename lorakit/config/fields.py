@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from lorakit.config.errors import LorakitError, check, nearest
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from lorakit.kernels.dispatch import DTYPES
 
 
 def to_dtype(name: str | torch.dtype) -> torch.dtype:

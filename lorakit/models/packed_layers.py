@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from lorakit import kernels
 from lorakit.config.errors import LorakitError, nearest
-from lorakit.config.fields import DTYPES
 from lorakit.config.patterns import lies_in
 from lorakit.config.quantization import QuantConfig
+from lorakit.kernels.dispatch import FLOATS
 from lorakit.kernels.ops.nf4.tensor import NESTED_BLOCK
 
 
@@ -284,7 +284,7 @@ def _check_weights(module: nn.Module, found: dict[str, str]) -> None:
             raise LorakitError(f"quantize: {name} has a max_norm, which a packed embedding has not")
         if weight.is_meta:
             continue
-        if weight.dtype not in DTYPES.values():
+        if weight.dtype not in FLOATS:
             raise LorakitError(f"quantize: {name} holds {weight.dtype}, which is not packed")
         if weight.numel() and not all(bound.isfinite() for bound in weight.detach().aminmax()):
             raise LorakitError(f"quantize: {name} holds NaN or infinite values")

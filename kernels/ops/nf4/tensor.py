@@ -23,6 +23,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ...dispatch import DTYPES
+
 # From bitsandbytes (csrc/kernels.cu, dDequantizeNF4); Appendix E of the QLoRA paper prints it too.
 NF4_LEVELS = (
     -1.0,
@@ -50,7 +52,6 @@ LEVELS = {"nf4": NF4_LEVELS, "fp4": FP4_LEVELS}
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK = 256
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MARK = ".quant_state.bitsandbytes__"  # a tensor X is in 4 bits if there is an X + MARK + quant_type
 
 
