@@ -21,11 +21,65 @@ Everything is fp32, whatever the model's dtype: at position 8192 a bf16 angle is
 """
 
 import math
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from lorakit.models.config import RopeConfig
+from lorakit.config.errors import check
+
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding: the base, and how it is stretched (`rope.py` has the formulas)."""
+
+    rope_theta: float = 10000.0
+    rope_type: str = "default"
+    factor: float = 1.0
+    original_max_position_embeddings: int = 8192
+    """the context before stretching; all types but default and linear"""
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    attention_factor: float | None = None
+    """what cos and sin are multiplied by; yarn and longrope, None: their formula"""
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    short_factor: list[float] = field(default_factory=list)
+    long_factor: list[float] = field(default_factory=list)
+
+    def __post_init__(self):
+        check(
+            self.rope_type in ROPE_TYPES,
+            f"rope_type {self.rope_type!r} is not supported; supported are {', '.join(ROPE_TYPES)}",
+        )
+        check(self.rope_theta > 0 and self.factor > 0, "rope_theta and factor must be positive")
+        check(
+            self.high_freq_factor > self.low_freq_factor,
+            "rope: high_freq_factor must exceed low_freq_factor",
+        )
+        check(
+            self.original_max_position_embeddings > 1,
+            "rope: original_max_position_embeddings must be at least 2",
+        )
+        check(self.beta_fast > 0 and self.beta_slow > 0, "rope: beta_fast, beta_slow must be > 0")
+        check(
+            self.rope_type != "yarn" or self.rope_theta > 1,
+            "rope: yarn needs a rope_theta above 1",
+        )
+        check(
+            all(f > 0 for f in self.short_factor + self.long_factor),
+            "rope: short_factor and long_factor must be positive",
+        )
+
+    @property
+    def by_length(self) -> bool:
+        """Whether the frequencies depend on how long the sequence is."""
+        return self.rope_type in ("dynamic", "longrope")
 
 
 def inverse_frequencies(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lorakit.config.errors import LorakitError
-from lorakit.models.config import RopeConfig
+from lorakit.models.rope import RopeConfig
 from lorakit.models.rope import rope_tables
 
 

@@ -7,7 +7,7 @@ import torch
 
 import lorakit as lk
 from lorakit.inference.generate import Sampling, continue_text
-from lorakit.models.config import RopeConfig
+from lorakit.models.rope import RopeConfig
 from lorakit.models.rope import inverse_frequencies
 from tests.conftest import (
     FAMILY_VARIANTS,
