@@ -1,157 +1,201 @@
-"""What distinguishes one decoder from another, read from a Hugging Face config.json and back.
+"""`ModelConfig` says what a decoder computes: one field per difference between models.
 
-`ModelConfig` says what is computed, one field per difference; `model.py` asks it and nothing else.
-What a `model_type` means beyond the keys of its file stands in `families.py`.
-
-Both spellings are read: transformers 4's (`rope_theta` beside `rope_scaling`, `torch_dtype`,
-`sliding_window_pattern`) and 5's (`rope_parameters`, nested by layer type for Gemma 3, and
-`layer_types`). The older one is written, since every version reads it.
+The decoder asks this class and nothing else. How its fields are read from a Hugging Face
+config.json, and written to one, stands in config_json.py; what a `model_type` means beyond the keys
+of that file stands in families.py.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorakit.config.errors import LorakitError, check, nearest
+from lorakit.config.errors import LorakitError, nearest
 from lorakit.config.fields import from_mapping
+from lorakit.models.config_json import fields_from_hf, fields_to_hf, text_config
 from lorakit.models.families import FAMILIES, MULTIMODAL
 from lorakit.models.rope import RopeConfig
 
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")
-LAYER_TYPES = {"full_attention": False, "sliding_attention": True}
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+_POSITIVE_OR_NULL = (
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What distinguishes one decoder from another. Names and defaults follow config.json."""
+    """What a decoder computes. Names and defaults are those of Hugging Face's config.json.
+
+    Raises LorakitError, when it is made, for values that no decoder can have.
+    """
 
     model_type: str
+    """Name of the model's family, such as "llama"; FAMILIES in families.py lists them."""
     vocab_size: int
+    """Number of tokens that the embedding knows, V."""
     hidden_size: int
+    """Width of the hidden states, H."""
     intermediate_size: int
+    """Width inside the MLP."""
     num_hidden_layers: int
+    """Number of decoder blocks."""
     num_attention_heads: int
+    """Number of query heads, Hq."""
     num_key_value_heads: int
+    """Number of key and value heads, Hk; it divides Hq."""
     head_dim: int
+    """Width of one head, D; an even number."""
     hidden_act: str = "silu"
+    """Activation of the MLP's gate."""
     rms_norm_eps: float = 1e-6
-    rope: RopeConfig = RopeConfig()
+    """Number added to the mean square in RMSNorm, under the root."""
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    """Rotary embedding of all layers, or of those without a sliding window."""
     rope_local: RopeConfig | None = None
-    """the sliding layers' own rotary embedding, where they have one"""
+    """Rotary embedding of the sliding layers, where they have one of their own."""
     max_position_embeddings: int = 2048
+    """Number of positions the model was trained for; see `context_length`."""
     tie_word_embeddings: bool = False
+    """Whether the output head is the embedding itself."""
     qkv_bias: bool = False
+    """Whether the query, key and value projections have a bias."""
     o_bias: bool = False
+    """Whether attention's output projection has a bias."""
     mlp_bias: bool = False
+    """Whether the linear layers of the MLP have a bias."""
     qk_norm: bool = False
-    """RMSNorm over each head's queries and keys, before the rotary embedding"""
+    """Whether each head's queries and keys pass an RMSNorm before the rotary embedding."""
     norm_weight_offset: float = 0.0
-    """norms scale by offset + weight"""
+    """Number added to the weight of every norm: norms scale by offset + weight."""
     norm_casting_mode: str = "llama"
-    """whether a norm rounds to the model's dtype before ("llama") or after ("gemma") scaling"""
+    """Whether a norm rounds to the model's dtype before ("llama") or after ("gemma") scaling."""
     sandwich_norm: bool = False
-    """attention's and the MLP's outputs are normalized too, before they are added"""
+    """Whether the outputs of attention and of the MLP are normalized before they are added."""
     scale_embeddings: bool = False
-    """embeddings are multiplied by sqrt(hidden_size), rounded to their dtype"""
+    """Whether embeddings are multiplied by sqrt(hidden_size), rounded to their dtype."""
     query_pre_attn_scalar: float | None = None
-    """scores are divided by its square root; None: by head_dim's"""
+    """Attention scores are divided by the square root of this number; None: of head_dim."""
     attn_logit_softcapping: float | None = None
-    """c: scores s become c tanh(s / c) before the softmax"""
+    """Soft cap c of the attention scores: s becomes c tanh(s / c) before the softmax."""
     final_logit_softcapping: float | None = None
+    """Soft cap of the logits."""
     sliding_window: int | None = None
-    """positions that a sliding layer sees, its own included"""
+    """Number of positions that a sliding layer sees, its own included."""
     sliding_layers: list[bool] = field(default_factory=list)
-    """per layer whether it slides; empty: none does"""
+    """Whether each layer has the sliding window; an empty list: none has."""
     num_experts: int = 0
+    """Number of experts in a layer that has them."""
     num_experts_per_tok: int = 0
+    """Number of experts that the router picks for each token."""
     moe_intermediate_size: int = 0
+    """Width inside an expert."""
     norm_topk_prob: bool = True
-    """the weights of a token's experts are scaled to sum to one"""
+    """Whether the weights of a token's experts are scaled to sum to one."""
     moe_layers: list[bool] = field(default_factory=list)
-    """per layer whether it has experts in the MLP's place; empty: none has"""
+    """Whether each layer has experts in the MLP's place; an empty list: none has."""
     moe_names: list[str] = field(
         default_factory=lambda: ["mlp", "gate_proj", "up_proj", "down_proj"]
     )
-    """what the checkpoints call the MoE block, and gate, up and down of an expert"""
+    """Names in the model files of the MoE block, and of an expert's gate, up and down layers."""
     bos_token_id: int | None = None
+    """Token that begins a text."""
     eos_token_id: int | list[int] | None = None
+    """Token, or tokens, that end a text."""
     pad_token_id: int | None = None
+    """Token that fills rows up."""
 
-    def __post_init__(self):
-        check(
-            self.model_type in FAMILIES,
-            f"model_type {self.model_type!r} is not supported; supported are "
-            f"{', '.join([*FAMILIES, *MULTIMODAL])}{nearest(self.model_type, FAMILIES)}",
-        )
-        for name in [
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-        ]:
-            check(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
-        check(
-            self.num_attention_heads % self.num_key_value_heads == 0,
-            f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
-            f"num_key_value_heads ({self.num_key_value_heads})",
-        )
-        check(self.head_dim % 2 == 0, f"head_dim must be even, not {self.head_dim}")
-        check(
-            self.hidden_act in ACTIVATIONS,
-            f"hidden_act {self.hidden_act!r} is not supported; supported are "
-            f"{', '.join(ACTIVATIONS)}",
-        )
-        check(
-            len(self.sliding_layers) in (0, self.num_hidden_layers),
-            f"layer_types names {len(self.sliding_layers)} of {self.num_hidden_layers} layers",
-        )
-        window = self.sliding_window
-        check(window is None or window > 0, f"sliding_window must be positive, not {window}")
-        check(not any(self.sliding_layers) or window is not None, "sliding_window is missing")
-        for name in ["query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"]:
-            value = getattr(self, name)
-            check(value is None or value > 0, f"{name} must be positive or null, not {value}")
-        for rope in self.ropes:
-            if rope.rope_type == "longrope":
-                pairs = (len(rope.short_factor), len(rope.long_factor))
-                check(
-                    pairs == (self.head_dim // 2, self.head_dim // 2),
-                    f"longrope's short_factor and long_factor hold {pairs[0]} and {pairs[1]} "
-                    f"numbers, not head_dim / 2 = {self.head_dim // 2}",
-                )
-        if any(self.moe_layers):
-            check(
-                0 < self.num_experts_per_tok <= self.num_experts,
-                f"num_experts_per_tok ({self.num_experts_per_tok}) must lie between 1 and the "
-                f"number of experts ({self.num_experts})",
+    def __post_init__(self) -> None:
+        if self.model_type not in FAMILIES:
+            raise LorakitError(
+                f"model_type {self.model_type!r} is not supported; supported are "
+                f"{', '.join([*FAMILIES, *MULTIMODAL])}{nearest(self.model_type, FAMILIES)}"
             )
-            check(self.moe_intermediate_size > 0, "moe_intermediate_size must be positive")
+        self._check_sizes()
+        self._check_attention()
+        if any(self.moe_layers):
+            self._check_experts()
+
+    def _check_sizes(self) -> None:
+        for name in _SIZES:
+            if getattr(self, name) <= 0:
+                raise LorakitError(f"{name} must be positive, not {getattr(self, name)}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise LorakitError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.head_dim % 2:
+            raise LorakitError(f"head_dim must be even, not {self.head_dim}")
+        if self.hidden_act not in ACTIVATIONS:
+            raise LorakitError(
+                f"hidden_act {self.hidden_act!r} is not supported; supported are "
+                f"{', '.join(ACTIVATIONS)}"
+            )
+
+    def _check_attention(self) -> None:
+        if len(self.sliding_layers) not in (0, self.num_hidden_layers):
+            raise LorakitError(
+                f"layer_types names {len(self.sliding_layers)} of {self.num_hidden_layers} layers"
+            )
+        if self.sliding_window is not None and self.sliding_window <= 0:
+            raise LorakitError(f"sliding_window must be positive, not {self.sliding_window}")
+        if any(self.sliding_layers) and self.sliding_window is None:
+            raise LorakitError("sliding_window is missing")
+        for name in _POSITIVE_OR_NULL:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise LorakitError(f"{name} must be positive or null, not {value}")
+        pairs = self.head_dim // 2
+        for rope in self.ropes:
+            given = len(rope.short_factor), len(rope.long_factor)
+            if rope.rope_type == "longrope" and given != (pairs, pairs):
+                raise LorakitError(
+                    f"longrope's short_factor and long_factor hold {given[0]} and {given[1]} "
+                    f"numbers, not head_dim / 2 = {pairs}"
+                )
+
+    def _check_experts(self) -> None:
+        if not 0 < self.num_experts_per_tok <= self.num_experts:
+            raise LorakitError(
+                f"num_experts_per_tok ({self.num_experts_per_tok}) must lie between 1 and the "
+                f"number of experts ({self.num_experts})"
+            )
+        if self.moe_intermediate_size <= 0:
+            raise LorakitError("moe_intermediate_size must be positive")
 
     @property
     def ropes(self) -> list[RopeConfig]:
-        """The rotary embeddings in use: one, or the full and the sliding layers' own."""
+        """The rotary embeddings in use: one for all layers, or also the sliding layers' own."""
         return [self.rope] if self.rope_local is None else [self.rope, self.rope_local]
 
     def slides(self, layer: int) -> bool:
-        """Whether `layer` has the sliding window."""
+        """Return whether the layer of this number has the sliding window."""
         return bool(self.sliding_layers) and self.sliding_layers[layer]
 
     def window(self, layer: int) -> int | None:
-        """How many positions `layer` sees, or None where it sees all before it."""
+        """Return how many positions a layer sees, or None if it sees all before it."""
         return self.sliding_window if self.slides(layer) else None
 
     def has_experts(self, layer: int) -> bool:
-        """Whether `layer` has experts in the place of its MLP."""
+        """Return whether a layer has experts in the place of its MLP."""
         return bool(self.moe_layers) and self.moe_layers[layer]
 
     @property
     def context_length(self) -> int:
-        """Positions the model is meant for: yarn and dynamic scaling reach beyond
-        max_position_embeddings, which stays the length before stretching there.
+        """The number of positions that the model is meant for.
+
+        Yarn and dynamic scaling reach beyond max_position_embeddings, which for them stays the
+        length before stretching.
         """
         rope = self.rope
         if rope.rope_type not in ("dynamic", "yarn"):
@@ -165,3 +209,30 @@ class ModelConfig:
         ids = self.eos_token_id
         return [] if ids is None else ids if isinstance(ids, list) else [ids]
 
+    @classmethod
+    def from_hf(cls, values: Any, where: str = "config.json") -> "ModelConfig":
+        """Read the contents of a Hugging Face config.json, in transformers 4's or 5's spelling.
+
+        The text model of a multimodal one is read. Keys that do not change the computation are
+        ignored.
+
+        Args:
+            values: the JSON object.
+            where: the file's name, for error messages.
+
+        Returns:
+            The config.
+
+        Raises:
+            LorakitError: for an unknown model_type, a wrong type, a missing size, or a feature that
+                lorakit lacks.
+        """
+        values, where = text_config(values, where)
+        return from_mapping(cls, fields_from_hf(values, where), where, ignore_unknown=True)
+
+    def to_hf(self) -> dict[str, Any]:
+        """Return the contents of a config.json in the spelling of transformers 4.
+
+        Every version of transformers reads it.
+        """
+        return fields_to_hf({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})

@@ -1,84 +1,38 @@
-"""Reading and writing."""
+"""Translate between the keys of a Hugging Face config.json and the fields of `ModelConfig`.
 
-    @classmethod
-    def from_hf(cls, values: Any, where: str = "config.json") -> "ModelConfig":
-        """From the contents of a Hugging Face config.json, in transformers 4's or 5's spelling.
+Both spellings are read: that of transformers 4 (`rope_theta` beside `rope_scaling`, `torch_dtype`,
+`sliding_window_pattern`) and that of 5 (`rope_parameters`, nested by layer type for Gemma 3, and
+`layer_types`). The older one is written, because every version reads it.
 
-        Of a multimodal model the text tower is read. Keys that do not change the computation are
-        ignored. Raises LorakitError, naming `where`, for an unknown model_type, a wrong type, a
-        missing size, or a feature lorakit lacks.
-        """
-        if not isinstance(values, Mapping):
-            raise LorakitError(f"{where} must hold a JSON object, not {type(values).__name__}")
-        check("model_type" in values, f"{where}: model_type is missing")
-        if str(values["model_type"]) in MULTIMODAL:
-            values, where = _text_config(values, where), f"{where}, text_config"
-        family = FAMILIES.get(str(values["model_type"]), Family(""))
-        absent = {name for name in _NOT_NULL if values.get(name) is None}.union(family.ignored)
-        values = family.defaults | {n: value for n, value in values.items() if n not in absent}
-        _refuse_what_is_not_computed(values, where)
-        if values.get("num_key_value_heads") is None:
-            values["num_key_value_heads"] = values.get("num_attention_heads")
-        if values.get("head_dim") is None:
-            hidden, heads = values.get("hidden_size"), values.get("num_attention_heads")
-            if type(hidden) is int and type(heads) is int and heads > 0:
-                check(
-                    hidden % heads == 0,
-                    f"{where}: head_dim is not set, and hidden_size ({hidden}) is no multiple of "
-                    f"num_attention_heads ({heads})",
-                )
-                values["head_dim"] = hidden // heads
-        act = values.get(family.activation, "silu")
-        values["hidden_act"] = family.activations.get(act, act) if isinstance(act, str) else act
-        values["rope"], values["rope_local"] = _ropes_from_hf(values, where)
-        values["qkv_bias"] = values["o_bias"] = values.get("attention_bias", False)
-        values["sliding_layers"] = _sliding_layers(values, where)
-        _read_experts(values, where)
-        return from_mapping(cls, values | family.fields, where, ignore_unknown=True)
+What a file leaves out, or says with another name, depends on its `model_type`; families.py knows.
+"""
 
-    def to_hf(self) -> dict[str, Any]:
-        """The contents of a config.json in transformers 4's spelling, which every version reads."""
-        family = FAMILIES[self.model_type]
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        rope, local = values.pop("rope"), values.pop("rope_local")
-        sliding, experts = values.pop("sliding_layers"), values.pop("moe_layers")
-        values["architectures"] = [family.architecture]
-        values["attention_bias"] = values.pop("o_bias")
-        values[family.activation] = self.hidden_act
-        for name in (*family.fields, *_DERIVED):
-            values.pop(name, None)
-        for name in _OPTIONAL:
-            if values[name] is None and name not in family.defaults:
-                del values[name]
-        if "sliding_window_pattern" in family.defaults:
-            values["sliding_window_pattern"] = family.defaults["sliding_window_pattern"]
-        elif "use_sliding_window" in family.defaults:
-            values["use_sliding_window"] = any(sliding)
-            values["max_window_layers"] = sliding.index(True) if any(sliding) else len(sliding)
-        # layer_types only where the keys above do not say it: a Mistral that carries them is taken
-        # for a Ministral
-        if _sliding_layers(values, "") != sliding:
-            names = list(LAYER_TYPES)
-            kinds = sliding or [False] * self.num_hidden_layers
-            values["layer_types"] = [names[slides] for slides in kinds]
-        values["rope_theta"], values["rope_scaling"] = rope.rope_theta, _scaling_to_hf(rope)
-        if rope.rope_type == "longrope":
-            original = rope.original_max_position_embeddings
-            values["original_max_position_embeddings"] = original
-        if local is not None:
-            values["rope_local_base_freq"] = local.rope_theta
-            if local.rope_type != "default":  # version 4 has no key for it
-                both = {"full_attention": rope, "sliding_attention": local}
-                values["rope_parameters"] = {
-                    kind: {"rope_theta": its.rope_theta} | (_scaling_to_hf(its) or {})
-                    for kind, its in both.items()
-                }
-        if any(experts):
-            _write_experts(self, values, experts)
-        return values
+from collections.abc import Mapping
+from typing import Any
 
+from lorakit.config.errors import LorakitError
+from lorakit.config.fields import from_mapping
+from lorakit.models.families import FAMILIES, MULTIMODAL, Family
+from lorakit.models.rope import RopeConfig
 
-_DERIVED = (
+_SLIDES = {"full_attention": False, "sliding_attention": True}
+"""The names in layer_types, and whether such a layer has the sliding window."""
+_NULL_IS_DEFAULT = (
+    "rope_theta",
+    "rope_local_base_freq",
+    "sliding_window_pattern",
+    "max_window_layers",
+    "hidden_act",
+    "hidden_activation",
+)
+"""Keys for which null means the family's default."""
+_LEFT_OUT_IF_NULL = (
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+)
+"""Fields that are not written where they are None, unless the family has them."""
+_NOT_WRITTEN = (
     "qkv_bias",
     "qk_norm",
     "norm_weight_offset",
@@ -91,81 +45,131 @@ _DERIVED = (
     "moe_intermediate_size",
     "norm_topk_prob",
 )
-_NOT_NULL = ("rope_theta", "rope_local_base_freq", "sliding_window_pattern", "max_window_layers")
-_NOT_NULL += ("hidden_act", "hidden_activation")
-"""keys for which null means the family's default"""
-_OPTIONAL = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
+"""Fields that follow from the family or from other keys, or are written by `_write_experts`."""
+_MOST_LAYERS = 10_000
+"""A damaged file may ask for more layers than memory holds; lists per layer end here."""
 
 
-def _text_config(values: Mapping, where: str) -> dict[str, Any]:
+# ---- reading ----
+
+
+def text_config(values: Any, where: str) -> tuple[Mapping[str, Any], str]:
+    """Return the part of a config.json that describes the text model, and its name for messages.
+
+    The whole file does, except for a multimodal model: there `text_config` does, together with the
+    keys that transformers takes from beside it.
+
+    Raises:
+        LorakitError: if the file holds no JSON object, no model_type, or no text model.
+    """
+    if not isinstance(values, Mapping):
+        raise LorakitError(f"{where} must hold a JSON object, not {type(values).__name__}")
+    if "model_type" not in values:
+        raise LorakitError(f"{where}: model_type is missing")
+    if str(values["model_type"]) not in MULTIMODAL:
+        return values, where
     text = values.get("text_config")
     if not isinstance(text, Mapping):
         raise LorakitError(
             f"{where}: model_type {values['model_type']!r} without a text_config: there is no "
             "text model in it"
         )
-    outer = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
-    outer += ("quantization_config",)
+    outer = ["bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"]
+    outer.append("quantization_config")
     shared = {name: values[name] for name in outer if values.get(name) is not None}
-    return shared | text | {"model_type": MULTIMODAL[values["model_type"]]}
+    inner = {"model_type": MULTIMODAL[values["model_type"]]}
+    return {**shared, **text, **inner}, f"{where}, text_config"
 
 
-def _refuse_what_is_not_computed(values: Mapping, where: str) -> None:
+def fields_from_hf(config_json: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the fields of `ModelConfig` that a config.json gives, among keys that are none.
+
+    Types and sizes are not checked here. Raises LorakitError, naming the file `where`, for what
+    cannot be translated.
+    """
+    family = FAMILIES.get(str(config_json["model_type"]), Family(""))
+    ignored = {name for name in _NULL_IS_DEFAULT if config_json.get(name) is None}
+    ignored.update(family.ignored)
+    values = family.defaults | {n: v for n, v in config_json.items() if n not in ignored}
+    _refuse_what_is_not_computed(values, where)
+    _complete_heads(values, where)
+    act = values.get(family.activation, "silu")
+    values["hidden_act"] = family.activations.get(act, act) if isinstance(act, str) else act
+    values["rope"], values["rope_local"] = _read_ropes(values, where)
+    values["qkv_bias"] = values["o_bias"] = values.get("attention_bias", False)
+    values["sliding_layers"] = _read_sliding_layers(values, where)
+    _read_experts(values, family, where)
+    return values | family.fields
+
+
+def _refuse_what_is_not_computed(values: Mapping[str, Any], where: str) -> None:
     quantization = values.get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-        # which tensors it packed the loader sees by their names
-        check(
-            method == "bitsandbytes",
-            f"{where}: the checkpoint is already quantized ({method or 'quantization_config'}), "
-            "which is not supported; load its 16-bit original",
-        )
-    check(
-        not values.get("use_bidirectional_attention"),
-        f"{where}: use_bidirectional_attention is not supported",
-    )
+        if method != "bitsandbytes":  # its packed tensors the loader knows by their names
+            raise LorakitError(
+                f"{where}: the model is already quantized "
+                f"({method or 'quantization_config'}), which is not supported; load its 16-bit "
+                "original"
+            )
+    if values.get("use_bidirectional_attention"):
+        raise LorakitError(f"{where}: use_bidirectional_attention is not supported")
     partial = values.get("partial_rotary_factor")
-    check(
-        partial is None or partial == 1,
-        f"{where}: partial_rotary_factor {partial!r} is not supported; it must be 1",
-    )
+    if partial is not None and partial != 1:
+        raise LorakitError(
+            f"{where}: partial_rotary_factor {partial!r} is not supported; it must be 1"
+        )
 
 
-def _ropes_from_hf(values: Mapping, where: str) -> tuple[RopeConfig, RopeConfig | None]:
-    """The rotary embedding of all layers, and that of the sliding ones where it is another.
+def _complete_heads(values: dict[str, Any], where: str) -> None:
+    """Fill in num_key_value_heads and head_dim, which a file may leave out."""
+    heads, hidden = values.get("num_attention_heads"), values.get("hidden_size")
+    if values.get("num_key_value_heads") is None:
+        values["num_key_value_heads"] = heads
+    if values.get("head_dim") is not None:
+        return
+    if type(hidden) is int and type(heads) is int and heads > 0:
+        if hidden % heads:
+            raise LorakitError(
+                f"{where}: head_dim is not set, and hidden_size ({hidden}) is no multiple of "
+                f"num_attention_heads ({heads})"
+            )
+        values["head_dim"] = hidden // heads
 
-    transformers 5: one rope_parameters, or one per layer type; 4: rope_theta beside rope_scaling,
-    which belongs to the full layers, and rope_local_base_freq for the sliding ones.
+
+def _read_ropes(values: Mapping[str, Any], where: str) -> tuple[RopeConfig, RopeConfig | None]:
+    """Return the rotary embedding of all layers, and that of the sliding ones if it is another.
+
+    transformers 5 writes one rope_parameters, or one per layer type. transformers 4 writes
+    rope_theta beside rope_scaling, which belongs to the full layers, and rope_local_base_freq for
+    the sliding ones.
     """
     where = f"{where}, rope parameters"
     full = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    local = {}
+    local: Any = {}
     nested = values.get("rope_parameters")
-    if isinstance(nested, Mapping) and any(name in nested for name in LAYER_TYPES):
+    if isinstance(nested, Mapping) and any(name in nested for name in _SLIDES):
         full, scaling = nested.get("full_attention") or {}, values.get("rope_scaling") or {}
         if isinstance(full, Mapping) and isinstance(scaling, Mapping):
             full = {**full, **scaling}
         local = nested.get("sliding_attention") or {}
-    rope = _rope(full, values, values.get("rope_theta"), where)
+    rope = _read_rope(full, values, values.get("rope_theta"), where)
     if "rope_local_base_freq" not in values:
         return rope, None
-    return rope, _rope(local, values, values["rope_local_base_freq"], where)
+    return rope, _read_rope(local, values, values["rope_local_base_freq"], where)
 
 
-def _rope(given: Any, values: Mapping, theta: Any, where: str) -> RopeConfig:
+def _read_rope(given: Any, values: Mapping[str, Any], theta: Any, where: str) -> RopeConfig:
+    """Read one rotary embedding from its keys `given`, the file's `values` and a default theta."""
     if not isinstance(given, Mapping):
         raise LorakitError(f"{where} must be a mapping of names to values, not {given!r}")
     given = {name: value for name, value in given.items() if value is not None}
     given = {"rope_type": given.pop("type", "default")} | given
     kind, positions = given["rope_type"], values.get("max_position_embeddings")
-    check(
-        kind not in ("linear", "dynamic", "llama3") or "factor" in given,
-        f"{where}: rope_type {kind!r} needs a factor",
-    )
-    check(
-        given.get("partial_rotary_factor", 1) == 1,
-        f"{where}: partial_rotary_factor {given.get('partial_rotary_factor')!r} is not supported",
-    )
+    if kind in ("linear", "dynamic", "llama3") and "factor" not in given:
+        raise LorakitError(f"{where}: rope_type {kind!r} needs a factor")
+    if (partial := given.get("partial_rotary_factor", 1)) != 1:
+        raise LorakitError(f"{where}: partial_rotary_factor {partial!r} is not supported")
     if theta is not None:
         given.setdefault("rope_theta", theta)
     if kind == "dynamic":  # the context before stretching is the model's own
@@ -180,7 +184,100 @@ def _rope(given: Any, values: Mapping, theta: Any, where: str) -> RopeConfig:
     return from_mapping(RopeConfig, given, where, ignore_unknown=True)
 
 
-_SCALING_KEYS = {
+def _read_sliding_layers(values: Mapping[str, Any], where: str) -> list[bool]:
+    """Return whether each layer slides, from layer_types or the keys that came before it."""
+    if not values.get("use_sliding_window", True):
+        return []
+    kinds = values.get("layer_types")
+    if kinds is not None:
+        if not isinstance(kinds, list) or not all(str(kind) in _SLIDES for kind in kinds):
+            raise LorakitError(
+                f"{where}: layer_types must list {' or '.join(_SLIDES)}, not {kinds!r}"
+            )
+        return _or_none([_SLIDES[kind] for kind in kinds])
+    layers, period = values.get("num_hidden_layers"), values.get("sliding_window_pattern")
+    if values.get("sliding_window") is None or type(layers) is not int:
+        return []
+    numbers = range(min(layers, _MOST_LAYERS))
+    if period is not None:
+        if type(period) is not int or period <= 0:
+            raise LorakitError(
+                f"{where}: sliding_window_pattern must be a positive number, not {period!r}"
+            )
+        return _or_none([(i + 1) % period != 0 for i in numbers])
+    # Mistral's window holds for all layers, Qwen's from max_window_layers on
+    first = values.get("max_window_layers", 0)
+    if type(first) is not int or first >= layers:
+        return []
+    return [i >= first for i in numbers]
+
+
+def _or_none(sliding: list[bool]) -> list[bool]:
+    """Return an empty list where no layer slides: ModelConfig has one way to say so."""
+    return sliding if any(sliding) else []
+
+
+def _read_experts(values: dict[str, Any], family: Family, where: str) -> None:
+    """Set `num_experts` and `moe_layers`, from the keys of Mixtral or of Qwen3-MoE."""
+    if "num_local_experts" not in family.defaults:
+        for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
+            values.pop(name, None)
+        return
+    values.setdefault("num_experts", values["num_local_experts"])
+    if "moe_intermediate_size" not in family.defaults:  # Mixtral
+        values["moe_intermediate_size"] = values.get("intermediate_size")
+    layers, every = values.get("num_hidden_layers"), values.get("decoder_sparse_step", 1)
+    dense = values.get("mlp_only_layers") or []
+    if type(every) is not int or every <= 0:
+        raise LorakitError(f"{where}: decoder_sparse_step must be positive")
+    if not isinstance(dense, list):
+        raise LorakitError(f"{where}: mlp_only_layers must be a list, not {dense!r}")
+    if type(layers) is int:
+        numbers = range(min(layers, _MOST_LAYERS))
+        values["moe_layers"] = [i not in dense and (i + 1) % every == 0 for i in numbers]
+
+
+# ---- writing ----
+
+
+def fields_to_hf(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the contents of a config.json that says what the fields of a `ModelConfig` say."""
+    family = FAMILIES[fields["model_type"]]
+    values = dict(fields)
+    rope, local = values.pop("rope"), values.pop("rope_local")
+    sliding, experts = values.pop("sliding_layers"), values.pop("moe_layers")
+    values["architectures"] = [family.architecture]
+    values["attention_bias"] = values.pop("o_bias")
+    values[family.activation] = fields["hidden_act"]
+    for name in (*family.fields, *_NOT_WRITTEN):
+        values.pop(name, None)
+    for name in _LEFT_OUT_IF_NULL:
+        if values[name] is None and name not in family.defaults:
+            del values[name]
+    _write_sliding_layers(values, sliding, family)
+    _write_ropes(values, rope, local)
+    if any(experts):
+        _write_experts(values, fields, family)
+    return values
+
+
+def _write_sliding_layers(values: dict[str, Any], sliding: list[bool], family: Family) -> None:
+    """Write the older keys, and layer_types only where those do not say the same.
+
+    A Mistral that carries layer_types is taken for a Ministral.
+    """
+    if "sliding_window_pattern" in family.defaults:
+        values["sliding_window_pattern"] = family.defaults["sliding_window_pattern"]
+    elif "use_sliding_window" in family.defaults:
+        values["use_sliding_window"] = any(sliding)
+        values["max_window_layers"] = sliding.index(True) if any(sliding) else len(sliding)
+    if _read_sliding_layers(values, "") != sliding:
+        full, slides = _SLIDES
+        layers = sliding or [False] * values["num_hidden_layers"]
+        values["layer_types"] = [slides if layer else full for layer in layers]
+
+
+_SCALING_KEYS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -208,9 +305,26 @@ _SCALING_KEYS = {
         "original_max_position_embeddings",
     ),
 }
+"""The keys of rope_scaling for each rope_type."""
 
 
-def _scaling_to_hf(rope: RopeConfig) -> dict[str, Any] | None:
+def _write_ropes(values: dict[str, Any], rope: RopeConfig, local: RopeConfig | None) -> None:
+    values["rope_theta"], values["rope_scaling"] = rope.rope_theta, _scaling(rope)
+    if rope.rope_type == "longrope":
+        original = rope.original_max_position_embeddings
+        values["original_max_position_embeddings"] = original
+    if local is None:
+        return
+    values["rope_local_base_freq"] = local.rope_theta
+    if local.rope_type != "default":  # version 4 has no key for it
+        values["rope_parameters"] = {
+            kind: {"rope_theta": each.rope_theta} | (_scaling(each) or {})
+            for kind, each in zip(_SLIDES, (rope, local), strict=True)
+        }
+
+
+def _scaling(rope: RopeConfig) -> dict[str, Any] | None:
+    """Return the value of rope_scaling: how the rotary embedding is stretched, if it is."""
     if rope.rope_type == "default":
         return None
     values = {name: getattr(rope, name) for name in _SCALING_KEYS[rope.rope_type]}
@@ -218,70 +332,12 @@ def _scaling_to_hf(rope: RopeConfig) -> dict[str, Any] | None:
     return {"rope_type": rope.rope_type} | given
 
 
-def _pattern(period: int, layers: int) -> list[bool]:
-    """All slide but every `period`-th."""
-    return [(i + 1) % period != 0 for i in range(layers)]
-
-
-def _sliding_layers(values: Mapping, where: str) -> Any:
-    """Which layers have a sliding window: layer_types, or what stood in its place before."""
-    layers, window = values.get("num_hidden_layers"), values.get("sliding_window")
-    if not values.get("use_sliding_window", True):
-        return []
-    if values.get("layer_types") is not None:
-        kinds = values["layer_types"]
-        if not isinstance(kinds, list) or not all(kind in LAYER_TYPES for kind in map(str, kinds)):
-            raise LorakitError(
-                f"{where}: layer_types must list {' or '.join(LAYER_TYPES)}, not {kinds!r}"
-            )
-        sliding = [LAYER_TYPES[kind] for kind in kinds]
-        return sliding if any(sliding) else []
-    if window is None or type(layers) is not int:
-        return []
-    count = min(layers, 10_000)
-    period = values.get("sliding_window_pattern")
-    if period is not None:
-        check(
-            type(period) is int and period > 0,
-            f"{where}: sliding_window_pattern must be a positive number, not {period!r}",
-        )
-        sliding = _pattern(period, count)
-        return sliding if any(sliding) else []
-    # Mistral's window holds for all layers, Qwen's from max_window_layers on
-    first = values.get("max_window_layers", 0)
-    if type(first) is not int or first >= layers:
-        return []
-    return [i >= first for i in range(count)]
-
-
-def _read_experts(values: dict[str, Any], where: str) -> None:
-    """`num_experts` and which layers have them, under the names of Mixtral and of Qwen3-MoE."""
-    defaults = FAMILIES.get(str(values["model_type"]), Family("")).defaults
-    if "num_local_experts" not in defaults:
-        for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
-            values.pop(name, None)
+def _write_experts(values: dict[str, Any], fields: Mapping[str, Any], family: Family) -> None:
+    values["num_experts_per_tok"] = fields["num_experts_per_tok"]
+    if "moe_intermediate_size" not in family.defaults:  # Mixtral
+        values["num_local_experts"] = fields["num_experts"]
         return
-    values.setdefault("num_experts", values["num_local_experts"])
-    if "moe_intermediate_size" not in defaults:  # Mixtral
-        values["moe_intermediate_size"] = values.get("intermediate_size")
-    layers, every = values.get("num_hidden_layers"), values.get("decoder_sparse_step", 1)
-    dense = values.get("mlp_only_layers") or []
-    check(type(every) is int and every > 0, f"{where}: decoder_sparse_step must be positive")
-    check(isinstance(dense, list), f"{where}: mlp_only_layers must be a list, not {dense!r}")
-    if type(layers) is int:
-        values["moe_layers"] = [
-            i not in dense and (i + 1) % every == 0 for i in range(min(layers, 10_000))
-        ]
-
-
-def _write_experts(config: ModelConfig, values: dict[str, Any], experts: list[bool]) -> None:
-    defaults = FAMILIES[config.model_type].defaults
-    values["num_experts_per_tok"] = config.num_experts_per_tok
-    if "moe_intermediate_size" not in defaults:  # Mixtral
-        values["num_local_experts"] = config.num_experts
-        return
-    values["num_experts"] = config.num_experts
-    values["moe_intermediate_size"] = config.moe_intermediate_size
-    values["norm_topk_prob"] = config.norm_topk_prob
+    for name in ("num_experts", "moe_intermediate_size", "norm_topk_prob"):
+        values[name] = fields[name]
     values["decoder_sparse_step"] = 1
-    values["mlp_only_layers"] = [i for i, has in enumerate(experts) if not has]
+    values["mlp_only_layers"] = [i for i, has in enumerate(fields["moe_layers"]) if not has]

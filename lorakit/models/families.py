@@ -1,7 +1,8 @@
 """The model families: what a `model_type` means beyond the keys of its config.json.
 
-transformers' class, the ModelConfig fields that all models of the family share, and the defaults of
-keys that published files leave out. A new family is a row here as long as it computes nothing new.
+A family is a row of `FAMILIES`: transformers' class, the `ModelConfig` fields that all its models
+share, and the defaults of keys that published files leave out. A new family is a row here as long
+as it computes nothing new.
 """
 
 from dataclasses import dataclass, field
@@ -13,20 +14,20 @@ class Family:
     """What a model_type says beyond the keys of its config.json."""
 
     architecture: str
-    """transformers' class"""
+    """Name of the class in transformers, for the key `architectures`."""
     fields: dict[str, Any] = field(default_factory=dict)
-    """ModelConfig fields that every model of the family has"""
+    """ModelConfig fields that every model of the family has."""
     defaults: dict[str, Any] = field(default_factory=dict)
-    """transformers' defaults of keys that config.json may leave out, where they are not Llama's"""
+    """Defaults of transformers for keys that may be left out, where they are not Llama's."""
     ignored: tuple[str, ...] = ()
-    """keys that files of the family carry and transformers does not use"""
+    """Keys that files of the family carry and transformers does not use."""
     activation: str = "hidden_act"
-    """the key of the MLP's activation"""
+    """Key of the MLP's activation."""
     activations: dict[str, str] = field(default_factory=dict)
-    """what its values mean, where it is not what they say"""
+    """Activations that the family's files name otherwise, and what they mean."""
 
 
-_LEFTOVERS = ("sliding_window", "layer_types")  # in a family that has no window
+_LEFTOVERS = ("sliding_window", "layer_types")  # of files whose family has no window
 _QWEN = {"use_sliding_window": False, "sliding_window": 4096}
 _GEMMA = {
     "norm_weight_offset": 1.0,
@@ -117,4 +118,7 @@ FAMILIES = {
     ),
 }
 MULTIMODAL = {"gemma3": "gemma3_text"}
-"""model types whose text_config is one of the families: the text tower alone is computed"""
+"""The model types that hold a text model beside other towers, and the family of that text model.
+
+The text model alone is computed.
+"""

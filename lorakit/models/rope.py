@@ -1,8 +1,8 @@
-"""Rotary frequencies, and the cos and sin tables that `kernels.rope` turns queries and keys by.
+"""Rotary embedding: how far each pair of a head's numbers is turned at each position.
 
-Pair j of D/2 turns by f_j radians a position, f_j = theta^(-2j/D). Stretching a model beyond the
-context L it was trained on by a factor s changes f, and for the last two also the length of the
-turned vectors (cos and sin are multiplied by a constant m):
+Pair j of D / 2 turns by f_j radians a position, f_j = theta^(-2j/D). Stretching a model beyond the
+context L that it was trained on, by a factor s, changes f. The last two ways also change the length
+of the turned vectors: cos and sin are multiplied by a constant m.
 
     linear     f_j / s: positions are squeezed                            (arXiv:2306.15595)
     dynamic    beyond L, theta grows with the sequence length n:
@@ -26,55 +26,62 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lorakit.config.errors import check
+from lorakit.config.errors import LorakitError
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding: the base, and how it is stretched (`rope.py` has the formulas)."""
+    """A rotary embedding: theta, and how it is stretched. Names are those of config.json."""
 
     rope_theta: float = 10000.0
+    """Base of the frequencies, theta."""
     rope_type: str = "default"
+    """Way of stretching: one of ROPE_TYPES; "default" is none."""
     factor: float = 1.0
+    """Factor s by which the context is stretched."""
     original_max_position_embeddings: int = 8192
-    """the context before stretching; all types but default and linear"""
+    """Context L before stretching; for all types but default and linear."""
     low_freq_factor: float = 1.0
+    """Turns within L up to which llama3 divides a frequency by s."""
     high_freq_factor: float = 4.0
+    """Turns within L from which on llama3 keeps a frequency."""
     attention_factor: float | None = None
-    """what cos and sin are multiplied by; yarn and longrope, None: their formula"""
+    """Constant m for yarn and longrope; None: their formula."""
     beta_fast: float = 32.0
+    """Turns within L where the ramp of yarn begins: faster pairs are kept."""
     beta_slow: float = 1.0
+    """Turns within L where the ramp of yarn ends: slower pairs are divided by s."""
     mscale: float | None = None
+    """Factor of ln(s) / 10 in yarn's m, if mscale_all_dim is given too."""
     mscale_all_dim: float | None = None
+    """Factor of ln(s) / 10 in a second m, by which yarn divides the first."""
     truncate: bool = True
+    """Whether the ends of yarn's ramp are rounded to whole pairs."""
     short_factor: list[float] = field(default_factory=list)
+    """Divisors l of longrope for sequences up to L, [D / 2]."""
     long_factor: list[float] = field(default_factory=list)
+    """Divisors l of longrope for longer sequences, [D / 2]."""
 
-    def __post_init__(self):
-        check(
-            self.rope_type in ROPE_TYPES,
-            f"rope_type {self.rope_type!r} is not supported; supported are {', '.join(ROPE_TYPES)}",
-        )
-        check(self.rope_theta > 0 and self.factor > 0, "rope_theta and factor must be positive")
-        check(
-            self.high_freq_factor > self.low_freq_factor,
-            "rope: high_freq_factor must exceed low_freq_factor",
-        )
-        check(
-            self.original_max_position_embeddings > 1,
-            "rope: original_max_position_embeddings must be at least 2",
-        )
-        check(self.beta_fast > 0 and self.beta_slow > 0, "rope: beta_fast, beta_slow must be > 0")
-        check(
-            self.rope_type != "yarn" or self.rope_theta > 1,
-            "rope: yarn needs a rope_theta above 1",
-        )
-        check(
-            all(f > 0 for f in self.short_factor + self.long_factor),
-            "rope: short_factor and long_factor must be positive",
-        )
+    def __post_init__(self) -> None:
+        if self.rope_type not in ROPE_TYPES:
+            raise LorakitError(
+                f"rope_type {self.rope_type!r} is not supported; supported are "
+                f"{', '.join(ROPE_TYPES)}"
+            )
+        if not (self.rope_theta > 0 and self.factor > 0):
+            raise LorakitError("rope_theta and factor must be positive")
+        if not self.high_freq_factor > self.low_freq_factor:
+            raise LorakitError("rope: high_freq_factor must exceed low_freq_factor")
+        if self.original_max_position_embeddings <= 1:
+            raise LorakitError("rope: original_max_position_embeddings must be at least 2")
+        if not (self.beta_fast > 0 and self.beta_slow > 0):
+            raise LorakitError("rope: beta_fast, beta_slow must be > 0")
+        if self.rope_type == "yarn" and not self.rope_theta > 1:
+            raise LorakitError("rope: yarn needs a rope_theta above 1")
+        if not all(divisor > 0 for divisor in self.short_factor + self.long_factor):
+            raise LorakitError("rope: short_factor and long_factor must be positive")
 
     @property
     def by_length(self) -> bool:
@@ -85,7 +92,7 @@ class RopeConfig:
 def inverse_frequencies(
     rope: RopeConfig, head_dim: int, device: torch.device, length: int = 0
 ) -> Tensor:
-    """f, in radians per position, for sequences of `length` positions: fp32 [head_dim / 2]."""
+    """Return f, in radians a position, for sequences of `length` positions: fp32 [head_dim / 2]."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     theta, original = rope.rope_theta, rope.original_max_position_embeddings
     if rope.rope_type == "dynamic" and length > original:
@@ -110,9 +117,10 @@ def inverse_frequencies(
 
 
 def _yarn_kept(rope: RopeConfig, head_dim: int, device: torch.device) -> Tensor:
-    """The share of each frequency that stays as it is: 1 for fast pairs, 0 for slow ones."""
+    """Return the share of each frequency that yarn keeps: 1 for fast pairs, 0 for slow ones."""
 
-    def pair(turns: float) -> float:  # the j that makes so many turns within the original context
+    def pair(turns: float) -> float:
+        """Return the j that makes so many turns within the original context."""
         wavelength = rope.original_max_position_embeddings / (turns * 2 * math.pi)
         return head_dim * math.log(wavelength) / (2 * math.log(rope.rope_theta))
 
@@ -126,8 +134,8 @@ def _yarn_kept(rope: RopeConfig, head_dim: int, device: torch.device) -> Tensor:
     return 1 - ((pairs - first) / (last - first)).clamp(0, 1)
 
 
-def magnitude(rope: RopeConfig) -> float:
-    """m, what cos and sin are multiplied by."""
+def _magnitude(rope: RopeConfig) -> float:
+    """Return m, the constant by which cos and sin are multiplied."""
     if rope.rope_type not in ("yarn", "longrope"):
         return 1.0
     if rope.attention_factor is not None:
@@ -141,11 +149,20 @@ def magnitude(rope: RopeConfig) -> float:
 
 
 def rope_tables(rope: RopeConfig, head_dim: int, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """m cos and m sin of position * frequency: positions int64 [B, T] -> two fp32 [B, T, D/2]."""
+    """Return m cos and m sin of position * frequency.
+
+    Args:
+        rope: the rotary embedding.
+        head_dim: D.
+        position_ids: int64 [B, T]; for types that depend on the length, the largest one gives it.
+
+    Returns:
+        Two fp32 tensors [B, T, D / 2], as `kernels.rope` takes them.
+    """
     length = 0
     if rope.by_length:  # on a GPU this waits
         length = int(position_ids.max()) + 1
     freqs = inverse_frequencies(rope, head_dim, position_ids.device, length)
-    angles, m = position_ids[..., None].float() * freqs, magnitude(rope)
+    angles, m = position_ids[..., None].float() * freqs, _magnitude(rope)
     cos, sin = angles.cos(), angles.sin()
     return (cos, sin) if m == 1 else (m * cos, m * sin)

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from lorakit.config.errors import LorakitError
-from lorakit.models.rope import RopeConfig
-from lorakit.models.rope import rope_tables
+from lorakit.models.rope import RopeConfig, rope_tables
 
 
 class View(NamedTuple):

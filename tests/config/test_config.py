@@ -14,8 +14,8 @@ import lorakit as lk
 from lorakit.cli.run_file import read_run_file
 from lorakit.config import aliases as aliases
 from lorakit.config.run import DataConfig
-from lorakit.models.rope import RopeConfig
 from lorakit.models.families import FAMILIES
+from lorakit.models.rope import RopeConfig
 
 LLAMA = {
     "model_type": "llama",

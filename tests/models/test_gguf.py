@@ -15,8 +15,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import lorakit as lk
 from lorakit.files.gguf import read_header
-from lorakit.models.rope import RopeConfig
 from lorakit.models.gguf import read_gguf
+from lorakit.models.rope import RopeConfig
 from tests.conftest import LLAMA3_ROPE, LOGITS, llama_cpp_server, tiny, tiny_llama
 
 TOKENS = ["<unk>", "<s>", "</s>", "t", "o", "k", "to", "tok", *[f"tok{i}" for i in range(89)]]

@@ -7,8 +7,7 @@ import torch
 
 import lorakit as lk
 from lorakit.inference.generate import Sampling, continue_text
-from lorakit.models.rope import RopeConfig
-from lorakit.models.rope import inverse_frequencies
+from lorakit.models.rope import RopeConfig, inverse_frequencies
 from tests.conftest import (
     FAMILY_VARIANTS,
     LLAMA3_ROPE,
