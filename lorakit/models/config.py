@@ -11,11 +11,11 @@ from typing import Any
 
 from lorakit.config.errors import LorakitError, nearest
 from lorakit.config.fields import from_mapping
+from lorakit.kernels.ops.swiglu import Activation
 from lorakit.models.config_json import fields_from_hf, fields_to_hf, text_config
 from lorakit.models.families import FAMILIES, MULTIMODAL
 from lorakit.models.rope import RopeConfig
 
-ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")
 _SIZES = (
     "vocab_size",
     "hidden_size",
@@ -56,7 +56,7 @@ class ModelConfig:
     head_dim: int
     """Width of one head, D; an even number."""
     hidden_act: str = "silu"
-    """Activation of the MLP's gate."""
+    """Activation of the MLP's gate: "silu", "gelu_pytorch_tanh" or "gelu"."""
     rms_norm_eps: float = 1e-6
     """Number added to the mean square in RMSNorm, under the root."""
     rope: RopeConfig = field(default_factory=RopeConfig)
@@ -136,10 +136,10 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise LorakitError(f"head_dim must be even, not {self.head_dim}")
-        if self.hidden_act not in ACTIVATIONS:
+        if self.hidden_act not in Activation.__members__:
             raise LorakitError(
                 f"hidden_act {self.hidden_act!r} is not supported; supported are "
-                f"{', '.join(ACTIVATIONS)}"
+                f"{', '.join(Activation.__members__)}"
             )
 
     def _check_attention(self) -> None:
