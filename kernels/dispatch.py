@@ -3,7 +3,7 @@
 The folder of an op holds its backends:
 
     reference   plain torch: any device, any dtype, differentiable
-    cpu         cpu.cpp of the ops, one shared library with a plain C ABI, for tensors in host memory
+    cpu         cpu.cpp, one shared library with a plain C ABI, for tensors in host memory
     triton      triton.py, for tensors on a GPU; with TRITON_INTERPRET=1 in the environment, any
 
 (Triton's own interpreter is wrong for bf16; tests/triton_interpreter.py corrects it.)

@@ -298,7 +298,7 @@ def test_norm_rope_of_views_and_of_what_it_does_not_fuse():
         q, k = both[:, :, :3], both[:, :, 3:]
         weights = [random(i, D).to(dtype).requires_grad_(trained) for i in (1, 2)]
         cos, sin = tables(1, 3, D // 2, 3)
-        with on_cpu(), called(cpu, "norm_rotate") as fused:
+        with on_cpu(), called(cpu, "head_norms") as fused:
             turned = kernels.norm_rope(q, k, *weights, 1e-5, cos, sin)
         assert fused.call_count == calls
         for x, w, y in zip((q, k), weights, turned, strict=True):

@@ -14,32 +14,33 @@ scaled by its largest magnitude, absmax, and every value becomes the nearest of 
 
     x = LEVELS[code] * absmax[i // 256]         before the step, whose arithmetic is in fp32
     absmax = max |x|,  scaled = x * (1 / absmax)
-    code = #{edges < scaled}                    after it; edges are the midpoints of the levels
+    code = #{edges < scaled}                    after the step; edges: midpoints of the levels
 
 m has the signed "dynamic" map, v the unsigned one (`state.py`): 64 levels of each sign, or 128, in
 the decade below absmax and half as many in each decade below that, down to 5.5e-7 and 3.25e-7 of
 absmax. p moves by the new m and v as they are before they are rounded.
 
-Layout and maps are bitsandbytes', and so are the codes but for one rule. The nearest level of a v
-below 1.6e-7 absmax is 0, and the next step would divide an m that is not 0 by little more than eps:
-where a gradient is 1/5000 of the block's largest, m has a level of its own and v has none.
+Layout and maps are bitsandbytes', and so are the codes, with one exception. The nearest level of a
+v below 1.6e-7 absmax is 0, and the next step would divide an m that is not 0 by little more than
+eps: where a gradient is 1/5000 of the block's largest, m has a level of its own and v has none.
 bitsandbytes lets that happen. Here v is rounded up to the lowest level above 0, so that such a
-parameter moves too little instead of too far. (Its CUDA kernel also moves the code of a small
-negative m away from 0, but not that of a positive one; here m has the nearest level.)
+parameter moves too little instead of too far. (The CUDA kernel of bitsandbytes also moves the code
+of a small negative m away from 0, but not that of a positive one; here m has the nearest level.)
 
-A NaN or an infinity in the gradient makes absmax of its block the same: from the next step on all
-256 parameters of the block are NaN, where fp32 state loses one. (bitsandbytes' CUDA kernel forgets
-the state of such a parameter, and says nothing.)
+A NaN or an infinity in the gradient makes absmax of its block NaN or infinite too: from the next
+step on all 256 parameters of the block are NaN, where fp32 state loses one. (The CUDA kernel of
+bitsandbytes forgets the state of such a parameter, and says nothing.)
 """
 
 from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 
 from ... import dispatch
-from . import cpu, reference
-from .lists import Options, fits, fits_8bit
+from . import reference
+from .lists import AdamWOptions, M, Update, fits, fits_8bit
 from .state import Moment8bit
 
 
@@ -55,13 +56,28 @@ def adamw_step(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """Update params, exp_avgs (m) and exp_avg_sqs (v) in place; `step` t counts from 1."""
-    tensors = params, grads, exp_avgs, exp_avg_sqs
-    if not params:
-        return
-    with dispatch.on_device(params[0]):
-        for backend, some in _by_backend(fits, *tensors):
-            backend.adamw_step(*some, Options(step, lr, betas, eps, weight_decay))
+    """Update parameters and their fp32 state in place by one step of AdamW (arXiv:1711.05101).
+
+    The four lists are of one length; entries that go together have one shape. The kernels take
+    dense fp32 tensors; the reference updates the others, also of the same lists.
+
+    Args:
+        params: the parameters p, any shapes.
+        grads: their gradients g.
+        exp_avgs: their first moments m; zeros before step 1.
+        exp_avg_sqs: their second moments v; zeros before step 1.
+        step: t, counted from 1.
+        lr: the learning rate.
+        betas: b1 and b2, the decay rates of m and v.
+        eps: what is added to the root of v.
+        weight_decay: wd, the share of p that lr times it takes away.
+    """
+    if params:
+        options = AdamWOptions(step, lr, betas, eps, weight_decay)
+        with dispatch.on_device(params[0]):
+            update = Update(params, grads, exp_avgs, exp_avg_sqs, options)
+            for backend, part in _by_backend(update, fits):
+                backend.adamw_step(part)
 
 
 def adamw_step_8bit(
@@ -76,43 +92,49 @@ def adamw_step_8bit(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """As `adamw_step`, with 8-bit exp_avgs and exp_avg_sqs: `Moment8bit.zeros` before step 1.
+    """Update parameters and their 8-bit state in place by one step of AdamW (arXiv:2110.02861).
 
-    params and grads may have any floating-point dtype and strides; the arithmetic is in fp32.
-    Raises RuntimeError for a moment that is not as long as its parameter.
+    The arithmetic is in fp32.
+
+    Args:
+        params: the parameters p, of any floating-point dtype and strides.
+        grads: their gradients g, likewise.
+        exp_avgs: their first moments m; `Moment8bit.zeros` before step 1.
+        exp_avg_sqs: their second moments v; `Moment8bit.zeros` before step 1.
+        step: t, counted from 1.
+        lr: the learning rate.
+        betas: b1 and b2, the decay rates of m and v.
+        eps: what is added to the root of v.
+        weight_decay: wd, the share of p that lr times it takes away.
+
+    Raises:
+        RuntimeError: a moment is not as long as its parameter.
     """
-    tensors = params, grads, exp_avgs, exp_avg_sqs
-    if not params:
-        return
-    with dispatch.on_device(params[0]):
-        for backend, some in _by_backend(fits_8bit, *tensors):
-            backend.adamw_step_8bit(*some, Options(step, lr, betas, eps, weight_decay))
+    if params:
+        options = AdamWOptions(step, lr, betas, eps, weight_decay)
+        with dispatch.on_device(params[0]):
+            update = Update(params, grads, exp_avgs, exp_avg_sqs, options)
+            for backend, part in _by_backend(update, fits_8bit):
+                backend.adamw_step_8bit(part)
 
 
 def _by_backend(
-    fit: Callable[..., bool], *tensors: list
-) -> Iterator[tuple[ModuleType, tuple[list, ...]]]:
-    """The backends that take part, and what each of them updates. Which one a parameter gets
-    depends on nothing but its own tensors: whatever else is in the lists, its bits are the same.
+    update: Update[M], fits: Callable[..., bool]
+) -> Iterator[tuple[ModuleType, Update[M]]]:
+    """Yield the backends that take part, and what each of them updates.
+
+    Which one a parameter gets depends on nothing but its own tensors: whatever else is in the
+    lists, its bits are the same.
     """
-    backend = _backend(tensors[0][0])
-    if backend is reference or fit(*tensors, alignment=backend.ALIGNMENT):
-        yield backend, tensors
+    device = update.params[0].device
+    backend = dispatch.backend(__package__, device)
+    if backend is reference or fits(*update.lists, alignment=backend.ALIGNMENT):
+        yield backend, update
         return
-    device = tensors[0][0].device
-    rows = {backend: [], reference: []}
-    for row in zip(*tensors, strict=True):
-        alone = fit(*([part] for part in row), alignment=backend.ALIGNMENT)
+    rows: dict[ModuleType, list[tuple[Any, ...]]] = {backend: [], reference: []}
+    for row in zip(*update.lists, strict=True):
+        alone = fits(*([part] for part in row), alignment=backend.ALIGNMENT)
         rows[backend if alone and row[0].device == device else reference].append(row)
     for each, some in rows.items():
         if some:
-            yield each, tuple(map(list, zip(*some, strict=True)))
-
-
-def _backend(p: Tensor) -> ModuleType:
-    picked = dispatch.pick(p.device, "cpu", "triton")
-    if picked == "triton":
-        from . import triton
-
-        return triton
-    return cpu if picked == "cpu" else reference
+            yield each, Update(*map(list, zip(*some, strict=True)), update.options)

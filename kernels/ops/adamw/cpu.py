@@ -1,13 +1,14 @@
-"""The kernels of cpu.cpp, for lists of tensors that fit (`lists.py`), in host memory."""
+"""Calls of the C++ kernels in cpu.cpp, for lists of tensors that fit (lists.py), in host memory."""
 
 import ctypes
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from ... import dispatch
 from ...dispatch import FLOAT, INT64, POINTER
 from ..nf4 import ABSMAX_FLOOR
-from .lists import Options, changed, numbers, work
+from .lists import AdamWOptions, Update, changed, numbers, work
 from .state import Moment8bit, signed_map, unsigned_map
 
 SIZE = 8192  # values of a piece: whole blocks, which the second cache holds
@@ -15,7 +16,7 @@ ALIGNMENT = 1  # bytes, of every tensor
 
 
 class Step(ctypes.Structure):
-    """cpu.cpp's."""
+    """`Step` of cpu.cpp: the arguments of both kernels."""
 
     _fields_ = (
         *((name, POINTER) for name in ("tensors", "pieces")),
@@ -26,34 +27,24 @@ class Step(ctypes.Structure):
     )
 
 
-def _run(op: str, groups: list[tuple[Tensor, ...]], maps: list[Tensor], options: Options) -> None:
+def _run(
+    op: str, groups: Sequence[tuple[Tensor, ...]], maps: list[Tensor], options: AdamWOptions
+) -> None:
     tables = work(groups, SIZE)
     pointers = [t.data_ptr() for t in (*tables, *maps)] + [None] * (4 - len(maps))
     step = Step(*pointers, len(tables[1]), SIZE, *numbers(options), ABSMAX_FLOOR)
     dispatch.function(op, POINTER)(ctypes.addressof(step))
 
 
-def adamw_step(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    options: Options,
-) -> None:
-    groups = list(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True))
-    _run("adamw", groups, [], options)
-    changed(params, exp_avgs, exp_avg_sqs)
+def adamw_step(update: Update[Tensor]) -> None:
+    """Call the C++ kernel `adamw`; see cpu.cpp."""
+    _run("adamw", list(zip(*update.lists, strict=True)), [], update.options)
+    changed(update)
 
 
-def adamw_step_8bit(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Moment8bit],
-    exp_avg_sqs: list[Moment8bit],
-    options: Options,
-) -> None:
-    groups = zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)
-    device = params[0].device
-    maps = [*signed_map(device), *unsigned_map(device)]
-    _run("adamw_8bit", [(p, g, *m, *v) for p, g, m, v in groups], maps, options)
-    changed(params, exp_avgs, exp_avg_sqs)
+def adamw_step_8bit(update: Update[Moment8bit]) -> None:
+    """Call the C++ kernel `adamw_8bit`; see cpu.cpp."""
+    groups = [(p, g, *m, *v) for p, g, m, v in zip(*update.lists, strict=True)]
+    device = update.params[0].device
+    _run("adamw_8bit", groups, [*signed_map(device), *unsigned_map(device)], update.options)
+    changed(update)

@@ -1,18 +1,53 @@
-"""What a compiled step over lists of tensors is handed: addresses and numbers."""
+"""What one step over lists of tensors consists of, and how a compiled kernel is handed it."""
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from .state import BLOCK, Moment8bit
 
+M = TypeVar("M", Tensor, Moment8bit)
+
+
+class AdamWOptions(NamedTuple):
+    """The numbers of a step, which is counted from 1."""
+
+    step: int
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+
+
+@dataclass(slots=True)
+class Update(Generic[M]):
+    """One step over lists of one length: what `adamw_step` of every backend is handed.
+
+    The moments are fp32 tensors, or 8-bit ones for `adamw_step_8bit`.
+    """
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[M]
+    exp_avg_sqs: list[M]
+    options: AdamWOptions
+
+    @property
+    def lists(self) -> tuple[list[Any], ...]:
+        """The four lists, in the order of the fields."""
+        return self.params, self.grads, self.exp_avgs, self.exp_avg_sqs
+
 
 def fits(*lists: list[Tensor], alignment: int) -> bool:
-    """Whether all are fp32, dense, on so many bytes and of one device, and those that go together
-    of one shape.
+    """Return whether the kernels for fp32 state take the lists.
+
+    All tensors are fp32, dense, aligned to so many bytes and on one device, and those that go
+    together have one shape.
     """
     device = lists[0][0].device
     dense = all(_dense(t, torch.float32, device, alignment) for tensors in lists for t in tensors)
@@ -22,7 +57,10 @@ def fits(*lists: list[Tensor], alignment: int) -> bool:
 def fits_8bit(
     params: list[Tensor], grads: list[Tensor], *moments: list[Moment8bit], alignment: int
 ) -> bool:
-    """`fits` of params and grads, and of 8-bit moments that are as long as they have to be."""
+    """Return whether the kernels for 8-bit state take the lists.
+
+    params and grads are as in `fits`, and the moments as long as they have to be.
+    """
     return fits(params, grads, alignment=alignment) and all(
         moment.codes.numel() == p.numel()
         and moment.absmax.numel() == -(-p.numel() // BLOCK)
@@ -38,10 +76,11 @@ def _dense(t: Tensor, dtype: torch.dtype, device: torch.device, alignment: int) 
     return aligned and t.dtype == dtype and t.device == device
 
 
-def work(groups: list[tuple[Tensor, ...]], values: int) -> tuple[Tensor, Tensor]:
-    """Two tables, int64, on the device of the tensors. A row of the first has the addresses of a
-    group, a parameter before others, and the parameter's length; one of the second says a row of
-    the first, and which piece of so many values.
+def work(groups: Sequence[tuple[Tensor, ...]], values: int) -> tuple[Tensor, Tensor]:
+    """Return two tables, int64, on the device of the tensors.
+
+    A row of the first has the addresses of a group, a parameter before others, and the parameter's
+    length. A row of the second names a row of the first, and a piece of so many values in it.
     """
     device = groups[0][0].device
     rows = [[*(t.data_ptr() for t in group), group[0].numel()] for group in groups]
@@ -62,27 +101,20 @@ def _pieces(lengths: tuple[int, ...], values: int, device: torch.device) -> Tens
     return table.to(device, non_blocking=True)
 
 
-class Options(NamedTuple):
-    """Of a step, which is counted from 1."""
+def numbers(options: AdamWOptions) -> tuple[float, ...]:
+    """Return decay, beta1, rest1, beta2, rest2, rate, correction and eps, as the kernels take them.
 
-    step: int
-    lr: float
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-
-
-def numbers(options: Options) -> tuple[float, ...]:
-    """decay, beta1, rest1, beta2, rest2, rate, correction, eps"""
+    decay = 1 - lr wd, rest = 1 - beta, rate = lr / (1 - b1^t), correction = 1 / sqrt(1 - b2^t).
+    """
     step, lr, (beta1, beta2), eps, weight_decay = options
     correction = 1 / math.sqrt(1 - beta2**step)
     rate = lr / (1 - beta1**step)
     return 1 - lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2, rate, correction, eps
 
 
-def changed(params: list[Tensor], *states: list[Tensor] | list[Moment8bit]) -> None:
-    """Tells autograd, as an operation of torch's would."""
-    torch.autograd.graph.increment_version(params)
-    for state in states:
-        parts = [part for s in state for part in (s if isinstance(s, Moment8bit) else (s,))]
+def changed(update: Update[M]) -> None:
+    """Tell autograd what the kernels have written, as an operation of torch's would."""
+    torch.autograd.graph.increment_version(update.params)
+    for moments in (update.exp_avgs, update.exp_avg_sqs):
+        parts = [p for m in moments for p in (m if isinstance(m, Moment8bit) else (m,))]
         torch.autograd.graph.increment_version(parts)

@@ -7,18 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..nf4 import ABSMAX_FLOOR
-from .lists import Options
+from .lists import Update
 from .state import BLOCK, Map, Moment8bit, signed_map, unsigned_map
 
 
-def adamw_step(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    options: Options,
-) -> None:
-    step, lr, (beta1, beta2), eps, weight_decay = options
+def adamw_step(update: Update[Tensor]) -> None:
+    """Update all tensors at once."""
+    params, grads, exp_avgs, exp_avg_sqs = update.lists
+    step, lr, (beta1, beta2), eps, weight_decay = update.options
     torch._foreach_mul_(exp_avgs, beta1)
     torch._foreach_add_(exp_avgs, grads, alpha=1 - beta1)
     torch._foreach_mul_(exp_avg_sqs, beta2)
@@ -30,40 +26,36 @@ def adamw_step(
     torch._foreach_addcdiv_(params, exp_avgs, denominator, value=-lr / (1 - beta1**step))
 
 
-def adamw_step_8bit(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Moment8bit],
-    exp_avg_sqs: list[Moment8bit],
-    options: Options,
-) -> None:
-    """Products and sums are operations of their own, in the order of the kernel: torch's fused ones
+def adamw_step_8bit(update: Update[Moment8bit]) -> None:
+    """Update one tensor after another.
+
+    Products and sums are operations of their own, in the order of the kernel: torch's fused ones
     round differently on every processor, and the codes should not depend on it.
     """
-    step, lr, (beta1, beta2), eps, weight_decay = options
+    step, lr, (beta1, beta2), eps, weight_decay = update.options
     rate, correction = lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
-    for p, g, exp_avg, exp_avg_sq in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
+    for p, g, exp_avg, exp_avg_sq in zip(*update.lists, strict=True):
         first, second = signed_map(p.device), unsigned_map(p.device)
         g = g.reshape(-1).float()
         m = dequantize(exp_avg, first) * beta1 + g * (1 - beta1)
         v = dequantize(exp_avg_sq, second) * beta2 + g * g * (1 - beta2)
-        update = rate * m / (v.sqrt() * correction + eps)
-        p.copy_((p.reshape(-1).float() * (1 - lr * weight_decay) - update).view_as(p))
+        moved = rate * m / (v.sqrt() * correction + eps)
+        p.copy_((p.reshape(-1).float() * (1 - lr * weight_decay) - moved).view_as(p))
         quantize(m, first, exp_avg)
         quantize(v, second, exp_avg_sq)
 
 
-def dequantize(moment: Moment8bit, of: Map) -> Tensor:
-    """The values, fp32 [n]."""
-    values = of.levels.index_select(0, moment.codes.int())
+def dequantize(moment: Moment8bit, code_map: Map) -> Tensor:
+    """Return the values, fp32 [n]."""
+    values = code_map.levels.index_select(0, moment.codes.int())
     return values * moment.absmax.repeat_interleave(BLOCK)[: len(values)]
 
 
-def quantize(x: Tensor, of: Map, moment: Moment8bit) -> None:
+def quantize(x: Tensor, code_map: Map, moment: Moment8bit) -> None:
     """Write x fp32 [n] into `moment`."""
     blocks = F.pad(x, (0, -len(x) % BLOCK)).view(-1, BLOCK)
     absmax = blocks.abs().amax(dim=1)
     over = 1 / torch.where(absmax < ABSMAX_FLOOR, ABSMAX_FLOOR, absmax)
-    codes = torch.bucketize(blocks * over[:, None], of.edges[1:], out_int32=True)
+    codes = torch.bucketize(blocks * over[:, None], code_map.edges[1:], out_int32=True)
     moment.codes.copy_(codes.view(-1)[: len(x)])
     moment.absmax.copy_(absmax)

@@ -18,13 +18,13 @@ the edge next to x is, rounded,
 
     x * 2^i * 10^(6-i) / 0.9 + 2^i * 8/9 - 1                  (unsigned: twice the parts, - 2)
 
-These seven lines form a concave function, hence it is their minimum, wherever x lies: no decade is
-looked for. Every edge is at least 1/4 of a step away from where the rounding turns to its
-neighbour, so all edges before the found one are below x, all after it above, and one comparison
-with its exact value, looked up, decides.
+These seven lines form a concave function, so that it is their minimum, wherever x lies: no decade
+is looked for. Every edge is at least 1/4 of a step away from where the rounding turns to its
+neighbour. So all edges before the found one are below x, all after it are above x, and one
+comparison with the exact value of the found edge, looked up, decides.
 
 The state is bit for bit the reference's, which needs products and sums that are not contracted into
-one rounding. p has the GPU's faster square root and division, of a few units in the last place.
+one rounding. p has the GPU's faster square root and division, off by a few units in the last place.
 """
 
 import triton
@@ -33,7 +33,7 @@ from torch import Tensor
 
 from ... import dispatch
 from ..nf4 import ABSMAX_FLOOR
-from .lists import Options, changed, numbers, work
+from .lists import Update, changed, numbers, work
 from .state import BLOCK as BLOCK_8BIT
 from .state import Moment8bit, signed_map, unsigned_map
 
@@ -195,39 +195,26 @@ def _code(x, EDGES, SIGNED: tl.constexpr):
     return (edge - (x <= tl.load(EDGES + edge)).to(tl.int32)).to(tl.uint8)
 
 
-def adamw_step(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    options: Options,
-) -> None:
-    """As reference.adamw_step, for tensors that fit."""
-    groups = list(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True))
-    table, pieces = work(groups, BLOCK)
+def adamw_step(update: Update[Tensor]) -> None:
+    """Launch the kernel for fp32 state, for tensors that fit (lists.py)."""
+    table, pieces = work(list(zip(*update.lists, strict=True)), BLOCK)
     if len(pieces):
         _update[(len(pieces),)](
-            table, pieces, *numbers(options), BLOCK,
+            table, pieces, *numbers(update.options), BLOCK,
             num_warps=THREADS // dispatch.lanes(),
         )  # fmt: skip
-    changed(params, exp_avgs, exp_avg_sqs)
+    changed(update)
 
 
-def adamw_step_8bit(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Moment8bit],
-    exp_avg_sqs: list[Moment8bit],
-    options: Options,
-) -> None:
-    """As reference.adamw_step_8bit, for tensors that fit."""
-    groups = zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)
-    table, pieces = work([(p, g, *m, *v) for p, g, m, v in groups], ROWS * BLOCK_8BIT)
-    device = params[0].device
+def adamw_step_8bit(update: Update[Moment8bit]) -> None:
+    """Launch the kernel for 8-bit state, for tensors that fit (lists.py)."""
+    groups = [(p, g, *m, *v) for p, g, m, v in zip(*update.lists, strict=True)]
+    table, pieces = work(groups, ROWS * BLOCK_8BIT)
+    device = update.params[0].device
     if len(pieces):
         _update_8bit[(len(pieces),)](
             table, pieces, *signed_map(device), *unsigned_map(device),
-            *numbers(options), ABSMAX_FLOOR, ROWS, BLOCK_8BIT,
+            *numbers(update.options), ABSMAX_FLOOR, ROWS, BLOCK_8BIT,
             num_warps=THREADS // dispatch.lanes(), **EXACT,
         )  # fmt: skip
-    changed(params, exp_avgs, exp_avg_sqs)
+    changed(update)

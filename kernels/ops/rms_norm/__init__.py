@@ -1,4 +1,4 @@
-"""Root mean square normalization (arXiv:1910.07467), per row:
+"""Root mean square normalization of rows (arXiv:1910.07467).
 
     y = (offset + w) x / sqrt(mean(x^2) + eps)
 
@@ -28,8 +28,23 @@ def rms_norm(
     weight_offset: float = 0.0,
     casting_mode: str = "llama",
 ) -> Tensor:
-    """x [..., H] normalized over its last dimension and scaled by weight [H]: [..., H] in x's
-    dtype. casting_mode: "llama" or "gemma", see above; ValueError for another.
+    """Normalize rows by their root mean square, and scale them (arXiv:1910.07467).
+
+    Differentiable in x and weight; the statistics are in fp32.
+
+    Args:
+        x: [..., H], any floating-point dtype; kernels run for fp32, bf16 and fp16.
+        weight: w [H].
+        eps: what is added to the mean of the squares.
+        weight_offset: what is added to the weight, 1 for Gemma.
+        casting_mode: "llama" rounds the normalized row to x's dtype before the product with the
+            weight; "gemma" rounds the product, once.
+
+    Returns:
+        (weight_offset + w) x / sqrt(mean(x^2) + eps), [..., H] in x's dtype.
+
+    Raises:
+        ValueError: `casting_mode` is another word.
     """
     check_casting_mode(casting_mode)
     backend = _backend(x, weight)
@@ -40,20 +55,15 @@ def rms_norm(
 
 
 def check_casting_mode(casting_mode: str) -> None:
-    """Raises ValueError unless it is one of the two."""
+    """Raise ValueError unless `casting_mode` is one of the two."""
     if casting_mode not in ("llama", "gemma"):
         raise ValueError(f"casting_mode is {casting_mode!r}: choose llama or gemma")
 
 
 def _backend(x: Tensor, weight: Tensor) -> ModuleType:
-    if x.dtype not in dispatch.FLOATS or weight.shape != x.shape[-1:]:
-        return reference
-    picked = dispatch.pick(x.device, "cpu", "triton")
-    if picked == "triton" and x.shape[-1] <= WIDEST:
-        from . import triton
-
-        return triton
-    return cpu if picked == "cpu" and cpu.fits(x, weight) else reference
+    takes = x.dtype in dispatch.FLOATS and weight.shape == x.shape[-1:]
+    narrow = takes and x.shape[-1] <= WIDEST
+    return dispatch.backend(__package__, x.device, cpu=cpu.fits(x, weight), triton=narrow)
 
 
 def add_rms_norm(
@@ -65,8 +75,24 @@ def add_rms_norm(
     weight_offset: float = 0.0,
     casting_mode: str = "llama",
 ) -> tuple[Tensor, Tensor]:
-    """The sum s = x + residual [..., H], rounded to x's dtype, normalized as by `rms_norm`, and s
-    itself: both [..., H].
+    """Add a residual connection and normalize the sum, as `rms_norm` does.
+
+    Differentiable in x, residual and weight. The sum s = x + residual is rounded to x's dtype
+    before it is normalized. Where a kernel runs, it is read in the pass that makes it.
+
+    Args:
+        x: [..., H], any floating-point dtype; kernels run for fp32, bf16 and fp16.
+        residual: the shape and dtype of x.
+        weight: w [H].
+        eps: what is added to the mean of the squares.
+        weight_offset: what is added to the weight, 1 for Gemma.
+        casting_mode: "llama" or "gemma", as in `rms_norm`.
+
+    Returns:
+        The normalized sum and s itself, both [..., H] in x's dtype.
+
+    Raises:
+        ValueError: `casting_mode` is another word.
     """
     check_casting_mode(casting_mode)
     same = (x.dtype, x.shape) == (residual.dtype, residual.shape)
@@ -80,20 +106,23 @@ def add_rms_norm(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[..., H] -> [rows, H] whose rows may lie apart."""
+    """View x [..., H] as [rows, H], whose rows may lie apart."""
     flat = x.flatten(0, -2) if x.dim() > 1 else x[None]
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
 def scale_of(weight: Tensor, offset: float, casting_mode: str) -> tuple[Tensor, float]:
-    """weight and offset as the kernels take them: for "llama" their sum is one of the dtype."""
+    """Return weight and offset as the kernels take them.
+
+    For "llama" they are one tensor: their sum, rounded to the dtype.
+    """
     if casting_mode == "llama" and offset != 0:
         weight, offset = weight + offset, 0.0
     return weight.contiguous(), offset
 
 
 def _normalize(ctx, x, residual, weight, eps, offset, casting_mode, backend) -> tuple:
-    """The normalized rows, and the sum x + residual or x."""
+    """Return the normalized rows, and the sum x + residual or x."""
     weight, offset = scale_of(weight, offset, casting_mode)
     llama = casting_mode == "llama"
     y, total, rstd = backend.normalize(x, residual, weight, eps, offset, llama)
@@ -103,7 +132,10 @@ def _normalize(ctx, x, residual, weight, eps, offset, casting_mode, backend) -> 
 
 
 class RMSNorm(torch.autograd.Function):
-    """x [..., H], weight [H] -> [..., H]; views as rows are made here, where autograd sees none"""
+    """Normalize x [..., H] by weight [H]: y [..., H].
+
+    Views as rows are made in here, where autograd does not see them.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, eps, offset, casting_mode, backend):
@@ -120,7 +152,7 @@ class RMSNorm(torch.autograd.Function):
 
 
 class AddRMSNorm(torch.autograd.Function):
-    """x, residual [..., H], weight [H] -> the sum normalized, and the sum, [..., H]"""
+    """Add residual to x [..., H], normalize by weight [H]: the normalized sum, and the sum."""
 
     @staticmethod
     def forward(ctx, x, residual, weight, eps, offset, casting_mode, backend):

@@ -1,4 +1,4 @@
-"""The kernels of cpu.cpp: fp32 and bf16, in host memory."""
+"""Calls of the C++ kernels in cpu.cpp: fp32 and bf16, in host memory."""
 
 import ctypes
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 from ...dispatch import CPU_DTYPES, FLOAT, INT64, POINTER, address, run
 
-PIECES = 32  # of the rows when dw is wanted, whose sums are added at the end
+PIECES = 32  # that the rows are cut into when dw is wanted; their sums are added at the end
 
 
 class Norm(ctypes.Structure):
-    """cpu.cpp's."""
+    """`Norm` of cpu.cpp: the arguments of `rms_norm`."""
 
     _fields_ = (
         *((name, POINTER) for name in ("x", "residual", "w", "total", "y", "rstd")),
@@ -21,7 +21,7 @@ class Norm(ctypes.Structure):
 
 
 class Gradient(ctypes.Structure):
-    """cpu.cpp's."""
+    """`Gradient` of cpu.cpp: the arguments of `rms_norm_backward`."""
 
     _fields_ = (
         *((name, POINTER) for name in ("dy", "dtotal", "x", "w", "rstd", "dx", "dw")),
@@ -31,14 +31,14 @@ class Gradient(ctypes.Structure):
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernels take them."""
+    """Return whether the kernels take x and weight."""
     return x.dtype in CPU_DTYPES and weight.dtype == x.dtype and weight.shape == x.shape[-1:]
 
 
 def normalize(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, llama: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of x [rows, H], or of the sum x + residual: the normalized rows, the sum (or x) and rstd."""
+    """Normalize x [rows, H], or x + residual: return y, the sum (or x), and rstd fp32 [rows]."""
     y = torch.empty(x.shape, dtype=x.dtype)
     total = x if residual is None else torch.empty_like(y)
     rstd = torch.empty(len(x), dtype=torch.float32)
@@ -52,10 +52,13 @@ def gradients(
     grad: Tensor, grad_total: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor,
     offset: float, need_dw: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """dx, to which the gradient of the sum is added if there is one, and dw if it is needed."""
+    """Return dx, and dw if it is needed.
+
+    The gradient of the sum, if there is one, is added to dx.
+    """
     dx, pieces = torch.empty_like(grad), min(PIECES, len(x))
     dw = torch.empty((pieces, x.shape[1]), dtype=torch.float32) if need_dw else None
     pointers = [address(t) for t in (grad, grad_total, x, weight, rstd, dx, dw)]
     arguments = Gradient(*pointers, x.stride(0), *x.shape, pieces, offset)
     run("rms_norm_backward", x.dtype, arguments)
-    return dx, dw.sum(0).to(weight.dtype) if need_dw else None
+    return dx, None if dw is None else dw.sum(0).to(weight.dtype)

@@ -92,7 +92,7 @@ def _launch_shape(width: int) -> dict[str, int]:
 def normalize(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, llama: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of x [rows, H], or of the sum x + residual: the normalized rows, the sum (or x) and rstd."""
+    """Normalize x [rows, H], or x + residual: return y, the sum (or x), and rstd fp32 [rows]."""
     added = residual is not None
     other = residual if added else x
     rows, width = x.shape
@@ -111,7 +111,10 @@ def gradients(
     grad: Tensor, grad_total: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor,
     offset: float, need_dw: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """dx, to which the gradient of the sum is added if there is one, and dw if it is needed."""
+    """Return dx, and dw if it is needed.
+
+    The gradient of the sum, if there is one, is added to dx.
+    """
     rows, width = x.shape
     added = grad_total is not None
     of_total = grad_total if added else grad

@@ -9,16 +9,16 @@ With the norm of the heads, y = R(w x^) for x^ = x rstd and the rotation R,
 
     g = w R'(dy)          dx = rstd (g - x^ mean(g x^))
 
-where backward reads x again, and computes rstd again: nothing but q and k is kept. The weights are
+where backward reads x again and computes rstd again: nothing but q and k is kept. The weights are
 frozen.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ... import dispatch
+from .norms import HeadNorms
 
 PAIRS = 8  # that a thread turns, of several heads where they are small
 
@@ -105,95 +105,38 @@ def _rotate(
         )  # fmt: skip
 
 
-def _launch(
-    pair: tuple[Tensor, Tensor], out: tuple[Tensor, Tensor], cos: Tensor, sin: Tensor, back: bool,
-    raw: tuple[Tensor, Tensor] | None = None, weights: tuple[Tensor, Tensor] | None = None,
-    eps: float = 0.0, offset: float = 0.0, casting_mode: str = "llama",
+def head_norms(
+    q_weight: Tensor, k_weight: Tensor, eps: float, offset: float, casting_mode: str
+) -> HeadNorms:
+    """Return the norms as the kernel takes them."""
+    return HeadNorms((q_weight.contiguous(), k_weight.contiguous()), eps, offset, casting_mode)
+
+
+def rotate(
+    pair: tuple[Tensor, Tensor], out: tuple[Tensor, Tensor], cos: Tensor, sin: Tensor, *,
+    back: bool, norms: HeadNorms | None = None, raw: tuple[Tensor, Tensor] | None = None,
 ) -> None:  # fmt: skip
-    """`raw`: q and k before the norm, for its backward."""
+    """Write q and k of `pair`, turned, to `out`, which may be the pair itself.
+
+    norms: normalize the heads first. back: turn the other way, and undo the norm as backward does,
+    for which `raw` is q and k before the norm.
+    """
     q, k = pair
-    B, T, q_heads, _ = q.shape
-    half, norm = cos.shape[-1], weights is not None
+    B, T, q_heads, D = q.shape
+    half = cos.shape[-1]
+    if 2 * half < D and out[0].data_ptr() != q.data_ptr():  # the kernel leaves what is not turned
+        for x, y in zip(pair, out, strict=True):
+            y[..., 2 * half :] = x[..., 2 * half :]
     block = triton.next_power_of_2(half)
     heads = max(1, PAIRS * dispatch.lanes() // block)
     grid = (B * T, triton.cdiv(q_heads, heads) + triton.cdiv(k.shape[2], heads))
     if not B * T * half:
         return
     before = pair if raw is None else raw
+    weights, eps, offset, casting_mode = norms or (pair, 0.0, 0.0, "llama")
     strides = [s for tensors in (pair, before, out) for t in tensors for s in t.stride()[:3]]
     _rotate[grid](
-        *pair, *before, *out, *(weights or pair), cos.contiguous(), sin.contiguous(), T, *strides,
+        *pair, *before, *out, *weights, cos.contiguous(), sin.contiguous(), T, *strides,
         0 if cos.shape[0] == 1 else T, q_heads, k.shape[2], half, eps, offset,
-        norm, casting_mode == "llama", back, heads, block, num_warps=1,
+        norms is not None, casting_mode == "llama", back, heads, block, num_warps=1,
     )  # fmt: skip
-
-
-def _rows_dense(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
-
-
-def _new(*tensors: Tensor, turned: int) -> tuple[Tensor, ...]:
-    """For the result, with what is not turned already in it."""
-    made = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors)
-    for x, y in zip(tensors, made, strict=True):
-        y[..., turned:] = x[..., turned:]
-    return made
-
-
-class Rotate(torch.autograd.Function):
-    """q [B, T, Hq, D], k [B, T, Hk, D], cos and sin fp32 [B or 1, T, R/2] -> q, k turned"""
-
-    @staticmethod
-    def forward(ctx, q, k, cos, sin, inplace):
-        ctx.save_for_backward(cos, sin)
-        if inplace:
-            out = q.detach(), k.detach()
-            _launch((q, k), out, cos, sin, back=False)
-            torch.autograd.graph.increment_version((q, k))
-            return out
-        q, k = _rows_dense(q, k)
-        out = _new(q, k, turned=2 * cos.shape[-1])
-        _launch((q, k), out, cos, sin, back=False)
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads):
-        grads, (cos, sin) = _rows_dense(*grads), ctx.saved_tensors
-        out = _new(*grads, turned=2 * cos.shape[-1])
-        _launch(grads, out, cos, sin, back=True)
-        return *out, None, None, None
-
-
-class NormRotate(torch.autograd.Function):
-    """The same, of normalized heads; weights [D]"""
-
-    @staticmethod
-    def forward(ctx, q, k, q_weight, k_weight, cos, sin, *options):
-        q, k = _rows_dense(q, k)
-        weights = q_weight.contiguous(), k_weight.contiguous()
-        ctx.save_for_backward(q, k, *weights, cos, sin)
-        ctx.options = options
-        out = _new(q, k, turned=q.shape[-1])
-        _launch((q, k), out, cos, sin, False, None, weights, *options)
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads):
-        q, k, q_weight, k_weight, cos, sin = ctx.saved_tensors
-        out = _new(*grads, turned=q.shape[-1])
-        weights = q_weight, k_weight
-        _launch(_rows_dense(*grads), out, cos, sin, True, (q, k), weights, *ctx.options)
-        return *out, *(None,) * 7
-
-
-def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
-    return Rotate.apply(q, k, cos, sin, inplace)
-
-
-def norm_rotate(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float,
-    offset: float, casting_mode: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return NormRotate.apply(q, k, q_weight, k_weight, cos, sin, eps, offset, casting_mode)

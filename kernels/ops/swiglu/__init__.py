@@ -125,7 +125,7 @@ class GatedActivation(torch.autograd.Function):
 
 def _backend(gate: Tensor, up: Tensor) -> ModuleType:
     same = (gate.dtype, gate.shape) == (up.dtype, up.shape)
-    cpu_takes, triton_takes = cpu.takes(gate), gate.dtype in dispatch.FLOATS
+    cpu_takes, triton_takes = cpu.fits(gate), gate.dtype in dispatch.FLOATS
     return dispatch.backend(
         __package__, gate.device, cpu=same and cpu_takes, triton=same and triton_takes
     )

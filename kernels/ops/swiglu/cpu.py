@@ -9,7 +9,7 @@ from .activation import Activation
 
 
 class Forward(ctypes.Structure):
-    """The arguments of the kernel `gated`; `Forward` of cpu.cpp."""
+    """`Forward` of cpu.cpp: the arguments of `gated`."""
 
     _fields_ = (
         *((name, POINTER) for name in ("gate", "up", "y")),
@@ -18,7 +18,7 @@ class Forward(ctypes.Structure):
 
 
 class Backward(ctypes.Structure):
-    """The arguments of the kernel `gated_backward`; `Backward` of cpu.cpp."""
+    """`Backward` of cpu.cpp: the arguments of `gated_backward`."""
 
     _fields_ = (
         *((name, POINTER) for name in ("dy", "gate", "up", "dgate", "dup", "y")),
@@ -26,7 +26,7 @@ class Backward(ctypes.Structure):
     )
 
 
-def takes(x: Tensor) -> bool:
+def fits(x: Tensor) -> bool:
     """Return whether the kernels take tensors like x."""
     return x.dtype in CPU_DTYPES
 
