@@ -1,5 +1,7 @@
-"""Which rows each step of a run takes: a function of the seed, the rows' lengths and the step, so
-that there is nothing of it to save.
+"""The order of the rows of a run, and the tensors of a batch.
+
+The rows that a step takes are a function of the seed, the lengths of the rows and the number of the
+step. So a run that goes on from a checkpoint needs nothing of it from there.
 """
 
 import math
@@ -15,16 +17,16 @@ from lorakit.data.packing import pack_rows
 
 
 class Order:
-    """Which rows each step takes: a function of the seed, the lengths and the step."""
+    """Which rows each step takes. `total` is the number of steps of the run."""
 
     def __init__(self, examples: Examples, config: TrainConfig):
         self.lengths, self.config = examples.lengths, config
-        self.packs = None
+        self.packs: list[list[int]] | None = None
         if config.packing:
             size = config.per_device_train_batch_size * config.max_seq_length
             size *= 1 if config.objective == "sft" else 2  # a pair is two rows
             self.packs = pack_rows(self.lengths, size)
-        self.epoch, self.micro_batches = -1, []
+        self.epoch, self.micro_batches = -1, list[list[int]]()
         self._load(0)
         self.per_epoch = math.ceil(len(self.micro_batches) / config.gradient_accumulation_steps)
         self.total = config.max_steps or math.ceil(config.num_train_epochs * self.per_epoch)
@@ -41,7 +43,7 @@ class Order:
             random.Random(f"{config.seed}/{epoch}").shuffle(self.micro_batches)
 
     def step(self, step: int) -> list[list[int]]:
-        """The micro-batches of step 1, 2, ...: row numbers."""
+        """Return the micro-batches of step 1, 2, ...: lists of row numbers."""
         epoch, i = divmod(step - 1, self.per_epoch)
         self._load(epoch)
         accumulate = self.config.gradient_accumulation_steps
@@ -49,11 +51,11 @@ class Order:
 
 
 def batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Row indices of one epoch's batches: shuffled, yet rows of like length together.
+    """Return the row numbers of an epoch's batches: shuffled, yet rows of like length together.
 
-    Rows are shuffled, sorted by length within groups of 16 batches, cut, and the batches shuffled:
-    the order is random across groups, while a batch holds little padding. Depends on seed and epoch
-    only.
+    Rows are shuffled, sorted by length within groups of 16 batches, and cut into batches, which are
+    shuffled. So the order is random across groups, while a batch holds little padding. Only seed
+    and epoch decide the order.
     """
     rng = random.Random(f"{seed}/{epoch}")
     order = list(range(len(lengths)))
@@ -67,10 +69,10 @@ def batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> l
     return cut
 
 
-def collate(examples: list[Example]) -> tuple[Tensor, Tensor]:
-    """Examples padded on the right: input_ids and labels, int64 [B, longest].
+def collate(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """Return input_ids and labels of examples, int64 [B, longest], padded on the right.
 
-    The padding is token 0: no real token sees it, and its labels do not count.
+    The padding is token 0. No real token sees it, and its labels do not count.
     """
     longest = max(len(e.input_ids) for e in examples)
 

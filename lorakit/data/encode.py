@@ -1,41 +1,42 @@
-"""Rows to token ids and labels, and the batches they end up in.
+"""Turns rows into token ids and labels.
 
     input_ids   prompt ... | completion ... | end token | prompt ... | completion ... | end token
     labels      -100   ... | completion ... | end token | -100   ... | completion ... | end token
 
-Chats are rendered once by the model's own template and tokenized whole, so that their ids are those
-of `tok.apply_chat_template`; a token is labelled if some of it was written in a turn that is to be
-learned (turns.py). Prompts with a completion are tokenized apart, so that the cut between them is
-where the rows put it, and where generation will put it. The end token is labelled by its place, not
-its id: a model that pads with its end token still learns to stop.
+A chat is rendered once by the model's own template and tokenized whole, so that its ids are those
+of `tok.apply_chat_template`. A token is labelled if some of it was written in a turn that is to be
+learned (chat_spans.py). A prompt and its completion are tokenized apart, so that the cut between
+them is where the row puts it, and where generation will put it. The end token is labelled by its
+place, not its id: a model that pads with its end token still learns to stop.
 
-Examples of a list of rows are held. Those of a file are made again each time they are asked for, as
-its rows are read again: only their lengths are held.
+The examples of rows that are held are held too. The rows of a file are read again each time they
+are asked for, and so their examples are made again: memory holds only their lengths.
 """
 
 import logging
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple, overload
 
 from lorakit.config.errors import LorakitError, nearest
 from lorakit.config.training import OVER_LENGTH, TRAIN_ON
-from lorakit.data.chat_spans import check_shown, dropped, turn_span
-from lorakit.data.rows import Rows
-from lorakit.data.schemas import Chat, Choice, Instruction, Row, Text
+from lorakit.data.chat_spans import Render, check_shown, dropped, turn_span
+from lorakit.data.rows import LazyRows
+from lorakit.data.schemas import Chat, Choice, Instruction, OneAnswer, Row, Text
+from lorakit.models.chat_template import Messages
 from lorakit.models.tokenizer import Tokenizer
 
 log = logging.getLogger("lorakit")
 
 IGNORE = -100
-# What a template that prints today's date prints, so that a run can be repeated: the date that
-# Llama 3.1's template falls back on.
+# The date that a template prints as today's, so that a run can be repeated. Llama 3.1's template
+# falls back on it too.
 TODAY = datetime(2024, 7, 26)
-# The prompts of Stanford Alpaca (tatsu-lab/stanford_alpaca, train.py), for models without a chat
-# template.
+# The prompts of Stanford Alpaca (tatsu-lab/stanford_alpaca, train.py), which serve models without a
+# chat template.
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
     "the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
@@ -48,6 +49,8 @@ ALPACA_WITH_INPUT = (
 
 
 class Example(NamedTuple):
+    """The tokens of a row, and as many labels: the token itself, or IGNORE if it is not learned."""
+
     input_ids: list[int]
     labels: list[int]
 
@@ -60,13 +63,16 @@ class PairExample(NamedTuple):
 
     @property
     def input_ids(self) -> list[int]:
-        """Of both, one after the other."""
+        """The tokens of both, one after the other."""
         return self.chosen.input_ids + self.rejected.input_ids
 
 
-class Parts(NamedTuple):
-    """A row's tokens before they are cut to length. The first `head` tokens stay in any case, what
-    is cut first lies between them and `prompt`, where the first label is."""
+class _Uncut(NamedTuple):
+    """The tokens of a row before they are cut to length.
+
+    The first `head` tokens always stay. The cut takes the tokens after them first, up to `prompt`,
+    where the first label is.
+    """
 
     input_ids: list[int]
     labels: list[int]
@@ -75,7 +81,11 @@ class Parts(NamedTuple):
 
 
 class Encoder:
-    """Makes the examples of rows. `long` counts the rows over `max_seq_length`."""
+    """Makes the examples of rows. `long` counts the rows over `max_seq_length`.
+
+    The arguments are those of `encode_rows`, whose docstring says what they mean; max_seq_length
+    None cuts nothing. Raises LorakitError for another word in over_length or train_on.
+    """
 
     def __init__(
         self,
@@ -99,20 +109,20 @@ class Encoder:
         self.max_seq_length, self.over_length = max_seq_length, over_length
         self.long = 0
         self.end = [] if tok.eos_token_id is None else [tok.eos_token_id]
-        self.checked: set[tuple] = set()  # roles of chats of which the template drops none
         added = tok.backend.get_added_tokens_decoder()
         special = {number for number, token in added.items() if token.special}
-        self.end_tokens = special | set(self.end)
+        self._end_tokens = special | set(self.end)
+        # The roles of the chats that the template was seen to show whole.
+        self._shown_roles: set[tuple[Any, ...]] = set()
 
     def __call__(self, row: Row) -> Example | PairExample | None:
-        """A row's example, of at most max_seq_length tokens; None for one that is to be dropped.
+        """Return the example of a row, of at most max_seq_length tokens; None if it is dropped.
 
-        Raises LorakitError for a row from which nothing, or something wrong, would be learned.
+        Raises LorakitError for a row from which the model would learn nothing, or something wrong.
         """
-        pair, limit = isinstance(row, Choice), self.max_seq_length
-        answers = [row.chosen, row.rejected] if pair else [row]
-        parts = [self._parts(each) for each in answers]
-        longest = max(len(each.input_ids) for each in parts)
+        answers = [row.chosen, row.rejected] if isinstance(row, Choice) else [row]
+        uncut = [self._tokens(each) for each in answers]
+        longest, limit = max(len(each.input_ids) for each in uncut), self.max_seq_length
         if limit is not None and longest > limit:
             self.long += 1
             if self.over_length == "raise":
@@ -122,17 +132,19 @@ class Encoder:
                 )
             if self.over_length == "drop":
                 return None
-            parts = self._shortened(answers, parts, limit)
-            start = max(_first_kept(each, limit) for each in parts)  # of a pair's prompt too
-            parts = [_cut(each, start, limit) for each in parts]
+            uncut = self._shortened(answers, uncut, limit)
+            start = max(_first_kept(each, limit) for each in uncut)  # one prompt for both answers
+            uncut = [_cut(each, start, limit) for each in uncut]
         examples = []
-        for each, made in zip(answers, parts, strict=True):
+        for each, (ids, labels, _, _) in zip(answers, uncut, strict=True):
             with _at(each.place):
-                self._check(made)
-            examples.append(Example(made.input_ids, made.labels))
-        return PairExample(*examples) if pair else examples[0]
+                self._check(ids, labels)
+            examples.append(Example(ids, labels))
+        if isinstance(row, Choice):
+            return PairExample(chosen=examples[0], rejected=examples[1])
+        return examples[0]
 
-    def _parts(self, row: Row) -> Parts:
+    def _tokens(self, row: OneAnswer) -> _Uncut:
         with _at(row.place):
             if isinstance(row, Instruction) and self.tok.chat_template is not None:
                 row = as_chat(row)
@@ -144,14 +156,14 @@ class Encoder:
                 return self._pair(prompt, row.output)
             if isinstance(row, Text):
                 ids = self._ended(self.tok.encode(row.text))
-                return Parts(ids, ids, 0, 0)
+                return _Uncut(ids, ids, 0, 0)
             return self._pair(row.prompt, row.completion)
 
     def _ended(self, ids: list[int]) -> list[int]:
-        """With an end token, which some rows hold already."""
+        """Return the tokens with an end token after them, which some rows hold already."""
         return ids if ids[-1:] == self.end else ids + self.end
 
-    def _pair(self, prompt: str, completion: str) -> Parts:
+    def _pair(self, prompt: str, completion: str) -> _Uncut:
         before = self.tok.encode(prompt)
         plain = self.tok.encode(prompt, add_special_tokens=False)
         head = len(before) - len(plain)
@@ -162,43 +174,23 @@ class Encoder:
             )
         after = self._ended(self.tok.encode(completion, add_special_tokens=False))
         masked = before if self.train_on == "all" else [IGNORE] * len(before)
-        return Parts(before + after, masked + after, head, len(before))
+        return _Uncut(before + after, masked + after, head, len(before))
 
-    def _chat(self, row: Chat) -> Parts:
-        def render(messages: list[dict], generation_prompt: bool = False) -> str:
-            return self.tok.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=generation_prompt,
-                tools=row.tools,
-                strftime_now=TODAY.strftime,
-            )
+    def _chat(self, row: Chat) -> _Uncut:
+        def render(messages: Messages, generation_prompt: bool = False) -> str:
+            return self._rendered(messages, row.tools, generation_prompt)
 
         text = render(row.messages)
         self._check_roles(row, text, render)
         ids, offsets = self.tok.encode_with_offsets(text)
         head = int(ids[:1] == [self.tok.bos_token_id])
-
-        def check_end(tokens: list[int], i: int) -> list[int]:
-            """The tokens of message i without the white space behind its end token."""
-            while tokens and ids[tokens[-1]] not in self.end_tokens:
-                if text[slice(*offsets[tokens[-1]])].strip():
-                    break
-                tokens = tokens[:-1]
-            if not tokens or ids[tokens[-1]] not in self.end_tokens:
-                raise LorakitError(
-                    f"the chat template puts no end token after message {i}, or masks it: the "
-                    "model would not learn to stop; end the turn with {{ eos_token }}"
-                )
-            return tokens
-
         turns = [i for i, m in enumerate(row.messages) if m["role"] == "assistant"]
         if self.train_on == "all":
             for i in turns:
                 check_shown(row.messages[i], i, text)
             if turns and turns[-1] == len(row.messages) - 1:
-                check_end(list(range(len(ids))), turns[-1])
-            return Parts(ids, ids, head, head)
+                self._to_end_token(text, ids, offsets, range(len(ids)), turns[-1])
+            return _Uncut(ids, ids, head, head)
         turns = [i for i in turns if i >= row.first]
         if not turns:
             raise LorakitError("no turn of the assistant is there to learn")
@@ -208,17 +200,52 @@ class Encoder:
         labels, first = [IGNORE] * len(ids), len(ids)
         for i in turns:
             start, end = turn_span(render, row.messages, text, i)
-            within = check_end([*range(bisect_right(ends, start), bisect_left(starts, end))], i)
+            within = range(bisect_right(ends, start), bisect_left(starts, end))
+            within = self._to_end_token(text, ids, offsets, within, i)
             first = min(first, within[0])
             for t in within:
                 labels[t] = ids[t]
-        return Parts(ids, labels, head, first)
+        return _Uncut(ids, labels, head, first)
 
-    def _check_roles(self, row: Chat, text: str, render: Callable[..., str]) -> None:
-        """Once for all chats of the same roles: what a template shows depends on these."""
+    def _rendered(
+        self, messages: Messages, tools: list[dict[str, Any]] | None, generation_prompt: bool
+    ) -> str:
+        text = self.tok.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=generation_prompt,
+            tools=tools,
+            strftime_now=TODAY.strftime,
+        )
+        assert isinstance(text, str)  # it was not tokenized
+        return text
+
+    def _to_end_token(
+        self, text: str, ids: list[int], offsets: list[tuple[int, int]], tokens: range, i: int
+    ) -> range:
+        """Return the tokens of message `i` without the white space after its end token.
+
+        Raises LorakitError if there is no end token.
+        """
+        while tokens and ids[tokens[-1]] not in self._end_tokens:
+            if text[slice(*offsets[tokens[-1]])].strip():
+                break
+            tokens = tokens[:-1]
+        if not tokens or ids[tokens[-1]] not in self._end_tokens:
+            raise LorakitError(
+                f"the chat template puts no end token after message {i}, or masks it: the "
+                "model would not learn to stop; end the turn with {{ eos_token }}"
+            )
+        return tokens
+
+    def _check_roles(self, row: Chat, text: str, render: Render) -> None:
+        """Raise LorakitError if the template leaves out a message, its tool calls, or the tools.
+
+        What a template shows depends on the roles, so chats of the same roles are checked once.
+        """
         roles = tuple((each["role"], "tool_calls" in each) for each in row.messages)
         key = (*roles, row.tools is not None)
-        if key in self.checked:
+        if key in self._shown_roles:
             return
         what = dropped(render, row.messages, text)
         if what is not None:
@@ -226,30 +253,29 @@ class Encoder:
                 f"the chat template leaves out {what}; take it out of the row, or use a template "
                 "that knows it"
             )
-        if row.tools is not None:
-            without = self.tok.apply_chat_template(
-                row.messages, tokenize=False, strftime_now=TODAY.strftime
+        if row.tools is not None and self._rendered(row.messages, None, False) == text:
+            raise LorakitError(
+                "the chat template leaves out the tools; take them out of the row, or use a "
+                "template that knows them"
             )
-            if without == text:
-                raise LorakitError(
-                    "the chat template leaves out the tools; take them out of the row, or use a "
-                    "template that knows them"
-                )
-        self.checked.add(key)
+        self._shown_roles.add(key)
 
-    def _shortened(self, rows: Sequence[Row], parts: list[Parts], limit: int) -> list[Parts]:
-        """Of a chat, or both of a pair, without the oldest exchanges: as few as will do, and never
-        the last answer.
+    def _shortened(
+        self, rows: Sequence[OneAnswer], uncut: list[_Uncut], limit: int
+    ) -> list[_Uncut]:
+        """Return the tokens of a chat, or of both chats of a pair, without the oldest exchanges.
+
+        As few exchanges go as will do, and never the last answer.
         """
-        while max(len(each.input_ids) for each in parts) > limit:
-            shorter = [_without_oldest(row) for row in rows]
-            if None in shorter:
+        while max(len(each.input_ids) for each in uncut) > limit:
+            shorter = [each for each in map(_without_oldest, rows) if each is not None]
+            if len(shorter) < len(rows):
                 break
-            rows, parts = shorter, [self._parts(row) for row in shorter]
-        return parts
+            rows, uncut = shorter, [self._tokens(row) for row in shorter]
+        return uncut
 
-    def _check(self, parts: Parts) -> None:
-        ids, bos = parts.input_ids, self.tok.bos_token_id
+    def _check(self, ids: list[int], labels: list[int]) -> None:
+        bos = self.tok.bos_token_id
         if bos is not None and ids[:2] == [bos, bos]:
             raise LorakitError(
                 f"starts with {self.tok.special_tokens['bos_token']} twice: the text holds one and "
@@ -257,12 +283,12 @@ class Encoder:
             )
         if len(ids) < 2:
             raise LorakitError("only one token; there is no next one to learn")
-        if all(label == IGNORE for label in parts.labels[1:]):
+        if all(label == IGNORE for label in labels[1:]):
             raise LorakitError("all labels are masked; there is nothing to learn")
 
 
-def _without_oldest(row: Row) -> Chat | None:
-    """A chat without its first exchange; None where an answer to learn would go with it."""
+def _without_oldest(row: OneAnswer) -> Chat | None:
+    """Return a chat without its first exchange; None if an answer to learn would go with it."""
     if not isinstance(row, Chat):
         return None
     roles = [message["role"] for message in row.messages]
@@ -276,7 +302,7 @@ def _without_oldest(row: Row) -> Chat | None:
 
 @contextmanager
 def _at(place: str) -> Iterator[None]:
-    """Errors in the `with` block name the row."""
+    """Within the block, put the place of the row before each error."""
     try:
         yield
     except LorakitError as error:
@@ -284,7 +310,7 @@ def _at(place: str) -> Iterator[None]:
 
 
 def as_chat(row: Instruction) -> Chat:
-    """An instruction as a user's message, and the output as its answer."""
+    """Return an instruction as a user's message, and the output as its answer."""
     request = f"{row.instruction}\n\n{row.input}" if row.input else row.instruction
     messages = [
         {"role": "user", "content": request},
@@ -293,51 +319,65 @@ def as_chat(row: Instruction) -> Chat:
     return Chat(messages, None, 0, row.place)
 
 
-def _first_kept(parts: Parts, limit: int) -> int:
-    """The first token behind the head that fits, with what is to be learned, into `limit`."""
-    ids, _, head, prompt = parts
+def _first_kept(uncut: _Uncut, limit: int) -> int:
+    """Return the first token after the head from which on all that is learned fits `limit`."""
+    ids, _, head, prompt = uncut
     before = max(head, min(prompt, 1))  # a label needs a token before it
     end = min(len(ids), prompt + limit - before)
     return max(head, prompt - (limit - head - (end - prompt)))
 
 
-def _cut(parts: Parts, start: int, limit: int) -> Parts:
-    """The head, and what follows from token `start` on, at most `limit` tokens in all."""
-    ids, labels, head, prompt = parts
+def _cut(uncut: _Uncut, start: int, limit: int) -> _Uncut:
+    """Return the head, and what follows from token `start` on, at most `limit` tokens in all."""
+    ids, labels, head, prompt = uncut
     kept = [*range(head), *range(start, min(len(ids), start + limit - head))]
-    return Parts([ids[t] for t in kept], [labels[t] for t in kept], head, prompt - start + head)
+    return _Uncut([ids[t] for t in kept], [labels[t] for t in kept], head, prompt - start + head)
 
 
-class Examples(Sequence[Example]):
-    """The examples of rows but those that `encoder` drops. `lengths` are their numbers of tokens.
+class Examples(Sequence[Example | PairExample]):
+    """The examples of rows, without those that `encoder` drops.
 
-    Those of rows that are held are held too, the others are made anew each time.
+    `lengths` holds the number of tokens of each, and `largest_id` the largest token id of all. The
+    examples of rows that are held are held too; others are made again each time they are asked for.
     """
 
     def __init__(self, rows: Sequence[Row], encoder: Encoder):
         self.rows, self.encoder = rows, encoder
-        self.held: list[Example | PairExample] | None = None if isinstance(rows, Rows) else []
+        self.largest_id = -1
         self.numbers, self.lengths = array("q"), array("l")
+        self._held: list[Example | PairExample] | None = None if isinstance(rows, LazyRows) else []
         for number, row in enumerate(rows):
             example = encoder(row)
             if example is not None:
+                ids = example.input_ids
                 self.numbers.append(number)
-                self.lengths.append(len(example.input_ids))
-                if self.held is not None:
-                    self.held.append(example)
+                self.lengths.append(len(ids))
+                self.largest_id = max(self.largest_id, max(ids))
+                if self._held is not None:
+                    self._held.append(example)
 
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, index):
-        if self.held is not None:
-            return self.held[index]
+    @overload
+    def __getitem__(self, index: int) -> Example | PairExample: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Example | PairExample]: ...
+
+    def __getitem__(
+        self, index: int | slice
+    ) -> Example | PairExample | list[Example | PairExample]:
+        if self._held is not None:
+            return self._held[index]
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return self.encoder(self.rows[self.numbers[index]])
+        example = self.encoder(self.rows[self.numbers[index]])
+        assert example is not None  # the encoder kept this row before
+        return example
 
     def place(self, index: int) -> str:
-        """Where the row came from, as "train.jsonl line 3"."""
+        """Return where the row of an example came from, as "train.jsonl line 3"."""
         return self.rows[self.numbers[index]].place
 
 
@@ -349,24 +389,35 @@ def encode_rows(
     over_length: str = "truncate",
     train_on: str = "completion",
 ) -> Examples:
-    """Token ids and labels of rows, at most `max_seq_length` tokens each.
+    """Return token ids and labels of rows, at most `max_seq_length` tokens each.
 
-    train_on: "completion", of a chat every turn of the assistant; "last_turn", of a chat its last
-    one only; "all": every token.
+    A warning of the logger "lorakit" counts the rows that are longer.
 
-    A longer row is, by `over_length`: "truncate": cut at the start of the prompt (its first special
-    tokens stay), and at the end of the completion only if that alone is too long; of a chat first
-    the oldest exchanges go, and text is cut at its end; "drop": left out; "raise": an error.
+    Args:
+        rows: Rows, as `read_rows` returns them.
+        tok: The model's tokenizer. Its chat template renders chats and instructions.
+        max_seq_length: The most tokens that an example may have.
+        over_length: What happens to a longer row. "truncate" cuts it at the start of the prompt,
+            where its first special tokens stay, and at the end of the completion only if that
+            alone is too long; a chat loses its oldest exchanges first, and text is cut at its end.
+            "drop" leaves the row out. "raise" raises an error.
+        train_on: Which tokens are labels. "completion" takes every turn of the assistant of a
+            chat, "last_turn" only its last one, and "all" takes every token.
 
-    Raises LorakitError for a row that starts with two BOS tokens, has no label, holds a message
-    that the template leaves out, or would not teach the model to stop; and if every row is dropped.
+    Returns:
+        A sequence of examples, each with lists input_ids and labels, or with two such examples,
+        chosen and rejected, for a row with two answers. Its `lengths` are their numbers of tokens.
+
+    Raises:
+        LorakitError: A row starts with two BOS tokens, has no label, holds a message that the
+            template leaves out, or would not teach the model to stop; or every row is dropped.
     """
     encoder = Encoder(
         tok, max_seq_length=max_seq_length, over_length=over_length, train_on=train_on
     )
     if not encoder.end:
         log.warning("lorakit: the tokenizer has no end token; the model will not learn to stop")
-    rows = rows if isinstance(rows, Rows) else list(rows)
+    rows = rows if isinstance(rows, LazyRows) else list(rows)
     examples = Examples(rows, encoder)
     if not examples:
         raise LorakitError(

@@ -1,7 +1,8 @@
 """What training data looks like to the model, and what is wrong with it: `lorakit data`.
 
-Both go through the same Encoder as training, so that what they show is what is learned. The lint is
-one pass; of a row it keeps 16 bytes of a digest and a length, and short answers that repeat.
+`show_rows` and `lint_rows` use the Encoder that training uses, so they show what is learned. The
+lint reads the rows once. It keeps a digest of 16 bytes and the length of each row, and the short
+answers.
 """
 
 import hashlib
@@ -11,14 +12,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from lorakit.config.errors import LorakitError
-from lorakit.data.encode import IGNORE, Encoder, PairExample
-from lorakit.data.schemas import Chat, Choice, Instruction, Row, Text
+from lorakit.data.encode import IGNORE, Encoder, Example, PairExample
+from lorakit.data.schemas import Chat, Choice, Instruction, OneAnswer, Row, Text
 from lorakit.models.tokenizer import Tokenizer
 
 LEARNED, MASKED, PLAIN = "\x1b[30;42m", "\x1b[2m", "\x1b[0m"
-SHORT = 40  # characters of an answer that may be a class
-CLASSES = 1000  # of which so many are counted, and so many are listed:
-LISTED = 10
+SHORT = 40  # an answer of more characters is not taken for a class
+CLASSES = 1000  # the most short answers that are counted
+LISTED = 10  # how many of them are shown
 BARS, WIDTH = 10, 40  # of the histogram
 
 
@@ -28,18 +29,33 @@ def show_rows(
     count: int = 3,
     *,
     train_on: str = "completion",
-    color=False,
+    color: bool = False,
 ) -> str:
-    """The tokens of the first `count` rows, a bar between them; the labels coloured, or else in
-    double brackets. White space and control characters are made visible.
+    """Return the tokens of the first rows as text, with their labels marked.
 
-    Raises LorakitError for a row that cannot be learned from.
+    Bars stand between the tokens. White space and control characters are made visible.
+
+    Args:
+        rows: Rows, as `read_rows` returns them.
+        tok: The model's tokenizer.
+        count: How many rows to show.
+        train_on: Which tokens are labels, as `encode_rows` takes it.
+        color: Mark labels by terminal colours. False puts them in double brackets.
+
+    Returns:
+        For each row a line with its place and its numbers of tokens and labels, then its tokens.
+
+    Raises:
+        LorakitError: A row cannot be learned from, or train_on is unknown.
     """
     encoder = Encoder(tok, train_on=train_on)
     shown = []
     for row in rows[:count]:
-        for each in (row.chosen, row.rejected) if isinstance(row, Choice) else (row,):
-            ids, labels = encoder(each)
+        answers: list[OneAnswer] = [row.chosen, row.rejected] if isinstance(row, Choice) else [row]
+        for each in answers:
+            example = encoder(each)
+            assert isinstance(example, Example)  # one answer, and no limit to its length
+            ids, labels = example
             learned = sum(label != IGNORE for label in labels)
             head = f"{each.place}: {len(ids)} tokens, {learned} of them labels"
             shown.append(f"{head}\n{_colored(tok, ids, labels, color)}\n")
@@ -52,9 +68,8 @@ def _colored(tok: Tokenizer, ids: list[int], labels: list[int], color: bool) -> 
         if color:
             # a line break would carry the colour on to the edge of the terminal
             start = LEARNED if label else MASKED
-            out += [f"{start}{line}{PLAIN}" for line in _visible(text).split("\n")[:1]]
-            out += [f"\n{start}{line}{PLAIN}" for line in _visible(text).split("\n")[1:]]
-            out.append("|")
+            lines = _visible(text).split("\n")
+            out += ["\n".join(f"{start}{line}{PLAIN}" for line in lines), "|"]
             continue
         if label != learned:
             out.append("[[" if label else "]]")
@@ -66,9 +81,10 @@ def _colored(tok: Tokenizer, ids: list[int], labels: list[int], color: bool) -> 
 
 
 def _pieces(tok: Tokenizer, ids: list[int], labels: list[int]) -> Iterable[tuple[str, bool]]:
-    """Texts of tokens, and whether they are labels; tokens that are one character together are one.
+    """Yield the text of each token and whether it is a label.
 
-    A token is decoded behind itself: at the start of a text some tokenizers leave out its space.
+    Tokens that are one character together are joined. A token is decoded after itself, because
+    some tokenizers leave out its space at the start of a text.
     """
     held: list[int] = []
     for i, token in enumerate(ids):
@@ -89,23 +105,26 @@ def _visible(text: str) -> str:
 
 @dataclass
 class LintReport:
-    """What `lint_rows` found. `lengths` counts the rows of each number of tokens, of both answers
-    together where there are two.
-    """
+    """What `lint_rows` found. As text it is a summary with the first few of each finding."""
 
     max_seq_length: int
+    """The length from which on a row counts as too long."""
     rows: int = 0
+    """Number of rows, those that cannot be used included."""
     labels: int = 0
+    """Number of label tokens of all rows."""
     lengths: Counter[int] = field(default_factory=Counter)
+    """Number of rows of each length in tokens; two answers count together."""
     duplicates: list[tuple[str, str]] = field(default_factory=list)
-    """places of a row and of the equal one before it"""
+    """Places of each row that repeats an earlier one, and of that one."""
     empty: list[str] = field(default_factory=list)
-    """places of turns without text"""
+    """Places of turns without text."""
     over_long: list[str] = field(default_factory=list)
+    """Places and lengths of rows that are longer than max_seq_length."""
     unusable: list[str] = field(default_factory=list)
-    """errors of rows that cannot be read, or not be learned from"""
+    """Errors of rows that cannot be read, or cannot be learned from."""
     classes: Counter[str] = field(default_factory=Counter)
-    """short answers, of which some are given more than once"""
+    """Short answers that several rows give, and how many rows give each."""
 
     def __str__(self) -> str:
         tokens = sum(length * n for length, n in self.lengths.items())
@@ -156,19 +175,31 @@ def lint_rows(
     train_on: str = "completion",
     errors: Sequence[str] = (),
 ) -> LintReport:
-    """What is worth knowing of rows before training on them; see the fields of LintReport.
+    """Return what is worth knowing of rows before training on them.
 
-    errors: of the rows that `read_rows` left out.
+    Args:
+        rows: Rows, as `read_rows` returns them.
+        tok: The model's tokenizer.
+        max_seq_length: The number of tokens above which a row is reported as long.
+        train_on: Which tokens are labels, as `encode_rows` takes it.
+        errors: The errors of rows that `read_rows` left out; they count as unusable rows.
+
+    Returns:
+        A LintReport: lengths, duplicates, empty turns, long and unusable rows, repeated answers.
+
+    Raises:
+        LorakitError: train_on is unknown.
     """
     encoder = Encoder(tok, train_on=train_on)
-    report, seen = LintReport(max_seq_length, rows=len(errors), unusable=list(errors)), {}
+    report = LintReport(max_seq_length, rows=len(errors), unusable=list(errors))
+    first_with: dict[bytes, int] = {}  # digest -> number of the first such row
     answers: Counter[str] = Counter()
     for number, row in enumerate(rows):
         report.rows += 1
         digest = _digest(row)
-        if digest in seen:
-            report.duplicates.append((row.place, rows[seen[digest]].place))
-        seen.setdefault(digest, number)
+        if digest in first_with:
+            report.duplicates.append((row.place, rows[first_with[digest]].place))
+        first_with.setdefault(digest, number)
         report.empty += _empty_turns(row)
         answer = _answer(row)
         if len(answer) <= SHORT and (answer in answers or len(answers) < CLASSES):
@@ -178,14 +209,20 @@ def lint_rows(
         except LorakitError as error:
             report.unusable.append(str(error))
             continue
-        answers_of = example if isinstance(example, PairExample) else [example]
-        report.lengths[len(example.input_ids)] += 1
-        report.labels += sum(label != IGNORE for e in answers_of for label in e.labels)
-        length = max(len(e.input_ids) for e in answers_of)
-        if length > max_seq_length:
-            report.over_long.append(f"{row.place}: {length:,} tokens")
+        assert example is not None  # no limit to its length, so it is not dropped
+        _count(report, row.place, example)
     report.classes = Counter({text: n for text, n in answers.items() if n > 1})
     return report
+
+
+def _count(report: LintReport, place: str, example: Example | PairExample) -> None:
+    """Add the lengths and labels of a row to the report."""
+    both = [*example] if isinstance(example, PairExample) else [example]
+    report.lengths[len(example.input_ids)] += 1
+    report.labels += sum(label != IGNORE for each in both for label in each.labels)
+    length = max(len(each.input_ids) for each in both)
+    if length > report.max_seq_length:
+        report.over_long.append(f"{place}: {length:,} tokens")
 
 
 def _texts(row: Row) -> list[str]:

@@ -1,8 +1,9 @@
 """The records of JSONL, CSV and Parquet files.
 
-The readers of JSONL and CSV start at any byte where a record starts, given its line for messages,
-and tell where each record starts: what is kept of a file is a number, not a record. Lines end with
-\\n. CSV is RFC 4180, strictly: a quote that is not closed is an error, not a record of a gigabyte.
+The readers of JSONL and CSV can start at any byte where a record starts. They tell where each
+record starts, and its line for messages, so that a caller keeps numbers of a file and no records.
+Lines end with a line feed. CSV is read strictly by RFC 4180: a quote that is not closed is an
+error, not a record of a gigabyte.
 """
 
 import csv
@@ -16,35 +17,51 @@ from lorakit.data.schemas import parse_json
 
 
 class Record(NamedTuple):
+    """A record as a reader finds it. The reader's `value` makes an object of its content."""
+
     start: int  # in bytes
     line: int  # counted from 1
-    content: Any  # for `value` of the reader to make sense of
+    content: Any
+
+
+class _Fields(NamedTuple):
+    """A record of CSV, or what is wrong with it; and where the next one starts."""
+
+    start: int
+    line: int
+    found: list[str] | LorakitError
+    next_start: int
+    next_line: int
 
 
 class JsonLines:
-    """The objects of a JSONL file."""
+    """Reads the objects of a JSONL file."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def header(self, file: BinaryIO) -> tuple[int, int]:
-        """Where the first record may start, and its line."""
+        """Return where the first record may start, and its line."""
         return 0, 1
 
     def records(self, file: BinaryIO, start: int, line: int) -> Iterator[Record]:
-        """Those from where `file` stands: at byte `start`, on `line`."""
+        """Yield the records from where `file` stands: at byte `start`, on line `line`."""
         for raw in file:
             if raw.removeprefix(BOM).strip():
                 yield Record(start, line, raw)
             start, line = start + len(raw), line + 1
 
     def value(self, record: Record) -> Any:
+        """Return what the record holds. Raises LorakitError if it is not JSON in UTF-8."""
         place = f"{self.path} line {record.line}"
         return parse_json(decoded(record.content, record.start, place), place)
 
 
 class CsvRecords:
-    """The records of a CSV file, as mappings from the names in its header; else as JsonLines."""
+    """Reads the records of a CSV file, as mappings from the names in its header to texts.
+
+    The methods are those of JsonLines.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -52,21 +69,31 @@ class CsvRecords:
         csv.field_size_limit(2**31 - 1)  # of the whole process; the default is 128 KiB
 
     def header(self, file: BinaryIO) -> tuple[int, int]:
-        for _, _, names, end, after in self._fields(file, 0, 1):
-            if isinstance(names, LorakitError):
-                raise names
-            self.names = names
-            twice = [name for name in self.names if self.names.count(name) > 1]
-            if twice:
-                raise LorakitError(f"{self.path} line 1: two columns are called {twice[0]!r:.60}")
-            return end, after
-        return 0, 1
+        """Read the names of the columns. Return where the first record may start, and its line.
+
+        Raises LorakitError if the first line is not valid CSV, or names a column twice.
+        """
+        header = next(self._fields(file, 0, 1), None)
+        if header is None:
+            return 0, 1
+        if isinstance(header.found, LorakitError):
+            raise header.found
+        self.names = header.found
+        twice = [name for name in self.names if self.names.count(name) > 1]
+        if twice:
+            raise LorakitError(f"{self.path} line 1: two columns are called {twice[0]!r:.60}")
+        return header.next_start, header.next_line
 
     def records(self, file: BinaryIO, start: int, line: int) -> Iterator[Record]:
-        for first, number, fields, _, _ in self._fields(file, start, line):
-            yield Record(first, number, fields)
+        """Yield the records from where `file` stands: at byte `start`, on line `line`."""
+        for fields in self._fields(file, start, line):
+            yield Record(fields.start, fields.line, fields.found)
 
     def value(self, record: Record) -> dict[str, str]:
+        """Return the fields of a record by name.
+
+        Raises LorakitError if it is not valid CSV, or has more or fewer fields than the header.
+        """
         if isinstance(record.content, LorakitError):
             raise record.content
         if len(record.content) != len(self.names):
@@ -76,10 +103,8 @@ class CsvRecords:
             )
         return dict(zip(self.names, record.content, strict=True))
 
-    def _fields(self, file: BinaryIO, start: int, line: int) -> Iterator[tuple]:
-        """Where a record starts, its line, its fields or what is wrong with it, and both of what
-        follows it.
-        """
+    def _fields(self, file: BinaryIO, start: int, line: int) -> Iterator[_Fields]:
+        """Yield records from byte `start`, on line `line`. An error spoils only its own line."""
         end, after = start, line
 
         def lines() -> Iterator[str]:
@@ -91,22 +116,27 @@ class CsvRecords:
 
         reader = csv.reader(lines(), strict=True)  # takes a line only when it needs one
         while True:
+            found: list[str] | LorakitError | None
             try:
-                fields = next(reader, None)
-            except (csv.Error, LorakitError) as error:
-                fields = error
-                if isinstance(error, csv.Error):
-                    fields = LorakitError(f"{self.path} line {line} is not valid CSV: {error}")
+                found = next(reader, None)
+            except LorakitError as error:
+                found = error
+            except csv.Error as error:
+                found = LorakitError(f"{self.path} line {line} is not valid CSV: {error}")
+            if isinstance(found, LorakitError):
                 reader = csv.reader(lines(), strict=True)  # goes on with the next line
-            if fields is None:
+            if found is None:
                 return
-            if fields:
-                yield start, line, fields, end, after
+            if found:
+                yield _Fields(start, line, found, end, after)
             start, line = end, after
 
 
 class Table:
-    """The rows of a Parquet file."""
+    """Holds the rows of a Parquet file.
+
+    Raises LorakitError if pyarrow is not installed, or cannot read the file.
+    """
 
     def __init__(self, path: Path):
         try:
@@ -128,13 +158,17 @@ class Table:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
-            return self.table.slice(index, 1).to_pylist()[0]
+            row: dict[str, Any] = self.table.slice(index, 1).to_pylist()[0]
         except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date out of range
             raise LorakitError(f"{self.path} row {index}: {error}") from None
+        return row
 
 
 def decoded(raw: bytes, start: int, place: str) -> str:
-    """A line as text, without the mark that some programs put at the start of a file."""
+    """Return a line as text, without the mark that some programs put at the start of a file.
+
+    Raises LorakitError, with its place, if the line is not UTF-8.
+    """
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -6,12 +6,13 @@
     .json             one array of objects                  held
     .parquet          a table (needs pyarrow)               held, as the table that pyarrow reads
 
-Of a JSONL or CSV file only the place of every row is kept, 16 bytes: where it starts, and its line.
-So a file may be larger than memory, at the price of parsing a row each time it is used. Whatever
-has a length and takes an index, a Hugging Face Dataset for one, is asked for its rows again too;
-the rows of a list or a generator are held. Either way every row is checked once when it is read.
+A JSONL or CSV file leaves 16 bytes in memory for each row: where the row starts, and its line. So a
+file may be larger than memory, at the price of parsing a row each time it is used. An object that
+has a length and takes an index, a Hugging Face Dataset for one, is asked for its rows again too.
+The rows of a list or a generator are held. Every row is checked once when it is read, however it
+is kept.
 
-What a row means is told by its fields (formats.py), the same for all rows of a source.
+The fields of a row tell what it means (schemas.py). All rows of a source have one format.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, runtime_checkable
+from typing import Any, BinaryIO, Protocol, overload, runtime_checkable
 
 from lorakit.config.errors import LorakitError, nearest
 from lorakit.data.readers import CsvRecords, JsonLines, Record, Table, decoded
@@ -31,24 +32,30 @@ from lorakit.files.local import as_path
 
 @runtime_checkable
 class Indexed(Protocol):
-    """Has a length and takes an index: a list, a Hugging Face Dataset."""
+    """Anything that has a length and takes an index: a list, a Hugging Face Dataset."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Any: ...
 
 
-Source = str | Path | Iterable[Mapping[str, Any]] | Indexed
+RowSource = str | Path | Iterable[Mapping[str, Any] | Row] | Indexed
 
 
-class Rows(Sequence[Row]):
+class LazyRows(Sequence[Row]):
     """Rows that are fetched when they are asked for. Slices are lists."""
 
     def fetch(self, index: int) -> Row:
-        """Row number `index`, from 0 to the length."""
+        """Return row number `index`, which is at least 0 and below the length."""
         raise NotImplementedError
 
-    def __getitem__(self, index):
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
         if isinstance(index, slice):
             return [self.fetch(i) for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
@@ -57,20 +64,34 @@ class Rows(Sequence[Row]):
 
 
 def read_rows(
-    source: Source, *, format: str | None = None, errors: list[str] | None = None
+    source: RowSource, *, format: str | None = None, errors: list[str] | None = None
 ) -> Sequence[Row]:
-    """Rows of a file, or of an iterable of mappings; of `format`, or of the one its fields tell.
+    """Return the rows of a file, or of an iterable of mappings, each of them checked.
 
-    errors: a row that cannot be used is left out, and why is added here, instead of raised.
+    The rows of a JSONL, CSV or Parquet file, or of an object that has a length and takes an index,
+    are fetched again each time they are asked for; others are held. Rows that were read already
+    are returned as they are.
 
-    Raises LorakitError for a file that is missing or none of the four kinds, a row that is not of
-    the format of the first one, or no rows at all.
+    Args:
+        source: The path of a .jsonl, .ndjson, .csv, .json or .parquet file, an iterable of
+            mappings from field names to values, or an object with a length and an index.
+        format: One of messages, sharegpt, prompt_completion, preference, alpaca and text. None
+            takes the format that the fields of the first row tell.
+        errors: If given, a row that cannot be used is left out and the reason is added to this
+            list. If None, such a row raises an error.
+
+    Returns:
+        A sequence of rows. Each has a `place`, as "train.jsonl line 3".
+
+    Raises:
+        LorakitError: The file is missing or of another kind, a row does not have the format of the
+            first one, or there are no rows.
     """
     if format is not None and format not in FORMATS:
         raise LorakitError(
             f"format is {format!r}{nearest(format, FORMATS)}; choose one of {', '.join(FORMATS)}"
         )
-    if isinstance(source, Rows):
+    if isinstance(source, LazyRows):
         return source
     if isinstance(source, (str, Path)):
         rows, name = _file_rows(source, format, errors), str(source)
@@ -83,7 +104,7 @@ def read_rows(
 
 @contextmanager
 def _noted(errors: list[str] | None) -> Iterator[None]:
-    """What is wrong with a row goes into `errors`, if that is wanted."""
+    """Within the block, add what is wrong with a row to `errors`, or raise it if that is None."""
     try:
         yield
     except LorakitError as error:
@@ -101,7 +122,7 @@ def _other_rows(source: Any, format: str | None, errors: list[str] | None) -> Se
     if isinstance(source, Indexed) and not isinstance(source, (list, tuple)):
         try:
             return IndexedRows(source, "row", format, errors)
-        except (KeyError, IndexError):  # a table of pandas has its columns there
+        except (KeyError, IndexError):  # a table of pandas has its columns under such an index
             raise LorakitError(
                 f"data of type {type(source).__name__} has no rows under 0, 1, ...; give an "
                 "iterable of mappings"
@@ -114,7 +135,7 @@ def _other_rows(source: Any, format: str | None, errors: list[str] | None) -> Se
 def _held(
     values: Iterable[Any], name: str, format: str | None, errors: list[str] | None
 ) -> list[Row]:
-    rows = []
+    rows: list[Row] = []
     for i, value in enumerate(values):
         with _noted(errors):
             format = format or detect(value, f"{name} {i}")
@@ -122,8 +143,8 @@ def _held(
     return rows
 
 
-class IndexedRows(Rows):
-    """Rows of something that has a length and takes an index."""
+class IndexedRows(LazyRows):
+    """Rows of an object that has a length and takes an index, which is asked again for each."""
 
     def __init__(
         self, values: Indexed, name: str, format: str | None, errors: list[str] | None = None
@@ -148,15 +169,16 @@ class IndexedRows(Rows):
 
 
 def _without_nulls(value: Any) -> Any:
-    """In a table all objects of a column have the fields of all the others: null where they have
-    none.
+    """Return a value without the fields that are null.
+
+    In a table all objects of a column have the fields of all the others, null where they have none.
     """
     if isinstance(value, dict):
         return {name: _without_nulls(item) for name, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-class Selected(Rows):
+class SelectedRows(LazyRows):
     """Some of the rows of a sequence, by their numbers."""
 
     def __init__(self, rows: Sequence[Row], numbers: Sequence[int]):
@@ -194,8 +216,11 @@ def _file_rows(source: str | Path, format: str | None, errors: list[str] | None)
     )
 
 
-class FileRows(Rows):
-    """Rows of a JSONL or CSV file, which is opened again to fetch one."""
+class FileRows(LazyRows):
+    """Rows of a JSONL or CSV file, which is opened again to fetch one.
+
+    Raises LorakitError, when a row is fetched, if the file was changed after it was read.
+    """
 
     def __init__(
         self,
@@ -234,7 +259,7 @@ class FileRows(Rows):
         raise LorakitError(f"{self.path} was cut off after it was read; read it again")
 
     def _records(self, index: int) -> Iterator[Record]:
-        """From row number `index` to the end."""
+        """Yield the records from row number `index` to the end of the file."""
         with open(self.path, "rb") as file:
             if _version(file) != self.version:
                 raise LorakitError(f"{self.path} was changed after it was read; read it again")
@@ -265,8 +290,9 @@ def _json_rows(path: Path, format: str | None, errors: list[str] | None) -> list
 
 
 def content_digest(row: Row) -> bytes:
-    """8 bytes that depend on what a row says, not on where it stands or what kind of file held it:
-    BLAKE2b of its canonical JSON.
+    """Return 8 bytes that depend on what a row says: BLAKE2b of its canonical JSON.
+
+    They do not depend on where the row stands, or on the kind of file that held it.
     """
     content = [type(row).__name__, *content_of(row)]
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
@@ -274,12 +300,23 @@ def content_digest(row: Row) -> bytes:
 
 
 def split_rows(
-    source: Source, parts: Sequence[float] = (0.8, 0.1, 0.1), *, format: str | None = None
+    source: RowSource, parts: Sequence[float] = (0.8, 0.1, 0.1), *, format: str | None = None
 ) -> tuple[Sequence[Row], ...]:
-    """Rows in as many parts as there are shares, which sum to 1, in their old order.
+    """Divide rows into parts of about the given shares, each in the old order.
 
-    The part of a row depends on its content only: new rows move no old ones, and equal rows are in
-    the same part. So the shares are met about, and a part of few rows may be empty.
+    The part of a row depends on its content only. So new rows move no old ones, and equal rows are
+    in one part. The shares are met about, not exactly, and a part of few rows may be empty.
+
+    Args:
+        source: The rows, as `read_rows` takes them.
+        parts: The share of each part, from 0 to 1. Their sum is 1.
+        format: The format of the rows, as `read_rows` takes it.
+
+    Returns:
+        As many sequences of rows as there are parts. They fetch their rows from the source.
+
+    Raises:
+        LorakitError: The shares are not from 0 to 1 with a sum of 1, or the rows cannot be read.
     """
     valid = all(isinstance(part, (int, float)) and 0 <= part <= 1 for part in parts)
     if not valid or abs(sum(parts) - 1) > 1e-9:
@@ -290,4 +327,4 @@ def split_rows(
         at, last = int.from_bytes(content_digest(row), "big") / 2**64, len(parts) - 1
         chosen = next((p for p in range(last) if at < sum(parts[: p + 1])), last)
         numbers[chosen].append(i)
-    return tuple(Selected(rows, chosen) for chosen in numbers)
+    return tuple(SelectedRows(rows, chosen) for chosen in numbers)

@@ -5,12 +5,15 @@
     sharegpt            conversations: [{from, value}] (system, tools)          Chat
     prompt_completion   prompt, completion: both text                           Pair
                         or both messages (tools)                                Chat
-    preference          chosen, rejected (prompt, tools): text or messages       Choice
+    preference          chosen, rejected (prompt, tools): text or messages      Choice
     alpaca              instruction, output (input)                             Instruction
     text                text                                                    Text
 
-The format is that of the first line above whose fields a row has. Fields that it does not name are
-ignored. Of a message every field reaches the chat template: tool calls, reasoning, names.
+A row has the format of the first line above whose fields it has. Fields that the format does not
+name are ignored. Every field of a message reaches the chat template: tool calls, reasoning, names.
+
+A new format needs its fields in FORMATS and a function in _MAKE that makes one of the kinds of Row
+of a mapping.
 """
 
 import json
@@ -19,7 +22,8 @@ from typing import Any, NamedTuple
 
 from lorakit.config.errors import LorakitError, nearest
 
-# The fields that a row must have. A row that could be of several formats is of the first of them.
+# The fields that a row of each format must have. A row that has the fields of several formats has
+# the first of them.
 FORMATS = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
@@ -41,7 +45,10 @@ SHAREGPT_ROLES = {
 
 
 class Pair(NamedTuple):
-    """A prompt and what is to follow it. `place`: where it came from ("train.jsonl line 3")."""
+    """A prompt and the completion that should follow it.
+
+    `place` tells where the row came from, as "train.jsonl line 3". Every kind of row has one.
+    """
 
     prompt: str
     completion: str
@@ -49,7 +56,7 @@ class Pair(NamedTuple):
 
 
 class Chat(NamedTuple):
-    """Messages as chat templates take them; those before number `first` are never learned."""
+    """Messages as chat templates take them. Those before number `first` are never learned."""
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
@@ -58,7 +65,7 @@ class Chat(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """A row of Alpaca: becomes a chat, or a prompt where the tokenizer has no chat template."""
+    """A row of Alpaca. It becomes a chat, or a prompt if the tokenizer has no chat template."""
 
     instruction: str
     input: str
@@ -81,15 +88,17 @@ class Choice(NamedTuple):
     place: str
 
 
-Row = Pair | Chat | Instruction | Text | Choice
+OneAnswer = Pair | Chat | Instruction | Text
+Row = OneAnswer | Choice
 
 
 def content_of(row: Row) -> list[Any]:
-    """All that a row says, without where it came from."""
+    """Return all that a row says, without where it came from."""
     return [content_of(item) if isinstance(item, Row) else item for item in row[:-1]]
 
 
 def parse_json(text: str, place: str) -> Any:
+    """Return the value of JSON text. Raises LorakitError, with its place, if it is not valid."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # not only bad JSON: numbers of 5000 digits too
@@ -97,7 +106,10 @@ def parse_json(text: str, place: str) -> Any:
 
 
 def detect(value: Any, place: str) -> str:
-    """The format of a row, told by its fields."""
+    """Return the format of a row, which its fields tell; "rows" for one that is made already.
+
+    Raises LorakitError for a value that is no mapping, or has no field of any format.
+    """
     if isinstance(value, Row):
         return "rows"
     names = _fields_of(value, place)
@@ -106,7 +118,7 @@ def detect(value: Any, place: str) -> str:
             return format
     for format, fields in FORMATS.items():
         if any(field in names for field in fields):
-            return format  # which will name the field that is missing
+            return format  # making the row will name the field that is missing
     close = [nearest(field, names) for fields in FORMATS.values() for field in fields]
     raise LorakitError(
         f"{place} has no field that tells its format{next(filter(None, close), '')}: messages, "
@@ -123,6 +135,10 @@ def _fields_of(value: Any, place: str) -> list[str]:
 
 
 def make_row(value: Any, place: str, format: str | None) -> Row:
+    """Return the row that a mapping of `format` means. A row that is made already is returned.
+
+    Raises LorakitError for a field that is missing or holds something else than the format says.
+    """
     if isinstance(value, Row):
         return value
     if format not in _MAKE:
@@ -131,31 +147,31 @@ def make_row(value: Any, place: str, format: str | None) -> Row:
     return _MAKE[format](value, place)
 
 
-def _get(value: Mapping, name: str, place: str) -> Any:
+def _get(value: Mapping[str, Any], name: str, place: str) -> Any:
     if name not in value:
         raise LorakitError(f"{place}: field {name!r} is missing{nearest(name, map(str, value))}")
     return value[name]
 
 
-def _text(value: Mapping, name: str, place: str) -> str:
+def _text(value: Mapping[str, Any], name: str, place: str) -> str:
     text = _get(value, name, place)
     if not isinstance(text, str):
         raise LorakitError(f"{place}: field {name!r} must be text, not {text!r:.60}")
     return text
 
 
-def _filled(value: Mapping, name: str, place: str) -> str:
+def _filled(value: Mapping[str, Any], name: str, place: str) -> str:
     text = _text(value, name, place)
     if not text:
         raise LorakitError(f"{place}: the {name} is empty, there is nothing to learn")
     return text
 
 
-def _optional_text(value: Mapping, name: str, place: str) -> str:
+def _optional_text(value: Mapping[str, Any], name: str, place: str) -> str:
     return "" if value.get(name) is None else _text(value, name, place)
 
 
-def _pair(value: Mapping, place: str) -> Row:
+def _pair(value: Mapping[str, Any], place: str) -> Pair | Chat:
     prompt, completion = _get(value, "prompt", place), _get(value, "completion", place)
     if isinstance(prompt, list) and isinstance(completion, list):
         before = _messages(prompt, f"{place}, prompt") if prompt else []
@@ -166,8 +182,8 @@ def _pair(value: Mapping, place: str) -> Row:
     return Pair(_text(value, "prompt", place), _filled(value, "completion", place), place)
 
 
-def _choice(value: Mapping, place: str) -> Row:
-    """The prompt apart, or messages that both answers begin with."""
+def _choice(value: Mapping[str, Any], place: str) -> Row:
+    """Return two answers to a prompt that stands apart, or that both answers begin with."""
     answers = [_get(value, name, place) for name in ("chosen", "rejected")]
     for name, answer in zip(("chosen", "rejected"), answers, strict=True):
         if not isinstance(answer, (str, list)):
@@ -181,18 +197,18 @@ def _choice(value: Mapping, place: str) -> Row:
                 break
             shared += 1
         prompt = answers[0][:shared]
-    both = [
+    chosen, rejected = (
         _pair({**value, "prompt": prompt, "completion": answer[shared:]}, f"{place}, {name}")
         for answer, name in zip(answers, ("chosen", "rejected"), strict=True)
-    ]
-    return Choice(*both, place)
+    )
+    return Choice(chosen, rejected, place)
 
 
-def _chat(value: Mapping, place: str) -> Row:
+def _chat(value: Mapping[str, Any], place: str) -> Row:
     return Chat(_messages(_get(value, "messages", place), place), _tools(value, place), 0, place)
 
 
-def _sharegpt(value: Mapping, place: str) -> Row:
+def _sharegpt(value: Mapping[str, Any], place: str) -> Row:
     turns = _get(value, "conversations", place)
     if not isinstance(turns, list):
         raise LorakitError(f"{place}: conversations must be a list of turns, not {turns!r:.60}")
@@ -208,22 +224,21 @@ def _sharegpt(value: Mapping, place: str) -> Row:
                 f"{where} is from {role!r:.60}{nearest(role, SHAREGPT_ROLES)}; it must be one of "
                 f"{', '.join(SHAREGPT_ROLES)}"
             )
-        message = {"role": SHAREGPT_ROLES[role], "content": _text(turn, "value", where)}
-        messages.append(message)
+        messages.append({"role": SHAREGPT_ROLES[role], "content": _text(turn, "value", where)})
     return Chat(_messages(messages, place), _tools(value, place), 0, place)
 
 
-def _alpaca(value: Mapping, place: str) -> Row:
+def _alpaca(value: Mapping[str, Any], place: str) -> Row:
     instruction = _text(value, "instruction", place)
     more = _optional_text(value, "input", place)
     return Instruction(instruction, more, _filled(value, "output", place), place)
 
 
-def _plain(value: Mapping, place: str) -> Row:
+def _plain(value: Mapping[str, Any], place: str) -> Row:
     return Text(_filled(value, "text", place), place)
 
 
-_MAKE: dict[str, Callable[[Mapping, str], Row]] = {
+_MAKE: dict[str, Callable[[Mapping[str, Any], str], Row]] = {
     "messages": _chat,
     "sharegpt": _sharegpt,
     "prompt_completion": _pair,
@@ -234,7 +249,7 @@ _MAKE: dict[str, Callable[[Mapping, str], Row]] = {
 
 
 def _messages(values: Any, place: str) -> list[dict[str, Any]]:
-    """Messages with a role, and with text or tool calls. Their other fields are kept."""
+    """Return checked messages: each has a role, and text or tool calls. Other fields are kept."""
     if not isinstance(values, list) or not values:
         raise LorakitError(f"{place}: messages must be a list of one or more, not {values!r:.60}")
     messages = []
@@ -253,8 +268,8 @@ def _messages(values: Any, place: str) -> list[dict[str, Any]]:
     return messages
 
 
-def _tools(value: Mapping, place: str) -> list[dict[str, Any]] | None:
-    """The field `tools`: a list, or JSON text of one where a table cannot hold it."""
+def _tools(value: Mapping[str, Any], place: str) -> list[dict[str, Any]] | None:
+    """Return the field `tools`: a list, or JSON text of one, for tables that cannot hold a list."""
     tools = value.get("tools")
     if isinstance(tools, str) and tools:
         tools = parse_json(tools, f"{place}, tools")

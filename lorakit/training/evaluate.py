@@ -90,7 +90,7 @@ def encode(
         over_length=config.over_length,
         train_on=config.train_on,
     )
-    tok.check_fits((i for e in examples for i in e.input_ids), model.config.vocab_size)
+    tok.check_fits([examples.largest_id], model.config.vocab_size)
     if isinstance(examples[0], PairExample) != (config.objective != "sft"):
         raise LorakitError(
             f"objective {config.objective!r} does not fit {what}: dpo and orpo need `chosen` and "
