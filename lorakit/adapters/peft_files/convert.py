@@ -40,8 +40,10 @@ from tqdm import tqdm
 from lorakit import kernels
 from lorakit.adapters.peft_files import features
 from lorakit.adapters.peft_files.experts import split_experts
-from lorakit.adapters.peft_files.inspect import Adapter, Layer, natural, open_adapter, some
 from lorakit.adapters.peft_files.layout import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from lorakit.adapters.peft_files.stored import StoredAdapter as Adapter
+from lorakit.adapters.peft_files.stored import StoredLayer as Layer
+from lorakit.adapters.peft_files.stored import natural, open_adapter, some
 from lorakit.config.adapters import PLAIN_INITIALIZATIONS
 from lorakit.config.errors import LorakitError, nearest
 from lorakit.files.local import as_path, write_json
