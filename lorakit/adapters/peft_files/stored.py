@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from lorakit.adapters.peft_files.experts import is_fused, which_fused
 from lorakit.adapters.peft_files.layout import CONFIG_FILE, PREFIX, WEIGHTS_FILE
@@ -27,7 +28,7 @@ from lorakit.files.local import as_path, read_json
 from lorakit.files.safetensors import LazyTensor, open_safetensors
 
 # How the key of a tensor ends, and which part of a layer it is.
-PARTS = {
+_PARTS = {
     ".lora_A.weight": "a",
     ".lora_B.weight": "b",
     ".lora_embedding_A": "a",
@@ -36,9 +37,9 @@ PARTS = {
     ".lora_magnitude_vector.weight": "magnitude",
     ".lora_B.bias": "bias",
 }
-TOKENS, COPY = ".token_adapter.trainable_tokens_delta", ".base_layer.weight"
+_TOKENS, _COPY = ".token_adapter.trainable_tokens_delta", ".base_layer.weight"
 # A number in JSON may have any number of digits; alpha is computed with in fp32.
-LARGEST_ALPHA = torch.finfo(torch.float32).max
+_LARGEST_ALPHA = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class StoredConfig:
         named = [("lora_alpha", self.lora_alpha)]
         named += [(f"alpha_pattern of {p!r}", alpha) for p, alpha in alphas.items()]
         for name, alpha in named:
-            if type(alpha) not in (int, float) or not abs(alpha) <= LARGEST_ALPHA:
+            if type(alpha) not in (int, float) or not abs(alpha) <= _LARGEST_ALPHA:
                 raise LorakitError(f"{name} must be a number, not {alpha!r}")
         for pattern in [*ranks, *alphas]:
             check(valid_regex(pattern), f"the pattern {pattern!r} is no valid regex")
@@ -156,6 +157,17 @@ def open_adapter(path: str | Path) -> StoredAdapter:
     return StoredAdapter(path, values, config, layers, **others)
 
 
+def read_finite(path: Path, layer: StoredLayer, tensor: LazyTensor) -> Tensor:
+    """Return the values of a tensor of `layer` in fp32.
+
+    Raises LorakitError, naming the adapter's `path`, if one of them is NaN or infinite.
+    """
+    values = tensor.read_dense().float()
+    if not torch.isfinite(values).all():
+        raise LorakitError(f"{path}: {layer.key} holds NaN or infinite values")
+    return values
+
+
 def natural(name: str) -> list[int | str]:
     """Return a key to sort names by, in which layers.2 comes before layers.10."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
@@ -169,7 +181,7 @@ def some(names: Sequence[str]) -> str:
 def _split_name(name: str) -> tuple[str, str | None]:
     """Return the layer and the part that a tensor belongs to, or its name and None."""
     if name.startswith(PREFIX):
-        for suffix, part in PARTS.items():
+        for suffix, part in _PARTS.items():
             if name.endswith(suffix):
                 return name.removesuffix(suffix), part
     return name, None
@@ -180,22 +192,22 @@ def _kind(name: str, config: StoredConfig) -> str:
     inner = name.removeprefix(PREFIX)
     if inner == name:
         return "unknown"
-    if name.endswith(TOKENS):
+    if name.endswith(_TOKENS):
         return "tokens"
     if any(f".{saved}." in f".{inner}" for saved in config.modules_to_save or []):
         return "saved"
-    if name.endswith(COPY):
+    if name.endswith(_COPY):
         return "copies"
     if name.endswith(".bias") and config.bias not in (None, "none"):
         return "biases"
     return "unknown"
 
 
-Parts = Mapping[str, Mapping[str, LazyTensor]]  # the parts of each layer by its key
+_Parts = Mapping[str, Mapping[str, LazyTensor]]  # the parts of each layer by its key
 
 
 def _layer(
-    path: Path, config: StoredConfig, key: str, parts: Parts, embedding: bool
+    path: Path, config: StoredConfig, key: str, parts: _Parts, embedding: bool
 ) -> StoredLayer:
     a, b = _pair(path, key, parts[key], embedding)
     rows, experts = a.shape[0], 0
@@ -256,7 +268,7 @@ def _ends_in_any(name: str, targets: Sequence[str]) -> bool:
     return any(name == target or name.endswith("." + target) for target in targets)
 
 
-def _fused_name(path: Path, config: StoredConfig, key: str, parts: Parts) -> str:
+def _fused_name(path: Path, config: StoredConfig, key: str, parts: _Parts) -> str:
     """Return the parameter that `key` adapts: ….experts.gate_up_proj or ….experts.down_proj."""
     outer = key.removesuffix(".base_layer")
     shapes = {

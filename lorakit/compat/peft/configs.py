@@ -19,7 +19,7 @@ from lorakit.config.fields import from_mapping
 from lorakit.files.hub import resolve
 from lorakit.files.local import as_path, read_json, write_json
 
-DEFAULT_TARGETS = ["q_proj", "v_proj"]  # PEFT's for every family that lorakit knows
+_DEFAULT_TARGETS = ["q_proj", "v_proj"]  # PEFT's for every family that lorakit knows
 
 
 class TaskType(str, enum.Enum):
@@ -33,7 +33,7 @@ class TaskType(str, enum.Enum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
-WITH_CLASSIFIER = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # PEFT adds to modules_to_save
+_WITH_CLASSIFIER = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # PEFT adds to modules_to_save
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,11 @@ class LoraConfig(PlainConfig):
             f"LoraConfig: task_type is {task!r}; choose one of {', '.join(TaskType.__members__)}",
         )
         check(
-            task not in WITH_CLASSIFIER,
+            task not in _WITH_CLASSIFIER,
             f"LoraConfig: task_type {task!r} is not supported; name the head in modules_to_save, "
             "without a task_type",
         )
-        self._set("target_modules", self.target_modules or DEFAULT_TARGETS)
+        self._set("target_modules", self.target_modules or _DEFAULT_TARGETS)
         for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform"):
             value = vars(self)[name]
             if isinstance(value, (set, tuple, range)):

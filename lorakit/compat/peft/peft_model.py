@@ -40,7 +40,7 @@ from lorakit.models.decoder import Decoder
 from lorakit.models.packed_layers import PackedWeight
 
 # Options of PEFT for loading that have to be left as they are there.
-FOR_LOADING = (
+_FOR_LOADING = (
     "config",
     "device_map",
     "ephemeral_gpu_offload",
@@ -431,5 +431,5 @@ def _check_dtype(autocast_adapter_dtype: bool) -> None:
 def _check_loading(options: Mapping[str, Any], what: str) -> None:
     """Raise LorakitError, naming the caller, for options that are unknown or not supported."""
     for name, value in options.items():
-        check(name in FOR_LOADING, f"{what}: unknown option {name!r}{nearest(name, FOR_LOADING)}")
+        check(name in _FOR_LOADING, f"{what}: unknown option {name!r}{nearest(name, _FOR_LOADING)}")
         check(value in (None, False), f"{what}: {name} is not supported; leave it out")
