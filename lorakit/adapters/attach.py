@@ -9,7 +9,7 @@ from lorakit.adapters.manage import (
     attached,
     check_new_name,
     check_no_block,
-    plain_modules,
+    outer_modules,
 )
 from lorakit.adapters.methods.adalora import AdaLoraConfig, plan_adalora
 from lorakit.adapters.methods.ia3 import IA3Config, plan_ia3
@@ -64,8 +64,8 @@ def attach(
     if not names:
         module.requires_grad_(False)
     for each, part in plan.parts:
-        each.put(name, part)
-    for place, layer in list(plain_modules(module)):  # a layer in two places is one in both
+        each.add_part(name, part)
+    for place, layer in list(outer_modules(module)):  # a layer in two places is one in both
         if id(layer) in plan.made and layer is not plan.made[id(layer)]:
             plan.places[place] = plan.made[id(layer)]
     for place, each in plan.places.items():

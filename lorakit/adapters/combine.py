@@ -122,7 +122,7 @@ def combine_adapters(
     )
     for place, (A, B) in found.items():
         part = LoraPart(config, config.scaling(place), A.contiguous(), B.contiguous())
-        layers[place].put(name, part.requires_grad_(False))
+        layers[place].add_part(name, part.requires_grad_(False))
     return module
 
 

@@ -133,7 +133,7 @@ def _start(layer: LoraLinear, name: str, place: str, config, A: Tensor) -> None:
     part = LoraPart(config, config.scaling(place), A.to(old.lora_A.device).clone(), B)
     layer.complete(part)
     part.awaits = None
-    layer.put(name, part)
+    layer.add_part(name, part)
     layer.select(name)
 
 
@@ -269,13 +269,15 @@ class IncrementalSVD:
     @property
     def explained_variance_ratio(self) -> Tensor:
         """[k], fp32: the share of the whole variance that is along each component; 0 where nothing
-        varies."""
+        varies.
+        """
         total = self._total.float().clamp(min=torch.finfo(torch.float32).tiny)
         return self.singular_values.square() / total
 
     def converged(self, tau: float = 0.99) -> Tensor:
         """[k], bool: which components the last batch turned by less than the angle of cosine
-        `tau`."""
+        `tau`.
+        """
         return self.similarity >= tau
 
 

@@ -110,9 +110,6 @@ def _start(layer: LoraLinear, original: Tensor, iterations: int) -> tuple[float,
         root = S.sqrt()
         A.zero_()[:rank] = root[:, None] * Vt
         B.zero_()[:, :rank] = U * (root / s)
-    part = layer.part
-    part.awaits = part.start_A = part.start_B = None  # of what the adapter held nothing stays
-    layer.complete(part)
-    layer.refresh()
+    layer.start_over(layer.part)
     after = (residue.addmm_(B.float(), A.float(), alpha=-s).norm() / norm).item()
     return before, after

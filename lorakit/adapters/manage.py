@@ -1,7 +1,12 @@
-"""Carried out of lorakit/attached.py."""
+"""Select, switch off, delete and detach adapters, and walk over the modules that carry them.
 
-from collections.abc import Iterator, Sequence
+Attaching is in attach.py, merging in merge.py. The wrappers that all this works on are in
+layers/wrapper.py.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,189 +17,256 @@ from lorakit.config.errors import LorakitError, nearest
 # ---- walks ----
 
 
-def plain_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """All modules by name, in the order of the tree, an Attached as one; a module that is held in
-    several places under each of its names.
+def outer_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield all modules by name, in the order of the tree, but none that lies inside a wrapper.
+
+    A module that is held in several places comes under each of its names.
     """
     yield name, module
     if not isinstance(module, Attached):
         for leaf, child in module._modules.items():  # named_children leaves out the second place
             if child is not None:
-                yield from plain_modules(child, f"{name}.{leaf}" if name else leaf)
+                yield from outer_modules(child, f"{name}.{leaf}" if name else leaf)
 
 
 def attached(module: nn.Module) -> dict[str, Attached]:
-    """Every Attached inside `module` by name."""
+    """Return every wrapper inside `module` by name."""
     return {name: m for name, m in module.named_modules() if isinstance(m, Attached)}
 
 
 def adapter_names(module: nn.Module) -> list[str]:
-    """The adapters attached to `module`, sorted."""
+    """Return the names of the adapters attached to a module.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        The names, sorted; an empty list if no adapter is attached.
+    """
     return sorted({name for each in attached(module).values() for name in each.adapters})
 
 
 def selected_adapter(module: nn.Module) -> str | None:
-    """The adapter that `module` computes with, and trains; None if none is selected."""
+    """Return the adapter that `module` computes with, and trains; None if none is selected."""
     return next((m.selected for m in attached(module).values() if m.selected is not None), None)
 
 
-def adapter_config(module: nn.Module, name: str):
-    """The config that adapter `name` was attached with."""
+def adapter_config(module: nn.Module, name: str) -> Any:
+    """Return the config that adapter `name` was attached with."""
     parts = (each.adapters[name] for each in attached(module).values() if name in each.adapters)
     return next(part.config for part in parts if isinstance(part, Part))
 
 
-def having_adapters(module: nn.Module, what: str) -> dict[str, Attached]:
-    """Every Attached inside `module`. Raises LorakitError, naming the caller, if there is none."""
+# ---- what must hold before something changes; `caller` names who asks ----
+
+
+def require_attached(module: nn.Module, caller: str) -> dict[str, Attached]:
+    """Return every wrapper inside `module` by name; raise LorakitError if there is none."""
     found = attached(module)
     if not found:
-        raise LorakitError(f"{what}: no adapter is attached")
+        raise LorakitError(f"{caller}: no adapter is attached")
     return found
 
 
-def check_no_block(module: nn.Module, what: str) -> None:
-    """Raise LorakitError, naming the caller, inside `disable_adapters` and `adapter_rows`."""
-    if any(not each.enabled or each.rows is not None for each in attached(module).values()):
+def _require_unmerged(module: nn.Module, caller: str) -> dict[str, Attached]:
+    found = require_attached(module, caller)
+    if any(each.merged is not None for each in found.values()):
+        raise LorakitError(f"{caller}: an adapter is merged; unmerge it first")
+    return found
+
+
+def check_no_block(module: nn.Module, caller: str) -> None:
+    """Raise LorakitError inside `disable_adapters` and `adapter_rows`."""
+    if any(not each.enabled or each.row_groups is not None for each in attached(module).values()):
         raise LorakitError(
-            f"{what}: the adapters are disabled, or differ by row; leave that block, or enable them"
+            f"{caller}: the adapters are disabled, or differ by row; leave that block, or enable "
+            "them"
         )
 
 
-def _unmerged(module: nn.Module, what: str) -> dict[str, Attached]:
-    found = having_adapters(module, what)
-    if any(each.merged is not None for each in found.values()):
-        raise LorakitError(f"{what}: an adapter is merged; unmerge it first")
-    return found
-
-
-def check_new_name(module: nn.Module, name: str, what: str) -> None:
-    """Raise LorakitError, naming the caller, unless an adapter may be attached as `name`."""
+def check_new_name(module: nn.Module, name: str, caller: str) -> None:
+    """Raise LorakitError unless an adapter may be attached as `name`."""
     names = adapter_names(module)
     if name in names:
         raise LorakitError(
-            f"{what}: an adapter {name!r} is attached already; detach it first, or choose another "
-            "name"
+            f"{caller}: an adapter {name!r} is attached already; detach it first, or choose "
+            "another name"
         )
     taken = {*dir(nn.ModuleDict()), ""}  # torch registers it among these
     if not isinstance(name, str) or "." in name or name in taken:
         raise LorakitError(
-            f"{what}: {name!r} is no name for an adapter: it must hold no dot, and be no method of "
-            "torch's ModuleDict"
+            f"{caller}: {name!r} is no name for an adapter: it must hold no dot, and be no method "
+            "of torch's ModuleDict"
         )
 
 
-def check_adapter(module: nn.Module, name: str, what: str) -> None:
-    """Raise LorakitError, naming the caller, unless adapter `name` is attached to `module`."""
+def check_adapter(module: nn.Module, name: str, caller: str) -> None:
+    """Raise LorakitError unless adapter `name` is attached to `module`."""
     names = adapter_names(module)
     if not names:
-        raise LorakitError(f"{what}: no adapter is attached")
+        raise LorakitError(f"{caller}: no adapter is attached")
     if name not in names:
         raise LorakitError(
-            f"{what}: there is no adapter {name!r}{nearest(name, names)}; attached: "
+            f"{caller}: there is no adapter {name!r}{nearest(name, names)}; attached: "
             + ", ".join(names)
         )
 
 
-def set_adapter(module: nn.Module, name: str) -> nn.Module:
-    """Compute with adapter `name` from now on, and train it alone. Returns `module`.
+# ---- select, delete, detach ----
 
-    Raises LorakitError if there is no such adapter, or one is merged.
+
+def set_adapter(module: nn.Module, name: str) -> nn.Module:
+    """Compute with an adapter from now on, and train it alone.
+
+    Args:
+        module: A module with adapters.
+        name: The name of the adapter to select.
+
+    Returns:
+        `module`.
+
+    Raises:
+        LorakitError: There is no such adapter, or an adapter is merged.
     """
     check_adapter(module, name, "set_adapter")
-    for each in _unmerged(module, "set_adapter").values():
+    for each in _require_unmerged(module, "set_adapter").values():
         each.select(name)
     return module
 
 
 def delete_adapter(module: nn.Module, name: str) -> nn.Module:
-    """Forget adapter `name`. If it was selected, the first of the others is from now on; with the
-    last one every module returns to its place, as in `detach`. Returns `module`.
+    """Forget an adapter.
 
-    Raises LorakitError if there is no such adapter, or one is merged.
+    If it was selected, the first of the others is selected from now on. With the last adapter
+    every module returns to its place, as in `detach`.
+
+    Args:
+        module: A module with adapters.
+        name: The name of the adapter to forget.
+
+    Returns:
+        `module`.
+
+    Raises:
+        LorakitError: There is no such adapter, an adapter is merged, or the call stands inside
+            `disable_adapters` or `adapter_rows`.
     """
     check_adapter(module, name, "delete_adapter")
     check_no_block(module, "delete_adapter")
-    found = _unmerged(module, "delete_adapter")
-    names = [other for other in adapter_names(module) if other != name]
-    kept = selected_adapter(module)
-    if kept == name:
-        kept = names[0] if names else None
-    remove_parts(module, name, list(found), kept)
+    found = _require_unmerged(module, "delete_adapter")
+    others = [other for other in adapter_names(module) if other != name]
+    selected = selected_adapter(module)
+    if selected == name:
+        selected = others[0] if others else None
+    remove_parts(module, name, list(found), selected)
     return module
 
 
 def remove_parts(module: nn.Module, name: str, places: list[str], selected: str | None) -> None:
-    """Take adapter `name` from the modules at `places`; those that are left without any return to
-    their places, the others compute with `selected`.
+    """Take adapter `name` from the wrappers at `places`.
+
+    Wrappers that are left without any part make way for their originals. The others compute with
+    adapter `selected`.
     """
-    found = {place: module.get_submodule(place) for place in places}
+    wrappers = attached(module)
+    found = {place: wrappers[place] for place in places}
     for each in found.values():
         if name in each.adapters:
             del each.adapters[name]
         if each.selected == name or each.selected != selected:  # or what trains stays as it is
             each.select(selected)
-    gone = {place: each.plain for place, each in found.items() if not each.in_use()}
-    put_back(module, gone)
+    put_back(module, {n: each.original for n, each in found.items() if not each.has_parts()})
 
 
 def detach(module: nn.Module) -> nn.Module:
-    """Remove all adapters: the modules they were on return to their places, still frozen."""
-    found = having_adapters(module, "detach")
-    put_back(module, {name: each.plain for name, each in found.items()})
+    """Remove all adapters: the modules they were on return to their places, still frozen.
+
+    Args:
+        module: A module with adapters.
+
+    Returns:
+        `module`.
+
+    Raises:
+        LorakitError: No adapter is attached.
+    """
+    found = require_attached(module, "detach")
+    put_back(module, {name: each.original for name, each in found.items()})
     return module
 
 
-def put_back(module: nn.Module, plain: dict[str, nn.Module]) -> None:
-    """`plain` by the name of each Attached that makes way for it, in all its places."""
-    instead = {id(module.get_submodule(name)): new for name, new in plain.items()}
-    places = [(name, m) for name, m in plain_modules(module) if id(m) in instead]
+def put_back(module: nn.Module, originals: Mapping[str, nn.Module]) -> None:
+    """Put plain modules in all places of the wrappers that have these names."""
+    instead = {id(module.get_submodule(name)): new for name, new in originals.items()}
+    places = [(name, m) for name, m in outer_modules(module) if id(m) in instead]
     for name, each in places:
         module.set_submodule(name, instead[id(each)])
 
 
+# ---- for the length of a `with` block ----
+
+
 @contextmanager
-def _for_the_block(found: Sequence[Attached]) -> Iterator[None]:
-    """After the `with` block `enabled` and `rows` of each are what they were before."""
-    before = [(each, each.enabled, each.rows) for each in found]
+def _state_restored(wrappers: Iterable[Attached]) -> Iterator[None]:
+    """Undo, after the `with` block, what it did to `enabled` and `row_groups` of the wrappers."""
+    before = [(each, each.enabled, each.row_groups) for each in wrappers]
     try:
         yield
     finally:
-        for each, each.enabled, each.rows in before:
-            each.refresh()
+        for each, enabled, row_groups in before:
+            each.set_enabled(enabled)
+            each.set_row_groups(row_groups)
 
 
 @contextmanager
 def disable_adapters(module: nn.Module) -> Iterator[None]:
-    """Inside the `with` block every module computes without its adapter."""
-    found = list(having_adapters(module, "disable_adapters").values())
-    with _for_the_block(found):
+    """Compute without adapters inside the `with` block.
+
+    Args:
+        module: A module with adapters, merged or not.
+
+    Yields:
+        Nothing. After the block everything computes as before.
+
+    Raises:
+        LorakitError: No adapter is attached.
+    """
+    found = list(require_attached(module, "disable_adapters").values())
+    with _state_restored(found):
         for each in found:
-            each.enabled = False
-            each.refresh()
+            each.set_enabled(False)
         yield
 
 
 @contextmanager
 def adapter_rows(module: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
-    """Inside the `with` block row i of every batch goes through adapter names[i]; None: the base
-    alone.
+    """Send each row of every batch through an adapter of its own inside the `with` block.
 
-    Gradients go through, but `backward` belongs inside the block too where checkpointing computes
-    again what it needs. A batch must have len(names) rows. The rows of one adapter are computed
-    together. Raises LorakitError if there is no such adapter, one is merged, or, on the first
-    batch, the rows do not reach an adapted module as they are: packed documents and experts mix
-    them.
+    The rows of one adapter are computed together. Gradients go through. `backward` belongs inside
+    the block too where gradient checkpointing computes the forward pass again.
+
+    Args:
+        module: A module with adapters.
+        names: Row i of a batch goes through adapter names[i], or, if that is None, through the base
+            alone. Every batch must have len(names) rows.
+
+    Yields:
+        Nothing. After the block everything computes as before.
+
+    Raises:
+        LorakitError: There is no such adapter, or an adapter is merged; or, on the first batch, the
+            rows do not reach an adapted module as they are, since packed documents and experts mix
+            them.
     """
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise LorakitError(f"adapter_rows: names must be a list of names and None, not {names!r}")
     for name in names:
         if name is not None:
             check_adapter(module, name, "adapter_rows")
-    found = list(_unmerged(module, "adapter_rows").values())
-    rows = {name: [i for i, other in enumerate(names) if other == name] for name in names}
-    rows = [(name, torch.tensor(index)) for name, index in rows.items()]
-    with _for_the_block(found):
+    found = list(_require_unmerged(module, "adapter_rows").values())
+    rows_of = {name: [i for i, other in enumerate(names) if other == name] for name in names}
+    row_groups = [(name, torch.tensor(rows)) for name, rows in rows_of.items()]
+    with _state_restored(found):
         for each in found:
-            each.rows = rows
-            each.refresh()
+            each.set_row_groups(row_groups)
         yield

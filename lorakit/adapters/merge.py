@@ -1,15 +1,16 @@
 """Merging: an adapter in the weights, and how far that moves the logits.
 
-Which weights? Where the base is dense there is but one choice. Over a quantized base there are
-three, and none is right for all:
+Over a dense base there is one way to merge. Over a quantized base there are three weights to merge
+into, and none is right for all:
 
-    "dequantized"   what the adapter was trained on: the logits move by rounding alone. Dense, as
-                    large as the original model
-    "dense"         the original weights, read again from where the model was loaded. Dense. Usually
-                    the better model, as the error of the quantization is gone; but an adapter that
-                    learned to make up for that error (LoftQ does so on purpose) now overshoots
-    "nf4"           the merged weights are quantized again: as small as the base, and what the
-                    adapter changed by less than half a step of the quantization is lost
+    "dequantized"   the weights that the adapter was trained on. The logits move by rounding alone.
+                    The result is dense, as large as the original model
+    "dense"         the original weights, read again from where the model was loaded. The result is
+                    dense, and usually the better model, as the error of the quantization is gone.
+                    But an adapter that learned to make up for that error (LoftQ does so on purpose)
+                    now overshoots
+    "nf4"           the merged weights are quantized again. The result is as small as the base, and
+                    what the adapter changed by less than half a step of the quantization is lost
 
 So `merge` measures: it says how far the logits of a few tokens are from those before.
 """
@@ -22,9 +23,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lorakit.adapters.layers.base import AttachedLinear
-from lorakit.adapters.layers.embeddings import LoraEmbedding, TiedHead, TokenRows
+from lorakit.adapters.layers.embeddings import AttachedEmbedding, TiedHead
 from lorakit.adapters.layers.wrapper import Attached
-from lorakit.adapters.manage import check_no_block, having_adapters, put_back
+from lorakit.adapters.manage import check_no_block, put_back, require_attached
 from lorakit.config.errors import LorakitError
 from lorakit.files.safetensors import LazyTensor
 from lorakit.models.decoder import Decoder
@@ -33,22 +34,25 @@ from lorakit.models.load import dense_weights
 from lorakit.models.packed_layers import PackedWeight, packed_layer
 
 BASES = ("dequantized", "dense", "nf4")
-TOKENS = 32  # of the drift, where the caller gives none
+_TOKENS = 32  # how many the drift is measured on, where the caller gives none
 
 
 @dataclass(frozen=True)
 class Drift:
-    """How far a merge moved the logits of `tokens` positions, where it could be measured: largest
-    and mean absolute difference, mean Kullback-Leibler divergence in nats, and at how many
-    positions the likeliest token is the same.
-    """
+    """How far a merge moved the logits of some tokens."""
 
     base: str
+    """The weights that were merged into: "dequantized", "dense" or "nf4"."""
     tokens: int
+    """How many positions were compared."""
     largest: float
+    """The largest absolute difference of a logit."""
     mean: float
+    """The mean absolute difference of the logits."""
     divergence: float
+    """The mean Kullback-Leibler divergence from before to after, in nats."""
     same_first: int
+    """How many positions have the same likeliest token before and after."""
 
     def __str__(self) -> str:
         return (
@@ -68,18 +72,29 @@ def merge(
 ) -> Drift | None:
     """Let every adapted layer compute with one weight that holds base and selected adapter.
 
-    base: of a quantized layer, what the update is added to: "dequantized", "dense" or "nf4", see
-        above. Dense layers know no difference.
-    input_ids: int64 [B, T] on which the drift of the logits is measured; a `Decoder` has its own.
-    weights: the original [out_features, in_features] of every quantized layer that is adapted, by
-        the layer's name, for base="dense"; None reads them from where the model was loaded from.
+    This needs memory for the merged weights beside the base. `save_model` writes merged weights;
+    `unmerge` returns to base and adapter.
 
-    Returns the drift, or None for another module without input_ids. Needs memory for the merged
-    weights beside the base. `save_model` writes merged weights; `unmerge` returns to base and
-    adapter. Raises LorakitError, and leaves everything unmerged, if no adapter is attached or
-    selected, an original is missing, or a merged weight is not finite.
+    Args:
+        module: A module with adapters.
+        base: What the update of a quantized layer is added to: "dequantized", the weights that the
+            adapter was trained on; "dense", the original weights; or "nf4", the dequantized
+            weights, with the sum quantized again. For dense layers the three are the same.
+        input_ids: Tokens on which the drift of the logits is measured, int64 [B, T]. None lets a
+            `Decoder` choose a few, and measures nothing on another module.
+        weights: The original weight [out_features, in_features] of every quantized layer that is
+            adapted, by the layer's name, for base="dense". None reads them from where the model was
+            loaded from.
+
+    Returns:
+        The drift of the logits, or None where nothing was measured.
+
+    Raises:
+        LorakitError: `base` is unknown, no adapter is attached or selected, adapters are disabled
+            or differ by row, an original is missing or of another shape, or a merged weight is not
+            finite. Nothing is merged then.
     """
-    layers = having_adapters(module, "merge")
+    layers = require_attached(module, "merge")
     if base not in BASES:
         raise LorakitError(f"merge: base is {base!r}; choose one of {', '.join(BASES)}")
     if all(each.selected is None for each in layers.values()):
@@ -88,51 +103,79 @@ def merge(
     unmerge(module)
     originals = _originals(module, layers, weights) if base == "dense" else {}
     ids = _few_tokens(module) if input_ids is None and isinstance(module, Decoder) else input_ids
-    before = None if ids is None else _logits(module, ids)
     try:
-        for name, each in tqdm(layers.items(), desc="merging", disable=None, leave=False):
-            if each.selected is not None:
-                each.merged = _joined(name, each, base, originals.get(name))
-                each.refresh()
-        for each in layers.values():  # whose weight is that of a merged embedding
-            if isinstance(each, TiedHead) and each.embedding[0].merged is not None:
-                each.merged = each.joined(None)
-        return None if before is None else _drift(base, before, _logits(module, ids))
+        before = None if ids is None else _logits(module, ids)
+        _merge_layers(layers, base, originals)
+        if ids is None or before is None:
+            return None
+        return _drift(base, before, _logits(module, ids))
     except BaseException:
         unmerge(module)
         raise
 
 
 def unmerge(module: nn.Module) -> nn.Module:
-    """Undo `merge`; the base was never touched. Returns `module`."""
-    for each in having_adapters(module, "unmerge").values():
-        each.merged = None
-        each.refresh()
+    """Undo `merge`: compute with base and adapter again. The base was never touched.
+
+    Args:
+        module: A module with adapters, merged or not.
+
+    Returns:
+        `module`.
+
+    Raises:
+        LorakitError: No adapter is attached.
+    """
+    for each in require_attached(module, "unmerge").values():
+        each.set_merged(None)
     return module
 
 
 def merge_and_unload(module: nn.Module, base: str = "dequantized") -> nn.Module:
-    """`merge`, and then plain modules in the place of the adapted ones. There is no way back: base
-    and adapters are gone. Returns `module`; raises as `merge` does.
+    """Merge the selected adapter, and put plain modules in the place of the adapted ones.
+
+    There is no way back: base and adapters are gone.
+
+    Args:
+        module: A module with adapters.
+        base: What the update of a quantized layer is added to, as in `merge`.
+
+    Returns:
+        `module`.
+
+    Raises:
+        LorakitError: `merge` refuses.
     """
     merge(module, base)
-    found = having_adapters(module, "merge_and_unload")
-    put_back(module, {name: each.current() for name, each in found.items()})
+    found = require_attached(module, "merge_and_unload")
+    put_back(module, {name: each.current_module() for name, each in found.items()})
     return module
 
 
-def _joined(name: str, each: Attached, base: str, original: LazyTensor | None) -> nn.Module:
-    weight = None if original is None else original.read().to(_device(each))
-    if has_own_forward(each.plain):
+def _merge_layers(
+    layers: Mapping[str, Attached], base: str, originals: Mapping[str, LazyTensor]
+) -> None:
+    for name, each in tqdm(layers.items(), desc="merging", disable=None, leave=False):
+        if each.selected is not None:
+            each.set_merged(_merged(name, each, base, originals.get(name)))
+    for each in layers.values():  # heads follow the embeddings whose weight they share
+        if isinstance(each, TiedHead) and each.embedding.merged is not None:
+            each.set_merged(each.make_merged(None))
+
+
+def _merged(name: str, each: Attached, base: str, original: LazyTensor | None) -> nn.Module:
+    weight = None if original is None else original.read_dense().to(_device(each))
+    if has_own_forward(each.original):
         raise LorakitError(
             f"merge: {name} has a forward of its own (accelerate's hooks?), which would still "
             "compute with the old weight; take that off first"
         )
-    merged = each.joined(weight)
+    merged = each.make_merged(weight)
     values = (*merged.parameters(), *merged.buffers())
     if not all(torch.isfinite(v).all() for v in values if v.is_floating_point()):
         raise LorakitError(f"merge: the merged weight of {name} holds NaN or infinite values")
     if base == "nf4" and isinstance(each.base, PackedWeight):
+        assert isinstance(merged, (nn.Linear, nn.Embedding))  # what any packed layer merges into
         merged = packed_layer(merged, each.base.config)
     return merged
 
@@ -144,35 +187,35 @@ def _device(each: Attached) -> torch.device:
 def _originals(
     module: nn.Module, layers: Mapping[str, Attached], weights: Mapping[str, Tensor] | None
 ) -> dict[str, LazyTensor]:
-    """Of the layers that are quantized."""
-    kinds = (AttachedLinear, LoraEmbedding, TokenRows)
+    """Return the original weight of each layer that is quantized, by the layer's name."""
     packed = {
-        name: each
+        name: each.base
         for name, each in layers.items()
-        if isinstance(each, kinds) and isinstance(each.base, PackedWeight)
+        if isinstance(each, (AttachedLinear, AttachedEmbedding))
+        and isinstance(each.base, PackedWeight)
     }
     if not packed:
         return {}
     found = dense_weights(module, weights, "merge")
-    for name, each in packed.items():
+    for name, layer in packed.items():
         if name not in found:
             raise LorakitError(f"merge: the original weight of {name} is missing")
-        if found[name].shape != each.base.shape:
+        if found[name].shape != layer.shape:
             raise LorakitError(
-                f"merge: the original of {name} is {found[name].shape}, the layer {each.base.shape}"
+                f"merge: the original of {name} is {found[name].shape}, the layer {layer.shape}"
             )
     return {name: found[name] for name in packed}
 
 
 def _few_tokens(model: Decoder) -> Tensor:
-    """Any few, always the same: one row of ids spread over the vocabulary."""
+    """Return one row of ids spread over the vocabulary, the same ones each time."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (1, TOKENS), generator=generator)
+    ids = torch.randint(model.config.vocab_size, (1, _TOKENS), generator=generator)
     return ids.to(model.device)
 
 
 def _logits(module: nn.Module, ids: Tensor) -> Tensor:
-    """fp32 [tokens, V]"""
+    """Return the logits of `ids` in evaluation mode, fp32 [tokens, V]."""
     training = {each: each.training for each in module.modules()}
     module.eval()
     try:
@@ -186,6 +229,7 @@ def _logits(module: nn.Module, ids: Tensor) -> Tensor:
 
 
 def _drift(base: str, before: Tensor, after: Tensor) -> Drift:
+    """Compare logits fp32 [tokens, V]."""
     difference = (after - before).abs()
     p, q = before.log_softmax(-1), after.log_softmax(-1)
     divergence = (p.exp() * (p - q)).sum(-1).clamp(min=0)

@@ -8,17 +8,17 @@ from torch import Tensor, nn
 
 from lorakit.adapters.layers.base import (
     AttachedLinear,
-    Base,
     CalledBase,
     CalledTransposedBase,
     DenseBase,
+    LinearBase,
     TransposedBase,
     must_be_called,
 )
 from lorakit.adapters.layers.embeddings import LoraEmbedding, TiedHead, TokenRows
 from lorakit.adapters.layers.whole_modules import SavedModule, TrainedBias
 from lorakit.adapters.layers.wrapper import Attached
-from lorakit.adapters.manage import attached, plain_modules
+from lorakit.adapters.manage import attached, outer_modules
 from lorakit.adapters.targets import ends_with, select
 from lorakit.config.adapters import LoraConfig, TargetConfig
 from lorakit.config.errors import LorakitError, nearest
@@ -70,7 +70,7 @@ def check_linear(places: Places, place: str, instead: str) -> None:
 
 def linear_places(module: nn.Module, config: TargetConfig) -> Iterator[tuple[str, nn.Module]]:
     """The layers that `config` selects, by name, for a method that knows linear layers alone."""
-    places = {n: m for n, m in plain_modules(module) if n}
+    places = {n: m for n, m in outer_modules(module) if n}
     linear = [n for n, m in places.items() if is_linear(m, config)]
     for place in select(linear + within_saved(places), [], config):
         layer = found_modules(places, place)
@@ -85,7 +85,7 @@ def within_saved(places: Places) -> list[str]:
         for place, each in places.items()
         if isinstance(each, SavedModule)
         for name, inner in each.base.named_modules()
-        if name and isinstance(inner, (nn.Linear, Base))
+        if name and isinstance(inner, (nn.Linear, LinearBase))
     ]
 
 
@@ -102,7 +102,7 @@ def save_whole(plan: Plan, module: nn.Module, config: TargetConfig, tie: bool = 
     """`plan`, and in it the modules that are trained whole beside the adapted layers; with `tie`
     an embedding and the head that has its weight together.
     """
-    places = {n: m for n, m in plain_modules(module) if n}
+    places = {n: m for n, m in outer_modules(module) if n}
     for place in _saved(places, config):
         layer = places[place]
         heads = tied_heads(module, places, layer)
@@ -125,7 +125,7 @@ def save_whole(plan: Plan, module: nn.Module, config: TargetConfig, tie: bool = 
 def is_linear(module: nn.Module, config: TargetConfig) -> bool:
     module = _trained_as_it_is(module)
     transposed = config.fan_in_fan_out and _is_transposed(module)
-    return transposed or isinstance(module, (nn.Linear, Base, AttachedLinear))
+    return transposed or isinstance(module, (nn.Linear, LinearBase, AttachedLinear))
 
 
 def _trained_as_it_is(module: nn.Module) -> nn.Module:
@@ -140,14 +140,14 @@ def _is_transposed(module: nn.Module) -> bool:
 
 def is_embedding(module: nn.Module) -> bool:
     module = _trained_as_it_is(module)
-    packed = isinstance(module, PackedWeight) and not isinstance(module, Base)
+    packed = isinstance(module, PackedWeight) and not isinstance(module, LinearBase)
     return isinstance(module, (nn.Embedding, LoraEmbedding, TokenRows)) or (
         packed and not isinstance(module, Attached)
     )
 
 
-def base_of(layer: nn.Module) -> Base:
-    if isinstance(layer, Base):
+def base_of(layer: nn.Module) -> LinearBase:
+    if isinstance(layer, LinearBase):
         return layer
     if _is_transposed(layer):
         return CalledTransposedBase(layer) if must_be_called(layer) else TransposedBase(layer)
@@ -166,7 +166,7 @@ def tied_message(place: str) -> str:
 
 
 def _plain(module: nn.Module) -> nn.Module:
-    return module.plain if isinstance(module, Attached) else module
+    return module.original if isinstance(module, Attached) else module
 
 
 def _weight(module: nn.Module) -> Tensor | None:

@@ -168,4 +168,4 @@ def _dense(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
 
 def _alone(layer: nn.Module) -> nn.Module:
     """What computes in the place of an adapted layer, if that is one module."""
-    return (layer.alone() or layer) if isinstance(layer, AdaptedLayer) else layer
+    return (layer.only_module() or layer) if isinstance(layer, AdaptedLayer) else layer

@@ -391,9 +391,9 @@ class Decoder(nn.Module):
         embedding = self.model.embed_tokens
         if not isinstance(embedding, AdaptedLayer):
             return embedding, None
-        if embedding.rows is not None:
+        if embedding.row_groups is not None:
             raise LorakitError("adapter_rows: a head that is tied has one adapter for all rows")
-        return embedding.current(), embedding.update()
+        return embedding.current_module(), embedding.low_rank_update()
 
     def forward(
         self,
@@ -458,7 +458,7 @@ class Decoder(nn.Module):
         weight, update = self._head_weight()
         if weight is None:
             rows = (targets != -100).nonzero(as_tuple=True)
-            whole = isinstance(self.lm_head, AdaptedLayer) and self.lm_head.rows is not None
+            whole = isinstance(self.lm_head, AdaptedLayer) and self.lm_head.row_groups is not None
             logits = self._uncapped(hidden)[rows] if whole else self._uncapped(hidden[rows])
             return kernels.cross_entropy(logits, targets[rows], **form)
         lora = None if update is None else (update.lora_A, update.lora_B, update.scaling)
@@ -471,9 +471,9 @@ class Decoder(nn.Module):
             head, update = self._tied_head()
         elif has_hooks(head):
             return None, None
-        elif isinstance(head, AdaptedLayer) and head.rows is None:
-            update = head.update()
-            head = head.alone() if update is None else head.current()
+        elif isinstance(head, AdaptedLayer) and head.row_groups is None:
+            update = head.low_rank_update()
+            head = head.only_module() if update is None else head.current_module()
         more = update is not None and (update.dropout or update.magnitude is not None)
         if more or (update is not None and update.bias is not None):
             return None, None

@@ -143,7 +143,7 @@ def _is_merged(module: nn.Module) -> bool:
 def _layers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """All modules by name; in the place of an adapted one what computes there, merged or not."""
     if isinstance(module, AdaptedLayer):
-        module = module.current()
+        module = module.current_module()
     yield name, module
     for leaf, child in module.named_children():
         yield from _layers(child, f"{name}.{leaf}" if name else leaf)

@@ -370,7 +370,7 @@ def _check_gradients(model: Decoder, layers: Mapping[str, Attached]) -> None:
     """An expert may have been chosen by no token yet; every other module has work to do."""
     experts = tuple(f"{n}.experts." for n, m in model.named_modules() if isinstance(m, MoE))
     for name, layer in layers.items():
-        for ending, parameter in layer.tensors(layer.selected).items():
+        for ending, parameter in layer.trained_tensors(layer.selected).items():
             if parameter.grad is None and not name.startswith(experts):
                 raise LorakitError(f"train: {name}.{ending} got no gradient; it is not used")
 

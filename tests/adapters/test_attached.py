@@ -97,10 +97,10 @@ def test_a_layer_shows_the_weight_that_it_computes_with(options):
     torch.testing.assert_close(layer(x), truth, **CLOSE)
     assert torch.equal(layer.weight, layer.merged.weight)
     with lk.disable_adapters(module):
-        assert torch.equal(layer.weight, layer.plain.weight)
+        assert torch.equal(layer.weight, layer.original.weight)
     lk.unmerge(module)
     with lk.disable_adapters(module):
-        assert torch.equal(layer.weight, layer.plain.weight)
+        assert torch.equal(layer.weight, layer.original.weight)
 
 
 def test_a_packed_layer_shows_its_weight():
@@ -151,11 +151,11 @@ def test_few_rows_of_a_wide_type_are_as_exact_as_many():
     module = nn.Sequential(nn.Linear(8, 8)).double()
     layer = filled(lk.attach(module, lk.LoraConfig(r=2)))[0]
     x = torch.randn(3, 8, dtype=torch.float64)
-    truth = x @ (layer.plain.weight + 4 * layer.lora_B.double() @ layer.lora_A.double()).t()
+    truth = x @ (layer.original.weight + 4 * layer.lora_B.double() @ layer.lora_A.double()).t()
     found = layer(x)
     assert found.dtype == torch.float64
     # sums of 8 fp64 products; in fp32 they would be 1e-8 apart
-    assert (found - truth - layer.plain.bias).abs().max() < 1e-13
+    assert (found - truth - layer.original.bias).abs().max() < 1e-13
 
 
 # ---- merging ----
@@ -179,14 +179,14 @@ def test_an_interrupted_merge_leaves_nothing_merged(monkeypatch):
     module = chain()
     x = torch.ones(1, 8)
     before = module(x)
-    joined = type(module[0]).joined
+    make_merged = type(module[0]).make_merged
 
     def interrupted(layer, weight):
         if layer is module[2]:
             raise KeyboardInterrupt
-        return joined(layer, weight)
+        return make_merged(layer, weight)
 
-    monkeypatch.setattr(type(module[0]), "joined", interrupted)
+    monkeypatch.setattr(type(module[0]), "make_merged", interrupted)
     with pytest.raises(KeyboardInterrupt):
         lk.merge(module)
     assert all(layer.merged is None for layer in lora_layers(module).values())

@@ -340,8 +340,8 @@ def test_a_combined_adapter_computes_the_sum(kind, tolerance):
     """cat keeps all; svd of the whole rank too. A layer of one adapter alone has this one's."""
     module = two_adapters()
     x, weights = torch.randn(5, 10), {"a": 0.7, "b": -1.5}
-    base = module[1].plain(x)
-    truth, alone = base.clone(), module[0].plain(torch.eye(12))
+    base = module[1].original(x)
+    truth, alone = base.clone(), module[0].original(torch.eye(12))
     for name, weight in weights.items():
         lk.set_adapter(module, name)
         truth += weight * (module[1](x) - base)

@@ -200,7 +200,7 @@ def trained(module, name="default"):
         f"base_model.model.{place}.{ending}": parameter
         for place, each in attached(module).items()
         if name in each.adapters
-        for ending, parameter in each.tensors(name).items()
+        for ending, parameter in each.trained_tensors(name).items()
     }
 
 
@@ -531,7 +531,7 @@ def test_gradients_of_a_linear_layer(options, path):
     ways = {
         "light": lambda: layer(x),
         "fused": lambda: layer.compute(layer.part, x),
-        "by autograd": lambda: layer._by_autograd(layer.part, x),
+        "by autograd": lambda: layer.compute_by_autograd(layer.part, x),
     }
     parameters = list(trained(module).values())
     if options.get("use_dora"):  # the length is taken as a constant, as in the paper
@@ -596,7 +596,7 @@ def test_gradients_of_embeddings_and_tied_heads(options, tied):
     lk.merge(module)
     assert (module(ids) - found).abs().max() <= 1e-13  # all in fp64
     if tied:
-        assert module.head.current().weight is module.embed.current().weight
+        assert module.head.current_module().weight is module.embed.current_module().weight
 
 
 # ---- tied models ----
@@ -636,7 +636,7 @@ def test_tied_models_stay_tied(bases, tmp_path, base, options):
     written = load_file(tmp_path / "model.safetensors")
     assert "lm_head.weight" not in written
     assert torch.equal(
-        written["model.embed_tokens.weight"], ours.model.embed_tokens.current().weight
+        written["model.embed_tokens.weight"], ours.model.embed_tokens.current_module().weight
     )
     lk.merge_and_unload(theirs)
     assert theirs.lm_head.weight is theirs.model.embed_tokens.weight

@@ -283,7 +283,7 @@ def test_a_layer_with_hooks_is_called():
     module[0].register_forward_pre_hook(lambda _, args: (2 * args[0],))
     filled(lk.attach(module, lk.LoraConfig(r=2, lora_alpha=2)))
     x = torch.randn(2, 3, 8)
-    truth = module[0].plain(x) + x @ module[0].lora_A.t() @ module[0].lora_B.t()
+    truth = module[0].original(x) + x @ module[0].lora_A.t() @ module[0].lora_B.t()
     seen.clear()
     torch.testing.assert_close(module(x), truth, **CLOSE)
     assert seen == [1]
@@ -311,7 +311,7 @@ def test_a_weight_that_is_computed(kind, rows):
     x = torch.randn(rows, 8)
     module = lk.attach(plain, lk.LoraConfig(r=2, target_modules=["0"]))
     filled(module)
-    truth = module[0].plain(x) + 4 * x @ module[0].lora_A.t() @ module[0].lora_B.t()
+    truth = module[0].original(x) + 4 * x @ module[0].lora_A.t() @ module[0].lora_B.t()
     torch.testing.assert_close(module(x), truth, **CLOSE)
     torch.testing.assert_close(lk.merge_and_unload(module)(x), truth, **CLOSE)
 

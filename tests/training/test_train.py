@@ -233,8 +233,7 @@ def test_a_mixture_of_experts_trains(tok, tmp_path, family):
 def test_an_adapter_without_gradient_is_an_error(tiny_dir, tok, tmp_path):
     model = adapted(tiny_dir)
     layer = model.model.layers[1].mlp.up_proj
-    layer.enabled = False
-    layer.refresh()
+    layer.set_enabled(False)
     with pytest.raises(lk.LorakitError, match=r"layers\.1\.mlp\.up_proj\.lora_A\S* got no grad"):
         lk.train(model, tok, ROWS, lk.TrainConfig(output_dir=str(tmp_path), max_steps=2))
 

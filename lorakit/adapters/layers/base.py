@@ -1,31 +1,55 @@
-"""Carried out of lorakit/lora.py."""
+"""The linear layers that adapters sit on, and what all adapters of linear layers share.
+
+A wrapper of a linear layer asks little of its base: `base(x)`, `base.dequantize()`, `base.stored`
+(the weight as the kernels take it), `base.requantize(w)` and `base.frozen`. What the base stores,
+four bits or thirty-two, is its own business. Packed layers (models/packed_layers.py) have these
+methods themselves. Dense layers get them here:
+
+    DenseBase               an nn.Linear, W [out, in]
+    TransposedBase          a layer that stores W^T [in, out], such as the Conv1D of transformers
+    CalledBase              an nn.Linear that is more than its weight and bias
+    CalledTransposedBase    a Conv1D that is more than its weight and bias
+"""
 
 import copy
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.adapters.layers.wrapper import Attached
+from lorakit.adapters.layers.wrapper import Attached, PartT
 from lorakit.kernels import Packed
 from lorakit.models.hooks import has_hooks, has_own_forward
 
 
 @runtime_checkable
-class Base(Protocol):
-    """What an adapter can sit on: a module with these beside its forward."""
+class LinearBase(Protocol):
+    """A linear layer that an adapter can sit on: a module that has these members too."""
 
     in_features: int
     out_features: int
-    bias: Tensor | None
-    frozen: bool
-
-    def dequantize(self) -> Tensor: ...
 
     @property
-    def stored(self) -> Tensor | Packed: ...
+    def bias(self) -> Tensor | None:
+        """The bias [out], if there is one."""
 
-    def requantize(self, w: Tensor) -> None: ...
+    @property
+    def frozen(self) -> bool:
+        """Whether the weight is frozen and the fused kernels may compute the layer."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def forward(self, x: Tensor) -> Tensor: ...
+
+    def dequantize(self) -> Tensor:
+        """Return the weight [out, in], dense, without gradients."""
+
+    @property
+    def stored(self) -> Tensor | Packed:
+        """The weight [out, in] as the kernels take it."""
+
+    def requantize(self, w: Tensor) -> None:
+        """Store another weight [out, in] in the same format."""
 
 
 class DenseBase(nn.Module):
@@ -60,13 +84,14 @@ class DenseBase(nn.Module):
 
 
 class CalledBase(DenseBase):
-    """An nn.Linear that is more than its weight and bias: with hooks, a forward of its own, or a
-    weight that is computed, as pruned ones have it. It is called as it is.
+    """An nn.Linear that is more than its weight and bias, so it is called as it is.
+
+    It has hooks, a forward of its own, or a weight that is computed, as pruned layers have.
     """
 
     @property
     def frozen(self) -> bool:
-        """The fused kernels would not call it."""
+        """False: the fused kernels would not call the layer."""
         return False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,14 +99,14 @@ class CalledBase(DenseBase):
 
 
 def must_be_called(layer: nn.Module) -> bool:
-    """Return whether a linear layer is more than its weight and bias: see `CalledBase`."""
+    """Return whether a linear layer is more than its weight and bias; see `CalledBase`."""
     return has_hooks(layer) or has_own_forward(layer) or "weight" not in layer._parameters
 
 
 class TransposedBase(DenseBase):
     """A linear layer that stores its weight [in, out], such as the Conv1D of transformers."""
 
-    def __init__(self, linear: nn.Module):
+    def __init__(self, linear: nn.Linear):
         super().__init__(linear)
         self.in_features, self.out_features = linear.weight.shape
 
@@ -103,36 +128,48 @@ class CalledTransposedBase(CalledBase, TransposedBase):
     """A Conv1D that is more than its weight and bias."""
 
 
-class AttachedLinear(Attached):
-    """The common part of all kinds on a linear layer."""
+class AttachedLinear(Attached[PartT]):
+    """What all kinds of wrappers of a linear layer share."""
 
-    def __init__(self, base: Base):
+    base: LinearBase  # type: ignore[assignment]  # and a module, which a Protocol cannot say
+
+    def __init__(self, base: LinearBase):
+        assert isinstance(base, nn.Module)
         super().__init__(base)
         self.in_features, self.out_features = base.in_features, base.out_features
 
     @property
-    def plain(self) -> nn.Module:
-        return self.base.linear if isinstance(self.base, DenseBase) else self.base
+    def original(self) -> nn.Module:
+        base = self.base
+        if isinstance(base, DenseBase):
+            return base.linear
+        assert isinstance(base, nn.Module)
+        return base
 
     @property
     def weight(self) -> Tensor:
-        """What the layer multiplies with, adapter and all, [out, in], computed each time and
-        without gradients: for code that reads a layer's weight, as torch's encoder layers and T5
-        do.
+        """The weight that the layer multiplies with, adapter and all, as the original stores it.
+
+        It is computed each time, without gradients. It is for code that reads a layer's weight, as
+        torch's encoder layers and T5 do.
         """
-        layer = self._whole()
-        return layer.dequantize() if isinstance(layer, Base) else layer.weight
+        layer = self._as_one_module()
+        weight = layer.dequantize() if isinstance(layer, LinearBase) else layer.weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     @property
     def bias(self) -> Tensor | None:
-        """What the layer adds, [out]."""
-        return self._whole().bias
+        """The bias [out] that the layer adds, adapter and all."""
+        bias = self._as_one_module().bias
+        assert bias is None or isinstance(bias, Tensor)
+        return bias
 
-    def _whole(self) -> nn.Module:
-        return self.current() if self.using[0] is None else self.joined(None)
+    def _as_one_module(self) -> nn.Module:
+        return self.current_module() if self.active is None else self.make_merged(None)
 
-    def plain_with(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
-        """A layer of its own, as the base is, with another weight [out, in]."""
+    def make_plain(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """Return a layer like the original with another weight [out, in] and bias [out]."""
         if isinstance(self.base, TransposedBase):
             weight = weight.t().contiguous()
         if isinstance(self.base, DenseBase) and "weight" in self.base.linear._parameters:
@@ -141,8 +178,11 @@ class AttachedLinear(Attached):
         return with_weight(linear, weight, bias)
 
 
-def with_weight(layer: nn.Module, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
-    """A copy of `layer` with another frozen weight and bias; the rest is shared with it."""
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def with_weight(layer: ModuleT, weight: Tensor, bias: Tensor | None = None) -> ModuleT:
+    """Return a copy of `layer` with another frozen weight and bias; they share the rest."""
     other = copy.copy(layer)
     other._parameters = dict(layer._parameters)
     other.weight = nn.Parameter(weight, requires_grad=False)

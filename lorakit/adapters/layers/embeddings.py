@@ -2,14 +2,15 @@
 
     LoraEmbedding   an embedding, W [V, H] by rows        y = W[id] + s B A[:, id]
     TokenRows       some rows of an embedding, trained    y = rows[id] instead of W[id]
-    TiedHead        a head on the weight of an embedding that is adapted in one of these ways
+    TiedHead        a head on the weight of an adapted embedding
 
-A tied head computes with the embedding's weight, so it changes as the embedding does: what the
-embedding adds is, to the head, an update of low rank too, with A and B in each other's place, or
-for trained rows with a one-hot B.
+A tied head computes with the embedding's weight, so it changes as the embedding does. To the head,
+what the embedding adds is an update of low rank too: LoRA's A and B change places, and trained rows
+become an update with a one-hot B. An embedding that is trained whole hands the head its copy.
 """
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,21 +18,28 @@ from torch import Tensor, nn
 
 from lorakit import kernels
 from lorakit.adapters.layers.base import DenseBase, with_weight
-from lorakit.adapters.layers.lora import LoraPart, WithLora
-from lorakit.adapters.layers.wrapper import Attached, Part
+from lorakit.adapters.layers.lora import LoraLayer, LoraPart
+from lorakit.adapters.layers.whole_modules import SavedModule
+from lorakit.adapters.layers.wrapper import Attached, Part, PartT
 from lorakit.config.adapters import LoraConfig
 from lorakit.config.errors import LorakitError
-from lorakit.kernels import LoraWeights, lora_linear
+from lorakit.kernels import LoraWeights, Packed, lora_linear
+from lorakit.models.packed_layers import PackedEmbedding
+
+Embedding = nn.Embedding | PackedEmbedding
 
 
 class HeadOfEmbedding:
-    """The weight of an embedding [V, H] as that of a linear layer: the base of a tied head."""
+    """The weight [V, H] of an embedding as a linear layer's: the base of a tied head's update."""
 
     bias = None
 
-    def __init__(self, embedding: nn.Module):
-        packed = not isinstance(embedding, nn.Embedding)
-        self.stored = embedding.quantized if packed else _frozen(embedding.weight)
+    def __init__(self, embedding: Embedding):
+        self.stored: Tensor | Packed
+        if isinstance(embedding, nn.Embedding):
+            self.stored = _frozen(embedding.weight)
+        else:
+            self.stored = embedding.quantized
 
     def __call__(self, x: Tensor) -> Tensor:
         if isinstance(self.stored, Tensor):
@@ -48,14 +56,28 @@ def _frozen(weight: Tensor) -> Tensor:
     return weight
 
 
+def _weight(module: nn.Module) -> Tensor:
+    assert isinstance(module.weight, Tensor)
+    return module.weight
+
+
 def _dense(embedding: nn.Module) -> Tensor:
-    """The weight [V, H]; of a packed embedding as it computes."""
+    """Return the weight [V, H], dequantized where it is packed."""
+    assert isinstance(embedding, Embedding)
     return embedding.weight if isinstance(embedding, nn.Embedding) else embedding.dequantize()
 
 
+def _like(embedding: Embedding, weight: Tensor) -> nn.Embedding:
+    """Return an embedding as the given one is, dense and frozen, with another weight [V, H]."""
+    if isinstance(embedding, nn.Embedding):
+        return with_weight(embedding, weight)
+    return nn.Embedding.from_pretrained(weight)
+
+
 def _look_up(embedding: nn.Module, weight: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
-    """Rows of `weight` [n, any], with whatever else `embedding` does to its own; that of
-    `padding_idx` gets no gradient.
+    """Return rows of `weight` [n, any], with whatever else `embedding` does to its own rows.
+
+    The row of `padding_idx` gets no gradient.
     """
     if isinstance(embedding, nn.Embedding) and type(embedding) is not nn.Embedding:
         other = copy.copy(embedding)
@@ -69,13 +91,41 @@ def _padding(embedding: nn.Module) -> int | None:
     return embedding.padding_idx if isinstance(embedding, nn.Embedding) else None
 
 
-class LoraEmbedding(WithLora):
-    """base(ids) + scaling * A^T[ids] B^T, lora_A [r, V] and lora_B [H, r]."""
+class AttachedEmbedding(Attached[PartT]):
+    """What the wrappers of an embedding share, but for one that is trained whole."""
+
+    base: Embedding
+
+    def low_rank_update(self) -> LoraWeights | None:
+        """Return base and update as a tied head sees them."""
+        part = self.active
+        return None if part is None else self.update_of_head(part, HeadOfEmbedding(self.base))
+
+    def update_of_head(self, part: PartT, base: HeadOfEmbedding | DenseBase) -> LoraWeights:
+        """Return what `part` adds to a head that has the embedding's weight, over `base`."""
+        raise NotImplementedError
+
+    def changed(self, part: PartT, weight: Tensor) -> Tensor:
+        """Return `weight` [V, H] with `part` in it. Gradients reach the part."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight [V, H], adapter and all: for code that uses it as a head.
+
+        It is computed each time. Gradients reach the adapter.
+        """
+        own = _dense(self.current_module())
+        return own if self.active is None else self.changed(self.active, own)
+
+
+class LoraEmbedding(AttachedEmbedding[LoraPart], LoraLayer):
+    """An embedding with LoRA: base(ids) + scaling * A^T[ids] B^T, lora_A [r, V], lora_B [H, r]."""
 
     endings = ("lora_embedding_A", "lora_embedding_B")
 
-    def tensors(self, name: str) -> dict[str, nn.Parameter]:
-        part = self.adapters[name]
+    def trained_tensors(self, name: str) -> dict[str, nn.Parameter]:
+        part = self.part_of(name)
         found = {
             self.endings[0]: part.lora_A,
             self.endings[1]: part.lora_B,
@@ -83,12 +133,7 @@ class LoraEmbedding(WithLora):
         }
         return {ending: tensor for ending, tensor in found.items() if tensor is not None}
 
-    def update(self) -> LoraWeights | None:
-        """As a tied head sees it."""
-        (part,) = self.using
-        return None if part is None else self.of_head(part, HeadOfEmbedding(self.base))
-
-    def of_head(self, part: LoraPart, base) -> LoraWeights:
+    def update_of_head(self, part: LoraPart, base: HeadOfEmbedding | DenseBase) -> LoraWeights:
         A, B = part.pair()
         return LoraWeights(base, B.t(), A.t(), part.scaling)
 
@@ -101,12 +146,12 @@ class LoraEmbedding(WithLora):
             with torch.autocast(y.device.type, enabled=False):  # as precise as the embedding is
                 flat = torch.addmm(flat, update, B.t().to(y.dtype), alpha=part.scaling)
             return flat.view_as(y)
-        gain = (part.magnitude / self._column_norms(part)).to(y.dtype)
+        gain = (part.magnitude / self.column_norms(part)).to(y.dtype)
         return (y + part.scaling * F.linear(low, B.to(y.dtype))) * gain
 
     @torch.no_grad()
-    def _column_norms(self, part: LoraPart) -> Tensor:
-        """||W + s (B A)^T|| of each column [H], from products of rank r."""
+    def column_norms(self, part: LoraPart) -> Tensor:
+        """Return the length of each column of W + s (B A)^T, [H], from products of rank r."""
         W = _dense(self.base)
         W = W.to(torch.promote_types(W.dtype, torch.float32))
         A, sB = part.lora_A.to(W.dtype), part.lora_B.to(W.dtype) * part.scaling
@@ -114,34 +159,29 @@ class LoraEmbedding(WithLora):
         square += 2 * (sB * (A @ W).t()).sum(1) + (sB * (sB @ (A @ A.t()))).sum(1)
         return square.clamp(min=0).sqrt()
 
-    @property
-    def weight(self) -> Tensor:
-        """[V, H] with the update, computed each time: for code that uses it as a head. Gradients
-        reach the adapter.
-        """
-        (part,) = self.using
-        own = _dense(self.current())
-        return own if part is None else self._sum(part, own)
-
-    def _sum(self, part: LoraPart, W: Tensor) -> Tensor:
+    def changed(self, part: LoraPart, weight: Tensor) -> Tensor:
         A, B = part.pair()
-        wide = torch.promote_types(W.dtype, torch.float32)
-        found = torch.addmm(W.to(wide), A.t().to(wide), B.t().to(wide), alpha=part.scaling)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        found = torch.addmm(weight.to(wide), A.t().to(wide), B.t().to(wide), alpha=part.scaling)
         if part.magnitude is not None:  # the lengths count as constants, as in PEFT
             found = found * (part.magnitude / found.detach().norm(dim=0))
-        return found.to(W.dtype)
+        return found.to(weight.dtype)
 
     @torch.no_grad()
-    def joined(self, weight: Tensor | None) -> nn.Module:
+    def make_merged(self, weight: Tensor | None) -> nn.Module:
         own = _dense(self.base)
-        found = self._sum(self.part, own if weight is None else weight)
-        if isinstance(self.base, nn.Embedding):
-            return with_weight(self.base, found.to(own.dtype))
-        return nn.Embedding.from_pretrained(found.to(own.dtype))
+        found = self.changed(self.part, own if weight is None else weight)
+        return _like(self.base, found.to(own.dtype))
 
 
 class RowsPart(Part):
-    """Trained rows [n, H] for the tokens `ids` [n], n of V."""
+    """Trained rows [n, H] of an embedding for the tokens `ids` [n], n of V.
+
+    `slots` [V] holds the row of each token, or -1; `slot_of` the same for the n tokens.
+    """
+
+    ids: Tensor
+    slots: Tensor
 
     def __init__(self, config: LoraConfig, ids: Tensor, rows: Tensor, vocabulary: int):
         super().__init__(config)
@@ -150,82 +190,80 @@ class RowsPart(Part):
         slots[ids] = torch.arange(len(ids), device=rows.device)
         self.slot_of = {token: slot for slot, token in enumerate(ids.tolist())}
         self.register_buffer("ids", ids, persistent=False)
-        self.register_buffer("slots", slots, persistent=False)  # of each token its row, or -1
+        self.register_buffer("slots", slots, persistent=False)
 
 
-class TokenRows(Attached):
-    """base(ids), but for some tokens rows that are trained; a tied head has them too."""
+class TokenRows(AttachedEmbedding[RowsPart]):
+    """An embedding with trained rows for some tokens; a tied head has them too."""
 
-    def tensors(self, name: str) -> dict[str, nn.Parameter]:
-        return {"token_adapter.trainable_tokens_delta": self.adapters[name].rows}
+    def trained_tensors(self, name: str) -> dict[str, nn.Parameter]:
+        return {"token_adapter.trainable_tokens_delta": self.part_of(name).rows}
 
     def compute(self, part: RowsPart, ids: Tensor) -> Tensor:
         y, slots = self.base(ids), part.slots[ids]
-        padding = part.slot_of.get(_padding(self.base))
+        padding_token = _padding(self.base)
+        padding = None if padding_token is None else part.slot_of.get(padding_token)
         rows = _look_up(self.base, part.rows, slots.clamp(min=0), padding).to(y.dtype)
         return torch.where((slots >= 0)[..., None], rows, y)
 
-    @property
-    def weight(self) -> Tensor:
-        """[V, H] with the trained rows, made each time, as that of a `LoraEmbedding`."""
-        (part,) = self.using
-        own = _dense(self.current())
-        return own if part is None else own.index_copy(0, part.ids, part.rows.to(own.dtype))
-
     def original_rows(self, ids: Tensor) -> Tensor:
-        """fp32 [n, H]"""
+        """Return the rows of tokens `ids` as the base has them, fp32 [n, H]."""
         if isinstance(self.base, nn.Embedding):
             return self.base.weight.detach()[ids].float()
         return self.base(ids).float()
 
-    def update(self) -> LoraWeights | None:
-        """As a tied head sees it: B one-hot, A the difference of the rows."""
-        (part,) = self.using
-        return None if part is None else self.of_head(part, HeadOfEmbedding(self.base))
-
-    def of_head(self, part: RowsPart, base) -> LoraWeights:
+    def update_of_head(self, part: RowsPart, base: HeadOfEmbedding | DenseBase) -> LoraWeights:
+        """Return an update with a one-hot B; A is how far the rows have moved."""
         one_hot = (
             part.slots[:, None] == torch.arange(len(part.ids), device=part.ids.device)
         ).float()
         return LoraWeights(base, part.rows - self.original_rows(part.ids), one_hot, 1.0)
 
+    def changed(self, part: RowsPart, weight: Tensor) -> Tensor:
+        return weight.index_copy(0, part.ids, part.rows.to(weight.dtype))
+
     @torch.no_grad()
-    def joined(self, weight: Tensor | None) -> nn.Module:
-        part, own = self.adapters[self.selected], _dense(self.base)
+    def make_merged(self, weight: Tensor | None) -> nn.Module:
+        own = _dense(self.base)
         own = own if weight is None else weight.to(own.dtype)
-        found = own.index_copy(0, part.ids, part.rows.to(own.dtype))
-        if isinstance(self.base, nn.Embedding):
-            return with_weight(self.base, found)
-        return nn.Embedding.from_pretrained(found)
+        return _like(self.base, self.changed(self.part, own))
 
 
-class TiedHead(Attached):
-    """A linear layer on the weight of an embedding that is adapted: it changes alike."""
+class TiedHead(Attached[nn.Module]):
+    """A linear layer that shares the weight of an adapted embedding, and changes with it.
 
-    def __init__(self, base: nn.Linear, embedding: Attached):
+    It has no parts of its own. Which adapter it computes with, the embedding says.
+    """
+
+    base: nn.Linear
+    embedding: AttachedEmbedding[Any] | SavedModule
+
+    def __init__(self, base: nn.Linear, embedding: Attached[Any]):
         super().__init__(base)
-        self.embedding = (embedding,)  # a tuple, lest its parameters have two names
+        # Not by setattr: torch would register it, and its parameters would have two names.
+        self.__dict__["embedding"] = embedding
 
-    def in_use(self) -> bool:
-        return self.embedding[0].in_use()
+    def has_parts(self) -> bool:
+        return self.embedding.has_parts()
 
-    def tensors(self, name: str) -> dict[str, nn.Parameter]:
+    def trained_tensors(self, name: str) -> dict[str, nn.Parameter]:
         return {}
 
-    def without(self, x: Tensor) -> Tensor:
-        (embedding,) = self.embedding
-        (part,) = embedding.using
-        if self.rows is not None and self.enabled:
+    def compute_inactive(self, x: Tensor) -> Tensor:
+        if self.by_rows:
             raise LorakitError("adapter_rows: an adapted head that is tied has one adapter for all")
-        if part is None:
-            return self.current()(x)
-        if isinstance(part, (LoraPart, RowsPart)):
-            _frozen(self.base.weight)
-            return lora_linear(x, embedding.of_head(part, DenseBase(self.base)))
-        return F.linear(x, part.weight, self.base.bias)  # a copy that is trained whole
+        embedding = self.embedding
+        if embedding.active is None:
+            return self.current_module()(x)
+        if isinstance(embedding, SavedModule):
+            return F.linear(x, _weight(embedding.active), self.base.bias)
+        _frozen(self.base.weight)
+        return lora_linear(x, embedding.update_of_head(embedding.active, DenseBase(self.base)))
 
-    def joined(self, weight: Tensor | None) -> nn.Module:
-        (embedding,) = self.embedding
-        other = with_weight(self.base, embedding.merged.weight)
-        other.weight = embedding.merged.weight  # the same tensor
+    def make_merged(self, weight: Tensor | None) -> nn.Module:
+        """Return a head with the very tensor that is the merged embedding's weight."""
+        merged = self.embedding.merged
+        assert merged is not None
+        other = with_weight(self.base, _weight(merged))
+        other.weight = _weight(merged)
         return other

@@ -1,4 +1,4 @@
-"""LoRA on a linear layer: what it computes.
+"""LoRA on a linear layer: what it computes, trains and saves.
 
             x ------------------+
             |                   |
@@ -10,32 +10,31 @@
 
     LoraLinear      y = W x + s B A x, or with DoRA's lengths of the rows
 
-Embeddings are in embeddings.py, modules that are trained as they are in trained_modules.py.
+A and B are fp32 parameters, whatever the model computes in. LoRA on embeddings is in embeddings.py;
+modules that are trained as they are in whole_modules.py. `LowRankLinear` holds what LoRA shares
+with other methods whose update is a product of a tall and a wide matrix, such as VeRA and AdaLoRA.
 
-A `LoraLinear` owns its base and asks five things of it: `base(x)`, `base.dequantize()`,
-`base.stored`, the weight as the kernels take it, `base.requantize(w)`, and `base.frozen`. What the
-base stores, four bits or thirty-two, is not its business. A and B are fp32 parameters whatever the
-model computes in.
-
-An initialization that takes a part out of the weight (PiSSA, OLoRA) leaves the base as it is all
-the same: the part lies beside A and B as A0 and B0, and the layer computes
+An initialization that takes a part out of the weight (PiSSA, OLoRA) leaves the base as it is too.
+The part lies beside A and B as A0 and B0, and the layer computes
 
     W x + s (B A - B0 A0) x = W x + s [B, -B0] [A; A0] x
 
-which is the same function at twice the rank of the low-rank path. So any base serves, four bits
-too, several adapters share it, and what is saved is plain LoRA of twice the rank, exactly.
+That is the function which PiSSA and OLoRA define, at twice the rank of the low-rank path. So any
+base serves, four bits too, and several adapters share it. What is saved is plain LoRA of twice the
+rank, exactly.
 """
 
 from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit import kernels
-from lorakit.adapters.layers.base import AttachedLinear, Base, DenseBase
+from lorakit.adapters.layers.base import AttachedLinear, DenseBase
 from lorakit.adapters.layers.wrapper import Attached, Part
-from lorakit.config.adapters import LoraConfig, TargetConfig
+from lorakit.config.adapters import LoraConfig
 from lorakit.config.errors import LorakitError
 from lorakit.kernels import LoraWeights, lora_linear
 
@@ -44,12 +43,24 @@ from lorakit.kernels import LoraWeights, lora_linear
 FEW = 4096
 
 
-class LowRank(Part):
-    """The update s B A of one layer by one adapter, of which `pair` gives A and B; and nothing else
-    that a `LoraLinear` knows of, unless a part says so.
+class LowRankPart(Part):
+    """The update s B A of one layer by one adapter.
+
+    `pair` returns A and B. A part has none of these unless its method says so:
+
+    lora_bias [out]     is added on the low-rank path, scaled as that is
+    magnitude [out]     is DoRA's length of every row
+    bias [out]          stands in place of the base's bias
+    start_A, start_B    are A0 and B0, frozen: s B0 A0 is taken out of the weight
     """
 
-    def __init__(self, config: TargetConfig, r: int, scaling: float, dropout: float):
+    lora_bias: nn.Parameter | None
+    magnitude: nn.Parameter | None
+    bias: nn.Parameter | None
+    start_A: Tensor | None
+    start_B: Tensor | None
+
+    def __init__(self, config: Any, r: int, scaling: float, dropout: float):
         super().__init__(config)
         self.r, self.scaling, self.dropout = r, scaling, dropout
         self.lora_bias = self.magnitude = self.bias = None
@@ -57,91 +68,166 @@ class LowRank(Part):
         self.register_buffer("start_B", None)
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """A [R, in] and B [out, R] of the whole update."""
+        """Return A [R, in] and B [out, R] of the whole update."""
         raise NotImplementedError
 
     @property
+    def has_extras(self) -> bool:
+        """Whether the part changes more than its A and B do: a bias, or the lengths of rows."""
+        extras = (self.lora_bias, self.magnitude, self.bias)
+        return any(extra is not None for extra in extras)
+
+    @property
     def is_plain(self) -> bool:
-        """Whether A and B are all there is."""
-        return self.start_A is self.lora_bias is self.magnitude is self.bias is None
+        """Whether the part has neither extras nor a start."""
+        return self.start_A is None and not self.has_extras
 
 
-class LoraPart(LowRank):
-    """What one adapter adds to one layer: lora_A [r, in], lora_B [out, r], fp32, and where the
-    config says so
+class LoraPart(LowRankPart):
+    """What one LoRA adapter adds to one layer: lora_A [r, in] and lora_B [out, r], fp32.
 
-    lora_bias [out]     added on the low-rank path, scaled as it is
-    magnitude [out]     DoRA's length of every row
-    bias [out]          in place of the base's
-    start_A, start_B    A0 and B0, frozen: s B0 A0 is taken out of the weight
+    `awaits` names the initialization, "loftq" or "eva", that has yet to fill the part in.
     """
 
     def __init__(self, config: LoraConfig, scaling: float, lora_A: Tensor, lora_B: Tensor):
         super().__init__(config, len(lora_A), scaling, config.lora_dropout)
         self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
         kind = config.init_lora_weights
-        self.awaits = kind if kind in ("loftq", "eva") else None  # what has yet to start it
+        self.awaits = kind if kind in ("loftq", "eva") else None
 
     def start_with(self, A: Tensor, B: Tensor) -> None:
-        """Start from A [r, in] and B [out, r] with nothing changed: s B A is taken out of W."""
+        """Start from A [r, in] and B [out, r] with s B A taken out of W: nothing changes yet."""
         with torch.no_grad():
             self.lora_A.copy_(A)
             self.lora_B.copy_(B)
         self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """A [R, in] and B [out, R] of the whole update, R = r, or 2 r with a start."""
-        if self.start_A is None:
+        """Return A [R, in] and B [out, R] of the whole update: R = r, or 2 r with a start."""
+        if self.start_A is None or self.start_B is None:
             return self.lora_A, self.lora_B
         A = torch.cat([self.lora_A, self.start_A])
         return A, torch.cat([self.lora_B, -self.start_B], dim=1)
 
 
-class WithLora(Attached):
-    """The common part of all kinds with A and B; `endings` are theirs in PEFT's file."""
+class LoraLayer(Attached[LoraPart]):
+    """What LoRA's wrappers of linear layers and of embeddings share."""
 
     endings: tuple[str, str]
-
-    @property
-    def part(self) -> LoraPart:
-        """Of the selected adapter."""
-        return self.adapters[self.selected]
+    """How the keys of A and B end in PEFT's file."""
 
     @property
     def lora_A(self) -> nn.Parameter:
+        """A of the selected adapter."""
         return self.part.lora_A
 
     @property
     def lora_B(self) -> nn.Parameter:
+        """B of the selected adapter."""
         return self.part.lora_B
 
-    def saved(self, name: str) -> dict[str, Tensor]:
-        pair = zip(self.endings, self.adapters[name].pair(), strict=True)
-        values = self.tensors(name) | dict(pair)
+    def tensors_to_save(self, name: str) -> dict[str, Tensor]:
+        pair = zip(self.endings, self.part_of(name).pair(), strict=True)
+        values: dict[str, Tensor] = {**self.trained_tensors(name), **dict(pair)}
         return {ending: tensor.float() for ending, tensor in values.items()}
 
     @torch.no_grad()
     def restore(self, name: str, values: Mapping[str, Tensor]) -> None:
-        part = self.adapters[name]
-        if part.start_A is not None:  # the lower half of what `pair` gives
-            (a, A), (b, B) = ((ending, values[ending]) for ending in self.endings)
+        part = self.part_of(name)
+        if part.start_A is not None and part.start_B is not None:  # saved below A and beside B
+            a, b = self.endings
+            A, B = values[a], values[b]
             part.start_A.copy_(A[part.r :])
             part.start_B.copy_(-B[:, part.r :])
             values = {**values, a: A[: part.r], b: B[:, : part.r]}
         super().restore(name, values)
 
 
-class LoraLinear(AttachedLinear, WithLora):
-    """base(x) + scaling * B A dropout(x), and the like."""
+LowRankT = TypeVar("LowRankT", bound=LowRankPart)
+
+
+class LowRankLinear(AttachedLinear[LowRankT]):
+    """A linear layer with a low-rank update: base(x) + scaling * B A dropout(x), and the like."""
+
+    def low_rank_update(self) -> LoraWeights | None:
+        return None if self.active is None else self.weights_of(self.active)
+
+    def fusible_update(self) -> LoraWeights | None:
+        return self.low_rank_update() if self.base.frozen else None
+
+    def weights_of(self, part: LowRankT) -> LoraWeights:
+        """Return base and update as the kernels take them."""
+        A, B = part.pair()
+        bias = self.base.bias if part.bias is None else part.bias
+        if part.lora_bias is not None:
+            assert bias is not None  # `LoraLinear.complete` has refused a base without one
+            bias = bias + part.scaling * part.lora_bias
+        dropout = part.dropout if self.training else 0.0
+        return LoraWeights(self.base, A, B, part.scaling, dropout, part.magnitude, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        part = self.active
+        return self.compute_inactive(x) if part is None else self.compute(part, x)
+
+    def compute(self, part: LowRankT, x: Tensor) -> Tensor:
+        if self.base.frozen:
+            return lora_linear(x, self.weights_of(part))
+        return self.compute_by_autograd(part, x)
+
+    def compute_by_autograd(self, part: LowRankT, x: Tensor) -> Tensor:
+        """Compute op by op, so that autograd sees all of it: the caller trains the base too."""
+        flat, base = x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), self.base
+        y = base.forward(x)
+        y = y if x.dim() == 2 else y.reshape(-1, y.shape[-1])
+        if part.dropout and self.training:
+            flat = F.dropout(flat, part.dropout)
+        A, B = part.pair()
+        if A.dtype != y.dtype:
+            A, B = A.to(y.dtype), B.to(y.dtype)
+        y = torch.addmm(y, F.linear(flat.to(A.dtype), A), B.t(), alpha=part.scaling)
+        if not part.is_plain:
+            bias = self.weights_of(part).bias
+            y = y if base.bias is None else y - base.bias
+            if part.magnitude is not None:
+                y = y * (part.magnitude / self._row_norms(part)).to(y.dtype)
+            y = y if bias is None else y + bias
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+    @torch.no_grad()
+    def _row_norms(self, part: LowRankT) -> Tensor:
+        """Return the length of each row of W + s B A, [out]."""
+        return self._sum(part, self.base.dequantize()).norm(dim=1)
+
+    def _sum(self, part: LowRankT, weight: Tensor) -> Tensor:
+        """Return W + s B A [out, in], in fp32 or wider."""
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        A, B = part.pair()
+        return torch.addmm(weight.to(wide), B.to(wide), A.to(wide), alpha=part.scaling)
+
+    @torch.no_grad()
+    def make_merged(self, weight: Tensor | None) -> nn.Module:
+        base, part = self.base, self.part
+        weight = base.dequantize() if weight is None else weight
+        found = self._sum(part, weight)
+        if part.magnitude is not None:
+            found *= (part.magnitude / found.norm(dim=1))[:, None]
+        return self.make_plain(found.to(base.dequantize().dtype), self.weights_of(part).bias)
+
+    def extra_repr(self) -> str:
+        names = [f"{name}: r={self.part_of(name).r}" for name in self.adapters]
+        return f"{', '.join(names)}, selected={self.selected}, merged={self.merged is not None}"
+
+
+class LoraLinear(LowRankLinear[LoraPart], LoraLayer):
+    """A linear layer with LoRA."""
 
     endings = ("lora_A.weight", "lora_B.weight")
 
-    def __init__(self, base: Base):
-        super().__init__(base)
-        self.light: tuple[LoraPart, nn.Linear] | None = None
+    # The active part and the layer under it, where few numbers may take the short path.
+    short_path: tuple[LoraPart, nn.Linear] | None
 
-    def tensors(self, name: str) -> dict[str, nn.Parameter]:
-        part = self.adapters[name]
+    def trained_tensors(self, name: str) -> dict[str, nn.Parameter]:
+        part = self.part_of(name)
         found = {
             self.endings[0]: part.lora_A,
             self.endings[1]: part.lora_B,
@@ -152,8 +238,10 @@ class LoraLinear(AttachedLinear, WithLora):
         return {ending: tensor for ending, tensor in found.items() if tensor is not None}
 
     def complete(self, part: LoraPart) -> None:
-        """Give a new part what its config says beside A and B. Raises LorakitError for a lora_bias
-        where the base has none.
+        """Give a new part what its config asks for beside A and B.
+
+        Raises:
+            LorakitError: The config asks for a lora_bias, and the base has no bias.
         """
         config, base = part.config, self.base
         if config.lora_bias:
@@ -166,37 +254,31 @@ class LoraLinear(AttachedLinear, WithLora):
             length = kernels.lora_row_norms(LoraWeights(base, *part.pair(), part.scaling))
             part.magnitude = nn.Parameter(length)
 
-    def update(self) -> LoraWeights | None:
-        (part,) = self.using
-        return None if part is None else self._weights(part)
+    def start_over(self, part: LoraPart) -> None:
+        """Forget what a part of this layer started from, and complete it for its new A and B."""
+        part.awaits = part.start_A = part.start_B = None
+        self.complete(part)
+        self._refresh()
 
-    def adapted(self) -> LoraWeights | None:
-        return self.update() if self.base.frozen else None
-
-    def _weights(self, part: LoraPart) -> LoraWeights:
-        A, B = part.pair()
-        bias = self.base.bias if part.bias is None else part.bias
-        if part.lora_bias is not None:
-            bias = bias + part.scaling * part.lora_bias
-        dropout = part.dropout if self.training else 0.0
-        return LoraWeights(self.base, A, B, part.scaling, dropout, part.magnitude, bias)
-
-    def refresh(self) -> None:
-        super().refresh()
-        (part,) = self.using
-        light = type(part) is LoraPart and part.is_plain and type(self.base) is DenseBase
-        self.light = (part, self.base.linear) if light else None
+    def _refresh(self) -> None:
+        super()._refresh()
+        part, base = self.active, self.base
+        self.short_path = None
+        if part is not None and part.is_plain and type(base) is DenseBase:
+            self.short_path = (part, base.linear)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.light is not None and x.numel() <= FEW:
-            return self._lightly(x)
-        (part,) = self.using
-        return self.without(x) if part is None else self.compute(part, x)
+        if self.short_path is not None and x.numel() <= FEW:
+            return self._compute_few(*self.short_path, x)
+        return super().forward(x)
 
-    def _lightly(self, x: Tensor) -> Tensor:
-        """With as little as possible beside the three products: 2 us are what a product costs."""
-        part, linear = self.light
-        own, update = linear._parameters, part._parameters  # a module's own look-up is slower
+    def _compute_few(self, part: LoraPart, linear: nn.Linear, x: Tensor) -> Tensor:
+        """Compute with as little as possible beside the three products.
+
+        So small a product takes 2 us, and Python's overhead is as dear as a product.
+        """
+        own: dict[str, Any] = linear._parameters  # a module's own look-up is slower
+        update: dict[str, Any] = part._parameters
         A, B = update["lora_A"], update["lora_B"]
         flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         y = F.linear(flat, own["weight"], own["bias"])
@@ -211,58 +293,7 @@ class LoraLinear(AttachedLinear, WithLora):
             y = torch.addmm(y.to(low.dtype), low, B.t(), alpha=part.scaling).to(dtype)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
-    def compute(self, part: LoraPart, x: Tensor) -> Tensor:
-        if self.base.frozen:
-            return lora_linear(x, self._weights(part))
-        return self._by_autograd(part, x)
 
-    def _by_autograd(self, part: LoraPart, x: Tensor) -> Tensor:
-        """Op by op: where the caller trains the base too, autograd has to see all of it."""
-        flat, base = x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), self.base
-        y = base.forward(x)
-        y = y if x.dim() == 2 else y.reshape(-1, y.shape[-1])
-        if part.dropout and self.training:
-            flat = F.dropout(flat, part.dropout)
-        A, B = part.pair()
-        if A.dtype != y.dtype:
-            A, B = A.to(y.dtype), B.to(y.dtype)
-        y = torch.addmm(y, F.linear(flat.to(A.dtype), A), B.t(), alpha=part.scaling)
-        if not part.is_plain:
-            weights = self._weights(part)
-            y = y if base.bias is None else y - base.bias
-            if part.magnitude is not None:
-                y = y * (part.magnitude / self._row_norms(part)).to(y.dtype)
-            y = y if weights.bias is None else y + weights.bias
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
-
-    @torch.no_grad()
-    def _row_norms(self, part: LoraPart) -> Tensor:
-        return self._sum(part, self.base.dequantize()).norm(dim=1)
-
-    def _sum(self, part: LoraPart, weight: Tensor) -> Tensor:
-        """W + s B A, fp32 or wider [out, in]."""
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        A, B = part.pair()
-        return torch.addmm(weight.to(wide), B.to(wide), A.to(wide), alpha=part.scaling)
-
-    @torch.no_grad()
-    def joined(self, weight: Tensor | None) -> nn.Module:
-        base, part = self.base, self.part
-        weight = base.dequantize() if weight is None else weight
-        found = self._sum(part, weight)
-        if part.magnitude is not None:
-            found *= (part.magnitude / found.norm(dim=1))[:, None]
-        return self.plain_with(found.to(base.dequantize().dtype), self._weights(part).bias)
-
-    def extra_repr(self) -> str:
-        names = [f"{name}: r={part.r}" for name, part in self.adapters.items()]
-        return f"{', '.join(names)}, selected={self.selected}, merged={self.merged is not None}"
-
-
-def lora_layers(module: nn.Module) -> dict[str, WithLora]:
-    """The layers inside `module` with an A and a B of LoRA, by name, in the order of the tree."""
-    return {
-        name: m
-        for name, m in module.named_modules()
-        if isinstance(m, WithLora) and all(isinstance(p, LoraPart) for p in m.adapters.values())
-    }
+def lora_layers(module: nn.Module) -> dict[str, LoraLayer]:
+    """Return the layers inside `module` with LoRA's A and B, by name, in the order of the tree."""
+    return {name: m for name, m in module.named_modules() if isinstance(m, LoraLayer)}

@@ -1,76 +1,81 @@
 """Modules that are trained as they are, beside the adapted layers.
 
     SavedModule     a module that is trained whole (modules_to_save)
-    TrainedBias     a module of which the bias is trained (bias="all")
+    TrainedBias     a module whose bias alone is trained (bias="all")
 
-Each adapter has a copy of what it trains; the module that was there stays as it was.
+Each adapter has a copy of what it trains. The module that was there stays as it was.
 """
 
 import copy
+from typing import Any
 
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lorakit.adapters.layers.wrapper import Attached
+from lorakit.adapters.layers.wrapper import Attached, PartT
 
 
-class Delegate(Attached):
-    """Looks from outside like the module that computes."""
+class _Delegate(Attached[PartT]):
+    """A wrapper that looks from outside like the module that computes."""
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.current(), name)
+            return getattr(self.current_module(), name)
 
 
-class SavedModule(Delegate):
-    """A module trained whole: each adapter has a copy of it."""
+class SavedModule(_Delegate[nn.Module]):
+    """A module trained whole: each adapter has a copy of it as its part."""
 
-    def current(self) -> nn.Module:
-        (copied,) = self.using
-        return super().current() if copied is None else copied
+    def current_module(self) -> nn.Module:
+        return super().current_module() if self.active is None else self.active
 
-    def alone(self) -> nn.Module | None:
-        return super().alone() if self.using[0] is None else self.current()
+    def only_module(self) -> nn.Module | None:
+        return super().only_module() if self.active is None else self.active
 
-    def tensors(self, name: str) -> dict[str, nn.Parameter]:
-        return dict(self.adapters[name].named_parameters())
+    def trained_tensors(self, name: str) -> dict[str, nn.Parameter]:
+        return dict(self.part_of(name).named_parameters())
 
-    def stored(self, name: str) -> dict[str, Tensor]:
-        return self.adapters[name].state_dict(keep_vars=True)
+    def loadable_tensors(self, name: str) -> dict[str, Tensor]:
+        return self.part_of(name).state_dict(keep_vars=True)
 
-    def saved(self, name: str) -> dict[str, Tensor]:
+    def tensors_to_save(self, name: str) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        for ending, tensor in self.stored(name).items():  # a file holds no tensor under two names
+        for ending, tensor in self.loadable_tensors(name).items():
+            # A file holds no tensor under two names.
             twice = any(tensor is other for other in found.values())
             found[ending] = tensor.detach().clone() if twice else tensor
         return found
 
-    def compute(self, copied: nn.Module, *args, **options):
-        return copied(*args, **options)
+    def compute(self, part: nn.Module, *args: Any, **options: Any) -> Any:
+        return part(*args, **options)
 
-    def joined(self, weight: Tensor | None) -> nn.Module:
-        return copy.deepcopy(self.adapters[self.selected]).requires_grad_(False)
+    def make_merged(self, weight: Tensor | None) -> nn.Module:
+        return copy.deepcopy(self.part).requires_grad_(False)
 
 
 class BiasPart(nn.Module):
+    """A bias of one adapter, of the shape and type that the module's own has."""
+
     def __init__(self, bias: Tensor):
         super().__init__()
         self.bias = nn.Parameter(bias.detach().clone())
 
 
-class TrainedBias(Delegate):
+class TrainedBias(_Delegate[BiasPart]):
     """A module whose bias alone is trained: each adapter has its own."""
 
-    def tensors(self, name: str) -> dict[str, nn.Parameter]:
-        return {"bias": self.adapters[name].bias}
+    def trained_tensors(self, name: str) -> dict[str, nn.Parameter]:
+        return {"bias": self.part_of(name).bias}
 
-    def compute(self, part: BiasPart, *args, **options):
+    def compute(self, part: BiasPart, *args: Any, **options: Any) -> Any:
         return functional_call(self.base, {"bias": part.bias}, args, options)
 
-    def joined(self, weight: Tensor | None) -> nn.Module:
-        other, bias = copy.copy(self.base), self.adapters[self.selected].bias.detach()
+    def make_merged(self, weight: Tensor | None) -> nn.Module:
+        other, own = copy.copy(self.base), self.base.bias
+        assert isinstance(own, Tensor)
         other._parameters = dict(self.base._parameters)
-        other.bias = nn.Parameter(bias.to(self.base.bias.dtype, copy=True), requires_grad=False)
+        bias = self.part.bias.detach().to(own.dtype, copy=True)
+        other.bias = nn.Parameter(bias, requires_grad=False)
         return other

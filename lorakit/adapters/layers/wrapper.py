@@ -1,40 +1,55 @@
-"""What stands in the place of a module while adapters are attached to it, and the walks over them.
+"""The wrapper that stands in the place of a module while adapters are attached to it.
 
-    Attached.base        the module itself, frozen, untouched
-    Attached.adapters    what each adapter adds to it, by the adapter's name
+    Attached.base        the module that the adapters add to; it is frozen and never written to
+    Attached.adapters    the part of each adapter, by the adapter's name
 
-One adapter, or none, is selected; its parameters train and those of the others do not. An adapter
-need not have a part in every Attached: one without computes its base. Inside `disable_adapters`
-all of them do. Inside `adapter_rows` each row of a batch goes through an adapter of its own.
+A *part* is what one adapter adds to one module. An adapter need not have a part in every wrapper.
+One adapter, or none, is selected. Its parameters train, and those of the others do not.
 
-A merged Attached computes with `merged`, a plain module that holds base and adapter in one; the
-base is kept beside it, so that `unmerge` restores the very bits (subtracting the update again would
-not), and `detach` puts it back where it was.
+A wrapper computes in one of three states:
 
-What kinds there are is not said here: see lora.py and its neighbours.
+    one part     it adds the selected part to its base (`active` is that part)
+    by rows      inside `adapter_rows`, each row of a batch goes through a part of its own
+    one module   one module computes alone (`current_module`): the original where no part is
+                 selected or adapters are disabled, or the merged module
+
+A merged wrapper keeps its base beside `merged`, a plain module that holds base and part in one
+weight. So `unmerge` restores the very bits; subtracting the update again would not. `detach` puts
+the original back where it was.
+
+This file says what all wrappers share. The kinds of wrappers are in lora.py, embeddings.py,
+whole_modules.py and adapters/methods/.
 """
 
 from collections.abc import Mapping
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.config.errors import LorakitError
-from lorakit.models.adapted_layer import AdaptedLayer
+from lorakit.kernels import LoraWeights
+from lorakit.models.adapted_layer import AdaptedLayer, RowGroups
+
+PartT = TypeVar("PartT", bound=nn.Module)
 
 
 class Part(nn.Module):
-    """What adapter `name` adds to one module, and the config that it came with."""
+    """What one adapter adds to one module, and the config that the adapter came with."""
 
-    def __init__(self, config):
+    def __init__(self, config: Any):
         super().__init__()
         self.config = config
 
 
-class Attached(AdaptedLayer):
-    """The common part of every kind; a kind says how one adapter computes, what of it is saved, and
-    what the module is with the adapter in its weights.
+class Attached(AdaptedLayer, Generic[PartT]):
+    """A module and the parts that adapters add to it.
+
+    Each subclass is one kind of wrapper. It says how a part computes, which tensors of it are
+    trained and saved, and what the module is with the part in its weights.
     """
+
+    active: PartT | None
 
     def __init__(self, base: nn.Module):
         super().__init__()
@@ -43,114 +58,158 @@ class Attached(AdaptedLayer):
         self.selected: str | None = None
         self.enabled = True
         self.merged: nn.Module | None = None
-        self.rows: list[tuple[str | None, Tensor]] | None = None  # which ones each adapter computes
-        self.using: tuple[nn.Module | None] = (None,)  # a tuple, lest torch registers it again
+        self.row_groups: RowGroups | None = None
+        self._refresh()
         self.train(base.training)
 
-    # ---- what a kind says ----
+    # ---- what each kind says ----
 
-    def compute(self, adapter: nn.Module, *args, **options):
-        """The module's output with the part `adapter`."""
+    def compute(self, part: PartT, *args: Any, **options: Any) -> Any:
+        """Return the module's output with `part` added."""
         raise NotImplementedError
 
-    def tensors(self, name: str) -> dict[str, nn.Parameter]:
-        """What is trained of adapter `name`, by the ending of its key in PEFT's file."""
-        raise NotImplementedError
+    def make_merged(self, weight: Tensor | None) -> nn.Module:
+        """Return a plain module with the selected part in its weights.
 
-    def stored(self, name: str) -> dict[str, Tensor]:
-        """The same, and what else a file gives values to: the buffers of a module that is trained
-        whole.
+        `weight` takes the place of the base's own; None means the base's own.
         """
-        return self.tensors(name)
+        raise NotImplementedError
 
-    def saved(self, name: str) -> dict[str, Tensor]:
-        """What is `stored`, as it is written."""
-        return self.stored(name)
+    def trained_tensors(self, name: str) -> Mapping[str, nn.Parameter]:
+        """Return what adapter `name` trains here, by the ending of its key in PEFT's file."""
+        raise NotImplementedError
+
+    def loadable_tensors(self, name: str) -> Mapping[str, Tensor]:
+        """Return the tensors of adapter `name` that a file gives values to.
+
+        They are the trained tensors and, where a module is trained whole, its buffers.
+        """
+        return self.trained_tensors(name)
+
+    def tensors_to_save(self, name: str) -> Mapping[str, Tensor]:
+        """Return the values of adapter `name` as a file holds them."""
+        return self.loadable_tensors(name)
 
     @torch.no_grad()
     def restore(self, name: str, values: Mapping[str, Tensor]) -> None:
-        """Give adapter `name` the values that `saved` gave, of the same shapes."""
-        for ending, tensor in self.stored(name).items():
+        """Give adapter `name` values that `tensors_to_save` returned, of the same shapes."""
+        for ending, tensor in self.loadable_tensors(name).items():
             tensor.copy_(values[ending])
 
-    def joined(self, weight: Tensor | None) -> nn.Module:
-        """The module with the selected adapter in its weights; `weight` in place of the base's."""
-        raise NotImplementedError
-
     @property
-    def plain(self) -> nn.Module:
-        """The module that was replaced."""
+    def original(self) -> nn.Module:
+        """The module that was here before and returns on `detach`."""
         return self.base
 
-    def update(self):
-        """The low-rank update, kernels.LoraWeights, where the kind has one and it is selected."""
+    def low_rank_update(self) -> LoraWeights | None:
+        """Return base and update, if the active part is a low-rank update."""
         return None
 
-    def adapted(self):
-        """The same, if the fused kernels may compute base and update in one."""
+    def fusible_update(self) -> LoraWeights | None:
+        """Return base and update, if the fused kernels may compute both in one."""
         return None
 
-    # ---- the same for all ----
+    def has_parts(self) -> bool:
+        """Return whether any adapter has a part here."""
+        return len(self.adapters) > 0
 
-    def forward(self, *args, **options):
-        (adapter,) = self.using
-        if adapter is None:
-            return self.without(*args, **options)
-        return self.compute(adapter, *args, **options)
+    # ---- the parts ----
 
-    def without(self, *args, **options):
-        """Where no one adapter is used for all rows: the base, the merged module, or row by row."""
-        if self.rows is not None and self.enabled:
-            return self._by_rows(*args, **options)
-        return self.current()(*args, **options)
+    def part_of(self, name: str) -> PartT:
+        """Return the part of adapter `name`."""
+        return cast(PartT, self.adapters[name])  # a ModuleDict does not know its modules' type
 
-    def current(self) -> nn.Module:
-        """What computes where no adapter is added to it: the base, or the merged module."""
-        return self.merged if self.merged is not None and self.enabled else self.plain
+    @property
+    def part(self) -> PartT:
+        """The part of the selected adapter."""
+        assert self.selected is not None
+        return self.part_of(self.selected)
 
-    def _by_rows(self, *args, **options) -> Tensor:
+    def add_part(self, name: str, part: PartT) -> None:
+        """Hold `part` for adapter `name`; `select` it to compute with it."""
+        self.adapters[name] = part.train(self.training)
+
+    # ---- the state: each of these sets what decides, and what follows from it ----
+
+    def select(self, name: str | None) -> None:
+        """Compute with adapter `name` from now on, and train it alone."""
+        self.selected = name if name is not None and name in self.adapters else None
+        for other, part in self.adapters.items():
+            part.requires_grad_(other == name)
+        self._refresh()
+
+    def set_enabled(self, enabled: bool) -> None:
+        """Compute with the adapters, or without any."""
+        self.enabled = enabled
+        self._refresh()
+
+    def set_merged(self, merged: nn.Module | None) -> None:
+        """Compute with `merged`, made by `make_merged`; None returns to base and part."""
+        self.merged = merged
+        self._refresh()
+
+    def set_row_groups(self, row_groups: RowGroups | None) -> None:
+        """Compute each row with an adapter of its own; None returns to one for all rows."""
+        self.row_groups = row_groups
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Work out what the state's fields mean for `forward`."""
+        one_for_all = self.enabled and self.merged is None and self.row_groups is None
+        active = self.part if one_for_all and self.selected is not None else None
+        # Not by setattr: torch would register it as a submodule, and its parameters would have two
+        # names.
+        self.__dict__["active"] = active
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether each row of a batch goes through a part of its own."""
+        return self.row_groups is not None and self.enabled
+
+    def current_module(self) -> nn.Module:
+        """Return the module that an update is added to, or that computes alone."""
+        return self.merged if self.merged is not None and self.enabled else self.original
+
+    def only_module(self) -> nn.Module | None:
+        """Return the one module that computes alone; None in the other two states."""
+        return None if self.active is not None or self.by_rows else self.current_module()
+
+    # ---- computing ----
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        """Compute the module's output in the state that the wrapper is in."""
+        if self.active is not None:
+            return self.compute(self.active, *args, **options)
+        return self.compute_inactive(*args, **options)
+
+    def compute_inactive(self, *args: Any, **options: Any) -> Any:
+        """Compute where no part is active: row by row, or with one module alone."""
+        if self.by_rows:
+            return self._compute_by_rows(*args, **options)
+        return self.current_module()(*args, **options)
+
+    def _compute_by_rows(self, *args: Any, **options: Any) -> Tensor:
+        """Compute the rows of each adapter together, and put them back in order."""
         if not args:
             raise LorakitError(
                 f"adapter_rows: a {type(self.base).__name__} is called with keywords alone: which "
                 "of them holds the rows is not known"
             )
-        x, *args = args
-        count = sum(len(index) for _, index in self.rows)
+        x, *others = args
+        groups = self.row_groups
+        assert groups is not None
+        count = sum(len(index) for _, index in groups)
         if len(x) != count:
             raise LorakitError(
                 f"adapter_rows: {count} adapters for a batch of {len(x)} rows"
                 + (" (experts, and packed documents, mix rows)" if len(x) > count else "")
             )
         found = []
-        for name, index in self.rows:
-            part = x[index.to(x.device)]
-            if name in self.adapters:
-                found.append(self.compute(self.adapters[name], part, *args, **options))
+        for name, index in groups:
+            rows = x[index.to(x.device)]
+            if name is not None and name in self.adapters:
+                found.append(self.compute(self.part_of(name), rows, *others, **options))
             else:
-                found.append(self.plain(part, *args, **options))
-        order = torch.cat([index for _, index in self.rows]).argsort()
+                found.append(self.original(rows, *others, **options))
+        order = torch.cat([index for _, index in groups]).argsort()
         return torch.cat(found)[order.to(x.device)]
-
-    def alone(self) -> nn.Module | None:
-        """The one module that computes, None if an adapter is added to it or rows differ."""
-        whole = self.using[0] is None and (self.rows is None or not self.enabled)
-        return self.current() if whole else None
-
-    def in_use(self) -> bool:
-        """Whether any adapter has a part in it."""
-        return len(self.adapters) > 0
-
-    def put(self, name: str, adapter: nn.Module) -> None:
-        self.adapters[name] = adapter.train(self.training)
-
-    def select(self, name: str | None) -> None:
-        self.selected = name if name in self.adapters else None
-        for other, adapter in self.adapters.items():
-            adapter.requires_grad_(other == name)
-        self.refresh()
-
-    def refresh(self) -> None:
-        """After a change of what decides: which adapter `forward` adds."""
-        whole = self.enabled and self.merged is None and self.rows is None
-        chosen = whole and self.selected is not None
-        self.using = (self.adapters[self.selected] if chosen else None,)

@@ -29,8 +29,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapters.layers.lora import LoraLinear, LowRank
-from lorakit.adapters.manage import having_adapters
+from lorakit.adapters.layers.lora import LowRankLinear, LowRankPart
+from lorakit.adapters.manage import require_attached
 from lorakit.adapters.plan import Plan, base_of, device_of, linear_places, save_whole
 from lorakit.config.adapters import TargetConfig
 from lorakit.config.errors import LorakitError, check
@@ -89,7 +89,7 @@ class AdaLoraConfig(TargetConfig):
         return int((whole - target) * (1 - (step - start) / (end - start)) ** 3 + target)
 
 
-class AdaLoraPart(LowRank):
+class AdaLoraPart(LowRankPart):
     """Of one layer: lora_A fp32 [r, in], lora_E [r, 1], lora_B [out, r]; in training `left`, bool
     [r], and of each tensor the running means S and U.
     """
@@ -133,21 +133,21 @@ class AdaLoraPart(LowRank):
         self.lora_E.masked_fill_(~self.left[:, None], 0.0)
 
 
-class AdaLoraLinear(LoraLinear):
+class AdaLoraLinear(LowRankLinear[AdaLoraPart]):
     """A layer whose update is B diag(E) A."""
 
-    def tensors(self, name: str) -> dict[str, nn.Parameter]:
-        part = self.adapters[name]
+    def trained_tensors(self, name: str) -> dict[str, nn.Parameter]:
+        part = self.part_of(name)
         return {"lora_A": part.lora_A, "lora_B": part.lora_B, "lora_E": part.lora_E}
 
-    def saved(self, name: str) -> dict[str, Tensor]:
-        part = self.adapters[name]
+    def tensors_to_save(self, name: str) -> dict[str, Tensor]:
+        part = self.part_of(name)
         A, B, E = part.lora_A[part.left], part.lora_B[:, part.left], part.lora_E[part.left]
         return {"lora_A": A.float(), "lora_B": B.float(), "lora_E": E.float()}
 
 
 def _selected(module: nn.Module, what: str) -> list[AdaLoraPart]:
-    layers = having_adapters(module, what).values()
+    layers = require_attached(module, what).values()
     found = [m.part for m in layers if isinstance(m, AdaLoraLinear) and m.selected is not None]
     if not found:
         raise LorakitError(f"{what}: the selected adapter is no AdaLoRA")

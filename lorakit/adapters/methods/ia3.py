@@ -38,11 +38,11 @@ class IA3Part(Part):
         self.ia3_l = nn.Parameter(torch.ones((1, size) if feedforward else (size, 1)))
 
 
-class IA3Linear(AttachedLinear):
+class IA3Linear(AttachedLinear[IA3Part]):
     """base(x) * l, or base(x * l)."""
 
-    def tensors(self, name: str) -> dict[str, nn.Parameter]:
-        return {"ia3_l": self.adapters[name].ia3_l}
+    def trained_tensors(self, name: str) -> dict[str, nn.Parameter]:
+        return {"ia3_l": self.part_of(name).ia3_l}
 
     def compute(self, part: IA3Part, x: Tensor) -> Tensor:
         factor = part.ia3_l.flatten()
@@ -52,12 +52,12 @@ class IA3Linear(AttachedLinear):
         return (y * factor).to(y.dtype)
 
     @torch.no_grad()
-    def joined(self, weight: Tensor | None) -> nn.Module:
-        part, own, bias = self.adapters[self.selected], self.base.dequantize(), self.base.bias
+    def make_merged(self, weight: Tensor | None) -> nn.Module:
+        part, own, bias = self.part, self.base.dequantize(), self.base.bias
         found = (own if weight is None else weight) * part.ia3_l
         if bias is not None and not part.feedforward:
             bias = (bias * part.ia3_l.flatten()).to(bias.dtype)
-        return self.plain_with(found.to(own.dtype), bias)
+        return self.make_plain(found.to(own.dtype), bias)
 
 
 def plan_ia3(module: nn.Module, config: IA3Config) -> Plan:

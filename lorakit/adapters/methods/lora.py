@@ -10,7 +10,7 @@ from lorakit.adapters.layers.embeddings import LoraEmbedding, RowsPart, TokenRow
 from lorakit.adapters.layers.lora import LoraLinear, LoraPart
 from lorakit.adapters.layers.whole_modules import BiasPart, TrainedBias
 from lorakit.adapters.layers.wrapper import Attached
-from lorakit.adapters.manage import plain_modules
+from lorakit.adapters.manage import outer_modules
 from lorakit.adapters.plan import (
     Places,
     Plan,
@@ -33,7 +33,7 @@ from lorakit.config.patterns import lies_in
 
 
 def plan_lora(module: nn.Module, config: LoraConfig) -> Plan:
-    places = {n: m for n, m in plain_modules(module) if n}
+    places = {n: m for n, m in outer_modules(module) if n}
     linear = [n for n, m in places.items() if is_linear(m, config)]
     embeddings = [n for n, m in places.items() if is_embedding(m)]
     plan = Plan()
@@ -61,7 +61,7 @@ def plan_lora(module: nn.Module, config: LoraConfig) -> Plan:
             tie_heads(plan, places, tied_heads(module, places, layer) or [], each)
     if config.bias == "all":
         for place, layer in places.items():
-            plain = layer.plain if isinstance(layer, Attached) else layer
+            plain = layer.original if isinstance(layer, Attached) else layer
             bias = plain._parameters.get("bias")
             taken = place in plan.places or id(layer) in plan.made
             saved = any(lies_in(place, m) for m in config.modules_to_save or [])
@@ -121,7 +121,7 @@ def _embedding(
     B = torch.randn(H, r, device=weight.device)
     part = LoraPart(config, scaling, A, B)
     if config.use_dora:
-        part.magnitude = nn.Parameter(each._column_norms(part))
+        part.magnitude = nn.Parameter(each.column_norms(part))
     plan.parts.append((each, part))
     tie_heads(plan, places, heads or [], each)
 

@@ -213,24 +213,24 @@ def shape_fields(config: PromptConfig, model: ModelConfig) -> dict[str, int]:
 # ---- where it stands ----
 
 
-class Prompt(Attached):
+class Prompt(Attached[PromptPart]):
     """A learned prompt in the place of a decoder's `NoPrompt`."""
 
     @property
     def length(self) -> int:
-        (part,) = self.using
-        if part is None and self.rows is not None and self.enabled:
+        part = self.active
+        if self.by_rows:
             raise LorakitError("adapter_rows: a prompt is the same for all rows of a batch")
         return 0 if part is None else part.length
 
-    def tensors(self, name: str) -> dict[str, nn.Parameter]:
-        part = self.adapters[name]
+    def trained_tensors(self, name: str) -> dict[str, nn.Parameter]:
+        part = self.part_of(name)
         if part.encoder is None:
             return {"prompt_embeddings": part.embedding}
         return dict(part.named_parameters())
 
-    def saved(self, name: str) -> dict[str, Tensor]:
-        part = self.adapters[name]
+    def tensors_to_save(self, name: str) -> dict[str, Tensor]:
+        part = self.part_of(name)
         training = part.training
         finished = part.eval().finished()
         part.train(training)
@@ -249,7 +249,7 @@ class Prompt(Attached):
             cache.append(layer, k, v)
         return cache
 
-    def joined(self, weight: Tensor | None) -> nn.Module:
+    def make_merged(self, weight: Tensor | None) -> nn.Module:
         raise LorakitError("merge: a prompt is no part of the weights; keep it beside them")
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapters.layers.lora import LoraLinear, LowRank
+from lorakit.adapters.layers.lora import LowRankLinear, LowRankPart
 from lorakit.adapters.plan import Plan, base_of, device_of, linear_places, save_whole
 from lorakit.config.adapters import TargetConfig
 from lorakit.config.errors import check
@@ -56,7 +56,7 @@ class Projection(nn.Module):
             self.register_buffer(name, drawn)
 
 
-class VeraPart(LowRank):
+class VeraPart(LowRankPart):
     """Of one layer: lambda_b fp32 [out] and lambda_d [r], beside the matrices of all layers."""
 
     def __init__(self, config: VeraConfig, shared: Projection, in_features: int, out_features: int):
@@ -70,15 +70,15 @@ class VeraPart(LowRank):
         return A, self.shared.B[: self.out_features] * self.lambda_b[:, None]
 
 
-class VeraLinear(LoraLinear):
+class VeraLinear(LowRankLinear[VeraPart]):
     """A layer whose A and B are made of those that all layers share."""
 
-    def tensors(self, name: str) -> dict[str, nn.Parameter]:
-        part = self.adapters[name]
+    def trained_tensors(self, name: str) -> dict[str, nn.Parameter]:
+        part = self.part_of(name)
         return {"vera_lambda_b": part.lambda_b, "vera_lambda_d": part.lambda_d}
 
-    def saved(self, name: str) -> dict[str, Tensor]:
-        return {ending: tensor.float() for ending, tensor in self.tensors(name).items()}
+    def tensors_to_save(self, name: str) -> dict[str, Tensor]:
+        return {ending: tensor.float() for ending, tensor in self.trained_tensors(name).items()}
 
 
 def projection(module: nn.Module, name: str) -> Projection:

@@ -22,7 +22,7 @@ from lorakit.adapters.layers.embeddings import TiedHead
 from lorakit.adapters.manage import (
     attached,
     delete_adapter,
-    plain_modules,
+    outer_modules,
     selected_adapter,
     set_adapter,
 )
@@ -85,7 +85,7 @@ def load_adapter(module: nn.Module, path: str | Path, *, name: str = "default") 
             key_of(place, each, ending).removeprefix(PREFIX): parameter
             for place, each in attached(module).items()
             if name in each.adapters
-            for ending, parameter in each.stored(name).items()
+            for ending, parameter in each.loadable_tensors(name).items()
         }
         if isinstance(config, VeraConfig) and config.save_projection:
             expected |= projection_tensors(module, name)
@@ -144,7 +144,7 @@ def _is_tied_head(module: nn.Module, name: str) -> bool:
     """Whether the layer `name` computes with the weight of an embedding, and so follows it."""
     if isinstance(module, Decoder) and name == "lm_head":
         return module.lm_head is None
-    places = dict(plain_modules(module))
+    places = dict(outer_modules(module))
     layer = places.get(name)
     return layer is not None and (
         isinstance(layer, TiedHead) or tied_embedding(places, layer) is not None
@@ -157,7 +157,7 @@ def _saved(entry: str, module: nn.Module, tensors: Mapping[str, LazyTensor]) -> 
     """
     entry = _renamed(entry, module)
     beginnings = {_renamed(key.removeprefix(PREFIX), module).rpartition(".")[0] for key in tensors}
-    named = [name for name, _ in plain_modules(module) if name.endswith(entry)]
+    named = [name for name, _ in outer_modules(module) if name.endswith(entry)]
     found = [name for name in named if any(f"{b}.".startswith(f"{name}.") for b in beginnings)]
     return found or ([entry] if named else [])  # PEFT names classifiers that a model may not have
 
@@ -287,7 +287,7 @@ def _is_copy(path: Path, module: nn.Module, key: str, tensor: LazyTensor, moved:
     each = attached(module).get(embedding_of(module, place) or place)
     if not base or each is None:
         return False
-    own = each.plain._parameters.get("weight")
+    own = each.original._parameters.get("weight")
     if own is None or not own.is_floating_point():
         return True  # packed: not comparable bit by bit
     same = moved or torch.equal(tensor.read().to(own), own)

@@ -42,7 +42,7 @@ from lorakit.adapters.manage import (
     adapter_config,
     attached,
     check_adapter,
-    plain_modules,
+    outer_modules,
     selected_adapter,
 )
 from lorakit.adapters.methods.adalora import AdaLoraConfig
@@ -176,7 +176,7 @@ def adapter_tensors(module: nn.Module, name: str) -> dict[str, Tensor]:
         key_of(place, each, ending): tensor.detach()
         for place, each in found.items()
         if name in each.adapters
-        for ending, tensor in each.saved(name).items()
+        for ending, tensor in each.tensors_to_save(name).items()
     }
     for head, place in tied_heads(module).items():  # PEFT looks for it under both names
         for ending, (other, transposed) in TWINS.items():
@@ -242,7 +242,7 @@ def _targets(places: list[str], module: nn.Module) -> str | list[str]:
     """target_modules that select `places`: their names, or, where the name of another layer ends in
     one of them, a regex.
     """
-    others = {name for name, _ in plain_modules(module)}.difference(places)
+    others = {name for name, _ in outer_modules(module)}.difference(places)
     if not endings(others).isdisjoint(places):
         return "|".join(re.escape(place) for place in places)
     return places

@@ -59,6 +59,6 @@ def embedding_of(module: nn.Module, head: str) -> str | None:
     if isinstance(module, Decoder) and module.lm_head is None and head == "lm_head":
         return "model.embed_tokens" if "model.embed_tokens" in found else None
     if isinstance(found.get(head), TiedHead):
-        (embedding,) = found[head].embedding
+        embedding = found[head].embedding
         return next(place for place, each in found.items() if each is embedding)
     return None
