@@ -60,8 +60,7 @@ class LoraModel(Wrapper):
 
     def _enable(self, enabled: bool) -> None:
         for each in attached(self.model).values():
-            each.enabled = enabled
-            each.refresh()
+            each.set_enabled(enabled)
 
     def merge_adapter(
         self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False

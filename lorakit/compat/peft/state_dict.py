@@ -51,7 +51,9 @@ def set_peft_model_state_dict(
     base = model.get_base_model()
     check_adapter(base, adapter_name, "set_peft_model_state_dict")
     endings = {  # of the tensors of each adapted module, by their keys in the file
-        each: {key_of(place, each, ending): ending for ending in each.stored(adapter_name)}
+        each: {
+            key_of(place, each, ending): ending for ending in each.loadable_tensors(adapter_name)
+        }
         for place, each in attached(base).items()
         if adapter_name in each.adapters
     }
