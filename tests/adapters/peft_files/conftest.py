@@ -1,0 +1,21 @@
+"""Adapters that several files of tests read."""
+
+import shutil
+
+import pytest
+
+from tests.adapters.peft_files.adapters_of_peft import peft_adapter
+from tests.adapters.test_peft_files import hugging_face
+
+
+@pytest.fixture(scope="module")
+def made(tiny_dir, tmp_path_factory):
+    path = tmp_path_factory.mktemp("made")
+    peft_adapter(hugging_face(tiny_dir), path)
+    return path
+
+
+@pytest.fixture
+def saved(made, tmp_path):
+    shutil.copytree(made, tmp_path / "in")
+    return tmp_path / "in"
