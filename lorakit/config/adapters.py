@@ -1,14 +1,20 @@
-"""Carried out of lorakit/config.py."""
+"""Which layers an adapter goes on, and the settings of LoRA.
+
+The names are PEFT's, so that they are those of adapter_config.json. The settings of other methods
+stand with their method; all build on TargetConfig.
+"""
 
 import math
 import re
 from dataclasses import dataclass, field
+from typing import Literal
 
-from lorakit.config.errors import check, nearest
-from lorakit.config.fields import check_types
+from lorakit.config.errors import LorakitError, nearest
+from lorakit.config.fields import check_below_one, check_types
 from lorakit.config.patterns import of_pattern, valid_regex
 
-MOST_RANK = 1 << 16  # no layer is so wide; what is larger is a slip, and would fill the memory
+MOST_RANK = 1 << 16  # no layer is so wide; a larger rank is a slip that would fill the memory
+
 # Each name of init_lora_weights, and whether it is plain: it leaves the weights of the base alone.
 INITIALIZATIONS = {
     "gaussian": True,
@@ -33,108 +39,122 @@ def check_initialization(kind: bool | str) -> None:
 
     That is True, False, one of INITIALIZATIONS, or "pissa_niter_" and a whole number up to 1000.
     """
-    known = [name for name in INITIALIZATIONS if name != "pissa_niter_N"]
-    numbered = isinstance(kind, str) and re.fullmatch(r"pissa_niter_(1000|[0-9]{1,3})", kind)
-    check(
-        isinstance(kind, bool) or kind in known or bool(numbered),
-        f"init_lora_weights is {kind!r}{nearest(kind, INITIALIZATIONS)}; it must be true, false or "
-        f"one of {', '.join(INITIALIZATIONS)}, N a whole number up to 1000",
-    )
+    if isinstance(kind, bool) or (kind in INITIALIZATIONS and kind != "pissa_niter_N"):
+        return
+    if not (isinstance(kind, str) and re.fullmatch(r"pissa_niter_(1000|[0-9]{1,3})", kind)):
+        raise LorakitError(
+            f"init_lora_weights is {kind!r}{nearest(kind, INITIALIZATIONS)}; it must be true, "
+            f"false or one of {', '.join(INITIALIZATIONS)}, N a whole number up to 1000"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TargetConfig:
-    """Which layers an adapter goes on: what every method that adapts layers is told alike."""
+    """Which layers an adapter goes on: the settings that every method on layers shares."""
 
     target_modules: str | list[str] = "all-linear"
-    """"all-linear" (every linear layer but the output head), names, or one regex for whole names"""
+    """Layers to adapt: "all-linear" for every linear layer but the output head, a list of names, or
+    one regex that matches whole names. A name is whole or an end after a dot, such as q_proj."""
     exclude_modules: str | list[str] | None = None
-    """what target_modules would select and is to stay as it is; by the same rules"""
+    """Layers that stay as they are although target_modules selects them, by the rules of
+    target_modules; null excludes none."""
     layers_to_transform: int | list[int] | None = None
-    """only in the layers of these numbers: the first number in a layer's name"""
+    """Numbers of the layers to adapt, where the number of a layer is the first in its name; null
+    means all layers."""
     layers_pattern: str | list[str] | None = None
-    """what stands before that number, as `layers` does, where names hold several"""
+    """Part of a name that stands before its number, such as `layers`, for names that hold several
+    numbers; null takes the first number."""
     modules_to_save: list[str] | None = None
-    """modules to train whole beside the adapted layers; they are saved with the adapter"""
+    """Modules to train whole beside the adapted layers, and to save with the adapter; null means
+    none."""
     fan_in_fan_out: bool = False
-    """also adapt layers that store their weight [in, out], like the Conv1D of GPT-2"""
+    """Adapt layers that store their weight as [in, out] too, like the Conv1D of GPT-2."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_types(self)
-        check(len(self.target_modules) > 0, "target_modules is empty: name at least one layer")
+        if not self.target_modules:
+            raise LorakitError("target_modules is empty: name at least one layer")
         patterns = self.layers_pattern or []
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            check(valid_regex(pattern), f"layers_pattern: {pattern!r} is no valid regex")
-        check(
-            self.layers_pattern is None or self.layers_to_transform is not None,
-            "layers_pattern says where layers_to_transform finds its numbers: give these too",
-        )
+            if not valid_regex(pattern):
+                raise LorakitError(f"layers_pattern: {pattern!r} is no valid regex")
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise LorakitError(
+                "layers_pattern says where layers_to_transform finds its numbers: give these too"
+            )
 
 
 @dataclass(frozen=True)
 class LoraConfig(TargetConfig):
-    """A low-rank adapter. The update is scaled by lora_alpha / r, or / sqrt(r) with use_rslora."""
+    """Settings of a low-rank adapter (LoRA, arXiv:2106.09685).
+
+    The adapter adds s B A x to the output W x of each layer. The scaling s is lora_alpha / r, or
+    lora_alpha / sqrt(r) with use_rslora.
+    """
 
     r: int = 8
+    """Rank of the update, the number of rows of A and of columns of B."""
     lora_alpha: int | float = 8
+    """Strength of the update, which is scaled by lora_alpha / r."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    """another r for some layers: names, ends of names after a dot, or regexes of these"""
+    """Another r for some layers, by their names, ends of names after a dot, or regexes of these."""
     alpha_pattern: dict[str, int | float] = field(default_factory=dict)
-    """another lora_alpha, by the same rules"""
+    """Another lora_alpha for some layers, by the rules of rank_pattern."""
     lora_dropout: float = 0.0
+    """Share of a layer's inputs that its update does not see in a training step, from 0 to below
+    1."""
     use_rslora: bool = False
+    """Scale the update by lora_alpha / sqrt(r), so that a larger r does not weaken it (rsLoRA,
+    arXiv:2312.03732)."""
     use_dora: bool = False
-    """learn the length of every row of the weight beside its direction (DoRA)"""
+    """Learn the length of each row of the weight beside its direction (DoRA, arXiv:2402.09353)."""
     lora_bias: bool = False
-    """a bias on the low-rank path, in layers that have one already"""
-    bias: str = "none"
-    """train the biases of the base too: "none", "lora_only" of the adapted layers, or "all" """
+    """Learn a bias of the update too; every adapted layer must have a bias already."""
+    bias: Literal["none", "lora_only", "all"] = "none"
+    """Biases of the base that are trained too: "none", "lora_only" for those of the adapted layers,
+    or "all"."""
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    """rows of the embedding to train; with several embeddings, by the name of each"""
+    """Rows of the embedding to train, by token id. A model with several embeddings takes a mapping
+    from the name of each to its rows; null trains none."""
     ensure_weight_tying: bool = False
-    """adapt a tied embedding and its head alike; without it a tied embedding is refused"""
+    """Adapt a tied embedding and its output head together; without this a tied embedding is
+    refused."""
     init_lora_weights: bool | str = True
-    """how A and B start. true: B zero; false: both random, which changes the model at once; or one
-    of the names in `INITIALIZATIONS`"""
+    """Start of A and B. True makes B zero; false draws both at random, which changes the model at
+    once; or a name: gaussian, orthogonal, pissa, pissa_niter_N, olora, loftq or eva."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for name, r in {"r": self.r, **self.rank_pattern}.items():
-            check(0 < r <= MOST_RANK, f"{name} must be positive, and {MOST_RANK} at most, not {r}")
-        check(
-            0 <= self.lora_dropout < 1, f"lora_dropout is {self.lora_dropout}; it must be in [0, 1)"
-        )
-        check(
-            self.bias in ("none", "all", "lora_only"),
-            f"bias is {self.bias!r}; choose none, lora_only or all",
-        )
-        for name in ("rank_pattern", "alpha_pattern"):
-            for key in getattr(self, name):
-                check(valid_regex(key), f"{name}: {key!r} is no valid regex")
-        init = self.init_lora_weights
-        check_initialization(init)
-        check(
-            not (self.lora_bias and self.use_dora),
-            "lora_bias and use_dora do not go together: choose one",
-        )
-        check(
-            not self.lora_bias or isinstance(init, bool),
-            "lora_bias goes with init_lora_weights true or false only",
-        )
+            if not 0 < r <= MOST_RANK:
+                raise LorakitError(f"{name} must be positive, and {MOST_RANK} at most, not {r}")
+        check_below_one(self, "lora_dropout")
+        for name, pattern in (
+            ("rank_pattern", self.rank_pattern),
+            ("alpha_pattern", self.alpha_pattern),
+        ):
+            for key in pattern:
+                if not valid_regex(key):
+                    raise LorakitError(f"{name}: {key!r} is no valid regex")
+        check_initialization(self.init_lora_weights)
+        if self.lora_bias and self.use_dora:
+            raise LorakitError("lora_bias and use_dora do not go together: choose one")
+        if self.lora_bias and not isinstance(self.init_lora_weights, bool):
+            raise LorakitError("lora_bias goes with init_lora_weights true or false only")
 
     def rank(self, name: str) -> int:
-        """r of the layer called `name`."""
+        """Return the rank of the layer called `name`."""
         return of_pattern(self.rank_pattern, name, self.r)
 
     def alpha(self, name: str) -> int | float:
-        """lora_alpha of the layer called `name`."""
+        """Return the lora_alpha of the layer called `name`."""
         return of_pattern(self.alpha_pattern, name, self.lora_alpha)
 
     def scaling(self, name: str) -> float:
-        """The factor of B A in the layer called `name`."""
+        """Return the factor of B A in the layer called `name`."""
         return self.rank_and_scaling(name)[1]
 
     def rank_and_scaling(self, name: str) -> tuple[int, float]:
-        """Return r of the layer called `name`, and the factor of B A in it."""
+        """Return the rank of the layer called `name`, and the factor of B A in it."""
         r = self.rank(name)
         return r, self.alpha(name) / (math.sqrt(r) if self.use_rslora else r)

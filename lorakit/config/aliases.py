@@ -2,15 +2,15 @@
 
 Every foreign name stands in one of the tables below, which docs/run-file.md prints:
 
-    RENAMED    another name for one of ours; a.b reaches into a mapping
-    CONVERTED  the value says something in other words, too
-    SETTLED    fine with the values that ask for what lorakit does anyhow, refused with others
-    IGNORED    changes nothing in what is learnt: one line says so
-    REFUSED    cannot be honoured
+    RENAMED    the name means a setting of lorakit; a.b is a field of a mapping
+    CONVERTED  the value, too, says something in other words
+    SETTLED    some values ask for what lorakit does in any case; other values are refused
+    IGNORED    the name changes nothing in what is learned; one line says so
+    REFUSED    lorakit cannot do what the name asks for
 
-and VALUES holds other spellings of values. A foreign name whose value is null says nothing, as in
-Axolotl's templates, but for NULL_SAYS. Messages are ValueErrors without the file's name; config.py
-puts that before.
+VALUES holds other spellings of values. A foreign name whose value is null says nothing, as in
+Axolotl's templates, except for the names in NULL_SAYS. Errors are ValueErrors without the name of
+the file, which the caller puts in front (RunConfig.from_dict in run.py).
 """
 
 from collections.abc import Callable, Mapping
@@ -66,7 +66,7 @@ REFUSED = {
     "hub_model_id": "lorakit uploads nothing: take it out, and upload output_dir afterwards",
 }
 
-# name -> the values that ask for what happens anyhow, and what to do about others
+# name -> the values that ask for what lorakit does in any case, and what to do about others
 SETTLED = {
     "fp16": ([False], "gradients of a float16 model underflow: set bf16: true or dtype: float32"),
     "tf32": ([False], "lorakit leaves torch's precision of products alone: take it out"),
@@ -90,13 +90,13 @@ IGNORED = {
     "xformers_attention": ATTENTION,
     "sdp_attention": ATTENTION,
     "attn_implementation": ATTENTION,
-    "gradient_checkpointing_kwargs": "there is one way of it, with the same gradients",
+    "gradient_checkpointing_kwargs": "there is one way to do it, with the same gradients",
     "per_device_eval_batch_size": EVALUATION,
     "eval_batch_size": EVALUATION,
     "eval_sample_packing": EVALUATION,
     "pad_to_sequence_len": "rows are padded to the longest of a batch",
-    "group_by_length": "batches hold rows of like length anyhow",
-    "dataset_prepared_path": "rows are read anew, which takes seconds",
+    "group_by_length": "batches hold rows of similar length in any case",
+    "dataset_prepared_path": "rows are read again for each run, which takes seconds",
     "dataloader_num_workers": "rows are read before training",
     "model_type": TOKENIZER,
     "tokenizer_type": TOKENIZER,
@@ -105,19 +105,20 @@ IGNORED = {
     "lora_mlp_kernel": OWN_KERNELS,
     "lora_qkv_kernel": OWN_KERNELS,
     "lora_o_kernel": OWN_KERNELS,
-    "strict": "unknown keys are errors anyhow",
+    "strict": "unknown keys are always errors",
 }
 WANDB = "the numbers are in metrics.jsonl, and with report_to: tensorboard in its files"
 
-Meaning = dict[str, Any]  # our names -> values
-File = Mapping[Any, Any]
-Notes = list[str]
+File = Mapping[Any, Any]  # the mapping of a run file
+Meaning = dict[str, Any]  # lorakit's names -> values
+Notes = list[str]  # lines for the user
 
 
 def own_names(values: File) -> tuple[dict[Any, Any], Notes]:
-    """A run file's mapping with lorakit's names alone, and what to tell the user.
+    """Return a run file's mapping with lorakit's names alone, and what to tell the user.
 
-    Raises ValueError for what cannot be honoured, and for two names of one setting.
+    Raises:
+        ValueError: A name asks for what lorakit cannot do, or two names set the same thing.
     """
     own = {name: value for name, value in values.items() if not is_alias(name)}
     for name, leaf in (("data", "train"), ("quantize", "quant_type")):
@@ -147,12 +148,12 @@ def own_names(values: File) -> tuple[dict[Any, Any], Notes]:
 
 
 def is_alias(name: Any) -> bool:
-    """Whether a key of a run file is another library's name for something."""
+    """Say whether a key of a run file is another library's name for something."""
     return isinstance(name, str) and (name in ALIASES or name.startswith("wandb_"))
 
 
 def _meaning(name: str, value: Any, values: File, notes: Notes) -> Meaning:
-    """What an alias says, in our names. Raises ValueError if that cannot be honoured."""
+    """Return what an alias says, in lorakit's names; ValueError if lorakit cannot do it."""
     if name in RENAMED:
         return {RENAMED[name]: value}
     if name in CONVERTED:
@@ -171,13 +172,16 @@ def _meaning(name: str, value: Any, values: File, notes: Notes) -> Meaning:
     return {}
 
 
-# ---- conversions: (value, the whole file, notes) -> what it means ----
+# ---- conversions ----
+#
+# A conversion takes the value of a name, the whole file and the list of notes. It returns what the
+# value means in lorakit's names.
 
 Conversion = Callable[[Any, File, Notes], Meaning]
 
 
 def _switch(target: str, meant: Any) -> Conversion:
-    """true: `target` is `meant`; false: nothing is said."""
+    """Return a conversion in which true sets `target` to `meant`, and false says nothing."""
 
     def convert(value: Any, values: File, notes: Notes) -> Meaning:
         return {target: meant} if _true(value) else {}
@@ -204,7 +208,7 @@ def _load_in_4bit(value: Any, values: File, notes: Notes) -> Meaning:
 
 
 def _of_4bit(target: str) -> Conversion:
-    """A setting of bitsandbytes that load_in_4bit brings to bear."""
+    """Return a conversion of a setting that counts in bitsandbytes only beside load_in_4bit."""
 
     def convert(value: Any, values: File, notes: Notes) -> Meaning:
         if values.get("load_in_4bit") is not True:
@@ -225,6 +229,8 @@ def _adapter(value: Any, values: File, notes: Notes) -> Meaning:
 
 
 def _datasets(target: str) -> Conversion:
+    """Return a conversion of a list of one entry whose path is `target`."""
+
     def convert(value: Any, values: File, notes: Notes) -> Meaning:
         if not isinstance(value, list) or len(value) != 1 or not isinstance(value[0], Mapping):
             raise ValueError("a list of one entry with a path is wanted; put all rows in one file")
@@ -245,8 +251,10 @@ def _completion_only(value: Any, values: File, notes: Notes) -> Meaning:
 
 
 def _strategy(steps: str) -> Conversion:
+    """Return a conversion of "no" or "steps", which must agree with the setting `steps`."""
+
     def convert(value: Any, values: File, notes: Notes) -> Meaning:
-        value = "no" if value is False else value  # as YAML reads no
+        value = "no" if value is False else value  # YAML reads a bare no as false
         if value not in ("no", "steps"):
             raise ValueError(f"give {steps} instead of {value!r}")
         if (value == "steps") != (values.get(steps) is not None):
@@ -284,5 +292,6 @@ CONVERTED: dict[str, Conversion] = {
     "auto_resume_from_checkpoints": _switch("resume", "auto"),
 }
 
-NULL_SAYS = ("adapter", "max_length")  # train all weights; cut no row off: neither can be honoured
+# Null asks for something here: to train all weights, and to cut off no row. Lorakit does neither.
+NULL_SAYS = ("adapter", "max_length")
 ALIASES = {*RENAMED, *CONVERTED, *SETTLED, *IGNORED, *REFUSED}

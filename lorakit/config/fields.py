@@ -1,67 +1,59 @@
-"""Carried out of lorakit/config.py."""
+"""Checks on the fields of settings, and the way from a mapping of a file to a dataclass.
+
+Settings are frozen dataclasses. The annotation of a field says what the field may hold:
+`from_mapping` checks a file against it, and `check_types` checks what Python code gives. An error
+names the field, its type and the value. An unknown name is an error that says the nearest valid
+one. Nothing is converted in silence: "8" is no number, true is no number, and a number that an
+int64 or a float cannot hold is refused.
+"""
 
 import dataclasses
 import sys
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 
-from lorakit.config.errors import LorakitError, check, nearest
-from lorakit.kernels.dispatch import DTYPES
+from lorakit.config.errors import LorakitError, nearest, one_of
+from lorakit.kernels.dispatch import DTYPES, FLOATS
+
+
+class Dataclass(Protocol):
+    """Any dataclass, for type checkers."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+Settings = TypeVar("Settings", bound=Dataclass)
 
 
 def to_dtype(name: str | torch.dtype) -> torch.dtype:
-    """A dtype by its torch name; raises LorakitError for one that no model runs in."""
-    if name in DTYPES.values():
-        return name
-    if name not in DTYPES:
+    """Return the dtype of a name, or the dtype itself; refuse one that no model computes in."""
+    dtype = DTYPES.get(name) if isinstance(name, str) else name
+    if dtype is None or dtype not in FLOATS:
         raise LorakitError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
-    return DTYPES[name]
+    return dtype
 
 
-def _accepts(kind: Any, value: Any) -> bool:
-    """Whether `value`, as JSON or YAML reads it, is of the annotated type `kind`."""
-    if kind is Any:
-        return True
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        return any(_accepts(arg, value) for arg in args)
-    if origin is list:
-        return isinstance(value, list) and all(_accepts(args[0], item) for item in value)
-    if origin is dict:
-        return isinstance(value, Mapping) and all(
-            _accepts(args[0], k) and _accepts(args[1], v) for k, v in value.items()
-        )
-    if kind in (int, float) and isinstance(value, bool):
-        return False
-    if kind is float:
-        return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max  # no nan
-    if kind is int:
-        return isinstance(value, int) and abs(value) < 2**63
-    return isinstance(value, kind)
+def from_mapping(
+    cls: type[Settings], values: Any, where: str, *, ignore_unknown: bool = False
+) -> Settings:
+    """Build settings from a mapping that was read from a file.
 
+    Args:
+        cls: The dataclass of the settings.
+        values: The mapping of its field names to their values.
+        where: The name of the mapping in messages, as in "run.yaml, lora".
+        ignore_unknown: Pass over names that are no fields.
 
-def _type_name(kind: Any) -> str:
-    if kind is types.NoneType:
-        return "null"
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return " or ".join(_type_name(arg) for arg in typing.get_args(kind))
-    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
+    Returns:
+        The settings, an instance of `cls`.
 
-
-def _refusal(name: str, kind: Any, value: Any) -> str:
-    size = " (too large)" if isinstance(value, int) and abs(value) >= 2**63 else ""
-    return f"{name} must be {_type_name(kind)}, not {value!r:.60}{size}"
-
-
-def from_mapping(cls: type, values: Any, where: str, *, ignore_unknown: bool = False) -> Any:
-    """Build dataclass `cls` from a mapping read from a file, named `where` in messages.
-
-    Raises LorakitError for a value that is no mapping, an unknown name (unless ignored), a missing
-    required one, or one of the wrong type.
+    Raises:
+        LorakitError: `values` is no mapping, a name is unknown, a field without a default is
+            missing, or a value is not of its field's type or range.
     """
     if not isinstance(values, Mapping):
         raise LorakitError(f"{where} must be a mapping of names to values, not {values!r}")
@@ -84,9 +76,96 @@ def from_mapping(cls: type, values: Any, where: str, *, ignore_unknown: bool = F
         raise LorakitError(f"{where}: {error}") from None
 
 
-def check_types(config: Any) -> None:
-    """Raise LorakitError unless every field of a config is of the type that it is declared as."""
-    kinds = typing.get_type_hints(type(config))
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        check(_accepts(kinds[f.name], value), _refusal(f.name, kinds[f.name], value))
+def check_types(settings: Dataclass, names: typing.Iterable[str] | None = None) -> None:
+    """Refuse settings in which a field does not hold what its annotation says.
+
+    Args:
+        settings: An instance of a dataclass.
+        names: The fields to check; None means all.
+    """
+    kinds = typing.get_type_hints(type(settings))
+    for name in [f.name for f in dataclasses.fields(settings)] if names is None else names:
+        value = getattr(settings, name)
+        if not _accepts(kinds[name], value):
+            raise LorakitError(_refusal(name, kinds[name], value))
+
+
+def check_positive(settings: Dataclass, *names: str, or_null: bool = False) -> None:
+    """Refuse settings in which one of these fields is not above 0; `or_null` lets None pass."""
+    for name in names:
+        value = getattr(settings, name)
+        if not (or_null and value is None) and value <= 0:
+            kind = "positive or null" if or_null else "positive"
+            raise LorakitError(f"{name} must be {kind}, not {value}")
+
+
+def check_below_one(settings: Dataclass, *names: str) -> None:
+    """Refuse settings in which one of these fields is not in [0, 1)."""
+    for name in names:
+        value = getattr(settings, name)
+        if not 0 <= value < 1:
+            raise LorakitError(f"{name} is {value}; it must be in [0, 1)")
+
+
+def check_share(settings: Dataclass, *names: str) -> None:
+    """Refuse settings in which one of these fields is not in [0, 1]."""
+    for name in names:
+        value = getattr(settings, name)
+        if not 0 <= value <= 1:
+            raise LorakitError(f"{name} is {value}; it must be in [0, 1]")
+
+
+def _accepts(kind: Any, value: Any) -> bool:
+    """Say whether `value`, as JSON or YAML reads it, is of the annotated type `kind`."""
+    if kind is Any:
+        return True
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in args)
+    if origin in (typing.Union, types.UnionType):
+        return any(_accepts(arg, value) for arg in args)
+    if origin is list:
+        return isinstance(value, list) and all(_accepts(args[0], item) for item in value)
+    if origin is dict:
+        return isinstance(value, Mapping) and all(
+            _accepts(args[0], key) and _accepts(args[1], item) for key, item in value.items()
+        )
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    if kind is float:
+        return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max  # no NaN
+    if kind is int:
+        return isinstance(value, int) and abs(value) < 2**63
+    return isinstance(value, kind)
+
+
+def _refusal(name: str, kind: Any, value: Any) -> str:
+    """Return the sentence that says why a field of type `kind` cannot hold `value`."""
+    choices = _choices(kind)
+    if choices:
+        return f"{name} is {value!r:.60}; choose {one_of(choices)}"
+    size = " (too large)" if isinstance(value, int) and abs(value) >= 2**63 else ""
+    return f"{name} must be {_type_name(kind)}, not {value!r:.60}{size}"
+
+
+def _choices(kind: Any) -> list[str]:
+    """Return the values that a Literal allows, "null" among them if it may be None.
+
+    Other types have no choices.
+    """
+    args = typing.get_args(kind)
+    nullable = typing.get_origin(kind) in (typing.Union, types.UnionType) and type(None) in args
+    literal = args[0] if nullable and len(args) == 2 else kind
+    if typing.get_origin(literal) is not Literal:
+        return []
+    names = [str(choice) for choice in typing.get_args(literal)]
+    return [*names, "null"] if nullable else names
+
+
+def _type_name(kind: Any) -> str:
+    """Return a type as messages name it, with "null" for None."""
+    if kind is types.NoneType:
+        return "null"
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return " or ".join(_type_name(arg) for arg in typing.get_args(kind))
+    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)

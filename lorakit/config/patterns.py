@@ -1,13 +1,19 @@
-"""Carried out of lorakit/config.py."""
+"""Names of layers: rank_pattern and alpha_pattern, and which layer lies in which module.
+
+A pattern maps a key to the rank or the lora_alpha of some layers. A key is PEFT's: the name of a
+layer, the end of a name after a dot, or a regex that matches one of these. The first key that means
+a layer decides.
+"""
 
 import re
-import typing
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+Value = TypeVar("Value")
 
 
 def valid_regex(pattern: str) -> bool:
-    """Whether it can be matched, also as a group of a larger one."""
+    """Say whether `pattern` is a regex, also as a group of a larger one."""
     try:
         re.compile(f"({pattern})")
     except (re.error, RecursionError, OverflowError):
@@ -15,32 +21,40 @@ def valid_regex(pattern: str) -> bool:
     return True
 
 
-def endings(names: typing.Iterable[str]) -> set[str]:
-    """All that follows a dot in one of them."""
+def endings(names: Iterable[str]) -> set[str]:
+    """Return every end of a name that follows a dot."""
     return {name[i + 1 :] for name in names for i, sign in enumerate(name) if sign == "."}
 
 
-def each_alone(values: Mapping[str, Any], names: typing.Iterable[str]) -> dict[str, Any]:
-    """A rank_pattern or alpha_pattern of values by layer: every entry means, of the layers `names`,
-    one alone. A bare name, which every reader of the file knows, would also mean a layer whose name
-    ends so after a dot; a ^ before it ends that.
+def each_alone(values: Mapping[str, Value], names: Iterable[str]) -> dict[str, Value]:
+    """Return a rank_pattern or alpha_pattern in which every entry means one layer alone.
+
+    A bare name is what every reader of the file knows, so it is used where it can be. It also means
+    a layer whose name ends with it after a dot. Where there is such a layer, a ^ precedes the name.
+
+    Args:
+        values: The name of a layer -> its rank or lora_alpha.
+        names: The names of all layers that the adapter has.
+
+    Returns:
+        The same values by the keys of the pattern.
     """
     unclear = endings(names)
     return {f"^{name}" if name in unclear else name: value for name, value in values.items()}
 
 
 def in_pattern(key: str, name: str) -> bool:
-    """Whether an entry of rank_pattern or alpha_pattern means the layer called `name`."""
+    """Say whether a key of rank_pattern or alpha_pattern means the layer called `name`."""
     return re.match(rf"(.*\.)?({key})$", name) is not None
 
 
-def of_pattern(pattern: Mapping[str, Any], name: str, otherwise: Any) -> Any:
-    """The value of the first entry of a rank_pattern or alpha_pattern that means layer `name`."""
+def of_pattern(pattern: Mapping[str, Value], name: str, otherwise: Value) -> Value:
+    """Return the value of the first key that means the layer called `name`, or `otherwise`."""
     return next((value for key, value in pattern.items() if in_pattern(key, name)), otherwise)
 
 
 def lies_in(name: str, module: str) -> bool:
-    """Whether `module` is `name` itself, a module that holds it, or a part of its path.
+    """Say whether `module` is `name` itself, a module that holds it, or a part of its path.
 
     Names are paths of dots: "mlp" and "layers.1" hold "model.layers.1.mlp.up_proj".
     """

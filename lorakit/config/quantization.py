@@ -1,59 +1,66 @@
-"""Carried out of lorakit/config.py."""
+"""How the frozen weights of a model are stored: the settings of its quantization."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
-from lorakit.config.errors import check
-from lorakit.config.fields import from_mapping
+from lorakit.config.errors import LorakitError
+from lorakit.config.fields import check_types, from_mapping
+from lorakit.kernels.ops.nf4.tensor import BLOCK_SIZES
 
-STORAGE = ("nf4", "fp4", "int8")
+Storage = Literal["nf4", "fp4", "int8"]
+STORAGE = get_args(Storage)
 
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """How the frozen weights are stored."""
+    """Settings of the quantization: how the frozen weights of a model are stored."""
 
-    quant_type: str = "nf4"
-    """of the linear layers: "nf4", "fp4", or "int8" with one scale per row"""
+    quant_type: Storage = "nf4"
+    """Storage of the linear layers: "nf4" or "fp4" in 4 bits, or "int8" with one scale per row."""
     block_size: int = 64
-    """values that share one scale in 4 bits: a power of two from 32 to 4096"""
+    """Number of values that share one scale in 4 bits, a power of two from 32 to 4096."""
     double_quant: bool = True
-    """store the scales of 4-bit weights in 8 bits too"""
+    """Store the scales of 4-bit weights in 8 bits too."""
     search_scales: bool = False
-    """look for the scales with the least squared error: slower to quantize, free to use"""
-    embed_tokens: str | None = None
-    """of the embeddings: "nf4", "fp4", "int8", or null for dense; of a tied head with them"""
-    lm_head: str | None = None
-    """of an output head of its own: "nf4", "fp4", "int8", or null for dense"""
+    """Search for the scales with the least squared error; quantizing takes longer, using the
+    weights does not."""
+    embed_tokens: Storage | None = None
+    """Storage of the embeddings, and of a head tied to them: "nf4", "fp4" or "int8"; null keeps
+    them dense."""
+    lm_head: Storage | None = None
+    """Storage of an output head that is not tied: "nf4", "fp4" or "int8"; null keeps it dense."""
     skip_modules: list[str] = field(default_factory=lambda: ["gate"])
-    """what stays dense: names of layers or of what holds them, whole or a part between dots. `gate`
-    is the router of a mixture of experts: small, and what follows depends on its every choice"""
+    """Layers that stay dense: names of layers or of modules that hold them, whole or a part between
+    dots. The default, `gate`, is the router of a mixture of experts: it is small, and everything
+    after it depends on its choices."""
 
-    def __post_init__(self):
-        storage = ", ".join(STORAGE)
-        check(
-            self.quant_type in STORAGE,
-            f"quant_type is {self.quant_type!r}; it must be one of {storage}",
-        )
-        for name in ("embed_tokens", "lm_head"):
-            kind = getattr(self, name)
-            check(
-                kind is None or kind in STORAGE,
-                f"{name} is {kind!r}; it must be one of {storage}, or null",
+    def __post_init__(self) -> None:
+        check_types(self, ["quant_type", "embed_tokens", "lm_head"])
+        for name, kind in (("embed_tokens", self.embed_tokens), ("lm_head", self.lm_head)):
+            if kind is not None and name in self.skip_modules:
+                raise LorakitError(
+                    f"{name} is to be stored as {kind}, and stands in skip_modules too"
+                )
+        if type(self.block_size) is not int or self.block_size not in BLOCK_SIZES:
+            raise LorakitError(
+                f"block_size is {self.block_size}; it must be a power of two from "
+                f"{BLOCK_SIZES[0]} to {BLOCK_SIZES[-1]}"
             )
-            check(
-                kind is None or name not in self.skip_modules,
-                f"{name} is to be stored as {kind}, and stands in skip_modules too",
-            )
-        check(
-            type(self.block_size) is int
-            and self.block_size in (32, 64, 128, 256, 512, 1024, 2048, 4096),
-            f"block_size is {self.block_size}; it must be a power of two from 32 to 4096",
-        )
 
 
 def quant_config(value: Any, where: str = "quantize") -> QuantConfig | None:
-    """None, "nf4", a QuantConfig or a mapping of its fields, as a QuantConfig or None."""
+    """Return the settings that a caller or a run file means.
+
+    Args:
+        value: None, a quant_type such as "nf4", a mapping of QuantConfig's fields, or settings.
+        where: The name of the value in messages.
+
+    Returns:
+        A QuantConfig, or None for no quantization.
+
+    Raises:
+        LorakitError: The value is none of these, or a field of it is wrong.
+    """
     if value is None or isinstance(value, QuantConfig):
         return value
     if isinstance(value, str):

@@ -1,12 +1,17 @@
-"""Carried out of lorakit/config.py."""
+"""The settings of a training run, checked when they are made.
 
-import typing
+The names are those of transformers' TrainingArguments and of TRL, where they have one. A setting
+with a few choices is a Literal: its annotation is the list of the choices.
+"""
+
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
-from lorakit.config.errors import check, nearest
-from lorakit.config.fields import check_types
+from lorakit.config.errors import LorakitError, nearest
+from lorakit.config.fields import check_below_one, check_positive, check_share, check_types
 
-SCHEDULES = (
+Schedule = Literal[
     "constant",
     "constant_with_warmup",
     "linear",
@@ -14,17 +19,21 @@ SCHEDULES = (
     "cosine_with_min_lr",
     "cosine_with_restarts",
     "inverse_sqrt",
-)
-# bits of AdamW's state, and whether it is paged
-OPTIMIZERS = {
+]
+Optimizer = Literal["adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]
+OverLength = Literal["truncate", "drop", "raise"]
+TrainOn = Literal["completion", "last_turn", "all"]
+
+SCHEDULES = get_args(Schedule)
+OVER_LENGTH = get_args(OverLength)
+TRAIN_ON = get_args(TrainOn)
+# the bits of AdamW's state, and whether the state is paged
+OPTIMIZERS: dict[Optimizer, tuple[int, bool]] = {
     "adamw_torch": (32, False),
     "adamw_8bit": (8, False),
     "paged_adamw_32bit": (32, True),
     "paged_adamw_8bit": (8, True),
 }
-OBJECTIVES = ("sft", "dpo", "orpo")
-OVER_LENGTH = ("truncate", "drop", "raise")
-TRAIN_ON = ("completion", "last_turn", "all")
 METRICS = (
     "accuracy",
     "macro_f1",
@@ -36,168 +45,173 @@ METRICS = (
 )
 
 
-def check_metrics(names: typing.Iterable[str]) -> None:
-    """Raise LorakitError, with the nearest name, unless each is one of METRICS."""
+def check_metrics(names: Iterable[str]) -> None:
+    """Raise LorakitError, with the nearest valid name, unless each is one of METRICS."""
     for name in names:
-        check(
-            name in METRICS,
-            f"unknown metric {name!r}{nearest(name, METRICS)}; beside loss and perplexity there "
-            f"are {', '.join(METRICS)}",
-        )
+        if name not in METRICS:
+            raise LorakitError(
+                f"unknown metric {name!r}{nearest(name, METRICS)}; beside loss and perplexity "
+                f"there are {', '.join(METRICS)}"
+            )
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run. The optimizer step averages over per_device_train_batch_size x
-    gradient_accumulation_steps rows, weighted by their label tokens."""
+    """Settings of a training run.
+
+    An optimizer step averages over per_device_train_batch_size x gradient_accumulation_steps rows,
+    and each row counts by its label tokens.
+    """
 
     output_dir: str = "runs/lorakit"
+    """Directory for the adapter, metrics.jsonl and the checkpoints."""
     max_steps: int | None = None
-    """optimizer steps; null: num_train_epochs decides"""
+    """Number of optimizer steps; null lets num_train_epochs decide."""
     num_train_epochs: float = 1.0
+    """Number of passes over the rows, unless max_steps is given; a part of a pass is possible."""
     per_device_train_batch_size: int = 8
+    """Number of rows that are computed at a time."""
     gradient_accumulation_steps: int = 1
+    """Number of such batches that make one optimizer step."""
     learning_rate: float = 2e-4
-    lr_scheduler_type: str = "cosine"
-    """"constant", "constant_with_warmup" (the same), "linear", "cosine", "cosine_with_min_lr",
-    "cosine_with_restarts" or "inverse_sqrt", each after a linear warm-up"""
+    """Highest learning rate, which is reached at the end of the warm-up."""
+    lr_scheduler_type: Schedule = "cosine"
+    """Course of the learning rate after a linear warm-up: "constant", "constant_with_warmup" (the
+    same), "linear", "cosine", "cosine_with_min_lr", "cosine_with_restarts" or "inverse_sqrt"."""
     warmup_ratio: float = 0.03
+    """Share of all steps in which the learning rate rises, unless warmup_steps is given."""
     warmup_steps: int | None = None
-    """of the warm-up; null: warmup_ratio of all steps"""
+    """Number of steps in which the learning rate rises; null lets warmup_ratio decide."""
     min_lr_ratio: float = 0.0
-    """where cosine_with_min_lr ends, as a part of learning_rate"""
+    """Learning rate at the end of cosine_with_min_lr, as a share of learning_rate."""
     num_cycles: int = 1
-    """of cosine_with_restarts"""
-    optim: str = "adamw_torch"
+    """Number of times that cosine_with_restarts falls from learning_rate to 0."""
+    optim: Optimizer = "adamw_torch"
     """AdamW with fp32 state ("adamw_torch") or 8-bit state ("adamw_8bit"), or with paged state
-    ("paged_adamw_32bit", "paged_adamw_8bit"), which on a CPU lies in a file in output_dir"""
+    ("paged_adamw_32bit", "paged_adamw_8bit"), which on a CPU lies in a file in output_dir."""
     loraplus_lr_ratio: float | None = None
-    """LoRA+: lora_B learns so many times as fast as lora_A, 16 say; null: as fast"""
+    """Learning rate of lora_B as a multiple of lora_A's (LoRA+, arXiv:2402.12354), such as 16; null
+    gives both the same."""
     weight_decay: float = 0.0
+    """Decoupled weight decay of AdamW, from 0 to below 1."""
     adam_beta1: float = 0.9
+    """Decay of AdamW's running mean of the gradient, per step."""
     adam_beta2: float = 0.999
+    """Decay of AdamW's running mean of the squared gradient, per step."""
     adam_epsilon: float = 1e-8
+    """Number that AdamW adds to the divisor of its step."""
     max_grad_norm: float = 1.0
+    """Largest norm of the gradient; a longer gradient is scaled down to it."""
     max_seq_length: int = 1024
-    over_length: str = "truncate"
-    """what to do with a longer row: "truncate" (the prompt's start first), "drop" or "raise" """
-    objective: str = "sft"
-    """"sft": learn the rows; "dpo" or "orpo": prefer `chosen` to `rejected` (preference.py)"""
+    """Largest number of tokens in a row; over_length says what becomes of longer ones."""
+    over_length: OverLength = "truncate"
+    """Treatment of a row that is too long: "truncate" (the prompt's start goes first), "drop" or
+    "raise"."""
+    objective: Literal["sft", "dpo", "orpo"] = "sft"
+    """What is learned: "sft" learns the rows; "dpo" and "orpo" learn to prefer `chosen` to
+    `rejected`."""
     beta: float = 0.1
-    """of dpo and orpo: how strongly"""
+    """Strength of the preference term in DPO and ORPO."""
     packing: bool = False
-    """put several rows into one, of per_device_train_batch_size * max_seq_length tokens at most, in
-    which they do not see each other, instead of padding them"""
+    """Put several rows into one instead of padding them. The rows in it do not see each other, and
+    it has at most per_device_train_batch_size * max_seq_length tokens."""
     label_smoothing_factor: float = 0.0
+    """Share of each label that is spread over all tokens, from 0 to below 1. In DPO it is the
+    share of pairs that are taken to be the wrong way round, below 0.5."""
     z_loss: float = 0.0
-    """weight of the square of the logits' normalizer in the loss"""
+    """Weight of the squared log of the softmax's normalizer in the loss, from 0 to below 1."""
     neftune_noise_alpha: float | None = None
-    """noise on the embeddings while training (NEFTune): 5, say"""
-    train_on: str = "completion"
-    """which tokens are learned: "completion" (of a chat every turn of the assistant), "last_turn"
-    of a chat, or "all" """
+    """Strength of the noise on the embeddings in training (NEFTune, arXiv:2310.05914), such as 5;
+    null adds none."""
+    train_on: TrainOn = "completion"
+    """Tokens that are learned: "completion" (every turn of the assistant in a chat), "last_turn" of
+    a chat, or "all"."""
     gradient_checkpointing: bool = False
+    """Keep only the inputs of the model's blocks, and compute the rest again in backward."""
     activation_offloading: bool = False
-    """with gradient_checkpointing, keep the blocks' inputs in host memory"""
+    """Keep the inputs of the blocks in host memory; this needs gradient_checkpointing."""
     eval_steps: int | None = None
-    """evaluate on the validation rows every so many steps; null: only at the end"""
+    """Number of steps between evaluations on the validation rows; null evaluates at the end
+    only."""
     eval_metrics: list[str] = field(default_factory=list)
-    """what to score the model's own completions of them by, beside the loss: names in `METRICS`"""
+    """Scores of the model's own completions of the validation rows, beside the loss: accuracy,
+    macro_f1, weighted_f1, exact_match, partial_match, entity_f1 and rouge_l."""
     early_stopping_patience: int | None = None
-    """stop after so many evaluations without a better loss"""
+    """Number of evaluations in a row without a better loss that stop the run; null never stops
+    it."""
     load_best_model_at_end: bool = False
-    """end with the adapter of the best evaluation"""
+    """End with the adapter of the best evaluation instead of the last one."""
     save_steps: int | None = None
-    """write a checkpoint every so many steps and at the end; null: only when interrupted"""
+    """Number of steps between checkpoints, with one more at the end; null writes one only when the
+    run is interrupted."""
     save_total_limit: int = 2
-    """how many checkpoints to keep; the best one stays besides"""
+    """Number of checkpoints to keep; the one of the best evaluation stays as well."""
     resume: str | None = None
-    """"auto": go on from output_dir's last checkpoint, or start; or a checkpoint's directory"""
-    report_to: str | None = None
-    """"tensorboard": write its files too"""
+    """Checkpoint to go on from: its directory, or "auto" for the last one in output_dir, if there
+    is one; null starts from the beginning."""
+    report_to: Literal["tensorboard"] | None = None
+    """Other place for the metrics: "tensorboard" writes its files too."""
     seed: int = 0
+    """Seed of the order of the rows and of dropout; `lorakit train` starts the adapter from it
+    too."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_types(self)
-        for name in [
-            "num_train_epochs",
-            "per_device_train_batch_size",
-            "gradient_accumulation_steps",
-            "learning_rate",
-            "max_grad_norm",
-            "max_seq_length",
-        ]:
-            check(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
-        check(self.num_train_epochs < 1e9, "num_train_epochs must be below 10^9")
-        ratio = self.loraplus_lr_ratio
-        check(ratio is None or ratio > 0, f"loraplus_lr_ratio must be positive, not {ratio}")
-        check(self.max_seq_length > 1, "max_seq_length must be at least 2")
-        for name in ("max_steps", "eval_steps", "save_steps", "early_stopping_patience"):
-            value = getattr(self, name)
-            check(value is None or value > 0, f"{name} must be positive or null, not {value}")
-        check(self.save_total_limit > 0, "save_total_limit must be at least 1")
-        check_metrics(self.eval_metrics)
-        for name in ("label_smoothing_factor", "z_loss"):
-            value = getattr(self, name)
-            check(0 <= value < 1, f"{name} is {value}; it must be in [0, 1)")
-        check(
-            self.objective in OBJECTIVES,
-            f"objective is {self.objective!r}; choose {', '.join(OBJECTIVES)}",
-        )
-        pairs, smoothing = self.objective != "sft", self.label_smoothing_factor
-        check(not (pairs and self.z_loss), "z_loss is of sft alone; dpo and orpo do not know it")
-        check(
-            not smoothing or self.objective != "orpo",
-            "label_smoothing_factor is of sft and dpo; orpo does not know it",
-        )
-        check(
-            smoothing < 0.5 or not pairs,
-            f"label_smoothing_factor is {smoothing}; for pairs it must be in [0, 0.5)",
-        )
-        check(self.beta > 0, f"beta must be positive, not {self.beta}")
-        noise = self.neftune_noise_alpha
-        check(noise is None or noise > 0, f"neftune_noise_alpha must be positive, not {noise}")
-        check(
-            self.gradient_checkpointing or not self.activation_offloading,
-            "activation_offloading keeps what gradient_checkpointing keeps: set that too",
-        )
-        check(
-            self.report_to in (None, "tensorboard"),
-            f"report_to is {self.report_to!r}; choose tensorboard or null",
-        )
-        for name, valid in (("lr_scheduler_type", SCHEDULES), ("optim", tuple(OPTIMIZERS))):
-            value, choices = getattr(self, name), f"{', '.join(valid[:-1])} or {valid[-1]}"
-            check(value in valid, f"{name} is {value!r}; choose {choices}")
-        check(
-            self.warmup_steps is None or self.warmup_steps >= 0,
-            f"warmup_steps must be null or not negative, not {self.warmup_steps}",
-        )
-        check(
-            0 <= self.min_lr_ratio <= 1,
-            f"min_lr_ratio is {self.min_lr_ratio}; it must be in [0, 1]",
-        )
-        check(self.num_cycles > 0, f"num_cycles must be positive, not {self.num_cycles}")
-        for name, usual, schedule in (
-            ("min_lr_ratio", 0, "cosine_with_min_lr"),
-            ("num_cycles", 1, "cosine_with_restarts"),
-        ):
-            check(
-                getattr(self, name) == usual or self.lr_scheduler_type == schedule,
-                f"{name} is of lr_scheduler_type {schedule} alone, not of {self.lr_scheduler_type}",
+        self._check_length()
+        self._check_learning_rate()
+        self._check_loss()
+        self._check_evaluation_and_checkpoints()
+        if self.activation_offloading and not self.gradient_checkpointing:
+            raise LorakitError(
+                "activation_offloading keeps what gradient_checkpointing keeps: set that too"
             )
-        check(
-            self.over_length in OVER_LENGTH,
-            f"over_length is {self.over_length!r}; choose truncate, drop or raise",
-        )
-        check(
-            self.train_on in TRAIN_ON,
-            f"train_on is {self.train_on!r}; choose completion, last_turn or all",
-        )
-        check(0 <= self.seed < 2**63, f"seed is {self.seed}; it must be in [0, 2^63)")
-        check(
-            0 <= self.warmup_ratio <= 1,
-            f"warmup_ratio is {self.warmup_ratio}; it must be in [0, 1]",
-        )
-        check(
-            0 <= self.weight_decay < 1, f"weight_decay is {self.weight_decay}; it must be in [0, 1)"
-        )
+        if not 0 <= self.seed < 2**63:
+            raise LorakitError(f"seed is {self.seed}; it must be in [0, 2^63)")
+
+    def _check_length(self) -> None:
+        check_positive(self, "max_steps", or_null=True)
+        check_positive(self, "num_train_epochs")
+        if self.num_train_epochs >= 1e9:
+            raise LorakitError("num_train_epochs must be below 10^9")
+        check_positive(self, "per_device_train_batch_size", "gradient_accumulation_steps")
+        if self.max_seq_length < 2:
+            raise LorakitError("max_seq_length must be at least 2")
+
+    def _check_learning_rate(self) -> None:
+        check_positive(self, "learning_rate", "max_grad_norm", "num_cycles")
+        check_positive(self, "loraplus_lr_ratio", or_null=True)
+        check_share(self, "warmup_ratio", "min_lr_ratio")
+        check_below_one(self, "weight_decay")
+        if self.warmup_steps is not None and self.warmup_steps < 0:
+            raise LorakitError(
+                f"warmup_steps must be null or not negative, not {self.warmup_steps}"
+            )
+        schedule = self.lr_scheduler_type
+        if self.min_lr_ratio != 0 and schedule != "cosine_with_min_lr":
+            raise LorakitError(
+                f"min_lr_ratio is of lr_scheduler_type cosine_with_min_lr alone, not of {schedule}"
+            )
+        if self.num_cycles != 1 and schedule != "cosine_with_restarts":
+            raise LorakitError(
+                f"num_cycles is of lr_scheduler_type cosine_with_restarts alone, not of {schedule}"
+            )
+
+    def _check_loss(self) -> None:
+        check_below_one(self, "label_smoothing_factor", "z_loss")
+        check_positive(self, "beta")
+        check_positive(self, "neftune_noise_alpha", or_null=True)
+        pairs, smoothing = self.objective != "sft", self.label_smoothing_factor
+        if pairs and self.z_loss:
+            raise LorakitError("z_loss is of sft alone; dpo and orpo do not know it")
+        if smoothing and self.objective == "orpo":
+            raise LorakitError("label_smoothing_factor is of sft and dpo; orpo does not know it")
+        if pairs and smoothing >= 0.5:
+            raise LorakitError(
+                f"label_smoothing_factor is {smoothing}; for pairs it must be in [0, 0.5)"
+            )
+
+    def _check_evaluation_and_checkpoints(self) -> None:
+        check_positive(self, "eval_steps", "save_steps", "early_stopping_patience", or_null=True)
+        check_metrics(self.eval_metrics)
+        if self.save_total_limit < 1:
+            raise LorakitError("save_total_limit must be at least 1")

@@ -104,7 +104,7 @@ def test_quantize_report(tiny_dir, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "new" / "one.png").exists()
     for wrong, message in [
         ("blocksize=32", "unknown key 'blocksize' (did you mean 'block_size'?)"),
-        ("quant_type=q4", "quant_type is 'q4'; it must be one of nf4, fp4, int8"),
+        ("quant_type=q4", "quant_type is 'q4'; choose nf4, fp4 or int8"),
         ("block_size=[", "the value is not valid YAML"),
         ("skip_modules=[nothing]", "'nothing' is no layer"),
     ]:

@@ -45,7 +45,7 @@ def test_run_config():
         ({"lora": {"rank": 4, "r": 4}}, "lora: unknown key 'rank'"),
         ({"lora": {"lora_alhpa": 4}}, "did you mean 'lora_alpha'"),
         ({"quantize": {"blocksize": 64}}, "did you mean 'block_size'"),
-        ({"quantize": "int3"}, "quant_type is 'int3'; it must be one of nf4, fp4, int8"),
+        ({"quantize": "int3"}, "quant_type is 'int3'; choose nf4, fp4 or int8"),
         ({"data": {"train": "a", "valid": "b"}}, "did you mean 'validation'"),
         ({"data": {"validation": "b"}}, "data: train is missing"),
         ({"data": None}, "data is missing|data must be"),
