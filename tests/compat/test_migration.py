@@ -11,7 +11,7 @@ import torch
 
 import lorakit as lk
 from lorakit.compat import peft as compat
-from tests.compat.test_peft import close, logits, randomize
+from tests.compat.comparing import close, logits, randomize
 from tests.conftest import tiny_llama
 
 PAGE = (Path(__file__).parents[2] / "docs" / "migration.md").read_text(encoding="utf-8")
@@ -47,9 +47,15 @@ def run(tiny_dir, tmp_path, monkeypatch):
     return run
 
 
-def test_the_first_snippet_imports_what_there_is():
+def test_the_first_snippet_imports_pefts_names_from_compat():
     [code] = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-    exec(code, {})
+    names = {}
+    exec(code, names)
+    del names["__builtins__"]
+    assert {"LoraConfig", "PeftModel", "get_peft_model"} <= names.keys()
+    for name, value in names.items():
+        assert value is vars(compat)[name]
+        assert name in vars(peft)
 
 
 @pytest.mark.parametrize("heading", SECTIONS)
