@@ -11,10 +11,16 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import lorakit as lk
-from lorakit.adapters.combine import KINDS, PRUNED, combine
+from lorakit.adapters.combine import KINDS, PRUNED, Combination, Update
+from lorakit.adapters.combine import combine as combine_updates
 from lorakit.config.errors import LorakitError
 
 IN, OUT = 24, 40
+
+
+def combine(kind, parts, weights, **options):
+    """A and B of parts (A, B, scaling)."""
+    return combine_updates([Update(*p) for p in parts], weights, Combination(kind, **options))
 
 
 def peft_model(ranks, alphas, seed=0):
