@@ -63,13 +63,18 @@ from .reference import TENSORS, Dropout
 Again = tuple[Callable[[Tensor], Tensor], Tensor] | None
 
 
-class Base(Protocol):
+class FrozenLinearMap(Protocol):
     """A frozen linear map: base(x) = x W^T + bias, in memory of its own, and its W."""
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
-    stored: Tensor | Packed  # W [N, K]
-    bias: Tensor | None  # [N]
+    @property
+    def stored(self) -> Tensor | Packed:
+        """W [N, K]."""
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias [N], if there is one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +83,7 @@ class LoraWeights:
     [N] in place of the base's.
     """
 
-    base: Base
+    base: FrozenLinearMap
     lora_A: Tensor
     lora_B: Tensor
     scaling: float
