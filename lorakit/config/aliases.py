@@ -45,7 +45,7 @@ RENAMED = {
     "peft_init_lora_weights": "lora.init_lora_weights",
 }
 
-VALUES = {
+VALUES: dict[str, dict[Any, Any]] = {
     "optim": {
         "adamw_torch_fused": "adamw_torch",
         "adamw_hf": "adamw_torch",
@@ -67,7 +67,7 @@ REFUSED = {
 }
 
 # name -> the values that ask for what lorakit does in any case, and what to do about others
-SETTLED = {
+SETTLED: dict[str, tuple[list[Any], str]] = {
     "fp16": ([False], "gradients of a float16 model underflow: set bf16: true or dtype: float32"),
     "tf32": ([False], "lorakit leaves torch's precision of products alone: take it out"),
     "val_set_size": (
@@ -121,30 +121,47 @@ def own_names(values: File) -> tuple[dict[Any, Any], Notes]:
         ValueError: A name asks for what lorakit cannot do, or two names set the same thing.
     """
     own = {name: value for name, value in values.items() if not is_alias(name)}
+    _open_mappings(own)
+    notes: Notes = []
+    said_by: dict[str, str] = {}  # a setting -> the alias that has set it
+    for name, value in values.items():
+        if is_alias(name) and (value is not None or name in NULL_SAYS):
+            for target, meant in _meaning(name, value, values, notes).items():
+                _put(own, target, meant, name, said_by)
+    _respell_values(own, said_by, notes)
+    return own, notes
+
+
+def _open_mappings(own: dict[Any, Any]) -> None:
+    """Make mappings of a file name for data and a quant_type for quantize, and copy the others.
+
+    Aliases then find a mapping to write to, and the caller's stays as it is.
+    """
     for name, leaf in (("data", "train"), ("quantize", "quant_type")):
         if isinstance(own.get(name), str):
             own[name] = {leaf: own[name]}
     for name in ("data", "lora", "quantize"):
         if isinstance(own.get(name), Mapping):
             own[name] = dict(own[name])
-    notes: Notes = []
-    said_by: dict[str, str] = {}
-    for name, value in values.items():
-        if not is_alias(name) or (value is None and name not in NULL_SAYS):
-            continue
-        for target, meant in _meaning(name, value, values, notes).items():
-            parent, dot, leaf = target.rpartition(".")
-            place = own.setdefault(parent, {}) if dot else own
-            if not isinstance(place, dict) or leaf in place:
-                other = said_by.get(target, target if isinstance(place, dict) else parent)
-                raise ValueError(f"{name} and {other} set the same thing: keep one of them")
-            place[leaf], said_by[target] = meant, name
+
+
+def _put(own: dict[Any, Any], target: str, value: Any, alias: str, said_by: dict[str, str]) -> None:
+    """Set the setting `target`, which `alias` names; ValueError if something has set it before."""
+    parent, dot, leaf = target.rpartition(".")
+    place = own.setdefault(parent, {}) if dot else own
+    if not isinstance(place, dict) or leaf in place:
+        other = said_by.get(target, target if isinstance(place, dict) else parent)
+        raise ValueError(f"{alias} and {other} set the same thing: keep one of them")
+    place[leaf], said_by[target] = value, alias
+
+
+def _respell_values(own: dict[Any, Any], said_by: dict[str, str], notes: Notes) -> None:
+    """Put lorakit's spelling of a value in the place of another library's."""
     for name, spellings in VALUES.items():
         value = own.get(name)
         if type(value) in (str, int) and value in spellings:
             own[name] = spellings[value]
             notes.append(f"{said_by.get(name, name)}: {value} is taken as {own[name]}")
-    return own, notes
 
 
 def is_alias(name: Any) -> bool:
