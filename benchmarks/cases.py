@@ -231,7 +231,8 @@ def losses(s: Setting) -> Iterator[Case]:
         )  # fmt: skip
 
         def in_place(z: Tensor, y: Tensor = y) -> tuple[Tensor, Tensor | None]:
-            return module._backend(z).loss_and_gradient(z, y, module.Form(), True)
+            backend = ops.dispatch.backend(module.__name__, z.device)
+            return backend.loss_and_gradient(z, y, module.Form(), True)
 
         yield Case(
             "cross_entropy in place", f"{T}x{V}", 2 * logits.nbytes, in_place, {},
@@ -292,7 +293,7 @@ def quantization(s: Setting) -> Iterator[Case]:
     """Double quantization on, blocks of 64. In panels: all of the matrix in memory that exists, a
     piece after the other, as products take it.
     """
-    ops, panels = lk.kernels, lk.kernels.ops.frozen_linear.panels
+    ops, panels = lk.kernels, lk.kernels.ops.frozen_linear.dense.panels
     for N, K in s.sizes.matrices:
         w, shape = torch.randn(N, K, device=s.device), f"{N}x{K}"
         q, q8 = ops.quantize_nf4(w), ops.quantize_int8(w)

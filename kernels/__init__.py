@@ -10,7 +10,8 @@ from .ops.adamw import Moment8bit, adamw_step, adamw_step_8bit
 from .ops.attention import attention
 from .ops.cross_entropy import cross_entropy, linear_cross_entropy
 from .ops.decode import DecodeCache, DecodeLayer, DecodePlan, decode_compiled, decode_step
-from .ops.frozen_linear import Packed, dequantize, dequantize_rows, frozen_linear
+from .ops.frozen_linear import frozen_linear
+from .ops.frozen_linear.dense import Packed, dequantize, dequantize_rows
 from .ops.int8 import Int8Tensor, dequantize_int8, quantize_int8
 from .ops.lora_linear import LoraWeights, lora_linear, lora_mlp, lora_qkv, lora_row_norms
 from .ops.nf4 import NF4Tensor, dequantize_nf4, quantize_fp4, quantize_nf4

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lorakit import kernels
 from lorakit.kernels import dispatch
 from lorakit.kernels.ops import frozen_linear
-from lorakit.kernels.ops.frozen_linear import PANEL, panels
+from lorakit.kernels.ops.frozen_linear import dense as dense_weights
+from lorakit.kernels.ops.frozen_linear.dense import PANEL, panels
 from lorakit.kernels.ops.nf4 import cpu
 from tests.instruction_sets import ISAS, on_cpu
 
@@ -33,7 +34,7 @@ def test_panels_are_the_rows(N, K, block_size, double_quant, dtype, values):
         kernels.quantize_int8(w),
         kernels.quantize_nf4(w, block_size=block_size, double_quant=double_quant),
     ]
-    with mock.patch.object(frozen_linear, "PANEL", values):
+    with mock.patch.object(dense_weights, "PANEL", values):
         for q in packed:
             dense = q.to(dtype) if isinstance(q, torch.Tensor) else kernels.dequantize(q, dtype)
             found = []
@@ -51,7 +52,7 @@ def test_products_by_panels(values, bias):
     q = kernels.quantize_nf4(w)
     x.requires_grad_()
     b = b.requires_grad_() if bias else None
-    with mock.patch.object(frozen_linear, "PANEL", values):
+    with mock.patch.object(dense_weights, "PANEL", values):
         y = kernels.frozen_linear(x, q, b)
         y.backward(grad)
     W = kernels.dequantize(q, torch.float64)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lorakit import kernels
 from lorakit.kernels import LoraWeights, dispatch
-from lorakit.kernels.ops.frozen_linear import weight_panels
+from lorakit.kernels.ops.frozen_linear.dense import weight_panels
 from lorakit.kernels.ops.swiglu import Activation
 
 

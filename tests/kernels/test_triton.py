@@ -614,17 +614,17 @@ def test_autocast_is_followed_whatever_the_rows():
 def test_which_products_take_the_packed_weight():
     narrow, odd = kernels.quantize_nf4(random(0, 8, 128)), kernels.quantize_nf4(random(0, 8, 96))
     with on_triton():
-        assert max(frozen_linear._few_rows(random(0, 2, 128), narrow)) > 1
-        assert max(frozen_linear._few_rows(random(0, 2, 96), odd)) == 0  # a block holds two rows
-        assert max(frozen_linear._few_rows(random(0, 2, 128).double(), narrow)) == 0
+        assert max(frozen_linear.few_rows(random(0, 2, 128), narrow)) > 1
+        assert max(frozen_linear.few_rows(random(0, 2, 96), odd)) == 0  # a block holds two rows
+        assert max(frozen_linear.few_rows(random(0, 2, 128).double(), narrow)) == 0
         for capability, expected in {(7, 0): 0, (7, 5): 4, (8, 7): 64, (12, 1): 64}.items():
             with mock.patch.object(dispatch, "capability", return_value=capability):
-                assert max(frozen_linear._few_rows(random(0, 2, 128), narrow)) == expected
+                assert max(frozen_linear.few_rows(random(0, 2, 128), narrow)) == expected
         with mock.patch.object(dispatch, "compiles_to", return_value="amdgcn"):
-            few = frozen_linear._few_rows(random(0, 2, 128), narrow)
+            few = frozen_linear.few_rows(random(0, 2, 128), narrow)
             assert few == frozen_linear.FEW_ROWS_AMD
     with kernels.use_backend("reference"):
-        assert max(frozen_linear._few_rows(random(0, 2, 128), narrow)) == 0
+        assert max(frozen_linear.few_rows(random(0, 2, 128), narrow)) == 0
 
 
 def test_an_unknown_option_raises_with_its_name():

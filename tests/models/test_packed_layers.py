@@ -9,8 +9,8 @@ from torch import nn
 
 import lorakit as lk
 from lorakit import kernels
-from lorakit.kernels.ops import frozen_linear
 from lorakit.kernels.ops.cross_entropy import linear
+from lorakit.kernels.ops.frozen_linear import dense as dense_weights
 from lorakit.models.packed_layers import (
     Int8Embedding,
     Int8Linear,
@@ -243,7 +243,7 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_changes(bad):
 def test_linear_cross_entropy_with_a_packed_head(monkeypatch, kind, softcap):
     """Loss and gradient with the head a panel at a time are those with the dense head."""
     torch.manual_seed(0)
-    monkeypatch.setattr(frozen_linear, "PANEL", 64 * 30)  # several panels, the last one short
+    monkeypatch.setattr(dense_weights, "PANEL", 64 * 30)  # several panels, the last one short
     monkeypatch.setattr(linear, "CHUNK_BYTES", 4 * 101 * 7)
     monkeypatch.setattr(linear, "FEWEST", 1)
     head = packed_layer(nn.Linear(64, 101, bias=False), lk.QuantConfig(kind)).quantized

@@ -11,21 +11,21 @@ A soft cap c (Gemma 2) replaces z by c tanh(z / c), of slope 1 - tanh^2(z / c). 
     loss = logsumexp(z) - (1 - e) z_y - e mean(z) + a logsumexp(z)^2
     d loss / d z = softmax(z) (1 + 2 a logsumexp(z)) - (1 - e) onehot(y) - e / V
 
-Both functions return the sum and the number of labels that were not `ignore_index`, so
-that a caller can add up micro-batches of different length and divide once: the mean of means weighs
-short batches too much.
+Both functions return the sum and the number of labels that were not `ignore_index`, so that a
+caller can add up micro-batches of different length and divide once: a mean of means gives short
+batches too much weight.
 
 `linear_cross_entropy` takes the hidden states instead of the logits. The logits of a large
 vocabulary are the biggest tensor of a training step (T x V x 4 bytes: 0.8 GB for 4096 tokens of a
-49,152-word model), so it walks the rows in chunks (24 MB of logits, on a GPU 256) and computes the
-gradient in the forward pass, while a chunk's logits are at hand; backward only scales it. The cost:
-a gradient is computed even if backward never runs, unless gradients are disabled.
+49,152-word model). So it walks over the rows in chunks (24 MB of logits, on a GPU 256), and
+computes the gradient in the forward pass, while a chunk's logits are at hand; backward only scales
+it. The price: a gradient is computed even if backward never runs, unless gradients are disabled.
 
 A head with a low-rank update, W + s B A, gets it chunk by chunk (`lora_linear` has the formulas).
 
 A packed head (NF4 or int8) is dequantized some thousand rows of the vocabulary at a time, and the
-dense head never exists: twice for every chunk, for the logits and for the gradient. The same way
-a head in 16 bits becomes fp32 where the processor has no products of 16 bits.
+dense head never exists: twice for every chunk, for the logits and for the gradient. A head in 16
+bits becomes fp32 in this way too, where the processor has no products of 16 bits.
 """
 
 from types import ModuleType
@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
-from ..frozen_linear import Packed
+from ..frozen_linear.dense import Packed
 from . import cpu, reference
 from .linear import Form, LinearCrossEntropy
 
@@ -48,8 +48,26 @@ def cross_entropy(
     z_loss: float = 0.0,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor]:
-    """logits [..., V] before any soft cap, labels int64 [...] -> (summed loss fp32 [], count int64
-    []). The module tells what `softcap`, `label_smoothing` and `z_loss` add.
+    """Compute the cross-entropy of next-token logits, summed over the labels that count.
+
+    Differentiable in the logits; it keeps them for backward.
+
+    Args:
+        logits: z [..., V], before any soft cap, of any floating-point dtype; kernels run for fp32,
+            bf16 and fp16.
+        labels: y, int64 [...].
+        softcap: c; z becomes c tanh(z / c) (arXiv:2408.00118).
+        label_smoothing: e, the share of the probability that is spread over all V words
+            (arXiv:1512.00567).
+        z_loss: a, the weight of logsumexp(z)^2 in the loss (arXiv:2204.02311, section 5).
+        ignore_index: the label that does not count.
+
+    Returns:
+        The summed loss in nats, fp32 [], and the number of labels that count, int64 [].
+
+    Raises:
+        IndexError: on a CPU, a label is outside of the vocabulary. On a GPU, where nothing waits
+            for the device, the loss is NaN instead.
     """
     form = Form(softcap, label_smoothing, z_loss)
     backend = _backend(logits) if labels.shape == logits.shape[:-1] else reference
@@ -62,7 +80,7 @@ def cross_entropy(
 
 
 class CrossEntropy(torch.autograd.Function):
-    """logits [N, V], labels int64 [N] -> summed loss fp32 []"""
+    """Map logits [N, V] and labels int64 [N] to the summed loss, fp32 []."""
 
     @staticmethod
     def forward(ctx, logits, labels, form, ignore_index, backend):
@@ -91,34 +109,39 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of hidden [..., H] @ weight [V, H]^T, never building all the logits.
+    """Compute the cross-entropy of the logits hidden weight^T, which never exist all at once.
 
-    labels: int64 [...]; rows whose label is `ignore_index` are left out before the product.
-    lora: lora_A [r, H], lora_B [V, r] and s of a head weight + s B A. Returns (summed loss fp32 [],
-    count int64 []); differentiable in hidden, in a dense weight, in A and in B.
+    Differentiable in hidden, in a dense weight, and in A and B.
+
+    Args:
+        hidden: [..., H], any floating-point dtype; kernels run for fp32, bf16 and fp16.
+        weight: the head [V, H], dense or packed.
+        labels: int64 [...]. Rows whose label is `ignore_index` are left out before the product.
+        lora: A [r, H], B [V, r] and s of a head weight + s B A; None for the head alone.
+        softcap: as in `cross_entropy`.
+        label_smoothing: as in `cross_entropy`.
+        z_loss: as in `cross_entropy`.
+        ignore_index: the label that does not count.
+
+    Returns:
+        The summed loss in nats, fp32 [], and the number of labels that count, int64 [].
+
+    Raises:
+        IndexError: as in `cross_entropy`.
     """
     rows = (labels.reshape(-1) != ignore_index).nonzero()[:, 0]
     picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows)
     lora_A, lora_B, scaling = (None, None, 0.0) if lora is None else lora
+    head: tuple[Tensor | Packed | None, ...] = weight, lora_A, lora_B
     if not torch.is_grad_enabled():  # no gradient while the logits are at hand, then
-        weight, lora_A, lora_B = (
-            t.detach() if isinstance(t, Tensor) else t for t in (weight, lora_A, lora_B)
-        )
+        head = tuple(t.detach() if isinstance(t, Tensor) else t for t in head)
     chosen = labels.reshape(-1)[rows]
     form = Form(softcap, label_smoothing, z_loss)
     with dispatch.on_device(picked):
-        total = LinearCrossEntropy.apply(
-            picked, weight, lora_A, lora_B, scaling, chosen, form, _backend(picked)
-        )
+        total = LinearCrossEntropy.apply(picked, *head, scaling, chosen, form, _backend(picked))
     return total, (labels != ignore_index).sum()
 
 
 def _backend(x: Tensor) -> ModuleType:
-    if x.dtype not in dispatch.FLOATS:
-        return reference
-    picked = dispatch.pick(x.device, "cpu", "triton")
-    if picked == "triton":
-        from . import triton
-
-        return triton
-    return cpu if picked == "cpu" and cpu.fits(x) else reference
+    floats = x.dtype in dispatch.FLOATS
+    return dispatch.backend(__package__, x.device, cpu=cpu.fits(x), triton=floats)

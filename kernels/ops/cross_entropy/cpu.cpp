@@ -23,7 +23,7 @@ using namespace simd;
 constexpr int64_t PIECE = 4096;  // values: 16 KB in fp32, of a first cache of 32
 
 template <class T>
-struct Rows {
+struct LogitRows {
     const T* logits;        // [N, V]
     const int64_t* labels;  // [N], each in [0, V) or ignored
     float *loss, *lse;      // [N]; loss null: lse is read
@@ -39,7 +39,7 @@ inline Vec capped(Vec x, float cap, float inverse) {
 }
 
 template <bool CAPPED, class T>
-void forward_row(const Rows<T>& a, int64_t row) {
+void forward_row(const LogitRows<T>& a, int64_t row) {
     const T* x = a.logits + row * a.stride;
     const float inverse = 1 / a.cap, none = -__builtin_inff();
     const Vec log2e = fill(LOG2E);
@@ -77,7 +77,7 @@ void forward_row(const Rows<T>& a, int64_t row) {
 
 // a' (e^(z - lse) factor - spread), the label's share aside
 template <bool CAPPED, class T>
-void backward_row(const Rows<T>& a, int64_t row) {
+void backward_row(const LogitRows<T>& a, int64_t row) {
     const T* x = a.logits + row * a.stride;
     T* out = a.gradient + row * a.gradient_stride;
     const float inverse = 1 / a.cap, scale = *a.scale, at = a.lse[row];
@@ -100,7 +100,7 @@ void backward_row(const Rows<T>& a, int64_t row) {
 }
 
 template <bool CAPPED, class T>
-void rows(const Rows<T>& a) {
+void rows(const LogitRows<T>& a) {
     parallel(a.N, a.V, [&](int64_t first, int64_t last) {
         for (int64_t row = first; row < last; ++row) {
             const bool ignored = a.labels[row] == a.ignored;
@@ -114,7 +114,7 @@ void rows(const Rows<T>& a) {
 }
 
 template <class T>
-void cross_entropy(const Rows<T>& a) {
+void cross_entropy(const LogitRows<T>& a) {
     a.cap != 0 ? rows<true>(a) : rows<false>(a);
 }
 
@@ -122,7 +122,7 @@ void cross_entropy(const Rows<T>& a) {
 
 extern "C" {
 
-void LK_EXPORT(cross_entropy_fp32)(const Rows<float>* rows) { cross_entropy(*rows); }
-void LK_EXPORT(cross_entropy_bf16)(const Rows<uint16_t>* rows) { cross_entropy(*rows); }
+void LK_EXPORT(cross_entropy_fp32)(const LogitRows<float>* rows) { cross_entropy(*rows); }
+void LK_EXPORT(cross_entropy_bf16)(const LogitRows<uint16_t>* rows) { cross_entropy(*rows); }
 
 }  // extern "C"

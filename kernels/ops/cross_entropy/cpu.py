@@ -1,4 +1,4 @@
-"""The kernels of cpu.cpp: fp32 and bf16, in host memory."""
+"""Calls of the C++ kernel in cpu.cpp: fp32 and bf16, in host memory."""
 
 import ctypes
 
@@ -7,15 +7,15 @@ from torch import Tensor
 
 from ... import dispatch
 from ...dispatch import CPU_DTYPES, FLOAT, INT64, POINTER, address, run
-from ..frozen_linear import Packed
+from ..frozen_linear.dense import Packed, panels
 from ..products import Sum, Term, dense_rows, sums_of_products
-from .linear import Form, by_sums, is_ready, panels
+from .linear import Form, by_sums, is_ready
 
 NONE_IGNORED = -(2**62)  # no label
 
 
-class Rows(ctypes.Structure):
-    """cpu.cpp's."""
+class LogitRows(ctypes.Structure):
+    """`LogitRows` of cpu.cpp: the arguments of `cross_entropy`, in both directions."""
 
     _fields_ = (
         *((name, POINTER) for name in ("logits", "labels", "loss", "lse", "gradient", "scale")),
@@ -25,7 +25,7 @@ class Rows(ctypes.Structure):
 
 
 def fits(x: Tensor) -> bool:
-    """Whether the kernels take it."""
+    """Return whether the kernel takes logits or hidden states like x."""
     return x.dtype in CPU_DTYPES
 
 
@@ -36,7 +36,7 @@ def _run(
     pointers = [address(t) for t in (logits, labels, loss, lse, gradient, scale)]
     strides = logits.stride(0), 0 if gradient is None else gradient.stride(0)
     options = form.softcap or 0.0, form.label_smoothing, form.z_loss
-    arguments = Rows(*pointers, *strides, *logits.shape, ignore_index, *options)
+    arguments = LogitRows(*pointers, *strides, *logits.shape, ignore_index, *options)
     run("cross_entropy", logits.dtype, arguments)
 
 
@@ -50,9 +50,9 @@ def _check(labels: Tensor, V: int, ignore_index: int) -> None:
 def loss_and_lse(
     logits: Tensor, labels: Tensor, form: Form, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """logits [N, V] (rows may lie apart), labels int64 [N] -> losses and log-sum-exps, fp32 [N].
+    """Return the losses and log-sum-exps, fp32 [N], of logits [N, V] and labels int64 [N].
 
-    Raises IndexError for a label that is no word.
+    The rows of the logits may lie apart. Raises IndexError for a label that is not a word.
     """
     _check(labels, logits.shape[1], ignore_index)
     loss, lse = torch.empty((2, len(labels)), dtype=torch.float32).unbind()
@@ -63,15 +63,15 @@ def loss_and_lse(
 def gradient(
     logits: Tensor, labels: Tensor, lse: Tensor, scale: Tensor, form: Form, ignore_index: int,
 ) -> Tensor:  # fmt: skip
-    """d (scale * sum of losses) / d logits [N, V]; scale: fp32 []."""
+    """Return d (scale * sum of losses) / d logits, [N, V]; scale: fp32 []."""
     out = torch.empty(logits.shape, dtype=logits.dtype)
     _run(logits, labels, None, lse, out, scale, form, ignore_index)
     return out
 
 
 def logits(h: Tensor, head: Tensor | Packed) -> Tensor:
-    """h [n, H], head [V, H] -> [n, V] in h's dtype"""
-    if by_sums(h, head):
+    """Return h [n, H] times the transpose of the head [V, H]: [n, V] in h's dtype."""
+    if by_sums(head, h):
         out = torch.empty((len(h), head.shape[0]), dtype=h.dtype)
         sums_of_products([Sum([Term(dense_rows(h), head, True)], out)])
         return out
@@ -84,8 +84,9 @@ def logits(h: Tensor, head: Tensor | Packed) -> Tensor:
 
 
 def loss_and_gradient(logits: Tensor, labels: Tensor, form: Form, need: bool) -> Tensor:
-    """logits [n, V], labels int64 [n] -> summed loss []. If they are needed, the gradients of the
-    logits are written over them.
+    """Return the summed loss [] of logits [n, V] and labels int64 [n].
+
+    If their gradients are needed, these are written over the logits.
     """
     _check(labels, logits.shape[1], NONE_IGNORED)
     loss, lse = torch.empty((2, len(labels)), dtype=torch.float32).unbind()

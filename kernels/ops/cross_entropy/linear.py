@@ -1,11 +1,11 @@
 """Cross-entropy fused with the head: a chunk of rows at a time, gradients in the forward pass.
 
-The walk over the chunks is the same for every backend; what a backend does to a chunk's logits are
-two functions of its module, `logits` and `loss_and_gradient`.
+All backends share the walk over the chunks. What a backend does to a chunk's logits are two
+functions of its module, `logits` and `loss_and_gradient`.
 """
 
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ... import dispatch
 from .. import products
-from ..frozen_linear import Packed, panels
+from ..frozen_linear.dense import Packed, panels
 from ..products import Sum, Term
 
 # Logits held at a time: 24 MB on a CPU, but not fewer than FEWEST rows, because every chunk lays
@@ -25,7 +25,7 @@ DEPTH = 4096  # words whose part of the hidden states' gradient is added up at a
 
 
 class Form(NamedTuple):
-    """What is done to the logits, and what is added to the loss."""
+    """What is done to the logits, and what is added to the loss; the package has the formulas."""
 
     softcap: float | None = None
     label_smoothing: float = 0.0
@@ -33,7 +33,7 @@ class Form(NamedTuple):
 
 
 def _chunk_rows(rows: int, vocabulary: int, hidden: Tensor) -> int:
-    """Of a chunk, where there are `rows` in all."""
+    """Return the rows of a chunk, where there are `rows` in all."""
     if hidden.device.type == "cpu":
         most = max(FEWEST, CHUNK_BYTES // (vocabulary * hidden.element_size()))
         chunks = max(1, -(-rows // most))
@@ -42,19 +42,19 @@ def _chunk_rows(rows: int, vocabulary: int, hidden: Tensor) -> int:
     return rows - rows % TILE if rows > TILE else rows
 
 
-def is_ready(head: Tensor | Packed, dtype: torch.dtype) -> bool:
-    """Whether products in `dtype` can take the head as it is."""
+def is_ready(head: Tensor | Packed, dtype: torch.dtype) -> TypeGuard[Tensor]:
+    """Return whether products in `dtype` can take the head as it is."""
     return isinstance(head, Tensor) and head.dtype == dtype
 
 
-def by_sums(h: Tensor, head: Tensor | Packed) -> bool:
-    """Whether the products of h and a dense head are those of `products`."""
+def by_sums(head: Tensor | Packed, h: Tensor) -> TypeGuard[Tensor]:
+    """Return whether the products of h with the head, a dense one, are those of `products`."""
     return isinstance(head, Tensor) and products.available(h) and products.takes(head)
 
 
 def _grad_hidden(grad: Tensor, head: Tensor | Packed, dtype: torch.dtype) -> Tensor:
-    """[n, V] @ [V, H] -> [n, H]"""
-    if by_sums(grad, head):
+    """Return grad [n, V] @ head [V, H]: [n, H]."""
+    if by_sums(head, grad):
         part = grad.new_empty(len(grad), head.shape[1], dtype=torch.float32)
         total = torch.zeros_like(part)
         for start in range(0, len(head), DEPTH):
@@ -71,9 +71,10 @@ def _grad_hidden(grad: Tensor, head: Tensor | Packed, dtype: torch.dtype) -> Ten
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """hidden [N, H], weight [V, H] dense or packed, labels [N] (all valid) -> summed loss [].
+    """Map hidden [N, H], a head [V, H] and labels [N], all of them words, to the summed loss [].
 
-    With lora_A [r, H] and lora_B [V, r] the head is weight + scaling B A.
+    The head is `weight`, dense or packed; with lora_A [r, H] and lora_B [V, r] it is
+    weight + scaling B A.
     """
 
     @staticmethod
@@ -81,7 +82,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         ctx, hidden, weight, lora_A, lora_B, scaling, labels, form: Form, backend: ModuleType
     ):
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, lora_A, lora_B)]
-        need_hidden, need_weight, need_A, need_B = need = ctx.needs_input_grad[:4]
+        need_hidden, _, need_A, _ = need = ctx.needs_input_grad[:4]
         hidden = hidden.to(dispatch.product_dtype(hidden))
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight, grad_A, grad_B = (
@@ -102,19 +103,19 @@ class LinearCrossEntropy(torch.autograd.Function):
                 low = h @ A.t()  # [n, H] @ [H, r]
                 logits.addmm_(low.to(logits.dtype), sB.t().to(logits.dtype))
             total += backend.loss_and_gradient(logits[:n], y, form, any(need))
-            grad = logits  # what they have become; the filling has none
+            grad = logits  # which they have become; the filling has none
             grad[n:] = 0
-            if need_hidden:
+            if grad_hidden is not None:
                 grad_hidden[start : start + step] = _grad_hidden(grad, weight, h.dtype)[:n]
-            if need_weight:
+            if grad_weight is not None:
                 grad_weight += grad.t().float() @ h.float()
-            if need_B:
+            if grad_B is not None:
                 grad_B += scaling * (grad.t() @ low.to(grad.dtype)).float()
             if adapted and (need_hidden or need_A):
                 dlow = grad.to(h.dtype) @ sB  # [n, V] @ [V, r]
-            if adapted and need_hidden:
+            if adapted and grad_hidden is not None:
                 grad_hidden[start : start + step].addmm_(dlow[:n].to(A.dtype), A)
-            if need_A:
+            if grad_A is not None:
                 grad_A += (dlow.t() @ h).float()
             del logits, grad  # before the next chunk's are made
         ctx.save_for_backward(grad_hidden, grad_weight, grad_A, grad_B)

@@ -1,16 +1,17 @@
-"""Cross-entropy in plain torch, of logits and of a chunk of them."""
+"""Cross-entropy in plain torch: of logits, and of a chunk of a linear head's."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..frozen_linear import Packed
-from .linear import Form, is_ready, panels
+from ..frozen_linear.dense import Packed, panels
+from .linear import Form, is_ready
 
 
 def cross_entropy(
     logits: Tensor, labels: Tensor, form: Form, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
+    """Return the summed loss of logits [..., V], and the number of labels [...] that count."""
     flat, labels = logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1)
     if form.softcap is not None:
         flat = form.softcap * torch.tanh(flat / form.softcap)
@@ -28,7 +29,7 @@ def cross_entropy(
 
 
 def logits(h: Tensor, head: Tensor | Packed) -> Tensor:
-    """h [n, H], head [V, H] -> fp32 [n, V]"""
+    """Return h [n, H] times the transpose of the head [V, H]: fp32 [n, V]."""
     if is_ready(head, h.dtype):
         return F.linear(h, head).float()
     out = h.new_empty(len(h), head.shape[0], dtype=torch.float32)
@@ -38,10 +39,11 @@ def logits(h: Tensor, head: Tensor | Packed) -> Tensor:
 
 
 def loss_and_gradient(logits: Tensor, labels: Tensor, form: Form, need: bool) -> Tensor:
-    """logits fp32 [n, V], given up, labels int64 [n] -> summed loss []. If they are needed, the
-    gradients of the logits are written over them.
+    """Return the summed loss [] of logits fp32 [n, V], which are given up, and labels int64 [n].
+
+    If their gradients are needed, these are written over the logits.
     """
-    (cap, smoothing, z_loss), y = form, labels[:, None]
+    (cap, smoothing, z_loss), y, slope = form, labels[:, None], None
     if cap is not None:
         logits = logits.div_(cap).tanh_().mul_(cap)
         slope = 1 - (logits / cap).square_() if need else None
@@ -59,6 +61,6 @@ def loss_and_gradient(logits: Tensor, labels: Tensor, form: Form, need: bool) ->
     grad.scatter_add_(-1, y, grad.new_full((), smoothing - 1).expand_as(y))
     if smoothing:
         grad -= smoothing / logits.shape[-1]
-    if cap is not None:
+    if slope is not None:
         grad *= slope
     return loss

@@ -5,12 +5,12 @@ exp(z - m): one exponential a logit and one a piece. It keeps the log-sum-exp al
 the logits again and writes the gradient, over the logits where the caller gives them up.
 
 A soft cap z = c tanh(x / c) has the slope 1 - (z / c)^2; tanh is 2 s(2x / c) - 1, s the sigmoid.
-A vocabulary that is no multiple of 16 would make every access one of 16 bits. Where the rows of the
-logits lie that far apart, as a multiple of 16, the padding between them is read too, and not used;
-in the gradient, whose memory is made here, it is written with zeros.
+A vocabulary that is not a multiple of 16 would make every access one of 16 bits. Where the rows of
+the logits lie a multiple of 16 apart, the padding between them is read too, and not used. In the
+gradient, whose memory is made here, the padding is written with zeros.
 
-Nothing here waits for the device: counts and scales stay there. A label outside of the vocabulary
-therefore raises nothing; it makes loss and gradient NaN.
+Nothing here waits for the device: counts and scales stay there. So a label outside of the
+vocabulary raises no error; it makes loss and gradient NaN.
 """
 
 import torch
@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import dispatch
-from ..frozen_linear import Packed
-from .linear import Form, is_ready, panels
+from ..frozen_linear.dense import Packed, panels
+from .linear import Form, is_ready
 
 BLOCK, THREADS = 4096, 256
 NONE_IGNORED = -(2**62)  # no label
@@ -107,7 +107,7 @@ def _backward(
 
 
 def _padded(*tensors: Tensor) -> int:
-    """How many columns of all of them [N, V] may be touched: V, or with the padding behind it."""
+    """Return how many columns of all of them [N, V] may be touched: V, or V and its padding."""
     V = tensors[0].shape[1]
     wide = triton.cdiv(V, 16) * 16
     for x in tensors:
@@ -118,7 +118,7 @@ def _padded(*tensors: Tensor) -> int:
 
 
 def padded_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An empty [rows, columns] whose rows begin at multiples of 16 values."""
+    """Return an empty [rows, columns] whose rows begin at multiples of 16 values."""
     wide = triton.cdiv(columns, 16) * 16
     return torch.empty((rows, wide), dtype=dtype, device=device)[:, :columns]
 
@@ -126,7 +126,10 @@ def padded_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.devic
 def loss_and_lse(
     logits: Tensor, labels: Tensor, form: Form, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """logits [N, V] (rows may lie apart), labels int64 [N] -> losses and log-sum-exps, fp32 [N]."""
+    """Return the losses and log-sum-exps, fp32 [N], of logits [N, V] and labels int64 [N].
+
+    The rows of the logits may lie apart.
+    """
     N, V = logits.shape
     loss, lse = torch.empty((2, N), dtype=torch.float32, device=logits.device).unbind()
     if N:
@@ -141,8 +144,10 @@ def gradient(
     logits: Tensor, labels: Tensor, lse: Tensor, scale: Tensor, form: Form, ignore_index: int,
     out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """d (scale * sum of losses) / d logits [N, V], into `out` if it is given, which may be the
-    logits themselves; scale: fp32 []. Padding between the rows of `out` may be written.
+    """Return d (scale * sum of losses) / d logits, [N, V]; scale: fp32 [].
+
+    It is written to `out` if that is given, which may be the logits themselves. Padding between the
+    rows of `out` may be written.
     """
     N, V = logits.shape
     out = padded_rows(N, V, logits.dtype, logits.device) if out is None else out
@@ -156,7 +161,10 @@ def gradient(
 
 
 def logits(h: Tensor, head: Tensor | Packed) -> Tensor:
-    """h [n, H], head [V, H] -> [n, V] in h's dtype, rows apart by a multiple of 16"""
+    """Return h [n, H] times the transpose of the head [V, H]: [n, V] in h's dtype.
+
+    The rows of the result lie a multiple of 16 values apart.
+    """
     out = padded_rows(len(h), head.shape[0], h.dtype, h.device)
     whole = [(slice(None), head)] if is_ready(head, h.dtype) else panels(head, h.dtype)
     for words, panel in whole:
@@ -165,8 +173,9 @@ def logits(h: Tensor, head: Tensor | Packed) -> Tensor:
 
 
 def loss_and_gradient(logits: Tensor, labels: Tensor, form: Form, need: bool) -> Tensor:
-    """logits [n, V], labels int64 [n] -> summed loss []. If they are needed, the gradients of the
-    logits are written over them.
+    """Return the summed loss [] of logits [n, V] and labels int64 [n].
+
+    If their gradients are needed, these are written over the logits.
     """
     loss, lse = loss_and_lse(logits, labels, form, NONE_IGNORED)
     if need:

@@ -1,7 +1,7 @@
 """Products of a few rows with an NF4 weight on a GPU, straight from its 4 bits.
 
-With few rows M a product takes as long as reading the weight does. These read it packed, 0.52 bytes
-a value, where dequantizing first reads that, writes 2 bytes and reads them again.
+With few rows M a product takes as long as reading the weight does. These kernels read it packed,
+0.52 bytes a value. To dequantize it first is to read that, to write 2 bytes and to read them again.
 
     vector     y = x W^T, one row of x at a time. A program sums a row of W in pieces of PIECE
                values; weights, products and sums are fp32.
@@ -124,7 +124,7 @@ def _backward(
 
 
 def vector(x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
-    """x [M, K] W^T + bias, row by row: [M, N]. K must be a multiple of the block."""
+    """Return x [M, K] W^T + bias, row by row: [M, N]. K must be a multiple of the block."""
     (M, K), (N, _) = x.shape, q.shape
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     if y.numel():
@@ -137,13 +137,13 @@ def vector(x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
 
 
 def forward(x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
-    """x [M, K] W^T + bias: [M, N]. K must be a multiple of the block."""
+    """Return x [M, K] W^T + bias: [M, N]. K must be a multiple of the block."""
     N, K = q.shape
     return _product(_forward, x, q, bias, N, triton.cdiv(N, TILE), K, min(q.block_size, 128))
 
 
 def backward(grad: Tensor, q: NF4Tensor) -> Tensor:
-    """grad [M, N] W: [M, K]. K must be a multiple of the block."""
+    """Return grad [M, N] W: [M, K]. K must be a multiple of the block."""
     N, K = q.shape
     return _product(_backward, grad, q, None, K, K // min(q.block_size, 128), N, TILE)
 
@@ -152,7 +152,10 @@ def _product(
     kernel: triton.JITFunction, x: Tensor, q: NF4Tensor, bias: Tensor | None, width: int,
     tiles: int, depth: int, step: int,
 ) -> Tensor:  # fmt: skip
-    """[M, depth] -> [M, width]: `tiles` cover the width, `step` of the depth are summed at once."""
+    """Multiply x [M, depth]: [M, width].
+
+    `tiles` cover the width, and `step` of the depth are summed at once.
+    """
     M = len(x)
     block_m = 16 if M <= 16 else 32 if M <= 32 else 64
     programs = tiles * triton.cdiv(M, block_m)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..frozen_linear import Panels, product, product_back, weight_panels
+from ..frozen_linear.dense import Panels, product, product_back, weight_panels
 
 TENSORS = 4  # of a layer: A, B, the bias, DoRA's magnitude
 

@@ -1,20 +1,22 @@
-"""Sums of products of matrices, of which a factor may be stored in 4 bits: all that a linear layer
-with a low-rank update consists of.
+"""Sums of products of matrices: all that a linear layer with a low-rank update consists of.
+
+A factor may be stored in 4 bits.
 
     out [M, N] = scale * sum over the terms of  a [M, depth] (factor b) [depth, N]   + bias [N]
 
-A layer's y = x W^T + low (s B)^T is one such sum of two terms, and so is the gradient of what three
-layers read, dx = dy_q W_q + dy_k W_k + dy_v W_v + dlow A. Everything is added up in fp32 and
-rounded once, the update costs its share of the depth instead of a walk over y, and no dense weight
-exists, in memory or in a workspace. A product of its own kernels also needs none of the code that
-oneDNN makes, and keeps, for every new number of rows.
+A layer's y = x W^T + low (s B)^T is one such sum of two terms. The gradient of what three layers
+read, dx = dy_q W_q + dy_k W_k + dy_v W_v + dlow A, is one of four. Everything is added up in fp32
+and rounded once, the update costs its share of the depth instead of a walk over y, and no dense
+weight exists, in memory or in a workspace. These products also need none of the code that oneDNN
+makes, and keeps, for every new number of rows.
 
-One compiled kernel does it (cpu.cpp), for bf16 on processors with AVX512-BF16. Elsewhere, for what
-`takes` refuses, and where oneDNN has the tiles of AMX to multiply with, callers use torch's
-products on panels of dense weight (`frozen_linear`). `reference` says the same in torch.
+One compiled kernel does it (cpu.cpp), for bf16 on processors with AVX512-BF16. Callers use torch's
+products on panels of dense weight (`frozen_linear`) elsewhere, for what `takes` refuses, and where
+oneDNN has the tiles of AMX to multiply with. `reference.py` says the sums in torch.
 """
 
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -30,26 +32,27 @@ BLOCK = 64  # values of an NF4 row that the kernel unpacks at a time
 
 
 def available(x: Tensor) -> bool:
-    """Whether the kernel is there for products with x [M, K]."""
+    """Return whether the kernel is there for products with x [M, K]."""
     on_cpu = x.dtype == torch.bfloat16 and dispatch.pick(x.device, "cpu") == "cpu"
     return on_cpu and dispatch.isa() == "avx512bf16" and not dispatch.multiplies_tiles()
 
 
-def takes(w: Tensor | NF4Tensor) -> bool:
-    """Whether it takes the weight w [N, K] as it is stored, in forward and backward."""
-    N, K = w.shape
+def takes(w: object) -> TypeGuard[Tensor | NF4Tensor]:
+    """Return whether the kernel takes the weight w [N, K] as it is stored, in both directions."""
     if isinstance(w, Tensor):
+        N, K = w.shape
         return w.dtype == torch.bfloat16 and w.stride(1) == 1 and N % 2 == 0 and K % 2 == 0
     if not isinstance(w, NF4Tensor):
         return False
+    N, K = w.shape
     return N % 2 == 0 and K % BLOCK == 0 and w.block_size % BLOCK == 0
 
 
 def dense_rows(x: Tensor) -> Tensor:
-    """x [M, K] with the values of a row side by side."""
+    """Return x [M, K] with the values of a row side by side."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 
 def sums_of_products(sums: Sequence[Sum]) -> None:
-    """Writes every sum to its `out`; none may read what another writes."""
+    """Write every sum to its `out`; none may read what another writes."""
     cpu.sums_of_products(sums)

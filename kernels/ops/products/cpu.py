@@ -1,7 +1,8 @@
-"""The kernel of cpu.cpp, in host memory."""
+"""Calls of the C++ kernel in cpu.cpp, in host memory."""
 
 import ctypes
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ PACKED = 2  # the kind of a matrix
 
 
 class Matrix(ctypes.Structure):
-    """cpu.cpp's."""
+    """`Matrix` of cpu.cpp: the second factor of a term."""
 
     _fields_ = (
         *(("data", POINTER), ("stride", INT64), ("kind", INT64)),
@@ -25,7 +26,7 @@ class Matrix(ctypes.Structure):
 
 
 class Term(ctypes.Structure):
-    """cpu.cpp's."""
+    """`Term` of cpu.cpp."""
 
     _fields_ = (
         *(("a", POINTER), ("a_stride", INT64), ("depth", INT64)),
@@ -34,7 +35,7 @@ class Term(ctypes.Structure):
 
 
 class Sum(ctypes.Structure):
-    """cpu.cpp's."""
+    """`Sum` of cpu.cpp."""
 
     _fields_ = (
         ("terms", POINTER),
@@ -45,7 +46,7 @@ class Sum(ctypes.Structure):
 
 
 class Sums(ctypes.Structure):
-    """cpu.cpp's."""
+    """`Sums` of cpu.cpp: the arguments of the kernel."""
 
     _fields_ = (
         *(("sums", POINTER), ("space", POINTER)),
@@ -53,8 +54,8 @@ class Sums(ctypes.Structure):
     )
 
 
-def _term(term: given.Term, held: list) -> tuple:
-    """The fields of Term. What they point at goes to `held`."""
+def _term(term: given.Term, held: list[object]) -> Any:
+    """Return the fields of a Term, of which ctypes makes one. What they point at goes to `held`."""
     a, b, turned, factor = term
     if isinstance(b, Tensor):
         matrix = Matrix(b.data_ptr(), b.stride(0), b.dtype == torch.float32, factor)
@@ -66,14 +67,17 @@ def _term(term: given.Term, held: list) -> tuple:
 
 
 def sums_of_products(sums: Sequence[given.Sum]) -> None:
-    held, passed, depth = [], [], 0
+    """Call the C++ kernel for all sums at once; see cpu.cpp."""
+    held: list[object] = []  # what must live until the call
+    rows: list[Any] = []  # the fields of each Sum
+    depth = 0
     for terms, out, scale, bias in sums:
-        mine = (Term * len(terms))(*(_term(term, held) for term in terms))
-        held.append(mine)
+        array = (Term * len(terms))(*(_term(term, held) for term in terms))
+        held.append(array)
         place = out.data_ptr(), out.stride(0), out.dtype == torch.float32
-        passed.append((ctypes.addressof(mine), len(mine), *out.shape, *place, scale, address(bias)))
+        rows.append((ctypes.addressof(array), len(array), *out.shape, *place, scale, address(bias)))
         depth = max(depth, sum(a.shape[1] for a, *_ in terms))
-    passed = (Sum * len(passed))(*passed)
+    passed = (Sum * len(rows))(*rows)
     threads, size = torch.get_num_threads(), depth // 2 * LANES
     space = torch.empty(threads * size, dtype=torch.int32, device=sums[0].out.device)
     arguments = Sums(ctypes.addressof(passed), space.data_ptr(), len(sums), threads, size)

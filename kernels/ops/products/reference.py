@@ -10,6 +10,7 @@ from .terms import Sum
 
 
 def sums_of_products(sums: Sequence[Sum]) -> None:
+    """Write every sum to its `out`."""
     for terms, out, scale, bias in sums:
         total = torch.zeros(out.shape, device=out.device)
         for a, b, turned, factor in terms:
@@ -21,7 +22,7 @@ def sums_of_products(sums: Sequence[Sum]) -> None:
 
 
 def dense(b: Tensor | NF4Tensor, factor: float) -> Tensor:
-    """factor b in fp32, but of values that bf16 holds."""
+    """Return factor b in fp32, rounded to what bf16 holds."""
     if isinstance(b, NF4Tensor):
         return dequantize_nf4(b, torch.bfloat16).float()
     return (b if b.dtype == torch.bfloat16 else (factor * b).bfloat16()).float()

@@ -1,4 +1,4 @@
-"""What is multiplied and added up: see the package."""
+"""The terms of a sum, and the sum itself; `__init__.py` has the formula."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,8 +9,10 @@ from ..nf4 import NF4Tensor
 
 
 class Term(NamedTuple):
-    """a bf16 [M, depth], depth even, times b, bf16, fp32 or NF4 [depth, N], or [N, depth] if
-    `turned`. A b that is less deep has zeros behind it.
+    """A product of two matrices, a [M, depth] and b [depth, N].
+
+    a is bf16, and its depth even. b is bf16, fp32 or NF4; if it is `turned` it lies as [N, depth].
+    A b that is less deep than a is continued by zeros.
     """
 
     a: Tensor
@@ -20,7 +22,7 @@ class Term(NamedTuple):
 
 
 class Sum(NamedTuple):
-    """What goes to `out` [M, N], bf16 or fp32, whose rows may lie apart."""
+    """A sum that is written to `out` [M, N], bf16 or fp32, whose rows may lie apart."""
 
     terms: Sequence[Term]
     out: Tensor
