@@ -34,7 +34,9 @@ def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser
 
 def command_line() -> str:
     """Return the page of the command line: the help of every verb."""
-    parts = ["# The command line\n\nThis page is what `lorakit --help` and `lorakit VERB --help` print.\n"]
+    parts = [
+        "# The command line\n\nThis page is what `lorakit --help` and `lorakit VERB --help` print.\n"
+    ]
     for parser in parsers(build_parser()):
         parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, width=100)
         parts.append(f"## `{parser.prog}`\n\n```text\n{parser.format_help()}```\n")
@@ -54,7 +56,9 @@ def python() -> str:
     """Return the page of the public names of `lorakit`, room by room."""
     named = {name: getattr(lk, name) for name in lk.__all__}
     modules = {name: thing for name, thing in named.items() if isinstance(thing, types.ModuleType)}
-    parts = ["# Python\n\nEvery public name of `import lorakit as lk`. Nothing else is promised to stay.\n"]
+    parts = [
+        "# Python\n\nEvery public name of `import lorakit as lk`. Nothing else is promised to stay.\n"
+    ]
     for room, title in ROOMS.items():
         parts.append(f"## {title}\n")
         for name, thing in named.items():
@@ -72,7 +76,9 @@ def python() -> str:
 
 def kernels() -> str:
     """Return the page of the public names of `lorakit.kernels`."""
-    parts = ["# Kernels\n\nThe public names of `lk.kernels`. [Kernels](../kernels.md) says how they work.\n"]
+    parts = [
+        "# Kernels\n\nThe public names of `lk.kernels`. [Kernels](../kernels.md) says how they work.\n"
+    ]
     for name in lk.kernels.__all__:
         thing = getattr(lk.kernels, name)
         if hasattr(thing, "__qualname__"):

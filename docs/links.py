@@ -1,4 +1,4 @@
-"""A hook of mkdocs: a link out of docs/, such as ../lorakit/models/decoder.py, becomes the file's name.
+"""A hook of mkdocs that turns a link out of docs/, such as ../kernels/simd.h, into the file's name.
 
 On the repository's own pages such a link opens the file. The site does not hold the sources, so it
 shows the path instead.

@@ -82,19 +82,31 @@ def rouge(model, tok, rows: list[dict]) -> tuple[float, list[str]]:
     return sum(scores) / len(scores), answers
 
 
-def plot(metrics: Path, file: Path, before: float, after: float) -> None:
+def plot(metrics: Path, file: Path, losses: tuple[float, float], answers: list[dict]) -> None:
+    """Draw the loss of every step, and beside it the first short functions with both answers."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     steps = [json.loads(line) for line in metrics.read_text().splitlines()]
-    figure, axes = plt.subplots(figsize=(7, 4))
+    figure, (axes, text) = plt.subplots(1, 2, figsize=(12, 4), width_ratios=(5, 6))
     axes.plot([s["step"] for s in steps], [s["loss"] for s in steps], label="training, per step")
+    before, after = losses
     axes.axhline(before, color="gray", linestyle=":", label=f"held out, before: {before:.2f}")
     axes.axhline(after, color="tab:red", linestyle="--", label=f"held out, after: {after:.2f}")
     axes.set(xlabel="step", ylabel="loss (nats per token)", title="NF4 + LoRA on docstrings")
     axes.legend(loc="lower left")
+    text.axis("off")
+    text.set_title("Functions that it never saw, described in one line", loc="left")
+    short = [each for each in answers if each["prompt"].removesuffix(QUESTION).count("\n") < 3]
+    lines = []
+    for each in short[:3]:
+        lines += [f"{line[:70]}" for line in each["prompt"].removesuffix(QUESTION).splitlines()]
+        for who in ("library", "before", "after"):
+            lines.append(f"  {who + ':':9}{each[who] or '(nothing)'}"[:78])
+        lines.append("")
+    text.text(0, 0.97, "\n".join(lines), va="top", family="monospace", fontsize=8.5, parse_math=False)
     figure.tight_layout()
     figure.savefig(file, dpi=120)
 
@@ -152,7 +164,12 @@ def main() -> None:
     print("after training: held-out loss and answers")
     loss_after = lk.evaluate(model, tok, held_out)["loss"]
     rouge_after, answers_after = rouge(model, tok, asked)
-    plot(args.output_dir / "metrics.jsonl", args.output_dir / "loss.png", loss_before, loss_after)
+    answers = [
+        {"prompt": row["prompt"], "library": row["completion"], "before": before, "after": after}
+        for row, before, after in zip(asked, answers_before, answers_after, strict=True)
+    ]
+    picture = args.output_dir / "demo.png"
+    plot(args.output_dir / "metrics.jsonl", picture, (loss_before, loss_after), answers)
 
     summary = {
         "loss_before": loss_before,
@@ -164,10 +181,10 @@ def main() -> None:
         "seconds": time.perf_counter() - started,
     }
     (args.output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    for row, before, after in list(zip(asked, answers_before, answers_after, strict=True))[:3]:
-        print(f"\n{textwrap.indent(row['prompt'].removesuffix(QUESTION), '    | ')}")
-        print(f"    library: {row['completion']}")
-        print(f"    before:  {before or '(nothing)'}\n    after:   {after or '(nothing)'}")
+    for each in answers[:3]:
+        print(f"\n{textwrap.indent(each['prompt'].removesuffix(QUESTION), '    | ')}")
+        for who in ("library", "before", "after"):
+            print(f"    {who + ':':8} {each[who] or '(nothing)'}")
     print(f"""
                       before     after
 held-out loss         {loss_before:6.3f}    {loss_after:6.3f}    {loss_after / loss_before - 1:+.1%}
@@ -176,7 +193,7 @@ training              {result.steps} steps, {result.seconds:.0f} s
 tokens per second     {result.tokens_per_second:.0f}
 peak memory           {result.peak_memory_mb:.0f} MB
 whole demo            {summary["seconds"]:.0f} s
-adapter, metrics.jsonl, loss.png, summary.json in {args.output_dir}/""")
+adapter, metrics.jsonl, demo.png, summary.json in {args.output_dir}/""")
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def test_short_demo_twice_gives_the_same_bytes(smollm2, tmp_path):
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     assert len((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()) == 2
-    assert (tmp_path / "a" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "a" / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_adapter_of_a_real_model_loads_in_peft(smollm2, tmp_path):
