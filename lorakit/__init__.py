@@ -40,7 +40,7 @@ _HOME = {
     "dpo_loss": "training.losses.preference",
     "encode_rows": "data.encode",
     "eva": "adapters.eva",
-    "evaluate": "training.evaluate",
+    "evaluate": "evaluation.evaluate",
     "generate": "inference.generate",
     "generate_batch": "inference.generate",
     "lint_rows": "data.inspect",

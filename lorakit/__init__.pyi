@@ -41,6 +41,7 @@ from lorakit.data.packing import padding_share as padding_share
 from lorakit.data.rows import read_rows as read_rows
 from lorakit.data.rows import split_rows as split_rows
 from lorakit.evaluation import metrics as metrics
+from lorakit.evaluation.evaluate import evaluate as evaluate
 from lorakit.evaluation.metrics import rouge_l as rouge_l
 from lorakit.evaluation.plots import plot_runs as plot_runs
 from lorakit.evaluation.quantization_report import quantize_report as quantize_report
@@ -53,7 +54,6 @@ from lorakit.models.save import save_model as save_model
 from lorakit.models.tokenizer_files import load_tokenizer as load_tokenizer
 from lorakit.training import memory as memory
 from lorakit.training import optim as optim
-from lorakit.training.evaluate import evaluate as evaluate
 from lorakit.training.losses.preference import dpo_loss as dpo_loss
 from lorakit.training.losses.preference import orpo_loss as orpo_loss
 from lorakit.training.losses.preference import pair_losses as pair_losses

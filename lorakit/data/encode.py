@@ -54,12 +54,22 @@ class Example(NamedTuple):
     input_ids: list[int]
     labels: list[int]
 
+    @property
+    def answers(self) -> tuple["Example", ...]:
+        """The rows that the example takes in a batch: itself."""
+        return (self,)
+
 
 class PairExample(NamedTuple):
     """The examples of a better and a worse answer."""
 
     chosen: Example
     rejected: Example
+
+    @property
+    def answers(self) -> tuple[Example, ...]:
+        """The rows that the example takes in a batch: the better answer, then the worse one."""
+        return (self.chosen, self.rejected)
 
     @property
     def input_ids(self) -> list[int]:

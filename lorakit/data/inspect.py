@@ -217,10 +217,9 @@ def lint_rows(
 
 def _count(report: LintReport, place: str, example: Example | PairExample) -> None:
     """Add the lengths and labels of a row to the report."""
-    both = [*example] if isinstance(example, PairExample) else [example]
     report.lengths[len(example.input_ids)] += 1
-    report.labels += sum(label != IGNORE for each in both for label in each.labels)
-    length = max(len(each.input_ids) for each in both)
+    report.labels += sum(label != IGNORE for each in example.answers for label in each.labels)
+    length = max(len(each.input_ids) for each in example.answers)
     if length > report.max_seq_length:
         report.over_long.append(f"{place}: {length:,} tokens")
 

@@ -1,30 +1,26 @@
-"""Rows as a model sees them, their loss, and scores of what the model makes of them."""
+"""The loss of rows, and scores of what the model makes of them."""
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from lorakit.config.errors import LorakitError, check
 from lorakit.config.training import TrainConfig
-from lorakit.data.encode import Examples, PairExample, encode_rows
-from lorakit.data.rows import read_rows
+from lorakit.data.batching import collate
+from lorakit.data.encode import Example, Examples, PairExample, encode_rows
+from lorakit.data.rows import RowSource, read_rows
 from lorakit.evaluation.score import check_rows, score_rows
 from lorakit.models.decoder import Decoder
 from lorakit.models.tokenizer import Tokenizer
-from lorakit.training.losses.batch import summed_loss
-
-Rows = str | Path | Iterable[Mapping[str, Any]]
 
 
 def evaluate(
     model: Decoder,
     tok: Tokenizer,
-    data: Rows,
+    data: RowSource,
     *,
     batch_size: int = 8,
     max_seq_length: int = 1024,
@@ -32,57 +28,46 @@ def evaluate(
     train_on: str = "completion",
     metrics: str | Iterable[str] = (),
 ) -> dict[str, float]:
-    """Loss (nats per label token), perplexity, and the numbers of label tokens and rows.
+    """Return the mean loss of a model on rows, and scores of its own completions of them.
 
-    metrics: what to score the model's own completions by, of the names in metrics.py. Every row
-    is completed greedily, after its whole prompt, whatever over_length says. Raises LorakitError
-    for an unknown name, and a prompt that leaves no room for a completion.
+    To score it, every row is completed greedily after its whole prompt, whatever over_length says.
+
+    Args:
+        model: The model, with or without an adapter.
+        tok: The model's tokenizer.
+        data: A file of rows or an iterable of them, as `read_rows` takes it.
+        batch_size: Rows in a batch.
+        max_seq_length: The most tokens of a row.
+        over_length: What happens to a longer row, as `encode_rows` takes it.
+        train_on: Which tokens are labels, as `encode_rows` takes it.
+        metrics: The names of the metrics to score completions by: accuracy, macro_f1, weighted_f1,
+            exact_match, partial_match, entity_f1, rouge_l. Without one, nothing is completed.
+
+    Returns:
+        "loss" in nats per label token, its "perplexity", the numbers of "label_tokens" and "rows",
+        and each metric by its name, in [0, 1].
+
+    Raises:
+        LorakitError: The rows cannot be read, encoded or scored, a metric is unknown, a prompt
+            leaves no room for a completion, or batch_size is below 1.
     """
     check(isinstance(batch_size, int) and batch_size > 0, "evaluate: batch_size must be at least 1")
     config = TrainConfig(max_seq_length=max_seq_length, over_length=over_length, train_on=train_on)
     rows, metrics = read_rows(data), [metrics] if isinstance(metrics, str) else list(metrics)
-    examples = encode(model, tok, rows, config)
+    examples = encode_for(model, tok, rows, config)
     check_rows(model, tok, rows, metrics)
-    result = loss_of(model, examples, batch_size)
+    result = text_loss(model, examples, batch_size)
     return result | score_rows(model, tok, rows, metrics, batch_size)
 
 
-@torch.no_grad()
-def loss_of(
-    model: Decoder, examples: Examples, batch_size: int, config: TrainConfig | None = None
-) -> dict[str, float]:
-    """Of rows the mean loss over their label tokens; of pairs over the pairs, with `config`'s
-    objective.
-    """
-    plain = TrainConfig() if config is None else config
-    plain = replace(plain, packing=False, label_smoothing_factor=0.0, z_loss=0.0)
-    total, count = 0.0, 0
-    ordered = sorted(range(len(examples)), key=examples.lengths.__getitem__)
-    starts = range(0, len(ordered), batch_size)
-    was_training = model.training
-    model.eval()
-    try:
-        for start in tqdm(starts, desc="evaluating", unit="batch", disable=None, leave=False):
-            batch = [examples[i] for i in ordered[start : start + batch_size]]
-            loss, n = summed_loss(model, batch, plain)
-            total, count = total + loss.item(), count + n.item()
-    finally:
-        model.train(was_training)
-    if plain.objective != "sft":
-        pairs = len(examples)
-        return {"loss": total / pairs, "preference_accuracy": count / pairs, "rows": pairs}
-    mean = total / count
-    return {
-        "loss": mean,
-        "perplexity": math.exp(min(mean, 700)),  # beyond lies infinity
-        "label_tokens": count,
-        "rows": len(examples),
-    }
-
-
-def encode(
-    model: Decoder, tok: Tokenizer, rows: Rows, config: TrainConfig, what: str = "the rows"
+def encode_for(
+    model: Decoder, tok: Tokenizer, rows: RowSource, config: TrainConfig, what: str = "the rows"
 ) -> Examples:
+    """Return the examples of rows, which `model` can learn from with the objective of `config`.
+
+    Raises LorakitError if they cannot be read or encoded, hold a token outside of the model's
+    vocabulary, or do not fit the objective; the last message calls them `what`.
+    """
     examples = encode_rows(
         read_rows(rows),
         tok,
@@ -97,3 +82,45 @@ def encode(
             "`rejected`, sft rows without them"
         )
     return examples
+
+
+def text_loss(model: Decoder, examples: Examples, batch_size: int) -> dict[str, float]:
+    """Return the mean loss of examples over their label tokens, as `evaluate` does."""
+
+    def summed_loss(batch: Sequence[Example | PairExample]) -> tuple[Tensor, Tensor]:
+        ids, labels = collate([example.answers[0] for example in batch])
+        return model.loss(ids.to(model.device), labels.to(model.device))
+
+    total, count = summed_over(model, examples, batch_size, summed_loss)
+    mean = total / count
+    return {
+        "loss": mean,
+        "perplexity": math.exp(min(mean, 700)),  # beyond lies infinity
+        "label_tokens": count,
+        "rows": len(examples),
+    }
+
+
+@torch.no_grad()
+def summed_over(
+    model: Decoder,
+    examples: Examples,
+    batch_size: int,
+    summed_loss: Callable[[Sequence[Example | PairExample]], tuple[Tensor, Tensor]],
+) -> tuple[float, int]:
+    """Return the sums of both results of `summed_loss` over batches of examples of like length.
+
+    The model is in evaluation mode meanwhile, and back in its mode afterwards.
+    """
+    total, count = 0.0, 0
+    ordered = sorted(range(len(examples)), key=examples.lengths.__getitem__)
+    starts = range(0, len(ordered), batch_size)
+    was_training = model.training
+    model.eval()
+    try:
+        for start in tqdm(starts, desc="evaluating", unit="batch", disable=None, leave=False):
+            loss, n = summed_loss([examples[i] for i in ordered[start : start + batch_size]])
+            total, count = total + loss.item(), count + int(n.item())
+    finally:
+        model.train(was_training)
+    return total, count

@@ -61,7 +61,8 @@ def exact_match(predictions: Texts, references: Texts) -> float:
 
 def partial_match(predictions: Texts, references: Texts) -> float:
     """Share of pairs that match exactly, or where the reference's words stand in the prediction,
-    all of them in a row."""
+    all of them in a row.
+    """
     return _mean(
         p.strip() == r.strip() or _holds(_words(p), _words(r))
         for p, r in zip(predictions, references, strict=True)

@@ -78,7 +78,8 @@ Line = Mapping[str, float]
 
 def _named(paths: list[Path]) -> dict[str, list[Line]]:
     """The lines of each run, by the last part of its path, or the whole where that is not one's
-    own."""
+    own.
+    """
     paths = list(dict.fromkeys(paths))
     leaves = [path.resolve().name for path in paths]
     names = [

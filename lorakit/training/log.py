@@ -1,4 +1,8 @@
-"""What a run says while it trains: metrics.jsonl, a progress bar or plain lines, TensorBoard."""
+"""What a run says while it trains: metrics.jsonl, a progress bar or plain lines, TensorBoard.
+
+All that a run prints goes through here to standard output: `say` before the first step, `Log.say`
+from then on, so that a line does not tear the progress bar.
+"""
 
 import errno
 import json
@@ -14,16 +18,25 @@ from lorakit.config.training import METRICS, TrainConfig
 from lorakit.files.local import write_text
 
 
+def say(line: str) -> None:
+    """Print a line, for a run that has no log yet."""
+    print(line, flush=True)
+
+
 class Log:
-    """metrics.jsonl, and beside it a progress bar, or plain lines where there is no terminal."""
+    """Writes metrics.jsonl, and shows a progress bar, or plain lines if there is no terminal.
+
+    `done` is the number of steps that are done already. Lines of later steps, and lines that are
+    damaged, leave the file. Raises LorakitError if TensorBoard is asked for and not installed.
+    """
 
     def __init__(self, output_dir: Path, total: int, done: int, config: TrainConfig):
         path = output_dir / "metrics.jsonl"
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-        kept = [line for line in text.splitlines(keepends=True) if _is_of(line, done)]
+        kept = [line for line in text.splitlines(keepends=True) if _is_kept(line, done)]
         write_text(path, "".join(kept))
         self.file = open(path, "ab", buffering=0)  # noqa: SIM115
-        self.lost = False  # whether some of it could not be written
+        self.lost = False  # whether a line could not be written
         self.bar = tqdm(total=total, initial=done, desc="training", unit="step", disable=None)
         self.total, self.board = total, None
         if config.report_to == "tensorboard":
@@ -39,29 +52,32 @@ class Log:
             self.board.close()
 
     def step(self, **values: Any) -> None:
+        """Write and show the values of a step, by the names of metrics.jsonl."""
         self._write(values)
         line = (
             f"loss {values['loss']:.4f}, lr {values['learning_rate']:.2e}, "
             f"{values['tokens_per_second']:.0f} tok/s, {values['peak_memory_mb']:.0f} MB"
         )
         if self.bar.disable:
-            print(f"step {values['step']}/{self.total}: {line}", flush=True)
+            say(f"step {values['step']}/{self.total}: {line}")
         self.bar.set_postfix_str(line, refresh=False)
         self.bar.update()
 
     def evaluation(self, step: int, result: Mapping[str, float]) -> None:
+        """Write and show the result of an evaluation."""
         self._write({"step": step, **{f"eval_{name}": value for name, value in result.items()}})
         scores = "".join(f", {n} {v:.4f}" for n, v in result.items() if n in METRICS)
         self.say(f"step {step}/{self.total}: validation loss {result['loss']:.4f}{scores}")
 
     def say(self, line: str) -> None:
+        """Print a line, above the progress bar if there is one."""
         if self.bar.disable:
-            print(line, flush=True)
+            say(line)
         else:
             self.bar.write(line)
 
     def _write(self, values: Mapping[str, Any]) -> None:
-        """A line, whole or not at all: a full disk costs lines, not the run."""
+        """Write a line, whole or not at all: a full disk costs lines, not the run."""
         line, start = (json.dumps(values) + "\n").encode(), self.file.seek(0, os.SEEK_END)
         try:
             if self.file.write(line) < len(line):
@@ -80,9 +96,10 @@ class Log:
                     self.board.add_scalar(name, value, values["step"])
 
 
-def _is_of(line: str, done: int) -> bool:
-    """Whether a line of metrics.jsonl is whole, and of a step up to `done`: a run that was killed
-    may have cut the last one, and come further than its last checkpoint.
+def _is_kept(line: str, done: int) -> bool:
+    """Whether a line of metrics.jsonl is whole and tells of a step up to `done`.
+
+    A run that was killed may have cut the last line, and come further than its last checkpoint.
     """
     try:
         step = json.loads(line)["step"]

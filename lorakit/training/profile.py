@@ -23,10 +23,11 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
 from lorakit.config.training import TrainConfig
+from lorakit.data.rows import RowSource
 from lorakit.kernels.ops import __name__ as OPS
 from lorakit.models.decoder import Decoder
 from lorakit.models.tokenizer import Tokenizer
-from lorakit.training.train import Rows, train
+from lorakit.training.train import train
 
 WARM_UP, STEPS = 2, 3
 TORCH_OPS = 8  # rows for them
@@ -73,7 +74,7 @@ class StepProfile:
 
 
 def profile_training(
-    model: Decoder, tok: Tokenizer, data: Rows, config: TrainConfig | None = None
+    model: Decoder, tok: Tokenizer, data: RowSource, config: TrainConfig | None = None
 ) -> StepProfile:
     """Train the adapter attached to `model` for WARM_UP + STEPS steps, as `train` would, and print
     what it returns to see where their time went. Nothing is saved; the adapter has changed.

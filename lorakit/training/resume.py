@@ -1,9 +1,8 @@
-"""Carried out of lorakit/trainer.py."""
+"""Resuming a run: which checkpoint it goes on from, and whether it may."""
 
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -18,24 +17,20 @@ from lorakit.data.encode import Examples
 from lorakit.files.local import as_path
 from lorakit.models.decoder import Decoder
 from lorakit.training import state as run_state
-from lorakit.training.log import Log
+from lorakit.training.log import Log, say
 from lorakit.training.optim import AdamW
+from lorakit.training.progress import Progress
 
-
-@dataclass
-class Progress:
-    """What a run has come to; saved with its checkpoints."""
-
-    step: int = 0
-    loss: float = math.nan
-    tokens: int = 0
-    seconds: float = 0.0
-    skipped: int = 0
-    bad_in_a_row: int = 0
-    evaluations: list[dict[str, float]] = field(default_factory=list)
-    best_step: int | None = None
-    best_loss: float = math.inf
-    worse_in_a_row: int = 0  # evaluations since the best one
+# Settings that a resumed run shares with the one that made the checkpoint.
+SAME_SETTINGS = (
+    "seed",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "packing",
+    "objective",
+    "optim",
+    "loraplus_lr_ratio",
+)
 
 
 def must_match(
@@ -44,43 +39,45 @@ def must_match(
     validation: Examples | None,
     config: TrainConfig,
 ) -> dict[str, Any]:
-    """What a run that goes on from a checkpoint shares with the one that made it: of the rows all
-    lengths and, lest a large file be read once more, a thousand of them; of the model the first
-    numbers of everything that is frozen.
+    """Return what a run that goes on from a checkpoint shares with the run that made it.
+
+    The digests take all lengths of the rows but only a thousand of the rows, so that a large file
+    is not read once more, and only the first numbers of each frozen parameter.
     """
-
-    def digest(examples: Examples) -> str:
-        found = blake2b(examples.lengths.tobytes(), digest_size=16)
-        for i in range(0, len(examples), max(1, len(examples) // 1000)):
-            found.update(json.dumps(examples[i]).encode())
-        return found.hexdigest()
-
-    frozen = blake2b(digest_size=16)
-    for p in model.parameters():
-        if not p.requires_grad:
-            frozen.update(str((p.dtype, p.shape)).encode())
-            frozen.update(str(p.detach().flatten()[:16].tolist()).encode())
-    names = [
-        "seed",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "packing",
-        "objective",
-        "optim",
-        "loraplus_lr_ratio",
-    ]
-    names += ["max_seq_length"] if config.packing else []
-    adapter = asdict(adapter_config(model, selected_adapter(model)))
+    names = [*SAME_SETTINGS, *(["max_seq_length"] if config.packing else [])]
+    selected = selected_adapter(model)
+    assert selected is not None
+    adapter = asdict(adapter_config(model, selected))
     return {name: getattr(config, name) for name in names} | {
-        "data": digest(examples),
-        "validation data": None if validation is None else digest(validation),
-        "model": frozen.hexdigest(),
+        "data": _digest(examples),
+        "validation data": None if validation is None else _digest(validation),
+        "model": _digest_of_frozen(model),
         "adapter": json.loads(json.dumps(adapter)),
     }
 
 
+def _digest(examples: Examples) -> str:
+    found = blake2b(examples.lengths.tobytes(), digest_size=16)
+    for i in range(0, len(examples), max(1, len(examples) // 1000)):
+        found.update(json.dumps(examples[i]).encode())
+    return found.hexdigest()
+
+
+def _digest_of_frozen(model: Decoder) -> str:
+    found = blake2b(digest_size=16)
+    for p in model.parameters():
+        if not p.requires_grad:
+            found.update(str((p.dtype, p.shape)).encode())
+            found.update(str(p.detach().flatten()[:16].tolist()).encode())
+    return found.hexdigest()
+
+
 def resumed_state(output_dir: Path, config: TrainConfig) -> run_state.Checkpoint | None:
-    """The checkpoint to go on from, or None to start."""
+    """Return the checkpoint that a run goes on from, or None if it starts from the beginning.
+
+    Unfinished checkpoints are removed. Raises LorakitError if `config.resume` names no checkpoint,
+    or if the checkpoints in `output_dir` would be taken for those of this run.
+    """
     run_state.remove_unfinished(output_dir)
     found = run_state.checkpoints(output_dir)
     if config.resume is None:
@@ -97,7 +94,7 @@ def resumed_state(output_dir: Path, config: TrainConfig) -> run_state.Checkpoint
     if not asked:
         raise LorakitError(f"train: resume: {path} is no checkpoint of a run")
     later = [each.path.name for each in found if each.step > asked[0].step]
-    if later:  # which would be taken for newer than what this run is going to write
+    if later:  # they would be taken for newer than those that this run is going to write
         raise LorakitError(
             f"train: resume: {output_dir} holds later checkpoints ({', '.join(later)}); remove "
             "them, or choose another output_dir"
@@ -112,7 +109,10 @@ def restored(
     same: Mapping[str, Any],
     order: Order,
 ) -> Progress:
-    """Model, optimizer and random state as they were; how far the run had come."""
+    """Set model, optimizer and random state as they were, and return how far the run had come.
+
+    Raises LorakitError if this run cannot go on from the checkpoint, or it is damaged.
+    """
     if checkpoint.step > order.total:
         raise LorakitError(
             f"train: resume: {checkpoint.path} is beyond the {order.total} steps of this run; "
@@ -127,11 +127,12 @@ def restored(
             f"train: resume: {checkpoint.path} is of another version of lorakit ({error})"
         ) from None
     run_state.restore(checkpoint, values, model, optimizer, model.device)
-    print(f"resumed from {checkpoint.path}")
+    say(f"resumed from {checkpoint.path}")
     return progress
 
 
 def end_with_the_best(model: Decoder, output_dir: Path, progress: Progress, log: Log) -> None:
+    """Give the model the adapter of the best evaluation. If that is gone, the last one stays."""
     best = progress.best_step
     path = output_dir / f"checkpoint-{best}"
     if best == progress.step:

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file
 
 import lorakit as lk
+from lorakit.training import run as training_run
 from lorakit.training import state as run_state
-from lorakit.training import train as trainer
 from tests.conftest import ROWS
 from tests.training.test_train import adapted, run
 
@@ -194,7 +194,7 @@ def test_the_last_and_the_best_are_kept(tiny_dir, tok, tmp_path):
 
 
 def test_bad_steps_are_skipped_and_counted(tiny_dir, tok, tmp_path, monkeypatch, capsys):
-    real, seen = trainer._backward, []
+    real, seen = training_run.backward, []
 
     def sometimes(model, *rest):
         loss = real(model, *rest)
@@ -203,7 +203,7 @@ def test_bad_steps_are_skipped_and_counted(tiny_dir, tok, tmp_path, monkeypatch,
             next(p for p in model.parameters() if p.grad is not None).grad[0] = float("nan")
         return loss
 
-    monkeypatch.setattr(trainer, "_backward", sometimes)
+    monkeypatch.setattr(training_run, "backward", sometimes)
     _, result = run(tiny_dir, tok, tmp_path, max_steps=6)
     assert result.skipped_steps == 2
     out = capsys.readouterr().out
@@ -286,7 +286,7 @@ def test_a_step_is_the_same_however_it_is_cut(tiny_dir, tok, tmp_path, monkeypat
     """
     rows = [{"prompt": "p" * (3 * i + 1), "completion": "c" * (40 - 4 * i)} for i in range(8)]
     found = {}
-    real = trainer._backward
+    real = training_run.backward
 
     def note(model, *rest):
         loss = real(model, *rest)
@@ -294,7 +294,7 @@ def test_a_step_is_the_same_however_it_is_cut(tiny_dir, tok, tmp_path, monkeypat
         found[key] = (loss, torch.cat(grads).double())
         return loss
 
-    monkeypatch.setattr(trainer, "_backward", note)
+    monkeypatch.setattr(training_run, "backward", note)
     for packing in (False, True):
         for size in (1, 2, 4, 8):
             key = (packing, size)
@@ -321,8 +321,8 @@ def test_an_interrupted_evaluation_is_made_up_for(tiny_dir, tok, tmp_path, monke
     data = {"train": ROWS, "validation": ROWS[:4]}
     _, whole = run(tiny_dir, tok, tmp_path / "whole", data, **EVALUATED)
     kind, at = moment.split()
-    name = {"step": "_backward", "evaluation": "loss_of"}[kind]
-    real, seen = getattr(trainer, name), []
+    name = {"step": "backward", "evaluation": "held_out_loss"}[kind]
+    real, seen = getattr(training_run, name), []
 
     def once(*args):
         found = real(*args)
@@ -331,9 +331,9 @@ def test_an_interrupted_evaluation_is_made_up_for(tiny_dir, tok, tmp_path, monke
             os.kill(os.getpid(), signal.SIGINT)
         return found
 
-    monkeypatch.setattr(trainer, name, once)
+    monkeypatch.setattr(training_run, name, once)
     _, first = run(tiny_dir, tok, tmp_path / "a", data, **EVALUATED)
-    monkeypatch.setattr(trainer, name, real)
+    monkeypatch.setattr(training_run, name, real)
     assert first.steps == int(at)
     assert first.interrupted == (moment != "evaluation 8")  # which was the last thing to do
     assert (tmp_path / "a" / ADAPTER).exists()
@@ -344,7 +344,7 @@ def test_an_interrupted_evaluation_is_made_up_for(tiny_dir, tok, tmp_path, monke
 
 def test_a_run_that_stopped_early_stays_stopped(tiny_dir, tok, tmp_path, monkeypatch):
     data, losses = {"train": ROWS, "validation": ROWS[:4]}, iter([1.0, 2.0, 3.0, 0.5])
-    monkeypatch.setattr(trainer, "loss_of", lambda *_: {"loss": next(losses)})
+    monkeypatch.setattr(training_run, "held_out_loss", lambda *_: {"loss": next(losses)})
     options = {"max_steps": 8, "eval_steps": 1, "save_steps": 1, "early_stopping_patience": 2}
     _, first = run(tiny_dir, tok, tmp_path, data, **options)
     before = (tmp_path / ADAPTER).read_bytes()
@@ -356,7 +356,7 @@ def test_a_run_that_stopped_early_stays_stopped(tiny_dir, tok, tmp_path, monkeyp
 
 def test_a_best_checkpoint_that_is_gone(tiny_dir, tok, tmp_path, monkeypatch, capsys):
     data, losses = {"train": ROWS, "validation": ROWS[:4]}, iter([1.0, 2.0, 3.0])
-    monkeypatch.setattr(trainer, "loss_of", lambda *_: {"loss": next(losses)})
+    monkeypatch.setattr(training_run, "held_out_loss", lambda *_: {"loss": next(losses)})
     real = run_state.write_checkpoint
 
     def full(output_dir, step, *rest):
@@ -465,8 +465,8 @@ def test_an_evaluation_that_was_made_up_for_is_of_the_checkpoint(
 ):
     """Also where it is not the best: a run killed right after it does not evaluate again."""
     data, losses = {"train": ROWS, "validation": ROWS[:4]}, iter([1.0, 2.0, 3.0])
-    monkeypatch.setattr(trainer, "loss_of", lambda *_: {"loss": next(losses)})
-    real, seen = trainer._backward, []
+    monkeypatch.setattr(training_run, "held_out_loss", lambda *_: {"loss": next(losses)})
+    real, seen = training_run.backward, []
 
     def step(*args):
         seen.append(1)
@@ -476,7 +476,7 @@ def test_an_evaluation_that_was_made_up_for_is_of_the_checkpoint(
             raise RuntimeError("killed")
         return real(*args)
 
-    monkeypatch.setattr(trainer, "_backward", step)
+    monkeypatch.setattr(training_run, "backward", step)
     options = {"max_steps": 6, "eval_steps": 2, "save_steps": 4}
     run(tiny_dir, tok, tmp_path, data, **options)  # interrupted in step 4
     with pytest.raises(RuntimeError, match="killed"):
@@ -509,7 +509,7 @@ def test_a_skipped_step_names_the_rows_that_it_had(tiny_dir, tok, tmp_path, caps
 
 
 def test_evaluations_that_are_never_finite(tiny_dir, tok, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(trainer, "loss_of", lambda *_: {"loss": float("nan")})
+    monkeypatch.setattr(training_run, "held_out_loss", lambda *_: {"loss": float("nan")})
     data = {"train": ROWS, "validation": ROWS[:4]}
     options = {"max_steps": 2, "eval_steps": 1, "load_best_model_at_end": True}
     run(tiny_dir, tok, tmp_path, data, **options)

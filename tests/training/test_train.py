@@ -11,6 +11,7 @@ import torch
 
 import lorakit as lk
 from lorakit.adapters.layers.lora import lora_layers
+from lorakit.training import run as training_run
 from tests.conftest import ROWS, tiny
 
 
@@ -203,12 +204,10 @@ def test_stops_at_a_loss_that_is_not_finite(tiny_dir, tok, tmp_path):
 
 
 def test_the_adapter_is_saved_before_the_last_evaluation(tiny_dir, tok, tmp_path, monkeypatch):
-    from lorakit import trainer
-
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer, "loss_of", interrupted)
+    monkeypatch.setattr(training_run, "held_out_loss", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(tiny_dir, tok, tmp_path, {"train": ROWS, "validation": ROWS})
     assert (tmp_path / "adapter_model.safetensors").exists()

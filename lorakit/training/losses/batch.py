@@ -1,4 +1,4 @@
-"""Carried out of lorakit/evaluation.py."""
+"""The loss of a batch, by the objective of a run."""
 
 from collections.abc import Sequence
 
@@ -15,19 +15,32 @@ from lorakit.training.losses.preference import pair_losses
 def summed_loss(
     model: Decoder, batch: Sequence[Example | PairExample], config: TrainConfig
 ) -> tuple[Tensor, Tensor]:
-    """The summed loss of a batch, and how many label tokens it has, or of pairs how many the model
-    has the right way round.
+    """Return the summed loss of a batch, and its number of label tokens.
+
+    For pairs the second number is how many of them the model has the right way round.
     """
     pairs = config.objective != "sft"
+    rows = [example.answers[0] for example in batch]
     if pairs:
-        batch = [e.chosen for e in batch] + [e.rejected for e in batch]
-    ids, labels, *bounds = collate_packed(batch) if config.packing else collate(batch)
-    where = {"cu_seqlens": bounds[0] if bounds else None}
-    inputs = ids.to(model.device), labels.to(model.device)
+        rows += [example.answers[1] for example in batch]
+    bounds: Tensor | None = None
+    if config.packing:
+        ids, labels, bounds = collate_packed(rows)
+    else:
+        ids, labels = collate(rows)
+    ids, labels = ids.to(model.device), labels.to(model.device)
     smoothing = config.label_smoothing_factor
     if not pairs:
-        form = {"label_smoothing": smoothing, "z_loss": config.z_loss}
-        return model.loss(*inputs, **where, **form)
-    form = {"objective": config.objective, "beta": config.beta, "label_smoothing": smoothing}
-    losses, prefers = pair_losses(model, *inputs, **where, **form)
+        return model.loss(
+            ids, labels, cu_seqlens=bounds, label_smoothing=smoothing, z_loss=config.z_loss
+        )
+    losses, prefers = pair_losses(
+        model,
+        ids,
+        labels,
+        objective=config.objective,
+        beta=config.beta,
+        label_smoothing=smoothing,
+        cu_seqlens=bounds,
+    )
     return losses.sum(), prefers.sum()

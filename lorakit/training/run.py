@@ -1,0 +1,320 @@
+"""A training run: prepare, resume, loop, end.
+
+What a step does follows from its number, the seed and the checkpoint that the run goes on from. So
+a run that was killed and resumed ends with the bytes of one that was not. Ctrl-C and SIGTERM end a
+run after the current step, with a checkpoint. An evaluation that is due then waits for the run that
+goes on from there.
+
+A step whose loss or gradient is not finite is skipped and counted. After BAD_STEPS such steps in a
+row the run stops.
+"""
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.adapters.layers.wrapper import Attached
+from lorakit.adapters.manage import attached
+from lorakit.adapters.peft_files.save import save_adapter
+from lorakit.adapters.start import start_adapter
+from lorakit.config.errors import LorakitError
+from lorakit.config.training import OPTIMIZERS, TrainConfig
+from lorakit.data.batching import Order, batches, collate
+from lorakit.data.encode import Examples
+from lorakit.data.schemas import Row
+from lorakit.evaluation.score import score_rows
+from lorakit.files.local import as_path
+from lorakit.models.decoder import Decoder
+from lorakit.models.tokenizer import Tokenizer
+from lorakit.training import state as run_state
+from lorakit.training.log import Log, say
+from lorakit.training.losses.held_out import held_out_loss
+from lorakit.training.memory import peak_memory_mb
+from lorakit.training.optim import AdamW, decay_groups, loraplus_groups
+from lorakit.training.progress import Progress
+from lorakit.training.resume import end_with_the_best, must_match, restored, resumed_state
+from lorakit.training.schedules import learning_rate
+from lorakit.training.step import backward, check_gradients, count_tokens, first_not_finite
+
+BAD_STEPS = 10
+
+
+class HeldOut(NamedTuple):
+    """The rows for validation, and their examples."""
+
+    rows: Sequence[Row]
+    examples: Examples
+
+
+class Run:
+    """One run of `train` into its output directory, which nobody else may write to meanwhile.
+
+    `progress` holds what the run has come to, and `ended` whether it came to its end.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        tok: Tokenizer,
+        examples: Examples,
+        held_out: HeldOut | None,
+        config: TrainConfig,
+        base_model: str | None,
+    ):
+        """Prepare the first step, or the one after the checkpoint that the run resumes from."""
+        self.model, self.tok, self.config, self.base_model = model, tok, config, base_model
+        self.examples, self.held_out = examples, held_out
+        self.output_dir = as_path(config.output_dir)
+        checkpoint = resumed_state(self.output_dir, config)
+        torch.manual_seed(config.seed)  # dropout
+        started = start_adapter(model, lambda: _padded_batches(model, examples, config))
+        if started is not None:
+            say(str(started))
+        self.layers = trainable_layers(model)  # EVA may have left some out
+        self.optimizer, self.rate_shares = _optimizer(model, config)
+        self.order = Order(examples, config)
+        validation = None if held_out is None else held_out.examples
+        self.same = must_match(model, examples, validation, config)
+        self.progress = Progress()
+        if checkpoint is not None:
+            self.progress = restored(checkpoint, model, self.optimizer, self.same, self.order)
+        self.ended = False
+
+    def open_log(self) -> Log:
+        """Return the log of the run, which goes on after the steps that are done."""
+        return Log(self.output_dir, self.order.total, self.progress.step, self.config)
+
+    def loop(self, log: Log, stop: threading.Event, after_step: Callable[[], None] | None) -> None:
+        """Take steps until the run has ended or `stop` is set, with evaluations and checkpoints."""
+        progress = self.progress
+        saved = progress.step  # the step of the last checkpoint, if there is one
+        while True:
+            due = self._evaluation_is_due()
+            waits = due and stop.is_set()  # for the run that goes on from here
+            evaluated = due and not waits
+            is_best = evaluated and self._evaluate(log)
+            self.ended = self._is_done() and not waits
+            wanted = self._wants_checkpoint(is_best) or stop.is_set()
+            if wanted and (progress.step != saved or evaluated):
+                self._write_checkpoint(log)
+                saved = progress.step
+            if self.ended or stop.is_set():
+                return
+            self._step(log)
+            if after_step is not None:
+                after_step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def end(self, log: Log) -> None:
+        """Save the adapter of the last step, or of the best evaluation if the config wants that.
+
+        Raises LorakitError if every step was skipped.
+        """
+        if self.progress.skipped == self.progress.step > 0:
+            raise LorakitError(f"train: none of the {self.progress.step} steps was finite")
+        if self.ended and self.config.load_best_model_at_end:
+            end_with_the_best(self.model, self.output_dir, self.progress, log)
+        self._save(self.output_dir)
+
+    def stopped_early(self) -> bool:
+        """Whether the evaluations ended the run before its last step."""
+        return self.progress.step < self.order.total and self._is_done()
+
+    # ---- between two steps ----
+
+    def _is_done(self) -> bool:
+        """Whether all steps are done, or the evaluations have not become better for too long."""
+        patience = self.config.early_stopping_patience
+        return self.progress.step == self.order.total or self.progress.has_lost_patience(patience)
+
+    def _evaluation_is_due(self) -> bool:
+        """Whether the step that is done should be evaluated, and was not.
+
+        A run that was interrupted before an evaluation makes up for it when it goes on.
+        """
+        if self.held_out is None or self.progress.step == 0 or self.progress.is_evaluated():
+            return False
+        every, step = self.config.eval_steps, self.progress.step
+        return step == self.order.total or (every is not None and step % every == 0)
+
+    def _evaluate(self, log: Log) -> bool:
+        """Evaluate the step that is done. Return whether it is the best one so far."""
+        assert self.held_out is not None
+        if self.progress.step == self.order.total:
+            self._save(self.output_dir)  # before an evaluation that may be cut short
+        config, size = self.config, self.config.per_device_train_batch_size
+        result = held_out_loss(self.model, self.held_out.examples, size, config)
+        metrics = config.eval_metrics
+        result |= score_rows(self.model, self.tok, self.held_out.rows, metrics, size)
+        log.evaluation(self.progress.step, result)
+        return self.progress.add_evaluation(result)
+
+    def _wants_checkpoint(self, is_best: bool) -> bool:
+        """Whether the config wants a checkpoint of the step that is done."""
+        every = self.config.save_steps
+        if every is not None and (self.ended or self.progress.step % every == 0):
+            return True
+        return is_best and (self.config.load_best_model_at_end or every is not None)
+
+    def _write_checkpoint(self, log: Log) -> None:
+        """Write a checkpoint of the step that is done. A full disk is said, and the run goes on."""
+        step, optimizer = self.progress.step, self.optimizer
+        values: dict[str, Any] = {"progress": asdict(self.progress), "same": self.same}
+        try:
+            tensors = run_state.trained_tensors(self.model)
+            tensors |= run_state.random_tensors(self.model.device)
+            tensors |= run_state.optimizer_tensors(optimizer)  # paged state takes disk for it
+            values["groups"] = run_state.group_values(optimizer)
+            run_state.write_checkpoint(self.output_dir, step, tensors, values, self._save)
+            run_state.prune(self.output_dir, self.config.save_total_limit, self.progress.best_step)
+        except (OSError, LorakitError) as error:
+            reason = isinstance(error, OSError) and error.strerror
+            log.say(
+                f"lorakit: the checkpoint of step {step} could not be written "
+                f"({reason or error}); earlier ones are whole"
+            )
+
+    def _save(self, path: Path) -> None:
+        save_adapter(self.model, path, base_model=self.base_model)
+
+    # ---- a step ----
+
+    def _step(self, log: Log) -> None:
+        """Take the next step. Its gradients stay."""
+        started, config, progress = time.perf_counter(), self.config, self.progress
+        step = progress.step + 1
+        rate = self._set_learning_rate(step)
+        numbers = self.order.step(step)
+        micro_batches = [[self.examples[i] for i in rows] for rows in numbers]
+        loss = backward(self.model, micro_batches, config)
+        if step == 1:
+            check_gradients(self.model, self.layers)
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(params, config.max_grad_norm).item()
+        progress.step, progress.loss = step, loss
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.optimizer.step()
+            progress.bad_in_a_row = 0
+        else:
+            self._skip(norm, [self.examples.place(i) for rows in numbers for i in rows], log)
+
+        took = time.perf_counter() - started
+        count, computed = count_tokens(micro_batches, config.packing)
+        progress.tokens, progress.seconds = progress.tokens + count, progress.seconds + took
+        log.step(
+            step=step,
+            loss=loss,
+            learning_rate=rate,
+            grad_norm=norm,
+            tokens=progress.tokens,
+            tokens_per_second=count / took,
+            padding=1 - count / computed,
+            peak_memory_mb=peak_memory_mb(self.model.device),
+        )
+
+    def _set_learning_rate(self, step: int) -> float:
+        """Give each group its share of the scheduled rate of a step, and return that rate."""
+        config = self.config
+        rate = learning_rate(
+            config.lr_scheduler_type,
+            step - 1,
+            self.order.total,
+            config.learning_rate,
+            config.warmup_ratio,
+            warmup_steps=config.warmup_steps,
+            min_lr_ratio=config.min_lr_ratio,
+            num_cycles=config.num_cycles,
+        )
+        for group, share in zip(self.optimizer.param_groups, self.rate_shares, strict=True):
+            group["lr"] = rate * share
+        return rate
+
+    def _skip(self, norm: float, places: Sequence[str], log: Log) -> None:
+        """Count a step whose loss or gradient is not finite. Raises LorakitError after too many."""
+        progress = self.progress
+        progress.skipped += 1
+        progress.bad_in_a_row += 1
+        what = (
+            f"step {progress.step} has loss {progress.loss} and gradient norm {norm}, first in "
+            f"{first_not_finite(self.model)}, on {', '.join(places)}"
+        )
+        if progress.bad_in_a_row >= BAD_STEPS:
+            raise LorakitError(
+                f"train: {BAD_STEPS} steps in a row were not finite: {what}; the learning rate may "
+                "be too high, or the rows damaged"
+            )
+        log.say(f"lorakit: skipped: {what}")
+
+
+def trainable_layers(model: Decoder) -> dict[str, Attached]:
+    """Return the wrappers of `model` that hold a part of the selected adapter, by name.
+
+    Raises LorakitError if there are none, the adapter is merged, or the model is float16.
+    """
+    layers = {name: each for name, each in attached(model).items() if each.selected is not None}
+    if not layers:
+        raise LorakitError("train: no adapter is attached; call lorakit.attach(model, ...) first")
+    if any(layer.merged is not None for layer in layers.values()):
+        raise LorakitError("train: the adapter is merged; call lorakit.unmerge(model) first")
+    if model.dtype == torch.float16:
+        raise LorakitError(
+            "train: gradients of a float16 model underflow; load it in bfloat16 or float32"
+        )
+    return layers
+
+
+def _padded_batches(
+    model: Decoder, examples: Examples, config: TrainConfig
+) -> Iterator[dict[str, Tensor]]:
+    """Yield the rows of the first epoch in padded batches; of a pair the chosen answer."""
+    lengths = examples.lengths
+    for rows in batches(lengths, config.per_device_train_batch_size, config.seed, 0):
+        chosen = [examples[row].answers[0] for row in rows]
+        ids, _ = collate(chosen)
+        real = torch.tensor([len(e.input_ids) for e in chosen])[:, None]
+        mask = torch.arange(ids.shape[1]) < real
+        yield {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+
+
+def _optimizer(model: Decoder, config: TrainConfig) -> tuple[AdamW, list[float]]:
+    """Return the optimizer, and the share of the scheduled rate that each of its groups takes."""
+    ratio, decay = config.loraplus_lr_ratio, config.weight_decay
+    if ratio is None:
+        groups = decay_groups(model, 1.0, decay)
+    else:
+        groups = loraplus_groups(model, 1.0, ratio, weight_decay=decay)
+    state_bits, paged = OPTIMIZERS[config.optim]
+    optimizer = AdamW(
+        groups,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        state_bits=state_bits,
+        paged=paged,
+        page_dir=as_path(config.output_dir),
+    )
+    return optimizer, [group["lr"] for group in groups]
+
+
+@contextmanager
+def training_mode(model: Decoder, config: TrainConfig) -> Iterator[None]:
+    """Within the block, dropout, gradient checkpointing and noise are as the run wants them."""
+    names = ("gradient_checkpointing", "offload_activations", "neftune_noise_alpha")
+    was_training, before = model.training, [getattr(model, name) for name in names]
+    model.train()
+    model.gradient_checkpointing = config.gradient_checkpointing
+    model.offload_activations = config.activation_offloading
+    model.neftune_noise_alpha = config.neftune_noise_alpha
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        for name, value in zip(names, before, strict=True):
+            setattr(model, name, value)
