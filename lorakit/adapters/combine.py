@@ -179,7 +179,11 @@ def _config(ranks: Mapping[str, int]) -> LoraConfig:
     r = Counter(ranks.values()).most_common(1)[0][0]
     others = each_alone({place: own for place, own in ranks.items() if own != r}, ranks)
     return LoraConfig(
-        r=r, lora_alpha=r, target_modules=list(ranks), rank_pattern=others, alpha_pattern=others
+        r=r,
+        lora_alpha=r,
+        target_modules=list(ranks),
+        rank_pattern=others,
+        alpha_pattern=dict(others),
     )
 
 
