@@ -29,6 +29,7 @@ from lorakit.adapters.initialize import subspace_svd
 from lorakit.adapters.layers.base import DenseBase
 from lorakit.adapters.layers.lora import LoraLinear, lora_layers
 from lorakit.config.errors import LorakitError
+from lorakit.models.decoder import Decoder
 from lorakit.models.load import dense_weights
 
 SUBSPACE_ITERATIONS = 8
@@ -68,7 +69,8 @@ def loftq(
         raise LorakitError("loftq: no adapter is attached")
     if type(iterations) is not int or iterations < 1:
         raise LorakitError(f"loftq: iterations must be a whole number from 1 on, not {iterations}")
-    originals = dense_weights(module, weights, "loftq")
+    source = module.source if isinstance(module, Decoder) else None
+    originals = dense_weights(source, weights, "loftq")
     for name, layer in layers.items():
         if not isinstance(layer, LoraLinear):
             raise LorakitError(f"loftq: {name} is an embedding; leave it out of target_modules")

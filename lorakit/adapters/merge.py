@@ -196,7 +196,8 @@ def _originals(
     }
     if not packed:
         return {}
-    found = dense_weights(module, weights, "merge")
+    source = module.source if isinstance(module, Decoder) else None
+    found = dense_weights(source, weights, "merge")
     for name, layer in packed.items():
         if name not in found:
             raise LorakitError(f"merge: the original weight of {name} is missing")

@@ -22,7 +22,7 @@ from lorakit import kernels
 from lorakit.config.errors import LorakitError
 from lorakit.config.quantization import QuantConfig, quant_config
 from lorakit.files.local import as_path, atomic
-from lorakit.models.load import open_model
+from lorakit.models.load import only_dense, open_model
 from lorakit.models.packed_layers import PackedWeight
 from lorakit.models.packed_layers import quantize as quantize_module
 
@@ -120,9 +120,9 @@ def quantize_report(
     config = quant_config(quantize)
     if config is None:
         raise LorakitError("quantize_report: say how to quantize, such as 'nf4'")
-    model, tensors = open_model(path_or_hub_id)
-    path = model.source.path
-    if any(tensor.packed for tensor in tensors.values()):
+    model, weights, source = open_model(path_or_hub_id)
+    path, tensors = source.path, only_dense(weights)
+    if tensors is None:
         raise LorakitError(f"{path} is quantized already: report on what it was made from")
     quantize_module(model, config)
     packed = {n: m for n, m in model.named_modules() if isinstance(m, PackedWeight)}

@@ -1,4 +1,23 @@
-"""Carried out of lorakit/gguf.py."""
+"""The GGUF container: the header of a file, and its tensors as dense values.
+
+Layout (GGUF 2 and 3, little endian):
+
+    magic "GGUF", version; the number of tensors, the number of pairs
+    pairs: key, value type, value
+    tensor infos: name, number of dimensions, dimensions (innermost first), block format, offset
+    padding up to the alignment
+    the data of each tensor, at its offset from here
+
+The header is read here, in one pass over the file's beginning. The `gguf` package knows every block
+format and turns a tensor's bytes into fp32 values. Its own reader of headers makes several numpy
+arrays for each string of the vocabulary: 4 s and 160 MB for a model of 49,152 tokens, against 0.1 s
+and 15 MB here.
+
+A file from a stranger is not believed. Every length is compared with what is left of the file
+before memory is taken for it, arrays do not nest, and a type, version or number of dimensions that
+GGUF does not have is refused. What is wrong raises a LorakitError of one sentence. Nothing here
+unpickles or runs anything from the file.
+"""
 
 import math
 import struct
@@ -13,92 +32,122 @@ from torch import Tensor
 from lorakit.config.errors import LorakitError
 
 # value type -> struct code
-SCALARS = dict(zip([0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12], "BbHhIif?Qqd", strict=True))
-STRING, ARRAY = 8, 9
+_SCALARS = dict(zip([0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12], "BbHhIif?Qqd", strict=True))
+_STRING, _ARRAY = 8, 9
+_MOST_DIMENSIONS = 8  # GGUF has 4
 
 
 class TensorInfo(NamedTuple):
-    shape: tuple[int, ...]  # outermost first
-    kind: int  # a GGMLQuantizationType
-    offset: int  # from the start of the file
+    """What the header says of one tensor."""
+
+    shape: tuple[int, ...]
+    """outermost first, as in torch"""
+    kind: int
+    """its block format, a GGMLQuantizationType of the gguf package"""
+    offset: int
+    """of its first byte, from the start of the file"""
 
 
 class Header(NamedTuple):
+    """What stands before the tensors' data."""
+
     metadata: dict[str, Any]
+    """values by key; arrays are lists"""
     tensors: dict[str, TensorInfo]
+    """infos by name, in the file's order"""
 
 
 def read_header(path: Path) -> Header:
-    """Metadata and tensor infos. Raises LorakitError if the file is no GGUF, or ends too soon."""
+    """Read the header of a file. Raises LorakitError if it is no GGUF file, damaged or cut off."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         try:
-            return _parse(file, size)
-        except (_Truncated, UnicodeDecodeError, struct.error, OverflowError) as error:
+            return _read_header(_Bytes(file, size))
+        except (_Damaged, UnicodeDecodeError, struct.error, OverflowError) as error:
             raise LorakitError(f"{path}: the GGUF header is damaged or cut off ({error})") from None
         except LorakitError as error:
             raise LorakitError(f"{path}: {error}") from None
 
 
-class _Truncated(Exception):
+class _Damaged(Exception):
     pass
 
 
-def _parse(file: BinaryIO, size: int) -> Header:
-    def take(count: int) -> bytes:
-        if count > size - file.tell():
-            raise _Truncated(f"{count} bytes wanted at {file.tell()} of {size}")
-        return file.read(count)
+class _Bytes:
+    """The bytes of a header, taken one value after the other."""
 
-    def scalar(code: str) -> Any:
-        return struct.unpack("<" + code, take(struct.calcsize("<" + code)))[0]
+    def __init__(self, file: BinaryIO, size: int):
+        self.file, self.size = file, size
 
-    def string() -> str:
-        return take(scalar("Q")).decode("utf-8")
+    def check_left(self, count: int) -> None:
+        """Raise _Damaged unless the file holds `count` bytes more."""
+        at = self.file.tell()
+        if count > self.size - at:
+            raise _Damaged(f"{count} bytes wanted at {at} of {self.size}")
 
-    def value(kind: int) -> Any:
-        if kind == STRING:
-            return string()
-        if kind in SCALARS:
-            return scalar(SCALARS[kind])
-        if kind != ARRAY:
-            raise _Truncated(f"unknown value type {kind}")
-        item, count = scalar("I"), scalar("Q")
-        if item == ARRAY:
-            raise _Truncated("an array of arrays")
-        if item in SCALARS:
-            dtype = np.dtype("<" + SCALARS[item])
-            return np.frombuffer(take(count * dtype.itemsize), dtype).tolist()
-        if count * 8 > size - file.tell():  # every string takes 8 bytes at least
-            raise _Truncated(f"an array of {count} items at {file.tell()} of {size}")
-        return [value(item) for _ in range(count)]
+    def take(self, count: int) -> bytes:
+        """Return the next `count` bytes."""
+        self.check_left(count)
+        return self.file.read(count)
 
-    if size < 24 or take(4) != b"GGUF":
+    def scalar(self, code: str) -> Any:
+        """Return the next number, of a struct code."""
+        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
+
+    def string(self) -> str:
+        """Return the next string: its length, then UTF-8."""
+        return self.take(self.scalar("Q")).decode("utf-8")
+
+    def value(self, kind: int) -> Any:
+        """Return the next value, of a value type."""
+        if kind == _STRING:
+            return self.string()
+        if kind == _ARRAY:
+            return self.array()
+        if kind not in _SCALARS:
+            raise _Damaged(f"unknown value type {kind}")
+        return self.scalar(_SCALARS[kind])
+
+    def array(self) -> list[Any]:
+        """Return the next array: the type of its items, their number, then the items."""
+        kind, count = self.scalar("I"), self.scalar("Q")
+        if kind == _ARRAY:
+            raise _Damaged("an array of arrays")
+        if kind in _SCALARS:
+            dtype = np.dtype("<" + _SCALARS[kind])
+            items: list[Any] = np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
+            return items
+        self.check_left(count * 8)  # every string takes 8 bytes at least
+        return [self.value(kind) for _ in range(count)]
+
+
+def _read_header(data: _Bytes) -> Header:
+    if data.size < 24 or data.take(4) != b"GGUF":
         raise LorakitError("not a GGUF file")
-    version = scalar("I")
+    version = data.scalar("I")
     if version not in (2, 3):
         raise LorakitError(f"GGUF version {version} is not supported; 2 and 3 are")
-    tensor_count, pair_count = scalar("Q"), scalar("Q")
+    tensor_count, pair_count = data.scalar("Q"), data.scalar("Q")
     metadata = {}
     for _ in range(pair_count):
-        key = string()
-        metadata[key] = value(scalar("I"))
+        key = data.string()
+        metadata[key] = data.value(data.scalar("I"))
     infos = {}
     for _ in range(tensor_count):
-        name, dims = string(), scalar("I")
-        if dims > 8:
-            raise _Truncated(f"tensor {name!r} has {dims} dimensions")
-        shape = tuple(scalar("Q") for _ in range(dims))[::-1]
-        infos[name] = (shape, scalar("I"), scalar("Q"))
+        name, dims = data.string(), data.scalar("I")
+        if dims > _MOST_DIMENSIONS:
+            raise _Damaged(f"tensor {name!r} has {dims} dimensions")
+        shape = tuple(data.scalar("Q") for _ in range(dims))[::-1]
+        infos[name] = TensorInfo(shape, data.scalar("I"), data.scalar("Q"))
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1:
         raise LorakitError(f"general.alignment is {alignment!r}")
-    start = -(-file.tell() // alignment) * alignment
-    tensors = {n: TensorInfo(shape, kind, start + at) for n, (shape, kind, at) in infos.items()}
+    start = -(-data.file.tell() // alignment) * alignment
+    tensors = {n: info._replace(offset=start + info.offset) for n, info in infos.items()}
     return Header(metadata, tensors)
 
 
-def _package():
+def _package() -> Any:
     try:
         import gguf
     except ImportError:
@@ -109,24 +158,33 @@ def _package():
 
 
 def data_length(path: Path, name: str, info: TensorInfo) -> int:
+    """Return how many bytes the data of a tensor takes.
+
+    Raises LorakitError if its block format is unknown, its rows are no whole blocks, or the file
+    ends before the data does.
+    """
     gguf = _package()
     try:
-        kind = gguf.GGMLQuantizationType(info.kind)
-        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(info.kind)]
     except (ValueError, KeyError):
         raise LorakitError(f"{path}: tensor {name} has the unknown type {info.kind}") from None
     row = info.shape[-1] if info.shape else 1
     if row % block:
         raise LorakitError(f"{path}: tensor {name}: rows of {row} are no multiple of {block}")
-    return math.prod(info.shape) // block * block_bytes
+    length: int = math.prod(info.shape) // block * block_bytes
+    end, size = info.offset + length, path.stat().st_size
+    if end > size:
+        raise LorakitError(
+            f"{path}: the file is cut off: tensor {name} ends at byte {end}, the file at {size}"
+        )
+    return length
 
 
-def numpy_reader(
-    path: Path,
-    info: TensorInfo,
-    length: int,
-    restoration: Callable[[Tensor], Tensor] | None = None,
-) -> Callable[[], Tensor]:
+def fp32_reader(path: Path, info: TensorInfo, length: int) -> Callable[[], Tensor]:
+    """Return a function that reads a tensor of `length` bytes and dequantizes it to fp32.
+
+    The function raises LorakitError if the gguf package cannot dequantize the block format.
+    """
     gguf = _package()
     kind = gguf.GGMLQuantizationType(info.kind)
 
@@ -139,7 +197,6 @@ def numpy_reader(
             raise LorakitError(
                 f"{path}: tensors of type {kind.name} cannot be dequantized"
             ) from None
-        tensor = torch.from_numpy(np.ascontiguousarray(dense, dtype=np.float32)).view(info.shape)
-        return tensor if restoration is None else restoration(tensor)
+        return torch.from_numpy(np.ascontiguousarray(dense, dtype=np.float32)).view(info.shape)
 
     return read

@@ -1,7 +1,8 @@
-"""Where a model's files are: a directory, a .gguf file, or a Hub id, which is downloaded or found
-in the cache.
+"""Where a model's files are: in a directory, in a .gguf file, or on the Hub.
 
-This is the only module that opens a connection, and only to the id that the user gave.
+The files of a Hub id are taken from the Hub's cache on this machine, or downloaded into it. This is
+the only module that opens a connection, and it asks only for the id that the user gave. Callers
+name the files that they want: safetensors, JSON and templates, never pickled weights or code.
 """
 
 import re
@@ -10,17 +11,24 @@ from pathlib import Path
 from lorakit.config.errors import LorakitError
 from lorakit.files.local import as_path
 
-# not "*.safetensors": some repositories keep the same weights a second time under another name
-WEIGHTS = ["config.json", "generation_config.json", "model*.safetensors", "model*.index.json"]
+# File names of a model and of its tokenizer. Not "*.safetensors": some repositories keep the same
+# weights a second time under another name.
+MODEL = ["config.json", "generation_config.json", "model*.safetensors", "model*.index.json"]
 TOKENIZER = ["tokenizer*.json", "special_tokens_map.json", "*.jinja", "chat_template.json"]
 
 
 def resolve(path_or_hub_id: str | Path, patterns: list[str]) -> Path:
-    """A local directory, or a .gguf file. For a Hub id, the files that match `patterns` are
-    fetched.
+    """Return the local directory or .gguf file that holds the files.
 
-    What exists on disk is taken as it is; only a string of the form "organization/name" is asked of
-    the Hub. Raises LorakitError if there is no such thing in either place.
+    A path that exists is returned as it is. Only a string of the form "organization/name" that is
+    no path here is taken for a Hub id.
+
+    Args:
+        path_or_hub_id: A directory, a .gguf file or a Hub id.
+        patterns: The files of a Hub id to fetch, by name with * for anything.
+
+    Raises:
+        LorakitError: If neither this machine nor the Hub has it.
     """
     path = as_path(path_or_hub_id)
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):

@@ -1,7 +1,10 @@
-"""Small files: read with one clear error, written whole or not at all.
+"""Small files on this machine: read with one clear error, written whole or not at all.
 
-Writing goes to a temporary file beside the target, which is flushed to the disk and then renamed
-over it: a reader sees the old file or the new one, and a full disk leaves the old one.
+A file is written to a temporary file beside it, which is flushed to the disk and then renamed. A
+reader sees the old file or the new one, and a full disk leaves the old one.
+
+Text and JSON from a stranger do no harm: they are parsed, never run. What is no UTF-8, no JSON, or
+JSON nested too deeply raises a LorakitError of one sentence.
 """
 
 import json
@@ -15,7 +18,7 @@ from lorakit.config.errors import LorakitError
 
 
 def as_path(path: str | Path) -> Path:
-    """A path that a user gave, with ~ expanded. Raises LorakitError for what is none."""
+    """Return a path that a user gave, with ~ expanded. Raises LorakitError if it is none."""
     if "\0" in str(path):
         raise LorakitError(f"{str(path)!r} is no path: it holds a null byte")
     try:
@@ -25,7 +28,7 @@ def as_path(path: str | Path) -> Path:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file. Raises LorakitError if it is missing or something else."""
+    """Return the text of a file. Raises LorakitError if it is missing, no file or no UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -37,7 +40,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises LorakitError if it is missing, no JSON, or no object."""
+    """Return the object in a JSON file. Raises LorakitError if it is missing or holds no object."""
     try:
         values = json.loads(read_text(path))
     except (json.JSONDecodeError, RecursionError) as error:
@@ -49,7 +52,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that becomes `path` if the block succeeds."""
+    """Give a temporary path beside `path`, which becomes `path` if the block succeeds.
+
+    If the block fails, the temporary file goes and `path` stays as it was.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -61,7 +67,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text, atomically; half a surrogate pair, which is no character, as ?."""
+    """Write UTF-8 text, atomically. Half a surrogate pair is no character and becomes a "?"."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="replace")
 

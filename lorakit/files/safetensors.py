@@ -1,35 +1,37 @@
-"""Tensors in files: safetensors, opened without being read, written whole or not at all.
+"""Tensors in safetensors files: opened without being read, written whole or not at all.
 
-A tensor that bitsandbytes packed lies in a file as several. They are told by what lies beside them,
-not by a name or the config: "dynamic" checkpoints pack some layers and leave others in 16 bits.
-`fold_packed` makes one of each such group.
+A safetensors file is a JSON header (names, dtypes, shapes, offsets) and the bytes of the tensors.
+Opening one reads the header alone. A tensor's values are mapped from the disk when they are asked
+for. The safetensors library checks the header's length, every offset and every size against the
+file before a value is read.
+
+Nothing here unpickles. A directory that holds pickled weights only is refused.
 """
 
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lorakit import kernels
 from lorakit.config.errors import LorakitError
-from lorakit.config.quantization import QuantConfig
 from lorakit.files.local import atomic, read_json
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-REMAP = 16 << 20  # bytes
+_REMAP = 16 << 20  # bytes
 
 
 class LazyTensor(NamedTuple):
     """A tensor that is still on disk."""
 
     shape: tuple[int, ...]
-    read: Callable[[], Tensor | kernels.Packed]
-    packed: QuantConfig | None = None  # how it is stored, if packed
+    """Its shape, as the file's header says."""
+    read: Callable[[], Tensor]
+    """Reads its values. The result may be a view of the file: copy what you keep."""
 
     def read_dense(self) -> Tensor:
         """Return the values of a tensor that is not packed."""
@@ -39,8 +41,9 @@ class LazyTensor(NamedTuple):
 
 
 def open_directory(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of a Hugging Face directory, in one file or sharded. Raises LorakitError if
-    something is missing or damaged.
+    """Open the weights of a Hugging Face directory, which lie in one file or in several shards.
+
+    Raises LorakitError if a file or a tensor is missing, or a file is damaged.
     """
     if (path / WEIGHTS_FILE).exists():
         return open_safetensors(path / WEIGHTS_FILE)
@@ -62,7 +65,7 @@ def open_directory(path: Path) -> dict[str, LazyTensor]:
 
 
 def open_safetensors(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of one safetensors file. Raises LorakitError if it is missing or damaged."""
+    """Open one safetensors file. Raises LorakitError if it is missing or damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}
@@ -75,33 +78,38 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
 
 
 class _Mapped:
-    """A safetensors file that is mapped while it is read. The pages that have been read count as
-    this process's memory until the mapping goes, so it is made anew after every REMAP bytes; not
-    for every tensor, because the header is parsed each time.
+    """A safetensors file that is mapped into memory while it is read.
+
+    Pages that have been read count as this process's memory until their mapping goes. So the file
+    is mapped again after every _REMAP bytes. To do so for every tensor would cost more: each time
+    the header is parsed.
     """
 
     def __init__(self, path: Path):
-        self.path, self.file, self.seen = path, None, 0
+        self.path = path
+        self.file: Any = None  # a safe_open, whose library has no types
+        self.seen = 0
 
     def read(self, name: str) -> Tensor:
-        """One tensor, a view of the file, which keeps its mapping."""
+        """Return one tensor, a view of the file that keeps its mapping."""
         try:
             if self.file is None:
                 self.file = safe_open(self.path, framework="pt")
-            tensor = self.file.get_tensor(name)
+            tensor: Tensor = self.file.get_tensor(name)
         except (FileNotFoundError, SafetensorError) as error:
             raise LorakitError(f"{self.path}: tensor {name} is there no more ({error})") from None
         self.seen += tensor.nbytes
-        if self.seen >= REMAP:
+        if self.seen >= _REMAP:
             self.file, self.seen = None, 0
         return tensor
 
-    def __getstate__(self) -> dict:
-        return {"path": self.path, "file": None, "seen": 0}  # a copy maps for itself
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy maps the file for itself."""
+        return {"path": self.path, "file": None, "seen": 0}
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors to a safetensors file, atomically. Raises OSError, as of a full disk."""
+    """Write tensors to a safetensors file, atomically. Raises OSError if the disk is full."""
     with atomic(path) as temporary:
         plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         try:

@@ -1,6 +1,18 @@
-"""Carried out of lorakit/tensors.py."""
+"""Weights that bitsandbytes packed, in 4 bits or in int8, as they lie in a file.
+
+One packed weight is several tensors of the file: codes, scales and tables (kernels/ops/nf4 and
+kernels/ops/int8 tell the layout). The weight is told by what lies beside it, not by its name or the
+config: "dynamic" models pack some layers and leave others in 16 bits. `fold_packed` makes one of
+each such group.
+
+Sizes and tables are checked against each other when a group is read; one that is not whole raises a
+LorakitError.
+"""
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from torch import Tensor
 
 from lorakit import kernels
 from lorakit.config.errors import LorakitError
@@ -9,50 +21,83 @@ from lorakit.files.safetensors import LazyTensor
 from lorakit.kernels.ops.nf4.tensor import MARK, read_state
 
 
-def fold_packed(tensors: Mapping[str, LazyTensor], where: str) -> dict[str, LazyTensor]:
-    """`tensors` with every group that bitsandbytes wrote for one weight, in 4 bits or in int8, as
-    one of the weight's shape. Raises LorakitError for a group that is not whole.
+class LazyPacked(NamedTuple):
+    """A packed weight that is still on disk."""
+
+    shape: tuple[int, ...]
+    """the dense weight's"""
+    read: Callable[[], kernels.Packed]
+    """reads codes and scales"""
+    config: QuantConfig
+    """how it is packed"""
+
+
+LazyWeight = LazyTensor | LazyPacked
+
+
+def fold_packed(tensors: Mapping[str, LazyTensor], where: str) -> dict[str, LazyWeight]:
+    """Return `tensors` with each group that belongs to one packed weight as one entry.
+
+    Raises LorakitError for a group that is not whole; `where` names the files in the message.
     """
-    folded = dict(tensors)
+    left = dict(tensors)  # what belongs to no packed weight
+    packed = {}
     for key in tensors:
         name, mark, _ = key.partition(MARK)
         if mark:
-            folded |= _fold(folded, name, _four_bits, where)
+            packed[name] = _folded(left, name, _four_bits, where)
         elif key.endswith(".SCB"):
-            folded |= _fold(folded, key.removesuffix("SCB") + "weight", _eight_bits, where)
-    return folded
+            name = key.removesuffix("SCB") + "weight"
+            packed[name] = _folded(left, name, _eight_bits, where)
+    return {**left, **packed}
 
 
-def _fold(folded: dict[str, LazyTensor], name: str, kind: Callable, where: str):
-    if name not in folded:
+def _folded(
+    left: dict[str, LazyTensor],
+    name: str,
+    fold: Callable[[dict[str, LazyTensor], str], LazyPacked],
+    where: str,
+) -> LazyPacked:
+    if name not in left:
         raise LorakitError(f"{where}: tensor {name} is missing, its scales are there")
     try:
-        return {name: kind(folded, name)}
+        return fold(left, name)
     except ValueError as error:
         raise LorakitError(f"{where}: tensor {name}: {error}") from None
 
 
-def _four_bits(folded: dict[str, LazyTensor], name: str) -> LazyTensor:
-    beside = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", MARK + "nf4")
-    beside = [name + end for end in (*beside, MARK + "fp4") if name + end in folded]
-    parts = {part: folded.pop(part) for part in beside} | {name: folded[name]}
-    marks = {part: tensor.read() for part, tensor in parts.items() if MARK in part}
-    quant_type, state = read_state(marks, name)
+def _four_bits(left: dict[str, LazyTensor], name: str) -> LazyPacked:
+    """Take the tensors of a 4-bit weight out of `left`."""
+    endings = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+    beside = [f"{name}.{ending}" for ending in endings] + [
+        f"{name}{MARK}{t}" for t in ("nf4", "fp4")
+    ]
+    parts = _taken(left, name, beside)
+    states = _values({part: tensor for part, tensor in parts.items() if MARK in part})
+    quant_type, state = read_state(states, name)
     config = QuantConfig(quant_type, state["blocksize"], "nested_blocksize" in state)
+    return LazyPacked(
+        tuple(state["shape"]),
+        lambda: kernels.NF4Tensor.from_tensors(_values(parts), name),
+        config,
+    )
 
-    def read() -> kernels.NF4Tensor:
-        found = {part: tensor.read() for part, tensor in parts.items()}
-        return kernels.NF4Tensor.from_tensors(found, name)
 
-    return LazyTensor(tuple(state["shape"]), read, config)
+def _eight_bits(left: dict[str, LazyTensor], name: str) -> LazyPacked:
+    """Take the tensors of an int8 weight out of `left`."""
+    layer = name.removesuffix("weight")
+    parts = _taken(left, name, [f"{layer}SCB", f"{layer}weight_format"])
+    return LazyPacked(
+        parts[name].shape,
+        lambda: kernels.Int8Tensor.from_tensors(_values(parts), name),
+        QuantConfig("int8"),
+    )
 
 
-def _eight_bits(folded: dict[str, LazyTensor], name: str) -> LazyTensor:
-    beside = [name.removesuffix("weight") + end for end in ("SCB", "weight_format")]
-    parts = {part: folded.pop(part) for part in beside if part in folded} | {name: folded[name]}
+def _taken(left: dict[str, LazyTensor], name: str, beside: list[str]) -> dict[str, LazyTensor]:
+    """Take weight `name` and those of `beside` that are there out of `left`."""
+    return {part: left.pop(part) for part in [name, *beside] if part in left}
 
-    def read() -> kernels.Int8Tensor:
-        found = {part: tensor.read() for part, tensor in parts.items()}
-        return kernels.Int8Tensor.from_tensors(found, name)
 
-    return LazyTensor(parts[name].shape, read, QuantConfig("int8"))
+def _values(parts: Mapping[str, LazyTensor]) -> dict[str, Tensor]:
+    return {part: tensor.read() for part, tensor in parts.items()}

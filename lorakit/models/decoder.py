@@ -29,6 +29,7 @@ from lorakit.models.config import ModelConfig
 from lorakit.models.hooks import has_hooks
 from lorakit.models.packed_layers import PackedWeight
 from lorakit.models.recompute import checkpoint
+from lorakit.models.source import Source
 from lorakit.models.views import View, document_lengths, key_mask, rotary_tables
 
 
@@ -287,7 +288,7 @@ class Decoder(nn.Module):
         self.config = config
         self.gradient_checkpointing = self.offload_activations = False
         self.neftune_noise_alpha: float | None = None
-        self.source = None  # where the weights came from: a checkpoint.Source, if from a file
+        self.source: Source | None = None  # where the weights came from, if from files
         self.beginning = NoPrompt()  # named so in the saved state of runs
         self.model = Trunk(config)
         self.lm_head = None

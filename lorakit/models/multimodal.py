@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from lorakit.config.errors import LorakitError
-from lorakit.files.safetensors import LazyTensor
+from lorakit.models.bitsandbytes import LazyWeight
 
 # The beginning of a text model's own name -> the beginning of its name in the files.
 _LAYOUTS = (
@@ -44,7 +44,7 @@ class Surroundings(NamedTuple):
     """The whole config.json. Its text_config is that of the text model."""
     layout: Mapping[str, str]
     """The text model's own names -> the files' names, by their beginnings."""
-    tensors: dict[str, LazyTensor]
+    tensors: dict[str, LazyWeight]
     """The tensors of the other towers, by their names in the files."""
 
     def file_name(self, name: str) -> str:
@@ -56,8 +56,8 @@ class Surroundings(NamedTuple):
 
 
 def split_text_model(
-    tensors: Mapping[str, LazyTensor], config: dict[str, Any], where: str
-) -> tuple[dict[str, LazyTensor], Surroundings]:
+    tensors: Mapping[str, LazyWeight], config: dict[str, Any], where: str
+) -> tuple[dict[str, LazyWeight], Surroundings]:
     """Split the tensors of a multimodal model into its text model and the rest.
 
     Args:
@@ -75,7 +75,7 @@ def split_text_model(
         if any(name.startswith(layout["model."]) for name in tensors):
             break
     else:
-        raise LorakitError(f"{where}: the checkpoint holds no text model")
+        raise LorakitError(f"{where}: the files hold no text model")
     text, rest = {}, {}
     for name, tensor in tensors.items():
         for own, beginning in layout.items():

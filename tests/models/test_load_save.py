@@ -397,7 +397,7 @@ def test_a_checkpoint_without_a_text_model(multimodal, tmp_path):
     found = load_file(tmp_path / "a" / "model.safetensors")
     vision = {name: t for name, t in found.items() if "language_model" not in name}
     save_file(vision, tmp_path / "a" / "model.safetensors", metadata={"format": "pt"})
-    fails(tmp_path / "a", "the checkpoint holds no text model")
+    fails(tmp_path / "a", "the files hold no text model")
 
 
 def test_fused_quantization_formats_are_refused_by_name(copy):

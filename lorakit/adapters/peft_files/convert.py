@@ -239,7 +239,7 @@ def _is_dora(adapter: StoredAdapter) -> bool:
 def _open_base(adapter: StoredAdapter, base_model: str | Path | None) -> BaseModel | None:
     """Open the base model, if one is given. Raises LorakitError if the adapter needs one."""
     if base_model is not None:
-        model, tensors = open_model(base_model)
+        model, tensors, _ = open_model(base_model)
         return BaseModel(base_model, model.config, tensors)
     if _is_dora(adapter):
         why = "DoRA scales the weights of the base"

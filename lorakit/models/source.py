@@ -1,0 +1,19 @@
+"""Where a model was loaded from."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from lorakit.models.multimodal import Surroundings
+
+
+class Source(NamedTuple):
+    """The files that a model was loaded from.
+
+    Saving takes the tokenizer and the other towers of a multimodal model from there; merging and
+    LoftQ take the dense weights that a quantized model was made from.
+    """
+
+    path: Path
+    """a directory or a .gguf file"""
+    surroundings: Surroundings | None
+    """what the files of a multimodal model hold around the text model"""
