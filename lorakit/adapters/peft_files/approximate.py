@@ -25,6 +25,7 @@ from lorakit import kernels
 from lorakit.adapters.peft_files.stored import StoredLayer, read_finite
 from lorakit.config.errors import LorakitError, nearest
 from lorakit.files.safetensors import LazyTensor
+from lorakit.models.bitsandbytes import LazyWeight
 from lorakit.models.config import ModelConfig
 from lorakit.models.multimodal import text_name
 
@@ -36,7 +37,7 @@ class BaseModel(NamedTuple):
 
     path: str | Path
     config: ModelConfig
-    tensors: Mapping[str, LazyTensor]
+    tensors: Mapping[str, LazyWeight]
 
 
 class Approximation(NamedTuple):
