@@ -1,10 +1,20 @@
-"""Carried out of lorakit/attached.py."""
+"""What an adapter is going to be, worked out before the model changes.
 
-import copy
-from collections.abc import Callable, Iterator
+A method makes a `Plan` whole, and refuses while it does so whatever cannot be adapted. Only then
+`attach` carries it out. So an error leaves the model as it was.
+
+    plan.layers      every module of the model by name; an adapted module counts as one
+    plan.wrappers    name -> the wrapper that will stand there
+    plan.parts       what the adapter adds, each with the wrapper that it goes into
+
+A module may stand in the model under several names. It gets one wrapper, and the adapter one part.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorakit.adapters.layers.base import (
     AttachedLinear,
@@ -15,138 +25,133 @@ from lorakit.adapters.layers.base import (
     TransposedBase,
     must_be_called,
 )
-from lorakit.adapters.layers.embeddings import LoraEmbedding, TiedHead, TokenRows
+from lorakit.adapters.layers.embeddings import TiedHead
 from lorakit.adapters.layers.whole_modules import SavedModule, TrainedBias
 from lorakit.adapters.layers.wrapper import Attached
-from lorakit.adapters.manage import attached, outer_modules
-from lorakit.adapters.targets import ends_with, select
-from lorakit.config.adapters import LoraConfig, TargetConfig
-from lorakit.config.errors import LorakitError, nearest
-from lorakit.config.patterns import lies_in
-from lorakit.models.decoder import Decoder
-from lorakit.models.packed_layers import PackedWeight
+from lorakit.adapters.manage import outer_modules
+from lorakit.adapters.targets import select_layers
+from lorakit.adapters.tied_weights import embedding_of_head
+from lorakit.config.adapters import TargetConfig
+from lorakit.config.errors import LorakitError
+
+W = TypeVar("W", bound=Attached)
+L = TypeVar("L", bound=AttachedLinear)
 
 
 class Plan:
-    """What an adapter is going to be: wrappers by place, and what it adds to each. A plan is made
-    whole, with everything refused that has to be, before `attach` carries it out.
-    """
+    """Which modules of `model` are wrapped, and what the new adapter adds to each."""
 
-    def __init__(self) -> None:
-        self.places: dict[str, Attached] = {}
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.layers = {name: each for name, each in outer_modules(model) if name}
+        self.wrappers: dict[str, Attached] = {}
         self.parts: list[tuple[Attached, nn.Module]] = []
-        self.made: dict[int, Attached] = {}  # of each module its wrapper: it may have two places
+        self._wrapper_of: dict[int, Attached] = {}  # by the id of the module at its name
 
-    def wrap(
-        self, place: str, module: nn.Module, kind: type[Attached], make: Callable[[], Attached]
-    ) -> Attached | None:
-        """The wrapper of `module`, or None if it is known already."""
-        if isinstance(module, Attached):
-            if type(module) is not kind:
-                raise LorakitError(
-                    f"attach: {place} is a {type(module).__name__} of another adapter, and cannot "
-                    f"be a {kind.__name__} too; leave it out (exclude_modules), or detach that one"
-                )
-            known = id(module) in self.made
-            self.made[id(module)] = module
-            return None if known else module
-        known = id(module) in self.made
-        if not known:
-            self.made[id(module)] = make()
-        self.places[place] = self.made[id(module)]
-        return None if known else self.places[place]
+    def wrap(self, name: str, kind: type[W]) -> W | None:
+        """Plan a wrapper of this kind around the module `name`, or take the one that it has.
 
+        Returns None if the plan has wrapped this module already, under another name. Raises
+        LorakitError if another adapter has wrapped it in another kind.
+        """
+        return self._wrap(name, kind, kind)
 
-Places = dict[str, nn.Module]
+    def wrap_linear(self, name: str, kind: type[L]) -> L | None:
+        """Plan a wrapper around a linear layer; see `wrap`."""
+        return self._wrap(name, kind, lambda layer: kind(linear_base(layer)))
 
-
-def check_linear(places: Places, place: str, instead: str) -> None:
-    layer = places[place]
-    if isinstance(layer, nn.Linear) and type(layer) is not nn.Linear:
-        raise LorakitError(f"attach: {place} is a {type(layer).__name__}, not an nn.Linear")
-    if (other := tied_embedding(places, layer)) is not None:
-        raise LorakitError(f"attach: {place} shares its weight with {other}; {instead}")
-
-
-def linear_places(module: nn.Module, config: TargetConfig) -> Iterator[tuple[str, nn.Module]]:
-    """The layers that `config` selects, by name, for a method that knows linear layers alone."""
-    places = {n: m for n, m in outer_modules(module) if n}
-    linear = [n for n, m in places.items() if is_linear(m, config)]
-    for place in select(linear + within_saved(places), [], config):
-        layer = found_modules(places, place)
-        check_linear(places, place, "only LoRA adapts both")
-        yield place, layer
-
-
-def within_saved(places: Places) -> list[str]:
-    """The linear layers in what another adapter trains whole."""
-    return [
-        f"{place}.{name}"
-        for place, each in places.items()
-        if isinstance(each, SavedModule)
-        for name, inner in each.base.named_modules()
-        if name and isinstance(inner, (nn.Linear, LinearBase))
-    ]
-
-
-def found_modules(places: Places, place: str) -> nn.Module:
-    if place not in places:
-        raise LorakitError(
-            f"attach: {place} lies in a module that another adapter trains whole; leave it out "
-            "(exclude_modules), or detach that one"
-        )
-    return places[place]
-
-
-def save_whole(plan: Plan, module: nn.Module, config: TargetConfig, tie: bool = False) -> Plan:
-    """`plan`, and in it the modules that are trained whole beside the adapted layers; with `tie`
-    an embedding and the head that has its weight together.
-    """
-    places = {n: m for n, m in outer_modules(module) if n}
-    for place in _saved(places, config):
-        layer = places[place]
-        heads = tied_heads(module, places, layer)
-        other = tied_embedding(places, layer)
-        if (heads is not None or other is not None) and not tie:
-            if isinstance(config, LoraConfig):
-                raise LorakitError(tied_message(place))
+    def _wrap(self, name: str, kind: type[W], make: Callable[[nn.Module], W]) -> W | None:
+        module = self.layers[name]
+        if isinstance(module, Attached) and type(module) is not kind:
             raise LorakitError(
-                f"attach: {place} shares its weight with another module; only LoRA saves both"
+                f"attach: {name} is a {type(module).__name__} of another adapter, and cannot "
+                f"be a {kind.__name__} too; leave it out (exclude_modules), or detach that one"
             )
-        if other is not None:
-            raise LorakitError(f"attach: {place} shares its weight with {other}; save that one")
-        each = plan.wrap(place, layer, SavedModule, lambda layer=layer: SavedModule(layer))
-        if each is not None:
-            plan.parts.append((each, _copy(place, each.base)))
-            tie_heads(plan, places, heads or [], each)
-    return plan
+        known = self._wrapper_of.get(id(module))
+        if known is not None:
+            self.wrappers[name] = known
+            return None
+        wrapper = module if isinstance(module, kind) else make(module)
+        self.wrappers[name] = self._wrapper_of[id(module)] = wrapper
+        return wrapper
+
+    def tie_heads(self, heads: Sequence[str], embedding: Attached) -> None:
+        """Let the linear layers `heads`, which share the weight of `embedding`, change with it."""
+        for name in heads:
+            head = self.layers[name]
+            if not isinstance(head, TiedHead):
+                self.wrappers[name] = TiedHead(head, embedding)
+
+    def wrapper_of(self, name: str) -> Attached | None:
+        """Return the planned wrapper of the module `name`, whichever of its names was planned."""
+        return self.wrappers.get(name, self._wrapper_of.get(id(self.layers[name])))
+
+    def select(self, config: TargetConfig, embeddings: Sequence[str] = ()) -> list[str]:
+        """Return the layers that `config` selects, linear ones and those of `embeddings`.
+
+        Raises LorakitError as `select_layers` does, and for a layer inside a module that another
+        adapter trains whole.
+        """
+        linear = [name for name, each in self.layers.items() if is_linear(each, config)]
+        chosen = select_layers(linear + self._inside_saved_modules(), embeddings, config)
+        for name in chosen:
+            if name not in self.layers:
+                raise LorakitError(
+                    f"attach: {name} lies in a module that another adapter trains whole; leave it "
+                    "out (exclude_modules), or detach that one"
+                )
+        return chosen
+
+    def select_linear(self, config: TargetConfig) -> list[str]:
+        """Return the layers that `config` selects, for a method that adapts linear ones alone."""
+        chosen = self.select(config)
+        for name in chosen:
+            self.check_linear(name, "only LoRA adapts both")
+        return chosen
+
+    def _inside_saved_modules(self) -> list[str]:
+        """Return the linear layers inside the modules that another adapter trains whole."""
+        return [
+            f"{name}.{inner}"
+            for name, each in self.layers.items()
+            if isinstance(each, SavedModule)
+            for inner, layer in each.base.named_modules()
+            if inner and isinstance(layer, (nn.Linear, LinearBase))
+        ]
+
+    def check_linear(self, name: str, advice: str) -> None:
+        """Raise LorakitError for a subclass of nn.Linear, or a head that shares its weight."""
+        layer = self.layers[name]
+        if isinstance(layer, nn.Linear) and type(layer) is not nn.Linear:
+            raise LorakitError(f"attach: {name} is a {type(layer).__name__}, not an nn.Linear")
+        if (embedding := embedding_of_head(self.layers, layer)) is not None:
+            raise LorakitError(f"attach: {name} shares its weight with {embedding}; {advice}")
+
+    def carry_out(self, adapter: str) -> None:
+        """Put the wrappers into the model, and the parts of `adapter` into the wrappers."""
+        for wrapper, part in self.parts:
+            wrapper.add_part(adapter, part)
+        for name, module in self.layers.items():
+            wrapper = self.wrapper_of(name)
+            if wrapper is not None and wrapper is not module:
+                self.model.set_submodule(name, wrapper)
 
 
 def is_linear(module: nn.Module, config: TargetConfig) -> bool:
-    module = _trained_as_it_is(module)
+    """Return whether `module` is a linear layer, adapted or not, that `config` may select."""
+    if isinstance(module, (SavedModule, TrainedBias)):
+        module = module.base
     transposed = config.fan_in_fan_out and _is_transposed(module)
     return transposed or isinstance(module, (nn.Linear, LinearBase, AttachedLinear))
 
 
-def _trained_as_it_is(module: nn.Module) -> nn.Module:
-    """What another adapter trains whole or by its bias; any other module itself."""
-    return module.base if isinstance(module, (SavedModule, TrainedBias)) else module
-
-
 def _is_transposed(module: nn.Module) -> bool:
-    """Whether it is the Conv1D of transformers, which is not imported for the question."""
+    """Return whether `module` is a Conv1D of transformers, without an import of transformers."""
     return type(module).__name__ == "Conv1D"
 
 
-def is_embedding(module: nn.Module) -> bool:
-    module = _trained_as_it_is(module)
-    packed = isinstance(module, PackedWeight) and not isinstance(module, LinearBase)
-    return isinstance(module, (nn.Embedding, LoraEmbedding, TokenRows)) or (
-        packed and not isinstance(module, Attached)
-    )
-
-
-def base_of(layer: nn.Module) -> LinearBase:
+def linear_base(layer: nn.Module) -> LinearBase:
+    """Return what a wrapper of the linear layer `layer` computes with."""
     if isinstance(layer, LinearBase):
         return layer
     if _is_transposed(layer):
@@ -155,101 +160,5 @@ def base_of(layer: nn.Module) -> LinearBase:
 
 
 def device_of(module: nn.Module) -> torch.device:
+    """Return the device of the first parameter of `module`."""
     return next(module.parameters()).device
-
-
-def tied_message(place: str) -> str:
-    return (
-        f"attach: {place} shares its weight with the output head; with ensure_weight_tying=true "
-        "both are adapted alike and stay one"
-    )
-
-
-def _plain(module: nn.Module) -> nn.Module:
-    return module.original if isinstance(module, Attached) else module
-
-
-def _weight(module: nn.Module) -> Tensor | None:
-    return _plain(module)._parameters.get("weight")
-
-
-def tied_heads(module: nn.Module, places: Places, layer: nn.Module) -> list[str] | None:
-    """The linear layers that share the weight of embedding `layer`; an empty list where the decoder
-    uses the embedding itself as its head; None if there is no such thing.
-    """
-    layer = _plain(layer)
-    if not isinstance(layer, nn.Embedding) and not isinstance(layer, PackedWeight):
-        return None
-    weight = _weight(layer)
-    for name, other in places.items():
-        same = weight is not None and _weight(other) is weight
-        if same and is_embedding(other) and _plain(other) is not layer:
-            raise LorakitError(
-                f"attach: {name} is another embedding with the same weight, which would not be "
-                "adapted; lorakit adapts an embedding and its heads alike, not several embeddings"
-            )
-    heads = [
-        n
-        for n, m in places.items()
-        if _weight(m) is weight and isinstance(m, (nn.Linear, TiedHead))
-    ]
-    for each in module.modules():
-        tied = isinstance(each, Decoder) and each.lm_head is None
-        if tied and _plain(each.model.embed_tokens) is layer:
-            return heads
-    return heads or None
-
-
-def tied_embedding(places: Places, layer: nn.Module) -> str | None:
-    """The embedding that shares the weight of linear layer `layer`."""
-    weight = _weight(layer)
-    if weight is None or not isinstance(layer, nn.Linear):
-        return None
-    return next((n for n, m in places.items() if is_embedding(m) and _weight(m) is weight), None)
-
-
-def tie_heads(plan: Plan, places: Places, heads: list[str], embedding: Attached) -> None:
-    for place in heads:
-        head = places[place]
-        if not isinstance(head, TiedHead):
-            plan.places[place] = TiedHead(head, embedding)
-
-
-# ---- what is trained whole, or in part ----
-
-
-def _saved(places: Places, config: TargetConfig) -> Iterator[str]:
-    for entry in config.modules_to_save or []:
-        hits = [n for n in places if ends_with(n, entry)]
-        if not hits:
-            leaves = {n.rpartition(".")[2] for n in places}
-            raise LorakitError(
-                f"modules_to_save: {entry!r} matches no module{nearest(entry, leaves)}"
-            )
-        for hit in hits:
-            inside = [other for other in config.modules_to_save if lies_in(hit, other)]
-            if not all(ends_with(hit, other) for other in inside):
-                raise LorakitError(
-                    f"modules_to_save: {hit} lies in another one that is named ({inside[0]}): that "
-                    "one is trained whole already"
-                )
-        yield from hits
-
-
-def _copy(place: str, module: nn.Module) -> nn.Module:
-    if attached(module):
-        raise LorakitError(
-            f"modules_to_save: {place} holds layers of another adapter; detach that first"
-        )
-    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-        raise LorakitError(
-            f"modules_to_save: {place} only holds modules, and is not called; name those in it"
-        )
-    packed = [p for p in module.parameters() if not p.is_floating_point()]
-    if packed or isinstance(module, PackedWeight):
-        raise LorakitError(
-            f"modules_to_save: {place} is packed; only a dense module can be trained"
-        )
-    if not list(module.parameters()):
-        raise LorakitError(f"modules_to_save: {place} has no parameters")
-    return copy.deepcopy(module).requires_grad_(True)

@@ -1,39 +1,45 @@
-"""Which layers of a module an adapter goes on: PEFT's rules, and an error for what matches nothing.
+"""Choose the layers of a module that an adapter goes on, by PEFT's rules.
 
-    a list         each entry is a layer's whole name, or its end after a dot
-    a string       a regex that matches the whole name; "all-linear": every linear layer but the
-                   output head
-    exclude_modules     the same rules, and wins
-    layers_to_transform of these, the layers with such a number: the first one in the name that
-                   follows a name (or `layers_pattern`) and a dot; a whole name in the list stays
-    modules_to_save     what lies in one of these is trained whole and takes no adapter
+    a list              each entry is a layer's whole name, or its end after a dot
+    a string            a regex that matches the whole name; "all-linear": every linear layer but
+                        the output head
+    exclude_modules     leaves out what it matches by the same rules, and wins
+    layers_to_transform keeps only the layers with such a number: the first one in the name that
+                        follows a name (or `layers_pattern`) and a dot. A layer whose whole name
+                        stands in the list stays
+    modules_to_save     are trained whole; a layer that lies in one of them takes no adapter
 
-Nothing is selected by accident and nothing silently not: every entry has to match something.
+PEFT skips an entry that matches nothing. Here it raises an error: a slip in a name would otherwise
+train less than the user thinks.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from lorakit.config.adapters import LoraConfig, TargetConfig
+from torch import nn
+
+from lorakit.adapters.manage import outer_modules
+from lorakit.config.adapters import TargetConfig
 from lorakit.config.errors import LorakitError, nearest
-from lorakit.config.patterns import in_pattern, lies_in, valid_regex
+from lorakit.config.patterns import endings, lies_in, valid_regex
 
 
 def ends_with(name: str, entry: str) -> bool:
-    """Whether `entry` is the whole name or its end after a dot."""
+    """Return whether `entry` is the whole name or its end after a dot."""
     return name == entry or name.endswith("." + entry)
 
 
 def match_targets(
-    names: list[str], targets: str | list[str], what: str = "target_modules"
+    names: Sequence[str], targets: str | list[str], what: str = "target_modules"
 ) -> list[str]:
-    """The `names` that `targets` selects, in their order.
+    """Return the `names` that `targets` selects, in their order.
 
-    Raises LorakitError for a string or a list entry that matches nothing, with the nearest name.
+    Raises LorakitError, which names the setting `what` and the nearest name, for a string or a list
+    entry that matches nothing.
     """
-    leaves = sorted({name.rpartition(".")[2] for name in names})
+    leaves = sorted({_leaf(name) for name in names})
     if targets == "all-linear":
-        found = [name for name in names if name.rpartition(".")[2] != "lm_head"]
+        found = [name for name in names if _leaf(name) != "lm_head"]
         if not found:
             raise LorakitError(f"{what} 'all-linear': the module holds no linear layer")
         return found
@@ -58,50 +64,65 @@ def match_targets(
     return [name for name in names if name in wanted]
 
 
-def select(linear: list[str], embeddings: list[str], config: TargetConfig) -> list[str]:
-    """Which of the layers, given by name and in order, `config` selects.
+def select_layers(
+    linear: Sequence[str], embeddings: Sequence[str], config: TargetConfig
+) -> list[str]:
+    """Return the layers that `config` selects, in their order.
 
-    Raises LorakitError where an entry of target_modules, exclude_modules, layers_to_transform,
-    rank_pattern or alpha_pattern matches nothing, or nothing is left.
+    `linear` and `embeddings` are the names of the layers that there are. "all-linear" selects among
+    the linear ones alone. Raises LorakitError if an entry of target_modules, exclude_modules or
+    layers_to_transform matches nothing, or nothing is left.
     """
-    targets, every = config.target_modules, linear + embeddings
+    targets, every = config.target_modules, [*linear, *embeddings]
     found = match_targets(linear if targets == "all-linear" else every, targets)
     if config.modules_to_save:
         found = [n for n in found if not any(lies_in(n, m) for m in config.modules_to_save)]
     if config.exclude_modules:
         excluded = match_targets(every, config.exclude_modules, "exclude_modules")
         found = [name for name in found if name not in set(excluded)]
-    if config.layers_to_transform not in (None, []):
-        found = _in_layers(found, config)
+    wanted = config.layers_to_transform
+    if wanted is not None and wanted != []:
+        found = _in_numbered_layers(found, [wanted] if isinstance(wanted, int) else wanted, config)
     if not found:
         raise LorakitError("target_modules: every layer it matches is excluded")
-    for what in ("rank_pattern", "alpha_pattern") if isinstance(config, LoraConfig) else ():
-        for key in getattr(config, what):
-            if not any(in_pattern(key, name) for name in found):
-                hint = nearest(key, [n.rpartition(".")[2] for n in found])
-                raise LorakitError(f"{what}: {key!r} matches no adapted layer{hint}")
     return found
 
 
-def _in_layers(names: list[str], config: TargetConfig) -> list[str]:
-    targets = config.target_modules
+def targets_for(places: Sequence[str], module: nn.Module) -> str | list[str]:
+    """Return a target_modules that selects the layers `places` of `module` and no others.
+
+    It is the list of their names. Where the name of another layer ends in one of them, it is a
+    regex of the whole names.
+    """
+    others = {name for name, _ in outer_modules(module)}.difference(places)
+    if not endings(others).isdisjoint(places):
+        return "|".join(re.escape(place) for place in places)
+    return list(places)
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _in_numbered_layers(names: list[str], wanted: list[int], config: TargetConfig) -> list[str]:
+    """Return the `names` that lie in a layer of a `wanted` number."""
+    targets, patterns = config.target_modules, config.layers_pattern or []
     whole = set() if isinstance(targets, str) else set(targets)
-    wanted, patterns = config.layers_to_transform, config.layers_pattern or []
-    wanted = [wanted] if isinstance(wanted, int) else wanted
     patterns = [patterns] if isinstance(patterns, str) else patterns
-    numbers = {name: _number(name, patterns) for name in names}
+    numbers = {name: _layer_number(name, patterns) for name in names}
     for number in wanted:
         if number not in numbers.values():
             there = sorted({n for n in numbers.values() if n is not None})
-            there = f"{there[0]} to {there[-1]}" if there else "none"
+            between = f"{there[0]} to {there[-1]}" if there else "none"
             raise LorakitError(
-                f"layers_to_transform: no adapted layer has the number {number}; there are {there}"
+                f"layers_to_transform: no adapted layer has the number {number}; there are "
+                f"{between}"
             )
     return [name for name in names if name in whole or numbers[name] in wanted]
 
 
-def _number(name: str, patterns: Iterable[str]) -> int | None:
-    """The number of the layer that `name` lies in."""
+def _layer_number(name: str, patterns: Iterable[str]) -> int | None:
+    """Return the number of the layer that `name` lies in; None if it lies in no numbered one."""
     beginnings = [rf"(?:^|.*?\.){pattern}" for pattern in patterns] or [r".*?\.[^.]*"]
     for beginning in beginnings:
         if (match := re.match(rf"{beginning}\.(\d+)\.", name)) is not None:

@@ -293,7 +293,7 @@ def test_train_allocates(model, tiny_dir, tmp_path):
 
 @pytest.mark.parametrize("method", PROMPTS)
 def test_generation_is_what_the_forward_pass_predicts(model, tiny_dir, method):
-    from lorakit.decoding import Decoding
+    from lorakit.inference.decode import Decoding
 
     ours(model, method).eval()
     rows = [[5, 9, 11], [7, 3, 8, 4, 21, 6]]

@@ -24,14 +24,19 @@ B near orthogonal, without which E would not be the size of a triplet.
 AdaLoRA keeps two more numbers for every trained one; what is saved are the triplets that are left.
 """
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.layers.lora import LowRankLinear, LowRankPart
 from lorakit.adapters.manage import require_attached
-from lorakit.adapters.plan import Plan, base_of, device_of, linear_places, save_whole
+from lorakit.adapters.methods.method import LinearMethod, linear_parts
+from lorakit.adapters.modules_to_save import plan_modules_to_save
+from lorakit.adapters.peft_files.layout import AdapterFiles, name_in
+from lorakit.adapters.plan import Plan, device_of
 from lorakit.config.adapters import TargetConfig
 from lorakit.config.errors import LorakitError, check
 
@@ -213,13 +218,36 @@ def _gram(side: Tensor) -> Tensor:
     return torch.linalg.norm(square - torch.eye(len(square)).to(square))
 
 
-def plan_adalora(module: nn.Module, config: AdaLoraConfig) -> Plan:
-    plan = Plan()
-    for place, layer in linear_places(module, config):
-        each = plan.wrap(
-            place, layer, AdaLoraLinear, lambda layer=layer: AdaLoraLinear(base_of(layer))
-        )
-        if each is not None:
-            part = AdaLoraPart(config, config.rank(place), each.in_features, each.out_features)
-            plan.parts.append((each, part.to(device_of(each.base))))
-    return save_whole(plan, module, config)
+class AdaLora(LinearMethod[AdaLoraConfig]):
+    """The method whose ranks move to the layers that need them."""
+
+    peft_type = "ADALORA"
+    config_type = AdaLoraConfig
+
+    def plan(self, model: nn.Module, config: AdaLoraConfig) -> Plan:
+        """Plan the triplets of every selected layer."""
+        plan = Plan(model)
+        for name in plan.select_linear(config):
+            layer = plan.wrap_linear(name, AdaLoraLinear)
+            if layer is not None:
+                rank = config.rank(name)
+                part = AdaLoraPart(config, rank, layer.in_features, layer.out_features)
+                plan.parts.append((layer, part.to(device_of(layer.base))))
+        plan_modules_to_save(plan, config)
+        return plan
+
+    def config_values(self, model: nn.Module, name: str, config: AdaLoraConfig) -> dict[str, Any]:
+        """Return every field; rank_pattern says which triplets are left, if some are gone."""
+        patterns = {
+            f"{place}.lora_E": part.pattern() for place, part in linear_parts(model, name).items()
+        }
+        cut = any(not all(pattern) for pattern in patterns.values())
+        values = super().config_values(model, name, config)
+        return values | {"rank_pattern": patterns if cut else None}
+
+    def read_config(self, files: AdapterFiles, model: nn.Module) -> AdaLoraConfig:
+        """Return the config with its names of layers as `model` has them."""
+        config = super().read_config(files, model)
+        kept = (config.rank_pattern or {}).items()
+        renamed = {name_in(model, key): triplets for key, triplets in kept}
+        return dataclasses.replace(config, rank_pattern=renamed) if renamed else config

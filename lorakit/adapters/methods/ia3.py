@@ -10,14 +10,17 @@ nothing is changed. In exchange it cannot turn a direction into another one, as 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.layers.base import AttachedLinear
 from lorakit.adapters.layers.wrapper import Part
-from lorakit.adapters.plan import Plan, base_of, device_of, linear_places, save_whole
-from lorakit.adapters.targets import match_targets
+from lorakit.adapters.methods.method import LinearMethod, linear_parts
+from lorakit.adapters.modules_to_save import plan_modules_to_save
+from lorakit.adapters.plan import Plan, device_of
+from lorakit.adapters.targets import match_targets, targets_for
 from lorakit.config.adapters import TargetConfig
 
 
@@ -60,14 +63,31 @@ class IA3Linear(AttachedLinear[IA3Part]):
         return self.make_plain(found.to(own.dtype), bias)
 
 
-def plan_ia3(module: nn.Module, config: IA3Config) -> Plan:
-    plan, chosen = Plan(), dict(linear_places(module, config))
-    inner = config.feedforward_modules
-    fed = set(match_targets(list(chosen), inner, "feedforward_modules") if inner else ())
-    for place, layer in chosen.items():
-        each = plan.wrap(place, layer, IA3Linear, lambda layer=layer: IA3Linear(base_of(layer)))
-        if each is not None:
-            size = each.in_features if place in fed else each.out_features
-            part = IA3Part(config, size, place in fed).to(device_of(each.base))
-            plan.parts.append((each, part))
-    return save_whole(plan, module, config)
+class IA3(LinearMethod[IA3Config]):
+    """The method that trains one factor for each output of a layer, or each input."""
+
+    peft_type = "IA3"
+    config_type = IA3Config
+    names_of_layers = ("target_modules", "feedforward_modules")
+
+    def plan(self, model: nn.Module, config: IA3Config) -> Plan:
+        """Plan a factor for every selected layer."""
+        plan = Plan(model)
+        chosen, inner = plan.select_linear(config), config.feedforward_modules
+        fed = match_targets(chosen, inner, "feedforward_modules") if inner else []
+        for name in chosen:
+            layer = plan.wrap_linear(name, IA3Linear)
+            if layer is not None:
+                feedforward = name in fed
+                size = layer.in_features if feedforward else layer.out_features
+                part = IA3Part(config, size, feedforward)
+                plan.parts.append((layer, part.to(device_of(layer.base))))
+        plan_modules_to_save(plan, config)
+        return plan
+
+    def config_values(self, model: nn.Module, name: str, config: IA3Config) -> dict[str, Any]:
+        """Return every field; feedforward_modules too are full names."""
+        parts = linear_parts(model, name)
+        fed = [place for place, part in parts.items() if part.feedforward]
+        values = super().config_values(model, name, config)
+        return values | {"feedforward_modules": targets_for(fed, model)}

@@ -1,6 +1,22 @@
-"""Carried out of lorakit/attaching.py."""
+"""LoRA (arXiv:2106.09685): a low-rank update of linear layers and embeddings, and what trains
+beside it.
 
-from collections.abc import Iterator
+    y = W x + s B A x        A [r, in] and B [out, r] trained, s = lora_alpha / r
+
+Its config is in config/adapters.py, because run files hold one too. What a layer computes is in
+layers/lora.py and layers/embeddings.py, and how A and B start in initialize.py. PEFT writes more of
+LoRA than of other methods; peft_files/lora_config.py has that.
+
+The plan goes through the model three or four times, for different things to train:
+
+    target_modules             A and B of a linear layer, or of an embedding
+    modules_to_save            whole modules
+    trainable_token_indices    some rows of an embedding
+    bias="all"                 the biases of the modules that none of the above has wrapped
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,153 +25,189 @@ from lorakit.adapters.initialize import from_weight, initial, needs_weight
 from lorakit.adapters.layers.embeddings import LoraEmbedding, RowsPart, TokenRows
 from lorakit.adapters.layers.lora import LoraLinear, LoraPart
 from lorakit.adapters.layers.whole_modules import BiasPart, TrainedBias
-from lorakit.adapters.layers.wrapper import Attached
-from lorakit.adapters.manage import outer_modules
-from lorakit.adapters.plan import (
-    Places,
-    Plan,
-    base_of,
-    check_linear,
-    device_of,
-    found_modules,
-    is_embedding,
-    is_linear,
-    save_whole,
-    tie_heads,
-    tied_heads,
-    tied_message,
-    within_saved,
+from lorakit.adapters.methods.method import Method
+from lorakit.adapters.modules_to_save import is_saved_whole, plan_modules_to_save
+from lorakit.adapters.peft_files.layout import AdapterFiles
+from lorakit.adapters.peft_files.lora_config import (
+    FROM_THE_WEIGHT,
+    read_lora_config,
+    values_of_lora,
 )
-from lorakit.adapters.targets import ends_with, select
+from lorakit.adapters.plan import Plan, device_of
+from lorakit.adapters.targets import ends_with
+from lorakit.adapters.tied_weights import heads_of_embedding, is_embedding, original
 from lorakit.config.adapters import LoraConfig
 from lorakit.config.errors import LorakitError, nearest
-from lorakit.config.patterns import lies_in
+from lorakit.config.patterns import in_pattern
+
+TIED = (
+    "shares its weight with the output head; with ensure_weight_tying=true both are adapted alike "
+    "and stay one"
+)
 
 
-def plan_lora(module: nn.Module, config: LoraConfig) -> Plan:
-    places = {n: m for n, m in outer_modules(module) if n}
-    linear = [n for n, m in places.items() if is_linear(m, config)]
-    embeddings = [n for n, m in places.items() if is_embedding(m)]
-    plan = Plan()
-    for place in select(linear + within_saved(places), embeddings, config):
-        layer = found_modules(places, place)
-        if is_embedding(layer):
-            _embedding(plan, module, places, place, config)
-            continue
-        check_linear(places, place, "adapt that one, with ensure_weight_tying")
-        each = plan.wrap(place, layer, LoraLinear, lambda layer=layer: LoraLinear(base_of(layer)))
-        if each is not None:
-            plan.parts.append((each, _linear_part(each, place, config)))
-    save_whole(plan, module, config, config.ensure_weight_tying)
-    for place, ids in _token_rows(places, embeddings, config):
-        layer = places[place]
-        saved = any(lies_in(place, m) for m in config.modules_to_save or [])
-        if saved or isinstance(plan.made.get(id(layer)), LoraEmbedding):
-            raise LorakitError(
-                f"trainable_token_indices: {place} is among target_modules or modules_to_save too; "
-                "keep one of them"
-            )
-        each = plan.wrap(place, layer, TokenRows, lambda layer=layer: TokenRows(layer))
-        if each is not None:
-            plan.parts.append((each, _rows_part(each, place, ids, config)))
-            tie_heads(plan, places, tied_heads(module, places, layer) or [], each)
-    if config.bias == "all":
-        for place, layer in places.items():
-            plain = layer.original if isinstance(layer, Attached) else layer
-            bias = plain._parameters.get("bias")
-            taken = place in plan.places or id(layer) in plan.made
-            saved = any(lies_in(place, m) for m in config.modules_to_save or [])
-            if bias is not None and not taken and not saved:
-                if next(plain.children(), None) is not None:
-                    raise LorakitError(
-                        f"bias: {place} has a bias of its own beside the modules in it, which "
-                        "'all' cannot train; choose 'lora_only' or 'none'"
-                    )
-                each = plan.wrap(place, layer, TrainedBias, lambda layer=layer: TrainedBias(layer))
-                if each is not None:
-                    plan.parts.append((each, BiasPart(bias)))
-    return plan
+class Lora(Method[LoraConfig]):
+    """The method that adds a low-rank update to a layer's weight."""
+
+    peft_type = "LORA"
+    config_type = LoraConfig
+
+    def plan(self, model: nn.Module, config: LoraConfig) -> Plan:
+        """Plan A and B of every selected layer, and what else the config trains."""
+        plan = Plan(model)
+        embeddings = [name for name, each in plan.layers.items() if is_embedding(each)]
+        chosen = plan.select(config, embeddings)
+        _check_patterns(config, chosen)
+        for name in chosen:
+            if is_embedding(plan.layers[name]):
+                _plan_embedding(plan, name, config)
+            else:
+                _plan_linear(plan, name, config)
+        plan_modules_to_save(plan, config, None if config.ensure_weight_tying else TIED)
+        for name, ids in _token_ids(embeddings, config.trainable_token_indices):
+            _plan_token_rows(plan, name, ids, config)
+        if config.bias == "all":
+            _plan_other_biases(plan, config)
+        return plan
+
+    def config_values(self, model: nn.Module, name: str, config: LoraConfig) -> dict[str, Any]:
+        """Return the config of plain LoRA with full names; see peft_files/lora_config.py."""
+        return values_of_lora(model, name, config)
+
+    def read_config(self, files: AdapterFiles, model: nn.Module) -> LoraConfig:
+        """Return the config that lorakit's LoRA needs to compute what the file means."""
+        return read_lora_config(files, model)
+
+    def takes_from_the_base(self, config: LoraConfig) -> bool:
+        """Return whether the adapter starts from the weight."""
+        return config.init_lora_weights in FROM_THE_WEIGHT
 
 
-def _linear_part(each: LoraLinear, place: str, config: LoraConfig) -> LoraPart:
-    base, device = each.base, device_of(each.base)
-    r, scaling = config.rank_and_scaling(place)
-    kind, shape = config.init_lora_weights, (base.in_features, base.out_features)
-    try:
-        if needs_weight(kind):
-            A, B = from_weight(kind, base.dequantize(), r, scaling)
-        else:
-            A, B = initial(kind, *shape, r, device=device)
-        part = LoraPart(config, scaling, A, B)
-        if needs_weight(kind):
-            part.start_with(A, B)
-        each.complete(part)
-    except LorakitError as error:
-        raise LorakitError(f"attach: {place}: {error}") from None
-    return part
+def _check_patterns(config: LoraConfig, chosen: Sequence[str]) -> None:
+    """Raise LorakitError for an entry of rank_pattern or alpha_pattern that matches nothing."""
+    patterns = {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
+    for what, pattern in patterns.items():
+        for key in pattern:
+            if not any(in_pattern(key, name) for name in chosen):
+                hint = nearest(key, [name.rpartition(".")[2] for name in chosen])
+                raise LorakitError(f"{what}: {key!r} matches no adapted layer{hint}")
 
 
-# ---- embeddings, and what shares their weight ----
+# ---- A and B ----
 
 
-def _embedding(
-    plan: Plan, module: nn.Module, places: Places, place: str, config: LoraConfig
-) -> None:
-    layer = places[place]
-    if config.lora_bias:
-        raise LorakitError(f"attach: {place} is an embedding, which takes no lora_bias")
-    if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
-        raise LorakitError(f"attach: {place} has a max_norm, which changes its weight in use")
-    heads = tied_heads(module, places, layer)
-    if heads is not None and not config.ensure_weight_tying:
-        raise LorakitError(tied_message(place))
-    if heads is not None and config.use_dora:
-        raise LorakitError(f"attach: {place} is tied to the head, where use_dora has no meaning")
-    each = plan.wrap(place, layer, LoraEmbedding, lambda: LoraEmbedding(layer))
-    if each is None:
+def _plan_linear(plan: Plan, name: str, config: LoraConfig) -> None:
+    plan.check_linear(name, "adapt that one, with ensure_weight_tying")
+    layer = plan.wrap_linear(name, LoraLinear)
+    if layer is None:
         return
-    weight = each.base.weight
-    H, V = each.base.embedding_dim, each.base.num_embeddings
-    r, scaling = config.rank_and_scaling(place)
-    A = torch.zeros(r, V, device=weight.device)
-    B = torch.randn(H, r, device=weight.device)
+    r, scaling = config.rank_and_scaling(name)
+    try:
+        part = _linear_part(layer, config, r, scaling)
+        layer.complete(part)
+    except LorakitError as error:
+        raise LorakitError(f"attach: {name}: {error}") from None
+    plan.parts.append((layer, part))
+
+
+def _linear_part(layer: LoraLinear, config: LoraConfig, r: int, scaling: float) -> LoraPart:
+    """Return a part whose A and B start as `init_lora_weights` says."""
+    kind, base = config.init_lora_weights, layer.base
+    if isinstance(kind, str) and needs_weight(kind):
+        A, B = from_weight(kind, base.dequantize(), r, scaling)
+        part = LoraPart(config, scaling, A, B)
+        part.start_with(A, B)
+        return part
+    A, B = initial(kind, base.in_features, base.out_features, r, device=device_of(base))
+    return LoraPart(config, scaling, A, B)
+
+
+def _plan_embedding(plan: Plan, name: str, config: LoraConfig) -> None:
+    embedding = plan.layers[name]
+    if config.lora_bias:
+        raise LorakitError(f"attach: {name} is an embedding, which takes no lora_bias")
+    if isinstance(embedding, nn.Embedding) and embedding.max_norm is not None:
+        raise LorakitError(f"attach: {name} has a max_norm, which changes its weight in use")
+    heads = heads_of_embedding(plan.model, plan.layers, embedding)
+    if heads is not None and not config.ensure_weight_tying:
+        raise LorakitError(f"attach: {name} {TIED}")
+    if heads is not None and config.use_dora:
+        raise LorakitError(f"attach: {name} is tied to the head, where use_dora has no meaning")
+    layer = plan.wrap(name, LoraEmbedding)
+    if layer is None:
+        return
+    r, scaling = config.rank_and_scaling(name)
+    device = device_of(layer.base)
+    A = torch.zeros(r, layer.base.num_embeddings, device=device)
+    B = torch.randn(layer.base.embedding_dim, r, device=device)
     part = LoraPart(config, scaling, A, B)
     if config.use_dora:
-        part.magnitude = nn.Parameter(each.column_norms(part))
-    plan.parts.append((each, part))
-    tie_heads(plan, places, heads or [], each)
+        part.magnitude = nn.Parameter(layer.column_norms(part))
+    plan.parts.append((layer, part))
+    plan.tie_heads(heads or [], layer)
 
 
-def _token_rows(
-    places: Places, embeddings: list[str], config: LoraConfig
+# ---- rows and biases ----
+
+
+def _token_ids(
+    embeddings: Sequence[str], wanted: Sequence[int] | Mapping[str, list[int]] | None
 ) -> Iterator[tuple[str, list[int]]]:
-    wanted = config.trainable_token_indices
+    """Yield each embedding that trainable_token_indices means, with its tokens."""
     if wanted is None:
         return
-    if isinstance(wanted, list):
+    if not isinstance(wanted, Mapping):
         if len(embeddings) != 1:
             there = ", ".join(embeddings) or "none"
             raise LorakitError(
                 "trainable_token_indices: a list needs a module with one embedding; name it in a "
                 f"mapping. There are: {there}"
             )
-        wanted = {embeddings[0]: wanted}
+        wanted = {embeddings[0]: list(wanted)}
     for entry, ids in wanted.items():
-        hits = [n for n in embeddings if ends_with(n, entry)]
+        hits = [name for name in embeddings if ends_with(name, entry)]
         if not hits:
             raise LorakitError(
                 f"trainable_token_indices: {entry!r} is no embedding{nearest(entry, embeddings)}"
             )
-        for place in hits:
-            yield place, ids
+        for name in hits:
+            yield name, ids
 
 
-def _rows_part(each: TokenRows, place: str, ids: list[int], config: LoraConfig) -> RowsPart:
-    V = each.base.num_embeddings
+def _plan_token_rows(plan: Plan, name: str, ids: list[int], config: LoraConfig) -> None:
+    if is_saved_whole(name, config) or isinstance(plan.wrapper_of(name), LoraEmbedding):
+        raise LorakitError(
+            f"trainable_token_indices: {name} is among target_modules or modules_to_save too; "
+            "keep one of them"
+        )
+    layer = plan.wrap(name, TokenRows)
+    if layer is None:
+        return
+    V = layer.base.num_embeddings
     fits = ids and all(type(i) is int and 0 <= i < V for i in ids) and len(set(ids)) == len(ids)
     if not fits:
         raise LorakitError(
-            f"trainable_token_indices: {place} needs different whole numbers from 0 to {V - 1}"
+            f"trainable_token_indices: {name} needs different whole numbers from 0 to {V - 1}"
         )
-    index = torch.tensor(ids, device=device_of(each.base))
-    return RowsPart(config, index, each.original_rows(index).clone(), V)
+    index = torch.tensor(ids, device=device_of(layer.base))
+    rows = layer.original_rows(index).clone()
+    plan.parts.append((layer, RowsPart(config, index, rows, V)))
+    heads = heads_of_embedding(plan.model, plan.layers, plan.layers[name])
+    plan.tie_heads(heads or [], layer)
+
+
+def _plan_other_biases(plan: Plan, config: LoraConfig) -> None:
+    """Plan the biases of the modules that the plan has not wrapped so far."""
+    for name, module in plan.layers.items():
+        plain = original(module)
+        bias = plain._parameters.get("bias")
+        if bias is None or plan.wrapper_of(name) is not None or is_saved_whole(name, config):
+            continue
+        if next(plain.children(), None) is not None:
+            raise LorakitError(
+                f"bias: {name} has a bias of its own beside the modules in it, which 'all' cannot "
+                "train; choose 'lora_only' or 'none'"
+            )
+        wrapper = plan.wrap(name, TrainedBias)
+        if wrapper is not None:
+            plan.parts.append((wrapper, BiasPart(bias)))

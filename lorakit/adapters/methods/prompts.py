@@ -19,11 +19,14 @@ the model's speed in between; it adapts less than LoRA does, and wants a larger 
 """
 
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.layers.wrapper import Attached, Part
+from lorakit.adapters.methods.method import Method, config_from, fields_of
+from lorakit.adapters.peft_files.layout import AdapterFiles
 from lorakit.adapters.plan import Plan
 from lorakit.config.errors import LorakitError, check, nearest
 from lorakit.models.config import ModelConfig
@@ -41,6 +44,9 @@ class PromptConfig:
     def __post_init__(self):
         n = self.num_virtual_tokens
         check(type(n) is int and n > 0, f"num_virtual_tokens must be positive and whole, not {n}")
+
+
+P = TypeVar("P", bound=PromptConfig)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -300,13 +306,52 @@ def _run(model: Decoder, x: Tensor) -> list[tuple[Tensor, Tensor]]:
     return kept.layers
 
 
-def plan_prompt(module: nn.Module, config: PromptConfig) -> Plan:
-    if not isinstance(module, Decoder):
-        raise LorakitError(
-            f"attach: a prompt goes on a lorakit Decoder (see load_model), not on a "
-            f"{type(module).__name__}"
-        )
-    plan, start = Plan(), module.beginning
-    each = plan.wrap("beginning", start, Prompt, lambda: Prompt(start))
-    plan.parts.append((each, prompt_part(module, config)))
-    return plan
+class PromptMethod(Method[P]):
+    """What the three methods that train a prompt share."""
+
+    def plan(self, model: nn.Module, config: P) -> Plan:
+        """Plan a prompt before the first position; `model` must be a decoder of lorakit's."""
+        if not isinstance(model, Decoder):
+            raise LorakitError(
+                f"attach: a prompt goes on a lorakit Decoder (see load_model), not on a "
+                f"{type(model).__name__}"
+            )
+        plan = Plan(model)
+        beginning = plan.wrap("beginning", Prompt)
+        assert beginning is not None, "a decoder has one beginning"
+        plan.parts.append((beginning, prompt_part(model, config)))
+        return plan
+
+    def config_values(self, model: nn.Module, name: str, config: P) -> dict[str, Any]:
+        """Return every field, and the sizes of the model that the prompt is for."""
+        assert isinstance(model, Decoder), "only a decoder has a prompt"
+        return fields_of(self, config) | shape_fields(config, model.config)
+
+    def read_config(self, files: AdapterFiles, model: nn.Module) -> P:
+        """Return the config of a finished prompt: a file never holds the network that made it."""
+        return config_from(self.config_type, files, inference_mode=True)
+
+    def key(self, place: str, ending: str) -> str:
+        """Return the ending alone: a prompt belongs to no module."""
+        return ending
+
+
+class PromptTuning(PromptMethod[PromptTuningConfig]):
+    """The method that trains embeddings."""
+
+    peft_type = "PROMPT_TUNING"
+    config_type = PromptTuningConfig
+
+
+class PromptEncoder(PromptMethod[PromptEncoderConfig]):
+    """The method that trains embeddings through a network, P-tuning."""
+
+    peft_type = "P_TUNING"
+    config_type = PromptEncoderConfig
+
+
+class PrefixTuning(PromptMethod[PrefixTuningConfig]):
+    """The method that trains keys and values."""
+
+    peft_type = "PREFIX_TUNING"
+    config_type = PrefixTuningConfig

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.layers.lora import LowRankLinear, LowRankPart
-from lorakit.adapters.plan import Plan, base_of, device_of, linear_places, save_whole
+from lorakit.adapters.methods.method import LinearMethod
+from lorakit.adapters.modules_to_save import plan_modules_to_save
+from lorakit.adapters.plan import Plan, device_of
 from lorakit.config.adapters import TargetConfig
 from lorakit.config.errors import check
 
@@ -81,21 +83,32 @@ class VeraLinear(LowRankLinear[VeraPart]):
         return {ending: tensor.float() for ending, tensor in self.trained_tensors(name).items()}
 
 
-def projection(module: nn.Module, name: str) -> Projection:
-    """The matrices that the layers of adapter `name` share."""
-    layers = (m for m in module.modules() if isinstance(m, VeraLinear) and name in m.adapters)
-    return next(layers).adapters[name].shared
+class Vera(LinearMethod[VeraConfig]):
+    """The method that trains vectors between two random matrices, which all layers share."""
 
+    peft_type = "VERA"
+    config_type = VeraConfig
 
-def plan_vera(module: nn.Module, config: VeraConfig) -> Plan:
-    plan, found = Plan(), []
-    for place, layer in linear_places(module, config):
-        each = plan.wrap(place, layer, VeraLinear, lambda layer=layer: VeraLinear(base_of(layer)))
-        if each is not None:
-            found.append(each)
-    largest = (max(e.in_features for e in found), max(e.out_features for e in found))
-    projection = Projection(config, *largest).to(device_of(found[0].base))
-    for each in found:
-        part = VeraPart(config, projection, each.in_features, each.out_features)
-        plan.parts.append((each, part.to(device_of(each.base))))
-    return save_whole(plan, module, config)
+    def plan(self, model: nn.Module, config: VeraConfig) -> Plan:
+        """Plan the vectors of every selected layer, and matrices as large as the largest one."""
+        plan, layers = Plan(model), []
+        for name in plan.select_linear(config):
+            layer = plan.wrap_linear(name, VeraLinear)
+            if layer is not None:
+                layers.append(layer)
+        widest = max(layer.in_features for layer in layers)
+        tallest = max(layer.out_features for layer in layers)
+        shared = Projection(config, widest, tallest).to(device_of(layers[0].base))
+        for layer in layers:
+            part = VeraPart(config, shared, layer.in_features, layer.out_features)
+            plan.parts.append((layer, part.to(device_of(layer.base))))
+        plan_modules_to_save(plan, config)
+        return plan
+
+    def shared_tensors(self, model: nn.Module, name: str, config: VeraConfig) -> dict[str, Tensor]:
+        """Return A and B, unless they are left to the seed."""
+        if not config.save_projection:
+            return {}
+        layers = (m for m in model.modules() if isinstance(m, VeraLinear) and name in m.adapters)
+        shared = next(layers).adapters[name].shared
+        return {"base_model.vera_A": shared.A, "base_model.vera_B": shared.B}

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from lorakit.adapters.manage import attached, check_adapter
+from lorakit.adapters.manage import adapter_config, attached, check_adapter
+from lorakit.adapters.methods.known import method_of
 from lorakit.adapters.peft_files.save import adapter_tensors
-from lorakit.adapters.peft_files.ties import key_of
 from lorakit.compat.peft.peft_model import PeftModel
 from lorakit.config.errors import LorakitError, check
 
@@ -50,10 +50,9 @@ def set_peft_model_state_dict(
     """
     base = model.get_base_model()
     check_adapter(base, adapter_name, "set_peft_model_state_dict")
+    method = method_of(adapter_config(base, adapter_name))
     endings = {  # of the tensors of each adapted module, by their keys in the file
-        each: {
-            key_of(place, each, ending): ending for ending in each.loadable_tensors(adapter_name)
-        }
+        each: {method.key(place, ending): ending for ending in each.loadable_tensors(adapter_name)}
         for place, each in attached(base).items()
         if adapter_name in each.adapters
     }

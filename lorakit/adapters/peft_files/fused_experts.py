@@ -1,0 +1,131 @@
+"""Adapters of fused experts: the files of transformers 5, from and to those of single experts.
+
+transformers 5 keeps the experts of a layer in two parameters, gate_up_proj and down_proj, and PEFT
+adapts each as one (experts.py has the shapes). The config then has their names in
+`target_parameters`, and their ranks and alphas in the patterns. lorakit has a linear layer for each
+expert's gate, up and down. Both halves of gate_up_proj take part in it with an A of their own, so
+its rank is twice theirs, and its alpha twice theirs, or with rsLoRA sqrt(2) times.
+"""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from lorakit.adapters.peft_files.experts import is_fused, join_experts, split_experts
+from lorakit.adapters.peft_files.layout import CONFIG_FILE, PATTERNS, PREFIX, AdapterFiles
+from lorakit.config.adapters import LoraConfig
+from lorakit.config.errors import LorakitError
+from lorakit.config.fields import from_mapping
+from lorakit.files.safetensors import LazyTensor
+from lorakit.models.decoder import Decoder
+
+RANKS = ("r", "lora_alpha", "use_rslora", *PATTERNS)  # the fields that scalings follow from
+LORA_A = ".lora_A.weight"
+
+
+def fuse_experts(
+    model: nn.Module, tensors: dict[str, Tensor], values: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the config of an adapter with its experts fused.
+
+    Raises LorakitError if `model` has no experts, none of them is adapted, they differ in rank or
+    alpha, or use DoRA.
+    """
+    if not isinstance(model, Decoder) or not model.config.num_experts:
+        raise LorakitError("save_adapter: fused_experts, but the model has no experts")
+    block, *leaves = model.config.moe_names
+    single = re.compile(rf".*\.{block}\.experts\.\d+\.({'|'.join(leaves)})")
+    targets: list[str] = values["target_modules"]
+    places = [place for place in targets if not single.fullmatch(place)]
+    experts = [place for place in targets if single.fullmatch(place)]
+    config = LoraConfig(**{key: values[key] for key in RANKS if key in values})
+    kinds = {(config.rank(place), config.alpha(place)) for place in experts}
+    if len(kinds) != 1 or values.get("use_dora"):
+        raise LorakitError(
+            "save_adapter: fused_experts needs adapted experts, all of one rank and alpha, and no "
+            "use_dora"
+        )
+    ((r, alpha),) = kinds
+    gate, _, down = leaves
+    adapted = {place.rpartition(".")[2] for place in experts}
+    parameters: list[str] = []
+    ranks = {place: config.rank(place) for place in places if config.rank(place) != config.r}
+    alphas = {p: config.alpha(p) for p in places if config.alpha(p) != config.lora_alpha}
+    if gate in adapted:
+        parameters.append("mlp.experts.gate_up_proj")
+        ranks["experts.gate_up_proj"] = 2 * r
+        alphas["experts.gate_up_proj"] = (math.sqrt(2) if config.use_rslora else 2) * alpha
+    if down in adapted:
+        parameters.append("mlp.experts.down_proj")
+        ranks["experts.down_proj"] = r
+        alphas["experts.down_proj"] = alpha
+    values = values | {"target_modules": places, "target_parameters": parameters}
+    values |= {"rank_pattern": ranks, "alpha_pattern": alphas}
+    names = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+    fused = join_experts(names, model.config.moe_names)
+    return {PREFIX + name: tensor for name, tensor in fused.items()}, values
+
+
+def split_fused(files: AdapterFiles, model: nn.Module) -> AdapterFiles:
+    """Return an adapter of fused experts as one of each expert's layers.
+
+    Raises LorakitError if `model` has no experts of lorakit's, or another parameter is adapted.
+    """
+    values, parameters = files.values, files.values["target_parameters"]
+    experts = isinstance(parameters, list) and all(
+        str(name).endswith(("gate_up_proj", "down_proj")) for name in parameters
+    )
+    if not isinstance(model, Decoder) or not model.config.num_experts or not experts:
+        raise LorakitError(
+            f"{files.path}: target_parameters={json.dumps(parameters)}: only experts of lorakit's "
+            "own decoder are adapted as parameters"
+        )
+    fused = {
+        key: tensor.read_dense()
+        for key, tensor in files.tensors.items()
+        if is_fused(re.sub(r"\.lora_[AB]\..*", "", key))
+    }
+    names = model.config.moe_names
+    single = split_experts(fused, model.config.num_experts, names, parameters)
+    rest = {key: tensor for key, tensor in files.tensors.items() if key not in fused}
+    known = {key: values[key] for key in RANKS if values.get(key) is not None}
+    config = from_mapping(LoraConfig, known, str(files.path / CONFIG_FILE))
+    ranks, alphas = _of_single_experts(config, single, names)
+    for place in _adapted(rest):
+        ranks[place], alphas[place] = config.rank(place), config.alpha(place)
+    lazy = {key: _in_memory(tensor) for key, tensor in single.items()}
+    more = {"target_modules": list(ranks), "rank_pattern": ranks, "alpha_pattern": alphas}
+    return AdapterFiles(files.path, {**values, **more, "target_parameters": None}, rest | lazy)
+
+
+def _of_single_experts(
+    config: LoraConfig, single: dict[str, Tensor], names: Sequence[str]
+) -> tuple[dict[str, int], dict[str, float]]:
+    """Return the rank and the alpha of each expert's layers, by their names.
+
+    The scaling of a fused parameter is that of its experts; only their ranks differ.
+    """
+    block, *_, down = names
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for place in _adapted(single):
+        parameter = "down_proj" if place.endswith(f".{down}") else "gate_up_proj"
+        layer = place.partition(f".{block}.experts.")[0]
+        scaling = config.scaling(f"{layer}.mlp.experts.{parameter}")
+        r = len(single[f"{PREFIX}{place}{LORA_A}"])
+        ranks[place] = r
+        alphas[place] = scaling * (math.sqrt(r) if config.use_rslora else r)
+    return ranks, alphas
+
+
+def _adapted(keys: dict[str, Any]) -> list[str]:
+    """Return the layers that have a lora_A among these keys."""
+    return [key.removeprefix(PREFIX).removesuffix(LORA_A) for key in keys if key.endswith(LORA_A)]
+
+
+def _in_memory(tensor: Tensor) -> LazyTensor:
+    return LazyTensor(tuple(tensor.shape), lambda: tensor)

@@ -1,0 +1,207 @@
+"""adapter_config.json of LoRA, written and read.
+
+What is written is always plain: an adapter that started from a part of the weight (PiSSA, OLoRA) is
+one of twice the rank over the weight as it was. The scaling stays, so lora_alpha grows as r does,
+or with rsLoRA as its root. `target_modules` are the full names of the adapted layers, so that a
+reader need not know what "all-linear" means here. Options that older versions of PEFT lack are
+written only where they are used.
+
+JSON is written, here and by PEFT, with sorted keys, and of a rank_pattern or alpha_pattern the
+first key that matches a layer counts. Where that order would change a rank, the pattern is written
+with one whole name for each layer.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from lorakit.adapters.layers.embeddings import TiedHead
+from lorakit.adapters.layers.lora import lora_layers
+from lorakit.adapters.layers.whole_modules import SavedModule
+from lorakit.adapters.manage import attached, outer_modules
+from lorakit.adapters.peft_files.layout import CONFIG_FILE, PATTERNS, PREFIX, AdapterFiles, name_in
+from lorakit.adapters.peft_files.ties import adapted_heads
+from lorakit.adapters.targets import targets_for
+from lorakit.adapters.tied_weights import embedding_of_head
+from lorakit.config.adapters import PLAIN_INITIALIZATIONS, LoraConfig
+from lorakit.config.errors import LorakitError
+from lorakit.config.fields import from_mapping
+from lorakit.config.patterns import each_alone
+from lorakit.models.decoder import Decoder
+
+Values = dict[str, Any]
+
+# Starts that lorakit finds again from the weight when it loads such a file. pissa_niter_N begins at
+# random numbers, so it cannot be among them.
+FROM_THE_WEIGHT = ("pissa", "olora")
+
+
+def values_of_lora(model: nn.Module, name: str, config: LoraConfig) -> Values:
+    """Return adapter_config.json of the LoRA adapter `name`, which has this config."""
+    layers = {p: each for p, each in sorted(lora_layers(model).items()) if name in each.adapters}
+    places = list(layers)
+    doubled = [p for p, each in layers.items() if each.adapters[name].start_A is not None]
+    written = _in_sorted_order(config, places)
+    if doubled:
+        written = _of_twice_the_rank(written, places, doubled, config.use_rslora)
+    written = _with_tied_heads(written, places, model)
+    values = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "bias": config.bias,
+        "fan_in_fan_out": config.fan_in_fan_out,
+        "lora_dropout": config.lora_dropout,
+        "use_rslora": config.use_rslora,
+        "r": written.r,
+        "lora_alpha": written.lora_alpha,
+        "target_modules": targets_for(places, model),
+    }
+    where_used: Values = {
+        "rank_pattern": written.rank_pattern,
+        "alpha_pattern": written.alpha_pattern,
+        "use_dora": config.use_dora,
+        "lora_bias": config.lora_bias,
+        "trainable_token_indices": config.trainable_token_indices,
+        "ensure_weight_tying": config.ensure_weight_tying,
+    }
+    if config.modules_to_save:  # whole names: to PEFT "norm" is the end of "input_layernorm" too
+        where_used["modules_to_save"] = _saved_modules(model, name)
+    return values | {key: value for key, value in where_used.items() if value}
+
+
+def _saved_modules(model: nn.Module, name: str) -> list[str]:
+    """Return the names of the modules that adapter `name` trains whole."""
+    return sorted(
+        place
+        for place, each in attached(model).items()
+        if isinstance(each, SavedModule) and name in each.adapters
+    )
+
+
+def _in_sorted_order(config: LoraConfig, places: Sequence[str]) -> LoraConfig:
+    """Return r, lora_alpha and patterns with sorted keys, which mean the same for `places`."""
+    ordered = LoraConfig(
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        rank_pattern=dict(sorted(config.rank_pattern.items())),
+        alpha_pattern=dict(sorted(config.alpha_pattern.items())),
+    )
+    ranks = {place: config.rank(place) for place in places}
+    alphas = {place: config.alpha(place) for place in places}
+    if any(ordered.rank(place) != rank for place, rank in ranks.items()):
+        ordered = dataclasses.replace(ordered, rank_pattern=each_alone(ranks, places))
+    if any(ordered.alpha(place) != alpha for place, alpha in alphas.items()):
+        ordered = dataclasses.replace(ordered, alpha_pattern=each_alone(alphas, places))
+    return ordered
+
+
+def _of_twice_the_rank(
+    config: LoraConfig, places: Sequence[str], doubled: Sequence[str], use_rslora: bool
+) -> LoraConfig:
+    """Return r, lora_alpha and patterns where the layers `doubled` also hold their start.
+
+    An embedding starts as it always does, and keeps its rank.
+    """
+    more = math.sqrt(2) if use_rslora else 2
+    if len(doubled) == len(places):
+        ranks = {key: 2 * r for key, r in config.rank_pattern.items()}
+        alphas = {key: more * alpha for key, alpha in config.alpha_pattern.items()}
+    else:
+        ranks = {p: config.rank(p) * (2 if p in doubled else 1) for p in places}
+        alphas = {p: config.alpha(p) * (more if p in doubled else 1) for p in places}
+        ranks, alphas = each_alone(ranks, places), each_alone(alphas, places)
+    return LoraConfig(
+        r=2 * config.r,
+        lora_alpha=more * config.lora_alpha,
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+    )
+
+
+def _with_tied_heads(config: LoraConfig, places: Sequence[str], model: nn.Module) -> LoraConfig:
+    """Return patterns that give a tied head, to PEFT a layer of its own, its embedding's rank."""
+    for head, place in adapted_heads(model).items():
+        if place not in places:
+            continue
+        if config.rank(place) != config.rank(head):
+            ranks = {**config.rank_pattern, head: config.rank(place)}
+            config = dataclasses.replace(config, rank_pattern=ranks)
+        if config.alpha(place) != config.alpha(head):
+            alphas = {**config.alpha_pattern, head: config.alpha(place)}
+            config = dataclasses.replace(config, alpha_pattern=alphas)
+    return config
+
+
+# ---- reading ----
+
+
+def read_lora_config(files: AdapterFiles, model: nn.Module) -> LoraConfig:
+    """Return the config that lorakit needs to attach the adapter in `files` to `model`.
+
+    Raises LorakitError for an initialization that changed the base's weights, and as `from_mapping`
+    does.
+    """
+    config = _config_in(files)
+    changed: Values = {}
+    if config.ensure_weight_tying:
+        for what in PATTERNS:
+            pattern = getattr(config, what).items()
+            changed[what] = {key: v for key, v in pattern if not _is_tied_head(model, key)}
+    if isinstance(config.target_modules, list):
+        changed["target_modules"] = [name_in(model, name) for name in config.target_modules]
+    if config.modules_to_save:
+        changed["modules_to_save"] = [
+            name for entry in config.modules_to_save for name in _saved_as(entry, files, model)
+        ]
+    return dataclasses.replace(config, **changed)
+
+
+def _config_in(files: AdapterFiles) -> LoraConfig:
+    """Return the fields of lorakit's LoraConfig as the file has them."""
+    init = files.values.get("init_lora_weights")
+    plain = init in PLAIN_INITIALIZATIONS
+    if not plain and init not in FROM_THE_WEIGHT:
+        raise LorakitError(
+            f"{files.path}: init_lora_weights={json.dumps(init)} changes the base weights; convert "
+            "the adapter to plain LoRA first (PEFT: path_initial_model_for_weight_conversion)"
+        )
+    fields = {field.name for field in dataclasses.fields(LoraConfig)}
+    values = {key: value for key, value in files.values.items() if key in fields}
+    for key in (*PATTERNS, "bias", "lora_bias", "ensure_weight_tying"):
+        if key in values and values[key] is None:  # PEFT writes null for what is not used
+            del values[key]
+    values["init_lora_weights"] = True if plain else init
+    if values.get("layers_to_transform") is None:
+        values.pop("layers_pattern", None)
+    return from_mapping(LoraConfig, values, str(files.path / CONFIG_FILE))
+
+
+def _is_tied_head(model: nn.Module, name: str) -> bool:
+    """Return whether the layer `name` computes with an embedding's weight, and so follows it."""
+    if isinstance(model, Decoder) and name == "lm_head":
+        return model.lm_head is None
+    places = dict(outer_modules(model))
+    layer = places.get(name)
+    return layer is not None and (
+        isinstance(layer, TiedHead) or embedding_of_head(places, layer) is not None
+    )
+
+
+def _saved_as(entry: str, files: AdapterFiles, model: nn.Module) -> list[str]:
+    """Return the modules that PEFT saved for an entry of modules_to_save.
+
+    To PEFT an entry is an end of names, with a dot before it or not. So the modules are those among
+    them that the file has tensors of. PEFT also names classifiers, which a model may not have.
+    """
+    entry = name_in(model, entry)
+    keys = [name_in(model, key.removeprefix(PREFIX)) for key in files.tensors]
+    within = {key.rpartition(".")[0] + "." for key in keys}
+    ending = [name for name, _ in outer_modules(model) if name.endswith(entry)]
+    found = [name for name in ending if any(each.startswith(f"{name}.") for each in within)]
+    return found or ([entry] if ending else [])

@@ -1,0 +1,78 @@
+"""Find the layers that share one weight: an embedding and the output heads tied to it.
+
+Two layers are tied if they hold the same tensor. A lorakit decoder may also have no head of its
+own: then it multiplies with the embedding itself. An adapter that changes one of them has to change
+all, or they would no longer be one weight.
+
+The functions take the modules of a model by name, an adapted module as one (`Plan.layers`).
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from lorakit.adapters.layers.embeddings import LoraEmbedding, TiedHead, TokenRows
+from lorakit.adapters.layers.whole_modules import SavedModule, TrainedBias
+from lorakit.adapters.layers.wrapper import Attached
+from lorakit.config.errors import LorakitError
+from lorakit.models.decoder import Decoder
+from lorakit.models.packed_layers import PackedEmbedding, PackedWeight
+
+Layers = Mapping[str, nn.Module]
+
+
+def original(module: nn.Module) -> nn.Module:
+    """Return the module that a wrapper stands for; any other module itself."""
+    return module.original if isinstance(module, Attached) else module
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """Return whether `module` is an embedding, dense or packed, adapted or not."""
+    if isinstance(module, (SavedModule, TrainedBias)):
+        module = module.base
+    if isinstance(module, Attached):
+        return isinstance(module, (LoraEmbedding, TokenRows))
+    return isinstance(module, (nn.Embedding, PackedEmbedding))
+
+
+def heads_of_embedding(model: nn.Module, layers: Layers, embedding: nn.Module) -> list[str] | None:
+    """Return the linear layers of `model` that share the weight of `embedding`.
+
+    The list is empty where a decoder uses the embedding itself as its head. None means that nothing
+    shares the weight, or that `embedding` is no embedding. Raises LorakitError for another
+    embedding with the same weight: only one embedding and its heads are adapted together.
+    """
+    plain = original(embedding)
+    if not isinstance(plain, (nn.Embedding, PackedWeight)):
+        return None
+    weight = _weight(plain)
+    for name, other in layers.items():
+        same = weight is not None and _weight(other) is weight
+        if same and is_embedding(other) and original(other) is not plain:
+            raise LorakitError(
+                f"attach: {name} is another embedding with the same weight, which would not be "
+                "adapted; lorakit adapts an embedding and its heads alike, not several embeddings"
+            )
+    heads = [
+        name
+        for name, other in layers.items()
+        if _weight(other) is weight and isinstance(other, (nn.Linear, TiedHead))
+    ]
+    for each in model.modules():
+        if isinstance(each, Decoder) and each.lm_head is None:
+            if original(each.model.embed_tokens) is plain:
+                return heads
+    return heads or None
+
+
+def embedding_of_head(layers: Layers, head: nn.Module) -> str | None:
+    """Return the name of the embedding that shares the weight of the linear layer `head`."""
+    weight = _weight(head)
+    if weight is None or not isinstance(head, nn.Linear):
+        return None
+    found = (n for n, m in layers.items() if is_embedding(m) and _weight(m) is weight)
+    return next(found, None)
+
+
+def _weight(module: nn.Module) -> Tensor | None:
+    return original(module)._parameters.get("weight")
