@@ -11,6 +11,7 @@ from lorakit import kernels
 from lorakit.kernels import dispatch
 from lorakit.kernels.ops import products
 from lorakit.kernels.ops.lora_linear import cpu, reference
+from lorakit.kernels.ops.lora_linear.tensors import Dropout
 from lorakit.kernels.ops.products import Sum, Term, sums_of_products
 from lorakit.kernels.ops.products import reference as spelled_out
 
@@ -176,7 +177,7 @@ def test_layers_of_one_input_agree(M, ranks, packed, biased, rate, seed):
     need = [t is not None for t in tensors]
 
     def drop(t):  # the same mask for all
-        return reference.Dropout(rate, 3)(t.to(BF16)).to(t.dtype)
+        return Dropout(rate, 3)(t.to(BF16)).to(t.dtype)
 
     drop.rate = rate
     ours = passes(cpu.group(x, static, drop, tensors), x, dys, need)
@@ -196,7 +197,7 @@ def test_layers_of_one_input_agree(M, ranks, packed, biased, rate, seed):
 
 def test_a_layer_that_does_not_fit_takes_torchs_products():
     x, A, B = torch.randn(40, 64).to(BF16), torch.randn(2, 64), torch.randn(6, 2)
-    static, drop = [(Frozen(torch.randn(6, 64).to(BF16)), 1.0)], reference.Dropout(0.0, 0)
+    static, drop = [(Frozen(torch.randn(6, 64).to(BF16)), 1.0)], Dropout(0.0, 0)
     assert cpu.group(x, static, drop, [A, B, None, None])
     for other in ([A, B, None, torch.ones(6)], [A.to(BF16), B, None, None]):  # the first is DoRA
         assert cpu.group(x, static, drop, other) is None

@@ -10,11 +10,12 @@ With x [M, K], a frozen base weight W [N, K], bias b, A [r, K], B [N, r], and s 
     dB = s dy^T (x A^T)
 
 Every product with A or B has a side of length r: no N x K update is ever formed, in either
-direction. Layers that read the same x (q, k and v; gate and up) stack their A: x is read once for
+direction. Layers that read one x (q, k and v; gate and up) stack their A: x is read once for
 x [A_q; A_k; A_v]^T, and once for all of dA.
 
-With dropout the update reads d(x), the share p of it zero and the rest over 1 - p: dA and dB use
-d(x), and the part s (dy B) A of dx goes through the same mask. Layers that share x share the mask.
+With dropout the update reads d(x), in which the share p is zero and the rest is divided by 1 - p.
+dA and dB use d(x), and the part s (dy B) A of dx goes through the mask as well. Layers that share x
+share the mask.
 
 DoRA (arXiv:2402.09353) learns the length m of every row of the weight beside its direction:
 
@@ -22,65 +23,60 @@ DoRA (arXiv:2402.09353) learns the length m of every row of the weight beside it
     c^2 = ||W||^2 + 2 s B . (W A^T) + s^2 B . (B (A A^T))          . and || by rows
     dm = (sum over rows of dy (y - b) / g) / c
 
-with c held constant in backward (section 4.3 there). g scales dy, and the rest is as above.
+where c is held constant in backward (section 4.3 of the paper). g scales dy, and the rest is as
+above.
 
 A whole gated MLP, y = down(a(gate(x)) up(x)), is one function of x: `lora_mlp`.
 
 What is kept
 ------------
-x, the small matrices, and the seed of the masks. With `again` not even x, but what x is a norm of,
-which the caller keeps anyway (the decoder does so on a CPU). W is asked of the base when it is
-needed (a 4-bit base dequantizes it again). x A^T, and the gate, up and hidden state of an MLP, are
-computed again: for hidden size H and intermediate size I that is 2 H bytes a token in bf16 instead
-of the 2 H + 8 I and more that autograd keeps (x, gate, a(gate), up, y), for a third more products
-in the MLP. With `keep` gate and up are kept too. The decoder asks for it where products are dear,
-on a CPU (a fifth of a step), and under gradient checkpointing: there a block is computed again
-right before its backward, what it keeps lives for that block only, and gate and up would be
-computed three times.
+Backward gets x, the small matrices, and the seed of the masks. With `again` even x is not kept, but
+what x is a norm of, which the caller keeps in any case (the decoder does so on a CPU). W is asked
+of the base when it is needed (a 4-bit base dequantizes it again). x A^T, and the gate, up and
+hidden state of an MLP, are computed again. For hidden size H and intermediate size I that is 2 H
+bytes a token in bf16, for a third more products in the MLP; autograd keeps 2 H + 8 I and more
+(x, gate, a(gate), up, y).
+
+With `keep` gate and up are kept too. The decoder asks for it where products are dear, on a CPU (a
+fifth of a step), and under gradient checkpointing: there a block is computed again right before its
+backward, what it keeps lives for that block only, and gate and up would be computed three times.
 
 How
 ---
-Two classes do the same for the layers of one input: `reference.Group` in torch's products, with W
-dense some rows at a time, and `cpu.Group` in sums of products straight from what is stored. The
-base is any callable with its `stored` weight and `bias`. What it returns is written to; none of the
-caller's tensors is.
+Two classes compute the layers of one input: `reference.Group` by torch's products, with W dense
+some rows at a time, and `cpu.Group` by sums of products straight from what is stored. The base is
+any callable with its `stored` weight and `bias`. What it returns is written to; the caller's
+tensors are not.
 """
 
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import dispatch
 from .. import swiglu
-from ..frozen_linear import Packed
 from . import cpu, reference
-from .reference import TENSORS, Dropout
+from .tensors import TENSORS, Dropout, FrozenLinearMap, LoraTensors, Static
 
 Again = tuple[Callable[[Tensor], Tensor], Tensor] | None
 
 
-class FrozenLinearMap(Protocol):
-    """A frozen linear map: base(x) = x W^T + bias, in memory of its own, and its W."""
-
-    def __call__(self, x: Tensor) -> Tensor: ...
-
-    @property
-    def stored(self) -> Tensor | Packed:
-        """W [N, K]."""
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The bias [N], if there is one."""
-
-
 @dataclass(frozen=True, eq=False)
 class LoraWeights:
-    """A base layer and its update: lora_A [r, K], lora_B [N, r], magnitude [N] for DoRA, and a bias
-    [N] in place of the base's.
+    """A base layer and its low-rank update (arXiv:2106.09685).
+
+    Attributes:
+        base: the frozen layer, base(x) = x W^T + bias, with its `stored` weight W [N, K].
+        lora_A: A [r, K].
+        lora_B: B [N, r].
+        scaling: s, what B A is multiplied by.
+        dropout: the share of x that the update does not read in this pass.
+        magnitude: m [N], DoRA's length of every row of the weight (arXiv:2402.09353), or None.
+        bias: [N], in place of the base's; None takes the base's.
     """
 
     base: FrozenLinearMap
@@ -93,29 +89,53 @@ class LoraWeights:
 
 
 def lora_linear(x: Tensor, layer: LoraWeights) -> Tensor:
-    """base(x) + scaling (x A^T) B^T for x [..., K]: [..., N] in x's dtype.
+    """Apply a linear layer with its low-rank update (arXiv:2106.09685).
 
-    Differentiable in x, A, B, the bias and the magnitude; the base's weight is frozen: a
-    gradient for it is not computed. Masks of dropout come from torch's global generator.
+    Differentiable in x, A, B, the bias and the magnitude. The weight of the base is frozen: it gets
+    no gradient. The masks of dropout come from torch's global generator.
+
+    Args:
+        x: [..., K], any floating-point dtype.
+        layer: the base and its update.
+
+    Returns:
+        base(x) + scaling (x A^T) B^T, [..., N] in x's dtype; with a magnitude DoRA's output.
     """
     return lora_qkv(x, [layer])[0]
 
 
 @torch.no_grad()
 def lora_row_norms(layer: LoraWeights) -> Tensor:
-    """||W + s B A|| of each row, fp32 or wider [N]: DoRA's c, from products of rank r."""
-    tensors = layer.lora_A, layer.lora_B, None, None
-    static = layer.base, layer.scaling
-    return reference.Layer(static, tensors, layer.base.stored.dtype).row_norms
+    """Compute the length of every row of W + s B A, DoRA's c (arXiv:2402.09353).
+
+    It takes products of rank r; the sum itself is never formed.
+
+    Args:
+        layer: the base and its update.
+
+    Returns:
+        ||W + s B A|| of each row, [N] in fp32 or wider.
+    """
+    tensors = LoraTensors(layer.lora_A, layer.lora_B, None, None)
+    dense = reference.DenseLayer(layer.base, layer.scaling, tensors, layer.base.stored.dtype)
+    return dense.row_norms
 
 
 def lora_qkv(
     x: Tensor, layers: Sequence[LoraWeights], *, again: Again = None
 ) -> tuple[Tensor, ...]:
-    """`lora_linear` of several layers that read the same x, such as q, k and v.
+    """Apply several layers that read one x, such as q, k and v, each as `lora_linear` does.
 
-    again: (f, s) with x = f(s), of which s is kept for backward and not x. Raises ValueError where
-    the layers' dropout differs.
+    Args:
+        x: [..., K], any floating-point dtype.
+        layers: the bases and their updates, all of one dropout.
+        again: (f, s) with x = f(s); s is kept for backward instead of x, which f makes again.
+
+    Returns:
+        The output of each layer, [..., N] in x's dtype.
+
+    Raises:
+        ValueError: the dropout of two layers differs.
     """
     flat = x.reshape(-1, x.shape[-1])
     ys = LoraLinears.apply(flat, again, *_static(layers), *_tensors(layers))
@@ -132,11 +152,24 @@ def lora_mlp(
     keep: bool = False,
     again: Again = None,
 ) -> Tensor:
-    """down(a(gate(x)) * up(x)) for x [..., K]; hidden_act: "silu", "gelu_pytorch_tanh" or "gelu".
+    """Apply a gated MLP, down(a(gate(x)) * up(x)), whose layers have low-rank updates.
 
-    Keeps x alone for backward (with `again`, as in `lora_qkv`, not even that), with `keep` also
-    gate(x) and up(x). Raises ValueError for another activation, or where the dropout of gate and up
-    differs.
+    For backward it keeps x alone, and computes the rest again.
+
+    Args:
+        x: [..., K], any floating-point dtype.
+        gate: the layer that a is taken of, [I, K].
+        up: the layer that a is multiplied by, [I, K], of the dropout of `gate`.
+        down: the layer of the product, [N, I].
+        hidden_act: the activation a: "silu", "gelu_pytorch_tanh" or "gelu".
+        keep: whether gate(x) and up(x) are kept for backward too.
+        again: as in `lora_qkv`.
+
+    Returns:
+        The output of `down`, [..., N] in x's dtype.
+
+    Raises:
+        ValueError: `hidden_act` is another name, or the dropout of gate and up differs.
     """
     swiglu.check_activation(hidden_act)
     layers = [gate, up, down]
@@ -146,8 +179,8 @@ def lora_mlp(
     return y.view(*x.shape[:-1], y.shape[1])
 
 
-def _static(layers: Sequence[LoraWeights]) -> tuple[list, Dropout]:
-    """What autograd does not see of layers that share an input."""
+def _static(layers: Sequence[LoraWeights]) -> tuple[Static, Dropout]:
+    """Return what autograd does not see of layers that share an input."""
     if len({layer.dropout for layer in layers}) > 1:
         raise ValueError("layers that share an input must have the same dropout")
     rate = layers[0].dropout
@@ -157,23 +190,26 @@ def _static(layers: Sequence[LoraWeights]) -> tuple[list, Dropout]:
 
 
 def _tensors(layers: Sequence[LoraWeights]) -> list[Tensor | None]:
-    found = []
+    """Return what autograd sees of the layers: TENSORS of each, side by side."""
+    found: list[Tensor | None] = []
     for layer in layers:
         bias = layer.base.bias if layer.bias is None else layer.bias
         found += [layer.lora_A, layer.lora_B, bias, layer.magnitude]
     return found
 
 
-def _group(x: Tensor, static: list, drop: Dropout, tensors: Sequence[Tensor | None]):
-    """The layers for one pass on x [M, K], or on gradients in its dtype."""
+def _group(
+    x: Tensor, static: Static, drop: Dropout, tensors: Sequence[Any]
+) -> cpu.Group | reference.Group:
+    """Return the layers for one pass on x [M, K], or on gradients in its dtype."""
     found = cpu.group(x, static, drop, tensors)
-    if found is None:
-        found = reference.Group(static, drop, tensors, dispatch.product_dtype(x))
-    return found
+    if found is not None:
+        return found
+    return reference.Group(static, drop, tensors, dispatch.product_dtype(x))
 
 
 def exactly(backward: Callable) -> Callable:
-    """A backward that is not differentiated again, and that no autocast around it changes."""
+    """Wrap a backward: it is not differentiated again, and no autocast around it changes it."""
 
     @torch.autograd.function.once_differentiable
     @functools.wraps(backward)
@@ -185,12 +221,13 @@ def exactly(backward: Callable) -> Callable:
 
 
 def _keep(ctx, x: Tensor, again: Again, *tensors: Tensor | None) -> None:
-    """For backward; x [M, K] itself, or what it is made of."""
+    """Keep tensors for backward, and x [M, K] itself, or what it is made of."""
     ctx.make, source = (None, x) if again is None else again
     ctx.save_for_backward(source, *tensors)
 
 
-def _kept(ctx) -> tuple[Tensor | None, ...]:
+def _kept(ctx) -> tuple[Any, ...]:
+    """Return x and the tensors that `_keep` has kept; they are Tensor | None."""
     source, *tensors = ctx.saved_tensors
     if ctx.make is not None:
         with torch.no_grad():
@@ -200,7 +237,7 @@ def _kept(ctx) -> tuple[Tensor | None, ...]:
 
 
 class LoraLinears(torch.autograd.Function):
-    """x [M, K] -> y [M, N] of each layer."""
+    """Map x [M, K] to y [M, N] of each layer."""
 
     @staticmethod
     def forward(ctx, x, again, static, drop, *tensors):
@@ -223,7 +260,7 @@ class LoraLinears(torch.autograd.Function):
 
 
 class LoraMLP(torch.autograd.Function):
-    """x [M, K] -> [M, K], through gate, up and down."""
+    """Map x [M, K] to y [M, N], through gate, up and down."""
 
     @staticmethod
     def forward(ctx, x, hidden_act, keep, again, inner, inner_drop, outer, outer_drop, *tensors):

@@ -1,81 +1,80 @@
 """The layers of one input as sums of products (`products`), where a compiled kernel takes them.
 
 Forward is two calls: all of x A^T, then all of y. Backward is one for s dy B, one for dx, and two
-for dA and dB, the first of which computes x A^T again. A and B are read as they are, in fp32; what
-is rounded to bf16 is x A^T, s dy B, and the results.
+for dA and dB, the first of which computes x A^T again. A and B are read as they are, in fp32;
+x A^T, s dy B and the results are rounded to bf16.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..nf4 import NF4Tensor
 from ..products import Sum, Term, available, dense_rows, sums_of_products, takes
-from .reference import TENSORS, Dropout
+from .tensors import TENSORS, Dropout, Static, by_layer
 
 
-class Layer(NamedTuple):
-    weight: Tensor | NF4Tensor  # as it is stored
+class StoredLayer(NamedTuple):
+    """One layer in one pass, forward or backward, with its weight as it is stored."""
+
+    weight: Tensor | NF4Tensor  # [N, K]
     scaling: float
     lora_A: Tensor
     lora_B: Tensor
     bias: Tensor | None
-    start: int  # of its columns in what all A make of x
+    start: int  # its first column in the products of x with all A, side by side
 
     @property
     def columns(self) -> slice:
+        """Its columns there."""
         return slice(self.start, self.start + self.lora_A.shape[0])
 
     @property
     def pairs(self) -> slice:
-        """The same, an even number: the last one is zero if it is not of the layer."""
+        """Its columns, an even number of them: the last is zero if it is not the layer's."""
         return slice(self.start, self.start + _even(self.lora_A.shape[0]))
 
 
-def group(
-    x: Tensor, static: Sequence[tuple], drop: Dropout, tensors: Sequence[Tensor | None]
-) -> "Group | None":
-    """The layers for x [M, K], or None if the kernel does not take them."""
+def group(x: Tensor, static: Static, drop: Dropout, tensors: Sequence[Any]) -> "Group | None":
+    """Return the layers for x [M, K], or None if the kernel does not take them."""
     if not available(x) or not x.shape[0] or torch.is_autocast_enabled("cpu"):
         return None
     if any(magnitude is not None for magnitude in tensors[3::TENSORS]):
         return None
-    if not all(t.dtype == torch.float32 and t.is_contiguous() for t in _small(tensors)):
+    small = *tensors[0::TENSORS], *tensors[1::TENSORS]  # A and B of each layer
+    if not all(t.dtype == torch.float32 and t.is_contiguous() for t in small):
         return None
-    weights = [base.stored for base, _ in static]
-    if not all(map(takes, weights)):
-        return None
-    layers, start = [], 0
-    for i, (weight, (_, scaling)) in enumerate(zip(weights, static, strict=True)):
-        lora_A, lora_B, bias, _ = tensors[TENSORS * i : TENSORS * (i + 1)]
-        layers.append(Layer(weight, scaling, lora_A, lora_B, bias, start))
+    layers: list[StoredLayer] = []
+    start = 0
+    for (base, scaling), part in zip(static, by_layer(tensors), strict=True):
+        weight = base.stored
+        if not takes(weight):
+            return None
+        layers.append(StoredLayer(weight, scaling, part.lora_A, part.lora_B, part.bias, start))
         start = layers[-1].pairs.stop
     return Group(layers, drop)
 
 
-def _small(tensors: Sequence[Tensor | None]) -> list[Tensor]:
-    """A and B of each layer."""
-    return [*tensors[0::TENSORS], *tensors[1::TENSORS]]
-
-
 class Group:
-    """What `reference.Group` is, in bf16 and without dense weights."""
+    """Layers that read one x, in one pass: `reference.Group` in bf16, without dense weights."""
 
     dtype = torch.bfloat16
+    grads: list[Tensor]  # dy [M, N] of each layer
+    dlow: Tensor  # s dy B of each layer, side by side
 
-    def __init__(self, layers: list[Layer], drop: Dropout):
+    def __init__(self, layers: list[StoredLayer], drop: Dropout):
         self.layers, self.drop = layers, drop
 
     def _side_by_side(self, x: Tensor) -> Tensor:
-        """Room for [M, r] of each layer."""
+        """Return room for [M, r] of each layer."""
         odd = any(layer.lora_A.shape[0] % 2 for layer in self.layers)
         make = x.new_zeros if odd else x.new_empty
         return make(x.shape[0], self.layers[-1].pairs.stop)
 
     def low(self, x: Tensor) -> Tensor:
-        """d(x) A^T of each layer, side by side."""
+        """Return d(x) A^T of each layer, side by side."""
         dropped, low = self.drop(x), self._side_by_side(x)
         sums_of_products(
             [Sum([Term(dropped, each.lora_A, True)], low[:, each.columns]) for each in self.layers]
@@ -83,7 +82,10 @@ class Group:
         return low
 
     def forward(self, x: Tensor, by_base: bool) -> list[Tensor]:
-        """y = x W^T + s low B^T + b of each layer, [M, N], for x [M, K]. Never by the bases."""
+        """Return y = x W^T + s low B^T + b of each layer, [M, N], for x [M, K].
+
+        The bases are never called; `by_base` makes no difference.
+        """
         x = dense_rows(x)
         low, sums = self.low(x), []
         for layer in self.layers:
@@ -95,7 +97,7 @@ class Group:
         return [each.out for each in sums]
 
     def take(self, grads: Sequence[Tensor]) -> None:
-        """The gradients dy [M, N] of each layer, from which the others follow."""
+        """Take the gradients dy [M, N] of each layer, from which the others follow."""
         self.grads = [dense_rows(dy) for dy in grads]
         self.dlow, sums = self._side_by_side(self.grads[0]), []
         for layer, dy in self._both():  # s dy B: [M, N] @ [N, r]
@@ -104,7 +106,7 @@ class Group:
         sums_of_products(sums)
 
     def grad_x(self) -> Tensor:
-        """dx = dy W + s (dy B) A, summed over the layers: [M, K]"""
+        """Return dx = dy W + s (dy B) A, summed over the layers: [M, K]."""
         dx = self.dlow.new_empty(self.dlow.shape[0], self.layers[0].lora_A.shape[1])
         terms = [Term(dy, layer.weight, False) for layer, dy in self._both()]
         update = [Term(self.dlow[:, each.pairs], each.lora_A, False) for each in self.layers]
@@ -116,29 +118,31 @@ class Group:
         return dx.add_(self.drop(through))
 
     def forget_weights(self) -> None:
-        """There are none."""
+        """Do nothing: there are no dense weights."""
 
     def grad_tensors(self, x: Tensor, need: Sequence[bool]) -> list[Tensor | None]:
-        """Of the small tensors of each layer, for x [M, K]."""
+        """Return the gradients of the small tensors of each layer, for x [M, K]."""
         x = dense_rows(x)
         found: list[Tensor | None] = [None] * len(need)
         dropped, dlow, sums = self.drop(x), _turned(self.dlow), []
-        low = _turned(self.low(x)) if any(need[1::TENSORS]) else None
+        if any(need[1::TENSORS]):
+            low = _turned(self.low(x))
         for i, (layer, dy) in enumerate(self._both()):
             at = TENSORS * i
             if need[at]:  # s (dy B)^T d(x): [r, M] @ [M, K]
-                found[at] = torch.empty_like(layer.lora_A)
-                sums.append(Sum([Term(dlow[layer.columns], dropped, False)], found[at]))
+                grad_A = found[at] = torch.empty_like(layer.lora_A)
+                sums.append(Sum([Term(dlow[layer.columns], dropped, False)], grad_A))
             if need[at + 1]:  # its transpose, s (d(x) A^T)^T dy: [r, M] @ [M, N]
                 turned = torch.empty(layer.lora_B.shape[::-1], device=x.device)
                 sums.append(Sum([Term(low[layer.columns], dy, False)], turned, layer.scaling))
                 found[at + 1] = turned.t()
-            if need[at + 2]:
+            if need[at + 2] and layer.bias is not None:
                 found[at + 2] = dy.sum(0, dtype=torch.float32).to(layer.bias.dtype)
         sums_of_products(sums)
         return found
 
-    def _both(self) -> Iterator[tuple[Layer, Tensor]]:
+    def _both(self) -> Iterator[tuple[StoredLayer, Tensor]]:
+        """Yield each layer with its dy."""
         return zip(self.layers, self.grads, strict=True)
 
 
@@ -147,7 +151,7 @@ def _even(n: int) -> int:
 
 
 def _turned(x: Tensor) -> Tensor:
-    """x [M, R] by columns, with a zero at the end of each if M is odd: [R, M or M + 1]"""
+    """Return x [M, R] by columns, with a zero at the end of each if M is odd: [R, M or M + 1]."""
     turned = x.new_zeros(x.shape[1], _even(x.shape[0]))
     turned[:, : x.shape[0]] = x.t()
     return turned

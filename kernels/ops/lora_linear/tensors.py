@@ -1,0 +1,62 @@
+"""What the layers of one input consist of, in the order that autograd hands it on."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..frozen_linear.dense import Packed
+
+TENSORS = 4  # of a layer: the fields of LoraTensors
+
+
+class FrozenLinearMap(Protocol):
+    """A frozen linear map: base(x) = x W^T + bias, in memory of its own, and its W."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return x [M, K] W^T + bias, [M, N]."""
+
+    @property
+    def stored(self) -> Tensor | Packed:
+        """W [N, K], as it is stored."""
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias [N], if there is one."""
+
+
+Static = Sequence[tuple[FrozenLinearMap, float]]  # base and scaling of each layer
+
+
+class LoraTensors(NamedTuple):
+    """The tensors of a layer that gradients are computed for."""
+
+    lora_A: Tensor  # [r, K]
+    lora_B: Tensor  # [N, r]
+    bias: Tensor | None  # [N]
+    magnitude: Tensor | None  # [N], DoRA's
+
+
+def by_layer(tensors: Sequence[Any]) -> list[LoraTensors]:
+    """Return the tensors of each layer, of all layers' side by side."""
+    return [LoraTensors(*tensors[i : i + TENSORS]) for i in range(0, len(tensors), TENSORS)]
+
+
+class Dropout(NamedTuple):
+    """A mask that can be drawn again."""
+
+    rate: float
+    seed: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return d(x): x with the share `rate` of it zero, and the rest over 1 - rate."""
+        if self.rate == 0:
+            return x
+        if self.rate == 1:
+            return torch.zeros_like(x)
+        generator = torch.Generator(x.device).manual_seed(self.seed)
+        # row-major whatever the strides of x are: backward draws it again for another tensor
+        mask = torch.empty_like(x, memory_format=torch.contiguous_format)
+        mask.bernoulli_(1 - self.rate, generator=generator)
+        return mask.mul_(x).mul_(1 / (1 - self.rate))
