@@ -1,0 +1,45 @@
+"""`lorakit merge`: the merged model, and what it refuses."""
+
+import pytest
+import torch
+
+import lorakit as lk
+from lorakit.cli.main import main
+
+
+@pytest.fixture
+def small_adapter(tiny_dir, tmp_path):
+    """An adapter that changes something."""
+    torch.manual_seed(0)
+    model = lk.attach(lk.load_model(tiny_dir, dtype="float32"), lk.LoraConfig(r=2))
+    for name, p in model.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(p, 0, 0.1)
+    lk.save_adapter(model, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("base", [None, "dequantized", "dense", "nf4"])
+def test_merge(tiny_dir, small_adapter, tmp_path, capsys, base):
+    options = [] if base is None else ["--quantize", "nf4", "--base", base]
+    out = tmp_path / "merged"
+    command = ["merge", str(tiny_dir), str(small_adapter), str(out), "--dtype", "float32", *options]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert f"merged on {base or 'dequantized'} weights: logits of 32 tokens moved by" in said
+    model = lk.load_model(tiny_dir, dtype="float32", quantize=None if base is None else "nf4")
+    lk.load_adapter(model, small_adapter)
+    lk.merge(model, base or "dequantized")
+    ids = torch.arange(20)[None]
+    assert torch.equal(lk.load_model(out, dtype="float32")(ids), model(ids))
+    assert main(command) == 1
+    assert "is there already, and not empty" in capsys.readouterr().err
+
+
+def test_merge_refuses(tiny_dir, small_adapter, tmp_path, capsys):
+    out = str(tmp_path / "merged")
+    assert main(["merge", str(tiny_dir), str(small_adapter), out, "--base", "nf4"]) == 1
+    assert "add --quantize nf4" in capsys.readouterr().err
+    assert main(["merge", str(tiny_dir), str(tmp_path / "none"), out]) == 1
+    assert "does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()

@@ -1,0 +1,257 @@
+"""The names of TRL, transformers and Axolotl in run files, and what cannot be honoured."""
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lorakit as lk
+from lorakit.config import aliases
+from lorakit.config.run import DataConfig
+from tests.config.run_files import RUN, scalars, table
+
+AXOLOTL = {
+    "base_model": "m",
+    "model_type": "LlamaForCausalLM",
+    "load_in_8bit": False,
+    "load_in_4bit": True,
+    "strict": False,
+    "datasets": [{"path": "train.jsonl", "ds_type": "json", "type": "alpaca"}],
+    "val_set_size": 0.0,
+    "output_dir": "out",
+    "adapter": "qlora",
+    "lora_model_dir": None,
+    "sequence_len": 2048,
+    "sample_packing": True,
+    "lora_r": 32,
+    "lora_alpha": 16,
+    "lora_dropout": 0.05,
+    "lora_target_modules": None,
+    "lora_target_linear": True,
+    "wandb_project": None,
+    "wandb_entity": "us",
+    "gradient_accumulation_steps": 4,
+    "micro_batch_size": 2,
+    "num_epochs": 3,
+    "optimizer": "paged_adamw_8bit",
+    "lr_scheduler": "cosine",
+    "learning_rate": 0.0002,
+    "train_on_inputs": False,
+    "bf16": "auto",
+    "tf32": False,
+    "gradient_checkpointing": True,
+    "resume_from_checkpoint": None,
+    "logging_steps": 1,
+    "flash_attention": True,
+    "warmup_steps": 10,
+    "max_steps": 100,
+    "save_steps": 50,
+    "weight_decay": 0.0,
+}
+
+TRL = {
+    "model_name_or_path": "m",
+    "dataset_name": "train.jsonl",
+    "max_length": 512,
+    "per_device_train_batch_size": 4,
+    "logging_steps": 5,
+    "bf16": True,
+    "use_peft": True,
+    "lora_r": 16,
+    "lora_alpha": 32,
+    "lora_target_modules": ["q_proj", "v_proj"],
+    "use_rslora": True,
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "fp4",
+    "use_bnb_nested_quant": False,
+    "neftune_noise_alpha": 5,
+    "save_strategy": "steps",
+    "save_steps": 100,
+    "save_total_limit": 3,
+    "load_best_model_at_end": True,
+    "resume_from_checkpoint": True,
+    "report_to": "none",
+    "max_steps": -1,
+    "num_train_epochs": 2,
+    "push_to_hub": False,
+}
+
+
+def test_axolotl_file(caplog):
+    values = {name: value for name, value in AXOLOTL.items() if name != "lora_model_dir"}
+    run = lk.RunConfig.from_dict(values, "axolotl.yaml")
+    assert run == lk.RunConfig(
+        model="m",
+        data=DataConfig("train.jsonl"),
+        lora=lk.LoraConfig(r=32, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear"),
+        quantize=lk.QuantConfig(quant_type="nf4"),
+        dtype="bfloat16",
+        train=lk.TrainConfig(
+            output_dir="out",
+            max_seq_length=2048,
+            packing=True,
+            gradient_accumulation_steps=4,
+            per_device_train_batch_size=2,
+            num_train_epochs=3,
+            optim="paged_adamw_8bit",
+            learning_rate=2e-4,
+            gradient_checkpointing=True,
+            warmup_steps=10,
+            train_on="completion",
+            max_steps=100,
+            save_steps=50,
+        ),
+    )
+    said = [message.removeprefix("lorakit: axolotl.yaml: ") for message in caplog.messages]
+    ignored = [message.partition(" is ignored: ")[0] for message in said if "ignored" in message]
+    assert ignored == [
+        "model_type",
+        "strict",
+        "ds_type of datasets",
+        "type of datasets",
+        "wandb_entity",
+        "logging_steps",
+        "flash_attention",
+    ]
+    assert len(said) == len(ignored)
+
+
+def test_trl_file():
+    assert lk.RunConfig.from_dict(TRL) == lk.RunConfig(
+        model="m",
+        data=DataConfig("train.jsonl"),
+        lora=lk.LoraConfig(
+            r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"], use_rslora=True
+        ),
+        quantize=lk.QuantConfig(quant_type="fp4", double_quant=False),
+        train=lk.TrainConfig(
+            max_seq_length=512,
+            per_device_train_batch_size=4,
+            neftune_noise_alpha=5,
+            save_steps=100,
+            save_total_limit=3,
+            load_best_model_at_end=True,
+            resume="auto",
+            num_train_epochs=2,
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"base_model": "m"}, "run.yaml: base_model and model set the same thing: keep one"),
+        ({"sequence_len": 8, "max_length": 8}, "max_length and sequence_len set the same thing"),
+        ({"sequence_len": 8, "max_seq_length": 9}, "sequence_len and max_seq_length set the sam"),
+        ({"lora_r": 8, "lora": {"r": 8}}, "lora_r and lora.r set the same thing"),
+        ({"lora_r": 8, "lora": 3}, "lora_r and lora set the same thing"),
+        ({"dataset_name": "x"}, "dataset_name and data.train set the same thing"),
+        ({"load_in_4bit": True, "load_in_8bit": True}, "load_in_8bit and load_in_4bit set"),
+        ({"load_in_4bit": True, "quantize": None}, "load_in_4bit and quantize set the same thing"),
+        ({"bf16": True, "torch_dtype": "float32"}, "torch_dtype and bf16 set the same thing"),
+        ({"bf16": "no"}, "bf16: it must be true or false, not 'no'"),
+        ({"fp16": True}, "fp16 is True: gradients of a float16 model underflow"),
+        ({"adapter": None}, "adapter: choose lora or qlora, not None"),
+        ({"adapter": "qlora", "load_in_4bit": False}, "adapter: qlora needs load_in_4bit: true"),
+        ({"bnb_4bit_quant_type": "nf4"}, "bnb_4bit_quant_type: it says how load_in_4bit packs"),
+        ({"val_set_size": 0.05}, "val_set_size is 0.05: lorakit splits no rows off"),
+        ({"test_datasets": []}, "test_datasets: a list of one entry with a path is wanted"),
+        ({"test_datasets": [{"path": "a"}, {"path": "b"}]}, "put all rows in one file"),
+        ({"test_datasets": [{"path": "a", "split": "train"}]}, "'split' of an entry cannot be"),
+        ({"test_datasets": [{"type": "alpaca"}]}, "test_datasets: the entry has no path"),
+        ({"save_strategy": "epoch"}, "save_strategy: give save_steps instead of 'epoch'"),
+        ({"save_strategy": "steps"}, "it is 'steps', and save_steps is missing"),
+        ({"save_strategy": False, "save_steps": 3}, "it is 'no', and save_steps is given too"),
+        ({"eval_strategy": "no", "eval_steps": 3}, "it is 'no', and eval_steps is given too"),
+        ({"report_to": "wandb"}, "report_to is 'wandb'; choose tensorboard or null"),
+        ({"optimizer": "lion"}, "optim is 'lion'; choose adamw_torch, adamw_8bit"),
+        ({"lr_scheduler": "polynomial"}, "lr_scheduler_type is 'polynomial'"),
+        ({"deepspeed": "zero3.json"}, "deepspeed: lorakit trains on one device"),
+        ({"max_length": None}, "max_seq_length must be int, not None"),
+        ({"lora_r": "8"}, "lora: r must be int, not '8'"),
+        ({"micro_batchsize": 8}, "unknown key 'micro_batchsize' .did you mean 'micro_batch_size'"),
+        ({"lora.r": 8}, "unknown key 'lora.r'"),
+        ({"lora_model_dir": None}, "unknown key 'lora_model_dir'"),
+    ],
+)
+def test_alias_that_cannot_be_honoured(change, message):
+    with pytest.raises(lk.LorakitError, match=message) as caught:
+        lk.RunConfig.from_dict(RUN | change, "run.yaml")
+    assert "\n" not in str(caught.value)
+
+
+@given(st.sampled_from(sorted(aliases.RENAMED)), st.data())
+def test_a_renamed_key_says_what_ours_says(name, data):
+    value = data.draw(scalars | st.just(["q_proj"]) | st.just("m") | st.just(3))
+    parent, dot, leaf = aliases.RENAMED[name].rpartition(".")
+    values = {key: its for key, its in RUN.items() if key != (parent or leaf)}
+    ours = {parent: {leaf: value}} if dot else {leaf: value}
+
+    def outcome(change):
+        try:
+            return lk.RunConfig.from_dict(values | change)
+        except lk.LorakitError as error:
+            return str(error)
+
+    if value is not None:
+        assert outcome({name: value}) == outcome(ours)
+    elif name not in aliases.NULL_SAYS:
+        assert outcome({name: value}) == outcome({})
+
+
+def test_no_alias_hides_a_key_of_ours():
+    ours = {f.name for cls in (lk.RunConfig, lk.TrainConfig) for f in dataclasses.fields(cls)}
+    assert not ours & aliases.ALIASES
+    tables = [aliases.RENAMED, aliases.CONVERTED, aliases.SETTLED, aliases.IGNORED, aliases.REFUSED]
+    assert sum(map(len, tables)) == len(aliases.ALIASES)
+
+
+yaml_scalars = scalars | st.sampled_from([-1, 0, 3, 0.5, "auto", "steps", "no", "lora", "qlora"])
+
+yaml_values = st.recursive(
+    yaml_scalars,
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(
+            st.sampled_from(["path", "type", "r", "train"]) | scalars, inner, max_size=2
+        )
+    ),
+    max_leaves=4,
+)
+RUN_KEYS = [*aliases.ALIASES, "wandb_x", "lora", "data", "quantize", "model", "dtype", "train"]
+RUN_KEYS += [f.name for f in dataclasses.fields(lk.TrainConfig)]
+
+
+@given(
+    st.sampled_from([{}, RUN]),
+    st.dictionaries(st.sampled_from(sorted(RUN_KEYS)), yaml_values, max_size=6)
+    | st.dictionaries(scalars, yaml_values, max_size=2),
+)
+def test_any_mapping_gives_a_run_or_one_clear_error(start, change):
+    before = repr(change)
+    try:
+        run = lk.RunConfig.from_dict(start | change, "run.yaml")
+    except lk.LorakitError as error:
+        assert str(error)
+    else:
+        assert run.lora.r > 0
+    assert repr(change) == before
+
+
+def test_the_guide_lists_every_alias():
+    assert table("Renamed:") == [[f"`{k}`", f"`{v}`"] for k, v in aliases.RENAMED.items()]
+    assert [row[0] for row in table("Converted:")] == [f"`{k}`" for k in aliases.CONVERTED]
+    assert table("Values with another") == [
+        [f"`{key}`", f"`{json.dumps(theirs)}`", f"`{json.dumps(ours)}`"]
+        for key, spellings in aliases.VALUES.items()
+        for theirs, ours in spellings.items()
+    ]
+    assert table("Accepted with") == [
+        [f"`{name}`", ", ".join(f"`{json.dumps(value)}`" for value in fine), why]
+        for name, (fine, why) in aliases.SETTLED.items()
+    ]
+    ignored = aliases.IGNORED | {"wandb_...": aliases.WANDB}
+    assert table("Ignored, with") == [[f"`{name}`", why] for name, why in ignored.items()]
+    assert table("Refused:") == [[f"`{name}`", why] for name, why in aliases.REFUSED.items()]

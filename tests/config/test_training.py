@@ -1,0 +1,77 @@
+"""The settings of a training run."""
+
+import math
+from typing import get_args
+
+import pytest
+
+import lorakit as lk
+from lorakit.config.training import OPTIMIZERS, OVER_LENGTH, SCHEDULES, TRAIN_ON, Optimizer
+
+
+def test_endless_epochs():
+    with pytest.raises(lk.LorakitError, match="num_train_epochs must be float, not inf"):
+        lk.TrainConfig(num_train_epochs=math.inf)
+
+
+def test_every_optimizer_has_a_state():
+    assert tuple(OPTIMIZERS) == get_args(Optimizer)
+
+
+@pytest.mark.parametrize(
+    ("field", "choices"),
+    [
+        ("lr_scheduler_type", SCHEDULES),
+        ("over_length", OVER_LENGTH),
+        ("train_on", TRAIN_ON),
+        ("objective", ("sft", "dpo", "orpo")),
+        ("optim", tuple(OPTIMIZERS)),
+        ("report_to", ("tensorboard", None)),
+    ],
+)
+def test_a_setting_takes_its_choices_alone(field, choices):
+    for choice in choices:
+        assert getattr(lk.TrainConfig(**{field: choice}), field) == choice
+    listed = ["null" if choice is None else choice for choice in choices]
+    with pytest.raises(lk.LorakitError) as caught:
+        lk.TrainConfig(**{field: "none of these"})
+    assert str(caught.value) == (
+        f"{field} is 'none of these'; choose {', '.join(listed[:-1])} or {listed[-1]}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_steps": 0}, "max_steps must be positive or null, not 0"),
+        ({"max_seq_length": 1}, "max_seq_length must be at least 2"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive, not 0.0"),
+        ({"warmup_ratio": 1.5}, "warmup_ratio is 1.5; it must be in [0, 1]"),
+        ({"weight_decay": 1.0}, "weight_decay is 1.0; it must be in [0, 1)"),
+        ({"loraplus_lr_ratio": 0.0}, "loraplus_lr_ratio must be positive or null, not 0.0"),
+        ({"neftune_noise_alpha": -1.0}, "neftune_noise_alpha must be positive or null, not -1.0"),
+        ({"beta": 0.0}, "beta must be positive, not 0.0"),
+        (
+            {"z_loss": 0.1, "objective": "dpo"},
+            "z_loss is of sft alone; dpo and orpo do not know it",
+        ),
+        (
+            {"label_smoothing_factor": 0.1, "objective": "orpo"},
+            "label_smoothing_factor is of sft and dpo; orpo does not know it",
+        ),
+        (
+            {"label_smoothing_factor": 0.5, "objective": "dpo"},
+            "label_smoothing_factor is 0.5; for pairs it must be in [0, 0.5)",
+        ),
+        ({"save_total_limit": 0}, "save_total_limit must be at least 1"),
+        ({"seed": -1}, "seed is -1; it must be in [0, 2^63)"),
+        (
+            {"activation_offloading": True},
+            "activation_offloading keeps what gradient_checkpointing keeps: set that too",
+        ),
+    ],
+)
+def test_what_a_run_cannot_be(options, message):
+    with pytest.raises(lk.LorakitError) as caught:
+        lk.TrainConfig(**options)
+    assert str(caught.value) == message
