@@ -5,6 +5,7 @@ import torch
 
 import lorakit as lk
 from lorakit.cli.main import main
+from tests.adapters.peft_files.adapters_of_peft import peft_adapter
 
 
 @pytest.fixture
@@ -61,10 +62,10 @@ def test_adapter_convert(trained, tiny_dir, tmp_path, capsys):
 
 
 def test_adapter_convert_of_dora(tiny_dir, tmp_path, capsys):
-    from tests.adapters.test_convert import peft_adapter
-    from tests.adapters.test_peft_files import hugging_face
+    from transformers import AutoModelForCausalLM
 
-    peft_adapter(hugging_face(tiny_dir), tmp_path / "dora", use_dora=True)
+    base = AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32)
+    peft_adapter(base, tmp_path / "dora", use_dora=True)
     command = ["adapter", "convert", str(tmp_path / "dora"), str(tmp_path / "out")]
     assert main(command) == 1
     assert (
