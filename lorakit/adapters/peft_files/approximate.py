@@ -1,4 +1,4 @@
-"""A DoRA layer as plain LoRA, which can only be approximated.
+"""Approximate a DoRA layer by plain LoRA.
 
 DoRA scales row i of the adapted weight to length m_i, so m / ||W + s B A|| (W + s B A) has no
 finite rank in general. With g = m / ||W + s B A||, row by row, the update is

@@ -1,4 +1,4 @@
-"""A PEFT adapter made into plain LoRA, which every server reads.
+"""Convert a PEFT adapter to plain LoRA, which every server reads.
 
 adapter_config.json can say much that most servers do not read. `convert_adapter` writes what all of
 them read: one r, one integer lora_alpha, the full names of the layers. For each layer the update of
@@ -102,11 +102,11 @@ class _Errors:
     missed: dict[str, float] = field(default_factory=dict)
     whole: dict[str, float] = field(default_factory=dict)
 
-    def of_layers(self) -> dict[str, float]:
+    def by_layer(self) -> dict[str, float]:
         """Return the relative error of each layer."""
         return {name: _ratio(self.missed[name], self.whole[name]) for name in self.missed}
 
-    def of_all(self) -> float:
+    def over_all(self) -> float:
         """Return the relative error over all layers together."""
         return _ratio(math.fsum(self.missed.values()), math.fsum(self.whole.values()))
 
@@ -168,12 +168,12 @@ def convert_adapter(
         r=r,
         lora_alpha=alpha,
         changes=_changes(adapter, r),
-        errors=errors.of_layers(),
-        relative_error=errors.of_all(),
+        errors=errors.by_layer(),
+        relative_error=errors.over_all(),
     )
 
 
-# ---- what is refused before anything is read ----
+# ---- what is refused, and what is needed ----
 
 
 def _check_target(source: Path, target: Path) -> None:
@@ -347,6 +347,7 @@ def _with_one_scaling(
 def _plain_config(
     adapter: StoredAdapter, names: list[str], rank: int, alpha: int
 ) -> dict[str, Any]:
+    """Return the adapter_config.json of an adapter of the layers `names`."""
     config = adapter.config
     return {
         "base_model_name_or_path": config.base_model_name_or_path,

@@ -1,14 +1,14 @@
-"""What lorakit does with each option of PEFT's configs.
+"""Tell what lorakit does with each option of PEFT's LoraConfig.
 
-PEFT's LoraConfig has more options than lorakit's, and each release adds some. Every option stands
-in exactly one of these tables:
+PEFT has more options than lorakit, and each of its releases adds some. Every option stands in
+exactly one of these tables:
 
     HONOURED         lorakit's LoraConfig has a field of this name
-    FUSED_EXPERTS    a file may say it; a new config says it in another way
+    FILES_ONLY       a file may use it; a new config says it in another way
     HARMLESS         changes nothing in what an adapter computes
-    OTHER_START      tells how PEFT starts an adapter, or spreads it over machines. A file holds the
-                     result, so the option is spent there. A new config would start differently
-                     from what it says, so it is refused there
+    SPENT            tells how PEFT starts an adapter, or spreads it over devices. A file holds the
+                     result, so there the option is spent. A new config with it is refused: lorakit
+                     would do something else than it says
     REFUSED          changes what an adapter computes, or how it learns, and lorakit lacks it
 
 NOT_PLAIN names the options that lorakit honours and that plain LoRA cannot hold. An option counts
@@ -31,7 +31,7 @@ MERGE = "merge it into the model with PEFT, and serve that"
 
 HONOURED = frozenset(field.name for field in dataclasses.fields(LoraConfig))
 
-FUSED_EXPERTS = {
+FILES_ONLY = {
     "target_parameters": "adapters of fused experts are read; a new one names the experts' layers",
 }
 
@@ -48,7 +48,7 @@ HARMLESS = {
     "task_type": "it names what the model is for",
 }
 
-OTHER_START = {
+SPENT = {
     "corda_config": "settings of the initialization CorDA",
     "eva_config": "settings of PEFT's EVA; lorakit's EVA has its own",
     "loftq_config": "settings of PEFT's LoftQ; lorakit's LoftQ reads them from the quantized layer",
@@ -73,7 +73,7 @@ NOT_PLAIN = {"modules_to_save": MERGE, "trainable_token_indices": MERGE}
 
 def check_new(values: Mapping[str, Any]) -> None:
     """Raise LorakitError if a new config of PEFT's kind uses an option that lorakit lacks."""
-    for name in sorted([*FUSED_EXPERTS, *OTHER_START, *REFUSED]):
+    for name in sorted([*FILES_ONLY, *SPENT, *REFUSED]):
         if values.get(name):
             raise LorakitError(f"LoraConfig: lorakit has no {name}")
 

@@ -1,4 +1,4 @@
-"""What an adapter on disk holds, shown layer by layer.
+"""Show what an adapter on disk holds, layer by layer.
 
 Norms of s B A come from products of the size of the rank, in fp64, so that no [out, in] matrix is
 made:

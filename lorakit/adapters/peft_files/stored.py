@@ -1,4 +1,4 @@
-"""The files of a PEFT adapter, opened: what they hold, layer by layer, without a model.
+"""Open the files of a PEFT adapter, and tell what they hold, layer by layer, without a model.
 
     adapter_config.json          r, lora_alpha, and the patterns that give some layers another rank
                                  or alpha. The keys of a pattern are regexes. The first one that

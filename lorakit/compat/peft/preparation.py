@@ -1,4 +1,4 @@
-"""A model made ready for training in few bits, and what is asked of a model of transformers."""
+"""Make a model ready for training in few bits; say what is asked of a model of transformers."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable

@@ -1,4 +1,4 @@
-"""The tensors of an adapter by the keys of its file, taken from a model and given back to it."""
+"""Take the tensors of an adapter, by the keys of its file, from a model, and give them back."""
 
 from collections.abc import Mapping
 

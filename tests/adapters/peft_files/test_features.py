@@ -1,4 +1,4 @@
-"""The tables of PEFT's options against the installed peft, and what each reader does with them."""
+"""The tables of PEFT's options against the installed peft, and what each reader makes of them."""
 
 import dataclasses
 import json
@@ -15,9 +15,9 @@ from lorakit.compat import peft as compat
 
 TABLES = {
     "HONOURED": features.HONOURED,
-    "FUSED_EXPERTS": features.FUSED_EXPERTS,
+    "FILES_ONLY": features.FILES_ONLY,
     "HARMLESS": features.HARMLESS,
-    "OTHER_START": features.OTHER_START,
+    "SPENT": features.SPENT,
     "REFUSED": features.REFUSED,
 }
 # Options of other methods of PEFT that change nothing in a finished adapter: how its numbers start,
@@ -46,7 +46,7 @@ def test_every_option_of_pefts_lora_config_is_in_one_table():
 
 def test_what_is_refused_is_off_by_default():
     defaults = peft.LoraConfig().to_dict()
-    for name in {**features.NOT_PLAIN, **features.REFUSED, **features.OTHER_START}:
+    for name in {**features.NOT_PLAIN, **features.REFUSED, **features.SPENT}:
         assert not defaults.get(name), name
     assert set(features.NOT_PLAIN) <= features.HONOURED
 
@@ -108,13 +108,13 @@ def test_what_lorakit_lacks_is_refused_by_every_reader(adapter, name, tmp_path):
 
 @pytest.mark.parametrize("unused", [None, False, [], {}])
 def test_an_option_that_is_not_used_is_accepted(adapter, tmp_path, unused):
-    path = adapter(**dict.fromkeys([*features.REFUSED, *features.OTHER_START], unused))
+    path = adapter(**dict.fromkeys([*features.REFUSED, *features.SPENT], unused))
     lk.load_adapter(model(), path)
     lk.convert_adapter(path, tmp_path / "out")
     compat.LoraConfig.from_pretrained(path)
 
 
-@pytest.mark.parametrize("name", features.OTHER_START)
+@pytest.mark.parametrize("name", features.SPENT)
 def test_settings_of_a_start_are_spent_in_a_file_and_refused_in_a_new_config(
     adapter, tmp_path, name
 ):
