@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from lorakit import kernels
 from lorakit.inference.kv_cache import KVCache
 from lorakit.models.adapted_layer import AdaptedLayer
+from lorakit.models.blocks import Block
 from lorakit.models.config import ModelConfig
-from lorakit.models.decoder import Block, Decoder
+from lorakit.models.decoder import Decoder
 from lorakit.models.hooks import has_hooks, has_own_forward
 from lorakit.models.rope import rope_tables
 

@@ -1,4 +1,16 @@
-"""Carried out of lorakit/model.py."""
+"""What the positions of one call see: their rotary tables, masks, and packed documents.
+
+A call to the decoder brings rows of tokens in one of three forms:
+
+    plain      each position sees itself and all positions before it; a cache may hold some of them
+    padded     attention_mask [B, S] tells real tokens from padding, on either side; positions count
+               real tokens, and nothing but padding itself sees padding
+    packed     cu_seqlens [n + 1] cuts one row into documents; each starts at position 0 and sees
+               none of the others
+
+A layer with a sliding window sees only the last `window` positions of that, and may have a rotary
+embedding of its own. So a call has at most two different views, made once and shared by the layers.
+"""
 
 from itertools import pairwise
 from typing import NamedTuple
@@ -7,32 +19,85 @@ import torch
 from torch import Tensor
 
 from lorakit.config.errors import LorakitError
+from lorakit.models.cache import Cache
+from lorakit.models.config import ModelConfig
 from lorakit.models.rope import RopeConfig, rope_tables
 
 
-class View(NamedTuple):
-    """What layers of one kind, sliding or not, see in this call."""
+class AttentionView(NamedTuple):
+    """What a layer needs to know of the positions in one call."""
 
-    tables: tuple[Tensor, Tensor]  # cos and sin, fp32 [B or 1, T, D/2]
-    mask: Tensor | None  # as kernels.attention takes it
+    tables: tuple[Tensor, Tensor]
+    """Rotary tables, cos and sin: fp32 [B or 1, T, D / 2]."""
+    mask: Tensor | None
+    """True where a query may look: bool [T, S] or [B, 1, T, S]; None: plain causal attention."""
     window: int | None
-    lengths: list[int] | None  # of packed documents
-    again: bool  # whether the blocks run a second time, right before their backward
+    """Number of positions that the layer looks back, each one's own included."""
+    lengths: list[int] | None
+    """Lengths of the packed documents, if the row is packed."""
+    recomputed: bool
+    """Whether the block runs a second time right before its backward."""
 
 
-def key_mask(positions: Tensor, seen: Tensor, window: int | None, real: Tensor | None):
-    """Which of the keys at `seen` [S] each of `positions` [T] may look at: bool [T, S], or with
-    padding [B, 1, T, S].
+def attention_views(
+    config: ModelConfig,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    cache: Cache | None,
+    *,
+    recomputed: bool,
+) -> list[AttentionView]:
+    """Return the view of every layer, for input_ids int64 [B, T] in one of the three forms.
 
-    Not the future, nothing `window` or more positions back, no padding (`real` [B, S] is false
-    there); but always itself, so that no row is empty. None where plain causal attention says all.
+    Raises LorakitError for cu_seqlens that do not cut the row, or that come with a mask or a cache.
+    """
+    T, device = input_ids.shape[1], input_ids.device
+    past = 0 if cache is None else cache.length
+    positions = torch.arange(past, past + T, device=device)
+    position_ids, real, lengths = positions[None], None, None
+    if cu_seqlens is not None:
+        if attention_mask is not None or cache is not None:
+            raise LorakitError("packed documents take neither a padding mask nor a cache")
+        lengths = document_lengths(cu_seqlens, input_ids)
+        position_ids = torch.cat([positions[:n] for n in lengths])[None]
+    if attention_mask is not None:
+        real = attention_mask.bool()
+        position_ids = (real.cumsum(-1) - 1).clamp(min=0)[:, past:]
+    local = tables = _rotary_tables(config.rope, config.head_dim, position_ids, lengths)
+    if config.rope_local is not None:
+        local = _rotary_tables(config.rope_local, config.head_dim, position_ids, lengths)
+
+    def view(slides: bool) -> AttentionView:
+        window, mask = config.sliding_window if slides else None, None
+        if lengths is None:
+            seen = positions if cache is None else cache.positions(T, window)
+            mask = key_mask(positions, seen, window, real)
+        return AttentionView(local if slides else tables, mask, window, lengths, recomputed)
+
+    slides = [config.slides(layer) for layer in range(config.num_hidden_layers)]
+    views = {kind: view(kind) for kind in set(slides)}
+    return [views[kind] for kind in slides]
+
+
+def key_mask(
+    positions: Tensor, seen: Tensor, window: int | None, real: Tensor | None
+) -> Tensor | None:
+    """Return which of the keys at positions `seen` [S] the queries at `positions` [T] look at.
+
+    They look at no key in the future, at none that lies `window` or more positions back, and at no
+    padding: `real` [B, S] is false there. Each looks at itself, so that no row is empty.
+
+    Returns:
+        bool [T, S], or with padding [B, 1, T, S]; None where plain causal attention says the same.
     """
     T, S = len(positions), len(seen)
-    slides = window is not None and window < S
-    if real is None and (T == 1 or (T == S and not slides)):
+    if window is not None and window >= S:
+        window = None
+    if real is None and (T == 1 or (T == S and window is None)):
         return None
     mask = seen <= positions[:, None]
-    if slides:
+    if window is not None:
         mask &= seen > positions[:, None] - window
     if real is None:
         return mask
@@ -40,7 +105,10 @@ def key_mask(positions: Tensor, seen: Tensor, window: int | None, real: Tensor |
 
 
 def document_lengths(cu_seqlens: Tensor, input_ids: Tensor) -> list[int]:
-    """Of the documents packed into the one row of input_ids."""
+    """Return the lengths of the documents that are packed into the one row of input_ids.
+
+    Raises LorakitError unless cu_seqlens rises from 0 to the row's length.
+    """
     B, T = input_ids.shape
     whole = isinstance(cu_seqlens, Tensor) and cu_seqlens.dim() == 1
     if not whole or cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool:
@@ -57,9 +125,15 @@ def document_lengths(cu_seqlens: Tensor, input_ids: Tensor) -> list[int]:
     return lengths
 
 
-def rotary_tables(rope: RopeConfig, head_dim: int, position_ids: Tensor, lengths: list[int] | None):
-    """Rotary tables; where they depend on the sequence's length, each document has its own."""
+def _rotary_tables(
+    rope: RopeConfig, head_dim: int, position_ids: Tensor, lengths: list[int] | None
+) -> tuple[Tensor, Tensor]:
+    """Return the rotary tables of a call.
+
+    Where they depend on the sequence's length, each packed document has its own.
+    """
     if lengths is None or not rope.by_length:
         return rope_tables(rope, head_dim, position_ids)
     parts = [rope_tables(rope, head_dim, part) for part in position_ids.split(lengths, dim=1)]
-    return tuple(torch.cat(tables, dim=1) for tables in zip(*parts, strict=True))
+    cos, sin = zip(*parts, strict=True)
+    return torch.cat(cos, dim=1), torch.cat(sin, dim=1)

@@ -13,7 +13,8 @@ from lorakit.adapters.layers.wrapper import Attached
 from lorakit.config.errors import LorakitError
 from lorakit.config.training import TrainConfig
 from lorakit.data.encode import IGNORE, Example, PairExample
-from lorakit.models.decoder import Decoder, MoE
+from lorakit.models.blocks import MoE
+from lorakit.models.decoder import Decoder
 from lorakit.training.losses.batch import summed_loss
 
 MicroBatches = Sequence[Sequence[Example | PairExample]]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lorakit.models.recompute import checkpoint
+from lorakit.models.recompute import run_recomputed
 
 
 class Block(nn.Module):
@@ -47,7 +47,7 @@ def test_the_same_bits(dropout, needed):
     """Masks too, and what is drawn after the block and after backward."""
     block, x = Block(dropout), torch.randn(5, 8, requires_grad=needed)
     for expected, found in zip(
-        gradients(block, x, plain), gradients(block, x, checkpoint), strict=True
+        gradients(block, x, plain), gradients(block, x, run_recomputed), strict=True
     ):
         assert torch.equal(expected, found)
     assert block.runs == 3
@@ -64,20 +64,20 @@ def test_the_second_run_ends_with_what_backward_needs():
             return hidden.sum(1, keepdim=True).expand_as(x)
 
     block = Twice()
-    checkpoint(block, torch.randn(5, 8, requires_grad=True)).sum().backward()
+    run_recomputed(block, torch.randn(5, 8, requires_grad=True)).sum().backward()
     assert (block.runs, block.after) == (2, 1)
 
 
 def test_backward_twice():
     block, x = Block(), torch.randn(5, 8, requires_grad=True)
-    loss = checkpoint(block, x).square().sum()
+    loss = run_recomputed(block, x).square().sum()
     first = torch.autograd.grad(loss, x, retain_graph=True)[0]
     assert torch.equal(first, torch.autograd.grad(loss, x)[0])
 
 
 def test_autocast_of_the_first_run_holds_for_the_second():
     block, x, found = Block(), torch.randn(5, 8, requires_grad=True), []
-    for run in (plain, checkpoint):
+    for run in (plain, run_recomputed):
         with torch.autocast("cpu", torch.bfloat16):
             y = run(block, x, 1.0)
         found.append(torch.autograd.grad(y.float().sum(), x)[0])
@@ -93,7 +93,7 @@ def test_nothing_is_kept_before_and_after_backward():
             alive.append(weakref.ref(hidden.untyped_storage()))
             return self.second(hidden)
 
-    y = checkpoint(Watched(), torch.randn(5, 8, requires_grad=True))
+    y = run_recomputed(Watched(), torch.randn(5, 8, requires_grad=True))
     assert alive[0]() is None
     y.sum().backward()
     del y
@@ -102,7 +102,7 @@ def test_nothing_is_kept_before_and_after_backward():
 
 def test_a_block_that_changes_in_between_is_told():
     block = Block()
-    y = checkpoint(block, torch.randn(5, 8, requires_grad=True))
+    y = run_recomputed(block, torch.randn(5, 8, requires_grad=True))
     block.second = nn.Identity()
     block.dropout = 0.5
     with pytest.raises(RuntimeError, match="did it change in between"):
@@ -111,8 +111,8 @@ def test_a_block_that_changes_in_between_is_told():
 
 def test_torchs_compiler_is_not_imported():
     code = (
-        "import sys, torch; from lorakit.recompute import checkpoint;"
-        "layer = torch.nn.Linear(2, 2); checkpoint(layer, torch.ones(1, 2)).sum().backward();"
+        "import sys, torch; from lorakit.models.recompute import run_recomputed;"
+        "layer = torch.nn.Linear(2, 2); run_recomputed(layer, torch.ones(1, 2)).sum().backward();"
         "print('torch._dynamo' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -29,8 +29,9 @@ from lorakit.adapters.methods.method import Method, config_from, fields_of
 from lorakit.adapters.peft_files.layout import AdapterFiles
 from lorakit.adapters.plan import Plan
 from lorakit.config.errors import LorakitError, check, nearest
+from lorakit.models.cache import Cache
 from lorakit.models.config import ModelConfig
-from lorakit.models.decoder import Cache, Decoder
+from lorakit.models.decoder import Decoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,9 +301,8 @@ def _run(model: Decoder, x: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of every layer for embeddings x [1, n, H], the first positions of a row."""
     kept = _Keeping()
     ids = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)  # for the shape alone
-    views = model.views(ids, None, None, None)
-    for i, block in enumerate(model.model.layers):
-        x = block(x, views[model.config.slides(i)], kept)
+    for block, view in zip(model.model.layers, model.views(ids), strict=True):
+        x = block(x, view, kept)
     return kept.layers
 
 

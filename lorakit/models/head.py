@@ -1,0 +1,115 @@
+"""From hidden states to logits and to the loss: the head, whichever layer that is.
+
+    logits = hidden head^T,   and c tanh(logits / c) where the family has a soft cap c
+
+The head is a layer of its own, `lm_head`, or the embedding itself where the two are tied. Either
+may be dense or packed, and either may carry adapters.
+
+The logits of a training step, [tokens, vocabulary], would be its largest tensor by far.
+`kernels.linear_cross_entropy` never builds them all, but it has to know the bare weight of the head
+and its low-rank update. Where the head is more than that (a hook, dropout, DoRA, an adapter for
+each row), it is called, on the positions that have a label.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorakit import kernels
+from lorakit.config.errors import LorakitError
+from lorakit.models.adapted_layer import AdaptedLayer
+from lorakit.models.hooks import has_hooks
+from lorakit.models.packed_layers import PackedWeight
+
+
+class OutputHead(NamedTuple):
+    """The layer that turns hidden states into logits."""
+
+    layer: nn.Module
+    """`lm_head`, or the embedding if the head is tied to it."""
+    tied: bool
+    softcap: float | None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits [..., V] of hidden states [..., H]."""
+        logits = self._before_softcap(hidden)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def loss(
+        self, hidden: Tensor, targets: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """Return the summed cross-entropy and the count of targets int64 [B, T].
+
+        hidden is [B, T, H]. A target of -100 does not count, and its hidden state does not meet the
+        head, unless that needs whole rows.
+        """
+        found = self._bare_weight()
+        if found is not None:
+            weight, update = found
+            lora = None if update is None else (update.lora_A, update.lora_B, update.scaling)
+            return kernels.linear_cross_entropy(
+                hidden,
+                weight,
+                targets,
+                lora=lora,
+                softcap=self.softcap,
+                label_smoothing=label_smoothing,
+                z_loss=z_loss,
+            )
+        counted = (targets != -100).nonzero(as_tuple=True)
+        if isinstance(self.layer, AdaptedLayer) and self.layer.row_groups is not None:
+            logits = self._before_softcap(hidden)[counted]  # the head has to see whole rows
+        else:
+            logits = self._before_softcap(hidden[counted])
+        return kernels.cross_entropy(
+            logits,
+            targets[counted],
+            softcap=self.softcap,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+        )
+
+    def _before_softcap(self, hidden: Tensor) -> Tensor:
+        if not self.tied:
+            return self.layer(hidden)
+        embedding, update = self._embedding()
+        if update is not None:
+            return kernels.lora_linear(hidden, update)
+        if isinstance(embedding, PackedWeight):
+            return kernels.frozen_linear(hidden, embedding.quantized)
+        assert isinstance(embedding.weight, Tensor)
+        return F.linear(hidden, embedding.weight)
+
+    def _embedding(self) -> tuple[nn.Module, kernels.LoraWeights | None]:
+        """Return the embedding that is the head too, and the low-rank update of both."""
+        if not isinstance(self.layer, AdaptedLayer):
+            return self.layer, None
+        if self.layer.row_groups is not None:
+            raise LorakitError("adapter_rows: a head that is tied has one adapter for all rows")
+        return self.layer.current_module(), self.layer.low_rank_update()
+
+    def _bare_weight(self) -> tuple[Tensor | kernels.Packed, kernels.LoraWeights | None] | None:
+        """Return the weight [V, H] that the head multiplies with, and its low-rank update.
+
+        None if the head computes anything else.
+        """
+        layer: nn.Module | None = self.layer
+        update = None
+        if self.tied:
+            layer, update = self._embedding()
+        elif has_hooks(self.layer):
+            return None
+        elif isinstance(self.layer, AdaptedLayer) and self.layer.row_groups is None:
+            update = self.layer.low_rank_update()
+            layer = self.layer.only_module() if update is None else self.layer.current_module()
+        if update is not None and (
+            update.dropout or update.magnitude is not None or update.bias is not None
+        ):
+            return None
+        if isinstance(layer, PackedWeight):
+            return layer.quantized, update
+        if type(layer) is nn.Linear or type(layer) is nn.Embedding:
+            return layer.weight, update
+        return None
