@@ -1,9 +1,10 @@
 """How the decoder sees a layer that carries adapters, and when fused kernels may compute it.
 
-The room of adapters puts an `AdaptedLayer` in the place of a layer. The models, and decoding, ask it
-what it computes with; they know nothing of adapters beyond this class. It is a class and no protocol
-because the decoder asks for it in every layer of every step: isinstance on a protocol with members
-takes some 50 us, on a class 0.03 us.
+The room of adapters puts an `AdaptedLayer` in the place of a layer. The models, and decoding, ask
+it what it computes with; they know nothing of adapters beyond this class.
+
+It is a class and no protocol because the decoder asks for it in every layer of every step:
+isinstance takes some 50 us on a protocol with members, and 0.03 us on a class.
 """
 
 from collections.abc import Sequence
@@ -21,9 +22,9 @@ class AdaptedLayer(nn.Module):
     """A module in the place of a layer while adapters are attached to it."""
 
     row_groups: RowGroups | None
-    """the rows of a batch that each adapter computes; None where one adapter computes all"""
+    """The rows of a batch that each adapter computes; None where one adapter computes all."""
     merged: nn.Module | None
-    """the layer with an adapter in its weights, while it is merged"""
+    """The layer with an adapter in its weights, while it is merged."""
 
     def low_rank_update(self) -> kernels.LoraWeights | None:
         """Return the low-rank update, or None if there is none.
