@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import lorakit as lk
 from lorakit.adapters.layers.lora import lora_layers
-from tests.adapters.test_lora import IDS, randomize
+from tests.adapters.common import IDS, randomize
 
 CONFIG = lk.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"])
 

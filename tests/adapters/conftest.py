@@ -1,0 +1,29 @@
+"""Fixtures that tests of adapters share."""
+
+import pytest
+import torch
+
+import lorakit as lk
+
+
+@pytest.fixture
+def model(tiny_dir):
+    return lk.load_model(tiny_dir, dtype="float32")
+
+
+@pytest.fixture(params=["dense", "nf4"])
+def either(tiny_dir, request):
+    quantize = None if request.param == "dense" else "nf4"
+    return lk.load_model(tiny_dir, dtype="float32", quantize=quantize)
+
+
+@pytest.fixture(scope="module")
+def t5():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=32, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4,
+        feed_forward_proj="gated-gelu", decoder_start_token_id=0,
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config).eval()
