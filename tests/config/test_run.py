@@ -1,7 +1,11 @@
 """A run file: the mapping becomes settings, or one clear sentence says what is wrong."""
 
+import ast
 import dataclasses
+import inspect
+import itertools
 import json
+import textwrap
 
 import pytest
 
@@ -103,3 +107,24 @@ def test_the_guide_lists_every_key_with_its_default(heading, cls):
     rows = table(heading)
     assert [row[:2] for row in rows] == expected
     assert all(row[2] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("heading", "cls"),
+    [
+        ("## What to train", lk.RunConfig),
+        ("## How to train", lk.TrainConfig),
+        ("## `data`", DataConfig),
+        ("## `lora`", lk.LoraConfig),
+        ("## `quantize`", lk.QuantConfig),
+    ],
+)
+def test_the_guide_says_what_the_fields_say(heading, cls):
+    said = {}
+    for base in (each for each in cls.__mro__ if dataclasses.is_dataclass(each)):
+        [definition] = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        for field, text in itertools.pairwise(definition.body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                said[f"`{field.target.id}`"] = " ".join(ast.literal_eval(text.value).split())
+    rows = table(heading)
+    assert {row[0]: row[2] for row in rows} == {row[0]: said[row[0]] for row in rows}
