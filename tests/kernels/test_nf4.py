@@ -295,7 +295,7 @@ def test_double_quantization_moves_absmax_by_at_most_a_level_gap(w, block_size):
     single = kernels.quantize_nf4(w, block_size=block_size, double_quant=False)
     double = kernels.quantize_nf4(w, block_size=block_size)
     assert torch.equal(single.codes, double.codes)
-    values = nf4._scales(double)
+    values = nf4.block_scales(double)
     gap = nf4.dynamic_map(CPU).diff().max() / 2
     bound = double.nested_absmax.repeat_interleave(256)[: len(values)] * gap
     slack = 1e-6 * single.absmax.max()  # fp32 sums with the offset

@@ -4,10 +4,11 @@
     q_ij    = round(W_ij * (127 / scale_i))        ties to even; int8 [N, K]
     W'_ij   = (q_ij * scale_i) * fl(1 / 127)       fp32, then one rounding to the wanted dtype
 
-8 + 32 / K bits per parameter, and an error of at most scale / 254. It serves where 4 bits would be
-felt, the embedding and the output head, and to read LLM.int8 checkpoints. LLM.int8 multiplies int8
-by int8 and quantizes the activations for it; here the weight alone is quantized, and products run
-in the model's dtype on the dequantized weight, which is closer to the 16-bit model.
+It takes 8 + 32 / K bits per parameter, with an error of at most scale / 254. It is for weights in
+which 4 bits would cost too much, the embedding and the output head, and to read the weights of
+LLM.int8. That method multiplies int8 by int8 and quantizes the activations for it. Here the weight
+alone is quantized, and products run in the model's dtype on the dequantized weight, which is closer
+to the 16-bit model.
 """
 
 import math
@@ -24,9 +25,15 @@ from . import reference
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Int8Tensor:
-    """A matrix [N, K] in int8: `values` int8 [N, K], `scale` fp32 [N], `dtype` of the original.
+    """A matrix [N, K] in int8, with one scale per row (arXiv:2208.07339, section 2.1).
 
-    Raises ValueError if the two do not fit each other.
+    Attributes:
+        values: int8 [N, K].
+        scale: the largest magnitude of each row, fp32 [N].
+        dtype: the dtype of the original.
+
+    Raises:
+        ValueError: values and scale do not fit each other.
     """
 
     values: Tensor
@@ -44,28 +51,33 @@ class Int8Tensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape of the matrix, (N, K)."""
         return tuple(self.values.shape)
 
     @property
     def device(self) -> torch.device:
+        """Where the tensors lie."""
         return self.values.device
 
     @property
     def nbytes(self) -> int:
+        """The bytes of all that is stored, scales included."""
         return self.values.nbytes + self.scale.nbytes
 
     @property
     def bits_per_parameter(self) -> float:
+        """The bits that are stored for each value, scales included."""
         return 8 * self.nbytes / max(1, math.prod(self.shape))
 
     def to(self, device: torch.device | str, *, copy: bool = False) -> "Int8Tensor":
-        """The same on another device; with `copy` in memory of its own in any case."""
+        """Return the matrix on a device; with `copy` always in memory of its own."""
         values, scale = (part.to(device, copy=copy) for part in (self.values, self.scale))
         return Int8Tensor(values, scale, self.dtype)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The entries of a safetensors file for the tensor `name`, as bitsandbytes writes them:
-        values, row scales, and the layout, 0 for rows.
+        """Return the entries of a safetensors file for the tensor `name`, as bitsandbytes does.
+
+        They are the values, the scales of the rows, and the layout, 0 for rows.
         """
         beside = name.removesuffix("weight")
         layout = torch.zeros((), dtype=torch.uint8, device=self.device)
@@ -73,10 +85,19 @@ class Int8Tensor:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], name: str) -> "Int8Tensor":
-        """The tensor `name` from the entries of a file; the inverse of `tensors`. A file does not
-        tell the original's dtype; it is taken for LLM.int8's, fp16.
+        """Return the tensor `name` from the entries of a file; the inverse of `tensors`.
 
-        Raises ValueError for a layout other than rows, or sizes that do not fit.
+        A file does not say the original's dtype; it is taken to be that of LLM.int8, fp16.
+
+        Args:
+            tensors: the entries, by name.
+            name: the name of the weight.
+
+        Returns:
+            The packed matrix.
+
+        Raises:
+            ValueError: the layout is not by rows, or the sizes do not fit.
         """
         beside = name.removesuffix("weight")
         layout = tensors.get(beside + "weight_format")
@@ -89,9 +110,16 @@ class Int8Tensor:
 
 
 def quantize_int8(w: Tensor) -> Int8Tensor:
-    """Quantize the rows of `w` [N, K] (fp32, bf16 or fp16, any strides).
+    """Quantize the rows of a matrix to int8 (arXiv:2208.07339, section 2.1).
 
-    Raises ValueError for another dtype, for what is no matrix, and for NaN or infinite values.
+    Args:
+        w: [N, K], fp32, bf16 or fp16, of any strides.
+
+    Returns:
+        The packed matrix, in new memory on the device of `w`.
+
+    Raises:
+        ValueError: `w` has another dtype, is not a matrix, or has NaN or infinite values.
     """
     if w.dtype not in dispatch.FLOATS or w.dim() != 2:
         raise ValueError(
@@ -104,14 +132,22 @@ def quantize_int8(w: Tensor) -> Int8Tensor:
 
 
 def dequantize_int8(q: Int8Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The dense matrix [N, K] in `dtype` (default: the original's)."""
+    """Make a matrix in int8 dense.
+
+    Args:
+        q: the packed matrix.
+        dtype: of the result; the original's if it is None.
+
+    Returns:
+        The dense matrix [N, K], in new memory.
+    """
     return reference.dequantize(q.values, q.scale[:, None], dtype or q.dtype)
 
 
 def dequantize_int8_rows(q: Int8Tensor, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Rows of q [N, K], picked by `rows` int64 [...]: [..., K]. Only they are dequantized.
+    """Return the rows of q [N, K] that `rows` int64 [...] picks: [..., K].
 
-    Raises IndexError for a row that is not there.
+    Only these are dequantized. Raises IndexError for a row that is not there.
     """
     values = F.embedding(rows, q.values)
     return reference.dequantize(values, q.scale[rows][..., None], dtype or q.dtype)

@@ -1,4 +1,4 @@
-"""int8 in plain torch, on any device. Formulas: see the package."""
+"""int8 in plain torch, on any device; `__init__.py` has the formulas."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ CHUNK = 1 << 22  # values quantized at a time: bounds the fp32 temporaries to ab
 
 
 def quantize(w: Tensor) -> tuple[Tensor, Tensor]:
-    """w [N, K] -> int8 [N, K], scales fp32 [N]; a row of zeros has scale 0."""
+    """Quantize w [N, K]: int8 [N, K], scales fp32 [N]; a row of zeros has scale 0."""
     values = torch.empty(w.shape, dtype=torch.int8, device=w.device)
     scale = torch.zeros(len(w), dtype=torch.float32, device=w.device)
     step = max(1, CHUNK // max(1, w.shape[1]))
@@ -23,7 +23,7 @@ def quantize(w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """int8 [..., K] times scales fp32 [..., 1] / 127, computed in fp32."""
+    """Return int8 [..., K] times scales fp32 [..., 1] / 127, computed in fp32."""
     largest = torch.finfo(torch.float32).max
     huge = scale > largest / 127  # there divide first: the product would overflow
     first, then = torch.where(huge, scale * (1 / 127), scale), torch.where(huge, 1, 1 / 127)

@@ -24,10 +24,10 @@ which costs 8 / block_size + 32 / (256 block_size) bits per parameter instead of
 Better scales
 -------------
 absmax is not the scale with the least error. `search_scales` tries FACTORS of it, from 3/4 to 3/2,
-and keeps for every block the one that minimises the squared error. A smaller one gives up the
+and keeps for every block the one that minimises the squared error. A smaller scale gives up the
 largest value for finer levels; a larger one puts it on a level below 1. After double quantization
-the codes are chosen again, for the scales that the reader will see. The format stays the same, so
-it costs nothing later; quantizing takes some 15 times as long.
+the codes are chosen again, for the scales that the reader will see. The format does not change, so
+that a better scale costs nothing later; quantizing takes some 15 times as long.
 
 Memory layout
 -------------
@@ -41,7 +41,7 @@ nibble of an odd length is the code of 0, which all-zero blocks, of absmax 0, ha
 
 The trade-off
 -------------
-Whoever multiplies many rows by such a weight dequantizes it first, and forgets it after; a few rows
+To multiply many rows by such a weight, it is dequantized first and forgotten afterwards. A few rows
 are multiplied by it as it is packed (`frozen_linear`).
 """
 
@@ -49,7 +49,6 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -70,28 +69,31 @@ from .tensor import (
 
 # A smaller absmax divides as if it were this, so that 1 / absmax stays finite (bitsandbytes' rule).
 ABSMAX_FLOOR = 1e-38
-# Of absmax. Half the step gains 0.7 % of the squared error on the weights of SmolLM2, a wider range
-# nothing (docs/dev/LOG.md). 1 first: of equal ones the first is kept.
+# Of absmax. On the weights of SmolLM2 half the step gains 0.7 % of the squared error, and a wider
+# range nothing (docs/dev/LOG.md). 1 comes first: of equally good ones the first is kept.
 FACTORS = (1.0, *(k / 32 for k in range(24, 49) if k != 32))
 
 
 @functools.cache
 def thresholds(quant_type: str, device: torch.device) -> Tensor:
-    """Where the nearest level changes, fp32 [15]: midpoints of neighbours, rounded to fp32 once."""
+    """Return where the nearest level changes, fp32 [15].
+
+    These are the midpoints of neighbours, rounded to fp32 once.
+    """
     table = levels(quant_type, device).sort().values
     return (table[1:] + table[:-1]) / 2
 
 
 @functools.cache
 def order(quant_type: str, device: torch.device) -> Tensor:
-    """The codes by ascending level, uint8 [16]; of FP4's two zeros, 0 before 8."""
+    """Return the codes by ascending level, uint8 [16]; of FP4's two zeros, 0 before 8."""
     table = LEVELS[quant_type]
     return torch.tensor(sorted(range(16), key=table.__getitem__), dtype=torch.uint8, device=device)
 
 
 @functools.cache
 def middles(device: torch.device) -> Tensor:
-    """Where the nearest level of the dynamic map changes, fp32 [255]."""
+    """Return where the nearest level of the dynamic map changes, fp32 [255]."""
     table = dynamic_map(device)
     return (table[1:] + table[:-1]) / 2
 
@@ -99,12 +101,21 @@ def middles(device: torch.device) -> Tensor:
 def quantize_nf4(
     w: Tensor, *, block_size: int = 64, double_quant: bool = True, search_scales: bool = False
 ) -> NF4Tensor:
-    """Quantize `w` (fp32, bf16 or fp16, any shape, any strides) to NF4.
+    """Quantize a tensor to NF4, 4-bit NormalFloat (arXiv:2305.14314, section 3).
 
-    search_scales: look for the scale of every block that minimises the squared error.
+    Args:
+        w: the tensor, fp32, bf16 or fp16, of any shape and strides.
+        block_size: how many values share a scale, a power of two from 32 to 4096.
+        double_quant: whether the scales are stored in 8 bits.
+        search_scales: whether to look for the scale of every block that minimises the squared
+            error, instead of its largest magnitude.
 
-    Raises ValueError for another dtype, a block size that is not a power of two from 32 to 4096, or
-    a tensor with NaN or infinite values; such a tensor has no scale.
+    Returns:
+        The packed tensor, in new memory on the device of `w`.
+
+    Raises:
+        ValueError: `w` has another dtype, or NaN or infinite values, which have no scale; or
+            `block_size` is another number.
     """
     return _quantize(w, "nf4", block_size, double_quant, search_scales)
 
@@ -112,8 +123,21 @@ def quantize_nf4(
 def quantize_fp4(
     w: Tensor, *, block_size: int = 64, double_quant: bool = True, search_scales: bool = False
 ) -> NF4Tensor:
-    """Quantize `w` to bitsandbytes' 4-bit float. As `quantize_nf4` otherwise; the error is larger
-    (docs/quantization.md).
+    """Quantize a tensor to FP4, the 4-bit float of bitsandbytes.
+
+    Its error is larger than that of `quantize_nf4` (docs/quantization.md).
+
+    Args:
+        w: the tensor, fp32, bf16 or fp16, of any shape and strides.
+        block_size: how many values share a scale, a power of two from 32 to 4096.
+        double_quant: whether the scales are stored in 8 bits.
+        search_scales: as in `quantize_nf4`.
+
+    Returns:
+        The packed tensor, in new memory on the device of `w`.
+
+    Raises:
+        ValueError: as `quantize_nf4` does.
     """
     return _quantize(w, "fp4", block_size, double_quant, search_scales)
 
@@ -125,11 +149,11 @@ def _quantize(
         raise ValueError(f"4 bits hold float32, bfloat16 or float16 tensors, not {w.dtype}")
     check_block_size(block_size)
     flat = w.detach().reshape(-1).contiguous()  # reshape alone may keep the strides
-    backend = _backend(w.device)
+    backend = dispatch.backend(__package__, w.device)
     bounds, codes_by_level = thresholds(quant_type, w.device), order(quant_type, w.device)
     with dispatch.on_device(flat):
         codes, absmax = backend.quantize(flat, bounds, codes_by_level, block_size, ABSMAX_FLOOR)
-    if absmax.numel() and not torch.isfinite(absmax.amax()):  # which NaN is the largest for
+    if absmax.numel() and not torch.isfinite(absmax.amax()):  # NaN counts as the largest there
         raise ValueError("cannot quantize a tensor that holds NaN or infinite values")
     if search_scales:
         table = levels(quant_type, w.device)[codes_by_level.long()]
@@ -143,7 +167,7 @@ def _quantize(
         absmax, nested = quantize(absmax, offset, middles(w.device), ABSMAX_FLOOR)
     q = NF4Tensor(codes, absmax, nested, offset, tuple(w.shape), block_size, w.dtype, quant_type)
     if search_scales:
-        scales = _scales(q)
+        scales = block_scales(q)
         with dispatch.on_device(flat):
             codes = backend.encode(flat, scales, bounds, codes_by_level, block_size, ABSMAX_FLOOR)
         q = replace(q, codes=codes)
@@ -151,13 +175,19 @@ def _quantize(
 
 
 def dequantize_nf4(q: NF4Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The dense tensor of shape `q.shape`, in `dtype` (default: the original's). Fresh memory on
-    every call.
+    """Make a tensor in NF4 or FP4 dense (arXiv:2305.14314, section 3).
+
+    Args:
+        q: the packed tensor.
+        dtype: of the result; the original's if it is None.
+
+    Returns:
+        The dense tensor of shape `q.shape`, in new memory on every call.
     """
-    backend, dtype = _backend(q.device), dtype or q.dtype
+    backend, dtype = dispatch.backend(__package__, q.device), dtype or q.dtype
     if backend is reference:
         both, n = pairs(q.quant_type, q.device), math.prod(q.shape)
-        flat = reference.dequantize(q.codes, _scales(q), both, n, q.block_size, dtype)
+        flat = reference.dequantize(q.codes, block_scales(q), both, n, q.block_size, dtype)
     else:
         with dispatch.on_device(q.codes):
             flat = backend.dequantize(q, dtype)
@@ -165,10 +195,10 @@ def dequantize_nf4(q: NF4Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def dequantize_nf4_rows(q: NF4Tensor, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Rows of a matrix q [N, K], picked by `rows` int64 [...]: [..., K]. Only they are dequantized.
+    """Return the rows of a matrix q [N, K] that `rows` int64 [...] picks: [..., K].
 
-    Raises IndexError for a row that is not there; the Triton kernel, which waits for nobody, makes
-    it NaN.
+    Only these are dequantized. Raises IndexError for a row that is not there; the Triton kernel,
+    which does not wait for the device to find out, makes it NaN instead.
     """
     N, K = q.shape
     if K % q.block_size == 0 and dispatch.pick(q.device, "cpu", "triton") == "triton":
@@ -181,24 +211,24 @@ def dequantize_nf4_rows(q: NF4Tensor, rows: Tensor, dtype: torch.dtype | None = 
         starts = torch.arange(N, device=q.device)[:, None] * K
         at = F.embedding(rows, starts) + torch.arange(K, device=q.device)
         table = levels(q.quant_type, q.device)
-        dense = reference.dequantize_at(q.codes, _scales(q, at // q.block_size), table, at)
+        dense = reference.dequantize_at(q.codes, block_scales(q, at // q.block_size), table, at)
         return dense.to(dtype or q.dtype)
     per_row = K // q.block_size
     codes = F.embedding(rows, q.codes.view(N, K // 2))
     blocks = rows[..., None] * per_row + torch.arange(per_row, device=q.device)
-    scales = _scales(q, blocks).view(-1)
-    single = {"absmax": scales, "nested_absmax": None, "offset": None}
-    picked = replace(q, codes=codes.view(-1), shape=(*rows.shape, K), **single)
-    return dequantize_nf4(picked, dtype)
+    scales = block_scales(q, blocks).view(-1)
+    return dequantize_nf4(_with_scales(q, codes.view(-1), scales, (*rows.shape, K)), dtype)
 
 
 def dequantize_nf4_panels(
     q: NF4Tensor, step: int, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
-    """The rows of a matrix q [N, K], `step` at a time, which must be whole blocks: which rows, and
-    these, [rows, K]. On a CPU all share one memory: each holds until the next is asked for.
+    """Yield the rows of a matrix q [N, K], `step` at a time: which rows, and these, [rows, K].
+
+    `step` rows must be whole blocks. On a CPU all panels share one memory: each holds until the
+    next is asked for.
     """
-    if _backend(q.device) is cpu:
+    if dispatch.backend(__package__, q.device) is cpu:
         yield from cpu.panels(q, step, dtype)
         return
     N, K = q.shape
@@ -206,25 +236,20 @@ def dequantize_nf4_panels(
         rows = slice(start, min(start + step, N))
         blocks = slice(start * K // q.block_size, -(-rows.stop * K // q.block_size))
         codes = q.codes.view(-1)[start * K // 2 : -(-rows.stop * K // 2)]
-        scales = _scales(q, torch.arange(blocks.start, blocks.stop, device=q.device))
-        single = {"absmax": scales, "nested_absmax": None, "offset": None}
-        panel = replace(q, codes=codes, shape=(rows.stop - start, K), **single)
+        scales = block_scales(q, torch.arange(blocks.start, blocks.stop, device=q.device))
+        panel = _with_scales(q, codes, scales, (rows.stop - start, K))
         yield rows, dequantize_nf4(panel, dtype)
 
 
-def _backend(device: torch.device) -> ModuleType:
-    picked = dispatch.pick(device, "cpu", "triton")
-    if picked == "triton":
-        from . import triton
-
-        return triton
-    return cpu if picked == "cpu" else reference
+def _with_scales(q: NF4Tensor, codes: Tensor, scales: Tensor, shape: tuple[int, ...]) -> NF4Tensor:
+    """Return a part of q: its codes, its scales in fp32, and its shape."""
+    return replace(q, codes=codes, absmax=scales, nested_absmax=None, offset=None, shape=shape)
 
 
-def _scales(q: NF4Tensor, blocks: Tensor | None = None) -> Tensor:
-    """The scales of `blocks` int64 [...] (default: of all), fp32 [...]."""
+def block_scales(q: NF4Tensor, blocks: Tensor | None = None) -> Tensor:
+    """Return the scales of `blocks` int64 [...], or of all, fp32 [...]."""
     codes, nested = q.absmax, q.nested_absmax
-    if nested is None:
+    if nested is None or q.offset is None:
         return codes if blocks is None else codes[blocks]
     if blocks is None:
         nested = nested.repeat_interleave(NESTED_BLOCK)[: codes.numel()]

@@ -294,7 +294,7 @@ void search_blocks(void* data, int64_t first, int64_t last) {
 
 // f(b, scale) for the blocks in [first, last)
 template <class F>
-void for_blocks(const Packed& w, int64_t first, int64_t last, F f) {
+void for_blocks(const PackedNF4& w, int64_t first, int64_t last, F f) {
     while (first < last) {
         const int64_t group = first / GROUP, end = simd::smaller((group + 1) * GROUP, last);
         float made[GROUP];
@@ -395,10 +395,10 @@ struct Decoder {
     int64_t block;
 #if defined(__AVX512F__)
     __m512 levels;
-    explicit Decoder(const Packed& w)
+    explicit Decoder(const PackedNF4& w)
         : codes(w.codes), table(w.table), block(w.block), levels(_mm512_loadu_ps(w.table)) {}
 #else
-    explicit Decoder(const Packed& w) : codes(w.codes), table(w.table), block(w.block) {}
+    explicit Decoder(const PackedNF4& w) : codes(w.codes), table(w.table), block(w.block) {}
 #endif
     // block b to out [count]
     __attribute__((always_inline)) void operator()(int64_t b, float scale, int64_t count, T* out) const {
@@ -415,7 +415,7 @@ struct Decoder {
 };
 
 struct Dequantize {
-    Packed w;
+    PackedNF4 w;
     void* out;      // [n], fp32 or bf16
     int64_t first;  // the block that out begins with
     int64_t n;
@@ -441,7 +441,7 @@ void dequantize_blocks(void* data, int64_t first, int64_t last) {
 // for any number of threads. AVX512-BF16's products take subnormal numbers for 0.
 
 struct Product {
-    Packed w;            // [N, K], K a multiple of the block
+    PackedNF4 w;         // [N, K], K a multiple of the block
     const void* x;       // [M, K], fp32 or bf16
     const float* bias;   // [N], or null
     void* y;             // [M, N], as x

@@ -1,5 +1,7 @@
-"""The compiled kernels of cpu.cpp: quantizing has the signatures of reference.py, and what reads a
-packed tensor takes it whole. Tensors in host memory.
+"""Calls of the C++ kernels in cpu.cpp, for tensors in host memory.
+
+The functions that quantize have the signatures of reference.py. Those that read a packed tensor
+take it whole.
 """
 
 import ctypes
@@ -14,14 +16,14 @@ from ... import dispatch
 from ...dispatch import CPU_DTYPES, FLOAT, INT64, POINTER, address
 from .tensor import NESTED_BLOCK, NF4Tensor, dynamic_map, largest_scale, levels
 
-# Values: fp16 (and for the search bf16) is widened to fp32 piece by piece, 4 MB at a time; a
+# Values: fp16 (and for the search bf16) is widened to fp32 piece by piece, 4 MB at a time. It is a
 # multiple of every block size. Larger pieces leave larger holes in the heap (docs/dev/LOG.md).
 CHUNK = 1 << 20
 HOST = torch.device("cpu")
 
 
-class Packed(ctypes.Structure):
-    """packed.h's."""
+class PackedNF4(ctypes.Structure):
+    """`PackedNF4` of packed.h: a packed tensor."""
 
     _fields_ = (
         *((name, POINTER) for name in ("codes", "absmax", "nested", "offset", "map", "table")),
@@ -30,14 +32,14 @@ class Packed(ctypes.Structure):
     )
 
 
-class Dequantize(Packed):
-    """cpu.cpp's."""
+class Dequantize(PackedNF4):
+    """`Dequantize` of cpu.cpp: the arguments of `nf4_dequantize`."""
 
     _fields_ = (("out", POINTER), ("first", INT64), ("n", INT64))
 
 
-class Product(Packed):
-    """cpu.cpp's."""
+class Product(PackedNF4):
+    """`Product` of cpu.cpp: the arguments of `nf4_product`."""
 
     _fields_ = (
         *((name, POINTER) for name in ("x", "bias", "y")),
@@ -48,6 +50,7 @@ class Product(Packed):
 def quantize(
     flat: Tensor, thresholds: Tensor, order: Tensor, block_size: int, floor: float
 ) -> tuple[Tensor, Tensor]:
+    """Call the C++ kernel `nf4_quantize`; see reference.quantize."""
     blocks = -(-flat.numel() // block_size)
     absmax = torch.empty(blocks, dtype=torch.float32, device=flat.device)
     return _codes("nf4_quantize", flat, absmax, thresholds, order, block_size, floor), absmax
@@ -56,6 +59,7 @@ def quantize(
 def encode(
     flat: Tensor, scales: Tensor, thresholds: Tensor, order: Tensor, block_size: int, floor: float
 ) -> Tensor:
+    """Call the C++ kernel `nf4_encode`; see reference.encode."""
     return _codes("nf4_encode", flat, scales, thresholds, order, block_size, floor)
 
 
@@ -68,7 +72,7 @@ def _codes(
     block_size: int,
     floor: float,
 ) -> Tensor:
-    """The codes of flat; `scales` are read, or written by the op that quantizes."""
+    """Return the codes of flat; `scales` are read, or written by the op that quantizes."""
     taken = flat.dtype if flat.dtype in CPU_DTYPES else torch.float32
     run = dispatch.function(f"{op}_{CPU_DTYPES[taken]}", *[POINTER] * 5, INT64, INT64, FLOAT)
     codes = torch.empty(-(-flat.numel() // 2), dtype=torch.uint8, device=flat.device)
@@ -90,6 +94,7 @@ def search(
     block_size: int,
     floor: float,
 ) -> Tensor:
+    """Call the C++ kernel `nf4_search`; see reference.search."""
     run = dispatch.function("nf4_search", *[POINTER] * 6, *[INT64] * 3, FLOAT)
     scales, inverse = absmax.clone(), 1 / factors
     tables = [t.data_ptr() for t in (thresholds, table, factors, inverse)]
@@ -103,6 +108,7 @@ def search(
 def quantize_absmax(
     absmax: Tensor, offset: Tensor, middles: Tensor, floor: float
 ) -> tuple[Tensor, Tensor]:
+    """Call the C++ kernel `nf4_quantize_scales`; see reference.quantize_absmax."""
     n = absmax.numel()
     codes = torch.empty(n, dtype=torch.uint8, device=HOST)
     nested = torch.empty(-(-n // NESTED_BLOCK), dtype=torch.float32, device=HOST)
@@ -113,30 +119,30 @@ def quantize_absmax(
 
 @functools.cache
 def _tables(quant_type: str) -> tuple[int, int]:
-    """The addresses of the dynamic map and of the levels; both live as long as the process."""
-    return address(dynamic_map(HOST)), address(levels(quant_type, HOST))
+    """Return the addresses of the dynamic map and the levels, which live until the process ends."""
+    return dynamic_map(HOST).data_ptr(), levels(quant_type, HOST).data_ptr()
 
 
 def _parts(q: NF4Tensor) -> list[Tensor | None]:
-    """What q consists of, in whole memory."""
+    """Return what q consists of, each part in contiguous memory."""
     parts = q.codes, q.absmax, q.nested_absmax, q.offset
     return [None if part is None else part.contiguous() for part in parts]
 
 
 def _arguments(q: NF4Tensor, parts: list[Tensor | None]) -> tuple:
-    """Of Packed; the parts must live until the call."""
+    """Return the fields of PackedNF4; the parts must live until the call."""
     tables = _tables(q.quant_type)
     return *map(address, parts), *tables, q.block_size, largest_scale(q.dtype)
 
 
-def packed_arguments(q: NF4Tensor) -> tuple[Packed, list[Tensor | None]]:
-    """q for a kernel, and what must live until the call."""
+def packed_arguments(q: NF4Tensor) -> tuple[PackedNF4, list[Tensor | None]]:
+    """Return q for a kernel, and what must live until the call."""
     parts = _parts(q)
-    return Packed(*_arguments(q, parts)), parts
+    return PackedNF4(*_arguments(q, parts)), parts
 
 
 def dequantize(q: NF4Tensor, dtype: torch.dtype) -> Tensor:
-    """The flat dense tensor [n]."""
+    """Return the flat dense tensor [n]."""
     computed = dtype if dtype in CPU_DTYPES else torch.float32
     n = math.prod(q.shape)
     out, parts = torch.empty(n, dtype=computed, device=HOST), _parts(q)
@@ -146,7 +152,7 @@ def dequantize(q: NF4Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def panels(q: NF4Tensor, step: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """As the package's `dequantize_nf4_panels`."""
+    """Yield panels as `dequantize_nf4_panels` does, all in one memory."""
     computed = dtype if dtype in CPU_DTYPES else torch.float32
     N, K = q.shape
     out, parts = torch.empty((step, K), dtype=computed, device=HOST), _parts(q)
@@ -160,8 +166,10 @@ def panels(q: NF4Tensor, step: int, dtype: torch.dtype) -> Iterator[tuple[slice,
 
 
 def product(x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
-    """x [M, K], fp32 or bf16, times the transpose of q [N, K], K a multiple of the block, plus bias
-    fp32 [N]: [M, N], summed in fp32. The weight is rounded to x's dtype, as `dequantize` rounds it.
+    """Return x [M, K], fp32 or bf16, times the transpose of q [N, K], plus bias fp32 [N]: [M, N].
+
+    K must be a multiple of the block. The sums are in fp32, and the weight is rounded to x's dtype,
+    as `dequantize` rounds it.
     """
     (M, K), N = x.shape, q.shape[0]
     y, x, parts = torch.empty((M, N), dtype=x.dtype, device=HOST), x.contiguous(), _parts(q)

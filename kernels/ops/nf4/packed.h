@@ -6,7 +6,7 @@ namespace {
 
 constexpr int64_t GROUP = 256;  // scales that share one of their own
 
-struct Packed {
+struct PackedNF4 {
     const uint8_t* codes;  // [ceil(n / 2)]
     const void* absmax;    // [ceil(n / block)], uint8 with double quantization, else fp32
     const float* nested;   // [ceil(blocks / GROUP)], or null
@@ -17,12 +17,12 @@ struct Packed {
     float largest;         // that a scale of double quantization may be
 };
 
-inline float double_quantized(const Packed& w, uint8_t code, float nested, float offset) {
+inline float double_quantized(const PackedNF4& w, uint8_t code, float nested, float offset) {
     const float scale = w.map[code] * nested + offset;
     return scale > w.largest ? w.largest : scale;
 }
 
-inline float scale_of(const Packed& w, int64_t block) {
+inline float scale_of(const PackedNF4& w, int64_t block) {
     if (!w.nested) return static_cast<const float*>(w.absmax)[block];
     return double_quantized(w, static_cast<const uint8_t*>(w.absmax)[block], w.nested[block / GROUP], *w.offset);
 }

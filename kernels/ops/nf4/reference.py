@@ -1,5 +1,6 @@
-"""NF4 and FP4 in plain torch, on any device: what every other backend is checked against. See the
-package for the maths.
+"""NF4 and FP4 in plain torch, on any device: what every other backend is checked against.
+
+`__init__.py` has the maths.
 """
 
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ CHUNK = 1 << 22  # values at a time, bounds the temporaries to about 50 MB; a mu
 def quantize(
     flat: Tensor, thresholds: Tensor, order: Tensor, block_size: int, floor: float
 ) -> tuple[Tensor, Tensor]:
-    """flat [n] -> codes uint8 [ceil(n / 2)], absmax fp32 [ceil(n / block_size)]."""
+    """Quantize flat [n]: codes uint8 [ceil(n / 2)], absmax fp32 [ceil(n / block_size)]."""
     pieces = [blocks.abs().amax(dim=1) for blocks in _blocks(flat, block_size)]
     absmax = torch.cat(pieces) if pieces else flat.new_empty(0, dtype=torch.float32)
     return encode(flat, absmax, thresholds, order, block_size, floor), absmax
@@ -25,7 +26,7 @@ def quantize(
 def encode(
     flat: Tensor, scales: Tensor, thresholds: Tensor, order: Tensor, block_size: int, floor: float
 ) -> Tensor:
-    """The code of the nearest level for every value of flat [n]: uint8 [ceil(n / 2)]."""
+    """Return the code of the nearest level for every value of flat [n]: uint8 [ceil(n / 2)]."""
     codes, n = [], flat.numel()
     parts = scales.split(CHUNK // block_size)
     for blocks, scale in zip(_blocks(flat, block_size), parts, strict=False):
@@ -48,19 +49,21 @@ def search(
     block_size: int,
     floor: float,
 ) -> Tensor:
-    """For every block absmax times the first of the `factors` with the least squared error, fp32
-    [blocks]. `table` holds the levels in ascending order.
+    """Return for every block absmax times the best of the `factors`, fp32 [blocks].
+
+    The best one is the first with the least squared error. `table` holds the levels in ascending
+    order.
     """
     inverse, found = 1 / factors, []
     parts = absmax.split(CHUNK // block_size)
     for blocks, scale in zip(_blocks(flat, block_size), parts, strict=False):
         x = blocks * (1 / scale.clamp(min=floor))[:, None]
-        least = best = None
+        least: Tensor | None = None
         for factor, over in zip(factors, inverse, strict=True):
             index = torch.bucketize(x * over, thresholds, out_int32=True)
             off = table.index_select(0, index.view(-1)).view(x.shape) * factor - x
             error = _halving_sum(off * off)
-            if best is None:
+            if least is None:
                 least, best = error, factor.expand_as(error)
             better = error < least
             least, best = torch.where(better, error, least), torch.where(better, factor, best)
@@ -69,8 +72,10 @@ def search(
 
 
 def _halving_sum(x: Tensor) -> Tensor:
-    """[blocks, 2^k] -> [blocks], the halves added until one is left: an order that any backend can
-    keep, so that all choose the same.
+    """Sum the rows of x [blocks, 2^k]: [blocks].
+
+    The halves are added until one is left: an order that any backend can keep, so that all choose
+    the same factor.
     """
     while x.shape[1] > 1:
         half = x.shape[1] // 2
@@ -79,8 +84,9 @@ def _halving_sum(x: Tensor) -> Tensor:
 
 
 def _blocks(flat: Tensor, block_size: int) -> Iterator[Tensor]:
-    """flat [n] as fp32 [blocks, block_size], piece by piece; the last one filled with zeros, which
-    raise no absmax.
+    """Yield flat [n] as fp32 [blocks, block_size], piece by piece.
+
+    The last block is filled with zeros, which raise no absmax.
     """
     for piece in flat.split(CHUNK) if flat.numel() else ():
         yield F.pad(piece.float(), (0, -piece.numel() % block_size)).view(-1, block_size)
@@ -89,8 +95,9 @@ def _blocks(flat: Tensor, block_size: int) -> Iterator[Tensor]:
 def dequantize(
     codes: Tensor, scales: Tensor, pairs: Tensor, n: int, block_size: int, dtype: torch.dtype
 ) -> Tensor:
-    """codes uint8 [ceil(n / 2)], scales fp32 [ceil(n / block_size)], the two levels of every byte
-    fp32 [256, 2] -> [n].
+    """Return the n values of codes uint8 [ceil(n / 2)], with scales fp32 [ceil(n / block_size)].
+
+    `pairs` fp32 [256, 2] are the two levels of every byte.
     """
     flat = pairs.index_select(0, codes.int()).view(-1)[:n]
     full = n - n % block_size
@@ -101,16 +108,14 @@ def dequantize(
 
 
 def dequantize_at(codes: Tensor, scales: Tensor, table: Tensor, at: Tensor) -> Tensor:
-    """The values at places `at` int64 [...] of the flat tensor; scales fp32 [...] are theirs: fp32
-    [...].
-    """
+    """Return the values at places `at` int64 [...] of the flat tensor, whose scales are given."""
     byte = codes[at >> 1]
     code = torch.where(at % 2 == 1, byte & 15, byte >> 4)
     return table[code.int()] * scales
 
 
 def mean_absmax(absmax: Tensor) -> Tensor:
-    """The offset of double quantization, fp32 []."""
+    """Return the offset of double quantization, fp32 []."""
     offset = absmax.mean()
     if not torch.isfinite(offset):  # the sum overflowed
         offset = (absmax / absmax.numel()).sum()
@@ -120,8 +125,10 @@ def mean_absmax(absmax: Tensor) -> Tensor:
 def quantize_absmax(
     absmax: Tensor, offset: Tensor, middles: Tensor, floor: float
 ) -> tuple[Tensor, Tensor]:
-    """absmax fp32 [blocks], offset fp32 [] -> codes uint8 [blocks], nested_absmax fp32
-    [ceil(blocks / NESTED_BLOCK)]. `middles` fp32 [255] are those of the dynamic map's levels.
+    """Quantize absmax fp32 [blocks], from which offset fp32 [] is subtracted.
+
+    `middles` fp32 [255] are those of the dynamic map's levels. Returns codes uint8 [blocks] and
+    nested_absmax fp32 [ceil(blocks / NESTED_BLOCK)].
     """
     groups = F.pad(absmax - offset, (0, -absmax.numel() % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     nested = groups.abs().amax(dim=1)
@@ -131,8 +138,9 @@ def quantize_absmax(
 
 
 def dequantize_absmax(codes: Tensor, nested: Tensor, offset: Tensor, levels: Tensor) -> Tensor:
-    """The inverse of `quantize_absmax`, up to its rounding: codes uint8 [...] and the nested scale
-    of each, fp32 [...] -> fp32 [...].
+    """Undo `quantize_absmax`, up to its rounding: return absmax, fp32 [...].
+
+    codes are uint8 [...], and nested is the nested scale of each, fp32 [...].
     """
     values = levels.index_select(0, codes.flatten().int()).view(codes.shape)
     return values.mul_(nested).add_(offset)

@@ -1,6 +1,6 @@
 """What a 4-bit tensor consists of, and how it lies in a file.
 
-In memory an `NF4Tensor` is three or four torch tensors (the package tells the layout). In a
+In memory an `NF4Tensor` is three or four torch tensors (`__init__.py` has the layout). In a
 safetensors file it is what bitsandbytes writes for a weight named X:
 
     X                 codes, [bytes, 1]; as uint8, or the same bytes under a wider dtype
@@ -10,8 +10,8 @@ safetensors file it is what bitsandbytes writes for a weight named X:
     X.nested_quant_map  fp32 [256], the dynamic map, with double quantization
     X.quant_state.bitsandbytes__nf4 (or fp4): JSON as uint8, of shape, dtype, block size, offset
 
-A file is checked against all of it before anything is believed: a scale too few would be read from
-beyond the end of the memory.
+A file is checked against all of this before any of it is used: if a scale were missing, a kernel
+would read beyond the end of the memory.
 """
 
 import functools
@@ -19,6 +19,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,20 +58,20 @@ MARK = ".quant_state.bitsandbytes__"  # a tensor X is in 4 bits if there is an X
 
 @functools.cache
 def levels(quant_type: str, device: torch.device) -> Tensor:
-    """The 16 levels by code, fp32 [16]."""
+    """Return the 16 levels by code, fp32 [16]."""
     return torch.tensor(LEVELS[quant_type], dtype=torch.float32, device=device)
 
 
 @functools.cache
 def pairs(quant_type: str, device: torch.device) -> Tensor:
-    """The two levels of a byte of codes, fp32 [256, 2]."""
+    """Return the two levels of every byte of codes, fp32 [256, 2]."""
     table = levels(quant_type, device)
     return torch.stack([table.repeat_interleave(16), table.repeat(16)], dim=1)
 
 
 @functools.cache
 def dynamic_map(device: torch.device) -> Tensor:
-    """The signed 8-bit dynamic map, fp32 [256], ascending.
+    """Return the signed 8-bit dynamic map (arXiv:1511.04561), fp32 [256], ascending.
 
     For decade i = 0..6 the interval [0.1, 1] * 10^(i-6) is cut into 2^i equal parts whose centres,
     with both signs, are levels; 0 and 1 complete the 256.
@@ -85,14 +86,15 @@ def dynamic_map(device: torch.device) -> Tensor:
 
 @functools.cache
 def largest_scale(dtype: torch.dtype) -> float:
-    """That a tensor of `dtype` may have: rounded to 8 bits, the scale of the largest values could
-    exceed what their dtype holds.
+    """Return the largest scale that a tensor of `dtype` may have.
+
+    Rounded to 8 bits, the scale of the largest values could exceed what their dtype holds.
     """
     return min(torch.finfo(d).max for d in (dtype, torch.float32))
 
 
 def check_block_size(block_size: int) -> None:
-    """Raises ValueError unless it is a power of two from 32 to 4096."""
+    """Raise ValueError unless `block_size` is a power of two from 32 to 4096."""
     if type(block_size) is not int or block_size not in BLOCK_SIZES:
         raise ValueError(
             f"block_size is {block_size}: choose one of {', '.join(map(str, BLOCK_SIZES))}"
@@ -101,11 +103,24 @@ def check_block_size(block_size: int) -> None:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class NF4Tensor:
-    """A tensor in 4 bits, NF4 or FP4: see the package for the memory layout. `shape` and `dtype`
-    are those of the original.
+    """A tensor in 4 bits, NF4 or FP4, in the layout of bitsandbytes (arXiv:2305.14314).
 
-    Raises ValueError if the tensors do not fit `shape` and `block_size`. Not to be pickled: it goes
-    to safetensors files, by `tensors` and `from_tensors`.
+    It goes to safetensors files by `tensors` and `from_tensors`; it cannot be pickled.
+
+    Attributes:
+        codes: uint8 [ceil(n / 2)] for n values in row-major order, two codes a byte, the first one
+            in the high nibble.
+        absmax: the scale of each block, uint8 [blocks] with double quantization, else fp32
+            [blocks].
+        nested_absmax: the scales of 256 scales each, fp32 [ceil(blocks / 256)], or None.
+        offset: the mean of the scales, fp32 [], or None.
+        shape: the shape of the original.
+        block_size: how many values share a scale.
+        dtype: the dtype of the original, fp32, bf16 or fp16.
+        quant_type: "nf4" or "fp4".
+
+    Raises:
+        ValueError: the tensors do not fit `shape` and `block_size`.
     """
 
     codes: Tensor
@@ -127,6 +142,8 @@ class NF4Tensor:
         held = [("codes", self.codes, -(-n // 2), torch.uint8)]
         held.append(("absmax", self.absmax, blocks, scale))
         if self.nested_absmax is not None:
+            if self.offset is None:
+                raise ValueError("nested_absmax is given without offset")
             nested = -(-blocks // NESTED_BLOCK)
             held.append(("nested_absmax", self.nested_absmax, nested, torch.float32))
             held.append(("offset", self.offset, 1, torch.float32))
@@ -141,29 +158,33 @@ class NF4Tensor:
 
     @property
     def double_quant(self) -> bool:
+        """Whether the scales are stored in 8 bits."""
         return self.nested_absmax is not None
 
     @property
     def device(self) -> torch.device:
+        """Where the tensors lie."""
         return self.codes.device
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that is stored, scales included."""
+        """The bytes of all that is stored, scales included."""
         return sum(t.nbytes for t in self._parts().values())
 
     @property
     def bits_per_parameter(self) -> float:
+        """The bits that are stored for each value, scales included."""
         return 8 * self.nbytes / max(1, math.prod(self.shape))
 
     def _parts(self) -> dict[str, Tensor]:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "NF4Tensor":
-        return replace(self, **{name: change(part) for name, part in self._parts().items()})
+        changed: dict[str, Any] = {name: change(part) for name, part in self._parts().items()}
+        return replace(self, **changed)
 
     def to(self, device: torch.device | str, *, copy: bool = False) -> "NF4Tensor":
-        """The same on another device; with `copy` in memory of its own in any case."""
+        """Return the tensor on a device; with `copy` always in memory of its own."""
         return self._map(lambda part: part.to(device, copy=copy))
 
     def __deepcopy__(self, memo: dict) -> "NF4Tensor":
@@ -183,7 +204,7 @@ class NF4Tensor:
         )
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The entries of a safetensors file for the tensor `name`, as bitsandbytes writes them."""
+        """Return the entries of a safetensors file for the tensor `name`, as bitsandbytes does."""
         state = {
             "quant_type": self.quant_type,
             "blocksize": self.block_size,
@@ -195,7 +216,7 @@ class NF4Tensor:
             f"{name}.absmax": self.absmax,
             f"{name}.quant_map": levels(self.quant_type, self.device).clone(),
         }
-        if self.nested_absmax is not None:
+        if self.nested_absmax is not None and self.offset is not None:
             found[f"{name}.nested_absmax"] = self.nested_absmax
             found[f"{name}.nested_quant_map"] = dynamic_map(self.device).clone()
             state |= {
@@ -211,10 +232,18 @@ class NF4Tensor:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], name: str) -> "NF4Tensor":
-        """The tensor `name` from the entries of a file; the inverse of `tensors`.
+        """Return the tensor `name` from the entries of a file; the inverse of `tensors`.
 
-        Raises ValueError, in one sentence, for entries that are missing, of the wrong size, or of
-        another code than NF4 or FP4.
+        Args:
+            tensors: the entries, by name.
+            name: the name of the weight.
+
+        Returns:
+            The packed tensor.
+
+        Raises:
+            ValueError: an entry is missing, has the wrong size, or is of another code than NF4 or
+                FP4.
         """
         quant_type, state = read_state(tensors, name)
         codes = _entry(tensors, name).contiguous().view(-1)
@@ -233,7 +262,7 @@ class NF4Tensor:
 
 
 def read_state(tensors: Mapping[str, Tensor], name: str) -> tuple[str, dict]:
-    """The quant type of tensor `name`, and what its quant_state says, checked."""
+    """Return the quant type of tensor `name`, and what its quant_state says, checked."""
     kinds = [kind for kind in LEVELS if f"{name}{MARK}{kind}" in tensors]
     if len(kinds) != 1:
         raise ValueError(f"one of {', '.join(name + MARK + kind for kind in LEVELS)} must be there")
@@ -276,7 +305,7 @@ def _entry(tensors: Mapping[str, Tensor], name: str) -> Tensor:
 
 
 def _same(tensors: Mapping[str, Tensor], name: str, expected: Tensor) -> None:
-    """Raises ValueError unless the table in the file is ours, to a few roundings."""
+    """Raise ValueError unless the table in the file is ours, to a few roundings."""
     found = _entry(tensors, name).view(-1).float()
     if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-6, atol=1e-9):
         raise ValueError(f"{name} is another code than the one lorakit knows")

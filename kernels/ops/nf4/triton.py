@@ -1,8 +1,8 @@
 """NF4 and FP4 on a GPU, bit for bit the reference.
 
 Dequantizing: a thread takes 4 bytes and writes 8 values in one 128-bit store, without shared
-memory. A tile is [rows, TILE] bytes, a row lies inside one block of values, so that a thread reads
-one scale; double quantization is undone on the way, and no array of fp32 scales exists. The product
+memory. A tile is [rows, TILE] bytes. A row lies inside one block of values, so that a thread reads
+one scale. Double quantization is undone on the way, and no array of fp32 scales exists. The product
 level * scale is rounded once, from fp32, as everywhere: levels in bf16 would round twice.
 
 The 16 levels are looked up without memory on NVIDIA's GPUs (`ptx`). The instruction prmt picks 4
@@ -40,7 +40,9 @@ EXACT = {"enable_fp_fusion": False}
 
 @functools.cache
 def ptx(quant_type: str) -> str:
-    """The fp32 levels of 4 bytes of codes, $8: $0 to $3 of the high nibbles, $4 to $7 of the low.
+    """Return code for the fp32 levels of 4 bytes of codes, $8.
+
+    $0 to $3 get the levels of the high nibbles, $4 to $7 those of the low ones.
 
     prmt d, a, b, c: byte i of d is that byte of the eight in (b, a) which nibble i of c names. The
     nibbles of a 16-bit half of $8 are four codes, the low one of each byte first.
@@ -84,7 +86,7 @@ def ptx(quant_type: str) -> str:
 
 @triton.jit
 def values_of(packed, scale, PAIRS, PTX: tl.constexpr, dtype: tl.constexpr):
-    """Bytes [rows, n] with a scale [rows] each -> [rows, 2 n]"""
+    """Return the values [rows, 2 n] of bytes [rows, n] with a scale [rows] each."""
     if PTX is None:
         pair = PAIRS + packed.to(tl.int32) * 2
         high, low = tl.load(pair), tl.load(pair + 1)
@@ -100,7 +102,7 @@ def values_of(packed, scale, PAIRS, PTX: tl.constexpr, dtype: tl.constexpr):
 def scales_of(
     SCALES, NESTED, offset, MAP, block, mask, largest: tl.constexpr, DOUBLE: tl.constexpr
 ):
-    """The scales of blocks, fp32."""
+    """Return the scales of blocks, fp32."""
     other: tl.constexpr = None if mask is None else 0
     code = tl.load(SCALES + block, mask=mask, other=other)
     if DOUBLE:
@@ -200,7 +202,7 @@ def _quantize(
 
 
 def packed_arguments(q: NF4Tensor) -> tuple[Tensor, ...]:
-    """CODES, SCALES, NESTED, OFFSET, MAP and PAIRS of the kernels."""
+    """Return the arguments CODES, SCALES, NESTED, OFFSET, MAP and PAIRS of the kernels."""
     codes, absmax = q.codes.contiguous(), q.absmax.contiguous()
     nested, offset = absmax, absmax
     if q.double_quant:
@@ -210,14 +212,14 @@ def packed_arguments(q: NF4Tensor) -> tuple[Tensor, ...]:
 
 
 def packed_options(q: NF4Tensor) -> dict:
-    """What of them is known when they are compiled."""
+    """Return what of the arguments is known when the kernels are compiled."""
     by_ptx = ptx(q.quant_type) if dispatch.compiles_to() == "ptx" else None
     largest = min(torch.finfo(d).max for d in (q.dtype, torch.float32))
     return {"largest": largest, "DOUBLE": q.double_quant, "PTX": by_ptx, **EXACT}
 
 
 def dequantize(q: NF4Tensor, dtype: torch.dtype) -> Tensor:
-    """The flat dense tensor [n]."""
+    """Return the flat dense tensor [n]."""
     n = math.prod(q.shape)
     y = torch.empty(n, dtype=dtype, device=q.device)
     tile = min(q.block_size // 2, 128)
@@ -232,8 +234,10 @@ def dequantize(q: NF4Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def dequantize_rows(q: NF4Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of q [N, K], picked by `rows` int64 [n], where K is a multiple of the block: [n, K]. A
-    row that is not there is NaN: nothing waits for the device to find out.
+    """Return the rows of q [N, K] that `rows` int64 [n] picks: [n, K].
+
+    K must be a multiple of the block. A row that is not there is NaN: nothing waits for the device
+    to find out.
     """
     (N, K), n = q.shape, len(rows)
     y = torch.empty((n, K), dtype=dtype, device=q.device)
@@ -265,7 +269,7 @@ def _encode(
 def quantize(
     flat: Tensor, thresholds: Tensor, order: Tensor, block_size: int, floor: float
 ) -> tuple[Tensor, Tensor]:
-    """As reference.quantize."""
+    """Launch the kernel that finds scales and codes; see reference.quantize."""
     blocks = triton.cdiv(flat.numel(), block_size)
     absmax = torch.empty(blocks, dtype=torch.float32, device=flat.device)
     return _encode(flat, absmax, thresholds, order, block_size, floor, False), absmax
@@ -274,5 +278,5 @@ def quantize(
 def encode(
     flat: Tensor, scales: Tensor, thresholds: Tensor, order: Tensor, block_size: int, floor: float
 ) -> Tensor:
-    """As reference.encode."""
+    """Launch the kernel with scales that are given; see reference.encode."""
     return _encode(flat, scales, thresholds, order, block_size, floor, True)

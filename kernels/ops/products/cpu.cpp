@@ -20,11 +20,11 @@ namespace {
 
 // A matrix [rows, columns], row by row (cpu.py has the same layouts).
 struct Matrix {
-    const void* data;       // bf16 or fp32
-    int64_t stride;         // values from one row to the next
-    int64_t kind;           // 0 bf16, 1 fp32, 2 packed
-    float factor;           // fp32 values times this
-    const Packed* packed;   // in blocks of a multiple of 64
+    const void* data;         // bf16 or fp32
+    int64_t stride;           // values from one row to the next
+    int64_t kind;             // 0 bf16, 1 fp32, 2 packed
+    float factor;             // fp32 values times this
+    const PackedNF4* packed;  // in blocks of a multiple of 64
 };
 
 struct Term {
@@ -57,7 +57,7 @@ inline __m512i bf16_of(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2p
 inline void load64(const Matrix& m, int64_t row, int64_t column, int64_t count, __m512i (&out)[2]) {
     const int64_t at = row * m.stride + column;
     if (m.kind == 2) {
-        const Packed& w = *m.packed;
+        const PackedNF4& w = *m.packed;
         Table32 table;
         make_table(_mm512_loadu_ps(w.table), scale_of(w, at / w.block), table);
         for (int64_t i = 0; i < 2; ++i) out[i] = looked_up32(table, w.codes + at / 2 + 16 * i);
