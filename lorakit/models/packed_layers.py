@@ -1,12 +1,13 @@
-"""Frozen packed layers, and the walk that puts them in the place of dense ones.
+"""Frozen layers whose weight is packed, and the walk that puts them in the place of dense ones.
 
-    NF4Linear, Int8Linear            y = x W^T + b
+    NF4Linear, Int8Linear            y = x W^T + bias
     NF4Embedding, Int8Embedding      rows of W: gathered packed, then dequantized, only they
 
-Each keeps the codes and scales of its one matrix as frozen parameters, so that they move with
-`.to(device)`, are seen by FSDP as plain uint8 tensors, and take part in `state_dict`. The linear
-ones have what `lora` needs of a base: `layer(x)`, `layer.dequantize()`, `layer.stored`,
-`layer.requantize(w)` and `layer.frozen`.
+A class is a use of the weight (`PackedLinear`, `PackedEmbedding`) together with a storage of it
+(`NF4Weight` in 4 bits, `Int8Weight`). Each keeps the codes and scales of its one matrix as frozen
+parameters, so that they move with `.to(device)`, are seen by FSDP as plain uint8 tensors, and take
+part in `state_dict`. The linear ones have what an adapter needs of the layer below it: `layer(x)`,
+`layer.dequantize()`, `layer.stored`, `layer.requantize(w)` and `layer.frozen`.
 
 `quantize` on a model of the meta device makes empty shells of the right size; the loader then packs
 each dense weight as it is read. The dense model never exists.
@@ -15,6 +16,7 @@ each dense weight as it is read. The dense model never exists.
 import dataclasses
 import math
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -22,43 +24,63 @@ from torch import Tensor, nn
 from lorakit import kernels
 from lorakit.config.errors import LorakitError, nearest
 from lorakit.config.patterns import lies_in
-from lorakit.config.quantization import QuantConfig
+from lorakit.config.quantization import QuantConfig, Storage
 from lorakit.kernels.dispatch import FLOATS
 from lorakit.kernels.ops.nf4.tensor import NESTED_BLOCK
 
+# ---- how a weight is stored ----
+
 
 class PackedWeight(nn.Module):
-    """A frozen matrix [rows, columns] of `shape`, packed; `dtype` is what it computes in."""
+    """A frozen matrix [rows, columns], packed.
+
+    Attributes:
+        shape: (rows, columns).
+        config: how the matrix is packed.
+        dtype: the dtype that the layer computes in.
+    """
 
     frozen = True
+    weight: nn.Parameter
 
-    def __init__(self, shape: tuple[int, int], config: QuantConfig, dtype: torch.dtype):
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        config: QuantConfig,
+        dtype: torch.dtype,
+        device: torch.device | None,
+    ):
         super().__init__()
         self.shape, self.config, self.dtype = shape, config, dtype
+        self._allocate(device)
 
-    @property
-    def quantized(self) -> kernels.Packed:
-        """The matrix as the kernels take it; shares the parameters' memory."""
-        raise NotImplementedError
-
-    def place(self, q: kernels.Packed) -> None:
-        """Take `q`, of the same kind and shape, as the new matrix, on its device."""
+    def _allocate(self, device: torch.device | None) -> None:
+        """Make the parameters, without values."""
         raise NotImplementedError
 
     def _pack(self, w: Tensor) -> kernels.Packed:
         raise NotImplementedError
 
-    def dequantize(self) -> Tensor:
-        """The dense matrix, in the layer's dtype."""
-        return kernels.dequantize(self.quantized, self.dtype)
+    @property
+    def quantized(self) -> kernels.Packed:
+        """The matrix as the kernels take it; it shares the parameters' memory."""
+        raise NotImplementedError
 
     @property
     def stored(self) -> kernels.Packed:
-        """The same, as an adapter asks for it."""
+        """The matrix as an adapter asks for it."""
         return self.quantized
 
+    def place(self, q: kernels.Packed) -> None:
+        """Take `q`, of the same kind and shape, as the new matrix, on the device of `q`."""
+        raise NotImplementedError
+
+    def dequantize(self) -> Tensor:
+        """Return the dense matrix, in the layer's dtype."""
+        return kernels.dequantize(self.quantized, self.dtype)
+
     def requantize(self, w: Tensor) -> None:
-        """Take dense `w` as the new matrix, on `w`'s device."""
+        """Pack the dense matrix `w` and take it as the new one, on the device of `w`."""
         if tuple(w.shape) != self.shape:
             raise LorakitError(
                 f"requantize: the weight is {tuple(w.shape)}, the layer {self.shape}"
@@ -68,33 +90,36 @@ class PackedWeight(nn.Module):
     def _freeze(self, name: str, tensor: Tensor) -> None:
         setattr(self, name, nn.Parameter(tensor, requires_grad=False))
 
-    def _apply(self, fn, recurse: bool = True) -> nn.Module:
-        """`.to(dtype)` changes what the layer computes in; the scales stay fp32."""
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Let `.to(dtype)` change what the layer computes in; the scales stay fp32."""
         exact = {
             n: p.detach() for n, p in self._parameters.items() if p is not None and n != "bias"
         }
         super()._apply(fn, recurse)
         for name, before in exact.items():
             after = self._parameters[name]
-            if after.dtype != before.dtype:
+            if after is not None and after.dtype != before.dtype:
                 self._freeze(name, before.to(after.device))
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
         return self
 
 
 class NF4Weight(PackedWeight):
-    """In 4 bits, NF4 or FP4."""
+    """A matrix in 4 bits, NF4 or FP4, with one scale for each block of values."""
 
-    def __init__(self, shape, config, dtype, device):
-        super().__init__(shape, config, dtype)
-        n = math.prod(shape)
-        blocks = math.ceil(n / config.block_size)
+    absmax: nn.Parameter
+    nested_absmax: nn.Parameter | None
+    offset: nn.Parameter | None
+
+    def _allocate(self, device: torch.device | None) -> None:
+        values = math.prod(self.shape)
+        blocks = math.ceil(values / self.config.block_size)
 
         def freeze(name: str, *shape: int, dtype: torch.dtype) -> None:
             self._freeze(name, torch.empty(shape, dtype=dtype, device=device))
 
-        freeze("weight", math.ceil(n / 2), dtype=torch.uint8)  # two codes a byte
-        if config.double_quant:
+        freeze("weight", math.ceil(values / 2), dtype=torch.uint8)  # two codes a byte
+        if self.config.double_quant:
             freeze("absmax", blocks, dtype=torch.uint8)
             freeze("nested_absmax", math.ceil(blocks / NESTED_BLOCK), dtype=torch.float32)
             freeze("offset", dtype=torch.float32)
@@ -115,10 +140,11 @@ class NF4Weight(PackedWeight):
             self.config.quant_type,
         )
 
-    def place(self, q: kernels.NF4Tensor) -> None:
+    def place(self, q: kernels.Packed) -> None:
+        assert isinstance(q, kernels.NF4Tensor)
         self._freeze("weight", q.codes)
         self._freeze("absmax", q.absmax)
-        if q.double_quant:
+        if q.nested_absmax is not None and q.offset is not None:
             self._freeze("nested_absmax", q.nested_absmax)
             self._freeze("offset", q.offset)
 
@@ -134,18 +160,21 @@ class NF4Weight(PackedWeight):
 
 
 class Int8Weight(PackedWeight):
-    """In 8 bits, one scale per row."""
+    """A matrix in 8 bits, with one scale per row."""
 
-    def __init__(self, shape, config, dtype, device):
-        super().__init__(shape, config, dtype)
-        self._freeze("weight", torch.empty(shape, dtype=torch.int8, device=device))
-        self._freeze("scale", torch.empty(shape[0], dtype=torch.float32, device=device))
+    scale: nn.Parameter
+
+    def _allocate(self, device: torch.device | None) -> None:
+        rows, _ = self.shape
+        self._freeze("weight", torch.empty(self.shape, dtype=torch.int8, device=device))
+        self._freeze("scale", torch.empty(rows, dtype=torch.float32, device=device))
 
     @property
     def quantized(self) -> kernels.Int8Tensor:
         return kernels.Int8Tensor(self.weight, self.scale, self.dtype)
 
-    def place(self, q: kernels.Int8Tensor) -> None:
+    def place(self, q: kernels.Packed) -> None:
+        assert isinstance(q, kernels.Int8Tensor)
         self._freeze("weight", q.values)
         self._freeze("scale", q.scale)
 
@@ -153,10 +182,22 @@ class Int8Weight(PackedWeight):
         return kernels.quantize_int8(w)
 
 
+# ---- what a layer does with its weight ----
+
+
 class PackedLinear(PackedWeight):
     """y = x W^T + bias, W [out_features, in_features]."""
 
-    def __init__(self, in_features, out_features, config, bias=None, *, dtype, device=None):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        config: QuantConfig,
+        bias: nn.Parameter | None = None,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+    ):
         super().__init__((out_features, in_features), config, dtype, device)
         self.in_features, self.out_features = in_features, out_features
         self.bias = bias
@@ -172,9 +213,17 @@ class PackedLinear(PackedWeight):
 
 
 class PackedEmbedding(PackedWeight):
-    """ids int64 [...] -> [..., embedding_dim]: the rows of W [num_embeddings, embedding_dim]."""
+    """The rows of W [num_embeddings, embedding_dim] that ids int64 [...] name."""
 
-    def __init__(self, num_embeddings, embedding_dim, config, *, dtype, device=None):
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        config: QuantConfig,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+    ):
         super().__init__((num_embeddings, embedding_dim), config, dtype, device)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
 
@@ -185,79 +234,122 @@ class PackedEmbedding(PackedWeight):
         return f"{self.num_embeddings}, {self.embedding_dim}, {_storage(self.config)}"
 
 
-class NF4Linear(PackedLinear, NF4Weight): ...
-
-
-class Int8Linear(PackedLinear, Int8Weight): ...
-
-
-class NF4Embedding(PackedEmbedding, NF4Weight): ...
-
-
-class Int8Embedding(PackedEmbedding, Int8Weight): ...
-
-
 def _storage(config: QuantConfig) -> str:
     if config.quant_type == "int8":
         return "int8"
     return f"{config.quant_type}, block_size={config.block_size}"
 
 
+class NF4Linear(PackedLinear, NF4Weight):
+    """A frozen linear layer in 4 bits."""
+
+
+class Int8Linear(PackedLinear, Int8Weight):
+    """A frozen linear layer in 8 bits."""
+
+
+class NF4Embedding(PackedEmbedding, NF4Weight):
+    """A frozen embedding in 4 bits."""
+
+
+class Int8Embedding(PackedEmbedding, Int8Weight):
+    """A frozen embedding in 8 bits."""
+
+
+# ---- from dense layers to packed ones ----
+
+
 def packed_layer(layer: nn.Linear | nn.Embedding, config: QuantConfig) -> PackedWeight:
-    """The packed form of `layer`, stored as `config.quant_type`; on the meta device a shell."""
+    """Return the packed form of `layer`, stored as `config.quant_type`.
+
+    For a layer on the meta device it is a shell without values.
+    """
     weight, int8 = layer.weight, config.quant_type == "int8"
-    options = {"dtype": weight.dtype, "device": weight.device}
+    packed: PackedWeight
     if isinstance(layer, nn.Linear):
-        kind = Int8Linear if int8 else NF4Linear
-        packed = kind(layer.in_features, layer.out_features, config, layer.bias, **options)
+        packed = (Int8Linear if int8 else NF4Linear)(
+            layer.in_features,
+            layer.out_features,
+            config,
+            layer.bias,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
     else:
-        kind = Int8Embedding if int8 else NF4Embedding
-        packed = kind(layer.num_embeddings, layer.embedding_dim, config, **options)
+        packed = (Int8Embedding if int8 else NF4Embedding)(
+            layer.num_embeddings,
+            layer.embedding_dim,
+            config,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
     if not weight.is_meta:
         packed.requantize(weight.detach())
     return packed.train(layer.training)
 
 
 def quantize(module: nn.Module, config: QuantConfig | None = None) -> nn.Module:
-    """Replace the linear layers inside `module` by packed ones, in place; returns `module`.
+    """Replace the linear layers inside a module by packed ones, in place.
 
     Every nn.Linear is taken but the output head (`lm_head`) and what `config.skip_modules` names
-    (by default the routers), which stay as they are; the head and the embeddings if `config` says
-    how. Only the classes nn.Linear and nn.Embedding themselves are taken: a subclass may compute
-    something else with its weight.
+    (by default the routers of experts), which stay as they are; the head and the embeddings are
+    taken too if `config` says how. Only the classes nn.Linear and nn.Embedding themselves are
+    taken: a subclass may compute something else with its weight.
 
-    Raises LorakitError, and changes nothing, if nothing is to be quantized, a name in `config` is
-    no layer, a weight holds NaN or infinite values, or a weight belongs to two layers.
+    Args:
+        module: A model, dense, without adapters. On the meta device its layers become shells.
+        config: How the weights are stored; None: QuantConfig(), which is NF4.
+
+    Returns:
+        `module` itself.
+
+    Raises:
+        LorakitError: If an adapter is attached, nothing is to be quantized, a name in `config` is
+            no layer, a weight holds NaN or infinite values, or a weight belongs to two layers.
+            Nothing is changed then.
     """
     config = config or QuantConfig()
     if any("adapters" in name.split(".") for name, _ in module.named_parameters()):
         raise LorakitError("quantize: an adapter is attached; quantize the model before attaching")
-    layers = dict(module.named_modules())
-    _check_names(layers, config)
-    found = {}
-    for name, layer in layers.items():
-        leaf = name.rpartition(".")[2]
-        kind = None
-        if type(layer) is nn.Embedding:
-            kind = config.embed_tokens
-        elif type(layer) is nn.Linear and name:
-            kind = config.lm_head if leaf == "lm_head" else config.quant_type
-        if kind is not None and not any(lies_in(name, skipped) for skipped in config.skip_modules):
-            found[name] = kind
-    if not found:
+    _check_names(module, config)
+    storage = _storage_by_layer(module, config)
+    if not storage:
         raise LorakitError("quantize: the module holds no nn.Linear to quantize")
-    _check_weights(module, found)
-    for name, kind in found.items():  # popped: the dense weight may go as soon as it is packed
-        packed = packed_layer(layers.pop(name), dataclasses.replace(config, quant_type=kind))
-        module.set_submodule(name, packed)
+    _check_weights(module, storage)
+    for name, kind in storage.items():  # one at a time: a dense weight goes as soon as it is packed
+        config_of_layer = dataclasses.replace(config, quant_type=kind)
+        module.set_submodule(name, packed_layer(_dense_layer(module, name), config_of_layer))
     return module
 
 
-def _check_names(layers: dict[str, nn.Module], config: QuantConfig) -> None:
+def _dense_layer(module: nn.Module, name: str) -> nn.Linear | nn.Embedding:
+    layer = module.get_submodule(name)
+    assert isinstance(layer, (nn.Linear, nn.Embedding))
+    return layer
+
+
+def _storage_by_layer(module: nn.Module, config: QuantConfig) -> dict[str, Storage]:
+    """Return how each layer that is to be packed will be stored, by its name."""
+    found: dict[str, Storage] = {}
+    for name, layer in module.named_modules():
+        kind: Storage | None = None
+        if type(layer) is nn.Embedding:
+            kind = config.embed_tokens
+        elif type(layer) is nn.Linear and name:
+            leaf = name.rpartition(".")[2]
+            kind = config.lm_head if leaf == "lm_head" else config.quant_type
+        if kind is not None and not any(lies_in(name, skipped) for skipped in config.skip_modules):
+            found[name] = kind
+    return found
+
+
+def _check_names(module: nn.Module, config: QuantConfig) -> None:
+    """Refuse a config that names layers which are not there."""
+    layers = dict(module.named_modules())
     leaves = {name.rpartition(".")[2] for name in layers}
     for skipped in config.skip_modules:
-        usual = skipped in QuantConfig().skip_modules
-        if not usual and not any(lies_in(name, skipped) for name in layers):
+        by_default = skipped in QuantConfig().skip_modules
+        if not by_default and not any(lies_in(name, skipped) for name in layers):
             hint = nearest(skipped, {*layers, *leaves})
             raise LorakitError(f"quantize: skip_modules: {skipped!r} is no layer{hint}")
     if config.lm_head is not None and "lm_head" not in leaves:
@@ -265,22 +357,22 @@ def _check_names(layers: dict[str, nn.Module], config: QuantConfig) -> None:
             "quantize: there is no layer lm_head to be stored as "
             f"{config.lm_head}; a head that is tied to the embedding is stored with embed_tokens"
         )
-    kinds = {type(layer) for layer in layers.values()}
-    if config.embed_tokens is not None and nn.Embedding not in kinds:
+    if config.embed_tokens is not None and nn.Embedding not in map(type, layers.values()):
         raise LorakitError("quantize: there is no nn.Embedding for embed_tokens")
 
 
-def _check_weights(module: nn.Module, found: dict[str, str]) -> None:
+def _check_weights(module: nn.Module, storage: dict[str, Storage]) -> None:
+    """Refuse weights that cannot be packed."""
     places = module.named_modules(remove_duplicate=False)  # a layer may have two
     owners = Counter(id(layer._parameters.get("weight")) for _, layer in places)
-    for name in found:
-        layer = module.get_submodule(name)
+    for name in storage:
+        layer = _dense_layer(module, name)
         weight = layer.weight
         if owners[id(weight)] > 1:
             raise LorakitError(
                 f"quantize: {name} shares its weight with another layer; packed they would be two"
             )
-        if type(layer) is nn.Embedding and layer.max_norm is not None:
+        if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
             raise LorakitError(f"quantize: {name} has a max_norm, which a packed embedding has not")
         if weight.is_meta:
             continue
