@@ -10,7 +10,7 @@ LorakitError.
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -75,7 +75,8 @@ def _four_bits(left: dict[str, LazyTensor], name: str) -> LazyPacked:
     parts = _taken(left, name, beside)
     states = _values({part: tensor for part, tensor in parts.items() if MARK in part})
     quant_type, state = read_state(states, name)
-    config = QuantConfig(quant_type, state["blocksize"], "nested_blocksize" in state)
+    kind: Literal["nf4", "fp4"] = "nf4" if quant_type == "nf4" else "fp4"
+    config = QuantConfig(kind, state["blocksize"], "nested_blocksize" in state)
     return LazyPacked(
         tuple(state["shape"]),
         lambda: kernels.NF4Tensor.from_tensors(_values(parts), name),

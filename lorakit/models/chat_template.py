@@ -1,41 +1,56 @@
-"""Carried out of lorakit/tokenizer.py."""
+"""Chat templates: the programs that turn messages into a model's text.
+
+A template comes with the model, written by a stranger in jinja2's language. It runs in jinja2's
+immutable sandbox: it sees the messages and the variables that it is given, reaches no attribute
+that leads into Python, no file and no module, and cannot change what it is given. How long it runs
+and how much text it makes is not limited.
+
+The settings are those of transformers (trim_blocks, lstrip_blocks, loop controls, `tojson`,
+`raise_exception`, `strftime_now`), so that a template gives the same text here and there.
+"""
 
 import functools
 import json
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Any
+from typing import Any, NoReturn
 
-from jinja2 import Environment, TemplateError, nodes
+from jinja2 import Environment, Template, TemplateError, nodes
 from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lorakit.config.errors import LorakitError
 
 Messages = list[dict[str, Any]]
-REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a message's field
-
-
-# ---- chat templates -----------------------------------------------------------------------------
+"""the turns of a chat: mappings with a "role", mostly with "content" too"""
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""names under which messages carry what the model thought before it answered"""
 
 
 class _GenerationTag(Extension):
-    """{% generation %}...{% endgeneration %}, the assistant's text: here just its body."""
+    """The tag {% generation %}, around the assistant's text. Its body is rendered as it stands."""
 
     tags = {"generation"}  # noqa: RUF012
 
-    def parse(self, parser) -> list[nodes.Node]:
+    def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
 
-def _raise_exception(message: str) -> None:
+def _raise_exception(message: str) -> NoReturn:
     raise TemplateError(message)
 
 
@@ -51,11 +66,15 @@ def _environment() -> Environment:
 
 
 @functools.lru_cache(maxsize=16)
-def _compile(source: str):
+def _compile(source: str) -> Template:
     return _environment().from_string(source)
 
 
 def render_template(source: str, **variables: Any) -> str:
+    """Return the text that the template `source` makes of the variables.
+
+    Raises LorakitError if the template is malformed, fails, or asks for what the sandbox forbids.
+    """
     try:
         return _compile(source).render(**variables)
     except Exception as error:  # a template is a program: it may raise anything
@@ -63,6 +82,10 @@ def render_template(source: str, **variables: Any) -> str:
 
 
 def checked_messages(messages: Messages) -> Messages:
+    """Return messages as templates take them: fields of None are left out.
+
+    Raises LorakitError unless it is a list of mappings, each with a role.
+    """
     if not isinstance(messages, list) or not messages:
         raise LorakitError(f"messages must be a list with at least one message, not {messages!r}")
     for i, message in enumerate(messages):
@@ -74,7 +97,7 @@ def checked_messages(messages: Messages) -> Messages:
 
 
 def _plain_names(message: dict[str, Any]) -> dict[str, Any]:
-    """Reasoning under the names by which templates look for it, as transformers 5 does."""
+    """Put reasoning under the names by which templates look for it, as transformers 5 does."""
     found = [message[name] for name in REASONING if name in message]
     if not found:
         return message

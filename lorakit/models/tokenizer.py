@@ -1,25 +1,13 @@
-"""Text to token ids and back: the `tokenizers` library, plus the model's own chat template.
+"""A model's tokenizer: text to token ids and back, and chats by the model's own template.
 
-A Hugging Face directory gives tokenizer.json as it is. From a GGUF file the tokenizer is built that
-gives llama.cpp's ids. There are two kinds:
-
-- "gpt2", byte-level BPE: the file holds vocabulary, merges and the name of a pre-tokenizer.
-- "llama", SentencePiece's BPE: the file holds a score for each token, and of all neighbours in the
-  text those two are joined next whose union scores highest. So the merges are every split of every
-  token into two others, in the order of the scores. Spaces are written "▁", and a character that is
-  no token becomes tokens of single bytes. Two things that no trained vocabulary has would be cut
-  another way than by llama.cpp: two tokens with the same score, of which it joins the leftmost, and
-  a character that is no token within a longer one that is.
-
-Chat templates are programs that come with the model, so they run in jinja2's immutable sandbox,
-with the settings that transformers uses (trim_blocks, lstrip_blocks, loop controls, `tojson`,
-`raise_exception`, `strftime_now`). A rendered chat already holds its special tokens: it is
-tokenized without adding any.
+The `tokenizers` library does the work; tokenizer_files.py reads what it needs from a model's files.
+A chat that a template has rendered already holds its special tokens, so it is tokenized without
+adding any.
 """
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import tokenizers
 
@@ -29,7 +17,14 @@ from lorakit.models.chat_template import Messages, checked_messages, render_temp
 
 
 class Tokenizer:
-    """A model's tokenizer. `special_tokens` maps "bos_token", "eos_token", ... to their text."""
+    """A model's tokenizer.
+
+    Attributes:
+        backend: The tokenizer of the `tokenizers` library.
+        special_tokens: The texts of the special tokens, by their names ("bos_token", ...).
+        chat_template: The model's chat template, or several by their names ("default",
+            "tool_use", ...), or None.
+    """
 
     def __init__(
         self,
@@ -45,32 +40,33 @@ class Tokenizer:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`, with the special tokens that the model puts around it by default.
+        """Return the token ids of `text`, by default with the special tokens that belong around it.
 
-        Raises LorakitError for what is not Unicode text.
+        Raises LorakitError if it is no Unicode text.
         """
-        try:
-            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except TypeError:
-            raise LorakitError(f"not valid Unicode text: {ascii(text)[:60]}") from None
+        return self._encoding(text, add_special_tokens).ids
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids of `text` as it stands, and from which character to which each reaches.
+        """Return the token ids of `text` as it stands, and the first and last character of each.
 
-        Raises LorakitError for what is not Unicode text.
+        The second list has (start, end) of every token, end excluded. Raises LorakitError if it is
+        no Unicode text.
         """
-        try:
-            encoding = self.backend.encode(text, add_special_tokens=False)
-        except TypeError:
-            raise LorakitError(f"not valid Unicode text: {ascii(text)[:60]}") from None
+        encoding = self._encoding(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
+    def _encoding(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens)
+        except TypeError:
+            raise LorakitError(f"not valid Unicode text: {ascii(text)[:60]}") from None
+
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """The text of token ids."""
+        """Return the text of token ids, by default without the special tokens among them."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def token_id(self, name: str) -> int | None:
-        """The id of a special token by its name ("bos_token", ...), or None where there is none.
+        """Return the id of a special token by its name ("bos_token", ...), None if there is none.
 
         Raises LorakitError if the vocabulary does not hold its text.
         """
@@ -83,7 +79,7 @@ class Tokenizer:
         return token_id
 
     def check_fits(self, ids: Iterable[int], vocab_size: int) -> None:
-        """Raise LorakitError if some id has no row in an embedding of `vocab_size` rows."""
+        """Raise LorakitError if one of `ids` has no row in an embedding of `vocab_size` rows."""
         largest = max(ids)
         if largest >= vocab_size:
             raise LorakitError(
@@ -109,20 +105,25 @@ class Tokenizer:
 
     @property
     def bos_token_id(self) -> int | None:
+        """The id of the token that opens a text."""
         return self.token_id("bos_token")
 
     @property
     def eos_token_id(self) -> int | None:
+        """The id of the token that ends a text."""
         return self.token_id("eos_token")
 
     @property
     def pad_token_id(self) -> int | None:
+        """The id of the token that fills up short rows."""
         return self.token_id("pad_token")
 
     @property
     def end_token_ids(self) -> list[int]:
-        """The tokens that end an answer: eos_token, and what closes the assistant's turn in the
-        chat template, found by rendering one.
+        """The ids of the tokens that end an answer.
+
+        They are eos_token, and what closes the assistant's turn in the chat template, which is
+        found by rendering one.
         """
         ends = [] if self.eos_token_id is None else [self.eos_token_id]
         mark = "0123456789"
@@ -137,6 +138,24 @@ class Tokenizer:
         others = [*ends, self.bos_token_id]  # what opens the next text closes nothing
         return ends + [token for token in closing if token in added and token not in others]
 
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Messages,
+        tokenize: Literal[True] = True,
+        add_generation_prompt: bool = False,
+        **options: Any,
+    ) -> list[int]: ...
+
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Messages,
+        tokenize: Literal[False],
+        add_generation_prompt: bool = False,
+        **options: Any,
+    ) -> str: ...
+
     def apply_chat_template(
         self,
         messages: Messages,
@@ -144,15 +163,27 @@ class Tokenizer:
         add_generation_prompt: bool = False,
         *,
         chat_template: str | None = None,
-        tools: list[dict] | None = None,
-        documents: list[dict] | None = None,
+        tools: list[dict[str, Any]] | None = None,
+        documents: list[dict[str, Any]] | None = None,
         **variables: Any,
     ) -> str | list[int]:
-        """Messages ({"role": ..., "content": ...}) as the model was trained to see them.
+        """Return a chat as the model was trained to see it.
 
-        add_generation_prompt: end with the header of the assistant's turn. `variables` reach the
-        template. Returns ids, or with tokenize=False the text. Raises LorakitError if there is no
-        template, the messages are malformed, or the template refuses them.
+        Args:
+            messages: The turns, each {"role": ..., "content": ...}.
+            tokenize: True returns token ids, False the text.
+            add_generation_prompt: End with the header of the assistant's turn.
+            chat_template: The template to use, by default the model's own.
+            tools: The tools that the model may call, for the template.
+            documents: Documents to answer from, for the template.
+            **variables: Whatever else the template knows.
+
+        Returns:
+            Token ids, or with tokenize=False the text.
+
+        Raises:
+            LorakitError: If there is no template, the messages are malformed, or the template
+                refuses them.
         """
         source = chat_template or self._template(tools is not None)
         rendered = render_template(
@@ -166,6 +197,7 @@ class Tokenizer:
         return self.encode(rendered, add_special_tokens=False) if tokenize else rendered
 
     def _template(self, with_tools: bool) -> str:
+        """Return the model's template for a chat with or without tools."""
         if self.chat_template is None:
             raise LorakitError("the tokenizer has no chat template; give one as chat_template=")
         if isinstance(self.chat_template, str):

@@ -1,10 +1,26 @@
-"""Carried out of lorakit/tokenizer.py."""
+"""Reading a tokenizer from a model's files.
+
+A Hugging Face directory gives tokenizer.json as it is. From a GGUF file a tokenizer is built that
+gives llama.cpp's ids. There are two kinds:
+
+- "gpt2", byte-level BPE: the file holds vocabulary, merges and the name of a pre-tokenizer.
+- "llama", SentencePiece's BPE: the file holds a score for each token. Of all neighbours in the text
+  those two are joined next whose union scores highest. So the merges are every split of every
+  token into two others, in the order of the scores. Spaces are written "▁", and a character that is
+  no token becomes tokens of single bytes. Two things that no trained vocabulary has would be cut
+  another way than by llama.cpp: two tokens of one score, of which it joins the leftmost, and a
+  character that is no token within a longer one that is.
+
+What a file says of its vocabulary is checked, types and lengths, before a tokenizer is made of it.
+Nothing here runs code from a file: a tokenizer that needs a Python class of its own is not read.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers import decoders, normalizers
 
 from lorakit.config.errors import LorakitError
 from lorakit.files import hub
@@ -12,7 +28,7 @@ from lorakit.files.gguf import read_header
 from lorakit.files.local import read_json, read_text
 from lorakit.models.tokenizer import Tokenizer
 
-# How text is cut before BPE, by GGUF's tokenizer.ggml.pre: regexes applied in turn. The first is
+# How text is cut before BPE, by GGUF's tokenizer.ggml.pre: regexes applied in turn. "gpt-2" is
 # GPT-2's own (openai/gpt-2, encoder.py), "default" is what llama.cpp does where a file names none,
 # the others are the ones in the models' tokenizer.json.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -20,7 +36,7 @@ _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-PRE_TOKENIZERS = {
+_PRE_TOKENIZERS = {
     "default": [
         r"[\p{P}\$\+<=>\^~\|]+",
         _GPT2.removesuffix(r"|\s+"),
@@ -32,19 +48,27 @@ PRE_TOKENIZERS = {
     "llama-bpe": [_LLAMA3],
     "qwen2": [_LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")],
 }
-UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # GGUF token types
-
-
-# ---- loading ------------------------------------------------------------------------------------
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # GGUF token types
 
 
 def load_tokenizer(path_or_hub_id: str | Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face directory (tokenizer.json), a .gguf file or a Hub id.
+    """Load the tokenizer of a model.
 
-    Raises LorakitError if it is missing, damaged, or of a kind that lorakit does not read.
+    Args:
+        path_or_hub_id: A Hugging Face directory with a tokenizer.json, a .gguf file, or a Hub id
+            ("organization/name").
+
+    Returns:
+        The tokenizer, with the model's special tokens and its chat template.
+
+    Raises:
+        LorakitError: If it is missing, damaged, or of a kind that lorakit does not read.
     """
     path = hub.resolve(path_or_hub_id, hub.TOKENIZER)
     return _from_gguf(path) if path.suffix == ".gguf" else _from_directory(path)
+
+
+# ---- Hugging Face directories --------------------------------------------------------------------
 
 
 def _from_directory(path: Path) -> Tokenizer:
@@ -68,8 +92,10 @@ def _from_directory(path: Path) -> Tokenizer:
 
 
 def _directory_template(path: Path, config: Mapping) -> str | dict[str, str] | None:
-    """chat_template.jinja (and additional_chat_templates/), else tokenizer_config's, else the
-    legacy file.
+    """Return the directory's chat template, or several by name.
+
+    It is chat_template.jinja (with those of additional_chat_templates/), or else the one in
+    tokenizer_config.json, or else the one in the older chat_template.json.
     """
     if (path / "chat_template.jinja").exists():
         default = read_text(path / "chat_template.jinja")
@@ -94,7 +120,7 @@ def _read_optional(path: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-# ---- GGUF vocabularies --------------------------------------------------------------------------
+# ---- GGUF files ----------------------------------------------------------------------------------
 
 
 class _Vocabulary:
@@ -110,6 +136,7 @@ class _Vocabulary:
             raise LorakitError(f"{path}: the vocabulary holds a token twice")
 
     def get(self, name: str, kind: type, default: Any = None) -> Any:
+        """Return a value, checked to be of type `kind`; `default` where the file has none."""
         value = self.metadata.get(f"tokenizer.ggml.{name}", default)
         if value is not None and not isinstance(value, kind):
             raise LorakitError(
@@ -117,15 +144,17 @@ class _Vocabulary:
             )
         return value
 
-    def items(self, name: str, kind: type) -> list:
-        values = self.get(name, list, [])
+    def items(self, name: str, kind: type) -> list[Any]:
+        """Return an array, checked to hold items of type `kind`; [] where the file has none."""
+        values: list[Any] = self.get(name, list, [])
         if values and not isinstance(values[0], kind):  # an array's items are of one type
             raise LorakitError(
                 f"{self.path}: tokenizer.ggml.{name} holds {values[0]!r:.60}, not {kind.__name__}"
             )
         return values
 
-    def per_token(self, name: str, kind: type) -> list:
+    def per_token(self, name: str, kind: type) -> list[Any]:
+        """Return an array, checked to hold one item of type `kind` for each token."""
         values = self.items(name, kind)
         if len(values) != len(self.tokens):
             raise LorakitError(
@@ -135,11 +164,21 @@ class _Vocabulary:
         return values
 
     def special(self, name: str, default: int | None = None) -> str | None:
-        """The text of a special token; None if the file gives no id, or one outside."""
+        """Return a special token's text, None if the file gives no id, or one outside."""
         token_id = self.get(f"{name}_token_id", int, default)
         if token_id is None or not 0 <= token_id < len(self.tokens):
             return None
         return self.tokens[token_id]
+
+    @property
+    def chat_template(self) -> str | None:
+        """The model's chat template."""
+        template = self.metadata.get("tokenizer.chat_template")
+        if template is not None and not isinstance(template, str):
+            raise LorakitError(
+                f"{self.path}: tokenizer.chat_template is {template!r:.60}, not text"
+            )
+        return template
 
 
 def _from_gguf(path: Path) -> Tokenizer:
@@ -150,31 +189,13 @@ def _from_gguf(path: Path) -> Tokenizer:
             f"{path}: tokenizer {kind!r} is not supported; byte-level BPE ('gpt2') and "
             "SentencePiece's ('llama') are"
         )
-    spm = kind == "llama"
-    defaults = {"bos": 1, "eos": 2, "unknown": 0} if spm else {}  # llama.cpp's
-    special = {
-        f"{key}_token": vocabulary.special(name, defaults.get(name))
-        for key, name in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items()
-    }
-    special = {name: token for name, token in special.items() if token is not None}
-    add_bos = vocabulary.get(
-        "add_bos_token", bool, spm or vocabulary.get("pre", str) == "llama-bpe"
-    )
-    add_eos = vocabulary.get("add_eos_token", bool, False)
-    template = vocabulary.metadata.get("tokenizer.chat_template")
-    if template is not None and not isinstance(template, str):
-        raise LorakitError(f"{path}: tokenizer.chat_template is {template!r:.60}, not text")
+    special = _special_tokens(vocabulary, spm=kind == "llama")
+    put_around = _tokens_around(vocabulary, special, spm=kind == "llama")
+    template = vocabulary.chat_template
     try:
-        backend = (_sentencepiece if spm else _byte_level)(vocabulary)
+        backend = _sentencepiece(vocabulary) if kind == "llama" else _byte_level(vocabulary)
         _add_tokens(backend, vocabulary)
-        before = [special["bos_token"]] if add_bos and "bos_token" in special else []
-        after = [special["eos_token"]] if add_eos and "eos_token" in special else []
-        if before or after:
-            backend.post_processor = tokenizers.processors.TemplateProcessing(
-                single=[*before, "$A", *after],
-                pair=[*before, "$A", "$B", *after],
-                special_tokens=[(t, backend.token_to_id(t)) for t in {*before, *after}],
-            )
+        _put_around(backend, *put_around)
     except LorakitError:
         raise
     except Exception as error:  # the library raises bare Exception for what it cannot use
@@ -182,25 +203,59 @@ def _from_gguf(path: Path) -> Tokenizer:
     return Tokenizer(backend, special, template)
 
 
+def _special_tokens(vocabulary: _Vocabulary, *, spm: bool) -> dict[str, str]:
+    """Return the special tokens by Hugging Face's names."""
+    defaults = {"bos": 1, "eos": 2, "unknown": 0} if spm else {}  # llama.cpp's
+    special = {}
+    for key, name in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
+        token = vocabulary.special(name, defaults.get(name))
+        if token is not None:
+            special[f"{key}_token"] = token
+    return special
+
+
+def _tokens_around(
+    vocabulary: _Vocabulary, special: Mapping[str, str], *, spm: bool
+) -> tuple[list[str], list[str]]:
+    """Return the tokens that go before every text, and those after it."""
+    usual = spm or vocabulary.get("pre", str) == "llama-bpe"
+    add_bos = vocabulary.get("add_bos_token", bool, usual)
+    add_eos = vocabulary.get("add_eos_token", bool, False)
+    before = [special["bos_token"]] if add_bos and "bos_token" in special else []
+    after = [special["eos_token"]] if add_eos and "eos_token" in special else []
+    return before, after
+
+
+def _put_around(backend: tokenizers.Tokenizer, before: list[str], after: list[str]) -> None:
+    """Make the tokenizer put the tokens `before` and `after` around every text."""
+    if before or after:
+        backend.post_processor = tokenizers.processors.TemplateProcessing(
+            single=[*before, "$A", *after],
+            pair=[*before, "$A", "$B", *after],
+            special_tokens=[(t, backend.token_to_id(t)) for t in {*before, *after}],
+        )
+
+
 def _add_tokens(backend: tokenizers.Tokenizer, vocabulary: _Vocabulary) -> None:
-    """Tokens that are found in the text as they stand, before anything else is done to it."""
+    """Add the tokens that are found in the text as they stand, before all else is done to it."""
     if "tokenizer.ggml.token_type" not in vocabulary.metadata:
         return
-    special, plain = [], []
+    special: list[tokenizers.AddedToken] = []
+    plain: list[tokenizers.AddedToken] = []
     for token, its in zip(vocabulary.tokens, vocabulary.per_token("token_type", int), strict=True):
-        if its in (UNKNOWN, CONTROL, USER_DEFINED):
-            chosen = plain if its == USER_DEFINED else special
-            chosen.append(
-                tokenizers.AddedToken(token, normalized=False, special=its != USER_DEFINED)
-            )
+        if its == _USER_DEFINED:
+            plain.append(tokenizers.AddedToken(token, normalized=False, special=False))
+        elif its in (_UNKNOWN, _CONTROL):
+            special.append(tokenizers.AddedToken(token, normalized=False, special=True))
     backend.add_special_tokens(special)
     backend.add_tokens(plain)
 
 
 def _byte_level(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
+    """Return a byte-level BPE tokenizer with the file's merges."""
     pre = vocabulary.get("pre", str, "default")
-    if pre not in PRE_TOKENIZERS:
-        known = ", ".join(PRE_TOKENIZERS)
+    if pre not in _PRE_TOKENIZERS:
+        known = ", ".join(_PRE_TOKENIZERS)
         raise LorakitError(
             f"{vocabulary.path}: pre-tokenizer {pre!r} is not supported; supported are {known}"
         )
@@ -216,7 +271,7 @@ def _byte_level(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
     )
     cut = [
         tokenizers.pre_tokenizers.Split(tokenizers.Regex(regex), behavior="isolated")
-        for regex in PRE_TOKENIZERS[pre]
+        for regex in _PRE_TOKENIZERS[pre]
     ]
     to_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([*cut, to_bytes])
@@ -225,6 +280,7 @@ def _byte_level(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
 
 
 def _sentencepiece(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
+    """Return a BPE tokenizer with merges that follow from the tokens' scores."""
     tokens, scores = vocabulary.tokens, vocabulary.per_token("scores", float)
     ids = {token: i for i, token in enumerate(tokens)}
     merges = [
@@ -242,9 +298,12 @@ def _sentencepiece(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
             byte_fallback=True,
         )
     )
-    normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
-    normalize = [normalizers.Replace(" ", "▁")]
-    decode = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    normalize: list[normalizers.Normalizer] = [normalizers.Replace(" ", "▁")]
+    decode: list[decoders.Decoder] = [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+    ]
     if vocabulary.get("add_space_prefix", bool, True):
         normalize.insert(0, normalizers.Prepend("▁"))
         decode.append(decoders.Strip(" ", left=1, right=0))
