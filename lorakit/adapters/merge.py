@@ -164,7 +164,7 @@ def _merge_layers(
 
 
 def _merged(name: str, each: Attached, base: str, original: LazyTensor | None) -> nn.Module:
-    weight = None if original is None else original.read_dense().to(_device(each))
+    weight = None if original is None else original.read_dense().to(each.device)
     if has_own_forward(each.original):
         raise LorakitError(
             f"merge: {name} has a forward of its own (accelerate's hooks?), which would still "
@@ -178,10 +178,6 @@ def _merged(name: str, each: Attached, base: str, original: LazyTensor | None) -
         assert isinstance(merged, (nn.Linear, nn.Embedding))  # what any packed layer merges into
         merged = packed_layer(merged, each.base.config)
     return merged
-
-
-def _device(each: Attached) -> torch.device:
-    return next(each.base.parameters()).device
 
 
 def _originals(

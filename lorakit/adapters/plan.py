@@ -13,7 +13,6 @@ A module may stand in the model under several names. It gets one wrapper, and th
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-import torch
 from torch import nn
 
 from lorakit.adapters.layers.base import (
@@ -157,8 +156,3 @@ def linear_base(layer: nn.Module) -> LinearBase:
     if _is_transposed(layer):
         return CalledTransposedBase(layer) if must_be_called(layer) else TransposedBase(layer)
     return CalledBase(layer) if must_be_called(layer) else DenseBase(layer)
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """Return the device of the first parameter of `module`."""
-    return next(module.parameters()).device

@@ -101,6 +101,11 @@ class Attached(AdaptedLayer, Generic[PartT]):
         """The module that was here before and returns on `detach`."""
         return self.base
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the base, where new parts belong."""
+        return next(self.base.parameters()).device
+
     def low_rank_update(self) -> LoraWeights | None:
         """Return base and update, if the active part is a low-rank update."""
         return None

@@ -36,7 +36,7 @@ from lorakit.adapters.manage import require_attached
 from lorakit.adapters.methods.method import LinearMethod, linear_parts
 from lorakit.adapters.modules_to_save import plan_modules_to_save
 from lorakit.adapters.peft_files.layout import AdapterFiles, name_in
-from lorakit.adapters.plan import Plan, device_of
+from lorakit.adapters.plan import Plan
 from lorakit.config.adapters import TargetConfig
 from lorakit.config.errors import LorakitError, check
 
@@ -232,7 +232,7 @@ class AdaLora(LinearMethod[AdaLoraConfig]):
             if layer is not None:
                 rank = config.rank(name)
                 part = AdaLoraPart(config, rank, layer.in_features, layer.out_features)
-                plan.parts.append((layer, part.to(device_of(layer.base))))
+                plan.parts.append((layer, part.to(layer.device)))
         plan_modules_to_save(plan, config)
         return plan
 

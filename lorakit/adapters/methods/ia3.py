@@ -19,7 +19,7 @@ from lorakit.adapters.layers.base import AttachedLinear
 from lorakit.adapters.layers.wrapper import Part
 from lorakit.adapters.methods.method import LinearMethod, linear_parts
 from lorakit.adapters.modules_to_save import plan_modules_to_save
-from lorakit.adapters.plan import Plan, device_of
+from lorakit.adapters.plan import Plan
 from lorakit.adapters.targets import match_targets, targets_for
 from lorakit.config.adapters import TargetConfig
 
@@ -81,7 +81,7 @@ class IA3(LinearMethod[IA3Config]):
                 feedforward = name in fed
                 size = layer.in_features if feedforward else layer.out_features
                 part = IA3Part(config, size, feedforward)
-                plan.parts.append((layer, part.to(device_of(layer.base))))
+                plan.parts.append((layer, part.to(layer.device)))
         plan_modules_to_save(plan, config)
         return plan
 

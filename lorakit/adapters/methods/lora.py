@@ -33,7 +33,7 @@ from lorakit.adapters.peft_files.lora_config import (
     read_lora_config,
     values_of_lora,
 )
-from lorakit.adapters.plan import Plan, device_of
+from lorakit.adapters.plan import Plan
 from lorakit.adapters.targets import ends_with
 from lorakit.adapters.tied_weights import heads_of_embedding, is_embedding, original
 from lorakit.config.adapters import LoraConfig
@@ -118,7 +118,7 @@ def _linear_part(layer: LoraLinear, config: LoraConfig, r: int, scaling: float) 
         part = LoraPart(config, scaling, A, B)
         part.start_with(A, B)
         return part
-    A, B = initial(kind, base.in_features, base.out_features, r, device=device_of(base))
+    A, B = initial(kind, base.in_features, base.out_features, r, device=layer.device)
     return LoraPart(config, scaling, A, B)
 
 
@@ -137,7 +137,7 @@ def _plan_embedding(plan: Plan, name: str, config: LoraConfig) -> None:
     if layer is None:
         return
     r, scaling = config.rank_and_scaling(name)
-    device = device_of(layer.base)
+    device = layer.device
     A = torch.zeros(r, layer.base.num_embeddings, device=device)
     B = torch.randn(layer.base.embedding_dim, r, device=device)
     part = LoraPart(config, scaling, A, B)
@@ -189,7 +189,7 @@ def _plan_token_rows(plan: Plan, name: str, ids: list[int], config: LoraConfig) 
         raise LorakitError(
             f"trainable_token_indices: {name} needs different whole numbers from 0 to {V - 1}"
         )
-    index = torch.tensor(ids, device=device_of(layer.base))
+    index = torch.tensor(ids, device=layer.device)
     rows = layer.original_rows(index).clone()
     plan.parts.append((layer, RowsPart(config, index, rows, V)))
     heads = heads_of_embedding(plan.model, plan.layers, plan.layers[name])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lorakit.adapters.layers.lora import LowRankLinear, LowRankPart
 from lorakit.adapters.methods.method import LinearMethod
 from lorakit.adapters.modules_to_save import plan_modules_to_save
-from lorakit.adapters.plan import Plan, device_of
+from lorakit.adapters.plan import Plan
 from lorakit.config.adapters import TargetConfig
 from lorakit.config.errors import check
 
@@ -98,10 +98,10 @@ class Vera(LinearMethod[VeraConfig]):
                 layers.append(layer)
         widest = max(layer.in_features for layer in layers)
         tallest = max(layer.out_features for layer in layers)
-        shared = Projection(config, widest, tallest).to(device_of(layers[0].base))
+        shared = Projection(config, widest, tallest).to(layers[0].device)
         for layer in layers:
             part = VeraPart(config, shared, layer.in_features, layer.out_features)
-            plan.parts.append((layer, part.to(device_of(layer.base))))
+            plan.parts.append((layer, part.to(layer.device)))
         plan_modules_to_save(plan, config)
         return plan
 
