@@ -67,6 +67,7 @@ def test_wheel_contents(wheel):
     tops = {name.partition("/")[0] for name in names}
     assert len(tops) == 2  # lorakit and its dist-info: no top-level package `kernels`
     assert "lorakit/kernels/ops/nf4/reference.py" in names
+    assert {"lorakit/py.typed", "lorakit/__init__.pyi"} <= set(names)  # for type checkers
     assert "lorakit/kernels/liblorakit_cpu.so" in names or sys.platform != "linux"
     assert not [name for name in names if name.endswith((".cpp", ".h"))]
     assert any(name.endswith("LICENSE") for name in names)

@@ -33,7 +33,7 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
         description="Print the tokens of the first rows, a bar between them. What is learned is "
         "coloured, or in double brackets where the output is no terminal.",
     )
-    show.add_argument("--rows", type=count, default=3, help="print so many rows (default: 3)")
+    show.add_argument("--rows", type=count, default=3, help="print this many rows (default: 3)")
     show.add_argument("--no-color", action="store_true", help="use brackets on a terminal too")
     show.set_defaults(run=data_show)
 

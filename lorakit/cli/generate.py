@@ -18,18 +18,38 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument
     add("model", help=MODEL_HELP)
-    add("prompt", nargs="?", help="text to continue (default: what standard input holds)")
+    add("prompt", nargs="?", help="text to continue (default: standard input)")
     add("--adapter", type=Path, help=ADAPTER_HELP)
     add("--chat", action="store_true", help="send the prompt as a user's message")
     add("--quantize", choices=STORAGE, help="pack the weights of the model")
     add("--dtype", default="bfloat16", help=DTYPE_HELP)
-    add("--max-new-tokens", type=int, default=128, help="stop after so many tokens (default: 128)")
+    add("--max-new-tokens", type=int, default=128, help="stop after this many (default: 128)")
     add("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
     add("--top-k", type=int, help="draw from the k likeliest tokens only")
-    add("--top-p", type=float, default=1.0, help="draw from the fewest tokens of this mass")
-    add("--min-p", type=float, default=0.0, help="leave out tokens below this part of the best")
-    add("--repetition-penalty", type=float, default=1.0, help="1, the default, is no penalty")
-    add("--stop", action="append", default=[], help="end before this text; may be given again")
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="draw from the fewest likely tokens with this total probability",
+    )
+    add(
+        "--min-p",
+        type=float,
+        default=0.0,
+        help="leave out tokens less probable than this share of the likeliest",
+    )
+    add(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        help="penalty on tokens that were there before; 1, the default, is none",
+    )
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        help="end before this text; several --stop may be given",
+    )
     add("--seed", type=int, help="seed of the drawn tokens")
     parser.set_defaults(run=generate, take_rest=_take_prompt)
 

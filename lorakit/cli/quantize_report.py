@@ -24,7 +24,7 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
         "--worst",
         type=count,
         default=10,
-        help="list so many layers again, the worst first (default: 10)",
+        help="list this many layers again, the worst first (default: 10)",
     )
     parser.add_argument(
         "--plot",
