@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lorakit.config.errors import LorakitError, check
-from lorakit.config.training import TrainConfig
+from lorakit.config.training import OverLength, TrainConfig, TrainOn
 from lorakit.data.batching import collate
 from lorakit.data.encode import Example, Examples, PairExample, encode_rows
 from lorakit.data.rows import RowSource, read_rows
@@ -24,8 +24,8 @@ def evaluate(
     *,
     batch_size: int = 8,
     max_seq_length: int = 1024,
-    over_length: str = "truncate",
-    train_on: str = "completion",
+    over_length: OverLength = "truncate",
+    train_on: TrainOn = "completion",
     metrics: str | Iterable[str] = (),
 ) -> dict[str, float]:
     """Return the mean loss of a model on rows, and scores of its own completions of them.

@@ -2,32 +2,33 @@
 
 `score` takes as many predictions as references, by the names in `config.METRICS`:
 
-    exact_match    share of predictions that are the reference, but for space around it
-    partial_match  share that are, or whose words hold the reference's words, all in a row
+    exact_match    share of predictions that are the reference; space around it may differ
+    partial_match  share of exact matches, and of texts that hold the reference's words in a row
     rouge_l        mean ROUGE-L F1 over words
     accuracy       share of predictions that are the reference's label
-    macro_f1       F1 of each label that occurs in either list, their mean
-    weighted_f1    the mean weighted by how often each label is the reference
+    macro_f1       mean over the labels that occur in either list of the F1 of each
+    weighted_f1    mean of the same, weighted by how often each label is the reference
     entity_f1      F1 of entities, counted over all texts together
 
-A label is the whole text without case and space around it. Words are runs of letters and digits,
-lower case.
+A label is the whole text, without case and the space around it. Words are runs of letters and
+digits in lower case.
 
-    F1 = 2 tp / (2 tp + fp + fn),  0 where nothing is counted: as scikit-learn and seqeval do
+    F1 = 2 tp / (2 tp + fp + fn), or 0 if nothing is counted, as scikit-learn and seqeval have it
 
-Entities are read from either of two forms, that of the reference deciding:
+Entities are read from one of two forms, which the reference decides:
 
-    B-PER I-PER O B-LOC     one BIO tag per word: an entity is a type with its first and last place
-    PER: Ann Lee; LOC: Rome type and text, apart by a colon; entities by semicolons or line breaks
+    B-PER I-PER O B-LOC      one BIO tag per word; an entity is a type with its first and last place
+    PER: Ann Lee; LOC: Rome  a type, a colon, and a text; semicolons or line breaks between entities
 
-In the second form an entity may occur several times, and counts as often; what has no colon is
-none. In the first an I- that continues no entity of its type begins one (CoNLL's rule), and what is
-no tag counts as O.
+In the first form a word that is no tag counts as O, and an I- that continues no entity of its type
+begins one (CoNLL's rule). In the second form an entity counts as often as it occurs, and a part
+without a colon is no entity.
 """
 
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from lorakit.config.errors import LorakitError
 from lorakit.config.training import check_metrics
@@ -37,9 +38,18 @@ TAG = re.compile(r"O|[BI]-\S+")
 
 
 def score(predictions: Texts, references: Texts, metrics: str | Iterable[str]) -> dict[str, float]:
-    """Metrics by name (see the module) of predictions[i] against references[i].
+    """Return metrics by name (see above) of predictions[i] against references[i].
 
-    Raises LorakitError for an unknown name, no texts, or lists of different length.
+    Args:
+        predictions: Texts that a model wrote.
+        references: As many texts that it should have written.
+        metrics: A name of a metric, or several.
+
+    Returns:
+        The value of each metric, in [0, 1].
+
+    Raises:
+        LorakitError: A name is unknown, there are no texts, or the lists differ in length.
     """
     metrics = [metrics] if isinstance(metrics, str) else list(metrics)
     check_metrics(metrics)
@@ -51,17 +61,18 @@ def score(predictions: Texts, references: Texts, metrics: str | Iterable[str]) -
     return {name: SCORES[name](predictions, references) for name in metrics}
 
 
-# ---- of a text as a whole ----
+# ---- metrics of whole texts ----
 
 
 def exact_match(predictions: Texts, references: Texts) -> float:
-    """Share of pairs that are equal but for space around them."""
+    """Return the share of pairs that are equal. Space around the texts may differ."""
     return _mean(p.strip() == r.strip() for p, r in zip(predictions, references, strict=True))
 
 
 def partial_match(predictions: Texts, references: Texts) -> float:
-    """Share of pairs that match exactly, or where the reference's words stand in the prediction,
-    all of them in a row.
+    """Return the share of exact matches and of predictions that hold the reference's words.
+
+    The words must stand in the prediction in a row.
     """
     return _mean(
         p.strip() == r.strip() or _holds(_words(p), _words(r))
@@ -70,16 +81,22 @@ def partial_match(predictions: Texts, references: Texts) -> float:
 
 
 def mean_rouge_l(predictions: Texts, references: Texts) -> float:
-    """The mean of `rouge_l`."""
+    """Return the mean of `rouge_l`."""
     return _mean(rouge_l(p, r) for p, r in zip(predictions, references, strict=True))
 
 
 def rouge_l(prediction: str, reference: str) -> float:
-    """ROUGE-L F1 (Lin 2004) in [0, 1]: the longest common subsequence of the two texts' words.
+    """Return ROUGE-L F1 (Lin 2004), from the longest common subsequence of the texts' words.
 
-    precision = LCS / words of the prediction, recall = LCS / words of the reference, F1 their
-    harmonic mean. Words are runs of letters and digits, lower case. Two texts without words score
-    0.
+    Precision is its length over the number of words of the prediction, recall the same over the
+    reference's, and F1 their harmonic mean. Words are runs of letters and digits in lower case.
+
+    Args:
+        prediction: The text that a model wrote.
+        reference: The text that it should have written.
+
+    Returns:
+        F1 in [0, 1]; 0 for two texts without words.
     """
     a, b = _words(prediction), _words(reference)
     common = _longest_common_subsequence(a, b)
@@ -101,7 +118,7 @@ def _holds(words: list[str], part: list[str]) -> bool:
 
 
 def _longest_common_subsequence(a: list[str], b: list[str]) -> int:
-    best = [0] * (len(b) + 1)  # best[j]: for the words of a so far and the first j of b
+    best = [0] * (len(b) + 1)  # best[j] counts for the words of a so far and the first j of b
     for word in a:
         diagonal = 0
         for j, other in enumerate(b, 1):
@@ -111,22 +128,22 @@ def _longest_common_subsequence(a: list[str], b: list[str]) -> int:
     return best[-1]
 
 
-# ---- of labels ----
+# ---- metrics of labels ----
 
 
 def accuracy(predictions: Texts, references: Texts) -> float:
-    """Share of pairs with the same label: the text without case and space around it."""
+    """Return the share of pairs with one label: the text without case and space around it."""
     pairs = zip(predictions, references, strict=True)
     return _mean(_label(p) == _label(r) for p, r in pairs)
 
 
 def macro_f1(predictions: Texts, references: Texts) -> float:
-    """The mean F1 of the labels that occur, as predictions or references."""
+    """Return the mean F1 of the labels that occur, as predictions or references."""
     return _mean(_f1_of_labels(predictions, references).values())
 
 
 def weighted_f1(predictions: Texts, references: Texts) -> float:
-    """The mean F1 of the labels, each as often as it is the reference."""
+    """Return the mean F1 of the labels, each counted as often as it is the reference."""
     f1 = _f1_of_labels(predictions, references)
     return _mean(f1[_label(r)] for r in references)
 
@@ -147,15 +164,15 @@ def _f1(hits: int, predicted: int, true: int) -> float:
     return 2 * hits / (predicted + true) if hits else 0.0
 
 
-# ---- of entities ----
+# ---- metrics of entities ----
 
 
 def entity_f1(predictions: Texts, references: Texts) -> float:
-    """Micro-averaged F1 of entities, from BIO tags or from "type: text" (see the module)."""
+    """Return micro-averaged F1 of entities, read from BIO tags or from "type: text" (see above)."""
     hits = predicted = true = 0
     for prediction, reference in zip(predictions, references, strict=True):
         tagged = all(map(TAG.fullmatch, reference.split()))
-        read = _tagged_entities if tagged else _written_entities
+        read: Callable[[str], Counter[Any]] = _tagged_entities if tagged else _written_entities
         found, wanted = read(prediction), read(reference)
         hits += (found & wanted).total()
         predicted, true = predicted + found.total(), true + wanted.total()
@@ -163,7 +180,7 @@ def entity_f1(predictions: Texts, references: Texts) -> float:
 
 
 def _tagged_entities(text: str) -> Counter[tuple[str, int, int]]:
-    """(type, first place, place after the last) of BIO tags."""
+    """Count (type, first place, place after the last) of the entities in BIO tags."""
     entities, kind, start = [], None, 0
     for place, word in enumerate([*text.split(), "O"]):
         tag, _, name = word.partition("-") if TAG.fullmatch(word) else ("O", "", "")
@@ -177,7 +194,7 @@ def _tagged_entities(text: str) -> Counter[tuple[str, int, int]]:
 
 
 def _written_entities(text: str) -> Counter[tuple[str, str]]:
-    """(type, text) of "type: text" between semicolons or line breaks."""
+    """Count (type, text) of every "type: text" between semicolons or line breaks."""
     pairs = (part.partition(":") for part in re.split(r"[;\n]", text))
     stripped = ((kind.strip(), words.strip()) for kind, _, words in pairs)
     return Counter((kind, words) for kind, words in stripped if kind and words)

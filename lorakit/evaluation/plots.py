@@ -1,9 +1,9 @@
-"""Curves of training runs, side by side, from the metrics.jsonl that each has written.
+"""Draws the curves of training runs, from the metrics.jsonl that each run has written.
 
-PNG     one per quantity: loss (of training, and dashed of evaluations), learning rate, gradient
-        norm, tokens per second, each over the optimizer steps, a colour for each run
-HTML    one page that holds these pictures and a table of the last value of everything; it needs
-        nothing else, neither files beside it nor a network
+PNG     one picture for each quantity over the optimizer steps, with a colour for each run: loss
+        (solid in training, dashed in evaluations), learning rate, gradient norm, tokens per second
+HTML    one page that holds these pictures and a table of the last values; it needs neither files
+        beside it nor a network
 """
 
 import json
@@ -20,8 +20,8 @@ from lorakit.files.local import as_path, atomic, read_text, write_text
 
 log = logging.getLogger("lorakit")
 
-# file name -> label of the axis, and the quantities drawn: solid, and dashed with a dot at each
-PLOTS = {
+# file name -> label of the axis, the quantity drawn solid, and the one drawn dashed with dots
+PLOTS: dict[str, tuple[str, str, str | None]] = {
     "loss": ("loss, nats per label token", "loss", "eval_loss"),
     "learning_rate": ("learning rate", "learning_rate", None),
     "grad_norm": ("gradient norm", "grad_norm", None),
@@ -47,11 +47,21 @@ th:first-child {{ text-align: left; }}
 
 
 def plot_runs(paths: str | Path | Iterable[str | Path], out: str | Path) -> Path:
-    """Draw the runs whose output directories are `paths` into directory `out`: a PNG for each of
-    PLOTS, and runs.html. Returns the path of the latter. Needs matplotlib (the extra `plots`).
+    """Draw the curves of training runs into a directory: four PNG files and runs.html.
 
-    Raises LorakitError for no run, a directory without metrics.jsonl, or one that is not of
-    lorakit. The last line of a run that was cut off while writing it is left out, and said.
+    It needs matplotlib (the extra `plots`). A last line that a run has not written whole is left
+    out, with a warning of the logger "lorakit".
+
+    Args:
+        paths: The output directory of a run, or several.
+        out: The directory of the files. It is made if it is missing.
+
+    Returns:
+        The path of runs.html, which holds all the pictures and a table of the last values.
+
+    Raises:
+        LorakitError: No run is given, matplotlib is missing, a directory holds no metrics.jsonl of
+            a run, or `out` cannot be a directory.
     """
     if isinstance(paths, (str, Path)):
         paths = [paths]
@@ -73,12 +83,13 @@ def plot_runs(paths: str | Path | Iterable[str | Path], out: str | Path) -> Path
 
 # ---- reading ----
 
-Line = Mapping[str, float]
+Line = Mapping[str, float]  # a line of metrics.jsonl: numbers by name, "step" among them
 
 
 def _named(paths: list[Path]) -> dict[str, list[Line]]:
-    """The lines of each run, by the last part of its path, or the whole where that is not one's
-    own.
+    """Return the lines of each run by its name.
+
+    The name is the last part of the path, or the whole path if several runs share that part.
     """
     paths = list(dict.fromkeys(paths))
     leaves = [path.resolve().name for path in paths]
@@ -91,7 +102,7 @@ def _named(paths: list[Path]) -> dict[str, list[Line]]:
 
 
 def _read_metrics(directory: Path) -> list[Line]:
-    """The lines of a run's metrics.jsonl: numbers by name, "step" among them."""
+    """Return the lines of a run's metrics.jsonl. Raises LorakitError if it is not one."""
     path = directory / "metrics.jsonl"
     if not path.is_file():
         raise LorakitError(
@@ -123,9 +134,10 @@ def _parsed(line: str, place: str) -> Line:
     return values
 
 
-def _curve(lines: list[Line], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a quantity; what is not finite, or nearly so, is NaN, which no line goes
-    through.
+def _curve(lines: list[Line], name: str) -> tuple[list[float], list[float]]:
+    """Return the steps and the values of a quantity.
+
+    A value that is infinite, or nearly so, becomes NaN, which no line goes through.
     """
     found = [(line["step"], line[name]) for line in lines if name in line]
     values = [float(v) if abs(v) < 1e300 else math.nan for _, v in found]  # matplotlib's limit
@@ -158,8 +170,12 @@ def _draw(name: str, runs: Mapping[str, list[Line]], path: Path) -> None:
 
 
 def _plain(name: str) -> str:
-    r"""As matplotlib shows it: "$" would begin a formula, and "_" in front hide the label."""
-    return " " * name.startswith("_") + name.replace("$", r"\$")
+    r"""Return a name as matplotlib shows it.
+
+    A "$" would begin a formula, and a "_" in front would hide the label.
+    """
+    space = " " if name.startswith("_") else ""
+    return space + name.replace("$", r"\$")
 
 
 def _picture(path: Path, title: str) -> str:
@@ -168,7 +184,7 @@ def _picture(path: Path, title: str) -> str:
 
 
 def _table(runs: Mapping[str, list[Line]]) -> str:
-    """A row for each quantity, in the order in which the runs wrote them, a column for each run."""
+    """Return a table with a column for each run, and a row for each quantity in written order."""
     last = {run: {k: v for line in lines for k, v in line.items()} for run, lines in runs.items()}
     names = dict.fromkeys(name for values in last.values() for name in values)
     rows = [_row("th", ["", *runs])]

@@ -1,7 +1,7 @@
-"""What quantization would do to each layer of a checkpoint, without making the model.
+"""What quantization would do to each layer of a model, without making the model.
 
 Every weight that `quantize` would pack is read, packed, dequantized, compared in fp64 and
-forgotten: memory holds one layer. Per layer
+forgotten, so that memory holds one layer at a time. The report says of each layer W -> W'
 
     relative error  || W - W' ||_F / || W ||_F
     cosine          <W, W'> / (|| W ||_F || W' ||_F)
@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,38 +32,47 @@ CHUNK = 1 << 22  # values compared at a time, in fp64
 
 @dataclass(frozen=True)
 class LayerReport:
+    """What quantization does to one layer."""
+
     name: str
+    """The layer's name in the model."""
     shape: tuple[int, ...]
+    """The shape of its weight W."""
     bits_per_parameter: float
+    """All stored bits, scales included, over the number of parameters."""
     relative_error: float
+    """|| W - W' ||_F / || W ||_F."""
     cosine: float
+    """<W, W'> / (|| W ||_F || W' ||_F)."""
 
 
 @dataclass(frozen=True)
 class QuantReport:
-    """Of a whole checkpoint: its layers in the model's order, and the bits per parameter of all its
-    tensors together, those that stay dense counted as 16 bits.
-    """
+    """What quantization does to a model. As text it is a table of its layers."""
 
     path: str
+    """Where the model's files are."""
     config: QuantConfig
+    """How the weights are quantized."""
     layers: list[LayerReport]
+    """The quantized layers, in the model's order."""
     bits_per_parameter: float
+    """Bits per parameter of all tensors together; those that stay dense count as 16 bits."""
 
     @property
     def relative_error(self) -> float:
-        """The mean over the layers."""
+        """The mean relative error of the layers."""
         return sum(layer.relative_error for layer in self.layers) / len(self.layers)
 
     def worst(self, count: int) -> list[LayerReport]:
-        """The layers with the largest relative error, worst first."""
+        """Return the `count` layers with the largest relative error, the worst first."""
         return sorted(self.layers, key=lambda layer: -layer.relative_error)[:count]
 
     def __str__(self) -> str:
         return self.table()
 
     def table(self, worst: int = 10) -> str:
-        """All layers, one line each, the `worst` ones again, and the whole."""
+        """Return a line for each layer, the `worst` layers once more, and a line of the whole."""
         width = max(len("layer"), *(len(layer.name) for layer in self.layers))
         head = f"{'layer':{width}}  {'shape':>15}  {'bits':>6}  {'error':>8}  {'cosine':>8}"
 
@@ -83,18 +93,24 @@ class QuantReport:
         return "\n".join(lines)
 
     def save_plot(self, path: str | Path) -> None:
-        """Write a PNG: relative error by depth, a line for each kind of layer. Needs matplotlib
-        (the extra `plots`).
+        """Write a PNG of relative error by depth, with a line for each kind of layer.
+
+        Args:
+            path: The file to write. Its directory is made if it is missing.
+
+        Raises:
+            LorakitError: matplotlib (the extra `plots`) is not installed.
         """
         try:
             from matplotlib.figure import Figure
         except ImportError:
             raise LorakitError("plots need matplotlib: pip install 'lorakit[plots]'") from None
-        errors: dict[str, dict[int, list[float]]] = {}  # kind -> depth -> one, or one per expert
+        # kind of layer -> depth -> its error, or the errors of a mixture's experts
+        errors: dict[str, dict[int, list[float]]] = {}
         for layer in self.layers:
             depth = re.search(r"\blayers\.(\d+)\.", layer.name)
-            kind = errors.setdefault(layer.name.rpartition(".")[2], {})
-            kind.setdefault(int(depth[1]) if depth else 0, []).append(layer.relative_error)
+            of_kind = errors.setdefault(layer.name.rpartition(".")[2], {})
+            of_kind.setdefault(int(depth[1]) if depth else 0, []).append(layer.relative_error)
         figure = Figure(figsize=(9, 5), layout="constrained")
         axes = figure.add_subplot()
         for kind, by_depth in errors.items():
@@ -111,11 +127,21 @@ class QuantReport:
 
 
 def quantize_report(
-    path_or_hub_id: str | Path, quantize: str | Mapping | QuantConfig = "nf4"
+    path_or_hub_id: str | Path, quantize: str | Mapping[str, Any] | QuantConfig = "nf4"
 ) -> QuantReport:
-    """Quantize the layers of a checkpoint one at a time, as `load_model` would, and compare.
+    """Quantize the layers of a model one at a time, as `load_model` would, and compare.
 
-    Raises LorakitError as `load_model` does, and for a checkpoint that is quantized already.
+    Args:
+        path_or_hub_id: A directory or GGUF file with a model's weights, or its name on the Hugging
+            Face hub, as `load_model` takes it.
+        quantize: "nf4" or "int8", or a QuantConfig or its fields by name.
+
+    Returns:
+        A report of the error and the size of each layer.
+
+    Raises:
+        LorakitError: The model cannot be loaded, is quantized already, or holds a weight that is
+            not finite; or `quantize` names no quantization.
     """
     config = quant_config(quantize)
     if config is None:
@@ -130,7 +156,7 @@ def quantize_report(
     for name, layer in tqdm(
         packed.items(), desc="quantizing", unit="layer", disable=None, leave=False
     ):
-        original = tensors.pop(f"{name}.weight").read()
+        original = tensors.pop(f"{name}.weight").read_dense()
         try:
             layer.requantize(original)
         except ValueError as error:
@@ -146,11 +172,12 @@ def quantize_report(
 
 def _compare(name: str, layer: PackedWeight, original: Tensor) -> LayerReport:
     dense = kernels.dequantize(layer.quantized, torch.float32)
-    squares = torch.zeros(4, dtype=torch.float64)  # of W, of W', of their difference; and <W, W'>
-    for w, q in zip(original.flatten().split(CHUNK), dense.flatten().split(CHUNK), strict=True):
-        w, q = w.double(), q.double()
+    squares = torch.zeros(4, dtype=torch.float64)  # |W|^2, |W'|^2, |W - W'|^2, <W, W'>
+    values, others = original.flatten(), dense.flatten()
+    for start in range(0, len(values), CHUNK):
+        w, q = (each[start : start + CHUNK].double() for each in (values, others))
         squares += torch.stack([w @ w, q @ q, (w - q) @ (w - q), w @ q])
-    w, q, difference, product = squares.tolist()
-    error = math.sqrt(difference / w) if w else 0.0
-    cosine = product / math.sqrt(w * q) if w and q else 1.0
+    before, after, difference, product = squares.tolist()
+    error = math.sqrt(difference / before) if before else 0.0
+    cosine = product / math.sqrt(before * after) if before and after else 1.0
     return LayerReport(name, layer.shape, layer.quantized.bits_per_parameter, error, cosine)

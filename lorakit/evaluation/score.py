@@ -1,9 +1,10 @@
 """A model's own completions of rows, scored against theirs.
 
-The completions are the likeliest tokens, one after another, up to one token more than the longest
-completion of the rows has: what goes on beyond every reference is wrong already.
+A completion takes the likeliest token each time, up to one token more than the longest completion
+of the rows has: a text that goes on beyond every reference is wrong already.
 """
 
+from array import array
 from collections.abc import Sequence
 
 from lorakit.config.errors import LorakitError
@@ -12,6 +13,7 @@ from lorakit.data.encode import ALPACA, ALPACA_WITH_INPUT, TODAY, as_chat
 from lorakit.data.schemas import Chat, Choice, Instruction, Row, Text
 from lorakit.evaluation.metrics import score
 from lorakit.inference.generate import generate_batch
+from lorakit.models.chat_template import Messages
 from lorakit.models.decoder import Decoder
 from lorakit.models.tokenizer import Tokenizer
 
@@ -19,56 +21,67 @@ from lorakit.models.tokenizer import Tokenizer
 def score_rows(
     model: Decoder, tok: Tokenizer, rows: Sequence[Row], metrics: Sequence[str], batch_size: int
 ) -> dict[str, float]:
-    """Metrics by name (see metrics.py) of greedy completions, `batch_size` rows at a time; of rows
-    that `check_rows` has seen.
+    """Return metrics by name (see metrics.py) of greedy completions of rows.
+
+    `batch_size` rows are completed at a time. They are rows that `check_rows` has accepted.
     """
     if not metrics:
         return {}
     asked = [_asked(tok, row) for row in rows]
+    references = [reference for _, reference in asked]
     predictions = generate_batch(
         model,
         tok,
         [_prompt_ids(tok, prompt) for prompt, _ in asked],
-        max_new_tokens=_longest(tok, rows),
+        max_new_tokens=1 + max(_length(tok, reference) for reference in references),
         batch_size=batch_size,
         progress=True,
     )
-    return score(predictions, [reference for _, reference in asked], metrics)
+    return score(predictions, references, metrics)
 
 
 def check_rows(model: Decoder, tok: Tokenizer, rows: Sequence[Row], metrics: Sequence[str]) -> None:
-    """Raise LorakitError for an unknown name of a metric, and for a row whose prompt is empty, or
-    leaves no room for the longest completion within the positions the model is meant for.
+    """Raise LorakitError if rows cannot be scored by `metrics`.
+
+    A metric may be unknown, a row may have nothing to complete, and a prompt may be empty, or leave
+    no room for the longest completion within the positions that the model is meant for.
     """
     check_metrics(metrics)
     if not metrics:
         return
-    limit, new = model.config.context_length, _longest(tok, rows)
+    new, lengths = 1, array("l")
     for row in rows:
-        length = len(_prompt_ids(tok, _asked(tok, row)[0]))
-        if not 0 < length <= limit - new:
+        prompt, reference = _asked(tok, row)
+        new = max(new, 1 + _length(tok, reference))
+        lengths.append(len(_prompt_ids(tok, prompt)))
+    room = model.config.context_length - new
+    for number, length in enumerate(lengths):
+        if not 0 < length <= room:
             raise LorakitError(
-                f"{row.place}: to score completions of up to {new} tokens, a prompt must have 1 to "
-                f"{limit - new} tokens, not {length}"
+                f"{rows[number].place}: to score completions of up to {new} tokens, a prompt must "
+                f"have 1 to {room} tokens, not {length}"
             )
 
 
-def _prompt_ids(tok: Tokenizer, prompt: str | list[dict]) -> list[int]:
-    """As the model is trained on it, the date in the template included."""
+def _prompt_ids(tok: Tokenizer, prompt: str | Messages) -> list[int]:
+    """Return a prompt as the model is trained on it, the date in the template included."""
     if isinstance(prompt, str):
         return tok.encode(prompt)
-    return tok.apply_chat_template(prompt, add_generation_prompt=True, strftime_now=TODAY.strftime)
+    ids = tok.apply_chat_template(prompt, add_generation_prompt=True, strftime_now=TODAY.strftime)
+    assert not isinstance(ids, str)  # it was tokenized
+    return ids
 
 
-def _longest(tok: Tokenizer, rows: Sequence[Row]) -> int:
-    """Tokens of the longest completion, and one for the end."""
-    references = (_asked(tok, row)[1] for row in rows)
-    return 1 + max(len(tok.encode(text, add_special_tokens=False)) for text in references)
+def _length(tok: Tokenizer, completion: str) -> int:
+    """Return the number of tokens of a completion, without the one for its end."""
+    return len(tok.encode(completion, add_special_tokens=False))
 
 
-def _asked(tok: Tokenizer, row: Row) -> tuple[str | list[dict], str]:
-    """What the model is to continue, text or messages, and what it should say: of a chat the last
-    turn of the assistant.
+def _asked(tok: Tokenizer, row: Row) -> tuple[str | Messages, str]:
+    """Return what the model is to continue, text or messages, and what it should say.
+
+    In a chat it should say the last turn of the assistant. Raises LorakitError for a row without
+    such an answer.
     """
     if isinstance(row, Choice):
         return _asked(tok, row.chosen)

@@ -7,8 +7,6 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lorakit.adapters.manage import adapter_config, selected_adapter
 from lorakit.config.errors import LorakitError
 from lorakit.config.training import TrainConfig
@@ -143,12 +141,5 @@ def end_with_the_best(model: Decoder, output_dir: Path, progress: Progress, log:
     if not path.exists():  # the disk was full, or the run came from another directory
         log.say(f"the last adapter stays: the checkpoint of the best, step {best}, is not there")
         return
-    _restore_adapter(model, path)
+    run_state.restore_adapter(path, run_state.read_tensors(path), model)
     log.say(f"the adapter is that of step {best}, the best evaluation")
-
-
-def _restore_adapter(model: Decoder, path: Path) -> None:
-    tensors = run_state.read_adapter(path)
-    with torch.no_grad():
-        for name, tensor in run_state.trained_tensors(model).items():
-            tensor.copy_(tensors[name].read())

@@ -1,4 +1,7 @@
-"""Carried out of lorakit/optim.py."""
+"""Learning-rate schedules.
+
+A rate is a function of the step alone, so a checkpoint saves nothing of it.
+"""
 
 import math
 
@@ -17,21 +20,37 @@ def learning_rate(
     min_lr_ratio: float = 0.0,
     num_cycles: int = 1,
 ) -> float:
-    """The rate of step 0 <= step < total: a linear warm-up to `peak`, then by kind, as transformers
-    has it. With `done` from 0 at the end of the warm-up W to 1 at `total`:
+    """Return the learning rate of a step: a linear warm-up to `peak`, then a schedule by `kind`.
+
+    The schedules are those of transformers. W is the number of steps of the warm-up, and `done`
+    goes from 0 at its end to 1 at `total`:
 
         constant, constant_with_warmup   peak
         linear                           peak (1 - done)
         cosine                           peak (1 + cos(pi done)) / 2
-        cosine_with_min_lr               the same from peak to min_lr_ratio peak
-        cosine_with_restarts             num_cycles of cosine, each from peak to 0
+        cosine_with_min_lr               as cosine, but from peak to min_lr_ratio peak
+        cosine_with_restarts             num_cycles times cosine, each from peak to 0
         inverse_sqrt                     peak sqrt(W / step); without a warm-up
                                          peak sqrt(10,000 / (10,000 + step))
 
-    W is warmup_steps, or ceil(warmup_ratio * total). The rates of the warm-up are peak / W, 2 peak
-    / W and so on to peak: the first step does something, which in transformers it does not.
+    The rates of the warm-up are peak / W, 2 peak / W and so on to peak. So the first step learns
+    something, which in transformers it does not.
 
-    Raises LorakitError for another kind.
+    Args:
+        kind: The name of the schedule.
+        step: The number of the step, from 0 to total - 1.
+        total: The number of steps of the run.
+        peak: The largest rate.
+        warmup_ratio: The steps of the warm-up as a part of all steps; W is rounded up.
+        warmup_steps: W itself; None takes warmup_ratio.
+        min_lr_ratio: The last rate of cosine_with_min_lr, as a part of peak.
+        num_cycles: How often cosine_with_restarts goes down.
+
+    Returns:
+        The rate of the step.
+
+    Raises:
+        LorakitError: There is no schedule of that name.
     """
     if kind not in SCHEDULES:
         raise LorakitError(

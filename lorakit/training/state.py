@@ -1,14 +1,15 @@
-"""Checkpoints of a run: all that its next step depends on, in directories that are whole or absent.
+"""Checkpoints of a run: directories that hold all that the next step depends on.
 
     output_dir/checkpoint-40/
         adapter_model.safetensors, adapter_config.json     the adapter, as `save_adapter` writes it
         state.safetensors       every trained tensor as it is, the optimizer's state, random state
         state.json              the step, counts, evaluations, and what a resumed run must share
 
-A checkpoint is written under another name, flushed to the disk, and renamed: a run that is killed
-at any moment leaves the earlier ones and at most a directory that starts with a dot, which the next
-run removes. A full disk leaves the earlier ones too. Where in the data a run stands follows from
-the step alone; the order of the rows is a function of seed and epoch.
+A checkpoint is whole or absent: it is written under another name, flushed to the disk, and renamed.
+A run that is killed at any moment leaves the earlier checkpoints, and at most a directory whose name
+starts with a dot, which the next run removes. A full disk leaves the earlier checkpoints too. The
+place of a run in its data follows from the step alone, since seed and epoch decide the order of the
+rows.
 """
 
 import fcntl
@@ -35,14 +36,14 @@ STATE_TENSORS, STATE_VALUES = "state.safetensors", "state.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One that is on the disk."""
+    """A checkpoint on the disk."""
 
     path: Path
     step: int
 
 
 def checkpoints(output_dir: Path) -> list[Checkpoint]:
-    """Those of a run, the oldest first."""
+    """Return the checkpoints of a run, the oldest first."""
     found = []
     for path in output_dir.glob("checkpoint-*"):
         number = re.fullmatch(r"checkpoint-(\d+)", path.name)
@@ -58,7 +59,10 @@ def write_checkpoint(
     values: Mapping[str, Any],
     save_adapter: Callable[[Path], None],
 ) -> Checkpoint:
-    """Write checkpoint-`step`, whole or not at all. Raises OSError where the disk is full."""
+    """Write checkpoint-`step`, whole or not at all. Raises OSError if the disk is full.
+
+    tensors and values go into the state's files; save_adapter writes the adapter into a directory.
+    """
     path, temporary = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -67,7 +71,7 @@ def write_checkpoint(
         write_safetensors(temporary / STATE_TENSORS, tensors)
         write_json(temporary / STATE_VALUES, values)
         _flush(temporary)
-        if path.exists():  # of a run that was resumed from an earlier one: the same bytes
+        if path.exists():  # this run was resumed from an earlier one, and comes by again
             shutil.rmtree(path)
         os.rename(temporary, path)
         _flush(output_dir)
@@ -77,7 +81,7 @@ def write_checkpoint(
 
 
 def _flush(directory: Path) -> None:
-    """To the disk: the names in a directory."""
+    """Flush the names in a directory to the disk."""
     if os.name != "posix":
         return
     handle = os.open(directory, os.O_RDONLY)
@@ -88,7 +92,7 @@ def _flush(directory: Path) -> None:
 
 
 def prune(output_dir: Path, keep: int, best: int | None) -> None:
-    """Remove all checkpoints but the last `keep` and that of step `best`."""
+    """Remove all checkpoints except the last `keep` and that of step `best`."""
     for each in checkpoints(output_dir)[:-keep]:
         if each.step != best:
             shutil.rmtree(each.path)
@@ -96,8 +100,9 @@ def prune(output_dir: Path, keep: int, best: int | None) -> None:
 
 @contextmanager
 def only_run_in(output_dir: Path) -> Iterator[None]:
-    """Inside the `with` block no other run trains into `output_dir`; the lock ends with the process
-    at the latest. Raises LorakitError if one does already.
+    """Hold a lock within the block, so that no other run trains into `output_dir`.
+
+    The lock ends with the process at the latest. Raises LorakitError if another run holds it.
     """
     with open(output_dir / ".lock", "w") as file:
         try:
@@ -110,17 +115,19 @@ def only_run_in(output_dir: Path) -> Iterator[None]:
 
 
 def remove_unfinished(output_dir: Path) -> None:
-    """What a run that was killed left behind."""
+    """Remove the unfinished checkpoints of runs that were killed."""
     for path in output_dir.glob(".checkpoint-*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
 
 
-# ---- what is in one ----
+# ---- the contents of a checkpoint ----
 
 
 def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Every tensor of the selected adapter as it is, by name: parameters, and what they started
-    from. One that several layers share, as VeRA's do, is there once.
+    """Return every tensor of the selected adapter by name, as it is in memory.
+
+    They are its parameters, and the tensors that these started from. A tensor that several layers
+    share, as those of VeRA do, is there once.
     """
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -133,13 +140,13 @@ def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def read_adapter(path: Path) -> dict[str, Any]:
-    """The tensors of a checkpoint's adapter, as `trained_tensors` names them, still on disk."""
+def read_tensors(path: Path) -> dict[str, LazyTensor]:
+    """Return the tensors of a checkpoint by name, still on disk, `trained_tensors` among them."""
     return open_safetensors(path / STATE_TENSORS)
 
 
 def optimizer_tensors(optimizer: AdamW) -> dict[str, Tensor]:
-    """The optimizer's state, by the number of the parameter."""
+    """Return the optimizer's state by name, which holds the number of the parameter."""
     return {
         f"optimizer.{number}.{name}": tensor
         for number, state in optimizer.state_dict()["state"].items()
@@ -148,6 +155,7 @@ def optimizer_tensors(optimizer: AdamW) -> dict[str, Tensor]:
 
 
 def random_tensors(device: torch.device) -> dict[str, Tensor]:
+    """Return the state of torch's random generators, on the CPU and on a CUDA device."""
     found = {"random.cpu": torch.get_rng_state()}
     if device.type == "cuda":
         found["random.cuda"] = torch.cuda.get_rng_state(device)
@@ -155,7 +163,7 @@ def random_tensors(device: torch.device) -> dict[str, Tensor]:
 
 
 def read_values(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What state.json holds: progress, same and groups. Raises LorakitError if it does not."""
+    """Return what state.json holds: progress, same and groups. Raises LorakitError without them."""
     path = checkpoint.path / STATE_VALUES
     values = read_json(path)
     for name, kind in (("progress", dict), ("same", dict), ("groups", list)):
@@ -171,33 +179,43 @@ def restore(
     optimizer: AdamW,
     device: torch.device,
 ) -> None:
-    """Set adapter, optimizer and random state as they were. Of the optimizer's settings the number
-    of its steps comes from the checkpoint, the others are this run's.
+    """Set adapter, optimizer and random state as they were.
 
-    Raises LorakitError for a damaged file, or one of another adapter.
+    The optimizer takes the number of its steps from the checkpoint, and keeps its other settings.
+
+    Raises LorakitError if a file is damaged, or comes from another adapter.
     """
-    tensors = open_safetensors(checkpoint.path / STATE_TENSORS)
-    own = trained_tensors(module)
-    theirs = {name for name in tensors if name.startswith("adapter.")}
-    for name in own.keys() ^ theirs:
-        raise LorakitError(f"{checkpoint.path}: {name} is not in both, the run and the checkpoint")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            if tensors[name].shape != tuple(tensor.shape):
-                raise LorakitError(
-                    f"{checkpoint.path}: {name} is {tensors[name].shape}, in this run "
-                    f"{tuple(tensor.shape)}"
-                )
-            tensor.copy_(tensors[name].read())
+    tensors = read_tensors(checkpoint.path)
+    restore_adapter(checkpoint.path, tensors, module)
     try:
         _restore_optimizer(optimizer, tensors, values["groups"])
-        torch.set_rng_state(tensors["random.cpu"].read().clone())
+        torch.set_rng_state(tensors["random.cpu"].read_dense().clone())
         if device.type == "cuda" and "random.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random.cuda"].read().clone(), device)
+            torch.cuda.set_rng_state(tensors["random.cuda"].read_dense().clone(), device)
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise LorakitError(
             f"{checkpoint.path} is damaged ({type(error).__name__}: {error}); remove it"
         ) from None
+
+
+def restore_adapter(path: Path, tensors: Mapping[str, LazyTensor], module: nn.Module) -> None:
+    """Give the selected adapter of `module` the tensors of the checkpoint at `path`.
+
+    Raises LorakitError if they are those of another adapter.
+    """
+    own = trained_tensors(module)
+    theirs = {name for name in tensors if name.startswith("adapter.")}
+    only_in_one = own.keys() ^ theirs
+    if only_in_one:
+        name = min(only_in_one)
+        raise LorakitError(f"{path}: {name} is not in both, the run and the checkpoint")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if tensors[name].shape != tuple(tensor.shape):
+                raise LorakitError(
+                    f"{path}: {name} is {tensors[name].shape}, in this run {tuple(tensor.shape)}"
+                )
+            tensor.copy_(tensors[name].read_dense())
 
 
 def _restore_optimizer(
@@ -208,8 +226,8 @@ def _restore_optimizer(
         kind, _, rest = name.partition(".")
         if kind == "optimizer":
             number, _, part = rest.partition(".")
-            # a copy: what is read is a view of the file
-            state.setdefault(int(number), {})[part] = tensors[name].read().clone()
+            # a copy, because the tensor that is read is a view of the file
+            state.setdefault(int(number), {})[part] = tensors[name].read_dense().clone()
     groups = optimizer.state_dict()["param_groups"]
     for group, saved in zip(groups, saved_groups, strict=True):
         group["step"] = saved["step"]
@@ -217,7 +235,7 @@ def _restore_optimizer(
 
 
 def group_values(optimizer: AdamW) -> list[dict[str, Any]]:
-    """What each parameter group holds beside its parameters."""
+    """Return what each parameter group holds beside its parameters."""
     groups = optimizer.state_dict()["param_groups"]
     return [{name: v for name, v in group.items() if name != "params"} for group in groups]
 
