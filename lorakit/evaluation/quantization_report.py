@@ -156,7 +156,7 @@ def quantize_report(
     for name, layer in tqdm(
         packed.items(), desc="quantizing", unit="layer", disable=None, leave=False
     ):
-        original = tensors.pop(f"{name}.weight").read_dense()
+        original = tensors.pop(f"{name}.weight").read()
         try:
             layer.requantize(original)
         except ValueError as error:

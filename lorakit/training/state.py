@@ -189,9 +189,9 @@ def restore(
     restore_adapter(checkpoint.path, tensors, module)
     try:
         _restore_optimizer(optimizer, tensors, values["groups"])
-        torch.set_rng_state(tensors["random.cpu"].read_dense().clone())
+        torch.set_rng_state(tensors["random.cpu"].read().clone())
         if device.type == "cuda" and "random.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random.cuda"].read_dense().clone(), device)
+            torch.cuda.set_rng_state(tensors["random.cuda"].read().clone(), device)
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise LorakitError(
             f"{checkpoint.path} is damaged ({type(error).__name__}: {error}); remove it"
@@ -215,7 +215,7 @@ def restore_adapter(path: Path, tensors: Mapping[str, LazyTensor], module: nn.Mo
                 raise LorakitError(
                     f"{path}: {name} is {tensors[name].shape}, in this run {tuple(tensor.shape)}"
                 )
-            tensor.copy_(tensors[name].read_dense())
+            tensor.copy_(tensors[name].read())
 
 
 def _restore_optimizer(
@@ -227,7 +227,7 @@ def _restore_optimizer(
         if kind == "optimizer":
             number, _, part = rest.partition(".")
             # a copy, because the tensor that is read is a view of the file
-            state.setdefault(int(number), {})[part] = tensors[name].read_dense().clone()
+            state.setdefault(int(number), {})[part] = tensors[name].read().clone()
     groups = optimizer.state_dict()["param_groups"]
     for group, saved in zip(groups, saved_groups, strict=True):
         group["step"] = saved["step"]
