@@ -1,8 +1,8 @@
-"""The ops of lorakit: one folder per op, with its maths, a torch reference and faster backends.
+"""The ops of lorakit, each a public function that picks its backend by the tensor's device.
 
-Every op here is one public function that picks its backend by the tensor's device (see `dispatch`).
-Importing this package has no side effects: no library is loaded and no GPU is touched until an op
-runs.
+`ops/` has a folder for each op, with its maths, a torch reference and faster backends; dispatch.py
+picks among them. To import this package has no side effects: no library is loaded and no GPU is
+touched until an op runs.
 """
 
 from .dispatch import use_backend

@@ -63,7 +63,7 @@ inline void clear(float* to, int64_t floats) {
 // ---- what Python hands over (cpu.py has the same layouts) ----------------------------------------------------------
 
 template <class T>
-struct View {  // [B, T or S, heads, D], dense in D
+struct HeadsView {  // [B, T or S, heads, D], dense in D
     T* data;
     int64_t batch, token, head;
     T* at(int64_t b, int64_t t, int64_t h) const { return data + b * batch + t * token + h * head; }
@@ -77,8 +77,8 @@ struct Block {
 
 template <class T>
 struct Attention {
-    View<const T> q, k, v, dy;
-    View<T> y, dq;
+    HeadsView<const T> q, k, v, dy;
+    HeadsView<T> y, dq;
     float *lse, *dk, *dv;  // [B, Hq, T]; [B, S, Hk, whole(D)], zero at first
     const uint8_t* mask;   // bool [B or 1, T, S], null: causal
     const Block* blocks;
@@ -338,10 +338,10 @@ struct Unit {
     int64_t token(int64_t row) const { return block.start + first + row / G; }
     int64_t query_head(int64_t row) const { return head * G + row % G; }
     template <class X>
-    X* of(const View<X>& x, int64_t row) const {
+    X* of(const HeadsView<X>& x, int64_t row) const {
         return x.at(block.batch, token(row), query_head(row));
     }
-    const T* of_key(const View<const T>& x, int64_t c) const { return x.at(block.batch, block.start + start + c, head); }
+    const T* of_key(const HeadsView<const T>& x, int64_t c) const { return x.at(block.batch, block.start + start + c, head); }
     float& lse(int64_t row) const { return a.lse[(block.batch * a.Hq + query_head(row)) * a.T_ + token(row)]; }
 
     // ---- who sees what ----

@@ -1,6 +1,8 @@
-"""The kernels of cpu.cpp, in host memory: fp32; bf16, with sums in fp32 and, unless the processor
-multiplies bf16 itself, products too; and fp16 by way of fp32 copies. q, k, v and the gradient are
-read where they lie, whatever their strides, if the D values of a head are side by side.
+"""Calls of the C++ kernels in cpu.cpp, in host memory.
+
+They take fp32 and bf16, and fp16 by way of fp32 copies. In bf16 sums are in fp32, and products too
+unless the processor multiplies bf16 itself. q, k, v and the gradient are read where they lie,
+whatever their strides, if the D values of a head are side by side.
 """
 
 import ctypes
@@ -16,17 +18,17 @@ from ... import dispatch
 from ...dispatch import CPU_DTYPES, FLOAT, INT64, POINTER, address, run
 
 
-class View(ctypes.Structure):
-    """cpu.cpp's."""
+class HeadsView(ctypes.Structure):
+    """`HeadsView` of cpu.cpp: a tensor [B, T or S, heads, D] with its strides."""
 
     _fields_ = (("data", POINTER), *((name, INT64) for name in ("batch", "token", "head")))
 
 
 class Attention(ctypes.Structure):
-    """cpu.cpp's."""
+    """`Attention` of cpu.cpp: the arguments of both directions."""
 
     _fields_ = (
-        *((name, View) for name in ("q", "k", "v", "dy", "y", "dq")),
+        *((name, HeadsView) for name in ("q", "k", "v", "dy", "y", "dq")),
         *((name, POINTER) for name in ("lse", "dk", "dv", "mask")),
         *((name, POINTER) for name in ("blocks", "seen", "turns", "space")),
         *((name, INT64) for name in ("count", "mask_batch", "mask_token", "slots", "size")),
@@ -35,16 +37,19 @@ class Attention(ctypes.Structure):
     )
 
 
-class Options(NamedTuple):
+class AttentionOptions(NamedTuple):
+    """What is no tensor among the arguments."""
+
     scale: float
     softcap: float  # 0: none
-    window: int
-    lengths: tuple[int, ...]
+    window: int  # positions that a query may look back, its own included
+    lengths: tuple[int, ...]  # of the documents in a row of the batch
 
 
 def fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> bool:
-    """Whether the kernels take them. Of a single token each key and value is used once: laying them
-    out for the kernels would cost more than that.
+    """Return whether the kernels take the operands.
+
+    A single token uses each key and value once: to lay them out for the kernels would cost more.
     """
     (B, T, Hq, D), (S, Hk) = q.shape, k.shape[1:3]
     same = q.dtype in dispatch.FLOATS and q.dtype == k.dtype == v.dtype
@@ -58,8 +63,8 @@ def fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | No
     return mask.dtype == torch.bool and mask.shape in shapes
 
 
-def _view(x: Tensor | None) -> View:
-    return View() if x is None else View(x.data_ptr(), *x.stride()[:3])
+def _view(x: Tensor | None) -> HeadsView:
+    return HeadsView() if x is None else HeadsView(x.data_ptr(), *x.stride()[:3])
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -68,15 +73,15 @@ def _dense_rows(x: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _sizes(isa: str, D: int, group: int) -> tuple[int, ...]:
-    """Of a block in tokens, of a block in keys, of a thread's space in floats."""
+    """Return the tokens of a block, the keys of a block, and the floats of a thread's space."""
     sizes = (INT64 * 3)()
     dispatch.function("attention_sizes", INT64, INT64, POINTER)(D, group, ctypes.addressof(sizes))
     return tuple(sizes)
 
 
-@functools.lru_cache(maxsize=16)  # the layers of a model, forward and backward, ask for the same
+@functools.lru_cache(maxsize=16)  # all layers of a model, in both directions, ask for one
 def _blocks(B: int, lengths: tuple[int, ...], tokens: int) -> Tensor:
-    """cpu.cpp's, of the documents in each row of the batch: those of the latest tokens first."""
+    """Return `Block[]` of cpu.cpp for the documents in each row, the latest tokens first."""
     starts = list(itertools.accumulate(lengths, initial=0))[:-1]
     blocks = [
         (b * len(lengths) + i, b, start, length, number)
@@ -96,7 +101,7 @@ def _launch(
     y: Tensor,
     lse: Tensor,
     mask: Tensor | None,
-    options: Options,
+    options: AttentionOptions,
     *,
     dy: Tensor | None = None,
     dq: Tensor | None = None,
@@ -126,7 +131,7 @@ def _launch(
 
 
 class BlockwiseAttention(torch.autograd.Function):
-    """q [B, T, Hq, D], k and v [B, S, Hk, D], mask [B or 1, T, S] or None -> [B, T, Hq, D]"""
+    """Map q [B, T, Hq, D], k, v [B, S, Hk, D] and a mask [B or 1, T, S] to y [B, T, Hq, D]."""
 
     @staticmethod
     def forward(ctx, q, k, v, mask, options):
@@ -162,12 +167,17 @@ def attention(
     window: int | None,
     lengths: Sequence[int] | None,
 ) -> Tensor:
-    """Of what `fits`; `window` goes without a mask. Raises ValueError unless the lengths add up."""
+    """Attend by the kernels, for operands that fit; a `window` needs a mask of None.
+
+    Raises ValueError unless the lengths add up to the tokens.
+    """
     T, D = q.shape[1], q.shape[3]
     lengths = (T,) if lengths is None else tuple(lengths)
     if sum(lengths) != T or min(lengths, default=0) < 0:
         raise ValueError(f"the lengths {list(lengths)} do not add up to the {T} tokens")
-    options = Options(scale or D**-0.5, softcap or 0.0, T if window is None else window, lengths)
+    options = AttentionOptions(
+        scale or D**-0.5, softcap or 0.0, T if window is None else window, lengths
+    )
     if mask is not None:
         mask = _dense_rows(mask[None] if mask.dim() == 2 else mask[:, 0])
     dtype = q.dtype

@@ -1,4 +1,4 @@
-"""Attention in plain torch, and with a soft cap with its scores spelled out."""
+"""Attention in plain torch; with a soft cap the scores are spelled out."""
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ def attention(
     scale: float | None,
     softcap: float | None,
 ) -> Tensor:
+    """Attend with q [B, T, Hq, D] to k and v [B, S, Hk, D]: [B, T, Hq, D]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T or S, D]
     if softcap is not None:
         return _softcapped(q, k, v, mask, scale, softcap).transpose(1, 2)
@@ -31,7 +32,10 @@ def attention(
     return out.transpose(1, 2)
 
 
-def _softcapped(q, k, v, mask, scale, softcap) -> Tensor:
+def _softcapped(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, softcap: float
+) -> Tensor:
+    """Attend with capped scores, CHUNK query rows at a time; q, k and v are [B, H, T or S, D]."""
     B, Hq, T, D = q.shape
     Hk, S = k.shape[1], k.shape[2]
     if mask is None:

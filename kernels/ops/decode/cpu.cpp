@@ -70,7 +70,7 @@ inline Vec any_exponential(Vec x) {
 
 inline int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
 
-// ---- what Python hands over (kernels/decode/__init__.py builds the same layouts) -----------------------------------
+// ---- what Python hands over (cpu.py and operands.py build the same layouts) ------------------------------------
 
 template <class W>
 struct Layer {

@@ -1,14 +1,48 @@
-"""The decoding step in plain torch: the formulas of the package, one after the other."""
+"""The decoding step in plain torch: the formulas of `__init__.py`, one after the other."""
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..swiglu.reference import activate
+from .plan import DecodeCache, DecodePlan
 
 
-def decode_step(plan, ids, tables, cache, visible, wide=torch.float32) -> Tensor:
-    """Logits [B, V] in `wide`, the dtype that everything but weights and cache is computed in."""
+@torch.no_grad()
+def decode_tokens(
+    plan: DecodePlan,
+    ids: Tensor,
+    tables: Sequence[tuple[Tensor, Tensor]],
+    cache: DecodeCache,
+    slots: Sequence[tuple[int, int]],
+    visible: Sequence[Tensor | None] | None,
+) -> Tensor:
+    """Take ids [B, T] through the decoder, one token after another: the logits after the last."""
+    (B, T), D = ids.shape, plan.head_dim
+    tables = [(cos.view(B, T, D // 2), sin.view(B, T, D // 2)) for cos, sin in tables]
+    for t in range(T):
+        at = [(cos[:, t], sin[:, t]) for cos, sin in tables]
+        counts = [(slot + t, count - T + 1 + t) for slot, count in slots]
+        layers = [(*kv, *c) for *kv, c in zip(cache.keys, cache.values, counts, strict=True)]
+        logits = decode_step(plan, ids[:, t], at, layers, visible)
+    return logits
+
+
+def decode_step(
+    plan: DecodePlan,
+    ids: Tensor,
+    tables: Sequence[tuple[Tensor, Tensor]],
+    cache: Sequence[tuple[Tensor, Tensor, int, int]],
+    visible: Sequence[Tensor | None] | None,
+    wide: torch.dtype = torch.float32,
+) -> Tensor:
+    """Take ids [B] through the decoder: the logits [B, V] in `wide`.
+
+    `cache` has keys, values, slot and count of each layer. Everything but weights and cache is
+    computed in the dtype `wide`.
+    """
 
     def norm(x, weight):
         scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + plan.eps)
@@ -51,8 +85,10 @@ def _capped(x: Tensor, cap: float | None) -> Tensor:
     return cap * torch.tanh(x / cap) if cap else x
 
 
-def _attention(plan, q, keys, values, slot, mask) -> Tensor:
-    """q [B, Hq, D] over keys, values [B, S, Hk, D], without what mask [B, S or more] hides."""
+def _attention(
+    plan: DecodePlan, q: Tensor, keys: Tensor, values: Tensor, slot: int, mask: Tensor | None
+) -> Tensor:
+    """Attend with q [B, Hq, D] to keys and values [B, S, Hk, D] that mask [B, S or more] shows."""
     B, S, Hk, D = keys.shape
     if mask is not None:
         hidden = ~mask[:, :S]

@@ -1,0 +1,87 @@
+"""Calls of the C++ kernel in cpu.cpp: one decoding step, in host memory."""
+
+import ctypes
+from array import array
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import dispatch
+from ...dispatch import CPU_DTYPES, FLOAT, INT64, POINTER
+from ..swiglu import Activation
+
+if TYPE_CHECKING:
+    from .plan import DecodePlan
+
+
+class Model(ctypes.Structure):
+    """`Model` of cpu.cpp: a plan, without the caches."""
+
+    _fields_ = (
+        *((name, POINTER) for name in ("embedding", "norm", "head", "layers")),
+        *((name, INT64) for name in ("depth", "vocab", "hidden", "inner")),
+        *((name, INT64) for name in ("heads", "kv_heads", "head_dim", "activation")),
+        *((name, FLOAT) for name in ("eps", "norm_offset", "embedding_scale")),
+        *((name, FLOAT) for name in ("attention_scale", "attn_softcap", "final_softcap")),
+    )
+
+
+class PackedPlan(NamedTuple):
+    """A plan as the kernel reads it: pointers to tensors, which the plan keeps alive."""
+
+    op: str
+    layers: array  # `Layer[depth]` of cpu.cpp
+    model: Model  # which points to the layers
+
+
+def pack(plan: "DecodePlan") -> PackedPlan:
+    """Return the plan as the kernel reads it. The order of a layer's fields is DecodeLayer's."""
+    layers = array("q")
+    for layer in plan.layers:
+        layers.extend(0 if tensor is None else tensor.data_ptr() for tensor in layer[:-1])
+        layers.append(layer.rope)
+    model = Model(
+        plan.embedding.data_ptr(),
+        plan.norm.data_ptr(),
+        plan.head.data_ptr(),
+        layers.buffer_info()[0],
+        len(plan.layers),
+        plan.vocab_size,
+        plan.hidden_size,
+        plan.inner_size,
+        plan.num_heads,
+        plan.num_kv_heads,
+        plan.head_dim,
+        Activation[plan.activation],
+        plan.eps,
+        plan.norm_weight_offset,
+        plan.embedding_scale,
+        plan.attention_scale,
+        plan.attn_softcap or 0,
+        plan.final_softcap or 0,
+    )
+    return PackedPlan(f"decode_{CPU_DTYPES[plan.dtype]}", layers, model)
+
+
+def decode_step(
+    packed: PackedPlan, ids: Tensor, rotations: array, contexts: array, vocab_size: int
+) -> Tensor:
+    """Call the C++ kernel `decode`; see cpu.cpp. Returns the logits fp32 [B, V].
+
+    ids are int64 [B] or [B, T]. rotations and contexts are those of operands.py, `Table[ropes]` and
+    `Context[layers]` of cpu.cpp.
+    """
+    B, T = len(ids), ids.shape[-1] if ids.dim() == 2 else 1
+    logits = torch.empty(B, vocab_size)
+    run = dispatch.function(packed.op, POINTER, POINTER, POINTER, POINTER, POINTER, INT64, INT64)
+    run(
+        ctypes.addressof(packed.model),
+        ids.data_ptr(),
+        rotations.buffer_info()[0],
+        contexts.buffer_info()[0],
+        logits.data_ptr(),
+        B,
+        T,
+    )
+    return logits

@@ -1,0 +1,214 @@
+"""A model made ready for the decoding step, and a cache for it: each is checked once."""
+
+from array import array
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..swiglu import check_activation
+from . import cpu
+
+
+class DecodeLayer(NamedTuple):
+    """The weights of one layer, named like the modules of model files.
+
+    With sandwich norms (`pre_feedforward_norm` and `post_feedforward_norm`, both or none),
+    `post_attention_norm` is the norm of attention's output; without, it is the norm before the MLP.
+
+    Attributes:
+        input_norm: the norm before attention [H].
+        q: the weight that makes queries [Hq D, H].
+        k: the weight that makes keys [Hk D, H].
+        v: the weight that makes values [Hk D, H].
+        o: the weight of attention's output [H, Hq D].
+        gate: the weight that makes the gate of the MLP [I, H].
+        up: the weight that makes what the gate is multiplied by [I, H].
+        down: the weight of the MLP's output [H, I].
+        post_attention_norm: a norm [H]; see above.
+        pre_feedforward_norm: the norm before the MLP [H], or None.
+        post_feedforward_norm: the norm of the MLP's output [H], or None.
+        q_norm: the norm of each head of q [D], or None; both of q and k, or none.
+        k_norm: the norm of each head of k [D], or None.
+        q_bias: the bias of `q` [Hq D], or None.
+        k_bias: the bias of `k` [Hk D], or None.
+        v_bias: the bias of `v` [Hk D], or None.
+        o_bias: the bias of `o` [H], or None.
+        gate_bias: the bias of `gate` [I], or None.
+        up_bias: the bias of `up` [I], or None.
+        down_bias: the bias of `down` [H], or None.
+        rope: which of the step's tables of cos and sin turn its heads.
+    """
+
+    input_norm: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    post_attention_norm: Tensor
+    pre_feedforward_norm: Tensor | None = None
+    post_feedforward_norm: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    q_bias: Tensor | None = None
+    k_bias: Tensor | None = None
+    v_bias: Tensor | None = None
+    o_bias: Tensor | None = None
+    gate_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    rope: int = 0
+
+
+class DecodePlan:
+    """A model made ready for `decode_step`: its tensors, checked once, and its sizes.
+
+    All tensors are contiguous, in host memory and of one dtype, fp32 or bf16. The plan keeps them
+    alive and sees changes made to their values in place. Several threads may use it at a time, each
+    with a cache of its own.
+
+    Args:
+        embedding: the rows of the tokens [V, H].
+        layers: the weights of each layer.
+        norm: the norm before the head [H].
+        head: the weight of the logits [V, H]; the embedding itself where they are tied.
+        num_heads: Hq, the heads of queries.
+        num_kv_heads: Hk, the heads of keys and values, of which num_heads is a multiple.
+        head_dim: D, the values of a head, an even number.
+        eps: what every norm adds to the mean of the squares.
+        activation: of the gate, "silu", "gelu_pytorch_tanh" or "gelu".
+        norm_weight_offset: what every norm adds to its weight, 1 for Gemma.
+        embedding_scale: what the rows of the embedding are multiplied by.
+        attention_scale: what the scores are multiplied by; None for D^-0.5.
+        attn_softcap: the soft cap of the scores, or None.
+        final_softcap: the soft cap of the logits, or None.
+
+    Raises:
+        ValueError: a tensor or a number does not fit; the error names it.
+    """
+
+    def __init__(
+        self,
+        embedding: Tensor,
+        layers: Sequence[DecodeLayer],
+        norm: Tensor,
+        head: Tensor,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        eps: float,
+        activation: str,
+        norm_weight_offset: float = 0.0,
+        embedding_scale: float = 1.0,
+        attention_scale: float | None = None,
+        attn_softcap: float | None = None,
+        final_softcap: float | None = None,
+    ):
+        check_activation(activation, "activation")
+        if min(num_heads, num_kv_heads) < 1 or num_heads % num_kv_heads:
+            raise ValueError(f"{num_heads} heads are no multiple of {num_kv_heads} kv heads")
+        if head_dim < 2 or head_dim % 2:
+            raise ValueError(f"head_dim is {head_dim}: rotation needs an even number")
+        if embedding.dim() != 2 or embedding.dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(
+                f"embedding is {embedding.dtype} {list(embedding.shape)}: "
+                "[vocabulary, hidden] in float32 or bfloat16 is expected"
+            )
+        self.embedding, self.layers, self.norm, self.head = embedding, tuple(layers), norm, head
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.eps, self.activation = eps, activation
+        self.norm_weight_offset, self.embedding_scale = norm_weight_offset, embedding_scale
+        self.attention_scale = head_dim**-0.5 if attention_scale is None else attention_scale
+        self.attn_softcap, self.final_softcap = attn_softcap, final_softcap
+        self.vocab_size, self.hidden_size = embedding.shape
+        self.dtype, self.device = embedding.dtype, embedding.device
+        self.ropes = 1 + max((layer.rope for layer in self.layers), default=0)
+        self.inner_size = self.layers[0].gate.shape[0] if self.layers else 0
+        self._check_tensors()
+        self.packed = cpu.pack(self)
+
+    def _check_tensors(self) -> None:
+        V, H, I, D = self.vocab_size, self.hidden_size, self.inner_size, self.head_dim  # noqa: E741
+        Q, K = self.num_heads * D, self.num_kv_heads * D
+        self._check("embedding", self.embedding, V, H)
+        self._check("head", self.head, V, H)
+        self._check("norm", self.norm, H)
+        shapes = {
+            "input_norm": (H,), "q": (Q, H), "k": (K, H), "v": (K, H), "o": (H, Q),
+            "gate": (I, H), "up": (I, H), "down": (H, I), "post_attention_norm": (H,),
+            "pre_feedforward_norm": (H,), "post_feedforward_norm": (H,),
+            "q_norm": (D,), "k_norm": (D,), "q_bias": (Q,), "k_bias": (K,), "v_bias": (K,),
+            "o_bias": (H,), "gate_bias": (I,), "up_bias": (I,), "down_bias": (H,),
+        }  # fmt: skip
+        for i, layer in enumerate(self.layers):
+            for name, shape in shapes.items():
+                tensor = layer._asdict()[name]
+                if tensor is not None:
+                    self._check(f"layers[{i}].{name}", tensor, *shape)
+                elif name not in DecodeLayer._field_defaults:
+                    raise ValueError(f"layers[{i}].{name} is missing")
+            for one, other in (
+                ("pre_feedforward_norm", "post_feedforward_norm"),
+                ("q_norm", "k_norm"),
+            ):
+                if (layer._asdict()[one] is None) != (layer._asdict()[other] is None):
+                    raise ValueError(f"layers[{i}] needs both of {one} and {other}, or none")
+            if layer.rope < 0:
+                raise ValueError(f"layers[{i}].rope is {layer.rope}")
+
+    def _check(self, name: str, tensor: Tensor, *shape: int) -> None:
+        if tensor.shape != shape:
+            raise ValueError(f"{name} is {list(tensor.shape)}, expected {list(shape)}")
+        if tensor.dtype != self.dtype:
+            raise ValueError(f"{name} is {tensor.dtype}, the embedding {self.dtype}")
+        if tensor.device.type != "cpu" or not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous and in host memory")
+
+
+class DecodeCache:
+    """The keys and values of a plan's layers, checked once.
+
+    The tensors are kept, and `decode_step` writes to them.
+
+    Args:
+        plan: the model.
+        keys: of each layer, [B, capacity, Hk, D] in the plan's dtype, contiguous, in host memory.
+            The capacity may differ from layer to layer.
+        values: of each layer, in the shape of its keys.
+
+    Raises:
+        ValueError: a tensor does not fit the plan; the error names it.
+    """
+
+    def __init__(self, plan: DecodePlan, keys: Sequence[Tensor], values: Sequence[Tensor]):
+        if not len(keys) == len(values) == len(plan.layers):
+            raise ValueError(
+                f"the cache needs keys and values of each of {len(plan.layers)} layers"
+            )
+        self.keys, self.values = tuple(keys), tuple(values)
+        self.rows = len(keys[0]) if keys else 0
+        self.contexts = array("q")  # `Context[layers]` of cpu.cpp; a step writes slots and masks
+        for i, (k, v) in enumerate(zip(keys, values, strict=True)):
+            capacity = _check_pair(plan, self.rows, i, k, v)
+            self.contexts.extend((k.data_ptr(), v.data_ptr(), capacity, 0, 0, 0, 0))
+
+
+def _check_pair(plan: DecodePlan, B: int, i: int, keys: Tensor, values: Tensor) -> int:
+    """Return the capacity of a layer's cache; raise ValueError unless it fits the plan."""
+    tail, shape = (plan.num_kv_heads, plan.head_dim), keys.shape
+    if keys.dim() != 4 or shape[0] != B or shape[2:] != tail or values.shape != shape:
+        raise ValueError(
+            f"cache[{i}] keys are {list(shape)}, values {list(values.shape)}, "
+            f"expected [{B}, capacity, {tail[0]}, {tail[1]}]"
+        )
+    for name, tensor in (("keys", keys), ("values", values)):
+        if tensor.dtype != plan.dtype:
+            raise ValueError(f"cache[{i}] {name} are {tensor.dtype}, not {plan.dtype}")
+        if not tensor.is_contiguous() or not tensor.is_cpu:
+            raise ValueError(f"cache[{i}] {name} must be contiguous and in host memory")
+    return shape[1]
