@@ -40,7 +40,7 @@ from lorakit.kernels import LoraWeights, lora_linear
 
 # Inputs of so few numbers go op by op through autograd: the call of the fused function would cost
 # more than it saves (benchmarks/lora_overhead.py).
-FEW = 4096
+_FEW = 4096
 
 
 class LowRankPart(Part):
@@ -223,7 +223,7 @@ class LoraLinear(LowRankLinear[LoraPart], LoraLayer):
 
     endings = ("lora_A.weight", "lora_B.weight")
 
-    # The active part and the layer under it, where few numbers may take the short path.
+    # The active part and the layer under it, where an input of few numbers may take a short path.
     short_path: tuple[LoraPart, nn.Linear] | None
 
     def trained_tensors(self, name: str) -> dict[str, nn.Parameter]:
@@ -268,7 +268,7 @@ class LoraLinear(LowRankLinear[LoraPart], LoraLayer):
             self.short_path = (part, base.linear)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.short_path is not None and x.numel() <= FEW:
+        if self.short_path is not None and x.numel() <= _FEW:
             return self._compute_few(*self.short_path, x)
         return super().forward(x)
 

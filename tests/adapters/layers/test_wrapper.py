@@ -50,7 +50,8 @@ def test_the_three_states_of_a_wrapper():
     assert layer.current_module() is layer.original  # what the part is added to
     with lk.adapter_rows(module, ["default", None]):
         assert layer.by_rows
-        assert layer.active is layer.only_module() is None
+        assert layer.active is None
+        assert layer.only_module() is None
     with lk.disable_adapters(module):
         assert layer.active is None
         assert layer.only_module() is layer.original
@@ -59,7 +60,8 @@ def test_the_three_states_of_a_wrapper():
             assert layer.only_module() is layer.original
     lk.merge(module)
     assert layer.active is None
-    assert layer.only_module() is layer.current_module() is layer.merged
+    assert layer.only_module() is layer.merged
+    assert layer.current_module() is layer.merged
     with lk.disable_adapters(module):
         assert layer.only_module() is layer.original
     lk.unmerge(module)
