@@ -191,6 +191,11 @@ class ModelConfig:
         return bool(self.moe_layers) and self.moe_layers[layer]
 
     @property
+    def attention_scale(self) -> float:
+        """The number that attention scores are multiplied by."""
+        return (self.query_pre_attn_scalar or self.head_dim) ** -0.5
+
+    @property
     def context_length(self) -> int:
         """The number of positions that the model is meant for.
 

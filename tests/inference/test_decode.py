@@ -5,7 +5,7 @@ import torch
 
 import lorakit as lk
 from lorakit import kernels
-from lorakit.inference.decode import FUSED_ROWS, Decoding
+from lorakit.inference.decode import COMPILED_ROWS, Decoding
 from tests.conftest import FAMILY_VARIANTS, LOGITS, TINY_VARIANTS, tiny
 
 if not kernels.decode_compiled(torch.device("cpu")):
@@ -27,9 +27,9 @@ def run(model, rows, steps, padding, fused):
     """Logits after a prompt and after every following token, [B, 1 + steps, V]."""
     decoding = Decoding(model, padding, rows.shape[1])
     if not fused:
-        decoding.plan = None
+        decoding.compiled = None
     else:
-        assert decoding.plan is not None
+        assert decoding.compiled is not None
     prompt = rows.shape[1] - steps
     with torch.no_grad():
         found = [decoding(rows[:, :prompt])]
@@ -68,7 +68,7 @@ def test_a_long_prompt_goes_in_pieces(tmp_path):
     model = load(tmp_path, options={**TINY_VARIANTS["gqa"], "max_position_embeddings": 256})
     rows = torch.randint(97, (2, 150), generator=torch.Generator().manual_seed(3))
     decoding = Decoding(model, [0, 3], 150)
-    decoding.fused_prompts = True
+    decoding.compiled_prompts = True
     plain = run(model, rows, 0, [0, 3], fused=False)
     with torch.no_grad():
         assert (decoding(rows) - plain[:, 0]).abs().max() <= 4e-5
@@ -81,7 +81,7 @@ def test_merged_adapters_are_decoded_merged(tmp_path):
     for p in model.parameters():
         if p.requires_grad:
             torch.nn.init.normal_(p, 0, 0.1)
-    assert Decoding(model, [0], 8).plan is None
+    assert Decoding(model, [0], 8).compiled is None
     rows = torch.randint(97, (1, 12))
     adapted = run(model, rows, 8, [0], fused=False)
     lk.merge(model)
@@ -96,34 +96,34 @@ def test_merged_adapters_are_decoded_merged(tmp_path):
 
 
 def test_what_the_kernel_does_not_know_takes_the_forward_pass(tmp_path):
-    assert Decoding(load(tmp_path), [0] * FUSED_ROWS, 8).plan is not None
-    assert Decoding(load(tmp_path), [0] * (FUSED_ROWS + 1), 8).plan is None
-    assert Decoding(load(tmp_path, quantize="nf4"), [0], 8).plan is None
-    assert Decoding(load(tmp_path, dtype="float16"), [0], 8).plan is None
+    assert Decoding(load(tmp_path), [0] * COMPILED_ROWS, 8).compiled is not None
+    assert Decoding(load(tmp_path), [0] * (COMPILED_ROWS + 1), 8).compiled is None
+    assert Decoding(load(tmp_path, quantize="nf4"), [0], 8).compiled is None
+    assert Decoding(load(tmp_path, dtype="float16"), [0], 8).compiled is None
     with kernels.use_backend("reference"):
-        assert Decoding(load(tmp_path), [0], 8).plan is None
+        assert Decoding(load(tmp_path), [0], 8).compiled is None
     hooked, calls = load(tmp_path), []
     hooked.model.layers[1].mlp.up_proj.register_forward_hook(lambda *_: calls.append(1))
     run(hooked, torch.zeros(1, 6, dtype=torch.long), 4, [0], fused=False)
-    assert Decoding(hooked, [0], 8).plan is None
+    assert Decoding(hooked, [0], 8).compiled is None
     assert len(calls) == 5
     moe = load(tmp_path / "moe", *FAMILY_VARIANTS["mixtral"])
-    assert Decoding(moe, [0], 8).plan is None
+    assert Decoding(moe, [0], 8).compiled is None
     dynamic = load(tmp_path / "dynamic", options=TINY_VARIANTS["dynamic_rope"])
-    assert Decoding(dynamic, [0], 8).plan is None
+    assert Decoding(dynamic, [0], 8).compiled is None
 
 
 def test_what_the_plan_refuses_takes_the_forward_pass(tmp_path):
-    assert Decoding(load(tmp_path).double(), [0], 8).plan is None
+    assert Decoding(load(tmp_path).double(), [0], 8).compiled is None
     mixed = load(tmp_path, dtype="bfloat16")
     mixed.model.layers[0].input_layernorm.float()
-    assert Decoding(mixed, [0], 8).plan is None
+    assert Decoding(mixed, [0], 8).compiled is None
     strided = load(tmp_path)
     strided.lm_head.weight = torch.nn.Parameter(strided.lm_head.weight.t().contiguous().t())
-    assert Decoding(strided, [0], 8).plan is None
+    assert Decoding(strided, [0], 8).compiled is None
     patched = load(tmp_path)
     patched.model.layers[0].mlp.up_proj.forward = lambda x: x @ patched.lm_head.weight[:48].t()
-    assert Decoding(patched, [0], 8).plan is None
+    assert Decoding(patched, [0], 8).compiled is None
 
 
 @pytest.mark.parametrize("threads", [1, 2])

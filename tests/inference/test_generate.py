@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorakit as lk
-from lorakit.inference.generate import Sampling, sample
+from lorakit.inference.sampling import Sampling, sample
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import lorakit as lk
-from lorakit.inference.generate import Sampling, continue_text
+from lorakit.inference.generate import continue_text
+from lorakit.inference.sampling import Sampling
 from lorakit.models.rope import RopeConfig, inverse_frequencies
 from tests.conftest import (
     FAMILY_VARIANTS,
