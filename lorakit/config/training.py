@@ -143,12 +143,12 @@ class TrainConfig:
     """End with the adapter of the best evaluation instead of the last one."""
     save_steps: int | None = None
     """Number of steps between checkpoints, with one more at the end; null writes one only when the
-    run is interrupted."""
+    run is interrupted, or when load_best_model_at_end needs it."""
     save_total_limit: int = 2
     """Number of checkpoints to keep; the one of the best evaluation stays as well."""
     resume: str | None = None
     """Checkpoint to go on from: its directory, or "auto" for the last one in output_dir, if there
-    is one; null starts from the beginning."""
+    is one; null starts from the beginning, and output_dir must hold no checkpoint."""
     report_to: Literal["tensorboard"] | None = None
     """Other place for the metrics: "tensorboard" writes its files too."""
     seed: int = 0
