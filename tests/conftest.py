@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import urllib.request
 from pathlib import Path
 
@@ -275,6 +276,12 @@ def tiny_dir(tmp_path_factory) -> Path:
     tiny_llama(num_key_value_heads=2, vocab_size=300).save_pretrained(path)
     write_tokenizer(path)
     return path
+
+
+@pytest.fixture
+def copy(tiny_dir, tmp_path) -> Path:
+    """A copy of `tiny_dir` that a test may damage."""
+    return Path(shutil.copytree(tiny_dir, tmp_path / "model"))
 
 
 def write_tokenizer(path: Path) -> None:

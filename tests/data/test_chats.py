@@ -15,7 +15,8 @@ from lorakit.data.encode import IGNORE, TODAY, Encoder
 from lorakit.data.schemas import Chat, Pair
 from lorakit.models.tokenizer import Tokenizer
 from tests.chat_templates import BOS_EOS, SPECIAL, TEMPLATES
-from tests.models.test_tokenizer import spm_metadata, write_vocabulary
+from tests.models.gguf_files import write_vocabulary
+from tests.models.sentencepiece import spm_metadata
 
 TAGGED = ["llama3", "qwen25", "gemma3", "mistral"]
 TOOLS = [

@@ -1,6 +1,4 @@
-"""GGUF: against the published tensors, the logits of transformers and of llama.cpp, every block
-format, and damaged files.
-"""
+"""Models in GGUF files: the published tensors, and the logits of transformers and llama.cpp."""
 
 import dataclasses
 
@@ -8,149 +6,19 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from safetensors.torch import load_file
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import lorakit as lk
 from lorakit.files.gguf import read_header
+from lorakit.models.config import RopeConfig
 from lorakit.models.gguf import read_gguf
-from lorakit.models.rope import RopeConfig
 from tests.conftest import LLAMA3_ROPE, LOGITS, llama_cpp_server, tiny, tiny_llama
-
-TOKENS = ["<unk>", "<s>", "</s>", "t", "o", "k", "to", "tok", *[f"tok{i}" for i in range(89)]]
-ARCHITECTURES = {
-    "llama": "llama",
-    "mixtral": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "qwen3_moe": "qwen3moe",
-    "gemma": "gemma",
-    "gemma2": "gemma2",
-    "gemma3_text": "gemma3",
-}
-
-
-def permute(weight, heads):
-    """Hugging Face -> llama.cpp: the two halves of each head interleaved."""
-    shape = weight.shape
-    return weight.reshape(heads, 2, shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(shape)
-
-
-def stored(published, config):
-    """Published tensors as llama.cpp's converter stores them, its names taken from gguf."""
-    arch = ARCHITECTURES[config.model_type]
-    known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(known[arch], config.num_hidden_layers)
-    experts, arrays = {}, {}
-    for name, tensor in published.items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        array = tensor.float().numpy()
-        if arch == "llama" and "q_proj" in name:
-            array = permute(array, config.num_attention_heads)
-        if arch == "llama" and "k_proj" in name:
-            array = permute(array, config.num_key_value_heads)
-        if arch.startswith("gemma") and name.endswith("norm.weight"):
-            array = array + 1
-        before, found, after = name.partition(".experts.")
-        if found:  # ...experts.3.w1.weight
-            number, _, rest = after.partition(".")
-            name = f"{before}.experts.{rest}"
-            experts.setdefault(name, {})[int(number)] = array
-            array = np.stack([experts[name][i] for i in sorted(experts[name])])
-        arrays[names.get_name(name, (".weight", ".bias"))] = array
-    return arrays
-
-
-def write_gguf(
-    path, model, kind=gguf.GGMLQuantizationType.F32, metadata=None, skip=(), tensors=None
-):
-    """A transformers model as llama.cpp's converter writes it."""
-    config = model.config
-    writer = gguf.GGUFWriter(path, ARCHITECTURES[config.model_type])
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    head_dim = getattr(config, "head_dim", None)
-    head_dim = head_dim or config.hidden_size // config.num_attention_heads
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    add_rope(writer, config)
-    if config.model_type in ("mixtral", "qwen3_moe"):
-        writer.add_expert_count(config.num_local_experts)
-        writer.add_expert_used_count(config.num_experts_per_tok)
-    if config.model_type == "qwen3_moe":
-        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    if config.model_type in ("gemma2", "gemma3_text"):
-        writer.add_sliding_window(config.sliding_window)
-    if config.model_type == "gemma2":
-        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
-        writer.add_final_logit_softcapping(config.final_logit_softcapping)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([3] * 3 + [1] * 94)
-    writer.add_token_merges(["t o", "to k"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    add = {str: writer.add_string, int: writer.add_uint32}
-    add |= {float: writer.add_float32, bool: writer.add_bool}
-    for key, value in (metadata or {}).items():
-        writer.kv_data[0].pop(key, None)
-        if value is not None:
-            add.get(type(value), writer.add_array)(key, value)
-    if tensors is None:
-        published = published_tensors(model, path.parent)
-        tensors = stored({n: t for n, t in published.items() if n not in skip}, config)
-    for name, array in tensors.items():
-        its = kind if array.ndim > 1 else gguf.GGMLQuantizationType.F32
-        data = gguf.quants.quantize(np.ascontiguousarray(array), its)
-        writer.add_tensor(name, data, raw_dtype=its)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def add_rope(writer, config):
-    rope = config.rope_parameters
-    if "sliding_attention" in rope:
-        writer.add_rope_freq_base_swa(rope["sliding_attention"]["rope_theta"])
-        rope = rope["full_attention"]
-    writer.add_rope_freq_base(rope["rope_theta"])
-    if rope["rope_type"] == "llama3":  # as divisors of the frequencies
-        exponents = torch.arange(0, config.head_dim, 2) / config.head_dim
-        plain = 1.0 / rope["rope_theta"] ** exponents
-        scaled = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0]
-        writer.add_tensor("rope_freqs.weight", (plain / scaled).numpy())
-    elif rope["rope_type"] != "default":
-        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
-        writer.add_rope_scaling_factor(rope["factor"])
-    if rope["rope_type"] == "yarn":
-        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-        writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
-
-
-def published_tensors(model, folder):
-    """The tensors under the names of published checkpoints, as transformers saves them."""
-    model.save_pretrained(folder / "published")
-    return load_file(folder / "published" / "model.safetensors")
-
+from tests.models.gguf_files import ARCHITECTURES, published_tensors, stored, write_gguf
 
 IDS = torch.arange(40).view(2, 20)
 
-
 # as published models have it: a frequency low enough to be divided by the whole factor
 LLAMA3 = {**LLAMA3_ROPE, "rope_theta": 500000.0, "original_max_position_embeddings": 8192}
+
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
@@ -158,14 +26,20 @@ YARN = {
     "original_max_position_embeddings": 16,
     "beta_fast": 4.0,
 }
+
 TWO_ROPES = {
     "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
+
 GEMMA = {"head_dim": 12, "num_key_value_heads": 2, "tie_word_embeddings": True}
+
 GEMMA |= {"query_pre_attn_scalar": 12, "sliding_window": 6}
+
 CAPS = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0, "initializer_range": 0.8}
+
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
+
 VARIANTS = {
     "llama": ("llama", {}),
     "llama tied": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 2}),
@@ -360,42 +234,6 @@ def test_experts_in_tensors_of_their_own(tmp_path):
         assert torch.equal(read(), published[name]), name
 
 
-@pytest.mark.parametrize("kind", sorted(gguf.GGML_QUANT_SIZES, key=lambda k: k.name))
-def test_every_type_that_gguf_dequantizes(tmp_path, kind):
-    """Random bytes of every block format decode as the gguf package decodes them."""
-    block, size = gguf.GGML_QUANT_SIZES[kind]
-    rng = np.random.default_rng(0)
-    raw = rng.integers(0, 256, (3, 2 * size), dtype=np.uint8)
-    try:
-        with np.errstate(all="ignore"):
-            expected = gguf.quants.dequantize(raw, kind)
-    except NotImplementedError:
-        expected = None
-    writer = gguf.GGUFWriter(tmp_path / "t.gguf", "llama")
-    writer.add_tensor("blk.0.ffn_up.weight", raw, raw_dtype=kind)
-    for key, value in {
-        "embedding_length": 2 * block, "feed_forward_length": 3, "block_count": 1,
-        "attention.head_count": 1, "vocab_size": 4,
-    }.items():  # fmt: skip
-        writer.add_uint32(f"llama.{key}", value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    if 2 * block % 2:
-        pytest.skip("head_dim must be even")
-    _, tensors = read_gguf(tmp_path / "t.gguf")
-    shape, read = tensors["model.layers.0.mlp.up_proj.weight"]
-    assert shape == (3, 2 * block)
-    if expected is None:
-        with pytest.raises(lk.LorakitError, match="cannot be dequantized"):
-            read()
-    else:
-        with np.errstate(all="ignore"):
-            got = read().numpy()
-        assert np.array_equal(got, expected.astype(np.float32), equal_nan=True)
-
-
 def test_q8_0_is_close_and_streams_into_nf4(tmp_path):
     theirs = tiny_llama(hidden_size=64, intermediate_size=96)
     path = write_gguf(tmp_path / "m.gguf", theirs, gguf.GGMLQuantizationType.Q8_0)
@@ -412,23 +250,6 @@ def test_greedy_text_equals_llama_cpp(smollm2, llama_cpp):
     assert lk.generate(model, tok, prompt, max_new_tokens=12) == answer["content"]
 
 
-# ---- damaged files ----
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    return write_gguf(tmp_path_factory.mktemp("gguf") / "m.gguf", tiny_llama(num_hidden_layers=1))
-
-
-def test_truncated_anywhere(good, tmp_path):
-    data = good.read_bytes()
-    bad = tmp_path / "bad.gguf"
-    for length in [*range(0, 200, 7), *range(200, len(data) - 40, 977), len(data) - 40]:
-        bad.write_bytes(data[:length])
-        with pytest.raises(lk.LorakitError, match=r"bad\.gguf: .*(cut off|not a GGUF)"):
-            lk.load_model(bad, dtype="float32")
-
-
 def test_truncated_rotary_scaling(tmp_path):
     rope = {**LLAMA3_ROPE, "rope_theta": 5e5, "original_max_position_embeddings": 8192}
     path = write_gguf(tmp_path / "bad.gguf", tiny_llama(rope_parameters=rope))
@@ -437,20 +258,6 @@ def test_truncated_rotary_scaling(tmp_path):
         path.write_bytes(data[:-cut])
         with pytest.raises(lk.LorakitError, match="cut off"):
             lk.load_model(path, dtype="float32")
-
-
-@settings(max_examples=150)
-@given(position=st.integers(0, 4000), value=st.integers(0, 255))
-def test_one_damaged_byte_never_crashes(good, tmp_path_factory, position, value):
-    data = bytearray(good.read_bytes())
-    data[position] = value
-    bad = tmp_path_factory.getbasetemp() / "damaged.gguf"
-    bad.write_bytes(data)
-    try:
-        lk.load_model(bad, dtype="float32")
-        lk.load_tokenizer(bad)
-    except lk.LorakitError as error:
-        assert "damaged.gguf" in str(error)
 
 
 @pytest.mark.parametrize(
@@ -522,21 +329,3 @@ def test_missing_tensor(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", tiny_llama(), skip={"model.norm.weight"})
     with pytest.raises(lk.LorakitError, match=r"tensor model\.norm\.weight is missing"):
         lk.load_model(path)
-
-
-def test_unknown_pre_tokenizer(tmp_path):
-    path = write_gguf(tmp_path / "m.gguf", tiny_llama(), metadata={"tokenizer.ggml.pre": "viking"})
-    with pytest.raises(lk.LorakitError, match="pre-tokenizer 'viking' is not supported"):
-        lk.load_tokenizer(path)
-
-
-def test_header_equals_the_gguf_reader(good):
-    header, reader = read_header(good), gguf.GGUFReader(good)
-    assert set(header.tensors) == {t.name for t in reader.tensors}
-    for tensor in reader.tensors:
-        info = header.tensors[tensor.name]
-        assert info.offset == tensor.data_offset
-        assert info.shape == tuple(reversed(tensor.shape.tolist()))
-    for key, value in header.metadata.items():
-        expected = reader.fields[key].contents()
-        assert value == expected, key

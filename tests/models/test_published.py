@@ -185,3 +185,23 @@ def test_transformers_reads_the_same(name, tmp_path):
             assert theirs.final_logit_softcapping == config.final_logit_softcapping == 30
         assert theirs.tie_word_embeddings == config.tie_word_embeddings
         assert theirs.rms_norm_eps == config.rms_norm_eps
+
+
+def test_a_published_gemma_3_config_leaves_most_fields_out():
+    """What the repository of gemma-3-4b-it says of its text model; the rest are defaults."""
+    text = {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    }
+    values = {"model_type": "gemma3", "text_config": text, "eos_token_id": [1, 106]}
+    config = lk.ModelConfig.from_hf(values)
+    assert (config.vocab_size, config.head_dim, config.num_key_value_heads) == (262208, 256, 4)
+    assert (config.rope.rope_theta, config.rope.factor) == (1e6, 8.0)
+    assert (config.rope_local.rope_theta, config.rope_local.factor) == (1e4, 1.0)
+    assert config.query_pre_attn_scalar == 256
+    assert [config.slides(i) for i in range(7)] == [True] * 5 + [False, True]
+    assert config.eos_token_ids == [1, 106]

@@ -1,0 +1,89 @@
+"""The GGUF container: against the gguf package, every block format, and damaged files."""
+
+import gguf
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lorakit as lk
+from lorakit.files.gguf import read_header
+from lorakit.models.gguf import read_gguf
+from tests.conftest import tiny_llama
+from tests.models.gguf_files import write_gguf
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "m.gguf", tiny_llama(num_hidden_layers=1))
+
+
+def test_header_equals_the_gguf_reader(good):
+    header, reader = read_header(good), gguf.GGUFReader(good)
+    assert set(header.tensors) == {t.name for t in reader.tensors}
+    for tensor in reader.tensors:
+        info = header.tensors[tensor.name]
+        assert info.offset == tensor.data_offset
+        assert info.shape == tuple(reversed(tensor.shape.tolist()))
+    for key, value in header.metadata.items():
+        expected = reader.fields[key].contents()
+        assert value == expected, key
+
+
+@pytest.mark.parametrize("kind", sorted(gguf.GGML_QUANT_SIZES, key=lambda k: k.name))
+def test_every_type_that_gguf_dequantizes(tmp_path, kind):
+    """Random bytes of every block format decode as the gguf package decodes them."""
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    rng = np.random.default_rng(0)
+    raw = rng.integers(0, 256, (3, 2 * size), dtype=np.uint8)
+    try:
+        with np.errstate(all="ignore"):
+            expected = gguf.quants.dequantize(raw, kind)
+    except NotImplementedError:
+        expected = None
+    writer = gguf.GGUFWriter(tmp_path / "t.gguf", "llama")
+    writer.add_tensor("blk.0.ffn_up.weight", raw, raw_dtype=kind)
+    for key, value in {
+        "embedding_length": 2 * block, "feed_forward_length": 3, "block_count": 1,
+        "attention.head_count": 1, "vocab_size": 4,
+    }.items():  # fmt: skip
+        writer.add_uint32(f"llama.{key}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    if 2 * block % 2:
+        pytest.skip("head_dim must be even")
+    _, tensors = read_gguf(tmp_path / "t.gguf")
+    shape, read = tensors["model.layers.0.mlp.up_proj.weight"]
+    assert shape == (3, 2 * block)
+    if expected is None:
+        with pytest.raises(lk.LorakitError, match="cannot be dequantized"):
+            read()
+    else:
+        with np.errstate(all="ignore"):
+            got = read().numpy()
+        assert np.array_equal(got, expected.astype(np.float32), equal_nan=True)
+
+
+def test_truncated_anywhere(good, tmp_path):
+    data = good.read_bytes()
+    bad = tmp_path / "bad.gguf"
+    for length in [*range(0, 200, 7), *range(200, len(data) - 40, 977), len(data) - 40]:
+        bad.write_bytes(data[:length])
+        with pytest.raises(lk.LorakitError, match=r"bad\.gguf: .*(cut off|not a GGUF)"):
+            lk.load_model(bad, dtype="float32")
+
+
+@settings(max_examples=150)
+@given(position=st.integers(0, 4000), value=st.integers(0, 255))
+def test_one_damaged_byte_never_crashes(good, tmp_path_factory, position, value):
+    data = bytearray(good.read_bytes())
+    data[position] = value
+    bad = tmp_path_factory.getbasetemp() / "damaged.gguf"
+    bad.write_bytes(data)
+    try:
+        lk.load_model(bad, dtype="float32")
+        lk.load_tokenizer(bad)
+    except lk.LorakitError as error:
+        assert "damaged.gguf" in str(error)

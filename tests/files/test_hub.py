@@ -1,0 +1,48 @@
+"""Where files are found: on disk, in the Hub's cache, or nowhere."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.models.damage import fails
+
+
+def test_hub_id_from_the_local_cache(tiny_dir, tmp_path, monkeypatch):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = tmp_path / "models--someone--tiny-llama"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    shutil.copytree(tiny_dir, repo / "snapshots" / commit)
+    script = (
+        "import lorakit as lk, sys\n"
+        "m = lk.load_model('someone/tiny-llama', dtype='float32')\n"
+        "t = lk.load_tokenizer('someone/tiny-llama')\n"
+        "print(len(t), m.config.vocab_size)\n"
+        "try: lk.load_model('someone/absent')\n"
+        "except lk.LorakitError as e: print(e)\n"
+    )
+    env = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True
+    )
+    first, second = done.stdout.strip().splitlines()
+    assert first == "259 300"
+    assert second.startswith("'someone/absent' is no directory here, and the Hub did not give it:")
+
+
+def test_missing_directory(tmp_path):
+    fails(tmp_path / "nowhere", "nowhere does not exist")
+    fails("./nowhere", "nowhere does not exist")
+    fails("~nobody-of-this-name/model", "is no path")
+    fails("a\0b", "is no path|does not exist")
+    fails(tmp_path / "model.gguf", r"model\.gguf does not exist")
+    (tmp_path / "file.txt").write_text("")
+    fails(tmp_path / "file.txt", "neither a model directory nor")
+
+
+@pytest.mark.parametrize("size", ["8B", "3B", "1B-Instruct"])
+def test_a_model_that_never_was(size):
+    fails(f"meta-llama/Llama-3.3-{size}", "Llama 3.3 was published with 70B parameters only; 8B is")

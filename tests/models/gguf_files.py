@@ -1,0 +1,144 @@
+"""GGUF files for tests: transformers' models as llama.cpp's converter writes them."""
+
+import gguf
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from tests.conftest import tiny_llama
+
+TOKENS = ["<unk>", "<s>", "</s>", "t", "o", "k", "to", "tok", *[f"tok{i}" for i in range(89)]]
+
+ARCHITECTURES = {
+    "llama": "llama",
+    "mixtral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+}
+
+
+def permute(weight, heads):
+    """Hugging Face -> llama.cpp: the two halves of each head interleaved."""
+    shape = weight.shape
+    return weight.reshape(heads, 2, shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(shape)
+
+
+def stored(published, config):
+    """Published tensors as llama.cpp's converter stores them, its names taken from gguf."""
+    arch = ARCHITECTURES[config.model_type]
+    known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(known[arch], config.num_hidden_layers)
+    experts, arrays = {}, {}
+    for name, tensor in published.items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        array = tensor.float().numpy()
+        if arch == "llama" and "q_proj" in name:
+            array = permute(array, config.num_attention_heads)
+        if arch == "llama" and "k_proj" in name:
+            array = permute(array, config.num_key_value_heads)
+        if arch.startswith("gemma") and name.endswith("norm.weight"):
+            array = array + 1
+        before, found, after = name.partition(".experts.")
+        if found:  # ...experts.3.w1.weight
+            number, _, rest = after.partition(".")
+            name = f"{before}.experts.{rest}"
+            experts.setdefault(name, {})[int(number)] = array
+            array = np.stack([experts[name][i] for i in sorted(experts[name])])
+        arrays[names.get_name(name, (".weight", ".bias"))] = array
+    return arrays
+
+
+def write_gguf(
+    path, model, kind=gguf.GGMLQuantizationType.F32, metadata=None, skip=(), tensors=None
+):
+    """A transformers model as llama.cpp's converter writes it."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, ARCHITECTURES[config.model_type])
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    head_dim = getattr(config, "head_dim", None)
+    head_dim = head_dim or config.hidden_size // config.num_attention_heads
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    add_rope(writer, config)
+    if config.model_type in ("mixtral", "qwen3_moe"):
+        writer.add_expert_count(config.num_local_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+    if config.model_type == "qwen3_moe":
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if config.model_type in ("gemma2", "gemma3_text"):
+        writer.add_sliding_window(config.sliding_window)
+    if config.model_type == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([3] * 3 + [1] * 94)
+    writer.add_token_merges(["t o", "to k"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    add = {str: writer.add_string, int: writer.add_uint32}
+    add |= {float: writer.add_float32, bool: writer.add_bool}
+    for key, value in (metadata or {}).items():
+        writer.kv_data[0].pop(key, None)
+        if value is not None:
+            add.get(type(value), writer.add_array)(key, value)
+    if tensors is None:
+        published = published_tensors(model, path.parent)
+        tensors = stored({n: t for n, t in published.items() if n not in skip}, config)
+    for name, array in tensors.items():
+        its = kind if array.ndim > 1 else gguf.GGMLQuantizationType.F32
+        data = gguf.quants.quantize(np.ascontiguousarray(array), its)
+        writer.add_tensor(name, data, raw_dtype=its)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def add_rope(writer, config):
+    rope = config.rope_parameters
+    if "sliding_attention" in rope:
+        writer.add_rope_freq_base_swa(rope["sliding_attention"]["rope_theta"])
+        rope = rope["full_attention"]
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] == "llama3":  # as divisors of the frequencies
+        exponents = torch.arange(0, config.head_dim, 2) / config.head_dim
+        plain = 1.0 / rope["rope_theta"] ** exponents
+        scaled = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0]
+        writer.add_tensor("rope_freqs.weight", (plain / scaled).numpy())
+    elif rope["rope_type"] != "default":
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+        writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+
+
+def published_tensors(model, folder):
+    """The tensors under the names of published checkpoints, as transformers saves them."""
+    model.save_pretrained(folder / "published")
+    return load_file(folder / "published" / "model.safetensors")
+
+
+def write_vocabulary(path, metadata):
+    """A model just large enough for llama.cpp to load the vocabulary in `metadata`."""
+    size = len(metadata["tokenizer.ggml.tokens"])
+    one = {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+    model = tiny_llama(vocab_size=size, hidden_size=8, tie_word_embeddings=True, **one)
+    return write_gguf(path, model, metadata=metadata)
