@@ -1,4 +1,4 @@
-"""A packed weight a panel of rows at a time."""
+"""Products with a packed weight, against the reference and fp64, and their panels."""
 
 import math
 from unittest import mock
@@ -13,8 +13,10 @@ from lorakit import kernels
 from lorakit.kernels import dispatch
 from lorakit.kernels.ops import frozen_linear
 from lorakit.kernels.ops.frozen_linear import dense as dense_weights
+from lorakit.kernels.ops.frozen_linear import reference
 from lorakit.kernels.ops.frozen_linear.dense import PANEL, panels
 from lorakit.kernels.ops.nf4 import cpu
+from tests.exact import value_and_grads, within_budget
 from tests.instruction_sets import ISAS, on_cpu
 
 
@@ -42,6 +44,21 @@ def test_panels_are_the_rows(N, K, block_size, double_quant, dtype, values):
                 found += range(N)[rows]
                 assert torch.equal(part, dense[rows])
             assert found == list(range(N))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 80])
+@pytest.mark.parametrize("quantize", [kernels.quantize_nf4, kernels.quantize_int8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_agrees_with_the_reference(dtype, quantize, rows):
+    """The error budget, y and both gradients, for few rows and many."""
+    x, grad = random(rows, 128).to(dtype), random(rows, 70, seed=3).to(dtype)
+    q, b = quantize(random(70, 128, seed=1).to(dtype)), random(70, seed=2).to(dtype)
+    ours = value_and_grads(lambda x, b: kernels.frozen_linear(x, q, b), (x, b), grad)
+    same = value_and_grads(lambda x, b: reference.frozen_linear(x, q, b), (x, b), grad)
+    W = kernels.dequantize(q, dtype).double()  # W' in the dtype of x, in fp64 from here
+    truth = value_and_grads(lambda x, b: x @ W.t() + b, (x.double(), b.double()), grad.double())
+    for triple in zip(ours, same, truth, strict=True):
+        within_budget(*triple)
 
 
 @pytest.mark.parametrize("values", [1, 700, PANEL])

@@ -691,27 +691,3 @@ def test_parts_that_do_not_fit_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(q, **wrong)
-
-
-def test_use_backend(monkeypatch):
-    with pytest.raises(ValueError, match="unknown backend 'cuda'"), kernels.use_backend("cuda"):
-        pass
-    monkeypatch.setattr(dispatch, "has_triton", lambda: False)
-    with pytest.raises(RuntimeError, match="triton"), kernels.use_backend("triton"):
-        pass
-
-
-def test_without_the_library_every_op_runs_and_one_line_says_so(monkeypatch, caplog):
-    monkeypatch.delenv("LORAKIT_LIBRARY", raising=False)
-    monkeypatch.setattr(dispatch, "LIBRARY", "missing.so")
-    dispatch.library.cache_clear()
-    try:
-        for _ in range(3):
-            q = kernels.quantize_nf4(torch.randn(64))
-            kernels.dequantize_nf4(q)
-        assert len(caplog.messages) == 1
-        assert "reference" in caplog.messages[0]
-        with pytest.raises(RuntimeError, match="not built"), kernels.use_backend("cpu"):
-            pass
-    finally:
-        dispatch.library.cache_clear()

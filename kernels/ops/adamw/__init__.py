@@ -137,4 +137,5 @@ def _by_backend(
         rows[backend if alone and row[0].device == device else reference].append(row)
     for each, some in rows.items():
         if some:
-            yield each, Update(*map(list, zip(*some, strict=True)), update.options)
+            p, g, m, v = (list(column) for column in zip(*some, strict=True))
+            yield each, Update(p, g, m, v, update.options)

@@ -24,8 +24,10 @@ def decode_tokens(
     tables = [(cos.view(B, T, D // 2), sin.view(B, T, D // 2)) for cos, sin in tables]
     for t in range(T):
         at = [(cos[:, t], sin[:, t]) for cos, sin in tables]
-        counts = [(slot + t, count - T + 1 + t) for slot, count in slots]
-        layers = [(*kv, *c) for *kv, c in zip(cache.keys, cache.values, counts, strict=True)]
+        layers = [
+            (keys, values, slot + t, count - T + 1 + t)
+            for keys, values, (slot, count) in zip(cache.keys, cache.values, slots, strict=True)
+        ]
         logits = decode_step(plan, ids[:, t], at, layers, visible)
     return logits
 

@@ -16,7 +16,7 @@ There are three ways around a dense W':
     panels      elsewhere on a CPU it is dense for a panel of rows at a time (`dense.py`)
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -94,7 +94,7 @@ class FrozenLinear(torch.autograd.Function):
 def _forward(x: Tensor, q: Packed, bias: Tensor | None) -> Tensor:
     """Return x [M, K] W'^T + bias [N], by the way that is the fastest for M rows."""
     few = few_rows(x, q)
-    if 0 < len(x) <= max(few):
+    if 0 < len(x) <= max(few) and isinstance(q, NF4Tensor):
         from . import triton
 
         multiply = triton.vector if len(x) <= few.one_by_one else triton.forward
@@ -103,7 +103,7 @@ def _forward(x: Tensor, q: Packed, bias: Tensor | None) -> Tensor:
     wide = dispatch.product_dtype(x)
     if 0 < len(x) <= few_rows_cpu(x, q, wide) and isinstance(q, NF4Tensor):
         y = cpu.product(x.to(wide), q, None if bias is None else bias.float())
-    elif _by_sums(x, q) and isinstance(q, NF4Tensor):
+    elif _by_sums(q, x):
         y = x.new_empty(len(x), q.shape[0])
         bias = None if bias is None else bias.float()
         sums_of_products([Sum([Term(dense_rows(x), q, True)], y, bias=bias)])
@@ -115,11 +115,11 @@ def _forward(x: Tensor, q: Packed, bias: Tensor | None) -> Tensor:
 
 def _backward(grad: Tensor, q: Packed) -> Tensor:
     """Return grad [M, N] W': [M, K]."""
-    if _by_sums(grad, q) and isinstance(q, NF4Tensor):
+    if _by_sums(q, grad):
         grad_x = grad.new_empty(len(grad), q.shape[1])
         sums_of_products([Sum([Term(dense_rows(grad), q, False)], grad_x)])
         return grad_x
-    if 0 < len(grad) <= few_rows(grad, q).by_tiles:
+    if 0 < len(grad) <= few_rows(grad, q).by_tiles and isinstance(q, NF4Tensor):
         from . import triton
 
         with dispatch.on_device(grad):
@@ -154,7 +154,7 @@ def few_rows_cpu(x: Tensor, q: Packed, dtype: torch.dtype) -> int:
     return FEW_ROWS_CPU.get((dispatch.isa(), dtype), 0) if _multiplied_packed(x, q) else 0
 
 
-def _by_sums(x: Tensor, q: Packed) -> bool:
+def _by_sums(q: Packed, x: Tensor) -> TypeGuard[NF4Tensor]:
     """Return whether the products of x with q, as it is packed, are those of `products`."""
     autocast = torch.is_autocast_enabled(x.device.type)
     return len(x) > 0 and available(x) and takes(q) and not autocast

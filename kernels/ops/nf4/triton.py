@@ -205,7 +205,7 @@ def packed_arguments(q: NF4Tensor) -> tuple[Tensor, ...]:
     """Return the arguments CODES, SCALES, NESTED, OFFSET, MAP and PAIRS of the kernels."""
     codes, absmax = q.codes.contiguous(), q.absmax.contiguous()
     nested, offset = absmax, absmax
-    if q.double_quant:
+    if q.nested_absmax is not None and q.offset is not None:
         nested, offset = q.nested_absmax.contiguous(), q.offset
     scale_map = dynamic_map(q.device)
     return codes, absmax, nested, offset, scale_map, pairs(q.quant_type, q.device)
