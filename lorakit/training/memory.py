@@ -1,4 +1,4 @@
-"""Memory that a run has used, memory in large pages, and memory that the allocator keeps."""
+"""The memory that a run has used, and the memory that the C library keeps for it."""
 
 import ctypes
 import platform
@@ -7,15 +7,19 @@ import sys
 
 import torch
 
-# of mallopt, in glibc's malloc.h
+# Settings of mallopt, from glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def peak_memory_mb(device: torch.device | str = "cpu") -> float:
-    """The most memory so far, in MB (10^6 bytes).
+    """Return the most memory that was in use so far, in MB (10^6 bytes).
 
-    On a GPU what torch has allocated there; on the CPU the resident memory of the whole process,
-    libraries and mapped files included.
+    Args:
+        device: A CUDA device, for the memory that torch has allocated there; or the CPU, for the
+            resident memory of the whole process, libraries and mapped files included.
+
+    Returns:
+        The peak since the process started.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -25,14 +29,16 @@ def peak_memory_mb(device: torch.device | str = "cpu") -> float:
 
 
 def tune_allocator() -> bool:
-    """Let the C library keep the memory of freed tensors for the next ones, in this process and
-    from now on; whether it did, which is only on glibc (most Linux systems).
+    """Let the C library keep the memory of freed tensors for the next ones, from now on.
 
-    By default glibc maps large tensors anew and gives freed memory back, and the system takes a
-    microsecond for each fresh page of 4 KB. What it costs: the process keeps the most memory that
-    it ever had, and its peak may rise by some percent, as nothing returns from the middle of the
-    heap (docs/performance.md has both). `lorakit train` calls it; a program that uses the library
-    decides for itself.
+    By default glibc maps each large tensor freshly and gives freed memory back, and the system
+    takes a microsecond for each fresh page of 4 KB. The cost of keeping: the process holds the most
+    memory that it ever had, and its peak may rise by some percent, because no memory returns from
+    the middle of the heap (docs/performance.md has figures). `lorakit train` calls this function. A
+    program that uses the library decides for itself.
+
+    Returns:
+        Whether the settings were made. They exist only in glibc, so on most Linux systems.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -1,15 +1,15 @@
-"""AdamW and learning-rate schedules.
+"""AdamW, and the groups of parameters that it trains.
 
-`AdamW` has torch's param_groups, state and state_dict; its step is `kernels.adamw_step` over all
-the tensors of a group, or `kernels.adamw_step_8bit`. Its state is resident, beside the parameters,
-or paged (`paged_state.py`): then the same step goes over what lies in one page after another, with
-the same bits. A schedule is a function of the step alone: nothing to save, nothing to resume.
+`AdamW` has the param_groups, state and state_dict of torch's optimizers. Its step is
+`kernels.adamw_step`, or `kernels.adamw_step_8bit`, over all the tensors of a group. Its state is
+resident, beside the parameters, or paged (paged_state.py). The step over paged state takes one page
+after another and gives the same bits.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from inspect import unwrap
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,27 @@ from lorakit.config.errors import LorakitError
 from lorakit.kernels import Moment8bit, adamw_step, adamw_step_8bit
 from lorakit.training.paged_state import MOMENTS, PagedState, layout
 
-# Values of a parameter with 8-bit state (bitsandbytes' rule); fewer are not worth the noise.
+# A parameter of fewer values keeps fp32 state, as in bitsandbytes: 8 bits are not worth the noise.
 MIN_8BIT_SIZE = 4096
-PAGE_BUDGET = 64 << 20
+PAGE_BUDGET = 64 << 20  # bytes
+
+Group = dict[str, Any]  # the parameters of a group and their settings, as in torch
+State = dict[str, Tensor]  # the state of a parameter, or of a part of it, by name
+
+
+class _Parts(NamedTuple):
+    """Parameters or parts of them, with the gradient and the state of each."""
+
+    params: list[Tensor]
+    gradients: list[Tensor]
+    states: list[State]
 
 
 class _Plain:
-    """Methods of torch's Optimizer as they were written: decorated as they are there, each imports
-    torch's compiler when it is first called, which takes seconds and 150 MB.
+    """Methods of torch's Optimizer without their decorators.
+
+    The decorators import torch's compiler when a method is first called, which takes seconds and
+    150 MB.
     """
 
     add_param_group = unwrap(torch.optim.Optimizer.add_param_group)
@@ -35,30 +48,40 @@ class _Plain:
 
 
 class AdamW(torch.optim.Optimizer):
-    """Adam with decoupled weight decay (arXiv:1711.05101); its state has 32 or 8 bits.
+    """Adam with decoupled weight decay (arXiv:1711.05101), with state of 32 or 8 bits.
 
-    state_bits=32: fp32 tensors exp_avg and exp_avg_sq beside every parameter, 8 bytes per value.
-    state_bits=8: their codes, uint8 [n], and exp_avg_absmax and exp_avg_sq_absmax, fp32
-    [ceil(n / 256)], 2.03 bytes per value; parameters of fewer than 4096 values keep fp32 state.
-    A group of parameters may have its own.
+    State of 32 bits is fp32 tensors exp_avg and exp_avg_sq beside every parameter, 8 bytes per
+    value. State of 8 bits is their codes, uint8 [n], and exp_avg_absmax and exp_avg_sq_absmax, fp32
+    [ceil(n / 256)], 2.03 bytes per value. Parameters of fewer than 4096 values keep fp32 state.
 
-    paged: the state lies in pages of 8 MB, in pinned host memory for parameters on a CUDA device,
-    in a file that the system removes for those on the CPU; of them as many are resident as
-    `page_budget` bytes hold, 64 MB unless given. The file is in `page_dir`, or the system's
-    directory for temporary files; there should be a disk behind it. Bits and state_dict are those
-    of resident state, every tensor pages, and the attribute `state` stays empty. Such an optimizer
-    cannot be pickled or copied; it can be saved by its state_dict.
+    Paged state lies in pages of 8 MB: in pinned host memory for parameters on a CUDA device, in a
+    file that the system removes for parameters on the CPU. As many pages are resident as
+    `page_budget` bytes hold. Bits and state_dict are those of resident state, but every tensor
+    pages, and the attribute `state` stays empty. An optimizer with paged state cannot be pickled or
+    copied. It can be saved by its state_dict.
 
-    Raises LorakitError for a negative lr, eps or weight_decay, a beta outside of [0, 1), other
-    state_bits, a page_budget below one page; and in `step`, where paged, for a full disk and for a
-    parameter that is not contiguous.
+    Args:
+        params: Parameters, or groups of them as mappings with "params" and settings of their own.
+        lr: The learning rate.
+        betas: The decay rates of both moments, in [0, 1).
+        eps: What is added to the root of the second moment.
+        weight_decay: The part of each value that decays in a step, times lr.
+        state_bits: 32 or 8. A group may have its own.
+        paged: Whether the state is paged.
+        page_budget: The bytes of resident pages, for each device.
+        page_dir: The directory of the page file. None takes the system's directory for temporary
+            files. It should lie on a disk.
+
+    Raises:
+        LorakitError: An argument is out of its range. In `step` with paged state, the disk is full
+            or a parameter is not contiguous.
     """
 
     _paged: PagedState | None = None
 
     def __init__(
         self,
-        params: Iterable,
+        params: Iterable[Tensor] | Iterable[Group],
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -87,18 +110,19 @@ class AdamW(torch.optim.Optimizer):
             )
         return super().__getstate__()
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group, as torch does. Raises LorakitError if its state_bits are not 32 or 8."""
         _Plain.add_param_group(self, param_group)
         bits = self.param_groups[-1]["state_bits"]
         if bits not in (32, 8):
             raise LorakitError(f"AdamW: state_bits is {bits!r}; it must be 32 or 8")
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, whose tensors are the state itself.
+        """Return what torch's state_dict does; its tensors are the state itself.
 
-        Of paged state it is a copy, in host memory that is mapped from a second file in page_dir
-        and written page by page: it takes that much of the disk until the tensors are gone, and of
-        memory only what the system can spare.
+        The tensors of paged state are a copy, in host memory that is mapped from a second file in
+        page_dir and written page by page. It takes that much of the disk until the tensors are
+        gone, and only the memory that the system can spare.
         """
         if self._paged is None:
             return _Plain.state_dict(self)
@@ -109,19 +133,19 @@ class AdamW(torch.optim.Optimizer):
             self.state.clear()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, which would cast every tensor of the state to the dtype of its parameter:
-        here each keeps its own. State of either kind, resident or paged, can be loaded into either.
+        """Load what `state_dict` returned; each tensor keeps its dtype.
 
-        Paged state is written page by page from tensors that may be memory-mapped themselves
-        (torch.load(..., mmap=True)); what was there before is given back first.
+        (Torch's method would cast the state to the dtype of its parameter.) State of either kind,
+        resident or paged, can be loaded into either. Paged state is given back first, and written
+        page by page from tensors that may be memory-mapped (torch.load(..., mmap=True)).
 
-        Raises LorakitError for state that is not AdamW's of such parameters, and then nothing has
+        Raises LorakitError if the state is not that of AdamW for such parameters. Then nothing has
         changed.
         """
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
-        states = {}
-        for i, p in zip(saved, params, strict=False):  # torch says it if they are not as many
+        states: dict[Tensor, State] = {}
+        for i, p in zip(saved, params, strict=False):  # torch says if they are not as many
             if state_dict["state"].get(i):
                 states[p] = state_dict["state"][i]
                 _check_state(i, p, states[p])
@@ -137,30 +161,40 @@ class AdamW(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         _Plain.zero_grad(self, set_to_none)
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
     @torch.no_grad()
-    def step(self, closure: Callable | None = None) -> Tensor | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient. Return what `closure` does, if it is given.
+
+        The closure computes the gradients and the loss, as with torch's optimizers.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        groups = []  # with what has a gradient
+        with_gradients: list[tuple[Group, list[Tensor]]] = []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
                 self._start(params, group["state_bits"])
-                groups.append((group, params))
-        for group, _ in groups:
+                with_gradients.append((group, params))
+        for group, _ in with_gradients:
             group["step"] += 1
         if self._paged is not None:
-            self._step_paged(groups)
+            _step_paged(with_gradients, self._paged)
             return loss
-        for group, params in groups:
-            gradients = [p.grad.contiguous() for p in params]
-            _update(group, params, gradients, [self.state[p] for p in params])
+        for group, params in with_gradients:
+            gradients = [_gradient(p).contiguous() for p in params]
+            _update(group, _Parts(params, gradients, [self.state[p] for p in params]))
         return loss
 
     def _start(self, params: list[Tensor], state_bits: int) -> None:
-        """Zero state for those that have none."""
+        """Give zero state to the parameters that have none."""
         if self._paged is not None:
             fresh = [p for p in params if p not in self._paged]
             self._paged.add({p: _in_8bit(p, state_bits) for p in fresh})
@@ -169,28 +203,32 @@ class AdamW(torch.optim.Optimizer):
         for p, state in zip(fresh, _zero_states(fresh, state_bits), strict=True):
             self.state[p].update(state)
 
-    def _step_paged(self, groups: list[tuple[dict[str, Any], list[Tensor]]]) -> None:
-        flat = {p: (p.view(-1), p.grad.reshape(-1)) for _, params in groups for p in params}
-        number_of = {p: i for i, (_, params) in enumerate(groups) for p in params}
-        for places in self._paged.walk(flat):
-            parts = [([], [], []) for _ in groups]
-            for p, piece, state in places:
-                values, gradient = (t[piece.start : piece.stop] for t in flat[p])
-                for part, new in zip(parts[number_of[p]], (values, gradient, state), strict=True):
-                    part.append(new)
-            for (group, _), part in zip(groups, parts, strict=True):
-                _update(group, *part)
+
+def _gradient(p: Tensor) -> Tensor:
+    assert p.grad is not None
+    return p.grad
 
 
-def _update(
-    group: Mapping[str, Any],
-    params: list[Tensor],
-    gradients: list[Tensor],
-    states: list[dict[str, Tensor]],
-) -> None:
-    """One step of a group, for parameters or parts of them and their state."""
+def _step_paged(groups: list[tuple[Group, list[Tensor]]], paged: PagedState) -> None:
+    """Update the parameters of groups, piece by piece as their state lies in the pages."""
+    flat = {p: (p.view(-1), _gradient(p).reshape(-1)) for _, params in groups for p in params}
+    number_of = {p: i for i, (_, params) in enumerate(groups) for p in params}
+    for places in paged.walk(flat):
+        parts = [_Parts([], [], []) for _ in groups]
+        for p, piece, state in places:
+            values, gradient = (t[piece.start : piece.stop] for t in flat[p])
+            part = parts[number_of[p]]
+            part.params.append(values)
+            part.gradients.append(gradient)
+            part.states.append(state)
+        for (group, _), part in zip(groups, parts, strict=True):
+            _update(group, part)
+
+
+def _update(group: Group, parts: _Parts) -> None:
+    """Take one step of a group over parameters, or parts of them, and their state."""
     options = {name: group[name] for name in ("step", "lr", "betas", "eps", "weight_decay")}
-    rows = list(zip(params, gradients, states, strict=True))
+    rows = list(zip(*parts, strict=True))
     wide = [row for row in rows if not _is_8bit(row[2])]
     adamw_step(
         [p for p, _, _ in wide],
@@ -219,6 +257,7 @@ def _is_8bit(state: Mapping[str, Tensor]) -> bool:
 
 
 def _check_state(number: int, p: Tensor, state: Mapping[str, Any]) -> None:
+    """Raise LorakitError if `state` is not that of AdamW for parameter `p`."""
     in_8bit = _is_8bit(state)
     expected = {
         name: (dtype, (count,) if in_8bit else tuple(p.shape))
@@ -234,15 +273,17 @@ def _check_state(number: int, p: Tensor, state: Mapping[str, Any]) -> None:
         )
 
 
-def _zero_states(params: list[Tensor], state_bits: int) -> Iterator[dict[str, Tensor]]:
-    """The states before the first step. Those in fp32 lie side by side: made one by one, in the
-    middle of training, they would cut the heap's free memory into pieces too short for activations.
+def _zero_states(params: list[Tensor], state_bits: int) -> Iterator[State]:
+    """Yield the states before the first step.
+
+    Those in fp32 lie side by side. Made one by one, in the middle of training, they would cut the
+    heap's free memory into pieces too short for activations.
     """
     in_8bit = [_in_8bit(p, state_bits) for p in params]
     wide = [p for p, few_bits in zip(params, in_8bit, strict=True) if not few_bits]
     both = [iter(_side_by_side(wide)) for _ in MOMENTS]
     for p, few_bits in zip(params, in_8bit, strict=True):
-        state = {}
+        state: State = {}
         for name, tensors in zip(MOMENTS, both, strict=True):
             if few_bits:
                 state[name], state[f"{name}_absmax"] = Moment8bit.zeros(p.numel(), p.device)
@@ -252,9 +293,9 @@ def _zero_states(params: list[Tensor], state_bits: int) -> Iterator[dict[str, Te
 
 
 def _side_by_side(params: list[Tensor]) -> list[Tensor]:
-    """Zeros in fp32 of the same shapes, in one memory per device, each on 64 bytes."""
+    """Return fp32 zeros of the parameters' shapes, in one memory per device, each on 64 bytes."""
     sizes = [-(-p.numel() // 16) * 16 for p in params]
-    flat = {}
+    flat: dict[torch.device, Tensor] = {}
     for device in {p.device for p in params}:
         total = sum(n for p, n in zip(params, sizes, strict=True) if p.device == device)
         flat[device] = torch.zeros(total, dtype=torch.float32, device=device)
@@ -265,23 +306,44 @@ def _side_by_side(params: list[Tensor]) -> list[Tensor]:
     return found
 
 
-def decay_groups(module: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups of what trains, at most two: what has one dimension or none (a bias, a norm,
-    DoRA's magnitude) does not decay.
+def decay_groups(module: nn.Module, lr: float, weight_decay: float) -> list[Group]:
+    """Return the parameters of a module that train, in groups for AdamW.
 
-    Raises LorakitError where nothing trains.
+    Parameters of one dimension or none (a bias, a norm, DoRA's magnitude) do not decay.
+
+    Args:
+        module: A module, some parameters of which require gradients.
+        lr: The learning rate of all groups.
+        weight_decay: The decay of the parameters that decay.
+
+    Returns:
+        One group or two, with "params", "lr" and "weight_decay".
+
+    Raises:
+        LorakitError: No parameter trains.
     """
     return _groups(module, lr, weight_decay, lambda name, p: 1.0)
 
 
 def loraplus_groups(
     module: nn.Module, lr: float, loraplus_lr_ratio: float, *, weight_decay: float = 0.0
-) -> list[dict[str, Any]]:
-    """Parameter groups for LoRA+ (arXiv:2402.12354): every lora_B, and what has one dimension or
-    none (a bias, DoRA's magnitude), learns loraplus_lr_ratio times as fast as the rest that trains.
-    Decay is that of `decay_groups`.
+) -> list[Group]:
+    """Return the parameters that train in groups for LoRA+ (arXiv:2402.12354).
 
-    Raises LorakitError for a ratio that is not positive, or where nothing trains.
+    Every lora_B learns loraplus_lr_ratio times as fast as the rest. So do parameters of one
+    dimension or none (a bias, DoRA's magnitude), which do not decay.
+
+    Args:
+        module: A module, some parameters of which require gradients.
+        lr: The learning rate of the rest.
+        loraplus_lr_ratio: How many times as fast lora_B learns; the paper suggests 16.
+        weight_decay: The decay of the parameters that decay.
+
+    Returns:
+        Up to three groups, with "params", "lr" and "weight_decay".
+
+    Raises:
+        LorakitError: The ratio is not positive, or no parameter trains.
     """
     if not loraplus_lr_ratio > 0:
         raise LorakitError(f"loraplus_lr_ratio must be positive, not {loraplus_lr_ratio}")
@@ -294,8 +356,8 @@ def loraplus_groups(
 
 def _groups(
     module: nn.Module, lr: float, weight_decay: float, share: Callable[[str, Tensor], float]
-) -> list[dict[str, Any]]:
-    """What trains, by its share of the rate and whether it decays."""
+) -> list[Group]:
+    """Group the parameters that train by their share of the rate, and by whether they decay."""
     groups: dict[tuple[float, bool], list[Tensor]] = {}
     for name, p in module.named_parameters():
         if p.requires_grad:

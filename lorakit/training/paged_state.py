@@ -1,14 +1,14 @@
-"""AdamW's state in pages (`paging.py`), whatever the size of the tensors.
+"""AdamW's state in pages (paging.py), for tensors of any size.
 
 The state of a parameter is cut where a page ends, at a multiple of 256 values, the block of 8-bit
 state. A piece holds both moments of its values, each on 64 bytes, so that one page is enough to
-update them; small parameters lie side by side in a page. A step of AdamW is the same arithmetic
-for every value, or for every block: a piece at a time gives the same bits as all at once.
+update them. Small parameters lie side by side in a page. A step of AdamW is the same arithmetic
+for every value, or for every block, so a piece at a time gives the same bits as all at once.
 
     8-bit piece of n values    exp_avg uint8 [n] | its absmax fp32 [n / 256] | exp_avg_sq | absmax
     32-bit piece               exp_avg fp32 [n] | exp_avg_sq fp32 [n]
 
-Nothing but the places of the pieces is kept beside the pages.
+Only the places of the pieces are kept beside the pages.
 """
 
 import os
@@ -26,6 +26,7 @@ from lorakit.training.paging import (
     FileStore,
     PageTable,
     PinnedStore,
+    Store,
     check_budget,
     mapped,
     scratch_file,
@@ -36,19 +37,19 @@ ALIGNMENT = 64  # bytes; the kernels ask for 16
 
 
 class Piece(NamedTuple):
-    """Values start to stop of a parameter, and where in the space of its device their state is."""
+    """Values start to stop of a parameter, and the place of their state in the device's pages."""
 
     start: int
     stop: int
     position: int
 
     def first(self, name: str) -> int:
-        """Where the piece begins in the whole tensor of the state that is called `name`."""
+        """Return where the piece begins in the whole tensor of the state that is called `name`."""
         return self.start // BLOCK if name.endswith("absmax") else self.start
 
 
 def layout(n: int, in_8bit: bool) -> dict[str, tuple[torch.dtype, int]]:
-    """The tensors of the state of n values, in their order: dtype and length of each."""
+    """Return the dtype and the length of each tensor of the state of n values, in their order."""
     found = {}
     for name in MOMENTS:
         found[name] = (torch.uint8 if in_8bit else torch.float32, n)
@@ -58,8 +59,9 @@ def layout(n: int, in_8bit: bool) -> dict[str, tuple[torch.dtype, int]]:
 
 
 def views(memory: Tensor, n: int, in_8bit: bool) -> dict[str, Tensor]:
-    """The tensors of a piece of n values in `memory`, uint8, which begins with it."""
-    found, at = {}, 0
+    """Return the tensors of a piece of n values. `memory`, uint8, begins with the piece."""
+    found: dict[str, Tensor] = {}
+    at = 0
     for name, (dtype, count) in layout(n, in_8bit).items():
         nbytes = count * dtype.itemsize
         found[name] = memory[at : at + nbytes].view(dtype)
@@ -68,8 +70,9 @@ def views(memory: Tensor, n: int, in_8bit: bool) -> dict[str, Tensor]:
 
 
 def cut(n: int, in_8bit: bool, position: int, page_bytes: int) -> tuple[list[Piece], int]:
-    """The pieces of n values, side by side from `position` on; and the end of the last."""
-    pieces, start = [], 0
+    """Return the pieces of n values, side by side from `position` on, and the end of the last."""
+    pieces: list[Piece] = []
+    start = 0
     while start < n:
         left = page_bytes - position % page_bytes
         count = n - start
@@ -78,7 +81,7 @@ def cut(n: int, in_8bit: bool, position: int, page_bytes: int) -> tuple[list[Pie
                 k * dtype.itemsize for dtype, k in layout(BLOCK, in_8bit).values()
             )
             count = left // bytes_of_a_block * BLOCK
-            while _piece_bytes(count, in_8bit) > left:  # by what aligns its parts
+            while _piece_bytes(count, in_8bit) > left:  # aligning the parts takes room too
                 count -= BLOCK
         if count:
             nbytes = _piece_bytes(count, in_8bit)
@@ -97,9 +100,9 @@ def _piece_bytes(n: int, in_8bit: bool) -> int:
 
 
 class PagedState:
-    """The states of parameters in pages, those of each device under a budget of its own.
+    """The states of parameters in pages, with a budget for each device.
 
-    Raises LorakitError for a budget below one page.
+    Raises LorakitError if the budget is below one page.
     """
 
     def __init__(self, budget: int, directory: str | Path | None, page_bytes: int = PAGE_BYTES):
@@ -118,12 +121,12 @@ class PagedState:
         return p in self._pieces
 
     def add(self, params: Mapping[Tensor, bool]) -> None:
-        """Zero state for parameters that have none, with 8 bits where the value is True.
+        """Give zero state to parameters that have none, of 8 bits if the value is True.
 
-        Raises LorakitError where there is no room, and for a parameter that is not contiguous or
-        neither on a CPU nor on a CUDA device.
+        Raises LorakitError if there is no room, or if a parameter is not contiguous, or on a device
+        that is neither a CPU nor a CUDA device.
         """
-        ends, pieces = dict(self._ends), {}
+        ends, pieces = dict(self._ends), dict[Tensor, list[Piece]]()
         for p, in_8bit in params.items():
             if not p.is_contiguous():
                 raise LorakitError(
@@ -138,22 +141,30 @@ class PagedState:
         self._pieces |= pieces
         self._in_8bit |= params
 
-    def walk(self, params: Iterable[Tensor]) -> Iterator[list[tuple[Tensor, Piece, dict]]]:
-        """Page after page, what lies there of these parameters: the parameter, the piece, and the
-        tensors of its state. They may be changed until the next page is asked for.
+    def walk(
+        self, params: Iterable[Tensor]
+    ) -> Iterator[list[tuple[Tensor, Piece, dict[str, Tensor]]]]:
+        """Yield, page after page, the pieces of these parameters that lie there.
+
+        Each comes as the parameter, the piece, and the tensors of its state, which may be changed
+        until the next page is asked for.
         """
         for table, places in self._by_page(params):
             for page, memory in table.walk(places):
                 yield [(p, piece, self._views(memory, p, piece)) for p, piece in places[page]]
 
     def snapshot(self) -> dict[Tensor, dict[str, Tensor]]:
-        """The whole state as it is now, as resident state would be, in host memory: memory-mapped
-        from a file of its own in the directory, which is gone with the last of the tensors.
+        """Return a copy of the whole state, with the shapes of resident state, in host memory.
+
+        The copy is memory-mapped from a file of its own in the directory. The file is gone with the
+        last of the tensors.
         """
         total = sum(_piece_bytes(p.numel(), bits) for p, bits in self._in_8bit.items())
         file = scratch_file(self.directory)
         region = mapped(file, 0, max(1, total))
-        found, starts, at = {}, {}, 0
+        found: dict[Tensor, dict[str, Tensor]] = {}
+        starts: dict[Tensor, dict[str, int]] = {}
+        at = 0
         for p, in_8bit in self._in_8bit.items():
             found[p], starts[p] = {}, {}
             for name, (dtype, count) in layout(p.numel(), in_8bit).items():
@@ -170,11 +181,11 @@ class PagedState:
                 for p, piece in places[page]:
                     for name, part in self._views(memory, p, piece).items():
                         start = starts[p][name] + piece.first(name) * part.itemsize
-                        os.pwrite(file.fileno(), part.numpy(), start)
+                        os.pwrite(file.fileno(), part.numpy().data, start)
         return found
 
     def fill(self, states: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
-        """Write the whole states of parameters that have one, as `snapshot` returns them."""
+        """Set the state of parameters that have one to whole states, as `snapshot` returns them."""
         for places in self.walk(states):
             for p, piece, parts in places:
                 for name, part in parts.items():
@@ -184,7 +195,7 @@ class PagedState:
     def _by_page(
         self, params: Iterable[Tensor]
     ) -> Iterator[tuple[PageTable, dict[int, list[tuple[Tensor, Piece]]]]]:
-        """What lies in each page, of one device after another."""
+        """Yield the table of one device after another, and what lies in each of its pages."""
         places: dict[torch.device, dict[int, list[tuple[Tensor, Piece]]]] = {}
         for p in params:
             pages = places.setdefault(p.device, {})
@@ -194,11 +205,13 @@ class PagedState:
             yield self._tables[device], pages
 
     def _views(self, memory: Tensor, p: Tensor, piece: Piece) -> dict[str, Tensor]:
+        """Return the tensors of a piece in the memory of its page."""
         start = piece.position % self.page_bytes
         return views(memory[start:], piece.stop - piece.start, self._in_8bit[p])
 
     def _table(self, device: torch.device) -> PageTable:
         if device not in self._tables:
+            store: Store
             if device.type == "cuda":
                 store = PinnedStore(device, self.page_bytes)
             elif device.type == "cpu":

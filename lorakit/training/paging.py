@@ -1,22 +1,22 @@
 """State that is larger than the memory for it: pages, of which only some are resident.
 
 One flat space of bytes is cut into pages of a fixed size. A `PageTable` knows which pages are
-resident, and keeps them under a budget: the page that was not used for longest has to go, after
-what changed in it was written back. Where the pages lie, and what resident means, is the store's:
+resident, and keeps them under a budget: the page that was not used for longest has to go, after its
+changes were written back. A store says where the pages lie, and what resident means:
 
     store        the pages lie in         a resident page is            fetched and written by
     FileStore    a file, memory-mapped    the mapping's own memory      the system
     PinnedStore  pinned host memory       a buffer on the device        copies on two side streams
 
-What it costs: a step over n pages with a budget of k moves n - k of them in and as many out, if it
-walks back and forth (`walk`); always in the same direction the least recently used page would be
-the very next one, and nothing would ever be found resident. On a device the copies in, the copies
-out and the arithmetic overlap, from three pages of budget on: a page is written back one eviction
-before its buffer is needed.
+The cost: a step over n pages with a budget of k moves n - k of them in and as many out, if it walks
+back and forth (`walk`). In one direction only, the least recently used page would be the very next
+one, and no page would ever be found resident. On a device the copies in, the copies out and the
+arithmetic overlap, from a budget of three pages on: a page is written back one eviction before its
+buffer is needed.
 
-The file has no name and leaves none: the system removes it when the store is gone, however the
-process ends. Its room is taken when it grows, so that a full disk is an error then, and not a
-signal in the middle of a step.
+The file has no name. The system removes it when the store is gone, however the process ends. The
+disk gives the room for it when it grows, so that a full disk is an error then, and not a signal in
+the middle of a step.
 """
 
 import math
@@ -36,32 +36,32 @@ from torch import Tensor
 
 from lorakit.config.errors import LorakitError
 
-PAGE_BYTES = 8 << 20  # a copy of it takes 0.3 ms over PCIe 4, some fifty launches of a kernel
-MADV_POPULATE_WRITE = 23  # of Linux 5.14; Python has no name for it
+PAGE_BYTES = 8 << 20  # a copy takes 0.3 ms over PCIe 4, as long as some fifty launches of a kernel
+MADV_POPULATE_WRITE = 23  # from Linux 5.14 on; Python has no name for it
 
 
 class Store(Protocol):
-    """Where pages lie. One that was loaded is waited for, used, maybe written back, and dropped."""
+    """Where pages lie. A page is loaded, waited for, used, perhaps written back, and dropped."""
 
     page_bytes: int
 
     def grow(self, pages: int) -> None:
-        """Have so many; new ones are zeros. Raises LorakitError where there is no room."""
+        """Have `pages` pages; new ones hold zeros. Raises LorakitError if there is no room."""
 
     def load(self, page: int) -> Tensor:
-        """Begin to make it resident: its memory, uint8 [page_bytes]."""
+        """Begin to make a page resident. Return its memory, uint8 [page_bytes]."""
 
     def wait(self, page: int) -> None:
-        """What is asked of its memory from now on sees the page."""
+        """Let all work on its memory that is asked for from now on see the page."""
 
     def used(self, page: int) -> None:
-        """What was asked of its memory until now has to come before it is written back."""
+        """Let all work on its memory that was asked for so far come before its write-back."""
 
     def write_back(self, page: int) -> None:
         """Begin to keep what changed in its memory."""
 
     def drop(self, page: int) -> None:
-        """Its memory is free for another page."""
+        """Give its memory to other pages."""
 
     def read(self, page: int, into: Tensor) -> None:
         """Copy a page, as it was last written back, into uint8 [page_bytes] in host memory."""
@@ -70,7 +70,7 @@ class Store(Protocol):
 class PageTable:
     """Which pages of `store` are resident: at most as many as `budget` bytes hold.
 
-    Raises LorakitError for a budget below one page.
+    Raises LorakitError if the budget is below one page.
     """
 
     def __init__(self, store: Store, budget: int):
@@ -78,14 +78,15 @@ class PageTable:
         self.store = store
         self.capacity = budget // store.page_bytes
         self.pages = 0
-        self._resident: OrderedDict[int, Tensor] = OrderedDict()  # the least recently used first
+        self._resident: OrderedDict[int, Tensor] = OrderedDict()  # least recently used first
         self._in_use: set[int] = set()
         self._dirty: set[int] = set()
         self._forth = True
 
     def grow(self, nbytes: int) -> None:
-        """Have pages for the first nbytes of the space; raises LorakitError where there is no room,
-        and then nothing has changed.
+        """Have pages for the first `nbytes` of the space.
+
+        Raises LorakitError if there is no room, and then nothing has changed.
         """
         pages = -(-nbytes // self.store.page_bytes)
         if pages > self.pages:
@@ -94,8 +95,9 @@ class PageTable:
 
     @contextmanager
     def use(self, page: int) -> Iterator[Tensor]:
-        """The memory of a page, uint8 [page_bytes]; within the block it stays there, and may be
-        changed.
+        """Yield the memory of a page, uint8 [page_bytes].
+
+        Within the block it stays resident, and may be changed.
         """
         memory = self._bring(page)
         if memory is None:
@@ -110,12 +112,13 @@ class PageTable:
             self._in_use.remove(page)
 
     def prefetch(self, page: int) -> None:
-        """Begin to make it resident, unless all pages of the budget are in use."""
+        """Begin to make a page resident, unless all pages of the budget are in use."""
         self._bring(page)
 
     def walk(self, pages: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
-        """The pages and their memory, each `use`d until the next is asked for, which is fetched
-        meanwhile: in ascending order, the next time in descending order.
+        """Yield each page and its memory, in ascending order, the next time in descending order.
+
+        A page is in use until the next one is asked for, which is fetched meanwhile.
         """
         order = sorted(pages, reverse=not self._forth)
         self._forth = not self._forth
@@ -126,13 +129,12 @@ class PageTable:
                 yield page, memory
 
     def read(self, page: int, into: Tensor) -> None:
-        """Copy what a page holds into uint8 [page_bytes] in host memory. It does not become
-        resident.
-        """
+        """Copy a page into uint8 [page_bytes] in host memory, without making it resident."""
         self._clean(page)
         self.store.read(page, into)
 
     def _bring(self, page: int) -> Tensor | None:
+        """Make a page resident. Return its memory, or None if all pages are in use."""
         if page in self._resident:
             self._resident.move_to_end(page)
             return self._resident[page]
@@ -140,7 +142,7 @@ class PageTable:
             victims = [each for each in self._resident if each not in self._in_use][:2]
             if not victims:
                 return None
-            for victim in victims:  # the second goes next: by then it will be written
+            for victim in victims:  # the second one goes next, and will be written by then
                 self._clean(victim)
             self.store.drop(victims[0])
             del self._resident[victims[0]]
@@ -154,7 +156,7 @@ class PageTable:
 
 
 def check_budget(budget: int, page_bytes: int) -> None:
-    """Raise LorakitError for a budget below one page."""
+    """Raise LorakitError if a budget is below one page."""
     if budget < page_bytes:
         raise LorakitError(
             f"page_budget is {budget} bytes; it must hold at least one page of {page_bytes}"
@@ -162,18 +164,19 @@ def check_budget(budget: int, page_bytes: int) -> None:
 
 
 class FileStore:
-    """Pages in a file of `directory` that has no name, memory-mapped; resident are those that the
-    process has in its page tables. The system writes and reads them, and may keep them in memory
-    that it has left over; on macOS it also decides when a dropped page leaves. In a directory that
-    lies in memory itself (tmpfs, on some systems /tmp) nothing is saved.
+    """Pages in a memory-mapped file of `directory`; the file has no name.
 
-    Raises LorakitError for a directory where no file can be made.
+    Pages in the process's own page tables are resident. The system writes and reads them, and may
+    keep them in memory that it has left over. On macOS it also decides when a dropped page leaves.
+    In a directory that lies in memory itself (tmpfs, on some systems /tmp) no memory is saved.
+
+    Raises LorakitError if no file can be made in the directory.
     """
 
     def __init__(self, directory: str | Path | None = None, page_bytes: int = PAGE_BYTES):
         self.page_bytes = page_bytes
         self.file = scratch_file(directory)
-        self._memory: list[tuple[mmap.mmap, int]] = []  # of each page: a mapping, and where in it
+        self._memory: list[tuple[mmap.mmap, int]] = []  # a mapping for each page, and where in it
 
     def grow(self, pages: int) -> None:
         start, count = len(self._memory), pages - len(self._memory)
@@ -188,14 +191,14 @@ class FileStore:
     def wait(self, page: int) -> None:
         region, start = self._memory[page]
         if sys.platform == "linux":
-            with suppress(OSError):  # an older kernel, which then faults in 4 KB after 4 KB
+            with suppress(OSError):  # an older kernel then fetches 4 KB at a time, when touched
                 region.madvise(MADV_POPULATE_WRITE, start, self.page_bytes)
 
     def used(self, page: int) -> None:
         """There is nothing to wait for."""
 
     def write_back(self, page: int) -> None:
-        """The mapping is the file."""
+        """There is nothing to write: the mapping is the file."""
 
     def drop(self, page: int) -> None:
         region, start = self._memory[page]
@@ -203,11 +206,11 @@ class FileStore:
 
     def read(self, page: int, into: Tensor) -> None:
         self.file.seek(page * self.page_bytes)
-        self.file.readinto(into.numpy())
+        self.file.readinto(into.numpy().data)
 
 
 class _Slot:
-    """A buffer on the device, and the event after which nothing that was asked of it is left."""
+    """A buffer on the device, and the event after which no work on it is left."""
 
     def __init__(self, memory: Tensor, done: torch.cuda.Event):
         self.memory = memory
@@ -215,7 +218,7 @@ class _Slot:
 
 
 class PinnedStore:
-    """Pages in pinned host memory; resident are those in buffers on `device`, a CUDA GPU.
+    """Pages in pinned host memory. Resident pages are in buffers on `device`, a CUDA GPU.
 
     Copies in run on one stream and copies out on another, beside what the caller's stream computes.
     The host never waits, except in `read`.
@@ -231,10 +234,12 @@ class PinnedStore:
         self._in, self._out = (torch.cuda.Stream(device) for _ in range(2))
 
     def grow(self, pages: int) -> None:
-        options = {"dtype": torch.uint8, "pin_memory": self.device.type == "cuda"}
-        count = pages - len(self._host)
+        count, pinned = pages - len(self._host), self.device.type == "cuda"
         try:
-            fresh = [torch.zeros(self.page_bytes, device="cpu", **options) for _ in range(count)]
+            fresh = [
+                torch.zeros(self.page_bytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
+                for _ in range(count)
+            ]
         except RuntimeError as error:
             raise LorakitError(
                 f"paged state: the system gives no {count * self.page_bytes / 1e6:.0f} MB of "
@@ -245,8 +250,8 @@ class PinnedStore:
     def load(self, page: int) -> Tensor:
         slot = self._free.pop() if self._free else self._new_slot()
         self._slots[page] = slot
-        # the page's own last write-back was waited for too: by the load that took its buffer then,
-        # which comes before this one in the stream
+        # The page's own last write-back is over too: the load that took its buffer then waited for
+        # it, and comes before this load in the stream.
         self._in.wait_event(slot.done)
         with torch.cuda.stream(self._in):
             slot.memory.copy_(self._host[page], non_blocking=True)
@@ -275,8 +280,10 @@ class PinnedStore:
         into.copy_(self._host[page])
 
     def _new_slot(self) -> _Slot:
-        """Its memory may have been another tensor's, which the caller's stream still works on; and
-        when it is given back, the side streams may still work on it.
+        """Return a new buffer, which all streams are told of.
+
+        Its memory may have been that of a tensor that the caller's stream still works on. When it
+        is given back, the side streams may still work on it.
         """
         memory = torch.empty(self.page_bytes, dtype=torch.uint8, device=self.device)
         for stream in (self._in, self._out):
@@ -285,9 +292,9 @@ class PinnedStore:
 
 
 def scratch_file(directory: str | Path | None) -> FileIO:
-    """A file without a name in `directory`, or in the system's for temporary files.
+    """Return a new file without a name in `directory`, or in the system's for temporary files.
 
-    Raises LorakitError where none can be made.
+    Raises LorakitError if none can be made.
     """
     try:
         return tempfile.TemporaryFile(dir=directory, buffering=0)
@@ -299,9 +306,10 @@ def scratch_file(directory: str | Path | None) -> FileIO:
 
 
 def mapped(file: FileIO, start: int, nbytes: int) -> mmap.mmap:
-    """These bytes of a file, which is made longer for them: their room is taken.
+    """Make a file longer by `nbytes` after `start`, and return those bytes memory-mapped.
 
-    Raises LorakitError where there is none, and leaves the file as long as it was.
+    The disk gives their room at once. Raises LorakitError if it has none, and leaves the file as
+    long as it was.
     """
     try:
         _take_room(file.fileno(), start, nbytes)

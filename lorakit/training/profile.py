@@ -1,14 +1,14 @@
-"""Where the time of a training step goes: `lorakit train run.yaml --profile`.
+"""Measures where the time of a training step goes: `lorakit train run.yaml --profile`.
 
-torch's profiler notes every call of an op and of its backward, with what ran inside. A row is one
-kind of work of a step, the mean over the STEPS that are watched after WARM_UP others:
+torch's profiler notes every call of an op and of its backward, and the calls inside. A row of the
+table is one kind of work of a step, as the mean of the STEPS steps after WARM_UP others:
 
     an op of lorakit.kernels    the whole time of its autograd functions, products inside included
     the optimizer               its step
-    torch ops                   by themselves, where no op above called them; the largest few
+    torch ops                   the largest few of those that no op above has called
     the rest                    Python and small torch ops; on a GPU also waiting to be launched
 
-On a GPU the times are those of the device's kernels, and the rest is what the step took beyond
+On a GPU the times are those of the device's kernels, and the rest is the time of the step beyond
 them. The profiler itself takes some of the time.
 """
 
@@ -30,16 +30,22 @@ from lorakit.models.tokenizer import Tokenizer
 from lorakit.training.train import train
 
 WARM_UP, STEPS = 2, 3
-TORCH_OPS = 8  # rows for them
+TORCH_OPS = 8  # rows for torch's ops
 
 
 @dataclass
 class StepProfile:
-    """Call it after every step; printed, it is the table."""
+    """The times of a step, which a run fills by calling it after every step.
+
+    As text it is a table with the milliseconds and the share of each kind of work.
+    """
 
     on_gpu: bool
-    seconds: float = 0.0  # of a step
-    rows: dict[str, float] = field(default_factory=dict)  # seconds a step
+    """Whether the times are those of a GPU's kernels."""
+    seconds: float = 0.0
+    """The time of a step."""
+    rows: dict[str, float] = field(default_factory=dict)
+    """Seconds a step of each kind of work, the largest first."""
     _seen: int = 0
     _started: float = 0.0
     _profiler: profile | None = None
@@ -52,12 +58,17 @@ class StepProfile:
             self._profiler = profile(activities=[ProfilerActivity.CPU, *gpu])
             self._profiler.start()
             self._started = time.perf_counter()
-        elif self._seen == WARM_UP + STEPS:
+        elif self._seen == WARM_UP + STEPS and self._profiler is not None:
             self._wait()
             self.seconds = (time.perf_counter() - self._started) / STEPS
             self._profiler.stop()
             self.rows = _rows(self._profiler.events(), self.seconds, self.on_gpu)
             self._profiler = None
+
+    def stop(self) -> None:
+        """Stop the profiler, if a run ended before it was done."""
+        if self._profiler is not None:
+            self._profiler.stop()
 
     def _wait(self) -> None:
         if self.on_gpu:
@@ -76,10 +87,22 @@ class StepProfile:
 def profile_training(
     model: Decoder, tok: Tokenizer, data: RowSource, config: TrainConfig | None = None
 ) -> StepProfile:
-    """Train the adapter attached to `model` for WARM_UP + STEPS steps, as `train` would, and print
-    what it returns to see where their time went. Nothing is saved; the adapter has changed.
+    """Measure where the time of a training step goes, over five steps of a run.
 
-    Raises what `train` does, and KeyboardInterrupt if Ctrl-C ended it.
+    Nothing is saved, but the adapter has changed. Print the result to see a table.
+
+    Args:
+        model: A model with an adapter, as `train` takes it.
+        tok: The model's tokenizer.
+        data: A file of rows or an iterable of them, as `read_rows` takes it.
+        config: The settings of the run. Its max_steps, output_dir and eval_metrics do not count.
+
+    Returns:
+        The times of a step, by kind of work.
+
+    Raises:
+        LorakitError: `train` raises it for this model, these rows or these settings.
+        KeyboardInterrupt: Ctrl-C ended the run.
     """
     found = StepProfile(model.device.type == "cuda")
     try:
@@ -89,14 +112,13 @@ def profile_training(
             if train(model, tok, data, few, after_step=found).interrupted:
                 raise KeyboardInterrupt
     finally:
-        if found._profiler is not None:
-            found._profiler.stop()
+        found.stop()
     return found
 
 
 def _functions() -> dict[str, str]:
-    """The profiler's names of lorakit's ops -> the rows that they belong to."""
-    names = {}
+    """Return the row that each of lorakit's ops belongs to, by the profiler's name of the op."""
+    names: dict[str, str] = {}
     for function in torch.autograd.Function.__subclasses__():
         if function.__module__.startswith(f"{OPS}."):
             folder = function.__module__[len(OPS) + 1 :].partition(".")[0]
@@ -107,7 +129,10 @@ def _functions() -> dict[str, str]:
 
 
 def _rows(events: list[FunctionEvent], step: float, on_gpu: bool) -> dict[str, float]:
-    functions, ours, torchs = _functions(), defaultdict(float), defaultdict(float)
+    """Return the seconds of each row, from events of STEPS steps that took `step` seconds each."""
+    functions = _functions()
+    ours: defaultdict[str, float] = defaultdict(float)
+    torchs: defaultdict[str, float] = defaultdict(float)
 
     def row(event: FunctionEvent) -> str | None:
         if event.name.startswith("Optimizer.step#"):
@@ -127,7 +152,8 @@ def _rows(events: list[FunctionEvent], step: float, on_gpu: bool) -> dict[str, f
         elif event.name.startswith("aten::"):
             own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
             torchs[event.name.replace("aten::", "torch: ")] += own
-    largest = sorted(torchs, key=torchs.get, reverse=True)[:TORCH_OPS]
+    largest = sorted(torchs, key=torchs.__getitem__, reverse=True)[:TORCH_OPS]
     found = {**ours, **{name: torchs[name] for name in largest}}
-    rows = {name: found[name] / 1e6 / STEPS for name in sorted(found, key=found.get, reverse=True)}
+    ordered = sorted(found, key=found.__getitem__, reverse=True)
+    rows = {name: found[name] / 1e6 / STEPS for name in ordered}  # from microseconds
     return rows | {"the rest": max(0.0, step - sum(rows.values()))}

@@ -6,10 +6,10 @@
         state.json              the step, counts, evaluations, and what a resumed run must share
 
 A checkpoint is whole or absent: it is written under another name, flushed to the disk, and renamed.
-A run that is killed at any moment leaves the earlier checkpoints, and at most a directory whose name
-starts with a dot, which the next run removes. A full disk leaves the earlier checkpoints too. The
-place of a run in its data follows from the step alone, since seed and epoch decide the order of the
-rows.
+A run that is killed at any moment leaves the earlier checkpoints, and at most a directory with a
+name that starts with a dot, which the next run removes. A full disk leaves the earlier checkpoints
+too. The place of a run in its data follows from the step alone, since seed and epoch decide the
+order of the rows.
 """
 
 import fcntl

@@ -1,19 +1,20 @@
-"""Learning from pairs of a better (chosen) and a worse (rejected) completion: DPO and ORPO.
+"""The losses of pairs of a better (chosen) and a worse (rejected) completion: DPO and ORPO.
 
-With log p(y), the log-probability of a completion under the model, summed over its tokens:
+log p(y) is the log-probability of a completion under the model, summed over its tokens.
 
     DPO  (arXiv:2305.18290)   r(y) = beta (log p(y) - log p_ref(y))
                               loss = -log sigmoid(r(chosen) - r(rejected))
 
-The reference model is the same model with its adapter switched off: no second copy, one forward
-pass more, without gradients. Label smoothing e supposes that a share e of the pairs is the wrong
-way round: loss = -(1 - e) log sigmoid(d) - e log sigmoid(-d) (Mitchell 2023, "conservative DPO").
+The reference model is the same model with its adapter switched off. So there is no second copy, but
+one more forward pass, without gradients. Label smoothing e supposes that a share e of the pairs is
+the wrong way round: loss = -(1 - e) log sigmoid(d) - e log sigmoid(-d), where d is the difference
+of the rewards r (Mitchell 2023, "conservative DPO").
 
-    ORPO (arXiv:2403.07691)   odds(y) = p / (1 - p), log p the mean over the tokens of y
+    ORPO (arXiv:2403.07691)   odds(y) = p / (1 - p), where log p is the mean over the tokens of y
                               loss = nll(chosen) - beta log sigmoid(log odds(chosen)
                                                                     - log odds(rejected))
 
-needs no reference: it adds preference to plain training on the chosen ones.
+ORPO needs no reference. It adds preference to plain training on the chosen completions.
 """
 
 import torch
@@ -34,8 +35,21 @@ def dpo_loss(
     beta: float = 0.1,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """The loss of each pair [B], from the summed log-probabilities [B] of its completions. Raises
-    LorakitError for a beta that is not positive or a label_smoothing outside of [0, 0.5).
+    """Return the DPO loss of each pair (arXiv:2305.18290).
+
+    Args:
+        chosen: The summed log-probabilities of the better completions, [B].
+        rejected: Those of the worse completions, [B].
+        reference_chosen: Those of the better completions under the reference model, [B].
+        reference_rejected: Those of the worse completions under the reference model, [B].
+        beta: How strongly the model is held to the reference, above 0.
+        label_smoothing: The share of pairs supposed to be the wrong way round, in [0, 0.5).
+
+    Returns:
+        The losses, [B].
+
+    Raises:
+        LorakitError: beta or label_smoothing is out of its range.
     """
     _check_beta(beta)
     if not 0 <= label_smoothing < 0.5:
@@ -48,8 +62,18 @@ def dpo_loss(
 
 
 def orpo_loss(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1) -> Tensor:
-    """What ORPO adds to the loss of each pair [B], from the log-probabilities [B] of its
-    completions, each the mean over the tokens. Raises LorakitError for a beta that is not positive.
+    """Return what ORPO adds to the loss of each pair (arXiv:2403.07691).
+
+    Args:
+        chosen: The log-probabilities of the better completions, the mean over their tokens, [B].
+        rejected: Those of the worse completions, [B].
+        beta: The weight of the preference, above 0 (lambda in the paper).
+
+    Returns:
+        The losses, [B], without those of plain training.
+
+    Raises:
+        LorakitError: beta is not positive.
     """
     _check_beta(beta)
     odds = chosen - rejected - (_log_of_rest(chosen) - _log_of_rest(rejected))
@@ -62,8 +86,10 @@ def _check_beta(beta: float) -> None:
 
 
 def _log_of_rest(log_p: Tensor) -> Tensor:
-    """log(1 - p). Near p = 1 the difference is small: expm1 keeps its digits. p = 1 counts as the
-    number below it, lest the gradient be infinite.
+    """Return log(1 - p).
+
+    Near p = 1 the difference is small, and expm1 keeps its digits. p = 1 counts as the number below
+    it, so that the gradient stays finite.
     """
     log_p = log_p.clamp(max=-torch.finfo(log_p.dtype).eps)
     return torch.where(
@@ -81,10 +107,23 @@ def pair_losses(
     label_smoothing: float = 0.0,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each pair [B], and whether the model prefers the chosen one, bool [B].
+    """Return the loss of each pair, and whether the model prefers the chosen completion.
 
-    input_ids, labels: int64 [2 B, T], the chosen completions first, padded on the right; or with
-        cu_seqlens [2 B + 1] packed into one row. objective: "dpo" or "orpo".
+    Args:
+        model: The model. For DPO the reference is the model with its adapter switched off.
+        input_ids: int64 [2 B, T], the chosen completions first, padded on the right; or [1, T] with
+            cu_seqlens, packed into one row.
+        labels: The same shape, -100 where a token is not learned.
+        objective: "dpo" or "orpo".
+        beta: As `dpo_loss` and `orpo_loss` take it.
+        label_smoothing: As `dpo_loss` takes it.
+        cu_seqlens: int [2 B + 1], where each completion starts and the last one ends, if packed.
+
+    Returns:
+        The losses [B], and bool [B].
+
+    Raises:
+        LorakitError: beta or label_smoothing is out of its range.
     """
     found, counts = model.row_losses(input_ids, labels, cu_seqlens=cu_seqlens)
     chosen, rejected = (-found).chunk(2)
