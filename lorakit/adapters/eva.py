@@ -13,18 +13,19 @@ the count, and takes the next rows by decomposing the small matrix
     [ sqrt(N n / (N + n)) (mean - mean_new) ]  [1, in]  the step between the two means
 
 whose Gram matrix is the scatter of all rows so far (Ross et al. 2008, "Incremental learning for
-robust visual tracking", section 2.1). It is exact while the data has rank k; past that, what was
+robust visual tracking", section 2.1). It is exact while the data has rank k. Past that, what was
 cut away after one batch cannot come back, and S is a little too small.
 
-The rows that pass are many, so the directions are found by subspace iteration with 2 k vectors
-(`subspace_svd`) wherever that is less than everything, always from the same random start: the same
-rows give the same bits, and torch's generator does not move.
+Many rows pass. So the directions are found by subspace iteration with 2 k vectors (`subspace_svd`)
+wherever that is less than everything. It always begins at one and the same random start: equal rows
+give equal bits, and torch's generator does not move.
 """
 
 import dataclasses
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import TracebackType
 
 import torch
 import torch.nn.functional as F
@@ -34,23 +35,29 @@ from tqdm import tqdm
 from lorakit.adapters.initialize import subspace_svd
 from lorakit.adapters.layers.lora import LoraLinear, LoraPart
 from lorakit.adapters.layers.wrapper import Part
-from lorakit.adapters.manage import attached, check_adapter, remove_parts, selected_adapter
+from lorakit.adapters.manage import attached, remove_parts, require_selected
+from lorakit.config.adapters import LoraConfig
 from lorakit.config.errors import LorakitError, check
 from lorakit.config.patterns import each_alone
 
 SUBSPACE_ITERATIONS = 4
 TAU = 0.99  # the cosine from which on a direction counts as found
 
+Batch = Tensor | Mapping[str, Tensor]
+
 log = logging.getLogger("lorakit")
 
 
 @dataclass(frozen=True)
 class EvaResult:
-    """The rank of each layer, 0 where none is worth it, and how many batches it took."""
+    """What EVA found; it prints as one line."""
 
     ranks: dict[str, int]
+    """The rank of each layer by its name, 0 where no direction is worth it."""
     batches: int
+    """How many batches were read."""
     converged: bool
+    """Whether all directions had settled before the batches ended."""
 
     def __str__(self) -> str:
         given = [r for r in self.ranks.values() if r]
@@ -63,34 +70,34 @@ class EvaResult:
 
 @torch.no_grad()
 def eva(
-    module: nn.Module,
-    batches: Iterable[Tensor | Mapping[str, Tensor]],
-    *,
-    rho: float = 2.0,
-    tau: float = TAU,
+    module: nn.Module, batches: Iterable[Batch], *, rho: float = 2.0, tau: float = TAU
 ) -> EvaResult:
-    """Start the selected adapter from what its linear layers read in `batches`, and move ranks to
-    where they explain most. What the adapter held is lost; B is zero, so nothing changes yet.
+    """Start the selected LoRA adapter from what its linear layers read, and move ranks.
 
-    batches: int64 ids [B, T], or mappings of keywords for `module`; positions where their
-        attention_mask is 0 do not count. No more of them are taken than it needs.
-    rho: no layer gets more than rho times its rank. 1 leaves all ranks as they are.
-    tau: a direction is found when a batch turns it by less than the angle of this cosine.
+    The adapter then has the rank where it explains most of the data (arXiv:2410.07170). What it
+    held is lost. B is zero, so the model's outputs do not change yet.
 
-    Raises LorakitError, before anything changes, if no adapter is selected, its ranks differ, a
-    layer sees fewer rows than it needs, or an input is not finite.
+    Args:
+        module: the model that the adapter is attached to.
+        batches: int64 ids [B, T], or mappings of keywords for `module`; positions where their
+            attention_mask is 0 do not count. No more batches are taken than are needed.
+        rho: no layer gets more than rho times its rank. 1 leaves all ranks as they are.
+        tau: a direction is found when a batch turns it by less than the angle of this cosine.
+
+    Returns:
+        The rank of each layer, and how many batches it took.
+
+    Raises:
+        LorakitError: if no adapter is selected, its ranks differ, a layer sees fewer rows than it
+            needs, or an input is not finite. Nothing has changed then.
     """
-    name = selected_adapter(module)
-    check_adapter(module, name or "default", "eva")
+    name = require_selected(module, "eva")
     layers = {
-        place: m
-        for place, m in module.named_modules()
-        if isinstance(m, LoraLinear) and name in m.adapters
+        place: layer
+        for place, layer in module.named_modules()
+        if isinstance(layer, LoraLinear) and name in layer.adapters
     }
-    check(len(layers) > 0, "eva: the adapter is on no linear layer")
-    config = next(iter(layers.values())).adapters[name].config
-    check(all(m.merged is None for m in layers.values()), "eva: the adapter is merged; unmerge it")
-    check(not config.rank_pattern, "eva: it finds the ranks itself; leave rank_pattern out")
+    config = _checked_config(layers, name)
     good = isinstance(rho, (int, float)) and 1 <= rho < 1e6
     check(good, f"eva: rho must be at least 1, and below 10^6, not {rho!r:.60}")
     check(isinstance(batches, Iterable), f"eva: batches must be iterable, not {batches!r:.60}")
@@ -102,14 +109,31 @@ def eva(
             count += 1
             if done := watch.converged(tau):
                 break
-    if (short := watch.short()) is not None:
+    if (short := watch.layer_short_of_rows()) is not None:
         raise LorakitError(
-            f"eva: {short} saw too few rows in {count} batches; it needs {round(config.r * rho)}"
+            f"eva: {short} saw too few rows in {count} batches; it needs {watch.n_components}"
         )
     if not done:
         log.warning("lorakit: eva: some directions had not settled after %d batches", count)
-    found = {place: watch.of[place] for place in layers}
-    ratios = {place: svd.explained_variance_ratio for place, svd in found.items()}
+    ranks = _start_layers(module, name, config, watch, rho)
+    return EvaResult(ranks, count, done)
+
+
+def _checked_config(layers: Mapping[str, LoraLinear], name: str) -> LoraConfig:
+    """Return the config of adapter `name` on these layers, if EVA can start it."""
+    check(len(layers) > 0, "eva: the adapter is on no linear layer")
+    config = next(iter(layers.values())).part_of(name).config
+    check(all(m.merged is None for m in layers.values()), "eva: the adapter is merged; unmerge it")
+    check(not config.rank_pattern, "eva: it finds the ranks itself; leave rank_pattern out")
+    return config
+
+
+def _start_layers(
+    module: nn.Module, name: str, config: LoraConfig, watch: "_Watch", rho: float
+) -> dict[str, int]:
+    """Give every layer its rank and its start, and return the ranks."""
+    layers = watch.layers
+    ratios = {place: watch.svd_of[place].explained_variance_ratio for place in layers}
     ranks, alphas = redistribute(ratios, config.r, config.lora_alpha, rho=rho)
     moved = [place for place, r in ranks.items() if r not in (0, config.r)]
     config = dataclasses.replace(
@@ -117,20 +141,26 @@ def eva(
         rank_pattern=each_alone({place: ranks[place] for place in moved}, ranks),
         alpha_pattern=each_alone({place: alphas[place] for place in moved}, ranks),
     )
-    for each in attached(module).values():  # an embedding's part too
-        if name in each.adapters and isinstance(each.adapters[name], Part):
-            each.adapters[name].config = config
+    for wrapper in attached(module).values():  # an embedding's part too
+        if name in wrapper.adapters:
+            part = wrapper.part_of(name)
+            if isinstance(part, Part):
+                part.config = config
     for place, layer in layers.items():
         if ranks[place]:
-            _start(layer, name, place, config, found[place].components[: ranks[place]])
+            A = watch.svd_of[place].components[: ranks[place]]
+            _start_layer(layer, name, config, config.scaling(place), A)
     remove_parts(module, name, [place for place, r in ranks.items() if r == 0], name)
-    return EvaResult(ranks, count, done)
+    return ranks
 
 
-def _start(layer: LoraLinear, name: str, place: str, config, A: Tensor) -> None:
-    old = layer.adapters[name]
+def _start_layer(
+    layer: LoraLinear, name: str, config: LoraConfig, scaling: float, A: Tensor
+) -> None:
+    """Put a part with this A [r, in] and B = 0 in the place of the layer's own."""
+    old = layer.part_of(name)
     B = old.lora_B.new_zeros(old.lora_B.shape[0], len(A))
-    part = LoraPart(config, config.scaling(place), A.to(old.lora_A.device).clone(), B)
+    part = LoraPart(config, scaling, A.to(old.lora_A.device).clone(), B)
     layer.complete(part)
     part.awaits = None
     layer.add_part(name, part)
@@ -138,16 +168,19 @@ def _start(layer: LoraLinear, name: str, place: str, config, A: Tensor) -> None:
 
 
 class _Watch:
-    """The inputs of layers while a module runs. Layers that read the very same tensor (q, k and v)
-    share one decomposition.
+    """The inputs of layers while a module runs.
+
+    Layers that read the very same tensor, as q, k and v do, share one decomposition. The first of
+    them feeds it.
     """
 
     def __init__(self, layers: Mapping[str, LoraLinear], n_components: int):
         self.layers, self.n_components = layers, n_components
-        self.of: dict[str, IncrementalSVD] = {}  # of each layer
-        self.first: dict[int, str] = {}  # of each decomposition the layer that feeds it
-        self.seen: dict[int, tuple[Tensor, IncrementalSVD]] = {}  # in this run, by the input
+        self.svd_of: dict[str, IncrementalSVD] = {}
+        self.feeder_of: dict[IncrementalSVD, str] = {}
         self.mask: Tensor | None = None
+        # The inputs of this run by their ids. An id is a tensor's own only while the tensor lives.
+        self.seen: dict[int, tuple[Tensor, IncrementalSVD]] = {}
 
     def __enter__(self) -> "_Watch":
         self.hooks = [
@@ -156,11 +189,17 @@ class _Watch:
         ]
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         for hook in self.hooks:
             hook.remove()
 
-    def run(self, module: nn.Module, batch: Tensor | Mapping[str, Tensor]) -> None:
+    def run(self, module: nn.Module, batch: Batch) -> None:
+        """Run `module` on a batch, and take what its layers read."""
         self.seen, self.mask = {}, None
         if isinstance(batch, Mapping):
             self.mask = batch.get("attention_mask")
@@ -169,39 +208,46 @@ class _Watch:
             module(batch)
 
     def _take(self, place: str, x: Tensor) -> None:
-        if place not in self.of:
+        """Take the input x [..., in] of the layer at `place`."""
+        if place not in self.svd_of:
             if id(x) in self.seen:
-                self.of[place] = self.seen[id(x)][1]
+                self.svd_of[place] = self.seen[id(x)][1]
             else:
-                self.of[place] = IncrementalSVD(self.n_components)
-                self.first[id(self.of[place])] = place
-        svd = self.of[place]
-        self.seen[id(x)] = (x, svd)  # x too: the number is its own while it lives
-        if self.first[id(svd)] == place:
-            masked = self.mask is not None and self.mask.shape == x.shape[:-1]
-            svd.update(x[self.mask.bool()] if masked else x.reshape(-1, x.shape[-1]))
+                self.svd_of[place] = IncrementalSVD(self.n_components)
+                self.feeder_of[self.svd_of[place]] = place
+        svd = self.svd_of[place]
+        self.seen[id(x)] = (x, svd)
+        if self.feeder_of[svd] == place:
+            if self.mask is not None and self.mask.shape == x.shape[:-1]:
+                svd.update(x[self.mask.bool()])
+            else:
+                svd.update(x.reshape(-1, x.shape[-1]))
 
     def converged(self, tau: float) -> bool:
-        whole = len(self.of) == len(self.layers)
-        return whole and all(bool(svd.converged(tau).all()) for svd in set(self.of.values()))
+        """Return whether the directions of all layers have settled."""
+        whole = len(self.svd_of) == len(self.layers)
+        return whole and all(bool(svd.converged(tau).all()) for svd in self.feeder_of)
 
-    def short(self) -> str | None:
-        """A layer of which too little is known."""
-        return next((p for p in self.layers if p not in self.of or not self.of[p].rows), None)
+    def layer_short_of_rows(self) -> str | None:
+        """Return a layer that has not read enough rows, None if there is none."""
+        for place in self.layers:
+            if place not in self.svd_of or not self.svd_of[place].rows:
+                return place
+        return None
 
 
 class IncrementalSVD:
-    """The k main directions of rows that come in batches: `n_components`, or as many as the rows
-    have features.
+    """The k main directions of rows that come in batches.
 
-    components: [k, in], fp32: orthonormal rows, the direction of most variance first, each up to
-        its sign. Empty before the first batch, as singular_values is.
-    singular_values: [k], fp32, of all rows so far less their mean.
-    similarity: [k], fp32 in [0, 1]: |cosine| of each component with what it was before the last
-        batch; 0 until there was a second.
-    rows: how many rows were taken so far.
+    k is `n_components`, or the number of features where that is smaller. All tensors are fp32.
 
-    Raises LorakitError unless n_components is positive.
+    Attributes:
+        components: [k, in], orthonormal rows, the direction of most variance first, each up to its
+            sign. It is empty before the first batch, as singular_values is.
+        singular_values: [k], those of all rows so far less their mean.
+        similarity: [k] in [0, 1], |cosine| of each component with what it was before the last
+            batch; 0 until there was a second one.
+        rows: how many rows were taken so far.
     """
 
     def __init__(self, n_components: int):
@@ -210,7 +256,8 @@ class IncrementalSVD:
         self.rows = 0
         self.components = self.singular_values = torch.empty(0)
         self.similarity = torch.zeros(n_components)
-        self._mean = self._total = torch.zeros(())  # [in], and the sum of all squares about it
+        self._mean = torch.zeros(())  # [in]
+        self._total = torch.zeros(())  # the sum of all squares about the mean
         self._features: int | None = None
         self._waiting: list[Tensor] = []
 
@@ -219,7 +266,7 @@ class IncrementalSVD:
         """Take the rows x [n, in], of any floating dtype.
 
         Fewer rows than components would leave some of these undetermined, and a few rows more
-        change so little that all seems to have settled: such rows wait until there are enough.
+        change so little that all seems to have settled. Such rows wait until there are enough.
         Raises LorakitError for an x that is no matrix, has another number of features than
         before, or holds NaN or infinite values.
         """
@@ -235,6 +282,7 @@ class IncrementalSVD:
             self._waiting = []
 
     def _take(self, x: Tensor) -> None:
+        """Decompose what was kept together with the rows x [n, in], n >= n_components."""
         n, features = x.shape
         if self.rows == 0:
             self.components = x.new_empty(0, features)
@@ -263,20 +311,19 @@ class IncrementalSVD:
 
     @property
     def explained_variance(self) -> Tensor:
-        """[k], fp32: the variance of all rows so far along each component."""
+        """The variance of all rows so far along each component, [k]."""
         return self.singular_values.square() / max(self.rows - 1, 1)
 
     @property
     def explained_variance_ratio(self) -> Tensor:
-        """[k], fp32: the share of the whole variance that is along each component; 0 where nothing
-        varies.
-        """
+        """The share of the whole variance along each component, [k]; 0 where nothing varies."""
         total = self._total.float().clamp(min=torch.finfo(torch.float32).tiny)
         return self.singular_values.square() / total
 
-    def converged(self, tau: float = 0.99) -> Tensor:
-        """[k], bool: which components the last batch turned by less than the angle of cosine
-        `tau`.
+    def converged(self, tau: float = TAU) -> Tensor:
+        """Return which components have settled, bool [k].
+
+        They are those that the last batch turned by less than the angle of cosine `tau`.
         """
         return self.similarity >= tau
 
@@ -289,16 +336,24 @@ def redistribute(
     rho: float = 2.0,
     adjust_scaling_factors: bool = True,
 ) -> tuple[dict[str, int], dict[str, float]]:
-    """The rank and the lora_alpha of each layer, r * len(ratios) ranks in all going to the
-    components that explain most of their own layer's variance, at most round(r * rho) to a layer.
+    """Return the rank and the lora_alpha of each layer.
 
-    ratios: `explained_variance_ratio` of each layer by its name, [k] in falling order, k at least
-        round(r * rho) or the layer's number of features. Of equal ones the earlier component goes
-        first, then the earlier layer: layers that read the same input differ by one rank at most.
-    adjust_scaling_factors: scale lora_alpha with the rank, so that lora_alpha / rank stays
-        lora_alpha / r; otherwise it is `lora_alpha` for all.
+    There are r * len(ratios) ranks in all. They go to the components that explain most of their own
+    layer's variance, and at most round(r * rho) to one layer. A layer of rank 0 needs no adapter.
 
-    A layer may get rank 0: it needs no adapter. Raises LorakitError for rho below 1.
+    Args:
+        ratios: `explained_variance_ratio` of each layer by its name, [k] in falling order, k at
+            least round(r * rho) or the layer's number of features. Of equal ones the earlier
+            component goes first, then the earlier layer. So layers that read the same input differ
+            by one rank at most.
+        r: the mean rank of a layer.
+        lora_alpha: the alpha of a layer of rank r.
+        rho: how many times r a layer may have.
+        adjust_scaling_factors: scale lora_alpha with the rank, so that lora_alpha / rank stays
+            lora_alpha / r. Otherwise it is `lora_alpha` for all.
+
+    Raises:
+        LorakitError: if r is not positive, or rho is below 1.
     """
     check(r > 0, f"r must be positive, not {r}")
     check(rho >= 1, f"rho must be at least 1, not {rho}")

@@ -1,30 +1,32 @@
-"""How an adapter starts: the A [r, in] and B [out, r] of one layer, as fp32 tensors.
+"""How an adapter starts: A [r, in] and B [out, r] of one layer, as fp32 tensors.
 
-With nothing but shapes the product B A is zero, so that an attached adapter changes nothing yet:
+Some initializations need nothing but shapes. The product B A is zero at first, so an attached
+adapter changes nothing yet; only False differs:
 
-    True          A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0      LoRA, as nn.Linear starts
-    "gaussian"    A ~ N(0, 1/r^2), B = 0                     the deviation is 1/r, as PEFT has it
+    True          A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0      as nn.Linear starts its weight
+    "gaussian"    A ~ N(0, 1/r^2), B = 0                     the deviation is 1/r, as in PEFT
     "orthogonal"  Q [r, r] orthogonal, its even rows E, its odd rows O [r/2, r]:
                   A = E^T G / 10, B = H O / 10, G and H normal. B A = H (O E^T) G / 100 = 0, and
                   both train from the first step
     False         A and B as nn.Linear starts both: B A is noise, for tests
 
-From the weight W [out, in] itself, s B A being a part of W that training starts from. The layer
-keeps W - s B A, so it computes what it did before:
+Others start from the weight W [out, in] itself: s B A is a part of W, and training moves that part.
+The layer keeps W - s B A, so it computes what it did before:
 
     "pissa"          W = U S V^T;  A = sqrt(S_r / s) V_r^T, B = U_r sqrt(S_r / s): s B A is the best
                      approximation of W of rank r (arXiv:2404.02948)
-    "pissa_niter_N"  the same from N subspace iterations with r vectors: products with W instead of
-                     its whole decomposition, and a little less than the best
+    "pissa_niter_N"  nearly that, from N subspace iterations with r vectors: it takes products with
+                     W instead of its whole decomposition
     "olora"          W = Q R;  A = the first r rows of R, B = the first r columns of Q
                      (arXiv:2406.01775). Note that s B A grows with s
 
-"loftq" and "eva" start as True does: their own modules fill them in from a quantization's error
-and from data.
+"loftq" and "eva" start as True does. Their own modules fill them in, from the error of a
+quantization and from data.
 
 `subspace_svd` is the one truncated decomposition of the library: products with W and small QR
-factorizations only. Each iteration multiplies the weight of a direction by (S_i / S_j)^2: a gap in
-the spectrum is found at once, a flat one never quite, but what is then missed was not much better.
+factorizations only. Each iteration multiplies the weight of a direction by (S_i / S_j)^2. So a gap
+in the spectrum is found at once. A flat spectrum is never quite found, but what is then missed was
+not much better than what was found.
 """
 
 import math
@@ -37,8 +39,10 @@ from lorakit.config.errors import LorakitError
 
 
 def needs_weight(kind: bool | str) -> bool:
-    """Whether `kind` starts from the weight of the layer (`from_weight`) and takes a part of it,
-    or from its shape alone (`initial`)."""
+    """Return whether `kind` starts from a part of the weight (see `from_weight`).
+
+    Any other kind starts from the layer's shape alone (see `initial`).
+    """
     return isinstance(kind, str) and kind.startswith(("pissa", "olora"))
 
 
@@ -51,29 +55,19 @@ def initial(
     device: torch.device | str | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A [r, in_features] and B [out_features, r], fp32 on `device`, for a kind that needs no
-    weight. `generator` (of the same device) draws them; None: torch's global one.
+    """Return A [r, in_features] and B [out_features, r] for a kind that needs no weight.
 
-    Raises LorakitError for an unknown kind, one that needs the weight, or an odd r with
-    "orthogonal".
+    Both are fp32 on `device`. `generator` draws the random numbers, and must be of that device;
+    None means torch's global one. Raises LorakitError for an unknown kind, one that needs the
+    weight, or an odd r with "orthogonal".
     """
     check_initialization(kind)
     if needs_weight(kind):
         raise LorakitError(f"init_lora_weights {kind!r} starts from the weight of the layer")
-
-    fp32 = {"dtype": torch.float32, "device": device}
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, **fp32, generator=generator)
-
     if kind == "orthogonal":
-        if r % 2:
-            raise LorakitError(f"init_lora_weights 'orthogonal' needs an even r, not {r}")
-        Q = torch.linalg.qr(normal(r, r)).Q
-        A = (normal(in_features, r // 2) @ Q[0::2]).t() / 10
-        B = normal(r // 2, out_features).t() @ Q[1::2] / 10
-        return A.contiguous(), B
-    A, B = torch.empty(r, in_features, **fp32), torch.zeros(out_features, r, **fp32)
+        return _orthogonal(in_features, out_features, r, device, generator)
+    A = torch.empty(r, in_features, dtype=torch.float32, device=device)
+    B = torch.zeros(out_features, r, dtype=torch.float32, device=device)
     if kind == "gaussian":
         return A.normal_(0, 1 / r, generator=generator), B
     bound = 1 / math.sqrt(in_features)
@@ -84,14 +78,34 @@ def initial(
     return A, B
 
 
+def _orthogonal(
+    in_features: int,
+    out_features: int,
+    r: int,
+    device: torch.device | str | None,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor]:
+    """Return A and B whose product is zero although neither of them is."""
+    if r % 2:
+        raise LorakitError(f"init_lora_weights 'orthogonal' needs an even r, not {r}")
+
+    def normal(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, dtype=torch.float32, device=device, generator=generator)
+
+    Q = torch.linalg.qr(normal(r, r)).Q
+    A = (normal(in_features, r // 2) @ Q[0::2]).t() / 10
+    B = normal(r // 2, out_features).t() @ Q[1::2] / 10
+    return A.contiguous(), B
+
+
 @torch.no_grad()
 def from_weight(
     kind: str, W: Tensor, r: int, scaling: float, *, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """A [r, in] and B [out, r], fp32, for a kind that takes scaling * B A out of W [out, in].
+    """Return A [r, in] and B [out, r] for a kind that takes scaling * B A out of W [out, in].
 
-    W may have any floating dtype; all is computed in fp32 on its device. `generator` draws what
-    "pissa_niter_N" starts its iterations from; None: torch's global one.
+    W may have any floating dtype. Both are computed in fp32 on its device. `generator` draws what
+    "pissa_niter_N" starts its iterations from; None means torch's global one.
 
     Raises LorakitError for a kind that needs no weight, an r beyond the rank of W, a scaling that
     is not positive, and a W that is no matrix or not finite.
@@ -134,9 +148,11 @@ def subspace_svd(
     iterations: int,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """U [m, rank], S [rank], V^T [rank, n] of nearly the best approximation of W [m, n], in its
-    dtype (fp32 or fp64), by subspace iteration with `width` >= rank vectors (arXiv:0909.4061,
-    algorithms 4.4 and 5.1). Where `width` is all of W it is the exact decomposition.
+    """Return U [m, rank], S [rank] and V^T [rank, n] of nearly the best approximation of W [m, n].
+
+    They are in the dtype of W, fp32 or fp64. The method is subspace iteration with `width` >= rank
+    vectors (arXiv:0909.4061, algorithms 4.4 and 5.1). Where `width` spans all of W, the
+    decomposition is exact.
     """
     if width >= min(W.shape):
         U, S, Vt = torch.linalg.svd(W, full_matrices=False)

@@ -12,9 +12,9 @@ One iteration leaves the codes as they were: the adapter then fits whatever load
 format. More iterations change the base, and the adapter fits this base alone (save it too, with
 `save_model(..., packed=True)`).
 
-The approximation is found by subspace iteration with 2 r vectors (arXiv:0909.4061, algorithm 4.4),
+The approximation is found by subspace iteration with 2 r vectors (arXiv:0909.4061, algorithm 4.4):
 some products with the residue instead of its whole singular value decomposition. The error of a
-quantization is nearly noise, with singular values close to each other: what rank r can hold of it
+quantization is nearly noise, with singular values close to each other. What rank r can hold of it
 is found to 2 percent (a test holds it).
 """
 
@@ -27,8 +27,9 @@ from tqdm import tqdm
 
 from lorakit.adapters.initialize import subspace_svd
 from lorakit.adapters.layers.base import DenseBase
-from lorakit.adapters.layers.lora import LoraLinear, lora_layers
+from lorakit.adapters.layers.lora import LoraLayer, LoraLinear, lora_layers
 from lorakit.config.errors import LorakitError
+from lorakit.files.safetensors import LazyTensor
 from lorakit.models.decoder import Decoder
 from lorakit.models.load import dense_weights
 
@@ -37,12 +38,15 @@ SUBSPACE_ITERATIONS = 8
 
 @dataclass(frozen=True)
 class LoftQResult:
-    """Relative errors || W - W' ||_F / || W ||_F of each adapted layer, W' without the adapter as
-    loaded (before), and with it (after).
+    """How well the layers match the original ones, as relative errors || W - W' ||_F / || W ||_F.
+
+    It prints as one line.
     """
 
     before: dict[str, float]
+    """The error of each adapted layer by its name, without the adapter, as loaded."""
     after: dict[str, float]
+    """The error of each adapted layer by its name, with the adapter."""
 
     def __str__(self) -> str:
         n = len(self.before)
@@ -54,50 +58,64 @@ class LoftQResult:
 def loftq(
     module: nn.Module, weights: Mapping[str, Tensor] | None = None, *, iterations: int = 1
 ) -> LoftQResult:
-    """Start the attached adapter from the quantization error of its layers, on their device. What
-    the adapter held is lost.
+    """Start the selected LoRA adapter from the quantization error of its layers (arXiv:2310.08659).
 
-    weights: the original weight [out_features, in_features] of every adapted layer, by the layer's
-        name; None reads them again, one at a time, from where the model was loaded from.
+    What the adapter held is lost. All is computed on the layers' device.
 
-    Raises LorakitError, before anything changes, if no adapter is attached or it is merged, a layer
-    is dense, or an original is missing or of another shape; and on reading an original that holds
-    NaN or infinite values.
+    Args:
+        module: the quantized model that the adapter is attached to.
+        weights: the original weight [out_features, in_features] of every adapted layer, by the
+            layer's name. None reads them again, one at a time, from where the model was loaded.
+        iterations: how often the adapter is fitted; each one after the first quantizes the base
+            again.
+
+    Returns:
+        The relative error of each layer before and after.
+
+    Raises:
+        LorakitError: if no adapter is attached or it is merged, a layer is dense, or an original is
+            missing or of another shape; nothing has changed then. Also if an original holds NaN or
+            infinite values, which is found when it is read.
     """
-    layers = {n: layer for n, layer in lora_layers(module).items() if layer.selected is not None}
-    if not layers:
+    selected = {n: each for n, each in lora_layers(module).items() if each.selected is not None}
+    if not selected:
         raise LorakitError("loftq: no adapter is attached")
     if type(iterations) is not int or iterations < 1:
         raise LorakitError(f"loftq: iterations must be a whole number from 1 on, not {iterations}")
     source = module.source if isinstance(module, Decoder) else None
     originals = dense_weights(source, weights, "loftq")
-    for name, layer in layers.items():
-        if not isinstance(layer, LoraLinear):
-            raise LorakitError(f"loftq: {name} is an embedding; leave it out of target_modules")
-        shape = (layer.base.out_features, layer.base.in_features)
-        if isinstance(layer.base, DenseBase):
-            raise LorakitError(f"loftq: {name} is dense; quantize the model before attaching")
-        if layer.merged is not None:
-            raise LorakitError(f"loftq: the adapter of {name} is merged; unmerge it first")
-        if layer.part.scaling == 0:
-            raise LorakitError("loftq: lora_alpha is 0, which hides whatever the adapter holds")
-        if name not in originals:
-            raise LorakitError(f"loftq: the original weight of {name} is missing")
-        if originals[name].shape != shape:
-            raise LorakitError(
-                f"loftq: the original of {name} is {originals[name].shape}, the layer {shape}"
-            )
+    layers = {name: _checked(name, layer, originals) for name, layer in selected.items()}
     before, after = {}, {}
     for name, layer in tqdm(layers.items(), desc="LoftQ", unit="layer", disable=None, leave=False):
-        original = originals[name].read().to(layer.lora_A.device, torch.float32)
+        original = originals[name].read_dense().to(layer.lora_A.device, torch.float32)
         if not torch.isfinite(original).all():
             raise LorakitError(f"loftq: the original weight of {name} holds NaN or infinite values")
         before[name], after[name] = _start(layer, original, iterations)
     return LoftQResult(before, after)
 
 
+def _checked(name: str, layer: LoraLayer, originals: Mapping[str, LazyTensor]) -> LoraLinear:
+    """Return the layer called `name` if LoftQ can start it; raise LorakitError otherwise."""
+    if not isinstance(layer, LoraLinear):
+        raise LorakitError(f"loftq: {name} is an embedding; leave it out of target_modules")
+    if isinstance(layer.base, DenseBase):
+        raise LorakitError(f"loftq: {name} is dense; quantize the model before attaching")
+    if layer.merged is not None:
+        raise LorakitError(f"loftq: the adapter of {name} is merged; unmerge it first")
+    if layer.part.scaling == 0:
+        raise LorakitError("loftq: lora_alpha is 0, which hides whatever the adapter holds")
+    if name not in originals:
+        raise LorakitError(f"loftq: the original weight of {name} is missing")
+    shape = (layer.base.out_features, layer.base.in_features)
+    if originals[name].shape != shape:
+        raise LorakitError(
+            f"loftq: the original of {name} is {originals[name].shape}, the layer {shape}"
+        )
+    return layer
+
+
 def _start(layer: LoraLinear, original: Tensor, iterations: int) -> tuple[float, float]:
-    """Set A, B, and after the first iteration the base. Returns the errors before and after."""
+    """Set A and B, and after the first iteration the base; return the errors before and after."""
     A, B, s, r = layer.lora_A, layer.lora_B, layer.part.scaling, layer.part.r
     norm = original.norm().clamp(min=torch.finfo(torch.float32).tiny)
     rank = min(r, *original.shape)

@@ -68,6 +68,15 @@ def require_attached(module: nn.Module, caller: str) -> dict[str, Attached]:
     return found
 
 
+def require_selected(module: nn.Module, caller: str) -> str:
+    """Return the selected adapter; raise LorakitError if none is attached, or none selected."""
+    require_attached(module, caller)
+    name = selected_adapter(module)
+    if name is None:
+        raise LorakitError(f"{caller}: no adapter is selected")
+    return name
+
+
 def _require_unmerged(module: nn.Module, caller: str) -> dict[str, Attached]:
     found = require_attached(module, caller)
     if any(each.merged is not None for each in found.values()):

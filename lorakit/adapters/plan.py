@@ -11,7 +11,7 @@ A module may stand in the model under several names. It gets one wrapper, and th
 """
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from torch import nn
 
@@ -79,6 +79,7 @@ class Plan:
         for name in heads:
             head = self.layers[name]
             if not isinstance(head, TiedHead):
+                assert isinstance(head, nn.Linear)
                 self.wrappers[name] = TiedHead(head, embedding)
 
     def wrapper_of(self, name: str) -> Attached | None:
@@ -131,9 +132,9 @@ class Plan:
         for wrapper, part in self.parts:
             wrapper.add_part(adapter, part)
         for name, module in self.layers.items():
-            wrapper = self.wrapper_of(name)
-            if wrapper is not None and wrapper is not module:
-                self.model.set_submodule(name, wrapper)
+            planned = self.wrapper_of(name)
+            if planned is not None and planned is not module:
+                self.model.set_submodule(name, planned)
 
 
 def is_linear(module: nn.Module, config: TargetConfig) -> bool:
@@ -153,6 +154,9 @@ def linear_base(layer: nn.Module) -> LinearBase:
     """Return what a wrapper of the linear layer `layer` computes with."""
     if isinstance(layer, LinearBase):
         return layer
+    called = must_be_called(layer)
     if _is_transposed(layer):
-        return CalledTransposedBase(layer) if must_be_called(layer) else TransposedBase(layer)
-    return CalledBase(layer) if must_be_called(layer) else DenseBase(layer)
+        transposed = cast(nn.Linear, layer)  # it has a weight and a bias too
+        return CalledTransposedBase(transposed) if called else TransposedBase(transposed)
+    assert isinstance(layer, nn.Linear)
+    return CalledBase(layer) if called else DenseBase(layer)

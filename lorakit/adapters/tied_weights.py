@@ -59,9 +59,12 @@ def heads_of_embedding(model: nn.Module, layers: Layers, embedding: nn.Module) -
         if _weight(other) is weight and isinstance(other, (nn.Linear, TiedHead))
     ]
     for each in model.modules():
-        if isinstance(each, Decoder) and each.lm_head is None:
-            if original(each.model.embed_tokens) is plain:
-                return heads
+        if (
+            isinstance(each, Decoder)
+            and each.lm_head is None
+            and original(each.model.embed_tokens) is plain
+        ):
+            return heads
     return heads or None
 
 

@@ -1,18 +1,20 @@
-"""AdaLoRA (arXiv:2303.10512): a low-rank update in the form of an SVD, whose rank moves during the
-training to the layers that need it.
+"""AdaLoRA (arXiv:2303.10512): a low-rank update whose rank moves to the layers that need it.
+
+The update has the form of a singular value decomposition:
 
     y = W x + s B diag(E) A x        A [r, in], E [r, 1], B [out, r], s = lora_alpha / init_r
 
-Every layer starts with rank `init_r`. A triplet of a row of A, a number of E and a column of B is
-important where the loss hangs on it: per number w, with I = |w dL/dw|,
+Every layer starts with rank `init_r`. A row of A, a number of E and a column of B are a triplet.
+How much the loss depends on a triplet is its score: for each number w, with I = |w dL/dw|,
 
     S = mean of I,  U = mean of |I - S|        running means, by beta1 and beta2
     score of a triplet = S U of E + mean over the row of S U of A + mean over the column of B's
 
-`adalora_allocate` sets E of the least important triplets of all layers to zero. How many stay falls
-from init_r a layer to target_r: none goes until step `tinit`, then some every `deltaT` steps, along
-a cubic curve, and in the last `tfinal` steps the choice stands. `adalora_orthogonality` keeps A and
-B near orthogonal, without which E would not be the size of a triplet.
+`adalora_allocate` sets E of the triplets with the lowest scores, of all layers, to zero. The number
+that stays falls from init_r a layer to target_r. None goes until step `tinit`; then some go every
+`deltaT` steps, along a cubic curve; in the last `tfinal` steps the choice stands.
+`adalora_orthogonality` keeps A and B near orthogonal. Without it E would not be the size of a
+triplet.
 
     for step, batch in enumerate(batches):
         (loss(batch) + lorakit.adalora_orthogonality(model)).backward()
@@ -20,11 +22,12 @@ B near orthogonal, without which E would not be the size of a triplet.
         lorakit.adalora_allocate(model, step)    # reads the gradients
         optimizer.zero_grad()
 
-`lorakit.train` takes `adalora_allocate` as its `after_step`, but knows no penalty. While it trains,
-AdaLoRA keeps two more numbers for every trained one; what is saved are the triplets that are left.
+`lorakit.train` takes `adalora_allocate` as its `after_step`, but knows no penalty. In training
+AdaLoRA keeps two more numbers for every trained one. Only the triplets that are left are saved.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,28 +46,34 @@ from lorakit.config.errors import LorakitError, check
 
 @dataclass(frozen=True)
 class AdaLoraConfig(TargetConfig):
-    """An adapter whose rank is allocated in training. Steps count from 0."""
+    """An adapter whose ranks move between layers in training (AdaLoRA). Steps count from 0."""
 
     total_step: int
-    """of the training, which the schedule divides"""
+    """The number of steps of the whole training, which the schedule divides."""
     init_r: int = 12
+    """The rank that every layer starts with."""
     target_r: int = 8
-    """the mean rank that is left"""
+    """The mean rank of a layer that is left in the end."""
     lora_alpha: int | float = 8
+    """Strength of the update, which is scaled by lora_alpha / init_r."""
     lora_dropout: float = 0.0
+    """The share of a layer's inputs that is dropped before A, in training."""
     tinit: int = 0
-    """steps before the first triplet goes"""
+    """The number of steps before the first triplet goes."""
     tfinal: int = 0
-    """steps at the end in which none goes"""
+    """The number of steps at the end in which no triplet goes."""
     deltaT: int = 1
-    """steps between two allocations"""
+    """The number of steps between two allocations."""
     beta1: float = 0.85
+    """Decay of the running mean of each number's importance."""
     beta2: float = 0.85
+    """Decay of the running mean of how far the importance is from its own mean."""
     orth_reg_weight: float = 0.5
+    """Strength of the penalty that keeps A and B near orthogonal."""
     rank_pattern: dict[str, list[bool]] | None = None
-    """of a trained adapter: for each layer's lora_E, which of its init_r triplets are left"""
+    """Which of its init_r triplets each layer's lora_E still has, as a saved adapter says it."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("total_step", "init_r", "target_r", "deltaT"):
             check(getattr(self, name) > 0, f"{name} must be at least 1")
@@ -79,12 +88,12 @@ class AdaLoraConfig(TargetConfig):
         )
 
     def rank(self, place: str) -> int:
-        """How many triplets the layer called `place` has."""
+        """Return how many triplets the layer called `place` has."""
         pattern = (self.rank_pattern or {}).get(f"{place}.lora_E")
         return self.init_r if pattern is None else sum(pattern)
 
     def budget(self, step: int, whole: int, layers: int) -> int:
-        """How many of `whole` triplets in `layers` layers stay at `step`."""
+        """Return how many of `whole` triplets in `layers` layers stay at `step`."""
         start, end = self.tinit, self.total_step - self.tfinal
         target = self.target_r * layers
         if step <= start:
@@ -95,9 +104,13 @@ class AdaLoraConfig(TargetConfig):
 
 
 class AdaLoraPart(LowRankPart):
-    """Of one layer: lora_A fp32 [r, in], lora_E [r, 1], lora_B [out, r]; in training `left`, bool
-    [r], and of each tensor the running means S and U.
+    """The triplets of one layer: lora_A [r, in], lora_E [r, 1] and lora_B [out, r], fp32.
+
+    `left` [r] says which of them are left. `means` holds the running means S and U of each tensor
+    by its name, while the schedule runs.
     """
+
+    left: Tensor
 
     def __init__(self, config: AdaLoraConfig, r: int, in_features: int, out_features: int):
         alpha = config.lora_alpha if config.lora_alpha > 0 else config.init_r
@@ -113,12 +126,12 @@ class AdaLoraPart(LowRankPart):
         return self.lora_A * self.lora_E, self.lora_B
 
     def pattern(self) -> list[bool]:
-        """Which of the init_r triplets are left."""
+        """Return which of the init_r triplets are left."""
         return self.left.tolist() + [False] * (self.config.init_r - self.r)
 
     @torch.no_grad()
     def observe(self) -> None:
-        """Take the gradients of a step into the running means."""
+        """Update the running means with the gradients of a step."""
         for name, p in self.named_parameters():
             # an expert that no token chose has none
             size = torch.zeros_like(p) if p.grad is None else (p * p.grad).abs()
@@ -128,18 +141,19 @@ class AdaLoraPart(LowRankPart):
             self.means[name] = S, U
 
     def scores(self) -> Tensor:
-        """Of every triplet: [r]"""
+        """Return the score of each triplet, [r]."""
         product = {name: S * U for name, (S, U) in self.means.items()}
         vectors = product["lora_A"].mean(1) + product["lora_B"].mean(0)
         return product["lora_E"][:, 0] + vectors
 
     @torch.no_grad()
     def cut(self) -> None:
+        """Set E of the triplets that are not left to zero."""
         self.lora_E.masked_fill_(~self.left[:, None], 0.0)
 
 
 class AdaLoraLinear(LowRankLinear[AdaLoraPart]):
-    """A layer whose update is B diag(E) A."""
+    """A linear layer whose update is B diag(E) A."""
 
     def trained_tensors(self, name: str) -> dict[str, nn.Parameter]:
         part = self.part_of(name)
@@ -151,22 +165,29 @@ class AdaLoraLinear(LowRankLinear[AdaLoraPart]):
         return {"lora_A": A.float(), "lora_B": B.float(), "lora_E": E.float()}
 
 
-def _selected(module: nn.Module, what: str) -> list[AdaLoraPart]:
-    layers = require_attached(module, what).values()
+def _selected_parts(module: nn.Module, caller: str) -> list[AdaLoraPart]:
+    layers = require_attached(module, caller).values()
     found = [m.part for m in layers if isinstance(m, AdaLoraLinear) and m.selected is not None]
     if not found:
-        raise LorakitError(f"{what}: the selected adapter is no AdaLoRA")
+        raise LorakitError(f"{caller}: the selected adapter is no AdaLoRA")
     return found
 
 
 def adalora_allocate(module: nn.Module, step: int) -> None:
-    """After optimizer step number `step`, from 0, and before `zero_grad`: note how important the
-    triplets of the selected adapter are, and set E of those to zero that the schedule has no room
-    for.
+    """Move ranks between the layers of the selected AdaLoRA adapter (arXiv:2303.10512).
 
-    Raises LorakitError if no AdaLoRA is selected, or a parameter has no gradient.
+    Call it after every optimizer step and before `zero_grad`: it notes how important each triplet
+    is, and sets E of those to zero that the schedule has no room for.
+
+    Args:
+        module: the model that the adapter is attached to.
+        step: the number of the optimizer step that was made, from 0.
+
+    Raises:
+        LorakitError: if no AdaLoRA is selected, its target_r is above its init_r, or no parameter
+            has a gradient.
     """
-    parts = _selected(module, "adalora_allocate")
+    parts = _selected_parts(module, "adalora_allocate")
     config = parts[0].config
     check(
         config.target_r <= config.init_r,
@@ -184,14 +205,8 @@ def adalora_allocate(module: nn.Module, step: int) -> None:
             part.observe()
     due = config.tinit < step <= last and (step % config.deltaT == 0 or step == last)
     if due and parts[0].means:
-        scores = [part.scores() for part in parts]
         whole = sum(part.r for part in parts)
-        going = whole - config.budget(step, whole, len(parts))
-        if going > 0:
-            limit = torch.cat(scores).kthvalue(going).values
-            for part, score in zip(parts, scores, strict=True):
-                part.left.copy_(score > limit)
-                part.cut()
+        _choose(parts, whole - config.budget(step, whole, len(parts)))
     elif step > last:
         for part in parts:
             part.cut()
@@ -200,21 +215,41 @@ def adalora_allocate(module: nn.Module, step: int) -> None:
             part.means.clear()
 
 
-def adalora_orthogonality(module: nn.Module) -> Tensor:
-    """What to add to the loss: orth_reg_weight times the mean of ||A A^T - 1|| and ||B^T B - 1||,
-    over the layers of the selected adapter.
+def _choose(parts: Sequence[AdaLoraPart], going: int) -> None:
+    """Leave all triplets but the `going` ones with the lowest scores."""
+    if going <= 0:
+        return
+    scores = [part.scores() for part in parts]
+    limit = torch.cat(scores).kthvalue(going).values
+    for part, score in zip(parts, scores, strict=True):
+        part.left.copy_(score > limit)
+        part.cut()
 
-    Raises LorakitError if no AdaLoRA is selected.
+
+def adalora_orthogonality(module: nn.Module) -> Tensor:
+    """Return the penalty that keeps A and B of the selected AdaLoRA adapter near orthogonal.
+
+    It is orth_reg_weight times the mean of ||A A^T - 1|| and ||B^T B - 1|| over the layers, in
+    Frobenius' norm, as PEFT has it (arXiv:2303.10512 squares the norms). Add it to the loss.
+
+    Args:
+        module: the model that the adapter is attached to.
+
+    Returns:
+        The penalty, a scalar with gradients.
+
+    Raises:
+        LorakitError: if no AdaLoRA is selected.
     """
-    parts = _selected(module, "adalora_orthogonality")
+    parts = _selected_parts(module, "adalora_orthogonality")
     sides = [side for part in parts for side in (part.lora_A, part.lora_B.t())]
-    total = sum((_gram(side) for side in sides), start=torch.zeros(()).to(sides[0]))
+    total = sum((_from_orthogonal(side) for side in sides), start=torch.zeros(()).to(sides[0]))
     return parts[0].config.orth_reg_weight * total / len(sides)
 
 
-def _gram(side: Tensor) -> Tensor:
-    """||M M^T - 1||, Frobenius' norm."""
-    square = side @ side.t()
+def _from_orthogonal(M: Tensor) -> Tensor:
+    """Return how far the rows of M [r, n] are from orthonormal: ||M M^T - 1||, a scalar."""
+    square = M @ M.t()
     return torch.linalg.norm(square - torch.eye(len(square)).to(square))
 
 

@@ -4,9 +4,10 @@
     y = W (l * x) + b        l [in], for `feedforward_modules`: the layer that ends an MLP, whose
                              input is the hidden state
 
-Both are a row or a column of W times a number, so merged nothing is left of it. What is trained and
-stored are in or out numbers a layer, a hundredth of LoRA's of rank 8; it starts from ones, where
-nothing is changed. In exchange it cannot turn a direction into another one, as LoRA can.
+Both multiply the rows or the columns of W by numbers, so a merged layer costs nothing more than W.
+A layer trains and stores `in` or `out` numbers, a hundredth of what LoRA of rank 8 does. The
+factors start as ones, which change nothing. In exchange IA3 cannot turn one direction into another,
+as LoRA can.
 """
 
 from dataclasses import dataclass
@@ -26,14 +27,14 @@ from lorakit.config.adapters import TargetConfig
 
 @dataclass(frozen=True)
 class IA3Config(TargetConfig):
-    """An adapter of factors."""
+    """An adapter that trains one factor for each output of a layer, or each input (IA3)."""
 
     feedforward_modules: str | list[str] | None = None
-    """of the adapted layers those whose input is scaled; by the rules of target_modules"""
+    """The adapted layers whose inputs are scaled, by the rules of target_modules."""
 
 
 class IA3Part(Part):
-    """Of one layer: ia3_l fp32 [out, 1], or [1, in] if it scales the input."""
+    """The factors of one layer: ia3_l, fp32 [out, 1], or [1, in] if it scales the input."""
 
     def __init__(self, config: IA3Config, size: int, feedforward: bool):
         super().__init__(config)
@@ -42,7 +43,7 @@ class IA3Part(Part):
 
 
 class IA3Linear(AttachedLinear[IA3Part]):
-    """base(x) * l, or base(x * l)."""
+    """A linear layer with factors: base(x) * l, or base(x * l)."""
 
     def trained_tensors(self, name: str) -> dict[str, nn.Parameter]:
         return {"ia3_l": self.part_of(name).ia3_l}

@@ -1,5 +1,4 @@
-"""LoRA (arXiv:2106.09685): a low-rank update of linear layers and embeddings, and what trains
-beside it.
+"""LoRA (arXiv:2106.09685): a low-rank update of layers, and what may train beside it.
 
     y = W x + s B A x        A [r, in] and B [out, r] trained, s = lora_alpha / r
 
@@ -7,7 +6,7 @@ Its config is in config/adapters.py, because run files hold one too. What a laye
 layers/lora.py and layers/embeddings.py, and how A and B start in initialize.py. PEFT writes more of
 LoRA than of other methods; peft_files/lora_config.py has that.
 
-The plan goes through the model three or four times, for different things to train:
+The plan goes through the model up to four times, for different things to train:
 
     target_modules             A and B of a linear layer, or of an embedding
     modules_to_save            whole modules
@@ -85,7 +84,10 @@ class Lora(Method[LoraConfig]):
 
 def _check_patterns(config: LoraConfig, chosen: Sequence[str]) -> None:
     """Raise LorakitError for an entry of rank_pattern or alpha_pattern that matches nothing."""
-    patterns = {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
+    patterns: dict[str, Mapping[str, Any]] = {
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": config.alpha_pattern,
+    }
     for what, pattern in patterns.items():
         for key in pattern:
             if not any(in_pattern(key, name) for name in chosen):

@@ -87,19 +87,18 @@ class LinearMethod(Method[T]):
     def read_config(self, files: AdapterFiles, model: nn.Module) -> T:
         """Return the config with its names of layers as `model` has them."""
         config = config_from(self.config_type, files)
-        names = {field: getattr(config, field) for field in self.names_of_layers}
-        renamed = {
-            field: [name_in(model, name) for name in value]
-            for field, value in names.items()
-            if isinstance(value, list)
-        }
+        renamed: dict[str, Any] = {}
+        for field in self.names_of_layers:
+            names = getattr(config, field)
+            if isinstance(names, list):  # a regex stays as it is
+                renamed[field] = [name_in(model, name) for name in names]
         return dataclasses.replace(config, **renamed)
 
 
-def linear_parts(model: nn.Module, name: str) -> dict[str, nn.Module]:
+def linear_parts(model: nn.Module, name: str) -> dict[str, Any]:
     """Return the parts of adapter `name` in linear layers, by the sorted names of the layers."""
     return {
-        place: wrapper.adapters[name]
+        place: wrapper.part_of(name)
         for place, wrapper in sorted(attached(model).items())
         if isinstance(wrapper, AttachedLinear) and name in wrapper.adapters
     }

@@ -1,4 +1,4 @@
-"""Prompts that are trained: n positions before the first one of every row, of a frozen model.
+"""Trained prompts: n positions before the first one of every row, of a frozen model.
 
     PromptTuningConfig   arXiv:2104.08691   n trained embeddings
     PromptEncoderConfig  arXiv:2103.10385   P-tuning: n embeddings that a small network makes of
@@ -6,18 +6,21 @@
     PrefixTuningConfig   arXiv:2101.00190   n trained keys and values of every layer, with
                                             prefix_projection made by such a network too
 
-To the rows behind it a prompt is nothing but keys and values: no position looks at a later one, so
-what the model makes of n embeddings does not depend on the row. So all three are one thing here:
+A row sees nothing of a prompt but keys and values. No position looks at a later one, so what the
+model makes of n embeddings does not depend on the row. So all three methods are one thing here:
 
     embeddings [n, H] -> the blocks, once for all rows -> k, v [1, n, Hk, D] of every layer
     prefix     [n, 2 L Hk D]                           -> k, v [1, n, Hk, D] of every layer
 
-which stand in the cache before the rows do. Labels, masks and outputs stay those of the rows.
+The keys and values stand in the cache before the rows do. Labels, masks and outputs stay those of
+the rows.
 
-What is stored is the finished prompt. It costs n positions of cache and of context, and nothing of
-the model's speed in between; it adapts less than LoRA does, and wants a larger learning rate.
+The finished prompt is stored, not the network that made it. It costs n positions of cache and of
+context, and no time inside the layers. It adapts less than LoRA does, and wants a larger learning
+rate.
 """
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -36,13 +39,14 @@ from lorakit.models.decoder import Decoder
 
 @dataclass(frozen=True, kw_only=True)
 class PromptConfig:
-    """What all prompts are told alike."""
+    """The settings that all kinds of prompts have."""
 
     num_virtual_tokens: int
+    """The length of the prompt, in positions."""
     inference_mode: bool = False
-    """the finished prompt alone, without the network that makes it: as in a file"""
+    """Attach the finished prompt alone, without the network that makes it, as a file holds it."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         n = self.num_virtual_tokens
         check(type(n) is int and n > 0, f"num_virtual_tokens must be positive and whole, not {n}")
 
@@ -57,15 +61,16 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptTuningConfig(PromptConfig):
-    """Trained embeddings."""
+    """An adapter that trains the embeddings of a prompt (prompt tuning)."""
 
     prompt_tuning_init: str = "RANDOM"
-    """"RANDOM", "SAMPLE_VOCAB" (embeddings of random tokens) or "TEXT" (of a text's tokens)"""
+    """How the embeddings start: "RANDOM", "SAMPLE_VOCAB" (those of random tokens) or "TEXT"."""
     prompt_tuning_init_text: str | None = None
-    """repeated or cut off to num_virtual_tokens"""
+    """The text whose tokens TEXT starts from, repeated or cut off to num_virtual_tokens."""
     tokenizer_name_or_path: str | None = None
+    """The tokenizer of that text: a directory or a Hub id."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         _check_choice(
             "prompt_tuning_init", self.prompt_tuning_init, ("RANDOM", "SAMPLE_VOCAB", "TEXT")
@@ -79,18 +84,18 @@ class PromptTuningConfig(PromptConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PromptEncoderConfig(PromptConfig):
-    """Embeddings from a network (P-tuning)."""
+    """An adapter that trains a network which makes the embeddings of a prompt (P-tuning)."""
 
     encoder_reparameterization_type: str = "MLP"
-    """"MLP" or "LSTM" """
+    """The kind of network: "MLP" or "LSTM"."""
     encoder_hidden_size: int | None = None
-    """null: the model's"""
+    """The width of the network; null means the model's."""
     encoder_num_layers: int = 2
-    """of the LSTM"""
+    """The number of layers of the LSTM."""
     encoder_dropout: float = 0.0
-    """between the layers of the LSTM"""
+    """The share of numbers that is dropped between the layers of the LSTM, in training."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         kind = self.encoder_reparameterization_type
         _check_choice("encoder_reparameterization_type", kind, ("MLP", "LSTM"))
@@ -98,16 +103,16 @@ class PromptEncoderConfig(PromptConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixTuningConfig(PromptConfig):
-    """Trained keys and values."""
+    """An adapter that trains keys and values of every layer (prefix tuning)."""
 
     prefix_projection: bool = False
-    """make them with a network of trained embeddings"""
+    """Make the keys and values with a network from trained embeddings."""
     encoder_hidden_size: int | None = None
-    """of that network; null: the width of a layer's keys"""
+    """The width of that network; null means the width of a layer's keys."""
     init_weights: str | None = None
-    """"zero": start from zero, null: at random"""
+    """How keys and values start: "zero", or null for random numbers."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check(
             self.init_weights in (None, "zero"),
@@ -119,7 +124,7 @@ class PrefixTuningConfig(PromptConfig):
 
 
 class PromptPart(Part):
-    """embedding fp32 [n, any], and the network that makes the prompt of it, if there is one."""
+    """A prompt: embedding fp32 [n, any], and the network that makes the prompt of it, if any."""
 
     def __init__(self, config: PromptConfig, embedding: Tensor, encoder: nn.Module | None = None):
         super().__init__(config)
@@ -127,21 +132,25 @@ class PromptPart(Part):
         self.embedding, self.encoder = nn.Parameter(embedding), encoder
 
     def finished(self) -> Tensor:
-        """What is stored: embeddings [n, H], or keys and values [n, 2 L Hk D]."""
+        """Return what is stored: embeddings [n, H], or keys and values [n, 2 L Hk D]."""
         return self.embedding if self.encoder is None else self.encoder(self.embedding)
 
     def keys_values(self, model: Decoder) -> list[tuple[Tensor, Tensor]]:
-        """Per layer k, v [1, n, Hk, D], in what the model computes in."""
-        found = self.finished().to(model.dtype)
-        if not isinstance(self.config, PrefixTuningConfig):
-            return _run(model, found[None])
+        """Return k and v [1, n, Hk, D] of each layer, in the dtype that the model computes in."""
+        return _run(model, self.finished().to(model.dtype)[None])
+
+
+class PrefixPart(PromptPart):
+    """A prompt that is keys and values itself, [n, 2 L Hk D]."""
+
+    def keys_values(self, model: Decoder) -> list[tuple[Tensor, Tensor]]:
         heads, head_dim = model.config.num_key_value_heads, model.config.head_dim
-        found = found.view(1, self.length, -1, 2, heads, head_dim)
+        found = self.finished().to(model.dtype).view(1, self.length, -1, 2, heads, head_dim)
         return [(layer[:, :, 0], layer[:, :, 1]) for layer in found.unbind(2)]
 
 
 class LSTMEncoder(nn.Module):
-    """[n, H] -> [n, H]: a bidirectional LSTM along the prompt, and an MLP."""
+    """A network [n, H] -> [n, H]: a bidirectional LSTM along the prompt, then an MLP."""
 
     def __init__(self, size: int, inner: int, layers: int, dropout: float):
         super().__init__()
@@ -153,71 +162,11 @@ class LSTMEncoder(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the finished embeddings [n, H] of trained ones x [n, H]."""
         return self.mlp(self.lstm(x)[0])
 
 
-def prompt_part(model: Decoder, config: PromptConfig) -> PromptPart:
-    """A new prompt for `model`. Raises LorakitError for a text that has no tokens."""
-    n, H = config.num_virtual_tokens, model.config.hidden_size
-    match config:
-        case PromptTuningConfig():
-            return PromptPart(config, _embeddings(model, config)).to(model.device)
-        case PromptEncoderConfig():
-            embedding, encoder = torch.randn(n, H), None
-            inner = config.encoder_hidden_size or H
-            if config.encoder_reparameterization_type == "LSTM":
-                encoder = LSTMEncoder(H, inner, config.encoder_num_layers, config.encoder_dropout)
-            else:
-                layers = [nn.Linear(H, inner), nn.ReLU(), nn.Linear(inner, inner), nn.ReLU()]
-                encoder = nn.Sequential(*layers, nn.Linear(inner, H))
-        case PrefixTuningConfig():
-            width = model.config.num_key_value_heads * model.config.head_dim
-            whole = 2 * width * model.config.num_hidden_layers
-            projected = config.prefix_projection and not config.inference_mode
-            embedding, encoder = torch.randn(n, width if projected else whole), None
-            if projected:
-                inner = config.encoder_hidden_size or width
-                last = nn.Linear(inner, whole)
-                encoder = nn.Sequential(nn.Linear(width, inner), nn.Tanh(), last)
-            if config.init_weights == "zero":
-                for tensor in [last.weight, last.bias] if projected else [embedding]:
-                    nn.init.zeros_(tensor)
-    if config.inference_mode:
-        encoder = None
-    return PromptPart(config, embedding, encoder).to(model.device)
-
-
-@torch.no_grad()
-def _embeddings(model: Decoder, config: PromptTuningConfig) -> Tensor:
-    n, kind = config.num_virtual_tokens, config.prompt_tuning_init
-    if kind == "RANDOM" or config.inference_mode:
-        return torch.randn(n, model.config.hidden_size)
-    if kind == "SAMPLE_VOCAB":
-        ids = torch.randint(model.config.vocab_size, (n,))
-    else:
-        from lorakit.models.tokenizer_files import load_tokenizer
-
-        ids = load_tokenizer(config.tokenizer_name_or_path).encode(config.prompt_tuning_init_text)
-        check(bool(ids), "prompt_tuning_init_text has no tokens")
-        ids = torch.tensor(ids).repeat(-(-n // len(ids)))[:n]
-    return model.embed(ids.to(model.device)[None])[0].float()
-
-
-def shape_fields(config: PromptConfig, model: ModelConfig) -> dict[str, int]:
-    """What PEFT wants to read of the model that a prompt is for."""
-    width, heads = model.hidden_size, model.num_attention_heads
-    if isinstance(config, PrefixTuningConfig):
-        heads = model.num_key_value_heads
-        width = heads * model.head_dim
-    return {
-        "token_dim": width,
-        "num_attention_heads": heads,
-        "num_layers": model.num_hidden_layers,
-        "num_transformer_submodules": 1,
-    }
-
-
-# ---- where it stands ----
+# ---- where it is in the model ----
 
 
 class Prompt(Attached[PromptPart]):
@@ -225,10 +174,10 @@ class Prompt(Attached[PromptPart]):
 
     @property
     def length(self) -> int:
-        part = self.active
+        """How many positions the active prompt has, 0 if there is none."""
         if self.by_rows:
             raise LorakitError("adapter_rows: a prompt is the same for all rows of a batch")
-        return 0 if part is None else part.length
+        return 0 if self.active is None else self.active.length
 
     def trained_tensors(self, name: str) -> dict[str, nn.Parameter]:
         part = self.part_of(name)
@@ -261,20 +210,22 @@ class Prompt(Attached[PromptPart]):
 
 
 class Preceding:
-    """A cache that holds a prompt, and of a call's own positions nothing."""
+    """A cache that holds a prompt and keeps nothing of the call's own positions."""
 
     def __init__(self, config: ModelConfig, length: int, layers: list[tuple[Tensor, Tensor]]):
         self.config, self.length, self.layers = config, length, layers
 
     def _first(self, new: int, window: int | None) -> int:
-        """Of the positions that are returned: a single new one must not see beyond the window."""
+        """Return the first position to show: a single new one must not see beyond the window."""
         return max(0, self.length + new - window) if new == 1 and window is not None else 0
 
     def positions(self, new: int, window: int | None) -> Tensor:
+        """Return the positions that `append` returns when `new` ones come, int64 [S]."""
         device = self.layers[0][0].device
         return torch.arange(self._first(new, window), self.length + new, device=device)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values [B, S, Hk, D] of the prompt and the call in this layer."""
         first = self._first(k.shape[1], self.config.window(layer))
         before = self.layers[layer]
         k, v = torch.cat([before[0], k], 1), torch.cat([before[1], v], 1)
@@ -298,7 +249,7 @@ class _Keeping:
 
 
 def _run(model: Decoder, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of every layer for embeddings x [1, n, H], the first positions of a row."""
+    """Return k and v [1, n, Hk, D] of each layer for embeddings x [1, n, H] that begin a row."""
     kept = _Keeping()
     ids = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)  # for the shape alone
     for block, view in zip(model.model.layers, model.views(ids), strict=True):
@@ -306,26 +257,43 @@ def _run(model: Decoder, x: Tensor) -> list[tuple[Tensor, Tensor]]:
     return kept.layers
 
 
+# ---- the methods ----
+
+
 class PromptMethod(Method[P]):
     """What the three methods that train a prompt share."""
+
+    @abstractmethod
+    def new_part(self, model: Decoder, config: P) -> PromptPart:
+        """Return a new prompt for `model`."""
 
     def plan(self, model: nn.Module, config: P) -> Plan:
         """Plan a prompt before the first position; `model` must be a decoder of lorakit's."""
         if not isinstance(model, Decoder):
             raise LorakitError(
-                f"attach: a prompt goes on a lorakit Decoder (see load_model), not on a "
+                "attach: a prompt goes on a lorakit Decoder (see load_model), not on a "
                 f"{type(model).__name__}"
             )
         plan = Plan(model)
         beginning = plan.wrap("beginning", Prompt)
         assert beginning is not None, "a decoder has one beginning"
-        plan.parts.append((beginning, prompt_part(model, config)))
+        plan.parts.append((beginning, self.new_part(model, config).to(model.device)))
         return plan
 
     def config_values(self, model: nn.Module, name: str, config: P) -> dict[str, Any]:
         """Return every field, and the sizes of the model that the prompt is for."""
         assert isinstance(model, Decoder), "only a decoder has a prompt"
-        return fields_of(self, config) | shape_fields(config, model.config)
+        heads, width = self.heads_and_width(model.config)
+        return fields_of(self, config) | {
+            "token_dim": width,
+            "num_attention_heads": heads,
+            "num_layers": model.config.num_hidden_layers,
+            "num_transformer_submodules": 1,
+        }
+
+    def heads_and_width(self, model: ModelConfig) -> tuple[int, int]:
+        """Return the numbers of heads and of features that PEFT wants to read of the model."""
+        return model.num_attention_heads, model.hidden_size
 
     def read_config(self, files: AdapterFiles, model: nn.Module) -> P:
         """Return the config of a finished prompt: a file never holds the network that made it."""
@@ -342,12 +310,54 @@ class PromptTuning(PromptMethod[PromptTuningConfig]):
     peft_type = "PROMPT_TUNING"
     config_type = PromptTuningConfig
 
+    def new_part(self, model: Decoder, config: PromptTuningConfig) -> PromptPart:
+        """Return embeddings; raises LorakitError for a text that has no tokens."""
+        return PromptPart(config, _first_embeddings(model, config))
+
+
+@torch.no_grad()
+def _first_embeddings(model: Decoder, config: PromptTuningConfig) -> Tensor:
+    """Return the embeddings [n, H] that a prompt starts from."""
+    n, kind = config.num_virtual_tokens, config.prompt_tuning_init
+    if kind == "RANDOM" or config.inference_mode:
+        return torch.randn(n, model.config.hidden_size)
+    if kind == "SAMPLE_VOCAB":
+        ids = torch.randint(model.config.vocab_size, (n,))
+    else:
+        ids = _tokens_of_text(config)
+    return model.embed(ids.to(model.device)[None])[0].float()
+
+
+def _tokens_of_text(config: PromptTuningConfig) -> Tensor:
+    """Return the tokens of prompt_tuning_init_text, int64 [n], repeated or cut off."""
+    from lorakit.models.tokenizer_files import load_tokenizer
+
+    text, source = config.prompt_tuning_init_text, config.tokenizer_name_or_path
+    assert text is not None, "the config has checked it"
+    assert source is not None, "the config has checked it"
+    tokens = load_tokenizer(source).encode(text)
+    check(bool(tokens), "prompt_tuning_init_text has no tokens")
+    n = config.num_virtual_tokens
+    return torch.tensor(tokens).repeat(-(-n // len(tokens)))[:n]
+
 
 class PromptEncoder(PromptMethod[PromptEncoderConfig]):
-    """The method that trains embeddings through a network, P-tuning."""
+    """The method that trains a network which makes embeddings, P-tuning."""
 
     peft_type = "P_TUNING"
     config_type = PromptEncoderConfig
+
+    def new_part(self, model: Decoder, config: PromptEncoderConfig) -> PromptPart:
+        """Return embeddings, and their network unless the prompt is finished."""
+        n, H = config.num_virtual_tokens, model.config.hidden_size
+        embedding, inner = torch.randn(n, H), config.encoder_hidden_size or H
+        encoder: nn.Module
+        if config.encoder_reparameterization_type == "LSTM":
+            encoder = LSTMEncoder(H, inner, config.encoder_num_layers, config.encoder_dropout)
+        else:
+            layers = [nn.Linear(H, inner), nn.ReLU(), nn.Linear(inner, inner), nn.ReLU()]
+            encoder = nn.Sequential(*layers, nn.Linear(inner, H))
+        return PromptPart(config, embedding, None if config.inference_mode else encoder)
 
 
 class PrefixTuning(PromptMethod[PrefixTuningConfig]):
@@ -355,3 +365,24 @@ class PrefixTuning(PromptMethod[PrefixTuningConfig]):
 
     peft_type = "PREFIX_TUNING"
     config_type = PrefixTuningConfig
+
+    def new_part(self, model: Decoder, config: PrefixTuningConfig) -> PrefixPart:
+        """Return keys and values, or with prefix_projection what makes them."""
+        n = config.num_virtual_tokens
+        width = model.config.num_key_value_heads * model.config.head_dim
+        whole = 2 * width * model.config.num_hidden_layers
+        zero = config.init_weights == "zero"
+        if not config.prefix_projection or config.inference_mode:
+            prefix = torch.randn(n, whole)
+            return PrefixPart(config, prefix.zero_() if zero else prefix)
+        embedding, inner = torch.randn(n, width), config.encoder_hidden_size or width
+        last = nn.Linear(inner, whole)
+        encoder = nn.Sequential(nn.Linear(width, inner), nn.Tanh(), last)
+        if zero:
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+        return PrefixPart(config, embedding, encoder)
+
+    def heads_and_width(self, model: ModelConfig) -> tuple[int, int]:
+        """Return the numbers of the heads of keys and values, and of their features."""
+        return model.num_key_value_heads, model.num_key_value_heads * model.head_dim

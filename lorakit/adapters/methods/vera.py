@@ -2,12 +2,13 @@
 
     y = W x + b * (B (d * (A x)))        A [r, in] and B [out, r] frozen, d [r] and b [out] trained
 
-which is a low-rank update with diag(d) A and diag(b) B, and computed as one. A and B are as large
-as the largest layer, smaller ones read their upper left corner. b starts at zero, d at `d_initial`.
+This is a low-rank update with diag(d) A and diag(b) B, and it is computed as one. A and B are as
+large as the largest layer; smaller layers read their upper left corner. b starts at zero, d at
+`d_initial`.
 
-What is stored of a layer are out + r numbers. A and B follow from `projection_prng_key`: PEFT's
-draw, repeated here number by number. Where torch draws others one day, only a file that holds them
-(`save_projection`, the default) still means the same, at the price of r (in + out) numbers. A rank
+A layer stores out + r numbers. A and B follow from `projection_prng_key`: the draw is PEFT's,
+repeated here number by number. Should torch draw other numbers one day, only a file that holds A
+and B (`save_projection`, the default) still means the same; it costs r (in + out) numbers. A rank
 of hundreds costs time in every layer, though hardly any trained numbers.
 """
 
@@ -27,17 +28,20 @@ from lorakit.config.errors import check
 
 @dataclass(frozen=True)
 class VeraConfig(TargetConfig):
-    """An adapter of vectors between shared random matrices."""
+    """An adapter that trains vectors between random matrices that all layers share (VeRA)."""
 
     r: int = 256
+    """The rank of the update, the number of rows of A."""
     projection_prng_key: int = 0
-    """what A and B are drawn with"""
+    """The seed that the shared random matrices A and B are drawn with."""
     save_projection: bool = True
-    """write A and B into the file too"""
+    """Write A and B into the adapter's file too."""
     vera_dropout: float = 0.0
+    """The share of a layer's inputs that is dropped before A, in training."""
     d_initial: float = 0.1
+    """The value that the vector after A starts with."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check(type(self.r) is int and self.r > 0, f"r must be positive and whole, not {self.r}")
         p = self.vera_dropout
@@ -45,9 +49,13 @@ class VeraConfig(TargetConfig):
 
 
 class Projection(nn.Module):
-    """A fp32 [r, in] and B [out, r] of all layers of an adapter, drawn as PEFT draws them: uniform,
-    of variance 2 / in and 2 / r.
+    """The matrices that all layers of an adapter share: A [r, in] and B [out, r], fp32.
+
+    They are drawn as PEFT draws them: uniform, of variance 2 / in and 2 / r.
     """
+
+    A: Tensor
+    B: Tensor
 
     def __init__(self, config: VeraConfig, in_features: int, out_features: int):
         super().__init__()
@@ -59,7 +67,7 @@ class Projection(nn.Module):
 
 
 class VeraPart(LowRankPart):
-    """Of one layer: lambda_b fp32 [out] and lambda_d [r], beside the matrices of all layers."""
+    """The vectors of one layer, lambda_b [out] and lambda_d [r], beside the shared matrices."""
 
     def __init__(self, config: VeraConfig, shared: Projection, in_features: int, out_features: int):
         super().__init__(config, config.r, 1.0, config.vera_dropout)
@@ -73,7 +81,7 @@ class VeraPart(LowRankPart):
 
 
 class VeraLinear(LowRankLinear[VeraPart]):
-    """A layer whose A and B are made of those that all layers share."""
+    """A linear layer whose A and B are made of those that all layers share."""
 
     def trained_tensors(self, name: str) -> dict[str, nn.Parameter]:
         part = self.part_of(name)
@@ -110,5 +118,5 @@ class Vera(LinearMethod[VeraConfig]):
         if not config.save_projection:
             return {}
         layers = (m for m in model.modules() if isinstance(m, VeraLinear) and name in m.adapters)
-        shared = next(layers).adapters[name].shared
+        shared = next(layers).part_of(name).shared
         return {"base_model.vera_A": shared.A, "base_model.vera_B": shared.B}

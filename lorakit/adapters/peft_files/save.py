@@ -27,7 +27,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapters.manage import adapter_config, attached, check_adapter, selected_adapter
+from lorakit.adapters.manage import adapter_config, attached, check_adapter, require_selected
 from lorakit.adapters.methods.known import method_of
 from lorakit.adapters.peft_files.fused_experts import fuse_experts
 from lorakit.adapters.peft_files.layout import CONFIG_FILE, PREFIX, WEIGHTS_FILE
@@ -70,7 +70,7 @@ def save_adapter(
         LorakitError: if there is no such adapter, `path` is a file, or the experts cannot be fused.
     """
     if name is None:
-        name = selected_adapter(module) or "default"
+        name = require_selected(module, "save_adapter")
     check_adapter(module, name, "save_adapter")
     config = adapter_config(module, name)
     method = method_of(config)
