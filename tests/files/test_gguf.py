@@ -1,5 +1,8 @@
 """The GGUF container: against the gguf package, every block format, and damaged files."""
 
+import struct
+import tracemalloc
+
 import gguf
 import numpy as np
 import pytest
@@ -7,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorakit as lk
-from lorakit.files.gguf import read_header
+from lorakit.files.gguf import data_length, read_header
 from lorakit.models.gguf import read_gguf
 from tests.conftest import tiny_llama
 from tests.models.gguf_files import write_gguf
@@ -87,3 +90,45 @@ def test_one_damaged_byte_never_crashes(good, tmp_path_factory, position, value)
         lk.load_tokenizer(bad)
     except lk.LorakitError as error:
         assert "damaged.gguf" in str(error)
+
+
+def text(value):
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+HUGE = 2**60
+PAIR = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + text("a")
+TENSOR = b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + text("t")
+CLAIMS = {
+    "pairs": b"GGUF" + struct.pack("<IQQ", 3, 0, HUGE),
+    "tensors": b"GGUF" + struct.pack("<IQQ", 3, HUGE, 0),
+    "a string": PAIR + struct.pack("<IQ", 8, HUGE),
+    "an array of numbers": PAIR + struct.pack("<IIQ", 9, 5, HUGE),
+    "an array of strings": PAIR + struct.pack("<IIQ", 9, 8, HUGE),
+    "an array of arrays": PAIR + struct.pack("<IIQ", 9, 9, 1),
+    "an unknown type": PAIR + struct.pack("<I", 99),
+    "dimensions": TENSOR + struct.pack("<I", 2**31),
+}
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_no_memory_is_taken_for_what_a_file_only_claims(tmp_path, name):
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(CLAIMS[name] + b"\0" * 64)
+    tracemalloc.start()
+    try:
+        with pytest.raises(lk.LorakitError, match=r"bad\.gguf: the GGUF header is damaged or cut"):
+            read_header(path)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_no_memory_is_taken_for_a_tensor_that_the_file_does_not_hold(tmp_path):
+    """The header is well made, the tensor's 4 TB are not there."""
+    path = tmp_path / "bad.gguf"
+    info = struct.pack("<IQIQ", 1, 2**40, gguf.GGMLQuantizationType.F32, 0)
+    path.write_bytes(TENSOR + info + b"\0" * 64)
+    header = read_header(path)
+    with pytest.raises(lk.LorakitError, match=r"bad\.gguf: the file is cut off: tensor t ends at"):
+        data_length(path, "t", header.tensors["t"])

@@ -4,9 +4,13 @@ import os
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 
+import huggingface_hub
 import pytest
 
+import lorakit as lk
+from lorakit.files import hub
 from tests.models.damage import fails
 
 
@@ -46,3 +50,19 @@ def test_missing_directory(tmp_path):
 @pytest.mark.parametrize("size", ["8B", "3B", "1B-Instruct"])
 def test_a_model_that_never_was(size):
     fails(f"meta-llama/Llama-3.3-{size}", "Llama 3.3 was published with 70B parameters only; 8B is")
+
+
+@pytest.mark.parametrize("name", ["llama", "./a/b", "/a/b", "a/b/c", "a/b.gguf", "../b", "a\\b"])
+def test_only_ids_are_asked_of_the_hub(monkeypatch, name):
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: asked.append(a))
+    with pytest.raises(lk.LorakitError, match="does not exist"):
+        hub.resolve(name, hub.MODEL)
+    assert not asked
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "model.pt", "model.pkl", "modeling_llama.py", "tokenization.py"]
+)
+def test_no_pickle_and_no_code_is_fetched(name):
+    assert not any(fnmatch(name, pattern) for pattern in [*hub.MODEL, *hub.TOKENIZER])

@@ -131,7 +131,7 @@ def add_rope(writer, config):
 
 
 def published_tensors(model, folder):
-    """The tensors under the names of published checkpoints, as transformers saves them."""
+    """The tensors under the names of published files, as transformers saves them."""
     model.save_pretrained(folder / "published")
     return load_file(folder / "published" / "model.safetensors")
 

@@ -1,4 +1,4 @@
-"""Checkpoints packed by bitsandbytes: read, written, and read by transformers again.
+"""Models packed by bitsandbytes: read, written, and read by transformers again.
 
 Widths are multiples of the block size: elsewhere bitsandbytes' AVX-512 kernel is wrong.
 """
@@ -168,7 +168,7 @@ def test_packed_experts(tmp_path, caplog):
     assert torch.equal(again(IDS), ours(IDS))
 
 
-def test_training_and_merging_on_a_packed_checkpoint(tmp_path):
+def test_training_and_merging_on_a_packed_model(tmp_path):
     _, path = packed(tmp_path)
     model = lk.load_model(path, dtype="float32", device="cpu")
     lk.attach(model, lk.LoraConfig(r=4))
@@ -190,7 +190,7 @@ def test_training_and_merging_on_a_packed_checkpoint(tmp_path):
 
 
 def test_packed_towers_beside_a_text_model(tmp_path):
-    """The text of a packed multimodal checkpoint is read; what cannot be written is refused."""
+    """The text of a packed multimodal model is read; what cannot be written is refused."""
     _, path = packed(tmp_path, "gemma3_text")
     text = json.loads((path / "config.json").read_text())
     found = load_file(path / "model.safetensors")
@@ -271,7 +271,7 @@ def edit_state(found, **changes):
         (lambda f: f.pop(MARK), "tensor .*q_proj.weight"),
     ],
 )
-def test_a_damaged_checkpoint_is_one_sentence(tmp_path, change, message):
+def test_what_is_damaged_is_said_in_one_sentence(tmp_path, change, message):
     _, path = packed(tmp_path)
     with pytest.raises(lk.LorakitError, match=message) as error:
         lk.load_model(damaged(path, change))

@@ -1,6 +1,7 @@
 """Loading: equal to transformers, streamed, strict."""
 
 import json
+import resource
 import subprocess
 import sys
 
@@ -97,8 +98,13 @@ def test_wrong_shape(copy):
 
 def test_derived_tensors_are_ignored(copy):
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    expected = lk.load_model(copy, dtype="float32").state_dict()
     edit(copy, lambda t: t.update({name: torch.zeros(4)}))
-    lk.load_model(copy, dtype="float32")
+    found = lk.load_model(copy, dtype="float32").state_dict()
+    assert found.keys() == expected.keys()
+    assert name not in found
+    for key, tensor in found.items():
+        assert torch.equal(tensor, expected[key]), key
 
 
 def test_integers_are_no_weights(copy):
@@ -111,6 +117,15 @@ def test_impossible_sizes(copy):
     for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
         (copy / "config.json").write_text(json.dumps({**config, name: 2**62, "head_dim": 8}))
         fails(copy, r"is missing|impossible|asks for|too large")
+
+
+def test_a_config_of_huge_sizes_takes_no_memory(copy):
+    """The config asks for 1 TB of embeddings; the refusal comes before any tensor is made."""
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "vocab_size": 2**34}))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    fails(copy, r"embed_tokens\.weight is \(300, 32\), the config asks for \(17179869184, 32\)")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KB
 
 
 def test_nan_cannot_be_quantized(copy):
@@ -141,9 +156,10 @@ print((peak - imports) / 1e6, packed / 1e6, largest / 1e6)
 
 
 def test_quantizing_streams_from_disk(tmp_path):
-    """Of a checkpoint of 1.1 GB: the packed model, two of its largest tensors, and 150 MB: the code
-    itself (50 seen), 16 of small tensors that stay mapped, and up to 64 that glibc keeps when they
-    are free. A mapped file counts: kept open, it alone would be the 1.1 GB.
+    """Loading 1.1 GB takes the packed model, two of the largest tensors, and 150 MB.
+
+    These are the code itself (50 seen), 16 of small tensors that stay mapped, and up to 64 that
+    glibc keeps when they are free. A mapped file counts: kept open, it alone would be the 1.1 GB.
     """
     hidden, inner, layers = 2048, 8192, 8
     sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}

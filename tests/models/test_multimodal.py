@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lorakit as lk
+from lorakit.models.multimodal import text_name
 from tests.conftest import LOGITS
 from tests.models.damage import fails
 
@@ -14,7 +15,7 @@ IDS = torch.arange(24).view(2, 12)
 
 
 @pytest.mark.parametrize("layout", ["language_model.model", "model.language_model"])
-def test_text_tower_of_a_multimodal_checkpoint(multimodal, tmp_path, layout):
+def test_the_text_model_is_read_alone_and_written_back(multimodal, tmp_path, layout):
     from transformers import Gemma3ForConditionalGeneration
 
     source, theirs = multimodal
@@ -44,10 +45,25 @@ def test_text_tower_of_a_multimodal_checkpoint(multimodal, tmp_path, layout):
         assert (model(IDS) - back(IDS).logits).abs().max() <= LOGITS
 
 
-def test_a_checkpoint_without_a_text_model(multimodal, tmp_path):
+def test_files_without_a_text_model(multimodal, tmp_path):
     source, _ = multimodal
     shutil.copytree(source, tmp_path / "a")
     found = load_file(tmp_path / "a" / "model.safetensors")
     vision = {name: t for name, t in found.items() if "language_model" not in name}
     save_file(vision, tmp_path / "a" / "model.safetensors", metadata={"format": "pt"})
     fails(tmp_path / "a", "the files hold no text model")
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("model.language_model.layers.0.mlp", "model.layers.0.mlp"),
+        ("language_model.model.layers.0.mlp", "model.layers.0.mlp"),
+        ("language_model.lm_head", "lm_head"),
+        ("language_model.layers.0.mlp", "layers.0.mlp"),
+        ("model.layers.0.mlp", "model.layers.0.mlp"),
+        ("q_proj", "q_proj"),
+    ],
+)
+def test_text_name(name, own):
+    assert text_name(name) == own
