@@ -40,8 +40,8 @@ from lorakit.config.adapters import LoraConfig
 from lorakit.config.errors import LorakitError, check
 from lorakit.config.patterns import each_alone
 
-SUBSPACE_ITERATIONS = 4
-TAU = 0.99  # the cosine from which on a direction counts as found
+_SUBSPACE_ITERATIONS = 4
+_TAU = 0.99  # the cosine from which on a direction counts as found
 
 Batch = Tensor | Mapping[str, Tensor]
 
@@ -70,7 +70,7 @@ class EvaResult:
 
 @torch.no_grad()
 def eva(
-    module: nn.Module, batches: Iterable[Batch], *, rho: float = 2.0, tau: float = TAU
+    module: nn.Module, batches: Iterable[Batch], *, rho: float = 2.0, tau: float = _TAU
 ) -> EvaResult:
     """Start the selected LoRA adapter from what its linear layers read, and move ranks.
 
@@ -298,7 +298,7 @@ class IncrementalSVD:
         k = min(self.n_components, features)
         generator = torch.Generator(x.device).manual_seed(0)
         _, values, components = subspace_svd(
-            stack, k, width=2 * k, iterations=SUBSPACE_ITERATIONS, generator=generator
+            stack, k, width=2 * k, iterations=_SUBSPACE_ITERATIONS, generator=generator
         )
         if self.rows == 0:
             self.similarity = torch.zeros_like(values)
@@ -320,7 +320,7 @@ class IncrementalSVD:
         total = self._total.float().clamp(min=torch.finfo(torch.float32).tiny)
         return self.singular_values.square() / total
 
-    def converged(self, tau: float = TAU) -> Tensor:
+    def converged(self, tau: float = _TAU) -> Tensor:
         """Return which components have settled, bool [k].
 
         They are those that the last batch turned by less than the angle of cosine `tau`.

@@ -33,7 +33,7 @@ from lorakit.files.safetensors import LazyTensor
 from lorakit.models.decoder import Decoder
 from lorakit.models.load import dense_weights
 
-SUBSPACE_ITERATIONS = 8
+_SUBSPACE_ITERATIONS = 8
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def _start(layer: LoraLinear, original: Tensor, iterations: int) -> tuple[float,
         if iteration == 0:
             before = (residue.norm() / norm).item()
         width = min(2 * r, *original.shape)
-        U, S, Vt = subspace_svd(residue, rank, width=width, iterations=SUBSPACE_ITERATIONS)
+        U, S, Vt = subspace_svd(residue, rank, width=width, iterations=_SUBSPACE_ITERATIONS)
         root = S.sqrt()
         A.zero_()[:rank] = root[:, None] * Vt
         B.zero_()[:, :rank] = U * (root / s)

@@ -19,10 +19,10 @@ from lorakit.config.errors import LorakitError, nearest
 from lorakit.config.patterns import lies_in
 from lorakit.models.packed_layers import PackedWeight
 
-ONLY_LORA = "shares its weight with another module; only LoRA saves both"
+_ONLY_LORA = "shares its weight with another module; only LoRA saves both"
 
 
-def plan_modules_to_save(plan: Plan, config: TargetConfig, tied: str | None = ONLY_LORA) -> None:
+def plan_modules_to_save(plan: Plan, config: TargetConfig, tied: str | None = _ONLY_LORA) -> None:
     """Add the modules of `config.modules_to_save` to the plan.
 
     `tied` says why a module that shares its weight is refused. None means that it is not: then an

@@ -57,7 +57,7 @@ class Plan:
 
     def wrap_linear(self, name: str, kind: type[L]) -> L | None:
         """Plan a wrapper around a linear layer; see `wrap`."""
-        return self._wrap(name, kind, lambda layer: kind(linear_base(layer)))
+        return self._wrap(name, kind, lambda layer: kind(_linear_base(layer)))
 
     def _wrap(self, name: str, kind: type[W], make: Callable[[nn.Module], W]) -> W | None:
         module = self.layers[name]
@@ -92,7 +92,7 @@ class Plan:
         Raises LorakitError as `select_layers` does, and for a layer inside a module that another
         adapter trains whole.
         """
-        linear = [name for name, each in self.layers.items() if is_linear(each, config)]
+        linear = [name for name, each in self.layers.items() if _is_linear(each, config)]
         chosen = select_layers(linear + self._inside_saved_modules(), embeddings, config)
         for name in chosen:
             if name not in self.layers:
@@ -137,7 +137,7 @@ class Plan:
                 self.model.set_submodule(name, planned)
 
 
-def is_linear(module: nn.Module, config: TargetConfig) -> bool:
+def _is_linear(module: nn.Module, config: TargetConfig) -> bool:
     """Return whether `module` is a linear layer, adapted or not, that `config` may select."""
     if isinstance(module, (SavedModule, TrainedBias)):
         module = module.base
@@ -150,7 +150,7 @@ def _is_transposed(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"
 
 
-def linear_base(layer: nn.Module) -> LinearBase:
+def _linear_base(layer: nn.Module) -> LinearBase:
     """Return what a wrapper of the linear layer `layer` computes with."""
     if isinstance(layer, LinearBase):
         return layer

@@ -51,7 +51,8 @@ def heads_of_embedding(model: nn.Module, layers: Layers, embedding: nn.Module) -
         if same and is_embedding(other) and original(other) is not plain:
             raise LorakitError(
                 f"attach: {name} is another embedding with the same weight, which would not be "
-                "adapted; lorakit adapts an embedding and its heads alike, not several embeddings"
+                "adapted; lorakit adapts an embedding together with its heads, not several "
+                "embeddings"
             )
     heads = [
         name

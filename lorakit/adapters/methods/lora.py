@@ -39,9 +39,9 @@ from lorakit.config.adapters import LoraConfig
 from lorakit.config.errors import LorakitError, nearest
 from lorakit.config.patterns import in_pattern
 
-TIED = (
-    "shares its weight with the output head; with ensure_weight_tying=true both are adapted alike "
-    "and stay one"
+_TIED = (
+    "shares its weight with the output head; with ensure_weight_tying=true both are adapted "
+    "together and stay one"
 )
 
 
@@ -62,7 +62,7 @@ class Lora(Method[LoraConfig]):
                 _plan_embedding(plan, name, config)
             else:
                 _plan_linear(plan, name, config)
-        plan_modules_to_save(plan, config, None if config.ensure_weight_tying else TIED)
+        plan_modules_to_save(plan, config, None if config.ensure_weight_tying else _TIED)
         for name, ids in _token_ids(embeddings, config.trainable_token_indices):
             _plan_token_rows(plan, name, ids, config)
         if config.bias == "all":
@@ -132,7 +132,7 @@ def _plan_embedding(plan: Plan, name: str, config: LoraConfig) -> None:
         raise LorakitError(f"attach: {name} has a max_norm, which changes its weight in use")
     heads = heads_of_embedding(plan.model, plan.layers, embedding)
     if heads is not None and not config.ensure_weight_tying:
-        raise LorakitError(f"attach: {name} {TIED}")
+        raise LorakitError(f"attach: {name} {_TIED}")
     if heads is not None and config.use_dora:
         raise LorakitError(f"attach: {name} is tied to the head, where use_dora has no meaning")
     layer = plan.wrap(name, LoraEmbedding)

@@ -149,7 +149,7 @@ class PrefixPart(PromptPart):
         return [(layer[:, :, 0], layer[:, :, 1]) for layer in found.unbind(2)]
 
 
-class LSTMEncoder(nn.Module):
+class _LSTMEncoder(nn.Module):
     """A network [n, H] -> [n, H]: a bidirectional LSTM along the prompt, then an MLP."""
 
     def __init__(self, size: int, inner: int, layers: int, dropout: float):
@@ -200,7 +200,7 @@ class Prompt(Attached[PromptPart]):
             for k, v in part.keys_values(model)
         ]
         if cache is None:
-            return Preceding(model.config, part.length, layers)
+            return _Preceding(model.config, part.length, layers)
         for layer, (k, v) in enumerate(layers):
             cache.append(layer, k, v)
         return cache
@@ -209,7 +209,7 @@ class Prompt(Attached[PromptPart]):
         raise LorakitError("merge: a prompt is no part of the weights; keep it beside them")
 
 
-class Preceding:
+class _Preceding:
     """A cache that holds a prompt and keeps nothing of the call's own positions."""
 
     def __init__(self, config: ModelConfig, length: int, layers: list[tuple[Tensor, Tensor]]):
@@ -353,7 +353,7 @@ class PromptEncoder(PromptMethod[PromptEncoderConfig]):
         embedding, inner = torch.randn(n, H), config.encoder_hidden_size or H
         encoder: nn.Module
         if config.encoder_reparameterization_type == "LSTM":
-            encoder = LSTMEncoder(H, inner, config.encoder_num_layers, config.encoder_dropout)
+            encoder = _LSTMEncoder(H, inner, config.encoder_num_layers, config.encoder_dropout)
         else:
             layers = [nn.Linear(H, inner), nn.ReLU(), nn.Linear(inner, inner), nn.ReLU()]
             encoder = nn.Sequential(*layers, nn.Linear(inner, H))

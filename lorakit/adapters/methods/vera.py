@@ -48,7 +48,7 @@ class VeraConfig(TargetConfig):
         check(0 <= p < 1, f"vera_dropout is {p}; it must be in [0, 1)")
 
 
-class Projection(nn.Module):
+class _Projection(nn.Module):
     """The matrices that all layers of an adapter share: A [r, in] and B [out, r], fp32.
 
     They are drawn as PEFT draws them: uniform, of variance 2 / in and 2 / r.
@@ -69,7 +69,9 @@ class Projection(nn.Module):
 class VeraPart(LowRankPart):
     """The vectors of one layer, lambda_b [out] and lambda_d [r], beside the shared matrices."""
 
-    def __init__(self, config: VeraConfig, shared: Projection, in_features: int, out_features: int):
+    def __init__(
+        self, config: VeraConfig, shared: _Projection, in_features: int, out_features: int
+    ):
         super().__init__(config, config.r, 1.0, config.vera_dropout)
         self.shared, self.in_features, self.out_features = shared, in_features, out_features
         self.lambda_b = nn.Parameter(torch.zeros(out_features))
@@ -106,7 +108,7 @@ class Vera(LinearMethod[VeraConfig]):
                 layers.append(layer)
         widest = max(layer.in_features for layer in layers)
         tallest = max(layer.out_features for layer in layers)
-        shared = Projection(config, widest, tallest).to(layers[0].device)
+        shared = _Projection(config, widest, tallest).to(layers[0].device)
         for layer in layers:
             part = VeraPart(config, shared, layer.in_features, layer.out_features)
             plan.parts.append((layer, part.to(layer.device)))

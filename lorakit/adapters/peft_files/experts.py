@@ -19,15 +19,15 @@ from torch import Tensor
 
 from lorakit.config.errors import LorakitError
 
-FUSED = ".experts"
-MOE_NAMES = ("mlp", "gate_proj", "up_proj", "down_proj")  # as ModelConfig.moe_names
+_FUSED = ".experts"
+_MOE_NAMES = ("mlp", "gate_proj", "up_proj", "down_proj")  # as ModelConfig.moe_names
 
-Pair = tuple[Tensor, Tensor]
+_Pair = tuple[Tensor, Tensor]
 
 
 def is_fused(key: str) -> bool:
     """Return whether `key`, a name up to .lora_A, is that of the fused experts of a layer."""
-    return key.removesuffix(".base_layer").endswith(FUSED)
+    return key.removesuffix(".base_layer").endswith(_FUSED)
 
 
 def which_fused(shapes: Mapping[str, tuple[int, int]], targets: Sequence[str]) -> dict[str, str]:
@@ -51,7 +51,7 @@ def which_fused(shapes: Mapping[str, tuple[int, int]], targets: Sequence[str]) -
     )
 
 
-def per_expert(a: Tensor, b: Tensor, experts: int) -> Pair:
+def per_expert(a: Tensor, b: Tensor, experts: int) -> _Pair:
     """Return A [E r, in] and B [out, r E] as [E, r, in] and [E, out, r]."""
     return a.unflatten(0, (experts, -1)), b.unflatten(1, (-1, experts)).permute(2, 0, 1)
 
@@ -62,7 +62,7 @@ def per_expert(a: Tensor, b: Tensor, experts: int) -> Pair:
 def split_experts(
     tensors: Mapping[str, Tensor],
     experts: int,
-    names: Sequence[str] = MOE_NAMES,
+    names: Sequence[str] = _MOE_NAMES,
     target_parameters: Sequence[str] = ("gate_up_proj", "down_proj"),
 ) -> dict[str, Tensor]:
     """Return PEFT's adapters of fused experts as adapters of each expert's layers.
@@ -104,7 +104,7 @@ def split_experts(
 
 def _fused_pairs(
     tensors: Mapping[str, Tensor], experts: int
-) -> tuple[dict[str, Pair], dict[str, Tensor]]:
+) -> tuple[dict[str, _Pair], dict[str, Tensor]]:
     """Return A and B of each fused parameter by its name up to .lora_A, and the other tensors."""
     halves: dict[str, dict[str, Tensor]] = {}
     rest = {}
@@ -128,7 +128,7 @@ def _fused_pairs(
     return pairs, rest
 
 
-def _by_leaf(kind: str, a: Tensor, b: Tensor, names: Sequence[str]) -> dict[str, Pair]:
+def _by_leaf(kind: str, a: Tensor, b: Tensor, names: Sequence[str]) -> dict[str, _Pair]:
     """Return A [E, r, in] and B [E, out, r] of a fused parameter for each layer that it holds."""
     _, gate, up, down = names
     if kind == "down_proj":
@@ -151,11 +151,11 @@ def _block_diagonal(b: Tensor) -> bool:
 # ---- single -> fused ----
 
 # The tensors of a layer's experts: (leaf, "A" or "B") -> expert -> tensor
-Experts = dict[tuple[str, str], dict[int, Tensor]]
+_Experts = dict[tuple[str, str], dict[int, Tensor]]
 
 
 def join_experts(
-    tensors: Mapping[str, Tensor], names: Sequence[str] = MOE_NAMES
+    tensors: Mapping[str, Tensor], names: Sequence[str] = _MOE_NAMES
 ) -> dict[str, Tensor]:
     """Return adapters of single experts as PEFT keeps them with transformers 5.
 
@@ -196,13 +196,13 @@ def join_experts(
 
 def _single_experts(
     tensors: Mapping[str, Tensor], names: Sequence[str]
-) -> tuple[dict[str, Experts], dict[str, Tensor]]:
+) -> tuple[dict[str, _Experts], dict[str, Tensor]]:
     """Return the tensors of each layer's experts, and the other tensors."""
     block, *leaves = map(re.escape, names)
     expert = re.compile(
         rf"(.+)\.{block}\.experts\.(\d+)\.({'|'.join(leaves)})\.lora_([AB])\.weight"
     )
-    layers: dict[str, Experts] = {}
+    layers: dict[str, _Experts] = {}
     rest = {}
     for name, tensor in tensors.items():
         found = expert.fullmatch(name)
@@ -214,7 +214,7 @@ def _single_experts(
     return layers, rest
 
 
-def _stack(layer: str, parts: Experts, leaf: str, half: str) -> Tensor:
+def _stack(layer: str, parts: _Experts, leaf: str, half: str) -> Tensor:
     """Return one tensor of every expert, [E, rows, columns]."""
     experts = 1 + max(e for found in parts.values() for e in found)
     found = parts.get((leaf, half), {})

@@ -23,8 +23,8 @@ from lorakit.config.fields import from_mapping
 from lorakit.files.safetensors import LazyTensor
 from lorakit.models.decoder import Decoder
 
-RANKS = ("r", "lora_alpha", "use_rslora", *PATTERNS)  # the fields that scalings follow from
-LORA_A = ".lora_A.weight"
+_RANKS = ("r", "lora_alpha", "use_rslora", *PATTERNS)  # the fields that scalings follow from
+_LORA_A = ".lora_A.weight"
 
 
 def fuse_experts(
@@ -42,7 +42,7 @@ def fuse_experts(
     targets: list[str] = values["target_modules"]
     places = [place for place in targets if not single.fullmatch(place)]
     experts = [place for place in targets if single.fullmatch(place)]
-    config = LoraConfig(**{key: values[key] for key in RANKS if key in values})
+    config = LoraConfig(**{key: values[key] for key in _RANKS if key in values})
     kinds = {(config.rank(place), config.alpha(place)) for place in experts}
     if len(kinds) != 1 or values.get("use_dora"):
         raise LorakitError(
@@ -92,7 +92,7 @@ def split_fused(files: AdapterFiles, model: nn.Module) -> AdapterFiles:
     names = model.config.moe_names
     single = split_experts(fused, model.config.num_experts, names, parameters)
     rest = {key: tensor for key, tensor in files.tensors.items() if key not in fused}
-    known = {key: values[key] for key in RANKS if values.get(key) is not None}
+    known = {key: values[key] for key in _RANKS if values.get(key) is not None}
     config = from_mapping(LoraConfig, known, str(files.path / CONFIG_FILE))
     ranks, alphas = _of_single_experts(config, single, names)
     for place in _adapted(rest):
@@ -116,7 +116,7 @@ def _of_single_experts(
         parameter = "down_proj" if place.endswith(f".{down}") else "gate_up_proj"
         layer = place.partition(f".{block}.experts.")[0]
         scaling = config.scaling(f"{layer}.mlp.experts.{parameter}")
-        r = len(single[f"{PREFIX}{place}{LORA_A}"])
+        r = len(single[f"{PREFIX}{place}{_LORA_A}"])
         ranks[place] = r
         alphas[place] = scaling * (math.sqrt(r) if config.use_rslora else r)
     return ranks, alphas
@@ -124,7 +124,7 @@ def _of_single_experts(
 
 def _adapted(keys: dict[str, Any]) -> list[str]:
     """Return the layers that have a lora_A among these keys."""
-    return [key.removeprefix(PREFIX).removesuffix(LORA_A) for key in keys if key.endswith(LORA_A)]
+    return [key.removeprefix(PREFIX).removesuffix(_LORA_A) for key in keys if key.endswith(_LORA_A)]
 
 
 def _in_memory(tensor: Tensor) -> LazyTensor:

@@ -39,7 +39,7 @@ from lorakit.models.decoder import Decoder
 
 
 @runtime_checkable
-class Generating(Protocol):
+class _Generating(Protocol):
     """A causal language model of transformers."""
 
     def prepare_inputs_for_generation(self, *args: Any, **options: Any) -> Any:
@@ -75,7 +75,7 @@ def save_adapter(
     config = adapter_config(module, name)
     method = method_of(config)
     values = method.config_values(module, name, config)
-    if not isinstance(module, (Decoder, Generating)):  # PEFT asks one of CAUSAL_LM to generate
+    if not isinstance(module, (Decoder, _Generating)):  # PEFT asks one of CAUSAL_LM to generate
         values["task_type"] = None
     tensors = adapter_tensors(module, name) | method.shared_tensors(module, name, config)
     if fused_experts:
