@@ -1,17 +1,17 @@
-"""Rows, their token ids and labels, and the batches they end up in."""
+"""Rows as token ids and labels, what is cut from long ones, and what is refused."""
 
 import json
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorakit as lk
-from lorakit.data.batching import batches, collate
-from lorakit.data.encode import IGNORE, Example, encode_rows
-from lorakit.data.rows import read_rows
+from lorakit.data.encode import IGNORE, Encoder, encode_rows
 from lorakit.data.schemas import Pair
+from lorakit.models.tokenizer import Tokenizer
+from tests.data.chats import CHAT, GENERATION, SYSTEM, TOOLS, TURNS, assistant, encode, shown, user
+from tests.data.files import ROWS, written
 
 
 @pytest.fixture(scope="module")
@@ -56,81 +56,6 @@ def test_policies_for_long_rows(tok, caplog):
         encode_rows(rows[:1], tok, max_seq_length=10, over_length="drop")
 
 
-def test_jsonl(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(
-        '{"prompt": "a", "completion": "é", "id": 3}\n\n{"prompt": "", "completion": "c"}\n'
-    )
-    assert [r[:2] for r in read_rows(path)] == [("a", "é"), ("", "c")]
-    assert read_rows(path)[1].place.endswith("rows.jsonl line 3")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "rows.jsonl holds no rows"),
-        ("\n\n", "holds no rows"),
-        ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"', "line 2 is not valid JSON"),
-        ("[1]", r"line 1 must be an object.*not \[1\]"),
-        ('{"promt": "a", "completion": "b"}', "'prompt' is missing .did you mean 'promt'"),
-        ('{"prompt": "a"}', "line 1: field 'completion' is missing"),
-        ('{"prompt": 3, "completion": "b"}', "'prompt' must be text, not 3"),
-        ('{"prompt": "a", "completion": ""}', "the completion is empty"),
-    ],
-)
-def test_bad_rows(tmp_path, text, message):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(text)
-    with pytest.raises(lk.LorakitError, match=message):
-        read_rows(path)
-
-
-def test_bad_files(tmp_path):
-    with pytest.raises(lk.LorakitError, match="does not exist"):
-        read_rows(tmp_path / "none.jsonl")
-    with pytest.raises(lk.LorakitError, match="is a directory"):
-        read_rows(tmp_path)
-    (tmp_path / "bin").write_bytes(b"\xff\xfe")
-    with pytest.raises(lk.LorakitError, match="not UTF-8"):
-        read_rows(tmp_path / "bin")
-    with pytest.raises(lk.LorakitError, match="is no path"):
-        read_rows("a\0b")
-    (tmp_path / "deep").write_text("[" * 100_000)
-    with pytest.raises(lk.LorakitError, match="deep line 1 is not valid JSON"):
-        read_rows(tmp_path / "deep")
-    with pytest.raises(lk.LorakitError, match="row 1: field 'prompt' is missing"):
-        read_rows([{"prompt": "a", "completion": "b"}, {"text": "c"}])
-
-
-@given(
-    st.lists(st.integers(1, 100), min_size=1, max_size=200),
-    st.integers(1, 9),
-    st.integers(0, 5),
-    st.integers(0, 5),
-)
-def test_batches_hold_every_row_once(lengths, size, seed, epoch):
-    cut = batches(lengths, size, seed, epoch)
-    assert sorted(i for batch in cut for i in batch) == list(range(len(lengths)))
-    assert all(1 <= len(batch) <= size for batch in cut)
-    assert cut == batches(lengths, size, seed, epoch)
-
-
-def test_batches_differ_by_epoch_and_waste_little():
-    lengths = [(7 * i) % 101 + 1 for i in range(1000)]
-    cut = batches(lengths, 8, 0, 0)
-    assert cut != batches(lengths, 8, 0, 1)
-    assert cut != batches(lengths, 8, 1, 0)
-    padded = sum(len(b) * max(lengths[i] for i in b) for b in cut)
-    assert padded < 1.1 * sum(lengths)
-
-
-def test_collate():
-    rows = [Example([5, 6], [IGNORE, 6]), Example([7, 8, 9], [7, 8, 9])]
-    ids, labels = collate(rows)
-    assert torch.equal(ids, torch.tensor([[5, 6, 0], [7, 8, 9]]))
-    assert torch.equal(labels, torch.tensor([[IGNORE, 6, IGNORE], [7, 8, 9]]))
-
-
 def test_the_place_of_text_that_is_not_unicode(tok):
     with pytest.raises(lk.LorakitError, match="f line 3: not valid Unicode"):
         encode_rows([Pair("\ud83d", "x", "f line 3")], tok, max_seq_length=9)
@@ -140,3 +65,116 @@ def test_json_round_trip_of_any_text(tok):
     text = json.loads(json.dumps("naïve \u2028 😀"))
     [example] = encode_rows([Pair("", text, "r")], tok, max_seq_length=200)
     assert tok.decode([i for i in example.labels if i != IGNORE]) == text
+
+
+def test_examples_of_a_file_are_made_again(tmp_path, tiny_dir):
+    tok = lk.load_tokenizer(tiny_dir)
+    path = written(tmp_path / "rows.jsonl", [*ROWS, {"prompt": "a" * 99, "completion": "b"}])
+    held = lk.encode_rows(list(lk.read_rows(path)), tok, max_seq_length=60, over_length="drop")
+    lazy = lk.encode_rows(lk.read_rows(path), tok, max_seq_length=60, over_length="drop")
+    assert len(lazy) == len(held) == 3
+    assert list(lazy) == list(held)
+    assert lazy[1:] == held[1:]
+    assert list(lazy.lengths) == list(held.lengths) == [len(e.input_ids) for e in held]
+    assert lazy.place(2) == held.place(2) == f"{path} line 3"
+
+
+def test_rows_with_nothing_to_learn(tiny):
+    tok = tiny(TURNS + GENERATION)
+    with pytest.raises(lk.LorakitError, match="row 0: no turn of the assistant"):
+        encode(tok, CHAT[:2])
+    with pytest.raises(lk.LorakitError, match="row 0: the chat template leaves out the tools"):
+        encode(tok, CHAT, TOOLS)
+    with pytest.raises(lk.LorakitError, match=r"train_on is 'al' .did you mean 'all'"):
+        encode(tok, CHAT, train_on="al")
+    with pytest.raises(lk.LorakitError, match=r"over_length is 'cut'; choose truncate, drop"):
+        encode(tok, CHAT, over_length="cut")
+    with pytest.raises(lk.LorakitError, match="row 3: starts with <s> twice"):
+        Encoder(tok)(Pair("<s>a", "b", "row 3"))
+
+
+def test_prompt_messages_are_not_learned(tiny):
+    tok = tiny(TURNS + GENERATION)
+    row = {"prompt": [*CHAT, user("e")], "completion": [assistant("f")]}
+    [read] = lk.read_rows([row])
+    assert read.first == 4
+    assert shown(tok, Encoder(tok)(read)) == ["f</s>"]
+
+
+def test_long_chats_lose_their_oldest_exchanges(tiny):
+    tok = tiny(TURNS + GENERATION)
+    chat = [SYSTEM]
+    for i in range(5):
+        chat += [user(f"question {i}"), assistant(f"answer {i}")]
+    whole = encode(tok, chat)
+    cut = encode(tok, chat, max_seq_length=len(whole.input_ids) - 1)
+    assert cut.input_ids == tok.apply_chat_template([SYSTEM, *chat[3:]])
+    assert shown(tok, cut) == [f"answer {i}</s>" for i in range(1, 5)]
+    # of the last exchange the start of the prompt goes, then the end of the answer
+    last = encode(tok, chat, max_seq_length=12)
+    assert tok.decode(last.input_ids, skip_special_tokens=False) == "<s>: answer 4</s>"
+    assert shown(tok, encode(tok, chat, max_seq_length=5)) == ["answ"]
+
+
+def test_alpaca(tiny):
+    chat = tiny(TURNS + GENERATION)
+    rows = [
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        {"instruction": "Go.", "output": "x"},
+    ]
+    full, plain = lk.read_rows(rows)
+    expected = [user("Add.\n\n1 2"), assistant("3")]
+    assert Encoder(chat)(full) == encode(chat, expected)
+    bare = tiny(None)
+    example = Encoder(bare)(full)
+    text = bare.decode(example.input_ids)
+    assert text.endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:3")
+    assert shown(bare, example) == ["3</s>"]
+    assert "### Input" not in bare.decode(Encoder(bare)(plain).input_ids)
+
+
+def test_plain_text_is_learned_whole(tiny):
+    tok = tiny(None)
+    [row] = lk.read_rows([{"text": "abc"}])
+    ids = [*tok.encode("abc"), 2]
+    assert Encoder(tok)(row) == (ids, ids)
+    assert Encoder(tok, max_seq_length=3)(row) == (ids[:3], ids[:3])
+    assert Encoder(tok, train_on="all")(Pair("a", "b", "")).labels == [*tok.encode("ab"), 2]
+
+
+def test_an_end_token_is_wanted_where_all_is_learned(tiny):
+    tok = tiny(TURNS.replace("</s>", "\n") + GENERATION)
+    with pytest.raises(lk.LorakitError, match="puts no end token after message 2"):
+        encode(tok, CHAT, train_on="all")
+    encode(tok, CHAT[:2], train_on="all")  # nobody answers here
+
+
+def test_end_tokens_of_the_rows_and_of_the_tokenizer(tiny):
+    """One that a completion holds already is not put twice; one in front of it is refused."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers.processors import TemplateProcessing
+
+    tok = tiny(None)
+    once, twice = (Encoder(tok)(Pair("a", text, "row 0")) for text in ("b", "b</s>"))
+    assert once == twice
+    backend = Backend.from_str(tok.backend.to_str())
+    special = [("<s>", tok.bos_token_id), ("</s>", tok.eos_token_id)]
+    backend.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=special)
+    closing = Tokenizer(backend, tok.special_tokens, None)
+    with pytest.raises(lk.LorakitError, match="row 0: the tokenizer puts its end token behind"):
+        Encoder(closing)(Pair("a", "b", "row 0"))
+    [row] = lk.read_rows([{"text": "ab"}])
+    assert Encoder(closing)(row) == Encoder(tok)(row)
+
+
+@pytest.mark.parametrize("over_length", ["truncate", "drop"])
+def test_the_largest_id_is_that_of_the_examples(tok, tmp_path, over_length):
+    """Of what is kept, not of what is cut off; held and lazy, pairs and single rows."""
+    rows = [{"prompt": "b" * i, "completion": "a" * 4 + "z" * i} for i in range(1, 9)]
+    choices = [{"prompt": "b", "chosen": "a" * i, "rejected": "z" * i} for i in range(1, 9)]
+    for values in (rows, choices):
+        for source in (values, written(tmp_path / "rows.jsonl", values)):
+            options = {"max_seq_length": 12, "over_length": over_length}
+            examples = encode_rows(lk.read_rows(source), tok, **options)
+            ids = [i for e in examples for answer in e.answers for i in answer.input_ids]
+            assert examples.largest_id == max(ids)

@@ -11,7 +11,7 @@ import pytest
 import lorakit as lk
 from lorakit.cli.main import main
 from lorakit.data.inspect import PLAIN, lint_rows, show_rows
-from tests.data.test_chats import SYSTEM, assistant, user
+from tests.data.chats import SYSTEM, assistant, user
 
 
 @pytest.fixture(scope="module")

@@ -11,38 +11,19 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 import lorakit as lk
-from lorakit.data.encode import IGNORE, TODAY, Encoder
-from lorakit.data.schemas import Chat, Pair
+from lorakit.data.encode import IGNORE, TODAY
 from lorakit.models.tokenizer import Tokenizer
 from tests.chat_templates import BOS_EOS, SPECIAL, TEMPLATES
+from tests.data.chats import CHAT, GENERATION, SYSTEM, TOOLS, TURNS, assistant, encode, shown, user
 from tests.models.gguf_files import write_vocabulary
 from tests.models.sentencepiece import spm_metadata
 
 TAGGED = ["llama3", "qwen25", "gemma3", "mistral"]
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "add",
-            "description": "Sums <two> numbers & é",
-            "parameters": {"type": "object", "properties": {"a": {"type": "number"}}},
-        },
-    }
-]
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def assistant(content, **fields):
-    return {"role": "assistant", "content": content, **fields}
 
 
 CALL = assistant(
     None, tool_calls=[{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
 )
-SYSTEM = {"role": "system", "content": "Be brief."}
 RESULT = {"role": "tool", "content": "3"}
 PLAIN = {
     "one": [user("Hi"), assistant("Hello there!")],
@@ -94,23 +75,6 @@ def make(smollm2, tmp_path_factory):
         return made[family]
 
     return build
-
-
-def encode(tok, messages, tools=None, train_on="completion", first=0, **options):
-    return Encoder(tok, train_on=train_on, **options)(Chat(messages, tools, first, "row 0"))
-
-
-def shown(tok, example):
-    """The runs of labels, as text."""
-    runs, last = [], None
-    for i, label in enumerate(example.labels):
-        if label != IGNORE:
-            assert label == example.input_ids[i]
-            if last != i - 1:
-                runs.append([])
-            runs[-1].append(label)
-            last = i
-    return [tok.decode(run, skip_special_tokens=False) for run in runs]
 
 
 def check_as_transformers(pair, messages, tools):
@@ -272,21 +236,6 @@ def test_smollm2(smollm2, chat):
 # ---- what is refused ----
 
 
-@pytest.fixture(scope="module")
-def tiny(tiny_dir):
-    tok = lk.load_tokenizer(tiny_dir)
-
-    def build(template):
-        return Tokenizer(tok.backend, tok.special_tokens, template)
-
-    return build
-
-
-CHAT = [SYSTEM, user("ab"), assistant("cd")]
-TURNS = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
-GENERATION = "{% if add_generation_prompt %}<s>assistant: {% endif %}"
-
-
 @pytest.mark.parametrize(
     ("template", "message"),
     [
@@ -307,69 +256,6 @@ def test_templates_that_would_teach_something_else(tiny, template, message):
         return
     with pytest.raises(lk.LorakitError, match=f"row 0: .*({message})"):
         encode(tok, CHAT)
-
-
-def test_rows_with_nothing_to_learn(tiny):
-    tok = tiny(TURNS + GENERATION)
-    with pytest.raises(lk.LorakitError, match="row 0: no turn of the assistant"):
-        encode(tok, CHAT[:2])
-    with pytest.raises(lk.LorakitError, match="row 0: the chat template leaves out the tools"):
-        encode(tok, CHAT, TOOLS)
-    with pytest.raises(lk.LorakitError, match=r"train_on is 'al' .did you mean 'all'"):
-        encode(tok, CHAT, train_on="al")
-    with pytest.raises(lk.LorakitError, match=r"over_length is 'cut'; choose truncate, drop"):
-        encode(tok, CHAT, over_length="cut")
-    with pytest.raises(lk.LorakitError, match="row 3: starts with <s> twice"):
-        Encoder(tok)(Pair("<s>a", "b", "row 3"))
-
-
-def test_prompt_messages_are_not_learned(tiny):
-    tok = tiny(TURNS + GENERATION)
-    row = {"prompt": [*CHAT, user("e")], "completion": [assistant("f")]}
-    [read] = lk.read_rows([row])
-    assert read.first == 4
-    assert shown(tok, Encoder(tok)(read)) == ["f</s>"]
-
-
-def test_long_chats_lose_their_oldest_exchanges(tiny):
-    tok = tiny(TURNS + GENERATION)
-    chat = [SYSTEM]
-    for i in range(5):
-        chat += [user(f"question {i}"), assistant(f"answer {i}")]
-    whole = encode(tok, chat)
-    cut = encode(tok, chat, max_seq_length=len(whole.input_ids) - 1)
-    assert cut.input_ids == tok.apply_chat_template([SYSTEM, *chat[3:]])
-    assert shown(tok, cut) == [f"answer {i}</s>" for i in range(1, 5)]
-    # of the last exchange the start of the prompt goes, then the end of the answer
-    last = encode(tok, chat, max_seq_length=12)
-    assert tok.decode(last.input_ids, skip_special_tokens=False) == "<s>: answer 4</s>"
-    assert shown(tok, encode(tok, chat, max_seq_length=5)) == ["answ"]
-
-
-def test_alpaca(tiny):
-    chat = tiny(TURNS + GENERATION)
-    rows = [
-        {"instruction": "Add.", "input": "1 2", "output": "3"},
-        {"instruction": "Go.", "output": "x"},
-    ]
-    full, plain = lk.read_rows(rows)
-    expected = [user("Add.\n\n1 2"), assistant("3")]
-    assert Encoder(chat)(full) == encode(chat, expected)
-    bare = tiny(None)
-    example = Encoder(bare)(full)
-    text = bare.decode(example.input_ids)
-    assert text.endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:3")
-    assert shown(bare, example) == ["3</s>"]
-    assert "### Input" not in bare.decode(Encoder(bare)(plain).input_ids)
-
-
-def test_plain_text_is_learned_whole(tiny):
-    tok = tiny(None)
-    [row] = lk.read_rows([{"text": "abc"}])
-    ids = [*tok.encode("abc"), 2]
-    assert Encoder(tok)(row) == (ids, ids)
-    assert Encoder(tok, max_seq_length=3)(row) == (ids[:3], ids[:3])
-    assert Encoder(tok, train_on="all")(Pair("a", "b", "")).labels == [*tok.encode("ab"), 2]
 
 
 ONE_CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
@@ -397,28 +283,3 @@ def test_what_a_template_cuts_from_an_answer(tiny, train_on):
     within = [user("q"), assistant("<think>because</think>ans")]
     with pytest.raises(lk.LorakitError, match="leaves out the content of message 1, or a part"):
         encode(tiny(cut + GENERATION), within, train_on=train_on)
-
-
-def test_an_end_token_is_wanted_where_all_is_learned(tiny):
-    tok = tiny(TURNS.replace("</s>", "\n") + GENERATION)
-    with pytest.raises(lk.LorakitError, match="puts no end token after message 2"):
-        encode(tok, CHAT, train_on="all")
-    encode(tok, CHAT[:2], train_on="all")  # nobody answers here
-
-
-def test_end_tokens_of_the_rows_and_of_the_tokenizer(tiny):
-    """One that a completion holds already is not put twice; one in front of it is refused."""
-    from tokenizers import Tokenizer as Backend
-    from tokenizers.processors import TemplateProcessing
-
-    tok = tiny(None)
-    once, twice = (Encoder(tok)(Pair("a", text, "row 0")) for text in ("b", "b</s>"))
-    assert once == twice
-    backend = Backend.from_str(tok.backend.to_str())
-    special = [("<s>", tok.bos_token_id), ("</s>", tok.eos_token_id)]
-    backend.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=special)
-    closing = Tokenizer(backend, tok.special_tokens, None)
-    with pytest.raises(lk.LorakitError, match="row 0: the tokenizer puts its end token behind"):
-        Encoder(closing)(Pair("a", "b", "row 0"))
-    [row] = lk.read_rows([{"text": "ab"}])
-    assert Encoder(closing)(row) == Encoder(tok)(row)

@@ -1,0 +1,132 @@
+"""What rows of every format mean, and which are refused."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lorakit as lk
+from lorakit.data.rows import content_digest
+from lorakit.data.schemas import Chat, Instruction, Pair, Text
+from tests.data.files import CALL, HI, TOOL, YO, texts
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "a", "completion": "b", "id": 3}, Pair("a", "b", "row 0")),
+        ({"prompt": [HI], "completion": [YO]}, Chat([HI, YO], None, 1, "row 0")),
+        ({"prompt": [], "completion": [HI, YO]}, Chat([HI, YO], None, 0, "row 0")),
+        ({"text": "a"}, Text("a", "row 0")),
+        ({"messages": [HI, YO], "text": "x"}, Chat([HI, YO], None, 0, "row 0")),
+        ({"messages": [HI, CALL], "tools": [TOOL]}, Chat([HI, CALL], [TOOL], 0, "row 0")),
+        ({"messages": [HI], "tools": json.dumps([TOOL])}, Chat([HI], [TOOL], 0, "row 0")),
+        ({"messages": [{**HI, "name": None}], "tools": []}, Chat([HI], None, 0, "row 0")),
+        ({"instruction": "a", "output": "b"}, Instruction("a", "", "b", "row 0")),
+        ({"instruction": "a", "input": None, "output": "b"}, Instruction("a", "", "b", "row 0")),
+        (
+            {"instruction": "a", "input": "i", "output": "b", "text": "t"},
+            Instruction("a", "i", "b", "row 0"),
+        ),
+        (
+            {
+                "system": "S",
+                "conversations": [
+                    {"from": "human", "value": "Hi"},
+                    {"from": "gpt", "value": "Yo"},
+                ],
+            },
+            Chat([{"role": "system", "content": "S"}, HI, YO], None, 0, "row 0"),
+        ),
+    ],
+)
+def test_formats(row, expected):
+    assert lk.read_rows([row]) == [expected]
+
+
+def test_format_may_be_named():
+    row = {"prompt": "a", "completion": "b", "text": "c"}
+    assert lk.read_rows([row], format="text") == [Text("c", "row 0")]
+    with pytest.raises(lk.LorakitError, match="row 0: field 'instruction' is missing"):
+        lk.read_rows([row], format="alpaca")
+    with pytest.raises(lk.LorakitError, match=r"format is 'alpacca' .did you mean 'alpaca'"):
+        lk.read_rows([row], format="alpacca")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"txt": "a"}, "no field that tells its format .did you mean 'txt'..: messages.* has txt"),
+        ({}, "it has none"),
+        ({3: 4}, "it has 3"),
+        ({"messages": []}, "messages must be a list of one or more"),
+        ({"messages": "x"}, "messages must be a list of one or more, not 'x'"),
+        ({"messages": [HI, "x"]}, "row 0, message 1 must be an object"),
+        ({"messages": [{"content": "x"}]}, "message 0: field 'role' is missing"),
+        ({"messages": [{"role": "", "content": "x"}]}, "message 0 has an empty role"),
+        ({"messages": [{"role": "user"}]}, "message 0 has neither content nor tool_calls"),
+        ({"messages": [{"role": "user", "content": [1]}]}, "'content' must be text, not .1."),
+        ({"messages": [HI], "tools": {"a": 1}}, "tools must be a list of objects"),
+        ({"messages": [HI], "tools": "["}, "row 0, tools is not valid JSON"),
+        ({"conversations": 3}, "conversations must be a list of turns"),
+        ({"conversations": []}, "messages must be a list of one or more"),
+        ({"conversations": [3]}, "turn 0 must be an object with from and value"),
+        (
+            {"conversations": [{"from": "humans", "value": "x"}]},
+            "turn 0 is from 'humans' .did you mean 'human'..; it must be one of system, human",
+        ),
+        ({"conversations": [{"from": "gpt"}]}, "turn 0: field 'value' is missing"),
+        ({"prompt": [HI], "completion": "x"}, "must both be text, or both messages"),
+        ({"instruction": "a", "output": ""}, "the output is empty"),
+        ({"text": ""}, "the text is empty"),
+        ({"text": "x" * 999, "messages": None}, "messages must be a list"),
+    ],
+)
+def test_rows_that_are_refused(row, message):
+    with pytest.raises(lk.LorakitError, match=message) as raised:
+        lk.read_rows([row])
+    assert len(str(raised.value)) < 300
+
+
+def test_one_format_per_source():
+    rows = [{"text": "a"}, {"prompt": "a", "completion": "b"}]
+    with pytest.raises(lk.LorakitError, match="row 1: field 'text' is missing"):
+        lk.read_rows(rows)
+    with pytest.raises(lk.LorakitError, match="row 1: rows that were read and others are mixed"):
+        lk.read_rows([*lk.read_rows(rows[:1]), rows[0]])
+    for wrong in ({"train": rows}, 3):
+        with pytest.raises(lk.LorakitError, match="data (is a mapping of train|must be a file)"):
+            lk.read_rows(wrong)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | texts,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "from", "value", "tool_calls", "x"]),
+            inner,
+            max_size=3,
+        )
+    ),
+    max_leaves=8,
+)
+
+
+FIELDS = [
+    *["messages", "conversations", "prompt", "completion", "instruction", "input", "output"],
+    *["text", "tools", "system"],
+]
+
+
+@settings(max_examples=300)
+@given(st.lists(st.dictionaries(st.sampled_from(FIELDS), json_values, max_size=4), max_size=3))
+def test_any_values_give_rows_or_one_error(values):
+    try:
+        rows = lk.read_rows(values)
+    except lk.LorakitError as error:
+        assert len(str(error)) < 600
+        return
+    assert len(rows) == len(values)
+    assert all(len(content_digest(row)) == 8 for row in rows)
