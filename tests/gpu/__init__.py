@@ -1,4 +1,4 @@
-"""What only a real GPU can show of the compiled kernels; `make gpu` runs it.
+"""These tests show what only a real GPU can show of the kernels; `make gpu` runs them.
 
 The interpreter runs one program after another, one value beside the next: it has no races, no
 rounding of the hardware, no second device and no memory to speak of. Here every op is repeated for

@@ -16,7 +16,7 @@ Op = tuple[Callable[..., Tensor | tuple[Tensor, ...]], list[Tensor]]
 
 
 class Shape(NamedTuple):
-    """Of rows [rows, width], heads [1, rows, 3, head_dim], logits [rows, vocabulary]."""
+    """The sizes of rows [rows, width], heads [1, rows, 3, head_dim], logits [rows, vocabulary]."""
 
     device: torch.device
     dtype: torch.dtype
@@ -29,7 +29,7 @@ class Shape(NamedTuple):
         return random(self.device, *shape, seed=seed, scale=scale).to(self.dtype)
 
     def labels(self) -> Tensor:
-        """Of which some do not count."""
+        """Make labels, of which some do not count."""
         generator = torch.Generator().manual_seed(9)
         labels = torch.randint(self.vocabulary, (self.rows,), generator=generator)
         ignored = torch.rand(self.rows, generator=generator) < 0.3
@@ -43,7 +43,7 @@ def random(device: torch.device, *shape: int, seed: int = 0, scale: float = 1.0)
 
 
 def outputs_and_gradients(f: Callable, inputs: list[Tensor]) -> list[Tensor]:
-    """Of f, for gradients of its outputs that depend on their shapes alone."""
+    """Run f and its backward, for gradients that depend on the shapes of its outputs alone."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     out = f(*leaves)
     out = out if isinstance(out, tuple) else (out,)

@@ -1,5 +1,5 @@
-"""The same inputs give the same bits every time, forward and backward: no race, no atomics, no
-value that was never written.
+"""Equal inputs give equal bits every time, forward and backward: no race, no atomics, no value
+that was never written.
 """
 
 import pytest

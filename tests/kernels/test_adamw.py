@@ -119,7 +119,7 @@ def test_quantizing_twice_changes_nothing(numbers, exponent):
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="its CUDA kernel has 1 - beta in fp32: 1e-5 off")
 @backends
 def test_equals_bitsandbytes_step_for_step(backend):
-    """From the same state, ours is never further from the exact moments than theirs."""
+    """Ours is never further from the exact moments than theirs, from one state on."""
     optim = pytest.importorskip("bitsandbytes.optim")
     n = 5000
     theirs = torch.nn.Parameter(random(0, n))
@@ -204,7 +204,7 @@ def test_what_a_gradient_that_is_not_finite_does(backend, number):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes_and_strides(dtype):
-    """In fp32, whatever comes in; row-major order, whatever the strides. By the reference."""
+    """The reference computes in fp32, whatever comes in, and in row-major order."""
     p, g = random(0, 40, 30), random(1, 40, 30)
     turned = p.t().contiguous().t().to(dtype)
     m, v = moments(1200)

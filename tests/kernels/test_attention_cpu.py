@@ -35,7 +35,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @contextlib.contextmanager
 def guarded():
-    """What is allocated inside lies between zones of NaN. Raises if a zone has changed."""
+    """Lay what is allocated inside between zones of NaN; raise if a zone has changed."""
     buffers, allocate = [], torch.empty
 
     def fenced(byte, shape, dtype, device):
@@ -64,7 +64,7 @@ def threads(count):
 
 
 def between_nan(x):
-    """A copy as a view with NaN before and behind every head, token and row of the batch."""
+    """A copy as a view with NaN before and after every head, token and row of the batch."""
     wide = torch.full([n + 2 for n in x.shape], math.nan, dtype=x.dtype)
     return wide[tuple(slice(1, n + 1) for n in x.shape)].copy_(x)
 
@@ -83,7 +83,7 @@ def value_and_grads(f, q, k, v, grad):
 
 
 def formula(q, k, v, seen, scale, softcap):
-    """With every score; `seen` [B, 1, T, S]. A query that sees nothing gets 0."""
+    """Attend with every score; `seen` [B, 1, T, S]. A query that sees nothing gets 0."""
     group = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
     scores = torch.einsum("bthd,bshd->bhts", q, k) * scale

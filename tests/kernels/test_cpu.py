@@ -367,7 +367,7 @@ def test_silu_is_good_to_three_ulp(isa):
 
 @pytest.mark.parametrize("hidden_act", ACTIVATIONS)
 def test_activations_of_extreme_values(hidden_act):
-    """Of huge gates the value and the slope are those of the identity, or 0; NaN stays NaN."""
+    """The value and slope of huge gates are those of the identity, or 0; NaN stays NaN."""
     gate = torch.tensor([-1e30, -1e4, -0.0, 0.0, 1e4, 1e30, math.nan]).requires_grad_()
     with on_cpu():
         y = kernels.gated(gate, torch.ones_like(gate), hidden_act)
@@ -408,7 +408,7 @@ forms = st.fixed_dictionaries(
     st.floats(0, 1), st.sampled_from([0.1, 1.0, 30.0]), seeds,
 )  # fmt: skip
 def test_cross_entropy(isa, rows, V, dtype, form, ignored, scale, seed):
-    """Of rows that lie apart, in pieces of 4096 and a rest of any length."""
+    """The rows lie apart, and are cut into pieces of 4096 and a rest of any length."""
     wide = random(seed, rows, V + 3, scale=scale).to(dtype)
     labels = torch.randint(V, (rows,), generator=torch.Generator().manual_seed(seed))
     labels[random(seed + 1, rows) < 4 * ignored - 2] = -100
@@ -429,7 +429,7 @@ def test_cross_entropy(isa, rows, V, dtype, form, ignored, scale, seed):
     st.sampled_from([0.1, 1.0, 30.0]), seeds,
 )  # fmt: skip
 def test_loss_and_gradient_of_a_chunk(isa, rows, V, dtype, form, scale, seed):
-    """In the memory of the logits, and the bits of the op that keeps them."""
+    """It lies in the memory of the logits, and has the bits of the op that keeps them."""
     from lorakit.kernels.ops.cross_entropy import cpu
     from lorakit.kernels.ops.cross_entropy.linear import Form
 
@@ -621,7 +621,7 @@ def test_adamw_8bit(isa, sizes, t, decades, seed):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("number", [math.nan, -math.nan, math.inf, -math.inf])
 def test_adamw_8bit_of_a_gradient_that_is_not_finite(isa, number):
-    """In a whole block and in a short one; the block is lost from the next step on."""
+    """A whole block and a short one are lost from the next step on."""
     p, grads = [random(0, 700)], [[random(i, 700)] for i in range(1, 4)]
     grads[0][0][[300, 600]] = number
     both_8bit(isa, p, grads, [Moment8bit.zeros(700, CPU)], [Moment8bit.zeros(700, CPU)], 1)
@@ -630,8 +630,8 @@ def test_adamw_8bit_of_a_gradient_that_is_not_finite(isa, number):
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_codes_around_every_edge(isa):
-    """With betas of 0 the moments are g and its square. g goes over every edge and level, the root
-    of every one of v's, and the four numbers on either side of each, beside a 1 in every block.
+    """The moments are g and its square: betas are 0. g goes over every edge and level, the root of
+    every one of v's, and the four numbers on either side of each, beside a 1 in every block.
     """
     signed, unsigned = signed_map(CPU), unsigned_map(CPU)
     at = [signed.edges[1:], signed.levels, unsigned.edges[1:].sqrt(), unsigned.levels.sqrt()]
@@ -718,7 +718,7 @@ def test_which_optimizer_runs():
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_change_no_bit(threads):
-    """Of rows enough to be shared among threads, also where gradients of a weight are summed."""
+    """The rows are enough to be shared among threads, also to sum gradients of a weight."""
     before = torch.get_num_threads()
     lists = [gradients(seed, [90_000, 17], 2) for seed in range(3)]
     lists.append([x.square() for x in lists[2]])

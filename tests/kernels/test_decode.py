@@ -355,7 +355,7 @@ def test_a_plan_names_the_tensor_that_does_not_fit():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", ["llama", "gemma 2", "gemma 3", "left padding", "q/k norm"])
 def test_a_prompt_is_the_same_as_its_tokens_one_by_one(case, dtype, name):
-    """Behind 40 slots that are filled already, 23 tokens a row in two pieces of a prompt."""
+    """A prompt of 23 tokens a row comes in two pieces, after 40 slots that are filled already."""
     shape = {**CASES[case], "B": 2, "slots": [(40, 63, 80)] * 3}
     plan, _, tables, cache, visible = build(dtype, **shape)
     ids = torch.randint(plan.vocab_size, (2, 23))

@@ -83,8 +83,8 @@ def test_products_by_panels(values, bias):
 
 
 def product(isa, x, q, bias):
-    """By the C++ kernel, into memory between guard zones, as x is: a read beyond its end would be
-    one of NaN.
+    """Multiply by the C++ kernel. x and the result lie between guard zones: a read beyond the end
+    of x would be one of NaN.
     """
     (M, K), N, zone = x.shape, q.shape[0], 64
 
@@ -148,8 +148,8 @@ def test_threads_change_no_bit(dtype):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_which_rows_are_few(isa, dtype):
-    """As many as the table says, of whole blocks, and not under autocast; a gradient of x in any
-    case.
+    """Few rows are as many as the table says, for whole blocks, and not under autocast; x gets a
+    gradient in any case.
     """
     for K, cast, few in ((128, False, True), (96, False, False), (128, True, False)):
         q = kernels.quantize_nf4(random(24, K))
@@ -211,8 +211,8 @@ class Base:
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("rows", [0, 1, 37, 64])
 def test_products_of_onednn(rows, turned, monkeypatch):
-    """As exact as torch's in fp32, whatever the strides; how many rows there are is nobody's
-    matter. Sums run in another order: each rounds to 2^-24 of the magnitudes it adds up.
+    """They are as exact as torch's in fp32, for any strides and any number of rows. Sums run in
+    another order: each rounds to 2^-24 of the magnitudes it adds up.
     """
     if not torch.backends.mkldnn.is_available():
         pytest.skip("torch was built without oneDNN")

@@ -115,8 +115,8 @@ def test_mlp(shape, inner, hidden_act, bias, dora):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_mlp_that_keeps_gate_and_up(dtype):
-    """The same bits as by computing them again, for 4 I bytes a token more, or 8 I in fp32. Of so
-    many rows that forward, too, makes the weights dense, and that none are filled up.
+    """To keep them gives the bits of computing them again, for 4 I bytes a token more, 8 I in fp32.
+    The rows are so many that forward, too, makes the weights dense, and that none are filled up.
     """
     gate, up, down = qlora_mlp(4, 64, 192)
     x, found = torch.randn(72, 64, dtype=dtype).requires_grad_(), []
@@ -232,7 +232,7 @@ def test_the_norms_of_dora_without_the_sum():
 
 
 def saved_bytes(call):
-    """What autograd keeps from the call to its backward, each memory once."""
+    """Count what autograd keeps from the call to its backward, each memory once."""
     found = {}
 
     def note(t):
@@ -258,7 +258,7 @@ def qlora_mlp(r=16, H=1024, I=3584):  # noqa: E741
 
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
 def test_a_qlora_mlp_keeps_its_input_alone(dropout):
-    """At most 2,100 bytes a token at H = 1024, I = 3584: x in bf16 is 2,048."""
+    """It keeps at most 2,100 bytes a token at H = 1024, I = 3584: x in bf16 is 2,048."""
     import dataclasses
 
     layers = [dataclasses.replace(each, dropout=dropout) for each in qlora_mlp()]
@@ -311,7 +311,7 @@ def test_the_output_may_be_changed_in_place():
 @pytest.mark.skipif(dispatch._multiplies_bf16(), reason="the processor has 16-bit products")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bits_are_multiplied_in_fp32_where_that_is_faster(dtype):
-    """The same dtypes, nearer to fp64 than products in 16 bits are; forced plain torch stays so."""
+    """Dtypes stay, values are nearer to fp64 than products in 16 bits; forced torch stays so."""
     torch.manual_seed(0)
     each = layer(300, 200, 8, dtype)
     x = torch.randn(40, 300, dtype=dtype, requires_grad=True)
@@ -386,7 +386,7 @@ def test_refusals():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_input_that_is_made_again_is_not_kept(dtype):
-    """The same bits, and of x nothing is left until backward."""
+    """The bits stay, and nothing of x is left until backward."""
     gate, up, down = qlora_mlp(4, 64, 192)
     source = torch.randn(2, 40, 64, dtype=dtype)
 

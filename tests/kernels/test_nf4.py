@@ -133,7 +133,7 @@ def test_equals_bitsandbytes(shape, dtype, block_size, kind):
 )
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_rows_that_are_no_multiple_of_the_block_size(rows, columns, block_size, kind):
-    """Where bitsandbytes' AVX-512 kernel is wrong: a relative error of 0.22 to 0.28 (NF4)."""
+    """The AVX-512 kernel of bitsandbytes is off there by a relative error of 0.22 to 0.28 (NF4)."""
     functional = pytest.importorskip("bitsandbytes.functional")
     w = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
     packed, state = functional.quantize_4bit(w, blocksize=block_size, quant_type=kind)
@@ -383,7 +383,7 @@ def around(x):
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_codes_around_every_threshold(isa, kind, dtype):
-    """In blocks of which the largest value is 1, and in as many as all ways to encode one meet."""
+    """The largest value of each block is 1; the blocks are so many that all ways to encode meet."""
     numbers = around(nf4.thresholds(kind, CPU).to(dtype))
     numbers = torch.cat([numbers, -numbers]).clamp(-1, 1)
     for block_size in (32, 64):
@@ -398,7 +398,7 @@ def test_codes_around_every_threshold(isa, kind, dtype):
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_scale_codes_around_every_middle(isa):
-    """Of residues over all middles and levels of the dynamic map, in groups whose largest is 1."""
+    """Residues go over all middles and levels of the dynamic map; the largest of a group is 1."""
     numbers = around(torch.cat([nf4.middles(CPU), nf4.dynamic_map(CPU)])).clamp(-1, 1)
     groups = torch.nn.functional.pad(numbers, (0, -len(numbers) % 255)).view(-1, 255)
     residues = torch.nn.functional.pad(groups, (1, 0), value=1.0).view(-1)[:-70]
@@ -415,7 +415,7 @@ def test_scale_codes_around_every_middle(isa):
 @settings(max_examples=100)
 @given(isas, st.integers(1, 2000), st.integers(0, 2**31), st.integers(-150, 127))
 def test_double_quantization_equals_the_reference_bit_for_bit(isa, n, seed, exponent):
-    """Of any scales, from the subnormals to the largest, also where their sum overflows."""
+    """It does for any scales, from subnormals to the largest, also where their sum overflows."""
     absmax = normal(n, seed, exponent, 0.1).abs()
     offset = nf4.reference.mean_absmax(absmax)
     options = offset, nf4.middles(CPU), nf4.ABSMAX_FLOOR

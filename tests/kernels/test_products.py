@@ -24,7 +24,7 @@ sizes = st.sampled_from([1, 2, 5, 6, 7, 12, 13, 17, 40, 63, 64, 65, 100, 130])
 
 
 def fenced(shape, dtype, width=None):
-    """A matrix of NaN between others: rows `width` apart, with a row before and behind it."""
+    """A matrix of NaN between others: rows `width` apart, with a row before and after it."""
     width = width or shape[1] + 3
     whole = torch.full((shape[0] + 2, width), float("nan"), dtype=dtype)
     return whole, whole[1:-1, : shape[1]]
@@ -46,7 +46,7 @@ def term(generator, M, N, depth, kind, turned):
 
 
 def exactly(terms, scale, bias):
-    """In fp64, of the values in bf16 that are multiplied; and the same of all magnitudes."""
+    """Multiply in fp64 the values in bf16 that the kernel multiplies, and their magnitudes."""
     total = size = 0
     for a, b, turned, factor in terms:
         b = spelled_out.dense(b, factor).double()
@@ -157,7 +157,7 @@ def passes(group, x, dys, need):
     st.booleans(), st.booleans(), st.sampled_from([0.0, 0.5, 1.0]), seeds,
 )  # fmt: skip
 def test_layers_of_one_input_agree(M, ranks, packed, biased, rate, seed):
-    """The same outputs and gradients as from torch's products of fp32 copies, but for three
+    """Outputs and gradients are those of torch's products of fp32 copies, up to three
     roundings to bf16: of A or B, of x A^T or s dy B, and of the result, each at most 2^-9 of the
     sum of the magnitudes. Ranks may be odd.
     """

@@ -370,7 +370,7 @@ def test_gated_activations_backward_in_place(n, dtype, hidden_act, seed):
 
 
 def some_labels(rows, vocabulary, seed):
-    """Of which some do not count."""
+    """Make labels, of which some do not count."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, vocabulary, (rows,), generator=generator)
     return labels.masked_fill(torch.rand(rows, generator=generator) < 0.3, -100).to(DEVICE)
@@ -421,7 +421,7 @@ def test_cross_entropy_writes_its_gradient_and_nothing_else():
         ours.gradient(logits, labels, lse, torch.tensor(2.0, device=DEVICE), Form(), -100, logits)
     assert (memory[0] == 7).all()
     assert (memory[-1] == 7).all()
-    assert (memory[1:-1, 48:] == 7).all()  # what lies behind the padding to 16
+    assert (memory[1:-1, 48:] == 7).all()  # what lies after the padding to 16
     expected = random(0, rows, vocabulary).softmax(-1)
     expected[0, 3] -= 1
     expected[2, 36] -= 1

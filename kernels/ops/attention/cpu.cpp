@@ -18,7 +18,7 @@
 // rows]. Of single values lines and words are the same. All sums, and p and ds until they are packed, are fp32.
 //
 // Every product is made of tiles of sums that stay in registers. What nobody sees is left out of it: of scores tiles,
-// and of sums over keys, or rows, the words before the first and behind the last that is seen by one of the tile's.
+// and of sums over keys, or rows, the words before the first and after the last that is seen by one of the tile's.
 //
 // Threads take the units from one list, the longest first. A unit owns its rows of y, lse and dq. The units of one
 // document and key head all add to dk and dv, block of keys by block of keys, and for each they wait for their turn:
@@ -166,7 +166,7 @@ struct Product {
 template <class Op, bool TRANSPOSED, int M, int N>
 void tile(const Product& x, int64_t j) {
     Vec sums[M][N];
-#pragma GCC unroll 8  // lest the sums live in memory
+#pragma GCC unroll 8  // or the sums would live in memory
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 3
         for (int n = 0; n < N; ++n) sums[i][n] = x.add ? load(x.c + i * x.c_apart + j + n * LINE) : fill(0);
@@ -424,7 +424,7 @@ struct Unit {
         }
     }
 
-    // Of the unit's rows, zeros behind the last; by way of `sums`.
+    // Of the unit's rows, zeros after the last; by way of `sums`.
     template <class At>
     void load_columns(At at, float* to) const {
         for (int64_t i = 0; i < rows; ++i) Op::line(at(i), D, sums + i * wide);

@@ -17,8 +17,8 @@ from ..frozen_linear.dense import Packed, panels
 from ..products import Sum, Term
 
 # Logits held at a time: 24 MB on a CPU, but not fewer than FEWEST rows, because every chunk lays
-# the head out anew; on a GPU, which products of few rows leave half idle, 256 MB in bf16, a
-# multiple of TILE rows.
+# the head out again. On a GPU, which products of few rows leave half idle, they are 256 MB in bf16,
+# and a multiple of TILE rows.
 CHUNK_BYTES, FEWEST = 24 << 20, 128
 CHUNK_LOGITS_GPU, TILE = 1 << 27, 128
 DEPTH = 4096  # words whose part of the hidden states' gradient is added up at a time

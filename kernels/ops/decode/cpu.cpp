@@ -544,7 +544,7 @@ struct Worker {
         }
     }
 
-    // Scores to exponentials below the piece's largest; slots that are not seen, and those behind the end, to 0.
+    // Scores to exponentials below the piece's largest; slots that are not seen, and those after the end, to 0.
     void soften(float* s, int64_t start, int64_t stop, const Context<W>& context, int64_t b, float* piece) const {
         const int64_t n = stop - start, whole = (n + TILE - 1) / TILE * TILE;
         const float cap = model.attn_softcap;

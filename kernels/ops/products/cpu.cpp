@@ -31,7 +31,7 @@ struct Term {
     const uint16_t* a;
     int64_t a_stride, depth;  // of a, even
     Matrix b;
-    int64_t b_depth, turned;  // zeros behind b_depth; turned: b is [N, b_depth]
+    int64_t b_depth, turned;  // zeros after b_depth; turned: b is [N, b_depth]
 };
 
 struct Sum {
