@@ -1,0 +1,91 @@
+"""Rotary frequencies and tables against transformers."""
+
+import json
+
+import pytest
+import torch
+
+import lorakit as lk
+from lorakit.models.rope import RopeConfig, inverse_frequencies
+from tests.conftest import LLAMA3_ROPE, LOGITS, tiny_llama
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 1e5},
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+        LLAMA3_ROPE,
+        {
+            **LLAMA3_ROPE,
+            "original_max_position_embeddings": 8192,
+            "rope_theta": 5e5,
+            "factor": 32.0,
+        },
+    ],
+)
+def test_rotary_frequencies(rope):
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = LlamaConfig(hidden_size=256, num_attention_heads=4, rope_parameters=dict(rope))
+    expected = LlamaRotaryEmbedding(config).inv_freq
+    ours = inverse_frequencies(RopeConfig(**rope), 64, torch.device("cpu"))
+    assert torch.allclose(ours, expected, rtol=1e-6)  # fp32, one or two roundings apart
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_parameters": {"rope_type": "default"}, "rope_theta": 5e5},
+        {"rope_theta": 1e4, "rope_scaling": {"type": "dynamic", "factor": 4.0}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 0.9}},
+        {
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 8.0,
+                "original_max_position_embeddings": 16,
+                "beta_fast": 3,
+                "truncate": False,
+                "mscale": 0.7,
+                "mscale_all_dim": 0.5,
+            }
+        },
+        {
+            "original_max_position_embeddings": 16,
+            "rope_scaling": {
+                "type": "longrope",
+                "short_factor": [1.0, 1.0, 1.5, 2.0],
+                "long_factor": [1.0, 2.0, 3.0, 5.0],
+            },
+        },
+        {"rope_parameters": {"type": "linear", "factor": 4.0, "rope_theta": 1e4}},
+        {"rope_theta": 1e3, "rope_scaling": {"type": "linear", "factor": 4.0}},
+        {
+            "rope_theta": 1e4,
+            "rope_parameters": {"rope_type": "default"},
+            "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+        },
+        {
+            "rope_theta": 1e4,
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+            },
+        },
+    ],
+)
+def test_every_spelling_of_rope_is_read_as_transformers_reads_it(tmp_path, change):
+    from transformers import AutoModelForCausalLM
+
+    tiny_llama().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    ids = torch.arange(60)[None]
+    ours = lk.load_model(tmp_path, dtype="float32")
+    assert (ours(ids) - theirs(ids).logits).abs().max() <= LOGITS

@@ -1,0 +1,81 @@
+"""What positions see: packed documents, padding, windows; and what is refused."""
+
+import pytest
+import torch
+
+import lorakit as lk
+from tests.conftest import LOGITS
+from tests.models.variants import load, packed_variants, variants
+
+
+@packed_variants
+@torch.no_grad()
+def test_packed_documents_do_not_see_each_other(tmp_path, family, options):
+    model = load(tmp_path, family, options)
+    torch.manual_seed(0)
+    documents = [torch.randint(97, (1, n)) for n in (3, 27, 1, 12)]
+    cu_seqlens = torch.tensor([0, 3, 30, 31, 43], dtype=torch.int32)
+    packed = model(torch.cat(documents, 1), cu_seqlens=cu_seqlens)
+    for document, logits in zip(documents, packed.split([3, 27, 1, 12], dim=1), strict=True):
+        # each document's own logits, up to 7; products over more rows may sum in another order
+        assert (logits - model(document)).abs().max() <= 2e-5
+    documents[1] = torch.randint(97, (1, 27))
+    changed = model(torch.cat(documents, 1), cu_seqlens=cu_seqlens)
+    assert not torch.equal(changed[:, 3:30], packed[:, 3:30])
+    for part in (slice(0, 3), slice(30, 43)):
+        assert torch.equal(changed[:, part], packed[:, part])
+
+
+@pytest.mark.parametrize(
+    "bounds", [[0, 5], [1, 10], [0, 4, 4, 10], [0, 11], [0], [], [0, 6, 3, 10]]
+)
+def test_bad_cu_seqlens(tmp_path, bounds):
+    model = load(tmp_path, "llama", {})
+    with pytest.raises(lk.LorakitError, match="cu_seqlens must rise from 0"):
+        model(
+            torch.zeros(1, 10, dtype=torch.long), cu_seqlens=torch.tensor(bounds, dtype=torch.long)
+        )
+
+
+@pytest.mark.parametrize("wrong", [[0, 10], torch.tensor(3), torch.tensor([0.0, 10.0]), None])
+def test_cu_seqlens_of_the_wrong_type(tmp_path, wrong):
+    model = load(tmp_path, "llama", {})
+    ids = torch.zeros(1, 10, dtype=torch.long)
+    if wrong is None:
+        assert torch.equal(model(ids, cu_seqlens=wrong), model(ids))
+    else:
+        with pytest.raises(lk.LorakitError, match="cu_seqlens must be a tensor of whole numbers"):
+            model(ids, cu_seqlens=wrong)
+
+
+def test_packing_takes_one_row_and_no_padding(tmp_path):
+    model = load(tmp_path, "llama", {})
+    ids = torch.zeros(2, 4, dtype=torch.long)
+    with pytest.raises(lk.LorakitError, match="for 2 rows"):
+        model(ids, cu_seqlens=torch.tensor([0, 4]))
+    with pytest.raises(lk.LorakitError, match="neither a padding mask nor a cache"):
+        model(ids[:1], cu_seqlens=torch.tensor([0, 4]), attention_mask=torch.ones(1, 4))
+
+
+@variants
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_no_logit_and_no_loss(tmp_path, family, options, side):
+    model = load(tmp_path, family, options)
+    torch.manual_seed(0)
+    rows = [torch.randint(97, (n,)) for n in (5, 9, 20)]
+    ids = torch.zeros(3, 20, dtype=torch.long)
+    mask = torch.zeros(3, 20, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        place = slice(20 - len(row), 20) if side == "left" else slice(0, len(row))
+        ids[i, place], mask[i, place] = row, True
+    logits = model(ids, attention_mask=mask)
+    for i, row in enumerate(rows):
+        # another order of sums in fp32; padding itself contributes exact zeros
+        assert (logits[i][mask[i]] - model(row[None])[0]).abs().max() <= LOGITS
+    labels = ids.masked_fill(~mask, -100)
+    if side == "left":  # the first token of a row has nothing before it that could predict it
+        labels[torch.arange(3), mask.int().argmax(1)] = -100
+    loss, count = model.loss(ids, labels, attention_mask=mask)
+    alone = [model.loss(row[None], row[None]) for row in rows]
+    assert count == sum(n for _, n in alone)
+    assert abs(loss - sum(value for value, _ in alone)) <= 1e-5 * loss
