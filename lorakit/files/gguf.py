@@ -41,20 +41,20 @@ class TensorInfo(NamedTuple):
     """What the header says of one tensor."""
 
     shape: tuple[int, ...]
-    """outermost first, as in torch"""
+    """The sizes, outermost first, as in torch."""
     kind: int
-    """its block format, a GGMLQuantizationType of the gguf package"""
+    """The block format, a GGMLQuantizationType of the gguf package."""
     offset: int
-    """of its first byte, from the start of the file"""
+    """The place of its first byte, from the start of the file."""
 
 
 class Header(NamedTuple):
     """What stands before the tensors' data."""
 
     metadata: dict[str, Any]
-    """values by key; arrays are lists"""
+    """The values by their keys. Arrays are lists."""
     tensors: dict[str, TensorInfo]
-    """infos by name, in the file's order"""
+    """The tensors by their names, in the file's order."""
 
 
 def read_header(path: Path) -> Header:

@@ -29,9 +29,9 @@ class LazyTensor(NamedTuple):
     """A tensor that is still on disk."""
 
     shape: tuple[int, ...]
-    """Its shape, as the file's header says."""
+    """The shape that the file's header says."""
     read: Callable[[], Tensor]
-    """Reads its values. The result may be a view of the file: copy what you keep."""
+    """Reads the values. They may be a view of the file: copy what you keep."""
 
     def read_dense(self) -> Tensor:
         """Return the values of a tensor that is not packed."""

@@ -2,8 +2,8 @@
 
 One packed weight is several tensors of the file: codes, scales and tables (kernels/ops/nf4 and
 kernels/ops/int8 tell the layout). The weight is told by what lies beside it, not by its name or the
-config: "dynamic" models pack some layers and leave others in 16 bits. `fold_packed` makes one of
-each such group.
+config: "dynamic" models pack some layers and leave others in 16 bits. `fold_packed` makes each such
+group one weight.
 
 Sizes and tables are checked against each other when a group is read; one that is not whole raises a
 LorakitError.
@@ -25,14 +25,15 @@ class LazyPacked(NamedTuple):
     """A packed weight that is still on disk."""
 
     shape: tuple[int, ...]
-    """the dense weight's"""
+    """The shape of the dense weight."""
     read: Callable[[], kernels.Packed]
-    """reads codes and scales"""
+    """Reads its codes and scales."""
     config: QuantConfig
-    """how it is packed"""
+    """How it is packed."""
 
 
 LazyWeight = LazyTensor | LazyPacked
+"""A weight of a model that is still on disk, dense or packed."""
 
 
 def fold_packed(tensors: Mapping[str, LazyTensor], where: str) -> dict[str, LazyWeight]:
@@ -40,7 +41,7 @@ def fold_packed(tensors: Mapping[str, LazyTensor], where: str) -> dict[str, Lazy
 
     Raises LorakitError for a group that is not whole; `where` names the files in the message.
     """
-    left = dict(tensors)  # what belongs to no packed weight
+    left = dict(tensors)  # loses what belongs to a packed weight
     packed = {}
     for key in tensors:
         name, mark, _ = key.partition(MARK)

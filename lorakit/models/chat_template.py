@@ -23,9 +23,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from lorakit.config.errors import LorakitError
 
 Messages = list[dict[str, Any]]
-"""the turns of a chat: mappings with a "role", mostly with "content" too"""
+"""The turns of a chat: mappings with a "role", mostly with "content" too."""
 REASONING = ("reasoning_content", "thinking", "reasoning")
-"""names under which messages carry what the model thought before it answered"""
+"""Names under which messages carry what the model thought before it answered."""
 
 
 class _GenerationTag(Extension):

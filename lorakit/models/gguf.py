@@ -105,19 +105,19 @@ class _Dialect(NamedTuple):
     """How the files of one architecture name and store what they hold."""
 
     model_type: str
-    """Hugging Face's name of the architecture"""
+    """Hugging Face's name of the architecture."""
     names: Mapping[str, str]
-    """GGUF's names of a layer's tensors -> Hugging Face's"""
+    """GGUF's names of a layer's tensors -> Hugging Face's."""
     keys: Mapping[str, str] = MappingProxyType({})
-    """its keys beside _KEYS"""
+    """The keys that it has beside _KEYS."""
     defaults: Mapping[str, Any] = MappingProxyType({})
-    """values of config.json where the file has no key"""
+    """Values of config.json where the file has no key."""
     permuted: bool = False
-    """the rows of q_proj and k_proj are interleaved"""
+    """Whether the rows of q_proj and k_proj are interleaved."""
     norm_offset: float = 0.0
-    """what was added to the norm weights"""
+    """What was added to the norm weights."""
     full_width_layers: int | None = None
-    """how many layers the one size has whose attention scale is 1 / sqrt(hidden_size / heads)"""
+    """The number of layers of the size whose attention scale is 1 / sqrt(hidden_size / heads)."""
 
 
 _LLAMA = _Dialect("llama", _ATTENTION | _MLP, permuted=True)

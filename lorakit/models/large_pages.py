@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 HUGE_PAGE = 2 << 20
-"""bytes of a large page on x86-64, and on aarch64 with small pages of 4 KB"""
+"""The bytes of a large page on x86-64, and on aarch64 with small pages of 4 KB."""
 
 
 def in_large_pages(shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[Tensor]:

@@ -60,10 +60,10 @@ def load_model(
         path_or_hub_id: A Hugging Face directory, a .gguf file, or a Hub id ("organization/name").
         dtype: The dtype of everything that is not quantized, and of all products: "float32",
             "bfloat16" or "float16".
-        quantize: "nf4" or a QuantConfig packs the linear layers (not the head) to 4 bits while
-            loading, from the values on disk. None keeps them as they are. What bitsandbytes packed,
-            in 4 bits or in int8, keeps its very codes; `quantize` is not applied to such files, and
-            a line in the log says so.
+        quantize: A QuantConfig, its fields in a mapping, or its quant_type alone ("nf4", "fp4",
+            "int8"). The linear layers (not the head) are packed so while they are loaded, from the
+            values on disk. None keeps them as they are. What bitsandbytes packed keeps its very
+            codes: `quantize` is not applied to such files, and a line in the log says so.
         device: Where to put the model. By default the GPU if torch has one, else the CPU.
 
     Returns:

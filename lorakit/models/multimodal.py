@@ -1,7 +1,7 @@
 """The text model inside the files of a multimodal model.
 
 lorakit computes the text model alone. The files of a multimodal model (Gemma 3 with its vision
-tower) hold more, and give the text model's tensors longer names:
+tower) hold more, and give the text model's tensors longer names, in one of two layouts:
 
     own name            transformers 4.49 and since       transformers 4.52 in memory
     model.layers.0      language_model.model.layers.0     model.language_model.layers.0
@@ -22,7 +22,7 @@ _LAYOUTS = (
     {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."},
     {"model.": "model.language_model.", "lm_head.": "lm_head."},
 )
-# The way back, for names that may end anywhere. Names of both layouts are told apart by it.
+# The way back out of either layout, also for parts of names, such as an adapter's target_modules.
 _OWN = {"model.language_model.": "model.", "language_model.": ""}
 
 
@@ -31,10 +31,16 @@ def text_name(name: str) -> str:
 
     Any other name is returned as it is.
     """
-    for beginning, own in _OWN.items():
-        if name.startswith(beginning):
-            return own + name.removeprefix(beginning)
-    return name
+    own = _renamed(name, _OWN)
+    return name if own is None else own
+
+
+def _renamed(name: str, beginnings: Mapping[str, str]) -> str | None:
+    """Return `name` with another beginning, or None if it begins with none of `beginnings`."""
+    for old, new in beginnings.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return None
 
 
 class Surroundings(NamedTuple):
@@ -49,10 +55,8 @@ class Surroundings(NamedTuple):
 
     def file_name(self, name: str) -> str:
         """Return the name in the files of the text model's tensor `name`."""
-        for own, beginning in self.layout.items():
-            if name.startswith(own):
-                return beginning + name.removeprefix(own)
-        return name
+        found = _renamed(name, self.layout)
+        return name if found is None else found
 
 
 def split_text_model(
@@ -71,17 +75,16 @@ def split_text_model(
     Raises:
         LorakitError: If the files hold no text model.
     """
-    for layout in _LAYOUTS:
-        if any(name.startswith(layout["model."]) for name in tensors):
-            break
-    else:
+    found = [each for each in _LAYOUTS if any(n.startswith(each["model."]) for n in tensors)]
+    if not found:
         raise LorakitError(f"{where}: the files hold no text model")
+    layout = found[0]
+    own_beginnings = {beginning: own for own, beginning in layout.items()}
     text, rest = {}, {}
     for name, tensor in tensors.items():
-        for own, beginning in layout.items():
-            if name.startswith(beginning):
-                text[own + name.removeprefix(beginning)] = tensor
-                break
-        else:
+        own_name = _renamed(name, own_beginnings)
+        if own_name is None:
             rest[name] = tensor
+        else:
+            text[own_name] = tensor
     return text, Surroundings(config, layout, rest)

@@ -57,10 +57,10 @@ def save_model(
         module: The model.
         path: The directory. It is made if it is missing.
         packed: False writes dense weights in the model's dtype; packed layers are dequantized. True
-            writes packed linear layers as they are, as bitsandbytes does, so that lorakit and
-            transformers with bitsandbytes load the very same numbers; everything else is dense. One
-            directory is in 4 bits or in int8: beside 4-bit layers, int8 ones are written dense.
-            Embeddings always are.
+            writes packed linear layers as they are, in bitsandbytes' format, so that lorakit and
+            transformers with bitsandbytes load the very same numbers. Everything else is dense, and
+            so are embeddings. One directory is in 4 bits or in int8: beside 4-bit layers, int8 ones
+            are written dense.
         max_shard_size: The size of the largest file in bytes. One tensor may exceed it. Memory
             holds one such file at a time.
 
@@ -68,6 +68,7 @@ def save_model(
         LorakitError: While an adapter is attached and not merged; if `path` holds the other towers
             that are to come along; and with `packed`, if no linear layer is packed or there are
             other towers. Nothing is written then.
+        OSError: If the disk is full. A file that was there before is whole, old or new.
     """
     path, source = as_path(path), module.source
     surroundings = None if source is None else source.surroundings

@@ -14,6 +14,6 @@ class Source(NamedTuple):
     """
 
     path: Path
-    """a directory or a .gguf file"""
+    """A directory or a .gguf file."""
     surroundings: Surroundings | None
-    """what the files of a multimodal model hold around the text model"""
+    """What the files of a multimodal model hold around the text model."""
