@@ -1,4 +1,4 @@
-"""Where a model's files are: in a directory, in a .gguf file, or on the Hub.
+"""A model's files and where they are: in a directory, in a .gguf file, or on the Hub.
 
 The files of a Hub id are taken from the Hub's cache on this machine, or downloaded into it. This is
 the only module that opens a connection, and it asks only for the id that the user gave. Callers

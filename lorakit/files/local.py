@@ -3,8 +3,8 @@
 A file is written to a temporary file beside it, which is flushed to the disk and then renamed. A
 reader sees the old file or the new one, and a full disk leaves the old one.
 
-Text and JSON from a stranger do no harm: they are parsed, never run. What is no UTF-8, no JSON, or
-JSON nested too deeply raises a LorakitError of one sentence.
+Text and JSON from a stranger are parsed, never run. What is no UTF-8, no JSON, or nested too deeply
+raises a LorakitError of one sentence.
 """
 
 import json

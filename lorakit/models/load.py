@@ -1,18 +1,18 @@
 """Loading a model from its files: a Hugging Face directory, a GGUF file, or a Hub id.
 
-The dense model is never held. The model is built on the meta device, where it takes no memory, and
-the names and shapes of all tensors in the files are compared with it before the first value is
-read. Then one tensor at a time is read, packed if it belongs to a quantized layer, and put in its
-place:
+A model that is quantized while it is loaded never exists as a dense one. The model is built on the
+meta device, where it takes no memory, and the names and shapes of all tensors in the files are
+compared with it before the first value is read. Then one tensor at a time is read, packed if it
+belongs to a quantized layer, and put in its place:
 
     peak memory = the model as it will be + twice the largest dense tensor
 
 Files that hold more than a text model (Gemma 3 with its vision tower) are read for the text model.
 The other tensors stay on disk, and `save_model` copies them.
 
-Files from a stranger are safe to load. Nothing here unpickles or runs code from them. Sizes are
-checked before memory is taken: a config that asks for more than the files hold is refused while the
-model is still on the meta device. What is wrong raises a LorakitError of one sentence.
+Files may come from a stranger. Nothing here unpickles them or runs code from them. Sizes are checked
+before memory is taken: a config that asks for more than the files hold is refused while the model
+is still on the meta device. What is wrong raises a LorakitError of one sentence.
 """
 
 import dataclasses
@@ -285,7 +285,7 @@ def _homes(model: Decoder) -> dict[str, Tensor]:
 
 
 class _Target(NamedTuple):
-    """Where values go, and as what."""
+    """The place that values go to, and their dtype."""
 
     dtype: torch.dtype
     device: torch.device

@@ -1,4 +1,4 @@
-"""Where a model was loaded from."""
+"""The place that a model was loaded from."""
 
 from pathlib import Path
 from typing import NamedTuple

@@ -42,15 +42,14 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of `text`, by default with the special tokens that belong around it.
 
-        Raises LorakitError if it is no Unicode text.
+        Raises LorakitError if `text` is no Unicode.
         """
         return self._encoding(text, add_special_tokens).ids
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return the token ids of `text` as it stands, and the first and last character of each.
+        """Return the token ids of `text` as it stands, and the span of characters of each.
 
-        The second list has (start, end) of every token, end excluded. Raises LorakitError if it is
-        no Unicode text.
+        A span is (start, end), without the end itself. Raises LorakitError if `text` is no Unicode.
         """
         encoding = self._encoding(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets

@@ -1,4 +1,4 @@
-"""Where files are found: on disk, in the Hub's cache, or nowhere."""
+"""Files are found on disk, in the Hub's cache, or nowhere."""
 
 import os
 import shutil

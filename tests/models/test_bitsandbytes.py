@@ -49,7 +49,7 @@ FORMATS = {
 
 @pytest.fixture(autouse=True)
 def products_in_fp32(monkeypatch):
-    """Where the processor has AVX512-BF16, bitsandbytes' own multiply in bf16."""
+    """Without this, bitsandbytes' products are in bf16 on a processor with AVX512-BF16."""
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
 
 
@@ -112,7 +112,7 @@ def test_there_and_back(tmp_path, options):
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma2", "gemma3_text", "mixtral", "qwen3_moe"])
 def test_other_families(tmp_path, family):
-    """Of a mixture of experts transformers 5 leaves the experts dense: read as they are."""
+    """transformers 5 leaves the experts of a mixture dense: they are read as they are."""
     extra = {"moe_intermediate_size": 64} if family == "qwen3_moe" else {}
     theirs, path = packed(tmp_path, family, **extra)
     ours = lk.load_model(path, dtype="float32", device="cpu")

@@ -83,7 +83,7 @@ def test_gguf_chat_equals_transformers(pair):
 
 @pytest.mark.parametrize("pre", ["default", None, "gpt-2", "smollm", "llama-bpe", "qwen2"])
 def test_pre_tokenizers_equal_llama_cpp(smollm2, tmp_path, pre):
-    """SmolLM2's vocabulary behind every pre-tokenizer; a BOS is added where llama.cpp adds one."""
+    """SmolLM2's vocabulary with every pre-tokenizer; a BOS is added where llama.cpp adds one."""
     metadata = read_header(smollm2).metadata
     metadata = {k: v for k, v in metadata.items() if k.startswith("tokenizer.ggml")}
     metadata |= {"tokenizer.ggml.pre": pre, "tokenizer.ggml.add_bos_token": None}
