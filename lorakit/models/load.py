@@ -10,9 +10,9 @@ belongs to a quantized layer, and put in its place:
 Files that hold more than a text model (Gemma 3 with its vision tower) are read for the text model.
 The other tensors stay on disk, and `save_model` copies them.
 
-Files may come from a stranger. Nothing here unpickles them or runs code from them. Sizes are checked
-before memory is taken: a config that asks for more than the files hold is refused while the model
-is still on the meta device. What is wrong raises a LorakitError of one sentence.
+Files may come from a stranger. Nothing here unpickles them or runs code from them. Sizes are
+checked before memory is taken: a config that asks for more than the files hold is refused while the
+model is still on the meta device. What is wrong raises a LorakitError of one sentence.
 """
 
 import dataclasses
