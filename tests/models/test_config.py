@@ -1,5 +1,7 @@
 """ModelConfig: what it refuses, in one clear sentence, and what follows from its fields."""
 
+import dataclasses
+
 import pytest
 
 import lorakit as lk
@@ -79,3 +81,24 @@ def test_yarn_and_dynamic_reach_beyond_max_position_embeddings():
     assert length(rope_type="yarn", factor=4.0, **original) == 131072  # Qwen2.5's way
     assert length(rope_type="dynamic", factor=2.0) == 65536
     assert length(rope_type="linear", factor=4.0) == 32768  # there it is the stretched length
+
+
+def test_layers_differ_by_window_and_experts():
+    config = lk.ModelConfig(
+        "qwen3_moe", 9, 8, 8, 3, 2, 1, 4,
+        sliding_window=5, sliding_layers=[True, False, True],
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8,
+        moe_layers=[False, True, False],
+    )  # fmt: skip
+    assert [config.window(i) for i in range(3)] == [5, None, 5]
+    assert [config.has_experts(i) for i in range(3)] == [False, True, False]
+    plain = lk.ModelConfig("llama", 9, 8, 8, 3, 2, 1, 4)
+    assert not any(plain.slides(i) or plain.has_experts(i) for i in range(3))
+    assert plain.attention_scale == 0.5
+    assert dataclasses.replace(plain, query_pre_attn_scalar=16.0).attention_scale == 0.25
+
+
+@pytest.mark.parametrize(("given", "ids"), [(None, []), (3, [3]), ([3, 4], [3, 4])])
+def test_end_tokens_are_a_list(given, ids):
+    config = lk.ModelConfig("llama", 9, 8, 8, 3, 2, 1, 4, eos_token_id=given)
+    assert config.eos_token_ids == ids

@@ -1,8 +1,11 @@
 """The families: spellings, defaults and sliding layers."""
 
+import dataclasses
+
 import pytest
 
 import lorakit as lk
+from lorakit.models.families import FAMILIES
 from tests.models.config_files import LLAMA
 
 
@@ -70,3 +73,28 @@ def test_sliding_layers_of_each_family():
     assert sliding("qwen2", use_sliding_window=False, **qwen) == []
     assert sliding("qwen2", use_sliding_window=True, **qwen) == [False] * 12 + [True] * 4
     assert sliding("qwen3", use_sliding_window=True, sliding_window=9, max_window_layers=99) == []
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_keys_that_a_file_leaves_out_mean_what_transformers_takes(model_type):
+    """All but these: published files always carry them."""
+    from transformers import AutoConfig
+
+    whole = AutoConfig.for_model(model_type, num_hidden_layers=6).to_dict()
+    kept = ["model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"]
+    kept += ["num_attention_heads", "num_key_value_heads", "max_position_embeddings"]
+    kept += ["bos_token_id", "eos_token_id", "pad_token_id"]
+    expected = lk.ModelConfig.from_hf(whole)
+    found = lk.ModelConfig.from_hf({name: whole[name] for name in kept})
+    windows = [[config.window(i) for i in range(6)] for config in (found, expected)]
+    assert windows[0] == windows[1]
+    # without sliding layers the size of the window means nothing
+    found, expected = (dataclasses.replace(c, sliding_window=9) for c in (found, expected))
+    assert found == expected
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_the_architecture_is_transformers_class(model_type):
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    assert FAMILIES[model_type].architecture == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]

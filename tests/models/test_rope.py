@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import lorakit as lk
-from lorakit.models.rope import RopeConfig, inverse_frequencies
-from tests.conftest import LLAMA3_ROPE, LOGITS, tiny_llama
+from lorakit.models.rope import RopeConfig, inverse_frequencies, rope_tables
+from tests.conftest import LLAMA3_ROPE, LOGITS, TINY, TINY_VARIANTS, tiny_llama
 
 
 @pytest.mark.parametrize(
@@ -89,3 +89,38 @@ def test_every_spelling_of_rope_is_read_as_transformers_reads_it(tmp_path, chang
     ids = torch.arange(60)[None]
     ours = lk.load_model(tmp_path, dtype="float32")
     assert (ours(ids) - theirs(ids).logits).abs().max() <= LOGITS
+
+
+@pytest.mark.parametrize("length", [10, 60])
+@pytest.mark.parametrize("variant", [name for name in TINY_VARIANTS if "rope" in name])
+def test_tables_are_transformers_cos_and_sin(variant, length):
+    """Below and beyond the context that the model was trained on."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    theirs = LlamaConfig(**{**TINY, **TINY_VARIANTS[variant]})
+    positions = torch.arange(length)[None]
+    expected = LlamaRotaryEmbedding(theirs)(torch.zeros(1), positions)
+    ours = lk.ModelConfig.from_hf(theirs.to_dict())
+    found = rope_tables(ours.rope, ours.head_dim, positions)
+    for table, both_halves in zip(found, expected, strict=True):
+        # angles up to 60 in fp32: 60 * 2^-24, from frequencies one or two roundings apart
+        assert (table - both_halves[..., : ours.head_dim // 2]).abs().max() <= 2e-5
+    assert ours.rope.rope_type == variant.removesuffix("_rope")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rope_type": "mrope"}, "rope_type 'mrope' is not supported"),
+        ({"factor": 0.0}, "rope_theta and factor must be positive"),
+        ({"high_freq_factor": 1.0}, "high_freq_factor must exceed low_freq_factor"),
+        ({"original_max_position_embeddings": 1}, "must be at least 2"),
+        ({"beta_slow": 0.0}, "beta_fast, beta_slow must be > 0"),
+        ({"rope_type": "yarn", "rope_theta": 1.0}, "yarn needs a rope_theta above 1"),
+        ({"long_factor": [1.0, 0.0]}, "short_factor and long_factor must be positive"),
+    ],
+)
+def test_settings_that_no_rotation_has(settings, message):
+    with pytest.raises(lk.LorakitError, match=message):
+        RopeConfig(**settings)

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import lorakit as lk
+from lorakit.models.views import key_mask
 from tests.conftest import LOGITS
 from tests.models.variants import load, packed_variants, variants
 
@@ -79,3 +82,30 @@ def test_padding_changes_no_logit_and_no_loss(tmp_path, family, options, side):
     alone = [model.loss(row[None], row[None]) for row in rows]
     assert count == sum(n for _, n in alone)
     assert abs(loss - sum(value for value, _ in alone)) <= 1e-5 * loss
+
+
+@given(
+    past=st.integers(0, 9),
+    new=st.integers(1, 6),
+    window=st.none() | st.integers(1, 8),
+    padding=st.none() | st.lists(st.integers(0, 8), min_size=1, max_size=3),
+)
+def test_a_query_sees_the_keys_that_the_definition_names(past, new, window, padding):
+    """For all positions q and k: k <= q, q - k < window, and k is real; or k is q."""
+    positions = torch.arange(past, past + new)
+    seen = torch.arange(past + new)
+    real = None
+    if padding is not None:
+        real = torch.stack([torch.arange(past + new) >= n for n in padding])
+    expected = torch.zeros(1 if real is None else len(real), new, past + new, dtype=torch.bool)
+    for row in range(len(expected)):
+        for i, q in enumerate(positions.tolist()):
+            for k in range(past + new):
+                near = k <= q and (window is None or q - k < window)
+                expected[row, i, k] = (near and (real is None or bool(real[row, k]))) or k == q
+    mask = key_mask(positions, seen, window, real)
+    if mask is None and new > 1:
+        mask = torch.ones(new, past + new).tril(past).bool()
+    if mask is None:  # one query: the cache hands over what it may see, and no more
+        return
+    assert torch.equal(mask.expand(len(expected), 1, new, past + new)[:, 0], expected)
