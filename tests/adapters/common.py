@@ -1,6 +1,9 @@
 """What tests of adapters share."""
 
+import json
+
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorakit as lk
@@ -37,3 +40,27 @@ def chain(**options):
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8))
     return filled(lk.attach(module, lk.LoraConfig(r=2, **options)))
+
+
+def hugging_face(path):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def edit_config(path, **change):
+    file = path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+
+
+def edit_tensors(path, change):
+    tensors = load_file(path / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "adapter_model.safetensors")
+
+
+def nested():
+    """A module where `0` is the name of a layer, and the end of the name of another, `1.0`."""
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    return nn.Sequential(nn.Linear(8, 8), inner)

@@ -1,9 +1,13 @@
 """Fixtures that tests of adapters share."""
 
+import copy
+
 import pytest
 import torch
 
 import lorakit as lk
+from tests.adapters.parity import BASES
+from tests.conftest import tiny
 
 
 @pytest.fixture
@@ -27,3 +31,25 @@ def t5():
         feed_forward_proj="gated-gelu", decoder_start_token_id=0,
     )  # fmt: skip
     return T5ForConditionalGeneration(config).eval()
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """bases(name): a directory, transformers' model and ours of the same weights, both fresh."""
+    from transformers import AutoModelForCausalLM
+
+    known = {}
+
+    def fresh(name):
+        if name not in known:
+            path = tmp_path_factory.mktemp("base")
+            family, overrides = BASES[name]
+            tiny(family, **overrides).save_pretrained(path)
+            theirs = AutoModelForCausalLM.from_pretrained(
+                path, dtype=torch.float32, attn_implementation="eager"
+            )
+            known[name] = path, theirs.eval(), lk.load_model(path, dtype="float32")
+        path, *models = known[name]
+        return path, *map(copy.deepcopy, models)
+
+    return fresh

@@ -1,36 +1,30 @@
 """Every variant of an adapter against peft: files both ways, what it computes, how it trains."""
 
 import copy
-import os
-import warnings
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 from torch.nn import functional as F
 
 import lorakit as lk
 from lorakit.adapters.manage import attached
-from tests.conftest import tiny
+from tests.adapters.parity import (
+    IDS,
+    assert_same,
+    disturb,
+    logits_of,
+    ours_config,
+    peft_attach,
+    peft_load,
+    peft_save,
+    trained,
+)
 
-IDS = torch.randint(97, (3, 20), generator=torch.Generator().manual_seed(1))
 STARTS = ("olora", "pissa", "pissa_niter_4")
+
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
-BASES = {
-    "llama": ("llama", {"num_key_value_heads": 2}),
-    "llama tied": ("llama", {"tie_word_embeddings": True}),
-    "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
-    "qwen2": ("qwen2", {"num_key_value_heads": 2}),
-    "gemma3": ("gemma3_text", {"head_dim": 12, "sliding_window": 6}),
-    "gemma3 tied": (
-        "gemma3_text",
-        {"head_dim": 12, "sliding_window": 6, "tie_word_embeddings": True},
-    ),
-    "mistral": ("mistral", {"num_key_value_heads": 2, "sliding_window": 6}),
-    "mixtral": ("mixtral", {"num_local_experts": 4, "num_key_value_heads": 2}),
-}
 
 # name -> (base, options of both LoraConfigs)
 CASES = {
@@ -131,92 +125,8 @@ CASES = {
         {"trainable_token_indices": {"embed_tokens": [3, 90]}, "ensure_weight_tying": True},
     ),
 }
+
 cases = pytest.mark.parametrize(("base", "options"), CASES.values(), ids=CASES)
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    """bases(name): a directory, transformers' model and ours of the same weights, both fresh."""
-    from transformers import AutoModelForCausalLM
-
-    known = {}
-
-    def fresh(name):
-        if name not in known:
-            path = tmp_path_factory.mktemp("base")
-            family, overrides = BASES[name]
-            tiny(family, **overrides).save_pretrained(path)
-            theirs = AutoModelForCausalLM.from_pretrained(
-                path, dtype=torch.float32, attn_implementation="eager"
-            )
-            known[name] = path, theirs.eval(), lk.load_model(path, dtype="float32")
-        path, *models = known[name]
-        return path, *map(copy.deepcopy, models)
-
-    return fresh
-
-
-def ours_config(options):
-    return lk.LoraConfig(**{"r": 4, "lora_alpha": 6, **options})
-
-
-def peft_attach(theirs, options):
-    import peft
-
-    torch.manual_seed(0)
-    options = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", **options}
-    config = peft.LoraConfig(task_type="CAUSAL_LM", **options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return peft.get_peft_model(theirs, config).eval()
-
-
-def peft_load(theirs, path, **options):
-    import peft
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.filterwarnings("error", "Found missing adapter keys")
-        return peft.PeftModel.from_pretrained(theirs, path, **options).eval()
-
-
-def peft_save(theirs, path, **options):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        theirs.save_pretrained(path, **options)
-
-
-def disturb(parameters):
-    """So that every one of them, by name, matters."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for _, parameter in sorted(parameters.items()):
-            parameter += 0.1 * torch.randn(parameter.shape)
-
-
-def trained(module, name="default"):
-    """The parameters of adapter `name`, by their names in peft's file."""
-    return {
-        f"base_model.model.{place}.{ending}": parameter
-        for place, each in attached(module).items()
-        if name in each.adapters
-        for ending, parameter in each.trained_tensors(name).items()
-    }
-
-
-def logits_of(module, ids=IDS):
-    with torch.no_grad():
-        found = module(ids)
-    return found if isinstance(found, torch.Tensor) else found.logits
-
-
-def assert_same(found, expected):
-    """1e-5 of the largest: the same formulas in fp32, sums in another order. Kernels that were told
-    to do without vectors sum one by one, in the least exact order.
-    """
-    difference = (found - expected).abs().max() / expected.abs().max()
-    limit = 2e-5 if os.environ.get("LORAKIT_ISA") == "scalar" else 1e-5
-    assert difference <= limit, f"{difference:.1e}"
 
 
 @cases
@@ -402,7 +312,10 @@ SECOND = {
     "saved": {"target_modules": ["o_proj"], "modules_to_save": ["lm_head"]},
     "tokens": {"target_modules": ["o_proj"], "trainable_token_indices": [3, 90]},
 }
+
 NAMES = ["a", "b", None, "a"]
+
+
 # in a mixed batch; and it fails on a saved module that not every adapter has
 PEFT_REFUSES = ("tokens", "dora", "saved")
 
@@ -459,224 +372,6 @@ def test_two_adapters(bases, tmp_path, second):
     after = ours.state_dict()
     assert after.keys() == weights.keys()
     assert all(torch.equal(after[name], weights[name]) for name in weights)
-
-
-class Twice(nn.Module):
-    """One layer in two places."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Linear(6, 6)
-        self.second = self.first
-
-    def forward(self, x):
-        return self.second(torch.tanh(self.first(x)))
-
-
-@pytest.mark.parametrize("how", ["detach", "delete", "merge_and_unload", "unmerge"])
-def test_a_module_in_two_places_gets_one_wrapper(how):
-    torch.manual_seed(0)
-    module, x = Twice(), torch.randn(3, 6)
-    layer, plain = module.first, module(x)
-    lk.attach(module, lk.LoraConfig(r=2, target_modules=["first", "second"]))
-    assert module.first is module.second
-    assert len(trained(module)) == 2
-    disturb(trained(module))
-    adapted = module(x)
-    if how == "unmerge":
-        lk.merge(module)
-        assert_same(module(x), adapted)
-        lk.unmerge(module)
-        assert torch.equal(module(x), adapted)
-        return
-    if how == "merge_and_unload":
-        lk.merge_and_unload(module)
-        assert_same(module(x), adapted)
-        assert type(module.first) is nn.Linear
-        assert module.first is module.second
-        return
-    lk.detach(module) if how == "detach" else lk.delete_adapter(module, "default")
-    assert module.first is layer
-    assert module.second is layer
-    assert torch.equal(module(x), plain)
-
-
-# ---- gradients ----
-
-LINEAR = {
-    "plain": {},
-    "rslora": {"use_rslora": True},
-    "dora": {"use_dora": True},
-    "lora_bias": {"lora_bias": True},
-    "bias": {"bias": "lora_only"},
-    "dora and bias": {"use_dora": True, "bias": "all"},
-    "pissa": {"init_lora_weights": "pissa"},
-}
-
-
-def check_gradients(function, *tensors):
-    """In fp64; the inputs are changed in place, so `function` may find them where they lie."""
-    assert torch.autograd.gradcheck(lambda *_: function(), tensors)
-
-
-@pytest.mark.parametrize("path", ["light", "fused", "by autograd"])
-@pytest.mark.parametrize("options", LINEAR.values(), ids=LINEAR)
-def test_gradients_of_a_linear_layer(options, path):
-    torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(5, 4))
-    lk.attach(module, lk.LoraConfig(r=2, lora_alpha=3, target_modules=["0"], **options))
-    module.double()
-    disturb(trained(module))
-    layer, x = module[0], torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
-    ways = {
-        "light": lambda: layer(x),
-        "fused": lambda: layer.compute(layer.part, x),
-        "by autograd": lambda: layer.compute_by_autograd(layer.part, x),
-    }
-    parameters = list(trained(module).values())
-    if options.get("use_dora"):  # the length is taken as a constant, as in the paper
-        own = [layer.lora_A, layer.lora_B]
-        parameters = [p for p in parameters if all(p is not other for other in own)]
-        W, A, B = layer.base.dequantize(), *own
-        length = (W + 1.5 * B @ A).norm(dim=1).detach()
-        bias = layer.base.bias if layer.part.bias is None else layer.part.bias
-        truth = x @ (W + 1.5 * B @ A).t() * (layer.part.magnitude / length) + bias
-        weights = torch.randn(3, 4, dtype=torch.float64)
-        expected = torch.autograd.grad((truth * weights).sum(), own)
-        for grad, other in zip(
-            torch.autograd.grad((ways[path]() * weights).sum(), own), expected, strict=True
-        ):
-            assert torch.allclose(grad, other)
-    check_gradients(ways[path], x, *parameters)
-
-
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(7, 5)
-        self.head = nn.Linear(5, 7, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, ids):
-        return self.head(torch.tanh(self.embed(ids)))
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"target_modules": ["embed"]},
-        {"target_modules": ["embed"], "use_dora": True},
-        {"target_modules": ["other"], "trainable_token_indices": [3, 1]},
-        {"target_modules": ["other"], "modules_to_save": ["embed"]},
-    ],
-    ids=["embedding", "dora", "rows", "saved"],
-)
-def test_gradients_of_embeddings_and_tied_heads(options, tied):
-    torch.manual_seed(0)
-    module = Tied().double()
-    module.other = nn.Linear(2, 2)
-    if not tied:
-        module.head = nn.Linear(5, 7).double()
-    config = lk.LoraConfig(r=2, lora_alpha=3, ensure_weight_tying=tied, **options)
-    if tied and config.use_dora:
-        with pytest.raises(lk.LorakitError, match="use_dora has no meaning"):
-            lk.attach(module, config)
-        return
-    lk.attach(module, config)
-    module.double()
-    disturb(trained(module))
-    ids = torch.tensor([[3, 1, 4], [1, 6, 3]])
-    parameters = {n: p for n, p in trained(module).items() if ".other." not in n}
-    check_gradients(
-        lambda: module(ids),
-        *(p for n, p in parameters.items() if not config.use_dora or "mag" in n),
-    )
-    found = module(ids)
-    lk.merge(module)
-    assert (module(ids) - found).abs().max() <= 1e-13  # all in fp64
-    if tied:
-        assert module.head.current_module().weight is module.embed.current_module().weight
-
-
-# ---- tied models ----
-
-TIED = [
-    {"target_modules": ["embed_tokens"]},
-    {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
-]
-
-
-@pytest.mark.parametrize("base", ["llama tied", "gemma3 tied"])
-@pytest.mark.parametrize("options", [*TIED, {"target_modules": ["lm_head", "q_proj"]}])
-def test_tied_models_are_refused_as_they_are(bases, base, options):
-    _, theirs, ours = bases(base)
-    for model in (ours, theirs):
-        before = {name: (type(m), id(m)) for name, m in model.named_modules()}
-        with pytest.raises(lk.LorakitError):
-            lk.attach(model, ours_config(options))
-        assert {name: (type(m), id(m)) for name, m in model.named_modules()} == before
-        assert all(p.requires_grad for p in model.parameters())
-
-
-@pytest.mark.parametrize("base", ["llama tied", "gemma3 tied"])
-@pytest.mark.parametrize(
-    "options", [*TIED, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 90]}]
-)
-def test_tied_models_stay_tied(bases, tmp_path, base, options):
-    _, theirs, ours = bases(base)
-    options = {**options, "ensure_weight_tying": True}
-    for model in (ours, theirs):
-        torch.manual_seed(0)
-        lk.attach(model, ours_config(options))
-        disturb(trained(model))
-    expected = logits_of(ours)
-    lk.merge(ours)
-    lk.save_model(ours, tmp_path)
-    written = load_file(tmp_path / "model.safetensors")
-    assert "lm_head.weight" not in written
-    assert torch.equal(
-        written["model.embed_tokens.weight"], ours.model.embed_tokens.current_module().weight
-    )
-    lk.merge_and_unload(theirs)
-    assert theirs.lm_head.weight is theirs.model.embed_tokens.weight
-    assert torch.equal(theirs.lm_head.weight, written["model.embed_tokens.weight"])
-    assert_same(logits_of(theirs), expected)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"target_modules": ["lm_head", "q_proj"]},
-        {"target_modules": r".*(lm_head|embed_tokens|q_proj)"},
-        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-        {"target_modules": ["embed_tokens"], "init_lora_weights": False, "use_rslora": True},
-    ],
-)
-def test_peft_puts_an_adapter_of_a_tied_head_on_the_embedding(bases, tmp_path, options):
-    """And so its files are read."""
-    _, theirs, ours = bases("llama tied")
-    adapted = peft_attach(theirs, {**options, "ensure_weight_tying": True})
-    disturb({n: p for n, p in adapted.named_parameters() if p.requires_grad})
-    peft_save(adapted, tmp_path)
-    lk.load_adapter(ours, tmp_path)
-    assert_same(logits_of(ours), logits_of(adapted))
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"alpha_pattern": {"embed_tokens": 12}, "rank_pattern": {"embed_tokens": 2}}]
-    + [{"init_lora_weights": "pissa", "use_rslora": rslora} for rslora in (False, True)],
-)
-def test_a_tied_embedding_with_a_rank_of_its_own(bases, tmp_path, options):
-    _, theirs, ours = bases("llama tied")
-    options = {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True, **options}
-    _, _, other = bases("llama tied")
-    disturb(trained(lk.attach(ours, ours_config(options))))
-    lk.save_adapter(ours, tmp_path)
-    lk.load_adapter(other, tmp_path)
-    assert_same(logits_of(other), logits_of(ours))
-    assert_same(logits_of(peft_load(theirs, tmp_path)), logits_of(ours))
 
 
 # ---- weights stored [in, out] ----

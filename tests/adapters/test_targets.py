@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 import lorakit as lk
 from lorakit.adapters.manage import attached
 from lorakit.adapters.targets import match_targets
-from tests.adapters.common import SHORT_IDS, filled
-from tests.adapters.test_peft_files import hugging_face
+from tests.adapters.common import SHORT_IDS, filled, hugging_face
 
 NAMES = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(12) for p in "qkvo"] + ["lm_head"]
 

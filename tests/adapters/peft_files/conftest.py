@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 
+from tests.adapters.common import hugging_face
 from tests.adapters.peft_files.adapters_of_peft import peft_adapter
-from tests.adapters.test_peft_files import hugging_face
 
 
 @pytest.fixture(scope="module")

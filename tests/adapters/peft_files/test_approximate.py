@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import lorakit as lk
+from tests.adapters.common import edit_tensors, hugging_face
 from tests.adapters.peft_files.adapters_of_peft import (
     CONFIG,
     IDS,
@@ -19,7 +20,6 @@ from tests.adapters.peft_files.adapters_of_peft import (
     peft_adapter,
     peft_logits,
 )
-from tests.adapters.test_peft_files import edit_tensors, hugging_face
 from tests.conftest import tiny_llama
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import lorakit as lk
+from tests.adapters.common import edit_config, edit_tensors, hugging_face
 from tests.adapters.peft_files.adapters_of_peft import (
     CONFIG,
     IDS,
@@ -24,7 +25,6 @@ from tests.adapters.peft_files.adapters_of_peft import (
     peft_adapter,
     peft_logits,
 )
-from tests.adapters.test_peft_files import edit_config, edit_tensors, hugging_face
 from tests.conftest import tiny_llama
 
 FEATURES = {

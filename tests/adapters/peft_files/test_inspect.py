@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lorakit as lk
+from tests.adapters.common import edit_config, edit_tensors, hugging_face
 from tests.adapters.peft_files.adapters_of_peft import KEY, PREFIX, WEIGHTS, peft_adapter
-from tests.adapters.test_peft_files import edit_config, edit_tensors, hugging_face
 
 
 def test_what_is_shown(saved):

@@ -1,0 +1,93 @@
+"""adapter_config.json of LoRA: names, ranks and alphas that mean the same to every reader."""
+
+import json
+
+import pytest
+import torch
+
+import lorakit as lk
+from lorakit.adapters.layers.lora import lora_layers
+from tests.adapters.common import IDS, edit_config, hugging_face, nested, randomize
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lk.LoraConfig(r=2, target_modules="0"),
+        lk.LoraConfig(r=2, target_modules=["0", "1.1"], exclude_modules=["1.0"]),
+        # of all three, with other ranks in the order in which the first match counts
+        lk.LoraConfig(r=2, target_modules=["0", "1"], rank_pattern={"1.0": 3, "0": 4}),
+        lk.LoraConfig(r=2, target_modules=["0", "1"], alpha_pattern={"1.0": 3, "0": 4}),
+    ],
+    ids=["regex", "exclude", "ranks", "alphas"],
+)
+def test_a_name_in_which_another_one_ends(tmp_path, config):
+    """`0` is also how `1.0` ends: what is read is the same all the same, here and in PEFT."""
+    from peft import PeftModel
+
+    module, x = nested(), torch.randn(3, 8)
+    randomize(lk.attach(module, config))
+    lk.save_adapter(module, tmp_path)
+    again = lk.load_adapter(nested(), tmp_path)
+    assert lora_layers(again).keys() == lora_layers(module).keys()
+    assert torch.equal(again(x), module(x))
+    edit_config(tmp_path, task_type=None)  # a PeftModelForCausalLM asks for methods of such a model
+    theirs = PeftModel.from_pretrained(nested(), tmp_path).eval()
+    # fp32 sums of 8 products in another order, through three layers
+    assert (theirs(x) - module(x)).abs().max() < 1e-5
+    lk.save_adapter(again, tmp_path / "again")
+    assert torch.equal(lk.load_adapter(nested(), tmp_path / "again")(x), module(x))
+
+
+def test_a_tied_head_of_any_name_has_no_rank_of_its_own(tmp_path):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed, self.fc = torch.nn.Embedding(20, 8), torch.nn.Linear(8, 8)
+            self.output = torch.nn.Linear(8, 20, bias=False)
+            self.output.weight = self.embed.weight
+
+        def forward(self, ids):
+            return self.output(self.fc(self.embed(ids)))
+
+    config = lk.LoraConfig(
+        r=4, target_modules=["embed", "fc"], rank_pattern={"embed": 2}, ensure_weight_tying=True
+    )
+    module, ids = randomize(lk.attach(Model(), config)), torch.arange(20)[None]
+    lk.save_adapter(module, tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["rank_pattern"] == {"embed": 2, "output": 2}  # PEFT adapts it as one of its own
+    again = lk.load_adapter(Model(), tmp_path)
+    assert torch.equal(again(ids), module(ids))
+    twice = lk.load_adapter(module, tmp_path, name="twice")  # where the head is one of ours by now
+    assert torch.equal(again(ids), twice(ids))
+
+
+def test_modules_to_save_by_any_end_of_their_names(model, tiny_dir, tmp_path):
+    """PEFT takes "norm" for the layernorms too, lorakit for the last norm alone; each reads what
+    the other wrote.
+    """
+    import peft
+
+    options = {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["norm"]}
+    theirs = peft.get_peft_model(hugging_face(tiny_dir), peft.LoraConfig(**options)).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path / "theirs")
+    lk.load_adapter(model, tmp_path / "theirs", name="theirs")
+    assert (model(IDS) - theirs(IDS).logits).abs().max() <= 1e-4
+
+    lk.attach(model, lk.LoraConfig(**options), name="ours")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    lk.save_adapter(model, tmp_path / "ours")
+    written = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert written["modules_to_save"] == ["model.norm"]
+    again = peft.PeftModel.from_pretrained(hugging_face(tiny_dir), tmp_path / "ours").eval()
+    assert (model(IDS) - again(IDS).logits).abs().max() <= 1e-4
