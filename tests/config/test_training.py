@@ -75,3 +75,17 @@ def test_what_a_run_cannot_be(options, message):
     with pytest.raises(lk.LorakitError) as caught:
         lk.TrainConfig(**options)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective": "orpo", "label_smoothing_factor": 0.1}, "orpo does not know it"),
+        ({"objective": "orpo", "z_loss": 0.1}, "z_loss is of sft alone"),
+        ({"objective": "dpo", "z_loss": 0.1}, "z_loss is of sft alone"),
+        ({"objective": "dpo", "label_smoothing_factor": 0.7}, r"must be in \[0, 0\.5\)"),
+    ],
+)
+def test_options_that_an_objective_does_not_have(options, message):
+    with pytest.raises(lk.LorakitError, match=message):
+        lk.TrainConfig(**options)

@@ -178,3 +178,53 @@ def test_the_largest_id_is_that_of_the_examples(tok, tmp_path, over_length):
             examples = encode_rows(lk.read_rows(source), tok, **options)
             ids = [i for e in examples for answer in e.answers for i in answer.input_ids]
             assert examples.largest_id == max(ids)
+
+
+def test_pairs_of_chats(tiny_dir):
+    """With a prompt of their own, or with messages that both begin with."""
+    tok = lk.load_tokenizer(tiny_dir)
+    before = [{"role": "user", "content": "hi"}]
+    good, bad = ([{"role": "assistant", "content": text}] for text in ("hello", "no"))
+    apart = {"prompt": before, "chosen": good, "rejected": bad}
+    whole = {"chosen": before + good, "rejected": before + bad}
+    a, b = (
+        lk.encode_rows(lk.read_rows([row]), tok, max_seq_length=200)[0] for row in (apart, whole)
+    )
+    assert a == b
+    assert a.chosen.input_ids == tok.apply_chat_template(before + good)
+    assert a.rejected.labels.count(-100) == a.chosen.labels.count(-100)
+    with pytest.raises(lk.LorakitError, match="row 0: chosen and rejected need a prompt"):
+        lk.read_rows([{"chosen": "a", "rejected": "b"}])
+    with pytest.raises(lk.LorakitError, match="row 0, rejected: the completion is empty"):
+        lk.read_rows([{"prompt": "x", "chosen": "a", "rejected": ""}])
+
+
+def test_long_pairs_are_counted_as_rows(tiny_dir, caplog):
+    tok = lk.load_tokenizer(tiny_dir)
+    rows = lk.read_rows([{"prompt": "p" * 90, "chosen": "b", "rejected": "c"}] * 2)
+    lk.encode_rows(rows, tok, max_seq_length=60)
+    assert "2 of 2 rows are longer than max_seq_length=60" in caplog.text
+
+
+@pytest.mark.parametrize("chats", [False, True])
+def test_a_pair_that_is_cut_keeps_one_prompt(tiny_dir, chats):
+    """As little of it as the longer answer leaves room for; of chats the same exchanges."""
+    tok = lk.load_tokenizer(tiny_dir)
+    if chats:
+        turns = [{"role": "user", "content": "a" * 9}, {"role": "assistant", "content": "b" * 9}]
+        user, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "c" * 9}
+        worse = {"role": "assistant", "content": "d" * 30}
+        row = {"prompt": [*turns, *turns, user], "chosen": [answer], "rejected": [worse]}
+    else:
+        prompt = "".join(chr(97 + i % 26) for i in range(30))
+        row = {"prompt": prompt, "chosen": "x" * 5, "rejected": "y" * 25}
+    limit = 60 if chats else 40
+    [example] = lk.encode_rows(lk.read_rows([row]), tok, max_seq_length=limit)
+    chosen, rejected = (
+        [t for t, label in zip(each.input_ids, each.labels, strict=True) if label == -100]
+        for each in (example.chosen, example.rejected)
+    )
+    assert chosen == rejected
+    assert len(example.rejected.input_ids) <= limit
+    assert len(chosen) > 5
+    assert example.chosen.labels[-2:] == [tok.encode("c" if chats else "x")[-1], tok.eos_token_id]

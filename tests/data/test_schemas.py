@@ -130,3 +130,11 @@ def test_any_values_give_rows_or_one_error(values):
         return
     assert len(rows) == len(values)
     assert all(len(content_digest(row)) == 8 for row in rows)
+
+
+@pytest.mark.parametrize("answer", [None, 3, True, {"role": "assistant", "content": "x"}])
+@pytest.mark.parametrize("name", ["chosen", "rejected"])
+def test_an_answer_that_is_none(name, answer):
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"} | {name: answer}
+    with pytest.raises(lk.LorakitError, match=f"row 0: {name} must be text or messages, not"):
+        lk.read_rows([row])

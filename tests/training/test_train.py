@@ -1,37 +1,16 @@
 """The loop: its gradient, its determinism, what it writes and what it refuses."""
 
 import json
-import math
-import os
-import signal
-import threading
 
 import pytest
 import torch
 
 import lorakit as lk
-from lorakit.adapters.layers.lora import lora_layers
-from lorakit.training import run as training_run
 from tests.conftest import ROWS, tiny
-
-
-@pytest.fixture(scope="module")
-def tok(tiny_dir):
-    return lk.load_tokenizer(tiny_dir)
-
-
-def adapted(tiny_dir, **options):
-    model = lk.load_model(tiny_dir, dtype="float32", quantize="nf4")
-    torch.manual_seed(0)
-    return lk.attach(model, lk.LoraConfig(r=4, lora_alpha=8, **options))
-
-
-def run(tiny_dir, tok, out, rows=ROWS, lora=None, **options):
-    model = adapted(tiny_dir, **(lora or {}))
-    config = lk.TrainConfig(
-        **{"output_dir": str(out), "max_steps": 6, "learning_rate": 1e-2, **options}
-    )
-    return model, lk.train(model, tok, rows, config)
+from tests.training.runs import (
+    adapted,
+    run,
+)
 
 
 def test_learns_and_writes(tiny_dir, tok, tmp_path):
@@ -89,47 +68,6 @@ def test_same_seed_same_bytes(tiny_dir, tok, tmp_path, dropout):
     assert a != c
 
 
-def test_accumulation_is_one_large_batch(tiny_dir, tok, tmp_path):
-    """8 rows x 1 and 1 row x 8 take the same step, though the rows have different lengths."""
-    rows = [{"prompt": "p" * i, "completion": "c" * (3 * i + 1)} for i in range(8)]
-    weights, losses = [], []
-    for size, accumulate in ((8, 1), (2, 4), (1, 8)):
-        model, result = run(
-            tiny_dir,
-            tok,
-            tmp_path,
-            rows,
-            max_steps=1,
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=accumulate,
-        )
-        losses.append(result.loss)
-        weights.append(torch.cat([x.lora_B.flatten() for x in lora_layers(model).values()]))
-    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
-    # a first Adam step is lr * sign(g) wherever g is not tiny: compare where it is not
-    moved = weights[0].abs() > 0.5e-2
-    assert moved.float().mean() > 0.9
-    for other in weights[1:]:
-        assert (other - weights[0])[moved].abs().max() < 1e-5
-
-
-def test_loss_is_the_mean_over_label_tokens(tiny_dir, tok):
-    """evaluate = sum of cross-entropies of completion tokens / their number, one row at a time."""
-    model = lk.load_model(tiny_dir, dtype="float32")
-    result = lk.evaluate(model, tok, ROWS, batch_size=5)
-    total = count = 0
-    for row in ROWS:
-        prompt = tok.encode(row["prompt"])
-        ids = [*prompt, *tok.encode(row["completion"], add_special_tokens=False), 2]
-        logp = model(torch.tensor([ids]))[0].double().log_softmax(-1)
-        for t in range(len(prompt), len(ids)):
-            total -= logp[t - 1, ids[t]].item()
-            count += 1
-    assert result["label_tokens"] == count
-    assert result["loss"] == pytest.approx(total / count, rel=1e-5)
-    assert result["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
-
-
 def test_gradient_checkpointing_gives_the_same_adapter(tiny_dir, tok, tmp_path):
     for name, on in (("a", False), ("b", True)):
         run(tiny_dir, tok, tmp_path / name, gradient_checkpointing=on)
@@ -152,19 +90,6 @@ def test_epochs(tiny_dir, tok, tmp_path):
         tiny_dir, tok, tmp_path, gradient_accumulation_steps=3, num_train_epochs=1.0, **options
     )
     assert result.steps == 2
-
-
-def test_ctrl_c_saves_and_leaves(tiny_dir, tok, tmp_path):
-    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
-    before = signal.getsignal(signal.SIGINT)
-    timer.start()
-    model, result = run(tiny_dir, tok, tmp_path, max_steps=100_000)
-    assert result.interrupted
-    assert 0 < result.steps < 100_000
-    assert signal.getsignal(signal.SIGINT) is before
-    ids = torch.arange(10)[None]
-    fresh = lk.load_model(tiny_dir, dtype="float32", quantize="nf4")
-    assert torch.equal(lk.load_adapter(fresh, tmp_path)(ids), model(ids))
 
 
 def test_refuses_before_it_starts(tiny_dir, tok, tmp_path):
@@ -194,25 +119,6 @@ def test_refuses_float16_and_merged_models(tiny_dir, tok, tmp_path):
         lk.train(merged, tok, ROWS, config)
 
 
-def test_stops_at_a_loss_that_is_not_finite(tiny_dir, tok, tmp_path):
-    model = adapted(tiny_dir)
-    with torch.no_grad():
-        model.model.norm.weight[0] = float("nan")
-    with pytest.raises(lk.LorakitError, match="none of the 2 steps was finite"):
-        lk.train(model, tok, ROWS, lk.TrainConfig(output_dir=str(tmp_path), max_steps=2))
-    assert not (tmp_path / "adapter_model.safetensors").exists()
-
-
-def test_the_adapter_is_saved_before_the_last_evaluation(tiny_dir, tok, tmp_path, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(training_run, "held_out_loss", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(tiny_dir, tok, tmp_path, {"train": ROWS, "validation": ROWS})
-    assert (tmp_path / "adapter_model.safetensors").exists()
-
-
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_a_mixture_of_experts_trains(tok, tmp_path, family):
     """In the first step no token may choose some of the experts."""
@@ -229,14 +135,6 @@ def test_a_mixture_of_experts_trains(tok, tmp_path, family):
     assert lk.evaluate(model, tok, ROWS[:4])["loss"] < before
 
 
-def test_an_adapter_without_gradient_is_an_error(tiny_dir, tok, tmp_path):
-    model = adapted(tiny_dir)
-    layer = model.model.layers[1].mlp.up_proj
-    layer.set_enabled(False)
-    with pytest.raises(lk.LorakitError, match=r"layers\.1\.mlp\.up_proj\.lora_A\S* got no grad"):
-        lk.train(model, tok, ROWS, lk.TrainConfig(output_dir=str(tmp_path), max_steps=2))
-
-
 def test_composes_with_a_plain_loop(tiny_dir, tok):
     model = adapted(tiny_dir)
     optimizer = lk.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -251,17 +149,15 @@ def test_composes_with_a_plain_loop(tiny_dir, tok):
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_tensorboard_has_the_numbers_of_the_log(tiny_dir, tok, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+@pytest.mark.parametrize("name", ["early_stopping_patience", "load_best_model_at_end"])
+def test_what_needs_validation_rows(tiny_dir, tok, tmp_path, name):
+    with pytest.raises(lk.LorakitError, match=f"{name} needs validation rows"):
+        run(tiny_dir, tok, tmp_path, **{name: 1 if "patience" in name else True})
 
+
+@pytest.mark.parametrize("name", ["early_stopping_patience", "load_best_model_at_end"])
+def test_what_needs_more_than_one_evaluation(tiny_dir, tok, tmp_path, name):
     data = {"train": ROWS, "validation": ROWS[:4]}
-    run(tiny_dir, tok, tmp_path, data, max_steps=4, eval_steps=2, report_to="tensorboard")
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    board = EventAccumulator(str(tmp_path / "tensorboard"))
-    board.Reload()
-    for name in ("loss", "learning_rate", "grad_norm", "eval_loss"):
-        logged = [(line["step"], line[name]) for line in lines if name in line]
-        shown = [(event.step, event.value) for event in board.Scalars(name)]
-        assert [step for step, _ in shown] == [step for step, _ in logged]
-        # the files hold fp32
-        assert [v for _, v in shown] == pytest.approx([v for _, v in logged], rel=1e-6)
+    value = 1 if name == "early_stopping_patience" else True
+    with pytest.raises(lk.LorakitError, match=f"{name} needs more than .* set eval_steps"):
+        run(tiny_dir, tok, tmp_path, data, **{name: value})

@@ -1,0 +1,104 @@
+"""`evaluate`: the loss of rows by its definition, and scores of completions."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import lorakit as lk
+from lorakit.config.training import METRICS
+from lorakit.evaluation import metrics
+from lorakit.evaluation.evaluate import encode_for
+from lorakit.evaluation.score import check_rows
+from lorakit.models.tokenizer import Tokenizer
+from tests.conftest import ROWS
+from tests.training.runs import PAIRS
+
+
+def test_rows_and_objective_must_fit(tiny_dir, tmp_path):
+    model, tok = lk.attach(lk.load_model(tiny_dir, dtype="float32")), lk.load_tokenizer(tiny_dir)
+    sft, dpo = (lk.TrainConfig(str(tmp_path), objective=o) for o in ("sft", "dpo"))
+    rows = [{"prompt": "a", "completion": "b"}]
+    for data, config in ((PAIRS, sft), (rows, dpo)):
+        with pytest.raises(lk.LorakitError, match="does not fit the training rows"):
+            lk.train(model, tok, data, config)
+
+
+def test_loss_is_the_mean_over_label_tokens(tiny_dir, tok):
+    """evaluate = sum of cross-entropies of completion tokens / their number, one row at a time."""
+    model = lk.load_model(tiny_dir, dtype="float32")
+    result = lk.evaluate(model, tok, ROWS, batch_size=5)
+    total = count = 0
+    for row in ROWS:
+        prompt = tok.encode(row["prompt"])
+        ids = [*prompt, *tok.encode(row["completion"], add_special_tokens=False), 2]
+        logp = model(torch.tensor([ids]))[0].double().log_softmax(-1)
+        for t in range(len(prompt), len(ids)):
+            total -= logp[t - 1, ids[t]].item()
+            count += 1
+    assert result["label_tokens"] == count
+    assert result["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert result["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
+def test_evaluate_scores_greedy_completions(tiny_dir, tok):
+    """A random model says a token more than the references, which are its first ones."""
+    model = lk.load_model(tiny_dir, dtype="float32")
+    prompts = [row["prompt"] for row in ROWS[:5]]
+    said = lk.generate_batch(model, tok, prompts, max_new_tokens=4)
+    rows = [{"prompt": p, "completion": c} for p, c in zip(prompts, said, strict=True)]
+    longest = 1 + max(len(tok.encode(text, add_special_tokens=False)) for text in said)
+    longer = lk.generate_batch(model, tok, prompts, max_new_tokens=longest)
+    expected = metrics.score(longer, said, METRICS)
+    model.train()
+    result = lk.evaluate(model, tok, rows, batch_size=2, metrics=METRICS)
+    assert {name: result[name] for name in METRICS} == expected
+    assert model.training
+    assert lk.evaluate(model, tok, rows).keys() == {"loss", "perplexity", "label_tokens", "rows"}
+    assert lk.evaluate(model, tok, rows)["loss"] == pytest.approx(result["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5])
+def test_size_of_the_batches(tiny_dir, tok, size):
+    model = lk.load_model(tiny_dir, dtype="float32")
+    with pytest.raises(lk.LorakitError, match="batch_size must be at least 1"):
+        lk.evaluate(model, tok, ROWS, batch_size=size)
+
+
+@pytest.mark.parametrize("metrics", [(), ("exact_match",)])
+def test_a_file_is_encoded_once_before_the_first_step(
+    tiny_dir, tok, tmp_path, monkeypatch, metrics
+):
+    """Each text of a lazy file is tokenized as often as one encoding needs, and no more."""
+    model = lk.load_model(tiny_dir, dtype="float32")
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    calls, real = [], Tokenizer.encode
+
+    def encode(self, *args, **options):
+        calls.append(args)
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(Tokenizer, "encode", encode)
+    examples = encode_for(model, tok, path, lk.TrainConfig())
+    assert len(examples) == len(ROWS)
+    # the prompt with and without BOS, and the completion; the first row again, which may be a pair
+    assert len(calls) == 3 * (len(ROWS) + 1)
+    calls.clear()
+    check_rows(model, tok, lk.read_rows(path), metrics)
+    assert len(calls) == (2 * len(ROWS) if metrics else 0)
+
+
+def test_a_token_outside_of_the_vocabulary(tiny_dir, tok, tmp_path):
+    """Wherever it stands: a row at the end of a file that is not held."""
+    model = lk.load_model(tiny_dir, dtype="float32")
+    added = lk.load_tokenizer(tiny_dir)
+    added.backend.add_tokens([f"<{i}>" for i in range(60)])
+    path = tmp_path / "rows.jsonl"
+    rows = [*ROWS, {"prompt": "a", "completion": "<59>"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for data in (path, rows):
+        with pytest.raises(lk.LorakitError, match=r"token 318 \('<59>'\) lies outside"):
+            lk.evaluate(model, added, data)
+    assert lk.evaluate(model, added, rows[:-1])["rows"] == len(ROWS)
