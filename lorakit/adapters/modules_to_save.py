@@ -38,7 +38,7 @@ def plan_modules_to_save(plan: Plan, config: TargetConfig, tied: str | None = _O
             raise LorakitError(f"attach: {name} shares its weight with {embedding}; save that one")
         wrapper = plan.wrap(name, SavedModule)
         if wrapper is not None:
-            plan.parts.append((wrapper, _trainable_copy(name, wrapper.base)))
+            plan.add(wrapper, _trainable_copy(name, wrapper.base))
             plan.tie_heads(heads or [], wrapper)
 
 

@@ -26,7 +26,7 @@ from lorakit.adapters.layers.base import (
 )
 from lorakit.adapters.layers.embeddings import TiedHead
 from lorakit.adapters.layers.whole_modules import SavedModule, TrainedBias
-from lorakit.adapters.layers.wrapper import Attached
+from lorakit.adapters.layers.wrapper import Attached, PartT
 from lorakit.adapters.manage import outer_modules
 from lorakit.adapters.targets import select_layers
 from lorakit.adapters.tied_weights import embedding_of_head
@@ -73,6 +73,10 @@ class Plan:
         wrapper = module if isinstance(module, kind) else make(module)
         self.wrappers[name] = self._wrapper_of[id(module)] = wrapper
         return wrapper
+
+    def add(self, wrapper: Attached[PartT], part: PartT) -> None:
+        """Plan `part` as what the adapter adds to the module that `wrapper` stands for."""
+        self.parts.append((wrapper, part))
 
     def tie_heads(self, heads: Sequence[str], embedding: Attached) -> None:
         """Let the linear layers `heads`, which share the weight of `embedding`, change with it."""

@@ -267,7 +267,7 @@ class AdaLora(LinearMethod[AdaLoraConfig]):
             if layer is not None:
                 rank = config.rank(name)
                 part = AdaLoraPart(config, rank, layer.in_features, layer.out_features)
-                plan.parts.append((layer, part.to(layer.device)))
+                plan.add(layer, part.to(layer.device))
         plan_modules_to_save(plan, config)
         return plan
 

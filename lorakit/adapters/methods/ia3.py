@@ -82,7 +82,7 @@ class IA3(LinearMethod[IA3Config]):
                 feedforward = name in fed
                 size = layer.in_features if feedforward else layer.out_features
                 part = IA3Part(config, size, feedforward)
-                plan.parts.append((layer, part.to(layer.device)))
+                plan.add(layer, part.to(layer.device))
         plan_modules_to_save(plan, config)
         return plan
 

@@ -109,7 +109,7 @@ def _plan_linear(plan: Plan, name: str, config: LoraConfig) -> None:
         layer.complete(part)
     except LorakitError as error:
         raise LorakitError(f"attach: {name}: {error}") from None
-    plan.parts.append((layer, part))
+    plan.add(layer, part)
 
 
 def _linear_part(layer: LoraLinear, config: LoraConfig, r: int, scaling: float) -> LoraPart:
@@ -145,7 +145,7 @@ def _plan_embedding(plan: Plan, name: str, config: LoraConfig) -> None:
     part = LoraPart(config, scaling, A, B)
     if config.use_dora:
         part.magnitude = nn.Parameter(layer.column_norms(part))
-    plan.parts.append((layer, part))
+    plan.add(layer, part)
     plan.tie_heads(heads or [], layer)
 
 
@@ -193,7 +193,7 @@ def _plan_token_rows(plan: Plan, name: str, ids: list[int], config: LoraConfig) 
         )
     index = torch.tensor(ids, device=layer.device)
     rows = layer.original_rows(index).clone()
-    plan.parts.append((layer, RowsPart(config, index, rows, V)))
+    plan.add(layer, RowsPart(config, index, rows, V))
     heads = heads_of_embedding(plan.model, plan.layers, plan.layers[name])
     plan.tie_heads(heads or [], layer)
 
@@ -212,4 +212,4 @@ def _plan_other_biases(plan: Plan, config: LoraConfig) -> None:
             )
         wrapper = plan.wrap(name, TrainedBias)
         if wrapper is not None:
-            plan.parts.append((wrapper, BiasPart(bias)))
+            plan.add(wrapper, BiasPart(bias))

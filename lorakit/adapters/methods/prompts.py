@@ -277,7 +277,7 @@ class PromptMethod(Method[P]):
         plan = Plan(model)
         beginning = plan.wrap("beginning", Prompt)
         assert beginning is not None, "a decoder has one beginning"
-        plan.parts.append((beginning, self.new_part(model, config).to(model.device)))
+        plan.add(beginning, self.new_part(model, config).to(model.device))
         return plan
 
     def config_values(self, model: nn.Module, name: str, config: P) -> dict[str, Any]:

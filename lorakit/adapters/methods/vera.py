@@ -111,7 +111,7 @@ class Vera(LinearMethod[VeraConfig]):
         shared = _Projection(config, widest, tallest).to(layers[0].device)
         for layer in layers:
             part = VeraPart(config, shared, layer.in_features, layer.out_features)
-            plan.parts.append((layer, part.to(layer.device)))
+            plan.add(layer, part.to(layer.device))
         plan_modules_to_save(plan, config)
         return plan
 

@@ -13,6 +13,7 @@ multimodal model does fits the text model alone.
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from lorakit.adapters.manage import (
     set_adapter,
 )
 from lorakit.adapters.methods.known import METHODS, method_called, method_of
+from lorakit.adapters.methods.method import Method
 from lorakit.adapters.peft_files import features
 from lorakit.adapters.peft_files.fused_experts import split_fused
 from lorakit.adapters.peft_files.layout import (
@@ -57,9 +59,7 @@ def load_adapter(module: nn.Module, path: str | Path, *, name: str = "default") 
             lorakit does not have, or tensors are missing, unknown or of another shape. `module` is
             then as it was.
     """
-    files = _open(as_path(path))
-    method = method_called(files.values["peft_type"])
-    assert method is not None, "files of an unknown method were opened"
+    method, files = _open(as_path(path))
     if files.values.get("target_parameters"):
         files = split_fused(files, module)
     config = method.read_config(files, module)
@@ -78,16 +78,17 @@ def load_adapter(module: nn.Module, path: str | Path, *, name: str = "default") 
     return module
 
 
-def _open(path: Path) -> AdapterFiles:
-    """Read the config, and open the tensors. Raises LorakitError for what lorakit cannot have."""
+def _open(path: Path) -> tuple[Method[Any], AdapterFiles]:
+    """Return the method of an adapter and its files; raise LorakitError for what lorakit lacks."""
     values = read_json(path / CONFIG_FILE)
-    if method_called(values.get("peft_type")) is None:
+    method = method_called(values.get("peft_type"))
+    if method is None:
         known = ", ".join(method.peft_type for method in METHODS)
         raise LorakitError(f"{path}: peft_type is {values.get('peft_type')!r}; lorakit has {known}")
     features.check_file(path, values)
     if not (path / WEIGHTS_FILE).exists() and (path / "adapter_model.bin").exists():
         raise LorakitError(f"{path}: adapter_model.bin is pickled, which is not read; convert it")
-    return AdapterFiles(path, values, open_safetensors(path / WEIGHTS_FILE))
+    return method, AdapterFiles(path, values, open_safetensors(path / WEIGHTS_FILE))
 
 
 @torch.no_grad()

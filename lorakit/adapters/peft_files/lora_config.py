@@ -14,7 +14,7 @@ with one whole name for each layer.
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -150,9 +150,8 @@ def read_lora_config(files: AdapterFiles, model: nn.Module) -> LoraConfig:
     config = _config_in(files)
     changed: Values = {}
     if config.ensure_weight_tying:
-        for what in PATTERNS:
-            pattern = getattr(config, what).items()
-            changed[what] = {key: v for key, v in pattern if not _is_tied_head(model, key)}
+        changed["rank_pattern"] = _without_tied_heads(config.rank_pattern, model)
+        changed["alpha_pattern"] = _without_tied_heads(config.alpha_pattern, model)
     if isinstance(config.target_modules, list):
         changed["target_modules"] = [name_in(model, name) for name in config.target_modules]
     if config.modules_to_save:
@@ -182,15 +181,22 @@ def _config_in(files: AdapterFiles) -> LoraConfig:
     return from_mapping(LoraConfig, values, str(files.path / CONFIG_FILE))
 
 
-def _is_tied_head(model: nn.Module, name: str) -> bool:
-    """Return whether the layer `name` computes with an embedding's weight, and so follows it."""
+def _without_tied_heads(pattern: Mapping[str, Any], model: nn.Module) -> Values:
+    """Return a pattern without the heads that compute with an embedding's weight.
+
+    To PEFT they are layers of their own; here they follow the embedding.
+    """
+    layers = dict(outer_modules(model))
+    return {key: value for key, value in pattern.items() if not _is_tied(key, layers, model)}
+
+
+def _is_tied(name: str, layers: Mapping[str, nn.Module], model: nn.Module) -> bool:
     if isinstance(model, Decoder) and name == "lm_head":
         return model.lm_head is None
-    places = dict(outer_modules(model))
-    layer = places.get(name)
-    return layer is not None and (
-        isinstance(layer, TiedHead) or embedding_of_head(places, layer) is not None
-    )
+    layer = layers.get(name)
+    if layer is None:
+        return False
+    return isinstance(layer, TiedHead) or embedding_of_head(layers, layer) is not None
 
 
 def _saved_as(entry: str, files: AdapterFiles, model: nn.Module) -> list[str]:
