@@ -4,7 +4,7 @@ The room of adapters puts an `AdaptedLayer` in the place of a layer. The models,
 it what it computes with; they know nothing of adapters beyond this class.
 
 It is a class and no protocol because the decoder asks for it in every layer of every step:
-isinstance takes some 50 us on a protocol with members, and 0.03 us on a class.
+isinstance takes some 12 us on a protocol with members, and 0.03 us on a class.
 """
 
 from collections.abc import Sequence

@@ -29,7 +29,7 @@ from lorakit.models.views import AttentionView
 Recipe = tuple[Callable[[Tensor], Tensor], Tensor]
 """A function and its input, which together make a layer's input again.
 
-Backward asks for it instead of forward's keeping what it made (see `kernels.lora_qkv`).
+Backward makes the input with it, so that forward need not keep it (see `kernels.lora_qkv`).
 """
 
 
@@ -76,6 +76,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, view: AttentionView, cache: Cache | None, recipe: Recipe | None
     ) -> Tensor:
+        """Return attention's output for x [B, T, H]; `recipe` makes x again in backward."""
         B, T, _ = x.shape
         q, k, v = (
             y.view(B, T, y.shape[-1] // self.head_dim, self.head_dim)  # [B, T, Hq or Hk, D]
@@ -97,6 +98,7 @@ class Attention(nn.Module):
         return self.o_proj(attended.reshape(B, T, -1))
 
     def _project(self, x: Tensor, recipe: Recipe | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values, the heads of each side by side."""
         layers = self.q_proj, self.k_proj, self.v_proj
         adapted = fused_weights(*layers)
         if adapted is None:
@@ -122,7 +124,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(activation(gate(x)) * up(x)).
+    """The gated MLP: down(activation(gate(x)) * up(x)).
 
     An expert is one too; some families name its layers otherwise.
     """
@@ -154,8 +156,10 @@ class MLP(nn.Module):
             gate, up, down = layers
             return down(kernels.gated(gate(x), up(x), self.hidden_act))
         keep = keep or x.device.type == "cpu"
-        gates, ups, downs = adapted
-        return kernels.lora_mlp(x, gates, ups, downs, self.hidden_act, keep=keep, again=recipe)
+        lora_gate, lora_up, lora_down = adapted
+        return kernels.lora_mlp(
+            x, lora_gate, lora_up, lora_down, self.hidden_act, keep=keep, again=recipe
+        )
 
 
 class MoE(nn.Module):
@@ -224,6 +228,7 @@ class Block(nn.Module):
             self.mlp = MLP(config, config.intermediate_size)
 
     def forward(self, x: Tensor, view: AttentionView, cache: Cache | None) -> Tensor:
+        """Return x [B, T, H] with attention's and the MLP's outputs added."""
         # What the linear layers read is a norm of what is kept in any case. On a CPU it is cheap
         # to compute again; a block that runs again before its backward keeps nothing for long.
         again = x.device.type == "cpu" and not view.recomputed

@@ -62,24 +62,24 @@ class NoPrompt(nn.Module):
 class Decoder(nn.Module):
     """A causal language model.
 
-    Three attributes, off by default, change training alone:
+    Three keywords of the methods say what the rows of input_ids, int64 [B, T], are:
 
-    gradient_checkpointing: each block keeps only its input for backward and is computed again
-        there: less memory, a forward pass more.
-    offload_activations: these inputs wait in host memory.
-    neftune_noise_alpha: a number a; uniform noise up to a / sqrt(T H) is added to the embeddings
-        (NEFTune, arXiv:2310.05914).
-
-    Three keywords of the methods say what the rows of input_ids int64 [B, T] are:
-
-    attention_mask: [B, S], true at real tokens, false at padding, on either side; positions count
-        real tokens.
-    cu_seqlens: int [n + 1], documents packed into one row (B = 1), document i from cu_seqlens[i] to
-        cu_seqlens[i + 1]; each starts at position 0 and sees none of the others.
-    cache: keys and values of earlier positions, which input_ids continue; S includes them.
+    - attention_mask [B, S]: true at real tokens, false at padding, on either side. Positions count
+      real tokens.
+    - cu_seqlens, int [n + 1]: documents packed into one row (B = 1), document i from cu_seqlens[i]
+      to cu_seqlens[i + 1]. Each starts at position 0 and sees none of the others.
+    - cache: keys and values of earlier positions, which input_ids continue; S includes them.
 
     A LorakitError is raised for cu_seqlens that do not cut the row into documents, and where they
     come together with a mask, a cache or a learned prompt.
+
+    Attributes:
+        config: What is computed.
+        gradient_checkpointing: In training, let each block keep only its input for backward, and
+            compute the block again there: less memory, a forward pass more. Off by default.
+        offload_activations: Let these inputs wait in host memory. Off by default.
+        neftune_noise_alpha: A number a, or None: in training, uniform noise up to a / sqrt(T H) is
+            added to the embeddings (NEFTune, arXiv:2310.05914).
     """
 
     def __init__(self, config: ModelConfig):

@@ -75,9 +75,9 @@ def attention_views(
             mask = key_mask(positions, seen, window, real)
         return AttentionView(local if slides else tables, mask, window, lengths, recomputed)
 
-    slides = [config.slides(layer) for layer in range(config.num_hidden_layers)]
-    views = {kind: view(kind) for kind in set(slides)}
-    return [views[kind] for kind in slides]
+    kinds = [config.slides(layer) for layer in range(config.num_hidden_layers)]
+    views = {kind: view(kind) for kind in set(kinds)}
+    return [views[kind] for kind in kinds]
 
 
 def key_mask(

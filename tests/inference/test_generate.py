@@ -1,4 +1,4 @@
-"""Sampling, stopping and batching. (Greedy text against transformers: test_parity_hf.)"""
+"""Stopping, batching and streaming. (Greedy text against transformers: models/test_parity_hf.)"""
 
 import pytest
 import torch
