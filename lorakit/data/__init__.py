@@ -1,1 +1,1 @@
-"""From files of rows to batches of tokens and labels."""
+"""Rows of files, and the batches of tokens and labels that they become."""

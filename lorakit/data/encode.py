@@ -179,7 +179,7 @@ class Encoder:
         head = len(before) - len(plain)
         if before[head:] != plain and before[-1:] == self.end:
             raise LorakitError(
-                "the tokenizer puts its end token behind every text, so also between a prompt and "
+                "the tokenizer puts its end token after every text, so also between a prompt and "
                 "its completion; turn that off in the tokenizer (add_eos_token)"
             )
         after = self._ended(self.tok.encode(completion, add_special_tokens=False))
@@ -312,7 +312,7 @@ def _without_oldest(row: OneAnswer) -> Chat | None:
 
 @contextmanager
 def _at(place: str) -> Iterator[None]:
-    """Within the block, put the place of the row before each error."""
+    """Put the place of the row before each error of the block."""
     try:
         yield
     except LorakitError as error:

@@ -104,7 +104,7 @@ def read_rows(
 
 @contextmanager
 def _noted(errors: list[str] | None) -> Iterator[None]:
-    """Within the block, add what is wrong with a row to `errors`, or raise it if that is None."""
+    """Add what is wrong with a row in the block to `errors`, or raise it if that is None."""
     try:
         yield
     except LorakitError as error:

@@ -51,7 +51,7 @@ class QuantReport:
     """What quantization does to a model. As text it is a table of its layers."""
 
     path: str
-    """Where the model's files are."""
+    """The directory or the file of the model."""
     config: QuantConfig
     """How the weights are quantized."""
     layers: list[LayerReport]

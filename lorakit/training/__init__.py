@@ -1,1 +1,1 @@
-"""A training run: the loop, the optimizers, checkpoints, evaluation and the log."""
+"""A training run: the loop, the losses, the optimizer, checkpoints and the log."""

@@ -41,7 +41,7 @@ MADV_POPULATE_WRITE = 23  # from Linux 5.14 on; Python has no name for it
 
 
 class Store(Protocol):
-    """Where pages lie. A page is loaded, waited for, used, perhaps written back, and dropped."""
+    """A place of pages. A page is loaded, waited for, used, perhaps written back, and dropped."""
 
     page_bytes: int
 

@@ -305,7 +305,7 @@ def _optimizer(model: Decoder, config: TrainConfig) -> tuple[AdamW, list[float]]
 
 @contextmanager
 def training_mode(model: Decoder, config: TrainConfig) -> Iterator[None]:
-    """Within the block, dropout, gradient checkpointing and noise are as the run wants them."""
+    """Set dropout, gradient checkpointing and noise for the block as the run wants them."""
     names = ("gradient_checkpointing", "offload_activations", "neftune_noise_alpha")
     was_training, before = model.training, [getattr(model, name) for name in names]
     model.train()

@@ -1,6 +1,18 @@
-"""Learning-rate schedules.
+"""Learning-rate schedules: a linear warm-up, then one of seven curves, as transformers has them.
 
-A rate is a function of the step alone, so a checkpoint saves nothing of it.
+W is the number of steps of the warm-up. After it `done` goes from 0 to 1 at the end of the run:
+
+    constant, constant_with_warmup   peak
+    linear                           peak (1 - done)
+    cosine                           peak (1 + cos(pi done)) / 2
+    cosine_with_min_lr               as cosine, but from peak to min_lr_ratio peak
+    cosine_with_restarts             num_cycles times cosine, each from peak to 0
+    inverse_sqrt                     peak sqrt(W / step); without a warm-up
+                                     peak sqrt(10,000 / (10,000 + step))
+
+The rates of the warm-up are peak / W, 2 peak / W and so on to peak. So the first step learns
+something, which in transformers it does not. A rate is a function of the step alone, and a
+checkpoint saves nothing of it.
 """
 
 import math
@@ -20,21 +32,7 @@ def learning_rate(
     min_lr_ratio: float = 0.0,
     num_cycles: int = 1,
 ) -> float:
-    """Return the learning rate of a step: a linear warm-up to `peak`, then a schedule by `kind`.
-
-    The schedules are those of transformers. W is the number of steps of the warm-up, and `done`
-    goes from 0 at its end to 1 at `total`:
-
-        constant, constant_with_warmup   peak
-        linear                           peak (1 - done)
-        cosine                           peak (1 + cos(pi done)) / 2
-        cosine_with_min_lr               as cosine, but from peak to min_lr_ratio peak
-        cosine_with_restarts             num_cycles times cosine, each from peak to 0
-        inverse_sqrt                     peak sqrt(W / step); without a warm-up
-                                         peak sqrt(10,000 / (10,000 + step))
-
-    The rates of the warm-up are peak / W, 2 peak / W and so on to peak. So the first step learns
-    something, which in transformers it does not.
+    """Return the learning rate of a step (see above for the formulas).
 
     Args:
         kind: The name of the schedule.
@@ -45,9 +43,6 @@ def learning_rate(
         warmup_steps: W itself; None takes warmup_ratio.
         min_lr_ratio: The last rate of cosine_with_min_lr, as a part of peak.
         num_cycles: How often cosine_with_restarts goes down.
-
-    Returns:
-        The rate of the step.
 
     Raises:
         LorakitError: There is no schedule of that name.

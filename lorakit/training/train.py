@@ -29,7 +29,7 @@ class TrainResult:
     """What a run did, from its first step on, also if it was resumed."""
 
     output_dir: Path
-    """Where the run wrote to."""
+    """The directory that the run wrote to."""
     steps: int
     """Number of optimizer steps."""
     loss: float

@@ -161,7 +161,7 @@ def test_end_tokens_of_the_rows_and_of_the_tokenizer(tiny):
     special = [("<s>", tok.bos_token_id), ("</s>", tok.eos_token_id)]
     backend.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=special)
     closing = Tokenizer(backend, tok.special_tokens, None)
-    with pytest.raises(lk.LorakitError, match="row 0: the tokenizer puts its end token behind"):
+    with pytest.raises(lk.LorakitError, match="row 0: the tokenizer puts its end token after"):
         Encoder(closing)(Pair("a", "b", "row 0"))
     [row] = lk.read_rows([{"text": "ab"}])
     assert Encoder(closing)(row) == Encoder(tok)(row)
