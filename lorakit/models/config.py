@@ -222,14 +222,14 @@ class ModelConfig:
         ignored.
 
         Args:
-            values: the JSON object.
-            where: the file's name, for error messages.
+            values: The JSON object.
+            where: The file's name, for error messages.
 
         Returns:
             The config.
 
         Raises:
-            LorakitError: for an unknown model_type, a wrong type, a missing size, or a feature that
+            LorakitError: For an unknown model_type, a wrong type, a missing size, or a feature that
                 lorakit lacks.
         """
         values, where = text_config(values, where)

@@ -60,7 +60,7 @@ def text_config(values: Any, where: str) -> tuple[Mapping[str, Any], str]:
     keys that transformers takes from beside it.
 
     Raises:
-        LorakitError: if the file holds no JSON object, no model_type, or no text model.
+        LorakitError: If the file holds no JSON object, no model_type, or no text model.
     """
     if not isinstance(values, Mapping):
         raise LorakitError(f"{where} must hold a JSON object, not {type(values).__name__}")

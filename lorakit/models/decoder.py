@@ -96,10 +96,12 @@ class Decoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """The device that the model lies on."""
         return self.model.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of everything that is not packed."""
         return self.model.norm.weight.dtype
 
     def forward(

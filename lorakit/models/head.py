@@ -1,4 +1,4 @@
-"""From hidden states to logits and to the loss: the head, whichever layer that is.
+"""The head turns hidden states into logits, and into the loss.
 
     logits = hidden head^T,   and c tanh(logits / c) where the family has a soft cap c
 

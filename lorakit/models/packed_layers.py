@@ -36,8 +36,9 @@ class PackedWeight(nn.Module):
 
     Attributes:
         shape: (rows, columns).
-        config: how the matrix is packed.
-        dtype: the dtype that the layer computes in.
+        config: How the matrix is packed.
+        dtype: The dtype that the layer computes in.
+        frozen: True: an adapter may leave the layer to the fused kernels, since it never trains.
     """
 
     frozen = True

@@ -152,9 +152,10 @@ def rope_tables(rope: RopeConfig, head_dim: int, position_ids: Tensor) -> tuple[
     """Return m cos and m sin of position * frequency.
 
     Args:
-        rope: the rotary embedding.
+        rope: The rotary embedding.
         head_dim: D.
-        position_ids: int64 [B, T]; for types that depend on the length, the largest one gives it.
+        position_ids: int64 [B, T]. Where the frequencies depend on the length, the largest one
+            gives it.
 
     Returns:
         Two fp32 tensors [B, T, D / 2], as `kernels.rope` takes them.
