@@ -35,7 +35,8 @@ def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser
 def command_line() -> str:
     """Return the page of the command line: the help of every verb."""
     parts = [
-        "# The command line\n\nThis page is what `lorakit --help` and `lorakit VERB --help` print.\n"
+        "# The command line\n",
+        "This is what `lorakit --help` and the help of its verbs print.\n",
     ]
     for parser in parsers(build_parser()):
         parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, width=100)
@@ -56,9 +57,7 @@ def python() -> str:
     """Return the page of the public names of `lorakit`, room by room."""
     named = {name: getattr(lk, name) for name in lk.__all__}
     modules = {name: thing for name, thing in named.items() if isinstance(thing, types.ModuleType)}
-    parts = [
-        "# Python\n\nEvery public name of `import lorakit as lk`. Nothing else is promised to stay.\n"
-    ]
+    parts = ["# Python\n", "The public names of `import lorakit as lk`; others may change.\n"]
     for room, title in ROOMS.items():
         parts.append(f"## {title}\n")
         for name, thing in named.items():
@@ -77,7 +76,8 @@ def python() -> str:
 def kernels() -> str:
     """Return the page of the public names of `lorakit.kernels`."""
     parts = [
-        "# Kernels\n\nThe public names of `lk.kernels`. [Kernels](../kernels.md) says how they work.\n"
+        "# Kernels\n",
+        "The names of `lk.kernels`; [kernels](../kernels.md) says how they work.\n",
     ]
     for name in lk.kernels.__all__:
         thing = getattr(lk.kernels, name)

@@ -106,7 +106,8 @@ def plot(metrics: Path, file: Path, losses: tuple[float, float], answers: list[d
         for who in ("library", "before", "after"):
             lines.append(f"  {who + ':':9}{each[who] or '(nothing)'}"[:78])
         lines.append("")
-    text.text(0, 0.97, "\n".join(lines), va="top", family="monospace", fontsize=8.5, parse_math=False)
+    style = {"va": "top", "family": "monospace", "fontsize": 8.5, "parse_math": False}
+    text.text(0, 0.97, "\n".join(lines), **style)
     figure.tight_layout()
     figure.savefig(file, dpi=120)
 
