@@ -38,9 +38,9 @@ class Method(ABC, Generic[C]):
     """One way to adapt a model, and how PEFT's files hold it."""
 
     peft_type: str
-    """the name of the method in adapter_config.json"""
+    """The name of the method in adapter_config.json."""
     config_type: type[C]
-    """the class of its configs; a config of a subclass belongs to the method too"""
+    """The class of its configs. A config of a subclass belongs to the method too."""
 
     @abstractmethod
     def plan(self, model: nn.Module, config: C) -> Plan:
@@ -74,7 +74,7 @@ class LinearMethod(Method[T]):
     """A method that adapts linear layers, and whose file repeats the fields of its config."""
 
     names_of_layers: tuple[str, ...] = ("target_modules",)
-    """the fields of the config that hold names of layers"""
+    """The fields of the config that hold names of layers."""
 
     def config_values(self, model: nn.Module, name: str, config: T) -> dict[str, Any]:
         """Return every field; the layers stand there by their full names."""
