@@ -117,7 +117,7 @@ def _padded(*tensors: Tensor) -> int:
     return wide
 
 
-def padded_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _padded_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return an empty [rows, columns] whose rows begin at multiples of 16 values."""
     wide = triton.cdiv(columns, 16) * 16
     return torch.empty((rows, wide), dtype=dtype, device=device)[:, :columns]
@@ -150,7 +150,7 @@ def gradient(
     rows of `out` may be written.
     """
     N, V = logits.shape
-    out = padded_rows(N, V, logits.dtype, logits.device) if out is None else out
+    out = _padded_rows(N, V, logits.dtype, logits.device) if out is None else out
     padded = _padded(logits, out)
     if N:
         _backward[(N, triton.cdiv(V, BLOCK))](
@@ -165,7 +165,7 @@ def logits(h: Tensor, head: Tensor | Packed) -> Tensor:
 
     The rows of the result lie a multiple of 16 values apart.
     """
-    out = padded_rows(len(h), head.shape[0], h.dtype, h.device)
+    out = _padded_rows(len(h), head.shape[0], h.dtype, h.device)
     whole = [(slice(None), head)] if is_ready(head, h.dtype) else panels(head, h.dtype)
     for words, panel in whole:
         torch.mm(h, panel.t(), out=out[:, words])

@@ -101,7 +101,7 @@ def _forward(x: Tensor, q: Packed, bias: Tensor | None) -> Tensor:
         with dispatch.on_device(x):
             return multiply(x, q, None if bias is None else bias.to(x.dtype))
     wide = dispatch.product_dtype(x)
-    if 0 < len(x) <= few_rows_cpu(x, q, wide) and isinstance(q, NF4Tensor):
+    if 0 < len(x) <= _few_rows_cpu(x, q, wide) and isinstance(q, NF4Tensor):
         y = cpu.product(x.to(wide), q, None if bias is None else bias.float())
     elif _by_sums(q, x):
         y = x.new_empty(len(x), q.shape[0])
@@ -147,7 +147,7 @@ def few_rows(x: Tensor, q: Packed) -> FewRows:
     return FEW_ROWS[max(known)] if known else FewRows(0, 0)
 
 
-def few_rows_cpu(x: Tensor, q: Packed, dtype: torch.dtype) -> int:
+def _few_rows_cpu(x: Tensor, q: Packed, dtype: torch.dtype) -> int:
     """Return up to how many rows the C++ kernel takes x and q, in products of `dtype`."""
     if dtype not in dispatch.CPU_DTYPES or dispatch.pick(x.device, "cpu") != "cpu":
         return 0

@@ -208,7 +208,7 @@ def _group(
     return reference.Group(static, drop, tensors, dispatch.product_dtype(x))
 
 
-def exactly(backward: Callable) -> Callable:
+def _exactly(backward: Callable) -> Callable:
     """Wrap a backward: it is not differentiated again, and no autocast around it changes it."""
 
     @torch.autograd.function.once_differentiable
@@ -249,7 +249,7 @@ class LoraLinears(torch.autograd.Function):
         return tuple(ys if same else (y.to(x.dtype) for y in ys))
 
     @staticmethod
-    @exactly
+    @_exactly
     def backward(ctx, *grads):
         x, *tensors = _kept(ctx)
         group = _group(grads[0], ctx.static, ctx.drop, tensors)
@@ -274,7 +274,7 @@ class LoraMLP(torch.autograd.Function):
         return y if same else y.to(x.dtype)
 
     @staticmethod
-    @exactly
+    @_exactly
     def backward(ctx, grad):
         x, gate, up, *tensors = _kept(ctx)
         first, second = LoraMLP._groups(ctx, grad, tensors)

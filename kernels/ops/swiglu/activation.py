@@ -19,8 +19,10 @@ class Activation(IntEnum):
         return "tanh" if self is Activation.gelu_pytorch_tanh else "none"
 
 
+_NAMES = tuple(Activation.__members__)
+
+
 def check_activation(name: str, argument: str = "hidden_act") -> None:
     """Raise ValueError, which says the argument, unless `name` is that of an activation."""
-    if name not in Activation.__members__:
-        names = ", ".join(Activation.__members__)
-        raise ValueError(f"{argument} is {name!r}: choose one of {names}")
+    if name not in _NAMES:
+        raise ValueError(f"{argument} is {name!r}: choose one of {', '.join(_NAMES)}")
