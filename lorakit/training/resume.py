@@ -70,7 +70,7 @@ def _digest_of_frozen(model: Decoder) -> str:
     return found.hexdigest()
 
 
-def resumed_state(output_dir: Path, config: TrainConfig) -> run_state.Checkpoint | None:
+def checkpoint_to_resume(output_dir: Path, config: TrainConfig) -> run_state.Checkpoint | None:
     """Return the checkpoint that a run goes on from, or None if it starts from the beginning.
 
     Unfinished checkpoints are removed. Raises LorakitError if `config.resume` names no checkpoint,
@@ -100,7 +100,7 @@ def resumed_state(output_dir: Path, config: TrainConfig) -> run_state.Checkpoint
     return asked[0]
 
 
-def restored(
+def resume_from(
     checkpoint: run_state.Checkpoint,
     model: Decoder,
     optimizer: AdamW,

@@ -40,7 +40,12 @@ from lorakit.training.losses.held_out import held_out_loss
 from lorakit.training.memory import peak_memory_mb
 from lorakit.training.optim import AdamW, decay_groups, loraplus_groups
 from lorakit.training.progress import Progress
-from lorakit.training.resume import end_with_the_best, must_match, restored, resumed_state
+from lorakit.training.resume import (
+    checkpoint_to_resume,
+    end_with_the_best,
+    must_match,
+    resume_from,
+)
 from lorakit.training.schedules import learning_rate
 from lorakit.training.step import backward, check_gradients, count_tokens, first_not_finite
 
@@ -73,7 +78,7 @@ class Run:
         self.model, self.tok, self.config, self.base_model = model, tok, config, base_model
         self.examples, self.held_out = examples, held_out
         self.output_dir = as_path(config.output_dir)
-        checkpoint = resumed_state(self.output_dir, config)
+        checkpoint = checkpoint_to_resume(self.output_dir, config)
         torch.manual_seed(config.seed)  # dropout
         started = start_adapter(model, lambda: _padded_batches(model, examples, config))
         if started is not None:
@@ -85,7 +90,7 @@ class Run:
         self.same = must_match(model, examples, validation, config)
         self.progress = Progress()
         if checkpoint is not None:
-            self.progress = restored(checkpoint, model, self.optimizer, self.same, self.order)
+            self.progress = resume_from(checkpoint, model, self.optimizer, self.same, self.order)
         self.ended = False
 
     def open_log(self) -> Log:
