@@ -170,7 +170,7 @@ class Run:
         return is_best and (self.config.load_best_model_at_end or every is not None)
 
     def _write_checkpoint(self, log: Log) -> None:
-        """Write a checkpoint of the step that is done. A full disk is said, and the run goes on."""
+        """Write a checkpoint of the step that is done. If the disk is full, say so and go on."""
         step, optimizer = self.progress.step, self.optimizer
         values: dict[str, Any] = {"progress": asdict(self.progress), "same": self.same}
         try:

@@ -10,6 +10,9 @@ import lorakit as lk
 from lorakit.training import state as run_state
 from tests.conftest import ROWS
 
+ADAPTER = "adapter_model.safetensors"
+OPTIONS = {"max_steps": 12, "save_steps": 3, "per_device_train_batch_size": 4}
+EVALUATED = {"max_steps": 8, "eval_steps": 2, "save_steps": 3, "learning_rate": 3e-2}
 PAIRS = [
     {"prompt": f"{a} plus {b} is ", "chosen": f"{a + b}.", "rejected": f"{a + b + 1}, I think."}
     for a in range(6)
@@ -31,12 +34,6 @@ def run(tiny_dir, tok, out, rows=ROWS, lora=None, **options):
     return model, lk.train(model, tok, rows, config)
 
 
-ADAPTER = "adapter_model.safetensors"
-
-
-OPTIONS = {"max_steps": 12, "save_steps": 3, "per_device_train_batch_size": 4}
-
-
 def same_tensors(a, b):
     a, b = load_file(a / run_state.STATE_TENSORS), load_file(b / run_state.STATE_TENSORS)
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
@@ -54,6 +51,3 @@ def small_files(size):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-EVALUATED = {"max_steps": 8, "eval_steps": 2, "save_steps": 3, "learning_rate": 3e-2}

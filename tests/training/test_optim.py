@@ -1,4 +1,4 @@
-"""AdamW against torch's, its determinism, and the schedules against their definition."""
+"""AdamW against torch's, its determinism, and the groups of parameters that it trains."""
 
 import io
 import itertools

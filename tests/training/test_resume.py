@@ -1,4 +1,4 @@
-"""Runs that are killed, interrupted, out of disk or full of NaN: what is left, how they go on."""
+"""Runs that go on from a checkpoint: they end with the same bytes, or are refused in one sentence."""
 
 import json
 import os
