@@ -101,7 +101,7 @@ inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline Vec load(const uint16_t* p) { return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 inline void store(Vec a, float* p) { _mm512_storeu_ps(p, a.v); }
 inline void store(Vec a, uint16_t* p) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrowed(a)); }
-// Of a last part: the lanes beyond it are loaded as 0 and stored nowhere; `only` sets them.
+// A last part: the lanes beyond it are loaded as 0 and stored nowhere; `only` sets them.
 inline Vec load(const float* p, First part) { return {_mm512_maskz_loadu_ps(mask(part), p)}; }
 inline Vec load(const uint16_t* p, First part) { return widened(_mm256_maskz_loadu_epi16(mask(part), p)); }
 inline void store(Vec a, float* p, First part) { _mm512_mask_storeu_ps(p, mask(part), a.v); }
@@ -109,7 +109,7 @@ inline void store(Vec a, uint16_t* p, First part) { _mm256_mask_storeu_epi16(p, 
 inline Vec only(Vec a, First part, float otherwise) {
     return {_mm512_mask_blend_ps(mask(part), _mm512_set1_ps(otherwise), a.v)};
 }
-// As a value of type T would be read back.
+// The values as they would be read back from type T.
 template <class T>
 inline Vec rounded(Vec a) {
     if (sizeof(T) == 4) return a;

@@ -98,7 +98,7 @@ def adamw_step_8bit(
 
     Args:
         params: the parameters p, of any floating-point dtype and strides.
-        grads: their gradients g, likewise.
+        grads: their gradients g, of any floating-point dtype and strides.
         exp_avgs: their first moments m; `Moment8bit.zeros` before step 1.
         exp_avg_sqs: their second moments v; `Moment8bit.zeros` before step 1.
         step: t, counted from 1.

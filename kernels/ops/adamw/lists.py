@@ -1,4 +1,4 @@
-"""What one step over lists of tensors consists of, and how a compiled kernel is handed it."""
+"""One step over lists of tensors, and what a compiled kernel gets of it."""
 
 import functools
 import math
@@ -26,7 +26,7 @@ class AdamWOptions(NamedTuple):
 
 @dataclass(slots=True)
 class Update(Generic[M]):
-    """One step over lists of one length: what `adamw_step` of every backend is handed.
+    """One step over lists of one length: what every backend's `adamw_step` gets.
 
     The moments are fp32 tensors, or 8-bit ones for `adamw_step_8bit`.
     """

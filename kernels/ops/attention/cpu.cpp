@@ -402,7 +402,7 @@ struct Unit {
         }
     }
 
-    // Of `n` rows, at(i) being the i-th; if that leaves a word of them short, then zeros.
+    // Lays out `n` rows, at(i) being the i-th; zeros fill the last word of them.
     template <class At>
     void load_lines(int64_t n, At at, float* to) const {
         for (int64_t i = 0; i < n; ++i) Op::line(at(i), D, to + i * wide);
@@ -424,7 +424,7 @@ struct Unit {
         }
     }
 
-    // Of the unit's rows, zeros after the last; by way of `sums`.
+    // Lays out the unit's rows, zeros after the last; by way of `sums`.
     template <class At>
     void load_columns(At at, float* to) const {
         for (int64_t i = 0; i < rows; ++i) Op::line(at(i), D, sums + i * wide);
@@ -630,7 +630,7 @@ struct Unit {
         add_to_rows(r, row, end, dp, k_words);
     }
 
-    // Of a vector of rows: scores -> p in lines, dp -> ds in lines and in words
+    // A vector of rows: scores -> p in lines, dp -> ds in lines and in words
     void slope(const Range& r, int64_t row, const float* s, float* dp) const {
         const Vec scale = fill(a.scale), mean = load(rest + row), by = fill(factor), below = -load(base + row);
         const Vec inverse = fill(a.softcap == 0 ? 0 : 1 / a.softcap), one = fill(1);

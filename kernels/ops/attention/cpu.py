@@ -38,7 +38,7 @@ class Attention(ctypes.Structure):
 
 
 class AttentionOptions(NamedTuple):
-    """What is no tensor among the arguments."""
+    """The arguments that are not tensors."""
 
     scale: float
     softcap: float  # 0: none

@@ -25,7 +25,7 @@ DEPTH = 4096  # words whose part of the hidden states' gradient is added up at a
 
 
 class Form(NamedTuple):
-    """What is done to the logits, and what is added to the loss; the package has the formulas."""
+    """What is done to the logits and added to the loss; `__init__.py` has the formulas."""
 
     softcap: float | None = None
     label_smoothing: float = 0.0

@@ -256,7 +256,7 @@ struct Worker {
 
     int64_t length(int64_t n) const { return share(n, index + 1) - share(n, index); }
 
-    // Where this thread's share of n rows starts; share(n, index + 1) is where it ends.
+    // The first of this thread's share of n rows; share(n, index + 1) is the end of it.
     int64_t share(int64_t n, int64_t i) const { return i == team ? n : n * i / team / 4 * 4; }
 
     // ---- small pieces ----
@@ -387,7 +387,7 @@ struct Worker {
     static void round_to(float value, float* out) { *out = value; }
     static void round_to(float value, uint16_t* out) { *out = bf16_from_float(value); }
 
-    // Where TILE slots of one head of the cache start, from slot t on. A slot that row b must not see is read as a
+    // The starts of TILE slots of one head of the cache, from slot t on. A slot that row b must not see is read as a
     // row of zeros: what is in it, even NaN, stays out of every sum. The same slots of `later` are prefetched.
     void slots_at(const W* cache, const W* later, const Context<W>& context, int64_t b, int64_t t, int64_t stop,
                   const W** out) const {

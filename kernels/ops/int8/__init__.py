@@ -75,7 +75,7 @@ class Int8Tensor:
         return Int8Tensor(values, scale, self.dtype)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """Return the entries of a safetensors file for the tensor `name`, as bitsandbytes does.
+        """Return the file entries of the tensor `name`, as bitsandbytes writes them.
 
         They are the values, the scales of the rows, and the layout, 0 for rows.
         """

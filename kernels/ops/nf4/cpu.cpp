@@ -363,7 +363,7 @@ struct TableOf<uint16_t> {
 };
 #endif
 
-// From the value i of a block on.
+// It starts with the value i of a block.
 template <class T>
 __attribute__((noinline)) void dequantize_rest(const float* table, const uint8_t* codes, float scale, int64_t i,
                                                int64_t count, T* out) {

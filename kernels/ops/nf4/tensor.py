@@ -204,7 +204,7 @@ class NF4Tensor:
         )
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """Return the entries of a safetensors file for the tensor `name`, as bitsandbytes does."""
+        """Return the file entries of the tensor `name`, as bitsandbytes writes them."""
         state = {
             "quant_type": self.quant_type,
             "blocksize": self.block_size,

@@ -1,4 +1,4 @@
-// Sums of products of matrices in bf16, of which a factor may be stored in 4 bits (the package tells what for):
+// Sums of products of matrices in bf16, of which a factor may be stored in 4 bits (__init__.py says what for):
 //
 //     out [M, N] = scale * sum over the terms of  a [M, depth] b [depth, N]   + bias [N]
 //
