@@ -1,4 +1,4 @@
-"""Runs that go on from a checkpoint: they end with the same bytes, or are refused in one sentence."""
+"""Runs that go on from a checkpoint: they end with the same bytes, or are refused."""
 
 import json
 import os
