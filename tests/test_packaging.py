@@ -92,7 +92,8 @@ def test_sdist_holds_what_a_build_needs(tmp_path):
         "CMakeLists.txt",
         "kernels/simd.h",
         "kernels/ops/nf4/cpu.cpp",
-        "lorakit/cli.py",
+        "lorakit/cli/main.py",
+        "lorakit/py.typed",
         "LICENSE",
     ):
         assert needed in names
