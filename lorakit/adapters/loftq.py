@@ -87,7 +87,7 @@ def loftq(
     layers = {name: _checked(name, layer, originals) for name, layer in selected.items()}
     before, after = {}, {}
     for name, layer in tqdm(layers.items(), desc="LoftQ", unit="layer", disable=None, leave=False):
-        original = originals[name].read_dense().to(layer.lora_A.device, torch.float32)
+        original = originals[name].read().to(layer.lora_A.device, torch.float32)
         if not torch.isfinite(original).all():
             raise LorakitError(f"loftq: the original weight of {name} holds NaN or infinite values")
         before[name], after[name] = _start(layer, original, iterations)

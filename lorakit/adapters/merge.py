@@ -164,7 +164,7 @@ def _merge_layers(
 
 
 def _merged(name: str, each: Attached, base: str, original: LazyTensor | None) -> nn.Module:
-    weight = None if original is None else original.read_dense().to(each.device)
+    weight = None if original is None else original.read().to(each.device)
     if has_own_forward(each.original):
         raise LorakitError(
             f"merge: {name} has a forward of its own (accelerate's hooks?), which would still "

@@ -33,12 +33,6 @@ class LazyTensor(NamedTuple):
     read: Callable[[], Tensor]
     """Reads the values. They may be a view of the file: copy what you keep."""
 
-    def read_dense(self) -> Tensor:
-        """Return the values of a tensor that is not packed."""
-        values = self.read()
-        assert isinstance(values, Tensor), "a packed tensor was read as a dense one"
-        return values
-
 
 def open_directory(path: Path) -> dict[str, LazyTensor]:
     """Open the weights of a Hugging Face directory, which lie in one file or in several shards.

@@ -213,7 +213,7 @@ def _check_plain(adapter: StoredAdapter) -> None:
 def _check_layer(adapter: StoredAdapter, layer: StoredLayer) -> None:
     """Raise LorakitError if plain LoRA cannot hold the layer, or it contradicts the config."""
     path = adapter.path
-    if layer.bias is not None and layer.bias.read_dense().any():
+    if layer.bias is not None and layer.bias.read().any():
         raise LorakitError(
             f"{path}: {layer.key}.lora_B.bias (lora_bias) does not fit in plain LoRA unless it "
             f"is zero: {features.MERGE}"

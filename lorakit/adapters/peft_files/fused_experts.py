@@ -85,7 +85,7 @@ def split_fused(files: AdapterFiles, model: nn.Module) -> AdapterFiles:
             "own decoder are adapted as parameters"
         )
     fused = {
-        key: tensor.read_dense()
+        key: tensor.read()
         for key, tensor in files.tensors.items()
         if is_fused(re.sub(r"\.lora_[AB]\..*", "", key))
     }

@@ -133,7 +133,7 @@ def describe_adapter(path: str | Path) -> AdapterReport:
     adapter = open_adapter(path)
     layers, untrained, broken = [], [], []
     for layer in adapter.layers:
-        a, b = layer.a.read_dense(), layer.b.read_dense()
+        a, b = layer.a.read(), layer.b.read()
         layers.append(_described(layer, a, b))
         if not _is_finite(layer, a, b):
             broken.append(layer.name)
@@ -141,7 +141,7 @@ def describe_adapter(path: str | Path) -> AdapterReport:
             untrained.append(layer.name)
     tensors = open_safetensors(adapter.path / WEIGHTS_FILE)
     for name in [*adapter.saved, *adapter.tokens, *adapter.biases]:
-        if not torch.isfinite(tensors[name].read_dense().float()).all():
+        if not torch.isfinite(tensors[name].read().float()).all():
             broken.append(name)
     return AdapterReport(
         path=str(adapter.path),
@@ -173,7 +173,7 @@ def _described(layer: StoredLayer, a: Tensor, b: Tensor) -> AdapterLayer:
 
 def _is_finite(layer: StoredLayer, a: Tensor, b: Tensor) -> bool:
     """Return whether no value of the layer, whose A and B have been read, is NaN or infinite."""
-    rest = [tensor.read_dense() for tensor in (layer.magnitude, layer.bias) if tensor is not None]
+    rest = [tensor.read() for tensor in (layer.magnitude, layer.bias) if tensor is not None]
     return all(bool(torch.isfinite(tensor.float()).all()) for tensor in (a, b, *rest))
 
 

@@ -105,7 +105,7 @@ def _fill(module: nn.Module, name: str, files: AdapterFiles) -> None:
     expected |= method.shared_tensors(module, name, config)
     found = _matched(files, module, expected, method.takes_from_the_base(config))
     for key, parameter in expected.items():
-        tensor = found[key].read_dense()
+        tensor = found[key].read()
         if tensor.is_floating_point() != parameter.is_floating_point():
             raise LorakitError(f"{files.path}: tensor {_full(key)} is of {tensor.dtype}")
         parameter.copy_(tensor)
@@ -167,7 +167,7 @@ def _is_copy(path: Path, module: nn.Module, key: str, tensor: LazyTensor, moved:
     own = wrapper.original._parameters.get("weight")
     if own is None or not own.is_floating_point():
         return True  # packed: not comparable bit by bit
-    same = moved or torch.equal(tensor.read_dense().to(own), own)
+    same = moved or torch.equal(tensor.read().to(own), own)
     if tensor.shape != tuple(own.shape) or not same:
         raise LorakitError(
             f"{path}: {key} differs from the model's: the adapter was trained on another model, or "
@@ -186,8 +186,8 @@ def _is_twin(path: Path, module: nn.Module, key: str, tensors: Mapping[str, Lazy
         twin = tensors.get(f"{embedding}.{other}")
         if embedding is None or twin is None:
             continue
-        own = twin.read_dense().t() if transposed else twin.read_dense()
-        if not torch.equal(tensors[key].read_dense(), own):
+        own = twin.read().t() if transposed else twin.read()
+        if not torch.equal(tensors[key].read(), own):
             raise LorakitError(
                 f"{path}: {key} differs from {embedding}.{other}, and in this model they are tied"
             )

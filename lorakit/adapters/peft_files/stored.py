@@ -162,7 +162,7 @@ def read_finite(path: Path, layer: StoredLayer, tensor: LazyTensor) -> Tensor:
 
     Raises LorakitError, naming the adapter's `path`, if one of them is NaN or infinite.
     """
-    values = tensor.read_dense().float()
+    values = tensor.read().float()
     if not torch.isfinite(values).all():
         raise LorakitError(f"{path}: {layer.key} holds NaN or infinite values")
     return values
