@@ -141,16 +141,17 @@ def _start_layers(
         rank_pattern=each_alone({place: ranks[place] for place in moved}, ranks),
         alpha_pattern=each_alone({place: alphas[place] for place in moved}, ranks),
     )
-    for wrapper in attached(module).values():  # an embedding's part too
-        if name in wrapper.adapters:
-            part = wrapper.part_of(name)
-            if isinstance(part, Part):
-                part.config = config
     for place, layer in layers.items():
         if ranks[place]:
             A = watch.svd_of[place].components[: ranks[place]]
             _start_layer(layer, name, config, config.scaling(place), A)
     remove_parts(module, name, [place for place, r in ranks.items() if r == 0], name)
+    for wrapper in attached(module).values():  # the parts of embeddings belong to the adapter too
+        part = wrapper.part_of(name) if name in wrapper.adapters else None
+        if isinstance(part, Part):
+            part.config = config
+        if isinstance(part, LoraPart):
+            part.awaits = None
     return ranks
 
 
@@ -162,7 +163,6 @@ def _start_layer(
     B = old.lora_B.new_zeros(old.lora_B.shape[0], len(A))
     part = LoraPart(config, scaling, A.to(old.lora_A.device).clone(), B)
     layer.complete(part)
-    part.awaits = None
     layer.add_part(name, part)
     layer.select(name)
 

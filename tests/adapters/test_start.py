@@ -1,6 +1,7 @@
 """Initializations that an attached adapter awaits are carried out in one place."""
 
 import torch
+from torch import nn
 
 import lorakit as lk
 from lorakit.adapters.eva import EvaResult
@@ -59,6 +60,15 @@ def test_what_was_started_by_hand_is_not_started_again(model):
     lk.attach(model, lk.LoraConfig(r=2, init_lora_weights="eva"))
     lk.eva(model, batches())
     assert start_adapter(model, never) is None
+
+
+def test_an_embedding_beside_the_layers_awaits_nothing_after_eva():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Embedding(300, 8), nn.Linear(8, 8))
+    lk.attach(module, lk.LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights="eva"))
+    lk.eva(module, [batch["input_ids"] for batch in batches()])
+    assert [wrapper.part.awaits for wrapper in attached(module).values()] == [None, None]
+    assert start_adapter(module, never) is None
 
 
 def test_only_the_selected_adapter_is_started(model):
