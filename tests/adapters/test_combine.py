@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -141,12 +141,21 @@ def adapters(draw, same_rank=False):
 
 
 def total(parts, weights):
-    """sum w s B A in fp64, and the size of its terms: what fp32 rounds."""
-    terms = [w * s * B.double() @ A.double() for (A, B, s), w in zip(parts, weights, strict=True)]
-    return sum(terms), sum(term.norm() for term in terms)
+    """sum w s B A in fp64, and the size of what fp32 rounds in it.
+
+    Each product of two numbers is rounded, so a sum B A that nearly cancels still has their error.
+    """
+    triples = [(A.double(), B.double(), w * s) for (A, B, s), w in zip(parts, weights, strict=True)]
+    truth = sum(factor * B @ A for A, B, factor in triples)
+    return truth, sum(abs(factor) * (B.abs() @ A.abs()).norm() for A, B, factor in triples)
+
+
+# B A is the difference of two numbers that fp32 can hardly tell apart.
+NEARLY_ZERO = (torch.tensor([[1.0], [1 + 2**-23]]), torch.tensor([[1.0, -1.0]]), 0.1)
 
 
 @given(adapters())
+@example(([NEARLY_ZERO], [1.0]))
 def test_cat_is_the_sum(drawn):
     A, B = combine("cat", *drawn)
     truth, size = total(*drawn)
