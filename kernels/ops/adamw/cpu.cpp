@@ -67,7 +67,7 @@ void step(const Step& a) {
 
 // ---- 8-bit state ---------------------------------------------------------------------------------------------------
 
-// The place of x among the edges, up to one edge, before it is rounded down.
+// The place of x among the edges, or that of an edge next to it, before it is rounded down.
 template <bool SIGNED>
 inline Vec place(Vec x) {
     constexpr float middle = SIGNED ? 128 : 1;  // the number of the first edge of the lowest decade

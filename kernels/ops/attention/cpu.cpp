@@ -341,7 +341,9 @@ struct Unit {
     X* of(const HeadsView<X>& x, int64_t row) const {
         return x.at(block.batch, token(row), query_head(row));
     }
-    const T* of_key(const HeadsView<const T>& x, int64_t c) const { return x.at(block.batch, block.start + start + c, head); }
+    const T* of_key(const HeadsView<const T>& x, int64_t c) const {
+        return x.at(block.batch, block.start + start + c, head);
+    }
     float& lse(int64_t row) const { return a.lse[(block.batch * a.Hq + query_head(row)) * a.T_ + token(row)]; }
 
     // ---- who sees what ----
@@ -402,7 +404,7 @@ struct Unit {
         }
     }
 
-    // Lays out `n` rows, at(i) being the i-th; zeros fill the last word of them.
+    // Lays out `n` rows, at(i) being the i-th, and a row of zeros if they end within a word.
     template <class At>
     void load_lines(int64_t n, At at, float* to) const {
         for (int64_t i = 0; i < n; ++i) Op::line(at(i), D, to + i * wide);
