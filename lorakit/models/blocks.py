@@ -1,4 +1,4 @@
-"""One block of the decoder, and what it is made of: norms, attention, the MLP, experts.
+"""One block of the decoder, and its parts: norms, attention, the MLP, experts.
 
     x += attention(norm(x))
     x += mlp(norm(x))
@@ -27,14 +27,15 @@ from lorakit.models.config import ModelConfig
 from lorakit.models.views import AttentionView
 
 Recipe = tuple[Callable[[Tensor], Tensor], Tensor]
-"""A function and its input, which together make a layer's input again.
+"""A function and its argument, whose result is the input of a layer.
 
-Backward makes the input with it, so that forward need not keep it (see `kernels.lora_qkv`).
+Backward computes that input again with it, so that forward need not keep it (see
+`kernels.lora_qkv`).
 """
 
 
 class RMSNorm(nn.Module):
-    """Divide the last dimension by its root mean square, and scale each of its numbers."""
+    """y = x / sqrt(mean(x^2) + eps) * (offset + weight), over the last dimension."""
 
     def __init__(self, size: int, config: ModelConfig):
         super().__init__()
@@ -43,7 +44,7 @@ class RMSNorm(nn.Module):
         self.weight_offset, self.casting_mode = config.norm_weight_offset, config.norm_casting_mode
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Return x normalized; with a residual, the sum of both normalized, and that sum."""
+        """Return x normalized; with a residual, return x + residual normalized, and the sum too."""
         offset, casting = self.weight_offset, self.casting_mode
         if residual is None:
             return kernels.rms_norm(
@@ -76,7 +77,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, view: AttentionView, cache: Cache | None, recipe: Recipe | None
     ) -> Tensor:
-        """Return attention's output for x [B, T, H]; `recipe` makes x again in backward."""
+        """Return attention's output for x [B, T, H]; `recipe` computes x again in backward."""
         B, T, _ = x.shape
         q, k, v = (
             y.view(B, T, y.shape[-1] // self.head_dim, self.head_dim)  # [B, T, Hq or Hk, D]
@@ -98,7 +99,7 @@ class Attention(nn.Module):
         return self.o_proj(attended.reshape(B, T, -1))
 
     def _project(self, x: Tensor, recipe: Recipe | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values, the heads of each side by side."""
+        """Return queries [B, T, Hq D], keys and values [B, T, Hk D]."""
         layers = self.q_proj, self.k_proj, self.v_proj
         adapted = fused_weights(*layers)
         if adapted is None:
@@ -108,7 +109,7 @@ class Attention(nn.Module):
         return q, k, v
 
     def _rotate(self, q: Tensor, k: Tensor, view: AttentionView) -> tuple[Tensor, Tensor]:
-        """Turn queries and keys by their positions, normalized first where the family does so."""
+        """Turn queries and keys by their positions; some families normalize them first."""
         if self.q_norm is None or self.k_norm is None:
             return kernels.rope(q, k, *view.tables)
         return kernels.norm_rope(
@@ -124,9 +125,9 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The gated MLP: down(activation(gate(x)) * up(x)).
+    """The gated MLP: y = down(activation(gate(x)) * up(x)).
 
-    An expert is one too; some families name its layers otherwise.
+    An expert is such an MLP too; some families give its layers other names.
     """
 
     def __init__(
@@ -144,11 +145,13 @@ class MLP(nn.Module):
         self.add_module(down, nn.Linear(inner, hidden, bias=bias))
 
     def forward(self, x: Tensor, keep: bool = False, recipe: Recipe | None = None) -> Tensor:
-        """Return the output for x [..., H].
+        """Return y [..., H].
 
-        keep: whether gate(x) and up(x) are kept for backward, which otherwise computes them again;
-            on a CPU they always are.
-        recipe: how x is made again, if it is not to be kept.
+        Args:
+            x: [..., H].
+            keep: Whether gate(x) and up(x) are kept for backward, which otherwise computes them
+                again. On a CPU, where products are dear, they always are.
+            recipe: Computes x again in backward; None: x is kept.
         """
         layers = [self.get_submodule(name) for name in self.names]
         adapted = fused_weights(*layers)
@@ -165,17 +168,20 @@ class MLP(nn.Module):
 class MoE(nn.Module):
     """Experts in the MLP's place: a router picks a few for every token and weighs their outputs.
 
-    The tokens are grouped by expert: an expert runs once, on all tokens that chose it, and one that
-    none chose does not run. How many tokens meet in a product depends on all documents of a packed
-    row, and matrix libraries sum a product of few rows in another order than one of many. So there
-    every group is filled up to a multiple of ROWS: from so many on, the order stays the same.
+    The tokens are grouped by expert: an expert runs once, on all tokens that it was picked for, and
+    not at all if there are none.
+
+    A packed row needs care, since no document may change a bit of another's result. The documents
+    share the groups, and matrix libraries sum a product of few rows in another order than one of
+    many. So the groups of a packed row are filled up to a multiple of ROWS; from that many rows on,
+    the order stays the same.
     """
 
     ROWS = 16
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.chosen, self.normalize = config.num_experts_per_tok, config.norm_topk_prob
+        self.per_token, self.normalize = config.num_experts_per_tok, config.norm_topk_prob
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         _, gate, up, down = config.moe_names
         self.experts = nn.ModuleList(
@@ -184,17 +190,24 @@ class MoE(nn.Module):
         )
 
     def forward(self, x: Tensor, packed: bool, keep: bool) -> Tensor:
-        """Return the output for x [B, T, H]; `keep` as in MLP."""
-        tokens = x.reshape(-1, x.shape[-1])
-        weights, chosen = self.gate(tokens).softmax(-1, dtype=torch.float32).topk(self.chosen)
+        """Return the output for x [B, T, H].
+
+        Args:
+            x: [B, T, H].
+            packed: Whether x is one row of packed documents.
+            keep: As in MLP.
+        """
+        tokens = x.reshape(-1, x.shape[-1])  # [n, H]
+        probs = self.gate(tokens).softmax(-1, dtype=torch.float32)  # [n, experts]
+        weights, picked = probs.topk(self.per_token)  # [n, per_token]
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
-        order = chosen.flatten().argsort(stable=True)  # choices, by expert
-        counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
-        groups = (order // self.chosen).split(counts)  # numbers of the tokens of each expert
-        weights = weights.flatten()[order].split(counts)
+        order = picked.flatten().argsort(stable=True)  # numbers of the picks, by expert
+        counts = picked.flatten().bincount(minlength=len(self.experts)).tolist()
+        groups = (order // self.per_token).split(counts)  # numbers of the tokens of each expert
+        group_weights = weights.flatten()[order].split(counts)
         out = torch.zeros_like(tokens)
-        for expert, group, weight in zip(self.experts, groups, weights, strict=True):
+        for expert, group, weight in zip(self.experts, groups, group_weights, strict=True):
             if len(group):
                 filling = -len(group) % self.ROWS if packed else 0
                 found = expert(F.pad(tokens[group], (0, 0, 0, filling)), keep)[: len(group)]
@@ -203,9 +216,9 @@ class MoE(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and the MLP, each on normalized input and added to what it was given.
+    """Attention, then the MLP; each reads a norm of x, and its output is added to x.
 
-    Gemma 2 and 3 also normalize what is added ("sandwich" norms). There
+    Gemma 2 and 3 also normalize the outputs before they are added ("sandwich" norms). There
     post_attention_layernorm is the norm of attention's output; in other families it is the norm
     before the MLP. The names are those of the published files.
     """
@@ -229,8 +242,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, view: AttentionView, cache: Cache | None) -> Tensor:
         """Return x [B, T, H] with attention's and the MLP's outputs added."""
-        # What the linear layers read is a norm of what is kept in any case. On a CPU it is cheap
-        # to compute again; a block that runs again before its backward keeps nothing for long.
+        # The linear layers read norms of tensors that backward keeps in any case. On a CPU a norm
+        # is cheap to compute again, so it is not kept. A block that runs again right before its
+        # backward keeps nothing for long, and may keep the norms as well.
         again = x.device.type == "cpu" and not view.recomputed
         recipe = (self.input_layernorm, x) if again else None
         attended = self.self_attn(self.input_layernorm(x), view, cache, recipe)
@@ -239,7 +253,7 @@ class Block(nn.Module):
             norm = self.post_attention_layernorm
         else:
             attended = self.post_attention_layernorm(attended)
-        normalized, x = norm(attended, x)
+        normalized, x = norm(attended, x)  # norm(attended + x), and attended + x
         added = self._feed_forward(normalized, view, (norm, x) if again else None)
         if self.post_feedforward_layernorm is not None:
             added = self.post_feedforward_layernorm(added)

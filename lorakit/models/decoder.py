@@ -1,16 +1,19 @@
-"""The decoder: one for all families, which differ by the fields of ModelConfig.
+"""The decoder: one class for all families, which differ only by the fields of ModelConfig.
 
     x = embed(ids)
     for each block:   x += attention(norm(x));   x += mlp(norm(x))
     logits = norm(x) head^T                       head = the embedding itself where they are tied
 
-The parts lie beside: a block in blocks.py, what the positions of a call see in views.py, and what
-the head makes of hidden states in head.py.
+This file is the way from ids to logits and to the loss. Its three parts have files of their own:
+
+    blocks.py   a block: norms, attention, the MLP, experts
+    views.py    what the positions of a call see: masks, rotary tables, packed documents
+    head.py     the head, which turns hidden states into logits and into the loss
 
 Parameter names are those of the published files (`model.layers.0.self_attn.q_proj.weight`), so that
 loading is an assignment. Tied models have no `lm_head` at all: one tensor, one name.
 
-Build a decoder on the meta device and let `load_model` fill it; then nothing here allocates weights
+`load_model` builds a decoder on the meta device and fills it, so that no memory is spent on weights
 that are about to be overwritten.
 
 Shapes: B rows, T positions of this call, S positions with those in the cache, H hidden size,
@@ -32,33 +35,6 @@ from lorakit.models.source import Source
 from lorakit.models.views import AttentionView, attention_views
 
 
-class Trunk(nn.Module):
-    """Everything but the head; the published files call it `model`."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        weight = torch.empty(config.vocab_size, config.hidden_size)
-        if not weight.is_meta:  # there torch would import its compiler for it: 1.4 s, 80 MB
-            nn.init.normal_(weight)
-        self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config)
-
-
-class NoPrompt(nn.Module):
-    """What stands in the place of a learned prompt where there is none.
-
-    A learned prompt comes before the first position of every row, as keys and values that all
-    later positions see. `attach` puts one here (adapters/methods/prompts.py).
-    """
-
-    length = 0  # in positions
-
-    def forward(self, model: "Decoder", cache: Cache | None, rows: int) -> Cache | None:
-        """Return `cache` of so many rows; one that is None or empty is begun with the prompt."""
-        return cache
-
-
 class Decoder(nn.Module):
     """A causal language model.
 
@@ -70,16 +46,21 @@ class Decoder(nn.Module):
       to cu_seqlens[i + 1]. Each starts at position 0 and sees none of the others.
     - cache: keys and values of earlier positions, which input_ids continue; S includes them.
 
-    A LorakitError is raised for cu_seqlens that do not cut the row into documents, and where they
-    come together with a mask, a cache or a learned prompt.
+    The methods raise a LorakitError if cu_seqlens do not cut the row into documents, or come
+    together with a mask, a cache or a learned prompt.
 
     Attributes:
-        config: What is computed.
-        gradient_checkpointing: In training, let each block keep only its input for backward, and
-            compute the block again there: less memory, a forward pass more. Off by default.
-        offload_activations: Let these inputs wait in host memory. Off by default.
-        neftune_noise_alpha: A number a, or None: in training, uniform noise up to a / sqrt(T H) is
-            added to the embeddings (NEFTune, arXiv:2310.05914).
+        config: What the decoder computes.
+        gradient_checkpointing: Whether each block keeps only its input for backward, and is
+            computed again there: less memory for one more forward pass. Off by default.
+        offload_activations: Whether the inputs that gradient checkpointing keeps wait in host
+            memory. Off by default.
+        neftune_noise_alpha: A number a; in training, uniform noise up to a / sqrt(T H) is added to
+            the embeddings (NEFTune, arXiv:2310.05914). None, the default: no noise.
+        source: The files that the weights came from, or None.
+        beginning: The learned prompt, or the empty place for one.
+        model: The embedding, the blocks and the last norm.
+        lm_head: The output head; None if it is the embedding itself.
     """
 
     def __init__(self, config: ModelConfig):
@@ -87,8 +68,8 @@ class Decoder(nn.Module):
         self.config = config
         self.gradient_checkpointing = self.offload_activations = False
         self.neftune_noise_alpha: float | None = None
-        self.source: Source | None = None  # where the weights came from, if from files
-        self.beginning = NoPrompt()  # named so in the saved state of runs
+        self.source: Source | None = None
+        self.beginning = NoPrompt()  # the saved state of runs has this name
         self.model = Trunk(config)
         self.lm_head: nn.Module | None = None
         if not config.tie_word_embeddings:
@@ -101,7 +82,7 @@ class Decoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of everything that is not packed."""
+        """The dtype that the model computes in; packed weights are stored in fewer bits."""
         return self.model.norm.weight.dtype
 
     def forward(
@@ -150,6 +131,7 @@ class Decoder(nn.Module):
         """Return the embeddings [B, T, H] of input_ids, scaled where the family does so."""
         x = self.model.embed_tokens(input_ids)
         if self.config.scale_embeddings:
+            # the factor is rounded to the model's dtype, as it was in training
             x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)
         return x
 
@@ -160,7 +142,7 @@ class Decoder(nn.Module):
         cu_seqlens: Tensor | None = None,
         cache: Cache | None = None,
     ) -> list[AttentionView]:
-        """Return what each layer sees in this call."""
+        """Return, for each layer, what the positions of a call see in it."""
         recomputed = self.gradient_checkpointing and torch.is_grad_enabled()
         return attention_views(
             self.config, input_ids, attention_mask, cu_seqlens, cache, recomputed=recomputed
@@ -188,13 +170,14 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return the summed cross-entropy of the next tokens, and how many labels counted.
 
-        Position t predicts label t + 1; labels of -100 do not count, nor does the first one of a
-        packed document, and hidden states without a label never meet the head. Padding on the right
-        needs no attention_mask: it lies in the future of every real token.
+        Position t predicts label t + 1. A label of -100 does not count, nor does the first one of a
+        row or of a packed document. The head skips hidden states that have nothing to predict,
+        unless it has an adapter for each row. Padding on the right needs no attention_mask: it lies
+        in the future of every real token.
 
         Args:
             input_ids: int64 [B, T].
-            labels: int64 [B, T].
+            labels: int64 [B, T], usually input_ids with -100 where nothing is learned.
             attention_mask: See the class.
             cu_seqlens: See the class.
             label_smoothing: See `kernels.cross_entropy`.
@@ -221,7 +204,8 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return the `loss` of each row, or of each packed document.
 
-        The sums are fp32 [n], the counts int64 [n].
+        Returns:
+            The sums, fp32 [n], and the counts, int64 [n].
         """
         hidden = self.hidden_states(input_ids, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
         hidden, targets = hidden[:, :-1], _next_tokens(labels, cu_seqlens)
@@ -235,12 +219,46 @@ class Decoder(nn.Module):
         return torch.stack(sums), torch.stack(counts)
 
 
+class Trunk(nn.Module):
+    """The embedding, the blocks and the last norm; the published files call them `model`."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        # nn.Embedding would draw its weight itself, and on the meta device that makes torch import
+        # its compiler: 1.4 s, 80 MB.
+        weight = torch.empty(config.vocab_size, config.hidden_size)
+        if not weight.is_meta:
+            nn.init.normal_(weight)
+        self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config)
+
+
+class NoPrompt(nn.Module):
+    """The place of a learned prompt in a model that has none.
+
+    A learned prompt comes before the first position of every row, as keys and values that all
+    later positions see. `attach` puts it into this place (adapters/methods/prompts.py).
+    """
+
+    length = 0
+    """Number of positions of the prompt."""
+
+    def forward(self, model: Decoder, cache: Cache | None, rows: int) -> Cache | None:
+        """Return a cache of so many rows that begins with the prompt; here, `cache` as it is.
+
+        A cache that holds positions already has its prompt. For None a new cache is made.
+        """
+        return cache
+
+
 def _neftune_noise(x: Tensor, alpha: float, cu_seqlens: Tensor | None) -> Tensor:
     """Return uniform noise for embeddings x [B, T, H], up to alpha / sqrt(T H).
 
     T is the length of the row, or of each packed document.
     """
-    noise, length = torch.empty_like(x).uniform_(-alpha, alpha), x.new_tensor(x.shape[1])
+    noise = torch.empty_like(x).uniform_(-alpha, alpha)
+    length = x.new_tensor(x.shape[1])
     if cu_seqlens is not None:
         lengths = cu_seqlens.diff().to(x.device)
         length = lengths.repeat_interleave(lengths)[:, None].to(x.dtype)
@@ -248,9 +266,9 @@ def _neftune_noise(x: Tensor, alpha: float, cu_seqlens: Tensor | None) -> Tensor
 
 
 def _next_tokens(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Return what each position but the last is to predict: int64 [B, T - 1].
+    """Return the label that each position but the last predicts, int64 [B, T - 1].
 
-    The last position of a packed document predicts nothing: -100.
+    The last position of a packed document predicts nothing, which is -100.
     """
     targets = labels[:, 1:]
     if cu_seqlens is not None:
