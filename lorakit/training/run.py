@@ -106,12 +106,15 @@ class Run:
             waits = due and stop.is_set()  # for the run that goes on from here
             evaluated = due and not waits
             is_best = evaluated and self._evaluate(log)
+            # Asked once for the checkpoint and for the end: a signal may come at any moment, and
+            # between two questions it would end the run without a checkpoint.
+            stopped = stop.is_set()
             self.ended = self._is_done() and not waits
-            wanted = self._wants_checkpoint(is_best) or stop.is_set()
+            wanted = stopped or self._wants_checkpoint(is_best)
             if wanted and (progress.step != saved or evaluated):
                 self._write_checkpoint(log)
                 saved = progress.step
-            if self.ended or stop.is_set():
+            if self.ended or stopped:
                 return
             self._step(log)
             if after_step is not None:
@@ -311,8 +314,9 @@ def _optimizer(model: Decoder, config: TrainConfig) -> tuple[AdamW, list[float]]
 @contextmanager
 def training_mode(model: Decoder, config: TrainConfig) -> Iterator[None]:
     """Set dropout, gradient checkpointing and noise for the block as the run wants them."""
-    names = ("gradient_checkpointing", "offload_activations", "neftune_noise_alpha")
-    was_training, before = model.training, [getattr(model, name) for name in names]
+    was_training = model.training
+    checkpointing, offloading = model.gradient_checkpointing, model.offload_activations
+    noise = model.neftune_noise_alpha
     model.train()
     model.gradient_checkpointing = config.gradient_checkpointing
     model.offload_activations = config.activation_offloading
@@ -321,5 +325,5 @@ def training_mode(model: Decoder, config: TrainConfig) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-        for name, value in zip(names, before, strict=True):
-            setattr(model, name, value)
+        model.gradient_checkpointing, model.offload_activations = checkpointing, offloading
+        model.neftune_noise_alpha = noise

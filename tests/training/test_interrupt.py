@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 import lorakit as lk
 from lorakit.training import run as training_run
 from lorakit.training import state as run_state
+from lorakit.training import train as training_train
 from tests.conftest import ROWS
 from tests.training.runs import ADAPTER, EVALUATED, run
 
@@ -55,6 +57,28 @@ def test_an_interrupted_evaluation_is_made_up_for(tiny_dir, tok, tmp_path, monke
     _, again = run(tiny_dir, tok, tmp_path / "a", data, **EVALUATED, resume="auto")
     assert again.evaluations == whole.evaluations
     assert (tmp_path / "a" / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes()
+
+
+class SetAtQuestion:
+    """A signal that arrives just before the loop asks for it for the `number`th time."""
+
+    def __init__(self, number):
+        self.left = number
+
+    def is_set(self):
+        self.left -= 1
+        return self.left <= 0
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_a_signal_at_any_moment_saves_a_checkpoint(tiny_dir, tok, tmp_path, monkeypatch, number):
+    """Whichever question of the loop is the first to be answered by yes."""
+    monkeypatch.setattr(training_train, "interrupt", lambda: nullcontext(SetAtQuestion(number)))
+    data = {"train": ROWS, "validation": ROWS[:4]}
+    _, result = run(tiny_dir, tok, tmp_path, data, eval_steps=2)
+    assert result.interrupted
+    saved = [each.step for each in run_state.checkpoints(tmp_path)]
+    assert saved == ([result.steps] if result.steps else [])
 
 
 def test_ctrl_c_saves_and_leaves(tiny_dir, tok, tmp_path):
