@@ -32,7 +32,7 @@ def learning_rate(
     min_lr_ratio: float = 0.0,
     num_cycles: int = 1,
 ) -> float:
-    """Return the learning rate of a step (see above for the formulas).
+    """Return the learning rate of a step, by a formula of the module's docstring.
 
     Args:
         kind: The name of the schedule.
@@ -43,6 +43,9 @@ def learning_rate(
         warmup_steps: W itself; None takes warmup_ratio.
         min_lr_ratio: The last rate of cosine_with_min_lr, as a part of peak.
         num_cycles: How often cosine_with_restarts goes down.
+
+    Returns:
+        The rate, above 0 and at most peak.
 
     Raises:
         LorakitError: There is no schedule of that name.

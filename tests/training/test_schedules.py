@@ -88,6 +88,10 @@ def test_the_rates_of_transformers(kind, total, warmup, floor, n):
             assert rate == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
+def test_its_public_name():
+    assert lk.optim.learning_rate is learning_rate
+
+
 def test_a_schedule_by_another_name():
     with pytest.raises(lk.LorakitError, match=r"called 'cosin' \(did you mean 'cosine'\?\)"):
         learning_rate("cosin", 0, 10, 1.0)
