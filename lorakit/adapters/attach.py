@@ -1,7 +1,7 @@
-"""Put an adapter on a module: what `lorakit.attach` does.
+"""Attach an adapter to a module.
 
 The method of the config plans the adapter, and refuses what cannot be adapted, before anything
-changes (plan.py). Which methods there are is said in methods/known.py.
+changes (plan.py). methods/known.py lists the methods.
 """
 
 from torch import nn
@@ -25,30 +25,30 @@ def attach(
     parameters of `module` are frozen. Random numbers are drawn from torch's global generator.
 
     Args:
-        module: a lorakit `Decoder`, or any other module; prompts go on a `Decoder` only.
-        config: which layers are adapted, and by its type how: LoraConfig, IA3Config, VeraConfig,
+        module: A lorakit `Decoder`, or any other module; prompts go on a `Decoder` only.
+        config: Which layers are adapted, and by its type how: LoraConfig, IA3Config, VeraConfig,
             AdaLoraConfig, PromptTuningConfig, PromptEncoderConfig or PrefixTuningConfig. None means
             LoRA on every linear layer but the output head.
-        name: what to call the adapter; it holds no dot.
+        name: What to call the adapter; it holds no dot.
 
     Returns:
         `module`.
 
     Raises:
-        LorakitError: if an adapter of this name is attached, one is merged, an entry of `config`
+        LorakitError: An adapter of this name is attached, one is merged, an entry of `config`
             matches nothing, or a layer that it selects cannot be adapted. The message names the
             layer and the reason. Nothing has changed then.
     """
     if not isinstance(module, nn.Module):
         raise LorakitError(f"attach: a module of torch is wanted, not {module!r:.60}")
     config = config or LoraConfig()
-    names = adapter_names(module)
+    first = not adapter_names(module)
     check_new_name(module, name, "attach")
     check_no_block(module, "attach")
     if any(each.merged is not None for each in attached(module).values()):
         raise LorakitError("attach: an adapter is merged; unmerge it first")
     plan = method_of(config).plan(module, config)
-    if not names:
+    if first:
         module.requires_grad_(False)
     plan.carry_out(name)
     for each in attached(module).values():

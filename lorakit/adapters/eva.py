@@ -50,7 +50,7 @@ log = logging.getLogger("lorakit")
 
 @dataclass(frozen=True)
 class EvaResult:
-    """What EVA found; it prints as one line."""
+    """The outcome of EVA, which prints as one line."""
 
     ranks: dict[str, int]
     """The rank of each layer by its name, 0 where no direction is worth it."""
@@ -78,17 +78,17 @@ def eva(
     held is lost. B is zero, so the model's outputs do not change yet.
 
     Args:
-        module: the model that the adapter is attached to.
-        batches: int64 ids [B, T], or mappings of keywords for `module`; positions where their
-            attention_mask is 0 do not count. No more batches are taken than are needed.
-        rho: no layer gets more than rho times its rank. 1 leaves all ranks as they are.
-        tau: a direction is found when a batch turns it by less than the angle of this cosine.
+        module: The model that the adapter is attached to.
+        batches: Token ids, int64 [B, T], or mappings of keywords for `module`; positions where
+            their attention_mask is 0 do not count. No more batches are taken than are needed.
+        rho: No layer gets more than rho times its rank. 1 leaves all ranks as they are.
+        tau: A direction is found when a batch turns it by less than the angle of this cosine.
 
     Returns:
         The rank of each layer, and how many batches it took.
 
     Raises:
-        LorakitError: if no adapter is selected, its ranks differ, a layer sees fewer rows than it
+        LorakitError: No adapter is selected, its ranks differ, a layer sees fewer rows than it
             needs, or an input is not finite. Nothing has changed then.
     """
     name = require_selected(module, "eva")
@@ -168,7 +168,7 @@ def _start_layer(
 
 
 class _Watch:
-    """The inputs of layers while a module runs.
+    """Watch what layers read while a module runs, and decompose it.
 
     Layers that read the very same tensor, as q, k and v do, share one decomposition. The first of
     them feeds it.
@@ -229,7 +229,7 @@ class _Watch:
         return whole and all(bool(svd.converged(tau).all()) for svd in self.feeder_of)
 
     def layer_short_of_rows(self) -> str | None:
-        """Return a layer that has not read enough rows, None if there is none."""
+        """Return the name of a layer that has not read enough rows; None if all have."""
         for place in self.layers:
             if place not in self.svd_of or not self.svd_of[place].rows:
                 return place
@@ -244,10 +244,10 @@ class IncrementalSVD:
     Attributes:
         components: [k, in], orthonormal rows, the direction of most variance first, each up to its
             sign. It is empty before the first batch, as singular_values is.
-        singular_values: [k], those of all rows so far less their mean.
+        singular_values: [k], the singular values of all rows so far, less their mean.
         similarity: [k] in [0, 1], |cosine| of each component with what it was before the last
             batch; 0 until there was a second one.
-        rows: how many rows were taken so far.
+        rows: How many rows were taken so far.
     """
 
     def __init__(self, n_components: int):
@@ -287,7 +287,7 @@ class IncrementalSVD:
         if self.rows == 0:
             self.components = x.new_empty(0, features)
             self.singular_values = x.new_empty(0)
-            # the means in fp64: their difference is small beside them
+            # The means are fp64, because their difference is small beside them.
             self._mean = x.new_zeros(features, dtype=torch.float64)
             self._total = x.new_zeros((), dtype=torch.float64)
         mean = x.mean(0, dtype=torch.float64)
@@ -323,7 +323,7 @@ class IncrementalSVD:
     def converged(self, tau: float = _TAU) -> Tensor:
         """Return which components have settled, bool [k].
 
-        They are those that the last batch turned by less than the angle of cosine `tau`.
+        A component has settled if the last batch turned it by less than the angle of cosine `tau`.
         """
         return self.similarity >= tau
 
@@ -336,24 +336,28 @@ def redistribute(
     rho: float = 2.0,
     adjust_scaling_factors: bool = True,
 ) -> tuple[dict[str, int], dict[str, float]]:
-    """Return the rank and the lora_alpha of each layer.
+    """Divide ranks among layers by how much of their variance the components explain.
 
-    There are r * len(ratios) ranks in all. They go to the components that explain most of their own
-    layer's variance, and at most round(r * rho) to one layer. A layer of rank 0 needs no adapter.
+    There are r * len(ratios) ranks to give away. They go to the components that explain most of
+    their own layer's variance, and at most round(r * rho) to one layer. A layer of rank 0 needs no
+    adapter.
 
     Args:
-        ratios: `explained_variance_ratio` of each layer by its name, [k] in falling order, k at
-            least round(r * rho) or the layer's number of features. Of equal ones the earlier
-            component goes first, then the earlier layer. So layers that read the same input differ
-            by one rank at most.
-        r: the mean rank of a layer.
-        lora_alpha: the alpha of a layer of rank r.
-        rho: how many times r a layer may have.
-        adjust_scaling_factors: scale lora_alpha with the rank, so that lora_alpha / rank stays
+        ratios: The `explained_variance_ratio` of each layer by its name: [k] in falling order, with
+            k at least round(r * rho) or the layer's number of features. Among equal ratios the
+            earlier component goes first, then the earlier layer. So layers that read the same input
+            differ by one rank at most.
+        r: The mean rank of a layer.
+        lora_alpha: The alpha of a layer of rank r.
+        rho: How many times r a layer may have.
+        adjust_scaling_factors: Scale lora_alpha with the rank, so that lora_alpha / rank stays
             lora_alpha / r. Otherwise it is `lora_alpha` for all.
 
+    Returns:
+        The rank and the lora_alpha of each layer, by its name.
+
     Raises:
-        LorakitError: if r is not positive, or rho is below 1.
+        LorakitError: `r` is not positive, or `rho` is below 1.
     """
     check(r > 0, f"r must be positive, not {r}")
     check(rho >= 1, f"rho must be at least 1, not {rho}")

@@ -23,10 +23,10 @@ The layer keeps W - s B A, so it computes what it did before:
 "loftq" and "eva" start as True does. Their own modules fill them in, from the error of a
 quantization and from data.
 
-`subspace_svd` is the one truncated decomposition of the library: products with W and small QR
-factorizations only. Each iteration multiplies the weight of a direction by (S_i / S_j)^2. So a gap
-in the spectrum is found at once. A flat spectrum is never quite found, but what is then missed was
-not much better than what was found.
+`subspace_svd` is a truncated decomposition from products with W and small QR factorizations only.
+LoftQ and EVA use it too. Each iteration multiplies the weight of a direction by (S_i / S_j)^2. So a
+gap in the spectrum is found at once. A flat spectrum is never quite found, but what is then missed
+was not much better than what was found.
 """
 
 import math
@@ -157,13 +157,13 @@ def subspace_svd(
     if width >= min(W.shape):
         U, S, Vt = torch.linalg.svd(W, full_matrices=False)
         return U[:, :rank], S[:rank], Vt[:rank]
-    if W.shape[0] < W.shape[1]:  # the small side is where the vectors are drawn
+    if W.shape[0] < W.shape[1]:  # the vectors are drawn on the small side
         V, S, Ut = subspace_svd(
             W.t(), rank, width=width, iterations=iterations, generator=generator
         )
         return Ut.t(), S, V.t()
     start = torch.randn(W.shape[1], width, dtype=W.dtype, device=W.device, generator=generator)
-    Q = torch.linalg.qr(W @ start).Q  # [m, width]: a basis of what W makes of random vectors
+    Q = torch.linalg.qr(W @ start).Q  # [m, width]: W times random vectors, orthonormal
     for _ in range(iterations):
         Q = torch.linalg.qr(W.t() @ Q).Q
         Q = torch.linalg.qr(W @ Q).Q

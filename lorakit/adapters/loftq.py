@@ -63,17 +63,17 @@ def loftq(
     What the adapter held is lost. All is computed on the layers' device.
 
     Args:
-        module: the quantized model that the adapter is attached to.
-        weights: the original weight [out_features, in_features] of every adapted layer, by the
+        module: The quantized model that the adapter is attached to.
+        weights: The original weight [out_features, in_features] of every adapted layer, by the
             layer's name. None reads them again, one at a time, from where the model was loaded.
-        iterations: how often the adapter is fitted; each one after the first quantizes the base
+        iterations: How often the adapter is fitted; each one after the first quantizes the base
             again.
 
     Returns:
         The relative error of each layer before and after.
 
     Raises:
-        LorakitError: if no adapter is attached or it is merged, a layer is dense, or an original is
+        LorakitError: No adapter is attached or it is merged, a layer is dense, or an original is
             missing or of another shape; nothing has changed then. Also if an original holds NaN or
             infinite values, which is found when it is read.
     """

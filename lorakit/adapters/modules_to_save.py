@@ -25,8 +25,8 @@ _ONLY_LORA = "shares its weight with another module; only LoRA saves both"
 def plan_modules_to_save(plan: Plan, config: TargetConfig, tied: str | None = _ONLY_LORA) -> None:
     """Add the modules of `config.modules_to_save` to the plan.
 
-    `tied` says why a module that shares its weight is refused. None means that it is not: then an
-    embedding is saved together with the heads that have its weight.
+    `tied` says why a module that shares its weight is refused. None means that it is not refused:
+    an embedding is then saved together with the heads that have its weight.
     """
     for name in _named(plan.layers, config.modules_to_save or []):
         layer = plan.layers[name]
@@ -40,11 +40,6 @@ def plan_modules_to_save(plan: Plan, config: TargetConfig, tied: str | None = _O
         if wrapper is not None:
             plan.add(wrapper, _trainable_copy(name, wrapper.base))
             plan.tie_heads(heads or [], wrapper)
-
-
-def is_saved_whole(name: str, config: TargetConfig) -> bool:
-    """Return whether the module `name` lies in one that `config` trains whole."""
-    return any(lies_in(name, entry) for entry in config.modules_to_save or [])
 
 
 def _named(layers: Mapping[str, nn.Module], entries: Sequence[str]) -> Iterator[str]:

@@ -23,15 +23,15 @@ def start_adapter(
     """Carry out the initialization that the selected adapter of `module` still awaits.
 
     Args:
-        module: the model that the adapter is attached to. It keeps its mode, training or not.
-        batches: returns batches of keywords for `module`, such as input_ids and attention_mask; it
+        module: The model that the adapter is attached to. It keeps its mode, training or not.
+        batches: Returns batches of keywords for `module`, such as input_ids and attention_mask; it
             is only called for an initialization that reads data.
 
     Returns:
-        What was done, which prints as one line; None if nothing was awaited.
+        The outcome, which prints as one line; None if nothing was awaited.
 
     Raises:
-        LorakitError: as `loftq` and `eva` do.
+        LorakitError: `loftq` or `eva` refuses.
     """
     awaited = _awaited(module)
     if awaited == "loftq":
@@ -46,7 +46,7 @@ def start_adapter(
 
 
 def _awaited(module: nn.Module) -> str | None:
-    """Return the initialization that the parts of the selected adapter await, the same for all."""
+    """Return the one initialization that the parts of the selected adapter await, or None."""
     for each in attached(module).values():
         part = None if each.selected is None else each.adapters[each.selected]
         if isinstance(part, LoraPart) and part.awaits is not None:

@@ -1,13 +1,15 @@
 """Choose the layers of a module that an adapter goes on, by PEFT's rules.
 
-    a list              each entry is a layer's whole name, or its end after a dot
-    a string            a regex that matches the whole name; "all-linear": every linear layer but
-                        the output head
+    target_modules      a list: each entry is a layer's whole name, or its end after a dot.
+                        a string: a regex that matches the whole name. "all-linear" means every
+                        linear layer but the output head
     exclude_modules     leaves out what it matches by the same rules, and wins
-    layers_to_transform keeps only the layers with such a number: the first one in the name that
-                        follows a name (or `layers_pattern`) and a dot. A layer whose whole name
-                        stands in the list stays
-    modules_to_save     are trained whole; a layer that lies in one of them takes no adapter
+    layers_to_transform keeps only the layers with one of these numbers. A layer's number is the
+                        first one in its name that stands between dots, after another name or
+                        after `layers_pattern`. A layer that target_modules lists by its whole
+                        name stays whatever its number is
+    modules_to_save     names modules that are trained whole; a layer in one of them takes no
+                        adapter
 
 PEFT skips an entry that matches nothing. Here it raises an error: a slip in a name would otherwise
 train less than the user thinks.
@@ -69,14 +71,15 @@ def select_layers(
 ) -> list[str]:
     """Return the layers that `config` selects, in their order.
 
-    `linear` and `embeddings` are the names of the layers that there are. "all-linear" selects among
-    the linear ones alone. Raises LorakitError if an entry of target_modules, exclude_modules or
-    layers_to_transform matches nothing, or nothing is left.
+    `linear` and `embeddings` are the names of the layers that the module has. "all-linear" selects
+    among the linear ones alone.
+
+    Raises LorakitError if an entry of target_modules, exclude_modules or layers_to_transform
+    matches nothing, or nothing is left.
     """
     targets, every = config.target_modules, [*linear, *embeddings]
     found = match_targets(linear if targets == "all-linear" else every, targets)
-    if config.modules_to_save:
-        found = [n for n in found if not any(lies_in(n, m) for m in config.modules_to_save)]
+    found = [name for name in found if not is_saved_whole(name, config)]
     if config.exclude_modules:
         excluded = match_targets(every, config.exclude_modules, "exclude_modules")
         found = [name for name in found if name not in set(excluded)]
@@ -88,11 +91,16 @@ def select_layers(
     return found
 
 
+def is_saved_whole(name: str, config: TargetConfig) -> bool:
+    """Return whether the module `name` lies in one that `config` trains whole."""
+    return any(lies_in(name, entry) for entry in config.modules_to_save or [])
+
+
 def targets_for(places: Sequence[str], module: nn.Module) -> str | list[str]:
     """Return a target_modules that selects the layers `places` of `module` and no others.
 
-    It is the list of their names. Where the name of another layer ends in one of them, it is a
-    regex of the whole names.
+    It is the list of their names. Where the name of another layer ends in one of them, the list
+    would mean that one too, so it is a regex of the whole names.
     """
     others = {name for name, _ in outer_modules(module)}.difference(places)
     if not endings(others).isdisjoint(places):
@@ -105,7 +113,10 @@ def _leaf(name: str) -> str:
 
 
 def _in_numbered_layers(names: list[str], wanted: list[int], config: TargetConfig) -> list[str]:
-    """Return the `names` that lie in a layer of a `wanted` number."""
+    """Return the `names` whose layer has a `wanted` number, or that target_modules lists whole.
+
+    Raises LorakitError for a number that no layer has.
+    """
     targets, patterns = config.target_modules, config.layers_pattern or []
     whole = set() if isinstance(targets, str) else set(targets)
     patterns = [patterns] if isinstance(patterns, str) else patterns

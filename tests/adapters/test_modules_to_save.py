@@ -6,7 +6,6 @@ from torch import nn
 
 import lorakit as lk
 from lorakit.adapters.layers.whole_modules import SavedModule
-from lorakit.adapters.modules_to_save import is_saved_whole
 
 
 def net():
@@ -57,11 +56,3 @@ def test_only_lora_saves_an_embedding_with_its_head():
         lk.attach(module, lk.LoraConfig(**options))
     lk.attach(module, lk.LoraConfig(ensure_weight_tying=True, **options))
     assert isinstance(module["embed"], SavedModule)
-
-
-def test_a_module_lies_in_one_that_is_saved():
-    config = lk.LoraConfig(modules_to_save=["layers.1", "head"])
-    assert is_saved_whole("model.layers.1.mlp", config)
-    assert is_saved_whole("head", config)
-    assert not is_saved_whole("model.layers.11.mlp", config)
-    assert not is_saved_whole("head", lk.LoraConfig())

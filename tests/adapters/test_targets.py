@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import lorakit as lk
 from lorakit.adapters.manage import attached
-from lorakit.adapters.targets import match_targets
+from lorakit.adapters.targets import is_saved_whole, match_targets
 from tests.adapters.common import SHORT_IDS, filled, hugging_face
 
 NAMES = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(12) for p in "qkvo"] + ["lm_head"]
@@ -63,3 +63,11 @@ def test_whole_names_stay_whatever_the_layers(tmp_path, tiny_dir):
     assert sorted(attached(model)) == ["lm_head", "model.layers.1.self_attn.q_proj"]
     # of logits up to 3, through two layers: fp32 sums in another order
     assert (model(SHORT_IDS) - theirs(SHORT_IDS).logits).abs().max() < 1e-4
+
+
+def test_a_module_lies_in_one_that_is_saved():
+    config = lk.LoraConfig(modules_to_save=["layers.1", "head"])
+    assert is_saved_whole("model.layers.1.mlp", config)
+    assert is_saved_whole("head", config)
+    assert not is_saved_whole("model.layers.11.mlp", config)
+    assert not is_saved_whole("head", lk.LoraConfig())

@@ -180,11 +180,11 @@ def adalora_allocate(module: nn.Module, step: int) -> None:
     is, and sets E of those to zero that the schedule has no room for.
 
     Args:
-        module: the model that the adapter is attached to.
-        step: the number of the optimizer step that was made, from 0.
+        module: The model that the adapter is attached to.
+        step: The number of the optimizer step that was made, from 0.
 
     Raises:
-        LorakitError: if no AdaLoRA is selected, its target_r is above its init_r, or no parameter
+        LorakitError: No AdaLoRA is selected, its target_r is above its init_r, or no parameter
             has a gradient.
     """
     parts = _selected_parts(module, "adalora_allocate")
@@ -233,13 +233,13 @@ def adalora_orthogonality(module: nn.Module) -> Tensor:
     Frobenius' norm, as PEFT has it (arXiv:2303.10512 squares the norms). Add it to the loss.
 
     Args:
-        module: the model that the adapter is attached to.
+        module: The model that the adapter is attached to.
 
     Returns:
         The penalty, a scalar with gradients.
 
     Raises:
-        LorakitError: if no AdaLoRA is selected.
+        LorakitError: No AdaLoRA is selected.
     """
     parts = _selected_parts(module, "adalora_orthogonality")
     sides = [side for part in parts for side in (part.lora_A, part.lora_B.t())]

@@ -25,7 +25,7 @@ from lorakit.adapters.layers.embeddings import LoraEmbedding, RowsPart, TokenRow
 from lorakit.adapters.layers.lora import LoraLinear, LoraPart
 from lorakit.adapters.layers.whole_modules import BiasPart, TrainedBias
 from lorakit.adapters.methods.method import Method
-from lorakit.adapters.modules_to_save import is_saved_whole, plan_modules_to_save
+from lorakit.adapters.modules_to_save import plan_modules_to_save
 from lorakit.adapters.peft_files.layout import AdapterFiles
 from lorakit.adapters.peft_files.lora_config import (
     FROM_THE_WEIGHT,
@@ -33,7 +33,7 @@ from lorakit.adapters.peft_files.lora_config import (
     values_of_lora,
 )
 from lorakit.adapters.plan import Plan
-from lorakit.adapters.targets import ends_with
+from lorakit.adapters.targets import ends_with, is_saved_whole
 from lorakit.adapters.tied_weights import heads_of_embedding, is_embedding, original
 from lorakit.config.adapters import LoraConfig
 from lorakit.config.errors import LorakitError, nearest

@@ -9,8 +9,9 @@ and the second form has no cancellation. Rank r of it is the LoRA part, and what
 is spread over all singular values of W. Twice the rank is therefore a compromise and not a proof:
 the relative error || delta - B' A' ||_F / || delta ||_F is reported for each layer, never left out.
 
-The approximation is the truncated randomized singular value decomposition that LoftQ uses, in fp32,
-from a seed of its own: the same files give the same bytes. Memory holds one layer.
+The approximation is torch's truncated randomized singular value decomposition, by the algorithm of
+`subspace_svd` (adapters/initialize.py). It computes in fp32 and draws from a seed of its own, so
+equal files give equal bytes. Memory holds one layer.
 """
 
 import re
@@ -105,6 +106,6 @@ def _base_weight(path: Path, layer: StoredLayer, magnitude: LazyTensor, base: Ba
             f"{magnitude.shape} magnitudes, {base.path} has {stored.shape}"
         )
     values = stored.read()
-    return (
-        values.float() if isinstance(values, Tensor) else kernels.dequantize(values, torch.float32)
-    )
+    if isinstance(values, Tensor):
+        return values.float()
+    return kernels.dequantize(values, torch.float32)

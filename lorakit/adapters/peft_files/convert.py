@@ -8,8 +8,8 @@ the weight stays s B A:
     alpha_pattern,       B' = (s r' / lora_alpha') B: each value of B is rounded once to fp32. Where
       rsLoRA             all layers share an s and s r' is a whole number, nothing is rounded
     fused experts        each expert gets its slices of A and B, under its published names
-    DoRA                 has no finite rank in general: the base is needed, and the best
-                         approximation is written (approximate.py)
+    DoRA                 the update has no finite rank in general. The base is needed, and the
+                         best approximation is written (approximate.py)
 
 Memory holds the adapter and one layer.
 """
@@ -50,16 +50,16 @@ from lorakit.models.load import open_model
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What `convert_adapter` wrote.
+    """The adapter that `convert_adapter` wrote, and how it differs from the one that it read.
 
     Attributes:
-        target: the directory that was written.
-        layers: how many layers are adapted.
-        r: the rank of every layer.
-        lora_alpha: the alpha of every layer.
-        changes: what was folded, split, left out or approximated, a sentence for each.
+        target: The directory that was written.
+        layers: How many layers are adapted.
+        r: The rank of every layer.
+        lora_alpha: The alpha of every layer.
+        changes: What was folded, split, left out or approximated, a sentence for each.
         errors: || delta - B' A' ||_F / || delta ||_F of each layer of a DoRA adapter.
-        relative_error: that error over all layers together; 0 for an exact conversion.
+        relative_error: That error over all layers together; 0 for an exact conversion.
     """
 
     target: str
@@ -130,19 +130,19 @@ def convert_adapter(
     zeros, a bias setting without biases in the file, and copies of base weights are left out.
 
     Args:
-        source: the directory of a LoRA adapter of PEFT or lorakit.
-        target: the directory to write, which must be new or empty.
-        base_model: a model directory, .gguf file or Hub id. It is needed for DoRA, whose update
+        source: The directory of a LoRA adapter of PEFT or lorakit.
+        target: The directory to write, which must be new or empty.
+        base_model: A model directory, .gguf file or Hub id. It is needed for DoRA, whose update
             depends on the weights (packed ones are dequantized), and for fused experts, whose
             published names it knows.
-        rank: the rank to write; a larger one than needed is filled with zeros. None: the largest
-            rank of a layer. For DoRA, which is approximated, twice that.
+        rank: The rank to write; a larger one than needed is filled with zeros. None means the
+            largest rank of a layer, or twice that for DoRA, which is approximated.
 
     Returns:
-        What was done, with the errors of DoRA layers.
+        A report of what was written and changed, with the errors of DoRA layers.
 
     Raises:
-        LorakitError: if plain LoRA cannot hold the adapter (biases, modules_to_save, trained
+        LorakitError: Plain LoRA cannot hold the adapter (biases, modules_to_save, trained
             tokens, an initialization that changed the base, ...), a file is missing or damaged, a
             value is NaN, the rank is too small, or the target is neither new nor empty. Nothing is
             written then.
@@ -202,8 +202,8 @@ def _check_plain(adapter: StoredAdapter) -> None:
             "weights, which these files do not hold: save it with PEFT's "
             "path_initial_model_for_weight_conversion"
         )
-    for name in adapter.tokens + adapter.biases:
-        raise LorakitError(f"{path}: {name} does not fit in plain LoRA: {features.MERGE}")
+    if trained := adapter.tokens + adapter.biases:
+        raise LorakitError(f"{path}: {trained[0]} does not fit in plain LoRA: {features.MERGE}")
     if not adapter.layers:
         raise LorakitError(f"{path}: no layer is adapted")
     for layer in adapter.layers:
@@ -224,10 +224,10 @@ def _check_layer(adapter: StoredAdapter, layer: StoredLayer) -> None:
             f"{layer.expected_rank}, which its scaling follows from"
         )
     dora = bool(adapter.config.use_dora)
-    scaled = dora and not layer.embedding and not layer.experts  # it has to have magnitudes
-    if scaled and layer.magnitude is None:
+    needs_magnitude = dora and not layer.embedding and not layer.experts
+    if needs_magnitude and layer.magnitude is None:
         raise LorakitError(f"{path}: tensor {layer.key}.lora_magnitude_vector is missing")
-    if layer.magnitude is not None and not scaled:
+    if layer.magnitude is not None and not needs_magnitude:
         why = "embeddings and fused experts" if dora else "use_dora=false"
         raise LorakitError(f"{path}: {layer.key}.lora_magnitude_vector does not go with {why}")
 
@@ -275,18 +275,18 @@ def _convert_layers(
     """Return the converted layers by name, and the errors of those that are approximated."""
     plain: dict[str, _PlainLayer] = {}
     errors = _Errors()
-    disable = None if _is_dora(adapter) else True  # the rest takes no time
+    disable = None if _is_dora(adapter) else True  # only DoRA takes long enough to watch
     for layer in tqdm(
         adapter.layers, desc="converting", unit="layer", disable=disable, leave=False
     ):
         if layer.magnitude is not None:
-            assert base is not None  # DoRA has a base and a rank
-            assert rank is not None
+            assert base is not None  # `_open_base` raises an error for DoRA without a base
+            assert rank is not None  # `_wanted_rank` always gives DoRA one
             found = approximate_dora(adapter.path, layer, base, rank)
             plain[layer.name] = _PlainLayer(found.a, found.b, 1.0, False)
             errors.missed[layer.name], errors.whole[layer.name] = found.missed, found.whole
         elif layer.experts:
-            assert base is not None
+            assert base is not None  # `_open_base` asks for one here too
             plain |= _split_layer(adapter, layer, base.config)
         else:
             name = layer.name if base is None else published_name(layer.name, base.config)
@@ -305,7 +305,7 @@ def _split_layer(
             f"{adapter.path}: {layer.key} is of {layer.experts} experts, the base model has "
             f"{config.num_experts}"
         )
-    # The layer is split alone, whatever lies around it in the file: its name tells its kind.
+    # The shapes of one parameter alone do not tell which it is; its name does.
     outer, kind = layer.key.removesuffix(".base_layer"), layer.name.rpartition(".")[2]
     pair = {f"{outer}.lora_A.weight": a, f"{outer}.lora_B.weight": b}
     split = split_experts(pair, layer.experts, config.moe_names, [kind])

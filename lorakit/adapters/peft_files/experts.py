@@ -31,11 +31,11 @@ def is_fused(key: str) -> bool:
 
 
 def which_fused(shapes: Mapping[str, tuple[int, int]], targets: Sequence[str]) -> dict[str, str]:
-    """Return gate_up_proj or down_proj for each of one layer's wrappers.
+    """Return which parameter each of one layer's wrappers adapts: gate_up_proj or down_proj.
 
-    `shapes` are (in, out) of each wrapper: those of gate_up are (h, 2 i), those of down (i, h). A
-    wrapper alone goes by `targets`, the adapted parameters. Raises LorakitError where neither
-    decides.
+    `shapes` holds (in, out) of each wrapper: (h, 2 i) for gate_up and (i, h) for down. For a
+    wrapper that stands alone `targets` decides, the adapted parameters. Raises LorakitError where
+    neither does.
     """
     leaves = {target.rpartition(".")[2] for target in targets} & {"gate_up_proj", "down_proj"}
     if len(shapes) == 1 and len(leaves) == 1:
@@ -71,18 +71,20 @@ def split_experts(
     gets its own half of the rank. The scaling stays.
 
     Args:
-        tensors: those of an adapter file. `….mlp.experts[.base_layer].lora_A.weight` [E r, in] and
-            `.lora_B.weight` [out, r E] are split, the others are returned as they are.
-        experts: how many experts a layer has, E.
-        names: what the MoE block, gate, up and down are to be called: `ModelConfig.moe_names`.
-        target_parameters: the adapted parameters. They tell what a layer's only pair belongs to.
+        tensors: The tensors of an adapter file. `….mlp.experts[.base_layer].lora_A.weight`
+            [E r, in] and `.lora_B.weight` [out, r E] are split, the others are returned as they
+            are.
+        experts: How many experts a layer has, E.
+        names: What the MoE block, gate, up and down are to be called: `ModelConfig.moe_names`.
+        target_parameters: The adapted parameters. They tell what a layer's only pair belongs to.
 
     Returns:
-        `….<block>.experts.<e>.<gate|up|down>.lora_A.weight` [r, in] and `.lora_B.weight` [out, r].
+        The tensors of each expert e, `….<block>.experts.<e>.<gate|up|down>.lora_A.weight` [r, in]
+        and `.lora_B.weight` [out, r], and the others.
 
     Raises:
-        LorakitError: for a tensor without its counterpart, or a rank that is no multiple of
-            `experts`.
+        LorakitError: A tensor lacks its counterpart, `experts` is no positive number, or a rank is
+            no multiple of it.
     """
     if type(experts) is not int or experts < 1:
         raise LorakitError(
@@ -164,14 +166,16 @@ def join_experts(
     The caller sets rank_pattern and alpha_pattern for gate_up_proj, and target_parameters.
 
     Args:
-        tensors: those of an adapter file; tensors of anything but experts are returned as they are.
-        names: what the MoE block, gate, up and down are called: `ModelConfig.moe_names`.
+        tensors: The tensors of an adapter file. Those that belong to no expert are returned as they
+            are.
+        names: What the MoE block, gate, up and down are called: `ModelConfig.moe_names`.
 
     Returns:
-        `….mlp.experts[.base_layer].lora_A.weight` [E r, in] and `.lora_B.weight` [out, r E].
+        The fused tensors, `….mlp.experts[.base_layer].lora_A.weight` [E r, in] and
+        `.lora_B.weight` [out, r E], and the others.
 
     Raises:
-        LorakitError: where an expert, or gate or up of one, is missing, or their shapes differ.
+        LorakitError: An expert, or gate or up of one, is missing, or their shapes differ.
     """
     layers, result = _single_experts(tensors, names)
     _, gate, up, down = names

@@ -14,25 +14,24 @@ import torch
 from torch import Tensor
 
 from lorakit.adapters.peft_files.experts import per_expert
-from lorakit.adapters.peft_files.layout import CONFIG_FILE, WEIGHTS_FILE
+from lorakit.adapters.peft_files.layout import CONFIG_FILE, open_weights
 from lorakit.adapters.peft_files.stored import StoredAdapter, StoredLayer, open_adapter, some
-from lorakit.files.safetensors import open_safetensors
 
 
 @dataclass(frozen=True)
 class AdapterLayer:
-    """What is stored for one layer, or for the fused experts of one block.
+    """The stored tensors of one layer, or of the fused experts of one block, in numbers.
 
     Attributes:
-        name: the layer, or the parameter that holds the fused experts.
-        rank: the rank of the tensors.
-        alpha: lora_alpha of this layer.
-        scaling: the factor s of B A.
+        name: The layer, or the parameter that holds the fused experts.
+        rank: The rank of the tensors.
+        alpha: The lora_alpha of this layer.
+        scaling: The factor s of B A.
         norm_a: || A ||_F.
         norm_b: || B ||_F.
-        norm_delta: || s B A ||_F without DoRA's magnitudes; over all experts where they are fused.
-        dtype: the dtype of A and B, "float32" for one; both, where they differ.
-        bytes: the size of A and B.
+        norm_delta: || s B A ||_F, without DoRA's magnitudes. Fused experts have one norm over all.
+        dtype: The dtype of A and B, such as "float32"; where they differ, "float32/bfloat16".
+        bytes: The size of A and B.
     """
 
     name: str
@@ -48,18 +47,18 @@ class AdapterLayer:
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """What an adapter on disk holds: its layers in order, and what is stored beside them.
+    """The contents of an adapter on disk: its layers in order, and counts of the rest.
 
     Attributes:
-        path: the directory of the adapter.
-        layers: the adapted layers.
-        modules_to_save: how many tensors of modules that were trained whole there are.
-        trainable_tokens: how many rows of embeddings were trained.
-        magnitudes: how many layers have a magnitude (DoRA).
-        embeddings: how many of the layers are embeddings.
-        biases: how many trained biases there are.
-        copies: how many copies of base weights there are.
-        warnings: a sentence for everything that looks wrong.
+        path: The directory of the adapter.
+        layers: The adapted layers.
+        modules_to_save: How many tensors belong to modules that were trained whole.
+        trainable_tokens: How many rows of embeddings were trained.
+        magnitudes: How many layers have a magnitude (DoRA).
+        embeddings: How many of the layers are embeddings.
+        biases: How many trained biases there are.
+        copies: How many copies of base weights there are.
+        warnings: One phrase for each thing that looks wrong.
     """
 
     path: str
@@ -121,14 +120,14 @@ def describe_adapter(path: str | Path) -> AdapterReport:
     reported as warnings.
 
     Args:
-        path: the directory of the adapter.
+        path: The directory of the adapter.
 
     Returns:
         The report.
 
     Raises:
-        LorakitError: if a file is missing or damaged, if peft_type is not LORA, or if a layer has
-            only A or only B.
+        LorakitError: A file is missing or damaged, peft_type is not LORA, or a layer has only A or
+            only B.
     """
     adapter = open_adapter(path)
     layers, untrained, broken = [], [], []
@@ -137,9 +136,9 @@ def describe_adapter(path: str | Path) -> AdapterReport:
         layers.append(_described(layer, a, b))
         if not _is_finite(layer, a, b):
             broken.append(layer.name)
-        elif not (a if layer.embedding else b).any():  # which of them PEFT starts from zero
+        elif not (a if layer.embedding else b).any():  # PEFT starts this one from zero
             untrained.append(layer.name)
-    tensors = open_safetensors(adapter.path / WEIGHTS_FILE)
+    tensors = open_weights(adapter.path)
     for name in [*adapter.saved, *adapter.tokens, *adapter.biases]:
         if not torch.isfinite(tensors[name].read().float()).all():
             broken.append(name)

@@ -1,7 +1,9 @@
 """Names in PEFT's files: the files themselves, their keys, and the modules of other models.
 
-adapter_config.json          the config of the adapter, and PEFT's name of its method
-adapter_model.safetensors    base_model.model.<module>.<ending> -> tensor
+    adapter_config.json          the config of the adapter, and PEFT's name of its method
+    adapter_model.safetensors    base_model.model.<module>.<ending> -> tensor
+
+save.py lists the endings.
 """
 
 from collections.abc import Mapping
@@ -10,7 +12,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from lorakit.files.safetensors import LazyTensor
+from lorakit.config.errors import LorakitError
+from lorakit.files.safetensors import LazyTensor, open_safetensors
 from lorakit.models.decoder import Decoder
 from lorakit.models.multimodal import text_name
 
@@ -26,6 +29,19 @@ class AdapterFiles(NamedTuple):
     path: Path
     values: Mapping[str, Any]
     tensors: Mapping[str, LazyTensor]
+
+
+def open_weights(path: Path) -> dict[str, LazyTensor]:
+    """Return the tensors of the adapter in the directory `path` by their keys, still on disk.
+
+    Raises LorakitError if their file is missing, damaged or pickled.
+    """
+    if not (path / WEIGHTS_FILE).exists() and (path / "adapter_model.bin").exists():
+        raise LorakitError(
+            f"{path}: adapter_model.bin is pickled, which is not read: save the adapter with a "
+            "recent PEFT, as safetensors"
+        )
+    return open_safetensors(path / WEIGHTS_FILE)
 
 
 def name_in(model: nn.Module, name: str) -> str:

@@ -2,13 +2,15 @@
 
 Beside the adapter's own tensors a file may hold
 
-    full copies of adapted embeddings and heads, which PEFT adds. They are compared with the
-    model's own, and left alone. Others mean that the adapter was trained on another model
-    what PEFT writes of a head that is tied to an adapted embedding (ties.py). It has to be the same
-    adapters of fused experts (fused_experts.py). They are split into those of each expert
+    -  full copies of adapted embeddings and heads, which PEFT adds. They are compared with the
+       model's own weights and not used. A copy that differs means that the adapter was trained on
+       another model
+    -  the tensors of a head that is tied to an adapted embedding (ties.py). They must equal the
+       embedding's
+    -  adapters of fused experts (fused_experts.py). They are split into one for each expert
 
-Any other tensor is an error, and so is one that is missing. A file that names modules as a
-multimodal model does fits the text model alone.
+Any other tensor raises an error, and so does one that is missing. A file that names modules as a
+multimodal model does also fits the text model alone.
 """
 
 from collections.abc import Mapping
@@ -33,29 +35,29 @@ from lorakit.adapters.peft_files.fused_experts import split_fused
 from lorakit.adapters.peft_files.layout import (
     CONFIG_FILE,
     PREFIX,
-    WEIGHTS_FILE,
     AdapterFiles,
     name_in,
+    open_weights,
 )
 from lorakit.adapters.peft_files.ties import TWINS, adapted_embedding_of, adapted_heads
 from lorakit.config.errors import LorakitError
 from lorakit.files.local import as_path, read_json
-from lorakit.files.safetensors import LazyTensor, open_safetensors
+from lorakit.files.safetensors import LazyTensor
 
 
 def load_adapter(module: nn.Module, path: str | Path, *, name: str = "default") -> nn.Module:
     """Attach an adapter in PEFT's format to a module, in place, and select it.
 
     Args:
-        module: the module; it keeps the adapters that it has.
-        path: the directory of adapter_config.json and adapter_model.safetensors.
-        name: what to call the adapter.
+        module: The module; it keeps the adapters that it has.
+        path: The directory of adapter_config.json and adapter_model.safetensors.
+        name: What to call the adapter.
 
     Returns:
         `module`.
 
     Raises:
-        LorakitError: if a file is missing or truncated, the adapter uses a feature of PEFT that
+        LorakitError: A file is missing or truncated, the adapter uses a feature of PEFT that
             lorakit does not have, or tensors are missing, unknown or of another shape. `module` is
             then as it was.
     """
@@ -86,9 +88,7 @@ def _open(path: Path) -> tuple[Method[Any], AdapterFiles]:
         known = ", ".join(method.peft_type for method in METHODS)
         raise LorakitError(f"{path}: peft_type is {values.get('peft_type')!r}; lorakit has {known}")
     features.check_file(path, values)
-    if not (path / WEIGHTS_FILE).exists() and (path / "adapter_model.bin").exists():
-        raise LorakitError(f"{path}: adapter_model.bin is pickled, which is not read; convert it")
-    return method, AdapterFiles(path, values, open_safetensors(path / WEIGHTS_FILE))
+    return method, AdapterFiles(path, values, open_weights(path))
 
 
 @torch.no_grad()
@@ -116,7 +116,8 @@ def _matched(
 ) -> dict[str, LazyTensor]:
     """Return the tensors of the file by the keys of `expected`, all there and none too many.
 
-    `moved`: PEFT took what the adapter started from out of the weights that it added.
+    `moved` says that PEFT took the adapter's start out of the base weights whose copies it added,
+    so that a copy need not equal the model's own weight.
     """
     found, keys = {}, {}
     for key, tensor in files.tensors.items():
@@ -150,7 +151,7 @@ def _matched(
 
 
 def _full(key: str) -> str:
-    """Return the key in the file; a tensor that belongs to no module has no prefix."""
+    """Return the key of a tensor in the file, which has a prefix if it belongs to a module."""
     return key if key.startswith("base_model.") or "." not in key else PREFIX + key
 
 
@@ -177,9 +178,9 @@ def _is_copy(path: Path, module: nn.Module, key: str, tensor: LazyTensor, moved:
 
 
 def _is_twin(path: Path, module: nn.Module, key: str, tensors: Mapping[str, LazyTensor]) -> bool:
-    """Return whether `key` is what PEFT writes of a tied head.
+    """Return whether `key` is a tensor that PEFT writes for a tied head.
 
-    Raises LorakitError unless it is what the file has of the embedding.
+    Raises LorakitError unless it equals the tensor of the embedding in the file.
     """
     for ending, (other, transposed) in TWINS.items():
         embedding = adapted_embedding_of(module, key.removesuffix(f".{ending}"))

@@ -59,15 +59,15 @@ def save_adapter(
     The weights are written before the config, and each file whole or not at all.
 
     Args:
-        module: the module that the adapter is attached to.
-        path: the directory; it is made if it is missing.
-        name: the adapter; None means the selected one.
-        base_model: what the config records as base_model_name_or_path.
-        fused_experts: write the experts of a `Decoder` as transformers 5 holds them. By default
+        module: The module that the adapter is attached to.
+        path: The directory; it is made if it is missing.
+        name: The adapter; None means the selected one.
+        base_model: What the config records as base_model_name_or_path.
+        fused_experts: Write the experts of a `Decoder` as transformers 5 holds them. By default
             they are linear layers of their own, which PEFT and every server read.
 
     Raises:
-        LorakitError: if there is no such adapter, `path` is a file, or the experts cannot be fused.
+        LorakitError: There is no such adapter, `path` is a file, or the experts cannot be fused.
     """
     if name is None:
         name = require_selected(module, "save_adapter")

@@ -20,14 +20,15 @@ import torch
 from torch import Tensor
 
 from lorakit.adapters.peft_files.experts import is_fused, which_fused
-from lorakit.adapters.peft_files.layout import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from lorakit.adapters.peft_files.layout import CONFIG_FILE, PREFIX, open_weights
+from lorakit.adapters.targets import ends_with
 from lorakit.config.errors import LorakitError, check
 from lorakit.config.fields import from_mapping
 from lorakit.config.patterns import of_pattern, valid_regex
 from lorakit.files.local import as_path, read_json
-from lorakit.files.safetensors import LazyTensor, open_safetensors
+from lorakit.files.safetensors import LazyTensor
 
-# How the key of a tensor ends, and which part of a layer it is.
+# The ending of a tensor's key, and which part of a layer the tensor is.
 _PARTS = {
     ".lora_A.weight": "a",
     ".lora_B.weight": "b",
@@ -95,13 +96,13 @@ class StoredConfig:
 class StoredLayer(NamedTuple):
     """The tensors of one adapted weight, or of all fused experts of one block."""
 
-    name: str  # of the layer; of fused experts, the parameter's
-    key: str  # what stands before .lora_A in the file
+    name: str  # of the layer, or of the parameter that holds fused experts
+    key: str  # the part of a tensor's key in the file that precedes .lora_A
     rank: int
     expected_rank: int  # by the config; it equals rank unless the files do not belong together
     alpha: int | float
     scaling: float
-    experts: int  # how many stand side by side; 0: not fused
+    experts: int  # how many fused experts share the tensors; 0 for a layer that is not fused
     embedding: bool
     a: LazyTensor  # [r, in], fused [E r, in]
     b: LazyTensor  # [out, r], fused [out, r E]
@@ -116,10 +117,10 @@ class StoredAdapter(NamedTuple):
     values: dict[str, Any]  # adapter_config.json, whole
     config: StoredConfig
     layers: list[StoredLayer]
-    saved: list[str]  # whole modules, trained
-    tokens: list[str]  # rows of an embedding, trained
-    biases: list[str]  # of the base, trained
-    copies: list[str]  # of base weights
+    saved: list[str]  # trained modules
+    tokens: list[str]  # trained rows of embeddings
+    biases: list[str]  # trained biases of the base
+    copies: list[str]  # copies of base weights
     unknown: list[str]
 
 
@@ -134,17 +135,12 @@ def open_adapter(path: str | Path) -> StoredAdapter:
     config: StoredConfig = from_mapping(
         StoredConfig, values, str(path / CONFIG_FILE), ignore_unknown=True
     )
-    if not (path / WEIGHTS_FILE).exists() and (path / "adapter_model.bin").exists():
-        raise LorakitError(
-            f"{path}: adapter_model.bin is pickled, which is not read: save the adapter with a "
-            "recent PEFT, as safetensors"
-        )
     parts: dict[str, dict[str, LazyTensor]] = {}
     embeddings: set[str] = set()
     others: dict[str, list[str]] = {
         kind: [] for kind in ("saved", "tokens", "biases", "copies", "unknown")
     }
-    tensors = open_safetensors(path / WEIGHTS_FILE)
+    tensors = open_weights(path)
     for name in sorted(tensors, key=natural):
         key, part = _split_name(name)
         if part is None:
@@ -179,7 +175,10 @@ def some(names: Sequence[str]) -> str:
 
 
 def _split_name(name: str) -> tuple[str, str | None]:
-    """Return the layer and the part that a tensor belongs to, or its name and None."""
+    """Return the key of the layer that a tensor belongs to, and which part of it the tensor is.
+
+    A tensor that is no part of a layer returns its own name and None.
+    """
     if name.startswith(PREFIX):
         for suffix, part in _PARTS.items():
             if name.endswith(suffix):
@@ -188,7 +187,7 @@ def _split_name(name: str) -> tuple[str, str | None]:
 
 
 def _kind(name: str, config: StoredConfig) -> str:
-    """Return which list of a StoredAdapter the tensor `name`, which is no part, belongs to."""
+    """Return which list of a StoredAdapter a tensor belongs to that is no part of a layer."""
     inner = name.removeprefix(PREFIX)
     if inner == name:
         return "unknown"
@@ -216,7 +215,7 @@ def _layer(
     if is_fused(key):
         name = configured = _fused_name(path, config, key, parts)
         experts = _experts(path, config, name, key, rows)
-    elif _ends_in_any(f"{name}.weight", config.target_parameters or []):
+    elif any(ends_with(f"{name}.weight", target) for target in config.target_parameters or []):
         configured = f"{name}.weight"
     return StoredLayer(
         name=name,
@@ -262,10 +261,6 @@ def _experts(path: Path, config: StoredConfig, name: str, key: str, rows: int) -
             f"{CONFIG_FILE} gives {name}"
         )
     return rows // expected
-
-
-def _ends_in_any(name: str, targets: Sequence[str]) -> bool:
-    return any(name == target or name.endswith("." + target) for target in targets)
 
 
 def _fused_name(path: Path, config: StoredConfig, key: str, parts: _Parts) -> str:

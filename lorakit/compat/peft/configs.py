@@ -41,8 +41,8 @@ class LoraConfig(PlainConfig):
     """A low-rank adapter, described by the fields of PEFT's LoraConfig.
 
     Raises:
-        LorakitError: if a field that lorakit lacks would change what is computed, if the task needs
-            a module of its own to be trained, or if lorakit's LoraConfig refuses a value.
+        LorakitError: A field that lorakit lacks would change what is computed, the task needs a
+            module of its own to be trained, or lorakit's LoraConfig refuses a value.
     """
 
     # None stands here only until __post_init__ puts the default in its place.
@@ -118,13 +118,13 @@ class LoraConfig(PlainConfig):
         """Read the config of an adapter.
 
         Args:
-            path: the directory of the adapter, or its Hub id.
+            path: The directory of the adapter, or its Hub id.
 
         Returns:
             The config.
 
         Raises:
-            LorakitError: if the file is missing or damaged, or the adapter is not LoRA.
+            LorakitError: The file is missing or damaged, or the adapter is not LoRA.
         """
         file = resolve(path, [CONFIG_FILE]) / CONFIG_FILE
         values = read_json(file)

@@ -88,15 +88,15 @@ class LoraModel(Wrapper):
         A quantized base becomes dense.
 
         Args:
-            progressbar: has no effect.
-            safe_merge: has no effect, since the merge always checks for NaN and infinite values.
-            adapter_names: a list of one name; by default the active adapter is merged.
+            progressbar: Has no effect.
+            safe_merge: Has no effect, since the merge always checks for NaN and infinite values.
+            adapter_names: A list of one name; by default the active adapter is merged.
 
         Returns:
             The model that was wrapped.
 
         Raises:
-            LorakitError: if several adapters are named, there is no such adapter, or the result
+            LorakitError: Several adapters are named, there is no such adapter, or the result
                 is not finite.
         """
         self._select_for("merge_and_unload", adapter_names)

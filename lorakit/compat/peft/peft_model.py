@@ -69,9 +69,9 @@ class PeftModel(Wrapper):
         """Wrap a model, with a new adapter or with those that are attached to it.
 
         Args:
-            model: the model, which is changed in place.
-            peft_config: what the new adapter is; None adds none.
-            adapter_name: the name of the new adapter.
+            model: The model, which is changed in place.
+            peft_config: What the new adapter is; None adds none.
+            adapter_name: The name of the new adapter.
         """
         super().__init__()
         if peft_config is not None:
@@ -96,20 +96,20 @@ class PeftModel(Wrapper):
         """Return `model` with an adapter that was saved.
 
         Args:
-            model: the model, which is changed in place.
-            model_id: the directory of the adapter, or its Hub id.
-            adapter_name: the name that the adapter gets.
-            is_trainable: whether to train it; if not, it is frozen and the model is in eval mode.
-            autocast_adapter_dtype: must be True; adapters are fp32.
-            low_cpu_mem_usage: has no effect.
-            torch_device: has no effect; the adapter goes where its layers are.
-            options: other options of PEFT, which must be None or False.
+            model: The model, which is changed in place.
+            model_id: The directory of the adapter, or its Hub id.
+            adapter_name: The name that the adapter gets.
+            is_trainable: Whether to train it; if not, it is frozen and the model is in eval mode.
+            autocast_adapter_dtype: Must be True; adapters are fp32.
+            low_cpu_mem_usage: Has no effect.
+            torch_device: Has no effect; the adapter goes where its layers are.
+            options: Other options of PEFT, which must be None or False.
 
         Returns:
             A PeftModelForCausalLM if the file says so, else a PeftModel.
 
         Raises:
-            LorakitError: if `lk.load_adapter` refuses the files, or an option is not supported.
+            LorakitError: `lk.load_adapter` refuses the files, or an option is not supported.
         """
         _check_dtype(autocast_adapter_dtype)
         _check_loading(options, "from_pretrained")
@@ -129,7 +129,7 @@ class PeftModel(Wrapper):
 
     @property
     def peft_config(self) -> dict[str, LoraConfig | TargetConfig | PromptConfig]:
-        """The config of each adapter."""
+        """The config of each adapter, by the adapter's name."""
         model = self.get_base_model()
         return {name: self._config_of(name) for name in adapter_names(model)}
 
@@ -213,19 +213,19 @@ class PeftModel(Wrapper):
         """Attach one adapter made of several, as `lk.combine_adapters` does.
 
         Args:
-            adapters: the names of the adapters that it is made of.
-            weights: a weight for each of them.
-            adapter_name: the name of the new adapter.
-            combination_type: one of the kinds of `lk.combine_adapters`.
-            svd_rank: the rank of the new adapter, for the kinds with "svd".
-            svd_clamp: must be None.
-            svd_full_matrices: has no effect on the result.
-            svd_driver: has no effect; torch chooses.
-            density: the share of values that is kept, for the kinds that prune.
+            adapters: The names of the adapters that it is made of.
+            weights: A weight for each of them.
+            adapter_name: The name of the new adapter.
+            combination_type: One of the kinds of `lk.combine_adapters`.
+            svd_rank: The rank of the new adapter, for the kinds with "svd".
+            svd_clamp: Must be None.
+            svd_full_matrices: Has no effect on the result.
+            svd_driver: Has no effect; torch chooses.
+            density: The share of values that is kept, for the kinds that prune.
             majority_sign_method: "total" or "frequency", for the kinds that vote on signs.
 
         Raises:
-            LorakitError: if `lk.combine_adapters` refuses something, or svd_clamp is given.
+            LorakitError: `lk.combine_adapters` refuses something, or svd_clamp is given.
         """
         check(svd_clamp is None, "add_weighted_adapter: lorakit has no svd_clamp")
         model = self.get_base_model()
@@ -261,15 +261,15 @@ class PeftModel(Wrapper):
         """Return what the model computes.
 
         Args:
-            args: positional arguments of the model.
-            adapter_names: the adapter for each row of the batch, "__base__" for none.
-            options: named arguments of the model.
+            args: Positional arguments of the model.
+            adapter_names: The adapter for each row of the batch, "__base__" for none.
+            options: Named arguments of the model.
 
         Returns:
             What the model returns.
 
         Raises:
-            LorakitError: if adapter_names is given in training mode, or names no adapter.
+            LorakitError: `adapter_names` is given in training mode, or names no adapter.
         """
         with self._rows(adapter_names):
             return self.base_model(*args, **options)
@@ -300,13 +300,14 @@ class PeftModel(Wrapper):
             set_trained(self.get_base_model(), name, requires_grad)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Return how many values are trained, and how many there are; packed values count too."""
+        """Return how many values train, and how many there are; each packed value counts as one."""
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         every = sum(p.numel() for p in self.parameters())
         for each in self.modules():
             if isinstance(each, PackedWeight):
-                stored = {n: p for n, p in each.named_parameters(recurse=False) if n != "bias"}
-                every += math.prod(each.shape) - sum(p.numel() for p in stored.values())
+                own = each.named_parameters(recurse=False)
+                stored = sum(p.numel() for name, p in own if name != "bias")
+                every += math.prod(each.shape) - stored
         return trained, every
 
     def print_trainable_parameters(self) -> None:
@@ -335,16 +336,16 @@ class PeftModel(Wrapper):
         always written as plain LoRA, so path_initial_model_for_weight_conversion is not needed.
 
         Args:
-            save_directory: the directory, which is made if it is missing.
-            safe_serialization: must be True; only safetensors are written.
-            selected_adapters: the names of the adapters to write; None writes all.
-            save_embedding_layers: must not be True; embeddings that were not trained are not
+            save_directory: The directory, which is made if it is missing.
+            safe_serialization: Must be True; only safetensors are written.
+            selected_adapters: The names of the adapters to write; None writes all.
+            save_embedding_layers: Must not be True; embeddings that were not trained are not
                 written.
-            is_main_process: whether to write at all.
-            path_initial_model_for_weight_conversion: has no effect.
+            is_main_process: Whether to write at all.
+            path_initial_model_for_weight_conversion: Has no effect.
 
         Raises:
-            LorakitError: if there is no such adapter, or an option is not supported.
+            LorakitError: There is no such adapter, or an option is not supported.
         """
         check(safe_serialization, "save_pretrained: adapters are written as safetensors only")
         check(
@@ -401,19 +402,19 @@ def get_peft_model(
     """Return `model` with a new adapter, which computes and trains.
 
     Args:
-        model: the model, which is changed in place.
-        peft_config: what the adapter is: a LoraConfig from here, or a config of `lorakit`.
-        adapter_name: the name that the adapter gets.
-        mixed: must be False; adapters of mixed kinds are not supported.
-        autocast_adapter_dtype: must be True; adapters are fp32.
-        revision: has no effect.
-        low_cpu_mem_usage: has no effect.
+        model: The model, which is changed in place.
+        peft_config: What the adapter is: a LoraConfig from here, or a config of `lorakit`.
+        adapter_name: The name that the adapter gets.
+        mixed: Must be False; adapters of mixed kinds are not supported.
+        autocast_adapter_dtype: Must be True; adapters are fp32.
+        revision: Has no effect.
+        low_cpu_mem_usage: Has no effect.
 
     Returns:
         A PeftModelForCausalLM if the config's task_type is "CAUSAL_LM", else a PeftModel.
 
     Raises:
-        LorakitError: if `lk.attach` refuses the config, or an option is not supported.
+        LorakitError: `lk.attach` refuses the config, or an option is not supported.
     """
     check(not mixed, "get_peft_model: adapters of mixed kinds are not supported")
     _check_dtype(autocast_adapter_dtype)

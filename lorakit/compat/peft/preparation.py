@@ -1,4 +1,4 @@
-"""Make a model ready for training in few bits; say what is asked of a model of transformers."""
+"""Make a model ready for training in few bits, and say which members of its class that uses."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -11,7 +11,7 @@ from lorakit.models.decoder import Decoder
 
 @runtime_checkable
 class Pretrained(Protocol):
-    """A model of transformers, as far as it is used here."""
+    """The members of a model of transformers that are used here."""
 
     name_or_path: str
 
@@ -25,7 +25,7 @@ class Pretrained(Protocol):
 
 
 def uses_gradient_checkpointing(model: nn.Module) -> bool:
-    """Return whether a model of transformers does: its blocks say so in an attribute."""
+    """Return whether a block of a transformers model says that it uses gradient checkpointing."""
     return any(m.__dict__.get("gradient_checkpointing", False) for m in model.modules())
 
 
@@ -42,16 +42,16 @@ def prepare_model_for_kbit_training(
     of transformers do.
 
     Args:
-        model: lorakit's decoder, a model of transformers, or any module.
-        use_gradient_checkpointing: whether to compute the blocks again in the backward pass, which
+        model: A lorakit `Decoder`, a model of transformers, or any module.
+        use_gradient_checkpointing: Whether to compute the blocks again in the backward pass, which
             saves the memory of what they would keep.
-        gradient_checkpointing_kwargs: options of torch's checkpointing, for models of transformers.
+        gradient_checkpointing_kwargs: Options of torch's checkpointing, for models of transformers.
 
     Returns:
         The model itself.
 
     Raises:
-        LorakitError: if the model has no gradient checkpointing, and it is wanted.
+        LorakitError: The model has no gradient checkpointing, and it is wanted.
     """
     model.requires_grad_(False)
     if not use_gradient_checkpointing:

@@ -19,15 +19,15 @@ def get_peft_model_state_dict(
     An adapter that started from a part of the weight gives copies, of plain LoRA of twice the rank.
 
     Args:
-        model: the model that the adapter is attached to.
-        state_dict: must be None; the tensors are those of the model.
-        adapter_name: the adapter.
+        model: The model that the adapter is attached to.
+        state_dict: Must be None; the tensors are those of the model.
+        adapter_name: The adapter.
 
     Returns:
         The tensors, in the dtype and the shape in which they are saved.
 
     Raises:
-        LorakitError: if there is no such adapter, or a state_dict is given.
+        LorakitError: There is no such adapter, or a state_dict is given.
     """
     check(state_dict is None, "get_peft_model_state_dict: the model's own state_dict is taken")
     check_adapter(model.get_base_model(), adapter_name, "get_peft_model_state_dict")
@@ -40,12 +40,12 @@ def set_peft_model_state_dict(
     """Give an adapter the values that `get_peft_model_state_dict` returned.
 
     Args:
-        model: the model that the adapter is attached to.
-        peft_model_state_dict: the tensors by the keys of the adapter's file, all of them.
-        adapter_name: the adapter.
+        model: The model that the adapter is attached to.
+        peft_model_state_dict: The tensors by the keys of the adapter's file, all of them.
+        adapter_name: The adapter.
 
     Raises:
-        LorakitError: if there is no such adapter, or a tensor is missing, belongs to nothing, or
+        LorakitError: There is no such adapter, or a tensor is missing, belongs to nothing, or
             has another shape. The adapter stays as it was.
     """
     base = model.get_base_model()
