@@ -1,9 +1,9 @@
-"""One token after another: the step from a token to the next one's logits.
+"""One token after another: the step from a token to the logits of the next one.
 
 The decoder module computes a step of one new token per row as some 15 small ops a layer, and on a
-CPU their launches cost more than reading the weights. Where nothing but plain linear layers is in
-the way, `kernels.decode_step` does the whole step in one compiled call: dense weights in fp32 or
-bf16 (merged adapters included), no experts, no hooks, at most 32 rows.
+CPU calling them costs more than reading the weights. Where a model consists of plain linear layers,
+`kernels.decode_step` does the whole step in one compiled call. That needs dense weights in fp32 or
+bf16 (merged adapters included), no experts, no hooks, and at most 32 rows.
 """
 
 import torch
@@ -18,21 +18,23 @@ from lorakit.models.decoder import Decoder
 from lorakit.models.hooks import has_hooks, has_own_forward
 from lorakit.models.rope import rope_tables
 
-PROMPT_TOKENS = 64  # tokens of a prompt that one compiled call takes
-COMPILED_ROWS = 32  # the most that was measured, and found faster (docs/dev/LOG.md)
+COMPILED_ROWS = 32
+"""Most rows that the compiled step takes: the most for which it was measured (docs/dev/LOG.md)."""
+_PROMPT_TOKENS = 64
+"""Tokens of a prompt, of all rows together, that one compiled call takes."""
 
 
 class Decoding:
-    """The state of a batch that is being continued: decoding(ids) takes its next tokens."""
+    """The state of a batch whose texts are being continued; decoding(ids) takes its next tokens."""
 
     def __init__(self, model: Decoder, padding: list[int], capacity: int):
         """Begin a batch.
 
         Args:
             model: The model.
-            padding: How many columns on the left of each row are none of it.
-            capacity: Number of positions in all, without those of a learned prompt, with which the
-                cache begins.
+            padding: Number of padding columns on the left of each row.
+            capacity: Number of positions that a row may reach, padding included. Those of a learned
+                prompt, with which the cache begins, come on top.
         """
         rows, device = len(padding), model.device
         self.model = model
@@ -50,20 +52,22 @@ class Decoding:
         self.compiled: _CompiledStep | None = None
         if plan is not None:
             self.compiled = _CompiledStep(plan, model.config, self.cache, capacity)
-        # torch multiplies in bf16 at a seventh of its fp32 speed where the processor cannot
-        narrow = torch.backends.cpu.get_cpu_capability() != "AVX512"
-        self.compiled_prompts = model.dtype == torch.bfloat16 and narrow
+        # On a processor without AVX-512, torch's bf16 products run at a seventh of the speed of its
+        # fp32 ones; there prompts take the compiled step too.
+        slow_bf16 = torch.backends.cpu.get_cpu_capability() != "AVX512"
+        self.compiled_prompts = model.dtype == torch.bfloat16 and slow_bf16
 
     def __call__(self, ids: Tensor) -> Tensor:
-        """Return the logits of the next token, fp32 [B, V].
+        """Take ids int64 [B, T], which follow those of earlier calls.
 
-        ids, int64 [B, T], follow those of earlier calls.
+        Returns:
+            The logits of the token after them, fp32 [B, V].
         """
         B, T = ids.shape
         if self.compiled is not None and T == 1:
             return self.compiled(ids, self.padding, self.real)
         if self.compiled is not None and self.compiled_prompts and self.compiled.has_room(T):
-            for part in ids.split(max(1, PROMPT_TOKENS // B), dim=1):
+            for part in ids.split(max(1, _PROMPT_TOKENS // B), dim=1):
                 logits = self.compiled(part, self.padding, self.real)
             return logits
         real = self.real
@@ -86,13 +90,19 @@ class _CompiledStep:
         self.sizes = set(cache.sizes)
 
     def has_room(self, new: int) -> bool:
-        """Return whether so many tokens fit before a layer's window begins again at its start."""
+        """Return whether `new` tokens fit without wrapping round the window of a layer."""
         return self.cache.length + new <= min(self.sizes)
 
     def __call__(self, ids: Tensor, padding: Tensor, real: Tensor | None) -> Tensor:
-        """Return the logits fp32 [B, V] after ids [B, T]; the cache gains their keys and values.
+        """Take ids, and put their keys and values into the cache.
 
-        padding: int64 [B]; real: bool [B, capacity], false at padding, or None if there is none.
+        Args:
+            ids: int64 [B, T].
+            padding: int64 [B], as in `Decoding`.
+            real: bool [B, capacity], false at padding; None: there is none.
+
+        Returns:
+            The logits of the token after them, fp32 [B, V].
         """
         cache, (B, T) = self.cache, ids.shape
         start, end = cache.length, cache.length + T
@@ -126,10 +136,13 @@ def _plan(model: Decoder) -> kernels.DecodePlan | None:
     config = model.config
     if any(rope.by_length for rope in config.ropes):
         return None  # every step has tables of its own
-    called = any(has_hooks(m) or has_own_forward(m) for m in model.modules())
+    if not kernels.decode_compiled(model.device):
+        return None
+    if any(has_hooks(m) or has_own_forward(m) for m in model.modules()):
+        return None
     embedding = _computing(model.model.embed_tokens)
     head = embedding if model.lm_head is None else _computing(model.lm_head)
-    if called or type(embedding) is not nn.Embedding or not kernels.decode_compiled(model.device):
+    if type(embedding) is not nn.Embedding:
         return None
     if type(head) is not nn.Linear and type(head) is not nn.Embedding:
         return None
@@ -157,12 +170,12 @@ def _plan(model: Decoder) -> kernels.DecodePlan | None:
             attn_softcap=config.attn_logit_softcapping,
             final_softcap=config.final_logit_softcapping,
         )
-    except ValueError:  # another dtype, several, or strides: the forward pass knows them all
+    except ValueError:  # other dtypes, several, or strides, all of which the forward pass takes
         return None
 
 
 def _layer(block: nn.Module, config: ModelConfig, number: int) -> kernels.DecodeLayer | None:
-    """Return the weights of a block, or None if one of its layers is no dense product."""
+    """Return the weights of a block, or None if one of its layers is not a plain nn.Linear."""
     if not isinstance(block, Block) or block.moe_name is not None:
         return None
     attention, mlp = block.self_attn, block.mlp

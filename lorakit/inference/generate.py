@@ -1,8 +1,8 @@
 """Text from a model: the loop that picks one token after another, until the text ends.
 
-Prompts of different length run as one batch, padded on the left, so that every row's next token is
-in the last column. How a token is picked stands in sampling.py, how the model gets from a token to
-the next one's logits in decode.py.
+Prompts of different length run as one batch, padded on the left, so that the next token of every
+row belongs in the same column. sampling.py picks a token from logits; decode.py gets from a token
+to the logits of the next one.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -70,39 +70,43 @@ def generate_batch(
 ) -> list[str]:
     """Continue several prompts.
 
-    A row ends at an end token (of the tokenizer, of the model's config, or the one that closes a
-    turn in the chat template) or at a string of `stop`.
+    A text ends at a string of `stop` or at an end token: one of the tokenizer, one of the model's
+    config, or the one that closes a turn in the chat template.
 
     Args:
         model: The model.
         tok: Its tokenizer.
         prompts: Each a text, a list of messages, or token ids.
-        max_new_tokens: Most tokens that a row gets.
+        max_new_tokens: Most tokens that a text gets.
         temperature: Divisor of the logits; 0 takes the likeliest token.
-        top_k: Number of the likeliest tokens that may be drawn; None: all.
+        top_k: Number of the likeliest tokens that may be drawn; None means all.
         top_p: Share of the probability that the tokens which may be drawn hold together.
         min_p: Least probability of a token, as a share of the likeliest one's.
-        repetition_penalty: Factor against tokens that the row holds already; 1 is none.
-        seed: Seed of the draws; None: torch's global generator.
-        stop: Strings that end a row where its text holds one, which is cut off.
-        stream: Called with a prompt's number and new text of it, as soon as that is certain.
+        repetition_penalty: Factor by which tokens that the prompt or the text holds already become
+            less likely; 1 is none.
+        seed: Seed of the draws; None takes torch's global generator.
+        stop: A string, or several. A text ends before the first of them that it holds.
+        stream: Called with the number of a prompt and a new piece of its text, as soon as the piece
+            is certain.
         batch_size: Number of prompts that run at a time.
         progress: Whether to show a progress bar.
 
     Returns:
-        The new texts, in the order of the prompts, without these.
+        The new texts, in the order of the prompts and without them.
 
     Raises:
         LorakitError: For an option outside its range, an empty prompt, or one that leaves no room
             within the positions that the model is meant for.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    if max_new_tokens <= 0 or batch_size <= 0:
+        raise LorakitError("generate: max_new_tokens and batch_size must be at least 1")
     generation = _Generation(model, tok, sampling, max_new_tokens, stop, seed)
     return generation.run(prompts, batch_size, stream, progress)
 
 
 class _Generation:
-    """What holds for all batches of one call: the model, how tokens are picked, where texts end."""
+    """One call of `generate_batch`: its settings, and the loop over its batches."""
 
     def __init__(
         self,
@@ -113,8 +117,6 @@ class _Generation:
         stop: str | Sequence[str],
         seed: int | None,
     ):
-        if max_new_tokens <= 0:
-            raise LorakitError("generate: max_new_tokens and batch_size must be at least 1")
         if seed is not None and not 0 <= seed < 2**63:
             raise LorakitError(f"generate: seed is {seed}; it must be in [0, 2^63)")
         self.stop = [stop] if isinstance(stop, str) else list(stop)
@@ -126,7 +128,7 @@ class _Generation:
         self.sampling, self.max_new_tokens = sampling, max_new_tokens
         self.ends = {*model.config.eos_token_ids, *tok.end_token_ids}
         for token, added in tok.backend.get_added_tokens_decoder().items():
-            if added.special and added.content in self.stop:  # it leaves no text to be found in
+            if added.special and added.content in self.stop:  # a special token leaves no text
                 self.ends.add(token)
         self.generator: torch.Generator | None = None
         if seed is not None:
@@ -141,10 +143,9 @@ class _Generation:
         progress: bool,
     ) -> list[str]:
         """Return the new text of each prompt."""
-        if batch_size <= 0:
-            raise LorakitError("generate: max_new_tokens and batch_size must be at least 1")
         encoded = [self._encode(prompt) for prompt in prompts]
-        order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))  # like lengths together
+        # Prompts of similar length run together, so that there is little padding.
+        order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
         batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         texts = [""] * len(encoded)
         was_training = self.model.training
@@ -165,7 +166,7 @@ class _Generation:
         return texts
 
     def _encode(self, prompt: str | Messages | list[int]) -> list[int]:
-        """Return the token ids of a prompt that the model has room for."""
+        """Return the token ids of a prompt; refuse one that the model cannot take."""
         ids = _token_ids(self.tok, prompt)
         if not ids:
             raise LorakitError("generate: a prompt has no tokens")
@@ -202,8 +203,8 @@ def _token_ids(tok: Tokenizer, prompt: str | Messages | list[int]) -> list[int]:
 class _Row:
     """The new tokens of one prompt, and their text as far as it is certain.
 
-    They are decoded after the prompt's last token: SentencePiece drops the space before the first
-    token of a text.
+    SentencePiece drops the space before the first token of a text. So the new tokens are decoded
+    together with the last token of the prompt, whose text is then cut off.
     """
 
     def __init__(
@@ -215,7 +216,7 @@ class _Row:
     ):
         self.tok, self.prompt, self.stop, self.stream = tok, prompt, stop, stream
         self.before = prompt[-1:]
-        if "\N{REPLACEMENT CHARACTER}" in tok.decode(self.before):  # half a character
+        if "\N{REPLACEMENT CHARACTER}" in tok.decode(self.before):  # it ends in half a character
             self.before = []
         self.ids: list[int] = []
         self.running = True
@@ -225,7 +226,7 @@ class _Row:
             self.decoder.step(tok.backend, token)
 
     def push(self, token: int, ends: set[int]) -> None:
-        """Take the next token, unless the row has ended or ends with it."""
+        """Take the next token; an end token, or a stop string in the text, ends the row."""
         if not self.running or token in ends:
             self.running = False
             return
@@ -236,12 +237,12 @@ class _Row:
         cut = self._cut(self.text)
         self.running = cut == self.text
         if self.stream is not None and self.running:
-            # the text's end may be the beginning of a stop string
+            # the last letters may be the beginning of a stop string: they are not certain yet
             held = [n for stop in self.stop for n in range(1, len(stop)) if cut.endswith(stop[:n])]
             self._hand_on(cut[: len(cut) - max(held, default=0)])
 
     def finish(self) -> str:
-        """Return the whole text, and stream what is left of it."""
+        """Return the whole text, and stream the part of it that was held back."""
         text = self.tok.decode(self.before + self.ids)
         text = self._cut(text[len(self.tok.decode(self.before)) :])
         self._hand_on(text)
@@ -253,6 +254,7 @@ class _Row:
         return text[: min((at for at in found if at >= 0), default=len(text))]
 
     def _hand_on(self, text: str) -> None:
+        """Stream the part of the text that has not been streamed yet."""
         if self.stream is not None and len(text) > self.streamed:
             piece, self.streamed = text[self.streamed :], len(text)
             self.stream(piece)
@@ -265,7 +267,20 @@ def continue_text(
     sampling: Sampling,
     generator: torch.Generator | None,
 ) -> Iterator[list[int]]:
-    """Yield the next token of every prompt, up to max_new_tokens times."""
+    """Yield the next token of every prompt, up to max_new_tokens times.
+
+    The caller decides where a text ends, and stops asking when all have.
+
+    Args:
+        model: The model.
+        prompts: The token ids of each prompt, none empty.
+        max_new_tokens: Most tokens for each prompt.
+        sampling: How a token is picked.
+        generator: Source of random numbers; None takes torch's global one.
+
+    Yields:
+        One token id for each prompt.
+    """
     longest, device = max(map(len, prompts)), model.device
     padding = [longest - len(ids) for ids in prompts]
     ids = torch.tensor([[0] * n + p for n, p in zip(padding, prompts, strict=True)], device=device)

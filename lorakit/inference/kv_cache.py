@@ -32,10 +32,10 @@ class KVCache:
         self.length = 0
 
     def slots(self, size: int, new: int) -> tuple[int, int]:
-        """Return where new positions go in a layer that holds `size` positions.
+        """Return where `new` positions go in a layer that holds `size` positions.
 
         Returns:
-            The slot of the first of `new` positions, and how many slots are in use with them.
+            The slot of the first new position, and how many slots are in use with the new ones.
         """
         return self.length % size, min(self.length + new, size)
 

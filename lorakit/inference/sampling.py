@@ -1,6 +1,6 @@
-"""How the next token is picked from logits.
+"""Sampling: how the next token is picked from logits.
 
-A token is drawn from logits z in this order, which is transformers' too:
+A token is drawn from logits z by these steps, in the order that transformers has too:
 
     z_i / penalty where z_i > 0, else z_i * penalty, for the tokens i that the row holds
                                                                        (arXiv:1909.05858)
@@ -26,7 +26,7 @@ class Sampling:
     temperature: float = 0.0
     """Divisor of the logits; 0 takes the likeliest token."""
     top_k: int | None = None
-    """Number of the likeliest tokens that may be drawn; None: all."""
+    """Number of the likeliest tokens that may be drawn; None means all."""
     top_p: float = 1.0
     """Share of the probability that the tokens which may be drawn hold together."""
     min_p: float = 0.0
@@ -54,9 +54,10 @@ def sample(
 
     Args:
         logits: [B, V].
-        sampling: How.
-        generator: Source of random numbers; None: torch's global one.
-        seen: bool [B, V], the tokens that each row holds; None: no penalty for them.
+        sampling: How a token is picked.
+        generator: Source of random numbers; None takes torch's global one.
+        seen: bool [B, V], the tokens that each row holds and that repetition_penalty applies to;
+            None: there is no penalty.
 
     Returns:
         Token ids, int64 [B].
@@ -71,7 +72,7 @@ def sample(
     top, token = logits.max(-1, keepdim=True)
     if not top.isfinite().all():
         raise LorakitError("generate: the model's logits are not finite")
-    if sampling.temperature < 1e-30:  # in fp32 it may be 0
+    if sampling.temperature < 1e-30:  # as good as 0, which in fp32 it may even become
         return token[:, 0]
     logits = logits - top  # a tiny temperature must not give inf - inf
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:

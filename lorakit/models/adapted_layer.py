@@ -1,7 +1,7 @@
 """How the decoder sees a layer that carries adapters, and when fused kernels may compute it.
 
-The room of adapters puts an `AdaptedLayer` in the place of a layer. The models, and decoding, ask
-it what it computes with; they know nothing of adapters beyond this class.
+lorakit/adapters puts an `AdaptedLayer` in the place of a layer. The decoder, the steps of decoding
+and `save_model` ask that layer what it computes with, and know nothing else of adapters.
 
 It is a class and no protocol because the decoder asks for it in every layer of every step:
 isinstance takes some 12 us on a protocol with members, and 0.03 us on a class.
@@ -15,7 +15,10 @@ from lorakit import kernels
 from lorakit.models.hooks import has_hooks
 
 RowGroups = Sequence[tuple[str | None, Tensor]]
-"""The rows of a batch that each adapter computes: its name, None for the base, and int64 [n]."""
+"""Adapters, and the rows of a batch that each of them computes.
+
+Each pair is an adapter's name (None for the base alone) and the numbers of its rows, int64 [n].
+"""
 
 
 class AdaptedLayer(nn.Module):
@@ -24,24 +27,24 @@ class AdaptedLayer(nn.Module):
     row_groups: RowGroups | None
     """The rows of a batch that each adapter computes; None where one adapter computes all."""
     merged: nn.Module | None
-    """The layer with an adapter in its weights, while it is merged."""
+    """The layer with an adapter in its weights; None while none is merged."""
 
     def low_rank_update(self) -> kernels.LoraWeights | None:
-        """Return the low-rank update, or None if there is none.
+        """Return base and low-rank update, or None if there is no such update.
 
-        The update of an embedding is the one that its tied head sees.
+        For an embedding it is the update that its tied head sees.
         """
         raise NotImplementedError
 
     def fusible_update(self) -> kernels.LoraWeights | None:
         """Return base and update as the fused kernels take them.
 
-        None: there is no update, or the layer has to be called as it is.
+        Return None if there is no update, or if the layer has to be called as it is.
         """
         raise NotImplementedError
 
     def current_module(self) -> nn.Module:
-        """Return the module that an update is added to."""
+        """Return the module that an update is added to, or that computes alone."""
         raise NotImplementedError
 
     def only_module(self) -> nn.Module | None:
@@ -52,8 +55,8 @@ class AdaptedLayer(nn.Module):
 def fused_weights(*layers: nn.Module) -> list[kernels.LoraWeights] | None:
     """Return base and update of layers that read one input, for the fused kernels.
 
-    None: one of them carries no adapter, has to be called as it is (also for its hooks), or drops
-    another share of the input than the others.
+    Return None if one of them carries no adapter, has to be called as it is (also for its hooks),
+    or drops another share of the input than the others.
     """
     found = []
     for layer in layers:

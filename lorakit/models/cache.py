@@ -1,6 +1,6 @@
-"""What the decoder asks of a cache of keys and values.
+"""The interface between the decoder and a cache of keys and values.
 
-`inference/kv_cache.py` is the one that text is generated with; a learned prompt is another
+Text is generated with the cache of inference/kv_cache.py. A learned prompt is a cache too
 (adapters/methods/prompts.py).
 """
 
@@ -12,7 +12,8 @@ from torch import Tensor
 class Cache(Protocol):
     """Keys and values of earlier positions, for each layer.
 
-    B rows, T new positions, Hk heads of keys and values, D numbers a head.
+    Shapes: B rows, T new positions, S positions with those in the cache, Hk heads of keys and
+    values, D numbers a head.
     """
 
     length: int
@@ -28,6 +29,6 @@ class Cache(Protocol):
     def positions(self, new: int, window: int | None) -> Tensor:
         """Return which positions `append` will return for `new` ones: int64 [S].
 
-        They differ between layers only by the sliding window. A single new position may look at all
-        of them; for several the window has to be masked.
+        Layers of one window get the same positions. A single new position may look at all of them.
+        Several new ones may not: the caller masks what lies beyond the window of each.
         """

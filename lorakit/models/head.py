@@ -1,4 +1,4 @@
-"""The head turns hidden states into logits, and into the loss.
+"""The output head: it turns hidden states into logits, and into the loss.
 
     logits = hidden head^T,   and c tanh(logits / c) where the family has a soft cap c
 
@@ -6,9 +6,9 @@ The head is a layer of its own, `lm_head`, or the embedding itself where the two
 may be dense or packed, and either may carry adapters.
 
 The logits of a training step, [tokens, vocabulary], would be its largest tensor by far.
-`kernels.linear_cross_entropy` never builds them all, but it has to know the bare weight of the head
-and its low-rank update. Where the head is more than that (a hook, dropout, DoRA, an adapter for
-each row), it is called, on the positions that have a label.
+`kernels.linear_cross_entropy` never holds them all. It takes the weight of the head and at most a
+plain low-rank update. A head that computes anything more (a hook, dropout, DoRA, an adapter for
+each row) is called instead, on the positions that have a label.
 """
 
 from typing import NamedTuple
@@ -30,7 +30,9 @@ class OutputHead(NamedTuple):
     layer: nn.Module
     """`lm_head`, or the embedding if the head is tied to it."""
     tied: bool
+    """Whether the layer is the embedding."""
     softcap: float | None
+    """Soft cap c of the logits; None: they have none."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [..., V] of hidden states [..., H]."""
@@ -40,10 +42,19 @@ class OutputHead(NamedTuple):
     def loss(
         self, hidden: Tensor, targets: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """Return the summed cross-entropy and the count of targets int64 [B, T].
+        """Return the summed cross-entropy, and how many targets counted.
 
-        hidden is [B, T, H]. A target of -100 does not count, and its hidden state does not meet the
-        head, unless that needs whole rows.
+        A target of -100 does not count. The head skips its hidden state, unless it has an adapter
+        for each row, which has to see whole rows.
+
+        Args:
+            hidden: [B, T, H].
+            targets: int64 [B, T], the token that each position predicts.
+            label_smoothing: See `kernels.cross_entropy`.
+            z_loss: See `kernels.cross_entropy`.
+
+        Returns:
+            The sum, fp32 [], and the count, int64 [].
         """
         found = self._bare_weight()
         if found is not None:
@@ -60,7 +71,7 @@ class OutputHead(NamedTuple):
             )
         counted = (targets != -100).nonzero(as_tuple=True)
         if isinstance(self.layer, AdaptedLayer) and self.layer.row_groups is not None:
-            logits = self._before_softcap(hidden)[counted]  # the head has to see whole rows
+            logits = self._before_softcap(hidden)[counted]
         else:
             logits = self._before_softcap(hidden[counted])
         return kernels.cross_entropy(
@@ -83,7 +94,7 @@ class OutputHead(NamedTuple):
         return F.linear(hidden, embedding.weight)
 
     def _embedding(self) -> tuple[nn.Module, kernels.LoraWeights | None]:
-        """Return the embedding that is the head too, and the low-rank update of both."""
+        """Return the embedding that the head is tied to, and the low-rank update of both."""
         if not isinstance(self.layer, AdaptedLayer):
             return self.layer, None
         if self.layer.row_groups is not None:
@@ -93,7 +104,7 @@ class OutputHead(NamedTuple):
     def _bare_weight(self) -> tuple[Tensor | kernels.Packed, kernels.LoraWeights | None] | None:
         """Return the weight [V, H] that the head multiplies with, and its low-rank update.
 
-        None if the head computes anything else.
+        Return None if the head computes anything more.
         """
         layer: nn.Module | None = self.layer
         update = None

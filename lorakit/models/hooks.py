@@ -1,7 +1,7 @@
-"""Tell whether a module does more than its class's forward: by a hook, or by a forward of its own.
+"""Tell whether a module does more than the forward of its class.
 
-Code that computes in the place of a module, as the fused kernels do, has to leave such a module
-alone and call it.
+It may have a hook, or a forward of its own. The fused kernels compute in the place of modules; such
+a module they must leave alone, so that it is called.
 """
 
 from torch import nn

@@ -1,4 +1,4 @@
-"""Frozen layers whose weight is packed, and the walk that puts them in the place of dense ones.
+"""Frozen layers whose weight is packed, and `quantize`, which puts them in a model.
 
     NF4Linear, Int8Linear            y = x W^T + bias
     NF4Embedding, Int8Embedding      rows of W: gathered packed, then dequantized, only they
@@ -38,7 +38,7 @@ class PackedWeight(nn.Module):
         shape: (rows, columns).
         config: How the matrix is packed.
         dtype: The dtype that the layer computes in.
-        frozen: True: an adapter may leave the layer to the fused kernels, since it never trains.
+        frozen: True. The layer never trains, so an adapter may leave it to the fused kernels.
     """
 
     frozen = True
@@ -214,7 +214,7 @@ class PackedLinear(PackedWeight):
 
 
 class PackedEmbedding(PackedWeight):
-    """The rows of W [num_embeddings, embedding_dim] that ids int64 [...] name."""
+    """Rows of W [num_embeddings, embedding_dim]: ids int64 [...] give [..., embedding_dim]."""
 
     def __init__(
         self,
@@ -263,7 +263,7 @@ class Int8Embedding(PackedEmbedding, Int8Weight):
 def packed_layer(layer: nn.Linear | nn.Embedding, config: QuantConfig) -> PackedWeight:
     """Return the packed form of `layer`, stored as `config.quant_type`.
 
-    For a layer on the meta device it is a shell without values.
+    A layer on the meta device gives a shell without values.
     """
     weight, int8 = layer.weight, config.quant_type == "int8"
     packed: PackedWeight
@@ -292,14 +292,14 @@ def packed_layer(layer: nn.Linear | nn.Embedding, config: QuantConfig) -> Packed
 def quantize(module: nn.Module, config: QuantConfig | None = None) -> nn.Module:
     """Replace the linear layers inside a module by packed ones, in place.
 
-    Every nn.Linear is taken but the output head (`lm_head`) and what `config.skip_modules` names
-    (by default the routers of experts), which stay as they are; the head and the embeddings are
-    taken too if `config` says how. Only the classes nn.Linear and nn.Embedding themselves are
-    taken: a subclass may compute something else with its weight.
+    Every nn.Linear is packed, except the output head (`lm_head`) and the layers that
+    `config.skip_modules` names (by default the routers of experts). The head and the embeddings
+    are packed too if `config` says how. Only layers of the classes nn.Linear and nn.Embedding
+    themselves are packed: a subclass may compute something else with its weight.
 
     Args:
         module: A model, dense, without adapters. On the meta device its layers become shells.
-        config: How the weights are stored; None: QuantConfig(), which is NF4.
+        config: How the weights are stored; None means QuantConfig(), which is NF4.
 
     Returns:
         `module` itself.
@@ -317,7 +317,7 @@ def quantize(module: nn.Module, config: QuantConfig | None = None) -> nn.Module:
     if not storage:
         raise LorakitError("quantize: the module holds no nn.Linear to quantize")
     _check_weights(module, storage)
-    for name, kind in storage.items():  # one at a time: a dense weight goes as soon as it is packed
+    for name, kind in storage.items():  # each dense weight goes as soon as it is packed
         config_of_layer = dataclasses.replace(config, quant_type=kind)
         module.set_submodule(name, packed_layer(_dense_layer(module, name), config_of_layer))
     return module
@@ -345,7 +345,7 @@ def _storage_by_layer(module: nn.Module, config: QuantConfig) -> dict[str, Stora
 
 
 def _check_names(module: nn.Module, config: QuantConfig) -> None:
-    """Refuse a config that names layers which are not there."""
+    """Refuse a config that names layers which the module does not have."""
     layers = dict(module.named_modules())
     leaves = {name.rpartition(".")[2] for name in layers}
     for skipped in config.skip_modules:

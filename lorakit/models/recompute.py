@@ -22,9 +22,19 @@ from torch.autograd.graph import saved_tensors_hooks
 def run_recomputed(
     block: Callable[..., Tensor], x: Tensor, *rest: Any, offload: bool = False
 ) -> Tensor:
-    """Return block(x, *rest), of which only x and `rest` are kept for backward.
+    """Return block(x, *rest), and keep only x and `rest` for backward; see the module.
 
-    With `offload` x waits in host memory.
+    Args:
+        block: A module or function that computes the same when it runs again.
+        x: Its input.
+        *rest: Its further arguments.
+        offload: Whether x waits for backward in host memory.
+
+    Returns:
+        What the block returns.
+
+    Raises:
+        RuntimeError: In backward, if the second run saves another number of tensors than the first.
     """
     run = _Run(block, x, rest, offload)
     with saved_tensors_hooks(run.number, run.tensor):
@@ -54,7 +64,7 @@ class _Run:
         return self.count - 1
 
     def tensor(self, number: int) -> Tensor:
-        """Return the tensor of this number, for backward."""
+        """Return to backward the tensor that this number stands for."""
         if number not in self.found:
             self._run_again()
         return self.found.pop(number)
@@ -63,11 +73,11 @@ class _Run:
         found: list[Tensor] = []
 
         def keep(tensor: Tensor) -> None:
-            found.append(tensor.detach())  # of this run's graph nothing is to stay
+            found.append(tensor.detach())  # so that nothing of this run's graph stays
             if len(found) == self.count:
                 raise _Enough
 
-        # A copy from host memory is made in the order of the stream: it waits for its writing.
+        # The stream does one thing after another: this copy waits for the one to host memory.
         x = self.x.to(self.device, non_blocking=True).detach().requires_grad_(self.requires_grad)
         with torch.enable_grad(), self.autocast, _as_before(self.random, x.device):
             try:
@@ -94,7 +104,7 @@ def _to_host(x: Tensor) -> Tensor:
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Return the state of the generators on the host and, if x is on a GPU, there."""
+    """Return the state of the host's generator and, for a GPU, of that device's."""
     on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     return torch.get_rng_state(), on_gpu
 

@@ -1,4 +1,4 @@
-"""Rotary embedding: how far each pair of a head's numbers is turned at each position.
+"""Rotary embedding: the angle by which each pair of a head's numbers is turned at each position.
 
 Pair j of D / 2 turns by f_j radians a position, f_j = theta^(-2j/D). Stretching a model beyond the
 context L that it was trained on, by a factor s, changes f. The last two ways also change the length
@@ -38,17 +38,17 @@ class RopeConfig:
     rope_theta: float = 10000.0
     """Base of the frequencies, theta."""
     rope_type: str = "default"
-    """Way of stretching: one of ROPE_TYPES; "default" is none."""
+    """Way of stretching, one of ROPE_TYPES; "default" does not stretch."""
     factor: float = 1.0
     """Factor s by which the context is stretched."""
     original_max_position_embeddings: int = 8192
-    """Context L before stretching; for all types but default and linear."""
+    """Context L before stretching; default and linear do not use it."""
     low_freq_factor: float = 1.0
     """Turns within L up to which llama3 divides a frequency by s."""
     high_freq_factor: float = 4.0
     """Turns within L from which on llama3 keeps a frequency."""
     attention_factor: float | None = None
-    """Constant m for yarn and longrope; None: their formula."""
+    """Constant m for yarn and longrope; None takes the formula of each."""
     beta_fast: float = 32.0
     """Turns within L where the ramp of yarn begins: faster pairs are kept."""
     beta_slow: float = 1.0
@@ -105,7 +105,7 @@ def inverse_frequencies(
         divisors = rope.long_factor if length > original else rope.short_factor
         return freqs / torch.tensor(divisors, dtype=torch.float32, device=device)
     if rope.rope_type == "llama3":
-        # turns within the original context: below `low` divided, above `high` kept, between blended
+        # turns within L: below `low` a frequency is divided, above `high` kept, between blended
         turns = original * freqs / (2 * math.pi)
         low, high = rope.low_freq_factor, rope.high_freq_factor
         keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -161,7 +161,7 @@ def rope_tables(rope: RopeConfig, head_dim: int, position_ids: Tensor) -> tuple[
         Two fp32 tensors [B, T, D / 2], as `kernels.rope` takes them.
     """
     length = 0
-    if rope.by_length:  # on a GPU this waits
+    if rope.by_length:  # only then: a GPU has to be waited for
         length = int(position_ids.max()) + 1
     freqs = inverse_frequencies(rope, head_dim, position_ids.device, length)
     angles, m = position_ids[..., None].float() * freqs, _magnitude(rope)

@@ -1,4 +1,4 @@
-"""What the positions of one call see: their rotary tables, masks, and packed documents.
+"""What the positions of one call see: rotary tables, masks, and packed documents.
 
 A call to the decoder brings rows of tokens in one of three forms:
 
@@ -8,8 +8,9 @@ A call to the decoder brings rows of tokens in one of three forms:
     packed     cu_seqlens [n + 1] cuts one row into documents; each starts at position 0 and sees
                none of the others
 
-A layer with a sliding window sees only the last `window` positions of that, and may have a rotary
-embedding of its own. So a call has at most two different views, made once and shared by the layers.
+In a layer with a sliding window a position sees only the last `window` of these, itself included,
+and the layer may have a rotary embedding of its own. So a call has at most two different views.
+They are made once and shared by the layers.
 """
 
 from itertools import pairwise
@@ -25,18 +26,18 @@ from lorakit.models.rope import RopeConfig, rope_tables
 
 
 class AttentionView(NamedTuple):
-    """What a layer needs to know of the positions in one call."""
+    """What a layer needs to know about one call: what its positions see, and how it is run."""
 
     tables: tuple[Tensor, Tensor]
     """Rotary tables, cos and sin: fp32 [B or 1, T, D / 2]."""
     mask: Tensor | None
     """True where a query may look: bool [T, S] or [B, 1, T, S]; None: plain causal attention."""
     window: int | None
-    """Number of positions that the layer looks back, each one's own included."""
+    """Number of positions that each position sees, itself included; None: all before it."""
     lengths: list[int] | None
     """Lengths of the packed documents, if the row is packed."""
     recomputed: bool
-    """Whether the block runs a second time right before its backward."""
+    """Whether the block runs a second time right before its backward (gradient checkpointing)."""
 
 
 def attention_views(
@@ -50,7 +51,9 @@ def attention_views(
 ) -> list[AttentionView]:
     """Return the view of every layer, for input_ids int64 [B, T] in one of the three forms.
 
-    Raises LorakitError for cu_seqlens that do not cut the row, or that come with a mask or a cache.
+    Raises:
+        LorakitError: If cu_seqlens do not cut the row into documents, or come together with a mask
+            or a cache.
     """
     T, device = input_ids.shape[1], input_ids.device
     past = 0 if cache is None else cache.length
@@ -107,7 +110,8 @@ def key_mask(
 def document_lengths(cu_seqlens: Tensor, input_ids: Tensor) -> list[int]:
     """Return the lengths of the documents that are packed into the one row of input_ids.
 
-    Raises LorakitError unless cu_seqlens rises from 0 to the row's length.
+    Raises:
+        LorakitError: Unless cu_seqlens rises from 0 to the row's length.
     """
     B, T = input_ids.shape
     whole = isinstance(cu_seqlens, Tensor) and cu_seqlens.dim() == 1
