@@ -1,1 +1,1 @@
-"""What a run file may say: errors, fields, and the settings of a run and its parts."""
+"""The settings of a run and of its parts, how they are checked, and the error they raise."""

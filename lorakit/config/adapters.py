@@ -1,7 +1,7 @@
 """Which layers an adapter goes on, and the settings of LoRA.
 
-The names are PEFT's, so that they are those of adapter_config.json. The settings of other methods
-stand with their method; all build on TargetConfig.
+The fields have PEFT's names, which are those in adapter_config.json. The settings of the other
+methods stand in the files of those methods. All methods that adapt layers build on TargetConfig.
 """
 
 import math
@@ -15,7 +15,8 @@ from lorakit.config.patterns import of_pattern, valid_regex
 
 MOST_RANK = 1 << 16  # no layer is so wide; a larger rank is a slip that would fill the memory
 
-# Each name of init_lora_weights, and whether it is plain: it leaves the weights of the base alone.
+# The names that init_lora_weights takes, and whether each is plain: a plain initialization leaves
+# the weights of the base alone.
 INITIALIZATIONS = {
     "gaussian": True,
     "orthogonal": True,
@@ -25,7 +26,7 @@ INITIALIZATIONS = {
     "loftq": False,
     "eva": True,
 }
-# Values of init_lora_weights in an adapter_config.json whose adapter fits the weights of the base.
+# What adapter_config.json may say as init_lora_weights if the adapter fits the base's own weights.
 PLAIN_INITIALIZATIONS = (
     None,
     True,
@@ -37,7 +38,8 @@ PLAIN_INITIALIZATIONS = (
 def check_initialization(kind: bool | str) -> None:
     """Raise LorakitError, with the nearest valid name, unless `kind` is an initialization.
 
-    That is True, False, one of INITIALIZATIONS, or "pissa_niter_" and a whole number up to 1000.
+    True, False and the names in INITIALIZATIONS are valid. The N of "pissa_niter_N" stands for a
+    whole number up to 1000.
     """
     if isinstance(kind, bool) or (kind in INITIALIZATIONS and kind != "pissa_niter_N"):
         return
@@ -50,7 +52,7 @@ def check_initialization(kind: bool | str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TargetConfig:
-    """Which layers an adapter goes on: the settings that every method on layers shares."""
+    """Settings that every method on layers shares: which layers an adapter goes on."""
 
     target_modules: str | list[str] = "all-linear"
     """Layers to adapt: "all-linear" for every linear layer but the output head, a list of names, or
@@ -121,7 +123,8 @@ class LoraConfig(TargetConfig):
     refused."""
     init_lora_weights: bool | str = True
     """Start of A and B. True makes B zero; false draws both at random, which changes the model at
-    once; or a name: gaussian, orthogonal, pissa, pissa_niter_N, olora, loftq or eva."""
+    once. A name chooses another start: gaussian, orthogonal, pissa, pissa_niter_N, olora, loftq or
+    eva."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

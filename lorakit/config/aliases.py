@@ -4,7 +4,7 @@ Every foreign name stands in one of the tables below, which docs/run-file.md pri
 
     RENAMED    the name means a setting of lorakit; a.b is a field of a mapping
     CONVERTED  the value, too, says something in other words
-    SETTLED    some values ask for what lorakit does in any case; other values are refused
+    SETTLED    the values listed ask for what lorakit does in any case; others are refused
     IGNORED    the name changes nothing in what is learned; one line says so
     REFUSED    lorakit cannot do what the name asks for
 

@@ -1,4 +1,4 @@
-"""The one error of lorakit for what its caller gave, and the words that such errors share."""
+"""The error that lorakit raises for bad input, and helpers that word its message."""
 
 import difflib
 from collections.abc import Iterable, Sequence

@@ -1,4 +1,4 @@
-"""Checks on the fields of settings, and the way from a mapping of a file to a dataclass.
+"""Check the fields of settings, and build settings from a mapping that a file holds.
 
 Settings are frozen dataclasses. The annotation of a field says what the field may hold:
 `from_mapping` checks a file against it, and `check_types` checks what Python code gives. An error
@@ -11,7 +11,7 @@ import dataclasses
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
@@ -30,7 +30,10 @@ Settings = TypeVar("Settings", bound=Dataclass)
 
 
 def to_dtype(name: str | torch.dtype) -> torch.dtype:
-    """Return the dtype of a name, or the dtype itself; refuse one that no model computes in."""
+    """Return the torch dtype that a name means, or a dtype as it is.
+
+    Raises LorakitError for a dtype that no model computes in.
+    """
     dtype = DTYPES.get(name) if isinstance(name, str) else name
     if dtype is None or dtype not in FLOATS:
         raise LorakitError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
@@ -46,7 +49,7 @@ def from_mapping(
         cls: The dataclass of the settings.
         values: The mapping of its field names to their values.
         where: The name of the mapping in messages, as in "run.yaml, lora".
-        ignore_unknown: Pass over names that are no fields.
+        ignore_unknown: Pass over names that are no fields, instead of refusing them.
 
     Returns:
         The settings, an instance of `cls`.
@@ -76,12 +79,15 @@ def from_mapping(
         raise LorakitError(f"{where}: {error}") from None
 
 
-def check_types(settings: Dataclass, names: typing.Iterable[str] | None = None) -> None:
-    """Refuse settings in which a field does not hold what its annotation says.
+def check_types(settings: Dataclass, names: Iterable[str] | None = None) -> None:
+    """Check that the fields of settings hold what their annotations say.
 
     Args:
         settings: An instance of a dataclass.
         names: The fields to check; None means all.
+
+    Raises:
+        LorakitError: A field does not.
     """
     kinds = typing.get_type_hints(type(settings))
     for name in [f.name for f in dataclasses.fields(settings)] if names is None else names:
@@ -91,7 +97,7 @@ def check_types(settings: Dataclass, names: typing.Iterable[str] | None = None) 
 
 
 def check_positive(settings: Dataclass, *names: str, or_null: bool = False) -> None:
-    """Refuse settings in which one of these fields is not above 0; `or_null` lets None pass."""
+    """Raise LorakitError unless each of these fields is above 0, or None if `or_null` is set."""
     for name in names:
         value = getattr(settings, name)
         if not (or_null and value is None) and value <= 0:
@@ -100,7 +106,7 @@ def check_positive(settings: Dataclass, *names: str, or_null: bool = False) -> N
 
 
 def check_below_one(settings: Dataclass, *names: str) -> None:
-    """Refuse settings in which one of these fields is not in [0, 1)."""
+    """Raise LorakitError unless each of these fields is in [0, 1)."""
     for name in names:
         value = getattr(settings, name)
         if not 0 <= value < 1:
@@ -108,7 +114,7 @@ def check_below_one(settings: Dataclass, *names: str) -> None:
 
 
 def check_share(settings: Dataclass, *names: str) -> None:
-    """Refuse settings in which one of these fields is not in [0, 1]."""
+    """Raise LorakitError unless each of these fields is in [0, 1]."""
     for name in names:
         value = getattr(settings, name)
         if not 0 <= value <= 1:

@@ -29,8 +29,9 @@ def endings(names: Iterable[str]) -> set[str]:
 def each_alone(values: Mapping[str, Value], names: Iterable[str]) -> dict[str, Value]:
     """Return a rank_pattern or alpha_pattern in which every entry means one layer alone.
 
-    A bare name is what every reader of the file knows, so it is used where it can be. It also means
-    a layer whose name ends with it after a dot. Where there is such a layer, a ^ precedes the name.
+    An entry is the bare name of its layer where that is clear, because every reader of the file
+    understands a bare name. A bare name also means every layer whose name ends with it after a dot.
+    If the adapter has such a layer, a ^ precedes the name.
 
     Args:
         values: The name of a layer -> its rank or lora_alpha.

@@ -1,4 +1,4 @@
-"""How the frozen weights of a model are stored: the settings of its quantization."""
+"""The settings of a quantization, which say how a model's frozen weights are stored."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -35,6 +35,8 @@ class QuantConfig:
     after it depends on its choices."""
 
     def __post_init__(self) -> None:
+        # block_size has a check of its own below. The other fields take what behaves like their
+        # type, such as a tuple of skip_modules.
         check_types(self, ["quant_type", "embed_tokens", "lm_head"])
         for name, kind in (("embed_tokens", self.embed_tokens), ("lm_head", self.lm_head)):
             if kind is not None and name in self.skip_modules:

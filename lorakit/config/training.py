@@ -27,7 +27,7 @@ TrainOn = Literal["completion", "last_turn", "all"]
 SCHEDULES = get_args(Schedule)
 OVER_LENGTH = get_args(OverLength)
 TRAIN_ON = get_args(TrainOn)
-# the bits of AdamW's state, and whether the state is paged
+# name -> the bits of AdamW's state, and whether the state is paged
 OPTIMIZERS: dict[Optimizer, tuple[int, bool]] = {
     "adamw_torch": (32, False),
     "adamw_8bit": (8, False),
@@ -68,11 +68,12 @@ class TrainConfig:
     max_steps: int | None = None
     """Number of optimizer steps; null lets num_train_epochs decide."""
     num_train_epochs: float = 1.0
-    """Number of passes over the rows, unless max_steps is given; a part of a pass is possible."""
+    """Number of passes over the rows, unless max_steps is given; it may be a fraction, such as
+    0.5."""
     per_device_train_batch_size: int = 8
     """Number of rows that are computed at a time."""
     gradient_accumulation_steps: int = 1
-    """Number of such batches that make one optimizer step."""
+    """Number of batches that make one optimizer step."""
     learning_rate: float = 2e-4
     """Highest learning rate, which is reached at the end of the warm-up."""
     lr_scheduler_type: Schedule = "cosine"
@@ -108,7 +109,7 @@ class TrainConfig:
     """Treatment of a row that is too long: "truncate" (the prompt's start goes first), "drop" or
     "raise"."""
     objective: Literal["sft", "dpo", "orpo"] = "sft"
-    """What is learned: "sft" learns the rows; "dpo" and "orpo" learn to prefer `chosen` to
+    """Aim of the training: "sft" learns the rows; "dpo" and "orpo" learn to prefer `chosen` to
     `rejected`."""
     beta: float = 0.1
     """Strength of the preference term in DPO and ORPO."""
@@ -150,7 +151,8 @@ class TrainConfig:
     """Checkpoint to go on from: its directory, or "auto" for the last one in output_dir, if there
     is one; null starts from the beginning, and output_dir must hold no checkpoint."""
     report_to: Literal["tensorboard"] | None = None
-    """Other place for the metrics: "tensorboard" writes its files too."""
+    """Second place for the metrics: "tensorboard" writes TensorBoard's files beside metrics.jsonl;
+    null writes metrics.jsonl alone."""
     seed: int = 0
     """Seed of the order of the rows and of dropout; `lorakit train` starts the adapter from it
     too."""
@@ -189,11 +191,11 @@ class TrainConfig:
         schedule = self.lr_scheduler_type
         if self.min_lr_ratio != 0 and schedule != "cosine_with_min_lr":
             raise LorakitError(
-                f"min_lr_ratio is of lr_scheduler_type cosine_with_min_lr alone, not of {schedule}"
+                f"min_lr_ratio goes with lr_scheduler_type cosine_with_min_lr, not with {schedule}"
             )
         if self.num_cycles != 1 and schedule != "cosine_with_restarts":
             raise LorakitError(
-                f"num_cycles is of lr_scheduler_type cosine_with_restarts alone, not of {schedule}"
+                f"num_cycles goes with lr_scheduler_type cosine_with_restarts, not with {schedule}"
             )
 
     def _check_loss(self) -> None:
@@ -202,9 +204,11 @@ class TrainConfig:
         check_positive(self, "neftune_noise_alpha", or_null=True)
         pairs, smoothing = self.objective != "sft", self.label_smoothing_factor
         if pairs and self.z_loss:
-            raise LorakitError("z_loss is of sft alone; dpo and orpo do not know it")
+            raise LorakitError("z_loss goes with objective sft only; dpo and orpo have none")
         if smoothing and self.objective == "orpo":
-            raise LorakitError("label_smoothing_factor is of sft and dpo; orpo does not know it")
+            raise LorakitError(
+                "label_smoothing_factor goes with objective sft or dpo; orpo has none"
+            )
         if pairs and smoothing >= 0.5:
             raise LorakitError(
                 f"label_smoothing_factor is {smoothing}; for pairs it must be in [0, 0.5)"

@@ -51,18 +51,6 @@ def test_a_setting_takes_its_choices_alone(field, choices):
         ({"loraplus_lr_ratio": 0.0}, "loraplus_lr_ratio must be positive or null, not 0.0"),
         ({"neftune_noise_alpha": -1.0}, "neftune_noise_alpha must be positive or null, not -1.0"),
         ({"beta": 0.0}, "beta must be positive, not 0.0"),
-        (
-            {"z_loss": 0.1, "objective": "dpo"},
-            "z_loss is of sft alone; dpo and orpo do not know it",
-        ),
-        (
-            {"label_smoothing_factor": 0.1, "objective": "orpo"},
-            "label_smoothing_factor is of sft and dpo; orpo does not know it",
-        ),
-        (
-            {"label_smoothing_factor": 0.5, "objective": "dpo"},
-            "label_smoothing_factor is 0.5; for pairs it must be in [0, 0.5)",
-        ),
         ({"save_total_limit": 0}, "save_total_limit must be at least 1"),
         ({"seed": -1}, "seed is -1; it must be in [0, 2^63)"),
         (
@@ -80,12 +68,25 @@ def test_what_a_run_cannot_be(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"objective": "orpo", "label_smoothing_factor": 0.1}, "orpo does not know it"),
-        ({"objective": "orpo", "z_loss": 0.1}, "z_loss is of sft alone"),
-        ({"objective": "dpo", "z_loss": 0.1}, "z_loss is of sft alone"),
-        ({"objective": "dpo", "label_smoothing_factor": 0.7}, r"must be in \[0, 0\.5\)"),
+        (
+            {"objective": "orpo", "label_smoothing_factor": 0.1},
+            "label_smoothing_factor goes with objective sft or dpo; orpo has none",
+        ),
+        (
+            {"objective": "orpo", "z_loss": 0.1},
+            "z_loss goes with objective sft only; dpo and orpo have none",
+        ),
+        (
+            {"objective": "dpo", "z_loss": 0.1},
+            "z_loss goes with objective sft only; dpo and orpo have none",
+        ),
+        (
+            {"objective": "dpo", "label_smoothing_factor": 0.5},
+            "label_smoothing_factor is 0.5; for pairs it must be in [0, 0.5)",
+        ),
     ],
 )
 def test_options_that_an_objective_does_not_have(options, message):
-    with pytest.raises(lk.LorakitError, match=message):
+    with pytest.raises(lk.LorakitError) as caught:
         lk.TrainConfig(**options)
+    assert str(caught.value) == message
