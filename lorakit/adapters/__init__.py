@@ -1,1 +1,1 @@
-"""What one does with adapters: attach, switch, merge, combine, initialize, save and load them."""
+"""Adapters: attach, switch, merge, combine, initialize, save and load them."""

@@ -55,7 +55,7 @@ _SIGN_METHODS = ("total", "frequency")
 
 
 class Update(NamedTuple):
-    """What one adapter adds to one layer's weight: scaling * B A, with any floating dtype."""
+    """The update scaling * B A of one layer's weight by one adapter, of any floating dtype."""
 
     A: Tensor  # [r, in]
     B: Tensor  # [out, r]
@@ -64,7 +64,7 @@ class Update(NamedTuple):
 
 @dataclass(frozen=True)
 class Combination:
-    """How several updates become one; `combine_adapters` tells what each field means."""
+    """The options of a combination, with the meaning that they have in `combine_adapters`."""
 
     kind: str
     rank: int | None = None
@@ -74,7 +74,7 @@ class Combination:
 
     @property
     def method(self) -> str:
-        """The kind without "_svd": what is done, be it to A and B or to their products."""
+        """The kind without "_svd": the method that A and B, or their products, are merged by."""
         return self.kind.removesuffix("_svd")
 
 
@@ -91,11 +91,13 @@ def combine_adapters(
     majority_sign_method: str = "total",
     seed: int | None = None,
 ) -> nn.Module:
-    """Attach a new adapter that is made of others. The selected adapter stays selected.
+    """Attach a new adapter that is made of others.
+
+    The selected adapter stays selected.
 
     Args:
         module: A module with plain LoRA adapters.
-        names: The adapters to combine. A layer that only some of them have is made of these.
+        names: The adapters to combine. Where only some of them have a layer, those are combined.
         weights: One weight for each adapter; a negative one subtracts it.
         name: The name of the new adapter.
         kind: "linear", "cat", "svd", "magnitude_prune", "ties", "dare_linear" or "dare_ties", the
@@ -168,7 +170,7 @@ def _check_plain(module: nn.Module, names: Sequence[str]) -> None:
 def _combined(
     layer: LoraLayer, weight_of: Sequence[tuple[str, float]], how: Combination
 ) -> tuple[Tensor, Tensor]:
-    """Combine those of the adapters that `layer` has."""
+    """Return A and B of the new adapter on `layer`, made of those adapters that the layer has."""
     own = [(layer.part_of(name), weight) for name, weight in weight_of if name in layer.adapters]
     updates = [Update(*part.pair(), part.scaling) for part, _ in own]
     return combine(updates, [weight for _, weight in own], how)
@@ -196,7 +198,7 @@ def combine(
 ) -> tuple[Tensor, Tensor]:
     """Return A [r, in] and B [out, r], fp32, of the combined update; it has scaling 1.
 
-    All updates are of one layer, on one device, and each has one weight. Raises LorakitError for
+    All updates are of one layer and on one device, and each has one weight. Raises LorakitError for
     an unknown kind or method, updates whose shapes do not fit each other or the kind, and a rank or
     density that is missing, out of range, or given to a kind without one.
     """

@@ -15,7 +15,7 @@ format. More iterations change the base, and the adapter fits this base alone (s
 The approximation is found by subspace iteration with 2 r vectors (arXiv:0909.4061, algorithm 4.4):
 some products with the residue instead of its whole singular value decomposition. The error of a
 quantization is nearly noise, with singular values close to each other. What rank r can hold of it
-is found to 2 percent (a test holds it).
+is found to 2 percent (a test checks it).
 """
 
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ _SUBSPACE_ITERATIONS = 8
 
 @dataclass(frozen=True)
 class LoftQResult:
-    """How well the layers match the original ones, as relative errors || W - W' ||_F / || W ||_F.
+    """The relative errors || W - W' ||_F / || W ||_F of the layers before and after LoftQ.
 
     It prints as one line.
     """
@@ -60,7 +60,7 @@ def loftq(
 ) -> LoftQResult:
     """Start the selected LoRA adapter from the quantization error of its layers (arXiv:2310.08659).
 
-    What the adapter held is lost. All is computed on the layers' device.
+    The values that the adapter held are lost. Everything is computed on the layers' device.
 
     Args:
         module: The quantized model that the adapter is attached to.
@@ -74,8 +74,9 @@ def loftq(
 
     Raises:
         LorakitError: No adapter is attached or it is merged, a layer is dense, or an original is
-            missing or of another shape; nothing has changed then. Also if an original holds NaN or
-            infinite values, which is found when it is read.
+            missing or of another shape; nothing has changed then. Or an original holds NaN or
+            infinite values, which is found when its turn comes; the layers before it are started
+            then.
     """
     selected = {n: each for n, each in lora_layers(module).items() if each.selected is not None}
     if not selected:
@@ -115,7 +116,10 @@ def _checked(name: str, layer: LoraLayer, originals: Mapping[str, LazyTensor]) -
 
 
 def _start(layer: LoraLinear, original: Tensor, iterations: int) -> tuple[float, float]:
-    """Set A and B, and after the first iteration the base; return the errors before and after."""
+    """Fit A and B of a layer, and from the second iteration on its base too.
+
+    Returns the relative errors before and after.
+    """
     A, B, s, r = layer.lora_A, layer.lora_B, layer.part.scaling, layer.part.r
     norm = original.norm().clamp(min=torch.finfo(torch.float32).tiny)
     rank = min(r, *original.shape)

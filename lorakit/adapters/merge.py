@@ -1,4 +1,4 @@
-"""Merging: an adapter in the weights, and how far that moves the logits.
+"""Merge an adapter into the weights, and measure how far that moves the logits.
 
 Over a dense base there is one way to merge. Over a quantized base there are three weights to merge
 into, and none is right for all:
@@ -34,7 +34,7 @@ from lorakit.models.load import dense_weights
 from lorakit.models.packed_layers import PackedWeight, packed_layer
 
 BASES = ("dequantized", "dense", "nf4")
-_TOKENS = 32  # how many the drift is measured on, where the caller gives none
+_TOKENS = 32  # the drift is measured on so many, where the caller gives none
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,11 @@ def merge(
         base: What the update of a quantized layer is added to: "dequantized", the weights that the
             adapter was trained on; "dense", the original weights; or "nf4", the dequantized
             weights, with the sum quantized again. For dense layers the three are the same.
-        input_ids: Tokens on which the drift of the logits is measured, int64 [B, T]. None lets a
-            `Decoder` choose a few, and measures nothing on another module.
+        input_ids: Tokens on which the drift of the logits is measured, int64 [B, T]. None takes a
+            few of a `Decoder`'s vocabulary, and measures nothing on another module.
         weights: The original weight [out_features, in_features] of every quantized layer that is
             adapted, by the layer's name, for base="dense". None reads them from where the model was
-            loaded from.
+            loaded.
 
     Returns:
         The drift of the logits, or None where nothing was measured.
@@ -115,7 +115,9 @@ def merge(
 
 
 def unmerge(module: nn.Module) -> nn.Module:
-    """Undo `merge`: compute with base and adapter again. The base was never touched.
+    """Undo `merge`, so that the module computes with base and adapter again.
+
+    The base was never touched, so the outputs are those of before, to the bit.
 
     Args:
         module: A module with adapters, merged or not.
@@ -175,7 +177,7 @@ def _merged(name: str, each: Attached, base: str, original: LazyTensor | None) -
     if not all(torch.isfinite(v).all() for v in values if v.is_floating_point()):
         raise LorakitError(f"merge: the merged weight of {name} holds NaN or infinite values")
     if base == "nf4" and isinstance(each.base, PackedWeight):
-        assert isinstance(merged, (nn.Linear, nn.Embedding))  # what any packed layer merges into
+        assert isinstance(merged, (nn.Linear, nn.Embedding))  # packed ones merge into these
         merged = packed_layer(merged, each.base.config)
     return merged
 
@@ -205,7 +207,7 @@ def _originals(
 
 
 def _few_tokens(model: Decoder) -> Tensor:
-    """Return one row of ids spread over the vocabulary, the same ones each time."""
+    """Return one row of random ids of the vocabulary, which are the same in each call."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (1, _TOKENS), generator=generator)
     return ids.to(model.device)

@@ -1,7 +1,7 @@
-"""What an adapter is going to be, worked out before the model changes.
+"""Plan an adapter before the model changes.
 
-A method makes a `Plan` whole, and refuses while it does so whatever cannot be adapted. Only then
-`attach` carries it out. So an error leaves the model as it was.
+A method first makes the whole `Plan`, and raises an error for whatever cannot be adapted. Only then
+does `attach` carry it out. So an error leaves the model as it was.
 
     plan.layers      every module of the model by name; an adapted module counts as one
     plan.wrappers    name -> the wrapper that will stand there
@@ -124,7 +124,10 @@ class Plan:
         ]
 
     def check_linear(self, name: str, advice: str) -> None:
-        """Raise LorakitError for a subclass of nn.Linear, or a head that shares its weight."""
+        """Raise LorakitError for a subclass of nn.Linear, or a head that shares its weight.
+
+        `advice` ends the message about such a head.
+        """
         layer = self.layers[name]
         if isinstance(layer, nn.Linear) and type(layer) is not nn.Linear:
             raise LorakitError(f"attach: {name} is a {type(layer).__name__}, not an nn.Linear")

@@ -129,7 +129,7 @@ class CalledTransposedBase(CalledBase, TransposedBase):
 
 
 class AttachedLinear(Attached[PartT]):
-    """What all kinds of wrappers of a linear layer share."""
+    """The base class of all wrappers of a linear layer."""
 
     base: LinearBase  # type: ignore[assignment]  # and a module, which a Protocol cannot say
 
@@ -148,10 +148,10 @@ class AttachedLinear(Attached[PartT]):
 
     @property
     def weight(self) -> Tensor:
-        """The weight that the layer multiplies with, adapter and all, as the original stores it.
+        """The weight that the layer multiplies with, the adapter's part included.
 
-        It is computed each time, without gradients. It is for code that reads a layer's weight, as
-        torch's encoder layers and T5 do.
+        It is laid out as the original stores it, and computed each time, without gradients. It is
+        for code that reads a layer's weight, as torch's encoder layers and T5 do.
         """
         layer = self._as_one_module()
         weight = layer.dequantize() if isinstance(layer, LinearBase) else layer.weight
@@ -160,7 +160,7 @@ class AttachedLinear(Attached[PartT]):
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias [out] that the layer adds, adapter and all."""
+        """The bias [out] that the layer adds, the adapter's part included."""
         bias = self._as_one_module().bias
         assert bias is None or isinstance(bias, Tensor)
         return bias

@@ -4,9 +4,9 @@
     TokenRows       some rows of an embedding, trained    y = rows[id] instead of W[id]
     TiedHead        a head on the weight of an adapted embedding
 
-A tied head computes with the embedding's weight, so it changes as the embedding does. To the head,
-what the embedding adds is an update of low rank too: LoRA's A and B change places, and trained rows
-become an update with a one-hot B. An embedding that is trained whole hands the head its copy.
+A tied head computes with the embedding's weight, so it changes as the embedding does. The part of
+the embedding is a low-rank update to the head too: LoRA's A and B change places, and trained rows
+become an update with a one-hot B. An embedding that is trained whole gives the head its copy.
 """
 
 import copy
@@ -30,7 +30,7 @@ Embedding = nn.Embedding | PackedEmbedding
 
 
 class HeadOfEmbedding:
-    """The weight [V, H] of an embedding as a linear layer's: the base of a tied head's update."""
+    """The weight [V, H] of an embedding as a linear layer, which is the base of a tied head."""
 
     bias = None
 
@@ -68,7 +68,7 @@ def _dense(embedding: nn.Module) -> Tensor:
 
 
 def _like(embedding: Embedding, weight: Tensor) -> nn.Embedding:
-    """Return an embedding as the given one is, dense and frozen, with another weight [V, H]."""
+    """Return a dense, frozen embedding like the given one, with another weight [V, H]."""
     if isinstance(embedding, nn.Embedding):
         return with_weight(embedding, weight)
     return nn.Embedding.from_pretrained(weight)
@@ -92,7 +92,7 @@ def _padding(embedding: nn.Module) -> int | None:
 
 
 class AttachedEmbedding(Attached[PartT]):
-    """What the wrappers of an embedding share, but for one that is trained whole."""
+    """The base class of wrappers of an embedding, except of one that is trained whole."""
 
     base: Embedding
 
@@ -111,9 +111,9 @@ class AttachedEmbedding(Attached[PartT]):
 
     @property
     def weight(self) -> Tensor:
-        """The weight [V, H], adapter and all: for code that uses it as a head.
+        """The weight [V, H] with the active part in it, for code that uses it as a head.
 
-        It is computed each time. Gradients reach the adapter.
+        It is computed each time. Gradients reach the part.
         """
         own = _dense(self.current_module())
         return own if self.active is None else self.changed(self.active, own)
@@ -177,7 +177,8 @@ class LoraEmbedding(AttachedEmbedding[LoraPart], LoraLayer):
 class RowsPart(Part):
     """Trained rows [n, H] of an embedding for the tokens `ids` [n], n of V.
 
-    `slots` [V] holds the row of each token, or -1; `slot_of` the same for the n tokens.
+    `slots` [V] holds the index of each token's row, or -1 for a token without one. `slot_of` holds
+    the indices of the n tokens as a mapping, which costs no transfer from the device.
     """
 
     ids: Tensor
@@ -232,7 +233,7 @@ class TokenRows(AttachedEmbedding[RowsPart]):
 class TiedHead(Attached[nn.Module]):
     """A linear layer that shares the weight of an adapted embedding, and changes with it.
 
-    It has no parts of its own. Which adapter it computes with, the embedding says.
+    It has no parts of its own. It computes with whichever part the embedding has active.
     """
 
     base: nn.Linear

@@ -8,7 +8,7 @@
             |                   |
             +---- + s * --------+
 
-    LoraLinear      y = W x + s B A x, or with DoRA's lengths of the rows
+    LoraLinear      y = W x + s B A x; with DoRA, the rows of W + s B A get trained lengths
 
 A and B are fp32 parameters, whatever the model computes in. LoRA on embeddings is in embeddings.py;
 modules that are trained as they are in whole_modules.py. `LowRankLinear` holds what LoRA shares
@@ -38,8 +38,8 @@ from lorakit.config.adapters import LoraConfig
 from lorakit.config.errors import LorakitError
 from lorakit.kernels import LoraWeights, lora_linear
 
-# Inputs of so few numbers go op by op through autograd: the call of the fused function would cost
-# more than it saves (benchmarks/lora_overhead.py).
+# An input with at most so many numbers goes op by op through autograd: the call of the fused
+# function would cost more than it saves (benchmarks/lora_overhead.py).
 _FEW = 4096
 
 
@@ -84,9 +84,10 @@ class LowRankPart(Part):
 
 
 class LoraPart(LowRankPart):
-    """What one LoRA adapter adds to one layer: lora_A [r, in] and lora_B [out, r], fp32.
+    """The part of one LoRA adapter in one layer: lora_A [r, in] and lora_B [out, r], fp32.
 
-    `awaits` names the initialization, "loftq" or "eva", that has yet to fill the part in.
+    `awaits` names the initialization, "loftq" or "eva", that has yet to fill the part in; it is
+    None otherwise.
     """
 
     def __init__(self, config: LoraConfig, scaling: float, lora_A: Tensor, lora_B: Tensor):
@@ -111,10 +112,10 @@ class LoraPart(LowRankPart):
 
 
 class LoraLayer(Attached[LoraPart]):
-    """What LoRA's wrappers of linear layers and of embeddings share."""
+    """The base class of LoRA's wrappers of linear layers and of embeddings."""
 
     endings: tuple[str, str]
-    """How the keys of A and B end in PEFT's file."""
+    """The endings of the keys of A and B in PEFT's file."""
 
     @property
     def lora_A(self) -> nn.Parameter:
@@ -147,7 +148,7 @@ LowRankT = TypeVar("LowRankT", bound=LowRankPart)
 
 
 class LowRankLinear(AttachedLinear[LowRankT]):
-    """A linear layer with a low-rank update: base(x) + scaling * B A dropout(x), and the like."""
+    """A linear layer with a low-rank update: base(x) + scaling * B A dropout(x)."""
 
     def low_rank_update(self) -> LoraWeights | None:
         return None if self.active is None else self.weights_of(self.active)
@@ -275,7 +276,7 @@ class LoraLinear(LowRankLinear[LoraPart], LoraLayer):
     def _compute_few(self, part: LoraPart, linear: nn.Linear, x: Tensor) -> Tensor:
         """Compute with as little as possible beside the three products.
 
-        So small a product takes 2 us, and Python's overhead is as dear as a product.
+        So small a product takes 2 us, and Python's overhead costs as much as a product does.
         """
         own: dict[str, Any] = linear._parameters  # a module's own look-up is slower
         update: dict[str, Any] = part._parameters

@@ -17,8 +17,8 @@ A merged wrapper keeps its base beside `merged`, a plain module that holds base 
 weight. So `unmerge` restores the very bits; subtracting the update again would not. `detach` puts
 the original back where it was.
 
-This file says what all wrappers share. The kinds of wrappers are in lora.py, embeddings.py,
-whole_modules.py and adapters/methods/.
+This file has what all wrappers share. Their kinds are in lora.py, embeddings.py, whole_modules.py
+and adapters/methods/.
 """
 
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ PartT = TypeVar("PartT", bound=nn.Module)
 
 
 class Part(nn.Module):
-    """What one adapter adds to one module, and the config that the adapter came with."""
+    """The part of one adapter in one module, and the config that the adapter came with."""
 
     def __init__(self, config: Any):
         super().__init__()
@@ -62,7 +62,7 @@ class Attached(AdaptedLayer, Generic[PartT]):
         self._refresh()
         self.train(base.training)
 
-    # ---- what each kind says ----
+    # ---- what the kinds override ----
 
     def compute(self, part: PartT, *args: Any, **options: Any) -> Any:
         """Return the module's output with `part` added."""
@@ -76,7 +76,7 @@ class Attached(AdaptedLayer, Generic[PartT]):
         raise NotImplementedError
 
     def trained_tensors(self, name: str) -> Mapping[str, nn.Parameter]:
-        """Return what adapter `name` trains here, by the ending of its key in PEFT's file."""
+        """Return the tensors that adapter `name` trains here, by how their keys end in the file."""
         raise NotImplementedError
 
     def loadable_tensors(self, name: str) -> Mapping[str, Tensor]:
@@ -87,7 +87,7 @@ class Attached(AdaptedLayer, Generic[PartT]):
         return self.trained_tensors(name)
 
     def tensors_to_save(self, name: str) -> Mapping[str, Tensor]:
-        """Return the values of adapter `name` as a file holds them."""
+        """Return the tensors of adapter `name` as a file holds them, by how their keys end."""
         return self.loadable_tensors(name)
 
     @torch.no_grad()
@@ -134,7 +134,7 @@ class Attached(AdaptedLayer, Generic[PartT]):
         """Hold `part` for adapter `name`; `select` it to compute with it."""
         self.adapters[name] = part.train(self.training)
 
-    # ---- the state: each of these sets what decides, and what follows from it ----
+    # ---- the state: each method sets one field, and `_refresh` works out what follows ----
 
     def select(self, name: str | None) -> None:
         """Compute with adapter `name` from now on, and train it alone."""

@@ -8,7 +8,7 @@ Every layer starts with rank `init_r`. A row of A, a number of E and a column of
 How much the loss depends on a triplet is its score: for each number w, with I = |w dL/dw|,
 
     S = mean of I,  U = mean of |I - S|        running means, by beta1 and beta2
-    score of a triplet = S U of E + mean over the row of S U of A + mean over the column of B's
+    score of a triplet = S U of E + mean of S U over the row of A + mean of S U over the column of B
 
 `adalora_allocate` sets E of the triplets with the lowest scores, of all layers, to zero. The number
 that stays falls from init_r a layer to target_r. None goes until step `tinit`; then some go every
@@ -46,7 +46,10 @@ from lorakit.config.errors import LorakitError, check
 
 @dataclass(frozen=True)
 class AdaLoraConfig(TargetConfig):
-    """An adapter whose ranks move between layers in training (AdaLoRA). Steps count from 0."""
+    """An adapter whose ranks move between layers in training (AdaLoRA).
+
+    Steps of the optimizer count from 0.
+    """
 
     total_step: int
     """The number of steps of the whole training, which the schedule divides."""
@@ -71,7 +74,7 @@ class AdaLoraConfig(TargetConfig):
     orth_reg_weight: float = 0.5
     """Strength of the penalty that keeps A and B near orthogonal."""
     rank_pattern: dict[str, list[bool]] | None = None
-    """Which of its init_r triplets each layer's lora_E still has, as a saved adapter says it."""
+    """The triplets that each lora_E still has, as a saved adapter lists them; null means all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,7 +117,7 @@ class AdaLoraPart(LowRankPart):
 
     def __init__(self, config: AdaLoraConfig, r: int, in_features: int, out_features: int):
         alpha = config.lora_alpha if config.lora_alpha > 0 else config.init_r
-        # what PEFT adds to the rank is part of the function
+        # PEFT adds 1e-5 to the rank, and its adapters have learned with that.
         super().__init__(config, r, alpha / (config.init_r + 1e-5), config.lora_dropout)
         self.lora_A = nn.Parameter(torch.randn(r, in_features) * 0.02)
         self.lora_E = nn.Parameter(torch.zeros(r, 1))
@@ -133,7 +136,7 @@ class AdaLoraPart(LowRankPart):
     def observe(self) -> None:
         """Update the running means with the gradients of a step."""
         for name, p in self.named_parameters():
-            # an expert that no token chose has none
+            # An expert that no token chose has no gradient.
             size = torch.zeros_like(p) if p.grad is None else (p * p.grad).abs()
             S, U = self.means.get(name) or (torch.zeros_like(p), torch.zeros_like(p))
             S = self.config.beta1 * S + (1 - self.config.beta1) * size
@@ -176,8 +179,8 @@ def _selected_parts(module: nn.Module, caller: str) -> list[AdaLoraPart]:
 def adalora_allocate(module: nn.Module, step: int) -> None:
     """Move ranks between the layers of the selected AdaLoRA adapter (arXiv:2303.10512).
 
-    Call it after every optimizer step and before `zero_grad`: it notes how important each triplet
-    is, and sets E of those to zero that the schedule has no room for.
+    Call it after every optimizer step and before `zero_grad`. It notes how important each triplet
+    is, and sets E to zero in those that the schedule has no room for.
 
     Args:
         module: The model that the adapter is attached to.

@@ -1,10 +1,10 @@
-"""What a method of adapting a model has to say of itself.
+"""The interface of a method of adapting a model.
 
 `attach`, `save_adapter` and `load_adapter` know no method by name. They find the method of a config
 in methods/known.py and ask it: how does it plan an adapter, and what do PEFT's files hold of it?
 
-    Method          what every method answers
-    LinearMethod    the answers of methods that adapt linear layers, each with a part of its own
+    Method          the questions, which every method answers
+    LinearMethod    most of the answers, for methods that adapt linear layers alone
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from lorakit.config.fields import from_mapping
 
 
 class Config(Protocol):
-    """A dataclass."""
+    """Any dataclass: the config of each method is one."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
@@ -44,14 +44,14 @@ class Method(ABC, Generic[C]):
 
     @abstractmethod
     def plan(self, model: nn.Module, config: C) -> Plan:
-        """Return what an adapter with this config wraps in `model`, and what it adds.
+        """Return the plan of an adapter with this config: what it wraps in `model` and adds.
 
         Raises LorakitError for whatever cannot be adapted. `model` does not change.
         """
 
     @abstractmethod
     def config_values(self, model: nn.Module, name: str, config: C) -> dict[str, Any]:
-        """Return what adapter_config.json says of adapter `name`, which has this config."""
+        """Return the values of adapter_config.json for adapter `name`, which has this config."""
 
     @abstractmethod
     def read_config(self, files: AdapterFiles, model: nn.Module) -> C:
@@ -105,16 +105,16 @@ def linear_parts(model: nn.Module, name: str) -> dict[str, Any]:
 
 
 def fields_of(method: Method[C], config: C) -> dict[str, Any]:
-    """Return the fields of `config` beside those that every file of PEFT's has."""
+    """Return the fields of `config`, and those that every file of PEFT has."""
     always = {"peft_type": method.peft_type, "task_type": "CAUSAL_LM", "inference_mode": True}
     return dataclasses.asdict(config) | always
 
 
 def config_from(config_type: type[C], files: AdapterFiles, **more: Any) -> C:
-    """Return the config of another method than LoRA that adapter_config.json describes.
+    """Return the config that adapter_config.json describes, for any method but LoRA.
 
-    Fields of PEFT's that `config_type` lacks are left out, and so are those of null. `more` are
-    values that the file does not decide.
+    Fields of PEFT's that `config_type` lacks are left out, and so are fields that are null. `more`
+    holds values that the file does not decide.
     """
     values = files.values
     if values.get("bias", "none") != "none":

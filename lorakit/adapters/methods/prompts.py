@@ -1,4 +1,4 @@
-"""Trained prompts: n positions before the first one of every row, of a frozen model.
+"""Prompts that are trained: n positions before the first one of every row of a frozen model.
 
     PromptTuningConfig   arXiv:2104.08691   n trained embeddings
     PromptEncoderConfig  arXiv:2103.10385   P-tuning: n embeddings that a small network makes of
@@ -39,7 +39,7 @@ from lorakit.models.decoder import Decoder
 
 @dataclass(frozen=True, kw_only=True)
 class PromptConfig:
-    """The settings that all kinds of prompts have."""
+    """Settings of every kind of prompt."""
 
     num_virtual_tokens: int
     """The length of the prompt, in positions."""
@@ -261,7 +261,7 @@ def _run(model: Decoder, x: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 class PromptMethod(Method[P]):
-    """What the three methods that train a prompt share."""
+    """The base class of the three methods that train a prompt."""
 
     @abstractmethod
     def new_part(self, model: Decoder, config: P) -> PromptPart:
@@ -292,7 +292,7 @@ class PromptMethod(Method[P]):
         }
 
     def heads_and_width(self, model: ModelConfig) -> tuple[int, int]:
-        """Return the numbers of heads and of features that PEFT wants to read of the model."""
+        """Return how many heads and features of the model PEFT wants to read."""
         return model.num_attention_heads, model.hidden_size
 
     def read_config(self, files: AdapterFiles, model: nn.Module) -> P:

@@ -1,4 +1,4 @@
-"""Adapters of fused experts: the files of transformers 5, from and to those of single experts.
+"""Convert adapters of single experts to those of fused experts, as in transformers 5, and back.
 
 transformers 5 keeps the experts of a layer in two parameters, gate_up_proj and down_proj, and PEFT
 adapts each as one (experts.py has the shapes). The config then has their names in
@@ -71,7 +71,7 @@ def fuse_experts(
 
 
 def split_fused(files: AdapterFiles, model: nn.Module) -> AdapterFiles:
-    """Return an adapter of fused experts as one of each expert's layers.
+    """Return an adapter of fused experts as an adapter of each expert's layers.
 
     Raises LorakitError if `model` has no experts of lorakit's, or another parameter is adapted.
     """
@@ -107,7 +107,7 @@ def _of_single_experts(
 ) -> tuple[dict[str, int], dict[str, float]]:
     """Return the rank and the alpha of each expert's layers, by their names.
 
-    The scaling of a fused parameter is that of its experts; only their ranks differ.
+    An expert's layer has the scaling of the fused parameter, and may have another rank.
     """
     block, *_, down = names
     ranks: dict[str, int] = {}

@@ -6,9 +6,9 @@ or with rsLoRA as its root. `target_modules` are the full names of the adapted l
 reader need not know what "all-linear" means here. Options that older versions of PEFT lack are
 written only where they are used.
 
-JSON is written, here and by PEFT, with sorted keys, and of a rank_pattern or alpha_pattern the
-first key that matches a layer counts. Where that order would change a rank, the pattern is written
-with one whole name for each layer.
+The first key of a rank_pattern or alpha_pattern that matches a layer counts, and JSON is written
+with sorted keys, here and by PEFT. Where that order would change a rank or an alpha, the pattern is
+written with one whole name for each layer.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ FROM_THE_WEIGHT = ("pissa", "olora")
 
 
 def values_of_lora(model: nn.Module, name: str, config: LoraConfig) -> Values:
-    """Return adapter_config.json of the LoRA adapter `name`, which has this config."""
+    """Return the values of adapter_config.json for LoRA adapter `name`, which has this config."""
     layers = {p: each for p, each in sorted(lora_layers(model).items()) if name in each.adapters}
     places = list(layers)
     doubled = [p for p, each in layers.items() if each.adapters[name].start_A is not None]
@@ -85,7 +85,7 @@ def _saved_modules(model: nn.Module, name: str) -> list[str]:
 
 
 def _in_sorted_order(config: LoraConfig, places: Sequence[str]) -> LoraConfig:
-    """Return r, lora_alpha and patterns with sorted keys, which mean the same for `places`."""
+    """Return a config of r, lora_alpha and sorted patterns that mean the same for `places`."""
     ordered = LoraConfig(
         r=config.r,
         lora_alpha=config.lora_alpha,
@@ -104,7 +104,7 @@ def _in_sorted_order(config: LoraConfig, places: Sequence[str]) -> LoraConfig:
 def _of_twice_the_rank(
     config: LoraConfig, places: Sequence[str], doubled: Sequence[str], use_rslora: bool
 ) -> LoraConfig:
-    """Return r, lora_alpha and patterns where the layers `doubled` also hold their start.
+    """Return a config of r, lora_alpha and patterns in which the layers `doubled` hold a start.
 
     An embedding starts as it always does, and keeps its rank.
     """
@@ -125,7 +125,10 @@ def _of_twice_the_rank(
 
 
 def _with_tied_heads(config: LoraConfig, places: Sequence[str], model: nn.Module) -> LoraConfig:
-    """Return patterns that give a tied head, to PEFT a layer of its own, its embedding's rank."""
+    """Return the config with the rank and the alpha of each adapted embedding for its tied heads.
+
+    To PEFT such a head is a layer of its own.
+    """
     for head, place in adapted_heads(model).items():
         if place not in places:
             continue
@@ -202,8 +205,9 @@ def _is_tied(name: str, layers: Mapping[str, nn.Module], model: nn.Module) -> bo
 def _saved_as(entry: str, files: AdapterFiles, model: nn.Module) -> list[str]:
     """Return the modules that PEFT saved for an entry of modules_to_save.
 
-    To PEFT an entry is an end of names, with a dot before it or not. So the modules are those among
-    them that the file has tensors of. PEFT also names classifiers, which a model may not have.
+    To PEFT an entry matches every name that ends in it, after a dot or not. So the saved modules
+    are those of the matches that the file has tensors of. PEFT also names classifiers, which a
+    model may not have.
     """
     entry = name_in(model, entry)
     keys = [name_in(model, key.removeprefix(PREFIX)) for key in files.tensors]

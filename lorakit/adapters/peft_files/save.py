@@ -7,7 +7,8 @@
     lora_B.bias [out], lora_magnitude_vector [out]              with lora_bias, with DoRA
     lora_embedding_A [r, V], lora_embedding_B [H, r]            an embedding
     token_adapter.trainable_tokens_delta [n, H]                 trained rows of an embedding
-    base_layer.bias [out]; bias                                 a trained bias; of no adapted layer
+    base_layer.bias [out]                                       a trained bias of an adapted layer
+    bias                                                        a trained bias of another module
     weight, and the like                                        a module that is trained whole
     ia3_l [out, 1] or [1, in]                                   IA3
     vera_lambda_b [out], vera_lambda_d [r]                      VeRA, whose matrices of all layers
@@ -16,9 +17,9 @@
 
 A prompt has no module: it is prompt_embeddings, [n, H], or [n, 2 L Hk D] for keys and values.
 
-The method of the adapter says what stands in the config (methods/method.py), and each wrapper which
-tensors it has. Experts are linear layers of their own, as in the published model files; the fused
-form of transformers 5 is written on request (fused_experts.py).
+The method of the adapter says what stands in the config (methods/method.py), and each wrapper says
+which tensors it has. Experts are linear layers of their own, as in the published model files. The
+fused form of transformers 5 is written on request (fused_experts.py).
 """
 
 from pathlib import Path
@@ -75,7 +76,7 @@ def save_adapter(
     config = adapter_config(module, name)
     method = method_of(config)
     values = method.config_values(module, name, config)
-    if not isinstance(module, (Decoder, _Generating)):  # PEFT asks one of CAUSAL_LM to generate
+    if not isinstance(module, (Decoder, _Generating)):  # to PEFT a CAUSAL_LM generates
         values["task_type"] = None
     tensors = adapter_tensors(module, name) | method.shared_tensors(module, name, config)
     if fused_experts:

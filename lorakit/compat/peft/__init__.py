@@ -3,8 +3,8 @@
     from lorakit.compat.peft import LoraConfig, get_peft_model, PeftModel
 
 Each name does what it does in PEFT, on a model of transformers and on lorakit's decoder. Nothing
-here computes: what an adapter is, and what is refused, is decided by `lk.attach` and the functions
-beside it. docs/migration.md shows both libraries side by side, and says where they differ.
+here computes: `lk.attach` and the functions beside it decide what an adapter is, and what is
+refused. docs/migration.md shows both libraries side by side, and says where they differ.
 
     configs.py        LoraConfig with all of PEFT's fields, TaskType
     peft_model.py     PeftModel, get_peft_model

@@ -23,7 +23,7 @@ _DEFAULT_TARGETS = ["q_proj", "v_proj"]  # PEFT's for every family that lorakit 
 
 
 class TaskType(str, enum.Enum):
-    """What a model is for. lorakit's adapters do not depend on it."""
+    """The task of a model. lorakit's adapters do not depend on it."""
 
     SEQ_CLS = "SEQ_CLS"
     SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
@@ -33,7 +33,8 @@ class TaskType(str, enum.Enum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
-_WITH_CLASSIFIER = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # PEFT adds to modules_to_save
+# For these tasks PEFT trains a head whole, as if it stood in modules_to_save.
+_WITH_CLASSIFIER = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class LoraConfig(PlainConfig):
     target_modules: str | list[str] | None = None  # type: ignore[assignment]
     """Layers to adapt, as in lorakit's LoraConfig. null: ["q_proj", "v_proj"]."""
     task_type: TaskType | str | None = None
-    """What the model is for. "CAUSAL_LM" gives a PeftModelForCausalLM."""
+    """The task of the model. "CAUSAL_LM" gives a PeftModelForCausalLM."""
     base_model_name_or_path: str | None = None
     """The model that the adapter belongs to, as a path or a Hub id. It is written into the file."""
     inference_mode: bool = False

@@ -3,8 +3,8 @@
     PeftModel.base_model            a LoraModel
     PeftModel.base_model.model      the model, with adapters attached in place
 
-So the names of modules are those that PEFT gives, and those of the keys of its files. What either
-of them lacks is looked up in what it holds.
+So modules have the names that they have in PEFT, and in the keys of its files. An attribute that
+one of the two wrappers lacks is looked up in the module that it holds.
 """
 
 from collections.abc import Sequence

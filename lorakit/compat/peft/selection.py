@@ -36,7 +36,7 @@ def set_trained(model: nn.Module, name: str, trained: bool) -> None:
 def same_selection(model: nn.Module) -> Iterator[None]:
     """Select and train after the `with` block what was selected and trained before it.
 
-    Inside it one more adapter is attached. The first adapter of a model stays selected.
+    The block attaches one more adapter. If that is the first one of the model, it stays selected.
     """
     before = selected_adapter(model)
     with nullcontext() if before is None else same_training(model):

@@ -51,7 +51,8 @@ def set_peft_model_state_dict(
     base = model.get_base_model()
     check_adapter(base, adapter_name, "set_peft_model_state_dict")
     method = method_of(adapter_config(base, adapter_name))
-    endings = {  # of the tensors of each adapted module, by their keys in the file
+    # The endings of each adapted module's tensors, by the tensors' keys in the file.
+    endings = {
         each: {method.key(place, ending): ending for ending in each.loadable_tensors(adapter_name)}
         for place, each in attached(base).items()
         if adapter_name in each.adapters
@@ -67,7 +68,7 @@ def set_peft_model_state_dict(
 def _check_tensors(
     given: Mapping[str, Tensor], known: Mapping[str, Tensor], needed: set[str]
 ) -> None:
-    """Raise LorakitError unless the given tensors are known, fit, and lack none that is needed."""
+    """Raise LorakitError for a tensor that is missing, unknown or of another shape."""
     missing = sorted(needed - given.keys())
     if missing:
         raise LorakitError(f"set_peft_model_state_dict: tensor {missing[0]} is missing")
