@@ -51,8 +51,10 @@ def test_fp32_logits_equal_the_forward_pass(tmp_path, family, options, padding):
 @variants
 @pytest.mark.parametrize("padding", [[0], [0, 2]], ids=["one row", "padded rows"])
 def test_bf16_logits_are_at_least_as_near_to_exact_ones(tmp_path, family, options, padding):
-    """Prompts take the compiled road too here, where they fit a layer's window. Its activations
-    stay fp32, so it may be nearer to exact arithmetic on the bf16 weights, and never much further.
+    """The activations of the compiled step stay fp32, while the forward pass rounds them to bf16.
+
+    So the step should be nearer to exact arithmetic on the bf16 weights. Prompts take it too, on a
+    processor without AVX-512 and where they fit a layer's window.
     """
     model = load(tmp_path, family, options, dtype="bfloat16")
     exact = load(tmp_path, family, options).bfloat16().float()  # the same weights, all in fp32
@@ -61,7 +63,7 @@ def test_bf16_logits_are_at_least_as_near_to_exact_ones(tmp_path, family, option
     plain = (run(model, rows, 10, padding, fused=False) - truth).abs()
     fused = (run(model, rows, 10, padding, fused=True) - truth).abs()
     assert fused.mean() <= plain.mean()
-    assert fused.max() <= 1.5 * plain.max()
+    assert fused.max() <= 1.5 * plain.max()  # a single logit may be lucky in the forward pass
 
 
 def test_a_long_prompt_goes_in_pieces(tmp_path):
@@ -71,7 +73,7 @@ def test_a_long_prompt_goes_in_pieces(tmp_path):
     decoding.compiled_prompts = True
     plain = run(model, rows, 0, [0, 3], fused=False)
     with torch.no_grad():
-        assert (decoding(rows) - plain[:, 0]).abs().max() <= 4e-5
+        assert (decoding(rows) - plain[:, 0]).abs().max() <= LOGITS
     assert decoding.cache.length == 150
 
 
@@ -86,7 +88,7 @@ def test_merged_adapters_are_decoded_merged(tmp_path):
     adapted = run(model, rows, 8, [0], fused=False)
     lk.merge(model)
     merged = run(model, rows, 8, [0], fused=True)
-    assert (merged - adapted).abs().max() <= 4e-5
+    assert (merged - adapted).abs().max() <= LOGITS
     with lk.disable_adapters(model):
         base = run(model, rows, 8, [0], fused=True)
     lk.unmerge(model)
@@ -152,4 +154,4 @@ def test_changed_weights_are_seen_at_once(tmp_path):
         model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
     after = run(model, rows, 8, [0], fused=True)
     assert (after - before).abs().max() > 1e-2
-    assert (after - run(model, rows, 8, [0], fused=False)).abs().max() <= 4e-5
+    assert (after - run(model, rows, 8, [0], fused=False)).abs().max() <= LOGITS

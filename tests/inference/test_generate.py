@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import lorakit as lk
+from tests.conftest import tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +64,6 @@ def test_a_model_that_yields_nan(tiny_dir, tok, temperature):
 
 
 def test_a_tokenizer_of_another_model(tok, tmp_path):
-    from tests.conftest import tiny_llama
-
     tiny_llama(vocab_size=100).save_pretrained(tmp_path)
     model = lk.load_model(tmp_path, dtype="float32")
     with pytest.raises(lk.LorakitError, match="outside the model's vocabulary of 100"):
@@ -103,7 +102,7 @@ def test_stop_strings_are_cut_off_and_end_the_row(smol, stop):
 
 
 def test_a_special_token_as_stop_string(smol, smollm2):
-    """It leaves no text that could be searched, so it ends the row as a token."""
+    """Such a token leaves no text that could be searched, so it ends the row as a token."""
     model, tok = smol
     question = [{"role": "user", "content": "Hi"}]
     answer = lk.generate(model, tok, question, max_new_tokens=24)

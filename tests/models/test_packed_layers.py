@@ -100,7 +100,7 @@ def test_a_model_with_packed_embeddings_and_head(tiny_model, kind, tied):
     labels[:, :4] = -100
     for m in (model, dense):
         m.requires_grad_(False)
-    # sums in another order
+    # fp32 sums in another order: of the logits, of the loss, and of gradients through two layers
     assert torch.allclose(model(ids), dense(ids), rtol=1e-5, atol=1e-5)
     gradients = []
     for m in (model, dense):
@@ -143,7 +143,8 @@ def test_requantize():
     layer.requantize(w)
     again = layer.dequantize()
     layer.requantize(again)
-    assert (layer.dequantize() - again).abs().max() < 0.05 * again.abs().max()
+    # the values lie on NF4's levels already; the scales are rounded to 8 bits a second time
+    assert (layer.dequantize() - again).abs().max() < 0.01 * again.abs().max()
     with pytest.raises(lk.LorakitError, match=r"the weight is \(40, 24\), the layer \(24, 40\)"):
         layer.requantize(w.t())
 

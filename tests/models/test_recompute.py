@@ -54,7 +54,7 @@ def test_the_same_bits(dropout, needed):
 
 
 def test_the_second_run_ends_with_what_backward_needs():
-    """tanh's result is the last tensor that is saved; the layer behind it does not run again."""
+    """tanh's result is the last tensor that is saved; what comes after it does not run again."""
 
     class Twice(Block):
         def forward(self, x, scale=1.0):
