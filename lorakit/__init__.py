@@ -76,7 +76,7 @@ _MODULES = {
     "metrics": "evaluation.metrics",
     "optim": "training.optim",
 }
-# old name -> new name; the old ones leave with lorakit 0.2
+# old name -> new name; lorakit 0.2 drops the old names
 _RENAMED = {
     "allocate": "adalora_allocate",
     "orthogonality": "adalora_orthogonality",

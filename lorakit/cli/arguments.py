@@ -1,4 +1,4 @@
-"""What the arguments of several verbs have in common: types, choices, help and what may follow."""
+"""What several verbs share: types, choices and help of arguments, and arguments after options."""
 
 import argparse
 import sys
@@ -11,11 +11,11 @@ MODEL_HELP = "directory, .gguf file or Hub id of the model"
 ADAPTER_HELP = "directory of a PEFT or lorakit adapter"
 OUT_HELP = "directory to write; it must be new or empty"
 DTYPE_HELP = "dtype of the model: bfloat16, float16 or float32 (default: bfloat16)"
-STORAGE = ["nf4", "fp4", "int8"]  # how a model's frozen weights may be packed
+STORAGE = ["nf4", "fp4", "int8"]  # the ways to pack a model's frozen weights
 
 
 def count(text: str) -> int:
-    """Return the whole number that an argument says; argparse reports one that says none."""
+    """Return the whole number in an argument; argparse reports any other text as wrong usage."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
     return int(text)
@@ -24,8 +24,8 @@ def count(text: str) -> int:
 # ---- arguments that stand after an option ----
 #
 # argparse closes a list of arguments at the first option, so `train run.yaml --debug max_steps=3`
-# leaves max_steps=3 over. A verb's `take_rest` adds such a rest to the verb's arguments. It returns
-# whether it took everything.
+# leaves max_steps=3 over. A verb's `take_rest` adds these arguments to those of the verb, and
+# returns whether it took them all.
 
 
 def take_nothing(args: argparse.Namespace, rest: list[str]) -> bool:

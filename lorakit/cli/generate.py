@@ -23,7 +23,9 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
     add("--chat", action="store_true", help="send the prompt as a user's message")
     add("--quantize", choices=STORAGE, help="pack the weights of the model")
     add("--dtype", default="bfloat16", help=DTYPE_HELP)
-    add("--max-new-tokens", type=int, default=128, help="stop after this many (default: 128)")
+    add(
+        "--max-new-tokens", type=int, default=128, help="stop after this many tokens (default: 128)"
+    )
     add("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
     add("--top-k", type=int, help="draw from the k likeliest tokens only")
     add(
@@ -42,7 +44,7 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
         "--repetition-penalty",
         type=float,
         default=1.0,
-        help="penalty on tokens that were there before; 1, the default, is none",
+        help="penalty on tokens that the text holds already; 1, the default, is none",
     )
     add(
         "--stop",
@@ -55,6 +57,7 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
 
 
 def _take_prompt(args: argparse.Namespace, rest: list[str]) -> bool:
+    """Take one argument after an option as the prompt, if there is none yet."""
     if args.prompt is None and rest:
         args.prompt = rest.pop(0)
     return not rest

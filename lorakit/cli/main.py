@@ -1,7 +1,7 @@
-"""The `lorakit` command. This file collects the verbs, parses the arguments and runs one verb.
+"""The `lorakit` command: collect the verbs, parse the arguments and run one verb.
 
-A verb is one file of this folder, with its arguments, its help and its work. It uses the public API
-of lorakit alone, so whatever the command does, a few lines of Python do as well.
+A verb is one file of this folder, with its arguments, its help and its work. A verb uses the public
+API of lorakit alone, so whatever the command does, a few lines of Python do as well.
 
 An error that comes from the input is one sentence on standard error; --debug adds the traceback.
 The exit codes are 0 for done, 1 for failed, 2 for wrong usage, 130 for interrupted, and 141 when
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         The exit code.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal may not have every letter of a text
+        if isinstance(stream, io.TextIOWrapper):  # a terminal's encoding may lack a letter
             stream.reconfigure(errors="backslashreplace")
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
@@ -57,8 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the whole command line, every verb included.
 
     Returns:
-        A parser whose result holds `run`, the function that does the verb's work, and `take_rest`,
-        which takes the arguments that stand after an option.
+        The parser. Its result holds `run`, the function that does the verb's work, and `take_rest`,
+        which takes the arguments that argparse left over (see arguments.py).
     """
     parser = argparse.ArgumentParser(
         prog="lorakit", description="Fine-tune language models with LoRA and QLoRA."

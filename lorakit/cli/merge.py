@@ -1,4 +1,4 @@
-"""`lorakit merge`: write a model that has an adapter in its weights."""
+"""`lorakit merge`: add an adapter to a model's weights, and write the model."""
 
 import argparse
 from pathlib import Path
@@ -28,8 +28,9 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
         "--base",
         choices=["dequantized", "dense", "nf4"],
         default="dequantized",
-        help="what the update is added to, for a packed model: the unpacked weights (the "
-        "default), the weights of the model's files, or unpacked weights that are packed again",
+        help="what the update of a packed model is added to: the unpacked weights (dequantized, "
+        "the default), the weights of the model's files (dense), or the unpacked weights, which "
+        "are then packed again (nf4)",
     )
     parser.add_argument("--dtype", default="bfloat16", help=DTYPE_HELP)
     parser.set_defaults(run=merge)

@@ -24,6 +24,7 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
 
 
 def _take_runs(args: argparse.Namespace, rest: list[str]) -> bool:
+    """Take every argument after an option as a run."""
     args.runs += rest
     return True
 

@@ -1,4 +1,4 @@
-"""Run files: YAML mappings, and the key=value arguments that replace values of them."""
+"""Read a run file, which is a YAML mapping, and the key=value arguments that replace its values."""
 
 import re
 from pathlib import Path
@@ -39,21 +39,24 @@ def read_run_file(path: Path, overrides: list[str]) -> dict[str, Any]:
 
 
 def yaml_value(override: str) -> Any:
-    """Return what follows the = of a key=value argument, read as YAML."""
+    """Return the value of a key=value argument, read as YAML.
+
+    Raises LorakitError if it is not valid YAML.
+    """
     try:
         return _read_yaml(override.partition("=")[2])
     except ValueError:
         raise lk.LorakitError(f"{override!r}: the value is not valid YAML") from None
 
 
-# 2e-4 is a number in YAML 1.2. PyYAML reads YAML 1.1, in which it is a text.
+# 2e-4 is a number in YAML 1.2. PyYAML reads YAML 1.1, in which 2e-4 is a text.
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 def _read_yaml(text: str) -> Any:
     """Return the value of a YAML text.
 
-    ValueError tells that the text is not valid, or that a mapping holds a key twice.
+    Raises ValueError if the text is not valid YAML, or a mapping in it holds a key twice.
     """
     import yaml
 

@@ -32,7 +32,7 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
 
 
 def train(args: argparse.Namespace) -> int:
-    """Train, or profile, and return the exit code."""
+    """Run the training or its profile, and return the exit code."""
     import torch
 
     run = lk.RunConfig.from_dict(read_run_file(args.run_file, args.overrides), str(args.run_file))
@@ -46,7 +46,7 @@ def train(args: argparse.Namespace) -> int:
     print(f"loaded {run.model} in {time.perf_counter() - started:.1f} s on {model.device}")
     torch.manual_seed(run.train.seed)
     lk.attach(model, run.lora)
-    lk.tune_allocator()  # only now: what loading took for a moment has gone back to the system
+    lk.tune_allocator()  # after loading, so that the memory of loading goes back to the system
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"training {trainable:,} adapter parameters on {len(data['train'])} rows")
     if args.profile:

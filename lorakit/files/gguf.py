@@ -15,8 +15,8 @@ and 15 MB here.
 
 A file from a stranger is not believed. Every length is compared with what is left of the file
 before memory is taken for it, arrays do not nest, and a type, version or number of dimensions that
-GGUF does not have is refused. What is wrong raises a LorakitError of one sentence. Nothing here
-unpickles or runs anything from the file.
+GGUF does not have is refused, with a LorakitError of one sentence. Nothing here unpickles or runs
+anything from the file.
 """
 
 import math
@@ -34,7 +34,7 @@ from lorakit.config.errors import LorakitError
 # value type -> struct code
 _SCALARS = dict(zip([0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12], "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
-_MOST_DIMENSIONS = 8  # GGUF has 4
+_MOST_DIMENSIONS = 8  # of a tensor; llama.cpp's own limit is 4
 
 
 class TensorInfo(NamedTuple):
@@ -58,7 +58,10 @@ class Header(NamedTuple):
 
 
 def read_header(path: Path) -> Header:
-    """Read the header of a file. Raises LorakitError if it is no GGUF file, damaged or cut off."""
+    """Read the header of a file.
+
+    Raises LorakitError if it is no GGUF file, damaged or cut off.
+    """
     size = path.stat().st_size
     with open(path, "rb") as file:
         try:
@@ -70,7 +73,7 @@ def read_header(path: Path) -> Header:
 
 
 class _Damaged(Exception):
-    pass
+    """The bytes of a header contradict themselves, or end too soon."""
 
 
 class _Bytes:
@@ -91,7 +94,7 @@ class _Bytes:
         return self.file.read(count)
 
     def scalar(self, code: str) -> Any:
-        """Return the next number, of a struct code."""
+        """Return the next number, whose struct code is `code`."""
         return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
 
     def string(self) -> str:
@@ -99,7 +102,7 @@ class _Bytes:
         return self.take(self.scalar("Q")).decode("utf-8")
 
     def value(self, kind: int) -> Any:
-        """Return the next value, of a value type."""
+        """Return the next value, whose GGUF value type is `kind`."""
         if kind == _STRING:
             return self.string()
         if kind == _ARRAY:
@@ -141,13 +144,14 @@ def _read_header(data: _Bytes) -> Header:
         infos[name] = TensorInfo(shape, data.scalar("I"), data.scalar("Q"))
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1:
-        raise LorakitError(f"general.alignment is {alignment!r}")
+        raise LorakitError(f"general.alignment must be a positive number, not {alignment!r}")
     start = -(-data.file.tell() // alignment) * alignment
     tensors = {n: info._replace(offset=start + info.offset) for n, info in infos.items()}
     return Header(metadata, tensors)
 
 
-def _package() -> Any:
+def _gguf_package() -> Any:
+    """Return the gguf package, which is imported only when a GGUF file is read."""
     try:
         import gguf
     except ImportError:
@@ -163,7 +167,7 @@ def data_length(path: Path, name: str, info: TensorInfo) -> int:
     Raises LorakitError if its block format is unknown, its rows are no whole blocks, or the file
     ends before the data does.
     """
-    gguf = _package()
+    gguf = _gguf_package()
     try:
         block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(info.kind)]
     except (ValueError, KeyError):
@@ -185,7 +189,7 @@ def fp32_reader(path: Path, info: TensorInfo, length: int) -> Callable[[], Tenso
 
     The function raises LorakitError if the gguf package cannot dequantize the block format.
     """
-    gguf = _package()
+    gguf = _gguf_package()
     kind = gguf.GGMLQuantizationType(info.kind)
 
     def read() -> Tensor:

@@ -11,10 +11,10 @@ from pathlib import Path
 from lorakit.config.errors import LorakitError
 from lorakit.files.local import as_path
 
-# File names of a model and of its tokenizer. Not "*.safetensors": some repositories keep the same
-# weights a second time under another name.
-MODEL = ["config.json", "generation_config.json", "model*.safetensors", "model*.index.json"]
-TOKENIZER = ["tokenizer*.json", "special_tokens_map.json", "*.jinja", "chat_template.json"]
+# The files of a model and of its tokenizer, as patterns. "*.safetensors" would be too wide: some
+# repositories keep the same weights a second time under another name.
+MODEL_FILES = ["config.json", "generation_config.json", "model*.safetensors", "model*.index.json"]
+TOKENIZER_FILES = ["tokenizer*.json", "special_tokens_map.json", "*.jinja", "chat_template.json"]
 
 
 def resolve(path_or_hub_id: str | Path, patterns: list[str]) -> Path:
@@ -25,10 +25,11 @@ def resolve(path_or_hub_id: str | Path, patterns: list[str]) -> Path:
 
     Args:
         path_or_hub_id: A directory, a .gguf file or a Hub id.
-        patterns: The files of a Hub id to fetch, by name with * for anything.
+        patterns: The files to fetch of a Hub id: names in which * stands for any text.
 
     Raises:
-        LorakitError: If neither this machine nor the Hub has it.
+        LorakitError: If the path is neither a directory nor a .gguf file, or the Hub does not give
+            the files.
     """
     path = as_path(path_or_hub_id)
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):

@@ -3,8 +3,8 @@
 A file is written to a temporary file beside it, which is flushed to the disk and then renamed. A
 reader sees the old file or the new one, and a full disk leaves the old one.
 
-Text and JSON from a stranger are parsed, never run. What is no UTF-8, no JSON, or nested too deeply
-raises a LorakitError of one sentence.
+Text and JSON from a stranger are parsed, never run. A file that is no UTF-8, no JSON or nested too
+deeply raises a LorakitError of one sentence.
 """
 
 import json
@@ -18,7 +18,10 @@ from lorakit.config.errors import LorakitError
 
 
 def as_path(path: str | Path) -> Path:
-    """Return a path that a user gave, with ~ expanded. Raises LorakitError if it is none."""
+    """Return a path that a user gave, with ~ expanded.
+
+    Raises LorakitError if it is none.
+    """
     if "\0" in str(path):
         raise LorakitError(f"{str(path)!r} is no path: it holds a null byte")
     try:
@@ -28,7 +31,10 @@ def as_path(path: str | Path) -> Path:
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a file. Raises LorakitError if it is missing, no file or no UTF-8."""
+    """Return the text of a file.
+
+    Raises LorakitError if it is missing, no file or no UTF-8.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -40,7 +46,10 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file. Raises LorakitError if it is missing or holds no object."""
+    """Return the object in a JSON file.
+
+    Raises LorakitError if it is missing or holds no object.
+    """
     try:
         values = json.loads(read_text(path))
     except (json.JSONDecodeError, RecursionError) as error:
@@ -67,7 +76,10 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text, atomically. Half a surrogate pair is no character and becomes a "?"."""
+    """Write UTF-8 text, atomically.
+
+    Half a surrogate pair is no character and becomes a "?".
+    """
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="replace")
 

@@ -22,7 +22,7 @@ from lorakit.files.local import atomic, read_json
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_REMAP = 16 << 20  # bytes
+_REMAP = 16 << 20  # bytes that are read before a file is mapped again
 
 
 class LazyTensor(NamedTuple):
@@ -59,7 +59,10 @@ def open_directory(path: Path) -> dict[str, LazyTensor]:
 
 
 def open_safetensors(path: Path) -> dict[str, LazyTensor]:
-    """Open one safetensors file. Raises LorakitError if it is missing or damaged."""
+    """Open one safetensors file.
+
+    Raises LorakitError if it is missing or damaged.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}
@@ -75,8 +78,8 @@ class _Mapped:
     """A safetensors file that is mapped into memory while it is read.
 
     Pages that have been read count as this process's memory until their mapping goes. So the file
-    is mapped again after every _REMAP bytes. To do so for every tensor would cost more: each time
-    the header is parsed.
+    is mapped again after every _REMAP bytes. Mapping it again for every tensor would be slow,
+    because each time the header is parsed.
     """
 
     def __init__(self, path: Path):
@@ -98,12 +101,15 @@ class _Mapped:
         return tensor
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy maps the file for itself."""
+        """Return the state of a copy, which maps the file for itself."""
         return {"path": self.path, "file": None, "seen": 0}
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors to a safetensors file, atomically. Raises OSError if the disk is full."""
+    """Write tensors to a safetensors file, atomically.
+
+    Raises OSError if the disk is full.
+    """
     with atomic(path) as temporary:
         plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         try:

@@ -146,7 +146,7 @@ def open_model(path_or_hub_id: str | Path) -> tuple[Decoder, dict[str, LazyWeigh
     Raises:
         LorakitError: As `load_model` does.
     """
-    path = hub.resolve(path_or_hub_id, [*hub.MODEL, *hub.TOKENIZER])
+    path = hub.resolve(path_or_hub_id, [*hub.MODEL_FILES, *hub.TOKENIZER_FILES])
     weights: Mapping[str, LazyWeight]
     surroundings = None
     if path.suffix == ".gguf":

@@ -29,7 +29,7 @@ from lorakit.models.packed_layers import Int8Linear, NF4Linear, PackedLinear, Pa
 from lorakit.models.tokenizer_files import load_tokenizer
 
 log = logging.getLogger("lorakit")
-_COPIED = ["generation_config.json", "*processor_config.json", *hub.TOKENIZER]
+_COPIED = ["generation_config.json", "*processor_config.json", *hub.TOKENIZER_FILES]
 _COPIED += ["additional_chat_templates/*.jinja"]
 
 

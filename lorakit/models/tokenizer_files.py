@@ -64,7 +64,7 @@ def load_tokenizer(path_or_hub_id: str | Path) -> Tokenizer:
     Raises:
         LorakitError: If it is missing, damaged, or of a kind that lorakit does not read.
     """
-    path = hub.resolve(path_or_hub_id, hub.TOKENIZER)
+    path = hub.resolve(path_or_hub_id, hub.TOKENIZER_FILES)
     return _from_gguf(path) if path.suffix == ".gguf" else _from_directory(path)
 
 

@@ -1,27 +1,18 @@
-"""`lorakit data`: tokens as the model sees them, and what is wrong with rows."""
+"""Rows shown as the model sees them, and what is wrong with them."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 
 import pytest
 
 import lorakit as lk
 from lorakit.cli.main import main
-from lorakit.data.inspect import PLAIN, lint_rows, show_rows
+from lorakit.data.inspect import lint_rows, show_rows
 from tests.data.chats import SYSTEM, assistant, user
 
 
 @pytest.fixture(scope="module")
 def tok(tiny_dir):
     return lk.load_tokenizer(tiny_dir)
-
-
-def rows_file(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def test_show_marks_labels(tok):
@@ -133,12 +124,6 @@ def test_all_rows_that_cannot_be_read_are_listed(tiny_dir, tmp_path, capsys, kin
         lk.read_rows(path)
 
 
-def test_a_file_of_which_no_row_can_be_read(tiny_dir, tmp_path, capsys):
-    path = rows_file(tmp_path / "r.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
-    assert main(["data", "lint", str(path), "--model", str(tiny_dir)]) == 1
-    assert "line 1: field 'completion' is missing" in capsys.readouterr().err
-
-
 def test_many_findings_are_cut(tok):
     report = lint_rows(lk.read_rows([{"text": "a"}] * 9), tok)
     assert (
@@ -146,71 +131,3 @@ def test_many_findings_are_cut(tok):
         in str(report)
     )
     assert "  and 3 more" in str(report)
-
-
-def test_command_line(tiny_dir, tmp_path, capsys):
-    good = rows_file(tmp_path / "good.jsonl", [{"prompt": "a", "completion": c} for c in "bcde"])
-    model = ["--model", str(tiny_dir)]
-    assert main(["data", "show", str(good), *model]) == 0
-    out = capsys.readouterr().out
-    assert "good.jsonl line 1: 4 tokens, 2 of them labels\n<s>|a[[b|</s>]]\n" in out
-    assert "line 3" in out
-    assert "line 4" not in out
-    assert "\x1b" not in out
-    assert main(["data", "show", str(good), *model, "--rows", "1", "--train-on", "all"]) == 0
-    assert capsys.readouterr().out.endswith("[[<s>|a|b|</s>]]\n\n")
-    assert main(["data", "lint", str(good), *model, "--max-seq-length", "3"]) == 0
-    assert "rows longer than max_seq_length=3: 4\n" in capsys.readouterr().out
-    bad = rows_file(tmp_path / "bad.jsonl", [{"messages": [user("x")]}, {"messages": [SYSTEM]}])
-    assert main(["data", "lint", str(bad), *model]) == 1
-    assert "rows that cannot be used: 2\n" in capsys.readouterr().out
-    for command, message in [
-        (["show", str(bad), *model], "bad.jsonl line 1: no turn of the assistant"),
-        (["show", str(good), *model, "--train-on", "al"], "did you mean 'all'"),
-        (["lint", str(good), *model, "--format", "txt"], "did you mean 'text'"),
-        (["lint", str(tmp_path / "none.csv"), *model], "none.csv does not exist"),
-    ]:
-        assert main(["data", *command]) == 1
-        error = capsys.readouterr().err
-        assert message in error
-        assert error.count("\n") == 1
-    with pytest.raises(SystemExit, match="2"):
-        main(["data", "show", str(good)])
-
-
-def test_color_on_a_terminal(tiny_dir, tmp_path, capsys, monkeypatch):
-    good = rows_file(tmp_path / "good.jsonl", [{"text": "a"}])
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    command = ["data", "show", str(good), "--model", str(tiny_dir)]
-    assert main(command) == 0
-    assert PLAIN in capsys.readouterr().out
-    assert main([*command, "--no-color"]) == 0
-    assert PLAIN not in capsys.readouterr().out
-
-
-def test_text_that_no_terminal_shows(tiny_dir, tmp_path):
-    """Half a surrogate pair, a name that is not UTF-8, a terminal that knows ASCII only."""
-    row = {"messages": [user("x"), {"role": "\ud800", "content": ""}, assistant("y z")]}
-    name = os.fsencode(tmp_path) + b"/\xff.jsonl"
-    with open(name, "w") as file:
-        file.write(json.dumps(row) + "\n")
-    for verb in ("lint", "show"):
-        command = [sys.executable, "-m", "lorakit", "data", verb, name, "--model", tiny_dir]
-        done = subprocess.run(
-            command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}
-        )
-        assert b"Traceback" not in done.stderr
-        assert done.returncode == 1  # the template is given no text
-        assert b"\\udcff" in done.stdout + done.stderr
-
-
-def test_a_reader_that_has_seen_enough(tiny_dir, tmp_path):
-    path = rows_file(tmp_path / "rows.jsonl", [{"text": "a" * 500}] * 500)
-    command = [sys.executable, "-m", "lorakit", "data", "show", path, "--model", tiny_dir]
-    process = subprocess.Popen(
-        [*map(str, command), "--rows", "500"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    process.stdout.read(10)
-    process.stdout.close()
-    assert process.stderr.read() == b""
-    assert process.wait(timeout=60) == 128 + signal.SIGPIPE

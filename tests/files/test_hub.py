@@ -57,7 +57,7 @@ def test_only_ids_are_asked_of_the_hub(monkeypatch, name):
     asked = []
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: asked.append(a))
     with pytest.raises(lk.LorakitError, match="does not exist"):
-        hub.resolve(name, hub.MODEL)
+        hub.resolve(name, hub.MODEL_FILES)
     assert not asked
 
 
@@ -65,4 +65,4 @@ def test_only_ids_are_asked_of_the_hub(monkeypatch, name):
     "name", ["pytorch_model.bin", "model.pt", "model.pkl", "modeling_llama.py", "tokenization.py"]
 )
 def test_no_pickle_and_no_code_is_fetched(name):
-    assert not any(fnmatch(name, pattern) for pattern in [*hub.MODEL, *hub.TOKENIZER])
+    assert not any(fnmatch(name, pattern) for pattern in [*hub.MODEL_FILES, *hub.TOKENIZER_FILES])

@@ -5,13 +5,13 @@ import json
 import pytest
 
 import lorakit as lk
-from lorakit.files.local import atomic, read_json, read_text, write_json, write_text
+from lorakit.files.local import as_path, atomic, read_json, read_text, write_json, write_text
 
 
 @pytest.mark.parametrize("path", ["a\0b", "~nosuchuser/x"])
 def test_what_is_no_path(path):
     with pytest.raises(lk.LorakitError, match="is no path"):
-        lk.load_adapter(None, path)
+        as_path(path)
 
 
 @pytest.mark.parametrize(
