@@ -66,7 +66,7 @@ def test_any_rank(r):
 
 
 def test_on_a_loaded_model(tiny_dir):
-    """The originals are read again from the checkpoint; the adapter fits any NF4 of it."""
+    """The originals are read again from the model's files; the adapter fits any NF4 of them."""
     model = lk.load_model(tiny_dir, dtype="float32", quantize="nf4", device="cpu")
     dense = lk.load_model(tiny_dir, dtype="float32", device="cpu")
     ids = torch.randint(0, 97, (2, 9), generator=torch.Generator().manual_seed(0))

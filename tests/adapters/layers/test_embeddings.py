@@ -13,7 +13,7 @@ from tests.conftest import tiny
 
 
 class Scaled(nn.Embedding):
-    """As Gemma's."""
+    """An embedding that scales its rows, as Gemma's does."""
 
     def forward(self, ids):
         return super().forward(ids) * 3.0
@@ -87,9 +87,8 @@ def test_autocast_leaves_an_adapted_embedding_as_precise_as_it_is():
 
 
 @pytest.mark.parametrize("rows", [False, True])
-def test_a_base_that_trains_under_a_tied_head(tiny_dir, rows):
+def test_a_base_that_trains_under_a_tied_head(rows):
     """The head's part of its gradient would be missing."""
-
     options = {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
     if rows:
         options |= {"target_modules": ["q_proj"], "trainable_token_indices": [3]}

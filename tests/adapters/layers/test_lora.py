@@ -81,7 +81,7 @@ def test_an_adapted_head_is_in_the_loss(model):
     truth = nn.functional.cross_entropy(
         model(IDS)[:, :-1].reshape(-1, 300), IDS[:, 1:].reshape(-1), reduction="sum"
     )
-    assert abs(loss - truth) < 1e-4 * truth
+    assert abs(loss - truth) < 1e-4 * truth  # fp32 sums of 300 exponentials in another order
     assert count == 22
     loss.backward()
     assert model.lm_head.lora_A.grad.abs().max() > 0

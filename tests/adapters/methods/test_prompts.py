@@ -11,7 +11,6 @@ from tests.conftest import tiny
 
 @pytest.mark.parametrize("method", PROMPTS)
 def test_generation_is_what_the_forward_pass_predicts(model, tiny_dir, method):
-
     ours(model, method).eval()
     rows = [[5, 9, 11], [7, 3, 8, 4, 21, 6]]
     decoding = Decoding(model, [3, 0], 12)

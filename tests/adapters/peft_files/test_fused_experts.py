@@ -42,7 +42,7 @@ def randomize(model):
             torch.nn.init.normal_(p, 0, 0.1)
 
 
-# ours sums the experts of a token in another order, in fp32
+# lorakit sums the experts of a token in another order, in fp32
 TOLERANCE = 1e-5
 
 
@@ -94,19 +94,22 @@ def test_some_experts_alone(directory, tmp_path):
     assert len(lora_layers(model)) == len(model.model.layers) + 1
     loss, _ = model.loss(IDS, IDS)
     loss.backward()
-    assert all(
-        layer.lora_B.grad is None or layer.lora_B.grad.abs().max() > 0
-        for layer in lora_layers(model).values()
-    )
+    # an expert that no token chose has no gradient
+    grads = [layer.lora_B.grad for layer in lora_layers(model).values()]
+    reached = [grad for grad in grads if grad is not None]
+    assert reached
+    assert all(grad.abs().max() > 0 for grad in reached)
+    randomize(model)
     lk.save_adapter(model, tmp_path)
-    lk.load_adapter(load(directory), tmp_path)
-    with pytest.raises(lk.LorakitError, match=r"join_experts|fused_experts|missing"):
+    again = lk.load_adapter(load(directory, quantize="nf4"), tmp_path)
+    assert torch.equal(again(IDS), model(IDS))
+    with pytest.raises(lk.LorakitError, match="join_experts: .* can only be joined together"):
         lk.save_adapter(model, tmp_path / "fused", fused_experts=True)
     assert not (tmp_path / "fused").exists()
 
 
 def test_no_update_of_a_weights_size_is_formed(directory):
-    """The largest tensor that a step saves for backward or makes anew is one of activations."""
+    """The largest tensor that a step saves for backward or makes is one of activations."""
     model = load(directory)
     lk.attach(model, lk.LoraConfig(r=2, target_modules=leaves(model)))
     sizes = []

@@ -9,6 +9,7 @@ import torch
 import lorakit as lk
 from lorakit.adapters.layers.lora import lora_layers
 from tests.adapters.common import IDS, edit_config, edit_tensors, hugging_face, randomize
+from tests.adapters.peft_files.adapters_of_peft import LOGITS
 
 CONFIG = lk.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"])
 
@@ -35,7 +36,7 @@ def test_we_load_pefts(model, tiny_dir, tmp_path, targets, rslora):
             torch.nn.init.normal_(parameter, 0, 0.1)
     theirs.save_pretrained(tmp_path)
     lk.load_adapter(model, tmp_path)
-    assert (theirs(IDS).logits - model(IDS)).abs().max() <= 1e-4
+    assert (theirs(IDS).logits - model(IDS)).abs().max() <= LOGITS
 
 
 def test_round_trip(model, saved, tiny_dir):
@@ -133,12 +134,12 @@ def test_tied_embeddings_both_ways(tmp_path, kind, options):
                 parameter.add_(0.1 * torch.randn_like(parameter))
     theirs.save_pretrained(tmp_path / "theirs")
     ours = lk.load_adapter(mine().eval(), tmp_path / "theirs")
-    assert (logits(ours) - theirs(IDS).logits).abs().max() <= 1e-4
+    assert (logits(ours) - theirs(IDS).logits).abs().max() <= LOGITS
     assert (logits(ours) - base()(IDS).logits).abs().max() > 0.1
 
     lk.save_adapter(ours, tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(base(), tmp_path / "ours").eval()
-    assert (logits(ours) - again(IDS).logits).abs().max() <= 1e-4
+    assert (logits(ours) - again(IDS).logits).abs().max() <= LOGITS
 
     def drift(tensors):
         head = next(key for key in tensors if "lm_head" in key and "base_layer" not in key)

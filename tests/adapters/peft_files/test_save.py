@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 import lorakit as lk
 from lorakit.adapters.manage import attached
 from tests.adapters.common import IDS, hugging_face, nested, randomize
+from tests.adapters.peft_files.adapters_of_peft import LOGITS
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -20,7 +21,7 @@ def test_peft_loads_ours(model, tiny_dir, tmp_path, targets, rslora):
     randomize(lk.attach(model, config))
     lk.save_adapter(model, tmp_path)
     theirs = PeftModel.from_pretrained(hugging_face(tiny_dir), tmp_path).eval()
-    assert (theirs(IDS).logits - model(IDS)).abs().max() <= 1e-4
+    assert (theirs(IDS).logits - model(IDS)).abs().max() <= LOGITS
     assert (model(IDS) - base).abs().max() > 0.1
 
 
