@@ -22,8 +22,9 @@ from datetime import datetime
 from typing import Any, NamedTuple, overload
 
 from lorakit.config.errors import LorakitError, nearest
-from lorakit.config.training import OVER_LENGTH, TRAIN_ON
+from lorakit.config.training import OVER_LENGTH, TRAIN_ON, OverLength, TrainOn
 from lorakit.data.chat_spans import Render, check_shown, dropped, turn_span
+from lorakit.data.instructions import as_chat_or_pair
 from lorakit.data.rows import LazyRows
 from lorakit.data.schemas import Chat, Choice, Instruction, OneAnswer, Row, Text
 from lorakit.models.chat_template import Messages
@@ -35,17 +36,6 @@ IGNORE = -100
 # The date that a template prints as today's, so that a run can be repeated. Llama 3.1's template
 # falls back on it too.
 TODAY = datetime(2024, 7, 26)
-# The prompts of Stanford Alpaca (tatsu-lab/stanford_alpaca, train.py), which serve models without a
-# chat template.
-ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes "
-    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
-)
-ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further "
-    "context. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
-)
 
 
 class Example(NamedTuple):
@@ -93,8 +83,8 @@ class _Uncut(NamedTuple):
 class Encoder:
     """Makes the examples of rows. `long` counts the rows over `max_seq_length`.
 
-    The arguments are those of `encode_rows`, whose docstring says what they mean; max_seq_length
-    None cuts nothing. Raises LorakitError for another word in over_length or train_on.
+    The docstring of `encode_rows` explains the arguments; max_seq_length None cuts nothing. Raises
+    LorakitError if over_length or train_on is none of their words.
     """
 
     def __init__(
@@ -102,8 +92,8 @@ class Encoder:
         tok: Tokenizer,
         *,
         max_seq_length: int | None = None,
-        over_length: str = "truncate",
-        train_on: str = "completion",
+        over_length: OverLength = "truncate",
+        train_on: TrainOn = "completion",
     ):
         if train_on not in TRAIN_ON:
             raise LorakitError(
@@ -156,14 +146,10 @@ class Encoder:
 
     def _tokens(self, row: OneAnswer) -> _Uncut:
         with _at(row.place):
-            if isinstance(row, Instruction) and self.tok.chat_template is not None:
-                row = as_chat(row)
+            if isinstance(row, Instruction):
+                row = as_chat_or_pair(row, chat=self.tok.chat_template is not None)
             if isinstance(row, Chat):
                 return self._chat(row)
-            if isinstance(row, Instruction):
-                prompt = ALPACA_WITH_INPUT if row.input else ALPACA
-                prompt = prompt.format(instruction=row.instruction, input=row.input)
-                return self._pair(prompt, row.output)
             if isinstance(row, Text):
                 ids = self._ended(self.tok.encode(row.text))
                 return _Uncut(ids, ids, 0, 0)
@@ -319,16 +305,6 @@ def _at(place: str) -> Iterator[None]:
         raise LorakitError(f"{place}: {error}") from None
 
 
-def as_chat(row: Instruction) -> Chat:
-    """Return an instruction as a user's message, and the output as its answer."""
-    request = f"{row.instruction}\n\n{row.input}" if row.input else row.instruction
-    messages = [
-        {"role": "user", "content": request},
-        {"role": "assistant", "content": row.output},
-    ]
-    return Chat(messages, None, 0, row.place)
-
-
 def _first_kept(uncut: _Uncut, limit: int) -> int:
     """Return the first token after the head from which on all that is learned fits `limit`."""
     ids, _, head, prompt = uncut
@@ -396,8 +372,8 @@ def encode_rows(
     tok: Tokenizer,
     *,
     max_seq_length: int,
-    over_length: str = "truncate",
-    train_on: str = "completion",
+    over_length: OverLength = "truncate",
+    train_on: TrainOn = "completion",
 ) -> Examples:
     """Return token ids and labels of rows, at most `max_seq_length` tokens each.
 
@@ -420,7 +396,8 @@ def encode_rows(
 
     Raises:
         LorakitError: A row starts with two BOS tokens, has no label, holds a message that the
-            template leaves out, or would not teach the model to stop; or every row is dropped.
+            template leaves out, or would not teach the model to stop; every row is dropped; or
+            over_length or train_on is none of these words.
     """
     encoder = Encoder(
         tok, max_seq_length=max_seq_length, over_length=over_length, train_on=train_on

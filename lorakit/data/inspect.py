@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from lorakit.config.errors import LorakitError
+from lorakit.config.training import TrainOn
 from lorakit.data.encode import IGNORE, Encoder, Example, PairExample
 from lorakit.data.schemas import Chat, Choice, Instruction, OneAnswer, Row, Text
 from lorakit.models.tokenizer import Tokenizer
@@ -28,7 +29,7 @@ def show_rows(
     tok: Tokenizer,
     count: int = 3,
     *,
-    train_on: str = "completion",
+    train_on: TrainOn = "completion",
     color: bool = False,
 ) -> str:
     """Return the tokens of the first rows as text, with their labels marked.
@@ -108,7 +109,7 @@ class LintReport:
     """What `lint_rows` found. As text it is a summary with the first few of each finding."""
 
     max_seq_length: int
-    """The length from which on a row counts as too long."""
+    """Largest number of tokens of a row; a longer one counts as too long."""
     rows: int = 0
     """Number of rows, those that cannot be used included."""
     labels: int = 0
@@ -116,7 +117,7 @@ class LintReport:
     lengths: Counter[int] = field(default_factory=Counter)
     """Number of rows of each length in tokens; two answers count together."""
     duplicates: list[tuple[str, str]] = field(default_factory=list)
-    """Places of each row that repeats an earlier one, and of that one."""
+    """Place of each row that repeats an earlier one, and the place of that one."""
     empty: list[str] = field(default_factory=list)
     """Places of turns without text."""
     over_long: list[str] = field(default_factory=list)
@@ -172,10 +173,10 @@ def lint_rows(
     tok: Tokenizer,
     *,
     max_seq_length: int = 1024,
-    train_on: str = "completion",
+    train_on: TrainOn = "completion",
     errors: Sequence[str] = (),
 ) -> LintReport:
-    """Return what is worth knowing of rows before training on them.
+    """Return what one should know about rows before training on them.
 
     Args:
         rows: Rows, as `read_rows` returns them.

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from lorakit.config.errors import LorakitError
 from lorakit.config.training import check_metrics
-from lorakit.data.encode import ALPACA, ALPACA_WITH_INPUT, TODAY, as_chat
+from lorakit.data.encode import TODAY
+from lorakit.data.instructions import as_chat_or_pair
 from lorakit.data.schemas import Chat, Choice, Instruction, Row, Text
 from lorakit.evaluation.metrics import score
 from lorakit.inference.generate import generate_batch
@@ -86,10 +87,7 @@ def _asked(tok: Tokenizer, row: Row) -> tuple[str | Messages, str]:
     if isinstance(row, Choice):
         return _asked(tok, row.chosen)
     if isinstance(row, Instruction):
-        if tok.chat_template is not None:
-            return _asked(tok, as_chat(row))
-        prompt = ALPACA_WITH_INPUT if row.input else ALPACA
-        return prompt.format(instruction=row.instruction, input=row.input), row.output
+        return _asked(tok, as_chat_or_pair(row, chat=tok.chat_template is not None))
     if isinstance(row, Chat):
         turns = [i for i, m in enumerate(row.messages) if m["role"] == "assistant"]
         answers = turns and turns[-1] > 0 and row.messages[turns[-1]].get("content")

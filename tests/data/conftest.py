@@ -5,9 +5,13 @@ from lorakit.models.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
-def tiny(tiny_dir):
+def tok(tiny_dir):
+    return lk.load_tokenizer(tiny_dir)
+
+
+@pytest.fixture(scope="module")
+def tiny(tok):
     """The tokenizer of the tiny model with a chat template of one's own."""
-    tok = lk.load_tokenizer(tiny_dir)
 
     def build(template):
         return Tokenizer(tok.backend, tok.special_tokens, template)

@@ -14,11 +14,6 @@ from tests.data.chats import CHAT, GENERATION, SYSTEM, TOOLS, TURNS, assistant, 
 from tests.data.files import ROWS, written
 
 
-@pytest.fixture(scope="module")
-def tok(tiny_dir):
-    return lk.load_tokenizer(tiny_dir)
-
-
 def test_labels_are_the_completion_and_the_end(tok):
     [example] = encode_rows([Pair("ab", "cd", "row 0")], tok, max_seq_length=99)
     a, b, c, d = (tok.encode(ch, add_special_tokens=False)[0] for ch in "abcd")
@@ -67,8 +62,7 @@ def test_json_round_trip_of_any_text(tok):
     assert tok.decode([i for i in example.labels if i != IGNORE]) == text
 
 
-def test_examples_of_a_file_are_made_again(tmp_path, tiny_dir):
-    tok = lk.load_tokenizer(tiny_dir)
+def test_examples_of_a_file_are_made_again(tmp_path, tok):
     path = written(tmp_path / "rows.jsonl", [*ROWS, {"prompt": "a" * 99, "completion": "b"}])
     held = lk.encode_rows(list(lk.read_rows(path)), tok, max_seq_length=60, over_length="drop")
     lazy = lk.encode_rows(lk.read_rows(path), tok, max_seq_length=60, over_length="drop")
@@ -114,23 +108,6 @@ def test_long_chats_lose_their_oldest_exchanges(tiny):
     last = encode(tok, chat, max_seq_length=12)
     assert tok.decode(last.input_ids, skip_special_tokens=False) == "<s>: answer 4</s>"
     assert shown(tok, encode(tok, chat, max_seq_length=5)) == ["answ"]
-
-
-def test_alpaca(tiny):
-    chat = tiny(TURNS + GENERATION)
-    rows = [
-        {"instruction": "Add.", "input": "1 2", "output": "3"},
-        {"instruction": "Go.", "output": "x"},
-    ]
-    full, plain = lk.read_rows(rows)
-    expected = [user("Add.\n\n1 2"), assistant("3")]
-    assert Encoder(chat)(full) == encode(chat, expected)
-    bare = tiny(None)
-    example = Encoder(bare)(full)
-    text = bare.decode(example.input_ids)
-    assert text.endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:3")
-    assert shown(bare, example) == ["3</s>"]
-    assert "### Input" not in bare.decode(Encoder(bare)(plain).input_ids)
 
 
 def test_plain_text_is_learned_whole(tiny):
@@ -180,9 +157,8 @@ def test_the_largest_id_is_that_of_the_examples(tok, tmp_path, over_length):
             assert examples.largest_id == max(ids)
 
 
-def test_pairs_of_chats(tiny_dir):
+def test_pairs_of_chats(tok):
     """With a prompt of their own, or with messages that both begin with."""
-    tok = lk.load_tokenizer(tiny_dir)
     before = [{"role": "user", "content": "hi"}]
     good, bad = ([{"role": "assistant", "content": text}] for text in ("hello", "no"))
     apart = {"prompt": before, "chosen": good, "rejected": bad}
@@ -199,17 +175,15 @@ def test_pairs_of_chats(tiny_dir):
         lk.read_rows([{"prompt": "x", "chosen": "a", "rejected": ""}])
 
 
-def test_long_pairs_are_counted_as_rows(tiny_dir, caplog):
-    tok = lk.load_tokenizer(tiny_dir)
+def test_long_pairs_are_counted_as_rows(tok, caplog):
     rows = lk.read_rows([{"prompt": "p" * 90, "chosen": "b", "rejected": "c"}] * 2)
     lk.encode_rows(rows, tok, max_seq_length=60)
     assert "2 of 2 rows are longer than max_seq_length=60" in caplog.text
 
 
 @pytest.mark.parametrize("chats", [False, True])
-def test_a_pair_that_is_cut_keeps_one_prompt(tiny_dir, chats):
+def test_a_pair_that_is_cut_keeps_one_prompt(tok, chats):
     """As little of it as the longer answer leaves room for; of chats the same exchanges."""
-    tok = lk.load_tokenizer(tiny_dir)
     if chats:
         turns = [{"role": "user", "content": "a" * 9}, {"role": "assistant", "content": "b" * 9}]
         user, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "c" * 9}

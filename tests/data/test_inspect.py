@@ -10,11 +10,6 @@ from lorakit.data.inspect import lint_rows, show_rows
 from tests.data.chats import SYSTEM, assistant, user
 
 
-@pytest.fixture(scope="module")
-def tok(tiny_dir):
-    return lk.load_tokenizer(tiny_dir)
-
-
 def test_show_marks_labels(tok):
     rows = lk.read_rows([{"prompt": "a ", "completion": "b\té\n\x1b"}])
     shown = show_rows(rows, tok)
@@ -29,7 +24,7 @@ def test_show_holds_every_character(smollm2):
     """Without marks and bars the text is the rendered chat."""
     tok = lk.load_tokenizer(smollm2)
     text = "naïve 😀 中文 x\u202ey"
-    [shown] = [show_rows(lk.read_rows([{"messages": [user(text), assistant("Yo!")]}]), tok)]
+    shown = show_rows(lk.read_rows([{"messages": [user(text), assistant("Yo!")]}]), tok)
     rendered = tok.apply_chat_template([user(text), assistant("Yo!")], tokenize=False)
     body = shown.partition("\n")[2].replace("<|", "<¦").replace("|>", "¦>")
     for mark in ("|", "[[", "]]"):

@@ -1,6 +1,7 @@
 """Completions of rows, scored: which prompt a model gets, and which rows are refused."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -73,3 +74,27 @@ def test_the_prompt_that_is_scored_is_the_one_that_is_trained(tiny_dir, tok, mon
     assert dated.decode(prompts[0]).startswith("2024")
     with pytest.raises(lk.LorakitError, match="row 0: only a chat .* an answer in text to somethi"):
         lk.evaluate(model, dated, [{"messages": chat[1:]}], metrics="exact_match")
+
+
+TURNS = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [None, TURNS])
+@pytest.mark.parametrize("more", ["", "1 2"])
+def test_an_instruction_is_scored_by_the_prompt_it_is_trained_on(tok, monkeypatch, template, more):
+    """As a chat if the tokenizer has a template, or else by Alpaca's prompt."""
+    own, prompts = Tokenizer(tok.backend, tok.special_tokens, template), []
+
+    def generate(model, tok, asked, **_):
+        prompts.extend(asked)
+        return ["3"] * len(asked)
+
+    monkeypatch.setattr(scoring, "generate_batch", generate)
+    rows = lk.read_rows([{"instruction": "Add.", "input": more, "output": "3"}])
+    model = SimpleNamespace(config=SimpleNamespace(context_length=999))
+    scoring.check_rows(model, own, rows, ["exact_match"])
+    assert scoring.score_rows(model, own, rows, ["exact_match"], 1) == {"exact_match": 1}
+    [example] = lk.encode_rows(rows, own, max_seq_length=999)
+    [prompt] = prompts
+    assert example.input_ids[: len(prompt)] == prompt
+    assert own.decode(prompt).count("Add.") == 1
