@@ -87,9 +87,10 @@ class StepProfile:
 def profile_training(
     model: Decoder, tok: Tokenizer, data: RowSource, config: TrainConfig | None = None
 ) -> StepProfile:
-    """Measure where the time of a training step goes, over five steps of a run.
+    """Measure where the time of a training step goes, in a run of five steps.
 
-    Nothing is saved, but the adapter has changed. Print the result to see a table.
+    The first two steps do not count. Nothing is saved, but the adapter has changed. Print the
+    result to see a table.
 
     Args:
         model: A model with an adapter, as `train` takes it.
@@ -107,8 +108,12 @@ def profile_training(
     found = StepProfile(model.device.type == "cuda")
     try:
         with TemporaryDirectory() as folder:
-            few = replace(config or TrainConfig(), max_steps=WARM_UP + STEPS, output_dir=folder)
-            few = replace(few, eval_metrics=[])  # nothing is evaluated
+            few = replace(
+                config or TrainConfig(),
+                max_steps=WARM_UP + STEPS,
+                output_dir=folder,
+                eval_metrics=[],  # nothing is evaluated
+            )
             if train(model, tok, data, few, after_step=found).interrupted:
                 raise KeyboardInterrupt
     finally:
@@ -132,7 +137,7 @@ def _rows(events: list[FunctionEvent], step: float, on_gpu: bool) -> dict[str, f
     """Return the seconds of each row, from events of STEPS steps that took `step` seconds each."""
     functions = _functions()
     ours: defaultdict[str, float] = defaultdict(float)
-    torchs: defaultdict[str, float] = defaultdict(float)
+    of_torch: defaultdict[str, float] = defaultdict(float)
 
     def row(event: FunctionEvent) -> str | None:
         if event.name.startswith("Optimizer.step#"):
@@ -151,9 +156,9 @@ def _rows(events: list[FunctionEvent], step: float, on_gpu: bool) -> dict[str, f
             ours[name] += event.device_time_total if on_gpu else event.cpu_time_total
         elif event.name.startswith("aten::"):
             own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-            torchs[event.name.replace("aten::", "torch: ")] += own
-    largest = sorted(torchs, key=torchs.__getitem__, reverse=True)[:TORCH_OPS]
-    found = {**ours, **{name: torchs[name] for name in largest}}
+            of_torch[event.name.replace("aten::", "torch: ")] += own
+    largest = sorted(of_torch, key=of_torch.__getitem__, reverse=True)[:TORCH_OPS]
+    found = {**ours, **{name: of_torch[name] for name in largest}}
     ordered = sorted(found, key=found.__getitem__, reverse=True)
     rows = {name: found[name] / 1e6 / STEPS for name in ordered}  # from microseconds
     return rows | {"the rest": max(0.0, step - sum(rows.values()))}

@@ -20,11 +20,6 @@ from tests.conftest import ROWS
 from tests.training.runs import ADAPTER, OPTIONS, run, same_tensors
 
 
-@pytest.fixture(scope="module")
-def tok(tiny_dir):
-    return lk.load_tokenizer(tiny_dir)
-
-
 @pytest.mark.parametrize(
     "options",
     [

@@ -12,10 +12,11 @@ from lorakit.training.losses.batch import summed_loss
 def held_out_loss(
     model: Decoder, examples: Examples, batch_size: int, config: TrainConfig
 ) -> dict[str, float]:
-    """Return the loss of held-out examples, as `text_loss` does, or of pairs.
+    """Return the mean loss of held-out examples, with the numbers that belong to it.
 
-    The loss of pairs is the mean of the objective, with the share that the model has the right way
-    round as "preference_accuracy". The model is as in use: not packed, smoothed or regularized.
+    Rows with one answer give what `text_loss` returns. Pairs give the mean of the objective as
+    "loss", the share that the model has the right way round as "preference_accuracy", and "rows".
+    Neither has the label smoothing or the z-loss of training.
     """
     if config.objective == "sft":
         return text_loss(model, examples, batch_size)

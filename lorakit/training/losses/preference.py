@@ -92,6 +92,7 @@ def _log_of_rest(log_p: Tensor) -> Tensor:
     it, so that the gradient stays finite.
     """
     log_p = log_p.clamp(max=-torch.finfo(log_p.dtype).eps)
+    # -log 2, from which on expm1 is the better one (Maechler 2012, "log1mexp")
     return torch.where(
         log_p > -0.6931, torch.log(-torch.expm1(log_p)), torch.log1p(-torch.exp(log_p))
     )
