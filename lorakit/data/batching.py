@@ -1,7 +1,7 @@
 """The order of the rows of a run, and the tensors of a batch.
 
-The rows that a step takes are a function of the seed, the lengths of the rows and the number of the
-step. So a run that goes on from a checkpoint needs nothing of it from there.
+The rows that a step takes are a function of the seed, the lengths of the rows, the settings and the
+number of the step. So a checkpoint saves nothing of the order.
 """
 
 import math

@@ -52,6 +52,8 @@ def turn_span(render: Render, messages: Messages, text: str, i: int) -> tuple[in
         render([*messages[:i], probe, *messages[i + 1 :]]) for probe in (one, other)
     )
     header, tail = _common_prefix(shown, shown_other), _common_suffix(shown, shown_other)
+    # The tail holds the turn's own end token and then the later turns. The end token alone follows
+    # the content if the turn is the last one.
     last, last_other = (_tried(render, [*messages[:i], probe]) for probe in (one, other))
     closing = tail
     if last is not None and last_other is not None:

@@ -305,7 +305,7 @@ def split_rows(
     """Divide rows into parts of about the given shares, each in the old order.
 
     The part of a row depends on its content only. So new rows move no old ones, and equal rows are
-    in one part. The shares are met about, not exactly, and a part of few rows may be empty.
+    in one part. The sizes are near the shares, not exactly so, and a part of few rows may be empty.
 
     Args:
         source: The rows, as `read_rows` takes them.
@@ -323,8 +323,9 @@ def split_rows(
         raise LorakitError(f"the shares of a split must be from 0 to 1 and sum to 1, not {parts}")
     rows = read_rows(source, format=format)
     numbers = [array("q") for _ in parts]
+    last = len(parts) - 1
     for i, row in enumerate(rows):
-        at, last = int.from_bytes(content_digest(row), "big") / 2**64, len(parts) - 1
+        at = int.from_bytes(content_digest(row), "big") / 2**64
         chosen = next((p for p in range(last) if at < sum(parts[: p + 1])), last)
         numbers[chosen].append(i)
     return tuple(SelectedRows(rows, chosen) for chosen in numbers)

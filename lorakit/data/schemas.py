@@ -12,8 +12,8 @@
 A row has the format of the first line above whose fields it has. Fields that the format does not
 name are ignored. Every field of a message reaches the chat template: tool calls, reasoning, names.
 
-A new format needs its fields in FORMATS and a function in _MAKE that makes one of the kinds of Row
-of a mapping.
+A new format needs its fields in FORMATS, and in _MAKE a function that makes one of the kinds of Row
+from a mapping.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Scores of generated texts against references, each in [0, 1].
 
-`score` takes as many predictions as references, by the names in `config.METRICS`:
+`score` compares predictions with as many references, by the metrics of these names:
 
     exact_match    share of predictions that are the reference; space around it may differ
     partial_match  share of exact matches, and of texts that hold the reference's words in a row
@@ -38,15 +38,16 @@ TAG = re.compile(r"O|[BI]-\S+")
 
 
 def score(predictions: Texts, references: Texts, metrics: str | Iterable[str]) -> dict[str, float]:
-    """Return metrics by name (see above) of predictions[i] against references[i].
+    """Return metrics of predictions[i] against references[i].
 
     Args:
         predictions: Texts that a model wrote.
         references: As many texts that it should have written.
-        metrics: A name of a metric, or several.
+        metrics: The name of a metric, or several names: accuracy, macro_f1, weighted_f1,
+            exact_match, partial_match, entity_f1, rouge_l. The module's docstring defines them.
 
     Returns:
-        The value of each metric, in [0, 1].
+        The value of each metric by its name, in [0, 1].
 
     Raises:
         LorakitError: A name is unknown, there are no texts, or the lists differ in length.
@@ -168,7 +169,10 @@ def _f1(hits: int, predicted: int, true: int) -> float:
 
 
 def entity_f1(predictions: Texts, references: Texts) -> float:
-    """Return micro-averaged F1 of entities, read from BIO tags or from "type: text" (see above)."""
+    """Return the micro-averaged F1 of entities, read from BIO tags or from "type: text".
+
+    Each reference decides which form it and its prediction have.
+    """
     hits = predicted = true = 0
     for prediction, reference in zip(predictions, references, strict=True):
         tagged = all(map(TAG.fullmatch, reference.split()))

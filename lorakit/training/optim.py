@@ -57,9 +57,9 @@ class AdamW(torch.optim.Optimizer):
 
     Paged state lies in pages of 8 MB: in pinned host memory for parameters on a CUDA device, in a
     file that the system removes for parameters on the CPU. As many pages are resident as
-    `page_budget` bytes hold. Bits and state_dict are those of resident state, but every tensor
-    pages, and the attribute `state` stays empty. An optimizer with paged state cannot be pickled or
-    copied. It can be saved by its state_dict.
+    `page_budget` bytes hold. The state of every parameter is paged, however small it is, and the
+    attribute `state` stays empty. Bits and state_dict are those of resident state. Such an
+    optimizer cannot be pickled or copied. It can be saved by its state_dict.
 
     Args:
         params: Parameters, or groups of them as mappings with "params" and settings of their own.
@@ -69,7 +69,7 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: The part of each value that decays in a step, times lr.
         state_bits: 32 or 8. A group may have its own.
         paged: Whether the state is paged.
-        page_budget: The bytes of resident pages, for each device.
+        page_budget: The bytes of resident pages, for each device; 64 MB by default.
         page_dir: The directory of the page file. None takes the system's directory for temporary
             files. It should lie on a disk.
 
@@ -134,11 +134,12 @@ class AdamW(torch.optim.Optimizer):
             self.state.clear()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned; each tensor keeps its dtype.
+        """Load what `state_dict` returned.
 
-        (Torch's method would cast the state to the dtype of its parameter.) State of either kind,
-        resident or paged, can be loaded into either. Paged state is given back first, and written
-        page by page from tensors that may be memory-mapped (torch.load(..., mmap=True)).
+        Each tensor keeps its dtype; torch's method would cast the state to the dtype of its
+        parameter. State of either kind, resident or paged, can be loaded into either. Paged state
+        is given back first, and written page by page from tensors that may be memory-mapped
+        (torch.load(..., mmap=True)).
 
         Raises LorakitError if the state is not that of AdamW for such parameters. Then nothing has
         changed.
@@ -160,6 +161,7 @@ class AdamW(torch.optim.Optimizer):
             self._paged.fill(states)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        """Set the gradients to None, as torch does, or to zero."""
         _Plain.zero_grad(self, set_to_none)
 
     @overload

@@ -124,8 +124,8 @@ class PageTable:
         self._forth = not self._forth
         for i, page in enumerate(order):
             with self.use(page) as memory:
-                for following in order[i + 1 : i + 2]:
-                    self.prefetch(following)
+                if i + 1 < len(order):
+                    self.prefetch(order[i + 1])
                 yield page, memory
 
     def read(self, page: int, into: Tensor) -> None:

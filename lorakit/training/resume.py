@@ -43,10 +43,11 @@ def must_match(
     is not read once more, and only the first numbers of each frozen parameter.
     """
     names = [*SAME_SETTINGS, *(["max_seq_length"] if config.packing else [])]
+    settings = asdict(config)
     selected = selected_adapter(model)
     assert selected is not None
     adapter = asdict(adapter_config(model, selected))
-    return {name: getattr(config, name) for name in names} | {
+    return {name: settings[name] for name in names} | {
         "data": _digest(examples),
         "validation data": None if validation is None else _digest(validation),
         "model": _digest_of_frozen(model),

@@ -71,7 +71,7 @@ def write_checkpoint(
         write_safetensors(temporary / STATE_TENSORS, tensors)
         write_json(temporary / STATE_VALUES, values)
         _flush(temporary)
-        if path.exists():  # this run was resumed from an earlier one, and comes by again
+        if path.exists():  # this run goes on from an earlier checkpoint, and reaches the step again
             shutil.rmtree(path)
         os.rename(temporary, path)
         _flush(output_dir)
@@ -82,8 +82,6 @@ def write_checkpoint(
 
 def _flush(directory: Path) -> None:
     """Flush the names in a directory to the disk."""
-    if os.name != "posix":
-        return
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -163,7 +161,10 @@ def random_tensors(device: torch.device) -> dict[str, Tensor]:
 
 
 def read_values(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return what state.json holds: progress, same and groups. Raises LorakitError without them."""
+    """Return what state.json holds: progress, same and groups.
+
+    Raises LorakitError if one of them is missing.
+    """
     path = checkpoint.path / STATE_VALUES
     values = read_json(path)
     for name, kind in (("progress", dict), ("same", dict), ("groups", list)):

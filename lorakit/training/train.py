@@ -47,7 +47,7 @@ class TrainResult:
     interrupted: bool = False
     """Whether Ctrl-C or SIGTERM ended the run."""
     skipped_steps: int = 0
-    """Number of steps that were skipped because their gradient was not finite."""
+    """Number of steps that were skipped because their loss or gradient was not finite."""
     stopped_early: bool = False
     """Whether early_stopping_patience ended the run before its last step."""
 
@@ -135,12 +135,16 @@ def _held_out(model: Decoder, tok: Tokenizer, source: RowSource, config: TrainCo
 
 def _check_validation(held_out: HeldOut | None, config: TrainConfig) -> None:
     """Raise LorakitError for a setting that needs validation rows, or more of their evaluations."""
-    names = ("eval_metrics", "early_stopping_patience", "load_best_model_at_end")
-    for name in names if held_out is None else ():
-        if getattr(config, name):
+    of_several = {
+        "early_stopping_patience": config.early_stopping_patience is not None,
+        "load_best_model_at_end": config.load_best_model_at_end,
+    }
+    of_any = {"eval_metrics": bool(config.eval_metrics), **of_several}
+    for name, wanted in of_any.items():
+        if wanted and held_out is None:
             raise LorakitError(f"train: {name} needs validation rows; give data some")
-    for name in ("early_stopping_patience", "load_best_model_at_end"):
-        if getattr(config, name) and config.eval_steps is None:
+    for name, wanted in of_several.items():
+        if wanted and config.eval_steps is None:
             raise LorakitError(
                 f"train: {name} needs more than the evaluation at the end; set eval_steps"
             )

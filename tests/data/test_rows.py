@@ -80,9 +80,6 @@ def test_a_large_file_is_not_held(tmp_path):
     assert peak < 1e6
 
 
-# ---- any bytes ----
-
-
 # ---- splitting ----
 
 
