@@ -6,7 +6,13 @@ changes (plan.py). methods/known.py lists the methods.
 
 from torch import nn
 
-from lorakit.adapters.manage import adapter_names, attached, check_new_name, check_no_block
+from lorakit.adapters.manage import (
+    adapter_names,
+    attached,
+    check_new_name,
+    check_no_block,
+    check_unmerged,
+)
 from lorakit.adapters.methods.known import method_of
 from lorakit.adapters.methods.prompts import PromptConfig
 from lorakit.config.adapters import LoraConfig, TargetConfig
@@ -45,8 +51,7 @@ def attach(
     first = not adapter_names(module)
     check_new_name(module, name, "attach")
     check_no_block(module, "attach")
-    if any(each.merged is not None for each in attached(module).values()):
-        raise LorakitError("attach: an adapter is merged; unmerge it first")
+    check_unmerged(module, "attach")
     plan = method_of(config).plan(module, config)
     if first:
         module.requires_grad_(False)

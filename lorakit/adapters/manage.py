@@ -77,11 +77,10 @@ def require_selected(module: nn.Module, caller: str) -> str:
     return name
 
 
-def _require_unmerged(module: nn.Module, caller: str) -> dict[str, Attached]:
-    found = require_attached(module, caller)
-    if any(each.merged is not None for each in found.values()):
+def check_unmerged(module: nn.Module, caller: str) -> None:
+    """Raise LorakitError if an adapter is merged into the weights."""
+    if any(each.merged is not None for each in attached(module).values()):
         raise LorakitError(f"{caller}: an adapter is merged; unmerge it first")
-    return found
 
 
 def check_no_block(module: nn.Module, caller: str) -> None:
@@ -138,7 +137,8 @@ def set_adapter(module: nn.Module, name: str) -> nn.Module:
         LorakitError: There is no such adapter, or an adapter is merged.
     """
     check_adapter(module, name, "set_adapter")
-    for each in _require_unmerged(module, "set_adapter").values():
+    check_unmerged(module, "set_adapter")
+    for each in attached(module).values():
         each.select(name)
     return module
 
@@ -162,12 +162,12 @@ def delete_adapter(module: nn.Module, name: str) -> nn.Module:
     """
     check_adapter(module, name, "delete_adapter")
     check_no_block(module, "delete_adapter")
-    found = _require_unmerged(module, "delete_adapter")
+    check_unmerged(module, "delete_adapter")
     others = [other for other in adapter_names(module) if other != name]
     selected = selected_adapter(module)
     if selected == name:
         selected = others[0] if others else None
-    remove_parts(module, name, list(found), selected)
+    remove_parts(module, name, list(attached(module)), selected)
     return module
 
 
@@ -182,7 +182,8 @@ def remove_parts(module: nn.Module, name: str, places: list[str], selected: str 
     for each in found.values():
         if name in each.adapters:
             del each.adapters[name]
-        if each.selected == name or each.selected != selected:  # or what trains stays as it is
+        # `select` also sets what trains, so it is not called where the selection stays.
+        if each.selected == name or each.selected != selected:
             each.select(selected)
     put_back(module, {n: each.original for n, each in found.items() if not each.has_parts()})
 
@@ -204,9 +205,9 @@ def detach(module: nn.Module) -> nn.Module:
     return module
 
 
-def put_back(module: nn.Module, originals: Mapping[str, nn.Module]) -> None:
-    """Put plain modules in all places of the wrappers that have these names."""
-    instead = {id(module.get_submodule(name)): new for name, new in originals.items()}
+def put_back(module: nn.Module, plain: Mapping[str, nn.Module]) -> None:
+    """Put plain modules in every place of the wrappers that have these names."""
+    instead = {id(module.get_submodule(name)): new for name, new in plain.items()}
     places = [(name, m) for name, m in outer_modules(module) if id(m) in instead]
     for name, each in places:
         module.set_submodule(name, instead[id(each)])
@@ -217,7 +218,7 @@ def put_back(module: nn.Module, originals: Mapping[str, nn.Module]) -> None:
 
 @contextmanager
 def _state_restored(wrappers: Iterable[Attached]) -> Iterator[None]:
-    """Undo, after the `with` block, what it did to `enabled` and `row_groups` of the wrappers."""
+    """Restore `enabled` and `row_groups` of the wrappers after the `with` block."""
     before = [(each, each.enabled, each.row_groups) for each in wrappers]
     try:
         yield
@@ -272,7 +273,8 @@ def adapter_rows(module: nn.Module, names: Sequence[str | None]) -> Iterator[Non
     for name in names:
         if name is not None:
             check_adapter(module, name, "adapter_rows")
-    found = list(_require_unmerged(module, "adapter_rows").values())
+    found = list(require_attached(module, "adapter_rows").values())
+    check_unmerged(module, "adapter_rows")
     rows_of = {name: [i for i, other in enumerate(names) if other == name] for name in names}
     row_groups = [(name, torch.tensor(rows)) for name, rows in rows_of.items()]
     with _state_restored(found):

@@ -70,7 +70,7 @@ def test_arguments_of_other_libraries():
     with pytest.raises(lk.LorakitError, match="a module of torch is wanted, not None"):
         lk.attach(None, lk.LoraConfig())
     with pytest.raises(
-        lk.LorakitError, match="peft.*LoraConfig is no adapter's config of lorakit's"
+        lk.LorakitError, match="peft.*LoraConfig is not the config of a lorakit adapter"
     ):
         lk.attach(nn.Linear(8, 8), peft.LoraConfig())
     with pytest.raises(lk.LorakitError, match="init_lora_weights is .* N a whole number up to 10"):

@@ -27,7 +27,7 @@ def method_of(config: object) -> Method[Any]:
         if isinstance(config, method.config_type):
             return method
     kind = f"{type(config).__module__}.{type(config).__name__}"
-    raise LorakitError(f"attach: {kind} is no adapter's config of lorakit's, such as LoraConfig")
+    raise LorakitError(f"attach: {kind} is not the config of a lorakit adapter, as LoraConfig is")
 
 
 def method_called(peft_type: object) -> Method[Any] | None:

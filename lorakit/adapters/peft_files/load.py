@@ -112,12 +112,12 @@ def _fill(module: nn.Module, name: str, files: AdapterFiles) -> None:
 
 
 def _matched(
-    files: AdapterFiles, module: nn.Module, expected: Mapping[str, Tensor], moved: bool
+    files: AdapterFiles, module: nn.Module, expected: Mapping[str, Tensor], base_changed: bool
 ) -> dict[str, LazyTensor]:
     """Return the tensors of the file by the keys of `expected`, all there and none too many.
 
-    `moved` says that PEFT took the adapter's start out of the base weights whose copies it added,
-    so that a copy need not equal the model's own weight.
+    `base_changed` says that PEFT took the adapter's start out of the base weights whose copies it
+    added. Then a copy need not equal the model's own weight.
     """
     found, keys = {}, {}
     for key, tensor in files.tensors.items():
@@ -125,7 +125,7 @@ def _matched(
         inner = inner if inner in expected else name_in(module, inner)
         found[inner], keys[inner] = tensor, key
     for inner in found:
-        if inner in expected or _is_copy(files.path, module, inner, found[inner], moved):
+        if inner in expected or _is_copy(files.path, module, inner, found[inner], base_changed):
             continue
         if not _is_twin(files.path, module, inner, found):
             raise LorakitError(
@@ -155,7 +155,9 @@ def _full(key: str) -> str:
     return key if key.startswith("base_model.") or "." not in key else PREFIX + key
 
 
-def _is_copy(path: Path, module: nn.Module, key: str, tensor: LazyTensor, moved: bool) -> bool:
+def _is_copy(
+    path: Path, module: nn.Module, key: str, tensor: LazyTensor, base_changed: bool
+) -> bool:
     """Return whether `key` is the weight of an adapted embedding or head, which PEFT adds.
 
     Raises LorakitError unless it is the model's own weight: with another one the adapter was
@@ -168,7 +170,7 @@ def _is_copy(path: Path, module: nn.Module, key: str, tensor: LazyTensor, moved:
     own = wrapper.original._parameters.get("weight")
     if own is None or not own.is_floating_point():
         return True  # packed: not comparable bit by bit
-    same = moved or torch.equal(tensor.read().to(own), own)
+    same = base_changed or torch.equal(tensor.read().to(own), own)
     if tensor.shape != tuple(own.shape) or not same:
         raise LorakitError(
             f"{path}: {key} differs from the model's: the adapter was trained on another model, or "

@@ -39,7 +39,7 @@ from lorakit.files.local import read_json
 from lorakit.models.decoder import Decoder
 from lorakit.models.packed_layers import PackedWeight
 
-# Options of PEFT for loading that have to be left as they are there.
+# PEFT's options for loading. Only their defaults are accepted.
 _FOR_LOADING = (
     "config",
     "device_map",

@@ -19,22 +19,20 @@ METHODS = {
     "adalora": ("AdaLoraConfig", {"target_modules": LAYERS, "init_r": 4, "total_step": 9}),
 }
 
-PROMPTS = {
-    "prompt": ("PromptTuningConfig", {}),
-    "p-tuning": ("PromptEncoderConfig", {"encoder_hidden_size": 20}),
-    "p-tuning lstm": (
-        "PromptEncoderConfig",
-        {"encoder_hidden_size": 20, "encoder_reparameterization_type": "LSTM"},
-    ),
-    "prefix": ("PrefixTuningConfig", {}),
-    "prefix projected": (
-        "PrefixTuningConfig",
-        {"prefix_projection": True, "encoder_hidden_size": 20},
-    ),
-}
+LENGTH = {"num_virtual_tokens": 5}
 
 PROMPTS = {
-    name: (kind, {**fields, "num_virtual_tokens": 5}) for name, (kind, fields) in PROMPTS.items()
+    "prompt": ("PromptTuningConfig", LENGTH),
+    "p-tuning": ("PromptEncoderConfig", {**LENGTH, "encoder_hidden_size": 20}),
+    "p-tuning lstm": (
+        "PromptEncoderConfig",
+        {**LENGTH, "encoder_hidden_size": 20, "encoder_reparameterization_type": "LSTM"},
+    ),
+    "prefix": ("PrefixTuningConfig", LENGTH),
+    "prefix projected": (
+        "PrefixTuningConfig",
+        {**LENGTH, "prefix_projection": True, "encoder_hidden_size": 20},
+    ),
 }
 
 EVERY = METHODS | PROMPTS

@@ -12,7 +12,7 @@ import lorakit as lk
 from lorakit.adapters.manage import attached
 from lorakit.adapters.methods.known import METHODS as METHODS_OF_LORAKIT
 from lorakit.adapters.methods.known import method_called, method_of
-from tests.adapters.common import hugging_face, nested
+from tests.adapters.common import filled, hugging_face, nested
 from tests.adapters.methods.common import (
     EVERY,
     IDS,
@@ -146,11 +146,7 @@ def test_train_takes_every_method(model, tiny_dir, tmp_path, method):
 def test_a_name_in_which_another_one_ends_of_another_method(tmp_path, kind):
     steps = {"total_step": 9} if kind is lk.AdaLoraConfig else {}
     module, x = nested(), torch.randn(3, 8)
-    lk.attach(module, kind(target_modules=["0", "1.1"], exclude_modules=["1.0"], **steps))
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter))
+    filled(lk.attach(module, kind(target_modules=["0", "1.1"], exclude_modules=["1.0"], **steps)))
     lk.save_adapter(module, tmp_path)
     assert torch.equal(lk.load_adapter(nested(), tmp_path)(x), module(x))
 
@@ -174,7 +170,7 @@ def test_a_name_in_which_another_one_ends_of_another_method(tmp_path, kind):
             lambda: lk.PromptTuningConfig(num_virtual_tokens=2, prompt_tuning_init="RANDM"),
             "did you mean 'RANDOM'",
         ),
-        (lambda: lk.TrainConfig(), "TrainConfig is no adapter's config"),
+        (lambda: lk.TrainConfig(), "TrainConfig is not the config of a lorakit adapter"),
     ],
 )
 def test_refused_configs(model, make, message):

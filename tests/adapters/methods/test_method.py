@@ -78,7 +78,7 @@ def test_a_new_method_is_attached_merged_saved_and_loaded(monkeypatch, tmp_path)
 
 
 def test_without_the_entry_its_config_is_refused():
-    with pytest.raises(lk.LorakitError, match="ShiftConfig is no adapter's config of lorakit's"):
+    with pytest.raises(lk.LorakitError, match="ShiftConfig is not the config of a lorakit adapter"):
         lk.attach(fresh(), ShiftConfig(target_modules=["0"]))
 
 

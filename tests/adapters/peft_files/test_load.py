@@ -8,7 +8,7 @@ import torch
 
 import lorakit as lk
 from lorakit.adapters.layers.lora import lora_layers
-from tests.adapters.common import IDS, edit_config, edit_tensors, hugging_face, randomize
+from tests.adapters.common import IDS, edit_config, edit_tensors, filled, hugging_face, randomize
 from tests.adapters.peft_files.adapters_of_peft import LOGITS
 
 CONFIG = lk.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"])
@@ -128,11 +128,7 @@ def test_tied_embeddings_both_ways(tmp_path, kind, options):
     options = {"r": 4, "target_modules": ["q_proj"], "ensure_weight_tying": True, **options}
     theirs = peft.get_peft_model(base(), peft.LoraConfig(**options)).eval()
     torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    theirs.save_pretrained(tmp_path / "theirs")
+    filled(theirs).save_pretrained(tmp_path / "theirs")
     ours = lk.load_adapter(mine().eval(), tmp_path / "theirs")
     assert (logits(ours) - theirs(IDS).logits).abs().max() <= LOGITS
     assert (logits(ours) - base()(IDS).logits).abs().max() > 0.1

@@ -7,7 +7,7 @@ import torch
 
 import lorakit as lk
 from lorakit.adapters.layers.lora import lora_layers
-from tests.adapters.common import IDS, edit_config, hugging_face, nested, randomize
+from tests.adapters.common import IDS, edit_config, filled, hugging_face, nested, randomize
 from tests.adapters.peft_files.adapters_of_peft import LOGITS
 
 
@@ -74,19 +74,11 @@ def test_modules_to_save_by_any_end_of_their_names(model, tiny_dir, tmp_path):
     options = {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["norm"]}
     theirs = peft.get_peft_model(hugging_face(tiny_dir), peft.LoraConfig(**options)).eval()
     torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    theirs.save_pretrained(tmp_path / "theirs")
+    filled(theirs).save_pretrained(tmp_path / "theirs")
     lk.load_adapter(model, tmp_path / "theirs", name="theirs")
     assert (model(IDS) - theirs(IDS).logits).abs().max() <= LOGITS
 
-    lk.attach(model, lk.LoraConfig(**options), name="ours")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
+    filled(lk.attach(model, lk.LoraConfig(**options), name="ours"))
     lk.save_adapter(model, tmp_path / "ours")
     written = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
     assert written["modules_to_save"] == ["model.norm"]
