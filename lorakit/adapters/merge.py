@@ -157,15 +157,17 @@ def merge_and_unload(module: nn.Module, base: str = "dequantized") -> nn.Module:
 def _merge_layers(
     layers: Mapping[str, Attached], base: str, originals: Mapping[str, LazyTensor]
 ) -> None:
+    """Merge the selected part of each layer, then the heads that share an embedding's weight."""
     for name, each in tqdm(layers.items(), desc="merging", disable=None, leave=False):
         if each.selected is not None:
             each.set_merged(_merged(name, each, base, originals.get(name)))
-    for each in layers.values():  # heads follow the embeddings whose weight they share
+    for each in layers.values():
         if isinstance(each, TiedHead) and each.embedding.merged is not None:
             each.set_merged(each.make_merged(None))
 
 
 def _merged(name: str, each: Attached, base: str, original: LazyTensor | None) -> nn.Module:
+    """Return the merged layer called `name`; `original` takes the place of the base's weight."""
     weight = None if original is None else original.read().to(each.device)
     if has_own_forward(each.original):
         raise LorakitError(

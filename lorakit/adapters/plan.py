@@ -60,6 +60,7 @@ class Plan:
         return self._wrap(name, kind, lambda layer: kind(_linear_base(layer)))
 
     def _wrap(self, name: str, kind: type[W], make: Callable[[nn.Module], W]) -> W | None:
+        """Do as `wrap` says; `make` builds a wrapper around a module that has none."""
         module = self.layers[name]
         if isinstance(module, Attached) and type(module) is not kind:
             raise LorakitError(

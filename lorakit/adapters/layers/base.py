@@ -166,6 +166,7 @@ class AttachedLinear(Attached[PartT]):
         return bias
 
     def _as_one_module(self) -> nn.Module:
+        """Return one module that computes as the wrapper does, merged for that if need be."""
         return self.current_module() if self.active is None else self.make_merged(None)
 
     def make_plain(self, weight: Tensor, bias: Tensor | None) -> nn.Module:

@@ -48,6 +48,7 @@ class HeadOfEmbedding:
 
 
 def _frozen(weight: Tensor) -> Tensor:
+    """Return `weight`; raise LorakitError if it trains."""
     if weight.requires_grad:
         raise LorakitError(
             "the weight of an adapted embedding is to train, and a head is tied to it: the head's "
@@ -88,6 +89,7 @@ def _look_up(embedding: nn.Module, weight: Tensor, ids: Tensor, padding_idx: int
 
 
 def _padding(embedding: nn.Module) -> int | None:
+    """Return the token whose row gets no gradient, if there is one."""
     return embedding.padding_idx if isinstance(embedding, nn.Embedding) else None
 
 
@@ -251,6 +253,7 @@ class TiedHead(Attached[nn.Module]):
         return {}
 
     def compute_inactive(self, x: Tensor) -> Tensor:
+        """Compute as a head always does: no part of its own is ever active."""
         if self.by_rows:
             raise LorakitError("adapter_rows: an adapted head that is tied has one adapter for all")
         embedding = self.embedding

@@ -99,6 +99,7 @@ def _check_patterns(config: LoraConfig, chosen: Sequence[str]) -> None:
 
 
 def _plan_linear(plan: Plan, name: str, config: LoraConfig) -> None:
+    """Plan A and B of the linear layer `name`."""
     plan.check_linear(name, "adapt that one, with ensure_weight_tying")
     layer = plan.wrap_linear(name, LoraLinear)
     if layer is None:
@@ -125,6 +126,7 @@ def _linear_part(layer: LoraLinear, config: LoraConfig, r: int, scaling: float) 
 
 
 def _plan_embedding(plan: Plan, name: str, config: LoraConfig) -> None:
+    """Plan A and B of the embedding `name`, and tie its heads to it."""
     embedding = plan.layers[name]
     if config.lora_bias:
         raise LorakitError(f"attach: {name} is an embedding, which takes no lora_bias")
@@ -177,6 +179,7 @@ def _token_ids(
 
 
 def _plan_token_rows(plan: Plan, name: str, ids: list[int], config: LoraConfig) -> None:
+    """Plan the rows of tokens `ids` of the embedding `name`, and tie its heads to it."""
     if is_saved_whole(name, config) or isinstance(plan.wrapper_of(name), LoraEmbedding):
         raise LorakitError(
             f"trainable_token_indices: {name} is among target_modules or modules_to_save too; "

@@ -170,7 +170,7 @@ class _LSTMEncoder(nn.Module):
 
 
 class Prompt(Attached[PromptPart]):
-    """A learned prompt in the place of a decoder's `NoPrompt`."""
+    """A learned prompt, which stands in the place of a decoder's `NoPrompt` and is called as it."""
 
     @property
     def length(self) -> int:
@@ -193,8 +193,9 @@ class Prompt(Attached[PromptPart]):
         return {"prompt_embeddings": finished.float()}
 
     def compute(self, part: PromptPart, model: Decoder, cache: Cache | None, rows: int) -> Cache:
+        """Return a cache of so many rows that begins with the prompt; see `NoPrompt.forward`."""
         if cache is not None and cache.length > 0:
-            return cache  # it was begun with the prompt
+            return cache  # it holds the prompt already
         layers = [
             (k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1))
             for k, v in part.keys_values(model)

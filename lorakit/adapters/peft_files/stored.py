@@ -208,10 +208,11 @@ _Parts = Mapping[str, Mapping[str, LazyTensor]]  # the parts of each layer by it
 def _layer(
     path: Path, config: StoredConfig, key: str, parts: _Parts, embedding: bool
 ) -> StoredLayer:
+    """Return the layer at `key`, described by the config and by the shapes of its tensors."""
     a, b = _pair(path, key, parts[key], embedding)
     rows, experts = a.shape[0], 0
     name = key.removeprefix(PREFIX)
-    configured = name  # the name that the patterns are asked with
+    configured = name  # the patterns are matched against this one
     if is_fused(key):
         name = configured = _fused_name(path, config, key, parts)
         experts = _experts(path, config, name, key, rows)

@@ -106,9 +106,10 @@ class LoraModel(Wrapper):
         """Return the model without adapters."""
         return detach(self.model)
 
-    def _select_for(self, what: str, names: Sequence[str] | None) -> None:
+    def _select_for(self, caller: str, names: Sequence[str] | None) -> None:
+        """Select the one adapter of `names` that `caller` is about to merge, if any is named."""
         if names is not None:
-            check(len(names) == 1, f"{what}: one adapter is merged; combine several first")
+            check(len(names) == 1, f"{caller}: one adapter is merged; combine several first")
             set_adapter(self.model, names[0])
 
     @property

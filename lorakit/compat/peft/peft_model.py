@@ -139,9 +139,10 @@ class PeftModel(Wrapper):
         return self._config_of(self.active_adapter)
 
     def _config_of(self, name: str) -> LoraConfig | TargetConfig | PromptConfig:
+        """Return the config of an adapter; one of LoRA becomes a LoraConfig of this package."""
         model = self.get_base_model()
         config: TargetConfig | PromptConfig = adapter_config(model, name)
-        if not isinstance(config, PlainConfig):  # of another method than LoRA
+        if not isinstance(config, PlainConfig):  # another method than LoRA
             return config
         if not isinstance(config, LoraConfig):
             config = LoraConfig(**vars(config))
@@ -249,6 +250,7 @@ class PeftModel(Wrapper):
     # ---- computing ----
 
     def _rows(self, names: Sequence[str] | None) -> AbstractContextManager[None]:
+        """Return a context in which row i goes through adapter names[i]; "__base__" means none."""
         if names is None:
             return nullcontext()
         check(not self.training, "adapter_names: the model is in training mode; call eval() first")
