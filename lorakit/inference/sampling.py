@@ -21,7 +21,10 @@ from lorakit.config.errors import LorakitError
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of how a token is picked. Raises LorakitError for a value outside its range."""
+    """Settings of how a token is picked.
+
+    Making one raises LorakitError for a value outside its range.
+    """
 
     temperature: float = 0.0
     """Divisor of the logits; 0 takes the likeliest token."""

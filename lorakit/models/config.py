@@ -34,9 +34,10 @@ _POSITIVE_OR_NULL = (
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What a decoder computes. Names and defaults are those of Hugging Face's config.json.
+    """The settings that say what a decoder computes.
 
-    Raises LorakitError, when it is made, for values that no decoder can have.
+    Names and defaults are those of Hugging Face's config.json. Making one raises LorakitError for
+    values that no decoder can have.
     """
 
     model_type: str

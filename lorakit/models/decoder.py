@@ -1,4 +1,4 @@
-"""The decoder: one class for all families, which differ only by the fields of ModelConfig.
+"""The decoder: one class for all families, whose differences are fields of ModelConfig.
 
     x = embed(ids)
     for each block:   x += attention(norm(x));   x += mlp(norm(x))
@@ -108,7 +108,7 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
     ) -> Tensor:
         """Return the final, normalized hidden states [B, T, H] of input_ids int64 [B, T]."""
-        if self.beginning.length:
+        if self.beginning.length:  # a learned prompt comes before the rows
             if cu_seqlens is not None:
                 raise LorakitError("packed documents take no prompt; give them as rows of a batch")
             cache = self.beginning(self, cache, len(input_ids))

@@ -33,7 +33,10 @@ ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """A rotary embedding: theta, and how it is stretched. Names are those of config.json."""
+    """A rotary embedding: its theta, and how it is stretched.
+
+    Names are those of config.json. Making one raises LorakitError for values that no rotation has.
+    """
 
     rope_theta: float = 10000.0
     """Base of the frequencies, theta."""

@@ -56,7 +56,7 @@ class Int8Tensor:
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors lie."""
+        """The device that the tensors lie on."""
         return self.values.device
 
     @property

@@ -163,7 +163,7 @@ class NF4Tensor:
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors lie."""
+        """The device that the tensors lie on."""
         return self.codes.device
 
     @property
