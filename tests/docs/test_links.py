@@ -64,6 +64,8 @@ def test_files_that_a_page_names_exist(page):
 def test_public_names_on_a_page_exist(page):
     for name in set(re.findall(r"\blk\.(\w+)", read(page))):
         assert name in lk.__all__, name
+    for module, name in re.findall(r"\blk\.(kernels|memory|metrics|optim)\.(\w+)", read(page)):
+        assert hasattr(getattr(lk, module), name), f"{module}.{name}"
 
 
 def test_every_page_is_in_the_navigation():
