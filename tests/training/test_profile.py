@@ -22,7 +22,7 @@ def test_the_rows_are_the_work_of_a_step(tiny_dir, tok, tmp_path):
     assert rest[0] == "the rest"
     assert [seconds for _, seconds in work] == sorted((s for _, s in work), reverse=True)
     assert all(seconds > 0 for _, seconds in work)
-    assert sum(found.rows.values()) == pytest.approx(found.seconds, rel=0.2)
+    assert sum(found.rows.values()) == pytest.approx(found.seconds)  # the rest makes up for it
     names = [name for name, _ in work]
     assert "optimizer" in names
     assert any(name.startswith("lora_linear: ") for name in names)
