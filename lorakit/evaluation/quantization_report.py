@@ -23,7 +23,8 @@ from lorakit import kernels
 from lorakit.config.errors import LorakitError
 from lorakit.config.quantization import QuantConfig, quant_config
 from lorakit.files.local import as_path, atomic
-from lorakit.models.load import only_dense, open_model
+from lorakit.models.bitsandbytes import only_dense
+from lorakit.models.load import open_model
 from lorakit.models.packed_layers import PackedWeight
 from lorakit.models.packed_layers import quantize as quantize_module
 

@@ -1,12 +1,12 @@
 """Weights that bitsandbytes packed, in 4 bits or in int8, as they lie in a file.
 
 One packed weight is several tensors of the file: codes, scales and tables (kernels/ops/nf4 and
-kernels/ops/int8 tell the layout). The weight is told by what lies beside it, not by its name or the
-config: "dynamic" models pack some layers and leave others in 16 bits. `fold_packed` makes each such
-group one weight.
+kernels/ops/int8 tell the layout). The tensors beside a weight show that it is packed. Its name and
+the config do not, because "dynamic" models pack some layers and leave others in 16 bits.
+`fold_packed` makes each such group of tensors one weight.
 
-Sizes and tables are checked against each other when a group is read; one that is not whole raises a
-LorakitError.
+Sizes and tables are checked against each other when a group is read. A group that is not whole
+raises a LorakitError.
 """
 
 from collections.abc import Callable, Mapping
@@ -41,7 +41,7 @@ def fold_packed(tensors: Mapping[str, LazyTensor], where: str) -> dict[str, Lazy
 
     Raises LorakitError for a group that is not whole; `where` names the files in the message.
     """
-    left = dict(tensors)  # loses what belongs to a packed weight
+    left = dict(tensors)  # the parts of packed weights are taken out one group after the other
     packed = {}
     for key in tensors:
         name, mark, _ = key.partition(MARK)
@@ -53,12 +53,19 @@ def fold_packed(tensors: Mapping[str, LazyTensor], where: str) -> dict[str, Lazy
     return {**left, **packed}
 
 
+def only_dense(weights: Mapping[str, LazyWeight]) -> dict[str, LazyTensor] | None:
+    """Return `weights` as they are, or None if one of them is packed."""
+    dense = {name: w for name, w in weights.items() if isinstance(w, LazyTensor)}
+    return dense if len(dense) == len(weights) else None
+
+
 def _folded(
     left: dict[str, LazyTensor],
     name: str,
     fold: Callable[[dict[str, LazyTensor], str], LazyPacked],
     where: str,
 ) -> LazyPacked:
+    """Take weight `name` out of `left` with `fold`, and name it and its files in an error."""
     if name not in left:
         raise LorakitError(f"{where}: tensor {name} is missing, its scales are there")
     try:
@@ -70,11 +77,10 @@ def _folded(
 def _four_bits(left: dict[str, LazyTensor], name: str) -> LazyPacked:
     """Take the tensors of a 4-bit weight out of `left`."""
     endings = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-    beside = [f"{name}.{ending}" for ending in endings] + [
-        f"{name}{MARK}{t}" for t in ("nf4", "fp4")
-    ]
-    parts = _taken(left, name, beside)
-    states = _values({part: tensor for part, tensor in parts.items() if MARK in part})
+    beside = [f"{name}.{ending}" for ending in endings]
+    marks = [f"{name}{MARK}{quant_type}" for quant_type in ("nf4", "fp4")]
+    parts = _taken(left, name, [*beside, *marks])
+    states = _values({part: tensor for part, tensor in parts.items() if part in marks})
     quant_type, state = read_state(states, name)
     kind: Literal["nf4", "fp4"] = "nf4" if quant_type == "nf4" else "fp4"
     config = QuantConfig(kind, state["blocksize"], "nested_blocksize" in state)

@@ -2,8 +2,8 @@
 
 A template comes with the model, written by a stranger in jinja2's language. It runs in jinja2's
 immutable sandbox: it sees the messages and the variables that it is given, reaches no attribute
-that leads into Python, no file and no module, and cannot change what it is given. How long it runs
-and how much text it makes is not limited.
+that leads into Python, no file and no module, and cannot change what it is given. There is no limit
+on the time that it runs or the text that it makes.
 
 The settings are those of transformers (trim_blocks, lstrip_blocks, loop controls, `tojson`,
 `raise_exception`, `strftime_now`), so that a template gives the same text here and there.
@@ -29,7 +29,7 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class _GenerationTag(Extension):
-    """The tag {% generation %}, around the assistant's text. Its body is rendered as it stands."""
+    """The tag {% generation %} around the assistant's text, whose body is rendered as it is."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -82,9 +82,10 @@ def render_template(source: str, **variables: Any) -> str:
 
 
 def checked_messages(messages: Messages) -> Messages:
-    """Return messages as templates take them: fields of None are left out.
+    """Return messages as templates take them.
 
-    Raises LorakitError unless it is a list of mappings, each with a role.
+    Fields of None are left out, and reasoning gets the names that templates know. Raises
+    LorakitError unless `messages` is a list of mappings, each with a role.
     """
     if not isinstance(messages, list) or not messages:
         raise LorakitError(f"messages must be a list with at least one message, not {messages!r}")
@@ -97,7 +98,10 @@ def checked_messages(messages: Messages) -> Messages:
 
 
 def _plain_names(message: dict[str, Any]) -> dict[str, Any]:
-    """Put reasoning under the names by which templates look for it, as transformers 5 does."""
+    """Return a message with its reasoning under both names that templates use.
+
+    transformers 5 does so too.
+    """
     found = [message[name] for name in REASONING if name in message]
     if not found:
         return message

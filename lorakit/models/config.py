@@ -1,8 +1,8 @@
 """`ModelConfig` says what a decoder computes: one field per difference between models.
 
-The decoder asks this class and nothing else. How its fields are read from a Hugging Face
-config.json, and written to one, stands in config_json.py; what a `model_type` means beyond the keys
-of that file stands in families.py.
+The decoder asks this class and nothing else. config_json.py reads its fields from a Hugging Face
+config.json and writes them to one. families.py knows what a `model_type` means beyond the keys of
+that file.
 """
 
 import dataclasses
@@ -85,15 +85,15 @@ class ModelConfig:
     scale_embeddings: bool = False
     """Whether embeddings are multiplied by sqrt(hidden_size), rounded to their dtype."""
     query_pre_attn_scalar: float | None = None
-    """Attention scores are divided by the square root of this number; None: of head_dim."""
+    """Attention scores are divided by the square root of this number; None takes head_dim."""
     attn_logit_softcapping: float | None = None
     """Soft cap c of the attention scores: s becomes c tanh(s / c) before the softmax."""
     final_logit_softcapping: float | None = None
-    """Soft cap of the logits."""
+    """Soft cap of the logits, by the formula of attn_logit_softcapping."""
     sliding_window: int | None = None
     """Number of positions that a sliding layer sees, its own included."""
     sliding_layers: list[bool] = field(default_factory=list)
-    """Whether each layer has the sliding window; an empty list: none has."""
+    """Whether each layer has the sliding window; an empty list means that none has."""
     num_experts: int = 0
     """Number of experts in a layer that has them."""
     num_experts_per_tok: int = 0
@@ -103,7 +103,7 @@ class ModelConfig:
     norm_topk_prob: bool = True
     """Whether the weights of a token's experts are scaled to sum to one."""
     moe_layers: list[bool] = field(default_factory=list)
-    """Whether each layer has experts in the MLP's place; an empty list: none has."""
+    """Whether each layer has experts in the MLP's place; an empty list means that none has."""
     moe_names: list[str] = field(
         default_factory=lambda: ["mlp", "gate_proj", "up_proj", "down_proj"]
     )

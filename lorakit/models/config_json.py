@@ -4,7 +4,8 @@ Both spellings are read: that of transformers 4 (`rope_theta` beside `rope_scali
 `sliding_window_pattern`) and that of 5 (`rope_parameters`, nested by layer type for Gemma 3, and
 `layer_types`). The older one is written, because every version reads it.
 
-What a file leaves out, or says with another name, depends on its `model_type`; families.py knows.
+The defaults of keys that a file leaves out, and some names, depend on the file's `model_type`.
+families.py lists them.
 """
 
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from lorakit.models.families import FAMILIES, MULTIMODAL, Family
 from lorakit.models.rope import RopeConfig
 
 _SLIDES = {"full_attention": False, "sliding_attention": True}
-"""The names in layer_types, and whether such a layer has the sliding window."""
+"""Names in layer_types -> whether such a layer has the sliding window."""
 _NULL_IS_DEFAULT = (
     "rope_theta",
     "rope_local_base_freq",
@@ -47,7 +48,7 @@ _NOT_WRITTEN = (
 )
 """Fields that follow from the family or from other keys, or are written by `_write_experts`."""
 _MOST_LAYERS = 10_000
-"""A damaged file may ask for more layers than memory holds; lists per layer end here."""
+"""Length at which lists per layer end; a damaged file may ask for more layers than memory holds."""
 
 
 # ---- reading ----
@@ -82,10 +83,11 @@ def text_config(values: Any, where: str) -> tuple[Mapping[str, Any], str]:
 
 
 def fields_from_hf(config_json: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the fields of `ModelConfig` that a config.json gives, among keys that are none.
+    """Return the fields of `ModelConfig` that a config.json gives.
 
-    Types and sizes are not checked here. Raises LorakitError, naming the file `where`, for what
-    cannot be translated.
+    The result still holds the file's other keys. Types and sizes are not checked here. Raises
+    LorakitError, naming the file `where`, if the file asks for a computation that lorakit does not
+    have, or says something that cannot be translated.
     """
     family = FAMILIES.get(str(config_json["model_type"]), Family(""))
     ignored = {name for name in _NULL_IS_DEFAULT if config_json.get(name) is None}
@@ -103,10 +105,11 @@ def fields_from_hf(config_json: Mapping[str, Any], where: str) -> dict[str, Any]
 
 
 def _refuse_what_is_not_computed(values: Mapping[str, Any], where: str) -> None:
+    """Raise LorakitError if a file asks for a computation that lorakit does not have."""
     quantization = values.get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-        if method != "bitsandbytes":  # its packed tensors the loader knows by their names
+        if method != "bitsandbytes":  # the loader finds its packed tensors by their names
             raise LorakitError(
                 f"{where}: the model is already quantized "
                 f"({method or 'quantization_config'}), which is not supported; load its 16-bit "
@@ -185,7 +188,7 @@ def _read_rope(given: Any, values: Mapping[str, Any], theta: Any, where: str) ->
 
 
 def _read_sliding_layers(values: Mapping[str, Any], where: str) -> list[bool]:
-    """Return whether each layer slides, from layer_types or the keys that came before it."""
+    """Return whether each layer has the sliding window, from layer_types or the older keys."""
     if not values.get("use_sliding_window", True):
         return []
     kinds = values.get("layer_types")
@@ -262,9 +265,9 @@ def fields_to_hf(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_sliding_layers(values: dict[str, Any], sliding: list[bool], family: Family) -> None:
-    """Write the older keys, and layer_types only where those do not say the same.
+    """Write the older keys, and layer_types only if these keys do not say it all.
 
-    A Mistral that carries layer_types is taken for a Ministral.
+    layer_types is not written always because a Mistral that carries it is taken for a Ministral.
     """
     if "sliding_window_pattern" in family.defaults:
         values["sliding_window_pattern"] = family.defaults["sliding_window_pattern"]
@@ -272,9 +275,9 @@ def _write_sliding_layers(values: dict[str, Any], sliding: list[bool], family: F
         values["use_sliding_window"] = any(sliding)
         values["max_window_layers"] = sliding.index(True) if any(sliding) else len(sliding)
     if _read_sliding_layers(values, "") != sliding:
-        full, slides = _SLIDES
+        names = {slides: name for name, slides in _SLIDES.items()}
         layers = sliding or [False] * values["num_hidden_layers"]
-        values["layer_types"] = [slides if layer else full for layer in layers]
+        values["layer_types"] = [names[slides] for slides in layers]
 
 
 _SCALING_KEYS: dict[str, tuple[str, ...]] = {
@@ -309,6 +312,7 @@ _SCALING_KEYS: dict[str, tuple[str, ...]] = {
 
 
 def _write_ropes(values: dict[str, Any], rope: RopeConfig, local: RopeConfig | None) -> None:
+    """Write the rotary embedding of all layers, and the sliding layers' own if there is one."""
     values["rope_theta"], values["rope_scaling"] = rope.rope_theta, _scaling(rope)
     if rope.rope_type == "longrope":
         original = rope.original_max_position_embeddings
@@ -317,9 +321,10 @@ def _write_ropes(values: dict[str, Any], rope: RopeConfig, local: RopeConfig | N
         return
     values["rope_local_base_freq"] = local.rope_theta
     if local.rope_type != "default":  # version 4 has no key for it
+        both = {"full_attention": rope, "sliding_attention": local}
         values["rope_parameters"] = {
             kind: {"rope_theta": each.rope_theta} | (_scaling(each) or {})
-            for kind, each in zip(_SLIDES, (rope, local), strict=True)
+            for kind, each in both.items()
         }
 
 
@@ -333,6 +338,7 @@ def _scaling(rope: RopeConfig) -> dict[str, Any] | None:
 
 
 def _write_experts(values: dict[str, Any], fields: Mapping[str, Any], family: Family) -> None:
+    """Write the keys of the experts, under the names of Mixtral or of Qwen3-MoE."""
     values["num_experts_per_tok"] = fields["num_experts_per_tok"]
     if "moe_intermediate_size" not in family.defaults:  # Mixtral
         values["num_local_experts"] = fields["num_experts"]

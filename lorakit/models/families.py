@@ -14,7 +14,7 @@ class Family:
     """What a model_type says beyond the keys of its config.json."""
 
     architecture: str
-    """Name of the class in transformers, for the key `architectures`."""
+    """Name of the family's class in transformers, for the key `architectures`."""
     fields: dict[str, Any] = field(default_factory=dict)
     """ModelConfig fields that every model of the family has."""
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -22,9 +22,9 @@ class Family:
     ignored: tuple[str, ...] = ()
     """Keys that files of the family carry and transformers does not use."""
     activation: str = "hidden_act"
-    """Key of the MLP's activation."""
+    """Key under which the family's files name the MLP's activation."""
     activations: dict[str, str] = field(default_factory=dict)
-    """Activations that the family's files name otherwise, and what they mean."""
+    """Names of activations that mean another one in the family's files -> that one."""
 
 
 _LEFTOVERS = ("sliding_window", "layer_types")  # of files whose family has no window

@@ -1,20 +1,20 @@
 """GGUF files as models: the config and the published weights that a file stands for.
 
-files/gguf.py reads the container; here its names, keys and values become Hugging Face's. A file's
-weights are the published ones but for three things, which are undone as a tensor is read:
+files/gguf.py reads the container. Here its names, keys and values become Hugging Face's. A file's
+weights differ from the published ones in three ways, which are undone as a tensor is read:
 
 - `llama` files (Llama, Mistral, Mixtral) store the rows of q_proj and k_proj in another order: the
   two halves of a head are interleaved, for a rotary embedding that turns neighbours.
 - Gemma's norm weights are stored as what norms multiply by, one more than the published weight.
-- All experts of a layer lie in one tensor [E, out, in]. Each is a tensor of its own here, and its
-  bytes alone are read.
+- All experts of a layer lie in one tensor [E, out, in]. Here each expert is a tensor of its own,
+  and reading it reads its bytes alone.
 
-A file leaves some things unsaid. They are taken to be what llama.cpp computes: Gemma's attention
+A file leaves some things unsaid. For these lorakit computes what llama.cpp does: Gemma's attention
 scale goes by the number of layers, Qwen has no sliding window, Qwen3-MoE's expert weights sum to
 one.
 
 Metadata of a wrong type, sizes that do not fit each other, and tensors that the architecture does
-not have raise a LorakitError: nothing that the file says is believed without a check.
+not have raise a LorakitError. Nothing that a file says is believed without a check.
 """
 
 import dataclasses
@@ -109,15 +109,18 @@ class _Dialect(NamedTuple):
     names: Mapping[str, str]
     """GGUF's names of a layer's tensors -> Hugging Face's."""
     keys: Mapping[str, str] = MappingProxyType({})
-    """The keys that it has beside _KEYS."""
+    """Keys of config.json -> keys of the file, beside those of _KEYS."""
     defaults: Mapping[str, Any] = MappingProxyType({})
-    """Values of config.json where the file has no key."""
+    """Values of config.json for keys that the file leaves out."""
     permuted: bool = False
     """Whether the rows of q_proj and k_proj are interleaved."""
     norm_offset: float = 0.0
-    """What was added to the norm weights."""
+    """The number that was added to the norm weights."""
     full_width_layers: int | None = None
-    """The number of layers of the size whose attention scale is 1 / sqrt(hidden_size / heads)."""
+    """The number of layers of the one size whose attention scale is 1 / sqrt(hidden_size / heads).
+
+    The other sizes scale by 1 / sqrt(head_dim). None means that all sizes do.
+    """
 
 
 _LLAMA = _Dialect("llama", _ATTENTION | _MLP, permuted=True)
@@ -159,11 +162,12 @@ _DIALECTS = {
 def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, LazyTensor]]:
     """Return a file's config, and its tensors under Hugging Face's names, still on disk.
 
-    Every tensor reads as fp32, with the values of the published weight.
+    Every tensor reads as fp32, with the values of the published weight. Reading it raises
+    LorakitError if the gguf package cannot dequantize its block format.
 
-    Raises LorakitError for a damaged or truncated file, an architecture that lorakit does not have,
-    or a tensor that the architecture does not have. Reading a tensor raises it for a block format
-    that the gguf package cannot dequantize.
+    Raises:
+        LorakitError: The file is damaged or cut off, lorakit does not have its architecture, or a
+            tensor does not belong to the architecture.
     """
     header = read_header(path)
     lengths = {name: data_length(path, name, info) for name, info in header.tensors.items()}
@@ -188,6 +192,7 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, LazyTensor]]:
 
 
 def _dialect(path: Path, metadata: Mapping[str, Any]) -> _Dialect:
+    """Return the dialect of a file's architecture; refuse an architecture that has none."""
     arch = metadata.get("general.architecture")
     if arch not in list(_DIALECTS):  # a list: a damaged file may hold what cannot be hashed
         known = ", ".join(_DIALECTS)
@@ -201,7 +206,7 @@ def _dialect(path: Path, metadata: Mapping[str, Any]) -> _Dialect:
 
 
 def _hf_name(path: Path, name: str, dialect: _Dialect) -> str:
-    """Return Hugging Face's name, with {} for an expert's number where all lie in one tensor."""
+    """Return the Hugging Face name of a tensor, with {} for the number of each expert in it."""
     match name.split("."):
         case [stem, leaf] if stem in _OUTSIDE:
             return f"{_OUTSIDE[stem]}.{leaf}"
@@ -229,7 +234,7 @@ def _experts(
 def _restoration(
     hf_name: str, dialect: _Dialect, config: ModelConfig
 ) -> Callable[[Tensor], Tensor] | None:
-    """Return what turns a tensor as it is stored into the published one, if they differ."""
+    """Return the function that turns a stored tensor into the published one, if they differ."""
     if dialect.permuted and "q_proj" in hf_name:
         return partial(_unpermute, heads=config.num_attention_heads)
     if dialect.permuted and "k_proj" in hf_name:
@@ -327,9 +332,9 @@ def _rope_scaling(path: Path, metadata: Mapping[str, Any], prefix: str) -> dict[
 def _llama3_rope(path: Path, info: TensorInfo, config: ModelConfig) -> RopeConfig:
     """Return the rotary embedding that the divisors of the frequencies at `info` stand for.
 
-    Files store Llama 3's scaling as these divisors, not as its four parameters. Every published
-    model uses 1, 4 and 8192 for the last three; the first is the largest divisor. That these four
-    give the stored divisors is checked.
+    Files store Llama 3's scaling as these divisors, not as its four parameters. The first of them,
+    the factor, is the largest divisor. Every published model uses 1, 4 and 8192 for the other
+    three. A file whose divisors do not follow from these four is refused.
     """
     size, cpu = config.head_dim, torch.device("cpu")
     if info.shape != (size // 2,):

@@ -12,7 +12,7 @@ The other tensors stay on disk, and `save_model` copies them.
 
 Files may come from a stranger. Nothing here unpickles them or runs code from them. Sizes are
 checked before memory is taken: a config that asks for more than the files hold is refused while the
-model is still on the meta device. What is wrong raises a LorakitError of one sentence.
+model is still on the meta device. A refusal is a LorakitError of one sentence.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from lorakit.config.quantization import QuantConfig, quant_config
 from lorakit.files import hub
 from lorakit.files.local import read_json
 from lorakit.files.safetensors import LazyTensor, open_directory
-from lorakit.models.bitsandbytes import LazyPacked, LazyWeight, fold_packed
+from lorakit.models.bitsandbytes import LazyPacked, LazyWeight, fold_packed, only_dense
 from lorakit.models.config import ModelConfig
 from lorakit.models.decoder import Decoder
 from lorakit.models.families import MULTIMODAL
@@ -61,17 +61,18 @@ def load_model(
         dtype: The dtype of everything that is not quantized, and of all products: "float32",
             "bfloat16" or "float16".
         quantize: A QuantConfig, its fields in a mapping, or its quant_type alone ("nf4", "fp4",
-            "int8"). The linear layers (not the head) are packed so while they are loaded, from the
-            values on disk. None keeps them as they are. What bitsandbytes packed keeps its very
-            codes: `quantize` is not applied to such files, and a line in the log says so.
-        device: Where to put the model. By default the GPU if torch has one, else the CPU.
+            "int8"). The linear layers are packed while they are loaded, from the values on disk;
+            the head and the embeddings only if the config says so. None packs nothing. Weights that
+            bitsandbytes packed keep their very codes: `quantize` is not applied to files that hold
+            such weights, and a line in the log says so.
+        device: The device to put the model on. None takes the GPU if torch has one, else the CPU.
 
     Returns:
         The model, with `source` set to the files that it came from.
 
     Raises:
-        LorakitError: In one sentence, if a file or tensor is missing, damaged, of the wrong shape
-            or left over, or if lorakit does not have what the config asks for.
+        LorakitError: If a file or tensor is missing, damaged, of the wrong shape or left over, or
+            if lorakit does not have what the config asks for.
     """
     dtype, quant = to_dtype(dtype), quant_config(quantize)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -101,9 +102,12 @@ def dense_weights(
     """Return the dense weights that a quantized model was made from, by layer, still on disk.
 
     Args:
-        source: Where the model was loaded from. Its files are opened again.
+        source: The files that the model was loaded from, which are opened again.
         weights: The weights by the layers' names, if the caller has them; then no file is opened.
         what: The name of the caller, for messages.
+
+    Returns:
+        The weights by the layers' names, without ".weight".
 
     Raises:
         LorakitError: If there are no weights and no source, or the source is quantized itself.
@@ -121,13 +125,8 @@ def dense_weights(
     return {name.removesuffix(".weight"): tensor for name, tensor in dense.items()}
 
 
-def only_dense(weights: Mapping[str, LazyWeight]) -> dict[str, LazyTensor] | None:
-    """Return `weights` as they are, or None if one of them is packed."""
-    dense = {name: w for name, w in weights.items() if isinstance(w, LazyTensor)}
-    return dense if len(dense) == len(weights) else None
-
-
 def _in_memory(weight: Tensor) -> LazyTensor:
+    """Return a weight in memory in the form of one on disk."""
     return LazyTensor(tuple(weight.shape), lambda: weight)
 
 
@@ -135,7 +134,7 @@ def _in_memory(weight: Tensor) -> LazyTensor:
 
 
 def open_model(path_or_hub_id: str | Path) -> tuple[Decoder, dict[str, LazyWeight], Source]:
-    """Open a model's files: all is checked, no value is read.
+    """Open a model's files: check names and shapes, and read no weight.
 
     Args:
         path_or_hub_id: A Hugging Face directory, a .gguf file, or a Hub id.
@@ -202,9 +201,9 @@ def _same_values(a: LazyWeight, b: LazyWeight) -> bool:
 
 
 def _empty_model(config: ModelConfig, weights: Mapping[str, LazyWeight], where: str) -> Decoder:
-    """Build the model on the meta device. A damaged config may ask for impossible sizes."""
+    """Build the model on the meta device; refuse sizes that the files do not hold, or none can."""
     last = f"model.layers.{config.num_hidden_layers - 1}.input_layernorm.weight"
-    if last not in weights:  # said before a million layers are built
+    if last not in weights:  # checked first: a damaged config may ask for a million layers
         raise LorakitError(f"{where}: tensor {last} is missing")
     try:
         with torch.device("meta"):
@@ -216,7 +215,10 @@ def _empty_model(config: ModelConfig, weights: Mapping[str, LazyWeight], where: 
 def _selected(
     weights: Mapping[str, LazyWeight], model: Decoder, where: str
 ) -> dict[str, LazyWeight]:
-    """Return the weights of the model, in its order. Raises unless exactly these are there."""
+    """Return the weights of the model, in its order.
+
+    Raises LorakitError if one is missing, of another shape than the model's, or left over.
+    """
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     for name, shape in expected.items():
         if name not in weights:
@@ -226,7 +228,7 @@ def _selected(
                 f"{where}: tensor {name} is {weights[name].shape}, the config asks for {shape}"
             )
     for name in weights:
-        # old files store the rotary frequencies; tied ones may repeat the embedding as head
+        # Old files store the rotary frequencies. Tied models may store the embedding as head too.
         derived = name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
         if name not in expected and not derived:
             raise LorakitError(f"{where}: tensor {name} belongs to no part of the model")
@@ -266,8 +268,8 @@ def _make_shell(model: nn.Module, tensor: str, config: QuantConfig, where: str) 
 def _homes(model: Decoder) -> dict[str, Tensor]:
     """Return memory in large pages for dense matrices and packed codes, by parameter.
 
-    Those of a layer that are smaller than a page lie side by side. Among the temporaries of loading
-    all these would leave holes in the heap.
+    Matrices of one layer that are smaller than a large page lie side by side. Memory that is taken
+    while loading, between its temporaries, would leave holes in the heap.
     """
     groups: dict[tuple[str, torch.dtype], dict[str, Tensor]] = {}
     for name, parameter in model.named_parameters():
@@ -285,14 +287,17 @@ def _homes(model: Decoder) -> dict[str, Tensor]:
 
 
 class _Target(NamedTuple):
-    """The place that values go to, and their dtype."""
+    """The place that weights go to, and their dtype."""
 
     dtype: torch.dtype
+    """The dtype of dense weights."""
     device: torch.device
-    homes: Mapping[str, Tensor]  # memory that waits for a parameter, by its name
+    """The device of all weights."""
+    homes: Mapping[str, Tensor]
+    """Memory that waits for parameters, by their names; the others get memory of their own."""
 
     def copied(self, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return a copy of `value` for parameter `name`. What was read may be a view of a file."""
+        """Return a copy of `value` for parameter `name`; a value that was read may view a file."""
         home = self.homes.get(name)
         if home is not None:
             return home.copy_(value)

@@ -22,12 +22,12 @@ _LAYOUTS = (
     {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."},
     {"model.": "model.language_model.", "lm_head.": "lm_head."},
 )
-# The way back out of either layout, also for parts of names, such as an adapter's target_modules.
+# The way back from either layout. It also fits parts of names, such as an adapter's target_modules.
 _OWN = {"model.language_model.": "model.", "language_model.": ""}
 
 
 def text_name(name: str) -> str:
-    """Return the text model's own name for what a multimodal model calls `name`.
+    """Return the text model's own name of a layer or tensor that a multimodal model calls `name`.
 
     Any other name is returned as it is.
     """

@@ -21,9 +21,9 @@ from lorakit.files import hub
 from lorakit.files.local import as_path, atomic, write_json
 from lorakit.files.safetensors import INDEX_FILE, WEIGHTS_FILE, LazyTensor, write_safetensors
 from lorakit.models.adapted_layer import AdaptedLayer
+from lorakit.models.bitsandbytes import only_dense
 from lorakit.models.config import ModelConfig
 from lorakit.models.decoder import Decoder
-from lorakit.models.load import only_dense
 from lorakit.models.multimodal import Surroundings
 from lorakit.models.packed_layers import Int8Linear, NF4Linear, PackedLinear, PackedWeight
 from lorakit.models.tokenizer_files import load_tokenizer
@@ -34,11 +34,14 @@ _COPIED += ["additional_chat_templates/*.jinja"]
 
 
 class _Entry(NamedTuple):
-    """One tensor of the files that are written. Its values are computed when they are read."""
+    """One tensor that is to be written."""
 
     name: str
+    """Its name in the files."""
     nbytes: int
+    """The bytes of its values."""
     read: Callable[[], Tensor]
+    """Computes its values, or reads them."""
 
 
 def save_model(
@@ -50,8 +53,8 @@ def save_model(
 ) -> None:
     """Write a model as a Hugging Face directory.
 
-    Merged adapters are written as merged. What lay beside the weights that the model was loaded
-    from comes along: tokenizer, generation config, and the other towers of a multimodal model.
+    Merged adapters are written as merged. The tokenizer, the generation config and the other towers
+    of a multimodal model are copied from the files that the model was loaded from.
 
     Args:
         module: The model.
@@ -65,9 +68,9 @@ def save_model(
             holds one such file at a time.
 
     Raises:
-        LorakitError: While an adapter is attached and not merged; if `path` holds the other towers
-            that are to come along; and with `packed`, if no linear layer is packed or there are
-            other towers. Nothing is written then.
+        LorakitError: If an adapter is attached and not merged; if the other towers are packed, or
+            lie in `path` itself; and with `packed`, if no linear layer is packed or the model is
+            multimodal. Nothing is written then.
         OSError: If the disk is full. A file that was there before is whole, old or new.
     """
     path, source = as_path(path), module.source
@@ -99,13 +102,16 @@ def save_model(
 
 
 def _is_merged(module: nn.Module) -> bool:
-    """Return whether every adapter that computes anything is in the weights."""
+    """Return whether the model computes with its weights alone, adapters merged or absent.
+
+    Merging goes through all layers at once, so one merged layer tells that it was done.
+    """
     found = [each for each in module.modules() if isinstance(each, AdaptedLayer)]
     return any(each.merged is not None for each in found) or not found
 
 
 def _layers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield all modules by name; for an adapted one what computes in it, merged or not."""
+    """Yield all modules by name; an adapted one as its base, or as the merged layer."""
     if isinstance(module, AdaptedLayer):
         module = module.current_module()
     yield name, module
@@ -130,7 +136,8 @@ def _packed_form(module: Decoder) -> tuple[type[PackedLinear], dict[str, Any]]:
             "lorakit: save_model: packed experts load in lorakit and transformers 4; "
             "transformers 5 has none"
         )
-    # what transformers is not to expect packed; it has a head even where that is the embedding
+    # transformers must not expect these packed. Its models have a head of their own even where that
+    # is the embedding.
     kinds = (nn.Linear, PackedLinear)
     dense = {name for name, layer in others.items() if isinstance(layer, kinds)}
     if module.lm_head is None:
@@ -185,7 +192,10 @@ def _entries(module: nn.Module, kept: type[PackedLinear] | None) -> Iterator[_En
 def _other_towers(
     surroundings: Surroundings, source: Path, path: Path, packed: bool
 ) -> dict[str, LazyTensor]:
-    """Return the other towers of the model at `source`. Raises if `path` cannot take them."""
+    """Return the tensors of the other towers of the model at `source`.
+
+    Raises LorakitError if they cannot be written to `path`, or not together with a packed text.
+    """
     if surroundings.tensors and path.resolve() == source.resolve():
         raise LorakitError(
             f"save_model: the other towers are read from {path} while it writes; choose another "
@@ -205,7 +215,7 @@ def _surrounded(
     surroundings: Surroundings,
     towers: Mapping[str, LazyTensor],
 ) -> tuple[dict[str, Any], list[_Entry]]:
-    """Return config and tensors of the whole model, given those of its text model."""
+    """Return the config and the tensors of the whole model, given those of its text model."""
     found = [entry._replace(name=surroundings.file_name(entry.name)) for entry in entries]
     found += [_Entry(name, tower.read().nbytes, tower.read) for name, tower in towers.items()]
     tied = {"tie_word_embeddings": config["tie_word_embeddings"]}
@@ -218,7 +228,7 @@ def _surrounded(
 
 
 def _write_weights(path: Path, entries: Iterable[_Entry], max_shard_size: int) -> dict[str, str]:
-    """Write the tensors into one file, or several with an index. Return each tensor's file."""
+    """Write the tensors into one file, or several with an index, and return each tensor's file."""
     shards: list[list[_Entry]] = [[]]
     used = total = 0
     for entry in entries:
@@ -242,7 +252,10 @@ def _write_weights(path: Path, entries: Iterable[_Entry], max_shard_size: int) -
 
 
 def _remove_stale(path: Path, written: set[str]) -> None:
-    """Remove what a save in other shards left: it would be read first, or lie there unread."""
+    """Remove the files of an earlier save in other shards.
+
+    A reader would take them first, or they would lie there unread.
+    """
     if written != {WEIGHTS_FILE}:
         written = {*written, INDEX_FILE}
     found = {WEIGHTS_FILE, INDEX_FILE, *(file.name for file in path.glob("model-*.safetensors"))}
@@ -267,6 +280,7 @@ def _copy_beside(source: Path, path: Path, config: ModelConfig) -> None:
 
 
 def _copy_files(source: Path, path: Path) -> None:
+    """Copy what belongs to a model beside its weights from one directory to another."""
     for pattern in _COPIED:
         for file in filter(Path.is_file, source.glob(pattern)):
             target = path / file.relative_to(source)

@@ -1,4 +1,4 @@
-"""The place that a model was loaded from."""
+"""The files that a model was loaded from, which it keeps in `Decoder.source`."""
 
 from pathlib import Path
 from typing import NamedTuple

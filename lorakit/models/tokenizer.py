@@ -1,6 +1,6 @@
 """A model's tokenizer: text to token ids and back, and chats by the model's own template.
 
-The `tokenizers` library does the work; tokenizer_files.py reads what it needs from a model's files.
+The `tokenizers` library does the work. tokenizer_files.py makes a `Tokenizer` of a model's files.
 A chat that a template has rendered already holds its special tokens, so it is tokenized without
 adding any.
 """
@@ -121,8 +121,8 @@ class Tokenizer:
     def end_token_ids(self) -> list[int]:
         """The ids of the tokens that end an answer.
 
-        They are eos_token, and what closes the assistant's turn in the chat template, which is
-        found by rendering one.
+        They are eos_token, and the token that closes the assistant's turn in the chat template. A
+        short chat is rendered to find that token.
         """
         ends = [] if self.eos_token_id is None else [self.eos_token_id]
         mark = "0123456789"
@@ -175,7 +175,7 @@ class Tokenizer:
             chat_template: The template to use, by default the model's own.
             tools: The tools that the model may call, for the template.
             documents: Documents to answer from, for the template.
-            **variables: Whatever else the template knows.
+            **variables: Other variables of the template, such as enable_thinking.
 
         Returns:
             Token ids, or with tokenize=False the text.

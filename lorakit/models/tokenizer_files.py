@@ -1,18 +1,18 @@
-"""Reading a tokenizer from a model's files.
+"""Read the tokenizer of a model from its files.
 
-A Hugging Face directory gives tokenizer.json as it is. From a GGUF file a tokenizer is built that
-gives llama.cpp's ids. There are two kinds:
+A Hugging Face directory holds a tokenizer.json, which is read as it is. A GGUF file holds the parts
+of a tokenizer, from which one is built that gives llama.cpp's ids. There are two kinds:
 
 - "gpt2", byte-level BPE: the file holds vocabulary, merges and the name of a pre-tokenizer.
-- "llama", SentencePiece's BPE: the file holds a score for each token. Of all neighbours in the text
-  those two are joined next whose union scores highest. So the merges are every split of every
+- "llama", SentencePiece's BPE: the file holds a score for each token. Encoding joins the two
+  neighbours whose union scores highest, again and again. So the merges are every split of every
   token into two others, in the order of the scores. Spaces are written "▁", and a character that is
-  no token becomes tokens of single bytes. Two things that no trained vocabulary has would be cut
-  another way than by llama.cpp: two tokens of one score, of which it joins the leftmost, and a
-  character that is no token within a longer one that is.
+  no token becomes tokens of single bytes. The ids differ from llama.cpp's in two cases, which no
+  trained vocabulary has: two tokens with one score, of which llama.cpp joins the leftmost first,
+  and a character that is no token itself but stands in a longer one.
 
-What a file says of its vocabulary is checked, types and lengths, before a tokenizer is made of it.
-Nothing here runs code from a file: a tokenizer that needs a Python class of its own is not read.
+The types and lengths of a file's vocabulary are checked before a tokenizer is made of it. Nothing
+here runs code from a file: a tokenizer that needs a Python class of its own is not read.
 """
 
 from collections.abc import Mapping
@@ -28,9 +28,9 @@ from lorakit.files.gguf import read_header
 from lorakit.files.local import read_json, read_text
 from lorakit.models.tokenizer import Tokenizer
 
-# How text is cut before BPE, by GGUF's tokenizer.ggml.pre: regexes applied in turn. "gpt-2" is
-# GPT-2's own (openai/gpt-2, encoder.py), "default" is what llama.cpp does where a file names none,
-# the others are the ones in the models' tokenizer.json.
+# The names in GGUF's tokenizer.ggml.pre, and the regexes that cut a text before BPE, one after the
+# other. "gpt-2" is GPT-2's own (openai/gpt-2, encoder.py), "default" is what llama.cpp does where a
+# file names none, the others are those in the models' tokenizer.json.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -117,6 +117,7 @@ def _directory_template(path: Path, config: Mapping) -> str | dict[str, str] | N
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file, which is empty if the file is missing."""
     return read_json(path) if path.exists() else {}
 
 
@@ -124,7 +125,7 @@ def _read_optional(path: Path) -> dict[str, Any]:
 
 
 class _Vocabulary:
-    """What a GGUF file says under tokenizer.ggml, its types checked."""
+    """The keys under tokenizer.ggml of a GGUF file, whose types are checked as they are read."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -164,7 +165,7 @@ class _Vocabulary:
         return values
 
     def special(self, name: str, default: int | None = None) -> str | None:
-        """Return a special token's text, None if the file gives no id, or one outside."""
+        """Return a special token's text, or None if the file gives no id of the vocabulary."""
         token_id = self.get(f"{name}_token_id", int, default)
         if token_id is None or not 0 <= token_id < len(self.tokens):
             return None
@@ -172,7 +173,7 @@ class _Vocabulary:
 
     @property
     def chat_template(self) -> str | None:
-        """The model's chat template."""
+        """The model's chat template, if the file holds one."""
         template = self.metadata.get("tokenizer.chat_template")
         if template is not None and not isinstance(template, str):
             raise LorakitError(
@@ -217,7 +218,10 @@ def _special_tokens(vocabulary: _Vocabulary, *, spm: bool) -> dict[str, str]:
 def _tokens_around(
     vocabulary: _Vocabulary, special: Mapping[str, str], *, spm: bool
 ) -> tuple[list[str], list[str]]:
-    """Return the tokens that go before every text, and those after it."""
+    """Return the tokens that go before every text, and those after it.
+
+    A file may say so. Otherwise llama.cpp's rule holds: SentencePiece and Llama 3 put a BOS before.
+    """
     usual = spm or vocabulary.get("pre", str) == "llama-bpe"
     add_bos = vocabulary.get("add_bos_token", bool, usual)
     add_eos = vocabulary.get("add_eos_token", bool, False)
@@ -237,15 +241,16 @@ def _put_around(backend: tokenizers.Tokenizer, before: list[str], after: list[st
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, vocabulary: _Vocabulary) -> None:
-    """Add the tokens that are found in the text as they stand, before all else is done to it."""
+    """Add the special and user-defined tokens, which are cut out of a text before all else."""
     if "tokenizer.ggml.token_type" not in vocabulary.metadata:
         return
     special: list[tokenizers.AddedToken] = []
     plain: list[tokenizers.AddedToken] = []
-    for token, its in zip(vocabulary.tokens, vocabulary.per_token("token_type", int), strict=True):
-        if its == _USER_DEFINED:
+    kinds = vocabulary.per_token("token_type", int)
+    for token, kind in zip(vocabulary.tokens, kinds, strict=True):
+        if kind == _USER_DEFINED:
             plain.append(tokenizers.AddedToken(token, normalized=False, special=False))
-        elif its in (_UNKNOWN, _CONTROL):
+        elif kind in (_UNKNOWN, _CONTROL):
             special.append(tokenizers.AddedToken(token, normalized=False, special=True))
     backend.add_special_tokens(special)
     backend.add_tokens(plain)
@@ -280,7 +285,7 @@ def _byte_level(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
 
 
 def _sentencepiece(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
-    """Return a BPE tokenizer with merges that follow from the tokens' scores."""
+    """Return SentencePiece's BPE tokenizer, whose merges follow from the tokens' scores."""
     tokens, scores = vocabulary.tokens, vocabulary.per_token("scores", float)
     ids = {token: i for i, token in enumerate(tokens)}
     merges = [
