@@ -1,4 +1,4 @@
-"""What a run has come to: a few numbers that are saved with its checkpoints."""
+"""How far a run has come: a few numbers that are saved with its checkpoints."""
 
 import math
 from collections.abc import Mapping

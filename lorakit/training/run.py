@@ -62,7 +62,7 @@ class HeldOut(NamedTuple):
 class Run:
     """One run of `train` into its output directory, which nobody else may write to meanwhile.
 
-    `progress` holds what the run has come to, and `ended` whether it came to its end.
+    `progress` says how far the run has come, and `ended` whether it came to its end.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Run:
         self.optimizer, self.rate_shares = _optimizer(model, config)
         self.order = Order(examples, config)
         validation = None if held_out is None else held_out.examples
-        self.same = must_match(model, examples, validation, config)
+        self.same = must_match(model, examples, validation, config)  # saved with checkpoints
         self.progress = Progress()
         if checkpoint is not None:
             self.progress = resume_from(checkpoint, model, self.optimizer, self.same, self.order)

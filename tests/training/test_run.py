@@ -143,3 +143,28 @@ def test_an_adapter_without_gradient_is_an_error(tiny_dir, tok, tmp_path):
     layer.set_enabled(False)
     with pytest.raises(lk.LorakitError, match=r"layers\.1\.mlp\.up_proj\.lora_A\S* got no grad"):
         lk.train(model, tok, ROWS, lk.TrainConfig(output_dir=str(tmp_path), max_steps=2))
+
+
+def test_the_settings_of_the_model_are_put_back(tiny_dir):
+    """Whatever they were, and also after an error."""
+    model = adapted(tiny_dir)
+    model.neftune_noise_alpha = 3.0
+    config = lk.TrainConfig(
+        gradient_checkpointing=True, activation_offloading=True, neftune_noise_alpha=5.0
+    )
+
+    def settings():
+        kept = model.gradient_checkpointing, model.offload_activations, model.neftune_noise_alpha
+        return model.training, *kept
+
+    def fails():
+        assert settings() == (True, True, True, 5.0)
+        raise ZeroDivisionError
+
+    before = settings()[1:]
+    assert before == (False, False, 3.0)
+    for mode in (True, False):
+        model.train(mode)
+        with pytest.raises(ZeroDivisionError), training_run.training_mode(model, config):
+            fails()
+        assert settings() == (mode, *before)
