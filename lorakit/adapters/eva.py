@@ -16,9 +16,9 @@ whose Gram matrix is the scatter of all rows so far (Ross et al. 2008, "Incremen
 robust visual tracking", section 2.1). It is exact while the data has rank k. Past that, what was
 cut away after one batch cannot come back, and S is a little too small.
 
-Many rows pass. So the directions are found by subspace iteration with 2 k vectors (`subspace_svd`)
-wherever that is less than everything. It always begins at one and the same random start: equal rows
-give equal bits, and torch's generator does not move.
+Many rows pass, so the directions are found by subspace iteration with 2 k vectors (`subspace_svd`)
+wherever that is less than a whole decomposition. It always begins at one and the same random start,
+so equal rows give equal bits, and torch's generator does not move.
 """
 
 import dataclasses
@@ -81,15 +81,16 @@ def eva(
         module: The model that the adapter is attached to.
         batches: Token ids, int64 [B, T], or mappings of keywords for `module`; positions where
             their attention_mask is 0 do not count. No more batches are taken than are needed.
-        rho: No layer gets more than rho times its rank. 1 leaves all ranks as they are.
+        rho: No layer gets more than rho times the adapter's r. 1 leaves all ranks as they are.
         tau: A direction is found when a batch turns it by less than the angle of this cosine.
 
     Returns:
         The rank of each layer, and how many batches it took.
 
     Raises:
-        LorakitError: No adapter is selected, its ranks differ, a layer sees fewer rows than it
-            needs, or an input is not finite. Nothing has changed then.
+        LorakitError: No adapter is selected, it is merged, is on no linear layer or has a
+            rank_pattern, an argument is out of range, a layer sees fewer rows than it needs, or an
+            input is not finite. Nothing has changed then.
     """
     name = require_selected(module, "eva")
     layers = {
@@ -282,7 +283,7 @@ class IncrementalSVD:
             self._waiting = []
 
     def _take(self, x: Tensor) -> None:
-        """Decompose what was kept together with the rows x [n, in], n >= n_components."""
+        """Decompose the kept directions together with the rows x [n, in], n >= n_components."""
         n, features = x.shape
         if self.rows == 0:
             self.components = x.new_empty(0, features)

@@ -104,8 +104,8 @@ def from_weight(
 ) -> tuple[Tensor, Tensor]:
     """Return A [r, in] and B [out, r] for a kind that takes scaling * B A out of W [out, in].
 
-    W may have any floating dtype. Both are computed in fp32 on its device. `generator` draws what
-    "pissa_niter_N" starts its iterations from; None means torch's global one.
+    W may have any floating dtype. Both are computed in fp32 on its device. `generator` draws the
+    vectors that "pissa_niter_N" starts from; None means torch's global one.
 
     Raises LorakitError for a kind that needs no weight, an r beyond the rank of W, a scaling that
     is not positive, and a W that is no matrix or not finite.

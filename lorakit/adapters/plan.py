@@ -38,7 +38,7 @@ L = TypeVar("L", bound=AttachedLinear)
 
 
 class Plan:
-    """Which modules of `model` are wrapped, and what the new adapter adds to each."""
+    """The wrappers that will stand in `model`, and the parts that the new adapter adds to them."""
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -159,7 +159,7 @@ def _is_transposed(module: nn.Module) -> bool:
 
 
 def _linear_base(layer: nn.Module) -> LinearBase:
-    """Return what a wrapper of the linear layer `layer` computes with."""
+    """Return the base for a wrapper of the linear layer `layer`."""
     if isinstance(layer, LinearBase):
         return layer
     called = must_be_called(layer)

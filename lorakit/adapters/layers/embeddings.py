@@ -104,7 +104,7 @@ class AttachedEmbedding(Attached[PartT]):
         return None if part is None else self.update_of_head(part, HeadOfEmbedding(self.base))
 
     def update_of_head(self, part: PartT, base: HeadOfEmbedding | DenseBase) -> LoraWeights:
-        """Return what `part` adds to a head that has the embedding's weight, over `base`."""
+        """Return the update that `part` is to a head with the embedding's weight, over `base`."""
         raise NotImplementedError
 
     def changed(self, part: PartT, weight: Tensor) -> Tensor:

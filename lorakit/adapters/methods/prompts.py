@@ -368,7 +368,7 @@ class PrefixTuning(PromptMethod[PrefixTuningConfig]):
     config_type = PrefixTuningConfig
 
     def new_part(self, model: Decoder, config: PrefixTuningConfig) -> PrefixPart:
-        """Return keys and values, or with prefix_projection what makes them."""
+        """Return keys and values, or with prefix_projection the network that makes them."""
         n = config.num_virtual_tokens
         width = model.config.num_key_value_heads * model.config.head_dim
         whole = 2 * width * model.config.num_hidden_layers

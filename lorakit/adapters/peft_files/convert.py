@@ -57,7 +57,7 @@ class ConversionReport:
         layers: How many layers are adapted.
         r: The rank of every layer.
         lora_alpha: The alpha of every layer.
-        changes: What was folded, split, left out or approximated, a sentence for each.
+        changes: What was folded, split, left out or approximated, a phrase for each.
         errors: || delta - B' A' ||_F / || delta ||_F of each layer of a DoRA adapter.
         relative_error: That error over all layers together; 0 for an exact conversion.
     """
@@ -381,7 +381,7 @@ def _write(target: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any
 
 
 def _changes(adapter: StoredAdapter, rank: int) -> list[str]:
-    """Return what differs from the adapter that was read, a sentence for each."""
+    """Return the differences to the adapter that was read, a phrase for each."""
     layers = adapter.layers
     ranks = sorted({layer.rank for layer in layers if layer.magnitude is None})
     scalings = {layer.scaling for layer in layers}

@@ -76,7 +76,7 @@ def split_experts(
             are.
         experts: How many experts a layer has, E.
         names: What the MoE block, gate, up and down are to be called: `ModelConfig.moe_names`.
-        target_parameters: The adapted parameters. They tell what a layer's only pair belongs to.
+        target_parameters: The adapted parameters. They tell where a layer's only pair belongs.
 
     Returns:
         The tensors of each expert e, `….<block>.experts.<e>.<gate|up|down>.lora_A.weight` [r, in]

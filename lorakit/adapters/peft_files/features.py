@@ -56,7 +56,7 @@ SPENT = {
     "megatron_config": "it spreads the layers over several devices",
 }
 
-# Each with what to do about it.
+# Each option with its reason, or with advice to the user.
 REFUSED = {
     "alora_invocation_tokens": "it is switched on by tokens of the input, which only PEFT does",
     "arrow_config": "it mixes several adapters by the input: convert these, one by one",
