@@ -97,7 +97,7 @@ def combine_adapters(
 
     Args:
         module: A module with plain LoRA adapters.
-        names: The adapters to combine. If only some of them adapt a layer, these are combined there.
+        names: The adapters to combine. If only some of them adapt a layer, it combines these.
         weights: One weight for each adapter; a negative one subtracts it.
         name: The name of the new adapter.
         kind: "linear", "cat", "svd", "magnitude_prune", "ties", "dare_linear" or "dare_ties", the
