@@ -66,10 +66,7 @@ def python() -> str:
     for name, module in modules.items():
         if name != "kernels":
             parts.append(f"## `lk.{name}`\n\n{inspect.getdoc(module).partition(chr(10))[0]}\n")
-            for each, thing in vars(module).items():
-                own = getattr(thing, "__module__", None) == module.__name__
-                if own and not each.startswith("_") and callable(thing):
-                    parts.append(entry(f"lk.{name}.{each}", thing))
+            parts += [entry(f"lk.{name}.{each}", getattr(module, each)) for each in module.__all__]
     return "\n".join(parts)
 
 

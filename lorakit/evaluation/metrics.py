@@ -33,6 +33,18 @@ from typing import Any
 from lorakit.config.errors import LorakitError
 from lorakit.config.training import check_metrics
 
+__all__ = [
+    "accuracy",
+    "entity_f1",
+    "exact_match",
+    "macro_f1",
+    "mean_rouge_l",
+    "partial_match",
+    "rouge_l",
+    "score",
+    "weighted_f1",
+]
+
 Texts = Sequence[str]
 TAG = re.compile(r"O|[BI]-\S+")
 

@@ -7,6 +7,8 @@ import sys
 
 import torch
 
+__all__ = ["peak_memory_mb", "tune_allocator"]
+
 # Settings of mallopt, from glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from lorakit.config.errors import LorakitError
 from lorakit.kernels import Moment8bit, adamw_step, adamw_step_8bit
 from lorakit.training.paged_state import MOMENTS, PagedState, layout
-from lorakit.training.schedules import learning_rate as learning_rate  # public as lk.optim's
+from lorakit.training.schedules import learning_rate
+
+__all__ = ["AdamW", "decay_groups", "learning_rate", "loraplus_groups"]
 
 # A parameter of fewer values keeps fp32 state, as in bitsandbytes: 8 bits are not worth the noise.
 MIN_8BIT_SIZE = 4096

@@ -30,6 +30,9 @@ def test_the_reference_holds_every_public_name(site):
     python = (site / "reference" / "python.html").read_text(encoding="utf-8")
     for name in set(lk.__all__) - {"kernels"}:
         assert f"lk.{name}" in python, name
+    for module in ("memory", "metrics", "optim"):
+        for name in getattr(lk, module).__all__:
+            assert f"lk.{module}.{name}" in python, name
     kernels = (site / "reference" / "kernels.html").read_text(encoding="utf-8")
     for name in lk.kernels.__all__:
         assert f"lk.kernels.{name}" in kernels, name
