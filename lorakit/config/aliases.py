@@ -146,7 +146,7 @@ def _open_mappings(own: dict[Any, Any]) -> None:
 
 
 def _put(own: dict[Any, Any], target: str, value: Any, alias: str, said_by: dict[str, str]) -> None:
-    """Set the setting `target`, which `alias` names; ValueError if something has set it before."""
+    """Set `target` to what its alias says, or raise ValueError if something has set it already."""
     parent, dot, leaf = target.rpartition(".")
     place = own.setdefault(parent, {}) if dot else own
     if not isinstance(place, dict) or leaf in place:
@@ -170,7 +170,7 @@ def is_alias(name: Any) -> bool:
 
 
 def _meaning(name: str, value: Any, values: File, notes: Notes) -> Meaning:
-    """Return what an alias says, in lorakit's names; ValueError if lorakit cannot do it."""
+    """Return what an alias says in lorakit's names, or raise ValueError if lorakit cannot."""
     if name in RENAMED:
         return {RENAMED[name]: value}
     if name in CONVERTED:
@@ -191,8 +191,8 @@ def _meaning(name: str, value: Any, values: File, notes: Notes) -> Meaning:
 
 # ---- conversions ----
 #
-# A conversion takes the value of a name, the whole file and the list of notes. It returns what the
-# value means in lorakit's names.
+# A conversion takes the value of a name, the whole file and the list of notes, to which it may add.
+# It returns what the value means in lorakit's names.
 
 Conversion = Callable[[Any, File, Notes], Meaning]
 

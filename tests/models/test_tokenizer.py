@@ -1,4 +1,4 @@
-"""A tokenizer's own: saving, chats by name of template, text that is none."""
+"""Saving a tokenizer, a chat without a template, and text that is not Unicode."""
 
 import pytest
 
