@@ -39,9 +39,10 @@ def start_adapter(
     if awaited == "eva":
         was_training = module.training
         module.eval()
-        result = eva(module, batches())
-        module.train(was_training)
-        return result
+        try:
+            return eva(module, batches())
+        finally:
+            module.train(was_training)
     return None
 
 

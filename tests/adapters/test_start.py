@@ -1,5 +1,6 @@
 """Initializations that an attached adapter awaits are carried out in one place."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -54,6 +55,14 @@ def test_eva_reads_batches_and_the_mode_stays(model):
     assert torch.equal(model(IDS), before)
     assert {wrapper.part.r for wrapper in attached(model).values()} >= {1, 2}
     assert start_adapter(model, never) is None
+
+
+def test_the_mode_stays_if_the_data_fails(model):
+    lk.attach(model, lk.LoraConfig(r=2, init_lora_weights="eva"))
+    model.train()
+    with pytest.raises(AssertionError, match="reads no data"):
+        start_adapter(model, never)
+    assert model.training
 
 
 def test_what_was_started_by_hand_is_not_started_again(model):
