@@ -190,11 +190,12 @@ def _from_gguf(path: Path) -> Tokenizer:
             f"{path}: tokenizer {kind!r} is not supported; byte-level BPE ('gpt2') and "
             "SentencePiece's ('llama') are"
         )
-    special = _special_tokens(vocabulary, spm=kind == "llama")
-    put_around = _tokens_around(vocabulary, special, spm=kind == "llama")
+    sentencepiece = kind == "llama"
+    special = _special_tokens(vocabulary, sentencepiece)
+    put_around = _tokens_around(vocabulary, special, sentencepiece)
     template = vocabulary.chat_template
     try:
-        backend = _sentencepiece(vocabulary) if kind == "llama" else _byte_level(vocabulary)
+        backend = _sentencepiece(vocabulary) if sentencepiece else _byte_level(vocabulary)
         _add_tokens(backend, vocabulary)
         _put_around(backend, *put_around)
     except LorakitError:
@@ -204,9 +205,9 @@ def _from_gguf(path: Path) -> Tokenizer:
     return Tokenizer(backend, special, template)
 
 
-def _special_tokens(vocabulary: _Vocabulary, *, spm: bool) -> dict[str, str]:
+def _special_tokens(vocabulary: _Vocabulary, sentencepiece: bool) -> dict[str, str]:
     """Return the special tokens by Hugging Face's names."""
-    defaults = {"bos": 1, "eos": 2, "unknown": 0} if spm else {}  # llama.cpp's
+    defaults = {"bos": 1, "eos": 2, "unknown": 0} if sentencepiece else {}  # llama.cpp's
     special = {}
     for key, name in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
         token = vocabulary.special(name, defaults.get(name))
@@ -216,13 +217,13 @@ def _special_tokens(vocabulary: _Vocabulary, *, spm: bool) -> dict[str, str]:
 
 
 def _tokens_around(
-    vocabulary: _Vocabulary, special: Mapping[str, str], *, spm: bool
+    vocabulary: _Vocabulary, special: Mapping[str, str], sentencepiece: bool
 ) -> tuple[list[str], list[str]]:
     """Return the tokens that go before every text, and those after it.
 
     A file may say so. Otherwise llama.cpp's rule holds: SentencePiece and Llama 3 put a BOS before.
     """
-    usual = spm or vocabulary.get("pre", str) == "llama-bpe"
+    usual = sentencepiece or vocabulary.get("pre", str) == "llama-bpe"
     add_bos = vocabulary.get("add_bos_token", bool, usual)
     add_eos = vocabulary.get("add_eos_token", bool, False)
     before = [special["bos_token"]] if add_bos and "bos_token" in special else []

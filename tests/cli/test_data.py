@@ -65,7 +65,7 @@ def test_color_on_a_terminal(tiny_dir, tmp_path, capsys, monkeypatch):
 
 
 def test_text_that_no_terminal_shows(tiny_dir, tmp_path):
-    """Half a surrogate pair, a name that is not UTF-8, a terminal that knows ASCII only."""
+    """A row, a file name and a terminal that cannot be shown as text end in one error."""
     row = {"messages": [user("x"), {"role": "\ud800", "content": ""}, assistant("y z")]}
     name = os.fsencode(tmp_path) + b"/\xff.jsonl"
     with open(name, "w") as file:

@@ -73,7 +73,7 @@ HELP = [
 
 
 def parsers(parser, name=()):
-    """Every parser of the command line, by the words before its arguments."""
+    """Return every parser of the command line, by the words before its arguments."""
     found = {name: parser}
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):

@@ -9,7 +9,7 @@ from lorakit.cli.main import main
 
 @pytest.fixture
 def small_adapter(tiny_dir, tmp_path):
-    """An adapter that changes something."""
+    """Save an adapter that changes what the model computes, and return its directory."""
     torch.manual_seed(0)
     model = lk.attach(lk.load_model(tiny_dir, dtype="float32"), lk.LoraConfig(r=2))
     for name, p in model.named_parameters():

@@ -19,7 +19,7 @@ from lorakit.cli.main import main
 
 
 def test_profile(run_file, tmp_path, capsys):
-    """The rows are a step, and nothing is saved."""
+    """The times of the rows add up to that of a step, and nothing is saved."""
     options = ["gradient_checkpointing=true", "eval_metrics=[rouge_l]"]
     assert main(["train", str(run_file), "--profile", *options]) == 0
     head, *rows = capsys.readouterr().out.partition("a step takes ")[2].splitlines()
@@ -67,7 +67,7 @@ def test_loftq_before_training(run_file, capsys):
 
 
 def test_run_file_of_axolotl(run_file, tmp_path, capsys):
-    """Other names, the same adapter."""
+    """A run file in Axolotl's names trains the same adapter."""
     assert main(["train", str(run_file)]) == 0
     values = yaml.safe_load(run_file.read_text())
     theirs = {
@@ -162,7 +162,7 @@ def test_ctrl_c_saves_the_adapter(run_file, tmp_path):
 
 
 def test_progress_bar_on_a_terminal(run_file):
-    """On a terminal a bar shows loss, rate, tokens/s and memory."""
+    """A bar on the terminal shows loss, learning rate, tokens/s and memory."""
     parent, child = pty.openpty()
     fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))  # 24 x 120
     command = [sys.executable, "-m", "lorakit.cli", "train", str(run_file)]

@@ -1,4 +1,4 @@
-"""The words that errors share."""
+"""The error of lorakit, and the helpers that word its message."""
 
 import pytest
 

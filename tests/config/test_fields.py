@@ -1,4 +1,4 @@
-"""From a mapping to settings: what a field accepts, and the sentence that refuses the rest."""
+"""Settings from a mapping: what a field accepts, and the sentence that refuses the rest."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal

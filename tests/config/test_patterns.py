@@ -22,7 +22,7 @@ names = st.lists(st.sampled_from(["model", "layers", "0", "q_proj", "up"]), min_
 
 @given(st.dictionaries(names, st.integers(), min_size=1))
 def test_every_entry_means_one_layer_alone(values):
-    """Of all layers, the entry made for a layer is the only one that means it."""
+    """The entry made for a layer is the only one that means it."""
     pattern = each_alone(values, values)
     for name, value in values.items():
         assert [key for key in pattern if in_pattern(key, name)] == [

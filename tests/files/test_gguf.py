@@ -123,7 +123,7 @@ def test_no_memory_is_taken_for_what_a_file_only_claims(tmp_path, name):
 
 
 def test_no_memory_is_taken_for_a_tensor_that_the_file_does_not_hold(tmp_path):
-    """The header is well made, the tensor's 4 TB are not there."""
+    """The header is well made, but the tensor's 4 TB are not in the file."""
     path = tmp_path / "bad.gguf"
     info = struct.pack("<IQIQ", 1, 2**40, gguf.GGMLQuantizationType.F32, 0)
     path.write_bytes(TENSOR + info + b"\0" * 64)

@@ -83,8 +83,9 @@ def same_logits(theirs, ours, tolerance=TOLERANCE):
 
 @pytest.mark.parametrize("options", FORMATS.values(), ids=FORMATS)
 def test_there_and_back(tmp_path, options):
-    """transformers saves, lorakit loads: the same logits. lorakit saves: the same bytes (uint8
-    storage), and transformers loads them.
+    """lorakit computes the logits of what transformers saves, and saves the same bytes again.
+
+    The bytes are compared as uint8. transformers loads them again.
     """
     theirs, path = packed(tmp_path, options=options)
     ours = lk.load_model(path, dtype="float32", device="cpu")
@@ -157,7 +158,7 @@ def test_what_lorakit_quantized(tmp_path, caplog, quant, tied):
 
 
 def test_packed_experts(tmp_path, caplog):
-    """Experts under their own names, as transformers 4 wrote them."""
+    """Each expert is saved packed under a name of its own, as transformers 4 wrote it."""
     torch.manual_seed(0)
     tiny("mixtral", hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "dense")
     ours = lk.load_model(tmp_path / "dense", dtype="float32", quantize="nf4", device="cpu")

@@ -77,7 +77,7 @@ def test_sliding_layers_of_each_family():
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_keys_that_a_file_leaves_out_mean_what_transformers_takes(model_type):
-    """All but these: published files always carry them."""
+    """The keys in `kept` are given, because published files always carry them."""
     from transformers import AutoConfig
 
     whole = AutoConfig.for_model(model_type, num_hidden_layers=6).to_dict()

@@ -119,7 +119,7 @@ def test_logits_are_llama_cpp(pair):
 
 
 def compare_with_llama_cpp(path, model_type):
-    """The likeliest next tokens after a prompt longer than any window, and 5 greedy ones."""
+    """Compare the likeliest tokens after a prompt longer than any window, and 5 greedy tokens."""
     # llama.cpp's GELU is a table of fp16 values
     tolerance = 1e-2 if "gemma" in model_type else 5e-5
     model = lk.load_model(path, dtype="float32")
@@ -222,7 +222,7 @@ def test_an_expert_is_read_alone(tmp_path, monkeypatch):
 
 
 def test_experts_in_tensors_of_their_own(tmp_path):
-    """As the first Mixtral files had them."""
+    """The first Mixtral files held each expert in a tensor of its own."""
     theirs = tiny("mixtral", **EXPERTS)
     published = published_tensors(theirs, tmp_path)
     arrays = {}
@@ -254,7 +254,7 @@ def test_q8_0_is_close_and_streams_into_nf4(tmp_path):
 
 
 def test_greedy_text_equals_llama_cpp(smollm2, llama_cpp):
-    """12 greedy tokens of the same file, in llama.cpp and here."""
+    """llama.cpp and lorakit give the same 12 greedy tokens for the same file."""
     prompt = "Q: What is the capital of France?\nA:"
     answer = llama_cpp("completion", {"prompt": prompt, "n_predict": 12, "temperature": 0})
     model, tok = lk.load_model(smollm2, dtype="float32"), lk.load_tokenizer(smollm2)
@@ -300,7 +300,7 @@ def test_another_number_of_experts(tmp_path):
 
 @pytest.mark.parametrize("variant", ["llama", "qwen3_moe", "gemma2"])
 def test_a_metadata_value_of_another_type_never_crashes(tmp_path, variant):
-    """Nor one that is missing. The config and the vocabulary are read before any tensor."""
+    """A missing value does not crash either; config and vocabulary are read before any tensor."""
     theirs = make(variant)
     path = write_gguf(tmp_path / "good.gguf", theirs)
     arch = ARCHITECTURES[theirs.config.model_type]

@@ -1,4 +1,4 @@
-"""Loading: equal to transformers, streamed, strict."""
+"""Loading gives the values of the files, packs them as they stream, and refuses damaged files."""
 
 import json
 import resource

@@ -1,5 +1,6 @@
-"""Saving: transformers loads the same bits, all that belongs to a model comes along, and a failed
-save leaves what was there.
+"""A saved model has the same bits in transformers, and all that belongs to it comes along.
+
+A failed save leaves what was there.
 """
 
 import os
