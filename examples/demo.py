@@ -90,7 +90,7 @@ def plot(metrics: Path, file: Path, losses: tuple[float, float], answers: list[d
     import matplotlib.pyplot as plt
 
     steps = [json.loads(line) for line in metrics.read_text().splitlines()]
-    figure, (axes, text) = plt.subplots(1, 2, figsize=(12, 4), width_ratios=(5, 6))
+    figure, (axes, text) = plt.subplots(1, 2, figsize=(10.5, 4), width_ratios=(4.5, 6))
     axes.plot([s["step"] for s in steps], [s["loss"] for s in steps], label="training, per step")
     before, after = losses
     axes.axhline(before, color="gray", linestyle=":", label=f"held out, before: {before:.2f}")
@@ -106,7 +106,7 @@ def plot(metrics: Path, file: Path, losses: tuple[float, float], answers: list[d
         for who in ("library", "before", "after"):
             lines.append(f"  {who + ':':9}{each[who] or '(nothing)'}"[:78])
         lines.append("")
-    style = {"va": "top", "family": "monospace", "fontsize": 8.5, "parse_math": False}
+    style = {"va": "top", "family": "monospace", "fontsize": 9, "parse_math": False}
     text.text(0, 0.97, "\n".join(lines), **style)
     figure.tight_layout()
     figure.savefig(file, dpi=120)
