@@ -6,7 +6,6 @@ lorakit` itself costs almost nothing. `__init__.pyi` tells type checkers and edi
 
 import importlib
 import warnings
-from typing import Any
 
 __version__ = "0.1.0"
 
@@ -87,7 +86,7 @@ _RENAMED = {
 __all__ = sorted([*_HOME, *_MODULES])
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Import and return a public name that is used for the first time."""
     if name in _MODULES:
         return importlib.import_module(f".{_MODULES[name]}", __name__)

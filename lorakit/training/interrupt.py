@@ -7,13 +7,32 @@ from contextlib import contextmanager
 from typing import Any
 
 
-@contextmanager
-def interrupt() -> Iterator[threading.Event]:
-    """Yield an event that the first Ctrl-C or SIGTERM sets. A second one acts as usual.
+class Flag:
+    """A flag that a handler of signals can set.
 
-    Outside of the main thread, which alone may set signal handlers, the event is never set.
+    It has no lock. With threading.Event, a signal that comes while the handler of another one holds
+    the lock would wait for ever.
     """
-    stop = threading.Event()
+
+    def __init__(self) -> None:
+        self._set = False
+
+    def set(self) -> None:
+        """Set the flag for good."""
+        self._set = True
+
+    def is_set(self) -> bool:
+        """Return whether the flag is set."""
+        return self._set
+
+
+@contextmanager
+def interrupt() -> Iterator[Flag]:
+    """Yield a flag that the first Ctrl-C or SIGTERM sets. A second one acts as usual.
+
+    Outside of the main thread, which alone may set signal handlers, the flag is never set.
+    """
+    stop = Flag()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return

@@ -10,7 +10,6 @@ row the run stops.
 """
 
 import math
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +34,7 @@ from lorakit.files.local import as_path
 from lorakit.models.decoder import Decoder
 from lorakit.models.tokenizer import Tokenizer
 from lorakit.training import state as run_state
+from lorakit.training.interrupt import Flag
 from lorakit.training.log import Log, say
 from lorakit.training.losses.held_out import held_out_loss
 from lorakit.training.memory import peak_memory_mb
@@ -97,7 +97,7 @@ class Run:
         """Return the log of the run, which goes on after the steps that are done."""
         return Log(self.output_dir, self.order.total, self.progress.step, self.config)
 
-    def loop(self, log: Log, stop: threading.Event, after_step: Callable[[], None] | None) -> None:
+    def loop(self, log: Log, stop: Flag, after_step: Callable[[], None] | None) -> None:
         """Take steps until the run has ended or `stop` is set, with evaluations and checkpoints."""
         progress = self.progress
         saved = progress.step  # the step of the last checkpoint, if there is one

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 from contextlib import nullcontext
 
@@ -12,6 +13,7 @@ import lorakit as lk
 from lorakit.training import run as training_run
 from lorakit.training import state as run_state
 from lorakit.training import train as training_train
+from lorakit.training.interrupt import interrupt
 from tests.conftest import ROWS
 from tests.training.runs import ADAPTER, EVALUATED, run
 
@@ -92,3 +94,26 @@ def test_ctrl_c_saves_and_leaves(tiny_dir, tok, tmp_path):
     ids = torch.arange(10)[None]
     fresh = lk.load_model(tiny_dir, dtype="float32", quantize="nf4")
     assert torch.equal(lk.load_adapter(fresh, tmp_path)(ids), model(ids))
+
+
+@pytest.mark.parametrize("moment", range(1, 9))
+def test_a_signal_in_the_middle_of_another_does_not_wait_for_it(moment):
+    """SIGTERM arrives before each line of Python that the handler of SIGINT runs."""
+    left = [moment]
+
+    def trace(frame, event, argument):
+        if event == "line":
+            left[0] -= 1
+            if left[0] == 0:
+                sys.settrace(None)
+                signal.raise_signal(signal.SIGTERM)
+        return trace
+
+    before = sys.gettrace()
+    with interrupt() as stop:
+        sys.settrace(trace)
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            sys.settrace(before)
+        assert stop.is_set()
