@@ -91,8 +91,8 @@ def exit_on_terminate() -> None:
 
 
 def tune_allocator() -> None:
-    """Lets glibc keep freed memory: by default large tensors are mapped anew, and every page of
-    them costs a fault. It shows in the peak of memory.
+    """Let glibc keep freed memory. By default it maps large tensors again each time, and every page
+    of them costs a fault. The price shows in the peak of memory.
     """
     libc = ctypes.CDLL(None)
     for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 64 << 20)):

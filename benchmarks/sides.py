@@ -128,7 +128,7 @@ class Lorakit(Side):
             bounds = torch.tensor([0, *accumulate(len(ids) for ids, _ in rows)])
             total, count = self.model.loss(ids, labels, cu_seqlens=bounds)
         else:
-            ids, labels, _ = padded(rows)  # no real token sees the padding behind it
+            ids, labels, _ = padded(rows)  # no real token sees the padding after it
             total, count = self.model.loss(ids, labels)
         return total / count
 
