@@ -267,6 +267,37 @@ def _completion_only(value: Any, values: File, notes: Notes) -> Meaning:
     return {"train_on": "completion" if _true(value) else "all"}
 
 
+def _train_on_inputs(value: Any, values: File, notes: Notes) -> Meaning:
+    if _true(value):
+        return {"train_on": "all"}
+    if values.get("train_on") == "all":
+        raise ValueError("it is false, and train_on is all: keep one of them")
+    return {}
+
+
+def _assistant_only(value: Any, values: File, notes: Notes) -> Meaning:
+    """Convert TRL's setting, which speaks of chats alone; train_on speaks of all rows."""
+    if _true(value):
+        return {"train_on": "completion"}
+    decided = ("train_on", "completion_only_loss", "train_on_inputs")
+    if all(values.get(name) is None for name in decided):
+        raise ValueError(
+            "false learns every token of a chat, but of a prompt with its completion only the "
+            "completion: say which, with train_on: all or train_on: completion"
+        )
+    return {}
+
+
+def _target_linear(value: Any, values: File, notes: Notes) -> Meaning:
+    if _true(value):
+        return {"lora.target_modules": "all-linear"}
+    lora = values.get("lora")
+    named = isinstance(lora, Mapping) and lora.get("target_modules") is not None
+    if not named and values.get("lora_target_modules") is None:
+        raise ValueError("it is false: name the layers to adapt, as lora_target_modules")
+    return {}
+
+
 def _strategy(steps: str) -> Conversion:
     """Return a conversion of "no" or "steps", which must agree with the setting `steps`."""
 
@@ -296,10 +327,10 @@ CONVERTED: dict[str, Conversion] = {
     "use_bnb_nested_quant": _of_4bit("quantize.double_quant"),
     "bnb_4bit_use_double_quant": _of_4bit("quantize.double_quant"),
     "adapter": _adapter,
-    "lora_target_linear": _switch("lora.target_modules", "all-linear"),
-    "train_on_inputs": _switch("train_on", "all"),
+    "lora_target_linear": _target_linear,
+    "train_on_inputs": _train_on_inputs,
     "completion_only_loss": _completion_only,
-    "assistant_only_loss": _switch("train_on", "completion"),
+    "assistant_only_loss": _assistant_only,
     "datasets": _datasets("data.train"),
     "test_datasets": _datasets("data.validation"),
     "save_strategy": _strategy("save_steps"),

@@ -69,7 +69,7 @@ class RunConfig:
             The settings. What an alias changes or leaves out is said in the log, one line each.
 
         Raises:
-            LorakitError: A key is unknown, a value is wrong, two names set the same thing, or an
+            LorakitError: Keys are unknown, a value is wrong, two names set the same thing, or an
                 alias asks for what lorakit cannot do.
         """
         if not isinstance(values, Mapping):
@@ -78,26 +78,40 @@ class RunConfig:
             own, notes = own_names(values)
         except ValueError as error:
             raise LorakitError(f"{where}: {error}") from None
+        notes += cls._take_out_unknown(own, where)
         run = cls._from_own_names(own, where)
         for note in notes:
             log.warning("lorakit: %s: %s", where, note)
         return run
 
     @classmethod
+    def _take_out_unknown(cls, values: dict[Any, Any], where: str) -> list[str]:
+        """Take unknown keys without a value out of a mapping, and return a line about each.
+
+        Raises LorakitError for unknown keys with a value, which names all of them.
+        """
+        fields = [*dataclasses.fields(cls), *dataclasses.fields(TrainConfig)]
+        valid = [f.name for f in fields if f.name != "train"]
+        unknown = [name for name in values if name not in valid]
+        with_value = [name for name in unknown if values[name] is not None]
+        if with_value:
+            known = [*valid, *sorted(ALIASES)]
+            each = ", ".join(f"{name!r}{nearest(name, known)}" for name in with_value)
+            raise LorakitError(f"{where}: unknown key{'s' * (len(with_value) > 1)} {each}")
+        for name in unknown:
+            del values[name]
+        return [f"{name!r} is unknown, has no value and is ignored" for name in unknown]
+
+    @classmethod
     def _from_own_names(cls, values: dict[Any, Any], where: str) -> "RunConfig":
         """Build the settings from a mapping with lorakit's names alone, and change that mapping."""
-        own = [f.name for f in dataclasses.fields(cls) if f.name != "train"]
-        training = [f.name for f in dataclasses.fields(TrainConfig)]
-        for name in values:
-            if name not in own and name not in training:
-                known = [*own, *training, *sorted(ALIASES)]
-                raise LorakitError(f"{where}: unknown key {name!r}{nearest(name, known)}")
         if values.get("data") is not None:
             values["data"] = from_mapping(DataConfig, values["data"], f"{where}, data")
         if "lora" in values:
             values["lora"] = from_mapping(LoraConfig, values["lora"], f"{where}, lora")
         values["quantize"] = quant_config(values.get("quantize"), f"{where}, quantize")
-        train = {name: values.pop(name) for name in training if name in values}
+        training = [f.name for f in dataclasses.fields(TrainConfig) if f.name in values]
+        train = {name: values.pop(name) for name in training}
         values["train"] = from_mapping(TrainConfig, train, where)
         run = from_mapping(cls, values, where)
         to_dtype(run.dtype)

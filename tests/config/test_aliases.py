@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from operator import attrgetter
 
 import pytest
 from hypothesis import given
@@ -173,7 +174,11 @@ def test_trl_file():
         ({"lora_r": "8"}, "lora: r must be int, not '8'"),
         ({"micro_batchsize": 8}, "unknown key 'micro_batchsize' .did you mean 'micro_batch_size'"),
         ({"lora.r": 8}, "unknown key 'lora.r'"),
-        ({"lora_model_dir": None}, "unknown key 'lora_model_dir'"),
+        ({"lora_model_dir": "x", "debug": 1}, "unknown keys 'lora_model_dir'.*, 'debug'"),
+        ({"assistant_only_loss": False}, "say which, with train_on: all or train_on: completion"),
+        ({"lora_target_linear": False}, "name the layers to adapt, as lora_target_modules"),
+        ({"lora_target_linear": False, "lora": {"r": 4}}, "name the layers to adapt"),
+        ({"train_on_inputs": False, "train_on": "all"}, "it is false, and train_on is all"),
     ],
 )
 def test_alias_that_cannot_be_honoured(change, message):
@@ -255,3 +260,59 @@ def test_the_guide_lists_every_alias():
     ignored = aliases.IGNORED | {"wandb_...": aliases.WANDB}
     assert table("Ignored, with") == [[f"`{name}`", why] for name, why in ignored.items()]
     assert table("Refused:") == [[f"`{name}`", why] for name, why in aliases.REFUSED.items()]
+
+
+# What each switch means, true and false, as the page of the run file says.
+SWITCHES = {
+    "bf16": (("dtype", "bfloat16"), ("dtype", "float32")),
+    "load_in_4bit": (("quantize.quant_type", "nf4"), ("quantize", None)),
+    "load_in_8bit": (("quantize.quant_type", "int8"), ("quantize", None)),
+    "lora_target_linear": (("lora.target_modules", "all-linear"), None),
+    "train_on_inputs": (("train.train_on", "all"), ("train.train_on", "completion")),
+    "completion_only_loss": (("train.train_on", "completion"), ("train.train_on", "all")),
+    "assistant_only_loss": (("train.train_on", "completion"), None),
+    "resume_from_checkpoint": (("train.resume", "auto"), ("train.resume", None)),
+    "auto_resume_from_checkpoints": (("train.resume", "auto"), ("train.resume", None)),
+}
+NO_SWITCHES = {  # these take other values than true and false, or say nothing but their own
+    "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_use_double_quant", "adapter",
+    "datasets", "test_datasets", "save_strategy", "eval_strategy", "evaluation_strategy",
+}  # fmt: skip
+
+
+def test_every_conversion_is_a_switch_or_known_to_be_none():
+    assert set(aliases.CONVERTED) == set(SWITCHES) | NO_SWITCHES
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+@pytest.mark.parametrize("value", [True, False])
+def test_a_switch_means_what_it_says(name, value):
+    """None in the table: no is refused, because the file does not say what else."""
+    meant = SWITCHES[name][0 if value else 1]
+    if meant is None:
+        with pytest.raises(lk.LorakitError, match=name):
+            lk.RunConfig.from_dict(RUN | {name: value})
+        return
+    path, expected = meant
+    assert attrgetter(path)(lk.RunConfig.from_dict(RUN | {name: value})) == expected
+
+
+@pytest.mark.parametrize("name", sorted(aliases.ALIASES - set(aliases.NULL_SAYS)))
+def test_null_is_not_set(name):
+    assert lk.RunConfig.from_dict(RUN | {name: None}) == lk.RunConfig.from_dict(RUN)
+
+
+def test_no_beside_what_the_file_says_instead():
+    run = lk.RunConfig.from_dict(RUN | {"assistant_only_loss": False, "train_on": "last_turn"})
+    assert run.train.train_on == "last_turn"
+    targets = {"lora_target_linear": False, "lora_target_modules": ["q_proj"]}
+    assert lk.RunConfig.from_dict(RUN | targets).lora.target_modules == ["q_proj"]
+    targets = {"lora_target_linear": False, "lora": {"target_modules": ["v_proj"]}}
+    assert lk.RunConfig.from_dict(RUN | targets).lora.target_modules == ["v_proj"]
+
+
+def test_unknown_keys_without_a_value_are_ignored_with_a_line(caplog):
+    run = lk.RunConfig.from_dict(RUN | {"lora_model_dir": None, "debug": None})
+    assert run == lk.RunConfig.from_dict(RUN)
+    assert "'lora_model_dir' is unknown, has no value and is ignored" in caplog.text
+    assert "'debug' is unknown" in caplog.text
