@@ -59,12 +59,12 @@ def values_of_lora(model: nn.Module, name: str, config: LoraConfig) -> Values:
         "lora_dropout": config.lora_dropout,
         "use_rslora": config.use_rslora,
         "r": written.r,
-        "lora_alpha": written.lora_alpha,
+        "lora_alpha": _whole(written.lora_alpha),
         "target_modules": targets_for(places, model),
     }
     where_used: Values = {
         "rank_pattern": written.rank_pattern,
-        "alpha_pattern": written.alpha_pattern,
+        "alpha_pattern": {key: _whole(alpha) for key, alpha in written.alpha_pattern.items()},
         "use_dora": config.use_dora,
         "lora_bias": config.lora_bias,
         "trainable_token_indices": config.trainable_token_indices,
@@ -73,6 +73,11 @@ def values_of_lora(model: nn.Module, name: str, config: LoraConfig) -> Values:
     if config.modules_to_save:  # whole names: to PEFT "norm" is the end of "input_layernorm" too
         where_used["modules_to_save"] = _saved_modules(model, name)
     return values | {key: value for key, value in where_used.items() if value}
+
+
+def _whole(alpha: int | float) -> int | float:
+    """Return an alpha that is a whole number as an int: some readers take no point, as in 16.0."""
+    return int(alpha) if float(alpha).is_integer() else alpha
 
 
 def _saved_modules(model: nn.Module, name: str) -> list[str]:

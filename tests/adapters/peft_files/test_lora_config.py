@@ -84,3 +84,22 @@ def test_modules_to_save_by_any_end_of_their_names(model, tiny_dir, tmp_path):
     assert written["modules_to_save"] == ["model.norm"]
     again = peft.PeftModel.from_pretrained(hugging_face(tiny_dir), tmp_path / "ours").eval()
     assert (model(IDS) - again(IDS).logits).abs().max() <= LOGITS
+
+
+@pytest.mark.parametrize(
+    ("options", "alpha", "pattern"),
+    [
+        ({"lora_alpha": 16.0}, "16", "{}"),
+        ({"lora_alpha": 0.5}, "0.5", "{}"),
+        ({"lora_alpha": 16.0, "init_lora_weights": "pissa"}, "32", "{}"),
+        ({"lora_alpha": 8, "alpha_pattern": {"q_proj": 4.0}}, "8", '{"q_proj": 4}'),
+        ({"lora_alpha": 8, "alpha_pattern": {"q_proj": 4.5}}, "8", '{"q_proj": 4.5}'),
+    ],
+)
+def test_a_whole_alpha_is_written_without_a_point(model, tmp_path, options, alpha, pattern):
+    """vLLM and Ollama read lora_alpha as an integer (ollama/ollama#17377)."""
+    lk.attach(model, lk.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **options))
+    lk.save_adapter(model, tmp_path)
+    values = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert json.dumps(values["lora_alpha"]) == alpha
+    assert json.dumps(values.get("alpha_pattern", {})) == pattern
