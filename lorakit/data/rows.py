@@ -164,18 +164,7 @@ class IndexedRows(LazyRows):
         return self._row(self.numbers[index])
 
     def _row(self, number: int) -> Row:
-        value = _without_nulls(self.values[number])
-        return make_row(value, f"{self.name} {number}", self.format)
-
-
-def _without_nulls(value: Any) -> Any:
-    """Return a value without the fields that are null.
-
-    In a table all objects of a column have the fields of all the others, null where they have none.
-    """
-    if isinstance(value, dict):
-        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+        return make_row(self.values[number], f"{self.name} {number}", self.format)
 
 
 class SelectedRows(LazyRows):

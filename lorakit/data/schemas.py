@@ -2,7 +2,7 @@
 
     format              fields, those in brackets optional                      becomes
     messages            messages: [{role, content, ...}] (tools)                Chat
-    sharegpt            conversations: [{from, value}] (system, tools)          Chat
+    sharegpt            conversations: [{from, value, ...}] (system, tools)     Chat
     prompt_completion   prompt, completion: both text                           Pair
                         or both messages (tools)                                Chat
     preference          chosen, rejected (prompt, tools): text or messages      Choice
@@ -11,6 +11,11 @@
 
 A row has the format of the first line above whose fields it has. Fields that the format does not
 name are ignored. Every field of a message reaches the chat template: tool calls, reasoning, names.
+Fields that are null are left out, because a table has them in every row.
+
+Tool calls come in several forms, and templates want one: `tool_calls` whose `arguments` are an
+object. OpenAI's files hold the arguments as JSON text; older ones have `function_call`, the role
+`function` and the field `functions`; ShareGPT has turns from `function_call`. All become that form.
 
 A new format needs its fields in FORMATS, and in _MAKE a function that makes one of the kinds of Row
 from a mapping.
@@ -41,6 +46,7 @@ SHAREGPT_ROLES = {
     "assistant": "assistant",
     "tool": "tool",
     "observation": "tool",
+    "function_call": "assistant",  # the value of its turn is JSON text of a call, or of several
 }
 
 
@@ -144,7 +150,17 @@ def make_row(value: Any, place: str, format: str | None) -> Row:
     if format not in _MAKE:
         raise LorakitError(f"{place}: rows that were read and others are mixed")
     _fields_of(value, place)
-    return _MAKE[format](value, place)
+    return _MAKE[format]({name: _without_nulls(item) for name, item in value.items()}, place)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a value without the fields that are null.
+
+    In a table all objects of a column have the fields of all the others, null where they have none.
+    """
+    if isinstance(value, Mapping):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _get(value: Mapping[str, Any], name: str, place: str) -> Any:
@@ -213,7 +229,7 @@ def _sharegpt(value: Mapping[str, Any], place: str) -> Row:
     if not isinstance(turns, list):
         raise LorakitError(f"{place}: conversations must be a list of turns, not {turns!r:.60}")
     system = _optional_text(value, "system", place)
-    messages = [{"role": "system", "content": system}] if system else []
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     for i, turn in enumerate(turns):
         where = f"{place}, turn {i}"
         if not isinstance(turn, Mapping):
@@ -224,7 +240,13 @@ def _sharegpt(value: Mapping[str, Any], place: str) -> Row:
                 f"{where} is from {role!r:.60}{nearest(role, SHAREGPT_ROLES)}; it must be one of "
                 f"{', '.join(SHAREGPT_ROLES)}"
             )
-        messages.append({"role": SHAREGPT_ROLES[role], "content": _text(turn, "value", where)})
+        if role == "function_call":
+            called = {"tool_calls": _calls_in(_text(turn, "value", where), where)}
+            messages.append({"role": "assistant", "content": ""} | called)
+            continue
+        called = {name: turn[name] for name in ("tool_calls", "function_call") if name in turn}
+        text = (_optional_text if called else _text)(turn, "value", where)
+        messages.append({"role": SHAREGPT_ROLES[role], "content": text} | called)
     return Chat(_messages(messages, place), _tools(value, place), 0, place)
 
 
@@ -252,29 +274,78 @@ def _messages(values: Any, place: str) -> list[dict[str, Any]]:
     """Return checked messages: each has a role, and text or tool calls. Other fields are kept."""
     if not isinstance(values, list) or not values:
         raise LorakitError(f"{place}: messages must be a list of one or more, not {values!r:.60}")
-    messages = []
-    for i, message in enumerate(values):
-        where = f"{place}, message {i}"
-        if not isinstance(message, Mapping):
-            raise LorakitError(f"{where} must be an object with role and content")
-        if not _text(message, "role", where):
-            raise LorakitError(f"{where} has an empty role")
-        if message.get("content") is None:
-            if not message.get("tool_calls"):
-                raise LorakitError(f"{where} has neither content nor tool_calls")
-        else:
-            _text(message, "content", where)
-        messages.append({str(name): item for name, item in message.items() if item is not None})
-    return messages
+    return [_message(value, f"{place}, message {i}") for i, value in enumerate(values)]
+
+
+def _message(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise LorakitError(f"{where} must be an object with role and content")
+    message = {str(name): item for name, item in value.items() if item is not None}
+    if not _text(message, "role", where):
+        raise LorakitError(f"{where} has an empty role")
+    if "function_call" in message:
+        if message.get("tool_calls"):
+            raise LorakitError(f"{where} has both function_call and tool_calls: keep one of them")
+        message["tool_calls"] = [message.pop("function_call")]
+    if message["role"] == "function":  # how OpenAI called a tool's answer before
+        message["role"] = "tool"
+    if message.get("tool_calls"):
+        message["tool_calls"] = _tool_calls(message["tool_calls"], where)
+    if "content" in message:
+        _text(message, "content", where)
+    elif not message.get("tool_calls"):
+        raise LorakitError(f"{where} has neither content nor tool_calls")
+    return message
+
+
+def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """Return tool calls as templates take them: {type, function: {name, arguments: {...}}, ...}."""
+    if not isinstance(calls, list):
+        raise LorakitError(f"{where}: tool_calls must be a list, not {calls!r:.60}")
+    return [_tool_call(call, f"{where}, tool call {i}") for i, call in enumerate(calls)]
+
+
+def _tool_call(call: Any, where: str) -> dict[str, Any]:
+    if not isinstance(call, Mapping):
+        raise LorakitError(f"{where} must be an object with name and arguments, not {call!r:.60}")
+    whole: dict[str, Any] = {"type": "function", "function": call}
+    if "function" in call:
+        whole = dict(call)
+    function = whole["function"]
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise LorakitError(f"{where} must have a function with a name, not {function!r:.60}")
+    if "arguments" not in function:
+        return whole
+    arguments = function["arguments"]
+    if isinstance(arguments, str):
+        arguments = parse_json(arguments, f"{where}, arguments") if arguments.strip() else {}
+    if not isinstance(arguments, Mapping):
+        raise LorakitError(f"{where}: arguments must be an object, not {arguments!r:.60}")
+    whole["function"] = {**function, "arguments": arguments}
+    return whole
+
+
+def _calls_in(text: str, where: str) -> list[Any]:
+    """Return the calls in the JSON text of a ShareGPT turn: one call, or a list of calls."""
+    calls = parse_json(text, f"{where}, value")
+    return calls if isinstance(calls, list) else [calls]
 
 
 def _tools(value: Mapping[str, Any], place: str) -> list[dict[str, Any]] | None:
-    """Return the field `tools`: a list, or JSON text of one, for tables that cannot hold a list."""
-    tools = value.get("tools")
+    """Return the tools of a row: a list, or JSON text of one, for tables that cannot hold a list.
+
+    The older field `functions` holds the functions alone.
+    """
+    name = "functions" if value.get("functions") else "tools"
+    if name == "functions" and value.get("tools"):
+        raise LorakitError(f"{place} has both functions and tools: keep one of them")
+    tools = value.get(name)
     if isinstance(tools, str) and tools:
-        tools = parse_json(tools, f"{place}, tools")
+        tools = parse_json(tools, f"{place}, {name}")
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise LorakitError(f"{place}: tools must be a list of objects, not {tools!r:.60}")
+        raise LorakitError(f"{place}: {name} must be a list of objects, not {tools!r:.60}")
+    if name == "functions":
+        return [{"type": "function", "function": each} for each in tools]
     return tools

@@ -138,3 +138,96 @@ def test_an_answer_that_is_none(name, answer):
     row = {"prompt": "a", "chosen": "b", "rejected": "c"} | {name: answer}
     with pytest.raises(lk.LorakitError, match=f"row 0: {name} must be text or messages, not"):
         lk.read_rows([row])
+
+
+ARGUMENTS = {"city": "Paris", "days": [1, 2]}
+TEXT = json.dumps(ARGUMENTS)
+CALLED = [{"type": "function", "function": {"name": "weather", "arguments": ARGUMENTS}}]
+ASKED = {"role": "user", "content": "Weather?"}
+FUNCTION = {"name": "weather", "parameters": {"type": "object"}}
+
+
+def called(**message):
+    return {"messages": [ASKED, {"role": "assistant", "content": "", **message}]}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        called(tool_calls=CALLED),
+        called(
+            tool_calls=[{"type": "function", "function": {"name": "weather", "arguments": TEXT}}]
+        ),
+        called(tool_calls=[{"name": "weather", "arguments": TEXT}]),
+        called(function_call={"name": "weather", "arguments": TEXT}),
+        called(function_call={"name": "weather", "arguments": ARGUMENTS}),
+        {
+            "conversations": [
+                {"from": "human", "value": "Weather?"},
+                {"from": "function_call", "value": json.dumps(CALLED[0]["function"])},
+            ]
+        },
+        {
+            "conversations": [
+                {"from": "human", "value": "Weather?"},
+                {"from": "function_call", "value": json.dumps([CALLED[0]["function"]])},
+            ]
+        },
+        {
+            "conversations": [
+                {"from": "human", "value": "Weather?"},
+                {"from": "gpt", "value": "", "tool_calls": CALLED},
+            ]
+        },
+        {
+            "conversations": [
+                {"from": "human", "value": "Weather?"},
+                {"from": "gpt", "value": None, "function_call": CALLED[0]["function"]},
+            ]
+        },
+    ],
+)
+def test_every_form_of_a_tool_call_becomes_the_one_of_templates(row):
+    [chat] = lk.read_rows([row])
+    assert chat.messages == [ASKED, {"role": "assistant", "content": "", "tool_calls": CALLED}]
+
+
+def test_what_an_older_file_calls_functions_are_tools():
+    answer = {"role": "function", "name": "weather", "content": "18"}
+    [chat] = lk.read_rows(
+        [{**called(function_call=CALLED[0]["function"]), "functions": [FUNCTION]}]
+    )
+    assert chat.tools == [{"type": "function", "function": FUNCTION}]
+    [chat] = lk.read_rows([{"messages": [ASKED, answer]}])
+    assert chat.messages[1] == {"role": "tool", "name": "weather", "content": "18"}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (called(tool_calls=[3]), "tool call 0 must be an object with name and arguments, not 3"),
+        (called(tool_calls=[{"arguments": {}}]), "must have a function with a name"),
+        (called(tool_calls={"name": "f"}), "tool_calls must be a list"),
+        (called(tool_calls=[{"name": "f", "arguments": "{"}]), "arguments is not valid JSON"),
+        (called(tool_calls=[{"name": "f", "arguments": "3"}]), "arguments must be an object"),
+        (called(tool_calls=CALLED, function_call={"name": "f"}), "keep one of them"),
+        ({**called(), "functions": [FUNCTION], "tools": [FUNCTION]}, "both functions and tools"),
+        ({**called(), "functions": 3}, "functions must be a list of objects"),
+        (
+            {"conversations": [{"from": "function_call", "value": "weather()"}]},
+            "turn 0, value is not valid JSON",
+        ),
+    ],
+)
+def test_tool_calls_that_are_refused(row, message):
+    with pytest.raises(lk.LorakitError, match=message):
+        lk.read_rows([row])
+
+
+@given(st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=5), max_size=4))
+def test_arguments_as_json_text_are_the_arguments(arguments):
+    forms = [arguments, json.dumps(arguments), json.dumps(arguments, ensure_ascii=False)]
+    rows = lk.read_rows([called(tool_calls=[{"name": "f", "arguments": f}]) for f in forms])
+    assert [r.messages[1]["tool_calls"][0]["function"]["arguments"] for r in rows] == [
+        arguments
+    ] * 3
