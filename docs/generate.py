@@ -78,7 +78,10 @@ def kernels() -> str:
     ]
     for name in lk.kernels.__all__:
         thing = getattr(lk.kernels, name)
-        if hasattr(thing, "__qualname__"):
+        if isinstance(thing, types.UnionType):
+            either = " | ".join(each.__name__ for each in thing.__args__)
+            parts.append(f"## lk.kernels.{name}\n\nThe type `{either}`.\n")
+        else:
             parts.append(entry(f"lk.kernels.{name}", thing, 2))
     return "\n".join(parts)
 
