@@ -5,8 +5,10 @@
 
 A chat is rendered once by the model's own template and tokenized whole, so that its ids are those
 of `tok.apply_chat_template`. A token is labelled if some of it was written in a turn that is to be
-learned (chat_spans.py). A prompt and its completion are tokenized apart, so that the cut between
-them is where the row puts it, and where generation will put it. The end token is labelled by its
+learned (chat_spans.py). A prompt and its completion are tokenized whole too, as one text, and a
+token is labelled if some of it belongs to the completion. So a token that spans the border, such as
+" cold" of "hot is " and "cold", is learned whole. Generation starts from the tokens of the prompt
+alone and cannot make such a token, so these rows are counted. The end token is labelled by its
 place, not its id: a model that pads with its end token still learns to stop.
 
 The examples of rows that are held are held too. The rows of a file are read again each time they
@@ -83,6 +85,7 @@ class _Uncut(NamedTuple):
 class Encoder:
     """Makes the examples of rows. `long` counts the rows over `max_seq_length`.
 
+    `joined` counts the completions that begin within a token of their prompt.
     The docstring of `encode_rows` explains the arguments; max_seq_length None cuts nothing. Raises
     LorakitError if over_length or train_on is none of their words.
     """
@@ -107,7 +110,7 @@ class Encoder:
             )
         self.tok, self.train_on = tok, train_on
         self.max_seq_length, self.over_length = max_seq_length, over_length
-        self.long = 0
+        self.long = self.joined = 0
         self.end = [] if tok.eos_token_id is None else [tok.eos_token_id]
         added = tok.backend.get_added_tokens_decoder()
         special = {number for number, token in added.items() if token.special}
@@ -160,17 +163,27 @@ class Encoder:
         return ids if ids[-1:] == self.end else ids + self.end
 
     def _pair(self, prompt: str, completion: str) -> _Uncut:
-        before = self.tok.encode(prompt)
-        plain = self.tok.encode(prompt, add_special_tokens=False)
-        head = len(before) - len(plain)
-        if before[head:] != plain and before[-1:] == self.end:
+        text, border = prompt + completion, len(prompt)
+        ids, offsets = self.tok.encode_with_offsets(text, add_special_tokens=True)
+        if self.end and ids[-1:] == self.end and offsets[-1][0] == len(text):
             raise LorakitError(
-                "the tokenizer puts its end token after every text, so also between a prompt and "
-                "its completion; turn that off in the tokenizer (add_eos_token)"
+                "the tokenizer puts its end token after every text, so also after a prompt that is "
+                "to be continued; turn that off in the tokenizer (add_eos_token)"
             )
-        after = self._ended(self.tok.encode(completion, add_special_tokens=False))
-        masked = before if self.train_on == "all" else [IGNORE] * len(before)
-        return _Uncut(before + after, masked + after, head, len(before))
+        tokens = range(len(ids))
+        head = next((t for t in tokens if offsets[t][1] > 0), len(ids))
+        first = next((t for t in tokens if offsets[t][1] > border), len(ids))
+        if first == len(ids) or offsets[first][0] > border:
+            # The normalizer took the first character, perhaps into the one before (NFC: e + ◌́ = é),
+            # whose tokens then are other ones.
+            alone = self.tok.encode(prompt)
+            while first > head and offsets[first - 1][1] == border and ids[:first] != alone[:first]:
+                first -= 1
+        if first < len(ids) and offsets[first][0] < border:
+            self.joined += 1
+        ids = self._ended(ids)
+        labels = ids if self.train_on == "all" else [IGNORE] * first + ids[first:]
+        return _Uncut(ids, labels, head, first)
 
     def _chat(self, row: Chat) -> _Uncut:
         def render(messages: Messages, generation_prompt: bool = False) -> str:
@@ -305,17 +318,26 @@ def _at(place: str) -> Iterator[None]:
         raise LorakitError(f"{place}: {error}") from None
 
 
+def _needed(uncut: _Uncut) -> int:
+    """Return how many tokens must stand before the first label: the head, but at least one."""
+    return max(uncut.head, min(uncut.prompt, 1))
+
+
 def _first_kept(uncut: _Uncut, limit: int) -> int:
     """Return the first token after the head from which on all that is learned fits `limit`."""
     ids, _, head, prompt = uncut
-    before = max(head, min(prompt, 1))  # a label needs a token before it
-    end = min(len(ids), prompt + limit - before)
+    end = min(len(ids), prompt + limit - _needed(uncut))
     return max(head, prompt - (limit - head - (end - prompt)))
 
 
 def _cut(uncut: _Uncut, start: int, limit: int) -> _Uncut:
-    """Return the head, and what follows from token `start` on, at most `limit` tokens in all."""
+    """Return the head, and what follows from token `start` on, at most `limit` tokens in all.
+
+    Two answers may split the end of their prompt into other tokens, so `start`, which serves both,
+    may lie behind the first label of one. Then it stays before that.
+    """
     ids, labels, head, prompt = uncut
+    start = min(start, prompt - (_needed(uncut) - head))
     kept = [*range(head), *range(start, min(len(ids), start + limit - head))]
     return _Uncut([ids[t] for t in kept], [labels[t] for t in kept], head, prompt - start + head)
 
@@ -377,7 +399,8 @@ def encode_rows(
 ) -> Examples:
     """Return token ids and labels of rows, at most `max_seq_length` tokens each.
 
-    A warning of the logger "lorakit" counts the rows that are longer.
+    Warnings of the logger "lorakit" count the rows that are longer, and the completions whose first
+    token starts in the prompt. Such a token is learned whole.
 
     Args:
         rows: Rows, as `read_rows` returns them.
@@ -417,5 +440,11 @@ def encode_rows(
             len(rows),
             max_seq_length,
             "dropped" if over_length == "drop" else "truncated",
+        )
+    if encoder.joined:
+        log.warning(
+            "lorakit: %d completions begin within a token of their prompt, which generation cannot "
+            "make; put the space between them into the completion",
+            encoder.joined,
         )
     return examples

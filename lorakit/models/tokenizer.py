@@ -46,13 +46,23 @@ class Tokenizer:
         """
         return self._encoding(text, add_special_tokens).ids
 
-    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return the token ids of `text` as it stands, and the span of characters of each.
+    def encode_with_offsets(
+        self, text: str, add_special_tokens: bool = False
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the token ids of `text`, and the span of characters of each.
 
-        A span is (start, end), without the end itself. Raises LorakitError if `text` is no Unicode.
+        A span is (start, end), without the end itself. Tokens of one character, such as the bytes
+        of an emoji, all have its span. The special tokens that belong around the text, if they are
+        added, stand at (0, 0) before it and at (len(text), len(text)) after it. Raises LorakitError
+        if `text` is no Unicode.
         """
-        encoding = self._encoding(text, add_special_tokens=False)
-        return encoding.ids, encoding.offsets
+        encoding = self._encoding(text, add_special_tokens)
+        offsets, t = encoding.offsets, len(encoding.ids)
+        while t and encoding.special_tokens_mask[t - 1]:
+            t -= 1
+        if t:  # the library puts these at (0, 0) too
+            offsets[t:] = [(len(text), len(text))] * (len(offsets) - t)
+        return encoding.ids, offsets
 
     def _encoding(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
         try:
