@@ -72,7 +72,8 @@ def batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> l
 def collate(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
     """Return input_ids and labels of examples, int64 [B, longest], padded on the right.
 
-    The padding is token 0. No real token sees it, and its labels do not count.
+    The padding is token 0. No real token sees it, and its labels do not count. `real_tokens` tells
+    it from the rows.
     """
     longest = max(len(e.input_ids) for e in examples)
 
@@ -82,3 +83,9 @@ def collate(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
     ids = torch.tensor([pad(e.input_ids, 0) for e in examples])
     labels = torch.tensor([pad(e.labels, IGNORE) for e in examples])
     return ids, labels
+
+
+def real_tokens(examples: Sequence[Example]) -> Tensor:
+    """Return which tokens of `collate`'s batch belong to the examples: bool [B, longest]."""
+    lengths = torch.tensor([len(example.input_ids) for example in examples])
+    return torch.arange(int(lengths.max())) < lengths[:, None]

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from lorakit.config.errors import LorakitError, check
 from lorakit.config.training import OverLength, TrainConfig, TrainOn
-from lorakit.data.batching import collate
+from lorakit.data.batching import collate, real_tokens
 from lorakit.data.encode import Example, Examples, PairExample, encode_rows
 from lorakit.data.rows import RowSource, read_rows
 from lorakit.evaluation.score import check_rows, score_rows
@@ -88,8 +88,10 @@ def text_loss(model: Decoder, examples: Examples, batch_size: int) -> dict[str, 
     """Return the mean loss of examples over their label tokens, as `evaluate` does."""
 
     def summed_loss(batch: Sequence[Example | PairExample]) -> tuple[Tensor, Tensor]:
-        ids, labels = collate([example.answers[0] for example in batch])
-        return model.loss(ids.to(model.device), labels.to(model.device))
+        rows = [example.answers[0] for example in batch]
+        ids, labels = collate(rows)
+        mask = real_tokens(rows).to(model.device) if model.config.by_length else None
+        return model.loss(ids.to(model.device), labels.to(model.device), attention_mask=mask)
 
     total, count = summed_over(model, examples, batch_size, summed_loss)
     mean = total / count

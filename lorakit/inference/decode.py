@@ -134,7 +134,7 @@ class _CompiledStep:
 def _plan(model: Decoder) -> kernels.DecodePlan | None:
     """Return the model as `kernels.decode_step` takes it, or None where it cannot."""
     config = model.config
-    if any(rope.by_length for rope in config.ropes):
+    if config.by_length:
         return None  # every step has tables of its own
     if not kernels.decode_compiled(model.device):
         return None

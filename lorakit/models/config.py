@@ -179,6 +179,11 @@ class ModelConfig:
         """The rotary embeddings in use: one for all layers, or also the sliding layers' own."""
         return [self.rope] if self.rope_local is None else [self.rope, self.rope_local]
 
+    @property
+    def by_length(self) -> bool:
+        """Whether rotary frequencies depend on the length of a row or packed document."""
+        return any(rope.by_length for rope in self.ropes)
+
     def slides(self, layer: int) -> bool:
         """Return whether the layer of this number has the sliding window."""
         return bool(self.sliding_layers) and self.sliding_layers[layer]

@@ -41,7 +41,7 @@ class Decoder(nn.Module):
     Three keywords of the methods say what the rows of input_ids, int64 [B, T], are:
 
     - attention_mask [B, S]: true at real tokens, false at padding, on either side. Positions count
-      real tokens.
+      real tokens, and so do the lengths of rows where the rotary embedding depends on them.
     - cu_seqlens, int [n + 1]: documents packed into one row (B = 1), document i from cu_seqlens[i]
       to cu_seqlens[i + 1]. Each starts at position 0 and sees none of the others.
     - cache: keys and values of earlier positions, which input_ids continue; S includes them.
@@ -172,8 +172,12 @@ class Decoder(nn.Module):
 
         Position t predicts label t + 1. A label of -100 does not count, nor does the first one of a
         row or of a packed document. The head skips hidden states that have nothing to predict,
-        unless it has an adapter for each row. Padding on the right needs no attention_mask: it lies
-        in the future of every real token.
+        unless it has an adapter for each row.
+
+        Padding on the right needs no attention_mask: it lies in the future of every real token.
+        Where the rotary embedding depends on the length of a row (config.by_length), an
+        attention_mask says how long each is; without one, a row ends before a run of tokens 0 that
+        have no label.
 
         Args:
             input_ids: int64 [B, T].
@@ -186,7 +190,7 @@ class Decoder(nn.Module):
         Returns:
             The sum, fp32 [], and the count, int64 [].
         """
-        hidden = self.hidden_states(input_ids, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
+        hidden = self._hidden_for_loss(input_ids, labels, attention_mask, cu_seqlens)
         return self._output_head().loss(
             hidden[:, :-1],
             _next_tokens(labels, cu_seqlens),
@@ -207,7 +211,7 @@ class Decoder(nn.Module):
         Returns:
             The sums, fp32 [n], and the counts, int64 [n].
         """
-        hidden = self.hidden_states(input_ids, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
+        hidden = self._hidden_for_loss(input_ids, labels, attention_mask, cu_seqlens)
         hidden, targets = hidden[:, :-1], _next_tokens(labels, cu_seqlens)
         if cu_seqlens is None:
             rows = list(zip(hidden.split(1), targets.split(1), strict=True))
@@ -217,6 +221,18 @@ class Decoder(nn.Module):
         head = self._output_head()
         sums, counts = zip(*(head.loss(*row) for row in rows), strict=True)
         return torch.stack(sums), torch.stack(counts)
+
+    def _hidden_for_loss(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> Tensor:
+        """Return the final hidden states [B, T, H]; see `loss` for rows whose length matters."""
+        if self.config.by_length and attention_mask is None and cu_seqlens is None:
+            attention_mask = _before_padding(input_ids, labels)
+        return self.hidden_states(input_ids, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
 
 
 class Trunk(nn.Module):
@@ -263,6 +279,12 @@ def _neftune_noise(x: Tensor, alpha: float, cu_seqlens: Tensor | None) -> Tensor
         lengths = cu_seqlens.diff().to(x.device)
         length = lengths.repeat_interleave(lengths)[:, None].to(x.dtype)
     return noise / (length * x.shape[2]).sqrt()
+
+
+def _before_padding(input_ids: Tensor, labels: Tensor) -> Tensor:
+    """Return which positions lie before a last run of tokens 0 without labels: bool [B, T]."""
+    kept = (input_ids != 0) | (labels != -100)
+    return kept.flip(-1).cummax(-1).values.flip(-1)
 
 
 def _next_tokens(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:

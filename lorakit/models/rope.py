@@ -14,7 +14,8 @@ of the turned vectors: cos and sin are multiplied by a constant m.
     longrope   f_j / l_j with a searched list l, one up to L and one beyond, and
                m = sqrt(1 + ln(s) / ln(L))                                (arXiv:2402.13753)
 
-"dynamic" and "longrope" depend on how long the sequence is now: keys that lie in a cache keep the
+"dynamic" and "longrope" depend on how long the sequence is now. Each row of a batch and each packed
+document has a length of its own, and so its own frequencies. Keys that lie in a cache keep the
 rotation they were given.
 
 Everything is fp32, whatever the model's dtype: at position 8192 a bf16 angle is off by whole turns.
@@ -93,20 +94,38 @@ class RopeConfig:
 
 
 def inverse_frequencies(
-    rope: RopeConfig, head_dim: int, device: torch.device, length: int = 0
+    rope: RopeConfig, head_dim: int, device: torch.device, lengths: Tensor | None = None
 ) -> Tensor:
-    """Return f, in radians a position, for sequences of `length` positions: fp32 [head_dim / 2]."""
+    """Return the frequencies f of sequences.
+
+    Args:
+        rope: The rotary embedding.
+        head_dim: D.
+        device: The device of the result.
+        lengths: int64 [...], the lengths of the sequences in positions. None stands for one that
+            does not exceed L. Where no frequency depends on a length, it is not looked at.
+
+    Returns:
+        Radians a position: fp32 [..., D / 2] where they depend on the length, else [D / 2].
+    """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    theta, original = rope.rope_theta, rope.original_max_position_embeddings
-    if rope.rope_type == "dynamic" and length > original:
-        grown = rope.factor * length / original - rope.factor + 1
-        theta *= grown ** (head_dim / (head_dim - 2))
-    freqs = 1.0 / theta**exponents
+    original = rope.original_max_position_embeddings
+    if rope.rope_type == "dynamic" and lengths is not None:
+        # fp64: the differences of large numbers, and a power of them
+        grown = rope.factor * lengths.clamp(min=original).double() / original - rope.factor + 1
+        theta = rope.rope_theta * grown ** (head_dim / (head_dim - 2))
+        return 1.0 / theta.float()[..., None] ** exponents
+    freqs = 1.0 / rope.rope_theta**exponents
     if rope.rope_type == "linear":
         return freqs / rope.factor
     if rope.rope_type == "longrope":
-        divisors = rope.long_factor if length > original else rope.short_factor
-        return freqs / torch.tensor(divisors, dtype=torch.float32, device=device)
+        short, long = (
+            torch.tensor(divisors, dtype=torch.float32, device=device)
+            for divisors in (rope.short_factor, rope.long_factor)
+        )
+        if lengths is None:
+            return freqs / short
+        return freqs / torch.where(lengths[..., None] > original, long, short)
     if rope.rope_type == "llama3":
         # turns within L: below `low` a frequency is divided, above `high` kept, between blended
         turns = original * freqs / (2 * math.pi)
@@ -151,22 +170,27 @@ def _magnitude(rope: RopeConfig) -> float:
     return 0.1 * log + 1
 
 
-def rope_tables(rope: RopeConfig, head_dim: int, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+def rope_tables(
+    rope: RopeConfig, head_dim: int, position_ids: Tensor, lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return m cos and m sin of position * frequency.
 
     Args:
         rope: The rotary embedding.
         head_dim: D.
-        position_ids: int64 [B, T]. Where the frequencies depend on the length, the largest one
-            gives it.
+        position_ids: int64 [B, T].
+        lengths: int64 [B, T], at each position the length of the sequence that it belongs to. None:
+            a row is one sequence, which ends at its largest position. It is looked at only where
+            the frequencies depend on it.
 
     Returns:
         Two fp32 tensors [B, T, D / 2], as `kernels.rope` takes them.
     """
-    length = 0
-    if rope.by_length:  # only then: a GPU has to be waited for
-        length = int(position_ids.max()) + 1
-    freqs = inverse_frequencies(rope, head_dim, position_ids.device, length)
+    if not rope.by_length:
+        lengths = None
+    elif lengths is None:
+        lengths = position_ids.amax(-1, keepdim=True) + 1
+    freqs = inverse_frequencies(rope, head_dim, position_ids.device, lengths)
     angles, m = position_ids[..., None].float() * freqs, _magnitude(rope)
     cos, sin = angles.cos(), angles.sin()
     return (cos, sin) if m == 1 else (m * cos, m * sin)

@@ -4,7 +4,8 @@ A call to the decoder brings rows of tokens in one of three forms:
 
     plain      each position sees itself and all positions before it; a cache may hold some of them
     padded     attention_mask [B, S] tells real tokens from padding, on either side; positions count
-               real tokens, and nothing but padding itself sees padding
+               real tokens, and nothing but padding itself sees padding; a row is as long as its
+               real tokens are
     packed     cu_seqlens [n + 1] cuts one row into documents; each starts at position 0 and sees
                none of the others
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from lorakit.config.errors import LorakitError
 from lorakit.models.cache import Cache
 from lorakit.models.config import ModelConfig
-from lorakit.models.rope import RopeConfig, rope_tables
+from lorakit.models.rope import rope_tables
 
 
 class AttentionView(NamedTuple):
@@ -58,18 +59,21 @@ def attention_views(
     T, device = input_ids.shape[1], input_ids.device
     past = 0 if cache is None else cache.length
     positions = torch.arange(past, past + T, device=device)
-    position_ids, real, lengths = positions[None], None, None
+    position_ids, real, lengths, own = positions[None], None, None, None
     if cu_seqlens is not None:
         if attention_mask is not None or cache is not None:
             raise LorakitError("packed documents take neither a padding mask nor a cache")
         lengths = document_lengths(cu_seqlens, input_ids)
         position_ids = torch.cat([positions[:n] for n in lengths])[None]
+        if config.by_length:
+            own = torch.tensor(lengths, device=device)
+            own = own.repeat_interleave(own, output_size=T)[None]
     if attention_mask is not None:
         real = attention_mask.bool()
         position_ids = (real.cumsum(-1) - 1).clamp(min=0)[:, past:]
-    local = tables = _rotary_tables(config.rope, config.head_dim, position_ids, lengths)
+    local = tables = rope_tables(config.rope, config.head_dim, position_ids, own)
     if config.rope_local is not None:
-        local = _rotary_tables(config.rope_local, config.head_dim, position_ids, lengths)
+        local = rope_tables(config.rope_local, config.head_dim, position_ids, own)
 
     def view(slides: bool) -> AttentionView:
         window, mask = config.sliding_window if slides else None, None
@@ -127,17 +131,3 @@ def document_lengths(cu_seqlens: Tensor, input_ids: Tensor) -> list[int]:
             f"for {B} rows"
         )
     return lengths
-
-
-def _rotary_tables(
-    rope: RopeConfig, head_dim: int, position_ids: Tensor, lengths: list[int] | None
-) -> tuple[Tensor, Tensor]:
-    """Return the rotary tables of a call.
-
-    Where they depend on the sequence's length, each packed document has its own.
-    """
-    if lengths is None or not rope.by_length:
-        return rope_tables(rope, head_dim, position_ids)
-    parts = [rope_tables(rope, head_dim, part) for part in position_ids.split(lengths, dim=1)]
-    cos, sin = zip(*parts, strict=True)
-    return torch.cat(cos, dim=1), torch.cat(sin, dim=1)

@@ -26,7 +26,7 @@ from lorakit.adapters.peft_files.save import save_adapter
 from lorakit.adapters.start import start_adapter
 from lorakit.config.errors import LorakitError
 from lorakit.config.training import OPTIMIZERS, TrainConfig
-from lorakit.data.batching import Order, batches, collate
+from lorakit.data.batching import Order, batches, collate, real_tokens
 from lorakit.data.encode import Examples
 from lorakit.data.schemas import Row
 from lorakit.evaluation.score import score_rows
@@ -286,9 +286,7 @@ def _padded_batches(
     lengths = examples.lengths
     for rows in batches(lengths, config.per_device_train_batch_size, config.seed, 0):
         chosen = [examples[row].answers[0] for row in rows]
-        ids, _ = collate(chosen)
-        real = torch.tensor([len(e.input_ids) for e in chosen])[:, None]
-        mask = torch.arange(ids.shape[1]) < real
+        ids, mask = collate(chosen)[0], real_tokens(chosen)
         yield {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
 
 

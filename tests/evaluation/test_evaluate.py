@@ -12,7 +12,7 @@ from lorakit.evaluation import metrics
 from lorakit.evaluation.evaluate import encode_for
 from lorakit.evaluation.score import check_rows
 from lorakit.models.tokenizer import Tokenizer
-from tests.conftest import ROWS
+from tests.conftest import ROWS, TINY_VARIANTS, tiny_llama
 from tests.training.runs import PAIRS
 
 
@@ -41,6 +41,21 @@ def test_loss_is_the_mean_over_label_tokens(tiny_dir, tok):
     # fp32 logits of other batches; an error of the loss is one of the perplexity's logarithm
     assert result["loss"] == pytest.approx(total / count, rel=1e-5)
     assert result["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["dynamic_rope", "longrope"])
+def test_loss_and_scores_do_not_depend_on_the_batch(tiny_dir, tmp_path, tok, variant):
+    """Also where the rotary embedding depends on the length of a row: each has its own."""
+    tiny_llama(vocab_size=300, **TINY_VARIANTS[variant]).save_pretrained(tmp_path)
+    model = lk.load_model(tmp_path, dtype="float32")
+    rows = [{"prompt": "a" * n, "completion": "b" * n} for n in (2, 18, 5, 13)]
+    texts = [lk.generate(model, tok, row["prompt"], max_new_tokens=20) for row in rows]
+    prompts = [row["prompt"] for row in rows]
+    assert lk.generate_batch(model, tok, prompts, max_new_tokens=20) == texts
+    alone, together = (
+        lk.evaluate(model, tok, rows, batch_size=n, metrics="partial_match") for n in (1, 4)
+    )
+    assert together == pytest.approx(alone, rel=1e-5)  # other orders of fp32 sums
 
 
 def test_evaluate_scores_greedy_completions(tiny_dir, tok):

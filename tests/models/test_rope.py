@@ -109,6 +109,29 @@ def test_tables_are_transformers_cos_and_sin(variant, length):
     assert ours.rope.rope_type == variant.removesuffix("_rope")
 
 
+@pytest.mark.parametrize("variant", ["dynamic_rope", "longrope"])
+def test_each_row_has_the_tables_of_its_own_length(variant):
+    """A row of padded positions, and a document of a packed one, turn as transformers turns it."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    theirs = LlamaConfig(**{**TINY, **TINY_VARIANTS[variant]})
+    ours = lk.ModelConfig.from_hf(theirs.to_dict())
+    half, lengths = ours.head_dim // 2, [10, 60, 24, 25]
+    alone = [LlamaRotaryEmbedding(theirs)(torch.zeros(1), torch.arange(n)[None]) for n in lengths]
+    rows = torch.stack([torch.arange(60).clamp(max=n - 1) for n in lengths])
+    padded = rope_tables(ours.rope, ours.head_dim, rows)
+    packed = torch.cat([torch.arange(n) for n in lengths])[None]
+    own = torch.cat([torch.full((n,), n) for n in lengths])[None]
+    cut = [table[0].split(lengths) for table in rope_tables(ours.rope, ours.head_dim, packed, own)]
+    for i, n in enumerate(lengths):
+        for part in (0, 1):  # cos, sin
+            expected = alone[i][part][0, :, :half]
+            for table in (padded[part][i, :n], cut[part][i]):
+                # angles up to 60 in fp32: 60 * 2^-24, from frequencies a few roundings apart
+                assert (table - expected).abs().max() <= 2e-5
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import lorakit as lk
 from lorakit.models.views import key_mask
 from tests.conftest import LOGITS
-from tests.models.variants import load, packed_variants, variants
+from tests.models.variants import BY_LENGTH, load, packed_variants
 
 
 @packed_variants
@@ -60,7 +60,7 @@ def test_packing_takes_one_row_and_no_padding(tmp_path):
         model(ids[:1], cu_seqlens=torch.tensor([0, 4]), attention_mask=torch.ones(1, 4))
 
 
-@variants
+@packed_variants
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_no_logit_and_no_loss(tmp_path, family, options, side):
     model = load(tmp_path, family, options)
@@ -82,6 +82,69 @@ def test_padding_changes_no_logit_and_no_loss(tmp_path, family, options, side):
     alone = [model.loss(row[None], row[None]) for row in rows]
     assert count == sum(n for _, n in alone)
     assert abs(loss - sum(value for value, _ in alone)) <= 1e-5 * loss
+
+
+by_length = pytest.mark.parametrize(("family", "options"), BY_LENGTH.values(), ids=BY_LENGTH)
+
+
+@by_length
+@pytest.mark.parametrize("prompt", [0, 4])
+def test_a_row_has_its_own_length_without_a_mask_too(tmp_path, family, options, prompt):
+    """The loss of rows below and beyond the original context, which is 24: alone, padded, packed.
+
+    Without a mask, tokens 0 without labels at the end of a row are padding.
+    """
+    model = load(tmp_path, family, options)
+    if prompt:
+        lk.attach(model, lk.PrefixTuningConfig(num_virtual_tokens=prompt))
+    model.eval()
+    torch.manual_seed(0)
+    rows = [torch.randint(1, 97, (n,)) for n in (5, 40, 26)]
+    labels = [row.clone() for row in rows]
+    for row, own in zip(rows, labels, strict=True):
+        row[2] = own[2] = 0  # a token 0 within a row is part of it, with a label and without
+        row[3], own[3] = 0, -100
+        own[-1] = -100  # a row may end without a label
+
+    def padded(parts, filler):
+        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=filler)
+
+    ids, targets = padded(rows, 0), padded(labels, -100)
+    mask = padded([torch.ones_like(row) for row in rows], 0)
+    expected = torch.stack(
+        [model.loss(i[None], t[None])[0] for i, t in zip(rows, labels, strict=True)]
+    )
+    for told in (mask, None):
+        found, counts = model.row_losses(ids, targets, attention_mask=told)
+        # sums of up to 38 losses of some 4 nats, in fp32
+        assert torch.allclose(found, expected, rtol=1e-5)
+        loss, count = model.loss(ids, targets, attention_mask=told)
+        assert loss.item() == pytest.approx(expected.sum().item(), rel=1e-5)
+        assert count == counts.sum()
+    if not prompt:  # packed documents take none
+        bounds = torch.tensor([0, 5, 45, 71])
+        found, _ = model.row_losses(
+            torch.cat(rows)[None], torch.cat(labels)[None], cu_seqlens=bounds
+        )
+        assert torch.allclose(found, expected, rtol=1e-5)
+    together = model(ids)[0, :5]  # nothing says that this row is short: it counts as long as it is
+    assert (together - model(rows[0][None])[0]).abs().max() > 1e-3
+
+
+@by_length
+def test_gradient_checkpointing_of_rows_of_many_lengths(tmp_path, family, options):
+    """The same bits with it and without."""
+    model = load(tmp_path, family, options)
+    torch.manual_seed(0)
+    ids = torch.randint(1, 97, (3, 40))
+    mask = torch.arange(40) < torch.tensor([[5], [40], [26]])
+    grads = []
+    for checkpointing in (False, True):
+        model.gradient_checkpointing = checkpointing
+        model.zero_grad()
+        model.loss(ids, ids.masked_fill(~mask, -100), attention_mask=mask)[0].backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    assert all(map(torch.equal, *grads))
 
 
 @given(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lorakit.config.training import TrainConfig
-from lorakit.data.batching import collate
+from lorakit.data.batching import collate, real_tokens
 from lorakit.data.encode import Example, PairExample
 from lorakit.data.packing import collate_packed
 from lorakit.models.decoder import Decoder
@@ -24,15 +24,23 @@ def summed_loss(
     if pairs:
         rows += [example.answers[1] for example in batch]
     bounds: Tensor | None = None
+    mask: Tensor | None = None
     if config.packing:
         ids, labels, bounds = collate_packed(rows)
     else:
         ids, labels = collate(rows)
+        if model.config.by_length:
+            mask = real_tokens(rows).to(model.device)
     ids, labels = ids.to(model.device), labels.to(model.device)
     smoothing = config.label_smoothing_factor
     if not pairs:
         return model.loss(
-            ids, labels, cu_seqlens=bounds, label_smoothing=smoothing, z_loss=config.z_loss
+            ids,
+            labels,
+            attention_mask=mask,
+            cu_seqlens=bounds,
+            label_smoothing=smoothing,
+            z_loss=config.z_loss,
         )
     losses, prefers = pair_losses(
         model,
@@ -41,6 +49,7 @@ def summed_loss(
         objective=config.objective,
         beta=config.beta,
         label_smoothing=smoothing,
+        attention_mask=mask,
         cu_seqlens=bounds,
     )
     return losses.sum(), prefers.sum()

@@ -106,6 +106,7 @@ def pair_losses(
     objective: str,
     beta: float,
     label_smoothing: float = 0.0,
+    attention_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss of each pair, and whether the model prefers the chosen completion.
@@ -118,6 +119,8 @@ def pair_losses(
         objective: "dpo" or "orpo".
         beta: As `dpo_loss` and `orpo_loss` take it.
         label_smoothing: As `dpo_loss` takes it.
+        attention_mask: bool [2 B, T], false at padding. Only a model whose rotary embedding depends
+            on the length of a row needs it.
         cu_seqlens: int [2 B + 1], where each completion starts and the last one ends, if packed.
 
     Returns:
@@ -126,13 +129,14 @@ def pair_losses(
     Raises:
         LorakitError: beta or label_smoothing is out of its range.
     """
-    found, counts = model.row_losses(input_ids, labels, cu_seqlens=cu_seqlens)
+    cut = {"attention_mask": attention_mask, "cu_seqlens": cu_seqlens}
+    found, counts = model.row_losses(input_ids, labels, **cut)
     chosen, rejected = (-found).chunk(2)
     if objective == "dpo":
         with torch.no_grad(), disable_adapters(model):
             training = model.training
             model.eval()
-            reference, _ = model.row_losses(input_ids, labels, cu_seqlens=cu_seqlens)
+            reference, _ = model.row_losses(input_ids, labels, **cut)
             model.train(training)
         better, worse = (-reference).chunk(2)
         options = {"beta": beta, "label_smoothing": label_smoothing}

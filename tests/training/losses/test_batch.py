@@ -3,8 +3,13 @@
 import json
 
 import pytest
+import torch
 
 import lorakit as lk
+from lorakit.adapters.layers.lora import lora_layers
+from lorakit.data.encode import IGNORE, Example, PairExample
+from lorakit.training.losses.batch import summed_loss
+from tests.conftest import TINY_VARIANTS, tiny_llama
 
 
 def test_long_pairs_are_packed_and_scored(tiny_dir, tmp_path):
@@ -19,6 +24,35 @@ def test_long_pairs_are_packed_and_scored(tiny_dir, tmp_path):
     result = lk.train(model, tok, {"train": pairs, "validation": short}, config)
     assert result.steps == 2
     assert result.evaluations[-1]["exact_match"] == 0
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo", "orpo"])
+@pytest.mark.parametrize("variant", ["dynamic_rope", "longrope"])
+def test_loss_of_rows_whose_rotation_depends_on_their_length(tmp_path, variant, objective):
+    """Padded as packed as alone, also of rows that end in a token 0 without a label."""
+    tiny_llama(**TINY_VARIANTS[variant]).save_pretrained(tmp_path)
+    model = lk.attach(lk.load_model(tmp_path, dtype="float32"), lk.LoraConfig(r=4))
+    torch.manual_seed(0)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B, 0, 0.1)
+
+    def example(length):
+        ids = [*torch.randint(97, (length - 1,)).tolist(), 0]
+        return Example(ids, [IGNORE, *ids[1:-1], IGNORE])
+
+    def batch(lengths):
+        if objective == "sft":
+            return [example(n) for n in lengths]
+        return [PairExample(example(n), example(n + 9)) for n in lengths]
+
+    rows = batch([7, 40, 23, 26])  # the original context is 24
+    padded, packed = (
+        lk.TrainConfig(str(tmp_path), objective=objective, packing=on) for on in (False, True)
+    )
+    total = sum(summed_loss(model, [row], packed)[0].item() for row in rows)
+    for config in (padded, packed):
+        # fp32 sums of up to 92 losses, in another order
+        assert summed_loss(model, rows, config)[0].item() == pytest.approx(total, rel=1e-5)
 
 
 def test_padding_of_pairs(tiny_dir, tmp_path):
