@@ -16,7 +16,7 @@ train less than the user thinks.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from torch import nn
 
@@ -99,13 +99,24 @@ def is_saved_whole(name: str, config: TargetConfig) -> bool:
 def targets_for(places: Sequence[str], module: nn.Module) -> str | list[str]:
     """Return a target_modules that selects the layers `places` of `module` and no others.
 
-    It is the list of their names. Where the name of another layer ends in one of them, the list
+    It is the list of `short_names`. Where the name of another layer ends in one of `places`, a list
     would mean that one too, so it is a regex of the whole names.
     """
     others = {name for name, _ in outer_modules(module)}.difference(places)
     if not endings(others).isdisjoint(places):
         return "|".join(re.escape(place) for place in places)
-    return list(places)
+    return short_names(places, others)
+
+
+def short_names(places: Sequence[str], others: Collection[str]) -> list[str]:
+    """Return the shortest list that selects `places` among the modules `places` and `others`.
+
+    A layer stands in it by the last part of its name, such as q_proj, unless another module has the
+    same one. Then it stands there by its whole name. Some servers know no other forms.
+    """
+    unclear = {_leaf(name) for name in others}
+    short = [place if _leaf(place) in unclear else _leaf(place) for place in places]
+    return list(dict.fromkeys(short))
 
 
 def _leaf(name: str) -> str:

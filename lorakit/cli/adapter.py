@@ -30,7 +30,7 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
         "convert",
         parents=[common],
         help="write an adapter as plain LoRA, which every server understands",
-        description="Write an adapter as plain LoRA: one rank, one lora_alpha, full names of the "
+        description="Write an adapter as plain LoRA: one rank, one lora_alpha, short names of the "
         "layers. rsLoRA and patterns of ranks and alphas are folded in exactly; DoRA is "
         "approximated, and the error of each layer printed.",
     )

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import lorakit as lk
 from lorakit.adapters.manage import attached
-from lorakit.adapters.targets import is_saved_whole, match_targets
+from lorakit.adapters.targets import is_saved_whole, match_targets, short_names
 from tests.adapters.common import SHORT_IDS, filled, hugging_face
 
 NAMES = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(12) for p in "qkvo"] + ["lm_head"]
@@ -33,6 +33,24 @@ def test_targets_by_the_rule_of_peft(targets):
     """A name is selected iff it equals an entry or ends with '.' + entry."""
     expected = [n for n in NAMES if any(n == t or n.endswith("." + t) for t in targets)]
     assert match_targets(NAMES, targets) == expected
+
+
+@given(st.sets(st.sampled_from(NAMES), min_size=1))
+def test_short_names_select_the_same(places):
+    """An adapter on some layers is written so that exactly these are read."""
+    written = short_names(sorted(places), set(NAMES) - places)
+    assert set(match_targets(NAMES, written)) == places
+    assert all(name in places or name.count(".") == 0 for name in written)
+
+
+def test_short_names_are_the_last_parts_where_these_are_clear():
+    places = [name for name in NAMES if name.endswith(("q_proj", "v_proj"))]
+    assert short_names(places, set(NAMES) - set(places)) == ["q_proj", "v_proj"]
+    others = {*NAMES, "vision_tower.layers.0.self_attn.q_proj"} - set(places)
+    written = short_names(places, others)
+    assert len(written) == 13
+    assert "v_proj" in written
+    assert "q_proj" not in written
 
 
 @pytest.mark.parametrize(

@@ -87,8 +87,13 @@ class IA3(LinearMethod[IA3Config]):
         return plan
 
     def config_values(self, model: nn.Module, name: str, config: IA3Config) -> dict[str, Any]:
-        """Return every field; feedforward_modules too are full names."""
-        parts = linear_parts(model, name)
-        fed = [place for place, part in parts.items() if part.feedforward]
-        values = super().config_values(model, name, config)
-        return values | {"feedforward_modules": targets_for(fed, model)}
+        """Return every field, with short names of the layers.
+
+        PEFT wants each entry of feedforward_modules among target_modules too.
+        """
+        values, parts = super().config_values(model, name, config), linear_parts(model, name)
+        fed = targets_for([place for place, part in parts.items() if part.feedforward], model)
+        rest = targets_for([place for place, part in parts.items() if not part.feedforward], model)
+        if isinstance(fed, list) and isinstance(rest, list):
+            values["target_modules"] = [*rest, *fed]
+        return values | {"feedforward_modules": fed}

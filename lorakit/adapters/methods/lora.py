@@ -70,7 +70,7 @@ class Lora(Method[LoraConfig]):
         return plan
 
     def config_values(self, model: nn.Module, name: str, config: LoraConfig) -> dict[str, Any]:
-        """Return the config of plain LoRA with full names; see peft_files/lora_config.py."""
+        """Return the config of plain LoRA; see peft_files/lora_config.py."""
         return values_of_lora(model, name, config)
 
     def read_config(self, files: AdapterFiles, model: nn.Module) -> LoraConfig:

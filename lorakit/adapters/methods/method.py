@@ -77,7 +77,7 @@ class LinearMethod(Method[T]):
     """The fields of the config that hold names of layers."""
 
     def config_values(self, model: nn.Module, name: str, config: T) -> dict[str, Any]:
-        """Return every field; the layers stand there by their full names."""
+        """Return every field; the layers stand there by their shortest clear names."""
         values = fields_of(self, config)
         for chosen in ("exclude_modules", "layers_to_transform", "layers_pattern"):
             del values[chosen]

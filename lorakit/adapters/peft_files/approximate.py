@@ -15,7 +15,7 @@ equal files give equal bytes. Memory holds one layer.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +39,7 @@ class BaseModel(NamedTuple):
     path: str | Path
     config: ModelConfig
     tensors: Mapping[str, LazyWeight]
+    towers: Set[str]  # the modules of its other towers, by their names in the files
 
 
 class Approximation(NamedTuple):

@@ -1,8 +1,8 @@
 """Convert a PEFT adapter to plain LoRA, which every server reads.
 
 adapter_config.json can say much that most servers do not read. `convert_adapter` writes what all of
-them read: one r, one integer lora_alpha, the full names of the layers. For each layer the update of
-the weight stays s B A:
+them read: one r, one integer lora_alpha, and the shortest names that select the layers. For each
+layer the update of the weight stays s B A:
 
     rank_pattern         smaller ranks are filled with zero rows of A and columns of B: exact
     alpha_pattern,       B' = (s r' / lora_alpha') B: each value of B is rounded once to fp32. Where
@@ -40,12 +40,14 @@ from lorakit.adapters.peft_files.stored import (
     read_finite,
     some,
 )
+from lorakit.adapters.targets import ends_with, short_names
 from lorakit.config.adapters import PLAIN_INITIALIZATIONS
 from lorakit.config.errors import LorakitError
 from lorakit.files.local import as_path, write_json
 from lorakit.files.safetensors import write_safetensors
 from lorakit.models.config import ModelConfig
 from lorakit.models.load import open_model
+from lorakit.models.multimodal import text_name
 
 
 @dataclass(frozen=True)
@@ -125,9 +127,11 @@ def convert_adapter(
 ) -> ConversionReport:
     """Write an adapter again as plain LoRA in fp32, which every server reads.
 
-    The result has one r and one lora_alpha, no patterns, rsLoRA or DoRA, and target_modules are the
-    full names of the layers. All but DoRA is exact, up to one rounding of B to fp32. A lora_bias of
-    zeros, a bias setting without biases in the file, and copies of base weights are left out.
+    The result has one r and one lora_alpha, and no patterns, rsLoRA or DoRA. target_modules are
+    names such as q_proj where the base model, or the list in `source`, tells that they select the
+    adapted layers alone, and otherwise whole names. All but DoRA is exact, up to one rounding of B
+    to fp32. A lora_bias of zeros, a bias setting without biases in the file, and copies of base
+    weights are left out.
 
     Args:
         source: The directory of a LoRA adapter of PEFT or lorakit.
@@ -161,7 +165,8 @@ def convert_adapter(
         )
     r = wanted or needed
     tensors, alpha = _with_one_scaling(adapter, plain, r)
-    _write(target, tensors, _plain_config(adapter, sorted(plain, key=natural), r, alpha))
+    names = _target_modules(adapter, sorted(plain, key=natural), base)
+    _write(target, tensors, _plain_config(adapter, names, r, alpha))
     return ConversionReport(
         target=str(target),
         layers=len(plain),
@@ -239,8 +244,10 @@ def _is_dora(adapter: StoredAdapter) -> bool:
 def _open_base(adapter: StoredAdapter, base_model: str | Path | None) -> BaseModel | None:
     """Open the base model, if one is given. Raises LorakitError if the adapter needs one."""
     if base_model is not None:
-        model, tensors, _ = open_model(base_model)
-        return BaseModel(base_model, model.config, tensors)
+        model, tensors, source = open_model(base_model)
+        around = {} if source.surroundings is None else source.surroundings.tensors
+        towers = {name.rpartition(".")[0] for name in around}
+        return BaseModel(base_model, model.config, tensors, towers)
     if _is_dora(adapter):
         why = "DoRA scales the weights of the base"
     elif any(layer.experts for layer in adapter.layers):
@@ -344,10 +351,25 @@ def _with_one_scaling(
     return tensors, int(shared) if whole else rank
 
 
+def _target_modules(adapter: StoredAdapter, layers: list[str], base: BaseModel | None) -> list[str]:
+    """Return the shortest known target_modules that select these layers and no others."""
+    if base is not None:
+        owners = {name.rpartition(".")[0] for name in base.tensors}
+        return short_names(layers, owners.difference(map(text_name, layers)) | base.towers)
+    values = adapter.values
+    given = values.get("target_modules")
+    narrowed = values.get("exclude_modules") or values.get("layers_to_transform") is not None
+    if not isinstance(given, list) or narrowed:
+        return layers
+    matched = [any(ends_with(layer, entry) for entry in given) for layer in layers]
+    used = [any(ends_with(layer, entry) for layer in layers) for entry in given]
+    return sorted(given) if all(matched + used) else layers
+
+
 def _plain_config(
     adapter: StoredAdapter, names: list[str], rank: int, alpha: int
 ) -> dict[str, Any]:
-    """Return the adapter_config.json of an adapter of the layers `names`."""
+    """Return the adapter_config.json of an adapter whose target_modules are `names`."""
     config = adapter.config
     return {
         "base_model_name_or_path": config.base_model_name_or_path,

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from lorakit.adapters.peft_files.experts import is_fused, join_experts, split_experts
 from lorakit.adapters.peft_files.layout import CONFIG_FILE, PATTERNS, PREFIX, AdapterFiles
+from lorakit.adapters.peft_files.ties import adapted_heads
+from lorakit.adapters.targets import targets_for
 from lorakit.config.adapters import LoraConfig
 from lorakit.config.errors import LorakitError
 from lorakit.config.fields import from_mapping
@@ -24,7 +26,7 @@ from lorakit.files.safetensors import LazyTensor
 from lorakit.models.decoder import Decoder
 
 _RANKS = ("r", "lora_alpha", "use_rslora", *PATTERNS)  # the fields that scalings follow from
-_LORA_A = ".lora_A.weight"
+_LORA_A, _EMBEDDING_A = ".lora_A.weight", ".lora_embedding_A"
 
 
 def fuse_experts(
@@ -39,9 +41,10 @@ def fuse_experts(
         raise LorakitError("save_adapter: fused_experts, but the model has no experts")
     block, *leaves = model.config.moe_names
     single = re.compile(rf".*\.{block}\.experts\.\d+\.({'|'.join(leaves)})")
-    targets: list[str] = values["target_modules"]
-    places = [place for place in targets if not single.fullmatch(place)]
-    experts = [place for place in targets if single.fullmatch(place)]
+    heads = adapted_heads(model)  # their tensors are those of the embedding
+    adapted_layers = [place for place in _adapted(tensors) if place not in heads]
+    places = [place for place in adapted_layers if not single.fullmatch(place)]
+    experts = [place for place in adapted_layers if single.fullmatch(place)]
     config = LoraConfig(**{key: values[key] for key in _RANKS if key in values})
     kinds = {(config.rank(place), config.alpha(place)) for place in experts}
     if len(kinds) != 1 or values.get("use_dora"):
@@ -63,7 +66,10 @@ def fuse_experts(
         parameters.append("mlp.experts.down_proj")
         ranks["experts.down_proj"] = r
         alphas["experts.down_proj"] = alpha
-    values = values | {"target_modules": places, "target_parameters": parameters}
+    values = values | {
+        "target_modules": targets_for(places, model),
+        "target_parameters": parameters,
+    }
     values |= {"rank_pattern": ranks, "alpha_pattern": alphas}
     names = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
     fused = join_experts(names, model.config.moe_names)
@@ -123,8 +129,13 @@ def _of_single_experts(
 
 
 def _adapted(keys: dict[str, Any]) -> list[str]:
-    """Return the layers that have a lora_A among these keys."""
-    return [key.removeprefix(PREFIX).removesuffix(_LORA_A) for key in keys if key.endswith(_LORA_A)]
+    """Return the layers that have a lora_A, or as embeddings a lora_embedding_A, among the keys."""
+    return [
+        key.removeprefix(PREFIX).removesuffix(end)
+        for key in keys
+        for end in (_LORA_A, _EMBEDDING_A)
+        if key.endswith(end)
+    ]
 
 
 def _in_memory(tensor: Tensor) -> LazyTensor:

@@ -1,10 +1,11 @@
 """adapter_config.json of LoRA, written and read.
 
 What is written is always plain: an adapter that started from a part of the weight (PiSSA, OLoRA) is
-one of twice the rank over the weight as it was. The scaling stays, so lora_alpha grows as r does,
-or with rsLoRA as its root. `target_modules` are the full names of the adapted layers, so that a
-reader need not know what "all-linear" means here. Options that older versions of PEFT lack are
-written only where they are used.
+one of twice the rank over the weight as it was. The scaling stays, so lora_alpha grows as r does.
+With rsLoRA it would grow as the root of r; it is written without rsLoRA where that makes it a whole
+number, as servers read it. `target_modules` are the shortest names that select the adapted layers,
+so that a reader need not know what "all-linear" means here. Options that older versions of PEFT
+lack are written only where they are used.
 
 The first key of a rank_pattern or alpha_pattern that matches a layer counts, and JSON is written
 with sorted keys, here and by PEFT. Where that order would change a rank or an alpha, the pattern is
@@ -13,6 +14,7 @@ written with one whole name for each layer.
 
 import dataclasses
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,6 +35,8 @@ from lorakit.config.fields import from_mapping
 from lorakit.config.patterns import each_alone
 from lorakit.models.decoder import Decoder
 
+log = logging.getLogger("lorakit")
+
 Values = dict[str, Any]
 
 # Starts that lorakit finds again from the weight when it loads such a file. pissa_niter_N begins at
@@ -47,8 +51,9 @@ def values_of_lora(model: nn.Module, name: str, config: LoraConfig) -> Values:
     doubled = [p for p, each in layers.items() if each.adapters[name].start_A is not None]
     written = _in_sorted_order(config, places)
     if doubled:
-        written = _of_twice_the_rank(written, places, doubled, config.use_rslora)
+        written = _of_twice_the_rank(written, places, doubled)
     written = _with_tied_heads(written, places, model)
+    _say_what_servers_refuse(written)
     values = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -57,7 +62,7 @@ def values_of_lora(model: nn.Module, name: str, config: LoraConfig) -> Values:
         "bias": config.bias,
         "fan_in_fan_out": config.fan_in_fan_out,
         "lora_dropout": config.lora_dropout,
-        "use_rslora": config.use_rslora,
+        "use_rslora": written.use_rslora,
         "r": written.r,
         "lora_alpha": _whole(written.lora_alpha),
         "target_modules": targets_for(places, model),
@@ -73,6 +78,18 @@ def values_of_lora(model: nn.Module, name: str, config: LoraConfig) -> Values:
     if config.modules_to_save:  # whole names: to PEFT "norm" is the end of "input_layernorm" too
         where_used["modules_to_save"] = _saved_modules(model, name)
     return values | {key: value for key, value in where_used.items() if value}
+
+
+def _say_what_servers_refuse(config: LoraConfig) -> None:
+    """Say in the log that an alpha is no whole number, which some servers refuse."""
+    alphas = [config.lora_alpha, *config.alpha_pattern.values()]
+    fractions = [alpha for alpha in alphas if not float(alpha).is_integer()]
+    if fractions:
+        log.warning(
+            "lorakit: save_adapter: lora_alpha is %s, and some servers read whole numbers alone; "
+            "convert_adapter writes the adapter with one",
+            fractions[0],
+        )
 
 
 def _whole(alpha: int | float) -> int | float:
@@ -96,6 +113,7 @@ def _in_sorted_order(config: LoraConfig, places: Sequence[str]) -> LoraConfig:
         lora_alpha=config.lora_alpha,
         rank_pattern=dict(sorted(config.rank_pattern.items())),
         alpha_pattern=dict(sorted(config.alpha_pattern.items())),
+        use_rslora=config.use_rslora,
     )
     ranks = {place: config.rank(place) for place in places}
     alphas = {place: config.alpha(place) for place in places}
@@ -107,25 +125,45 @@ def _in_sorted_order(config: LoraConfig, places: Sequence[str]) -> LoraConfig:
 
 
 def _of_twice_the_rank(
-    config: LoraConfig, places: Sequence[str], doubled: Sequence[str], use_rslora: bool
+    config: LoraConfig, places: Sequence[str], doubled: Sequence[str]
 ) -> LoraConfig:
     """Return a config of r, lora_alpha and patterns in which the layers `doubled` hold a start.
 
-    An embedding starts as it always does, and keeps its rank.
+    An embedding starts as it always does, and keeps its rank. rsLoRA makes the alphas grow by the
+    root of 2. So the config is written without rsLoRA where that makes them whole numbers.
     """
-    more = math.sqrt(2) if use_rslora else 2
+    ranks = {p: config.rank(p) * (2 if p in doubled else 1) for p in places}
+    if config.use_rslora:
+        plain = {p: config.alpha(p) * ranks[p] / math.sqrt(config.rank(p)) for p in places}
+        if all(alpha.is_integer() for alpha in plain.values()):
+            return _of_each_layer(ranks, plain)
+    more = math.sqrt(2) if config.use_rslora else 2
     if len(doubled) == len(places):
-        ranks = {key: 2 * r for key, r in config.rank_pattern.items()}
-        alphas = {key: more * alpha for key, alpha in config.alpha_pattern.items()}
+        rank_pattern = {key: 2 * r for key, r in config.rank_pattern.items()}
+        alpha_pattern = {key: more * alpha for key, alpha in config.alpha_pattern.items()}
     else:
-        ranks = {p: config.rank(p) * (2 if p in doubled else 1) for p in places}
         alphas = {p: config.alpha(p) * (more if p in doubled else 1) for p in places}
-        ranks, alphas = each_alone(ranks, places), each_alone(alphas, places)
+        rank_pattern, alpha_pattern = each_alone(ranks, places), each_alone(alphas, places)
     return LoraConfig(
         r=2 * config.r,
         lora_alpha=more * config.lora_alpha,
-        rank_pattern=ranks,
-        alpha_pattern=alphas,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+        use_rslora=config.use_rslora,
+    )
+
+
+def _of_each_layer(ranks: Mapping[str, int], alphas: Mapping[str, int | float]) -> LoraConfig:
+    """Return a config without rsLoRA that gives each layer its rank and its alpha."""
+    r = max(ranks.values(), key=[*ranks.values()].count)
+    alpha = max(alphas.values(), key=[*alphas.values()].count)
+    other_ranks = {place: each for place, each in sorted(ranks.items()) if each != r}
+    other_alphas = {place: each for place, each in sorted(alphas.items()) if each != alpha}
+    return LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        rank_pattern=each_alone(other_ranks, ranks),
+        alpha_pattern=each_alone(other_alphas, ranks),
     )
 
 

@@ -6,6 +6,7 @@ import torch
 
 import lorakit as lk
 from tests.adapters.methods.common import shaken
+from tests.adapters.parity import assert_same, logits_of, peft_load
 
 
 def test_biases_merge_too():
@@ -32,3 +33,16 @@ def test_factors_start_as_ones_and_change_nothing(tmp_path):
     lk.save_adapter(module, tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert written["feedforward_modules"] == ["1"]
+
+
+def test_some_of_the_layers_of_one_name_are_fed(bases, tmp_path):
+    """PEFT refuses an entry of feedforward_modules that is not among target_modules too."""
+    _, theirs, ours = bases("llama")
+    fed = ["layers.0.mlp.down_proj"]
+    config = lk.IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=fed)
+    shaken(lk.attach(ours, config))
+    lk.save_adapter(ours, tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["feedforward_modules"] == ["model.layers.0.mlp.down_proj"]
+    assert "q_proj" in written["target_modules"]
+    assert_same(logits_of(peft_load(theirs, tmp_path)), logits_of(ours))

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import lorakit as lk
 from tests.adapters.common import edit_tensors, hugging_face
@@ -112,8 +113,10 @@ def test_dora_finds_a_text_model_by_its_other_names(dora, tiny_dir, tmp_path, ou
     edit_tensors(tmp_path / "in", rename)
     report = lk.convert_adapter(tmp_path / "in", tmp_path / "out", base_model=tiny_dir)
     assert list(report.errors.values()) == list(plain.errors.values())
-    names = json.loads((tmp_path / "out" / CONFIG).read_text())["target_modules"]
-    assert all(name.startswith(outer + "layers.") for name in names)
+    names = load_file(tmp_path / "out" / WEIGHTS)
+    assert all(name.startswith(f"{PREFIX}{outer}layers.") for name in names)
+    written = json.loads((tmp_path / "out" / CONFIG).read_text())["target_modules"]
+    assert sorted(written) == sorted({name.split(".")[-3] for name in names})
 
 
 def test_dora_of_a_tied_head(tmp_path):

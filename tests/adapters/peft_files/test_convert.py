@@ -59,11 +59,34 @@ def test_peft_computes_the_same_with_the_converted_adapter(tiny_dir, tmp_path, f
     assert config["use_rslora"] is False
     tensors = load_file(tmp_path / "out" / WEIGHTS)
     names = {name.rpartition(".lora_")[0].removeprefix(PREFIX) for name in tensors}
-    assert set(config["target_modules"]) == names
+    chosen = config["target_modules"]  # short, and none of them in vain
+    assert all(any(name.endswith(short) for short in chosen) for name in names)
+    if feature != "some layers":  # there the other layers have the same last parts
+        assert {name.rpartition(".")[2] for name in names} == set(chosen)
     assert not any("base_layer" in name for name in tensors)
     assert (report.layers, report.r) == (len(names), config["r"])
     model = lk.load_adapter(lk.load_model(tiny_dir, dtype="float32"), tmp_path / "out")
     assert (model(IDS) - truth).abs().max() <= LOGITS
+
+
+def test_names_are_short_only_where_they_surely_select_the_same(tiny_dir, tmp_path):
+    """Without the base only a list in the source tells which other layers there are."""
+    some = {
+        "target_modules": ["q_proj", "v_proj"],
+        "exclude_modules": ["layers.0.self_attn.v_proj"],
+    }
+    peft_adapter(hugging_face(tiny_dir), tmp_path / "in", **some)
+    written = {}
+    for out, base in (("alone", None), ("with base", tiny_dir)):
+        lk.convert_adapter(tmp_path / "in", tmp_path / out, base_model=base)
+        written[out] = json.loads((tmp_path / out / CONFIG).read_text())["target_modules"]
+    q = [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
+    assert sorted(written["alone"]) == sorted([*q, "model.layers.1.self_attn.v_proj"])
+    assert sorted(written["with base"]) == ["model.layers.1.self_attn.v_proj", "q_proj"]
+    truth = peft_logits(hugging_face(tiny_dir), tmp_path / "in")
+    for out in written:
+        after = peft_logits(hugging_face(tiny_dir), tmp_path / out)
+        assert (after - truth).abs().max() <= LOGITS
 
 
 def test_a_plain_adapter_stays_as_it_is(tiny_dir, tmp_path):

@@ -92,14 +92,43 @@ def test_modules_to_save_by_any_end_of_their_names(model, tiny_dir, tmp_path):
         ({"lora_alpha": 16.0}, "16", "{}"),
         ({"lora_alpha": 0.5}, "0.5", "{}"),
         ({"lora_alpha": 16.0, "init_lora_weights": "pissa"}, "32", "{}"),
+        ({"lora_alpha": 16, "init_lora_weights": "pissa", "use_rslora": True}, "64", "{}"),
+        (
+            {
+                "lora_alpha": 16,
+                "alpha_pattern": {"v_proj": 4},
+                "init_lora_weights": "pissa",
+                "use_rslora": True,
+            },
+            "64",
+            '{"model.layers.0.self_attn.v_proj": 16, "model.layers.1.self_attn.v_proj": 16}',
+        ),
         ({"lora_alpha": 8, "alpha_pattern": {"q_proj": 4.0}}, "8", '{"q_proj": 4}'),
         ({"lora_alpha": 8, "alpha_pattern": {"q_proj": 4.5}}, "8", '{"q_proj": 4.5}'),
     ],
 )
-def test_a_whole_alpha_is_written_without_a_point(model, tmp_path, options, alpha, pattern):
-    """vLLM and Ollama read lora_alpha as an integer (ollama/ollama#17377)."""
+def test_a_whole_alpha_is_written_without_a_point(
+    model, tiny_dir, tmp_path, options, alpha, pattern
+):
+    """vLLM and Ollama read lora_alpha as an integer (ollama/ollama#17377).
+
+    PiSSA is saved at twice the rank, and with rsLoRA its alpha would grow by the root of 2.
+    """
     lk.attach(model, lk.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **options))
     lk.save_adapter(model, tmp_path)
     values = json.loads((tmp_path / "adapter_config.json").read_text())
     assert json.dumps(values["lora_alpha"]) == alpha
     assert json.dumps(values.get("alpha_pattern", {})) == pattern
+    again = lk.load_adapter(lk.load_model(tiny_dir, dtype="float32"), tmp_path)
+    assert (again(IDS) - model(IDS)).abs().max() <= LOGITS
+
+
+def test_an_alpha_that_is_no_whole_number_is_named(model, tmp_path, caplog):
+    """The root of r = 8 is not whole, so neither is an alpha with or without rsLoRA."""
+    options = {"init_lora_weights": "pissa", "use_rslora": True}
+    lk.attach(model, lk.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj"], **options))
+    lk.save_adapter(model, tmp_path / "in")
+    written = json.loads((tmp_path / "in" / "adapter_config.json").read_text())
+    assert (written["use_rslora"], written["r"]) == (True, 16)
+    assert f"lora_alpha is {written['lora_alpha']}, and some servers read whole" in caplog.text
+    assert lk.convert_adapter(tmp_path / "in", tmp_path / "out").lora_alpha == 16
