@@ -5,7 +5,8 @@ Opening one reads the header alone. A tensor's values are mapped from the disk w
 for. The safetensors library checks the header's length, every offset and every size against the
 file before a value is read.
 
-Nothing here unpickles. A directory that holds pickled weights only is refused.
+Nothing here unpickles. A directory that holds something else than a model's safetensors is refused,
+and the error says what it is.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,6 +24,47 @@ from lorakit.files.local import atomic, read_json
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _REMAP = 16 << 20  # bytes that are read before a file is mapped again
+
+# What a directory may hold in place of safetensors, as patterns, and what that is. {file} stands
+# for what the pattern found, {path} for the directory. The first pattern that finds something wins.
+_OTHERS = {
+    "adapter_config.json": (
+        "an adapter: load the model that it was trained on, then the adapter with load_adapter"
+    ),
+    "global_step*": (
+        "a checkpoint of DeepSpeed ({file}), which is pickled: `python zero_to_fp32.py {path} OUT "
+        "--safe_serialization`, with the script that lies beside it, writes safetensors"
+    ),
+    "*mp_rank_*.pt": (
+        "a checkpoint of DeepSpeed ({file}), which is pickled: zero_to_fp32.py, in the directory "
+        "above, writes safetensors with --safe_serialization"
+    ),
+    "pytorch_model_fsdp_*": (
+        "a checkpoint of FSDP in pieces: `accelerate merge-weights {path}/{file} OUT` writes "
+        "safetensors"
+    ),
+    "*.distcp": (
+        "a checkpoint of FSDP in pieces: `accelerate merge-weights {path} OUT` writes safetensors"
+    ),
+    "pytorch_model_fsdp.bin": (
+        "a checkpoint of FSDP ({file}), and pickled weights are not read: "
+        '`save_file(torch.load("{file}", weights_only=True), "model.safetensors")`, with save_file '
+        "of safetensors.torch, writes safetensors"
+    ),
+    "*.bin": (
+        "{file}, and pickled weights are not read: "
+        '`AutoModelForCausalLM.from_pretrained("{path}").save_pretrained("OUT")` of transformers '
+        "writes safetensors"
+    ),
+    "consolidated*": (
+        "{file}, in Meta's or Mistral's own format: load the model's files for transformers"
+    ),
+    "model-*-of-*.safetensors": "shards without an index: fetch it from where the shards are from",
+    "*.gguf": "a GGUF file: name it, {path}/{file}",
+    "*.npz": "{file}, weights of an old MLX: convert the model again with mlx_lm.convert",
+    "*.pt*": "{file}, and pickled weights are not read: save them as safetensors",
+    "*.ckpt": "{file}, and pickled weights are not read: save them as safetensors",
+}
 
 
 class LazyTensor(NamedTuple):
@@ -42,10 +84,9 @@ def open_directory(path: Path) -> dict[str, LazyTensor]:
     if (path / WEIGHTS_FILE).exists():
         return open_safetensors(path / WEIGHTS_FILE)
     if not (path / INDEX_FILE).exists():
-        raise LorakitError(
-            f"{path}: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there "
-            "(pickled weights are not read)"
-        )
+        what = other_weights(path)
+        but = "" if what is None else f", but {what}"
+        raise LorakitError(f"{path}: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there{but}")
     weight_map = read_json(path / INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
         raise LorakitError(f"{path / INDEX_FILE}: weight_map, of names to files, is missing")
@@ -56,6 +97,18 @@ def open_directory(path: Path) -> dict[str, LazyTensor]:
                 f"{path / file}: tensor {name}, which {INDEX_FILE} puts here, is missing"
             )
     return {name: shards[file][name] for name, file in weight_map.items()}
+
+
+def other_weights(path: Path) -> str | None:
+    """Return what a directory holds in place of a model's safetensors, and what to do about it.
+
+    The result is None if nothing of it is known.
+    """
+    for pattern, what in _OTHERS.items():
+        found = sorted(path.glob(pattern))
+        if found:
+            return what.format(file=found[0].name, path=path)
+    return None
 
 
 def open_safetensors(path: Path) -> dict[str, LazyTensor]:

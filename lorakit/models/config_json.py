@@ -76,7 +76,7 @@ def text_config(values: Any, where: str) -> tuple[Mapping[str, Any], str]:
             "text model in it"
         )
     outer = ["bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"]
-    outer.append("quantization_config")
+    outer += ["quantization", "quantization_config"]
     shared = {name: values[name] for name in outer if values.get(name) is not None}
     inner = {"model_type": MULTIMODAL[values["model_type"]]}
     return {**shared, **text, **inner}, f"{where}, text_config"
@@ -106,6 +106,11 @@ def fields_from_hf(config_json: Mapping[str, Any], where: str) -> dict[str, Any]
 
 def _refuse_what_is_not_computed(values: Mapping[str, Any], where: str) -> None:
     """Raise LorakitError if a file asks for a computation that lorakit does not have."""
+    if values.get("quantization") is not None:
+        raise LorakitError(
+            f"{where}: MLX has quantized the model, which is not supported: load its 16-bit "
+            "original, or what `mlx_lm.convert --dequantize` makes of it"
+        )
     quantization = values.get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None

@@ -20,7 +20,7 @@ import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,14 +32,15 @@ from lorakit.config.fields import to_dtype
 from lorakit.config.quantization import QuantConfig, quant_config
 from lorakit.files import hub
 from lorakit.files.local import read_json
-from lorakit.files.safetensors import LazyTensor, open_directory
+from lorakit.files.safetensors import LazyTensor, open_directory, other_weights
+from lorakit.files.wrappers import renamed, unwrapped
 from lorakit.models.bitsandbytes import LazyPacked, LazyWeight, fold_packed, only_dense
 from lorakit.models.config import ModelConfig
 from lorakit.models.decoder import Decoder
 from lorakit.models.families import MULTIMODAL
 from lorakit.models.gguf import read_gguf
 from lorakit.models.large_pages import HUGE_PAGE, in_large_pages
-from lorakit.models.multimodal import split_text_model
+from lorakit.models.multimodal import split_text_model, text_name
 from lorakit.models.packed_layers import PackedWeight, packed_layer
 from lorakit.models.packed_layers import quantize as quantize_module
 from lorakit.models.source import Source
@@ -151,16 +152,51 @@ def open_model(path_or_hub_id: str | Path) -> tuple[Decoder, dict[str, LazyWeigh
     if path.suffix == ".gguf":
         config, weights = read_gguf(path)
     else:
-        values = read_json(path / "config.json")
+        values = _read_config(path)
         config = ModelConfig.from_hf(values, str(path / "config.json"))
-        weights = fold_packed(open_directory(path), str(path))
+        weights = fold_packed(_open_weights(path), str(path))
         if values["model_type"] in MULTIMODAL:
             weights, surroundings = split_text_model(weights, values, str(path))
+        else:
+            own_names = {name: text_name(name) for name in weights}
+            weights = renamed(weights, own_names, str(path), "a multimodal model")
         config = _with_end_tokens(config, path / "generation_config.json")
         config = _tied_as_stored(config, weights, path)
     model = _empty_model(config, weights, str(path))
     model.source = Source(path.absolute(), surroundings)
     return model, _selected(weights, model, str(path)), model.source
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Return the contents of config.json.
+
+    Raises LorakitError that says what else the directory holds if the file is missing.
+    """
+    what = None if (path / "config.json").exists() else other_weights(path)
+    if what is not None:
+        raise LorakitError(f"{path}: config.json is missing, and the directory holds {what}")
+    return read_json(path / "config.json")
+
+
+def _open_weights(path: Path) -> dict[str, LazyTensor]:
+    """Return the tensors of a directory, by their names without those of wrappers.
+
+    Raises LorakitError if an adapter lies among them, or experts as MLX stores them.
+    """
+    wrappers = {"module.": "", "base_model.model.": ""}  # the second is PEFT's
+    tensors = unwrapped(open_directory(path), str(path), wrappers)
+    for name in tensors:
+        if ".lora_" in name:
+            raise LorakitError(
+                f"{path}: tensor {name} is of an adapter, in the file of its base model: save the "
+                "adapter by itself with PEFT's save_pretrained, or merge it with merge_and_unload"
+            )
+        if ".switch_mlp." in name:
+            raise LorakitError(
+                f"{path}: tensor {name} holds all experts of a layer, as MLX stores them, which is "
+                "not read: load the model that was converted to MLX"
+            )
+    return tensors
 
 
 def _with_end_tokens(config: ModelConfig, file: Path) -> ModelConfig:

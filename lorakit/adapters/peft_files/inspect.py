@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lorakit.adapters.peft_files.experts import per_expert
-from lorakit.adapters.peft_files.layout import CONFIG_FILE, open_weights
+from lorakit.adapters.peft_files.layout import CONFIG_FILE
 from lorakit.adapters.peft_files.stored import StoredAdapter, StoredLayer, open_adapter, some
 
 
@@ -138,7 +138,7 @@ def describe_adapter(path: str | Path) -> AdapterReport:
             broken.append(layer.name)
         elif not (a if layer.embedding else b).any():  # PEFT starts this one from zero
             untrained.append(layer.name)
-    tensors = open_weights(adapter.path)
+    tensors = adapter.tensors
     for name in [*adapter.saved, *adapter.tokens, *adapter.biases]:
         if not torch.isfinite(tensors[name].read().float()).all():
             broken.append(name)

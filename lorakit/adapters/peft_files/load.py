@@ -32,16 +32,10 @@ from lorakit.adapters.methods.known import METHODS, method_called, method_of
 from lorakit.adapters.methods.method import Method
 from lorakit.adapters.peft_files import features
 from lorakit.adapters.peft_files.fused_experts import split_fused
-from lorakit.adapters.peft_files.layout import (
-    CONFIG_FILE,
-    PREFIX,
-    AdapterFiles,
-    name_in,
-    open_weights,
-)
+from lorakit.adapters.peft_files.layout import PREFIX, AdapterFiles, name_in
+from lorakit.adapters.peft_files.opened import open_files
 from lorakit.adapters.peft_files.ties import TWINS, adapted_embedding_of, adapted_heads
 from lorakit.config.errors import LorakitError
-from lorakit.files.local import as_path, read_json
 from lorakit.files.safetensors import LazyTensor
 
 
@@ -61,7 +55,7 @@ def load_adapter(module: nn.Module, path: str | Path, *, name: str = "default") 
             lorakit does not have, or tensors are missing, unknown or of another shape. `module` is
             then as it was.
     """
-    method, files = _open(as_path(path))
+    method, files = _open(path, module)
     if files.values.get("target_parameters"):
         files = split_fused(files, module)
     config = method.read_config(files, module)
@@ -80,15 +74,16 @@ def load_adapter(module: nn.Module, path: str | Path, *, name: str = "default") 
     return module
 
 
-def _open(path: Path) -> tuple[Method[Any], AdapterFiles]:
+def _open(path: str | Path, module: nn.Module) -> tuple[Method[Any], AdapterFiles]:
     """Return the method of an adapter and its files; raise LorakitError for what lorakit lacks."""
-    values = read_json(path / CONFIG_FILE)
-    method = method_called(values.get("peft_type"))
+    files = open_files(path, module)
+    kind = files.values.get("peft_type")
+    method = method_called(kind)
     if method is None:
         known = ", ".join(method.peft_type for method in METHODS)
-        raise LorakitError(f"{path}: peft_type is {values.get('peft_type')!r}; lorakit has {known}")
-    features.check_file(path, values)
-    return method, AdapterFiles(path, values, open_weights(path))
+        raise LorakitError(f"{files.path}: peft_type is {kind!r}; lorakit has {known}")
+    features.check_file(files.path, files.values)
+    return method, files
 
 
 @torch.no_grad()
@@ -142,6 +137,11 @@ def _matched(
     for key, parameter in expected.items():
         if key not in found:
             raise LorakitError(f"{files.path}: tensor {_full(key)} is missing")
+        if 0 in found[key].shape:
+            raise LorakitError(
+                f"{files.path}: tensor {_full(key)} is empty: DeepSpeed ZeRO-3 or FSDP saved it "
+                "before its parts were gathered"
+            )
         if found[key].shape != tuple(parameter.shape):
             raise LorakitError(
                 f"{files.path}: tensor {_full(key)} is {found[key].shape}, "

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from lorakit.adapters.peft_files.experts import is_fused, which_fused
-from lorakit.adapters.peft_files.layout import CONFIG_FILE, PREFIX, open_weights
+from lorakit.adapters.peft_files.layout import CONFIG_FILE, PREFIX
+from lorakit.adapters.peft_files.opened import open_files
 from lorakit.adapters.targets import ends_with
 from lorakit.config.errors import LorakitError, check
 from lorakit.config.fields import from_mapping
 from lorakit.config.patterns import of_pattern, valid_regex
-from lorakit.files.local import as_path, read_json
 from lorakit.files.safetensors import LazyTensor
 
 # The ending of a tensor's key, and which part of a layer the tensor is.
@@ -114,8 +114,9 @@ class StoredAdapter(NamedTuple):
     """The files of one adapter, opened. The lists hold names of tensors."""
 
     path: Path
-    values: dict[str, Any]  # adapter_config.json, whole
+    values: Mapping[str, Any]  # adapter_config.json, whole
     config: StoredConfig
+    tensors: Mapping[str, LazyTensor]  # all of them
     layers: list[StoredLayer]
     saved: list[str]  # trained modules
     tokens: list[str]  # trained rows of embeddings
@@ -130,8 +131,7 @@ def open_adapter(path: str | Path) -> StoredAdapter:
     Raises LorakitError if a file is missing or damaged, if peft_type is not LORA, or if a layer has
     only A or only B.
     """
-    path = as_path(path)
-    values = read_json(path / CONFIG_FILE)
+    path, values, tensors = open_files(path)
     config: StoredConfig = from_mapping(
         StoredConfig, values, str(path / CONFIG_FILE), ignore_unknown=True
     )
@@ -140,7 +140,6 @@ def open_adapter(path: str | Path) -> StoredAdapter:
     others: dict[str, list[str]] = {
         kind: [] for kind in ("saved", "tokens", "biases", "copies", "unknown")
     }
-    tensors = open_weights(path)
     for name in sorted(tensors, key=natural):
         key, part = _split_name(name)
         if part is None:
@@ -150,7 +149,7 @@ def open_adapter(path: str | Path) -> StoredAdapter:
         if ".lora_embedding_" in name:
             embeddings.add(key)
     layers = [_layer(path, config, key, parts, key in embeddings) for key in parts]
-    return StoredAdapter(path, values, config, layers, **others)
+    return StoredAdapter(path, values, config, tensors, layers, **others)
 
 
 def read_finite(path: Path, layer: StoredLayer, tensor: LazyTensor) -> Tensor:
