@@ -284,6 +284,25 @@ def copy(tiny_dir, tmp_path) -> Path:
     return Path(shutil.copytree(tiny_dir, tmp_path / "model"))
 
 
+# What may lie beside a model's weights, for readers other than lorakit; the contents are any.
+BESIDE = {
+    "tokenizer.model": b"\n\x0ba piece model",
+    "tokenizer.model.v3": b"another one",
+    "spiece.model": b"a third",
+    "added_tokens.json": b'{"<new>": 299}',
+    "special_tokens_map.json": b'{"pad_token": "<unk>"}',
+    "vocab.json": b'{"a": 0}',
+    "merges.txt": b"#version: 0.2\na b\n",
+    "tekken.json": b"{}",
+    "chat_template.json": b'{"chat_template": "older"}',
+    "additional_chat_templates/tool_use.jinja": b"{{ tools }}",
+    "generation_config.json": b'{"eos_token_id": [2, 7]}',
+    "preprocessor_config.json": b'{"size": 28}',
+    "processor_config.json": b"{}",
+    "video_preprocessor_config.json": b'{"fps": 1}',
+}
+
+
 def write_tokenizer(path: Path) -> None:
     """A byte-level tokenizer of 259 tokens: <unk> <s> </s> and the 256 bytes."""
     import tokenizers

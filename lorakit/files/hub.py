@@ -2,7 +2,8 @@
 
 The files of a Hub id are taken from the Hub's cache on this machine, or downloaded into it. This is
 the only module that opens a connection, and it asks only for the id that the user gave. Callers
-name the files that they want: safetensors, JSON and templates, never pickled weights or code.
+name the files that they want: safetensors, JSON, templates and vocabularies, never pickled weights
+or code.
 """
 
 import re
@@ -14,7 +15,16 @@ from lorakit.files.local import as_path
 # The files of a model and of its tokenizer, as patterns. "*.safetensors" would be too wide: some
 # repositories keep the same weights a second time under another name.
 MODEL_FILES = ["config.json", "generation_config.json", "model*.safetensors", "model*.index.json"]
+# What transformers reads to make pixels and samples into the input of a multimodal model:
+# preprocessor_config.json, processor_config.json, video_preprocessor_config.json.
+PROCESSOR_FILES = ["*processor_config.json"]
+# The vocabulary in the forms that others read. lorakit only hands these files on. The names are
+# those of transformers' tokenizer classes (VOCAB_FILES_NAMES) and of Mistral's repositories
+# (tokenizer.model.v3).
+VOCABULARY_FILES = ["tokenizer.model", "tokenizer.model.v*", "spiece.model", "added_tokens.json"]
+VOCABULARY_FILES += ["vocab.json", "merges.txt", "tekken.json"]
 TOKENIZER_FILES = ["tokenizer*.json", "special_tokens_map.json", "*.jinja", "chat_template.json"]
+TOKENIZER_FILES += VOCABULARY_FILES
 
 
 def resolve(path_or_hub_id: str | Path, patterns: list[str]) -> Path:

@@ -9,6 +9,7 @@ deeply raises a LorakitError of one sentence.
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,6 +74,17 @@ def atomic(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy the bytes of a file, atomically, and make the folder of `target` if it is missing.
+
+    Nothing happens if both are the same file.
+    """
+    if source.resolve() != target.resolve():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(target) as temporary:
+            shutil.copyfile(source, temporary)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -146,7 +146,8 @@ def open_model(path_or_hub_id: str | Path) -> tuple[Decoder, dict[str, LazyWeigh
     Raises:
         LorakitError: As `load_model` does.
     """
-    path = hub.resolve(path_or_hub_id, [*hub.MODEL_FILES, *hub.TOKENIZER_FILES])
+    wanted = [*hub.MODEL_FILES, *hub.TOKENIZER_FILES, *hub.PROCESSOR_FILES]
+    path = hub.resolve(path_or_hub_id, wanted)
     weights: Mapping[str, LazyWeight]
     surroundings = None
     if path.suffix == ".gguf":

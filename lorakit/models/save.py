@@ -7,7 +7,6 @@ memory never holds the model a second time.
 
 import logging
 import math
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from lorakit.config.errors import LorakitError
 from lorakit.config.quantization import QuantConfig
 from lorakit.files import hub
-from lorakit.files.local import as_path, atomic, write_json
+from lorakit.files.local import as_path, copy_file, write_json
 from lorakit.files.safetensors import INDEX_FILE, WEIGHTS_FILE, LazyTensor, write_safetensors
 from lorakit.models.adapted_layer import AdaptedLayer
 from lorakit.models.bitsandbytes import only_dense
@@ -29,7 +28,7 @@ from lorakit.models.packed_layers import Int8Linear, NF4Linear, PackedLinear, Pa
 from lorakit.models.tokenizer_files import load_tokenizer
 
 log = logging.getLogger("lorakit")
-_COPIED = ["generation_config.json", "*processor_config.json", *hub.TOKENIZER_FILES]
+_COPIED = ["generation_config.json", *hub.PROCESSOR_FILES, *hub.TOKENIZER_FILES]
 _COPIED += ["additional_chat_templates/*.jinja"]
 
 
@@ -53,8 +52,10 @@ def save_model(
 ) -> None:
     """Write a model as a Hugging Face directory.
 
-    Merged adapters are written as merged. The tokenizer, the generation config and the other towers
-    of a multimodal model are copied from the files that the model was loaded from.
+    Merged adapters are written as merged. What lies beside the weights that the model was loaded
+    from goes along byte for byte: all files of the tokenizer (tokenizer.model and vocab.json too),
+    of the processors and of the generation config. So do the other towers of a multimodal model. A
+    tokenizer that was changed in memory is saved after the model, by its own `save`.
 
     Args:
         module: The model.
@@ -283,8 +284,4 @@ def _copy_files(source: Path, path: Path) -> None:
     """Copy what belongs to a model beside its weights from one directory to another."""
     for pattern in _COPIED:
         for file in filter(Path.is_file, source.glob(pattern)):
-            target = path / file.relative_to(source)
-            if file.resolve() != target.resolve():
-                target.parent.mkdir(exist_ok=True)
-                with atomic(target) as temporary:
-                    shutil.copyfile(file, temporary)
+            copy_file(file, path / file.relative_to(source))

@@ -12,8 +12,9 @@ from typing import Any, Literal, overload
 import tokenizers
 
 from lorakit.config.errors import LorakitError
-from lorakit.files.local import as_path, write_json, write_text
+from lorakit.files.local import as_path
 from lorakit.models.chat_template import Messages, checked_messages, render_template
+from lorakit.models.tokenizer_directory import TokenizerParts, write_parts
 
 
 class Tokenizer:
@@ -24,6 +25,7 @@ class Tokenizer:
         special_tokens: The texts of the special tokens, by their names ("bos_token", ...).
         chat_template: The model's chat template, or several by their names ("default",
             "tool_use", ...), or None.
+        source: The directory that the tokenizer was read from, or None.
     """
 
     def __init__(
@@ -31,10 +33,12 @@ class Tokenizer:
         backend: tokenizers.Tokenizer,
         special_tokens: Mapping[str, str],
         chat_template: str | Mapping[str, str] | None = None,
+        source: Path | None = None,
     ):
         self.backend = backend
         self.special_tokens = dict(special_tokens)
         self.chat_template = chat_template
+        self.source = source
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size(with_added_tokens=True)
@@ -97,20 +101,19 @@ class Tokenizer:
             )
 
     def save(self, path: str | Path) -> None:
-        """Write tokenizer.json, tokenizer_config.json and chat_template.jinja into `path`."""
+        """Write the tokenizer into a directory, so that lorakit and transformers load it again.
+
+        What the tokenizer was read from goes along byte for byte: tokenizer.model, vocab.json and
+        all other files for other readers. Those that contradict a tokenizer that was changed since
+        are left out, and a line in the log names them.
+
+        Args:
+            path: The directory. It is made if it is missing.
+        """
         path = as_path(path)
         path.mkdir(parents=True, exist_ok=True)
-        config: dict[str, Any] = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            **self.special_tokens,
-        }
-        if isinstance(self.chat_template, str):
-            write_text(path / "chat_template.jinja", self.chat_template)
-        elif self.chat_template is not None:
-            named = self.chat_template.items()
-            config["chat_template"] = [{"name": n, "template": text} for n, text in named]
-        write_text(path / "tokenizer.json", self.backend.to_str(pretty=True))
-        write_json(path / "tokenizer_config.json", config)
+        parts = TokenizerParts(self.backend, self.special_tokens, self.chat_template)
+        write_parts(parts, path, self.source)
 
     @property
     def bos_token_id(self) -> int | None:

@@ -1,7 +1,7 @@
 """Read the tokenizer of a model from its files.
 
-A Hugging Face directory holds a tokenizer.json, which is read as it is. A GGUF file holds the parts
-of a tokenizer, from which one is built that gives llama.cpp's ids. There are two kinds:
+A Hugging Face directory holds a tokenizer.json; tokenizer_directory.py reads it. A GGUF file holds
+the parts of a tokenizer, from which one is built that gives llama.cpp's ids. There are two kinds:
 
 - "gpt2", byte-level BPE: the file holds vocabulary, merges and the name of a pre-tokenizer.
 - "llama", SentencePiece's BPE: the file holds a score for each token. Encoding joins the two
@@ -25,8 +25,8 @@ from tokenizers import decoders, normalizers
 from lorakit.config.errors import LorakitError
 from lorakit.files import hub
 from lorakit.files.gguf import read_header
-from lorakit.files.local import read_json, read_text
 from lorakit.models.tokenizer import Tokenizer
+from lorakit.models.tokenizer_directory import read_parts
 
 # The names in GGUF's tokenizer.ggml.pre, and the regexes that cut a text before BPE, one after the
 # other. "gpt-2" is GPT-2's own (openai/gpt-2, encoder.py), "default" is what llama.cpp does where a
@@ -65,60 +65,9 @@ def load_tokenizer(path_or_hub_id: str | Path) -> Tokenizer:
         LorakitError: If it is missing, damaged, or of a kind that lorakit does not read.
     """
     path = hub.resolve(path_or_hub_id, hub.TOKENIZER_FILES)
-    return _from_gguf(path) if path.suffix == ".gguf" else _from_directory(path)
-
-
-# ---- Hugging Face directories --------------------------------------------------------------------
-
-
-def _from_directory(path: Path) -> Tokenizer:
-    file = path / "tokenizer.json"
-    if not file.exists():
-        raise LorakitError(f"{path}: tokenizer.json is missing")
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception for any parse error
-        raise LorakitError(f"{file} is not a valid tokenizer: {error}") from None
-    backend.no_truncation()  # limits of a training run that some repositories have kept
-    backend.no_padding()
-    config = _read_optional(path / "tokenizer_config.json")
-    special = {}
-    for name, value in (_read_optional(path / "special_tokens_map.json") | config).items():
-        if name.endswith("_token"):
-            text = value.get("content") if isinstance(value, Mapping) else value
-            if isinstance(text, str):
-                special[name] = text
-    return Tokenizer(backend, special, _directory_template(path, config))
-
-
-def _directory_template(path: Path, config: Mapping) -> str | dict[str, str] | None:
-    """Return the directory's chat template, or several by name.
-
-    It is chat_template.jinja (with those of additional_chat_templates/), or else the one in
-    tokenizer_config.json, or else the one in the older chat_template.json.
-    """
-    if (path / "chat_template.jinja").exists():
-        default = read_text(path / "chat_template.jinja")
-        extra = sorted((path / "additional_chat_templates").glob("*.jinja"))
-        more = {file.stem: read_text(file) for file in extra}
-        return {"default": default, **more} if more else default
-    template = config.get("chat_template")
-    if template is None:
-        template = _read_optional(path / "chat_template.json").get("chat_template")
-    try:
-        if isinstance(template, list):
-            template = {entry["name"]: entry["template"] for entry in template}
-        texts = template.values() if isinstance(template, dict) else [template or ""]
-        if all(isinstance(text, str) for text in texts):
-            return template
-    except (TypeError, KeyError):
-        pass
-    raise LorakitError(f"{path}: chat_template must be text, or a list of names and templates")
-
-
-def _read_optional(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, which is empty if the file is missing."""
-    return read_json(path) if path.exists() else {}
+    if path.suffix == ".gguf":
+        return _from_gguf(path)
+    return Tokenizer(*read_parts(path), source=path.absolute())
 
 
 # ---- GGUF files ----------------------------------------------------------------------------------

@@ -8,9 +8,12 @@ from fnmatch import fnmatch
 
 import huggingface_hub
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 import lorakit as lk
 from lorakit.files import hub
+from lorakit.files.local import copy_file
+from tests.conftest import BESIDE
 from tests.models.damage import fails
 
 
@@ -65,4 +68,30 @@ def test_only_ids_are_asked_of_the_hub(monkeypatch, name):
     "name", ["pytorch_model.bin", "model.pt", "model.pkl", "modeling_llama.py", "tokenization.py"]
 )
 def test_no_pickle_and_no_code_is_fetched(name):
-    assert not any(fnmatch(name, pattern) for pattern in [*hub.MODEL_FILES, *hub.TOKENIZER_FILES])
+    patterns = [*hub.MODEL_FILES, *hub.TOKENIZER_FILES, *hub.PROCESSOR_FILES]
+    assert not any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def test_what_save_model_hands_on_is_fetched_with_a_model(copy, tmp_path, monkeypatch):
+    """From a Hub id: every file of tokenizer and processors, by the Hub's own filter."""
+    beside = BESIDE | {"pytorch_model.bin": b"pickled", "tokenization_mine.py": b"code"}
+    for name, data in beside.items():
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_bytes(data)
+
+    def snapshot(_, allow_patterns):
+        names = [file.relative_to(copy).as_posix() for file in copy.rglob("*") if file.is_file()]
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns):
+            copy_file(copy / name, tmp_path / "snapshot" / name)
+        return tmp_path / "snapshot"
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    model = lk.load_model("some/model", dtype="float32")
+    lk.save_model(model, tmp_path / "saved")
+    for name, data in BESIDE.items():
+        assert (tmp_path / "saved" / name).read_bytes() == data, name
+    names = {file.name for file in (tmp_path / "snapshot").iterdir()}
+    assert not names & (beside.keys() - BESIDE.keys())
+    shutil.rmtree(tmp_path / "snapshot")
+    lk.load_tokenizer("some/model").save(tmp_path / "tokenizer")
+    assert (tmp_path / "tokenizer" / "tokenizer.model").read_bytes() == BESIDE["tokenizer.model"]

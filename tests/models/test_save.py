@@ -3,6 +3,7 @@
 A failed save leaves what was there.
 """
 
+import json
 import os
 import shutil
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import lorakit as lk
-from tests.conftest import TINY_VARIANTS, tiny_llama
+from tests.conftest import BESIDE, TINY_VARIANTS, tiny_llama, write_tokenizer
 
 IDS = torch.arange(24).view(2, 12)
 
@@ -75,6 +76,49 @@ def test_tokenizer_and_generation_config_come_along(copy, tmp_path, monkeypatch)
     for name in set(SAVED) - {"config.json", "model.safetensors"}:
         assert (tmp_path / "b" / name).read_bytes() == (copy / name).read_bytes(), name
     assert lk.load_model(tmp_path / "b").config.eos_token_ids == [2, 7]
+
+
+def test_all_files_of_tokenizer_and_processors_come_along(copy, tmp_path):
+    """Byte for byte, whatever lorakit itself reads of them."""
+    for name, data in BESIDE.items():
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_bytes(data)
+    lk.save_model(lk.load_model(copy, dtype="float32"), tmp_path / "b")
+    for name, data in BESIDE.items():
+        assert (tmp_path / "b" / name).read_bytes() == data, name
+
+
+def test_a_merged_model_has_them_too(copy, tmp_path):
+    for name, data in BESIDE.items():
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_bytes(data)
+    model = lk.attach(lk.load_model(copy, dtype="float32", quantize="nf4"), lk.LoraConfig(r=2))
+    lk.merge(model)
+    lk.save_model(model, tmp_path / "b")
+    assert all((tmp_path / "b" / name).read_bytes() == data for name, data in BESIDE.items())
+
+
+def test_transformers_loads_a_saved_multimodal_model_with_its_processor(multimodal, tmp_path):
+    pytest.importorskip("PIL")
+    from transformers import AutoProcessor, AutoTokenizer, Gemma3ImageProcessor, Gemma3Processor
+
+    source = tmp_path / "a"
+    shutil.copytree(multimodal[0], source)
+    write_tokenizer(source)
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    config |= {"image_token": "<unk>", "boi_token": "<s>", "eoi_token": "</s>"}
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    images = Gemma3ImageProcessor(size={"height": 28, "width": 28})
+    Gemma3Processor(images, tokenizer, image_seq_length=4).save_pretrained(source)
+    images.save_pretrained(source)
+    lk.save_model(lk.load_model(source, dtype="float32"), tmp_path / "b")
+    theirs, back = (AutoProcessor.from_pretrained(path) for path in (source, tmp_path / "b"))
+    assert type(back) is type(theirs) is Gemma3Processor
+    assert back.to_dict() == theirs.to_dict()
+    assert back.image_processor.size == images.size
+    assert back.tokenizer("a text").input_ids == tokenizer("a text").input_ids
+    assert (tmp_path / "b" / "preprocessor_config.json").exists()
 
 
 def test_a_gguf_files_tokenizer_comes_along(smollm2, tmp_path):
