@@ -97,7 +97,8 @@ class Plan:
         Raises LorakitError as `select_layers` does, and for a layer inside a module that another
         adapter trains whole.
         """
-        linear = [name for name, each in self.layers.items() if _is_linear(each, config)]
+        transposed = config.fan_in_fan_out
+        linear = [name for name, each in self.layers.items() if is_linear(each, transposed)]
         chosen = select_layers(linear + self._inside_saved_modules(), embeddings, config)
         for name in chosen:
             if name not in self.layers:
@@ -145,12 +146,16 @@ class Plan:
                 self.model.set_submodule(name, planned)
 
 
-def _is_linear(module: nn.Module, config: TargetConfig) -> bool:
-    """Return whether `module` is a linear layer, adapted or not, that `config` may select."""
+def is_linear(module: nn.Module, transposed: bool = False) -> bool:
+    """Return whether `module` is a linear layer, adapted or not.
+
+    With `transposed`, one that stores its weight as [in, out] counts too.
+    """
     if isinstance(module, (SavedModule, TrainedBias)):
         module = module.base
-    transposed = config.fan_in_fan_out and _is_transposed(module)
-    return transposed or isinstance(module, (nn.Linear, LinearBase, AttachedLinear))
+    return (transposed and _is_transposed(module)) or isinstance(
+        module, (nn.Linear, LinearBase, AttachedLinear)
+    )
 
 
 def _is_transposed(module: nn.Module) -> bool:

@@ -31,6 +31,13 @@ def ends_with(name: str, entry: str) -> bool:
     return name == entry or name.endswith("." + entry)
 
 
+def is_target(name: str, targets: str | Sequence[str]) -> bool:
+    """Return whether a regex matches the whole name, or a list has the name or an end of it."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(ends_with(name, entry) for entry in targets)
+
+
 def match_targets(
     names: Sequence[str], targets: str | list[str], what: str = "target_modules"
 ) -> list[str]:
@@ -48,7 +55,7 @@ def match_targets(
     if isinstance(targets, str):
         if not valid_regex(targets):
             raise LorakitError(f"{what} {targets!r} is no valid regex")
-        found = [name for name in names if re.fullmatch(targets, name)]
+        found = [name for name in names if is_target(name, targets)]
         if not found:
             raise LorakitError(
                 f"{what}: the regex {targets!r} matches no layer{nearest(targets, leaves)}; a "
@@ -131,7 +138,7 @@ def _in_numbered_layers(names: list[str], wanted: list[int], config: TargetConfi
     targets, patterns = config.target_modules, config.layers_pattern or []
     whole = set() if isinstance(targets, str) else set(targets)
     patterns = [patterns] if isinstance(patterns, str) else patterns
-    numbers = {name: _layer_number(name, patterns) for name in names}
+    numbers = {name: layer_number(name, patterns) for name in names}
     for number in wanted:
         if number not in numbers.values():
             there = sorted({n for n in numbers.values() if n is not None})
@@ -143,7 +150,7 @@ def _in_numbered_layers(names: list[str], wanted: list[int], config: TargetConfi
     return [name for name in names if name in whole or numbers[name] in wanted]
 
 
-def _layer_number(name: str, patterns: Iterable[str]) -> int | None:
+def layer_number(name: str, patterns: Iterable[str]) -> int | None:
     """Return the number of the layer that `name` lies in; None if it lies in no numbered one."""
     beginnings = [rf"(?:^|.*?\.){pattern}" for pattern in patterns] or [r".*?\.[^.]*"]
     for beginning in beginnings:

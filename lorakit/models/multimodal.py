@@ -7,20 +7,27 @@ tower) hold more, and give the text model's tensors longer names, in one of two 
     model.layers.0      language_model.model.layers.0     model.language_model.layers.0
     lm_head             language_model.lm_head            lm_head
 
-Adapters that were trained on a multimodal model use these names too. This is the one place that
-knows them.
+Adapters that were trained on a multimodal model use these names too. Those of Qwen2-VL were called
+model.layers.0 before transformers 4.52, beside visual.blocks.0. This is the one place that knows
+such names.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from lorakit.config.errors import LorakitError
 from lorakit.models.bitsandbytes import LazyWeight
 
 # The beginning of a text model's own name -> the beginning of its name in the files.
-_LAYOUTS = (
+LAYOUTS = (
     {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."},
     {"model.": "model.language_model.", "lm_head.": "lm_head."},
+)
+# The beginnings of the other towers' names in transformers 5, where "model." may precede them.
+_TOWERS = (
+    *("vision_tower.", "vision_model.", "visual.", "vision_embedder.", "embed_vision."),
+    *("multi_modal_projector.", "connector.", "aligner.", "qformer."),
+    *("audio_tower.", "audio_model.", "embed_audio."),
 )
 # The way back from either layout. It also fits parts of names, such as an adapter's target_modules.
 _OWN = {"model.language_model.": "model.", "language_model.": ""}
@@ -33,6 +40,26 @@ def text_name(name: str) -> str:
     """
     own = _renamed(name, _OWN)
     return name if own is None else own
+
+
+def layout_of(names: Iterable[str]) -> Mapping[str, str] | None:
+    """Return the first of LAYOUTS that `names` of tensors show, or None if they show none."""
+    known = list(names)
+    for layout in LAYOUTS:
+        if any(name.startswith(layout["model."]) for name in known):
+            return layout
+    return None
+
+
+def name_in_layout(name: str, layout: Mapping[str, str]) -> str:
+    """Return the name in a layout of what the text model calls `name`."""
+    found = _renamed(name, layout)
+    return name if found is None else found
+
+
+def in_another_tower(name: str) -> bool:
+    """Return whether a layer or tensor called `name` is no part of the text model."""
+    return name.removeprefix("model.").startswith(_TOWERS)
 
 
 def _renamed(name: str, beginnings: Mapping[str, str]) -> str | None:
@@ -55,8 +82,7 @@ class Surroundings(NamedTuple):
 
     def file_name(self, name: str) -> str:
         """Return the name in the files of the text model's tensor `name`."""
-        found = _renamed(name, self.layout)
-        return name if found is None else found
+        return name_in_layout(name, self.layout)
 
 
 def split_text_model(
@@ -75,10 +101,9 @@ def split_text_model(
     Raises:
         LorakitError: If the files hold no text model.
     """
-    found = [each for each in _LAYOUTS if any(n.startswith(each["model."]) for n in tensors)]
-    if not found:
+    layout = layout_of(tensors)
+    if layout is None:
         raise LorakitError(f"{where}: the files hold no text model")
-    layout = found[0]
     own_beginnings = {beginning: own for own, beginning in layout.items()}
     text, rest = {}, {}
     for name, tensor in tensors.items():

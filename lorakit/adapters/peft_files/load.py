@@ -10,7 +10,7 @@ Beside the adapter's own tensors a file may hold
     -  adapters of fused experts (fused_experts.py). They are split into one for each expert
 
 Any other tensor raises an error, and so does one that is missing. A file that names modules as a
-multimodal model does also fits the text model alone.
+multimodal model does also fits the text model alone (text_part.py).
 """
 
 from collections.abc import Mapping
@@ -34,6 +34,7 @@ from lorakit.adapters.peft_files import features
 from lorakit.adapters.peft_files.fused_experts import split_fused
 from lorakit.adapters.peft_files.layout import PREFIX, AdapterFiles, name_in
 from lorakit.adapters.peft_files.opened import open_files
+from lorakit.adapters.peft_files.text_part import text_part
 from lorakit.adapters.peft_files.ties import TWINS, adapted_embedding_of, adapted_heads
 from lorakit.config.errors import LorakitError
 from lorakit.files.safetensors import LazyTensor
@@ -56,6 +57,7 @@ def load_adapter(module: nn.Module, path: str | Path, *, name: str = "default") 
             then as it was.
     """
     method, files = _open(path, module)
+    files = text_part(files, module)
     if files.values.get("target_parameters"):
         files = split_fused(files, module)
     config = method.read_config(files, module)
