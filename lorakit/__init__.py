@@ -21,6 +21,7 @@ _HOME = {
     "PromptEncoderConfig": "adapters.methods.prompts",
     "PromptTuningConfig": "adapters.methods.prompts",
     "QuantConfig": "config.quantization",
+    "Reference": "training.losses.reference",
     "RunConfig": "config.run",
     "TrainConfig": "config.training",
     "VeraConfig": "adapters.methods.vera",

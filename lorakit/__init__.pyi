@@ -57,6 +57,7 @@ from lorakit.training import optim as optim
 from lorakit.training.losses.preference import dpo_loss as dpo_loss
 from lorakit.training.losses.preference import orpo_loss as orpo_loss
 from lorakit.training.losses.preference import pair_losses as pair_losses
+from lorakit.training.losses.reference import Reference as Reference
 from lorakit.training.memory import tune_allocator as tune_allocator
 from lorakit.training.profile import profile_training as profile_training
 from lorakit.training.train import train as train

@@ -16,6 +16,7 @@ from lorakit.files.local import as_path
 from lorakit.models.decoder import Decoder
 from lorakit.training import state as run_state
 from lorakit.training.log import Log, say
+from lorakit.training.losses.reference import Reference
 from lorakit.training.optim import AdamW
 from lorakit.training.progress import Progress
 
@@ -128,6 +129,28 @@ def resume_from(
     run_state.restore(checkpoint, values, model, optimizer, model.device)
     say(f"resumed from {checkpoint.path}")
     return progress
+
+
+def reference_of_run(
+    model: Decoder, config: TrainConfig, checkpoint: run_state.Checkpoint | None
+) -> Reference | None:
+    """Return what DPO compares with: the model before the first step of the run.
+
+    It is the model as it is, or what the checkpoint holds that the run has gone on from. None means
+    that the objective has no reference, or that the run was begun by lorakit 0.1.0. That compared
+    with the model without its adapter, and the run ends as it began.
+
+    Raises LorakitError if the checkpoint is damaged.
+    """
+    if config.objective != "dpo":
+        return None
+    reference = Reference(model)
+    if checkpoint is not None:
+        if not run_state.read_values(checkpoint).get("reference"):
+            say("resumed with the reference of lorakit 0.1.0, the model without its adapter")
+            return None
+        run_state.restore_reference(checkpoint.path, reference.tensors)
+    return reference
 
 
 def end_with_the_best(model: Decoder, output_dir: Path, progress: Progress, log: Log) -> None:

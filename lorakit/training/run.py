@@ -44,6 +44,7 @@ from lorakit.training.resume import (
     checkpoint_to_resume,
     end_with_the_best,
     must_match,
+    reference_of_run,
     resume_from,
 )
 from lorakit.training.schedules import learning_rate
@@ -91,6 +92,7 @@ class Run:
         self.progress = Progress()
         if checkpoint is not None:
             self.progress = resume_from(checkpoint, model, self.optimizer, self.same, self.order)
+        self.reference = reference_of_run(model, config, checkpoint)
         self.ended = False
 
     def open_log(self) -> Log:
@@ -159,7 +161,7 @@ class Run:
         if self.progress.step == self.order.total:
             self._save(self.output_dir)  # before an evaluation that may be cut short
         config, size = self.config, self.config.per_device_train_batch_size
-        result = held_out_loss(self.model, self.held_out.examples, size, config)
+        result = held_out_loss(self.model, self.held_out.examples, size, config, self.reference)
         metrics = config.eval_metrics
         result |= score_rows(self.model, self.tok, self.held_out.rows, metrics, size)
         log.evaluation(self.progress.step, result)
@@ -181,6 +183,9 @@ class Run:
             tensors |= run_state.random_tensors(self.model.device)
             tensors |= run_state.optimizer_tensors(optimizer)  # paged state takes disk for it
             values["groups"] = run_state.group_values(optimizer)
+            if self.reference is not None:
+                tensors |= run_state.reference_tensors(self.reference.tensors)
+            values["reference"] = self.reference is not None
             run_state.write_checkpoint(self.output_dir, step, tensors, values, self._save)
             run_state.prune(self.output_dir, self.config.save_total_limit, self.progress.best_step)
         except (OSError, LorakitError) as error:
@@ -202,7 +207,7 @@ class Run:
         rate = self._set_learning_rate(step)
         numbers = self.order.step(step)
         micro_batches = [[self.examples[i] for i in rows] for rows in numbers]
-        loss = backward(self.model, micro_batches, config)
+        loss = backward(self.model, micro_batches, config, self.reference)
         if step == 1:
             check_gradients(self.model, self.layers)
         params = [p for group in self.optimizer.param_groups for p in group["params"]]

@@ -2,7 +2,8 @@
 
     output_dir/checkpoint-40/
         adapter_model.safetensors, adapter_config.json     the adapter, as `save_adapter` writes it
-        state.safetensors       every trained tensor as it is, the optimizer's state, random state
+        state.safetensors       every trained tensor as it is, the optimizer's state, random state,
+                                and the reference of DPO
         state.json              the step, counts, evaluations, and what a resumed run must share
 
 A checkpoint is whole or absent: it is written under another name, flushed to the disk, and renamed.
@@ -152,6 +153,11 @@ def optimizer_tensors(optimizer: AdamW) -> dict[str, Tensor]:
     }
 
 
+def reference_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a `Reference` by their names in a checkpoint."""
+    return {f"reference.{name}": tensor for name, tensor in tensors.items()}
+
+
 def random_tensors(device: torch.device) -> dict[str, Tensor]:
     """Return the state of torch's random generators, on the CPU and on a CUDA device."""
     found = {"random.cpu": torch.get_rng_state()}
@@ -204,8 +210,25 @@ def restore_adapter(path: Path, tensors: Mapping[str, LazyTensor], module: nn.Mo
 
     Raises LorakitError if they are those of another adapter.
     """
-    own = trained_tensors(module)
-    theirs = {name for name in tensors if name.startswith("adapter.")}
+    _fill(path, tensors, trained_tensors(module), "adapter.")
+
+
+def restore_reference(path: Path, reference: Mapping[str, Tensor]) -> None:
+    """Give the tensors of a `Reference` the values that the checkpoint at `path` holds.
+
+    Raises LorakitError if they are missing, or those of another adapter.
+    """
+    tensors = read_tensors(path)
+    if not any(name.startswith("reference.") for name in tensors):
+        raise LorakitError(f"{path} is damaged: the reference of DPO is missing; remove it")
+    _fill(path, tensors, reference_tensors(reference), "reference.")
+
+
+def _fill(
+    path: Path, tensors: Mapping[str, LazyTensor], own: Mapping[str, Tensor], start: str
+) -> None:
+    """Give `own` tensors the values of those whose names start so; both have the same names."""
+    theirs = {name for name in tensors if name.startswith(start)}
     only_in_one = own.keys() ^ theirs
     if only_in_one:
         name = min(only_in_one)

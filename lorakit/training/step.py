@@ -16,14 +16,17 @@ from lorakit.data.encode import IGNORE, Example, PairExample
 from lorakit.models.blocks import MoE
 from lorakit.models.decoder import Decoder
 from lorakit.training.losses.batch import summed_loss
+from lorakit.training.losses.reference import Reference
 
 MicroBatches = Sequence[Sequence[Example | PairExample]]
 
 
-def backward(model: Decoder, micro_batches: MicroBatches, config: TrainConfig) -> float:
+def backward(
+    model: Decoder, micro_batches: MicroBatches, config: TrainConfig, reference: Reference | None
+) -> float:
     """Add the gradients of the mean loss of a step to the parameters, and return that loss.
 
-    The mean is over the label tokens of the step, or over its pairs.
+    The mean is over the label tokens of the step, or over its pairs. DPO compares with `reference`.
     """
     examples = [example for batch in micro_batches for example in batch]
     if config.objective == "sft":
@@ -33,7 +36,7 @@ def backward(model: Decoder, micro_batches: MicroBatches, config: TrainConfig) -
         count = len(examples)
     total = 0.0
     for batch in micro_batches:
-        loss, _ = summed_loss(model, batch, config)
+        loss, _ = summed_loss(model, batch, config, reference)
         (loss / count).backward()
         total += loss.item()
     return total / count

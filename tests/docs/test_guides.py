@@ -94,7 +94,7 @@ def test_examples_of_the_guide_to_training(prepared):
     code = python("docs/training.md")
     done = run([sys.executable, "-c", code])
     assert "\n6 False 0\n" in done.stdout
-    assert done.stdout.endswith("['loss', 'preference_accuracy', 'rows', 'step']\n")
+    assert done.stdout.endswith("['loss', 'preference_accuracy', 'rows', 'step']\n0.6931\n")
     assert (work / "runs" / "sums" / "checkpoint-6" / "state.json").exists()
 
 

@@ -10,14 +10,19 @@ from lorakit.data.encode import Example, PairExample
 from lorakit.data.packing import collate_packed
 from lorakit.models.decoder import Decoder
 from lorakit.training.losses.preference import pair_losses
+from lorakit.training.losses.reference import Reference
 
 
 def summed_loss(
-    model: Decoder, batch: Sequence[Example | PairExample], config: TrainConfig
+    model: Decoder,
+    batch: Sequence[Example | PairExample],
+    config: TrainConfig,
+    reference: Reference | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the summed loss of a batch, and its number of label tokens.
 
-    For pairs the second number is how many of them the model has the right way round.
+    For pairs the second number is how many of them the model has the right way round. DPO compares
+    with `reference`, as `pair_losses` takes it.
     """
     pairs = config.objective != "sft"
     rows = [example.answers[0] for example in batch]
@@ -51,5 +56,6 @@ def summed_loss(
         label_smoothing=smoothing,
         attention_mask=mask,
         cu_seqlens=bounds,
+        reference=reference,
     )
     return losses.sum(), prefers.sum()

@@ -7,22 +7,28 @@ from lorakit.data.encode import Examples
 from lorakit.evaluation.evaluate import summed_over, text_loss
 from lorakit.models.decoder import Decoder
 from lorakit.training.losses.batch import summed_loss
+from lorakit.training.losses.reference import Reference
 
 
 def held_out_loss(
-    model: Decoder, examples: Examples, batch_size: int, config: TrainConfig
+    model: Decoder,
+    examples: Examples,
+    batch_size: int,
+    config: TrainConfig,
+    reference: Reference | None,
 ) -> dict[str, float]:
     """Return the mean loss of held-out examples, with the numbers that belong to it.
 
     Rows with one answer give what `text_loss` returns. Pairs give the mean of the objective as
     "loss", the share that the model has the right way round as "preference_accuracy", and "rows".
-    Neither has the label smoothing or the z-loss of training.
+    DPO compares with `reference`, as in training. Neither kind has the label smoothing or the
+    z-loss of training.
     """
     if config.objective == "sft":
         return text_loss(model, examples, batch_size)
     plain = replace(config, packing=False, label_smoothing_factor=0.0)
     total, right = summed_over(
-        model, examples, batch_size, lambda batch: summed_loss(model, batch, plain)
+        model, examples, batch_size, lambda batch: summed_loss(model, batch, plain, reference)
     )
     pairs = len(examples)
     return {"loss": total / pairs, "preference_accuracy": right / pairs, "rows": pairs}

@@ -5,10 +5,14 @@ log p(y) is the log-probability of a completion under the model, summed over its
     DPO  (arXiv:2305.18290)   r(y) = beta (log p(y) - log p_ref(y))
                               loss = -log sigmoid(r(chosen) - r(rejected))
 
-The reference model is the same model with its adapter switched off. So there is no second copy, but
-one more forward pass, without gradients. Label smoothing e supposes that a share e of the pairs is
-the wrong way round: loss = -(1 - e) log sigmoid(d) - e log sigmoid(-d), where d is the difference
-of the rewards r (Mitchell 2023, "conservative DPO").
+p_ref is the model as it was before the first step (reference.py). There r = 0 for every y, so the
+loss of the first step is log 2, unless dropout or noise on the embeddings makes the model another
+than it is. The reference costs one more forward pass, without gradients. Label smoothing e supposes
+that a share e of the pairs is the wrong way round:
+
+    loss = -(1 - e) log sigmoid(d) - e log sigmoid(-d),  d = r(chosen) - r(rejected)
+
+(Mitchell 2023, "conservative DPO").
 
     ORPO (arXiv:2403.07691)   odds(y) = p / (1 - p), where log p is the mean over the tokens of y
                               loss = nll(chosen) - beta log sigmoid(log odds(chosen)
@@ -17,6 +21,8 @@ of the rewards r (Mitchell 2023, "conservative DPO").
 ORPO needs no reference. It adds preference to plain training on the chosen completions.
 """
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,6 +30,7 @@ from torch import Tensor
 from lorakit.adapters.manage import disable_adapters
 from lorakit.config.errors import LorakitError
 from lorakit.models.decoder import Decoder
+from lorakit.training.losses.reference import Reference
 
 
 def dpo_loss(
@@ -108,11 +115,12 @@ def pair_losses(
     label_smoothing: float = 0.0,
     attention_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    reference: Reference | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss of each pair, and whether the model prefers the chosen completion.
 
     Args:
-        model: The model. For DPO the reference is the model with its adapter switched off.
+        model: The model.
         input_ids: int64 [2 B, T], the chosen completions first, padded on the right; or [1, T] with
             cu_seqlens, packed into one row.
         labels: The same shape, -100 where a token is not learned.
@@ -122,6 +130,8 @@ def pair_losses(
         attention_mask: bool [2 B, T], false at padding. Only a model whose rotary embedding depends
             on the length of a row needs it.
         cu_seqlens: int [2 B + 1], where each completion starts and the last one ends, if packed.
+        reference: The reference of DPO, made of `model` before its first step. None means the model
+            with its adapter switched off: that is the same only for a LoRA whose B is still zero.
 
     Returns:
         The losses [B], and bool [B].
@@ -129,19 +139,34 @@ def pair_losses(
     Raises:
         LorakitError: beta or label_smoothing is out of its range.
     """
-    cut = {"attention_mask": attention_mask, "cu_seqlens": cu_seqlens}
-    found, counts = model.row_losses(input_ids, labels, **cut)
+    rows = {"attention_mask": attention_mask, "cu_seqlens": cu_seqlens}
+    if objective == "dpo":  # first, before the graph of the policy takes memory
+        before = _reference_losses(model, reference, input_ids, labels, rows)
+        better, worse = (-before).chunk(2)
+    found, counts = model.row_losses(input_ids, labels, **rows)
     chosen, rejected = (-found).chunk(2)
     if objective == "dpo":
-        with torch.no_grad(), disable_adapters(model):
-            training = model.training
-            model.eval()
-            reference, _ = model.row_losses(input_ids, labels, **cut)
-            model.train(training)
-        better, worse = (-reference).chunk(2)
         options = {"beta": beta, "label_smoothing": label_smoothing}
         losses = dpo_loss(chosen, rejected, better, worse, **options)
         return losses, chosen - better > rejected - worse
     lengths = counts.clamp(min=1).chunk(2)
     chosen, rejected = chosen / lengths[0], rejected / lengths[1]
     return -chosen + orpo_loss(chosen, rejected, beta=beta), chosen > rejected
+
+
+@torch.no_grad()
+def _reference_losses(
+    model: Decoder,
+    reference: Reference | None,
+    input_ids: Tensor,
+    labels: Tensor,
+    rows: Mapping[str, Tensor | None],
+) -> Tensor:
+    """Return the summed loss of each row under the reference, [2 B], in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    try:
+        with disable_adapters(model) if reference is None else reference.in_place():
+            return model.row_losses(input_ids, labels, **rows)[0]
+    finally:
+        model.train(was_training)

@@ -44,7 +44,7 @@ def test_the_loss_of_held_out_pairs_is_the_mean_of_the_objective(tiny_dir, objec
     )
     examples = lk.encode_rows(lk.read_rows(PAIRS[:5]), tok, max_seq_length=64)
     model.train()
-    found = held_out_loss(model, examples, 2, config)
+    found = held_out_loss(model, examples, 2, config, None)
     assert model.training
     model.eval()
     losses, right = [], 0
