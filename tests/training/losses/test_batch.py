@@ -49,10 +49,10 @@ def test_loss_of_rows_whose_rotation_depends_on_their_length(tmp_path, variant, 
     padded, packed = (
         lk.TrainConfig(str(tmp_path), objective=objective, packing=on) for on in (False, True)
     )
-    total = sum(summed_loss(model, [row], packed)[0].item() for row in rows)
+    total = sum(summed_loss(model, [row], packed, None)[0].item() for row in rows)
     for config in (padded, packed):
         # fp32 sums of up to 92 losses, in another order
-        assert summed_loss(model, rows, config)[0].item() == pytest.approx(total, rel=1e-5)
+        assert summed_loss(model, rows, config, None)[0].item() == pytest.approx(total, rel=1e-5)
 
 
 def test_padding_of_pairs(tiny_dir, tmp_path):
