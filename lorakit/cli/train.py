@@ -16,8 +16,8 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
         "train",
         parents=[common],
         help="train an adapter as a run file says",
-        description="Train a LoRA adapter as a run file says. key=value replaces a value of the "
-        "file; a.b=value reaches into a mapping, as in lora.r=8.",
+        description="Train an adapter, a new one or one that is there, as a run file says. "
+        "key=value replaces a value of the file; a.b=value reaches into a mapping, as in lora.r=8.",
     )
     parser.add_argument("run_file", type=Path, metavar="run.yaml", help="YAML file of the run")
     parser.add_argument(
@@ -40,12 +40,18 @@ def train(args: argparse.Namespace) -> int:
     data = {"train": lk.read_rows(run.data.train, format=run.data.format)}
     if run.data.validation is not None:
         data["validation"] = lk.read_rows(run.data.validation, format=run.data.format)
+    if run.adapter is not None:
+        _check_adapter(run.adapter)
     tok = lk.load_tokenizer(run.model)
     started = time.perf_counter()
     model = lk.load_model(run.model, dtype=run.dtype, quantize=run.quantize)
     print(f"loaded {run.model} in {time.perf_counter() - started:.1f} s on {model.device}")
     torch.manual_seed(run.train.seed)
-    lk.attach(model, run.lora)
+    if run.adapter is None:
+        lk.attach(model, run.lora)
+    else:
+        lk.load_adapter(model, run.adapter)
+        print(f"going on from the adapter in {run.adapter}")
     lk.tune_allocator()  # after loading, so that the memory of loading goes back to the system
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"training {trainable:,} adapter parameters on {len(data['train'])} rows")
@@ -64,3 +70,12 @@ def train(args: argparse.Namespace) -> int:
         return 130
     print(f"adapter in {result.output_dir}")
     return 0
+
+
+def _check_adapter(adapter: str) -> None:
+    """Raise LorakitError unless the directory holds an adapter, before the model takes its time."""
+    if not (Path(adapter).expanduser() / "adapter_config.json").is_file():
+        raise lk.LorakitError(
+            f"adapter: {adapter} holds no adapter_config.json; name the directory of an adapter, "
+            "or leave adapter out to start a new one"
+        )

@@ -129,6 +129,7 @@ def own_names(values: File) -> tuple[dict[Any, Any], Notes]:
             for target, meant in _meaning(name, value, values, notes).items():
                 _put(own, target, meant, name, said_by)
     _respell_values(own, said_by, notes)
+    _check_adapter(own, said_by)
     return own, notes
 
 
@@ -162,6 +163,18 @@ def _respell_values(own: dict[Any, Any], said_by: dict[str, str], notes: Notes) 
         if type(value) in (str, int) and value in spellings:
             own[name] = spellings[value]
             notes.append(f"{said_by.get(name, name)}: {value} is taken as {own[name]}")
+
+
+def _check_adapter(own: dict[Any, Any], said_by: dict[str, str]) -> None:
+    """Raise ValueError for settings of a new adapter beside the directory of another one."""
+    lora = own.get("lora")
+    if own.get("adapter") is None or not isinstance(lora, Mapping) or not lora:
+        return
+    names = [said_by.get(f"lora.{name}", f"lora.{name}") for name in lora]
+    raise ValueError(
+        f"{said_by.get('adapter', 'adapter')}: the adapter in {own['adapter']} has settings of its "
+        f"own: take out {', '.join(names)}, or start a new adapter"
+    )
 
 
 def is_alias(name: Any) -> bool:
@@ -236,13 +249,23 @@ def _of_4bit(target: str) -> Conversion:
 
 
 def _adapter(value: Any, values: File, notes: Notes) -> Meaning:
+    """Convert Axolotl's name of a method. Any other text is a directory, as lorakit means it."""
+    if not isinstance(value, str) or not value:
+        raise ValueError(
+            f"choose lora or qlora, or name the directory of an adapter, not {value!r}: lorakit "
+            "trains adapters only; without this key a new one starts"
+        )
     if value not in ("lora", "qlora"):
-        raise ValueError(f"choose lora or qlora, not {value!r}: lorakit trains adapters only")
+        return {"adapter": value}
     if value == "lora" or values.get("load_in_4bit") is True:
         return {}
     if values.get("load_in_4bit") is not None:
         raise ValueError("qlora needs load_in_4bit: true")
     return {"quantize.quant_type": "nf4"}
+
+
+def _lora_model_dir(value: Any, values: File, notes: Notes) -> Meaning:
+    return {"adapter": value}
 
 
 def _datasets(target: str) -> Conversion:
@@ -327,6 +350,7 @@ CONVERTED: dict[str, Conversion] = {
     "use_bnb_nested_quant": _of_4bit("quantize.double_quant"),
     "bnb_4bit_use_double_quant": _of_4bit("quantize.double_quant"),
     "adapter": _adapter,
+    "lora_model_dir": _lora_model_dir,
     "lora_target_linear": _target_linear,
     "train_on_inputs": _train_on_inputs,
     "completion_only_loss": _completion_only,
@@ -341,5 +365,6 @@ CONVERTED: dict[str, Conversion] = {
 }
 
 # Null asks for something here: to train all weights, and to cut off no row. Lorakit does neither.
+# `adapter` is a setting of lorakit too, a directory; Axolotl's is the name of a method.
 NULL_SAYS = ("adapter", "max_length")
 ALIASES = {*RENAMED, *CONVERTED, *SETTLED, *IGNORED, *REFUSED}

@@ -43,7 +43,10 @@ class RunConfig:
     data: DataConfig
     """Files of the rows; one file name means the training rows alone."""
     lora: LoraConfig = field(default_factory=LoraConfig)
-    """Settings of the adapter."""
+    """Settings of a new adapter."""
+    adapter: str | None = None
+    """Adapter to go on training, with the settings that it has: its directory. Without this key a
+    new one starts."""
     quantize: QuantConfig | None = None
     """Storage of the frozen weights: a quant_type, settings, or null to leave them dense."""
     dtype: str = "bfloat16"
@@ -52,6 +55,10 @@ class RunConfig:
     """Settings of the training; in a run file they stand beside the other keys."""
 
     def __post_init__(self) -> None:
+        if self.adapter is not None and self.lora != LoraConfig():
+            raise LorakitError(
+                f"adapter: the adapter in {self.adapter} has settings of its own: leave out lora"
+            )
         if self.quantize is None and self.lora.init_lora_weights == "loftq":
             raise LorakitError(
                 "init_lora_weights: loftq starts from the error of a quantization; set quantize too"

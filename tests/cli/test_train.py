@@ -2,8 +2,10 @@
 
 import fcntl
 import json
+import math
 import os
 import pty
+import shutil
 import signal
 import struct
 import subprocess
@@ -66,6 +68,73 @@ def test_loftq_before_training(run_file, capsys):
     assert "set quantize too" in capsys.readouterr().err
 
 
+def losses(out):
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [each["loss"] for each in map(json.loads, lines) if "loss" in each]
+
+
+def going_on(run_file, **change):
+    """Make the run file one that names an adapter, and so none of a new one's settings."""
+    values = yaml.safe_load(run_file.read_text())
+    del values["lora"]
+    run_file.write_text(yaml.safe_dump(values | change))
+
+
+@pytest.mark.parametrize("name", ["adapter", "lora_model_dir"])
+def test_going_on_from_an_adapter(run_file, tiny_dir, tmp_path, capsys, name):
+    """The second run is the one that Python gets with the loaded adapter."""
+    assert main(["train", str(run_file)]) == 0
+    first = tmp_path / "out"
+    going_on(run_file, output_dir=str(tmp_path / "more"), **{name: str(first)})
+    capsys.readouterr()
+    assert main(["train", str(run_file), "max_steps=2"]) == 0
+    assert f"going on from the adapter in {first}" in capsys.readouterr().out
+
+    tok = lk.load_tokenizer(tiny_dir)
+    model = lk.load_model(tiny_dir, dtype="float32", quantize="nf4")
+    lk.load_adapter(model, first)
+    config = lk.TrainConfig(str(tmp_path / "python"), max_steps=2, learning_rate=1e-2)
+    data = dict.fromkeys(("train", "validation"), tmp_path / "train.jsonl")
+    lk.train(model, tok, data, config)
+    ours, other = (
+        (tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("more", "python")
+    )
+    assert ours == other
+    assert losses(tmp_path / "more")[0] < losses(first)[0]
+
+
+def test_preferences_of_an_adapter_in_its_own_directory(run_file, tmp_path, capsys):
+    """The first loss is ln 2. The adapter stays whole until the new one takes its place, and a run
+    that was cut short goes on from its checkpoint with the same reference.
+    """
+    assert main(["train", str(run_file)]) == 0
+    pairs = [{"prompt": f"{a} is ", "chosen": f"{a}.", "rejected": f"{a + 1}!"} for a in range(9)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    out, copied = tmp_path / "out", tmp_path / "copied"
+    shutil.copytree(out, copied)
+    data, options = str(tmp_path / "pairs.jsonl"), {"objective": "dpo", "save_steps": 2}
+    going_on(run_file, data=data, adapter=str(out), output_dir=str(out), max_steps=4, **options)
+    before = (out / "adapter_model.safetensors").read_bytes()
+    rejected = ["adapter=" + str(tmp_path), "max_steps=4"]
+    assert main(["train", str(run_file), *rejected]) == 1
+    assert (
+        "holds no adapter_config.json; name the directory of an adapter" in capsys.readouterr().err
+    )
+    assert (out / "adapter_model.safetensors").read_bytes() == before
+    assert main(["train", str(run_file)]) == 0
+    assert losses(out)[0] == pytest.approx(math.log(2), abs=1e-6)
+    after = (out / "adapter_model.safetensors").read_bytes()
+    assert after != before
+
+    # The same again from the checkpoint in the middle: the adapter is the new one by now.
+    shutil.rmtree(out / "checkpoint-4")
+    assert main(["train", str(run_file), "resume=auto"]) == 0
+    assert (out / "adapter_model.safetensors").read_bytes() == after
+    elsewhere = [f"adapter={copied}", f"output_dir={tmp_path / 'elsewhere'}"]
+    assert main(["train", str(run_file), *elsewhere]) == 0
+    assert (tmp_path / "elsewhere" / "adapter_model.safetensors").read_bytes() == after
+
+
 def test_run_file_of_axolotl(run_file, tmp_path, capsys):
     """A run file in Axolotl's names trains the same adapter."""
     assert main(["train", str(run_file)]) == 0
@@ -123,6 +192,10 @@ def test_eval_metrics(run_file, tmp_path, capsys):
         (["max_steps=null", "num_train_epochs=.inf"], "num_train_epochs must be float, not inf"),
         (["model.name=3"], "model is not a mapping"),
         (["lora=[1"], "the value is not valid YAML"),
+        (
+            ["adapter=/nowhere"],
+            "adapter in /nowhere has settings of its own: take out lora.lora_alpha, lora.r, or",
+        ),
         (["max_seq_length=4", "over_length=raise"], "more than max_seq_length=4"),
     ],
 )

@@ -81,8 +81,7 @@ TRL = {
 
 
 def test_axolotl_file(caplog):
-    values = {name: value for name, value in AXOLOTL.items() if name != "lora_model_dir"}
-    run = lk.RunConfig.from_dict(values, "axolotl.yaml")
+    run = lk.RunConfig.from_dict(AXOLOTL, "axolotl.yaml")
     assert run == lk.RunConfig(
         model="m",
         data=DataConfig("train.jsonl"),
@@ -154,7 +153,22 @@ def test_trl_file():
         ({"bf16": True, "torch_dtype": "float32"}, "torch_dtype and bf16 set the same thing"),
         ({"bf16": "no"}, "bf16: it must be true or false, not 'no'"),
         ({"fp16": True}, "fp16 is True: gradients of a float16 model underflow"),
-        ({"adapter": None}, "adapter: choose lora or qlora, not None"),
+        (
+            {"adapter": None},
+            "adapter: choose lora or qlora, or name the .* of an adapter, not None",
+        ),
+        ({"adapter": 3}, "adapter: choose lora or qlora, .* not 3"),
+        ({"lora_model_dir": 3}, "adapter must be str or null, not 3"),
+        ({"lora_model_dir": "a", "adapter": "b"}, "adapter and lora_model_dir set the same thing"),
+        (
+            {"adapter": "qlora", "lora_model_dir": "old", "lora_r": 8, "lora": {"lora_alpha": 16}},
+            "lora_model_dir: the adapter in old has settings of its own: take out lora.lora_alpha, "
+            "lora_r, or",
+        ),
+        (
+            {"adapter": "old", "lora": {"r": 16}},
+            "adapter: the adapter in old has .*: take out lora.r,",
+        ),
         ({"adapter": "qlora", "load_in_4bit": False}, "adapter: qlora needs load_in_4bit: true"),
         ({"bnb_4bit_quant_type": "nf4"}, "bnb_4bit_quant_type: it says how load_in_4bit packs"),
         ({"val_set_size": 0.05}, "val_set_size is 0.05: lorakit splits no rows off"),
@@ -174,7 +188,7 @@ def test_trl_file():
         ({"lora_r": "8"}, "lora: r must be int, not '8'"),
         ({"micro_batchsize": 8}, "unknown key 'micro_batchsize' .did you mean 'micro_batch_size'"),
         ({"lora.r": 8}, "unknown key 'lora.r'"),
-        ({"lora_model_dir": "x", "debug": 1}, "unknown keys 'lora_model_dir'.*, 'debug'"),
+        ({"local_rank": 0, "debug": 1}, "unknown keys 'local_rank'.*, 'debug'"),
         ({"assistant_only_loss": False}, "say which, with train_on: all or train_on: completion"),
         ({"lora_target_linear": False}, "name the layers to adapt, as lora_target_modules"),
         ({"lora_target_linear": False, "lora": {"r": 4}}, "name the layers to adapt"),
@@ -206,9 +220,28 @@ def test_a_renamed_key_says_what_ours_says(name, data):
         assert outcome({name: value}) == outcome({})
 
 
+@pytest.mark.parametrize(
+    ("values", "adapter", "quantize"),
+    [
+        ({"adapter": "runs/first"}, "runs/first", None),
+        ({"adapter": "./lora"}, "./lora", None),
+        ({"adapter": "lora"}, None, None),
+        ({"adapter": "qlora"}, None, lk.QuantConfig()),
+        ({"adapter": "runs/first", "quantize": "nf4"}, "runs/first", lk.QuantConfig()),
+        ({"adapter": "lora", "lora_model_dir": "runs/first"}, "runs/first", None),
+        ({"adapter": "qlora", "lora_model_dir": "runs/first"}, "runs/first", lk.QuantConfig()),
+        ({"adapter": "runs/first", "lora_model_dir": None, "lora": {}}, "runs/first", None),
+        ({"adapter": "runs/first", "lora_r": None}, "runs/first", None),
+    ],
+)
+def test_the_adapter_to_go_on_from(values, adapter, quantize):
+    run = lk.RunConfig.from_dict(RUN | values)
+    assert (run.adapter, run.quantize, run.lora) == (adapter, quantize, lk.LoraConfig())
+
+
 def test_no_alias_hides_a_key_of_ours():
     ours = {f.name for cls in (lk.RunConfig, lk.TrainConfig) for f in dataclasses.fields(cls)}
-    assert not ours & aliases.ALIASES
+    assert ours & aliases.ALIASES == {"adapter"}  # Axolotl's two values are no directories
     tables = [aliases.RENAMED, aliases.CONVERTED, aliases.SETTLED, aliases.IGNORED, aliases.REFUSED]
     assert sum(map(len, tables)) == len(aliases.ALIASES)
 
@@ -276,7 +309,8 @@ SWITCHES = {
 }
 NO_SWITCHES = {  # these take other values than true and false, or say nothing but their own
     "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_use_double_quant", "adapter",
-    "datasets", "test_datasets", "save_strategy", "eval_strategy", "evaluation_strategy",
+    "lora_model_dir", "datasets", "test_datasets", "save_strategy", "eval_strategy",
+    "evaluation_strategy",
 }  # fmt: skip
 
 
@@ -312,7 +346,7 @@ def test_no_beside_what_the_file_says_instead():
 
 
 def test_unknown_keys_without_a_value_are_ignored_with_a_line(caplog):
-    run = lk.RunConfig.from_dict(RUN | {"lora_model_dir": None, "debug": None})
+    run = lk.RunConfig.from_dict(RUN | {"local_rank": None, "debug": None})
     assert run == lk.RunConfig.from_dict(RUN)
-    assert "'lora_model_dir' is unknown, has no value and is ignored" in caplog.text
+    assert "'local_rank' is unknown, has no value and is ignored" in caplog.text
     assert "'debug' is unknown" in caplog.text

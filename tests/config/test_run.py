@@ -82,6 +82,13 @@ def test_bad_run_config(change, message):
         lk.RunConfig.from_dict(RUN | change, "run.yaml")
 
 
+def test_an_adapter_beside_settings_of_a_new_one():
+    data = DataConfig("train.jsonl")
+    assert lk.RunConfig("m", data, adapter="old").adapter == "old"
+    with pytest.raises(lk.LorakitError, match="adapter in old has settings of its own: leave out"):
+        lk.RunConfig("m", data, adapter="old", lora=lk.LoraConfig(r=4))
+
+
 def test_configs_are_frozen():
     for config in (lk.QuantConfig(), lk.LoraConfig(), lk.TrainConfig()):
         with pytest.raises(dataclasses.FrozenInstanceError):
