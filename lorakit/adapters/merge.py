@@ -175,6 +175,12 @@ def _merged(name: str, each: Attached, base: str, original: LazyTensor | None) -
             "compute with the old weight; take that off first"
         )
     merged = each.make_merged(weight)
+    added = isinstance(each, AttachedLinear) and each.base.bias is None
+    if added and merged._parameters.get("bias") is not None:
+        raise LorakitError(
+            f"merge: {name} has no bias to add the adapter's lora_bias to, and the model's files "
+            "have no place for one: keep the adapter beside the model"
+        )
     values = (*merged.parameters(), *merged.buffers())
     if not all(torch.isfinite(v).all() for v in values if v.is_floating_point()):
         raise LorakitError(f"merge: the merged weight of {name} holds NaN or infinite values")

@@ -26,12 +26,20 @@ INITIALIZATIONS = {
     "loftq": False,
     "eva": True,
 }
+# Initializations of PEFT that lorakit lacks, and why.
+LACKING_INITIALIZATIONS = {
+    "corda": "needs the covariance of each layer's inputs",
+    "lora_ga": "needs a gradient of each weight",
+    "mica": "trains A over a B that is frozen, and lorakit trains both",
+}
 # What adapter_config.json may say as init_lora_weights if the adapter fits the base's own weights.
+# MiCA is among them: its B is stored beside A, and what both compute is plain LoRA.
 PLAIN_INITIALIZATIONS = (
     None,
     True,
     False,
     *(name for name, plain in INITIALIZATIONS.items() if plain),
+    "mica",
 )
 
 
@@ -43,6 +51,11 @@ def check_initialization(kind: bool | str) -> None:
     """
     if isinstance(kind, bool) or (kind in INITIALIZATIONS and kind != "pissa_niter_N"):
         return
+    if kind in LACKING_INITIALIZATIONS:
+        raise LorakitError(
+            f"init_lora_weights={kind!r} of PEFT {LACKING_INITIALIZATIONS[kind]}: choose true, "
+            f"false or one of {', '.join(INITIALIZATIONS)}"
+        )
     if not (isinstance(kind, str) and re.fullmatch(r"pissa_niter_(1000|[0-9]{1,3})", kind)):
         raise LorakitError(
             f"init_lora_weights is {kind!r}{nearest(kind, INITIALIZATIONS)}; it must be true, "
@@ -111,7 +124,7 @@ class LoraConfig(TargetConfig):
     use_dora: bool = False
     """Learn the length of each row of the weight beside its direction (DoRA, arXiv:2402.09353)."""
     lora_bias: bool = False
-    """Learn a bias of the update too; every adapted layer must have a bias already."""
+    """Learn a bias of the update too."""
     bias: Literal["none", "lora_only", "all"] = "none"
     """Biases of the base that are trained too: "none", "lora_only" for those of the adapted layers,
     or "all"."""

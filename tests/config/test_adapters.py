@@ -52,7 +52,8 @@ def test_plain_initializations_are_the_ones_that_leave_the_base_alone():
         "olora",
         "loftq",
     }
-    assert {None, True, False, "gaussian", "orthogonal", "eva"} == set(PLAIN_INITIALIZATIONS)
+    plain = {None, True, False, "gaussian", "orthogonal", "eva"}
+    assert plain | {"mica"} == set(PLAIN_INITIALIZATIONS)  # mica in files alone
 
 
 @pytest.mark.parametrize(
@@ -63,6 +64,9 @@ def test_plain_initializations_are_the_ones_that_leave_the_base_alone():
         ({"layers_pattern": "h"}, "give these too"),
         ({"rank_pattern": {"q_proj": 0}}, "q_proj must be positive, and 65536 at most, not 0"),
         ({"alpha_pattern": {"(": 1}}, "alpha_pattern: '(' is no valid regex"),
+        ({"init_lora_weights": "mica"}, "'mica' of PEFT trains A over a B that is frozen"),
+        ({"init_lora_weights": "corda"}, "'corda' of PEFT needs the covariance"),
+        ({"init_lora_weights": "lora_ga"}, "'lora_ga' of PEFT needs a gradient of each weight"),
         ({"lora_bias": True, "use_dora": True}, "do not go together: choose one"),
         ({"lora_bias": True, "init_lora_weights": "eva"}, "true or false only"),
     ],

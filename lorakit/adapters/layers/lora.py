@@ -35,7 +35,6 @@ from lorakit import kernels
 from lorakit.adapters.layers.base import AttachedLinear, DenseBase
 from lorakit.adapters.layers.wrapper import Attached, Part
 from lorakit.config.adapters import LoraConfig
-from lorakit.config.errors import LorakitError
 from lorakit.kernels import LoraWeights, lora_linear
 
 # An input with at most so many numbers goes op by op through autograd: the call of the fused
@@ -161,8 +160,8 @@ class LowRankLinear(AttachedLinear[LowRankT]):
         A, B = part.pair()
         bias = self.base.bias if part.bias is None else part.bias
         if part.lora_bias is not None:
-            assert bias is not None  # `LoraLinear.complete` has refused a base without one
-            bias = bias + part.scaling * part.lora_bias
+            more = part.scaling * part.lora_bias
+            bias = more if bias is None else bias + more
         dropout = part.dropout if self.training else 0.0
         return LoraWeights(self.base, A, B, part.scaling, dropout, part.magnitude, bias)
 
@@ -239,15 +238,9 @@ class LoraLinear(LowRankLinear[LoraPart], LoraLayer):
         return {ending: tensor for ending, tensor in found.items() if tensor is not None}
 
     def complete(self, part: LoraPart) -> None:
-        """Give a new part what its config asks for beside A and B.
-
-        Raises:
-            LorakitError: The config asks for a lora_bias, and the base has no bias.
-        """
+        """Give a new part what its config asks for beside A and B."""
         config, base = part.config, self.base
         if config.lora_bias:
-            if base.bias is None:
-                raise LorakitError("lora_bias needs a layer with a bias")
             part.lora_bias = nn.Parameter(torch.zeros_like(part.lora_B[:, 0]))
         if config.bias != "none" and base.bias is not None:
             part.bias = nn.Parameter(base.bias.detach().float().clone())

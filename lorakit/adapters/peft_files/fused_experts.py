@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lorakit.adapters.peft_files.experts import is_fused, join_experts, split_experts
 from lorakit.adapters.peft_files.layout import CONFIG_FILE, PATTERNS, PREFIX, AdapterFiles
 from lorakit.adapters.peft_files.ties import adapted_heads
-from lorakit.adapters.targets import targets_for
+from lorakit.adapters.targets import ends_with, targets_for
 from lorakit.config.adapters import LoraConfig
 from lorakit.config.errors import LorakitError
 from lorakit.config.fields import from_mapping
@@ -76,36 +76,45 @@ def fuse_experts(
     return {PREFIX + name: tensor for name, tensor in fused.items()}, values
 
 
-def split_fused(files: AdapterFiles, model: nn.Module) -> AdapterFiles:
-    """Return an adapter of fused experts as an adapter of each expert's layers.
+def without_parameters(files: AdapterFiles, model: nn.Module) -> AdapterFiles:
+    """Return an adapter of parameters as one of layers: of each expert's, and of plain weights.
 
-    Raises LorakitError if `model` has no experts of lorakit's, or another parameter is adapted.
+    The weight [out, in] of a linear layer is adapted as the layer is, if PEFT adapts it as a
+    parameter: W + s B A. The patterns mean the name of the parameter there, with its ".weight".
+
+    Raises LorakitError if another parameter is adapted, or experts of a `model` that has none of
+    lorakit's.
     """
     values, parameters = files.values, files.values["target_parameters"]
-    experts = isinstance(parameters, list) and all(
-        str(name).endswith(("gate_up_proj", "down_proj")) for name in parameters
-    )
-    if not isinstance(model, Decoder) or not model.config.num_experts or not experts:
+    names = parameters if isinstance(parameters, list) else [parameters]
+    weights = [name for name in names if str(name).endswith(".weight")]
+    fused = [name for name in names if name not in weights]
+    experts = isinstance(model, Decoder) and model.config.num_experts > 0
+    if not all(experts and str(name).endswith(("gate_up_proj", "down_proj")) for name in fused):
         raise LorakitError(
-            f"{files.path}: target_parameters={json.dumps(parameters)}: only experts of lorakit's "
-            "own decoder are adapted as parameters"
+            f"{files.path}: target_parameters={json.dumps(parameters)}: only weights of linear "
+            "layers, and experts of lorakit's own decoder, are adapted as parameters"
         )
-    fused = {
-        key: tensor.read()
-        for key, tensor in files.tensors.items()
-        if is_fused(re.sub(r"\.lora_[AB]\..*", "", key))
-    }
-    names = model.config.moe_names
-    single = split_experts(fused, model.config.num_experts, names, parameters)
-    rest = {key: tensor for key, tensor in files.tensors.items() if key not in fused}
     known = {key: values[key] for key in _RANKS if values.get(key) is not None}
     config = from_mapping(LoraConfig, known, str(files.path / CONFIG_FILE))
-    ranks, alphas = _of_single_experts(config, single, names)
-    for place in _adapted(rest):
-        ranks[place], alphas[place] = config.rank(place), config.alpha(place)
-    lazy = {key: _in_memory(tensor) for key, tensor in single.items()}
+    tensors = dict(files.tensors)
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    single: dict[str, Tensor] = {}
+    if fused:
+        assert isinstance(model, Decoder)
+        keys = [key for key in tensors if is_fused(re.sub(r"\.lora_[AB]\..*", "", key))]
+        together = {key: tensors.pop(key).read() for key in keys}
+        own_names = model.config.moe_names
+        single = split_experts(together, model.config.num_experts, own_names, fused)
+        ranks, alphas = _of_single_experts(config, single, own_names)
+    for place in _adapted(tensors):
+        parameter = f"{place}.weight"
+        name = parameter if any(ends_with(parameter, each) for each in weights) else place
+        ranks[place], alphas[place] = config.rank(name), config.alpha(name)
+    tensors |= {key: _in_memory(tensor) for key, tensor in single.items()}
     more = {"target_modules": list(ranks), "rank_pattern": ranks, "alpha_pattern": alphas}
-    return AdapterFiles(files.path, {**values, **more, "target_parameters": None}, rest | lazy)
+    return AdapterFiles(files.path, {**values, **more, "target_parameters": None}, tensors)
 
 
 def _of_single_experts(

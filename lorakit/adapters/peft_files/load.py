@@ -31,7 +31,7 @@ from lorakit.adapters.manage import (
 from lorakit.adapters.methods.known import METHODS, method_called, method_of
 from lorakit.adapters.methods.method import Method
 from lorakit.adapters.peft_files import features
-from lorakit.adapters.peft_files.fused_experts import split_fused
+from lorakit.adapters.peft_files.fused_experts import without_parameters
 from lorakit.adapters.peft_files.layout import PREFIX, AdapterFiles, name_in
 from lorakit.adapters.peft_files.opened import open_files
 from lorakit.adapters.peft_files.text_part import text_part
@@ -59,7 +59,7 @@ def load_adapter(module: nn.Module, path: str | Path, *, name: str = "default") 
     method, files = _open(path, module)
     files = text_part(files, module)
     if files.values.get("target_parameters"):
-        files = split_fused(files, module)
+        files = without_parameters(files, module)
     config = method.read_config(files, module)
     trainable = {p: p.requires_grad for p in module.parameters()}
     before = selected_adapter(module)

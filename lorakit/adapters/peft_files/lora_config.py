@@ -16,6 +16,7 @@ import dataclasses
 import json
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -212,8 +213,10 @@ def _config_in(files: AdapterFiles) -> LoraConfig:
     init = files.values.get("init_lora_weights")
     plain = init in PLAIN_INITIALIZATIONS
     if not plain and init not in FROM_THE_WEIGHT:
+        known = re.fullmatch(r"pissa_niter_\d+|corda|loftq|lora_ga", str(init))
+        what = "changes" if known else "is not known to lorakit, and may change"
         raise LorakitError(
-            f"{files.path}: init_lora_weights={json.dumps(init)} changes the base weights; convert "
+            f"{files.path}: init_lora_weights={json.dumps(init)} {what} the base weights; convert "
             "the adapter to plain LoRA first (PEFT: path_initial_model_for_weight_conversion)"
         )
     fields = {field.name for field in dataclasses.fields(LoraConfig)}

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import nn
 
+from lorakit.adapters.peft_files.features import SPENT_TENSORS
 from lorakit.adapters.peft_files.layout import CONFIG_FILE, PREFIX, AdapterFiles, open_weights
 from lorakit.config.errors import LorakitError
 from lorakit.files.local import as_path, read_json
@@ -58,6 +59,9 @@ def open_files(path: str | Path, module: nn.Module | None = None) -> AdapterFile
     path = as_path(path)
     values = _read_config(path)
     tensors = open_weights(path)
+    for option, part in SPENT_TENSORS.items():
+        if values.get(option):
+            tensors = {key: tensor for key, tensor in tensors.items() if part not in key}
     own = [] if module is None else [name for name, _ in module.named_modules()]
     if not is_wrapped(own) and not any(f"{name}.".startswith(PREFIX) for name in own):
         tensors = unwrapped(tensors, str(path), _BEGINNINGS)

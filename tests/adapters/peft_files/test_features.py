@@ -1,7 +1,9 @@
 """The tables of PEFT's options against the installed peft, and what each reader makes of them."""
 
+import copy
 import dataclasses
 import json
+import typing
 
 import peft
 import pytest
@@ -11,7 +13,11 @@ from torch import nn
 
 import lorakit as lk
 from lorakit.adapters.peft_files import features
+from lorakit.adapters.peft_files.lora_config import FROM_THE_WEIGHT
 from lorakit.compat import peft as compat
+from lorakit.config.adapters import LACKING_INITIALIZATIONS, PLAIN_INITIALIZATIONS
+from tests.adapters.common import CLOSE, SHORT_IDS, filled
+from tests.conftest import tiny
 
 TABLES = {
     "HONOURED": features.HONOURED,
@@ -68,6 +74,25 @@ def test_every_option_of_the_other_methods_is_known(theirs, ours):
     assert names_of(theirs) <= known
 
 
+# Initializations that change the weights of the base.
+CHANGING = {"corda", "lora_ga", "loftq", "olora", "pissa", "pissa_niter_[number of iters]"}
+
+
+def literals(kind):
+    """The values of all Literals inside a type."""
+    if typing.get_origin(kind) is typing.Literal:
+        return set(typing.get_args(kind))
+    return set().union(*map(literals, typing.get_args(kind)))
+
+
+def test_every_initialization_of_peft_is_known():
+    names = literals(typing.get_type_hints(peft.LoraConfig)["init_lora_weights"])
+    assert "mica" in names
+    assert names <= set(PLAIN_INITIALIZATIONS) | CHANGING
+    assert set(LACKING_INITIALIZATIONS) <= names | {"lora_ga"}  # which PEFT's type leaves out
+    assert set(FROM_THE_WEIGHT) <= CHANGING
+
+
 def test_compat_has_the_options_that_are_in_a_table_and_no_others():
     assert names_of(compat.LoraConfig) == set().union(*TABLES.values())
 
@@ -96,7 +121,7 @@ def model():
 @pytest.mark.parametrize("name", features.REFUSED)
 def test_what_lorakit_lacks_is_refused_by_every_reader(adapter, name, tmp_path):
     path = adapter(**{name: {"any": 1}})
-    with pytest.raises(lk.LorakitError, match=f"{name}=.* is not supported"):
+    with pytest.raises(lk.LorakitError, match=rf"{name}=.* is not supported \([^)]{{20,}}\)$"):
         lk.load_adapter(model(), path)
     with pytest.raises(lk.LorakitError, match=f"{name}=.* does not fit in plain LoRA"):
         lk.convert_adapter(path, tmp_path / "out")
@@ -125,7 +150,7 @@ def test_settings_of_a_start_are_spent_in_a_file_and_refused_in_a_new_config(
         compat.LoraConfig(**{name: {"any": 1}})
 
 
-@pytest.mark.parametrize("init", [None, True, False, "gaussian", "orthogonal", "eva"])
+@pytest.mark.parametrize("init", [None, True, False, "gaussian", "orthogonal", "eva", "mica"])
 def test_an_initialization_that_leaves_the_base_alone_loads_and_converts(adapter, tmp_path, init):
     path = adapter(init_lora_weights=init)
     x = torch.randn(3, 4)
@@ -136,3 +161,61 @@ def test_an_initialization_that_leaves_the_base_alone_loads_and_converts(adapter
     lk.convert_adapter(path, tmp_path / "out")
     lk.load_adapter(lk.detach(base), tmp_path / "out")
     assert torch.equal(base(x), loaded)
+
+
+@pytest.mark.parametrize("init", ["corda", "lora_ga", "loftq", "pissa_niter_4"])
+def test_an_initialization_that_changed_the_base(adapter, init):
+    with pytest.raises(lk.LorakitError, match=f'"{init}" changes the base weights'):
+        lk.load_adapter(model(), adapter(init_lora_weights=init))
+
+
+def test_an_initialization_that_nobody_knows(adapter):
+    with pytest.raises(lk.LorakitError, match='"xyz" is not known to lorakit, and may change'):
+        lk.load_adapter(model(), adapter(init_lora_weights="xyz"))
+
+
+ONLY_IN_TRAINING = {
+    "velora": {"velora_config": {"num_groups": 8}},
+    "monteclora": {"monteclora_config": {"num_samples": 2}},
+    "mica": {"init_lora_weights": "mica"},
+}
+
+
+@pytest.mark.parametrize("options", ONLY_IN_TRAINING.values(), ids=ONLY_IN_TRAINING)
+def test_what_only_training_does_otherwise_loads_as_plain_lora(tmp_path, options):
+    plain = tiny("llama")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], **options)
+    theirs = filled(peft.get_peft_model(copy.deepcopy(plain), config)).eval()
+    theirs.save_pretrained(tmp_path)
+    truth = theirs(SHORT_IDS).logits
+    ours = lk.load_adapter(copy.deepcopy(plain), tmp_path)
+    torch.testing.assert_close(ours(SHORT_IDS).logits, truth, **CLOSE)
+    assert not lk.describe_adapter(tmp_path).warnings
+    lk.convert_adapter(tmp_path, tmp_path / "out")
+    again = lk.load_adapter(plain, tmp_path / "out")
+    torch.testing.assert_close(again(SHORT_IDS).logits, truth, **CLOSE)
+
+
+# Options of LoRA that AdaLoRA has too: PEFT computes the same with them.
+UNUSED_IN_ADALORA = {
+    "alpha_pattern": {"q_proj": 3},
+    "ensure_weight_tying": True,
+    "init_lora_weights": False,
+    "lora_bias": True,
+    "r": 5,
+    "use_rslora": True,
+}
+REFUSED_IN_ADALORA = {"bias", "trainable_token_indices", "use_dora"}  # use_dora by PEFT
+
+
+def test_options_of_lora_that_adalora_does_not_use(tmp_path):
+    shared = (names_of(peft.AdaLoraConfig) & features.HONOURED) - names_of(lk.AdaLoraConfig)
+    assert shared == set(UNUSED_IN_ADALORA) | REFUSED_IN_ADALORA
+    plain = tiny("llama")
+    config = peft.AdaLoraConfig(
+        init_r=4, total_step=10, target_modules=["q_proj"], **UNUSED_IN_ADALORA
+    )
+    theirs = filled(peft.get_peft_model(copy.deepcopy(plain), config)).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = lk.load_adapter(plain, tmp_path)
+    torch.testing.assert_close(ours(SHORT_IDS).logits, theirs(SHORT_IDS).logits, **CLOSE)

@@ -136,6 +136,24 @@ def test_what_cannot_be_fused_or_split(directory, tiny_dir, tmp_path):
     lk.attach(model, lk.LoraConfig(r=2, target_modules=leaves(model)))
     lk.save_adapter(model, tmp_path / "b", fused_experts=True)
     plain = lk.load_model(tiny_dir, dtype="float32")
-    with pytest.raises(lk.LorakitError, match="only experts of lorakit's own decoder"):
+    with pytest.raises(lk.LorakitError, match="and experts of lorakit's own decoder, are adapted"):
         lk.load_adapter(plain, tmp_path / "b")
     assert not lora_layers(plain)
+
+
+@pytest.mark.parametrize("decoder", [True, False])
+def test_weights_of_layers_as_parameters(tiny_dir, tmp_path, decoder):
+    config = peft.LoraConfig(
+        r=3,
+        lora_alpha=5,
+        target_modules=["v_proj"],
+        target_parameters=["mlp.down_proj.weight", "1.self_attn.q_proj.weight"],
+        rank_pattern={"down_proj.weight": 2, "q_proj": 4},  # the second is no name of a weight
+        alpha_pattern={r"layers\.0\.mlp\.down_proj\.weight": 7},
+    )
+    theirs = peft.get_peft_model(hugging_face(tiny_dir), config).eval()
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path)
+    plain = lk.load_model(tiny_dir, dtype="float32") if decoder else hugging_face(tiny_dir)
+    found = lk.load_adapter(plain, tmp_path)(IDS)
+    assert same(found if decoder else found.logits, theirs(IDS).logits)

@@ -67,8 +67,14 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
             lambda p: edit_config(p, rank_pattern=5, ensure_weight_tying=True),
             "rank_pattern must be dict",
         ),
-        (lambda p: edit_config(p, target_parameters=5), "target_parameters=5: only experts"),
-        (lambda p: edit_config(p, target_parameters=[5]), r"target_parameters=\[5\]: only experts"),
+        (
+            lambda p: edit_config(p, target_parameters=5),
+            "target_parameters=5: only weights of linear layers",
+        ),
+        (
+            lambda p: edit_config(p, target_parameters=[5]),
+            r"target_parameters=\[5\]: only weights of linear layers",
+        ),
         (lambda p: edit_config(p, r=10**9), "r must be positive, and 65536 at most"),
         (
             lambda p: edit_config(p, layers_to_transform=[0], layers_pattern="("),

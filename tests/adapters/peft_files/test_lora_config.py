@@ -2,6 +2,7 @@
 
 import json
 
+import peft
 import pytest
 import torch
 
@@ -132,3 +133,29 @@ def test_an_alpha_that_is_no_whole_number_is_named(model, tmp_path, caplog):
     assert (written["use_rslora"], written["r"]) == (True, 16)
     assert f"lora_alpha is {written['lora_alpha']}, and some servers read whole" in caplog.text
     assert lk.convert_adapter(tmp_path / "in", tmp_path / "out").lora_alpha == 16
+
+
+@pytest.mark.parametrize("decoder", [True, False])
+def test_a_lora_bias_on_layers_without_a_bias(tiny_dir, tmp_path, decoder):
+    """PEFT computes with it and merges no such adapter; lorakit does the same."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], lora_bias=True)
+    theirs = filled(peft.get_peft_model(hugging_face(tiny_dir), config)).eval()
+    theirs.save_pretrained(tmp_path)
+    plain = lk.load_model(tiny_dir, dtype="float32") if decoder else hugging_face(tiny_dir)
+    ours = lk.load_adapter(plain, tmp_path)
+
+    def logits_of(model):
+        found = model(IDS)
+        return found if isinstance(found, torch.Tensor) else found.logits
+
+    found, truth = logits_of(ours), logits_of(theirs)
+    torch.testing.assert_close(found, truth, rtol=0, atol=LOGITS)
+    found.square().mean().backward()
+    truth.square().mean().backward()
+    place = "model.layers.0.mlp.up_proj"
+    grad = theirs.get_submodule(f"base_model.model.{place}").lora_B.default.bias.grad
+    own = lora_layers(ours)[place].part.lora_bias.grad
+    torch.testing.assert_close(own, grad, rtol=1e-3, atol=1e-3 * grad.abs().max().item())
+    with pytest.raises(lk.LorakitError, match="q_proj has no bias to add the adapter's lora_bias"):
+        lk.merge(ours)
+    assert torch.equal(logits_of(ours), found)
