@@ -136,6 +136,7 @@ def _complete_heads(values: dict[str, Any], where: str) -> None:
         values["num_key_value_heads"] = heads
     if values.get("head_dim") is not None:
         return
+    values.pop("head_dim", None)
     if type(hidden) is int and type(heads) is int and heads > 0:
         if hidden % heads:
             raise LorakitError(
@@ -232,8 +233,8 @@ def _read_experts(values: dict[str, Any], family: Family, where: str) -> None:
             values.pop(name, None)
         return
     values.setdefault("num_experts", values["num_local_experts"])
-    if "moe_intermediate_size" not in family.defaults:  # Mixtral
-        values["moe_intermediate_size"] = values.get("intermediate_size")
+    if "moe_intermediate_size" not in family.defaults and "intermediate_size" in values:  # Mixtral
+        values["moe_intermediate_size"] = values["intermediate_size"]
     layers, every = values.get("num_hidden_layers"), values.get("decoder_sparse_step", 1)
     dense = values.get("mlp_only_layers") or []
     if type(every) is not int or every <= 0:

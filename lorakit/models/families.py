@@ -18,7 +18,7 @@ class Family:
     fields: dict[str, Any] = field(default_factory=dict)
     """ModelConfig fields that every model of the family has."""
     defaults: dict[str, Any] = field(default_factory=dict)
-    """Defaults of transformers for keys that may be left out, where they are not Llama's."""
+    """Defaults of transformers for keys that may be left out, where they are not ModelConfig's."""
     ignored: tuple[str, ...] = ()
     """Keys that files of the family carry and transformers does not use."""
     activation: str = "hidden_act"
@@ -28,14 +28,23 @@ class Family:
 
 
 _LEFTOVERS = ("sliding_window", "layer_types")  # of files whose family has no window
-_QWEN = {"use_sliding_window": False, "sliding_window": 4096}
+_ENDS = {"bos_token_id": 1, "eos_token_id": 2}  # of Llama 2's vocabulary
+_MISTRAL = _ENDS | {"num_key_value_heads": 8, "max_position_embeddings": 131072}
+_QWEN = {
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+}
 _GEMMA = {
     "norm_weight_offset": 1.0,
     "norm_casting_mode": "gemma",
     "scale_embeddings": True,
 }
 _GEMMA_DEFAULTS = {
+    "num_key_value_heads": 16,
     "head_dim": 256,
+    "max_position_embeddings": 8192,
     "tie_word_embeddings": True,
     "hidden_act": "gelu_pytorch_tanh",
     "bos_token_id": 2,
@@ -50,12 +59,17 @@ _GEMMA2_DEFAULTS = _GEMMA_DEFAULTS | {
     "hidden_activation": "gelu_pytorch_tanh",
 }
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM", ignored=_LEFTOVERS),
-    "mistral": Family("MistralForCausalLM", defaults={"sliding_window": 4096}),
+    "llama": Family(
+        "LlamaForCausalLM",
+        defaults=_ENDS | {"max_position_embeddings": 2048},
+        ignored=_LEFTOVERS,
+    ),
+    "mistral": Family("MistralForCausalLM", defaults=_MISTRAL | {"sliding_window": 4096}),
     "mixtral": Family(
         "MixtralForCausalLM",
         fields={"moe_names": ["block_sparse_moe", "w1", "w3", "w2"]},
-        defaults={
+        defaults=_MISTRAL
+        | {
             "rope_theta": 1e6,
             "rms_norm_eps": 1e-5,
             "num_local_experts": 8,
@@ -77,6 +91,7 @@ FAMILIES = {
         fields={"qk_norm": True},
         defaults=_QWEN
         | {
+            "num_key_value_heads": 4,
             "num_local_experts": 128,
             "num_experts_per_tok": 8,
             "moe_intermediate_size": 768,

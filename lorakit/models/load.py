@@ -36,6 +36,7 @@ from lorakit.files.safetensors import LazyTensor, open_directory, other_weights
 from lorakit.files.wrappers import renamed, unwrapped
 from lorakit.models.bitsandbytes import LazyPacked, LazyWeight, fold_packed, only_dense
 from lorakit.models.config import ModelConfig
+from lorakit.models.config_json import text_config
 from lorakit.models.decoder import Decoder
 from lorakit.models.families import MULTIMODAL
 from lorakit.models.gguf import read_gguf
@@ -161,7 +162,8 @@ def open_model(path_or_hub_id: str | Path) -> tuple[Decoder, dict[str, LazyWeigh
         else:
             own_names = {name: text_name(name) for name in weights}
             weights = renamed(weights, own_names, str(path), "a multimodal model")
-        config = _with_end_tokens(config, path / "generation_config.json")
+        named = "eos_token_id" in text_config(values, str(path))[0]
+        config = _with_end_tokens(config, path / "generation_config.json", named)
         config = _tied_as_stored(config, weights, path)
     model = _empty_model(config, weights, str(path))
     model.source = Source(path.absolute(), surroundings)
@@ -200,8 +202,11 @@ def _open_weights(path: Path) -> dict[str, LazyTensor]:
     return tensors
 
 
-def _with_end_tokens(config: ModelConfig, file: Path) -> ModelConfig:
-    """Return `config` with the end tokens of a generation_config.json too, where there is one."""
+def _with_end_tokens(config: ModelConfig, file: Path, named: bool) -> ModelConfig:
+    """Return `config` with the end tokens of a generation_config.json too, where there is one.
+
+    If config.json named none (`named` is false), they take the place of the family's default.
+    """
     if not file.exists():
         return config
     more = read_json(file).get("eos_token_id")
@@ -210,7 +215,7 @@ def _with_end_tokens(config: ModelConfig, file: Path) -> ModelConfig:
         raise LorakitError(
             f"{file}: eos_token_id must be a number or a list of numbers, not {more!r}"
         )
-    ends = list(dict.fromkeys([*config.eos_token_ids, *more]))
+    ends = list(dict.fromkeys([*config.eos_token_ids, *more] if named or not more else more))
     if ends == config.eos_token_ids:
         return config
     return dataclasses.replace(config, eos_token_id=ends)

@@ -77,20 +77,57 @@ def test_sliding_layers_of_each_family():
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_keys_that_a_file_leaves_out_mean_what_transformers_takes(model_type):
-    """The keys in `kept` are given, because published files always carry them."""
+    """All of them at once, but for the sizes in SIZES, which published files always carry."""
     from transformers import AutoConfig
 
     whole = AutoConfig.for_model(model_type, num_hidden_layers=6).to_dict()
-    kept = ["model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"]
-    kept += ["num_attention_heads", "num_key_value_heads", "max_position_embeddings"]
-    kept += ["bos_token_id", "eos_token_id", "pad_token_id"]
-    expected = lk.ModelConfig.from_hf(whole)
-    found = lk.ModelConfig.from_hf({name: whole[name] for name in kept})
-    windows = [[config.window(i) for i in range(6)] for config in (found, expected)]
-    assert windows[0] == windows[1]
-    # without sliding layers the size of the window means nothing
-    found, expected = (dataclasses.replace(c, sliding_window=9) for c in (found, expected))
-    assert found == expected
+    found = {name: whole[name] for name in ("model_type", *SIZES)}
+    assert same(lk.ModelConfig.from_hf(found), lk.ModelConfig.from_hf(whole))
+
+
+SIZES = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"]
+SIZES += ["num_attention_heads"]
+
+
+def same(a, b):
+    """Compare two configurations; without sliding layers the size of the window means nothing."""
+    windows = [[c.window(i) for i in range(c.num_hidden_layers)] for c in (a, b)]
+    a, b = (dataclasses.replace(c, sliding_window=9) for c in (a, b))
+    return a == b and windows[0] == windows[1]
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_each_key_that_a_file_leaves_out_means_what_transformers_takes(model_type, scaled):
+    """Every key of transformers' class in turn, the others with values that are no defaults."""
+    from transformers import AutoConfig
+
+    unusual = {
+        "vocab_size": 1000, "hidden_size": 512, "intermediate_size": 600, "num_hidden_layers": 6,
+        "num_attention_heads": 64, "num_key_value_heads": 2, "head_dim": 10,
+        "max_position_embeddings": 300, "rms_norm_eps": 1e-3, "bos_token_id": 7,
+        "eos_token_id": [8, 9], "pad_token_id": 6, "hidden_act": "gelu",
+        "hidden_activation": "gelu", "sliding_window": 5, "use_sliding_window": True,
+        "max_window_layers": 3, "query_pre_attn_scalar": 3, "final_logit_softcapping": 1.0,
+        "attn_logit_softcapping": 2.0, "num_local_experts": 12, "num_experts_per_tok": 3,
+        "moe_intermediate_size": 32, "norm_topk_prob": True, "decoder_sparse_step": 2,
+        "mlp_only_layers": [1],
+    }  # fmt: skip
+    known = AutoConfig.for_model(model_type).to_dict().keys() - {"model_type"}
+    values = {name: value for name, value in unusual.items() if name in known}
+    if scaled and model_type != "gemma3_text":
+        values["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 3e4, "factor": 2.0}
+    for left_out in known:
+        given = {name: value for name, value in values.items() if name != left_out}
+        file = {"model_type": model_type} | given
+        if left_out in SIZES and left_out not in FAMILIES[model_type].defaults:
+            with pytest.raises(lk.LorakitError, match=f"{left_out} is missing"):
+                lk.ModelConfig.from_hf(file)
+            continue
+        theirs = AutoConfig.for_model(model_type, **given).to_dict()
+        assert same(lk.ModelConfig.from_hf(file), lk.ModelConfig.from_hf(theirs)), left_out
+    nothing = {"num_key_value_heads": None} | {n: v for n, v in values.items() if "key" not in n}
+    assert lk.ModelConfig.from_hf({"model_type": model_type} | nothing).num_key_value_heads == 64
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

@@ -63,6 +63,13 @@ def test_a_tied_config_over_different_heads_keeps_both(tmp_path, caplog):
 def test_generation_config_adds_end_tokens(copy):
     (copy / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
     assert lk.load_model(copy).config.eos_token_ids == [2, 7]
+    config = json.loads((copy / "config.json").read_text())
+    del config["eos_token_id"]
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "generation_config.json").write_text('{"eos_token_id": [9, 7]}')
+    assert lk.load_model(copy).config.eos_token_ids == [9, 7]  # Llama's default is 2
+    (copy / "generation_config.json").write_text("{}")
+    assert lk.load_model(copy).config.eos_token_ids == [2]
     (copy / "generation_config.json").write_text('{"eos_token_id": "x"}')
     fails(copy, r"generation_config\.json: eos_token_id must be a number")
 
