@@ -79,7 +79,8 @@ class LazyTensor(NamedTuple):
 def open_directory(path: Path) -> dict[str, LazyTensor]:
     """Open the weights of a Hugging Face directory, which lie in one file or in several shards.
 
-    Raises LorakitError if a file or a tensor is missing, or a file is damaged.
+    Raises LorakitError if a file or a tensor is missing, a file is damaged, or the index of the
+    shards names a file outside of the directory.
     """
     if (path / WEIGHTS_FILE).exists():
         return open_safetensors(path / WEIGHTS_FILE)
@@ -90,6 +91,12 @@ def open_directory(path: Path) -> dict[str, LazyTensor]:
     weight_map = read_json(path / INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
         raise LorakitError(f"{path / INDEX_FILE}: weight_map, of names to files, is missing")
+    for file in weight_map.values():
+        if "\0" in file or Path(file).is_absolute() or ".." in Path(file).parts:
+            raise LorakitError(
+                f"{path / INDEX_FILE}: weight_map names {file!r}, which does not lie in this "
+                "directory; shards must lie beside their index"
+            )
     shards = {file: open_safetensors(path / file) for file in sorted(set(weight_map.values()))}
     for name, file in weight_map.items():
         if name not in shards[file]:

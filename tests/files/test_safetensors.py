@@ -38,6 +38,9 @@ def test_bad_index(tiny_dir, tmp_path):
     other = next(file for file in weight_map.values() if file != weight_map[name])
     index.write_text(json.dumps({"weight_map": {**weight_map, name: other}}))
     fails(tmp_path, "which model.safetensors.index.json puts here, is missing")
+    for outside in ("../model.safetensors", str(tiny_dir / "model.safetensors"), "a/../../b", "\0"):
+        index.write_text(json.dumps({"weight_map": {**weight_map, name: outside}}))
+        fails(tmp_path, "which does not lie in this directory; shards must lie beside their index")
     index.write_text("{}")
     fails(tmp_path, "weight_map, of names to files, is missing")
     index.write_text('{"weight_map": {"a": 3}}')
