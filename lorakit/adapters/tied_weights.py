@@ -46,19 +46,17 @@ def heads_of_embedding(model: nn.Module, layers: Layers, embedding: nn.Module) -
     if not isinstance(plain, (nn.Embedding, PackedWeight)):
         return None
     weight = _weight(plain)
-    for name, other in layers.items():
-        same = weight is not None and _weight(other) is weight
-        if same and is_embedding(other) and original(other) is not plain:
+    sharing: dict[str, nn.Module] = {}
+    if weight is not None:  # a parametrized layer computes its weight, and shares none
+        sharing = {name: other for name, other in layers.items() if _weight(other) is weight}
+    for name, other in sharing.items():
+        if is_embedding(other) and original(other) is not plain:
             raise LorakitError(
                 f"attach: {name} is another embedding with the same weight, which would not be "
                 "adapted; lorakit adapts an embedding together with its heads, not several "
                 "embeddings"
             )
-    heads = [
-        name
-        for name, other in layers.items()
-        if _weight(other) is weight and isinstance(other, (nn.Linear, TiedHead))
-    ]
+    heads = [name for name, m in sharing.items() if isinstance(m, (nn.Linear, TiedHead))]
     for each in model.modules():
         if (
             isinstance(each, Decoder)

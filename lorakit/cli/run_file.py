@@ -18,10 +18,16 @@ def read_run_file(path: Path, overrides: list[str]) -> dict[str, Any]:
         The mapping of the file, with the overrides in it.
 
     Raises:
-        LorakitError: The file is no YAML mapping, or an override does not fit it.
+        LorakitError: The file is missing or no YAML mapping, or an override does not fit it.
     """
     try:
         values = _read_yaml(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        what = "does not exist" if isinstance(error, FileNotFoundError) else "is no file"
+        raise lk.LorakitError(
+            f"{path} {what}; give the path of a run file, which is YAML and says at least model "
+            "and data"
+        ) from None
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise lk.LorakitError(f"{path} is not valid YAML: {reason}") from None

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 import lorakit as lk
+from lorakit.adapters.tied_weights import heads_of_embedding
 from tests.adapters.parity import (
     assert_same,
     disturb,
@@ -33,6 +34,18 @@ def test_tied_models_are_refused_as_they_are(bases, base, options):
             lk.attach(model, ours_config(options))
         assert {name: (type(m), id(m)) for name, m in model.named_modules()} == before
         assert all(p.requires_grad for p in model.parameters())
+
+
+def test_layers_that_compute_their_weight_share_none():
+    """weight_norm takes `weight` out of a layer's parameters: two without one are not tied."""
+    model = torch.nn.ModuleDict({"embed": torch.nn.Embedding(7, 4), "head": torch.nn.Linear(4, 7)})
+    layers = dict(model.named_modules())
+    for layer in model.values():
+        torch.nn.utils.parametrizations.weight_norm(layer)
+    assert heads_of_embedding(model, layers, model["embed"]) is None
+    tied = torch.nn.ModuleDict({"embed": torch.nn.Embedding(7, 4), "head": torch.nn.Linear(4, 7)})
+    tied["head"].weight = tied["embed"].weight
+    assert heads_of_embedding(tied, dict(tied.named_modules()), tied["embed"]) == ["head"]
 
 
 @pytest.mark.parametrize("base", ["llama tied", "gemma3 tied"])

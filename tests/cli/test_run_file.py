@@ -55,8 +55,17 @@ def test_bad_run_file(tmp_path, capsys, content, message):
     path.write_text(content)
     assert main(["train", str(path)]) == 1
     assert message in capsys.readouterr().err
-    assert main(["train", str(tmp_path / "none.yaml")]) == 1
-    assert "No such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("none.yaml", "does not exist"), ("", "is no file"), ("file/run.yaml", "is no file")],
+)
+def test_no_run_file(tmp_path, capsys, name, what):
+    (tmp_path / "file").write_text("")
+    assert main(["train", str(tmp_path / name)]) == 1
+    said = f"lorakit: {tmp_path / name} {what}; give the path of a run file, which is YAML and "
+    assert capsys.readouterr().err == said + "says at least model and data\n"
 
 
 def test_an_override_reaches_into_a_mapping_of_the_file(tmp_path):
