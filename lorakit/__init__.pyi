@@ -32,14 +32,14 @@ from lorakit.config.errors import LorakitError as LorakitError
 from lorakit.config.quantization import QuantConfig as QuantConfig
 from lorakit.config.run import RunConfig as RunConfig
 from lorakit.config.training import TrainConfig as TrainConfig
-from lorakit.data.encode import encode_rows as encode_rows
+from lorakit.data.examples import encode_rows as encode_rows
 from lorakit.data.inspect import lint_rows as lint_rows
 from lorakit.data.inspect import show_rows as show_rows
 from lorakit.data.packing import collate_packed as collate_packed
 from lorakit.data.packing import pack_rows as pack_rows
 from lorakit.data.packing import padding_share as padding_share
 from lorakit.data.rows import read_rows as read_rows
-from lorakit.data.rows import split_rows as split_rows
+from lorakit.data.splitting import split_rows as split_rows
 from lorakit.evaluation import metrics as metrics
 from lorakit.evaluation.evaluate import evaluate as evaluate
 from lorakit.evaluation.metrics import rouge_l as rouge_l

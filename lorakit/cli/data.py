@@ -17,9 +17,12 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
     )
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     rows = argparse.ArgumentParser(add_help=False)
-    rows.add_argument("file", type=Path, help="JSONL, JSON, CSV or Parquet file of rows")
+    rows.add_argument("file", type=Path, help="JSONL, JSON, CSV, TSV or Parquet file of rows")
     rows.add_argument("--model", required=True, help=MODEL_HELP)
     rows.add_argument("--format", help="format of the rows (default: what their fields say)")
+    rows.add_argument(
+        "--skip-empty", action="store_true", help="leave out rows with an empty answer"
+    )
     rows.add_argument(
         "--train-on",
         default="completion",
@@ -55,7 +58,7 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
 
 def data_show(args: argparse.Namespace) -> int:
     """Print the first rows as the model sees them, and return the exit code."""
-    rows = lk.read_rows(args.file, format=args.format)
+    rows = lk.read_rows(args.file, format=args.format, skip_empty=args.skip_empty)
     tok = lk.load_tokenizer(args.model)
     color = sys.stdout.isatty() and not args.no_color
     print(lk.show_rows(rows, tok, args.rows, train_on=args.train_on, color=color))
@@ -65,7 +68,7 @@ def data_show(args: argparse.Namespace) -> int:
 def data_lint(args: argparse.Namespace) -> int:
     """Print a report on the rows, and return 1 if any row cannot be used."""
     errors: list[str] = []
-    rows = lk.read_rows(args.file, format=args.format, errors=errors)
+    rows = lk.read_rows(args.file, format=args.format, errors=errors, skip_empty=args.skip_empty)
     tok = lk.load_tokenizer(args.model)
     report = lk.lint_rows(
         rows, tok, max_seq_length=args.max_seq_length, train_on=args.train_on, errors=errors

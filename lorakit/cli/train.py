@@ -36,13 +36,24 @@ def train(args: argparse.Namespace) -> int:
     import torch
 
     run = lk.RunConfig.from_dict(read_run_file(args.run_file, args.overrides), str(args.run_file))
-    # The rows are read before the model: an error in them should not take minutes to show.
-    data = {"train": lk.read_rows(run.data.train, format=run.data.format)}
-    if run.data.validation is not None:
-        data["validation"] = lk.read_rows(run.data.validation, format=run.data.format)
     if run.adapter is not None:
         _check_adapter(run.adapter)
     tok = lk.load_tokenizer(run.model)
+    # The rows are encoded before the model is loaded: an error in them should not take minutes.
+    files = {"train": run.data.train, "validation": run.data.validation}
+    data = {
+        name: lk.encode_rows(
+            file,
+            tok,
+            max_seq_length=run.train.max_seq_length,
+            over_length=run.train.over_length,
+            train_on=run.train.train_on,
+            format=run.data.format,
+            skip_empty=run.train.skip_empty,
+        )
+        for name, file in files.items()
+        if file is not None
+    }
     started = time.perf_counter()
     model = lk.load_model(run.model, dtype=run.dtype, quantize=run.quantize)
     print(f"loaded {run.model} in {time.perf_counter() - started:.1f} s on {model.device}")

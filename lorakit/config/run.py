@@ -23,7 +23,7 @@ log = logging.getLogger("lorakit")
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Settings of the data: files of rows, in JSONL, JSON, CSV or Parquet."""
+    """Settings of the data: files of rows, in JSONL, JSON, CSV, TSV or Parquet."""
 
     train: str
     """File of the rows to train on."""

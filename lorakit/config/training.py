@@ -108,6 +108,9 @@ class TrainConfig:
     over_length: OverLength = "truncate"
     """Treatment of a row that is too long: "truncate" (the prompt's start goes first), "drop" or
     "raise"."""
+    skip_empty: bool = False
+    """Leave out rows with an empty output or completion, or an empty turn of the assistant, and say
+    how many; false stops at an empty output or completion."""
     objective: Literal["sft", "dpo", "orpo"] = "sft"
     """Aim of the training: "sft" learns the rows; "dpo" and "orpo" learn to prefer `chosen` to
     `rejected`."""

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lorakit.config.training import TrainConfig
-from lorakit.data.encode import IGNORE, Example, Examples
+from lorakit.data.encode import IGNORE, Example
+from lorakit.data.examples import Examples
 from lorakit.data.packing import pack_rows
 
 

@@ -11,28 +11,22 @@ token is labelled if some of it belongs to the completion. So a token that spans
 alone and cannot make such a token, so these rows are counted. The end token is labelled by its
 place, not its id: a model that pads with its end token still learns to stop.
 
-The examples of rows that are held are held too. The rows of a file are read again each time they
-are asked for, and so their examples are made again: memory holds only their lengths.
+What becomes of the examples of many rows is in examples.py.
 """
 
-import logging
-from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 from lorakit.config.errors import LorakitError, nearest
 from lorakit.config.training import OVER_LENGTH, TRAIN_ON, OverLength, TrainOn
 from lorakit.data.chat_spans import Render, check_shown, dropped, turn_span
 from lorakit.data.instructions import as_chat_or_pair
-from lorakit.data.rows import LazyRows
 from lorakit.data.schemas import Chat, Choice, Instruction, OneAnswer, Row, Text
 from lorakit.models.chat_template import Messages
 from lorakit.models.tokenizer import Tokenizer
-
-log = logging.getLogger("lorakit")
 
 IGNORE = -100
 # The date that a template prints as today's, so that a run can be repeated. Llama 3.1's template
@@ -340,111 +334,3 @@ def _cut(uncut: _Uncut, start: int, limit: int) -> _Uncut:
     start = min(start, prompt - (_needed(uncut) - head))
     kept = [*range(head), *range(start, min(len(ids), start + limit - head))]
     return _Uncut([ids[t] for t in kept], [labels[t] for t in kept], head, prompt - start + head)
-
-
-class Examples(Sequence[Example | PairExample]):
-    """The examples of rows, without those that `encoder` drops.
-
-    `lengths` holds the number of tokens of each, and `largest_id` the largest token id of all. The
-    examples of rows that are held are held too; others are made again each time they are asked for.
-    """
-
-    def __init__(self, rows: Sequence[Row], encoder: Encoder):
-        self.rows, self.encoder = rows, encoder
-        self.largest_id = -1
-        self.numbers, self.lengths = array("q"), array("l")
-        self._held: list[Example | PairExample] | None = None if isinstance(rows, LazyRows) else []
-        for number, row in enumerate(rows):
-            example = encoder(row)
-            if example is not None:
-                ids = example.input_ids
-                self.numbers.append(number)
-                self.lengths.append(len(ids))
-                self.largest_id = max(self.largest_id, max(ids))
-                if self._held is not None:
-                    self._held.append(example)
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    @overload
-    def __getitem__(self, index: int) -> Example | PairExample: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Example | PairExample]: ...
-
-    def __getitem__(
-        self, index: int | slice
-    ) -> Example | PairExample | list[Example | PairExample]:
-        if self._held is not None:
-            return self._held[index]
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        example = self.encoder(self.rows[self.numbers[index]])
-        assert example is not None  # the encoder kept this row before
-        return example
-
-    def place(self, index: int) -> str:
-        """Return where the row of an example came from, as "train.jsonl line 3"."""
-        return self.rows[self.numbers[index]].place
-
-
-def encode_rows(
-    rows: Iterable[Row],
-    tok: Tokenizer,
-    *,
-    max_seq_length: int,
-    over_length: OverLength = "truncate",
-    train_on: TrainOn = "completion",
-) -> Examples:
-    """Return token ids and labels of rows, at most `max_seq_length` tokens each.
-
-    Warnings of the logger "lorakit" count the rows that are longer, and the completions whose first
-    token starts in the prompt. Such a token is learned whole.
-
-    Args:
-        rows: Rows, as `read_rows` returns them.
-        tok: The model's tokenizer. Its chat template renders chats and instructions.
-        max_seq_length: The most tokens that an example may have.
-        over_length: What happens to a longer row. "truncate" cuts it at the start of the prompt,
-            where its first special tokens stay, and at the end of the completion only if that
-            alone is too long; a chat loses its oldest exchanges first, and text is cut at its end.
-            "drop" leaves the row out. "raise" raises an error.
-        train_on: Which tokens are labels. "completion" takes every turn of the assistant of a
-            chat, "last_turn" only its last one, and "all" takes every token.
-
-    Returns:
-        A sequence of examples, each with lists input_ids and labels, or with two such examples,
-        chosen and rejected, for a row with two answers. Its `lengths` are their numbers of tokens.
-
-    Raises:
-        LorakitError: A row starts with two BOS tokens, has no label, holds a message that the
-            template leaves out, or would not teach the model to stop; every row is dropped; or
-            over_length or train_on is none of these words.
-    """
-    encoder = Encoder(
-        tok, max_seq_length=max_seq_length, over_length=over_length, train_on=train_on
-    )
-    if not encoder.end:
-        log.warning("lorakit: the tokenizer has no end token; the model will not learn to stop")
-    rows = rows if isinstance(rows, LazyRows) else list(rows)
-    examples = Examples(rows, encoder)
-    if not examples:
-        raise LorakitError(
-            f"all {len(rows)} rows are longer than max_seq_length={max_seq_length} and were dropped"
-        )
-    if encoder.long:
-        log.warning(
-            "lorakit: %d of %d rows are longer than max_seq_length=%d and were %s",
-            encoder.long,
-            len(rows),
-            max_seq_length,
-            "dropped" if over_length == "drop" else "truncated",
-        )
-    if encoder.joined:
-        log.warning(
-            "lorakit: %d completions begin within a token of their prompt, which generation cannot "
-            "make; put the space between them into the completion",
-            encoder.joined,
-        )
-    return examples

@@ -1,4 +1,4 @@
-"""The records of JSONL, CSV and Parquet files.
+"""The records of JSONL, CSV, TSV and Parquet files, perhaps compressed.
 
 The readers of JSONL and CSV can start at any byte where a record starts. They tell where each
 record starts, and its line for messages, so that a caller keeps numbers of a file and no records.
@@ -7,6 +7,12 @@ error, not a record of a gigabyte.
 """
 
 import csv
+import gzip
+import os
+import shutil
+import tempfile
+import weakref
+import zlib
 from codecs import BOM_UTF8 as BOM
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +38,44 @@ class _Fields(NamedTuple):
     found: list[str] | LorakitError
     next_start: int
     next_line: int
+
+
+class SourceFile:
+    """A file of rows. One that ends in .gz is unpacked into a temporary file, which goes with it.
+
+    Raises LorakitError if such a file is damaged, or there is no room for its content.
+    """
+
+    def __init__(self, path: Path):
+        self.path = self._content = path
+        if path.suffix.lower() == ".gz":
+            self._content = _unpacked(path)
+            weakref.finalize(self, self._content.unlink, missing_ok=True)
+
+    def open(self) -> BinaryIO:
+        """Open the content. Each time gives a file with a place of its own."""
+        return open(self._content, "rb")
+
+
+def _unpacked(path: Path) -> Path:
+    """Return a new temporary file with the content of a gzip file."""
+    handle, name = tempfile.mkstemp(prefix="lorakit-")
+    try:
+        with os.fdopen(handle, "wb") as unpacked, gzip.open(path) as packed:
+            shutil.copyfileobj(packed, unpacked, 1 << 20)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        os.unlink(name)
+        raise LorakitError(f"{path} is no gzip file that can be read: {error}") from None
+    except OSError as error:
+        os.unlink(name)
+        raise LorakitError(
+            f"{path} cannot be unpacked into {tempfile.gettempdir()}: {error.strerror}; TMPDIR may "
+            "name a directory with more room"
+        ) from None
+    except BaseException:
+        os.unlink(name)
+        raise
+    return Path(name)
 
 
 class JsonLines:
@@ -60,11 +104,12 @@ class JsonLines:
 class CsvRecords:
     """Reads the records of a CSV file, as mappings from the names in its header to texts.
 
+    In TSV a tab stands for the comma, with the same quotes, as pandas and spreadsheets write it.
     The methods are those of JsonLines.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, delimiter: str = ","):
+        self.path, self.delimiter = path, delimiter
         self.names: list[str] = []
         csv.field_size_limit(2**31 - 1)  # of the whole process; the default is 128 KiB
 
@@ -114,7 +159,10 @@ class CsvRecords:
                 end, after = end + len(raw), after + 1
                 yield decoded(raw, at, f"{self.path} line {number}")
 
-        reader = csv.reader(lines(), strict=True)  # takes a line only when it needs one
+        def records() -> Iterator[list[str]]:  # it takes a line only when it needs one
+            return csv.reader(lines(), delimiter=self.delimiter, strict=True)
+
+        reader = records()
         while True:
             found: list[str] | LorakitError | None
             try:
@@ -124,7 +172,7 @@ class CsvRecords:
             except csv.Error as error:
                 found = LorakitError(f"{self.path} line {line} is not valid CSV: {error}")
             if isinstance(found, LorakitError):
-                reader = csv.reader(lines(), strict=True)  # goes on with the next line
+                reader = records()  # goes on with the next line
             if found is None:
                 return
             if found:

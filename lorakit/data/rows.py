@@ -1,33 +1,56 @@
 """Rows of training data, from files or from anything that can be iterated over.
 
-    suffix            the file holds                        its rows are
-    .jsonl .ndjson    an object per line                    read again whenever they are needed
-    .csv              a header, then a record per row       read again whenever they are needed
-    .json             one array of objects                  held
-    .parquet          a table (needs pyarrow)               held, as the table that pyarrow reads
+    suffix            the file holds                      its rows are
+    .jsonl .ndjson    an object per line                  read again whenever they are needed
+    .csv .tsv         a header, then a record per row     read again whenever they are needed
+    .json             an array, or {"data": an array}     held
+                      an object per line                  read again whenever they are needed
+    .parquet          a table (needs pyarrow)             held, as the table that pyarrow reads
 
-A JSONL or CSV file leaves 16 bytes in memory for each row: where the row starts, and its line. So a
-file may be larger than memory, at the price of parsing a row each time it is used. An object that
-has a length and takes an index, a Hugging Face Dataset for one, is asked for its rows again too.
-The rows of a list or a generator are held. Every row is checked once when it is read, however it
-is kept.
+Each kind but Parquet may be compressed, as .jsonl.gz. Such a file is unpacked once, into a
+temporary file that lasts as long as its rows.
+
+A file of lines or records leaves 16 bytes in memory for each row: where the row starts, and its
+line. So a file may be larger than memory, at the price of parsing a row each time it is used. An
+object that has a length and takes an index, a Hugging Face Dataset for one, is asked for its rows
+again too. The rows of a list or a generator are held.
+
+The first pass over the rows checks each of them and notes where it stands. `read_rows` makes that
+pass; `encode_rows` (examples.py) encodes in the same one.
 
 The fields of a row tell what it means (schemas.py). All rows of a source have one format.
 """
 
-import hashlib
-import json
+import logging
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from codecs import BOM_UTF8 as BOM
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, overload, runtime_checkable
 
 from lorakit.config.errors import LorakitError, nearest
-from lorakit.data.readers import CsvRecords, JsonLines, Record, Table, decoded
-from lorakit.data.schemas import FORMATS, Row, content_of, detect, make_row, parse_json
+from lorakit.data.readers import (
+    CsvRecords,
+    JsonLines,
+    Record,
+    SourceFile,
+    Table,
+    decoded,
+)
+from lorakit.data.schemas import (
+    FORMATS,
+    EmptyAnswer,
+    Row,
+    detect,
+    has_empty_answer,
+    make_row,
+    parse_json,
+)
 from lorakit.files.local import as_path
+
+log = logging.getLogger("lorakit")
 
 
 @runtime_checkable
@@ -39,6 +62,8 @@ class Indexed(Protocol):
     def __getitem__(self, index: int) -> Any: ...
 
 
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
 RowSource = str | Path | Iterable[Mapping[str, Any] | Row] | Indexed
 
 
@@ -48,6 +73,10 @@ class LazyRows(Sequence[Row]):
     def fetch(self, index: int) -> Row:
         """Return row number `index`, which is at least 0 and below the length."""
         raise NotImplementedError
+
+    def place(self, index: int) -> str:
+        """Return where row number `index` came from, as "train.jsonl line 3"."""
+        return self.fetch(index).place
 
     @overload
     def __getitem__(self, index: int) -> Row: ...
@@ -64,21 +93,28 @@ class LazyRows(Sequence[Row]):
 
 
 def read_rows(
-    source: RowSource, *, format: str | None = None, errors: list[str] | None = None
+    source: RowSource,
+    *,
+    format: str | None = None,
+    errors: list[str] | None = None,
+    skip_empty: bool = False,
 ) -> Sequence[Row]:
     """Return the rows of a file, or of an iterable of mappings, each of them checked.
 
-    The rows of a JSONL, CSV or Parquet file, or of an object that has a length and takes an index,
-    are fetched again each time they are asked for; others are held. Rows that were read already
-    are returned as they are.
+    The rows of a file of lines, of CSV or of Parquet, or of an object that has a length and takes
+    an index, are fetched again each time they are asked for; others are held. Rows that were read
+    already are returned as they are, but for those that skip_empty leaves out.
 
     Args:
-        source: The path of a .jsonl, .ndjson, .csv, .json or .parquet file, an iterable of
-            mappings from field names to values, or an object with a length and an index.
+        source: The path of a .jsonl, .ndjson, .json, .csv, .tsv or .parquet file, all but the last
+            perhaps with .gz, an iterable of mappings from field names to values, or an object with
+            a length and an index.
         format: One of messages, sharegpt, prompt_completion, preference, alpaca and text. None
             takes the format that the fields of the first row tell.
         errors: If given, a row that cannot be used is left out and the reason is added to this
             list. If None, such a row raises an error.
+        skip_empty: Leave out rows with an answer of no text: an empty output or completion, or an
+            empty turn of the assistant. A warning of the logger "lorakit" counts them.
 
     Returns:
         A sequence of rows. Each has a `place`, as "train.jsonl line 3".
@@ -87,103 +123,177 @@ def read_rows(
         LorakitError: The file is missing or of another kind, a row does not have the format of the
             first one, or there are no rows.
     """
+    rows = unread_rows(source, format=format, errors=errors, skip_empty=skip_empty)
+    if isinstance(rows, SourceRows) and not rows.complete:
+        for _ in rows:
+            pass
+    return rows
+
+
+def unread_rows(
+    source: RowSource,
+    *,
+    format: str | None = None,
+    errors: list[str] | None = None,
+    skip_empty: bool = False,
+) -> Sequence[Row]:
+    """Return rows as `read_rows` does; but those of a `SourceRows` wait for the first pass.
+
+    The arguments are those of `read_rows`. Raises LorakitError as it does, in the first pass too.
+    """
     if format is not None and format not in FORMATS:
         raise LorakitError(
             f"format is {format!r}{nearest(format, FORMATS)}; choose one of {', '.join(FORMATS)}"
         )
-    if isinstance(source, LazyRows):
+    if isinstance(source, LazyRows) and not skip_empty:
         return source
     if isinstance(source, (str, Path)):
-        rows, name = _file_rows(source, format, errors), str(source)
-    else:
-        rows, name = _other_rows(source, format, errors), "data"
-    if not rows:
-        raise LorakitError(errors[0] if errors else f"{name} holds no rows")
-    return rows
+        return _file_rows(source, Check(str(source), format, errors, skip_empty))
+    return _other_rows(source, Check("data", format, errors, skip_empty))
 
 
-@contextmanager
-def _noted(errors: list[str] | None) -> Iterator[None]:
-    """Add what is wrong with a row in the block to `errors`, or raise it if that is None."""
-    try:
-        yield
-    except LorakitError as error:
-        if errors is None:
-            raise
-        errors.append(str(error))
+class Check:
+    """Makes the rows of one source, and decides what becomes of those that cannot be used.
+
+    `name` is that of the source; the other arguments are those of `read_rows`. `format` becomes
+    that of the first row.
+    """
+
+    def __init__(
+        self, name: str, format: str | None, errors: list[str] | None, skip_empty: bool
+    ) -> None:
+        self.name, self.format, self.errors, self.skip_empty = name, format, errors, skip_empty
+        self.empty = 0
+
+    def row(self, value: Callable[[], Any], place: str) -> Row | None:
+        """Return the row that `value` returns the fields of, or None if it is left out.
+
+        Raises LorakitError for a row that cannot be used, unless the errors are collected.
+        """
+        try:
+            fields = value()
+            self.format = self.format or detect(fields, place)
+            row = make_row(fields, place, self.format)
+            if self.skip_empty and has_empty_answer(row):
+                raise EmptyAnswer(f"{place} has an empty answer")
+            return row
+        except LorakitError as error:
+            if self.skip_empty and isinstance(error, EmptyAnswer):
+                self.empty += 1
+            elif self.errors is None:
+                raise
+            else:
+                self.errors.append(str(error))
+        return None
+
+    def end(self, count: int) -> None:
+        """Say how many rows were left out beside `count` good ones; LorakitError if that is 0."""
+        if not count:
+            nothing = f"{self.name} holds no rows" + " but empty ones" * (self.empty > 0)
+            raise LorakitError(self.errors[0] if self.errors else nothing)
+        if self.empty:
+            log.warning(
+                "lorakit: %s: %d of %d rows have an empty answer and were left out",
+                self.name,
+                self.empty,
+                self.empty + count + len(self.errors or ()),
+            )
 
 
-def _other_rows(source: Any, format: str | None, errors: list[str] | None) -> Sequence[Row]:
+def _other_rows(source: Any, check: Check) -> Sequence[Row]:
     if isinstance(source, Mapping):
         raise LorakitError(
             f"data is a mapping of {', '.join(map(str, source)) or 'nothing'}, not rows; "
             "take one of its values"
         )
     if isinstance(source, Indexed) and not isinstance(source, (list, tuple)):
-        try:
-            return IndexedRows(source, "row", format, errors)
-        except (KeyError, IndexError):  # a table of pandas has its columns under such an index
-            raise LorakitError(
-                f"data of type {type(source).__name__} has no rows under 0, 1, ...; give an "
-                "iterable of mappings"
-            ) from None
+        return IndexedRows(source, "row", check)
     if not isinstance(source, Iterable):
         raise LorakitError(f"data must be a file or an iterable of rows, not {source!r:.60}")
-    return _held(source, "row", format, errors)
+    return _held(source, "row", check)
 
 
-def _held(
-    values: Iterable[Any], name: str, format: str | None, errors: list[str] | None
-) -> list[Row]:
+def _same(value: Any) -> Any:
+    return value
+
+
+def _held(values: Iterable[Any], name: str, check: Check) -> list[Row]:
     rows: list[Row] = []
     for i, value in enumerate(values):
-        with _noted(errors):
-            format = format or detect(value, f"{name} {i}")
-            rows.append(make_row(value, f"{name} {i}", format))
+        row = check.row(partial(_same, value), f"{name} {i}")
+        if row is not None:
+            rows.append(row)
+    check.end(len(rows))
     return rows
 
 
-class IndexedRows(LazyRows):
+class SourceRows(LazyRows):
+    """Rows that stay in their source. The first pass over all of them checks each.
+
+    `complete` says that this pass is over. Before, they have no length and cannot be fetched.
+    """
+
+    def __init__(self, check: Check):
+        self.check, self.complete = check, False
+
+    def __iter__(self) -> Iterator[Row]:
+        if self.complete:
+            yield from self._again()
+            return
+        yield from self._first_pass()
+        self.check.end(len(self))
+        self.complete = True
+
+    def _first_pass(self) -> Iterator[Row]:
+        """Check the rows, note where each good one stands, and yield it."""
+        raise NotImplementedError
+
+    def _again(self) -> Iterator[Row]:
+        return map(self.fetch, range(len(self)))
+
+
+class IndexedRows(SourceRows):
     """Rows of an object that has a length and takes an index, which is asked again for each."""
 
-    def __init__(
-        self, values: Indexed, name: str, format: str | None, errors: list[str] | None = None
-    ):
-        self.values, self.name, self.format = values, name, format
+    def __init__(self, values: Indexed, name: str, check: Check):
+        super().__init__(check)
+        self.values, self.name = values, name
         self.numbers = array("q")
-        for i in range(len(values)):
-            with _noted(errors):
-                self.format = self.format or detect(values[i], f"{name} {i}")
-                self._row(i)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def fetch(self, index: int) -> Row:
+        number = self.numbers[index]
+        return make_row(self._value(number), f"{self.name} {number}", self.check.format)
+
+    def _first_pass(self) -> Iterator[Row]:
+        self.numbers = array("q")
+        for i in range(len(self.values)):
+            row = self.check.row(partial(self._value, i), f"{self.name} {i}")
+            if row is not None:
                 self.numbers.append(i)
+                yield row
 
-    def __len__(self) -> int:
-        return len(self.numbers)
+    def _value(self, number: int) -> Any:
+        try:
+            return self.values[number]
+        except (KeyError, IndexError):  # a table of pandas has its columns under such an index
+            raise LorakitError(
+                f"data of type {type(self.values).__name__} has no rows under 0, 1, ...; give an "
+                "iterable of mappings"
+            ) from None
 
-    def fetch(self, index: int) -> Row:
-        return self._row(self.numbers[index])
 
-    def _row(self, number: int) -> Row:
-        return make_row(self.values[number], f"{self.name} {number}", self.format)
-
-
-class SelectedRows(LazyRows):
-    """Some of the rows of a sequence, by their numbers."""
-
-    def __init__(self, rows: Sequence[Row], numbers: Sequence[int]):
-        self.rows, self.numbers = rows, numbers
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def fetch(self, index: int) -> Row:
-        return self.rows[self.numbers[index]]
+def place_of(rows: Sequence[Row], index: int) -> str:
+    """Return where row number `index` came from. Rows of a file of lines are not read for it."""
+    return rows.place(index) if isinstance(rows, LazyRows) else rows[index].place
 
 
 # ---- files --------------------------------------------------------------------------------------
 
 
-def _file_rows(source: str | Path, format: str | None, errors: list[str] | None) -> Sequence[Row]:
+def _file_rows(source: str | Path, check: Check) -> Sequence[Row]:
     path = as_path(source)
     if path.is_dir():
         raise LorakitError(f"{path} is a directory; a file of rows is wanted")
@@ -191,73 +301,82 @@ def _file_rows(source: str | Path, format: str | None, errors: list[str] | None)
         raise LorakitError(f"{path} does not exist")
     if not path.is_file():
         raise LorakitError(f"{path} is no regular file, and its rows could not be read again")
-    suffix = path.suffix.lower()
-    if suffix == ".json":
-        return _json_rows(path, format, errors)
-    if suffix == ".parquet":
-        return IndexedRows(Table(path), f"{path} row", format, errors)
-    if suffix == ".csv":
-        return FileRows(path, CsvRecords(path), format, errors)
-    if suffix in (".jsonl", ".ndjson", ""):
-        return FileRows(path, JsonLines(path), format, errors)
+    name = path.name.lower()
+    kind = Path(name.removesuffix(".gz")).suffix
+    if name.endswith(".parquet"):
+        return IndexedRows(Table(path), f"{path} row", check)
+    if kind == ".json":
+        return _json_rows(SourceFile(path), check)
+    if kind in DELIMITERS:
+        return FileRows(SourceFile(path), CsvRecords(path, DELIMITERS[kind]), check)
+    if kind in (".jsonl", ".ndjson", ""):
+        return FileRows(SourceFile(path), JsonLines(path), check)
     raise LorakitError(
-        f"{path}: files of kind {suffix!r} are not read; .jsonl, .json, .csv and .parquet are"
+        f"{path}: files of kind {path.suffix!r} are not read; .jsonl, .json, .csv, .tsv, each "
+        "perhaps with .gz, and .parquet are"
     )
 
 
-class FileRows(LazyRows):
-    """Rows of a JSONL or CSV file, which is opened again to fetch one.
+class FileRows(SourceRows):
+    """Rows of a file of lines or records, which is opened again to fetch one.
 
     Raises LorakitError, when a row is fetched, if the file was changed after it was read.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        reader: JsonLines | CsvRecords,
-        format: str | None,
-        errors: list[str] | None = None,
-    ):
-        self.path, self.reader, self.format = path, reader, format
+    def __init__(self, file: SourceFile, reader: JsonLines | CsvRecords, check: Check):
+        super().__init__(check)
+        self.file, self.path, self.reader = file, file.path, reader
         self.starts, self.lines = array("q"), array("q")
-        with open(path, "rb") as file:
-            self.version = _version(file)
-            start, line = reader.header(file)
-            file.seek(start)
-            for record in reader.records(file, start, line):
-                with _noted(errors):
-                    if self.format is None:
-                        self.format = detect(reader.value(record), f"{path} line {record.line}")
-                    self._row(record)
-                    self.starts.append(record.start)
-                    self.lines.append(record.line)
+        self.version = (0, 0)
 
     def __len__(self) -> int:
         return len(self.starts)
-
-    def __iter__(self) -> Iterator[Row]:
-        number = 0
-        for record in self._records(0) if self.starts else ():
-            if number < len(self) and record.start == self.starts[number]:
-                yield self._row(record)
-                number += 1
 
     def fetch(self, index: int) -> Row:
         for record in self._records(index):
             return self._row(record)
         raise LorakitError(f"{self.path} was cut off after it was read; read it again")
 
+    def place(self, index: int) -> str:
+        return f"{self.path} line {self.lines[index]}"
+
+    def _first_pass(self) -> Iterator[Row]:
+        reader = self.reader
+        self.starts, self.lines = array("q"), array("q")
+        with self.file.open() as file:
+            self.version = _version(file)
+            start, line = reader.header(file)
+            file.seek(start)
+            for record in reader.records(file, start, line):
+                value = partial(reader.value, record)
+                row = self.check.row(value, f"{self.path} line {record.line}")
+                if row is not None:
+                    self.starts.append(record.start)
+                    self.lines.append(record.line)
+                    yield row
+            self._check_unchanged(file)
+
+    def _again(self) -> Iterator[Row]:
+        number = 0
+        for record in self._records(0):
+            if number < len(self) and record.start == self.starts[number]:
+                yield self._row(record)
+                number += 1
+
     def _records(self, index: int) -> Iterator[Record]:
         """Yield the records from row number `index` to the end of the file."""
-        with open(self.path, "rb") as file:
-            if _version(file) != self.version:
-                raise LorakitError(f"{self.path} was changed after it was read; read it again")
+        with self.file.open() as file:
+            self._check_unchanged(file)
             file.seek(self.starts[index])
             yield from self.reader.records(file, self.starts[index], self.lines[index])
 
+    def _check_unchanged(self, file: BinaryIO) -> None:
+        if _version(file) != self.version:
+            raise LorakitError(f"{self.path} was changed after it was read; read it again")
+
     def _row(self, record: Record) -> Row:
         value = self.reader.value(record)
-        return make_row(value, f"{self.path} line {record.line}", self.format)
+        return make_row(value, f"{self.path} line {record.line}", self.check.format)
 
 
 def _version(file: BinaryIO) -> tuple[int, int]:
@@ -265,56 +384,46 @@ def _version(file: BinaryIO) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _json_rows(path: Path, format: str | None, errors: list[str] | None) -> list[Row]:
-    values = parse_json(decoded(path.read_bytes(), 0, str(path)), str(path))
+def _json_rows(file: SourceFile, check: Check) -> Sequence[Row]:
+    """Return the rows of a .json file: an array, an array under "data", or an object per line."""
+    path = file.path
+    with file.open() as opened:
+        lines = (raw for raw in opened if raw.removeprefix(BOM).strip())
+        first, second = next(lines, b""), next(lines, None)
+    alone = _object_of(first, path)
+    if alone is not None and (second is not None or _tells_a_format(alone)):
+        return FileRows(file, JsonLines(path), check)
+    with file.open() as opened:
+        values = parse_json(decoded(opened.read(), 0, str(path)), str(path))
+    what = type(values).__name__
+    if isinstance(values, Mapping):
+        what = f"an object with {', '.join(values) or 'nothing':.200}"
+        if _tells_a_format(values):
+            values = [values]
+        elif isinstance(values.get("data"), list):
+            values = values["data"]
     if not isinstance(values, list):
         raise LorakitError(
-            f"{path} must hold one JSON array of rows, not {type(values).__name__}; a file with an "
-            "object per line is called .jsonl"
+            f"{path} must hold rows in one JSON array, in an array under 'data', or as an object "
+            f"per line, not {what}"
         )
-    return _held(values, f"{path} item", format, errors)
+    return _held(values, f"{path} item", check)
 
 
-# ---- splitting ----------------------------------------------------------------------------------
+def _object_of(line: bytes, path: Path) -> Mapping[str, Any] | None:
+    """Return the object that a line holds, or None if it holds something else or a part of one."""
+    if not line.removeprefix(BOM).lstrip().startswith(b"{"):
+        return None
+    try:
+        value = parse_json(decoded(line, 0, str(path)), str(path))
+    except LorakitError:
+        return None
+    return value if isinstance(value, Mapping) else None
 
 
-def content_digest(row: Row) -> bytes:
-    """Return 8 bytes that depend on what a row says: BLAKE2b of its canonical JSON.
-
-    They do not depend on where the row stands, or on the kind of file that held it.
-    """
-    content = [type(row).__name__, *content_of(row)]
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.blake2b(text.encode("ascii"), digest_size=8).digest()
-
-
-def split_rows(
-    source: RowSource, parts: Sequence[float] = (0.8, 0.1, 0.1), *, format: str | None = None
-) -> tuple[Sequence[Row], ...]:
-    """Divide rows into parts of about the given shares, each in the old order.
-
-    The part of a row depends on its content only. So new rows move no old ones, and equal rows are
-    in one part. The sizes are near the shares, not exactly so, and a part of few rows may be empty.
-
-    Args:
-        source: The rows, as `read_rows` takes them.
-        parts: The share of each part, from 0 to 1. Their sum is 1.
-        format: The format of the rows, as `read_rows` takes it.
-
-    Returns:
-        As many sequences of rows as there are parts. They fetch their rows from the source.
-
-    Raises:
-        LorakitError: The shares are not from 0 to 1 with a sum of 1, or the rows cannot be read.
-    """
-    valid = all(isinstance(part, (int, float)) and 0 <= part <= 1 for part in parts)
-    if not valid or abs(sum(parts) - 1) > 1e-9:
-        raise LorakitError(f"the shares of a split must be from 0 to 1 and sum to 1, not {parts}")
-    rows = read_rows(source, format=format)
-    numbers = [array("q") for _ in parts]
-    last = len(parts) - 1
-    for i, row in enumerate(rows):
-        at = int.from_bytes(content_digest(row), "big") / 2**64
-        chosen = next((p for p in range(last) if at < sum(parts[: p + 1])), last)
-        numbers[chosen].append(i)
-    return tuple(SelectedRows(rows, chosen) for chosen in numbers)
+def _tells_a_format(value: Mapping[str, Any]) -> bool:
+    try:
+        detect(value, "")
+    except LorakitError:
+        return False
+    return True

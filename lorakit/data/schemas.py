@@ -26,6 +26,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from lorakit.config.errors import LorakitError, nearest
+from lorakit.models.chat_template import REASONING
 
 # The fields that a row of each format must have. A row that has the fields of several formats has
 # the first of them.
@@ -48,6 +49,10 @@ SHAREGPT_ROLES = {
     "observation": "tool",
     "function_call": "assistant",  # the value of its turn is JSON text of a call, or of several
 }
+
+
+class EmptyAnswer(LorakitError):
+    """A row has no answer to learn, and `skip_empty` would leave it out."""
 
 
 class Pair(NamedTuple):
@@ -101,6 +106,20 @@ Row = OneAnswer | Choice
 def content_of(row: Row) -> list[Any]:
     """Return all that a row says, without where it came from."""
     return [content_of(item) if isinstance(item, Row) else item for item in row[:-1]]
+
+
+def has_empty_answer(row: Row) -> bool:
+    """Whether an answer that would be learned has no text, no reasoning and no tool calls."""
+    if isinstance(row, Choice):
+        return has_empty_answer(row.chosen) or has_empty_answer(row.rejected)
+    if isinstance(row, Chat):
+        return any(
+            message["role"] == "assistant"
+            and not any(map(message.get, ("tool_calls", *REASONING)))
+            and not (message.get("content") or "").strip()
+            for message in row.messages[row.first :]
+        )
+    return not row[-2].strip()  # the field before `place` is the answer
 
 
 def parse_json(text: str, place: str) -> Any:
@@ -177,10 +196,12 @@ def _text(value: Mapping[str, Any], name: str, place: str) -> str:
 
 
 def _filled(value: Mapping[str, Any], name: str, place: str) -> str:
-    text = _text(value, name, place)
-    if not text:
-        raise LorakitError(f"{place}: the {name} is empty, there is nothing to learn")
-    return text
+    if _get(value, name, place) in ("", None):
+        raise EmptyAnswer(
+            f"{place}: the {name} is empty, there is nothing to learn; set skip_empty to leave "
+            "such rows out"
+        )
+    return _text(value, name, place)
 
 
 def _optional_text(value: Mapping[str, Any], name: str, place: str) -> str:
@@ -294,7 +315,8 @@ def _message(value: Any, where: str) -> dict[str, Any]:
     if "content" in message:
         _text(message, "content", where)
     elif not message.get("tool_calls"):
-        raise LorakitError(f"{where} has neither content nor tool_calls")
+        kind = EmptyAnswer if message["role"] == "assistant" else LorakitError
+        raise kind(f"{where} has neither content nor tool_calls")
     return message
 
 

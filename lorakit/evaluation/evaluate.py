@@ -10,8 +10,9 @@ from tqdm import tqdm
 from lorakit.config.errors import LorakitError, check
 from lorakit.config.training import OverLength, TrainConfig, TrainOn
 from lorakit.data.batching import collate, real_tokens
-from lorakit.data.encode import Example, Examples, PairExample, encode_rows
-from lorakit.data.rows import RowSource, read_rows
+from lorakit.data.encode import Example, PairExample
+from lorakit.data.examples import Examples, encode_rows
+from lorakit.data.rows import RowSource
 from lorakit.evaluation.score import check_rows, score_rows
 from lorakit.models.decoder import Decoder
 from lorakit.models.tokenizer import Tokenizer
@@ -20,7 +21,7 @@ from lorakit.models.tokenizer import Tokenizer
 def evaluate(
     model: Decoder,
     tok: Tokenizer,
-    data: RowSource,
+    data: RowSource | Examples,
     *,
     batch_size: int = 8,
     max_seq_length: int = 1024,
@@ -35,7 +36,8 @@ def evaluate(
     Args:
         model: The model, with or without an adapter.
         tok: The model's tokenizer.
-        data: A file of rows or an iterable of them, as `read_rows` takes it.
+        data: A file of rows or an iterable of them, as `read_rows` takes it, or what `encode_rows`
+            made of them with the same settings.
         batch_size: Rows in a batch.
         max_seq_length: The most tokens of a row.
         over_length: What happens to a longer row, as `encode_rows` takes it.
@@ -53,28 +55,38 @@ def evaluate(
     """
     check(isinstance(batch_size, int) and batch_size > 0, "evaluate: batch_size must be at least 1")
     config = TrainConfig(max_seq_length=max_seq_length, over_length=over_length, train_on=train_on)
-    rows, metrics = read_rows(data), [metrics] if isinstance(metrics, str) else list(metrics)
-    examples = encode_for(model, tok, rows, config)
-    check_rows(model, tok, rows, metrics)
+    metrics = [metrics] if isinstance(metrics, str) else list(metrics)
+    examples = encode_for(model, tok, data, config)
+    check_rows(model, tok, examples.rows, metrics)
     result = text_loss(model, examples, batch_size)
-    return result | score_rows(model, tok, rows, metrics, batch_size)
+    return result | score_rows(model, tok, examples.rows, metrics, batch_size)
 
 
 def encode_for(
-    model: Decoder, tok: Tokenizer, rows: RowSource, config: TrainConfig, what: str = "the rows"
+    model: Decoder,
+    tok: Tokenizer,
+    rows: RowSource | Examples,
+    config: TrainConfig,
+    what: str = "the rows",
 ) -> Examples:
     """Return the examples of rows, which `model` can learn from with the objective of `config`.
 
-    Raises LorakitError if they cannot be read or encoded, hold a token outside of the model's
-    vocabulary, or do not fit the objective; the last message calls them `what`.
+    Raises LorakitError if they cannot be read or encoded, were encoded with other settings, hold a
+    token outside of the model's vocabulary, or do not fit the objective; messages call them `what`.
     """
-    examples = encode_rows(
-        read_rows(rows),
-        tok,
-        max_seq_length=config.max_seq_length,
-        over_length=config.over_length,
-        train_on=config.train_on,
-    )
+    names = ("max_seq_length", "over_length", "train_on")
+    settings = {name: getattr(config, name) for name in names}
+    if isinstance(rows, Examples):
+        examples = rows
+        for name, value in settings.items():
+            made_with = getattr(examples.encoder, name)
+            if made_with != value:
+                raise LorakitError(
+                    f"{what} were encoded with {name}={made_with!r}, and the config says "
+                    f"{value!r}: encode them with its settings"
+                )
+    else:
+        examples = encode_rows(rows, tok, skip_empty=config.skip_empty, **settings)
     tok.check_fits([examples.largest_id], model.config.vocab_size)
     if isinstance(examples[0], PairExample) != (config.objective != "sft"):
         raise LorakitError(

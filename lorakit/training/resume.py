@@ -11,7 +11,7 @@ from lorakit.adapters.manage import adapter_config, selected_adapter
 from lorakit.config.errors import LorakitError
 from lorakit.config.training import TrainConfig
 from lorakit.data.batching import Order
-from lorakit.data.encode import Examples
+from lorakit.data.examples import Examples
 from lorakit.files.local import as_path
 from lorakit.models.decoder import Decoder
 from lorakit.training import state as run_state
@@ -40,8 +40,8 @@ def must_match(
 ) -> dict[str, Any]:
     """Return what a run that goes on from a checkpoint shares with the run that made it.
 
-    The digests take all lengths of the rows but only a thousand of the rows, so that a large file
-    is not read once more, and only the first numbers of each frozen parameter.
+    The digests take all lengths of the rows but only a thousand of the rows, and only the first
+    numbers of each frozen parameter.
     """
     names = [*SAME_SETTINGS, *(["max_seq_length"] if config.packing else [])]
     settings = asdict(config)

@@ -27,7 +27,7 @@ from lorakit.adapters.start import start_adapter
 from lorakit.config.errors import LorakitError
 from lorakit.config.training import OPTIMIZERS, TrainConfig
 from lorakit.data.batching import Order, batches, collate, real_tokens
-from lorakit.data.encode import Examples
+from lorakit.data.examples import Examples
 from lorakit.data.schemas import Row
 from lorakit.evaluation.score import score_rows
 from lorakit.files.local import as_path

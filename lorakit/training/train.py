@@ -11,7 +11,8 @@ from pathlib import Path
 
 from lorakit.config.errors import LorakitError
 from lorakit.config.training import TrainConfig
-from lorakit.data.rows import RowSource, read_rows
+from lorakit.data.examples import Examples
+from lorakit.data.rows import RowSource
 from lorakit.evaluation.evaluate import encode_for
 from lorakit.evaluation.score import check_rows
 from lorakit.files.local import as_path
@@ -55,7 +56,7 @@ class TrainResult:
 def train(
     model: Decoder,
     tok: Tokenizer,
-    data: RowSource | Mapping[str, RowSource],
+    data: RowSource | Examples | Mapping[str, RowSource | Examples],
     config: TrainConfig | None = None,
     *,
     base_model: str | None = None,
@@ -69,8 +70,9 @@ def train(
     Args:
         model: A model with an adapter (see `attach`), in bfloat16 or float32.
         tok: The model's tokenizer.
-        data: A file of rows or an iterable of them, as `read_rows` takes it, or
-            {"train": ..., "validation": ...} of such.
+        data: A file of rows or an iterable of them, as `read_rows` takes it, or what `encode_rows`
+            made of them with the settings of `config`, or {"train": ..., "validation": ...} of
+            such. Each row is read and encoded once, before the first step.
         config: The settings of the run; None takes the defaults.
         base_model: The name of the base model that the adapter's config records.
         after_step: Called after every optimizer step, while its gradients are still there.
@@ -114,8 +116,8 @@ def train(
 
 
 def _two_sources(
-    data: RowSource | Mapping[str, RowSource],
-) -> tuple[RowSource, RowSource | None]:
+    data: RowSource | Examples | Mapping[str, RowSource | Examples],
+) -> tuple[RowSource | Examples, RowSource | Examples | None]:
     """Return the rows for training, and those for validation if there are any."""
     if not isinstance(data, Mapping):
         return data, None
@@ -126,11 +128,12 @@ def _two_sources(
     return data["train"], data.get("validation")
 
 
-def _held_out(model: Decoder, tok: Tokenizer, source: RowSource, config: TrainConfig) -> HeldOut:
-    rows = read_rows(source)
-    examples = encode_for(model, tok, rows, config, "the validation rows")
-    check_rows(model, tok, rows, config.eval_metrics)
-    return HeldOut(rows, examples)
+def _held_out(
+    model: Decoder, tok: Tokenizer, source: RowSource | Examples, config: TrainConfig
+) -> HeldOut:
+    examples = encode_for(model, tok, source, config, "the validation rows")
+    check_rows(model, tok, examples.rows, config.eval_metrics)
+    return HeldOut(examples.rows, examples)
 
 
 def _check_validation(held_out: HeldOut | None, config: TrainConfig) -> None:

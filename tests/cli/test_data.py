@@ -54,6 +54,17 @@ def test_a_file_of_which_no_row_can_be_read(tiny_dir, tmp_path, capsys):
     assert "line 1: field 'completion' is missing" in capsys.readouterr().err
 
 
+def test_rows_with_an_empty_answer(tiny_dir, tmp_path, capsys):
+    rows = [{"prompt": "a", "completion": text} for text in ("", "b")]
+    options = [str(rows_file(tmp_path / "r.jsonl", rows)), "--model", str(tiny_dir)]
+    assert main(["data", "lint", *options]) == 1
+    assert "line 1: the completion is empty" in capsys.readouterr().out
+    assert main(["data", "lint", *options, "--skip-empty"]) == 0
+    assert capsys.readouterr().out.startswith("1 rows")
+    assert main(["data", "show", *options, "--skip-empty"]) == 0
+    assert "line 2" in capsys.readouterr().out
+
+
 def test_color_on_a_terminal(tiny_dir, tmp_path, capsys, monkeypatch):
     good = rows_file(tmp_path / "good.jsonl", [{"text": "a"}])
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)

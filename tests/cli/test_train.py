@@ -61,6 +61,25 @@ def test_format_of_the_data(run_file, capsys):
     assert "did you mean 'text'" in capsys.readouterr().err
 
 
+def test_rows_with_an_empty_answer(run_file, tmp_path, capsys, caplog):
+    rows = [{"instruction": "Say a", "output": output} for output in ("a", "", "b")]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = ["train", str(run_file), "max_steps=1"]
+    assert main(options) == 1
+    error = capsys.readouterr().err
+    assert "train.jsonl line 2: the output is empty" in error
+    assert "set skip_empty to leave such rows out" in error
+    assert main([*options, "skip_empty=true"]) == 0
+    assert "train.jsonl: 1 of 3 rows have an empty answer and were left out" in caplog.text
+
+
+def test_errors_of_rows_come_before_the_model(run_file, tmp_path, capsys, monkeypatch):
+    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "a" * 99, "completion": "b"}))
+    monkeypatch.setattr(lk, "load_model", None)
+    assert main(["train", str(run_file), "max_seq_length=9", "over_length=raise"]) == 1
+    assert "line 1: 102 tokens, more than max_seq_length=9" in capsys.readouterr().err
+
+
 def test_loftq_before_training(run_file, capsys):
     assert main(["train", str(run_file), "lora.init_lora_weights=loftq", "max_steps=1"]) == 0
     assert "LoftQ: mean relative error of 14 layers 0." in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """Rows that several tests read, and files of them."""
 
 import csv
+import gzip
 import json
 
 import pytest
@@ -19,11 +20,15 @@ ROWS = [
 
 def written(path, rows):
     """`rows` in the kind of file that the suffix names; CSV by Python, Parquet by pyarrow."""
-    if path.suffix == ".json":
+    if path.suffix == ".gz":
+        plain = written(path.with_suffix(""), rows)
+        path.write_bytes(gzip.compress(plain.read_bytes()))
+        plain.unlink()
+    elif path.suffix == ".json":
         path.write_text(json.dumps(rows))
-    elif path.suffix == ".csv":
+    elif path.suffix in (".csv", ".tsv"):
         with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0])
+            writer = csv.DictWriter(file, rows[0], delimiter="\t" if path.suffix == ".tsv" else ",")
             writer.writeheader()
             writer.writerows(rows)
     elif path.suffix == ".parquet":

@@ -7,11 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorakit as lk
-from lorakit.data.encode import IGNORE, Encoder, encode_rows
+from lorakit.data.encode import IGNORE, Encoder
+from lorakit.data.examples import encode_rows
 from lorakit.data.schemas import Pair
 from lorakit.models.tokenizer import Tokenizer
 from tests.data.chats import CHAT, GENERATION, SYSTEM, TOOLS, TURNS, assistant, encode, shown, user
-from tests.data.files import ROWS, written
+from tests.data.files import written
 
 
 def test_labels_are_the_completion_and_the_end(tok):
@@ -60,17 +61,6 @@ def test_json_round_trip_of_any_text(tok):
     text = json.loads(json.dumps("naïve \u2028 😀"))
     [example] = encode_rows([Pair("", text, "r")], tok, max_seq_length=200)
     assert tok.decode([i for i in example.labels if i != IGNORE]) == text
-
-
-def test_examples_of_a_file_are_made_again(tmp_path, tok):
-    path = written(tmp_path / "rows.jsonl", [*ROWS, {"prompt": "a" * 99, "completion": "b"}])
-    held = lk.encode_rows(list(lk.read_rows(path)), tok, max_seq_length=60, over_length="drop")
-    lazy = lk.encode_rows(lk.read_rows(path), tok, max_seq_length=60, over_length="drop")
-    assert len(lazy) == len(held) == 3
-    assert list(lazy) == list(held)
-    assert lazy[1:] == held[1:]
-    assert list(lazy.lengths) == list(held.lengths) == [len(e.input_ids) for e in held]
-    assert lazy.place(2) == held.place(2) == f"{path} line 3"
 
 
 def test_rows_with_nothing_to_learn(tiny):

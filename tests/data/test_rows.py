@@ -6,13 +6,11 @@ import tracemalloc
 from collections import deque
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import lorakit as lk
-from lorakit.data.rows import FileRows, IndexedRows, content_digest, split_rows
-from lorakit.data.schemas import Text
-from tests.data.files import CALL, HI, ROWS, TOOL, YO, pairs, written
+from lorakit.data.rows import IndexedRows
+from lorakit.data.schemas import content_of
+from tests.data.files import CALL, HI, ROWS, TOOL, YO, written
 
 
 def test_a_table_whose_index_is_no_row():
@@ -80,47 +78,78 @@ def test_a_large_file_is_not_held(tmp_path):
     assert peak < 1e6
 
 
-# ---- splitting ----
+# ---- rows without an answer ----
+
+TOLD = [HI, YO]
+EMPTY = {"role": "assistant", "content": " \n"}
 
 
-def test_split_depends_on_content_only(tmp_path):
-    values = [{"text": f"row {i}"} for i in range(2000)]
-    parts = split_rows(values)
-    # the sizes are those of a draw by chance: a standard deviation of 18 rows, or 13
-    assert [len(part) for part in parts] == pytest.approx([1600, 200, 200], abs=60)
-    assert sorted(row for part in parts for row in part) == sorted(lk.read_rows(values))
-    of_file = split_rows(written(tmp_path / "r.jsonl", values))
-    assert isinstance(of_file[0].rows, FileRows)
-    for part, other in zip(parts, of_file, strict=True):
-        assert [row.text for row in part] == [row.text for row in other]
-    more = split_rows([{"text": "new"}, *values[::-1], values[0]])
-    for part, other in zip(parts, more, strict=True):
-        assert {row.text for row in part} <= {row.text for row in other}
-        assert {row.text for row in other} - {row.text for row in part} <= {"new"}
-    # the same for good: a digest that changed would mix training and test rows of old runs
-    assert content_digest(Text("row 0", "x")).hex() == "2dcb9962c182e7a0"
+@pytest.mark.parametrize(
+    ("good", "empty"),
+    [
+        ({"prompt": "a", "completion": "b"}, [{"prompt": "a", "completion": ""}]),
+        ({"text": "a"}, [{"text": ""}, {"text": "\n"}, {"text": None}]),
+        (
+            {"instruction": "a", "input": "", "output": "b"},
+            [{"instruction": "a", "output": text} for text in ("", None, " ")],
+        ),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c"},
+            [
+                {"prompt": "a", "chosen": "b", "rejected": ""},
+                {"prompt": "a", "chosen": "", "rejected": "b"},
+            ],
+        ),
+        (
+            {"messages": TOLD},
+            [
+                {"messages": [HI, EMPTY]},
+                {"messages": [HI, EMPTY, *TOLD]},
+                {"messages": [HI, {"role": "assistant", "content": None}]},
+            ],
+        ),
+        ({"messages": [HI, CALL]}, [{"messages": [HI, {**EMPTY, "tool_calls": []}]}]),
+        (
+            {"messages": [HI, {**EMPTY, "reasoning": "r"}]},
+            [{"messages": [HI, {**EMPTY, "reasoning": ""}]}],
+        ),
+        (
+            {"prompt": [HI, EMPTY, HI], "completion": [YO]},
+            [{"prompt": [HI], "completion": [EMPTY]}],
+        ),
+    ],
+)
+def test_rows_with_an_empty_answer_are_left_out(tmp_path, caplog, good, empty):
+    values, errors = [*empty, good, {"bad": 1}], []
+    for source in (values, written(tmp_path / "rows.jsonl", values), deque(values)):
+        caplog.clear()
+        rows = lk.read_rows(source, skip_empty=True, errors=errors)
+        assert list(map(content_of, rows)) == list(map(content_of, lk.read_rows([good])))
+        said = f"{len(empty)} of {len(values)} rows have an empty answer and were left out"
+        assert [said in line for line in caplog.messages] == [True]
+        assert len(errors) == 1  # of the bad row
+        errors.clear()
+        read = lk.read_rows(source, errors=[], skip_empty=False)
+        assert list(map(content_of, lk.read_rows(read, skip_empty=True))) == list(
+            map(content_of, rows)
+        )
 
 
-def test_split_of_pairs_depends_on_content_only():
-    values = [{"prompt": "a", "chosen": f"b {i}", "rejected": "c"} for i in range(200)]
-    forward, backward = split_rows(values), split_rows(values[::-1])
-    for part, other in zip(forward, backward, strict=True):
-        answers = [sorted(row.chosen.completion for row in rows) for rows in (part, other)]
-        assert answers[0] == answers[1]
+def test_an_empty_answer_is_an_error_that_names_the_way_out(tmp_path):
+    path = written(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": ""}])
+    with pytest.raises(lk.LorakitError, match="line 1: the completion is empty.*set skip_empty"):
+        lk.read_rows(path)
+    with pytest.raises(lk.LorakitError, match="holds no rows but empty ones"):
+        lk.read_rows(path, skip_empty=True)
 
 
-@given(pairs, st.integers(1, 5))
-def test_every_row_is_in_one_part(values, n):
-    parts = split_rows(values, [1 / n] * n)
-    assert sorted(row.place for part in parts for row in part) == sorted(
-        row.place for row in lk.read_rows(values)
-    )
-
-
-@pytest.mark.parametrize("shares", [(0.5, 0.4), (1.5, -0.5), (), ("a",)])
-def test_shares_that_are_none(shares):
-    with pytest.raises(lk.LorakitError, match="must be from 0 to 1 and sum to 1"):
-        split_rows([{"text": "a"}], shares)
+def test_rows_with_an_answer_stay():
+    """A message of another role may be empty, and so may what stands before the completion."""
+    values = [
+        {"messages": [{"role": "system", "content": ""}, *TOLD]},
+        {"messages": [HI, CALL, {"role": "tool", "content": ""}, YO]},
+    ]
+    assert len(lk.read_rows(values, skip_empty=True)) == 2
 
 
 def test_nulls_within_the_objects_of_a_table(tmp_path):

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorakit as lk
-from lorakit.data.rows import content_digest
 from lorakit.data.schemas import Chat, Instruction, Pair, Text
+from lorakit.data.splitting import content_digest
 from tests.data.files import CALL, HI, TOOL, YO, texts
 
 

@@ -8,6 +8,7 @@ import torch
 
 import lorakit as lk
 from lorakit.config.training import METRICS
+from lorakit.data.encode import Encoder
 from lorakit.evaluation import metrics
 from lorakit.evaluation.evaluate import encode_for
 from lorakit.evaluation.score import check_rows
@@ -86,23 +87,24 @@ def test_size_of_the_batches(tiny_dir, tok, size):
 def test_a_file_is_encoded_once_before_the_first_step(
     tiny_dir, tok, tmp_path, monkeypatch, metrics
 ):
-    """Each text of a lazy file is tokenized as often as one encoding needs, and no more."""
+    """Each row of a file is encoded once; of scores its prompt and its answer are tokenized."""
     model = lk.load_model(tiny_dir, dtype="float32")
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    calls, real = [], Tokenizer.encode
+    calls, real, encode_row = [], Tokenizer.encode, Encoder.__call__
 
     def encode(self, *args, **options):
         calls.append(args)
         return real(self, *args, **options)
 
-    monkeypatch.setattr(Tokenizer, "encode", encode)
+    monkeypatch.setattr(
+        Encoder, "__call__", lambda self, row: calls.append(row) or encode_row(self, row)
+    )
     examples = encode_for(model, tok, path, lk.TrainConfig())
-    assert len(examples) == len(ROWS)
-    # the prompt with and without BOS, and the completion; the first row again, which may be a pair
-    assert len(calls) == 3 * (len(ROWS) + 1)
+    assert list(examples.rows) == calls
+    monkeypatch.setattr(Tokenizer, "encode", encode)
     calls.clear()
-    check_rows(model, tok, lk.read_rows(path), metrics)
+    check_rows(model, tok, examples.rows, metrics)
     assert len(calls) == (2 * len(ROWS) if metrics else 0)
 
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import lorakit as lk
+from lorakit.data import rows
+from lorakit.data.encode import Encoder
 from tests.conftest import ROWS, tiny
 from tests.training.runs import (
     adapted,
@@ -55,6 +57,48 @@ def test_chats_from_a_file(tiny_dir, tok, tmp_path):
     model = adapted(tiny_dir)
     assert lk.evaluate(model, tok, path) == lk.evaluate(model, tok, chats, train_on="last_turn")
     assert lk.evaluate(model, tok, [{"text": "abc"}])["label_tokens"] == 4
+
+
+def test_each_row_of_a_file_is_read_and_encoded_once(tiny_dir, tok, tmp_path, monkeypatch):
+    """Before the first step, and no step, evaluation or digest of a checkpoint does so again."""
+    made, encoded = [], []
+    make_row, encode = rows.make_row, Encoder.__call__
+    monkeypatch.setattr(rows, "make_row", lambda *args: made.append(args[1]) or make_row(*args))
+    monkeypatch.setattr(
+        Encoder, "__call__", lambda self, row: encoded.append(row.place) or encode(self, row)
+    )
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    more = tmp_path / "more.jsonl"
+    more.write_text(json.dumps(ROWS[0]) + "\n")
+    data = {"train": path, "validation": more}
+    run(tiny_dir, tok, tmp_path / "out", data, max_steps=12, eval_steps=4, save_steps=4)
+    assert encoded == made == [f"{path} line {i}" for i in range(1, 25)] + [f"{more} line 1"]
+
+
+def test_examples_that_are_there_already(tiny_dir, tok, tmp_path):
+    """They train as their rows do, unless they were made with other settings."""
+    examples = lk.encode_rows(ROWS, tok, max_seq_length=1024)
+    data = {"train": examples, "validation": examples}
+    model, result = run(tiny_dir, tok, tmp_path / "a", data, eval_metrics=["rouge_l"])
+    _, other = run(
+        tiny_dir, tok, tmp_path / "b", {"train": ROWS, "validation": ROWS}, eval_metrics=["rouge_l"]
+    )
+    assert result.evaluations == other.evaluations
+    a, b = ((tmp_path / n / "adapter_model.safetensors").read_bytes() for n in "ab")
+    assert a == b
+    assert lk.evaluate(model, tok, examples) == lk.evaluate(model, tok, ROWS)
+    with pytest.raises(lk.LorakitError, match=r"rows were encoded with max_seq_length=1024, .* 9:"):
+        run(tiny_dir, tok, tmp_path / "c", examples, max_seq_length=9)
+    data = {"train": ROWS, "validation": examples}
+    with pytest.raises(lk.LorakitError, match="the validation rows were encoded with train_on='c"):
+        run(tiny_dir, tok, tmp_path / "c", data, train_on="all")
+
+
+def test_rows_with_an_empty_answer_are_left_out(tiny_dir, tok, tmp_path):
+    more = [*ROWS[:9], {"prompt": "a", "completion": ""}, *ROWS[9:]]
+    _, result = run(tiny_dir, tok, tmp_path / "a", more, skip_empty=True)
+    assert result.loss == run(tiny_dir, tok, tmp_path / "b")[1].loss
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

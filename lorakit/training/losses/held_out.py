@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from lorakit.config.training import TrainConfig
-from lorakit.data.encode import Examples
+from lorakit.data.examples import Examples
 from lorakit.evaluation.evaluate import summed_over, text_loss
 from lorakit.models.decoder import Decoder
 from lorakit.training.losses.batch import summed_loss
