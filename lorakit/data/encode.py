@@ -24,6 +24,7 @@ from lorakit.config.errors import LorakitError, nearest
 from lorakit.config.training import OVER_LENGTH, TRAIN_ON, OverLength, TrainOn
 from lorakit.data.chat_spans import Render, check_shown, dropped, turn_span
 from lorakit.data.instructions import as_chat_or_pair
+from lorakit.data.messages import is_learned
 from lorakit.data.schemas import Chat, Choice, Instruction, OneAnswer, Row, Text
 from lorakit.models.chat_template import Messages
 from lorakit.models.tokenizer import Tokenizer
@@ -181,44 +182,49 @@ class Encoder:
 
     def _chat(self, row: Chat) -> _Uncut:
         def render(messages: Messages, generation_prompt: bool = False) -> str:
-            return self._rendered(messages, row.tools, generation_prompt)
+            return self._rendered(messages, row, generation_prompt)
 
         text = render(row.messages)
         self._check_roles(row, text, render)
         ids, offsets = self.tok.encode_with_offsets(text)
         head = int(ids[:1] == [self.tok.bos_token_id])
         turns = [i for i, m in enumerate(row.messages) if m["role"] == "assistant"]
+        starts, ends = [a for a, _ in offsets], [b for _, b in offsets]
+
+        def tokens_of(i: int) -> range:
+            start, end = turn_span(render, row.messages, text, i)
+            return range(bisect_right(ends, start), bisect_left(starts, end))
+
         if self.train_on == "all":
             for i in turns:
                 check_shown(row.messages[i], i, text)
             if turns and turns[-1] == len(row.messages) - 1:
                 self._to_end_token(text, ids, offsets, range(len(ids)), turns[-1])
-            return _Uncut(ids, ids, head, head)
+            masked = {t for i in turns if not is_learned(row.messages[i]) for t in tokens_of(i)}
+            labels = [IGNORE if t in masked else token for t, token in enumerate(ids)]
+            return _Uncut(ids, labels, head, head)
         turns = [i for i in turns if i >= row.first]
-        if not turns:
-            raise LorakitError("no turn of the assistant is there to learn")
         if self.train_on == "last_turn":
             turns = turns[-1:]
-        starts, ends = [a for a, _ in offsets], [b for _, b in offsets]
+        turns = [i for i in turns if is_learned(row.messages[i])]
+        if not turns:
+            raise LorakitError("no turn of the assistant is there to learn")
         labels, first = [IGNORE] * len(ids), len(ids)
         for i in turns:
-            start, end = turn_span(render, row.messages, text, i)
-            within = range(bisect_right(ends, start), bisect_left(starts, end))
-            within = self._to_end_token(text, ids, offsets, within, i)
+            within = self._to_end_token(text, ids, offsets, tokens_of(i), i)
             first = min(first, within[0])
             for t in within:
                 labels[t] = ids[t]
         return _Uncut(ids, labels, head, first)
 
-    def _rendered(
-        self, messages: Messages, tools: list[dict[str, Any]] | None, generation_prompt: bool
-    ) -> str:
+    def _rendered(self, messages: Messages, row: Chat, generation_prompt: bool) -> str:
+        variables = {"strftime_now": TODAY.strftime, **(row.variables or {})}
         text = self.tok.apply_chat_template(
             messages,
             tokenize=False,
             add_generation_prompt=generation_prompt,
-            tools=tools,
-            strftime_now=TODAY.strftime,
+            tools=row.tools,
+            **variables,
         )
         assert isinstance(text, str)  # it was not tokenized
         return text
@@ -244,10 +250,11 @@ class Encoder:
     def _check_roles(self, row: Chat, text: str, render: Render) -> None:
         """Raise LorakitError if the template leaves out a message, its tool calls, or the tools.
 
-        What a template shows depends on the roles, so chats of the same roles are checked once.
+        What a template shows depends on the roles and its variables, so chats that have the same
+        are checked once.
         """
         roles = tuple((each["role"], "tool_calls" in each) for each in row.messages)
-        key = (*roles, row.tools is not None)
+        key = (*roles, row.tools is not None, repr(row.variables))
         if key in self._shown_roles:
             return
         what = dropped(render, row.messages, text)
@@ -256,7 +263,8 @@ class Encoder:
                 f"the chat template leaves out {what}; take it out of the row, or use a template "
                 "that knows it"
             )
-        if row.tools is not None and self._rendered(row.messages, None, False) == text:
+        without = row._replace(tools=None)
+        if row.tools is not None and self._rendered(row.messages, without, False) == text:
             raise LorakitError(
                 "the chat template leaves out the tools; take them out of the row, or use a "
                 "template that knows them"
@@ -297,7 +305,8 @@ def _without_oldest(row: OneAnswer) -> Chat | None:
     roles = [message["role"] for message in row.messages]
     start = next((i for i, r in enumerate(roles) if r not in ("system", "developer")), 0)
     then = next((i for i in range(start + 1, len(roles)) if roles[i] == "user"), None)
-    if then is None or (row.first and then > row.first) or "assistant" not in roles[then:]:
+    learned = [m["role"] == "assistant" and is_learned(m) for m in row.messages]
+    if then is None or (row.first and then > row.first) or not any(learned[then:]):
         return None
     messages = row.messages[:start] + row.messages[then:]
     return row._replace(messages=messages, first=max(row.first - (then - start), 0))

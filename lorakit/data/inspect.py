@@ -230,7 +230,7 @@ def _texts(row: Row) -> list[str]:
         return _texts(row.chosen) + _texts(row.rejected)
     if not isinstance(row, Chat):
         return list(row[:-1])
-    texts = [str(row.tools)]
+    texts = [str(row.tools), str(row.variables)]
     for message in row.messages:
         others = {name: value for name, value in message.items() if name != "content"}
         texts += [message.get("content") or "", str(others)]

@@ -17,12 +17,16 @@ _ALPACA_WITH_INPUT = (
 def as_chat_or_pair(row: Instruction, chat: bool) -> Chat | Pair:
     """Return an instruction as a chat of two messages, or as Alpaca's prompt and its completion."""
     if chat:
-        request = f"{row.instruction}\n\n{row.input}" if row.input else row.instruction
         messages = [
-            {"role": "user", "content": request},
+            {"role": "user", "content": request(row.instruction, row.input)},
             {"role": "assistant", "content": row.output},
         ]
         return Chat(messages, None, 0, row.place)
     prompt = _ALPACA_WITH_INPUT if row.input else _ALPACA
     prompt = prompt.format(instruction=row.instruction, input=row.input)
     return Pair(prompt, row.output, row.place)
+
+
+def request(instruction: str, input: str) -> str:
+    """Return what a user says who gives an instruction, and something to carry it out on."""
+    return f"{instruction}\n\n{input}" if input else instruction

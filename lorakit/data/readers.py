@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from lorakit.config.errors import LorakitError
-from lorakit.data.schemas import parse_json
+from lorakit.data.values import parse_json
 
 
 class Record(NamedTuple):

@@ -18,7 +18,7 @@ again too. The rows of a list or a generator are held.
 The first pass over the rows checks each of them and notes where it stands. `read_rows` makes that
 pass; `encode_rows` (examples.py) encodes in the same one.
 
-The fields of a row tell what it means (schemas.py). All rows of a source have one format.
+The fields of a row tell what it means (formats.py). All rows of a source have one format.
 """
 
 import logging
@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, overload, runtime_checkable
 
 from lorakit.config.errors import LorakitError, nearest
+from lorakit.data.formats import FORMATS, detect, make_row
 from lorakit.data.readers import (
     CsvRecords,
     JsonLines,
@@ -39,15 +40,8 @@ from lorakit.data.readers import (
     Table,
     decoded,
 )
-from lorakit.data.schemas import (
-    FORMATS,
-    EmptyAnswer,
-    Row,
-    detect,
-    has_empty_answer,
-    make_row,
-    parse_json,
-)
+from lorakit.data.schemas import Row, has_empty_answer
+from lorakit.data.values import EmptyAnswer, parse_json
 from lorakit.files.local import as_path
 
 log = logging.getLogger("lorakit")

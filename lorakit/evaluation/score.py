@@ -91,10 +91,10 @@ def _asked(tok: Tokenizer, row: Row) -> tuple[str | Messages, str]:
     if isinstance(row, Chat):
         turns = [i for i, m in enumerate(row.messages) if m["role"] == "assistant"]
         answers = turns and turns[-1] > 0 and row.messages[turns[-1]].get("content")
-        if not answers or row.tools is not None:
+        if not answers or row.tools is not None or row.variables is not None:
             raise LorakitError(
-                f"{row.place}: only a chat without tools that holds an answer in text to something "
-                "is scored"
+                f"{row.place}: only a chat without tools and chat_template_kwargs that holds an "
+                "answer in text to something is scored"
             )
         return row.messages[: turns[-1]], row.messages[turns[-1]]["content"]
     if isinstance(row, Text):

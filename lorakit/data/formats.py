@@ -1,0 +1,370 @@
+"""What a row of training data means: a prompt with its completion, a chat, an instruction, or text.
+
+    format              fields, those in brackets optional                      becomes
+    preference          chosen, rejected: text or messages (prompt, or what     Choice
+                        a chat or an instruction has)
+                        preferred_output, non_preferred_output, input           Choice
+                        messages, rejected_messages or rejected_response        Choice
+    messages            messages: [{role, content, ...}]                        Chat
+    sharegpt            conversations, or conversation: [{from, value, ...}]    Chat
+    prompt_completion   prompt, completion: both text                           Pair
+                        or both messages                                        Chat
+    alpaca              instruction, output (input)                             Instruction
+                        with history too, or a field of a chat                  Chat
+    text                text                                                    Text
+
+A row has the format of the first line above whose fields it has. A row that is a list is a row of
+messages. Every row that becomes a chat may have tools, a system prompt, and chat_template_kwargs,
+the variables that its template gets. Fields that are null are left out, because a table has them
+in every row.
+
+The messages of all formats are read in one way, whichever tool wrote them (messages.py). Every
+field of a message reaches the chat template: tool calls, reasoning, names. Fields of a row that
+nobody trains on are ignored. Those that other tools obey are read, or refuse the row (foreign.py).
+
+A new format needs its fields in FORMATS, and in _MAKE a function that makes one of the kinds of Row
+from a mapping.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lorakit.config.errors import LorakitError, nearest
+from lorakit.data.foreign import check_row
+from lorakit.data.instructions import request
+from lorakit.data.messages import messages_of, system_of, tools_of, with_system
+from lorakit.data.schemas import Chat, Choice, Instruction, Pair, Row, Text
+from lorakit.data.values import (
+    field,
+    filled_text,
+    has,
+    holds,
+    listed,
+    optional_text,
+    parse_json,
+    text_of,
+    without_nulls,
+)
+
+# The fields that a row of each format must have, in each of its forms. A row that has the fields of
+# several formats has the first of them.
+FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "preference": (
+        ("chosen", "rejected"),
+        ("preferred_output", "non_preferred_output"),
+        ("messages", "rejected_messages"),
+        ("messages", "rejected_response"),
+    ),
+    "messages": (("messages",),),
+    "sharegpt": (("conversations",), ("conversation",)),
+    "prompt_completion": (("prompt", "completion"),),
+    "alpaca": (("instruction", "output"),),
+    "text": (("text",),),
+}
+# Variables of apply_chat_template that a row cannot set, because it says them elsewhere or not at
+# all. `self` and `source` are names of Python's.
+_NO_VARIABLES = (
+    *("messages", "conversation", "tools", "chat_template", "tokenize", "add_generation_prompt"),
+    *("continue_final_message", "self", "source"),
+)
+
+
+def detect(value: Any, place: str) -> str:
+    """Return the format of a row, which its fields tell; "rows" for one that is made already.
+
+    Raises LorakitError for a value that is no mapping, or has no field of any format.
+    """
+    if isinstance(value, Row):
+        return "rows"
+    if _is_chat(value):
+        return "messages"
+    names = _names_of(value, place)
+    for format, forms in FORMATS.items():
+        if any(all(name in names for name in fields) for fields in forms):
+            return format
+    for format, forms in FORMATS.items():
+        if any(any(name in names for name in fields) for fields in forms):
+            return format  # making the row will name the field that is missing
+    known = [name for forms in FORMATS.values() for fields in forms for name in fields]
+    close = [nearest(name, names) for name in known]
+    raise LorakitError(
+        f"{place} has no field that tells its format{next(filter(None, close), '')}: messages, "
+        "conversations, prompt and completion, chosen and rejected, instruction and output, or "
+        "text; it has "
+        f"{', '.join(names) or 'none':.200}"
+    )
+
+
+def _is_chat(value: Any) -> bool:
+    """Return whether a row is a list of messages, without a name."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+
+
+def _names_of(value: Any, place: str) -> list[str]:
+    if not isinstance(value, Mapping):
+        raise LorakitError(f"{place} must be an object with named fields, not {value!r:.60}")
+    return [str(name) for name, item in value.items() if item is not None]
+
+
+def make_row(value: Any, place: str, format: str | None) -> Row:
+    """Return the row that a mapping of `format` means. A row that is made already is returned.
+
+    Raises LorakitError for a field that is missing or holds something else than the format says,
+    and for one that other tools obey and lorakit does not.
+    """
+    if isinstance(value, Row):
+        return value
+    if format not in _MAKE:
+        raise LorakitError(f"{place}: rows that were read and others are mixed")
+    if _is_chat(value):
+        value = {"messages": value}
+    _names_of(value, place)
+    value = {name: without_nulls(item) for name, item in value.items()}
+    check_row(value, format, place)
+    row = _MAKE[format](value, place)
+    _check_context(value, row, place, format)
+    return row
+
+
+# ---- what stands beside a chat -------------------------------------------------------------------
+
+
+def _chat_of(
+    before: list[dict[str, Any]], after: list[dict[str, Any]], value: Mapping[str, Any], place: str
+) -> Chat:
+    """Return a chat of messages that are not learned and of others, with what a row says beside it.
+
+    The system prompt becomes its first message.
+    """
+    system = system_of(value, place)
+    if before:
+        before = with_system(before, system, place)
+    else:
+        after = with_system(after, system, place)
+    variables = _variables(value, place) or None
+    return Chat(before + after, tools_of(value, place), len(before), place, variables)
+
+
+def _variables(value: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """Return the variables that a row has for its chat template, an object or JSON text of one."""
+    name = "chat_template_kwargs"
+    variables = value.get(name)
+    if isinstance(variables, str) and variables:
+        variables = without_nulls(parse_json(variables, f"{place}, {name}"))
+    if not variables:
+        return {}
+    if not isinstance(variables, Mapping) or not all(isinstance(key, str) for key in variables):
+        raise LorakitError(f"{place}: {name} must be an object, not {variables!r:.60}")
+    for key in _NO_VARIABLES:
+        if key in variables:
+            raise LorakitError(f"{place}: {name} cannot set {key!r}; take it out")
+    return dict(variables)
+
+
+def _history(value: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
+    """Return the exchanges before an instruction: pairs of a prompt and an answer, as messages."""
+    messages = []
+    for i, turn in enumerate(listed(value, "history", place)):
+        pair = isinstance(turn, (list, tuple)) and len(turn) == 2
+        if not pair or not all(isinstance(text, str) for text in turn):
+            raise LorakitError(
+                f"{place}: history must hold pairs of a prompt and an answer, but number {i} is "
+                f"{turn!r:.60}"
+            )
+        messages += [_user(turn[0]), _assistant(turn[1])]
+    return messages
+
+
+def _user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def _assistant(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}
+
+
+def _has_context(value: Mapping[str, Any], place: str) -> str:
+    """Name the field of a row that only a chat has a place for, "" if there is none.
+
+    Raises LorakitError if one of them is malformed.
+    """
+    said = {
+        "system": optional_text(value, "system", place),
+        "system_prompt": optional_text(value, "system_prompt", place),
+        "chat_template_kwargs": _variables(value, place),
+        "tools" if holds(value, "tools") else "functions": tools_of(value, place),
+    }
+    return next((name for name, item in said.items() if item), "")
+
+
+def _check_context(value: Mapping[str, Any], row: Row, place: str, format: str) -> None:
+    """Raise LorakitError if a row holds a field of chats for which its format has no place.
+
+    A row that has another format's fields too may hold it for that one.
+    """
+    name, answer = "", row.chosen if isinstance(row, Choice) else row
+    if not isinstance(answer, Chat):
+        name = _has_context(value, place)
+    history = value.get("history")
+    if isinstance(history, str):  # text is no history, unless it is JSON
+        history = history.lstrip().startswith("[[")
+    if not name and not has(value, "instruction") and history:
+        name = "history"
+    if name and detect(value, place) == format:
+        raise LorakitError(
+            f"{place} has a field {name!r}, for which a row of format {format} has no place here; "
+            "write the row as messages, or take the field out"
+        )
+
+
+# ---- the formats ---------------------------------------------------------------------------------
+
+
+def _pair(value: Mapping[str, Any], place: str) -> Pair | Chat:
+    prompt, completion = field(value, "prompt", place), field(value, "completion", place)
+    if isinstance(prompt, list) and isinstance(completion, list):
+        before = messages_of(prompt, f"{place}, prompt") if prompt else []
+        after = messages_of(completion, f"{place}, completion")
+        return _chat_of(before, after, value, place)
+    if isinstance(prompt, list) or isinstance(completion, list):
+        raise LorakitError(f"{place}: prompt and completion must both be text, or both messages")
+    return Pair(text_of(value, "prompt", place), filled_text(value, "completion", place), place)
+
+
+def _choice(value: Mapping[str, Any], place: str) -> Row:
+    """Return two answers to a prompt that stands apart, or that both answers begin with.
+
+    Each answer is text, a message, or messages. An answer of text is a message if the prompt is
+    messages.
+    """
+    value = _as_chosen_and_rejected(value, place)
+    answers = []
+    for name in ("chosen", "rejected"):
+        answer = field(value, name, place)
+        if not isinstance(answer, (str, list, Mapping)):
+            raise LorakitError(f"{place}: {name} must be text or messages, not {answer!r:.60}")
+        answers.append([answer] if isinstance(answer, Mapping) else answer)
+    prompt = _prompt(value, answers, place)
+    if isinstance(prompt, list):
+        answers = [[_assistant(a)] if isinstance(a, str) else a for a in answers]
+        if all(answer[: len(prompt)] == prompt for answer in answers):
+            answers = [answer[len(prompt) :] for answer in answers]
+    if any(isinstance(answer, str) != isinstance(prompt, str) for answer in answers):
+        raise LorakitError(
+            f"{place}: prompt, chosen and rejected must all be text, or all be messages"
+        )
+    chosen, rejected = (
+        _pair({**value, "prompt": prompt, "completion": answer}, f"{place}, {name}")
+        for answer, name in zip(answers, ("chosen", "rejected"), strict=True)
+    )
+    return Choice(chosen, rejected, place)
+
+
+def _prompt(value: Mapping[str, Any], answers: list[Any], place: str) -> Any:
+    """Return the prompt of two answers, text or messages.
+
+    A prompt of text beside two chats is what both chats begin with, as in TRL (`extract_prompt`),
+    or the message of a user if they begin with nothing in common.
+    """
+    prompt, chats = value.get("prompt"), all(isinstance(answer, list) for answer in answers)
+    both = answers[0][: _shared(answers)] if chats else []
+    if prompt is None and not both:
+        for name in ("conversations", "conversation", "messages"):
+            if has(value, name):
+                return value[name]
+        if has(value, "instruction"):
+            return [*_history(value, place), _user(_request(value, place))]
+        if not chats:
+            raise LorakitError(f"{place}: chosen and rejected need a prompt, unless both are chats")
+    if isinstance(prompt, list) or not chats:
+        return prompt
+    text = optional_text(value, "prompt", place).strip()
+    if text and not both:
+        return [_user(value["prompt"])]
+    if text and not any(text in m.get("content", "") for m in messages_of(both, place)):
+        raise LorakitError(
+            f"{place}: chosen and rejected begin with messages that do not hold the prompt; take "
+            "one of the two out"
+        )
+    return both
+
+
+def _shared(answers: list[Any]) -> int:
+    """Return how many messages both answers begin with, so that one of each at least is left."""
+    pairs = enumerate(zip(*answers, strict=False))
+    shortest = min(map(len, answers))
+    return next((i for i, (a, b) in pairs if a != b), max(shortest - 1, 0))
+
+
+def _as_chosen_and_rejected(value: Mapping[str, Any], place: str) -> Mapping[str, Any]:
+    """Return a pair of OpenAI or ms-swift with the fields of TRL."""
+    if has(value, "preferred_output") or has(value, "non_preferred_output"):
+        asked = field(value, "input", place)
+        if not isinstance(asked, Mapping):
+            raise LorakitError(f"{place}: input must be an object with messages, not {asked!r:.60}")
+        answers = {
+            "prompt": field(asked, "messages", f"{place}, input"),
+            "chosen": field(value, "preferred_output", place),
+            "rejected": field(value, "non_preferred_output", place),
+        }
+        return {
+            **value,
+            **{name: asked[name] for name in ("tools",) if has(asked, name)},
+            **answers,
+        }
+    messages = value.get("messages")
+    if has(value, "rejected") or not isinstance(messages, list):
+        return value
+    if has(value, "rejected_messages"):
+        return {**value, "chosen": messages, "rejected": value["rejected_messages"]}
+    if has(value, "rejected_response"):
+        roles = [message["role"] for message in messages_of(messages, place)]
+        start = max((i + 1 for i, role in enumerate(roles) if role == "user"), default=0)
+        return {
+            **value,
+            "prompt": messages[:start],
+            "chosen": messages[start:],
+            "rejected": value["rejected_response"],
+        }
+    return value
+
+
+def _chat(value: Mapping[str, Any], place: str) -> Row:
+    messages = messages_of(field(value, "messages", place), place)
+    return _chat_of([], messages, value, place)
+
+
+def _sharegpt(value: Mapping[str, Any], place: str) -> Row:
+    name = "conversation" if has(value, "conversation") else "conversations"
+    turns = field(value, name, place)
+    if not isinstance(turns, list):
+        raise LorakitError(f"{place}: {name} must be a list of turns, not {turns!r:.60}")
+    return _chat_of([], messages_of(turns, place, "turn"), value, place)
+
+
+def _alpaca(value: Mapping[str, Any], place: str) -> Row:
+    instruction = text_of(value, "instruction", place)
+    more = optional_text(value, "input", place)
+    output = filled_text(value, "output", place)
+    before = _history(value, place)
+    if not before and not _has_context(value, place):
+        return Instruction(instruction, more, output, place)
+    return _chat_of([], [*before, _user(_request(value, place)), _assistant(output)], value, place)
+
+
+def _request(value: Mapping[str, Any], place: str) -> str:
+    return request(text_of(value, "instruction", place), optional_text(value, "input", place))
+
+
+def _plain(value: Mapping[str, Any], place: str) -> Row:
+    return Text(filled_text(value, "text", place), place)
+
+
+_MAKE: dict[str, Callable[[Mapping[str, Any], str], Row]] = {
+    "preference": _choice,
+    "messages": _chat,
+    "sharegpt": _sharegpt,
+    "prompt_completion": _pair,
+    "alpaca": _alpaca,
+    "text": _plain,
+}
