@@ -65,6 +65,6 @@ def check_message(value: Mapping[str, Any], where: str) -> None:
 
 
 def _check(value: Mapping[str, Any], refused: Mapping[str, str], where: str) -> None:
-    for name, reason in refused.items():
-        if name in value and holds(value, name):
-            raise LorakitError(f"{where} has a field {name!r}: {reason}")
+    for name in sorted(value.keys() & refused.keys()):
+        if holds(value, name):
+            raise LorakitError(f"{where} has a field {name!r}: {refused[name]}")
