@@ -91,7 +91,7 @@ def encode_for(
     if isinstance(examples[0], PairExample) != (config.objective != "sft"):
         raise LorakitError(
             f"objective {config.objective!r} does not fit {what}: dpo and orpo need `chosen` and "
-            "`rejected`, sft rows without them"
+            "`rejected`, sft rows without them or read with `format: messages`"
         )
     return examples
 

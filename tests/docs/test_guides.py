@@ -124,7 +124,7 @@ def test_examples_of_the_guide_to_data(prepared):
     [rows] = blocks("docs/getting-started.md", "json", "train.jsonl")
     (work / "train.jsonl").write_text(rows)
     shown, linted = (run(command).stdout for command in commands("docs/data.md"))
-    assert shown.count("9 tokens, 3 of them labels\n") == 2
+    assert shown.count("8 tokens, 3 of them labels\n") == 2
     assert linted.startswith("3 rows, ")
 
 
