@@ -4,6 +4,7 @@ Attaching is in attach.py, merging in merge.py. The wrappers that all this works
 layers/wrapper.py.
 """
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 
 from lorakit.adapters.layers.wrapper import Attached, Part
 from lorakit.config.errors import LorakitError, nearest
+from lorakit.models.decoder import Decoder
 
 # ---- walks ----
 
@@ -211,6 +213,24 @@ def put_back(module: nn.Module, plain: Mapping[str, nn.Module]) -> None:
     places = [(name, m) for name, m in outer_modules(module) if id(m) in instead]
     for name, each in places:
         module.set_submodule(name, instead[id(each)])
+    for inner in module.modules():
+        if isinstance(inner, Decoder):
+            _tie_or_untie(inner)
+
+
+def _tie_or_untie(model: Decoder) -> None:
+    """Take the head from a tied decoder if it is the embedding again; say so if it stays another.
+
+    A tied decoder has a head of its own while an adapter is on that head alone (tied_weights.py).
+    """
+    head, embedding = model.lm_head, model.model.embed_tokens
+    if not model.config.tie_word_embeddings or head is None or isinstance(head, Attached):
+        return
+    plain = embedding.original if isinstance(embedding, Attached) else embedding
+    if head._parameters.get("weight") is plain._parameters.get("weight"):
+        model.lm_head = None
+    else:
+        model.config = dataclasses.replace(model.config, tie_word_embeddings=False)
 
 
 # ---- for the length of a `with` block ----

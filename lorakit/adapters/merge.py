@@ -204,6 +204,8 @@ def _originals(
         return {}
     source = module.source if isinstance(module, Decoder) else None
     found = dense_weights(source, weights, "merge")
+    if "lm_head" in packed and "lm_head" not in found and "model.embed_tokens" in found:
+        found["lm_head"] = found["model.embed_tokens"]  # a tied model's, adapted by itself
     for name, layer in packed.items():
         if name not in found:
             raise LorakitError(f"merge: the original weight of {name} is missing")

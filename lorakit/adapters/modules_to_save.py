@@ -17,6 +17,7 @@ from lorakit.adapters.tied_weights import embedding_of_head, heads_of_embedding
 from lorakit.config.adapters import TargetConfig
 from lorakit.config.errors import LorakitError, nearest
 from lorakit.config.patterns import lies_in
+from lorakit.models.decoder import Decoder
 from lorakit.models.packed_layers import PackedWeight
 
 _ONLY_LORA = "shares its weight with another module; only LoRA saves both"
@@ -28,7 +29,13 @@ def plan_modules_to_save(plan: Plan, config: TargetConfig, tied: str | None = _O
     `tied` says why a module that shares its weight is refused. None means that it is not refused:
     an embedding is then saved together with the heads that have its weight.
     """
-    for name in _named(plan.layers, config.modules_to_save or []):
+    entries = config.modules_to_save or []
+    if "lm_head" in entries and "lm_head" not in plan.layers and isinstance(plan.model, Decoder):
+        raise LorakitError(
+            "modules_to_save: lm_head shares its weight with model.embed_tokens; save that one, "
+            "with ensure_weight_tying"
+        )
+    for name in _named(plan.layers, entries):
         layer = plan.layers[name]
         heads = heads_of_embedding(plan.model, plan.layers, layer)
         embedding = embedding_of_head(plan.layers, layer)

@@ -29,9 +29,10 @@ from lorakit.adapters.layers.whole_modules import SavedModule, TrainedBias
 from lorakit.adapters.layers.wrapper import Attached, PartT
 from lorakit.adapters.manage import outer_modules
 from lorakit.adapters.targets import select_layers
-from lorakit.adapters.tied_weights import embedding_of_head
+from lorakit.adapters.tied_weights import embedding_of_head, head_of_tied_decoder
 from lorakit.config.adapters import TargetConfig
 from lorakit.config.errors import LorakitError
+from lorakit.models.decoder import Decoder
 
 W = TypeVar("W", bound=Attached)
 L = TypeVar("L", bound=AttachedLinear)
@@ -45,6 +46,8 @@ class Plan:
         self.layers = {name: each for name, each in outer_modules(model) if name}
         self.wrappers: dict[str, Attached] = {}
         self.parts: list[tuple[Attached, nn.Module]] = []
+        self.own_head: str | None = None
+        """The head of a tied decoder, if it is adapted by itself."""
         self._wrapper_of: dict[int, Attached] = {}  # by the id of the module at its name
 
     def wrap(self, name: str, kind: type[W]) -> W | None:
@@ -80,9 +83,17 @@ class Plan:
         self.parts.append((wrapper, part))
 
     def tie_heads(self, heads: Sequence[str], embedding: Attached) -> None:
-        """Let the linear layers `heads`, which share the weight of `embedding`, change with it."""
+        """Let the linear layers `heads`, which share the weight of `embedding`, change with it.
+
+        Raises LorakitError for a head that the plan adapts by itself.
+        """
         for name in heads:
             head = self.layers[name]
+            if name == self.own_head:
+                raise LorakitError(
+                    f"attach: {name} shares its weight with an embedding that is adapted too; "
+                    "leave one of them out"
+                )
             if not isinstance(head, TiedHead):
                 assert isinstance(head, nn.Linear)
                 self.wrappers[name] = TiedHead(head, embedding)
@@ -94,12 +105,24 @@ class Plan:
     def select(self, config: TargetConfig, embeddings: Sequence[str] = ()) -> list[str]:
         """Return the layers that `config` selects, linear ones and those of `embeddings`.
 
+        A tied decoder has no head of its own. If the config selects it, the plan makes one, with
+        the embedding's weight.
+
         Raises LorakitError as `select_layers` does, and for a layer inside a module that another
         adapter trains whole.
         """
         transposed = config.fan_in_fan_out
         linear = [name for name, each in self.layers.items() if is_linear(each, transposed)]
+        head = head_of_tied_decoder(self.model)
+        linear += [] if head is None else ["lm_head"]
         chosen = select_layers(linear + self._inside_saved_modules(), embeddings, config)
+        if head is not None and "lm_head" in chosen:
+            if isinstance(self.layers["model.embed_tokens"], Attached):
+                raise LorakitError(
+                    "attach: lm_head shares its weight with model.embed_tokens, which another "
+                    "adapter changes; detach that one first"
+                )
+            self.own_head, self.layers["lm_head"] = "lm_head", head
         for name in chosen:
             if name not in self.layers:
                 raise LorakitError(
@@ -140,6 +163,9 @@ class Plan:
         """Put the wrappers into the model, and the parts of `adapter` into the wrappers."""
         for wrapper, part in self.parts:
             wrapper.add_part(adapter, part)
+        if self.own_head is not None:
+            assert isinstance(self.model, Decoder)
+            self.model.lm_head = self.layers[self.own_head]
         for name, module in self.layers.items():
             planned = self.wrapper_of(name)
             if planned is not None and planned is not module:

@@ -1,8 +1,10 @@
 """Find the layers that share one weight: an embedding and the output heads tied to it.
 
 Two layers are tied if they hold the same tensor. A lorakit decoder may also have no head of its
-own: then it multiplies with the embedding itself. An adapter that changes one of them has to change
-all, or they would no longer be one weight.
+own: then it multiplies with the embedding itself. An adapter that changes the embedding has to
+change all of them, or they would no longer be one weight. An adapter of PEFT may also change the
+head alone. The decoder then gets a head of its own, with the embedding's weight, while an adapter
+is on it. If such an adapter is merged, the two are one weight no more.
 
 The functions take the modules of a model by name, an adapted module as one (`Plan.layers`).
 """
@@ -11,12 +13,18 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from lorakit.adapters.layers.base import AttachedLinear
 from lorakit.adapters.layers.embeddings import LoraEmbedding, TiedHead, TokenRows
 from lorakit.adapters.layers.whole_modules import SavedModule, TrainedBias
 from lorakit.adapters.layers.wrapper import Attached
 from lorakit.config.errors import LorakitError
 from lorakit.models.decoder import Decoder
-from lorakit.models.packed_layers import PackedEmbedding, PackedWeight
+from lorakit.models.packed_layers import (
+    PackedEmbedding,
+    PackedLinear,
+    PackedWeight,
+    packed_layer,
+)
 
 Layers = Mapping[str, nn.Module]
 
@@ -56,6 +64,12 @@ def heads_of_embedding(model: nn.Module, layers: Layers, embedding: nn.Module) -
                 "adapted; lorakit adapts an embedding together with its heads, not several "
                 "embeddings"
             )
+    apart = next((n for n, each in sharing.items() if isinstance(each, AttachedLinear)), None)
+    if apart is not None:
+        raise LorakitError(
+            f"attach: {apart} shares the embedding's weight, and another adapter changes it by "
+            "itself; detach that one first"
+        )
     heads = [name for name, m in sharing.items() if isinstance(m, (nn.Linear, TiedHead))]
     for each in model.modules():
         if (
@@ -65,6 +79,25 @@ def heads_of_embedding(model: nn.Module, layers: Layers, embedding: nn.Module) -
         ):
             return heads
     return heads or None
+
+
+def head_of_tied_decoder(model: nn.Module) -> nn.Linear | PackedLinear | None:
+    """Return a head with the embedding's very weight, for a decoder that has none of its own.
+
+    None means that `model` is no decoder, or has a head.
+    """
+    if not isinstance(model, Decoder) or model.lm_head is not None:
+        return None
+    embedding = original(model.model.embed_tokens)
+    assert isinstance(embedding, (nn.Embedding, PackedEmbedding))
+    rows, columns = embedding.num_embeddings, embedding.embedding_dim
+    empty = nn.Linear(columns, rows, bias=False, device="meta", dtype=model.dtype)
+    head: nn.Module = empty
+    if isinstance(embedding, PackedEmbedding):
+        head = packed_layer(empty, embedding.config)
+    assert isinstance(head, (nn.Linear, PackedLinear))
+    head._parameters.update(embedding._parameters)
+    return head.train(model.training)
 
 
 def embedding_of_head(layers: Layers, head: nn.Module) -> str | None:

@@ -81,6 +81,7 @@ def save_model(
             "save_model: an adapter is attached; merge it into the weights, or detach it, first"
         )
     config = module.config.to_hf() | {"torch_dtype": str(module.dtype).removeprefix("torch.")}
+    config["tie_word_embeddings"] = _is_tied(module)
     towers: dict[str, LazyTensor] = {}
     if source is not None and surroundings is not None:
         towers = _other_towers(surroundings, source.path, path, packed)
@@ -118,6 +119,18 @@ def _layers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]
     yield name, module
     for leaf, child in module.named_children():
         yield from _layers(child, f"{name}.{leaf}" if name else leaf)
+
+
+def _is_tied(module: Decoder) -> bool:
+    """Return whether the head is the embedding.
+
+    A tied model may have a head of its own, with the embedding's weight or, merged, with another.
+    """
+    layers = dict(_layers(module))
+    if "lm_head" not in layers:
+        return True
+    head, embedding = layers["lm_head"], layers["model.embed_tokens"]
+    return head._parameters.get("weight") is embedding._parameters.get("weight")
 
 
 def _packed_form(module: Decoder) -> tuple[type[PackedLinear], dict[str, Any]]:
@@ -171,9 +184,12 @@ def _quantization_config(
     return values
 
 
-def _entries(module: nn.Module, kept: type[PackedLinear] | None) -> Iterator[_Entry]:
+def _entries(module: Decoder, kept: type[PackedLinear] | None) -> Iterator[_Entry]:
     """Yield every tensor of the model: layers of type `kept` packed, all others dense."""
+    tied = _is_tied(module)
     for layer_name, layer in _layers(module):
+        if tied and layer_name == "lm_head":
+            continue
         prefix = f"{layer_name}." if layer_name else ""
         tensors: dict[str, Tensor] = dict(layer.named_parameters(recurse=False))
         if isinstance(layer, PackedWeight):

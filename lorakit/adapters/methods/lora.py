@@ -34,7 +34,12 @@ from lorakit.adapters.peft_files.lora_config import (
 )
 from lorakit.adapters.plan import Plan
 from lorakit.adapters.targets import ends_with, is_saved_whole
-from lorakit.adapters.tied_weights import heads_of_embedding, is_embedding, original
+from lorakit.adapters.tied_weights import (
+    embedding_of_head,
+    heads_of_embedding,
+    is_embedding,
+    original,
+)
 from lorakit.config.adapters import LoraConfig
 from lorakit.config.errors import LorakitError, nearest
 from lorakit.config.patterns import in_pattern
@@ -57,6 +62,8 @@ class Lora(Method[LoraConfig]):
         embeddings = [name for name, each in plan.layers.items() if is_embedding(each)]
         chosen = plan.select(config, embeddings)
         _check_patterns(config, chosen)
+        if config.ensure_weight_tying and plan.own_head in chosen:
+            chosen = _without_tied_head(plan, chosen)
         for name in chosen:
             if is_embedding(plan.layers[name]):
                 _plan_embedding(plan, name, config)
@@ -82,6 +89,23 @@ class Lora(Method[LoraConfig]):
         return config.init_lora_weights in FROM_THE_WEIGHT
 
 
+def _without_tied_head(plan: Plan, chosen: Sequence[str]) -> list[str]:
+    """Return the chosen layers without the head, which follows its embedding.
+
+    Raises LorakitError if the embedding is not among them.
+    """
+    head = plan.own_head
+    assert head is not None
+    embedding = embedding_of_head(plan.layers, plan.layers.pop(head))
+    if embedding not in chosen:
+        raise LorakitError(
+            f"attach: {head} shares its weight with model.embed_tokens, and ensure_weight_tying "
+            "keeps them one: adapt model.embed_tokens, or the head alone without it"
+        )
+    plan.own_head = None
+    return [name for name in chosen if name != head]
+
+
 def _check_patterns(config: LoraConfig, chosen: Sequence[str]) -> None:
     """Raise LorakitError for an entry of rank_pattern or alpha_pattern that matches nothing."""
     patterns: dict[str, Mapping[str, Any]] = {
@@ -100,7 +124,8 @@ def _check_patterns(config: LoraConfig, chosen: Sequence[str]) -> None:
 
 def _plan_linear(plan: Plan, name: str, config: LoraConfig) -> None:
     """Plan A and B of the linear layer `name`."""
-    plan.check_linear(name, "adapt that one, with ensure_weight_tying")
+    if name != plan.own_head:
+        plan.check_linear(name, "adapt that one, with ensure_weight_tying")
     layer = plan.wrap_linear(name, LoraLinear)
     if layer is None:
         return
