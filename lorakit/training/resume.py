@@ -31,6 +31,17 @@ SAME_SETTINGS = (
     "loraplus_lr_ratio",
 )
 
+# Settings that say which layers an adapter is on. Its files may say the same in other words: an
+# adapter that was loaded by a regex or by whole names is saved with short names.
+WHICH_LAYERS = (
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "feedforward_modules",
+    "modules_to_save",
+)
+
 
 def must_match(
     model: Decoder,
@@ -119,6 +130,8 @@ def resume_from(
             "raise max_steps"
         )
     values = run_state.read_values(checkpoint)
+    if run_state.has_tensors_of(checkpoint.path, model):
+        same = _in_words_of(values["same"], same)
     run_state.check_same(checkpoint.path, values["same"], same)
     try:
         progress = Progress(**values["progress"])
@@ -129,6 +142,15 @@ def resume_from(
     run_state.restore(checkpoint, values, model, optimizer, model.device)
     say(f"resumed from {checkpoint.path}")
     return progress
+
+
+def _in_words_of(saved: Mapping[str, Any], same: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `same` with the layers of the adapter named as in `saved`, where both are the same."""
+    before = saved.get("adapter")
+    if not isinstance(before, dict):
+        return dict(same)
+    words = {name: before[name] for name in WHICH_LAYERS if name in before}
+    return {**same, "adapter": {**same["adapter"], **words}}
 
 
 def reference_of_run(

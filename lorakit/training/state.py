@@ -144,6 +144,12 @@ def read_tensors(path: Path) -> dict[str, LazyTensor]:
     return open_safetensors(path / STATE_TENSORS)
 
 
+def has_tensors_of(path: Path, module: nn.Module) -> bool:
+    """Return whether the checkpoint at `path` has the tensors of the selected adapter, by name."""
+    theirs = {name for name in read_tensors(path) if name.startswith("adapter.")}
+    return theirs == trained_tensors(module).keys()
+
+
 def optimizer_tensors(optimizer: AdamW) -> dict[str, Tensor]:
     """Return the optimizer's state by name, which holds the number of the parameter."""
     return {

@@ -138,6 +138,24 @@ def test_what_cannot_be_resumed(tiny_dir, tok, tmp_path):
     assert result.steps == 12
 
 
+def test_an_adapter_whose_layers_are_named_in_other_words_goes_on(tiny_dir, tok, tmp_path):
+    """A loaded adapter may have been saved with other names of the same layers meanwhile."""
+    words = (
+        {"target_modules": r".*\.(q|v)_proj"},
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": "all-linear", "exclude_modules": r".*(k_proj|o_proj|mlp\..*)"},
+    )
+    options = {"max_steps": 4, "save_steps": 2, "save_total_limit": 9}
+    run(tiny_dir, tok, tmp_path, lora=words[0], **options)
+    whole = (tmp_path / ADAPTER).read_bytes()
+    for lora in words[1:]:
+        shutil.rmtree(tmp_path / "checkpoint-4")
+        run(tiny_dir, tok, tmp_path, lora=lora, resume="auto", **options)
+        assert (tmp_path / ADAPTER).read_bytes() == whole
+    with pytest.raises(lk.LorakitError, match="made with adapter target_modules"):
+        run(tiny_dir, tok, tmp_path, lora={"target_modules": ["q_proj"]}, resume="auto", **options)
+
+
 def test_a_finished_run_is_left_as_it_is(tiny_dir, tok, tmp_path):
     run(tiny_dir, tok, tmp_path, **OPTIONS)
     before = (tmp_path / ADAPTER).read_bytes()
