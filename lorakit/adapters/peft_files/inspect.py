@@ -50,7 +50,8 @@ class AdapterReport:
     """The contents of an adapter on disk: its layers in order, and counts of the rest.
 
     Attributes:
-        path: The directory of the adapter.
+        path: The directory of the adapter, or its .gguf file.
+        written_by: The library whose files they are: PEFT, MLX or llama.cpp.
         layers: The adapted layers.
         modules_to_save: How many tensors belong to modules that were trained whole.
         trainable_tokens: How many rows of embeddings were trained.
@@ -62,6 +63,7 @@ class AdapterReport:
     """
 
     path: str
+    written_by: str
     layers: list[AdapterLayer]
     modules_to_save: int
     trainable_tokens: int
@@ -99,6 +101,8 @@ class AdapterReport:
         of = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
         lines += ["", f"{len(self.layers)} layers, {of}, {self.bytes:,} bytes, "]
         lines[-1] += f"|s B A| of all {self.norm_delta:.4g}"
+        if self.written_by != "PEFT":
+            lines[-1] += f", in files of {self.written_by}"
         for count, what in [
             (self.magnitudes, "with a magnitude (DoRA), which |s B A| leaves out"),
             (self.embeddings, "on embeddings"),
@@ -113,7 +117,7 @@ class AdapterReport:
 
 
 def describe_adapter(path: str | Path) -> AdapterReport:
-    """Report what an adapter of PEFT or lorakit holds; `print` the report for a table.
+    """Report what an adapter on disk holds; `print` the report for a table.
 
     Ranks are those of the tensors. Alpha and scaling follow from adapter_config.json by PEFT's
     rules. NaN, untrained layers, ranks that contradict the config and tensors of no known kind are
@@ -144,6 +148,7 @@ def describe_adapter(path: str | Path) -> AdapterReport:
             broken.append(name)
     return AdapterReport(
         path=str(adapter.path),
+        written_by=adapter.written_by,
         layers=layers,
         modules_to_save=len(adapter.saved),
         trainable_tokens=sum(math.prod(tensors[name].shape[:1]) for name in adapter.tokens),

@@ -24,11 +24,16 @@ PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
 class AdapterFiles(NamedTuple):
-    """An adapter on disk: its directory, its config, and its tensors by their keys."""
+    """An adapter on disk, by the names of PEFT."""
 
     path: Path
+    """Its directory, or its .gguf file."""
     values: Mapping[str, Any]
+    """The config, as adapter_config.json has it."""
     tensors: Mapping[str, LazyTensor]
+    """The tensors by their keys."""
+    written_by: str = "PEFT"
+    """The library whose files they are: PEFT, MLX or llama.cpp."""
 
 
 def open_weights(path: Path) -> dict[str, LazyTensor]:

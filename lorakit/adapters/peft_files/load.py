@@ -41,11 +41,11 @@ from lorakit.files.safetensors import LazyTensor
 
 
 def load_adapter(module: nn.Module, path: str | Path, *, name: str = "default") -> nn.Module:
-    """Attach an adapter in PEFT's format to a module, in place, and select it.
+    """Attach an adapter of PEFT, lorakit or mlx_lm to a module, in place, and select it.
 
     Args:
         module: The module; it keeps the adapters that it has.
-        path: The directory of adapter_config.json and adapter_model.safetensors.
+        path: The directory of adapter_config.json and the adapter's safetensors.
         name: What to call the adapter.
 
     Returns:

@@ -20,6 +20,7 @@ from torch import nn
 
 from lorakit.adapters.peft_files.features import SPENT_TENSORS
 from lorakit.adapters.peft_files.layout import CONFIG_FILE, PREFIX, AdapterFiles, open_weights
+from lorakit.adapters.peft_files.mlx_files import is_mlx, open_mlx
 from lorakit.config.errors import LorakitError
 from lorakit.files.local import as_path, read_json
 from lorakit.files.safetensors import LazyTensor
@@ -58,6 +59,8 @@ def open_files(path: str | Path, module: nn.Module | None = None) -> AdapterFile
     """
     path = as_path(path)
     values = _read_config(path)
+    if is_mlx(values):
+        return open_mlx(path, values)
     tensors = open_weights(path)
     for option, part in SPENT_TENSORS.items():
         if values.get(option):

@@ -117,6 +117,7 @@ class StoredAdapter(NamedTuple):
     values: Mapping[str, Any]  # adapter_config.json, whole
     config: StoredConfig
     tensors: Mapping[str, LazyTensor]  # all of them
+    written_by: str  # as AdapterFiles has it
     layers: list[StoredLayer]
     saved: list[str]  # trained modules
     tokens: list[str]  # trained rows of embeddings
@@ -131,7 +132,8 @@ def open_adapter(path: str | Path) -> StoredAdapter:
     Raises LorakitError if a file is missing or damaged, if peft_type is not LORA, or if a layer has
     only A or only B.
     """
-    path, values, tensors = open_files(path)
+    files = open_files(path)
+    path, values, tensors = files.path, files.values, files.tensors
     config: StoredConfig = from_mapping(
         StoredConfig, values, str(path / CONFIG_FILE), ignore_unknown=True
     )
@@ -149,7 +151,7 @@ def open_adapter(path: str | Path) -> StoredAdapter:
         if ".lora_embedding_" in name:
             embeddings.add(key)
     layers = [_layer(path, config, key, parts, key in embeddings) for key in parts]
-    return StoredAdapter(path, values, config, tensors, layers, **others)
+    return StoredAdapter(path, values, config, tensors, files.written_by, layers, **others)
 
 
 def read_finite(path: Path, layer: StoredLayer, tensor: LazyTensor) -> Tensor:
