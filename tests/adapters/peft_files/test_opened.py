@@ -113,5 +113,5 @@ def test_paths_that_are_no_directory_of_an_adapter(saved, tmp_path):
     with pytest.raises(lk.LorakitError, match="is a file: give the directory of the adapter, .*in"):
         lk.load_adapter(model, saved / WEIGHTS)
     saved.rename(tmp_path / "first")
-    with pytest.raises(lk.LorakitError, match="is not here, but in first: name one of these"):
+    with pytest.raises(lk.LorakitError, match="does not exist; there is one in first: name that"):
         lk.load_adapter(model, tmp_path)
