@@ -83,8 +83,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         inner = sorted(found.parent.name for found in path.glob(f"*/{CONFIG_FILE}"))
         if inner:
             raise LorakitError(
-                f"{path / CONFIG_FILE} does not exist; there is one in {', '.join(inner)}: name that "
-                "directory"
+                f"{path / CONFIG_FILE} does not exist; there is one in {', '.join(inner)}: name "
+                "that directory"
             )
     return read_json(path / CONFIG_FILE)
 
