@@ -85,8 +85,7 @@ def detect(value: Any, place: str) -> str:
     for format, forms in FORMATS.items():
         if any(any(name in names for name in fields) for fields in forms):
             return format  # making the row will name the field that is missing
-    known = [name for forms in FORMATS.values() for fields in forms for name in fields]
-    close = [nearest(name, names) for name in known]
+    close = [nearest(name, names) for forms in FORMATS.values() for name in forms[0]]
     raise LorakitError(
         f"{place} has no field that tells its format{next(filter(None, close), '')}: messages, "
         "conversations, prompt and completion, chosen and rejected, instruction and output, or "
