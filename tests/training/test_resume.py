@@ -152,7 +152,7 @@ def test_an_adapter_whose_layers_are_named_in_other_words_goes_on(tiny_dir, tok,
         shutil.rmtree(tmp_path / "checkpoint-4")
         run(tiny_dir, tok, tmp_path, lora=lora, resume="auto", **options)
         assert (tmp_path / ADAPTER).read_bytes() == whole
-    with pytest.raises(lk.LorakitError, match="made with adapter target_modules"):
+    with pytest.raises(lk.LorakitError, match="made with adapter exclude_modules"):
         run(tiny_dir, tok, tmp_path, lora={"target_modules": ["q_proj"]}, resume="auto", **options)
 
 
