@@ -66,7 +66,6 @@ def test_format_may_be_named():
     [
         ({"txt": "a"}, "no field that tells its format .did you mean 'txt'..: messages.* has txt"),
         ({}, "it has none"),
-        ({"query": "a", "response": "b"}, "tells its format: messages.*; it has query, response"),
         ({3: 4}, "it has 3"),
         ({"messages": []}, "messages must be a list of one or more"),
         ({"messages": "x"}, "messages must be a list of one or more, not 'x'"),
