@@ -22,10 +22,11 @@ from typing import Any, NamedTuple
 
 from lorakit.config.errors import LorakitError, nearest
 from lorakit.config.training import OVER_LENGTH, TRAIN_ON, OverLength, TrainOn
-from lorakit.data.chat_spans import Render, check_shown, dropped, turn_span
+from lorakit.data.chat_spans import Render, RenderedChat
 from lorakit.data.instructions import as_chat_or_pair
 from lorakit.data.messages import is_learned
 from lorakit.data.schemas import Chat, Choice, Instruction, OneAnswer, Row, Text
+from lorakit.data.truncate import Uncut, cut, cuts_of, first_kept, without_oldest
 from lorakit.models.chat_template import Messages
 from lorakit.models.tokenizer import Tokenizer
 
@@ -64,19 +65,6 @@ class PairExample(NamedTuple):
         return self.chosen.input_ids + self.rejected.input_ids
 
 
-class _Uncut(NamedTuple):
-    """The tokens of a row before they are cut to length.
-
-    The first `head` tokens always stay. The cut takes the tokens after them first, up to `prompt`,
-    where the first label is.
-    """
-
-    input_ids: list[int]
-    labels: list[int]
-    head: int
-    prompt: int
-
-
 class Encoder:
     """Makes the examples of rows. `long` counts the rows over `max_seq_length`.
 
@@ -110,8 +98,8 @@ class Encoder:
         added = tok.backend.get_added_tokens_decoder()
         special = {number for number, token in added.items() if token.special}
         self._end_tokens = special | set(self.end)
-        # The roles of the chats that the template was seen to show whole.
-        self._shown_roles: set[tuple[Any, ...]] = set()
+        # The roles of messages that the template was seen to show whole, by its variables.
+        self._shown_roles: dict[str, set[tuple[Any, ...]]] = {}
 
     def __call__(self, row: Row) -> Example | PairExample | None:
         """Return the example of a row, of at most max_seq_length tokens; None if it is dropped.
@@ -131,8 +119,8 @@ class Encoder:
             if self.over_length == "drop":
                 return None
             uncut = self._shortened(answers, uncut, limit)
-            start = max(_first_kept(each, limit) for each in uncut)  # one prompt for both answers
-            uncut = [_cut(each, start, limit) for each in uncut]
+            start = max(first_kept(each, limit) for each in uncut)  # one prompt for both answers
+            uncut = [cut(each, start, limit) for each in uncut]
         examples = []
         for each, (ids, labels, _, _) in zip(answers, uncut, strict=True):
             with _at(each.place):
@@ -142,7 +130,7 @@ class Encoder:
             return PairExample(chosen=examples[0], rejected=examples[1])
         return examples[0]
 
-    def _tokens(self, row: OneAnswer) -> _Uncut:
+    def _tokens(self, row: OneAnswer) -> Uncut:
         with _at(row.place):
             if isinstance(row, Instruction):
                 row = as_chat_or_pair(row, chat=self.tok.chat_template is not None)
@@ -150,14 +138,14 @@ class Encoder:
                 return self._chat(row)
             if isinstance(row, Text):
                 ids = self._ended(self.tok.encode(row.text))
-                return _Uncut(ids, ids, 0, 0)
+                return Uncut(ids, ids, 0, 0)
             return self._pair(row.prompt, row.completion)
 
     def _ended(self, ids: list[int]) -> list[int]:
         """Return the tokens with an end token after them, which some rows hold already."""
         return ids if ids[-1:] == self.end else ids + self.end
 
-    def _pair(self, prompt: str, completion: str) -> _Uncut:
+    def _pair(self, prompt: str, completion: str) -> Uncut:
         text, border = prompt + completion, len(prompt)
         ids, offsets = self.tok.encode_with_offsets(text, add_special_tokens=True)
         if self.end and ids[-1:] == self.end and offsets[-1][0] == len(text):
@@ -178,31 +166,33 @@ class Encoder:
             self.joined += 1
         ids = self._ended(ids)
         labels = ids if self.train_on == "all" else [IGNORE] * first + ids[first:]
-        return _Uncut(ids, labels, head, first)
+        return Uncut(ids, labels, head, first)
 
-    def _chat(self, row: Chat) -> _Uncut:
-        def render(messages: Messages, generation_prompt: bool = False) -> str:
-            return self._rendered(messages, row, generation_prompt)
-
-        text = render(row.messages)
-        self._check_roles(row, text, render)
+    def _chat(self, row: Chat) -> Uncut:
+        chat = RenderedChat(self._renders(row), row.messages)
+        what = chat.left_out(self._shown_roles.setdefault(repr(row.variables), set()))
+        if what is not None:
+            raise LorakitError(
+                f"the chat template leaves out {what}; take that out of the row, or use a template "
+                "that shows it"
+            )
+        text = chat.text
         ids, offsets = self.tok.encode_with_offsets(text)
         head = int(ids[:1] == [self.tok.bos_token_id])
         turns = [i for i, m in enumerate(row.messages) if m["role"] == "assistant"]
         starts, ends = [a for a, _ in offsets], [b for _, b in offsets]
 
         def tokens_of(i: int) -> range:
-            start, end = turn_span(render, row.messages, text, i)
+            start, end = chat.span(i)
             return range(bisect_right(ends, start), bisect_left(starts, end))
 
         if self.train_on == "all":
-            for i in turns:
-                check_shown(row.messages[i], i, text)
+            chat.check_shown(turns)
             if turns and turns[-1] == len(row.messages) - 1:
                 self._to_end_token(text, ids, offsets, range(len(ids)), turns[-1])
             masked = {t for i in turns if not is_learned(row.messages[i]) for t in tokens_of(i)}
             labels = [IGNORE if t in masked else token for t, token in enumerate(ids)]
-            return _Uncut(ids, labels, head, head)
+            return Uncut(ids, labels, head, head)
         turns = [i for i in turns if i >= row.first]
         if self.train_on == "last_turn":
             turns = turns[-1:]
@@ -215,19 +205,21 @@ class Encoder:
             first = min(first, within[0])
             for t in within:
                 labels[t] = ids[t]
-        return _Uncut(ids, labels, head, first)
+        return Uncut(ids, labels, head, first)
 
-    def _rendered(self, messages: Messages, row: Chat, generation_prompt: bool) -> str:
+    def _renders(self, row: Chat) -> list[Render]:
+        """Return what renders messages: with the tools of a chat, and if it has some, without."""
         variables = {"strftime_now": TODAY.strftime, **(row.variables or {})}
-        text = self.tok.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=generation_prompt,
-            tools=row.tools,
-            **variables,
-        )
-        assert isinstance(text, str)  # it was not tokenized
-        return text
+
+        def with_tools(messages: Messages, generation_prompt: bool = False) -> str:
+            return self.tok.apply_chat_template(
+                messages, False, generation_prompt, tools=row.tools, **variables
+            )
+
+        def without(messages: Messages, generation_prompt: bool = False) -> str:
+            return self.tok.apply_chat_template(messages, False, generation_prompt, **variables)
+
+        return [with_tools] if row.tools is None else [with_tools, without]
 
     def _to_end_token(
         self, text: str, ids: list[int], offsets: list[tuple[int, int]], tokens: range, i: int
@@ -247,43 +239,31 @@ class Encoder:
             )
         return tokens
 
-    def _check_roles(self, row: Chat, text: str, render: Render) -> None:
-        """Raise LorakitError if the template leaves out a message, its tool calls, or the tools.
-
-        What a template shows depends on the roles and its variables, so chats that have the same
-        are checked once.
-        """
-        roles = tuple((each["role"], "tool_calls" in each) for each in row.messages)
-        key = (*roles, row.tools is not None, repr(row.variables))
-        if key in self._shown_roles:
-            return
-        what = dropped(render, row.messages, text)
-        if what is not None:
-            raise LorakitError(
-                f"the chat template leaves out {what}; take it out of the row, or use a template "
-                "that knows it"
-            )
-        without = row._replace(tools=None)
-        if row.tools is not None and self._rendered(row.messages, without, False) == text:
-            raise LorakitError(
-                "the chat template leaves out the tools; take them out of the row, or use a "
-                "template that knows them"
-            )
-        self._shown_roles.add(key)
-
-    def _shortened(
-        self, rows: Sequence[OneAnswer], uncut: list[_Uncut], limit: int
-    ) -> list[_Uncut]:
+    def _shortened(self, rows: Sequence[OneAnswer], uncut: list[Uncut], limit: int) -> list[Uncut]:
         """Return the tokens of a chat, or of both chats of a pair, without the oldest exchanges.
 
-        As few exchanges go as will do, and never the last answer.
+        As few exchanges go as will do, and never the last answer. Each that goes makes a chat
+        shorter, so their number is found by bisection.
         """
-        while max(len(each.input_ids) for each in uncut) > limit:
-            shorter = [each for each in map(_without_oldest, rows) if each is not None]
-            if len(shorter) < len(rows):
-                break
-            rows, uncut = shorter, [self._tokens(row) for row in shorter]
-        return uncut
+        chats = [row for row in rows if isinstance(row, Chat)]
+        cuts = [cuts_of(row) for row in chats]
+        most = min(map(len, cuts)) if len(chats) == len(rows) else 0
+        if not most:
+            return uncut
+
+        def without(exchanges: int) -> list[Chat]:
+            both = zip(chats, cuts, strict=True)
+            return [without_oldest(row, places[exchanges - 1]) for row, places in both]
+
+        def fits(exchanges: int) -> bool:
+            try:
+                texts = [self._renders(row)[0](row.messages) for row in without(exchanges)]
+            except LorakitError:
+                return True  # where it is refused
+            return all(len(self.tok.encode(t, add_special_tokens=False)) <= limit for t in texts)
+
+        fewest = bisect_left(range(1, most), True, key=fits) + 1
+        return [self._tokens(row) for row in without(fewest)]
 
     def _check(self, ids: list[int], labels: list[int]) -> None:
         bos = self.tok.bos_token_id
@@ -298,20 +278,6 @@ class Encoder:
             raise LorakitError("all labels are masked; there is nothing to learn")
 
 
-def _without_oldest(row: OneAnswer) -> Chat | None:
-    """Return a chat without its first exchange; None if an answer to learn would go with it."""
-    if not isinstance(row, Chat):
-        return None
-    roles = [message["role"] for message in row.messages]
-    start = next((i for i, r in enumerate(roles) if r not in ("system", "developer")), 0)
-    then = next((i for i in range(start + 1, len(roles)) if roles[i] == "user"), None)
-    learned = [m["role"] == "assistant" and is_learned(m) for m in row.messages]
-    if then is None or (row.first and then > row.first) or not any(learned[then:]):
-        return None
-    messages = row.messages[:start] + row.messages[then:]
-    return row._replace(messages=messages, first=max(row.first - (then - start), 0))
-
-
 @contextmanager
 def _at(place: str) -> Iterator[None]:
     """Put the place of the row before each error of the block."""
@@ -319,27 +285,3 @@ def _at(place: str) -> Iterator[None]:
         yield
     except LorakitError as error:
         raise LorakitError(f"{place}: {error}") from None
-
-
-def _needed(uncut: _Uncut) -> int:
-    """Return how many tokens must stand before the first label: the head, but at least one."""
-    return max(uncut.head, min(uncut.prompt, 1))
-
-
-def _first_kept(uncut: _Uncut, limit: int) -> int:
-    """Return the first token after the head from which on all that is learned fits `limit`."""
-    ids, _, head, prompt = uncut
-    end = min(len(ids), prompt + limit - _needed(uncut))
-    return max(head, prompt - (limit - head - (end - prompt)))
-
-
-def _cut(uncut: _Uncut, start: int, limit: int) -> _Uncut:
-    """Return the head, and what follows from token `start` on, at most `limit` tokens in all.
-
-    Two answers may split the end of their prompt into other tokens, so `start`, which serves both,
-    may lie behind the first label of one. Then it stays before that.
-    """
-    ids, labels, head, prompt = uncut
-    start = min(start, prompt - (_needed(uncut) - head))
-    kept = [*range(head), *range(start, min(len(ids), start + limit - head))]
-    return _Uncut([ids[t] for t in kept], [labels[t] for t in kept], head, prompt - start + head)

@@ -4,8 +4,6 @@ transformers finds the assistant's tokens by tags in the template; lorakit ignor
 compares renderings.
 """
 
-from types import SimpleNamespace
-
 import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
@@ -13,13 +11,12 @@ from hypothesis import strategies as st
 import lorakit as lk
 from lorakit.data.encode import IGNORE, TODAY
 from lorakit.models.tokenizer import Tokenizer
-from tests.chat_templates import BOS_EOS, SPECIAL, TEMPLATES
+from tests.chat_templates import SPECIAL, TEMPLATES
 from tests.data.chats import CHAT, GENERATION, SYSTEM, TOOLS, TURNS, assistant, encode, shown, user
-from tests.models.gguf_files import write_vocabulary
-from tests.models.sentencepiece import spm_metadata
+
+pytestmark = pytest.mark.usefixtures("today")
 
 TAGGED = ["llama3", "qwen25", "gemma3", "mistral"]
-
 
 CALL = assistant(
     None, tool_calls=[{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
@@ -36,45 +33,6 @@ WITH_TOOLS = {
     "call": [user("1+2?"), CALL, RESULT, assistant("It is 3.")],
     "calls": [user("a"), CALL, RESULT, assistant("b"), user("c"), CALL, RESULT, assistant("d")],
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def today():
-    """transformers' templates on the day of ours."""
-    from transformers.utils import chat_template_utils
-
-    with pytest.MonkeyPatch.context() as patch:
-        clock = SimpleNamespace(now=lambda: TODAY)
-        patch.setattr(chat_template_utils, "datetime", clock)
-        yield
-
-
-@pytest.fixture(scope="module")
-def make(smollm2, tmp_path_factory):
-    """A tokenizer with a family's template and special tokens, and transformers' of its files."""
-    from transformers import AutoTokenizer
-
-    made = {}
-
-    def build(family):
-        if family not in made:
-            path = tmp_path_factory.mktemp(family)
-            if family in ("gemma3", "mistral"):  # SentencePiece
-                options = {"add_space_prefix": family == "mistral"}
-                tok = lk.load_tokenizer(write_vocabulary(path / "m.gguf", spm_metadata(**options)))
-            else:
-                tok = lk.load_tokenizer(smollm2)
-            tok.backend.add_special_tokens(SPECIAL[family])
-            bos, eos = BOS_EOS[family]
-            special = {"eos_token": eos} | ({"bos_token": bos} if bos else {})
-            Tokenizer(tok.backend, special, TEMPLATES[family]).save(path / "hf")
-            made[family] = (
-                lk.load_tokenizer(path / "hf"),
-                AutoTokenizer.from_pretrained(path / "hf"),
-            )
-        return made[family]
-
-    return build
 
 
 def check_as_transformers(pair, messages, tools):
@@ -201,6 +159,58 @@ def test_a_header_that_finished_turns_do_not_show(make):
     tok = make("r1")[0]
     chat = [user("a"), assistant("<b"), user("c"), assistant("d")]
     assert shown(tok, encode(tok, chat)) == ["<b<|end|>", "d<|end|>"]
+
+
+THOUGHT = "<think>\neasy\n</think>\n\n4."
+QWEN3_THINKING = TEMPLATES["qwen3"].replace(
+    "add_generation_prompt %}{{- '<|im_start|>assistant\\n'",
+    "add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n'",
+)
+
+
+def test_a_thought_that_the_header_opens(make):
+    """It is learned behind the header, whether it stands in the content or beside it."""
+    tok = make("qwen3")[0]
+    thinking = Tokenizer(tok.backend, tok.special_tokens, QWEN3_THINKING)
+    within = [user("2+2?"), assistant(THOUGHT)]
+    beside = [user("2+2?"), assistant("4.", reasoning_content="easy")]
+    expected = ["easy\n</think>\n\n4.<|im_end|>"]
+    header = thinking.apply_chat_template(within[:1], add_generation_prompt=True)
+    for chat in (within, beside):
+        example = encode(thinking, chat)
+        assert shown(thinking, example) == expected
+        assert example.labels[: len(header)] == [IGNORE] * len(header)
+        assert example.input_ids[: len(header)] == header
+        assert encode(thinking, chat, train_on="all").labels == example.input_ids
+    assert shown(tok, encode(tok, within)) == [f"{THOUGHT}<|im_end|>"]
+    with pytest.raises(lk.LorakitError, match="leaves out the content of message 1, or a part"):
+        encode(thinking, [*within, user("a"), assistant("b")])
+
+
+R1_WHOLE = TEMPLATES["r1"].replace(".split('</think>')[-1]", "")
+
+
+@pytest.mark.parametrize(
+    ("template", "content", "learned"),
+    [
+        (R1_WHOLE, f"<think>\n{THOUGHT[8:]}", THOUGHT[8:]),
+        (R1_WHOLE, "4.", "4."),
+        (R1_WHOLE, THOUGHT[8:], THOUGHT[8:]),
+        (TEMPLATES["r1"], THOUGHT, None),
+        # one that drops another start of the content than the header shows
+        (R1_WHOLE.replace("message.content +", "message.content[1:] +"), "#4.", None),
+        (R1_WHOLE.replace("message.content +", "message.content[1:] +"), "n4.", None),
+    ],
+)
+def test_a_header_that_opens_a_thought_is_no_excuse(make, template, content, learned):
+    """Only what ends the header may be missing at the start of a content."""
+    tok = Tokenizer(make("r1")[0].backend, make("r1")[0].special_tokens, template)
+    chat = [user("2+2?"), assistant(content)]
+    if learned is None:
+        with pytest.raises(lk.LorakitError, match="leaves out the content of message 1"):
+            encode(tok, chat)
+    else:
+        assert shown(tok, encode(tok, chat)) == [f"{learned}<|end|>"]
 
 
 def test_transformers_names_of_reasoning(make):
