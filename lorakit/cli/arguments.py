@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TypeAlias
 
 # argparse has no public name for what `add_subparsers` returns.
@@ -11,6 +12,10 @@ MODEL_HELP = "directory, .gguf file or Hub id of the model"
 ADAPTER_HELP = "directory of a PEFT or lorakit adapter"
 OUT_HELP = "directory to write; it must be new or empty"
 DTYPE_HELP = "dtype of the model: bfloat16, float16 or float32 (default: bfloat16)"
+TEMPLATE_HELP = (
+    "chat template: a jinja file, chatml, gemma, llama3 or zephyr (default: the model's)"
+)
+ADAPTED_TEMPLATE_HELP = TEMPLATE_HELP.replace("the model's", "the adapter's, or else the model's")
 STORAGE = ["nf4", "fp4", "int8"]  # the ways to pack a model's frozen weights
 
 
@@ -19,6 +24,17 @@ def count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
     return int(text)
+
+
+def chat_template(given: str | None, adapter: Path | None) -> str | Path | None:
+    """Return the chat template for a model with an adapter: the one given, or else the adapter's.
+
+    None, the model's own, if neither is there.
+    """
+    if given is None and adapter is not None:
+        adapter = adapter.expanduser()
+        return adapter if (adapter / "chat_template.jinja").is_file() else None
+    return given
 
 
 # ---- arguments that stand after an option ----

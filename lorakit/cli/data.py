@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import lorakit as lk
-from lorakit.cli.arguments import MODEL_HELP, Verbs, count
+from lorakit.cli.arguments import MODEL_HELP, TEMPLATE_HELP, Verbs, count
 
 
 def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
@@ -19,6 +19,7 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
     rows = argparse.ArgumentParser(add_help=False)
     rows.add_argument("file", type=Path, help="JSONL, JSON, CSV, TSV or Parquet file of rows")
     rows.add_argument("--model", required=True, help=MODEL_HELP)
+    rows.add_argument("--chat-template", help=TEMPLATE_HELP)
     rows.add_argument("--format", help="format of the rows (default: what their fields say)")
     rows.add_argument(
         "--skip-empty", action="store_true", help="leave out rows with an empty answer"
@@ -59,7 +60,7 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
 def data_show(args: argparse.Namespace) -> int:
     """Print the first rows as the model sees them, and return the exit code."""
     rows = lk.read_rows(args.file, format=args.format, skip_empty=args.skip_empty)
-    tok = lk.load_tokenizer(args.model)
+    tok = lk.load_tokenizer(args.model, chat_template=args.chat_template)
     color = sys.stdout.isatty() and not args.no_color
     print(lk.show_rows(rows, tok, args.rows, train_on=args.train_on, color=color))
     return 0
@@ -69,7 +70,7 @@ def data_lint(args: argparse.Namespace) -> int:
     """Print a report on the rows, and return 1 if any row cannot be used."""
     errors: list[str] = []
     rows = lk.read_rows(args.file, format=args.format, errors=errors, skip_empty=args.skip_empty)
-    tok = lk.load_tokenizer(args.model)
+    tok = lk.load_tokenizer(args.model, chat_template=args.chat_template)
     report = lk.lint_rows(
         rows, tok, max_seq_length=args.max_seq_length, train_on=args.train_on, errors=errors
     )

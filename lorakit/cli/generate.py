@@ -5,7 +5,15 @@ import sys
 from pathlib import Path
 
 import lorakit as lk
-from lorakit.cli.arguments import ADAPTER_HELP, DTYPE_HELP, MODEL_HELP, STORAGE, Verbs
+from lorakit.cli.arguments import (
+    ADAPTED_TEMPLATE_HELP,
+    ADAPTER_HELP,
+    DTYPE_HELP,
+    MODEL_HELP,
+    STORAGE,
+    Verbs,
+    chat_template,
+)
 
 
 def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
@@ -21,6 +29,7 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
     add("prompt", nargs="?", help="text to continue (default: standard input)")
     add("--adapter", type=Path, help=ADAPTER_HELP)
     add("--chat", action="store_true", help="send the prompt as a user's message")
+    add("--chat-template", help=ADAPTED_TEMPLATE_HELP)
     add("--quantize", choices=STORAGE, help="pack the weights of the model")
     add("--dtype", default="bfloat16", help=DTYPE_HELP)
     add(
@@ -66,7 +75,8 @@ def _take_prompt(args: argparse.Namespace, rest: list[str]) -> bool:
 def generate(args: argparse.Namespace) -> int:
     """Print the prompt's continuation, piece by piece, and return the exit code."""
     prompt = args.prompt if args.prompt is not None else sys.stdin.read()
-    tok = lk.load_tokenizer(args.model)
+    template = chat_template(args.chat_template, args.adapter)
+    tok = lk.load_tokenizer(args.model, chat_template=template)
     model = lk.load_model(args.model, dtype=args.dtype, quantize=args.quantize)
     if args.adapter is not None:
         lk.load_adapter(model, args.adapter)

@@ -4,7 +4,16 @@ import argparse
 from pathlib import Path
 
 import lorakit as lk
-from lorakit.cli.arguments import ADAPTER_HELP, DTYPE_HELP, MODEL_HELP, OUT_HELP, STORAGE, Verbs
+from lorakit.cli.arguments import (
+    ADAPTED_TEMPLATE_HELP,
+    ADAPTER_HELP,
+    DTYPE_HELP,
+    MODEL_HELP,
+    OUT_HELP,
+    STORAGE,
+    Verbs,
+    chat_template,
+)
 
 
 def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
@@ -32,6 +41,7 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
         "the default), the weights of the model's files (dense), or the unpacked weights, which "
         "are then packed again (nf4)",
     )
+    parser.add_argument("--chat-template", help=ADAPTED_TEMPLATE_HELP)
     parser.add_argument("--dtype", default="bfloat16", help=DTYPE_HELP)
     parser.set_defaults(run=merge)
 
@@ -42,9 +52,14 @@ def merge(args: argparse.Namespace) -> int:
         raise lk.LorakitError(f"{args.out} is there already, and not empty: choose another name")
     if args.base == "nf4" and args.quantize not in ("nf4", "fp4"):
         raise lk.LorakitError("--base nf4 packs again what was packed: add --quantize nf4")
+    template = chat_template(args.chat_template, args.adapter)
+    if args.chat_template is not None:  # an error in it should not take minutes
+        lk.load_tokenizer(args.model, chat_template=template)
     model = lk.load_model(args.model, dtype=args.dtype, quantize=args.quantize)
     lk.load_adapter(model, args.adapter)
     print(lk.merge(model, args.base))
     lk.save_model(model, args.out, packed=args.base == "nf4")
+    if template is not None and (args.out / "tokenizer.json").exists():
+        lk.load_tokenizer(args.model, chat_template=template).save(args.out)
     print(f"model in {args.out}")
     return 0

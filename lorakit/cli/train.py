@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import lorakit as lk
-from lorakit.cli.arguments import Verbs, take_overrides
+from lorakit.cli.arguments import Verbs, chat_template, take_overrides
 from lorakit.cli.run_file import read_run_file
 
 
@@ -38,7 +38,9 @@ def train(args: argparse.Namespace) -> int:
     run = lk.RunConfig.from_dict(read_run_file(args.run_file, args.overrides), str(args.run_file))
     if run.adapter is not None:
         _check_adapter(run.adapter)
-    tok = lk.load_tokenizer(run.model)
+    adapter = None if run.adapter is None else Path(run.adapter)
+    template = chat_template(run.chat_template, adapter)
+    tok = lk.load_tokenizer(run.model, chat_template=template)
     # The rows are encoded before the model is loaded: an error in them should not take minutes.
     files = {"train": run.data.train, "validation": run.data.validation}
     data = {

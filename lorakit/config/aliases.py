@@ -21,6 +21,7 @@ RENAMED = {
     "model_name_or_path": "model",
     "dataset_name": "data.train",
     "torch_dtype": "dtype",
+    "chat_template_path": "chat_template",
     "micro_batch_size": "per_device_train_batch_size",
     "num_epochs": "num_train_epochs",
     "lr_scheduler": "lr_scheduler_type",
@@ -53,6 +54,7 @@ VALUES: dict[str, dict[Any, Any]] = {
     },
     "report_to": {"none": None},
     "max_steps": {-1: None},
+    "chat_template": {"tokenizer_default": None},
 }
 
 DEVICE = "lorakit trains on one device: take it out"
@@ -121,6 +123,8 @@ def own_names(values: File) -> tuple[dict[Any, Any], Notes]:
         ValueError: A name asks for what lorakit cannot do, or two names set the same thing.
     """
     own = {name: value for name, value in values.items() if not is_alias(name)}
+    if own.get("chat_template") == "jinja" and values.get("chat_template_jinja") is not None:
+        del own["chat_template"]
     _open_mappings(own)
     notes: Notes = []
     said_by: dict[str, str] = {}  # a setting -> the alias that has set it
@@ -342,7 +346,18 @@ def _resume(value: Any, values: File, notes: Notes) -> Meaning:
     return {"resume": value}
 
 
+def _jinja(value: Any, values: File, notes: Notes) -> Meaning:
+    """Convert Axolotl's template, a text or a file, which counts only beside chat_template: jinja.
+
+    `own_names` has taken that word out.
+    """
+    if values.get("chat_template") not in ("jinja", None):
+        raise ValueError("it counts only with chat_template: jinja: keep one of them")
+    return {"chat_template": value}
+
+
 CONVERTED: dict[str, Conversion] = {
+    "chat_template_jinja": _jinja,
     "bf16": _bf16,
     "load_in_4bit": _load_in_4bit,
     "load_in_8bit": _switch("quantize.quant_type", "int8"),

@@ -51,6 +51,9 @@ class RunConfig:
     """Storage of the frozen weights: a quant_type, settings, or null to leave them dense."""
     dtype: str = "bfloat16"
     """Dtype that the model computes in: "bfloat16" or "float32"."""
+    chat_template: str | None = None
+    """Chat template to use instead of the model's own: "chatml", "gemma", "llama3" or "zephyr", a
+    jinja file, or a directory with a template. It is saved with the adapter."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Settings of the training; in a run file they stand beside the other keys."""
 

@@ -14,6 +14,7 @@ place, not its id: a model that pads with its end token still learns to stop.
 What becomes of the examples of many rows is in examples.py.
 """
 
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -233,9 +234,12 @@ class Encoder:
                 break
             tokens = tokens[:-1]
         if not tokens or ids[tokens[-1]] not in self._end_tokens:
+            shown = text[: offsets[tokens[-1]][1]] if tokens else ""
+            mark = re.search(r"<[^<>\s]+>$", shown)
+            why = f", as {mark[0]!r} is no special token" if mark else ", or masks it"
             raise LorakitError(
-                f"the chat template puts no end token after message {i}, or masks it: the "
-                "model would not learn to stop; end the turn with {{ eos_token }}"
+                f"the chat template puts no end token after message {i}{why}: the model would not "
+                "learn to stop; end the turn with {{ eos_token }}, as chat_template: zephyr does"
             )
         return tokens
 

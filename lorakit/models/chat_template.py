@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, NoReturn
 
-from jinja2 import Environment, Template, TemplateError, nodes
+from jinja2 import Environment, Template, TemplateError, TemplateSyntaxError, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -79,6 +79,16 @@ def render_template(source: str, **variables: Any) -> str:
         return _compile(source).render(**variables)
     except Exception as error:  # a template is a program: it may raise anything
         raise LorakitError(f"the chat template refuses these messages: {error}") from None
+
+
+def check_template(source: str, where: str) -> None:
+    """Raise LorakitError, which names the template `where`, if it is no program in jinja2."""
+    try:
+        _compile(source)
+    except TemplateSyntaxError as error:
+        raise LorakitError(
+            f"{where} is no chat template that jinja2 reads: line {error.lineno}: {error}"
+        ) from None
 
 
 def checked_messages(messages: Messages) -> Messages:

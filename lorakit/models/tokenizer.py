@@ -11,10 +11,11 @@ from typing import Any, Literal, overload
 
 import tokenizers
 
-from lorakit.config.errors import LorakitError
+from lorakit.config.errors import LorakitError, one_of
 from lorakit.files.local import as_path
 from lorakit.models.chat_template import Messages, checked_messages, render_template
-from lorakit.models.tokenizer_directory import TokenizerParts, write_parts
+from lorakit.models.named_templates import NAMED_TEMPLATES
+from lorakit.models.tokenizer_directory import TokenizerParts, write_parts, write_template
 
 
 class Tokenizer:
@@ -115,6 +116,19 @@ class Tokenizer:
         parts = TokenizerParts(self.backend, self.special_tokens, self.chat_template)
         write_parts(parts, path, self.source)
 
+    def save_chat_template(self, path: str | Path) -> None:
+        """Write the chat template alone into a directory, beside an adapter for example.
+
+        `load_tokenizer` takes that directory as chat_template. Without a template, one of an
+        earlier save is removed.
+
+        Args:
+            path: The directory. It is made if it is missing.
+        """
+        path = as_path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        write_template(self.chat_template, path)
+
     @property
     def bos_token_id(self) -> int | None:
         """The id of the token that opens a text."""
@@ -185,7 +199,7 @@ class Tokenizer:
             messages: The turns, each {"role": ..., "content": ...}.
             tokenize: True returns token ids, False the text.
             add_generation_prompt: End with the header of the assistant's turn.
-            chat_template: The template to use, by default the model's own.
+            chat_template: The text or the name of the template to use, by default the model's own.
             tools: The tools that the model may call, for the template.
             documents: Documents to answer from, for the template.
             **variables: Other variables of the template, such as enable_thinking.
@@ -198,6 +212,7 @@ class Tokenizer:
                 refuses them.
         """
         source = chat_template or self._template(tools is not None)
+        source = NAMED_TEMPLATES.get(source, source)
         rendered = render_template(
             source,
             messages=checked_messages(messages),
@@ -211,7 +226,10 @@ class Tokenizer:
     def _template(self, with_tools: bool) -> str:
         """Return the model's template for a chat with or without tools."""
         if self.chat_template is None:
-            raise LorakitError("the tokenizer has no chat template; give one as chat_template=")
+            raise LorakitError(
+                "the tokenizer has no chat template; set chat_template to a jinja file or to "
+                f"{one_of([*NAMED_TEMPLATES])}"
+            )
         if isinstance(self.chat_template, str):
             return self.chat_template
         name = "tool_use" if with_tools and "tool_use" in self.chat_template else "default"

@@ -80,6 +80,32 @@ def read_parts(path: Path) -> TokenizerParts:
     return TokenizerParts(backend, special, _template(path, config))
 
 
+def read_template(path: Path) -> str | dict[str, str] | None:
+    """Return the chat template in a directory, or several by name; None if it holds none.
+
+    The directory need not hold a tokenizer: that of an adapter has a template alone. Raises
+    LorakitError if a file is damaged.
+    """
+    return _template(path, _read_optional(path / "tokenizer_config.json"))
+
+
+def write_template(template: str | Mapping[str, str] | None, path: Path) -> None:
+    """Write a chat template into a directory, as `read_template` reads it.
+
+    Several go into chat_template.jinja and additional_chat_templates/, as transformers has them. If
+    there is none, that of an earlier save is removed.
+    """
+    named = {"default": template} if isinstance(template, str) else dict(template or {})
+    if "default" in named:
+        write_text(path / "chat_template.jinja", named["default"])
+    else:
+        (path / "chat_template.jinja").unlink(missing_ok=True)
+    for name, text in named.items():
+        if name != "default":
+            (path / "additional_chat_templates").mkdir(exist_ok=True)
+            write_text(path / "additional_chat_templates" / f"{name}.jinja", text)
+
+
 def _text(token: Any) -> str | None:
     """Return the text of a special token, which may be an object; None for anything else."""
     text = token.get("content") if isinstance(token, Mapping) else token

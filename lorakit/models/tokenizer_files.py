@@ -22,11 +22,14 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, normalizers
 
-from lorakit.config.errors import LorakitError
+from lorakit.config.errors import LorakitError, nearest, one_of
 from lorakit.files import hub
 from lorakit.files.gguf import read_header
+from lorakit.files.local import as_path, read_text
+from lorakit.models.chat_template import check_template
+from lorakit.models.named_templates import NAMED_TEMPLATES
 from lorakit.models.tokenizer import Tokenizer
-from lorakit.models.tokenizer_directory import read_parts
+from lorakit.models.tokenizer_directory import read_parts, read_template
 
 # The names in GGUF's tokenizer.ggml.pre, and the regexes that cut a text before BPE, one after the
 # other. "gpt-2" is GPT-2's own (openai/gpt-2, encoder.py), "default" is what llama.cpp does where a
@@ -51,23 +54,59 @@ _PRE_TOKENIZERS = {
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # GGUF token types
 
 
-def load_tokenizer(path_or_hub_id: str | Path) -> Tokenizer:
+def load_tokenizer(
+    path_or_hub_id: str | Path, *, chat_template: str | Path | None = None
+) -> Tokenizer:
     """Load the tokenizer of a model.
 
     Args:
         path_or_hub_id: A Hugging Face directory with a tokenizer.json, a .gguf file, or a Hub id
             ("organization/name").
+        chat_template: The chat template to use instead of the model's own: a name (chatml, gemma,
+            llama3 or zephyr), a jinja file, a directory with a template, such as that of an
+            adapter, or the text of a template.
 
     Returns:
         The tokenizer, with the model's special tokens and its chat template.
 
     Raises:
-        LorakitError: If it is missing, damaged, or of a kind that lorakit does not read.
+        LorakitError: If it is missing, damaged, or of a kind that lorakit does not read, or the
+            chat template is.
     """
+    given = None if chat_template is None else _given_template(chat_template)
     path = hub.resolve(path_or_hub_id, hub.TOKENIZER_FILES)
     if path.suffix == ".gguf":
-        return _from_gguf(path)
-    return Tokenizer(*read_parts(path), source=path.absolute())
+        tok = _from_gguf(path)
+    else:
+        tok = Tokenizer(*read_parts(path), source=path.absolute())
+    if given is not None:
+        tok.chat_template = given
+    return tok
+
+
+def _given_template(chat_template: str | Path) -> str | dict[str, str]:
+    """Return the template that a name, a file, a directory or a text means."""
+    text = str(chat_template)
+    if text in NAMED_TEMPLATES:
+        return NAMED_TEMPLATES[text]
+    where = "chat_template"
+    if "{{" not in text and "{%" not in text:  # which every template holds
+        path = as_path(chat_template)
+        where = str(path)
+        if path.is_dir():
+            found = read_template(path)
+            if found is None:
+                raise LorakitError(f"chat_template: {path} holds no chat template")
+            return found
+        if not path.exists():
+            names = one_of([*NAMED_TEMPLATES])
+            raise LorakitError(
+                f"chat_template: {text} is no file, and no name of a template"
+                f"{nearest(text, NAMED_TEMPLATES)}; give a jinja file or {names}"
+            )
+        text = read_text(path)
+    check_template(text, where)
+    return text
 
 
 # ---- GGUF files ----------------------------------------------------------------------------------

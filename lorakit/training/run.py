@@ -197,6 +197,7 @@ class Run:
 
     def _save(self, path: Path) -> None:
         save_adapter(self.model, path, base_model=self.base_model)
+        self.tok.save_chat_template(path)
 
     # ---- a step ----
 

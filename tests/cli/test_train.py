@@ -18,6 +18,7 @@ import yaml
 
 import lorakit as lk
 from lorakit.cli.main import main
+from lorakit.models.named_templates import NAMED_TEMPLATES
 
 
 def test_profile(run_file, tmp_path, capsys):
@@ -78,6 +79,48 @@ def test_errors_of_rows_come_before_the_model(run_file, tmp_path, capsys, monkey
     monkeypatch.setattr(lk, "load_model", None)
     assert main(["train", str(run_file), "max_seq_length=9", "over_length=raise"]) == 1
     assert "line 1: 102 tokens, more than max_seq_length=9" in capsys.readouterr().err
+
+
+def test_a_chat_template_for_a_model_without_one(run_file, tiny_dir, tmp_path, capsys):
+    """It is saved with the adapter, and used by what comes after: more training, chat, a merge."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(tiny_dir, base)
+    (base / "chat_template.jinja").unlink()
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "train.jsonl").write_text(json.dumps({"messages": chat}))
+    options = ["train", str(run_file), f"model={base}", "max_steps=1"]
+    assert main(options) == 1
+    assert "set chat_template to a jinja file or to chatml, gemma" in capsys.readouterr().err
+    lint = ["data", "lint", str(tmp_path / "train.jsonl"), "--model", str(base)]
+    assert main(lint) == 1
+    assert main([*lint, "--chat-template", "zephyr"]) == 0
+    assert main([*options, "chat_template=zephyr"]) == 0
+    template = NAMED_TEMPLATES["zephyr"]
+    assert (out / "chat_template.jinja").read_text() == template
+    assert main([*options, f"adapter={out}", "lora={}", f"output_dir={tmp_path / 'more'}"]) == 0
+    assert (tmp_path / "more" / "chat_template.jinja").read_text() == template
+
+    dense = ["--dtype", "float32"]
+    capsys.readouterr()
+    chatting = ["generate", str(base), "a", "--chat", "--max-new-tokens", "4", *dense]
+    assert main([*chatting, "--adapter", str(out)]) == 0
+    answer = capsys.readouterr().out
+    tok = lk.load_tokenizer(base, chat_template="zephyr")
+    model = lk.load_adapter(lk.load_model(base, dtype="float32"), out)
+    assert answer == lk.generate(model, tok, chat[:1], max_new_tokens=4) + "\n"
+    assert main(chatting) == 1
+    assert "set chat_template to" in capsys.readouterr().err
+
+    for name, given, expected in [
+        ("a", [], template),
+        ("b", ["--chat-template", "{{ 1 }}"], "{{ 1 }}"),
+    ]:
+        assert main(["merge", str(base), str(out), str(tmp_path / name), *dense, *given]) == 0
+        assert lk.load_tokenizer(tmp_path / name).chat_template == expected
+    assert (
+        main(["merge", str(base), str(out), str(tmp_path / "c"), "--chat-template", "zefyr"]) == 1
+    )
+    assert not (tmp_path / "c").exists()
 
 
 def test_loftq_before_training(run_file, capsys):

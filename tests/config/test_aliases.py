@@ -152,6 +152,12 @@ def test_trl_file():
         ({"load_in_4bit": True, "quantize": None}, "load_in_4bit and quantize set the same thing"),
         ({"bf16": True, "torch_dtype": "float32"}, "torch_dtype and bf16 set the same thing"),
         ({"bf16": "no"}, "bf16: it must be true or false, not 'no'"),
+        (
+            {"chat_template": "chatml", "chat_template_jinja": "t.jinja"},
+            "chat_template_jinja: it counts only with chat_template: jinja",
+        ),
+        ({"chat_template": "a", "chat_template_path": "b"}, "chat_template set the same thing"),
+        ({"chat_template": 3}, "chat_template must be str or null, not 3"),
         ({"fp16": True}, "fp16 is True: gradients of a float16 model underflow"),
         (
             {"adapter": None},
@@ -239,6 +245,22 @@ def test_the_adapter_to_go_on_from(values, adapter, quantize):
     assert (run.adapter, run.quantize, run.lora) == (adapter, quantize, lk.LoraConfig())
 
 
+@pytest.mark.parametrize(
+    ("values", "template"),
+    [
+        ({}, None),
+        ({"chat_template": "chatml"}, "chatml"),
+        ({"chat_template": "tokenizer_default"}, None),
+        ({"chat_template": "jinja", "chat_template_jinja": "{{ messages }}"}, "{{ messages }}"),
+        ({"chat_template_jinja": "t.jinja"}, "t.jinja"),
+        ({"chat_template": "llama3", "chat_template_jinja": None}, "llama3"),
+        ({"chat_template_path": "t.jinja"}, "t.jinja"),
+    ],
+)
+def test_the_chat_template(values, template):
+    assert lk.RunConfig.from_dict(RUN | values).chat_template == template
+
+
 def test_no_alias_hides_a_key_of_ours():
     ours = {f.name for cls in (lk.RunConfig, lk.TrainConfig) for f in dataclasses.fields(cls)}
     assert ours & aliases.ALIASES == {"adapter"}  # Axolotl's two values are no directories
@@ -258,7 +280,17 @@ yaml_values = st.recursive(
     ),
     max_leaves=4,
 )
-RUN_KEYS = [*aliases.ALIASES, "wandb_x", "lora", "data", "quantize", "model", "dtype", "train"]
+RUN_KEYS = [
+    *aliases.ALIASES,
+    "chat_template",
+    "wandb_x",
+    "lora",
+    "data",
+    "quantize",
+    "model",
+    "dtype",
+    "train",
+]
 RUN_KEYS += [f.name for f in dataclasses.fields(lk.TrainConfig)]
 
 
@@ -310,6 +342,7 @@ SWITCHES = {
 NO_SWITCHES = {  # these take other values than true and false, or say nothing but their own
     "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_use_double_quant", "adapter",
     "lora_model_dir", "datasets", "test_datasets", "save_strategy", "eval_strategy",
+    "chat_template_jinja",
     "evaluation_strategy",
 }  # fmt: skip
 
