@@ -36,7 +36,9 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
     )
     convert.add_argument("adapter", type=Path, help=ADAPTER_HELP)
     convert.add_argument("out", type=Path, help=OUT_HELP)
-    convert.add_argument("--base-model", help=f"{MODEL_HELP}; DoRA and fused experts need it")
+    convert.add_argument(
+        "--base-model", help=f"{MODEL_HELP}; DoRA, fused experts and a .gguf adapter need it"
+    )
     convert.add_argument(
         "--rank",
         type=count,

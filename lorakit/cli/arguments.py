@@ -9,7 +9,7 @@ from typing import TypeAlias
 Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 MODEL_HELP = "directory, .gguf file or Hub id of the model"
-ADAPTER_HELP = "directory of a PEFT or lorakit adapter"
+ADAPTER_HELP = "directory of an adapter, or its .gguf file"
 OUT_HELP = "directory to write; it must be new or empty"
 DTYPE_HELP = "dtype of the model: bfloat16, float16 or float32 (default: bfloat16)"
 TEMPLATE_HELP = (

@@ -170,8 +170,13 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, LazyTensor]]:
             tensor does not belong to the architecture.
     """
     header = read_header(path)
+    if header.metadata.get("general.type") == "adapter":
+        raise LorakitError(
+            f"{path} is an adapter: load the model that it was trained on, then this file with "
+            "load_adapter"
+        )
     lengths = {name: data_length(path, name, info) for name, info in header.tensors.items()}
-    dialect = _dialect(path, header.metadata)
+    dialect = _dialect(path, header)
     config = _model_config(path, header, dialect)
     tensors = {}
     for name, info in header.tensors.items():
@@ -191,13 +196,37 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, LazyTensor]]:
     return config, tensors
 
 
-def _dialect(path: Path, metadata: Mapping[str, Any]) -> _Dialect:
+def adapted_weight(
+    path: Path, header: Header, name: str, config: ModelConfig | None
+) -> tuple[str, Callable[[Tensor], Tensor] | None]:
+    """Return which weight a file of an adapter means, and how the rows of a change are ordered.
+
+    Args:
+        path: The file, for messages.
+        header: Its header.
+        name: The name of the weight in the file, such as blk.0.attn_q.weight.
+        config: The model that is adapted; None leaves the rows as they are in the file.
+
+    Returns:
+        The published name, with {} for the number of each expert in it. Beside it stands a function
+        that brings the rows of a change [out, ...] into the published order, or None if they are.
+
+    Raises:
+        LorakitError: lorakit lacks the architecture, or it has no such weight.
+    """
+    dialect = _dialect(path, header)
+    published = _hf_name(path, name, dialect)
+    return published, None if config is None else _restoration(published, dialect, config)
+
+
+def _dialect(path: Path, header: Header) -> _Dialect:
     """Return the dialect of a file's architecture; refuse an architecture that has none."""
-    arch = metadata.get("general.architecture")
+    arch = header.metadata.get("general.architecture")
     if arch not in list(_DIALECTS):  # a list: a damaged file may hold what cannot be hashed
         known = ", ".join(_DIALECTS)
         raise LorakitError(f"{path}: architecture {arch!r} is not supported; supported are {known}")
-    if arch == "llama" and metadata.get("llama.expert_count"):
+    experts = any("_exps." in name or "_gate_inp." in name for name in header.tensors)
+    if arch == "llama" and (experts or header.metadata.get("llama.expert_count")):
         return _MIXTRAL
     return _DIALECTS[arch]
 

@@ -134,11 +134,11 @@ def convert_adapter(
     weights are left out.
 
     Args:
-        source: The directory of a LoRA adapter of PEFT or lorakit.
+        source: A LoRA adapter of any kind that `load_adapter` reads.
         target: The directory to write, which must be new or empty.
         base_model: A model directory, .gguf file or Hub id. It is needed for DoRA, whose update
-            depends on the weights (packed ones are dequantized), and for fused experts, whose
-            published names it knows.
+            depends on the weights (packed ones are dequantized), for fused experts, whose published
+            names it knows, and for a .gguf file, whose rows its heads order.
         rank: The rank to write; a larger one than needed is filled with zeros. None means the
             largest rank of a layer, or twice that for DoRA, which is approximated.
 
@@ -153,9 +153,10 @@ def convert_adapter(
     """
     source, target = as_path(source), as_path(target).resolve()  # not a link to it
     _check_target(source, target)
-    adapter = open_adapter(source)
+    base = None if base_model is None else _open_base(base_model)
+    adapter = open_adapter(source, None if base is None else base.config)
     _check_plain(adapter)
-    base = _open_base(adapter, base_model)
+    _check_base(adapter, base)
     wanted = _wanted_rank(adapter, rank)
     plain, errors = _convert_layers(adapter, base, wanted)
     needed = max(len(layer.a) for layer in plain.values())
@@ -241,19 +242,26 @@ def _is_dora(adapter: StoredAdapter) -> bool:
     return any(layer.magnitude is not None for layer in adapter.layers)
 
 
-def _open_base(adapter: StoredAdapter, base_model: str | Path | None) -> BaseModel | None:
-    """Open the base model, if one is given. Raises LorakitError if the adapter needs one."""
-    if base_model is not None:
-        model, tensors, source = open_model(base_model)
-        around = {} if source.surroundings is None else source.surroundings.tensors
-        towers = {name.rpartition(".")[0] for name in around}
-        return BaseModel(base_model, model.config, tensors, towers)
+def _open_base(base_model: str | Path) -> BaseModel:
+    """Open the base model."""
+    model, tensors, source = open_model(base_model)
+    around = {} if source.surroundings is None else source.surroundings.tensors
+    towers = {name.rpartition(".")[0] for name in around}
+    return BaseModel(base_model, model.config, tensors, towers)
+
+
+def _check_base(adapter: StoredAdapter, base: BaseModel | None) -> None:
+    """Raise LorakitError if the adapter needs a base model and there is none."""
+    if base is not None:
+        return
     if _is_dora(adapter):
         why = "DoRA scales the weights of the base"
     elif any(layer.experts for layer in adapter.layers):
         why = "the base's config names experts"
+    elif adapter.written_by == "llama.cpp":
+        why = "the base's heads order the rows of q and k in a GGUF file"
     else:
-        return None
+        return
     raise LorakitError(f"{adapter.path}: {why}: give base_model (--base-model)")
 
 
@@ -287,13 +295,13 @@ def _convert_layers(
         adapter.layers, desc="converting", unit="layer", disable=disable, leave=False
     ):
         if layer.magnitude is not None:
-            assert base is not None  # `_open_base` raises an error for DoRA without a base
+            assert base is not None  # `_check_base` raises an error for DoRA
             assert rank is not None  # `_wanted_rank` always gives DoRA one
             found = approximate_dora(adapter.path, layer, base, rank)
             plain[layer.name] = _PlainLayer(found.a, found.b, 1.0, False)
             errors.missed[layer.name], errors.whole[layer.name] = found.missed, found.whole
         elif layer.experts:
-            assert base is not None  # `_open_base` asks for one here too
+            assert base is not None  # `_check_base` asks for one here too
             plain |= _split_layer(adapter, layer, base.config)
         else:
             name = layer.name if base is None else published_name(layer.name, base.config)

@@ -124,7 +124,7 @@ def describe_adapter(path: str | Path) -> AdapterReport:
     reported as warnings.
 
     Args:
-        path: The directory of the adapter.
+        path: The directory of the adapter, or its .gguf file.
 
     Returns:
         The report.

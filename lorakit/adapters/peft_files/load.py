@@ -41,11 +41,13 @@ from lorakit.files.safetensors import LazyTensor
 
 
 def load_adapter(module: nn.Module, path: str | Path, *, name: str = "default") -> nn.Module:
-    """Attach an adapter of PEFT, lorakit or mlx_lm to a module, in place, and select it.
+    """Attach an adapter that was saved to a module, in place, and select it.
+
+    It may be of PEFT, lorakit or mlx_lm, or a .gguf file for llama.cpp.
 
     Args:
         module: The module; it keeps the adapters that it has.
-        path: The directory of adapter_config.json and the adapter's safetensors.
+        path: The directory of adapter_config.json and the adapter's safetensors, or a .gguf file.
         name: What to call the adapter.
 
     Returns:

@@ -1,6 +1,7 @@
 """Open the files of an adapter, and give everything in them PEFT's names.
 
-A tensor's key may be longer than PEFT writes it. Each of these is read, and a line in the log says
+mlx_files.py and gguf_files.py do this for those that mlx_lm and llama.cpp wrote. In PEFT's files a
+tensor's key may be longer than PEFT writes it. Each of these is read, and a line in the log says
 so:
 
     ....lora_A.default.weight             the name of the adapter, as model.state_dict() has it
@@ -19,12 +20,15 @@ from typing import Any
 from torch import nn
 
 from lorakit.adapters.peft_files.features import SPENT_TENSORS
+from lorakit.adapters.peft_files.gguf_files import open_gguf
 from lorakit.adapters.peft_files.layout import CONFIG_FILE, PREFIX, AdapterFiles, open_weights
 from lorakit.adapters.peft_files.mlx_files import is_mlx, open_mlx
 from lorakit.config.errors import LorakitError
 from lorakit.files.local import as_path, read_json
 from lorakit.files.safetensors import LazyTensor
 from lorakit.files.wrappers import is_wrapped, renamed, unwrapped, without_wrappers
+from lorakit.models.config import ModelConfig
+from lorakit.models.decoder import Decoder
 
 # What may stand before the adapter's name in a key of state_dict().
 _NAMED = re.compile(
@@ -44,20 +48,28 @@ _NAMES = (
 )
 
 
-def open_files(path: str | Path, module: nn.Module | None = None) -> AdapterFiles:
+def open_files(
+    path: str | Path, module: nn.Module | None = None, base: ModelConfig | None = None
+) -> AdapterFiles:
     """Open the files of an adapter; the values of its tensors stay on disk.
 
     Args:
-        path: The directory of the adapter.
+        path: The directory of the adapter, or its .gguf file.
         module: The module that the adapter is for, if there is one.
+        base: The config of the model that it is for, if there is no module.
 
     Returns:
         The adapter's config and tensors, by the names that PEFT gives them.
 
     Raises:
-        LorakitError: A file is missing, damaged or pickled, or two tensors would get one name.
+        LorakitError: A file is missing, damaged or pickled, two tensors would get one name, or the
+            files of mlx_lm or llama.cpp hold something else than LoRA.
     """
     path = as_path(path)
+    if path.suffix == ".gguf" and path.is_file():
+        if module is not None and not isinstance(module, Decoder):
+            raise LorakitError(f"{path}: adapters of llama.cpp are for models of load_model")
+        return open_gguf(path, base if module is None else module.config)
     values = _read_config(path)
     if is_mlx(values):
         return open_mlx(path, values)

@@ -27,6 +27,7 @@ from lorakit.config.errors import LorakitError, check
 from lorakit.config.fields import from_mapping
 from lorakit.config.patterns import of_pattern, valid_regex
 from lorakit.files.safetensors import LazyTensor
+from lorakit.models.config import ModelConfig
 
 # The ending of a tensor's key, and which part of a layer the tensor is.
 _PARTS = {
@@ -126,13 +127,15 @@ class StoredAdapter(NamedTuple):
     unknown: list[str]
 
 
-def open_adapter(path: str | Path) -> StoredAdapter:
-    """Open the LoRA adapter in a directory; the values of its tensors stay on disk.
+def open_adapter(path: str | Path, base: ModelConfig | None = None) -> StoredAdapter:
+    """Open a LoRA adapter on disk; the values of its tensors stay there.
+
+    `base` is the config of its model, by which the rows of a llama.cpp adapter are put in order.
 
     Raises LorakitError if a file is missing or damaged, if peft_type is not LORA, or if a layer has
     only A or only B.
     """
-    files = open_files(path)
+    files = open_files(path, base=base)
     path, values, tensors = files.path, files.values, files.tensors
     config: StoredConfig = from_mapping(
         StoredConfig, values, str(path / CONFIG_FILE), ignore_unknown=True
