@@ -23,6 +23,7 @@ from lorakit.adapters.methods.prompts import PrefixTuningConfig as PrefixTuningC
 from lorakit.adapters.methods.prompts import PromptEncoderConfig as PromptEncoderConfig
 from lorakit.adapters.methods.prompts import PromptTuningConfig as PromptTuningConfig
 from lorakit.adapters.methods.vera import VeraConfig as VeraConfig
+from lorakit.adapters.new_tokens import add_tokens as add_tokens
 from lorakit.adapters.peft_files.convert import convert_adapter as convert_adapter
 from lorakit.adapters.peft_files.inspect import describe_adapter as describe_adapter
 from lorakit.adapters.peft_files.load import load_adapter as load_adapter
@@ -50,6 +51,7 @@ from lorakit.inference.generate import generate_batch as generate_batch
 from lorakit.models.config import ModelConfig as ModelConfig
 from lorakit.models.load import load_model as load_model
 from lorakit.models.packed_layers import quantize as quantize
+from lorakit.models.resize import resize_embeddings as resize_embeddings
 from lorakit.models.save import save_model as save_model
 from lorakit.models.tokenizer_files import load_tokenizer as load_tokenizer
 from lorakit.training import memory as memory

@@ -37,6 +37,13 @@ def chat_template(given: str | None, adapter: Path | None) -> str | Path | None:
     return given
 
 
+def tokenizer_of(model: str, adapter: str | Path | None) -> str | Path:
+    """Return where the tokenizer lies: beside the adapter, if it was saved there, or the model."""
+    if adapter is not None and (Path(adapter).expanduser() / "tokenizer.json").is_file():
+        return adapter
+    return model
+
+
 # ---- arguments that stand after an option ----
 #
 # argparse closes a list of arguments at the first option, so `train run.yaml --debug max_steps=3`

@@ -13,6 +13,7 @@ from lorakit.cli.arguments import (
     STORAGE,
     Verbs,
     chat_template,
+    tokenizer_of,
 )
 
 
@@ -76,7 +77,8 @@ def generate(args: argparse.Namespace) -> int:
     """Print the prompt's continuation, piece by piece, and return the exit code."""
     prompt = args.prompt if args.prompt is not None else sys.stdin.read()
     template = chat_template(args.chat_template, args.adapter)
-    tok = lk.load_tokenizer(args.model, chat_template=template)
+    source = tokenizer_of(args.model, args.adapter)
+    tok = lk.load_tokenizer(source, chat_template=template)
     model = lk.load_model(args.model, dtype=args.dtype, quantize=args.quantize)
     if args.adapter is not None:
         lk.load_adapter(model, args.adapter)

@@ -13,6 +13,7 @@ from lorakit.cli.arguments import (
     STORAGE,
     Verbs,
     chat_template,
+    tokenizer_of,
 )
 
 
@@ -59,7 +60,9 @@ def merge(args: argparse.Namespace) -> int:
     lk.load_adapter(model, args.adapter)
     print(lk.merge(model, args.base))
     lk.save_model(model, args.out, packed=args.base == "nf4")
-    if template is not None and (args.out / "tokenizer.json").exists():
-        lk.load_tokenizer(args.model, chat_template=template).save(args.out)
+    source = tokenizer_of(args.model, args.adapter)
+    new_template = template is not None and (args.out / "tokenizer.json").exists()
+    if new_template or source != args.model:
+        lk.load_tokenizer(source, chat_template=template).save(args.out)
     print(f"model in {args.out}")
     return 0

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import lorakit as lk
-from lorakit.cli.arguments import Verbs, chat_template, take_overrides
+from lorakit.cli.arguments import Verbs, chat_template, take_overrides, tokenizer_of
 from lorakit.cli.run_file import read_run_file
 
 
@@ -40,7 +40,9 @@ def train(args: argparse.Namespace) -> int:
         _check_adapter(run.adapter)
     adapter = None if run.adapter is None else Path(run.adapter)
     template = chat_template(run.chat_template, adapter)
-    tok = lk.load_tokenizer(run.model, chat_template=template)
+    source = tokenizer_of(run.model, adapter)
+    tok = lk.load_tokenizer(source, chat_template=template)
+    tok.add_special_tokens(run.add_tokens)
     # The rows are encoded before the model is loaded: an error in them should not take minutes.
     files = {"train": run.data.train, "validation": run.data.validation}
     data = {
@@ -61,7 +63,8 @@ def train(args: argparse.Namespace) -> int:
     print(f"loaded {run.model} in {time.perf_counter() - started:.1f} s on {model.device}")
     torch.manual_seed(run.train.seed)
     if run.adapter is None:
-        lk.attach(model, run.lora)
+        lora = lk.add_tokens(model, tok, run.add_tokens, run.lora) if run.add_tokens else run.lora
+        lk.attach(model, lora)
     else:
         lk.load_adapter(model, run.adapter)
         print(f"going on from the adapter in {run.adapter}")
@@ -72,6 +75,8 @@ def train(args: argparse.Namespace) -> int:
         print(lk.profile_training(model, tok, data["train"], run.train))
         return 0
     result = lk.train(model, tok, data, run.train, base_model=run.model)
+    if run.add_tokens or source != run.model:
+        tok.save(result.output_dir)
     print(
         f"{result.steps} steps in {result.seconds:.0f} s, loss {result.loss:.4f}, "
         f"{result.tokens_per_second:.0f} tokens/s, peak {result.peak_memory_mb:.0f} MB"

@@ -129,8 +129,9 @@ class LoraConfig(TargetConfig):
     """Biases of the base that are trained too: "none", "lora_only" for those of the adapted layers,
     or "all"."""
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    """Rows of the embedding to train, by token id. A model with several embeddings takes a mapping
-    from the name of each to its rows; null trains none."""
+    """Rows of the embedding to train, by token id. A mapping from embed_tokens and lm_head, or from
+    the names of several embeddings, gives the rows of each. A tied head follows its embedding; null
+    trains none."""
     ensure_weight_tying: bool = False
     """Adapt a tied embedding and its output head together; without this a tied embedding is
     refused."""

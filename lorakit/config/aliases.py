@@ -30,6 +30,7 @@ RENAMED = {
     "max_length": "max_seq_length",
     "sample_packing": "packing",
     "noisy_embedding_alpha": "neftune_noise_alpha",
+    "tokens": "add_tokens",
     "lora_r": "lora.r",
     "lora_alpha": "lora.lora_alpha",
     "lora_dropout": "lora.lora_dropout",

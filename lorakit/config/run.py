@@ -47,6 +47,9 @@ class RunConfig:
     adapter: str | None = None
     """Adapter to go on training, with the settings that it has: its directory. Without this key a
     new one starts."""
+    add_tokens: list[str] = field(default_factory=list)
+    """Special tokens to add to tokenizer and model. Their rows of the embedding and the head are
+    trained with the adapter, and the tokenizer is saved beside it."""
     quantize: QuantConfig | None = None
     """Storage of the frozen weights: a quant_type, settings, or null to leave them dense."""
     dtype: str = "bfloat16"
@@ -61,6 +64,11 @@ class RunConfig:
         if self.adapter is not None and self.lora != LoraConfig():
             raise LorakitError(
                 f"adapter: the adapter in {self.adapter} has settings of its own: leave out lora"
+            )
+        if self.adapter is not None and self.add_tokens:
+            raise LorakitError(
+                f"add_tokens: the adapter in {self.adapter} trains the tokens that it has: leave "
+                "out add_tokens, or start a new adapter"
             )
         if self.quantize is None and self.lora.init_lora_weights == "loftq":
             raise LorakitError(

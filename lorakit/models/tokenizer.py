@@ -5,7 +5,7 @@ A chat that a template has rendered already holds its special tokens, so it is t
 adding any.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -92,13 +92,36 @@ class Tokenizer:
             raise LorakitError(f"the tokenizer's {name}, {text!r}, is not in its vocabulary")
         return token_id
 
+    def add_special_tokens(self, tokens: Sequence[str]) -> list[int]:
+        """Add special tokens to the vocabulary; those that it has stay as they are.
+
+        Args:
+            tokens: The texts of the tokens.
+
+        Returns:
+            The id of each of them.
+
+        Raises:
+            LorakitError: They are not different texts. Nothing is added then.
+        """
+        fits = not isinstance(tokens, str) and all(isinstance(t, str) and t for t in tokens)
+        if not fits or len(set(tokens)) != len(tokens):
+            raise LorakitError(
+                f"tokens to add must be a list of different texts, not {ascii(tokens)[:60]}"
+            )
+        new = [text for text in tokens if self.backend.token_to_id(text) is None]
+        self.backend.add_special_tokens(new)
+        vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        return [vocabulary[text] for text in tokens]
+
     def check_fits(self, ids: Iterable[int], vocab_size: int) -> None:
         """Raise LorakitError if one of `ids` has no row in an embedding of `vocab_size` rows."""
         largest = max(ids)
         if largest >= vocab_size:
             raise LorakitError(
                 f"token {largest} ({self.backend.id_to_token(largest)!r}) lies outside the model's "
-                f"vocabulary of {vocab_size}: tokenizer and model do not belong together"
+                f"vocabulary of {vocab_size}: tokenizer and model do not belong together; if the "
+                "token is a new one, add it to both with add_tokens"
             )
 
     def save(self, path: str | Path) -> None:

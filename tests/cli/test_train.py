@@ -14,6 +14,7 @@ import termios
 import time
 
 import pytest
+import torch
 import yaml
 
 import lorakit as lk
@@ -163,6 +164,41 @@ def test_going_on_from_an_adapter(run_file, tiny_dir, tmp_path, capsys, name):
     )
     assert ours == other
     assert losses(tmp_path / "more")[0] < losses(first)[0]
+
+
+@pytest.mark.parametrize("key", ["add_tokens", "tokens"])
+def test_new_tokens_from_the_run_file_to_the_merged_model(
+    run_file, tiny_dir, tmp_path, capsys, key
+):
+    """Each verb finds the tokens; the merged model computes what model and adapter do."""
+    values = yaml.safe_load(run_file.read_text()) | {key: ["<a>", "<b>"], "quantize": None}
+    rows = [{"prompt": f"{i} <a>", "completion": f"{i}<b>"} for i in range(8)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run_file.write_text(yaml.safe_dump(values))
+    assert main(["train", str(run_file)]) == 0
+    out, merged = tmp_path / "out", tmp_path / "merged"
+    tok = lk.load_tokenizer(out)
+    ids = tok.encode("1 <a>1<b>")
+    new = [tok.backend.token_to_id(text) for text in ("<a>", "<b>")]
+    assert set(new) <= set(ids)
+    written = json.loads((out / "adapter_config.json").read_text())["trainable_token_indices"]
+    assert written["embed_tokens"] == new
+    options = ["--dtype", "float32"]
+    assert main(["merge", str(tiny_dir), str(out), str(merged), *options]) == 0
+    model = lk.load_adapter(lk.load_model(tiny_dir, dtype="float32"), out)
+    again = lk.load_model(merged, dtype="float32")
+    x = torch.tensor([ids])
+    assert (again(x) - model(x)).abs().max() < 1e-4  # one weight, or two products, in fp32
+    assert lk.load_tokenizer(merged).encode("1 <a>1<b>") == ids
+    told = ["--adapter", str(out), "--max-new-tokens", "2", *options]
+    assert main(["generate", str(tiny_dir), "1 <a>", *told]) == 0
+    going_on(run_file, output_dir=str(tmp_path / "more"), adapter=str(out))
+    assert main(["train", str(run_file)]) == 1
+    assert "leave out add_tokens" in capsys.readouterr().err
+    values = yaml.safe_load(run_file.read_text())
+    run_file.write_text(yaml.safe_dump({k: v for k, v in values.items() if k != key}))
+    assert main(["train", str(run_file)]) == 0
+    assert lk.load_tokenizer(tmp_path / "more").encode("1 <a>1<b>") == ids
 
 
 def test_preferences_of_an_adapter_in_its_own_directory(run_file, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
     LoraEmbedding   an embedding, W [V, H] by rows        y = W[id] + s B A[:, id]
     TokenRows       some rows of an embedding, trained    y = rows[id] instead of W[id]
+    HeadRows        some rows of a head of its own, trained
     TiedHead        a head on the weight of an adapted embedding
 
 A tied head computes with the embedding's weight, so it changes as the embedding does. The part of
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from lorakit import kernels
 from lorakit.adapters.layers.base import DenseBase, with_weight
-from lorakit.adapters.layers.lora import LoraLayer, LoraPart
+from lorakit.adapters.layers.lora import LoraLayer, LoraPart, LowRankLinear, LowRankPart
 from lorakit.adapters.layers.whole_modules import SavedModule
 from lorakit.adapters.layers.wrapper import Attached, Part, PartT
 from lorakit.config.adapters import LoraConfig
@@ -230,6 +231,41 @@ class TokenRows(AttachedEmbedding[RowsPart]):
         own = _dense(self.base)
         own = own if weight is None else weight.to(own.dtype)
         return _like(self.base, self.changed(self.part, own))
+
+
+class HeadRowsPart(LowRankPart):
+    """Trained rows [n, H] of a head's weight for the tokens `ids` [n], n of V.
+
+    They are an update B A: A is how far the rows have moved from `start` [n, H], B is one-hot.
+    """
+
+    ids: Tensor
+    start: Tensor
+    one_hot: Tensor
+
+    def __init__(self, config: LoraConfig, ids: Tensor, rows: Tensor, vocabulary: int):
+        super().__init__(config, len(ids), 1.0, 0.0)
+        self.rows = nn.Parameter(rows.clone())
+        one_hot = torch.zeros(vocabulary, len(ids), device=rows.device)
+        one_hot[ids, torch.arange(len(ids), device=rows.device)] = 1
+        for name, tensor in {"ids": ids, "start": rows, "one_hot": one_hot}.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        return self.rows - self.start, self.one_hot
+
+
+class HeadRows(LowRankLinear[HeadRowsPart]):
+    """A head, not tied to an embedding, with trained rows for some tokens."""
+
+    def trained_tensors(self, name: str) -> dict[str, nn.Parameter]:
+        return {"token_adapter.trainable_tokens_delta": self.part_of(name).rows}
+
+    @torch.no_grad()
+    def make_merged(self, weight: Tensor | None) -> nn.Module:
+        own = self.base.dequantize() if weight is None else weight
+        found = own.index_copy(0, self.part.ids, self.part.rows.to(own.dtype))
+        return self.make_plain(found.to(self.base.dequantize().dtype), self.base.bias)
 
 
 class TiedHead(Attached[nn.Module]):

@@ -10,7 +10,7 @@ The plan goes through the model up to four times, for different things to train:
 
     target_modules             A and B of a linear layer, or of an embedding
     modules_to_save            whole modules
-    trainable_token_indices    some rows of an embedding
+    trainable_token_indices    some rows of an embedding, or of a head
     bias="all"                 the biases of the modules that none of the above has wrapped
 """
 
@@ -18,11 +18,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorakit.adapters.initialize import from_weight, initial, needs_weight
-from lorakit.adapters.layers.embeddings import LoraEmbedding, RowsPart, TokenRows
-from lorakit.adapters.layers.lora import LoraLinear, LoraPart
+from lorakit.adapters.layers.embeddings import (
+    HeadRows,
+    HeadRowsPart,
+    LoraEmbedding,
+    RowsPart,
+    TokenRows,
+)
+from lorakit.adapters.layers.lora import LoraLayer, LoraLinear, LoraPart
 from lorakit.adapters.layers.whole_modules import BiasPart, TrainedBias
 from lorakit.adapters.methods.method import Method
 from lorakit.adapters.modules_to_save import plan_modules_to_save
@@ -32,10 +38,11 @@ from lorakit.adapters.peft_files.lora_config import (
     read_lora_config,
     values_of_lora,
 )
-from lorakit.adapters.plan import Plan
+from lorakit.adapters.plan import Plan, is_linear
 from lorakit.adapters.targets import ends_with, is_saved_whole
 from lorakit.adapters.tied_weights import (
     embedding_of_head,
+    head_of_tied_decoder,
     heads_of_embedding,
     is_embedding,
     original,
@@ -70,7 +77,7 @@ class Lora(Method[LoraConfig]):
             else:
                 _plan_linear(plan, name, config)
         plan_modules_to_save(plan, config, None if config.ensure_weight_tying else _TIED)
-        for name, ids in _token_ids(embeddings, config.trainable_token_indices):
+        for name, ids in _token_ids(plan, embeddings, config.trainable_token_indices):
             _plan_token_rows(plan, name, ids, config)
         if config.bias == "all":
             _plan_other_biases(plan, config)
@@ -180,9 +187,12 @@ def _plan_embedding(plan: Plan, name: str, config: LoraConfig) -> None:
 
 
 def _token_ids(
-    embeddings: Sequence[str], wanted: Sequence[int] | Mapping[str, list[int]] | None
+    plan: Plan, embeddings: Sequence[str], wanted: Sequence[int] | Mapping[str, list[int]] | None
 ) -> Iterator[tuple[str, list[int]]]:
-    """Yield each embedding that trainable_token_indices means, with its tokens."""
+    """Yield each embedding or head that trainable_token_indices means, with its tokens.
+
+    A head that is tied to an embedding follows that one, and is left out.
+    """
     if wanted is None:
         return
     if not isinstance(wanted, Mapping):
@@ -194,36 +204,65 @@ def _token_ids(
             )
         wanted = {embeddings[0]: list(wanted)}
     for entry, ids in wanted.items():
-        hits = [name for name in embeddings if ends_with(name, entry)]
-        if not hits:
+        layers = [n for n, each in plan.layers.items() if n in embeddings or is_linear(each)]
+        hits = [name for name in layers if ends_with(name, entry)]
+        if not hits and entry == "lm_head" and head_of_tied_decoder(plan.model) is not None:
+            _check_same_tokens("model.embed_tokens", ids, wanted)
+        elif not hits:
             raise LorakitError(
                 f"trainable_token_indices: {entry!r} is no embedding{nearest(entry, embeddings)}"
             )
         for name in hits:
-            yield name, ids
+            embedding = embedding_of_head(plan.layers, plan.layers[name])
+            if embedding is None:
+                yield name, ids
+            else:
+                _check_same_tokens(embedding, ids, wanted)
+
+
+def _check_same_tokens(embedding: str, ids: list[int], wanted: Mapping[str, list[int]]) -> None:
+    """Raise LorakitError unless a tied head has the same trained tokens as its embedding."""
+    others = [each for name, each in wanted.items() if ends_with(embedding, name)]
+    if not any(sorted(each) == sorted(ids) for each in others):
+        raise LorakitError(
+            f"trainable_token_indices: the head shares its weight with {embedding}; give both the "
+            "same tokens"
+        )
 
 
 def _plan_token_rows(plan: Plan, name: str, ids: list[int], config: LoraConfig) -> None:
-    """Plan the rows of tokens `ids` of the embedding `name`, and tie its heads to it."""
-    if is_saved_whole(name, config) or isinstance(plan.wrapper_of(name), LoraEmbedding):
+    """Plan the rows of tokens `ids` of an embedding or a head, and tie an embedding's heads."""
+    if is_saved_whole(name, config) or isinstance(plan.wrapper_of(name), LoraLayer):
         raise LorakitError(
             f"trainable_token_indices: {name} is among target_modules or modules_to_save too; "
             "keep one of them"
         )
+    if not is_embedding(plan.layers[name]):
+        head = plan.wrap_linear(name, HeadRows)
+        if head is not None:
+            index = _checked_tokens(name, ids, head.out_features, head.device)
+            rows = head.base.dequantize()[index].detach().float()
+            plan.add(head, HeadRowsPart(config, index, rows, head.out_features))
+        return
     layer = plan.wrap(name, TokenRows)
     if layer is None:
         return
     V = layer.base.num_embeddings
+    index = _checked_tokens(name, ids, V, layer.device)
+    rows = layer.original_rows(index).clone()
+    plan.add(layer, RowsPart(config, index, rows, V))
+    heads = heads_of_embedding(plan.model, plan.layers, plan.layers[name])
+    plan.tie_heads(heads or [], layer)
+
+
+def _checked_tokens(name: str, ids: list[int], V: int, device: torch.device) -> Tensor:
+    """Return the tokens as int64 [n]; raise LorakitError unless they are n of V tokens."""
     fits = ids and all(type(i) is int and 0 <= i < V for i in ids) and len(set(ids)) == len(ids)
     if not fits:
         raise LorakitError(
             f"trainable_token_indices: {name} needs different whole numbers from 0 to {V - 1}"
         )
-    index = torch.tensor(ids, device=layer.device)
-    rows = layer.original_rows(index).clone()
-    plan.add(layer, RowsPart(config, index, rows, V))
-    heads = heads_of_embedding(plan.model, plan.layers, plan.layers[name])
-    plan.tie_heads(heads or [], layer)
+    return torch.tensor(ids, device=device)
 
 
 def _plan_other_biases(plan: Plan, config: LoraConfig) -> None:

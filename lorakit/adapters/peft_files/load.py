@@ -2,9 +2,9 @@
 
 Beside the adapter's own tensors a file may hold
 
-    -  full copies of adapted embeddings and heads, which PEFT adds. They are compared with the
-       model's own weights and not used. A copy that differs means that the adapter was trained on
-       another model
+    -  full copies of embeddings and heads, which PEFT adds. They are compared with the model's own
+       weights. A copy that differs under an adapter means that the adapter was trained on another
+       model; vocabulary.py has the others
     -  the tensors of a head that is tied to an adapted embedding (ties.py). They must equal the
        embedding's
     -  adapters of fused experts (fused_experts.py). They are split into one for each expert
@@ -36,6 +36,7 @@ from lorakit.adapters.peft_files.layout import PREFIX, AdapterFiles, name_in
 from lorakit.adapters.peft_files.opened import open_files
 from lorakit.adapters.peft_files.text_part import text_part
 from lorakit.adapters.peft_files.ties import TWINS, adapted_embedding_of, adapted_heads
+from lorakit.adapters.peft_files.vocabulary import fit_vocabulary, vocabulary_kept
 from lorakit.config.errors import LorakitError
 from lorakit.files.safetensors import LazyTensor
 
@@ -44,6 +45,9 @@ def load_adapter(module: nn.Module, path: str | Path, *, name: str = "default") 
     """Attach an adapter that was saved to a module, in place, and select it.
 
     It may be of PEFT, lorakit or mlx_lm, or a .gguf file for llama.cpp.
+
+    An adapter that was trained with more tokens gives a `Decoder` without adapters rows for them,
+    as `resize_embeddings` does, and a line in the log says so.
 
     Args:
         module: The module; it keeps the adapters that it has.
@@ -62,19 +66,21 @@ def load_adapter(module: nn.Module, path: str | Path, *, name: str = "default") 
     files = text_part(files, module)
     if files.values.get("target_parameters"):
         files = without_parameters(files, module)
-    config = method.read_config(files, module)
-    trainable = {p: p.requires_grad for p in module.parameters()}
-    before = selected_adapter(module)
-    attach(module, config, name=name)
-    try:
-        _fill(module, name, files)
-    except BaseException:
-        delete_adapter(module, name)
-        if before is not None:
-            set_adapter(module, before)
-        for parameter, required in trainable.items():
-            parameter.requires_grad_(required)
-        raise
+    with vocabulary_kept(module):
+        files = fit_vocabulary(files, module)
+        config = method.read_config(files, module)
+        trainable = {p: p.requires_grad for p in module.parameters()}
+        before = selected_adapter(module)
+        attach(module, config, name=name)
+        try:
+            _fill(module, name, files)
+        except BaseException:
+            delete_adapter(module, name)
+            if before is not None:
+                set_adapter(module, before)
+            for parameter, required in trainable.items():
+                parameter.requires_grad_(required)
+            raise
     return module
 
 
@@ -177,8 +183,8 @@ def _is_copy(
     same = base_changed or torch.equal(tensor.read().to(own), own)
     if tensor.shape != tuple(own.shape) or not same:
         raise LorakitError(
-            f"{path}: {key} differs from the model's: the adapter was trained on another model, or "
-            "one with more tokens"
+            f"{path}: {key} differs from the model's: the adapter was trained on another model; if "
+            "it has more tokens, load it onto the model as it was, which then gets its rows"
         )
     return True
 
