@@ -378,6 +378,24 @@ def test_no_beside_what_the_file_says_instead():
     assert lk.RunConfig.from_dict(RUN | targets).lora.target_modules == ["v_proj"]
 
 
+# Keys without a value in six examples of Axolotl's repository, of 2023 to 2026.
+WITHOUT_A_VALUE = [
+    "dataset_prepared_path", "debug", "deepspeed", "early_stopping_patience", "evals_per_epoch",
+    "flash_attention", "fsdp", "fsdp_config", "gptq_groupsize", "gptq_model_v1", "local_rank",
+    "lora_alpha", "lora_dropout", "lora_fan_in_fan_out", "lora_model_dir", "lora_r",
+    "lora_target_modules", "max_packed_sequence_len", "push_dataset_to_hub",
+    "resume_from_checkpoint", "special_tokens", "torchdistx_path", "trust_remote_code",
+    "wandb_entity", "wandb_log_model", "wandb_name", "wandb_project", "wandb_run_id",
+    "wandb_watch", "xformers_attention",
+]  # fmt: skip
+
+
+def test_keys_without_a_value_in_axolotls_examples_change_nothing():
+    nulls = dict.fromkeys(WITHOUT_A_VALUE)
+    assert lk.RunConfig.from_dict(RUN | nulls) == lk.RunConfig.from_dict(RUN)
+    assert lk.RunConfig.from_dict(nulls | AXOLOTL) == lk.RunConfig.from_dict(AXOLOTL)
+
+
 def test_unknown_keys_without_a_value_are_ignored_with_a_line(caplog):
     run = lk.RunConfig.from_dict(RUN | {"local_rank": None, "debug": None})
     assert run == lk.RunConfig.from_dict(RUN)
