@@ -2,7 +2,8 @@
 
 A run writes into `output_dir`: the adapter, and the chat template that it was trained with;
 metrics.jsonl, with one line per step (loss, learning rate, gradient norm, tokens per second, share
-of padding, peak memory) and per evaluation; and checkpoints (state.py). What a run does is in run.py, and the parts of a step are in step.py.
+of padding, peak memory) and per evaluation; and checkpoints (state.py). What a run does is in
+run.py, and the parts of a step are in step.py.
 """
 
 from collections.abc import Callable, Mapping
