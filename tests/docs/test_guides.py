@@ -102,8 +102,9 @@ def test_examples_of_the_guide_to_lora(prepared):
     _, run = prepared
     code = python("docs/lora.md")
     done = run([sys.executable, "-c", code])
-    names, close, drift = done.stdout.strip().splitlines()
+    names, tokens, close, drift = done.stdout.strip().splitlines()
     assert names == "['first']"
+    assert tokens == "49154 49154 {'embed_tokens': [49152, 49153]}"
     assert close == "True"
     assert drift.startswith("merged on dequantized weights: logits of 32 tokens moved by")
 
