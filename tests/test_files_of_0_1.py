@@ -39,18 +39,19 @@ def test_models_load(name, expected):
 
 
 def config_of(path):
-    """The config of an adapter's files, and the layers that it names, cut to their last part."""
+    """The config of an adapter's files, with the names of layers cut to their last part."""
     config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-    names = config.pop("target_modules", None) or []
-    return config, {name.rpartition(".")[2] for name in names}
+    for key in ("target_modules", "feedforward_modules"):
+        config[key] = {name.rpartition(".")[2] for name in config.get(key) or ()}
+    return config
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_adapters_load_and_are_written_again(name, expected, tmp_path):
-    """The tensors have the same bytes and the config the same values, but for target_modules.
+    """The tensors have the same bytes and the config the same values, but for names of layers.
 
-    0.1.0 wrote the full name of every layer there; now the shortest names that select them stand
-    there, as servers read them. The files select the same layers: the logits are the same bits.
+    0.1.0 wrote the full name of every layer; now the shortest names that select them are written,
+    as servers read them. The files select the same layers: the logits are the same bits.
     """
     model = lk.load_model(FILES / "model", dtype="float32")
     lk.load_adapter(model, FILES / "adapters" / name)
