@@ -189,6 +189,8 @@ def is_alias(name: Any) -> bool:
 
 def _meaning(name: str, value: Any, values: File, notes: Notes) -> Meaning:
     """Return what an alias says in lorakit's names, or raise ValueError if lorakit cannot."""
+    if name == "max_length" and value is None:
+        raise ValueError("max_length: null cuts off no row: give the length of the longest one")
     if name in RENAMED:
         return {RENAMED[name]: value}
     if name in CONVERTED:

@@ -79,6 +79,24 @@ def from_mapping(
         raise LorakitError(f"{where}: {error}") from None
 
 
+def without_unset(cls: type[Dataclass], values: Any) -> Any:
+    """Return a mapping of fields of `cls` without the nulls that mean "not set".
+
+    These are the nulls of fields that have a default and cannot be null. What is no mapping is
+    returned as it is, for `from_mapping` to refuse.
+    """
+    if not isinstance(values, Mapping):
+        return values
+    kinds, missing = typing.get_type_hints(cls), dataclasses.MISSING
+    unset = {
+        f.name
+        for f in dataclasses.fields(cls)
+        if (f.default is not missing or f.default_factory is not missing)
+        and not _accepts(kinds[f.name], None)
+    }
+    return {name: v for name, v in values.items() if v is not None or name not in unset}
+
+
 def check_types(settings: Dataclass, names: Iterable[str] | None = None) -> None:
     """Check that the fields of settings hold what their annotations say.
 

@@ -14,7 +14,7 @@ from typing import Any
 from lorakit.config.adapters import LoraConfig
 from lorakit.config.aliases import ALIASES, own_names
 from lorakit.config.errors import LorakitError, nearest
-from lorakit.config.fields import from_mapping, to_dtype
+from lorakit.config.fields import from_mapping, to_dtype, without_unset
 from lorakit.config.quantization import QuantConfig, quant_config
 from lorakit.config.training import TrainConfig
 
@@ -125,12 +125,13 @@ class RunConfig:
         """Build the settings from a mapping with lorakit's names alone, and change that mapping."""
         if values.get("data") is not None:
             values["data"] = from_mapping(DataConfig, values["data"], f"{where}, data")
-        if "lora" in values:
-            values["lora"] = from_mapping(LoraConfig, values["lora"], f"{where}, lora")
+        if "lora" in values and values["lora"] is not None:
+            lora = without_unset(LoraConfig, values["lora"])
+            values["lora"] = from_mapping(LoraConfig, lora, f"{where}, lora")
         values["quantize"] = quant_config(values.get("quantize"), f"{where}, quantize")
         training = [f.name for f in dataclasses.fields(TrainConfig) if f.name in values]
         train = {name: values.pop(name) for name in training}
-        values["train"] = from_mapping(TrainConfig, train, where)
-        run = from_mapping(cls, values, where)
+        values["train"] = from_mapping(TrainConfig, without_unset(TrainConfig, train), where)
+        run = from_mapping(cls, without_unset(cls, values), where)
         to_dtype(run.dtype)
         return run

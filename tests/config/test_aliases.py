@@ -190,7 +190,7 @@ def test_trl_file():
         ({"optimizer": "lion"}, "optim is 'lion'; choose adamw_torch, adamw_8bit"),
         ({"lr_scheduler": "polynomial"}, "lr_scheduler_type is 'polynomial'"),
         ({"deepspeed": "zero3.json"}, "deepspeed: lorakit trains on one device"),
-        ({"max_length": None}, "max_seq_length must be int, not None"),
+        ({"max_length": None}, "max_length: null cuts off no row: give the length"),
         ({"lora_r": "8"}, "lora: r must be int, not '8'"),
         ({"micro_batchsize": 8}, "unknown key 'micro_batchsize' .did you mean 'micro_batch_size'"),
         ({"lora.r": 8}, "unknown key 'lora.r'"),

@@ -126,3 +126,21 @@ def test_the_guide_says_what_the_fields_say(heading, cls):
                 said[f"`{field.target.id}`"] = " ".join(ast.literal_eval(text.value).split())
     rows = table(heading)
     assert {row[0]: row[2] for row in rows} == {row[0]: said[row[0]] for row in rows}
+
+
+NULLABLE_OR_NOT = [
+    *((f.name, {f.name: None}) for f in dataclasses.fields(lk.TrainConfig)),
+    *((f"lora.{f.name}", {"lora": {f.name: None}}) for f in dataclasses.fields(lk.LoraConfig)),
+    ("lora", {"lora": None}),
+    ("dtype", {"dtype": None}),
+    ("add_tokens", {"add_tokens": None}),
+]
+
+
+@pytest.mark.parametrize(("name", "given"), NULLABLE_OR_NOT)
+def test_a_null_is_not_set(name, given):
+    """A key without a value means the default, unless null is one of its values."""
+    found, default = lk.RunConfig.from_dict(RUN | given), lk.RunConfig.from_dict(RUN)
+    if found != default:
+        settings = found.lora if name.startswith("lora.") else found.train
+        assert getattr(settings, name.removeprefix("lora.")) is None
