@@ -63,6 +63,9 @@ def merge(args: argparse.Namespace) -> int:
     source = tokenizer_of(args.model, args.adapter)
     new_template = template is not None and (args.out / "tokenizer.json").exists()
     if new_template or source != args.model:
-        lk.load_tokenizer(source, chat_template=template).save(args.out)
+        tok = lk.load_tokenizer(source, chat_template=template)
+        if model.source is not None and model.source.path.is_dir():
+            tok.source = model.source.path  # of its files, which lie in out, those that differ go
+        tok.save(args.out)
     print(f"model in {args.out}")
     return 0

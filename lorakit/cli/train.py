@@ -40,8 +40,7 @@ def train(args: argparse.Namespace) -> int:
         _check_adapter(run.adapter)
     adapter = None if run.adapter is None else Path(run.adapter)
     template = chat_template(run.chat_template, adapter)
-    source = tokenizer_of(run.model, adapter)
-    tok = lk.load_tokenizer(source, chat_template=template)
+    tok = lk.load_tokenizer(tokenizer_of(run.model, adapter), chat_template=template)
     tok.add_special_tokens(run.add_tokens)
     # The rows are encoded before the model is loaded: an error in them should not take minutes.
     files = {"train": run.data.train, "validation": run.data.validation}
@@ -75,8 +74,6 @@ def train(args: argparse.Namespace) -> int:
         print(lk.profile_training(model, tok, data["train"], run.train))
         return 0
     result = lk.train(model, tok, data, run.train, base_model=run.model)
-    if run.add_tokens or source != run.model:
-        tok.save(result.output_dir)
     print(
         f"{result.steps} steps in {result.seconds:.0f} s, loss {result.loss:.4f}, "
         f"{result.tokens_per_second:.0f} tokens/s, peak {result.peak_memory_mb:.0f} MB"

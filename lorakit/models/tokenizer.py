@@ -27,6 +27,7 @@ class Tokenizer:
         chat_template: The model's chat template, or several by their names ("default",
             "tool_use", ...), or None.
         source: The directory that the tokenizer was read from, or None.
+        has_new_tokens: Whether `add_special_tokens` has added some since.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens)
         self.chat_template = chat_template
         self.source = source
+        self.has_new_tokens = False
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size(with_added_tokens=True)
@@ -111,6 +113,7 @@ class Tokenizer:
             )
         new = [text for text in tokens if self.backend.token_to_id(text) is None]
         self.backend.add_special_tokens(new)
+        self.has_new_tokens = self.has_new_tokens or bool(new)
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
         return [vocabulary[text] for text in tokens]
 

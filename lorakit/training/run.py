@@ -93,6 +93,7 @@ class Run:
         if checkpoint is not None:
             self.progress = resume_from(checkpoint, model, self.optimizer, self.same, self.order)
         self.reference = reference_of_run(model, config, checkpoint)
+        self.own_tokenizer = _is_not_the_models(tok, model)
         self.ended = False
 
     def open_log(self) -> Log:
@@ -196,8 +197,15 @@ class Run:
             )
 
     def _save(self, path: Path) -> None:
+        """Save the adapter, with the tokenizer if the model's files hold another one.
+
+        A tokenizer that an earlier run left in `path` would be taken for that of this adapter.
+        """
         save_adapter(self.model, path, base_model=self.base_model)
-        self.tok.save_chat_template(path)
+        if self.own_tokenizer or (path / "tokenizer.json").exists():
+            self.tok.save(path)
+        else:
+            self.tok.save_chat_template(path)
 
     # ---- a step ----
 
@@ -283,6 +291,12 @@ def trainable_layers(model: Decoder) -> dict[str, Attached]:
             "train: gradients of a float16 model underflow; load it in bfloat16 or float32"
         )
     return layers
+
+
+def _is_not_the_models(tok: Tokenizer, model: Decoder) -> bool:
+    """Return whether a tokenizer has new tokens, or was read from elsewhere than its model."""
+    elsewhere = model.source is not None and tok.source not in (None, model.source.path)
+    return tok.has_new_tokens or elsewhere
 
 
 def _padded_batches(

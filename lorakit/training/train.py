@@ -1,6 +1,7 @@
 """`train`: fine-tune the adapter of a model on rows.
 
-A run writes into `output_dir`: the adapter, and the chat template that it was trained with;
+A run writes into `output_dir`: the adapter, and the chat template that it was trained with, or the
+whole tokenizer if that has new tokens or is not the model's;
 metrics.jsonl, with one line per step (loss, learning rate, gradient norm, tokens per second, share
 of padding, peak memory) and per evaluation; and checkpoints (state.py). What a run does is in
 run.py, and the parts of a step are in step.py.
@@ -160,5 +161,10 @@ def _made_directory(name: str) -> Path:
     output_dir = as_path(name)
     if output_dir.exists() and not output_dir.is_dir():
         raise LorakitError(f"train: output_dir {output_dir} is a file; choose another name")
-    output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LorakitError(
+            f"train: output_dir {output_dir} cannot be made ({error.strerror}); choose another name"
+        ) from None
     return output_dir

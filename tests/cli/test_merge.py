@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import transformers
 
 import lorakit as lk
 from lorakit.cli.main import main
+from tests.conftest import BESIDE
 
 
 @pytest.fixture
@@ -43,3 +45,22 @@ def test_merge_refuses(tiny_dir, small_adapter, tmp_path, capsys):
     assert main(["merge", str(tiny_dir), str(tmp_path / "none"), out]) == 1
     assert "does not exist" in capsys.readouterr().err
     assert not (tmp_path / "merged").exists()
+
+
+def test_files_that_contradict_new_tokens_do_not_go_along(copy, tmp_path, capsys):
+    """llama.cpp's converter reads tokenizer.model first, which does not know the new token."""
+    for name in ("tokenizer.model", "added_tokens.json", "preprocessor_config.json"):
+        (copy / name).write_bytes(BESIDE[name])
+    tok, model = lk.load_tokenizer(copy), lk.load_model(copy, dtype="float32")
+    lk.attach(model, lk.add_tokens(model, tok, ["<new>"], lk.LoraConfig(r=2)))
+    lk.save_adapter(model, tmp_path / "adapter")
+    tok.save(tmp_path / "adapter")
+    assert main(["merge", str(copy), str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 0
+    names = {file.name for file in (tmp_path / "merged").iterdir()}
+    assert "preprocessor_config.json" in names
+    assert not {"tokenizer.model", "added_tokens.json"} & names
+    ids = tok.encode("1 <new>")
+    assert lk.load_tokenizer(tmp_path / "merged").encode("1 <new>") == ids
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert theirs.encode("1 <new>") == ids
+    assert (copy / "tokenizer.model").read_bytes() == BESIDE["tokenizer.model"]

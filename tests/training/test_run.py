@@ -168,3 +168,30 @@ def test_the_settings_of_the_model_are_put_back(tiny_dir):
         with pytest.raises(ZeroDivisionError), training_run.training_mode(model, config):
             fails()
         assert settings() == (mode, *before)
+
+
+def test_a_tokenizer_of_its_own_is_saved_with_every_checkpoint(tiny_dir, tmp_path):
+    """Without it the new token would be read as several old ones."""
+    tok, model = lk.load_tokenizer(tiny_dir), lk.load_model(tiny_dir, dtype="float32")
+    lk.attach(model, lk.add_tokens(model, tok, ["<new>"], lk.LoraConfig(r=2)))
+    config = lk.TrainConfig(str(tmp_path / "first"), max_steps=2, save_steps=1)
+    lk.train(model, tok, ROWS, config)
+    ids = tok.encode("1 <new>")
+    for name in ("", "checkpoint-1", "checkpoint-2"):
+        assert lk.load_tokenizer(tmp_path / "first" / name).encode("1 <new>") == ids
+    # a run that goes on from the adapter reads its tokenizer from there, and adds nothing
+    again = lk.load_tokenizer(tmp_path / "first" / "checkpoint-1")
+    config = lk.TrainConfig(str(tmp_path / "second"), max_steps=1, save_steps=1)
+    lk.train(model, again, ROWS, config)
+    for name in ("", "checkpoint-1"):
+        assert lk.load_tokenizer(tmp_path / "second" / name).encode("1 <new>") == ids
+
+
+def test_the_tokenizer_of_an_earlier_run_does_not_stay(tiny_dir, tok, tmp_path):
+    other = lk.load_tokenizer(tiny_dir)
+    other.add_special_tokens(["<old>"])
+    other.save(tmp_path)
+    run(tiny_dir, tok, tmp_path, max_steps=1)
+    assert len(lk.load_tokenizer(tmp_path)) == len(tok)
+    run(tiny_dir, tok, tmp_path / "alone", max_steps=1)
+    assert not (tmp_path / "alone" / "tokenizer.json").exists()

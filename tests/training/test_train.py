@@ -145,6 +145,8 @@ def test_refuses_before_it_starts(tiny_dir, tok, tmp_path):
     with pytest.raises(lk.LorakitError, match="holds no rows"):
         lk.train(model, tok, [], config)
     (tmp_path / "file").write_text("")
+    with pytest.raises(lk.LorakitError, match=r"file/out cannot be made \(Not a directory\)"):
+        lk.train(model, tok, ROWS, lk.TrainConfig(output_dir=str(tmp_path / "file" / "out")))
     with pytest.raises(lk.LorakitError, match="file is a file; choose another name"):
         lk.train(model, tok, ROWS, lk.TrainConfig(output_dir=str(tmp_path / "file")))
     with pytest.raises(lk.LorakitError, match="'train' and maybe 'validation'"):
