@@ -64,11 +64,15 @@ def read_json(path: Path) -> dict[str, Any]:
 def atomic(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`, which becomes `path` if the block succeeds.
 
-    If the block fails, the temporary file goes and `path` stays as it was.
+    If the block fails, the temporary file goes and `path` stays as it was. The file may be read by
+    whom the process lets read its files; safetensors' own writer shuts out all but the owner.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
 
 import lorakit as lk
 from lorakit.files.local import as_path, atomic, read_json, read_text, write_json, write_text
+from lorakit.files.safetensors import write_safetensors
 
 
 @pytest.mark.parametrize("path", ["a\0b", "~nosuchuser/x"])
@@ -48,6 +50,13 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
         write_half()
     assert read_text(tmp_path / "a") == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_file_of_tensors_may_be_read_by_whom_other_files_may(tmp_path):
+    (tmp_path / "plain").write_text("")
+    write_safetensors(tmp_path / "a.safetensors", {"a": torch.zeros(2)})
+    modes = [(tmp_path / name).stat().st_mode for name in ("plain", "a.safetensors")]
+    assert modes[0] == modes[1]
 
 
 def test_what_is_written_is_read_again(tmp_path):

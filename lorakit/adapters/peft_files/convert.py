@@ -379,7 +379,8 @@ def _plain_config(
 ) -> dict[str, Any]:
     """Return the adapter_config.json of an adapter whose target_modules are `names`."""
     config = adapter.config
-    return {
+    tied = {"ensure_weight_tying": True} if adapter.values.get("ensure_weight_tying") else {}
+    return tied | {
         "base_model_name_or_path": config.base_model_name_or_path,
         "bias": "none",
         "fan_in_fan_out": False,

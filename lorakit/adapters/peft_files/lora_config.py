@@ -202,6 +202,7 @@ def read_lora_config(files: AdapterFiles, model: nn.Module) -> LoraConfig:
     if isinstance(config.target_modules, list):
         changed["target_modules"] = [name_in(model, name) for name in config.target_modules]
     if config.modules_to_save:
+        _check_tied_head(config, files, model)
         changed["modules_to_save"] = [
             name for entry in config.modules_to_save for name in _saved_as(entry, files, model)
         ]
@@ -246,6 +247,16 @@ def _is_tied(name: str, layers: Mapping[str, nn.Module], model: nn.Module) -> bo
     if layer is None:
         return False
     return isinstance(layer, TiedHead) or embedding_of_head(layers, layer) is not None
+
+
+def _check_tied_head(config: LoraConfig, files: AdapterFiles, model: nn.Module) -> None:
+    """Raise LorakitError if PEFT trained a head whole that is tied in `model`, and untied it."""
+    alone = not config.ensure_weight_tying and "lm_head" in (config.modules_to_save or [])
+    if alone and _is_tied("lm_head", {}, model) and f"{PREFIX}lm_head.weight" in files.tensors:
+        raise LorakitError(
+            f"{files.path}: lm_head was trained whole and apart from the embedding, whose weight "
+            "it has in this model: merge the adapter with PEFT, and load the merged model"
+        )
 
 
 def _saved_as(entry: str, files: AdapterFiles, model: nn.Module) -> list[str]:

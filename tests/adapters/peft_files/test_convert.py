@@ -25,7 +25,7 @@ from tests.adapters.peft_files.adapters_of_peft import (
     peft_adapter,
     peft_logits,
 )
-from tests.conftest import tiny_llama
+from tests.conftest import tiny, tiny_llama
 
 FEATURES = {
     "plain": {},
@@ -67,6 +67,23 @@ def test_peft_computes_the_same_with_the_converted_adapter(tiny_dir, tmp_path, f
     assert (report.layers, report.r) == (len(names), config["r"])
     model = lk.load_adapter(lk.load_model(tiny_dir, dtype="float32"), tmp_path / "out")
     assert (model(IDS) - truth).abs().max() <= LOGITS
+
+
+def test_an_embedding_and_its_tied_head(tmp_path):
+    base = tmp_path / "base"
+    tiny("llama", tie_word_embeddings=True).save_pretrained(base)
+    ours = lk.load_model(base, dtype="float32")
+    config = lk.LoraConfig(
+        target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True, init_lora_weights=False
+    )
+    lk.attach(ours, config)
+    lk.save_adapter(ours, tmp_path / "in")
+    lk.convert_adapter(tmp_path / "in", tmp_path / "out")
+    again = lk.load_adapter(lk.load_model(base, dtype="float32"), tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(again(IDS), ours(IDS))
+        theirs = peft_logits(hugging_face(base), tmp_path / "out")
+        assert (theirs - ours(IDS)).abs().max() <= LOGITS
 
 
 def test_names_are_short_only_where_they_surely_select_the_same(tiny_dir, tmp_path):

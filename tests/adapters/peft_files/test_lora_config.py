@@ -10,6 +10,7 @@ import lorakit as lk
 from lorakit.adapters.layers.lora import lora_layers
 from tests.adapters.common import IDS, edit_config, filled, hugging_face, nested, randomize
 from tests.adapters.peft_files.adapters_of_peft import LOGITS
+from tests.conftest import tiny
 
 
 @pytest.mark.parametrize(
@@ -64,6 +65,18 @@ def test_a_tied_head_of_any_name_has_no_rank_of_its_own(tmp_path):
     assert torch.equal(again(ids), module(ids))
     twice = lk.load_adapter(module, tmp_path, name="twice")  # where the head is one of ours by now
     assert torch.equal(again(ids), twice(ids))
+
+
+@pytest.mark.parametrize("whole", [["lm_head"], ["embed_tokens", "lm_head"]])
+def test_a_tied_head_that_was_trained_apart_is_named(tmp_path, whole):
+    """PEFT copies both modules, which are one weight no more; the base has room for one."""
+    base = tmp_path / "base"
+    tiny("llama", tie_word_embeddings=True).save_pretrained(base)
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=whole)
+    theirs = peft.get_peft_model(hugging_face(base), config)
+    filled(theirs).save_pretrained(tmp_path / "a")
+    with pytest.raises(lk.LorakitError, match="lm_head was trained whole and apart"):
+        lk.load_adapter(lk.load_model(base, dtype="float32"), tmp_path / "a")
 
 
 def test_modules_to_save_by_any_end_of_their_names(model, tiny_dir, tmp_path):
