@@ -123,9 +123,9 @@ class RenderedChat:
         return None
 
 
-def _roles(messages: Messages) -> tuple[tuple[str, bool], ...]:
-    """Return the role of each message, and whether it calls tools."""
-    return tuple((each["role"], "tool_calls" in each) for each in messages)
+def _roles(messages: Messages) -> tuple[tuple[str, int], ...]:
+    """Return the role of each message, and how many tools it calls."""
+    return tuple((each["role"], len(each.get("tool_calls") or ())) for each in messages)
 
 
 # ---- the parts of a long chat ----
@@ -242,6 +242,11 @@ def _check_shown(message: dict[str, Any], i: int, shown: str, before: str) -> No
         if not isinstance(value, str):
             continue
         letters = _letters(value)
+        if name == "content" and _opened_twice(letters, _letters(before), shown):
+            raise LorakitError(
+                f"the chat template opens a thought of its own before the one in the content of "
+                f"message {i}; put the thought into reasoning_content"
+            )
         if letters in shown or (name == "content" and _opened(letters, _letters(before), shown)):
             continue
         raise LorakitError(
@@ -257,6 +262,12 @@ def _opened(content: str, before: str, shown: str) -> bool:
         before.endswith(content[:k]) and shown.startswith(content[k:])
         for k in range(1, len(content))
     )
+
+
+def _opened_twice(content: str, before: str, shown: str) -> bool:
+    """Return whether a thought in the content follows one that the template has opened."""
+    opened = before.endswith(("<think>", "<think></think>"))
+    return opened and content.startswith("<think>") and content in shown
 
 
 def _letters(text: str) -> str:
@@ -291,9 +302,13 @@ def _dropped(chat: _Part, numbers: Iterable[int]) -> str | None:
         message = messages[i]
         if all(renders_to_text(i, probe) for probe in _probes(message)):
             return f"message {i}, of role {message['role']!r:.60}"
+        calls = message.get("tool_calls") or []
         without = {name: value for name, value in message.items() if name != "tool_calls"}
-        if message.get("tool_calls") and renders_to_text(i, {"content": "", **without}):
+        if calls and renders_to_text(i, {"content": "", **without}):
             return f"the tool_calls of message {i}"
+        for j in range(len(calls)) if len(calls) > 1 else ():
+            if renders_to_text(i, {**message, "tool_calls": calls[:j] + calls[j + 1 :]}):
+                return f"tool call {j} of message {i}"
     return None
 
 

@@ -109,6 +109,9 @@ class Encoder:
         """
         answers = [row.chosen, row.rejected] if isinstance(row, Choice) else [row]
         uncut = [self._tokens(each) for each in answers]
+        for each, whole in zip(answers, uncut, strict=True):
+            with _at(each.place):
+                self._check_bos(whole.input_ids)
         longest, limit = max(len(each.input_ids) for each in uncut), self.max_seq_length
         if limit is not None and longest > limit:
             self.long += 1
@@ -125,7 +128,7 @@ class Encoder:
         examples = []
         for each, (ids, labels, _, _) in zip(answers, uncut, strict=True):
             with _at(each.place):
-                self._check(ids, labels)
+                _check(ids, labels)
             examples.append(Example(ids, labels))
         if isinstance(row, Choice):
             return PairExample(chosen=examples[0], rejected=examples[1])
@@ -269,17 +272,20 @@ class Encoder:
         fewest = bisect_left(range(1, most), True, key=fits) + 1
         return [self._tokens(row) for row in without(fewest)]
 
-    def _check(self, ids: list[int], labels: list[int]) -> None:
+    def _check_bos(self, ids: list[int]) -> None:
         bos = self.tok.bos_token_id
         if bos is not None and ids[:2] == [bos, bos]:
             raise LorakitError(
                 f"starts with {self.tok.special_tokens['bos_token']} twice: the text holds one and "
                 "the tokenizer or the template adds one; take it out of the text"
             )
-        if len(ids) < 2:
-            raise LorakitError("only one token; there is no next one to learn")
-        if all(label == IGNORE for label in labels[1:]):
-            raise LorakitError("all labels are masked; there is nothing to learn")
+
+
+def _check(ids: list[int], labels: list[int]) -> None:
+    if len(ids) < 2:
+        raise LorakitError("only one token; there is no next one to learn")
+    if all(label == IGNORE for label in labels[1:]):
+        raise LorakitError("all labels are masked; there is nothing to learn")
 
 
 @contextmanager

@@ -35,6 +35,7 @@ from lorakit.data.instructions import request
 from lorakit.data.messages import messages_of, system_of, tools_of, with_system
 from lorakit.data.schemas import Chat, Choice, Instruction, Pair, Row, Text
 from lorakit.data.values import (
+    EmptyAnswer,
     field,
     filled_text,
     has,
@@ -241,7 +242,8 @@ def _choice(value: Mapping[str, Any], place: str) -> Row:
     for name in ("chosen", "rejected"):
         answer = field(value, name, place)
         if not isinstance(answer, (str, list, Mapping)):
-            raise LorakitError(f"{place}: {name} must be text or messages, not {answer!r:.60}")
+            kind = EmptyAnswer if answer is None else LorakitError
+            raise kind(f"{place}: {name} must be text or messages, not {answer!r:.60}")
         answers.append([answer] if isinstance(answer, Mapping) else answer)
     prompt = _prompt(value, answers, place)
     if isinstance(prompt, list):
@@ -278,6 +280,11 @@ def _prompt(value: Mapping[str, Any], answers: list[Any], place: str) -> Any:
     if isinstance(prompt, list) or not chats:
         return prompt
     text = optional_text(value, "prompt", place).strip()
+    if prompt is None and not both:
+        raise LorakitError(
+            f"{place}: chosen and rejected begin with no message in common, and there is no "
+            "prompt; give them one"
+        )
     if text and not both:
         return [_user(value["prompt"])]
     if text and not any(text in m.get("content", "") for m in messages_of(both, place)):

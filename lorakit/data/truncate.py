@@ -5,8 +5,8 @@ A chat loses its oldest exchanges first, and the messages of the system stay bef
     system | user, assistant | user, assistant | user, assistant      three exchanges
     system |                                   | user, assistant      cut before message 5
 
-If that is not enough, and of a row that is no chat, the start of the prompt goes, and then the end
-of what is learned. The head, which is the BOS token, always stays.
+If that is not enough, and of a row that is no chat, what follows the last label goes, then the
+start of the prompt, and then the end of what is learned. The head, which is the BOS token, stays.
 """
 
 from typing import NamedTuple
@@ -66,8 +66,9 @@ def _needed(uncut: Uncut) -> int:
 
 def first_kept(uncut: Uncut, limit: int) -> int:
     """Return the first token after the head from which on all that is learned fits `limit`."""
-    ids, _, head, prompt = uncut
-    end = min(len(ids), prompt + limit - _needed(uncut))
+    _, labels, head, prompt = uncut
+    learned = max((t + 1 for t, label in enumerate(labels) if label >= 0), default=len(labels))
+    end = min(learned, prompt + limit - _needed(uncut))
     return max(head, prompt - (limit - head - (end - prompt)))
 
 
@@ -75,9 +76,12 @@ def cut(uncut: Uncut, start: int, limit: int) -> Uncut:
     """Return the head, and what follows from token `start` on, at most `limit` tokens in all.
 
     Two answers may split the end of their prompt into other tokens, so `start`, which serves both,
-    may lie behind the first label of one. Then it stays before that.
+    may lie behind the first label of one. Then it stays before that. Where what follows begins with
+    the head again, as turns do in some templates, the head stands once.
     """
     ids, labels, head, prompt = uncut
     start = min(start, prompt - (_needed(uncut) - head))
+    if head < start < prompt and head and ids[start] == ids[head - 1]:
+        start += 1
     kept = [*range(head), *range(start, min(len(ids), start + limit - head))]
     return Uncut([ids[t] for t in kept], [labels[t] for t in kept], head, prompt - start + head)

@@ -86,7 +86,9 @@ def load_tokenizer(
 
 def _given_template(chat_template: str | Path) -> str | dict[str, str]:
     """Return the template that a name, a file, a directory or a text means."""
-    text = str(chat_template)
+    text, names = str(chat_template), one_of([*NAMED_TEMPLATES])
+    if not isinstance(chat_template, (str, Path)) or not text:
+        raise LorakitError(f"chat_template is {chat_template!r:.60}; give a jinja file or {names}")
     if text in NAMED_TEMPLATES:
         return NAMED_TEMPLATES[text]
     where = "chat_template"
@@ -99,7 +101,6 @@ def _given_template(chat_template: str | Path) -> str | dict[str, str]:
                 raise LorakitError(f"chat_template: {path} holds no chat template")
             return found
         if not path.exists():
-            names = one_of([*NAMED_TEMPLATES])
             raise LorakitError(
                 f"chat_template: {text} is no file, and no name of a template"
                 f"{nearest(text, NAMED_TEMPLATES)}; give a jinja file or {names}"

@@ -9,7 +9,8 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 import lorakit as lk
-from lorakit.data.encode import IGNORE, TODAY
+from lorakit.data.encode import IGNORE, TODAY, Encoder
+from lorakit.data.schemas import Chat
 from lorakit.models.tokenizer import Tokenizer
 from tests.chat_templates import SPECIAL, TEMPLATES
 from tests.data.chats import CHAT, GENERATION, SYSTEM, TOOLS, TURNS, assistant, encode, shown, user
@@ -187,6 +188,24 @@ def test_a_thought_that_the_header_opens(make):
         encode(thinking, [*within, user("a"), assistant("b")])
 
 
+@pytest.mark.parametrize("header", ["<think>\n", "<think>\n\n</think>\n\n"])
+@pytest.mark.parametrize("turns", [1, 2])
+def test_a_thought_after_one_that_the_template_opens(make, header, turns):
+    """The model would learn to think twice."""
+    tok = make("qwen3")[0]
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ '<think>\n' + (m.reasoning_content "
+        "or '') + '\n</think>\n\n' if m.role == 'assistant' }}{{ m.content }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{{ HEADER }}{% endif %}"
+    )
+    doubling = Tokenizer(tok.backend, tok.special_tokens, template.replace("HEADER", repr(header)))
+    with pytest.raises(lk.LorakitError, match="opens a thought of its own .* message 1; put the"):
+        encode(doubling, [user("2+2?"), assistant(THOUGHT)] * turns)
+    if header == "<think>\n":
+        chat = [user("2+2?"), assistant("4.", reasoning_content="easy")] * turns
+        assert shown(doubling, encode(doubling, chat)) == ["easy\n</think>\n\n4.<|im_end|>"] * turns
+
+
 R1_WHOLE = TEMPLATES["r1"].replace(".split('</think>')[-1]", "")
 
 
@@ -281,6 +300,22 @@ def test_tool_calls_that_the_template_leaves_out(tiny, content):
             encode(tok, chat, train_on=train_on)
     shows = tiny(TURNS.replace("m.content", "m.content or '' }}{{ m.tool_calls") + GENERATION)
     assert "arguments" in shown(shows, encode(shows, chat))[0]
+
+
+@pytest.mark.parametrize("index", [0, -1])
+def test_a_template_that_shows_one_call_of_several(tiny, index):
+    """That of gpt-oss shows the first alone. What it shows of one call says nothing of two."""
+    call = f"m.content or '' }}}}{{{{ m.tool_calls[{index}] if m.tool_calls"
+    tok = tiny(TURNS.replace("m.content", call) + GENERATION)
+    other = {"type": "function", "function": {"name": "g", "arguments": {"b": 2}}}
+    turns = [
+        {"role": "assistant", "content": "", "tool_calls": calls}
+        for calls in ([ONE_CALL], [ONE_CALL, other])
+    ]
+    encoder = Encoder(tok)
+    encoder(Chat([user("q"), turns[0]], None, 0, "row 0"))
+    with pytest.raises(lk.LorakitError, match=f"leaves out tool call {1 + index} of message 1"):
+        encoder(Chat([user("q"), turns[1]], None, 0, "row 1"))
 
 
 @pytest.mark.parametrize("train_on", ["completion", "last_turn", "all"])

@@ -100,6 +100,28 @@ def test_long_chats_lose_their_oldest_exchanges(tiny):
     assert shown(tok, encode(tok, chat, max_seq_length=5)) == ["answ"]
 
 
+@pytest.mark.parametrize("train_on", ["completion", "last_turn", "all"])
+def test_a_cut_before_a_turn_that_begins_with_the_bos_token(tiny, train_on):
+    """It would stand there twice, as the head and in the turn; SmolLM2 has such a token."""
+    tok = tiny(TURNS + GENERATION)
+    chat = [SYSTEM, user("question"), assistant("answer")]
+    for limit in range(2, len(encode(tok, chat).input_ids)):
+        cut = encode(tok, chat, train_on=train_on, max_seq_length=limit)
+        assert len(cut.input_ids) <= limit
+        assert cut.input_ids[:2] != [tok.bos_token_id] * 2
+    with pytest.raises(lk.LorakitError, match="row 3: starts with <s> twice"):
+        Encoder(tok, max_seq_length=4)(Pair("<s>abc", "de", "row 3"))
+
+
+def test_a_question_stays_rather_than_what_follows_the_answer(tiny):
+    """What is not learned after the last answer teaches nothing."""
+    tok = tiny(TURNS + GENERATION)
+    asked = [user("question"), assistant("answer")]
+    whole = encode(tok, asked)
+    tail = [user("and more of it"), assistant("not learned at all", weight=0), user("bye")]
+    assert encode(tok, asked + tail, max_seq_length=len(whole.input_ids)) == whole
+
+
 def test_plain_text_is_learned_whole(tiny):
     tok = tiny(None)
     [row] = lk.read_rows([{"text": "abc"}])

@@ -370,8 +370,11 @@ def test_the_prompt_of_two_chats_is_that_of_trl(before, one, other, named):
     if named and before and one != other:
         row["prompt"] = before[0]["content"]
     theirs = trl.maybe_extract_prompt(dict(row))
-    if named and not theirs["prompt"]:
-        return  # TRL drops a prompt that neither chat holds
+    if not theirs["prompt"]:  # TRL drops a prompt that neither chat holds, and trains without one
+        if not named:
+            with pytest.raises(lk.LorakitError, match="begin with no message in common"):
+                read(row)
+        return
     made = read(row)
     for answer, name in ((made.chosen, "chosen"), (made.rejected, "rejected")):
         assert answer.messages[: answer.first] == theirs["prompt"]
@@ -387,6 +390,10 @@ def test_the_prompt_of_two_chats_is_that_of_trl(before, one, other, named):
         ),
         ({"prompt": 3, "chosen": [HI, YO], "rejected": [HI, NO]}, "'prompt' must be text, not 3"),
         ({"chosen": "a", "rejected": "b"}, "need a prompt, unless both are chats"),
+        (
+            {"question": "a", "chosen": [YO], "rejected": [NO]},
+            "begin with no message in common",
+        ),
         ({"preferred_output": [YO], "input": {"messages": [HI]}}, "'non_preferred_output' is miss"),
         ({"preferred_output": [YO], "input": "x"}, "input must be an object with messages"),
         ({"messages": [HI, YO], "rejected_response": 3}, "rejected must be text or messages"),

@@ -114,6 +114,10 @@ EMPTY = {"role": "assistant", "content": " \n"}
             [{"messages": [HI, {**EMPTY, "reasoning": ""}]}],
         ),
         (
+            {"prompt": "a", "chosen": "b", "rejected": "c"},
+            [{"prompt": "a", "chosen": "b", "rejected": x} for x in (None, "", " ")],
+        ),
+        (
             {"prompt": [HI, EMPTY, HI], "completion": [YO]},
             [{"prompt": [HI], "completion": [EMPTY]}],
         ),

@@ -132,6 +132,8 @@ def test_a_template_that_is_given(directory, tmp_path):
         ("tokenizer_default", "no name of a template; give a jinja file or chatml, gemma, llama3"),
         ("{% for %}", "chat_template is no chat template that jinja2 reads: line 1: Expected"),
         ("a\0b", "is no path"),
+        ("", "chat_template is ''; give a jinja file or chatml, gemma"),
+        (3, "chat_template is 3; give a jinja file or chatml, gemma"),
     ],
 )
 def test_a_template_that_is_none(directory, template, message):
