@@ -147,7 +147,7 @@ def _matched(
     for key, parameter in expected.items():
         if key not in found:
             raise LorakitError(f"{files.path}: tensor {_full(key)} is missing")
-        if 0 in found[key].shape:
+        if 0 in found[key].shape and 0 not in parameter.shape:  # AdaLoRA may leave a layer nothing
             raise LorakitError(
                 f"{files.path}: tensor {_full(key)} is empty: DeepSpeed ZeRO-3 or FSDP saved it "
                 "before its parts were gathered"

@@ -19,7 +19,8 @@ A prompt has no module: it is prompt_embeddings, [n, H], or [n, 2 L Hk D] for ke
 
 The method of the adapter says what stands in the config (methods/method.py), and each wrapper says
 which tensors it has. Experts are linear layers of their own, as in the published model files. The
-fused form of transformers 5 is written on request (fused_experts.py).
+fused form of transformers 5 is written on request (fused_experts.py). A base that is part of a
+multimodal model has the names of that one (text_part.py).
 """
 
 from pathlib import Path
@@ -32,6 +33,7 @@ from lorakit.adapters.manage import adapter_config, attached, check_adapter, req
 from lorakit.adapters.methods.known import method_of
 from lorakit.adapters.peft_files.fused_experts import fuse_experts
 from lorakit.adapters.peft_files.layout import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from lorakit.adapters.peft_files.text_part import for_whole_model
 from lorakit.adapters.peft_files.ties import TWINS, adapted_heads
 from lorakit.config.errors import LorakitError
 from lorakit.files.local import as_path, write_json
@@ -81,6 +83,7 @@ def save_adapter(
     tensors = adapter_tensors(module, name) | method.shared_tensors(module, name, config)
     if fused_experts:
         tensors, values = fuse_experts(module, tensors, values)
+    tensors, values = for_whole_model(module, tensors, values)
     path = as_path(path)
     if path.exists() and not path.is_dir():
         raise LorakitError(f"save_adapter: {path} is a file; a directory is wanted")

@@ -13,6 +13,10 @@ down by the decoder's own names:
 
 Entries and tensors for the other towers mean nothing here. They are left aside, and a line in the
 log says how many tensors that were.
+
+`for_whole_model` is the way back. The files of such a base hold the multimodal model, and PEFT puts
+an adapter onto that. An adapter with the text model's names would change nothing there, and PEFT
+would only warn. Each layer is named in full, because the other towers have a q_proj too.
 """
 
 import logging
@@ -20,12 +24,12 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorakit.adapters.manage import outer_modules
 from lorakit.adapters.peft_files.layout import PATTERNS, PREFIX, AdapterFiles
 from lorakit.adapters.plan import is_linear
-from lorakit.adapters.targets import is_target, layer_number
+from lorakit.adapters.targets import ends_with, is_target, layer_number
 from lorakit.adapters.tied_weights import is_embedding
 from lorakit.config.errors import LorakitError
 from lorakit.config.patterns import each_alone, of_pattern, valid_regex
@@ -40,6 +44,8 @@ from lorakit.models.multimodal import (
 
 log = logging.getLogger("lorakit")
 
+_IN_MEMORY = LAYOUTS[-1]  # the names that transformers gives the modules of a multimodal model
+_OF_ADALORA = ".lora_E"  # the end of the keys in its rank_pattern, which name tensors
 _NAMING = ("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern", *PATTERNS)
 _PARTS_OF_MULTIMODAL = re.compile("language_model|vision|visual|multi_modal|audio")
 
@@ -83,6 +89,59 @@ def text_part(files: AdapterFiles, module: nn.Module) -> AdapterFiles:
     return files._replace(values=values, tensors=tensors)
 
 
+def for_whole_model(
+    module: nn.Module, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return an adapter by the names of the multimodal model whose files the base was loaded from.
+
+    Args:
+        module: The module that the adapter is attached to.
+        tensors: The adapter's tensors by their keys for the text model alone.
+        values: The adapter's config with names of the text model alone.
+
+    Returns:
+        Tensors and config. They are as they were if the base is no part of a multimodal model.
+    """
+    if not isinstance(module, Decoder) or not module.source or not module.source.surroundings:
+        return dict(tensors), dict(values)
+    layers, modules = _own_layers(module), [name for name, _ in outer_modules(module)]
+    found = dict(values)
+    for field in ("target_modules", "feedforward_modules"):
+        if values.get(field):
+            found[field] = [_there(name) for name in layers if is_target(name, values[field])]
+    for field in PATTERNS:
+        if values.get(field):
+            found[field] = _pattern_there(values[field], layers, found["target_modules"])
+    if saved := values.get("modules_to_save"):
+        whole = [name for name in modules if any(ends_with(name, entry) for entry in saved)]
+        found["modules_to_save"] = [_there(name) for name in whole]
+    tokens = values.get("trainable_token_indices")
+    if isinstance(tokens, dict):
+        found["trainable_token_indices"] = {_there(name): ids for name, ids in tokens.items()}
+    if values.get("target_parameters"):
+        found["target_parameters"] = [_there(name) for name in values["target_parameters"]]
+    return {_key_there(key): tensor for key, tensor in tensors.items()}, found
+
+
+def _there(name: str) -> str:
+    return name_in_layout(name, _IN_MEMORY)
+
+
+def _key_there(key: str) -> str:
+    return PREFIX + _there(key.removeprefix(PREFIX)) if key.startswith(PREFIX) else key
+
+
+def _pattern_there(
+    pattern: Mapping[str, Any], layers: Iterable[str], targets: list[str]
+) -> dict[str, Any]:
+    """Return a pattern with one entry for each adapted layer, or tied head, that it speaks of."""
+    if any(key.endswith(_OF_ADALORA) for key in pattern):
+        return {_there(key): triplets for key, triplets in pattern.items()}
+    alone = {_there(name): value for name, value in _of_each(pattern, layers).items()}
+    wanted = {*targets, "lm_head"}
+    return each_alone({name: each for name, each in alone.items() if name in wanted}, targets)
+
+
 def _can_be_applied(values: Mapping[str, Any]) -> bool:
     """Return whether the names are of the right types, and the regexes are valid.
 
@@ -111,8 +170,7 @@ def _by_own_names(
     values: Mapping[str, Any], model: Decoder, layout: Mapping[str, str], where: str
 ) -> dict[str, Any]:
     """Return the values that name layers, with the names that the decoder has."""
-    own = [name for name, each in outer_modules(model) if is_linear(each) or is_embedding(each)]
-    own += ["lm_head"] if "lm_head" not in own else []
+    own = _own_layers(model)
     # Somebody may have renamed the tensors and not the config, so other layouts come after this.
     for each in (layout, {}, *LAYOUTS):
         there = {name: name_in_layout(name, each) for name in own}
@@ -127,12 +185,22 @@ def _by_own_names(
         fed = values["feedforward_modules"]
         found["feedforward_modules"] = [name for name in chosen if is_target(there[name], fed)]
     for name in PATTERNS:
-        alone = _for_each(values.get(name) or {}, {layer: there[layer] for layer in chosen})
-        found[name] = each_alone(alone, chosen)
+        pattern = values.get(name) or {}
+        alone = _for_each(pattern, {layer: there[layer] for layer in chosen})
+        of_tensors = {text_name(k): v for k, v in pattern.items() if k.endswith(_OF_ADALORA)}
+        found[name] = of_tensors or each_alone(alone, chosen)
+    if _all_are(values.get("modules_to_save"), str):
+        found["modules_to_save"] = [text_name(name) for name in values["modules_to_save"]]
     tokens = values.get("trainable_token_indices")
     if isinstance(tokens, dict):
         found["trainable_token_indices"] = {text_name(str(k)): v for k, v in tokens.items()}
     return {key: value for key, value in found.items() if key in values}
+
+
+def _own_layers(model: Decoder) -> list[str]:
+    """Return the names of the layers that may be adapted, a tied head among them."""
+    own = [name for name, each in outer_modules(model) if is_linear(each) or is_embedding(each)]
+    return own if "lm_head" in own else [*own, "lm_head"]
 
 
 def _selected(values: Mapping[str, Any], there: Mapping[str, str]) -> list[str]:
@@ -161,3 +229,7 @@ def _for_each(pattern: Mapping[str, Any], there: Mapping[str, str]) -> dict[str,
     """Return what a pattern says of each layer that it says something of."""
     found = {own: of_pattern(pattern, name, None) for own, name in there.items()}
     return {own: value for own, value in found.items() if value is not None}
+
+
+def _of_each(pattern: Mapping[str, Any], layers: Iterable[str]) -> dict[str, Any]:
+    return _for_each(pattern, {name: name for name in layers})

@@ -158,13 +158,67 @@ def test_every_form_loads_as_in_peft(base, tmp_path, form, caplog):
 
 
 @pytest.mark.parametrize("form", ["a regex of the text model", "ranks by both towers"])
-def test_what_was_loaded_is_saved_for_the_text_model(base, tmp_path, form):
+def test_what_was_loaded_is_saved_for_the_model_of_the_base_files(base, tmp_path, form):
+    """The files of this Qwen2.5-VL hold the text model alone, those of Gemma 3 all of it."""
     adapted(base, tmp_path / "in", lora(**FORMS[form]))
     model = lk.load_adapter(text_model(base), tmp_path / "in")
     lk.save_adapter(model, tmp_path / "out")
     again = lk.load_adapter(text_model(base), tmp_path / "out")
     assert torch.equal(again(IDS), model(IDS))
-    assert "language_model" not in (tmp_path / "out" / "adapter_config.json").read_text()
+    whole = model.source.surroundings is not None
+    assert ("language_model" in (tmp_path / "out" / "adapter_config.json").read_text()) == whole
+    assert all(("language_model" in key) == whole for key in load_file(tmp_path / "out" / WEIGHTS))
+
+
+ADA = {"total_step": 10, "init_r": 4, "target_r": 2, "target_modules": ["q_proj", "v_proj"]}
+NEW = {
+    "all linear layers": lk.LoraConfig(r=4),
+    "ranks": lk.LoraConfig(rank_pattern={"q_proj": 2}, alpha_pattern={"layers.1.mlp.up_proj": 5}),
+    "the head alone": lk.LoraConfig(
+        target_modules=["lm_head", "q_proj"], rank_pattern={"lm_head": 2}
+    ),
+    "the embedding": lk.LoraConfig(
+        target_modules=["embed_tokens"], rank_pattern={"embed_tokens": 2}, ensure_weight_tying=True
+    ),
+    "tokens": lk.LoraConfig(trainable_token_indices={"embed_tokens": [3, 4]}),
+    "a norm": lk.LoraConfig(target_modules=["q_proj"], modules_to_save=["model.norm"]),
+    "pissa": lk.LoraConfig(r=4, init_lora_weights="pissa"),
+    "ia3": lk.IA3Config(
+        target_modules=["v_proj", "down_proj"],
+        feedforward_modules=["down_proj"],
+        modules_to_save=["model.norm"],
+    ),
+    "vera": lk.VeraConfig(r=8, target_modules=["q_proj"]),
+    "adalora": lk.AdaLoraConfig(**ADA),
+    "adalora, allocated": lk.AdaLoraConfig(**ADA),
+}
+
+
+@pytest.mark.parametrize("kind", NEW)
+def test_peft_puts_a_new_adapter_onto_the_multimodal_model(tmp_path, kind):
+    """The vision tower has a q_proj too, which gets nothing."""
+    torch.manual_seed(0)
+    theirs = gemma3(tmp_path / "base").eval()
+    ours = lk.attach(lk.load_model(tmp_path / "base", dtype="float32"), NEW[kind])
+    trained = [p for p in ours.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for p in trained:
+            p.add_(torch.randn_like(p) * 0.05)
+    if kind == "adalora, allocated":
+        for step in range(1, 11):
+            for p in trained:
+                p.grad = torch.randn_like(p)
+            lk.adalora_allocate(ours, step)
+    lk.save_adapter(ours, tmp_path / "a")
+    again = lk.load_adapter(lk.load_model(tmp_path / "base", dtype="float32"), tmp_path / "a")
+    model = peft.PeftModel.from_pretrained(theirs, tmp_path / "a").eval()
+    with torch.no_grad():
+        truth = ours(IDS)
+        assert (again(IDS) - truth).abs().max() <= LOGITS  # fewer triplets in AdaLoRA's products
+        logits = model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+    assert (logits - truth).abs().max() <= LOGITS
+    towers = [n for n, _ in model.named_parameters() if "vision" in n and n.endswith("default")]
+    assert not towers
 
 
 def test_the_names_before_transformers_4_52(base, tmp_path):
