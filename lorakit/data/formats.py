@@ -4,7 +4,8 @@
     preference          chosen, rejected: text or messages (prompt, or what     Choice
                         a chat or an instruction has)
                         preferred_output, non_preferred_output, input           Choice
-                        messages, rejected_messages or rejected_response        Choice
+                        messages or conversations, rejected_messages or         Choice
+                        rejected_response
     messages            messages: [{role, content, ...}]                        Chat
     sharegpt            conversations, or conversation: [{from, value, ...}]    Chat
     prompt_completion   prompt, completion: both text                           Pair
@@ -27,6 +28,7 @@ from a mapping.
 """
 
 from collections.abc import Callable, Mapping
+from itertools import product
 from typing import Any
 
 from lorakit.config.errors import LorakitError, nearest
@@ -47,14 +49,16 @@ from lorakit.data.values import (
     without_nulls,
 )
 
+# ms-swift's fields of a worse answer. The better one stands in the messages.
+_REJECTED = ("rejected_messages", "rejected_response")
+_CHATS = ("conversations", "conversation", "messages")
 # The fields that a row of each format must have, in each of its forms. A row that has the fields of
 # several formats has the first of them.
 FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
     "preference": (
         ("chosen", "rejected"),
         ("preferred_output", "non_preferred_output"),
-        ("messages", "rejected_messages"),
-        ("messages", "rejected_response"),
+        *product(_CHATS, _REJECTED),
     ),
     "messages": (("messages",),),
     "sharegpt": (("conversations",), ("conversation",)),
@@ -123,6 +127,7 @@ def make_row(value: Any, place: str, format: str | None) -> Row:
     check_row(value, format, place)
     row = _MAKE[format](value, place)
     _check_context(value, row, place, format)
+    _check_pair(value, row, place, format)
     return row
 
 
@@ -217,6 +222,20 @@ def _check_context(value: Mapping[str, Any], row: Row, place: str, format: str) 
         )
 
 
+def _check_pair(value: Mapping[str, Any], row: Row, place: str, format: str) -> None:
+    """Raise LorakitError if a row that is no pair holds one of two answers, and lacks the other.
+
+    A row that has the fields of a pair too may hold it for that.
+    """
+    for name in ("chosen", "preferred_output", "rejected", "non_preferred_output", *_REJECTED):
+        answer = holds(value, name) and isinstance(value[name], (str, list, Mapping))
+        if answer and not isinstance(row, Choice) and detect(value, place) == format:
+            raise LorakitError(
+                f"{place} has a field {name!r}, one of two answers, but a row of format {format} "
+                "is no pair; write both as chosen and rejected, or take the field out"
+            )
+
+
 # ---- the formats ---------------------------------------------------------------------------------
 
 
@@ -270,9 +289,9 @@ def _prompt(value: Mapping[str, Any], answers: list[Any], place: str) -> Any:
     prompt, chats = value.get("prompt"), all(isinstance(answer, list) for answer in answers)
     both = answers[0][: _shared(answers)] if chats else []
     if prompt is None and not both:
-        for name in ("conversations", "conversation", "messages"):
+        for name in _CHATS:
             if has(value, name):
-                return value[name]
+                return _asked(value[name], f"{place}, {name}")
         if has(value, "instruction"):
             return [*_history(value, place), _user(_request(value, place))]
         if not chats:
@@ -293,6 +312,16 @@ def _prompt(value: Mapping[str, Any], answers: list[Any], place: str) -> Any:
             "one of the two out"
         )
     return both
+
+
+def _asked(chat: Any, place: str) -> Any:
+    """Return the messages before two answers. Raises LorakitError if an answer is among them."""
+    if messages_of(chat, place)[-1]["role"] == "assistant":
+        raise LorakitError(
+            f"{place}: the last message is an answer already, and chosen and rejected would follow "
+            "it; take it out"
+        )
+    return chat
 
 
 def _shared(answers: list[Any]) -> int:
@@ -318,7 +347,8 @@ def _as_chosen_and_rejected(value: Mapping[str, Any], place: str) -> Mapping[str
             **{name: asked[name] for name in ("tools",) if has(asked, name)},
             **answers,
         }
-    messages = value.get("messages")
+    name = next((name for name in _CHATS if has(value, name)), "")
+    messages = value.get(name)
     if has(value, "rejected") or not isinstance(messages, list):
         return value
     if has(value, "rejected_messages"):

@@ -114,6 +114,8 @@ def _message(value: Any, where: str) -> tuple[str, dict[str, Any]]:
         message["tool_calls"] = [message.pop("function_call")]
     if message.get("tool_calls"):
         message["tool_calls"] = _tool_calls(message["tool_calls"], where)
+    for name in REASONING:
+        optional_text(message, name, where)
     kind = EmptyAnswer if message["role"] == "assistant" else LorakitError
     if "content" in message:
         message["content"] = _content(message, where)
@@ -237,8 +239,8 @@ def tools_of(value: Mapping[str, Any], place: str) -> list[dict[str, Any]] | Non
     """Return the tools of a row, None if it has none.
 
     They are a list in `tools`, or JSON text of one, for tables that cannot hold a list. The older
-    field `functions` holds the functions alone. Raises LorakitError for anything else, and for a
-    row with both.
+    field `functions` holds the functions alone, and so may `tools` (LLaMA-Factory). Raises
+    LorakitError for anything else, and for a row with both.
     """
     tools, functions = (listed(value, name, place) for name in ("tools", "functions"))
     if tools and functions:
@@ -246,7 +248,13 @@ def tools_of(value: Mapping[str, Any], place: str) -> list[dict[str, Any]] | Non
     for name, each in (("tools", tools), ("functions", functions)):
         if not all(isinstance(tool, Mapping) for tool in each):
             raise LorakitError(f"{place}: {name} must be a list of objects, not {each!r:.60}")
-    return [{"type": "function", "function": each} for each in functions] or tools or None
+    return [_tool(each) for each in tools or functions] or None
+
+
+def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tool as templates take it: a function with its name gets the type around it."""
+    alone = "name" in tool and not {"type", "function"} & tool.keys()
+    return {"type": "function", "function": tool} if alone else dict(tool)
 
 
 def system_of(value: Mapping[str, Any], place: str) -> str:

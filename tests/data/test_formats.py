@@ -337,6 +337,8 @@ ANSWERS = {"chosen": [YO], "rejected": [NO]}
         {"messages": [HI, YO], "rejected_messages": [HI, NO]},
         {"messages": [HI, YO], "rejected_response": "No"},
         {"messages": [HI, YO], "rejected_response": [NO]},
+        {"conversations": [HI, YO], "rejected_response": "No"},
+        {"conversation": [HI, YO], "rejected_messages": [HI, NO]},
         {"input": {"messages": [HI]}, "preferred_output": [YO], "non_preferred_output": [NO]},
     ],
 )
@@ -397,11 +399,25 @@ def test_the_prompt_of_two_chats_is_that_of_trl(before, one, other, named):
         ({"preferred_output": [YO], "input": {"messages": [HI]}}, "'non_preferred_output' is miss"),
         ({"preferred_output": [YO], "input": "x"}, "input must be an object with messages"),
         ({"messages": [HI, YO], "rejected_response": 3}, "rejected must be text or messages"),
+        ({"messages": [HI, YO], **ANSWERS}, "row 0, messages: the last message is an answer"),
+        ({"messages": [HI, YO], "rejected": "No"}, "has a field 'rejected', one of two answers"),
+        (
+            {"prompt": "a", "completion": "b", "chosen": "c"},
+            "a field 'chosen', one of two",
+        ),
+        (
+            {"instruction": "a", "output": "b", "rejected_response": "c"},
+            "'rejected_response'",
+        ),
     ],
 )
 def test_pairs_that_are_refused(row, message):
     with pytest.raises(lk.LorakitError, match=message):
         lk.read_rows([row])
+
+
+def test_a_flag_that_has_the_name_of_an_answer_is_none():
+    assert read({"text": "a", "rejected": False}).text == "a"
 
 
 def test_a_format_may_be_chosen_where_a_row_has_two():

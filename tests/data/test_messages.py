@@ -76,6 +76,10 @@ def test_what_an_older_file_calls_functions_are_tools():
         [{**called(function_call=CALLED[0]["function"]), "functions": [FUNCTION]}]
     )
     assert chat.tools == [{"type": "function", "function": FUNCTION}]
+    assert read({**called(), "tools": json.dumps([FUNCTION])}).tools == chat.tools
+    assert read({**called(), "tools": chat.tools}).tools == chat.tools
+    other = {"type": "web_search", "name": "search"}
+    assert read({**called(), "tools": [other]}).tools == [other]
     [chat] = lk.read_rows([{"messages": [ASKED, answer]}])
     assert chat.messages[1] == {"role": "tool", "name": "weather", "content": "18"}
 
@@ -89,6 +93,7 @@ def test_what_an_older_file_calls_functions_are_tools():
         (called(tool_calls=[{"name": "f", "arguments": "{"}]), "arguments is not valid JSON"),
         (called(tool_calls=[{"name": "f", "arguments": "3"}]), "arguments must be an object"),
         (called(tool_calls=CALLED, function_call={"name": "f"}), "keep one of them"),
+        (called(reasoning_content=["because"]), "message 1: field 'reasoning_content' must be"),
         ({**called(), "functions": [FUNCTION], "tools": [FUNCTION]}, "both functions and tools"),
         ({**called(), "functions": 3}, "functions must be a list"),
         (
