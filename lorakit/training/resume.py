@@ -14,6 +14,7 @@ from lorakit.data.batching import Order
 from lorakit.data.examples import Examples
 from lorakit.files.local import as_path
 from lorakit.models.decoder import Decoder
+from lorakit.models.tokenizer import Tokenizer
 from lorakit.training import state as run_state
 from lorakit.training.log import Log, say
 from lorakit.training.losses.reference import Reference
@@ -43,8 +44,12 @@ WHICH_LAYERS = (
 )
 
 
+_TOKENS = "the tokens of trained rows"  # checkpoints of 0.1.0 do not say them
+
+
 def must_match(
     model: Decoder,
+    tok: Tokenizer,
     examples: Examples,
     validation: Examples | None,
     config: TrainConfig,
@@ -59,7 +64,10 @@ def must_match(
     selected = selected_adapter(model)
     assert selected is not None
     adapter = asdict(adapter_config(model, selected))
+    rows = adapter.get("trainable_token_indices") or {}
+    trained = rows if isinstance(rows, list) else {i for ids in rows.values() for i in ids}
     return {name: settings[name] for name in names} | {
+        _TOKENS: {str(i): tok.backend.id_to_token(i) for i in sorted(trained)},
         "data": _digest(examples),
         "validation data": None if validation is None else _digest(validation),
         "model": _digest_of_frozen(model),
@@ -132,7 +140,10 @@ def resume_from(
     values = run_state.read_values(checkpoint)
     if run_state.has_tensors_of(checkpoint.path, model):
         same = _in_words_of(values["same"], same)
-    run_state.check_same(checkpoint.path, values["same"], same)
+    said = {
+        name: value for name, value in same.items() if name in values["same"] or name != _TOKENS
+    }
+    run_state.check_same(checkpoint.path, values["same"], said)
     try:
         progress = Progress(**values["progress"])
     except TypeError as error:

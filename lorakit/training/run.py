@@ -88,7 +88,7 @@ class Run:
         self.optimizer, self.rate_shares = _optimizer(model, config)
         self.order = Order(examples, config)
         validation = None if held_out is None else held_out.examples
-        self.same = must_match(model, examples, validation, config)  # saved with checkpoints
+        self.same = must_match(model, tok, examples, validation, config)  # saved with checkpoints
         self.progress = Progress()
         if checkpoint is not None:
             self.progress = resume_from(checkpoint, model, self.optimizer, self.same, self.order)

@@ -101,9 +101,17 @@ def prune(output_dir: Path, keep: int, best: int | None) -> None:
 def only_run_in(output_dir: Path) -> Iterator[None]:
     """Hold a lock within the block, so that no other run trains into `output_dir`.
 
-    The lock ends with the process at the latest. Raises LorakitError if another run holds it.
+    The lock ends with the process at the latest. Raises LorakitError if another run holds it, or
+    nothing can be written there.
     """
-    with open(output_dir / ".lock", "w") as file:
+    try:
+        lock = os.open(output_dir / ".lock", os.O_WRONLY | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise LorakitError(
+            f"train: output_dir {output_dir} cannot be written to ({error.strerror}); choose "
+            "another name"
+        ) from None
+    with os.fdopen(lock, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

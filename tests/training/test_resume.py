@@ -225,3 +225,23 @@ def test_other_validation_rows_are_not_compared_with(tiny_dir, tok, tmp_path):
     data = {"train": ROWS, "validation": ROWS[:5]}
     with pytest.raises(lk.LorakitError, match="was made with validation data"):
         run(tiny_dir, tok, tmp_path, data, **options, resume="auto")
+
+
+def test_tokens_that_changed_places_are_refused(tiny_dir, tmp_path):
+    """The rows need not hold them, so that nothing else would tell."""
+
+    def train(tokens):
+        tok, model = lk.load_tokenizer(tiny_dir), lk.load_model(tiny_dir, dtype="float32")
+        lk.attach(model, lk.add_tokens(model, tok, tokens, lk.LoraConfig(r=2)))
+        config = lk.TrainConfig(str(tmp_path), max_steps=1, save_steps=1, resume="auto")
+        return lk.train(model, tok, ROWS, config)
+
+    train(["<a>", "<b>"])
+    assert train(["<a>", "<b>"]).steps == 1
+    with pytest.raises(lk.LorakitError, match="the tokens of trained rows 259 '<a>'"):
+        train(["<b>", "<a>"])
+    file = tmp_path / "checkpoint-1" / run_state.STATE_VALUES
+    values = json.loads(file.read_text())
+    del values["same"]["the tokens of trained rows"]  # as in a checkpoint of 0.1.0
+    file.write_text(json.dumps(values))
+    assert train(["<a>", "<b>"]).steps == 1

@@ -145,6 +145,9 @@ def test_refuses_before_it_starts(tiny_dir, tok, tmp_path):
     with pytest.raises(lk.LorakitError, match="holds no rows"):
         lk.train(model, tok, [], config)
     (tmp_path / "file").write_text("")
+    (tmp_path / "locked" / ".lock").mkdir(parents=True)  # root may write anywhere
+    with pytest.raises(lk.LorakitError, match="locked cannot be written to"):
+        lk.train(model, tok, ROWS, lk.TrainConfig(output_dir=str(tmp_path / "locked")))
     with pytest.raises(lk.LorakitError, match=r"file/out cannot be made \(Not a directory\)"):
         lk.train(model, tok, ROWS, lk.TrainConfig(output_dir=str(tmp_path / "file" / "out")))
     with pytest.raises(lk.LorakitError, match="file is a file; choose another name"):
