@@ -8,7 +8,8 @@ touched until an op runs.
 from .dispatch import use_backend
 from .ops.adamw import Moment8bit, adamw_step, adamw_step_8bit
 from .ops.attention import attention
-from .ops.cross_entropy import cross_entropy, linear_cross_entropy
+from .ops.attention.documents import Documents
+from .ops.cross_entropy import cross_entropy, labelled, linear_cross_entropy
 from .ops.decode import DecodeCache, DecodeLayer, DecodePlan, decode_compiled, decode_step
 from .ops.frozen_linear import frozen_linear
 from .ops.frozen_linear.dense import Packed, dequantize, dequantize_rows
@@ -23,6 +24,7 @@ __all__ = [
     "DecodeCache",
     "DecodeLayer",
     "DecodePlan",
+    "Documents",
     "Int8Tensor",
     "LoraWeights",
     "Moment8bit",
@@ -43,6 +45,7 @@ __all__ = [
     "gated",
     "gated_backward_",
     "geglu",
+    "labelled",
     "linear_cross_entropy",
     "lora_linear",
     "lora_mlp",

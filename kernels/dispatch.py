@@ -128,6 +128,16 @@ def on_device(x: torch.Tensor) -> AbstractContextManager:
     return torch.cuda.device(x.device)
 
 
+def sent(t: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor on `device`; from host memory it goes there without a wait of the host.
+
+    From pageable memory the host would wait for all that the device has to do before.
+    """
+    if t.device.type == "cpu" and device.type == "cuda":
+        t = t.pin_memory()
+    return t.to(device, non_blocking=True)
+
+
 def product_dtype(x: torch.Tensor) -> torch.dtype:
     """Return the dtype in which products of matrices in x's dtype are computed.
 

@@ -23,6 +23,7 @@ Schedule = Literal[
 Optimizer = Literal["adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]
 OverLength = Literal["truncate", "drop", "raise"]
 TrainOn = Literal["completion", "last_turn", "all"]
+MLPActivations = Literal["auto", "keep", "recompute"]
 
 SCHEDULES = get_args(Schedule)
 OVER_LENGTH = get_args(OverLength)
@@ -134,6 +135,10 @@ class TrainConfig:
     """Keep only the inputs of the model's blocks, and compute the rest again in backward."""
     activation_offloading: bool = False
     """Keep the inputs of the blocks in host memory; this needs gradient_checkpointing."""
+    mlp_activations: MLPActivations = "auto"
+    """Two largest activations of each block, gate and up: "keep" holds them for backward,
+    "recompute" computes them again, and "auto" keeps those of as many blocks as a GPU has memory
+    for."""
     eval_steps: int | None = None
     """Number of steps between evaluations on the validation rows; null evaluates at the end
     only."""

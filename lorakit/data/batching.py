@@ -18,17 +18,23 @@ from lorakit.data.packing import pack_rows
 
 
 class Order:
-    """Which rows each step takes. `total` is the number of steps of the run."""
+    """Which rows each step takes.
+
+    `total` is the number of steps of the run, and `largest` the most tokens that a batch may have,
+    the padding included.
+    """
 
     def __init__(self, examples: Examples, config: TrainConfig):
         self.lengths, self.config = examples.lengths, config
+        self._rows_of_one = 1 if config.objective == "sft" else 2  # a pair is two rows
         self.packs: list[list[int]] | None = None
         if config.packing:
             size = config.per_device_train_batch_size * config.max_seq_length
-            size *= 1 if config.objective == "sft" else 2  # a pair is two rows
+            size *= self._rows_of_one
             self.packs = pack_rows(self.lengths, size)
         self.epoch, self.micro_batches = -1, list[list[int]]()
         self._load(0)
+        self.largest = self._largest()
         self.per_epoch = math.ceil(len(self.micro_batches) / config.gradient_accumulation_steps)
         self.total = config.max_steps or math.ceil(config.num_train_epochs * self.per_epoch)
 
@@ -42,6 +48,11 @@ class Order:
         else:
             self.micro_batches = list(self.packs)
             random.Random(f"{config.seed}/{epoch}").shuffle(self.micro_batches)
+
+    def _largest(self) -> int:
+        if self.packs is not None:
+            return max(sum(self.lengths[i] for i in pack) for pack in self.packs)
+        return self.config.per_device_train_batch_size * max(self.lengths) * self._rows_of_one
 
     def step(self, step: int) -> list[list[int]]:
         """Return the micro-batches of step 1, 2, ...: lists of row numbers."""

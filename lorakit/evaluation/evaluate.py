@@ -103,7 +103,7 @@ def text_loss(model: Decoder, examples: Examples, batch_size: int) -> dict[str, 
         rows = [example.answers[0] for example in batch]
         ids, labels = collate(rows)
         mask = real_tokens(rows).to(model.device) if model.config.by_length else None
-        return model.loss(ids.to(model.device), labels.to(model.device), attention_mask=mask)
+        return model.loss(ids.to(model.device), labels, attention_mask=mask)
 
     total, count = summed_over(model, examples, batch_size, summed_loss)
     mean = total / count

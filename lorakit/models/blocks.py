@@ -150,7 +150,7 @@ class MLP(nn.Module):
         Args:
             x: [..., H].
             keep: Whether gate(x) and up(x) are kept for backward, which otherwise computes them
-                again. On a CPU, where products are dear, they always are.
+                again.
             recipe: Computes x again in backward; None: x is kept.
         """
         layers = [self.get_submodule(name) for name in self.names]
@@ -158,7 +158,6 @@ class MLP(nn.Module):
         if adapted is None:
             gate, up, down = layers
             return down(kernels.gated(gate(x), up(x), self.hidden_act))
-        keep = keep or x.device.type == "cpu"
         lora_gate, lora_up, lora_down = adapted
         return kernels.lora_mlp(
             x, lora_gate, lora_up, lora_down, self.hidden_act, keep=keep, again=recipe
@@ -240,14 +239,24 @@ class Block(nn.Module):
         else:
             self.mlp = MLP(config, config.intermediate_size)
 
-    def forward(self, x: Tensor, view: AttentionView, cache: Cache | None) -> Tensor:
-        """Return x [B, T, H] with attention's and the MLP's outputs added."""
+    def forward(
+        self, x: Tensor, added: Tensor | None, view: AttentionView, cache: Cache | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return x [B, T, H] with attention's output added, and the MLP's output.
+
+        The caller adds the two, or lets the next norm do it, which reads them in any case. `added`
+        is what is to be added to x here.
+        """
+        if added is None:
+            normalized = self.input_layernorm(x)
+        else:
+            normalized, x = self.input_layernorm(added, x)
         # The linear layers read norms of tensors that backward keeps in any case. On a CPU a norm
         # is cheap to compute again, so it is not kept. A block that runs again right before its
         # backward keeps nothing for long, and may keep the norms as well.
         again = x.device.type == "cpu" and not view.recomputed
         recipe = (self.input_layernorm, x) if again else None
-        attended = self.self_attn(self.input_layernorm(x), view, cache, recipe)
+        attended = self.self_attn(normalized, view, cache, recipe)
         norm = self.pre_feedforward_layernorm
         if norm is None:
             norm = self.post_attention_layernorm
@@ -257,10 +266,10 @@ class Block(nn.Module):
         added = self._feed_forward(normalized, view, (norm, x) if again else None)
         if self.post_feedforward_layernorm is not None:
             added = self.post_feedforward_layernorm(added)
-        return x + added
+        return x, added
 
     def _feed_forward(self, x: Tensor, view: AttentionView, recipe: Recipe | None) -> Tensor:
         if self.moe_name is None:
-            return self.mlp(x, view.recomputed, recipe)
+            return self.mlp(x, view.keeps, recipe)
         packed = view.lengths is not None
-        return self.get_submodule(self.moe_name)(x, packed, view.recomputed)
+        return self.get_submodule(self.moe_name)(x, packed, view.keeps)

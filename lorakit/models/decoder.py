@@ -55,6 +55,8 @@ class Decoder(nn.Module):
             computed again there: less memory for one more forward pass. Off by default.
         offload_activations: Whether the inputs that gradient checkpointing keeps wait in host
             memory. Off by default.
+        kept_layers: How many blocks, from the first on, keep gate and up of their MLP for backward,
+            which otherwise computes them again. All do by default; a GPU may lack the memory.
         neftune_noise_alpha: A number a; in training, uniform noise up to a / sqrt(T H) is added to
             the embeddings (NEFTune, arXiv:2310.05914). None, the default: no noise.
         source: The files that the weights came from, or None.
@@ -67,6 +69,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = self.offload_activations = False
+        self.kept_layers = config.num_hidden_layers
         self.neftune_noise_alpha: float | None = None
         self.source: Source | None = None
         self.beginning = NoPrompt()  # the saved state of runs has this name
@@ -120,12 +123,14 @@ class Decoder(nn.Module):
         x = self.embed(input_ids)
         if self.training and self.neftune_noise_alpha is not None:
             x = x + _neftune_noise(x, self.neftune_noise_alpha, cu_seqlens)
+        added: Tensor | None = None  # what the last block adds to x; the next norm reads both
         for block, view in zip(self.model.layers, views, strict=True):
             if view.recomputed:
-                x = run_recomputed(block, x, view, cache, offload=self.offload_activations)
+                x, offload = x if added is None else x + added, self.offload_activations
+                x, added = run_recomputed(block, x, None, view, cache, offload=offload)
             else:
-                x = block(x, view, cache)
-        return self.model.norm(x)
+                x, added = block(x, added, view, cache)
+        return self.model.norm(x) if added is None else self.model.norm(added, x)[0]
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Return the embeddings [B, T, H] of input_ids, scaled where the family does so."""
@@ -145,7 +150,13 @@ class Decoder(nn.Module):
         """Return, for each layer, what the positions of a call see in it."""
         recomputed = self.gradient_checkpointing and torch.is_grad_enabled()
         return attention_views(
-            self.config, input_ids, attention_mask, cu_seqlens, cache, recomputed=recomputed
+            self.config,
+            input_ids,
+            attention_mask,
+            cu_seqlens,
+            cache,
+            recomputed=recomputed,
+            kept_layers=self.kept_layers,
         )
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -181,7 +192,8 @@ class Decoder(nn.Module):
 
         Args:
             input_ids: int64 [B, T].
-            labels: int64 [B, T], usually input_ids with -100 where nothing is learned.
+            labels: int64 [B, T], usually input_ids with -100 where nothing is learned. From host
+                memory they cost no wait for a GPU.
             attention_mask: See the class.
             cu_seqlens: See the class.
             label_smoothing: See `kernels.cross_entropy`.
@@ -192,7 +204,7 @@ class Decoder(nn.Module):
         """
         hidden = self._hidden_for_loss(input_ids, labels, attention_mask, cu_seqlens)
         return self._output_head().loss(
-            hidden[:, :-1],
+            hidden,
             _next_tokens(labels, cu_seqlens),
             label_smoothing=label_smoothing,
             z_loss=z_loss,
@@ -212,7 +224,7 @@ class Decoder(nn.Module):
             The sums, fp32 [n], and the counts, int64 [n].
         """
         hidden = self._hidden_for_loss(input_ids, labels, attention_mask, cu_seqlens)
-        hidden, targets = hidden[:, :-1], _next_tokens(labels, cu_seqlens)
+        targets = _next_tokens(labels, cu_seqlens)
         if cu_seqlens is None:
             rows = list(zip(hidden.split(1), targets.split(1), strict=True))
         else:
@@ -231,7 +243,7 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Return the final hidden states [B, T, H]; see `loss` for rows whose length matters."""
         if self.config.by_length and attention_mask is None and cu_seqlens is None:
-            attention_mask = _before_padding(input_ids, labels)
+            attention_mask = _before_padding(input_ids, labels.to(input_ids.device))
         return self.hidden_states(input_ids, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
 
 
@@ -288,12 +300,12 @@ def _before_padding(input_ids: Tensor, labels: Tensor) -> Tensor:
 
 
 def _next_tokens(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Return the label that each position but the last predicts, int64 [B, T - 1].
+    """Return the label that each position predicts, int64 [B, T].
 
-    The last position of a packed document predicts nothing, which is -100.
+    The last position of a row, and of a packed document, predicts nothing, which is -100.
     """
-    targets = labels[:, 1:]
+    targets = labels.roll(-1, dims=1)
+    targets[:, -1] = -100
     if cu_seqlens is not None:
-        targets = targets.clone()
-        targets[:, cu_seqlens[1:-1].long() - 1] = -100
+        targets[:, cu_seqlens[1:].long() - 1] = -100
     return targets

@@ -49,7 +49,7 @@ class OutputHead(NamedTuple):
 
         Args:
             hidden: [B, T, H].
-            targets: int64 [B, T], the token that each position predicts.
+            targets: int64 [B, T], the token that each position predicts, perhaps in host memory.
             label_smoothing: See `kernels.cross_entropy`.
             z_loss: See `kernels.cross_entropy`.
 
@@ -69,14 +69,14 @@ class OutputHead(NamedTuple):
                 label_smoothing=label_smoothing,
                 z_loss=z_loss,
             )
-        counted = (targets != -100).nonzero(as_tuple=True)
         if isinstance(self.layer, AdaptedLayer) and self.layer.row_groups is not None:
-            logits = self._before_softcap(hidden)[counted]
+            logits, counted = kernels.labelled(self._before_softcap(hidden), targets)
         else:
-            logits = self._before_softcap(hidden[counted])
+            hidden, counted = kernels.labelled(hidden, targets)
+            logits = self._before_softcap(hidden)
         return kernels.cross_entropy(
             logits,
-            targets[counted],
+            counted,
             softcap=self.softcap,
             label_smoothing=label_smoothing,
             z_loss=z_loss,

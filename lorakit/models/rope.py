@@ -21,12 +21,14 @@ rotation they were given.
 Everything is fp32, whatever the model's dtype: at position 8192 a bf16 angle is off by whole turns.
 """
 
+import functools
 import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from lorakit import kernels
 from lorakit.config.errors import LorakitError
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
@@ -63,9 +65,9 @@ class RopeConfig:
     """Factor of ln(s) / 10 in a second m, by which yarn divides the first."""
     truncate: bool = True
     """Whether the ends of yarn's ramp are rounded to whole pairs."""
-    short_factor: list[float] = field(default_factory=list)
+    short_factor: list[float] = field(default_factory=list, hash=False)
     """Divisors l of longrope for sequences up to L, [D / 2]."""
-    long_factor: list[float] = field(default_factory=list)
+    long_factor: list[float] = field(default_factory=list, hash=False)
     """Divisors l of longrope for longer sequences, [D / 2]."""
 
     def __post_init__(self) -> None:
@@ -138,6 +140,15 @@ def inverse_frequencies(
     return freqs
 
 
+@functools.lru_cache(maxsize=16)
+def _fixed_frequencies(rope: RopeConfig, head_dim: int, device: torch.device) -> Tensor:
+    """Return frequencies that no length changes, made once in host memory, on a device."""
+    with torch.inference_mode(False):
+        return kernels.dispatch.sent(
+            inverse_frequencies(rope, head_dim, torch.device("cpu")), device
+        )
+
+
 def _yarn_kept(rope: RopeConfig, head_dim: int, device: torch.device) -> Tensor:
     """Return the share of each frequency that yarn keeps: 1 for fast pairs, 0 for slow ones."""
 
@@ -190,7 +201,10 @@ def rope_tables(
         lengths = None
     elif lengths is None:
         lengths = position_ids.amax(-1, keepdim=True) + 1
-    freqs = inverse_frequencies(rope, head_dim, position_ids.device, lengths)
+    if lengths is None:
+        freqs = _fixed_frequencies(rope, head_dim, position_ids.device)
+    else:
+        freqs = inverse_frequencies(rope, head_dim, position_ids.device, lengths)
     angles, m = position_ids[..., None].float() * freqs, _magnitude(rope)
     cos, sin = angles.cos(), angles.sin()
     return (cos, sin) if m == 1 else (m * cos, m * sin)

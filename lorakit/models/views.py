@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lorakit import kernels
 from lorakit.config.errors import LorakitError
 from lorakit.models.cache import Cache
 from lorakit.models.config import ModelConfig
@@ -32,13 +33,15 @@ class AttentionView(NamedTuple):
     tables: tuple[Tensor, Tensor]
     """Rotary tables, cos and sin: fp32 [B or 1, T, D / 2]."""
     mask: Tensor | None
-    """True where a query may look: bool [T, S] or [B, 1, T, S]; None: plain causal attention."""
+    """True where a query may look: bool [T, S] or [B, 1, T, S]; None: causal attention."""
     window: int | None
     """Number of positions that each position sees, itself included; None: all before it."""
-    lengths: list[int] | None
+    lengths: kernels.Documents | None
     """Lengths of the packed documents, if the row is packed."""
     recomputed: bool
     """Whether the block runs a second time right before its backward (gradient checkpointing)."""
+    keeps: bool
+    """Whether the MLP keeps gate and up for backward, which otherwise computes them again."""
 
 
 def attention_views(
@@ -49,6 +52,7 @@ def attention_views(
     cache: Cache | None,
     *,
     recomputed: bool,
+    kept_layers: int,
 ) -> list[AttentionView]:
     """Return the view of every layer, for input_ids int64 [B, T] in one of the three forms.
 
@@ -58,16 +62,19 @@ def attention_views(
     """
     T, device = input_ids.shape[1], input_ids.device
     past = 0 if cache is None else cache.length
-    positions = torch.arange(past, past + T, device=device)
-    position_ids, real, lengths, own = positions[None], None, None, None
+    real, lengths, own = None, None, None
     if cu_seqlens is not None:
         if attention_mask is not None or cache is not None:
             raise LorakitError("packed documents take neither a padding mask nor a cache")
-        lengths = document_lengths(cu_seqlens, input_ids)
-        position_ids = torch.cat([positions[:n] for n in lengths])[None]
+        lengths = kernels.Documents(document_lengths(cu_seqlens, input_ids))
+        numbers = torch.cat([torch.arange(n, device="cpu") for n in lengths])
+        positions = kernels.dispatch.sent(numbers, device)
         if config.by_length:
             own = torch.tensor(lengths, device=device)
             own = own.repeat_interleave(own, output_size=T)[None]
+    else:
+        positions = torch.arange(past, past + T, device=device)
+    position_ids = positions[None]
     if attention_mask is not None:
         real = attention_mask.bool()
         position_ids = (real.cumsum(-1) - 1).clamp(min=0)[:, past:]
@@ -80,11 +87,14 @@ def attention_views(
         if lengths is None:
             seen = positions if cache is None else cache.positions(T, window)
             mask = key_mask(positions, seen, window, real)
-        return AttentionView(local if slides else tables, mask, window, lengths, recomputed)
+        rotary = local if slides else tables
+        return AttentionView(rotary, mask, window, lengths, recomputed, recomputed)
 
-    kinds = [config.slides(layer) for layer in range(config.num_hidden_layers)]
-    views = {kind: view(kind) for kind in set(kinds)}
-    return [views[kind] for kind in kinds]
+    layers = range(config.num_hidden_layers)
+    views = {kind: view(kind) for kind in set(map(config.slides, layers))}
+    found = [views[config.slides(layer)] for layer in layers]
+    # what a block keeps that runs again right before its backward lives for that block only
+    return [each._replace(keeps=recomputed or i < kept_layers) for i, each in enumerate(found)]
 
 
 def key_mask(
@@ -96,12 +106,11 @@ def key_mask(
     padding: `real` [B, S] is false there. Each looks at itself, so that no row is empty.
 
     Returns:
-        bool [T, S], or with padding [B, 1, T, S]; None where plain causal attention says the same.
+        bool [T, S], or with padding [B, 1, T, S]; None where causal attention with the window says
+        the same: for one query, and where the keys are those of the queries.
     """
     T, S = len(positions), len(seen)
-    if window is not None and window >= S:
-        window = None
-    if real is None and (T == 1 or (T == S and window is None)):
+    if real is None and (T in (1, S)):
         return None
     mask = seen <= positions[:, None]
     if window is not None:

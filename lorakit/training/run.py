@@ -35,6 +35,7 @@ from lorakit.models.decoder import Decoder
 from lorakit.models.tokenizer import Tokenizer
 from lorakit.training import state as run_state
 from lorakit.training.interrupt import Flag
+from lorakit.training.kept_layers import kept_layers
 from lorakit.training.log import Log, say
 from lorakit.training.losses.held_out import held_out_loss
 from lorakit.training.memory import peak_memory_mb
@@ -216,11 +217,13 @@ class Run:
         rate = self._set_learning_rate(step)
         numbers = self.order.step(step)
         micro_batches = [[self.examples[i] for i in rows] for rows in numbers]
-        loss = backward(self.model, micro_batches, config, self.reference)
+        losses, count = backward(self.model, micro_batches, config, self.reference)
         if step == 1:
             check_gradients(self.model, self.layers)
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(params, config.max_grad_norm).item()
+        norm = nn.utils.clip_grad_norm_(params, config.max_grad_norm)
+        *sums, norm = torch.stack([*losses, norm]).tolist()  # here the host waits for the device
+        loss = sum(sums) / count
         progress.step, progress.loss = step, loss
         if math.isfinite(loss) and math.isfinite(norm):
             self.optimizer.step()
@@ -330,18 +333,22 @@ def _optimizer(model: Decoder, config: TrainConfig) -> tuple[AdamW, list[float]]
 
 
 @contextmanager
-def training_mode(model: Decoder, config: TrainConfig) -> Iterator[None]:
-    """Set dropout, gradient checkpointing and noise for the block as the run wants them."""
+def training_mode(model: Decoder, config: TrainConfig, tokens: int) -> Iterator[None]:
+    """Set dropout, noise and what is kept for backward for the block as the run wants them.
+
+    `tokens` is the most that a batch may have.
+    """
     was_training = model.training
     checkpointing, offloading = model.gradient_checkpointing, model.offload_activations
-    noise = model.neftune_noise_alpha
+    noise, layers = model.neftune_noise_alpha, model.kept_layers
     model.train()
     model.gradient_checkpointing = config.gradient_checkpointing
     model.offload_activations = config.activation_offloading
     model.neftune_noise_alpha = config.neftune_noise_alpha
+    model.kept_layers = kept_layers(model, tokens, config.mlp_activations)
     try:
         yield
     finally:
         model.train(was_training)
         model.gradient_checkpointing, model.offload_activations = checkpointing, offloading
-        model.neftune_noise_alpha = noise
+        model.neftune_noise_alpha, model.kept_layers = noise, layers

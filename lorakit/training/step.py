@@ -7,7 +7,7 @@ number. So a step of 8 rows has the same gradient as 1 x 8 or 8 x 1 rows, padded
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorakit.adapters.layers.wrapper import Attached
 from lorakit.config.errors import LorakitError
@@ -23,10 +23,12 @@ MicroBatches = Sequence[Sequence[Example | PairExample]]
 
 def backward(
     model: Decoder, micro_batches: MicroBatches, config: TrainConfig, reference: Reference | None
-) -> float:
-    """Add the gradients of the mean loss of a step to the parameters, and return that loss.
+) -> tuple[list[Tensor], int]:
+    """Add the gradients of the mean loss of a step to the parameters.
 
     The mean is over the label tokens of the step, or over its pairs. DPO compares with `reference`.
+    Nothing waits for the device: the summed losses are returned as they are, each fp32 [], and
+    their divisor.
     """
     examples = [example for batch in micro_batches for example in batch]
     if config.objective == "sft":
@@ -34,12 +36,12 @@ def backward(
         count = sum(label != IGNORE for each in labels for label in each)
     else:
         count = len(examples)
-    total = 0.0
+    losses = []
     for batch in micro_batches:
         loss, _ = summed_loss(model, batch, config, reference)
         (loss / count).backward()
-        total += loss.item()
-    return total / count
+        losses.append(loss.detach())
+    return losses, count
 
 
 def check_gradients(model: Decoder, layers: Mapping[str, Attached]) -> None:

@@ -91,14 +91,13 @@ def train(
     trainable_layers(model)
     train_rows, validation_rows = _two_sources(data)
     examples = encode_for(model, tok, train_rows, config, "the training rows")
-    held_out = None
-    if validation_rows is not None:
-        held_out = _held_out(model, tok, validation_rows, config)
+    held_out = None if validation_rows is None else _held_out(model, tok, validation_rows, config)
     _check_validation(held_out, config)
     output_dir = _made_directory(config.output_dir)
     with only_run_in(output_dir):
         run = Run(model, tok, examples, held_out, config, base_model)
-        with training_mode(model, config), run.open_log() as log, interrupt() as stop:
+        most = run.order.largest
+        with training_mode(model, config, most), run.open_log() as log, interrupt() as stop:
             run.loop(log, stop, after_step)
             run.end(log)
     progress = run.progress

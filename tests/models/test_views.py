@@ -167,8 +167,8 @@ def test_a_query_sees_the_keys_that_the_definition_names(past, new, window, padd
                 near = k <= q and (window is None or q - k < window)
                 expected[row, i, k] = (near and (real is None or bool(real[row, k]))) or k == q
     mask = key_mask(positions, seen, window, real)
-    if mask is None and new > 1:
-        mask = torch.ones(new, past + new).tril(past).bool()
+    if mask is None and new > 1:  # causal attention with the window, which attention is told of
+        mask = torch.ones(new, past + new).tril(past).triu(past + 1 - (window or past + new)).bool()
     if mask is None:  # one query: the cache hands over what it may see, and no more
         return
     assert torch.equal(mask.expand(len(expected), 1, new, past + new)[:, 0], expected)

@@ -150,22 +150,25 @@ def test_the_settings_of_the_model_are_put_back(tiny_dir):
     model = adapted(tiny_dir)
     model.neftune_noise_alpha = 3.0
     config = lk.TrainConfig(
-        gradient_checkpointing=True, activation_offloading=True, neftune_noise_alpha=5.0
+        gradient_checkpointing=True,
+        activation_offloading=True,
+        neftune_noise_alpha=5.0,
+        mlp_activations="recompute",
     )
 
     def settings():
         kept = model.gradient_checkpointing, model.offload_activations, model.neftune_noise_alpha
-        return model.training, *kept
+        return model.training, *kept, model.kept_layers
 
     def fails():
-        assert settings() == (True, True, True, 5.0)
+        assert settings() == (True, True, True, 5.0, 0)
         raise ZeroDivisionError
 
     before = settings()[1:]
-    assert before == (False, False, 3.0)
+    assert before == (False, False, 3.0, model.config.num_hidden_layers)
     for mode in (True, False):
         model.train(mode)
-        with pytest.raises(ZeroDivisionError), training_run.training_mode(model, config):
+        with pytest.raises(ZeroDivisionError), training_run.training_mode(model, config, 64):
             fails()
         assert settings() == (mode, *before)
 

@@ -9,6 +9,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from ... import dispatch
 from .state import BLOCK, Moment8bit
 
 M = TypeVar("M", Tensor, Moment8bit)
@@ -84,10 +85,9 @@ def work(groups: Sequence[tuple[Tensor, ...]], values: int) -> tuple[Tensor, Ten
     """
     device = groups[0][0].device
     rows = [[*(t.data_ptr() for t in group), group[0].numel()] for group in groups]
-    # from pinned memory, or the host would wait for all that the device has to do before
-    table = torch.tensor(rows, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu")
     lengths = tuple(row[-1] for row in rows)
-    return table.to(device, non_blocking=True), _pieces(lengths, values, device)
+    return dispatch.sent(table, device), _pieces(lengths, values, device)
 
 
 @functools.lru_cache(maxsize=64)  # groups of parameters, or pages with a part of one
@@ -96,9 +96,7 @@ def _pieces(lengths: tuple[int, ...], values: int, device: torch.device) -> Tens
     tensor = torch.arange(len(lengths), device="cpu").repeat_interleave(counts)
     piece = torch.arange(len(tensor), device="cpu") - (counts.cumsum(0) - counts)[tensor]
     table = torch.stack([tensor, piece], dim=1)
-    if device.type == "cuda":
-        table = table.pin_memory()
-    return table.to(device, non_blocking=True)
+    return dispatch.sent(table, device)
 
 
 def numbers(options: AdamWOptions) -> tuple[float, ...]:

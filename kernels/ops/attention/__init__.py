@@ -13,9 +13,11 @@ keys in the cache, with a running maximum and sum per query (arXiv:2205.14135). 
 exist, and blocks that no query sees cost nothing. For backward it keeps y and one fp32 per query,
 ln sum_j e^s_ij, and computes p again.
 
-Elsewhere torch's scaled_dot_product_attention does the work. It keeps no scores either, but has no
-soft cap: with one, the scores of CHUNK query rows at a time exist. In training each chunk's are
-computed again for backward, so that memory holds one chunk's.
+On a GPU the kernels of triton.py do the same for packed documents, soft caps and windows. Their
+grid comes from a table of tiles (documents.py), so that any number of documents is one launch.
+Dense rows go to torch's scaled_dot_product_attention, which is faster there,
+and so do masks. With a mask and a soft cap, the scores of CHUNK query rows at a time exist; in
+training each chunk's are computed again for backward, so that memory holds one chunk's.
 """
 
 from collections.abc import Sequence
@@ -24,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
-from . import cpu, reference
+from . import cpu
 
 
 def attention(
@@ -51,9 +53,10 @@ def attention(
             beside the last key, and each sees all keys up to its own (T == S or T == 1).
         scale: what the scores are multiplied by; None for D^-0.5.
         softcap: c; the scores s become c tanh(s / c) (arXiv:2408.00118). None for no cap.
-        window: with `lengths`, how many positions a query may look back, its own included.
+        window: how many positions a query may look back, its own included. It counts where T == S
+            and there is no mask.
         lengths: the tokens of each document packed along T == S, B == 1. Each is causal by itself;
-            a mask is ignored then.
+            a mask is ignored then. As `Documents` they keep what the layers of a model share.
 
     Returns:
         The weighted sums of the values, [B, T, Hq, D] in q's dtype.
@@ -61,27 +64,40 @@ def attention(
     Raises:
         ValueError: the lengths do not add up to T; a RuntimeError where torch does the work.
     """
-    if lengths is None:
-        window = None
-    else:
+    T, S = q.shape[1], k.shape[1]
+    if lengths is not None:
         mask = None
-    if cpu.fits(q, k, v, mask, scale) and dispatch.pick(q.device, "cpu") == "cpu":
-        return cpu.attention(q, k, v, mask, scale, softcap, window, lengths)
-    dtype, wide = q.dtype, dispatch.product_dtype(q)
-    q, k, v = q.to(wide), k.to(wide), v.to(wide)
-    if lengths is None:
-        return reference.attention(q, k, v, mask, scale, softcap).to(dtype)
-    documents = zip(*(x.split(list(lengths), dim=1) for x in (q, k, v)), strict=True)
-    parts = [
-        reference.attention(q, k, v, _window_mask(q, window), scale, softcap)
-        for q, k, v in documents
-    ]
-    return torch.cat(parts, dim=1).to(dtype)
+        if sum(lengths) != T or min(lengths, default=0) < 0:
+            raise ValueError(f"the lengths {list(lengths)} do not add up to the {T} tokens")
+    if mask is not None or T != S:
+        window = None
+    module = dispatch.backend(
+        __package__,
+        q.device,
+        cpu=cpu.fits(q, k, v, mask, scale),
+        triton=_walks_documents(q, k, v, mask, softcap, window, lengths),
+    )
+    return module.attention(q, k, v, mask, scale, softcap, window, lengths)
 
 
-def _window_mask(q: Tensor, window: int | None) -> Tensor | None:
-    """Return the mask of one document, bool [T, T]; None where it is plainly causal."""
-    T = q.shape[1]
-    if window is None or window >= T:
-        return None
-    return torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+def _walks_documents(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    softcap: float | None,
+    window: int | None,
+    lengths: Sequence[int] | None,
+) -> bool:
+    """Return whether the kernels of triton.py take the operands and are the faster ones.
+
+    Triton's products need sm_80. Tiles of wide heads in fp32 do not fit in every GPU's memory.
+    """
+    if mask is not None or (lengths is None and softcap is None and window is None):
+        return False
+    same = q.dtype == k.dtype == v.dtype and q.dtype in dispatch.FLOATS and k.shape == v.shape
+    fits = same and q.shape[:2] == k.shape[:2] and q.shape[2] % k.shape[2] == 0
+    widest = 128 if q.dtype == torch.float32 else 512
+    if not fits or q.shape[3] != k.shape[3] or q.shape[3] > widest or not q.numel():
+        return False
+    return dispatch.compiles_to() == "amdgcn" or dispatch.capability(q.device) >= (8, 0)

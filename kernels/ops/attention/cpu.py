@@ -167,14 +167,9 @@ def attention(
     window: int | None,
     lengths: Sequence[int] | None,
 ) -> Tensor:
-    """Attend by the kernels, for operands that fit; a `window` needs a mask of None.
-
-    Raises ValueError unless the lengths add up to the tokens.
-    """
+    """Attend by the kernels, for operands that fit; a `window` needs a mask of None."""
     T, D = q.shape[1], q.shape[3]
     lengths = (T,) if lengths is None else tuple(lengths)
-    if sum(lengths) != T or min(lengths, default=0) < 0:
-        raise ValueError(f"the lengths {list(lengths)} do not add up to the {T} tokens")
     options = AttentionOptions(
         scale or D**-0.5, softcap or 0.0, T if window is None else window, lengths
     )

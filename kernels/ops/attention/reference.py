@@ -1,14 +1,49 @@
 """Attention in plain torch; with a soft cap the scores are spelled out."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ... import dispatch
+
 CHUNK = 512  # query rows whose scores exist at a time
 
 
 def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    window: int | None,
+    lengths: Sequence[int] | None,
+) -> Tensor:
+    """Attend with q [B, T, Hq, D] to k and v [B, S, Hk, D], document by document: [B, T, Hq, D]."""
+    dtype, wide = q.dtype, dispatch.product_dtype(q)
+    q, k, v = q.to(wide), k.to(wide), v.to(wide)
+    if mask is not None:
+        return _attend(q, k, v, mask, scale, softcap).to(dtype)
+    lengths = [q.shape[1]] if lengths is None else list(lengths)
+    if len(lengths) == 1:
+        return _attend(q, k, v, _window_mask(q, window), scale, softcap).to(dtype)
+    documents = zip(*(x.split(lengths, dim=1) for x in (q, k, v)), strict=True)
+    parts = [_attend(q, k, v, _window_mask(q, window), scale, softcap) for q, k, v in documents]
+    return torch.cat(parts, dim=1).to(dtype)
+
+
+def _window_mask(q: Tensor, window: int | None) -> Tensor | None:
+    """Return the mask of one document, bool [T, T]; None where it is plainly causal."""
+    T = q.shape[1]
+    if window is None or window >= T:
+        return None
+    return torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+
+
+def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,

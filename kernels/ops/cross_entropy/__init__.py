@@ -116,7 +116,8 @@ def linear_cross_entropy(
     Args:
         hidden: [..., H], any floating-point dtype; kernels run for fp32, bf16 and fp16.
         weight: the head [V, H], dense or packed.
-        labels: int64 [...]. Rows whose label is `ignore_index` are left out before the product.
+        labels: int64 [...]. Rows whose label is `ignore_index` are left out before the product. The
+            labels may lie in host memory, so that the host need not wait for a GPU to count them.
         lora: A [r, H], B [V, r] and s of a head weight + s B A; None for the head alone.
         softcap: as in `cross_entropy`.
         label_smoothing: as in `cross_entropy`.
@@ -124,22 +125,40 @@ def linear_cross_entropy(
         ignore_index: the label that does not count.
 
     Returns:
-        The summed loss in nats, fp32 [], and the number of labels that count, int64 [].
+        The summed loss in nats, fp32 [], and the number of labels that count, int64 [], where the
+        labels lie.
 
     Raises:
         IndexError: as in `cross_entropy`.
     """
-    rows = (labels.reshape(-1) != ignore_index).nonzero()[:, 0]
-    picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows)
+    picked, chosen = labelled(hidden, labels, ignore_index)
     lora_A, lora_B, scaling = (None, None, 0.0) if lora is None else lora
     head: tuple[Tensor | Packed | None, ...] = weight, lora_A, lora_B
     if not torch.is_grad_enabled():  # no gradient while the logits are at hand, then
         head = tuple(t.detach() if isinstance(t, Tensor) else t for t in head)
-    chosen = labels.reshape(-1)[rows]
     form = Form(softcap, label_smoothing, z_loss)
     with dispatch.on_device(picked):
         total = LinearCrossEntropy.apply(picked, *head, scaling, chosen, form, _backend(picked))
     return total, (labels != ignore_index).sum()
+
+
+def labelled(hidden: Tensor, labels: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+    """Pick the hidden states that have a label, and the labels.
+
+    Nothing waits for a GPU if the labels lie in host memory.
+
+    Args:
+        hidden: [..., H].
+        labels: int64 [...], where `hidden` lies or in host memory.
+        ignore_index: the label that does not count.
+
+    Returns:
+        The n hidden states [n, H] and labels int64 [n], both where `hidden` lies.
+    """
+    flat = labels.reshape(-1)
+    rows = (flat != ignore_index).nonzero()[:, 0]
+    rows, chosen = (dispatch.sent(t, hidden.device) for t in (rows, flat[rows]))
+    return hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows), chosen
 
 
 def _backend(x: Tensor) -> ModuleType:

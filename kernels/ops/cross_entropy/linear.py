@@ -91,7 +91,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         )
         if adapted := lora_A is not None:
             A, sB = lora_A.to(hidden.dtype), (lora_B * scaling).to(hidden.dtype)
-        total = hidden.new_zeros((), dtype=torch.float32)
+        total: Tensor | None = None
         step = _chunk_rows(len(labels), weight.shape[0], hidden)
         for start in range(0, len(labels), step):
             h, y = hidden[start : start + step], labels[start : start + step]
@@ -102,9 +102,11 @@ class LinearCrossEntropy(torch.autograd.Function):
             if adapted:
                 low = h @ A.t()  # [n, H] @ [H, r]
                 logits.addmm_(low.to(logits.dtype), sB.t().to(logits.dtype))
-            total += backend.loss_and_gradient(logits[:n], y, form, any(need))
+            part = backend.loss_and_gradient(logits[:n], y, form, any(need))
+            total = part if total is None else total + part
             grad = logits  # which they have become; the filling has none
-            grad[n:] = 0
+            if filling:
+                grad[n:] = 0
             if grad_hidden is not None:
                 grad_hidden[start : start + step] = _grad_hidden(grad, weight, h.dtype)[:n]
             if grad_weight is not None:
@@ -119,7 +121,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 grad_A += (dlow.t() @ h).float()
             del logits, grad  # before the next chunk's are made
         ctx.save_for_backward(grad_hidden, grad_weight, grad_A, grad_B)
-        return total
+        return hidden.new_zeros((), dtype=torch.float32) if total is None else total
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -13,6 +13,8 @@ Nothing here waits for the device: counts and scales stay there. So a label outs
 vocabulary raises no error; it makes loss and gradient NaN.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -172,6 +174,12 @@ def logits(h: Tensor, head: Tensor | Packed) -> Tensor:
     return out
 
 
+@functools.cache
+def _one(device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.ones((), device=device)
+
+
 def loss_and_gradient(logits: Tensor, labels: Tensor, form: Form, need: bool) -> Tensor:
     """Return the summed loss [] of logits [n, V] and labels int64 [n].
 
@@ -179,6 +187,5 @@ def loss_and_gradient(logits: Tensor, labels: Tensor, form: Form, need: bool) ->
     """
     loss, lse = loss_and_lse(logits, labels, form, NONE_IGNORED)
     if need:
-        one = torch.ones((), device=logits.device)
-        gradient(logits, labels, lse, one, form, NONE_IGNORED, logits)
+        gradient(logits, labels, lse, _one(logits.device), form, NONE_IGNORED, logits)
     return loss.sum()

@@ -30,15 +30,15 @@ A whole gated MLP, y = down(a(gate(x)) up(x)), is one function of x: `lora_mlp`.
 
 What is kept
 ------------
-Backward gets x, the small matrices, and the seed of the masks. With `again` even x is not kept, but
-what x is a norm of, which the caller keeps in any case (the decoder does so on a CPU). W is asked
-of the base when it is needed (a 4-bit base dequantizes it again). x A^T, and the gate, up and
-hidden state of an MLP, are computed again. For hidden size H and intermediate size I that is 2 H
-bytes a token in bf16, for a third more products in the MLP; autograd keeps 2 H + 8 I and more
-(x, gate, a(gate), up, y).
+Backward gets x, the small matrices, x A^T (r values a token), and the seed of the masks. With
+`again` even x is not kept, but what x is a norm of, which the caller keeps in any case (the decoder
+does so on a CPU). W is asked of the base when it is needed (a 4-bit base dequantizes it again). The
+gate, up and hidden state of an MLP are computed again. For hidden size H and intermediate size I
+that is 2 H bytes a token in bf16, for a third more products in the MLP; autograd keeps 2 H + 8 I
+and more (x, gate, a(gate), up, y).
 
-With `keep` gate and up are kept too. The decoder asks for it where products are dear, on a CPU (a
-fifth of a step), and under gradient checkpointing: there a block is computed again right before its
+With `keep` gate and up are kept too, which saves a fifth of a step. The decoder asks for it where
+there is memory, and under gradient checkpointing: there a block is computed again right before its
 backward, what it keeps lives for that block only, and gate and up would be computed three times.
 
 How
@@ -117,8 +117,9 @@ def lora_row_norms(layer: LoraWeights) -> Tensor:
         ||W + s B A|| of each row, [N] in fp32 or wider.
     """
     tensors = LoraTensors(layer.lora_A, layer.lora_B, None, None)
-    dense = reference.DenseLayer(layer.base, layer.scaling, tensors, layer.base.stored.dtype)
-    return dense.row_norms
+    dtype = layer.base.stored.dtype
+    _, (pair,) = reference.cast_pairs([tensors], [layer.scaling], dtype)
+    return reference.DenseLayer(layer.base, layer.scaling, tensors, pair).row_norms
 
 
 def lora_qkv(
@@ -226,6 +227,18 @@ def _keep(ctx, x: Tensor, again: Again, *tensors: Tensor | None) -> None:
     ctx.save_for_backward(source, *tensors)
 
 
+def _keep_groups(ctx, x: Tensor, *groups: cpu.Group | reference.Group) -> None:
+    """Keep the layers for backward, without dense weights.
+
+    Under autocast the gradients may have another dtype than x: then they are made again.
+    """
+    ctx.groups = None
+    if not torch.is_autocast_enabled(x.device.type):
+        ctx.groups = groups
+        for group in groups:
+            group.forget_weights()
+
+
 def _kept(ctx) -> tuple[Any, ...]:
     """Return x and the tensors that `_keep` has kept; they are Tensor | None."""
     source, *tensors = ctx.saved_tensors
@@ -246,13 +259,14 @@ class LoraLinears(torch.autograd.Function):
         group = _group(x, static, drop, tensors)
         same = group.dtype == x.dtype
         ys = group.forward(x.to(group.dtype), by_base=same)
+        _keep_groups(ctx, x, group)
         return tuple(ys if same else (y.to(x.dtype) for y in ys))
 
     @staticmethod
     @_exactly
     def backward(ctx, *grads):
         x, *tensors = _kept(ctx)
-        group = _group(grads[0], ctx.static, ctx.drop, tensors)
+        (group,) = ctx.groups or [_group(grads[0], ctx.static, ctx.drop, tensors)]
         group.take([dy.to(group.dtype) for dy in grads])
         dx = group.grad_x().to(x.dtype) if ctx.needs_input_grad[0] else None
         found = group.grad_tensors(x.to(group.dtype), ctx.needs_input_grad[4:])
@@ -265,24 +279,25 @@ class LoraMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, hidden_act, keep, again, inner, inner_drop, outer, outer_drop, *tensors):
         ctx.hidden_act = hidden_act
-        ctx.groups = (inner, inner_drop), (outer, outer_drop)
-        first, second = LoraMLP._groups(ctx, x, tensors)
+        ctx.static = (inner, inner_drop), (outer, outer_drop)
+        first, second = LoraMLP._made(ctx, x, tensors)
         same = first.dtype == x.dtype
         gate, up = first.forward(x.to(first.dtype), by_base=same)
         _keep(ctx, x, again, *((gate, up) if keep else (None, None)), *tensors)
         (y,) = second.forward(swiglu.gated(gate, up, hidden_act), by_base=same)
+        _keep_groups(ctx, x, first, second)
         return y if same else y.to(x.dtype)
 
     @staticmethod
     @_exactly
     def backward(ctx, grad):
         x, gate, up, *tensors = _kept(ctx)
-        first, second = LoraMLP._groups(ctx, grad, tensors)
+        first, second = ctx.groups or LoraMLP._made(ctx, grad, tensors)
         flat = x.to(first.dtype)
         if gate is None:
             gate, up = into = first.forward(flat, by_base=False)
         else:  # another backward may ask for them
-            into = torch.empty_like(gate), torch.empty_like(up)
+            into = torch.empty((2, *gate.shape), dtype=gate.dtype, device=gate.device).unbind()
         second.take([grad.to(second.dtype)])
         hidden = second.grad_x()
         second.forget_weights()
@@ -296,8 +311,8 @@ class LoraMLP(torch.autograd.Function):
         return dx, *(None,) * 7, *of_inner, *of_outer
 
     @staticmethod
-    def _groups(ctx, x, tensors):
-        (inner, inner_drop), (outer, outer_drop) = ctx.groups
+    def _made(ctx, x, tensors):
+        (inner, inner_drop), (outer, outer_drop) = ctx.static
         split = TENSORS * len(inner)
         groups = (inner, inner_drop, tensors[:split]), (outer, outer_drop, tensors[split:])
         return tuple(_group(x, *group) for group in groups)

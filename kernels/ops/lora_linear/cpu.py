@@ -1,7 +1,7 @@
 """The layers of one input as sums of products (`products`), where a compiled kernel takes them.
 
-Forward is two calls: all of x A^T, then all of y. Backward is one for s dy B, one for dx, and two
-for dA and dB, the first of which computes x A^T again. A and B are read as they are, in fp32;
+Forward is two calls: all of x A^T, then all of y. Backward is one for s dy B, one for dx, and one
+for dA and dB. A and B are read as they are, in fp32;
 x A^T, s dy B and the results are rounded to bf16.
 """
 
@@ -58,7 +58,7 @@ def group(x: Tensor, static: Static, drop: Dropout, tensors: Sequence[Any]) -> "
 
 
 class Group:
-    """Layers that read one x, in one pass: `reference.Group` in bf16, without dense weights."""
+    """Layers that read one x, on one batch: `reference.Group` in bf16, without dense weights."""
 
     dtype = torch.bfloat16
     grads: list[Tensor]  # dy [M, N] of each layer
@@ -66,6 +66,7 @@ class Group:
 
     def __init__(self, layers: list[StoredLayer], drop: Dropout):
         self.layers, self.drop = layers, drop
+        self.lows: Tensor | None = None
 
     def _side_by_side(self, x: Tensor) -> Tensor:
         """Return room for [M, r] of each layer."""
@@ -74,12 +75,14 @@ class Group:
         return make(x.shape[0], self.layers[-1].pairs.stop)
 
     def low(self, x: Tensor) -> Tensor:
-        """Return d(x) A^T of each layer, side by side."""
-        dropped, low = self.drop(x), self._side_by_side(x)
-        sums_of_products(
-            [Sum([Term(dropped, each.lora_A, True)], low[:, each.columns]) for each in self.layers]
-        )
-        return low
+        """Return d(x) A^T of each layer, side by side. It is kept: every call is for the same x."""
+        if self.lows is None:
+            dropped, low = self.drop(x), self._side_by_side(x)
+            sums_of_products(
+                [Sum([Term(dropped, e.lora_A, True)], low[:, e.columns]) for e in self.layers]
+            )
+            self.lows = low
+        return self.lows
 
     def forward(self, x: Tensor, by_base: bool) -> list[Tensor]:
         """Return y = x W^T + s low B^T + b of each layer, [M, N], for x [M, K].

@@ -5,27 +5,89 @@ A layer has M rows, K inputs and N outputs; r is its rank, R the sum of the rank
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ... import dispatch
 from ..frozen_linear.dense import Panels, product, product_back, weight_panels
 from .tensors import TENSORS, Dropout, FrozenLinearMap, LoraTensors, Static, by_layer
+
+FEW = 128  # rows up to which a packed weight may be multiplied without making it dense
+# torch.mm and addmm can return the fp32 sums of a product in 16 bits, on NVIDIA's GPUs.
+_KEEPS_FP32 = torch.version.hip is None and (
+    tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
+)
+
+
+class CastPair(NamedTuple):
+    """A [r, K] and s B [N, r] of a layer, in the dtype that products are computed in."""
+
+    A: Tensor
+    sB: Tensor
+
+
+def cast_pairs(
+    parts: Sequence[LoraTensors], scalings: Sequence[float], dtype: torch.dtype
+) -> tuple[Tensor, list[CastPair]]:
+    """Return A of all layers stacked [R, K], whose parts are those of the pairs, and the pairs.
+
+    Where Triton runs, one launch casts all of them.
+    """
+    pairs = [(part.lora_A, part.lora_B) for part in parts]
+    if dispatch.triton_runs(pairs[0][0]) and dtype in dispatch.FLOATS:
+        from . import triton
+
+        if triton.casts(pairs):
+            A, sBs = triton.cast(pairs, scalings, dtype)
+            rows = A.split([len(a) for a, _ in pairs])
+            return A, [CastPair(*pair) for pair in zip(rows, sBs, strict=True)]
+    A = torch.cat([a.to(dtype) for a, _ in pairs])
+    sBs = [(b * scaling).to(dtype) for (_, b), scaling in zip(pairs, scalings, strict=True)]
+    rows = A.split([len(a) for a, _ in pairs])
+    return A, [CastPair(*pair) for pair in zip(rows, sBs, strict=True)]
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Return a view of contiguous tensors of one shape as one tensor [n, ...].
+
+    Return None unless they lie one after the other in one memory.
+    """
+    first = tensors[0]
+    start, size, memory = first.storage_offset(), first.numel(), first.untyped_storage()
+    for i, t in enumerate(tensors):
+        same = t.shape == first.shape and t.dtype == first.dtype and t.is_contiguous()
+        if not same or t.storage_offset() != start + i * size:
+            return None
+        if t.untyped_storage()._cdata != memory._cdata:
+            return None
+    return first.as_strided((len(tensors), *first.shape), (size, *first.stride()))
+
+
+def _gradient(a: Tensor, b: Tensor, dtype: torch.dtype, scaling: float = 1.0) -> Tensor:
+    """Return scaling a b in `dtype`; on a GPU the product's sums are not rounded before that."""
+    if a.device.type == "cpu" or not _KEEPS_FP32:
+        found = (a @ b).to(dtype)
+        return found if scaling == 1 else found * scaling
+    shape, on = (a.shape[0], b.shape[1]), a.device
+    unused = torch.empty(shape, dtype=dtype, device=on)  # beta = 0: it is not read
+    if dtype == a.dtype:
+        return torch.addmm(unused, a, b, beta=0, alpha=scaling)
+    if dtype == torch.float32:
+        return torch.addmm(unused, a, b, beta=0, alpha=scaling, out_dtype=dtype)
+    return torch.addmm(unused.to(a.dtype), a, b, beta=0, alpha=scaling).to(dtype)
 
 
 class DenseLayer:
     """One layer in one pass, forward or backward: what belongs to it in the compute dtype."""
 
-    def __init__(
-        self, base: FrozenLinearMap, scaling: float, tensors: LoraTensors, dtype: torch.dtype
-    ):
+    def __init__(self, base: FrozenLinearMap, scaling: float, tensors: LoraTensors, cast: CastPair):
         self.base, self.scaling = base, scaling
         self.lora_A, self.lora_B, self.bias, self.magnitude = tensors
-        self.dtype, self.wide = dtype, torch.promote_types(dtype, torch.float32)
-        self.A = self.lora_A.to(dtype)
-        self.sB = (self.lora_B * self.scaling).to(dtype)
+        self.A, self.sB = cast
+        self.dtype, self.wide = self.A.dtype, torch.promote_types(self.A.dtype, torch.float32)
         self.kept: Panels | None = None
 
     def weight(self) -> Panels:
@@ -82,38 +144,76 @@ class DenseLayer:
 
 
 class Group:
-    """Layers that read one x, in one pass.
+    """Layers that read one x, on one batch.
 
     A forward pass calls `forward`. A backward pass calls `take`, then `grad_x` and `grad_tensors`.
+    What is small stays for it: A and s B in the compute dtype, and d(x) A^T.
     """
 
     grads: Sequence[Tensor]  # dy [M, N] of each layer
     scaled: list[Tensor]  # the same times DoRA's gain
+    together: Tensor | None  # the same as one tensor [n, M, N], if they lie so, or None
     dlow: Tensor  # s dy B of each layer, side by side [M, R]
 
     def __init__(self, static: Static, drop: Dropout, tensors: Sequence[Any], dtype: torch.dtype):
-        self.dtype = dtype
+        self.dtype, self.drop = dtype, drop
+        parts, scalings = by_layer(tensors), [scaling for _, scaling in static]
+        self.A, pairs = cast_pairs(parts, scalings, dtype)  # [R, K]
         self.layers = [
-            DenseLayer(base, scaling, part, dtype)
-            for (base, scaling), part in zip(static, by_layer(tensors), strict=True)
+            DenseLayer(base, scaling, part, pair)
+            for (base, scaling), part, pair in zip(static, parts, pairs, strict=True)
         ]
-        self.drop = drop
         self.ranks = [len(layer.A) for layer in self.layers]
-        self.A = torch.cat([layer.A for layer in self.layers])  # [R, K]
+        self.lows: tuple[Tensor, ...] | None = None
+        self.stacked = self._stacked_sB()  # [n, N, r], or None
+
+    def _stacked_sB(self) -> Tensor | None:
+        """Return s B of all layers as one tensor [n, N, r], if they can be multiplied together.
+
+        That is so on a GPU for gate and up of an MLP, which differ in nothing but their values.
+        """
+        first, *others = self.layers
+        plain = all(each.magnitude is None and each.bias is None for each in self.layers)
+        same = all(
+            each.sB.shape == first.sB.shape and each.scaling == first.scaling for each in others
+        )
+        if not others or not plain or not same or not dispatch.triton_runs(first.sB):
+            return None
+        return stacked([each.sB for each in self.layers])
 
     def low(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return d(x) A^T of each layer, [M, r]."""
-        return F.linear(self.drop(x), self.A).split(self.ranks, dim=1)
+        """Return d(x) A^T of each layer, [M, r]. It is kept: every call is for the same x."""
+        if self.lows is None:
+            self.lows = F.linear(self.drop(x), self.A).split(self.ranks, dim=1)
+        return self.lows
 
     def forward(self, x: Tensor, by_base: bool) -> list[Tensor]:
         """Return y [M, N] of each layer for x [M, K].
 
         It calls the bases, or takes the dense weights, which backward needs in any case.
         """
+        if self.stacked is not None and len(x) > FEW:
+            return self._forward_together(x, self.stacked)
         lows = zip(self.layers, self.low(x), strict=True)
         if by_base:
             return [layer.forward_by_base(x, low) for layer, low in lows]
         return [layer.forward(x, low) for layer, low in lows]
+
+    def _forward_together(self, x: Tensor, sB: Tensor) -> list[Tensor]:
+        """Return y of layers of one shape, which lie one after the other in one memory."""
+        self.low(x)
+        ys = x.new_empty(len(self.layers), len(x), sB.shape[1])
+        for layer, y in zip(self.layers, ys, strict=True):
+            for rows, W in layer.weight():
+                torch.mm(x, W.t(), out=y[:, rows])
+        self.forget_weights()
+        return list(ys.baddbmm_(self._side_by_side(self.low(x)), sB.transpose(1, 2)))
+
+    def _side_by_side(self, columns: Sequence[Tensor]) -> Tensor:
+        """Return the columns [M, r] of each layer, parts of one [M, R], as a tensor [n, M, r]."""
+        first = columns[0]
+        shape, strides = (len(columns), *first.shape), (first.shape[1], *first.stride())
+        return first.as_strided(shape, strides)
 
     def take(self, grads: Sequence[Tensor]) -> None:
         """Take the gradients dy [M, N] of each layer, from which the others follow."""
@@ -122,9 +222,14 @@ class Group:
             dy if layer.magnitude is None else dy * layer.gain(layer.magnitude)
             for layer, dy in zip(self.layers, grads, strict=True)
         ]
-        # s (dy B) of each layer: [M, N] @ [N, r], side by side [M, R]
-        both = zip(self.layers, self.scaled, strict=True)
-        self.dlow = torch.cat([dy @ layer.sB for layer, dy in both], dim=1)
+        self.dlow = grads[0].new_empty(len(grads[0]), sum(self.ranks))
+        columns = self.dlow.split(self.ranks, dim=1)
+        self.together = None if self.stacked is None else stacked(grads)
+        if self.stacked is not None and self.together is not None:
+            torch.bmm(self.together, self.stacked, out=self._side_by_side(columns))
+            return
+        for layer, dy, out in zip(self.layers, self.scaled, columns, strict=True):
+            torch.mm(dy, layer.sB, out=out)  # s (dy B): [M, N] @ [N, r]
 
     def grad_x(self) -> Tensor:
         """Return dx = dy W + s (dy B) A, summed over the layers: [M, K]."""
@@ -141,22 +246,41 @@ class Group:
         for layer in self.layers:
             layer.kept = None
 
+    def _gradients_together(self, lows: tuple[Tensor, ...]) -> Tensor | None:
+        """Return dB = s dy^T (d(x) A^T) of layers of one shape, [n, N, r], or None."""
+        B = self.layers[0].lora_B
+        if self.together is None or B.dtype != torch.float32:
+            return None
+        if self.dtype != torch.float32 and (B.device.type == "cpu" or not _KEEPS_FP32):
+            return None
+        unused = torch.empty((len(lows), *B.shape), device=B.device)  # beta = 0: it is not read
+        a, b, s = self.together.transpose(1, 2), self._side_by_side(lows), self.layers[0].scaling
+        if self.dtype == torch.float32:
+            return torch.baddbmm(unused, a, b, beta=0, alpha=s)
+        return torch.baddbmm(unused, a, b, beta=0, alpha=s, out_dtype=torch.float32)
+
     def grad_tensors(self, x: Tensor, need: Sequence[bool]) -> list[Tensor | None]:
         """Return the gradients of the small tensors of each layer, for x [M, K]."""
         found: list[Tensor | None] = [None] * len(need)
         if any(need[0::TENSORS]):
             # === dA = s (dy B)^T d(x), stacked: [R, M] @ [M, K] ===
-            stacked = (self.dlow.t() @ self.drop(x)).split(self.ranks)
+            A = self.layers[0].lora_A
+            stacked = _gradient(self.dlow.t(), self.drop(x), A.dtype).split(self.ranks)
         if any(need[1::TENSORS]) or any(need[3::TENSORS]):
             lows = self.low(x)
+            together = self._gradients_together(lows)
         for i, layer in enumerate(self.layers):
             at = TENSORS * i
             if need[at]:
                 found[at] = stacked[i].to(layer.lora_A.dtype)
             if need[at + 1]:
                 # === dB = s dy^T (d(x) A^T): [N, M] @ [M, r] ===
-                grad = (self.scaled[i].t() @ lows[i]).to(layer.lora_B.dtype)
-                found[at + 1] = grad * layer.scaling
+                dtype = layer.lora_B.dtype
+                found[at + 1] = (
+                    _gradient(self.scaled[i].t(), lows[i], dtype, layer.scaling)
+                    if together is None
+                    else together[i]
+                )
             if need[at + 2] and layer.bias is not None:
                 found[at + 2] = self.grads[i].sum(0).to(layer.bias.dtype)
             if need[at + 3] and layer.magnitude is not None:

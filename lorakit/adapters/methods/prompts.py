@@ -253,8 +253,9 @@ def _run(model: Decoder, x: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Return k and v [1, n, Hk, D] of each layer for embeddings x [1, n, H] that begin a row."""
     kept = _Keeping()
     ids = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)  # for the shape alone
+    added: Tensor | None = None
     for block, view in zip(model.model.layers, model.views(ids), strict=True):
-        x = block(x, view, kept)
+        x, added = block(x, added, view, kept)
     return kept.layers
 
 

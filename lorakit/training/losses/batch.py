@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from lorakit import kernels
 from lorakit.config.training import TrainConfig
 from lorakit.data.batching import collate, real_tokens
 from lorakit.data.encode import Example, PairExample
@@ -35,8 +36,8 @@ def summed_loss(
     else:
         ids, labels = collate(rows)
         if model.config.by_length:
-            mask = real_tokens(rows).to(model.device)
-    ids, labels = ids.to(model.device), labels.to(model.device)
+            mask = kernels.dispatch.sent(real_tokens(rows), model.device)
+    ids = kernels.dispatch.sent(ids, model.device)  # the labels stay, where they can be counted
     smoothing = config.label_smoothing_factor
     if not pairs:
         return model.loss(

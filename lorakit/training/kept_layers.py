@@ -1,0 +1,60 @@
+"""How many blocks keep gate and up of their MLP for backward, decided once for a run.
+
+Gate and up are the largest activations of a block: for an intermediate size I they take 4 I bytes a
+token in 16 bits, 57 KB for an 8B Llama. Where they are not kept, backward computes them again,
+which is a fifth of all products of the frozen weights. So a GPU keeps them for as many blocks as
+its free memory holds beside the rest:
+
+    what every block keeps     the inputs of its layers and norms, q, k, v and attention's output
+    the head                   logits and hidden states of one chunk
+    weights made dense         those of the largest MLP
+"""
+
+import torch
+
+from lorakit.config.training import MLPActivations
+from lorakit.models.decoder import Decoder
+
+SHARE = 0.8  # of the free memory that is given away; the rest is for what fragments leave unused
+HEAD_BYTES = 1 << 30
+
+
+def kept_layers(model: Decoder, tokens: int, choice: MLPActivations) -> int:
+    """Return how many blocks of `model` keep gate and up for a batch of so many tokens.
+
+    Args:
+        model: The model, with its adapter, on its device.
+        tokens: The most tokens of a batch, the padding included.
+        choice: "keep" for all blocks, "recompute" for none, or "auto" for as many as the memory of
+            a GPU has room for. On a CPU "auto" keeps all of them.
+    """
+    config, device = model.config, model.device
+    if choice == "recompute":
+        return 0
+    if choice == "keep" or device.type != "cuda":
+        return config.num_hidden_layers
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return fitting_layers(model, tokens, free)
+
+
+def fitting_layers(model: Decoder, tokens: int, free: int) -> int:
+    """Return for how many blocks `free` bytes have room beside all else that a step needs."""
+    config, size = model.config, model.dtype.itemsize
+    H, D = config.hidden_size, config.head_dim
+    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
+    per_token = size * (4 * H + heads * D)
+    widths = [
+        config.num_experts_per_tok * config.moe_intermediate_size
+        if config.has_experts(layer)
+        else config.intermediate_size
+        for layer in range(config.num_hidden_layers)
+    ]
+    dense_weights = 3 * max(widths) * H * size
+    left = SHARE * free - HEAD_BYTES - dense_weights
+    left -= tokens * per_token * config.num_hidden_layers
+    for layer, width in enumerate(widths):
+        left -= tokens * 2 * width * size
+        if left < 0:
+            return layer
+    return config.num_hidden_layers

@@ -1,0 +1,155 @@
+"""Attention's Triton kernels against fp64, and their tables of tiles.
+
+Tiles are small here, so that documents of a few dozen tokens meet every kind of block: whole ones,
+those on the diagonal, those at the edge of a window, and those that a document does not fill.
+"""
+
+import contextlib
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+from lorakit import kernels
+from lorakit.kernels.ops.attention import triton as document_attention
+from lorakit.kernels.ops.attention.documents import Documents, tiles_of
+from lorakit.kernels.ops.attention.triton import Tiling, Tilings
+from tests.kernels.test_attention import attention_in_double
+from tests.triton_budget import guarded, random, within_budget
+from tests.triton_interpreter import DEVICE, on_triton
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@contextlib.contextmanager
+def small_tiles(forward=(32, 16), dq=(16, 32), dkv=(16, 16)):
+    """Tiles of so many tokens, and steps."""
+    found = Tilings(*(Tiling(tile, step, 4, 1) for tile, step in (forward, dq, dkv)))
+    with mock.patch.object(document_attention, "tilings", return_value=found):
+        yield
+
+
+def seen_in(lengths, window):
+    """Which keys each query sees: bool [T, T]."""
+    document = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    i, j = torch.arange(sum(lengths))[:, None], torch.arange(sum(lengths))
+    seen = (j <= i) & (document[:, None] == document)
+    return (seen if window is None else seen & (j > i - window)).to(DEVICE)
+
+
+@settings(max_examples=30)
+@given(
+    lengths=st.lists(st.integers(1, 70), min_size=1, max_size=3),
+    group=st.sampled_from([1, 3]),
+    D=st.sampled_from([8, 16, 24, 64]),
+    window=st.none() | st.integers(1, 80),
+    softcap=st.none() | st.floats(0.3, 5),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**31),
+)
+def test_documents(lengths, group, D, window, softcap, dtype, seed):
+    """Values and gradients are those of the formula within the error budget, for every option."""
+    T = sum(lengths)
+    shapes = (1, T, 2 * group, D), (1, T, 2, D), (1, T, 2, D)
+    inputs = [random(seed + i, *shape).to(dtype) for i, shape in enumerate(shapes)]
+    seen = seen_in(lengths, window)
+
+    def ours(q, k, v):
+        return kernels.attention(
+            q, k, v, scale=0.3, softcap=softcap, window=window, lengths=lengths
+        )
+
+    def exactly(q, k, v):
+        return attention_in_double(q, k, v, seen, 0.3, softcap).to(q.dtype)
+
+    # sums of up to 210 terms near 1; a soft cap's tanh is exact to 2^-23 of the cap
+    with small_tiles():
+        within_budget(ours, exactly, inputs, terms=4.0 * group + (softcap or 0.0))
+
+
+def packed_value_and_grads(documents, window):
+    """y and the gradients of q, k and v, each cut into documents: a list of four for each.
+
+    A document holds q, k, v and the gradient of y.
+    """
+    lengths = [each[0].shape[1] for each in documents]
+    *rows, grad = (torch.cat(parts, dim=1) for parts in zip(*documents, strict=True))
+    with on_triton(), guarded(*rows, grad) as (*rows, grad):
+        rows = [x.detach().requires_grad_() for x in rows]
+        y = kernels.attention(*rows, window=window, lengths=lengths)
+        found = [y, *torch.autograd.grad(y, rows, grad)]
+    return list(zip(*(x.split(lengths, dim=1) for x in found), strict=True))
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_the_bits_of_a_document_are_its_own(window):
+    """They are those of the document alone, wherever it lies and whatever lies beside it."""
+
+    def document(seed, T):
+        return [
+            random(seed + i, 1, T, heads, 16).bfloat16() for i, heads in enumerate((4, 2, 2, 4))
+        ]
+
+    a, b, c = document(1, 37), document(10, 50), document(20, 3)
+    with small_tiles():
+        (alone,) = packed_value_and_grads([a], window)
+        for row in ([a, b], [b, a, c], [c, b, a], [[x * float("inf") for x in c], a]):
+            found = packed_value_and_grads(row, window)[[each is a for each in row].index(True)]
+            for one, other in zip(found, alone, strict=True):
+                assert torch.equal(one, other)
+
+
+def test_a_batch_with_a_window_or_a_soft_cap_is_a_row_of_documents():
+    """Also where q, k and v are parts of one projection, whose strides the kernels read."""
+    B, T, D = 3, 21, 16
+    both = random(0, B, T, 4, D)
+    with small_tiles(), on_triton():
+        for options in ({"window": 9}, {"softcap": 2.0}):
+            q, k, v = both.split([2, 1, 1], dim=2)
+            y = kernels.attention(q, k, v, **options)
+            rows = [x.reshape(1, B * T, -1, D) for x in (q, k, v)]
+            same = kernels.attention(*rows, lengths=[T] * B, **options)
+            assert torch.equal(y, same.view(y.shape))
+
+
+def test_programs_without_tokens_write_nothing():
+    """A table may be longer than its tiles need."""
+    rows = [random(i, 1, 40, 2, 16) for i in range(3)]
+    documents, longer = Documents([30, 10]), Documents([30, 10])
+    with small_tiles(), on_triton(), guarded(*rows) as rows:
+        rows = [x.detach().requires_grad_() for x in rows]
+        found = []
+        for each in (documents, longer):
+            y = kernels.attention(*rows, lengths=each)
+            found.append([y, *torch.autograd.grad(y, rows, torch.ones_like(y))])
+            for name, table in documents._tables.items():
+                longer._tables[name] = torch.cat([table, table.new_zeros(5, 3)])
+        for one, other in zip(*found, strict=True):
+            assert torch.equal(one, other)
+
+
+@given(st.lists(st.integers(0, 40), max_size=6), st.sampled_from([1, 16, 32]), st.booleans())
+def test_tiles(lengths, size, keys):
+    """Tiles hold every token once, begin at their document's first or `size` after, and come by
+    how much they have to do.
+    """
+    tiles = tiles_of(lengths, size, keys)
+    ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+    bounds = {(end - length, end) for end, length in zip(ends, lengths, strict=True)}
+    tokens = [t for first, _, end in tiles for t in range(first, min(first + size, end))]
+    assert sorted(tokens) == list(range(sum(lengths)))
+    assert all(
+        (begin, end) in bounds and (first - begin) % size == 0 for first, begin, end in tiles
+    )
+    work = [end - first if keys else first - begin for first, begin, end in tiles]
+    assert work == sorted(work, reverse=True)
+
+
+def test_a_table_is_made_once():
+    documents = Documents([5, 3])
+    assert documents.tiles(4, DEVICE) is documents.tiles(4, DEVICE)
+    assert documents.tiles(4, DEVICE).tolist() == [[4, 0, 5], [0, 0, 5], [5, 5, 8]]
+    assert documents.tiles(4, DEVICE, keys=True).tolist() == [[0, 0, 5], [5, 5, 8], [4, 0, 5]]

@@ -1,0 +1,209 @@
+"""The GPU path of lorakit without a GPU: nothing is computed, and every launch is noted.
+
+    with MetaGPU() as gpu:
+        model = gpu.decoder(layers=4)
+        loss, count = model.loss(ids, ids)      # ids on the meta device
+    gpu.launches    in order, as "rms_norm/_forward" for a Triton kernel, "mm" for an op of torch's
+    gpu.waits       where the host would wait for the device, or a shape depends on its data
+    gpu.copies      what is copied between host and device, and whether the host waits for it
+
+The decoder's own Python runs, with autograd and the choice of backends as on a GPU, on tensors of
+the meta device, which have shapes and no values. For lorakit whatever is not "cpu" is a GPU. Only
+what asks for "cuda" by name is answered here, and addresses, which meta tensors have not.
+
+Views, metadata and allocations launch nothing and are not noted. A product counts as one launch,
+though cuBLAS may cut it in two. SDPA counts as 1 launch forward and SDPA_BACKWARD backward.
+(FakeTensorMode with "cuda" cannot do this on a CPU build of torch: AccumulateGrad asks for a device
+guard, which ends the process.)
+"""
+
+import contextlib
+import importlib
+import traceback
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import torch.fx.experimental._config as fx_config
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+from triton.runtime.jit import JITFunction
+
+import lorakit as lk
+from lorakit.kernels import dispatch
+from lorakit.models.decoder import Decoder
+
+SDPA_BACKWARD = 4  # of torch's flash attention: dq zeroed, delta, the gradients, a cast
+NO_LAUNCH = {
+    "view", "_unsafe_view", "reshape", "_reshape_alias", "t", "transpose", "permute", "expand",
+    "slice", "select", "split", "split_with_sizes", "unsqueeze", "squeeze", "alias", "detach",
+    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "as_strided",
+    "unbind", "chunk", "lift", "lift_fresh", "resize_", "is_same_size",
+}  # fmt: skip
+WAITS = {
+    "_local_scalar_dense", "is_nonzero", "equal", "masked_select", "unique", "_unique2", "bincount",
+    "nonzero",
+}  # fmt: skip
+
+for folder in lk.kernels.__path__:
+    for file in Path(folder).glob("ops/*/triton.py"):
+        importlib.import_module(f"lorakit.kernels.ops.{file.parent.name}.triton")
+adamw = importlib.import_module("lorakit.kernels.ops.adamw.triton")
+lists = importlib.import_module("lorakit.kernels.ops.adamw.lists")
+
+
+class Launch(NamedTuple):
+    """One launch, and the line of lorakit that asked for it; "" in torch's own backward."""
+
+    name: str
+    where: str
+
+
+class Copy(NamedTuple):
+    """A copy between host and device."""
+
+    way: str
+    blocking: bool
+    shape: tuple[int, ...]
+    where: str
+
+
+def _where() -> str:
+    for frame in reversed(traceback.extract_stack()):
+        for room in ("/lorakit/", "/kernels/"):
+            if room in frame.filename and "site-packages/torch" not in frame.filename:
+                return f"{frame.filename.rsplit(room, 1)[1]}:{frame.lineno} {frame.name}"
+    return ""
+
+
+class _Notes(TorchDispatchMode):
+    def __init__(self, gpu: "MetaGPU"):
+        super().__init__()
+        self.gpu = gpu
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, gpu = kwargs or {}, self.gpu
+        name = func._schema.name.split("::")[1]
+        given = _tensors((args, kwargs))
+        if name in WAITS and any(t.is_meta for t in given):
+            gpu.waits.append(Launch(name, _where()))
+        if func is torch.ops.aten.baddbmm.dtype:  # torch 2.13 fails on beta, on the meta device
+            out = torch.empty_like(args[0])
+        else:
+            out = func(*args, **kwargs)
+        made = _tensors(out)
+        devices = {t.device.type for t in given + made}
+        if devices == {"cpu", "meta"}:
+            self._note_copy(name, args, kwargs, given, made)
+        if "meta" in devices and name not in NO_LAUNCH and any(t.numel() for t in made):
+            gpu.launches.append(Launch(name, _where()))
+        return out
+
+    def _note_copy(self, name, args, kwargs, given, made) -> None:
+        copies = self.gpu.copies
+        if name in ("_to_copy", "copy_") and made:
+            way = "to the device" if made[0].is_meta else "to the host"
+            waits = not (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
+            copies.append(Copy(way, waits, tuple(made[0].shape), _where()))
+        elif "index" in name and any(t.device.type == "cpu" and t.dim() for t in given):
+            copies.append(Copy("to the device", True, (), _where()))
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [t for t in tree_flatten(tree)[0] if isinstance(t, Tensor)]
+
+
+class _Attention(torch.autograd.Function):
+    """Stands for torch's scaled_dot_product_attention, which the meta device spells out."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, gpu):
+        ctx.save_for_backward(q, k, v)
+        ctx.gpu = gpu
+        gpu.launches.append(Launch("sdpa", _where()))
+        B, H, T, D = q.shape
+        return torch.empty(B, T, H, D, dtype=q.dtype, device=q.device).transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.gpu.launches += [Launch("sdpa backward", "")] * SDPA_BACKWARD
+        return *(torch.empty_like(t) for t in ctx.saved_tensors), None
+
+
+_is_autocast_enabled, _torch_autocast = torch.is_autocast_enabled, torch.autocast
+
+
+def _autocasts(kind: str) -> bool:
+    return kind != "meta" and _is_autocast_enabled(kind)
+
+
+def _autocast(kind: str, **options):
+    return contextlib.nullcontext() if kind == "meta" else _torch_autocast(kind, **options)
+
+
+class MetaGPU:
+    """An H100 that computes nothing; see the module's docstring."""
+
+    def __init__(self):
+        self.launches: list[Launch] = []
+        self.waits: list[Launch] = []
+        self.copies: list[Copy] = []
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> "MetaGPU":
+        with contextlib.ExitStack() as stack:
+            enter = stack.enter_context
+            gpu = self
+
+            def note(function, *arguments, grid, warmup, **options):
+                package = function.fn.__module__.split(".")[-2]
+                gpu.launches.append(Launch(f"{package}/{function.fn.__name__}", _where()))
+
+            enter(mock.patch.object(JITFunction, "run", note))
+            enter(mock.patch.object(dispatch, "_interprets", return_value=True))  # of any device
+            enter(mock.patch.object(dispatch, "compiles_to", return_value="ptx"))
+            enter(mock.patch.object(dispatch, "capability", return_value=(9, 0)))
+            enter(mock.patch.object(fx_config, "meta_nonzero_assume_all_nonzero", True))
+            enter(mock.patch.object(F, "scaled_dot_product_attention", self._sdpa))
+            enter(mock.patch.object(torch, "is_autocast_enabled", _autocasts))
+            enter(mock.patch.object(torch, "autocast", _autocast))
+            enter(mock.patch.object(lists, "_dense", _dense))
+            enter(mock.patch.object(adamw, "work", self._work))
+            enter(lk.kernels.use_backend("triton"))
+            enter(_Notes(self))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._stack.__exit__(*error)
+
+    def clear(self) -> None:
+        """Forget what was noted."""
+        for notes in (self.launches, self.waits, self.copies):
+            notes.clear()
+
+    def decoder(
+        self, layers: int, *, r: int = 16, lora_dropout: float = 0.0, vocab: int = 128256, **fields
+    ) -> Decoder:
+        """Return a QLoRA model with layers of an 8B Llama, ready to train."""
+        config = lk.ModelConfig("llama", vocab, 4096, 14336, layers, 32, 8, 128, **fields)
+        with torch.device("meta"):
+            model = Decoder(config)
+        model = lk.quantize(model.to(torch.bfloat16).requires_grad_(False))
+        adapter = lk.LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=lora_dropout)
+        return lk.attach(model, adapter).train()
+
+    def _sdpa(self, q, k, v, **options) -> Tensor:
+        return _Attention.apply(q, k, v, self)
+
+    def _work(self, groups, values) -> tuple[Tensor, Tensor]:
+        self.copies.append(Copy("to the device", False, (len(groups), 5), "adamw/lists.py work"))
+        table = torch.empty(len(groups), 5, dtype=torch.int64, device="meta")
+        return table, torch.empty(9, 2, dtype=torch.int64, device="meta")
+
+
+def _dense(t: Tensor, dtype: torch.dtype, device: torch.device, alignment: int) -> bool:
+    return t.is_contiguous() and t.dtype == dtype

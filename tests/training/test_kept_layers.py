@@ -1,0 +1,64 @@
+"""How many blocks keep gate and up, and that it changes no bit."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lorakit as lk
+from lorakit.training.kept_layers import SHARE, fitting_layers, kept_layers
+from tests.meta_gpu import MetaGPU
+
+pytest.importorskip("triton")
+LAYERS = 4
+
+
+@pytest.fixture(scope="module")
+def model():
+    with MetaGPU() as gpu:
+        return gpu.decoder(LAYERS)
+
+
+@given(tokens=st.integers(1, 1 << 17), free=st.integers(0, 1 << 37))
+def test_more_memory_and_fewer_tokens_never_keep_less(model, tokens, free):
+    kept = fitting_layers(model, tokens, free)
+    assert 0 <= kept <= LAYERS
+    assert kept <= fitting_layers(model, tokens, 2 * free)
+    assert fitting_layers(model, 2 * tokens, free) <= kept
+
+
+@given(tokens=st.integers(1, 1 << 17), free=st.integers(0, 1 << 37))
+def test_what_is_kept_fits(model, tokens, free):
+    """Gate and up are 2 I values of 2 bytes a token."""
+    kept = fitting_layers(model, tokens, free)
+    assert kept * tokens * 4 * model.config.intermediate_size <= SHARE * free
+
+
+def test_an_8b_layer_of_2048_tokens(model):
+    """An 80 GB GPU keeps them all; 5 GB, a part."""
+    assert fitting_layers(model, 2048, 70 << 30) == LAYERS
+    assert 0 < fitting_layers(model, 8192, 5 << 30) < LAYERS
+
+
+def test_the_choice(model, tiny_dir):
+    assert kept_layers(model, 64, "recompute") == 0
+    assert kept_layers(model, 64, "keep") == LAYERS
+    on_cpu = lk.load_model(tiny_dir, dtype="float32")
+    assert kept_layers(on_cpu, 1 << 40, "auto") == on_cpu.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_no_bit_depends_on_it(tiny_dir, backend):
+    """Loss and gradients of more rows than any product of few rows takes."""
+    found = []
+    for kept in (0, 1, 2):
+        torch.manual_seed(0)
+        model = lk.attach(lk.load_model(tiny_dir, dtype="bfloat16"), lk.LoraConfig(r=4)).train()
+        model.kept_layers = kept
+        ids = torch.randint(97, (2, 80))
+        with lk.kernels.use_backend(backend):
+            loss, _ = model.loss(ids, ids)
+            loss.backward()
+        found.append([loss, *(p.grad for p in model.parameters() if p.requires_grad)])
+    for others in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
