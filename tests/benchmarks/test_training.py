@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from itertools import chain
 from pathlib import Path
 
@@ -90,6 +91,51 @@ def test_both_sides_do_the_same_job(tiny_dir, tmp_path):
     for ours, peers in zip(*losses.values(), strict=True):
         assert float(ours) == pytest.approx(float(peers), rel=0.03 if narrow else 0.01)
     assert not left_behind(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="reads /proc for the processes")
+def test_steps_beside_busy_processes(tiny_dir, tmp_path):
+    """As many steps again, and a table of them; quiet steps have nobody beside them."""
+    options = ["--length", 8, "--steps", 3, "--busy", 2, *OURS]
+    done = run("training.py", tiny_dir, *options, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 6
+    assert lines[4].startswith("beside 2 busy")
+    rate, least, most, share = figures(lines[5].removeprefix("lorakit"))
+    quiet = figures(lines[3].removeprefix("lorakit"))[0]
+    assert 0 < least <= rate <= most
+    assert share == pytest.approx(rate / quiet, abs=0.006)  # printed with two digits
+    told = re.findall(r"step \d/8( \(.*?\))?,", done.stderr)
+    assert told == [" (warm-up)"] * 2 + ["", " (beside 2 busy)"] * 3
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="reads /proc for the processes")
+def test_busy_processes_end(module):
+    """With the block, and with whoever started them."""
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
+    before = set(children.read_text().split())
+    with module("training").busy(2):
+        found = set(children.read_text().split()) - before
+        assert len(found) == 2
+    assert not any(Path("/proc", pid).exists() for pid in found)
+    code = (
+        f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import os, signal, training\n"
+        "with training.busy(1):\n"
+        "    print(open(f'/proc/{os.getpid()}/task/{os.getpid()}/children').read(), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    pid = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    end = time.monotonic() + 60
+    while Path("/proc", pid.strip()).exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not Path("/proc", pid.strip()).exists()
+
+
+def test_what_training_refuses():
+    done = run("training.py", "--busy", -1, folder=Path.cwd())
+    assert done.returncode == 2
+    assert "--busy must not be negative" in done.stderr
 
 
 @pytest.mark.slow
