@@ -118,9 +118,17 @@ class DenseLayer:
         return (magnitude.to(self.wide) / self.row_norms).to(self.dtype)
 
     def product(self, x: Tensor, low: Tensor) -> Tensor:
-        """Return x W^T + s low B^T, [M, N]."""
-        y = product(x, self.weight())
-        return y.addmm_(low.to(y.dtype), self.sB.to(y.dtype).t())
+        """Return x W^T + s low B^T, [M, N].
+
+        On a GPU the small product comes first: the large one reads it while it computes.
+        """
+        if not dispatch.triton_runs(x):
+            y = product(x, self.weight())
+            return y.addmm_(low.to(y.dtype), self.sB.to(y.dtype).t())
+        y = low @ self.sB.t()
+        for rows, W in self.weight():
+            y[:, rows].addmm_(x, W.t())
+        return y
 
     def forward(self, x: Tensor, low: Tensor) -> Tensor:
         """Return y [M, N] of x [M, K] and low = d(x) A^T [M, r]."""
@@ -138,6 +146,9 @@ class DenseLayer:
         """
         if self.magnitude is not None or self.bias is not self.base.bias:
             return self.forward(x, low)
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if len(x) > FEW and self.bias is None and dispatch.triton_runs(x) and not autocast:
+            return self.product(x, low)
         y = self.base(x)
         # under autocast y is narrower than x; in place, as the base just made it
         return y.addmm_(low.to(y.dtype), self.sB.to(y.dtype).t())
@@ -201,13 +212,11 @@ class Group:
 
     def _forward_together(self, x: Tensor, sB: Tensor) -> list[Tensor]:
         """Return y of layers of one shape, which lie one after the other in one memory."""
-        self.low(x)
-        ys = x.new_empty(len(self.layers), len(x), sB.shape[1])
+        ys = torch.bmm(self._side_by_side(self.low(x)), sB.transpose(1, 2))
         for layer, y in zip(self.layers, ys, strict=True):
             for rows, W in layer.weight():
-                torch.mm(x, W.t(), out=y[:, rows])
-        self.forget_weights()
-        return list(ys.baddbmm_(self._side_by_side(self.low(x)), sB.transpose(1, 2)))
+                y[:, rows].addmm_(x, W.t())
+        return list(ys)
 
     def _side_by_side(self, columns: Sequence[Tensor]) -> Tensor:
         """Return the columns [M, r] of each layer, parts of one [M, R], as a tensor [n, M, r]."""
@@ -234,9 +243,14 @@ class Group:
     def grad_x(self) -> Tensor:
         """Return dx = dy W + s (dy B) A, summed over the layers: [M, K]."""
         dx: Tensor | None = None
+        first = not self.drop.rate and dispatch.triton_runs(self.dlow)
+        if first:
+            dx = self.dlow @ self.A
         for layer, dy in zip(self.layers, self.scaled, strict=True):
             dx = product_back(dy, layer.weight(), dx)
         assert dx is not None  # there is a layer
+        if first:
+            return dx
         if self.drop.rate:
             return dx.add_(self.drop(self.dlow @ self.A))
         return dx.addmm_(self.dlow, self.A)
