@@ -27,6 +27,9 @@ class Documents(tuple[int, ...]):
     """The lengths of the documents along a row, which keep their tables of tiles.
 
     A table is made when it is first asked for: all layers share it.
+
+    Args:
+        iterable: The lengths, each a number of tokens.
     """
 
     def tiles(self, size: int, device: torch.device, *, keys: bool = False) -> Tensor:

@@ -270,6 +270,7 @@ class LoraLinears(torch.autograd.Function):
         group.take([dy.to(group.dtype) for dy in grads])
         dx = group.grad_x().to(x.dtype) if ctx.needs_input_grad[0] else None
         found = group.grad_tensors(x.to(group.dtype), ctx.needs_input_grad[4:])
+        group.end()
         return dx, None, None, None, *found
 
 
@@ -308,6 +309,8 @@ class LoraMLP(torch.autograd.Function):
         need, split = ctx.needs_input_grad[8:], 2 * TENSORS
         of_inner = first.grad_tensors(flat, need[:split])
         of_outer = second.grad_tensors(hidden, need[split:])
+        first.end()
+        second.end()
         return dx, *(None,) * 7, *of_inner, *of_outer
 
     @staticmethod

@@ -123,6 +123,11 @@ class Group:
     def forget_weights(self) -> None:
         """Do nothing: there are no dense weights."""
 
+    def end(self) -> None:
+        """Free what a backward pass has made; another pass makes it again."""
+        self.lows = None
+        del self.grads, self.dlow
+
     def grad_tensors(self, x: Tensor, need: Sequence[bool]) -> list[Tensor | None]:
         """Return the gradients of the small tensors of each layer, for x [M, K]."""
         x = dense_rows(x)

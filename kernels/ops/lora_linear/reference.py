@@ -260,6 +260,12 @@ class Group:
         for layer in self.layers:
             layer.kept = None
 
+    def end(self) -> None:
+        """Free what a backward pass has made; another pass makes it again."""
+        self.forget_weights()
+        self.together = self.lows = None
+        del self.grads, self.scaled, self.dlow
+
     def _gradients_together(self, lows: tuple[Tensor, ...]) -> Tensor | None:
         """Return dB = s dy^T (d(x) A^T) of layers of one shape, [n, N, r], or None."""
         B = self.layers[0].lora_B
