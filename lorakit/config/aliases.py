@@ -349,6 +349,22 @@ def _resume(value: Any, values: File, notes: Notes) -> Meaning:
     return {"resume": value}
 
 
+def _special_tokens(value: Any, values: File, notes: Notes) -> Meaning:
+    """Pass over Axolotl's tokens for padding and for what is unknown, and refuse the others."""
+    if not isinstance(value, Mapping):
+        raise ValueError("give a mapping of names to tokens")
+    given = [name for name, token in value.items() if token is not None]
+    for name in given:
+        if name not in ("pad_token", "unk_token"):
+            raise ValueError(
+                f"{name} is the tokenizer's own: write it into the tokenizer_config.json beside "
+                "the model; new tokens go into add_tokens"
+            )
+    if given:
+        notes.append("special_tokens is ignored: no row learns padding, whatever its token is")
+    return {}
+
+
 def _jinja(value: Any, values: File, notes: Notes) -> Meaning:
     """Convert Axolotl's template, a text or a file, which counts only beside chat_template: jinja.
 
@@ -361,6 +377,7 @@ def _jinja(value: Any, values: File, notes: Notes) -> Meaning:
 
 CONVERTED: dict[str, Conversion] = {
     "chat_template_jinja": _jinja,
+    "special_tokens": _special_tokens,
     "bf16": _bf16,
     "load_in_4bit": _load_in_4bit,
     "load_in_8bit": _switch("quantize.quant_type", "int8"),

@@ -47,6 +47,13 @@ def test_merge_refuses(tiny_dir, small_adapter, tmp_path, capsys):
     assert not (tmp_path / "merged").exists()
 
 
+def test_merge_into_no_directory(tiny_dir, small_adapter, tmp_path, capsys):
+    """It is refused before the model is loaded."""
+    (tmp_path / "file").write_text("")
+    assert main(["merge", str(tiny_dir), str(small_adapter), str(tmp_path / "file" / "out")]) == 1
+    assert "cannot be made (Not a directory); choose another name" in capsys.readouterr().err
+
+
 def test_files_that_contradict_new_tokens_do_not_go_along(copy, tmp_path, capsys):
     """llama.cpp's converter reads tokenizer.model first, which does not know the new token."""
     for name in ("tokenizer.model", "added_tokens.json", "preprocessor_config.json"):

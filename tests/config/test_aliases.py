@@ -164,6 +164,8 @@ def test_trl_file():
             "adapter: choose lora or qlora, or name the .* of an adapter, not None",
         ),
         ({"adapter": 3}, "adapter: choose lora or qlora, .* not 3"),
+        ({"special_tokens": "<pad>"}, "special_tokens: give a mapping of names to tokens"),
+        ({"special_tokens": {"eos_token": "<e>"}}, "special_tokens: eos_token is the tokenizer's"),
         ({"lora_model_dir": 3}, "adapter must be str or null, not 3"),
         ({"lora_model_dir": "a", "adapter": "b"}, "adapter and lora_model_dir set the same thing"),
         (
@@ -261,6 +263,16 @@ def test_the_chat_template(values, template):
     assert lk.RunConfig.from_dict(RUN | values).chat_template == template
 
 
+def test_special_tokens_that_nothing_learns(caplog):
+    """Axolotl's files name a token for padding; a file of nulls says nothing."""
+    values = {"special_tokens": {"pad_token": "<|end_of_text|>", "eos_token": None}}
+    assert lk.RunConfig.from_dict(RUN | values) == lk.RunConfig.from_dict(RUN)
+    assert "special_tokens is ignored: no row learns padding" in caplog.text
+    caplog.clear()
+    lk.RunConfig.from_dict(RUN | {"special_tokens": {"pad_token": None}})
+    assert caplog.text == ""
+
+
 def test_no_alias_hides_a_key_of_ours():
     ours = {f.name for cls in (lk.RunConfig, lk.TrainConfig) for f in dataclasses.fields(cls)}
     assert ours & aliases.ALIASES == {"adapter"}  # Axolotl's two values are no directories
@@ -342,8 +354,7 @@ SWITCHES = {
 NO_SWITCHES = {  # these take other values than true and false, or say nothing but their own
     "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_use_double_quant", "adapter",
     "lora_model_dir", "datasets", "test_datasets", "save_strategy", "eval_strategy",
-    "chat_template_jinja",
-    "evaluation_strategy",
+    "chat_template_jinja", "evaluation_strategy", "special_tokens",
 }  # fmt: skip
 
 
