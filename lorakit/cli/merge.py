@@ -56,13 +56,13 @@ def merge(args: argparse.Namespace) -> int:
     template = chat_template(args.chat_template, args.adapter)
     if args.chat_template is not None:  # an error in it should not take minutes
         lk.load_tokenizer(args.model, chat_template=template)
-    try:  # before the work, not after it
+    model = lk.load_model(args.model, dtype=args.dtype, quantize=args.quantize)
+    lk.load_adapter(model, args.adapter)
+    try:  # before the merge, not after it
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         reason = f"{args.out} cannot be made ({error.strerror}); choose another name"
         raise lk.LorakitError(reason) from None
-    model = lk.load_model(args.model, dtype=args.dtype, quantize=args.quantize)
-    lk.load_adapter(model, args.adapter)
     print(lk.merge(model, args.base))
     lk.save_model(model, args.out, packed=args.base == "nf4")
     source = tokenizer_of(args.model, args.adapter)

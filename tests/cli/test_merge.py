@@ -48,7 +48,7 @@ def test_merge_refuses(tiny_dir, small_adapter, tmp_path, capsys):
 
 
 def test_merge_into_no_directory(tiny_dir, small_adapter, tmp_path, capsys):
-    """It is refused before the model is loaded."""
+    """It is refused before anything is merged."""
     (tmp_path / "file").write_text("")
     assert main(["merge", str(tiny_dir), str(small_adapter), str(tmp_path / "file" / "out")]) == 1
     assert "cannot be made (Not a directory); choose another name" in capsys.readouterr().err
