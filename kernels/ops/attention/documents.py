@@ -16,6 +16,7 @@ program without tokens ends at once.
 import functools
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -23,14 +24,30 @@ from torch import Tensor
 from ... import dispatch
 
 
-class Documents(tuple[int, ...]):
+class Documents(Sequence[int]):
     """The lengths of the documents along a row, which keep their tables of tiles.
 
     A table is made when it is first asked for: all layers share it.
 
-    Args:
-        iterable: The lengths, each a number of tokens.
+    Attributes:
+        lengths: The number of tokens of each document.
     """
+
+    def __init__(self, lengths: Sequence[int]):
+        self.lengths = tuple(lengths)
+        self._tables: dict[tuple[int, bool, torch.device], Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[int, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> int | tuple[int, ...]:
+        return self.lengths[index]
 
     def tiles(self, size: int, device: torch.device, *, keys: bool = False) -> Tensor:
         """Return the table of tiles of `size` tokens, int32 [n, 3]: first, begin and end.
@@ -43,10 +60,6 @@ class Documents(tuple[int, ...]):
             found = torch.tensor(tiles_of(self, size, keys), dtype=torch.int32)
             self._tables[name] = dispatch.sent(found, device)
         return self._tables[name]
-
-    @functools.cached_property
-    def _tables(self) -> dict[tuple[int, bool, torch.device], Tensor]:
-        return {}
 
 
 def tiles_of(lengths: Sequence[int], size: int, keys: bool) -> list[tuple[int, int, int]]:
