@@ -253,7 +253,7 @@ def all_rows(
     setting: Setting, chosen: Collection[str], clock: Clock, bandwidth: float,
     wanted: Callable[[str], bool],
 ) -> Iterator[Row]:  # fmt: skip
-    """Of all cases whose op is `wanted`. Where a case cannot be made, the row says so."""
+    """Yield the rows of all cases whose op is `wanted`; one that cannot be made says so."""
     for make, ops in CASES.items():
         found = make(setting) if any(map(wanted, ops)) else iter(())
         while True:

@@ -10,7 +10,7 @@ A call to the decoder brings rows of tokens in one of three forms:
                none of the others
 
 In a layer with a sliding window a position sees only the last `window` of these, itself included,
-and the layer may have a rotary embedding of its own. So a call has at most two different views.
+and the layer may have a rotary embedding of its own. So layers of one kind share a view.
 They are made once and shared by the layers.
 """
 
@@ -82,19 +82,19 @@ def attention_views(
     if config.rope_local is not None:
         local = rope_tables(config.rope_local, config.head_dim, position_ids, own)
 
-    def view(slides: bool) -> AttentionView:
+    def view(slides: bool, keeps: bool) -> AttentionView:
         window, mask = config.sliding_window if slides else None, None
         if lengths is None:
             seen = positions if cache is None else cache.positions(T, window)
             mask = key_mask(positions, seen, window, real)
         rotary = local if slides else tables
-        return AttentionView(rotary, mask, window, lengths, recomputed, recomputed)
+        return AttentionView(rotary, mask, window, lengths, recomputed, keeps)
 
-    layers = range(config.num_hidden_layers)
-    views = {kind: view(kind) for kind in set(map(config.slides, layers))}
-    found = [views[config.slides(layer)] for layer in layers]
     # what a block keeps that runs again right before its backward lives for that block only
-    return [each._replace(keeps=recomputed or i < kept_layers) for i, each in enumerate(found)]
+    layers = range(config.num_hidden_layers)
+    kinds = [(config.slides(i), recomputed or i < kept_layers) for i in layers]
+    views = {kind: view(*kind) for kind in set(kinds)}
+    return [views[kind] for kind in kinds]
 
 
 def key_mask(

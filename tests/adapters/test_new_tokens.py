@@ -78,7 +78,7 @@ def test_gradients_of_rows_of_a_head_are_those_of_autograd(base):
 
 
 def test_rows_of_a_head_that_peft_trained(tmp_path):
-    """With a mapping PEFT trains rows of embedding and head, each its own."""
+    """PEFT trains rows of embedding and head by a mapping, each its own."""
     path = tmp_path / "base"
     tiny("llama", tie_word_embeddings=False).save_pretrained(path)
     tokens = {"embed_tokens": [3, 90], "lm_head": [4, 5, 96]}

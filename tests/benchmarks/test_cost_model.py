@@ -131,7 +131,7 @@ def test_operations_of_the_head(costs_of, job_of):
 
 @pytest.mark.parametrize("kind", ["dense", "packed"])
 def test_operations_of_attention(costs_of, job_of, kind):
-    """Of the half of the scores that is seen: two products forward, five or seven backward."""
+    """The half of the scores that is seen takes two products forward, five or seven backward."""
     scores = sum(len(ids) ** 2 for ids, _ in job_of(1024, kind).rows) * 4096 * 2
     found = [cost for cost in costs_of(1024, kind) if cost.kind == "attention"]
     forward = sum(c.operations for c in found if c.part == "forward")

@@ -95,7 +95,7 @@ def test_both_sides_do_the_same_job(tiny_dir, tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="reads /proc for the processes")
 def test_steps_beside_busy_processes(tiny_dir, tmp_path):
-    """As many steps again, and a table of them; quiet steps have nobody beside them."""
+    """There are as many steps again, and a table of them; quiet steps have nobody beside."""
     options = ["--length", 8, "--steps", 3, "--busy", 2, *OURS]
     done = run("training.py", tiny_dir, *options, folder=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -112,7 +112,7 @@ def test_steps_beside_busy_processes(tiny_dir, tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="reads /proc for the processes")
 def test_busy_processes_end(module):
-    """With the block, and with whoever started them."""
+    """They end with the block, and with whoever started them."""
     children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
     before = set(children.read_text().split())
     with module("training").busy(2):

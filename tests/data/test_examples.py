@@ -67,7 +67,7 @@ def test_examples_of_a_file_are_those_of_its_rows(tmp_path, tok):
 @settings(max_examples=50)
 @given(pairs, st.sampled_from([1, 40, 1 << 20]))
 def test_every_example_is_kept_as_it_is(tok, values, in_memory):
-    """For all rows, with and without a temporary file: what is fetched is what was encoded."""
+    """What is fetched is what was encoded, for all rows, in memory and in a temporary file."""
     values = [{"prompt": v["prompt"], "chosen": v["completion"], "rejected": "x"} for v in values]
     rows, encoder = lk.read_rows(values), Encoder(tok)
     with pytest.MonkeyPatch.context() as patch:

@@ -60,7 +60,7 @@ def outcome(tok, messages, tools, train_on, limit):
 def test_parts_learn_what_the_whole_learns(
     make, family, messages, before, after, tools, train_on, limit
 ):
-    """In parts or whole, a chat gives the same tokens and labels, or the same error."""
+    """A chat gives the same tokens and labels, or the same error, in parts or whole."""
     tok, chat = make(family)[0], [*before, *messages, *after]
     outcomes = []
     for long in (0, 10**9):

@@ -160,7 +160,7 @@ def test_no_row_is_lost(tmp_path_factory, values, kind):
 @settings(max_examples=100)
 @given(pairs, st.binary(max_size=8), st.data())
 def test_a_damaged_gzip_file_gives_its_rows_or_one_error(tmp_path_factory, values, junk, data):
-    """For all files and all damage: gzip's sum of the content lets nothing else through."""
+    """gzip's sum of the content lets nothing else through, for all files and all damage."""
     path = written(tmp_path_factory.getbasetemp() / "rows.jsonl.gz", values)
     whole = path.read_bytes()
     start = data.draw(st.integers(0, len(whole)))

@@ -73,7 +73,7 @@ def test_no_pickle_and_no_code_is_fetched(name):
 
 
 def test_what_save_model_hands_on_is_fetched_with_a_model(copy, tmp_path, monkeypatch):
-    """From a Hub id: every file of tokenizer and processors, by the Hub's own filter."""
+    """Every file of tokenizer and processors comes from a Hub id, by the Hub's own filter."""
     beside = BESIDE | {"pytorch_model.bin": b"pickled", "tokenization_mine.py": b"code"}
     for name, data in beside.items():
         (copy / name).parent.mkdir(exist_ok=True)

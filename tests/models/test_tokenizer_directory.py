@@ -200,7 +200,7 @@ TEMPLATE = st.text(st.characters(codec="utf-8", exclude_characters="\r"), max_si
     again=st.booleans(),
 )
 def test_what_is_saved_is_what_is_loaded(tmp_path_factory, added, special, template, again):
-    """For all changes of a tokenizer: load(save(tokenizer)) = tokenizer, over any earlier save."""
+    """load(save(tokenizer)) = tokenizer for all changes of it, over any earlier save."""
     path = tmp_path_factory.mktemp("changed")
     (path / "source").mkdir()
     write_all(path / "source")

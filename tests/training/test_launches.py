@@ -113,7 +113,7 @@ def test_launches_do_not_depend_on_the_number_of_documents(documents):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("micro_batches", [1, 4])
 def test_the_host_waits_for_nothing(documents, checkpointing, micro_batches):
-    """In loss, backward and optimizer; a run reads loss and norm once a step (training/run.py)."""
+    """Loss, backward and optimizer go on; a run reads loss and norm once a step (run.py)."""
     gpu = step(2, documents, checkpointing=checkpointing, micro_batches=micro_batches).gpu
     assert gpu.waits == []
     assert [copy for copy in gpu.copies if copy.blocking] == []

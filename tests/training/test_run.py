@@ -174,7 +174,7 @@ def test_the_settings_of_the_model_are_put_back(tiny_dir):
 
 
 def test_a_tokenizer_of_its_own_is_saved_with_every_checkpoint(tiny_dir, tmp_path):
-    """Without it the new token would be read as several old ones."""
+    """The new token would be read as several old ones otherwise."""
     tok, model = lk.load_tokenizer(tiny_dir), lk.load_model(tiny_dir, dtype="float32")
     lk.attach(model, lk.add_tokens(model, tok, ["<new>"], lk.LoraConfig(r=2)))
     config = lk.TrainConfig(str(tmp_path / "first"), max_steps=2, save_steps=1)

@@ -60,7 +60,7 @@ def test_chats_from_a_file(tiny_dir, tok, tmp_path):
 
 
 def test_each_row_of_a_file_is_read_and_encoded_once(tiny_dir, tok, tmp_path, monkeypatch):
-    """Before the first step, and no step, evaluation or digest of a checkpoint does so again."""
+    """No step, evaluation or digest of a checkpoint does so again."""
     made, encoded = [], []
     make_row, encode = rows.make_row, Encoder.__call__
     monkeypatch.setattr(rows, "make_row", lambda *args: made.append(args[1]) or make_row(*args))

@@ -41,11 +41,15 @@ def cast_pairs(
         from . import triton
 
         if triton.casts(pairs):
-            A, sBs = triton.cast(pairs, scalings, dtype)
-            rows = A.split([len(a) for a, _ in pairs])
-            return A, [CastPair(*pair) for pair in zip(rows, sBs, strict=True)]
+            return _paired(*triton.cast(pairs, scalings, dtype), pairs)
     A = torch.cat([a.to(dtype) for a, _ in pairs])
     sBs = [(b * scaling).to(dtype) for (_, b), scaling in zip(pairs, scalings, strict=True)]
+    return _paired(A, sBs, pairs)
+
+
+def _paired(
+    A: Tensor, sBs: Sequence[Tensor], pairs: Sequence[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, list[CastPair]]:
     rows = A.split([len(a) for a, _ in pairs])
     return A, [CastPair(*pair) for pair in zip(rows, sBs, strict=True)]
 
@@ -56,12 +60,12 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor | None:
     Return None unless they lie one after the other in one memory.
     """
     first = tensors[0]
-    start, size, memory = first.storage_offset(), first.numel(), first.untyped_storage()
+    start, size, memory = first.storage_offset(), first.numel(), first.untyped_storage().data_ptr()
     for i, t in enumerate(tensors):
         same = t.shape == first.shape and t.dtype == first.dtype and t.is_contiguous()
         if not same or t.storage_offset() != start + i * size:
             return None
-        if t.untyped_storage()._cdata != memory._cdata:
+        if t.untyped_storage().data_ptr() != memory:
             return None
     return first.as_strided((len(tensors), *first.shape), (size, *first.stride()))
 
@@ -148,7 +152,8 @@ class DenseLayer:
             return self.forward(x, low)
         autocast = torch.is_autocast_enabled(x.device.type)
         if len(x) > FEW and self.bias is None and dispatch.triton_runs(x) and not autocast:
-            return self.product(x, low)
+            y, self.kept = self.product(x, low), None
+            return y
         y = self.base(x)
         # under autocast y is narrower than x; in place, as the base just made it
         return y.addmm_(low.to(y.dtype), self.sB.to(y.dtype).t())
@@ -204,18 +209,23 @@ class Group:
         It calls the bases, or takes the dense weights, which backward needs in any case.
         """
         if self.stacked is not None and len(x) > FEW:
-            return self._forward_together(x, self.stacked)
+            return self._forward_together(x, self.stacked, by_base)
         lows = zip(self.layers, self.low(x), strict=True)
         if by_base:
             return [layer.forward_by_base(x, low) for layer, low in lows]
         return [layer.forward(x, low) for layer, low in lows]
 
-    def _forward_together(self, x: Tensor, sB: Tensor) -> list[Tensor]:
-        """Return y of layers of one shape, which lie one after the other in one memory."""
+    def _forward_together(self, x: Tensor, sB: Tensor, by_base: bool) -> list[Tensor]:
+        """Return y of layers of one shape, which lie one after the other in one memory.
+
+        Where the base could be called, as in a forward pass, no dense weight stays.
+        """
         ys = torch.bmm(self._side_by_side(self.low(x)), sB.transpose(1, 2))
         for layer, y in zip(self.layers, ys, strict=True):
             for rows, W in layer.weight():
                 y[:, rows].addmm_(x, W.t())
+            if by_base:
+                layer.kept = None
         return list(ys)
 
     def _side_by_side(self, columns: Sequence[Tensor]) -> Tensor:
@@ -242,14 +252,12 @@ class Group:
 
     def grad_x(self) -> Tensor:
         """Return dx = dy W + s (dy B) A, summed over the layers: [M, K]."""
-        dx: Tensor | None = None
-        first = not self.drop.rate and dispatch.triton_runs(self.dlow)
-        if first:
-            dx = self.dlow @ self.A
+        small_first = not self.drop.rate and dispatch.triton_runs(self.dlow)
+        dx = self.dlow @ self.A if small_first else None
         for layer, dy in zip(self.layers, self.scaled, strict=True):
             dx = product_back(dy, layer.weight(), dx)
         assert dx is not None  # there is a layer
-        if first:
+        if small_first:
             return dx
         if self.drop.rate:
             return dx.add_(self.drop(self.dlow @ self.A))

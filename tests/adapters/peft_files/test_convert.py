@@ -87,7 +87,7 @@ def test_an_embedding_and_its_tied_head(tmp_path):
 
 
 def test_names_are_short_only_where_they_surely_select_the_same(tiny_dir, tmp_path):
-    """Without the base only a list in the source tells which other layers there are."""
+    """Only a list in the source tells which other layers there are, if there is no base."""
     some = {
         "target_modules": ["q_proj", "v_proj"],
         "exclude_modules": ["layers.0.self_attn.v_proj"],

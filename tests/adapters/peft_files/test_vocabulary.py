@@ -58,7 +58,7 @@ def test_copies_of_what_the_model_has_are_left_out(base, tmp_path):
 
 
 def test_other_weights_take_the_place_of_the_models(base, tmp_path, caplog):
-    """As in PEFT, which loads them into the base; here the base stays as it was."""
+    """The logits are PEFT's, which loads them into the base; here the base stays as it was."""
     other = hugging_face(base)
     with torch.no_grad():
         other.get_input_embeddings().weight.mul_(1.5)

@@ -289,7 +289,7 @@ def test_the_reference_is_left_on_an_error_too(tiny_dir, tok, tmp_path):
 
 
 def test_what_trains_beside_the_adapter_belongs_to_the_reference(tiny_dir, tok, tmp_path):
-    """In a loop of one's own, which trains the base too."""
+    """A loop of one's own may train the base too."""
     model = lk.load_model(tiny_dir, dtype="float32")
     STARTS["fresh"](model, tok, tmp_path)
     model.model.norm.weight.requires_grad_(True)
