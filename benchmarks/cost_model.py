@@ -17,9 +17,7 @@ seven, and the passes over memory that no fusion saves; launches are free. A ste
 """
 
 import argparse
-import dataclasses
 import importlib.util
-import itertools
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -31,7 +29,6 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from cases import RANK, Setting, Sizes
 from steps import IGNORE, KINDS, Rows, Step, make_rows, our_step
 from torch import Tensor
@@ -53,8 +50,10 @@ class GPU:
     name: str
     product: float  # bf16
     fp8: float
-    forward: float  # of torch's attention, causal, D = 128
+    forward: float  # the fastest attention, causal, D = 128
     backward: float
+    flash_forward: float  # torch's FlashAttention 2, whose bits are the same every time
+    flash_backward: float
     triton: float  # of attention in Triton
     copy: float
     source: str
@@ -65,29 +64,27 @@ class GPU:
 
 
 H100 = GPU(
-    "H100", 782e12, 1350e12, 600e12, 480e12, 390e12, 3.007e12,
+    "H100", 782e12, 1350e12, 600e12, 480e12, 370e12, 330e12, 390e12, 3.007e12,
     "product and copy: gpu.md, commit 0cd7aa1 (torch.compile's head, 4.3 TFLOP in 5.5 ms); "
-    "attention: cuDNN's and Triton's forward in arXiv:2407.08608, cuDNN's backward assumed; "
-    "fp8: assumed, of 1979 in the data sheet",
+    "attention: cuDNN's (the floor), FlashAttention 2's and Triton's forward and FlashAttention "
+    "2's backward in arXiv:2407.08608, cuDNN's backward assumed; fp8: assumed, of 1979 in the data "
+    "sheet",
 )  # fmt: skip
 GPUS = {
     gpu.name: gpu
     for gpu in (
         H100,
-        dataclasses.replace(
-            H100, name="H100 FA2", forward=370e12, backward=330e12,
-            source=f"{H100.source}; attention: FlashAttention 2 in the same paper",
-        ),
         GPU(
-            "H200", 790e12, 1350e12, 600e12, 480e12, 390e12, 4.0e12,
+            "H200", 790e12, 1350e12, 600e12, 480e12, 370e12, 330e12, 390e12, 4.0e12,
             "as the H100, whose chip it has; copy: assumed, of 4.8 TB/s in the data sheet",
         ),
         GPU(
-            "RTX 4090", 150e12, 290e12, 130e12, 105e12, 120e12, 0.92e12,
+            "RTX 4090", 150e12, 290e12, 130e12, 105e12, 130e12, 105e12, 120e12, 0.92e12,
             "all assumed, of the data sheet's 165 TFLOP/s in bf16, 330 in fp8 and 1.008 TB/s",
         ),
     )
 }  # fmt: skip
+MULTIPROCESSORS = 132  # of an H100; an RTX 4090 has 128
 
 
 class Cost(NamedTuple):
@@ -187,47 +184,24 @@ class Notes(TorchDispatchMode):
         super().__init__()
         self.gpu, self.job, self.part = gpu, job, ""
         self.found: dict[int, Cost] = {}  # by the place of the launch in gpu.launches
-        self.attended: dict[int, tuple[Tensor, Tensor]] = {}  # q and k of torch's attention
 
     def watch(self, stack: ExitStack) -> None:
         """Note from now on, until `stack` ends; within the MetaGPU's own `with`."""
-        launched, attention = JITFunction.run, F.scaled_dot_product_attention
+        launched = JITFunction.run
 
         def run(function: JITFunction, *arguments: Any, **options: Any) -> None:
             launched(function, *arguments, **options)
             self.of_kernel(len(self.gpu.launches) - 1, on_device((arguments, options)))
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-            at = len(self.gpu.launches)
-            self.attended[at] = q, k
-            moved = 2 * (size(q) + size(k))
-            y = attention(q, k, v, **options)
-            self.add(at, "attention", self.products(q, 2), moved, (q, k), rate="forward")
-            return y
-
         stack.enter_context(mock.patch.object(JITFunction, "run", run))
-        stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attend))
         stack.enter_context(self)
 
     def clear(self) -> None:
-        for notes in (self.found, self.attended, self.gpu):
+        for notes in (self.found, self.gpu):
             notes.clear()
 
     def costs(self) -> list[Cost]:
-        """Return them in order, with the backward of torch's attention, which nobody else sees."""
-        to_come, places = [], iter(range(len(self.gpu.launches)))
-        for at in places:
-            if at in self.attended:
-                to_come.append(self.attended[at])
-            if at not in self.found:
-                q, k = to_come.pop()
-                half, fp32 = size(q), size(q) * 4 // q.itemsize
-                # dq zeroed in fp32; delta from y and dy; the gradients; dq cast
-                moved = fp32, 2 * half, 4 * (size(q) + size(k)), fp32 + half
-                each = zip([at, *itertools.islice(places, len(moved) - 1)], moved, strict=True)
-                for i, (place, n) in enumerate(each):
-                    operations = self.products(q, 5) if i == 2 else 0.0
-                    self.add(place, "attention", operations, n, (q, k), rate="backward")
+        """Return them in order."""
         return [self.found[at] for at in range(len(self.gpu.launches))]
 
     def add(
@@ -235,10 +209,9 @@ class Notes(TorchDispatchMode):
         **more: Any,
     ) -> None:  # fmt: skip
         name, where = self.gpu.launches[at]
-        part = "backward" if name == "sdpa backward" else self.part
-        kind = "optimizer" if part == "optimizer" else kind
+        kind = "optimizer" if self.part == "optimizer" else kind
         shape = shape_of(operands)
-        self.found[at] = Cost(part, kind, name, where, operations, moved, shape, **more)
+        self.found[at] = Cost(self.part, kind, name, where, operations, moved, shape, **more)
 
     def products(self, q: Tensor, count: int) -> float:
         """Return the operations of so many products with the scores, of queries q."""
@@ -266,9 +239,23 @@ class Notes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         at, kwargs = len(self.gpu.launches), kwargs or {}
         out = func(*args, **kwargs)
-        if len(self.gpu.launches) > at:
+        if len(self.gpu.launches) > at + 1:
+            self.of_flash_backward(at, *args[1:3])
+        elif len(self.gpu.launches) > at:
             self.of_torch(at, args, kwargs, on_device(out))
         return out
+
+    def of_flash_backward(self, at: int, q: Tensor, k: Tensor) -> None:
+        """Note the launches of torch's flash backward, whose dq has a part for every split."""
+        half, wide = size(q), size(q) * 4 // q.itemsize
+        splits = -(-MULTIPROCESSORS // (q.shape[0] * q.shape[1]))
+        # dq zeroed in fp32; delta; the gradients, with dk and dv of every head; dq cast; and
+        # the sums over the heads of a group
+        gradients = 6 * half + 2 * size(k) + splits * wide
+        moved = splits * wide, 2 * half, gradients, splits * wide + half, *[half + size(k)] * 2
+        for i, n in enumerate(moved):
+            operations = self.products(q, 5) if i == 2 else 0.0
+            self.add(at + i, "attention", operations, n, (q, k), rate="flash_backward")
 
     def of_torch(self, at: int, args: Any, kwargs: Any, made: list[Tensor]) -> None:
         """Note an op of torch's."""
@@ -278,6 +265,11 @@ class Notes(TorchDispatchMode):
             a, b = given[MULTIPLIED[name] :][:2]
             read = given if kwargs.get("beta", 1) else [a, b]
             self.of_product(at, a, b, sum(map(size, [*read, *made])))
+            return
+        if name == meta_gpu().FLASH:
+            q, k = given[:2]
+            moved, rate = 2 * (size(q) + size(k)), "flash_forward"
+            self.add(at, "attention", self.products(q, 2), moved, (q, k), rate=rate)
             return
         read = [] if name in MADE else made if name in PICKED else given
         if name == "copy_":

@@ -12,7 +12,8 @@ the meta device, which have shapes and no values. For lorakit whatever is not "c
 what asks for "cuda" by name is answered here, and addresses, which meta tensors have not.
 
 Views, metadata and allocations launch nothing and are not noted. A product counts as one launch,
-though cuBLAS may cut it in two. SDPA counts as 1 launch forward and SDPA_BACKWARD backward.
+though cuBLAS may cut it in two. Torch's FlashAttention counts as 1 launch forward and
+FLASH_BACKWARD backward.
 (FakeTensorMode with "cuda" cannot do this on a CPU build of torch: AccumulateGrad asks for a device
 guard, which ends the process.)
 """
@@ -26,7 +27,6 @@ from unittest import mock
 
 import torch
 import torch.fx.experimental._config as fx_config
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -36,7 +36,10 @@ import lorakit as lk
 from lorakit.kernels import dispatch
 from lorakit.models.decoder import Decoder
 
-SDPA_BACKWARD = 4  # of torch's flash attention: dq zeroed, delta, the gradients, a cast
+FLASH = "_scaled_dot_product_flash_attention"
+# Launches of its backward: dq zeroed, delta, the gradients, dq cast, dk and dv summed over the
+# heads of a group (mha_bwd in torch's flash_api.cpp).
+FLASH_BACKWARD = 6
 NO_LAUNCH = {
     "view", "_unsafe_view", "reshape", "_reshape_alias", "t", "transpose", "permute", "expand",
     "slice", "select", "split", "split_with_sizes", "unsqueeze", "squeeze", "alias", "detach",
@@ -99,7 +102,8 @@ class _Notes(TorchDispatchMode):
         if devices == {"cpu", "meta"}:
             self._note_copy(name, args, kwargs, given, made)
         if "meta" in devices and name not in NO_LAUNCH and any(t.numel() for t in made):
-            gpu.launches.append(Launch(name, _where()))
+            times = FLASH_BACKWARD if name == f"{FLASH}_backward" else 1
+            gpu.launches += [Launch(name, _where())] * times
         return out
 
     def _note_copy(self, name, args, kwargs, given, made) -> None:
@@ -114,23 +118,6 @@ class _Notes(TorchDispatchMode):
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [t for t in tree_flatten(tree)[0] if isinstance(t, Tensor)]
-
-
-class _Attention(torch.autograd.Function):
-    """Stands for torch's scaled_dot_product_attention, which the meta device spells out."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, gpu):
-        ctx.save_for_backward(q, k, v)
-        ctx.gpu = gpu
-        gpu.launches.append(Launch("sdpa", _where()))
-        B, H, T, D = q.shape
-        return torch.empty(B, T, H, D, dtype=q.dtype, device=q.device).transpose(1, 2)
-
-    @staticmethod
-    def backward(ctx, grad):
-        ctx.gpu.launches += [Launch("sdpa backward", "")] * SDPA_BACKWARD
-        return *(torch.empty_like(t) for t in ctx.saved_tensors), None
 
 
 _is_autocast_enabled, _torch_autocast = torch.is_autocast_enabled, torch.autocast
@@ -167,7 +154,6 @@ class MetaGPU:
             enter(mock.patch.object(dispatch, "compiles_to", return_value="ptx"))
             enter(mock.patch.object(dispatch, "capability", return_value=(9, 0)))
             enter(mock.patch.object(fx_config, "meta_nonzero_assume_all_nonzero", True))
-            enter(mock.patch.object(F, "scaled_dot_product_attention", self._sdpa))
             enter(mock.patch.object(torch, "is_autocast_enabled", _autocasts))
             enter(mock.patch.object(torch, "autocast", _autocast))
             enter(mock.patch.object(lists, "_dense", _dense))
@@ -195,9 +181,6 @@ class MetaGPU:
         model = lk.quantize(model.to(torch.bfloat16).requires_grad_(False))
         adapter = lk.LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=lora_dropout)
         return lk.attach(model, adapter).train()
-
-    def _sdpa(self, q, k, v, **options) -> Tensor:
-        return _Attention.apply(q, k, v, self)
 
     def _work(self, groups, values) -> tuple[Tensor, Tensor]:
         self.copies.append(Copy("to the device", False, (len(groups), 5), "adamw/lists.py work"))

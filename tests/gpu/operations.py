@@ -102,6 +102,11 @@ def norm_rope(s: Shape) -> Op:
     return lambda q, k: kernels.norm_rope(q, k, wq, wk, 1e-6, cos, sin), inputs
 
 
+def attention(s: Shape, **options) -> Op:
+    inputs = [s.random(1, s.rows, n, s.head_dim, seed=i) for i, n in enumerate((4, 2, 2))]
+    return lambda q, k, v: kernels.attention(q, k, v, **options), inputs
+
+
 def gated(s: Shape, hidden_act: str) -> Op:
     inputs = [s.random(s.rows, s.width, seed=i, scale=3) for i in range(2)]
     return lambda gate, up: kernels.gated(gate, up, hidden_act), inputs
@@ -194,6 +199,8 @@ def adamw_step_8bit(s: Shape) -> Op:
 
 
 OPS: dict[str, Callable[[Shape], Op]] = {
+    "attention": attention,
+    "attention with a window": partial(attention, window=9),
     "rms_norm": rms_norm,
     "rms_norm of a trained weight": rms_norm_of_a_trained_weight,
     "add_rms_norm": add_rms_norm,

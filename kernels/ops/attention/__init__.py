@@ -15,9 +15,10 @@ ln sum_j e^s_ij, and computes p again.
 
 On a GPU the kernels of triton.py do the same for packed documents, soft caps and windows. Their
 grid comes from a table of tiles (documents.py), so that any number of documents is one launch.
-Dense rows go to torch's scaled_dot_product_attention, which is faster there,
-and so do masks. With a mask and a soft cap, the scores of CHUNK query rows at a time exist; in
-training each chunk's are computed again for backward, so that memory holds one chunk's.
+Dense rows in 16 bits go to torch's FlashAttention, which is faster there (flash.py), and masks to
+its scaled_dot_product_attention. With a mask and a soft cap, the scores of CHUNK query rows at a
+time exist; in training each chunk's are computed again for backward, so that memory holds one
+chunk's.
 """
 
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
-from . import cpu
+from . import cpu, flash
 
 
 def attention(
@@ -71,29 +72,24 @@ def attention(
             raise ValueError(f"the lengths {list(lengths)} do not add up to the {T} tokens")
     if mask is not None or T != S:
         window = None
+    dense = mask is None and lengths is None and softcap is None and window is None
+    if dense and flash.takes(q, k, v):
+        return flash.attention(q, k, v, scale)
     module = dispatch.backend(
         __package__,
         q.device,
         cpu=cpu.fits(q, k, v, mask, scale),
-        triton=_walks_documents(q, k, v, mask, softcap, window, lengths),
+        triton=mask is None and _walks_documents(q, k, v, dense),
     )
     return module.attention(q, k, v, mask, scale, softcap, window, lengths)
 
 
-def _walks_documents(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    softcap: float | None,
-    window: int | None,
-    lengths: Sequence[int] | None,
-) -> bool:
-    """Return whether the kernels of triton.py take the operands and are the faster ones.
+def _walks_documents(q: Tensor, k: Tensor, v: Tensor, dense: bool) -> bool:
+    """Return whether the kernels of triton.py take the operands, and torch has no better ones.
 
     Triton's products need sm_80. Tiles of wide heads in fp32 do not fit in every GPU's memory.
     """
-    if mask is not None or (lengths is None and softcap is None and window is None):
+    if dense and q.device.type == "cpu":
         return False
     same = q.dtype == k.dtype == v.dtype and q.dtype in dispatch.FLOATS and k.shape == v.shape
     fits = same and q.shape[:2] == k.shape[:2] and q.shape[2] % k.shape[2] == 0

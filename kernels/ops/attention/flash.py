@@ -1,0 +1,82 @@
+"""Causal attention in 16 bits by torch's FlashAttention 2 on a GPU, with the same bits every time.
+
+    forward    y and lse_i = ln sum_j e^s_ij        backward    dq, dk and dv from these
+
+Which kernels `scaled_dot_product_attention` takes is torch's choice, and cuDNN's backward, its
+first one on sm_90, adds dq up by atomics in whatever order programs come
+(https://github.com/pytorch/pytorch/pull/182551; cuDNN has another algorithm, which torch does not
+ask for). FlashAttention has a backward in a fixed order. It takes memory for dq once per split of
+the keys, and is asked for by a setting of the process, which is read when backward is launched.
+
+So both halves are called by name here, and the setting holds for that one call. A thread that
+launches products by cuBLAS in the same microseconds would see it; torch has no narrower one.
+Forward is the same with and without gradients, so that no loss depends on who asks for it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ... import dispatch
+
+WIDEST = 256  # head that FlashAttention 2 takes
+
+
+def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Return whether the kernels take q [B, T, Hq, D], k and v [B, S, Hk, D], without a mask."""
+    if q.device.type == "cpu" or not dispatch.triton_runs(q) or not q.numel():
+        return False
+    same = q.dtype == k.dtype == v.dtype != torch.float32 and k.shape == v.shape
+    square = q.shape[:2] == k.shape[:2] and q.shape[2] % k.shape[2] == 0
+    if not same or not square or q.shape[3] % 8 or not q.shape[3] == k.shape[3] <= WIDEST:
+        return False
+    return dispatch.compiles_to() == "amdgcn" or dispatch.capability(q.device) >= (8, 0)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Ask torch's kernels for the same bits every time while the block runs.
+
+    `use_deterministic_algorithms` would set torch's compiler too, which takes a second to import.
+    Memory that is not written yet stays so: to fill it would be a pass over each gradient.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    torch._C._set_deterministic_algorithms(True, warn_only=False)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch._C._set_deterministic_algorithms(before, warn_only=warns)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
+
+
+class FlashAttention(torch.autograd.Function):
+    """Map q [B, Hq, T, D], k and v [B, Hk, T, D] to y [B, Hq, T, D], causally."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, scale):
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        y, lse, *bounds, seed, offset, _ = flash(q, k, v, 0.0, True, False, scale=scale)
+        ctx.bounds, ctx.scale = bounds, scale  # of rows of unequal lengths: there are none
+        ctx.save_for_backward(q, k, v, y, lse, seed, offset)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        q, k, v, y, lse, *random = ctx.saved_tensors
+        back = torch.ops.aten._scaled_dot_product_flash_attention_backward
+        given = grad, q, k, v, y, lse, *ctx.bounds
+        with deterministic():
+            found = back(*given, 0.0, True, *random, scale=ctx.scale)
+        return *found, None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """Attend causally with q [B, T, Hq, D] to k and v [B, T, Hk, D]: [B, T, Hq, D]."""
+    heads = (x.transpose(1, 2) for x in (q, k, v))
+    return FlashAttention.apply(*heads, scale).transpose(1, 2)
