@@ -7,6 +7,7 @@ touched until an op runs.
 
 from .dispatch import use_backend
 from .ops.adamw import Moment8bit, adamw_step, adamw_step_8bit
+from .ops.adamw.clipped import AdamWGroup, AdamWRow, ClippedAdamW
 from .ops.attention import attention
 from .ops.attention.documents import Documents
 from .ops.cross_entropy import cross_entropy, labelled, linear_cross_entropy
@@ -21,6 +22,9 @@ from .ops.rope import norm_rope, rope
 from .ops.swiglu import gated, gated_backward_, geglu, swiglu
 
 __all__ = [
+    "AdamWGroup",
+    "AdamWRow",
+    "ClippedAdamW",
     "DecodeCache",
     "DecodeLayer",
     "DecodePlan",

@@ -182,10 +182,12 @@ class MetaGPU:
         adapter = lk.LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=lora_dropout)
         return lk.attach(model, adapter).train()
 
-    def _work(self, groups, values) -> tuple[Tensor, Tensor]:
-        self.copies.append(Copy("to the device", False, (len(groups), 5), "adamw/lists.py work"))
-        table = torch.empty(len(groups), 5, dtype=torch.int64, device="meta")
-        return table, torch.empty(9, 2, dtype=torch.int64, device="meta")
+    def _work(self, groups, values, *, numbered=None, before=None) -> lists.Work:
+        columns = len(groups[0]) + 1 + (numbered is not None)
+        shape = len(groups), columns
+        self.copies.append(Copy("to the device", False, shape, "adamw/lists.py work"))
+        table = torch.empty(shape, dtype=torch.int64, device="meta")
+        return lists.Work([], table, torch.empty(9, 2, dtype=torch.int64, device="meta"))
 
 
 def _dense(t: Tensor, dtype: torch.dtype, device: torch.device, alignment: int) -> bool:

@@ -113,6 +113,11 @@ class AdamW(torch.optim.Optimizer):
             )
         return super().__getstate__()
 
+    @property
+    def is_paged(self) -> bool:
+        """Whether the state is paged."""
+        return self._paged is not None
+
     def add_param_group(self, param_group: Group) -> None:
         """Add a group, as torch does. Raises LorakitError if its state_bits are not 32 or 8."""
         _Plain.add_param_group(self, param_group)
@@ -182,12 +187,7 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with_gradients: list[tuple[Group, list[Tensor]]] = []
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._start(params, group["state_bits"])
-                with_gradients.append((group, params))
+        with_gradients = self.start()
         for group, _ in with_gradients:
             group["step"] += 1
         if self._paged is not None:
@@ -198,8 +198,26 @@ class AdamW(torch.optim.Optimizer):
             _update(group, _Parts(params, gradients, [self.state[p] for p in params]))
         return loss
 
+    def start(self) -> list[tuple[Group, list[Tensor]]]:
+        """Give zero state to the parameters that have a gradient and no state.
+
+        Returns:
+            The groups of which parameters have gradients, and these parameters.
+        """
+        with_gradients: list[tuple[Group, list[Tensor]]] = []
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._start(params, group["state_bits"])
+                with_gradients.append((group, params))
+        return with_gradients
+
+    def moments(self, p: Tensor) -> tuple[Tensor, Tensor] | tuple[Moment8bit, Moment8bit]:
+        """Return the resident state of a parameter, its exp_avg and its exp_avg_sq."""
+        return _moments(self.state[p])
+
     def _start(self, params: list[Tensor], state_bits: int) -> None:
-        """Give zero state to the parameters that have none."""
+        """Give zero state to those of the parameters that have none."""
         if self._paged is not None:
             fresh = [p for p in params if p not in self._paged]
             self._paged.add({p: _in_8bit(p, state_bits) for p in fresh})
@@ -234,23 +252,17 @@ def _update(group: Group, parts: _Parts) -> None:
     """Take one step of a group over parameters, or parts of them, and their state."""
     options = {name: group[name] for name in ("step", "lr", "betas", "eps", "weight_decay")}
     rows = list(zip(*parts, strict=True))
-    wide = [row for row in rows if not _is_8bit(row[2])]
-    adamw_step(
-        [p for p, _, _ in wide],
-        [g for _, g, _ in wide],
-        *([state[name] for _, _, state in wide] for name in MOMENTS),
-        **options,
-    )
-    narrow = [row for row in rows if _is_8bit(row[2])]
-    adamw_step_8bit(
-        [p for p, _, _ in narrow],
-        [g for _, g, _ in narrow],
-        *(
-            [Moment8bit(state[name], state[f"{name}_absmax"]) for _, _, state in narrow]
-            for name in MOMENTS
-        ),
-        **options,
-    )
+    for in_8bit, op in ((False, adamw_step), (True, adamw_step_8bit)):
+        some = [(p, g, *_moments(state)) for p, g, state in rows if _is_8bit(state) == in_8bit]
+        op(*([row[i] for row in some] for i in range(4)), **options)
+
+
+def _moments(state: State) -> tuple[Tensor, Tensor] | tuple[Moment8bit, Moment8bit]:
+    """Return the two moments of a parameter's state, as the kernels take them."""
+    if not _is_8bit(state):
+        return state["exp_avg"], state["exp_avg_sq"]
+    first, second = (Moment8bit(state[name], state[f"{name}_absmax"]) for name in MOMENTS)
+    return first, second
 
 
 def _in_8bit(p: Tensor, state_bits: int) -> bool:

@@ -14,13 +14,14 @@ import pytest
 import torch
 
 import lorakit as lk
+from lorakit.training.device_step import optimizer_step
 
 pytest.importorskip("triton")
 from tests.meta_gpu import MetaGPU
 
 TABLE = Path(__file__).with_name("launches.csv")
 TOKENS = 2048
-# the most launches of a layer, outside the layers, and of the optimizer
+# the most launches of a layer, outside the layers, and of clipping and AdamW
 MOST_OF_A_LAYER, MOST_OUTSIDE, MOST_OF_ADAMW = 77, 30, 3
 
 
@@ -39,7 +40,9 @@ def step(layers: int, documents: int = 0, *, checkpointing: bool = False, micro_
     with MetaGPU() as gpu:
         model = gpu.decoder(layers)
         model.gradient_checkpointing = checkpointing
-        optimizer = lk.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        params = [p for p in model.parameters() if p.requires_grad]
+        optimizer = lk.optim.AdamW(params)
+        update = optimizer_step(optimizer, params, [[1e-3]], 1.0)
         ids = torch.zeros(1, TOKENS, dtype=torch.int64, device="meta")
         labels = torch.zeros(1, TOKENS, dtype=torch.int64)  # in host memory, as training has them
         gpu.clear()
@@ -54,7 +57,9 @@ def step(layers: int, documents: int = 0, *, checkpointing: bool = False, micro_
             part()
             (loss / count).backward()
             part()
-        optimizer.step()
+        optimizer.start()  # the first step makes the state
+        gpu.launches.clear()
+        update(loss.detach().view(1))
         part()
     forward, backward = parts[0:-1:2], parts[1:-1:2]
     return Step(sum(forward, Counter()), sum(backward, Counter()), parts[-1], gpu)

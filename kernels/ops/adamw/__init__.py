@@ -40,7 +40,7 @@ from torch import Tensor
 
 from ... import dispatch
 from . import reference
-from .lists import AdamWOptions, M, Update, fits, fits_8bit
+from .lists import AdamWOptions, M, Update, fits, fits_8bit, numbers
 from .state import Moment8bit
 
 
@@ -75,7 +75,7 @@ def adamw_step(
     if params:
         options = AdamWOptions(step, lr, betas, eps, weight_decay)
         with dispatch.on_device(params[0]):
-            update = Update(params, grads, exp_avgs, exp_avg_sqs, options)
+            update = Update(params, grads, exp_avgs, exp_avg_sqs, numbers(options))
             for backend, part in _by_backend(update, fits):
                 backend.adamw_step(part)
 
@@ -113,7 +113,7 @@ def adamw_step_8bit(
     if params:
         options = AdamWOptions(step, lr, betas, eps, weight_decay)
         with dispatch.on_device(params[0]):
-            update = Update(params, grads, exp_avgs, exp_avg_sqs, options)
+            update = Update(params, grads, exp_avgs, exp_avg_sqs, numbers(options))
             for backend, part in _by_backend(update, fits_8bit):
                 backend.adamw_step_8bit(part)
 
@@ -138,4 +138,4 @@ def _by_backend(
     for each, some in rows.items():
         if some:
             p, g, m, v = (list(column) for column in zip(*some, strict=True))
-            yield each, Update(p, g, m, v, update.options)
+            yield each, Update(p, g, m, v, update.numbers)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ... import dispatch
 from ...dispatch import FLOAT, INT64, POINTER
 from ..nf4 import ABSMAX_FLOOR
-from .lists import AdamWOptions, Update, changed, numbers, work
+from .lists import Numbers, Update, changed, work
 from .state import Moment8bit, signed_map, unsigned_map
 
 SIZE = 8192  # values of a piece: whole blocks, which the second cache holds
@@ -28,17 +28,17 @@ class Step(ctypes.Structure):
 
 
 def _run(
-    op: str, groups: Sequence[tuple[Tensor, ...]], maps: list[Tensor], options: AdamWOptions
+    op: str, groups: Sequence[tuple[Tensor, ...]], maps: list[Tensor], numbers: Numbers
 ) -> None:
-    tables = work(groups, SIZE)
-    pointers = [t.data_ptr() for t in (*tables, *maps)] + [None] * (4 - len(maps))
-    step = Step(*pointers, len(tables[1]), SIZE, *numbers(options), ABSMAX_FLOOR)
+    _, tensors, pieces = work(groups, SIZE)
+    pointers = [t.data_ptr() for t in (tensors, pieces, *maps)] + [None] * (4 - len(maps))
+    step = Step(*pointers, len(pieces), SIZE, *numbers, ABSMAX_FLOOR)
     dispatch.function(op, POINTER)(ctypes.addressof(step))
 
 
 def adamw_step(update: Update[Tensor]) -> None:
     """Call the C++ kernel `adamw`; see cpu.cpp."""
-    _run("adamw", list(zip(*update.lists, strict=True)), [], update.options)
+    _run("adamw", list(zip(*update.lists, strict=True)), [], update.numbers)
     changed(update)
 
 
@@ -46,5 +46,5 @@ def adamw_step_8bit(update: Update[Moment8bit]) -> None:
     """Call the C++ kernel `adamw_8bit`; see cpu.cpp."""
     groups = [(p, g, *m, *v) for p, g, m, v in zip(*update.lists, strict=True)]
     device = update.params[0].device
-    _run("adamw_8bit", groups, [*signed_map(device), *unsigned_map(device)], update.options)
+    _run("adamw_8bit", groups, [*signed_map(device), *unsigned_map(device)], update.numbers)
     changed(update)

@@ -25,6 +25,23 @@ class AdamWOptions(NamedTuple):
     weight_decay: float
 
 
+class Numbers(NamedTuple):
+    """The numbers of a step as the formulas take them: floats, or fp32 tensors of one value.
+
+    decay = 1 - lr wd, rest = 1 - beta, rate = lr / (1 - b1^t), correction = 1 / sqrt(1 - b2^t).
+    beta, rest and eps are always floats.
+    """
+
+    decay: float | Tensor
+    beta1: float
+    rest1: float
+    beta2: float
+    rest2: float
+    rate: float | Tensor
+    correction: float | Tensor
+    eps: float
+
+
 @dataclass(slots=True)
 class Update(Generic[M]):
     """One step over lists of one length: what every backend's `adamw_step` gets.
@@ -36,7 +53,7 @@ class Update(Generic[M]):
     grads: list[Tensor]
     exp_avgs: list[M]
     exp_avg_sqs: list[M]
-    options: AdamWOptions
+    numbers: Numbers
 
     @property
     def lists(self) -> tuple[list[Any], ...]:
@@ -77,17 +94,41 @@ def _dense(t: Tensor, dtype: torch.dtype, device: torch.device, alignment: int) 
     return aligned and t.dtype == dtype and t.device == device
 
 
-def work(groups: Sequence[tuple[Tensor, ...]], values: int) -> tuple[Tensor, Tensor]:
-    """Return two tables, int64, on the device of the tensors.
+class Work(NamedTuple):
+    """What the programs of a kernel do; all but `rows` is int64, on the device of the tensors.
 
-    A row of the first has the addresses of a group, a parameter before others, and the parameter's
-    length. A row of the second names a row of the first, and a piece of so many values in it.
+    Attributes:
+        rows: the rows of `tensors`, in host memory.
+        tensors: a row for each parameter: the addresses of a group of tensors, the parameter's
+            length, and its number where it has one.
+        pieces: a row for each program: a row of `tensors`, and a piece of it.
+    """
+
+    rows: list[list[int]]
+    tensors: Tensor
+    pieces: Tensor
+
+
+def work(
+    groups: Sequence[tuple[Tensor, ...]],
+    values: int,
+    *,
+    numbered: Sequence[int] | None = None,
+    before: Work | None = None,
+) -> Work:
+    """Return the work on groups of tensors, a parameter before others, in pieces of so many values.
+
+    `before` is returned if nothing has changed since: then nothing is sent to the device.
     """
     device = groups[0][0].device
     rows = [[*(t.data_ptr() for t in group), group[0].numel()] for group in groups]
+    if numbered is not None:
+        rows = [[*row, number] for row, number in zip(rows, numbered, strict=True)]
+    if before is not None and before.rows == rows:
+        return before
     table = torch.tensor(rows, dtype=torch.int64, device="cpu")
-    lengths = tuple(row[-1] for row in rows)
-    return dispatch.sent(table, device), _pieces(lengths, values, device)
+    lengths = tuple(group[0].numel() for group in groups)
+    return Work(rows, dispatch.sent(table, device), _pieces(lengths, values, device))
 
 
 @functools.lru_cache(maxsize=64)  # groups of parameters, or pages with a part of one
@@ -99,15 +140,13 @@ def _pieces(lengths: tuple[int, ...], values: int, device: torch.device) -> Tens
     return dispatch.sent(table, device)
 
 
-def numbers(options: AdamWOptions) -> tuple[float, ...]:
-    """Return decay, beta1, rest1, beta2, rest2, rate, correction and eps, as the kernels take them.
-
-    decay = 1 - lr wd, rest = 1 - beta, rate = lr / (1 - b1^t), correction = 1 / sqrt(1 - b2^t).
-    """
+def numbers(options: AdamWOptions) -> Numbers:
+    """Return the numbers of a step, in double precision."""
     step, lr, (beta1, beta2), eps, weight_decay = options
     correction = 1 / math.sqrt(1 - beta2**step)
     rate = lr / (1 - beta1**step)
-    return 1 - lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2, rate, correction, eps
+    decay = 1 - lr * weight_decay
+    return Numbers(decay, beta1, 1 - beta1, beta2, 1 - beta2, rate, correction, eps)
 
 
 def changed(update: Update[M]) -> None:

@@ -27,29 +27,41 @@ The state is bit for bit the reference's, which needs products and sums that are
 one rounding. p has the GPU's faster square root and division, off by a few units in the last place.
 """
 
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ... import dispatch
 from ..nf4 import ABSMAX_FLOOR
-from .lists import Update, changed, numbers, work
+from . import reference
+from .clipped import AdamWRow, ClippedAdamW
+from .lists import M, Update, Work, changed, fits, fits_8bit, work
 from .state import BLOCK as BLOCK_8BIT
 from .state import Moment8bit, signed_map, unsigned_map
 
 BLOCK, THREADS = 1024, 256  # 4 values a thread
+BLOCKS = 8  # of a program that adds up squares
+COLUMNS = 10  # of the numbers of a group (clipped.py)
 ALIGNMENT = 16  # bytes, of every tensor
 ROWS = 8  # blocks of 8-bit state of one program
 EXACT = {"enable_fp_fusion": False}
 
 
 @triton.jit
-def _update(
-    TENSORS, PIECES, decay, beta1, rest1, beta2, rest2, rate, correction, eps, BLOCK: tl.constexpr
-):
+def _update(TENSORS, PIECES, NUMBERS, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
     tensor, piece = tl.load(PIECES + 2 * program), tl.load(PIECES + 2 * program + 1)
-    entry = TENSORS + 5 * tensor
+    entry = TENSORS + 6 * tensor
+    numbers = NUMBERS + COLUMNS * tl.load(entry + 5)
+    if tl.load(numbers + 9) != 0:
+        _piece(entry, piece, numbers, BLOCK)
+
+
+@triton.jit
+def _piece(entry, piece, numbers, BLOCK: tl.constexpr):
     kind = tl.pointer_type(tl.float32)
     P = tl.multiple_of(tl.load(entry).to(kind), 16)
     G = tl.multiple_of(tl.load(entry + 1).to(kind), 16)
@@ -59,8 +71,7 @@ def _update(
     at = piece * BLOCK + tl.arange(0, BLOCK)
     if piece * BLOCK + BLOCK <= n:
         p, m, v = _adam(
-            tl.load(P + at), tl.load(G + at), tl.load(M + at), tl.load(V + at),
-            decay, beta1, rest1, beta2, rest2, rate, correction, eps,
+            tl.load(P + at), tl.load(G + at), tl.load(M + at), tl.load(V + at), numbers
         )  # fmt: skip
         tl.store(P + at, p)
         tl.store(M + at, m)
@@ -69,8 +80,7 @@ def _update(
         inside = at < n
         p, m, v = _adam(
             tl.load(P + at, mask=inside), tl.load(G + at, mask=inside),
-            tl.load(M + at, mask=inside), tl.load(V + at, mask=inside),
-            decay, beta1, rest1, beta2, rest2, rate, correction, eps,
+            tl.load(M + at, mask=inside), tl.load(V + at, mask=inside), numbers,
         )  # fmt: skip
         tl.store(P + at, p, mask=inside)
         tl.store(M + at, m, mask=inside)
@@ -78,7 +88,12 @@ def _update(
 
 
 @triton.jit
-def _adam(p, g, m, v, decay, beta1, rest1, beta2, rest2, rate, correction, eps):
+def _adam(p, g, m, v, numbers):
+    """The new p, m and v; `numbers` points at a row of `ClippedAdamW.numbers`."""
+    decay, beta1, rest1 = tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2)
+    beta2, rest2, rate = tl.load(numbers + 3), tl.load(numbers + 4), tl.load(numbers + 5)
+    correction, eps = tl.load(numbers + 6), tl.load(numbers + 7)
+    g = g * tl.load(numbers + 8)
     m = m * beta1 + g * rest1
     v = v * beta2 + g * g * rest2
     p = p * decay - rate * m / (tl.sqrt(v) * correction + eps)
@@ -87,13 +102,22 @@ def _adam(p, g, m, v, decay, beta1, rest1, beta2, rest2, rate, correction, eps):
 
 @triton.jit
 def _update_8bit(
-    TENSORS, PIECES, M_LEVELS, M_EDGES, V_LEVELS, V_EDGES,
-    decay, beta1, rest1, beta2, rest2, rate, correction, eps,
-    floor: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    TENSORS, PIECES, NUMBERS, M_LEVELS, M_EDGES, V_LEVELS, V_EDGES,
+    floor: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     tensor, piece = tl.load(PIECES + 2 * program), tl.load(PIECES + 2 * program + 1)
-    entry = TENSORS + 7 * tensor
+    entry = TENSORS + 8 * tensor
+    numbers = NUMBERS + COLUMNS * tl.load(entry + 7)
+    if tl.load(numbers + 9) != 0:
+        _piece_8bit(entry, piece, numbers, M_LEVELS, M_EDGES, V_LEVELS, V_EDGES, floor, ROWS, BLOCK)
+
+
+@triton.jit
+def _piece_8bit(
+    entry, piece, numbers, M_LEVELS, M_EDGES, V_LEVELS, V_EDGES,
+    floor: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     fp32 = tl.pointer_type(tl.float32)
     u8 = tl.pointer_type(tl.uint8)
     start = piece * (ROWS * BLOCK)
@@ -107,19 +131,18 @@ def _update_8bit(
     if left >= ROWS * BLOCK:
         _blocks(
             P, G, M, M_ABSMAX, V, V_ABSMAX, M_LEVELS, M_EDGES, V_LEVELS, V_EDGES, left,
-            decay, beta1, rest1, beta2, rest2, rate, correction, eps, floor, True, ROWS, BLOCK,
+            numbers, floor, True, ROWS, BLOCK,
         )  # fmt: skip
     else:
         _blocks(
             P, G, M, M_ABSMAX, V, V_ABSMAX, M_LEVELS, M_EDGES, V_LEVELS, V_EDGES, left.to(tl.int32),
-            decay, beta1, rest1, beta2, rest2, rate, correction, eps, floor, False, ROWS, BLOCK,
+            numbers, floor, False, ROWS, BLOCK,
         )  # fmt: skip
 
 
 @triton.jit
 def _blocks(
-    P, G, M, M_ABSMAX, V, V_ABSMAX, M_LEVELS, M_EDGES, V_LEVELS, V_EDGES, left,
-    decay, beta1, rest1, beta2, rest2, rate, correction, eps,
+    P, G, M, M_ABSMAX, V, V_ABSMAX, M_LEVELS, M_EDGES, V_LEVELS, V_EDGES, left, numbers,
     floor: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.arange(0, ROWS)[:, None]
@@ -130,14 +153,10 @@ def _blocks(
     else:
         of_row, of_low, of_high = row * BLOCK < left, low < left, high < left
     m_absmax, v_absmax = tl.load(M_ABSMAX + row, mask=of_row), tl.load(V_ABSMAX + row, mask=of_row)
-    m_low, v_low = _half(
-        P, G, M, V, low, of_low, m_absmax, v_absmax, M_LEVELS, V_LEVELS,
-        decay, beta1, rest1, beta2, rest2, rate, correction, eps,
-    )  # fmt: skip
+    m_low, v_low = _half(P, G, M, V, low, of_low, m_absmax, v_absmax, M_LEVELS, V_LEVELS, numbers)
     m_high, v_high = _half(
-        P, G, M, V, high, of_high, m_absmax, v_absmax, M_LEVELS, V_LEVELS,
-        decay, beta1, rest1, beta2, rest2, rate, correction, eps,
-    )  # fmt: skip
+        P, G, M, V, high, of_high, m_absmax, v_absmax, M_LEVELS, V_LEVELS, numbers
+    )
     m_absmax, v_absmax = _absmax(m_low, m_high), _absmax(v_low, v_high)
     over_m, over_v = _over(m_absmax, floor), _over(v_absmax, floor)
     tl.store(M + low, _code(m_low * over_m, M_EDGES, True), mask=of_low)
@@ -149,10 +168,7 @@ def _blocks(
 
 
 @triton.jit
-def _half(
-    P, G, M, V, at, inside, m_absmax, v_absmax, M_LEVELS, V_LEVELS,
-    decay, beta1, rest1, beta2, rest2, rate, correction, eps,
-):  # fmt: skip
+def _half(P, G, M, V, at, inside, m_absmax, v_absmax, M_LEVELS, V_LEVELS, numbers):
     """Update p; the new m and v."""
     if inside is None:
         p, g, m, v = tl.load(P + at), tl.load(G + at), tl.load(M + at), tl.load(V + at)
@@ -161,7 +177,7 @@ def _half(
         m, v = tl.load(M + at, mask=inside, other=127), tl.load(V + at, mask=inside, other=0)
     m = tl.load(M_LEVELS + m.to(tl.int32)) * m_absmax
     v = tl.load(V_LEVELS + v.to(tl.int32)) * v_absmax
-    p, m, v = _adam(p, g, m, v, decay, beta1, rest1, beta2, rest2, rate, correction, eps)
+    p, m, v = _adam(p, g, m, v, numbers)
     tl.store(P + at, p, mask=inside)
     return m, v
 
@@ -195,26 +211,177 @@ def _code(x, EDGES, SIGNED: tl.constexpr):
     return (edge - (x <= tl.load(EDGES + edge)).to(tl.int32)).to(tl.uint8)
 
 
+@triton.jit
+def _squares(TENSORS, PIECES, SUMS, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+    """SUMS: of the squares of each piece of a gradient, which is so many blocks."""
+    program = tl.program_id(0).to(tl.int64)
+    tensor, piece = tl.load(PIECES + 2 * program), tl.load(PIECES + 2 * program + 1)
+    G = tl.multiple_of(tl.load(TENSORS + 2 * tensor).to(tl.pointer_type(tl.float32)), 16)
+    n = tl.load(TENSORS + 2 * tensor + 1)
+    start = piece * (BLOCK * BLOCKS)
+    sums = tl.zeros([BLOCK], tl.float32)
+    if start + BLOCK * BLOCKS <= n:
+        for i in tl.static_range(BLOCKS):
+            g = tl.load(G + start + i * BLOCK + tl.arange(0, BLOCK))
+            sums += g * g
+    else:
+        for i in range(BLOCKS):
+            at = start + i * BLOCK + tl.arange(0, BLOCK)
+            g = tl.load(G + at, mask=at < n, other=0.0)
+            sums += g * g
+    tl.store(SUMS + program, tl.sum(sums))
+
+
+@triton.jit
+def _decide(
+    SUMS, PIECES, LOSSES, COUNTERS, BY_STEP, BY_TAKEN, NUMBERS, TOLD, count, losses, groups, steps,
+    max_norm, BLOCK: tl.constexpr, ALL_LOSSES: tl.constexpr, ALL_GROUPS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One program: norm and factor, whether the step is taken, its numbers; see clipped.py."""
+    begun, taken = tl.load(COUNTERS), tl.load(COUNTERS + 1)
+    sums = tl.zeros([BLOCK], tl.float32)
+    first = tl.full([BLOCK], 0, tl.int32) + count
+    for start in range(0, count, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        x = tl.load(SUMS + at, mask=at < count, other=0.0)
+        sums += x
+        first = tl.minimum(first, tl.where(_is_finite(x), count, at))
+    norm = tl.sqrt_rn(tl.sum(sums))
+    place = tl.min(first)
+    at = tl.arange(0, ALL_LOSSES)
+    loss = tl.load(LOSSES + at, mask=at < losses, other=0.0)
+    fine = _is_finite(norm) & (tl.sum((~_is_finite(loss)).to(tl.int32)) == 0)
+    tl.store(TOLD, norm)
+    tl.store(TOLD + 1, fine.to(tl.float32))
+    tl.store(TOLD + 2, tl.load(PIECES + 2 * place, mask=place < count, other=-1).to(tl.float32))
+    tl.store(TOLD + 3 + at, loss, mask=at < losses)
+
+    group = tl.arange(0, ALL_GROUPS)
+    inside = group < groups
+    row = BY_STEP + 2 * (groups * tl.minimum(begun, steps - 1) + group)
+    lr, decay = tl.load(row, mask=inside, other=0.0), tl.load(row + 1, mask=inside, other=0.0)
+    row = BY_TAKEN + 2 * (groups * tl.minimum(taken, steps - 1) + group)
+    bias, correction = tl.load(row, mask=inside, other=1.0), tl.load(row + 1, mask=inside)
+    row = NUMBERS + COLUMNS * group
+    tl.store(row, decay.to(tl.float32), mask=inside)
+    tl.store(row + 5, (lr / bias).to(tl.float32), mask=inside)
+    tl.store(row + 6, correction.to(tl.float32), mask=inside)
+    # two roundings, as torch computes max_norm / (norm + 1e-6)
+    factor = tl.minimum(tl.div_rn(1.0, norm + 1e-6) * max_norm, 1.0)
+    tl.store(row + 8, tl.zeros([ALL_GROUPS], tl.float32) + factor, mask=inside)
+    tl.store(row + 9, tl.zeros([ALL_GROUPS], tl.float32) + fine.to(tl.float32), mask=inside)
+    tl.debug_barrier()  # no thread counts before all have read the counters
+    tl.store(COUNTERS, begun + 1)
+    tl.store(COUNTERS + 1, taken + fine.to(tl.int64))
+
+
+@triton.jit
+def _is_finite(x):
+    return tl.abs(x) < float("inf")
+
+
 def adamw_step(update: Update[Tensor]) -> None:
     """Launch the kernel for fp32 state, for tensors that fit (lists.py)."""
-    table, pieces = work(list(zip(*update.lists, strict=True)), BLOCK)
-    if len(pieces):
-        _update[(len(pieces),)](
-            table, pieces, *numbers(update.options), BLOCK,
-            num_warps=THREADS // dispatch.lanes(),
-        )  # fmt: skip
+    groups = list(zip(*update.lists, strict=True))
+    done = work(groups, BLOCK, numbered=[0] * len(groups))
+    _launch_update(done, _uploaded(update))
     changed(update)
 
 
 def adamw_step_8bit(update: Update[Moment8bit]) -> None:
     """Launch the kernel for 8-bit state, for tensors that fit (lists.py)."""
     groups = [(p, g, *m, *v) for p, g, m, v in zip(*update.lists, strict=True)]
-    table, pieces = work(groups, ROWS * BLOCK_8BIT)
-    device = update.params[0].device
-    if len(pieces):
-        _update_8bit[(len(pieces),)](
-            table, pieces, *signed_map(device), *unsigned_map(device),
-            *numbers(update.options), ABSMAX_FLOOR, ROWS, BLOCK_8BIT,
+    done = work(groups, ROWS * BLOCK_8BIT, numbered=[0] * len(groups))
+    _launch_update_8bit(done, _uploaded(update))
+    changed(update)
+
+
+def _uploaded(update: Update[M]) -> Tensor:
+    """Return the numbers of a step on the device, with gradients as they are: fp32 [1, 10]."""
+    numbers = torch.tensor([*update.numbers, 1.0, 1.0], dtype=torch.float32, device="cpu")
+    return dispatch.sent(numbers, update.params[0].device)
+
+
+def _launch_update(done: Work, numbers: Tensor) -> None:
+    if len(done.pieces):
+        _update[(len(done.pieces),)](
+            done.tensors, done.pieces, numbers, BLOCK, COLUMNS,
+            num_warps=THREADS // dispatch.lanes(),
+        )  # fmt: skip
+
+
+def _launch_update_8bit(done: Work, numbers: Tensor) -> None:
+    device = done.tensors.device
+    if len(done.pieces):
+        _update_8bit[(len(done.pieces),)](
+            done.tensors, done.pieces, numbers, *signed_map(device), *unsigned_map(device),
+            ABSMAX_FLOOR, ROWS, BLOCK_8BIT, COLUMNS,
             num_warps=THREADS // dispatch.lanes(), **EXACT,
         )  # fmt: skip
-    changed(update)
+
+
+def clipped_step(step: ClippedAdamW, rows: Sequence[AdamWRow], losses: Tensor) -> Tensor:
+    """Take a step in three launches, four with 8-bit state; return what is told of it (clipped.py).
+
+    The reference updates the tensors that do not fit (lists.py).
+    """
+    ours = [_fits(row) for row in rows]
+    told = _decided(step, rows, ours, losses)
+    taken = [row for row, fit in zip(rows, ours, strict=True) if fit]
+    wide = [row for row in taken if not isinstance(row.exp_avg, Moment8bit)]
+    narrow = [row for row in taken if isinstance(row.exp_avg, Moment8bit)]
+    for name, part, launch, values in (
+        ("wide", wide, _launch_update, BLOCK),
+        ("narrow", narrow, _launch_update_8bit, ROWS * BLOCK_8BIT),
+    ):
+        if part:
+            groups = [_tensors(row) for row in part]
+            numbered = [row.group for row in part]
+            done = work(groups, values, numbered=numbered, before=step.work.get(name))
+            step.work[name] = done
+            launch(done, step.numbers)
+            torch.autograd.graph.increment_version([t for p, _, *s in groups for t in (p, *s)])
+    reference.take(step, [row for row, fit in zip(rows, ours, strict=True) if not fit])
+    return told
+
+
+def _decided(
+    step: ClippedAdamW, rows: Sequence[AdamWRow], ours: Sequence[bool], losses: Tensor
+) -> Tensor:
+    """Launch the squares and what follows from them."""
+    # a gradient of another dtype or with strides is copied for its squares
+    grads = [
+        row.grad if fit else row.grad.to(torch.float32, copy=True).contiguous()
+        for row, fit in zip(rows, ours, strict=True)
+    ]
+    done = work([(g,) for g in grads], BLOCK * BLOCKS, before=step.work.get("squares"))
+    step.work["squares"] = done
+    count, (steps, groups, _) = len(done.pieces), step.by_step.shape
+    sums = torch.empty(count, dtype=torch.float32, device=losses.device)
+    told = torch.empty(3 + len(losses), dtype=torch.float32, device=losses.device)
+    warps = THREADS // dispatch.lanes()
+    if count:
+        _squares[(count,)](done.tensors, done.pieces, sums, BLOCK, BLOCKS, num_warps=warps)
+    _decide[(1,)](
+        sums, done.pieces, losses, step.counters, step.by_step, step.by_taken, step.numbers, told,
+        count, len(losses), groups, steps, step.max_norm,
+        BLOCK, triton.next_power_of_2(len(losses)), triton.next_power_of_2(groups), COLUMNS,
+        num_warps=warps,
+    )  # fmt: skip
+    return told
+
+
+def _fits(row: AdamWRow) -> bool:
+    """Return whether the kernels take the tensors of a row."""
+    _, p, g, m, v = row
+    if isinstance(m, Moment8bit) and isinstance(v, Moment8bit):
+        return fits_8bit([p], [g], [m], [v], alignment=ALIGNMENT)
+    return fits([p], [g], [m], [v], alignment=ALIGNMENT)
+
+
+def _tensors(row: AdamWRow) -> tuple[Tensor, ...]:
+    """Return the tensors of a row as the kernels want their addresses."""
+    moments = (row.exp_avg, row.exp_avg_sq)
+    each = [t for m in moments for t in (m if isinstance(m, Moment8bit) else (m,))]
+    return row.param, row.grad, *each
