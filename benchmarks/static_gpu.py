@@ -108,7 +108,7 @@ def launches(call: Callable, target: str) -> list[Launch]:
 
     with (
         mock.patch.object(JITFunction, "run", note),
-        mock.patch.dict(os.environ, TRITON_INTERPRET="1"),
+        mock.patch.object(lk.kernels.dispatch, "_interprets", return_value=True),
         mock.patch.object(lk.kernels.dispatch, "compiles_to", return_value=language),
         mock.patch.object(lk.kernels.dispatch, "capability", return_value=capability),
         lk.kernels.use_backend("triton"),

@@ -54,7 +54,8 @@ class SquaredReLU(torch.autograd.Function):
         x = x.contiguous()
         y = torch.empty_like(x)
         if n := x.numel():
-            _forward[(triton.cdiv(n, BLOCK),)](x, y, n, BLOCK, num_warps=128 // dispatch.lanes())
+            grid, warps = (triton.cdiv(n, BLOCK),), 128 // dispatch.lanes()
+            dispatch.launch(_forward, grid, x, y, n, BLOCK, num_warps=warps)
         ctx.save_for_backward(x)
         return y
 
@@ -65,8 +66,8 @@ class SquaredReLU(torch.autograd.Function):
         grad = grad.contiguous()
         dx = torch.empty_like(x)  # not over grad: the caller may still need it
         if n := x.numel():
-            grid = (triton.cdiv(n, BLOCK),)
-            _backward[grid](grad, x, dx, n, BLOCK, num_warps=128 // dispatch.lanes())
+            grid, warps = (triton.cdiv(n, BLOCK),), 128 // dispatch.lanes()
+            dispatch.launch(_backward, grid, grad, x, dx, n, BLOCK, num_warps=warps)
         return dx
 
 
@@ -76,8 +77,7 @@ class SquaredReLU(torch.autograd.Function):
 def squared_relu(x: Tensor) -> Tensor:
     """max(x, 0)^2, elementwise."""
     if dispatch.triton_runs(x):  # fp32, bf16 or fp16, on a GPU or where use_backend says so
-        with dispatch.on_device(x):
-            return SquaredReLU.apply(x)
+        return SquaredReLU.apply(x)
     return reference(x)
 
 

@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -84,17 +85,18 @@ def pick(device: torch.device, *implemented: str) -> str:
 
     The op has a reference, and the backends named in `implemented`.
     """
-    if _forced in implemented:
-        if not _fits(_forced, device):
-            raise RuntimeError(f"backend {_forced!r} is forced, but the tensor is on {device}")
-        return _forced
-    if _forced is not None:  # the reference, or a backend that has no kernel for this op
+    kind = device.type
+    if _forced is None:
+        if kind == "cuda":
+            return "triton" if "triton" in implemented and has_triton() else "reference"
+        on_cpu = kind == "cpu" and "cpu" in implemented and library() is not None
+        return "cpu" if on_cpu else "reference"
+    if _forced not in implemented:  # the reference, or a backend that has no kernel for this op
         return "reference"
-    if "triton" in implemented and device.type == "cuda" and has_triton():
-        return "triton"
-    if "cpu" in implemented and device.type == "cpu" and library() is not None:
-        return "cpu"
-    return "reference"
+    fits = kind == "cuda" or _interprets() if _forced == "triton" else kind == _forced
+    if not fits:
+        raise RuntimeError(f"backend {_forced!r} is forced, but the tensor is on {device}")
+    return _forced
 
 
 def backend(
@@ -126,6 +128,30 @@ def on_device(x: torch.Tensor) -> AbstractContextManager:
     if not x.is_cuda or x.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(x.device)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Launch a Triton kernel on the device of its first tensor, whichever is current.
+
+    It is `kernel[grid](*arguments, **options)`, with fewer calls of Python in between.
+
+    Args:
+        kernel: the function, of `triton.jit`.
+        grid: the number of programs along each axis.
+        *arguments: the kernel's arguments; the first is a tensor.
+        **options: its other arguments, and what Triton compiles it with, such as num_warps.
+    """
+    device = arguments[0].device
+    if device.type == "cuda" and _gpus() > 1 and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel.run(*arguments, grid=grid, warmup=False, **options)
+    else:
+        kernel.run(*arguments, grid=grid, warmup=False, **options)
+
+
+@functools.cache
+def _gpus() -> int:
+    return torch.cuda.device_count()
 
 
 def sent(t: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -207,6 +233,7 @@ def rounded_up(rows: int, device: torch.device) -> int:
     return -(-rows // step) * step
 
 
+@functools.cache
 def compiles_to() -> str:
     """Return what a Triton kernel becomes: "ptx" (NVIDIA), "amdgcn" (AMD) or "interpreted"."""
     if _interprets():
@@ -225,12 +252,7 @@ def capability(device: torch.device) -> tuple[int, int]:
     return (9, 0) if device.type == "cpu" else torch.cuda.get_device_capability(device)
 
 
-def _fits(backend: str, device: torch.device) -> bool:
-    if backend == "triton":
-        return device.type == "cuda" or _interprets()
-    return device.type == backend
-
-
+@functools.cache
 def _interprets() -> bool:
     """Return whether Triton interprets its kernels, by its own reading of the variable."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")

@@ -87,6 +87,10 @@ class _Notes(TorchDispatchMode):
         super().__init__()
         self.gpu = gpu
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch calls ten functions of its own around each operator
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, gpu = kwargs or {}, self.gpu
         name = func._schema.name.split("::")[1]
@@ -131,6 +135,18 @@ def _autocast(kind: str, **options):
     return contextlib.nullcontext() if kind == "meta" else _torch_autocast(kind, **options)
 
 
+def _interprets() -> bool:
+    return True
+
+
+def _compiles_to() -> str:
+    return "ptx"
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return 9, 0
+
+
 class MetaGPU:
     """An H100 that computes nothing; see the module's docstring."""
 
@@ -150,9 +166,9 @@ class MetaGPU:
                 gpu.launches.append(Launch(f"{package}/{function.fn.__name__}", _where()))
 
             enter(mock.patch.object(JITFunction, "run", note))
-            enter(mock.patch.object(dispatch, "_interprets", return_value=True))  # of any device
-            enter(mock.patch.object(dispatch, "compiles_to", return_value="ptx"))
-            enter(mock.patch.object(dispatch, "capability", return_value=(9, 0)))
+            enter(mock.patch.object(dispatch, "_interprets", _interprets))  # of any device
+            enter(mock.patch.object(dispatch, "compiles_to", _compiles_to))
+            enter(mock.patch.object(dispatch, "capability", _capability))
             enter(mock.patch.object(fx_config, "meta_nonzero_assume_all_nonzero", True))
             enter(mock.patch.object(torch, "is_autocast_enabled", _autocasts))
             enter(mock.patch.object(torch, "autocast", _autocast))

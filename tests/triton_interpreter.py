@@ -24,6 +24,7 @@ import triton.language as tl
 from triton.runtime import interpreter, jit
 
 from lorakit import kernels
+from lorakit.kernels import dispatch
 
 for folder in kernels.__path__:  # with TRITON_INTERPRET=1 they would be made interpreted for good
     for file in Path(folder).glob("ops/*/triton.py"):
@@ -163,6 +164,8 @@ def interpreted() -> Iterator[None]:
         mock.patch.object(jit.JITFunction, "run", _launch),
         mock.patch.object(jit.JITFunction, "__call__", _call),
         mock.patch.dict(os.environ, TRITON_INTERPRET="1"),
+        mock.patch.object(dispatch, "_interprets", return_value=True),
+        mock.patch.object(dispatch, "compiles_to", return_value="interpreted"),
     ):
         # once for all launches: the interpreter would do it again at every call of a function
         modules = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})

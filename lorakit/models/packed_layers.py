@@ -17,6 +17,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +112,11 @@ class NF4Weight(PackedWeight):
     absmax: nn.Parameter
     nested_absmax: nn.Parameter | None
     offset: nn.Parameter | None
+    _made: kernels.NF4Tensor | None = None  # what `quantized` returned last
+
+    def _freeze(self, name: str, tensor: Tensor) -> None:
+        super()._freeze(name, tensor)
+        self._made = None  # else it would keep the memory of the tensor before
 
     def _allocate(self, device: torch.device | None) -> None:
         values = math.prod(self.shape)
@@ -130,7 +136,21 @@ class NF4Weight(PackedWeight):
 
     @property
     def quantized(self) -> kernels.NF4Tensor:
-        return kernels.NF4Tensor(
+        """The matrix as the kernels take it; it shares the parameters' memory.
+
+        It is made, and checked, once for the same parameters: a step asks for it twice a layer.
+        """
+        made, own = self._made, self._parameters  # a module's own look-up is slower
+        if (
+            made is not None
+            and made.codes is own["weight"]
+            and made.absmax is own["absmax"]
+            and (made.nested_absmax is None or made.nested_absmax is own["nested_absmax"])
+            and (made.offset is None or made.offset is own["offset"])
+            and made.dtype is self.dtype
+        ):
+            return made
+        self._made = kernels.NF4Tensor(
             self.weight,
             self.absmax,
             self.nested_absmax,
@@ -140,6 +160,10 @@ class NF4Weight(PackedWeight):
             self.dtype,
             self.config.quant_type,
         )
+        return self._made
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_made": None}  # which is the parameters once more
 
     def place(self, q: kernels.Packed) -> None:
         assert isinstance(q, kernels.NF4Tensor)

@@ -94,10 +94,9 @@ def product(isa, x, q, bias):
 
     (_, inside), (memory, y) = fenced(M * K), fenced(M * N)
     inside.copy_(x.view(-1))
-    parts = cpu._parts(q)
     pointers = [dispatch.address(t) for t in (inside, bias, y)]
     with on_cpu(isa):
-        arguments = cpu.Product(*cpu._arguments(q, parts), *pointers, M, N, K)
+        arguments = cpu.Product(*cpu._arguments(q), *pointers, M, N, K)
         dispatch.run("nf4_product", x.dtype, arguments)
     assert memory[:zone].isnan().all()
     assert memory[M * N + zone :].isnan().all()

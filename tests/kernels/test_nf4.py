@@ -455,9 +455,8 @@ def test_dequantizing_equals_the_reference_bit_for_bit(
                 assert torch.equal(part, expected[at])
             if out not in dispatch.CPU_DTYPES:
                 continue
-            memory, parts = torch.full((n + guard,), 7.0, dtype=out), nf4.cpu._parts(q)
-            pointers = nf4.cpu._arguments(q, parts)
-            arguments = nf4.cpu.Dequantize(*pointers, memory.data_ptr(), 0, n)
+            memory = torch.full((n + guard,), 7.0, dtype=out)
+            arguments = nf4.cpu.Dequantize(*nf4.cpu._arguments(q), memory.data_ptr(), 0, n)
             dispatch.run("nf4_dequantize", out, arguments)
         assert torch.equal(memory[:n], expected.view(-1))
         assert (memory[n:] == 7).all()

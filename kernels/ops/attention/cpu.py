@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
+from ...autograd import once_differentiable
 from ...dispatch import CPU_DTYPES, FLOAT, INT64, POINTER, address, run
 
 
@@ -145,7 +146,7 @@ class BlockwiseAttention(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dy):
         q, k, v, y, lse, mask = ctx.saved_tensors
         B, S, Hk, D = k.shape

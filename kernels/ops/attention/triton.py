@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import dispatch
+from ...autograd import once_differentiable
 from .documents import Documents, equal_documents
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -334,16 +335,16 @@ class DocumentAttention(torch.autograd.Function):
         y = torch.empty((N, heads, D), dtype=q.dtype, device=q.device)
         lse = torch.empty((heads, N), dtype=torch.float32, device=q.device)
         tiles = documents.tiles(cut.tile, q.device)
-        with dispatch.on_device(q):
-            _forward[(len(tiles), heads)](
-                q, k, v, y, lse, tiles, N, *_strides(q, k, v, y), scale, **ctx.shape,
-                BM=cut.tile, BN=cut.step, num_warps=cut.warps, num_stages=cut.stages,
-            )  # fmt: skip
+        dispatch.launch(
+            _forward, (tiles.shape[0], heads), q, k, v, y, lse, tiles, N, *_strides(q, k, v, y),
+            scale, **ctx.shape, BM=cut.tile, BN=cut.step, num_warps=cut.warps,
+            num_stages=cut.stages,
+        )  # fmt: skip
         ctx.save_for_backward(q, k, v, y, lse)
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dy):
         q, k, v, y, lse = ctx.saved_tensors
         (N, heads, D), on = q.shape, q.device
@@ -354,21 +355,21 @@ class DocumentAttention(torch.autograd.Function):
         tiles = ctx.documents.tiles(of_queries.tile, on)
         of_heads = ctx.documents.tiles(of_keys.tile, on, keys=True)
         given = q, k, v, dy, lse, delta
-        with dispatch.on_device(q):
-            rows = DELTA_VALUES // ctx.shape["BD"]
-            _delta[(triton.cdiv(N, rows), heads)](
-                y, dy, delta, N, *_strides(y, dy), D, ctx.shape["BD"], rows, num_warps=4
-            )
-            _dkv[(len(of_heads), k.shape[1])](
-                *given, dk, dv, of_heads, N, *_strides(q, k, v, dy, dk, dv), ctx.scale,
-                **ctx.shape, BM=of_keys.step, BN=of_keys.tile, num_warps=of_keys.warps,
-                num_stages=of_keys.stages,
-            )  # fmt: skip
-            _dq[(len(tiles), heads)](
-                *given, dq, tiles, N, *_strides(q, k, v, dy, dq), ctx.scale, **ctx.shape,
-                BM=of_queries.tile, BN=of_queries.step, num_warps=of_queries.warps,
-                num_stages=of_queries.stages,
-            )  # fmt: skip
+        rows = DELTA_VALUES // ctx.shape["BD"]
+        dispatch.launch(
+            _delta, (-(-N // rows), heads), y, dy, delta, N, *_strides(y, dy), D, ctx.shape["BD"],
+            rows, num_warps=4,
+        )  # fmt: skip
+        dispatch.launch(
+            _dkv, (of_heads.shape[0], k.shape[1]), *given, dk, dv, of_heads, N,
+            *_strides(q, k, v, dy, dk, dv), ctx.scale, **ctx.shape, BM=of_keys.step,
+            BN=of_keys.tile, num_warps=of_keys.warps, num_stages=of_keys.stages,
+        )  # fmt: skip
+        dispatch.launch(
+            _dq, (tiles.shape[0], heads), *given, dq, tiles, N, *_strides(q, k, v, dy, dq),
+            ctx.scale, **ctx.shape, BM=of_queries.tile, BN=of_queries.step,
+            num_warps=of_queries.warps, num_stages=of_queries.stages,
+        )  # fmt: skip
         return dq, dk, dv, None, None, None, None
 
 

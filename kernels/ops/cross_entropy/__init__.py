@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
+from ...autograd import once_differentiable
 from ..frozen_linear.dense import Packed
 from . import cpu, reference
 from .linear import Form, LinearCrossEntropy
@@ -74,8 +75,7 @@ def cross_entropy(
     if backend is reference:
         return reference.cross_entropy(logits, labels, form, ignore_index)
     flat, labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).contiguous()
-    with dispatch.on_device(logits):
-        total = CrossEntropy.apply(flat, labels, form, ignore_index, backend)
+    total = CrossEntropy.apply(flat, labels, form, ignore_index, backend)
     return total, (labels != ignore_index).sum()
 
 
@@ -92,7 +92,7 @@ class CrossEntropy(torch.autograd.Function):
         return loss.sum()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad):
         logits, labels, lse = ctx.saved_tensors
         return ctx.backend.gradient(logits, labels, lse, grad, *ctx.options), *(None,) * 4
@@ -137,8 +137,7 @@ def linear_cross_entropy(
     if not torch.is_grad_enabled():  # no gradient while the logits are at hand, then
         head = tuple(t.detach() if isinstance(t, Tensor) else t for t in head)
     form = Form(softcap, label_smoothing, z_loss)
-    with dispatch.on_device(picked):
-        total = LinearCrossEntropy.apply(picked, *head, scaling, chosen, form, _backend(picked))
+    total = LinearCrossEntropy.apply(picked, *head, scaling, chosen, form, _backend(picked))
     return total, (labels != ignore_index).sum()
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import dispatch
+from ...autograd import once_differentiable
 from .. import products
 from ..frozen_linear.dense import Packed, panels
 from ..products import Sum, Term
@@ -124,7 +125,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return hidden.new_zeros((), dtype=torch.float32) if total is None else total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad):
         scaled = (
             None if g is None else (g.float() * grad).to(dtype)  # grad is one over the labels: fp32

@@ -111,7 +111,7 @@ def _backward(
 def _padded(*tensors: Tensor) -> int:
     """Return how many columns of all of them [N, V] may be touched: V, or V and its padding."""
     V = tensors[0].shape[1]
-    wide = triton.cdiv(V, 16) * 16
+    wide = -(-V // 16) * 16
     for x in tensors:
         last = x.storage_offset() + (len(x) - 1) * x.stride(0) + wide
         if x.stride(0) < wide or last * x.element_size() > x.untyped_storage().nbytes():
@@ -121,7 +121,7 @@ def _padded(*tensors: Tensor) -> int:
 
 def _padded_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return an empty [rows, columns] whose rows begin at multiples of 16 values."""
-    wide = triton.cdiv(columns, 16) * 16
+    wide = -(-columns // 16) * 16
     return torch.empty((rows, wide), dtype=dtype, device=device)[:, :columns]
 
 
@@ -135,9 +135,9 @@ def loss_and_lse(
     N, V = logits.shape
     loss, lse = torch.empty((2, N), dtype=torch.float32, device=logits.device).unbind()
     if N:
-        _forward[(N,)](
-            logits, labels, loss, lse, logits.stride(0), V, _padded(logits), ignore_index, *form,
-            BLOCK, num_warps=THREADS // dispatch.lanes(),
+        dispatch.launch(
+            _forward, (N,), logits, labels, loss, lse, logits.stride(0), V, _padded(logits),
+            ignore_index, *form, BLOCK, num_warps=THREADS // dispatch.lanes(),
         )  # fmt: skip
     return loss, lse
 
@@ -155,9 +155,10 @@ def gradient(
     out = _padded_rows(N, V, logits.dtype, logits.device) if out is None else out
     padded = _padded(logits, out)
     if N:
-        _backward[(N, triton.cdiv(V, BLOCK))](
-            logits, labels, lse, scale, out, logits.stride(0), out.stride(0), V,
-            padded, ignore_index, *form, padded > V, BLOCK, num_warps=THREADS // dispatch.lanes(),
+        dispatch.launch(
+            _backward, (N, -(-V // BLOCK)), logits, labels, lse, scale, out, logits.stride(0),
+            out.stride(0), V, padded, ignore_index, *form, padded > V, BLOCK,
+            num_warps=THREADS // dispatch.lanes(),
         )  # fmt: skip
     return out
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
+from ...autograd import once_differentiable
 from ..nf4 import NF4Tensor, cpu
 from ..products import Sum, Term, available, dense_rows, sums_of_products, takes
 from .dense import Packed, product, product_back, weight_panels
@@ -84,7 +85,7 @@ class FrozenLinear(torch.autograd.Function):
         return _forward(x, q, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad):
         grad_x = _backward(grad, ctx.q) if ctx.needs_input_grad[0] else None
         grad_bias = grad.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
@@ -98,8 +99,7 @@ def _forward(x: Tensor, q: Packed, bias: Tensor | None) -> Tensor:
         from . import triton
 
         multiply = triton.vector if len(x) <= few.one_by_one else triton.forward
-        with dispatch.on_device(x):
-            return multiply(x, q, None if bias is None else bias.to(x.dtype))
+        return multiply(x, q, None if bias is None else bias.to(x.dtype))
     wide = dispatch.product_dtype(x)
     if 0 < len(x) <= _few_rows_cpu(x, q, wide) and isinstance(q, NF4Tensor):
         y = cpu.product(x.to(wide), q, None if bias is None else bias.float())
@@ -122,8 +122,7 @@ def _backward(grad: Tensor, q: Packed) -> Tensor:
     if 0 < len(grad) <= few_rows(grad, q).by_tiles and isinstance(q, NF4Tensor):
         from . import triton
 
-        with dispatch.on_device(grad):
-            return triton.backward(grad, q)
+        return triton.backward(grad, q)
     wide = dispatch.product_dtype(grad)
     return product_back(grad.to(wide), weight_panels(q, wide)).to(grad.dtype)
 

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ... import dispatch
 from ..nf4 import NF4Tensor
 from ..nf4.triton import packed_arguments, packed_options, scales_of, values_of
 
@@ -128,10 +129,11 @@ def vector(x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
     (M, K), (N, _) = x.shape, q.shape
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     if y.numel():
-        blocks = max(1, min(PIECE, triton.next_power_of_2(K)) // q.block_size)
-        _vector[(N, M)](
-            *packed_arguments(q), x.contiguous(), bias, y, N, K, HALF=q.block_size // 2,
-            BLOCKS=blocks, num_warps=VECTOR_WARPS, **(packed_options(q) | FUSED),
+        blocks = max(1, min(PIECE, 1 << (K - 1).bit_length()) // q.block_size)
+        dispatch.launch(
+            _vector, (N, M), *packed_arguments(q), x.contiguous(), bias, y, N, K,
+            HALF=q.block_size // 2, BLOCKS=blocks, num_warps=VECTOR_WARPS,
+            **(packed_options(q) | FUSED),
         )  # fmt: skip
     return y
 
@@ -139,7 +141,7 @@ def vector(x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
 def forward(x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
     """Return x [M, K] W^T + bias: [M, N]. K must be a multiple of the block."""
     N, K = q.shape
-    return _product(_forward, x, q, bias, N, triton.cdiv(N, TILE), K, min(q.block_size, 128))
+    return _product(_forward, x, q, bias, N, -(-N // TILE), K, min(q.block_size, 128))
 
 
 def backward(grad: Tensor, q: NF4Tensor) -> Tensor:
@@ -158,15 +160,14 @@ def _product(
     """
     M = len(x)
     block_m = 16 if M <= 16 else 32 if M <= 32 else 64
-    programs = tiles * triton.cdiv(M, block_m)
-    last = triton.cdiv(depth, step)
-    split = max(1, min(triton.cdiv(PROGRAMS, programs), last // 8))
+    rows, last = -(-M // block_m), -(-depth // step)
+    split = max(1, min(-(-PROGRAMS // (tiles * rows)), last // 8))
     shape, dtype = ((M, width), x.dtype) if split == 1 else ((split, M, width), torch.float32)
     y = torch.empty(shape, dtype=dtype, device=x.device)
     if y.numel():
-        kernel[(tiles, split, triton.cdiv(M, block_m))](
-            *packed_arguments(q), x.contiguous(), bias, y, M, *q.shape, triton.cdiv(last, split),
-            last, HALF=q.block_size // 2, BM=block_m, BN=TILE, BK=min(q.block_size, 128),
-            num_warps=4, **packed_options(q),
+        dispatch.launch(
+            kernel, (tiles, split, rows), *packed_arguments(q), x.contiguous(), bias, y, M,
+            *q.shape, -(-last // split), last, HALF=q.block_size // 2, BM=block_m, BN=TILE,
+            BK=min(q.block_size, 128), num_warps=4, **packed_options(q),
         )  # fmt: skip
     return y if split == 1 else y.sum(0).to(x.dtype)

@@ -49,7 +49,6 @@ any callable with its `stored` weight and `bias`. What it returns is written to;
 tensors are not.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +57,7 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
+from ...autograd import once_differentiable, without_autocast
 from .. import swiglu
 from . import cpu, reference
 from .tensors import TENSORS, Dropout, FrozenLinearMap, LoraTensors, Static
@@ -209,18 +209,6 @@ def _group(
     return reference.Group(static, drop, tensors, dispatch.product_dtype(x))
 
 
-def _exactly(backward: Callable) -> Callable:
-    """Wrap a backward: it is not differentiated again, and no autocast around it changes it."""
-
-    @torch.autograd.function.once_differentiable
-    @functools.wraps(backward)
-    def run(ctx, *grads):
-        with torch.autocast(grads[0].device.type, enabled=False):
-            return backward(ctx, *grads)
-
-    return run
-
-
 def _keep(ctx, x: Tensor, again: Again, *tensors: Tensor | None) -> None:
     """Keep tensors for backward, and x [M, K] itself, or what it is made of."""
     ctx.make, source = (None, x) if again is None else again
@@ -263,7 +251,8 @@ class LoraLinears(torch.autograd.Function):
         return tuple(ys if same else (y.to(x.dtype) for y in ys))
 
     @staticmethod
-    @_exactly
+    @once_differentiable
+    @without_autocast
     def backward(ctx, *grads):
         x, *tensors = _kept(ctx)
         (group,) = ctx.groups or [_group(grads[0], ctx.static, ctx.drop, tensors)]
@@ -290,7 +279,8 @@ class LoraMLP(torch.autograd.Function):
         return y if same else y.to(x.dtype)
 
     @staticmethod
-    @_exactly
+    @once_differentiable
+    @without_autocast
     def backward(ctx, grad):
         x, gate, up, *tensors = _kept(ctx)
         first, second = ctx.groups or LoraMLP._made(ctx, grad, tensors)

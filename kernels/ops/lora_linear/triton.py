@@ -65,10 +65,9 @@ def cast(
     flat = torch.empty(sum(of_b), dtype=dtype, device=on)
     filling = MOST - len(pairs)
     all_a, all_b = ([pair[i] for pair in (*pairs, *[pairs[0]] * filling)] for i in (0, 1))
-    with dispatch.on_device(A):
-        _cast[(triton.cdiv(max(*of_a, *of_b, 1), BLOCK), 2 * len(pairs))](
-            *all_a, *all_b, A, flat, *of_a, *[0] * filling, *of_b, *[0] * filling,
-            *scalings, *[0.0] * filling, BLOCK, num_warps=WARPS,
-        )  # fmt: skip
+    _cast[(triton.cdiv(max(*of_a, *of_b, 1), BLOCK), 2 * len(pairs))](
+        *all_a, *all_b, A, flat, *of_a, *[0] * filling, *of_b, *[0] * filling,
+        *scalings, *[0.0] * filling, BLOCK, num_warps=WARPS,
+    )  # fmt: skip
     parts = flat.split(of_b)
     return A, [part.view(b.shape) for part, (_, b) in zip(parts, pairs, strict=True)]

@@ -151,8 +151,7 @@ def _quantize(
     flat = w.detach().reshape(-1).contiguous()  # reshape alone may keep the strides
     backend = dispatch.backend(__package__, w.device)
     bounds, codes_by_level = thresholds(quant_type, w.device), order(quant_type, w.device)
-    with dispatch.on_device(flat):
-        codes, absmax = backend.quantize(flat, bounds, codes_by_level, block_size, ABSMAX_FLOOR)
+    codes, absmax = backend.quantize(flat, bounds, codes_by_level, block_size, ABSMAX_FLOOR)
     if absmax.numel() and not torch.isfinite(absmax.amax()):  # NaN counts as the largest there
         raise ValueError("cannot quantize a tensor that holds NaN or infinite values")
     if search_scales:
@@ -168,8 +167,7 @@ def _quantize(
     q = NF4Tensor(codes, absmax, nested, offset, tuple(w.shape), block_size, w.dtype, quant_type)
     if search_scales:
         scales = block_scales(q)
-        with dispatch.on_device(flat):
-            codes = backend.encode(flat, scales, bounds, codes_by_level, block_size, ABSMAX_FLOOR)
+        codes = backend.encode(flat, scales, bounds, codes_by_level, block_size, ABSMAX_FLOOR)
         q = replace(q, codes=codes)
     return q
 
@@ -184,13 +182,11 @@ def dequantize_nf4(q: NF4Tensor, dtype: torch.dtype | None = None) -> Tensor:
     Returns:
         The dense tensor of shape `q.shape`, in new memory on every call.
     """
-    backend, dtype = dispatch.backend(__package__, q.device), dtype or q.dtype
-    if backend is reference:
-        both, n = pairs(q.quant_type, q.device), math.prod(q.shape)
-        flat = reference.dequantize(q.codes, block_scales(q), both, n, q.block_size, dtype)
-    else:
-        with dispatch.on_device(q.codes):
-            flat = backend.dequantize(q, dtype)
+    backend, dtype = dispatch.backend(__package__, q.codes.device), dtype or q.dtype
+    if backend is not reference:
+        return backend.dequantize(q, dtype)
+    both, n = pairs(q.quant_type, q.device), math.prod(q.shape)
+    flat = reference.dequantize(q.codes, block_scales(q), both, n, q.block_size, dtype)
     return flat.view(q.shape)
 
 
@@ -204,8 +200,7 @@ def dequantize_nf4_rows(q: NF4Tensor, rows: Tensor, dtype: torch.dtype | None = 
     if K % q.block_size == 0 and dispatch.pick(q.device, "cpu", "triton") == "triton":
         from . import triton
 
-        with dispatch.on_device(q.codes):
-            flat = triton.dequantize_rows(q, rows.reshape(-1), dtype or q.dtype)
+        flat = triton.dequantize_rows(q, rows.reshape(-1), dtype or q.dtype)
         return flat.view(*rows.shape, K)
     if K % q.block_size:  # rows begin inside of blocks: find each value by itself
         starts = torch.arange(N, device=q.device)[:, None] * K

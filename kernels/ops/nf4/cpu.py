@@ -6,7 +6,6 @@ take it whole.
 
 import ctypes
 import functools
-import math
 from collections.abc import Iterator
 
 import torch
@@ -123,30 +122,23 @@ def _tables(quant_type: str) -> tuple[int, int]:
     return dynamic_map(HOST).data_ptr(), levels(quant_type, HOST).data_ptr()
 
 
-def _parts(q: NF4Tensor) -> list[Tensor | None]:
-    """Return what q consists of, each part in contiguous memory."""
+def _arguments(q: NF4Tensor) -> tuple:
+    """Return the fields of PackedNF4; q must live until the call."""
     parts = q.codes, q.absmax, q.nested_absmax, q.offset
-    return [None if part is None else part.contiguous() for part in parts]
-
-
-def _arguments(q: NF4Tensor, parts: list[Tensor | None]) -> tuple:
-    """Return the fields of PackedNF4; the parts must live until the call."""
     tables = _tables(q.quant_type)
     return *map(address, parts), *tables, q.block_size, largest_scale(q.dtype)
 
 
-def packed_arguments(q: NF4Tensor) -> tuple[PackedNF4, list[Tensor | None]]:
-    """Return q for a kernel, and what must live until the call."""
-    parts = _parts(q)
-    return PackedNF4(*_arguments(q, parts)), parts
+def packed_arguments(q: NF4Tensor) -> PackedNF4:
+    """Return q for a kernel; it must live until the call."""
+    return PackedNF4(*_arguments(q))
 
 
 def dequantize(q: NF4Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the flat dense tensor [n]."""
+    """Return the dense tensor."""
     computed = dtype if dtype in CPU_DTYPES else torch.float32
-    n = math.prod(q.shape)
-    out, parts = torch.empty(n, dtype=computed, device=HOST), _parts(q)
-    arguments = Dequantize(*_arguments(q, parts), address(out), 0, n)
+    out = torch.empty(q.shape, dtype=computed, device=HOST)
+    arguments = Dequantize(*_arguments(q), address(out), 0, out.numel())
     dispatch.run("nf4_dequantize", computed, arguments)
     return out if dtype == computed else out.to(dtype)
 
@@ -155,8 +147,8 @@ def panels(q: NF4Tensor, step: int, dtype: torch.dtype) -> Iterator[tuple[slice,
     """Yield panels as `dequantize_nf4_panels` does, all in one memory."""
     computed = dtype if dtype in CPU_DTYPES else torch.float32
     N, K = q.shape
-    out, parts = torch.empty((step, K), dtype=computed, device=HOST), _parts(q)
-    arguments = Dequantize(*_arguments(q, parts), address(out), 0, 0)
+    out = torch.empty((step, K), dtype=computed, device=HOST)
+    arguments = Dequantize(*_arguments(q), address(out), 0, 0)
     for start in range(0, N, step):
         rows = slice(start, min(start + step, N))
         arguments.first = start * K // q.block_size
@@ -172,8 +164,8 @@ def product(x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
     as `dequantize` rounds it.
     """
     (M, K), N = x.shape, q.shape[0]
-    y, x, parts = torch.empty((M, N), dtype=x.dtype, device=HOST), x.contiguous(), _parts(q)
+    y, x = torch.empty((M, N), dtype=x.dtype, device=HOST), x.contiguous()
     bias = None if bias is None else bias.contiguous()
-    arguments = Product(*_arguments(q, parts), *map(address, (x, bias, y)), M, N, K)
+    arguments = Product(*_arguments(q), *map(address, (x, bias, y)), M, N, K)
     dispatch.run("nf4_product", x.dtype, arguments)
     return y

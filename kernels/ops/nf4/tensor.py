@@ -105,7 +105,9 @@ def check_block_size(block_size: int) -> None:
 class NF4Tensor:
     """A tensor in 4 bits, NF4 or FP4, in the layout of bitsandbytes (arXiv:2305.14314).
 
-    It goes to safetensors files by `tensors` and `from_tensors`; it cannot be pickled.
+    It goes to safetensors files by `tensors` and `from_tensors`; it cannot be pickled. All is
+    checked when it is made, so that the kernels need not look again; a part whose values do not lie
+    side by side is copied then.
 
     Attributes:
         codes: uint8 [ceil(n / 2)] for n values in row-major order, two codes a byte, the first one
@@ -155,6 +157,8 @@ class NF4Tensor:
                     f"{name} holds {tensor.numel()} values of {tensor.dtype}, where shape "
                     f"{self.shape} in blocks of {self.block_size} has {count} of {dtype}"
                 )
+            if not tensor.is_contiguous():
+                object.__setattr__(self, name, tensor.contiguous())
 
     @property
     def double_quant(self) -> bool:

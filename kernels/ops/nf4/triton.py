@@ -19,8 +19,8 @@ Both are compiled without contraction of a product and a sum into one rounding.
 """
 
 import functools
-import math
 import struct
+from typing import Any
 
 import torch
 import triton
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ... import dispatch
 from .reference import search
-from .tensor import LEVELS, NF4Tensor, dynamic_map, pairs
+from .tensor import LEVELS, NF4Tensor, dynamic_map, largest_scale, pairs
 
 __all__ = ["dequantize", "encode", "quantize", "search"]
 
@@ -203,31 +203,45 @@ def _quantize(
 
 def packed_arguments(q: NF4Tensor) -> tuple[Tensor, ...]:
     """Return the arguments CODES, SCALES, NESTED, OFFSET, MAP and PAIRS of the kernels."""
-    codes, absmax = q.codes.contiguous(), q.absmax.contiguous()
-    nested, offset = absmax, absmax
-    if q.nested_absmax is not None and q.offset is not None:
-        nested, offset = q.nested_absmax.contiguous(), q.offset
-    scale_map = dynamic_map(q.device)
-    return codes, absmax, nested, offset, scale_map, pairs(q.quant_type, q.device)
+    codes, absmax, nested, offset = q.codes, q.absmax, q.nested_absmax, q.offset
+    if nested is None or offset is None:
+        nested = offset = absmax
+    on = codes.device
+    return codes, absmax, nested, offset, dynamic_map(on), pairs(q.quant_type, on)
 
 
-def packed_options(q: NF4Tensor) -> dict:
+def packed_options(q: NF4Tensor) -> dict[str, Any]:
     """Return what of the arguments is known when the kernels are compiled."""
-    by_ptx = ptx(q.quant_type) if dispatch.compiles_to() == "ptx" else None
-    largest = min(torch.finfo(d).max for d in (q.dtype, torch.float32))
-    return {"largest": largest, "DOUBLE": q.double_quant, "PTX": by_ptx, **EXACT}
+    return _packed_options(
+        q.quant_type, q.nested_absmax is not None, q.dtype, dispatch.compiles_to()
+    )
+
+
+@functools.cache
+def _packed_options(
+    quant_type: str, double_quant: bool, dtype: torch.dtype, language: str
+) -> dict[str, Any]:
+    by_ptx = ptx(quant_type) if language == "ptx" else None
+    return {"largest": largest_scale(dtype), "DOUBLE": double_quant, "PTX": by_ptx, **EXACT}
+
+
+@functools.cache
+def _tiling(block_size: int, whole: bool, lanes: int) -> dict[str, Any]:
+    """Return how `_dequantize` cuts its work, and whether each program has all of its values."""
+    half = block_size // 2
+    tile = min(half, 128)
+    shape = {"WHOLE": whole, "HALF": half, "PASSES": PASSES, "ROWS": BYTES // tile, "TILE": tile}
+    return {**shape, "num_warps": THREADS // lanes}
 
 
 def dequantize(q: NF4Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the flat dense tensor [n]."""
-    n = math.prod(q.shape)
-    y = torch.empty(n, dtype=dtype, device=q.device)
-    tile = min(q.block_size // 2, 128)
-    values = 2 * PASSES * BYTES
+    """Return the dense tensor."""
+    y = torch.empty(q.shape, dtype=dtype, device=q.codes.device)
+    n, values = y.numel(), 2 * PASSES * BYTES
     if n:
-        _dequantize[(triton.cdiv(n, values),)](
-            *packed_arguments(q), y, n, WHOLE=n % values == 0, HALF=q.block_size // 2,
-            PASSES=PASSES, ROWS=BYTES // tile, TILE=tile, num_warps=THREADS // dispatch.lanes(),
+        tiling = _tiling(q.block_size, n % values == 0, dispatch.lanes())
+        dispatch.launch(
+            _dequantize, (-(-n // values),), *packed_arguments(q), y, n, **tiling,
             **packed_options(q),
         )  # fmt: skip
     return y
@@ -239,14 +253,14 @@ def dequantize_rows(q: NF4Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     K must be a multiple of the block. A row that is not there is NaN: nothing waits for the device
     to find out.
     """
-    (N, K), n = q.shape, len(rows)
+    (N, K), n = q.shape, rows.shape[0]
     y = torch.empty((n, K), dtype=dtype, device=q.device)
     tile = min(q.block_size // 2, 128)
     if y.numel():
-        _dequantize_rows[(n, triton.cdiv(K // 2, BYTES))](
-            *packed_arguments(q), rows.contiguous(), y, N, K // 2, HALF=q.block_size // 2,
-            ROWS=BYTES // tile, TILE=tile, num_warps=THREADS // dispatch.lanes(),
-            **packed_options(q),
+        dispatch.launch(
+            _dequantize_rows, (n, -(-K // (2 * BYTES))), *packed_arguments(q), rows.contiguous(), y,
+            N, K // 2, HALF=q.block_size // 2, ROWS=BYTES // tile, TILE=tile,
+            num_warps=THREADS // dispatch.lanes(), **packed_options(q),
         )  # fmt: skip
     return y
 
@@ -256,12 +270,12 @@ def _encode(
     given: bool,
 ) -> Tensor:  # fmt: skip
     n = flat.numel()
-    codes = torch.empty(triton.cdiv(n, 2), dtype=torch.uint8, device=flat.device)
+    codes = torch.empty(-(-n // 2), dtype=torch.uint8, device=flat.device)
     rows = max(1, 1024 // block_size)
     if n:
-        _quantize[(triton.cdiv(n, rows * block_size),)](
-            flat, thresholds, order, codes, scales, n, floor, given, rows, block_size,
-            num_warps=THREADS // dispatch.lanes(), **EXACT,
+        dispatch.launch(
+            _quantize, (-(-n // (rows * block_size)),), flat, thresholds, order, codes, scales,
+            n, floor, given, rows, block_size, num_warps=THREADS // dispatch.lanes(), **EXACT,
         )  # fmt: skip
     return codes
 
@@ -270,7 +284,7 @@ def quantize(
     flat: Tensor, thresholds: Tensor, order: Tensor, block_size: int, floor: float
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernel that finds scales and codes; see reference.quantize."""
-    blocks = triton.cdiv(flat.numel(), block_size)
+    blocks = -(-flat.numel() // block_size)
     absmax = torch.empty(blocks, dtype=torch.float32, device=flat.device)
     return _encode(flat, absmax, thresholds, order, block_size, floor, False), absmax
 

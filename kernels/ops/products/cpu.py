@@ -60,8 +60,8 @@ def _term(term: given.Term, held: list[object]) -> Any:
     if isinstance(b, Tensor):
         matrix = Matrix(b.data_ptr(), b.stride(0), b.dtype == torch.float32, factor)
     else:
-        packed, parts = packed_arguments(b)
-        held += packed, parts
+        packed = packed_arguments(b)
+        held.append(packed)
         matrix = Matrix(None, b.shape[1], PACKED, 1.0, ctypes.addressof(packed))
     return a.data_ptr(), a.stride(0), a.shape[1], matrix, b.shape[turned], turned
 

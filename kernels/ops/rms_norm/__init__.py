@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
+from ...autograd import once_differentiable
 from . import cpu, reference
 
 WIDEST = 32768  # row of the Triton kernel, which beyond would spill registers
@@ -50,8 +51,7 @@ def rms_norm(
     backend = _backend(x, weight)
     if backend is reference:
         return reference.rms_norm(x, weight, eps, weight_offset, casting_mode)
-    with dispatch.on_device(x):
-        return RMSNorm.apply(x, weight, eps, weight_offset, casting_mode, backend)
+    return RMSNorm.apply(x, weight, (eps, weight_offset, casting_mode, backend))
 
 
 def check_casting_mode(casting_mode: str) -> None:
@@ -100,9 +100,7 @@ def add_rms_norm(
     if backend is reference:
         total = x + residual
         return reference.rms_norm(total, weight, eps, weight_offset, casting_mode), total
-    options = eps, weight_offset, casting_mode, backend
-    with dispatch.on_device(x):
-        return AddRMSNorm.apply(x, residual, weight, *options)
+    return AddRMSNorm.apply(x, residual, weight, (eps, weight_offset, casting_mode, backend))
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -121,8 +119,9 @@ def scale_of(weight: Tensor, offset: float, casting_mode: str) -> tuple[Tensor, 
     return weight.contiguous(), offset
 
 
-def _normalize(ctx, x, residual, weight, eps, offset, casting_mode, backend) -> tuple:
+def _normalize(ctx, x, residual, weight, options) -> tuple:
     """Return the normalized rows, and the sum x + residual or x."""
+    eps, offset, casting_mode, backend = options
     weight, offset = scale_of(weight, offset, casting_mode)
     llama = casting_mode == "llama"
     y, total, rstd = backend.normalize(x, residual, weight, eps, offset, llama)
@@ -138,33 +137,33 @@ class RMSNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, eps, offset, casting_mode, backend):
-        y, _ = _normalize(ctx, _rows(x), None, weight, eps, offset, casting_mode, backend)
+    def forward(ctx, x, weight, options):
+        y, _ = _normalize(ctx, _rows(x), None, weight, options)
         return y.view(x.shape)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad):
-        options = ctx.offset, ctx.needs_input_grad[1]
-        rows = _rows(grad.contiguous())
-        dx, dw = ctx.backend.gradients(rows, None, *ctx.saved_tensors, *options)
-        return dx.view(grad.shape), dw, *(None,) * 4
+        total, weight, rstd = ctx.saved_tensors
+        rows, need_dw = grad.contiguous().view(total.shape), ctx.needs_input_grad[1]
+        dx, dw = ctx.backend.gradients(rows, None, total, weight, rstd, ctx.offset, need_dw)
+        return dx.view(grad.shape), dw, None
 
 
 class AddRMSNorm(torch.autograd.Function):
     """Add residual to x [..., H], normalize by weight [H]: the normalized sum, and the sum."""
 
     @staticmethod
-    def forward(ctx, x, residual, weight, eps, offset, casting_mode, backend):
-        rows = _rows(x), _rows(residual)
-        y, total = _normalize(ctx, *rows, weight, eps, offset, casting_mode, backend)
+    def forward(ctx, x, residual, weight, options):
+        y, total = _normalize(ctx, _rows(x), _rows(residual), weight, options)
         return y.view(x.shape), total.view(x.shape)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads):
-        rows = (_rows(g.contiguous()) for g in grads)
-        options = ctx.offset, ctx.needs_input_grad[2]
-        dx, dw = ctx.backend.gradients(*rows, *ctx.saved_tensors, *options)
-        dx = dx.view(grads[0].shape)
-        return dx, dx, dw, *(None,) * 4
+    @once_differentiable
+    def backward(ctx, grad, grad_total):
+        total, weight, rstd = ctx.saved_tensors
+        rows, of_total = (g.contiguous().view(total.shape) for g in (grad, grad_total))
+        need_dw = ctx.needs_input_grad[2]
+        dx, dw = ctx.backend.gradients(rows, of_total, total, weight, rstd, ctx.offset, need_dw)
+        dx = dx.view(grad.shape)
+        return dx, dx, dw, None

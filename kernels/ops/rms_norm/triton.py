@@ -12,6 +12,8 @@ its own, and torch adds those up: no atomics, so the same bits every time.
 gradient joins that of the norm, instead of three more passes over the activations.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -83,10 +85,10 @@ def _backward(
         _row_backward(DY, DS, X, w, RSTD, DX, stride, first, width, columns, inside, ADD)
 
 
-def _launch_shape(width: int) -> dict[str, int]:
+@functools.cache
+def _launch_shape(width: int, lanes: int) -> dict[str, int]:
     block = triton.next_power_of_2(width)
-    threads = min(512, max(dispatch.lanes(), block // 16))
-    return {"BLOCK": block, "num_warps": threads // dispatch.lanes()}
+    return {"BLOCK": block, "num_warps": min(512, max(lanes, block // 16)) // lanes}
 
 
 def normalize(
@@ -100,9 +102,9 @@ def normalize(
     total = torch.empty_like(y) if added else x
     rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows:
-        _forward[(rows,)](
-            x, other, total, weight, y, rstd, x.stride(0), other.stride(0), width, eps,
-            offset, llama, added, **_launch_shape(width),
+        dispatch.launch(
+            _forward, (rows,), x, other, total, weight, y, rstd, x.stride(0), other.stride(0),
+            width, eps, offset, llama, added, **_launch_shape(width, dispatch.lanes()),
         )  # fmt: skip
     return y, total, rstd
 
@@ -122,8 +124,8 @@ def gradients(
     programs = min(PROGRAMS, rows) if need_dw else rows
     dw = torch.empty((programs if need_dw else 0, width), device=x.device, dtype=torch.float32)
     if rows:
-        _backward[(programs,)](
-            grad, of_total, x, weight, rstd, dx, dw, x.stride(0), rows, width, offset, need_dw,
-            added, **_launch_shape(width),
+        dispatch.launch(
+            _backward, (programs,), grad, of_total, x, weight, rstd, dx, dw, x.stride(0), rows,
+            width, offset, need_dw, added, **_launch_shape(width, dispatch.lanes()),
         )  # fmt: skip
     return dx, dw.sum(0).to(weight.dtype) if need_dw else None

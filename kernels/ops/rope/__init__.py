@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
+from ...autograd import once_differentiable
 from ..rms_norm import check_casting_mode, rms_norm
 from . import cpu, reference
 from .norms import HeadNorms
@@ -49,8 +50,7 @@ def rope(
     backend = _backend(q, k, cos, sin)
     if backend is reference:
         return reference.rotate(q, cos, sin), reference.rotate(k, cos, sin)
-    with dispatch.on_device(q):
-        return Rotate.apply(q, k, cos, sin, inplace and _own_memory(q, k), backend)
+    return Rotate.apply(q, k, cos, sin, (inplace and _own_memory(q, k), backend))
 
 
 def norm_rope(
@@ -96,8 +96,7 @@ def norm_rope(
         backend = reference
     if backend is not reference:
         norms = backend.head_norms(q_weight, k_weight, eps, weight_offset, casting_mode)
-        with dispatch.on_device(q):
-            return NormRotate.apply(q, k, cos, sin, norms, backend)
+        return NormRotate.apply(q, k, cos, sin, norms, backend)
     q = rms_norm(q, q_weight, eps, weight_offset=weight_offset, casting_mode=casting_mode)
     k = rms_norm(k, k_weight, eps, weight_offset=weight_offset, casting_mode=casting_mode)
     return rope(q, k, cos, sin)
@@ -107,7 +106,8 @@ class Rotate(torch.autograd.Function):
     """Turn q [B, T, Hq, D] and k [B, T, Hk, D] by cos and sin fp32 [B or 1, T, R/2]."""
 
     @staticmethod
-    def forward(ctx, q, k, cos, sin, inplace, backend):
+    def forward(ctx, q, k, cos, sin, options):
+        inplace, backend = options
         cos, sin = cos.contiguous(), sin.contiguous()
         ctx.save_for_backward(cos, sin)
         ctx.backend = backend
@@ -122,12 +122,12 @@ class Rotate(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, *grads):
         pair = _dense_rows(*grads)
         out = _empty_like(*pair)
         ctx.backend.rotate(pair, out, *ctx.saved_tensors, back=True)
-        return *out, *(None,) * 4
+        return *out, None, None, None
 
 
 class NormRotate(torch.autograd.Function):
@@ -144,7 +144,7 @@ class NormRotate(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, *grads):
         q, k, cos, sin, *weights = ctx.saved_tensors
         pair = _dense_rows(*grads)

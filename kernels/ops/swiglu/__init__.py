@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
+from ...autograd import once_differentiable
 from . import cpu, reference
 from .activation import Activation, check_activation
 
@@ -39,8 +40,9 @@ def gated(gate: Tensor, up: Tensor, hidden_act: str) -> Tensor:
     backend = _backend(gate, up)
     if backend is reference:
         return reference.gated(gate, up, hidden_act)
-    with dispatch.on_device(gate):
-        return GatedActivation.apply(gate, up, hidden_act, backend)
+    if not torch.is_grad_enabled():
+        return _forward(gate.contiguous(), up.contiguous(), hidden_act, backend)
+    return GatedActivation.apply(gate, up, hidden_act, backend)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -98,8 +100,7 @@ def gated_backward_(
     backend = _backend(gate, up) if grad.dtype == gate.dtype else reference
     if backend is reference:
         return reference.gated_backward_(grad, gate, up, dgate, dup, hidden_act)
-    with dispatch.on_device(gate):
-        backend.backward(grad, gate, up, dgate, dup, grad, hidden_act)
+    backend.backward(grad, gate, up, dgate, dup, grad, hidden_act)
 
 
 class GatedActivation(torch.autograd.Function):
@@ -108,19 +109,24 @@ class GatedActivation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up, hidden_act, backend):
         gate, up = gate.contiguous(), up.contiguous()
-        y = torch.empty_like(gate)
-        backend.forward(gate, up, y, hidden_act)
+        y = _forward(gate, up, hidden_act, backend)
         ctx.save_for_backward(gate, up)
         ctx.hidden_act, ctx.backend = hidden_act, backend
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
         dgate, dup = torch.empty_like(gate), torch.empty_like(up)
         ctx.backend.backward(grad.contiguous(), gate, up, dgate, dup, None, ctx.hidden_act)
         return dgate, dup, None, None
+
+
+def _forward(gate: Tensor, up: Tensor, hidden_act: str, backend: ModuleType) -> Tensor:
+    y = torch.empty_like(gate)
+    backend.forward(gate, up, y, hidden_act)
+    return y
 
 
 def _backend(gate: Tensor, up: Tensor) -> ModuleType:

@@ -71,8 +71,10 @@ def _backward(
 def forward(gate: Tensor, up: Tensor, y: Tensor, hidden_act: str) -> None:
     """Write a(gate) * up to y."""
     if n := gate.numel():
-        grid = (triton.cdiv(n, BLOCK),)
-        _forward[grid](gate, up, y, n, hidden_act, BLOCK, num_warps=THREADS // dispatch.lanes())
+        warps = THREADS // dispatch.lanes()
+        dispatch.launch(
+            _forward, (-(-n // BLOCK),), gate, up, y, n, hidden_act, BLOCK, num_warps=warps
+        )
 
 
 def backward(
@@ -81,7 +83,8 @@ def backward(
 ) -> None:  # fmt: skip
     """Write dgate, dup and, unless it is None, y. They may lie over the first three."""
     if n := gate.numel():
-        _backward[(triton.cdiv(n, BLOCK),)](
-            dy, gate, up, dgate, dup, dy if y is None else y, n, hidden_act, y is not None, BLOCK,
+        dispatch.launch(
+            _backward, (-(-n // BLOCK),), dy, gate, up, dgate, dup,
+            dy if y is None else y, n, hidden_act, y is not None, BLOCK,
             num_warps=THREADS // dispatch.lanes(),
         )  # fmt: skip
