@@ -46,9 +46,9 @@ def test_the_cast_is_torchs(shapes, K, dtype, seed):
         parts = [LoraTensors(*copies[i : i + 2], None, None) for i in range(0, len(copies), 2)]
         found, pieces = reference.cast_pairs(parts, scalings, dtype)
         assert torch.equal(found, expected)
-        for one, other in zip(pieces, of_each, strict=True):
-            assert torch.equal(one.A, other.A)
-            assert torch.equal(one.sB, other.sB)
+        for (A, sB), (expected_A, expected_sB) in zip(pieces, of_each, strict=True):
+            assert torch.equal(A, expected_A)
+            assert torch.equal(sB, expected_sB)
 
 
 @settings(max_examples=10)

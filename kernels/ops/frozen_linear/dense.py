@@ -81,9 +81,7 @@ def panels(w: Tensor | Packed, dtype: torch.dtype) -> Iterator[tuple[slice, Tens
 
 def weight_panels(w: Tensor | Packed, dtype: torch.dtype) -> Panels:
     """Return the `panels` of w on a CPU; elsewhere, and where it is dense already, w whole."""
-    if isinstance(w, Tensor) and w.dtype == dtype:
-        return [(slice(0, w.shape[0]), w)]
-    if w.device.type == "cpu":
+    if w.device.type == "cpu" and not (isinstance(w, Tensor) and w.dtype == dtype):
         return panels(w, dtype)
     dense = w.to(dtype) if isinstance(w, Tensor) else dequantize(w, dtype)
     return [(slice(0, w.shape[0]), dense)]

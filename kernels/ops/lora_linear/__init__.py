@@ -182,9 +182,10 @@ def lora_mlp(
 
 def _static(layers: Sequence[LoraWeights]) -> tuple[Static, Dropout]:
     """Return what autograd does not see of layers that share an input."""
-    if len({layer.dropout for layer in layers}) > 1:
-        raise ValueError("layers that share an input must have the same dropout")
     rate = layers[0].dropout
+    for layer in layers:
+        if layer.dropout != rate:
+            raise ValueError("layers that share an input must have the same dropout")
     # drawn from the generator in host memory: nothing waits for the device
     seed = int(torch.randint(2**62, (), device="cpu")) if rate else 0
     return [(layer.base, layer.scaling) for layer in layers], Dropout(rate, seed)
@@ -307,5 +308,7 @@ class LoraMLP(torch.autograd.Function):
     def _made(ctx, x, tensors):
         (inner, inner_drop), (outer, outer_drop) = ctx.static
         split = TENSORS * len(inner)
-        groups = (inner, inner_drop, tensors[:split]), (outer, outer_drop, tensors[split:])
-        return tuple(_group(x, *group) for group in groups)
+        return (
+            _group(x, inner, inner_drop, tensors[:split]),
+            _group(x, outer, outer_drop, tensors[split:]),
+        )

@@ -5,7 +5,7 @@ A layer has M rows, K inputs and N outputs; r is its rank, R the sum of the rank
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +22,8 @@ _KEEPS_FP32 = torch.version.hip is None and (
 )
 
 
-class CastPair(NamedTuple):
-    """A [r, K] and s B [N, r] of a layer, in the dtype that products are computed in."""
-
-    A: Tensor
-    sB: Tensor
+CastPair = tuple[Tensor, Tensor]
+"""A [r, K] and s B [N, r] of a layer, in the dtype that products are computed in."""
 
 
 def cast_pairs(
@@ -36,22 +33,17 @@ def cast_pairs(
 
     Where Triton runs, one launch casts all of them.
     """
-    pairs = [(part.lora_A, part.lora_B) for part in parts]
-    if dispatch.triton_runs(pairs[0][0]) and dtype in dispatch.FLOATS:
+    As, Bs = [part.lora_A for part in parts], [part.lora_B for part in parts]
+    found = None
+    if dispatch.triton_runs(As[0]) and dtype in dispatch.FLOATS:
         from . import triton
 
-        if triton.casts(pairs):
-            return _paired(*triton.cast(pairs, scalings, dtype), pairs)
-    A = torch.cat([a.to(dtype) for a, _ in pairs])
-    sBs = [(b * scaling).to(dtype) for (_, b), scaling in zip(pairs, scalings, strict=True)]
-    return _paired(A, sBs, pairs)
-
-
-def _paired(
-    A: Tensor, sBs: Sequence[Tensor], pairs: Sequence[tuple[Tensor, Tensor]]
-) -> tuple[Tensor, list[CastPair]]:
-    rows = A.split([len(a) for a, _ in pairs])
-    return A, [CastPair(*pair) for pair in zip(rows, sBs, strict=True)]
+        found = triton.cast(As, Bs, scalings, dtype)
+    if found is None:
+        A = torch.cat([a.to(dtype) for a in As])
+        found = A, [(b * scaling).to(dtype) for b, scaling in zip(Bs, scalings, strict=True)]
+    A, sBs = found
+    return A, list(zip(A.split_with_sizes([a.shape[0] for a in As]), sBs, strict=True))
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor | None:
@@ -91,8 +83,13 @@ class DenseLayer:
         self.base, self.scaling = base, scaling
         self.lora_A, self.lora_B, self.bias, self.magnitude = tensors
         self.A, self.sB = cast
-        self.dtype, self.wide = self.A.dtype, torch.promote_types(self.A.dtype, torch.float32)
+        self.dtype = self.A.dtype
         self.kept: Panels | None = None
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of lengths of rows: fp32, or a wider one that is computed in."""
+        return torch.promote_types(self.dtype, torch.float32)
 
     def weight(self) -> Panels:
         """Return W [N, K] dense, in panels.
@@ -102,10 +99,9 @@ class DenseLayer:
         if self.kept is not None:
             return self.kept
         found = weight_panels(self.base.stored, self.dtype)
-        if self.lora_A.device.type == "cpu":
-            return found
-        self.kept = list(found)
-        return self.kept
+        if self.lora_A.device.type != "cpu":
+            self.kept = found  # a list, there
+        return found
 
     @cached_property
     def row_norms(self) -> Tensor:
@@ -151,7 +147,7 @@ class DenseLayer:
         if self.magnitude is not None or self.bias is not self.base.bias:
             return self.forward(x, low)
         autocast = torch.is_autocast_enabled(x.device.type)
-        if len(x) > FEW and self.bias is None and dispatch.triton_runs(x) and not autocast:
+        if x.shape[0] > FEW and self.bias is None and dispatch.triton_runs(x) and not autocast:
             y, self.kept = self.product(x, low), None
             return y
         y = self.base(x)
@@ -179,7 +175,7 @@ class Group:
             DenseLayer(base, scaling, part, pair)
             for (base, scaling), part, pair in zip(static, parts, pairs, strict=True)
         ]
-        self.ranks = [len(layer.A) for layer in self.layers]
+        self.ranks = [part.lora_A.shape[0] for part in parts]
         self.lows: tuple[Tensor, ...] | None = None
         self.stacked = self._stacked_sB()  # [n, N, r], or None
 
@@ -189,18 +185,20 @@ class Group:
         That is so on a GPU for gate and up of an MLP, which differ in nothing but their values.
         """
         first, *others = self.layers
+        if not others:
+            return None
         plain = all(each.magnitude is None and each.bias is None for each in self.layers)
         same = all(
             each.sB.shape == first.sB.shape and each.scaling == first.scaling for each in others
         )
-        if not others or not plain or not same or not dispatch.triton_runs(first.sB):
+        if not plain or not same or not dispatch.triton_runs(first.sB):
             return None
         return stacked([each.sB for each in self.layers])
 
     def low(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return d(x) A^T of each layer, [M, r]. It is kept: every call is for the same x."""
         if self.lows is None:
-            self.lows = F.linear(self.drop(x), self.A).split(self.ranks, dim=1)
+            self.lows = F.linear(self.drop(x), self.A).split_with_sizes(self.ranks, dim=1)
         return self.lows
 
     def forward(self, x: Tensor, by_base: bool) -> list[Tensor]:
@@ -208,7 +206,7 @@ class Group:
 
         It calls the bases, or takes the dense weights, which backward needs in any case.
         """
-        if self.stacked is not None and len(x) > FEW:
+        if self.stacked is not None and x.shape[0] > FEW:
             return self._forward_together(x, self.stacked, by_base)
         lows = zip(self.layers, self.low(x), strict=True)
         if by_base:
@@ -241,8 +239,8 @@ class Group:
             dy if layer.magnitude is None else dy * layer.gain(layer.magnitude)
             for layer, dy in zip(self.layers, grads, strict=True)
         ]
-        self.dlow = grads[0].new_empty(len(grads[0]), sum(self.ranks))
-        columns = self.dlow.split(self.ranks, dim=1)
+        self.dlow = grads[0].new_empty(grads[0].shape[0], self.A.shape[0])
+        columns = self.dlow.split_with_sizes(self.ranks, dim=1)
         self.together = None if self.stacked is None else stacked(grads)
         if self.stacked is not None and self.together is not None:
             torch.bmm(self.together, self.stacked, out=self._side_by_side(columns))
@@ -293,7 +291,8 @@ class Group:
         if any(need[0::TENSORS]):
             # === dA = s (dy B)^T d(x), stacked: [R, M] @ [M, K] ===
             A = self.layers[0].lora_A
-            stacked = _gradient(self.dlow.t(), self.drop(x), A.dtype).split(self.ranks)
+            dA = _gradient(self.dlow.t(), self.drop(x), A.dtype)
+            stacked = dA.split_with_sizes(self.ranks)
         if any(need[1::TENSORS]) or any(need[3::TENSORS]):
             lows = self.low(x)
             together = self._gradients_together(lows)

@@ -47,27 +47,28 @@ def _cast(A0, A1, A2, B0, B1, B2, A, SB, a0, a1, a2, b0, b1, b2, s0, s1, s2, BLO
         _piece(B2, SB + b0 + b1, b2, s2, BLOCK)
 
 
-def casts(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
-    """Return whether the kernel takes these A and B."""
-    matrices = [m for pair in pairs for m in pair]
-    return len(pairs) <= MOST and all(
-        m.is_contiguous() and m.dtype in dispatch.FLOATS for m in matrices
-    )
-
-
 def cast(
-    pairs: Sequence[tuple[Tensor, Tensor]], scalings: Sequence[float], dtype: torch.dtype
-) -> tuple[Tensor, list[Tensor]]:
-    """Return all A stacked [R, K], and s B [N, r] of each layer, in `dtype`."""
-    on, K = pairs[0][0].device, pairs[0][0].shape[1]
-    of_a, of_b = ([pair[i].numel() for pair in pairs] for i in (0, 1))
-    A = torch.empty((sum(len(a) for a, _ in pairs), K), dtype=dtype, device=on)
+    As: list[Tensor], Bs: list[Tensor], scalings: Sequence[float], dtype: torch.dtype
+) -> tuple[Tensor, list[Tensor]] | None:
+    """Return all A stacked [R, K], and s B [N, r] of each layer, in `dtype`.
+
+    Return None for more layers, other dtypes and other strides than the kernel takes.
+    """
+    matrices = *As, *Bs
+    if len(As) > MOST:
+        return None
+    for m in matrices:
+        if m.dtype not in dispatch.FLOATS or not m.is_contiguous():
+            return None
+    of_a, of_b = [a.numel() for a in As], [b.numel() for b in Bs]
+    on, K = As[0].device, As[0].shape[1]
+    A = torch.empty((sum([a.shape[0] for a in As]), K), dtype=dtype, device=on)
     flat = torch.empty(sum(of_b), dtype=dtype, device=on)
-    filling = MOST - len(pairs)
-    all_a, all_b = ([pair[i] for pair in (*pairs, *[pairs[0]] * filling)] for i in (0, 1))
-    _cast[(triton.cdiv(max(*of_a, *of_b, 1), BLOCK), 2 * len(pairs))](
-        *all_a, *all_b, A, flat, *of_a, *[0] * filling, *of_b, *[0] * filling,
-        *scalings, *[0.0] * filling, BLOCK, num_warps=WARPS,
+    filling = MOST - len(As)
+    dispatch.launch(
+        _cast, (-(-max(*of_a, *of_b, 1) // BLOCK), 2 * len(As)),
+        *As, *As[:1] * filling, *Bs, *Bs[:1] * filling, A, flat, *of_a, *[0] * filling,
+        *of_b, *[0] * filling, *scalings, *[0.0] * filling, BLOCK, num_warps=WARPS,
     )  # fmt: skip
-    parts = flat.split(of_b)
-    return A, [part.view(b.shape) for part, (_, b) in zip(parts, pairs, strict=True)]
+    parts = flat.split_with_sizes(of_b)
+    return A, [part.view(b.shape) for part, b in zip(parts, Bs, strict=True)]

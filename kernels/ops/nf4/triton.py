@@ -226,12 +226,16 @@ def _packed_options(
 
 
 @functools.cache
-def _tiling(block_size: int, whole: bool, lanes: int) -> dict[str, Any]:
-    """Return how `_dequantize` cuts its work, and whether each program has all of its values."""
+def _dequantize_options(
+    block_size: int, whole: bool, quant_type: str, double_quant: bool, dtype: torch.dtype,
+    language: str,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the options of `_dequantize`: how it cuts its work, and what is packed."""
     half = block_size // 2
     tile = min(half, 128)
-    shape = {"WHOLE": whole, "HALF": half, "PASSES": PASSES, "ROWS": BYTES // tile, "TILE": tile}
-    return {**shape, "num_warps": THREADS // lanes}
+    cut = {"WHOLE": whole, "HALF": half, "PASSES": PASSES, "ROWS": BYTES // tile, "TILE": tile}
+    packed = _packed_options(quant_type, double_quant, dtype, language)
+    return {**cut, "num_warps": THREADS // dispatch.lanes(), **packed}
 
 
 def dequantize(q: NF4Tensor, dtype: torch.dtype) -> Tensor:
@@ -239,11 +243,12 @@ def dequantize(q: NF4Tensor, dtype: torch.dtype) -> Tensor:
     y = torch.empty(q.shape, dtype=dtype, device=q.codes.device)
     n, values = y.numel(), 2 * PASSES * BYTES
     if n:
-        tiling = _tiling(q.block_size, n % values == 0, dispatch.lanes())
-        dispatch.launch(
-            _dequantize, (-(-n // values),), *packed_arguments(q), y, n, **tiling,
-            **packed_options(q),
+        options = _dequantize_options(
+            q.block_size, n % values == 0, q.quant_type, q.nested_absmax is not None, q.dtype,
+            dispatch.compiles_to(),
         )  # fmt: skip
+        grid = (-(-n // values),)
+        dispatch.launch(_dequantize, grid, *packed_arguments(q), y, n, **options)
     return y
 
 

@@ -33,7 +33,9 @@ BLOCK = 64  # values of an NF4 row that the kernel unpacks at a time
 
 def available(x: Tensor) -> bool:
     """Return whether the kernel is there for products with x [M, K]."""
-    on_cpu = x.dtype == torch.bfloat16 and dispatch.pick(x.device, "cpu") == "cpu"
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16:
+        return False
+    on_cpu = dispatch.pick(x.device, "cpu") == "cpu"
     return on_cpu and dispatch.isa() == "avx512bf16" and not dispatch.multiplies_tiles()
 
 

@@ -127,16 +127,16 @@ def rotate(
     if 2 * half < D and out[0].data_ptr() != q.data_ptr():  # the kernel leaves what is not turned
         for x, y in zip(pair, out, strict=True):
             y[..., 2 * half :] = x[..., 2 * half :]
-    block = triton.next_power_of_2(half)
-    heads = max(1, PAIRS * dispatch.lanes() // block)
-    grid = (B * T, triton.cdiv(q_heads, heads) + triton.cdiv(k.shape[2], heads))
     if not B * T * half:
         return
+    k_heads, block = k.shape[2], 1 << (half - 1).bit_length()
+    heads = max(1, PAIRS * dispatch.lanes() // block)
     before = pair if raw is None else raw
     weights, eps, offset, casting_mode = norms or (pair, 0.0, 0.0, "llama")
-    strides = [s for tensors in (pair, before, out) for t in tensors for s in t.stride()[:3]]
-    _rotate[grid](
-        *pair, *before, *out, *weights, cos.contiguous(), sin.contiguous(), T, *strides,
-        0 if cos.shape[0] == 1 else T, q_heads, k.shape[2], half, eps, offset,
+    tensors = *pair, *before, *out
+    strides = [s for t in tensors for s in t.stride()[:3]]
+    dispatch.launch(
+        _rotate, (B * T, -(-q_heads // heads) + -(-k_heads // heads)), *tensors, *weights, cos, sin,
+        T, *strides, 0 if cos.shape[0] == 1 else T, q_heads, k_heads, half, eps, offset,
         norms is not None, casting_mode == "llama", back, heads, block, num_warps=1,
     )  # fmt: skip

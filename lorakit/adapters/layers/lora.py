@@ -104,10 +104,12 @@ class LoraPart(LowRankPart):
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """Return A [R, in] and B [out, R] of the whole update: R = r, or 2 r with a start."""
-        if self.start_A is None or self.start_B is None:
-            return self.lora_A, self.lora_B
-        A = torch.cat([self.lora_A, self.start_A])
-        return A, torch.cat([self.lora_B, -self.start_B], dim=1)
+        own: dict[str, Any] = self._parameters  # a module's own look-up is slower
+        A, B = own["lora_A"], own["lora_B"]
+        start_A, start_B = self._buffers["start_A"], self._buffers["start_B"]
+        if start_A is None or start_B is None:
+            return A, B
+        return torch.cat([A, start_A]), torch.cat([B, -start_B], dim=1)
 
 
 class LoraLayer(Attached[LoraPart]):
@@ -153,17 +155,18 @@ class LowRankLinear(AttachedLinear[LowRankT]):
         return None if self.active is None else self.weights_of(self.active)
 
     def fusible_update(self) -> LoraWeights | None:
-        return self.low_rank_update() if self.base.frozen else None
+        part = self.active
+        return self.weights_of(part) if part is not None and self.base.frozen else None
 
     def weights_of(self, part: LowRankT) -> LoraWeights:
         """Return base and update as the kernels take them."""
-        A, B = part.pair()
-        bias = self.base.bias if part.bias is None else part.bias
+        (A, B), base = part.pair(), self.base
+        bias = base.bias if part.bias is None else part.bias
         if part.lora_bias is not None:
             more = part.scaling * part.lora_bias
             bias = more if bias is None else bias + more
         dropout = part.dropout if self.training else 0.0
-        return LoraWeights(self.base, A, B, part.scaling, dropout, part.magnitude, bias)
+        return LoraWeights(base, A, B, part.scaling, dropout, part.magnitude, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         part = self.active
