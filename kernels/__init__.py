@@ -12,6 +12,7 @@ from .ops.attention import attention
 from .ops.attention.documents import Documents
 from .ops.cross_entropy import cross_entropy, labelled, linear_cross_entropy
 from .ops.decode import DecodeCache, DecodeLayer, DecodePlan, decode_compiled, decode_step
+from .ops.float8 import Float8Linear, Float8Weight
 from .ops.frozen_linear import frozen_linear
 from .ops.frozen_linear.dense import Packed, dequantize, dequantize_rows
 from .ops.int8 import Int8Tensor, dequantize_int8, quantize_int8
@@ -29,6 +30,8 @@ __all__ = [
     "DecodeLayer",
     "DecodePlan",
     "Documents",
+    "Float8Linear",
+    "Float8Weight",
     "Int8Tensor",
     "LoraWeights",
     "Moment8bit",

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from ... import dispatch
 from ...autograd import once_differentiable
+from ..float8 import Float8Weight
 from ..frozen_linear.dense import Packed
 from . import cpu, reference
 from .linear import Form, LinearCrossEntropy
@@ -100,7 +101,7 @@ class CrossEntropy(torch.autograd.Function):
 
 def linear_cross_entropy(
     hidden: Tensor,
-    weight: Tensor | Packed,
+    weight: Tensor | Packed | Float8Weight,
     labels: Tensor,
     *,
     lora: tuple[Tensor, Tensor, float] | None = None,
@@ -115,7 +116,7 @@ def linear_cross_entropy(
 
     Args:
         hidden: [..., H], any floating-point dtype; kernels run for fp32, bf16 and fp16.
-        weight: the head [V, H], dense or packed.
+        weight: the head [V, H], dense, packed or in float8, which takes hidden states in bf16.
         labels: int64 [...]. Rows whose label is `ignore_index` are left out before the product. The
             labels may lie in host memory, so that the host need not wait for a GPU to count them.
         lora: A [r, H], B [V, r] and s of a head weight + s B A; None for the head alone.
@@ -133,7 +134,7 @@ def linear_cross_entropy(
     """
     picked, chosen = labelled(hidden, labels, ignore_index)
     lora_A, lora_B, scaling = (None, None, 0.0) if lora is None else lora
-    head: tuple[Tensor | Packed | None, ...] = weight, lora_A, lora_B
+    head: tuple[Tensor | Packed | Float8Weight | None, ...] = weight, lora_A, lora_B
     if not torch.is_grad_enabled():  # no gradient while the logits are at hand, then
         head = tuple(t.detach() if isinstance(t, Tensor) else t for t in head)
     form = Form(softcap, label_smoothing, z_loss)

@@ -14,6 +14,7 @@ from torch import Tensor
 from ... import dispatch
 from ...autograd import once_differentiable
 from .. import products
+from ..float8 import Float8Weight, product_back
 from ..frozen_linear.dense import Packed, panels
 from ..products import Sum, Term
 
@@ -43,18 +44,23 @@ def _chunk_rows(rows: int, vocabulary: int, hidden: Tensor) -> int:
     return rows - rows % TILE if rows > TILE else rows
 
 
-def is_ready(head: Tensor | Packed, dtype: torch.dtype) -> TypeGuard[Tensor]:
+Head = Tensor | Packed | Float8Weight
+
+
+def is_ready(head: Head, dtype: torch.dtype) -> TypeGuard[Tensor]:
     """Return whether products in `dtype` can take the head as it is."""
     return isinstance(head, Tensor) and head.dtype == dtype
 
 
-def by_sums(head: Tensor | Packed, h: Tensor) -> TypeGuard[Tensor]:
+def by_sums(head: Head, h: Tensor) -> TypeGuard[Tensor]:
     """Return whether the products of h with the head, a dense one, are those of `products`."""
     return isinstance(head, Tensor) and products.available(h) and products.takes(head)
 
 
-def _grad_hidden(grad: Tensor, head: Tensor | Packed, dtype: torch.dtype) -> Tensor:
+def _grad_hidden(grad: Tensor, head: Head, dtype: torch.dtype) -> Tensor:
     """Return grad [n, V] @ head [V, H]: [n, H]."""
+    if isinstance(head, Float8Weight):
+        return product_back([grad], [head])
     if by_sums(head, grad):
         part = grad.new_empty(len(grad), head.shape[1], dtype=torch.float32)
         total = torch.zeros_like(part)
@@ -74,7 +80,7 @@ def _grad_hidden(grad: Tensor, head: Tensor | Packed, dtype: torch.dtype) -> Ten
 class LinearCrossEntropy(torch.autograd.Function):
     """Map hidden [N, H], a head [V, H] and labels [N], all of them words, to the summed loss [].
 
-    The head is `weight`, dense or packed; with lora_A [r, H] and lora_B [V, r] it is
+    The head is `weight`, dense, packed or in float8; with lora_A [r, H] and lora_B [V, r] it is
     weight + scaling B A.
     """
 

@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..frozen_linear.dense import Packed, panels
-from .linear import Form, is_ready
+from ..float8 import Float8Weight, product, scaled_rows
+from ..frozen_linear.dense import panels
+from .linear import Form, Head, is_ready
 
 
 def cross_entropy(
@@ -28,8 +29,10 @@ def cross_entropy(
     return total, counted.sum()
 
 
-def logits(h: Tensor, head: Tensor | Packed) -> Tensor:
+def logits(h: Tensor, head: Head) -> Tensor:
     """Return h [n, H] times the transpose of the head [V, H]: fp32 [n, V]."""
+    if isinstance(head, Float8Weight):
+        return product(scaled_rows([h], [None]), head).float()
     if is_ready(head, h.dtype):
         return F.linear(h, head).float()
     out = h.new_empty(len(h), head.shape[0], dtype=torch.float32)

@@ -21,8 +21,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import dispatch
-from ..frozen_linear.dense import Packed, panels
-from .linear import Form, is_ready
+from ..float8 import Float8Weight, product, scaled_rows
+from ..frozen_linear.dense import panels
+from .linear import Form, Head, is_ready
 
 BLOCK, THREADS = 4096, 256
 NONE_IGNORED = -(2**62)  # no label
@@ -163,11 +164,13 @@ def gradient(
     return out
 
 
-def logits(h: Tensor, head: Tensor | Packed) -> Tensor:
+def logits(h: Tensor, head: Head) -> Tensor:
     """Return h [n, H] times the transpose of the head [V, H]: [n, V] in h's dtype.
 
     The rows of the result lie a multiple of 16 values apart.
     """
+    if isinstance(head, Float8Weight):  # which has a multiple of 16 words
+        return product(scaled_rows([h], [None]), head)
     out = _padded_rows(len(h), head.shape[0], h.dtype, h.device)
     whole = [(slice(None), head)] if is_ready(head, h.dtype) else panels(head, h.dtype)
     for words, panel in whole:
