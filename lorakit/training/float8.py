@@ -31,8 +31,11 @@ def check_frozen_dtype(model: Decoder, config: TrainConfig) -> None:
         )
 
 
-def start_float8(model: Decoder) -> str:
-    """Let frozen products of `model` run in float8, and return a line that says how many do."""
+def start_float8(model: Decoder, z_loss: float = 0.0) -> str:
+    """Let frozen products of `model` run in float8, and return a line that says how many do.
+
+    `z_loss` is that of the run.
+    """
     layers = low_rank_layers(model)
     count = 0
     for layer in layers:
@@ -42,7 +45,8 @@ def start_float8(model: Decoder) -> str:
     weight = model.frozen_head()
     if weight is not None and takes(weight):
         detached = weight.detach() if isinstance(weight, Tensor) else weight
-        model.float8_head = Float8Weight(detached)
+        centred = model.config.final_logit_softcapping is None and z_loss == 0
+        model.float8_head = Float8Weight(detached, centred=centred)
     head = "and of the head " if model.float8_head is not None else ""
     return (
         f"frozen_dtype float8: products of {count} of {len(layers)} adapted layers {head}are "

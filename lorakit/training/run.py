@@ -347,7 +347,7 @@ def training_mode(model: Decoder, config: TrainConfig, tokens: int) -> Iterator[
     model.offload_activations = config.activation_offloading
     model.neftune_noise_alpha = config.neftune_noise_alpha
     if config.frozen_dtype is not None:
-        say(start_float8(model))
+        say(start_float8(model, config.z_loss))
     model.kept_layers = kept_layers(model, tokens, config.mlp_activations)
     try:
         yield

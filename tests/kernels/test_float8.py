@@ -265,6 +265,26 @@ def test_the_head_in_float8():
         assert kernels.linear_cross_entropy(hidden, Float8Weight(w), labels)[0] == losses[1]
 
 
+def test_a_head_without_its_mean_row_has_the_same_loss():
+    """Softmax takes away what all words have in common, here most of it: the error is smaller."""
+    hidden, w = random(0, 50, 64), random(1, 512, 64, scale=0.1) + random(2, 1, 64, scale=2)
+    labels, found = torch.arange(50) * 7, []
+    h = hidden.double().requires_grad_()
+    exact = torch.nn.functional.cross_entropy(h @ w.double().t(), labels, reduction="sum")
+    truth = torch.autograd.grad(exact, h)[0]
+    for centred in (False, True):
+        h = hidden.clone().requires_grad_()
+        weight = Float8Weight(w, centred=centred)
+        loss, _ = kernels.linear_cross_entropy(h, weight, labels)
+        found.append(abs(loss.double() - exact) / exact)
+        grad = torch.autograd.grad(loss, h)[0]
+    assert found[1] < 0.01 < found[0]
+    assert (grad - truth).norm() / truth.norm() < 0.08
+    for options in ({"softcap": 30.0}, {"z_loss": 1e-4}):
+        with pytest.raises(ValueError, match="mean row"):
+            kernels.linear_cross_entropy(hidden, weight, labels, **options)
+
+
 def test_where_float8_runs():
     cpu = torch.device("cpu")
     assert float8.runs_on(cpu)  # the reference is forced here

@@ -131,6 +131,7 @@ def linear_cross_entropy(
 
     Raises:
         IndexError: as in `cross_entropy`.
+        ValueError: the head is without its mean row, and there is a soft cap or a z-loss.
     """
     picked, chosen = labelled(hidden, labels, ignore_index)
     lora_A, lora_B, scaling = (None, None, 0.0) if lora is None else lora

@@ -88,6 +88,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx, hidden, weight, lora_A, lora_B, scaling, labels, form: Form, backend: ModuleType
     ):
+        if isinstance(weight, Float8Weight) and weight.centred and (form.softcap or form.z_loss):
+            raise ValueError("a soft cap and a z-loss see the mean row that the head is without")
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, lora_A, lora_B)]
         need_hidden, _, need_A, _ = need = ctx.needs_input_grad[:4]
         hidden = hidden.to(dispatch.product_dtype(hidden))

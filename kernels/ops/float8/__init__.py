@@ -15,6 +15,10 @@ that read one x are one product in backward, as deep as all of them together; w 
 
     dx = dy_q W_q + dy_k W_k + dy_v W_v = s [e4m3(w_q dy_q / s), ...] [W8_q; W8_k; W8_v]
 
+Of a head, softmax takes away what all words have in common, and the gradients of the logits add up
+to zero. So the mean row can be left out, W - 1 m^T, where neither a soft cap nor a z-loss sees it.
+It is a large part of an embedding, whose rounding errors are then gone.
+
 The gradients are e4m3 as well. e5m2 has more range, which a scale for each row has no need of, and
 one bit less of mantissa: twice the error (docs/dev/LOG.md).
 
@@ -94,26 +98,30 @@ class Float8Weight:
         stored: W [N, K] in bf16, dense or packed, both sides a multiple of 16. An `NF4Tensor` with
             whole blocks in each row becomes e4m3 for every product again; any other is kept in
             e4m3, twice.
+        centred: whether W is taken without the mean of its rows, as a head may be; it is kept then.
     """
 
-    def __init__(self, stored: Tensor | Packed):
-        self.stored = stored
+    def __init__(self, stored: Tensor | Packed, *, centred: bool = False):
+        self.stored, self.centred = stored, centred
         self.shape, self.dtype, self.device = tuple(stored.shape), stored.dtype, stored.device
-        self.again = isinstance(stored, NF4Tensor) and self.shape[1] % stored.block_size == 0
+        blocks = isinstance(stored, NF4Tensor) and self.shape[1] % stored.block_size == 0
+        self.again = blocks and not centred
         dense: Tensor | None = None
+        mean = torch.zeros(1, device=self.device)  # of fp32, which what is less it then is too
         if isinstance(stored, NF4Tensor) and self.again:
             largest = block_scales(stored).amax()  # each block holds a level 1 or -1
         else:
             dense = stored if isinstance(stored, Tensor) else dequantize(stored)
-            low, high = dense.aminmax()
-            largest = torch.maximum(high, -low).float()
+            mean = dense.mean(0, dtype=torch.float32) if centred else mean
+            low, high = dense.amin(0) - mean, dense.amax(0) - mean
+            largest = torch.maximum(high, -low).amax()
         self.scale, self.over = reference.scale_of(largest)
         # as torch wants them: one for each column of a product
         self.scales = self.scale.repeat(max(self.shape))[None]
         self.ones = torch.ones_like(self.scales)
         self.kept: tuple[Tensor, Tensor] | None = None
         if dense is not None:
-            rows = reference.rounded(dense, self.over)
+            rows = reference.rounded(dense, mean, self.over)
             self.kept = rows, rows.t().contiguous()
 
     def rows(self) -> Tensor:

@@ -24,12 +24,12 @@ def _e4m3(x: Tensor) -> Tensor:
     return x.clamp(-LARGEST, LARGEST).to(E4M3)
 
 
-def rounded(w: Tensor, over: Tensor) -> Tensor:
-    """Return w [N, K] times `over` fp32 [] in e4m3."""
+def rounded(w: Tensor, mean: Tensor, over: Tensor) -> Tensor:
+    """Return w [N, K] less `mean` fp32 [K] or [1], times `over` fp32 [], in e4m3."""
     out = torch.empty(w.shape, dtype=E4M3, device=w.device)
     step = max(1, PANEL // max(1, w.shape[1]))
     for start in range(0, len(w), step):
-        out[start : start + step] = _e4m3(w[start : start + step].float() * over)
+        out[start : start + step] = _e4m3((w[start : start + step] - mean) * over)
     return out
 
 
