@@ -278,7 +278,7 @@ def test_a_head_without_its_mean_row_has_the_same_loss():
         loss, _ = kernels.linear_cross_entropy(h, weight, labels)
         found.append(abs(loss.double() - exact) / exact)
         grad = torch.autograd.grad(loss, h)[0]
-    assert found[1] < 0.01 < found[0]
+    assert found[1] < found[0] / 4
     assert (grad - truth).norm() / truth.norm() < 0.08
     for options in ({"softcap": 30.0}, {"z_loss": 1e-4}):
         with pytest.raises(ValueError, match="mean row"):

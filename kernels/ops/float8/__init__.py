@@ -128,16 +128,14 @@ class Float8Weight:
         """Return W / w, e4m3 [N, K]."""
         if self.kept is not None:
             return self.kept[0]
-        with dispatch.on_device(self.scale):
-            return _backend(self.device).weight_rows(self.stored, self.over)
+        return _backend(self.device).weight_rows(self.stored, self.over)
 
     def columns_to(self, out: Tensor) -> None:
         """Write the transpose of W / w to e4m3 [K, N], whose rows may lie apart."""
         if self.kept is not None:
             out.copy_(self.kept[1])
             return
-        with dispatch.on_device(self.scale):
-            _backend(self.device).weight_columns(self.stored, self.over, out)
+        _backend(self.device).weight_columns(self.stored, self.over, out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,8 +172,7 @@ def scaled_rows(parts: Sequence[Tensor], scales: Sequence[Tensor | None]) -> Sca
         scales: fp32 [] of each, or None for 1.
     """
     parts = [part if part.stride(1) == 1 else part.contiguous() for part in parts]
-    with dispatch.on_device(parts[0]):
-        return ScaledRows(*_backend(parts[0].device).scaled_rows(parts, scales))
+    return ScaledRows(*_backend(parts[0].device).scaled_rows(parts, scales))
 
 
 def product(x: ScaledRows, weight: Float8Weight, out: Tensor | None = None) -> Tensor:

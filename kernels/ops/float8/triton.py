@@ -98,11 +98,11 @@ def scaled_rows(parts: Sequence[Tensor], scales: Sequence[Tensor | None]) -> tup
     M, widths = len(parts[0]), [part.shape[1] for part in parts]
     y = torch.empty((M, sum(widths)), dtype=E4M3, device=parts[0].device)
     scale = torch.empty((M, 1), dtype=torch.float32, device=parts[0].device)
-    block = min(BLOCK, triton.next_power_of_2(max(widths)))
+    block = min(BLOCK, 1 << (max(widths) - 1).bit_length())
     filling = 3 - len(parts)
     if M:
-        _scaled_rows[(M,)](
-            *parts, *[parts[0]] * filling, *scales, *[None] * filling, y, scale,
+        dispatch.launch(
+            _scaled_rows, (M,), *parts, *[parts[0]] * filling, *scales, *[None] * filling, y, scale,
             *(part.stride(0) for part in parts), *[0] * filling, *widths, *[0] * filling,
             FLOOR, LARGEST, len(parts), block,
             num_warps=max(1, min(THREADS, block // 16) // dispatch.lanes()), **EXACT,
@@ -112,7 +112,7 @@ def scaled_rows(parts: Sequence[Tensor], scales: Sequence[Tensor | None]) -> tup
 
 def weight_rows(q: NF4Tensor, over: Tensor) -> Tensor:
     """Launch the kernel of NF4 with scales times `over`; see reference.weight_rows."""
-    return nf4.dequantize(q, E4M3, over).view(q.shape)
+    return nf4.dequantize(q, E4M3, over)
 
 
 def weight_columns(q: NF4Tensor, over: Tensor, out: Tensor) -> None:
@@ -120,10 +120,10 @@ def weight_columns(q: NF4Tensor, over: Tensor, out: Tensor) -> None:
     N, K = q.shape
     columns = min(COLUMNS, q.block_size)
     if N and K:
-        _weight_columns[(triton.cdiv(N, ROWS), K // columns)](
-            *packed_arguments(q), over, out, N, K, out.stride(0), HALF=q.block_size // 2,
-            ROWS=ROWS, COLUMNS=columns, num_warps=TILE_THREADS // dispatch.lanes(),
-            **packed_options(q),
+        dispatch.launch(
+            _weight_columns, (-(-N // ROWS), K // columns), *packed_arguments(q), over, out, N, K,
+            out.stride(0), HALF=q.block_size // 2, ROWS=ROWS, COLUMNS=columns,
+            num_warps=TILE_THREADS // dispatch.lanes(), **packed_options(q),
         )  # fmt: skip
 
 
