@@ -47,8 +47,6 @@ SIDES = {
     "PEFT, bitsandbytes": ("peft", False),
     "PEFT, bitsandbytes tuned": ("peft", True),
 }
-# those of parity.py --frozen-dtype float8, which no other run has
-EMULATED = {"float8": ("float8", False), "bfloat16": ("emulated", False)}
 PACKAGES = ("lorakit", "torch", "transformers", "peft", "bitsandbytes")
 WARM_UP = 2
 # How far first losses may lie apart. Both round every product to bf16, 8 bits, in other places, and
@@ -74,7 +72,7 @@ class Row:
 
     @property
     def ours(self) -> bool:
-        return "PEFT" not in self.name
+        return SIDES[self.name][0] == "lorakit"
 
     @property
     def over_imports_mb(self) -> float:
@@ -135,7 +133,7 @@ def measure(names: list[str], folder: str, job: argparse.Namespace, batches: lis
     with ExitStack() as stack:
         children = {}
         for name in names:
-            side, tuned = (SIDES | EMULATED)[name]
+            side, tuned = SIDES[name]
             children[name] = stack.enter_context(Child(side, tuned=tuned))
 
         def turn(once: Any) -> None:
@@ -176,7 +174,7 @@ def measure(names: list[str], folder: str, job: argparse.Namespace, batches: lis
                 f"{found['seconds']:.2f} s for {tokens} tokens, {row.peak_mb:.0f} MB"
             )
 
-        for i, beside in zip(range(len(batches)), loads(job), strict=False):
+        for i, beside in enumerate(loads(job)):
             with busy(beside):
                 turn(partial(step, i, beside))
     return list(rows.values())

@@ -9,10 +9,10 @@ from .dispatch import use_backend
 from .ops.adamw import Moment8bit, adamw_step, adamw_step_8bit
 from .ops.adamw.clipped import AdamWGroup, AdamWRow, ClippedAdamW
 from .ops.attention import attention
-from .ops.attention.documents import Documents
+from .ops.attention.documents import Documents, PaddedDocuments
 from .ops.cross_entropy import cross_entropy, labelled, linear_cross_entropy
 from .ops.decode import DecodeCache, DecodeLayer, DecodePlan, decode_compiled, decode_step
-from .ops.float8 import Float8Linear, Float8Weight
+from .ops.dropout import seeded_dropout
 from .ops.frozen_linear import frozen_linear
 from .ops.frozen_linear.dense import Packed, dequantize, dequantize_rows
 from .ops.int8 import Int8Tensor, dequantize_int8, quantize_int8
@@ -30,13 +30,12 @@ __all__ = [
     "DecodeLayer",
     "DecodePlan",
     "Documents",
-    "Float8Linear",
-    "Float8Weight",
     "Int8Tensor",
     "LoraWeights",
     "Moment8bit",
     "NF4Tensor",
     "Packed",
+    "PaddedDocuments",
     "adamw_step",
     "adamw_step_8bit",
     "add_rms_norm",
@@ -64,6 +63,7 @@ __all__ = [
     "quantize_nf4",
     "rms_norm",
     "rope",
+    "seeded_dropout",
     "swiglu",
     "use_backend",
 ]

@@ -25,7 +25,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from lorakit import kernels
 from lorakit.config.errors import LorakitError
 from lorakit.models.blocks import Block, RMSNorm
 from lorakit.models.cache import Cache
@@ -33,7 +32,7 @@ from lorakit.models.config import ModelConfig
 from lorakit.models.head import OutputHead
 from lorakit.models.recompute import run_recomputed
 from lorakit.models.source import Source
-from lorakit.models.views import AttentionView, attention_views
+from lorakit.models.views import AttentionView, PackedRow, attention_views
 
 
 class Decoder(nn.Module):
@@ -58,7 +57,6 @@ class Decoder(nn.Module):
             memory. Off by default.
         kept_layers: How many blocks, from the first on, keep gate and up of their MLP for backward,
             which otherwise computes them again. All do by default; a GPU may lack the memory.
-        float8_head: The weight of the head for the loss in training, in float8, or None.
         neftune_noise_alpha: A number a; in training, uniform noise up to a / sqrt(T H) is added to
             the embeddings (NEFTune, arXiv:2310.05914). None, the default: no noise.
         source: The files that the weights came from, or None.
@@ -73,7 +71,6 @@ class Decoder(nn.Module):
         self.gradient_checkpointing = self.offload_activations = False
         self.kept_layers = config.num_hidden_layers
         self.neftune_noise_alpha: float | None = None
-        self.float8_head: kernels.Float8Weight | None = None
         self.source: Source | None = None
         self.beginning = NoPrompt()  # the saved state of runs has this name
         self.model = Trunk(config)
@@ -126,6 +123,10 @@ class Decoder(nn.Module):
         x = self.embed(input_ids)
         if self.training and self.neftune_noise_alpha is not None:
             x = x + _neftune_noise(x, self.neftune_noise_alpha, cu_seqlens)
+        return self._through_blocks(x, views, cache)
+
+    def _through_blocks(self, x: Tensor, views: list[AttentionView], cache: Cache | None) -> Tensor:
+        """Return the final, normalized hidden states [B, T, H] of embeddings x [B, T, H]."""
         added: Tensor | None = None  # what the last block adds to x; the next norm reads both
         for block, view in zip(self.model.layers, views, strict=True):
             if view.recomputed:
@@ -149,6 +150,7 @@ class Decoder(nn.Module):
         attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         cache: Cache | None = None,
+        packed: PackedRow | None = None,
     ) -> list[AttentionView]:
         """Return, for each layer, what the positions of a call see in it."""
         recomputed = self.gradient_checkpointing and torch.is_grad_enabled()
@@ -158,6 +160,7 @@ class Decoder(nn.Module):
             attention_mask,
             cu_seqlens,
             cache,
+            packed=packed,
             recomputed=recomputed,
             kept_layers=self.kept_layers,
         )
@@ -167,14 +170,10 @@ class Decoder(nn.Module):
         return self._output_head().logits(hidden)
 
     def _output_head(self) -> OutputHead:
-        tied = self.lm_head is None
-        layer = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        float8 = self.float8_head if self.training else None
-        return OutputHead(layer, tied, self.config.final_logit_softcapping, float8)
-
-    def frozen_head(self) -> Tensor | kernels.Packed | None:
-        """Return the weight [V, H] of the head, unless it trains or the head computes more."""
-        return self._output_head().frozen_weight()
+        softcap = self.config.final_logit_softcapping
+        if self.lm_head is None:
+            return OutputHead(self.model.embed_tokens, tied=True, softcap=softcap)
+        return OutputHead(self.lm_head, tied=False, softcap=softcap)
 
     def loss(
         self,
@@ -216,6 +215,33 @@ class Decoder(nn.Module):
             label_smoothing=label_smoothing,
             z_loss=z_loss,
         )
+
+    def packed_loss(
+        self, row: PackedRow, *, label_smoothing: float = 0.0, z_loss: float = 0.0
+    ) -> Tensor:
+        """Return the `loss` of documents whose bounds and labels are tensors on the device.
+
+        No Python number depends on the documents, so that a CUDA graph of it takes others. Rotary
+        embeddings that depend on a length, learned prompts and NEFTune's noise are not for it.
+
+        Args:
+            row: The row. Labels of -100 do not count.
+            label_smoothing: See `kernels.cross_entropy`.
+            z_loss: See `kernels.cross_entropy`.
+
+        Returns:
+            The sum, fp32 [].
+        """
+        views = self.views(row.input_ids, packed=row)
+        hidden = self._through_blocks(self.embed(row.input_ids), views, None)
+        total, _ = self._output_head().loss(
+            hidden,
+            row.targets,
+            rows=row.label_rows,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+        )
+        return total
 
     def row_losses(
         self,

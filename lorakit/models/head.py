@@ -33,8 +33,6 @@ class OutputHead(NamedTuple):
     """Whether the layer is the embedding."""
     softcap: float | None
     """Soft cap c of the logits; None: they have none."""
-    float8: kernels.Float8Weight | None = None
-    """The weight for the products of `loss`, if they are to run in float8."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [..., V] of hidden states [..., H]."""
@@ -42,7 +40,13 @@ class OutputHead(NamedTuple):
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def loss(
-        self, hidden: Tensor, targets: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        *,
+        rows: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         """Return the summed cross-entropy, and how many targets counted.
 
@@ -51,7 +55,9 @@ class OutputHead(NamedTuple):
 
         Args:
             hidden: [B, T, H].
-            targets: int64 [B, T], the token that each position predicts, perhaps in host memory.
+            targets: int64 [B, T], the token that each position predicts, perhaps in host memory;
+                or [n], those of `rows`.
+            rows: The positions that the head takes; see `kernels.linear_cross_entropy`.
             label_smoothing: See `kernels.cross_entropy`.
             z_loss: See `kernels.cross_entropy`.
 
@@ -60,22 +66,23 @@ class OutputHead(NamedTuple):
         """
         found = self._bare_weight()
         if found is not None:
-            stored, update = found
-            weight = stored if self.float8 is None else self.float8
+            weight, update = found
             lora = None if update is None else (update.lora_A, update.lora_B, update.scaling)
             return kernels.linear_cross_entropy(
                 hidden,
                 weight,
                 targets,
+                rows=rows,
                 lora=lora,
                 softcap=self.softcap,
                 label_smoothing=label_smoothing,
                 z_loss=z_loss,
             )
         if isinstance(self.layer, AdaptedLayer) and self.layer.row_groups is not None:
-            logits, counted = kernels.labelled(self._before_softcap(hidden), targets)
+            logits = self._before_softcap(hidden)
+            logits, counted = kernels.labelled(logits, targets, rows=rows)
         else:
-            hidden, counted = kernels.labelled(hidden, targets)
+            hidden, counted = kernels.labelled(hidden, targets, rows=rows)
             logits = self._before_softcap(hidden)
         return kernels.cross_entropy(
             logits,
@@ -84,16 +91,6 @@ class OutputHead(NamedTuple):
             label_smoothing=label_smoothing,
             z_loss=z_loss,
         )
-
-    def frozen_weight(self) -> Tensor | kernels.Packed | None:
-        """Return the weight [V, H] that `loss` multiplies with, if it is frozen and nothing more.
-
-        A low-rank update of it does not count.
-        """
-        found = self._bare_weight()
-        if found is None or (isinstance(found[0], Tensor) and found[0].requires_grad):
-            return None
-        return found[0]
 
     def _before_softcap(self, hidden: Tensor) -> Tensor:
         if not self.tied:

@@ -104,8 +104,13 @@ def _to_host(x: Tensor) -> Tensor:
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Return the state of the host's generator and, for a GPU, of that device's."""
-    on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    """Return the state of the host's generator and, for a GPU, of that device's.
+
+    A CUDA graph cannot set the latter, and what is recorded draws nothing from it.
+    """
+    on_gpu = None
+    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        on_gpu = torch.cuda.get_rng_state(device)
     return torch.get_rng_state(), on_gpu
 
 

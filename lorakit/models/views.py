@@ -27,6 +27,21 @@ from lorakit.models.config import ModelConfig
 from lorakit.models.rope import rope_tables
 
 
+class PackedRow(NamedTuple):
+    """A packed row, as tensors on the device: what a CUDA graph finds there when it runs."""
+
+    input_ids: Tensor
+    """Tokens of the documents, one after the other: int64 [1, T]."""
+    positions: Tensor
+    """Position of each token in its document: int64 [T]."""
+    documents: kernels.Documents
+    """Documents of the row."""
+    label_rows: Tensor
+    """Places of the tokens that predict a label, and of any others: int64 [n], all different."""
+    targets: Tensor
+    """Token that each of them predicts, or -100: int64 [n]."""
+
+
 class AttentionView(NamedTuple):
     """What a layer needs to know about one call: what its positions see, and how it is run."""
 
@@ -51,10 +66,13 @@ def attention_views(
     cu_seqlens: Tensor | None,
     cache: Cache | None,
     *,
+    packed: PackedRow | None = None,
     recomputed: bool,
     kept_layers: int,
 ) -> list[AttentionView]:
     """Return the view of every layer, for input_ids int64 [B, T] in one of the three forms.
+
+    A packed row comes as cu_seqlens, or as `packed` where no frequency depends on a length.
 
     Raises:
         LorakitError: If cu_seqlens do not cut the row into documents, or come together with a mask
@@ -72,6 +90,8 @@ def attention_views(
         if config.by_length:
             own = torch.tensor(lengths, device=device)
             own = own.repeat_interleave(own, output_size=T)[None]
+    elif packed is not None:
+        lengths, positions = packed.documents, packed.positions
     else:
         positions = torch.arange(past, past + T, device=device)
     position_ids = positions[None]

@@ -96,7 +96,8 @@ def profile_training(
         model: A model with an adapter, as `train` takes it.
         tok: The model's tokenizer.
         data: A file of rows or an iterable of them, as `read_rows` takes it.
-        config: The settings of the run. Its max_steps, output_dir and eval_metrics do not count.
+        config: The settings of the run. Its max_steps, output_dir, eval_metrics and cuda_graph do
+            not count.
 
     Returns:
         The times of a step, by kind of work.
@@ -113,6 +114,7 @@ def profile_training(
                 max_steps=WARM_UP + STEPS,
                 output_dir=folder,
                 eval_metrics=[],  # nothing is evaluated
+                cuda_graph="off",  # whose kernels do not tell which op they are of
             )
             if train(model, tok, data, few, after_step=found).interrupted:
                 raise KeyboardInterrupt

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 from lorakit import kernels
 from lorakit.kernels.ops.attention import triton as document_attention
-from lorakit.kernels.ops.attention.documents import Documents, tiles_of
+from lorakit.kernels.ops.attention.documents import PADDING, Documents, PaddedDocuments, tiles_of
 from lorakit.kernels.ops.attention.triton import Tiling, Tilings
 from tests.kernels.test_attention import attention_in_double
 from tests.triton_budget import guarded, random, within_budget
@@ -146,6 +146,46 @@ def test_tiles(lengths, size, keys):
     )
     work = [end - first if keys else first - begin for first, begin, end in tiles]
     assert work == sorted(work, reverse=True)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_documents_of_a_row_that_is_refilled(window):
+    """They have the bits that they have without padding, in tables that stay where they are."""
+    padded = PaddedDocuments(PADDING + 72, 9)
+    with small_tiles(), on_triton():
+        for lengths in ([], [30, 10, 60], [70, 1, 1, 50], [PADDING + 72]):
+            padded.refill(lengths)
+            tables = list(padded._tables.values())
+            rows = [random(i, 1, padded.tokens, 2, 16).requires_grad_() for i in range(3)]
+            n, dy = sum(lengths), random(4, 1, padded.tokens, 2, 16)
+            y = kernels.attention(*rows, window=window, lengths=padded)
+            found = [y, *torch.autograd.grad(y, rows, dy)]
+            assert all(x.isfinite().all() for x in found)
+            if lengths:
+                alone = [x.detach()[:, :n].requires_grad_() for x in rows]
+                y = kernels.attention(*alone, window=window, lengths=lengths)
+                expected = [y, *torch.autograd.grad(y, alone, dy[:, :n])]
+                assert all(torch.equal(a[:, :n], b) for a, b in zip(found, expected, strict=True))
+            assert tables == [] or list(padded._tables.values()) == tables
+
+
+@given(st.lists(st.lists(st.integers(1, 300), min_size=1, max_size=9), min_size=1, max_size=4))
+def test_the_shortest_row_that_holds_all_documents(rows):
+    """Its tables have room for the tiles of each, and padding fills it in small documents."""
+    documents = PaddedDocuments.for_rows(rows)
+    longest = max(map(sum, rows))
+    assert documents.tokens % PADDING == 0
+    assert longest <= documents.tokens < longest + PADDING
+    for lengths in rows:
+        documents.refill(lengths)
+        assert documents.lengths[: len(lengths)] == tuple(lengths)
+        assert sum(documents) == documents.tokens
+        assert max(documents.lengths[len(lengths) :], default=0) <= PADDING
+        for size in (16, 128):
+            table = documents.tiles(size, torch.device("cpu"))
+            tiles = tiles_of(documents, size, False)
+            assert table[: len(tiles)].tolist() == [list(tile) for tile in tiles]
+            assert not table[len(tiles) :].any()
 
 
 def test_a_table_is_made_once():

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lorakit import kernels
 from lorakit.kernels import LoraWeights, dispatch
+from lorakit.kernels.ops.dropout import seeded_dropout
 from lorakit.kernels.ops.frozen_linear.dense import weight_panels
 from lorakit.kernels.ops.swiglu import Activation
 
@@ -180,6 +181,25 @@ def test_dropout_of_an_input_that_is_not_row_major(shape):
     torch.manual_seed(3)
     y = kernels.lora_linear(x, each)
     same([y], [spelled_out(x, each, mask.view(x.shape))], [x, *leaves(each)])
+
+
+def test_dropout_by_a_counter():
+    """The mask follows from the generator's number and the counter, in backward too."""
+    counter = torch.zeros((), dtype=torch.int64)
+    each = layer(7, 5, dropout=0.4, counter=counter)
+    x = torch.randn(50, 7, dtype=torch.float64, requires_grad=True)
+    found = []
+    for number in (0, 1, 0):
+        counter.fill_(number)
+        torch.manual_seed(3)
+        seed = int(torch.randint(2**62, ()))
+        mask = seeded_dropout(torch.ones_like(x), 0.4, seed, counter)
+        torch.manual_seed(3)
+        y = kernels.lora_linear(x, each)
+        same([y], [spelled_out(x, each, mask)], [x, *leaves(each)])
+        found.append(y)
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[1])
 
 
 def test_dropout_of_an_mlp():

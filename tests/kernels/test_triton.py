@@ -362,10 +362,11 @@ def test_cross_entropy_writes_its_gradient_and_nothing_else():
 @settings(max_examples=12)
 @given(
     st.integers(1, 9), st.integers(2, 400), st.sampled_from([None, 5.0]), st.booleans(),
-    st.booleans(), st.sampled_from([0.0, 0.1]), st.sampled_from([0.0, 1e-3]), dtypes, seeds,
+    st.booleans(), st.booleans(), st.sampled_from([0.0, 0.1]), st.sampled_from([0.0, 1e-3]),
+    dtypes, seeds,
 )  # fmt: skip
 def test_linear_cross_entropy(
-    rows, vocabulary, cap, packed, adapted, smoothing, z_loss, dtype, seed
+    rows, vocabulary, cap, packed, adapted, chosen, smoothing, z_loss, dtype, seed
 ):
     labels = some_labels(rows, vocabulary, seed)
     hidden, head = random(seed, rows, 64).to(dtype), random(seed + 1, vocabulary, 64).to(dtype)
@@ -383,8 +384,11 @@ def test_linear_cross_entropy(
 
     def f(*inputs):
         hidden, weight, lora = taken(inputs)
+        # all rows in another order, and those without a label do nothing
+        order = torch.arange(rows, device=DEVICE).flip(0) if chosen else None
         return kernels.linear_cross_entropy(
-            hidden, q if packed else weight, labels, lora=lora, softcap=cap,
+            hidden, q if packed else weight, labels.flip(0) if chosen else labels, rows=order,
+            lora=lora, softcap=cap,
             label_smoothing=smoothing, z_loss=z_loss,
         )[0]  # fmt: skip
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 import lorakit as lk
 from lorakit.adapters.layers.lora import lora_layers
+from lorakit.models.views import PackedRow
 from tests.models.variants import load, variants
 
 IDS = torch.arange(36).view(3, 12) * 5 % 300
@@ -59,6 +60,38 @@ def test_packed_loss_and_gradients_are_the_sum_over_documents(tmp_path, family, 
             assert grads[name] is None, name
         else:
             assert (grads[name] - truth).abs().max() <= 1e-4 * truth.abs().max(), name
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_a_packed_row_on_the_device(model, dropped):
+    """Its loss and gradients are those of cu_seqlens, whatever padding lies behind."""
+    lengths = [4, 15, 9]
+    labels = IDS.view(1, -1)[:, :28].clone()
+    labels[:, 5:9] = -100
+    model.train()
+    if dropped:  # a head that is called
+        model.lm_head.register_forward_hook(lambda module, args, y: None)
+    loss, _ = model.loss(
+        labels.clamp(min=0), labels, cu_seqlens=torch.tensor([0, 4, 19, 28]), z_loss=1e-3
+    )
+    loss.backward()
+    expected = [p.grad for p in model.parameters() if p.requires_grad]
+    model.zero_grad(set_to_none=True)
+    documents = lk.kernels.PaddedDocuments(40, 4)
+    documents.refill(lengths)
+    ids = F.pad(labels.clamp(min=0), (0, 12))
+    targets = F.pad(labels[0, 1:], (0, 13), value=-100)
+    targets[torch.tensor(lengths).cumsum(0) - 1] = -100
+    rows = torch.tensor([row for row in range(39, -1, -1) if row not in (5, 33)])
+    positions = torch.cat([torch.arange(n) for n in documents])
+    row = PackedRow(ids, positions, documents, rows, targets[rows])
+    same = model.packed_loss(row, z_loss=1e-3)
+    same.backward()
+    found = [p.grad for p in model.parameters() if p.requires_grad]
+    # the same sums in fp32 in another order
+    assert abs(same - loss) <= 1e-6 * loss
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
 
 def test_checkpointing_and_offloading_leave_gradients_unchanged(model):

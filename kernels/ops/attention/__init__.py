@@ -57,7 +57,8 @@ def attention(
         window: how many positions a query may look back, its own included. It counts where T == S
             and there is no mask.
         lengths: the tokens of each document packed along T == S, B == 1. Each is causal by itself;
-            a mask is ignored then. As `Documents` they keep what the layers of a model share.
+            a mask is ignored then. As `Documents` they keep what the layers of a model share, as
+            `PaddedDocuments` where a CUDA graph finds it.
 
     Returns:
         The weighted sums of the values, [B, T, Hq, D] in q's dtype.

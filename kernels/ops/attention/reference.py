@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ... import dispatch
+from .documents import PaddedDocuments
 
 CHUNK = 512  # query rows whose scores exist at a time
 
@@ -25,6 +26,8 @@ def attention(
     """Attend with q [B, T, Hq, D] to k and v [B, S, Hk, D], document by document: [B, T, Hq, D]."""
     dtype, wide = q.dtype, dispatch.product_dtype(q)
     q, k, v = q.to(wide), k.to(wide), v.to(wide)
+    if isinstance(lengths, PaddedDocuments):
+        mask = _mask_from(lengths.starts(q.device), window)
     if mask is not None:
         return _attend(q, k, v, mask, scale, softcap).to(dtype)
     lengths = [q.shape[1]] if lengths is None else list(lengths)
@@ -41,6 +44,14 @@ def _window_mask(q: Tensor, window: int | None) -> Tensor | None:
     if window is None or window >= T:
         return None
     return torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+
+
+def _mask_from(starts: Tensor, window: int | None) -> Tensor:
+    """Return the mask of documents that begin at `starts` [T], for each token: bool [T, T]."""
+    keys = torch.arange(len(starts), device=starts.device)
+    rows = keys[:, None]
+    seen = (keys <= rows) & (keys >= starts[:, None])
+    return seen if window is None else seen & (keys > rows - window)
 
 
 def _attend(

@@ -388,7 +388,7 @@ def attention(
     if lengths is None:
         lengths = equal_documents(B, T)
     documents = lengths if isinstance(lengths, Documents) else Documents(lengths)
-    if window is not None and window >= max(documents):
+    if window is not None and window >= documents.longest:
         window = None
     options = documents, D**-0.5 if scale is None else scale, softcap, window
     return DocumentAttention.apply(*(_flat(x) for x in (q, k, v)), *options).view(q.shape)

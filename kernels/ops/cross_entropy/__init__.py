@@ -35,7 +35,6 @@ from torch import Tensor
 
 from ... import dispatch
 from ...autograd import once_differentiable
-from ..float8 import Float8Weight
 from ..frozen_linear.dense import Packed
 from . import cpu, reference
 from .linear import Form, LinearCrossEntropy
@@ -101,9 +100,10 @@ class CrossEntropy(torch.autograd.Function):
 
 def linear_cross_entropy(
     hidden: Tensor,
-    weight: Tensor | Packed | Float8Weight,
+    weight: Tensor | Packed,
     labels: Tensor,
     *,
+    rows: Tensor | None = None,
     lora: tuple[Tensor, Tensor, float] | None = None,
     softcap: float | None = None,
     label_smoothing: float = 0.0,
@@ -116,9 +116,12 @@ def linear_cross_entropy(
 
     Args:
         hidden: [..., H], any floating-point dtype; kernels run for fp32, bf16 and fp16.
-        weight: the head [V, H], dense, packed or in float8, which takes hidden states in bf16.
+        weight: the head [V, H], dense or packed.
         labels: int64 [...]. Rows whose label is `ignore_index` are left out before the product. The
             labels may lie in host memory, so that the host need not wait for a GPU to count them.
+        rows: int64 [n], all different, the rows of hidden that have a label. Then labels [n] are
+            theirs, no row is left out, and a label of `ignore_index` does nothing: all shapes are
+            known beforehand. None looks at the labels.
         lora: A [r, H], B [V, r] and s of a head weight + s B A; None for the head alone.
         softcap: as in `cross_entropy`.
         label_smoothing: as in `cross_entropy`.
@@ -131,19 +134,21 @@ def linear_cross_entropy(
 
     Raises:
         IndexError: as in `cross_entropy`.
-        ValueError: the head is without its mean row, and there is a soft cap or a z-loss.
     """
-    picked, chosen = labelled(hidden, labels, ignore_index)
+    picked, chosen = labelled(hidden, labels, ignore_index, rows)
     lora_A, lora_B, scaling = (None, None, 0.0) if lora is None else lora
-    head: tuple[Tensor | Packed | Float8Weight | None, ...] = weight, lora_A, lora_B
+    head: tuple[Tensor | Packed | None, ...] = weight, lora_A, lora_B
     if not torch.is_grad_enabled():  # no gradient while the logits are at hand, then
         head = tuple(t.detach() if isinstance(t, Tensor) else t for t in head)
-    form = Form(softcap, label_smoothing, z_loss)
-    total = LinearCrossEntropy.apply(picked, *head, scaling, chosen, form, _backend(picked))
+    form, backend = Form(softcap, label_smoothing, z_loss), _backend(picked)
+    options = form, backend, ignore_index
+    total = LinearCrossEntropy.apply(picked, *head, scaling, chosen, *options)
     return total, (labels != ignore_index).sum()
 
 
-def labelled(hidden: Tensor, labels: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+def labelled(
+    hidden: Tensor, labels: Tensor, ignore_index: int = -100, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Pick the hidden states that have a label, and the labels.
 
     Nothing waits for a GPU if the labels lie in host memory.
@@ -152,13 +157,16 @@ def labelled(hidden: Tensor, labels: Tensor, ignore_index: int = -100) -> tuple[
         hidden: [..., H].
         labels: int64 [...], where `hidden` lies or in host memory.
         ignore_index: the label that does not count.
+        rows: as in `linear_cross_entropy`.
 
     Returns:
         The n hidden states [n, H] and labels int64 [n], both where `hidden` lies.
     """
     flat = labels.reshape(-1)
-    rows = (flat != ignore_index).nonzero()[:, 0]
-    rows, chosen = (dispatch.sent(t, hidden.device) for t in (rows, flat[rows]))
+    if rows is None:
+        rows = (flat != ignore_index).nonzero()[:, 0]
+        flat = flat[rows]
+    rows, chosen = (dispatch.sent(t, hidden.device) for t in (rows, flat))
     return hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows), chosen
 
 

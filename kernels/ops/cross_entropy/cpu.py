@@ -11,8 +11,6 @@ from ..frozen_linear.dense import Packed, panels
 from ..products import Sum, Term, dense_rows, sums_of_products
 from .linear import Form, by_sums, is_ready
 
-NONE_IGNORED = -(2**62)  # no label
-
 
 class LogitRows(ctypes.Structure):
     """`LogitRows` of cpu.cpp: the arguments of `cross_entropy`, in both directions."""
@@ -83,13 +81,16 @@ def logits(h: Tensor, head: Tensor | Packed) -> Tensor:
     return out
 
 
-def loss_and_gradient(logits: Tensor, labels: Tensor, form: Form, need: bool) -> Tensor:
+def loss_and_gradient(
+    logits: Tensor, labels: Tensor, form: Form, need: bool, ignored: int
+) -> Tensor:
     """Return the summed loss [] of logits [n, V] and labels int64 [n].
 
-    If their gradients are needed, these are written over the logits.
+    If their gradients are needed, these are written over the logits. A label `ignored` counts for
+    nothing.
     """
-    _check(labels, logits.shape[1], NONE_IGNORED)
+    _check(labels, logits.shape[1], ignored)
     loss, lse = torch.empty((2, len(labels)), dtype=torch.float32).unbind()
     found = logits if need else None
-    _run(logits, labels, loss, lse, found, torch.ones(()), form, NONE_IGNORED)
+    _run(logits, labels, loss, lse, found, torch.ones(()), form, ignored)
     return loss.sum()

@@ -14,7 +14,6 @@ from torch import Tensor
 from ... import dispatch
 from ...autograd import once_differentiable
 from .. import products
-from ..float8 import Float8Weight, product_back
 from ..frozen_linear.dense import Packed, panels
 from ..products import Sum, Term
 
@@ -44,23 +43,18 @@ def _chunk_rows(rows: int, vocabulary: int, hidden: Tensor) -> int:
     return rows - rows % TILE if rows > TILE else rows
 
 
-Head = Tensor | Packed | Float8Weight
-
-
-def is_ready(head: Head, dtype: torch.dtype) -> TypeGuard[Tensor]:
+def is_ready(head: Tensor | Packed, dtype: torch.dtype) -> TypeGuard[Tensor]:
     """Return whether products in `dtype` can take the head as it is."""
     return isinstance(head, Tensor) and head.dtype == dtype
 
 
-def by_sums(head: Head, h: Tensor) -> TypeGuard[Tensor]:
+def by_sums(head: Tensor | Packed, h: Tensor) -> TypeGuard[Tensor]:
     """Return whether the products of h with the head, a dense one, are those of `products`."""
     return isinstance(head, Tensor) and products.available(h) and products.takes(head)
 
 
-def _grad_hidden(grad: Tensor, head: Head, dtype: torch.dtype) -> Tensor:
+def _grad_hidden(grad: Tensor, head: Tensor | Packed, dtype: torch.dtype) -> Tensor:
     """Return grad [n, V] @ head [V, H]: [n, H]."""
-    if isinstance(head, Float8Weight):
-        return product_back([grad], [head])
     if by_sums(head, grad):
         part = grad.new_empty(len(grad), head.shape[1], dtype=torch.float32)
         total = torch.zeros_like(part)
@@ -78,18 +72,19 @@ def _grad_hidden(grad: Tensor, head: Head, dtype: torch.dtype) -> Tensor:
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Map hidden [N, H], a head [V, H] and labels [N], all of them words, to the summed loss [].
+    """Map hidden [N, H], a head [V, H] and labels [N] to the summed loss [].
 
-    The head is `weight`, dense, packed or in float8; with lora_A [r, H] and lora_B [V, r] it is
+    A label is a word, or `ignored`.
+
+    The head is `weight`, dense or packed; with lora_A [r, H] and lora_B [V, r] it is
     weight + scaling B A.
     """
 
     @staticmethod
     def forward(
-        ctx, hidden, weight, lora_A, lora_B, scaling, labels, form: Form, backend: ModuleType
-    ):
-        if isinstance(weight, Float8Weight) and weight.centred and (form.softcap or form.z_loss):
-            raise ValueError("a soft cap and a z-loss see the mean row that the head is without")
+        ctx, hidden, weight, lora_A, lora_B, scaling, labels, form: Form, backend: ModuleType,
+        ignored: int,
+    ):  # fmt: skip
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, lora_A, lora_B)]
         need_hidden, _, need_A, _ = need = ctx.needs_input_grad[:4]
         hidden = hidden.to(dispatch.product_dtype(hidden))
@@ -111,7 +106,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             if adapted:
                 low = h @ A.t()  # [n, H] @ [H, r]
                 logits.addmm_(low.to(logits.dtype), sB.t().to(logits.dtype))
-            part = backend.loss_and_gradient(logits[:n], y, form, any(need))
+            part = backend.loss_and_gradient(logits[:n], y, form, any(need), ignored)
             total = part if total is None else total + part
             grad = logits  # which they have become; the filling has none
             if filling:
@@ -139,4 +134,4 @@ class LinearCrossEntropy(torch.autograd.Function):
             None if g is None else (g.float() * grad).to(dtype)  # grad is one over the labels: fp32
             for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return *scaled, None, None, None, None
+        return *scaled, *(None,) * 5

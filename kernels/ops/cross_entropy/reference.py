@@ -4,9 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..float8 import Float8Weight, product, scaled_rows
-from ..frozen_linear.dense import panels
-from .linear import Form, Head, is_ready
+from ..frozen_linear.dense import Packed, panels
+from .linear import Form, is_ready
 
 
 def cross_entropy(
@@ -29,10 +28,8 @@ def cross_entropy(
     return total, counted.sum()
 
 
-def logits(h: Tensor, head: Head) -> Tensor:
+def logits(h: Tensor, head: Tensor | Packed) -> Tensor:
     """Return h [n, H] times the transpose of the head [V, H]: fp32 [n, V]."""
-    if isinstance(head, Float8Weight):
-        return product(scaled_rows([h], [None]), head).float()
     if is_ready(head, h.dtype):
         return F.linear(h, head).float()
     out = h.new_empty(len(h), head.shape[0], dtype=torch.float32)
@@ -41,21 +38,26 @@ def logits(h: Tensor, head: Head) -> Tensor:
     return out
 
 
-def loss_and_gradient(logits: Tensor, labels: Tensor, form: Form, need: bool) -> Tensor:
+def loss_and_gradient(
+    logits: Tensor, labels: Tensor, form: Form, need: bool, ignored: int
+) -> Tensor:
     """Return the summed loss [] of logits fp32 [n, V], which are given up, and labels int64 [n].
 
-    If their gradients are needed, these are written over the logits.
+    If their gradients are needed, these are written over the logits. A label `ignored` counts for
+    nothing.
     """
-    (cap, smoothing, z_loss), y, slope = form, labels[:, None], None
+    (cap, smoothing, z_loss), slope = form, None
+    out = labels[:, None] == ignored
+    y = labels[:, None].masked_fill(out, 0)
     if cap is not None:
         logits = logits.div_(cap).tanh_().mul_(cap)
         slope = 1 - (logits / cap).square_() if need else None
     lse = logits.logsumexp(-1, keepdim=True)
-    loss = (lse - (1 - smoothing) * logits.gather(-1, y)).sum()
+    loss = (lse - (1 - smoothing) * logits.gather(-1, y)).masked_fill(out, 0).sum()
     if smoothing:
-        loss -= smoothing * logits.mean(-1).sum()
+        loss -= smoothing * logits.mean(-1, keepdim=True).masked_fill(out, 0).sum()
     if z_loss:
-        loss += z_loss * lse.square().sum()
+        loss += z_loss * lse.square().masked_fill(out, 0).sum()
     if not need:
         return loss
     grad = logits.sub_(lse).exp_()  # softmax
@@ -66,4 +68,5 @@ def loss_and_gradient(logits: Tensor, labels: Tensor, form: Form, need: bool) ->
         grad -= smoothing / logits.shape[-1]
     if slope is not None:
         grad *= slope
+    grad.masked_fill_(out, 0)
     return loss

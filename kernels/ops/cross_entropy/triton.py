@@ -21,12 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import dispatch
-from ..float8 import Float8Weight, product, scaled_rows
-from ..frozen_linear.dense import panels
-from .linear import Form, Head, is_ready
+from ..frozen_linear.dense import Packed, panels
+from .linear import Form, is_ready
 
 BLOCK, THREADS = 4096, 256
-NONE_IGNORED = -(2**62)  # no label
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -164,13 +162,11 @@ def gradient(
     return out
 
 
-def logits(h: Tensor, head: Head) -> Tensor:
+def logits(h: Tensor, head: Tensor | Packed) -> Tensor:
     """Return h [n, H] times the transpose of the head [V, H]: [n, V] in h's dtype.
 
     The rows of the result lie a multiple of 16 values apart.
     """
-    if isinstance(head, Float8Weight):  # which has a multiple of 16 words
-        return product(scaled_rows([h], [None]), head)
     out = _padded_rows(len(h), head.shape[0], h.dtype, h.device)
     whole = [(slice(None), head)] if is_ready(head, h.dtype) else panels(head, h.dtype)
     for words, panel in whole:
@@ -184,12 +180,15 @@ def _one(device: torch.device) -> Tensor:
         return torch.ones((), device=device)
 
 
-def loss_and_gradient(logits: Tensor, labels: Tensor, form: Form, need: bool) -> Tensor:
+def loss_and_gradient(
+    logits: Tensor, labels: Tensor, form: Form, need: bool, ignored: int
+) -> Tensor:
     """Return the summed loss [] of logits [n, V] and labels int64 [n].
 
-    If their gradients are needed, these are written over the logits.
+    If their gradients are needed, these are written over the logits. A label `ignored` counts for
+    nothing.
     """
-    loss, lse = loss_and_lse(logits, labels, form, NONE_IGNORED)
+    loss, lse = loss_and_lse(logits, labels, form, ignored)
     if need:
-        gradient(logits, labels, lse, _one(logits.device), form, NONE_IGNORED, logits)
+        gradient(logits, labels, lse, _one(logits.device), form, ignored, logits)
     return loss.sum()

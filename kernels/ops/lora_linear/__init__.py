@@ -59,7 +59,7 @@ from torch import Tensor
 from ... import dispatch
 from ...autograd import once_differentiable, without_autocast
 from .. import swiglu
-from . import cpu, float8, reference
+from . import cpu, reference
 from .tensors import TENSORS, Dropout, FrozenLinearMap, LoraTensors, Static
 
 Again = tuple[Callable[[Tensor], Tensor], Tensor] | None
@@ -77,6 +77,8 @@ class LoraWeights:
         dropout: the share of x that the update does not read in this pass.
         magnitude: m [N], DoRA's length of every row of the weight (arXiv:2402.09353), or None.
         bias: [N], in place of the base's; None takes the base's.
+        counter: int64 [] on the device, which the masks of dropout depend on too: a CUDA graph
+            draws others when it has changed. None: on the generator alone.
     """
 
     base: FrozenLinearMap
@@ -86,6 +88,7 @@ class LoraWeights:
     dropout: float = 0.0
     magnitude: Tensor | None = None
     bias: Tensor | None = None
+    counter: Tensor | None = None
 
 
 def lora_linear(x: Tensor, layer: LoraWeights) -> Tensor:
@@ -188,7 +191,7 @@ def _static(layers: Sequence[LoraWeights]) -> tuple[Static, Dropout]:
             raise ValueError("layers that share an input must have the same dropout")
     # drawn from the generator in host memory: nothing waits for the device
     seed = int(torch.randint(2**62, (), device="cpu")) if rate else 0
-    return [(layer.base, layer.scaling) for layer in layers], Dropout(rate, seed)
+    return [(layer.base, layer.scaling) for layer in layers], Dropout(rate, seed, layers[0].counter)
 
 
 def _tensors(layers: Sequence[LoraWeights]) -> list[Tensor | None]:
@@ -207,9 +210,7 @@ def _group(
     found = cpu.group(x, static, drop, tensors)
     if found is not None:
         return found
-    dtype = dispatch.product_dtype(x)
-    kind = float8.Float8Group if float8.takes(static, dtype) else reference.Group
-    return kind(static, drop, tensors, dtype)
+    return reference.Group(static, drop, tensors, dispatch.product_dtype(x))
 
 
 def _keep(ctx, x: Tensor, again: Again, *tensors: Tensor | None) -> None:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..float8 import Float8Weight
+from ..dropout import seeded_dropout
 from ..frozen_linear.dense import Packed
 
 TENSORS = 4  # of a layer: the fields of LoraTensors
@@ -19,7 +19,7 @@ class FrozenLinearMap(Protocol):
         """Return x [M, K] W^T + bias, [M, N]."""
 
     @property
-    def stored(self) -> Tensor | Packed | Float8Weight:
+    def stored(self) -> Tensor | Packed:
         """W [N, K], as it is stored."""
 
     @property
@@ -45,10 +45,11 @@ def by_layer(tensors: Sequence[Any]) -> list[LoraTensors]:
 
 
 class Dropout(NamedTuple):
-    """A mask that can be drawn again."""
+    """A mask that can be drawn again: from `seed`, or from seed and `counter` on the device."""
 
     rate: float
     seed: int
+    counter: Tensor | None = None  # int64 []
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return d(x): x with the share `rate` of it zero, and the rest over 1 - rate."""
@@ -56,6 +57,8 @@ class Dropout(NamedTuple):
             return x
         if self.rate == 1:
             return torch.zeros_like(x)
+        if self.counter is not None:
+            return seeded_dropout(x, self.rate, self.seed, self.counter)
         generator = torch.Generator(x.device).manual_seed(self.seed)
         # row-major whatever the strides of x are: backward draws it again for another tensor
         mask = torch.empty_like(x, memory_format=torch.contiguous_format)

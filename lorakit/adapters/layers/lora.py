@@ -62,6 +62,7 @@ class LowRankPart(Part):
     def __init__(self, config: Any, r: int, scaling: float, dropout: float):
         super().__init__(config)
         self.r, self.scaling, self.dropout = r, scaling, dropout
+        self.counter: Tensor | None = None  # of dropout's masks, in a step that is a CUDA graph
         self.lora_bias = self.magnitude = self.bias = None
         self.register_buffer("start_A", None)
         self.register_buffer("start_B", None)
@@ -149,12 +150,7 @@ LowRankT = TypeVar("LowRankT", bound=LowRankPart)
 
 
 class LowRankLinear(AttachedLinear[LowRankT]):
-    """A linear layer with a low-rank update: base(x) + scaling * B A dropout(x).
-
-    `float8` is the base as it computes in training, where a run wants that (training/float8.py).
-    """
-
-    float8: kernels.Float8Linear | None = None
+    """A linear layer with a low-rank update: base(x) + scaling * B A dropout(x)."""
 
     def low_rank_update(self) -> LoraWeights | None:
         return None if self.active is None else self.weights_of(self.active)
@@ -165,14 +161,14 @@ class LowRankLinear(AttachedLinear[LowRankT]):
 
     def weights_of(self, part: LowRankT) -> LoraWeights:
         """Return base and update as the kernels take them."""
-        A, B = part.pair()
-        base = self.float8 if self.float8 is not None and self.training else self.base
+        (A, B), base = part.pair(), self.base
         bias = base.bias if part.bias is None else part.bias
         if part.lora_bias is not None:
             more = part.scaling * part.lora_bias
             bias = more if bias is None else bias + more
         dropout = part.dropout if self.training else 0.0
-        return LoraWeights(base, A, B, part.scaling, dropout, part.magnitude, bias)
+        magnitude, counter = part.magnitude, part.counter
+        return LoraWeights(base, A, B, part.scaling, dropout, magnitude, bias, counter)
 
     def forward(self, x: Tensor) -> Tensor:
         part = self.active
@@ -271,8 +267,9 @@ class LoraLinear(LowRankLinear[LoraPart], LoraLayer):
             self.short_path = (part, base.linear)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.short_path is not None and x.numel() <= _FEW and self.float8 is None:
-            return self._compute_few(*self.short_path, x)
+        short = self.short_path
+        if short is not None and x.numel() <= _FEW and short[0].counter is None:
+            return self._compute_few(*short, x)
         return super().forward(x)
 
     def _compute_few(self, part: LoraPart, linear: nn.Linear, x: Tensor) -> Tensor:

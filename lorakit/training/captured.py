@@ -1,0 +1,323 @@
+"""An optimizer step of packed rows as a CUDA graph: recorded once, then launched as a whole.
+
+The first step runs op by op, which compiles what is compiled on first use. From the second on, each
+kind of micro-batch is recorded when it first comes, and replayed from then on. A kind is
+
+    rows     how many hidden states the head takes: T/4, T/2, 3T/4 or T
+    first    whether its gradients are written to memory, or added to those that are there
+    last     whether the optimizer's step follows
+
+A graph holds addresses and numbers. So what differs from step to step lies in tensors that stay
+(`PackedInputs`), and is copied there before a replay, without a wait. A row has T tokens whatever
+its documents are: the rest is padding in documents of its own, which no label and so no gradient
+comes from. Label rows beyond the labels have targets of -100. The masks of dropout are a function
+of the micro-batch's number (kernels/ops/dropout). The gradients have memory of their own.
+
+The graphs share one pool of memory, since they never run at the same time. It holds the activations
+of a step from then on, which is why `free` gives it back before an evaluation.
+
+A step that is not recorded computes the same bits by the same code. So a run goes on in this way if
+a recording fails.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from lorakit import kernels
+from lorakit.adapters.layers.lora import LowRankLinear
+from lorakit.adapters.layers.wrapper import Attached
+from lorakit.config.training import OPTIMIZERS, TrainConfig
+from lorakit.data.batching import Order
+from lorakit.data.encode import IGNORE, Example, PairExample
+from lorakit.models.blocks import MoE
+from lorakit.models.decoder import Decoder
+from lorakit.models.hooks import has_hooks, has_own_forward
+from lorakit.models.views import PackedRow
+
+Function = Callable[[], Tensor | None]
+
+
+class Kind(NamedTuple):
+    """What a graph was recorded for; see the module."""
+
+    rows: int
+    first: bool
+    last: bool
+
+
+class Recording(NamedTuple):
+    """A function that was recorded, and what it returned, which each replay writes again."""
+
+    replay: Callable[[], None]
+    result: Tensor | None
+
+
+class Recorder(Protocol):
+    """Records what a function launches."""
+
+    def run(self, function: Function) -> Tensor | None:
+        """Return what the function returns, run as it will be recorded."""
+
+    def record(self, function: Function) -> Recording:
+        """Record what the function launches; nothing of it runs."""
+
+
+class CudaGraphs:
+    """The recorder of a GPU: CUDA graphs that share their memory."""
+
+    def __init__(self, device: torch.device):
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def run(self, function: Function) -> Tensor | None:
+        """Run the function on the stream that records."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            result = function()
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return result
+
+    def record(self, function: Function) -> Recording:
+        """Record the function. Raises RuntimeError if a graph cannot hold it."""
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: other threads, such as one that pins memory, go on meanwhile
+        mode = "thread_local"
+        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode=mode):
+            result = function()
+        return Recording(graph.replay, result)
+
+
+class HostRow(NamedTuple):
+    """A micro-batch in host memory, where a copy to the device need not wait."""
+
+    memory: Tensor
+    lengths: list[int]  # of its documents
+    rows: int  # hidden states that the head takes
+
+
+class PackedInputs:
+    """The tensors of a packed row on the device, which every micro-batch fills."""
+
+    def __init__(self, documents: kernels.PaddedDocuments, device: torch.device):
+        self.documents, self.tokens, self.device = documents, documents.tokens, device
+        self.memory = self._empty(device)
+        self.ids, self.positions, self.label_rows, self.targets, numbers = self._parts(self.memory)
+        self.count, self.number = numbers.unbind()
+
+    def row(self, rows: int) -> PackedRow:
+        """Return the row, whose head takes so many hidden states."""
+        labels = self.label_rows[:rows], self.targets[:rows]
+        return PackedRow(self.ids[None], self.positions, self.documents, *labels)
+
+    def prepare(self, examples: Sequence[Example], count: int, number: int) -> HostRow:
+        """Return a micro-batch as it will lie in the tensors, in host memory.
+
+        Args:
+            examples: The documents of the row.
+            count: The label tokens of the whole step.
+            number: The number of the micro-batch in the run.
+        """
+        lengths = [len(example.input_ids) for example in examples]
+        memory = self._empty(torch.device("cpu"))
+        ids, positions, label_rows, targets, numbers = self._parts(memory)
+        ids.zero_()
+        found = torch.tensor([token for each in examples for token in each.input_ids])
+        ids[: len(found)] = found
+        torch.cat([torch.arange(n) for n in self.documents.filled(lengths)], out=positions)
+        next_tokens = torch.full_like(ids, IGNORE)
+        found = torch.tensor([label for e in examples for label in [*e.labels[1:], IGNORE]])
+        next_tokens[: len(found)] = found
+        # those with a label first: all are different, so that no two gradients meet in one place
+        label_rows.copy_((next_tokens == IGNORE).to(torch.uint8).argsort(stable=True))
+        targets.copy_(next_tokens[label_rows])
+        numbers.copy_(torch.tensor([count, number]))
+        labels, quarter = int((targets != IGNORE).sum()), self.tokens // 4
+        return HostRow(memory, lengths, max(1, -(-labels // quarter)) * quarter)
+
+    def write(self, row: HostRow) -> None:
+        """Write a micro-batch to the tensors; the host does not wait."""
+        self.documents.refill(row.lengths)
+        self.memory.copy_(row.memory, non_blocking=True)
+
+    def _empty(self, device: torch.device) -> Tensor:
+        """Return memory for all parts; on the host it is pinned, and free after the copy."""
+        pinned = device.type == "cpu" and self.device.type == "cuda"
+        size = 4 * self.tokens + 2
+        return torch.empty(size, dtype=torch.int64, device=device, pin_memory=pinned)
+
+    def _parts(self, memory: Tensor) -> tuple[Tensor, ...]:
+        return memory.split([self.tokens] * 4 + [2])
+
+
+class CapturedStep:
+    """Optimizer steps of packed rows, which are recorded and replayed.
+
+    `failed` says why nothing is recorded any more, if that is so.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        layers: Mapping[str, Attached],
+        order: Order,
+        config: TrainConfig,
+        update: Callable[[Tensor], Tensor],
+        recorder: Recorder,
+    ):
+        """Prepare the memory of the steps.
+
+        Args:
+            model: The model, in training mode.
+            layers: Its wrappers with a part of the adapter.
+            order: The packed rows of the run.
+            config: The settings of the run.
+            update: Takes the optimizer's step by the gradients that the parameters have. It is
+                given the summed loss of the step, fp32 [1], and returns what is told of the step,
+                on the device.
+            recorder: What records.
+        """
+        assert order.packs is not None
+        rows = [[order.lengths[i] for i in pack] for pack in order.packs]
+        documents = kernels.PaddedDocuments.for_rows(rows)
+        self.model, self.config, self.update, self.recorder = model, config, update, recorder
+        self.inputs = PackedInputs(documents, model.device)
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.grads = [torch.zeros_like(p) for p in self.params]
+        self.loss = torch.zeros(1, device=model.device)  # summed over the labels of the step
+        self.recordings: dict[Kind, Recording] = {}
+        self.warm = False
+        self.failed: str | None = None
+        for layer in layers.values():
+            if isinstance(layer, LowRankLinear) and layer.part.dropout:
+                layer.part.counter = self.inputs.number
+
+    def prepare(
+        self, step: int, micro_batches: Sequence[Sequence[Example | PairExample]], count: int
+    ) -> list[HostRow]:
+        """Return the micro-batches of step 1, 2, ..., which has `count` label tokens."""
+        first = (step - 1) * self.config.gradient_accumulation_steps
+        return [
+            self.inputs.prepare([row for each in batch for row in each.answers], count, first + i)
+            for i, batch in enumerate(micro_batches)
+        ]
+
+    def __call__(self, micro_batches: Sequence[HostRow]) -> Tensor:
+        """Take a step with these rows, and return what `update` returns.
+
+        The parameters' gradients are those of the step. What is returned is overwritten by later
+        steps.
+        """
+        told: Tensor | None = None
+        for i, row in enumerate(micro_batches):
+            self.inputs.write(row)
+            told = self._take(Kind(row.rows, i == 0, i == len(micro_batches) - 1))
+        self.warm = True
+        for p, grad in zip(self.params, self.grads, strict=True):
+            p.grad = grad
+        assert told is not None
+        return told
+
+    def free(self) -> None:
+        """Give the graphs' memory back; they are recorded again when steps follow."""
+        if self.recordings and self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        self.recordings.clear()
+
+    def _take(self, kind: Kind) -> Tensor | None:
+        """Compute the micro-batch that the inputs hold."""
+        if self.warm and self.failed is None and kind not in self.recordings:
+            try:
+                self.recordings[kind] = self.recorder.record(lambda: self._micro_batch(kind))
+            except RuntimeError as error:  # out of memory is one too
+                self.free()
+                self.failed = str(error).partition("\n")[0]
+        found = self.recordings.get(kind)
+        if found is None:
+            return self.recorder.run(lambda: self._micro_batch(kind))
+        found.replay()
+        return found.result
+
+    def _micro_batch(self, kind: Kind) -> Tensor | None:
+        """Compute loss and gradients, and after the last micro-batch of a step the update."""
+        config, inputs = self.config, self.inputs
+        with _drawing_from(config.seed):
+            loss = self.model.packed_loss(
+                inputs.row(kind.rows),
+                label_smoothing=config.label_smoothing_factor,
+                z_loss=config.z_loss,
+            )
+        mean, total = loss / inputs.count, loss.detach().view(1)
+        found = torch.autograd.grad(mean, self.params, allow_unused=not self.warm)
+        self._drop_unused(found)
+        grads = [grad for grad in found if grad is not None]
+        if kind.first:
+            torch._foreach_copy_(self.grads, grads)
+            self.loss.copy_(total)
+        else:
+            torch._foreach_add_(self.grads, grads)
+            self.loss.add_(total)
+        if not kind.last:
+            return None
+        for p, grad in zip(self.params, self.grads, strict=True):
+            p.grad = grad
+        return self.update(self.loss)
+
+    def _drop_unused(self, grads: Sequence[Tensor | None]) -> None:
+        """Leave out parameters that got no gradient, in the first step; a check of it names one."""
+        if any(grad is None for grad in grads):
+            used = [i for i, grad in enumerate(grads) if grad is not None]
+            self.params = [self.params[i] for i in used]
+            self.grads = [self.grads[i] for i in used]
+
+
+@contextmanager
+def _drawing_from(seed: int) -> Iterator[None]:
+    """Let the generator of host memory start from `seed`; afterwards it goes on as it was.
+
+    It gives each layer's dropout its number: the same one in every step, as a graph has it.
+    """
+    before = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the devices' too
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
+
+
+def why_eager(model: Decoder, layers: Mapping[str, Attached], config: TrainConfig) -> str | None:
+    """Return why the steps of a run cannot be CUDA graphs, or None if they can.
+
+    The sentence is for a run that packs rows on a GPU.
+    """
+    parts = [each.part for each in layers.values() if isinstance(each, LowRankLinear)]
+    drops = any(part.dropout for part in parts)
+    whole = all(each.base.frozen for each in layers.values() if isinstance(each, LowRankLinear))
+    heads, wide = model.config.head_dim, model.dtype == torch.float32
+    reasons = {
+        f"objective is {config.objective}": config.objective != "sft",
+        "activation_offloading is set": config.activation_offloading,
+        "neftune_noise_alpha is set": config.neftune_noise_alpha is not None,
+        f"optim is {config.optim}": OPTIMIZERS[config.optim][1],
+        "the model has experts": any(isinstance(each, MoE) for each in model.modules()),
+        "the rotary embedding depends on the length of a row": model.config.by_length,
+        "the adapter is a learned prompt": model.beginning.length > 0,
+        "a module has hooks or a forward of its own": any(
+            has_hooks(each) or has_own_forward(each) for each in model.modules()
+        ),
+        "dropout comes before a weight that is trained": drops and not whole,
+        "Triton's kernels are not what runs": not _runs_triton(model),
+        f"heads of {heads} in {model.dtype} are too wide": heads > (128 if wide else 512),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _runs_triton(model: Decoder) -> bool:
+    """Return whether Triton runs on the model's device, its products included (sm_80)."""
+    if not kernels.dispatch.triton_runs(model.model.norm.weight):
+        return False
+    compiled = kernels.dispatch.compiles_to()
+    return compiled == "amdgcn" or kernels.dispatch.capability(model.device) >= (8, 0)

@@ -1,0 +1,32 @@
+"""A training step as a CUDA graph: the bits of the step that runs op by op."""
+
+import pytest
+import torch
+
+from lorakit.kernels.ops.attention import documents
+from lorakit.training.captured import CudaGraphs
+from tests.training import test_captured as captured
+from tests.training.test_captured import Never, new_run, same, same_state, take
+
+
+@pytest.fixture(autouse=True)
+def _small_padding(monkeypatch):
+    monkeypatch.setattr(documents, "PADDING", 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("case", captured.CASES)
+def test_replayed_as_run(case, dtype, device):
+    """Eight steps of other documents, labels and rates, one of them not finite."""
+    if device.type == "cpu":
+        pytest.skip("no CUDA graphs without a GPU; tests/training/test_captured.py replays there")
+    options = {"dtype": dtype, "device": device, **captured.CASES[case]}
+    ours, theirs = (new_run(each, **options) for each in (CudaGraphs(device), Never()))
+    assert same(take(ours, 1, 8), take(theirs, 1, 8))
+    assert same_state(ours, theirs)
+    assert ours.step.failed is None
+    assert ours.step.recordings
+    before = torch.cuda.memory_reserved(device)
+    ours.step.free()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved(device) < before

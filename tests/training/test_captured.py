@@ -1,0 +1,298 @@
+"""A step of packed rows recorded once and replayed: the bits of the step that runs op by op.
+
+`Replays` stands for CUDA graphs here (tests/replay.py); tests/gpu/test_captured.py has the real
+ones. All else is the code that runs on a GPU.
+"""
+
+import copy
+import math
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import lorakit as lk
+from lorakit import kernels
+from lorakit.data.batching import Order
+from lorakit.data.encode import Example
+from lorakit.kernels.ops.attention import documents
+from lorakit.models.decoder import Decoder
+from lorakit.models.rope import RopeConfig
+from lorakit.training.captured import CapturedStep, Kind, why_eager
+from lorakit.training.device_step import DeviceStep, read
+from lorakit.training.run import trainable_layers
+from lorakit.training.step import backward
+from tests.replay import Replays
+
+VOCABULARY, BAD = 61, 3
+
+
+@pytest.fixture(autouse=True)
+def _small_padding(monkeypatch):
+    """Rows of a few dozen tokens, of which the longest padding is cut into several documents."""
+    monkeypatch.setattr(documents, "PADDING", 16)
+
+
+class Never:
+    """A recorder that fails, as one does for lack of memory."""
+
+    def run(self, function):
+        return function()
+
+    def record(self, function):
+        raise RuntimeError("CUDA out of memory\nand so on")
+
+
+class Rows(list):
+    """Examples, with the length of each, as a run has them."""
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(each.input_ids) for each in self]
+
+
+def some_rows(tokens: int, longest: int = 40) -> Rows:
+    """Rows of 3 tokens and more, of which most begin with a prompt that is not learned."""
+    generator = torch.Generator().manual_seed(3)
+
+    def below(n: int) -> int:
+        return int(torch.randint(n, (), generator=generator))
+
+    found = Rows()
+    while sum(found.lengths) < tokens:
+        ids = torch.randint(VOCABULARY, (3 + below(longest - 2),), generator=generator).tolist()
+        prompt = below(len(ids)) if below(3) else 0
+        found.append(Example(ids, [-100] * prompt + ids[prompt:]))
+    return found
+
+
+def adapted(dtype=torch.float32, layers=2, **lora) -> Decoder:
+    torch.manual_seed(0)
+    config = lk.ModelConfig("llama", VOCABULARY, 64, 96, layers, 4, 2, 16)
+    model = lk.quantize(Decoder(config).to(dtype).requires_grad_(False))
+    model = lk.attach(model, lk.LoraConfig(r=4, lora_alpha=8, **lora))
+    for name, p in model.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(p, std=0.02)
+    return model.train()
+
+
+def new_run(recorder, *, dtype=torch.float32, layers=2, budget=80, steps=8, lora=None, bits=32,
+            checkpointing=False, state=None, done=0, device="cpu", **options):  # fmt: skip
+    """A run up to its next step: a model, its optimizer, and its `CapturedStep`."""
+    model = adapted(dtype, layers, **(lora or {})).to(device)
+    model.gradient_checkpointing = checkpointing
+    config = lk.TrainConfig(
+        packing=True, per_device_train_batch_size=1, max_seq_length=budget, max_steps=steps,
+        max_grad_norm=0.3, **options,
+    )  # fmt: skip
+    rows = some_rows(steps * config.gradient_accumulation_steps * budget)
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = lk.optim.AdamW(params, weight_decay=0.1, state_bits=bits)
+    if state is not None:
+        with torch.no_grad():
+            for p, value in zip(params, state[0], strict=True):
+                p.copy_(value)
+        optimizer.load_state_dict(copy.deepcopy(state[1]))
+    rates = [[1e-2 * (0.5 + 0.5 * math.cos(i))] for i in range(done, steps)]
+    update = DeviceStep(optimizer, params, rates, config.max_grad_norm)
+    order = Order(rows, config)
+    step = CapturedStep(model, trainable_layers(model), order, config, update, recorder)
+    return SimpleNamespace(**locals())
+
+
+def prepared(run, i):
+    """The micro-batches of step i, and the number of its labels."""
+    batch = [[run.rows[row] for row in part] for part in run.order.step(i)]
+    labels = [label for part in batch for row in part for label in row.labels[1:]]
+    count = sum(label != -100 for label in labels)
+    return run.step.prepare(i, batch, count), count
+
+
+def take(run, first, last) -> list[torch.Tensor]:
+    """Take steps, one of which is not finite. Return what is told and the gradients of each."""
+    found = []
+    for i in range(first, last + 1):
+        if i == BAD:
+            run.model.model.norm.weight.data[0] = math.inf
+        found.append(run.step(prepared(run, i)[0]).clone())
+        found += [p.grad.clone() for p in run.params]
+        if i == BAD:
+            run.model.model.norm.weight.data[0] = 1.0
+    return found
+
+
+def state_of(run):
+    values = [p.detach().clone() for p in run.params]
+    return values, copy.deepcopy(run.optimizer.state_dict())
+
+
+def same(ours, theirs) -> bool:
+    return len(ours) == len(theirs) and all(
+        torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+def same_state(ours, theirs) -> bool:
+    (values, optimizer), (others, other) = state_of(ours), state_of(theirs)
+    assert optimizer["param_groups"] == other["param_groups"]
+    tensors, same_tensors = (
+        torch.utils._pytree.tree_leaves(each["state"]) for each in (optimizer, other)
+    )
+    return same([*values, *tensors], [*others, *same_tensors])
+
+
+CASES = {
+    "packed": {},
+    "dropout": {"lora": {"lora_dropout": 0.3}},
+    "dropout, checkpointing": {"lora": {"lora_dropout": 0.3}, "checkpointing": True},
+    "accumulation": {"gradient_accumulation_steps": 2, "lora": {"lora_dropout": 0.3}},
+    "DoRA, 8-bit state, smoothing": {
+        "lora": {"use_dora": True},
+        "bits": 8,
+        "label_smoothing_factor": 0.1,
+        "z_loss": 1e-3,
+    },
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("case", CASES)
+def test_replayed_as_run(case, dtype):
+    """Eight steps of other documents, labels and rates, one of them not finite."""
+    recorder = Replays()
+    with kernels.use_backend("reference"):
+        ours, theirs = (new_run(each, dtype=dtype, **CASES[case]) for each in (recorder, Never()))
+        found, expected = take(ours, 1, 8), take(theirs, 1, 8)
+    assert same(found, expected)
+    assert same_state(ours, theirs)
+    assert recorder.problems == []
+    assert theirs.step.failed == "CUDA out of memory"
+    per_step = 1 + len(ours.params)
+    told = [read(each.tolist()) for each in found[::per_step]]
+    assert [each.taken for each in told] == [i != BAD for i in range(1, 9)]
+    parts = CASES[case].get("gradient_accumulation_steps", 1)
+    assert recorder.replayed == 7 * parts  # all but the first step
+    assert recorder.recorded == len(ours.step.recordings) <= 4 * parts
+    assert len({kind.rows for kind in ours.step.recordings}) > 1
+
+
+def test_resumed_and_freed_in_the_middle():
+    """A run that goes on from a state, and one whose graphs were freed, end with the same bits."""
+    options = {**CASES["dropout, checkpointing"], "gradient_accumulation_steps": 2, "steps": 6}
+    with kernels.use_backend("reference"):
+        whole, first = (new_run(each, **options) for each in (Never(), Replays()))
+        expected = take(whole, 1, 6)
+        found = take(first, 1, 4)
+        second = new_run(Replays(), state=state_of(first), done=4, **options)
+        more = take(second, 5, 6)
+        assert same(found + more, expected)
+        assert same_state(second, whole)
+        first.step.free()
+        assert not first.step.recordings
+        assert same(found + take(first, 5, 6), expected)
+        assert same_state(first, whole)
+
+
+def test_triton_replayed_as_run():
+    """The kernels themselves, in the interpreter, which is slow."""
+    pytest.importorskip("triton")
+    from tests.triton_interpreter import on_triton
+
+    options = {"layers": 1, "budget": 48, "steps": 3, **CASES["dropout, checkpointing"]}
+    recorder = Replays()
+    with on_triton():
+        ours, theirs = (new_run(each, **options) for each in (recorder, Never()))
+        assert same(take(ours, 1, 3), take(theirs, 1, 3))
+        assert same_state(ours, theirs)
+    assert recorder.problems == []
+    assert recorder.replayed == 2
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_padding_changes_no_gradient(backend, parts):
+    """Loss and gradients are those of the rows without padding, as a run op by op has them."""
+    with kernels.use_backend(backend) if backend else nullcontext():
+        run = new_run(Never(), gradient_accumulation_steps=parts)
+        other = adapted()
+        params = [p for p in other.parameters() if p.requires_grad]
+        for i in range(1, 5):
+            batch = [[run.rows[row] for row in part] for part in run.order.step(i)]
+            losses, count = backward(other, batch, run.config, None)
+            told = read(run.step(prepared(run, i)[0]).tolist())
+            # fp32 sums of 80 terms and of 61, in other orders: some units of 2^-24
+            assert told.losses[0] / count == pytest.approx(float(sum(losses) / count), rel=1e-6)
+            for p, q in zip(run.params, params, strict=True):
+                assert (p.grad - q.grad).abs().max() <= 4e-6 * q.grad.abs().max()
+                q.grad = None
+                q.data.copy_(p)
+
+
+def test_the_recorder_sees_what_a_graph_would_not_hold():
+    """Numbers of Python are baked in, and waits are told; tensors that stay are read anew."""
+    x, number = torch.ones(3), [2.0]
+
+    def step():
+        y = x * number[0]
+        return y + float(y.sum())
+
+    recorder = Replays()
+    recording = recorder.record(step)
+    number[0] = 5.0
+    x.fill_(10)
+    recording.replay()
+    assert recording.result.tolist() == [26.0] * 3  # 2 x + 6, where 6 was read when x was 1
+    assert len(recorder.problems) == 1
+    counter = torch.zeros(())
+    replay, _ = recorder.record(lambda: counter.add_(1))
+    assert counter == 0  # recording runs nothing
+    replay()
+    replay()
+    assert counter == 2
+
+
+def test_kinds_of_labels():
+    """The head takes T/4, T/2, 3T/4 or T hidden states: those with a label, and some others."""
+    run = new_run(Never(), steps=2)
+    T = run.step.inputs.tokens
+    assert T == 80
+    for labels, rows in [(1, 20), (20, 20), (21, 40), (60, 60), (61, 80)]:
+        example = Example([7] * 70, [-100] * (70 - labels) + list(range(labels)))
+        prepared_row = run.step.inputs.prepare([example], labels, 5)
+        run.step.inputs.write(prepared_row)
+        assert prepared_row.rows == rows
+        row = run.step.inputs.row(rows)
+        assert row.targets.tolist() == list(range(labels)) + [-100] * (rows - labels)
+        assert row.label_rows[:labels].tolist() == list(range(69 - labels, 69))
+        assert len(set(row.label_rows.tolist())) == rows
+        assert row.positions.tolist() == [*range(70), *range(10)]
+        assert (int(run.step.inputs.count), int(run.step.inputs.number)) == (labels, 5)
+    assert Kind(80, True, True) not in run.step.recordings
+
+
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "moe_layers": [False, True],
+}
+
+
+@pytest.mark.parametrize(
+    ("reason", "model", "config"),
+    [
+        ("objective is dpo", {}, {"objective": "dpo"}),
+        ("optim is paged_adamw_8bit", {}, {"optim": "paged_adamw_8bit"}),
+        ("neftune_noise_alpha is set", {}, {"neftune_noise_alpha": 5.0}),
+        ("the model has experts", EXPERTS, {}),
+        ("depends on the length", {"rope": RopeConfig(rope_type="dynamic", factor=2.0)}, {}),
+        ("Triton's kernels are not what runs", {}, {}),
+    ],
+)
+def test_what_runs_op_by_op(reason, model, config):
+    fields = lk.ModelConfig("llama", VOCABULARY, 64, 96, 2, 4, 2, 16, **model)
+    adapter = lk.attach(Decoder(fields).requires_grad_(False), lk.LoraConfig(r=2))
+    config = lk.TrainConfig(packing=True, **config)
+    assert reason in why_eager(adapter, trainable_layers(adapter), config)
