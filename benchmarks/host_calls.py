@@ -11,8 +11,9 @@ and nothing launched. Theirs is transformers' Llama of the same shape in NF4 und
 as transformers' Trainer has it, on a CPU, whose operators bitsandbytes chooses in the same way.
 Neither side's launcher is counted: Triton's, nor that of torch's own kernels.
 
---time prints the processor's time for the same steps, of both sides in turn; other work on the
-machine is in it.
+--time prints the processor's time for the same steps, of both sides in turn, with what torch does
+for its operations. Ours run the same Python on tensors in host memory then, as the meta device's
+operations take longer than a GPU's. Other work on the machine is in the figures.
 """
 
 import argparse
@@ -21,12 +22,13 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +38,8 @@ import lorakit as lk
 import lorakit.models.decoder  # the decoder itself: load_model would want a file
 
 LESS, MORE = 2, 6  # layers
-TOKENS, VOCABULARY, HIDDEN, INNER, HEADS, KEY_HEADS, SIZE = 256, 256, 64, 128, 4, 2, 16
+# small, but with more tokens than a packed weight is multiplied for, and whole blocks of weights
+TOKENS, VOCABULARY, HIDDEN, INNER, HEADS, KEY_HEADS, SIZE = 144, 256, 128, 256, 4, 2, 32
 RANK = 8
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -73,13 +76,30 @@ def meta_gpu() -> ModuleType:
     return sys.modules["meta_gpu"]
 
 
-def our_loss(layers: int) -> Loss:
+def nothing(*arguments: Any, **options: Any) -> None:
+    """Stands for a launch."""
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Within the block ops run their Triton kernels' Python on tensors of any device."""
+    gpu = meta_gpu()
+    with (
+        mock.patch.object(gpu.JITFunction, "run", nothing),
+        mock.patch.object(lk.kernels.dispatch, "_interprets", gpu.interprets),
+        mock.patch.object(lk.kernels.dispatch, "compiles_to", gpu.compiles_to),
+        lk.kernels.use_backend("triton"),
+    ):
+        yield
+
+
+def our_loss(layers: int, device: str = "meta") -> Loss:
     config = lk.ModelConfig("llama", VOCABULARY, HIDDEN, INNER, layers, HEADS, KEY_HEADS, SIZE)
-    with torch.device("meta"):
+    with torch.device(device):
         model = lorakit.models.decoder.Decoder(config)
     lk.quantize(model.to(torch.bfloat16).requires_grad_(False))
     lk.attach(model, lk.LoraConfig(r=RANK, lora_alpha=2 * RANK)).train()
-    ids = torch.zeros(1, TOKENS, dtype=torch.int64, device="meta")
+    ids = torch.zeros(1, TOKENS, dtype=torch.int64, device=device)
     labels = torch.zeros(1, TOKENS, dtype=torch.int64)  # in host memory, as training has them
 
     def loss() -> Tensor:
@@ -221,10 +241,11 @@ def _per_layer(less: Counter[str], more: Counter[str]) -> Counter[str]:
 
 def times_of_a_layer(repeats: int) -> dict[str, list[float]]:
     """Return the processor's time per layer of each repeat, in seconds, by side; both in turn."""
-    losses = {name: [side.make(n) for n in (LESS, MORE)] for name, side in SIDES.items()}
-    found: dict[str, list[float]] = {name: [] for name in SIDES}
+    sides = SIDES | {"lorakit": Side(lambda layers: our_loss(layers, "cpu"), silent)}
+    losses = {name: [side.make(n) for n in (LESS, MORE)] for name, side in sides.items()}
+    found: dict[str, list[float]] = {name: [] for name in sides}
     for repeat in range(repeats + 2):  # the first two are not counted
-        for name, side in SIDES.items():
+        for name, side in sides.items():
             seconds = []
             with side.around():
                 for loss in losses[name]:

@@ -135,15 +135,15 @@ def _autocast(kind: str, **options):
     return contextlib.nullcontext() if kind == "meta" else _torch_autocast(kind, **options)
 
 
-def _interprets() -> bool:
+def interprets() -> bool:
     return True
 
 
-def _compiles_to() -> str:
+def compiles_to() -> str:
     return "ptx"
 
 
-def _capability(device: torch.device) -> tuple[int, int]:
+def capability(device: torch.device) -> tuple[int, int]:
     return 9, 0
 
 
@@ -166,9 +166,9 @@ class MetaGPU:
                 gpu.launches.append(Launch(f"{package}/{function.fn.__name__}", _where()))
 
             enter(mock.patch.object(JITFunction, "run", note))
-            enter(mock.patch.object(dispatch, "_interprets", _interprets))  # of any device
-            enter(mock.patch.object(dispatch, "compiles_to", _compiles_to))
-            enter(mock.patch.object(dispatch, "capability", _capability))
+            enter(mock.patch.object(dispatch, "_interprets", interprets))  # of any device
+            enter(mock.patch.object(dispatch, "compiles_to", compiles_to))
+            enter(mock.patch.object(dispatch, "capability", capability))
             enter(mock.patch.object(fx_config, "meta_nonzero_assume_all_nonzero", True))
             enter(mock.patch.object(torch, "is_autocast_enabled", _autocasts))
             enter(mock.patch.object(torch, "autocast", _autocast))

@@ -162,6 +162,8 @@ class NF4Weight(PackedWeight):
         )
         return self._made
 
+    stored = quantized  # by itself, and not by the class above, which is one call more
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_made": None}  # which is the parameters once more
 

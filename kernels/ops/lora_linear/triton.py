@@ -60,8 +60,8 @@ def cast(
     for m in matrices:
         if m.dtype not in dispatch.FLOATS or not m.is_contiguous():
             return None
-    of_a, of_b = [a.numel() for a in As], [b.numel() for b in Bs]
     on, K = As[0].device, As[0].shape[1]
+    of_a, of_b = [a.shape[0] * K for a in As], [b.shape[0] * b.shape[1] for b in Bs]
     A = torch.empty((sum([a.shape[0] for a in As]), K), dtype=dtype, device=on)
     flat = torch.empty(sum(of_b), dtype=dtype, device=on)
     filling = MOST - len(As)
