@@ -113,6 +113,29 @@ def backend(
     return _module(package, picked)
 
 
+def traces() -> bool:
+    """Return whether something records what is computed: torch.compile, export, fake tensors.
+
+    An op then calls the operator of `traced` that has its name.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0 and _mode_records()
+
+
+def _mode_records() -> bool:
+    """Return whether one of torch's own tracing modes is on; others only look at what runs."""
+    kinds, mode = torch._C._TorchDispatchModeKey, torch._C._get_dispatch_mode
+    return mode(kinds.FAKE) is not None or mode(kinds.PROXY) is not None
+
+
+def traced() -> ModuleType:
+    """Return the ops as operators that can be traced; it is imported on first use."""
+    from . import traced
+
+    return traced
+
+
 @functools.cache
 def _module(package: str, name: str) -> ModuleType:
     return importlib.import_module(f"{package}.{name}")

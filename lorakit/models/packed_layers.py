@@ -150,7 +150,13 @@ class NF4Weight(PackedWeight):
             and made.dtype is self.dtype
         ):
             return made
-        self._made = kernels.NF4Tensor(
+        found = self._whole()
+        if not torch.compiler.is_dynamo_compiling():  # else the next call would compile again
+            self._made = found
+        return found
+
+    def _whole(self) -> kernels.NF4Tensor:
+        return kernels.NF4Tensor(
             self.weight,
             self.absmax,
             self.nested_absmax,
@@ -160,7 +166,6 @@ class NF4Weight(PackedWeight):
             self.dtype,
             self.config.quant_type,
         )
-        return self._made
 
     stored = quantized  # by itself, and not by the class above, which is one call more
 

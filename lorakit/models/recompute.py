@@ -7,7 +7,8 @@ same order. When the last one is there the run is cut short, and each tensor is 
 used.
 
 torch.utils.checkpoint does the same for any function, and much else; but its first call imports
-torch's compiler, which takes a second and 150 MB of memory.
+torch's compiler, which takes a second and 150 MB of memory. While a compiler traces, it is called
+all the same: the compiler knows it. `offload` is the compiler's business then.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,6 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from lorakit import kernels
 
 
 def run_recomputed(
@@ -36,6 +40,8 @@ def run_recomputed(
     Raises:
         RuntimeError: In backward, if the second run saves another number of tensors than the first.
     """
+    if kernels.dispatch.traces():  # a compiler knows torch's own
+        return checkpoint(block, x, *rest, use_reentrant=False)
     run = _Run(block, x, rest, offload)
     with saved_tensors_hooks(run.number, run.tensor):
         return block(x, *rest)

@@ -140,9 +140,16 @@ def inverse_frequencies(
     return freqs
 
 
-@functools.lru_cache(maxsize=16)
 def _fixed_frequencies(rope: RopeConfig, head_dim: int, device: torch.device) -> Tensor:
-    """Return frequencies that no length changes, made once in host memory, on a device."""
+    """Return frequencies that no length changes, made in host memory, on a device."""
+    if kernels.dispatch.traces():  # what is cached then would belong to the trace
+        return inverse_frequencies(rope, head_dim, torch.device("cpu")).to(device)
+    return _kept_frequencies(rope, head_dim, device)
+
+
+@functools.lru_cache(maxsize=16)
+def _kept_frequencies(rope: RopeConfig, head_dim: int, device: torch.device) -> Tensor:
+    """Return the same, made once."""
     with torch.inference_mode(False):
         return kernels.dispatch.sent(
             inverse_frequencies(rope, head_dim, torch.device("cpu")), device

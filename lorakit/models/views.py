@@ -129,7 +129,7 @@ def key_mask(
         bool [T, S], or with padding [B, 1, T, S]; None where causal attention with the window says
         the same: for one query, and where the keys are those of the queries.
     """
-    T, S = len(positions), len(seen)
+    T, S = positions.shape[0], seen.shape[0]  # len() would fix them in an exported graph
     if real is None and (T in (1, S)):
         return None
     mask = seen <= positions[:, None]

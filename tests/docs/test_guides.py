@@ -129,6 +129,12 @@ def test_examples_of_the_guide_to_data(prepared):
     assert linted.startswith("3 rows, ")
 
 
+def test_example_of_the_guide_to_kernels(prepared):
+    _, run = prepared
+    done = run([sys.executable, "-c", python("docs/kernels.md")])
+    assert done.stdout.strip() == "torch.Size([4, 64])"
+
+
 def test_make_targets():
     targets = set(re.findall(r"(?:^|`)make ([\w-]+)", page("README.md"), re.MULTILINE))
     targets |= set(re.findall(r"^make ([\w-]+)", page("CONTRIBUTING.md"), re.MULTILINE))

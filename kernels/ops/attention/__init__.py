@@ -73,6 +73,8 @@ def attention(
             raise ValueError(f"the lengths {list(lengths)} do not add up to the {T} tokens")
     if mask is not None or T != S:
         window = None
+    if dispatch.traces():
+        return dispatch.traced().attention(q, k, v, mask, scale, softcap, window, lengths)
     dense = mask is None and lengths is None and softcap is None and window is None
     if dense and flash.takes(q, k, v):
         return flash.attention(q, k, v, scale)

@@ -71,7 +71,9 @@ def cross_entropy(
             for the device, the loss is NaN instead.
     """
     form = Form(softcap, label_smoothing, z_loss)
-    backend = _backend(logits) if labels.shape == logits.shape[:-1] else reference
+    if dispatch.traces():
+        return dispatch.traced().cross_entropy(logits, labels, form, ignore_index)
+    backend = backend_for(logits) if labels.shape == logits.shape[:-1] else reference
     if backend is reference:
         return reference.cross_entropy(logits, labels, form, ignore_index)
     flat, labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).contiguous()
@@ -135,13 +137,16 @@ def linear_cross_entropy(
     Raises:
         IndexError: as in `cross_entropy`.
     """
+    form = Form(softcap, label_smoothing, z_loss)
+    if dispatch.traces():
+        given = hidden, weight, labels, rows, lora, form, ignore_index
+        return dispatch.traced().linear_cross_entropy(*given)
     picked, chosen = labelled(hidden, labels, ignore_index, rows)
     lora_A, lora_B, scaling = (None, None, 0.0) if lora is None else lora
     head: tuple[Tensor | Packed | None, ...] = weight, lora_A, lora_B
     if not torch.is_grad_enabled():  # no gradient while the logits are at hand, then
         head = tuple(t.detach() if isinstance(t, Tensor) else t for t in head)
-    form, backend = Form(softcap, label_smoothing, z_loss), _backend(picked)
-    options = form, backend, ignore_index
+    options = form, backend_for(picked), ignore_index
     total = LinearCrossEntropy.apply(picked, *head, scaling, chosen, *options)
     return total, (labels != ignore_index).sum()
 
@@ -162,14 +167,25 @@ def labelled(
     Returns:
         The n hidden states [n, H] and labels int64 [n], both where `hidden` lies.
     """
+    rows, chosen = label_rows(labels, hidden.device, ignore_index, rows)
+    return hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows), chosen
+
+
+def label_rows(
+    labels: Tensor, device: torch.device, ignore_index: int, rows: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the rows that have a label and the labels, both int64 [n] on `device`.
+
+    `rows` are given already, or None: then the labels [...] are looked at.
+    """
     flat = labels.reshape(-1)
     if rows is None:
         rows = (flat != ignore_index).nonzero()[:, 0]
         flat = flat[rows]
-    rows, chosen = (dispatch.sent(t, hidden.device) for t in (rows, flat))
-    return hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows), chosen
+    return dispatch.sent(rows, device), dispatch.sent(flat, device)
 
 
-def _backend(x: Tensor) -> ModuleType:
+def backend_for(x: Tensor) -> ModuleType:
+    """Return the backend of a loss of x, which are logits or hidden states."""
     floats = x.dtype in dispatch.FLOATS
     return dispatch.backend(__package__, x.device, cpu=cpu.fits(x), triton=floats)

@@ -71,6 +71,8 @@ def frozen_linear(x: Tensor, q: Packed, bias: Tensor | None = None) -> Tensor:
     Returns:
         x W'^T + bias, [..., N] in x's dtype, for the dequantized weight W'.
     """
+    if dispatch.traces():
+        return dispatch.traced().frozen_linear(x, q, bias)
     y = FrozenLinear.apply(x.reshape(-1, x.shape[-1]), q, bias)
     return y.view(*x.shape[:-1], y.shape[1])
 

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from ... import dispatch
 from ..int8 import Int8Tensor, dequantize_int8, dequantize_int8_rows
-from ..nf4 import NF4Tensor, dequantize_nf4, dequantize_nf4_panels, dequantize_nf4_rows
+from ..nf4 import (
+    NF4Tensor,
+    dense_nf4,
+    dequantize_nf4,
+    dequantize_nf4_panels,
+    dequantize_nf4_rows,
+)
 
 Packed = NF4Tensor | Int8Tensor
 Panels = Iterable[tuple[slice, Tensor]]  # which rows, and these, dense: [rows, K]
@@ -32,6 +38,10 @@ def dequantize(q: Packed, dtype: torch.dtype | None = None) -> Tensor:
         The dense tensor of shape `q.shape`, in new memory.
     """
     return dequantize_nf4(q, dtype) if isinstance(q, NF4Tensor) else dequantize_int8(q, dtype)
+
+
+def _dense(q: Packed, dtype: torch.dtype) -> Tensor:
+    return dense_nf4(q, dtype) if isinstance(q, NF4Tensor) else dequantize_int8(q, dtype)
 
 
 def dequantize_rows(q: Packed, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -65,7 +75,7 @@ def panels(w: Tensor | Packed, dtype: torch.dtype) -> Iterator[tuple[slice, Tens
     together = math.lcm(w.block_size, K) // K if isinstance(w, NF4Tensor) and K else 1
     step = max(1, PANEL // max(1, K * together)) * together  # so that panels begin with a block
     if step >= N and not isinstance(w, Tensor):
-        yield slice(0, N), dequantize(w, dtype)
+        yield slice(0, N), _dense(w, dtype)
         return
     if isinstance(w, NF4Tensor):
         yield from dequantize_nf4_panels(w, step, dtype)
@@ -83,7 +93,7 @@ def weight_panels(w: Tensor | Packed, dtype: torch.dtype) -> Panels:
     """Return the `panels` of w on a CPU; elsewhere, and where it is dense already, w whole."""
     if w.device.type == "cpu" and not (isinstance(w, Tensor) and w.dtype == dtype):
         return panels(w, dtype)
-    dense = w.to(dtype) if isinstance(w, Tensor) else dequantize(w, dtype)
+    dense = w.to(dtype) if isinstance(w, Tensor) else _dense(w, dtype)
     return [(slice(0, w.shape[0]), dense)]
 
 

@@ -141,8 +141,10 @@ def lora_qkv(
     Raises:
         ValueError: the dropout of two layers differs.
     """
+    if dispatch.traces():
+        return dispatch.traced().lora_qkv(x, layers)
     flat = x.reshape(-1, x.shape[-1])
-    ys = LoraLinears.apply(flat, again, *_static(layers), *_tensors(layers))
+    ys = LoraLinears.apply(flat, again, *_static(layers), *tensors_of(layers))
     return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
 
 
@@ -177,24 +179,32 @@ def lora_mlp(
     """
     swiglu.check_activation(hidden_act)
     layers = [gate, up, down]
+    if dispatch.traces():
+        return dispatch.traced().lora_mlp(x, layers, hidden_act, keep)
     inner, outer = _static(layers[:2]), _static(layers[2:])
     flat = x.reshape(-1, x.shape[-1])
-    y = LoraMLP.apply(flat, hidden_act, keep, again, *inner, *outer, *_tensors(layers))
+    y = LoraMLP.apply(flat, hidden_act, keep, again, *inner, *outer, *tensors_of(layers))
     return y.view(*x.shape[:-1], y.shape[1])
 
 
-def _static(layers: Sequence[LoraWeights]) -> tuple[Static, Dropout]:
-    """Return what autograd does not see of layers that share an input."""
+def shared_dropout(layers: Sequence[LoraWeights]) -> float:
+    """Return the dropout of layers that share an input; raise ValueError if it is not one."""
     rate = layers[0].dropout
     for layer in layers:
         if layer.dropout != rate:
             raise ValueError("layers that share an input must have the same dropout")
+    return rate
+
+
+def _static(layers: Sequence[LoraWeights]) -> tuple[Static, Dropout]:
+    """Return what autograd does not see of layers that share an input."""
+    rate = shared_dropout(layers)
     # drawn from the generator in host memory: nothing waits for the device
     seed = int(torch.randint(2**62, (), device="cpu")) if rate else 0
     return [(layer.base, layer.scaling) for layer in layers], Dropout(rate, seed, layers[0].counter)
 
 
-def _tensors(layers: Sequence[LoraWeights]) -> list[Tensor | None]:
+def tensors_of(layers: Sequence[LoraWeights]) -> list[Tensor | None]:
     """Return what autograd sees of the layers: TENSORS of each, side by side."""
     found: list[Tensor | None] = []
     for layer in layers:

@@ -182,6 +182,13 @@ def dequantize_nf4(q: NF4Tensor, dtype: torch.dtype | None = None) -> Tensor:
     Returns:
         The dense tensor of shape `q.shape`, in new memory on every call.
     """
+    if dispatch.traces():
+        return dispatch.traced().dequantize_nf4(q, dtype)
+    return dense_nf4(q, dtype)
+
+
+def dense_nf4(q: NF4Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return what `dequantize_nf4` does, for callers that are no part of a graph."""
     backend, dtype = dispatch.backend(__package__, q.codes.device), dtype or q.dtype
     if backend is not reference:
         return backend.dequantize(q, dtype)
@@ -196,6 +203,8 @@ def dequantize_nf4_rows(q: NF4Tensor, rows: Tensor, dtype: torch.dtype | None = 
     Only these are dequantized. Raises IndexError for a row that is not there; the Triton kernel,
     which does not wait for the device to find out, makes it NaN instead.
     """
+    if dispatch.traces():
+        return dispatch.traced().dequantize_nf4_rows(q, rows, dtype)
     N, K = q.shape
     if K % q.block_size == 0 and dispatch.pick(q.device, "cpu", "triton") == "triton":
         from . import triton
@@ -212,7 +221,7 @@ def dequantize_nf4_rows(q: NF4Tensor, rows: Tensor, dtype: torch.dtype | None = 
     codes = F.embedding(rows, q.codes.view(N, K // 2))
     blocks = rows[..., None] * per_row + torch.arange(per_row, device=q.device)
     scales = block_scales(q, blocks).view(-1)
-    return dequantize_nf4(_with_scales(q, codes.view(-1), scales, (*rows.shape, K)), dtype)
+    return dense_nf4(_with_scales(q, codes.view(-1), scales, (*rows.shape, K)), dtype)
 
 
 def dequantize_nf4_panels(
@@ -233,7 +242,7 @@ def dequantize_nf4_panels(
         codes = q.codes.view(-1)[start * K // 2 : -(-rows.stop * K // 2)]
         scales = block_scales(q, torch.arange(blocks.start, blocks.stop, device=q.device))
         panel = _with_scales(q, codes, scales, (rows.stop - start, K))
-        yield rows, dequantize_nf4(panel, dtype)
+        yield rows, dense_nf4(panel, dtype)
 
 
 def _with_scales(q: NF4Tensor, codes: Tensor, scales: Tensor, shape: tuple[int, ...]) -> NF4Tensor:

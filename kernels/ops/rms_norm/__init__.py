@@ -48,6 +48,8 @@ def rms_norm(
         ValueError: `casting_mode` is another word.
     """
     check_casting_mode(casting_mode)
+    if dispatch.traces():
+        return dispatch.traced().rms_norm(x, weight, eps, weight_offset, casting_mode)
     backend = _backend(x, weight)
     if backend is reference:
         return reference.rms_norm(x, weight, eps, weight_offset, casting_mode)
@@ -95,6 +97,9 @@ def add_rms_norm(
         ValueError: `casting_mode` is another word.
     """
     check_casting_mode(casting_mode)
+    if dispatch.traces():
+        given = x, residual, weight, eps, weight_offset, casting_mode
+        return dispatch.traced().add_rms_norm(*given)
     same = (x.dtype, x.shape) == (residual.dtype, residual.shape)
     backend = _backend(x, weight) if same else reference
     if backend is reference:

@@ -47,6 +47,8 @@ def rope(
     Returns:
         q and k turned, in their shapes and dtypes.
     """
+    if dispatch.traces():
+        return dispatch.traced().rope(q, k, cos, sin)
     backend = _backend(q, k, cos, sin)
     if backend is reference:
         return reference.rotate(q, cos, sin), reference.rotate(k, cos, sin)
@@ -88,6 +90,9 @@ def norm_rope(
         ValueError: `casting_mode` is another word.
     """
     check_casting_mode(casting_mode)
+    if dispatch.traces():
+        given = q, k, q_weight, k_weight, eps, cos, sin, weight_offset, casting_mode
+        return dispatch.traced().norm_rope(*given)
     D = q.shape[-1]
     frozen = not (torch.is_grad_enabled() and (q_weight.requires_grad or k_weight.requires_grad))
     whole = 2 * cos.shape[-1] == D and q_weight.shape == k_weight.shape == (D,)

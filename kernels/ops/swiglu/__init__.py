@@ -37,6 +37,8 @@ def gated(gate: Tensor, up: Tensor, hidden_act: str) -> Tensor:
         ValueError: `hidden_act` is another name.
     """
     check_activation(hidden_act)
+    if dispatch.traces():
+        return dispatch.traced().gated(gate, up, hidden_act)
     backend = _backend(gate, up)
     if backend is reference:
         return reference.gated(gate, up, hidden_act)

@@ -1,0 +1,57 @@
+"""The operator of attention.
+
+Its backward computes attention again, a quarter of what attention takes in all: what each backend
+keeps for backward is its own business.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..ops import attention as op
+from ..ops.attention.documents import PaddedDocuments
+from .library import differentiable, operator_of
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    window: int | None,
+    lengths: Sequence[int] | None,
+) -> Tensor:
+    return op.attention(
+        q, k, v, mask=mask, scale=scale, softcap=softcap, window=window, lengths=lengths
+    )
+
+
+differentiable(
+    "attention",
+    "Tensor q, Tensor k, Tensor v, Tensor? mask, float? scale, float? softcap, SymInt? window, "
+    "SymInt[]? lengths",
+    "Tensor",
+    3,
+    _attend,
+    lambda q, *rest: q.new_empty(q.shape),
+)
+_operator = operator_of("attention")
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    window: int | None,
+    lengths: Sequence[int] | None,
+) -> Tensor:
+    """Attend as the op does; the arguments are those of a backend."""
+    if isinstance(lengths, PaddedDocuments):
+        raise TypeError("PaddedDocuments change under a CUDA graph; a traced graph takes lengths")
+    documents = None if lengths is None else list(lengths)
+    return _operator(q, k, v, mask, scale, softcap, window, documents)
