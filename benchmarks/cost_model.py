@@ -115,6 +115,7 @@ class Job:
     rows: Rows
     checkpointing: bool = False
     kept_layers: int | None = None  # that keep gate and up for backward; None: all
+    float8: bool = False  # whether frozen weights are multiplied in float8
 
     @property
     def tokens(self) -> int:
@@ -150,7 +151,7 @@ KIND_OF = {
     "swiglu": "norms, rope, activations", "dropout": "norms, rope, activations",
     "attention": "attention", "nf4": "dequantize",
     "frozen_linear": "frozen products", "lora_linear": "casts", "cross_entropy": "head",
-    "adamw": "optimizer",
+    "adamw": "optimizer", "float8": "casts",
 }  # fmt: skip
 # Products of an attention kernel with the scores.
 PRODUCTS = {"attention/_forward": 2, "attention/_dkv": 4, "attention/_dq": 3}
@@ -328,7 +329,7 @@ def costs(job: Job) -> list[Cost]:
     """
     with meta_gpu().MetaGPU() as gpu, ExitStack() as stack:
         setting = Setting(torch.device("meta"), torch.bfloat16, job.sizes)
-        options = job.checkpointing, job.kept_layers
+        options = job.checkpointing, job.kept_layers, job.float8
         step = our_step(setting, job.layers, job.rows, "triton", *options)
         notes = Notes(gpu, job)
         gpu.clear()
@@ -422,6 +423,7 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--kept-layers", type=int,
                         help="that keep gate and up for backward; default: all")  # fmt: skip
+    parser.add_argument("--frozen-dtype", choices=("float8",), help="default: the model's, bf16")
     parser.add_argument("--launches", action="store_true", help="print every launch")
     args = parser.parse_args()
     sizes = LLAMA_8B._replace(
@@ -429,7 +431,8 @@ def main() -> None:
                                        and k not in ("tokens", "rows")},
     )  # fmt: skip
     for tokens in args.tokens or (2048, 8192):
-        job = Job(sizes, args.layers, rows_of(args, tokens), args.checkpointing, args.kept_layers)
+        options = args.checkpointing, args.kept_layers, args.frozen_dtype == "float8"
+        job = Job(sizes, args.layers, rows_of(args, tokens), *options)
         found = costs(job)
         for name in args.gpu or ["H100"]:
             gpu = GPUS[name]

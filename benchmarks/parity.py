@@ -2,10 +2,14 @@
 same order, each side in its own process, taking turns.
 
     python benchmarks/parity.py [MODEL] [--steps 60] [--rows ragged] [--batch 4] [--dtype float32]
+    python benchmarks/parity.py [MODEL] --frozen-dtype float8
 
 Prints the mean loss of every ten steps of both, and of the last ten; the exit code is 1 if these
 differ by more than 3 %. The sides and their settings are those of training.py; both start from
 B = 0 and an A of their own.
+
+With --frozen-dtype float8 both sides are lorakit in plain torch, with frozen products in float8 and
+without, and start from the same A: a CPU computes what a GPU would, slowly.
 """
 
 import argparse
@@ -17,7 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from children import SideError, exit_on_terminate
-from training import PACKAGES, default_model, measure, prepared
+from training import EMULATED, PACKAGES, default_model, measure, prepared
 
 ALLOWED = 0.03
 NAMES = ["lorakit", "PEFT, bitsandbytes"]
@@ -32,9 +36,13 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=4, help="rows of a step")
     parser.add_argument("--packing", choices=("none", "lorakit", "both"), default="none")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--frozen-dtype", choices=("float8",), help="default: PEFT is the other")
     parser.add_argument("--rank", type=int, default=16)
     job = parser.parse_args()
-    job.checkpointing = False
+    job.checkpointing, job.busy = False, 0
+    names = list(EMULATED) if job.frozen_dtype else NAMES
+    if job.frozen_dtype and job.dtype != "bfloat16":
+        parser.error("--frozen-dtype float8 goes with --dtype bfloat16")
     if job.steps < 20:
         parser.error("--steps must be at least 20: the last ten are compared")
     model = job.model or default_model()
@@ -46,7 +54,7 @@ def main() -> int:
         versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
         print(f"{platform.machine()}, {versions}")
         print(f"{Path(model).name}, {job.dtype}, {job.rows} rows, {job.batch} a step")
-        ours, theirs = measure(NAMES, where, job, batches)
+        ours, theirs = measure(names, where, job, batches)
     if ours.error or theirs.error:
         print(ours.error or theirs.error)
         return 1

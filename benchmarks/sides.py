@@ -133,6 +133,26 @@ class Lorakit(Side):
         return total / count
 
 
+class Emulated(Lorakit):
+    """lorakit in plain torch, in which products round where those of a GPU would."""
+
+    def adapted(self, rank: int, checkpointing: bool) -> nn.Module:
+        self.backend = self.lk.kernels.use_backend("reference")
+        self.backend.__enter__()  # until the process ends
+        return super().adapted(rank, checkpointing)
+
+
+class Float8(Emulated):
+    """The same with frozen products in float8."""
+
+    def adapted(self, rank: int, checkpointing: bool) -> nn.Module:
+        import lorakit.training.float8
+
+        model = super().adapted(rank, checkpointing)
+        lorakit.training.float8.start_float8(model)
+        return model
+
+
 class Peft(Side):
     def __init__(self) -> None:
         import bitsandbytes  # noqa: F401, which transformers imports with the first model
@@ -254,4 +274,6 @@ def library_tokens(tok: Any) -> Iterator[int]:
         yield from tok.encode(path.read_text(encoding="utf-8"), add_special_tokens=False)
 
 
-SIDES = {"lorakit": Lorakit, "peft": Peft, "writer": Writer}
+SIDES = {
+    "lorakit": Lorakit, "emulated": Emulated, "float8": Float8, "peft": Peft, "writer": Writer,
+}  # fmt: skip

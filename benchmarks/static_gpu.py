@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
@@ -48,9 +49,11 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import lorakit as lk
+import lorakit.kernels.ops.float8
 
 TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (75, 80, 86, 89, 90, 100, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
+FLOAT8 = ("sm_89", "sm_90", "sm_100", "sm_120")  # those that have it
 # bytes of shared memory that one program may have: CUDA C programming guide, table 30; CDNA 3 ISA
 SHARED_LIMIT = {"sm_75": 65_536, "sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376}
 SHARED_LIMIT |= {"sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376, "gfx942": 65_536}
@@ -63,7 +66,7 @@ ROOM = {
 }  # fmt: skip
 NAMES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8",
-    torch.int64: "i64", torch.int32: "i32",
+    torch.int64: "i64", torch.int32: "i32", torch.float8_e4m3fn: "fp8e4nv",
 }  # fmt: skip
 
 
@@ -331,6 +334,24 @@ def cases() -> Iterator[tuple[str, Callable, int]]:
     for double, q in packed.items():
         name = "nf4 dequantize" + (" double" if double else "")
         yield name, lambda q=q: ops.dequantize_nf4(q, torch.bfloat16), 4096
+    yield from float8_cases(packed[True])
+
+
+def float8_cases(packed: lk.kernels.NF4Tensor) -> Iterator[tuple[str, Callable, int]]:
+    """Roundings to float8, of rows and of a weight [64, 4096]."""
+    rows = [torch.empty(8, 14336, dtype=torch.bfloat16) for _ in range(3)]
+    for count in (1, 2, 3):
+        scales = [None if count == 1 else torch.ones(())] * count
+        run = partial(lk.kernels.ops.float8.scaled_rows, rows[:count], scales)
+        yield f"float8 rows of {count}", run, 4096 * count
+    logits, labels = torch.empty(4, 128256, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.int64)
+    head = importlib.import_module("lorakit.kernels.ops.cross_entropy.triton")
+    run = partial(head.loss_and_rounded_gradient, logits, labels, -100)
+    yield "float8 logits", run, 4096
+    weight = lk.kernels.Float8Weight(packed)
+    yield "float8 weight", weight.rows, 4096
+    turned = torch.empty(4096, 64, dtype=torch.float8_e4m3fn)
+    yield "float8 weight turned", lambda: weight.columns_to(turned), 128 * 64
 
 
 def measure_target(target: str, only: str | None, peers: bool) -> list[Figures]:
@@ -339,7 +360,8 @@ def measure_target(target: str, only: str | None, peers: bool) -> list[Figures]:
         chosen = itertools.chain(chosen, static_peers.cases(target))
     found = []
     for provider, op, call, values in chosen:
-        if only is None or only in op:
+        known = target in FLOAT8 or not op.startswith("float8")
+        if known and (only is None or only in op):
             noted = launches(call, target)
             found += [measure(provider, op, launch, values, target) for launch in noted]
     return found

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 import lorakit as lk
 import lorakit.models.decoder  # the decoder itself: load_model would want a file
+import lorakit.training.float8
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KINDS = ("dense", "packed")  # of rows
@@ -116,12 +117,14 @@ def our_loss(s: Setting, model: nn.Module, rows: Rows) -> Callable[[], Tensor]:
 
 def our_step(
     s: Setting, layers: int, rows: Rows, backend: str, checkpointing: bool = False,
-    kept_layers: int | None = None,
+    kept_layers: int | None = None, float8: bool = False,
 ) -> Step:  # fmt: skip
     """kept_layers: how many keep gate and up for backward; None: all."""
     model = decoder(s, layers)
     model.gradient_checkpointing = checkpointing
     model.kept_layers = layers if kept_layers is None else kept_layers
+    if float8:
+        lorakit.training.float8.start_float8(model)
     optimizer = lk.optim.AdamW(trained(model))
     around = partial(lk.kernels.use_backend, backend)
     return Step(our_loss(s, model, rows), optimizer, around)

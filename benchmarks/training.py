@@ -47,6 +47,8 @@ SIDES = {
     "PEFT, bitsandbytes": ("peft", False),
     "PEFT, bitsandbytes tuned": ("peft", True),
 }
+# those of parity.py --frozen-dtype float8, which no other run has
+EMULATED = {"float8": ("float8", False), "bfloat16": ("emulated", False)}
 PACKAGES = ("lorakit", "torch", "transformers", "peft", "bitsandbytes")
 WARM_UP = 2
 # How far first losses may lie apart. Both round every product to bf16, 8 bits, in other places, and
@@ -72,7 +74,7 @@ class Row:
 
     @property
     def ours(self) -> bool:
-        return SIDES[self.name][0] == "lorakit"
+        return "PEFT" not in self.name
 
     @property
     def over_imports_mb(self) -> float:
@@ -133,7 +135,7 @@ def measure(names: list[str], folder: str, job: argparse.Namespace, batches: lis
     with ExitStack() as stack:
         children = {}
         for name in names:
-            side, tuned = SIDES[name]
+            side, tuned = (SIDES | EMULATED)[name]
             children[name] = stack.enter_context(Child(side, tuned=tuned))
 
         def turn(once: Any) -> None:
@@ -174,7 +176,7 @@ def measure(names: list[str], folder: str, job: argparse.Namespace, batches: lis
                 f"{found['seconds']:.2f} s for {tokens} tokens, {row.peak_mb:.0f} MB"
             )
 
-        for i, beside in enumerate(loads(job)):
+        for i, beside in zip(range(len(batches)), loads(job), strict=False):
             with busy(beside):
                 turn(partial(step, i, beside))
     return list(rows.values())

@@ -13,6 +13,7 @@ from .ops.attention.documents import Documents, PaddedDocuments
 from .ops.cross_entropy import cross_entropy, labelled, linear_cross_entropy
 from .ops.decode import DecodeCache, DecodeLayer, DecodePlan, decode_compiled, decode_step
 from .ops.dropout import seeded_dropout
+from .ops.float8 import Float8Linear, Float8Weight
 from .ops.frozen_linear import frozen_linear
 from .ops.frozen_linear.dense import Packed, dequantize, dequantize_rows
 from .ops.int8 import Int8Tensor, dequantize_int8, quantize_int8
@@ -30,6 +31,8 @@ __all__ = [
     "DecodeLayer",
     "DecodePlan",
     "Documents",
+    "Float8Linear",
+    "Float8Weight",
     "Int8Tensor",
     "LoraWeights",
     "Moment8bit",

@@ -80,6 +80,11 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
+def forced() -> str | None:
+    """Return the backend that `use_backend` forces now, or None."""
+    return _forced
+
+
 def pick(device: torch.device, *implemented: str) -> str:
     """Return the name of the backend for an op on tensors of `device`.
 

@@ -1,8 +1,9 @@
 """Triton's interpreter, made right for bf16, for the very kernels that are compiled elsewhere.
 
-Two things are wrong with the stock interpreter (3.9.0; its issues 11584 and 11604). It keeps bf16
+Three things are wrong with the stock interpreter (3.9.0; its issues 11584 and 11604). It keeps bf16
 as the bits, uint16, and calculates with those: sums, products and reductions of bf16 come out as
-integers', and fp32 is cut to bf16 instead of rounded. And TRITON_INTERPRET=1 turns every kernel of
+integers', and fp32 is cut to bf16 instead of rounded. To float8 it makes NaN 384, and cuts what is
+subnormal there. And TRITON_INTERPRET=1 turns every kernel of
 the process, Triton's own included, into an interpreted one that no longer compiles.
 
 `interpreted()` runs ordinary @triton.jit functions in the interpreter for the length of a `with`
@@ -47,6 +48,12 @@ def narrow(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
 
 
+def to_e4m3(values: np.ndarray) -> np.ndarray:
+    """fp32 -> e4m3 as uint8 bits, to nearest even; what is too large becomes the largest."""
+    wide = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+    return wide.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+
 def _is_bf16(value) -> bool:
     return isinstance(value, Handle) and value.dtype.scalar == tl.bfloat16
 
@@ -82,6 +89,8 @@ def _cast(self, source, target):
     if before == tl.bfloat16:
         wide = Handle(widen(source.data), tl.float32)
         return wide if after == tl.float32 else _original["cast_impl"](self, wide, target)
+    if after == tl.float8e4nv and before == tl.float32:
+        return Handle(to_e4m3(source.data), after)
     if after == tl.bfloat16:
         return Handle(narrow(source.data.astype(np.float32)), tl.bfloat16)
     return _original["cast_impl"](self, source, target)
@@ -91,6 +100,8 @@ def _fp_to_fp(self, source, target, rounding):
     nearest = rounding == interpreter._ir.ROUNDING_MODE.RTNE
     if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16 and nearest:
         return Handle(narrow(source.data), tl.bfloat16)
+    if source.dtype.scalar == tl.float32 and target.scalar == tl.float8e4nv and nearest:
+        return Handle(to_e4m3(source.data), tl.float8e4nv)
     return _original["create_fp_to_fp"](self, source, target, rounding)
 
 

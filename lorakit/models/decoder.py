@@ -25,6 +25,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from lorakit import kernels
 from lorakit.config.errors import LorakitError
 from lorakit.models.blocks import Block, RMSNorm
 from lorakit.models.cache import Cache
@@ -57,6 +58,7 @@ class Decoder(nn.Module):
             memory. Off by default.
         kept_layers: How many blocks, from the first on, keep gate and up of their MLP for backward,
             which otherwise computes them again. All do by default; a GPU may lack the memory.
+        float8_head: The weight of the head for the loss in training, in float8, or None.
         neftune_noise_alpha: A number a; in training, uniform noise up to a / sqrt(T H) is added to
             the embeddings (NEFTune, arXiv:2310.05914). None, the default: no noise.
         source: The files that the weights came from, or None.
@@ -71,6 +73,7 @@ class Decoder(nn.Module):
         self.gradient_checkpointing = self.offload_activations = False
         self.kept_layers = config.num_hidden_layers
         self.neftune_noise_alpha: float | None = None
+        self.float8_head: kernels.Float8Weight | None = None
         self.source: Source | None = None
         self.beginning = NoPrompt()  # the saved state of runs has this name
         self.model = Trunk(config)
@@ -170,10 +173,14 @@ class Decoder(nn.Module):
         return self._output_head().logits(hidden)
 
     def _output_head(self) -> OutputHead:
-        softcap = self.config.final_logit_softcapping
-        if self.lm_head is None:
-            return OutputHead(self.model.embed_tokens, tied=True, softcap=softcap)
-        return OutputHead(self.lm_head, tied=False, softcap=softcap)
+        tied = self.lm_head is None
+        layer = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        float8 = self.float8_head if self.training else None
+        return OutputHead(layer, tied, self.config.final_logit_softcapping, float8)
+
+    def frozen_head(self) -> Tensor | kernels.Packed | None:
+        """Return the weight [V, H] of the head, unless it trains or the head computes more."""
+        return self._output_head().frozen_weight()
 
     def loss(
         self,

@@ -33,6 +33,8 @@ class OutputHead(NamedTuple):
     """Whether the layer is the embedding."""
     softcap: float | None
     """Soft cap c of the logits; None: they have none."""
+    float8: kernels.Float8Weight | None = None
+    """The weight for the products of `loss`, if they are to run in float8."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [..., V] of hidden states [..., H]."""
@@ -66,7 +68,8 @@ class OutputHead(NamedTuple):
         """
         found = self._bare_weight()
         if found is not None:
-            weight, update = found
+            stored, update = found
+            weight = stored if self.float8 is None else self.float8
             lora = None if update is None else (update.lora_A, update.lora_B, update.scaling)
             return kernels.linear_cross_entropy(
                 hidden,
@@ -91,6 +94,16 @@ class OutputHead(NamedTuple):
             label_smoothing=label_smoothing,
             z_loss=z_loss,
         )
+
+    def frozen_weight(self) -> Tensor | kernels.Packed | None:
+        """Return the weight [V, H] that `loss` multiplies with, if it is frozen and nothing more.
+
+        A low-rank update of it does not count.
+        """
+        found = self._bare_weight()
+        if found is None or (isinstance(found[0], Tensor) and found[0].requires_grad):
+            return None
+        return found[0]
 
     def _before_softcap(self, hidden: Tensor) -> Tensor:
         if not self.tied:

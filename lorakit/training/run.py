@@ -34,6 +34,7 @@ from lorakit.files.local import as_path
 from lorakit.models.decoder import Decoder
 from lorakit.models.tokenizer import Tokenizer
 from lorakit.training import state as run_state
+from lorakit.training.float8 import end_float8, start_float8
 from lorakit.training.interrupt import Flag
 from lorakit.training.kept_layers import kept_layers
 from lorakit.training.log import Log, say
@@ -345,6 +346,8 @@ def training_mode(model: Decoder, config: TrainConfig, tokens: int) -> Iterator[
     model.gradient_checkpointing = config.gradient_checkpointing
     model.offload_activations = config.activation_offloading
     model.neftune_noise_alpha = config.neftune_noise_alpha
+    if config.frozen_dtype is not None:
+        say(start_float8(model, config.z_loss))
     model.kept_layers = kept_layers(model, tokens, config.mlp_activations)
     try:
         yield
@@ -352,3 +355,4 @@ def training_mode(model: Decoder, config: TrainConfig, tokens: int) -> Iterator[
         model.train(was_training)
         model.gradient_checkpointing, model.offload_activations = checkpointing, offloading
         model.neftune_noise_alpha, model.kept_layers = noise, layers
+        end_float8(model)

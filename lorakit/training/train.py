@@ -20,6 +20,7 @@ from lorakit.evaluation.score import check_rows
 from lorakit.files.local import as_path
 from lorakit.models.decoder import Decoder
 from lorakit.models.tokenizer import Tokenizer
+from lorakit.training.float8 import check_frozen_dtype
 from lorakit.training.interrupt import interrupt
 from lorakit.training.log import say
 from lorakit.training.memory import peak_memory_mb
@@ -84,11 +85,12 @@ def train(
 
     Raises:
         LorakitError: Before the first step, no adapter is attached, the model is float16, the data
-            cannot be used, or output_dir holds checkpoints and the run is not to resume. After it,
-            some parameter got no gradient. Later, ten steps in a row were not finite.
+            cannot be used, there is no float8, or output_dir holds checkpoints and resume is null.
+            After it, some parameter got no gradient. Later, ten steps in a row were not finite.
     """
     config = config or TrainConfig()
     trainable_layers(model)
+    check_frozen_dtype(model, config)
     train_rows, validation_rows = _two_sources(data)
     examples = encode_for(model, tok, train_rows, config, "the training rows")
     held_out = None if validation_rows is None else _held_out(model, tok, validation_rows, config)

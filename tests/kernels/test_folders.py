@@ -21,7 +21,7 @@ EXTRA = {
     "cross_entropy": {"linear.py"},
     "decode": {"plan.py", "operands.py"},
     "frozen_linear": {"dense.py"},
-    "lora_linear": {"tensors.py"},
+    "lora_linear": {"float8.py", "tensors.py"},
     "nf4": {"tensor.py", "packed.h"},
     "products": {"terms.py"},
     "rms_norm": {"row.h"},

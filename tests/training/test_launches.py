@@ -15,6 +15,7 @@ import torch
 
 import lorakit as lk
 from lorakit.training.device_step import optimizer_step
+from lorakit.training.float8 import start_float8
 
 pytest.importorskip("triton")
 from tests.meta_gpu import MetaGPU
@@ -32,7 +33,14 @@ class Step(NamedTuple):
     gpu: MetaGPU
 
 
-def step(layers: int, documents: int = 0, *, checkpointing: bool = False, micro_batches: int = 1):
+def step(
+    layers: int,
+    documents: int = 0,
+    *,
+    checkpointing: bool = False,
+    micro_batches: int = 1,
+    float8: bool = False,
+):
     """One step of rows packed with so many documents; 0: of one dense row."""
     bounds = None
     if documents:
@@ -40,6 +48,8 @@ def step(layers: int, documents: int = 0, *, checkpointing: bool = False, micro_
     with MetaGPU() as gpu:
         model = gpu.decoder(layers)
         model.gradient_checkpointing = checkpointing
+        if float8:
+            start_float8(model)
         params = [p for p in model.parameters() if p.requires_grad]
         optimizer = lk.optim.AdamW(params)
         update = optimizer_step(optimizer, params, [[1e-3]], 1.0)
@@ -75,6 +85,7 @@ CASES = {
     "dense": {},
     "packed, 12 documents": {"documents": 12},
     "packed, 12 documents, checkpointing": {"documents": 12, "checkpointing": True},
+    "dense, float8": {"float8": True},
 }
 
 
@@ -117,8 +128,10 @@ def test_launches_do_not_depend_on_the_number_of_documents(documents):
 @pytest.mark.parametrize("documents", [0, 12])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("micro_batches", [1, 4])
-def test_the_host_waits_for_nothing(documents, checkpointing, micro_batches):
+@pytest.mark.parametrize("float8", [False, True])
+def test_the_host_waits_for_nothing(documents, checkpointing, micro_batches, float8):
     """Loss, backward and optimizer go on; a run reads loss and norm once a step (run.py)."""
-    gpu = step(2, documents, checkpointing=checkpointing, micro_batches=micro_batches).gpu
+    options = {"checkpointing": checkpointing, "micro_batches": micro_batches}
+    gpu = step(2, documents, float8=float8, **options).gpu
     assert gpu.waits == []
     assert [copy for copy in gpu.copies if copy.blocking] == []

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from ... import dispatch
 from ...autograd import once_differentiable
+from ..float8 import Float8Weight
 from ..frozen_linear.dense import Packed
 from . import cpu, reference
 from .linear import Form, LinearCrossEntropy
@@ -102,7 +103,7 @@ class CrossEntropy(torch.autograd.Function):
 
 def linear_cross_entropy(
     hidden: Tensor,
-    weight: Tensor | Packed,
+    weight: Tensor | Packed | Float8Weight,
     labels: Tensor,
     *,
     rows: Tensor | None = None,
@@ -118,7 +119,7 @@ def linear_cross_entropy(
 
     Args:
         hidden: [..., H], any floating-point dtype; kernels run for fp32, bf16 and fp16.
-        weight: the head [V, H], dense or packed.
+        weight: the head [V, H], dense, packed or in float8, which takes hidden states in bf16.
         labels: int64 [...]. Rows whose label is `ignore_index` are left out before the product. The
             labels may lie in host memory, so that the host need not wait for a GPU to count them.
         rows: int64 [n], all different, the rows of hidden that have a label. Then labels [n] are
@@ -136,6 +137,7 @@ def linear_cross_entropy(
 
     Raises:
         IndexError: as in `cross_entropy`.
+        ValueError: the head is without its mean row, and there is a soft cap or a z-loss.
     """
     form = Form(softcap, label_smoothing, z_loss)
     if dispatch.traces():
@@ -143,10 +145,13 @@ def linear_cross_entropy(
         return dispatch.traced().linear_cross_entropy(*given)
     picked, chosen = labelled(hidden, labels, ignore_index, rows)
     lora_A, lora_B, scaling = (None, None, 0.0) if lora is None else lora
-    head: tuple[Tensor | Packed | None, ...] = weight, lora_A, lora_B
+    head: tuple[Tensor | Packed | Float8Weight | None, ...] = weight, lora_A, lora_B
     if not torch.is_grad_enabled():  # no gradient while the logits are at hand, then
         head = tuple(t.detach() if isinstance(t, Tensor) else t for t in head)
-    options = form, backend_for(picked), ignore_index
+    backend = backend_for(picked)
+    if backend is cpu and isinstance(weight, Float8Weight):
+        backend = reference
+    options = form, backend, ignore_index
     total = LinearCrossEntropy.apply(picked, *head, scaling, chosen, *options)
     return total, (labels != ignore_index).sum()
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ... import dispatch
 from ...autograd import once_differentiable
 from .. import products
+from ..float8 import Float8Weight, product_back, rounded_product_back
 from ..frozen_linear.dense import Packed, panels
 from ..products import Sum, Term
 
@@ -43,18 +44,23 @@ def _chunk_rows(rows: int, vocabulary: int, hidden: Tensor) -> int:
     return rows - rows % TILE if rows > TILE else rows
 
 
-def is_ready(head: Tensor | Packed, dtype: torch.dtype) -> TypeGuard[Tensor]:
+Head = Tensor | Packed | Float8Weight
+
+
+def is_ready(head: Head, dtype: torch.dtype) -> TypeGuard[Tensor]:
     """Return whether products in `dtype` can take the head as it is."""
     return isinstance(head, Tensor) and head.dtype == dtype
 
 
-def by_sums(head: Tensor | Packed, h: Tensor) -> TypeGuard[Tensor]:
+def by_sums(head: Head, h: Tensor) -> TypeGuard[Tensor]:
     """Return whether the products of h with the head, a dense one, are those of `products`."""
     return isinstance(head, Tensor) and products.available(h) and products.takes(head)
 
 
-def _grad_hidden(grad: Tensor, head: Tensor | Packed, dtype: torch.dtype) -> Tensor:
+def _grad_hidden(grad: Tensor, head: Head, dtype: torch.dtype) -> Tensor:
     """Return grad [n, V] @ head [V, H]: [n, H]."""
+    if isinstance(head, Float8Weight):
+        return product_back([grad], [head])
     if by_sums(head, grad):
         part = grad.new_empty(len(grad), head.shape[1], dtype=torch.float32)
         total = torch.zeros_like(part)
@@ -71,12 +77,32 @@ def _grad_hidden(grad: Tensor, head: Tensor | Packed, dtype: torch.dtype) -> Ten
     return total
 
 
+def _float8_loss(
+    hidden: Tensor, head: Float8Weight, labels: Tensor, backend: ModuleType, ignored: int
+) -> tuple[Tensor, Tensor]:
+    """Return the summed loss [] and the gradient of hidden [N, H], both products in float8.
+
+    The gradients of the logits are made e4m3 where they are made.
+    """
+    grad_hidden = torch.empty_like(hidden)
+    total = hidden.new_zeros((), dtype=torch.float32)
+    step = _chunk_rows(len(labels), head.shape[0], hidden)
+    for start in range(0, len(labels), step):
+        part = slice(start, start + step)
+        logits = backend.logits(hidden[part], head)
+        loss, grad = backend.loss_and_rounded_gradient(logits, labels[part], ignored)
+        del logits
+        grad_hidden[part] = rounded_product_back(grad, head)
+        total = total + loss
+    return total, grad_hidden
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """Map hidden [N, H], a head [V, H] and labels [N] to the summed loss [].
 
     A label is a word, or `ignored`.
 
-    The head is `weight`, dense or packed; with lora_A [r, H] and lora_B [V, r] it is
+    The head is `weight`, dense, packed or in float8; with lora_A [r, H] and lora_B [V, r] it is
     weight + scaling B A.
     """
 
@@ -85,6 +111,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         ctx, hidden, weight, lora_A, lora_B, scaling, labels, form: Form, backend: ModuleType,
         ignored: int,
     ):  # fmt: skip
+        if isinstance(weight, Float8Weight) and weight.centred and (form.softcap or form.z_loss):
+            raise ValueError("a soft cap and a z-loss see the mean row that the head is without")
+        plain = lora_A is None and form == Form()
+        if isinstance(weight, Float8Weight) and plain and ctx.needs_input_grad[0]:
+            ctx.dtypes = [hidden.dtype, None, None, None]
+            loss, of_hidden = _float8_loss(hidden, weight, labels, backend, ignored)
+            ctx.save_for_backward(of_hidden, None, None, None)
+            return loss
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, lora_A, lora_B)]
         need_hidden, _, need_A, _ = need = ctx.needs_input_grad[:4]
         hidden = hidden.to(dispatch.product_dtype(hidden))

@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..frozen_linear.dense import Packed, panels
-from .linear import Form, is_ready
+from ..float8 import Float8Weight, ScaledRows, product, scaled_rows
+from ..frozen_linear.dense import panels
+from .linear import Form, Head, is_ready
 
 
 def cross_entropy(
@@ -28,8 +29,10 @@ def cross_entropy(
     return total, counted.sum()
 
 
-def logits(h: Tensor, head: Tensor | Packed) -> Tensor:
+def logits(h: Tensor, head: Head) -> Tensor:
     """Return h [n, H] times the transpose of the head [V, H]: fp32 [n, V]."""
+    if isinstance(head, Float8Weight):
+        return product(scaled_rows([h], [None]), head).float()
     if is_ready(head, h.dtype):
         return F.linear(h, head).float()
     out = h.new_empty(len(h), head.shape[0], dtype=torch.float32)
@@ -70,3 +73,11 @@ def loss_and_gradient(
         grad *= slope
     grad.masked_fill_(out, 0)
     return loss
+
+
+def loss_and_rounded_gradient(
+    logits: Tensor, labels: Tensor, ignored: int
+) -> tuple[Tensor, ScaledRows]:
+    """Return what `loss_and_gradient` does, for logits that are given up, and gradients in e4m3."""
+    loss = loss_and_gradient(logits, labels, Form(), True, ignored)
+    return loss, scaled_rows([logits], [None])

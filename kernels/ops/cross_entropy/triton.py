@@ -21,10 +21,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import dispatch
-from ..frozen_linear.dense import Packed, panels
-from .linear import Form, is_ready
+from ..float8 import Float8Weight, ScaledRows, product, scaled_rows
+from ..float8.reference import E4M3, LARGEST
+from ..frozen_linear.dense import panels
+from .linear import Form, Head, is_ready
 
 BLOCK, THREADS = 4096, 256
+LEAST = 2.0**-20  # a row's largest gradient, for its scale: what is smaller is what fp32 lost
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -107,6 +110,31 @@ def _backward(
     tl.store(target, grad.to(GRAD.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _rounded_gradient(
+    LOGITS, LABELS, LSE, GRAD, SCALE, stride, V, ignore_index: tl.constexpr, floor: tl.constexpr,
+    top: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradient in e4m3; of none of a row is the magnitude more than the label's, 1 - p."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    label, lse = tl.load(LABELS + row), tl.load(LSE + row)
+    target = GRAD + row * V + columns
+    if label == ignore_index:
+        tl.store(SCALE + row, 1.0)
+        tl.store(target, tl.zeros((BLOCK,), GRAD.dtype.element_ty), mask=columns < V)
+        return
+    known = (label >= 0) & (label < V)
+    chosen = tl.load(LOGITS + row * stride + label, mask=known, other=0.0).to(tl.float32)
+    largest = tl.maximum(1 - tl.exp2((chosen - lse) * LOG2E), floor)
+    if tl.program_id(1) == 0:
+        tl.store(SCALE + row, tl.div_rn(largest, top))
+    x = tl.load(LOGITS + row * stride + columns, mask=columns < V, other=0.0).to(tl.float32)
+    grad = tl.exp2((x - lse) * LOG2E)
+    grad = tl.where(columns == label.to(tl.int32), grad - 1, grad) * tl.div_rn(top, largest)
+    tl.store(target, grad.to(GRAD.dtype.element_ty), mask=columns < V)
+
+
 def _padded(*tensors: Tensor) -> int:
     """Return how many columns of all of them [N, V] may be touched: V, or V and its padding."""
     V = tensors[0].shape[1]
@@ -162,11 +190,13 @@ def gradient(
     return out
 
 
-def logits(h: Tensor, head: Tensor | Packed) -> Tensor:
+def logits(h: Tensor, head: Head) -> Tensor:
     """Return h [n, H] times the transpose of the head [V, H]: [n, V] in h's dtype.
 
     The rows of the result lie a multiple of 16 values apart.
     """
+    if isinstance(head, Float8Weight):  # which has a multiple of 16 words
+        return product(scaled_rows([h], [None]), head)
     out = _padded_rows(len(h), head.shape[0], h.dtype, h.device)
     whole = [(slice(None), head)] if is_ready(head, h.dtype) else panels(head, h.dtype)
     for words, panel in whole:
@@ -192,3 +222,23 @@ def loss_and_gradient(
     if need:
         gradient(logits, labels, lse, _one(logits.device), form, ignored, logits)
     return loss.sum()
+
+
+def loss_and_rounded_gradient(
+    logits: Tensor, labels: Tensor, ignored: int
+) -> tuple[Tensor, ScaledRows]:
+    """Return the summed loss [] of logits [n, V] and labels int64 [n], and gradients in e4m3.
+
+    A label `ignored` counts for nothing.
+    """
+    loss, lse = loss_and_lse(logits, labels, Form(), ignored)
+    n, V = logits.shape
+    grad = torch.empty((n, V), dtype=E4M3, device=logits.device)
+    scale = torch.empty((n, 1), dtype=torch.float32, device=logits.device)
+    if n:
+        dispatch.launch(
+            _rounded_gradient, (n, -(-V // BLOCK)), logits, labels, lse, grad, scale,
+            logits.stride(0), V, ignored, LEAST, LARGEST, BLOCK,
+            num_warps=THREADS // dispatch.lanes(),
+        )  # fmt: skip
+    return loss.sum(), ScaledRows(grad, scale)

@@ -59,7 +59,7 @@ from torch import Tensor
 from ... import dispatch
 from ...autograd import once_differentiable, without_autocast
 from .. import swiglu
-from . import cpu, reference
+from . import cpu, float8, reference
 from .tensors import TENSORS, Dropout, FrozenLinearMap, LoraTensors, Static
 
 Again = tuple[Callable[[Tensor], Tensor], Tensor] | None
@@ -220,7 +220,9 @@ def _group(
     found = cpu.group(x, static, drop, tensors)
     if found is not None:
         return found
-    return reference.Group(static, drop, tensors, dispatch.product_dtype(x))
+    dtype = dispatch.product_dtype(x)
+    kind = float8.Float8Group if float8.takes(static, dtype) else reference.Group
+    return kind(static, drop, tensors, dtype)
 
 
 def _keep(ctx, x: Tensor, again: Again, *tensors: Tensor | None) -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import dispatch
+from ..float8 import Float8Weight
 from ..frozen_linear.dense import Panels, product, product_back, weight_panels
 from .tensors import TENSORS, Dropout, FrozenLinearMap, LoraTensors, Static, by_layer
 
@@ -98,7 +99,9 @@ class DenseLayer:
         """
         if self.kept is not None:
             return self.kept
-        found = weight_panels(self.base.stored, self.dtype)
+        stored = self.base.stored
+        stored = stored.stored if isinstance(stored, Float8Weight) else stored
+        found = weight_panels(stored, self.dtype)
         if self.lora_A.device.type != "cpu":
             self.kept = found  # a list, there
         return found
@@ -162,6 +165,7 @@ class Group:
     What is small stays for it: A and s B in the compute dtype, and d(x) A^T.
     """
 
+    layer_class = DenseLayer
     grads: Sequence[Tensor]  # dy [M, N] of each layer
     scaled: list[Tensor]  # the same times DoRA's gain
     together: Tensor | None  # the same as one tensor [n, M, N], if they lie so, or None
@@ -172,7 +176,7 @@ class Group:
         parts, scalings = by_layer(tensors), [scaling for _, scaling in static]
         self.A, pairs = cast_pairs(parts, scalings, dtype)  # [R, K]
         self.layers = [
-            DenseLayer(base, scaling, part, pair)
+            self.layer_class(base, scaling, part, pair)
             for (base, scaling), part, pair in zip(static, parts, pairs, strict=True)
         ]
         self.ranks = [part.lora_A.shape[0] for part in parts]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..dropout import seeded_dropout
+from ..float8 import Float8Weight
 from ..frozen_linear.dense import Packed
 
 TENSORS = 4  # of a layer: the fields of LoraTensors
@@ -19,7 +20,7 @@ class FrozenLinearMap(Protocol):
         """Return x [M, K] W^T + bias, [M, N]."""
 
     @property
-    def stored(self) -> Tensor | Packed:
+    def stored(self) -> Tensor | Packed | Float8Weight:
         """W [N, K], as it is stored."""
 
     @property

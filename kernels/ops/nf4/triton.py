@@ -115,7 +115,7 @@ def scales_of(
 
 @triton.jit
 def _dequantize(
-    CODES, SCALES, NESTED, OFFSET, MAP, PAIRS, Y, n,
+    CODES, SCALES, NESTED, OFFSET, MAP, PAIRS, FACTOR, Y, n,
     largest: tl.constexpr, DOUBLE: tl.constexpr, PTX: tl.constexpr, WHOLE: tl.constexpr,
     HALF: tl.constexpr, PASSES: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -134,6 +134,8 @@ def _dequantize(
             of_row, of_byte, of_value = row * (2 * TILE) < left, byte * 2 < left, at < left
         packed = tl.load(CODES + start + byte, mask=of_byte)
         scale = scales_of(SCALES, NESTED, offset, MAP, block, of_row, largest, DOUBLE)
+        if FACTOR is not None:
+            scale = scale * tl.load(FACTOR)
         values = values_of(packed, scale, PAIRS, PTX, Y.dtype.element_ty)
         tl.store(Y + 2 * start + at, values, mask=of_value)
 
@@ -238,8 +240,8 @@ def _dequantize_options(
     return {**cut, "num_warps": THREADS // dispatch.lanes(), **packed}
 
 
-def dequantize(q: NF4Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the dense tensor."""
+def dequantize(q: NF4Tensor, dtype: torch.dtype, factor: Tensor | None = None) -> Tensor:
+    """Return the dense tensor, whose scales are multiplied by `factor` fp32 [] if it is given."""
     y = torch.empty(q.shape, dtype=dtype, device=q.codes.device)
     n, values = y.numel(), 2 * PASSES * BYTES
     if n:
@@ -248,7 +250,7 @@ def dequantize(q: NF4Tensor, dtype: torch.dtype) -> Tensor:
             dispatch.compiles_to(),
         )  # fmt: skip
         grid = (-(-n // values),)
-        dispatch.launch(_dequantize, grid, *packed_arguments(q), y, n, **options)
+        dispatch.launch(_dequantize, grid, *packed_arguments(q), factor, y, n, **options)
     return y
 
 

@@ -150,7 +150,12 @@ LowRankT = TypeVar("LowRankT", bound=LowRankPart)
 
 
 class LowRankLinear(AttachedLinear[LowRankT]):
-    """A linear layer with a low-rank update: base(x) + scaling * B A dropout(x)."""
+    """A linear layer with a low-rank update: base(x) + scaling * B A dropout(x).
+
+    `float8` is the base as it computes in training, where a run wants that (training/float8.py).
+    """
+
+    float8: kernels.Float8Linear | None = None
 
     def low_rank_update(self) -> LoraWeights | None:
         return None if self.active is None else self.weights_of(self.active)
@@ -161,7 +166,8 @@ class LowRankLinear(AttachedLinear[LowRankT]):
 
     def weights_of(self, part: LowRankT) -> LoraWeights:
         """Return base and update as the kernels take them."""
-        (A, B), base = part.pair(), self.base
+        A, B = part.pair()
+        base = self.float8 if self.float8 is not None and self.training else self.base
         bias = base.bias if part.bias is None else part.bias
         if part.lora_bias is not None:
             more = part.scaling * part.lora_bias
@@ -267,8 +273,8 @@ class LoraLinear(LowRankLinear[LoraPart], LoraLayer):
             self.short_path = (part, base.linear)
 
     def forward(self, x: Tensor) -> Tensor:
-        short = self.short_path
-        if short is not None and x.numel() <= _FEW and short[0].counter is None:
+        short, few = self.short_path, x.numel() <= _FEW
+        if short is not None and few and short[0].counter is None and self.float8 is None:
             return self._compute_few(*short, x)
         return super().forward(x)
 
