@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py [--parts steps,packed] [--within 600] [--provider Liger] [--op rope]
 
-    steps      forward, backward and AdamW of one row (`steps.py` says of what)
+    steps      forward, backward, clipping and AdamW of one row (`steps.py` says of what)
     packed     the same of ragged rows, which lorakit packs and the peers pad
     peers      both, of peers that change transformers and so get a process of their own
     ops        every op of `cases.py`; `kernels.py` says how they are timed

@@ -66,7 +66,8 @@ ROOM = {
 }  # fmt: skip
 NAMES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8",
-    torch.int64: "i64", torch.int32: "i32", torch.float8_e4m3fn: "fp8e4nv",
+    torch.int64: "i64", torch.int32: "i32", torch.float64: "fp64",
+    torch.float8_e4m3fn: "fp8e4nv",
 }  # fmt: skip
 
 
@@ -74,6 +75,7 @@ NAMES = {
 for folder in lk.kernels.__path__:
     for file in Path(folder).glob("ops/*/triton.py"):
         importlib.import_module(f"lorakit.kernels.ops.{file.parent.name}.triton")
+adamw = importlib.import_module("lorakit.kernels.ops.adamw.triton")
 
 
 @dataclass(frozen=True)
@@ -310,7 +312,16 @@ def cases() -> Iterator[tuple[str, Callable, int]]:
     ones = [[torch.ones(4096)] for _ in range(4)]
     options = {"step": 1, "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
     yield "adamw", lambda: ops.adamw_step(*ones, **options), 1024
-    moments = [[ops.Moment8bit.zeros(4096, torch.device("cpu"))] for _ in range(2)]
+    cpu, group = torch.device("cpu"), ops.AdamWGroup(0, (0.9, 0.999), 1e-8, 0.0)
+    clipped = ops.ClippedAdamW([group, group], [[1e-3, 1e-3]], 1.0, cpu)
+    rows = [ops.AdamWRow(0, *(one for [one] in ones))]
+
+    def clip() -> None:  # what comes before the update
+        with mock.patch.object(adamw, "_launch_update"):
+            clipped(rows, torch.ones(1))
+
+    yield "adamw clipping", clip, 8 * 1024
+    moments = [[ops.Moment8bit.zeros(4096, cpu)] for _ in range(2)]
     yield "adamw 8-bit", lambda: ops.adamw_step_8bit(*ones[:2], *moments, **options), 2048
     halves = [torch.empty(8, 4096, dtype=torch.float16).requires_grad_() for _ in range(2)]
     yield "swiglu fp16", both(lambda: ops.swiglu(*halves)), 1024

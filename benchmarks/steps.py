@@ -1,7 +1,8 @@
 """A QLoRA step on a GPU as each provider takes it, and the rows that it learns from.
 
-A step is forward, backward and AdamW, with adapters of rank 16 on all linear layers of a random
-decoder in NF4; embedding and head are dense. Rows are of two kinds (`sides.py` joins and pads):
+A step is forward, backward, clipping of the gradient and AdamW, with adapters of rank 16 on all
+linear layers of a random decoder in NF4; embedding and head are dense. Rows are of two kinds
+(`sides.py` joins and pads):
 
     dense     one row, labels on all of its tokens
     packed    ragged rows, labels on the last 40 % of each; lorakit joins them in one row, the
@@ -28,10 +29,12 @@ from torch import Tensor, nn
 
 import lorakit as lk
 import lorakit.models.decoder  # the decoder itself: load_model would want a file
+import lorakit.training.device_step  # as a run clips and steps
 import lorakit.training.float8
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KINDS = ("dense", "packed")  # of rows
+RATE, MAX_NORM = 1e-3, 1.0
 # Of packed rows: the share of labels, the share of a padded batch that is real, the mean length.
 LABELS, FILLED, MEAN = 0.4, 0.55, 256
 
@@ -42,12 +45,14 @@ class Step:
 
     loss: Callable[[], Tensor]  # the mean over the labels, on the device
     optimizer: torch.optim.Optimizer
+    update: Callable[[Tensor], object]  # clips, and lets the optimizer step; of the loss [1]
     around: Callable[[], AbstractContextManager] = nullcontext
 
     def __call__(self) -> None:
         with self.around():
-            self.loss().backward()
-            self.optimizer.step()
+            loss = self.loss()
+            loss.backward()
+            self.update(loss.detach().view(1))
         self.optimizer.zero_grad(set_to_none=True)
 
 
@@ -127,7 +132,10 @@ def our_step(
         lorakit.training.float8.start_float8(model)
     optimizer = lk.optim.AdamW(trained(model))
     around = partial(lk.kernels.use_backend, backend)
-    return Step(our_loss(s, model, rows), optimizer, around)
+    with around():
+        made = lorakit.training.device_step.optimizer_step
+        update = made(optimizer, trained(model), [[RATE]] * 1000, MAX_NORM)
+    return Step(our_loss(s, model, rows), optimizer, update, around)
 
 
 # ---- the peers ----------------------------------------------------------------------------------
@@ -158,13 +166,25 @@ def peers_loss(s: Setting, model: nn.Module, rows: Rows) -> Callable[[], Tensor]
     return loss
 
 
+def peers_step(s: Setting, model: nn.Module, rows: Rows) -> Step:
+    """A step with torch's clipping and its fused AdamW."""
+    params = trained(model)
+    optimizer = torch.optim.AdamW(params, lr=RATE, fused=True)
+
+    def update(loss: Tensor) -> None:
+        nn.utils.clip_grad_norm_(params, MAX_NORM)
+        optimizer.step()
+
+    return Step(peers_loss(s, model, rows), optimizer, update)
+
+
 def peft_step(s: Setting, layers: int, rows: Rows) -> Step:
     from transformers import AutoModelForCausalLM
 
     with torch.device(s.device):
         model = AutoModelForCausalLM.from_config(llama(s, layers), dtype=s.dtype)
     model = with_peft(model.requires_grad_(False), PROJECTIONS).train()
-    return Step(peers_loss(s, model, rows), torch.optim.AdamW(trained(model), fused=True))
+    return peers_step(s, model, rows)
 
 
 def liger_step(s: Setting, layers: int, rows: Rows) -> Step:
@@ -194,7 +214,7 @@ def unsloth_step(s: Setting, layers: int, rows: Rows) -> Step:
         target_modules=PROJECTIONS, use_gradient_checkpointing=False,
     )  # fmt: skip
     model.train()
-    return Step(peers_loss(s, model, rows), torch.optim.AdamW(trained(model), fused=True))
+    return peers_step(s, model, rows)
 
 
 def write_tokenizer(folder: str | Path) -> None:

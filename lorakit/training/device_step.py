@@ -18,6 +18,7 @@ writing 4 bytes per value; `clip` does it in memory too, for whoever reads them 
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -96,13 +97,15 @@ class DeviceStep:
             if p.grad is not None:
                 moments = self.optimizer.moments(p)
                 rows.append(AdamWRow(self._group_of[p], p, p.grad, *moments))
-        return self.clipped(rows, losses)
+        with _noted():
+            return self.clipped(rows, losses)
 
     @torch.no_grad()
     def clip(self) -> None:
-        """Scale the gradients as the last step has read them."""
+        """Scale the gradients as the last step has read them, if it was taken."""
         grads = [p.grad for p in self.params if p.grad is not None]
-        torch._foreach_mul_(grads, self.clipped.numbers[0, 8])
+        factor, taken = self.clipped.numbers[0, 8:].unbind()
+        torch._foreach_mul_(grads, torch.where(taken != 0, factor, 1.0))
 
     def sync(self) -> None:
         """Give the optimizer the numbers of the steps so far. The host waits for the device."""
@@ -111,6 +114,13 @@ class DeviceStep:
             group["step"] = self._taken_before[i] + taken
             if begun:
                 group["lr"] = self.rates[min(begun, len(self.rates)) - 1][i]
+
+
+def _noted() -> AbstractContextManager[object]:
+    """Return a context that tells a profiler of the step as torch's optimizers do."""
+    if not torch.autograd._profiler_enabled():
+        return nullcontext()
+    return torch.profiler.record_function("Optimizer.step#DeviceStep")
 
 
 class HostStep:

@@ -7,9 +7,13 @@ goes on from there.
 
 A step whose loss or gradient is not finite is skipped and counted. After BAD_STEPS such steps in a
 row the run stops.
+
+On a GPU the host reads the loss of a step when it has issued the next one, so that the device need
+not wait for it. `progress.step` is the step that was issued; the rest of `progress`, the log and
+the count of bad steps are of the step that was read. An evaluation, a checkpoint, `after_step` and
+the end of a run read first. On a CPU, which has nothing to gain, each step is read at once.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorakit.adapters.layers.wrapper import Attached
 from lorakit.adapters.manage import attached
@@ -34,6 +38,7 @@ from lorakit.files.local import as_path
 from lorakit.models.decoder import Decoder
 from lorakit.models.tokenizer import Tokenizer
 from lorakit.training import state as run_state
+from lorakit.training.device_step import DeviceStep, HostStep, Told, optimizer_step, read
 from lorakit.training.float8 import end_float8, start_float8
 from lorakit.training.interrupt import Flag
 from lorakit.training.kept_layers import kept_layers
@@ -50,7 +55,7 @@ from lorakit.training.resume import (
     resume_from,
 )
 from lorakit.training.schedules import learning_rate
-from lorakit.training.step import backward, check_gradients, count_tokens, first_not_finite
+from lorakit.training.step import Late, Prepared, backward, check_gradients, prepare
 
 BAD_STEPS = 10
 
@@ -87,16 +92,22 @@ class Run:
         if started is not None:
             say(str(started))
         self.layers = trainable_layers(model)  # EVA may have left some out
-        self.optimizer, self.rate_shares = _optimizer(model, config)
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimizer, shares = _optimizer(model, config)
         self.order = Order(examples, config)
         validation = None if held_out is None else held_out.examples
         self.same = must_match(model, tok, examples, validation, config)  # saved with checkpoints
         self.progress = Progress()
         if checkpoint is not None:
             self.progress = resume_from(checkpoint, model, self.optimizer, self.same, self.order)
+        self.update = self._optimizer_step(shares)
         self.reference = reference_of_run(model, config, checkpoint)
         self.own_tokenizer = _is_not_the_models(tok, model)
         self.ended = False
+        self.reads_late = model.device.type != "cpu"
+        self._prepared: Prepared | None = None  # the next step
+        self._begun: tuple[Prepared, Late] | None = None  # the last step, if it was not read
+        self._clock = 0.0  # when it began, or the one before it was read
 
     def open_log(self) -> Log:
         """Return the log of the run, which goes on after the steps that are done."""
@@ -120,9 +131,12 @@ class Run:
                 self._write_checkpoint(log)
                 saved = progress.step
             if self.ended or stopped:
+                self._read_begun(log)
                 return
             self._step(log)
             if after_step is not None:
+                self._read_begun(log)
+                self.update.clip()
                 after_step()
             self.optimizer.zero_grad(set_to_none=True)
 
@@ -161,6 +175,7 @@ class Run:
     def _evaluate(self, log: Log) -> bool:
         """Evaluate the step that is done. Return whether it is the best one so far."""
         assert self.held_out is not None
+        self._read_begun(log)
         if self.progress.step == self.order.total:
             self._save(self.output_dir)  # before an evaluation that may be cut short
         config, size = self.config, self.config.per_device_train_batch_size
@@ -179,6 +194,7 @@ class Run:
 
     def _write_checkpoint(self, log: Log) -> None:
         """Write a checkpoint of the step that is done. If the disk is full, say so and go on."""
+        self._read_begun(log)
         step, optimizer = self.progress.step, self.optimizer
         values: dict[str, Any] = {"progress": asdict(self.progress), "same": self.same}
         try:
@@ -212,44 +228,63 @@ class Run:
     # ---- a step ----
 
     def _step(self, log: Log) -> None:
-        """Take the next step. Its gradients stay."""
-        started, config, progress = time.perf_counter(), self.config, self.progress
-        step = progress.step + 1
-        rate = self._set_learning_rate(step)
-        numbers = self.order.step(step)
-        micro_batches = [[self.examples[i] for i in rows] for rows in numbers]
-        losses, count = backward(self.model, micro_batches, config, self.reference)
-        if step == 1:
+        """Begin the next step, and read the one before it, or at once where nothing is gained.
+
+        Its gradients stay. The step after it is prepared before the host waits for anything.
+        """
+        if self._begun is None:
+            self._clock = time.perf_counter()
+        config, before, self._begun = self.config, self._begun, None
+        number = self.progress.step + 1
+        step = self._prepared or self._prepare(number)
+        losses = backward(self.model, step, config, self.reference)
+        if number == 1:
             check_gradients(self.model, self.layers)
-        params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(params, config.max_grad_norm)
-        *sums, norm = torch.stack([*losses, norm]).tolist()  # here the host waits for the device
-        loss = sum(sums) / count
-        progress.step, progress.loss = step, loss
-        if math.isfinite(loss) and math.isfinite(norm):
-            self.optimizer.step()
+        told = Late(self.update(torch.stack(losses)))
+        self.progress.step = number
+        self._prepared = self._prepare(number + 1) if number < self.order.total else None
+        if before is not None:
+            self._read(*before, log)
+        self._begun = step, told
+        if not self.reads_late:
+            self._read_begun(log)
+
+    def _prepare(self, number: int) -> Prepared:
+        return prepare(self.model, self.examples, number, self.order.step(number), self.config)
+
+    def _read_begun(self, log: Log) -> None:
+        """Read the step that was begun, if it was not read. The host waits for its end."""
+        if self._begun is not None:
+            step, told = self._begun
+            self._begun = None
+            self._read(step, told, log)
+
+    def _read(self, step: Prepared, late: Late, log: Log) -> None:
+        """Wait for the end of a step, and note and log what it tells."""
+        told, progress = read(late.read()), self.progress
+        now = time.perf_counter()
+        took, self._clock = now - self._clock, now
+        progress.loss = sum(told.losses) / step.count
+        if told.taken:
             progress.bad_in_a_row = 0
         else:
-            self._skip(norm, [self.examples.place(i) for rows in numbers for i in rows], log)
-
-        took = time.perf_counter() - started
-        count, computed = count_tokens(micro_batches, config.packing)
-        progress.tokens, progress.seconds = progress.tokens + count, progress.seconds + took
+            self._skip(step, told, log)
+        progress.tokens, progress.seconds = progress.tokens + step.tokens, progress.seconds + took
         log.step(
-            step=step,
-            loss=loss,
-            learning_rate=rate,
-            grad_norm=norm,
+            step=step.number,
+            loss=progress.loss,
+            learning_rate=self._rate(step.number),
+            grad_norm=told.norm,
             tokens=progress.tokens,
-            tokens_per_second=count / took,
-            padding=1 - count / computed,
+            tokens_per_second=step.tokens / took,
+            padding=1 - step.tokens / step.computed,
             peak_memory_mb=peak_memory_mb(self.model.device),
         )
 
-    def _set_learning_rate(self, step: int) -> float:
-        """Give each group its share of the scheduled rate of a step, and return that rate."""
+    def _rate(self, step: int) -> float:
+        """Return the scheduled rate of a step."""
         config = self.config
-        rate = learning_rate(
+        return learning_rate(
             config.lr_scheduler_type,
             step - 1,
             self.order.total,
@@ -259,18 +294,27 @@ class Run:
             min_lr_ratio=config.min_lr_ratio,
             num_cycles=config.num_cycles,
         )
-        for group, share in zip(self.optimizer.param_groups, self.rate_shares, strict=True):
-            group["lr"] = rate * share
-        return rate
 
-    def _skip(self, norm: float, places: Sequence[str], log: Log) -> None:
+    def _optimizer_step(self, shares: Sequence[float]) -> DeviceStep | HostStep:
+        """Return what clips and steps, with the rates of the steps that are left.
+
+        Each group takes its share of the scheduled rate.
+        """
+        total = self.order.total
+        steps = range(min(self.progress.step + 1, total), total + 1)
+        rates = [[self._rate(step) * share for share in shares] for step in steps]
+        params = list(self.trained.values())
+        return optimizer_step(self.optimizer, params, rates, self.config.max_grad_norm)
+
+    def _skip(self, step: Prepared, told: Told, log: Log) -> None:
         """Count a step whose loss or gradient is not finite. Raises LorakitError after too many."""
         progress = self.progress
         progress.skipped += 1
         progress.bad_in_a_row += 1
+        first = "the loss" if told.first < 0 else list(self.trained)[told.first]
         what = (
-            f"step {progress.step} has loss {progress.loss} and gradient norm {norm}, first in "
-            f"{first_not_finite(self.model)}, on {', '.join(places)}"
+            f"step {step.number} has loss {progress.loss} and gradient norm {told.norm}, first in "
+            f"{first}, on {', '.join(self.examples.place(i) for i in step.rows)}"
         )
         if progress.bad_in_a_row >= BAD_STEPS:
             raise LorakitError(

@@ -1,47 +1,98 @@
-"""The parts of an optimizer step: gradients of its micro-batches, checks of them, and counts.
+"""The parts of an optimizer step: its batches, their gradients, and what comes back to the host.
 
 A step sums the loss over the label tokens of all its micro-batches and divides once by their
 number. So a step of 8 rows has the same gradient as 1 x 8 or 8 x 1 rows, padded or packed.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorakit.adapters.layers.wrapper import Attached
 from lorakit.config.errors import LorakitError
 from lorakit.config.training import TrainConfig
 from lorakit.data.encode import IGNORE, Example, PairExample
+from lorakit.data.examples import Examples
 from lorakit.models.blocks import MoE
 from lorakit.models.decoder import Decoder
-from lorakit.training.losses.batch import summed_loss
+from lorakit.training.losses.batch import Batch, collated, summed_loss
 from lorakit.training.losses.reference import Reference
 
-MicroBatches = Sequence[Sequence[Example | PairExample]]
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A step that can begin: its batches, the device's part of them on its way there."""
+
+    number: int
+    """The number of the step, from 1."""
+    rows: list[int]
+    """The numbers of its rows."""
+    batches: list[Batch]
+    """Its micro-batches."""
+    count: int
+    """What its summed loss is divided by: label tokens, or pairs."""
+    tokens: int
+    """How many tokens its rows have."""
+    computed: int
+    """How many tokens are computed, the padding included."""
+
+
+class Late:
+    """A small tensor on its way to the host, which waits for it only where it is read."""
+
+    def __init__(self, t: Tensor):
+        self._values, self._there = t, None
+        if t.device.type != "cpu":
+            on_gpu = t.device.type == "cuda"
+            self._values = torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=on_gpu)
+            self._values.copy_(t, non_blocking=True)
+            if on_gpu:
+                self._there = torch.cuda.Event()
+                self._there.record(torch.cuda.current_stream(t.device))
+
+    def read(self) -> list[float]:
+        """Return the values, when they are there."""
+        if self._there is not None:
+            self._there.synchronize()
+        return self._values.tolist()
+
+
+def prepare(
+    model: Decoder,
+    examples: Examples,
+    number: int,
+    micro_batches: Sequence[Sequence[int]],
+    config: TrainConfig,
+) -> Prepared:
+    """Collate the micro-batches of a step, lists of row numbers, and send them to the device."""
+    taken = [[examples[i] for i in rows] for rows in micro_batches]
+    each = [example for batch in taken for example in batch]
+    if config.objective == "sft":
+        labels = [row.labels[1:] for example in each for row in example.answers]
+        count = sum(label != IGNORE for row in labels for label in row)
+    else:
+        count = len(each)
+    rows = [i for batch in micro_batches for i in batch]
+    batches = [collated(model, batch, config) for batch in taken]
+    return Prepared(number, rows, batches, count, *_count_tokens(taken, config.packing))
 
 
 def backward(
-    model: Decoder, micro_batches: MicroBatches, config: TrainConfig, reference: Reference | None
-) -> tuple[list[Tensor], int]:
+    model: Decoder, step: Prepared, config: TrainConfig, reference: Reference | None
+) -> list[Tensor]:
     """Add the gradients of the mean loss of a step to the parameters.
 
     The mean is over the label tokens of the step, or over its pairs. DPO compares with `reference`.
-    Nothing waits for the device: the summed losses are returned as they are, each fp32 [], and
-    their divisor.
+    Nothing waits for the device: the summed losses are returned as they are, each fp32 [].
     """
-    examples = [example for batch in micro_batches for example in batch]
-    if config.objective == "sft":
-        labels = [row.labels[1:] for example in examples for row in example.answers]
-        count = sum(label != IGNORE for each in labels for label in each)
-    else:
-        count = len(examples)
     losses = []
-    for batch in micro_batches:
+    for batch in step.batches:
         loss, _ = summed_loss(model, batch, config, reference)
-        (loss / count).backward()
+        (loss / step.count).backward()
         losses.append(loss.detach())
-    return losses, count
+    return losses
 
 
 def check_gradients(model: Decoder, layers: Mapping[str, Attached]) -> None:
@@ -57,15 +108,9 @@ def check_gradients(model: Decoder, layers: Mapping[str, Attached]) -> None:
                 raise LorakitError(f"train: {name}.{ending} got no gradient; it is not used")
 
 
-def first_not_finite(module: nn.Module) -> str:
-    """Name the first parameter whose gradient is not finite, or "the loss" if there is none."""
-    for name, parameter in module.named_parameters():
-        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
-            return name
-    return "the loss"
-
-
-def count_tokens(micro_batches: MicroBatches, packing: bool) -> tuple[int, int]:
+def _count_tokens(
+    micro_batches: Sequence[Sequence[Example | PairExample]], packing: bool
+) -> tuple[int, int]:
     """Return how many tokens a step holds, and how many it computes, the padding included."""
     lengths = [
         [len(row.input_ids) for example in batch for row in example.answers]

@@ -78,7 +78,8 @@ def train(
             such. Each row is read and encoded once, before the first step.
         config: The settings of the run; None takes the defaults.
         base_model: The name of the base model that the adapter's config records.
-        after_step: Called after every optimizer step, while its gradients are still there.
+        after_step: Called after every optimizer step, while its gradients are still there, clipped
+            unless the step was skipped. On a GPU it costs a wait for the device in every step.
 
     Returns:
         What the run did, as numbers.

@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 import lorakit as lk
+from lorakit.training.device_step import optimizer_step
 from tests.meta_gpu import MetaGPU
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -74,12 +75,15 @@ def test_the_launches_are_those_of_the_code(costs_of):
         model = gpu.decoder(2)
         labels = torch.zeros(1, 1024, dtype=torch.int64)
         ids = labels.to("meta")
-        optimizer = lk.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        params = [p for p in model.parameters() if p.requires_grad]
+        optimizer = lk.optim.AdamW(params)
+        update = optimizer_step(optimizer, params, [[1e-3]], 1.0)
         for _ in range(2):  # the first makes tables
             gpu.clear()
             loss, count = model.loss(ids, labels)
-            (loss / count).backward()
-            optimizer.step()
+            loss = loss / count
+            loss.backward()
+            update(loss.detach().view(1))
             optimizer.zero_grad(set_to_none=True)
     found = [(cost.name, cost.where) for cost in costs_of(1024)]
     assert found == [tuple(launch) for launch in gpu.launches]
@@ -150,8 +154,10 @@ def test_bytes_of_kernels(costs_of):
     assert moved[-1] == 4 * n + small
     assert {c.moved for c in named(costs, "swiglu/_forward")} == {3 * B * T * inner}
     assert {c.moved for c in named(costs, "swiglu/_backward")} == {6 * B * T * inner}
-    [adamw] = named(costs, "adamw/_update")
-    assert adamw.moved == 28 * 16 * 2 * (4 * 4096 + 2 * 1024 + 2 * 4096 + 3 * 14336 + 3 * 4096)
+    trained = 16 * 2 * (4 * 4096 + 2 * 1024 + 2 * 4096 + 3 * 14336 + 3 * 4096)
+    for name, each in (("_squares", 4), ("_decide", 0), ("_update", 28)):
+        [adamw] = named(costs, f"adamw/{name}")
+        assert adamw.moved == each * trained
 
 
 def test_bytes_of_tensors(model):

@@ -122,6 +122,11 @@ def test_gradients_are_clipped_for_who_reads_them():
         assert torch.equal(p.grad, q.grad)
     norm = torch.cat([p.grad.flatten() for p in steps[0].params]).norm()
     assert norm.item() == pytest.approx(1, rel=1e-5)
+    with lk.kernels.use_backend("reference"):
+        for step in steps:
+            go(step, [1], bad=(1,))
+            step.clip()  # of a step that was skipped: as they are
+            assert torch.equal(step.params[0].grad, random(100, *SHAPES[0]))
 
 
 def test_which_kind_of_step_an_optimizer_gets(tmp_path):

@@ -6,16 +6,21 @@ It is made again by LORAKIT_WRITE=1 pytest tests/training/test_launches.py.
 
 import csv
 import os
+from array import array
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
 
 import lorakit as lk
+from lorakit.data.encode import Example
+from lorakit.training import run as training_run
 from lorakit.training.device_step import optimizer_step
 from lorakit.training.float8 import start_float8
+from lorakit.training.step import Late
 
 pytest.importorskip("triton")
 from tests.meta_gpu import MetaGPU
@@ -135,3 +140,52 @@ def test_the_host_waits_for_nothing(documents, checkpointing, micro_batches, flo
     gpu = step(2, documents, float8=float8, **options).gpu
     assert gpu.waits == []
     assert [copy for copy in gpu.copies if copy.blocking] == []
+
+
+class Rows(list):
+    """Rows of two lengths, as a run takes its examples."""
+
+    lengths = array("q", [100, 300] * 8)
+
+    def __init__(self):
+        super().__init__(Example([1] * n, [-100] * 9 + [1] * (n - 9)) for n in self.lengths)
+
+    def place(self, i):
+        return f"row {i}"
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_run_waits_for_a_step_when_it_has_issued_the_next(
+    tmp_path, monkeypatch, packing, accumulate
+):
+    """And for nothing else: all that a run does between two evaluations or checkpoints."""
+    monkeypatch.setattr(training_run, "must_match", lambda *_: {})  # it reads the frozen weights
+    read, tokens = [], SimpleNamespace(has_new_tokens=False, source=None)
+    monkeypatch.setattr(Late, "read", lambda self: read.append(issued[-1]) or [1.0, 1.0, -1.0, 9.0])
+    issued, real = [], training_run.backward
+
+    def backward(model, step, *rest):
+        issued.append(step.number)
+        return real(model, step, *rest)
+
+    monkeypatch.setattr(training_run, "backward", backward)
+    config = lk.TrainConfig(
+        str(tmp_path), max_steps=9, packing=packing, gradient_accumulation_steps=accumulate,
+        max_seq_length=400, per_device_train_batch_size=2, loraplus_lr_ratio=16.0,
+    )  # fmt: skip
+    with MetaGPU() as gpu:
+        run = training_run.Run(gpu.decoder(2), tokens, Rows(), None, config, None)
+        with run.open_log() as log:
+            run._step(log)
+            gpu.clear()
+            for _ in range(2):
+                run.optimizer.zero_grad()
+                run._step(log)
+    assert read == [2, 3]
+    assert gpu.waits == []
+    assert [copy for copy in gpu.copies if copy.blocking] == []
+    back = [copy.shape for copy in gpu.copies if copy.way == "to the host"]
+    assert back == [(3 + accumulate,)] * 2
+    launched = Counter(launch.name for launch in gpu.launches if "adamw" in launch.name)
+    assert launched == {"adamw/_squares": 2, "adamw/_decide": 2, "adamw/_update": 2}

@@ -1,6 +1,7 @@
 """The loss of a batch, by the objective of a run."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -14,20 +15,29 @@ from lorakit.training.losses.preference import pair_losses
 from lorakit.training.losses.reference import Reference
 
 
-def summed_loss(
-    model: Decoder,
-    batch: Sequence[Example | PairExample],
-    config: TrainConfig,
-    reference: Reference | None,
-) -> tuple[Tensor, Tensor]:
-    """Return the summed loss of a batch, and its number of label tokens.
+class Batch(NamedTuple):
+    """The tensors of a batch, as `Decoder.loss` takes them.
 
-    For pairs the second number is how many of them the model has the right way round. DPO compares
-    with `reference`, as `pair_losses` takes it.
+    Attributes:
+        ids: int64 [B, T], on the model's device.
+        labels: int64 [B, T], in host memory, where they can be counted.
+        attention_mask: bool [B, T], on the model's device, or None where padding does not matter.
+        cu_seqlens: int32 [n + 1], in host memory, of packed documents; else None.
     """
-    pairs = config.objective != "sft"
+
+    ids: Tensor
+    labels: Tensor
+    attention_mask: Tensor | None
+    cu_seqlens: Tensor | None
+
+
+def collated(model: Decoder, batch: Sequence[Example | PairExample], config: TrainConfig) -> Batch:
+    """Return the tensors of a batch: of pairs, the answers chosen and then those rejected.
+
+    What the device needs is on its way there. The host does not wait for it.
+    """
     rows = [example.answers[0] for example in batch]
-    if pairs:
+    if config.objective != "sft":
         rows += [example.answers[1] for example in batch]
     bounds: Tensor | None = None
     mask: Tensor | None = None
@@ -37,9 +47,20 @@ def summed_loss(
         ids, labels = collate(rows)
         if model.config.by_length:
             mask = kernels.dispatch.sent(real_tokens(rows), model.device)
-    ids = kernels.dispatch.sent(ids, model.device)  # the labels stay, where they can be counted
+    return Batch(kernels.dispatch.sent(ids, model.device), labels, mask, bounds)
+
+
+def summed_loss(
+    model: Decoder, batch: Batch, config: TrainConfig, reference: Reference | None
+) -> tuple[Tensor, Tensor]:
+    """Return the summed loss of a batch, and its number of label tokens.
+
+    For pairs the second number is how many of them the model has the right way round. DPO compares
+    with `reference`, as `pair_losses` takes it.
+    """
+    ids, labels, mask, bounds = batch
     smoothing = config.label_smoothing_factor
-    if not pairs:
+    if config.objective == "sft":
         return model.loss(
             ids,
             labels,

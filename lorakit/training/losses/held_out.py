@@ -1,12 +1,16 @@
 """The loss of held-out rows, by the objective of a run."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+from torch import Tensor
+
 from lorakit.config.training import TrainConfig
+from lorakit.data.encode import Example, PairExample
 from lorakit.data.examples import Examples
 from lorakit.evaluation.evaluate import summed_over, text_loss
 from lorakit.models.decoder import Decoder
-from lorakit.training.losses.batch import summed_loss
+from lorakit.training.losses.batch import collated, summed_loss
 from lorakit.training.losses.reference import Reference
 
 
@@ -27,8 +31,10 @@ def held_out_loss(
     if config.objective == "sft":
         return text_loss(model, examples, batch_size)
     plain = replace(config, packing=False, label_smoothing_factor=0.0)
-    total, right = summed_over(
-        model, examples, batch_size, lambda batch: summed_loss(model, batch, plain, reference)
-    )
+
+    def loss(batch: Sequence[Example | PairExample]) -> tuple[Tensor, Tensor]:
+        return summed_loss(model, collated(model, batch, plain), plain, reference)
+
+    total, right = summed_over(model, examples, batch_size, loss)
     pairs = len(examples)
     return {"loss": total / pairs, "preference_accuracy": right / pairs, "rows": pairs}

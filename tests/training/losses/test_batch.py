@@ -8,7 +8,7 @@ import torch
 import lorakit as lk
 from lorakit.adapters.layers.lora import lora_layers
 from lorakit.data.encode import IGNORE, Example, PairExample
-from lorakit.training.losses.batch import summed_loss
+from lorakit.training.losses.batch import collated, summed_loss
 from tests.conftest import TINY_VARIANTS, tiny_llama
 
 
@@ -45,14 +45,17 @@ def test_loss_of_rows_whose_rotation_depends_on_their_length(tmp_path, variant, 
             return [example(n) for n in lengths]
         return [PairExample(example(n), example(n + 9)) for n in lengths]
 
+    def loss_of(rows, config):
+        return summed_loss(model, collated(model, rows, config), config, None)[0].item()
+
     rows = batch([7, 40, 23, 26])  # the original context is 24
     padded, packed = (
         lk.TrainConfig(str(tmp_path), objective=objective, packing=on) for on in (False, True)
     )
-    total = sum(summed_loss(model, [row], packed, None)[0].item() for row in rows)
+    total = sum(loss_of([row], packed) for row in rows)
     for config in (padded, packed):
         # fp32 sums of up to 92 losses, in another order
-        assert summed_loss(model, rows, config, None)[0].item() == pytest.approx(total, rel=1e-5)
+        assert loss_of(rows, config) == pytest.approx(total, rel=1e-5)
 
 
 def test_padding_of_pairs(tiny_dir, tmp_path):
