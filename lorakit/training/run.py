@@ -54,7 +54,7 @@ from lorakit.training.resume import (
     reference_of_run,
     resume_from,
 )
-from lorakit.training.schedules import learning_rate
+from lorakit.training.schedules import Rates, learning_rate
 from lorakit.training.step import Late, Prepared, backward, check_gradients, prepare
 
 BAD_STEPS = 10
@@ -302,7 +302,7 @@ class Run:
         """
         total = self.order.total
         steps = range(min(self.progress.step + 1, total), total + 1)
-        rates = [[self._rate(step) * share for share in shares] for step in steps]
+        rates = Rates(steps, self._rate, shares)
         params = list(self.trained.values())
         return optimizer_step(self.optimizer, params, rates, self.config.max_grad_norm)
 

@@ -16,6 +16,8 @@ checkpoint saves nothing of it.
 """
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from lorakit.config.errors import LorakitError, nearest
 from lorakit.config.training import SCHEDULES
@@ -75,3 +77,23 @@ def learning_rate(
 
 def _half_cosine(done: float) -> float:
     return (1 + math.cos(math.pi * done)) / 2
+
+
+class Rates(Sequence[list[float]]):
+    """The rates of every group in steps of a run, each computed when it is asked for.
+
+    Args:
+        steps: The numbers of the steps.
+        rate: The scheduled rate of a step, by its number.
+        shares: The share of it that each group takes.
+    """
+
+    def __init__(self, steps: range, rate: Callable[[int], float], shares: Sequence[float]):
+        self.steps, self.rate, self.shares = steps, rate, list(shares)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, i: Any) -> Any:
+        rate = self.rate(self.steps[i])
+        return [rate * share for share in self.shares]
