@@ -78,8 +78,7 @@ def train(
             such. Each row is read and encoded once, before the first step.
         config: The settings of the run; None takes the defaults.
         base_model: The name of the base model that the adapter's config records.
-        after_step: Called after every optimizer step, while its gradients are still there, clipped
-            unless the step was skipped. On a GPU it costs a wait for the device in every step.
+        after_step: Called after every optimizer step, while its clipped gradients are still there.
 
     Returns:
         What the run did, as numbers.

@@ -22,7 +22,7 @@ from lorakit.models.rope import RopeConfig
 from lorakit.training.captured import CapturedStep, Kind, why_eager
 from lorakit.training.device_step import DeviceStep, read
 from lorakit.training.run import trainable_layers
-from lorakit.training.step import backward
+from lorakit.training.step import backward, prepare
 from tests.replay import Replays
 
 VOCABULARY, BAD = 61, 3
@@ -219,8 +219,8 @@ def test_padding_changes_no_gradient(backend, parts):
         other = adapted()
         params = [p for p in other.parameters() if p.requires_grad]
         for i in range(1, 5):
-            batch = [[run.rows[row] for row in part] for part in run.order.step(i)]
-            losses, count = backward(other, batch, run.config, None)
+            step = prepare(other, run.rows, i, run.order.step(i), run.config)
+            losses, count = backward(other, step, run.config, None), step.count
             told = read(run.step(prepared(run, i)[0]).tolist())
             # fp32 sums of 80 terms and of 61, in other orders: some units of 2^-24
             assert told.losses[0] / count == pytest.approx(float(sum(losses) / count), rel=1e-6)
