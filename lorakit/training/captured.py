@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from lorakit import kernels
-from lorakit.adapters.layers.lora import LowRankLinear
+from lorakit.adapters.layers.lora import LowRankLinear, LowRankPart
 from lorakit.adapters.layers.wrapper import Attached
 from lorakit.config.training import OPTIMIZERS, TrainConfig
 from lorakit.data.batching import Order
@@ -156,7 +156,7 @@ class PackedInputs:
 class CapturedStep:
     """Optimizer steps of packed rows, which are recorded and replayed.
 
-    `failed` says why nothing is recorded any more, if that is so.
+    If a recording fails, one line says so, and nothing is recorded any more.
     """
 
     def __init__(
@@ -167,6 +167,7 @@ class CapturedStep:
         config: TrainConfig,
         update: Callable[[Tensor], Tensor],
         recorder: Recorder,
+        say: Callable[[str], None],
     ):
         """Prepare the memory of the steps.
 
@@ -179,21 +180,22 @@ class CapturedStep:
                 given the summed loss of the step, fp32 [1], and returns what is told of the step,
                 on the device.
             recorder: What records.
+            say: Prints a line.
         """
         assert order.packs is not None
         rows = [[order.lengths[i] for i in pack] for pack in order.packs]
         documents = kernels.PaddedDocuments.for_rows(rows)
-        self.model, self.config, self.update, self.recorder = model, config, update, recorder
+        self.model, self.config, self.update = model, config, update
+        self.recorder, self.say, self.failed = recorder, say, False
         self.inputs = PackedInputs(documents, model.device)
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.grads = [torch.zeros_like(p) for p in self.params]
         self.loss = torch.zeros(1, device=model.device)  # summed over the labels of the step
         self.recordings: dict[Kind, Recording] = {}
         self.warm = False
-        self.failed: str | None = None
-        for layer in layers.values():
-            if isinstance(layer, LowRankLinear) and layer.part.dropout:
-                layer.part.counter = self.inputs.number
+        self.parts = low_rank_parts(layers)
+        for part in self.parts:
+            part.counter = self.inputs.number
 
     def prepare(
         self, step: int, micro_batches: Sequence[Sequence[Example | PairExample]], count: int
@@ -227,14 +229,22 @@ class CapturedStep:
             torch.cuda.synchronize(self.model.device)
         self.recordings.clear()
 
+    def end(self) -> None:
+        """Free the memory, and let dropout draw its masks as it did before."""
+        self.free()
+        for part in self.parts:
+            part.counter = None
+
     def _take(self, kind: Kind) -> Tensor | None:
         """Compute the micro-batch that the inputs hold."""
-        if self.warm and self.failed is None and kind not in self.recordings:
+        if self.warm and not self.failed and kind not in self.recordings:
             try:
                 self.recordings[kind] = self.recorder.record(lambda: self._micro_batch(kind))
             except RuntimeError as error:  # out of memory is one too
+                self.failed = True
                 self.free()
-                self.failed = str(error).partition("\n")[0]
+                reason = str(error).partition("\n")[0]
+                self.say(f"lorakit: no CUDA graph of a step, which goes on op by op: {reason}")
         found = self.recordings.get(kind)
         if found is None:
             return self.recorder.run(lambda: self._micro_batch(kind))
@@ -288,13 +298,38 @@ def _drawing_from(seed: int) -> Iterator[None]:
         torch.set_rng_state(before)
 
 
+def low_rank_parts(layers: Mapping[str, Attached]) -> list[LowRankPart]:
+    """Return the parts of wrappers of linear layers that may drop what they read."""
+    return [each.part for each in layers.values() if isinstance(each, LowRankLinear)]
+
+
+def captured_step(
+    model: Decoder,
+    layers: Mapping[str, Attached],
+    order: Order,
+    config: TrainConfig,
+    update: Callable[[Tensor], Tensor],
+    say: Callable[[str], None],
+) -> CapturedStep | None:
+    """Return what takes the steps of a run as CUDA graphs; the arguments are `CapturedStep`'s.
+
+    Return None where a step is launched op by op. If rows are packed on a GPU, one line says why.
+    """
+    if not config.packing or model.device.type != "cuda" or config.cuda_graph == "off":
+        return None
+    reason = why_eager(model, layers, config)
+    if reason is not None:
+        say(f"lorakit: no CUDA graph of a step, since {reason}")
+        return None
+    return CapturedStep(model, layers, order, config, update, CudaGraphs(model.device), say)
+
+
 def why_eager(model: Decoder, layers: Mapping[str, Attached], config: TrainConfig) -> str | None:
     """Return why the steps of a run cannot be CUDA graphs, or None if they can.
 
     The sentence is for a run that packs rows on a GPU.
     """
-    parts = [each.part for each in layers.values() if isinstance(each, LowRankLinear)]
-    drops = any(part.dropout for part in parts)
+    drops = any(part.dropout for part in low_rank_parts(layers))
     whole = all(each.base.frozen for each in layers.values() if isinstance(each, LowRankLinear))
     heads, wide = model.config.head_dim, model.dtype == torch.float32
     reasons = {

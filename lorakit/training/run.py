@@ -38,6 +38,7 @@ from lorakit.files.local import as_path
 from lorakit.models.decoder import Decoder
 from lorakit.models.tokenizer import Tokenizer
 from lorakit.training import state as run_state
+from lorakit.training.captured import CapturedStep, captured_step
 from lorakit.training.device_step import DeviceStep, HostStep, Told, optimizer_step, read
 from lorakit.training.float8 import end_float8, start_float8
 from lorakit.training.interrupt import Flag
@@ -105,6 +106,7 @@ class Run:
         self.own_tokenizer = _is_not_the_models(tok, model)
         self.ended = False
         self.reads_late = model.device.type != "cpu"
+        self.captured: CapturedStep | None = None  # what takes steps as CUDA graphs, in the loop
         self._prepared: Prepared | None = None  # the next step
         self._begun: tuple[Prepared, Late] | None = None  # the last step, if it was not read
         self._clock = 0.0  # when it began, or the one before it was read
@@ -115,6 +117,15 @@ class Run:
 
     def loop(self, log: Log, stop: Flag, after_step: Callable[[], None] | None) -> None:
         """Take steps until the run has ended or `stop` is set, with evaluations and checkpoints."""
+        options = self.order, self.config, self.update, log.say
+        self.captured = captured_step(self.model, self.layers, *options)
+        try:
+            self._loop(log, stop, after_step)
+        finally:
+            if self.captured is not None:
+                self.captured.end()
+
+    def _loop(self, log: Log, stop: Flag, after_step: Callable[[], None] | None) -> None:
         progress = self.progress
         saved = progress.step  # the step of the last checkpoint, if there is one
         while True:
@@ -176,6 +187,8 @@ class Run:
         """Evaluate the step that is done. Return whether it is the best one so far."""
         assert self.held_out is not None
         self._read_begun(log)
+        if self.captured is not None:
+            self.captured.free()  # what an evaluation needs
         if self.progress.step == self.order.total:
             self._save(self.output_dir)  # before an evaluation that may be cut short
         config, size = self.config, self.config.per_device_train_batch_size
@@ -234,13 +247,10 @@ class Run:
         """
         if self._begun is None:
             self._clock = time.perf_counter()
-        config, before, self._begun = self.config, self._begun, None
+        before, self._begun = self._begun, None
         number = self.progress.step + 1
         step = self._prepared or self._prepare(number)
-        losses = backward(self.model, step, config, self.reference)
-        if number == 1:
-            check_gradients(self.model, self.layers)
-        told = Late(self.update(torch.stack(losses)))
+        told = Late(self._compute(step))
         self.progress.step = number
         self._prepared = self._prepare(number + 1) if number < self.order.total else None
         if before is not None:
@@ -249,8 +259,21 @@ class Run:
         if not self.reads_late:
             self._read_begun(log)
 
+    def _compute(self, step: Prepared) -> Tensor:
+        """Compute the gradients of a step, and let the optimizer take it. Return what it tells."""
+        if self.captured is not None:
+            told = self.captured(step.packed)
+            if step.number == 1:
+                check_gradients(self.model, self.layers)
+            return told
+        losses = backward(self.model, step, self.config, self.reference)
+        if step.number == 1:
+            check_gradients(self.model, self.layers)
+        return self.update(torch.stack(losses))
+
     def _prepare(self, number: int) -> Prepared:
-        return prepare(self.model, self.examples, number, self.order.step(number), self.config)
+        rows = self.order.step(number)
+        return prepare(self.model, self.examples, number, rows, self.config, self.captured)
 
     def _read_begun(self, log: Log) -> None:
         """Read the step that was begun, if it was not read. The host waits for its end."""

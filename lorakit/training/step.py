@@ -17,6 +17,7 @@ from lorakit.data.encode import IGNORE, Example, PairExample
 from lorakit.data.examples import Examples
 from lorakit.models.blocks import MoE
 from lorakit.models.decoder import Decoder
+from lorakit.training.captured import CapturedStep, HostRow
 from lorakit.training.losses.batch import Batch, collated, summed_loss
 from lorakit.training.losses.reference import Reference
 
@@ -30,7 +31,9 @@ class Prepared:
     rows: list[int]
     """The numbers of its rows."""
     batches: list[Batch]
-    """Its micro-batches."""
+    """Its micro-batches, if it is launched op by op."""
+    packed: list[HostRow]
+    """Its micro-batches, if it is a CUDA graph."""
     count: int
     """What its summed loss is divided by: label tokens, or pairs."""
     tokens: int
@@ -65,8 +68,12 @@ def prepare(
     number: int,
     micro_batches: Sequence[Sequence[int]],
     config: TrainConfig,
+    captured: CapturedStep | None,
 ) -> Prepared:
-    """Collate the micro-batches of a step, lists of row numbers, and send them to the device."""
+    """Collate the micro-batches of a step, lists of row numbers, and send them to the device.
+
+    A step that is `captured` writes them there itself.
+    """
     taken = [[examples[i] for i in rows] for rows in micro_batches]
     each = [example for batch in taken for example in batch]
     if config.objective == "sft":
@@ -75,8 +82,14 @@ def prepare(
     else:
         count = len(each)
     rows = [i for batch in micro_batches for i in batch]
-    batches = [collated(model, batch, config) for batch in taken]
-    return Prepared(number, rows, batches, count, *_count_tokens(taken, config.packing))
+    batches, packed = list[Batch](), list[HostRow]()
+    tokens, computed = _count_tokens(taken, config.packing)
+    if captured is None:
+        batches = [collated(model, batch, config) for batch in taken]
+    else:
+        packed = captured.prepare(number, taken, count)
+        computed = len(packed) * captured.inputs.tokens
+    return Prepared(number, rows, batches, packed, count, tokens, computed)
 
 
 def backward(

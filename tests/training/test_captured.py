@@ -5,6 +5,7 @@ ones. All else is the code that runs on a GPU.
 """
 
 import copy
+import json
 import math
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -19,11 +20,14 @@ from lorakit.data.encode import Example
 from lorakit.kernels.ops.attention import documents
 from lorakit.models.decoder import Decoder
 from lorakit.models.rope import RopeConfig
+from lorakit.training import run as training_run
 from lorakit.training.captured import CapturedStep, Kind, why_eager
 from lorakit.training.device_step import DeviceStep, read
 from lorakit.training.run import trainable_layers
 from lorakit.training.step import backward, prepare
+from tests.conftest import ROWS
 from tests.replay import Replays
+from tests.training.runs import ADAPTER, run
 
 VOCABULARY, BAD = 61, 3
 
@@ -98,7 +102,9 @@ def new_run(recorder, *, dtype=torch.float32, layers=2, budget=80, steps=8, lora
     rates = [[1e-2 * (0.5 + 0.5 * math.cos(i))] for i in range(done, steps)]
     update = DeviceStep(optimizer, params, rates, config.max_grad_norm)
     order = Order(rows, config)
-    step = CapturedStep(model, trainable_layers(model), order, config, update, recorder)
+    said = []
+    layers = trainable_layers(model)
+    step = CapturedStep(model, layers, order, config, update, recorder, said.append)
     return SimpleNamespace(**locals())
 
 
@@ -168,7 +174,9 @@ def test_replayed_as_run(case, dtype):
     assert same(found, expected)
     assert same_state(ours, theirs)
     assert recorder.problems == []
-    assert theirs.step.failed == "CUDA out of memory"
+    assert theirs.said == [
+        "lorakit: no CUDA graph of a step, which goes on op by op: CUDA out of memory"
+    ]
     per_step = 1 + len(ours.params)
     told = [read(each.tolist()) for each in found[::per_step]]
     assert [each.taken for each in told] == [i != BAD for i in range(1, 9)]
@@ -219,8 +227,9 @@ def test_padding_changes_no_gradient(backend, parts):
         other = adapted()
         params = [p for p in other.parameters() if p.requires_grad]
         for i in range(1, 5):
-            step = prepare(other, run.rows, i, run.order.step(i), run.config)
-            losses, count = backward(other, step, run.config, None), step.count
+            numbers = run.order.step(i)
+            alone = prepare(other, run.rows, i, numbers, run.config, None)
+            losses, count = backward(other, alone, run.config, None), alone.count
             told = read(run.step(prepared(run, i)[0]).tolist())
             # fp32 sums of 80 terms and of 61, in other orders: some units of 2^-24
             assert told.losses[0] / count == pytest.approx(float(sum(losses) / count), rel=1e-6)
@@ -296,3 +305,46 @@ def test_what_runs_op_by_op(reason, model, config):
     adapter = lk.attach(Decoder(fields).requires_grad_(False), lk.LoraConfig(r=2))
     config = lk.TrainConfig(packing=True, **config)
     assert reason in why_eager(adapter, trainable_layers(adapter), config)
+
+
+@pytest.fixture(scope="module")
+def alike(tiny_dir, tok, tmp_path_factory):
+    """alike(recorder, name, **options): a run of `train` whose steps are recorded, on a CPU."""
+
+    def run_of(recorder, name, **options):
+        def make(*args):
+            return CapturedStep(*args[:-1], recorder, args[-1])
+
+        out = tmp_path_factory.mktemp(name)
+        with pytest.MonkeyPatch.context() as patch, kernels.use_backend("reference"):
+            patch.setattr(documents, "PADDING", 16)
+            patch.setattr(training_run, "captured_step", make)
+            data = {"train": ROWS, "validation": ROWS[:4]}
+            options = {
+                "packing": True, "max_seq_length": 64, "per_device_train_batch_size": 1,
+                "gradient_accumulation_steps": 2, "eval_steps": 3, "max_steps": 6, **options,
+            }  # fmt: skip
+            model, result = run(tiny_dir, tok, out, data, {"lora_dropout": 0.1}, **options)
+        parts = [each.part for each in trainable_layers(model).values()]
+        assert all(part.counter is None for part in parts)
+        return out, result
+
+    return run_of
+
+
+def test_a_whole_run(alike):
+    """Its adapter, its log and its evaluations are those of the run that goes op by op."""
+    recorder = Replays()
+    (ours, result), (theirs, other) = alike(recorder, "replayed"), alike(Never(), "run")
+    assert recorder.replayed > 4
+    assert recorder.problems == []
+    assert (ours / ADAPTER).read_bytes() == (theirs / ADAPTER).read_bytes()
+    assert result.evaluations == other.evaluations
+    texts = [(out / "metrics.jsonl").read_text() for out in (ours, theirs)]
+    logs = [[json.loads(line) for line in text.splitlines()] for text in texts]
+    for mine, its in zip(*logs, strict=True):
+        for each in (mine, its):
+            each.pop("tokens_per_second", None)
+            each.pop("peak_memory_mb", None)
+        assert mine == its
+    assert 0 < logs[0][0]["padding"] < 1
