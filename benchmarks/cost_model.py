@@ -151,7 +151,7 @@ KIND_OF = {
     "swiglu": "norms, rope, activations", "dropout": "norms, rope, activations",
     "attention": "attention", "nf4": "dequantize",
     "frozen_linear": "frozen products", "lora_linear": "casts", "cross_entropy": "head",
-    "adamw": "optimizer", "float8": "casts",
+    "adamw": "optimizer", "float8": "casts", "experts": "frozen products",
 }  # fmt: skip
 # Bytes of an optimizer's kernel per value that is trained, which it finds by a table of addresses.
 OF_ADAMW = {"adamw/_squares": 4, "adamw/_decide": 0, "adamw/_update": 28}
@@ -238,6 +238,8 @@ class Notes(TorchDispatchMode):
         if package == "frozen_linear":  # x [M, K] and y [M, N] come last, but for a bias
             x, y = [t for t in operands if t.dim() > 1][-2:]
             operations, rate = 2.0 * x.numel() * y.shape[-1], "product"
+        if name == "experts/_rows":  # x [M, K] comes first, y [M, N] before the bounds
+            operations, rate = 2.0 * operands[0].numel() * operands[-2].shape[1], "product"
         self.add(at, KIND_OF[package], operations, moved, operands[:2], rate=rate)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -290,12 +290,26 @@ def cases() -> Iterator[tuple[str, Callable, int]]:
     dropped, counter = bf16(8, 4096, grad=False), torch.zeros((), dtype=torch.int64)
     masks = 0.05, 2**61, counter
     yield "dropout", lambda: ops.seeded_dropout(dropped, *masks), 4096
+    inner, outer = bf16(768, 2048, grad=False), bf16(2048, 768, grad=False)
+    with lk.kernels.use_backend("reference"):
+        in_4_bits = ops.quantize_nf4(torch.ones(768, 2048))
+    small = [[t] * 128 for t in (torch.ones(16, 2048), torch.ones(768, 16))]
+    # packed and dense weights, with an adapter and without: every kind of product is there
+    three = [
+        ops.ExpertLayers([W] * 128, *ab) for W, ab in ((in_4_bits, ()), (inner, small), (outer, ()))
+    ]
+    tokens, picked, weights = bf16(8, 2048), torch.zeros(8, 8, dtype=torch.int64), torch.ones(8, 8)
+
+    def experts() -> torch.Tensor:
+        return ops.expert_mlp(tokens, picked, weights, *three, "silu", keep=True)
+
+    yield "experts", both(experts), 64 * 128
     gate, up = bf16(8, 14336), bf16(8, 14336)
     yield "swiglu", both(lambda: ops.swiglu(gate, up)), 1024
     yield "geglu tanh", both(lambda: ops.geglu(gate, up)), 1024
     yield "geglu erf", both(lambda: ops.geglu(gate, up, approximate="none")), 1024
-    three = [torch.empty(8, 14336, dtype=torch.bfloat16) for _ in range(3)]
-    yield "swiglu in place", lambda: ops.gated_backward_(*three, "silu"), 1024
+    halves3 = [torch.empty(8, 14336, dtype=torch.bfloat16) for _ in range(3)]
+    yield "swiglu in place", lambda: ops.gated_backward_(*halves3, "silu"), 1024
     labels = torch.zeros(4, dtype=torch.int64)
     for vocabulary, cap in ((128256, None), (151936, None), (256000, 30.0)):
         logits = bf16(4, vocabulary)

@@ -13,6 +13,8 @@ from .ops.attention.documents import Documents, PaddedDocuments
 from .ops.cross_entropy import cross_entropy, labelled, linear_cross_entropy
 from .ops.decode import DecodeCache, DecodeLayer, DecodePlan, decode_compiled, decode_step
 from .ops.dropout import seeded_dropout
+from .ops.experts import expert_mlp, takes_experts
+from .ops.experts.layers import ExpertLayers
 from .ops.float8 import Float8Linear, Float8Weight
 from .ops.frozen_linear import frozen_linear
 from .ops.frozen_linear.dense import Packed, dequantize, dequantize_rows
@@ -31,6 +33,7 @@ __all__ = [
     "DecodeLayer",
     "DecodePlan",
     "Documents",
+    "ExpertLayers",
     "Float8Linear",
     "Float8Weight",
     "Int8Tensor",
@@ -50,6 +53,7 @@ __all__ = [
     "dequantize_int8",
     "dequantize_nf4",
     "dequantize_rows",
+    "expert_mlp",
     "frozen_linear",
     "gated",
     "gated_backward_",
@@ -68,5 +72,6 @@ __all__ = [
     "rope",
     "seeded_dropout",
     "swiglu",
+    "takes_experts",
     "use_backend",
 ]

@@ -192,6 +192,16 @@ def sent(t: torch.Tensor, device: torch.device) -> torch.Tensor:
     return t.to(device, non_blocking=True)
 
 
+@functools.lru_cache(maxsize=1024)  # a model has one for each layer of all its experts
+def address_table(addresses: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Return the addresses of tensors on `device`, int64 [n], there.
+
+    The caller keeps the tensors. The table of the same addresses is made once, so that a step finds
+    the ones of the step before.
+    """
+    return sent(torch.tensor(addresses, dtype=torch.int64, device="cpu"), device)
+
+
 def product_dtype(x: torch.Tensor) -> torch.dtype:
     """Return the dtype in which products of matrices in x's dtype are computed.
 

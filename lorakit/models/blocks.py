@@ -24,6 +24,7 @@ from lorakit import kernels
 from lorakit.models.adapted_layer import fused_weights
 from lorakit.models.cache import Cache
 from lorakit.models.config import ModelConfig
+from lorakit.models.expert_layers import expert_layers
 from lorakit.models.views import AttentionView
 
 Recipe = tuple[Callable[[Tensor], Tensor], Tensor]
@@ -167,13 +168,15 @@ class MLP(nn.Module):
 class MoE(nn.Module):
     """Experts in the MLP's place: a router picks a few for every token and weighs their outputs.
 
-    The tokens are grouped by expert: an expert runs once, on all tokens that it was picked for, and
-    not at all if there are none.
+    The tokens are grouped by expert. On a GPU all experts run together, and the host does not ask
+    how many tokens each has (`kernels.expert_mlp`). Elsewhere an expert runs by itself, once, on
+    all tokens that it was picked for, and not at all if there are none. So it does on a GPU for a
+    few tokens, and if an expert is more than frozen layers with low-rank updates.
 
     A packed row needs care, since no document may change a bit of another's result. The documents
     share the groups, and matrix libraries sum a product of few rows in another order than one of
     many. So the groups of a packed row are filled up to a multiple of ROWS; from that many rows on,
-    the order stays the same.
+    the order stays the same. How many tokens a packed row has does not decide how it is computed.
     """
 
     ROWS = 16
@@ -183,9 +186,9 @@ class MoE(nn.Module):
         self.per_token, self.normalize = config.num_experts_per_tok, config.norm_topk_prob
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         _, gate, up, down = config.moe_names
+        self.names, self.hidden_act = (gate, up, down), config.hidden_act
         self.experts = nn.ModuleList(
-            MLP(config, config.moe_intermediate_size, (gate, up, down))
-            for _ in range(config.num_experts)
+            MLP(config, config.moe_intermediate_size, self.names) for _ in range(config.num_experts)
         )
 
     def forward(self, x: Tensor, packed: bool, keep: bool) -> Tensor:
@@ -201,6 +204,31 @@ class MoE(nn.Module):
         weights, picked = probs.topk(self.per_token)  # [n, per_token]
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
+        layers = self._together(tokens, picked, packed)
+        if layers is not None:
+            gate, up, down = layers
+            act = self.hidden_act
+            out = kernels.expert_mlp(tokens, picked, weights, gate, up, down, act, keep=keep)
+        else:
+            out = self._one_by_one(tokens, picked, weights, packed, keep)
+        return out.view_as(x)
+
+    def _together(
+        self, tokens: Tensor, picked: Tensor, packed: bool
+    ) -> list[kernels.ExpertLayers] | None:
+        """Return the layers of all experts, if they are to be computed together."""
+        few = picked.numel() < len(self.experts) and not packed  # most experts have no token
+        if few or not kernels.dispatch.triton_runs(tokens):
+            return None
+        if torch.is_autocast_enabled(tokens.device.type):
+            return None
+        layers = expert_layers(self.experts, self.names)
+        return layers if layers is not None and kernels.takes_experts(tokens, *layers) else None
+
+    def _one_by_one(
+        self, tokens: Tensor, picked: Tensor, weights: Tensor, packed: bool, keep: bool
+    ) -> Tensor:
+        """Return the output for tokens [n, H], one expert after the other."""
         order = picked.flatten().argsort(stable=True)  # numbers of the picks, by expert
         counts = picked.flatten().bincount(minlength=len(self.experts)).tolist()
         groups = (order // self.per_token).split(counts)  # numbers of the tokens of each expert
@@ -211,7 +239,7 @@ class MoE(nn.Module):
                 filling = -len(group) % self.ROWS if packed else 0
                 found = expert(F.pad(tokens[group], (0, 0, 0, filling)), keep)[: len(group)]
                 out.index_add_(0, group, (found * weight[:, None]).to(out.dtype))
-        return out.view_as(x)
+        return out
 
 
 class Block(nn.Module):

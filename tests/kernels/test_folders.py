@@ -16,10 +16,11 @@ FOLDERS = sorted(path.name for path in (ROOT / "ops").iterdir() if (path / "__in
 ALLOWED = {"__init__.py", "reference.py", "cpu.py", "cpu.cpp", "triton.py"}
 # What a folder has beside those: the parts that its backends share.
 EXTRA = {
-    "adamw": {"lists.py", "state.py"},
+    "adamw": {"clipped.py", "lists.py", "state.py"},
     "attention": {"documents.py", "flash.py"},
     "cross_entropy": {"linear.py"},
     "decode": {"plan.py", "operands.py"},
+    "experts": {"layers.py", "passes.py"},
     "frozen_linear": {"dense.py"},
     "lora_linear": {"float8.py", "tensors.py"},
     "nf4": {"tensor.py", "packed.h"},

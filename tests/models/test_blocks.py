@@ -1,9 +1,15 @@
 """Experts: which run, how they are stored, and adapters on them."""
 
+import contextlib
+from unittest import mock
+
 import pytest
 import torch
 
 import lorakit as lk
+from lorakit.models.blocks import MoE
+from lorakit.models.expert_layers import expert_layers
+from lorakit.training.float8 import end_float8, start_float8
 from tests.conftest import FAMILY_VARIANTS
 from tests.models.variants import load
 
@@ -74,3 +80,119 @@ def test_lora_on_experts(tmp_path, targets, count, quantize):
         lk.detach(model)
         lk.load_adapter(model, tmp_path / "adapter")
         assert torch.equal(model(ids), trained)
+
+
+# ---- on a GPU: all experts together -------------------------------------------------------------
+
+
+def step(model, ids, **options):
+    """The loss, and the gradients by name; zeros for None."""
+    model.zero_grad(set_to_none=True)
+    loss, count = model.loss(ids, ids, **options)
+    (loss / count).backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return loss.detach(), {
+        name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in trained.items()
+    }
+
+
+def randomized(model):
+    """The model with A and B of its adapters away from their start."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
+    return model
+
+
+@pytest.mark.parametrize("name", MOE)
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_experts_together_are_those_one_by_one(tmp_path, name, quantize, checkpointing):
+    """Loss and gradients in fp32: sums of the same products in another order."""
+    pytest.importorskip("triton")
+    from tests.triton_interpreter import on_triton
+
+    model = load(tmp_path, *FAMILY_VARIANTS[name], quantize=quantize)
+    randomized(lk.attach(model, lk.LoraConfig(r=2, target_modules="all-linear")))
+    model.gradient_checkpointing = checkpointing
+    ids = torch.randint(97, (1, 12), generator=torch.Generator().manual_seed(0))
+    bounds = torch.tensor([0, 5, 12])
+    loss, grads = step(model, ids, cu_seqlens=bounds)
+    with on_triton(), forbidden(MoE, "_one_by_one"):
+        ours, found = step(model, ids, cu_seqlens=bounds)
+    assert torch.allclose(ours, loss, rtol=1e-5)
+    for key, expected in grads.items():
+        # single gradients are sums that cancel
+        assert torch.allclose(found[key], expected, rtol=1e-3, atol=1e-5), key
+
+
+@contextlib.contextmanager
+def forbidden(cls, method):
+    with mock.patch.object(cls, method, side_effect=AssertionError(method)):
+        yield
+
+
+NOT_TOGETHER = {
+    "DoRA": lk.LoraConfig(r=2, target_modules=["w1", "w2"], use_dora=True),
+    "dropout": lk.LoraConfig(r=2, target_modules=["w1"], lora_dropout=0.1),
+    "an adapter on one of them": lk.LoraConfig(r=2, target_modules=["experts.1.w1"]),
+    "another scaling for one": lk.LoraConfig(
+        r=2, target_modules=["w1"], alpha_pattern={"experts.1.w1": 7}
+    ),
+    "IA3": lk.IA3Config(target_modules=["w2"], feedforward_modules=["w2"]),
+}
+
+
+@pytest.mark.parametrize("config", NOT_TOGETHER.values(), ids=NOT_TOGETHER.keys())
+def test_what_runs_one_by_one(tmp_path, config):
+    model = lk.attach(load(tmp_path, *FAMILY_VARIANTS["mixtral"]), config).train()
+    assert layers_of(model) is None
+    lk.detach(model)
+    assert layers_of(model) is not None
+
+
+def layers_of(model):
+    moe = next(m for m in model.modules() if isinstance(m, MoE))
+    found = expert_layers(moe.experts, moe.names)
+    if found is not None and not all(each.uniform for each in found):
+        return None
+    return found
+
+
+def test_a_hook_or_a_trained_expert_runs_one_by_one(tmp_path):
+    model = load(tmp_path, *FAMILY_VARIANTS["mixtral"]).requires_grad_(False)
+    expert = next(m for m in model.modules() if isinstance(m, MoE)).experts[1]
+    for module in (expert, expert.w2):
+        handle = module.register_forward_hook(lambda *_: None)
+        assert layers_of(model) is None
+        handle.remove()
+        assert layers_of(model) is not None
+    expert.w3.weight.requires_grad_()
+    assert layers_of(model) is None
+    with torch.no_grad():
+        assert layers_of(model) is not None
+
+
+def test_merged_adapters_and_a_switched_off_one_are_plain_layers(tmp_path):
+    model = load(tmp_path, *FAMILY_VARIANTS["mixtral"], quantize="nf4")
+    randomized(lk.attach(model, lk.LoraConfig(r=2, target_modules=["w1"])))
+    gate, up, _ = layers_of(model)
+    assert (len(gate.lora_A), len(up.lora_A)) == (4, 0)
+    with lk.disable_adapters(model):
+        gate, _, _ = layers_of(model)
+        assert not gate.lora_A
+    lk.merge(model)
+    gate, _, _ = layers_of(model)
+    assert not gate.lora_A
+    assert isinstance(gate.stored[0], torch.Tensor)
+
+
+def test_experts_in_float8_run_one_by_one(tmp_path):
+    model = load(tmp_path, *FAMILY_VARIANTS["mixtral"])
+    model = lk.attach(model.to(torch.bfloat16), lk.LoraConfig(r=2, target_modules=["w1"])).train()
+    start_float8(model, 0.0)
+    assert layers_of(model) is None
+    end_float8(model)
+    assert layers_of(model) is not None

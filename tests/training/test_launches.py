@@ -17,6 +17,7 @@ import torch
 
 import lorakit as lk
 from lorakit.data.encode import Example
+from lorakit.models.decoder import Decoder
 from lorakit.training import run as training_run
 from lorakit.training.device_step import optimizer_step
 from lorakit.training.float8 import start_float8
@@ -189,3 +190,40 @@ def test_a_run_waits_for_a_step_when_it_has_issued_the_next(
     assert back == [(3 + accumulate,)] * 2
     launched = Counter(launch.name for launch in gpu.launches if "adamw" in launch.name)
     assert launched == {"adamw/_squares": 2, "adamw/_decide": 2, "adamw/_update": 2}
+
+
+# ---- mixtures of experts ------------------------------------------------------------------------
+
+
+def step_of_experts(experts: int, *, targets="all-linear", checkpointing: bool = False) -> Step:
+    """One step of a packed row through two layers of Qwen3-30B-A3B, with so many experts."""
+    sizes = {"num_experts": experts, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
+    config = lk.ModelConfig(
+        "qwen3_moe", 1000, 2048, 6144, 2, 32, 4, 128, qk_norm=True, norm_topk_prob=True,
+        moe_layers=(True, True), **sizes,
+    )  # fmt: skip
+    with MetaGPU() as gpu:
+        with torch.device("meta"):
+            model = Decoder(config)
+        model = lk.quantize(model.to(torch.bfloat16).requires_grad_(False))
+        model = lk.attach(model, lk.LoraConfig(r=8, target_modules=targets)).train()
+        model.gradient_checkpointing = checkpointing
+        ids = torch.zeros(1, TOKENS, dtype=torch.int64, device="meta")
+        labels = torch.zeros(1, TOKENS, dtype=torch.int64)
+        gpu.clear()
+        loss, count = model.loss(ids, labels, cu_seqlens=torch.tensor([0, 700, TOKENS]))
+        forward = Counter(each.name for each in gpu.launches)
+        gpu.launches.clear()
+        (loss / count).backward()
+        return Step(forward, Counter(each.name for each in gpu.launches), Counter(), gpu)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]], ids=["all", "attention"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_launches_do_not_depend_on_the_number_of_experts(targets, checkpointing):
+    """And the host asks the device for nothing: not how many tokens an expert has either."""
+    few, many = (step_of_experts(n, targets=targets, checkpointing=checkpointing) for n in (8, 64))
+    assert few[:2] == many[:2]
+    assert many.gpu.waits == []
+    assert [copy for copy in many.gpu.copies if copy.blocking] == []
+    assert few.forward["experts/_summed"] == 2

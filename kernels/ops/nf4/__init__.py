@@ -47,7 +47,7 @@ are multiplied by it as it is packed (`frozen_linear`).
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -69,6 +69,7 @@ from .tensor import (
 
 # A smaller absmax divides as if it were this, so that 1 / absmax stays finite (bitsandbytes' rule).
 ABSMAX_FLOOR = 1e-38
+ALIGNMENT = 16  # bytes, of codes that are read by their address
 # Of absmax. On the weights of SmolLM2 half the step gains 0.7 % of the squared error, and a wider
 # range nothing (docs/dev/LOG.md). 1 comes first: of equally good ones the first is kept.
 FACTORS = (1.0, *(k / 32 for k in range(24, 49) if k != 32))
@@ -195,6 +196,24 @@ def dense_nf4(q: NF4Tensor, dtype: torch.dtype | None = None) -> Tensor:
     both, n = pairs(q.quant_type, q.device), math.prod(q.shape)
     flat = reference.dequantize(q.codes, block_scales(q), both, n, q.block_size, dtype)
     return flat.view(q.shape)
+
+
+def addressed(q: NF4Tensor) -> bool:
+    """Return whether a kernel can read q by the addresses of its parts."""
+    return q.codes.data_ptr() % ALIGNMENT == 0
+
+
+def dequantize_nf4_each(packed: Sequence[NF4Tensor], dtype: torch.dtype) -> Tensor:
+    """Return tensors that differ in values alone, dense and one after the other, [E, *shape].
+
+    On a GPU one launch makes all of them dense. Each must be `addressed`.
+    """
+    first = packed[0]
+    if dispatch.pick(first.device, "cpu", "triton") != "triton":
+        return torch.stack([dequantize_nf4(q, dtype) for q in packed])
+    from . import triton
+
+    return triton.dequantize_each(packed, dtype)
 
 
 def dequantize_nf4_rows(q: NF4Tensor, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:

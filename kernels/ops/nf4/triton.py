@@ -20,6 +20,7 @@ Both are compiled without contraction of a product and a sum into one rounding.
 
 import functools
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -141,6 +142,33 @@ def _dequantize(
 
 
 @triton.jit
+def _dequantize_each(
+    TABLE, MAP, PAIRS, Y, n,
+    largest: tl.constexpr, DOUBLE: tl.constexpr, PTX: tl.constexpr, WHOLE: tl.constexpr,
+    HALF: tl.constexpr, PASSES: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """A row of TABLE has the addresses of a tensor's codes, scales, nested scales and offset."""
+    which = tl.program_id(1).to(tl.int64)
+    entry = TABLE + 4 * which
+    fp32 = tl.pointer_type(tl.float32)
+    u8 = tl.pointer_type(tl.uint8)
+    codes = tl.multiple_of(tl.load(entry).to(u8), 16)
+    nested, offset = tl.load(entry + 2).to(fp32), tl.load(entry + 3).to(fp32)
+    if DOUBLE:
+        scales = tl.load(entry + 1).to(u8)
+        _dequantize(
+            codes, scales, nested, offset, MAP, PAIRS, None, Y + which * n, n,
+            largest, DOUBLE, PTX, WHOLE, HALF, PASSES, ROWS, TILE,
+        )  # fmt: skip
+    else:
+        scales = tl.load(entry + 1).to(fp32)
+        _dequantize(
+            codes, scales, nested, offset, MAP, PAIRS, None, Y + which * n, n,
+            largest, DOUBLE, PTX, WHOLE, HALF, PASSES, ROWS, TILE,
+        )  # fmt: skip
+
+
+@triton.jit
 def _dequantize_rows(
     CODES, SCALES, NESTED, OFFSET, MAP, PAIRS, PICKED, Y, N, width,
     largest: tl.constexpr, DOUBLE: tl.constexpr, PTX: tl.constexpr, HALF: tl.constexpr,
@@ -251,6 +279,27 @@ def dequantize(q: NF4Tensor, dtype: torch.dtype, factor: Tensor | None = None) -
         )  # fmt: skip
         grid = (-(-n // values),)
         dispatch.launch(_dequantize, grid, *packed_arguments(q), factor, y, n, **options)
+    return y
+
+
+def dequantize_each(packed: Sequence[NF4Tensor], dtype: torch.dtype) -> Tensor:
+    """Return tensors that differ in values alone, dense and one after the other: [E, *shape].
+
+    One launch reads all of them by their addresses. Each must be `addressed`.
+    """
+    first = packed[0]
+    y = torch.empty((len(packed), *first.shape), dtype=dtype, device=first.codes.device)
+    n, values = y[0].numel(), 2 * PASSES * BYTES
+    if n:
+        *_, scale_map, both = packed_arguments(first)
+        addresses = tuple(t.data_ptr() for q in packed for t in packed_arguments(q)[:4])
+        table = dispatch.address_table(addresses, y.device)
+        grid = (-(-n // values), len(packed))
+        options = _dequantize_options(
+            first.block_size, n % values == 0, first.quant_type, first.double_quant, first.dtype,
+            dispatch.compiles_to(),
+        )  # fmt: skip
+        dispatch.launch(_dequantize_each, grid, table, scale_map, both, y, n, **options)
     return y
 
 
