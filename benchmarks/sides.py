@@ -109,7 +109,8 @@ class Lorakit(Side):
         import lorakit as lk
 
         self.lk = lk
-        self.used = lk.load_model, lk.attach, lk.LoraConfig, lk.optim  # imported on first use
+        # imported on first use
+        self.used = lk.load_model, lk.attach, lk.LoraConfig, lk.optim, lk.own_threads
 
     def load_model(self, folder: str, dtype: torch.dtype) -> nn.Module:
         return self.lk.load_model(folder, dtype=dtype, quantize="nf4", device="cpu")
@@ -121,6 +122,10 @@ class Lorakit(Side):
 
     def make_optimizer(self, **options: float) -> torch.optim.Optimizer:
         return self.lk.optim.AdamW(self.params, **options)
+
+    def step(self, rows: Rows, packing: bool) -> dict[str, float]:
+        with self.lk.own_threads(self.model):  # as `lorakit.train` has them
+            return super().step(rows, packing)
 
     def loss(self, rows: Rows, packing: bool) -> Tensor:
         if packing:

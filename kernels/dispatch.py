@@ -34,6 +34,8 @@ from typing import Any
 
 import torch
 
+from . import processors
+
 BACKENDS = ("reference", "cpu", "triton")
 LIBRARY = {"darwin": "liblorakit_cpu.dylib"}.get(sys.platform, "liblorakit_cpu.so")
 
@@ -306,7 +308,8 @@ def has_triton() -> bool:
 def library() -> ctypes.CDLL | None:
     """Return the shared library of CPU kernels, or None where it was not built.
 
-    The log says once that it is missing.
+    The log says once that it is missing. With the library torch's threads are fitted to what the
+    process may use.
     """
     named = os.environ.get("LORAKIT_LIBRARY")
     if named and not Path(named).exists():
@@ -316,6 +319,8 @@ def library() -> ctypes.CDLL | None:
         if path.exists():
             handle = ctypes.CDLL(str(path))
             handle.lk_runnable.restype = ctypes.c_char_p
+            handle.lk_set_threads.argtypes, handle.lk_set_threads.restype = (INT64,), None
+            processors.fit()
             return handle
     log.warning(
         "lorakit: %s is not installed; CPU tensors use the slower torch reference.", LIBRARY

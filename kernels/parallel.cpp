@@ -1,102 +1,263 @@
-// The part of the shared library that exists once: which instruction sets this machine has, and the parallel loop.
+// The parallel loop, in two forms, and a team of threads.
 //
-// torch loads its OpenMP runtime with global visibility, so GOMP_parallel can be looked up instead of linked.
-// Linking a second runtime would put two pools of spinning threads on the same cores. Where torch brings another
-// runtime (macOS: libomp without the GOMP entry points), the loop runs on the calling thread.
+// As a rule the loop runs on torch's OpenMP pool, in as many threads as torch has. A thread of OpenMP that waits spins
+// for milliseconds; on processors that others use too, in the time of the thread that it waits for, and the caller waits
+// at the end of every loop for threads that may not have got a processor yet. Hundreds of loops make a training step.
+//
+// After lk_set_threads the library has threads of its own, for a caller whose torch has only one: two pools would spin
+// against each other. The caller lays out a job, [0, n) in shares of pieces, and begins with the first share. A helper
+// that is awake takes pieces of another one, and who has finished a share goes on with the next: a piece is whoever's
+// takes it first. No sum goes beyond a piece, so that changes no bit. The caller waits for pieces that are being worked
+// on, never for a helper that has not come. Who waits spins for about as long as waking a sleeper takes, and then sleeps.
+// There is one job at a time; a second caller works alone.
+//
+// A team is for threads that wait for each other, as decoding's do: OpenMP starts all of them at once.
 #include "simd.h"
 
 #include <dlfcn.h>
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
+#include <pthread.h>
+#include <time.h>
+
+#include <atomic>
 
 namespace {
+
+constexpr int MOST = 64;             // threads
+constexpr int PIECES = 8;            // of a share at most: what a late helper holds up is an eighth of it
+constexpr int64_t PATIENCE = 30000;  // ns of spinning; twice what waking a sleeper takes
 
 using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 using Query = int (*)();
 
-struct Pool {
-    Parallel run = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-    Query max_threads = reinterpret_cast<Query>(dlsym(RTLD_DEFAULT, "omp_get_max_threads"));
-    Query threads = reinterpret_cast<Query>(dlsym(RTLD_DEFAULT, "omp_get_num_threads"));
-    Query thread = reinterpret_cast<Query>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
-    Query inside = reinterpret_cast<Query>(dlsym(RTLD_DEFAULT, "omp_in_parallel"));
+template <class F>
+F found(const char* name) {
+    return reinterpret_cast<F>(dlsym(RTLD_DEFAULT, name));
+}
+
+// torch loads its OpenMP runtime with global visibility, so it can be looked up instead of linked. Linking a second one
+// would put two pools of spinning threads on the same cores. On macOS torch brings libomp, without the GOMP entry.
+struct OpenMP {
+    Parallel run = found<Parallel>("GOMP_parallel");
+    Query max_threads = found<Query>("omp_get_max_threads");
+    Query threads = found<Query>("omp_get_num_threads");
+    Query thread = found<Query>("omp_get_thread_num");
+    Query inside = found<Query>("omp_in_parallel");
     bool usable() const { return run && max_threads && threads && thread && inside; }
 };
 
-const Pool& pool() {
-    static const Pool instance;
+const OpenMP& openmp() {
+    static const OpenMP instance;
     return instance;
 }
 
-struct Job {
+std::atomic<int64_t> own{0};  // threads of this library; 0: none
+
+// How many threads OpenMP may have here.
+int64_t most_of_openmp() { return openmp().usable() && !openmp().inside() ? openmp().max_threads() : 1; }
+
+int64_t nanoseconds() {
+    timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * int64_t{1000000000} + now.tv_nsec;
+}
+
+// Whether `is_so` became true while this thread spun.
+template <class F>
+bool spins_until(F is_so) {
+    const int64_t end = nanoseconds() + PATIENCE;
+    do {
+        for (int i = 0; i < 16; ++i) {
+            if (is_so()) return true;
+#if defined(__x86_64__)
+            __builtin_ia32_pause();
+#endif
+        }
+    } while (nanoseconds() < end);
+    return is_so();
+}
+
+struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+};
+
+class Pool {
+  public:
+    void run(int64_t n, int64_t grain, int64_t threads, void (*work)(void*, int64_t, int64_t), void* with) {
+        const int64_t share = (n + threads - 1) / threads;
+        piece = (share + PIECES - 1) / PIECES;
+        if (piece < grain) piece = grain;
+        shares = (n + share - 1) / share;
+        for (int64_t i = 0; i < shares; ++i) {
+            share_of[i].next.store(i * share, std::memory_order_relaxed);
+            share_of[i].end = simd::smaller(n, (i + 1) * share);
+        }
+        body = work;
+        context = with;
+        while (helpers < shares - 1 && start_helper()) {
+        }
+        open.store(shares - 1, std::memory_order_relaxed);
+        inside.store(0, std::memory_order_release);  // the door is open
+        jobs.fetch_add(1);
+        if (sleepers.load() > 0) {
+            pthread_mutex_lock(&lock);
+            pthread_cond_broadcast(&come);
+            pthread_mutex_unlock(&lock);
+        }
+        take(0);
+        close();
+    }
+
+    pthread_mutex_t caller = PTHREAD_MUTEX_INITIALIZER;  // held by who has the job
+
+  private:
+    static constexpr int64_t CLOSED = int64_t{1} << 32;
+
+    void take(int64_t worker) {
+        for (int64_t i = 0; i < shares; ++i) {
+            Share& share = share_of[(worker + i) % shares];
+            for (;;) {
+                const int64_t first = share.next.fetch_add(piece, std::memory_order_relaxed);
+                if (first >= share.end) break;
+                body(context, first, simd::smaller(first + piece, share.end));
+            }
+        }
+    }
+
+    // Lets nobody in any more, and waits for those who are inside.
+    void close() {
+        if (inside.fetch_add(CLOSED, std::memory_order_acq_rel) == 0) return;
+        const auto alone = [this] { return inside.load(std::memory_order_acquire) == CLOSED; };
+        if (spins_until(alone)) return;
+        pthread_mutex_lock(&lock);
+        waits.store(true);
+        while (!alone()) pthread_cond_wait(&gone, &lock);
+        waits.store(false);
+        pthread_mutex_unlock(&lock);
+    }
+
+    bool enter() {
+        int64_t now = inside.load(std::memory_order_relaxed);
+        while (now < CLOSED)
+            if (inside.compare_exchange_weak(now, now + 1, std::memory_order_acquire)) return true;
+        return false;
+    }
+
+    void leave() {
+        inside.fetch_sub(1);
+        if (!waits.load()) return;
+        pthread_mutex_lock(&lock);
+        pthread_cond_signal(&gone);
+        pthread_mutex_unlock(&lock);
+    }
+
+    void help(int64_t worker) {
+        for (int64_t seen = 0;;) {
+            const auto called = [&] { return jobs.load(std::memory_order_acquire) != seen; };
+            if (!spins_until(called)) {
+                pthread_mutex_lock(&lock);
+                sleepers.fetch_add(1);
+                while (!called()) pthread_cond_wait(&come, &lock);
+                sleepers.fetch_sub(1);
+                pthread_mutex_unlock(&lock);
+            }
+            seen = jobs.load(std::memory_order_acquire);
+            if (!enter()) continue;
+            if (worker <= open.load(std::memory_order_relaxed)) take(worker);
+            leave();
+        }
+    }
+
+    bool start_helper() {
+        struct Start {
+            Pool* pool;
+            int64_t worker;
+        };
+        pthread_t thread;
+        auto* start = new Start{this, helpers + 1};
+        const auto main = [](void* data) -> void* {
+            const Start with = *static_cast<Start*>(data);
+            delete static_cast<Start*>(data);
+            with.pool->help(with.worker);
+            return nullptr;
+        };
+        if (pthread_create(&thread, nullptr, main, start) != 0) {
+            delete start;
+            return false;
+        }
+        pthread_detach(thread);
+        ++helpers;
+        return true;
+    }
+
+    // the job
+    void (*body)(void*, int64_t, int64_t) = nullptr;
+    void* context = nullptr;
+    int64_t piece = 0, shares = 0;
+    Share share_of[MOST];
+
+    alignas(64) std::atomic<int64_t> jobs{0};         // that there have been
+    alignas(64) std::atomic<int64_t> inside{CLOSED};  // helpers at work, and whether the door is closed
+    std::atomic<int64_t> open{0};                     // helpers that may come
+    std::atomic<int64_t> sleepers{0};
+    std::atomic<bool> waits{false};
+    pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+    pthread_cond_t come = PTHREAD_COND_INITIALIZER, gone = PTHREAD_COND_INITIALIZER;
+    int64_t helpers = 0;
+};
+
+// Never destroyed, as its helpers never end. A forked process has none of them, and gets a pool of its own.
+Pool* pool = nullptr;
+
+void make_pool() { pool = new Pool; }
+
+void make_pool_once() {
+    make_pool();
+    pthread_atfork(nullptr, nullptr, make_pool);
+}
+
+struct Team {
     int64_t n;
     void (*body)(void*, int64_t, int64_t);
     void* context;
 };
 
 void run_share(void* data) {
-    const Job* job = static_cast<const Job*>(data);
-    const int64_t threads = pool().threads(), index = pool().thread();
-    const int64_t share = (job->n + threads - 1) / threads;
-    const int64_t first = index * share, last = first + share < job->n ? first + share : job->n;
-    if (first < last) job->body(job->context, first, last);
+    const Team* team = static_cast<const Team*>(data);
+    const int64_t threads = openmp().threads(), index = openmp().thread();
+    const int64_t share = (team->n + threads - 1) / threads;
+    const int64_t first = index * share, last = simd::smaller(first + share, team->n);
+    if (first < last) team->body(team->context, first, last);
+}
+
+void run_team(Team team, int64_t threads) {
+    if (threads <= 1) return team.body(team.context, 0, team.n);
+    openmp().run(run_share, &team, static_cast<unsigned>(threads), 0);
 }
 
 }  // namespace
 
 extern "C" {
 
+// How many threads of its own the loop has from now on, 64 at most; 0: it runs on OpenMP's.
+__attribute__((visibility("default"))) void lk_set_threads(int64_t count) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, make_pool_once);
+    own.store(simd::smaller(count, MOST));
+}
+
 void lk_parallel_for(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
     if (n <= 0) return;
-    int64_t threads = 1;
-    if (pool().usable() && !pool().inside()) {
-        const int64_t pieces = (n + grain - 1) / grain;
-        threads = pool().max_threads() < pieces ? pool().max_threads() : pieces;
-    }
-    if (threads <= 1) return body(context, 0, n);
-    Job job{n, body, context};
-    pool().run(run_share, &job, static_cast<unsigned>(threads), 0);
+    const int64_t pieces = (n + grain - 1) / grain, threads = own.load();
+    if (!threads) return run_team({n, body, context}, simd::smaller(most_of_openmp(), pieces));
+    if (threads == 1 || pieces == 1 || pthread_mutex_trylock(&pool->caller) != 0) return body(context, 0, n);
+    pool->run(n, grain, simd::smaller(threads, pieces), body, context);
+    pthread_mutex_unlock(&pool->caller);
 }
 
-// The instruction sets that this library was built for and this processor (and its system) runs, the best last.
-__attribute__((visibility("default"))) const char* lk_runnable() {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-#if defined(LORAKIT_AVX512BF16)
-    if (avx2 && avx512 && __builtin_cpu_supports("avx512bf16")) return "scalar avx2 avx512 avx512bf16";
-#endif
-    if (avx2 && avx512) return "scalar avx2 avx512";
-    if (avx2) return "scalar avx2";
-    return "scalar";
-#elif defined(__aarch64__)
-    return "scalar neon";
-#else
-    return "scalar";
-#endif
-}
-
-// Whether the processor multiplies tiles of bf16 (AMX-BF16: bit 22 of edx, leaf 7 of cpuid; Intel's manual, volume 2).
-__attribute__((visibility("default"))) int lk_multiplies_tiles() {
-#if defined(__x86_64__)
-    unsigned a, b, c, d;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
-#else
-    return 0;
-#endif
-}
-
-// Whether the processor is AMD's and has AVX-512, which MKL, made by Intel, leaves unused there.
-__attribute__((visibility("default"))) int lk_mkl_is_slow() {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    return __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512f");
-#else
-    return 0;
-#endif
+void lk_team(int64_t n, void (*body)(void*, int64_t, int64_t), void* context) {
+    const bool usable = openmp().usable() && !openmp().inside();
+    run_team({n, body, context}, usable && own.load() ? own.load() : most_of_openmp());
 }
 
 }  // extern "C"

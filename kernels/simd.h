@@ -24,8 +24,10 @@
 #define LK_JOIN(a, b, c, d) LK_JOIN_(a, b, c, d)
 #define LK_EXPORT(op) __attribute__((visibility("default"))) LK_JOIN(lk_, LORAKIT_ISA, _, op)
 
-// Runs body(context, first, last) over [0, n) in contiguous pieces of at least `grain`, on torch's OpenMP pool.
+// Runs body(context, first, last) over [0, n) in pieces of `grain` and more; which thread does which is left open.
 extern "C" void lk_parallel_for(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context);
+// Runs body(context, first, last) once in every thread of a team, all at the same time: each has a share of [0, n).
+extern "C" void lk_team(int64_t n, void (*body)(void*, int64_t, int64_t), void* context);
 
 namespace {
 

@@ -52,6 +52,7 @@ _HOME = {
     "merge": "adapters.merge",
     "merge_and_unload": "adapters.merge",
     "orpo_loss": "training.losses.preference",
+    "own_threads": "training.cores",
     "pack_rows": "data.packing",
     "padding_share": "data.packing",
     "pair_losses": "training.losses.preference",

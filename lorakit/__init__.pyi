@@ -56,6 +56,7 @@ from lorakit.models.save import save_model as save_model
 from lorakit.models.tokenizer_files import load_tokenizer as load_tokenizer
 from lorakit.training import memory as memory
 from lorakit.training import optim as optim
+from lorakit.training.cores import own_threads as own_threads
 from lorakit.training.losses.preference import dpo_loss as dpo_loss
 from lorakit.training.losses.preference import orpo_loss as orpo_loss
 from lorakit.training.losses.preference import pair_losses as pair_losses

@@ -39,6 +39,7 @@ from lorakit.models.decoder import Decoder
 from lorakit.models.tokenizer import Tokenizer
 from lorakit.training import state as run_state
 from lorakit.training.captured import CapturedStep, captured_step
+from lorakit.training.cores import own_threads
 from lorakit.training.device_step import DeviceStep, HostStep, Told, optimizer_step, read
 from lorakit.training.float8 import end_float8, start_float8
 from lorakit.training.interrupt import Flag
@@ -402,7 +403,7 @@ def _optimizer(model: Decoder, config: TrainConfig) -> tuple[AdamW, list[float]]
 
 @contextmanager
 def training_mode(model: Decoder, config: TrainConfig, tokens: int) -> Iterator[None]:
-    """Set dropout, noise and what is kept for backward for the block as the run wants them.
+    """Set dropout, noise, threads and what is kept for backward for the block as the run wants it.
 
     `tokens` is the most that a batch may have.
     """
@@ -417,7 +418,8 @@ def training_mode(model: Decoder, config: TrainConfig, tokens: int) -> Iterator[
         say(start_float8(model, config.z_loss))
     model.kept_layers = kept_layers(model, tokens, config.mlp_activations)
     try:
-        yield
+        with own_threads(model):
+            yield
     finally:
         model.train(was_training)
         model.gradient_checkpointing, model.offload_activations = checkpointing, offloading

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ... import dispatch
+from ... import dispatch, threads
 from ...autograd import once_differentiable
 from ...dispatch import CPU_DTYPES, FLOAT, INT64, POINTER, address, run
 
@@ -112,7 +112,7 @@ def _launch(
     (B, T, Hq, D), (S, Hk), on = q.shape, k.shape[1:3], q.device
     tokens, keys, size = _sizes(dispatch.isa(), D, Hq // Hk)
     blocks = _blocks(B, options.lengths, tokens)
-    documents, slots = B * len(options.lengths), min(torch.get_num_threads(), len(blocks) * Hk)
+    documents, slots = B * len(options.lengths), min(threads.count(), len(blocks) * Hk)
     space = torch.empty((slots, size), dtype=torch.float32, device=on)
     turns = None
     if dk is not None:

@@ -701,7 +701,7 @@ void decode(const Model<W>& model, const int64_t* ids, const Table* tables, cons
     step.delta = arena.take(rows * hidden);
     step.gate = arena.take(rows * inner);
     step.inner = arena.take(rows * inner);
-    lk_parallel_for(SHARES, 1, run_share<W>, &step);
+    lk_team(SHARES, run_share<W>, &step);
 }
 
 }  // namespace

@@ -10,8 +10,9 @@
 // numbers for zero. Of an NF4 row a block's 16 levels are scaled and rounded to bf16 once, as `dequantize` rounds them,
 // and a permute looks 32 values up; laying out takes a thirtieth of the time that 512 rows take to be multiplied.
 //
-// The threads share the tiles of every sum evenly, so that two may lay out the same panel. A sum runs over the depth in
-// order, in one thread: how many there are changes no bit.
+// Every thread has a share of the tiles of every sum, takes some at a time, and helps with the other shares when its own
+// is done: a thread that comes late, or not at all, holds nobody up. Two may lay out the same panel. A sum runs over the
+// depth in order, in one thread: who takes a tile changes no bit.
 #include "../nf4/packed.h"
 
 #if defined(__AVX512BF16__)
@@ -43,9 +44,14 @@ struct Sum {
     const float* bias;  // or null
 };
 
+struct alignas(64) Share {
+    int64_t taken;  // tiles
+};
+
 struct Sums {
     const Sum* sums;
     uint32_t* space;  // [threads, size]
+    Share* shares;    // [count, threads], zero at first
     int64_t count, threads, size;
 };
 
@@ -208,41 +214,78 @@ void rows(const Sum& p, int64_t row, int64_t count, int64_t first, int64_t colum
     if constexpr (R > 1) rows<R - 1, Z>(p, row, count, first, columns, panel);
 }
 
-// The share of one of `threads` threads in a sum.
-void add_up(const Sum& p, int64_t thread, int64_t threads, uint32_t* panel) {
+constexpr int64_t TOGETHER = 2 << 20;  // products of two values, in the tiles that a thread takes at a time: some 10 us
+
+// One sum, cut into tiles: panel after panel, each from the first row to the last.
+struct Tiles {
+    const Sum& p;
     const int64_t vectors = simd::smaller(4, (p.N + 15) / 16), lanes = 16 * vectors;
     const int64_t high = vectors == 1 ? 12 : 6;  // so many sums as keep the multipliers busy
-    const int64_t panels = (p.N + lanes - 1) / lanes, tiles = (p.M + high - 1) / high, all = panels * tiles;
-    int64_t packed = -1;
-    for (int64_t i = all * thread / threads; i < all * (thread + 1) / threads; ++i) {
-        const int64_t first = i / tiles * lanes, row = i % tiles * high;
-        const int64_t columns = simd::smaller(lanes, p.N - first), count = simd::smaller(high, p.M - row);
-        if (first != packed) {
-            uint32_t* place = panel;
-            for (int64_t n = 0; n < p.count; ++n) {
-                pack(p.terms[n], first, columns, lanes, place);
-                place += p.terms[n].depth / 2 * lanes;
-            }
-            packed = first;
+    const int64_t tall = (p.M + high - 1) / high, all = (p.N + lanes - 1) / lanes * tall;
+    uint32_t* panel;
+    int64_t packed = -1;  // the first column of the panel that is laid out
+
+    Tiles(const Sum& sum, uint32_t* space) : p(sum), panel(space) {}
+
+    int64_t together() const {
+        int64_t depth = 1;
+        for (int64_t n = 0; n < p.count; ++n) depth += p.terms[n].depth;
+        return 1 + TOGETHER / (high * lanes * depth);
+    }
+
+    void pack_panel(int64_t first, int64_t columns) {
+        uint32_t* place = panel;
+        for (int64_t n = 0; n < p.count; ++n) {
+            pack(p.terms[n], first, columns, lanes, place);
+            place += p.terms[n].depth / 2 * lanes;
         }
-        switch (vectors) {
-            case 4: rows<6, 4>(p, row, count, first, columns, panel); break;
-            case 3: rows<6, 3>(p, row, count, first, columns, panel); break;
-            case 2: rows<6, 2>(p, row, count, first, columns, panel); break;
-            default: rows<12, 1>(p, row, count, first, columns, panel);
+        packed = first;
+    }
+
+    void add_up(int64_t from, int64_t to) {
+        for (int64_t i = from; i < to; ++i) {
+            const int64_t first = i / tall * lanes, row = i % tall * high;
+            const int64_t columns = simd::smaller(lanes, p.N - first), count = simd::smaller(high, p.M - row);
+            if (first != packed) pack_panel(first, columns);
+            switch (vectors) {
+                case 4: rows<6, 4>(p, row, count, first, columns, panel); break;
+                case 3: rows<6, 3>(p, row, count, first, columns, panel); break;
+                case 2: rows<6, 2>(p, row, count, first, columns, panel); break;
+                default: rows<12, 1>(p, row, count, first, columns, panel);
+            }
         }
     }
-}
+};
 
 void work(void* data, int64_t from, int64_t to) {
     const Sums& all = *static_cast<const Sums*>(data);
     for (int64_t thread = from; thread < to; ++thread)
-        for (int64_t n = 0; n < all.count; ++n)
-            add_up(all.sums[n], thread, all.threads, all.space + thread * all.size);
+        for (int64_t n = 0; n < all.count; ++n) {
+            Tiles tiles(all.sums[n], all.space + thread * all.size);
+            const int64_t together = tiles.together();
+            for (int64_t i = 0; i < all.threads; ++i) {
+                const int64_t share = (thread + i) % all.threads;
+                const int64_t first = tiles.all * share / all.threads, end = tiles.all * (share + 1) / all.threads;
+                for (;;) {
+                    Share& its = all.shares[n * all.threads + share];
+                    const int64_t at = first + __atomic_fetch_add(&its.taken, together, __ATOMIC_RELAXED);
+                    if (at >= end) break;
+                    tiles.add_up(at, simd::smaller(at + together, end));
+                }
+            }
+        }
 }
 
 }  // namespace
 
-extern "C" void LK_EXPORT(sums_of_products)(Sums* sums) { lk_parallel_for(sums->threads, 1, work, sums); }
+extern "C" void LK_EXPORT(sums_of_products)(Sums* sums) {
+    int64_t products = 0;
+    for (int64_t n = 0; n < sums->count; ++n) {
+        const Sum& p = sums->sums[n];
+        for (int64_t i = 0; i < p.count; ++i) products += p.M * p.N * p.terms[i].depth;
+    }
+    sums->threads = simd::smaller(sums->threads, 1 + products / TOGETHER);
+    lk_parallel_for(sums->threads, 1, work, sums);
+}
 
 #endif

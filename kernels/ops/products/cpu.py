@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import dispatch
+from ... import dispatch, threads
 from ...dispatch import FLOAT, INT64, POINTER, address
 from ..nf4.cpu import packed_arguments
 from . import terms as given
 
 LANES = 64  # columns of a panel at most
 PACKED = 2  # the kind of a matrix
+SHARE = 8  # `Share` of cpu.cpp, in words of 64 bits: a line of the cache
 
 
 class Matrix(ctypes.Structure):
@@ -49,7 +50,7 @@ class Sums(ctypes.Structure):
     """`Sums` of cpu.cpp: the arguments of the kernel."""
 
     _fields_ = (
-        *(("sums", POINTER), ("space", POINTER)),
+        *((name, POINTER) for name in ("sums", "space", "shares")),
         *((name, INT64) for name in ("count", "threads", "size")),
     )
 
@@ -78,7 +79,9 @@ def sums_of_products(sums: Sequence[given.Sum]) -> None:
         rows.append((ctypes.addressof(array), len(array), *out.shape, *place, scale, address(bias)))
         depth = max(depth, sum(a.shape[1] for a, *_ in terms))
     passed = (Sum * len(rows))(*rows)
-    threads, size = torch.get_num_threads(), depth // 2 * LANES
-    space = torch.empty(threads * size, dtype=torch.int32, device=sums[0].out.device)
-    arguments = Sums(ctypes.addressof(passed), space.data_ptr(), len(sums), threads, size)
+    count, size, on = threads.count(), depth // 2 * LANES, sums[0].out.device
+    space = torch.empty(count * size, dtype=torch.int32, device=on)
+    shares = torch.zeros(len(sums) * count * SHARE, dtype=torch.int64, device=on)
+    pointers = ctypes.addressof(passed), space.data_ptr(), shares.data_ptr()
+    arguments = Sums(*pointers, len(sums), count, size)
     dispatch.function("sums_of_products", POINTER)(ctypes.addressof(arguments))

@@ -1,0 +1,89 @@
+"""How many threads torch and the kernels should have on a CPU.
+
+A thread more than the process has processors for makes all others wait at the end of every loop. So
+there are as many as
+
+    affinity    the processors that the process may run on (taskset, cpusets)
+    quota       the time of processors that its control group may take, rounded up: a container with
+                `--cpus 1.5` has two threads, which the system stops for a quarter of the time
+
+allow, but what was set by hand stays: OMP_NUM_THREADS, MKL_NUM_THREADS, or torch.set_num_threads
+with another number than torch itself takes, which is all processors, or one for every two of them.
+"""
+
+import functools
+import math
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+SET_BY_HAND = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+@functools.cache
+def fit() -> None:
+    """Take torch's threads down to what the process may use, unless they were set by hand."""
+    now, processors = torch.get_num_threads(), _affinity()
+    by_torch = now in (processors, (processors + 1) // 2)
+    if by_torch and not any(name in os.environ for name in SET_BY_HAND):
+        torch.set_num_threads(min(now, usable()))
+
+
+def usable(root: Path = Path("/")) -> int:
+    """Return how many threads the process has processors for.
+
+    Args:
+        root: The directory under which /proc and /sys lie.
+    """
+    limit = quota(root)
+    return max(1, _affinity() if limit is None else min(_affinity(), math.ceil(limit)))
+
+
+def quota(root: Path = Path("/")) -> float | None:
+    """Return how many processors' time the control group of the process may take.
+
+    Each group up to the root may have a limit, and the lowest counts. A process in a container may
+    see names of groups that are those of its host; then the root is its own group.
+
+    Args:
+        root: The directory under which /proc and /sys lie.
+
+    Returns:
+        The number of processors, or None if there is no limit, or nothing to tell it by.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return None
+    found: list[float] = []
+    for line in lines:  # number:controllers:path; cgroups(7)
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        for name in ("cpu", "cpu,cpuacct") if controllers else ("", "unified"):
+            mount = root / "sys/fs/cgroup" / name
+            parts = [part for part in path.split("/") if part not in ("", "..")]
+            for depth in range(len(parts) + 1):
+                found += _limits(mount.joinpath(*parts[:depth]))
+    return min(found, default=None)
+
+
+def _limits(group: Path) -> Iterator[float]:
+    """Yield the limit of one group, of version 2 (cpu.max) or version 1, if it has one."""
+    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        with suppress(OSError, ValueError):  # "max" is no number: there is no limit
+            text = " ".join((group / name).read_text(encoding="utf-8") for name in names)
+            quota, period = (int(number) for number in text.split())
+            if quota > 0 and period > 0:  # -1: no limit
+                yield quota / period
+
+
+def _affinity() -> int:
+    """Return the number of processors that the process may run on."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
