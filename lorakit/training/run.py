@@ -16,7 +16,7 @@ the end of a run read first. On a CPU, which has nothing to gain, each step is r
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -418,7 +418,8 @@ def training_mode(model: Decoder, config: TrainConfig, tokens: int) -> Iterator[
         say(start_float8(model, config.z_loss))
     model.kept_layers = kept_layers(model, tokens, config.mlp_activations)
     try:
-        with own_threads(model):
+        # of pairs torch computes the logits, which is too much for its single thread
+        with own_threads(model) if config.objective == "sft" else nullcontext():
             yield
     finally:
         model.train(was_training)
