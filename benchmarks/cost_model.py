@@ -144,14 +144,15 @@ class Job:
 
 # ---- what a launch computes and moves -----------------------------------------------------------
 
-# The folder of a Triton kernel's op -> the kind of its launches. A new kernel that multiplies needs
-# its operations in `of_kernel`.
+# The folder of a Triton kernel's op, or the kernel -> the kind of its launches. A new kernel that
+# multiplies needs its operations in `of_kernel`.
 KIND_OF = {
     "rms_norm": "norms, rope, activations", "rope": "norms, rope, activations",
     "swiglu": "norms, rope, activations", "dropout": "norms, rope, activations",
     "attention": "attention", "nf4": "dequantize",
     "frozen_linear": "frozen products", "lora_linear": "casts", "cross_entropy": "head",
     "adamw": "optimizer", "float8": "casts", "experts": "frozen products",
+    "lora_linear/_join": "dequantize",
 }  # fmt: skip
 # Bytes of an optimizer's kernel per value that is trained, which it finds by a table of addresses.
 OF_ADAMW = {"adamw/_squares": 4, "adamw/_decide": 0, "adamw/_update": 28}
@@ -240,7 +241,8 @@ class Notes(TorchDispatchMode):
             operations, rate = 2.0 * x.numel() * y.shape[-1], "product"
         if name == "experts/_rows":  # x [M, K] comes first, y [M, N] before the bounds
             operations, rate = 2.0 * operands[0].numel() * operands[-2].shape[1], "product"
-        self.add(at, KIND_OF[package], operations, moved, operands[:2], rate=rate)
+        kind = KIND_OF.get(name, KIND_OF[package])
+        self.add(at, kind, operations, moved, operands[:2], rate=rate)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         at, kwargs = len(self.gpu.launches), kwargs or {}

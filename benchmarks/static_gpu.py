@@ -304,12 +304,23 @@ def cases() -> Iterator[tuple[str, Callable, int]]:
         return ops.expert_mlp(tokens, picked, weights, *three, "silu", keep=True)
 
     yield "experts", both(experts), 64 * 128
+    with lk.kernels.use_backend("reference"):
+        q4, k4 = (ops.quantize_nf4(torch.ones(n, 4096)) for n in (64, 32))
+    joined = [
+        ops.LoraWeights(_Base(w), torch.ones(16, 4096), torch.ones(w.shape[0], 16), 2.0)
+        for w in (q4, k4, k4)
+    ]
+    rows = torch.empty(256, 4096 + 48, dtype=torch.bfloat16)[:, :4096]
+    yield "lora joined", lambda: ops.lora_qkv(rows, joined, room=48), 4096
     gate, up = bf16(8, 14336), bf16(8, 14336)
     yield "swiglu", both(lambda: ops.swiglu(gate, up)), 1024
     yield "geglu tanh", both(lambda: ops.geglu(gate, up)), 1024
     yield "geglu erf", both(lambda: ops.geglu(gate, up, approximate="none")), 1024
     halves3 = [torch.empty(8, 14336, dtype=torch.bfloat16) for _ in range(3)]
     yield "swiglu in place", lambda: ops.gated_backward_(*halves3, "silu"), 1024
+    both_rows = torch.empty(8, 2 * 14336 + 32, dtype=torch.bfloat16)
+    apart = both_rows[:, :14336], both_rows[:, 14336:28672]
+    yield "swiglu of rows", lambda: ops.gated_backward_(halves3[0], *apart, "silu"), 1024
     labels = torch.zeros(4, dtype=torch.int64)
     for vocabulary, cap in ((128256, None), (151936, None), (256000, 30.0)):
         logits = bf16(4, vocabulary)

@@ -19,7 +19,7 @@ from .ops.float8 import Float8Linear, Float8Weight
 from .ops.frozen_linear import frozen_linear
 from .ops.frozen_linear.dense import Packed, dequantize, dequantize_rows
 from .ops.int8 import Int8Tensor, dequantize_int8, quantize_int8
-from .ops.lora_linear import LoraWeights, lora_linear, lora_mlp, lora_qkv, lora_row_norms
+from .ops.lora_linear import LoraWeights, lora_linear, lora_mlp, lora_qkv, lora_room, lora_row_norms
 from .ops.nf4 import NF4Tensor, dequantize_nf4, quantize_fp4, quantize_nf4
 from .ops.rms_norm import add_rms_norm, rms_norm
 from .ops.rope import norm_rope, rope
@@ -63,6 +63,7 @@ __all__ = [
     "lora_linear",
     "lora_mlp",
     "lora_qkv",
+    "lora_room",
     "lora_row_norms",
     "norm_rope",
     "quantize_fp4",

@@ -81,7 +81,7 @@ def _taken(given: Sequence[Tensor | None], need: Sequence[bool]) -> list[Tensor]
 def _layers(x: Tensor, *given: Any) -> list[Tensor]:
     layers = Layers(*given)
     (drop,) = layers.dropouts()
-    return apart(op.LoraLinears.forward(Kept(), x, None, layers.static(), drop, *layers.every()))
+    return apart(op.LoraLinears.forward(Kept(), x, None, 0, layers.static(), drop, *layers.every()))
 
 
 def _layers_backward(grads: list[Tensor], need: list[bool], x: Tensor, *given: Any) -> list[Tensor]:
@@ -89,9 +89,9 @@ def _layers_backward(grads: list[Tensor], need: list[bool], x: Tensor, *given: A
     (drop,) = layers.dropouts()
     ctx = Kept(make=None, groups=None, static=layers.static(), drop=drop)
     ctx.saved_tensors = x, *layers.every()
-    ctx.needs_input_grad = needs[0], False, False, False, *needs[1:]
-    dx, _, _, _, *others = op.LoraLinears.backward(ctx, *grads)
-    return apart(_taken([dx, *others], needs))
+    ctx.needs_input_grad = needs[0], *(False,) * 4, *needs[1:]
+    dx, *others = op.LoraLinears.backward(ctx, *grads)
+    return apart(_taken([dx, *others[4:]], needs))
 
 
 define(
@@ -115,7 +115,7 @@ def _mlp(x: Tensor, hidden_act: str, keep: bool, *given: Any) -> list[Tensor]:
     layers, ctx = Layers(*given), Kept()
     static, (inner, outer) = layers.static(), layers.dropouts()
     groups = static[:2], inner, static[2:], outer
-    y = op.LoraMLP.forward(ctx, x, hidden_act, keep, None, *groups, *layers.every())
+    y = op.LoraMLP.forward(ctx, x, hidden_act, keep, None, (0, 0), *groups, *layers.every())
     if not keep:
         return apart([y])
     _, gate, up, *_ = ctx.saved_tensors
@@ -134,13 +134,13 @@ def _mlp_backward(
 ) -> list[Tensor]:
     layers, needs = Layers(*given), [need[0], *Layers(*given).needs(need[1:])]
     static, (inner, outer) = layers.static(), layers.dropouts()
-    ctx = Kept(make=None, groups=None, hidden_act=hidden_act)
+    ctx = Kept(make=None, groups=None, hidden_act=hidden_act, rooms=(0, 0))
     ctx.static = (static[:2], inner), (static[2:], outer)
     kept = (None, None) if pair is None else pair.unbind()
     ctx.saved_tensors = x, *kept, *layers.every()
-    ctx.needs_input_grad = needs[0], *(False,) * 7, *needs[1:]
+    ctx.needs_input_grad = needs[0], *(False,) * 8, *needs[1:]
     dx, *others = op.LoraMLP.backward(ctx, grad)
-    return apart(_taken([dx, *others[7:]], needs))
+    return apart(_taken([dx, *others[8:]], needs))
 
 
 define("lora_mlp", f"(Tensor x, str hidden_act, bool keep, {LAYERS}) -> Tensor[]", _mlp, _fake_mlp)

@@ -34,6 +34,9 @@ Backward computes that input again with it, so that forward need not keep it (se
 `kernels.lora_qkv`).
 """
 
+Adapted = list[kernels.LoraWeights] | None
+"""Layers that share an input, as the fused kernels take them; None if one is to be called."""
+
 
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * (offset + weight), over the last dimension."""
@@ -44,15 +47,26 @@ class RMSNorm(nn.Module):
         self.eps = config.rms_norm_eps
         self.weight_offset, self.casting_mode = config.norm_weight_offset, config.norm_casting_mode
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Return x normalized; with a residual, return x + residual normalized, and the sum too."""
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, room: int = 0
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return x normalized; with a residual, return x + residual normalized, and the sum too.
+
+        `room` is that of `kernels.rms_norm`.
+        """
         offset, casting = self.weight_offset, self.casting_mode
         if residual is None:
             return kernels.rms_norm(
-                x, self.weight, self.eps, weight_offset=offset, casting_mode=casting
+                x, self.weight, self.eps, weight_offset=offset, casting_mode=casting, room=room
             )
         return kernels.add_rms_norm(
-            x, residual, self.weight, self.eps, weight_offset=offset, casting_mode=casting
+            x,
+            residual,
+            self.weight,
+            self.eps,
+            weight_offset=offset,
+            casting_mode=casting,
+            room=room,
         )
 
 
@@ -75,16 +89,35 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config)
             self.k_norm = RMSNorm(config.head_dim, config)
 
+    def adapted(self) -> Adapted:
+        """Return q, k and v as the fused kernels take them, or None."""
+        return fused_weights(self.q_proj, self.k_proj, self.v_proj)
+
     def forward(
-        self, x: Tensor, view: AttentionView, cache: Cache | None, recipe: Recipe | None
+        self,
+        x: Tensor,
+        view: AttentionView,
+        cache: Cache | None,
+        adapted: Adapted,
+        room: int,
+        recipe: Recipe | None,
     ) -> Tensor:
-        """Return attention's output for x [B, T, H]; `recipe` computes x again in backward."""
+        """Return attention's output.
+
+        Args:
+            x: [B, T, H].
+            view: What the positions see.
+            cache: The keys and values of earlier calls, if there are any.
+            adapted: What the method of that name returned for this pass.
+            room: Of `kernels.lora_room`, which x was made with.
+            recipe: Computes x again in backward; None: x is kept.
+        """
         B, T, _ = x.shape
         q, k, v = (
             y.view(B, T, y.shape[-1] // self.head_dim, self.head_dim)  # [B, T, Hq or Hk, D]
-            for y in self._project(x, recipe)
+            for y in self._project(x, adapted, room, recipe)
         )
-        q, k = self._rotate(q, k, view)
+        q, k = self._rotate(q, k, view, inplace=room > 0)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # [B, S, Hk, D]
         attended = kernels.attention(
@@ -99,20 +132,25 @@ class Attention(nn.Module):
         )
         return self.o_proj(attended.reshape(B, T, -1))
 
-    def _project(self, x: Tensor, recipe: Recipe | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(
+        self, x: Tensor, adapted: Adapted, room: int, recipe: Recipe | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries [B, T, Hq D], keys and values [B, T, Hk D]."""
-        layers = self.q_proj, self.k_proj, self.v_proj
-        adapted = fused_weights(*layers)
         if adapted is None:
-            q, k, v = (layer(x) for layer in layers)
+            q, k, v = (layer(x) for layer in (self.q_proj, self.k_proj, self.v_proj))
         else:
-            q, k, v = kernels.lora_qkv(x, adapted, again=recipe)
+            q, k, v = kernels.lora_qkv(x, adapted, again=recipe, room=room)
         return q, k, v
 
-    def _rotate(self, q: Tensor, k: Tensor, view: AttentionView) -> tuple[Tensor, Tensor]:
-        """Turn queries and keys by their positions; some families normalize them first."""
+    def _rotate(
+        self, q: Tensor, k: Tensor, view: AttentionView, inplace: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Turn queries and keys by their positions; some families normalize them first.
+
+        In place where they share their memory with v, which keeps it in any case.
+        """
         if self.q_norm is None or self.k_norm is None:
-            return kernels.rope(q, k, *view.tables)
+            return kernels.rope(q, k, *view.tables, inplace=inplace)
         return kernels.norm_rope(
             q,
             k,
@@ -145,23 +183,36 @@ class MLP(nn.Module):
         self.add_module(up, nn.Linear(hidden, inner, bias=bias))
         self.add_module(down, nn.Linear(inner, hidden, bias=bias))
 
-    def forward(self, x: Tensor, keep: bool = False, recipe: Recipe | None = None) -> Tensor:
+    def adapted(self) -> Adapted:
+        """Return gate, up and down as the fused kernels take them, or None."""
+        return fused_weights(*[self.get_submodule(name) for name in self.names])
+
+    def forward(
+        self, x: Tensor, keep: bool, adapted: Adapted, room: int = 0, recipe: Recipe | None = None
+    ) -> Tensor:
         """Return y [..., H].
 
         Args:
             x: [..., H].
             keep: Whether gate(x) and up(x) are kept for backward, which otherwise computes them
                 again.
+            adapted: What the method of that name returned for this pass.
+            room: Of `kernels.lora_room` for gate and up, which x was made with.
             recipe: Computes x again in backward; None: x is kept.
         """
-        layers = [self.get_submodule(name) for name in self.names]
-        adapted = fused_weights(*layers)
         if adapted is None:
-            gate, up, down = layers
+            gate, up, down = (self.get_submodule(name) for name in self.names)
             return down(kernels.gated(gate(x), up(x), self.hidden_act))
         lora_gate, lora_up, lora_down = adapted
         return kernels.lora_mlp(
-            x, lora_gate, lora_up, lora_down, self.hidden_act, keep=keep, again=recipe
+            x,
+            lora_gate,
+            lora_up,
+            lora_down,
+            self.hidden_act,
+            keep=keep,
+            again=recipe,
+            room=room,
         )
 
 
@@ -236,8 +287,10 @@ class MoE(nn.Module):
         out = torch.zeros_like(tokens)
         for expert, group, weight in zip(self.experts, groups, group_weights, strict=True):
             if len(group):
+                assert isinstance(expert, MLP)  # as it was made
                 filling = -len(group) % self.ROWS if packed else 0
-                found = expert(F.pad(tokens[group], (0, 0, 0, filling)), keep)[: len(group)]
+                own = F.pad(tokens[group], (0, 0, 0, filling))
+                found = expert(own, keep, expert.adapted())[: len(group)]
                 out.index_add_(0, group, (found * weight[:, None]).to(out.dtype))
         return out
 
@@ -275,29 +328,37 @@ class Block(nn.Module):
         The caller adds the two, or lets the next norm do it, which reads them in any case. `added`
         is what is to be added to x here.
         """
+        adapted = self.self_attn.adapted()
+        room = _room(x, adapted)
         if added is None:
-            normalized = self.input_layernorm(x)
+            normalized = self.input_layernorm(x, room=room)
         else:
-            normalized, x = self.input_layernorm(added, x)
+            normalized, x = self.input_layernorm(added, x, room)
         # The linear layers read norms of tensors that backward keeps in any case. On a CPU a norm
         # is cheap to compute again, so it is not kept. A block that runs again right before its
         # backward keeps nothing for long, and may keep the norms as well.
         again = x.device.type == "cpu" and not view.recomputed
         recipe = (self.input_layernorm, x) if again else None
-        attended = self.self_attn(normalized, view, cache, recipe)
+        attended = self.self_attn(normalized, view, cache, adapted, room, recipe)
         norm = self.pre_feedforward_layernorm
         if norm is None:
             norm = self.post_attention_layernorm
         else:
             attended = self.post_attention_layernorm(attended)
-        normalized, x = norm(attended, x)  # norm(attended + x), and attended + x
-        added = self._feed_forward(normalized, view, (norm, x) if again else None)
+        adapted = self.mlp.adapted() if self.moe_name is None else None
+        room = _room(x, adapted and adapted[:2])
+        normalized, x = norm(attended, x, room)  # norm(attended + x), and attended + x
+        if self.moe_name is None:
+            recipe = (norm, x) if again else None
+            added = self.mlp(normalized, view.keeps, adapted, room, recipe)
+        else:
+            packed = view.lengths is not None
+            added = self.get_submodule(self.moe_name)(normalized, packed, view.keeps)
         if self.post_feedforward_layernorm is not None:
             added = self.post_feedforward_layernorm(added)
         return x, added
 
-    def _feed_forward(self, x: Tensor, view: AttentionView, recipe: Recipe | None) -> Tensor:
-        if self.moe_name is None:
-            return self.mlp(x, view.keeps, recipe)
-        packed = view.lengths is not None
-        return self.get_submodule(self.moe_name)(x, packed, view.keeps)
+
+def _room(x: Tensor, adapted: Adapted) -> int:
+    """Return the room that layers want beside the rows of a norm of x [B, T, H]."""
+    return 0 if adapted is None else kernels.lora_room(x, adapted)

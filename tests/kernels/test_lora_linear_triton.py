@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 from lorakit import kernels
 from lorakit.kernels.ops.lora_linear import reference
+from lorakit.kernels.ops.lora_linear import triton as lora_triton
 from lorakit.kernels.ops.lora_linear.tensors import LoraTensors
 from tests.triton_budget import guarded, random, within_budget
 from tests.triton_interpreter import on_triton
@@ -104,3 +105,201 @@ def test_what_lies_one_after_the_other():
     assert torch.equal(reference.stacked([a, b, c]), memory[:18].view(3, 2, 3))
     for others in ([b, a], [a, c], [a, b.clone()], [a, b.view(3, 2)], [a, b.t()]):
         assert reference.stacked(others) is None
+
+
+# ---- all layers of an input as one product ------------------------------------------------------
+
+
+class PackedBase:
+    """A frozen layer in 4 bits."""
+
+    def __init__(self, weight, bias=None, quantize=kernels.quantize_nf4, **options):
+        self.stored, self.bias = quantize(weight, **options), bias
+
+    def __call__(self, x):
+        return kernels.frozen_linear(x, self.stored, self.bias)
+
+
+@settings(max_examples=20)
+@given(
+    heights=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    ranks=st.lists(st.sampled_from([1, 3, 4, 8, 16]), min_size=3, max_size=3),
+    block=st.sampled_from([64, 128, 512]),
+    fp4=st.booleans(),
+    double=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**31),
+)
+def test_weights_and_updates_as_one_matrix(heights, ranks, block, fp4, double, dtype, seed):
+    """J = [W, sB; A, .] has the bits of its parts, and zeros beside the blocks of s B."""
+    K, ranks = 512, ranks[: len(heights)]
+    quantize = kernels.quantize_fp4 if fp4 else kernels.quantize_nf4
+    weights = [
+        quantize(random(seed + i, 8 * h, K), block_size=block, double_quant=double)
+        for i, h in enumerate(heights)
+    ]
+    pairs = [
+        (random(seed + 5 + i, r, K), random(seed + 9 + i, w.shape[0], r))
+        for i, (w, r) in enumerate(zip(weights, ranks, strict=True))
+    ]
+    assert lora_triton.joins(weights, sum(ranks)) == (sum(ranks) % 8 == 0)
+    with on_triton(), guarded():
+        As, Bs = ([pair[i] for pair in pairs] for i in (0, 1))
+        A, sBs = lora_triton.cast(As, Bs, [0.7] * len(pairs), dtype)
+        room = -(-sum(ranks) // 16) * 16
+        J = lora_triton.join(weights, A, sBs, room)
+        dense = torch.cat([kernels.dequantize_nf4(w, dtype) for w in weights])
+    N = len(dense)
+    assert torch.equal(J[:N, :K], dense)
+    assert torch.equal(J[:N, K : K + sum(ranks)], torch.block_diag(*sBs))
+    assert torch.equal(J[N:, :K], A)
+
+
+def test_what_is_joined():
+    pack = kernels.quantize_nf4
+    w = pack(random(0, 8, 512))
+    assert lora_triton.joins([w, w, w], 8)
+    assert not lora_triton.joins([w, w, w, w], 8)
+    assert not lora_triton.joins([w], 12)
+    assert not lora_triton.joins([random(0, 8, 512)], 8)
+    assert not lora_triton.joins([kernels.quantize_int8(random(0, 8, 512))], 8)
+    assert not lora_triton.joins([w, pack(random(0, 16, 256))], 8)
+    assert not lora_triton.joins([w, kernels.quantize_fp4(random(0, 8, 512))], 8)
+    assert not lora_triton.joins([w, pack(random(0, 8, 512), block_size=128)], 8)
+    assert not lora_triton.joins([pack(random(0, 9, 512))], 8)  # no whole number of programs
+
+
+def small_matrices(seed, shapes, r):
+    """A and B of layers [N, K]."""
+    return [
+        t
+        for i, (N, K) in enumerate(shapes)
+        for t in (random(seed + i, r, K, scale=0.2), random(seed + 9 + i, N, r, scale=0.2))
+    ]
+
+
+def with_room(x, layers):
+    """A copy of x with room beside its rows where the layers run as one product, and the room."""
+    room = kernels.lora_room(x, layers)
+    beside = torch.full((*x.shape[:-1], room), torch.nan, dtype=x.dtype, device=x.device)
+    return torch.cat([x, beside], dim=-1)[..., : x.shape[-1]], room
+
+
+SHAPES = [(128, 64), (64, 64), (64, 64)]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_q_k_and_v_as_one_product(dtype, dropout, bias):
+    rows, r = reference.FEW + 9, 8
+    bases = [
+        PackedBase(random(i, *shape, scale=0.2), random(40 + i, shape[0]).to(dtype))
+        if bias
+        else PackedBase(random(i, *shape, scale=0.2))
+        for i, shape in enumerate(SHAPES)
+    ]
+    inputs = [random(30, 2, rows, 64).to(dtype), *small_matrices(3, SHAPES, r)]
+    rooms = []
+
+    def ours(x, *small):
+        torch.manual_seed(5)
+        layers = [
+            kernels.LoraWeights(base, *small[2 * i : 2 * i + 2], 0.7, dropout)
+            for i, base in enumerate(bases)
+        ]
+        x, room = with_room(x, layers)
+        rooms.append(room)
+        return kernels.lora_qkv(x, layers, room=room)
+
+    def exactly(x, *small):
+        torch.manual_seed(5)
+        dense = [kernels.dequantize_nf4(base.stored, dtype).to(x.dtype) for base in bases]
+        layers = [
+            kernels.LoraWeights(Base(w), *small[2 * i : 2 * i + 2], 0.7, dropout)
+            for i, w in enumerate(dense)
+        ]
+        ys = kernels.lora_qkv(x, layers)
+        return tuple(
+            y if base.bias is None else y + base.bias.to(y.dtype)
+            for y, base in zip(ys, bases, strict=True)
+        )
+
+    # gradients of A and B are sums over the rows, of products that are rounded to `dtype` before
+    within_budget(ours, exactly, inputs, terms=rows * torch.finfo(dtype).eps * 2**21)
+    assert rooms[0] == 32  # a multiple of 16
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gate_and_up_as_one_product(dtype, keep, dropout):
+    """Also with ranks that differ, and with an x that is made again without room."""
+    rows, shapes = reference.FEW + 3, [(128, 64), (128, 64), (64, 128)]
+    bases = [PackedBase(random(i, *shape, scale=0.2)) for i, shape in enumerate(shapes)]
+    for ranks, again in (((8, 8, 8), False), ((8, 16, 8), True), ((8, 8, 4), False)):
+        inputs = [random(30, rows, 64).to(dtype)]
+        for i, (shape, r) in enumerate(zip(shapes, ranks, strict=True)):
+            inputs += small_matrices(50 + i, [shape], r)
+        rooms = []
+
+        def mlp(x, small, bases, room):
+            torch.manual_seed(5)
+            layers = [
+                kernels.LoraWeights(base, *small[2 * i : 2 * i + 2], 0.7, dropout)
+                for i, base in enumerate(bases)
+            ]
+            recipe = (torch.clone, x) if again else None  # noqa: B023
+            if room:
+                x, room = with_room(x, layers[:2])
+                rooms.append(room)  # noqa: B023
+            return kernels.lora_mlp(x, *layers, "silu", keep=keep, again=recipe, room=room)
+
+        def ours(x, *small):
+            return mlp(x, small, bases, True)
+
+        def exactly(x, *small):
+            dense = [Base(kernels.dequantize_nf4(b.stored, dtype).to(x.dtype)) for b in bases]
+            return mlp(x, small, dense, False)
+
+        terms = rows * torch.finfo(dtype).eps * 2**21
+        within_budget(ours, exactly, inputs, terms=terms)
+        assert rooms[0] == (16 if ranks[1] == 8 else 32)
+
+
+def test_two_backward_passes():
+    """The graph is kept: what the second finds is what the first found, and so is a third."""
+    bases = [PackedBase(random(i, *shape, scale=0.2)) for i, shape in enumerate(SHAPES)]
+    with on_triton():
+        small = [t.requires_grad_() for t in small_matrices(3, SHAPES, 8)]
+        layers = [
+            kernels.LoraWeights(base, *small[2 * i : 2 * i + 2], 0.7)
+            for i, base in enumerate(bases)
+        ]
+        x = random(30, reference.FEW + 1, 64).requires_grad_()
+        roomy, room = with_room(x, layers)
+        ys = kernels.lora_qkv(roomy, layers, room=room)
+        grads = [torch.ones_like(y) for y in ys]
+        passes = [torch.autograd.grad(ys, [x, *small], grads, retain_graph=True) for _ in range(3)]
+    for found in passes[1:]:
+        for one, other in zip(found, passes[0], strict=True):
+            assert torch.equal(one, other)
+
+
+def test_what_wants_no_room():
+    """Few rows, DoRA, other weights, another backend."""
+    bases = [PackedBase(random(i, *shape)) for i, shape in enumerate(SHAPES)]
+    small = small_matrices(3, SHAPES, 8)
+    layers = [kernels.LoraWeights(b, *small[2 * i : 2 * i + 2], 1.0) for i, b in enumerate(bases)]
+    x = random(0, 200, 64)
+    assert kernels.lora_room(x, layers) == 0
+    with on_triton():
+        assert kernels.lora_room(x, layers) == 32
+        assert kernels.lora_room(x[: reference.FEW], layers) == 0
+        assert kernels.lora_room(x.double(), layers) == 0
+        with torch.autocast("cpu", torch.bfloat16):
+            assert kernels.lora_room(x, layers) == 0
+        dora = kernels.LoraWeights(bases[0], *small[:2], 1.0, magnitude=torch.ones(128))
+        assert kernels.lora_room(x, [dora, *layers[1:]]) == 0
+        dense = kernels.LoraWeights(Base(random(0, 128, 64)), *small[:2], 1.0)
+        assert kernels.lora_room(x, [dense, *layers[1:]]) == 0

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 from lorakit import kernels
 from lorakit.kernels import dispatch
-from lorakit.kernels.ops import frozen_linear
+from lorakit.kernels.ops import frozen_linear, swiglu
 from lorakit.kernels.ops.adamw import triton as adamw
 from lorakit.kernels.ops.adamw.lists import fits
 from lorakit.kernels.ops.nf4.tensor import BLOCK_SIZES, LEVELS
@@ -91,14 +91,16 @@ def test_the_same_kernel_compiles_after_it_was_interpreted():
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from lorakit.kernels.ops.swiglu import triton as swiglu
+    from lorakit.kernels.ops.swiglu import triton as activations
 
     gate = random(0, 64).cpu()
     with interpreted(), kernels.use_backend("triton"):
         kernels.swiglu(gate, gate)
-    signature = {"GATE": "*bf16", "UP": "*bf16", "Y": "*bf16", "n": "i32"}
-    signature |= {"HIDDEN_ACT": "constexpr", "BLOCK": "constexpr"}
-    source = ASTSource(swiglu._forward, signature, {(4,): "silu", (5,): 1024})
+    signature = {"GATE": "*bf16", "UP": "*bf16", "Y": "*bf16", "width": "i32"}
+    others = "gate_row", "up_row", "y_row", "HIDDEN_ACT", "BLOCK"
+    constants = dict.fromkeys([(4,), (5,), (6,)]) | {(7,): "silu", (8,): 1024}
+    signature |= dict.fromkeys(others, "constexpr")
+    source = ASTSource(activations._forward, signature, constants)
     assert compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
 
 
@@ -162,6 +164,24 @@ def test_rms_norm_of_a_frozen_weight_and_of_strided_rows():
         grads[backend] = leaf.grad
     # fp32 sums of 24 values in another order
     assert torch.allclose(grads["triton"], grads["reference"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("room", [0, 16, 5])
+def test_rms_norm_leaves_room(room):
+    """Beside each row of the result; its values and the gradients are as without."""
+    x, residual, weight = random(0, 2, 3, 24), random(1, 2, 3, 24), random(2, 24)
+    found = []
+    for wanted in (0, room):
+        leaves = [t.detach().requires_grad_() for t in (x, residual)]
+        with on_triton():
+            y = kernels.rms_norm(leaves[0], weight, 1e-5, room=wanted)
+            z, total = kernels.add_rms_norm(*leaves, weight, 1e-5, room=wanted)
+            assert y.stride() == z.stride() == (3 * (24 + wanted), 24 + wanted, 1)
+            assert total.is_contiguous()
+            grads = torch.autograd.grad((y + z + total).sum(), leaves)
+        found.append([y, z, total, *grads])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
 
 
 heads = st.tuples(*(st.integers(1, n) for n in (2, 3, 5, 3)))  # B, T, Hq, Hk
@@ -276,6 +296,32 @@ def test_gated_activations(n, dtype, kind, seed):
         return torch.nn.functional.gelu(gate, approximate=kind) * up
 
     within_budget(f, exactly, (gate, up), terms=4)
+
+
+@settings(max_examples=10)
+@given(st.integers(1, 4), st.integers(1, 1100), st.integers(0, 20), dtypes, seeds)
+def test_gated_activations_of_rows_that_lie_apart(rows, width, room, dtype, seed):
+    """gate and up in one memory, gradients in another: the bits of contiguous ones, and no other
+    value is written.
+    """
+    both = random(seed, rows, 2 * width + room).to(dtype)
+    gate, up = both[:, :width], both[:, width : 2 * width]
+    grad = random(seed + 1, rows, width).to(dtype)
+    into = torch.full_like(both, 7)
+    with on_triton():
+        y = swiglu.gated_beside(gate, up, "silu", room)
+        expected = kernels.gated(gate.contiguous(), up.contiguous(), "silu")
+        plain = [t.clone(memory_format=torch.contiguous_format) for t in (grad, gate, up)]
+        kernels.gated_backward_(*plain, "silu")
+        kernels.gated_backward_(
+            grad, gate, up, "silu", (into[:, :width], into[:, width : 2 * width])
+        )
+    assert y.stride() == (width + room, 1)
+    assert torch.equal(y, expected)
+    assert torch.equal(
+        torch.cat([into[:, : 2 * width], grad], 1), torch.cat([*plain[1:], plain[0]], 1)
+    )
+    assert (into[:, 2 * width :] == 7).all()
 
 
 @settings(max_examples=15)

@@ -44,7 +44,9 @@ backward, what it keeps lives for that block only, and gate and up would be comp
 How
 ---
 Two classes compute the layers of one input: `reference.Group` by torch's products, with W dense
-some rows at a time, and `cpu.Group` by sums of products straight from what is stored. The base is
+some rows at a time, and `cpu.Group` by sums of products straight from what is stored. On a GPU NF4
+weights and updates of all its layers are one matrix, if x has room for low beside its rows
+(`lora_room`, triton.py); there y of all layers lie in one memory. The base is
 any callable with its `stored` weight and `bias`. What it returns is written to; the caller's
 tensors are not.
 """
@@ -125,8 +127,34 @@ def lora_row_norms(layer: LoraWeights) -> Tensor:
     return reference.DenseLayer(layer.base, layer.scaling, tensors, pair).row_norms
 
 
+def lora_room(x: Tensor, layers: Sequence[LoraWeights]) -> int:
+    """Return how much room beside the rows of their input lets layers run as one product.
+
+    Args:
+        x: [..., K], what the input will be like: its dtype, device and number of rows count.
+        layers: the bases and their updates, which read one input.
+
+    Returns:
+        The number of values of memory beside each row of the input, the sum of the ranks or a few
+        more; 0 where the layers do not run so: elsewhere than on a GPU, for few rows, for other
+        weights than NF4 or FP4, with DoRA and under autocast.
+    """
+    if dispatch.traces() or not dispatch.triton_runs(x) or torch.is_autocast_enabled(x.device.type):
+        return 0
+    ranks, stored = 0, []
+    for layer in layers:
+        if layer.magnitude is not None:
+            return 0
+        ranks += layer.lora_A.shape[0]
+        stored += [layer.base.stored]
+    triton, rows = reference.triton_kernels(), x.numel() // x.shape[-1]
+    if not reference.FEW < rows <= triton.MOST_ROWS or not triton.joins(stored, ranks):
+        return 0
+    return -(-ranks // 16) * 16
+
+
 def lora_qkv(
-    x: Tensor, layers: Sequence[LoraWeights], *, again: Again = None
+    x: Tensor, layers: Sequence[LoraWeights], *, again: Again = None, room: int = 0
 ) -> tuple[Tensor, ...]:
     """Apply several layers that read one x, such as q, k and v, each as `lora_linear` does.
 
@@ -134,9 +162,10 @@ def lora_qkv(
         x: [..., K], any floating-point dtype.
         layers: the bases and their updates, all of one dropout.
         again: (f, s) with x = f(s); s is kept for backward instead of x, which f makes again.
+        room: what `lora_room` has returned, and x was made with; that memory is written to.
 
     Returns:
-        The output of each layer, [..., N] in x's dtype.
+        The output of each layer, [..., N] in x's dtype. With room they lie in one memory.
 
     Raises:
         ValueError: the dropout of two layers differs.
@@ -144,7 +173,7 @@ def lora_qkv(
     if dispatch.traces():
         return dispatch.traced().lora_qkv(x, layers)
     flat = x.reshape(-1, x.shape[-1])
-    ys = LoraLinears.apply(flat, again, *_static(layers), *tensors_of(layers))
+    ys = LoraLinears.apply(flat, again, room, *_static(layers), *tensors_of(layers))
     return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
 
 
@@ -157,6 +186,7 @@ def lora_mlp(
     *,
     keep: bool = False,
     again: Again = None,
+    room: int = 0,
 ) -> Tensor:
     """Apply a gated MLP, down(a(gate(x)) * up(x)), whose layers have low-rank updates.
 
@@ -170,6 +200,7 @@ def lora_mlp(
         hidden_act: the activation a: "silu", "gelu_pytorch_tanh" or "gelu".
         keep: whether gate(x) and up(x) are kept for backward too.
         again: as in `lora_qkv`.
+        room: as in `lora_qkv`, of gate and up.
 
     Returns:
         The output of `down`, [..., N] in x's dtype.
@@ -183,7 +214,8 @@ def lora_mlp(
         return dispatch.traced().lora_mlp(x, layers, hidden_act, keep)
     inner, outer = _static(layers[:2]), _static(layers[2:])
     flat = x.reshape(-1, x.shape[-1])
-    y = LoraMLP.apply(flat, hidden_act, keep, again, *inner, *outer, *tensors_of(layers))
+    rooms = (room, lora_room(x, [down])) if room else (0, 0)
+    y = LoraMLP.apply(flat, hidden_act, keep, again, rooms, *inner, *outer, *tensors_of(layers))
     return y.view(*x.shape[:-1], y.shape[1])
 
 
@@ -214,15 +246,15 @@ def tensors_of(layers: Sequence[LoraWeights]) -> list[Tensor | None]:
 
 
 def _group(
-    x: Tensor, static: Static, drop: Dropout, tensors: Sequence[Any]
+    x: Tensor, static: Static, drop: Dropout, tensors: Sequence[Any], room: int = 0
 ) -> cpu.Group | reference.Group:
-    """Return the layers for one pass on x [M, K], or on gradients in its dtype."""
+    """Return the layers for one pass on x [M, K] with room, or on gradients in its dtype."""
     found = cpu.group(x, static, drop, tensors)
     if found is not None:
         return found
     dtype = dispatch.product_dtype(x)
     kind = float8.Float8Group if float8.takes(static, dtype) else reference.Group
-    return kind(static, drop, tensors, dtype)
+    return kind(static, drop, tensors, dtype, room)
 
 
 def _keep(ctx, x: Tensor, again: Again, *tensors: Tensor | None) -> None:
@@ -257,10 +289,10 @@ class LoraLinears(torch.autograd.Function):
     """Map x [M, K] to y [M, N] of each layer."""
 
     @staticmethod
-    def forward(ctx, x, again, static, drop, *tensors):
+    def forward(ctx, x, again, room, static, drop, *tensors):
         _keep(ctx, x, again, *tensors)
         ctx.static, ctx.drop = static, drop
-        group = _group(x, static, drop, tensors)
+        group = _group(x, static, drop, tensors, room)
         same = group.dtype == x.dtype
         ys = group.forward(x.to(group.dtype), by_base=same)
         _keep_groups(ctx, x, group)
@@ -274,23 +306,29 @@ class LoraLinears(torch.autograd.Function):
         (group,) = ctx.groups or [_group(grads[0], ctx.static, ctx.drop, tensors)]
         group.take([dy.to(group.dtype) for dy in grads])
         dx = group.grad_x().to(x.dtype) if ctx.needs_input_grad[0] else None
-        found = group.grad_tensors(x.to(group.dtype), ctx.needs_input_grad[4:])
+        found = group.grad_tensors(x.to(group.dtype), ctx.needs_input_grad[5:])
         group.end()
-        return dx, None, None, None, *found
+        return dx, None, None, None, None, *found
 
 
 class LoraMLP(torch.autograd.Function):
     """Map x [M, K] to y [M, N], through gate, up and down."""
 
     @staticmethod
-    def forward(ctx, x, hidden_act, keep, again, inner, inner_drop, outer, outer_drop, *tensors):
-        ctx.hidden_act = hidden_act
+    def forward(
+        ctx, x, hidden_act, keep, again, rooms, inner, inner_drop, outer, outer_drop, *tensors
+    ):
+        ctx.hidden_act, ctx.rooms = hidden_act, rooms
         ctx.static = (inner, inner_drop), (outer, outer_drop)
         first, second = LoraMLP._made(ctx, x, tensors)
         same = first.dtype == x.dtype
         gate, up = first.forward(x.to(first.dtype), by_base=same)
         _keep(ctx, x, again, *((gate, up) if keep else (None, None)), *tensors)
-        (y,) = second.forward(swiglu.gated(gate, up, hidden_act), by_base=same)
+        if rooms[0]:
+            hidden = swiglu.gated_beside(gate, up, hidden_act, rooms[1])
+        else:
+            hidden = swiglu.gated(gate, up, hidden_act)
+        (y,) = second.forward(hidden, by_base=same)
         _keep_groups(ctx, x, first, second)
         return y if same else y.to(x.dtype)
 
@@ -301,8 +339,15 @@ class LoraMLP(torch.autograd.Function):
         x, gate, up, *tensors = _kept(ctx)
         first, second = ctx.groups or LoraMLP._made(ctx, grad, tensors)
         flat = x.to(first.dtype)
+        wide = None  # [d gate | d up | room]
         if gate is None:
             gate, up = into = first.forward(flat, by_base=False)
+            if ctx.rooms[0]:
+                wide = reference.widened(gate, 2 * gate.shape[1] + ctx.rooms[0])
+        elif ctx.rooms[0]:
+            M, inner = gate.shape
+            wide = torch.empty((M, 2 * inner + ctx.rooms[0]), dtype=gate.dtype, device=gate.device)
+            into = wide[:, :inner], wide[:, inner : 2 * inner]
         else:  # another backward may ask for them
             into = torch.empty((2, *gate.shape), dtype=gate.dtype, device=gate.device).unbind()
         second.take([grad.to(second.dtype)])
@@ -310,20 +355,18 @@ class LoraMLP(torch.autograd.Function):
         second.forget_weights()
         # the hidden state goes over its gradient
         swiglu.gated_backward_(hidden, gate, up, ctx.hidden_act, into)
-        first.take(into)
+        first.take(into, wide)
         dx = first.grad_x().to(x.dtype) if ctx.needs_input_grad[0] else None
-        need, split = ctx.needs_input_grad[8:], 2 * TENSORS
+        need, split = ctx.needs_input_grad[9:], 2 * TENSORS
         of_inner = first.grad_tensors(flat, need[:split])
         of_outer = second.grad_tensors(hidden, need[split:])
         first.end()
         second.end()
-        return dx, *(None,) * 7, *of_inner, *of_outer
+        return dx, *(None,) * 8, *of_inner, *of_outer
 
     @staticmethod
     def _made(ctx, x, tensors):
         (inner, inner_drop), (outer, outer_drop) = ctx.static
         split = TENSORS * len(inner)
-        return (
-            _group(x, inner, inner_drop, tensors[:split]),
-            _group(x, outer, outer_drop, tensors[split:]),
-        )
+        first = _group(x, inner, inner_drop, tensors[:split], ctx.rooms[0])
+        return first, _group(x, outer, outer_drop, tensors[split:], ctx.rooms[1])

@@ -99,7 +99,7 @@ class Group:
         sums_of_products(sums)
         return [each.out for each in sums]
 
-    def take(self, grads: Sequence[Tensor]) -> None:
+    def take(self, grads: Sequence[Tensor], wide: None = None) -> None:
         """Take the gradients dy [M, N] of each layer, from which the others follow."""
         self.grads = [dense_rows(dy) for dy in grads]
         self.dlow, sums = self._side_by_side(self.grads[0]), []

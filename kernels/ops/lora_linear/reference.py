@@ -3,8 +3,10 @@
 A layer has M rows, K inputs and N outputs; r is its rank, R the sum of the ranks that are stacked.
 """
 
+import functools
 from collections.abc import Sequence
 from functools import cached_property
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -37,14 +39,20 @@ def cast_pairs(
     As, Bs = [part.lora_A for part in parts], [part.lora_B for part in parts]
     found = None
     if dispatch.triton_runs(As[0]) and dtype in dispatch.FLOATS:
-        from . import triton
-
-        found = triton.cast(As, Bs, scalings, dtype)
+        found = triton_kernels().cast(As, Bs, scalings, dtype)
     if found is None:
         A = torch.cat([a.to(dtype) for a in As])
         found = A, [(b * scaling).to(dtype) for b, scaling in zip(Bs, scalings, strict=True)]
     A, sBs = found
     return A, list(zip(A.split_with_sizes([a.shape[0] for a in As]), sBs, strict=True))
+
+
+@functools.cache
+def triton_kernels() -> ModuleType:
+    """Return triton.py, where it is known that Triton is installed."""
+    from . import triton
+
+    return triton
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor | None:
@@ -61,6 +69,14 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor | None:
         if t.untyped_storage().data_ptr() != memory:
             return None
     return first.as_strided((len(tensors), *first.shape), (size, *first.stride()))
+
+
+def widened(x: Tensor, columns: int) -> Tensor:
+    """Return x [M, K] and the memory beside its rows, [M, columns].
+
+    x is as it was for autograd, whatever is written beside it.
+    """
+    return x.data.as_strided((x.shape[0], columns), (columns, 1))
 
 
 def _gradient(a: Tensor, b: Tensor, dtype: torch.dtype, scaling: float = 1.0) -> Tensor:
@@ -171,16 +187,27 @@ class Group:
     together: Tensor | None  # the same as one tensor [n, M, N], if they lie so, or None
     dlow: Tensor  # s dy B of each layer, side by side [M, R]
 
-    def __init__(self, static: Static, drop: Dropout, tensors: Sequence[Any], dtype: torch.dtype):
-        self.dtype, self.drop = dtype, drop
+    def __init__(
+        self,
+        static: Static,
+        drop: Dropout,
+        tensors: Sequence[Any],
+        dtype: torch.dtype,
+        room: int = 0,
+    ):
+        self.dtype, self.drop, self.room = dtype, drop, room
         parts, scalings = by_layer(tensors), [scaling for _, scaling in static]
-        self.A, pairs = cast_pairs(parts, scalings, dtype)  # [R, K]
+        self.A, self.pairs = cast_pairs(parts, scalings, dtype)  # [R, K]
         self.layers = [
             self.layer_class(base, scaling, part, pair)
-            for (base, scaling), part, pair in zip(static, parts, pairs, strict=True)
+            for (base, scaling), part, pair in zip(static, parts, self.pairs, strict=True)
         ]
         self.ranks = [part.lora_A.shape[0] for part in parts]
+        self.widths = [part.lora_B.shape[0] for part in parts]
+        self.N, self.R = sum(self.widths), self.A.shape[0]
         self.lows: tuple[Tensor, ...] | None = None
+        self.wide: Tensor | None = None  # [dy | dlow] of all layers, [M, N + room]
+        self.weights: Tensor | None = None  # J of triton.py
         self.stacked = self._stacked_sB()  # [n, N, r], or None
 
     def _stacked_sB(self) -> Tensor | None:
@@ -210,6 +237,8 @@ class Group:
 
         It calls the bases, or takes the dense weights, which backward needs in any case.
         """
+        if self.room:
+            return self._forward_joined(x, by_base)
         if self.stacked is not None and x.shape[0] > FEW:
             return self._forward_together(x, self.stacked, by_base)
         lows = zip(self.layers, self.low(x), strict=True)
@@ -230,22 +259,61 @@ class Group:
                 layer.kept = None
         return list(ys)
 
+    def _joined(self) -> Tensor:
+        """Return J [N + R, K + room], the weights and updates of all layers."""
+        if self.weights is None:
+            stored, sBs = [each.base.stored for each in self.layers], [s for _, s in self.pairs]
+            self.weights = triton_kernels().join(stored, self.A, sBs, self.room)
+        return self.weights
+
+    def _forward_joined(self, x: Tensor, by_base: bool) -> list[Tensor]:
+        """Return y of x [M, K] with room for low beside it.
+
+        All y lie side by side in one memory; in backward with room for dlow beside them.
+        """
+        (M, K), N, R = x.shape, self.N, self.R
+        if x.stride() != (K + self.room, 1):  # computed again, without the room
+            x, self.lows = torch.cat([x, x.new_empty(M, self.room)], dim=1)[:, :K], None
+        wide = widened(x, K + self.room)[:, : K + R]
+        if self.lows is None:
+            low = torch.mm(self.drop(x), self.A.t(), out=wide[:, K:])
+            self.lows = low.split_with_sizes(self.ranks, dim=1)
+        columns = N if by_base else N + self.room
+        y = torch.empty((M, columns), dtype=self.dtype, device=x.device)[:, :N]
+        torch.mm(wide, self._joined()[:N, : K + R].t(), out=y)
+        if by_base:
+            self.weights = None
+        ys = y.split_with_sizes(self.widths, dim=1)
+        for layer, y in zip(self.layers, ys, strict=True):
+            if layer.bias is not None:
+                y += layer.bias
+        return [
+            y.data for y in ys
+        ]  # for autograd they are no views: what is done to one is its own
+
     def _side_by_side(self, columns: Sequence[Tensor]) -> Tensor:
         """Return the columns [M, r] of each layer, parts of one [M, R], as a tensor [n, M, r]."""
         first = columns[0]
         shape, strides = (len(columns), *first.shape), (first.shape[1], *first.stride())
         return first.as_strided(shape, strides)
 
-    def take(self, grads: Sequence[Tensor]) -> None:
-        """Take the gradients dy [M, N] of each layer, from which the others follow."""
-        self.grads = grads
+    def take(self, grads: Sequence[Tensor], wide: Tensor | None = None) -> None:
+        """Take the gradients dy [M, N] of each layer, from which the others follow.
+
+        They may be the first columns of `wide` [M, N + room].
+        """
+        self.grads, self.wide = grads, wide
         self.scaled = [
             dy if layer.magnitude is None else dy * layer.gain(layer.magnitude)
             for layer, dy in zip(self.layers, grads, strict=True)
         ]
-        self.dlow = grads[0].new_empty(grads[0].shape[0], self.A.shape[0])
+        if wide is None:
+            self.dlow = grads[0].new_empty(grads[0].shape[0], self.A.shape[0])
+            self.together = None if self.stacked is None else stacked(grads)
+        else:
+            self.dlow = wide[:, self.N : self.N + self.R]
+            self.together = None if self.stacked is None else self._side_by_side(grads)
         columns = self.dlow.split_with_sizes(self.ranks, dim=1)
-        self.together = None if self.stacked is None else stacked(grads)
         if self.stacked is not None and self.together is not None:
             torch.bmm(self.together, self.stacked, out=self._side_by_side(columns))
             return
@@ -254,6 +322,13 @@ class Group:
 
     def grad_x(self) -> Tensor:
         """Return dx = dy W + s (dy B) A, summed over the layers: [M, K]."""
+        if self.room:
+            W = self._joined()[:, : self.A.shape[1]]
+            if self.wide is not None and not self.drop.rate:
+                return self.wide[:, : self.N + self.R] @ W
+            each = W[: self.N].split_with_sizes(self.widths)
+            for layer, rows in zip(self.layers, each, strict=True):
+                layer.kept = [(slice(None), rows)]
         small_first = not self.drop.rate and dispatch.triton_runs(self.dlow)
         dx = self.dlow @ self.A if small_first else None
         for layer, dy in zip(self.layers, self.scaled, strict=True):
@@ -267,13 +342,14 @@ class Group:
 
     def forget_weights(self) -> None:
         """Free the dense weights."""
+        self.weights = None
         for layer in self.layers:
             layer.kept = None
 
     def end(self) -> None:
         """Free what a backward pass has made; another pass makes it again."""
         self.forget_weights()
-        self.together = self.lows = None
+        self.together = self.lows = self.wide = None
         del self.grads, self.scaled, self.dlow
 
     def _gradients_together(self, lows: tuple[Tensor, ...]) -> Tensor | None:

@@ -28,6 +28,7 @@ def rms_norm(
     *,
     weight_offset: float = 0.0,
     casting_mode: str = "llama",
+    room: int = 0,
 ) -> Tensor:
     """Normalize rows by their root mean square, and scale them (arXiv:1910.07467).
 
@@ -40,6 +41,8 @@ def rms_norm(
         weight_offset: what is added to the weight, 1 for Gemma.
         casting_mode: "llama" rounds the normalized row to x's dtype before the product with the
             weight; "gemma" rounds the product, once.
+        room: how many values of memory each row of the result has beside it, for who reads it;
+            counts where Triton runs.
 
     Returns:
         (weight_offset + w) x / sqrt(mean(x^2) + eps), [..., H] in x's dtype.
@@ -53,7 +56,8 @@ def rms_norm(
     backend = _backend(x, weight)
     if backend is reference:
         return reference.rms_norm(x, weight, eps, weight_offset, casting_mode)
-    return RMSNorm.apply(x, weight, (eps, weight_offset, casting_mode, backend))
+    options = eps, weight_offset, casting_mode, room, backend
+    return RMSNorm.apply(x, weight, options)
 
 
 def check_casting_mode(casting_mode: str) -> None:
@@ -76,6 +80,7 @@ def add_rms_norm(
     *,
     weight_offset: float = 0.0,
     casting_mode: str = "llama",
+    room: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Add a residual connection and normalize the sum, as `rms_norm` does.
 
@@ -89,6 +94,7 @@ def add_rms_norm(
         eps: what is added to the mean of the squares.
         weight_offset: what is added to the weight, 1 for Gemma.
         casting_mode: "llama" or "gemma", as in `rms_norm`.
+        room: as in `rms_norm`, of the normalized sum.
 
     Returns:
         The normalized sum and s itself, both [..., H] in x's dtype.
@@ -105,7 +111,8 @@ def add_rms_norm(
     if backend is reference:
         total = x + residual
         return reference.rms_norm(total, weight, eps, weight_offset, casting_mode), total
-    return AddRMSNorm.apply(x, residual, weight, (eps, weight_offset, casting_mode, backend))
+    options = eps, weight_offset, casting_mode, room, backend
+    return AddRMSNorm.apply(x, residual, weight, options)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -126,10 +133,11 @@ def scale_of(weight: Tensor, offset: float, casting_mode: str) -> tuple[Tensor, 
 
 def _normalize(ctx, x, residual, weight, options) -> tuple:
     """Return the normalized rows, and the sum x + residual or x."""
-    eps, offset, casting_mode, backend = options
+    eps, offset, casting_mode, room, backend = options
     weight, offset = scale_of(weight, offset, casting_mode)
     llama = casting_mode == "llama"
-    y, total, rstd = backend.normalize(x, residual, weight, eps, offset, llama)
+    beside = () if backend is cpu else (room,)
+    y, total, rstd = backend.normalize(x, residual, weight, eps, offset, llama, *beside)
     ctx.save_for_backward(total, weight, rstd)
     ctx.offset, ctx.backend = offset, backend
     return y, total

@@ -26,7 +26,7 @@ PROGRAMS = 256  # that share the rows when dw is wanted
 
 @triton.jit
 def _forward(
-    X, RESIDUAL, S, W, Y, RSTD, stride, residual_stride, width,
+    X, RESIDUAL, S, W, Y, RSTD, stride, residual_stride, y_stride, width,
     eps: tl.constexpr, offset: tl.constexpr, LLAMA: tl.constexpr, ADD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -49,7 +49,7 @@ def _forward(
     else:
         y = y * (w.to(tl.float32) + offset)
     tl.store(RSTD + row, rstd)
-    tl.store(Y + row * width + columns, y.to(Y.dtype.element_ty), mask=inside)
+    tl.store(Y + row * y_stride + columns, y.to(Y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -92,19 +92,24 @@ def _launch_shape(width: int, lanes: int) -> dict[str, int]:
 
 
 def normalize(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, llama: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalize x [rows, H], or x + residual: return y, the sum (or x), and rstd fp32 [rows]."""
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, llama: bool,
+    room: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Normalize x [rows, H], or x + residual: return y, the sum (or x), and rstd fp32 [rows].
+
+    Each row of y has `room` values of memory beside it.
+    """
     added = residual is not None
     other = residual if added else x
     rows, width = x.shape
-    y = torch.empty((rows, width), dtype=x.dtype, device=x.device)
-    total = torch.empty_like(y) if added else x
+    y = torch.empty((rows, width + room), dtype=x.dtype, device=x.device)[:, :width]
+    total = torch.empty((rows, width), dtype=x.dtype, device=x.device) if added else x
     rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows:
         dispatch.launch(
             _forward, (rows,), x, other, total, weight, y, rstd, x.stride(0), other.stride(0),
-            width, eps, offset, llama, added, **_launch_shape(width, dispatch.lanes()),
+            y.stride(0), width, eps, offset, llama, added,
+            **_launch_shape(width, dispatch.lanes()),
         )  # fmt: skip
     return y, total, rstd
 

@@ -89,7 +89,8 @@ def gated_backward_(
 ) -> None:
     """Run the backward pass of `gated` in place, for a caller to whom the tensors belong.
 
-    All tensors are contiguous and of one shape and dtype.
+    All tensors are of one shape and dtype, and contiguous. Where Triton runs, they may be matrices
+    whose rows lie apart.
 
     Args:
         grad: dy [...]; y = a(gate) * up is written over it.
@@ -103,6 +104,19 @@ def gated_backward_(
     if backend is reference:
         return reference.gated_backward_(grad, gate, up, dgate, dup, hidden_act)
     backend.backward(grad, gate, up, dgate, dup, grad, hidden_act)
+
+
+def gated_beside(gate: Tensor, up: Tensor, hidden_act: str, room: int) -> Tensor:
+    """Return a(gate) * up for matrices whose rows may lie apart, where Triton runs.
+
+    Each row of the result has `room` values of memory beside it. It is not differentiable.
+    """
+    from . import triton
+
+    rows, width = gate.shape
+    y = gate.new_empty(rows, width + room)[:, :width]
+    triton.forward(gate, up, y, hidden_act)
+    return y
 
 
 class GatedActivation(torch.autograd.Function):

@@ -1,4 +1,7 @@
-"""SwiGLU and GeGLU on a GPU: flat, 1024 values a program, fp32 inside.
+"""SwiGLU and GeGLU on a GPU: 1024 values a program, fp32 inside.
+
+Contiguous tensors are one row. Others, such as gate and up in one memory, are rows that lie apart,
+of which a grid has at most 65,535.
 
 With a = act(gate), and a' its slope,
 
@@ -42,9 +45,14 @@ def _activate(z, HIDDEN_ACT: tl.constexpr):
 
 
 @triton.jit
-def _forward(GATE, UP, Y, n, HIDDEN_ACT: tl.constexpr, BLOCK: tl.constexpr):
+def _forward(
+    GATE, UP, Y, width, gate_row, up_row, y_row, HIDDEN_ACT: tl.constexpr, BLOCK: tl.constexpr
+):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < n
+    inside = at < width
+    if gate_row is not None:
+        row = tl.program_id(1).to(tl.int64)
+        GATE, UP, Y = GATE + row * gate_row, UP + row * up_row, Y + row * y_row
     gate = tl.load(GATE + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(UP + at, mask=inside, other=0.0).to(tl.float32)
     value, _ = _activate(gate, HIDDEN_ACT)
@@ -53,11 +61,15 @@ def _forward(GATE, UP, Y, n, HIDDEN_ACT: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _backward(
-    DY, GATE, UP, DGATE, DUP, Y, n,
+    DY, GATE, UP, DGATE, DUP, Y, width, dy_row, gate_row, up_row, dgate_row, dup_row, y_row,
     HIDDEN_ACT: tl.constexpr, NEED_Y: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < n
+    inside = at < width
+    if dy_row is not None:
+        row = tl.program_id(1).to(tl.int64)
+        DY, GATE, UP = DY + row * dy_row, GATE + row * gate_row, UP + row * up_row
+        DGATE, DUP, Y = DGATE + row * dgate_row, DUP + row * dup_row, Y + row * y_row
     dy = tl.load(DY + at, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(GATE + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(UP + at, mask=inside, other=0.0).to(tl.float32)
@@ -68,12 +80,34 @@ def _backward(
         tl.store(Y + at, (value * up).to(Y.dtype.element_ty), mask=inside)
 
 
+def _rows(*tensors: Tensor) -> tuple[int, int, list[int | None]]:
+    """Return how many rows the tensors have, how long they are, and the stride of each one's rows.
+
+    Contiguous tensors are one row, without strides. Others are [rows, width], with the values of a
+    row in line.
+    """
+    first = tensors[0]
+    for t in tensors:
+        if not t.is_contiguous():
+            return first.shape[0], first.shape[1], [t.stride(0) for t in tensors]
+    return 1, first.numel(), [None] * len(tensors)
+
+
 def forward(gate: Tensor, up: Tensor, y: Tensor, hidden_act: str) -> None:
     """Write a(gate) * up to y."""
-    if n := gate.numel():
-        warps = THREADS // dispatch.lanes()
+    if gate.numel():
+        rows, width, strides = _rows(gate, up, y)
         dispatch.launch(
-            _forward, (-(-n // BLOCK),), gate, up, y, n, hidden_act, BLOCK, num_warps=warps
+            _forward,
+            (-(-width // BLOCK), rows),
+            gate,
+            up,
+            y,
+            width,
+            *strides,
+            hidden_act,
+            BLOCK,
+            num_warps=THREADS // dispatch.lanes(),
         )
 
 
@@ -82,9 +116,11 @@ def backward(
     hidden_act: str,
 ) -> None:  # fmt: skip
     """Write dgate, dup and, unless it is None, y. They may lie over the first three."""
-    if n := gate.numel():
+    if gate.numel():
+        tensors = dy, gate, up, dgate, dup, dy if y is None else y
+        rows, width, strides = _rows(*tensors)
         dispatch.launch(
-            _backward, (-(-n // BLOCK),), dy, gate, up, dgate, dup,
-            dy if y is None else y, n, hidden_act, y is not None, BLOCK,
+            _backward, (-(-width // BLOCK), rows), *tensors, width, *strides, hidden_act,
+            y is not None, BLOCK,
             num_warps=THREADS // dispatch.lanes(),
         )  # fmt: skip
