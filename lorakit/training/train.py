@@ -98,8 +98,8 @@ def train(
     output_dir = _made_directory(config.output_dir)
     with only_run_in(output_dir):
         run = Run(model, tok, examples, held_out, config, base_model)
-        most = run.order.largest
-        with training_mode(model, config, most), run.open_log() as log, interrupt() as stop:
+        mode = training_mode(model, config, run.order.largest)
+        with mode, run.open_log() as log, interrupt() as stop:
             run.loop(log, stop, after_step)
             run.end(log)
     progress = run.progress

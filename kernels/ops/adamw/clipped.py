@@ -78,7 +78,7 @@ class ClippedAdamW:
 
     Args:
         groups: the G groups.
-        rates: [S][G], the learning rates of every step; the last ones stay.
+        rates: for each step the learning rates of the G groups; the last ones stay.
         max_norm: the norm that longer gradients are shortened to.
         device: where all tensors lie.
     """
