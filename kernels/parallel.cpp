@@ -8,7 +8,7 @@
 // against each other. The caller lays out a job, [0, n) in shares of pieces, and begins with the first share. A helper
 // that is awake takes pieces of another one, and who has finished a share goes on with the next: a piece is whoever's
 // takes it first. No sum goes beyond a piece, so that changes no bit. The caller waits for pieces that are being worked
-// on, never for a helper that has not come. Who waits spins for about as long as waking a sleeper takes, and then sleeps.
+// on, never for a helper that has not come. Who waits spins for a moment, and then sleeps.
 // There is one job at a time; a second caller works alone.
 //
 // A team is for threads that wait for each other, as decoding's do: OpenMP starts all of them at once.
@@ -24,7 +24,8 @@ namespace {
 
 constexpr int MOST = 64;             // threads
 constexpr int PIECES = 8;            // of a share at most: what a late helper holds up is an eighth of it
-constexpr int64_t PATIENCE = 30000;  // ns of spinning; twice what waking a sleeper takes
+// ns of spinning: what Python takes to bring the next job, and less for SHARED after the system took a processor away
+constexpr int64_t PATIENCE = 200'000, LITTLE_PATIENCE = 10'000, TAKEN_AWAY = 1'000'000, SHARED = 1'000'000'000;
 
 using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 using Query = int (*)();
@@ -61,10 +62,14 @@ int64_t nanoseconds() {
     return now.tv_sec * int64_t{1000000000} + now.tv_nsec;
 }
 
-// Whether `is_so` became true while this thread spun.
+std::atomic<int64_t> shared_until{0};  // when others have wanted the processors long enough ago
+
+// Whether `is_so` became true while this thread spun. If the clock jumps meanwhile, others want the processor.
 template <class F>
 bool spins_until(F is_so) {
-    const int64_t end = nanoseconds() + PATIENCE;
+    int64_t now = nanoseconds();
+    const bool shared = now < shared_until.load(std::memory_order_relaxed);
+    const int64_t end = now + (shared ? LITTLE_PATIENCE : PATIENCE);
     do {
         for (int i = 0; i < 16; ++i) {
             if (is_so()) return true;
@@ -72,7 +77,10 @@ bool spins_until(F is_so) {
             __builtin_ia32_pause();
 #endif
         }
-    } while (nanoseconds() < end);
+        const int64_t before = now;
+        now = nanoseconds();
+        if (now - before > TAKEN_AWAY) shared_until.store(now + SHARED, std::memory_order_relaxed);
+    } while (now < end);
     return is_so();
 }
 
