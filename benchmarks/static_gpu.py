@@ -306,12 +306,14 @@ def cases() -> Iterator[tuple[str, Callable, int]]:
     yield "experts", both(experts), 64 * 128
     with lk.kernels.use_backend("reference"):
         q4, k4 = (ops.quantize_nf4(torch.ones(n, 4096)) for n in (64, 32))
-    joined = [
-        ops.LoraWeights(_Base(w), torch.ones(16, 4096), torch.ones(w.shape[0], 16), 2.0)
-        for w in (q4, k4, k4)
-    ]
-    rows = torch.empty(256, 4096 + 48, dtype=torch.bfloat16)[:, :4096]
-    yield "lora joined", lambda: ops.lora_qkv(rows, joined, room=48), 4096
+    for r in (16, 256):
+        joined = [
+            ops.LoraWeights(_Base(w), torch.ones(r, 4096), torch.ones(w.shape[0], r), 2.0)
+            for w in (q4, k4, k4)
+        ]
+        rows = torch.empty(256, 4096 + 3 * r, dtype=torch.bfloat16)[:, :4096]
+        run = partial(ops.lora_qkv, rows, joined, room=3 * r)
+        yield f"lora joined {r}", run, 4096
     gate, up = bf16(8, 14336), bf16(8, 14336)
     yield "swiglu", both(lambda: ops.swiglu(gate, up)), 1024
     yield "geglu tanh", both(lambda: ops.geglu(gate, up)), 1024

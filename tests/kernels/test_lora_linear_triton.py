@@ -123,7 +123,7 @@ class PackedBase:
 @settings(max_examples=20)
 @given(
     heights=st.lists(st.integers(1, 3), min_size=1, max_size=3),
-    ranks=st.lists(st.sampled_from([1, 3, 4, 8, 16]), min_size=3, max_size=3),
+    ranks=st.lists(st.sampled_from([1, 3, 4, 8, 16, 64, 256]), min_size=3, max_size=3),
     block=st.sampled_from([64, 128, 512]),
     fp4=st.booleans(),
     double=st.booleans(),
@@ -286,8 +286,34 @@ def test_two_backward_passes():
             assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
+def test_what_is_kept_of_the_inputs(keep, again):
+    """Between the passes the groups hold low, and neither x nor the hidden state beside it."""
+    rows, shapes, r = reference.FEW + 3, [(128, 64), (128, 64), (64, 128)], 8
+    with on_triton():
+        bases = [PackedBase(random(i, *shape, scale=0.2)) for i, shape in enumerate(shapes)]
+        small = [t.requires_grad_() for t in small_matrices(3, shapes, r)]
+        layers = [
+            kernels.LoraWeights(base, *small[2 * i : 2 * i + 2], 0.7)
+            for i, base in enumerate(bases)
+        ]
+        x, room = with_room(random(30, rows, 64), layers[:2])
+        recipe = (torch.clone, x) if again else None
+        y = kernels.lora_mlp(x, *layers, "silu", keep=keep, again=recipe, room=room)
+    groups = y.grad_fn.next_functions[0][0].groups
+    assert [group.room for group in groups] == [16, 16]
+    held = [
+        t.untyped_storage().nbytes()
+        for group in groups
+        for t in (*(group.lows or ()), *(t for pair in group.pairs for t in pair))
+    ]
+    assert max(held) <= 4 * max(rows * 2 * r, r * 128 * 2)
+    assert all(group.weights is None for group in groups)
+
+
 def test_what_wants_no_room():
-    """Few rows, DoRA, other weights, another backend."""
+    """Few rows, DoRA, other weights, another backend, A or B that are not cast in line."""
     bases = [PackedBase(random(i, *shape)) for i, shape in enumerate(SHAPES)]
     small = small_matrices(3, SHAPES, 8)
     layers = [kernels.LoraWeights(b, *small[2 * i : 2 * i + 2], 1.0) for i, b in enumerate(bases)]
@@ -301,5 +327,9 @@ def test_what_wants_no_room():
             assert kernels.lora_room(x, layers) == 0
         dora = kernels.LoraWeights(bases[0], *small[:2], 1.0, magnitude=torch.ones(128))
         assert kernels.lora_room(x, [dora, *layers[1:]]) == 0
+        A, B = small[:2]
+        for pair in ((A.t().contiguous().t(), B), (A, B.t().contiguous().t()), (A.double(), B)):
+            other = kernels.LoraWeights(bases[0], *pair, 1.0)
+            assert kernels.lora_room(x, [other, *layers[1:]]) == 0
         dense = kernels.LoraWeights(Base(random(0, 128, 64)), *small[:2], 1.0)
         assert kernels.lora_room(x, [dense, *layers[1:]]) == 0

@@ -137,15 +137,19 @@ def lora_room(x: Tensor, layers: Sequence[LoraWeights]) -> int:
     Returns:
         The number of values of memory beside each row of the input, the sum of the ranks or a few
         more; 0 where the layers do not run so: elsewhere than on a GPU, for few rows, for other
-        weights than NF4 or FP4, with DoRA and under autocast.
+        weights than NF4 or FP4, for an A or B of other strides or in fp64, with DoRA and under
+        autocast.
     """
     if dispatch.traces() or not dispatch.triton_runs(x) or torch.is_autocast_enabled(x.device.type):
         return 0
     ranks, stored = 0, []
     for layer in layers:
-        if layer.magnitude is not None:
+        A, B = layer.lora_A, layer.lora_B
+        in_line = A.is_contiguous() and B.is_contiguous()  # else `cast` leaves them apart
+        known = A.dtype in dispatch.FLOATS and B.dtype in dispatch.FLOATS
+        if layer.magnitude is not None or not in_line or not known:
             return 0
-        ranks += layer.lora_A.shape[0]
+        ranks += A.shape[0]
         stored += [layer.base.stored]
     triton, rows = reference.triton_kernels(), x.numel() // x.shape[-1]
     if not reference.FEW < rows <= triton.MOST_ROWS or not triton.joins(stored, ranks):
@@ -264,15 +268,15 @@ def _keep(ctx, x: Tensor, again: Again, *tensors: Tensor | None) -> None:
 
 
 def _keep_groups(ctx, x: Tensor, *groups: cpu.Group | reference.Group) -> None:
-    """Keep the layers for backward, without dense weights.
+    """Keep the layers for backward, without dense weights. The first ones read x.
 
     Under autocast the gradients may have another dtype than x: then they are made again.
     """
     ctx.groups = None
     if not torch.is_autocast_enabled(x.device.type):
         ctx.groups = groups
-        for group in groups:
-            group.forget_weights()
+        for i, group in enumerate(groups):
+            group.rest(x_stays=i == 0 and ctx.make is None)
 
 
 def _kept(ctx) -> tuple[Any, ...]:

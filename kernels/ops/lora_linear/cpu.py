@@ -123,6 +123,9 @@ class Group:
     def forget_weights(self) -> None:
         """Do nothing: there are no dense weights."""
 
+    def rest(self, x_stays: bool) -> None:
+        """Do nothing: what a forward pass has left is small."""
+
     def end(self) -> None:
         """Free what a backward pass has made; another pass makes it again."""
         self.lows = None

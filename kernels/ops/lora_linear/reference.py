@@ -208,6 +208,7 @@ class Group:
         self.lows: tuple[Tensor, ...] | None = None
         self.wide: Tensor | None = None  # [dy | dlow] of all layers, [M, N + room]
         self.weights: Tensor | None = None  # J of triton.py
+        self.beside = False  # whether low lies beside the x of the forward pass
         self.stacked = self._stacked_sB()  # [n, N, r], or None
 
     def _stacked_sB(self) -> Tensor | None:
@@ -229,7 +230,12 @@ class Group:
     def low(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return d(x) A^T of each layer, [M, r]. It is kept: every call is for the same x."""
         if self.lows is None:
-            self.lows = F.linear(self.drop(x), self.A).split_with_sizes(self.ranks, dim=1)
+            K = x.shape[1]
+            if self.beside and x.stride() == (K + self.room, 1):
+                low = widened(x, K + self.room)[:, K : K + self.R]
+            else:
+                low = F.linear(self.drop(x), self.A)
+            self.lows = low.split_with_sizes(self.ranks, dim=1)
         return self.lows
 
     def forward(self, x: Tensor, by_base: bool) -> list[Tensor]:
@@ -272,12 +278,14 @@ class Group:
         All y lie side by side in one memory; in backward with room for dlow beside them.
         """
         (M, K), N, R = x.shape, self.N, self.R
-        if x.stride() != (K + self.room, 1):  # computed again, without the room
-            x, self.lows = torch.cat([x, x.new_empty(M, self.room)], dim=1)[:, :K], None
+        roomy = x.stride() == (K + self.room, 1)
+        if not roomy:  # computed again, without the room
+            x = torch.cat([x, x.new_empty(M, self.room)], dim=1)[:, :K]
         wide = widened(x, K + self.room)[:, : K + R]
-        if self.lows is None:
-            low = torch.mm(self.drop(x), self.A.t(), out=wide[:, K:])
-            self.lows = low.split_with_sizes(self.ranks, dim=1)
+        low = wide[:, K:]
+        if not roomy or not self.beside:
+            torch.mm(self.drop(x), self.A.t(), out=low)
+        self.lows, self.beside = low.split_with_sizes(self.ranks, dim=1), roomy
         columns = N if by_base else N + self.room
         y = torch.empty((M, columns), dtype=self.dtype, device=x.device)[:, :N]
         torch.mm(wide, self._joined()[:N, : K + R].t(), out=y)
@@ -287,9 +295,8 @@ class Group:
         for layer, y in zip(self.layers, ys, strict=True):
             if layer.bias is not None:
                 y += layer.bias
-        return [
-            y.data for y in ys
-        ]  # for autograd they are no views: what is done to one is its own
+        # for autograd they are no views: what is done to one is its own
+        return [y.data for y in ys]
 
     def _side_by_side(self, columns: Sequence[Tensor]) -> Tensor:
         """Return the columns [M, r] of each layer, parts of one [M, R], as a tensor [n, M, r]."""
@@ -345,6 +352,21 @@ class Group:
         self.weights = None
         for layer in self.layers:
             layer.kept = None
+
+    def rest(self, x_stays: bool) -> None:
+        """Free what is as large as a weight or x until backward, after a forward pass.
+
+        low may lie beside x. If x stays for backward, low is found there again, also beside an x
+        that a second run of the forward pass has made. Else it is copied.
+        """
+        self.forget_weights()
+        if not self.room or self.lows is None:
+            return
+        if not x_stays:
+            self.lows = torch.cat(self.lows, dim=1).split_with_sizes(self.ranks, dim=1)
+            self.beside = False
+        else:
+            self.lows = None
 
     def end(self) -> None:
         """Free what a backward pass has made; another pass makes it again."""

@@ -48,7 +48,7 @@ from ..nf4.triton import (
 MOST = 3  # layers of one launch: q, k and v
 BLOCK, WARPS = 1024, 4
 VALUES = 2 * PASSES * BYTES  # of a program
-SB_ROWS = 64  # of a program
+SB_ROWS, SB_VALUES = 64, 4096  # of a program, at most
 MOST_ROWS = 65_535  # of x: the second dimension of an activation's grid has no more
 
 
@@ -206,7 +206,9 @@ def _cut(block_size: int, R: int, lanes: int) -> dict[str, int]:
     """Return how `_join` cuts its work."""
     tile = min(block_size // 2, 128)
     of_weights = {"HALF": block_size // 2, "PASSES": PASSES, "ROWS": BYTES // tile, "TILE": tile}
-    of_border = {"SB_ROWS": SB_ROWS, "RANKS": max(16, triton.next_power_of_2(R)), "VALUES": VALUES}
+    ranks = max(16, triton.next_power_of_2(R))
+    rows = max(1, min(SB_ROWS, SB_VALUES // ranks))  # of more values, registers would spill
+    of_border = {"SB_ROWS": rows, "RANKS": ranks, "VALUES": VALUES}
     return {**of_weights, **of_border, "num_warps": THREADS // lanes}
 
 
@@ -222,10 +224,11 @@ def join(weights: Sequence[NF4Tensor], A: Tensor, sBs: Sequence[Tensor], room: i
     J = torch.empty((n0 + n1 + n2 + R, K + room), dtype=A.dtype, device=A.device)
     of_0, of_1, of_2 = n0 * K // VALUES, n1 * K // VALUES, n2 * K // VALUES
     of_weights = of_0 + of_1 + of_2
-    of_border = -(-(n0 + n1 + n2) // SB_ROWS) + -(-R * K // VALUES)
+    cut = _cut(first.block_size, R, dispatch.lanes())
+    of_border = -(-(n0 + n1 + n2) // cut["SB_ROWS"]) + -(-R * K // VALUES)
     dispatch.launch(
         _join, (of_weights + of_border,), *p0[:4], *p1[:4], *p2[:4], *p0[4:], A, sBs[0], J,
         of_0, of_0 + of_1, of_weights, K, K + room, n0, n1, n2, r0, r1, r2,
-        **_cut(first.block_size, R, dispatch.lanes()), **packed_options(first),
+        **cut, **packed_options(first),
     )  # fmt: skip
     return J
