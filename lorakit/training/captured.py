@@ -75,10 +75,11 @@ class CudaGraphs:
 
     def run(self, function: Function) -> Tensor | None:
         """Run the function on the stream that records."""
-        self.stream.wait_stream(torch.cuda.current_stream())
+        current = torch.cuda.current_stream(self.stream.device)  # another device may be current
+        self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
             result = function()
-        torch.cuda.current_stream().wait_stream(self.stream)
+        current.wait_stream(self.stream)
         return result
 
     def record(self, function: Function) -> Recording:
@@ -86,7 +87,11 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         # thread_local: other threads, such as one that pins memory, go on meanwhile
         mode = "thread_local"
-        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode=mode):
+        # a recording that fails would leave its stream the current one
+        with (
+            torch.cuda.stream(self.stream),
+            torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode=mode),
+        ):
             result = function()
         return Recording(graph.replay, result)
 
@@ -332,6 +337,7 @@ def why_eager(model: Decoder, layers: Mapping[str, Attached], config: TrainConfi
     drops = any(part.dropout for part in low_rank_parts(layers))
     whole = all(each.base.frozen for each in layers.values() if isinstance(each, LowRankLinear))
     heads, wide = model.config.head_dim, model.dtype == torch.float32
+    trained = [p for p in model.parameters() if p.requires_grad]
     reasons = {
         f"objective is {config.objective}": config.objective != "sft",
         "activation_offloading is set": config.activation_offloading,
@@ -344,6 +350,10 @@ def why_eager(model: Decoder, layers: Mapping[str, Attached], config: TrainConfi
             has_hooks(each) or has_own_forward(each) for each in model.modules()
         ),
         "dropout comes before a weight that is trained": drops and not whole,
+        # whose gradients the optimizer copies, and a graph would hold the copies' addresses
+        "a trained parameter is not fp32, or has strides": not all(
+            p.dtype == torch.float32 and p.is_contiguous() for p in trained
+        ),
         "Triton's kernels are not what runs": not _runs_triton(model),
         f"heads of {heads} in {model.dtype} are too wide": heads > (128 if wide else 512),
     }

@@ -22,7 +22,9 @@ def test_replayed_as_run(case, dtype, device):
         pytest.skip("no CUDA graphs without a GPU; tests/training/test_captured.py replays there")
     options = {"dtype": dtype, "device": device, **captured.CASES[case]}
     ours, theirs = (new_run(each, **options) for each in (CudaGraphs(device), Never()))
-    assert same(take(ours, 1, 8), take(theirs, 1, 8))
+    found = take(ours, 1, 5)
+    ours.step.free()  # as before an evaluation; what follows is recorded again
+    assert same(found + take(ours, 6, 8), take(theirs, 1, 8))
     assert same_state(ours, theirs)
     assert ours.said == []
     assert ours.step.recordings
@@ -30,3 +32,26 @@ def test_replayed_as_run(case, dtype, device):
     ours.step.free()
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved(device) < before
+
+
+def test_a_recording_that_fails(device):
+    """It tells why, leaves the current stream as it was, and what follows runs."""
+    if device.type == "cpu":
+        pytest.skip("no CUDA graphs without a GPU")
+    recorder, x = CudaGraphs(device), torch.ones(8, device=device)
+    before = torch.cuda.current_stream(device)
+    with pytest.raises(RuntimeError):
+        recorder.record(lambda: x * float(x.sum()))  # which waits for the device
+    assert torch.cuda.current_stream(device) == before
+    assert torch.equal(recorder.run(lambda: x + 1), x + 1)
+
+
+def test_a_device_that_is_not_current(device):
+    """The steps of a model on cuda:1 are recorded and replayed there while cuda:0 is current."""
+    if device.type == "cpu" or torch.cuda.device_count() < 2:
+        pytest.skip("there is one GPU, or none")
+    other = torch.device("cuda", 1)
+    ours, theirs = (new_run(each, device=other) for each in (CudaGraphs(other), Never()))
+    assert same(take(ours, 1, 8), take(theirs, 1, 8))
+    assert ours.said == []
+    assert ours.step.recordings

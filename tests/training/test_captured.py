@@ -307,6 +307,15 @@ def test_what_runs_op_by_op(reason, model, config):
     assert reason in why_eager(adapter, trainable_layers(adapter), config)
 
 
+def test_a_trained_parameter_in_16_bits_runs_op_by_op():
+    """Its gradient is copied to fp32 in each step, to another address than a graph has noted."""
+    fields = lk.ModelConfig("llama", VOCABULARY, 64, 96, 2, 4, 2, 16)
+    model = Decoder(fields).bfloat16().requires_grad_(False)
+    adapter = lk.attach(model, lk.LoraConfig(r=2, modules_to_save=["lm_head"]))
+    reason = why_eager(adapter, trainable_layers(adapter), lk.TrainConfig(packing=True))
+    assert reason == "a trained parameter is not fp32, or has strides"
+
+
 @pytest.fixture(scope="module")
 def alike(tiny_dir, tok, tmp_path_factory):
     """alike(recorder, name, **options): a run of `train` whose steps are recorded, on a CPU."""
