@@ -234,10 +234,11 @@ def test_q_k_and_v_as_one_product(dtype, dropout, bias):
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gate_and_up_as_one_product(dtype, keep, dropout):
-    """Also with ranks that differ, and with an x that is made again without room."""
+    """Also with ranks that differ, and with an x that is made again: without room, or with new."""
     rows, shapes = reference.FEW + 3, [(128, 64), (128, 64), (64, 128)]
     bases = [PackedBase(random(i, *shape, scale=0.2)) for i, shape in enumerate(shapes)]
-    for ranks, again in (((8, 8, 8), False), ((8, 16, 8), True), ((8, 8, 4), False)):
+    cases = ((8, 8, 8), ""), ((8, 16, 8), "plain"), ((8, 8, 4), ""), ((8, 8, 8), "with room")
+    for ranks, again in cases:
         inputs = [random(30, rows, 64).to(dtype)]
         for i, (shape, r) in enumerate(zip(shapes, ranks, strict=True)):
             inputs += small_matrices(50 + i, [shape], r)
@@ -250,6 +251,8 @@ def test_gate_and_up_as_one_product(dtype, keep, dropout):
                 for i, base in enumerate(bases)
             ]
             recipe = (torch.clone, x) if again else None  # noqa: B023
+            if room and again == "with room":  # noqa: B023
+                recipe = (lambda x: with_room(x, layers[:2])[0], x)
             if room:
                 x, room = with_room(x, layers[:2])
                 rooms.append(room)  # noqa: B023
