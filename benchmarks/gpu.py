@@ -159,6 +159,8 @@ def step_row(run: Run, kind: str, tokens: int, name: str) -> StepRow:
         return row(error=found.error)
     held = run.clock.allocated_mb() - before
     beyond, error = attempt(lambda: run.clock.peak_mb(step))
+    if name == "lorakit graph":
+        beyond = math.nan  # a graph's pool is not what torch counts as allocated
     host, error = attempt(lambda: host_ms(step, s.device)) if not error else (None, error)
     if error:
         return row(error=error)
@@ -341,8 +343,9 @@ def main() -> None:
     for name in parts:
         if name not in PARTS:
             parser.error(f"part {name!r} is none of {', '.join(PARTS)}")
-    known = [*(f"lorakit {name}" for name in OURS), *WAYS, *PEERS, *ALONE]
-    chosen = args.provider or [*available(device), *ALONE]
+    graph = ["lorakit graph"] if device.type == "cuda" else []
+    known = [*(f"lorakit {name}" for name in OURS), *graph, *WAYS, *PEERS, *ALONE]
+    chosen = args.provider or [*available(device), *graph, *ALONE]
     for name in chosen:
         if name not in known:
             parser.error(f"provider {name!r} is none of {', '.join(known)}")

@@ -8,6 +8,7 @@ linear layers of a random decoder in NF4; embedding and head are dense. Rows are
     packed    ragged rows, labels on the last 40 % of each; lorakit joins them in one row, the
               others pad them to the longest, which is 45 % of padding
 
+`lorakit graph` is the step of a run that packs on a GPU: one CUDA graph (training/captured.py).
 The peers are transformers, PEFT and bitsandbytes; the same with Liger's kernels in the place of
 transformers' code; and unsloth. The last two change transformers for the whole process, so that
 each needs a process of its own (gpu.py starts it).
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import torch
 from cases import OURS, RANK, SCALING, Setting, mixed_precision, with_peft
@@ -31,6 +33,7 @@ import lorakit as lk
 import lorakit.models.decoder  # the decoder itself: load_model would want a file
 import lorakit.training.device_step  # as a run clips and steps
 import lorakit.training.float8
+from lorakit.data.encode import Example
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KINDS = ("dense", "packed")  # of rows
@@ -53,6 +56,18 @@ class Step:
             loss = self.loss()
             loss.backward()
             self.update(loss.detach().view(1))
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+@dataclass
+class GraphStep(Step):
+    """A step that `take` takes as a whole, its loss and backward too."""
+
+    take: Callable[[], object] = lambda: None
+
+    def __call__(self) -> None:
+        with self.around():
+            self.take()
         self.optimizer.zero_grad(set_to_none=True)
 
 
@@ -229,8 +244,28 @@ def write_tokenizer(folder: str | Path) -> None:
 
 
 # what a step's provider is called -> how its step is made, of (setting, layers, rows)
+def graph_step(s: Setting, layers: int, rows: Rows) -> Step:
+    """As a run takes rows that it packs: recorded, and replayed after its inputs are written."""
+    from lorakit.training.captured import CapturedStep, CudaGraphs
+    from lorakit.training.run import trainable_layers
+
+    model = decoder(s, layers)
+    optimizer = lk.optim.AdamW(trained(model))
+    made = lorakit.training.device_step.optimizer_step
+    update = made(optimizer, trained(model), [[RATE]] * 1000, MAX_NORM)
+    examples = [Example(*row) for row in rows]
+    order = SimpleNamespace(packs=[range(len(rows))], lengths=[len(ids) for ids, _ in rows])
+    config = lk.TrainConfig(packing=True)
+    recorder = CudaGraphs(torch.device(s.device))
+    step = CapturedStep(model, trainable_layers(model), order, config, update, recorder, print)
+    count = sum(label != IGNORE for _, labels in rows for label in labels[1:])
+    loss = our_loss(s, model, rows)
+    return GraphStep(loss, optimizer, update, take=lambda: step(step.prepare(1, [examples], count)))
+
+
 PROVIDERS: dict[str, Callable[[Setting, int, Rows], Step]] = {
     **{f"lorakit {name}": partial(our_step, backend=name) for name in OURS},
+    "lorakit graph": graph_step,
     "PEFT, bitsandbytes": peft_step,
     "PEFT, Liger": liger_step,
     "unsloth": unsloth_step,

@@ -97,7 +97,8 @@ class _Notes(TorchDispatchMode):
         given = _tensors((args, kwargs))
         if name in WAITS and any(t.is_meta for t in given):
             gpu.waits.append(Launch(name, _where()))
-        if func is torch.ops.aten.baddbmm.dtype:  # torch 2.13 fails on beta, on the meta device
+        # torch 2.13 fails on beta, on the meta device; 2.11 in the first of them too
+        if func in (torch.ops.aten.addmm.dtype, torch.ops.aten.baddbmm.dtype):
             out = torch.empty_like(args[0])
         elif func is torch.ops.aten._scaled_mm.out:  # nor has that one any
             out = kwargs["out"]

@@ -596,8 +596,9 @@ def both_8bit(isa, p, grads, m, v, t):
             assert torch.equal(ours.codes, same.codes)
             assert torch.allclose(ours.absmax, same.absmax, rtol=0, atol=0, equal_nan=True)
         for ours, same, old in zip(p, q, before, strict=True):
-            # torch's square root may be off by one unit in the last place, then two roundings
-            allowed = 2**-22 * (same.abs() + (old - same).abs())
+            # torch's square root may be off by one unit in the last place, 2^-23. Four operations
+            # after it then round another number: 2^-24 each
+            allowed = 1.5 * 2**-22 * (same.abs() + (old - same).abs())
             off = (ours - same).abs() > allowed
             assert not off.any()
             assert torch.equal(ours.isfinite(), same.isfinite())
