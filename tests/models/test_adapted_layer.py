@@ -41,9 +41,9 @@ def test_a_hook_on_one_projection_runs_and_changes_nothing_else(attention):
     """The fused road and the road of single layers compute the same."""
     calls, x = [], torch.randn(1, 5, 32)
     layers = attention.q_proj, attention.k_proj, attention.v_proj
-    fused = attention._project(x, None)
+    fused = attention._project(x, attention.adapted(), 0, None)
     layers[1].register_forward_hook(lambda module, args, y: calls.append(1))
-    for y, expected in zip(attention._project(x, None), fused, strict=True):
+    for y, expected in zip(attention._project(x, attention.adapted(), 0, None), fused, strict=True):
         # the same sums of 32 products in fp32, in another order
         assert (y - expected).abs().max() <= 1e-5
     assert calls == [1]
