@@ -30,10 +30,12 @@ from sides import IGNORE, Rows, joined, padded
 from torch import Tensor, nn
 
 import lorakit as lk
+import lorakit.data.encode
 import lorakit.models.decoder  # the decoder itself: load_model would want a file
+import lorakit.training.captured
 import lorakit.training.device_step  # as a run clips and steps
 import lorakit.training.float8
-from lorakit.data.encode import Example
+import lorakit.training.run
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KINDS = ("dense", "packed")  # of rows
@@ -246,18 +248,17 @@ def write_tokenizer(folder: str | Path) -> None:
 # what a step's provider is called -> how its step is made, of (setting, layers, rows)
 def graph_step(s: Setting, layers: int, rows: Rows) -> Step:
     """As a run takes rows that it packs: recorded, and replayed after its inputs are written."""
-    from lorakit.training.captured import CapturedStep, CudaGraphs
-    from lorakit.training.run import trainable_layers
-
+    captured = lorakit.training.captured
     model = decoder(s, layers)
     optimizer = lk.optim.AdamW(trained(model))
     made = lorakit.training.device_step.optimizer_step
     update = made(optimizer, trained(model), [[RATE]] * 1000, MAX_NORM)
-    examples = [Example(*row) for row in rows]
+    examples = [lorakit.data.encode.Example(*row) for row in rows]
     order = SimpleNamespace(packs=[range(len(rows))], lengths=[len(ids) for ids, _ in rows])
     config = lk.TrainConfig(packing=True)
-    recorder = CudaGraphs(torch.device(s.device))
-    step = CapturedStep(model, trainable_layers(model), order, config, update, recorder, print)
+    recorder = captured.CudaGraphs(torch.device(s.device))
+    adapted = lorakit.training.run.trainable_layers(model)
+    step = captured.CapturedStep(model, adapted, order, config, update, recorder, print)
     count = sum(label != IGNORE for _, labels in rows for label in labels[1:])
     loss = our_loss(s, model, rows)
     return GraphStep(loss, optimizer, update, take=lambda: step(step.prepare(1, [examples], count)))
