@@ -107,8 +107,9 @@ def randomized(model):
 
 
 @pytest.mark.parametrize("name", MOE)
-@pytest.mark.parametrize("quantize", [None, "nf4"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("quantize", "checkpointing"), [(None, True), ("nf4", False)], ids=["checkpointing", "nf4"]
+)
 def test_experts_together_are_those_one_by_one(tmp_path, name, quantize, checkpointing):
     """Loss and gradients in fp32: sums of the same products in another order."""
     pytest.importorskip("triton")
