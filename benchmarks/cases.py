@@ -68,7 +68,7 @@ class Setting(NamedTuple):
         return x.requires_grad_(grad)
 
     def rows(self, width: int) -> int:
-        """Of the ops that memory bounds, for rows of so many values."""
+        """Return the rows of `width` values for an op that memory bounds."""
         return max(self.sizes.tokens, self.sizes.streamed // (width * self.dtype.itemsize))
 
 
@@ -188,7 +188,7 @@ def attentions(s: Setting) -> Iterator[Case]:
 
 
 def activations(s: Setting) -> Iterator[Case]:
-    """In place: what `lora_mlp` runs backward, over the three tensors that it reads."""
+    """What `lora_mlp` runs backward in place writes over the three tensors that it reads."""
     ops, T, inner = lk.kernels, s.rows(s.sizes.inner), s.sizes.inner
     gate, up = (s.random(T, inner, grad=True) for _ in range(2))
     shape, n, grad = f"{T}x{inner}", gate.nbytes, s.random(T, inner)
@@ -359,7 +359,7 @@ def products(s: Setting) -> Iterator[Case]:
 
 
 class GatedMLP(nn.Module):
-    """Of frozen weights [N, K] by the names of its three layers."""
+    """A gated MLP of frozen weights [N, K], by the names of its three layers."""
 
     def __init__(self, weights: dict[str, Tensor]):
         super().__init__()

@@ -82,7 +82,7 @@ def nothing(*arguments: Any, **options: Any) -> None:
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """Within the block ops run their Triton kernels' Python on tensors of any device."""
+    """Let ops run their Triton kernels' Python within the block, on tensors of any device."""
     gpu = meta_gpu()
     with (
         mock.patch.object(gpu.JITFunction, "run", nothing),

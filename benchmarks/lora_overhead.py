@@ -25,7 +25,7 @@ FEATURES, RANK = 64, 8
 
 
 def layers(dtype: torch.dtype) -> dict[str, nn.Module]:
-    """The same layer alone, and with an adapter of each library."""
+    """Return one layer alone, and with an adapter of each library."""
 
     def holder() -> nn.Module:
         torch.manual_seed(0)

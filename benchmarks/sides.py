@@ -61,7 +61,7 @@ class Side:
     optimizer: torch.optim.Optimizer
 
     def load_model(self, folder: str, dtype: torch.dtype) -> nn.Module:
-        """Of a Hugging Face directory, packed."""
+        """Return the model of a Hugging Face directory, packed."""
         raise NotImplementedError
 
     def adapted(self, rank: int, checkpointing: bool) -> nn.Module:
@@ -148,7 +148,7 @@ class Emulated(Lorakit):
 
 
 class Float8(Emulated):
-    """The same with frozen products in float8."""
+    """Lorakit's side with frozen products in float8."""
 
     def adapted(self, rank: int, checkpointing: bool) -> nn.Module:
         import lorakit.training.float8

@@ -247,7 +247,7 @@ def write_tokenizer(folder: str | Path) -> None:
 
 # what a step's provider is called -> how its step is made, of (setting, layers, rows)
 def graph_step(s: Setting, layers: int, rows: Rows) -> Step:
-    """As a run takes rows that it packs: recorded, and replayed after its inputs are written."""
+    """Return the step as a run takes rows that it packs: recorded, and replayed on new inputs."""
     captured = lorakit.training.captured
     model = decoder(s, layers)
     optimizer = lk.optim.AdamW(trained(model))

@@ -218,7 +218,7 @@ def line(row: Row, least: float) -> str:
 
 
 def ratio(ours: Row, peer: Row) -> str:
-    """Of the same steps; more than 1 is ours to the good for speed, less than 1 for memory."""
+    """Compare the same steps; more than 1 is ours to the good for speed, less than 1 for memory."""
     faster = statistics.median(a / b for a, b in zip(ours.rates, peer.rates, strict=True))
     return (
         f"{ours.name} / {peer.name}: tokens/s {faster:.2f}, peak {ours.peak_mb / peer.peak_mb:.2f},"

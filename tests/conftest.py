@@ -21,7 +21,7 @@ settings.register_profile(
 settings.load_profile("lorakit")
 
 # How far the fp32 logits of two implementations of a tiny model may be apart. Each is up to 2.4e-5
-# from the same model in fp64 (transformers, the reference backend, the C++ kernels alike), so their
+# from the same model in fp64 (transformers, the reference backend, the C++ kernels), so their
 # difference may be nearly the sum.
 LOGITS = 4e-5
 

@@ -82,7 +82,7 @@ def test_short_demo_twice_gives_the_same_bytes(smollm2, tmp_path):
 
 
 def test_the_adapter_of_a_real_model_loads_in_peft(smollm2, tmp_path):
-    """The same base for both: the real weights as a dense directory."""
+    """Both have one base: the real weights as a dense directory."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

@@ -17,15 +17,19 @@ from lorakit.config.run import DataConfig
 ROOT = Path(__file__).parent.parent
 FILES = [
     path
-    for top in ("lorakit", "kernels")
+    for top in ("lorakit", "kernels", "tests", "benchmarks", "examples")
     for path in sorted((ROOT / top).rglob("*.py"))
-    if not path.is_relative_to(ROOT / "lorakit" / "kernels")  # a link to kernels/, if it is there
+    # but a link to kernels/, if it is there, and the faults that are planted below
+    if not path.is_relative_to(ROOT / "lorakit" / "kernels") and path != Path(__file__)
 ]
 PUBLIC = {f"lorakit.{name}": getattr(lk, name) for name in lk.__all__}
 PUBLIC |= {f"lorakit.kernels.{name}": getattr(lk.kernels, name) for name in lk.kernels.__all__}
 CONFIGS = [value for name, value in PUBLIC.items() if name.endswith("Config")] + [DataConfig]
 
-PREPOSITION = re.compile(r"(Of|In|With|From|By|Where|To|For|At|On)\b")
+PREPOSITION = re.compile(
+    r"(Of|In|With|From|By|Where|To|For|At|On|As|Within|Beside|Without|After|Before|Under|Over"
+    r"|Against|Between|Below|Beyond)\b"
+)
 FRAGMENT = re.compile(r"The same\b|\S+'s\.$")  # "The same for k.", "cpu.cpp's."
 WORDS = re.compile(r"\b(anew|lest|alike|anyhow)\b", re.IGNORECASE)
 

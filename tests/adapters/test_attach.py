@@ -87,7 +87,7 @@ def test_arguments_of_other_libraries():
     ids=["LoRA", "rows", "whole"],
 )
 def test_one_weight_of_several_embeddings(t5, options):
-    """Of which only the named one would change."""
+    """Only the named one would change, so it is refused."""
     config = lk.LoraConfig(r=2, ensure_weight_tying=True, **options)
     with pytest.raises(lk.LorakitError, match="is another embedding with the same weight"):
         lk.attach(copy.deepcopy(t5), config)

@@ -112,7 +112,7 @@ def test_pissa_takes_out_the_best_approximation(rows, columns, data, scaling):
     tail = torch.linalg.svdvals(W.double())[r:]
     # 1e-5 of the largest value, 1: fp32 in the decomposition of at most 24 columns
     assert torch.linalg.matrix_norm(left).item() == pytest.approx(tail.norm().item(), abs=1e-5)
-    # both sides share the size: training moves them alike
+    # both sides share the size: training moves both by the same
     assert torch.allclose(A.norm(dim=1), B.norm(dim=0), rtol=1e-4, atol=1e-6)
 
 

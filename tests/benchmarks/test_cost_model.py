@@ -174,7 +174,7 @@ def test_bytes_of_tensors(model):
 @pytest.mark.parametrize("kind", ["dense", "packed"])
 @pytest.mark.parametrize("name", ["H100", "H200", "RTX 4090"])
 def test_the_floor_is_below_the_prediction(model, job_of, costs_of, kind, name):
-    """Between the two lies what a launch costs, and what is read again."""
+    """What a launch costs, and what is read again, lies between the two."""
     gpu = model.GPUS[name]
     for tokens in (1024, 2048):
         floor = model.floor_ms(job_of(tokens, kind), gpu)

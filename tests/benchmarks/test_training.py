@@ -141,7 +141,7 @@ def may_limit():
 
 @pytest.mark.skipif(not may_limit(), reason="makes a control group")
 def test_a_quota_limits_what_processes_take(module):
-    """Of a second a tenth, whatever the machine does; the group is gone afterwards."""
+    """A tenth of a second is taken, whatever the machine does; the group is gone afterwards."""
     code = "import time\nwhile True: pass"
     with subprocess.Popen([sys.executable, "-S", "-c", code]) as process:
         try:
@@ -162,7 +162,7 @@ def taken(pid):
 
 
 def test_the_limit_counts_a_steps_products(module, tiny_dir):
-    """As torch counts them on the transformers model, for r = 0: half of attention's square."""
+    """Torch counts the same on transformers' model for r = 0, less half of attention's square."""
     model = AutoModelForCausalLM.from_pretrained(tiny_dir, attn_implementation="eager")
     x = model.requires_grad_(False).get_input_embeddings()(torch.arange(64)[None]).requires_grad_()
     with FlopCounterMode(display=False) as counter:
@@ -319,7 +319,7 @@ def test_ragged_rows(module, tiny_dir):
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_the_loss_counts_label_tokens(module, tiny_dir, packing):
-    """Beside transformers' logits of each row alone, in fp64, without padding or packing."""
+    """The truth is transformers' logits of each row alone, in fp64, not padded and not packed."""
     rows = rows_of_tiny(module, tiny_dir)[0]
     side = module("sides").Lorakit()
     side.model = lk.load_model(tiny_dir, dtype="float32")

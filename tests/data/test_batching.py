@@ -53,7 +53,7 @@ class Lengths:
     st.booleans(),
 )
 def test_an_epoch_takes_every_row_once(lengths, size, accumulate, packing):
-    """For all rows: the steps of an epoch hold each once, in rows that are not too long."""
+    """The steps of an epoch hold each row once, in rows that are not too long."""
     config = lk.TrainConfig(
         per_device_train_batch_size=size,
         gradient_accumulation_steps=accumulate,

@@ -75,7 +75,7 @@ def test_tools_equal_transformers(make, family, chat):
     system=st.booleans(),
 )
 def test_any_chat_equals_transformers(make, family, texts, system):
-    """For all texts: ids = transformers' ids, labels = its assistant mask."""
+    """All texts: ids = transformers' ids, labels = its assistant mask."""
     messages = [(assistant if i % 2 else user)(text) for i, text in enumerate(texts)]
     check_as_transformers(make(family), [SYSTEM, *messages] if system else messages, None)
 

@@ -25,7 +25,7 @@ def test_labels_are_the_completion_and_the_end(tok):
 @settings(max_examples=80)
 @given(st.text("abc ", max_size=30), st.text("xyz", min_size=1, max_size=30), st.integers(2, 70))
 def test_truncation_keeps_the_completion(tok, prompt, completion, limit):
-    """At most `limit` tokens: BOS, the end of the prompt, and all of the completion that fits."""
+    """BOS, the end of the prompt and all of the completion that fits are at most `limit` tokens."""
     row = Pair(prompt, completion, "row 0")
     [example] = encode_rows([row], tok, max_seq_length=limit)
     labels = [label for label in example.labels if label != IGNORE]
@@ -158,7 +158,7 @@ def test_end_tokens_of_the_rows_and_of_the_tokenizer(tiny):
 
 @pytest.mark.parametrize("over_length", ["truncate", "drop"])
 def test_the_largest_id_is_that_of_the_examples(tok, tmp_path, over_length):
-    """Of what is kept, not of what is cut off; held and lazy, pairs and single rows."""
+    """What is cut off does not count; held and lazy, pairs and single rows."""
     rows = [{"prompt": "b" * i, "completion": "a" * 4 + "z" * i} for i in range(1, 9)]
     choices = [{"prompt": "b", "chosen": "a" * i, "rejected": "z" * i} for i in range(1, 9)]
     for values in (rows, choices):
@@ -170,7 +170,7 @@ def test_the_largest_id_is_that_of_the_examples(tok, tmp_path, over_length):
 
 
 def test_pairs_of_chats(tok):
-    """With a prompt of their own, or with messages that both begin with."""
+    """The prompt stands by itself, or is the messages that both begin with."""
     before = [{"role": "user", "content": "hi"}]
     good, bad = ([{"role": "assistant", "content": text}] for text in ("hello", "no"))
     apart = {"prompt": before, "chosen": good, "rejected": bad}
@@ -195,7 +195,7 @@ def test_long_pairs_are_counted_as_rows(tok, caplog):
 
 @pytest.mark.parametrize("chats", [False, True])
 def test_a_pair_that_is_cut_keeps_one_prompt(tok, chats):
-    """As little of it as the longer answer leaves room for; of chats the same exchanges."""
+    """Both have what the longer answer leaves room for; of chats the same exchanges."""
     if chats:
         turns = [{"role": "user", "content": "a" * 9}, {"role": "assistant", "content": "b" * 9}]
         user, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "c" * 9}

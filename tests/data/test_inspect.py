@@ -21,7 +21,7 @@ def test_show_marks_labels(tok):
 
 
 def test_show_holds_every_character(smollm2):
-    """Without marks and bars the text is the rendered chat."""
+    """The text less marks and bars is the rendered chat."""
     tok = lk.load_tokenizer(smollm2)
     text = "naïve 😀 中文 x\u202ey"
     shown = show_rows(lk.read_rows([{"messages": [user(text), assistant("Yo!")]}]), tok)

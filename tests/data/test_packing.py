@@ -12,7 +12,7 @@ from lorakit.data.encode import IGNORE, Example
 
 
 def first_fit_decreasing(lengths, budget):
-    """As the definition has it, one row after the other."""
+    """Fill rows as the definition has it, one after the other."""
     rows = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         for row in rows:

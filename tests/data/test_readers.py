@@ -150,7 +150,7 @@ def test_any_bytes_give_rows_or_one_error(tmp_path_factory, data, kind, zipped):
 @settings(max_examples=150)
 @given(pairs, st.sampled_from(["jsonl", "json", "csv", "tsv", "parquet", *ZIPPED]))
 def test_no_row_is_lost(tmp_path_factory, values, kind):
-    """For all rows: written by another program and read, they are what they were."""
+    """Rows that another program has written are what they were."""
     path = written(tmp_path_factory.getbasetemp() / f"rows.{kind}", values)
     rows = lk.read_rows(path)
     assert [{"prompt": row.prompt, "completion": row.completion} for row in rows] == values

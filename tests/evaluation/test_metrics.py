@@ -64,7 +64,7 @@ def test_f1_of_labels_by_hand():
 
 @given(pairs)
 def test_f1_of_labels_is_its_definition(pairs):
-    """By precision and recall of each label, counted one at a time."""
+    """Precision and recall of each label are counted one at a time."""
     occurring = {label for pair in pairs for label in pair}
     f1 = {}
     for label in occurring:

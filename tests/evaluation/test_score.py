@@ -82,7 +82,7 @@ TURNS = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"
 @pytest.mark.parametrize("template", [None, TURNS])
 @pytest.mark.parametrize("more", ["", "1 2"])
 def test_an_instruction_is_scored_by_the_prompt_it_is_trained_on(tok, monkeypatch, template, more):
-    """As a chat if the tokenizer has a template, or else by Alpaca's prompt."""
+    """It is a chat if the tokenizer has a template, or else Alpaca's prompt."""
     own, prompts = Tokenizer(tok.backend, tok.special_tokens, template), []
 
     def generate(model, tok, asked, **_):

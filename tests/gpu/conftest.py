@@ -38,7 +38,7 @@ def size(interpreted):
 
 @pytest.fixture(autouse=True)
 def on_triton(interpreted, device):
-    """Without anything forced Triton is what runs on a GPU. On the CPU it has to be."""
+    """Triton is what runs on a GPU, unforced. On the CPU it has to be forced."""
     with ExitStack() as stack:
         if interpreted:
             pytest.importorskip("triton")

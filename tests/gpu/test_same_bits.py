@@ -12,7 +12,7 @@ from tests.gpu.operations import DTYPES, OPS, Shape, outputs_and_gradients, same
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OPS)
 def test_a_hundred_times(name, dtype, sizes, device, size):
-    """Before each run the last one's outputs are overwritten, so that the memory the next ones get
+    """A run's outputs are overwritten before the next one, so that the memory which that one gets
     holds 0xFF, which is NaN, or 0x00: an output that is not written differs.
     """
     shape = size((37, 1003, 74, 5003), (3, 23, 6, 37))

@@ -219,7 +219,7 @@ def test_rope_of_more_than_2_to_the_31_values(device, size, room):
 
 
 def test_nf4_of_more_than_2_to_the_31_values(device, size, room):
-    """Without double quantization blocks do not depend on each other."""
+    """Blocks do not depend on each other if they are not quantized twice."""
     room(12)
     w = big(device, size((PAST // 4096, 4096), (5, 256)), 0)
     q, last = (kernels.quantize_nf4(x, double_quant=False) for x in (w, w[-3:]))

@@ -29,7 +29,7 @@ def test_cache_in_pieces_equals_the_whole(tmp_path, family, options):
 
 @given(window=st.integers(1, 7), pieces=st.lists(st.integers(1, 9), min_size=1, max_size=6))
 def test_the_cache_returns_what_new_positions_may_look_at(window, pieces):
-    """For each layer: these positions and no others, each once, with the keys that were stored."""
+    """Each layer gets these positions and no others, each once, with the keys that were stored."""
     config = lk.ModelConfig(
         "mistral", 9, 8, 8, 2, 1, 1, 2, sliding_window=window, sliding_layers=[False, True]
     )

@@ -84,7 +84,7 @@ def test_what_it_takes():
 
 
 def test_values_and_gradients():
-    """By torch's flash kernel for CPUs in the place of the GPU's, which takes the same operands."""
+    """Torch's flash kernel for CPUs stands for the GPU's, which takes the same operands."""
     torch.manual_seed(0)
     inputs = [torch.randn(2, 19, n, 16, dtype=torch.float64).requires_grad_() for n in (4, 2, 2)]
     grad = torch.randn(2, 19, 4, 16, dtype=torch.float64)

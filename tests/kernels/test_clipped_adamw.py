@@ -28,7 +28,7 @@ seeds = st.integers(0, 2**31)
 
 
 def rates(steps):
-    """As a schedule and LoRA+ have them."""
+    """Return the rates of both groups for each step, as a schedule and LoRA+ have them."""
     return [[lr, 16 * lr] for lr in (1e-2 * (1 + math.cos(i)) for i in range(steps))]
 
 
@@ -117,7 +117,7 @@ def test_the_reference_has_the_bits_of_the_host_step():
 @settings(max_examples=8)
 @given(st.lists(st.integers(0, 9000), min_size=1, max_size=4), seeds, st.sampled_from([1e-4, 1.0]))
 def test_the_kernels_have_the_bits_of_the_host_step(sizes, seed, scale):
-    """Of the Triton kernel with numbers of the host, gradients clipped by the same factor."""
+    """The host's step is Triton's kernel with its own numbers, and clips by the same factor."""
     some = rows(sizes, seed, narrow=(1,))
     host = copies(some)
     step = ClippedAdamW(GROUPS, rates(2), MAX_NORM, DEVICE)
@@ -143,7 +143,7 @@ def test_the_kernels_have_the_bits_of_the_host_step(sizes, seed, scale):
 @settings(max_examples=20)
 @given(st.integers(0, 5000), st.integers(1, 12), st.floats(1e-7, 1), st.floats(0, 1))
 def test_numbers_are_those_of_the_host(backend, before, steps, lr, decay):
-    """To the bit, after skipped steps too: rates go on, and bias corrections wait."""
+    """They are the same bits, after skipped steps too: rates go on, and bias corrections wait."""
     groups = [AdamWGroup(before, (0.9, 0.999), 1e-8, decay), AdamWGroup(3, (0.8, 0.95), 1e-6, 0.0)]
     rate = [[lr / (i + 1), 1.7 * lr / (i + 2)] for i in range(steps)]
     step = ClippedAdamW(groups, rate, MAX_NORM, DEVICE)

@@ -478,7 +478,7 @@ def test_masked_words_and_a_label_that_is_none():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_linear_cross_entropy(dtype, softcap):
-    """Against fp64 of the same bf16 values, in two chunks."""
+    """The truth is fp64 of the same bf16 values; there are two chunks."""
     hidden, weight = random(0, 9, 32).to(dtype), random(1, 300, 32).to(dtype)
     labels = torch.randint(300, (9,), generator=torch.Generator().manual_seed(0))
 

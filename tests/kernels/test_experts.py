@@ -42,7 +42,7 @@ def mlp(kind, dtype, ranks, seed=0):
 
 
 def exact(each):
-    """The same layers in fp64."""
+    """Return the layers in fp64."""
     dense = [w if isinstance(w, torch.Tensor) else kernels.dequantize(w) for w in each.stored]
     small = [[t.double() for t in of_all] for of_all in (each.lora_A, each.lora_B)]
     return ExpertLayers([w.double() for w in dense], *small, each.scaling)

@@ -180,7 +180,7 @@ def small(seed: int, N: int, K: int, r: int = 8, **more) -> LoraWeights:
 
 
 def test_gradients_are_those_of_the_emulation():
-    """By autograd in fp64, with x, W and dy rounded where float8 rounds them."""
+    """The emulation is autograd in fp64, with x, W and dy rounded where float8 rounds them."""
     layer, x = small(0, 64, 96), random(7, 40, 96)
     weight = layer.base.stored
     dy = random(8, 40, 64)

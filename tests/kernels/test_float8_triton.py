@@ -116,7 +116,7 @@ def test_layers_and_head_are_those_of_the_reference():
 
 @pytest.mark.parametrize("vocabulary", [48, 4112])
 def test_gradients_of_logits(vocabulary):
-    """In e4m3 they are within its bound of fp64, with the scale of the label's gradient, 1 - p."""
+    """They are within e4m3's bound of fp64, with the scale of the label's gradient, 1 - p."""
     logits = (random(0, 6, vocabulary) * 4).bfloat16()
     labels = torch.tensor([0, 5, vocabulary - 1, 7, -100, 2], device=DEVICE)
     logits[3, 7] = 90  # p is 1: nothing to learn

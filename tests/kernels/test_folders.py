@@ -1,4 +1,4 @@
-"""The folders of the ops are alike, and the public functions say what they take and return."""
+"""The folders of the ops have the same names, and the public functions say what they take."""
 
 import ast
 import importlib

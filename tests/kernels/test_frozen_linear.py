@@ -64,7 +64,7 @@ def test_agrees_with_the_reference(dtype, quantize, rows):
 @pytest.mark.parametrize("values", [1, 700, PANEL])
 @pytest.mark.parametrize("bias", [False, True])
 def test_products_by_panels(values, bias):
-    """Against fp64. fp32 sums of K and N terms: 1e-5 of values near 10."""
+    """The truth is fp64. fp32 sums have K and N terms: 1e-5 of values near 10."""
     x, w, b, grad = random(5, 96), random(70, 96, seed=1), random(70, seed=2), random(5, 70, seed=3)
     q = kernels.quantize_nf4(w)
     x.requires_grad_()

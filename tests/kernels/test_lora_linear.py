@@ -116,7 +116,7 @@ def test_mlp(shape, inner, hidden_act, bias, dora):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_mlp_that_keeps_gate_and_up(dtype):
-    """To keep them gives the bits of computing them again, for 4 I bytes a token more, 8 I in fp32.
+    """Keeping them gives the bits of computing them again, for 4 I bytes a token more, 8 I in fp32.
     The rows are so many that forward, too, makes the weights dense, and that none are filled up.
     """
     gate, up, down = qlora_mlp(4, 64, 192)

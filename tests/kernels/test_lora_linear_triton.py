@@ -292,7 +292,7 @@ def test_two_backward_passes():
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("keep", [False, True])
 def test_what_is_kept_of_the_inputs(keep, again):
-    """Between the passes the groups hold low, and neither x nor the hidden state beside it."""
+    """The groups hold low between the passes, and neither x nor the hidden state beside it."""
     rows, shapes, r = reference.FEW + 3, [(128, 64), (128, 64), (64, 128)], 8
     with on_triton():
         bases = [PackedBase(random(i, *shape, scale=0.2)) for i, shape in enumerate(shapes)]

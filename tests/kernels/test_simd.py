@@ -52,5 +52,5 @@ def test_the_functions_of_a_vector(isa, tmp_path):
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.parent.name)
 @pytest.mark.parametrize("isa", ["scalar", "neon"])
 def test_every_kernel_compiles_for_aarch64(source, isa):
-    """Without a warning."""
+    """The compiler warns of nothing."""
     compiled(CROSS, isa, source, "-Wall", "-Wextra", "-Werror", "-fsyntax-only")

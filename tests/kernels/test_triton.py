@@ -168,7 +168,7 @@ def test_rms_norm_of_a_frozen_weight_and_of_strided_rows():
 
 @pytest.mark.parametrize("room", [0, 16, 5])
 def test_rms_norm_leaves_room(room):
-    """Beside each row of the result; its values and the gradients are as without."""
+    """The room is beside each row of the result; values and gradients are as without."""
     x, residual, weight = random(0, 2, 3, 24), random(1, 2, 3, 24), random(2, 24)
     found = []
     for wanted in (0, room):
@@ -327,7 +327,7 @@ def test_gated_activations_of_rows_that_lie_apart(rows, width, room, dtype, seed
 @settings(max_examples=15)
 @given(st.integers(1, 2500), dtypes, st.sampled_from(ACTIVATIONS), seeds)
 def test_gated_activations_backward_in_place(n, dtype, hidden_act, seed):
-    """Over grad, gate and up: what forward and backward give, each rounded once."""
+    """What forward and backward give stands over grad, gate and up, each rounded once."""
     grad, gate, up = (random(seed + i, n, scale=2).to(dtype) for i in range(3))
     given = [t.clone() for t in (grad, gate, up)]
     with on_triton():

@@ -49,7 +49,7 @@ FORMATS = {
 
 @pytest.fixture(autouse=True)
 def products_in_fp32(monkeypatch):
-    """Without this, bitsandbytes' products are in bf16 on a processor with AVX512-BF16."""
+    """A processor with AVX512-BF16 has bitsandbytes' products in bf16 otherwise."""
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
 
 

@@ -95,7 +95,7 @@ def test_a_packed_row_on_the_device(model, dropped):
 
 
 def test_checkpointing_and_offloading_leave_gradients_unchanged(model):
-    """The same bits, as the same products run on the same numbers."""
+    """They are the same bits, as the same products run on the same numbers."""
     model.train()
     loss, grads = gradients(model)
     for offload in (False, True):

@@ -94,7 +94,7 @@ def test_every_spelling_of_rope_is_read_as_transformers_reads_it(tmp_path, chang
 @pytest.mark.parametrize("length", [10, 60])
 @pytest.mark.parametrize("variant", [name for name in TINY_VARIANTS if "rope" in name])
 def test_tables_are_transformers_cos_and_sin(variant, length):
-    """Below and beyond the context that the model was trained on."""
+    """The lengths are below and beyond the context that the model was trained on."""
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 

@@ -133,7 +133,7 @@ def test_a_row_has_its_own_length_without_a_mask_too(tmp_path, family, options, 
 
 @by_length
 def test_gradient_checkpointing_of_rows_of_many_lengths(tmp_path, family, options):
-    """The same bits with it and without."""
+    """They have the same bits with it and without."""
     model = load(tmp_path, family, options)
     torch.manual_seed(0)
     ids = torch.randint(1, 97, (3, 40))
@@ -154,7 +154,7 @@ def test_gradient_checkpointing_of_rows_of_many_lengths(tmp_path, family, option
     padding=st.none() | st.lists(st.integers(0, 8), min_size=1, max_size=3),
 )
 def test_a_query_sees_the_keys_that_the_definition_names(past, new, window, padding):
-    """For all positions q and k: k <= q, q - k < window, and k is real; or k is q."""
+    """All positions q and k have k <= q, q - k < window, and k is real; or k is q."""
     positions = torch.arange(past, past + new)
     seen = torch.arange(past + new)
     real = None

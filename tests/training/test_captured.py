@@ -240,7 +240,7 @@ def test_padding_changes_no_gradient(backend, parts):
 
 
 def test_the_recorder_sees_what_a_graph_would_not_hold():
-    """Numbers of Python are baked in, and waits are told; tensors that stay are read anew."""
+    """Numbers of Python are baked in, and waits are told; tensors that stay are read again."""
     x, number = torch.ones(3), [2.0]
 
     def step():
@@ -317,8 +317,8 @@ def test_a_trained_parameter_in_16_bits_runs_op_by_op():
 
 
 @pytest.fixture(scope="module")
-def alike(tiny_dir, tok, tmp_path_factory):
-    """alike(recorder, name, **options): a run of `train` whose steps are recorded, on a CPU."""
+def run_with(tiny_dir, tok, tmp_path_factory):
+    """run_with(recorder, name, **options): a run of `train` whose steps are recorded, on a CPU."""
 
     def run_of(recorder, name, **options):
         def make(*args):
@@ -341,10 +341,10 @@ def alike(tiny_dir, tok, tmp_path_factory):
     return run_of
 
 
-def test_a_whole_run(alike):
+def test_a_whole_run(run_with):
     """Its adapter, its log and its evaluations are those of the run that goes op by op."""
     recorder = Replays()
-    (ours, result), (theirs, other) = alike(recorder, "replayed"), alike(Never(), "run")
+    (ours, result), (theirs, other) = run_with(recorder, "replayed"), run_with(Never(), "run")
     assert recorder.replayed > 4
     assert recorder.problems == []
     assert (ours / ADAPTER).read_bytes() == (theirs / ADAPTER).read_bytes()

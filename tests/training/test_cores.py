@@ -38,7 +38,7 @@ def made(wide_dir):
 
 @pytest.fixture
 def has_products(monkeypatch):
-    """As on a processor that multiplies bf16."""
+    """Let the processor be one that multiplies bf16."""
     monkeypatch.setattr(products, "available", lambda x: x.dtype == torch.bfloat16)
 
 

@@ -25,7 +25,7 @@ def host_calls():
 
 @pytest.fixture(scope="module")
 def calls(host_calls):
-    """Of one layer of each side."""
+    """Return the calls of one layer of each side."""
     return {name: host_calls.calls_of_a_layer(side) for name, side in host_calls.SIDES.items()}
 
 

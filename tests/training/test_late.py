@@ -85,7 +85,7 @@ def lines_of(capsys):
 def test_reading_late_changes_no_bit_and_no_line(
     tiny_dir, tok, tmp_path, monkeypatch, capsys, late, more
 ):
-    """By the step on the device and by that of the host, with a step that is not finite."""
+    """The step is the device's or the host's, and two are not finite."""
     bad_steps(monkeypatch, 2, 6)
     monkeypatch.setattr(optim, "MIN_8BIT_SIZE", 200)  # which some of these tensors have
     options, printed = {**OPTIONS, **more}, []

@@ -10,8 +10,8 @@ import pytest
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's settings")
 def test_tuned_the_allocator_keeps_what_was_freed():
-    """In a process of its own: no page of the second tensor is fresh, where by default nearly all
-    of them are. A tensor of 64 MB is never taken from the heap otherwise.
+    """A process of its own: no page of the second tensor is fresh, where by default nearly all of
+    them are. A tensor of 64 MB is never taken from the heap otherwise.
     """
     code = """if True:
         import resource, sys, torch

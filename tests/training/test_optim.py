@@ -36,7 +36,7 @@ def test_equals_torch():
 
 @pytest.mark.parametrize("paged", [False, True])
 def test_equals_torch_over_100_steps(paged):
-    """To 1e-6 of the values: of a tensor's largest, as a value that crosses 0 has no such digits.
+    """They are within 1e-6 of a tensor's largest value, as one that crosses 0 has no such digits.
     In 100 steps of size 0.05 each rounding is 2^-24 of a value of 3, and they do not add up in one
     direction.
     """

@@ -105,7 +105,7 @@ OPERATIONS = st.lists(
 @settings(max_examples=60, deadline=None)
 @given(capacity=st.integers(1, 4), operations=OPERATIONS, seed=seeds)
 def test_pages_hold_what_was_written(kind, capacity, operations, seed):
-    """Against a dict; a page is filled with a number that no other write has."""
+    """A dict is the truth; a page is filled with a number that no other write has."""
     expected, number = dict.fromkeys(range(6), 0), itertools.count(1)
     content = torch.empty(PAGE, dtype=torch.uint8)
 

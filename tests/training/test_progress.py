@@ -10,7 +10,7 @@ from lorakit.training.progress import Progress
 
 @given(st.lists(st.floats(-10, 10) | st.just(math.nan) | st.just(math.inf), max_size=12))
 def test_the_best_is_the_first_least_loss(losses):
-    """For all losses: the best step, and how many evaluations came after it."""
+    """It keeps the best step, and how many evaluations came after it."""
     progress = Progress()
     best = []
     for step, loss in enumerate(losses, 1):

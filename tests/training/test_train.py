@@ -170,7 +170,7 @@ def test_refuses_float16_and_merged_models(tiny_dir, tok, tmp_path):
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_a_mixture_of_experts_trains(tok, tmp_path, family):
-    """In the first step no token may choose some of the experts."""
+    """Some of the experts may be chosen by no token in the first step."""
     options = {"num_local_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     tiny(family, vocab_size=300, **options).save_pretrained(tmp_path / "model")
     model = lk.load_model(tmp_path / "model", dtype="float32", quantize="nf4")

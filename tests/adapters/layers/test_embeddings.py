@@ -46,7 +46,7 @@ def test_padding_learns_nothing_and_all_else_does(kind, padding_idx):
 
 @pytest.mark.parametrize("kind", ["LoRA", "DoRA", "rows"])
 def test_the_weight_of_an_adapted_embedding(kind):
-    """For code that uses it as a head: adapted, and with the gradients of both uses."""
+    """Code that uses it as a head finds it adapted, with the gradients of both uses."""
 
     class Tied(nn.Module):
         def __init__(self):

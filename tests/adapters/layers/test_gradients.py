@@ -19,7 +19,7 @@ LINEAR = {
 
 
 def check_gradients(function, *tensors):
-    """In fp64; the inputs are changed in place, so `function` may find them where they lie."""
+    """Compare with differences in fp64: inputs change in place, where `function` may find them."""
     assert torch.autograd.gradcheck(lambda *_: function(), tensors)
 
 

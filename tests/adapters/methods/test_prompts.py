@@ -116,7 +116,7 @@ def test_refused_uses_of_a_prompt(model):
 
 
 def test_a_finished_prompt_has_no_network(model):
-    """As a file holds it: what a network makes is trained itself."""
+    """What the network makes is trained itself, as a file holds it."""
     config = lk.PromptEncoderConfig(num_virtual_tokens=3, inference_mode=True)
     part = lk.attach(model, config).beginning.adapters["default"]
     assert part.encoder is None

@@ -102,7 +102,7 @@ def test_dora_on_a_packed_base(tiny_dir, tmp_path):
 
 @pytest.mark.parametrize("outer", ["model.language_model.", "language_model.model."])
 def test_dora_finds_a_text_model_by_its_other_names(dora, tiny_dir, tmp_path, outer):
-    """As adapters of Gemma 3 with its vision tower name the layers."""
+    """Adapters of Gemma 3 with its vision tower name the layers so."""
     plain = lk.convert_adapter(dora[0], tmp_path / "plain", base_model=tiny_dir)
     shutil.copytree(dora[0], tmp_path / "in")
 

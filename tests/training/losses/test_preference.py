@@ -17,7 +17,7 @@ B, T, V = 3, 11, 17
 
 @pytest.fixture(scope="module")
 def logits():
-    """Of a policy and its reference: [2 B, T, V]."""
+    """Return those of a policy and its reference, [2 B, T, V] each."""
     torch.manual_seed(0)
     return torch.randn(2 * B, T, V) * 3, torch.randn(2 * B, T, V) * 3
 
@@ -117,7 +117,7 @@ def test_orpo_near_certainty_is_finite():
 @pytest.mark.parametrize("objective", ["dpo", "orpo"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_pairs_on_a_model(tiny_dir, objective, packed):
-    """From the model's own logits, with the adapter on and off; packed or padded the same."""
+    """The truth is the model's logits with the adapter on and off; packed or padded the same."""
     model = lk.load_model(tiny_dir, dtype="float32", quantize="nf4")
     ids = torch.arange(4 * 9).view(4, 9) * 7 % 300
     labels = ids.clone()
