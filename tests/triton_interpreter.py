@@ -8,10 +8,14 @@ the process, Triton's own included, into an interpreted one that no longer compi
 
 `interpreted()` runs ordinary @triton.jit functions in the interpreter for the length of a `with`
 block. Inside it bf16 operands are widened to fp32 before every operation and results rounded to
-nearest even after it, as a GPU does.
+nearest even after it, as a GPU does. Integers wrap around, as there: the stock interpreter computes
+every sum and product of integers once more in 64 bits, to say that it overflows, which was a third
+of its time. Shapes are remembered, as making them was another.
 """
 
+import dataclasses
 import importlib
+import math
 import os
 import types
 from collections.abc import Iterator
@@ -55,7 +59,10 @@ def to_e4m3(values: np.ndarray) -> np.ndarray:
 
 
 def _is_bf16(value) -> bool:
-    return isinstance(value, Handle) and value.dtype.scalar == tl.bfloat16
+    """Return whether it is a handle of bf16; the size of its data rules out most that are not."""
+    if not isinstance(value, Handle) or value.data.dtype != np.uint16:
+        return False
+    return value.dtype.scalar == tl.bfloat16
 
 
 def _wide(value):
@@ -135,6 +142,7 @@ def _reduced_in_fp32(apply):
     return run
 
 
+_OPTIONS = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
 _NAMES = ("cast_impl", "create_fp_to_fp", "binary_op", "unary_op", "ternary_op", "create_dot")
 _NAMES += ("create_fma", "create_clampf", "create_rsqrt")
 _original = {name: getattr(Builder, name) for name in _NAMES}
@@ -144,6 +152,43 @@ _PATCHES = {name: _in_fp32(_original[name]) for name in _NAMES} | {
     "ternary_op": _ternary,
     "create_dot": _dot,
 }
+
+
+_shapes: dict = {}  # of ints -> the shape of a type
+_constants: dict = {}  # shape of a type -> what a tensor keeps of it: sizes and number of values
+_np_dtypes: dict = {}  # by the names of Triton's
+_block_type, _dtypes_equal = tl.block_type.__init__, tl.dtype.__eq__
+_find_np_dtype = interpreter._get_np_dtype
+
+
+def _make_tensor(self, handle, type):
+    shape = type.shape if type.is_block() else ()
+    if shape not in _constants:
+        sizes = tl.tuple([tl.constexpr(n) for n in shape])
+        _constants[shape] = sizes, tl.constexpr(math.prod(shape))
+    self.shape, self.numel = _constants[shape]
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+
+
+def _make_block_type(self, element_ty, shape):
+    """Take the shape of an earlier type as it is; it was checked there."""
+    key = tuple(shape)
+    if key not in _shapes:
+        _block_type(self, element_ty, shape)
+        _shapes[key] = self.shape, self.numel
+    self.element_ty, (self.shape, self.numel) = element_ty, _shapes[key]
+    self.name = f"<{key}, {element_ty}>"
+
+
+def _np_dtype(dtype):
+    name = dtype.scalar.name
+    if name not in _np_dtypes:
+        _np_dtypes[name] = _find_np_dtype(dtype)
+    return _np_dtypes[name]
+
+
+def _same_dtype(self, other):
+    return self is other or _dtypes_equal(self, other)
 
 
 def _interpretable(function: jit.JITFunction) -> interpreter.InterpretedFunction:
@@ -172,6 +217,11 @@ def interpreted() -> Iterator[None]:
         mock.patch.object(
             interpreter.ScanOps, "apply", _reduced_in_fp32(interpreter.ScanOps.apply)
         ),
+        mock.patch.object(interpreter.interpreter_builder, "options", _OPTIONS),
+        mock.patch.object(interpreter, "_get_np_dtype", _np_dtype),
+        mock.patch.object(tl.tensor, "__init__", _make_tensor),
+        mock.patch.object(tl.block_type, "__init__", _make_block_type),
+        mock.patch.object(tl.dtype, "__eq__", _same_dtype),
         mock.patch.object(jit.JITFunction, "run", _launch),
         mock.patch.object(jit.JITFunction, "__call__", _call),
         mock.patch.dict(os.environ, TRITON_INTERPRET="1"),
