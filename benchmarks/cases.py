@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lorakit as lk
 
@@ -28,11 +29,13 @@ PEERS = {
     "torch fused": (),
     "torch.compile": (),
     "dequantize, torch": (),
+    "torch, FlashAttention": (),
+    "torch, cuDNN": (),
     "Liger": ("liger_kernel",),
     "bitsandbytes": ("bitsandbytes",),
     "PEFT, bitsandbytes": ("peft", "bitsandbytes"),
 }
-GPU_ONLY = ("Liger",)
+GPU_ONLY = ("Liger", "torch, FlashAttention", "torch, cuDNN")
 OVERWRITES = ("Liger",)  # its inputs, with outputs or gradients: it gets copies of its own
 # The two ways of lorakit's to multiply a few rows by a packed matrix, for any number of them:
 # (one_by_one, by_tiles) as in FEW_ROWS of kernels/ops/frozen_linear, which says when to take which.
@@ -171,7 +174,9 @@ def rotation(s: Setting) -> Iterator[Case]:
 
 
 def attentions(s: Setting) -> Iterator[Case]:
-    """Causal, with grouped queries. Arithmetic bounds it, so that GB/s say little."""
+    """Causal, with grouped queries, of a dense row and of one packed document, for which a GPU
+    runs Triton's kernels at any length. Arithmetic bounds it, so that GB/s say little.
+    """
     T, D, heads = s.sizes.tokens, s.sizes.head_dim, (s.sizes.heads, s.sizes.kv_heads)
     q, k, v = (s.random(1, T, n, D, grad=True) for n in (heads[0], heads[1], heads[1]))
 
@@ -180,10 +185,22 @@ def attentions(s: Setting) -> Iterator[Case]:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return y.transpose(1, 2)
 
-    moved = 2 * (q.nbytes + k.nbytes)
+    def only(kernel: SDPBackend, *inputs: Tensor) -> Tensor:
+        with sdpa_kernel(kernel):
+            return by_torch(*inputs)
+
+    shape, moved = f"{T}x{heads[0]}/{heads[1]}x{D}", 2 * (q.nbytes + k.nbytes)
     yield Case(
-        "attention", f"{T}x{heads[0]}/{heads[1]}x{D}", moved, lk.kernels.attention,
-        {"torch": by_torch}, (q, k, v), 2 * moved, kernels=("cpu", "reference"),
+        "attention", shape, moved, lk.kernels.attention,
+        {
+            "torch": by_torch,
+            "torch, FlashAttention": functools.partial(only, SDPBackend.FLASH_ATTENTION),
+            "torch, cuDNN": functools.partial(only, SDPBackend.CUDNN_ATTENTION),
+        }, (q, k, v), 2 * moved,
+    )  # fmt: skip
+    yield Case(
+        "attention packed", shape, moved, lambda *x: lk.kernels.attention(*x, lengths=[T]), {},
+        (q, k, v), 2 * moved,
     )  # fmt: skip
 
 
@@ -446,7 +463,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 CASES: dict[Callable[[Setting], Iterator[Case]], tuple[str, ...]] = {
     adapters: ("lora_linear", "lora_mlp"),
     heads: ("linear_cross_entropy",),
-    attentions: ("attention",),
+    attentions: ("attention", "attention packed"),
     quantization: (
         "nf4 quantize", "nf4 to float32", "nf4 to bfloat16", "nf4 panels", "nf4 rows",
         "int8 dequantize",

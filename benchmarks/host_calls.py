@@ -17,7 +17,6 @@ operations take longer than a GPU's. Other work on the machine is in the figures
 """
 
 import argparse
-import importlib.util
 import statistics
 import sys
 import time
@@ -26,11 +25,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import FrameType
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from cost_model import meta_gpu
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -63,17 +63,6 @@ class Calls(NamedTuple):
 
 
 # ---- the sides ----------------------------------------------------------------------------------
-
-
-def meta_gpu() -> ModuleType:
-    """Return tests/meta_gpu.py; the folder of the tests is no place to import from by name."""
-    if "meta_gpu" not in sys.modules:
-        path = Path(__file__).parents[1] / "tests" / "meta_gpu.py"
-        spec = importlib.util.spec_from_file_location("meta_gpu", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["meta_gpu"] = module
-        spec.loader.exec_module(module)
-    return sys.modules["meta_gpu"]
 
 
 def nothing(*arguments: Any, **options: Any) -> None:

@@ -304,6 +304,21 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+class _Library(ctypes.CDLL):
+    """The shared library, which says in one sentence that another version's sources made it."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if not name.startswith("lk_"):
+                raise
+            raise RuntimeError(
+                f"{self._name} is not of this version of lorakit: it has no {name}; "
+                "install lorakit again, which builds it"
+            ) from None
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """Return the shared library of CPU kernels, or None where it was not built.
@@ -317,7 +332,7 @@ def library() -> ctypes.CDLL | None:
     folders = sys.modules[__package__].__path__  # two in an editable install
     for path in [Path(named)] if named else [Path(folder) / LIBRARY for folder in folders]:
         if path.exists():
-            handle = ctypes.CDLL(str(path))
+            handle = _Library(str(path))
             handle.lk_runnable.restype = ctypes.c_char_p
             handle.lk_set_threads.argtypes, handle.lk_set_threads.restype = (INT64,), None
             processors.fit()

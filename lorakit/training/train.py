@@ -79,6 +79,7 @@ def train(
         config: The settings of the run; None takes the defaults.
         base_model: The name of the base model that the adapter's config records.
         after_step: Called after every optimizer step, while its clipped gradients are still there.
+            On a GPU the run waits for the device before each call, which it does not do otherwise.
 
     Returns:
         What the run did, as numbers.

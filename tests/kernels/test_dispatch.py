@@ -48,6 +48,14 @@ def test_use_backend(monkeypatch):
         pass
 
 
+def test_a_library_of_another_version_is_told(monkeypatch):
+    """Torch's own stands for it, which has none of the functions."""
+    monkeypatch.setenv("LORAKIT_LIBRARY", torch._C.__file__)
+    message = r"_C.*\.so is not of this version of lorakit: it has no lk_\w+; install lorakit again"
+    with pytest.raises(RuntimeError, match=message):
+        dispatch.library.__wrapped__()
+
+
 def test_without_the_library_every_op_runs_and_one_line_says_so(monkeypatch, caplog):
     monkeypatch.delenv("LORAKIT_LIBRARY", raising=False)
     monkeypatch.setattr(dispatch, "LIBRARY", "missing.so")

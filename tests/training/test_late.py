@@ -127,8 +127,9 @@ def test_a_run_that_reads_late_resumes_with_the_same_bytes(
     assert same_tensors(out / "checkpoint-7", tmp_path / "whole" / "checkpoint-7")
 
 
-def test_ten_bad_steps_stop_the_run_one_step_later(tiny_dir, tok, tmp_path, late):
-    late(True)
+@pytest.mark.parametrize("reads_late", [False, True])
+def test_ten_bad_steps_in_a_row_stop_the_run(tiny_dir, tok, tmp_path, late, reads_late):
+    late(reads_late)
     model = adapted(tiny_dir)
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")

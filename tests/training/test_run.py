@@ -55,17 +55,6 @@ def test_bad_steps_are_skipped_and_counted(tiny_dir, tok, tmp_path, monkeypatch,
     assert all(torch.isfinite(w).all() for w in weights.values())
 
 
-def test_ten_bad_steps_in_a_row_stop_the_run(tiny_dir, tok, tmp_path):
-    model = adapted(tiny_dir)
-    with torch.no_grad():
-        model.model.norm.weight[0] = float("nan")
-    config = lk.TrainConfig(output_dir=str(tmp_path), max_steps=50)
-    message = r"10 steps in a row were not finite: step 10 has loss nan .* on row \d+, row [\w, ]+;"
-    with pytest.raises(lk.LorakitError, match=message):
-        lk.train(model, tok, ROWS, config)
-    assert not (tmp_path / ADAPTER).exists()
-
-
 def test_a_run_that_stopped_early_stays_stopped(tiny_dir, tok, tmp_path, monkeypatch):
     data, losses = {"train": ROWS, "validation": ROWS[:4]}, iter([1.0, 2.0, 3.0, 0.5])
     monkeypatch.setattr(training_run, "held_out_loss", lambda *_: {"loss": next(losses)})
