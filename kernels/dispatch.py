@@ -252,6 +252,12 @@ def multiplies_tiles() -> bool:
     return handle is not None and bool(handle.lk_multiplies_tiles())
 
 
+def multiplies_pairs() -> bool:
+    """Return whether pairs of bf16 are the fastest way to multiply them that the kernels have."""
+    handle = library()
+    return handle is not None and isa() == "avx512bf16" and not handle.lk_pairs_are_slow()
+
+
 @functools.cache
 def _multiplies_bf16() -> bool:
     """Return whether the processor multiplies bf16; for others than x86 torch knows best."""

@@ -27,7 +27,9 @@ from tests.instruction_sets import ISAS, on_cpu
 
 pytestmark = pytest.mark.skipif(dispatch.library() is None, reason="the library was not built")
 
-isas = st.sampled_from(ISAS)
+# instruction sets, and whether products of bf16 are those of pairs, which one of them has
+WAYS = [*((isa, False) for isa in ISAS), *((isa, True) for isa in ISAS if isa == "avx512bf16")]
+ways = st.sampled_from(WAYS)
 seeds = st.integers(0, 2**31)
 ZONE = 64  # bytes on either side
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -51,6 +53,14 @@ def guarded():
     for buffer, size in buffers:
         assert (buffer[:ZONE] == 255).all(), "written before the start of a tensor"
         assert (buffer[ZONE + size :] == 255).all(), "written beyond the end of a tensor"
+
+
+@contextlib.contextmanager
+def on_cpu_by(way):
+    """Ops run the C++ kernels of one of the WAYS."""
+    isa, pairs = way
+    with on_cpu(isa), mock.patch.object(dispatch, "multiplies_pairs", return_value=pairs):
+        yield
 
 
 @contextlib.contextmanager
@@ -100,11 +110,11 @@ def causal(T, window=None, lengths=None):
     return (seen & (document[:, None] == document))[None, None]
 
 
-def within_budget(isa, given, options, seen, factor=2):
+def within_budget(way, given, options, seen, factor=2):
     attend = functools.partial(kernels.attention, **options)
     scale = options.get("scale") or given[0].shape[-1] ** -0.5
     exact = functools.partial(formula, seen=seen, scale=scale, softcap=options.get("softcap"))
-    with on_cpu(isa), guarded():
+    with on_cpu_by(way), guarded():
         views = [between_nan(x) for x in given]
         ours = value_and_grads(attend, *views)
         again = value_and_grads(attend, *views)
@@ -132,7 +142,7 @@ def takes(given, mask=None):
 
 @settings(max_examples=80)
 @given(
-    isas,
+    ways,
     st.lists(st.integers(1, 90), min_size=1, max_size=4),
     st.tuples(st.integers(1, 2), st.integers(1, 2), st.sampled_from([1, 2, 3, 7])),
     st.integers(1, 40),
@@ -143,7 +153,7 @@ def takes(given, mask=None):
     st.sampled_from(DTYPES),
     seeds,
 )
-def test_values_and_gradients(isa, lengths, sizes, D, window, softcap, kind, scale, dtype, seed):
+def test_values_and_gradients(way, lengths, sizes, D, window, softcap, kind, scale, dtype, seed):
     """Up to 360 tokens are several blocks of queries and of keys, and the last ones are short; 7
     query heads to a key head do not divide the rows of a block.
     """
@@ -156,19 +166,31 @@ def test_values_and_gradients(isa, lengths, sizes, D, window, softcap, kind, sca
     elif kind == "masked":
         options["mask"] = seen = causal(T, window)
     assert takes(given, options.get("mask")) == (T > 1)
-    within_budget(isa, given, options, seen.expand(B, 1, T, T))
+    within_budget(way, given, options, seen.expand(B, 1, T, T))
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("D", [64, 80, 96, 128, 256])
-def test_real_heads(isa, D):
-    T = 300 if isa != "scalar" else 130
-    within_budget(isa, made(D, 1, T, T, 6, 2, D), {}, causal(T))
+def test_real_heads(way, D):
+    T = 300 if way[0] != "scalar" else 130
+    within_budget(way, made(D, 1, T, T, 6, 2, D), {}, causal(T))
+
+
+@pytest.mark.skipif("avx512bf16" not in ISAS, reason="the processor has no pairs of bf16")
+def test_a_processor_whose_pairs_are_slow_has_the_bits_of_one_without_them():
+    given = made(0, 1, 200, 200, 6, 2, 64, torch.bfloat16)
+    found = []
+    for way in [("avx512", False), ("avx512bf16", False), ("avx512bf16", True)]:
+        with on_cpu_by(way):
+            found.append(value_and_grads(kernels.attention, *given))
+    for none, slow, fast in zip(*found, strict=True):
+        assert torch.equal(none, slow)
+        assert not torch.equal(slow, fast)
 
 
 @settings(max_examples=30)
 @given(
-    isas,
+    ways,
     st.integers(2, 150),
     st.integers(1, 200),
     st.booleans(),
@@ -176,7 +198,7 @@ def test_real_heads(isa, D):
     st.sampled_from(DTYPES[:2]),
     seeds,
 )
-def test_any_mask(isa, T, S, batched, density, dtype, seed):
+def test_any_mask(way, T, S, batched, density, dtype, seed):
     """Keys of other number than queries, none in a row's sight or in a block's, and all of them."""
     B, gen = 2, torch.Generator().manual_seed(seed)
     given = made(seed, B, T, S, 4, 2, 12, dtype)
@@ -187,7 +209,7 @@ def test_any_mask(isa, T, S, batched, density, dtype, seed):
         mask = mask[0, 0].t().contiguous().t()  # not dense in S
     assert takes(given, mask)
     seen = mask.expand(B, 1, T, S)
-    with on_cpu(isa), guarded():
+    with on_cpu_by(way), guarded():
         views = [between_nan(x) for x in given]
         ours = value_and_grads(functools.partial(kernels.attention, mask=mask), *views)
     truth = value_and_grads(
@@ -206,7 +228,7 @@ def test_left_padding():
     given = made(1, 3, T, T, 6, 3, 64)
     real = torch.arange(T) >= pad[:, None]
     seen = causal(T) & real[:, None, None] | torch.eye(T, dtype=torch.bool)
-    within_budget(ISAS[-1], given, {"mask": seen}, seen)
+    within_budget(WAYS[-1], given, {"mask": seen}, seen)
 
 
 def test_scores_that_grow_beyond_any_base():
@@ -218,7 +240,7 @@ def test_scores_that_grow_beyond_any_base():
     q[..., 0], k[..., 0] = 1.0, 30.0 * torch.arange(T)[None, :, None]
     q[:, T // 2, :, 0] = -1.0
     # scores near 6000 are known to 2^-11 in fp32, whoever computes them
-    within_budget(ISAS[-1], (q, k, v, grad), {"scale": 1.0}, causal(T), factor=4)
+    within_budget(WAYS[-1], (q, k, v, grad), {"scale": 1.0}, causal(T), factor=4)
 
 
 @settings(max_examples=20)

@@ -13,7 +13,7 @@
 // is summed across it. The base of a row is its first largest score, raised where a score lies SLACK above it.
 //
 // The operands of a product are made of words of 32 bits along what is summed: one fp32, or, where the processor
-// multiplies them, a pair of bf16 (Single and Pairs below). What a product reads line by line is packed as `lines`,
+// multiplies them faster, a pair of bf16 (Single and Pairs below). What a product reads line by line is packed as `lines`,
 // [rows, words of D]; what it reads a vector at a time as `words`, [words of rows, D], or as `columns`, [words of D,
 // rows]. Of single values lines and words are the same. All sums, and p and ds until they are packed, are fp32.
 //
@@ -87,6 +87,7 @@ struct Attention {
     float* space;    // [slots, size]
     int64_t count, mask_batch, mask_token, slots, size;
     int64_t T_, S, Hq, Hk, D, tokens, window;  // tokens: of a block; window: the positions seen, own included
+    int64_t pairs;                             // whether products of bf16 are those of pairs
     float scale, softcap;                      // softcap 0: none
 };
 
@@ -134,17 +135,6 @@ struct Pairs {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(place), _mm512_castsi512_si256(round(x)));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(place + apart), _mm512_extracti64x4_epi64(round(x), 1));
     }
-};
-#endif
-
-template <class T>
-struct Operands {
-    using Type = Single;
-};
-#if defined(__AVX512BF16__)
-template <>
-struct Operands<uint16_t> {
-    using Type = Pairs;
 };
 #endif
 
@@ -273,9 +263,8 @@ struct Range {
     int64_t first, last;  // none before first, none from last on
 };
 
-template <class T>
+template <class T, class Op>
 struct Unit {
-    using Op = typename Operands<T>::Type;
     static constexpr int64_t PAIR = Op::PAIR;
 
     const Attention<T>& a;
@@ -691,11 +680,11 @@ struct Job {
     int64_t next;
 };
 
-template <class T>
+template <class T, class Op>
 void work(void* data, int64_t slot, int64_t) {
     Job<T>& job = *static_cast<Job<T>*>(data);
     const Attention<T>& a = job.a;
-    Unit<T> unit(a, a.space + slot * a.size, job.backward);
+    Unit<T, Op> unit(a, a.space + slot * a.size, job.backward);
     for (;;) {
         const int64_t u = __atomic_fetch_add(&job.next, 1, __ATOMIC_RELAXED);
         if (u >= a.count * a.Hk) return;
@@ -733,7 +722,12 @@ template <class T>
 void run(const Attention<T>& a, bool backward) {
     if (a.mask) look(a);
     Job<T> job{a, backward, 0};
-    lk_parallel_for(a.slots, 1, work<T>, &job);
+    auto* body = work<T, Single>;
+#if defined(__AVX512BF16__)
+    if constexpr (sizeof(T) == 2)
+        if (a.pairs) body = work<T, Pairs>;
+#endif
+    lk_parallel_for(a.slots, 1, body, &job);
 }
 
 }  // namespace
@@ -745,7 +739,7 @@ extern "C" {
 void LK_EXPORT(attention_sizes)(int64_t D, int64_t group, int64_t* sizes) {
     sizes[0] = bigger(1, smaller(MOST_ROWS, CACHED / whole(D)) / group);
     sizes[1] = KEYS;
-    sizes[2] = Unit<float>::floats(D, sizes[0] * group);
+    sizes[2] = Unit<float, Single>::floats(D, sizes[0] * group);
 }
 
 void LK_EXPORT(attention_fp32)(const Attention<float>* a) { run(*a, false); }

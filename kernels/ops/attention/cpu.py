@@ -1,8 +1,9 @@
 """Calls of the C++ kernels in cpu.cpp, in host memory.
 
 They take fp32 and bf16, and fp16 by way of fp32 copies. In bf16 sums are in fp32, and products too
-unless the processor multiplies bf16 itself. q, k, v and the gradient are read where they lie,
-whatever their strides, if the D values of a head are side by side.
+unless the processor is faster with pairs of bf16 (`dispatch.multiplies_pairs`). q, k, v and the
+gradient are read where they lie, whatever their strides, if the D values of a head are side by
+side.
 """
 
 import ctypes
@@ -33,7 +34,7 @@ class Attention(ctypes.Structure):
         *((name, POINTER) for name in ("lse", "dk", "dv", "mask")),
         *((name, POINTER) for name in ("blocks", "seen", "turns", "space")),
         *((name, INT64) for name in ("count", "mask_batch", "mask_token", "slots", "size")),
-        *((name, INT64) for name in ("T", "S", "Hq", "Hk", "D", "tokens", "window")),
+        *((name, INT64) for name in ("T", "S", "Hq", "Hk", "D", "tokens", "window", "pairs")),
         *((name, FLOAT) for name in ("scale", "softcap")),
     )
 
@@ -126,7 +127,8 @@ def _launch(
         *(_view(x) for x in (q, k, v, dy, y, dq)),
         *(address(x) for x in (lse, dk, dv, mask, blocks, seen, turns, space)),
         *(len(blocks), *strides, slots, size),
-        *(T, S, Hq, Hk, D, tokens, options.window, options.scale, options.softcap),
+        *(T, S, Hq, Hk, D, tokens, options.window, dispatch.multiplies_pairs()),
+        *(options.scale, options.softcap),
     )
     run(op, q.dtype, arguments)
 
