@@ -18,6 +18,7 @@ from .ops.experts.layers import ExpertLayers
 from .ops.float8 import Float8Linear, Float8Weight
 from .ops.frozen_linear import frozen_linear
 from .ops.frozen_linear.dense import Packed, dequantize, dequantize_rows
+from .ops.gguf_blocks import dequantize_blocks, quantize_blocks
 from .ops.int8 import Int8Tensor, dequantize_int8, quantize_int8
 from .ops.lora_linear import LoraWeights, lora_linear, lora_mlp, lora_qkv, lora_room, lora_row_norms
 from .ops.nf4 import NF4Tensor, dequantize_nf4, quantize_fp4, quantize_nf4
@@ -50,6 +51,7 @@ __all__ = [
     "decode_compiled",
     "decode_step",
     "dequantize",
+    "dequantize_blocks",
     "dequantize_int8",
     "dequantize_nf4",
     "dequantize_rows",
@@ -66,6 +68,7 @@ __all__ = [
     "lora_room",
     "lora_row_norms",
     "norm_rope",
+    "quantize_blocks",
     "quantize_fp4",
     "quantize_int8",
     "quantize_nf4",
