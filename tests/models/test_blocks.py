@@ -106,9 +106,14 @@ def randomized(model):
     return model
 
 
-@pytest.mark.parametrize("name", MOE)
 @pytest.mark.parametrize(
-    ("quantize", "checkpointing"), [(None, True), ("nf4", False)], ids=["checkpointing", "nf4"]
+    ("name", "quantize", "checkpointing"),
+    [
+        ("mixtral", None, True),
+        ("mixtral sliding", "nf4", False),
+        ("qwen3_moe", "nf4", False),
+        ("qwen3_moe sparse step", None, True),
+    ],
 )
 def test_experts_together_are_those_one_by_one(tmp_path, name, quantize, checkpointing):
     """Loss and gradients in fp32: sums of the same products in another order."""
