@@ -274,15 +274,17 @@ def cases() -> Iterator[tuple[str, Callable, int]]:
     table128 = torch.empty(1, 8, 64)
     yield "norm_rope 128", both(lambda: ops.norm_rope(*heads, table128, table128)), 512
     documents = ops.Documents([512, 300])
-    for dim, kinds in ((64, 1), (128, 3), (256, 2), (512, 2)):
+    for dim, kinds in ((64, 1), (128, 4), (256, 2), (512, 2)):
         q, k, v = bf16(1, 812, 8, dim), bf16(1, 812, 2, dim), bf16(1, 812, 2, dim)
-        options = {"": {}, " capped window": {"window": 100, "softcap": 50.0}}
-        if kinds > 2:
-            options[" fp32"] = {}
+        capped = {"window": 100, "softcap": 50.0}
+        options = {"": {}, " capped window": capped}
+        if kinds > 2:  # a dense row shares its heads among programs
+            options |= {" fp32": {}, " shared": {"lengths": None, **capped}}
         for kind, more in list(options.items())[:kinds]:
             row = tuple(t.detach().float().requires_grad_() for t in (q, k, v))
             row = row if kind == " fp32" else (q, k, v)
-            run = both(lambda t=row, more=more: ops.attention(*t, lengths=documents, **more))
+            more = {"lengths": documents, **more}
+            run = both(lambda t=row, more=more: ops.attention(*t, **more))
             yield f"attention {dim}{kind}", run, 64 * dim
     pair = [torch.ones(16, 4096), torch.ones(4096, 16)]
     layers = [ops.LoraWeights(_Base(bf16(4096, 4096, grad=False)), *pair, 2.0) for _ in range(3)]

@@ -194,12 +194,13 @@ def sent(t: torch.Tensor, device: torch.device) -> torch.Tensor:
     return t.to(device, non_blocking=True)
 
 
-@functools.lru_cache(maxsize=1024)  # a model has one for each layer of all its experts
+@functools.cache
 def address_table(addresses: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Return the addresses of tensors on `device`, int64 [n], there.
 
     The caller keeps the tensors. The table of the same addresses is made once, so that a step finds
-    the ones of the step before.
+    the ones of the step before. It is kept for good, as a CUDA graph may read it: 4 KB for a layer
+    of 128 packed experts.
     """
     return sent(torch.tensor(addresses, dtype=torch.int64, device="cpu"), device)
 
@@ -296,6 +297,14 @@ def lanes() -> int:
 def capability(device: torch.device) -> tuple[int, int]:
     """Return the compute capability of NVIDIA's GPU `device`; an H100's in the interpreter."""
     return (9, 0) if device.type == "cpu" else torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors the GPU `device` has; an H100's in the interpreter."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache

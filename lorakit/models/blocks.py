@@ -255,7 +255,8 @@ class MoE(nn.Module):
         weights, picked = probs.topk(self.per_token)  # [n, per_token]
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
-        layers = self._together(tokens, picked, packed)
+        few = picked.numel() < len(self.experts) and not packed  # most experts have no token
+        layers = None if few else self.together(tokens)
         if layers is not None:
             gate, up, down = layers
             act = self.hidden_act
@@ -264,12 +265,13 @@ class MoE(nn.Module):
             out = self._one_by_one(tokens, picked, weights, packed, keep)
         return out.view_as(x)
 
-    def _together(
-        self, tokens: Tensor, picked: Tensor, packed: bool
-    ) -> list[kernels.ExpertLayers] | None:
-        """Return the layers of all experts, if they are to be computed together."""
-        few = picked.numel() < len(self.experts) and not packed  # most experts have no token
-        if few or not kernels.dispatch.triton_runs(tokens):
+    def together(self, tokens: Tensor) -> list[kernels.ExpertLayers] | None:
+        """Return the layers of all experts, if the kernels compute them together.
+
+        Of the tokens only dtype and device count. What a packed row computes follows from this
+        alone.
+        """
+        if not kernels.dispatch.triton_runs(tokens):
             return None
         if torch.is_autocast_enabled(tokens.device.type):
             return None

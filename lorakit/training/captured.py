@@ -11,7 +11,8 @@ A graph holds addresses and numbers. So what differs from step to step lies in t
 (`PackedInputs`), and is copied there before a replay, without a wait. A row has T tokens whatever
 its documents are: the rest is padding in documents of its own, which no label and so no gradient
 comes from. Label rows beyond the labels have targets of -100. The masks of dropout are a function
-of the micro-batch's number (kernels/ops/dropout). The gradients have memory of their own.
+of the micro-batch's number (kernels/ops/dropout). Which tokens an expert gets is found on the
+device, and the host never learns it (kernels/ops/experts). The gradients have memory of their own.
 
 The graphs share one pool of memory, since they never run at the same time. It holds the activations
 of a step from then on, which is why `free` gives it back before an evaluation.
@@ -343,7 +344,6 @@ def why_eager(model: Decoder, layers: Mapping[str, Attached], config: TrainConfi
         "activation_offloading is set": config.activation_offloading,
         "neftune_noise_alpha is set": config.neftune_noise_alpha is not None,
         f"optim is {config.optim}": OPTIMIZERS[config.optim][1],
-        "the model has experts": any(isinstance(each, MoE) for each in model.modules()),
         "the rotary embedding depends on the length of a row": model.config.by_length,
         "the adapter is a learned prompt": model.beginning.length > 0,
         "a module has hooks or a forward of its own": any(
@@ -356,6 +356,12 @@ def why_eager(model: Decoder, layers: Mapping[str, Attached], config: TrainConfi
         ),
         "Triton's kernels are not what runs": not _runs_triton(model),
         f"heads of {heads} in {model.dtype} are too wide": heads > (128 if wide else 512),
+        # how many tokens each of them has, the host would have to know
+        "experts run one by one, being more than frozen layers with low-rank updates": any(
+            each.together(model.model.norm.weight) is None
+            for each in model.modules()
+            if isinstance(each, MoE)
+        ),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 

@@ -1,5 +1,7 @@
 """Torch's FlashAttention is asked for the same bits every time, and nothing else is."""
 
+import math
+import re
 from unittest import mock
 
 import pytest
@@ -8,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 from lorakit import kernels
+from lorakit.kernels import dispatch
 from lorakit.kernels.ops.attention import flash
 from tests.kernels.test_attention import attention_in_double
 from tests.meta_gpu import FLASH, MetaGPU
@@ -81,6 +84,46 @@ def test_what_it_takes():
         gpu.clear()
         kernels.attention(q.float(), k.float(), k.float())
         assert [each.name for each in gpu.launches][-1] == "attention/_forward"
+
+
+def test_long_rows_go_to_triton(monkeypatch):
+    """They do where the times measured cross, on the GPU that was measured."""
+    lines = flash.__doc__.splitlines()
+    [tokens], [theirs], [ours] = (
+        [line for line in lines if line.startswith(f"    {name}  ")]
+        for name in ("tokens", "FlashAttention 2", "Triton")
+    )
+    counts = [int(n.replace(",", "")) for n in re.findall(r"[\d,]+", tokens)]
+
+    def times(line):
+        return [2 / int(a) + 5 / int(b) for a, b in re.findall(r"(\d+), (\d+)", line)]
+
+    ratios = [a / b for a, b in zip(times(theirs), times(ours), strict=True)]
+    (t, slower), (u, faster), *_ = zip(counts, ratios, strict=True)
+    assert slower < 1 < min(ratios[1:])
+    crossing = t * (u / t) ** (math.log(slower) / (math.log(slower) - math.log(faster)))
+    assert math.ceil(crossing) == flash.LONG
+
+    def takes(tokens, D=128, B=1):
+        return flash.takes(heads(B, tokens, 4, D), *[heads(B, tokens, 2, D)] * 2)
+
+    with MetaGPU() as gpu:
+        assert [takes(n) for n in (flash.LONG - 1, flash.LONG, 8192)] == [True, False, False]
+        assert takes(8192, D=64)
+        assert takes(2048, B=4)
+        q, k = heads(1, 4096, 4, 128, requires_grad=True), heads(1, 4096, 2, 128)
+        kernels.attention(q, k, k, window=4096).sum().backward()  # a window that holds the row
+        kernels_of = [each.name for each in gpu.launches if each.name.startswith("attention/")]
+        assert kernels_of == [
+            f"attention/_{n}" for n in ("forward", "delta", "dkv", "sum_parts", "dq")
+        ]
+        gpu.clear()
+        kernels.attention(q[:, :64], k[:, :64], k[:, :64], window=64)
+        assert FLASH in [each.name for each in gpu.launches]
+        monkeypatch.setattr(dispatch, "capability", lambda device: (8, 0))
+        assert takes(8192)
+        monkeypatch.setattr(dispatch, "capability", lambda device: (10, 0))
+        assert takes(8192)
 
 
 def test_values_and_gradients():

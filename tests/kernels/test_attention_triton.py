@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 from lorakit import kernels
+from lorakit.kernels import dispatch
 from lorakit.kernels.ops.attention import triton as document_attention
 from lorakit.kernels.ops.attention.documents import PADDING, Documents, PaddedDocuments, tiles_of
 from lorakit.kernels.ops.attention.triton import Tiling, Tilings
@@ -113,6 +114,57 @@ def test_a_batch_with_a_window_or_a_soft_cap_is_a_row_of_documents():
             rows = [x.reshape(1, B * T, -1, D) for x in (q, k, v)]
             same = kernels.attention(*rows, lengths=[T] * B, **options)
             assert torch.equal(y, same.view(y.shape))
+
+
+@pytest.mark.parametrize("processors", [1, 3, 9])
+def test_heads_that_are_shared_among_programs(processors):
+    """A group's four heads in one, two or four programs: values within the error budget, and with
+    four the gradients of k and v are those of each head alone, added in order.
+    """
+    T, D = 35, 16  # three tiles of keys: of one key head, 3 x 4 blocks in the mean of 2 x 4
+    inputs = [random(i, 1, T, heads, D) for i, heads in enumerate((4, 1, 1))]
+    dy = random(9, 1, T, 4, D)
+
+    def ours(q, k, v):
+        return kernels.attention(q, k, v, scale=0.3, softcap=2.0)
+
+    def exactly(q, k, v):
+        return attention_in_double(q, k, v, seen_in([T], None), 0.3, 2.0).to(q.dtype)
+
+    def gradients(q, k, v, dy):
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        with on_triton():
+            return torch.autograd.grad(ours(q, k, v), (q, k, v), dy)
+
+    with small_tiles(), mock.patch.object(dispatch, "multiprocessors", return_value=processors):
+        parts = document_attention.parts_of(4, 3 + 1, DEVICE)
+        assert parts == {1: 1, 3: 2, 9: 4}[processors]
+        within_budget(ours, exactly, inputs, terms=18.0)  # sums of up to 140 terms near 1
+        found = gradients(*inputs, dy)
+        if parts == 4:
+            q, k, v = inputs
+            alone = [gradients(q[:, :, [h]], k, v, dy[:, :, [h]]) for h in range(4)]
+            for i in (1, 2):
+                summed = alone[0][i]
+                for each in alone[1:]:
+                    summed = summed + each[i]
+                assert torch.equal(found[i], summed)
+
+
+@given(*[st.integers(1, n) for n in (32, 8, 4, 40, 160)])
+def test_shared_until_no_program_takes_longer_than_all_together(group, heads, rows, tiles, most):
+    """Tile i of a row has i blocks of queries of each head."""
+
+    def longest_and_mean(parts):
+        blocks = [i * group / parts for i in range(1, tiles + 1)]
+        return max(blocks), sum(blocks) * rows * heads * parts / most
+
+    with mock.patch.object(dispatch, "multiprocessors", return_value=most):
+        parts = document_attention.parts_of(group, heads * rows * (tiles + 1), DEVICE)
+    assert group % parts == 0
+    assert parts == group or longest_and_mean(parts)[0] <= longest_and_mean(parts)[1] * (1 + 1e-9)
+    fewer = [p for p in range(1, parts) if group % p == 0]
+    assert all(longest_and_mean(p)[0] > longest_and_mean(p)[1] * (1 - 1e-9) for p in fewer)
 
 
 def test_programs_without_tokens_write_nothing():

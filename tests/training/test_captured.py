@@ -7,8 +7,9 @@ ones. All else is the code that runs on a GPU.
 import copy
 import json
 import math
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ from lorakit import kernels
 from lorakit.data.batching import Order
 from lorakit.data.encode import Example
 from lorakit.kernels.ops.attention import documents
+from lorakit.models.blocks import MoE
 from lorakit.models.decoder import Decoder
+from lorakit.models.expert_layers import expert_layers
 from lorakit.models.rope import RopeConfig
 from lorakit.training import run as training_run
 from lorakit.training.captured import CapturedStep, Kind, why_eager
@@ -71,9 +74,9 @@ def some_rows(tokens: int, longest: int = 40) -> Rows:
     return found
 
 
-def adapted(dtype=torch.float32, layers=2, **lora) -> Decoder:
+def adapted(dtype=torch.float32, layers=2, fields=None, **lora) -> Decoder:
     torch.manual_seed(0)
-    config = lk.ModelConfig("llama", VOCABULARY, 64, 96, layers, 4, 2, 16)
+    config = lk.ModelConfig("llama", VOCABULARY, 64, 96, layers, 4, 2, 16, **(fields or {}))
     model = lk.quantize(Decoder(config).to(dtype).requires_grad_(False))
     model = lk.attach(model, lk.LoraConfig(r=4, lora_alpha=8, **lora))
     for name, p in model.named_parameters():
@@ -83,15 +86,17 @@ def adapted(dtype=torch.float32, layers=2, **lora) -> Decoder:
 
 
 def new_run(recorder, *, dtype=torch.float32, layers=2, budget=80, steps=8, lora=None, bits=32,
-            checkpointing=False, state=None, done=0, device="cpu", **options):  # fmt: skip
+            checkpointing=False, state=None, done=0, device="cpu", fields=None,
+            **options):  # fmt: skip
     """A run up to its next step: a model, its optimizer, and its `CapturedStep`."""
-    model = adapted(dtype, layers, **(lora or {})).to(device)
+    model = adapted(dtype, layers, fields, **(lora or {})).to(device)
     model.gradient_checkpointing = checkpointing
     config = lk.TrainConfig(
         packing=True, per_device_train_batch_size=1, max_seq_length=budget, max_steps=steps,
         max_grad_norm=0.3, **options,
     )  # fmt: skip
-    rows = some_rows(steps * config.gradient_accumulation_steps * budget)
+    tokens = steps * config.gradient_accumulation_steps * budget
+    rows = some_rows(tokens, min(40, budget))
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = lk.optim.AdamW(params, weight_decay=0.1, state_bits=bits)
     if state is not None:
@@ -218,6 +223,60 @@ def test_triton_replayed_as_run():
     assert recorder.replayed == 2
 
 
+MIXTURE = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "moe_layers": [True],
+}
+
+
+@contextmanager
+def experts_on_triton():
+    """The kernels of experts run, in the interpreter, and all else by its reference."""
+    from lorakit.kernels.ops import experts
+    from tests.triton_interpreter import interpreted
+
+    def together(moe, tokens):
+        return expert_layers(moe.experts, moe.names)
+
+    with (
+        kernels.use_backend("reference"),
+        interpreted(),
+        mock.patch.object(MoE, "together", together),
+        mock.patch.object(experts, "takes_experts", return_value=True),
+    ):
+        yield
+
+
+def test_a_mixture_replayed_as_run():
+    """Its experts get other tokens in each of eight steps, which the host does not count."""
+    pytest.importorskip("triton")
+    options = {"layers": 1, "budget": 16, "fields": MIXTURE}
+    options["lora"] = {"target_modules": ["gate_proj", "down_proj", "gate"]}
+    recorder = Replays()
+    with experts_on_triton():
+        ours, theirs = (new_run(each, **options) for each in (recorder, Never()))
+        assert len(ours.params) == 2 * (2 * 4 + 1)
+        assert same(take(ours, 1, 8), take(theirs, 1, 8))
+        assert same_state(ours, theirs)
+    assert recorder.problems == []
+    assert recorder.replayed == 7
+
+
+def test_a_mixture_may_be_recorded():
+    """It is if its experts are computed together, and not if their layers drop a part of x."""
+    pytest.importorskip("triton")
+    from tests.triton_interpreter import on_triton
+
+    reason = "experts run one by one, being more than frozen layers with low-rank updates"
+    for dropout, expected in ((0.0, None), (0.1, reason)):
+        model = adapted(layers=1, fields=MIXTURE, lora_dropout=dropout)
+        with on_triton():
+            found = why_eager(model, trainable_layers(model), lk.TrainConfig(packing=True))
+        assert found == expected
+
+
 @pytest.mark.parametrize("backend", ["reference", None])
 @pytest.mark.parametrize("parts", [1, 3])
 def test_padding_changes_no_gradient(backend, parts):
@@ -281,21 +340,12 @@ def test_kinds_of_labels():
     assert Kind(80, True, True) not in run.step.recordings
 
 
-EXPERTS = {
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "moe_layers": [False, True],
-}
-
-
 @pytest.mark.parametrize(
     ("reason", "model", "config"),
     [
         ("objective is dpo", {}, {"objective": "dpo"}),
         ("optim is paged_adamw_8bit", {}, {"optim": "paged_adamw_8bit"}),
         ("neftune_noise_alpha is set", {}, {"neftune_noise_alpha": 5.0}),
-        ("the model has experts", EXPERTS, {}),
         ("depends on the length", {"rope": RopeConfig(rope_type="dynamic", factor=2.0)}, {}),
         ("Triton's kernels are not what runs", {}, {}),
     ],

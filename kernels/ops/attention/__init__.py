@@ -15,10 +15,10 @@ ln sum_j e^s_ij, and computes p again.
 
 On a GPU the kernels of triton.py do the same for packed documents, soft caps and windows. Their
 grid comes from a table of tiles (documents.py), so that any number of documents is one launch.
-Dense rows in 16 bits go to torch's FlashAttention, which is faster there (flash.py), and masks to
-its scaled_dot_product_attention. With a mask and a soft cap, the scores of CHUNK query rows at a
-time exist; in training each chunk's are computed again for backward, so that memory holds one
-chunk's.
+Dense rows in 16 bits go to torch's FlashAttention where that is faster (flash.py says where), and
+masks to its scaled_dot_product_attention. With a mask and a soft cap, the scores of CHUNK query
+rows at a time exist; in training each chunk's are computed again for backward, so that memory holds
+one chunk's.
 """
 
 from collections.abc import Sequence
@@ -75,7 +75,8 @@ def attention(
         window = None
     if dispatch.traces():
         return dispatch.traced().attention(q, k, v, mask, scale, softcap, window, lengths)
-    dense = mask is None and lengths is None and softcap is None and window is None
+    whole = window is None or window >= S  # no query is further back
+    dense = mask is None and lengths is None and softcap is None and whole
     if dense and flash.takes(q, k, v):
         return flash.attention(q, k, v, scale)
     module = dispatch.backend(

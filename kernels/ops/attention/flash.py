@@ -11,6 +11,18 @@ the keys, and is asked for by a setting of the process, which is read when backw
 So both halves are called by name here, and the setting holds for that one call. A thread that
 launches products by cuBLAS in the same microseconds would see it; torch has no narrower one.
 Forward is the same with and without gradients, so that no loss depends on who asks for it.
+
+Long rows take less time in triton.py. On an H200, with 32 heads of 128 and 8 of keys, forward and
+backward reach these TFLOP/s (docs/dev/LOG.md, 2026-11-29, "the step on an H200"):
+
+    tokens                2,048       4,096       8,192       16,384
+    FlashAttention 2      208, 134    276, 164    322, 180    335, 189
+    Triton                232, 69     371, 200    430, 255    454, 297
+
+Both together take 2 / forward + 5 / backward. Along ln tokens the logarithm of their ratio is drawn
+as a line from 2,048 to 4,096, which passes 1 at LONG. What was not measured, other heads and other
+GPUs, stays with FlashAttention 2. The choice asks for shapes and the GPU alone, so that a row that
+is computed again gets the same bits.
 """
 
 from collections.abc import Iterator
@@ -22,17 +34,22 @@ from torch import Tensor
 from ... import dispatch
 
 WIDEST = 256  # head that FlashAttention 2 takes
+LONG, LONG_HEAD, LONG_ON = 3366, 128, (9, 0)  # tokens, from which on triton.py is faster; see above
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Return whether the kernels take q [B, T, Hq, D], k and v [B, S, Hk, D], without a mask."""
+    """Return whether q [B, T, Hq, D], k and v [B, S, Hk, D], without a mask, are to go here."""
     if q.device.type == "cpu" or not dispatch.triton_runs(q) or not q.numel():
         return False
     same = q.dtype == k.dtype == v.dtype != torch.float32 and k.shape == v.shape
     square = q.shape[:2] == k.shape[:2] and q.shape[2] % k.shape[2] == 0
     if not same or not square or q.shape[3] % 8 or not q.shape[3] == k.shape[3] <= WIDEST:
         return False
-    return dispatch.compiles_to() == "amdgcn" or dispatch.capability(q.device) >= (8, 0)
+    if dispatch.compiles_to() == "amdgcn":
+        return True
+    capability = dispatch.capability(q.device)
+    ours = capability == LONG_ON and q.shape[3] == LONG_HEAD and q.shape[1] >= LONG
+    return capability >= (8, 0) and not ours
 
 
 @contextmanager

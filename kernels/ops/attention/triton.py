@@ -11,6 +11,11 @@ kernels: one holds a tile of queries for dq, one a tile of keys for dk and dv, w
 queries of all heads of its group. So nothing is added by two programs, there are no atomics, and
 the bits are the same every time.
 
+All queries see a row's first keys, whose program takes twice the mean. So tiles with the most work
+come first, each with all heads. Where a dense row has too few programs to fill the GPU meanwhile,
+several share the query heads of a group, and their dk and dv, in fp32, are added in order. Packed
+rows never do this, since a document's bits would then depend on what lies beside it.
+
 Only blocks at the edge of what a tile sees are masked. Positions count from the document's first
 token, and the pointers move there once. So offsets fit 32 bits, and no bit depends on where a
 document lies.
@@ -30,6 +35,7 @@ from .documents import Documents, equal_documents
 
 LOG2E = tl.constexpr(1.4426950408889634)
 DELTA_VALUES = 4096  # of y that a program of delta reads
+SUMMED = 1024  # sums of parts that a program makes
 
 
 class Tiling(NamedTuple):
@@ -117,7 +123,7 @@ def _forward(
     y_head, scale, group: tl.constexpr, window: tl.constexpr, cap: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    tile, head = TILES + 3 * tl.program_id(0), tl.program_id(1)
+    head, tile = tl.program_id(0), TILES + 3 * tl.program_id(1)
     first, begin, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     if first >= end:
         return
@@ -186,7 +192,7 @@ def _dq(
     group: tl.constexpr, window: tl.constexpr, cap: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    tile, head = TILES + 3 * tl.program_id(0), tl.program_id(1)
+    head, tile = tl.program_id(0), TILES + 3 * tl.program_id(1)
     first, begin, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     if first >= end:
         return
@@ -223,10 +229,13 @@ def _dq(
 def _dkv(
     Q, K, V, DY, LSE, DELTA, DK, DV, TILES, tokens, q_token, q_head, k_token, k_head, v_token,
     v_head, dy_token, dy_head, dk_token, dk_head, dv_token, dv_head, scale,
-    group: tl.constexpr, window: tl.constexpr, cap: tl.constexpr,
+    group: tl.constexpr, share: tl.constexpr, window: tl.constexpr, cap: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    tile, key_head = TILES + 3 * tl.program_id(0), tl.program_id(1)
+    """A program takes `share` query heads of the group, from `first_head` on."""
+    part, tile = tl.program_id(0), TILES + 3 * tl.program_id(1)
+    first_head = part * share
+    key_head = first_head // group
     first, begin, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     if first >= end:
         return
@@ -241,12 +250,12 @@ def _dkv(
     low, high = column // BM * BM, length
     if window is not None:
         high = tl.minimum(length, column + BN + window - 1)
-    Q += begin.to(tl.int64) * q_token + (key_head * group).to(tl.int64) * q_head
-    DY += begin.to(tl.int64) * dy_token + (key_head * group).to(tl.int64) * dy_head
-    LSE += (key_head * group).to(tl.int64) * tokens + begin
-    DELTA += (key_head * group).to(tl.int64) * tokens + begin
+    Q += begin.to(tl.int64) * q_token + first_head.to(tl.int64) * q_head
+    DY += begin.to(tl.int64) * dy_token + first_head.to(tl.int64) * dy_head
+    LSE += first_head.to(tl.int64) * tokens + begin
+    DELTA += first_head.to(tl.int64) * tokens + begin
     steps = tl.cdiv(high - low, BM)
-    for step in range(0, group * steps):  # all query heads of the group, one after the other
+    for step in range(0, share * steps):  # one query head after the other
         head = step // steps
         i = low + (step - head * steps) * BM
         at = i + tl.arange(0, BM)
@@ -262,10 +271,21 @@ def _dkv(
         ds = _ds(p, dp - delta[None, :], s, cap)
         dv = tl.dot(p.to(dy.dtype), dy, dv, input_precision="ieee")
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    DK += begin.to(tl.int64) * dk_token + key_head.to(tl.int64) * dk_head
-    DV += begin.to(tl.int64) * dv_token + key_head.to(tl.int64) * dv_head
+    DK += begin.to(tl.int64) * dk_token + part.to(tl.int64) * dk_head
+    DV += begin.to(tl.int64) * dv_token + part.to(tl.int64) * dv_head
     _store_rows(DK, column, dk_token, length, dk * scale, D, BD, BN)
     _store_rows(DV, column, dv_token, length, dv, D, BD, BN)
+
+
+@triton.jit
+def _sum_parts(PARTS, Y, values, D: tl.constexpr, parts: tl.constexpr, BLOCK: tl.constexpr):
+    """Y [.., D] = the sum over `parts` of PARTS [.., parts, D], one after the other."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    source = PARTS + at // D * (parts * D) + at % D
+    y = tl.zeros((BLOCK,), tl.float32)
+    for i in tl.static_range(parts):
+        y += tl.load(source + i * D, mask=at < values, other=0.0)
+    tl.store(Y + at, y.to(Y.dtype.element_ty), mask=at < values)
 
 
 # The largest tilings of 16-bit operands, by the size of a head, that spill no register on any GPU
@@ -307,6 +327,22 @@ def tilings(q: Tensor) -> Tilings:
     return WIDE[size] if capability in ((9, 0), (10, 0)) else NARROW[size]
 
 
+def parts_of(group: int, work: int, device: torch.device) -> int:
+    """Return among how many programs the query heads of a group are shared.
+
+    A row's n tiles of keys meet 1, 2, ..., n blocks of queries of each head. So the longest program
+    takes no longer than all together if heads rows (n + 1) / 2 >= multiprocessors.
+
+    Args:
+        group: query heads per key head.
+        work: heads rows (n + 1).
+        device: where they run.
+    """
+    enough = 2 * dispatch.multiprocessors(device)
+    divisors = (p for p in range(1, group + 1) if group % p == 0)
+    return next((p for p in divisors if p * work >= enough), group)
+
+
 def _flat(x: Tensor) -> Tensor:
     """Return x [B, T, H, D] as [B T, H, D], a copy unless a token's values and rows are in line."""
     if x.stride(3) != 1 or (len(x) > 1 and x.stride(0) != x.shape[1] * x.stride(1)):
@@ -323,9 +359,9 @@ class DocumentAttention(torch.autograd.Function):
     """Map q [N, Hq, D], k and v [N, Hk, D] of documents to y [N, Hq, D]."""
 
     @staticmethod
-    def forward(ctx, q, k, v, documents, scale, softcap, window):
+    def forward(ctx, q, k, v, documents, scale, softcap, window, dense):
         (N, heads, D), group = q.shape, q.shape[1] // k.shape[1]
-        ctx.documents, ctx.scale = documents, scale
+        ctx.documents, ctx.scale, ctx.dense = documents, scale, dense
         ctx.tilings = tilings(q)
         ctx.shape = {
             "group": group, "window": window, "cap": softcap, "D": D,
@@ -336,7 +372,7 @@ class DocumentAttention(torch.autograd.Function):
         lse = torch.empty((heads, N), dtype=torch.float32, device=q.device)
         tiles = documents.tiles(cut.tile, q.device)
         dispatch.launch(
-            _forward, (tiles.shape[0], heads), q, k, v, y, lse, tiles, N, *_strides(q, k, v, y),
+            _forward, (heads, tiles.shape[0]), q, k, v, y, lse, tiles, N, *_strides(q, k, v, y),
             scale, **ctx.shape, BM=cut.tile, BN=cut.step, num_warps=cut.warps,
             num_stages=cut.stages,
         )  # fmt: skip
@@ -349,28 +385,47 @@ class DocumentAttention(torch.autograd.Function):
         q, k, v, y, lse = ctx.saved_tensors
         (N, heads, D), on = q.shape, q.device
         dy = dy if dy.stride(2) == 1 else dy.contiguous()
-        delta = torch.empty_like(lse)
-        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=on) for x in (q, k, v))
-        _, of_queries, of_keys = ctx.tilings
-        tiles = ctx.documents.tiles(of_queries.tile, on)
-        of_heads = ctx.documents.tiles(of_keys.tile, on, keys=True)
+        delta, dq = torch.empty_like(lse), torch.empty(q.shape, dtype=q.dtype, device=on)
+        cut = ctx.tilings.dq
+        tiles = ctx.documents.tiles(cut.tile, on)
         given = q, k, v, dy, lse, delta
         rows = DELTA_VALUES // ctx.shape["BD"]
         dispatch.launch(
             _delta, (-(-N // rows), heads), y, dy, delta, N, *_strides(y, dy), D, ctx.shape["BD"],
             rows, num_warps=4,
         )  # fmt: skip
+        dk, dv = DocumentAttention._of_keys(ctx, given)
         dispatch.launch(
-            _dkv, (of_heads.shape[0], k.shape[1]), *given, dk, dv, of_heads, N,
-            *_strides(q, k, v, dy, dk, dv), ctx.scale, **ctx.shape, BM=of_keys.step,
-            BN=of_keys.tile, num_warps=of_keys.warps, num_stages=of_keys.stages,
+            _dq, (heads, tiles.shape[0]), *given, dq, tiles, N, *_strides(q, k, v, dy, dq),
+            ctx.scale, **ctx.shape, BM=cut.tile, BN=cut.step, num_warps=cut.warps,
+            num_stages=cut.stages,
         )  # fmt: skip
+        return dq, dk, dv, None, None, None, None, None
+
+    @staticmethod
+    def _of_keys(ctx, given) -> Tensor:
+        """Return dk and dv, [2, N, Hk, D]."""
+        q, k, v, dy, *_ = given
+        (N, heads, D), cut, group = k.shape, ctx.tilings.dkv, ctx.shape["group"]
+        tiles = ctx.documents.tiles(cut.tile, k.device, keys=True)
+        parts = 1
+        if ctx.dense:
+            parts = parts_of(group, heads * (len(tiles) + len(ctx.documents)), k.device)
+        dtype = k.dtype if parts == 1 else torch.float32
+        found = torch.empty((2, N, heads * parts, D), dtype=dtype, device=k.device)
         dispatch.launch(
-            _dq, (tiles.shape[0], heads), *given, dq, tiles, N, *_strides(q, k, v, dy, dq),
-            ctx.scale, **ctx.shape, BM=of_queries.tile, BN=of_queries.step,
-            num_warps=of_queries.warps, num_stages=of_queries.stages,
+            _dkv, (heads * parts, len(tiles)), *given, *found, tiles, N,
+            *_strides(q, k, v, dy, *found), ctx.scale, **ctx.shape, share=group // parts,
+            BM=cut.step, BN=cut.tile, num_warps=cut.warps, num_stages=cut.stages,
         )  # fmt: skip
-        return dq, dk, dv, None, None, None, None
+        if parts == 1:
+            return found
+        summed = torch.empty((2, N, heads, D), dtype=k.dtype, device=k.device)
+        dispatch.launch(
+            _sum_parts, (-(-summed.numel() // SUMMED),), found, summed, summed.numel(), D, parts,
+            SUMMED, num_warps=SUMMED // 8 // dispatch.lanes(),
+        )  # fmt: skip
+        return summed
 
 
 def attention(
@@ -385,10 +440,11 @@ def attention(
 ) -> Tensor:
     """Attend within the documents of a row, or within each row, for operands that fit."""
     B, T, _, D = q.shape
+    dense = lengths is None
     if lengths is None:
         lengths = equal_documents(B, T)
     documents = lengths if isinstance(lengths, Documents) else Documents(lengths)
     if window is not None and window >= documents.longest:
         window = None
-    options = documents, D**-0.5 if scale is None else scale, softcap, window
+    options = documents, D**-0.5 if scale is None else scale, softcap, window, dense
     return DocumentAttention.apply(*(_flat(x) for x in (q, k, v)), *options).view(q.shape)
