@@ -159,7 +159,7 @@ OF_ADAMW = {"adamw/_squares": 4, "adamw/_decide": 0, "adamw/_update": 28}
 # Products of an attention kernel with the scores.
 PRODUCTS = {"attention/_forward": 2, "attention/_dkv": 4, "attention/_dq": 3}
 # Kernels that read and write in place, or may: how often they move a tensor of their first's size.
-IN_PLACE = {"swiglu/_backward": 6, "cross_entropy/_backward": 2}
+IN_PLACE = {"swiglu/_backward": 6, "swiglu/_added_backward": 6, "cross_entropy/_backward": 2}
 MULTIPLIED = {"mm": 0, "bmm": 0, "_scaled_mm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1}
 MADE = {  # read nothing that counts
     "zeros", "ones", "full", "arange", "scalar_tensor", "zeros_like", "ones_like", "full_like",

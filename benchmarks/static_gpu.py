@@ -325,6 +325,8 @@ def cases() -> Iterator[tuple[str, Callable, int]]:
     both_rows = torch.empty(8, 2 * 14336 + 32, dtype=torch.bfloat16)
     apart = both_rows[:, :14336], both_rows[:, 14336:28672]
     yield "swiglu of rows", lambda: ops.gated_backward_(halves3[0], *apart, "silu"), 1024
+    for r in (16, 64):
+        yield f"updates added {r}", partial(updates_added, gate.detach(), up.detach(), r), 32 * 128
     labels = torch.zeros(4, dtype=torch.int64)
     for vocabulary, cap in ((128256, None), (151936, None), (256000, 30.0)):
         logits = bf16(4, vocabulary)
@@ -375,6 +377,18 @@ def cases() -> Iterator[tuple[str, Callable, int]]:
         name = "nf4 dequantize" + (" double" if double else "")
         yield name, lambda q=q: ops.dequantize_nf4(q, torch.bfloat16), 4096
     yield from float8_cases(packed[True])
+
+
+def updates_added(gate: torch.Tensor, up: torch.Tensor, r: int) -> None:
+    """An activation's passes that add low-rank updates: to all it reads, and to dy alone."""
+    (M, inner), swiglu = gate.shape, lk.kernels.ops.swiglu
+    low, A, B = (torch.empty(shape, dtype=gate.dtype) for shape in ((M, r), (r, inner), (inner, r)))
+    if not swiglu.adds_updates(gate, [r]):
+        return
+    of_dy, of_inner = swiglu.Update(low, A), [swiglu.Update(low, B)] * 2
+    swiglu.gated_beside(gate, up, "silu", 0, of_inner)
+    for updates in ((of_dy, *of_inner), (of_dy, None, None)):
+        swiglu.gated_backward_(torch.empty_like(gate), gate, up, "silu", updates=updates)
 
 
 def float8_cases(packed: lk.kernels.NF4Tensor) -> Iterator[tuple[str, Callable, int]]:

@@ -114,6 +114,35 @@ def test_layers_and_head_are_those_of_the_reference():
         assert (one.double() - other.double()).norm() <= 0.01 * other.double().norm()
 
 
+@pytest.mark.parametrize(("keep", "dropout"), [(True, 0.0), (False, 0.0), (True, 0.3)])
+def test_an_mlp_whose_activation_adds_the_updates(keep, dropout):
+    """Beside the reference, which adds them before; three roundings to e4m3 follow each other, each
+    with the tolerance of the layers above.
+    """
+    shapes = (96, 64), (96, 64), (64, 96)
+    with kernels.use_backend("reference"):
+        packed = [
+            kernels.quantize_nf4((random(i, *shape) * 0.2).bfloat16())
+            for i, shape in enumerate(shapes)
+        ]
+    x = random(7, 40, 64).bfloat16().requires_grad_()
+    # updates as large as the products: without them nothing would be near
+    A = [(random(20 + i, 8, k) / 4).requires_grad_() for i, (_, k) in enumerate(shapes)]
+    B = [(random(30 + i, n, 8) / 4).requires_grad_() for i, (n, _) in enumerate(shapes)]
+    found = []
+    for backend in (on_triton(), kernels.use_backend("reference")):
+        with backend:
+            layers = [
+                LoraWeights(Float8Linear(Base(q), Float8Weight(q)), *pair, 0.5, dropout)
+                for q, *pair in zip(packed, A, B, strict=True)
+            ]
+            torch.manual_seed(0)  # of the masks
+            y = kernels.lora_mlp(x, *layers, "silu", keep=keep)
+            found.append([y, *torch.autograd.grad(y.float().square().sum(), [x, *A, *B])])
+    for one, other in zip(*found, strict=True):
+        assert (one.double() - other.double()).norm() <= 0.03 * other.double().norm()
+
+
 @pytest.mark.parametrize("vocabulary", [48, 4112])
 def test_gradients_of_logits(vocabulary):
     """They are within e4m3's bound of fp64, with the scale of the label's gradient, 1 - p."""

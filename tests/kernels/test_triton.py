@@ -324,6 +324,46 @@ def test_gated_activations_of_rows_that_lie_apart(rows, width, room, dtype, seed
     assert (into[:, 2 * width :] == 7).all()
 
 
+@settings(max_examples=10, deadline=None)
+@given(
+    st.integers(1, 70), st.integers(1, 300), st.tuples(*[st.sampled_from([0, 3, 8, 24])] * 3),
+    st.sampled_from([torch.bfloat16, torch.float16]), seeds,
+)  # fmt: skip
+def test_gated_activations_with_updates(rows, width, ranks, dtype, seed):
+    """What is left to be added is added in fp32, as fp64 has it: y and the gradients are rounded
+    once. The updates' columns lie beside each other, and so do the gradients.
+    """
+    grad, gate, up = (random(seed + i, rows, width, scale=2).to(dtype) for i in range(3))
+    lows = random(seed + 3, rows, sum(ranks) + 5).to(dtype).split([*ranks, 5], dim=1)[:3]
+    shapes = (ranks[0], width), (width, ranks[1]), (width, ranks[2])
+    small = [random(seed + 4 + i, *shape).to(dtype) for i, shape in enumerate(shapes)]
+    updates = [
+        swiglu.Update(low, m) if m.numel() else None for low, m in zip(lows, small, strict=True)
+    ]
+    right = small[0], small[1].t(), small[2].t()
+    whole = [
+        t.double() + low.double() @ m.double()
+        for t, low, m in zip((grad, gate, up), lows, right, strict=True)
+    ]
+    into = torch.full((rows, 2 * width + 3), 7, dtype=dtype, device=DEVICE)
+    halves = into[:, :width], into[:, width : 2 * width]
+    given = [t.clone() for t in (grad, gate, up)]
+    with on_triton():
+        y = swiglu.gated_beside(gate, up, "silu", 2, updates[1:]) if all(ranks[1:]) else None
+        kernels.gated_backward_(*given, "silu", halves, updates)
+    leaves = [t.requires_grad_() for t in whole[1:]]
+    with kernels.use_backend("reference"):
+        exact = kernels.gated(*leaves, "silu")
+        truth = [exact, *torch.autograd.grad(exact, leaves, whole[0])]
+    for ours, wanted in zip((given[0], *halves), truth, strict=True):
+        rounding = 4 * torch.finfo(dtype).eps * wanted.abs().max() + 2**-19
+        assert (ours.double() - wanted).abs().max() <= rounding
+    assert y is None or (torch.equal(y, given[0]) and y.stride() == (width + 2, 1))
+    assert (into[:, 2 * width :] == 7).all()
+    assert torch.equal(given[1], gate)
+    assert torch.equal(given[2], up)
+
+
 @settings(max_examples=15)
 @given(st.integers(1, 2500), dtypes, st.sampled_from(ACTIVATIONS), seeds)
 def test_gated_activations_backward_in_place(n, dtype, hidden_act, seed):

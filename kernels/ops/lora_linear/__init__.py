@@ -61,6 +61,7 @@ from torch import Tensor
 from ... import dispatch
 from ...autograd import once_differentiable, without_autocast
 from .. import swiglu
+from ..swiglu.updates import Update, Updates, adds_updates
 from . import cpu, float8, reference
 from .tensors import TENSORS, Dropout, FrozenLinearMap, LoraTensors, Static
 
@@ -261,6 +262,14 @@ def _group(
     return kind(static, drop, tensors, dtype, room)
 
 
+def _left(inner: cpu.Group | reference.Group, x: Tensor) -> tuple[Update, Update] | None:
+    """Return what gate and up of x [M, K] are without, for the activation to add; or None."""
+    if not isinstance(inner, float8.Float8Group) or not inner.leaves:
+        return None
+    of_gate, of_up = inner.left(x)
+    return of_gate, of_up
+
+
 def _keep(ctx, x: Tensor, again: Again, *tensors: Tensor | None) -> None:
     """Keep tensors for backward, and x [M, K] itself, or what it is made of."""
     ctx.make, source = (None, x) if again is None else again
@@ -328,8 +337,9 @@ class LoraMLP(torch.autograd.Function):
         same = first.dtype == x.dtype
         gate, up = first.forward(x.to(first.dtype), by_base=same)
         _keep(ctx, x, again, *((gate, up) if keep else (None, None)), *tensors)
-        if rooms[0]:
-            hidden = swiglu.gated_beside(gate, up, hidden_act, rooms[1])
+        left = _left(first, x)
+        if rooms[0] or left:
+            hidden = swiglu.gated_beside(gate, up, hidden_act, rooms[1], left)
         else:
             hidden = swiglu.gated(gate, up, hidden_act)
         (y,) = second.forward(hidden, by_base=same)
@@ -355,10 +365,10 @@ class LoraMLP(torch.autograd.Function):
         else:  # another backward may ask for them
             into = torch.empty((2, *gate.shape), dtype=gate.dtype, device=gate.device).unbind()
         second.take([grad.to(second.dtype)])
-        hidden = second.grad_x()
+        hidden, updates = LoraMLP._through(first, second, flat, gate)
         second.forget_weights()
         # the hidden state goes over its gradient
-        swiglu.gated_backward_(hidden, gate, up, ctx.hidden_act, into)
+        swiglu.gated_backward_(hidden, gate, up, ctx.hidden_act, into, updates)
         first.take(into, wide)
         dx = first.grad_x().to(x.dtype) if ctx.needs_input_grad[0] else None
         need, split = ctx.needs_input_grad[9:], 2 * TENSORS
@@ -369,8 +379,21 @@ class LoraMLP(torch.autograd.Function):
         return dx, *(None,) * 8, *of_inner, *of_outer
 
     @staticmethod
+    def _through(first, second, x, gate) -> tuple[Tensor, Updates | None]:
+        """Return the hidden state's gradient, and the updates that the activation is to add."""
+        left = _left(first, x)
+        apart = isinstance(second, reference.Group) and gate.dtype == second.dtype
+        apart = apart and not second.drop.rate and adds_updates(gate, second.ranks)
+        if apart:
+            of_grad = Update(second.dlow, second.A)
+            return second.grad_x(apart=True), (of_grad, *(left or (None, None)))
+        return second.grad_x(), None if left is None else (None, *left)
+
+    @staticmethod
     def _made(ctx, x, tensors):
         (inner, inner_drop), (outer, outer_drop) = ctx.static
         split = TENSORS * len(inner)
         first = _group(x, inner, inner_drop, tensors[:split], ctx.rooms[0])
+        if isinstance(first, float8.Float8Group):
+            first.leave_updates()
         return first, _group(x, outer, outer_drop, tensors[split:], ctx.rooms[1])

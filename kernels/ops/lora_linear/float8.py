@@ -2,7 +2,8 @@
 
 x is rounded once for all layers that read it, and their dx is one product, as deep as all of them.
 torch's product in float8 adds nothing to what is there already, so that the low-rank update is
-added afterwards, in a pass over y or dx.
+added afterwards, in a pass over y or dx. The updates of gate and up are left to the activation,
+which reads both in any case (`swiglu.updates`).
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..float8 import Float8Weight, ScaledRows, product, product_back, scaled_rows
+from ..swiglu.updates import Update, adds_updates
 from . import reference
 from .tensors import Static
 
@@ -30,8 +32,12 @@ class Float8Layer(reference.DenseLayer):
 
     def product(self, x: Tensor, low: Tensor) -> Tensor:
         """Return x W^T + s low B^T, [M, N]."""
+        return self.frozen_product(x).addmm_(low, self.sB.t())
+
+    def frozen_product(self, x: Tensor) -> Tensor:
+        """Return x W^T, [M, N]."""
         rows = scaled_rows([x], [None]) if self.rows is None else self.rows
-        return product(rows, self.float8, self.out).addmm_(low, self.sB.t())
+        return product(rows, self.float8, self.out)
 
 
 class Float8Group(reference.Group):
@@ -39,6 +45,18 @@ class Float8Group(reference.Group):
 
     layer_class = Float8Layer
     layers: list[Float8Layer]  # type: ignore[assignment]
+    leaves = False  # whether `forward` leaves the updates to be added
+
+    def leave_updates(self) -> None:
+        """Let `forward` return y without updates from now on, where an activation can add them."""
+        bare = all(layer.magnitude is None and layer.bias is None for layer in self.layers)
+        autocast = torch.is_autocast_enabled(self.A.device.type)
+        self.leaves = bare and not autocast and adds_updates(self.A, self.ranks)
+
+    def left(self, x: Tensor) -> list[Update]:
+        """Return the updates that `forward` left to be added, for x [M, K]."""
+        pairs = zip(self.low(x), self.layers, strict=True)
+        return [Update(low, layer.sB) for low, layer in pairs]
 
     def forward(self, x: Tensor, by_base: bool) -> list[Tensor]:
         """Return y [M, N] of each layer for x [M, K]; `by_base` makes no difference."""
@@ -49,13 +67,15 @@ class Float8Group(reference.Group):
         ys = []
         for layer, low, out in zip(self.layers, lows, outs, strict=True):
             layer.rows, layer.out = rows, out
-            ys.append(layer.forward(x, low))
+            ys.append(layer.frozen_product(x) if self.leaves else layer.forward(x, low))
             layer.rows = layer.out = None
         return ys
 
-    def grad_x(self) -> Tensor:
-        """Return dx = dy W + s (dy B) A, summed over the layers: [M, K]."""
+    def grad_x(self, apart: bool = False) -> Tensor:
+        """Return dx = dy W + s (dy B) A, summed over the layers: [M, K]; `apart`: dy W alone."""
         dx = product_back(self.scaled, [layer.float8 for layer in self.layers])
+        if apart:
+            return dx
         if self.drop.rate:
             return dx.add_(self.drop(self.dlow @ self.A))
         return dx.addmm_(self.dlow, self.A)

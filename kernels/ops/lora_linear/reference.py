@@ -327,21 +327,21 @@ class Group:
         for layer, dy, out in zip(self.layers, self.scaled, columns, strict=True):
             torch.mm(dy, layer.sB, out=out)  # s (dy B): [M, N] @ [N, r]
 
-    def grad_x(self) -> Tensor:
-        """Return dx = dy W + s (dy B) A, summed over the layers: [M, K]."""
+    def grad_x(self, apart: bool = False) -> Tensor:
+        """Return dx = dy W + s (dy B) A, summed over the layers: [M, K]; `apart`: dy W alone."""
         if self.room:
             W = self._joined()[:, : self.A.shape[1]]
-            if self.wide is not None and not self.drop.rate:
+            if self.wide is not None and not self.drop.rate and not apart:
                 return self.wide[:, : self.N + self.R] @ W
             each = W[: self.N].split_with_sizes(self.widths)
             for layer, rows in zip(self.layers, each, strict=True):
                 layer.kept = [(slice(None), rows)]
-        small_first = not self.drop.rate and dispatch.triton_runs(self.dlow)
+        small_first = not self.drop.rate and not apart and dispatch.triton_runs(self.dlow)
         dx = self.dlow @ self.A if small_first else None
         for layer, dy in zip(self.layers, self.scaled, strict=True):
             dx = product_back(dy, layer.weight(), dx)
         assert dx is not None  # there is a layer
-        if small_first:
+        if small_first or apart:
             return dx
         if self.drop.rate:
             return dx.add_(self.drop(self.dlow @ self.A))

@@ -6,6 +6,8 @@
 
     d gate = dy up a'(gate)          d up = dy a(gate)
 
+Low-rank updates may still be to be added to dy, gate and up (`updates.py`).
+
 The names are those of `hidden_act` in a model's config.json; `activation.py` has the list of them.
 """
 
@@ -18,6 +20,7 @@ from ... import dispatch
 from ...autograd import once_differentiable
 from . import cpu, reference
 from .activation import Activation, check_activation
+from .updates import Update, Updates
 
 
 def gated(gate: Tensor, up: Tensor, hidden_act: str) -> Tensor:
@@ -86,11 +89,12 @@ def gated_backward_(
     up: Tensor,
     hidden_act: str,
     into: tuple[Tensor, Tensor] | None = None,
+    updates: Updates | None = None,
 ) -> None:
     """Run the backward pass of `gated` in place, for a caller to whom the tensors belong.
 
     All tensors are of one shape and dtype, and contiguous. Where Triton runs, they may be matrices
-    whose rows lie apart.
+    whose rows lie apart, and updates may still be to be added to them (`adds_updates`).
 
     Args:
         grad: dy [...]; y = a(gate) * up is written over it.
@@ -98,24 +102,39 @@ def gated_backward_(
         up: [...]; d up is written over it, unless `into` is given.
         hidden_act: the activation a, as in `gated`.
         into: the two tensors that d gate and d up are written to instead.
+        updates: what is still to be added to dy, gate and up; None for nothing.
     """
     dgate, dup = into or (gate, up)
+    if updates is not None:
+        from . import triton
+
+        return triton.added_backward(grad, gate, up, dgate, dup, hidden_act, updates)
     backend = _backend(gate, up) if grad.dtype == gate.dtype else reference
     if backend is reference:
         return reference.gated_backward_(grad, gate, up, dgate, dup, hidden_act)
     backend.backward(grad, gate, up, dgate, dup, grad, hidden_act)
 
 
-def gated_beside(gate: Tensor, up: Tensor, hidden_act: str, room: int) -> Tensor:
+def gated_beside(
+    gate: Tensor,
+    up: Tensor,
+    hidden_act: str,
+    room: int,
+    updates: tuple[Update, Update] | None = None,
+) -> Tensor:
     """Return a(gate) * up for matrices whose rows may lie apart, where Triton runs.
 
-    Each row of the result has `room` values of memory beside it. It is not differentiable.
+    Each row of the result has `room` values of memory beside it. `updates` are still to be added
+    to gate and up. It is not differentiable.
     """
     from . import triton
 
     rows, width = gate.shape
     y = gate.new_empty(rows, width + room)[:, :width]
-    triton.forward(gate, up, y, hidden_act)
+    if updates is None:
+        triton.forward(gate, up, y, hidden_act)
+    else:
+        triton.added_forward(gate, up, y, hidden_act, *updates)
     return y
 
 

@@ -14,6 +14,11 @@ With a = act(gate), and a' its slope,
 where the last is z (1 + tanh u) / 2 with u = sqrt(2 / pi) (z + 0.044715 z^3). Backward keeps gate
 and up only. A caller to whom these and the gradient belong gets the results in their places, and y
 as well, so that it need not keep y (`lora_mlp`).
+
+Low-rank updates, z + low wide, may still be to be added to gate, up and dy. A kernel of tiles adds
+them to what it reads, in fp32: the sums are neither written nor rounded. Forward and backward both
+do that, so that gate and up can be kept without them. To add them to gate and up before would read
+and write both once more, for one product of depth r.
 """
 
 import triton
@@ -21,8 +26,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import dispatch
+from .updates import Update, Updates
 
 BLOCK, THREADS = 1024, 128
+TILE_ROWS, TILE_COLUMNS, TILE_THREADS = 32, 128, 256  # of a program that adds updates
 
 
 @triton.jit
@@ -123,4 +130,102 @@ def backward(
             _backward, (-(-width // BLOCK), rows), *tensors, width, *strides, hidden_act,
             y is not None, BLOCK,
             num_warps=THREADS // dispatch.lanes(),
+        )  # fmt: skip
+
+
+@triton.jit
+def _tile(X, LOW, WIDE, m, n, rows, width, x_row, low_row, wide_low, wide_n, R, RANK: tl.constexpr):
+    """X + LOW WIDE at rows m and columns n, fp32; LOW may be None. WIDE is [R, width]."""
+    inside = (m < rows)[:, None] & (n < width)[None, :]
+    x = tl.load(X + m[:, None] * x_row + n[None, :], mask=inside, other=0.0).to(tl.float32)
+    if LOW is not None:
+        k = tl.arange(0, RANK)
+        source = LOW + m[:, None] * low_row + k[None, :]
+        low = tl.load(source, mask=(m < rows)[:, None] & (k < R)[None, :], other=0.0)
+        source = WIDE + k[:, None] * wide_low + n[None, :].to(tl.int64) * wide_n
+        wide = tl.load(source, mask=(k < R)[:, None] & (n < width)[None, :], other=0.0)
+        x += tl.dot(low, wide, input_precision="ieee")
+    return x
+
+
+@triton.jit
+def _added_forward(
+    GATE, UP, Y, LOW0, LOW1, WIDE0, WIDE1, rows, width, gate_row, up_row, y_row, low0_row, low1_row,
+    R0, R1, HIDDEN_ACT: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    m = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    gate = _tile(GATE, LOW0, WIDE0, m, n, rows, width, gate_row, low0_row, 1, R0, R0, RANK)
+    up = _tile(UP, LOW1, WIDE1, m, n, rows, width, up_row, low1_row, 1, R1, R1, RANK)
+    value, _ = _activate(gate, HIDDEN_ACT)
+    inside = (m < rows)[:, None] & (n < width)[None, :]
+    at = m[:, None] * y_row + n[None, :]
+    tl.store(Y + at, (value * up).to(Y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _added_backward(
+    DY, GATE, UP, DGATE, DUP, LOW, LOW0, LOW1, WIDE, WIDE0, WIDE1, rows, width, dy_row, gate_row,
+    up_row, dgate_row, dup_row, low_row, low0_row, low1_row, R, R0, R1, HIDDEN_ACT: tl.constexpr,
+    RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Y goes over DY, whose wide matrix is row-major; those of gate and up are column-major."""
+    n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    m = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    dy = _tile(DY, LOW, WIDE, m, n, rows, width, dy_row, low_row, width, 1, R, RANK)
+    gate = _tile(GATE, LOW0, WIDE0, m, n, rows, width, gate_row, low0_row, 1, R0, R0, RANK)
+    up = _tile(UP, LOW1, WIDE1, m, n, rows, width, up_row, low1_row, 1, R1, R1, RANK)
+    value, slope = _activate(gate, HIDDEN_ACT)
+    inside = (m < rows)[:, None] & (n < width)[None, :]
+    at = DGATE + m[:, None] * dgate_row + n[None, :]
+    tl.store(at, (dy * up * slope).to(DGATE.dtype.element_ty), mask=inside)
+    at = DUP + m[:, None] * dup_row + n[None, :]
+    tl.store(at, (dy * value).to(DUP.dtype.element_ty), mask=inside)
+    at = DY + m[:, None] * dy_row + n[None, :]
+    tl.store(at, (value * up).to(DY.dtype.element_ty), mask=inside)
+
+
+def _padded_rank(*ranks: int) -> int:
+    """Return the depth of the tiles' products for updates of these ranks."""
+    return max(16, 1 << (max(ranks) - 1).bit_length())
+
+
+def added_forward(
+    gate: Tensor, up: Tensor, y: Tensor, hidden_act: str, of_gate: Update, of_up: Update
+) -> None:
+    """Write a(gate) * up to y [M, I], for gate and up without their updates."""
+    M, width = gate.shape
+    if M and width:
+        R0, R1 = of_gate.low.shape[1], of_up.low.shape[1]
+        dispatch.launch(
+            _added_forward, (-(-width // TILE_COLUMNS), -(-M // TILE_ROWS)), gate, up, y,
+            of_gate.low, of_up.low, of_gate.matrix, of_up.matrix, M, width, gate.stride(0),
+            up.stride(0), y.stride(0), of_gate.low.stride(0), of_up.low.stride(0), R0, R1,
+            hidden_act, _padded_rank(R0, R1), TILE_ROWS, TILE_COLUMNS,
+            num_warps=TILE_THREADS // dispatch.lanes(),
+        )  # fmt: skip
+
+
+def added_backward(
+    dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, hidden_act: str,
+    updates: Updates,
+) -> None:  # fmt: skip
+    """Write dgate, dup, and y over dy, for dy, gate and up without their updates, where not None.
+
+    dgate and dup may lie over gate and up.
+    """
+    M, width = gate.shape
+    if M and width:
+        lows, matrices, strides, ranks = [], [], [], []
+        for update in updates:
+            low, matrix = update or (None, None)
+            lows.append(low)
+            matrices.append(matrix)
+            strides.append(0 if low is None else low.stride(0))
+            ranks.append(0 if low is None else low.shape[1])
+        dispatch.launch(
+            _added_backward, (-(-width // TILE_COLUMNS), -(-M // TILE_ROWS)), dy, gate, up, dgate,
+            dup, *lows, *matrices, M, width, dy.stride(0), gate.stride(0), up.stride(0),
+            dgate.stride(0), dup.stride(0), *strides, *ranks, hidden_act, _padded_rank(*ranks),
+            TILE_ROWS, TILE_COLUMNS, num_warps=TILE_THREADS // dispatch.lanes(),
         )  # fmt: skip
