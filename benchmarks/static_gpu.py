@@ -19,11 +19,13 @@ packages that are installed (static_peers.py says how), which takes twice as lon
 """
 
 import argparse
+import bisect
 import csv
 import importlib
 import itertools
 import os
 import re
+import struct
 import subprocess
 import tempfile
 from collections import Counter
@@ -45,7 +47,7 @@ import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
 import lorakit as lk
@@ -122,7 +124,7 @@ def launches(call: Callable, target: str) -> list[Launch]:
     return noted
 
 
-def compile_for(launch: Launch, target: GPUTarget):
+def compile_for(launch: Launch, target: GPUTarget) -> CompiledKernel:
     """The launch as Triton's launcher would specialize it, compiled."""
     names = launch.function.arg_names
     signature, constants, attributes = {}, {}, {}
@@ -147,13 +149,32 @@ def compile_for(launch: Launch, target: GPUTarget):
     return triton.compile(source, target=target, options=options)
 
 
-def measure(provider: str, op: str, launch: Launch, values: int, target: str) -> Figures:
-    """`values`: how many a program handles in one pass of its loop, if it has one."""
-    made = compile_for(launch, TARGETS[target])
-    name = launch.function.fn.__name__.strip("_")
+class Kernel(NamedTuple):
+    """A launch of an op, compiled."""
+
+    provider: str
+    op: str
+    name: str
+    values: int  # how many a program handles in one pass of its loop, if it has one
+    made: CompiledKernel
+
+
+def measure(kernels: list[Kernel], target: str) -> list[Figures]:
+    """The figures of kernels that were compiled for a target."""
+    if target.startswith("gfx"):
+        found = [_of_amd(kernel.made) for kernel in kernels]
+    else:
+        codes = disassembled([kernel.made.asm["cubin"] for kernel in kernels], target)
+        found = [_of_nvidia(k.made, code) for k, code in zip(kernels, codes, strict=True)]
+    return [_figures(k, target, *each) for k, each in zip(kernels, found, strict=True)]
+
+
+def _figures(
+    kernel: Kernel, target: str, registers: int, spilled: int, wide: float, instructions: int,
+    special: int,
+) -> Figures:  # fmt: skip
+    provider, op, name, values, made = kernel
     threads = made.metadata.num_warps * TARGETS[target].warp_size
-    found = _of_amd(made) if target.startswith("gfx") else _of_nvidia(made)
-    registers, spilled, wide, instructions, special = found
     return Figures(
         provider, op, name, target, registers, spilled, made.metadata.shared,
         occupancy(target, registers, made.metadata.num_warps, made.metadata.shared),
@@ -177,17 +198,47 @@ def occupancy(target: str, registers: int, warps: int, shared: int) -> float:
     return round(found * warps * lanes / most, 3)
 
 
-def _of_nvidia(made) -> tuple[int, int, float, int, int]:
+def machine_code(cubin: bytes) -> bytes:
+    """The instructions of the one kernel in a 64-bit ELF file: its section .text.NAME."""
+    (at,), (size, count, names) = (
+        struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<HHH", cubin, 58)
+    )  # fmt: skip
+    sections = [struct.unpack_from("<IIQQQQ", cubin, at + i * size) for i in range(count)]
+    start = sections[names][4]
+    (found,) = (
+        cubin[offset : offset + length]
+        for name, _, _, _, offset, length in sections
+        if cubin.startswith(b".text.", start + name)
+    )
+    return found
+
+
+def disassembled(cubins: list[bytes], target: str) -> list[list[str]]:
+    """The names of each kernel's instructions. One run reads all, as to begin takes it 0.4 s."""
+    codes = [machine_code(cubin) for cubin in cubins]
+    bounds = [0, *itertools.accumulate(map(len, codes))]
+    chip = f"SM{target[3:]}" + ("a" if int(target[3:]) >= 90 else "")  # as Triton compiles
+    with tempfile.TemporaryDirectory() as folder:
+        raw = Path(folder, "code")
+        raw.write_bytes(b"".join(codes))
+        text = _run([knobs.nvidia.nvdisasm.path, "-ndf", "-b", chip, str(raw)])
+    found: list[list[str]] = [[] for _ in cubins]
+    line = r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[T\d]+ )?([A-Z][A-Z0-9_.]*)"
+    for match in re.finditer(line, text):
+        found[bisect.bisect(bounds, int(match[1], 16)) - 1].append(match[2])
+    return found
+
+
+def _of_nvidia(made: CompiledKernel, code: list[str]) -> tuple[int, int, float, int, int]:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(made.asm["cubin"])
         used = _run([knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)])
-        code = _run([knobs.nvidia.cuobjdump.path, "-sass", str(cubin)])
     # Triton has no arrays of a thread's own: what is on the stack was spilled
     registers, spilled = map(int, re.search(r"REG:(\d+) STACK:(\d+)", used).groups())
     counts, moved = Counter(), Counter()
-    for match in re.finditer(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T\d]+ )?([A-Z][A-Z0-9_.]*)", code):
-        kind, *suffixes = match[1].split(".")
+    for instruction in code:
+        kind, *suffixes = instruction.split(".")
         counts[kind] += kind != "NOP"
         if kind in ("LDG", "STG"):
             bits = [int(s.strip("US")) for s in suffixes if re.fullmatch(r"[US]?(8|16|64|128)", s)]
@@ -195,7 +246,7 @@ def _of_nvidia(made) -> tuple[int, int, float, int, int]:
     return registers, spilled, _wide(moved, made.asm["ttir"]), counts.total(), counts["MUFU"]
 
 
-def _of_amd(made) -> tuple[int, int, float, int, int]:
+def _of_amd(made: CompiledKernel) -> tuple[int, int, float, int, int]:
     code = made.asm["amdgcn"]
     registers = int(re.search(r"\.vgpr_count:\s+(\d+)", code)[1])
     spilled = sum(map(int, re.findall(r"\.[vs]gpr_spill_count:\s+(\d+)", code)))
@@ -412,13 +463,15 @@ def measure_target(target: str, only: str | None, peers: bool) -> list[Figures]:
     chosen = (("lorakit", *case) for case in cases())
     if peers:
         chosen = itertools.chain(chosen, static_peers.cases(target))
-    found = []
+    kernels = []
     for provider, op, call, values in chosen:
         known = target in FLOAT8 or not op.startswith("float8")
         if known and (only is None or only in op):
-            noted = launches(call, target)
-            found += [measure(provider, op, launch, values, target) for launch in noted]
-    return found
+            for launch in launches(call, target):
+                name = launch.function.fn.__name__.strip("_")
+                made = compile_for(launch, TARGETS[target])
+                kernels.append(Kernel(provider, op, name, values, made))
+    return measure(kernels, target)
 
 
 def measure_all(targets: list[str], only: str | None, peers: bool) -> list[Figures]:

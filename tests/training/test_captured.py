@@ -5,6 +5,7 @@ ones. All else is the code that runs on a GPU.
 """
 
 import copy
+import itertools
 import json
 import math
 from contextlib import contextmanager, nullcontext
@@ -168,8 +169,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    list(zip(CASES, itertools.cycle([torch.bfloat16, torch.float32]), strict=False)),
+)
 def test_replayed_as_run(case, dtype):
     """Eight steps of other documents, labels and rates, one of them not finite."""
     recorder = Replays()
