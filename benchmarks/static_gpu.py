@@ -434,7 +434,7 @@ def updates_added(gate: torch.Tensor, up: torch.Tensor, r: int) -> None:
     """An activation's passes that add low-rank updates: to all it reads, and to dy alone."""
     (M, inner), swiglu = gate.shape, lk.kernels.ops.swiglu
     low, A, B = (torch.empty(shape, dtype=gate.dtype) for shape in ((M, r), (r, inner), (inner, r)))
-    if not swiglu.adds_updates(gate, [r]):
+    if not swiglu.updates.adds_updates(gate, [r]):
         return
     of_dy, of_inner = swiglu.Update(low, A), [swiglu.Update(low, B)] * 2
     swiglu.gated_beside(gate, up, "silu", 0, of_inner)

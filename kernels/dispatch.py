@@ -27,7 +27,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -151,13 +151,6 @@ def _module(package: str, name: str) -> ModuleType:
 def triton_runs(x: torch.Tensor) -> bool:
     """Return whether an op that has a Triton kernel for fp32, bf16 and fp16 should run it on x."""
     return x.dtype in FLOATS and pick(x.device, "triton") == "triton"
-
-
-def on_device(x: torch.Tensor) -> AbstractContextManager:
-    """Return a context in which Triton launches on the device of x, whichever is current."""
-    if not x.is_cuda or x.device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(x.device)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:

@@ -74,10 +74,9 @@ def adamw_step(
     """
     if params:
         options = AdamWOptions(step, lr, betas, eps, weight_decay)
-        with dispatch.on_device(params[0]):
-            update = Update(params, grads, exp_avgs, exp_avg_sqs, numbers(options))
-            for backend, part in _by_backend(update, fits):
-                backend.adamw_step(part)
+        update = Update(params, grads, exp_avgs, exp_avg_sqs, numbers(options))
+        for backend, part in _by_backend(update, fits):
+            backend.adamw_step(part)
 
 
 def adamw_step_8bit(
@@ -112,10 +111,9 @@ def adamw_step_8bit(
     """
     if params:
         options = AdamWOptions(step, lr, betas, eps, weight_decay)
-        with dispatch.on_device(params[0]):
-            update = Update(params, grads, exp_avgs, exp_avg_sqs, numbers(options))
-            for backend, part in _by_backend(update, fits_8bit):
-                backend.adamw_step_8bit(part)
+        update = Update(params, grads, exp_avgs, exp_avg_sqs, numbers(options))
+        for backend, part in _by_backend(update, fits_8bit):
+            backend.adamw_step_8bit(part)
 
 
 def _by_backend(

@@ -120,9 +120,8 @@ class ClippedAdamW:
         Returns:
             `told` of the module, fp32 [3 + n], in new memory.
         """
-        with dispatch.on_device(self.numbers):
-            backend = dispatch.backend(__package__, self.numbers.device, cpu=False)
-            return backend.clipped_step(self, rows, losses)
+        backend = dispatch.backend(__package__, self.numbers.device, cpu=False)
+        return backend.clipped_step(self, rows, losses)
 
 
 def _biases(group: AdamWGroup, steps: int) -> tuple[float, float]:

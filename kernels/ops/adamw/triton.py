@@ -305,8 +305,8 @@ def _uploaded(update: Update[M]) -> Tensor:
 
 def _launch_update(done: Work, numbers: Tensor) -> None:
     if len(done.pieces):
-        _update[(len(done.pieces),)](
-            done.tensors, done.pieces, numbers, BLOCK, COLUMNS,
+        dispatch.launch(
+            _update, (len(done.pieces),), done.tensors, done.pieces, numbers, BLOCK, COLUMNS,
             num_warps=THREADS // dispatch.lanes(),
         )  # fmt: skip
 
@@ -314,9 +314,9 @@ def _launch_update(done: Work, numbers: Tensor) -> None:
 def _launch_update_8bit(done: Work, numbers: Tensor) -> None:
     device = done.tensors.device
     if len(done.pieces):
-        _update_8bit[(len(done.pieces),)](
-            done.tensors, done.pieces, numbers, *signed_map(device), *unsigned_map(device),
-            ABSMAX_FLOOR, ROWS, BLOCK_8BIT, COLUMNS,
+        dispatch.launch(
+            _update_8bit, (len(done.pieces),), done.tensors, done.pieces, numbers,
+            *signed_map(device), *unsigned_map(device), ABSMAX_FLOOR, ROWS, BLOCK_8BIT, COLUMNS,
             num_warps=THREADS // dispatch.lanes(), **EXACT,
         )  # fmt: skip
 
@@ -362,11 +362,13 @@ def _decided(
     told = torch.empty(3 + len(losses), dtype=torch.float32, device=losses.device)
     warps = THREADS // dispatch.lanes()
     if count:
-        _squares[(count,)](done.tensors, done.pieces, sums, BLOCK, BLOCKS, num_warps=warps)
-    _decide[(1,)](
-        sums, done.pieces, losses, step.counters, step.by_step, step.by_taken, step.numbers, told,
-        count, len(losses), groups, steps, step.max_norm,
-        BLOCK, triton.next_power_of_2(len(losses)), triton.next_power_of_2(groups), COLUMNS,
+        dispatch.launch(
+            _squares, (count,), done.tensors, done.pieces, sums, BLOCK, BLOCKS, num_warps=warps
+        )
+    dispatch.launch(
+        _decide, (1,), sums, done.pieces, losses, step.counters, step.by_step, step.by_taken,
+        step.numbers, told, count, len(losses), groups, steps, step.max_norm, BLOCK,
+        triton.next_power_of_2(len(losses)), triton.next_power_of_2(groups), COLUMNS,
         num_warps=warps,
     )  # fmt: skip
     return told
