@@ -20,8 +20,9 @@ With --busy as many steps again run beside so many processes that do nothing but
 table of their own has those steps, and their share of the quiet ones' speed.
 
 Of dense rows, without checkpointing, a last column has the share of the arithmetic limit: what the
-products and attention of a step would take at the rate of one large product in the same dtype and
-on the same threads, measured before, over what the step took.
+products and attention of a step would take at the rate of one large product of torch's on the same
+threads, measured before, over what the step took. The product is in the same dtype or in fp32,
+which is the faster one where the processor multiplies bf16 at half the rate.
 
 Every side comes twice: as it is, and `tuned`, with an allocator that keeps freed memory. A side
 that fails is a row with its error, and the run goes on; the exit code is 1 if it was lorakit's.
@@ -327,7 +328,7 @@ def main() -> None:
             step = job.batch * operations(where, job.length, job.rank)
             least = step / machine["rate"]
             print(
-                f"one large product in {job.dtype}: {machine['rate']:.2f} TFLOP/s; a step has "
+                f"one large product: {machine['rate']:.2f} TFLOP/s; a step has "
                 f"{step:.2f} TFLOP, {least:.3f} s"
             )
         names = [name for name in SIDES if job.side is None or name in job.side]

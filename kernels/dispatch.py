@@ -218,7 +218,7 @@ def asks_onednn(x: torch.Tensor, w: torch.Tensor) -> bool:
     fp32 = x.dtype == w.dtype == torch.float32 and x.device.type == "cpu" and len(x) > 0
     if not fp32 or _forced not in (None, "cpu") or torch.is_autocast_enabled("cpu"):
         return False
-    return _mkl_is_slow()
+    return mkl_is_slow()
 
 
 def linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -233,7 +233,8 @@ def linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -
 
 
 @functools.cache
-def _mkl_is_slow() -> bool:
+def mkl_is_slow() -> bool:
+    """Return whether MKL leaves a part of the processor's vectors unused, and oneDNN is there."""
     handle = library()
     usable = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     return usable and handle is not None and bool(handle.lk_mkl_is_slow())

@@ -2,6 +2,9 @@
 against the ones that consist of torch's products.
 """
 
+from contextlib import contextmanager
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,13 +17,26 @@ from lorakit.kernels.ops.lora_linear import cpu, reference
 from lorakit.kernels.ops.lora_linear.tensors import Dropout
 from lorakit.kernels.ops.products import Sum, Term, sums_of_products
 from lorakit.kernels.ops.products import reference as spelled_out
+from tests.instruction_sets import ISAS, on_cpu
 
-FITS = products.available(torch.zeros(1, 2, dtype=torch.bfloat16))
-pytestmark = pytest.mark.skipif(not FITS, reason="for processors with AVX512-BF16")
+BF16, FP32 = torch.bfloat16, torch.float32
+# How the kernel multiplies: the instruction set, the dtype of a, and whether by pairs of bf16.
+WAYS = [(isa, dtype, False) for isa in ISAS if isa in products.ISAS for dtype in (BF16, FP32)]
+WAYS += [("avx512bf16", BF16, True)] if "avx512bf16" in ISAS else []
+pytestmark = pytest.mark.skipif(not WAYS, reason="for processors with AVX-512")
 
-BF16 = torch.bfloat16
+ways = st.sampled_from(WAYS or [None])
 seeds = st.integers(0, 2**31)
 sizes = st.sampled_from([1, 2, 5, 6, 7, 12, 13, 17, 40, 63, 64, 65, 100, 130])
+
+
+@contextmanager
+def multiplied(way):
+    """Sums are multiplied in one of the ways."""
+    isa, _, pairs = way
+    chosen = mock.patch.object(dispatch, "multiplies_pairs", return_value=pairs)
+    with on_cpu(isa), chosen, mock.patch.object(cpu, "available", return_value=True):
+        yield
 
 
 def fenced(shape, dtype, width=None):
@@ -30,26 +46,26 @@ def fenced(shape, dtype, width=None):
     return whole, whole[1:-1, : shape[1]]
 
 
-def term(generator, M, N, depth, kind, turned):
+def term(generator, M, N, depth, kind, turned, dtype=BF16):
     """Matrices whose rows lie apart, between NaN: what is read too far is seen."""
 
     def random(*shape):
         return torch.randn(shape, generator=generator)
 
-    a = fenced((M, depth), BF16)[1].copy_(random(M, depth))
+    a = fenced((M, depth), dtype)[1].copy_(random(M, depth))
     shape = (N, depth) if turned else (depth, N)
     if kind in ("nf4", "fp4"):
         quantize = kernels.quantize_nf4 if kind == "nf4" else kernels.quantize_fp4
-        return Term(a, quantize(random(*shape).to(BF16), double_quant=N % 2 == 0), turned)
+        return Term(a, quantize(random(*shape).to(dtype), double_quant=N % 2 == 0), turned)
     b = fenced(shape, BF16 if kind == "bf16" else torch.float32)[1].copy_(random(*shape))
     return Term(a, b, turned, 1.5 if kind == "fp32" else 1.0)
 
 
 def exactly(terms, scale, bias):
-    """Multiply in fp64 the values in bf16 that the kernel multiplies, and their magnitudes."""
+    """Multiply in fp64 the values that the kernel multiplies, and their magnitudes."""
     total = size = 0
     for a, b, turned, factor in terms:
-        b = spelled_out.dense(b, factor).double()
+        b = spelled_out.dense(b, factor, a.dtype).double()
         b = b.t() if turned else b
         a = a[:, : len(b)].double()
         total, size = total + a @ b, size + a.abs() @ b.abs()
@@ -59,14 +75,15 @@ def exactly(terms, scale, bias):
 
 @settings(max_examples=150)
 @given(
-    sizes, sizes,
+    ways, sizes, sizes,
     st.lists(st.tuples(st.sampled_from(["bf16", "fp32", "nf4", "fp4"]), st.booleans(),
-                       st.sampled_from([2, 6, 16, 64, 128])), min_size=1, max_size=3),
+                       st.sampled_from([2, 6, 16, 64, 128, 450])), min_size=1, max_size=3),
     st.booleans(), st.booleans(), seeds,
 )  # fmt: skip
-def test_a_sum_is_exact_but_for_its_roundings(M, N, kinds, wide, biased, seed):
-    """Products of bf16 are exact in fp32; each of the sums that add them up rounds to 2^-24, some
-    more often than once a value, and the result rounds to its dtype.
+def test_a_sum_is_exact_but_for_its_roundings(way, M, N, kinds, wide, biased, seed):
+    """Products are exact, of bf16 in fp32, and of fp32 in a fused multiply-add; each of the sums
+    that add them up rounds to 2^-24, some more often than once a value, and the result rounds to
+    its dtype.
     """
     generator = torch.Generator().manual_seed(seed)
     terms = []
@@ -74,10 +91,12 @@ def test_a_sum_is_exact_but_for_its_roundings(M, N, kinds, wide, biased, seed):
         if kind in ("nf4", "fp4"):  # rows of whole blocks
             depth, N = (64 if turned else depth), (N if turned else 64 * -(-N // 64))
         terms.append((kind, turned, depth))
-    terms = [term(generator, M, N, depth, kind, turned) for kind, turned, depth in terms]
+    dtype = way[1]
+    terms = [term(generator, M, N, depth, kind, turned, dtype) for kind, turned, depth in terms]
     bias = torch.randn(N, generator=generator) if biased else None
     whole, out = fenced((M, N), torch.float32 if wide else BF16)
-    sums_of_products([Sum(terms, out, 0.75, bias)])
+    with multiplied(way):
+        sums_of_products([Sum(terms, out, 0.75, bias)])
     exact, size = exactly(terms, 0.75, bias)
     depth = sum(a.shape[1] for a, *_ in terms)
     allowed = 2**-24 * (depth + 3) * size + (0 if wide else 2**-8) * exact.abs()
@@ -91,49 +110,72 @@ def test_a_sum_is_exact_but_for_its_roundings(M, N, kinds, wide, biased, seed):
 
 
 @settings(max_examples=40)
-@given(sizes, sizes, st.booleans(), seeds)
-def test_what_is_less_deep_ends_in_zeros(M, N, turned, seed):
+@given(ways, sizes, sizes, st.booleans(), seeds)
+def test_what_is_less_deep_ends_in_zeros(way, M, N, turned, seed):
     """An odd number of values along the depth is filled up by a zero; a's counterpart is read."""
     generator = torch.Generator().manual_seed(seed)
-    a = torch.randn(M, 8, generator=generator).to(BF16)
+    a = torch.randn(M, 8, generator=generator).to(way[1])
     b = fenced((N, 7) if turned else (7, N), BF16)[1]
     b.copy_(torch.randn(b.shape, generator=generator))
     out = torch.empty(M, N)
-    sums_of_products([Sum([Term(a, b, turned)], out)])
+    with multiplied(way):
+        sums_of_products([Sum([Term(a, b, turned)], out)])
     exact, size = exactly([Term(a, b, turned, 1.0)], 1.0, None)
     assert ((out.double() - exact).abs() <= 2**-24 * 11 * size).all()
 
 
-def test_the_number_of_threads_changes_no_bit():
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_threads_and_other_rows_change_no_bit(way):
+    """The second sum has some rows and columns of the first alone. Both are cut in their depth."""
     generator = torch.Generator().manual_seed(0)
-    terms = [term(generator, 100, 200, 128, kind, True) for kind in ("nf4", "fp32")]
+    dtype = way[1]
+    terms = [term(generator, 100, 200, depth, "fp32", True, dtype) for depth in (900, 64)]
+    fewer = [Term(a[40:57], b[64:101], True, factor) for a, b, _, factor in terms]
     found, before = [], torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(torch.empty(100, 200, dtype=BF16))
-            sums_of_products([Sum(terms, found[-1]), Sum(terms[:1], torch.empty(100, 200))])
+            found.append(torch.empty(100, 200, dtype=dtype))
+            part = torch.empty(17, 37, dtype=dtype)
+            with multiplied(way):
+                sums_of_products([Sum(terms, found[-1]), Sum(fewer, part)])
+            assert torch.equal(part, found[-1][40:57, 64:101])
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
 
 
-def test_which_weights_it_takes(monkeypatch):
+def test_where_it_multiplies(monkeypatch):
+    """Elsewhere torch is faster: tiles in bf16, oneDNN in fp32 on AMD, vectors of 8 values."""
+    bf16, fp32 = torch.zeros(1, 2, dtype=BF16), torch.zeros(1, 2)
+
+    def machine(isa, tiles=False, amd=False):
+        monkeypatch.setattr(dispatch, "isa", lambda: isa)
+        monkeypatch.setattr(dispatch, "multiplies_tiles", lambda: tiles)
+        monkeypatch.setattr(dispatch, "mkl_is_slow", lambda: amd)
+        return products.available(bf16), products.available(fp32)
+
+    assert machine("avx512") == machine("avx512bf16") == (True, True)
+    assert machine("avx512bf16", amd=True) == (True, False)
+    assert machine("avx512bf16", tiles=True) == (False, True)
+    assert machine("avx2") == machine("scalar") == (False, False)
+    machine("avx512bf16")
+    assert not products.available(fp32.half())
+    with kernels.use_backend("reference"):
+        assert not products.available(bf16)
+
+
+def test_which_weights_it_takes():
     w = torch.randn(6, 128)
     assert products.takes(w.to(BF16))
     assert products.takes(kernels.quantize_nf4(w))
-    assert not products.takes(w)  # fp32
+    assert products.takes(w)
+    assert not products.takes(w.half())
     assert not products.takes(kernels.quantize_nf4(w, block_size=32))
     assert not products.takes(kernels.quantize_nf4(torch.randn(6, 96)))  # rows end inside a block
     assert not products.takes(kernels.quantize_nf4(w[:5]))
     assert not products.takes(kernels.quantize_int8(w))
-    assert not products.available(w)
-    assert products.available(w.to(BF16))
-    with kernels.use_backend("reference"):
-        assert not products.available(w.to(BF16))
-    monkeypatch.setattr(dispatch, "multiplies_tiles", lambda: True)
-    assert not products.available(w.to(BF16))
 
 
 class Frozen:
@@ -153,34 +195,37 @@ def passes(group, x, dys, need):
 
 @settings(max_examples=40)
 @given(
-    st.sampled_from([1, 7, 50]), st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    ways, st.sampled_from([1, 7, 50]), st.lists(st.integers(1, 5), min_size=1, max_size=3),
     st.booleans(), st.booleans(), st.sampled_from([0.0, 0.5, 1.0]), seeds,
 )  # fmt: skip
-def test_layers_of_one_input_agree(M, ranks, packed, biased, rate, seed):
+def test_layers_of_one_input_agree(way, M, ranks, packed, biased, rate, seed):
     """Outputs and gradients are those of torch's products of fp32 copies, up to three
     roundings to bf16: of A or B, of x A^T or s dy B, and of the result, each at most 2^-9 of the
-    sum of the magnitudes. Ranks may be odd.
+    sum of the magnitudes. In fp32 what remains are the sums' own, of at most 100 values each in
+    both, and in a row. Ranks may be odd.
     """
     torch.manual_seed(seed)
+    dtype = way[1]
     K, static, dense, tensors = 64, [], [], []
     for rank, N in zip(ranks, [32, 64, 6], strict=False):
-        w = torch.randn(N, K).to(BF16)
+        w = torch.randn(N, K).to(dtype)
         if packed:
             stored = kernels.quantize_nf4(w)
             w = kernels.dequantize_nf4(stored)
         static.append((Frozen(stored if packed else w), 0.5))
         dense.append((Frozen(w.float()), 0.5))
-        bias = torch.randn(N).to(BF16) if biased else None
+        bias = torch.randn(N).to(dtype) if biased else None
         tensors += [torch.randn(rank, K), torch.randn(N, rank), bias, None]
-    x = torch.randn(M, 2 * K).to(BF16)[:, ::2]  # values not side by side
-    dys = [torch.randn(M, len(B)).to(BF16) for B in tensors[1::4]]
+    x = torch.randn(M, 2 * K).to(dtype)[:, ::2]  # values not side by side
+    dys = [torch.randn(M, len(B)).to(dtype) for B in tensors[1::4]]
     need = [t is not None for t in tensors]
 
     def drop(t):  # the same mask for all
-        return Dropout(rate, 3)(t.to(BF16)).to(t.dtype)
+        return Dropout(rate, 3)(t.to(dtype)).to(t.dtype)
 
     drop.rate = rate
-    ours = passes(cpu.group(x, static, drop, tensors), x, dys, need)
+    with multiplied(way):
+        ours = passes(cpu.group(x, static, drop, tensors), x, dys, need)
     wide = reference.Group(dense, drop, tensors, torch.float32)
     exact = passes(wide, x.float(), [dy.float() for dy in dys], need)
     positive = [(Frozen(base.stored.abs()), s) for base, s in dense]
@@ -192,12 +237,14 @@ def test_layers_of_one_input_agree(M, ranks, packed, biased, rate, seed):
             assert found is None
         else:
             assert found.shape == same.shape
-            assert ((found.float() - same).abs() <= 3 * 2**-9 * size + 1e-6).all()
+            allowed = 3 * 2**-9 if dtype == BF16 else 400 * 2**-24
+            assert ((found.float() - same).abs() <= allowed * size + 1e-6).all()
 
 
-def test_a_layer_that_does_not_fit_takes_torchs_products():
+def test_a_layer_that_does_not_fit_takes_torchs_products(monkeypatch):
     x, A, B = torch.randn(40, 64).to(BF16), torch.randn(2, 64), torch.randn(6, 2)
     static, drop = [(Frozen(torch.randn(6, 64).to(BF16)), 1.0)], Dropout(0.0, 0)
+    monkeypatch.setattr(cpu, "available", lambda x: True)
     assert cpu.group(x, static, drop, [A, B, None, None])
     for other in ([A, B, None, torch.ones(6)], [A.to(BF16), B, None, None]):  # the first is DoRA
         assert cpu.group(x, static, drop, other) is None

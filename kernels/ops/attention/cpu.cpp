@@ -202,61 +202,6 @@ void multiply(const Product& x, int64_t rows, int64_t columns) {
     }
 }
 
-// LINE vectors as the rows of a matrix become its columns.
-#if defined(__AVX512F__)
-inline void transpose(Vec (&a)[16]) {
-    __m512 pairs[16], fours[16];
-    for (int i = 0; i < 16; i += 2) {
-        pairs[i] = _mm512_unpacklo_ps(a[i].v, a[i + 1].v);
-        pairs[i + 1] = _mm512_unpackhi_ps(a[i].v, a[i + 1].v);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        for (int j = 0; j < 2; ++j) {
-            fours[i + 2 * j] = _mm512_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0x44);
-            fours[i + 2 * j + 1] = _mm512_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0xee);
-        }
-    }
-    for (int i = 0; i < 4; ++i) {  // the quarters of each of the fours belong to columns i, i + 4, i + 8 and i + 12
-        const __m512 even_top = _mm512_shuffle_f32x4(fours[i], fours[i + 4], 0x88);
-        const __m512 even_rest = _mm512_shuffle_f32x4(fours[i + 8], fours[i + 12], 0x88);
-        const __m512 odd_top = _mm512_shuffle_f32x4(fours[i], fours[i + 4], 0xdd);
-        const __m512 odd_rest = _mm512_shuffle_f32x4(fours[i + 8], fours[i + 12], 0xdd);
-        a[i].v = _mm512_shuffle_f32x4(even_top, even_rest, 0x88);
-        a[i + 4].v = _mm512_shuffle_f32x4(odd_top, odd_rest, 0x88);
-        a[i + 8].v = _mm512_shuffle_f32x4(even_top, even_rest, 0xdd);
-        a[i + 12].v = _mm512_shuffle_f32x4(odd_top, odd_rest, 0xdd);
-    }
-}
-#elif defined(__AVX2__)
-inline void transpose(Vec (&a)[8]) {
-    __m256 pairs[8], fours[8];
-    for (int i = 0; i < 8; i += 2) {
-        pairs[i] = _mm256_unpacklo_ps(a[i].v, a[i + 1].v);
-        pairs[i + 1] = _mm256_unpackhi_ps(a[i].v, a[i + 1].v);
-    }
-    for (int i = 0; i < 8; i += 4) {
-        for (int j = 0; j < 2; ++j) {
-            fours[i + 2 * j] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0x44);
-            fours[i + 2 * j + 1] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0xee);
-        }
-    }
-    for (int i = 0; i < 4; ++i) {
-        a[i].v = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
-        a[i + 4].v = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
-    }
-}
-#else
-inline void transpose(Vec (&a)[8]) {
-    for (int i = 0; i < 8; ++i) {
-        for (int j = 0; j < i; ++j) {
-            const float other = a[i].v[j];
-            a[i].v[j] = a[j].v[i];
-            a[j].v[i] = other;
-        }
-    }
-}
-#endif
-
 // ---- one unit ------------------------------------------------------------------------------------------------------
 
 struct Range {

@@ -2,7 +2,7 @@
 
 Forward is two calls: all of x A^T, then all of y. Backward is one for s dy B, one for dx, and one
 for dA and dB. A and B are read as they are, in fp32;
-x A^T, s dy B and the results are rounded to bf16.
+x A^T, s dy B and the results are in the dtype of x, bf16 or fp32.
 """
 
 from collections.abc import Iterator, Sequence
@@ -54,18 +54,17 @@ def group(x: Tensor, static: Static, drop: Dropout, tensors: Sequence[Any]) -> "
             return None
         layers.append(StoredLayer(weight, scaling, part.lora_A, part.lora_B, part.bias, start))
         start = layers[-1].pairs.stop
-    return Group(layers, drop)
+    return Group(layers, drop, x.dtype)
 
 
 class Group:
-    """Layers that read one x, on one batch: `reference.Group` in bf16, without dense weights."""
+    """Layers that read one x, on one batch: `reference.Group` without dense weights."""
 
-    dtype = torch.bfloat16
     grads: list[Tensor]  # dy [M, N] of each layer
     dlow: Tensor  # s dy B of each layer, side by side
 
-    def __init__(self, layers: list[StoredLayer], drop: Dropout):
-        self.layers, self.drop = layers, drop
+    def __init__(self, layers: list[StoredLayer], drop: Dropout, dtype: torch.dtype):
+        self.layers, self.drop, self.dtype = layers, drop, dtype  # of x and of what is computed
         self.lows: Tensor | None = None
 
     def _side_by_side(self, x: Tensor) -> Tensor:

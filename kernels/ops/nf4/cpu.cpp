@@ -16,11 +16,6 @@
 
 namespace {
 
-const float* scaled_table(const float* table, float absmax, float* out) {
-    for (int i = 0; i < 16; ++i) out[i] = table[i] * absmax;
-    return out;
-}
-
 template <class T>
 struct Quantize {
     const T* x;               // fp32 or bf16
@@ -309,110 +304,6 @@ void for_blocks(const PackedNF4& w, int64_t first, int64_t last, F f) {
         first = end;
     }
 }
-
-void store(float value, float* out) { *out = value; }
-void store(float value, uint16_t* out) { *out = bf16_from_float(value); }
-
-#if defined(__AVX2__)
-__m256 look_up(__m256 low, __m256 high, __m256i index) {  // table[index], index in 0..15
-    const __m256 a = _mm256_permutevar8x32_ps(low, index), b = _mm256_permutevar8x32_ps(high, index);
-    return _mm256_blendv_ps(a, b, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));  // bit 3 -> sign
-}
-
-void store16(__m256 a, __m256 b, float* out) {
-    _mm256_storeu_ps(out, a);
-    _mm256_storeu_ps(out + 8, b);
-}
-
-__m256i round_to_bf16(__m256 value) {  // eight fp32 -> eight bf16 in the low halves of 32-bit lanes, ties to even
-    const __m256i bits = _mm256_castps_si256(value);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    return _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
-}
-
-void store16(__m256 a, __m256 b, uint16_t* out) {
-    const __m256i packed = _mm256_packus_epi32(round_to_bf16(a), round_to_bf16(b));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permute4x64_epi64(packed, 0xd8));
-}
-#endif
-
-#if defined(__AVX512F__)
-void look_up32(const Table16& table, const uint8_t* codes, float* out) {
-    // two lanes of 32 bits to a byte; 0x80 gives a zero
-    const __m512i where = _mm512_add_epi32(_mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7),
-                                           _mm512_set1_epi32(static_cast<int>(0x80808000u)));
-    const __m512i shift = _mm512_set1_epi64(4);
-    for (int i = 0; i < 2; ++i) {
-        const __m512i bytes = spread(codes, _mm512_add_epi32(where, _mm512_set1_epi32(8 * i)));
-        const __m512i found = _mm512_permutexvar_epi32(_mm512_srlv_epi32(bytes, shift), table.v);
-        _mm512_storeu_si512(out + 16 * i, found);
-    }
-}
-
-void look_up32(const Table32& table, const uint8_t* codes, uint16_t* out) {
-    _mm512_storeu_si512(out, looked_up32(table, codes));
-}
-
-template <class T>
-struct TableOf {
-    using Type = Table16;
-};
-template <>
-struct TableOf<uint16_t> {
-    using Type = Table32;
-};
-#endif
-
-// It starts with the value i of a block.
-template <class T>
-__attribute__((noinline)) void dequantize_rest(const float* table, const uint8_t* codes, float scale, int64_t i,
-                                               int64_t count, T* out) {
-    float scaled[16];
-    scaled_table(table, scale, scaled);
-#if defined(__AVX2__)
-    const __m256 low = _mm256_loadu_ps(scaled), high = _mm256_loadu_ps(scaled + 8);
-    const __m256i mask = _mm256_set1_epi32(15);
-    for (; i + 16 <= count; i += 16) {
-        const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + i / 2));
-        const __m256i wide = _mm256_cvtepu8_epi32(bytes);
-        const __m256 even = look_up(low, high, _mm256_srli_epi32(wide, 4));
-        const __m256 odd = look_up(low, high, _mm256_and_si256(wide, mask));
-        const __m256 x = _mm256_unpacklo_ps(even, odd), y = _mm256_unpackhi_ps(even, odd);
-        store16(_mm256_permute2f128_ps(x, y, 0x20), _mm256_permute2f128_ps(x, y, 0x31), out + i);
-    }
-#endif
-    for (; i < count; ++i) {
-        const uint8_t byte = codes[i / 2];
-        store(scaled[i % 2 ? byte & 15 : byte >> 4], out + i);
-    }
-}
-
-// Makes blocks dense. Holds copies of what it reads, which no store can change, so that they stay in registers.
-template <class T>
-struct Decoder {
-    const uint8_t* codes;
-    const float* table;
-    int64_t block;
-#if defined(__AVX512F__)
-    __m512 levels;
-    explicit Decoder(const PackedNF4& w)
-        : codes(w.codes), table(w.table), block(w.block), levels(_mm512_loadu_ps(w.table)) {}
-#else
-    explicit Decoder(const PackedNF4& w) : codes(w.codes), table(w.table), block(w.block) {}
-#endif
-    // block b to out [count]
-    __attribute__((always_inline)) void operator()(int64_t b, float scale, int64_t count, T* out) const {
-        const uint8_t* of_block = codes + b * block / 2;
-        int64_t i = 0;
-#if defined(__AVX512F__)
-        typename TableOf<T>::Type scaled;
-        make_table(levels, scale, scaled);
-        for (; i + 32 <= count; i += 32) look_up32(scaled, of_block + i / 2, out + i);
-        if (i == count) return;
-#endif
-        dequantize_rest(table, of_block, scale, i, count, out);
-    }
-};
 
 struct Dequantize {
     PackedNF4 w;

@@ -10,9 +10,11 @@ and rounded once, the update costs its share of the depth instead of a walk over
 weight exists, in memory or in a workspace. These products also need none of the code that oneDNN
 makes, and keeps, for every new number of rows.
 
-One compiled kernel does it (cpu.cpp), for bf16 on processors with AVX512-BF16. Callers use torch's
-products on panels of dense weight (`frozen_linear`) elsewhere, for what `takes` refuses, and where
-oneDNN has the tiles of AMX to multiply with. `reference.py` says the sums in torch.
+One compiled kernel does it (cpu.cpp), on processors with AVX-512. bf16 is multiplied in pairs where
+AVX512-BF16 does that at twice the rate of fp32, and as fp32 elsewhere: the products of two bf16 are
+exact in either. Callers use torch's products on panels of dense weight (`frozen_linear`) on other
+processors, for what `takes` refuses, in bf16 where oneDNN has the tiles of AMX to multiply with,
+and in fp32 on AMD's, where oneDNN is asked. `reference.py` says the sums in torch.
 """
 
 from collections.abc import Sequence
@@ -29,21 +31,25 @@ from .terms import Sum, Term
 __all__ = ["Sum", "Term", "available", "dense_rows", "sums_of_products", "takes"]
 
 BLOCK = 64  # values of an NF4 row that the kernel unpacks at a time
+ISAS = "avx512", "avx512bf16"  # where it is faster than torch's products
 
 
 def available(x: Tensor) -> bool:
-    """Return whether the kernel is there for products with x [M, K]."""
-    if x.device.type != "cpu" or x.dtype != torch.bfloat16:
+    """Return whether the kernel is there, and pays, for products with x [M, K]."""
+    if x.device.type != "cpu" or x.dtype not in dispatch.CPU_DTYPES:
         return False
-    on_cpu = dispatch.pick(x.device, "cpu") == "cpu"
-    return on_cpu and dispatch.isa() == "avx512bf16" and not dispatch.multiplies_tiles()
+    if dispatch.pick(x.device, "cpu") != "cpu" or dispatch.isa() not in ISAS:
+        return False
+    if x.dtype == torch.float32:
+        return not dispatch.mkl_is_slow()
+    return not dispatch.multiplies_tiles()
 
 
 def takes(w: object) -> TypeGuard[Tensor | NF4Tensor]:
     """Return whether the kernel takes the weight w [N, K] as it is stored, in both directions."""
     if isinstance(w, Tensor):
         N, K = w.shape
-        return w.dtype == torch.bfloat16 and w.stride(1) == 1 and N % 2 == 0 and K % 2 == 0
+        return w.dtype in dispatch.CPU_DTYPES and w.stride(1) == 1 and N % 2 == 0 and K % 2 == 0
     if not isinstance(w, NF4Tensor):
         return False
     N, K = w.shape

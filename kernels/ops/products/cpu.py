@@ -12,7 +12,9 @@ from ...dispatch import FLOAT, INT64, POINTER, address
 from ..nf4.cpu import packed_arguments
 from . import terms as given
 
-LANES = 64  # columns of a panel at most
+LANES = 64  # columns of a panel at most, or the fewest of one in fp32
+HIGH, DEPTH = 12, 384  # rows of a tile at most, and values of each that are made fp32 at a time
+PANEL = 1 << 17  # words that panels of more columns may fill: a fourth of a cache of 2 MB
 PACKED = 2  # the kind of a matrix
 SHARE = 8  # `Share` of cpu.cpp, in words of 64 bits: a line of the cache
 
@@ -51,7 +53,7 @@ class Sums(ctypes.Structure):
 
     _fields_ = (
         *((name, POINTER) for name in ("sums", "space", "shares")),
-        *((name, INT64) for name in ("count", "threads", "size")),
+        *((name, INT64) for name in ("count", "threads", "size", "pairs", "singles")),
     )
 
 
@@ -79,9 +81,12 @@ def sums_of_products(sums: Sequence[given.Sum]) -> None:
         rows.append((ctypes.addressof(array), len(array), *out.shape, *place, scale, address(bias)))
         depth = max(depth, sum(a.shape[1] for a, *_ in terms))
     passed = (Sum * len(rows))(*rows)
-    count, size, on = threads.count(), depth // 2 * LANES, sums[0].out.device
+    singles = sums[0].terms[0].a.dtype == torch.float32
+    pairs = not singles and dispatch.multiplies_pairs()
+    size = depth // 2 * LANES if pairs else max((depth + HIGH) * LANES + HIGH * DEPTH, PANEL)
+    count, on = threads.count(), sums[0].out.device
     space = torch.empty(count * size, dtype=torch.int32, device=on)
     shares = torch.zeros(len(sums) * count * SHARE, dtype=torch.int64, device=on)
     pointers = ctypes.addressof(passed), space.data_ptr(), shares.data_ptr()
-    arguments = Sums(*pointers, len(sums), count, size)
+    arguments = Sums(*pointers, len(sums), count, size, pairs, singles)
     dispatch.function("sums_of_products", POINTER)(ctypes.addressof(arguments))

@@ -14,15 +14,15 @@ def sums_of_products(sums: Sequence[Sum]) -> None:
     for terms, out, scale, bias in sums:
         total = torch.zeros(out.shape, device=out.device)
         for a, b, turned, factor in terms:
-            b = dense(b, factor)
+            b = dense(b, factor, a.dtype)
             b = b.t() if turned else b
             total += a[:, : len(b)].float() @ b
         total *= scale
         out.copy_(total if bias is None else total + bias)
 
 
-def dense(b: Tensor | NF4Tensor, factor: float) -> Tensor:
-    """Return factor b in fp32, rounded to what bf16 holds."""
+def dense(b: Tensor | NF4Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+    """Return factor b in fp32, rounded to what `dtype`, that of a, holds."""
     if isinstance(b, NF4Tensor):
-        return dequantize_nf4(b, torch.bfloat16).float()
-    return (b if b.dtype == torch.bfloat16 else (factor * b).bfloat16()).float()
+        return dequantize_nf4(b, dtype).float()
+    return (b if b.dtype == torch.bfloat16 else (factor * b).to(dtype)).float()

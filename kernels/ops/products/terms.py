@@ -11,8 +11,9 @@ from ..nf4 import NF4Tensor
 class Term(NamedTuple):
     """A product of two matrices, a [M, depth] and b [depth, N].
 
-    a is bf16, and its depth even. b is bf16, fp32 or NF4; if it is `turned` it lies as [N, depth].
-    A b that is less deep than a is continued by zeros.
+    a is bf16 or fp32, one of them in all sums of a call, and its depth even. b is bf16, fp32 or
+    NF4, and rounded to a's dtype; if it is `turned` it lies as [N, depth]. A b that is less deep
+    than a is continued by zeros.
     """
 
     a: Tensor

@@ -1,0 +1,243 @@
+// Sums of products of single values in fp32, by fused multiply-add.
+//
+// A panel holds some columns of the b of all terms as fp32, `wide` of them side by side: 64, of which 6 rows of sums fill
+// the registers. A line of them is 24 multiply-adds for 10 loads, and flows fast enough from the second cache. Rows of a
+// in bf16 are made fp32 a tile at a time, for all columns of the panel: some columns more where the depth leaves room.
+// NF4 is rounded as `dequantize` rounds it to the dtype of a, and so is b in fp32; a product of two bf16 is exact.
+#pragma once
+#include "sums.h"
+
+#if defined(__AVX512F__)
+
+namespace {
+namespace floats {
+
+using simd::LANES;
+using simd::Vec;
+
+constexpr int64_t CHUNK = 64;   // values of a row that are looked up together
+constexpr int64_t DEPTH = 384;  // values of each row of a that are made fp32 at a time, which the nearest cache keeps
+constexpr int64_t AHEAD = 8;    // lines of a panel between the one that is fetched and the one that is multiplied
+
+// The CHUNK values of a packed row that begin with a block at `column`. R is the dtype of a.
+template <class R>
+void decode_chunk(const Matrix& m, int64_t row, int64_t column, float* out) {
+    const PackedNF4& w = *m.packed;
+    const int64_t at = row * m.stride + column;
+    Decoder<float, R>(w).from(w.codes + at / 2, scale_of(w, at / w.block), CHUNK, out);
+}
+
+// A vector of a dense row, of which `count` values or more are there, and zeros.
+template <class R>
+inline Vec dense_values(const Matrix& m, int64_t row, int64_t column, int64_t count) {
+    const auto loaded = [&](auto part) {
+        const int64_t at = row * m.stride + column;
+        if (m.kind == 0) return simd::load(static_cast<const uint16_t*>(m.data) + at, part);
+        return simd::rounded<R>(simd::fill(m.factor) * simd::load(static_cast<const float*>(m.data) + at, part));
+    };
+    if (count <= 0) return simd::fill(0);
+    return count < LANES ? loaded(simd::First{count}) : loaded(simd::All{});
+}
+
+// Where a value of a panel lies: `wide` columns side by side, line by line along the depth of all terms, then the next.
+struct Panel {
+    float* data;
+    int64_t wide, depth;
+    float* line(int64_t k, int64_t column) const {
+        return data + column / wide * wide * depth + k * wide + column % wide;
+    }
+};
+
+// Columns [first, first + columns) of b to the lines of `panel` from `from` on, zeros to the column `lanes`.
+template <class R>
+void pack_turned(const Term& t, int64_t first, int64_t columns, int64_t lanes, int64_t from, const Panel& panel) {
+    const bool packed = t.b.kind == 2;
+    alignas(64) float values[LANES][CHUNK];
+    for (int64_t column = 0; column < lanes; column += LANES)
+        for (int64_t k = 0; k < t.depth; k += CHUNK) {
+            const int64_t rows = simd::smaller(LANES, columns - column);  // of b; none, too
+            for (int64_t i = 0; packed && i < rows; ++i) decode_chunk<R>(t.b, first + column + i, k, values[i]);
+            float* to = panel.line(from + k, column);
+            for (int64_t j = 0; j < CHUNK && k + j < t.depth; j += LANES) {
+                Vec square[LANES];
+                for (int64_t i = 0; i < LANES; ++i) {
+                    if (i >= rows)
+                        square[i] = simd::fill(0);
+                    else if (packed)
+                        square[i] = simd::load(values[i] + j);
+                    else
+                        square[i] = dense_values<R>(t.b, first + column + i, k + j, t.b_depth - k - j);
+                }
+                simd::transpose(square);
+                const int64_t lines = simd::smaller(LANES, t.depth - k - j);
+                for (int64_t i = 0; i < lines; ++i, to += panel.wide) simd::store(square[i], to);
+            }
+        }
+}
+
+template <class R>
+void pack_lines(const Term& t, int64_t first, int64_t columns, int64_t lanes, int64_t from, const Panel& panel) {
+    const bool packed = t.b.kind == 2;
+    alignas(64) float values[CHUNK];
+    for (int64_t column = 0; column < lanes; column += CHUNK) {
+        const int64_t vectors = simd::smaller(CHUNK, lanes - column) / LANES;
+        float* to[CHUNK / LANES];
+        for (int64_t j = 0; j < vectors; ++j) to[j] = panel.line(from, column + j * LANES);
+        for (int64_t k = 0; k < t.depth; ++k) {
+            const int64_t there = k < t.b_depth ? columns - column : 0;
+            if (packed && there > 0) decode_chunk<R>(t.b, k, first + column, values);
+            for (int64_t j = 0; j < vectors; ++j) {
+                const int64_t at = j * LANES;
+                const Vec v = packed && there > 0 ? simd::load(values + at)
+                                                  : dense_values<R>(t.b, k, first + column + at, there - at);
+                simd::store(v, to[j] + k * panel.wide);
+            }
+        }
+    }
+}
+
+template <class R>
+void pack(const Term& t, int64_t first, int64_t columns, int64_t lanes, int64_t from, const Panel& panel) {
+    t.turned ? pack_turned<R>(t, first, columns, lanes, from, panel)
+             : pack_lines<R>(t, first, columns, lanes, from, panel);
+}
+
+// Adds the products of R rows of a, `stride` apart, and of `depth` lines of Z vectors, b, to the sums in rows of `out`.
+template <int R, int Z>
+void tile(const float* a, int64_t stride, const float* b, int64_t depth, float* out, int64_t apart) {
+    Vec sums[R][Z];
+#pragma GCC unroll 12
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+        for (int z = 0; z < Z; ++z) sums[i][z] = simd::load(out + i * apart + LANES * z);
+    for (int64_t k = 0; k < depth; ++k, b += Z * LANES) {
+        Vec line[Z];
+#pragma GCC unroll 4
+        for (int z = 0; z < Z; ++z) line[z] = simd::load(b + LANES * z);
+#pragma GCC unroll 4
+        for (int z = 0; z < Z * LANES; z += 16) __builtin_prefetch(b + AHEAD * Z * LANES + z);
+#pragma GCC unroll 12
+        for (int i = 0; i < R; ++i) {
+            const Vec value = simd::fill(a[i * stride + k]);
+#pragma GCC unroll 4
+            for (int z = 0; z < Z; ++z) sums[i][z] = simd::madd(value, line[z], sums[i][z]);
+        }
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+        for (int z = 0; z < Z; ++z) simd::store(sums[i][z], out + i * apart + LANES * z);
+}
+
+// `count` sums to a row, which begins with the column `first`.
+template <class T>
+void finish(const Sum& p, const float* sums, int64_t first, int64_t count, T* out) {
+    const Vec scale = simd::fill(p.scale);
+    simd::vectors(count, [&](int64_t i, auto part) {
+        const Vec bias = p.bias ? simd::load(p.bias + first + i, part) : simd::fill(0);
+        simd::store(simd::madd(simd::load(sums + i), scale, bias), out + i, part);
+    });
+}
+
+}  // namespace floats
+
+struct Floats {
+    const Sum& p;
+    const bool singles;
+    const int64_t vectors = p.N > 2 * floats::LANES ? 4 : (p.N + floats::LANES - 1) / floats::LANES;
+    const int64_t wide = vectors * floats::LANES, high = vectors == 1 ? 12 : 6, depth = depth_of(p);
+    const int64_t lanes;  // columns of a panel, what there is room for
+    float* const sums;    // [high, lanes]
+    float* const rows;    // [high, DEPTH]
+    const floats::Panel panel;
+
+    Floats(const Sum& sum, const Sums& all, uint32_t* space)
+        : p(sum), singles(all.singles), lanes(columns_of_panel(all)), sums(reinterpret_cast<float*>(space)),
+          rows(sums + high * lanes), panel{rows + high * floats::DEPTH, wide, depth} {}
+
+    int64_t columns_of_panel(const Sums& all) const {
+        if (p.N <= wide) return wide;
+        const int64_t chunks = (p.N + floats::CHUNK - 1) / floats::CHUNK;
+        const int64_t fit = (all.size - high * floats::DEPTH) / (floats::CHUNK * (high + depth));
+        const int64_t share = (chunks + all.threads - 1) / all.threads;
+        const int64_t most = simd::smaller(fit, share);
+        return floats::CHUNK * (most > 1 ? most : 1);
+    }
+
+    // Lays out columns [first, first + columns), at most `lanes`.
+    void pack(int64_t first, int64_t columns) {
+        for (int64_t n = 0, from = 0; n < p.count; from += p.terms[n++].depth)
+            singles ? floats::pack<float>(p.terms[n], first, columns, lanes, from, panel)
+                    : floats::pack<uint16_t>(p.terms[n], first, columns, lanes, from, panel);
+    }
+
+    // Writes these columns of rows [row, row + count), at most `high`.
+    void add_up(int64_t row, int64_t count, int64_t first, int64_t columns) {
+        singles ? add_up<float>(row, count, first, columns) : add_up<uint16_t>(row, count, first, columns);
+    }
+
+  private:
+    template <class T>
+    void add_up(int64_t row, int64_t count, int64_t first, int64_t columns) {
+        const int64_t filled = count > high * 2 / 3 ? high : count > high / 3 ? high * 2 / 3 : high / 3;
+        std::memset(sums, 0, static_cast<size_t>(filled * lanes) * sizeof(float));
+        for (int64_t n = 0, from = 0; n < p.count; from += p.terms[n++].depth) {
+            const Term& t = p.terms[n];
+            const T* a = static_cast<const T*>(t.a) + row * t.a_stride;
+            for (int64_t k = 0; k < t.depth; k += floats::DEPTH) {
+                const int64_t some = simd::smaller(floats::DEPTH, t.depth - k);
+                const Rows its = rows_of(a + k, t.a_stride, count, filled, some);
+                for (int64_t column = 0; column < columns; column += wide)
+                    multiply(filled, its, panel.line(from + k, column), some, sums + column);
+            }
+        }
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t at = (row + i) * p.out_stride + first;
+            if (p.wide)
+                floats::finish(p, sums + i * lanes, first, columns, static_cast<float*>(p.out) + at);
+            else
+                floats::finish(p, sums + i * lanes, first, columns, static_cast<uint16_t*>(p.out) + at);
+        }
+    }
+
+    struct Rows {
+        const float* data;
+        int64_t apart;
+    };
+
+    // `filled` rows of `some` values in fp32: the `count` that there are, and zeros. They are copied if they must be:
+    // a copy waits for memory, while sums read what is not there yet ahead.
+    template <class T>
+    Rows rows_of(const T* a, int64_t apart, int64_t count, int64_t filled, int64_t some) {
+        if constexpr (sizeof(T) == sizeof(float))
+            if (count == filled) return {a, apart};
+        for (int64_t i = 0; i < filled; ++i) {
+            float* out = rows + i * floats::DEPTH;
+            if (i >= count) {
+                std::memset(out, 0, static_cast<size_t>(some) * sizeof(float));
+                continue;
+            }
+            const T* from = a + i * apart;
+            simd::vectors(some, [=](int64_t k, auto part) { simd::store(simd::load(from + k, part), out + k, part); });
+        }
+        return {rows, floats::DEPTH};
+    }
+
+    void multiply(int64_t filled, Rows a, const float* b, int64_t some, float* out) {
+        switch (vectors) {
+            case 4: return multiply<6, 4>(filled, a, b, some, out);
+            case 2: return multiply<6, 2>(filled, a, b, some, out);
+            default: return multiply<12, 1>(filled, a, b, some, out);
+        }
+    }
+    template <int R, int Z>
+    void multiply(int64_t filled, Rows a, const float* b, int64_t some, float* out) {
+        if (filled == R) return floats::tile<R, Z>(a.data, a.apart, b, some, out, lanes);
+        if (filled == R * 2 / 3) return floats::tile<R * 2 / 3, Z>(a.data, a.apart, b, some, out, lanes);
+        floats::tile<R / 3, Z>(a.data, a.apart, b, some, out, lanes);
+    }
+};
+
+}  // namespace
+
+#endif
