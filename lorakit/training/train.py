@@ -78,8 +78,7 @@ def train(
             such. Each row is read and encoded once, before the first step.
         config: The settings of the run; None takes the defaults.
         base_model: The name of the base model that the adapter's config records.
-        after_step: Called after every optimizer step, while its clipped gradients are still there.
-            On a GPU the run waits for the device before each call, which it does not do otherwise.
+        after_step: Called after every step, its clipped gradients still there; costs a GPU a wait.
 
     Returns:
         What the run did, as numbers.

@@ -116,7 +116,7 @@ def test_layers_and_head_are_those_of_the_reference():
 
 @pytest.mark.parametrize(("keep", "dropout"), [(True, 0.0), (False, 0.0), (True, 0.3)])
 def test_an_mlp_whose_activation_adds_the_updates(keep, dropout):
-    """Beside the reference, which adds them before; three roundings to e4m3 follow each other, each
+    """The reference adds them before; three roundings to e4m3 follow each other, each
     with the tolerance of the layers above.
     """
     shapes = (96, 64), (96, 64), (64, 96)

@@ -60,7 +60,7 @@ def test_bytes_are_those_of_llama_cpp(block_type, rows):
 
 @pytest.mark.parametrize("block_type", TYPES)
 def test_values_are_those_of_the_gguf_package(block_type):
-    """Of any bytes: a damaged scale may be NaN or infinite."""
+    """Any bytes are read: a damaged scale may be NaN or infinite."""
     nbytes = BLOCK_LAYOUTS[block_type].nbytes
     data = torch.randint(0, 256, (40, 2 * nbytes), generator=torch.Generator().manual_seed(0))
     kind = gguf.GGMLQuantizationType[block_type.upper()]
