@@ -22,7 +22,7 @@ EXTRA = {
     "decode": {"plan.py", "operands.py"},
     "experts": {"layers.py", "passes.py"},
     "frozen_linear": {"dense.py"},
-    "gguf_blocks": {"fits.py"},
+    "gguf_blocks": {"fits.py", "layouts.py"},
     "lora_linear": {"float8.py", "tensors.py"},
     "nf4": {"tensor.py", "packed.h"},
     "products": {"terms.py"},

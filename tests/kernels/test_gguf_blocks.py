@@ -1,11 +1,16 @@
 """GGUF's blocks against llama.cpp, which writes them, and the gguf package, which reads them."""
 
+import math
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lorakit import kernels
 from lorakit.kernels.ops.gguf_blocks import BLOCK_LAYOUTS
 from tests import llama
+from tests.instruction_sets import ISAS, on_cpu
 
 gguf = pytest.importorskip("gguf")
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of NaN scales
@@ -48,14 +53,28 @@ IMPORTANCE = {
 }
 
 
+def backends():
+    """The reference, and the C++ for each instruction set, as (name, context)."""
+    yield "reference", kernels.use_backend("reference")
+    for isa in ISAS:
+        yield isa, on_cpu(isa)
+
+
+def check(x, block_type, importance=None):
+    """Every backend writes the bytes of llama.cpp."""
+    expected = llama.quantize(x, block_type, importance)
+    for name, context in backends():
+        with context:
+            found = kernels.quantize_blocks(x, block_type, importance)
+        assert torch.equal(found, expected), name
+
+
 @pytest.mark.parametrize("block_type", TYPES)
 @pytest.mark.parametrize("rows", ROWS)
 def test_bytes_are_those_of_llama_cpp(block_type, rows):
     x = ROWS[rows]
-    for name, v in IMPORTANCE.items():
-        v = None if v is None else v[: x.shape[1]].contiguous()
-        expected = llama.quantize(x, block_type, v)
-        assert torch.equal(kernels.quantize_blocks(x, block_type, v), expected), name
+    for v in IMPORTANCE.values():
+        check(x, block_type, None if v is None else v[: x.shape[1]].contiguous())
 
 
 @pytest.mark.parametrize("block_type", TYPES)
@@ -67,3 +86,82 @@ def test_values_are_those_of_the_gguf_package(block_type):
     expected = torch.from_numpy(gguf.dequantize(data.byte().numpy(), kind))
     found = kernels.dequantize_blocks(data.byte(), block_type)
     assert torch.equal(found.nan_to_num(1e30, 2e30, 3e30), expected.nan_to_num(1e30, 2e30, 3e30))
+
+
+matrices = st.builds(
+    lambda rows, blocks, seed, exponent: normal(rows, 256 * blocks, seed=seed) * 2.0**exponent,
+    st.integers(1, 5),
+    st.integers(1, 5),
+    st.integers(0, 2**31),
+    st.integers(-60, 13),
+)
+
+
+@settings(max_examples=20, deadline=None)
+@given(matrices, st.sampled_from(TYPES), st.booleans(), st.integers(0, 2**31))
+def test_bytes_are_equal_for_random_rows(x, block_type, weighted, seed):
+    """quantize(x, v) = ggml_quantize_chunk(x, v) for every shape, scale and importance."""
+    check(x, block_type, uniform(x.shape[1], seed=seed) ** 3 if weighted else None)
+
+
+@settings(max_examples=40, deadline=None)
+@given(matrices, st.sampled_from(["q8_0", "q4_0", "q4_1", "q5_0", "q5_1"]))
+def test_the_error_is_at_most_a_step(x, block_type):
+    """|x' - x| <= d and its rounding to fp16, where d is the largest value over the codes."""
+    blocks = x.view(-1, 32)
+    over = {"q8_0": 254, "q4_0": 8, "q5_0": 16, "q4_1": 30, "q5_1": 62}[block_type]
+    largest = blocks.abs().amax(dim=1, keepdim=True)
+    spread = blocks.amax(dim=1, keepdim=True) - blocks.amin(dim=1, keepdim=True)
+    step = (spread if block_type.endswith("_1") else largest) / over
+    back = kernels.dequantize_blocks(kernels.quantize_blocks(x, block_type), block_type)
+    # d and m in fp16: half a unit of 2^-10 relative, of 2^-24 absolute, d times up to 127
+    slack = 2**-10 * largest + 128 * 2.0**-25
+    assert ((back.view_as(blocks) - blocks).abs() <= step + slack).all()
+
+
+def test_relative_errors():
+    """The norm of the error over that of normal values: what the formats have, and some."""
+    x = normal(16, 1024)
+    bounds = {"q8_0": 0.008, "q6_k": 0.02, "q5_k": 0.04, "q4_k": 0.08, "q4_0": 0.12, "iq4_nl": 0.1}
+    for block_type, bound in bounds.items():
+        back = kernels.dequantize_blocks(kernels.quantize_blocks(x, block_type), block_type)
+        assert (back - x).norm() / x.norm() < bound, block_type
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_and_strides(dtype):
+    """A matrix has the blocks of its values in fp32, whatever its dtype and strides."""
+    x = normal(512, 5).to(dtype).T
+    for _, context in backends():
+        with context:
+            found = kernels.quantize_blocks(x, "q4_k")
+            assert torch.equal(found, kernels.quantize_blocks(x.float().contiguous(), "q4_k"))
+    dense = kernels.dequantize_blocks(found, "q4_k", dtype)
+    assert torch.equal(dense, kernels.dequantize_blocks(found, "q4_k").to(dtype))
+
+
+def test_empty():
+    for shape in ((0, 256), (3, 0)):
+        blocks = kernels.quantize_blocks(torch.zeros(shape), "q4_k")
+        assert blocks.shape == (shape[0], shape[1] // 256 * 144)
+        assert kernels.dequantize_blocks(blocks, "q4_k").shape == shape
+
+
+def test_bad_input():
+    x, v = torch.ones(2, 256), torch.ones(256)
+    for bad in (math.nan, math.inf, 1e5):
+        with pytest.raises(ValueError, match="scales are in float16"):
+            kernels.quantize_blocks(x * bad, "q4_0")
+    for bad in (math.nan, math.inf, -1.0):
+        with pytest.raises(ValueError, match="NaN, infinite or negative"):
+            kernels.quantize_blocks(x, "q4_0", v * bad)
+    with pytest.raises(ValueError, match="no multiple of q4_k's block of 256"):
+        kernels.quantize_blocks(x[:, :64], "q4_k")
+    with pytest.raises(ValueError, match="unknown block type 'q3_k': choose one of q8_0,"):
+        kernels.quantize_blocks(x, "q3_k")
+    with pytest.raises(ValueError, match="not torch.float64"):
+        kernels.quantize_blocks(x.double(), "q4_0")
+    with pytest.raises(ValueError, match="float32 .256. there but torch.float64"):
+        kernels.quantize_blocks(x, "q4_0", v.double())
+    with pytest.raises(ValueError, match="a multiple of 144"):
+        kernels.dequantize_blocks(torch.zeros(2, 143, dtype=torch.uint8), "q4_k")

@@ -32,37 +32,14 @@ made, and that a sum cannot be split over the lanes of a register: the C++ gives
 of its own.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from ... import dispatch
 from . import reference
+from .layouts import BLOCK_LAYOUTS, BlockLayout
 
 LARGEST = torch.finfo(torch.float16).max  # what the scales are stored in
-
-
-class BlockLayout(NamedTuple):
-    """The size of a block."""
-
-    values: int
-    """How many values it holds."""
-    nbytes: int
-    """The bytes that it takes."""
-
-
-BLOCK_LAYOUTS = {
-    "q8_0": BlockLayout(32, 34),
-    "q4_0": BlockLayout(32, 18),
-    "q4_1": BlockLayout(32, 20),
-    "q5_0": BlockLayout(32, 22),
-    "q5_1": BlockLayout(32, 24),
-    "iq4_nl": BlockLayout(32, 18),
-    "q4_k": BlockLayout(256, 144),
-    "q5_k": BlockLayout(256, 176),
-    "q6_k": BlockLayout(256, 210),
-}
 
 
 def quantize_blocks(w: Tensor, block_type: str, importance: Tensor | None = None) -> Tensor:
@@ -104,7 +81,8 @@ def quantize_blocks(w: Tensor, block_type: str, importance: Tensor | None = None
         )
     if block_type == "q8_0":
         importance = None
-    return reference.quantize(w, block_type, importance)
+    backend = dispatch.backend(__package__, w.device, triton=False)
+    return backend.quantize(w, block_type, importance)
 
 
 def dequantize_blocks(
