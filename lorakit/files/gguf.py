@@ -1,4 +1,4 @@
-"""The GGUF container: the header of a file, and its tensors as dense values.
+"""The GGUF container: the header of a file, its tensors as dense values, and writing a new file.
 
 Layout (GGUF 2 and 3, little endian):
 
@@ -17,11 +17,14 @@ A file from a stranger is not believed. Every length is compared with what is le
 before memory is taken for it, arrays do not nest, and a type, version or number of dimensions that
 GGUF does not have is refused, with a LorakitError of one sentence. Nothing here unpickles or runs
 anything from the file.
+
+Files are written by the package's own writer: all sizes are known before any data is, so the header
+goes first, and then one tensor after the other is made and written.
 """
 
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -30,6 +33,7 @@ import torch
 from torch import Tensor
 
 from lorakit.config.errors import LorakitError
+from lorakit.files.local import atomic
 
 # value type -> struct code
 _SCALARS = dict(zip([0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12], "BbHhIif?Qqd", strict=True))
@@ -151,12 +155,12 @@ def _read_header(data: _Bytes) -> Header:
 
 
 def _gguf_package() -> Any:
-    """Return the gguf package, which is imported only when a GGUF file is read."""
+    """Return the gguf package, which is imported only when a GGUF file is in use."""
     try:
         import gguf
     except ImportError:
         raise LorakitError(
-            "reading GGUF files needs the gguf package: pip install 'lorakit[gguf]'"
+            "GGUF files need the gguf package: pip install 'lorakit[gguf]'"
         ) from None
     return gguf
 
@@ -204,3 +208,74 @@ def fp32_reader(path: Path, info: TensorInfo, length: int) -> Callable[[], Tenso
         return torch.from_numpy(np.ascontiguousarray(dense, dtype=np.float32)).view(info.shape)
 
     return read
+
+
+# ---- writing ------------------------------------------------------------------------------------
+
+
+class NewTensor(NamedTuple):
+    """A tensor that is to be written."""
+
+    name: str
+    """Its name in the file."""
+    shape: tuple[int, ...]
+    """The sizes, outermost first, as in torch."""
+    kind: str
+    """The block format, such as "Q4_K"."""
+    data: Callable[[], np.ndarray[Any, np.dtype[np.uint8]]]
+    """Returns its bytes, uint8 [rows, bytes of a row]."""
+
+
+def block_sizes(kind: str) -> tuple[int, int]:
+    """Return how many values a block of a format holds, and how many bytes it takes."""
+    gguf = _gguf_package()
+    values, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    return values, size
+
+
+def write_gguf(path: Path, metadata: Mapping[str, Any], tensors: Iterable[NewTensor]) -> None:
+    """Write a file, atomically, one tensor after the other.
+
+    A number of the metadata is stored as uint32, or as float32 if it is a float; the whole numbers
+    of a list as int32. Those are the types that llama.cpp asks for.
+
+    Args:
+        path: The file.
+        metadata: Text, truth values, numbers and lists of one of them, by their keys. One key is
+            general.architecture.
+        tensors: The tensors, in the order of the file. The values of one are made when those of the
+            one before are written.
+
+    Raises:
+        LorakitError: The gguf package is missing.
+        OSError: The disk is full. A file that was there before is as it was.
+    """
+    gguf = _gguf_package()
+    tensors = list(tensors)
+    with atomic(path) as temporary:
+        writer = gguf.GGUFWriter(temporary, metadata["general.architecture"])
+        try:
+            for key, value in metadata.items():
+                if key != "general.architecture":
+                    writer.add_key_value(key, value, *_value_types(value))
+            for tensor in tensors:
+                kind = gguf.GGMLQuantizationType[tensor.kind]
+                block, size = block_sizes(tensor.kind)
+                length = math.prod(tensor.shape) // block * size
+                writer.add_tensor_info(tensor.name, tensor.shape, np.float32, length, kind)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for tensor in tensors:
+                writer.write_tensor_data(tensor.data())
+        finally:
+            writer.close()
+
+
+def _value_types(value: Any) -> tuple[Any, Any]:
+    """Return the value type of a value, and that of the items of a list."""
+    kinds = _gguf_package().GGUFValueType
+    scalars = {bool: kinds.BOOL, int: kinds.UINT32, float: kinds.FLOAT32, str: kinds.STRING}
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return scalars[type(value)], None
+    return kinds.ARRAY, (scalars | {int: kinds.INT32})[type(value[0])]

@@ -1,13 +1,9 @@
 """GGUF files as models: the config and the published weights that a file stands for.
 
-files/gguf.py reads the container. Here its names, keys and values become Hugging Face's. A file's
-weights differ from the published ones in three ways, which are undone as a tensor is read:
-
-- `llama` files (Llama, Mistral, Mixtral) store the rows of q_proj and k_proj in another order: the
-  two halves of a head are interleaved, for a rotary embedding that turns neighbours.
-- Gemma's norm weights are stored as what norms multiply by, one more than the published weight.
-- All experts of a layer lie in one tensor [E, out, in]. Here each expert is a tensor of its own,
-  and reading it reads its bytes alone.
+files/gguf.py reads the container. Here its names, keys and values become Hugging Face's, by the
+tables of gguf_names.py. What differs from the published weights is undone as a tensor is read: the
+order of rows in `llama` files, the offset of Gemma's norms. Each expert is a tensor of its own
+here, and reading it reads its bytes alone.
 
 A file leaves some things unsaid. For these lorakit computes what llama.cpp does: Gemma's attention
 scale goes by the number of layers, Qwen has no sliding window, Qwen3-MoE's expert weights sum to
@@ -21,8 +17,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,131 +27,16 @@ from lorakit.config.fields import from_mapping
 from lorakit.files.gguf import Header, TensorInfo, data_length, fp32_reader, read_header
 from lorakit.files.safetensors import LazyTensor
 from lorakit.models.config import ModelConfig, RopeConfig
+from lorakit.models.gguf_names import (
+    DIALECTS,
+    KEYS,
+    MIXTRAL,
+    TOKEN_KEYS,
+    Dialect,
+    published_name,
+    restoration,
+)
 from lorakit.models.rope import inverse_frequencies
-
-# GGUF's names -> Hugging Face's: first of the tensors outside the layers, then of those in a layer.
-_OUTSIDE = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
-_ATTENTION = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-}
-_QK_NORM = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-_SANDWICH_NORMS = {
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-_MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
-_MIXTRAL_EXPERTS = {
-    "ffn_gate_inp": "block_sparse_moe.gate",
-    "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
-    "ffn_up_exps": "block_sparse_moe.experts.{}.w3",
-    "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
-}
-_QWEN_EXPERTS = {
-    "ffn_gate_inp": "mlp.gate",
-    "ffn_gate_exps": "mlp.experts.{}.gate_proj",
-    "ffn_up_exps": "mlp.experts.{}.up_proj",
-    "ffn_down_exps": "mlp.experts.{}.down_proj",
-}
-
-# Keys of config.json -> keys of the file, without the architecture before them.
-_KEYS = {
-    "hidden_size": "embedding_length",
-    "intermediate_size": "feed_forward_length",
-    "num_hidden_layers": "block_count",
-    "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv",
-    "head_dim": "attention.key_length",
-    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-    "max_position_embeddings": "context_length",
-    "rope_theta": "rope.freq_base",
-    "vocab_size": "vocab_size",
-}
-_MIXTRAL_KEYS = {"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
-_QWEN_MOE_KEYS = {
-    "num_experts": "expert_count",
-    "num_experts_per_tok": "expert_used_count",
-    "moe_intermediate_size": "expert_feed_forward_length",
-}
-_GEMMA_KEYS = {
-    "sliding_window": "attention.sliding_window",
-    "sliding_window_pattern": "attention.sliding_window_pattern",
-    "attn_logit_softcapping": "attn_logit_softcapping",
-    "final_logit_softcapping": "final_logit_softcapping",
-    "rope_local_base_freq": "rope.freq_base_swa",
-}
-_TOKEN_KEYS = {
-    "bos_token_id": "tokenizer.ggml.bos_token_id",
-    "eos_token_id": "tokenizer.ggml.eos_token_id",
-    "pad_token_id": "tokenizer.ggml.padding_token_id",
-}
-
-
-class _Dialect(NamedTuple):
-    """How the files of one architecture name and store what they hold."""
-
-    model_type: str
-    """Hugging Face's name of the architecture."""
-    names: Mapping[str, str]
-    """GGUF's names of a layer's tensors -> Hugging Face's."""
-    keys: Mapping[str, str] = MappingProxyType({})
-    """Keys of config.json -> keys of the file, beside those of _KEYS."""
-    defaults: Mapping[str, Any] = MappingProxyType({})
-    """Values of config.json for keys that the file leaves out."""
-    permuted: bool = False
-    """Whether the rows of q_proj and k_proj are interleaved."""
-    norm_offset: float = 0.0
-    """The number that was added to the norm weights."""
-    full_width_layers: int | None = None
-    """The number of layers of the one size whose attention scale is 1 / sqrt(hidden_size / heads).
-
-    The other sizes scale by 1 / sqrt(head_dim). None means that all sizes do.
-    """
-
-
-_LLAMA = _Dialect("llama", _ATTENTION | _MLP, permuted=True)
-_MIXTRAL = _Dialect("mixtral", _ATTENTION | _MIXTRAL_EXPERTS, _MIXTRAL_KEYS, permuted=True)
-_DIALECTS = {
-    "llama": _LLAMA,  # _MIXTRAL if it has experts
-    "qwen2": _Dialect("qwen2", _ATTENTION | _MLP),
-    "qwen3": _Dialect("qwen3", _ATTENTION | _QK_NORM | _MLP),
-    "qwen3moe": _Dialect(
-        "qwen3_moe",
-        _ATTENTION | _QK_NORM | _QWEN_EXPERTS,
-        _QWEN_MOE_KEYS,
-        {"norm_topk_prob": True},
-    ),
-    "gemma": _Dialect("gemma", _ATTENTION | _MLP, norm_offset=1.0),
-    "gemma2": _Dialect(
-        "gemma2",
-        _ATTENTION | _SANDWICH_NORMS | _MLP,
-        _GEMMA_KEYS,
-        {
-            "sliding_window": 4096,
-            "attn_logit_softcapping": 50.0,
-            "final_logit_softcapping": 30.0,
-        },
-        norm_offset=1.0,
-        full_width_layers=46,  # 27B
-    ),
-    "gemma3": _Dialect(
-        "gemma3_text",
-        _ATTENTION | _QK_NORM | _SANDWICH_NORMS | _MLP,
-        _GEMMA_KEYS,
-        {"sliding_window": None, "rope_local_base_freq": 10000.0},
-        norm_offset=1.0,
-        full_width_layers=62,  # 27B
-    ),
-}
 
 
 def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, LazyTensor]]:
@@ -189,7 +69,7 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, LazyTensor]]:
                 tensors[hf_name.replace("{}", str(i))] = LazyTensor(expert.shape, read)
         else:
             read = fp32_reader(path, info, lengths[name])
-            restore = _restoration(hf_name, dialect, config)
+            restore = restoration(hf_name, dialect, config)
             if restore is not None:
                 read = partial(_restored, read, restore)
             tensors[hf_name] = LazyTensor(info.shape, read)
@@ -216,35 +96,30 @@ def adapted_weight(
     """
     dialect = _dialect(path, header)
     published = _hf_name(path, name, dialect)
-    return published, None if config is None else _restoration(published, dialect, config)
+    return published, None if config is None else restoration(published, dialect, config)
 
 
-def _dialect(path: Path, header: Header) -> _Dialect:
+def _dialect(path: Path, header: Header) -> Dialect:
     """Return the dialect of a file's architecture; refuse an architecture that has none."""
     arch = header.metadata.get("general.architecture")
-    if arch not in list(_DIALECTS):  # a list: a damaged file may hold what cannot be hashed
-        known = ", ".join(_DIALECTS)
+    if arch not in list(DIALECTS):  # a list: a damaged file may hold what cannot be hashed
+        known = ", ".join(DIALECTS)
         raise LorakitError(f"{path}: architecture {arch!r} is not supported; supported are {known}")
     experts = any("_exps." in name or "_gate_inp." in name for name in header.tensors)
     if arch == "llama" and (experts or header.metadata.get("llama.expert_count")):
-        return _MIXTRAL
-    return _DIALECTS[arch]
+        return MIXTRAL
+    return DIALECTS[arch]
 
 
 # ---- tensors ------------------------------------------------------------------------------------
 
 
-def _hf_name(path: Path, name: str, dialect: _Dialect) -> str:
+def _hf_name(path: Path, name: str, dialect: Dialect) -> str:
     """Return the Hugging Face name of a tensor, with {} for the number of each expert in it."""
-    match name.split("."):
-        case [stem, leaf] if stem in _OUTSIDE:
-            return f"{_OUTSIDE[stem]}.{leaf}"
-        case ["blk", layer, stem, leaf] if stem in dialect.names:
-            return f"model.layers.{layer}.{dialect.names[stem]}.{leaf}"
-        case ["blk", layer, stem, expert, leaf] if f"{stem}_exps" in dialect.names:  # older files
-            module = dialect.names[f"{stem}_exps"].replace("{}", expert)
-            return f"model.layers.{layer}.{module}.{leaf}"
-    raise LorakitError(f"{path}: tensor {name} belongs to no {dialect.model_type} model")
+    published = published_name(name, dialect)
+    if published is None:
+        raise LorakitError(f"{path}: tensor {name} belongs to no {dialect.model_type} model")
+    return published
 
 
 def _experts(
@@ -260,33 +135,14 @@ def _experts(
         yield TensorInfo(info.shape[1:], info.kind, info.offset + i * step)
 
 
-def _restoration(
-    hf_name: str, dialect: _Dialect, config: ModelConfig
-) -> Callable[[Tensor], Tensor] | None:
-    """Return the function that turns a stored tensor into the published one, if they differ."""
-    if dialect.permuted and "q_proj" in hf_name:
-        return partial(_unpermute, heads=config.num_attention_heads)
-    if dialect.permuted and "k_proj" in hf_name:
-        return partial(_unpermute, heads=config.num_key_value_heads)
-    if dialect.norm_offset and hf_name.endswith("norm.weight"):
-        return lambda weight: weight - dialect.norm_offset
-    return None
-
-
 def _restored(read: Callable[[], Tensor], restore: Callable[[Tensor], Tensor]) -> Tensor:
     return restore(read())
-
-
-def _unpermute(weight: Tensor, heads: int) -> Tensor:
-    """Bring the rows of weight [heads * D, ...] from (head, pair, half) to (head, half, pair)."""
-    pairs = weight.shape[0] // heads // 2
-    return weight.reshape(heads, pairs, 2, -1).transpose(1, 2).reshape(weight.shape)
 
 
 # ---- the config ---------------------------------------------------------------------------------
 
 
-def _model_config(path: Path, header: Header, dialect: _Dialect) -> ModelConfig:
+def _model_config(path: Path, header: Header, dialect: Dialect) -> ModelConfig:
     """Return the config that the metadata and the names of the tensors describe."""
     arch = header.metadata["general.architecture"]
     values = _given_values(header.metadata, arch, dialect)
@@ -306,9 +162,9 @@ def _model_config(path: Path, header: Header, dialect: _Dialect) -> ModelConfig:
     return config
 
 
-def _given_values(metadata: Mapping[str, Any], arch: str, dialect: _Dialect) -> dict[str, Any]:
+def _given_values(metadata: Mapping[str, Any], arch: str, dialect: Dialect) -> dict[str, Any]:
     """Return config.json's values that the metadata holds under other keys, and the defaults."""
-    keys = {name: f"{arch}.{key}" for name, key in {**_KEYS, **dialect.keys}.items()} | _TOKEN_KEYS
+    keys = {name: f"{arch}.{key}" for name, key in {**KEYS, **dialect.keys}.items()} | TOKEN_KEYS
     values = {"model_type": dialect.model_type, "rope_theta": 10000.0, **dialect.defaults}
     values |= {name: metadata[key] for name, key in keys.items() if key in metadata}
     if "vocab_size" not in values and isinstance(metadata.get("tokenizer.ggml.tokens"), list):
@@ -325,7 +181,7 @@ def _add_what_tensors_say(values: dict[str, Any], tensors: Mapping[str, TensorIn
     values["mlp_bias"] = "blk.0.ffn_gate.bias" in tensors
 
 
-def _add_derived_values(values: dict[str, Any], dialect: _Dialect) -> None:
+def _add_derived_values(values: dict[str, Any], dialect: Dialect) -> None:
     """Add the values that llama.cpp computes from others: head_dim, Gemma's scale, the windows."""
     hidden, heads = values.get("hidden_size"), values.get("num_attention_heads")
     if type(hidden) is int and type(heads) is int and heads > 0:

@@ -1,0 +1,238 @@
+"""Names and keys of GGUF files, by architecture: one table, for reading and for writing.
+
+A *dialect* says how the files of one architecture name and store what Hugging Face's files hold.
+models/gguf.py reads by it, export/ writes by it. Values differ from the published ones in three
+ways, whose inverses stand here side by side:
+
+- `llama` files (Llama, Mistral, Mixtral) store the rows of q_proj and k_proj in another order: the
+  two halves of a head are interleaved, for a rotary embedding that turns neighbours.
+- Gemma's norm weights are stored as what norms multiply by, one more than the published weight.
+- All experts of a layer lie in one tensor [E, out, in].
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from lorakit.models.config import ModelConfig
+
+# GGUF's names -> Hugging Face's: first of the tensors outside the layers, then of those in a layer.
+_OUTSIDE = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+_ATTENTION = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+}
+_QK_NORM = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_SANDWICH_NORMS = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+_MIXTRAL_EXPERTS = {
+    "ffn_gate_inp": "block_sparse_moe.gate",
+    "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
+    "ffn_up_exps": "block_sparse_moe.experts.{}.w3",
+    "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
+}
+_QWEN_EXPERTS = {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.{}.gate_proj",
+    "ffn_up_exps": "mlp.experts.{}.up_proj",
+    "ffn_down_exps": "mlp.experts.{}.down_proj",
+}
+
+# Keys of config.json -> keys of the file, without the architecture before them.
+KEYS = {
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "max_position_embeddings": "context_length",
+    "rope_theta": "rope.freq_base",
+    "vocab_size": "vocab_size",
+}
+_MIXTRAL_KEYS = {"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
+_QWEN_MOE_KEYS = {
+    "num_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+}
+_GEMMA_KEYS = {
+    "sliding_window": "attention.sliding_window",
+    "sliding_window_pattern": "attention.sliding_window_pattern",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "rope_local_base_freq": "rope.freq_base_swa",
+}
+TOKEN_KEYS = {
+    "bos_token_id": "tokenizer.ggml.bos_token_id",
+    "eos_token_id": "tokenizer.ggml.eos_token_id",
+    "pad_token_id": "tokenizer.ggml.padding_token_id",
+}
+
+
+class Dialect(NamedTuple):
+    """How the files of one architecture name and store what they hold."""
+
+    model_type: str
+    """Hugging Face's name of the architecture."""
+    names: Mapping[str, str]
+    """GGUF's names of a layer's tensors -> Hugging Face's."""
+    keys: Mapping[str, str] = MappingProxyType({})
+    """Keys of config.json -> keys of the file, beside those of KEYS."""
+    defaults: Mapping[str, Any] = MappingProxyType({})
+    """Values of config.json for keys that the file leaves out."""
+    permuted: bool = False
+    """Whether the rows of q_proj and k_proj are interleaved."""
+    norm_offset: float = 0.0
+    """The number that was added to the norm weights."""
+    full_width_layers: int | None = None
+    """The number of layers of the one size whose attention scale is 1 / sqrt(hidden_size / heads).
+
+    The other sizes scale by 1 / sqrt(head_dim). None means that all sizes do.
+    """
+
+
+_LLAMA = Dialect("llama", _ATTENTION | _MLP, permuted=True)
+MIXTRAL = Dialect("mixtral", _ATTENTION | _MIXTRAL_EXPERTS, _MIXTRAL_KEYS, permuted=True)
+DIALECTS = {
+    "llama": _LLAMA,  # MIXTRAL if it has experts
+    "qwen2": Dialect("qwen2", _ATTENTION | _MLP),
+    "qwen3": Dialect("qwen3", _ATTENTION | _QK_NORM | _MLP),
+    "qwen3moe": Dialect(
+        "qwen3_moe",
+        _ATTENTION | _QK_NORM | _QWEN_EXPERTS,
+        _QWEN_MOE_KEYS,
+        {"norm_topk_prob": True},
+    ),
+    "gemma": Dialect("gemma", _ATTENTION | _MLP, norm_offset=1.0),
+    "gemma2": Dialect(
+        "gemma2",
+        _ATTENTION | _SANDWICH_NORMS | _MLP,
+        _GEMMA_KEYS,
+        {
+            "sliding_window": 4096,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        norm_offset=1.0,
+        full_width_layers=46,  # 27B
+    ),
+    "gemma3": Dialect(
+        "gemma3_text",
+        _ATTENTION | _QK_NORM | _SANDWICH_NORMS | _MLP,
+        _GEMMA_KEYS,
+        {"sliding_window": None, "rope_local_base_freq": 10000.0},
+        norm_offset=1.0,
+        full_width_layers=62,  # 27B
+    ),
+}
+
+
+def dialect_of(config: ModelConfig) -> tuple[str, Dialect]:
+    """Return GGUF's name of a model's architecture, and its dialect."""
+    if config.model_type in ("mistral", MIXTRAL.model_type):
+        return "llama", MIXTRAL if any(config.moe_layers) else _LLAMA
+    return next(
+        (arch, dialect)
+        for arch, dialect in DIALECTS.items()
+        if dialect.model_type == config.model_type
+    )
+
+
+# ---- the names of tensors ----
+
+
+def published_name(name: str, dialect: Dialect) -> str | None:
+    """Return the Hugging Face name of a file's tensor, with {} for the number of each expert in it.
+
+    The result is None if the architecture has no such tensor.
+    """
+    match name.split("."):
+        case [stem, leaf] if stem in _OUTSIDE:
+            return f"{_OUTSIDE[stem]}.{leaf}"
+        case ["blk", layer, stem, leaf] if stem in dialect.names:
+            return f"model.layers.{layer}.{dialect.names[stem]}.{leaf}"
+        case ["blk", layer, stem, expert, leaf] if f"{stem}_exps" in dialect.names:  # older files
+            module = dialect.names[f"{stem}_exps"].replace("{}", expert)
+            return f"model.layers.{layer}.{module}.{leaf}"
+    return None
+
+
+def stored_name(published: str, dialect: Dialect) -> tuple[str, int | None]:
+    """Return a file's name of a published tensor, and the number of the expert that it is of."""
+    module, _, leaf = published.rpartition(".")
+    outside = {theirs: stem for stem, theirs in _OUTSIDE.items()}
+    if module in outside:
+        return f"{outside[module]}.{leaf}", None
+    found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
+    assert found is not None  # a decoder has no other modules
+    layer, inner = found.groups()
+    expert = re.search(r"(?<=\.experts\.)\d+", inner)
+    if expert is not None:
+        inner = inner.replace(f".{expert.group()}.", ".{}.")
+    stems = {theirs: stem for stem, theirs in dialect.names.items()}
+    number = None if expert is None else int(expert.group())
+    return f"blk.{layer}.{stems[inner]}.{leaf}", number
+
+
+# ---- the values of tensors ----
+
+Change = Callable[[Tensor], Tensor]
+
+
+def restoration(published: str, dialect: Dialect, config: ModelConfig) -> Change | None:
+    """Return the function that turns a stored tensor into the published one, if they differ."""
+    heads = _permuted_heads(published, dialect, config)
+    if heads is not None:
+        return partial(_unpermute, heads=heads)
+    if dialect.norm_offset and published.endswith("norm.weight"):
+        return lambda weight: weight - dialect.norm_offset
+    return None
+
+
+def storage(published: str, dialect: Dialect, config: ModelConfig) -> Change | None:
+    """Return the function that turns a published tensor into the stored one, if they differ."""
+    heads = _permuted_heads(published, dialect, config)
+    if heads is not None:
+        return partial(_permute, heads=heads)
+    if dialect.norm_offset and published.endswith("norm.weight"):
+        return lambda weight: weight.float() + dialect.norm_offset
+    return None
+
+
+def _permuted_heads(published: str, dialect: Dialect, config: ModelConfig) -> int | None:
+    """Return how many heads a tensor has whose rows are interleaved; None if they are not."""
+    if not dialect.permuted:
+        return None
+    if "q_proj" in published:
+        return config.num_attention_heads
+    return config.num_key_value_heads if "k_proj" in published else None
+
+
+def _unpermute(weight: Tensor, heads: int) -> Tensor:
+    """Bring the rows of weight [heads * D, ...] from (head, pair, half) to (head, half, pair)."""
+    pairs = weight.shape[0] // heads // 2
+    return weight.reshape(heads, pairs, 2, -1).transpose(1, 2).reshape(weight.shape)
+
+
+def _permute(weight: Tensor, heads: int) -> Tensor:
+    """Bring the rows of weight [heads * D, ...] from (head, half, pair) to (head, pair, half)."""
+    pairs = weight.shape[0] // heads // 2
+    return weight.reshape(heads, 2, pairs, -1).transpose(1, 2).reshape(weight.shape)
