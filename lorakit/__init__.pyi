@@ -46,6 +46,11 @@ from lorakit.evaluation.evaluate import evaluate as evaluate
 from lorakit.evaluation.metrics import rouge_l as rouge_l
 from lorakit.evaluation.plots import plot_runs as plot_runs
 from lorakit.evaluation.quantization_report import quantize_report as quantize_report
+from lorakit.export.gguf import GgufFile as GgufFile
+from lorakit.export.gguf import export_gguf as export_gguf
+from lorakit.export.importance import Importance as Importance
+from lorakit.export.importance import importance as importance
+from lorakit.export.importance import load_importance as load_importance
 from lorakit.inference.generate import generate as generate
 from lorakit.inference.generate import generate_batch as generate_batch
 from lorakit.models.config import ModelConfig as ModelConfig

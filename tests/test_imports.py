@@ -20,6 +20,7 @@ ORDER = [
     {"adapters": set(), "data": {"pyarrow"}},
     {"inference": {"tokenizers"}},
     {"evaluation": {"matplotlib"}},
+    {"export": {"numpy"}},
     {"training": {"tensorboard"}},
     {"compat": set()},
 ]

@@ -31,6 +31,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from lorakit.config.errors import LorakitError
 from lorakit.files.local import atomic
@@ -266,7 +267,8 @@ def write_gguf(path: Path, metadata: Mapping[str, Any], tensors: Iterable[NewTen
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            for tensor in tensors:
+            bar = tqdm(tensors, f"writing {path.name}", unit="tensor", disable=None, leave=False)
+            for tensor in bar:
                 writer.write_tensor_data(tensor.data())
         finally:
             writer.close()

@@ -34,23 +34,25 @@ from lorakit.models.tokenizer_directory import read_parts, read_template
 # The names in GGUF's tokenizer.ggml.pre, and the regexes that cut a text before BPE, one after the
 # other. "gpt-2" is GPT-2's own (openai/gpt-2, encoder.py), "default" is what llama.cpp does where a
 # file names none, the others are those in the models' tokenizer.json.
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_PRE_TOKENIZERS = {
+PRE_TOKENIZERS = {
     "default": [
         r"[\p{P}\$\+<=>\^~\|]+",
-        _GPT2.removesuffix(r"|\s+"),
+        GPT2.removesuffix(r"|\s+"),
         r"\p{N}+",
         r"[0-9][0-9][0-9]",
     ],
-    "gpt-2": [_GPT2],
-    "smollm": [r"\p{N}", _GPT2],
+    "gpt-2": [GPT2],
+    "smollm": [r"\p{N}", GPT2],
     "llama-bpe": [_LLAMA3],
     "qwen2": [_LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")],
 }
+TAKE_WORDS_WHOLE = ("llama-bpe",)
+"""The pre-tokenizers after which a word that is a token is taken whole, whatever the merges say."""
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # GGUF token types
 
 
@@ -249,8 +251,8 @@ def _add_tokens(backend: tokenizers.Tokenizer, vocabulary: _Vocabulary) -> None:
 def _byte_level(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
     """Return a byte-level BPE tokenizer with the file's merges."""
     pre = vocabulary.get("pre", str, "default")
-    if pre not in _PRE_TOKENIZERS:
-        known = ", ".join(_PRE_TOKENIZERS)
+    if pre not in PRE_TOKENIZERS:
+        known = ", ".join(PRE_TOKENIZERS)
         raise LorakitError(
             f"{vocabulary.path}: pre-tokenizer {pre!r} is not supported; supported are {known}"
         )
@@ -261,12 +263,12 @@ def _byte_level(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
         tokenizers.models.BPE(
             vocab={token: i for i, token in enumerate(vocabulary.tokens)},
             merges=[tuple(merge.split(" ", 1)) for merge in merges],
-            ignore_merges=pre == "llama-bpe",  # Llama 3 takes a word that is a token whole
+            ignore_merges=pre in TAKE_WORDS_WHOLE,
         )
     )
     cut = [
         tokenizers.pre_tokenizers.Split(tokenizers.Regex(regex), behavior="isolated")
-        for regex in _PRE_TOKENIZERS[pre]
+        for regex in PRE_TOKENIZERS[pre]
     ]
     to_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([*cut, to_bytes])

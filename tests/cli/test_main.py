@@ -61,6 +61,7 @@ HELP = [
     ["train"],
     ["generate"],
     ["merge"],
+    ["export"],
     ["quantize-report"],
     ["data"],
     ["data", "show"],

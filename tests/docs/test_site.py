@@ -41,7 +41,7 @@ def test_the_reference_holds_every_public_name(site):
 def test_the_command_line_holds_every_verb(site):
     text = (site / "reference" / "command-line.html").read_text(encoding="utf-8")
     usage = build_parser().format_help()
-    verbs = ["train", "generate", "merge", "quantize-report", "data", "plot", "adapter"]
+    verbs = ["train", "generate", "merge", "export", "quantize-report", "data", "plot", "adapter"]
     for verb in verbs:
         assert verb in usage
         assert f"usage: lorakit {verb}" in text

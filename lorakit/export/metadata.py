@@ -1,0 +1,182 @@
+"""What a GGUF file says about its model, and which models it cannot say.
+
+llama.cpp computes by the name of the architecture, and by some twenty numbers. What no number says
+it computes its own way, whatever the model does: full attention in Llama and Qwen, a scale of
+Gemma's attention that goes by the number of layers, expert weights that sum to one. A file of a
+model that differs would load and answer wrongly. So `check_said` refuses each such model, and its
+sentence names the setting.
+
+The keys are those that the reader knows (models/gguf_names.py), and some more that every file has.
+"""
+
+import math
+from typing import Any
+
+import torch
+
+from lorakit.config.errors import LorakitError
+from lorakit.models.config import ModelConfig
+from lorakit.models.gguf_names import KEYS, Dialect
+from lorakit.models.rope import RopeConfig, inverse_frequencies
+
+_FLOATS = (
+    "rms_norm_eps",
+    "rope_theta",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "rope_local_base_freq",
+)
+_LLAMA_LIKE = ("llama", "qwen2", "qwen3", "qwen3moe")
+
+
+def model_metadata(
+    config: ModelConfig, arch: str, dialect: Dialect, context_length: int | None
+) -> dict[str, Any]:
+    """Return the keys of a file that describe the model.
+
+    Args:
+        config: The model's configuration, which `check_said` has let pass.
+        arch: GGUF's name of its architecture.
+        dialect: The names and keys of that architecture.
+        context_length: The number of positions that the file states; None takes the model's.
+
+    Returns:
+        The values by their keys, which begin with the architecture.
+    """
+    values = config.to_hf() | {
+        "max_position_embeddings": context_length or config.max_position_embeddings
+    }
+    values["rope_theta"] = config.rope.rope_theta
+    found: dict[str, Any] = {}
+    for name, key in {**KEYS, **dialect.keys}.items():
+        value = values.get(name)
+        if value is not None and name != "sliding_window_pattern":
+            found[key] = float(value) if name in _FLOATS else int(value)
+    found["attention.value_length"] = found["rope.dimension_count"] = config.head_dim
+    if not any(config.sliding_layers):
+        found.pop("attention.sliding_window", None)
+    elif arch == "gemma3":
+        found["attention.sliding_window_pattern"] = list(config.sliding_layers)
+    found |= _rope_scaling(config.rope)
+    return {f"{arch}.{key}": value for key, value in found.items()}
+
+
+def _rope_scaling(rope: RopeConfig) -> dict[str, Any]:
+    """Return the keys of a rotary embedding that is stretched; llama3's are a tensor instead."""
+    if rope.rope_type not in ("linear", "yarn"):
+        return {}
+    found = {"rope.scaling.type": rope.rope_type, "rope.scaling.factor": float(rope.factor)}
+    if rope.rope_type == "yarn":
+        found |= {
+            "rope.scaling.original_context_length": rope.original_max_position_embeddings,
+            "rope.scaling.yarn_beta_fast": float(rope.beta_fast),
+            "rope.scaling.yarn_beta_slow": float(rope.beta_slow),
+        }
+    return found
+
+
+def llama3_divisors(config: ModelConfig) -> torch.Tensor:
+    """Return by what Llama 3's scaling divides each frequency, fp32 [head_dim / 2]."""
+    cpu = torch.device("cpu")
+    plain = RopeConfig(rope_theta=config.rope.rope_theta)
+    scaled = inverse_frequencies(config.rope, config.head_dim, cpu)
+    return (inverse_frequencies(plain, config.head_dim, cpu) / scaled).float()
+
+
+# ---- what a file cannot say ---------------------------------------------------------------------
+
+
+def check_said(
+    config: ModelConfig, arch: str, dialect: Dialect, tied: bool, context_length: int | None
+) -> None:
+    """Raise LorakitError unless llama.cpp computes what this model does.
+
+    Args:
+        config: The model's configuration.
+        arch: GGUF's name of its architecture.
+        dialect: The names and keys of that architecture.
+        tied: Whether the head is the embedding.
+        context_length: The number of positions that the file will state; None for the model's.
+    """
+    if context_length is not None and not 0 < context_length <= config.context_length:
+        raise LorakitError(
+            f"context_length must lie between 1 and the model's {config.context_length}, not "
+            f"{context_length}"
+        )
+    for what in (
+        _unsaid_rope(config, arch),
+        _unsaid_window(config, arch, context_length or config.max_position_embeddings),
+        _unsaid_attention(config, arch, dialect),
+        _unsaid_mlp(config, arch, dialect),
+        "an output head of its own" if arch.startswith("gemma") and not tied else None,
+    ):
+        if what is not None:
+            raise LorakitError(
+                f"a GGUF file of architecture {arch!r} cannot say {what}: llama.cpp would compute "
+                "something else; keep the model in safetensors"
+            )
+
+
+def _unsaid_rope(config: ModelConfig, arch: str) -> str | None:
+    """Return what of the rotary embeddings a file cannot say."""
+    rope, local = config.rope, config.rope_local
+    kinds = ["default", "linear"]
+    kinds += ["yarn"] if arch in _LLAMA_LIKE else []
+    kinds += ["llama3"] if arch == "llama" else []
+    if rope.rope_type not in kinds:
+        return f"the rotary scaling {rope.rope_type!r}"
+    if local is not None and (arch != "gemma3" or local.rope_type != "default"):
+        return "this rotary embedding of the sliding layers"
+    if rope.rope_type == "yarn":
+        usual = 0.1 * math.log(rope.factor) + 1
+        factor = usual if rope.attention_factor is None else rope.attention_factor
+        scales = (rope.mscale, rope.mscale_all_dim)
+        if not math.isclose(factor, usual, rel_tol=1e-6) or scales != (None, None):
+            return "yarn's attention_factor, mscale and mscale_all_dim"
+        if not rope.truncate:
+            return "yarn with truncate=false"
+    return None
+
+
+def _unsaid_window(config: ModelConfig, arch: str, context_length: int) -> str | None:
+    """Return what of the sliding windows a file cannot say."""
+    window, sliding = config.sliding_window, config.sliding_layers
+    if not any(sliding) or window is None or window >= context_length:
+        return None
+    if arch in (*_LLAMA_LIKE, "gemma"):
+        return f"a sliding window of {window} (context_length={window} needs none)"
+    if arch == "gemma2" and sliding != [i % 2 == 0 for i in range(len(sliding))]:
+        return "these layer_types"
+    return None
+
+
+def _unsaid_attention(config: ModelConfig, arch: str, dialect: Dialect) -> str | None:
+    """Return what of the attention a file cannot say."""
+    full = config.num_hidden_layers == dialect.full_width_layers
+    width = config.hidden_size // config.num_attention_heads if full else config.head_dim
+    if config.query_pre_attn_scalar not in (None, width) or (
+        config.query_pre_attn_scalar is None and width != config.head_dim
+    ):
+        return f"query_pre_attn_scalar {config.query_pre_attn_scalar}, only {width}"
+    if (config.attn_logit_softcapping is not None) != (arch == "gemma2"):
+        return f"attn_logit_softcapping {config.attn_logit_softcapping}"
+    if (config.final_logit_softcapping is not None) != (arch == "gemma2"):
+        return f"final_logit_softcapping {config.final_logit_softcapping}"
+    if arch != "llama" and (config.o_bias or config.qkv_bias != (arch == "qwen2")):
+        return "these biases of the attention (attention_bias)"
+    return None
+
+
+def _unsaid_mlp(config: ModelConfig, arch: str, dialect: Dialect) -> str | None:
+    """Return what of the MLP or of the experts a file cannot say."""
+    usual = "gelu_pytorch_tanh" if arch.startswith("gemma") else "silu"
+    if config.hidden_act != usual:
+        return f"hidden_act {config.hidden_act!r}, only {usual!r}"
+    if config.mlp_bias and arch != "llama":
+        return "mlp_bias"
+    if "ffn_gate_inp" in dialect.names:
+        if not all(config.moe_layers):
+            return "layers without experts (mlp_only_layers, decoder_sparse_step)"
+        if not config.norm_topk_prob:
+            return "norm_topk_prob=false"
+    return None

@@ -1,0 +1,161 @@
+"""Models as GGUF files: llama.cpp computes from them what lorakit does."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import lorakit as lk
+from lorakit.files.gguf import read_header
+from lorakit.models.gguf import read_gguf
+from lorakit.models.load import open_model
+from tests.export.llama_cpp import LlamaCpp
+from tests.export.models import write_model
+from tests.models.test_gguf import VARIANTS
+
+IDS = [1, *range(4, 30)]  # longer than any window
+
+
+def compare(file, model, variant):
+    """Compare the logits at every position, and the likeliest tokens."""
+    # fp32 sums in another order; llama.cpp's GELU is a table of fp16 values
+    tolerance = 1e-2 if "gemma" in variant else 5e-5
+    with LlamaCpp(file) as theirs:
+        found = theirs.logits(IDS)
+    ours = model(torch.tensor([IDS]))[0]
+    assert (found - ours).abs().max() <= tolerance
+    assert torch.equal(found.argmax(-1), ours.argmax(-1))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_are_llama_cpp(tmp_path, variant):
+    model = write_model(tmp_path / "model", variant)
+    written = lk.export_gguf(model, tmp_path / "m.gguf", quantization="f32")
+    assert set(written.formats) == {"F32"}
+    ours = lk.load_model(model, dtype="float32")
+    compare(tmp_path / "m.gguf", ours, variant)
+
+
+@pytest.mark.parametrize("variant", ["llama biases", "mixtral", "qwen3", "gemma3"])
+def test_the_file_reads_back_as_the_model(tmp_path, variant):
+    """The values are the published ones, those of norms up to the rounding of an added one."""
+    model = write_model(tmp_path / "model", variant)
+    lk.export_gguf(model, tmp_path / "m.gguf", quantization="f32")
+    config, found = read_gguf(tmp_path / "m.gguf")
+    _, expected, _ = open_model(model)
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        offset = "gemma" in variant and name.endswith("norm.weight")
+        assert torch.allclose(found[name].read(), weight.read(), rtol=0, atol=1e-7 * offset), name
+    assert config.eos_token_ids == [2]
+    again = lk.export_gguf(
+        tmp_path / "m.gguf", tmp_path / "again.gguf", quantization="f32", name="model"
+    )
+    if "gemma" not in variant:  # there an added one is taken away and added again
+        assert Path(again.path).read_bytes() == (tmp_path / "m.gguf").read_bytes()
+
+
+def test_an_adapter_is_merged_in_fp32(tmp_path):
+    """The file is that of the model in memory, and computes as it does unmerged."""
+    directory = write_model(tmp_path / "model", "llama biases")
+    model = lk.load_model(directory, dtype="float32")
+    torch.manual_seed(0)
+    lk.attach(model, lk.LoraConfig(r=2, target_modules="all-linear", use_dora=True))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, 0, 0.1)
+    lk.save_adapter(model, tmp_path / "adapter")
+    before = model(torch.tensor([IDS]))
+    lk.export_gguf(model, tmp_path / "memory.gguf", quantization="f32", name="model")
+    assert torch.equal(model(torch.tensor([IDS])), before)
+    file = tmp_path / "files.gguf"
+    lk.export_gguf(directory, file, quantization="f32", adapter=tmp_path / "adapter")
+    assert file.read_bytes() == (tmp_path / "memory.gguf").read_bytes()
+    compare(file, model, "llama")
+    lk.merge(model)
+    lk.export_gguf(model, tmp_path / "merged.gguf", quantization="f32", name="model")
+    assert (tmp_path / "merged.gguf").read_bytes() == file.read_bytes()
+
+
+def test_a_bf16_model_is_merged_in_fp32(tmp_path):
+    """An update that bf16 would round away is in the file."""
+    directory = write_model(tmp_path / "model", "llama")
+    lk.save_model(lk.load_model(directory, dtype="bfloat16"), tmp_path / "half")
+    model = lk.load_model(tmp_path / "half", dtype="float32")
+    lk.attach(model, lk.LoraConfig(r=2, target_modules=["v_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, 0, 1e-4)
+    lk.save_adapter(model, tmp_path / "adapter")
+    file = tmp_path / "m.gguf"
+    lk.export_gguf(tmp_path / "half", file, quantization="f32", adapter=tmp_path / "adapter")
+    name = "model.layers.0.self_attn.v_proj"
+    lk.merge(model)
+    merged = model.get_submodule(name).current_module().weight
+    assert torch.equal(read_gguf(file)[1][f"{name}.weight"].read(), merged)
+
+
+SLIDING = {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "attention_factor": 1.0}
+REFUSED = [
+    (
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+        "dynamic",
+    ),
+    (
+        "llama",
+        {"rope_parameters": {**YARN, "original_max_position_embeddings": 16}},
+        "attention_factor",
+    ),
+    ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    ("qwen2", SLIDING, "sliding window of 8 (context_length=8"),
+    ("qwen3", {"attention_bias": True}, "attention_bias"),
+    ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers"),
+    ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob"),
+    ("gemma", {"tie_word_embeddings": False}, "an output head of its own"),
+    ("gemma2", {"query_pre_attn_scalar": 20}, "query_pre_attn_scalar 20"),
+    ("gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping None"),
+    ("gemma3", {"final_logit_softcapping": 3.0}, "final_logit_softcapping 3.0"),
+]
+
+
+@pytest.mark.parametrize(("variant", "settings", "said"), REFUSED, ids=[r[2] for r in REFUSED])
+def test_what_a_file_cannot_say_is_refused_by_its_name(tmp_path, variant, settings, said):
+    model = write_model(tmp_path / "model", variant, **settings)
+    with pytest.raises(lk.LorakitError, match=re.escape(said)):
+        lk.export_gguf(model, tmp_path / "m.gguf", quantization="f32")
+    assert not list(tmp_path.glob("*m.gguf*"))
+
+
+def test_a_window_is_written_as_the_context(tmp_path):
+    model = write_model(tmp_path / "model", "qwen2", **SLIDING)
+    lk.export_gguf(model, tmp_path / "m.gguf", quantization="f32", context_length=8)
+    assert read_header(tmp_path / "m.gguf").metadata["qwen2.context_length"] == 8
+
+
+def test_what_is_wrong_is_said_and_nothing_is_written(tmp_path):
+    model = write_model(tmp_path / "model", "llama")
+    file = tmp_path / "m.gguf"
+    for options, said in [
+        ({"quantization": "q4km"}, "did you mean 'q4_k_m'"),
+        ({"tensor_types": {"ffn_dwn": "q8_0"}}, "'ffn_dwn' fits no matrix"),
+        ({"tensor_types": {"ffn_down": "q3"}}, "'q3' is no format"),
+        ({"tensor_types": {"(": "q8_0"}}, "is no regex"),
+        ({"context_length": 65}, "between 1 and the model's 64"),
+        ({"adapter": tmp_path / "none"}, "does not exist"),
+        ({"imatrix": tmp_path / "none"}, "does not exist"),
+    ]:
+        with pytest.raises(lk.LorakitError, match=re.escape(said)):
+            lk.export_gguf(model, file, **{"quantization": "f32", **options})
+    with pytest.raises(lk.LorakitError, match="is a directory"):
+        lk.export_gguf(model, tmp_path)
+    loaded = lk.load_model(model, dtype="float32")
+    loaded.model.layers[1].mlp.up_proj.weight.data[0, 0] = 1e5
+    with pytest.raises(lk.LorakitError, match="blk.1.ffn_up.weight holds values beyond fp16"):
+        lk.export_gguf(loaded, file, quantization="f16")
+    loaded.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(lk.LorakitError, match="blk.1.ffn_up.weight holds NaN"):
+        lk.export_gguf(loaded, file, quantization="f32")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
