@@ -135,6 +135,8 @@ def _byte_level(data: Mapping[str, Any]) -> dict[str, Any]:
         raise LorakitError(
             f"the tokenizer has ignore_merges={str(whole).lower()}, and llama.cpp's {name!r} not"
         )
+    if not data["model"]["merges"]:
+        raise LorakitError("the tokenizer has no merges, which llama.cpp asks for")
     merges = [" ".join(part.replace(" ", "Ġ") for part in pair) for pair in _merges(data)]
     return {"model": "gpt2", "pre": name, "merges": merges}
 
