@@ -1,0 +1,115 @@
+"""`lorakit export`: the files that it writes, and what it refuses."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import lorakit as lk
+from lorakit.cli.main import main
+from lorakit.models.gguf import read_gguf
+from tests.export.models import write_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("export") / "tiny", "qwen2")
+
+
+@pytest.fixture(scope="module")
+def adapter(model):
+    """An adapter that changes what the model computes."""
+    torch.manual_seed(0)
+    adapted = lk.attach(lk.load_model(model, dtype="float32"), lk.LoraConfig(r=2))
+    for name, p in adapted.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(p, 0, 0.1)
+    lk.save_adapter(adapted, model.parent / "adapter")
+    return model.parent / "adapter"
+
+
+def test_one_file(model, tmp_path, capsys):
+    file = tmp_path / "new" / "m.gguf"
+    assert main(["export", str(model), str(file), "--tensor-type", "ffn_up=q8_0"]) == 0
+    said = capsys.readouterr().out
+    lk.export_gguf(model, tmp_path / "same.gguf", tensor_types={"ffn_up": "q8_0"})
+    assert file.read_bytes() == (tmp_path / "same.gguf").read_bytes()
+    assert said.startswith(f"{file}: q4_k_m, 0.0 M parameters in ")
+    assert "not what q4_k_m means" in said
+
+
+def test_several_types_of_a_merged_model(model, adapter, tmp_path, capsys):
+    command = ["export", str(model), str(adapter), str(tmp_path), "--type", "f32,Q8_0"]
+    assert main([*command, "--type", "f16", "--name", "Mine"]) == 0
+    names = {f"Mine-{each}.gguf" for each in ("F32", "Q8_0", "F16")}
+    assert {file.name for file in tmp_path.iterdir()} == names
+    assert capsys.readouterr().out.count(" parameters in ") == 3
+    merged = lk.load_model(model, dtype="float32")
+    lk.load_adapter(merged, adapter)
+    lk.merge_and_unload(merged)
+    name = "model.layers.1.self_attn.v_proj.weight"
+    found = read_gguf(tmp_path / "Mine-F32.gguf")[1][name].read()
+    assert torch.equal(found, merged.state_dict()[name])
+
+
+def test_calibrated_on_rows(model, adapter, tmp_path):
+    rows = [{"text": f"hello the {i}"} for i in range(30)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = ["export", str(model), str(adapter), str(tmp_path / "m.gguf"), "--type", "q4_0"]
+    assert main([*command, "--calibrate", str(tmp_path / "rows.jsonl")]) == 0
+    tok, adapted = lk.load_tokenizer(model), lk.load_model(model)
+    lk.load_adapter(adapted, adapter)
+    lk.importance(adapted, tok, rows).save(tmp_path / "imatrix.gguf")
+    command[3] = str(tmp_path / "same.gguf")
+    assert main([*command, "--imatrix", str(tmp_path / "imatrix.gguf")]) == 0
+    assert (tmp_path / "m.gguf").read_bytes() == (tmp_path / "same.gguf").read_bytes()
+
+
+def test_what_is_wrong_is_one_sentence(model, tmp_path, capsys):
+    file = str(tmp_path / "m.gguf")
+    for command, said in [
+        ([str(tmp_path / "none"), file], "none"),
+        ([str(model), str(tmp_path / "none"), file], "does not exist"),
+        ([str(model), file, "--type", "f32,f16"], "is one file, and --type names 2 of them"),
+        ([str(model), file, "--tensor-type", "ffn_dwn=q8_0"], "fits no matrix"),
+        ([str(model), file, "--calibrate", str(tmp_path / "none")], "does not exist"),
+        ([str(model), file, "--context-length", "100"], "the model's 64"),
+    ]:
+        assert main(["export", *command]) == 1
+        err = capsys.readouterr().err
+        assert said in err
+        assert err.startswith("lorakit: ")
+        assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("wrong", [["--type", "q3_k"], ["--tensor-type", "q8_0"], ["--to", "onnx"]])
+def test_wrong_usage(model, tmp_path, wrong, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["export", str(model), str(tmp_path / "m.gguf"), *wrong])
+    assert caught.value.code == 2
+    assert "usage" in capsys.readouterr().err
+
+
+def test_ctrl_c_leaves_no_half_file(model, tmp_path):
+    """The signal comes while the tensors are written; an older file stays as it was."""
+    (tmp_path / "m.gguf").write_bytes(b"older")
+    code = f"""if True:
+        import os, signal, sys
+        from lorakit.cli.main import main
+        import lorakit.export.gguf as writing
+        real = writing._blocks
+        def interrupted(stored, *rest):
+            if stored == "blk.1.ffn_up.weight":
+                os.kill(os.getpid(), signal.SIGINT)
+            return real(stored, *rest)
+        writing._blocks = interrupted
+        sys.exit(main(["export", {str(model)!r}, {str(tmp_path / "m.gguf")!r}]))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 130
+    assert done.stderr.endswith("lorakit: interrupted\n")
+    assert [file.name for file in tmp_path.iterdir()] == ["m.gguf"]
+    assert (tmp_path / "m.gguf").read_bytes() == b"older"
