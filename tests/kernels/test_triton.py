@@ -226,6 +226,26 @@ def test_rope_in_place_of_shared_memory():
             assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)  # one fp32 rounding, contracted
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_rope_of_heads_that_lie_apart(batch, inplace):
+    """Heads before tokens in memory, or one token a row: the bits of tokens as rows."""
+    cos, sin = tables(1, 3, 4, 1)
+    wide = random(1, batch, 3, 7, 10)
+    for q, k in (
+        (random(2, batch, 2, 3, 10).transpose(1, 2), random(3, batch, 3, 3, 10).transpose(1, 2)),
+        (wide[:, 1:2, :4], wide[:, 1:2, 4:]),
+        (wide[:, :2, :4], wide[:, 1:, 4:]),
+    ):
+        T = q.shape[1]
+        with on_triton():
+            expected = kernels.rope(q.contiguous(), k.contiguous(), cos[:, :T], sin[:, :T])
+            ours = kernels.rope(q, k, cos[:, :T], sin[:, :T], inplace=inplace)
+        for given, y, wanted in zip((q, k), ours, expected, strict=True):
+            assert torch.equal(y, wanted)
+            assert (y.data_ptr() == given.data_ptr()) == inplace
+
+
 def test_rope_in_place_tells_autograd():
     q = random(0, 1, 2, 3, 8).requires_grad_()
     cos, sin = tables(1, 2, 4, 1)
