@@ -21,10 +21,10 @@
 // and of sums over keys, or rows, the words before the first and after the last that is seen by one of the tile's.
 //
 // Threads take the units from one list, the longest first. A unit owns its rows of y, lse and dq. The units of one
-// document and key head all add to dk and dv, block of keys by block of keys, and for each they wait for their turn:
-// that of the last tokens comes first, as it does in the list, so that whoever is waited for is at work or done. The
-// order of every sum is thus fixed by the document alone, and neither the number of threads nor what else is in the
-// batch changes a bit.
+// document and key head all add to the fp32 sums of dk and dv, block of keys by block of keys, and for each they wait
+// for their turn: that of the last tokens comes first, as it does in the list, so that whoever is waited for is at work
+// or done. The first one writes the sums, and the last one what they are rounded to. The order of every sum is thus
+// fixed by the document alone, and neither the number of threads nor what else is in the batch changes a bit.
 #if defined(__AVX512F__)
 #define LORAKIT_ANY_LANES
 #endif
@@ -78,9 +78,9 @@ struct Block {
 template <class T>
 struct Attention {
     HeadsView<const T> q, k, v, dy;
-    HeadsView<T> y, dq;
-    float *lse, *dk, *dv;  // [B, Hq, T]; [B, S, Hk, whole(D)], zero at first
-    const uint8_t* mask;   // bool [B or 1, T, S], null: causal
+    HeadsView<T> y, dq, dk, dv;      // dk and dv of a block of keys that no token sees are left as they are
+    float *lse, *dk_sums, *dv_sums;  // [B, Hq, T]; [B, S, Hk, whole(D)]
+    const uint8_t* mask;             // bool [B or 1, T, S], null: causal
     const Block* blocks;
     uint8_t* seen;   // [documents, blocks of one, blocks of keys], for a mask
     int32_t* turns;  // [documents, Hk, blocks of keys]: how many units have added to dk and dv; zero at first
@@ -590,29 +590,39 @@ struct Unit {
     // dv += p dy, dk += ds q, when the units before have done so
     void add_to_keys() const {
         int32_t* turn = a.turns + (block.document * a.Hk + head) * tiles(a.S, KEYS) + j;
-        int32_t mine = 0;
-        for (int64_t n = block.number + 1; n * a.tokens < block.length; ++n) mine += sees(n);
-        for (int spins = 0; __atomic_load_n(turn, __ATOMIC_ACQUIRE) != mine; ++spins) {
+        int32_t before = 0, after = 0;  // units
+        for (int64_t n = block.number + 1; n * a.tokens < block.length; ++n) before += sees(n);
+        for (int64_t n = 0; n < block.number; ++n) after += sees(n);
+        for (int spins = 0; __atomic_load_n(turn, __ATOMIC_ACQUIRE) != before; ++spins) {
 #if defined(__x86_64__)
             __builtin_ia32_pause();
 #endif
             if (spins > 4000) sched_yield();  // the one waited for may need this processor
         }
         const int64_t place = ((block.batch * a.S + block.start + start) * a.Hk + head) * whole(D);
-        add_to_keys(p, dy_words, a.dv + place);
-        add_to_keys(ds, q_words, a.dk + place);
-        __atomic_store_n(turn, mine + 1, __ATOMIC_RELEASE);
+        add_to_keys(p, dy_words, before > 0, a.dv_sums + place);
+        add_to_keys(ds, q_words, before > 0, a.dk_sums + place);
+        if (after == 0) {
+            keep_keys(a.dv_sums + place, a.dv);
+            keep_keys(a.dk_sums + place, a.dk);
+        }
+        __atomic_store_n(turn, before + 1, __ATOMIC_RELEASE);
     }
 
-    void add_to_keys(const float* weights, const float* x, float* to) const {
+    void add_to_keys(const float* weights, const float* x, bool add, float* to) const {
         const int64_t line = a.Hk * whole(D);
         for (int64_t c = 0; c < size; c += TILE) {
             const int64_t m = smaller(TILE, size - c);
             const Range seen = in_words(rows_of(c, c + m));
             const int64_t word = seen.first / PAIR, words = seen.last / PAIR - word;
             const float* from = weights + c * apart + word;
-            multiply<Op, false>({from, apart, x + word * wide, wide, words, to + c * line, line, true}, m, whole(D));
+            multiply<Op, false>({from, apart, x + word * wide, wide, words, to + c * line, line, add}, m, whole(D));
         }
+    }
+
+    void keep_keys(const float* sums_of_keys, const HeadsView<T>& to) const {
+        for (int64_t c = 0; c < size; ++c)
+            keep(sums_of_keys + c * a.Hk * whole(D), 1, to.at(block.batch, block.start + start + c, head));
     }
 };
 

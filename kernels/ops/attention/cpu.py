@@ -30,8 +30,8 @@ class Attention(ctypes.Structure):
     """`Attention` of cpu.cpp: the arguments of both directions."""
 
     _fields_ = (
-        *((name, HeadsView) for name in ("q", "k", "v", "dy", "y", "dq")),
-        *((name, POINTER) for name in ("lse", "dk", "dv", "mask")),
+        *((name, HeadsView) for name in ("q", "k", "v", "dy", "y", "dq", "dk", "dv")),
+        *((name, POINTER) for name in ("lse", "dk_sums", "dv_sums", "mask")),
         *((name, POINTER) for name in ("blocks", "seen", "turns", "space")),
         *((name, INT64) for name in ("count", "mask_batch", "mask_token", "slots", "size")),
         *((name, INT64) for name in ("T", "S", "Hq", "Hk", "D", "tokens", "window", "pairs")),
@@ -109,6 +109,7 @@ def _launch(
     dq: Tensor | None = None,
     dk: Tensor | None = None,
     dv: Tensor | None = None,
+    sums: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> None:
     (B, T, Hq, D), (S, Hk), on = q.shape, k.shape[1:3], q.device
     tokens, keys, size = _sizes(dispatch.isa(), D, Hq // Hk)
@@ -124,8 +125,8 @@ def _launch(
         seen = torch.empty(shape, dtype=torch.uint8, device=on)
         strides = 0 if mask.shape[0] == 1 else mask.stride(0), mask.stride(1)
     arguments = Attention(
-        *(_view(x) for x in (q, k, v, dy, y, dq)),
-        *(address(x) for x in (lse, dk, dv, mask, blocks, seen, turns, space)),
+        *(_view(x) for x in (q, k, v, dy, y, dq, dk, dv)),
+        *(address(x) for x in (lse, *sums, mask, blocks, seen, turns, space)),
         *(len(blocks), *strides, slots, size),
         *(T, S, Hq, Hk, D, tokens, options.window, dispatch.multiplies_pairs()),
         *(options.scale, options.softcap),
@@ -153,11 +154,13 @@ class BlockwiseAttention(torch.autograd.Function):
         q, k, v, y, lse, mask = ctx.saved_tensors
         B, S, Hk, D = k.shape
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        make = torch.empty if mask is None else torch.zeros  # whose keys may be seen by nobody
+        dk, dv = (make(k.shape, dtype=k.dtype, device=q.device) for _ in range(2))
         wide = (B, S, Hk, -(-D // 16) * 16)  # whole vectors, to which the units add in fp32
-        dk, dv = (torch.zeros(wide, dtype=torch.float32, device=q.device) for _ in range(2))
-        gradients = {"dy": _dense_rows(dy), "dq": dq, "dk": dk, "dv": dv}
+        sums = [torch.empty(wide, dtype=torch.float32, device=q.device) for _ in range(2)]
+        gradients = {"dy": _dense_rows(dy), "dq": dq, "dk": dk, "dv": dv, "sums": tuple(sums)}
         _launch("attention_backward", q, k, v, y, lse, mask, ctx.options, **gradients)
-        return dq, *(x[..., :D].to(k.dtype) for x in (dk, dv)), None, None
+        return dq, dk, dv, None, None
 
 
 def attention(
