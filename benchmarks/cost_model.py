@@ -10,7 +10,9 @@ The step of `steps.py` runs on the meta device, and every launch is noted with i
 A product of matrices has 2 M N K operations. Attention over documents of t tokens, H heads of D
 each, has sum(t^2) H D for each of its products, as half of the scores are seen: two forward, five
 backward, or seven in kernels of two passes. Each operand is read or written once. Nothing is
-fitted: rates are data sheets', other people's measurements, or a copy's and a product's of gpu.md.
+fitted: rates are data sheets', other people's measurements, or a copy's, a product's and
+attention's that were measured by themselves. Attention's depend on the tokens of a row, and are
+interpolated along their logarithm.
 
 The floor counts each product with a frozen weight once forward and once backward, attention's
 seven, and the passes over memory that no fusion saves; launches are free. A step cannot take less.
@@ -52,9 +54,7 @@ class GPU:
     fp8: float
     forward: float  # the fastest attention, causal, D = 128
     backward: float
-    flash_forward: float  # torch's FlashAttention 2, whose bits are the same every time
-    flash_backward: float
-    triton: float  # of attention in Triton
+    attention: dict[str, tuple[float, ...]]  # by name, with as many tokens as MEASURED_AT says
     copy: float
     source: str
 
@@ -62,24 +62,48 @@ class GPU:
     def thin(self) -> float:
         return THIN_SHARE * self.copy
 
+    def rate(self, name: str, tokens: int) -> float:
+        """Return the operations per second of a launch in a row of so many tokens."""
+        if name not in self.attention:
+            return vars(self)[name]
+        step = math.log2(max(tokens, 1) / MEASURED_AT[0])
+        step = min(max(step, 0.0), len(MEASURED_AT) - 1.0)
+        i = min(int(step), len(MEASURED_AT) - 2)
+        before, after = self.attention[name][i : i + 2]
+        return before + (step - i) * (after - before)
+
+
+MEASURED_AT = (2048, 4096, 8192, 16384)  # tokens, each twice the one before
+# On an H200, heads of 128: docs/dev/LOG.md, 2026-11-29. Its backward counts five products, and
+# Triton's two kernels of backward have seven.
+MEASURED = {
+    "flash_forward": (208e12, 276e12, 322e12, 335e12),
+    "flash_backward": (134e12, 164e12, 180e12, 189e12),
+    "triton_forward": (232e12, 371e12, 430e12, 454e12),
+    "triton_backward": (69e12 * 7 / 5, 200e12 * 7 / 5, 255e12 * 7 / 5, 297e12 * 7 / 5),
+}
+ASSUMED = {
+    "flash_forward": (130e12,) * 4, "flash_backward": (105e12,) * 4,
+    "triton_forward": (120e12,) * 4, "triton_backward": (120e12,) * 4,
+}  # fmt: skip
+
 
 H100 = GPU(
-    "H100", 782e12, 1350e12, 600e12, 480e12, 370e12, 330e12, 390e12, 3.007e12,
+    "H100", 782e12, 1350e12, 600e12, 480e12, MEASURED, 3.007e12,
     "product and copy: gpu.md, commit 0cd7aa1 (torch.compile's head, 4.3 TFLOP in 5.5 ms); "
-    "attention: cuDNN's (the floor), FlashAttention 2's and Triton's forward and FlashAttention "
-    "2's backward in arXiv:2407.08608, cuDNN's backward assumed; fp8: assumed, of 1979 in the data "
-    "sheet",
+    "attention: measured on an H200, which has its chip; the floor's: cuDNN's forward in "
+    "arXiv:2407.08608, its backward assumed; fp8: assumed, of 1979 in the data sheet",
 )  # fmt: skip
 GPUS = {
     gpu.name: gpu
     for gpu in (
         H100,
         GPU(
-            "H200", 790e12, 1350e12, 600e12, 480e12, 370e12, 330e12, 390e12, 4.0e12,
+            "H200", 790e12, 1350e12, 600e12, 480e12, MEASURED, 4.0e12,
             "as the H100, whose chip it has; copy: assumed, of 4.8 TB/s in the data sheet",
         ),
         GPU(
-            "RTX 4090", 150e12, 290e12, 130e12, 105e12, 130e12, 105e12, 120e12, 0.92e12,
+            "RTX 4090", 150e12, 290e12, 130e12, 105e12, ASSUMED, 0.92e12,
             "all assumed, of the data sheet's 165 TFLOP/s in bf16, 330 in fp8 and 1.008 TB/s",
         ),
     )
@@ -97,12 +121,13 @@ class Cost(NamedTuple):
     operations: float
     moved: float  # bytes
     shape: str
-    rate: str = ""  # the field of GPU that bounds its operations
+    tokens: int  # of the row
+    rate: str = ""  # what bounds its operations, a name that GPU.rate knows
     thin: bool = False
 
     def seconds(self, gpu: GPU) -> float:
         """Return the time that it takes on `gpu`, with the fixed part of a launch."""
-        arithmetic = self.operations / vars(gpu)[self.rate] if self.operations else 0.0
+        arithmetic = self.operations and self.operations / gpu.rate(self.rate, self.tokens)
         return max(arithmetic, self.moved / (gpu.thin if self.thin else gpu.copy)) + FIXED
 
 
@@ -216,7 +241,9 @@ class Notes(TorchDispatchMode):
         name, where = self.gpu.launches[at]
         kind = "optimizer" if self.part == "optimizer" else kind
         shape = shape_of(operands)
-        self.found[at] = Cost(self.part, kind, name, where, operations, moved, shape, **more)
+        tokens = self.job.tokens
+        found = Cost(self.part, kind, name, where, operations, moved, shape, tokens, **more)
+        self.found[at] = found
 
     def products(self, q: Tensor, count: int) -> float:
         """Return the operations of so many products with the scores, of queries q."""
@@ -233,7 +260,7 @@ class Notes(TorchDispatchMode):
             moved = IN_PLACE[name] * size(operands[0])
         if package == "adamw":
             moved = OF_ADAMW[name] * self.job.trained
-        operations, rate = 0.0, "triton"
+        operations, rate = 0.0, f"triton_{self.part}"
         if name in PRODUCTS:
             operations = self.products(operands[0], PRODUCTS[name])
         if package == "frozen_linear":  # x [M, K] and y [M, N] come last, but for a bias

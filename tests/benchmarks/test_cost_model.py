@@ -1,6 +1,7 @@
 """The cost model of a step on a GPU: its launches are those of the code, and its figures add up."""
 
 import dataclasses
+import importlib
 import importlib.util
 import sys
 from collections import Counter
@@ -153,7 +154,7 @@ def test_bytes_of_kernels(costs_of):
     assert moved[0] == 2 * n + small
     assert moved[-1] == 4 * n + small
     assert {c.moved for c in named(costs, "swiglu/_forward")} == {3 * B * T * inner}
-    assert {c.moved for c in named(costs, "swiglu/_backward")} == {6 * B * T * inner}
+    assert {c.moved for c in named(costs, "swiglu/_added_backward")} == {6 * B * T * inner}
     trained = 16 * 2 * (4 * 4096 + 2 * 1024 + 2 * 4096 + 3 * 14336 + 3 * 4096)
     for name, each in (("_squares", 4), ("_decide", 0), ("_update", 28)):
         [adamw] = named(costs, f"adamw/{name}")
@@ -206,11 +207,36 @@ def test_the_prediction_beside_a_measurement(model):
 def test_seconds_of_a_launch(model):
     """The longer one of arithmetic and memory, and a fixed part."""
     gpu = dataclasses.replace(model.H100, product=1e12, copy=1e9)
-    cost = model.Cost("forward", "frozen products", "mm", "", 5e9, 2e6, "", "product")
+    cost = model.Cost("forward", "frozen products", "mm", "", 5e9, 2e6, "", 64, "product")
     assert cost.seconds(gpu) == pytest.approx(5e-3 + model.FIXED)
     assert cost._replace(moved=9e6).seconds(gpu) == pytest.approx(9e-3 + model.FIXED)
     thin = cost._replace(moved=9e6, thin=True)
     assert thin.seconds(gpu) == pytest.approx(12e-3 + model.FIXED)
+    rates = dataclasses.replace(gpu, attention={"flash_forward": (1e12, 2e12, 4e12, 5e12)})
+    attends = cost._replace(rate="flash_forward", moved=0.0)
+    for tokens, rate in ((60, 1e12), (2048, 1e12), (4096, 2e12), (2**12.5, 3e12), (99999, 5e12)):
+        found = attends._replace(tokens=tokens).seconds(rates)
+        assert found == pytest.approx(5e9 / rate + model.FIXED)
+
+
+def test_rates_of_attention_are_those_of_the_code(model):
+    """Triton is the faster one of the two from where the code takes it."""
+    flash = importlib.import_module("lorakit.kernels.ops.attention.flash")
+
+    def seconds(name, tokens, products):
+        return sum(n / model.H100.rate(f"{name}_{part}", tokens) for part, n in products.items())
+
+    for tokens in model.MEASURED_AT:
+        theirs = seconds("flash", tokens, {"forward": 2, "backward": 5})
+        ours = seconds("triton", tokens, {"forward": 2, "backward": 7})
+        assert (ours < theirs) == (tokens >= flash.LONG)
+
+
+@pytest.mark.parametrize(("tokens", "by_flash"), [(2048, True), (4096, False)])
+def test_which_attention_a_dense_row_takes(costs_of, tokens, by_flash):
+    names = {cost.name for cost in costs_of(tokens) if cost.kind == "attention"}
+    assert ("_scaled_dot_product_flash_attention" in names) == by_flash
+    assert ("attention/_dkv" in names) != by_flash
 
 
 def test_as_a_program(model, monkeypatch, capsys):
