@@ -273,7 +273,7 @@ float fit_positive(const float* x, const float* w, uint8_t* codes) {
             q[i] = found, sum_xq = xq, sum_qq = qq, changed = true;
         }
     }
-    for (int i = 0; i < 8; ++i) codes[i] = static_cast<uint8_t>(static_cast<int>(q[i]));
+    for (int i = 0; i < 8; ++i) codes[i] = static_cast<uint8_t>(static_cast<int>(q[i]));  // below 0: wraps around
     return sum_qq > 0 ? sum_xq / sum_qq : 0;
 }
 
@@ -460,14 +460,21 @@ void blocks_affine_k(const Quantize& p, int64_t first, int count, uint8_t* out) 
         const float d = p.importance ? fit_positive(scale + at, sums + at, s) : by_the_largest(scale + at, s);
         const float dmin = p.importance ? fit_positive(low + at, sums + at, m) : by_the_largest(low + at, m);
         put_half(dmin, put_half(d, to));
-        for (int j = 0; j < 8; ++j) {
-            step[at + j] = float_of(half_of(d)) * s[j];
-            base[at + j] = float_of(half_of(dmin)) * m[j];
+        for (int j = 0; TYPE == Q5_K && j < 8; ++j) {
+            s[j] = s[j] < 63 ? s[j] : 63;
+            m[j] = m[j] < 63 ? m[j] : 63;
         }
         for (int j = 0; j < 4; ++j) {
             to[4 + j] = static_cast<uint8_t>(s[j] | s[j + 4] >> 4 << 6);
             to[8 + j] = static_cast<uint8_t>(m[j] | m[j + 4] >> 4 << 6);
             to[12 + j] = static_cast<uint8_t>((s[j + 4] & 15) | (m[j + 4] & 15) << 4);
+        }
+        const float read_d = float_of(half_of(d)), read_dmin = float_of(half_of(dmin));
+        for (int j = 0; j < 4; ++j) {  // as they are read: q4_k lets numbers beyond 63 run into others
+            step[at + j] = read_d * (to[4 + j] & 63);
+            base[at + j] = read_dmin * (to[8 + j] & 63);
+            step[at + 4 + j] = read_d * ((to[12 + j] & 15) | to[4 + j] >> 6 << 4);
+            base[at + 4 + j] = read_dmin * (to[12 + j] >> 4 | to[8 + j] >> 6 << 4);
         }
     }
     V steps, bases;

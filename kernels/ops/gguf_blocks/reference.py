@@ -123,13 +123,17 @@ def quantize_affine_k(x: Tensor, block_type: str, importance: Tensor | None) -> 
         sums = ordered_sum(w).view(N, 8).T
         (d, s), (dmin, m) = (fit_positive(t.view(N, 8).T, sums, 63) for t in (scale, low))
         s, m = s.T, m.T
+        if block_type == "q5_k":
+            s, m = s.clamp(max=63), m.clamp(max=63)
+    packed = _packed6(s, m)
+    s, m = _unpacked6(packed)  # q4_k lets numbers beyond 63 run into others
     step = (d.half().float()[:, None] * s).view(-1)
     base = (dmin.half().float()[:, None] * m).view(-1)
     again = codes_between((values + base) / step, 0, search.top)
     q = torch.where(step != 0, again, q).T.to(torch.uint8).contiguous()
     fifth = [bits_of((q >> 4).view(N, 8, 32).mT)] if block_type == "q5_k" else []
     low4 = nibbles(q.view(N, 4, 2, 32)).view(N, 128)
-    return torch.cat([half_bytes(d), half_bytes(dmin), _packed6(s, m), *fifth, low4], dim=1)
+    return torch.cat([half_bytes(d), half_bytes(dmin), packed, *fifth, low4], dim=1)
 
 
 def _by_the_largest(v: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,6 +151,13 @@ def _packed6(s: Tensor, m: Tensor) -> Tensor:
     first = s[:, :4] | (s[:, 4:] >> 4) << 6
     second = m[:, :4] | (m[:, 4:] >> 4) << 6
     return torch.cat([first, second, (s[:, 4:] & 15) | (m[:, 4:] & 15) << 4], dim=1)
+
+
+def _unpacked6(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the numbers that `_packed6` packed, uint8 [N, 8] and [N, 8]."""
+    first, second, third = packed.split(4, dim=1)
+    s = torch.cat([first & 63, (third & 15) | (first >> 6) << 4], dim=1)
+    return s, torch.cat([second & 63, third >> 4 | (second >> 6) << 4], dim=1)
 
 
 def quantize_q6_k(x: Tensor, importance: Tensor | None) -> Tensor:
@@ -243,9 +254,7 @@ def _values32(blocks: Tensor, block_type: str) -> Tensor:
 def _values_affine_k(blocks: Tensor) -> Tensor:
     N, five = len(blocks), blocks.shape[1] == 176
     d, dmin, packed, *fifth, low4 = blocks.split([2, 2, 12, *[32] * five, 128], dim=1)
-    first, second, third = packed.view(N, 3, 4).unbind(1)
-    s = torch.cat([first & 63, (third & 15) | (first >> 6) << 4], dim=1)
-    m = torch.cat([second & 63, third >> 4 | (second >> 6) << 4], dim=1)
+    s, m = _unpacked6(packed)
     q = spread(low4.view(N, 4, 32), 4).view(N, 8, 32)
     if five:
         q = q | spread(fifth[0], 1) << 4
