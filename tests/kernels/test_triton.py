@@ -241,9 +241,9 @@ def test_rope_of_heads_that_lie_apart(batch, inplace):
         with on_triton():
             expected = kernels.rope(q.contiguous(), k.contiguous(), cos[:, :T], sin[:, :T])
             ours = kernels.rope(q, k, cos[:, :T], sin[:, :T], inplace=inplace)
-        for given, y, wanted in zip((q, k), ours, expected, strict=True):
+        for operand, y, wanted in zip((q, k), ours, expected, strict=True):
             assert torch.equal(y, wanted)
-            assert (y.data_ptr() == given.data_ptr()) == inplace
+            assert (y.data_ptr() == operand.data_ptr()) == inplace
 
 
 def test_rope_in_place_tells_autograd():
