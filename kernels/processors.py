@@ -9,6 +9,10 @@ there are as many as
 
 allow, but what was set by hand stays: OMP_NUM_THREADS, MKL_NUM_THREADS, or torch.set_num_threads
 with another number than torch itself takes, which is all processors, or one for every two of them.
+
+Whether other processes want the processors too is told by how long a thread that could go on has
+waited for one. Linux counts that, and stops for a quota with it; times of use tell less, since a
+thread that waits for the disk uses no processor either.
 """
 
 import functools
@@ -26,10 +30,31 @@ SET_BY_HAND = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 @functools.cache
 def fit() -> None:
     """Take torch's threads down to what the process may use, unless they were set by hand."""
-    now, processors = torch.get_num_threads(), _affinity()
-    by_torch = now in (processors, (processors + 1) // 2)
-    if by_torch and not any(name in os.environ for name in SET_BY_HAND):
-        torch.set_num_threads(min(now, usable()))
+    if not set_by_hand():
+        torch.set_num_threads(min(torch.get_num_threads(), usable()))
+
+
+def set_by_hand() -> bool:
+    """Return whether somebody has said how many threads torch has."""
+    processors = _affinity()
+    by_itself = torch.get_num_threads() in (processors, (processors + 1) // 2, usable())
+    return not by_itself or any(name in os.environ for name in SET_BY_HAND)
+
+
+def waited(root: Path = Path("/")) -> float | None:
+    """Return how long the thread that asks could have gone on, but had no processor.
+
+    Args:
+        root: The directory under which /proc lies.
+
+    Returns:
+        Seconds since the thread began, or None where the system does not tell.
+    """
+    try:  # ns with a processor, ns without one, turns; Linux's sched-stats
+        _, without, _ = (root / "proc/thread-self/schedstat").read_text(encoding="ascii").split()
+        return int(without) / 1e9
+    except (OSError, ValueError):
+        return None
 
 
 def usable(root: Path = Path("/")) -> int:

@@ -1,20 +1,31 @@
-"""Threads of the kernels' own for the training of a model on a CPU (kernels/threads.py).
+"""The threads that train a model on a CPU, whose processors others may use too.
 
-They are for a model by whose weights torch, which has one thread meanwhile, need not multiply: they
-are packed in NF4 or carry LoRA, in bf16, on a processor whose products of bf16 are the kernels'.
+Threads of the kernels' own (kernels/threads.py) hardly notice. They are for a model by whose
+weights torch, which has one thread meanwhile, need not multiply: they are packed in NF4 or carry
+LoRA, in a dtype and on a processor for which the kernels have products.
+
+Other models are multiplied by torch, on OpenMP's threads, which wait for the slowest of them at
+every loop. While a run often waits for a processor, `FewerThreads` gives torch half of its threads,
+and half again. Then sums may have other last bits, as they have with another number of threads in
+any case, so it is said, and a number that somebody has set stays.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import perf_counter
 
 import torch
 from torch import nn
 
 from lorakit.adapters.layers.base import AttachedLinear
-from lorakit.kernels import threads
+from lorakit.kernels import processors, threads
 from lorakit.kernels.ops import products
 from lorakit.models.decoder import Decoder
 from lorakit.models.packed_layers import PackedLinear
+
+STARVED = 0.25  # of the time that the run waits for a processor, from which others want them
+PATIENCE = 10.0  # s that it does so before threads are taken away
+AGAIN = 300.0  # s until all threads are tried again
 
 
 @contextmanager
@@ -63,3 +74,50 @@ def _by_kernels(module: nn.Module) -> bool:
     if isinstance(module, nn.Linear):
         return False
     return all(map(_by_kernels, module.children()))
+
+
+class FewerThreads:
+    """Takes threads from torch in a run while others keep the processors busy.
+
+    Nothing happens where torch has one thread, or as many as somebody has set, and where the system
+    does not tell how long the run waits for processors.
+    """
+
+    def __init__(self, say: Callable[[str], None]):
+        """Begin to watch the thread that calls; `say` gets one line if threads are taken away."""
+        self.say, self.said = say, False
+        self.all = 1 if processors.set_by_hand() else torch.get_num_threads()
+        self.calm = self.again = self.now = perf_counter()  # when the run last had processors
+        self.waited = processors.waited() if self.all > 1 else None
+
+    def after_step(self) -> None:
+        """Take threads away, or give them back, by how long the run has waited of late."""
+        if self.waited is None:
+            return
+        now, waited = perf_counter(), processors.waited() or 0.0
+        share = (waited - self.waited) / (now - self.now)
+        self.now, self.waited = now, waited
+        count = torch.get_num_threads()
+        if count < self.all and now >= self.again:
+            torch.set_num_threads(self.all)
+            self.calm = now
+        elif share < STARVED:
+            self.calm = now
+        elif count > 1 and now - self.calm >= PATIENCE:
+            torch.set_num_threads(count // 2)
+            self.calm, self.again = now, now + AGAIN
+            self._say_once(share, count)
+
+    def end(self) -> None:
+        """Give torch all its threads back."""
+        if self.waited is not None:
+            torch.set_num_threads(self.all)
+
+    def _say_once(self, share: float, count: int) -> None:
+        if not self.said:
+            self.said = True
+            self.say(
+                f"lorakit: others keep the processors busy: a step waits for one {share:.0%} of its"
+                f" time; torch has {count // 2} of {count} threads, and tries all again every"
+                f" {AGAIN / 60:.0f} minutes; last bits may differ (OMP_NUM_THREADS sets a number)"
+            )

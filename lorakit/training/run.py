@@ -39,7 +39,7 @@ from lorakit.models.decoder import Decoder
 from lorakit.models.tokenizer import Tokenizer
 from lorakit.training import state as run_state
 from lorakit.training.captured import CapturedStep, captured_step
-from lorakit.training.cores import own_threads
+from lorakit.training.cores import FewerThreads, own_threads
 from lorakit.training.device_step import DeviceStep, HostStep, Told, optimizer_step, read
 from lorakit.training.float8 import end_float8, start_float8
 from lorakit.training.interrupt import Flag
@@ -120,9 +120,11 @@ class Run:
         """Take steps until the run has ended or `stop` is set, with evaluations and checkpoints."""
         options = self.order, self.config, self.update, log.say
         self.captured = captured_step(self.model, self.layers, *options)
+        self.threads = FewerThreads(log.say)
         try:
             self._loop(log, stop, after_step)
         finally:
+            self.threads.end()
             if self.captured is not None:
                 self.captured.end()
 
@@ -259,6 +261,7 @@ class Run:
         self._begun = step, told
         if not self.reads_late:
             self._read_begun(log)
+            self.threads.after_step()
 
     def _compute(self, step: Prepared) -> Tensor:
         """Compute the gradients of a step, and let the optimizer take it. Return what it tells."""

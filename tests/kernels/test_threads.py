@@ -122,6 +122,29 @@ def test_what_torch_takes_by_itself_is_fitted_and_what_was_set_stays(fitted, tor
 def test_a_number_in_the_environment_stays(fitted, monkeypatch, name):
     monkeypatch.setenv(name, "8")
     assert fitted(8) == 8
+    assert processors.set_by_hand()
+
+
+@pytest.mark.parametrize(("torchs", "hand"), [(8, False), (4, False), (2, False), (3, True)])
+def test_whose_number_it_is_can_still_be_told_after_it_was_fitted(fitted, torchs, hand):
+    fitted(torchs)
+    assert processors.set_by_hand() is hand
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("5000000 2500000000 17\n", 2.5),
+        ("0 0 0\n", 0.0),
+        ("1 2\n", None),
+        ("", None),
+        ("a b c", None),
+    ],
+)
+def test_how_long_a_thread_has_waited_for_a_processor(tmp_path, text, seconds):
+    write(tmp_path, {"proc/thread-self/schedstat": text})
+    assert processors.waited(tmp_path) == seconds
+    assert processors.waited(tmp_path / "elsewhere") is None
 
 
 @pytest.fixture

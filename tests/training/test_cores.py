@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lorakit as lk
-from lorakit.kernels import threads
+from lorakit.kernels import processors, threads
 from lorakit.kernels.ops import products
 from lorakit.models.packed_layers import NF4Linear
 from lorakit.training import cores
@@ -94,3 +94,117 @@ def test_a_step_has_the_same_bits(made):
                 assert all(map(torch.equal, one, gradients()))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.fixture
+def shared(monkeypatch):
+    """Returns `FewerThreads` of a process with 8 threads, its clock, and the lines that it says.
+
+    The clock goes by `steps(count, seconds, share)`: each takes so long, and waits for so much of
+    it.
+    """
+    before, lines, clock = torch.get_num_threads(), [], {"now": 100.0, "waited": 7.0}
+    monkeypatch.setattr(cores, "perf_counter", lambda: clock["now"])
+    monkeypatch.setattr(processors, "waited", lambda: clock["waited"])
+    monkeypatch.setattr(processors, "set_by_hand", lambda: False)
+    torch.set_num_threads(8)
+    fewer = cores.FewerThreads(lines.append)
+
+    def steps(count, seconds, share):
+        for _ in range(count):
+            clock["now"] += seconds
+            clock["waited"] += share * seconds
+            fewer.after_step()
+        return torch.get_num_threads()
+
+    yield fewer, steps, lines
+    torch.set_num_threads(before)
+
+
+def test_a_run_that_has_its_processors_keeps_all_threads(shared):
+    _, steps, lines = shared
+    assert steps(1000, 1, 0.2) == 8
+    assert lines == []
+
+
+def test_a_run_that_waits_for_processors_has_half_of_the_threads_and_half_again(shared):
+    _, steps, lines = shared
+    assert [steps(1, 1, 0.6) for _ in range(10)] == [8] * 9 + [4]
+    assert steps(9, 1, 0.6) == 4
+    assert steps(1, 1, 0.6) == 2
+    assert steps(100, 1, 0.6) == 1
+    (line,) = lines
+    assert "waits for one 60% of its time" in line
+    assert "4 of 8 threads" in line
+
+
+def test_a_calm_step_begins_the_wait_anew(shared):
+    _, steps, _ = shared
+    for _ in range(10):
+        steps(9, 1, 0.6)
+        assert steps(1, 1, 0.1) == 8
+
+
+def test_one_long_step_is_enough(shared):
+    assert shared[1](1, 40, 0.5) == 4
+
+
+def test_all_threads_are_tried_again_and_taken_away_again(shared):
+    _, steps, lines = shared
+    assert steps(1, 10, 0.5) == 4
+    assert steps(299, 1, 0.1) == 4
+    assert steps(1, 1, 0.1) == 8
+    assert steps(9, 1, 0.5) == 8
+    assert steps(1, 1, 0.5) == 4
+    assert len(lines) == 1
+
+
+def test_the_end_gives_all_threads_back(shared):
+    fewer, steps, _ = shared
+    assert steps(2, 10, 0.5) == 2
+    fewer.end()
+    assert torch.get_num_threads() == 8
+
+
+def test_a_number_that_was_set_stays(shared, monkeypatch):
+    _, _, lines = shared
+    monkeypatch.setattr(processors, "set_by_hand", lambda: True)
+    assert cores.FewerThreads(lines.append).waited is None
+
+
+def test_where_the_system_does_not_tell_nothing_happens(shared, monkeypatch):
+    _, _, lines = shared
+    monkeypatch.setattr(processors, "waited", lambda: None)
+    fewer = cores.FewerThreads(lines.append)
+    fewer.after_step()
+    fewer.end()
+    assert torch.get_num_threads() == 8
+
+
+def test_a_run_watches_its_steps(made, wide_dir, tmp_path, monkeypatch, capsys):
+    """Steps wait for half of a minute each; it is fp32 with DoRA, which torch multiplies."""
+    clock = {"now": 0.0, "waited": 0.0}
+
+    def tick():
+        clock["now"] += 0.001
+        return clock["now"]
+
+    def wait():
+        clock["now"] += 30
+        clock["waited"] += 15
+        seen.append(torch.get_num_threads())
+
+    model, tok, seen = made(dtype="float32", use_dora=True), lk.load_tokenizer(wide_dir), []
+    monkeypatch.setattr(cores, "perf_counter", tick)
+    monkeypatch.setattr(processors, "waited", lambda: clock["waited"])
+    monkeypatch.setattr(processors, "set_by_hand", lambda: False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        config = lk.TrainConfig(output_dir=str(tmp_path / "run"), max_steps=4)
+        lk.train(model, tok, ROWS, config, after_step=wait)
+        assert seen == [4, 2, 1, 1]  # a step is looked at when the next one is done
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+    assert capsys.readouterr().out.count("others keep the processors busy") == 1
