@@ -121,12 +121,10 @@ def _value(name: str, module: nn.Module, leaf: str) -> Tensor:
     """Return the parameter `leaf` of a module, dense, with the active part in it if it has one."""
     if isinstance(module, Attached):
         merged = _merged(module)
-        if merged._parameters.keys() != module.original._parameters.keys() or (
-            module.original._parameters.get("bias") is None
-            and merged._parameters.get("bias") is not None
-        ):
+        own, added = (each._parameters.get("bias") for each in (module.original, merged))
+        if own is None and added is not None:
             raise LorakitError(
-                f"export: {name} has no bias to add the adapter's lora_bias to: no file of the "
+                f"export: {name} has no bias to add the adapter's lora_bias to, and no file of the "
                 "model has a place for one"
             )
         module = merged

@@ -129,6 +129,24 @@ def test_examples_of_the_guide_to_data(prepared):
     assert linted.startswith("3 rows, ")
 
 
+def test_examples_of_the_guide_to_export(prepared):
+    work, run = prepared
+    [rows] = blocks("docs/getting-started.md", "json", "train.jsonl")
+    (work / "train.jsonl").write_text(rows)
+    make = f"""if True:
+        import lorakit as lk
+        model = lk.attach(lk.load_model("{MODEL}"), lk.LoraConfig(r=2))
+        lk.save_adapter(model, "runs/opposites")
+    """
+    run([sys.executable, "-c", make])
+    [command] = commands("docs/export.md")
+    said = run(command).stdout
+    assert said.startswith("runs/opposites.gguf: q4_k_m, 134.5 M parameters in ")
+    assert "not what q4_k_m means" in said
+    said = run([sys.executable, "-c", python("docs/export.md")]).stdout
+    assert said.startswith("runs/model.gguf: q8_0, 134.5 M parameters in ")
+
+
 def test_example_of_the_guide_to_kernels(prepared):
     _, run = prepared
     done = run([sys.executable, "-c", python("docs/kernels.md")])

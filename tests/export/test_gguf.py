@@ -96,6 +96,34 @@ def test_a_bf16_model_is_merged_in_fp32(tmp_path):
     assert torch.equal(read_gguf(file)[1][f"{name}.weight"].read(), merged)
 
 
+def test_a_packed_model_is_merged_into_what_it_computes_with(tmp_path):
+    directory = write_model(tmp_path / "model", "qwen2", hidden_size=64, num_attention_heads=4)
+    model = lk.load_model(directory, dtype="float32", quantize="nf4")
+    lk.attach(model, lk.LoraConfig(r=2))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, 0, 0.1)
+    lk.export_gguf(model, tmp_path / "m.gguf", quantization="f32")
+    compare(tmp_path / "m.gguf", model, "qwen2")
+    lk.merge_and_unload(model)
+    found = read_gguf(tmp_path / "m.gguf")[1]
+    for name, parameter in model.state_dict().items():
+        assert torch.equal(found[name].read(), parameter), name
+
+
+def test_a_bias_without_a_place_is_refused(tmp_path):
+    directory = write_model(tmp_path / "model", "llama")
+    model = lk.load_model(directory, dtype="float32")
+    lk.attach(model, lk.LoraConfig(r=2, lora_bias=True))
+    with pytest.raises(lk.LorakitError, match="q_proj has no bias to add the adapter's lora_bias"):
+        lk.export_gguf(model, tmp_path / "m.gguf", quantization="f32")
+    lk.detach(model)
+    lk.attach(model, lk.PromptTuningConfig(num_virtual_tokens=2))
+    with pytest.raises(lk.LorakitError, match="learned prompt"):
+        lk.export_gguf(model, tmp_path / "m.gguf", quantization="f32")
+    assert not list(tmp_path.glob("*m.gguf*"))
+
+
 SLIDING = {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "attention_factor": 1.0}
 REFUSED = [

@@ -45,7 +45,7 @@ def test_a_file_reads_back_within_its_error(wide, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["q8_0", "q4_k_m", "iq4_nl"])
 def test_llama_cpp_reads_the_values_that_lorakit_reads(wide, tmp_path, name):
-    """Beside fp32, llama.cpp rounds what layers read to 8 bits, 256 values at a time at most."""
+    """The rest is that llama.cpp rounds what layers read to 8 bits, some values at a time."""
     lk.export_gguf(wide, tmp_path / "m.gguf", quantization=name)
     ids = [1, *range(4, 60)]
     with LlamaCpp(tmp_path / "m.gguf") as theirs:

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorakit as lk
-from lorakit.files.gguf import data_length, read_header
+from lorakit.files.gguf import NewTensor, data_length, fp32_reader, read_header
+from lorakit.files.gguf import write_gguf as write_container
 from lorakit.models.gguf import read_gguf
 from tests.conftest import tiny_llama
 from tests.models.gguf_files import write_gguf
@@ -130,3 +131,53 @@ def test_no_memory_is_taken_for_a_tensor_that_the_file_does_not_hold(tmp_path):
     header = read_header(path)
     with pytest.raises(lk.LorakitError, match=r"bad\.gguf: the file is cut off: tensor t ends at"):
         data_length(path, "t", header.tensors["t"])
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+single = st.floats(width=32, allow_nan=False)
+values = st.one_of(
+    texts,
+    st.booleans(),
+    st.integers(0, 2**32 - 1),
+    single,
+    st.lists(texts, min_size=1, max_size=4),
+    st.lists(st.booleans(), min_size=1, max_size=4),
+    st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=4),
+    st.lists(single, min_size=1, max_size=4),
+)
+shapes = st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple)
+
+
+@settings(max_examples=60)
+@given(st.dictionaries(texts.filter(bool), values, max_size=5), st.dictionaries(texts, shapes))
+def test_a_file_that_was_written_reads_back(tmp_path_factory, metadata, tensors):
+    """read(write(metadata, tensors)) = (metadata, tensors), for all that a file can hold."""
+    path = tmp_path_factory.getbasetemp() / "written.gguf"
+    metadata = {"general.architecture": "llama"} | {f"x.{k}": v for k, v in metadata.items()}
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.standard_normal(shape, np.float32) for name, shape in tensors.items()}
+    new = [
+        NewTensor(name, array.shape, "F32", lambda array=array: array.view(np.uint8))
+        for name, array in arrays.items()
+    ]
+    write_container(path, metadata, new)
+    header = read_header(path)
+    assert header.metadata == metadata
+    assert list(header.tensors) == list(arrays)
+    for name, info in header.tensors.items():
+        assert info.shape == arrays[name].shape
+        read = fp32_reader(path, info, data_length(path, name, info))
+        assert np.array_equal(read().numpy(), arrays[name])
+
+
+def test_a_file_whose_tensor_fails_is_not_there(tmp_path):
+    def fail():
+        raise OSError("no room")
+
+    tensors = [NewTensor("a", (4,), "F32", lambda: np.zeros(16, np.uint8))]
+    tensors += [NewTensor("b", (4,), "F32", fail)]
+    (tmp_path / "m.gguf").write_bytes(b"older")
+    with pytest.raises(OSError, match="no room"):
+        write_container(tmp_path / "m.gguf", {"general.architecture": "llama"}, tensors)
+    assert [file.name for file in tmp_path.iterdir()] == ["m.gguf"]
+    assert (tmp_path / "m.gguf").read_bytes() == b"older"
