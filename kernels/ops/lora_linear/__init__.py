@@ -262,14 +262,6 @@ def _group(
     return kind(static, drop, tensors, dtype, room)
 
 
-def _left(inner: cpu.Group | reference.Group, x: Tensor) -> tuple[Update, Update] | None:
-    """Return what gate and up of x [M, K] are without, for the activation to add; or None."""
-    if not isinstance(inner, float8.Float8Group) or not inner.leaves:
-        return None
-    of_gate, of_up = inner.left(x)
-    return of_gate, of_up
-
-
 def _keep(ctx, x: Tensor, again: Again, *tensors: Tensor | None) -> None:
     """Keep tensors for backward, and x [M, K] itself, or what it is made of."""
     ctx.make, source = (None, x) if again is None else again
@@ -337,7 +329,7 @@ class LoraMLP(torch.autograd.Function):
         same = first.dtype == x.dtype
         gate, up = first.forward(x.to(first.dtype), by_base=same)
         _keep(ctx, x, again, *((gate, up) if keep else (None, None)), *tensors)
-        left = _left(first, x)
+        left = first.left(x) if isinstance(first, float8.Float8Group) else None
         if rooms[0] or left:
             hidden = swiglu.gated_beside(gate, up, hidden_act, rooms[1], left)
         else:
@@ -381,7 +373,7 @@ class LoraMLP(torch.autograd.Function):
     @staticmethod
     def _through(first, second, x, gate) -> tuple[Tensor, Updates | None]:
         """Return the hidden state's gradient, and the updates that the activation is to add."""
-        left = _left(first, x)
+        left = first.left(x) if isinstance(first, float8.Float8Group) else None
         apart = isinstance(second, reference.Group) and gate.dtype == second.dtype
         apart = apart and not second.drop.rate and adds_updates(gate, second.ranks)
         if apart:

@@ -53,10 +53,12 @@ class Float8Group(reference.Group):
         autocast = torch.is_autocast_enabled(self.A.device.type)
         self.leaves = bare and not autocast and adds_updates(self.A, self.ranks)
 
-    def left(self, x: Tensor) -> list[Update]:
-        """Return the updates that `forward` left to be added, for x [M, K]."""
-        pairs = zip(self.low(x), self.layers, strict=True)
-        return [Update(low, layer.sB) for low, layer in pairs]
+    def left(self, x: Tensor) -> tuple[Update, Update] | None:
+        """Return what gate and up of x [M, K] are without, if `forward` left it; or None."""
+        if not self.leaves:
+            return None
+        (low0, low1), (gate, up) = self.low(x), self.layers
+        return Update(low0, gate.sB), Update(low1, up.sB)
 
     def forward(self, x: Tensor, by_base: bool) -> list[Tensor]:
         """Return y [M, N] of each layer for x [M, K]; `by_base` makes no difference."""

@@ -21,6 +21,8 @@ do that, so that gate and up can be kept without them. To add them to gate and u
 and write both once more, for one product of depth r.
 """
 
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -185,6 +187,7 @@ def _added_backward(
     tl.store(at, (value * up).to(DY.dtype.element_ty), mask=inside)
 
 
+@functools.cache
 def _padded_rank(*ranks: int) -> int:
     """Return the depth of the tiles' products for updates of these ranks."""
     return max(16, 1 << (max(ranks) - 1).bit_length())
@@ -216,16 +219,13 @@ def added_backward(
     """
     M, width = gate.shape
     if M and width:
-        lows, matrices, strides, ranks = [], [], [], []
-        for update in updates:
-            low, matrix = update or (None, None)
-            lows.append(low)
-            matrices.append(matrix)
-            strides.append(0 if low is None else low.stride(0))
-            ranks.append(0 if low is None else low.shape[1])
+        pairs = [update or (None, None) for update in updates]
+        strides = [0 if low is None else low.stride(0) for low, _ in pairs]
+        ranks = [0 if low is None else low.shape[1] for low, _ in pairs]
+        (low, A), (low0, B0), (low1, B1) = pairs
         dispatch.launch(
             _added_backward, (-(-width // TILE_COLUMNS), -(-M // TILE_ROWS)), dy, gate, up, dgate,
-            dup, *lows, *matrices, M, width, dy.stride(0), gate.stride(0), up.stride(0),
+            dup, low, low0, low1, A, B0, B1, M, width, dy.stride(0), gate.stride(0), up.stride(0),
             dgate.stride(0), dup.stride(0), *strides, *ranks, hidden_act, _padded_rank(*ranks),
             TILE_ROWS, TILE_COLUMNS, num_warps=TILE_THREADS // dispatch.lanes(),
         )  # fmt: skip
