@@ -10,12 +10,12 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from tokenizers.decoders import DecodeStream
 from tqdm import tqdm
 
 from lorakit.config.errors import LorakitError
 from lorakit.inference.decode import Decoding
-from lorakit.inference.sampling import Sampling, sample
+from lorakit.inference.sampling import Sampling, generator_of, sample
+from lorakit.inference.text import RowText, end_tokens, stop_strings
 from lorakit.models.chat_template import Messages
 from lorakit.models.decoder import Decoder
 from lorakit.models.tokenizer import Tokenizer
@@ -117,22 +117,11 @@ class _Generation:
         stop: str | Sequence[str],
         seed: int | None,
     ):
-        if seed is not None and not 0 <= seed < 2**63:
-            raise LorakitError(f"generate: seed is {seed}; it must be in [0, 2^63)")
-        self.stop = [stop] if isinstance(stop, str) else list(stop)
-        if not all(isinstance(text, str) and text for text in self.stop):
-            raise LorakitError(
-                f"generate: stop must be a string or a list of strings, none empty, not {stop!r}"
-            )
+        self.stop = stop_strings(stop)
         self.model, self.tok = model, tok
         self.sampling, self.max_new_tokens = sampling, max_new_tokens
-        self.ends = {*model.config.eos_token_ids, *tok.end_token_ids}
-        for token, added in tok.backend.get_added_tokens_decoder().items():
-            if added.special and added.content in self.stop:  # a special token leaves no text
-                self.ends.add(token)
-        self.generator: torch.Generator | None = None
-        if seed is not None:
-            self.generator = torch.Generator(device=model.device).manual_seed(seed)
+        self.ends = end_tokens(model, tok, self.stop)
+        self.generator = generator_of(seed, model.device)
 
     @torch.no_grad()
     def run(
@@ -155,7 +144,7 @@ class _Generation:
                 batches, desc="generating", disable=None if progress else True, leave=False
             ):
                 rows = [
-                    _Row(self.tok, encoded[i], self.stop, partial(stream, i) if stream else None)
+                    RowText(self.tok, encoded[i], self.stop, partial(stream, i) if stream else None)
                     for i in batch
                 ]
                 self._fill(rows)
@@ -179,7 +168,7 @@ class _Generation:
             )
         return ids
 
-    def _fill(self, rows: list["_Row"]) -> None:
+    def _fill(self, rows: list[RowText]) -> None:
         """Continue a batch until every row has ended."""
         prompts = [row.prompt for row in rows]
         steps = continue_text(
@@ -198,66 +187,6 @@ def _token_ids(tok: Tokenizer, prompt: str | Messages | list[int]) -> list[int]:
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
         return prompt
     return tok.apply_chat_template(cast(Messages, prompt), add_generation_prompt=True)
-
-
-class _Row:
-    """The new tokens of one prompt, and their text as far as it is certain.
-
-    SentencePiece drops the space before the first token of a text. So the new tokens are decoded
-    together with the last token of the prompt, whose text is then cut off.
-    """
-
-    def __init__(
-        self,
-        tok: Tokenizer,
-        prompt: list[int],
-        stop: list[str],
-        stream: Callable[[str], Any] | None,
-    ):
-        self.tok, self.prompt, self.stop, self.stream = tok, prompt, stop, stream
-        self.before = prompt[-1:]
-        if "\N{REPLACEMENT CHARACTER}" in tok.decode(self.before):  # it ends in half a character
-            self.before = []
-        self.ids: list[int] = []
-        self.running = True
-        self.text, self.streamed = "", 0
-        self.decoder = DecodeStream(skip_special_tokens=True)
-        for token in self.before:
-            self.decoder.step(tok.backend, token)
-
-    def push(self, token: int, ends: set[int]) -> None:
-        """Take the next token; an end token, or a stop string in the text, ends the row."""
-        if not self.running or token in ends:
-            self.running = False
-            return
-        self.ids.append(token)
-        if not self.stop and self.stream is None:
-            return
-        self.text += self.decoder.step(self.tok.backend, token) or ""
-        cut = self._cut(self.text)
-        self.running = cut == self.text
-        if self.stream is not None and self.running:
-            # the last letters may be the beginning of a stop string: they are not certain yet
-            held = [n for stop in self.stop for n in range(1, len(stop)) if cut.endswith(stop[:n])]
-            self._hand_on(cut[: len(cut) - max(held, default=0)])
-
-    def finish(self) -> str:
-        """Return the whole text, and stream the part of it that was held back."""
-        text = self.tok.decode(self.before + self.ids)
-        text = self._cut(text[len(self.tok.decode(self.before)) :])
-        self._hand_on(text)
-        return text
-
-    def _cut(self, text: str) -> str:
-        """Return the text up to the first stop string."""
-        found = [text.find(stop) for stop in self.stop]
-        return text[: min((at for at in found if at >= 0), default=len(text))]
-
-    def _hand_on(self, text: str) -> None:
-        """Stream the part of the text that has not been streamed yet."""
-        if self.stream is not None and len(text) > self.streamed:
-            piece, self.streamed = text[self.streamed :], len(text)
-            self.stream(piece)
 
 
 def continue_text(

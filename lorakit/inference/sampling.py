@@ -87,3 +87,16 @@ def sample(
     probs[before >= sampling.top_p] = 0
     probs[probs < sampling.min_p * probs[:, :1]] = 0
     return tokens.gather(-1, torch.multinomial(probs, 1, generator=generator))[:, 0]
+
+
+def generator_of(seed: int | None, device: torch.device) -> torch.Generator | None:
+    """Return the generator of a seed; None for None, torch's global one.
+
+    Raises:
+        LorakitError: If the seed is not in [0, 2^63).
+    """
+    if seed is None:
+        return None
+    if not 0 <= seed < 2**63:
+        raise LorakitError(f"generate: seed is {seed}; it must be in [0, 2^63)")
+    return torch.Generator(device=device).manual_seed(seed)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lorakit import kernels
 from lorakit.models.adapted_layer import fused_weights
-from lorakit.models.cache import Cache
+from lorakit.models.cache import Storage
 from lorakit.models.config import ModelConfig
 from lorakit.models.expert_layers import expert_layers
 from lorakit.models.views import AttentionView
@@ -97,7 +97,7 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         view: AttentionView,
-        cache: Cache | None,
+        cache: Storage | None,
         adapted: Adapted,
         room: int,
         recipe: Recipe | None,
@@ -323,7 +323,7 @@ class Block(nn.Module):
             self.mlp = MLP(config, config.intermediate_size)
 
     def forward(
-        self, x: Tensor, added: Tensor | None, view: AttentionView, cache: Cache | None
+        self, x: Tensor, added: Tensor | None, view: AttentionView, cache: Storage | None
     ) -> tuple[Tensor, Tensor]:
         """Return x [B, T, H] with attention's output added, and the MLP's output.
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from lorakit import kernels
 from lorakit.config.errors import LorakitError
 from lorakit.models.blocks import Block, RMSNorm
-from lorakit.models.cache import Cache
+from lorakit.models.cache import Cache, Storage
 from lorakit.models.config import ModelConfig
 from lorakit.models.head import OutputHead
 from lorakit.models.recompute import run_recomputed
@@ -126,9 +126,11 @@ class Decoder(nn.Module):
         x = self.embed(input_ids)
         if self.training and self.neftune_noise_alpha is not None:
             x = x + _neftune_noise(x, self.neftune_noise_alpha, cu_seqlens)
-        return self._through_blocks(x, views, cache)
+        return self.through_blocks(x, views, cache)
 
-    def _through_blocks(self, x: Tensor, views: list[AttentionView], cache: Cache | None) -> Tensor:
+    def through_blocks(
+        self, x: Tensor, views: list[AttentionView], cache: Storage | None
+    ) -> Tensor:
         """Return the final, normalized hidden states [B, T, H] of embeddings x [B, T, H]."""
         added: Tensor | None = None  # what the last block adds to x; the next norm reads both
         for block, view in zip(self.model.layers, views, strict=True):
@@ -240,7 +242,7 @@ class Decoder(nn.Module):
             The sum, fp32 [].
         """
         views = self.views(row.input_ids, packed=row)
-        hidden = self._through_blocks(self.embed(row.input_ids), views, None)
+        hidden = self.through_blocks(self.embed(row.input_ids), views, None)
         total, _ = self._output_head().loss(
             hidden,
             row.targets,
