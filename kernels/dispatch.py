@@ -20,6 +20,7 @@ the ops take tens: one wheel per platform is worth that.
 
 import ctypes
 import functools
+import hashlib
 import importlib
 import importlib.util
 import logging
@@ -313,21 +314,6 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-class _Library(ctypes.CDLL):
-    """The shared library, which says in one sentence that another version's sources made it."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if not name.startswith("lk_"):
-                raise
-            raise RuntimeError(
-                f"{self._name} is not of this version of lorakit: it has no {name}; "
-                "install lorakit again, which builds it"
-            ) from None
-
-
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """Return the shared library of CPU kernels, or None where it was not built.
@@ -341,7 +327,8 @@ def library() -> ctypes.CDLL | None:
     folders = sys.modules[__package__].__path__  # two in an editable install
     for path in [Path(named)] if named else [Path(folder) / LIBRARY for folder in folders]:
         if path.exists():
-            handle = _Library(str(path))
+            handle = ctypes.CDLL(str(path))
+            _check_sources(handle, path)
             handle.lk_runnable.restype = ctypes.c_char_p
             handle.lk_set_threads.argtypes, handle.lk_set_threads.restype = (INT64,), None
             processors.fit()
@@ -350,6 +337,25 @@ def library() -> ctypes.CDLL | None:
         "lorakit: %s is not installed; CPU tensors use the slower torch reference.", LIBRARY
     )
     return None
+
+
+def _check_sources(handle: ctypes.CDLL, path: Path) -> None:
+    """Raise a RuntimeError where C++ sources stand beside this file and others made the library."""
+    folder = Path(__file__).parent
+    files = [path for kind in ("*.cpp", "*.h") for path in folder.rglob(kind)]
+    if not files:  # an installed wheel
+        return
+    digests = sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in files)
+    try:
+        handle.lk_sources.restype = ctypes.c_char_p
+        made_of = handle.lk_sources().decode()
+    except AttributeError:  # older than this check
+        made_of = None
+    if made_of != hashlib.sha256(";".join(digests).encode()).hexdigest():
+        raise RuntimeError(
+            f"{path} was made of other sources than those in {folder}; build it again "
+            "(pip install -e .)"
+        )
 
 
 @functools.cache

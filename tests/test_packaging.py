@@ -93,6 +93,7 @@ def test_sdist_holds_what_a_build_needs(tmp_path):
     for needed in (
         "CMakeLists.txt",
         "kernels/simd.h",
+        "kernels/digest.cmake",
         "kernels/ops/nf4/cpu.cpp",
         "lorakit/cli/main.py",
         "lorakit/py.typed",

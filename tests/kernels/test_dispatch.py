@@ -48,10 +48,16 @@ def test_use_backend(monkeypatch):
         pass
 
 
-def test_a_library_of_another_version_is_told(monkeypatch):
-    """Torch's own stands for it, which has none of the functions."""
+@compiled
+def test_a_library_of_other_sources_is_refused(monkeypatch, tmp_path):
+    """Torch's own library has no digest at all, and ours has that of all files."""
+    message = r"was made of other sources than those in .*; build it again"
+    monkeypatch.setattr(dispatch, "__file__", str(tmp_path / "dispatch.py"))
+    dispatch.library.__wrapped__()  # a wheel has no sources
+    (tmp_path / "one.h").write_text("// another")
+    with pytest.raises(RuntimeError, match=message):
+        dispatch.library.__wrapped__()
     monkeypatch.setenv("LORAKIT_LIBRARY", torch._C.__file__)
-    message = r"_C.*\.so is not of this version of lorakit: it has no lk_\w+; install lorakit again"
     with pytest.raises(RuntimeError, match=message):
         dispatch.library.__wrapped__()
 
