@@ -45,6 +45,7 @@ _HOME = {
     "eva": "adapters.eva",
     "evaluate": "evaluation.evaluate",
     "export_gguf": "export.gguf",
+    "export_gguf_adapter": "export.gguf_adapter",
     "generate": "inference.generate",
     "generate_batch": "inference.generate",
     "importance": "export.importance",

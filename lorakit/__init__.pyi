@@ -48,6 +48,7 @@ from lorakit.evaluation.plots import plot_runs as plot_runs
 from lorakit.evaluation.quantization_report import quantize_report as quantize_report
 from lorakit.export.gguf import GgufFile as GgufFile
 from lorakit.export.gguf import export_gguf as export_gguf
+from lorakit.export.gguf_adapter import export_gguf_adapter as export_gguf_adapter
 from lorakit.export.importance import Importance as Importance
 from lorakit.export.importance import importance as importance
 from lorakit.export.importance import load_importance as load_importance

@@ -117,7 +117,7 @@ def export_gguf(
             no place for something of it, a value is not finite, or an argument is wrong.
         OSError: The disk is full. A file that was there before is as it was.
     """
-    file = _checked(file)
+    file = checked_file(file)
     importance = imatrix if isinstance(imatrix, Importance | None) else load_importance(imatrix)
     dense = dense_model(model, adapter)
     arch, dialect = dialect_of(dense.config)
@@ -137,10 +137,10 @@ def export_gguf(
     tensors = list(_planned(dense, dialect, mix, importance, tied))
     mix.check_all_used()
     write_gguf(file, metadata, tensors)
-    return GgufFile(file, mix.name, file.stat().st_size, _formats(tensors), mix.falls_back)
+    return GgufFile(file, mix.name, file.stat().st_size, count_formats(tensors), mix.falls_back)
 
 
-def _checked(file: str | Path) -> Path:
+def checked_file(file: str | Path) -> Path:
     """Return the path of a file to write, whose directory is there now."""
     file = as_path(file)
     if file.is_dir():
@@ -152,7 +152,7 @@ def _checked(file: str | Path) -> Path:
     return file
 
 
-def _formats(tensors: Iterable[NewTensor]) -> dict[str, tuple[int, int]]:
+def count_formats(tensors: Iterable[NewTensor]) -> dict[str, tuple[int, int]]:
     """Return how many tensors, and how many parameters, have each block format."""
     found: dict[str, tuple[int, int]] = {}
     for tensor in tensors:

@@ -67,6 +67,7 @@ def library() -> ctypes.CDLL:
         ("llama_batch_free", None, _Batch),
         ("llama_decode", number, pointer, _Batch),
         ("llama_get_logits_ith", ctypes.POINTER(ctypes.c_float), pointer, number),
+        ("llama_adapter_lora_init", pointer, pointer, ctypes.c_char_p),
         ("llama_free", None, pointer),
         ("llama_model_free", None, pointer),
     ]:
@@ -75,6 +76,8 @@ def library() -> ctypes.CDLL:
     ids = ctypes.POINTER(number)
     lib.llama_tokenize.argtypes = [pointer, ctypes.c_char_p, number, ids, number]
     lib.llama_tokenize.argtypes += [ctypes.c_bool, ctypes.c_bool]
+    adapters, scales = ctypes.POINTER(pointer), ctypes.POINTER(ctypes.c_float)
+    lib.llama_set_adapters_lora.argtypes = [pointer, adapters, ctypes.c_size_t, scales]
     lib.llama_log_set(_keep, None)
     lib.llama_backend_init()
     _LOADED.append(lib)
@@ -82,14 +85,18 @@ def library() -> ctypes.CDLL:
 
 
 class LlamaCpp:
-    """A file as llama.cpp computes it, in fp32."""
+    """A file as llama.cpp computes it, in fp32, with an adapter's file if there is one."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, adapter: Path | None = None):
         self.lib = library()
         _SAID.clear()
         params = self.lib.llama_model_default_params()
         self.model = self.lib.llama_model_load_from_file(str(path).encode(), params)
         assert self.model, "".join(_SAID[-20:])
+        self.adapter = None
+        if adapter is not None:
+            self.adapter = self.lib.llama_adapter_lora_init(self.model, str(adapter).encode())
+            assert self.adapter, "".join(_SAID[-20:])
         self.vocab = self.lib.llama_model_get_vocab(self.model)
         self.size = self.lib.llama_vocab_n_tokens(self.vocab)
 
@@ -106,6 +113,9 @@ class LlamaCpp:
             assert params.ints[place] == default, f"the parameters have moved: {place}"
             params.ints[place] = wanted
         context = self.lib.llama_init_from_model(self.model, params)
+        if self.adapter is not None:
+            adapters, scales = (ctypes.c_void_p * 1)(self.adapter), (ctypes.c_float * 1)(1.0)
+            assert self.lib.llama_set_adapters_lora(context, adapters, 1, scales) == 0
         batch = self.lib.llama_batch_init(len(ids), 0, 1)
         batch.n_tokens = len(ids)
         for i, token in enumerate(ids):

@@ -1,8 +1,12 @@
 """Tiny models on disk for the tests of exporting, with a tokenizer that llama.cpp has."""
 
+import json
+
 import tokenizers
+import torch
 from tokenizers.pre_tokenizers import ByteLevel
 
+import lorakit as lk
 from lorakit.models.tokenizer import Tokenizer
 from tests.conftest import tiny
 from tests.models.test_gguf import VARIANTS
@@ -34,3 +38,25 @@ def write_model(path, variant, **settings):
     tiny(model_type, **{**own, "vocab_size": SIZE, **settings}).save_pretrained(path)
     byte_level().save(path)
     return path
+
+
+def train_adapter(directory, path, std=0.1, **config):
+    """An adapter that changes what a model of `directory` computes, saved; and that model."""
+    torch.manual_seed(0)
+    model = lk.load_model(directory, dtype="float32")
+    lk.attach(model, lk.LoraConfig(**{"r": 2, "target_modules": "all-linear", **config}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "lora_embedding_A" in name:
+                parameter.normal_(0, std)
+            if "magnitude" in name:
+                parameter.mul_(torch.empty_like(parameter).uniform_(0.8, 1.2))
+    lk.save_adapter(model, path)
+    return model
+
+
+def name_base(adapter, directory):
+    """Let an adapter's config name the model that it was trained on."""
+    file = adapter / "adapter_config.json"
+    values = json.loads(file.read_text()) | {"base_model_name_or_path": str(directory)}
+    file.write_text(json.dumps(values))

@@ -14,39 +14,40 @@ layer the update of the weight stays s B A:
 Memory holds the adapter and one layer.
 """
 
-import json
 import math
 import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from lorakit.adapters.peft_files import features
 from lorakit.adapters.peft_files.approximate import BaseModel, approximate_dora, published_name
-from lorakit.adapters.peft_files.experts import split_experts
 from lorakit.adapters.peft_files.layout import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from lorakit.adapters.peft_files.plain import (
+    PlainLayer,
+    check_base,
+    check_plain,
+    is_dora,
+    open_base,
+    split_layer,
+)
 from lorakit.adapters.peft_files.stored import (
     StoredAdapter,
-    StoredLayer,
     natural,
     open_adapter,
     read_finite,
     some,
 )
 from lorakit.adapters.targets import ends_with, short_names
-from lorakit.config.adapters import PLAIN_INITIALIZATIONS
 from lorakit.config.errors import LorakitError
 from lorakit.files.local import as_path, write_json
 from lorakit.files.safetensors import write_safetensors
-from lorakit.models.config import ModelConfig
-from lorakit.models.load import open_model
 from lorakit.models.multimodal import text_name
 
 
@@ -86,15 +87,6 @@ class ConversionReport:
             f"in {self.target}"
         )
         return "\n".join(lines)
-
-
-class _PlainLayer(NamedTuple):
-    """A layer of the converted adapter: s B A, in fp32."""
-
-    a: Tensor  # [r, in]
-    b: Tensor  # [out, r]
-    scaling: float
-    embedding: bool
 
 
 @dataclass
@@ -152,11 +144,11 @@ def convert_adapter(
             written then.
     """
     source, target = as_path(source), as_path(target).resolve()  # not a link to it
-    _check_target(source, target)
-    base = None if base_model is None else _open_base(base_model)
+    check_target(source, target)
+    base = None if base_model is None else open_base(base_model)
     adapter = open_adapter(source, None if base is None else base.config)
-    _check_plain(adapter)
-    _check_base(adapter, base)
+    check_plain(adapter)
+    check_base(adapter, base)
     wanted = _wanted_rank(adapter, rank)
     plain, errors = _convert_layers(adapter, base, wanted)
     needed = max(len(layer.a) for layer in plain.values())
@@ -167,7 +159,7 @@ def convert_adapter(
     r = wanted or needed
     tensors, alpha = _with_one_scaling(adapter, plain, r)
     names = _target_modules(adapter, sorted(plain, key=natural), base)
-    _write(target, tensors, _plain_config(adapter, names, r, alpha))
+    write_adapter(target, tensors, _plain_config(adapter, names, r, alpha))
     return ConversionReport(
         target=str(target),
         layers=len(plain),
@@ -182,7 +174,7 @@ def convert_adapter(
 # ---- what is refused, and what is needed ----
 
 
-def _check_target(source: Path, target: Path) -> None:
+def check_target(source: Path, target: Path) -> None:
     """Raise LorakitError unless `target` is new or an empty directory."""
     if source.exists() and target.exists() and target.samefile(source):
         raise LorakitError(f"{target} is the adapter to be converted: name another directory")
@@ -196,80 +188,11 @@ def _check_target(source: Path, target: Path) -> None:
         raise LorakitError(f"{target} is not empty: name a new directory")
 
 
-def _check_plain(adapter: StoredAdapter) -> None:
-    """Raise LorakitError if plain LoRA cannot hold the adapter."""
-    path, values = adapter.path, adapter.values
-    if adapter.unknown:
-        raise LorakitError(f"{path}: tensor {adapter.unknown[0]} is of no kind known to lorakit")
-    features.check_plain(path, values)
-    if values.get("init_lora_weights") not in PLAIN_INITIALIZATIONS:
-        raise LorakitError(
-            f"{path}: init_lora_weights={json.dumps(values['init_lora_weights'])} changed the base "
-            "weights, which these files do not hold: save it with PEFT's "
-            "path_initial_model_for_weight_conversion"
-        )
-    if trained := adapter.tokens + adapter.biases:
-        raise LorakitError(f"{path}: {trained[0]} does not fit in plain LoRA: {features.MERGE}")
-    if not adapter.layers:
-        raise LorakitError(f"{path}: no layer is adapted")
-    for layer in adapter.layers:
-        _check_layer(adapter, layer)
-
-
-def _check_layer(adapter: StoredAdapter, layer: StoredLayer) -> None:
-    """Raise LorakitError if plain LoRA cannot hold the layer, or it contradicts the config."""
-    path = adapter.path
-    if layer.bias is not None and layer.bias.read().any():
-        raise LorakitError(
-            f"{path}: {layer.key}.lora_B.bias (lora_bias) does not fit in plain LoRA unless it "
-            f"is zero: {features.MERGE}"
-        )
-    if layer.rank != layer.expected_rank:
-        raise LorakitError(
-            f"{path}: {layer.key}.lora_A is of rank {layer.rank}, {CONFIG_FILE} gives "
-            f"{layer.expected_rank}, which its scaling follows from"
-        )
-    dora = bool(adapter.config.use_dora)
-    needs_magnitude = dora and not layer.embedding and not layer.experts
-    if needs_magnitude and layer.magnitude is None:
-        raise LorakitError(f"{path}: tensor {layer.key}.lora_magnitude_vector is missing")
-    if layer.magnitude is not None and not needs_magnitude:
-        why = "embeddings and fused experts" if dora else "use_dora=false"
-        raise LorakitError(f"{path}: {layer.key}.lora_magnitude_vector does not go with {why}")
-
-
-def _is_dora(adapter: StoredAdapter) -> bool:
-    return any(layer.magnitude is not None for layer in adapter.layers)
-
-
-def _open_base(base_model: str | Path) -> BaseModel:
-    """Open the base model."""
-    model, tensors, source = open_model(base_model)
-    around = {} if source.surroundings is None else source.surroundings.tensors
-    towers = {name.rpartition(".")[0] for name in around}
-    return BaseModel(base_model, model.config, tensors, towers)
-
-
-def _check_base(adapter: StoredAdapter, base: BaseModel | None) -> None:
-    """Raise LorakitError if the adapter needs a base model and there is none."""
-    if base is not None:
-        return
-    if _is_dora(adapter):
-        why = "DoRA scales the weights of the base"
-    elif any(layer.experts for layer in adapter.layers):
-        why = "the base's config names experts"
-    elif adapter.written_by == "llama.cpp":
-        why = "the base's heads order the rows of q and k in a GGUF file"
-    else:
-        return
-    raise LorakitError(f"{adapter.path}: {why}: give base_model (--base-model)")
-
-
 def _wanted_rank(adapter: StoredAdapter, rank: int | None) -> int | None:
     """Return the rank to write, or None for the largest that a converted layer has."""
     largest = max(layer.rank for layer in adapter.layers)
     if rank is None:
-        rank = 2 * largest if _is_dora(adapter) else None
+        rank = 2 * largest if is_dora(adapter) else None
     if rank is not None and rank < 1:
         raise LorakitError(f"convert_adapter: rank must be a positive whole number, not {rank}")
     sides = max(side for layer in adapter.layers for side in (layer.a.shape[-1], layer.b.shape[0]))
@@ -286,64 +209,42 @@ def _wanted_rank(adapter: StoredAdapter, rank: int | None) -> int | None:
 
 def _convert_layers(
     adapter: StoredAdapter, base: BaseModel | None, rank: int | None
-) -> tuple[dict[str, _PlainLayer], _Errors]:
+) -> tuple[dict[str, PlainLayer], _Errors]:
     """Return the converted layers by name, and the errors of those that are approximated."""
-    plain: dict[str, _PlainLayer] = {}
+    plain: dict[str, PlainLayer] = {}
     errors = _Errors()
-    disable = None if _is_dora(adapter) else True  # only DoRA takes long enough to watch
+    disable = None if is_dora(adapter) else True  # only DoRA takes long enough to watch
     for layer in tqdm(
         adapter.layers, desc="converting", unit="layer", disable=disable, leave=False
     ):
         if layer.magnitude is not None:
-            assert base is not None  # `_check_base` raises an error for DoRA
+            assert base is not None  # `check_base` raises an error for DoRA
             assert rank is not None  # `_wanted_rank` always gives DoRA one
             found = approximate_dora(adapter.path, layer, base, rank)
-            plain[layer.name] = _PlainLayer(found.a, found.b, 1.0, False)
+            plain[layer.name] = PlainLayer(found.a, found.b, 1.0, False)
             errors.missed[layer.name], errors.whole[layer.name] = found.missed, found.whole
         elif layer.experts:
-            assert base is not None  # `_check_base` asks for one here too
-            plain |= _split_layer(adapter, layer, base.config)
+            assert base is not None  # `check_base` asks for one here too
+            plain |= split_layer(adapter, layer, base.config)
         else:
             name = layer.name if base is None else published_name(layer.name, base.config)
             a, b = (read_finite(adapter.path, layer, tensor) for tensor in (layer.a, layer.b))
-            plain[name] = _PlainLayer(a, b, layer.scaling, layer.embedding)
+            plain[name] = PlainLayer(a, b, layer.scaling, layer.embedding)
     return plain, errors
-
-
-def _split_layer(
-    adapter: StoredAdapter, layer: StoredLayer, config: ModelConfig
-) -> dict[str, _PlainLayer]:
-    """Return the layers of each expert, by their published names."""
-    a, b = (read_finite(adapter.path, layer, tensor) for tensor in (layer.a, layer.b))
-    if config.num_experts != layer.experts:
-        raise LorakitError(
-            f"{adapter.path}: {layer.key} is of {layer.experts} experts, the base model has "
-            f"{config.num_experts}"
-        )
-    # The shapes of one parameter alone do not tell which it is; its name does.
-    outer, kind = layer.key.removesuffix(".base_layer"), layer.name.rpartition(".")[2]
-    pair = {f"{outer}.lora_A.weight": a, f"{outer}.lora_B.weight": b}
-    split = split_experts(pair, layer.experts, config.moe_names, [kind])
-    return {
-        key.removeprefix(PREFIX): _PlainLayer(
-            split[f"{key}.lora_A.weight"], split[f"{key}.lora_B.weight"], layer.scaling, False
-        )
-        for key in dict.fromkeys(name.rsplit(".", 2)[0] for name in split)
-    }
 
 
 # ---- what is written ----
 
 
 def _with_one_scaling(
-    adapter: StoredAdapter, plain: Mapping[str, _PlainLayer], rank: int
+    adapter: StoredAdapter, plain: Mapping[str, PlainLayer], rank: int
 ) -> tuple[dict[str, Tensor], int]:
     """Return the tensors of the file, all of `rank`, and the one lora_alpha."""
     scalings = {part.scaling for part in plain.values()}
     shared = next(iter(scalings)) * rank
     whole = len(scalings) == 1 and shared >= 1 and float(shared).is_integer()
     tensors = {}
-    for name, (a, b, scaling, embedding) in plain.items():
+    for name, (a, b, scaling, embedding, _) in plain.items():
         if not whole:
             b = (b.double() * scaling).float()
             if not torch.isfinite(b).all():
@@ -396,7 +297,12 @@ def _plain_config(
     }
 
 
-def _write(target: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+def write_adapter(
+    target: Path,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    weights_file: str = WEIGHTS_FILE,
+) -> None:
     """Write both files into a directory of another name first, then give it the name `target`.
 
     So `target` holds a whole adapter or nothing.
@@ -404,7 +310,7 @@ def _write(target: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:
-        write_safetensors(temporary / WEIGHTS_FILE, tensors)
+        write_safetensors(temporary / weights_file, tensors)
         write_json(temporary / CONFIG_FILE, config)
         os.replace(temporary, target)
     finally:
@@ -417,7 +323,7 @@ def _changes(adapter: StoredAdapter, rank: int) -> list[str]:
     ranks = sorted({layer.rank for layer in layers if layer.magnitude is None})
     scalings = {layer.scaling for layer in layers}
     changes = []
-    if _is_dora(adapter):
+    if is_dora(adapter):
         changes.append(f"DoRA: the update of each layer approximated by rank {rank}")
     if ranks and ranks != [rank]:
         changes.append(f"ranks {', '.join(map(str, ranks))} made {rank} with zeros")
