@@ -1,4 +1,4 @@
-"""One token after another: the step from a token to the logits of the next one.
+"""The next tokens of rows: the step from tokens to the logits of the ones after them.
 
 The decoder module computes a step of one new token per row as some 15 small ops a layer, and on a
 CPU calling them costs more than reading the weights. Where a model consists of plain linear layers,
@@ -6,11 +6,13 @@ CPU calling them costs more than reading the weights. Where a model consists of 
 bf16 (merged adapters included), no experts, no hooks, and at most 32 rows.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from lorakit import kernels
-from lorakit.inference.kv_cache import KVCache
+from lorakit.inference.kv_cache import PART, KVCache, NewPositions
 from lorakit.models.adapted_layer import AdaptedLayer
 from lorakit.models.blocks import Block, RMSNorm
 from lorakit.models.config import ModelConfig
@@ -20,111 +22,126 @@ from lorakit.models.rope import rope_tables
 
 COMPILED_ROWS = 32
 """Most rows that the compiled step takes: the most for which it was measured (docs/dev/LOG.md)."""
-_PROMPT_TOKENS = 64
-"""Tokens of a prompt, of all rows together, that one compiled call takes."""
+_COMPILED_PART = 64
+"""Most tokens of a prompt that one compiled call takes."""
 
 
 class Decoding:
-    """The state of a batch whose texts are being continued; decoding(ids) takes its next tokens."""
+    """The state of rows that are being continued; decoding(lines, ids) takes their next tokens."""
 
-    def __init__(self, model: Decoder, padding: list[int], capacity: int):
-        """Begin a batch.
+    def __init__(self, model: Decoder, lines: int, capacity: int):
+        """Make room.
 
         Args:
             model: The model.
-            padding: Number of padding columns on the left of each row.
-            capacity: Number of positions that a row may reach, padding included. Those of a learned
-                prompt, with which the cache begins, come on top.
+            lines: How many rows there is room for.
+            capacity: Number of positions that a row may reach. Those of a learned prompt, with
+                which rows begin, come on top.
         """
-        rows, device = len(padding), model.device
         self.model = model
-        self.prompt_length = model.beginning.length
-        capacity += self.prompt_length
-        self.cache = KVCache(model.config, rows, capacity, model.dtype, device)
-        model.beginning(model, self.cache, rows)
-        self.padding = torch.tensor(padding, device=device)
-        self.real: Tensor | None = None  # bool [B, capacity], false at padding
-        if any(padding):
-            columns = torch.arange(capacity, device=device)
-            first = self.prompt_length + self.padding[:, None]
-            self.real = (columns < self.prompt_length) | (columns >= first)
-        plan = _plan(model) if rows <= COMPILED_ROWS else None
+        capacity += model.beginning.length
+        self.cache = KVCache(model.config, lines, capacity, model.dtype, model.device)
         self.compiled: _CompiledStep | None = None
-        if plan is not None:
-            self.compiled = _CompiledStep(plan, model.config, self.cache, capacity)
+        self.compile()
         # On a processor without AVX-512, torch's bf16 products run at a seventh of the speed of its
         # fp32 ones; there prompts take the compiled step too.
         slow_bf16 = torch.backends.cpu.get_cpu_capability() != "AVX512"
         self.compiled_prompts = model.dtype == torch.bfloat16 and slow_bf16
 
-    def __call__(self, ids: Tensor) -> Tensor:
-        """Take ids int64 [B, T], which follow those of earlier calls.
+    def compile(self) -> None:
+        """Take the model as it is now into the compiled step, where that can compute it."""
+        plan = _plan(self.model)
+        self.compiled = None if plan is None else _CompiledStep(plan, self.model, self.cache)
+
+    def begin(self, line: int) -> None:
+        """Forget what a line held; a row begins there, with the learned prompt if there is one."""
+        self.cache.lengths[line] = 0
+        prompt = self.model.beginning.length
+        if prompt:
+            call = NewPositions(self.cache, [line], [prompt])
+            self.model.beginning(self.model, call, 1)
+            call.commit()
+
+    def read(self, prompts: Sequence[list[int]]) -> Tensor:
+        """Begin a row with each prompt, in the first lines.
 
         Returns:
-            The logits of the token after them, fp32 [B, V].
+            The logits of the token after each prompt, fp32 [n, V].
         """
-        B, T = ids.shape
-        if self.compiled is not None and T == 1:
-            return self.compiled(ids, self.padding, self.real)
-        if self.compiled is not None and self.compiled_prompts and self.compiled.has_room(T):
-            for part in ids.split(max(1, _PROMPT_TOKENS // B), dim=1):
-                logits = self.compiled(part, self.padding, self.real)
-            return logits
-        real = self.real
-        if real is not None:
-            real = real[:, self.prompt_length : self.cache.length + T]
-        hidden = self.model.hidden_states(ids, attention_mask=real, cache=self.cache)
-        return self.model.head(hidden[:, -1]).float()
+        device, lengths = self.model.device, [len(prompt) for prompt in prompts]
+        for line in range(len(prompts)):
+            self.begin(line)
+        if not self.model.beginning.length and not (self.compiled and self.compiled_prompts):
+            longest = max(lengths)
+            ids = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
+            return self(range(len(prompts)), torch.tensor(ids, device=device), lengths)
+        found = []
+        for line, prompt in enumerate(prompts):
+            for part in torch.tensor([prompt], device=device).split(PART, dim=1):
+                logits = self([line], part)
+            found.append(logits)
+        return torch.cat(found)
+
+    def __call__(
+        self, lines: Sequence[int], ids: Tensor, new: Sequence[int] | None = None
+    ) -> Tensor:
+        """Take the tokens that follow in some rows.
+
+        Args:
+            lines: The line of each of the n rows, all different.
+            ids: int64 [n, T]. T is at most PART, unless all rows are empty.
+            new: How many of the T tokens of each row count; the rest is filling. None: all do.
+
+        Returns:
+            The logits of the token after them, fp32 [n, V].
+        """
+        n, T = ids.shape
+        if self.compiled is not None and new is None:
+            if T == 1 and n <= COMPILED_ROWS:
+                return self.compiled(lines, ids)
+            if T > 1 and n == 1 and self.compiled_prompts:
+                for part in ids.split(_COMPILED_PART, dim=1):
+                    logits = self.compiled(lines, part)
+                return logits
+        call = NewPositions(self.cache, lines, [T] * n if new is None else new)
+        views = call.views(self.model.config, T)
+        hidden = self.model.through_blocks(self.model.embed(ids), views, call)
+        call.commit()
+        last = hidden[:, -1]
+        if new is not None:
+            last = hidden[torch.arange(n, device=ids.device), call.index[2] - call.index[1] - 1]
+        return self.model.head(last).float()
 
 
 class _CompiledStep:
-    """`kernels.decode_step` for a model and the cache of one batch."""
+    """`kernels.decode_step` for a model and its cache."""
 
-    def __init__(
-        self, plan: kernels.DecodePlan, config: ModelConfig, cache: KVCache, capacity: int
-    ):
-        self.plan, self.cache = plan, cache
-        columns = torch.arange(capacity)
-        self.tables = [rope_tables(rope, config.head_dim, columns) for rope in config.ropes]
-        self.memory = kernels.DecodeCache(plan, cache.keys, cache.values)
-        self.sizes = set(cache.sizes)
+    def __init__(self, plan: kernels.DecodePlan, model: Decoder, cache: KVCache):
+        self.plan, self.cache, config = plan, cache, model.config
+        positions = torch.arange(cache.capacity)
+        self.tables = [rope_tables(rope, config.head_dim, positions) for rope in config.ropes]
+        self.memory = kernels.DecodeCache(plan, cache.keys, cache.values, cache.windows)
 
-    def has_room(self, new: int) -> bool:
-        """Return whether `new` tokens fit without wrapping round the window of a layer."""
-        return self.cache.length + new <= min(self.sizes)
-
-    def __call__(self, ids: Tensor, padding: Tensor, real: Tensor | None) -> Tensor:
-        """Take ids, and put their keys and values into the cache.
-
-        Args:
-            ids: int64 [B, T].
-            padding: int64 [B], as in `Decoding`.
-            real: bool [B, capacity], false at padding; None: there is none.
+    def __call__(self, lines: Sequence[int], ids: Tensor) -> Tensor:
+        """Take ids int64 [n, T], and put their keys and values into the cache.
 
         Returns:
-            The logits of the token after them, fp32 [B, V].
+            The logits of the token after them, fp32 [n, V].
         """
-        cache, (B, T) = self.cache, ids.shape
-        start, end = cache.length, cache.length + T
-        if B == 1:  # no padding then
-            tables = [(cos[None, start:end], sin[None, start:end]) for cos, sin in self.tables]
+        lengths, T = self.cache.lengths, ids.shape[1]
+        places = [(line, lengths[line]) for line in lines]
+        if len(places) == 1:
+            start = places[0][1]
+            tables = [
+                (c[None, start : start + T], s[None, start : start + T]) for c, s in self.tables
+            ]
         else:
-            positions = (torch.arange(start, end) - padding[:, None]).clamp_(min=0)
+            starts = torch.tensor([start for _, start in places])
+            positions = starts[:, None] + torch.arange(T)
             tables = [(cos[positions], sin[positions]) for cos, sin in self.tables]
-        slots = {size: cache.slots(size, T) for size in self.sizes}
-        visible = None
-        if real is not None:
-            seen = {w: real[:, cache.positions(T, w)] for w in set(cache.windows)}
-            visible = [seen[window] for window in cache.windows]
-        logits = kernels.decode_step(
-            self.plan,
-            ids.contiguous(),
-            tables,
-            self.memory,
-            [slots[size] for size in cache.sizes],
-            visible,
-        )
-        cache.length = end
+        logits = kernels.decode_step(self.plan, ids.contiguous(), tables, self.memory, places)
+        for line, start in places:
+            lengths[line] = start + T
         return logits
 
 

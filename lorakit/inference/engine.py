@@ -35,7 +35,8 @@ from lorakit.adapters.manage import (
     selected_adapter,
 )
 from lorakit.config.errors import LorakitError
-from lorakit.inference.rows import PART, Rows
+from lorakit.inference.decode import Decoding
+from lorakit.inference.kv_cache import PART
 from lorakit.inference.sampling import Sampling, generator_of, sample
 from lorakit.inference.text import RowText, end_tokens, stop_strings
 from lorakit.models.decoder import Decoder
@@ -147,20 +148,28 @@ class Engine:
                 f"capacity between 1 and the model's {limit} positions"
             )
         self.model, self.tok, self.capacity = model.eval(), tok, capacity
-        self.rows = Rows(model, slots, capacity)
+        self.decoding = Decoding(model, slots, capacity)
         self._waiting: deque[_Row] = deque()
         self._running: dict[int, _Row] = {}
         self._free = list(range(slots))  # those that were in use last stand last
         # the tokens whose keys and values each line holds, and the adapter that they went through
         self._held: list[list[int]] = [[] for _ in range(slots)]
         self._through: list[str | None] = [None] * slots
+        self._names: list[str] = []
+        self._selected: str | None = None
+        self._merged = False
         self._look()
 
     def _look(self) -> None:
         """See which adapters the model has."""
+        before = self._names, self._selected, self._merged
         self._names = adapter_names(self.model)
         self._selected = selected_adapter(self.model)
         self._merged = any(each.merged is not None for each in attached(self.model).values())
+        if (self._names, self._selected, self._merged) != before:
+            self.decoding.compile()
+        if self._names and not self._merged:  # a compiled step has one adapter, or none
+            self.decoding.compiled = None
 
     @property
     def idle(self) -> bool:
@@ -275,9 +284,9 @@ class Engine:
             line = source if source in self._free and whole else self._free[0]
             self._free.remove(line)
             if shared:
-                self.rows.cache.copy(source, line, shared)
+                self.decoding.cache.copy(source, line, shared)
             else:
-                self.rows.begin(line)
+                self.decoding.begin(line)
             self._held[line] = request.prompt[:shared]
             self._through[line] = request.adapter
             row.line, request.cached_tokens = line, shared
@@ -294,7 +303,7 @@ class Engine:
             if self._through[other] != request.adapter:
                 continue
             shared = _common(held, request.prompt[:-1])  # the last token's logits are wanted
-            if shared > best and self.rows.cache.holds(other, shared):
+            if shared > best and self.decoding.cache.holds(other, shared):
                 line, best = other, shared
         return line, best
 
@@ -318,7 +327,7 @@ class Engine:
         """Return the logits [n, V] after these tokens of each row."""
         with self._adapters(rows):
             tokens = torch.tensor(ids, device=self.model.device)
-            logits = self.rows([row.line for row in rows], tokens)
+            logits = self.decoding([row.line for row in rows], tokens)
         for row, new in zip(rows, ids, strict=True):
             self._held[row.line] += new
         return logits
@@ -347,7 +356,7 @@ class Engine:
             picked = sample(logits, request.sampling, row.generator, row.seen)
         except LorakitError as error:
             request.error = error
-            self.rows.cache.clear(row.line)  # what is NaN in it would stay there
+            self.decoding.cache.clear(row.line)  # what is NaN in it would stay there
             self._held[row.line] = []
             self._end(row, "error", None, events)
             return

@@ -1,8 +1,7 @@
 """Text from a model: the loop that picks one token after another, until the text ends.
 
-Prompts of different length run as one batch, padded on the left, so that the next token of every
-row belongs in the same column. sampling.py picks a token from logits; decode.py gets from a token
-to the logits of the next one.
+Prompts of different length run as one batch, in which every row is at a position of its own.
+sampling.py picks a token from logits; decode.py gets from a token to the logits of the next one.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -210,17 +209,19 @@ def continue_text(
     Yields:
         One token id for each prompt.
     """
-    longest, device = max(map(len, prompts)), model.device
-    padding = [longest - len(ids) for ids in prompts]
-    ids = torch.tensor([[0] * n + p for n, p in zip(padding, prompts, strict=True)], device=device)
     seen = None
     if sampling.repetition_penalty != 1:
-        seen = torch.zeros(len(ids), model.config.vocab_size, dtype=torch.bool, device=device)
+        shape = len(prompts), model.config.vocab_size
+        seen = torch.zeros(shape, dtype=torch.bool, device=model.device)
         for row, prompt in zip(seen, prompts, strict=True):
             row[prompt] = True
-    decoding = Decoding(model, padding, longest + max_new_tokens)
-    for _ in range(max_new_tokens):
-        ids = sample(decoding(ids), sampling, generator, seen)[:, None]
+    lines = range(len(prompts))
+    decoding = Decoding(model, len(prompts), max(map(len, prompts)) + max_new_tokens)
+    logits = decoding.read(prompts)
+    for number in range(max_new_tokens):
+        ids = sample(logits, sampling, generator, seen)[:, None]
         if seen is not None:
             seen.scatter_(1, ids, True)
         yield ids[:, 0].tolist()
+        if number + 1 < max_new_tokens:
+            logits = decoding(lines, ids)

@@ -5,7 +5,7 @@ import torch
 
 import lorakit as lk
 from lorakit import kernels
-from lorakit.inference.decode import COMPILED_ROWS, Decoding
+from lorakit.inference.decode import Decoding
 from tests.conftest import FAMILY_VARIANTS, LOGITS, TINY_VARIANTS, tiny
 
 if not kernels.decode_compiled(torch.device("cpu")):
@@ -23,58 +23,64 @@ def load(tmp_path, family="llama", options=TINY_VARIANTS["gqa"], dtype="float32"
     return lk.load_model(tmp_path, dtype=dtype, **how)
 
 
-def run(model, rows, steps, padding, fused):
-    """Logits after a prompt and after every following token, [B, 1 + steps, V]."""
-    decoding = Decoding(model, padding, rows.shape[1])
+def run(model, rows, steps, shorter, fused):
+    """Logits after a prompt and after every following token, [B, 1 + steps, V].
+
+    Row b begins `shorter[b]` tokens later than the first.
+    """
+    decoding = Decoding(model, len(shorter), rows.shape[1])
     if not fused:
         decoding.compiled = None
     else:
         assert decoding.compiled is not None
-    prompt = rows.shape[1] - steps
+    prompt, lines = rows.shape[1] - steps, range(len(shorter))
     with torch.no_grad():
-        found = [decoding(rows[:, :prompt])]
-        found += [decoding(rows[:, t : t + 1]) for t in range(prompt, rows.shape[1])]
+        found = [decoding.read([r[n:prompt].tolist() for r, n in zip(rows, shorter, strict=True)])]
+        found += [decoding(lines, rows[:, t : t + 1]) for t in range(prompt, rows.shape[1])]
     return torch.stack(found, 1)
 
 
 @variants
-@pytest.mark.parametrize("padding", [[0], [0, 4, 11]], ids=["one row", "padded rows"])
-def test_fp32_logits_equal_the_forward_pass(tmp_path, family, options, padding):
+@pytest.mark.parametrize("shorter", [[0], [0, 4, 11]], ids=["one row", "rows of three lengths"])
+def test_fp32_logits_equal_the_forward_pass(tmp_path, family, options, shorter):
     model = load(tmp_path, family, options)
-    rows = torch.randint(97, (len(padding), 40), generator=torch.Generator().manual_seed(1))
-    plain = run(model, rows, 26, padding, fused=False)
-    fused = run(model, rows, 26, padding, fused=True)
+    rows = torch.randint(97, (len(shorter), 40), generator=torch.Generator().manual_seed(1))
+    plain = run(model, rows, 26, shorter, fused=False)
+    fused = run(model, rows, 26, shorter, fused=True)
     assert (fused - plain).abs().max() <= LOGITS
     assert plain.abs().max() > 1
 
 
 @variants
-@pytest.mark.parametrize("padding", [[0], [0, 2]], ids=["one row", "padded rows"])
-def test_bf16_logits_are_at_least_as_near_to_exact_ones(tmp_path, family, options, padding):
+@pytest.mark.parametrize("shorter", [[0], [0, 2]], ids=["one row", "rows of two lengths"])
+def test_bf16_logits_are_at_least_as_near_to_exact_ones(tmp_path, family, options, shorter):
     """The activations of the compiled step stay fp32, while the forward pass rounds them to bf16.
 
     So the step should be nearer to exact arithmetic on the bf16 weights. Prompts take it too, on a
-    processor without AVX-512 and where they fit a layer's window.
+    processor without AVX-512.
     """
     model = load(tmp_path, family, options, dtype="bfloat16")
     exact = load(tmp_path, family, options).bfloat16().float()  # the same weights, all in fp32
-    rows = torch.randint(97, (len(padding), 14), generator=torch.Generator().manual_seed(2))
-    truth = run(exact, rows, 10, padding, fused=False)
-    plain = (run(model, rows, 10, padding, fused=False) - truth).abs()
-    fused = (run(model, rows, 10, padding, fused=True) - truth).abs()
+    rows = torch.randint(97, (len(shorter), 14), generator=torch.Generator().manual_seed(2))
+    truth = run(exact, rows, 10, shorter, fused=False)
+    plain = (run(model, rows, 10, shorter, fused=False) - truth).abs()
+    fused = (run(model, rows, 10, shorter, fused=True) - truth).abs()
     assert fused.mean() <= plain.mean()
     assert fused.max() <= 1.5 * plain.max()  # a single logit may be lucky in the forward pass
 
 
-def test_a_long_prompt_goes_in_pieces(tmp_path):
-    model = load(tmp_path, options={**TINY_VARIANTS["gqa"], "max_position_embeddings": 256})
-    rows = torch.randint(97, (2, 150), generator=torch.Generator().manual_seed(3))
-    decoding = Decoding(model, [0, 3], 150)
+@pytest.mark.parametrize("window", [None, 6])
+def test_a_long_prompt_goes_in_parts(tmp_path, window):
+    options = {**TINY_VARIANTS["gqa"], "max_position_embeddings": 512, "sliding_window": window}
+    model = load(tmp_path, "mistral", options)
+    rows = torch.randint(97, (2, 400), generator=torch.Generator().manual_seed(3))
+    decoding = Decoding(model, 2, 400)
     decoding.compiled_prompts = True
     plain = run(model, rows, 0, [0, 3], fused=False)
     with torch.no_grad():
-        assert (decoding(rows) - plain[:, 0]).abs().max() <= LOGITS
-    assert decoding.cache.length == 150
+        logits = decoding.read([rows[0].tolist(), rows[1, 3:].tolist()])
+    assert (logits - plain[:, 0]).abs().max() <= LOGITS
+    assert decoding.cache.lengths == [400, 397]
 
 
 def test_merged_adapters_are_decoded_merged(tmp_path):
@@ -83,7 +89,7 @@ def test_merged_adapters_are_decoded_merged(tmp_path):
     for p in model.parameters():
         if p.requires_grad:
             torch.nn.init.normal_(p, 0, 0.1)
-    assert Decoding(model, [0], 8).compiled is None
+    assert Decoding(model, 1, 8).compiled is None
     rows = torch.randint(97, (1, 12))
     adapted = run(model, rows, 8, [0], fused=False)
     lk.merge(model)
@@ -98,34 +104,33 @@ def test_merged_adapters_are_decoded_merged(tmp_path):
 
 
 def test_what_the_kernel_does_not_know_takes_the_forward_pass(tmp_path):
-    assert Decoding(load(tmp_path), [0] * COMPILED_ROWS, 8).compiled is not None
-    assert Decoding(load(tmp_path), [0] * (COMPILED_ROWS + 1), 8).compiled is None
-    assert Decoding(load(tmp_path, quantize="nf4"), [0], 8).compiled is None
-    assert Decoding(load(tmp_path, dtype="float16"), [0], 8).compiled is None
+    assert Decoding(load(tmp_path), 1, 8).compiled is not None
+    assert Decoding(load(tmp_path, quantize="nf4"), 1, 8).compiled is None
+    assert Decoding(load(tmp_path, dtype="float16"), 1, 8).compiled is None
     with kernels.use_backend("reference"):
-        assert Decoding(load(tmp_path), [0], 8).compiled is None
+        assert Decoding(load(tmp_path), 1, 8).compiled is None
     hooked, calls = load(tmp_path), []
     hooked.model.layers[1].mlp.up_proj.register_forward_hook(lambda *_: calls.append(1))
     run(hooked, torch.zeros(1, 6, dtype=torch.long), 4, [0], fused=False)
-    assert Decoding(hooked, [0], 8).compiled is None
+    assert Decoding(hooked, 1, 8).compiled is None
     assert len(calls) == 5
     moe = load(tmp_path / "moe", *FAMILY_VARIANTS["mixtral"])
-    assert Decoding(moe, [0], 8).compiled is None
+    assert Decoding(moe, 1, 8).compiled is None
     dynamic = load(tmp_path / "dynamic", options=TINY_VARIANTS["dynamic_rope"])
-    assert Decoding(dynamic, [0], 8).compiled is None
+    assert Decoding(dynamic, 1, 8).compiled is None
 
 
 def test_what_the_plan_refuses_takes_the_forward_pass(tmp_path):
-    assert Decoding(load(tmp_path).double(), [0], 8).compiled is None
+    assert Decoding(load(tmp_path).double(), 1, 8).compiled is None
     mixed = load(tmp_path, dtype="bfloat16")
     mixed.model.layers[0].input_layernorm.float()
-    assert Decoding(mixed, [0], 8).compiled is None
+    assert Decoding(mixed, 1, 8).compiled is None
     strided = load(tmp_path)
     strided.lm_head.weight = torch.nn.Parameter(strided.lm_head.weight.t().contiguous().t())
-    assert Decoding(strided, [0], 8).compiled is None
+    assert Decoding(strided, 1, 8).compiled is None
     patched = load(tmp_path)
     patched.model.layers[0].mlp.up_proj.forward = lambda x: x @ patched.lm_head.weight[:48].t()
-    assert Decoding(patched, [0], 8).compiled is None
+    assert Decoding(patched, 1, 8).compiled is None
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -137,9 +142,9 @@ def test_nan_in_one_row_stays_there(tmp_path, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        decoding = Decoding(model, [0, 0], 20)
-        decoding(torch.tensor([[7, 8], [9, 10]]))
-        logits = decoding(torch.tensor([[5], [11]]))
+        decoding = Decoding(model, 2, 20)
+        decoding.read([[7, 8], [9, 10]])
+        logits = decoding([0, 1], torch.tensor([[5], [11]]))
     finally:
         torch.set_num_threads(before)
     assert logits[0].isnan().all()

@@ -23,8 +23,9 @@ def backend(name):
 
 BACKENDS = ["reference", *ISAS]
 SHAPE = {"H": 64, "Hq": 4, "Hk": 2, "D": 16, "I": 96, "V": 101, "B": 1}
-# slot, count and capacity of the layers: the last slot, one in the middle, the first token of all
-SLOTS = [(9, 10, 12), (3, 7, 8), (0, 1, 1)]
+# The position of the first row, one less for each further row, and capacity and window of the
+# layers: all before it; a window, of which the ring has wrapped round; itself alone.
+POSITION, LAYERS = 9, [(12, None), (8, 7), (1, 1)]
 # two soft caps are small enough to bend most scores; every option is on in one case at least
 GEMMA = {"norm_weight_offset": 1.0, "embedding_scale": 8.0, "attn_softcap": 2.0, "final_softcap": 3}
 CASES = {
@@ -40,20 +41,20 @@ CASES = {
         "sandwich": True, "qk_norm": True, "activation": "gelu", "ropes": 2, **GEMMA,
         "attention_scale": 0.3,
     },
-    "left padding": {"masked": True, "B": 3},
-    # 16 pieces of 40, and 3 pieces of which the mask hides whole ones
-    "long contexts": {"slots": [(17, 601, 640), (70, 71, 90), (599, 600, 600)], "masked": True},
-    "the longest pieces": {"slots": [(5, 5000, 5000), (4600, 4601, 4602), (0, 33, 33)], "D": 8},
+    # 16 pieces of 40 beside rows of fewer, 3 pieces, and a ring that wraps round within a piece
+    "long contexts": {"position": 600, "B": 3, "layers": [(640, None), (90, 71), (600, 600)]},
+    "long beside short": {"position": [600, 3, 70], "B": 3, "layers": [(640, None), (90, 71)]},
+    "the longest pieces": {"position": 4999, "layers": [(5000, None), (4602, 4601)], "D": 8},
 }  # fmt: skip
 
 
 def build(dtype, **case):
-    """A plan and the arguments of one step, all random; masked slots of the caches hold NaN."""
+    """A plan and the arguments of one step, all random; slots that nobody sees hold NaN."""
     random = torch.Generator().manual_seed(0)
     size = {k: case.pop(k, default) for k, default in SHAPE.items()}
     H, Hq, Hk, D, I, V, B = size.values()  # noqa: E741
-    slots, ropes = case.pop("slots", SLOTS), case.pop("ropes", 1)
-    masked, biases = case.pop("masked", False), case.pop("biases", False)
+    layout, ropes = case.pop("layers", LAYERS), case.pop("ropes", 1)
+    position, biases = case.pop("position", POSITION), case.pop("biases", False)
     qk_norm, sandwich = case.pop("qk_norm", False), case.pop("sandwich", False)
 
     def weight(*shape):
@@ -61,7 +62,7 @@ def build(dtype, **case):
         return (torch.randn(shape, generator=random) * spread).to(dtype)
 
     layers = []
-    for i in range(len(slots)):
+    for i in range(len(layout)):
         extra = {"rope": i % ropes}
         if sandwich:
             extra |= {f"{name}_feedforward_norm": weight(H) for name in ("pre", "post")}
@@ -80,34 +81,45 @@ def build(dtype, **case):
     )  # fmt: skip
     angles = [torch.rand(B, D // 2, generator=random) * 6 for _ in range(ropes)]
     ids = torch.randint(V, (B,), generator=random)
-    cache, visible = [], []
-    for slot, count, capacity in slots:
-        keys, values = (torch.randn(B, capacity, Hk, D, generator=random) for _ in "kv")
-        seen = torch.rand(B, capacity, generator=random) < 0.5
-        seen[0], seen[-1, : count // 2] = True, False  # a row that sees all; a stretch unseen
-        seen[-1, slot] = False  # the new token sees itself whatever the mask says
-        if masked:
-            keys[~seen], values[~seen] = torch.nan, torch.nan
-        cache.append((keys.to(dtype), values.to(dtype), slot, count))
-        visible.append(seen if masked else None)
+    if isinstance(position, int):
+        position = [position - b for b in range(B)]
+    # one line more than rows, and the rows in another order than the lines
+    places = [(B - b, at) for b, at in enumerate(position)]
+    cache = []
+    for capacity, window in layout:
+        keys, values = (torch.randn(B + 1, capacity, Hk, D, generator=random) for _ in "kv")
+        for line, at in [*places, (0, -1)]:
+            seen = [p % capacity for p in range(max(0, at - (window or at + 1) + 1), at)]
+            hidden = torch.ones(capacity, dtype=torch.bool)
+            hidden[seen] = False
+            keys[line, hidden], values[line, hidden] = torch.nan, torch.nan
+        cache.append((keys.to(dtype), values.to(dtype), window))
     tables = [(a.cos(), a.sin()) for a in angles]
-    return plan, ids, tables, cache, visible
+    return plan, ids, tables, cache, places
 
 
-def step_on(plan, ids, tables, cache, visible=None):
-    """decode_step on layers given as (keys, values, slot, count)."""
-    held = DecodeCache(plan, [layer[0] for layer in cache], [layer[1] for layer in cache])
-    return decode_step(plan, ids, tables, held, [layer[2:] for layer in cache], visible)
+def held(plan, cache):
+    return DecodeCache(plan, *zip(*cache, strict=True))
+
+
+def step_on(plan, ids, tables, cache, places):
+    """decode_step on layers given as (keys, values, window)."""
+    return decode_step(plan, ids, tables, held(plan, cache), places)
 
 
 def copied(cache, dtype=None):
-    return [(k.to(dtype, copy=True), v.to(dtype, copy=True), *rest) for k, v, *rest in cache]
+    return [(k.to(dtype, copy=True), v.to(dtype, copy=True), window) for k, v, window in cache]
 
 
-def in_double(plan, ids, tables, cache, visible, cache_dtype):
+def in_double(plan, ids, tables, cache, places, cache_dtype):
     """The step in fp64 on a copy of the cache; the new keys and values rounded to cache_dtype."""
     caches = copied(cache, cache_dtype)
-    return reference.decode_step(plan, ids, tables, caches, visible, wide=torch.float64), caches
+    return reference.decode_step(plan, ids, tables, caches, places, wide=torch.float64), caches
+
+
+def new_ones(tensor, places):
+    """The keys or values of the new tokens, [B, Hk, D]."""
+    return torch.stack([tensor[line, at % tensor.shape[1]] for line, at in places])
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -121,9 +133,10 @@ def test_fp32_against_fp64(case, name):
     # sums of at most a few hundred products in fp32, a dozen of them one after the other: errors of
     # some 10 units of 2^-24 relative to the largest value; 1e-5 is 170 units
     assert (logits - truth).abs().max() <= 1e-5 * truth.abs().max()
-    for (keys, values, slot, _), (true_keys, true_values, *_) in zip(step[3], caches, strict=True):
-        for ours, true in ((keys, true_keys), (values, true_values)):
-            assert (ours[:, slot] - true[:, slot]).abs().max() <= 1e-5 * true[:, slot].abs().max()
+    for layer, true_layer in zip(step[3], caches, strict=True):
+        for ours, true in zip(layer[:2], true_layer[:2], strict=True):
+            ours, true = new_ones(ours, step[4]), new_ones(true, step[4])
+            assert (ours - true).abs().max() <= 1e-5 * true.abs().max()
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -144,50 +157,53 @@ def test_bf16_against_fp64(case, name):
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bits_of_the_cache_and_of_repeated_calls(dtype, name):
-    plan, ids, tables, cache, visible = build(dtype, B=3, slots=[(40, 95, 128), (3, 7, 8)])
+    layout = {"position": 40, "layers": [(128, None), (8, 7)]}
+    plan, ids, tables, cache, places = build(dtype, B=3, **layout)
     guarded = []  # every cache lies between two zones that nothing may touch
-    for keys, values, slot, count in cache:
+    for keys, values, window in cache:
         pair = []
         for tensor in (keys, values):
             memory = torch.full((tensor.numel() + 128,), 7.0, dtype=dtype)
             view = memory[64:-64].view(tensor.shape)
             pair.append((memory, view.copy_(tensor)))
-        guarded.append((*pair, slot, count))
-    inner = [(k[1], v[1], slot, count) for k, v, slot, count in guarded]
+        guarded.append((*pair, window))
+    inner = [(k[1], v[1], window) for k, v, window in guarded]
     with backend(name):
-        logits = step_on(plan, ids, tables, inner, visible)
+        logits = step_on(plan, ids, tables, inner, places)
         first = copied(inner)
         for _ in range(3):
-            assert torch.equal(step_on(plan, ids, tables, inner, visible), logits)
-    for (k, v, slot, _), before, after in zip(guarded, cache, first, strict=True):
+            assert torch.equal(step_on(plan, ids, tables, inner, places), logits)
+    for (k, v, _), before, after in zip(guarded, cache, first, strict=True):
         for (memory, now), was, once in zip((k, v), before[:2], after[:2], strict=True):
             assert (memory[:64] == 7).all()
             assert (memory[-64:] == 7).all()
-            assert torch.equal(now, once)
-            assert not torch.equal(now[:, slot], was[:, slot])
-            now[:, slot] = was[:, slot]
-            assert torch.equal(now, was)
+            assert torch.equal(now.nan_to_num(9), once.nan_to_num(9))
+            assert new_ones(now, places).isfinite().all()
+            for line, at in places:
+                now[line, at % now.shape[1]] = was[line, at % now.shape[1]]
+            assert torch.equal(now.nan_to_num(9), was.nan_to_num(9))
 
 
 @pytest.mark.parametrize("name", BACKENDS[1:])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_neither_threads_nor_batch_size_change_a_bit(dtype, name):
-    case = {"B": 7, "H": 40, "slots": [(3, 601, 640), (33, 34, 40)], "qk_norm": True}
-    plan, ids, tables, cache, visible = build(dtype, **case)
+def test_neither_threads_nor_other_rows_change_a_bit(dtype, name):
+    case = {"B": 7, "H": 40, "layers": [(640, None), (40, 34)], "qk_norm": True}
+    case["position"] = [600, 2, 599, 31, 32, 300, 0]
+    plan, ids, tables, cache, places = build(dtype, **case)
     threads = torch.get_num_threads()
     with backend(name):
-        logits = step_on(plan, ids, tables, copied(cache), visible)
+        logits = step_on(plan, ids, tables, copied(cache), places)
         try:
             for n in (1, 2, 3):
                 torch.set_num_threads(n)
-                again = step_on(plan, ids, tables, copied(cache), visible)
+                again = step_on(plan, ids, tables, copied(cache), places)
                 assert torch.equal(again, logits), n
         finally:
             torch.set_num_threads(threads)
         for rows in (slice(0, 1), slice(1, 3), slice(3, 6)):
             some = [(cos[rows], sin[rows]) for cos, sin in tables]
-            part = [(k[rows].clone(), v[rows].clone(), *rest) for k, v, *rest in cache]
-            assert torch.equal(step_on(plan, ids[rows], some, part, visible), logits[rows])
+            found = step_on(plan, ids[rows], some, copied(cache), places[rows])
+            assert torch.equal(found, logits[rows])
 
 
 # ---- transformers -------------------------------------------------------------------------------
@@ -287,7 +303,7 @@ def tables_of(model, position):
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_token_by_token_equals_transformers(family, name):
-    """Layers with a sliding window have a ring buffer of just its size as their cache."""
+    """Layers with a sliding window have a ring of just its size as their cache."""
     pytest.importorskip("transformers")
     model = transformers_model(family)
     config, T = model.config, 20
@@ -295,16 +311,16 @@ def test_token_by_token_equals_transformers(family, name):
     with torch.no_grad():
         truth = model(ids).logits[0]
     plan = plan_of(model)
-    sizes = [window or T for window in windows(model)]
-    shapes = [(1, size, config.num_key_value_heads, plan.head_dim) for size in sizes]
-    memory = [(torch.full(s, torch.nan), torch.full(s, torch.nan)) for s in shapes]
+    shapes = [
+        (1, window or T, config.num_key_value_heads, plan.head_dim) for window in windows(model)
+    ]
+    cache = [
+        (torch.full(shape, torch.nan), torch.full(shape, torch.nan), window)
+        for shape, window in zip(shapes, windows(model), strict=True)
+    ]
     with backend(name):
         for t in range(T):
-            cache = [
-                (*pair, t % size, min(t + 1, size))
-                for pair, size in zip(memory, sizes, strict=True)
-            ]
-            logits = step_on(plan, ids[:, t], tables_of(model, t), cache)
+            logits = step_on(plan, ids[:, t], tables_of(model, t), cache, [(0, t)])
             # fp32 against fp32, both some units of 2^-24 off, over the steps that share a cache
             assert (logits - truth[t]).abs().max() <= 2e-5 * truth.abs().max(), t
 
@@ -353,50 +369,50 @@ def test_a_plan_names_the_tensor_that_does_not_fit():
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", ["llama", "gemma 2", "gemma 3", "left padding", "q/k norm"])
+@pytest.mark.parametrize("case", ["llama", "gemma 2", "gemma 3", "q/k norm"])
 def test_a_prompt_is_the_same_as_its_tokens_one_by_one(case, dtype, name):
-    """A prompt of 23 tokens a row comes in two pieces, after 40 slots that are filled already."""
-    shape = {**CASES[case], "B": 2, "slots": [(40, 63, 80)] * 3}
-    plan, _, tables, cache, visible = build(dtype, **shape)
+    """A prompt of 23 tokens a row comes in two pieces, after tokens that are there already."""
+    shape = {**CASES[case], "B": 2, "position": [40, 5]}
+    shape["layers"] = [(80, None), (80, 20), (33, 20)]  # 14 tokens at a time is all a ring takes
+    plan, _, tables, cache, places = build(dtype, **shape)
     ids = torch.randint(plan.vocab_size, (2, 23))
     angles = torch.rand(2, 23, plan.head_dim // 2) * 6
     tables = [(angles.cos(), angles.sin())] * len(tables)
-    for layer in cache:  # only what lies before the prompt
-        layer[0][:, 40:], layer[1][:, 40:] = torch.nan, torch.nan
     truth_cache = copied(cache, torch.float64 if dtype == torch.float32 else dtype)
     for t in range(23):
         at = [(cos[:, t], sin[:, t]) for cos, sin in tables]
-        layers = [(k, v, 40 + t, 41 + t) for k, v, *_ in truth_cache]
-        truth = reference.decode_step(plan, ids[:, t], at, layers, visible, wide=torch.float64)
-    held = DecodeCache(plan, [layer[0] for layer in cache], [layer[1] for layer in cache])
+        now = [(line, position + t) for line, position in places]
+        truth = reference.decode_step(plan, ids[:, t], at, truth_cache, now, wide=torch.float64)
     with backend(name):
         for start, end in ((0, 14), (14, 23)):
             part = [
                 (cos[:, start:end].contiguous(), sin[:, start:end].contiguous())
                 for cos, sin in tables
             ]
-            slots = [(40 + start, 40 + end)] * 3
-            piece = ids[:, start:end].contiguous()
-            logits = decode_step(plan, piece, part, held, slots, visible)
+            now = [(line, position + start) for line, position in places]
+            logits = step_on(plan, ids[:, start:end].contiguous(), part, cache, now)
     # fp32: as for one token. bf16: keys and values that fp32 and fp64 round to two sides of a tie
     # differ by 2^-8 of themselves, and later ones are computed from them
     bound = 1e-5 if dtype == torch.float32 else 2e-2
     assert (logits - truth).abs().max() <= bound * truth.abs().max()
-    for layer in cache:
-        assert layer[0][:, :63].isfinite().all() or visible is not None
-        assert layer[0][:, 63:].isnan().all()
+    assert cache[0][0][2, :63].isfinite().all()
+    assert cache[0][0][2, 63:].isnan().all()
+    assert cache[0][0][1, 28:].isnan().all()
+    assert cache[0][0][0].isnan().all()
 
 
 @pytest.mark.parametrize("name", ["reference", BACKENDS[-1]])
 def test_a_step_names_the_argument_that_does_not_fit(name):
-    plan, ids, tables, cache, visible = build(torch.float32, masked=True)
+    plan, ids, tables, cache, places = build(torch.float32)
     before = copied(cache)
-    (keys, values, slot, count), seen = cache[1], visible[1]
+    keys, values, window = cache[1]
 
-    def second(keys=keys, values=values, slot=slot, count=count):
-        return {"cache": [cache[0], (keys, values, slot, count), cache[2]]}
+    def second(keys=keys, values=values, window=window):
+        return {"cache": [cache[0], (keys, values, window), cache[2]]}
 
-    swapped = torch.zeros(1, 2, 8, 16).transpose(1, 2)  # the right shape, the wrong strides
+    swapped = torch.zeros(2, 2, 8, 16).transpose(1, 2)  # the right shape, the wrong strides
+    two = {"ids": ids.repeat(2), "tables": [(t.repeat(2, 1), t.repeat(2, 1)) for t, _ in tables]}
+    long = {"ids": ids.repeat(1, 3), "tables": [(torch.zeros(1, 3, 8),) * 2]}
     wrong = [
         ("ids is torch.int32", {"ids": ids.int()}),
         ("ids is", {"ids": ids[None, None]}),
@@ -409,34 +425,27 @@ def test_a_step_names_the_argument_that_does_not_fit(name):
         (r"tables\[0\] cos", {"tables": [(tables[0][0][:, 1:], tables[0][1])]}),
         (r"tables\[0\] cos must", {"tables": [(torch.zeros(8, 2).t()[:1], tables[0][1])]}),
         ("each of 3 layers", {"cache": cache[:2]}),
-        ("each of 3 layers", {"visible": visible[:2]}),
-        (r"cache\[1\] keys are \[1, 7", second(keys=keys[:, :7])),
-        (r"cache\[1\] keys are .* values \[1, 7", second(values=values[:, :7])),
+        (r"cache\[1\] keys are \[2, 7", second(keys=keys[:, :7])),
+        (r"cache\[1\] keys are .* values \[2, 7", second(values=values[:, :7])),
         (r"cache\[1\] keys are \[8, 2, 16\]", second(keys=keys[0], values=values[0])),
         (r"cache\[1\] values are torch.float64", second(values=values.double())),
         (r"cache\[1\] keys must be contiguous", second(keys=swapped)),
-        (r"slots\[1\] are slot -1", second(slot=-1)),
-        (r"slots\[1\] are slot 7, count 7", second(slot=7)),
-        (r"slots\[1\] are slot 3, count 9, of a capacity of 8", second(count=9)),
-        (r"visible\[1\] is torch.uint8", {"visible": [visible[0], seen.byte(), seen]}),
-        (r"visible\[1\] is torch.bool \[8\]", {"visible": [visible[0], seen[0], seen]}),
-        (r"visible\[1\] must", {"visible": [visible[0], seen[:, :6].clone(), seen]}),
+        (r"cache\[1\] has 8 slots and a window of 9", second(window=9)),
+        (r"cache\[1\] has 8 slots and a window of 0", second(window=0)),
+        ("expected 1 with lines", {"places": []}),
+        ("expected 2 with lines", {"places": places * 2, **two}),
+        ("no line 2 or", {"places": [(2, 9)]}),
+        ("or position -1", {"places": [(0, -1)]}),
+        ("up to position 13 exceed", {"places": [(0, 12)]}),
+        ("which takes 1 at a time", long),
     ]  # fmt: skip
     for message, change in wrong:
-        arguments = {"ids": ids, "tables": tables, "cache": cache, "visible": visible, **change}
+        arguments = {"ids": ids, "tables": tables, "cache": cache, "places": places, **change}
         with backend(name), pytest.raises(ValueError, match=message):
             step_on(plan, **arguments)
-    held = DecodeCache(plan, [layer[0] for layer in cache], [layer[1] for layer in cache])
-    with pytest.raises(ValueError, match="each of 3 layers"):
-        decode_step(plan, ids, tables, held, [(0, 1)] * 2)
-    with pytest.raises(ValueError, match="ids hold 2 rows, the cache 1"):
-        decode_step(
-            plan,
-            ids.repeat(2),
-            [(t.repeat(2, 1), t.repeat(2, 1)) for t, _ in tables],
-            held,
-            [(0, 1)] * 3,
-        )
+    other = build(torch.float32, layers=[(12, None)])
+    with pytest.raises(ValueError, match="the cache has 1 layers, the plan 3"):
+        decode_step(plan, ids, tables, held(other[0], other[3]), places)
     for now, was in zip(cache, before, strict=True):
         assert torch.equal(now[0].nan_to_num(9), was[0].nan_to_num(9))
 

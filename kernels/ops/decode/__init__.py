@@ -9,14 +9,15 @@ n(x) = (weight + offset) x / sqrt(mean(x^2) + eps), where offset is 0 or, for Ge
     for each layer:
         q, k, v = n(x) Wq^T, n(x) Wk^T, n(x) Wv^T             + biases, if any
         q, k    = rotate(n(q)), rotate(n(k))                  n, per head, if the family has it
-        cache[slot] = k, v                                    rounded to the cache's dtype
-        s_t     = c tanh(scale <q, k_t> / c)                  visible slots t; without c no tanh
+        cache[position] = k, v                                rounded to the cache's dtype
+        s_t     = c tanh(scale <q, k_t> / c)                  without c no tanh; for the positions
+                                                              up to its own, in the window
         x      += (sum_t softmax(s)_t v_t) Wo^T
         x      += (act(n(x) Wgate^T) * (n(x) Wup^T)) Wdown^T
     logits = c tanh(n(x) head^T / c)
 
-A sandwich layer (Gemma 2 and 3) also takes the norm of what attention and the MLP add to x. The
-order of the slots is irrelevant, since keys are stored rotated: a cache may be a ring buffer.
+A sandwich layer (Gemma 2 and 3) also takes the norm of what attention and the MLP add to x. Keys
+are stored rotated, so that a layer with a window needs no more than a ring of slots.
 
 Weights are fp32 or bf16 and widened exactly; everything else is fp32. The new keys and values are
 the only activations that are rounded: when they are stored, and attention reads them rounded.
@@ -24,9 +25,8 @@ the only activations that are rounded: when they are stored, and attention reads
 Memory layout
 -------------
     embedding, head             [V, H]      the layout of model files: an output is one row
-    keys, values                [B, capacity, Hk, D]
+    keys, values                [lines, capacity, Hk, D]    position p in slot p % capacity
     cos, sin                    fp32 [B, D / 2], half-split pairs (see rope)
-    visible                     bool [B, count or more], false where a row must not attend
 
 Nothing is packed again or copied: a plan holds pointers to the model's own tensors.
 
@@ -47,7 +47,7 @@ from torch import Tensor
 
 from ... import dispatch
 from . import cpu, reference
-from .operands import check_inputs, check_slots
+from .operands import check_inputs, check_places
 from .plan import DecodeCache, DecodeLayer, DecodePlan
 
 __all__ = ["DecodeCache", "DecodeLayer", "DecodePlan", "decode_compiled", "decode_step"]
@@ -72,25 +72,21 @@ def decode_step(
     ids: Tensor,
     tables: Sequence[tuple[Tensor, Tensor]],
     cache: DecodeCache,
-    slots: Sequence[tuple[int, int]],
-    visible: Sequence[Tensor | None] | None = None,
+    places: Sequence[tuple[int, int]],
 ) -> Tensor:
     """Take new tokens through a whole decoder, and compute the logits after the last one.
 
-    The cache gains the tokens' keys and values at `slot`. A query attends to the slots 0 to
-    count - 1, which include the new one, where `visible` is true; to its own slot it always does.
-    With T tokens a row (a prompt, or a piece of one) token t goes to slot + t and sees the slots up
-    to its own, and count is slot + T. One cache serves one step at a time.
+    Every row is at a position of its own, in a line of its own of the cache, which gains the
+    tokens' keys and values. With T tokens a row (a prompt, or a piece of one) token t comes to
+    position + t. One cache serves one step at a time.
 
     Args:
         plan: the model.
         ids: the tokens, int64 [B] or [B, T], contiguous.
         tables: cos and sin of the tokens' positions for each rope of the plan, fp32 [B, D / 2] or
             [B, T, D / 2], contiguous.
-        cache: the keys and values of earlier tokens, of B rows.
-        slots: slot and count of each layer.
-        visible: a mask for each layer, bool [B, count or more], contiguous, or None where all
-            slots are visible; None for no masks at all.
+        cache: the keys and values of earlier tokens.
+        places: for each row, its line in the cache and the position of its first new token.
 
     Returns:
         The logits of the token after `ids`, fp32 [B, V].
@@ -100,7 +96,7 @@ def decode_step(
     """
     B, T = len(ids), ids.shape[-1] if ids.dim() == 2 else 1
     rotations = check_inputs(plan, ids, tables)
-    contexts = check_slots(plan, B, T, cache, slots, visible)
+    numbers = check_places(plan, B, T, cache, places)
     if dispatch.pick(plan.device, "cpu") == "reference":
-        return reference.decode_tokens(plan, ids.view(B, T), tables, cache, slots, visible)
-    return cpu.decode_step(plan.packed, ids, rotations, contexts, plan.vocab_size)
+        return reference.decode_tokens(plan, ids.view(B, T), tables, cache, places)
+    return cpu.decode_step(plan.packed, ids, rotations, cache.contexts, numbers, plan.vocab_size)

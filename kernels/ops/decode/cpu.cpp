@@ -18,7 +18,7 @@
 // prefetch the first of the thread's next run, which may be in the next stage: the stream goes on over the barrier.
 //
 // An output is one dot product, summed in one fixed order whatever the number of threads or rows in the batch, and
-// attention is cut into pieces by the context's length alone. So threads and batch size change no bit.
+// attention is cut into pieces by the length of what a row sees alone. So threads and batch size change no bit.
 //
 // Nothing here is an inline template of the standard library: see simd.h.
 #include "simd.h"
@@ -94,10 +94,12 @@ struct Table {
 
 template <class W>
 struct Context {
-    W *keys, *values;  // [B, capacity, Hk, D]
-    int64_t capacity, slot, count;
-    const uint8_t* visible;  // [B, visible_stride] or null
-    int64_t visible_stride;
+    W *keys, *values;  // [lines, capacity, Hk, D]: position p of a line in slot p % capacity
+    int64_t capacity, window;  // no window: 0
+};
+
+struct Place {
+    int64_t line, position;  // of a row's first new token
 };
 
 // ---- the team of threads -------------------------------------------------------------------------------------------
@@ -148,9 +150,9 @@ struct Arena {
     }
 };
 
-constexpr int64_t TILE = 8;  // slots of the cache that are read together
+constexpr int64_t TILE = 8;  // positions of the cache that are read together
 
-// The pieces of a context of `count` slots: about 16 of 32 to 256 slots each.
+// The pieces of a context of `count` positions: about 16 of 32 to 256 each.
 struct Pieces {
     int64_t size, number;
     explicit Pieces(int64_t count) {
@@ -170,8 +172,10 @@ struct Step {
     const int64_t* ids;          // [B, T], B T below: rows
     const Table* tables;         // one per rope
     const Context<W>* contexts;  // one per layer
+    const Place* places;         // one per row of the batch
     float* logits;               // [B, V], of each row's last token
     int64_t rows, tokens;        // B T, T
+    int64_t number;              // of pieces, at most
     // shared by the threads; a row starts on a cache line and ends in zeros
     float* projected;     // [rows, (Hq + 2 Hk) D]
     float* pieces;        // [rows, Hq, number, D + 16]: sum of weighted values; largest score, sum of the weights
@@ -387,63 +391,63 @@ struct Worker {
     static void round_to(float value, float* out) { *out = value; }
     static void round_to(float value, uint16_t* out) { *out = bf16_from_float(value); }
 
-    // The starts of TILE slots of one head of the cache, from slot t on. A slot that row b must not see is read as a
-    // row of zeros: what is in it, even NaN, stays out of every sum. The same slots of `later` are prefetched.
-    void slots_at(const W* cache, const W* later, const Context<W>& context, int64_t b, int64_t t, int64_t stop,
+    // What row b, a token of a row of the batch, looks at in a layer: positions [first, end), the last its own
+    struct Span {
+        int64_t first, end;
+    };
+
+    static Span span(const Context<W>& context, const Place* places, int64_t b, int64_t T) {
+        const int64_t end = places[b / T].position + b % T + 1;
+        return {context.window && end > context.window ? end - context.window : 0, end};
+    }
+
+    Span span(const Context<W>& context, int64_t b) const { return span(context, step.places, b, T); }
+
+    // The starts of TILE positions of one head of the cache, from position t on. After `stop` it is a row of zeros:
+    // what is in it, even NaN, stays out of every sum. The TILE positions of `later` from `t_later` on are prefetched.
+    void slots_at(const W* cache, const W* later, int64_t capacity, int64_t t, int64_t stop, int64_t t_later,
                   const W** out) const {
         const int64_t stride = model.kv_heads * D;
+        int64_t slot = t % capacity, slot_later = t_later % capacity;
         for (int64_t i = 0; i < TILE; ++i) {
-            out[i] = t + i < stop && seen(context, b, t + i) ? cache + (t + i) * stride : zeros;
-            const char* line = reinterpret_cast<const char*>(later + (t + i) * stride);
+            out[i] = t + i < stop ? cache + slot * stride : zeros;
+            const char* line = reinterpret_cast<const char*>(later + slot_later * stride);
             for (int64_t at = 0; at < D * static_cast<int64_t>(sizeof(W)); at += 64) __builtin_prefetch(line + at);
+            slot = slot + 1 == capacity ? 0 : slot + 1;
+            slot_later = slot_later + 1 == capacity ? 0 : slot_later + 1;
         }
     }
 
-    // Whether row b, a token of a row of the batch, looks at slot t
-    bool seen(const Context<W>& context, int64_t b, int64_t t) const {
-        return !context.visible || context.visible[b / T * context.visible_stride + t] || t == own(context, b);
+    float* piece_of(int64_t b, int64_t head, int64_t piece) const {
+        return step.pieces + ((b * model.heads + head) * step.number + piece) * (head_wide + 16);
     }
 
-    int64_t own(const Context<W>& context, int64_t b) const { return context.slot + b % T; }
-
-    // The end of what row b looks at: a prompt's tokens see those before them
-    int64_t end(const Context<W>& context, int64_t b) const { return T == 1 ? context.count : own(context, b) + 1; }
-
-    float* piece_of(int64_t b, int64_t head, int64_t piece, int64_t number) const {
-        return step.pieces + ((b * model.heads + head) * number + piece) * (head_wide + 16);
-    }
-
-    // Attention over pieces of the context; whoever has the piece of the new slot stores the new key and value.
+    // Attention over pieces of the context; whoever has the last piece stores the new key and value.
     void attend(const Layer<W>& layer, const Context<W>& context) {
-        const Pieces pieces(context.count);
-        const int64_t units = rows * pieces.number * model.kv_heads, last = units * (index + 1) / team;
+        const int64_t units = rows * step.number * model.kv_heads, last = units * (index + 1) / team;
+        const int64_t apart = step.number * (head_wide + 16);  // from a piece to the next head's
         for (int64_t u = units * index / team; u < last; ++u) {
-            const Unit unit = unit_at(u, context, pieces), then = unit_at(u + 1 < last ? u + 1 : u, context, pieces);
+            const Unit unit = unit_at(u, context), then = unit_at(u + 1 < last ? u + 1 : u, context);
             const int64_t b = unit.row, start = unit.start, stop = unit.stop;
-            if (T == 1 && start <= context.slot && context.slot < stop) keep(layer, context, b, unit.head);
+            if (stop <= start) continue;  // this row has no such piece
+            if (T == 1 && stop == span(context, b).end) keep(layer, context, b, unit.head);
             const float* heads = step.projected + b * projected_wide + unit.head * group * D;
             for (int64_t g = 0; g < group; ++g)
                 rotate(heads + g * D, layer.q_norm, step.tables[layer.rope], b, query + g * head_wide);
-            const int64_t apart = pieces.number * (head_wide + 16);  // from a piece to the next head's
-            float* out = piece_of(b, unit.head * group, unit.piece, pieces.number);
-            if (stop <= start) {  // after the end of what this row sees
-                for (int64_t g = 0; g < group; ++g) nothing(out + g * apart);
-                continue;
-            }
+            float* out = piece_of(b, unit.head * group, unit.piece);
             const W *keys = context.keys + unit.at, *values = context.values + unit.at, *slots[TILE];
             for (int64_t t = start; t < stop; t += TILE) {
-                slots_at(keys, values, context, b, t, stop, slots);
+                slots_at(keys, values, context.capacity, t, stop, t, slots);
                 float* s = scores + t - start;
                 int64_t g = 0;
                 for (; g + 3 <= group; g += 3) score<3>(slots, query + g * head_wide, s + g * 256);
                 for (; g + 2 <= group; g += 2) score<2>(slots, query + g * head_wide, s + g * 256);
                 if (g < group) score<1>(slots, query + g * head_wide, s + g * 256);
             }
-            for (int64_t g = 0; g < group; ++g)
-                soften(scores + g * 256, start, stop, context, b, out + g * apart);
-            const W* next = context.keys + then.at + (then.start - start) * model.kv_heads * D;
+            for (int64_t g = 0; g < group; ++g) soften(scores + g * 256, stop - start, out + g * apart);
+            const W* next = context.keys + then.at;
             for (int64_t t = start; t < stop; t += TILE) {
-                slots_at(values, next, context, b, t, stop, slots);
+                slots_at(values, next, context.capacity, t, stop, then.start + t - start, slots);
                 const float* s = scores + t - start;
                 int64_t g = 0;
                 for (; g + 3 <= group; g += 3) gather<3>(slots, s + g * 256, out + g * apart, apart);
@@ -453,22 +457,28 @@ struct Worker {
         }
     }
 
-    // A piece of the context of one row and kv head; `at` is the head's place in the row's first slot.
+    // A piece of the context of one row and kv head: positions [start, stop); `at` is the head's place in the row's
+    // first slot. The first pieces of all rows come first, so that threads share long rows beside short ones.
     struct Unit {
         int64_t row, head, piece, start, stop, at;
     };
 
-    Unit unit_at(int64_t u, const Context<W>& context, const Pieces& pieces) const {
-        const int64_t h = u % model.kv_heads, piece = u / model.kv_heads % pieces.number;
-        const int64_t b = u / model.kv_heads / pieces.number, start = piece * pieces.size;
-        const int64_t at = (b / T * context.capacity * model.kv_heads + h) * D;
-        return {b, h, piece, start, smaller(start + pieces.size, end(context, b)), at};
+    Unit unit_at(int64_t u, const Context<W>& context) const {
+        const int64_t h = u % model.kv_heads, b = u / model.kv_heads % rows, piece = u / model.kv_heads / rows;
+        const Span seen = span(context, b);
+        const int64_t size = Pieces(seen.end - seen.first).size, start = seen.first + piece * size;
+        return {b, h, piece, start, smaller(start + size, seen.end), line_at(context, b) + h * D};
+    }
+
+    int64_t line_at(const Context<W>& context, int64_t b) const {
+        return step.places[b / T].line * context.capacity * model.kv_heads * D;
     }
 
     void keep(const Layer<W>& layer, const Context<W>& context, int64_t b, int64_t h) {
         const float* heads = step.projected + b * projected_wide;
         const float* value = heads + (model.heads + model.kv_heads + h) * D;
-        const int64_t at = ((b / T * context.capacity + own(context, b)) * model.kv_heads + h) * D;
+        const int64_t slot = (span(context, b).end - 1) % context.capacity;
+        const int64_t at = line_at(context, b) + (slot * model.kv_heads + h) * D;
         rotate(heads + (model.heads + h) * D, layer.k_norm, step.tables[layer.rope], b, query);
         for (int64_t d = 0; d < D; ++d) {
             round_to(query[d], context.keys + at + d);
@@ -481,12 +491,6 @@ struct Worker {
         const int64_t units = rows * model.kv_heads;
         for (int64_t u = units * index / team; u < units * (index + 1) / team; ++u)
             keep(layer, context, u / model.kv_heads, u % model.kv_heads);
-    }
-
-    // A piece of no slots
-    void nothing(float* piece) const {
-        std::memset(piece, 0, static_cast<size_t>(head_wide + 16) * 4);
-        piece[head_wide] = -HUGE_VALF;
     }
 
     // The products of TILE keys with G queries, scaled: out [G, 256]
@@ -544,21 +548,18 @@ struct Worker {
         }
     }
 
-    // Scores to exponentials below the piece's largest; slots that are not seen, and those after the end, to 0.
-    void soften(float* s, int64_t start, int64_t stop, const Context<W>& context, int64_t b, float* piece) const {
-        const int64_t n = stop - start, whole = (n + TILE - 1) / TILE * TILE;
+    // n scores to exponentials below the piece's largest; those after the end to 0.
+    void soften(float* s, int64_t n, float* piece) const {
+        const int64_t whole = (n + TILE - 1) / TILE * TILE;
         const float cap = model.attn_softcap;
         if (cap != 0) {
             for (int64_t i = 0; i < n; ++i) s[i] = cap * tanhf(s[i] / cap);
         }
         for (int64_t i = n; i < whole; ++i) s[i] = -HUGE_VALF;
-        if (context.visible) {
-            for (int64_t i = 0; i < n; ++i) s[i] = seen(context, b, start + i) ? s[i] : -HUGE_VALF;
-        }
         Vec top = load(s);
         for (int64_t i = 8; i < whole; i += 8) top = larger(top, load(s + i));
         const float most = largest(top);
-        const Vec base = fill(most == -HUGE_VALF ? 0.0f : most);  // nothing seen: exponentials of -inf, all 0
+        const Vec base = fill(most);
         Vec total = fill(0);
         for (int64_t i = 0; i < whole; i += 8) {
             const Vec e = any_exponential(load(s + i) - base);
@@ -572,10 +573,11 @@ struct Worker {
 
     // attended[b, head] = the pieces' sums over the pieces' totals, all relative to the largest score
     void merge(const Context<W>& context) {
-        const int64_t number = Pieces(context.count).number;
         for (int64_t b = 0; b < rows; ++b) {
+            const Span seen = span(context, b);
+            const int64_t number = Pieces(seen.end - seen.first).number;
             for (int64_t head = 0; head < model.heads; ++head) {
-                const float* first = piece_of(b, head, 0, number);
+                const float* first = piece_of(b, head, 0);
                 float most = -HUGE_VALF, total = 0;
                 for (int64_t p = 0; p < number; ++p) {
                     const float m = first[p * (head_wide + 16) + head_wide];
@@ -683,19 +685,22 @@ void run_share(void* data, int64_t first, int64_t last) {
 }
 
 template <class W>
-void decode(const Model<W>& model, const int64_t* ids, const Table* tables, const Context<W>* contexts, float* logits,
-            int64_t batch, int64_t tokens) {
+void decode(const Model<W>& model, const int64_t* ids, const Table* tables, const Context<W>* contexts,
+            const Place* places, float* logits, int64_t batch, int64_t tokens) {
     int64_t number = 1;
     for (int64_t l = 0; l < model.depth; ++l) {
-        const int64_t n = Pieces(contexts[l].count).number;
-        number = n > number ? n : number;
+        for (int64_t b = 0; b < batch * tokens; ++b) {
+            const auto seen = Worker<W>::span(contexts[l], places, b, tokens);
+            const int64_t n = Pieces(seen.end - seen.first).number;
+            number = n > number ? n : number;
+        }
     }
     const int64_t projected = padded((model.heads + 2 * model.kv_heads) * model.head_dim);
     const int64_t pieces = model.heads * number * (padded(model.head_dim) + 16);
     const int64_t hidden = padded(model.hidden), inner = padded(model.inner);
     const int64_t rows = batch * tokens;
     Arena arena(rows * (projected + padded(pieces) + hidden + 2 * inner));
-    Step<W> step{model, ids, tables, contexts, logits, rows, tokens, nullptr, nullptr, nullptr, nullptr, nullptr, {}};
+    Step<W> step{model, ids, tables, contexts, places, logits, rows, tokens, number, nullptr, nullptr, nullptr, nullptr, nullptr, {}};
     step.projected = arena.take(rows * projected);
     step.pieces = arena.take(rows * pieces);
     step.delta = arena.take(rows * hidden);
@@ -709,13 +714,15 @@ void decode(const Model<W>& model, const int64_t* ids, const Table* tables, cons
 extern "C" {
 
 void LK_EXPORT(decode_fp32)(const Model<float>* model, const int64_t* ids, const Table* tables,
-                            const Context<float>* contexts, float* logits, int64_t batch, int64_t tokens) {
-    decode(*model, ids, tables, contexts, logits, batch, tokens);
+                            const Context<float>* contexts, const Place* places, float* logits, int64_t batch,
+                            int64_t tokens) {
+    decode(*model, ids, tables, contexts, places, logits, batch, tokens);
 }
 
 void LK_EXPORT(decode_bf16)(const Model<uint16_t>* model, const int64_t* ids, const Table* tables,
-                            const Context<uint16_t>* contexts, float* logits, int64_t batch, int64_t tokens) {
-    decode(*model, ids, tables, contexts, logits, batch, tokens);
+                            const Context<uint16_t>* contexts, const Place* places, float* logits, int64_t batch,
+                            int64_t tokens) {
+    decode(*model, ids, tables, contexts, places, logits, batch, tokens);
 }
 
 }  // extern "C"

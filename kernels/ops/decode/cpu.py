@@ -65,21 +65,27 @@ def pack(plan: "DecodePlan") -> PackedPlan:
 
 
 def decode_step(
-    packed: PackedPlan, ids: Tensor, rotations: array, contexts: array, vocab_size: int
+    packed: PackedPlan,
+    ids: Tensor,
+    rotations: array,
+    contexts: array,
+    places: array,
+    vocab_size: int,
 ) -> Tensor:
     """Call the C++ kernel `decode`; see cpu.cpp. Returns the logits fp32 [B, V].
 
-    ids are int64 [B] or [B, T]. rotations and contexts are those of operands.py, `Table[ropes]` and
-    `Context[layers]` of cpu.cpp.
+    ids are int64 [B] or [B, T]. rotations, contexts and places are `Table[ropes]`,
+    `Context[layers]` and `Place[B]` of cpu.cpp.
     """
     B, T = len(ids), ids.shape[-1] if ids.dim() == 2 else 1
     logits = torch.empty(B, vocab_size)
-    run = dispatch.function(packed.op, POINTER, POINTER, POINTER, POINTER, POINTER, INT64, INT64)
+    run = dispatch.function(packed.op, *6 * (POINTER,), INT64, INT64)
     run(
         ctypes.addressof(packed.model),
         ids.data_ptr(),
         rotations.buffer_info()[0],
         contexts.buffer_info()[0],
+        places.buffer_info()[0],
         logits.data_ptr(),
         B,
         T,

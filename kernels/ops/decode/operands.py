@@ -38,46 +38,28 @@ def check_inputs(plan: DecodePlan, ids: Tensor, tables: Sequence[tuple[Tensor, T
     return rotations
 
 
-def check_slots(
-    plan: DecodePlan,
-    B: int,
-    T: int,
-    cache: DecodeCache,
-    slots: Sequence[tuple[int, int]],
-    visible: Sequence[Tensor | None] | None,
+def check_places(
+    plan: DecodePlan, B: int, T: int, cache: DecodeCache, places: Sequence[tuple[int, int]]
 ) -> array:
-    """Write slots and masks into the cache's contexts, `Context[layers]` of cpu.cpp; return these.
+    """Return the places as the kernel reads them, `Place[B]` of cpu.cpp.
 
-    Raises ValueError unless they fit. At the start of a step the weights have driven Python's own
-    data out of the caches of the processor, so that every object it touches counts: this loop
-    writes numbers into one array.
+    Raises ValueError unless they fit the cache.
     """
-    depth, contexts = len(plan.layers), cache.contexts
-    if len(slots) != depth or (visible is not None and len(visible) != depth):
-        raise ValueError(f"slots and visible need an entry for each of {depth} layers")
-    if cache.rows != B and depth:
-        raise ValueError(f"ids hold {B} rows, the cache {cache.rows}")
-    for i, (slot, count) in enumerate(slots):
-        at = 7 * i
-        if not 0 <= slot < count <= contexts[at + 2] or (T > 1 and count != slot + T):
+    if len(places) != B or len({line for line, _ in places}) != B:
+        raise ValueError(f"places are {list(places)}, expected {B} with lines of their own")
+    if len(cache.keys) != len(plan.layers):
+        raise ValueError(f"the cache has {len(cache.keys)} layers, the plan {len(plan.layers)}")
+    furthest, numbers = 0, array("q")
+    for line, position in places:
+        if not 0 <= line < cache.lines or position < 0:
             raise ValueError(
-                f"slots[{i}] are slot {slot}, count {count}, of a capacity of {contexts[at + 2]}"
+                f"there is no line {line} or position {position} in a cache of {cache.lines} lines"
             )
-        contexts[at + 3], contexts[at + 4] = slot, count
-        mask = None if visible is None else visible[i]
-        if mask is None:
-            contexts[at + 5] = 0
-        else:
-            contexts[at + 5], contexts[at + 6] = _check_mask(B, i, mask, count)
-    return contexts
-
-
-def _check_mask(B: int, i: int, mask: Tensor, count: int) -> tuple[int, int]:
-    """Return address and width of a layer's mask; raise ValueError unless it fits."""
-    if mask.dtype != torch.bool or mask.dim() != 2 or len(mask) != B:
+        furthest = max(furthest, position + T)
+        numbers.extend((line, position))
+    if cache.capacity < furthest or cache.longest < T:
         raise ValueError(
-            f"visible[{i}] is {mask.dtype} {list(mask.shape)}, expected bool [{B}, {count}]"
+            f"{T} tokens up to position {furthest} exceed the cache, which takes {cache.longest} "
+            f"at a time and positions below {cache.capacity}"
         )
-    if mask.shape[1] < count or not mask.is_contiguous() or not mask.is_cpu:
-        raise ValueError(f"visible[{i}] must be contiguous, in host memory and {count} wide")
-    return mask.data_ptr(), mask.shape[1]
+    return numbers

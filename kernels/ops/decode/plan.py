@@ -173,38 +173,56 @@ class DecodePlan:
 class DecodeCache:
     """The keys and values of a plan's layers, checked once.
 
+    A line holds one row: its position p lies in slot p modulo the capacity. A layer with a window
+    may so have fewer slots than a row has positions, one for each position that a token sees and
+    one more for each further token of a step.
+
     The tensors are kept, and `decode_step` writes to them.
 
     Args:
         plan: the model.
-        keys: of each layer, [B, capacity, Hk, D] in the plan's dtype, contiguous, in host memory.
-            The capacity may differ from layer to layer.
+        keys: of each layer, [lines, capacity, Hk, D] in the plan's dtype, contiguous, in host
+            memory. The capacity may differ from layer to layer.
         values: of each layer, in the shape of its keys.
+        windows: how many positions a token sees in each layer, itself included, or None for all.
 
     Raises:
-        ValueError: a tensor does not fit the plan; the error names it.
+        ValueError: a tensor or a window does not fit; the error names it.
     """
 
-    def __init__(self, plan: DecodePlan, keys: Sequence[Tensor], values: Sequence[Tensor]):
-        if not len(keys) == len(values) == len(plan.layers):
+    def __init__(
+        self,
+        plan: DecodePlan,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        windows: Sequence[int | None],
+    ):
+        if not len(keys) == len(values) == len(windows) == len(plan.layers):
             raise ValueError(
-                f"the cache needs keys and values of each of {len(plan.layers)} layers"
+                f"the cache needs keys, values and a window of each of {len(plan.layers)} layers"
             )
-        self.keys, self.values = tuple(keys), tuple(values)
-        self.rows = len(keys[0]) if keys else 0
-        self.contexts = array("q")  # `Context[layers]` of cpu.cpp; a step writes slots and masks
-        for i, (k, v) in enumerate(zip(keys, values, strict=True)):
-            capacity = _check_pair(plan, self.rows, i, k, v)
-            self.contexts.extend((k.data_ptr(), v.data_ptr(), capacity, 0, 0, 0, 0))
+        self.keys, self.values, self.windows = tuple(keys), tuple(values), tuple(windows)
+        self.lines = len(keys[0]) if keys else 0
+        self.capacity = self.longest = 2**62
+        self.contexts = array("q")  # `Context[layers]` of cpu.cpp
+        for i, (k, v, window) in enumerate(zip(keys, values, windows, strict=True)):
+            slots = _check_pair(plan, self.lines, i, k, v)
+            if window is None:
+                self.capacity = min(self.capacity, slots)
+            elif not 1 <= window <= slots:
+                raise ValueError(f"cache[{i}] has {slots} slots and a window of {window}")
+            else:
+                self.longest = min(self.longest, slots + 1 - window)
+            self.contexts.extend((k.data_ptr(), v.data_ptr(), slots, window or 0))
 
 
-def _check_pair(plan: DecodePlan, B: int, i: int, keys: Tensor, values: Tensor) -> int:
-    """Return the capacity of a layer's cache; raise ValueError unless it fits the plan."""
+def _check_pair(plan: DecodePlan, lines: int, i: int, keys: Tensor, values: Tensor) -> int:
+    """Return the slots of a line in a layer; raise ValueError unless the pair fits the plan."""
     tail, shape = (plan.num_kv_heads, plan.head_dim), keys.shape
-    if keys.dim() != 4 or shape[0] != B or shape[2:] != tail or values.shape != shape:
+    if keys.dim() != 4 or shape[0] != lines or shape[2:] != tail or values.shape != shape:
         raise ValueError(
             f"cache[{i}] keys are {list(shape)}, values {list(values.shape)}, "
-            f"expected [{B}, capacity, {tail[0]}, {tail[1]}]"
+            f"expected [{lines}, capacity, {tail[0]}, {tail[1]}]"
         )
     for name, tensor in (("keys", keys), ("values", values)):
         if tensor.dtype != plan.dtype:

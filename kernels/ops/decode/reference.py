@@ -16,19 +16,16 @@ def decode_tokens(
     ids: Tensor,
     tables: Sequence[tuple[Tensor, Tensor]],
     cache: DecodeCache,
-    slots: Sequence[tuple[int, int]],
-    visible: Sequence[Tensor | None] | None,
+    places: Sequence[tuple[int, int]],
 ) -> Tensor:
     """Take ids [B, T] through the decoder, one token after another: the logits after the last."""
     (B, T), D = ids.shape, plan.head_dim
     tables = [(cos.view(B, T, D // 2), sin.view(B, T, D // 2)) for cos, sin in tables]
+    layers = list(zip(cache.keys, cache.values, cache.windows, strict=True))
     for t in range(T):
         at = [(cos[:, t], sin[:, t]) for cos, sin in tables]
-        layers = [
-            (keys, values, slot + t, count - T + 1 + t)
-            for keys, values, (slot, count) in zip(cache.keys, cache.values, slots, strict=True)
-        ]
-        logits = decode_step(plan, ids[:, t], at, layers, visible)
+        now = [(line, position + t) for line, position in places]
+        logits = decode_step(plan, ids[:, t], at, layers, now)
     return logits
 
 
@@ -36,14 +33,14 @@ def decode_step(
     plan: DecodePlan,
     ids: Tensor,
     tables: Sequence[tuple[Tensor, Tensor]],
-    cache: Sequence[tuple[Tensor, Tensor, int, int]],
-    visible: Sequence[Tensor | None] | None,
+    cache: Sequence[tuple[Tensor, Tensor, int | None]],
+    places: Sequence[tuple[int, int]],
     wide: torch.dtype = torch.float32,
 ) -> Tensor:
     """Take ids [B] through the decoder: the logits [B, V] in `wide`.
 
-    `cache` has keys, values, slot and count of each layer. Everything but weights and cache is
-    computed in the dtype `wide`.
+    `cache` has keys, values and window of each layer. Everything but weights and cache is computed
+    in the dtype `wide`.
     """
 
     def norm(x, weight):
@@ -64,10 +61,15 @@ def decode_step(
             q, k = norm(q, layer.q_norm), norm(k, layer.k_norm)
         cos, sin = (table.to(wide)[:, None] for table in tables[layer.rope])  # [B, 1, D/2]
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        keys, values, slot, count = cache[i]
-        keys[:, slot], values[:, slot] = k.to(keys.dtype), v.to(values.dtype)
-        mask = None if visible is None else visible[i]
-        attended = _attention(plan, q, keys[:, :count], values[:, :count], slot, mask)
+        keys, values, window = cache[i]
+        attended = torch.empty_like(q)
+        for b, (line, position) in enumerate(places):
+            capacity = keys.shape[1]
+            slot = position % capacity
+            keys[line, slot], values[line, slot] = k[b].to(keys.dtype), v[b].to(values.dtype)
+            first = 0 if window is None else max(0, position + 1 - window)
+            seen = torch.arange(first, position + 1) % capacity
+            attended[b] = _attention(plan, q[b], keys[line, seen], values[line, seen])
         delta = linear(attended.flatten(1), layer.o, layer.o_bias)
         sandwich = layer.pre_feedforward_norm is not None
         x = x + (norm(delta, layer.post_attention_norm) if sandwich else delta)
@@ -87,20 +89,10 @@ def _capped(x: Tensor, cap: float | None) -> Tensor:
     return cap * torch.tanh(x / cap) if cap else x
 
 
-def _attention(
-    plan: DecodePlan, q: Tensor, keys: Tensor, values: Tensor, slot: int, mask: Tensor | None
-) -> Tensor:
-    """Attend with q [B, Hq, D] to keys and values [B, S, Hk, D] that mask [B, S or more] shows."""
-    B, S, Hk, D = keys.shape
-    if mask is not None:
-        hidden = ~mask[:, :S]
-        hidden[:, slot] = False
-        # what is in a hidden slot, even NaN, must not get out through 0 * NaN
-        keys = keys.masked_fill(hidden[:, :, None, None], 0)
-        values = values.masked_fill(hidden[:, :, None, None], 0)
-    q = q.view(B, Hk, -1, D)  # heads that share a key are neighbours
-    scores = torch.einsum("bhgd,bshd->bhgs", q, keys.to(q.dtype)) * plan.attention_scale
+def _attention(plan: DecodePlan, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Attend with q [Hq, D] to keys and values [S, Hk, D]: [Hq, D]."""
+    _, Hk, D = keys.shape
+    q = q.view(Hk, -1, D)  # heads that share a key are neighbours
+    scores = torch.einsum("hgd,shd->hgs", q, keys.to(q.dtype)) * plan.attention_scale
     scores = _capped(scores, plan.attn_softcap)
-    if mask is not None:
-        scores = scores.masked_fill(hidden[:, None, None], -torch.inf)
-    return torch.einsum("bhgs,bshd->bhgd", scores.softmax(-1), values.to(q.dtype))
+    return torch.einsum("hgs,shd->hgd", scores.softmax(-1), values.to(q.dtype)).reshape(-1, D)
