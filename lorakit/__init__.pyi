@@ -52,6 +52,9 @@ from lorakit.export.gguf_adapter import export_gguf_adapter as export_gguf_adapt
 from lorakit.export.importance import Importance as Importance
 from lorakit.export.importance import importance as importance
 from lorakit.export.importance import load_importance as load_importance
+from lorakit.export.mlx import MlxAdapter as MlxAdapter
+from lorakit.export.mlx import export_mlx as export_mlx
+from lorakit.export.mlx import import_mlx as import_mlx
 from lorakit.inference.generate import generate as generate
 from lorakit.inference.generate import generate_batch as generate_batch
 from lorakit.models.config import ModelConfig as ModelConfig

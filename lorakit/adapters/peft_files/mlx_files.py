@@ -26,8 +26,8 @@ from lorakit.files.safetensors import LazyTensor, open_safetensors
 
 WEIGHTS_OF_MLX = "adapters.safetensors"
 _LARGEST = 1e30  # of scale; a number in JSON may have any number of digits
-_SWITCH = ".switch_mlp."
-_MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+SWITCH = ".switch_mlp."
+MIXTRAL_KINDS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
 
 def is_mlx(values: Mapping[str, Any]) -> bool:
@@ -114,7 +114,7 @@ def _renamed(path: Path, name: str, tensor: LazyTensor) -> Iterator[tuple[str, L
         return
     if part not in ends:
         raise LorakitError(f"{path}: tensor {name} is none of lora_a, lora_b and m of a layer")
-    if _SWITCH in layer:
+    if SWITCH in layer:
         yield from _of_experts(path, layer, ends[part], tensor)
     elif len(tensor.shape) == 2:
         yield f"{PREFIX}{layer}{ends[part]}", _transposed(tensor)
@@ -133,11 +133,16 @@ def _of_experts(
     """Yield A or B of each expert, [E, r, in] or [E, out, r] in the file."""
     if len(tensor.shape) != 3:
         raise LorakitError(f"{path}: {layer} is {tensor.shape}, not of (experts, rows, columns)")
-    block, _, kind = layer.partition(_SWITCH)
-    leaf = _MIXTRAL.get(kind, kind) if block.endswith(".block_sparse_moe") else kind
+    block, _, kind = layer.partition(SWITCH)
+    leaf = expert_leaf(block, kind)
     for i in range(tensor.shape[0]):
 
         def read(number: int = i) -> Tensor:
             return tensor.read()[number]
 
         yield f"{PREFIX}{block}.experts.{i}.{leaf}{end}", LazyTensor(tensor.shape[1:], read)
+
+
+def expert_leaf(block: str, kind: str) -> str:
+    """Return the published name of an expert's layer that mlx_lm calls `kind`."""
+    return MIXTRAL_KINDS.get(kind, kind) if block.endswith(".block_sparse_moe") else kind
