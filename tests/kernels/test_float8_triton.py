@@ -114,10 +114,21 @@ def test_layers_and_head_are_those_of_the_reference():
         assert (one.double() - other.double()).norm() <= 0.01 * other.double().norm()
 
 
-@pytest.mark.parametrize(("keep", "dropout"), [(True, 0.0), (False, 0.0), (True, 0.3)])
-def test_an_mlp_whose_activation_adds_the_updates(keep, dropout):
-    """The reference adds them before; three roundings to e4m3 follow each other, each
-    with the tolerance of the layers above.
+@pytest.mark.parametrize(
+    ("keep", "dropout", "more"),
+    [
+        (True, 0.0, ""),
+        (False, 0.0, ""),
+        (True, 0.3, ""),
+        (True, 0.0, "turned"),
+        (True, 0.0, "autocast"),
+        (False, 0.0, "autocast"),
+    ],
+)
+def test_an_mlp_whose_activation_adds_the_updates(keep, dropout, more):
+    """The reference adds them before; three roundings to e4m3 follow each other, each with the
+    tolerance of the layers above. A B whose columns lie together gets the same results, and so does
+    a forward pass under autocast, which the backward pass is not under.
     """
     shapes = (96, 64), (96, 64), (64, 96)
     with kernels.use_backend("reference"):
@@ -128,16 +139,22 @@ def test_an_mlp_whose_activation_adds_the_updates(keep, dropout):
     x = random(7, 40, 64).bfloat16().requires_grad_()
     # updates as large as the products: without them nothing would be near
     A = [(random(20 + i, 8, k) / 4).requires_grad_() for i, (_, k) in enumerate(shapes)]
-    B = [(random(30 + i, n, 8) / 4).requires_grad_() for i, (n, _) in enumerate(shapes)]
+    B = [random(30 + i, n, 8) / 4 for i, (n, _) in enumerate(shapes)]
+    B = [(b.t().contiguous().t() if more == "turned" else b).requires_grad_() for b in B]
     found = []
-    for backend in (on_triton(), kernels.use_backend("reference")):
+    # on a CPU torch's autocast does not know the float8 of the reference
+    for backend, under in (
+        (on_triton(), more == "autocast"),
+        (kernels.use_backend("reference"), False),
+    ):
         with backend:
             layers = [
                 LoraWeights(Float8Linear(Base(q), Float8Weight(q)), *pair, 0.5, dropout)
                 for q, *pair in zip(packed, A, B, strict=True)
             ]
             torch.manual_seed(0)  # of the masks
-            y = kernels.lora_mlp(x, *layers, "silu", keep=keep)
+            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=under):
+                y = kernels.lora_mlp(x, *layers, "silu", keep=keep)
             found.append([y, *torch.autograd.grad(y.float().square().sum(), [x, *A, *B])])
     for one, other in zip(*found, strict=True):
         assert (one.double() - other.double()).norm() <= 0.03 * other.double().norm()

@@ -326,6 +326,8 @@ class LoraMLP(torch.autograd.Function):
         ctx.hidden_act, ctx.rooms = hidden_act, rooms
         ctx.static = (inner, inner_drop), (outer, outer_drop)
         first, second = LoraMLP._made(ctx, x, tensors)
+        if isinstance(first, float8.Float8Group):
+            first.leave_updates()
         same = first.dtype == x.dtype
         gate, up = first.forward(x.to(first.dtype), by_base=same)
         _keep(ctx, x, again, *((gate, up) if keep else (None, None)), *tensors)
@@ -386,6 +388,4 @@ class LoraMLP(torch.autograd.Function):
         (inner, inner_drop), (outer, outer_drop) = ctx.static
         split = TENSORS * len(inner)
         first = _group(x, inner, inner_drop, tensors[:split], ctx.rooms[0])
-        if isinstance(first, float8.Float8Group):
-            first.leave_updates()
         return first, _group(x, outer, outer_drop, tensors[split:], ctx.rooms[1])

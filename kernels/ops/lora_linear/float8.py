@@ -50,8 +50,9 @@ class Float8Group(reference.Group):
     def leave_updates(self) -> None:
         """Let `forward` return y without updates from now on, where an activation can add them."""
         bare = all(layer.magnitude is None and layer.bias is None for layer in self.layers)
+        in_line = all(layer.sB.is_contiguous() for layer in self.layers)  # else B is not
         autocast = torch.is_autocast_enabled(self.A.device.type)
-        self.leaves = bare and not autocast and adds_updates(self.A, self.ranks)
+        self.leaves = bare and in_line and not autocast and adds_updates(self.A, self.ranks)
 
     def left(self, x: Tensor) -> tuple[Update, Update] | None:
         """Return what gate and up of x [M, K] are without, if `forward` left it; or None."""
