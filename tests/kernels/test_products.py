@@ -109,6 +109,16 @@ def test_a_sum_is_exact_but_for_its_roundings(way, M, N, kinds, wide, biased, se
     assert ((same.double() - exact).abs() <= allowed).all()
 
 
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("bias", [torch.arange(18.0)[1::2], torch.ones(1).expand(9)])
+def test_values_of_a_bias_may_lie_apart(way, bias):
+    out = torch.empty(3, 9)
+    terms = [Term(torch.zeros(3, 2, dtype=way[1]), torch.zeros(2, 9), False)]
+    with multiplied(way):
+        sums_of_products([Sum(terms, out, bias=bias)])
+    assert torch.equal(out, bias.expand(3, 9))
+
+
 @settings(max_examples=40)
 @given(ways, sizes, sizes, st.booleans(), seeds)
 def test_what_is_less_deep_ends_in_zeros(way, M, N, turned, seed):

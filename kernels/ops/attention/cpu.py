@@ -154,8 +154,8 @@ class BlockwiseAttention(torch.autograd.Function):
         q, k, v, y, lse, mask = ctx.saved_tensors
         B, S, Hk, D = k.shape
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        make = torch.empty if mask is None else torch.zeros  # whose keys may be seen by nobody
-        dk, dv = (make(k.shape, dtype=k.dtype, device=q.device) for _ in range(2))
+        make = k.new_empty if mask is None else k.new_zeros  # whose keys may be seen by nobody
+        dk, dv = make(k.shape), make(k.shape)
         wide = (B, S, Hk, -(-D // 16) * 16)  # whole vectors, to which the units add in fp32
         sums = [torch.empty(wide, dtype=torch.float32, device=q.device) for _ in range(2)]
         gradients = {"dy": _dense_rows(dy), "dq": dq, "dk": dk, "dv": dv, "sums": tuple(sums)}

@@ -76,7 +76,8 @@ def sums_of_products(sums: Sequence[given.Sum]) -> None:
     depth = 0
     for terms, out, scale, bias in sums:
         array = (Term * len(terms))(*(_term(term, held) for term in terms))
-        held.append(array)
+        bias = None if bias is None else bias.contiguous()
+        held += array, bias
         place = out.data_ptr(), out.stride(0), out.dtype == torch.float32
         rows.append((ctypes.addressof(array), len(array), *out.shape, *place, scale, address(bias)))
         depth = max(depth, sum(a.shape[1] for a, *_ in terms))
