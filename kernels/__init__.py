@@ -11,7 +11,14 @@ from .ops.adamw.clipped import AdamWGroup, AdamWRow, ClippedAdamW
 from .ops.attention import attention
 from .ops.attention.documents import Documents, PaddedDocuments
 from .ops.cross_entropy import cross_entropy, labelled, linear_cross_entropy
-from .ops.decode import DecodeCache, DecodeLayer, DecodePlan, decode_compiled, decode_step
+from .ops.decode import (
+    DecodeCache,
+    DecodeLayer,
+    DecodePlan,
+    DecodeUpdate,
+    decode_compiled,
+    decode_step,
+)
 from .ops.dropout import seeded_dropout
 from .ops.experts import expert_mlp, takes_experts
 from .ops.experts.layers import ExpertLayers
@@ -33,6 +40,7 @@ __all__ = [
     "DecodeCache",
     "DecodeLayer",
     "DecodePlan",
+    "DecodeUpdate",
     "Documents",
     "ExpertLayers",
     "Float8Linear",

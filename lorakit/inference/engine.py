@@ -18,7 +18,6 @@ that comes again with one more turn is read from that turn on.
 
 from collections import deque
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -28,10 +27,8 @@ from torch import Tensor
 from lorakit.adapters.layers.wrapper import Attached
 from lorakit.adapters.manage import (
     adapter_names,
-    adapter_rows,
     attached,
     check_adapter,
-    disable_adapters,
     selected_adapter,
 )
 from lorakit.config.errors import LorakitError
@@ -168,8 +165,8 @@ class Engine:
         self._merged = any(each.merged is not None for each in attached(self.model).values())
         if (self._names, self._selected, self._merged) != before:
             self.decoding.compile()
-        if self._names and not self._merged:  # a compiled step has one adapter, or none
-            self.decoding.compiled = None
+            for line in self._free:  # an adapter's keys may not be what they were
+                self._held[line] = []
 
     @property
     def idle(self) -> bool:
@@ -314,20 +311,10 @@ class Engine:
         names = {row.request.adapter for row in rows}
         return [[row for row in rows if row.request.adapter == name] for name in names]
 
-    def _adapters(self, rows: list[_Row]) -> AbstractContextManager[None]:
-        """Return the context in which each row goes through its adapter."""
-        names = [row.request.adapter for row in rows]
-        if not self._names or self._merged or set(names) == {self._selected}:
-            return nullcontext()
-        if set(names) == {None}:
-            return disable_adapters(self.model)
-        return adapter_rows(self.model, names)
-
     def _take(self, rows: list[_Row], ids: list[list[int]]) -> Tensor:
         """Return the logits [n, V] after these tokens of each row."""
-        with self._adapters(rows):
-            tokens = torch.tensor(ids, device=self.model.device)
-            logits = self.decoding([row.line for row in rows], tokens)
+        lines, tokens = [row.line for row in rows], torch.tensor(ids, device=self.model.device)
+        logits = self.decoding(lines, tokens, adapters=[row.request.adapter for row in rows])
         for row, new in zip(rows, ids, strict=True):
             self._held[row.line] += new
         return logits

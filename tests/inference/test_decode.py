@@ -89,9 +89,9 @@ def test_merged_adapters_are_decoded_merged(tmp_path):
     for p in model.parameters():
         if p.requires_grad:
             torch.nn.init.normal_(p, 0, 0.1)
-    assert Decoding(model, 1, 8).compiled is None
     rows = torch.randint(97, (1, 12))
     adapted = run(model, rows, 8, [0], fused=False)
+    assert (run(model, rows, 8, [0], fused=True) - adapted).abs().max() <= LOGITS
     lk.merge(model)
     merged = run(model, rows, 8, [0], fused=True)
     assert (merged - adapted).abs().max() <= LOGITS
@@ -101,6 +101,64 @@ def test_merged_adapters_are_decoded_merged(tmp_path):
     lk.detach(model)
     assert torch.equal(run(model, rows, 8, [0], fused=True), base)
     assert (base - adapted).abs().max() > 1e-2
+
+
+QV = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
+LORA = ["q_proj", "k_proj", "v_proj", "gate_proj", "down_proj"]  # no layer takes two methods
+ADAPTERS = {
+    "lora": lk.LoraConfig(r=3, lora_alpha=5, target_modules=LORA),
+    "rslora": lk.LoraConfig(r=9, target_modules=["q_proj", "down_proj"], use_rslora=True),
+    "pissa": lk.LoraConfig(**QV, init_lora_weights="pissa"),
+    "vera": lk.VeraConfig(r=4, target_modules=["o_proj"]),
+    "dora": lk.LoraConfig(**QV, use_dora=True),
+    "ia3": lk.IA3Config(target_modules=["up_proj"], feedforward_modules=["up_proj"]),
+    "embedding": lk.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]),
+}
+COMPILED = ("lora", "rslora", "pissa", "vera")
+
+
+@pytest.fixture
+def adapted(tmp_path):
+    """A model with an adapter of every kind, all of random values."""
+    model = load(tmp_path)
+    for name, config in ADAPTERS.items():
+        lk.attach(model, config, name=name)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name in ADAPTERS:
+            lk.set_adapter(model, name)
+            for p in model.parameters():
+                if p.requires_grad:
+                    p += 0.1 * torch.randn(p.shape, generator=generator)
+    return model.eval()
+
+
+def test_every_row_may_have_an_adapter_of_its_own(adapted, monkeypatch):
+    names = [None, *ADAPTERS, "lora"]
+    n = len(names)
+    rows = torch.randint(97, (n, 12), generator=torch.Generator().manual_seed(1))
+    with lk.adapter_rows(adapted, names), torch.no_grad():
+        truth = adapted(rows)
+    passes = []
+    by_modules = Decoding._by_modules
+    monkeypatch.setattr(Decoding, "_by_modules", lambda *a: passes.append(a[1]) or by_modules(*a))
+    decoding = Decoding(adapted, n, 12)
+    assert set(decoding.compiled.plan.adapters) == set(COMPILED)
+    with torch.no_grad():
+        decoding(range(n), rows[:, :8], adapters=names)
+        several = [i for i, name in enumerate(names) if name is None or name in COMPILED]
+        others = [i for i in range(n) if i not in several]
+        passes.clear()
+        for t in range(8, 12):
+            for group in (several, others):
+                chosen = [names[i] for i in group]
+                logits = decoding(group, rows[group, t : t + 1], adapters=chosen)
+                assert (logits - truth[group, t]).abs().max() <= LOGITS
+    assert passes == [others] * 4
+    lk.set_adapter(adapted, "dora")
+    assert not Decoding(adapted, 1, 8).compiled.plan.numbers(1, None)
+    with lk.disable_adapters(adapted):
+        assert Decoding(adapted, 1, 8).compiled.plan.numbers(2, None) == [None, None]
 
 
 def test_what_the_kernel_does_not_know_takes_the_forward_pass(tmp_path):

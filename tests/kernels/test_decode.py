@@ -10,6 +10,7 @@ from lorakit.kernels.ops.decode import (
     DecodeCache,
     DecodeLayer,
     DecodePlan,
+    DecodeUpdate,
     decode_step,
     reference,
 )
@@ -33,6 +34,7 @@ CASES = {
     "three rows": {"B": 3},
     "five rows, odd sizes": {"B": 5, "H": 33, "D": 10, "I": 43, "V": 67},  # 4 rows, then 1
     "two rows, tiny": {"B": 2, "H": 3, "Hq": 1, "Hk": 1, "D": 2, "I": 1, "V": 5},
+    "adapters": {"B": 4, "ranks": (3, 16, 9), "I": 43, "biases": True},
     "seven heads to one": {"Hq": 7, "Hk": 1, "D": 12},
     "biases": {"biases": True, "B": 2},
     "q/k norm": {"qk_norm": True, "D": 12},
@@ -54,6 +56,7 @@ def build(dtype, **case):
     size = {k: case.pop(k, default) for k, default in SHAPE.items()}
     H, Hq, Hk, D, I, V, B = size.values()  # noqa: E741
     layout, ropes = case.pop("layers", LAYERS), case.pop("ropes", 1)
+    ranks = case.pop("ranks", ())
     position, biases = case.pop("position", POSITION), case.pop("biases", False)
     qk_norm, sandwich = case.pop("qk_norm", False), case.pop("sandwich", False)
 
@@ -74,6 +77,17 @@ def build(dtype, **case):
         qkv = weight(Hq * D, H), weight(Hk * D, H), weight(Hk * D, H)
         mlp = weight(I, H), weight(I, H), weight(H, I)
         layers.append(DecodeLayer(weight(H), *qkv, weight(H, Hq * D), *mlp, weight(H), **extra))
+
+    def update(of, r):
+        A, B = (torch.randn(n, generator=random) for n in ((r, of.shape[1]), (of.shape[0], r)))
+        return DecodeUpdate(A * of.shape[1] ** -0.5, B * r**-0.5, 0.7)
+
+    # the first adapter has updates everywhere, the next ones leave one layer out, and so on
+    names = ("q", "k", "v", "o", "gate", "up", "down")
+    case["adapters"] = [
+        [{n: update(getattr(layer, n), r) for n in names[number:]} for layer in layers]
+        for number, r in enumerate(ranks)
+    ]
     case = {"activation": "silu", "eps": 1e-5} | case
     plan = DecodePlan(
         weight(V, H), layers, weight(H), weight(V, H),
@@ -95,26 +109,28 @@ def build(dtype, **case):
             keys[line, hidden], values[line, hidden] = torch.nan, torch.nan
         cache.append((keys.to(dtype), values.to(dtype), window))
     tables = [(a.cos(), a.sin()) for a in angles]
-    return plan, ids, tables, cache, places
+    numbers = [None, *range(len(ranks))][:B] if ranks else None
+    return plan, ids, tables, cache, places, numbers
 
 
 def held(plan, cache):
     return DecodeCache(plan, *zip(*cache, strict=True))
 
 
-def step_on(plan, ids, tables, cache, places):
+def step_on(plan, ids, tables, cache, places, adapters=None):
     """decode_step on layers given as (keys, values, window)."""
-    return decode_step(plan, ids, tables, held(plan, cache), places)
+    return decode_step(plan, ids, tables, held(plan, cache), places, adapters)
 
 
 def copied(cache, dtype=None):
     return [(k.to(dtype, copy=True), v.to(dtype, copy=True), window) for k, v, window in cache]
 
 
-def in_double(plan, ids, tables, cache, places, cache_dtype):
+def in_double(plan, ids, tables, cache, places, adapters, cache_dtype):
     """The step in fp64 on a copy of the cache; the new keys and values rounded to cache_dtype."""
     caches = copied(cache, cache_dtype)
-    return reference.decode_step(plan, ids, tables, caches, places, wide=torch.float64), caches
+    wide = torch.float64
+    return reference.decode_step(plan, ids, tables, caches, places, adapters, wide), caches
 
 
 def new_ones(tensor, places):
@@ -158,7 +174,7 @@ def test_bf16_against_fp64(case, name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bits_of_the_cache_and_of_repeated_calls(dtype, name):
     layout = {"position": 40, "layers": [(128, None), (8, 7)]}
-    plan, ids, tables, cache, places = build(dtype, B=3, **layout)
+    plan, ids, tables, cache, places, _ = build(dtype, B=3, **layout)
     guarded = []  # every cache lies between two zones that nothing may touch
     for keys, values, window in cache:
         pair = []
@@ -189,20 +205,22 @@ def test_bits_of_the_cache_and_of_repeated_calls(dtype, name):
 def test_neither_threads_nor_other_rows_change_a_bit(dtype, name):
     case = {"B": 7, "H": 40, "layers": [(640, None), (40, 34)], "qk_norm": True}
     case["position"] = [600, 2, 599, 31, 32, 300, 0]
-    plan, ids, tables, cache, places = build(dtype, **case)
+    case["ranks"] = (3, 16)
+    plan, ids, tables, cache, places, _ = build(dtype, **case)
+    adapters = [0, None, 1, 1, 0, None, 1]
     threads = torch.get_num_threads()
     with backend(name):
-        logits = step_on(plan, ids, tables, copied(cache), places)
+        logits = step_on(plan, ids, tables, copied(cache), places, adapters)
         try:
             for n in (1, 2, 3):
                 torch.set_num_threads(n)
-                again = step_on(plan, ids, tables, copied(cache), places)
+                again = step_on(plan, ids, tables, copied(cache), places, adapters)
                 assert torch.equal(again, logits), n
         finally:
             torch.set_num_threads(threads)
         for rows in (slice(0, 1), slice(1, 3), slice(3, 6)):
             some = [(cos[rows], sin[rows]) for cos, sin in tables]
-            found = step_on(plan, ids[rows], some, copied(cache), places[rows])
+            found = step_on(plan, ids[rows], some, copied(cache), places[rows], adapters[rows])
             assert torch.equal(found, logits[rows])
 
 
@@ -369,12 +387,12 @@ def test_a_plan_names_the_tensor_that_does_not_fit():
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", ["llama", "gemma 2", "gemma 3", "q/k norm"])
+@pytest.mark.parametrize("case", ["llama", "adapters", "gemma 2", "gemma 3", "q/k norm"])
 def test_a_prompt_is_the_same_as_its_tokens_one_by_one(case, dtype, name):
     """A prompt of 23 tokens a row comes in two pieces, after tokens that are there already."""
     shape = {**CASES[case], "B": 2, "position": [40, 5]}
     shape["layers"] = [(80, None), (80, 20), (33, 20)]  # 14 tokens at a time is all a ring takes
-    plan, _, tables, cache, places = build(dtype, **shape)
+    plan, _, tables, cache, places, adapters = build(dtype, **shape)
     ids = torch.randint(plan.vocab_size, (2, 23))
     angles = torch.rand(2, 23, plan.head_dim // 2) * 6
     tables = [(angles.cos(), angles.sin())] * len(tables)
@@ -382,7 +400,9 @@ def test_a_prompt_is_the_same_as_its_tokens_one_by_one(case, dtype, name):
     for t in range(23):
         at = [(cos[:, t], sin[:, t]) for cos, sin in tables]
         now = [(line, position + t) for line, position in places]
-        truth = reference.decode_step(plan, ids[:, t], at, truth_cache, now, wide=torch.float64)
+        truth = reference.decode_step(
+            plan, ids[:, t], at, truth_cache, now, adapters, torch.float64
+        )
     with backend(name):
         for start, end in ((0, 14), (14, 23)):
             part = [
@@ -390,7 +410,8 @@ def test_a_prompt_is_the_same_as_its_tokens_one_by_one(case, dtype, name):
                 for cos, sin in tables
             ]
             now = [(line, position + start) for line, position in places]
-            logits = step_on(plan, ids[:, start:end].contiguous(), part, cache, now)
+            piece = ids[:, start:end].contiguous()
+            logits = step_on(plan, piece, part, cache, now, adapters)
     # fp32: as for one token. bf16: keys and values that fp32 and fp64 round to two sides of a tie
     # differ by 2^-8 of themselves, and later ones are computed from them
     bound = 1e-5 if dtype == torch.float32 else 2e-2
@@ -403,7 +424,7 @@ def test_a_prompt_is_the_same_as_its_tokens_one_by_one(case, dtype, name):
 
 @pytest.mark.parametrize("name", ["reference", BACKENDS[-1]])
 def test_a_step_names_the_argument_that_does_not_fit(name):
-    plan, ids, tables, cache, places = build(torch.float32)
+    plan, ids, tables, cache, places, _ = build(torch.float32, B=1, ranks=(2,))
     before = copied(cache)
     keys, values, window = cache[1]
 
@@ -438,6 +459,8 @@ def test_a_step_names_the_argument_that_does_not_fit(name):
         ("or position -1", {"places": [(0, -1)]}),
         ("up to position 13 exceed", {"places": [(0, 12)]}),
         ("which takes 1 at a time", long),
+        ("expected 1 numbers below 1", {"adapters": [1]}),
+        ("expected 1 numbers below 1", {"adapters": [None, 0]}),
     ]  # fmt: skip
     for message, change in wrong:
         arguments = {"ids": ids, "tables": tables, "cache": cache, "places": places, **change}
@@ -448,6 +471,26 @@ def test_a_step_names_the_argument_that_does_not_fit(name):
         decode_step(plan, ids, tables, held(other[0], other[3]), places)
     for now, was in zip(cache, before, strict=True):
         assert torch.equal(now[0].nan_to_num(9), was[0].nan_to_num(9))
+
+
+def test_a_plan_names_the_update_that_does_not_fit():
+    plan, *_ = build(torch.float32, ranks=(2,))
+
+    def refused(message, **parts):
+        layers = list(plan.adapters[0])
+        layers[1] = {**layers[1], "up": layers[1]["up"]._replace(**parts)}
+        with pytest.raises(ValueError, match=message):
+            small_plan(adapters=[layers])
+
+    refused(r"adapters\[0\]\[1\].up is torch.float32 \[2, 5\]", A=torch.zeros(2, 5))
+    refused(r"adapters\[0\]\[1\].up is torch.float32 \[96, 3\]", B=torch.zeros(96, 3))
+    refused("torch.bfloat16", B=torch.zeros(96, 2).bfloat16())
+    refused("expected float32", A=torch.zeros(0, 64), B=torch.zeros(96, 0))
+    refused("must be contiguous", B=torch.zeros(2, 96).t())
+    with pytest.raises(ValueError, match=r"adapters\[0\] has not 3 layers"):
+        small_plan(adapters=[[{}]])
+    with pytest.raises(ValueError, match=r"adapters\[0\]\[0\].norm is none of q, k"):
+        small_plan(adapters=[[{"norm": plan.adapters[0][0]["q"]}, {}, {}]])
 
 
 def test_the_best_backend_is_chosen(monkeypatch):

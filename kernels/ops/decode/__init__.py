@@ -16,6 +16,7 @@ n(x) = (weight + offset) x / sqrt(mean(x^2) + eps), where offset is 0 or, for Ge
         x      += (act(n(x) Wgate^T) * (n(x) Wup^T)) Wdown^T
     logits = c tanh(n(x) head^T / c)
 
+Each product W x may have an update of the row's own adapter (arXiv:2106.09685), W x + scale B A x.
 A sandwich layer (Gemma 2 and 3) also takes the norm of what attention and the MLP add to x. Keys
 are stored rotated, so that a layer with a window needs no more than a ring of slots.
 
@@ -36,8 +37,9 @@ With one row, a step reads every weight once to use it once: its time is the wei
 memory's bandwidth. A framework adds the launch of some 15 ops per layer, each of which waits for
 the one before it. For a model of 135M parameters that costs more than the reading. The kernel runs
 the layers inside one parallel region instead (cpu.cpp). The price is a second description of the
-decoder, without training, hooks or adapters that are not merged. It suits few rows: from a few
-dozen on, the products are worth a matrix multiplication.
+decoder, without training or hooks. It suits few rows: from a few dozen on, the products are worth a
+matrix multiplication. Of an update, every thread computes all of A x, which is less work than to
+wait for the others' shares.
 """
 
 from collections.abc import Sequence
@@ -48,9 +50,16 @@ from torch import Tensor
 from ... import dispatch
 from . import cpu, reference
 from .operands import check_inputs, check_places
-from .plan import DecodeCache, DecodeLayer, DecodePlan
+from .plan import DecodeCache, DecodeLayer, DecodePlan, DecodeUpdate
 
-__all__ = ["DecodeCache", "DecodeLayer", "DecodePlan", "decode_compiled", "decode_step"]
+__all__ = [
+    "DecodeCache",
+    "DecodeLayer",
+    "DecodePlan",
+    "DecodeUpdate",
+    "decode_compiled",
+    "decode_step",
+]
 
 
 def decode_compiled(device: torch.device) -> bool:
@@ -73,6 +82,7 @@ def decode_step(
     tables: Sequence[tuple[Tensor, Tensor]],
     cache: DecodeCache,
     places: Sequence[tuple[int, int]],
+    adapters: Sequence[int | None] | None = None,
 ) -> Tensor:
     """Take new tokens through a whole decoder, and compute the logits after the last one.
 
@@ -87,6 +97,8 @@ def decode_step(
             [B, T, D / 2], contiguous.
         cache: the keys and values of earlier tokens.
         places: for each row, its line in the cache and the position of its first new token.
+        adapters: for each row, the number of its adapter in the plan, or None for the model alone;
+            None for no adapters at all.
 
     Returns:
         The logits of the token after `ids`, fp32 [B, V].
@@ -96,7 +108,7 @@ def decode_step(
     """
     B, T = len(ids), ids.shape[-1] if ids.dim() == 2 else 1
     rotations = check_inputs(plan, ids, tables)
-    numbers = check_places(plan, B, T, cache, places)
+    numbers = check_places(plan, B, T, cache, places, adapters)
     if dispatch.pick(plan.device, "cpu") == "reference":
-        return reference.decode_tokens(plan, ids.view(B, T), tables, cache, places)
+        return reference.decode_tokens(plan, ids.view(B, T), tables, cache, places, adapters)
     return cpu.decode_step(plan.packed, ids, rotations, cache.contexts, numbers, plan.vocab_size)

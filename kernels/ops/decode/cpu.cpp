@@ -72,6 +72,15 @@ inline int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
 
 // ---- what Python hands over (cpu.py and operands.py build the same layouts) ------------------------------------
 
+// What an adapter adds to a linear layer: scale B A x. No update: a null A
+struct Update {
+    const float *A, *B;  // [rank, K], [N, rank]
+    int64_t rank;
+    double scale;
+};
+
+enum Linear { Q, K_, V, O, GATE, UP, DOWN, LINEARS, NONE = -1 };
+
 template <class W>
 struct Layer {
     const W *input_norm, *q, *k, *v, *o, *gate, *up, *down, *post_attention_norm, *pre_feedforward_norm,
@@ -85,6 +94,8 @@ struct Model {
     const Layer<W>* layers;
     int64_t depth, vocab, hidden, inner, heads, kv_heads, head_dim;
     int64_t activation;  // 0 silu, 1 gelu by tanh, 2 gelu by erf
+    const Update* updates;  // [adapters, depth, LINEARS]
+    int64_t rank;           // the largest
     float eps, norm_offset, embedding_scale, attention_scale, attn_softcap, final_softcap;  // no cap: 0
 };
 
@@ -99,7 +110,7 @@ struct Context {
 };
 
 struct Place {
-    int64_t line, position;  // of a row's first new token
+    int64_t line, position, adapter;  // of a row's first new token; no adapter: -1
 };
 
 // ---- the team of threads -------------------------------------------------------------------------------------------
@@ -191,6 +202,7 @@ struct Run {
     int64_t first, last;
     float* out;
     int64_t stride;
+    Linear linear;
 };
 
 // How far ahead of the row that is read another is prefetched, and how much of a stage's matrix is fetched while
@@ -228,19 +240,19 @@ struct Worker {
     Step<W>& step;
     const Model<W>& model;
     const int64_t index, team, rows, T, H, D, group;
-    const int64_t wide, attended_wide, inner_wide, projected_wide, head_wide;  // row lengths in memory
+    const int64_t wide, attended_wide, inner_wide, projected_wide, head_wide, rank_wide;  // row lengths in memory
     Arena arena;
     float *x, *normed, *attended;  // [rows, ..]: the residual stream, its norm, the output of attention
     float *query, *scores;         // [G, D], [G, 256]
-    float *row;                    // [H or D]
+    float *row, *low;              // [H or D], [rank]
     const W* zeros;                // [D]
 
     Worker(Step<W>& s, int64_t index, int64_t team)
         : step(s), model(s.model), index(index), team(team), rows(s.rows), T(s.tokens), H(s.model.hidden), D(s.model.head_dim),
           group(s.model.heads / s.model.kv_heads), wide(padded(H)), attended_wide(padded(model.heads * D)),
           inner_wide(padded(model.inner)), projected_wide(padded((model.heads + 2 * model.kv_heads) * D)),
-          head_wide(padded(D)),
-          arena(rows * (2 * wide + attended_wide) + (group + 1) * head_wide + group * 256 + wide + head_wide) {
+          head_wide(padded(D)), rank_wide(padded(model.rank)),
+          arena(rows * (2 * wide + attended_wide) + (group + 1) * head_wide + group * 256 + wide + head_wide + rank_wide) {
         x = arena.take(rows * wide);
         normed = arena.take(rows * wide);
         attended = arena.take(rows * attended_wide);
@@ -248,6 +260,7 @@ struct Worker {
         zeros = reinterpret_cast<W*>(arena.take(head_wide));
         scores = arena.take(group * 256);
         row = arena.take(wide + head_wide);
+        low = arena.take(rank_wide);
     }
 
     // Until all threads are here; `rows` rows of K at `next` are what this one reads afterwards.
@@ -341,18 +354,58 @@ struct Worker {
         }
     }
 
+    // The runs of layer l again, of the rows' adapters: out += scale B (A a). A a is short, every thread computes it.
+    void adapt(const Run<W>* runs, int count, int64_t l, int64_t K, const float* a, int64_t a_stride) const {
+        if (!model.updates) return;
+        for (int r = 0; r < count; ++r) {
+            for (int64_t b = 0; b < rows; ++b) {
+                const int64_t adapter = step.places[b / T].adapter;
+                if (adapter < 0) continue;
+                const Update& update = model.updates[(adapter * model.depth + l) * LINEARS + runs[r].linear];
+                if (update.A) add_update(runs[r], b, update, K, a + b * a_stride);
+            }
+        }
+    }
+
+    void add_update(const Run<W>& run, int64_t b, const Update& update, int64_t K, const float* a) const {
+        const int64_t rank = update.rank;
+        std::memset(low, 0, static_cast<size_t>(rank_wide) * 4);
+        for (int64_t j = 0; j < rank; ++j) {
+            float out[1];
+            dots<1>(update.A + j * K, K, a, K, static_cast<const float*>(nullptr), out);
+            low[j] = out[0] * static_cast<float>(update.scale);
+        }
+        float* out = run.out + b * run.stride;
+        for (int64_t i = run.first; i < run.last; i += 8) {
+            const int64_t n = smaller(8, run.last - i);
+            Vec part[8];
+            for (int64_t o = 0; o < 8; ++o) {
+                const float* weights = update.B + (i + o) * rank;
+                part[o] = fill(0);
+                for (int64_t k = 0; o < n && k < rank; k += 8) {
+                    const Vec w = rank - k >= 8 ? load(weights + k) : load(weights + k, First{rank - k});
+                    part[o] = madd(w, load(low + k), part[o]);
+                }
+            }
+            float found[8];
+            store(sums(part), found);
+            for (int64_t o = 0; o < n; ++o) out[i + o] += found[o];
+        }
+    }
+
     // This thread's share of all rows of w [n, K]
-    Run<W> share_of(const W* w, const W* bias, int64_t n, float* out, int64_t stride) const {
-        return {w, bias, share(n, index), share(n, index + 1), out, stride};
+    Run<W> share_of(const W* w, const W* bias, int64_t n, float* out, int64_t stride, Linear linear) const {
+        return {w, bias, share(n, index), share(n, index + 1), out, stride, linear};
     }
 
     const W* start_of(const W* w, int64_t n, int64_t K) const { return w + share(n, index) * K; }
 
     // The part of rows [first, first + n) of the stacked q, k, v that is this thread's
-    void add_part(Run<W>* runs, int& count, const W* w, const W* bias, int64_t first, int64_t n, int64_t all) const {
+    void add_part(Run<W>* runs, int& count, const W* w, const W* bias, int64_t first, int64_t n, int64_t all,
+                  Linear linear) const {
         const int64_t from = share(all, index) - first, to = share(all, index + 1) - first;
         const int64_t low = from > 0 ? from : 0, high = smaller(to, n);
-        if (low < high) runs[count++] = {w, bias, low, high, step.projected + first, projected_wide};
+        if (low < high) runs[count++] = {w, bias, low, high, step.projected + first, projected_wide, linear};
     }
 
     // ---- stages ----
@@ -360,17 +413,18 @@ struct Worker {
     int parts(const Layer<W>& layer, Run<W>* runs) const {
         const int64_t q = model.heads * D, k = model.kv_heads * D, all = q + 2 * k;
         int count = 0;
-        add_part(runs, count, layer.q, layer.q_bias, 0, q, all);
-        add_part(runs, count, layer.k, layer.k_bias, q, k, all);
-        add_part(runs, count, layer.v, layer.v_bias, q + k, k, all);
+        add_part(runs, count, layer.q, layer.q_bias, 0, q, all, Q);
+        add_part(runs, count, layer.k, layer.k_bias, q, k, all, K_);
+        add_part(runs, count, layer.v, layer.v_bias, q + k, k, all, V);
         return count;
     }
 
-    void project(const Layer<W>& layer) {
+    void project(const Layer<W>& layer, int64_t l) {
         norm_x(layer.input_norm);
         Run<W> runs[3];
         const int count = parts(layer, runs);
         multiply(runs, count, H, normed, wide, rows, start_of(layer.o, H, model.heads * D));
+        adapt(runs, count, l, H, normed, wide);
     }
 
     // One head of `projected`: its norm, if any, and the rotation
@@ -609,10 +663,11 @@ struct Worker {
         return a / (fill(1) + any_exponential(fill(0) - u));
     }
 
-    void feed(const Layer<W>& layer) {
-        const Run<W> runs[] = {share_of(layer.gate, layer.gate_bias, model.inner, step.gate, inner_wide),
-                               share_of(layer.up, layer.up_bias, model.inner, step.inner, inner_wide)};
+    void feed(const Layer<W>& layer, int64_t l) {
+        const Run<W> runs[] = {share_of(layer.gate, layer.gate_bias, model.inner, step.gate, inner_wide, GATE),
+                               share_of(layer.up, layer.up_bias, model.inner, step.inner, inner_wide, UP)};
         multiply(runs, 2, H, normed, wide, rows, start_of(layer.down, H, model.inner));
+        adapt(runs, 2, l, H, normed, wide);
         for (int64_t b = 0; b < rows; ++b) {
             const float* gate = step.gate + b * inner_wide;
             float* inner = step.inner + b * inner_wide;
@@ -631,7 +686,7 @@ struct Worker {
         const int64_t batch = rows / T;
         for (int64_t b = 0; b < batch; ++b)  // of the last tokens only
             rms_norm(x + (b * T + T - 1) * wide, model.norm, H, normed + b * wide);
-        const Run<W> run = share_of(model.head, nullptr, model.vocab, step.logits, model.vocab);
+        const Run<W> run = share_of(model.head, nullptr, model.vocab, step.logits, model.vocab, NONE);
         multiply(&run, 1, H, normed, wide, batch, nullptr);
         const float cap = model.final_softcap;
         if (cap == 0) return;
@@ -643,31 +698,33 @@ struct Worker {
 
     void run() {
         embed();
-        const int64_t I = model.inner, Q = model.heads * D;
+        const int64_t I = model.inner, wide_q = model.heads * D;
         for (int64_t l = 0; l < model.depth; ++l) {
             const Layer<W>& layer = model.layers[l];
-            project(layer);
+            project(layer, l);
             wait(nullptr, 0, 0);
             if (T > 1) {
                 keep_all(layer, step.contexts[l]);
                 wait(nullptr, 0, 0);
             }
             attend(layer, step.contexts[l]);
-            wait(start_of(layer.o, H, Q), length(H), Q);
+            wait(start_of(layer.o, H, wide_q), length(H), wide_q);
             merge(step.contexts[l]);
-            const Run<W> o = share_of(layer.o, layer.o_bias, H, step.delta, wide);
-            multiply(&o, 1, Q, attended, attended_wide, rows, start_of(layer.gate, I, H));
+            const Run<W> o = share_of(layer.o, layer.o_bias, H, step.delta, wide, O);
+            multiply(&o, 1, wide_q, attended, attended_wide, rows, start_of(layer.gate, I, H));
+            adapt(&o, 1, l, wide_q, attended, attended_wide);
             wait(start_of(layer.gate, I, H), length(I), H);
             const bool sandwich = layer.pre_feedforward_norm;
             add_delta(sandwich ? layer.post_attention_norm : nullptr);
             norm_x(sandwich ? layer.pre_feedforward_norm : layer.post_attention_norm);
-            feed(layer);
+            feed(layer, l);
             wait(start_of(layer.down, H, I), length(H), I);
-            const Run<W> down = share_of(layer.down, layer.down_bias, H, step.delta, wide);
-            Run<W> next[3] = {share_of(model.head, nullptr, model.vocab, nullptr, 0)};
+            const Run<W> down = share_of(layer.down, layer.down_bias, H, step.delta, wide, DOWN);
+            Run<W> next[3] = {share_of(model.head, nullptr, model.vocab, nullptr, 0, NONE)};
             if (l + 1 < model.depth) parts(model.layers[l + 1], next);
             const W* start = next[0].w + next[0].first * H;
             multiply(&down, 1, I, step.inner, inner_wide, rows, start);
+            adapt(&down, 1, l, I, step.inner, inner_wide);
             wait(start, next[0].last - next[0].first, H);
             add_delta(layer.post_feedforward_norm);
         }

@@ -1,6 +1,7 @@
 """Calls of the C++ kernel in cpu.cpp: one decoding step, in host memory."""
 
 import ctypes
+import struct
 from array import array
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from .plan import DecodePlan
 
 
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+"""The linear layers of a layer, in the order of `Linear` of cpu.cpp."""
+
+
 class Model(ctypes.Structure):
     """`Model` of cpu.cpp: a plan, without the caches."""
 
@@ -22,6 +27,8 @@ class Model(ctypes.Structure):
         *((name, POINTER) for name in ("embedding", "norm", "head", "layers")),
         *((name, INT64) for name in ("depth", "vocab", "hidden", "inner")),
         *((name, INT64) for name in ("heads", "kv_heads", "head_dim", "activation")),
+        ("updates", POINTER),
+        ("rank", INT64),
         *((name, FLOAT) for name in ("eps", "norm_offset", "embedding_scale")),
         *((name, FLOAT) for name in ("attention_scale", "attn_softcap", "final_softcap")),
     )
@@ -32,7 +39,8 @@ class PackedPlan(NamedTuple):
 
     op: str
     layers: array  # `Layer[depth]` of cpu.cpp
-    model: Model  # which points to the layers
+    updates: array  # `Update[adapters, depth, LINEARS]`
+    model: Model  # which points to the layers and updates
 
 
 def pack(plan: "DecodePlan") -> PackedPlan:
@@ -41,6 +49,17 @@ def pack(plan: "DecodePlan") -> PackedPlan:
     for layer in plan.layers:
         layers.extend(0 if tensor is None else tensor.data_ptr() for tensor in layer[:-1])
         layers.append(layer.rope)
+    updates, rank = array("B"), 0  # of bytes: three whole numbers and a double each
+    for adapter in plan.adapters:
+        for by_name in adapter:
+            for name in LINEARS:
+                update = by_name.get(name)
+                if update is None:
+                    updates.frombytes(struct.pack("qqqd", 0, 0, 0, 0.0))
+                else:
+                    (A, B, scale), r = update, len(update.A)
+                    updates.frombytes(struct.pack("qqqd", A.data_ptr(), B.data_ptr(), r, scale))
+                    rank = max(rank, r)
     model = Model(
         plan.embedding.data_ptr(),
         plan.norm.data_ptr(),
@@ -54,6 +73,8 @@ def pack(plan: "DecodePlan") -> PackedPlan:
         plan.num_kv_heads,
         plan.head_dim,
         Activation[plan.activation],
+        updates.buffer_info()[0] if updates else 0,
+        rank,
         plan.eps,
         plan.norm_weight_offset,
         plan.embedding_scale,
@@ -61,7 +82,7 @@ def pack(plan: "DecodePlan") -> PackedPlan:
         plan.attn_softcap or 0,
         plan.final_softcap or 0,
     )
-    return PackedPlan(f"decode_{CPU_DTYPES[plan.dtype]}", layers, model)
+    return PackedPlan(f"decode_{CPU_DTYPES[plan.dtype]}", layers, updates, model)
 
 
 def decode_step(

@@ -39,7 +39,12 @@ def check_inputs(plan: DecodePlan, ids: Tensor, tables: Sequence[tuple[Tensor, T
 
 
 def check_places(
-    plan: DecodePlan, B: int, T: int, cache: DecodeCache, places: Sequence[tuple[int, int]]
+    plan: DecodePlan,
+    B: int,
+    T: int,
+    cache: DecodeCache,
+    places: Sequence[tuple[int, int]],
+    adapters: Sequence[int | None] | None,
 ) -> array:
     """Return the places as the kernel reads them, `Place[B]` of cpu.cpp.
 
@@ -49,14 +54,21 @@ def check_places(
         raise ValueError(f"places are {list(places)}, expected {B} with lines of their own")
     if len(cache.keys) != len(plan.layers):
         raise ValueError(f"the cache has {len(cache.keys)} layers, the plan {len(plan.layers)}")
+    known = len(plan.adapters)
+    if adapters is None:
+        adapters = [None] * B
+    if len(adapters) != B or not all(a is None or 0 <= a < known for a in adapters):
+        raise ValueError(
+            f"adapters are {list(adapters)}, expected {B} numbers below {known}, or None"
+        )
     furthest, numbers = 0, array("q")
-    for line, position in places:
+    for (line, position), adapter in zip(places, adapters, strict=True):
         if not 0 <= line < cache.lines or position < 0:
             raise ValueError(
                 f"there is no line {line} or position {position} in a cache of {cache.lines} lines"
             )
         furthest = max(furthest, position + T)
-        numbers.extend((line, position))
+        numbers.extend((line, position, -1 if adapter is None else adapter))
     if cache.capacity < furthest or cache.longest < T:
         raise ValueError(
             f"{T} tokens up to position {furthest} exceed the cache, which takes {cache.longest} "

@@ -1,7 +1,7 @@
 """A model made ready for the decoding step, and a cache for it: each is checked once."""
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -64,6 +64,20 @@ class DecodeLayer(NamedTuple):
     rope: int = 0
 
 
+class DecodeUpdate(NamedTuple):
+    """What an adapter adds to a linear layer: scale B A x.
+
+    Attributes:
+        A: fp32 [r, K], contiguous, in host memory.
+        B: fp32 [N, r], contiguous, in host memory.
+        scale: the factor.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float
+
+
 class DecodePlan:
     """A model made ready for `decode_step`: its tensors, checked once, and its sizes.
 
@@ -86,6 +100,8 @@ class DecodePlan:
         attention_scale: what the scores are multiplied by; None for D^-0.5.
         attn_softcap: the soft cap of the scores, or None.
         final_softcap: the soft cap of the logits, or None.
+        adapters: what rows may add to the model: for each adapter, the updates of each layer by the
+            names of its linear layers.
 
     Raises:
         ValueError: a tensor or a number does not fit; the error names it.
@@ -108,6 +124,7 @@ class DecodePlan:
         attention_scale: float | None = None,
         attn_softcap: float | None = None,
         final_softcap: float | None = None,
+        adapters: Sequence[Sequence[Mapping[str, DecodeUpdate]]] = (),
     ):
         check_activation(activation, "activation")
         if min(num_heads, num_kv_heads) < 1 or num_heads % num_kv_heads:
@@ -129,7 +146,9 @@ class DecodePlan:
         self.dtype, self.device = embedding.dtype, embedding.device
         self.ropes = 1 + max((layer.rope for layer in self.layers), default=0)
         self.inner_size = self.layers[0].gate.shape[0] if self.layers else 0
+        self.adapters = tuple(adapters)
         self._check_tensors()
+        self._check_updates()
         self.packed = cpu.pack(self)
 
     def _check_tensors(self) -> None:
@@ -160,6 +179,26 @@ class DecodePlan:
                     raise ValueError(f"layers[{i}] needs both of {one} and {other}, or none")
             if layer.rope < 0:
                 raise ValueError(f"layers[{i}].rope is {layer.rope}")
+
+    def _check_updates(self) -> None:
+        for number, adapter in enumerate(self.adapters):
+            if len(adapter) != len(self.layers):
+                raise ValueError(f"adapters[{number}] has not {len(self.layers)} layers")
+            for i, updates in enumerate(adapter):
+                for name, update in updates.items():
+                    what = f"adapters[{number}][{i}].{name}"
+                    if name not in cpu.LINEARS:
+                        raise ValueError(f"{what} is none of {', '.join(cpu.LINEARS)}")
+                    N, K = self.layers[i]._asdict()[name].shape
+                    r = update.A.shape[0]
+                    for part, shape in ((update.A, (r, K)), (update.B, (N, r))):
+                        if part.shape != shape or part.dtype != torch.float32 or r < 1:
+                            raise ValueError(
+                                f"{what} is {part.dtype} {list(part.shape)}, expected float32 "
+                                f"{list(shape)}"
+                            )
+                        if not part.is_cpu or not part.is_contiguous():
+                            raise ValueError(f"{what} must be contiguous and in host memory")
 
     def _check(self, name: str, tensor: Tensor, *shape: int) -> None:
         if tensor.shape != shape:

@@ -17,6 +17,7 @@ def decode_tokens(
     tables: Sequence[tuple[Tensor, Tensor]],
     cache: DecodeCache,
     places: Sequence[tuple[int, int]],
+    adapters: Sequence[int | None] | None,
 ) -> Tensor:
     """Take ids [B, T] through the decoder, one token after another: the logits after the last."""
     (B, T), D = ids.shape, plan.head_dim
@@ -25,7 +26,7 @@ def decode_tokens(
     for t in range(T):
         at = [(cos[:, t], sin[:, t]) for cos, sin in tables]
         now = [(line, position + t) for line, position in places]
-        logits = decode_step(plan, ids[:, t], at, layers, now)
+        logits = decode_step(plan, ids[:, t], at, layers, now, adapters)
     return logits
 
 
@@ -35,6 +36,7 @@ def decode_step(
     tables: Sequence[tuple[Tensor, Tensor]],
     cache: Sequence[tuple[Tensor, Tensor, int | None]],
     places: Sequence[tuple[int, int]],
+    adapters: Sequence[int | None] | None = None,
     wide: torch.dtype = torch.float32,
 ) -> Tensor:
     """Take ids [B] through the decoder: the logits [B, V] in `wide`.
@@ -50,13 +52,22 @@ def decode_step(
     def linear(x, weight, bias=None):
         return F.linear(x, weight.to(wide), None if bias is None else bias.to(wide))
 
+    def adapted(x, i, name):
+        layer = plan.layers[i]._asdict()
+        y = linear(x, layer[name], layer[f"{name}_bias"])
+        for b, adapter in enumerate(adapters or ()):
+            update = None if adapter is None else plan.adapters[adapter][i].get(name)
+            if update is not None:
+                y[b] += update.scale * (update.B.to(wide) @ (update.A.to(wide) @ x[b]))
+        return y
+
     B = len(ids)
     x = plan.embedding[ids].to(wide) * plan.embedding_scale
     for i, layer in enumerate(plan.layers):
         normed = norm(x, layer.input_norm)
-        q = linear(normed, layer.q, layer.q_bias).view(B, plan.num_heads, plan.head_dim)
-        k = linear(normed, layer.k, layer.k_bias).view(B, plan.num_kv_heads, plan.head_dim)
-        v = linear(normed, layer.v, layer.v_bias).view(B, plan.num_kv_heads, plan.head_dim)
+        q = adapted(normed, i, "q").view(B, plan.num_heads, plan.head_dim)
+        k = adapted(normed, i, "k").view(B, plan.num_kv_heads, plan.head_dim)
+        v = adapted(normed, i, "v").view(B, plan.num_kv_heads, plan.head_dim)
         if layer.q_norm is not None:
             q, k = norm(q, layer.q_norm), norm(k, layer.k_norm)
         cos, sin = (table.to(wide)[:, None] for table in tables[layer.rope])  # [B, 1, D/2]
@@ -70,12 +81,12 @@ def decode_step(
             first = 0 if window is None else max(0, position + 1 - window)
             seen = torch.arange(first, position + 1) % capacity
             attended[b] = _attention(plan, q[b], keys[line, seen], values[line, seen])
-        delta = linear(attended.flatten(1), layer.o, layer.o_bias)
+        delta = adapted(attended.flatten(1), i, "o")
         sandwich = layer.pre_feedforward_norm is not None
         x = x + (norm(delta, layer.post_attention_norm) if sandwich else delta)
         normed = norm(x, layer.pre_feedforward_norm if sandwich else layer.post_attention_norm)
-        gate = activate(linear(normed, layer.gate, layer.gate_bias), plan.activation)
-        delta = linear(gate * linear(normed, layer.up, layer.up_bias), layer.down, layer.down_bias)
+        gate = activate(adapted(normed, i, "gate"), plan.activation)
+        delta = adapted(gate * adapted(normed, i, "up"), i, "down")
         x = x + (norm(delta, layer.post_feedforward_norm) if sandwich else delta)
     return _capped(linear(norm(x, plan.norm), plan.head), plan.final_softcap)
 
