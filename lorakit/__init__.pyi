@@ -55,6 +55,8 @@ from lorakit.export.importance import load_importance as load_importance
 from lorakit.export.mlx import MlxAdapter as MlxAdapter
 from lorakit.export.mlx import export_mlx as export_mlx
 from lorakit.export.mlx import import_mlx as import_mlx
+from lorakit.export.ollama import OllamaFiles as OllamaFiles
+from lorakit.export.ollama import export_ollama as export_ollama
 from lorakit.export.servers import ServedAdapter as ServedAdapter
 from lorakit.export.servers import export_for_server as export_for_server
 from lorakit.inference.generate import generate as generate

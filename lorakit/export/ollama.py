@@ -1,0 +1,182 @@
+"""A directory for Ollama: GGUF files, and what Ollama should know of the model.
+
+    NAME-Q4_K_M.gguf      the model, with the adapter merged into it or not
+    NAME-lora-F16.gguf    the adapter, if it stays apart
+    Modelfile             FROM, ADAPTER, TEMPLATE, SYSTEM and PARAMETER, for `ollama create`
+    template, system,     the same for a repository on the Hub, from which
+    params                `ollama run hf.co/USER/REPOSITORY` takes them
+
+TEMPLATE is there if go_template.py finds one. Without it Ollama from 0.30 on runs the chat template
+in the GGUF file. Facts: Ollama's docs/modelfile.mdx, and docs/hub/ollama of the Hub.
+"""
+
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorakit.config.errors import LorakitError
+from lorakit.export.gguf import GgufFile, export_gguf
+from lorakit.export.gguf_adapter import export_gguf_adapter
+from lorakit.export.go_template import go_template
+from lorakit.export.importance import Importance
+from lorakit.files.local import as_path, read_json, write_text
+from lorakit.models.load import open_model
+from lorakit.models.tokenizer import Tokenizer
+from lorakit.models.tokenizer_files import load_tokenizer
+
+# Names in generation_config.json -> Ollama's.
+_SAMPLING = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "repeat_penalty",
+}
+
+
+@dataclass(frozen=True)
+class OllamaFiles:
+    """A directory for Ollama that was written; it prints as its files and two commands."""
+
+    directory: Path
+    """The directory."""
+    gguf: tuple[GgufFile, ...]
+    """The model's file, and the adapter's if it stays apart."""
+    no_template: str
+    """Why there is no TEMPLATE; "" if there is one."""
+    commands: tuple[str, str]
+    """What makes the model known to Ollama, and what runs it."""
+
+    def __str__(self) -> str:
+        lines = [str(file) for file in self.gguf]
+        if self.no_template:
+            lines.append(
+                f"no TEMPLATE ({self.no_template}): Ollama before 0.30 has no chat for this model"
+            )
+        return "\n".join([*lines, "", *self.commands])
+
+
+def export_ollama(
+    model: str | Path,
+    directory: str | Path,
+    *,
+    quantization: str = "q4_k_m",
+    adapter: str | Path | None = None,
+    merge: bool = True,
+    system: str | None = None,
+    context_length: int | None = None,
+    imatrix: Importance | str | Path | None = None,
+    tensor_types: Mapping[str, str] | None = None,
+    name: str | None = None,
+) -> OllamaFiles:
+    """Write a model for Ollama, with or without an adapter.
+
+    Args:
+        model: A directory, .gguf file or Hub id.
+        directory: The directory to write, which is made if it is missing.
+        quantization: That of the model's file, as `export_gguf` has it.
+        adapter: The directory or .gguf file of an adapter.
+        merge: Merge the adapter into the model's file, or write it as a file of its own.
+        system: A system prompt for chats that have none.
+        context_length: The number of positions that Ollama makes room for, and that the file
+            states. None leaves Ollama its own.
+        imatrix: As in `export_gguf`.
+        tensor_types: As in `export_gguf`.
+        name: What the files and the model are called. None takes the name of the model's directory.
+
+    Returns:
+        What was written, with the commands that run it.
+
+    Raises:
+        LorakitError: `export_gguf` or `export_gguf_adapter` refuses something, or the system prompt
+            cannot stand in a Modelfile.
+        OSError: The disk is full.
+    """
+    if system is not None and (system + '"""').index('"""') < len(system):
+        raise LorakitError('system: a Modelfile has no way to write """, or " at the end of a text')
+    directory = as_path(directory)
+    name = name or Path(model).expanduser().absolute().name.removesuffix(".gguf")
+    tok, own = _tokenizer(model, adapter)
+    template, why = go_template(tok)
+    parameters = _parameters(model, tok, context_length)
+    files = [
+        export_gguf(
+            model,
+            directory / f"{name}-{quantization.upper()}.gguf",
+            quantization=quantization,
+            adapter=adapter if merge else None,
+            tokenizer=None if merge or not own else tok,  # merged, the adapter's is taken
+            imatrix=imatrix,
+            tensor_types=tensor_types,
+            name=name,
+            context_length=context_length,
+        )
+    ]
+    if adapter is not None and not merge:
+        file = directory / f"{name}-lora-F16.gguf"
+        files.append(export_gguf_adapter(adapter, file, base_model=model, name=name))
+    called = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._") or "model"
+    create = f"ollama create {called} -f {shlex.quote(str(directory / 'Modelfile'))}"
+    _write(directory, files, template, system, parameters)
+    return OllamaFiles(directory, tuple(files), why, (create, f"ollama run {called}"))
+
+
+def _tokenizer(model: str | Path, adapter: str | Path | None) -> tuple[Tokenizer, bool]:
+    """Return the tokenizer of a model and its adapter, and whether it has something of the latter.
+
+    That is the adapter's tokenizer, or the model's with the chat template of the adapter.
+    """
+    beside = None if adapter is None else as_path(adapter)
+    if beside is not None and (beside / "tokenizer.json").is_file():
+        return load_tokenizer(beside), True
+    if beside is not None and (beside / "chat_template.jinja").is_file():
+        return load_tokenizer(model, chat_template=beside), True
+    return load_tokenizer(model), False
+
+
+def _parameters(model: str | Path, tok: Tokenizer, context_length: int | None) -> dict[str, Any]:
+    """Return Ollama's parameters: where answers end, and how the model wants to be sampled."""
+    texts = [tok.backend.id_to_token(token) for token in tok.end_token_ids]
+    found: dict[str, Any] = {"stop": [text for text in texts if text and '"' not in text]}
+    source = open_model(model)[2]
+    file = source.path / "generation_config.json"
+    if file.is_file():
+        values = read_json(file)
+        for theirs, ollamas in _SAMPLING.items():
+            value = values.get(theirs)
+            if type(value) in (int, float) and values.get("do_sample") is not False:
+                found[ollamas] = value
+    if context_length is not None:
+        found["num_ctx"] = context_length
+    return {key: value for key, value in found.items() if value != []}
+
+
+def _write(
+    directory: Path,
+    files: list[GgufFile],
+    template: str | None,
+    system: str | None,
+    parameters: dict[str, Any],
+) -> None:
+    """Write the Modelfile, and the files that the Hub has for the same."""
+    lines = [
+        f"{word} ./{file.path.name}" for word, file in zip(("FROM", "ADAPTER"), files, strict=False)
+    ]
+    for word, text in ("TEMPLATE", template), ("SYSTEM", system):
+        beside = directory / word.lower()
+        if text is None:
+            beside.unlink(missing_ok=True)  # of an earlier export
+        else:
+            lines.append(f'{word} """{text}"""')
+            write_text(beside, text)
+    for key, value in parameters.items():
+        if key == "stop":
+            lines += [f'PARAMETER stop "{text}"' for text in value]
+        else:
+            lines.append(f"PARAMETER {key} {value}")
+    write_text(directory / "Modelfile", "\n".join(lines) + "\n")
+    write_text(directory / "params", json.dumps(parameters, ensure_ascii=False, indent=2) + "\n")
