@@ -16,7 +16,7 @@ the table and by Jinja. Where one does not, there is no template for Ollama, nev
 
 Ollama joins messages of one role that follow each other, and continues an answer that stands last.
 Spaces around a message, which some Jinja templates take away, stay. Facts: Ollama's
-docs/template.mdx and template/template.go.
+docs/template.mdx, template/template.go and parser/parser.go.
 """
 
 from collections.abc import Callable, Sequence
@@ -202,8 +202,8 @@ def _written(table: _Table) -> str:
         f'{{{{ $last := "" }}}}{{{{ range .Messages }}}}{body}{{{{ end }}}}'
         f'{{{{ if eq $last "user" }}}}{end}{{{{ end }}}}'
     )
-    if '"""' in written:
-        raise _NotSimpleError('it writes """, which ends a text in a Modelfile')
+    if lost := lost_in_modelfile(written):
+        raise _NotSimpleError(f"a Modelfile has no way to write {lost}")
     return written
 
 
@@ -223,3 +223,15 @@ def _by_last(befores: dict[str, str]) -> str:
 def _literal(text: str) -> str:
     """Return what writes a text; braces would begin an action."""
     return text.replace("{", '{{ "{" }}')
+
+
+def lost_in_modelfile(text: str) -> str:
+    """Return what of a text no Modelfile can hold, or "".
+
+    That is the mark which ends a text, and characters that Ollama's parser leaves out: those that
+    Go's strconv.IsPrint calls not printable, spaces other than the usual one among them.
+    """
+    if '"""' in text:
+        return '"""'
+    others = (each for each in text if not (each.isprintable() or each in "\n\r\t"))
+    return next((f"U+{ord(each):04X}" for each in others), "")

@@ -21,7 +21,7 @@ from typing import Any
 from lorakit.config.errors import LorakitError
 from lorakit.export.gguf import GgufFile, export_gguf
 from lorakit.export.gguf_adapter import export_gguf_adapter
-from lorakit.export.go_template import go_template
+from lorakit.export.go_template import go_template, lost_in_modelfile
 from lorakit.export.importance import Importance
 from lorakit.files.local import as_path, read_json, write_text
 from lorakit.models.load import open_model
@@ -96,8 +96,8 @@ def export_ollama(
             cannot stand in a Modelfile.
         OSError: The disk is full.
     """
-    if system is not None and (system + '"""').index('"""') < len(system):
-        raise LorakitError('system: a Modelfile has no way to write """, or " at the end of a text')
+    if lost := lost_in_modelfile(system or ""):
+        raise LorakitError(f"system: a Modelfile has no way to write {lost}; leave it out")
     directory = as_path(directory)
     name = name or Path(model).expanduser().absolute().name.removesuffix(".gguf")
     tok, own = _tokenizer(model, adapter)

@@ -119,7 +119,8 @@ NOT_SIMPLE = {
         LOOP.replace("m in messages", "m in messages | sort(attribute='role', reverse=true)"),
         MOVED,
     ),
-    "three quotes": (LOOP + '"""', "ends a text in a Modelfile"),
+    "three quotes": (LOOP + '"""', 'a Modelfile has no way to write """'),
+    "another space": (LOOP + "\u3000", "a Modelfile has no way to write U+3000"),
     "a refusal": ("{{ raise_exception('no chats') }}", "no chats"),
 }
 
