@@ -182,7 +182,8 @@ KIND_OF = {
 # Bytes of an optimizer's kernel per value that is trained, which it finds by a table of addresses.
 OF_ADAMW = {"adamw/_squares": 4, "adamw/_decide": 0, "adamw/_update": 28}
 # Products of an attention kernel with the scores.
-PRODUCTS = {"attention/_forward": 2, "attention/_dkv": 4, "attention/_dq": 3}
+FORWARD = "attention/_forward"
+PRODUCTS = {FORWARD: 2, "attention/_dkv": 4, "attention/_dq": 3}
 # Kernels that read and write in place, or may: how often they move a tensor of their first's size.
 IN_PLACE = {"swiglu/_backward": 6, "swiglu/_added_backward": 6, "cross_entropy/_backward": 2}
 MULTIPLIED = {"mm": 0, "bmm": 0, "_scaled_mm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1}
@@ -260,7 +261,8 @@ class Notes(TorchDispatchMode):
             moved = IN_PLACE[name] * size(operands[0])
         if package == "adamw":
             moved = OF_ADAMW[name] * self.job.trained
-        operations, rate = 0.0, f"triton_{self.part}"
+        # a forward kernel may run again in the backward pass
+        operations, rate = 0.0, "triton_forward" if name == FORWARD else "triton_backward"
         if name in PRODUCTS:
             operations = self.products(operands[0], PRODUCTS[name])
         if package == "frozen_linear":  # x [M, K] and y [M, N] come last, but for a bias

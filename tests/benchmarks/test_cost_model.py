@@ -239,6 +239,18 @@ def test_which_attention_a_dense_row_takes(costs_of, tokens, by_flash):
     assert ("attention/_dkv" in names) != by_flash
 
 
+@pytest.mark.parametrize("tokens", [2048, 4096])
+def test_a_forward_pass_that_runs_again_has_the_rate_of_one(costs_of, tokens):
+    """It does under checkpointing, in the backward pass."""
+    found = [
+        (cost.part, cost.rate.partition("_")[2])
+        for cost in costs_of(tokens, checkpointing=True)
+        if cost.kind == "attention" and cost.operations
+    ]
+    assert ("backward", "forward") in found
+    assert ("forward", "backward") not in found
+
+
 def test_as_a_program(model, monkeypatch, capsys):
     arguments = ["--gpu", "RTX 4090", "--tokens", "60", "--documents", "3", "--labels", "0.5"]
     small = ["--layers", "1", "--hidden", "64", "--inner", "96", "--heads", "2", "--kv-heads", "1"]
