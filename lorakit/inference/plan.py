@@ -1,7 +1,7 @@
 """The model as the compiled step takes it, with the adapters that rows may choose.
 
-The step takes dense weights in fp32 or bf16, no experts, no hooks. An adapter goes along if all
-that it changes are low-rank updates of the linear layers of blocks: LoRA, PiSSA, VeRA, but not
+The step takes weights in fp32, bf16, NF4 or int8, no experts, no hooks. An adapter goes along if
+all that it changes are low-rank updates of the linear layers of blocks: LoRA, PiSSA, VeRA, but not
 DoRA, new biases, or an update of the embedding. Rows with another adapter go through the modules;
 so does all of a model that the step cannot take. Updates are read where they lie, so training
 changes them; but a matrix that is computed (PiSSA's, VeRA's) stays as it was when the plan was
@@ -10,6 +10,7 @@ made.
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from lorakit.models.blocks import Block, RMSNorm
 from lorakit.models.config import ModelConfig
 from lorakit.models.decoder import Decoder
 from lorakit.models.hooks import has_hooks, has_own_forward
+from lorakit.models.packed_layers import PackedLinear
 
 
 @dataclass
@@ -158,36 +160,25 @@ def _decode_plan(
 def _layer(
     block: Block, linears: dict[str, nn.Module], config: ModelConfig, number: int
 ) -> kernels.DecodeLayer | None:
-    """Return the weights of a block, or None if one of its layers is not a plain nn.Linear."""
-    dense = []
-    for module in linears.values():
+    """Return the weights of a block, or None if a layer is neither an nn.Linear nor packed."""
+    given: dict[str, Any] = {}
+    for name, module in linears.items():
         computing = _computing(module)
-        if type(computing) is not nn.Linear:
+        if type(computing) is not nn.Linear and not isinstance(computing, PackedLinear):
             return None
-        dense.append(computing)
+        given[name] = (
+            computing.quantized if isinstance(computing, PackedLinear) else computing.weight
+        )
+        given[f"{name}_bias"] = computing.bias
     attention = block.self_attn
-    q, k, v, o, gate, up, down = dense
     return kernels.DecodeLayer(
+        **given,
         input_norm=_norm(block.input_layernorm),
-        q=q.weight,
-        k=k.weight,
-        v=v.weight,
-        o=o.weight,
-        gate=gate.weight,
-        up=up.weight,
-        down=down.weight,
         post_attention_norm=_norm(block.post_attention_layernorm),
         pre_feedforward_norm=_norm_or_none(block.pre_feedforward_layernorm),
         post_feedforward_norm=_norm_or_none(block.post_feedforward_layernorm),
         q_norm=_norm_or_none(attention.q_norm),
         k_norm=_norm_or_none(attention.k_norm),
-        q_bias=q.bias,
-        k_bias=k.bias,
-        v_bias=v.bias,
-        o_bias=o.bias,
-        gate_bias=gate.bias,
-        up_bias=up.bias,
-        down_bias=down.bias,
         rope=int(config.rope_local is not None and config.slides(number)),
     )
 

@@ -69,6 +69,22 @@ def test_bf16_logits_are_at_least_as_near_to_exact_ones(tmp_path, family, option
     assert fused.max() <= 1.5 * plain.max()  # a single logit may be lucky in the forward pass
 
 
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_packed_weights_are_decoded_as_the_forward_pass_does(tmp_path, quantize):
+    options = {**TINY_VARIANTS["gqa"], "hidden_size": 64, "intermediate_size": 128}
+    model = load(tmp_path, options=options, quantize=quantize)
+    rows = torch.randint(97, (2, 20), generator=torch.Generator().manual_seed(1))
+    plain = run(model, rows, 12, [0, 4], fused=False)
+    assert (run(model, rows, 12, [0, 4], fused=True) - plain).abs().max() <= LOGITS
+    lk.attach(model, lk.LoraConfig(r=2))
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, 0, 0.1)
+    adapted = run(model, rows, 12, [0, 4], fused=False)
+    assert (run(model, rows, 12, [0, 4], fused=True) - adapted).abs().max() <= LOGITS
+    assert (adapted - plain).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("window", [None, 6])
 def test_a_long_prompt_goes_in_parts(tmp_path, window):
     options = {**TINY_VARIANTS["gqa"], "max_position_embeddings": 512, "sliding_window": window}
@@ -163,7 +179,6 @@ def test_every_row_may_have_an_adapter_of_its_own(adapted, monkeypatch):
 
 def test_what_the_kernel_does_not_know_takes_the_forward_pass(tmp_path):
     assert Decoding(load(tmp_path), 1, 8).compiled is not None
-    assert Decoding(load(tmp_path, quantize="nf4"), 1, 8).compiled is None
     assert Decoding(load(tmp_path, dtype="float16"), 1, 8).compiled is None
     with kernels.use_backend("reference"):
         assert Decoding(load(tmp_path), 1, 8).compiled is None

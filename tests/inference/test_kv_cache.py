@@ -23,7 +23,7 @@ def by_modules(model, lines, capacity):
 @variants
 @torch.no_grad()
 def test_rows_at_positions_of_their_own_equal_whole_rows(tmp_path, family, options):
-    """Rows that begin together and apart, with parts that are cut anyhow, and token by token."""
+    """Rows that begin together and apart, in parts of any length, and token by token."""
     model = load(tmp_path, family, options)
     ids = torch.randint(97, (3, 40), generator=torch.Generator().manual_seed(1))
     whole = model(ids)

@@ -22,6 +22,11 @@ def backend(name):
     return kernels.use_backend("reference") if name == "reference" else on_cpu(name)
 
 
+QUANTIZE = {
+    "nf4": kernels.quantize_nf4,
+    "fp4": lambda w: kernels.quantize_fp4(w, double_quant=False),
+    "int8": kernels.quantize_int8,
+}
 BACKENDS = ["reference", *ISAS]
 SHAPE = {"H": 64, "Hq": 4, "Hk": 2, "D": 16, "I": 96, "V": 101, "B": 1}
 # The position of the first row, one less for each further row, and capacity and window of the
@@ -35,6 +40,9 @@ CASES = {
     "five rows, odd sizes": {"B": 5, "H": 33, "D": 10, "I": 43, "V": 67},  # 4 rows, then 1
     "two rows, tiny": {"B": 2, "H": 3, "Hq": 1, "Hk": 1, "D": 2, "I": 1, "V": 5},
     "adapters": {"B": 4, "ranks": (3, 16, 9), "I": 43, "biases": True},
+    "nf4": {"packed": "nf4", "B": 3, "I": 128, "ranks": (4,)},
+    "fp4 beside dense": {"packed": "fp4", "I": 70, "layers": [(12, None)]},  # down has odd blocks
+    "int8": {"packed": "int8", "B": 5, "H": 33, "D": 10, "I": 43, "biases": True},
     "seven heads to one": {"Hq": 7, "Hk": 1, "D": 12},
     "biases": {"biases": True, "B": 2},
     "q/k norm": {"qk_norm": True, "D": 12},
@@ -56,13 +64,19 @@ def build(dtype, **case):
     size = {k: case.pop(k, default) for k, default in SHAPE.items()}
     H, Hq, Hk, D, I, V, B = size.values()  # noqa: E741
     layout, ropes = case.pop("layers", LAYERS), case.pop("ropes", 1)
-    ranks = case.pop("ranks", ())
+    ranks, packed = case.pop("ranks", ()), case.pop("packed", None)
     position, biases = case.pop("position", POSITION), case.pop("biases", False)
     qk_norm, sandwich = case.pop("qk_norm", False), case.pop("sandwich", False)
 
     def weight(*shape):
         spread = 1.5 * shape[-1] ** -0.5 if len(shape) == 2 else 1.0
         return (torch.randn(shape, generator=random) * spread).to(dtype)
+
+    def matrix(*shape):
+        w = weight(*shape)
+        if packed is None or (packed != "int8" and shape[-1] % 64):
+            return w
+        return QUANTIZE[packed](w)
 
     layers = []
     for i in range(len(layout)):
@@ -74,9 +88,9 @@ def build(dtype, **case):
         if biases:
             sizes = {"q": Hq * D, "k": Hk * D, "v": Hk * D, "o": H, "gate": I, "up": I, "down": H}
             extra |= {f"{name}_bias": weight(n) for name, n in sizes.items()}
-        qkv = weight(Hq * D, H), weight(Hk * D, H), weight(Hk * D, H)
-        mlp = weight(I, H), weight(I, H), weight(H, I)
-        layers.append(DecodeLayer(weight(H), *qkv, weight(H, Hq * D), *mlp, weight(H), **extra))
+        qkv = matrix(Hq * D, H), matrix(Hk * D, H), matrix(Hk * D, H)
+        mlp = matrix(I, H), matrix(I, H), matrix(H, I)
+        layers.append(DecodeLayer(weight(H), *qkv, matrix(H, Hq * D), *mlp, weight(H), **extra))
 
     def update(of, r):
         A, B = (torch.randn(n, generator=random) for n in ((r, of.shape[1]), (of.shape[0], r)))
@@ -109,7 +123,7 @@ def build(dtype, **case):
             keys[line, hidden], values[line, hidden] = torch.nan, torch.nan
         cache.append((keys.to(dtype), values.to(dtype), window))
     tables = [(a.cos(), a.sin()) for a in angles]
-    numbers = [None, *range(len(ranks))][:B] if ranks else None
+    numbers = [*range(len(ranks)), *[None] * B][:B] if ranks else None
     return plan, ids, tables, cache, places, numbers
 
 
@@ -369,6 +383,10 @@ def test_a_plan_names_the_tensor_that_does_not_fit():
         small_plan({"gate": torch.zeros(shape[::-1]).t()})
     with pytest.raises(ValueError, match=r"layers\[1\]\.gate must be .* in host memory"):
         small_plan({"gate": torch.zeros(shape, device="meta")})
+    with pytest.raises(ValueError, match=r"layers\[1\]\.gate has rows that are no multiple"):
+        small_plan({"gate": kernels.quantize_nf4(torch.zeros(shape), block_size=256)})
+    with pytest.raises(ValueError, match=r"layers\[1\]\.gate is \[64, 64\]"):
+        small_plan({"gate": kernels.quantize_int8(torch.zeros(64, 64))})
     with pytest.raises(ValueError, match=r"layers\[1\]\.o is missing"):
         small_plan({"o": None})
     with pytest.raises(ValueError, match=r"layers\[1\] needs both of q_norm and k_norm"):

@@ -21,6 +21,7 @@
 // attention is cut into pieces by the length of what a row sees alone. So threads and batch size change no bit.
 //
 // Nothing here is an inline template of the standard library: see simd.h.
+#include "ops/nf4/packed.h"
 #include "simd.h"
 
 #include <math.h>
@@ -68,6 +69,18 @@ inline Vec any_exponential(Vec x) {
 }
 #endif
 
+// Eight bytes as numbers.
+#if defined(__AVX2__)
+inline Vec load_bytes(const int8_t* p) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))};
+}
+#else
+inline Vec load_bytes(const int8_t* p) {
+    return lanes([&](int i) { return static_cast<float>(p[i]); });
+}
+#endif
+
 inline int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
 
 // ---- what Python hands over (cpu.py and operands.py build the same layouts) ------------------------------------
@@ -77,6 +90,13 @@ struct Update {
     const float *A, *B;  // [rank, K], [N, rank]
     int64_t rank;
     double scale;
+};
+
+// The weight of a linear layer in 4 bits or in 8, with one scale a row; null codes and values: it is dense
+struct PackedWeight {
+    PackedNF4 nf4;
+    const int8_t* values;
+    const float* scale;
 };
 
 enum Linear { Q, K_, V, O, GATE, UP, DOWN, LINEARS, NONE = -1 };
@@ -94,8 +114,9 @@ struct Model {
     const Layer<W>* layers;
     int64_t depth, vocab, hidden, inner, heads, kv_heads, head_dim;
     int64_t activation;  // 0 silu, 1 gelu by tanh, 2 gelu by erf
-    const Update* updates;  // [adapters, depth, LINEARS]
-    int64_t rank;           // the largest
+    const PackedWeight* packed;  // [depth, LINEARS], or null
+    const Update* updates;       // [adapters, depth, LINEARS]
+    int64_t rank;                // the largest
     float eps, norm_offset, embedding_scale, attention_scale, attn_softcap, final_softcap;  // no cap: 0
 };
 
@@ -203,6 +224,7 @@ struct Run {
     float* out;
     int64_t stride;
     Linear linear;
+    const PackedWeight* packed;  // in the place of w
 };
 
 // How far ahead of the row that is read another is prefetched, and how much of a stage's matrix is fetched while
@@ -246,13 +268,15 @@ struct Worker {
     float *query, *scores;         // [G, D], [G, 256]
     float *row, *low;              // [H or D], [rank]
     const W* zeros;                // [D]
+    W* dense;                      // [H, I or Hq D], a row of a packed matrix
 
     Worker(Step<W>& s, int64_t index, int64_t team)
         : step(s), model(s.model), index(index), team(team), rows(s.rows), T(s.tokens), H(s.model.hidden), D(s.model.head_dim),
           group(s.model.heads / s.model.kv_heads), wide(padded(H)), attended_wide(padded(model.heads * D)),
           inner_wide(padded(model.inner)), projected_wide(padded((model.heads + 2 * model.kv_heads) * D)),
           head_wide(padded(D)), rank_wide(padded(model.rank)),
-          arena(rows * (2 * wide + attended_wide) + (group + 1) * head_wide + group * 256 + wide + head_wide + rank_wide) {
+          arena(rows * (2 * wide + attended_wide) + (group + 1) * head_wide + group * 256 + wide + head_wide + rank_wide +
+                (model.packed ? wide + inner_wide + attended_wide : 0)) {
         x = arena.take(rows * wide);
         normed = arena.take(rows * wide);
         attended = arena.take(rows * attended_wide);
@@ -261,6 +285,7 @@ struct Worker {
         scores = arena.take(group * 256);
         row = arena.take(wide + head_wide);
         low = arena.take(rank_wide);
+        dense = model.packed ? reinterpret_cast<W*>(arena.take(wide + inner_wide + attended_wide)) : nullptr;
     }
 
     // Until all threads are here; `rows` rows of K at `next` are what this one reads afterwards.
@@ -322,22 +347,41 @@ struct Worker {
     // ---- matrix times vectors ----
 
     template <int N>
-    void products(const Run<W>& run, int64_t i, int64_t b, int64_t K, const float* a, int64_t a_stride,
+    void products(const Run<W>& run, const W* w, int64_t i, int64_t b, int64_t K, const float* a, int64_t a_stride,
                   const W* ahead) const {
         float out[N];
-        dots<N>(run.w + i * K, K, a + b * a_stride, a_stride, ahead, out);
+        dots<N>(w, K, a + b * a_stride, a_stride, ahead, out);
         const float bias = run.bias ? widen(run.bias[i]) : 0.0f;
         for (int n = 0; n < N; ++n) run.out[(b + n) * run.stride + i] = out[n] + bias;
+    }
+
+    // Row i of a packed matrix, rounded to W, which its readers find in the nearest cache.
+    const W* unpacked(const PackedWeight& w, int64_t i, int64_t K) const {
+        if (w.values) {
+            const int8_t* from = w.values + i * K;
+            const Vec scale = fill(w.scale[i]), unit = fill(1.0f / 127);
+            int64_t k = 0;
+            for (; k + 8 <= K; k += 8) simd::store(load_bytes(from + k) * scale * unit, dense + k);
+            for (; k < K; ++k) round_to(static_cast<float>(from[k]) * w.scale[i] * (1.0f / 127), dense + k);
+            return dense;
+        }
+        const Decoder<W> decode(w.nf4);
+        const int64_t size = w.nf4.block, first = i * K / size;
+        for (int64_t b = 0; b < K / size; ++b) decode(first + b, scale_of(w.nf4, first + b), size, dense + b * size);
+        return dense;
     }
 
     // One row of the matrix for all n rows of a: it stays in the nearest cache.
     void rows_of_batch(const Run<W>& run, int64_t i, int64_t K, const float* a, int64_t a_stride, int64_t n,
                        const W* ahead) const {
+        const W* w = run.packed ? unpacked(*run.packed, i, K) : run.w + i * K;
         int64_t b = 0;
-        for (; b + 4 <= n; b += 4, ahead = nullptr) products<4>(run, i, b, K, a, a_stride, ahead);
-        for (; b + 2 <= n; b += 2, ahead = nullptr) products<2>(run, i, b, K, a, a_stride, ahead);
-        if (b < n) products<1>(run, i, b, K, a, a_stride, ahead);
+        for (; b + 4 <= n; b += 4, ahead = nullptr) products<4>(run, w, i, b, K, a, a_stride, ahead);
+        for (; b + 2 <= n; b += 2, ahead = nullptr) products<2>(run, w, i, b, K, a, a_stride, ahead);
+        if (b < n) products<1>(run, w, i, b, K, a, a_stride, ahead);
     }
+
+    static const W* row_of(const W* w, int64_t i, int64_t K) { return w ? w + i * K : nullptr; }
 
     // a [n, K] times the runs. `next` is where the thread will read afterwards.
     void multiply(const Run<W>* runs, int count, int64_t K, const float* a, int64_t a_stride, int64_t n,
@@ -345,10 +389,10 @@ struct Worker {
         const int64_t distance = (AHEAD / static_cast<int64_t>(sizeof(W)) + K - 1) / K;  // in rows
         for (int r = 0; r < count; ++r) {
             const Run<W>& run = runs[r];
-            const W* then = r + 1 < count ? runs[r + 1].w + runs[r + 1].first * K : next;
+            const W* then = r + 1 < count ? row_of(runs[r + 1].w, runs[r + 1].first, K) : next;
             for (int64_t i = run.first; i < run.last; ++i) {
                 const int64_t over = i + distance - run.last;
-                const W* ahead = over < 0 ? run.w + (i + distance) * K : then ? then + over * K : nullptr;
+                const W* ahead = over < 0 ? row_of(run.w, i + distance, K) : then ? then + over * K : nullptr;
                 rows_of_batch(run, i, K, a, a_stride, n, ahead);
             }
         }
@@ -394,35 +438,42 @@ struct Worker {
     }
 
     // This thread's share of all rows of w [n, K]
-    Run<W> share_of(const W* w, const W* bias, int64_t n, float* out, int64_t stride, Linear linear) const {
-        return {w, bias, share(n, index), share(n, index + 1), out, stride, linear};
+    Run<W> share_of(const W* w, const W* bias, int64_t n, float* out, int64_t stride, int64_t l, Linear linear) const {
+        return {w, bias, share(n, index), share(n, index + 1), out, stride, linear, packed(l, linear)};
     }
 
-    const W* start_of(const W* w, int64_t n, int64_t K) const { return w + share(n, index) * K; }
+    const PackedWeight* packed(int64_t l, Linear linear) const {
+        if (!model.packed || linear == NONE) return nullptr;
+        const PackedWeight* found = model.packed + l * LINEARS + linear;
+        return found->values || found->nf4.codes ? found : nullptr;
+    }
+
+    const W* start_of(const W* w, int64_t n, int64_t K) const { return row_of(w, share(n, index), K); }
 
     // The part of rows [first, first + n) of the stacked q, k, v that is this thread's
     void add_part(Run<W>* runs, int& count, const W* w, const W* bias, int64_t first, int64_t n, int64_t all,
-                  Linear linear) const {
+                  int64_t l, Linear linear) const {
         const int64_t from = share(all, index) - first, to = share(all, index + 1) - first;
         const int64_t low = from > 0 ? from : 0, high = smaller(to, n);
-        if (low < high) runs[count++] = {w, bias, low, high, step.projected + first, projected_wide, linear};
+        if (low < high) runs[count++] = {w, bias, low, high, step.projected + first, projected_wide, linear, packed(l, linear)};
     }
 
     // ---- stages ----
 
-    int parts(const Layer<W>& layer, Run<W>* runs) const {
+    int parts(int64_t l, Run<W>* runs) const {
+        const Layer<W>& layer = model.layers[l];
         const int64_t q = model.heads * D, k = model.kv_heads * D, all = q + 2 * k;
         int count = 0;
-        add_part(runs, count, layer.q, layer.q_bias, 0, q, all, Q);
-        add_part(runs, count, layer.k, layer.k_bias, q, k, all, K_);
-        add_part(runs, count, layer.v, layer.v_bias, q + k, k, all, V);
+        add_part(runs, count, layer.q, layer.q_bias, 0, q, all, l, Q);
+        add_part(runs, count, layer.k, layer.k_bias, q, k, all, l, K_);
+        add_part(runs, count, layer.v, layer.v_bias, q + k, k, all, l, V);
         return count;
     }
 
     void project(const Layer<W>& layer, int64_t l) {
         norm_x(layer.input_norm);
         Run<W> runs[3];
-        const int count = parts(layer, runs);
+        const int count = parts(l, runs);
         multiply(runs, count, H, normed, wide, rows, start_of(layer.o, H, model.heads * D));
         adapt(runs, count, l, H, normed, wide);
     }
@@ -664,8 +715,8 @@ struct Worker {
     }
 
     void feed(const Layer<W>& layer, int64_t l) {
-        const Run<W> runs[] = {share_of(layer.gate, layer.gate_bias, model.inner, step.gate, inner_wide, GATE),
-                               share_of(layer.up, layer.up_bias, model.inner, step.inner, inner_wide, UP)};
+        const Run<W> runs[] = {share_of(layer.gate, layer.gate_bias, model.inner, step.gate, inner_wide, l, GATE),
+                               share_of(layer.up, layer.up_bias, model.inner, step.inner, inner_wide, l, UP)};
         multiply(runs, 2, H, normed, wide, rows, start_of(layer.down, H, model.inner));
         adapt(runs, 2, l, H, normed, wide);
         for (int64_t b = 0; b < rows; ++b) {
@@ -686,7 +737,7 @@ struct Worker {
         const int64_t batch = rows / T;
         for (int64_t b = 0; b < batch; ++b)  // of the last tokens only
             rms_norm(x + (b * T + T - 1) * wide, model.norm, H, normed + b * wide);
-        const Run<W> run = share_of(model.head, nullptr, model.vocab, step.logits, model.vocab, NONE);
+        const Run<W> run = share_of(model.head, nullptr, model.vocab, step.logits, model.vocab, 0, NONE);
         multiply(&run, 1, H, normed, wide, batch, nullptr);
         const float cap = model.final_softcap;
         if (cap == 0) return;
@@ -710,7 +761,7 @@ struct Worker {
             attend(layer, step.contexts[l]);
             wait(start_of(layer.o, H, wide_q), length(H), wide_q);
             merge(step.contexts[l]);
-            const Run<W> o = share_of(layer.o, layer.o_bias, H, step.delta, wide, O);
+            const Run<W> o = share_of(layer.o, layer.o_bias, H, step.delta, wide, l, O);
             multiply(&o, 1, wide_q, attended, attended_wide, rows, start_of(layer.gate, I, H));
             adapt(&o, 1, l, wide_q, attended, attended_wide);
             wait(start_of(layer.gate, I, H), length(I), H);
@@ -719,10 +770,10 @@ struct Worker {
             norm_x(sandwich ? layer.pre_feedforward_norm : layer.post_attention_norm);
             feed(layer, l);
             wait(start_of(layer.down, H, I), length(H), I);
-            const Run<W> down = share_of(layer.down, layer.down_bias, H, step.delta, wide, DOWN);
-            Run<W> next[3] = {share_of(model.head, nullptr, model.vocab, nullptr, 0, NONE)};
-            if (l + 1 < model.depth) parts(model.layers[l + 1], next);
-            const W* start = next[0].w + next[0].first * H;
+            const Run<W> down = share_of(layer.down, layer.down_bias, H, step.delta, wide, l, DOWN);
+            Run<W> next[3] = {share_of(model.head, nullptr, model.vocab, nullptr, 0, 0, NONE)};
+            if (l + 1 < model.depth) parts(l + 1, next);
+            const W* start = row_of(next[0].w, next[0].first, H);
             multiply(&down, 1, I, step.inner, inner_wide, rows, start);
             adapt(&down, 1, l, I, step.inner, inner_wide);
             wait(start, next[0].last - next[0].first, H);

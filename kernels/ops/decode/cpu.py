@@ -10,6 +10,9 @@ from torch import Tensor
 
 from ... import dispatch
 from ...dispatch import CPU_DTYPES, FLOAT, INT64, POINTER
+from ..int8 import Int8Tensor
+from ..nf4 import NF4Tensor
+from ..nf4.cpu import PackedNF4, packed_arguments
 from ..swiglu import Activation
 
 if TYPE_CHECKING:
@@ -20,6 +23,12 @@ LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 """The linear layers of a layer, in the order of `Linear` of cpu.cpp."""
 
 
+class PackedWeight(ctypes.Structure):
+    """`PackedWeight` of cpu.cpp: a matrix in 4 bits or in 8, or neither."""
+
+    _fields_ = (("nf4", PackedNF4), ("values", POINTER), ("scale", POINTER))
+
+
 class Model(ctypes.Structure):
     """`Model` of cpu.cpp: a plan, without the caches."""
 
@@ -27,7 +36,7 @@ class Model(ctypes.Structure):
         *((name, POINTER) for name in ("embedding", "norm", "head", "layers")),
         *((name, INT64) for name in ("depth", "vocab", "hidden", "inner")),
         *((name, INT64) for name in ("heads", "kv_heads", "head_dim", "activation")),
-        ("updates", POINTER),
+        *((name, POINTER) for name in ("packed", "updates")),
         ("rank", INT64),
         *((name, FLOAT) for name in ("eps", "norm_offset", "embedding_scale")),
         *((name, FLOAT) for name in ("attention_scale", "attn_softcap", "final_softcap")),
@@ -39,6 +48,7 @@ class PackedPlan(NamedTuple):
 
     op: str
     layers: array  # `Layer[depth]` of cpu.cpp
+    packed: ctypes.Array | None  # `PackedWeight[depth, LINEARS]`, if one is packed
     updates: array  # `Update[adapters, depth, LINEARS]`
     model: Model  # which points to the layers and updates
 
@@ -47,8 +57,12 @@ def pack(plan: "DecodePlan") -> PackedPlan:
     """Return the plan as the kernel reads it. The order of a layer's fields is DecodeLayer's."""
     layers = array("q")
     for layer in plan.layers:
-        layers.extend(0 if tensor is None else tensor.data_ptr() for tensor in layer[:-1])
+        layers.extend(t.data_ptr() if isinstance(t, Tensor) else 0 for t in layer[:-1])
         layers.append(layer.rope)
+    weights = [getattr(layer, name) for layer in plan.layers for name in LINEARS]
+    packed = None
+    if not all(isinstance(weight, Tensor) for weight in weights):
+        packed = (PackedWeight * len(weights))(*map(_packed_weight, weights))
     updates, rank = array("B"), 0  # of bytes: three whole numbers and a double each
     for adapter in plan.adapters:
         for by_name in adapter:
@@ -73,6 +87,7 @@ def pack(plan: "DecodePlan") -> PackedPlan:
         plan.num_kv_heads,
         plan.head_dim,
         Activation[plan.activation],
+        0 if packed is None else ctypes.addressof(packed),
         updates.buffer_info()[0] if updates else 0,
         rank,
         plan.eps,
@@ -82,7 +97,16 @@ def pack(plan: "DecodePlan") -> PackedPlan:
         plan.attn_softcap or 0,
         plan.final_softcap or 0,
     )
-    return PackedPlan(f"decode_{CPU_DTYPES[plan.dtype]}", layers, updates, model)
+    return PackedPlan(f"decode_{CPU_DTYPES[plan.dtype]}", layers, packed, updates, model)
+
+
+def _packed_weight(weight: Tensor | NF4Tensor | Int8Tensor) -> PackedWeight:
+    if isinstance(weight, NF4Tensor):
+        return PackedWeight(packed_arguments(weight))
+    found = PackedWeight()
+    if isinstance(weight, Int8Tensor):
+        found.values, found.scale = weight.values.data_ptr(), weight.scale.data_ptr()
+    return found
 
 
 def decode_step(

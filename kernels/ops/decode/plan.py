@@ -7,12 +7,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..frozen_linear.dense import Packed
+from ..nf4 import NF4Tensor
 from ..swiglu import check_activation
 from . import cpu
 
 
 class DecodeLayer(NamedTuple):
     """The weights of one layer, named like the modules of model files.
+
+    The seven matrices are dense, or packed in NF4, FP4 or int8. A packed one is taken as
+    `dequantize` makes it dense in the plan's dtype.
 
     With sandwich norms (`pre_feedforward_norm` and `post_feedforward_norm`, both or none),
     `post_attention_norm` is the norm of attention's output; without, it is the norm before the MLP.
@@ -42,13 +47,13 @@ class DecodeLayer(NamedTuple):
     """
 
     input_norm: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    o: Tensor
-    gate: Tensor
-    up: Tensor
-    down: Tensor
+    q: Tensor | Packed
+    k: Tensor | Packed
+    v: Tensor | Packed
+    o: Tensor | Packed
+    gate: Tensor | Packed
+    up: Tensor | Packed
+    down: Tensor | Packed
     post_attention_norm: Tensor
     pre_feedforward_norm: Tensor | None = None
     post_feedforward_norm: Tensor | None = None
@@ -81,9 +86,9 @@ class DecodeUpdate(NamedTuple):
 class DecodePlan:
     """A model made ready for `decode_step`: its tensors, checked once, and its sizes.
 
-    All tensors are contiguous, in host memory and of one dtype, fp32 or bf16. The plan keeps them
-    alive and sees changes made to their values in place. Several threads may use it at a time, each
-    with a cache of its own.
+    All dense tensors are contiguous, in host memory and of one dtype, fp32 or bf16. The plan keeps
+    them alive and sees changes made to their values in place. Several threads may use it at a time,
+    each with a cache of its own.
 
     Args:
         embedding: the rows of the tokens [V, H].
@@ -200,9 +205,20 @@ class DecodePlan:
                         if not part.is_cpu or not part.is_contiguous():
                             raise ValueError(f"{what} must be contiguous and in host memory")
 
-    def _check(self, name: str, tensor: Tensor, *shape: int) -> None:
-        if tensor.shape != shape:
+    def _check(self, name: str, tensor: Tensor | Packed, *shape: int) -> None:
+        if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} is {list(tensor.shape)}, expected {list(shape)}")
+        if not isinstance(tensor, Tensor):
+            if name.rpartition(".")[2] not in cpu.LINEARS:
+                raise ValueError(f"{name} must be dense")
+            if isinstance(tensor, NF4Tensor) and shape[1] % tensor.block_size:
+                raise ValueError(f"{name} has rows that are no multiple of its block")
+            parts = (
+                (tensor.codes,) if isinstance(tensor, NF4Tensor) else (tensor.values, tensor.scale)
+            )
+            if not all(part.is_cpu and part.is_contiguous() for part in parts):
+                raise ValueError(f"{name} must be contiguous and in host memory")
+            return
         if tensor.dtype != self.dtype:
             raise ValueError(f"{name} is {tensor.dtype}, the embedding {self.dtype}")
         if tensor.device.type != "cpu" or not tensor.is_contiguous():

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..frozen_linear.dense import dequantize
 from ..swiglu.reference import activate
 from .plan import DecodeCache, DecodePlan
 
@@ -50,7 +51,8 @@ def decode_step(
         return x * scale * (weight.to(wide) + plan.norm_weight_offset)
 
     def linear(x, weight, bias=None):
-        return F.linear(x, weight.to(wide), None if bias is None else bias.to(wide))
+        dense = weight if isinstance(weight, Tensor) else dequantize(weight, plan.dtype)
+        return F.linear(x, dense.to(wide), None if bias is None else bias.to(wide))
 
     def adapted(x, i, name):
         layer = plan.layers[i]._asdict()
