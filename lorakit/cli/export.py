@@ -110,7 +110,9 @@ def _pattern(text: str) -> tuple[str, str]:
 
 def _files(args: argparse.Namespace) -> dict[Path, str]:
     """Return the files to write, each with its quantization."""
-    types = args.type or ["q4_k_m"]
+    types = list(dict.fromkeys(args.type or ["q4_k_m"]))
+    if args.adapter is None and (args.out / "adapter_config.json").is_file():
+        raise lk.LorakitError(f"{args.out} is an adapter: name what to write after it")
     if len(types) == 1 and not args.out.is_dir():
         return {args.out: types[0]}
     if args.out.suffix == ".gguf":
@@ -118,6 +120,7 @@ def _files(args: argparse.Namespace) -> dict[Path, str]:
             f"{args.out} is one file, and --type names {len(types)} of them: give a directory"
         )
     name = args.name or Path(args.model).expanduser().absolute().name.removesuffix(".gguf")
+    name = name.replace("/", "-")  # a name may be any text
     return {args.out / f"{name}-{each.upper()}.gguf": each for each in types}
 
 

@@ -145,6 +145,8 @@ def checked_file(file: str | Path) -> Path:
     file = as_path(file)
     if file.is_dir():
         raise LorakitError(f"{file} is a directory: name a file, such as {file}/model.gguf")
+    if file.suffix != ".gguf":  # by which programs know it; and no weights are overwritten
+        raise LorakitError(f"{file} does not end in .gguf: name a file, such as {file}/model.gguf")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

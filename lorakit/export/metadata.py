@@ -53,8 +53,10 @@ def model_metadata(
         if value is not None and name != "sliding_window_pattern":
             found[key] = float(value) if name in _FLOATS else int(value)
     found["attention.value_length"] = found["rope.dimension_count"] = config.head_dim
-    if not any(config.sliding_layers):
+    if config.sliding_window is None or not any(config.sliding_layers):
         found.pop("attention.sliding_window", None)
+        if arch == "gemma2":  # where llama.cpp takes 4096 if the file says nothing
+            found["attention.sliding_window"] = found["context_length"]
     elif arch == "gemma3":
         found["attention.sliding_window_pattern"] = list(config.sliding_layers)
     found |= _rope_scaling(config.rope)
@@ -98,10 +100,11 @@ def check_said(
         tied: Whether the head is the embedding.
         context_length: The number of positions that the file will state; None for the model's.
     """
-    if context_length is not None and not 0 < context_length <= config.context_length:
+    allowed = range(1, config.context_length + 1)
+    if context_length is not None and context_length not in allowed:
         raise LorakitError(
             f"context_length must lie between 1 and the model's {config.context_length}, not "
-            f"{context_length}"
+            f"{context_length!r}"
         )
     for what in (
         _unsaid_rope(config, arch),

@@ -269,7 +269,13 @@ def write_gguf(path: Path, metadata: Mapping[str, Any], tensors: Iterable[NewTen
             writer.write_ti_data_to_file()
             bar = tqdm(tensors, f"writing {path.name}", unit="tensor", disable=None, leave=False)
             for tensor in bar:
-                writer.write_tensor_data(tensor.data())
+                data = tensor.data()
+                try:
+                    writer.write_tensor_data(data)
+                except OSError as error:  # numpy's says two numbers
+                    raise OSError(
+                        f"{path} cannot be written ({error}): is the disk full?"
+                    ) from None
         finally:
             writer.close()
 

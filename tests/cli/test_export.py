@@ -76,6 +76,8 @@ def test_what_is_wrong_is_one_sentence(model, tmp_path, capsys):
         ([str(model), file, "--tensor-type", "ffn_dwn=q8_0"], "fits no matrix"),
         ([str(model), file, "--calibrate", str(tmp_path / "none")], "does not exist"),
         ([str(model), file, "--context-length", "100"], "the model's 64"),
+        ([str(model), str(tmp_path / "m")], "does not end in .gguf"),
+        ([str(model), str(model / "model.safetensors")], "does not end in .gguf"),
     ]:
         assert main(["export", *command]) == 1
         err = capsys.readouterr().err
@@ -85,12 +87,44 @@ def test_what_is_wrong_is_one_sentence(model, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_adapter_without_a_file_to_write(model, adapter, capsys):
+    """The adapter stands where the file would; no model goes into its directory."""
+    before = {file.name for file in adapter.iterdir()}
+    assert main(["export", str(model), str(adapter)]) == 1
+    assert "is an adapter: name what to write after it" in capsys.readouterr().err
+    assert {file.name for file in adapter.iterdir()} == before
+
+
+def test_a_name_may_hold_a_slash(model, tmp_path):
+    command = ["export", str(model), str(tmp_path), "--type", "q8_0", "--name", "../a/b"]
+    assert main(command) == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["..-a-b-Q8_0.gguf"]
+
+
 @pytest.mark.parametrize("wrong", [["--type", "q3_k"], ["--tensor-type", "q8_0"], ["--to", "onnx"]])
 def test_wrong_usage(model, tmp_path, wrong, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["export", str(model), str(tmp_path / "m.gguf"), *wrong])
     assert caught.value.code == 2
     assert "usage" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_sentence(model, tmp_path):
+    """The system lets the process write 20 kB of a file; an older file stays as it was."""
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"older")
+    code = f"""if True:
+        import resource, sys
+        from lorakit.cli.main import main
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        sys.exit(main(["export", {str(model)!r}, {str(file)!r}]))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"lorakit: {file} cannot be written (")
+    assert done.stderr.count("\n") == 1
+    assert [each.name for each in tmp_path.iterdir()] == ["m.gguf"]
+    assert file.read_bytes() == b"older"
 
 
 def test_ctrl_c_leaves_no_half_file(model, tmp_path):

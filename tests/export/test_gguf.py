@@ -124,6 +124,16 @@ def test_a_bias_without_a_place_is_refused(tmp_path):
     assert not list(tmp_path.glob("*m.gguf*"))
 
 
+def test_gemma2_without_windows_says_so(tmp_path):
+    """llama.cpp takes 4096 if a file names no window."""
+    full = ["full_attention"] * 2
+    sizes = {"num_hidden_layers": 2, "layer_types": full, "max_position_embeddings": 8192}
+    directory = write_model(tmp_path / "model", "gemma2", **sizes)
+    lk.export_gguf(directory, tmp_path / "m.gguf", quantization="f32")
+    metadata = read_header(tmp_path / "m.gguf").metadata
+    assert metadata["gemma2.attention.sliding_window"] == 8192
+
+
 SLIDING = {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "attention_factor": 1.0}
 REFUSED = [
