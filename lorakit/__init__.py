@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _HOME = {
     "AdaLoraConfig": "adapters.methods.adalora",
     "Drift": "adapters.merge",
+    "ExportCheck": "export.check",
     "GgufFile": "export.gguf",
     "IA3Config": "adapters.methods.ia3",
     "Importance": "export.importance",
@@ -36,6 +37,7 @@ _HOME = {
     "adapter_names": "adapters.manage",
     "adapter_rows": "adapters.manage",
     "attach": "adapters.attach",
+    "check_export": "export.check",
     "collate_packed": "data.packing",
     "combine_adapters": "adapters.combine",
     "convert_adapter": "adapters.peft_files.convert",

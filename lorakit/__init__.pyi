@@ -46,6 +46,8 @@ from lorakit.evaluation.evaluate import evaluate as evaluate
 from lorakit.evaluation.metrics import rouge_l as rouge_l
 from lorakit.evaluation.plots import plot_runs as plot_runs
 from lorakit.evaluation.quantization_report import quantize_report as quantize_report
+from lorakit.export.check import ExportCheck as ExportCheck
+from lorakit.export.check import check_export as check_export
 from lorakit.export.gguf import GgufFile as GgufFile
 from lorakit.export.gguf import export_gguf as export_gguf
 from lorakit.export.gguf_adapter import export_gguf_adapter as export_gguf_adapter

@@ -20,7 +20,7 @@ ORDER = [
     {"adapters": set(), "data": {"pyarrow"}},
     {"inference": {"tokenizers"}},
     {"evaluation": {"matplotlib"}},
-    {"export": {"numpy"}},
+    {"export": {"numpy", "xllamacpp"}},
     {"training": {"tensorboard"}},
     {"compat": set()},
 ]

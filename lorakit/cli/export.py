@@ -24,7 +24,7 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
         parents=[common],
         help="write a model for llama.cpp, Ollama or LM Studio",
         description="Write a model as a GGUF file, with an adapter in its weights if one is given, "
-        "and print which block formats it has.",
+        "and print which block formats it has. The file is read back and run beside the model.",
     )
     parser.add_argument("model", help=MODEL_HELP)
     parser.add_argument("adapter", nargs="?", type=Path, help=ADAPTER_HELP)
@@ -67,12 +67,29 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
         metavar="N",
         help="positions that the file states (default: the model's)",
     )
+    _add_check(parser)
     parser.set_defaults(run=export)
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the check of the written files."""
+    parser.add_argument(
+        "--rows",
+        type=Path,
+        metavar="FILE",
+        help="file of rows to check the written file on, such as those held out of the training "
+        "(default: those of --calibrate, or a short text of lorakit's own)",
+    )
+    parser.add_argument(
+        "--no-check", action="store_true", help="do not read the written file back and run it"
+    )
 
 
 def export(args: argparse.Namespace) -> int:
     """Write the files, and return the exit code."""
     files = _files(args)
+    if args.rows is not None:
+        lk.read_rows(args.rows)  # an error in them should not take minutes
     imatrix = None if args.imatrix is None else lk.load_importance(args.imatrix)
     if args.calibrate is not None:
         imatrix = _measured(args)
@@ -87,7 +104,10 @@ def export(args: argparse.Namespace) -> int:
             name=args.name,
             context_length=args.context_length,
         )
-        print(written)
+        print(written, flush=True)
+        if not args.no_check:
+            rows = args.rows or args.calibrate
+            print(lk.check_export(file, args.model, args.adapter, rows=rows), flush=True)
     return 0
 
 
