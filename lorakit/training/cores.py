@@ -6,8 +6,9 @@ LoRA, in a dtype and on a processor for which the kernels have products.
 
 Other models are multiplied by torch, on OpenMP's threads, which wait for the slowest of them at
 every loop. While a run often waits for a processor, `FewerThreads` gives torch half of its threads,
-and half again. Then sums may have other last bits, as they have with another number of threads in
-any case, so it is said, and a number that somebody has set stays.
+and half again. Then torch's fp32 products and sums have other last bits, as with another number of
+threads in any case. So it is said, a number that somebody has set stays, before the run or in it,
+and all do where torch is asked for deterministic algorithms.
 """
 
 from collections.abc import Callable, Iterator
@@ -79,14 +80,16 @@ def _by_kernels(module: nn.Module) -> bool:
 class FewerThreads:
     """Takes threads from torch in a run while others keep the processors busy.
 
-    Nothing happens where torch has one thread, or as many as somebody has set, and where the system
-    does not tell how long the run waits for processors.
+    Nothing happens where torch has one thread, or as many as somebody has set, where it is asked
+    for deterministic algorithms (`torch.use_deterministic_algorithms`), and where the system does
+    not tell how long the run waits for processors.
     """
 
     def __init__(self, say: Callable[[str], None]):
         """Begin to watch the thread that calls; `say` gets one line if threads are taken away."""
         self.say, self.said = say, False
-        self.all = 1 if processors.set_by_hand() else torch.get_num_threads()
+        stays = processors.set_by_hand() or torch.are_deterministic_algorithms_enabled()
+        self.count = self.all = 1 if stays else torch.get_num_threads()
         self.calm = self.again = self.now = perf_counter()  # when the run last had processors
         self.waited = processors.waited() if self.all > 1 else None
 
@@ -94,24 +97,30 @@ class FewerThreads:
         """Take threads away, or give them back, by how long the run has waited of late."""
         if self.waited is None:
             return
+        if torch.get_num_threads() != self.count:  # somebody has set it since
+            self.waited = None
+            return
         now, waited = perf_counter(), processors.waited() or 0.0
         share = (waited - self.waited) / (now - self.now)
         self.now, self.waited = now, waited
-        count = torch.get_num_threads()
-        if count < self.all and now >= self.again:
-            torch.set_num_threads(self.all)
+        if self.count < self.all and now >= self.again:
+            self._set(self.all)
             self.calm = now
         elif share < STARVED:
             self.calm = now
-        elif count > 1 and now - self.calm >= PATIENCE:
-            torch.set_num_threads(count // 2)
+        elif self.count > 1 and now - self.calm >= PATIENCE:
+            self._say_once(share, self.count)
+            self._set(self.count // 2)
             self.calm, self.again = now, now + AGAIN
-            self._say_once(share, count)
 
     def end(self) -> None:
-        """Give torch all its threads back."""
-        if self.waited is not None:
-            torch.set_num_threads(self.all)
+        """Give torch the threads back that were taken away."""
+        if self.waited is not None and torch.get_num_threads() == self.count:
+            self._set(self.all)
+
+    def _set(self, count: int) -> None:
+        torch.set_num_threads(count)
+        self.count = count
 
     def _say_once(self, share: float, count: int) -> None:
         if not self.said:

@@ -25,10 +25,10 @@ EXTRA = {
     "gguf_blocks": {"fits.py", "layouts.py"},
     "lora_linear": {"float8.py", "tensors.py"},
     "nf4": {"tensor.py", "packed.h"},
-    "products": {"terms.py"},
+    "products": {"terms.py", "sums.h", "pairs.h", "floats.h"},
     "rms_norm": {"row.h"},
     "rope": {"norms.py"},
-    "swiglu": {"activation.py"},
+    "swiglu": {"activation.py", "updates.py"},
 }
 FUNCTIONS = [name for name in kernels.__all__ if inspect.isfunction(getattr(kernels, name))]
 CLASSES = [name for name in kernels.__all__ if inspect.isclass(getattr(kernels, name))]

@@ -6,6 +6,7 @@ import torch
 import lorakit as lk
 from lorakit.kernels import processors, threads
 from lorakit.kernels.ops import products
+from lorakit.kernels.ops.attention.flash import deterministic
 from lorakit.models.packed_layers import NF4Linear
 from lorakit.training import cores
 from tests.conftest import ROWS, tiny_llama, write_tokenizer
@@ -170,6 +171,23 @@ def test_a_number_that_was_set_stays(shared, monkeypatch):
     _, _, lines = shared
     monkeypatch.setattr(processors, "set_by_hand", lambda: True)
     assert cores.FewerThreads(lines.append).waited is None
+
+
+@pytest.mark.parametrize("taken", [0, 10])
+def test_a_number_that_is_set_in_the_run_stays(shared, taken):
+    """It is set before threads were taken away, or after that."""
+    fewer, steps, _ = shared
+    steps(1, taken + 1, 0.5)
+    torch.set_num_threads(3)
+    assert steps(400, 1, 0.5) == 3
+    fewer.end()
+    assert torch.get_num_threads() == 3
+
+
+def test_threads_stay_where_torch_is_to_be_deterministic(shared):
+    _, _, lines = shared
+    with deterministic():
+        assert cores.FewerThreads(lines.append).waited is None
 
 
 def test_where_the_system_does_not_tell_nothing_happens(shared, monkeypatch):

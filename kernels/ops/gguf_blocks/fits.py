@@ -197,7 +197,7 @@ def fit_positive(x: Tensor, w: Tensor, top: int) -> tuple[Tensor, Tensor]:
             changed |= better
         going &= changed
     nothing = highest < NOTHING
-    scale = torch.where(nothing | (sum_qq <= 0), 0, sum_xq / sum_qq)
+    scale = torch.where(~nothing & (sum_qq > 0), sum_xq / sum_qq, 0)  # NaN: 0
     # llama.cpp takes a negative x too, whose code wraps around
     return scale, torch.where(nothing, 0, q).to(torch.int32).to(torch.uint8)
 
