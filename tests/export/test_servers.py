@@ -1,4 +1,4 @@
-"""Adapters for vLLM and SGLang: plain LoRA that PEFT computes alike, and the command."""
+"""Adapters for vLLM and SGLang: plain LoRA of which PEFT computes the same, and the command."""
 
 import json
 

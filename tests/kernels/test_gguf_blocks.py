@@ -50,6 +50,7 @@ IMPORTANCE = {
     "half zeros": (torch.arange(768) % 2).float(),
     "blocks of zeros": (torch.arange(768) // 32 % 2).float(),
     "zeros": torch.zeros(768),
+    "overflowing": torch.full((768,), 1e38),
 }
 
 
