@@ -21,9 +21,9 @@ A sandwich layer (Gemma 2 and 3) also takes the norm of what attention and the M
 are stored rotated, so that a layer with a window needs no more than a ring of slots.
 
 Weights are fp32 or bf16 and widened exactly; everything else is fp32. The matrices of layers may be
-packed in 4 bits or in 8: a row is made dense, in the nearest cache, right before it is used. The
-new keys and values are the only activations that are rounded: when they are stored, and attention
-reads them rounded.
+packed in 4 bits or in 8: a row is multiplied as it is packed, without rounding. The new keys and
+values are the only activations that are rounded: when they are stored, and attention reads them
+rounded.
 
 Memory layout
 -------------

@@ -69,17 +69,23 @@ inline Vec any_exponential(Vec x) {
 }
 #endif
 
-// Eight bytes as numbers.
+// Eight whole numbers of a byte, or the first of them, the rest 0.
 #if defined(__AVX2__)
-inline Vec load_bytes(const int8_t* p) {
+inline Vec load(const int8_t* p) {
     const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
     return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))};
 }
 #else
-inline Vec load_bytes(const int8_t* p) {
+inline Vec load(const int8_t* p) {
     return lanes([&](int i) { return static_cast<float>(p[i]); });
 }
 #endif
+inline Vec load(const int8_t* p, First part) {
+    int8_t padded[8] = {};
+    std::memcpy(padded, p, static_cast<size_t>(part.count));
+    return load(padded);
+}
+using simd::load;
 
 inline int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
 
@@ -257,6 +263,38 @@ inline void dots(const W* w, int64_t K, const float* x, int64_t x_stride, const 
     for (int n = 0; n < N; ++n) out[n] = sum(part[n][0] + part[n][1]);
 }
 
+#if defined(__AVX512F__)
+// The same for row i of a matrix in 4 bits: a sum of each block's unscaled levels, times the block's scale.
+template <int N>
+inline void dots_nf4(const PackedNF4& w, int64_t i, int64_t K, const float* x, int64_t x_stride, float (&out)[N]) {
+    const __m512 levels = _mm512_loadu_ps(w.table);
+    // two lanes of 32 bits to a byte: its higher code in the even lane, its lower one in the odd; 0x80 gives a zero
+    const __m512i low = _mm512_add_epi32(_mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7),
+                                         _mm512_set1_epi32(static_cast<int>(0x80808000u)));
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8)), shift = _mm512_set1_epi64(4);
+    const int64_t block = w.block, first = i * K / block;
+    __m512 total[N];
+    for (int n = 0; n < N; ++n) total[n] = _mm512_setzero_ps();
+    for (int64_t b = 0; b < K / block; ++b) {
+        const uint8_t* codes = w.codes + (first + b) * block / 2;
+        const float* at = x + b * block;
+        __m512 even[N], odd[N];
+        for (int n = 0; n < N; ++n) even[n] = odd[n] = _mm512_setzero_ps();
+        for (int64_t k = 0; k < block; k += 32) {
+            const __m512 v = _mm512_permutexvar_ps(_mm512_srlv_epi32(spread(codes + k / 2, low), shift), levels);
+            const __m512 u = _mm512_permutexvar_ps(_mm512_srlv_epi32(spread(codes + k / 2, high), shift), levels);
+            for (int n = 0; n < N; ++n) {
+                even[n] = _mm512_fmadd_ps(v, _mm512_loadu_ps(at + n * x_stride + k), even[n]);
+                odd[n] = _mm512_fmadd_ps(u, _mm512_loadu_ps(at + n * x_stride + k + 16), odd[n]);
+            }
+        }
+        const __m512 scale = _mm512_set1_ps(scale_of(w, first + b));
+        for (int n = 0; n < N; ++n) total[n] = _mm512_fmadd_ps(_mm512_add_ps(even[n], odd[n]), scale, total[n]);
+    }
+    for (int n = 0; n < N; ++n) out[n] = _mm512_reduce_add_ps(total[n]);
+}
+#endif
+
 template <class W>
 struct Worker {
     Step<W>& step;
@@ -268,7 +306,7 @@ struct Worker {
     float *query, *scores;         // [G, D], [G, 256]
     float *row, *low;              // [H or D], [rank]
     const W* zeros;                // [D]
-    W* dense;                      // [H, I or Hq D], a row of a packed matrix
+    float* dense;                  // [H, I or Hq D], a row of a packed matrix
 
     Worker(Step<W>& s, int64_t index, int64_t team)
         : step(s), model(s.model), index(index), team(team), rows(s.rows), T(s.tokens), H(s.model.hidden), D(s.model.head_dim),
@@ -285,7 +323,7 @@ struct Worker {
         scores = arena.take(group * 256);
         row = arena.take(wide + head_wide);
         low = arena.take(rank_wide);
-        dense = model.packed ? reinterpret_cast<W*>(arena.take(wide + inner_wide + attended_wide)) : nullptr;
+        dense = model.packed ? arena.take(wide + inner_wide + attended_wide) : nullptr;
     }
 
     // Until all threads are here; `rows` rows of K at `next` are what this one reads afterwards.
@@ -347,39 +385,45 @@ struct Worker {
     // ---- matrix times vectors ----
 
     template <int N>
-    void products(const Run<W>& run, const W* w, int64_t i, int64_t b, int64_t K, const float* a, int64_t a_stride,
+    void products(const Run<W>& run, int64_t i, int64_t b, int64_t K, const float* a, int64_t a_stride,
                   const W* ahead) const {
         float out[N];
-        dots<N>(w, K, a + b * a_stride, a_stride, ahead, out);
+        const float* x = a + b * a_stride;
+        if (!run.packed) {
+            dots<N>(run.w + i * K, K, x, a_stride, ahead, out);
+        } else if (run.packed->values) {
+            dots<N>(run.packed->values + i * K, K, x, a_stride, static_cast<const int8_t*>(nullptr), out);
+            for (int n = 0; n < N; ++n) out[n] *= run.packed->scale[i] * (1.0f / 127);
+        } else {
+#if defined(__AVX512F__)
+            dots_nf4<N>(run.packed->nf4, i, K, x, a_stride, out);
+#else
+            dots<N>(dense, K, x, a_stride, static_cast<const float*>(nullptr), out);
+#endif
+        }
         const float bias = run.bias ? widen(run.bias[i]) : 0.0f;
         for (int n = 0; n < N; ++n) run.out[(b + n) * run.stride + i] = out[n] + bias;
-    }
-
-    // Row i of a packed matrix, rounded to W, which its readers find in the nearest cache.
-    const W* unpacked(const PackedWeight& w, int64_t i, int64_t K) const {
-        if (w.values) {
-            const int8_t* from = w.values + i * K;
-            const Vec scale = fill(w.scale[i]), unit = fill(1.0f / 127);
-            int64_t k = 0;
-            for (; k + 8 <= K; k += 8) simd::store(load_bytes(from + k) * scale * unit, dense + k);
-            for (; k < K; ++k) round_to(static_cast<float>(from[k]) * w.scale[i] * (1.0f / 127), dense + k);
-            return dense;
-        }
-        const Decoder<W> decode(w.nf4);
-        const int64_t size = w.nf4.block, first = i * K / size;
-        for (int64_t b = 0; b < K / size; ++b) decode(first + b, scale_of(w.nf4, first + b), size, dense + b * size);
-        return dense;
     }
 
     // One row of the matrix for all n rows of a: it stays in the nearest cache.
     void rows_of_batch(const Run<W>& run, int64_t i, int64_t K, const float* a, int64_t a_stride, int64_t n,
                        const W* ahead) const {
-        const W* w = run.packed ? unpacked(*run.packed, i, K) : run.w + i * K;
+#if !defined(__AVX512F__)
+        if (run.packed && !run.packed->values) unpack(run.packed->nf4, i, K);
+#endif
         int64_t b = 0;
-        for (; b + 4 <= n; b += 4, ahead = nullptr) products<4>(run, w, i, b, K, a, a_stride, ahead);
-        for (; b + 2 <= n; b += 2, ahead = nullptr) products<2>(run, w, i, b, K, a, a_stride, ahead);
-        if (b < n) products<1>(run, w, i, b, K, a, a_stride, ahead);
+        for (; b + 4 <= n; b += 4, ahead = nullptr) products<4>(run, i, b, K, a, a_stride, ahead);
+        for (; b + 2 <= n; b += 2, ahead = nullptr) products<2>(run, i, b, K, a, a_stride, ahead);
+        if (b < n) products<1>(run, i, b, K, a, a_stride, ahead);
     }
+
+#if !defined(__AVX512F__)
+    void unpack(const PackedNF4& w, int64_t i, int64_t K) const {
+        const Decoder<float> decode(w);
+        const int64_t size = w.block, first = i * K / size;
+        for (int64_t b = 0; b < K / size; ++b) decode(first + b, scale_of(w, first + b), size, dense + b * size);
+    }
+#endif
 
     static const W* row_of(const W* w, int64_t i, int64_t K) { return w ? w + i * K : nullptr; }
 

@@ -17,7 +17,7 @@ class DecodeLayer(NamedTuple):
     """The weights of one layer, named like the modules of model files.
 
     The seven matrices are dense, or packed in NF4, FP4 or int8. A packed one is taken as
-    `dequantize` makes it dense in the plan's dtype.
+    `dequantize` makes it dense in fp32.
 
     With sandwich norms (`pre_feedforward_norm` and `post_feedforward_norm`, both or none),
     `post_attention_norm` is the norm of attention's output; without, it is the norm before the MLP.

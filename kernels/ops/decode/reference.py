@@ -51,7 +51,7 @@ def decode_step(
         return x * scale * (weight.to(wide) + plan.norm_weight_offset)
 
     def linear(x, weight, bias=None):
-        dense = weight if isinstance(weight, Tensor) else dequantize(weight, plan.dtype)
+        dense = weight if isinstance(weight, Tensor) else dequantize(weight, torch.float32)
         return F.linear(x, dense.to(wide), None if bias is None else bias.to(wide))
 
     def adapted(x, i, name):
