@@ -1,10 +1,12 @@
 """Decoding speed on the CPU: lorakit beside transformers' generate, in one run.
 
     python benchmarks/generation.py MODEL.gguf [--dtype bfloat16] [--tokens 128] [--repeats 5]
+                                    [--quantize nf4 | int8] [--lora 16]
 
 MODEL is a directory, a .gguf file or a Hub id; both sides load the same safetensors, which are
-written to a temporary directory first. Both continue the same prompt greedily, by one
-token and by exactly --tokens more: the first takes the prompt's time, the difference is the
+written to a temporary directory first. --quantize packs lorakit's weights alone, and --lora
+attaches an adapter of that rank to all its linear layers. Both continue the same prompt greedily,
+by one token and by exactly --tokens more: the first takes the prompt's time, the difference is the
 decoding. The sides alternate, so that whatever else the machine does hits both; the figures are
 medians with the range of the repeats.
 """
@@ -31,6 +33,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--quantize", choices=("nf4", "int8"))
+    parser.add_argument("--lora", type=int, metavar="RANK")
     args = parser.parse_args()
     versions = ", ".join(f"{name} {version(name)}" for name in ("lorakit", "torch", "transformers"))
     print(
@@ -40,7 +44,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         lk.save_model(lk.load_model(args.model, dtype=args.dtype, device="cpu"), folder)
         tok = lk.load_tokenizer(folder)
-        ours = lk.load_model(folder, dtype=args.dtype, device="cpu")
+        ours = lk.load_model(folder, dtype=args.dtype, device="cpu", quantize=args.quantize)
+        if args.lora is not None:
+            lk.attach(ours, lk.LoraConfig(r=args.lora, target_modules="all-linear"))
         theirs = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, args.dtype)
         ).eval()
