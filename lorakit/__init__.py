@@ -54,6 +54,7 @@ _HOME = {
     "export_gguf_adapter": "export.gguf_adapter",
     "export_mlx": "export.mlx",
     "export_ollama": "export.ollama",
+    "fetch_adapter": "files.hub",
     "generate": "inference.generate",
     "generate_batch": "inference.generate",
     "import_mlx": "export.mlx",
@@ -73,6 +74,7 @@ _HOME = {
     "pair_losses": "training.losses.preference",
     "plot_runs": "evaluation.plots",
     "profile_training": "training.profile",
+    "push_to_hub": "export.push",
     "quantize": "models.packed_layers",
     "quantize_report": "evaluation.quantization_report",
     "read_rows": "data.rows",
@@ -86,6 +88,7 @@ _HOME = {
     "train": "training.train",
     "tune_allocator": "training.memory",
     "unmerge": "adapters.merge",
+    "write_card": "export.card",
 }
 # public name of a module -> the module
 _MODULES = {

@@ -46,6 +46,7 @@ from lorakit.evaluation.evaluate import evaluate as evaluate
 from lorakit.evaluation.metrics import rouge_l as rouge_l
 from lorakit.evaluation.plots import plot_runs as plot_runs
 from lorakit.evaluation.quantization_report import quantize_report as quantize_report
+from lorakit.export.card import write_card as write_card
 from lorakit.export.check import ExportCheck as ExportCheck
 from lorakit.export.check import check_export as check_export
 from lorakit.export.gguf import GgufFile as GgufFile
@@ -59,8 +60,10 @@ from lorakit.export.mlx import export_mlx as export_mlx
 from lorakit.export.mlx import import_mlx as import_mlx
 from lorakit.export.ollama import OllamaFiles as OllamaFiles
 from lorakit.export.ollama import export_ollama as export_ollama
+from lorakit.export.push import push_to_hub as push_to_hub
 from lorakit.export.servers import ServedAdapter as ServedAdapter
 from lorakit.export.servers import export_for_server as export_for_server
+from lorakit.files.hub import fetch_adapter as fetch_adapter
 from lorakit.inference.generate import generate as generate
 from lorakit.inference.generate import generate_batch as generate_batch
 from lorakit.models.config import ModelConfig as ModelConfig

@@ -20,7 +20,7 @@ ORDER = [
     {"adapters": set(), "data": {"pyarrow"}},
     {"inference": {"tokenizers"}},
     {"evaluation": {"matplotlib"}},
-    {"export": {"numpy", "xllamacpp"}},
+    {"export": {"numpy", "xllamacpp", "yaml"}},
     {"training": {"tensorboard"}},
     {"compat": set()},
 ]

@@ -8,8 +8,8 @@ from typing import TypeAlias
 # argparse has no public name for what `add_subparsers` returns.
 Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
-MODEL_HELP = "directory, .gguf file or Hub id of the model"
-ADAPTER_HELP = "directory of an adapter, or its .gguf file"
+MODEL_HELP = "directory, .gguf file or Hub id of the model; org/name:Q4_K_M is a GGUF file there"
+ADAPTER_HELP = "directory or Hub id of an adapter, or its .gguf file"
 OUT_HELP = "directory to write; it must be new or empty"
 DTYPE_HELP = "dtype of the model: bfloat16, float16 or float32 (default: bfloat16)"
 TEMPLATE_HELP = (

@@ -87,6 +87,8 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
 
 def export(args: argparse.Namespace) -> int:
     """Write the files, and return the exit code."""
+    if args.adapter is not None:
+        args.adapter = lk.fetch_adapter(args.adapter)
     files = _files(args)
     if args.rows is not None:
         lk.read_rows(args.rows)  # an error in them should not take minutes

@@ -76,12 +76,13 @@ def _take_prompt(args: argparse.Namespace, rest: list[str]) -> bool:
 def generate(args: argparse.Namespace) -> int:
     """Print the prompt's continuation, piece by piece, and return the exit code."""
     prompt = args.prompt if args.prompt is not None else sys.stdin.read()
-    template = chat_template(args.chat_template, args.adapter)
-    source = tokenizer_of(args.model, args.adapter)
+    adapter = None if args.adapter is None else lk.fetch_adapter(args.adapter)
+    template = chat_template(args.chat_template, adapter)
+    source = tokenizer_of(args.model, adapter)
     tok = lk.load_tokenizer(source, chat_template=template)
     model = lk.load_model(args.model, dtype=args.dtype, quantize=args.quantize)
-    if args.adapter is not None:
-        lk.load_adapter(model, args.adapter)
+    if adapter is not None:
+        lk.load_adapter(model, adapter)
     lk.generate(
         model,
         tok,

@@ -16,7 +16,7 @@ import sys
 import traceback
 
 import lorakit as lk
-from lorakit.cli import adapter, data, export, generate, merge, plot, quantize_report, train
+from lorakit.cli import adapter, data, export, generate, merge, plot, push, quantize_report, train
 from lorakit.cli.arguments import take_nothing
 
 
@@ -72,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_parser(verbs, common)
     merge.add_parser(verbs, common)
     export.add_parser(verbs, common)
+    push.add_parser(verbs, common)
     quantize_report.add_parser(verbs, common)
     data.add_parser(verbs, common)
     plot.add_parser(verbs, common)

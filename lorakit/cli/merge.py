@@ -53,11 +53,12 @@ def merge(args: argparse.Namespace) -> int:
         raise lk.LorakitError(f"{args.out} is there already, and not empty: choose another name")
     if args.base == "nf4" and args.quantize not in ("nf4", "fp4"):
         raise lk.LorakitError("--base nf4 packs again what was packed: add --quantize nf4")
-    template = chat_template(args.chat_template, args.adapter)
+    adapter = lk.fetch_adapter(args.adapter)
+    template = chat_template(args.chat_template, adapter)
     if args.chat_template is not None:  # an error in it should not take minutes
         lk.load_tokenizer(args.model, chat_template=template)
     model = lk.load_model(args.model, dtype=args.dtype, quantize=args.quantize)
-    lk.load_adapter(model, args.adapter)
+    lk.load_adapter(model, adapter)
     try:  # before the merge, not after it
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -65,12 +66,13 @@ def merge(args: argparse.Namespace) -> int:
         raise lk.LorakitError(reason) from None
     print(lk.merge(model, args.base))
     lk.save_model(model, args.out, packed=args.base == "nf4")
-    source = tokenizer_of(args.model, args.adapter)
+    source = tokenizer_of(args.model, adapter)
     new_template = template is not None and (args.out / "tokenizer.json").exists()
     if new_template or source != args.model:
         tok = lk.load_tokenizer(source, chat_template=template)
         if model.source is not None and model.source.path.is_dir():
             tok.source = model.source.path  # of its files, which lie in out, those that differ go
         tok.save(args.out)
+    lk.write_card(args.out, base_model=args.model, adapter=adapter if adapter.is_dir() else None)
     print(f"model in {args.out}")
     return 0

@@ -36,9 +36,7 @@ def train(args: argparse.Namespace) -> int:
     import torch
 
     run = lk.RunConfig.from_dict(read_run_file(args.run_file, args.overrides), str(args.run_file))
-    if run.adapter is not None:
-        _check_adapter(run.adapter)
-    adapter = None if run.adapter is None else Path(run.adapter)
+    adapter = None if run.adapter is None else _checked(lk.fetch_adapter(run.adapter))
     template = chat_template(run.chat_template, adapter)
     tok = lk.load_tokenizer(tokenizer_of(run.model, adapter), chat_template=template)
     tok.add_special_tokens(run.add_tokens)
@@ -61,11 +59,11 @@ def train(args: argparse.Namespace) -> int:
     model = lk.load_model(run.model, dtype=run.dtype, quantize=run.quantize)
     print(f"loaded {run.model} in {time.perf_counter() - started:.1f} s on {model.device}")
     torch.manual_seed(run.train.seed)
-    if run.adapter is None:
+    if adapter is None:
         lora = lk.add_tokens(model, tok, run.add_tokens, run.lora) if run.add_tokens else run.lora
         lk.attach(model, lora)
     else:
-        lk.load_adapter(model, run.adapter)
+        lk.load_adapter(model, adapter)
         print(f"going on from the adapter in {run.adapter}")
     lk.tune_allocator()  # after loading, so that the memory of loading goes back to the system
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -84,13 +82,19 @@ def train(args: argparse.Namespace) -> int:
         )
         return 130
     print(f"adapter in {result.output_dir}")
-    return 0
+    if result.address is not None:
+        print(f"uploaded to {result.address}")
+    return 1 if run.train.push_to_hub and result.address is None else 0
 
 
-def _check_adapter(adapter: str) -> None:
-    """Raise LorakitError unless the directory holds an adapter, before the model takes its time."""
-    if not (Path(adapter).expanduser() / "adapter_config.json").is_file():
+def _checked(adapter: Path) -> Path:
+    """Return a directory that holds an adapter, before the model takes its time.
+
+    Raises LorakitError if it holds none.
+    """
+    if not (adapter / "adapter_config.json").is_file():
         raise lk.LorakitError(
             f"adapter: {adapter} holds no adapter_config.json; name the directory of an adapter, "
             "or leave adapter out to start a new one"
         )
+    return adapter

@@ -66,7 +66,6 @@ REFUSED = {
     "fsdp_config": DEVICE,
     "saves_per_epoch": PER_EPOCH,
     "evals_per_epoch": PER_EPOCH,
-    "hub_model_id": "lorakit uploads nothing: take it out, and upload output_dir afterwards",
 }
 
 # name -> the values that ask for what lorakit does in any case, and what to do about others
@@ -79,7 +78,6 @@ SETTLED: dict[str, tuple[list[Any], str]] = {
         "as validation",
     ),
     "use_peft": ([True], "lorakit trains adapters only"),
-    "push_to_hub": ([False], "lorakit uploads nothing: upload output_dir afterwards"),
     "lora_task_type": (["CAUSAL_LM"], "lorakit trains causal language models only"),
 }
 

@@ -45,8 +45,8 @@ class RunConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Settings of a new adapter."""
     adapter: str | None = None
-    """Adapter to go on training, with the settings that it has: its directory. Without this key a
-    new one starts."""
+    """Adapter to go on training, with the settings that it has: its directory or Hub id.
+    Without this key a new one starts."""
     add_tokens: list[str] = field(default_factory=list)
     """Special tokens to add to tokenizer and model. Their rows of the embedding and the head are
     trained with the adapter, and the tokenizer is saved beside it."""

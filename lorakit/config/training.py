@@ -4,6 +4,7 @@ The names are those of transformers' TrainingArguments and of TRL, where they ha
 with a few choices is a Literal: its annotation is the list of the choices.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -25,6 +26,7 @@ OverLength = Literal["truncate", "drop", "raise"]
 TrainOn = Literal["completion", "last_turn", "all"]
 MLPActivations = Literal["auto", "keep", "recompute"]
 CudaGraph = Literal["auto", "off"]
+HubStrategy = Literal["end", "every_save", "checkpoint"]
 
 SCHEDULES = get_args(Schedule)
 OVER_LENGTH = get_args(OverLength)
@@ -168,6 +170,17 @@ class TrainConfig:
     report_to: Literal["tensorboard"] | None = None
     """Second place for the metrics: "tensorboard" writes TensorBoard's files beside metrics.jsonl;
     null writes metrics.jsonl alone."""
+    push_to_hub: bool = False
+    """Upload the adapter to the Hub, with a README.md that tells of the run; false uploads
+    nothing."""
+    hub_model_id: str | None = None
+    """Repository to upload to, "organization/name"; it is made if it is missing."""
+    hub_strategy: HubStrategy = "end"
+    """Time of the uploads: "end" of the run, "every_save" for each checkpoint's adapter too, or
+    "checkpoint" for the last checkpoint too, as last-checkpoint."""
+    hub_private_repo: bool | None = None
+    """Make a private repository, and upload into no public one; null takes the organization's
+    default."""
     seed: int = 0
     """Seed of the order of the rows and of dropout; `lorakit train` starts the adapter from it
     too."""
@@ -178,6 +191,7 @@ class TrainConfig:
         self._check_learning_rate()
         self._check_loss()
         self._check_evaluation_and_checkpoints()
+        self._check_upload()
         if self.activation_offloading and not self.gradient_checkpointing:
             raise LorakitError(
                 "activation_offloading keeps what gradient_checkpointing keeps: set that too"
@@ -239,3 +253,18 @@ class TrainConfig:
         check_metrics(self.eval_metrics)
         if self.save_total_limit < 1:
             raise LorakitError("save_total_limit must be at least 1")
+
+    def _check_upload(self) -> None:
+        repo = self.hub_model_id
+        if repo is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", repo):
+            raise LorakitError(f"hub_model_id is {repo!r}; give organization/name")
+        if self.push_to_hub and repo is None:
+            raise LorakitError("push_to_hub needs a repository: give hub_model_id")
+        named = {
+            "hub_model_id": repo is not None,
+            "hub_strategy": self.hub_strategy != "end",
+            "hub_private_repo": self.hub_private_repo is not None,
+        }
+        for name, given in named.items():
+            if given and not self.push_to_hub:
+                raise LorakitError(f"{name} uploads nothing by itself: set push_to_hub: true too")

@@ -30,6 +30,7 @@ from lorakit.export.mix import Mix
 from lorakit.export.vocabulary import copied_tokenizer, tokenizer_metadata
 from lorakit.export.weights import DenseModel, dense_model
 from lorakit.files.gguf import NewTensor, block_sizes, write_gguf
+from lorakit.files.hub import fetch_adapter
 from lorakit.files.local import as_path
 from lorakit.models.decoder import Decoder
 from lorakit.models.gguf_names import Dialect, dialect_of, storage, stored_name
@@ -98,8 +99,8 @@ def export_gguf(
         file: The file to write. Its directory is made if it is missing.
         quantization: f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_k_s, q4_k_m, q5_k_s, q5_k_m,
             q6_k or iq4_nl. All but the first four mix several block formats, as llama.cpp does.
-        adapter: The directory or .gguf file of an adapter to merge into the weights of a model in
-            files, in fp32.
+        adapter: The directory, .gguf file or Hub id of an adapter to merge into the weights of a
+            model in files, in fp32.
         tokenizer: The tokenizer. None takes the adapter's, or else that of the model's files.
         imatrix: How much each column of each weight matters, of `importance`, or a file of it;
             files of llama.cpp's llama-imatrix are read too.
@@ -118,6 +119,7 @@ def export_gguf(
         OSError: The disk is full. A file that was there before is as it was.
     """
     file = checked_file(file)
+    adapter = None if adapter is None else fetch_adapter(adapter)
     importance = imatrix if isinstance(imatrix, Importance | None) else load_importance(imatrix)
     dense = dense_model(model, adapter)
     arch, dialect = dialect_of(dense.config)

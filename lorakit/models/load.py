@@ -59,7 +59,8 @@ def load_model(
     """Load a causal language model, in evaluation mode.
 
     Args:
-        path_or_hub_id: A Hugging Face directory, a .gguf file, or a Hub id ("organization/name").
+        path_or_hub_id: A Hugging Face directory, a .gguf file, or a Hub id: "organization/name", or
+            "organization/name:Q4_K_M" for one of its GGUF files.
         dtype: The dtype of everything that is not quantized, and of all products: "float32",
             "bfloat16" or "float16".
         quantize: A QuantConfig, its fields in a mapping, or its quant_type alone ("nf4", "fp4",
@@ -147,7 +148,7 @@ def open_model(path_or_hub_id: str | Path) -> tuple[Decoder, dict[str, LazyWeigh
     Raises:
         LorakitError: As `load_model` does.
     """
-    wanted = [*hub.MODEL_FILES, *hub.TOKENIZER_FILES, *hub.PROCESSOR_FILES]
+    wanted = [*hub.MODEL_FILES, *hub.TOKENIZER_FILES, *hub.PROCESSOR_FILES, hub.CARD]
     path = hub.resolve(path_or_hub_id, wanted)
     weights: Mapping[str, LazyWeight]
     surroundings = None

@@ -49,6 +49,7 @@ from lorakit.training.losses.held_out import held_out_loss
 from lorakit.training.memory import peak_memory_mb
 from lorakit.training.optim import AdamW, decay_groups, loraplus_groups
 from lorakit.training.progress import Progress
+from lorakit.training.publish import Publisher
 from lorakit.training.resume import (
     checkpoint_to_resume,
     end_with_the_best,
@@ -88,6 +89,7 @@ class Run:
         self.model, self.tok, self.config, self.base_model = model, tok, config, base_model
         self.examples, self.held_out = examples, held_out
         self.output_dir = as_path(config.output_dir)
+        self.publisher = Publisher(self.output_dir, model, config, base_model)
         checkpoint = checkpoint_to_resume(self.output_dir, config)
         torch.manual_seed(config.seed)  # dropout
         started = start_adapter(model, lambda: _padded_batches(model, examples, config))
@@ -144,6 +146,8 @@ class Run:
             if wanted and (progress.step != saved or evaluated):
                 self._write_checkpoint(log)
                 saved = progress.step
+                if self.config.hub_strategy != "end" and not (self.ended or stopped):
+                    self.publisher.upload_now(self._save, progress, log.say)
             if self.ended or stopped:
                 self._read_begun(log)
                 return
@@ -157,6 +161,8 @@ class Run:
     def end(self, log: Log) -> None:
         """Save the adapter of the last step, or of the best evaluation if the config wants that.
 
+        Its card is written beside it.
+
         Raises LorakitError if every step was skipped.
         """
         if self.progress.skipped == self.progress.step > 0:
@@ -164,6 +170,7 @@ class Run:
         if self.ended and self.config.load_best_model_at_end:
             end_with_the_best(self.model, self.output_dir, self.progress, log)
         self._save(self.output_dir)
+        self.publisher.write_card(self.progress, log.say)
 
     def stopped_early(self) -> bool:
         """Whether the evaluations ended the run before its last step."""

@@ -1,10 +1,10 @@
 """`train`: fine-tune the adapter of a model on rows.
 
-A run writes into `output_dir`: the adapter, and the chat template that it was trained with, or the
-whole tokenizer if that has new tokens or is not the model's;
-metrics.jsonl, with one line per step (loss, learning rate, gradient norm, tokens per second, share
-of padding, peak memory) and per evaluation; and checkpoints (state.py). What a run does is in
-run.py, and the parts of a step are in step.py.
+A run writes into `output_dir`: the adapter and its card, and the chat template that it was trained
+with, or the whole tokenizer if that has new tokens or is not the model's; metrics.jsonl, with one
+line per step (loss, learning rate, gradient norm, tokens per second, share of padding, peak memory)
+and per evaluation; and checkpoints (state.py). What a run does is in run.py, and the parts of a
+step are in step.py.
 """
 
 from collections.abc import Callable, Mapping
@@ -54,6 +54,8 @@ class TrainResult:
     """Number of steps that were skipped because their loss or gradient was not finite."""
     stopped_early: bool = False
     """Whether early_stopping_patience ended the run before its last step."""
+    address: str | None = None
+    """Where the adapter was uploaded to; None if that was not asked for, or failed."""
 
 
 def train(
@@ -102,6 +104,7 @@ def train(
         with mode, run.open_log() as log, interrupt() as stop:
             run.loop(log, stop, after_step)
             run.end(log)
+        address = run.publisher.upload(run.progress, say) if run.ended else None
     progress = run.progress
     return TrainResult(
         output_dir=output_dir,
@@ -115,6 +118,7 @@ def train(
         interrupted=not run.ended,
         skipped_steps=progress.skipped,
         stopped_early=run.stopped_early(),
+        address=address,
     )
 
 

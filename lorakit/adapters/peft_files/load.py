@@ -51,7 +51,8 @@ def load_adapter(module: nn.Module, path: str | Path, *, name: str = "default") 
 
     Args:
         module: The module; it keeps the adapters that it has.
-        path: The directory of adapter_config.json and the adapter's safetensors, or a .gguf file.
+        path: The directory of adapter_config.json and the adapter's safetensors, a .gguf file,
+            or a Hub id.
         name: What to call the adapter.
 
     Returns:

@@ -24,7 +24,8 @@ from lorakit.adapters.peft_files.gguf_files import open_gguf
 from lorakit.adapters.peft_files.layout import CONFIG_FILE, PREFIX, AdapterFiles, open_weights
 from lorakit.adapters.peft_files.mlx_files import is_mlx, open_mlx
 from lorakit.config.errors import LorakitError
-from lorakit.files.local import as_path, read_json
+from lorakit.files.hub import fetch_adapter
+from lorakit.files.local import read_json
 from lorakit.files.safetensors import LazyTensor
 from lorakit.files.wrappers import is_wrapped, renamed, unwrapped, without_wrappers
 from lorakit.models.config import ModelConfig
@@ -54,7 +55,7 @@ def open_files(
     """Open the files of an adapter; the values of its tensors stay on disk.
 
     Args:
-        path: The directory of the adapter, or its .gguf file.
+        path: The directory of the adapter, its .gguf file, or a Hub id.
         module: The module that the adapter is for, if there is one.
         base: The config of the model that it is for, if there is no module.
 
@@ -65,7 +66,7 @@ def open_files(
         LorakitError: A file is missing, damaged or pickled, two tensors would get one name, or the
             files of mlx_lm or llama.cpp hold something else than LoRA.
     """
-    path = as_path(path)
+    path = fetch_adapter(path)
     if path.suffix == ".gguf" and path.is_file():
         if module is not None and not isinstance(module, Decoder):
             raise LorakitError(f"{path}: adapters of llama.cpp are for models of load_model")
