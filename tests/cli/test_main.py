@@ -62,6 +62,7 @@ HELP = [
     ["generate"],
     ["merge"],
     ["export"],
+    ["push"],
     ["quantize-report"],
     ["data"],
     ["data", "show"],
