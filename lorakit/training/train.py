@@ -105,15 +105,20 @@ def train(
             run.loop(log, stop, after_step)
             run.end(log)
         address = run.publisher.upload(run.progress, say) if run.ended else None
+    return _result(run, address)
+
+
+def _result(run: Run, address: str | None) -> TrainResult:
+    """Return what a run did, and where its adapter was uploaded to."""
     progress = run.progress
     return TrainResult(
-        output_dir=output_dir,
+        output_dir=run.output_dir,
         steps=progress.step,
         loss=progress.loss,
         tokens=progress.tokens,
         seconds=progress.seconds,
         tokens_per_second=progress.tokens / max(progress.seconds, 1e-9),
-        peak_memory_mb=peak_memory_mb(model.device),
+        peak_memory_mb=peak_memory_mb(run.model.device),
         evaluations=progress.evaluations,
         interrupted=not run.ended,
         skipped_steps=progress.skipped,
