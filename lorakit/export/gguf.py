@@ -187,7 +187,7 @@ def _tokenizer_metadata(
     tok = load_tokenizer(dense.path, chat_template=beside if has_template else None)
     if dense.path.suffix == ".gguf":
         found = copied_tokenizer(dense.path, tok)
-        if len(found["tokenizer.ggml.tokens"]) == dense.config.vocab_size:
+        if len(found["tokenizer.ggml.tokens"].value) == dense.config.vocab_size:
             return found
     return tokenizer_metadata(tok, dense.config)
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.config.errors import LorakitError
-from lorakit.files.gguf import read_header
+from lorakit.files.gguf import Typed, read_header
 from lorakit.models.config import ModelConfig
 from lorakit.models.tokenizer import Tokenizer
 from lorakit.models.tokenizer_files import GPT2, PRE_TOKENIZERS, TAKE_WORDS_WHOLE
@@ -64,11 +64,19 @@ def tokenizer_metadata(tok: Tokenizer, config: ModelConfig) -> dict[str, Any]:
 def copied_tokenizer(path: Path, tok: Tokenizer) -> dict[str, Any]:
     """Return the keys that describe the tokenizer of the GGUF file at `path`.
 
-    They stay as they are but for the chat template, which is that of `tok`.
+    They stay as they are, types included. If `tok` has another chat template, that takes the place
+    of the file's. Empty arrays are left out.
     """
-    metadata = read_header(path).metadata
-    found = {key: value for key, value in metadata.items() if key.startswith("tokenizer.ggml.")}
-    return found | _template(tok)
+    header = read_header(path)
+    same = tok.chat_template == header.metadata.get("tokenizer.chat_template")
+    found: dict[str, Any] = {
+        key: Typed(value, *header.types[key])
+        for key, value in header.metadata.items()
+        if key.startswith("tokenizer.")
+        and (same or not key.startswith("tokenizer.chat_template"))
+        and value != []
+    }
+    return found if same else found | _template(tok)
 
 
 def _template(tok: Tokenizer) -> dict[str, Any]:

@@ -60,6 +60,19 @@ class Header(NamedTuple):
     """The values by their keys. Arrays are lists."""
     tensors: dict[str, TensorInfo]
     """The tensors by their names, in the file's order."""
+    types: dict[str, tuple[int, int | None]]
+    """The value types by the keys, each with the type of an array's items or None."""
+
+
+class Typed(NamedTuple):
+    """A value that is to be written as the type that it has in another file."""
+
+    value: Any
+    """The value."""
+    kind: int
+    """Its value type."""
+    of: int | None
+    """The value type of an array's items."""
 
 
 def read_header(path: Path) -> Header:
@@ -107,18 +120,16 @@ class _Bytes:
         return self.take(self.scalar("Q")).decode("utf-8")
 
     def value(self, kind: int) -> Any:
-        """Return the next value, whose GGUF value type is `kind`."""
+        """Return the next value, whose GGUF value type is `kind`, no array."""
         if kind == _STRING:
             return self.string()
-        if kind == _ARRAY:
-            return self.array()
         if kind not in _SCALARS:
             raise _Damaged(f"unknown value type {kind}")
         return self.scalar(_SCALARS[kind])
 
-    def array(self) -> list[Any]:
-        """Return the next array: the type of its items, their number, then the items."""
-        kind, count = self.scalar("I"), self.scalar("Q")
+    def array(self, kind: int) -> list[Any]:
+        """Return the next array of items of type `kind`: their number, then the items."""
+        count = self.scalar("Q")
         if kind == _ARRAY:
             raise _Damaged("an array of arrays")
         if kind in _SCALARS:
@@ -136,10 +147,12 @@ def _read_header(data: _Bytes) -> Header:
     if version not in (2, 3):
         raise LorakitError(f"GGUF version {version} is not supported; 2 and 3 are")
     tensor_count, pair_count = data.scalar("Q"), data.scalar("Q")
-    metadata = {}
+    metadata, types = {}, {}
     for _ in range(pair_count):
-        key = data.string()
-        metadata[key] = data.value(data.scalar("I"))
+        key, kind = data.string(), data.scalar("I")
+        of = data.scalar("I") if kind == _ARRAY else None
+        metadata[key] = data.value(kind) if of is None else data.array(of)
+        types[key] = kind, of
     infos = {}
     for _ in range(tensor_count):
         name, dims = data.string(), data.scalar("I")
@@ -152,7 +165,7 @@ def _read_header(data: _Bytes) -> Header:
         raise LorakitError(f"general.alignment must be a positive number, not {alignment!r}")
     start = -(-data.file.tell() // alignment) * alignment
     tensors = {n: info._replace(offset=start + info.offset) for n, info in infos.items()}
-    return Header(metadata, tensors)
+    return Header(metadata, tensors, types)
 
 
 def _gguf_package() -> Any:
@@ -238,7 +251,7 @@ def write_gguf(path: Path, metadata: Mapping[str, Any], tensors: Iterable[NewTen
     """Write a file, atomically, one tensor after the other.
 
     A number of the metadata is stored as uint32, or as float32 if it is a float; the whole numbers
-    of a list as int32. Those are the types that llama.cpp asks for.
+    of a list as int32. Those are the types that llama.cpp asks for. A Typed value has its own.
 
     Args:
         path: The file.
@@ -258,7 +271,7 @@ def write_gguf(path: Path, metadata: Mapping[str, Any], tensors: Iterable[NewTen
         try:
             for key, value in metadata.items():
                 if key != "general.architecture":
-                    writer.add_key_value(key, value, *_value_types(value))
+                    writer.add_key_value(key, *_typed(value))
             for tensor in tensors:
                 kind = gguf.GGMLQuantizationType[tensor.kind]
                 block, size = block_sizes(tensor.kind)
@@ -280,10 +293,13 @@ def write_gguf(path: Path, metadata: Mapping[str, Any], tensors: Iterable[NewTen
             writer.close()
 
 
-def _value_types(value: Any) -> tuple[Any, Any]:
-    """Return the value type of a value, and that of the items of a list."""
+def _typed(value: Any) -> Typed:
+    """Return a value with the type that it is written as, and that of the items of a list."""
     kinds = _gguf_package().GGUFValueType
+    if isinstance(value, Typed):
+        of = None if value.of is None else kinds(value.of)
+        return Typed(value.value, kinds(value.kind), of)
     scalars = {bool: kinds.BOOL, int: kinds.UINT32, float: kinds.FLOAT32, str: kinds.STRING}
     if not isinstance(value, Sequence) or isinstance(value, str):
-        return scalars[type(value)], None
-    return kinds.ARRAY, (scalars | {int: kinds.INT32})[type(value[0])]
+        return Typed(value, scalars[type(value)], None)
+    return Typed(value, kinds.ARRAY, (scalars | {int: kinds.INT32})[type(value[0])])

@@ -1,14 +1,18 @@
 """Tokenizers in GGUF files: llama.cpp gives the ids that lorakit does."""
 
 import json
+import math
 import random
+from functools import partial
 
+import gguf
+import numpy as np
 import pytest
 import tokenizers
 
 import lorakit as lk
 from lorakit.export.vocabulary import tokenizer_metadata
-from lorakit.files.gguf import read_header
+from lorakit.files.gguf import NewTensor, Typed, read_header, write_gguf
 from lorakit.models.tokenizer import Tokenizer
 from lorakit.models.tokenizer_files import load_tokenizer
 from tests.conftest import tiny_llama
@@ -80,6 +84,39 @@ def test_a_file_of_a_file_has_its_tokenizer(tmp_path):
     before, after = read_header(source).metadata, read_header(tmp_path / "again.gguf").metadata
     own = {key: value for key, value in before.items() if key.startswith("tokenizer.")}
     assert own == {key: value for key, value in after.items() if key.startswith("tokenizer.")}
+
+
+def test_what_a_file_says_of_its_tokenizer_keeps_its_types(tmp_path):
+    """Numbers below zero or of 8 and 64 bits stay so, and other templates are there."""
+    kinds = gguf.GGUFValueType
+    odd = {
+        "tokenizer.ggml.mask_token_id": Typed(-1, kinds.INT32, None),
+        "tokenizer.ggml.precompiled_charsmap": Typed([1, 200], kinds.ARRAY, kinds.UINT8),
+        "tokenizer.ggml.large": Typed([1 << 40], kinds.ARRAY, kinds.UINT64),
+        "tokenizer.huggingface.json": Typed("{}", kinds.STRING, None),
+        "tokenizer.chat_template": Typed("a{{ 1 }}", kinds.STRING, None),
+        "tokenizer.chat_template.tool_use": Typed("b{{ 1 }}", kinds.STRING, None),
+    }
+    plain, source, again = (tmp_path / f"{name}.gguf" for name in ("plain", "source", "again"))
+    lk.export_gguf(write_model(tmp_path / "model", "llama"), plain, quantization="f32")
+    header = read_header(plain)
+    metadata = {key: Typed(v, *header.types[key]) for key, v in header.metadata.items()} | odd
+    tensors = [
+        NewTensor(name, info.shape, "F32", partial(np.fromfile, plain, np.uint8, 4 * n, "", at))
+        for name, info in header.tensors.items()
+        for n, at in [(math.prod(info.shape), info.offset)]
+    ]
+    write_gguf(source, metadata | {"general.architecture": "llama"}, tensors)
+    lk.export_gguf(source, again, quantization="f32")
+    assert said_of_tokenizer(again) == said_of_tokenizer(source)
+    assert odd.keys() <= said_of_tokenizer(again).keys()
+
+
+def said_of_tokenizer(file):
+    """The keys of the tokenizer in a file: values and types."""
+    header = read_header(file)
+    keys = [key for key in header.metadata if key.startswith("tokenizer.")]
+    return {key: (header.metadata[key], header.types[key]) for key in keys}
 
 
 def test_the_adapters_tokens_and_template_are_written(tmp_path):
