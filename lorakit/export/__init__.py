@@ -1,1 +1,1 @@
-"""Files that other programs read: GGUF for llama.cpp."""
+"""Files that other programs read: GGUF for llama.cpp, and adapters for Ollama, MLX and servers."""

@@ -95,7 +95,9 @@ def _table(render: _Render) -> _Table:
     if any(_DATE in text for text in table.values()):
         raise _NotSimpleError("it writes the day's date")
     system = _with_system(render, table)
-    _check_equal(render, system, ("su", "suau", "suauau") if "system" in _befores(system) else ())
+    _check_equal(
+        render, system, ("su", "suau", "suauau") if "system" in _roles_before(system) else ()
+    )
     later = _with_later_system(render, system)
     if later != system:
         try:
@@ -105,7 +107,7 @@ def _table(render: _Render) -> _Table:
     return later
 
 
-def _befores(table: _Table) -> set[str]:
+def _roles_before(table: _Table) -> set[str]:
     """Return the roles that have a message after them."""
     return {before for before, _ in table}
 
@@ -187,14 +189,14 @@ def _written(table: _Table) -> str:
     """
     branches = []
     for role in ("user", "assistant", "system"):
-        befores = {before: text for (before, after), text in table.items() if after == role}
-        if not befores:
+        gaps = {before: text for (before, after), text in table.items() if after == role}
+        if not gaps:
             continue
         condition = f'eq .Role "{role}"'
-        if befores.keys() == {""}:  # a system message, in front of a chat alone
+        if gaps.keys() == {""}:  # a system message, in front of a chat alone
             condition = f'and ({condition}) (eq $last "")'
         branches.append(
-            f'if {condition} }}}}{_by_last(befores)}{{{{ .Content }}}}{{{{ $last = "{role}" }}}}'
+            f'if {condition} }}}}{_by_last(gaps)}{{{{ .Content }}}}{{{{ $last = "{role}" }}}}'
         )
     body = "{{ " + "{{ else ".join(branches) + "{{ end }}"
     end = _literal(table["user", ""])
@@ -207,10 +209,10 @@ def _written(table: _Table) -> str:
     return written
 
 
-def _by_last(befores: dict[str, str]) -> str:
+def _by_last(gaps: dict[str, str]) -> str:
     """Return what writes the text that belongs to the role of the message before."""
     texts: dict[str, list[str]] = {}
-    for before, text in befores.items():
+    for before, text in gaps.items():
         texts.setdefault(text, []).append(before)
     *others, (last, _) = texts.items()
     written = ""

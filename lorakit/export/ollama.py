@@ -100,6 +100,7 @@ def export_ollama(
         raise LorakitError(f"system: a Modelfile has no way to write {lost}; leave it out")
     directory = as_path(directory)
     name = name or Path(model).expanduser().absolute().name.removesuffix(".gguf")
+    name = name.replace("/", "-")  # it is part of the files' names
     tok, own = _tokenizer(model, adapter)
     template, why = go_template(tok)
     parameters = _parameters(model, tok, context_length)

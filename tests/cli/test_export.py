@@ -147,3 +147,52 @@ def test_ctrl_c_leaves_no_half_file(model, tmp_path):
     assert done.stderr.endswith("lorakit: interrupted\n")
     assert [file.name for file in tmp_path.iterdir()] == ["m.gguf"]
     assert (tmp_path / "m.gguf").read_bytes() == b"older"
+
+
+@pytest.mark.parametrize("to", ["gguf-lora", "mlx", "vllm", "sglang", "peft"])
+def test_an_adapter_for_another_program(model, adapter, tmp_path, capsys, to):
+    """What was written holds the adapter, and the last line says how it is run."""
+    out = tmp_path / ("a.gguf" if to == "gguf-lora" else "a")
+    more = ["--type", "f32"] if to == "gguf-lora" else []
+    assert main(["export", str(model), str(adapter), str(out), "--to", to, *more]) == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    assert str(out) in last
+    begins = {"gguf-lora": "llama-server ", "mlx": "mlx_lm.generate ", "vllm": "vllm serve "}
+    begins |= {"sglang": "python -m sglang.launch_server ", "peft": ""}
+    assert last.startswith(begins[to])
+    again = lk.load_adapter(lk.load_model(model, dtype="float32"), out)
+    model_with_it = lk.load_adapter(lk.load_model(model, dtype="float32"), adapter)
+    ids = torch.arange(20)[None]
+    assert (again(ids) - model_with_it(ids)).abs().max() <= 1e-5  # B may be rounded once
+
+
+def test_a_directory_for_ollama(model, adapter, tmp_path, capsys):
+    command = ["export", str(model), str(adapter), str(tmp_path), "--to", "ollama"]
+    command += ["--type", "q8_0", "--name", "Mine", "--system", "Be brief.", "--unmerged"]
+    assert main(command) == 0
+    assert capsys.readouterr().out.endswith("\nollama run mine\n")
+    names = {"Mine-Q8_0.gguf", "Mine-lora-F16.gguf", "Modelfile", "template", "system", "params"}
+    assert {file.name for file in tmp_path.iterdir()} == names
+    assert 'SYSTEM """Be brief."""' in (tmp_path / "Modelfile").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--to", "mlx"], "--to mlx writes an adapter: name it between the model and"),
+        (["--to", "ollama", "--unmerged"], "--unmerged writes an adapter: name it between"),
+        (["--to", "vllm", "--type", "q8_0"], "--type is for --to gguf and gguf-lora and ollama,"),
+        (["--system", "x"], "--system is for --to ollama, not gguf"),
+        (["--to", "ollama", "--type", "f32,q8_0"], "writes one --type at a time"),
+    ],
+)
+def test_options_that_do_not_go_together(model, tmp_path, capsys, options, said):
+    assert main(["export", str(model), str(tmp_path / "out"), *options]) == 1
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_has_two_types(model, adapter, tmp_path, capsys):
+    command = ["export", str(model), str(adapter), str(tmp_path / "a.gguf"), "--to", "gguf-lora"]
+    assert main([*command, "--type", "q8_0"]) == 1
+    assert "an adapter's --type is f16 or f32" in capsys.readouterr().err
