@@ -97,12 +97,17 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
         metavar="N",
         help="positions that the file states (default: the model's), and Ollama's num_ctx",
     )
+    _add_ollama(parser)
+    _add_check(parser)
+    parser.set_defaults(run=export)
+
+
+def _add_ollama(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that only Ollama's directory has."""
     parser.add_argument("--system", metavar="TEXT", help="system prompt of a Modelfile")
     parser.add_argument(
         "--unmerged", action="store_true", help="give Ollama the adapter as a file of its own"
     )
-    _add_check(parser)
-    parser.set_defaults(run=export)
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:

@@ -102,8 +102,7 @@ def export_gguf(
         adapter: The directory, .gguf file or Hub id of an adapter to merge into the weights of a
             model in files, in fp32.
         tokenizer: The tokenizer. None takes the adapter's, or else that of the model's files.
-        imatrix: How much each column of each weight matters, of `importance`, or a file of it;
-            files of llama.cpp's llama-imatrix are read too.
+        imatrix: What `importance` returned, or a file of it or of llama.cpp's llama-imatrix.
         tensor_types: Regexes of names in the file, such as "ffn_down" -> the block format of the
             matrices that they fit, such as "q8_0". The first that fits decides.
         name: What the file calls the model. None takes the name of its directory.

@@ -77,13 +77,12 @@ def export_ollama(
 
     Args:
         model: A directory, .gguf file or Hub id.
-        directory: The directory to write, which is made if it is missing.
-        quantization: That of the model's file, as `export_gguf` has it.
+        directory: The directory to write.
+        quantization: That of the model's file, as in `export_gguf`.
         adapter: The directory or .gguf file of an adapter.
         merge: Merge the adapter into the model's file, or write it as a file of its own.
         system: A system prompt for chats that have none.
-        context_length: The number of positions that Ollama makes room for, and that the file
-            states. None leaves Ollama its own.
+        context_length: The positions that Ollama makes room for, and that the file states.
         imatrix: As in `export_gguf`.
         tensor_types: As in `export_gguf`.
         name: What the files and the model are called. None takes the name of the model's directory.
@@ -99,8 +98,7 @@ def export_ollama(
     if lost := lost_in_modelfile(system or ""):
         raise LorakitError(f"system: a Modelfile has no way to write {lost}; leave it out")
     directory = as_path(directory)
-    name = name or Path(model).expanduser().absolute().name.removesuffix(".gguf")
-    name = name.replace("/", "-")  # it is part of the files' names
+    name = (name or as_path(model).absolute().name.removesuffix(".gguf")).replace("/", "-")
     tok, own = _tokenizer(model, adapter)
     template, why = go_template(tok)
     parameters = _parameters(model, tok, context_length)
@@ -120,10 +118,15 @@ def export_ollama(
     if adapter is not None and not merge:
         file = directory / f"{name}-lora-F16.gguf"
         files.append(export_gguf_adapter(adapter, file, base_model=model, name=name))
+    _write(directory, files, template, system, parameters)
+    return OllamaFiles(directory, tuple(files), why, _commands(directory, name))
+
+
+def _commands(directory: Path, name: str) -> tuple[str, str]:
+    """Return what makes a model known to Ollama by a name that it allows, and what runs it."""
     called = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._") or "model"
     create = f"ollama create {called} -f {shlex.quote(str(directory / 'Modelfile'))}"
-    _write(directory, files, template, system, parameters)
-    return OllamaFiles(directory, tuple(files), why, (create, f"ollama run {called}"))
+    return create, f"ollama run {called}"
 
 
 def _tokenizer(model: str | Path, adapter: str | Path | None) -> tuple[Tokenizer, bool]:
