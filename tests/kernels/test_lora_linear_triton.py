@@ -93,7 +93,7 @@ def test_gate_and_up_are_multiplied_together():
         group = reference.Group(static, no_dropout, tensors, torch.float32)
         gate, up = group.forward(x, by_base=True)
         assert reference.stacked([gate, up]) is not None
-        group.take(torch.ones(2, len(x), 8).unbind())
+        group.take(torch.ones(2, len(x), 8).unbind(), [])
         assert group.together is not None
         other = reference.Group([static[0], (static[1][0], 0.6)], no_dropout, tensors, x.dtype)
         assert other.stacked is None

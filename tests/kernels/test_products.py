@@ -83,7 +83,7 @@ def exactly(terms, scale, bias):
 def test_a_sum_is_exact_but_for_its_roundings(way, M, N, kinds, wide, biased, seed):
     """Products are exact, of bf16 in fp32, and of fp32 in a fused multiply-add; each of the sums
     that add them up rounds to 2^-24, some more often than once a value, and the result rounds to
-    its dtype.
+    its dtype. Turned it is the same, beside the other or alone.
     """
     generator = torch.Generator().manual_seed(seed)
     terms = []
@@ -95,8 +95,16 @@ def test_a_sum_is_exact_but_for_its_roundings(way, M, N, kinds, wide, biased, se
     terms = [term(generator, M, N, depth, kind, turned, dtype) for kind, turned, depth in terms]
     bias = torch.randn(N, generator=generator) if biased else None
     whole, out = fenced((M, N), torch.float32 if wide else BF16)
+    around, turned = fenced((N, M), out.dtype)
+    alone = torch.empty_like(turned)
     with multiplied(way):
-        sums_of_products([Sum(terms, out, 0.75, bias)])
+        both = Sum(terms, out, 0.75, bias, turned)
+        sums_of_products([both, Sum(terms, None, 0.75, bias, alone)])
+    assert torch.equal(turned, out.t())
+    assert torch.equal(alone, turned)
+    assert around[0].isnan().all()
+    assert around[-1].isnan().all()
+    assert around[1:-1, M:].isnan().all()
     exact, size = exactly(terms, 0.75, bias)
     depth = sum(a.shape[1] for a, *_ in terms)
     allowed = 2**-24 * (depth + 3) * size + (0 if wide else 2**-8) * exact.abs()
@@ -104,8 +112,9 @@ def test_a_sum_is_exact_but_for_its_roundings(way, M, N, kinds, wide, biased, se
     assert whole[0].isnan().all()
     assert whole[-1].isnan().all()
     assert whole[1:-1, N:].isnan().all()
-    same = torch.empty_like(out)
-    spelled_out.sums_of_products([Sum(terms, same, 0.75, bias)])
+    same, other = torch.empty_like(out), torch.empty_like(turned)
+    spelled_out.sums_of_products([Sum(terms, same, 0.75, bias, other)])
+    assert torch.equal(other, same.t())
     assert ((same.double() - exact).abs() <= allowed).all()
 
 
@@ -199,8 +208,12 @@ class Frozen:
 def passes(group, x, dys, need):
     """Outputs and gradients, forward and backward."""
     ys = group.forward(x, by_base=False)
-    group.take(dys)
-    return [*ys, group.grad_x(), *group.grad_tensors(x, need)]
+    small: list[Sum] = []
+    later: list[Sum] = []
+    group.take(dys, small)
+    found = [*ys, group.grad_x(later), *group.grad_tensors(x, need, later)]
+    sums_of_products(small, later)
+    return found
 
 
 @settings(max_examples=40)

@@ -30,12 +30,12 @@ A whole gated MLP, y = down(a(gate(x)) up(x)), is one function of x: `lora_mlp`.
 
 What is kept
 ------------
-Backward gets x, the small matrices, x A^T (r values a token), and the seed of the masks. With
-`again` even x is not kept, but what x is a norm of, which the caller keeps in any case (the decoder
-does so on a CPU). W is asked of the base when it is needed (a 4-bit base dequantizes it again). The
-gate, up and hidden state of an MLP are computed again. For hidden size H and intermediate size I
-that is 2 H bytes a token in bf16, for a third more products in the MLP; autograd keeps 2 H + 8 I
-and more (x, gate, a(gate), up, y).
+Backward gets x, the small matrices, x A^T (r values a token, on a CPU by rows and by columns), and
+the seed of the masks. With `again` even x is not kept, but what x is a norm of, which the caller
+keeps in any case (the decoder does so on a CPU). W is asked of the base when it is needed (a 4-bit
+base dequantizes it again). The gate, up and hidden state of an MLP are computed again. For hidden
+size H and intermediate size I that is 2 H bytes a token in bf16, for a third more products in the
+MLP; autograd keeps 2 H + 8 I and more (x, gate, a(gate), up, y).
 
 With `keep` gate and up are kept too, which saves a fifth of a step. The decoder asks for it where
 there is memory, and under gradient checkpointing: there a block is computed again right before its
@@ -61,6 +61,7 @@ from torch import Tensor
 from ... import dispatch
 from ...autograd import once_differentiable, without_autocast
 from .. import swiglu
+from ..products import Sum, sums_of_products
 from ..swiglu.updates import Update, Updates, adds_updates
 from . import cpu, float8, reference
 from .tensors import TENSORS, Dropout, FrozenLinearMap, LoraTensors, Static
@@ -290,6 +291,10 @@ def _kept(ctx) -> tuple[Any, ...]:
     return source, *tensors
 
 
+def _cast(dx: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if dx is None else dx.to(dtype)
+
+
 class LoraLinears(torch.autograd.Function):
     """Map x [M, K] to y [M, N] of each layer."""
 
@@ -309,11 +314,14 @@ class LoraLinears(torch.autograd.Function):
     def backward(ctx, *grads):
         x, *tensors = _kept(ctx)
         (group,) = ctx.groups or [_group(grads[0], ctx.static, ctx.drop, tensors)]
-        group.take([dy.to(group.dtype) for dy in grads])
-        dx = group.grad_x().to(x.dtype) if ctx.needs_input_grad[0] else None
-        found = group.grad_tensors(x.to(group.dtype), ctx.needs_input_grad[5:])
+        small: list[Sum] = []
+        later: list[Sum] = []
+        group.take([dy.to(group.dtype) for dy in grads], small)
+        dx = group.grad_x(later) if ctx.needs_input_grad[0] else None
+        found = group.grad_tensors(x.to(group.dtype), ctx.needs_input_grad[5:], later)
+        sums_of_products(small, later)
         group.end()
-        return dx, None, None, None, None, *found
+        return _cast(dx, x.dtype), None, None, None, None, *found
 
 
 class LoraMLP(torch.autograd.Function):
@@ -358,30 +366,37 @@ class LoraMLP(torch.autograd.Function):
             into = wide[:, :inner], wide[:, inner : 2 * inner]
         else:  # another backward may ask for them
             into = torch.empty((2, *gate.shape), dtype=gate.dtype, device=gate.device).unbind()
-        second.take([grad.to(second.dtype)])
-        hidden, updates = LoraMLP._through(first, second, flat, gate)
+        hidden, updates = LoraMLP._through(first, second, flat, gate, grad.to(second.dtype))
         second.forget_weights()
         # the hidden state goes over its gradient
         swiglu.gated_backward_(hidden, gate, up, ctx.hidden_act, into, updates)
-        first.take(into, wide)
-        dx = first.grad_x().to(x.dtype) if ctx.needs_input_grad[0] else None
+        small: list[Sum] = []
+        later: list[Sum] = []
+        first.take(into, small, wide)
+        dx = first.grad_x(later) if ctx.needs_input_grad[0] else None
         need, split = ctx.needs_input_grad[9:], 2 * TENSORS
-        of_inner = first.grad_tensors(flat, need[:split])
-        of_outer = second.grad_tensors(hidden, need[split:])
+        of_inner = first.grad_tensors(flat, need[:split], later)
+        of_outer = second.grad_tensors(hidden, need[split:], later)
+        sums_of_products(small, later)
         first.end()
         second.end()
-        return dx, *(None,) * 8, *of_inner, *of_outer
+        return _cast(dx, x.dtype), *(None,) * 8, *of_inner, *of_outer
 
     @staticmethod
-    def _through(first, second, x, gate) -> tuple[Tensor, Updates | None]:
+    def _through(first, second, x, gate, grad) -> tuple[Tensor, Updates | None]:
         """Return the hidden state's gradient, and the updates that the activation is to add."""
+        small: list[Sum] = []
+        later: list[Sum] = []
+        second.take([grad], small)
         left = first.left(x) if isinstance(first, float8.Float8Group) else None
         apart = isinstance(second, reference.Group) and gate.dtype == second.dtype
         apart = apart and not second.drop.rate and adds_updates(gate, second.ranks)
         if apart:
             of_grad = Update(second.dlow, second.A)
-            return second.grad_x(apart=True), (of_grad, *(left or (None, None)))
-        return second.grad_x(), None if left is None else (None, *left)
+            return second.grad_x(later, apart=True), (of_grad, *(left or (None, None)))
+        of_hidden = second.grad_x(later)
+        sums_of_products(small, later)
+        return of_hidden, None if left is None else (None, *left)
 
     @staticmethod
     def _made(ctx, x, tensors):

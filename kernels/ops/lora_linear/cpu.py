@@ -1,8 +1,12 @@
 """The layers of one input as sums of products (`products`), where a compiled kernel takes them.
 
-Forward is two calls: all of x A^T, then all of y. Backward is one for s dy B, one for dx, and one
-for dA and dB. A and B are read as they are, in fp32;
-x A^T, s dy B and the results are in the dtype of x, bf16 or fp32.
+Forward is one call of two stages: all of x A^T, then all of y. So is backward: s dy B, then dx, dA
+and dB, in which layers of another input may join. A and B are read as they are, in fp32; x A^T,
+s dy B and the results are in the dtype of x, bf16 or fp32.
+
+The gradients sum over the rows of x A^T and s dy B, and the update over their columns. So these are
+written in both orders, by the call that makes them. dB is written by columns: its sum is of r rows,
+and reads dy as it lies.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,17 +28,15 @@ class StoredLayer(NamedTuple):
     lora_A: Tensor
     lora_B: Tensor
     bias: Tensor | None
-    start: int  # its first column in the products of x with all A, side by side
+    columns: slice  # its own in the products of x with all A, side by side
+    pairs: slice  # the same, an even number of them: the last is zero if it is not the layer's
 
-    @property
-    def columns(self) -> slice:
-        """Its columns there."""
-        return slice(self.start, self.start + self.lora_A.shape[0])
 
-    @property
-    def pairs(self) -> slice:
-        """Its columns, an even number of them: the last is zero if it is not the layer's."""
-        return slice(self.start, self.start + _even(self.lora_A.shape[0]))
+class Small(NamedTuple):
+    """A product [M, r] of each layer, side by side [M, R], in both orders."""
+
+    rows: Tensor  # [M, R]
+    turned: Tensor  # [R, M], with a zero at the end of each row if M is odd
 
 
 def group(x: Tensor, static: Static, drop: Dropout, tensors: Sequence[Any]) -> "Group | None":
@@ -52,8 +54,11 @@ def group(x: Tensor, static: Static, drop: Dropout, tensors: Sequence[Any]) -> "
         weight = base.stored
         if not takes(weight):
             return None
-        layers.append(StoredLayer(weight, scaling, part.lora_A, part.lora_B, part.bias, start))
-        start = layers[-1].pairs.stop
+        end = start + len(part.lora_A)
+        columns, pairs = slice(start, end), slice(start, start + _even(end - start))
+        A, B, bias, _ = part
+        layers.append(StoredLayer(weight, scaling, A, B, bias, columns, pairs))
+        start = pairs.stop
     return Group(layers, drop, x.dtype)
 
 
@@ -61,26 +66,34 @@ class Group:
     """Layers that read one x, on one batch: `reference.Group` without dense weights."""
 
     grads: list[Tensor]  # dy [M, N] of each layer
-    dlow: Tensor  # s dy B of each layer, side by side
+    dlow: Small  # s dy B
 
     def __init__(self, layers: list[StoredLayer], drop: Dropout, dtype: torch.dtype):
         self.layers, self.drop, self.dtype = layers, drop, dtype  # of x and of what is computed
-        self.lows: Tensor | None = None
+        self.lows: Small | None = None
 
-    def _side_by_side(self, x: Tensor) -> Tensor:
-        """Return room for [M, r] of each layer."""
-        odd = any(layer.lora_A.shape[0] % 2 for layer in self.layers)
-        make = x.new_zeros if odd else x.new_empty
-        return make(x.shape[0], self.layers[-1].pairs.stop)
+    def _small(self, terms: Sequence[tuple[Term, float]], small: list[Sum]) -> Small:
+        """Return factor times the product [M, r] of each layer, once `small` is run."""
+        a = terms[0][0].a
+        M, R = a.shape[0], self.layers[-1].pairs.stop
+        odd = M % 2 or any(layer.lora_A.shape[0] % 2 for layer in self.layers)
+        make = a.new_zeros if odd else a.new_empty
+        found = Small(make(M, R), make(R, _even(M)))
+        rows = found.turned[:, :M]
+        for layer, (term, factor) in zip(self.layers, terms, strict=True):
+            at = layer.columns
+            small.append(Sum([term], found.rows[:, at], factor, turned=rows[at]))
+        return found
 
-    def low(self, x: Tensor) -> Tensor:
-        """Return d(x) A^T of each layer, side by side. It is kept: every call is for the same x."""
+    def low(self, x: Tensor, small: list[Sum]) -> Small:
+        """Return d(x) A^T of each layer, once `small` is run.
+
+        It is kept: every call is for the same x.
+        """
         if self.lows is None:
-            dropped, low = self.drop(x), self._side_by_side(x)
-            sums_of_products(
-                [Sum([Term(dropped, e.lora_A, True)], low[:, e.columns]) for e in self.layers]
-            )
-            self.lows = low
+            x = self.drop(x)
+            terms = [(Term(x, each.lora_A, True), 1.0) for each in self.layers]
+            self.lows = self._small(terms, small)
         return self.lows
 
     def forward(self, x: Tensor, by_base: bool) -> list[Tensor]:
@@ -89,31 +102,38 @@ class Group:
         The bases are never called; `by_base` makes no difference.
         """
         x = dense_rows(x)
-        low, sums = self.low(x), []
+        small: list[Sum] = []
+        low, sums, ys = self.low(x, small).rows, [], []
         for layer in self.layers:
             y = x.new_empty(x.shape[0], layer.lora_B.shape[0])
             update = Term(low[:, layer.pairs], layer.lora_B, True, layer.scaling)
             bias = None if layer.bias is None else layer.bias.float()
             sums.append(Sum([Term(x, layer.weight, True), update], y, bias=bias))
-        sums_of_products(sums)
-        return [each.out for each in sums]
+            ys.append(y)
+        sums_of_products(small, sums)
+        return ys
 
-    def take(self, grads: Sequence[Tensor], wide: None = None) -> None:
-        """Take the gradients dy [M, N] of each layer, from which the others follow."""
+    def take(self, grads: Sequence[Tensor], small: list[Sum], wide: None = None) -> None:
+        """Take the gradients dy [M, N] of each layer, from which the others follow.
+
+        `small` has to be run before what `grad_x` and `grad_tensors` leave.
+        """
         self.grads = [dense_rows(dy) for dy in grads]
-        self.dlow, sums = self._side_by_side(self.grads[0]), []
-        for layer, dy in self._both():  # s dy B: [M, N] @ [N, r]
-            terms, out = [Term(dy, layer.lora_B, False)], self.dlow[:, layer.columns]
-            sums.append(Sum(terms, out, layer.scaling))
-        sums_of_products(sums)
+        # s dy B: [M, N] @ [N, r]
+        terms = [(Term(dy, layer.lora_B, False), layer.scaling) for layer, dy in self._both()]
+        self.dlow = self._small(terms, small)
+        if self.drop.rate:  # dx is more than sums then
+            sums_of_products(small)
+            small.clear()
 
-    def grad_x(self) -> Tensor:
-        """Return dx = dy W + s (dy B) A, summed over the layers: [M, K]."""
-        dx = self.dlow.new_empty(self.dlow.shape[0], self.layers[0].lora_A.shape[1])
+    def grad_x(self, later: list[Sum]) -> Tensor:
+        """Return dx = dy W + s (dy B) A, summed over the layers: [M, K], once `later` is run."""
+        dlow = self.dlow.rows
+        dx = dlow.new_empty(dlow.shape[0], self.layers[0].lora_A.shape[1])
         terms = [Term(dy, layer.weight, False) for layer, dy in self._both()]
-        update = [Term(self.dlow[:, each.pairs], each.lora_A, False) for each in self.layers]
+        update = [Term(dlow[:, each.pairs], each.lora_A, False) for each in self.layers]
         if not self.drop.rate:
-            sums_of_products([Sum(terms + update, dx)])
+            later.append(Sum(terms + update, dx))
             return dx
         through = torch.empty_like(dx)
         sums_of_products([Sum(terms, dx), Sum(update, through)])
@@ -130,25 +150,31 @@ class Group:
         self.lows = None
         del self.grads, self.dlow
 
-    def grad_tensors(self, x: Tensor, need: Sequence[bool]) -> list[Tensor | None]:
-        """Return the gradients of the small tensors of each layer, for x [M, K]."""
+    def grad_tensors(
+        self, x: Tensor, need: Sequence[bool], later: list[Sum]
+    ) -> list[Tensor | None]:
+        """Return the gradients of the small tensors of each layer, for x [M, K].
+
+        They are there once `later` is run.
+        """
         x = dense_rows(x)
         found: list[Tensor | None] = [None] * len(need)
-        dropped, dlow, sums = self.drop(x), _turned(self.dlow), []
+        dropped, dlow = self.drop(x), self.dlow.turned
         if any(need[1::TENSORS]):
-            low = _turned(self.low(x))
+            missing: list[Sum] = []
+            low = self.low(x, missing).turned
+            sums_of_products(missing)
         for i, (layer, dy) in enumerate(self._both()):
             at = TENSORS * i
             if need[at]:  # s (dy B)^T d(x): [r, M] @ [M, K]
                 grad_A = found[at] = torch.empty_like(layer.lora_A)
-                sums.append(Sum([Term(dlow[layer.columns], dropped, False)], grad_A))
+                later.append(Sum([Term(dlow[layer.columns], dropped, False)], grad_A))
             if need[at + 1]:  # its transpose, s (d(x) A^T)^T dy: [r, M] @ [M, N]
-                turned = torch.empty(layer.lora_B.shape[::-1], device=x.device)
-                sums.append(Sum([Term(low[layer.columns], dy, False)], turned, layer.scaling))
-                found[at + 1] = turned.t()
+                grad_B = found[at + 1] = torch.empty_like(layer.lora_B)
+                terms = [Term(low[layer.columns], dy, False)]
+                later.append(Sum(terms, None, layer.scaling, turned=grad_B))
             if need[at + 2] and layer.bias is not None:
                 found[at + 2] = dy.sum(0, dtype=torch.float32).to(layer.bias.dtype)
-        sums_of_products(sums)
         return found
 
     def _both(self) -> Iterator[tuple[StoredLayer, Tensor]]:
@@ -158,10 +184,3 @@ class Group:
 
 def _even(n: int) -> int:
     return n + n % 2
-
-
-def _turned(x: Tensor) -> Tensor:
-    """Return x [M, R] by columns, with a zero at the end of each if M is odd: [R, M or M + 1]."""
-    turned = x.new_zeros(x.shape[1], _even(x.shape[0]))
-    turned[:, : x.shape[0]] = x.t()
-    return turned

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..float8 import Float8Weight, ScaledRows, product, product_back, scaled_rows
+from ..products import Sum
 from ..swiglu.updates import Update, adds_updates
 from . import reference
 from .tensors import Static
@@ -74,8 +75,11 @@ class Float8Group(reference.Group):
             layer.rows = layer.out = None
         return ys
 
-    def grad_x(self, apart: bool = False) -> Tensor:
-        """Return dx = dy W + s (dy B) A, summed over the layers: [M, K]; `apart`: dy W alone."""
+    def grad_x(self, later: list[Sum], apart: bool = False) -> Tensor:
+        """Return dx = dy W + s (dy B) A, summed over the layers: [M, K]; `apart`: dy W alone.
+
+        `later` gets nothing.
+        """
         dx = product_back(self.scaled, [layer.float8 for layer in self.layers])
         if apart:
             return dx

@@ -16,6 +16,7 @@ from torch import Tensor
 from ... import dispatch
 from ..float8 import Float8Weight
 from ..frozen_linear.dense import Panels, product, product_back, weight_panels
+from ..products import Sum
 from .tensors import TENSORS, Dropout, FrozenLinearMap, LoraTensors, Static, by_layer
 
 FEW = 128  # rows up to which a packed weight may be multiplied without making it dense
@@ -304,10 +305,10 @@ class Group:
         shape, strides = (len(columns), *first.shape), (first.shape[1], *first.stride())
         return first.as_strided(shape, strides)
 
-    def take(self, grads: Sequence[Tensor], wide: Tensor | None = None) -> None:
+    def take(self, grads: Sequence[Tensor], small: list[Sum], wide: Tensor | None = None) -> None:
         """Take the gradients dy [M, N] of each layer, from which the others follow.
 
-        They may be the first columns of `wide` [M, N + room].
+        `small` gets nothing. They may be the first columns of `wide` [M, N + room].
         """
         self.grads, self.wide = grads, wide
         self.scaled = [
@@ -327,8 +328,11 @@ class Group:
         for layer, dy, out in zip(self.layers, self.scaled, columns, strict=True):
             torch.mm(dy, layer.sB, out=out)  # s (dy B): [M, N] @ [N, r]
 
-    def grad_x(self, apart: bool = False) -> Tensor:
-        """Return dx = dy W + s (dy B) A, summed over the layers: [M, K]; `apart`: dy W alone."""
+    def grad_x(self, later: list[Sum], apart: bool = False) -> Tensor:
+        """Return dx = dy W + s (dy B) A, summed over the layers: [M, K]; `apart`: dy W alone.
+
+        `later` gets nothing.
+        """
         if self.room:
             W = self._joined()[:, : self.A.shape[1]]
             if self.wide is not None and not self.drop.rate and not apart:
@@ -387,8 +391,13 @@ class Group:
             return torch.baddbmm(unused, a, b, beta=0, alpha=s)
         return torch.baddbmm(unused, a, b, beta=0, alpha=s, out_dtype=torch.float32)
 
-    def grad_tensors(self, x: Tensor, need: Sequence[bool]) -> list[Tensor | None]:
-        """Return the gradients of the small tensors of each layer, for x [M, K]."""
+    def grad_tensors(
+        self, x: Tensor, need: Sequence[bool], later: list[Sum]
+    ) -> list[Tensor | None]:
+        """Return the gradients of the small tensors of each layer, for x [M, K].
+
+        `later` gets nothing.
+        """
         found: list[Tensor | None] = [None] * len(need)
         if any(need[0::TENSORS]):
             # === dA = s (dy B)^T d(x), stacked: [R, M] @ [M, K] ===

@@ -61,6 +61,12 @@ def dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def sums_of_products(sums: Sequence[Sum]) -> None:
-    """Write every sum to its `out`; none may read what another writes."""
-    cpu.sums_of_products(sums)
+def sums_of_products(*stages: Sequence[Sum]) -> None:
+    """Write every sum to its `out` and its `turned`.
+
+    A sum may read what those of an earlier stage write. A stage may be empty. One call of many sums
+    is faster than many calls: a kernel leaves little of Python's in the caches.
+    """
+    some = [sums for sums in stages if sums]
+    if some:
+        cpu.sums_of_products(some)

@@ -63,16 +63,21 @@ void work(void* data, int64_t from, int64_t to) {
         }
 }
 
+void compute(Sums& sums) {
+    int64_t products = 0;
+    for (int64_t n = 0; n < sums.count; ++n) products += sums.sums[n].M * sums.sums[n].N * depth_of(sums.sums[n]);
+    sums.threads = simd::smaller(sums.threads, 1 + products / TOGETHER);
+#if defined(__AVX512BF16__)
+    if (sums.pairs) return lk_parallel_for(sums.threads, 1, work<Pairs>, &sums);
+#endif
+    lk_parallel_for(sums.threads, 1, work<Floats>, &sums);
+}
+
 }  // namespace
 
-extern "C" void LK_EXPORT(sums_of_products)(Sums* sums) {
-    int64_t products = 0;
-    for (int64_t n = 0; n < sums->count; ++n) products += sums->sums[n].M * sums->sums[n].N * depth_of(sums->sums[n]);
-    sums->threads = simd::smaller(sums->threads, 1 + products / TOGETHER);
-#if defined(__AVX512BF16__)
-    if (sums->pairs) return lk_parallel_for(sums->threads, 1, work<Pairs>, sums);
-#endif
-    lk_parallel_for(sums->threads, 1, work<Floats>, sums);
+// One after the other: each may read what those before have written.
+extern "C" void LK_EXPORT(sums_of_products)(Sums* stages, int64_t count) {
+    for (int64_t n = 0; n < count; ++n) compute(stages[n]);
 }
 
 #endif

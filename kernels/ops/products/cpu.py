@@ -43,13 +43,14 @@ class Sum(ctypes.Structure):
     _fields_ = (
         ("terms", POINTER),
         *((name, INT64) for name in ("count", "M", "N")),
-        *(("out", POINTER), ("out_stride", INT64), ("wide", INT64)),
+        *((name, POINTER) for name in ("out", "turned")),
+        *((name, INT64) for name in ("out_stride", "turned_stride", "wide")),
         *(("scale", FLOAT), ("bias", POINTER)),
     )
 
 
 class Sums(ctypes.Structure):
-    """`Sums` of cpu.cpp: the arguments of the kernel."""
+    """`Sums` of cpu.cpp: a stage, the arguments of the kernel."""
 
     _fields_ = (
         *((name, POINTER) for name in ("sums", "space", "shares")),
@@ -69,25 +70,52 @@ def _term(term: given.Term, held: list[object]) -> Any:
     return a.data_ptr(), a.stride(0), a.shape[1], matrix, b.shape[turned], turned
 
 
-def sums_of_products(sums: Sequence[given.Sum]) -> None:
-    """Call the C++ kernel for all sums at once; see cpu.cpp."""
-    held: list[object] = []  # what must live until the call
+def _places(out: Tensor | None, turned: Tensor | None) -> tuple[Any, Any]:
+    """Return M and N, and where a Sum goes: pointers, strides, and whether in fp32."""
+    if turned is None:
+        assert out is not None  # or there is no sum
+        return out.shape, (out.data_ptr(), None, out.stride(0), 0, out.dtype == torch.float32)
+    N, M = turned.shape
+    strides = 0 if out is None else out.stride(0), turned.stride(0)
+    return (M, N), (address(out), turned.data_ptr(), *strides, turned.dtype == torch.float32)
+
+
+def _passed(sums: Sequence[given.Sum], held: list[object]) -> tuple[Any, int]:
+    """Return the Sums of a stage as an array, and the largest depth of one."""
     rows: list[Any] = []  # the fields of each Sum
-    depth = 0
-    for terms, out, scale, bias in sums:
-        array = (Term * len(terms))(*(_term(term, held) for term in terms))
+    deepest = 0
+    for terms, out, scale, bias, turned in sums:
+        array, depth = (Term * len(terms))(*[_term(term, held) for term in terms]), 0
         bias = None if bias is None else bias.contiguous()
         held += array, bias
-        place = out.data_ptr(), out.stride(0), out.dtype == torch.float32
-        rows.append((ctypes.addressof(array), len(array), *out.shape, *place, scale, address(bias)))
-        depth = max(depth, sum(a.shape[1] for a, *_ in terms))
+        for term in terms:
+            depth += term.a.shape[1]
+        deepest = max(deepest, depth)
+        shape, places = _places(out, turned)
+        rows.append((ctypes.addressof(array), len(terms), *shape, *places, scale, address(bias)))
     passed = (Sum * len(rows))(*rows)
-    singles = sums[0].terms[0].a.dtype == torch.float32
+    held.append(passed)
+    return passed, deepest
+
+
+def sums_of_products(stages: Sequence[Sequence[given.Sum]]) -> None:
+    """Call the C++ kernel for all stages at once; see cpu.cpp. None of them is empty."""
+    held: list[object] = []  # what must live until the call
+    made = [_passed(sums, held) for sums in stages]
+    depth = max([deepest for _, deepest in made])
+    a = stages[0][0].terms[0].a
+    singles = a.dtype == torch.float32
     pairs = not singles and dispatch.multiplies_pairs()
     size = depth // 2 * LANES if pairs else max((depth + HIGH) * LANES + HIGH * DEPTH, PANEL)
-    count, on = threads.count(), sums[0].out.device
-    space = torch.empty(count * size, dtype=torch.int32, device=on)
-    shares = torch.zeros(len(sums) * count * SHARE, dtype=torch.int64, device=on)
-    pointers = ctypes.addressof(passed), space.data_ptr(), shares.data_ptr()
-    arguments = Sums(*pointers, len(sums), count, size, pairs, singles)
-    dispatch.function("sums_of_products", POINTER)(ctypes.addressof(arguments))
+    count = threads.count()
+    space = torch.empty(count * size, dtype=torch.int32, device=a.device)
+    taken = torch.zeros((sum(map(len, stages)), count * SHARE), dtype=torch.int64, device=a.device)
+    shares = taken.data_ptr()
+    fields: list[Any] = []  # of each Sums
+    for passed, _ in made:
+        pointers = ctypes.addressof(passed), space.data_ptr(), shares
+        fields.append((*pointers, len(passed), count, size, pairs, singles))
+        shares += len(passed) * count * SHARE * taken.itemsize
+    arguments = (Sums * len(fields))(*fields)
+    run = dispatch.function("sums_of_products", POINTER, INT64)
+    run(ctypes.addressof(arguments), len(arguments))

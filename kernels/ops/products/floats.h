@@ -17,6 +17,7 @@ using simd::Vec;
 
 constexpr int64_t CHUNK = 64;   // values of a row that are looked up together
 constexpr int64_t DEPTH = 384;  // values of each row of a that are made fp32 at a time, which the nearest cache keeps
+constexpr int64_t PANEL = 1 << 17;  // words that panels of more columns than CHUNK may fill; cpu.py has it too
 constexpr int64_t AHEAD = 8;    // lines of a panel between the one that is fetched and the one that is multiplied
 
 // The CHUNK values of a packed row that begin with a block at `column`. R is the dtype of a.
@@ -129,13 +130,23 @@ void tile(const float* a, int64_t stride, const float* b, int64_t depth, float* 
         for (int z = 0; z < Z; ++z) simd::store(sums[i][z], out + i * apart + LANES * z);
 }
 
-// `count` sums to a row, which begins with the column `first`.
+// Writes the sums, `count` rows that lie `apart`, to rows from `row` on and to columns from `first` on.
 template <class T>
-void finish(const Sum& p, const float* sums, int64_t first, int64_t count, T* out) {
+void finish(const Sum& p, const float* sums, int64_t apart, int64_t row, int64_t count, int64_t first, int64_t columns) {
     const Vec scale = simd::fill(p.scale);
-    simd::vectors(count, [&](int64_t i, auto part) {
+    T* out = p.out ? static_cast<T*>(p.out) + row * p.out_stride + first : nullptr;
+    simd::vectors(columns, [&](int64_t i, auto part) {
         const Vec bias = p.bias ? simd::load(p.bias + first + i, part) : simd::fill(0);
-        simd::store(simd::madd(simd::load(sums + i), scale, bias), out + i, part);
+        Vec rows[LANES] = {};
+        for (int64_t n = 0; n < count; ++n) {
+            rows[n] = simd::madd(simd::load(sums + n * apart + i), scale, bias);
+            if (out) simd::store(rows[n], out + n * p.out_stride + i, part);
+        }
+        if (!p.turned) return;
+        simd::transpose(rows);
+        T* to = static_cast<T*>(p.turned) + (first + i) * p.turned_stride + row;
+        for (int64_t n = 0; n < LANES && i + n < columns; ++n)
+            simd::store(rows[n], to + n * p.turned_stride, simd::First{count});
     });
 }
 
@@ -158,7 +169,8 @@ struct Floats {
     int64_t columns_of_panel(const Sums& all) const {
         if (p.N <= wide) return wide;
         const int64_t chunks = (p.N + floats::CHUNK - 1) / floats::CHUNK;
-        const int64_t fit = (all.size - high * floats::DEPTH) / (floats::CHUNK * (high + depth));
+        const int64_t room = simd::smaller(all.size, floats::PANEL);
+        const int64_t fit = (room - high * floats::DEPTH) / (floats::CHUNK * (high + depth));
         const int64_t share = (chunks + all.threads - 1) / all.threads;
         const int64_t most = simd::smaller(fit, share);
         return floats::CHUNK * (most > 1 ? most : 1);
@@ -191,13 +203,8 @@ struct Floats {
                     multiply(filled, its, panel.line(from + k, column), some, sums + column);
             }
         }
-        for (int64_t i = 0; i < count; ++i) {
-            const int64_t at = (row + i) * p.out_stride + first;
-            if (p.wide)
-                floats::finish(p, sums + i * lanes, first, columns, static_cast<float*>(p.out) + at);
-            else
-                floats::finish(p, sums + i * lanes, first, columns, static_cast<uint16_t*>(p.out) + at);
-        }
+        p.wide ? floats::finish<float>(p, sums, lanes, row, count, first, columns)
+               : floats::finish<uint16_t>(p, sums, lanes, row, count, first, columns);
     }
 
     struct Rows {

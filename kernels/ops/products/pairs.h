@@ -86,16 +86,16 @@ inline __mmask16 first_lanes(int64_t count) {
     return count >= 16 ? 0xffff : static_cast<__mmask16>((1u << (count > 0 ? count : 0)) - 1);
 }
 
-// `left` or more of sixteen sums; a store with a mask takes many times longer.
-inline void put(const Sum& p, __m512 sums, int64_t at, int64_t left) {
+// `left` or more of sixteen sums to `out`; a store with a mask takes many times longer.
+inline void put(const Sum& p, __m512 sums, void* out, int64_t at, int64_t left) {
     const __mmask16 some = first_lanes(left);
     if (p.wide) {
-        float* to = static_cast<float*>(p.out) + at;
+        float* to = static_cast<float*>(out) + at;
         left >= 16 ? _mm512_storeu_ps(to, sums) : _mm512_mask_storeu_ps(to, some, sums);
         return;
     }
     const __m256i y = (__m256i)_mm512_cvtneps_pbh(sums);
-    uint16_t* to = static_cast<uint16_t*>(p.out) + at;
+    uint16_t* to = static_cast<uint16_t*>(out) + at;
     left >= 16 ? _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), y) : _mm256_mask_storeu_epi16(to, some, y);
 }
 
@@ -131,7 +131,17 @@ void tile(const Sum& p, int64_t row, int64_t first, int64_t columns, const uint3
         const int64_t left = columns - 16 * z, at = row * p.out_stride + first + 16 * z;
         const __m512 bias = p.bias ? _mm512_maskz_loadu_ps(first_lanes(left), p.bias + first + 16 * z) : _mm512_setzero_ps();
 #pragma GCC unroll 12
-        for (int i = 0; i < R; ++i) put(p, _mm512_fmadd_ps(sums[i][z], scale, bias), at + i * p.out_stride, left);
+        for (int i = 0; i < R; ++i) {
+            sums[i][z] = _mm512_fmadd_ps(sums[i][z], scale, bias);
+            if (p.out) put(p, sums[i][z], p.out, at + i * p.out_stride, left);
+        }
+        if (!p.turned) continue;
+        simd::Vec square[16] = {};
+#pragma GCC unroll 12
+        for (int i = 0; i < R; ++i) square[i] = {sums[i][z]};
+        simd::transpose(square);
+        for (int64_t j = 0; j < 16 && j < left; ++j)
+            put(p, square[j].v, p.turned, (first + 16 * z + j) * p.turned_stride + row, R);
     }
 }
 

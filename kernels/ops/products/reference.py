@@ -10,15 +10,20 @@ from .terms import Sum
 
 
 def sums_of_products(sums: Sequence[Sum]) -> None:
-    """Write every sum to its `out`."""
-    for terms, out, scale, bias in sums:
-        total = torch.zeros(out.shape, device=out.device)
-        for a, b, turned, factor in terms:
+    """Write every sum to its `out` and to its `turned`."""
+    for terms, out, scale, bias, turned in sums:
+        total: Tensor | None = None
+        for a, b, lies_turned, factor in terms:
             b = dense(b, factor, a.dtype)
-            b = b.t() if turned else b
-            total += a[:, : len(b)].float() @ b
-        total *= scale
-        out.copy_(total if bias is None else total + bias)
+            b = b.t() if lies_turned else b
+            product = a[:, : len(b)].float() @ b
+            total = product if total is None else total + product
+        assert total is not None  # there is a term
+        total = scale * total if bias is None else scale * total + bias
+        if out is not None:
+            out.copy_(total)
+        if turned is not None:
+            turned.copy_(total.t())
 
 
 def dense(b: Tensor | NF4Tensor, factor: float, dtype: torch.dtype) -> Tensor:

@@ -23,8 +23,9 @@ struct Term {
 struct Sum {
     const Term* terms;
     int64_t count, M, N;
-    void* out;
-    int64_t out_stride, wide;  // wide: fp32, otherwise bf16
+    void* out;     // row by row, or null
+    void* turned;  // the same column by column, or null
+    int64_t out_stride, turned_stride, wide;  // wide: fp32, otherwise bf16
     float scale;
     const float* bias;  // or null
 };

@@ -23,9 +23,13 @@ class Term(NamedTuple):
 
 
 class Sum(NamedTuple):
-    """A sum that is written to `out` [M, N], bf16 or fp32, whose rows may lie apart."""
+    """A sum [M, N] that is written to `out`, to `turned`, or to both.
+
+    They are bf16 or fp32, of one dtype, and their rows may lie apart.
+    """
 
     terms: Sequence[Term]
-    out: Tensor
+    out: Tensor | None  # [M, N]
     scale: float = 1.0
     bias: Tensor | None = None  # fp32 [N]
+    turned: Tensor | None = None  # [N, M]

@@ -57,6 +57,9 @@ def rms_norm(
     if backend is reference:
         return reference.rms_norm(x, weight, eps, weight_offset, casting_mode)
     options = eps, weight_offset, casting_mode, room, backend
+    if not torch.is_grad_enabled():  # backward makes the inputs of layers again
+        y, *_ = _normalize(_rows(x), None, weight, options)
+        return y.view(x.shape)
     return RMSNorm.apply(x, weight, options)
 
 
@@ -131,16 +134,21 @@ def scale_of(weight: Tensor, offset: float, casting_mode: str) -> tuple[Tensor, 
     return weight.contiguous(), offset
 
 
-def _normalize(ctx, x, residual, weight, options) -> tuple:
-    """Return the normalized rows, and the sum x + residual or x."""
+def _normalize(x, residual, weight, options) -> tuple:
+    """Return the normalized rows, the sum x + residual or x, and what else backward needs."""
     eps, offset, casting_mode, room, backend = options
     weight, offset = scale_of(weight, offset, casting_mode)
     llama = casting_mode == "llama"
     beside = () if backend is cpu else (room,)
     y, total, rstd = backend.normalize(x, residual, weight, eps, offset, llama, *beside)
-    ctx.save_for_backward(total, weight, rstd)
-    ctx.offset, ctx.backend = offset, backend
-    return y, total
+    return y, total, weight, rstd, offset
+
+
+def _keep(ctx, kept, backend) -> None:
+    """Keep what backward needs."""
+    *tensors, ctx.offset = kept
+    ctx.save_for_backward(*tensors)
+    ctx.backend = backend
 
 
 class RMSNorm(torch.autograd.Function):
@@ -151,7 +159,8 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, options):
-        y, _ = _normalize(ctx, _rows(x), None, weight, options)
+        y, *kept = _normalize(_rows(x), None, weight, options)
+        _keep(ctx, kept, options[-1])
         return y.view(x.shape)
 
     @staticmethod
@@ -168,7 +177,9 @@ class AddRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, residual, weight, options):
-        y, total = _normalize(ctx, _rows(x), _rows(residual), weight, options)
+        y, *kept = _normalize(_rows(x), _rows(residual), weight, options)
+        _keep(ctx, kept, options[-1])
+        total = kept[0]
         return y.view(x.shape), total.view(x.shape)
 
     @staticmethod
