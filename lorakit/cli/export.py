@@ -71,6 +71,21 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
         metavar="TYPE",
         help=f"{', '.join(TYPES)} (default: q4_k_m); several times, or a list with commas",
     )
+    _add_quantization(parser)
+    parser.add_argument("--name", help="what the file calls the model (default: its directory's)")
+    parser.add_argument(
+        "--context-length",
+        type=count,
+        metavar="N",
+        help="positions that the file states (default: the model's), and Ollama's num_ctx",
+    )
+    _add_ollama(parser)
+    _add_check(parser)
+    parser.set_defaults(run=export)
+
+
+def _add_quantization(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say how matrices are quantized, beside --type."""
     matters = parser.add_mutually_exclusive_group()
     matters.add_argument(
         "--imatrix", type=Path, metavar="FILE", help="importance matrix, of llama-imatrix in GGUF"
@@ -90,16 +105,6 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
         help="block format of the matrices whose names a regex fits, as in ffn_down=q8_0; the "
         "first that fits decides",
     )
-    parser.add_argument("--name", help="what the file calls the model (default: its directory's)")
-    parser.add_argument(
-        "--context-length",
-        type=count,
-        metavar="N",
-        help="positions that the file states (default: the model's), and Ollama's num_ctx",
-    )
-    _add_ollama(parser)
-    _add_check(parser)
-    parser.set_defaults(run=export)
 
 
 def _add_ollama(parser: argparse.ArgumentParser) -> None:
