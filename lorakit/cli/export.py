@@ -136,7 +136,14 @@ def export(args: argparse.Namespace) -> int:
         args.adapter = lk.fetch_adapter(args.adapter)
     if args.to in ("gguf", "ollama"):
         _export_model(args)
-    elif args.to == "gguf-lora":
+    else:
+        _export_adapter(args)
+    return 0
+
+
+def _export_adapter(args: argparse.Namespace) -> None:
+    """Write an adapter alone, and print how it is run."""
+    if args.to == "gguf-lora":
         kind = args.type or ["f16"]
         if kind not in (["f16"], ["f32"]):
             raise lk.LorakitError("an adapter's --type is f16 or f32")
@@ -150,7 +157,6 @@ def export(args: argparse.Namespace) -> int:
         print(f"\nmlx_lm.generate --model {args.model} --adapter-path {args.out} --prompt TEXT")
     else:
         print(lk.export_for_server(args.adapter, args.out, server=args.to, base_model=args.model))
-    return 0
 
 
 def _check_options(args: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ tuner/lora.py and tuner/dora.py of mlx-lm 0.32.2.
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -199,7 +199,8 @@ def _holes(
     plain: PlainAdapter, modules: dict[str, _Module], first: int, keys: list[str], rank: int
 ) -> dict[str, _Module]:
     """Return zeros for the modules that mlx_lm selects and the adapter does not adapt."""
-    config, found = plain.base.config, {}
+    config = plain.base.config
+    found: dict[str, _Module] = {}
     for number in range(first, config.num_hidden_layers):
         for key in keys:
             name = f"model.layers.{number}.{key}"
@@ -215,9 +216,9 @@ def _holes(
     return found
 
 
-def _tensors(modules: dict[str, _Module]) -> dict[str, Any]:
+def _tensors(modules: dict[str, _Module]) -> dict[str, Tensor]:
     """Return the tensors of the file by their names."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, module in modules.items():
         a, b = module.a, module.b
         if a.dim() == 2:
