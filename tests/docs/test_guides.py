@@ -139,7 +139,7 @@ def test_examples_of_the_guide_to_export(prepared):
         lk.save_adapter(model, "runs/opposites")
     """
     run([sys.executable, "-c", make])
-    [command] = commands("docs/export.md")
+    command = commands("docs/export.md")[0]
     said = run(command).stdout
     assert said.startswith("runs/opposites.gguf: q4_k_m, 134.5 M parameters in ")
     assert "not what q4_k_m means" in said
