@@ -20,6 +20,8 @@ ROOMS = {
     "data": "Data",
     "inference": "Generation",
     "evaluation": "Evaluation",
+    "export": "Export",
+    "files": "The Hub",
     "config": "Settings and errors",
 }
 
