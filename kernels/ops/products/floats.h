@@ -104,13 +104,14 @@ void pack(const Term& t, int64_t first, int64_t columns, int64_t lanes, int64_t 
 }
 
 // Adds the products of R rows of a, `stride` apart, and of `depth` lines of Z vectors, b, to the sums in rows of `out`.
+// They are added up by themselves first: sums of up to DEPTH values, and then of these sums, round less than one long sum.
 template <int R, int Z>
 void tile(const float* a, int64_t stride, const float* b, int64_t depth, float* out, int64_t apart) {
     Vec sums[R][Z];
 #pragma GCC unroll 12
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
-        for (int z = 0; z < Z; ++z) sums[i][z] = simd::load(out + i * apart + LANES * z);
+        for (int z = 0; z < Z; ++z) sums[i][z] = simd::fill(0);
     for (int64_t k = 0; k < depth; ++k, b += Z * LANES) {
         Vec line[Z];
 #pragma GCC unroll 4
@@ -127,7 +128,10 @@ void tile(const float* a, int64_t stride, const float* b, int64_t depth, float* 
 #pragma GCC unroll 12
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
-        for (int z = 0; z < Z; ++z) simd::store(sums[i][z], out + i * apart + LANES * z);
+        for (int z = 0; z < Z; ++z) {
+            float* its = out + i * apart + LANES * z;
+            simd::store(simd::load(its) + sums[i][z], its);
+        }
 }
 
 // Writes the sums, `count` rows that lie `apart`, to rows from `row` on and to columns from `first` on.
