@@ -147,10 +147,10 @@ def test_wrong_pushes(hub, adapter, tmp_path):
 
 def test_a_card_that_the_hub_refuses(hub, adapter):
     """The Hub's own words come through, before any file is sent."""
-    (adapter / "README.md").write_text("---\nbase_model: /home/me/base\n---\n")
+    (adapter / "README.md").write_text("---\nbase_model: /data/me/base\n---\n")
     done = push(hub, adapter, "me/mine")
     assert done.returncode == 1
-    assert '"base_model" with value "/home/me/base" is not valid' in done.stderr
+    assert '"base_model" with value "/data/me/base" is not valid' in done.stderr
     assert not any("PUT" in request for request in hub.requests)
 
 
