@@ -7,8 +7,6 @@ which pays for many rows at a time, and not for text that grows by a token.
 
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,17 +21,14 @@ from lorakit.export.weights import DenseModel
 from lorakit.models.decoder import Decoder
 
 
-@contextmanager
-def run_blockwise(
-    dense: DenseModel, texts: list[Example]
-) -> Iterator[tuple[Decoder, Tensor, Tensor]]:
+def run_blockwise(dense: DenseModel, texts: list[Example]) -> tuple[Decoder, Tensor, Tensor]:
     """Run a model on rows, reading each block when its turn comes.
 
     Args:
         dense: The model's weights, on disk or elsewhere.
         texts: The rows, as one batch.
 
-    Yields:
+    Returns:
         A model whose head alone is there; the hidden states fp32 [n, H] of the positions that have
         a label, row by row; and the labels int64 [n].
     """
@@ -54,7 +49,7 @@ def run_blockwise(
     counted = targets != IGNORE
     head = "model.embed_tokens" if model.lm_head is None else "lm_head"
     _fill(model.get_submodule(head), f"{head}.", dense)
-    yield model, hidden[counted], targets[counted]
+    return model, hidden[counted], targets[counted]
 
 
 def whole_model(dense: DenseModel) -> Decoder:

@@ -36,6 +36,7 @@ from lorakit.data.rows import RowSource, read_rows
 from lorakit.export.blockwise import fp32_bytes, free_bytes, run_blockwise, whole_model
 from lorakit.export.runtime import continue_in_llama_cpp
 from lorakit.export.sample import CHAT, TEXTS
+from lorakit.export.vocabulary import exported_tokenizer
 from lorakit.export.weights import DenseModel, dense_model
 from lorakit.files.local import as_path
 from lorakit.inference.generate import continue_text
@@ -68,7 +69,7 @@ class ExportCheck:
     divergence: float
     """The mean Kullback-Leibler divergence from the model to the file, in nats."""
     same_first: int
-    """At how many positions the likeliest token is the same."""
+    """The number of positions at which the likeliest token is the same."""
     loss: float
     """The model's mean loss, in nats."""
     file_loss: float
@@ -76,7 +77,7 @@ class ExportCheck:
     base_loss: float | None
     """The mean loss without the adapter; None if there is none, or no rows were given."""
     greedy: list[tuple[int, int]]
-    """Of each greedy text, how many tokens the file begins it with, and how many it has."""
+    """How many tokens of each greedy text the file begins it with, and how many there are."""
     in_llama_cpp: list[tuple[int, int]]
     """The same of the file in llama.cpp; empty if it was not run."""
     differs: list[str]
@@ -214,13 +215,9 @@ def _check_same(file: Path, ours: DenseModel, theirs: DenseModel) -> None:
 
 def _tokenizer(dense: DenseModel, adapter: str | Path | None) -> Tokenizer:
     """Return the tokenizer that `export_gguf` writes."""
-    beside = None if adapter is None else as_path(adapter)
-    if beside is not None and (beside / "tokenizer.json").is_file():
-        return load_tokenizer(beside)
     if dense.path is None:
         raise LorakitError("check_export: the model was not loaded from a file; give its tokenizer")
-    has_template = beside is not None and (beside / "chat_template.jinja").is_file()
-    return load_tokenizer(dense.path, chat_template=beside if has_template else None)
+    return exported_tokenizer(dense.path, adapter)
 
 
 def _texts(tok: Tokenizer, rows: RowSource | None, longest: int, tokens: int) -> list[Example]:
@@ -292,21 +289,21 @@ def _compared(
 ) -> _Compared:
     """Run the model on rows, and the file on the same rows and on the model's own greedy text."""
     told = [Example(p + a, [IGNORE] * len(p) + a) for p, a in zip(prompts, answers, strict=False)]
-    with run_blockwise(ours, texts) as (model, hidden, targets):
-        logits = torch.cat([model.head(part) for part in hidden.split(_PART)])
-    with run_blockwise(theirs, texts + told) as (model, hidden, all_targets):
-        sums = torch.zeros(4, dtype=torch.float64)  # KL, same first, both losses
-        count = len(targets)
-        parts = (each.split(_PART) for each in (logits, hidden[:count], targets))
-        for mine, h, target in zip(*parts, strict=True):
-            p, q = mine.double().log_softmax(-1), model.head(h).double().log_softmax(-1)
-            same = p.argmax(-1) == q.argmax(-1)
-            losses = [-each.gather(-1, target[:, None]).sum() for each in (p, q)]
-            sums += torch.stack([(p.exp() * (p - q)).sum(), same.sum(), *losses])
-        greedy = []
-        if told:
-            first = model.head(hidden[count:]).argmax(-1) == all_targets[count:]
-            greedy = [_begun(part) for part in first.split([_labels(each) for each in told])]
+    model, hidden, targets = run_blockwise(ours, texts)
+    logits = torch.cat([model.head(part) for part in hidden.split(_PART)])
+    model, hidden, all_targets = run_blockwise(theirs, texts + told)
+    sums = torch.zeros(4, dtype=torch.float64)  # KL, same first, both losses
+    count = len(targets)
+    parts = (each.split(_PART) for each in (logits, hidden[:count], targets))
+    for mine, h, target in zip(*parts, strict=True):
+        p, q = mine.double().log_softmax(-1), model.head(h).double().log_softmax(-1)
+        same = p.argmax(-1) == q.argmax(-1)
+        losses = [-each.gather(-1, target[:, None]).sum() for each in (p, q)]
+        sums += torch.stack([(p.exp() * (p - q)).sum(), same.sum(), *losses])
+    greedy = []
+    if told:
+        first = model.head(hidden[count:]).argmax(-1) == all_targets[count:]
+        greedy = [_begun(part) for part in first.split([_labels(each) for each in told])]
     divergence, same_first, loss, file_loss = sums.tolist()
     return _Compared(
         count, divergence / count, int(same_first), loss / count, file_loss / count, greedy
@@ -351,11 +348,11 @@ def _loss(dense: DenseModel, texts: list[Example]) -> float | None:
     """Return a model's mean loss of rows, or None if they hold tokens that it does not have."""
     if _largest_id(texts) >= dense.config.vocab_size:
         return None
-    with run_blockwise(dense, texts) as (model, hidden, targets):
-        total = torch.zeros((), dtype=torch.float64)
-        for h, target in zip(hidden.split(_PART), targets.split(_PART), strict=True):
-            log_p = model.head(h).double().log_softmax(-1)
-            total -= log_p.gather(-1, target[:, None]).sum()
+    model, hidden, targets = run_blockwise(dense, texts)
+    total = torch.zeros((), dtype=torch.float64)
+    for h, target in zip(hidden.split(_PART), targets.split(_PART), strict=True):
+        log_p = model.head(h).double().log_softmax(-1)
+        total -= log_p.gather(-1, target[:, None]).sum()
     return float(total) / len(targets)
 
 

@@ -27,7 +27,12 @@ from lorakit.config.errors import LorakitError
 from lorakit.export.importance import Importance, load_importance
 from lorakit.export.metadata import check_said, llama3_divisors, model_metadata
 from lorakit.export.mix import Mix
-from lorakit.export.vocabulary import copied_tokenizer, tokenizer_metadata
+from lorakit.export.vocabulary import (
+    brings,
+    copied_tokenizer,
+    exported_tokenizer,
+    tokenizer_metadata,
+)
 from lorakit.export.weights import DenseModel, dense_model
 from lorakit.files.gguf import NewTensor, block_sizes, write_gguf
 from lorakit.files.hub import fetch_adapter
@@ -35,7 +40,6 @@ from lorakit.files.local import as_path
 from lorakit.models.decoder import Decoder
 from lorakit.models.gguf_names import Dialect, dialect_of, storage, stored_name
 from lorakit.models.tokenizer import Tokenizer
-from lorakit.models.tokenizer_files import load_tokenizer
 
 _PART = 1 << 24  # values that are quantized at a time, 64 MB of fp32
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -177,14 +181,10 @@ def _tokenizer_metadata(
     """Return the keys that describe the tokenizer: the one given, the adapter's or the model's."""
     if tokenizer is not None:
         return tokenizer_metadata(tokenizer, dense.config)
-    beside = None if adapter is None else as_path(adapter)
-    if beside is not None and (beside / "tokenizer.json").is_file():
-        return tokenizer_metadata(load_tokenizer(beside), dense.config)
     if dense.path is None:
         raise LorakitError("export: the model was not loaded from a file; give its tokenizer")
-    has_template = beside is not None and (beside / "chat_template.jinja").is_file()
-    tok = load_tokenizer(dense.path, chat_template=beside if has_template else None)
-    if dense.path.suffix == ".gguf":
+    tok = exported_tokenizer(dense.path, adapter)
+    if dense.path.suffix == ".gguf" and not brings(adapter, "tokenizer.json"):
         found = copied_tokenizer(dense.path, tok)
         if len(found["tokenizer.ggml.tokens"].value) == dense.config.vocab_size:
             return found

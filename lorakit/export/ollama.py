@@ -23,10 +23,10 @@ from lorakit.export.gguf import GgufFile, export_gguf
 from lorakit.export.gguf_adapter import export_gguf_adapter
 from lorakit.export.go_template import go_template, lost_in_modelfile
 from lorakit.export.importance import Importance
+from lorakit.export.vocabulary import brings, exported_tokenizer
 from lorakit.files.local import as_path, read_json, write_text
 from lorakit.models.load import open_model
 from lorakit.models.tokenizer import Tokenizer
-from lorakit.models.tokenizer_files import load_tokenizer
 
 # Names in generation_config.json -> Ollama's.
 _SAMPLING = {
@@ -99,7 +99,8 @@ def export_ollama(
         raise LorakitError(f"system: a Modelfile has no way to write {lost}; leave it out")
     directory = as_path(directory)
     name = (name or as_path(model).absolute().name.removesuffix(".gguf")).replace("/", "-")
-    tok, own = _tokenizer(model, adapter)
+    tok = exported_tokenizer(model, adapter)
+    own = brings(adapter, "tokenizer.json") or brings(adapter, "chat_template.jinja")
     template, why = go_template(tok)
     parameters = _parameters(model, tok, context_length)
     files = [
@@ -127,19 +128,6 @@ def _commands(directory: Path, name: str) -> tuple[str, str]:
     called = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._") or "model"
     create = f"ollama create {called} -f {shlex.quote(str(directory / 'Modelfile'))}"
     return create, f"ollama run {called}"
-
-
-def _tokenizer(model: str | Path, adapter: str | Path | None) -> tuple[Tokenizer, bool]:
-    """Return the tokenizer of a model and its adapter, and whether it has something of the latter.
-
-    That is the adapter's tokenizer, or the model's with the chat template of the adapter.
-    """
-    beside = None if adapter is None else as_path(adapter)
-    if beside is not None and (beside / "tokenizer.json").is_file():
-        return load_tokenizer(beside), True
-    if beside is not None and (beside / "chat_template.jinja").is_file():
-        return load_tokenizer(model, chat_template=beside), True
-    return load_tokenizer(model), False
 
 
 def _parameters(model: str | Path, tok: Tokenizer, context_length: int | None) -> dict[str, Any]:

@@ -19,25 +19,30 @@ from lorakit.training.progress import Progress
 from lorakit.training.state import checkpoints
 
 # Settings that a card shows in any case; it shows others where they differ from their defaults.
-_SHOWN: tuple[str, ...] = (
+_SHOWN = (
     "objective",
     "learning_rate",
     "lr_scheduler_type",
     "optim",
     "max_seq_length",
     "seed",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
 )
-_SHOWN += ("per_device_train_batch_size", "gradient_accumulation_steps")
 # Settings of this machine, and of what is written or uploaded.
-_HIDDEN: tuple[str, ...] = (
+_HIDDEN = (
     "output_dir",
     "resume",
     "report_to",
+    "max_steps",
     "save_steps",
     "save_total_limit",
     "eval_steps",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_strategy",
+    "hub_private_repo",
 )
-_HIDDEN += ("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "max_steps")
 
 Say = Callable[[str], None]
 

@@ -55,7 +55,7 @@ class TrainResult:
     stopped_early: bool = False
     """Whether early_stopping_patience ended the run before its last step."""
     address: str | None = None
-    """Where the adapter was uploaded to; None if that was not asked for, or failed."""
+    """The address of the upload; None if none was asked for, or it failed."""
 
 
 def train(

@@ -196,3 +196,10 @@ def test_an_adapter_has_two_types(model, adapter, tmp_path, capsys):
     command = ["export", str(model), str(adapter), str(tmp_path / "a.gguf"), "--to", "gguf-lora"]
     assert main([*command, "--type", "q8_0"]) == 1
     assert "an adapter's --type is f16 or f32" in capsys.readouterr().err
+
+
+def test_its_types_are_those_of_the_library():
+    from lorakit.cli.export import TYPES
+    from lorakit.export.mix import FILE_TYPES
+
+    assert set(TYPES) == set(FILE_TYPES)
