@@ -103,19 +103,18 @@ def export_ollama(
     own = brings(adapter, "tokenizer.json") or brings(adapter, "chat_template.jinja")
     template, why = go_template(tok)
     parameters = _parameters(model, tok, context_length)
-    files = [
-        export_gguf(
-            model,
-            directory / f"{name}-{quantization.upper()}.gguf",
-            quantization=quantization,
-            adapter=adapter if merge else None,
-            tokenizer=None if merge or not own else tok,  # merged, the adapter's is taken
-            imatrix=imatrix,
-            tensor_types=tensor_types,
-            name=name,
-            context_length=context_length,
-        )
-    ]
+    written = export_gguf(
+        model,
+        directory / f"{name}-{quantization.upper()}.gguf",
+        quantization=quantization,
+        adapter=adapter if merge else None,
+        tokenizer=None if merge or not own else tok,  # merged, the adapter's is taken
+        imatrix=imatrix,
+        tensor_types=tensor_types,
+        name=name,
+        context_length=context_length,
+    )
+    files = [written]
     if adapter is not None and not merge:
         file = directory / f"{name}-lora-F16.gguf"
         files.append(export_gguf_adapter(adapter, file, base_model=model, name=name))
