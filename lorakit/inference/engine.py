@@ -17,9 +17,7 @@ that comes again with one more turn is read from that turn on.
 """
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -33,89 +31,16 @@ from lorakit.adapters.manage import (
 )
 from lorakit.config.errors import LorakitError
 from lorakit.inference.decode import Decoding
+from lorakit.inference.grammar import Constraint
 from lorakit.inference.kv_cache import PART
-from lorakit.inference.sampling import Sampling, generator_of, sample
-from lorakit.inference.text import RowText, end_tokens, stop_strings
+from lorakit.inference.request import MOST_LOGPROBS, Event, Request, Row
+from lorakit.inference.sampling import Picker, Sampling
+from lorakit.inference.text import end_tokens, stop_strings
 from lorakit.models.decoder import Decoder
 from lorakit.models.tokenizer import Tokenizer
 
 _CAPACITY = 4096
 """Positions of a row where the caller names no number, and the model is meant for so many."""
-
-
-@dataclass(eq=False)
-class Request:
-    """One text that the engine continues; `Engine.submit` makes it."""
-
-    prompt: list[int]
-    """The token ids that are continued."""
-    sampling: Sampling
-    """How its tokens are picked."""
-    max_new_tokens: int
-    """Most tokens that it gets."""
-    adapter: str | None
-    """The adapter that its row goes through; None: the base alone."""
-    wants_logprobs: bool
-    """Whether `logprobs` are kept."""
-    tokens: list[int] = field(default_factory=list)
-    """The new tokens, without the one that ended the text."""
-    logprobs: list[float] = field(default_factory=list)
-    """The log-probability of each new token, before temperature and the rest of sampling."""
-    text: str = ""
-    """The new text as far as it is certain."""
-    cached_tokens: int = 0
-    """How many tokens of the prompt were taken over from an earlier row."""
-    finish_reason: str | None = None
-    """Why it ended: "stop" (an end token, or a stop string), "length", "cancelled" or "error"."""
-    error: LorakitError | None = None
-    """What went wrong, if the reason is "error"."""
-    cancelled: bool = False
-    """Whether `cancel` was called."""
-
-    @property
-    def done(self) -> bool:
-        """Whether it has ended."""
-        return self.finish_reason is not None
-
-    def cancel(self) -> None:
-        """End the request at the next step, which frees its line; other threads may call this."""
-        self.cancelled = True
-
-
-class Event(NamedTuple):
-    """What a step did for a request: a new token, or its end, or both."""
-
-    request: Request
-    """The request; `request.done` says whether this is its last event."""
-    token: int | None
-    """The new token; None for an end that has none."""
-    text: str
-    """The piece of text that became certain."""
-
-
-class _Row:
-    """A request that has a line of the cache."""
-
-    def __init__(
-        self,
-        request: Request,
-        tok: Tokenizer,
-        stop: list[str],
-        ends: set[int],
-        generator: torch.Generator | None,
-    ):
-        self.request, self.ends, self.generator = request, ends, generator
-        self.pieces: list[str] = []  # of text, that no event has told yet
-        self.text = RowText(tok, request.prompt, stop, self.pieces.append)
-        self.line = -1
-        self.seen: Tensor | None = None
-
-    def new_text(self) -> str:
-        """Return the text that became certain, and give it to the request."""
-        piece = "".join(self.pieces)
-        self.pieces.clear()
-        self.request.text += piece
-        return piece
 
 
 class Engine:
@@ -146,8 +71,8 @@ class Engine:
             )
         self.model, self.tok, self.capacity = model.eval(), tok, capacity
         self.decoding = Decoding(model, slots, capacity)
-        self._waiting: deque[_Row] = deque()
-        self._running: dict[int, _Row] = {}
+        self._waiting: deque[Row] = deque()
+        self._running: dict[int, Row] = {}
         self._free = list(range(slots))  # those that were in use last stand last
         # the tokens whose keys and values each line holds, and the adapter that they went through
         self._held: list[list[int]] = [[] for _ in range(slots)]
@@ -182,7 +107,9 @@ class Engine:
         adapter: str | None = None,
         stop: str | Sequence[str] = (),
         seed: int | None = None,
-        logprobs: bool = False,
+        logit_bias: Mapping[int, float] | None = None,
+        constraint: Constraint | None = None,
+        logprobs: int | None = None,
     ) -> Request:
         """Take a request; the next steps compute it.
 
@@ -194,16 +121,21 @@ class Engine:
                 with the adapter that is merged into its weights.
             stop: A string, or several. The text ends before the first of them that it holds.
             seed: Seed of this request's draws; None takes torch's global generator.
-            logprobs: Whether to keep the log-probabilities of the new tokens.
+            logit_bias: What is added to the logits of some tokens, by their ids; in [-100, 100].
+            constraint: Says which tokens may come next, and where the text may or must end; see
+                grammar.py. It serves one request.
+            logprobs: Keep the model's log-probability of each new token, and of so many of the
+                likeliest at its place, 20 at most. None: keep none.
 
         Returns:
             The request, which `step` fills in.
 
         Raises:
-            LorakitError: For an empty prompt, one with unknown ids or without room, a seed or stop
-                that is none, or an adapter that is not attached or cannot have a row of its own.
+            LorakitError: For an empty prompt, one with unknown ids or without room, a seed, stop,
+                bias or number of logprobs that is none, or an adapter that is not attached or
+                cannot have a row of its own.
         """
-        ids, strings, device = list(prompt), stop_strings(stop), self.model.device
+        ids, strings = list(prompt), stop_strings(stop)
         if not ids:
             raise LorakitError("generate: a prompt has no tokens")
         self.tok.check_fits(ids, self.model.config.vocab_size)
@@ -215,13 +147,23 @@ class Engine:
                 f"generate: a prompt of {len(ids)} tokens and max_new_tokens={max_new_tokens} do "
                 f"not fit the {self.capacity} positions of a row; max_new_tokens must be at least 1"
             )
+        if logprobs is not None and not 0 <= logprobs <= MOST_LOGPROBS:
+            raise LorakitError(f"Engine: logprobs is {logprobs}, not in [0, {MOST_LOGPROBS}]")
         self._look()
         self._check_adapter(adapter)
-        request = Request(
-            ids, sampling or Sampling(), max_new_tokens, adapter, wants_logprobs=logprobs
+        sampling, ends = sampling or Sampling(), end_tokens(self.model, self.tok, strings)
+        picker = Picker(
+            sampling,
+            ids,
+            self.model.config.vocab_size,
+            self.model.device,
+            seed=seed,
+            logit_bias=logit_bias,
+            constraint=constraint,
+            ends=[end for end in ends if end < self.model.config.vocab_size],
         )
-        ends, generator = end_tokens(self.model, self.tok, strings), generator_of(seed, device)
-        self._waiting.append(_Row(request, self.tok, strings, ends, generator))
+        request = Request(ids, sampling, max_new_tokens, adapter, logprobs)
+        self._waiting.append(Row(request, self.tok, strings, ends, picker))
         return request
 
     def _check_adapter(self, name: str | None) -> None:
@@ -287,10 +229,6 @@ class Engine:
             self._held[line] = request.prompt[:shared]
             self._through[line] = request.adapter
             row.line, request.cached_tokens = line, shared
-            if request.sampling.repetition_penalty != 1:
-                vocabulary, device = self.model.config.vocab_size, self.model.device
-                row.seen = torch.zeros(1, vocabulary, dtype=torch.bool, device=device)
-                row.seen[0, request.prompt] = True
             self._running[line] = row
 
     def _best_prefix(self, request: Request, line: int) -> tuple[int, int]:
@@ -304,14 +242,14 @@ class Engine:
                 line, best = other, shared
         return line, best
 
-    def _groups(self, rows: list[_Row]) -> list[list[_Row]]:
+    def _groups(self, rows: list[Row]) -> list[list[Row]]:
         """Return the rows that go through the model together: all, but where experts mix them."""
         if not any(self.model.config.moe_layers or ()):
             return [rows] if rows else []
         names = {row.request.adapter for row in rows}
         return [[row for row in rows if row.request.adapter == name] for name in names]
 
-    def _take(self, rows: list[_Row], ids: list[list[int]]) -> Tensor:
+    def _take(self, rows: list[Row], ids: list[list[int]]) -> Tensor:
         """Return the logits [n, V] after these tokens of each row."""
         lines, tokens = [row.line for row in rows], torch.tensor(ids, device=self.model.device)
         logits = self.decoding(lines, tokens, adapters=[row.request.adapter for row in rows])
@@ -319,7 +257,7 @@ class Engine:
             self._held[row.line] += new
         return logits
 
-    def _read(self, row: _Row, most: int, events: list[Event]) -> int:
+    def _read(self, row: Row, most: int, events: list[Event]) -> int:
         """Take the next part of a prompt; return how many tokens it has."""
         prompt, read = row.request.prompt, len(self._held[row.line])
         if self.model.config.by_length:
@@ -330,41 +268,37 @@ class Engine:
             self._push(row, logits, events)
         return len(part)
 
-    def _continue(self, rows: list[_Row], events: list[Event]) -> None:
+    def _continue(self, rows: list[Row], events: list[Event]) -> None:
         """Take the last token of each row, and pick the next."""
         logits = self._take(rows, [row.request.tokens[-1:] for row in rows])
         for i, row in enumerate(rows):
             self._push(row, logits[i : i + 1], events)
 
-    def _push(self, row: _Row, logits: Tensor, events: list[Event]) -> None:
+    def _push(self, row: Row, logits: Tensor, events: list[Event]) -> None:
         """Pick the next token of a row from its logits [1, V]; end the row where it ends."""
         request, text = row.request, row.text
         try:
-            picked = sample(logits, request.sampling, row.generator, row.seen)
+            token = row.picker.pick(logits)
         except LorakitError as error:
             request.error = error
             self.decoding.cache.clear(row.line)  # what is NaN in it would stay there
             self._held[row.line] = []
             self._end(row, "error", None, events)
             return
-        token = int(picked)
-        if row.seen is not None:
-            row.seen[0, token] = True
         text.push(token, row.ends)
         if len(text.ids) == len(request.tokens):  # an end token
             self._end(row, "stop", None, events)
             return
         request.tokens.append(token)
-        if request.wants_logprobs:
-            request.logprobs.append(logits.log_softmax(-1)[0, token].item())
-        if not text.running:
+        _keep_logprobs(request, logits[0], token)
+        if not text.running or row.picker.ended:
             self._end(row, "stop", token, events)
         elif len(request.tokens) == request.max_new_tokens:
             self._end(row, "length", token, events)
         else:
             events.append(Event(request, token, row.new_text()))
 
-    def _end(self, row: _Row, reason: str, token: int | None, events: list[Event]) -> None:
+    def _end(self, row: Row, reason: str, token: int | None, events: list[Event]) -> None:
         request = row.request
         if self._running.get(row.line) is row:
             del self._running[row.line]
@@ -372,6 +306,16 @@ class Engine:
         request.finish_reason = reason
         row.text.finish()
         events.append(Event(request, token, row.new_text()))
+
+
+def _keep_logprobs(request: Request, logits: Tensor, token: int) -> None:
+    """Keep the log-probabilities that a request wants of its new token, from its logits [V]."""
+    if request.logprobs_of is None:
+        return
+    logprobs = logits.log_softmax(-1)
+    request.logprobs.append(logprobs[token].item())
+    values, tokens = logprobs.topk(min(request.logprobs_of, len(logprobs)))
+    request.top_logprobs.append(list(zip(tokens.tolist(), values.tolist(), strict=True)))
 
 
 def _common(a: list[int], b: list[int]) -> int:

@@ -1,9 +1,13 @@
 """Sampling: how the next token is picked from logits.
 
-A token is drawn from logits z by these steps, in the order that transformers has too:
+A token is drawn from logits z by these steps, in the order that transformers and vLLM have too:
 
+    z_i = -inf                  for the tokens i that a constraint forbids
     z_i / penalty where z_i > 0, else z_i * penalty, for the tokens i that the row holds
                                                                        (arXiv:1909.05858)
+    z_i - c_i frequency - [c_i > 0] presence, where c_i counts i among the new tokens
+                         (https://platform.openai.com/docs/guides/text-generation, "penalties")
+    z_i + bias_i
     p = softmax(z / temperature)
     of p, the top_k likeliest tokens,
     of these, the fewest that hold top_p of their mass                 (arXiv:1904.09751)
@@ -11,12 +15,14 @@ A token is drawn from logits z by these steps, in the order that transformers ha
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lorakit.config.errors import LorakitError
+from lorakit.inference.grammar import Constraint
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,10 @@ class Sampling:
     """Least probability of a token that may be drawn, as a share of the likeliest one's."""
     repetition_penalty: float = 1.0
     """Factor by which tokens that the row holds already become less likely; 1 is none."""
+    frequency_penalty: float = 0.0
+    """What each use of a token in the new text takes off its logit."""
+    presence_penalty: float = 0.0
+    """What is taken off the logits of all tokens that the new text has."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
@@ -48,12 +58,114 @@ class Sampling:
             raise LorakitError("generate: min_p must be in [0, 1]")
         if not 1e-6 <= self.repetition_penalty <= 1e6:
             raise LorakitError("generate: repetition_penalty must be in [1e-6, 1e6]")
+        for name in ("frequency_penalty", "presence_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise LorakitError(f"generate: {name} must be in [-2, 2]")
+
+
+class Picker:
+    """Picks the tokens of one row, by its settings and by the tokens that it has so far."""
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt: Sequence[int],
+        vocab_size: int,
+        device: torch.device,
+        *,
+        seed: int | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        constraint: Constraint | None = None,
+        ends: Sequence[int] = (),
+    ):
+        """Begin a row.
+
+        Args:
+            sampling: How a token is picked.
+            prompt: The token ids of the row so far.
+            vocab_size: V, the number of logits.
+            device: Where the logits lie.
+            seed: Seed of the draws; None takes torch's global generator.
+            logit_bias: What is added to the logits of some tokens, by their ids.
+            constraint: Says which tokens may come next; None: all may.
+            ends: The tokens that end a text, which a constraint allows where the text may end.
+
+        Raises:
+            LorakitError: The seed is none, or a bias is no number or for no token of the model.
+        """
+        self.sampling, self.constraint, self.ends = sampling, constraint, list(ends)
+        self.vocab_size, self.device = vocab_size, device
+        self.generator = generator_of(seed, device)
+        self.bias = _bias(logit_bias, vocab_size, device)
+        self.seen: Tensor | None = None  # by the prompt or the new text
+        if sampling.repetition_penalty != 1:
+            self.seen = torch.zeros(1, vocab_size, dtype=torch.bool, device=device)
+            self.seen[0, list(prompt)] = True
+        self.uses: Tensor | None = None  # in the new text
+        if sampling.frequency_penalty or sampling.presence_penalty:
+            self.uses = torch.zeros(1, vocab_size, device=device)
+
+    def pick(self, logits: Tensor) -> int:
+        """Pick the next token from the row's logits [1, V], and remember it.
+
+        Raises:
+            LorakitError: If the largest logit is not finite.
+        """
+        if self.constraint is not None:
+            logits = logits.masked_fill(~self._allowed(), -math.inf)
+        if self.seen is not None:
+            logits = _less_likely(logits, self.sampling.repetition_penalty, self.seen)
+        if self.uses is not None:
+            logits = logits - self.sampling.frequency_penalty * self.uses
+            logits = logits - self.sampling.presence_penalty * (self.uses > 0)
+        if self.bias is not None:
+            logits = logits + self.bias
+        token = int(draw(logits, self.sampling, self.generator))
+        if self.seen is not None:
+            self.seen[0, token] = True
+        if self.uses is not None:
+            self.uses[0, token] += 1
+        if self.constraint is not None and token not in self.ends:
+            self.constraint.take(token)
+        return token
+
+    def _allowed(self) -> Tensor:
+        """Return which tokens may come next: bool [V]."""
+        constraint = self.constraint
+        assert constraint is not None
+        known = constraint.allowed()[: self.vocab_size]
+        allowed = torch.zeros(self.vocab_size, dtype=torch.bool)
+        allowed[: len(known)] = known
+        allowed[self.ends] = constraint.complete
+        return allowed.to(self.device)
+
+    @property
+    def ended(self) -> bool:
+        """Whether a constraint lets nothing follow."""
+        return self.constraint is not None and self.constraint.ended
+
+
+def _bias(
+    given: Mapping[int, float] | None, vocab_size: int, device: torch.device
+) -> Tensor | None:
+    """Return biases [1, V]; None for none."""
+    if not given:
+        return None
+    for token, value in given.items():
+        if not 0 <= token < vocab_size or not -100 <= value <= 100:
+            raise LorakitError(
+                f"generate: logit_bias has {value!r} for token {token!r}; tokens must be in "
+                f"[0, {vocab_size}), biases in [-100, 100]"
+            )
+    bias = torch.zeros(1, vocab_size)
+    bias[0, list(given)] = torch.tensor(list(given.values()), dtype=torch.float32)
+    return bias.to(device)
 
 
 def sample(
     logits: Tensor, sampling: Sampling, generator: torch.Generator | None, seen: Tensor | None
 ) -> Tensor:
-    """Pick a token for each row of logits.
+    """Pick a token for each row of logits; the penalties that count new tokens are `Picker`'s.
 
     Args:
         logits: [B, V].
@@ -69,9 +181,30 @@ def sample(
         LorakitError: If the largest logit of a row is not finite.
     """
     if seen is not None:
-        penalty = sampling.repetition_penalty
-        lower = torch.where(logits > 0, logits / penalty, logits * penalty)
-        logits = torch.where(seen, lower, logits)
+        logits = _less_likely(logits, sampling.repetition_penalty, seen)
+    return draw(logits, sampling, generator)
+
+
+def _less_likely(logits: Tensor, penalty: float, seen: Tensor) -> Tensor:
+    """Return the logits, lower by a factor for the tokens that were seen."""
+    lower = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(seen, lower, logits)
+
+
+def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
+    """Draw a token for each row of logits [B, V], which the penalties have changed already.
+
+    Args:
+        logits: [B, V]; minus infinity for a token that may not be drawn.
+        sampling: How a token is picked.
+        generator: Source of random numbers; None takes torch's global one.
+
+    Returns:
+        Token ids, int64 [B].
+
+    Raises:
+        LorakitError: If the largest logit of a row is not finite.
+    """
     top, token = logits.max(-1, keepdim=True)
     if not top.isfinite().all():
         raise LorakitError("generate: the model's logits are not finite")

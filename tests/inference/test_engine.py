@@ -61,7 +61,7 @@ def test_requests_that_come_and_go_get_the_tokens_they_get_alone(model, tok):
     engine = Engine(model, tok, slots=3, capacity=48)
     requests = []
     for prompt, n in given:  # the last ones come while others run
-        requests.append(engine.submit(prompt, max_new_tokens=n, logprobs=True))
+        requests.append(engine.submit(prompt, max_new_tokens=n, logprobs=2))
         if len(requests) > 2:
             engine.step()
     drain(engine)

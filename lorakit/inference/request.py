@@ -1,0 +1,84 @@
+"""A request to the engine, what the engine tells of it, and the row that computes it."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from lorakit.config.errors import LorakitError
+from lorakit.inference.sampling import Picker, Sampling
+from lorakit.inference.text import RowText
+from lorakit.models.tokenizer import Tokenizer
+
+MOST_LOGPROBS = 20
+"""Most tokens whose log-probabilities are kept beside each new one; OpenAI's limit."""
+
+
+@dataclass(eq=False)
+class Request:
+    """One text that the engine continues; `Engine.submit` makes it."""
+
+    prompt: list[int]
+    """The token ids that are continued."""
+    sampling: Sampling
+    """How its tokens are picked."""
+    max_new_tokens: int
+    """Most tokens that it gets."""
+    adapter: str | None
+    """The adapter that its row goes through; None: the base alone."""
+    logprobs_of: int | None
+    """How many of the likeliest tokens `top_logprobs` has each time; None: no log-probabilities."""
+    tokens: list[int] = field(default_factory=list)
+    """The new tokens, without the one that ended the text."""
+    logprobs: list[float] = field(default_factory=list)
+    """The model's log-probability of each new token, before all of sampling."""
+    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+    """The likeliest tokens at the place of each new one with their log-probabilities, falling."""
+    text: str = ""
+    """The new text as far as it is certain."""
+    cached_tokens: int = 0
+    """How many tokens of the prompt were taken over from an earlier row."""
+    finish_reason: str | None = None
+    """Why it ended: "stop" (an end token, a stop string, or the end of what a constraint allows),
+    "length", "cancelled" or "error"."""
+    error: LorakitError | None = None
+    """What went wrong, if the reason is "error"."""
+    cancelled: bool = False
+    """Whether `cancel` was called."""
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended."""
+        return self.finish_reason is not None
+
+    def cancel(self) -> None:
+        """End the request at the next step, which frees its line; other threads may call this."""
+        self.cancelled = True
+
+
+class Event(NamedTuple):
+    """What a step did for a request: a new token, or its end, or both."""
+
+    request: Request
+    """The request; `request.done` says whether this is its last event."""
+    token: int | None
+    """The new token; None for an end that has none."""
+    text: str
+    """The piece of text that became certain."""
+
+
+class Row:
+    """A request while the engine computes it."""
+
+    def __init__(
+        self, request: Request, tok: Tokenizer, stop: list[str], ends: set[int], picker: Picker
+    ):
+        self.request, self.ends, self.picker = request, ends, picker
+        self.pieces: list[str] = []  # of text, that no event has told yet
+        self.text = RowText(tok, request.prompt, stop, self.pieces.append)
+        self.line = -1
+
+    def new_text(self) -> str:
+        """Return the text that became certain, and give it to the request."""
+        piece = "".join(self.pieces)
+        self.pieces.clear()
+        self.request.text += piece
+        return piece
