@@ -150,7 +150,7 @@ class Engine:
         if logprobs is not None and not 0 <= logprobs <= MOST_LOGPROBS:
             raise LorakitError(f"Engine: logprobs is {logprobs}, not in [0, {MOST_LOGPROBS}]")
         self._look()
-        self._check_adapter(adapter)
+        self.check_adapter(adapter)
         sampling, ends = sampling or Sampling(), end_tokens(self.model, self.tok, strings)
         picker = Picker(
             sampling,
@@ -166,7 +166,8 @@ class Engine:
         self._waiting.append(Row(request, self.tok, strings, ends, picker))
         return request
 
-    def _check_adapter(self, name: str | None) -> None:
+    def check_adapter(self, name: str | None) -> None:
+        """Raise LorakitError unless a request may have this adapter, None for none."""
         if name is None:
             return
         check_adapter(self.model, name, "Engine")
