@@ -4,12 +4,12 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import lorakit as lk
+from tests import programs
 
 ROOT = Path(__file__).parents[2]
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -45,13 +45,15 @@ def prepared(smollm2, tmp_path_factory):
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(commit)
     lk.load_tokenizer(smollm2).save(snapshot)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    env = {**os.environ, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "PATH": path}
+    env = {**os.environ, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
 
-    def run(command, check=True):
-        return subprocess.run(
-            command, cwd=work, env=env, capture_output=True, text=True, check=check
-        )
+    def run(command):
+        """Run Python's arguments, or a command line of lorakit."""
+        if command[0] == "lorakit":
+            command = ["-m", *command]
+        done = programs.run(command, cwd=work, env=env)
+        assert done.returncode == 0, done.stderr
+        return done
 
     return work, run
 
@@ -60,14 +62,14 @@ def test_ten_lines_of_readme(prepared):
     work, run = prepared
     code = python("README.md")
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
-    done = run([sys.executable, "-c", code])
+    done = run(["-c", code])
     assert done.stdout.splitlines()[-1].strip()  # an answer
     assert (work / "runs" / "first" / "adapter_model.safetensors").exists()
 
 
 def test_getting_started_from_python(prepared):
     work, run = prepared
-    done = run([sys.executable, "-c", python("docs/getting-started.md")])
+    done = run(["-c", python("docs/getting-started.md")])
     before, after = map(float, re.search(r"loss ([\d.]+) -> ([\d.]+)", done.stdout).groups())
     assert after < 0.5 * before
     assert (work / "runs" / "plus" / "adapter_model.safetensors").exists()
@@ -84,15 +86,13 @@ def test_getting_started_from_the_terminal(prepared):
     verbs = {"train", "generate", "quantize-report", "data", "plot", "merge", "adapter"}
     assert {c[1] for c in commands(guide)} == verbs
     for command in commands(guide):
-        done = run(command, check=False)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.strip()
+        assert run(command).stdout.strip()
 
 
 def test_examples_of_the_guide_to_training(prepared):
     work, run = prepared
     code = python("docs/training.md")
-    done = run([sys.executable, "-c", code])
+    done = run(["-c", code])
     assert "\n6 False 0\n" in done.stdout
     assert done.stdout.endswith("['loss', 'preference_accuracy', 'rows', 'step']\n0.6931\n")
     assert (work / "runs" / "sums" / "checkpoint-6" / "state.json").exists()
@@ -101,7 +101,7 @@ def test_examples_of_the_guide_to_training(prepared):
 def test_examples_of_the_guide_to_lora(prepared):
     _, run = prepared
     code = python("docs/lora.md")
-    done = run([sys.executable, "-c", code])
+    done = run(["-c", code])
     names, tokens, close, drift = done.stdout.strip().splitlines()
     assert names == "['first']"
     assert tokens == "49154 49154 {'embed_tokens': [49152, 49153]}"
@@ -112,7 +112,7 @@ def test_examples_of_the_guide_to_lora(prepared):
 def test_examples_of_the_guide_to_quantization(prepared):
     _, run = prepared
     code = python("docs/quantization.md")
-    done = run([sys.executable, "-c", code])
+    done = run(["-c", code])
     [printed] = re.findall(r"# (LoftQ: .*)", code)
     assert done.stdout.strip() == printed
 
@@ -120,7 +120,7 @@ def test_examples_of_the_guide_to_quantization(prepared):
 def test_examples_of_the_guide_to_data(prepared):
     work, run = prepared
     code = python("docs/data.md")
-    done = run([sys.executable, "-c", code])
+    done = run(["-c", code])
     assert done.stdout.strip().splitlines() == re.findall(r"print.*\)  # (.*)", code)
     [rows] = blocks("docs/getting-started.md", "json", "train.jsonl")
     (work / "train.jsonl").write_text(rows)
@@ -135,21 +135,22 @@ def test_examples_of_the_guide_to_export(prepared):
     (work / "train.jsonl").write_text(rows)
     make = f"""if True:
         import lorakit as lk
+from tests import programs
         model = lk.attach(lk.load_model("{MODEL}"), lk.LoraConfig(r=2))
         lk.save_adapter(model, "runs/opposites")
     """
-    run([sys.executable, "-c", make])
+    run(["-c", make])
     command = commands("docs/export.md")[0]
     said = run(command).stdout
     assert said.startswith("runs/opposites.gguf: q4_k_m, 134.5 M parameters in ")
     assert "not what q4_k_m means" in said
-    said = run([sys.executable, "-c", python("docs/export.md")]).stdout
+    said = run(["-c", python("docs/export.md")]).stdout
     assert said.startswith("runs/model.gguf: q8_0, 134.5 M parameters in ")
 
 
 def test_example_of_the_guide_to_kernels(prepared):
     _, run = prepared
-    done = run([sys.executable, "-c", python("docs/kernels.md")])
+    done = run(["-c", python("docs/kernels.md")])
     assert done.stdout.strip() == "torch.Size([4, 64])"
 
 

@@ -8,9 +8,8 @@ break: the forms of ids, the known relations, a license with its name.
 import base64
 import hashlib
 import json
+import os
 import re
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,8 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+
+from tests import programs
 
 Files = dict[str, bytes]
 TOKENS = {"Bearer hf_writer": "write", "Bearer hf_reader": "read"}
@@ -69,8 +70,6 @@ class Hub:
 
     def run(self, cwd: Path, *command: str, token: str = "hf_writer", **env: str) -> Any:
         """Run Python with arguments in the directory `cwd`, with this Hub as its Hub."""
-        import os
-
         mine = {
             "HF_ENDPOINT": self.endpoint,
             "HF_HOME": str(cwd / "hf"),
@@ -80,14 +79,7 @@ class Hub:
             "HF_TOKEN": token,
         }
         kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        return subprocess.run(
-            [sys.executable, *command],
-            cwd=cwd,
-            env=kept | mine | env,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        return programs.run(command, cwd=cwd, env=kept | mine | env)
 
 
 def complaints(card: str) -> list[str]:
