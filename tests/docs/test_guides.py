@@ -135,7 +135,6 @@ def test_examples_of_the_guide_to_export(prepared):
     (work / "train.jsonl").write_text(rows)
     make = f"""if True:
         import lorakit as lk
-from tests import programs
         model = lk.attach(lk.load_model("{MODEL}"), lk.LoraConfig(r=2))
         lk.save_adapter(model, "runs/opposites")
     """
