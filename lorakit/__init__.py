@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 _HOME = {
     "AdaLoraConfig": "adapters.methods.adalora",
     "Drift": "adapters.merge",
+    "Engine": "inference.engine",
+    "Event": "inference.request",
     "ExportCheck": "export.check",
     "GgufFile": "export.gguf",
     "IA3Config": "adapters.methods.ia3",
@@ -27,7 +29,9 @@ _HOME = {
     "PromptTuningConfig": "adapters.methods.prompts",
     "QuantConfig": "config.quantization",
     "Reference": "training.losses.reference",
+    "Request": "inference.request",
     "RunConfig": "config.run",
+    "Sampling": "inference.sampling",
     "ServedAdapter": "export.servers",
     "TrainConfig": "config.training",
     "VeraConfig": "adapters.methods.vera",

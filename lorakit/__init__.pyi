@@ -64,8 +64,12 @@ from lorakit.export.push import push_to_hub as push_to_hub
 from lorakit.export.servers import ServedAdapter as ServedAdapter
 from lorakit.export.servers import export_for_server as export_for_server
 from lorakit.files.hub import fetch_adapter as fetch_adapter
+from lorakit.inference.engine import Engine as Engine
 from lorakit.inference.generate import generate as generate
 from lorakit.inference.generate import generate_batch as generate_batch
+from lorakit.inference.request import Event as Event
+from lorakit.inference.request import Request as Request
+from lorakit.inference.sampling import Sampling as Sampling
 from lorakit.models.config import ModelConfig as ModelConfig
 from lorakit.models.load import load_model as load_model
 from lorakit.models.packed_layers import quantize as quantize

@@ -1,6 +1,7 @@
 """What several verbs share: types, choices and help of arguments, and arguments after options."""
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import TypeAlias
@@ -10,6 +11,10 @@ Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 MODEL_HELP = "directory, .gguf file or Hub id of the model; org/name:Q4_K_M is a GGUF file there"
 ADAPTER_HELP = "directory or Hub id of an adapter, or its .gguf file"
+NAMED_ADAPTER_HELP = (
+    "directory or Hub id of an adapter, or its .gguf file, after a name and = (default: its own "
+    "name); several --adapter may be given"
+)
 OUT_HELP = "directory to write; it must be new or empty"
 DTYPE_HELP = "dtype of the model: bfloat16, float16 or float32 (default: bfloat16)"
 TEMPLATE_HELP = (
@@ -42,6 +47,54 @@ def tokenizer_of(model: str, adapter: str | Path | None) -> str | Path:
     if adapter is not None and (Path(adapter).expanduser() / "tokenizer.json").is_file():
         return adapter
     return model
+
+
+def named_adapter(text: str) -> tuple[str, str]:
+    """Return the name of an adapter, and its place, which an argument [NAME=]ADAPTER holds.
+
+    Without NAME it is called as its directory or its repository is. argparse reports a name that no
+    adapter can have as wrong usage.
+    """
+    name, equals, place = text.partition("=")
+    if not equals or "/" in name:  # a path may hold any letter
+        place = text
+        last = Path(text).expanduser().resolve().name.removesuffix(".gguf")
+        name = re.sub(r"[.:]", "-", last)
+    if not name or not place or "." in name or name == "none":
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=ADAPTER")
+    return name, place
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say how tokens are picked, and where a text ends."""
+    add = parser.add_argument
+    add("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
+    add("--top-k", type=int, help="draw from the k likeliest tokens only")
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="draw from the fewest likely tokens with this total probability",
+    )
+    add(
+        "--min-p",
+        type=float,
+        default=0.0,
+        help="leave out tokens less probable than this share of the likeliest",
+    )
+    add(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        help="penalty on tokens that the text holds already; 1, the default, is none",
+    )
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        help="end before this text; several --stop may be given",
+    )
+    add("--seed", type=int, help="seed of the drawn tokens")
 
 
 # ---- arguments that stand after an option ----

@@ -12,6 +12,7 @@ from lorakit.cli.arguments import (
     MODEL_HELP,
     STORAGE,
     Verbs,
+    add_sampling,
     chat_template,
     tokenizer_of,
 )
@@ -36,33 +37,7 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
     add(
         "--max-new-tokens", type=int, default=128, help="stop after this many tokens (default: 128)"
     )
-    add("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
-    add("--top-k", type=int, help="draw from the k likeliest tokens only")
-    add(
-        "--top-p",
-        type=float,
-        default=1.0,
-        help="draw from the fewest likely tokens with this total probability",
-    )
-    add(
-        "--min-p",
-        type=float,
-        default=0.0,
-        help="leave out tokens less probable than this share of the likeliest",
-    )
-    add(
-        "--repetition-penalty",
-        type=float,
-        default=1.0,
-        help="penalty on tokens that the text holds already; 1, the default, is none",
-    )
-    add(
-        "--stop",
-        action="append",
-        default=[],
-        help="end before this text; several --stop may be given",
-    )
-    add("--seed", type=int, help="seed of the drawn tokens")
+    add_sampling(parser)
     parser.set_defaults(run=generate, take_rest=_take_prompt)
 
 

@@ -16,7 +16,18 @@ import sys
 import traceback
 
 import lorakit as lk
-from lorakit.cli import adapter, data, export, generate, merge, plot, push, quantize_report, train
+from lorakit.cli import (
+    adapter,
+    chat,
+    data,
+    export,
+    generate,
+    merge,
+    plot,
+    push,
+    quantize_report,
+    train,
+)
 from lorakit.cli.arguments import take_nothing
 
 
@@ -32,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal's encoding may lack a letter
             stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdin, io.TextIOWrapper):  # the tokenizer refuses what is no UTF-8
+        sys.stdin.reconfigure(errors="surrogateescape")
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     if any(argument.startswith("-") for argument in rest) or not args.take_rest(args, rest):
@@ -70,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     train.add_parser(verbs, common)
     generate.add_parser(verbs, common)
+    chat.add_parser(verbs, common)
     merge.add_parser(verbs, common)
     export.add_parser(verbs, common)
     push.add_parser(verbs, common)
