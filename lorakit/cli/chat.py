@@ -155,7 +155,7 @@ class _Chat:
         self.sampling = lk.Sampling(
             args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty
         )
-        self.random = random.Random(args.seed)  # a seed for each answer, so that /retry draws anew
+        self.random = random.Random(args.seed)  # a seed for each answer: /retry draws again
         adapters = {name: lk.fetch_adapter(place) for name, place in args.adapter}
         if len(adapters) < len(args.adapter):
             raise lk.LorakitError("--adapter: two adapters have one name; write NAME=ADAPTER")

@@ -49,7 +49,7 @@ def talk(model, monkeypatch, capsys):
 
 
 class Twin:
-    """The same chat by `generate`: what the command must print."""
+    """A chat by `generate`, which prints what the command must print."""
 
     def __init__(self, model, adapters=()):
         self.model, self.tok = lk.load_model(model, dtype="float32"), lk.load_tokenizer(model)
@@ -139,12 +139,12 @@ def test_a_turn_is_read_from_where_the_last_one_ended(talk, model, monkeypatch):
             return seen[-1]
 
     monkeypatch.setattr(lk, "Engine", Engine)
-    talk(["hello", "what is there to see", "/retry"])
+    talk(["hello " * 50, "what is there to see", "/retry"])
     first, second, third = [request for request in seen if not request.cancelled]
-    common = [a == b for a, b in zip(first.prompt + first.tokens, second.prompt, strict=False)]
-    assert second.cached_tokens >= len(first.prompt)  # an answer need not be tokenized as it came
-    assert all(common[: second.cached_tokens])
-    assert third.cached_tokens == len(third.prompt) - 1  # the last one's logits are wanted
+    read = second.cached_tokens
+    assert read > len(first.prompt) - 128  # the cache may share whole pages only
+    assert (first.prompt + first.tokens)[:read] == second.prompt[:read]
+    assert third.cached_tokens >= read
 
 
 def test_drawn_answers_follow_from_the_seed(talk):

@@ -147,6 +147,12 @@ def test_examples_of_the_guide_to_export(prepared):
     assert said.startswith("runs/model.gguf: q8_0, 134.5 M parameters in ")
 
 
+def test_examples_of_the_guide_to_text(prepared):
+    _, run = prepared
+    done = run([sys.executable, "-c", python("docs/generation.md")])
+    assert done.stdout == "5 length\n8 length\n"
+
+
 def test_example_of_the_guide_to_kernels(prepared):
     _, run = prepared
     done = run(["-c", python("docs/kernels.md")])
