@@ -14,6 +14,7 @@ from .ops.cross_entropy import cross_entropy, labelled, linear_cross_entropy
 from .ops.decode import (
     DecodeCache,
     DecodeLayer,
+    DecodePlace,
     DecodePlan,
     DecodeUpdate,
     decode_compiled,
@@ -39,6 +40,7 @@ __all__ = [
     "ClippedAdamW",
     "DecodeCache",
     "DecodeLayer",
+    "DecodePlace",
     "DecodePlan",
     "DecodeUpdate",
     "Documents",

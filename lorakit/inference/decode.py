@@ -5,6 +5,10 @@ CPU calling them costs more than reading the weights. Where a model consists of 
 `kernels.decode_step` does the whole step in one compiled call, each row with the adapter that it
 wants. plan.py says which models and adapters that takes. Other rows, and more than 32, go through
 the modules.
+
+The compiled step gives a row the same bits whoever is beside it, and also if its tokens come in
+other parts. torch's products do not: their bits may depend on how many tokens are multiplied
+together. So the engine lets a prompt's parts begin at multiples of `part`.
 """
 
 from collections.abc import Sequence
@@ -15,7 +19,8 @@ from torch import Tensor
 
 from lorakit import kernels
 from lorakit.adapters.manage import adapter_rows, attached, disable_adapters, selected_adapter
-from lorakit.inference.kv_cache import PART, KVCache, NewPositions
+from lorakit.config.errors import LorakitError
+from lorakit.inference.kv_cache import PAGE, PART, KVCache, Line, NewPositions
 from lorakit.inference.plan import Plan, make_plan
 from lorakit.models.decoder import Decoder
 from lorakit.models.rope import rope_tables
@@ -29,62 +34,80 @@ _COMPILED_PART = 64
 class Decoding:
     """The state of rows that are being continued; decoding(lines, ids) takes their next tokens."""
 
-    def __init__(self, model: Decoder, lines: int, capacity: int):
+    def __init__(self, model: Decoder, rows: int, capacity: int, tokens: int | None = None):
         """Make room.
 
         Args:
             model: The model.
-            lines: How many rows there is room for.
+            rows: How many rows there is room for.
             capacity: Number of positions that a row may reach. Those of a learned prompt, with
                 which rows begin, come on top.
+            tokens: How many positions the rows hold together. None: each its capacity.
         """
         self.model = model
-        capacity += model.beginning.length
-        self.cache = KVCache(model.config, lines, capacity, model.dtype, model.device)
+        self.capacity = capacity + model.beginning.length
+        if tokens is None:
+            tokens = rows * -(-self.capacity // PAGE) * PAGE
+        self.cache = KVCache(model.config, tokens, rows, model.dtype, model.device)
         self.compiled: _CompiledStep | None = None
-        self.compile()
         # On a processor without AVX-512, torch's bf16 products run at a seventh of the speed of its
         # fp32 ones; there prompts take the compiled step too.
         slow_bf16 = torch.backends.cpu.get_cpu_capability() != "AVX512"
         self.compiled_prompts = model.dtype == torch.bfloat16 and slow_bf16
+        self.compile()
+
+    def compiles(self, adapter: str | None) -> bool:
+        """Return whether the compiled step takes rows with this adapter."""
+        return self.compiled is not None and self.compiled.plan.numbers(1, [adapter]) is not None
+
+    def exact(self, adapter: str | None) -> bool:
+        """Return whether a row's bits are the same if its tokens come in parts or one by one."""
+        return self.compiled_prompts and self.compiles(adapter)
 
     def compile(self) -> None:
         """Take the model as it is now into the compiled step, where that can compute it."""
         plan = make_plan(self.model)
-        self.compiled = None if plan is None else _CompiledStep(plan, self.model, self.cache)
+        self.compiled = None
+        if plan is not None:
+            self.compiled = _CompiledStep(plan, self.model, self.cache, self.capacity)
 
-    def begin(self, line: int) -> None:
-        """Forget what a line held; a row begins there, with the learned prompt if there is one."""
-        self.cache.lengths[line] = 0
-        prompt = self.model.beginning.length
+    def begin(self) -> Line:
+        """Return the line of a new row, with the learned prompt if there is one."""
+        line, prompt = self.cache.line(), self.model.beginning.length
         if prompt:
+            self._grow([line], [prompt])
             call = NewPositions(self.cache, [line], [prompt])
             self.model.beginning(self.model, call, 1)
             call.commit()
+        return line
 
-    def read(self, prompts: Sequence[list[int]]) -> Tensor:
-        """Begin a row with each prompt, in the first lines.
+    def read(self, prompts: Sequence[list[int]]) -> tuple[list[Line], Tensor]:
+        """Begin a row with each prompt.
 
         Returns:
-            The logits of the token after each prompt, fp32 [n, V].
+            The rows' lines, and the logits of the token after each prompt, fp32 [n, V].
         """
         device, lengths = self.model.device, [len(prompt) for prompt in prompts]
-        for line in range(len(prompts)):
-            self.begin(line)
+        lines = [self.begin() for _ in prompts]
         if not self.model.beginning.length and not (self.compiled and self.compiled_prompts):
             longest = max(lengths)
             ids = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
-            return self(range(len(prompts)), torch.tensor(ids, device=device), lengths)
+            return lines, self(lines, torch.tensor(ids, device=device), lengths)
         found = []
-        for line, prompt in enumerate(prompts):
+        for line, prompt in zip(lines, prompts, strict=True):
             for part in torch.tensor([prompt], device=device).split(PART, dim=1):
                 logits = self([line], part)
             found.append(logits)
-        return torch.cat(found)
+        return lines, torch.cat(found)
+
+    def _grow(self, lines: Sequence[Line], new: Sequence[int]) -> None:
+        for line, n in zip(lines, new, strict=True):
+            if not self.cache.grow(line, n):
+                raise LorakitError(f"the key-value cache has no room for {n} more positions")
 
     def __call__(
         self,
-        lines: Sequence[int],
+        lines: Sequence[Line],
         ids: Tensor,
         new: Sequence[int] | None = None,
         adapters: Sequence[str | None] | None = None,
@@ -92,7 +115,7 @@ class Decoding:
         """Take the tokens that follow in some rows.
 
         Args:
-            lines: The line of each of the n rows, all different.
+            lines: The line of each of the n rows, all different. They get the pages.
             ids: int64 [n, T]. T is at most PART, unless all rows are empty.
             new: How many of the T tokens of each row count; the rest is filling. None: all do.
             adapters: The adapter of each row, or None for the base alone. None: all go through the
@@ -100,8 +123,12 @@ class Decoding:
 
         Returns:
             The logits of the token after them, fp32 [n, V].
+
+        Raises:
+            LorakitError: The cache has no room for them.
         """
         n, T = ids.shape
+        self._grow(lines, [T] * n if new is None else new)
         step = self.compiled
         numbers = None if step is None or new is not None else step.plan.numbers(n, adapters)
         if step is not None and numbers is not None:
@@ -127,7 +154,7 @@ class Decoding:
             else adapter_rows(self.model, names)
         )
 
-    def _by_modules(self, lines: Sequence[int], ids: Tensor, new: Sequence[int] | None) -> Tensor:
+    def _by_modules(self, lines: Sequence[Line], ids: Tensor, new: Sequence[int] | None) -> Tensor:
         n, T = ids.shape
         call = NewPositions(self.cache, lines, [T] * n if new is None else new)
         views = call.views(self.model.config, T)
@@ -135,20 +162,23 @@ class Decoding:
         call.commit()
         last = hidden[:, -1]
         if new is not None:
-            last = hidden[torch.arange(n, device=ids.device), call.index[2] - call.index[1] - 1]
+            starts, ends = call.bounds
+            last = hidden[torch.arange(n, device=ids.device), ends - starts - 1]
         return self.model.head(last).float()
 
 
 class _CompiledStep:
     """`kernels.decode_step` for a model and its cache."""
 
-    def __init__(self, plan: Plan, model: Decoder, cache: KVCache):
-        self.plan, self.cache, config = plan, cache, model.config
-        positions = torch.arange(cache.capacity)
+    def __init__(self, plan: Plan, model: Decoder, cache: KVCache, capacity: int):
+        self.plan, config = plan, model.config
+        positions = torch.arange(capacity)
         self.tables = [rope_tables(rope, config.head_dim, positions) for rope in config.ropes]
         self.memory = kernels.DecodeCache(plan.model, cache.keys, cache.values, cache.windows)
 
-    def __call__(self, lines: Sequence[int], ids: Tensor, adapters: Sequence[int | None]) -> Tensor:
+    def __call__(
+        self, lines: Sequence[Line], ids: Tensor, adapters: Sequence[int | None]
+    ) -> Tensor:
         """Take ids int64 [n, T], and put their keys and values into the cache.
 
         Args:
@@ -159,20 +189,20 @@ class _CompiledStep:
         Returns:
             The logits of the token after them, fp32 [n, V].
         """
-        lengths, T = self.cache.lengths, ids.shape[1]
-        places = [(line, lengths[line]) for line in lines]
+        T = ids.shape[1]
+        places = [kernels.DecodePlace(line.length, line.pages) for line in lines]
         if len(places) == 1:
-            start = places[0][1]
+            start = places[0].position
             tables = [
                 (c[None, start : start + T], s[None, start : start + T]) for c, s in self.tables
             ]
         else:
-            starts = torch.tensor([start for _, start in places])
+            starts = torch.tensor([place.position for place in places])
             positions = starts[:, None] + torch.arange(T)
             tables = [(cos[positions], sin[positions]) for cos, sin in self.tables]
         logits = kernels.decode_step(
             self.plan.model, ids.contiguous(), tables, self.memory, places, adapters
         )
-        for line, start in places:
-            lengths[line] = start + T
+        for line in lines:
+            line.length += T
         return logits

@@ -8,16 +8,30 @@
 
 A step takes a part of the prompts that are still to be read, PART tokens at most, and then one new
 token of every row. A request that ends makes room for the next at once; nobody waits for the
-slowest of a batch. There are no threads in here: who calls `step` computes.
+slowest of a batch.
 
-A row is alone in all that it computes, so a request gets the tokens that it gets alone, whoever
-runs beside it. Rows may have different adapters. A prompt that begins like one that a line of the
-cache still holds, with the same adapter, takes over the keys and values of what they share: a chat
-that comes again with one more turn is read from that turn on.
+What a prompt shares with another of the same adapter, page by page, is computed once: with one that
+runs, also with the same prompt that was submitted several times, and with one that has ended, as
+long as its pages last (kv_cache.py). A chat that comes again with one more turn is read from that
+turn on.
+
+Where the cache is full, the row that came last goes back to the front of those that wait. Later it
+is read again, and goes on where it was.
+
+A request gets the same bits whoever runs beside it, shared or not, put back or not, wherever the
+compiled step takes its row. For that a prompt is read in parts with fixed bounds, and new tokens
+that were computed one by one are neither shared nor read again as a part, unless the bits are the
+same. Of rows that take the decoder's modules, logits may differ by roundings, as torch's products
+of several rows do.
+
+One thread calls `step`, which computes. `submit` and `Request.cancel` may be called by others at
+the same time; what changes the model or its adapters may not. Rows use their adapter until they
+end: take it off afterwards.
 """
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from os import urandom
 
 import torch
 from torch import Tensor
@@ -30,9 +44,9 @@ from lorakit.adapters.manage import (
     selected_adapter,
 )
 from lorakit.config.errors import LorakitError
-from lorakit.inference.decode import Decoding
+from lorakit.inference.decode import COMPILED_ROWS, Decoding
 from lorakit.inference.grammar import Constraint
-from lorakit.inference.kv_cache import PART
+from lorakit.inference.kv_cache import PAGE, PART, Line
 from lorakit.inference.request import MOST_LOGPROBS, Event, Request, Row
 from lorakit.inference.sampling import Picker, Sampling
 from lorakit.inference.text import end_tokens, stop_strings
@@ -47,7 +61,13 @@ class Engine:
     """A model, and the requests that it answers together."""
 
     def __init__(
-        self, model: Decoder, tok: Tokenizer, *, slots: int = 8, capacity: int | None = None
+        self,
+        model: Decoder,
+        tok: Tokenizer,
+        *,
+        slots: int = 8,
+        capacity: int | None = None,
+        cache_tokens: int | None = None,
     ):
         """Make room for the rows.
 
@@ -57,9 +77,11 @@ class Engine:
             slots: How many requests run at a time; others wait.
             capacity: Positions that a row may reach, prompt and new tokens together. None: 4096, or
                 as many as the model is meant for if that is less.
+            cache_tokens: Positions that there is room for in all, of rows that run and of what is
+                kept of earlier ones. None: slots times capacity.
 
         Raises:
-            LorakitError: slots or capacity is not at least 1, or capacity exceeds the model's
+            LorakitError: slots or cache_tokens is not at least 1, or capacity exceeds the model's
                 positions.
         """
         limit = model.config.context_length
@@ -69,34 +91,56 @@ class Engine:
                 f"Engine: slots is {slots} and capacity {capacity}; slots must be at least 1, "
                 f"capacity between 1 and the model's {limit} positions"
             )
-        self.model, self.tok, self.capacity = model.eval(), tok, capacity
-        self.decoding = Decoding(model, slots, capacity)
+        if cache_tokens is None:
+            cache_tokens = slots * capacity
+        if cache_tokens < 1:
+            raise LorakitError(f"Engine: cache_tokens is {cache_tokens}; it must be at least 1")
+        self.model, self.tok, self.slots, self.capacity = model.eval(), tok, slots, capacity
+        # layers with a window keep as much of rows that have ended as of those that run
+        self.decoding = Decoding(model, 2 * slots, capacity, cache_tokens)
+        self.cache = self.decoding.cache
+        self._new: deque[Row] = deque()  # what other threads hand over
         self._waiting: deque[Row] = deque()
-        self._running: dict[int, Row] = {}
-        self._free = list(range(slots))  # those that were in use last stand last
-        # the tokens whose keys and values each line holds, and the adapter that they went through
-        self._held: list[list[int]] = [[] for _ in range(slots)]
-        self._through: list[str | None] = [None] * slots
-        self._names: list[str] = []
-        self._selected: str | None = None
-        self._merged = False
+        self._running: list[Row] = []  # the oldest first
+        self._model_was: tuple[object, ...] = ()
+        self._roots: dict[str | None, bytes] = {}  # what the pages of an adapter begin with
+        self._parts: dict[str | None, list[object]] = {}
         self._look()
 
     def _look(self) -> None:
-        """See which adapters the model has."""
-        before = self._names, self._selected, self._merged
-        self._names = adapter_names(self.model)
-        self._selected = selected_adapter(self.model)
-        self._merged = any(each.merged is not None for each in attached(self.model).values())
-        if (self._names, self._selected, self._merged) != before:
+        """See which adapters the model has, and forget the pages of those that are others now."""
+        found = attached(self.model).values()
+        merged = [each.merged for each in found]
+        now = adapter_names(self.model), selected_adapter(self.model), merged
+        parts: dict[str | None, list[object]] = {None: list(merged)}
+        for each in found:
+            for name in each.adapters:
+                parts.setdefault(name, []).append(each.part_of(name))
+        others = [name for name in parts if not _same(parts[name], self._parts.get(name))]
+        if others or now != self._model_was:
             self.decoding.compile()
-            for line in self._free:  # an adapter's keys may not be what they were
-                self._held[line] = []
+        for name in others:
+            self._roots[name] = urandom(16)
+        self._model_was, self._parts = now, parts
+
+    def forget(self) -> None:
+        """Let no later row take over keys and values of earlier ones, as after a training step."""
+        self._roots = {name: urandom(16) for name in self._roots}
 
     @property
     def idle(self) -> bool:
         """Whether no request waits or runs."""
-        return not self._waiting and not self._running
+        return not self._new and not self._waiting and not self._running
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for a slot, or for room in the cache."""
+        return len(self._new) + len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """How many requests have a slot."""
+        return len(self._running)
 
     def submit(
         self,
@@ -111,7 +155,7 @@ class Engine:
         constraint: Constraint | None = None,
         logprobs: int | None = None,
     ) -> Request:
-        """Take a request; the next steps compute it.
+        """Take a request; the next steps compute it. Other threads may call this.
 
         Args:
             prompt: The token ids to continue, such as `tok.apply_chat_template` returns.
@@ -139,17 +183,19 @@ class Engine:
         if not ids:
             raise LorakitError("generate: a prompt has no tokens")
         self.tok.check_fits(ids, self.model.config.vocab_size)
-        room = self.capacity - len(ids)
+        capacity = self.capacity
+        if not self.cache.fits(capacity):
+            capacity = self.cache.tokens
+        room = capacity - len(ids)
         if max_new_tokens is None:
             max_new_tokens = max(1, room)
         if max_new_tokens < 1 or max_new_tokens > room:
             raise LorakitError(
                 f"generate: a prompt of {len(ids)} tokens and max_new_tokens={max_new_tokens} do "
-                f"not fit the {self.capacity} positions of a row; max_new_tokens must be at least 1"
+                f"not fit the {capacity} positions of a row; max_new_tokens must be at least 1"
             )
         if logprobs is not None and not 0 <= logprobs <= MOST_LOGPROBS:
             raise LorakitError(f"Engine: logprobs is {logprobs}, not in [0, {MOST_LOGPROBS}]")
-        self._look()
         self.check_adapter(adapter)
         sampling, ends = sampling or Sampling(), end_tokens(self.model, self.tok, strings)
         picker = Picker(
@@ -163,7 +209,7 @@ class Engine:
             ends=[end for end in ends if end < self.model.config.vocab_size],
         )
         request = Request(ids, sampling, max_new_tokens, adapter, logprobs)
-        self._waiting.append(Row(request, self.tok, strings, ends, picker))
+        self._new.append(Row(request, self.tok, strings, ends, picker))
         return request
 
     def check_adapter(self, name: str | None) -> None:
@@ -171,14 +217,14 @@ class Engine:
         if name is None:
             return
         check_adapter(self.model, name, "Engine")
-        if self._merged:
+        if any(each.merged is not None for each in attached(self.model).values()):
             raise LorakitError("Engine: an adapter is merged; unmerge it, or ask for no adapter")
         beginning = self.model.beginning
         if isinstance(beginning, Attached) and name in beginning.adapters:
             raise LorakitError(
                 f"Engine: adapter {name!r} is a learned prompt, which all rows share; use generate"
             )
-        if any(self.model.config.moe_layers or ()) and name != self._selected:
+        if any(self.model.config.moe_layers or ()) and name != selected_adapter(self.model):
             raise LorakitError(
                 f"Engine: experts mix rows, so that only the selected adapter can be used beside "
                 f"the base; {name!r} is not selected"
@@ -195,85 +241,139 @@ class Engine:
             token, and one in which it is done.
         """
         events: list[Event] = []
+        self._take_new(events)
         self._drop_cancelled(events)
         self._admit()
-        ready = [row for row in self._running.values() if row.request.tokens]
+        ready = [row for row in self._running if not self._reads(row)]
         left = PART
-        for row in [row for row in self._running.values() if not row.request.tokens]:
-            if left > 0:
-                left -= self._read(row, left, events)
-        for group in self._groups(ready):
+        for row in [row for row in self._running if self._reads(row)]:
+            while left > 0 and row.line is not None and self._reads(row):
+                left -= self._read(row, events)
+        for row in ready:  # a row may have to go back for one before it
+            self._has_room(row, 1)
+        for group in self._groups([row for row in ready if row.line is not None]):
             self._continue(group, events)
         return events
 
+    def _take_new(self, events: list[Event]) -> None:
+        """Take what was submitted since the last step."""
+        if self._new:
+            self._look()
+        while self._new:
+            row = self._new.popleft()
+            try:
+                self.check_adapter(row.request.adapter)  # it may have gone meanwhile
+            except LorakitError as error:
+                self._fail(row, error, events)
+            else:
+                self._waiting.append(row)
+
     def _drop_cancelled(self, events: list[Event]) -> None:
-        gone = [row for row in self._waiting if row.request.cancelled]
-        self._waiting = deque(row for row in self._waiting if not row.request.cancelled)
-        gone += [row for row in self._running.values() if row.request.cancelled]
-        for row in gone:
+        for row in [row for row in [*self._waiting, *self._running] if row.request.cancelled]:
             self._end(row, "cancelled", None, events)
 
     def _admit(self) -> None:
-        """Give waiting requests a free line, with what it or another holds of their prompts."""
-        while self._waiting and self._free:
-            row = self._waiting.popleft()
-            request, source, shared = row.request, self._free[0], 0
-            if not self.model.config.by_length:  # where keys depend on the whole row
-                source, shared = self._best_prefix(request, source)
-            whole = 2 * shared >= len(self._held[source])  # little is lost of what it holds
-            line = source if source in self._free and whole else self._free[0]
-            self._free.remove(line)
-            if shared:
-                self.decoding.cache.copy(source, line, shared)
-            else:
-                self.decoding.begin(line)
-            self._held[line] = request.prompt[:shared]
-            self._through[line] = request.adapter
-            row.line, request.cached_tokens = line, shared
-            self._running[line] = row
+        """Give waiting requests a slot, where there is room for their prompts and one token."""
+        while self._waiting and len(self._running) < self.slots:
+            row = self._waiting[0]
+            row.line = self.cache.line(self._roots[row.request.adapter])
+            self._adopt(row)
+            rows = [row, *self._running]  # who has a slot already may not have read its prompt yet
+            if not self.cache.has_room((_line(r), len(r.ids) + 1 - _line(r).length) for r in rows):
+                self._put_off(row)
+                return
+            self._waiting.popleft()
+            self._running.append(row)
 
-    def _best_prefix(self, request: Request, line: int) -> tuple[int, int]:
-        """Return the line that holds most of a prompt's beginning, and how many tokens of it."""
-        best = 0
-        for other, held in enumerate(self._held):
-            if self._through[other] != request.adapter:
-                continue
-            shared = _common(held, request.prompt[:-1])  # the last token's logits are wanted
-            if shared > best and self.decoding.cache.holds(other, shared):
-                line, best = other, shared
-        return line, best
+    def _put_off(self, row: Row) -> None:
+        """Empty the line of a row, which is read again later."""
+        if row.line is not None:
+            self.cache.release(row.line)
+        row.line = None
 
-    def _groups(self, rows: list[Row]) -> list[list[Row]]:
-        """Return the rows that go through the model together: all, but where experts mix them."""
-        if not any(self.model.config.moe_layers or ()):
-            return [rows] if rows else []
-        names = {row.request.adapter for row in rows}
-        return [[row for row in rows if row.request.adapter == name] for name in names]
+    def _has_room(self, row: Row, n: int) -> bool:
+        """Make room for n more positions of a row.
 
-    def _take(self, rows: list[Row], ids: list[list[int]]) -> Tensor:
-        """Return the logits [n, V] after these tokens of each row."""
-        lines, tokens = [row.line for row in rows], torch.tensor(ids, device=self.model.device)
-        logits = self.decoding(lines, tokens, adapters=[row.request.adapter for row in rows])
-        for row, new in zip(rows, ids, strict=True):
-            self._held[row.line] += new
-        return logits
+        The row that came last goes back, as often as it takes. False: it is this one.
+        """
+        while row.line is not None and not self.cache.grow(row.line, n):
+            last = self._running.pop()
+            self._put_off(last)
+            self._waiting.appendleft(last)
+        return row.line is not None
 
-    def _read(self, row: Row, most: int, events: list[Event]) -> int:
-        """Take the next part of a prompt; return how many tokens it has."""
-        prompt, read = row.request.prompt, len(self._held[row.line])
-        if self.model.config.by_length:
-            most = len(prompt)
-        part = prompt[read : read + most]
-        logits = self._take([row], [part])
-        if read + len(part) == len(prompt):
-            self._push(row, logits, events)
+    # ---- prompts ----
+
+    def _known(self, row: Row) -> list[int]:
+        """Return the tokens of a row that may be read in parts, and shared."""
+        return row.ids if self.decoding.exact(row.request.adapter) else row.request.prompt
+
+    def _reads(self, row: Row) -> bool:
+        """Return whether a row has tokens to be read, before it is continued one by one."""
+        line = _line(row)
+        whole = len(row.ids) - (1 if row.request.tokens else 0)
+        return line.length < min(whole, len(self._known(row)))
+
+    def _unit(self, row: Row) -> int:
+        """Return how many tokens of a prompt are read at a time: its bits depend on that."""
+        return PAGE if self.decoding.exact(row.request.adapter) else PART
+
+    def _adopt(self, row: Row) -> None:
+        """Let a row take over what others have computed of it; the last token's logits it wants."""
+        if self.model.config.by_length:  # keys depend on the whole row
+            return
+        known = self._known(row)[: len(row.ids) - 1]
+        gained = self.cache.adopt(_line(row), known, self._unit(row))
+        if not row.request.tokens:
+            row.request.cached_tokens += gained
+
+    def _read(self, row: Row, events: list[Event]) -> int:
+        """Read the next part of a row's known tokens; return how many there were."""
+        self._adopt(row)
+        if not self._reads(row):  # of a row that was put back, all was there
+            return 0
+        known, unit, start = self._known(row), self._unit(row), _line(row).length
+        end = len(known) if self.model.config.by_length else (start // unit + 1) * unit
+        part = known[start:end]
+        if not self._has_room(row, len(part)):
+            return 0
+        self._take([row], [part], events)
         return len(part)
 
+    # ---- all rows ----
+
+    def _groups(self, rows: list[Row]) -> list[list[Row]]:
+        """Return the rows that go through the model together.
+
+        They are those that the compiled step takes, as many as it takes, and the rest. Where
+        experts mix rows, only those of one adapter go together.
+        """
+        if any(self.model.config.moe_layers or ()):
+            names = {row.request.adapter for row in rows}
+            return [[row for row in rows if row.request.adapter == name] for name in names]
+        compiled = [row for row in rows if self.decoding.compiles(row.request.adapter)]
+        rest = [row for row in rows if not self.decoding.compiles(row.request.adapter)]
+        n = COMPILED_ROWS
+        return [compiled[i : i + n] for i in range(0, len(compiled), n)] + [rest] * bool(rest)
+
     def _continue(self, rows: list[Row], events: list[Event]) -> None:
-        """Take the last token of each row, and pick the next."""
-        logits = self._take(rows, [row.request.tokens[-1:] for row in rows])
-        for i, row in enumerate(rows):
-            self._push(row, logits[i : i + 1], events)
+        """Take the next token of each row, and pick the one after it."""
+        self._take(rows, [[row.ids[_line(row).length]] for row in rows], events)
+
+    def _take(self, rows: list[Row], ids: list[list[int]], events: list[Event]) -> None:
+        """Take these tokens of each row; pick the next of those that have no other left."""
+        lines, tokens = [_line(row) for row in rows], torch.tensor(ids, device=self.model.device)
+        try:
+            logits = self.decoding(lines, tokens, adapters=[row.request.adapter for row in rows])
+        except LorakitError as error:  # an adapter was taken off
+            for row in rows:
+                self._fail(row, error, events)
+            return
+        for i, (row, line) in enumerate(zip(rows, lines, strict=True)):
+            if not self.model.config.by_length:
+                self.cache.name(line, self._known(row), self._unit(row))
+            if line.length == len(row.ids):
+                self._push(row, logits[i : i + 1], events)
 
     def _push(self, row: Row, logits: Tensor, events: list[Event]) -> None:
         """Pick the next token of a row from its logits [1, V]; end the row where it ends."""
@@ -281,16 +381,14 @@ class Engine:
         try:
             token = row.picker.pick(logits)
         except LorakitError as error:
-            request.error = error
-            self.decoding.cache.clear(row.line)  # what is NaN in it would stay there
-            self._held[row.line] = []
-            self._end(row, "error", None, events)
+            self._fail(row, error, events)
             return
         text.push(token, row.ends)
         if len(text.ids) == len(request.tokens):  # an end token
             self._end(row, "stop", None, events)
             return
         request.tokens.append(token)
+        row.ids.append(token)
         _keep_logprobs(request, logits[0], token)
         if not text.running or row.picker.ended:
             self._end(row, "stop", token, events)
@@ -299,14 +397,34 @@ class Engine:
         else:
             events.append(Event(request, token, row.new_text()))
 
+    def _fail(self, row: Row, error: LorakitError, events: list[Event]) -> None:
+        """End a row by an error; nobody takes over what it holds, which may be NaN."""
+        row.request.error = error
+        if row.line is not None:
+            self.cache.release(row.line, forget=True)
+        self._end(row, "error", None, events)
+
     def _end(self, row: Row, reason: str, token: int | None, events: list[Event]) -> None:
         request = row.request
-        if self._running.get(row.line) is row:
-            del self._running[row.line]
-            self._free.append(row.line)
+        if row in self._running:
+            self._running.remove(row)
+        elif row in self._waiting:
+            self._waiting.remove(row)
+        self._put_off(row)
         request.finish_reason = reason
         row.text.finish()
         events.append(Event(request, token, row.new_text()))
+
+
+def _same(some: list[object], others: list[object] | None) -> bool:
+    """Return whether two lists hold the same objects."""
+    return others is not None and list(map(id, some)) == list(map(id, others))
+
+
+def _line(row: Row) -> Line:
+    """Return the line of a row that has a slot."""
+    assert row.line is not None
+    return row.line
 
 
 def _keep_logprobs(request: Request, logits: Tensor, token: int) -> None:
@@ -317,11 +435,3 @@ def _keep_logprobs(request: Request, logits: Tensor, token: int) -> None:
     request.logprobs.append(logprobs[token].item())
     values, tokens = logprobs.topk(min(request.logprobs_of, len(logprobs)))
     request.top_logprobs.append(list(zip(tokens.tolist(), values.tolist(), strict=True)))
-
-
-def _common(a: list[int], b: list[int]) -> int:
-    """Return how many tokens two rows begin with that are the same."""
-    for n, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return n
-    return min(len(a), len(b))

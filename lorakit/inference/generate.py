@@ -215,9 +215,8 @@ def continue_text(
         seen = torch.zeros(shape, dtype=torch.bool, device=model.device)
         for row, prompt in zip(seen, prompts, strict=True):
             row[prompt] = True
-    lines = range(len(prompts))
     decoding = Decoding(model, len(prompts), max(map(len, prompts)) + max_new_tokens)
-    logits = decoding.read(prompts)
+    lines, logits = decoding.read(prompts)
     for number in range(max_new_tokens):
         ids = sample(logits, sampling, generator, seen)[:, None]
         if seen is not None:

@@ -1,18 +1,29 @@
 """Keys and values of the positions that a model has seen, so that each is computed once.
 
-A line of the cache holds one row. Rows begin and end at different times, so no two need be equally
-long, and there is no padding: position p of a row lies in slot p of its line, and in a layer with a
-sliding window in slot p modulo the number of slots,
+They lie in pages of PAGE positions. What the cache holds of a row is a `Line`: its length, and the
+numbers of its pages in order. So memory follows what rows hold, and rows that begin alike share
+pages without a copy:
 
-    keys, values of a layer      [lines, size, Hk, D]
-    size                         capacity, or with a window  min(capacity, window + PART - 1)
+    keys, values of a layer      [pages, PAGE, Hk, D]
+    position p of a row          slot p % PAGE of page pages[p // PAGE]
 
-which holds what each of PART new positions may look at. The price of the modulo: of a row that
-grew on, such a layer has forgotten what an earlier position would see. So a prefix of it can be
-shared only near its end (`holds`).
+A full page may get a name, the hash of its tokens and of all tokens before them. Whoever begins
+with the same tokens takes it by that name (`adopt`), also while the row that computed it still
+runs. A page is written to by one row only: the one whose last page it is. A page that nobody uses
+keeps its content and its name until room is needed; the one that was left first goes first.
+
+Layers with a sliding window look at the last positions alone, so they have pages of their own,
+which a row leaves when they lie behind the window. Layers with one window are a kind; a line has a
+list of pages for each kind.
+
+The compiled step reads keys and values through these lists. The decoder's modules want one tensor,
+so that for them a call gathers the pages of its rows: a copy, which costs less than the rest of
+such a call.
 """
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
+from hashlib import sha256
 
 import torch
 from torch import Tensor
@@ -21,73 +32,290 @@ from lorakit.models.config import ModelConfig
 from lorakit.models.rope import rope_tables
 from lorakit.models.views import AttentionView
 
+PAGE = 64
+"""Positions of a page, a power of two."""
 PART = 256
 """Most new positions of a row that one call takes, unless the row is empty."""
 
 
+class Line:
+    """What the cache holds of one row."""
+
+    def __init__(self, kinds: int, root: bytes):
+        self.root, self.length = root, 0
+        self.pages = tuple(array("q") for _ in range(kinds))  # -1: behind the window
+        self.named = 0  # how many of its first pages can be found by name
+        self._names: list[bytes] = []
+
+    def names(self, tokens: Sequence[int], count: int) -> list[bytes]:
+        """Return the names of the first `count` pages, or more, of a row of these tokens."""
+        while len(self._names) < count:
+            n = len(self._names)
+            before = self._names[-1] if n else self.root
+            content = array("q", tokens[n * PAGE : (n + 1) * PAGE]).tobytes()
+            self._names.append(sha256(before + content).digest())
+        return self._names
+
+
+class _Pool:
+    """The pages of one kind: how many rows use each, and what each holds."""
+
+    def __init__(self, count: int):
+        self.count = count
+        self.free = list(range(count))[::-1]  # without a name; the next one stands last
+        self.users = [0] * count
+        self.page_of: dict[bytes, int] = {}
+        self.name_of: dict[int, bytes] = {}
+        self.idle: dict[int, None] = {}  # with a name and no user, the longest so first
+
+    @property
+    def room(self) -> int:
+        return len(self.free) + len(self.idle)
+
+    def take(self) -> int:
+        """Return a page that nobody uses, for a new user."""
+        if self.free:
+            page = self.free.pop()
+        else:
+            page = next(iter(self.idle))
+            del self.idle[page]
+            self.forget(page)
+        self.users[page] = 1
+        return page
+
+    def share(self, name: bytes) -> int:
+        """Return the page of a name, which has one more user now."""
+        page = self.page_of[name]
+        self.idle.pop(page, None)
+        self.users[page] += 1
+        return page
+
+    def name(self, page: int, name: bytes) -> None:
+        """Name a page, unless another has the name already."""
+        if name not in self.page_of:
+            self.page_of[name], self.name_of[page] = page, name
+
+    def forget(self, page: int) -> None:
+        """Take a page's name away."""
+        if page in self.name_of:
+            del self.page_of[self.name_of.pop(page)]
+
+    def leave(self, page: int) -> None:
+        """Let a user go."""
+        self.users[page] -= 1
+        if not self.users[page]:
+            if page in self.name_of:
+                self.idle[page] = None
+            else:
+                self.free.append(page)
+
+
 class KVCache:
-    """Keys and values of the rows; `lengths` says how many positions each line holds."""
+    """The pages of all layers, and who uses them."""
 
     def __init__(
         self,
         config: ModelConfig,
-        lines: int,
-        capacity: int,
+        tokens: int,
+        rows: int,
         dtype: torch.dtype,
         device: torch.device,
     ):
-        self.capacity = capacity
+        """Make room.
+
+        Args:
+            config: The model's.
+            tokens: How many positions the rows hold together, rounded up to pages.
+            rows: How many rows layers with a window have room for; they need no more of each row
+                than the window.
+            dtype: Of keys and values.
+            device: Where they lie.
+        """
         self.windows = [config.window(layer) for layer in range(config.num_hidden_layers)]
-        self.sizes = [min(capacity, w + PART - 1) if w else capacity for w in self.windows]
+        self.reach = list(dict.fromkeys(self.windows))  # the window of each kind
+        self.kind_of = [self.reach.index(window) for window in self.windows]
+        pages = -(-tokens // PAGE)
+        self.tokens = pages * PAGE
+        self.pools = [_Pool(min(pages, rows * self._span(w)) if w else pages) for w in self.reach]
         heads, width = config.num_key_value_heads, config.head_dim
-        shapes = [(lines, size, heads, width) for size in self.sizes]
-        # not empty: a masked product with what memory happens to hold could be NaN
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
-        self.lengths = [0] * lines
+        # Memory that is not touched yet costs nothing on most systems; `grow` fills pages with 0.
+        self.stores = [
+            torch.empty(
+                (self.kind_of.count(kind), 2, pool.count, PAGE, heads, width),
+                dtype=dtype,
+                device=device,
+            )
+            for kind, pool in enumerate(self.pools)
+        ]
+        layers = [iter(store) for store in self.stores]
+        pairs = [next(layers[kind]) for kind in self.kind_of]
+        self.keys, self.values = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
-    def holds(self, line: int, n: int) -> bool:
-        """Return whether a line holds all that position n of its row looks at, and those after."""
-        length = self.lengths[line]
-        kinds = set(zip(self.sizes, self.windows, strict=True))
-        return n <= length and all(
-            window is None or length <= size or n + 1 - window >= length - size
-            for size, window in kinds
-        )
+    @staticmethod
+    def _span(window: int) -> int:
+        """Return how many pages a row needs at most in a layer with a window."""
+        return (window + PART - 3) // PAGE + 2
 
-    def copy(self, source: int, target: int, n: int) -> None:
-        """Let line `target` hold the first n positions of line `source`, which it `holds`."""
-        if source != target:
-            length = self.lengths[source]
-            for tensor, size in zip(self.keys + self.values, 2 * self.sizes, strict=True):
-                used = n if length <= size else size
-                tensor[target, :used] = tensor[source, :used]
-        self.lengths[target] = n
+    def behind(self, kind: int, position: int) -> int:
+        """Return how many of a row's first pages lie behind the window of a position."""
+        window = self.reach[kind]
+        return 0 if window is None else max(0, position + 1 - window) // PAGE
 
-    def clear(self, line: int) -> None:
-        """Forget a line, and what may be NaN in it."""
-        for tensor in self.keys + self.values:
-            tensor[line] = 0
-        self.lengths[line] = 0
+    def line(self, root: bytes = b"") -> Line:
+        """Return a new line; lines whose roots differ share nothing."""
+        return Line(len(self.pools), root)
+
+    def _missing(self, line: Line, n: int) -> list[int]:
+        """Return how many pages of each kind n more positions of a line need at most."""
+        pages = -(-(line.length + n) // PAGE)
+        missing = [pages - len(held) for held in line.pages]
+        return [
+            max(0, m if window is None else min(m, self._span(window)))
+            for m, window in zip(missing, self.reach, strict=True)
+        ]
+
+    def fits(self, n: int) -> bool:
+        """Return whether the cache could hold a row of n positions, if it were alone."""
+        missing = self._missing(self.line(), n)
+        return all(m <= pool.count for m, pool in zip(missing, self.pools, strict=True))
+
+    def has_room(self, wanted: Iterable[tuple[Line, int]]) -> bool:
+        """Return whether there is room for n more positions of each of these lines now."""
+        missing = [self._missing(line, n) for line, n in wanted]
+        sums = [sum(each) for each in zip(*missing, strict=True)]
+        return all(m <= pool.room for m, pool in zip(sums, self.pools, strict=True))
+
+    @property
+    def load(self) -> float:
+        """The share of the pages that rows use."""
+        return max(1 - pool.room / pool.count for pool in self.pools)
+
+    def grow(self, line: Line, n: int) -> bool:
+        """Give a line pages for n more positions, and leave those behind its windows.
+
+        More than PART positions come to an empty line. What lies behind a window after them gets no
+        page.
+
+        Returns:
+            False if pages are lacking. The line has got none then.
+        """
+        end, missing = line.length + n, []
+        for kind, (pool, pages) in enumerate(zip(self.pools, line.pages, strict=True)):
+            for number in range(min(len(pages), self.behind(kind, line.length)) - 1, -1, -1):
+                if pages[number] < 0:
+                    break
+                pool.leave(pages[number])
+                pages[number] = -1
+            skipped = self.behind(kind, end) if n > PART else 0
+            missing.append((skipped, -(-end // PAGE) - max(len(pages), skipped)))
+        if any(n > pool.room for (_, n), pool in zip(missing, self.pools, strict=True)):
+            return False
+        for pool, store, pages, (skipped, n) in zip(
+            self.pools, self.stores, line.pages, missing, strict=True
+        ):
+            pages.extend([-1] * (skipped - len(pages)))
+            for _ in range(n):
+                pages.append(pool.take())
+                # a masked product with what the page held before could be NaN
+                store[:, :, pages[-1]].zero_()
+        return True
+
+    def name(self, line: Line, tokens: Sequence[int], unit: int) -> None:
+        """Let others find the full pages of a line, which holds the first of these tokens.
+
+        Pages get their names in groups of `unit` positions, a multiple of PAGE.
+        """
+        count = min(line.length, len(tokens)) // unit * (unit // PAGE)
+        if count <= line.named:
+            return
+        names = line.names(tokens, count)
+        for pool, pages in zip(self.pools, line.pages, strict=True):
+            for n in range(line.named, count):
+                if pages[n] >= 0:
+                    pool.name(pages[n], names[n])
+        line.named = count
+
+    def adopt(self, line: Line, tokens: Sequence[int], unit: int) -> int:
+        """Let a line go on with pages that hold what follows in it, as far as there are any.
+
+        Args:
+            line: The line; it holds the first of the tokens.
+            tokens: The row's tokens, as far as it may take them over.
+            unit: As in `name`; a line that ends between two groups takes nothing.
+
+        Returns:
+            How many positions it has gained.
+        """
+        start, step, most = line.length // PAGE, unit // PAGE, len(tokens) // unit * (unit // PAGE)
+        if line.length % unit or most <= start:
+            return 0
+        names = line.names(tokens, most)
+        whole = [pool for pool, w in zip(self.pools, self.reach, strict=True) if w is None]
+        run = start
+        while run < most and all(names[run] in pool.page_of for pool in whole):
+            run += 1
+        for n in range(run - (run - start) % step, start, -step):
+            firsts = [max(start, self.behind(k, n * PAGE)) for k in range(len(self.pools))]
+            pairs = list(zip(self.pools, firsts, strict=True))
+            if all(name in pool.page_of for pool, first in pairs for name in names[first:n]):
+                for pages, (pool, first) in zip(line.pages, pairs, strict=True):
+                    pages.extend([-1] * (first - len(pages)))
+                    pages.extend(pool.share(name) for name in names[first:n])
+                line.length, line.named = n * PAGE, n
+                return (n - start) * PAGE
+        return 0
+
+    def release(self, line: Line, forget: bool = False) -> None:
+        """Empty a line; `forget` says that nobody may find its pages any more."""
+        for pool, pages in zip(self.pools, line.pages, strict=True):
+            for page in reversed(pages):  # the beginning of a row is found longest
+                if page >= 0:
+                    if forget:
+                        pool.forget(page)
+                    pool.leave(page)
+            del pages[:]
+        line.length = line.named = 0
 
 
 class NewPositions:
-    """What one call adds to a cache: `new[b]` positions to line `lines[b]`.
+    """What one call adds to a cache: `new[b]` positions to `lines[b]`, which have the pages.
 
     The blocks append to it as to a cache, T positions a row: those beyond `new[b]` are not kept.
     """
 
-    def __init__(self, cache: KVCache, lines: Sequence[int], new: Sequence[int]):
-        self.cache, self.lines, self.new = cache, list(lines), list(new)
-        self.starts = [cache.lengths[line] for line in lines]
+    def __init__(self, cache: KVCache, lines: Sequence[Line], new: Sequence[int]):
+        self.cache, self.lines = cache, list(lines)
+        self.starts = [line.length for line in lines]
         self.ends = [start + n for start, n in zip(self.starts, new, strict=True)]
         self.fresh = not any(self.starts)
-        device = cache.keys[0].device
         self.length = 0  # of a learned prompt's cache: it is yet to come
-        self.index = torch.tensor([self.lines, self.starts, self.ends], device=device)
-        first = self.lines[0]
-        run = self.lines == list(range(first, first + len(self.lines)))
-        self.rows = slice(first, first + len(self.lines)) if run else self.index[0]
+        self.device = cache.keys[0].device
+        self.bounds = torch.tensor([self.starts, self.ends], device=self.device)
+        self.places = [self._places(kind) for kind in range(len(cache.reach))]
+
+    def _places(self, kind: int) -> tuple[int, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """Return what a call reads and writes in the layers of a kind.
+
+        Returns:
+            How many slots it looks at; the first page that each row looks at [n]; these and the
+            further pages [n, P]; and of the positions that are kept, their rows, their numbers in
+            the call, and their slots.
+        """
+        firsts = [self.cache.behind(kind, start) for start in self.starts]
+        parts = [
+            line.pages[kind][first : (end - 1) // PAGE + 1].tolist()
+            for line, first, end in zip(self.lines, firsts, self.ends, strict=True)
+        ]
+        wide = max(map(len, parts))
+        table = torch.tensor([part + [-1] * (wide - len(part)) for part in parts])
+        first, (starts, ends) = torch.tensor(firsts)[:, None], self.bounds.cpu()[:, :, None]
+        positions = starts + torch.arange(int((ends - starts).max()))
+        pages = table.gather(1, (positions // PAGE - first).clamp(max=wide - 1))
+        rows, numbers = ((positions < ends) & (pages >= 0)).nonzero(as_tuple=True)
+        slots = (pages * PAGE + positions % PAGE)[rows, numbers]
+        used = max(end - first * PAGE for end, first in zip(self.ends, firsts, strict=True))
+        found = [t.to(self.device) for t in (first, table.clamp(min=0), rows, numbers, slots)]
+        return used, found[0], found[1], (found[2], found[3], found[4])
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values [n, T, Hk, D] of a layer.
@@ -95,51 +323,38 @@ class NewPositions:
         Returns:
             Keys and values [n, S, Hk, D]: the call's own where all rows begin, else the lines'.
         """
-        cache = self.cache
-        size, keys, values = cache.sizes[layer], cache.keys[layer], cache.values[layer]
-        if k.shape[1] == 1:
-            at = self.index[0], self.index[1] % size
-            keys[at], values[at] = k[:, 0], v[:, 0]
-        else:
-            for b, line in enumerate(self.lines):
-                kept = min(self.new[b], size)
-                slots = torch.arange(self.ends[b] - kept, self.ends[b], device=k.device) % size
-                part = slice(self.new[b] - kept, self.new[b])
-                keys[line, slots], values[line, slots] = k[b, part], v[b, part]
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        used, _, table, (rows, numbers, slots) = self.places[self.cache.kind_of[layer]]
+        keys.flatten(0, 1)[slots] = k[rows, numbers]
+        values.flatten(0, 1)[slots] = v[rows, numbers]
         if self.fresh:
             return k, v
-        used = min(max(self.ends), size)
-        return keys[self.rows, :used], values[self.rows, :used]
+        return keys[table].flatten(1, 2)[:, :used], values[table].flatten(1, 2)[:, :used]
 
     def commit(self) -> None:
         """Count the new positions, once every layer has stored them."""
         for line, end in zip(self.lines, self.ends, strict=True):
-            self.cache.lengths[line] = end
+            line.length = end
 
     def views(self, config: ModelConfig, T: int) -> list[AttentionView]:
         """Return, for each layer, what T positions a row see."""
-        _, starts, ends = self.index
+        starts, ends = self.bounds
         positions = starts[:, None] + torch.arange(T, device=starts.device)
         positions = torch.minimum(positions, ends[:, None] - 1)
         tables = [rope_tables(rope, config.head_dim, positions) for rope in config.ropes]
+        views = []
+        for kind, window in enumerate(self.cache.reach):
+            local = config.rope_local is not None and window is not None
+            mask = None if self.fresh else self._mask(kind, positions, window)
+            views.append(AttentionView(tables[local], mask, window, None, False, False))
+        return [views[kind] for kind in self.cache.kind_of]
 
-        views = {}
-        for layer, window in enumerate(self.cache.windows):
-            slides = config.slides(layer)
-            if slides not in views:
-                local = slides and config.rope_local is not None
-                size = self.cache.sizes[layer]
-                mask = None if self.fresh else self._mask(positions, window, size)
-                views[slides] = AttentionView(tables[local], mask, window, None, False, False)
-        return [views[config.slides(layer)] for layer in range(config.num_hidden_layers)]
-
-    def _mask(self, positions: Tensor, window: int | None, size: int) -> Tensor:
+    def _mask(self, kind: int, positions: Tensor, window: int | None) -> Tensor:
         """Return which slots the queries at `positions` [n, T] look at: bool [n, 1, T, S]."""
-        used = min(max(self.ends), size)
-        last = self.index[2][:, None] - 1
-        held = last - (last - torch.arange(used, device=last.device)) % size  # [n, S]
+        used, first, _, _ = self.places[kind]
+        held = first * PAGE + torch.arange(used, device=first.device)  # [n, S]
         held, queries = held[:, None], positions[:, :, None]
-        mask = (held >= 0) & (held <= queries)
+        mask = held <= queries
         if window is not None:
             mask &= held > queries - window
         return mask[:, None]

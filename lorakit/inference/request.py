@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from lorakit.config.errors import LorakitError
+from lorakit.inference.kv_cache import Line
 from lorakit.inference.sampling import Picker, Sampling
 from lorakit.inference.text import RowText
 from lorakit.models.tokenizer import Tokenizer
@@ -35,7 +36,7 @@ class Request:
     text: str = ""
     """The new text as far as it is certain."""
     cached_tokens: int = 0
-    """How many tokens of the prompt were taken over from an earlier row."""
+    """How many tokens of the prompt were taken over from other rows, when it was read first."""
     finish_reason: str | None = None
     """Why it ended: "stop" (an end token, a stop string, or the end of what a constraint allows),
     "length", "cancelled" or "error"."""
@@ -50,7 +51,7 @@ class Request:
         return self.finish_reason is not None
 
     def cancel(self) -> None:
-        """End the request at the next step, which frees its line; other threads may call this."""
+        """End the request at the next step; other threads may call this."""
         self.cancelled = True
 
 
@@ -72,9 +73,10 @@ class Row:
         self, request: Request, tok: Tokenizer, stop: list[str], ends: set[int], picker: Picker
     ):
         self.request, self.ends, self.picker = request, ends, picker
+        self.ids = list(request.prompt)  # and the new tokens
         self.pieces: list[str] = []  # of text, that no event has told yet
         self.text = RowText(tok, request.prompt, stop, self.pieces.append)
-        self.line = -1
+        self.line: Line | None = None  # None: it waits
 
     def new_text(self) -> str:
         """Return the text that became certain, and give it to the request."""

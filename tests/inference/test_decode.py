@@ -33,9 +33,12 @@ def run(model, rows, steps, shorter, fused):
         decoding.compiled = None
     else:
         assert decoding.compiled is not None
-    prompt, lines = rows.shape[1] - steps, range(len(shorter))
+    prompt = rows.shape[1] - steps
     with torch.no_grad():
-        found = [decoding.read([r[n:prompt].tolist() for r, n in zip(rows, shorter, strict=True)])]
+        lines, first = decoding.read(
+            [r[n:prompt].tolist() for r, n in zip(rows, shorter, strict=True)]
+        )
+        found = [first]
         found += [decoding(lines, rows[:, t : t + 1]) for t in range(prompt, rows.shape[1])]
     return torch.stack(found, 1)
 
@@ -94,9 +97,9 @@ def test_a_long_prompt_goes_in_parts(tmp_path, window):
     decoding.compiled_prompts = True
     plain = run(model, rows, 0, [0, 3], fused=False)
     with torch.no_grad():
-        logits = decoding.read([rows[0].tolist(), rows[1, 3:].tolist()])
+        lines, logits = decoding.read([rows[0].tolist(), rows[1, 3:].tolist()])
     assert (logits - plain[:, 0]).abs().max() <= LOGITS
-    assert decoding.cache.lengths == [400, 397]
+    assert [line.length for line in lines] == [400, 397]
 
 
 def test_merged_adapters_are_decoded_merged(tmp_path):
@@ -161,16 +164,18 @@ def test_every_row_may_have_an_adapter_of_its_own(adapted, monkeypatch):
     decoding = Decoding(adapted, n, 12)
     assert set(decoding.compiled.plan.adapters) == set(COMPILED)
     with torch.no_grad():
-        decoding(range(n), rows[:, :8], adapters=names)
+        lines = [decoding.begin() for _ in range(n)]
+        decoding(lines, rows[:, :8], adapters=names)
         several = [i for i, name in enumerate(names) if name is None or name in COMPILED]
         others = [i for i in range(n) if i not in several]
         passes.clear()
         for t in range(8, 12):
             for group in (several, others):
                 chosen = [names[i] for i in group]
-                logits = decoding(group, rows[group, t : t + 1], adapters=chosen)
+                now = [lines[i] for i in group]
+                logits = decoding(now, rows[group, t : t + 1], adapters=chosen)
                 assert (logits - truth[group, t]).abs().max() <= LOGITS
-    assert passes == [others] * 4
+    assert passes == [[lines[i] for i in others]] * 4
     lk.set_adapter(adapted, "dora")
     assert not Decoding(adapted, 1, 8).compiled.plan.numbers(1, None)
     with lk.disable_adapters(adapted):
@@ -216,8 +221,8 @@ def test_nan_in_one_row_stays_there(tmp_path, threads):
     torch.set_num_threads(threads)
     try:
         decoding = Decoding(model, 2, 20)
-        decoding.read([[7, 8], [9, 10]])
-        logits = decoding([0, 1], torch.tensor([[5], [11]]))
+        lines, _ = decoding.read([[7, 8], [9, 10]])
+        logits = decoding(lines, torch.tensor([[5], [11]]))
     finally:
         torch.set_num_threads(before)
     assert logits[0].isnan().all()

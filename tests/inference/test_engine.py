@@ -1,13 +1,17 @@
 """Continuous batching: whoever runs beside a request, it gets what it gets alone."""
 
 import dataclasses
+import random
+import threading
 
 import pytest
 import torch
 
 import lorakit as lk
+from lorakit.inference import decode, engine, kv_cache
 from lorakit.inference.engine import Engine
 from lorakit.inference.sampling import Sampling
+from tests.conftest import FAMILY_VARIANTS, tiny
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +24,14 @@ def model(tiny_dir):
     model = lk.load_model(tiny_dir, dtype="float32")
     model.config = dataclasses.replace(model.config, eos_token_id=None)
     return model
+
+
+@pytest.fixture
+def small_pages(monkeypatch):
+    """Pages and parts short enough that the rows of tiny models have several."""
+    for module in (kv_cache, decode, engine):
+        monkeypatch.setattr(module, "PAGE", 4)
+        monkeypatch.setattr(module, "PART", 8)
 
 
 def prompts(*lengths):
@@ -97,7 +109,7 @@ def test_rows_of_a_batch_have_adapters_of_their_own(model, tok):
         assert [r.tokens for r in one] == [likeliest(model, p, 8) for p in given[:2]]
 
 
-def test_a_prompt_takes_over_what_a_line_holds_of_it(model, tok):
+def test_a_prompt_takes_over_what_the_cache_holds_of_it(model, tok, small_pages):
     (prompt,) = prompts(30)
     with_adapters(model)
     engine = Engine(model, tok, slots=2, capacity=64)
@@ -107,16 +119,177 @@ def test_a_prompt_takes_over_what_a_line_holds_of_it(model, tok):
     second = engine.submit(turn, max_new_tokens=6)
     other = engine.submit(turn, max_new_tokens=6, adapter="a")  # whose keys are others
     drain(engine)
-    assert (first.cached_tokens, second.cached_tokens, other.cached_tokens) == (0, 35, 0)
+    # in fp32 torch computes prompts, the compiled step new tokens: their bits are not shared
+    assert (first.cached_tokens, second.cached_tokens, other.cached_tokens) == (0, 24, 0)
     with lk.disable_adapters(model):
         assert second.tokens == likeliest(model, turn, 6)
     with lk.adapter_rows(model, ["a"]):
         assert other.tokens == likeliest(model, turn, 6)
     same = [engine.submit(turn[:20] + prompt[:n], max_new_tokens=3) for n in (1, 2)]
     drain(engine)
-    assert [request.cached_tokens for request in same] == [20, 20]  # of a row that runs, too
-    with lk.disable_adapters(model):
-        assert [r.tokens for r in same] == [likeliest(model, r.prompt, 3) for r in same]
+    assert [request.cached_tokens for request in same] == [16, 16]
+    engine.forget()
+    again = engine.submit(turn, max_new_tokens=1)
+    drain(engine)
+    assert again.cached_tokens == 0
+
+
+def test_rows_share_pages_while_they_run(model, tok, small_pages):
+    """Samples of one prompt are one reading of it, and one copy of its full pages."""
+    (prompt,) = prompts(19)
+    engine = Engine(model, tok, slots=4, capacity=32)
+    given = [
+        engine.submit(prompt, Sampling(temperature=1.0), max_new_tokens=9, seed=n) for n in range(4)
+    ]
+    while engine.running < 4 or not all(request.tokens for request in given):
+        engine.step()
+    (pool,) = engine.cache.pools
+    assert [request.cached_tokens for request in given] == [0, 16, 16, 16]
+    assert pool.users.count(4) == 4  # four pages of four positions, that all rows use
+    assert set(pool.users) == {0, 1, 4}
+    drain(engine)
+    assert pool.room == pool.count
+    assert len({tuple(request.tokens) for request in given}) > 1
+
+
+def test_another_adapter_of_the_same_name_shares_nothing(model, tok, small_pages):
+    with_adapters(model)
+    (prompt,) = prompts(20)
+    engine = Engine(model, tok, capacity=48)
+    before, base = (engine.submit(prompt, max_new_tokens=8, adapter=name) for name in ("a", None))
+    drain(engine)
+    lk.delete_adapter(model, "a")
+    lk.attach(model, lk.LoraConfig(r=3, target_modules="all-linear"), name="a")
+    after, same = (engine.submit(prompt, max_new_tokens=8, adapter=name) for name in ("a", None))
+    drain(engine)
+    assert (after.cached_tokens, same.cached_tokens) == (0, 16)
+    assert after.tokens == base.tokens == same.tokens  # a new adapter changes nothing yet
+    assert before.tokens != base.tokens
+
+
+# ---- bits ----
+
+BITS = {
+    "bf16": ("llama", {}, "bfloat16"),
+    "fp32": ("llama", {}, "float32"),
+    "gemma 3": FAMILY_VARIANTS["gemma3_text"] + ("bfloat16",),
+    "all layers slide": ("mistral", {"sliding_window": 6}, "bfloat16"),
+    "windows in fp32": FAMILY_VARIANTS["gemma3_text"] + ("float32",),
+}
+
+
+def bits_model(folder, case):
+    family, options, dtype = BITS[case]
+    vocabulary = {"vocab_size": 300, "max_position_embeddings": 128}
+    tiny(family, **{**options, **vocabulary}).save_pretrained(folder)
+    model = lk.load_model(folder, dtype=dtype)
+    model.config = dataclasses.replace(model.config, eos_token_id=None)
+    with_adapters(model)
+    return model
+
+
+def bits_engine(model, tok, **options):
+    engine = Engine(model, tok, capacity=60, **options)
+    if engine.decoding.compiled is None:
+        pytest.skip("the CPU library was not built")
+    engine.decoding.compiled_prompts = model.dtype == torch.bfloat16  # on any processor
+    return engine
+
+
+def told(request):
+    return request.tokens, request.logprobs, request.top_logprobs
+
+
+@pytest.mark.parametrize("case", BITS)
+def test_a_request_gets_the_same_bits_whatever_happens_around_it(tmp_path, tok, small_pages, case):
+    """Alone; beside others; sharing what they have; put back where the cache is full, and again."""
+    model, draws = bits_model(tmp_path, case), random.Random(0)
+    base, given = prompts(24, 24), []
+    for n in range(14):
+        prompt = draws.choice(base)[: draws.randint(1, 24)] + prompts(7)[0][: draws.randint(0, 7)]
+        adapter = draws.choice([None, None, "a", "b"])
+        given.append((prompt, draws.randint(1, 14), adapter, n))
+
+    def submit(engine, prompt, count, adapter, seed):
+        sampling = Sampling(temperature=1.0 if seed % 2 else 0.0, frequency_penalty=0.5)
+        return engine.submit(
+            prompt, sampling, max_new_tokens=count, adapter=adapter, seed=seed, logprobs=5
+        )
+
+    alone = []
+    for each in given:
+        engine = bits_engine(model, tok, slots=1)
+        alone.append(submit(engine, *each))
+        drain(engine)
+    for slots, tokens in ((3, None), (5, 80), (4, 60), (2, None)):
+        engine, put_back, found = bits_engine(model, tok, slots=slots, cache_tokens=tokens), 0, []
+        for each in given:
+            found.append(submit(engine, *each))
+            if draws.random() < 0.5:
+                engine.step()
+        while not engine.idle:
+            before = list(engine._running)
+            engine.step()
+            put_back += sum(row.line is None and not row.request.done for row in before)
+        assert [told(request) for request in found] == [told(request) for request in alone]
+        assert any(request.cached_tokens for request in found)
+        if tokens is not None and case != "all layers slide":
+            assert put_back > 0
+        assert all(pool.room == pool.count for pool in engine.cache.pools)
+
+
+def test_a_chat_goes_on_from_its_own_answer_where_bits_allow_it(tmp_path, tok, small_pages):
+    model = bits_model(tmp_path, "bf16")
+    (prompt,) = prompts(13)
+    engine = bits_engine(model, tok, slots=2)
+    first = engine.submit(prompt, max_new_tokens=10)
+    drain(engine)
+    turn = prompt + first.tokens + prompts(5)[0]
+    second = engine.submit(turn, max_new_tokens=5, logprobs=3)
+    drain(engine)
+    assert second.cached_tokens == 20  # 13 + 10 - 1 positions are in the cache, 5 pages of 4
+    other = bits_engine(model, tok, slots=2)
+    alone = other.submit(turn, max_new_tokens=5, logprobs=3)
+    drain(other)
+    assert told(second) == told(alone)
+
+
+def test_what_exceeds_the_cache_is_refused_or_waits(model, tok, small_pages):
+    engine = Engine(model, tok, slots=4, capacity=60, cache_tokens=30)  # 8 pages of 4
+    with pytest.raises(lk.LorakitError, match="do not fit the 32 positions"):
+        engine.submit([5] * 20, max_new_tokens=13)
+    given = [engine.submit([5 + n] * 20, max_new_tokens=12) for n in range(3)]
+    engine.step()
+    assert (engine.running, engine.waiting) == (1, 2)
+    drain(engine)
+    assert [len(request.tokens) for request in given] == [12] * 3
+    assert [request.tokens for request in given] == [
+        likeliest(model, request.prompt, 12) for request in given
+    ]
+
+
+def test_other_threads_may_submit_and_cancel(model, tok):
+    engine, given = Engine(model, tok, slots=3, capacity=48), []
+
+    def client(number):
+        for n in range(10):
+            request = engine.submit([5 + number, 6 + n], max_new_tokens=4)
+            given.append(request)
+            if n % 3 == 0:
+                request.cancel()
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    done = set()
+    while any(thread.is_alive() for thread in threads) or not engine.idle:
+        done |= {event.request for event in engine.step() if event.request.done}
+    assert len(given) == 40
+    assert done == set(given)
+    assert all(len(r.tokens) == 4 or r.finish_reason == "cancelled" for r in given)
+
+
+# ---- what a request asks for ----
 
 
 def test_draws_are_those_of_the_request_alone(model, tok):
@@ -153,6 +326,51 @@ def test_a_text_ends_at_a_stop_string_and_an_end_token(model, tok):
     assert (ended.tokens, ended.finish_reason) == (whole.tokens[:n], "stop")
 
 
+class Letters:
+    """A constraint: some tokens in turn, any number of times; the text may end after the last."""
+
+    def __init__(self, tokens, most):
+        self.tokens, self.most, self.taken = tokens, most, []
+
+    @property
+    def complete(self):
+        return len(self.taken) % len(self.tokens) == 0
+
+    @property
+    def ended(self):
+        return len(self.taken) == self.most
+
+    def allowed(self):
+        found = torch.zeros(200, dtype=torch.bool)  # fewer than the model has
+        found[self.tokens[len(self.taken) % len(self.tokens)]] = True
+        return found
+
+    def take(self, token):
+        self.taken.append(token)
+
+
+def test_a_constraint_says_which_tokens_come_and_where_the_text_ends(model, tok):
+    engine = Engine(model, tok, capacity=48)
+
+    def submit(most, end, **options):  # token 2 ends a text
+        constraint = Letters([70, 71, 72], most)
+        return engine.submit([5, 6], constraint=constraint, logit_bias={2: end}, **options)
+
+    ends = submit(9, -100, max_new_tokens=20, logprobs=2)
+    cut = submit(9, -100, max_new_tokens=7)
+    likely = submit(99, 100)
+    drain(engine)
+    assert (ends.tokens, ends.finish_reason) == ([70, 71, 72] * 3, "stop")
+    assert (cut.tokens, cut.finish_reason) == ([70, 71, 72, 70, 71, 72, 70], "length")
+    assert (likely.tokens, likely.finish_reason) == ([], "stop")  # it may end at once
+    with torch.no_grad():  # the log-probabilities are the model's, of whatever was allowed
+        truth = model(torch.tensor([[5, 6]]))[0, -1].log_softmax(-1)
+    assert abs(ends.logprobs[0] - truth[70]) <= 2e-5  # fp32 in other orders of sums
+    values, tokens = truth.topk(2)
+    assert [token for token, _ in ends.top_logprobs[0]] == tokens.tolist()
+    assert (torch.tensor(ends.top_logprobs[0])[:, 1] - values).abs().max() <= 2e-5
+
+
 def test_a_cancelled_request_makes_room(model, tok):
     engine = Engine(model, tok, slots=1, capacity=64)
     first, second, third = (engine.submit(p, max_new_tokens=20) for p in prompts(5, 6, 7))
@@ -186,6 +404,8 @@ def test_logits_that_are_nan_end_one_request(model, tok):
 def test_what_cannot_be_answered_is_refused(model, tok):
     with pytest.raises(lk.LorakitError, match="slots must be at least 1"):
         Engine(model, tok, slots=0)
+    with pytest.raises(lk.LorakitError, match="cache_tokens is 0"):
+        Engine(model, tok, cache_tokens=0)
     with pytest.raises(lk.LorakitError, match="capacity between 1 and"):
         Engine(model, tok, capacity=10**6)
     engine = Engine(model, tok, capacity=16)
@@ -198,6 +418,10 @@ def test_what_cannot_be_answered_is_refused(model, tok):
         ([5], {"adapter": "a"}, "no adapter is attached"),
         ([5], {"stop": ""}, "stop must be"),
         ([5], {"seed": -1}, "seed is"),
+        ([5], {"logprobs": 21}, "logprobs is 21"),
+        ([5], {"logprobs": -1}, "logprobs is -1"),
+        ([5], {"logit_bias": {300: 1.0}}, "for token 300"),
+        ([5], {"logit_bias": {3: float("nan")}}, "logit_bias has nan"),
     ]:
         with pytest.raises(lk.LorakitError, match=message):
             engine.submit(prompt, **options)

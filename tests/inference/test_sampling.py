@@ -1,10 +1,12 @@
 """How a token is picked, against the probabilities and transformers' processors."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorakit.inference.sampling import Sampling, sample
+import lorakit as lk
+from lorakit.inference.sampling import Picker, Sampling, sample
 
 
 def test_sampling_follows_the_probabilities():
@@ -77,3 +79,39 @@ def test_the_same_tokens_stay_as_in_transformers(options, seed):
     # impossible tokens are never drawn; the rest lies within 6 standard deviations and one draw
     assert (frequency[probs == 0] == 0).all()
     assert ((frequency - probs).abs() <= 6 * (probs * (1 - probs) / 2000).sqrt() + 1 / 2000).all()
+
+
+@settings(max_examples=40)
+@given(
+    frequency=st.floats(-2, 2),
+    presence=st.floats(-2, 2),
+    repetition=st.sampled_from([1.0, 1.3]),
+    bias=st.dictionaries(st.integers(0, 9), st.floats(-5, 5), max_size=4),
+    seed=st.integers(0, 2**20),
+)
+def test_penalties_are_those_of_their_formulas(frequency, presence, repetition, bias, seed):
+    """Greedy tokens, against OpenAI's formula written out in Python."""
+    random = torch.Generator().manual_seed(seed)
+    prompt, new = [3, 4], []
+    options = {"frequency_penalty": frequency, "presence_penalty": presence}
+    sampling = Sampling(repetition_penalty=repetition, **options)
+    picker = Picker(sampling, prompt, 10, torch.device("cpu"), logit_bias=bias)
+    for _ in range(12):
+        logits = torch.randn(1, 10, generator=random)
+        expected = logits[0].double().tolist()
+        for token in range(10):
+            z, uses = expected[token], new.count(token)
+            if token in prompt + new:
+                z = z / repetition if z > 0 else z * repetition
+            expected[token] = z - uses * frequency - (uses > 0) * presence + bias.get(token, 0)
+        found = picker.pick(logits)
+        # fp32 may decide a tie of fp64 either way
+        assert expected[found] >= max(expected) - 1e-5
+        new.append(found)
+
+
+def test_penalties_outside_their_range():
+    for name in ("frequency_penalty", "presence_penalty"):
+        for value in (-2.1, 2.1, float("nan")):
+            with pytest.raises(lk.LorakitError, match=name):
+                Sampling(**{name: value})

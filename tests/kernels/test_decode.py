@@ -1,5 +1,7 @@
 """The decoding step against fp64 and against transformers; its promises about bits and memory."""
 
+from array import array
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from lorakit.kernels.ops import decode
 from lorakit.kernels.ops.decode import (
     DecodeCache,
     DecodeLayer,
+    DecodePlace,
     DecodePlan,
     DecodeUpdate,
     decode_step,
@@ -29,9 +32,9 @@ QUANTIZE = {
 }
 BACKENDS = ["reference", *ISAS]
 SHAPE = {"H": 64, "Hq": 4, "Hk": 2, "D": 16, "I": 96, "V": 101, "B": 1}
-# The position of the first row, one less for each further row, and capacity and window of the
-# layers: all before it; a window, of which the ring has wrapped round; itself alone.
-POSITION, LAYERS = 9, [(12, None), (8, 7), (1, 1)]
+# The position of the first row, one less for each further row, and the windows of the layers: all
+# before it; some of these.
+POSITION, WINDOWS = 9, [None, 7, None]
 # two soft caps are small enough to bend most scores; every option is on in one case at least
 GEMMA = {"norm_weight_offset": 1.0, "embedding_scale": 8.0, "attn_softcap": 2.0, "final_softcap": 3}
 CASES = {
@@ -41,7 +44,7 @@ CASES = {
     "two rows, tiny": {"B": 2, "H": 3, "Hq": 1, "Hk": 1, "D": 2, "I": 1, "V": 5},
     "adapters": {"B": 4, "ranks": (3, 16, 9), "I": 43, "biases": True},
     "nf4": {"packed": "nf4", "B": 3, "I": 128, "ranks": (4,)},
-    "fp4 beside dense": {"packed": "fp4", "I": 70, "layers": [(12, None)]},  # down has odd blocks
+    "fp4 beside dense": {"packed": "fp4", "I": 70, "windows": [None]},  # down has odd blocks
     "int8": {"packed": "int8", "B": 5, "H": 33, "D": 10, "I": 43, "biases": True},
     "seven heads to one": {"Hq": 7, "Hk": 1, "D": 12},
     "biases": {"biases": True, "B": 2},
@@ -51,19 +54,27 @@ CASES = {
         "sandwich": True, "qk_norm": True, "activation": "gelu", "ropes": 2, **GEMMA,
         "attention_scale": 0.3,
     },
-    # 16 pieces of 40 beside rows of fewer, 3 pieces, and a ring that wraps round within a piece
-    "long contexts": {"position": 600, "B": 3, "layers": [(640, None), (90, 71), (600, 600)]},
-    "long beside short": {"position": [600, 3, 70], "B": 3, "layers": [(640, None), (90, 71)]},
-    "the longest pieces": {"position": 4999, "layers": [(5000, None), (4602, 4601)], "D": 8},
+    "itself alone": {"windows": [1, 7], "B": 2},
+    "pages of one position": {"windows": [7, None], "page": 1, "B": 2},
+    # 16 pieces of 40 beside rows of fewer, and 3 pieces
+    "long contexts": {"position": 600, "B": 3, "windows": [None, 71], "page": 32},
+    "a long window": {"position": 600, "windows": [600], "page": 256},
+    "long beside short": {"position": [600, 3, 70], "B": 3, "windows": [None, 71], "page": 64},
+    "the longest pieces": {"position": 4999, "windows": [None, 4601], "D": 8, "page": 64},
 }  # fmt: skip
 
 
 def build(dtype, **case):
-    """A plan and the arguments of one step, all random; slots that nobody sees hold NaN."""
+    """A plan and the arguments of one step, all random.
+
+    A row's pages lie anywhere. Slots that nobody sees hold NaN, and what a window has left behind
+    has no page.
+    """
     random = torch.Generator().manual_seed(0)
     size = {k: case.pop(k, default) for k, default in SHAPE.items()}
     H, Hq, Hk, D, I, V, B = size.values()  # noqa: E741
-    layout, ropes = case.pop("layers", LAYERS), case.pop("ropes", 1)
+    windows, ropes = case.pop("windows", WINDOWS), case.pop("ropes", 1)
+    page, tokens = case.pop("page", 4), case.pop("tokens", 1)
     ranks, packed = case.pop("ranks", ()), case.pop("packed", None)
     position, biases = case.pop("position", POSITION), case.pop("biases", False)
     qk_norm, sandwich = case.pop("qk_norm", False), case.pop("sandwich", False)
@@ -79,7 +90,7 @@ def build(dtype, **case):
         return QUANTIZE[packed](w)
 
     layers = []
-    for i in range(len(layout)):
+    for i in range(len(windows)):
         extra = {"rope": i % ropes}
         if sandwich:
             extra |= {f"{name}_feedforward_norm": weight(H) for name in ("pre", "post")}
@@ -111,16 +122,23 @@ def build(dtype, **case):
     ids = torch.randint(V, (B,), generator=random)
     if isinstance(position, int):
         position = [position - b for b in range(B)]
-    # one line more than rows, and the rows in another order than the lines
-    places = [(B - b, at) for b, at in enumerate(position)]
-    cache = []
-    for capacity, window in layout:
-        keys, values = (torch.randn(B + 1, capacity, Hk, D, generator=random) for _ in "kv")
-        for line, at in [*places, (0, -1)]:
-            seen = [p % capacity for p in range(max(0, at - (window or at + 1) + 1), at)]
-            hidden = torch.ones(capacity, dtype=torch.bool)
-            hidden[seen] = False
-            keys[line, hidden], values[line, hidden] = torch.nan, torch.nan
+    kinds, tables = list(dict.fromkeys(windows)), [[] for _ in position]
+    ends = [at + tokens for at in position]
+    free = torch.randperm(sum(-(-end // page) for end in ends) + 2, generator=random).tolist()
+    count, hidden = len(free), torch.ones(len(kinds), len(free), page, dtype=torch.bool)
+    for table, at, end in zip(tables, position, ends, strict=True):
+        pages = [free.pop() for _ in range(-(-end // page))]
+        for kind, window in enumerate(kinds):
+            first = 0 if window is None else max(0, at + 1 - window)
+            for p in range(first, at):
+                hidden[kind, pages[p // page], p % page] = False
+            behind = first // page
+            table.append(array("q", [-1] * behind + pages[behind:]))
+    cache, places = [], list(map(DecodePlace, position, map(tuple, tables)))
+    for window in windows:
+        keys, values = (torch.randn(count, page, Hk, D, generator=random) for _ in "kv")
+        unseen = hidden[kinds.index(window)]
+        keys[unseen], values[unseen] = torch.nan, torch.nan
         cache.append((keys.to(dtype), values.to(dtype), window))
     tables = [(a.cos(), a.sin()) for a in angles]
     numbers = [*range(len(ranks)), *[None] * B][:B] if ranks else None
@@ -136,20 +154,36 @@ def step_on(plan, ids, tables, cache, places, adapters=None):
     return decode_step(plan, ids, tables, held(plan, cache), places, adapters)
 
 
+def kinds_of(cache):
+    """Which of a row's tables each layer uses."""
+    windows = [window for _, _, window in cache]
+    return [list(dict.fromkeys(windows)).index(window) for window in windows]
+
+
 def copied(cache, dtype=None):
     return [(k.to(dtype, copy=True), v.to(dtype, copy=True), window) for k, v, window in cache]
 
 
 def in_double(plan, ids, tables, cache, places, adapters, cache_dtype):
     """The step in fp64 on a copy of the cache; the new keys and values rounded to cache_dtype."""
-    caches = copied(cache, cache_dtype)
-    wide = torch.float64
-    return reference.decode_step(plan, ids, tables, caches, places, adapters, wide), caches
+    wide = held(plan, cache)
+    wide.keys, wide.values = (
+        tuple(t.to(cache_dtype, copy=True) for t in tensors) for tensors in (wide.keys, wide.values)
+    )
+    logits = reference.decode_step(plan, ids, tables, wide, places, adapters, torch.float64)
+    return logits, list(zip(wide.keys, wide.values, strict=True))
 
 
-def new_ones(tensor, places):
+def new_ones(tensor, places, kind):
     """The keys or values of the new tokens, [B, Hk, D]."""
-    return torch.stack([tensor[line, at % tensor.shape[1]] for line, at in places])
+    size = tensor.shape[1]
+    return torch.stack(
+        [
+            tensor[place.pages[kind][at // size], at % size]
+            for place in places
+            for at in [place.position]
+        ]
+    )
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -163,9 +197,9 @@ def test_fp32_against_fp64(case, name):
     # sums of at most a few hundred products in fp32, a dozen of them one after the other: errors of
     # some 10 units of 2^-24 relative to the largest value; 1e-5 is 170 units
     assert (logits - truth).abs().max() <= 1e-5 * truth.abs().max()
-    for layer, true_layer in zip(step[3], caches, strict=True):
-        for ours, true in zip(layer[:2], true_layer[:2], strict=True):
-            ours, true = new_ones(ours, step[4]), new_ones(true, step[4])
+    for layer, true_layer, kind in zip(step[3], caches, kinds_of(step[3]), strict=True):
+        for ours, true in zip(layer[:2], true_layer, strict=True):
+            ours, true = new_ones(ours, step[4], kind), new_ones(true, step[4], kind)
             assert (ours - true).abs().max() <= 1e-5 * true.abs().max()
 
 
@@ -187,7 +221,7 @@ def test_bf16_against_fp64(case, name):
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bits_of_the_cache_and_of_repeated_calls(dtype, name):
-    layout = {"position": 40, "layers": [(128, None), (8, 7)]}
+    layout = {"position": 40, "windows": [None, 7], "page": 8}
     plan, ids, tables, cache, places, _ = build(dtype, B=3, **layout)
     guarded = []  # every cache lies between two zones that nothing may touch
     for keys, values, window in cache:
@@ -203,21 +237,23 @@ def test_bits_of_the_cache_and_of_repeated_calls(dtype, name):
         first = copied(inner)
         for _ in range(3):
             assert torch.equal(step_on(plan, ids, tables, inner, places), logits)
-    for (k, v, _), before, after in zip(guarded, cache, first, strict=True):
+    kinds = kinds_of(cache)
+    for (k, v, _), before, after, kind in zip(guarded, cache, first, kinds, strict=True):
         for (memory, now), was, once in zip((k, v), before[:2], after[:2], strict=True):
             assert (memory[:64] == 7).all()
             assert (memory[-64:] == 7).all()
             assert torch.equal(now.nan_to_num(9), once.nan_to_num(9))
-            assert new_ones(now, places).isfinite().all()
-            for line, at in places:
-                now[line, at % now.shape[1]] = was[line, at % now.shape[1]]
+            assert new_ones(now, places, kind).isfinite().all()
+            for place in places:
+                slot = place.pages[kind][place.position // 8], place.position % 8
+                now[slot] = was[slot]
             assert torch.equal(now.nan_to_num(9), was.nan_to_num(9))
 
 
 @pytest.mark.parametrize("name", BACKENDS[1:])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_neither_threads_nor_other_rows_change_a_bit(dtype, name):
-    case = {"B": 7, "H": 40, "layers": [(640, None), (40, 34)], "qk_norm": True}
+    case = {"B": 7, "H": 40, "windows": [None, 34], "page": 16, "qk_norm": True}
     case["position"] = [600, 2, 599, 31, 32, 300, 0]
     case["ranks"] = (3, 16)
     plan, ids, tables, cache, places, _ = build(dtype, **case)
@@ -335,7 +371,7 @@ def tables_of(model, position):
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_token_by_token_equals_transformers(family, name):
-    """Layers with a sliding window have a ring of just its size as their cache."""
+    """What a window leaves behind loses its page, which the row's next positions get."""
     pytest.importorskip("transformers")
     model = transformers_model(family)
     config, T = model.config, 20
@@ -343,18 +379,44 @@ def test_token_by_token_equals_transformers(family, name):
     with torch.no_grad():
         truth = model(ids).logits[0]
     plan = plan_of(model)
-    shapes = [
-        (1, window or T, config.num_key_value_heads, plan.head_dim) for window in windows(model)
-    ]
+    reach, size = windows(model), 4
+    kinds = list(dict.fromkeys(reach))
+    counts = [-(-(T if window is None else window + size) // size) + 1 for window in kinds]
+    shapes = [(counts[kinds.index(window)], size, config.num_key_value_heads, plan.head_dim)
+              for window in reach]  # fmt: skip
     cache = [
         (torch.full(shape, torch.nan), torch.full(shape, torch.nan), window)
-        for shape, window in zip(shapes, windows(model), strict=True)
+        for shape, window in zip(shapes, reach, strict=True)
     ]
+    pages, free = [array("q") for _ in kinds], [list(range(count)) for count in counts]
     with backend(name):
         for t in range(T):
-            logits = step_on(plan, ids[:, t], tables_of(model, t), cache, [(0, t)])
+            for table, window, left in zip(pages, kinds, free, strict=True):
+                if t % size == 0:
+                    table.append(left.pop(0))
+                behind = (t + 1 - (window or T)) // size - 1
+                if behind >= 0 and table[behind] >= 0:
+                    left.append(table[behind])
+                    table[behind] = -1
+            place = DecodePlace(t, tuple(pages))
+            logits = step_on(plan, ids[:, t], tables_of(model, t), cache, [place])
             # fp32 against fp32, both some units of 2^-24 off, over the steps that share a cache
-            assert (logits - truth[t]).abs().max() <= 2e-5 * truth.abs().max(), t
+            assert (logits - truth[t]).abs().max() <= 2e-5 * truth[t].abs().max(), t
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_rows_may_share_pages(name):
+    """A row whose first pages are another's gets the bits that copies of them give it."""
+    step = build(torch.float32, B=2, position=[21, 18], windows=[None, None])
+    plan, ids, tables, cache, places, _ = step
+    first, second = (place.pages[0] for place in places)
+    for keys, values, _ in cache:
+        for tensor in (keys, values):
+            tensor[list(second[:4])] = tensor[list(first[:4])]
+    with backend(name):
+        apart = step_on(plan, ids, tables, copied(cache), places)
+        places[1] = DecodePlace(18, (first[:4] + second[4:],))
+        assert torch.equal(step_on(plan, ids, tables, cache, places), apart)
 
 
 # ---- what does not fit --------------------------------------------------------------------------
@@ -408,36 +470,38 @@ def test_a_plan_names_the_tensor_that_does_not_fit():
 @pytest.mark.parametrize("case", ["llama", "adapters", "gemma 2", "gemma 3", "q/k norm"])
 def test_a_prompt_is_the_same_as_its_tokens_one_by_one(case, dtype, name):
     """A prompt of 23 tokens a row comes in two pieces, after tokens that are there already."""
-    shape = {**CASES[case], "B": 2, "position": [40, 5]}
-    shape["layers"] = [(80, None), (80, 20), (33, 20)]  # 14 tokens at a time is all a ring takes
+    shape = {**CASES[case], "B": 2, "position": [40, 5], "windows": [None, 20], "tokens": 23}
     plan, _, tables, cache, places, adapters = build(dtype, **shape)
     ids = torch.randint(plan.vocab_size, (2, 23))
     angles = torch.rand(2, 23, plan.head_dim // 2) * 6
     tables = [(angles.cos(), angles.sin())] * len(tables)
-    truth_cache = copied(cache, torch.float64 if dtype == torch.float32 else dtype)
+    truth_cache, wide = held(plan, copied(cache)), torch.float64
+    if dtype == torch.float32:
+        truth_cache.keys = tuple(keys.double() for keys in truth_cache.keys)
+        truth_cache.values = tuple(values.double() for values in truth_cache.values)
     for t in range(23):
         at = [(cos[:, t], sin[:, t]) for cos, sin in tables]
-        now = [(line, position + t) for line, position in places]
-        truth = reference.decode_step(
-            plan, ids[:, t], at, truth_cache, now, adapters, torch.float64
-        )
+        now = [DecodePlace(position + t, pages) for position, pages in places]
+        truth = reference.decode_step(plan, ids[:, t], at, truth_cache, now, adapters, wide)
     with backend(name):
         for start, end in ((0, 14), (14, 23)):
             part = [
                 (cos[:, start:end].contiguous(), sin[:, start:end].contiguous())
                 for cos, sin in tables
             ]
-            now = [(line, position + start) for line, position in places]
+            now = [DecodePlace(position + start, pages) for position, pages in places]
             piece = ids[:, start:end].contiguous()
             logits = step_on(plan, piece, part, cache, now, adapters)
     # fp32: as for one token. bf16: keys and values that fp32 and fp64 round to two sides of a tie
     # differ by 2^-8 of themselves, and later ones are computed from them
     bound = 1e-5 if dtype == torch.float32 else 2e-2
     assert (logits - truth).abs().max() <= bound * truth.abs().max()
-    assert cache[0][0][2, :63].isfinite().all()
-    assert cache[0][0][2, 63:].isnan().all()
-    assert cache[0][0][1, 28:].isnan().all()
-    assert cache[0][0][0].isnan().all()
+    unseen = torch.ones(cache[0][0].shape[:2], dtype=torch.bool)
+    for position, pages in places:
+        for p in range(position + 23):
+            unseen[pages[0][p // 4], p % 4] = False
+    assert cache[0][0][~unseen].isfinite().all()
+    assert cache[0][0][unseen].isnan().all()
 
 
 @pytest.mark.parametrize("name", ["reference", BACKENDS[-1]])
@@ -449,7 +513,11 @@ def test_a_step_names_the_argument_that_does_not_fit(name):
     def second(keys=keys, values=values, window=window):
         return {"cache": [cache[0], (keys, values, window), cache[2]]}
 
-    swapped = torch.zeros(2, 2, 8, 16).transpose(1, 2)  # the right shape, the wrong strides
+    def place(position=9, table=places[0].pages[0], other=places[0].pages[1]):
+        return {"places": [DecodePlace(position, (table, other))]}
+
+    count, pages = len(keys), places[0].pages[0]
+    swapped = torch.zeros(count, 2, 4, 16).transpose(1, 2)  # the right shape, the wrong strides
     two = {"ids": ids.repeat(2), "tables": [(t.repeat(2, 1), t.repeat(2, 1)) for t, _ in tables]}
     long = {"ids": ids.repeat(1, 3), "tables": [(torch.zeros(1, 3, 8),) * 2]}
     wrong = [
@@ -464,19 +532,25 @@ def test_a_step_names_the_argument_that_does_not_fit(name):
         (r"tables\[0\] cos", {"tables": [(tables[0][0][:, 1:], tables[0][1])]}),
         (r"tables\[0\] cos must", {"tables": [(torch.zeros(8, 2).t()[:1], tables[0][1])]}),
         ("each of 3 layers", {"cache": cache[:2]}),
-        (r"cache\[1\] keys are \[2, 7", second(keys=keys[:, :7])),
-        (r"cache\[1\] keys are .* values \[2, 7", second(values=values[:, :7])),
-        (r"cache\[1\] keys are \[8, 2, 16\]", second(keys=keys[0], values=values[0])),
+        (rf"cache\[1\] keys are \[{count}, 3", second(keys=keys[:, :3])),
+        (r"cache\[1\] values are", second(values=values[1:])),
+        (r"cache\[1\] keys are \[4, 2, 16\]", second(keys=keys[0])),
         (r"cache\[1\] values are torch.float64", second(values=values.double())),
         (r"cache\[1\] keys must be contiguous", second(keys=swapped)),
-        (r"cache\[1\] has 8 slots and a window of 9", second(window=9)),
-        (r"cache\[1\] has 8 slots and a window of 0", second(window=0)),
-        ("expected 1 with lines", {"places": []}),
-        ("expected 2 with lines", {"places": places * 2, **two}),
-        ("no line 2 or", {"places": [(2, 9)]}),
-        ("or position -1", {"places": [(0, -1)]}),
-        ("up to position 13 exceed", {"places": [(0, 12)]}),
-        ("which takes 1 at a time", long),
+        (r"cache\[1\] has a window of 0", second(window=0)),
+        ("at most 2 may differ", {"cache": [cache[0], cache[1], (keys, values, 3)]}),
+        ("which must be 2\\^n", {"cache": [(k[:, :3], v[:, :3], w) for k, v, w in cache]}),
+        ("places are 0, expected 1", {"places": []}),
+        ("places are 1, expected 2", {"places": places, **two}),
+        ("two rows write to one page", {"places": places * 2, **two}),
+        ("at position 9 with 1 tables", {"places": [DecodePlace(9, (pages,))]}),
+        ("a place is at position -1", place(-1)),
+        ("up to 13 need pages 0 to 3 of 4", place(12)),
+        ("need pages 0 to 2 of 4", place(table=pages[:2])),
+        ("need pages 0 to 2 of 4", place(table=array("q", [-1, *pages[1:]]))),
+        ("need pages 0 to 2 of 4", place(table=array("q", [*pages[:2], count]))),
+        ("need pages 0 to 2 of 4", place(other=pages[:2])),
+        ("up to 14 need pages 0 to 3", {**long, **place(11)}),
         ("expected 1 numbers below 1", {"adapters": [1]}),
         ("expected 1 numbers below 1", {"adapters": [None, 0]}),
     ]  # fmt: skip
@@ -484,7 +558,7 @@ def test_a_step_names_the_argument_that_does_not_fit(name):
         arguments = {"ids": ids, "tables": tables, "cache": cache, "places": places, **change}
         with backend(name), pytest.raises(ValueError, match=message):
             step_on(plan, **arguments)
-    other = build(torch.float32, layers=[(12, None)])
+    other = build(torch.float32, windows=[None])
     with pytest.raises(ValueError, match="the cache has 1 layers, the plan 3"):
         decode_step(plan, ids, tables, held(other[0], other[3]), places)
     for now, was in zip(cache, before, strict=True):

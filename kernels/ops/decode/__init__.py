@@ -18,7 +18,7 @@ n(x) = (weight + offset) x / sqrt(mean(x^2) + eps), where offset is 0 or, for Ge
 
 Each product W x may have an update of the row's own adapter (arXiv:2106.09685), W x + scale B A x.
 A sandwich layer (Gemma 2 and 3) also takes the norm of what attention and the MLP add to x. Keys
-are stored rotated, so that a layer with a window needs no more than a ring of slots.
+are stored rotated, so that rows which begin alike may read the same ones.
 
 Weights are fp32 or bf16 and widened exactly; everything else is fp32. The matrices of layers may be
 packed in 4 bits or in 8: a row is multiplied as it is packed, without rounding. The new keys and
@@ -28,10 +28,13 @@ rounded.
 Memory layout
 -------------
     embedding, head             [V, H]      the layout of model files: an output is one row
-    keys, values                [lines, capacity, Hk, D]    position p in slot p % capacity
+    keys, values                [pages, size, Hk, D]        a row's position p in slot p % size of
+                                                            page table[p // size]
     cos, sin                    fp32 [B, D / 2], half-split pairs (see rope)
 
-Nothing is packed again or copied: a plan holds pointers to the model's own tensors.
+Nothing is packed again or copied: a plan holds pointers to the model's own tensors. A page holds
+`size` positions, a power of two. Every row has a table of its pages, or two: layers with a window
+may have their own. Pages that a window has left behind are not looked at.
 
 The trade-off
 -------------
@@ -52,11 +55,12 @@ from torch import Tensor
 from ... import dispatch
 from . import cpu, reference
 from .operands import check_inputs, check_places
-from .plan import DecodeCache, DecodeLayer, DecodePlan, DecodeUpdate
+from .plan import DecodeCache, DecodeLayer, DecodePlace, DecodePlan, DecodeUpdate
 
 __all__ = [
     "DecodeCache",
     "DecodeLayer",
+    "DecodePlace",
     "DecodePlan",
     "DecodeUpdate",
     "decode_compiled",
@@ -83,14 +87,14 @@ def decode_step(
     ids: Tensor,
     tables: Sequence[tuple[Tensor, Tensor]],
     cache: DecodeCache,
-    places: Sequence[tuple[int, int]],
+    places: Sequence[DecodePlace],
     adapters: Sequence[int | None] | None = None,
 ) -> Tensor:
     """Take new tokens through a whole decoder, and compute the logits after the last one.
 
-    Every row is at a position of its own, in a line of its own of the cache, which gains the
-    tokens' keys and values. With T tokens a row (a prompt, or a piece of one) token t comes to
-    position + t. One cache serves one step at a time.
+    Every row is at a position of its own. The cache gains the tokens' keys and values, in pages
+    that are the row's own; rows may share pages of earlier positions. With T tokens a row (a
+    prompt, or a piece of one) token t comes to position + t. One cache serves one step at a time.
 
     Args:
         plan: the model.
@@ -98,7 +102,7 @@ def decode_step(
         tables: cos and sin of the tokens' positions for each rope of the plan, fp32 [B, D / 2] or
             [B, T, D / 2], contiguous.
         cache: the keys and values of earlier tokens.
-        places: for each row, its line in the cache and the position of its first new token.
+        places: for each row, the position of its first new token, and its pages.
         adapters: for each row, the number of its adapter in the plan, or None for the model alone;
             None for no adapters at all.
 

@@ -132,12 +132,16 @@ struct Table {
 
 template <class W>
 struct Context {
-    W *keys, *values;  // [lines, capacity, Hk, D]: position p of a line in slot p % capacity
-    int64_t capacity, window;  // no window: 0
+    W *keys, *values;       // [pages, 2^shift, Hk, D]
+    int64_t shift, window;  // no window: 0
+    int64_t kind;           // which of a row's tables tells its pages
 };
 
+constexpr int64_t KINDS = 2;  // of layers: those that see everything, and those with a window
+
 struct Place {
-    int64_t line, position, adapter;  // of a row's first new token; no adapter: -1
+    int64_t position, adapter;    // of a row's first new token; no adapter: -1
+    const int64_t* pages[KINDS];  // position p lies in page pages[kind][p >> shift]
 };
 
 // ---- the team of threads -------------------------------------------------------------------------------------------
@@ -552,18 +556,30 @@ struct Worker {
 
     Span span(const Context<W>& context, int64_t b) const { return span(context, step.places, b, T); }
 
-    // The starts of TILE positions of one head of the cache, from position t on. After `stop` it is a row of zeros:
-    // what is in it, even NaN, stays out of every sum. The TILE positions of `later` from `t_later` on are prefetched.
-    void slots_at(const W* cache, const W* later, int64_t capacity, int64_t t, int64_t stop, int64_t t_later,
-                  const W** out) const {
-        const int64_t stride = model.kv_heads * D;
-        int64_t slot = t % capacity, slot_later = t_later % capacity;
+    const int64_t* pages_of(const Context<W>& context, int64_t b) const {
+        return step.places[b / T].pages[context.kind];
+    }
+
+    // Where position t of a row lies in keys or values: its first head's
+    int64_t place_of(const Context<W>& context, const int64_t* pages, int64_t t) const {
+        const int64_t slot = (pages[t >> context.shift] << context.shift) + (t & ((int64_t{1} << context.shift) - 1));
+        return slot * model.kv_heads * D;
+    }
+
+    // TILE positions of one head, from position t on, as they lie in the cache. After `stop` it is a row of zeros: what
+    // is in a page there, even NaN, stays out of every sum. TILE positions of `later` are prefetched.
+    struct Tile {
+        const W* cache;
+        const int64_t* pages;
+        int64_t t, stop;
+    };
+
+    void slots_at(const Context<W>& context, const Tile& now, const Tile& later, const W** out) const {
         for (int64_t i = 0; i < TILE; ++i) {
-            out[i] = t + i < stop ? cache + slot * stride : zeros;
-            const char* line = reinterpret_cast<const char*>(later + slot_later * stride);
+            out[i] = now.t + i < now.stop ? now.cache + place_of(context, now.pages, now.t + i) : zeros;
+            if (later.t + i >= later.stop) continue;
+            const char* line = reinterpret_cast<const char*>(later.cache + place_of(context, later.pages, later.t + i));
             for (int64_t at = 0; at < D * static_cast<int64_t>(sizeof(W)); at += 64) __builtin_prefetch(line + at);
-            slot = slot + 1 == capacity ? 0 : slot + 1;
-            slot_later = slot_later + 1 == capacity ? 0 : slot_later + 1;
         }
     }
 
@@ -584,9 +600,10 @@ struct Worker {
             for (int64_t g = 0; g < group; ++g)
                 rotate(heads + g * D, layer.q_norm, step.tables[layer.rope], b, query + g * head_wide);
             float* out = piece_of(b, unit.head * group, unit.piece);
-            const W *keys = context.keys + unit.at, *values = context.values + unit.at, *slots[TILE];
+            const W *keys = context.keys + unit.head * D, *values = context.values + unit.head * D, *slots[TILE];
+            const int64_t* pages = pages_of(context, b);
             for (int64_t t = start; t < stop; t += TILE) {
-                slots_at(keys, values, context.capacity, t, stop, t, slots);
+                slots_at(context, {keys, pages, t, stop}, {values, pages, t, stop}, slots);
                 float* s = scores + t - start;
                 int64_t g = 0;
                 for (; g + 3 <= group; g += 3) score<3>(slots, query + g * head_wide, s + g * 256);
@@ -594,9 +611,10 @@ struct Worker {
                 if (g < group) score<1>(slots, query + g * head_wide, s + g * 256);
             }
             for (int64_t g = 0; g < group; ++g) soften(scores + g * 256, stop - start, out + g * apart);
-            const W* next = context.keys + then.at;
+            const W* next = context.keys + then.head * D;
+            const int64_t* next_pages = pages_of(context, then.row);
             for (int64_t t = start; t < stop; t += TILE) {
-                slots_at(values, next, context.capacity, t, stop, then.start + t - start, slots);
+                slots_at(context, {values, pages, t, stop}, {next, next_pages, then.start + t - start, then.stop}, slots);
                 const float* s = scores + t - start;
                 int64_t g = 0;
                 for (; g + 3 <= group; g += 3) gather<3>(slots, s + g * 256, out + g * apart, apart);
@@ -606,28 +624,23 @@ struct Worker {
         }
     }
 
-    // A piece of the context of one row and kv head: positions [start, stop); `at` is the head's place in the row's
-    // first slot. The first pieces of all rows come first, so that threads share long rows beside short ones.
+    // A piece of the context of one row and kv head: positions [start, stop). The first pieces of all rows come first,
+    // so that threads share long rows beside short ones.
     struct Unit {
-        int64_t row, head, piece, start, stop, at;
+        int64_t row, head, piece, start, stop;
     };
 
     Unit unit_at(int64_t u, const Context<W>& context) const {
         const int64_t h = u % model.kv_heads, b = u / model.kv_heads % rows, piece = u / model.kv_heads / rows;
         const Span seen = span(context, b);
         const int64_t size = Pieces(seen.end - seen.first).size, start = seen.first + piece * size;
-        return {b, h, piece, start, smaller(start + size, seen.end), line_at(context, b) + h * D};
-    }
-
-    int64_t line_at(const Context<W>& context, int64_t b) const {
-        return step.places[b / T].line * context.capacity * model.kv_heads * D;
+        return {b, h, piece, start, smaller(start + size, seen.end)};
     }
 
     void keep(const Layer<W>& layer, const Context<W>& context, int64_t b, int64_t h) {
         const float* heads = step.projected + b * projected_wide;
         const float* value = heads + (model.heads + model.kv_heads + h) * D;
-        const int64_t slot = (span(context, b).end - 1) % context.capacity;
-        const int64_t at = line_at(context, b) + (slot * model.kv_heads + h) * D;
+        const int64_t at = place_of(context, pages_of(context, b), span(context, b).end - 1) + h * D;
         rotate(heads + (model.heads + h) * D, layer.k_norm, step.tables[layer.rope], b, query);
         for (int64_t d = 0; d < D; ++d) {
             round_to(query[d], context.keys + at + d);

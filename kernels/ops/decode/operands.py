@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .plan import DecodeCache, DecodePlan
+from .plan import MOST_KINDS, DecodeCache, DecodePlace, DecodePlan
 
 
 def check_inputs(plan: DecodePlan, ids: Tensor, tables: Sequence[tuple[Tensor, Tensor]]) -> array:
@@ -43,15 +43,15 @@ def check_places(
     B: int,
     T: int,
     cache: DecodeCache,
-    places: Sequence[tuple[int, int]],
+    places: Sequence[DecodePlace],
     adapters: Sequence[int | None] | None,
 ) -> array:
     """Return the places as the kernel reads them, `Place[B]` of cpu.cpp.
 
     Raises ValueError unless they fit the cache.
     """
-    if len(places) != B or len({line for line, _ in places}) != B:
-        raise ValueError(f"places are {list(places)}, expected {B} with lines of their own")
+    if len(places) != B:
+        raise ValueError(f"places are {len(places)}, expected {B}")
     if len(cache.keys) != len(plan.layers):
         raise ValueError(f"the cache has {len(cache.keys)} layers, the plan {len(plan.layers)}")
     known = len(plan.adapters)
@@ -61,17 +61,49 @@ def check_places(
         raise ValueError(
             f"adapters are {list(adapters)}, expected {B} numbers below {known}, or None"
         )
-    furthest, numbers = 0, array("q")
-    for (line, position), adapter in zip(places, adapters, strict=True):
-        if not 0 <= line < cache.lines or position < 0:
+    numbers, written = array("q"), [0] * cache.kinds
+    for place, adapter in zip(places, adapters, strict=True):
+        numbers.extend((place.position, -1 if adapter is None else adapter))
+        if place.position < 0 or len(place.pages) != cache.kinds:
             raise ValueError(
-                f"there is no line {line} or position {position} in a cache of {cache.lines} lines"
+                f"a place is at position {place.position} with {len(place.pages)} tables of pages; "
+                f"the cache needs {cache.kinds}"
             )
-        furthest = max(furthest, position + T)
-        numbers.extend((line, position, -1 if adapter is None else adapter))
-    if cache.capacity < furthest or cache.longest < T:
-        raise ValueError(
-            f"{T} tokens up to position {furthest} exceed the cache, which takes {cache.longest} "
-            f"at a time and positions below {cache.capacity}"
-        )
+        for kind, pages in enumerate(place.pages):
+            new = _check_pages(cache, kind, pages, place.position, T)
+            written[kind] += new
+            numbers.append(pages.buffer_info()[0])
+        numbers.extend([0] * (MOST_KINDS - cache.kinds))
+    for kind, count in enumerate(written):
+        _check_owners(cache, kind, places, T, count)
     return numbers
+
+
+def _check_pages(cache: DecodeCache, kind: int, pages: array, position: int, T: int) -> int:
+    """Return how many pages T tokens are written to; raise ValueError if the table has none there.
+
+    Pages before the first that a token looks at are not looked at here either.
+    """
+    window, size = cache.reach[kind], cache.size
+    first = 0 if window is None else max(0, position + 1 - window) // size
+    last = (position + T - 1) // size
+    seen = pages[first : last + 1]
+    if len(pages) <= last or min(seen) < 0 or max(seen) >= cache.pages[kind]:
+        raise ValueError(
+            f"positions up to {position + T} need pages {first} to {last} of {size} positions, "
+            f"each one of {cache.pages[kind]}; the table has {list(pages)}"
+        )
+    return last - position // size + 1
+
+
+def _check_owners(
+    cache: DecodeCache, kind: int, places: Sequence[DecodePlace], T: int, count: int
+) -> None:
+    """Raise ValueError if two tokens of different rows, `count` pages in all, share a page."""
+    size, found = cache.size, set[int]()
+    for place in places:
+        found.update(
+            place.pages[kind][place.position // size : (place.position + T - 1) // size + 1]
+        )
+    if len(found) != count:
+        raise ValueError("two rows write to one page")

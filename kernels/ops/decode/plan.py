@@ -225,21 +225,37 @@ class DecodePlan:
             raise ValueError(f"{name} must be contiguous and in host memory")
 
 
-class DecodeCache:
-    """The keys and values of a plan's layers, checked once.
+MOST_KINDS = 2
+"""How many tables of pages a row may have; `KINDS` of cpu.cpp."""
 
-    A line holds one row: its position p lies in slot p modulo the capacity. A layer with a window
-    may so have fewer slots than a row has positions, one for each position that a token sees and
-    one more for each further token of a step.
+
+class DecodePlace(NamedTuple):
+    """Where a row stands.
+
+    Attributes:
+        position: the position of the row's first new token.
+        pages: for each kind of layer, the pages of the row in order, as `array("q")`. What a window
+            has left behind may be any number.
+    """
+
+    position: int
+    pages: tuple[array, ...]
+
+
+class DecodeCache:
+    """The keys and values of a plan's layers in pages, checked once.
 
     The tensors are kept, and `decode_step` writes to them.
 
     Args:
         plan: the model.
-        keys: of each layer, [lines, capacity, Hk, D] in the plan's dtype, contiguous, in host
-            memory. The capacity may differ from layer to layer.
+        keys: of each layer, [pages, size, Hk, D] in the plan's dtype, contiguous, in host memory.
+            The size is a power of two, one for all layers. The number of pages may differ from kind
+            to kind.
         values: of each layer, in the shape of its keys.
         windows: how many positions a token sees in each layer, itself included, or None for all.
+            Layers of one window are of one kind: they share a table of pages. There are two kinds
+            at most, in the order in which layers bring them.
 
     Raises:
         ValueError: a tensor or a window does not fit; the error names it.
@@ -256,32 +272,34 @@ class DecodeCache:
             raise ValueError(
                 f"the cache needs keys, values and a window of each of {len(plan.layers)} layers"
             )
-        self.keys, self.values, self.windows = tuple(keys), tuple(values), tuple(windows)
-        self.lines = len(keys[0]) if keys else 0
-        self.capacity = self.longest = 2**62
+        self.keys, self.values = tuple(keys), tuple(values)
+        self.reach = list(dict.fromkeys(windows))  # of each kind
+        self.kinds = len(self.reach)
+        self.kind_of = [self.reach.index(window) for window in windows]
+        if self.kinds > MOST_KINDS:
+            raise ValueError(f"the windows are {self.reach}, at most {MOST_KINDS} may differ")
+        self.size = keys[0].shape[1] if keys and keys[0].dim() == 4 else 1
+        if self.size & (self.size - 1) or not self.size:
+            raise ValueError(f"cache[0] has pages of {self.size} positions, which must be 2^n")
+        self.pages = [len(keys[self.kind_of.index(kind)]) for kind in range(self.kinds)]
         self.contexts = array("q")  # `Context[layers]` of cpu.cpp
         for i, (k, v, window) in enumerate(zip(keys, values, windows, strict=True)):
-            slots = _check_pair(plan, self.lines, i, k, v)
-            if window is None:
-                self.capacity = min(self.capacity, slots)
-            elif not 1 <= window <= slots:
-                raise ValueError(f"cache[{i}] has {slots} slots and a window of {window}")
-            else:
-                self.longest = min(self.longest, slots + 1 - window)
-            self.contexts.extend((k.data_ptr(), v.data_ptr(), slots, window or 0))
+            kind = self.kind_of[i]
+            self._check_pair(plan, self.pages[kind], i, k, v)
+            if window is not None and window < 1:
+                raise ValueError(f"cache[{i}] has a window of {window}")
+            shift = self.size.bit_length() - 1
+            self.contexts.extend((k.data_ptr(), v.data_ptr(), shift, window or 0, kind))
 
-
-def _check_pair(plan: DecodePlan, lines: int, i: int, keys: Tensor, values: Tensor) -> int:
-    """Return the slots of a line in a layer; raise ValueError unless the pair fits the plan."""
-    tail, shape = (plan.num_kv_heads, plan.head_dim), keys.shape
-    if keys.dim() != 4 or shape[0] != lines or shape[2:] != tail or values.shape != shape:
-        raise ValueError(
-            f"cache[{i}] keys are {list(shape)}, values {list(values.shape)}, "
-            f"expected [{lines}, capacity, {tail[0]}, {tail[1]}]"
-        )
-    for name, tensor in (("keys", keys), ("values", values)):
-        if tensor.dtype != plan.dtype:
-            raise ValueError(f"cache[{i}] {name} are {tensor.dtype}, not {plan.dtype}")
-        if not tensor.is_contiguous() or not tensor.is_cpu:
-            raise ValueError(f"cache[{i}] {name} must be contiguous and in host memory")
-    return shape[1]
+    def _check_pair(
+        self, plan: DecodePlan, pages: int, i: int, keys: Tensor, values: Tensor
+    ) -> None:
+        """Raise ValueError unless the keys and values of a layer fit the plan."""
+        expected = [pages, self.size, plan.num_kv_heads, plan.head_dim]
+        for name, tensor in (("keys", keys), ("values", values)):
+            if list(tensor.shape) != expected:
+                raise ValueError(f"cache[{i}] {name} are {list(tensor.shape)}, expected {expected}")
+            if tensor.dtype != plan.dtype:
+                raise ValueError(f"cache[{i}] {name} are {tensor.dtype}, not {plan.dtype}")
+            if not tensor.is_contiguous() or not tensor.is_cpu:
+                raise ValueError(f"cache[{i}] {name} must be contiguous and in host memory")

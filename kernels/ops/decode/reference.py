@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..frozen_linear.dense import dequantize
 from ..swiglu.reference import activate
-from .plan import DecodeCache, DecodePlan
+from .plan import DecodeCache, DecodePlace, DecodePlan
 
 
 @torch.no_grad()
@@ -17,17 +17,16 @@ def decode_tokens(
     ids: Tensor,
     tables: Sequence[tuple[Tensor, Tensor]],
     cache: DecodeCache,
-    places: Sequence[tuple[int, int]],
+    places: Sequence[DecodePlace],
     adapters: Sequence[int | None] | None,
 ) -> Tensor:
     """Take ids [B, T] through the decoder, one token after another: the logits after the last."""
     (B, T), D = ids.shape, plan.head_dim
     tables = [(cos.view(B, T, D // 2), sin.view(B, T, D // 2)) for cos, sin in tables]
-    layers = list(zip(cache.keys, cache.values, cache.windows, strict=True))
     for t in range(T):
         at = [(cos[:, t], sin[:, t]) for cos, sin in tables]
-        now = [(line, position + t) for line, position in places]
-        logits = decode_step(plan, ids[:, t], at, layers, now, adapters)
+        now = [DecodePlace(position + t, pages) for position, pages in places]
+        logits = decode_step(plan, ids[:, t], at, cache, now, adapters)
     return logits
 
 
@@ -35,15 +34,14 @@ def decode_step(
     plan: DecodePlan,
     ids: Tensor,
     tables: Sequence[tuple[Tensor, Tensor]],
-    cache: Sequence[tuple[Tensor, Tensor, int | None]],
-    places: Sequence[tuple[int, int]],
+    cache: DecodeCache,
+    places: Sequence[DecodePlace],
     adapters: Sequence[int | None] | None = None,
     wide: torch.dtype = torch.float32,
 ) -> Tensor:
     """Take ids [B] through the decoder: the logits [B, V] in `wide`.
 
-    `cache` has keys, values and window of each layer. Everything but weights and cache is computed
-    in the dtype `wide`.
+    Everything but weights and cache is computed in the dtype `wide`.
     """
 
     def norm(x, weight):
@@ -74,15 +72,16 @@ def decode_step(
             q, k = norm(q, layer.q_norm), norm(k, layer.k_norm)
         cos, sin = (table.to(wide)[:, None] for table in tables[layer.rope])  # [B, 1, D/2]
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        keys, values, window = cache[i]
+        keys, values, kind = cache.keys[i], cache.values[i], cache.kind_of[i]
         attended = torch.empty_like(q)
-        for b, (line, position) in enumerate(places):
-            capacity = keys.shape[1]
-            slot = position % capacity
-            keys[line, slot], values[line, slot] = k[b].to(keys.dtype), v[b].to(values.dtype)
+        for b, (position, pages) in enumerate(places):
+            window = cache.reach[kind]
             first = 0 if window is None else max(0, position + 1 - window)
-            seen = torch.arange(first, position + 1) % capacity
-            attended[b] = _attention(plan, q[b], keys[line, seen], values[line, seen])
+            seen = torch.arange(first, position + 1)
+            page, slot = torch.tensor(pages[kind])[seen // cache.size], seen % cache.size
+            keys[page[-1], slot[-1]] = k[b].to(keys.dtype)
+            values[page[-1], slot[-1]] = v[b].to(values.dtype)
+            attended[b] = _attention(plan, q[b], keys[page, slot], values[page, slot])
         delta = adapted(attended.flatten(1), i, "o")
         sandwich = layer.pre_feedforward_norm is not None
         x = x + (norm(delta, layer.post_attention_norm) if sandwich else delta)

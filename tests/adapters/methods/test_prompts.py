@@ -15,14 +15,14 @@ def test_generation_is_what_the_forward_pass_predicts(model, tiny_dir, method):
     rows = [[5, 9, 11], [7, 3, 8, 4, 21, 6]]
     decoding = Decoding(model, 2, 12)
     with torch.no_grad():
-        logits = decoding.read(rows)
+        lines, logits = decoding.read(rows)
         for _ in range(4):
             expected = torch.stack([model(torch.tensor([row]))[0, -1] for row in rows])
             # another order of the same fp32 sums, as of any two ways to decode
             assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
             ids = logits.argmax(-1, keepdim=True)
             rows = [[*row, int(i)] for row, i in zip(rows, ids, strict=True)]
-            logits = decoding([0, 1], ids)
+            logits = decoding(lines, ids)
     tok = lk.load_tokenizer(tiny_dir)
     text = lk.generate(model, tok, "What is", max_new_tokens=5)
     with lk.disable_adapters(model):
