@@ -71,6 +71,7 @@ class Decoding:
         if plan is not None:
             self.compiled = _CompiledStep(plan, self.model, self.cache, self.capacity)
 
+    @torch.no_grad()
     def begin(self) -> Line:
         """Return the line of a new row, with the learned prompt if there is one."""
         line, prompt = self.cache.line(), self.model.beginning.length
@@ -105,6 +106,7 @@ class Decoding:
             if not self.cache.grow(line, n):
                 raise LorakitError(f"the key-value cache has no room for {n} more positions")
 
+    @torch.no_grad()
     def __call__(
         self,
         lines: Sequence[Line],
