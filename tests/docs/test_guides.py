@@ -149,7 +149,7 @@ def test_examples_of_the_guide_to_export(prepared):
 
 def test_examples_of_the_guide_to_text(prepared):
     _, run = prepared
-    done = run([sys.executable, "-c", python("docs/generation.md")])
+    done = run(["-c", python("docs/generation.md")])
     assert done.stdout == "5 length\n8 length\n"
 
 
