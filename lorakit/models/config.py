@@ -9,11 +9,11 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorakit.config.errors import LorakitError, nearest
+from lorakit.config.errors import LorakitError
 from lorakit.config.fields import from_mapping
 from lorakit.kernels.ops.swiglu import Activation
 from lorakit.models.config_json import fields_from_hf, fields_to_hf, text_config
-from lorakit.models.families import FAMILIES, MULTIMODAL
+from lorakit.models.families import family_of
 from lorakit.models.rope import RopeConfig
 
 _SIZES = (
@@ -116,11 +116,7 @@ class ModelConfig:
     """Token that fills rows up."""
 
     def __post_init__(self) -> None:
-        if self.model_type not in FAMILIES:
-            raise LorakitError(
-                f"model_type {self.model_type!r} is not supported; supported are "
-                f"{', '.join([*FAMILIES, *MULTIMODAL])}{nearest(self.model_type, FAMILIES)}"
-            )
+        family_of(self.model_type)
         self._check_sizes()
         self._check_attention()
         if any(self.moe_layers):

@@ -13,7 +13,7 @@ from typing import Any
 
 from lorakit.config.errors import LorakitError
 from lorakit.config.fields import from_mapping
-from lorakit.models.families import FAMILIES, MULTIMODAL, Family
+from lorakit.models.families import FAMILIES, FLAT_WRAPPERS, WRAPPERS, Family, family_of
 from lorakit.models.rope import RopeConfig
 
 _SLIDES = {"full_attention": False, "sliding_attention": True}
@@ -58,28 +58,52 @@ def text_config(values: Any, where: str) -> tuple[Mapping[str, Any], str]:
     """Return the part of a config.json that describes the text model, and its name for messages.
 
     The whole file does, except for a multimodal model: there `text_config` does, together with the
-    keys that transformers takes from beside it.
+    keys that transformers takes from beside it. Files of Qwen2-VL and Qwen2.5-VL have these keys
+    in the whole file too.
 
     Raises:
-        LorakitError: If the file holds no JSON object, no model_type, or no text model.
+        LorakitError: If the file holds no JSON object, no model_type, none that lorakit has, or no
+            text model.
     """
     if not isinstance(values, Mapping):
         raise LorakitError(f"{where} must hold a JSON object, not {type(values).__name__}")
     if "model_type" not in values:
         raise LorakitError(f"{where}: model_type is missing")
-    if str(values["model_type"]) not in MULTIMODAL:
+    outer = values["model_type"]
+    if not isinstance(outer, str) or outer not in WRAPPERS:
+        _check_family(outer, None, where)
         return values, where
-    text = values.get("text_config")
+    inner, text = WRAPPERS[outer], values.get("text_config")
+    if text is None and is_flat(values):
+        return {**values, "model_type": inner}, where
     if not isinstance(text, Mapping):
         raise LorakitError(
-            f"{where}: model_type {values['model_type']!r} without a text_config: there is no "
-            "text model in it"
+            f"{where}: model_type {outer!r} without a text_config: there is no text model in it"
         )
-    outer = ["bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"]
-    outer += ["quantization", "quantization_config"]
-    shared = {name: values[name] for name in outer if values.get(name) is not None}
-    inner = {"model_type": MULTIMODAL[values["model_type"]]}
-    return {**shared, **text, **inner}, f"{where}, text_config"
+    inner = text.get("model_type", inner)
+    _check_family(inner, outer, where)
+    beside = ["bos_token_id", "eos_token_id", "pad_token_id", "quantization", "quantization_config"]
+    shared = {name: values[name] for name in beside if values.get(name) is not None}
+    found = {**shared, **text, "model_type": inner}
+    # Either place may say that head and embedding are one, depending on what wrote the file.
+    ties = [each.get("tie_word_embeddings") for each in (text, values)]
+    ties = [tie for tie in ties if tie is not None]
+    found.pop("tie_word_embeddings", None)
+    if ties:
+        found["tie_word_embeddings"] = next(filter(None, ties), ties[0])
+    return found, f"{where}, text_config"
+
+
+def is_flat(values: Mapping[str, Any]) -> bool:
+    """Return whether the config.json of a wrapper has the text model's keys beside its own."""
+    return values["model_type"] in FLAT_WRAPPERS and values.get("text_config") is None
+
+
+def _check_family(model_type: Any, around: str | None, where: str) -> None:
+    try:
+        family_of(model_type, around)
+    except LorakitError as error:
+        raise LorakitError(f"{where}: {error}") from None
 
 
 def fields_from_hf(config_json: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -89,7 +113,7 @@ def fields_from_hf(config_json: Mapping[str, Any], where: str) -> dict[str, Any]
     LorakitError, naming the file `where`, if the file asks for a computation that lorakit does not
     have, or says something that cannot be translated.
     """
-    family = FAMILIES.get(str(config_json["model_type"]), Family(""))
+    family = FAMILIES[config_json["model_type"]]
     ignored = {name for name in _NULL_IS_DEFAULT if config_json.get(name) is None}
     ignored.update(family.ignored)
     values = family.defaults | {n: v for n, v in config_json.items() if n not in ignored}
@@ -97,7 +121,7 @@ def fields_from_hf(config_json: Mapping[str, Any], where: str) -> dict[str, Any]
     _complete_heads(values, where)
     act = values.get(family.activation, "silu")
     values["hidden_act"] = family.activations.get(act, act) if isinstance(act, str) else act
-    values["rope"], values["rope_local"] = _read_ropes(values, where)
+    values["rope"], values["rope_local"] = _read_ropes(values, family, where)
     values["qkv_bias"] = values["o_bias"] = values.get("attention_bias", False)
     values["sliding_layers"] = _read_sliding_layers(values, where)
     _read_experts(values, family, where)
@@ -146,7 +170,9 @@ def _complete_heads(values: dict[str, Any], where: str) -> None:
         values["head_dim"] = hidden // heads
 
 
-def _read_ropes(values: Mapping[str, Any], where: str) -> tuple[RopeConfig, RopeConfig | None]:
+def _read_ropes(
+    values: Mapping[str, Any], family: Family, where: str
+) -> tuple[RopeConfig, RopeConfig | None]:
     """Return the rotary embedding of all layers, and that of the sliding ones if it is another.
 
     transformers 5 writes one rope_parameters, or one per layer type. transformers 4 writes
@@ -162,18 +188,22 @@ def _read_ropes(values: Mapping[str, Any], where: str) -> tuple[RopeConfig, Rope
         if isinstance(full, Mapping) and isinstance(scaling, Mapping):
             full = {**full, **scaling}
         local = nested.get("sliding_attention") or {}
-    rope = _read_rope(full, values, values.get("rope_theta"), where)
+    rope = _read_rope(full, values, family, values.get("rope_theta"), where)
     if "rope_local_base_freq" not in values:
         return rope, None
-    return rope, _read_rope(local, values, values["rope_local_base_freq"], where)
+    return rope, _read_rope(local, values, family, values["rope_local_base_freq"], where)
 
 
-def _read_rope(given: Any, values: Mapping[str, Any], theta: Any, where: str) -> RopeConfig:
+def _read_rope(
+    given: Any, values: Mapping[str, Any], family: Family, theta: Any, where: str
+) -> RopeConfig:
     """Read one rotary embedding from its keys `given`, the file's `values` and a default theta."""
     if not isinstance(given, Mapping):
         raise LorakitError(f"{where} must be a mapping of names to values, not {given!r}")
     given = {name: value for name, value in given.items() if value is not None}
     given = {"rope_type": given.pop("type", "default")} | given
+    if isinstance(given["rope_type"], str):
+        given["rope_type"] = family.rope_types.get(given["rope_type"], given["rope_type"])
     kind, positions = given["rope_type"], values.get("max_position_embeddings")
     if kind in ("linear", "dynamic", "llama3") and "factor" not in given:
         raise LorakitError(f"{where}: rope_type {kind!r} needs a factor")
@@ -335,12 +365,11 @@ def _write_ropes(values: dict[str, Any], rope: RopeConfig, local: RopeConfig | N
 
 
 def _scaling(rope: RopeConfig) -> dict[str, Any] | None:
-    """Return the value of rope_scaling: how the rotary embedding is stretched, if it is."""
-    if rope.rope_type == "default":
-        return None
-    values = {name: getattr(rope, name) for name in _SCALING_KEYS[rope.rope_type]}
+    """Return the value of rope_scaling, or None if it would say nothing."""
+    names = [*_SCALING_KEYS[rope.rope_type], "mrope_section", "mrope_interleaved"]
+    values = {name: getattr(rope, name) for name in names}
     given = {name: value for name, value in values.items() if value is not None}
-    return {"rope_type": rope.rope_type} | given
+    return {"rope_type": rope.rope_type} | given if given else None
 
 
 def _write_experts(values: dict[str, Any], fields: Mapping[str, Any], family: Family) -> None:

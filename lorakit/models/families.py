@@ -3,10 +3,16 @@
 A family is a row of `FAMILIES`: transformers' class, the `ModelConfig` fields that all its models
 share, and the defaults of keys that published files leave out. A new family is a row here as long
 as it computes nothing new.
+
+A model with other towers (vision, audio) is a wrapper around one of these families. `WRAPPERS`
+lists the wrappers whose text model can be read and written back.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+from lorakit.config.errors import LorakitError, nearest
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,13 @@ class Family:
     """Key under which the family's files name the MLP's activation."""
     activations: dict[str, str] = field(default_factory=dict)
     """Names of activations that mean another one in the family's files -> that one."""
+    rope_types: dict[str, str] = field(default_factory=dict)
+    """Names of rotary scalings that mean another one in the family's files -> that one."""
+    slides: Callable[[int, int], bool] = field(default=lambda layer, first: layer >= first)
+    """Whether a layer has the window where a file has neither layer_types nor a pattern.
+
+    It gets the layer's number and the file's max_window_layers, 0 if there is none.
+    """
 
 
 _LEFTOVERS = ("sliding_window", "layer_types")  # of files whose family has no window
@@ -36,6 +49,17 @@ _QWEN = {
     "use_sliding_window": False,
     "sliding_window": 4096,
 }
+_QWEN_VL = _QWEN | {
+    "num_key_value_heads": 8,
+    "max_window_layers": 80,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+}
+# A position in an image has three numbers, and sections of the frequencies for each. In text the
+# three are equal, so that the rotary embedding is the plain one.
+_MROPE: dict[str, Any] = {"rope_types": {"mrope": "default"}}
 _GEMMA = {
     "norm_weight_offset": 1.0,
     "norm_casting_mode": "gemma",
@@ -99,6 +123,20 @@ FAMILIES = {
         },
         ignored=("max_window_layers", "layer_types"),
     ),
+    "qwen2_vl_text": Family("Qwen2VLTextModel", {"qkv_bias": True}, _QWEN_VL, **_MROPE),
+    "qwen2_5_vl_text": Family("Qwen2_5_VLTextModel", {"qkv_bias": True}, _QWEN_VL, **_MROPE),
+    "qwen3_vl_text": Family(
+        "Qwen3VLTextModel",
+        {"qk_norm": True},
+        {
+            "num_key_value_heads": 32,
+            "head_dim": 128,
+            "max_position_embeddings": 128000,
+            "rope_theta": 5e5,
+        },
+        ignored=_LEFTOVERS,
+        **_MROPE,
+    ),
     "gemma": Family(
         "GemmaForCausalLM",
         _GEMMA,
@@ -132,8 +170,40 @@ FAMILIES = {
         activation="hidden_activation",
     ),
 }
-MULTIMODAL = {"gemma3": "gemma3_text"}
-"""The model types that hold a text model beside other towers, and the family of that text model.
+WRAPPERS = {
+    "gemma3": "gemma3_text",
+    "mistral3": "mistral",
+    "qwen2_vl": "qwen2_vl_text",
+    "qwen2_5_vl": "qwen2_5_vl_text",
+    "qwen3_vl": "qwen3_vl_text",
+}
+"""The model types of a text model beside other towers -> the text model's family.
 
-The text model alone is computed.
+That family holds where the file's text_config has no model_type of its own. The text model alone is
+computed.
 """
+FLAT_WRAPPERS = ("qwen2_vl", "qwen2_5_vl")
+"""Those of them whose published files have no text_config, but its keys beside their own."""
+
+
+def family_of(model_type: Any, around: str | None = None) -> Family:
+    """Return the family of a model_type.
+
+    Args:
+        model_type: The model_type of a file, of any type.
+        around: The model_type of the wrapper that holds this text model, if there is one.
+
+    Returns:
+        The row of FAMILIES.
+
+    Raises:
+        LorakitError: There is no such family.
+    """
+    if isinstance(model_type, str) and model_type in FAMILIES:
+        return FAMILIES[model_type]
+    inside = "" if around is None else f", the text model of {around!r},"
+    hint = nearest(model_type, FAMILIES) if isinstance(model_type, str) else ""
+    raise LorakitError(
+        f"model_type {model_type!r}{inside} is not supported; supported are "
+        f"{', '.join([*FAMILIES, *WRAPPERS])}{hint}"
+    )

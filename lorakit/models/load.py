@@ -7,8 +7,8 @@ belongs to a quantized layer, and put in its place:
 
     peak memory = the model as it will be + twice the largest dense tensor
 
-Files that hold more than a text model (Gemma 3 with its vision tower) are read for the text model.
-The other tensors stay on disk, and `save_model` copies them.
+Files that hold more than a text model (Gemma 3 or Mistral Small 3 with a vision tower) are read for
+the text model. The other tensors stay on disk, and `save_model` copies them.
 
 Files may come from a stranger. Nothing here unpickles them or runs code from them. Sizes are
 checked before memory is taken: a config that asks for more than the files hold is refused while the
@@ -38,7 +38,7 @@ from lorakit.models.bitsandbytes import LazyPacked, LazyWeight, fold_packed, onl
 from lorakit.models.config import ModelConfig
 from lorakit.models.config_json import text_config
 from lorakit.models.decoder import Decoder
-from lorakit.models.families import MULTIMODAL
+from lorakit.models.families import WRAPPERS
 from lorakit.models.gguf import read_gguf
 from lorakit.models.large_pages import HUGE_PAGE, in_large_pages
 from lorakit.models.multimodal import split_text_model, text_name
@@ -158,14 +158,16 @@ def open_model(path_or_hub_id: str | Path) -> tuple[Decoder, dict[str, LazyWeigh
         values = _read_config(path)
         config = ModelConfig.from_hf(values, str(path / "config.json"))
         weights = fold_packed(_open_weights(path), str(path))
-        if values["model_type"] in MULTIMODAL:
+        if values["model_type"] in WRAPPERS:
             weights, surroundings = split_text_model(weights, values, str(path))
         else:
             own_names = {name: text_name(name) for name in weights}
             weights = renamed(weights, own_names, str(path), "a multimodal model")
-        named = "eos_token_id" in text_config(values, str(path))[0]
+        said = text_config(values, str(path))[0]
+        named = "eos_token_id" in said
         config = _with_end_tokens(config, path / "generation_config.json", named)
-        config = _tied_as_stored(config, weights, path)
+        unsaid = surroundings is not None and "tie_word_embeddings" not in said
+        config = _tied_as_stored(config, weights, path, unsaid)
     model = _empty_model(config, weights, str(path))
     model.source = Source(path.absolute(), surroundings)
     return model, _selected(weights, model, str(path)), model.source
@@ -223,17 +225,24 @@ def _with_end_tokens(config: ModelConfig, file: Path, named: bool) -> ModelConfi
 
 
 def _tied_as_stored(
-    config: ModelConfig, weights: Mapping[str, LazyWeight], path: Path
+    config: ModelConfig, weights: Mapping[str, LazyWeight], path: Path, unsaid: bool
 ) -> ModelConfig:
-    """Return `config`, untied if the files hold a head that is not the embedding."""
+    """Return `config`, untied if the files hold a head that is not the embedding.
+
+    If the config of a wrapper says nothing (`unsaid`), only this decides: what that means to
+    transformers has changed between its versions.
+    """
+    if unsaid:
+        config = dataclasses.replace(config, tie_word_embeddings=True)
     head, embedding = weights.get("lm_head.weight"), weights.get("model.embed_tokens.weight")
     if not config.tie_word_embeddings or head is None or embedding is None:
         return config
     if _same_values(head, embedding):
         return config
-    log.warning(
-        "lorakit: %s: the config ties head and embedding, the weights differ; kept apart", path
-    )
+    if not unsaid:
+        log.warning(
+            "lorakit: %s: the config ties head and embedding, the weights differ; kept apart", path
+        )
     return dataclasses.replace(config, tie_word_embeddings=False)
 
 

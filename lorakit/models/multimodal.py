@@ -1,15 +1,15 @@
 """The text model inside the files of a multimodal model.
 
-lorakit computes the text model alone. The files of a multimodal model (Gemma 3 with its vision
-tower) hold more, and give the text model's tensors longer names, in one of two layouts:
+lorakit computes the text model alone. The files of a multimodal model (Gemma 3 or Mistral Small 3
+with their vision towers) hold more, and may give the text model's tensors longer names, in one of
+two layouts:
 
     own name            transformers 4.49 and since       transformers 4.52 in memory
     model.layers.0      language_model.model.layers.0     model.language_model.layers.0
     lm_head             language_model.lm_head            lm_head
 
-Adapters that were trained on a multimodal model use these names too. Those of Qwen2-VL were called
-model.layers.0 before transformers 4.52, beside visual.blocks.0. This is the one place that knows
-such names.
+Files of Qwen2-VL and Qwen2.5-VL use the own names, beside visual.blocks.0. Adapters that were
+trained on a multimodal model use these names too. This is the one place that knows such names.
 """
 
 from collections.abc import Iterable, Mapping
@@ -23,6 +23,7 @@ LAYOUTS = (
     {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."},
     {"model.": "model.language_model.", "lm_head.": "lm_head."},
 )
+_OWN_NAMES = {"model.": "model.", "lm_head.": "lm_head."}
 # The beginnings of the other towers' names in transformers 5, where "model." may precede them.
 _TOWERS = (
     *("vision_tower.", "vision_model.", "visual.", "vision_embedder.", "embed_vision."),
@@ -103,7 +104,9 @@ def split_text_model(
     """
     layout = layout_of(tensors)
     if layout is None:
-        raise LorakitError(f"{where}: the files hold no text model")
+        if not any(name.startswith("model.layers.") for name in tensors):
+            raise LorakitError(f"{where}: the files hold no text model")
+        layout = _OWN_NAMES
     own_beginnings = {beginning: own for own, beginning in layout.items()}
     text, rest = {}, {}
     for name, tensor in tensors.items():

@@ -69,6 +69,11 @@ class RopeConfig:
     """Divisors l of longrope for sequences up to L, [D / 2]."""
     long_factor: list[float] = field(default_factory=list, hash=False)
     """Divisors l of longrope for longer sequences, [D / 2]."""
+    mrope_section: list[int] | None = field(default=None, hash=False)
+    """How many pairs turn by each of an image's three positions. Text, where these are equal, turns
+    alike without it; it is kept for the model files."""
+    mrope_interleaved: bool | None = None
+    """Whether these pairs lie interleaved; kept for the model files."""
 
     def __post_init__(self) -> None:
         if self.rope_type not in ROPE_TYPES:

@@ -22,6 +22,7 @@ from lorakit.files.safetensors import INDEX_FILE, WEIGHTS_FILE, LazyTensor, writ
 from lorakit.models.adapted_layer import AdaptedLayer
 from lorakit.models.bitsandbytes import only_dense
 from lorakit.models.config import ModelConfig
+from lorakit.models.config_json import is_flat
 from lorakit.models.decoder import Decoder
 from lorakit.models.multimodal import Surroundings
 from lorakit.models.packed_layers import Int8Linear, NF4Linear, PackedLinear, PackedWeight
@@ -236,7 +237,10 @@ def _surrounded(
     found = [entry._replace(name=surroundings.file_name(entry.name)) for entry in entries]
     found += [_Entry(name, tower.read().nbytes, tower.read) for name, tower in towers.items()]
     tied = {"tie_word_embeddings": config["tie_word_embeddings"]}
-    whole = surroundings.config | tied | {"text_config": config}
+    text: dict[str, Any] = {"text_config": config}
+    if is_flat(surroundings.config):
+        text = {n: v for n, v in config.items() if n not in ("model_type", "architectures")}
+    whole = surroundings.config | tied | text
     whole.pop("quantization_config", None)  # the text is dense now
     return whole, found
 

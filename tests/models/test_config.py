@@ -32,6 +32,11 @@ from tests.models.config_files import GEMMA2, LLAMA, MISTRAL, MIXTRAL, QWEN3_MOE
         ({"model_type": "llava"}, "model_type 'llava' is not supported"),
         ({"model_type": "siglip_vision_model"}, "model_type 'siglip_vision_model' is not supp"),
         ({"model_type": "gemma3"}, "model_type 'gemma3' without a text_config"),
+        ({"model_type": ["llama"]}, "model_type .'llama'. is not supported"),
+        (
+            {"model_type": "mistral3", "text_config": {"model_type": "mistral4"}},
+            "model_type 'mistral4', the text model of 'mistral3', is not supported; supported are",
+        ),
         (MIXTRAL | {"num_experts_per_tok": 9}, r"num_experts_per_tok \(9\) must lie between 1 and"),
         (MIXTRAL | {"num_local_experts": 0}, "must lie between 1 and the number of experts .0."),
         (QWEN3_MOE | {"decoder_sparse_step": 0}, "decoder_sparse_step must be positive"),
@@ -70,6 +75,14 @@ from tests.models.config_files import GEMMA2, LLAMA, MISTRAL, MIXTRAL, QWEN3_MOE
 def test_bad_model_config(change, message):
     with pytest.raises(lk.LorakitError, match=message):
         lk.ModelConfig.from_hf(LLAMA | change)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5", "gemma4", "gemma3n", "llama4", "gpt_oss"])
+def test_a_model_type_is_looked_at_before_anything_else(model_type):
+    """Of a model that lorakit lacks, no other key is complained of."""
+    values = {"model_type": model_type, "text_config": {"model_type": f"{model_type}_text"}}
+    with pytest.raises(lk.LorakitError, match=f"^config.json: model_type '{model_type}' is not su"):
+        lk.ModelConfig.from_hf(values)
 
 
 def test_yarn_and_dynamic_reach_beyond_max_position_embeddings():

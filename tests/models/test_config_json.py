@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lorakit as lk
-from lorakit.models.families import FAMILIES
+from lorakit.models.families import FAMILIES, WRAPPERS
 from lorakit.models.rope import RopeConfig
 from tests.models.config_files import LLAMA, LLAMA3, MISTRAL
 
@@ -102,7 +102,7 @@ json_values = scalars | st.lists(scalars, max_size=3) | st.just({}) | st.just({"
 KEYS = [*LLAMA, *lk.ModelConfig.from_hf(LLAMA | MISTRAL).to_hf(), "rope_parameters", "text_config"]
 KEYS += ["num_local_experts", "num_experts", "decoder_sparse_step", "sliding_window_pattern"]
 KEYS += ["rope_local_base_freq", "partial_rotary_factor", "hidden_activation", "mlp_only_layers"]
-MODEL_TYPES = st.sampled_from([{"model_type": name} for name in [*FAMILIES, "gemma3"]])
+MODEL_TYPES = st.sampled_from([{"model_type": name} for name in [*FAMILIES, *WRAPPERS]])
 
 
 @given(st.builds(dict.__or__, MODEL_TYPES, st.dictionaries(st.sampled_from(KEYS), json_values)))

@@ -1,0 +1,93 @@
+"""Tiny models with vision towers, as transformers makes and saves them."""
+
+import torch
+
+from tests.conftest import GEMMA3, TINY
+
+SIGLIP = {
+    "hidden_size": 16,
+    "intermediate_size": 20,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+QWEN_VISION = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 20,
+    "num_heads": 2,
+    "out_hidden_size": TINY["hidden_size"],
+    "patch_size": 14,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 8,
+    "beta_fast": 4.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.3,
+}
+
+
+def mrope(*sections, **more):
+    return {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(sections), **more}
+
+
+# name -> (model_type, settings of the text model, of the vision tower, of the whole)
+WRAPPED = {
+    "gemma3": ("gemma3", GEMMA3, SIGLIP, {"image_token_index": 96}),
+    "mistral3": (
+        "mistral3",
+        {"model_type": "mistral", "head_dim": 12, "sliding_window": None},
+        {**SIGLIP, "model_type": "pixtral", "head_dim": 8},
+        {"image_token_index": 96, "tie_word_embeddings": False},
+    ),
+    "mistral3 tied": (
+        "mistral3",
+        {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": None},
+        {**SIGLIP, "model_type": "pixtral", "head_dim": 8},
+        {"image_token_index": 96, "tie_word_embeddings": True},
+    ),
+    "qwen2_vl": (
+        "qwen2_vl",
+        {"num_key_value_heads": 2, "rope_parameters": mrope(1, 1, 2)},
+        {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 14},
+        {},
+    ),
+    "qwen2_5_vl": (
+        "qwen2_5_vl",
+        {"num_key_value_heads": 2, "rope_parameters": mrope(1, 1, 2)},
+        {**QWEN_VISION, "fullatt_block_indexes": [0]},
+        {"tie_word_embeddings": True},
+    ),
+    "qwen3_vl": (
+        "qwen3_vl",
+        {"head_dim": 12, "rope_parameters": mrope(2, 2, 2, mrope_interleaved=True)},
+        {**QWEN_VISION, "num_position_embeddings": 4, "deepstack_visual_indexes": [0]},
+        {},
+    ),
+}
+
+
+def wrapped(name):
+    """Return a random model in fp32; its biases and norms are random too."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    model_type, text, vision, whole = WRAPPED[name]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        model_type, text_config={**TINY, **text}, vision_config=vision, **whole
+    )
+    model = AutoModelForImageTextToText.from_config(
+        config, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if path.endswith("bias") or "norm" in path:
+                around = 0.0 if "gemma" in model_type or "norm" not in path else 1.0
+                parameter.normal_(around, 0.2)
+    return model
