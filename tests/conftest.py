@@ -156,7 +156,111 @@ GEMMA3 = {
     "rope_parameters": TWO_ROPES,
     "tie_word_embeddings": True,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 8,
+    "beta_fast": 4.0,
+    "beta_slow": 1.0,
+}
+MINISTRAL3_ROPE = {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3}
 FAMILY_VARIANTS = {
+    "ministral": (
+        "ministral",
+        {
+            "head_dim": 12,
+            "num_key_value_heads": 2,
+            "sliding_window": 6,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "ministral3": (
+        "ministral3",
+        {
+            "head_dim": 12,
+            "num_key_value_heads": 2,
+            "pad_token_id": None,
+            "rope_parameters": MINISTRAL3_ROPE,
+        },
+    ),
+    "cwm": (
+        "cwm",
+        {
+            "head_dim": 12,
+            "num_key_value_heads": 2,
+            "sliding_window": 6,
+            "rope_parameters": LLAMA3_ROPE,
+        },
+    ),
+    "seed_oss": ("seed_oss", {"head_dim": 12, "num_key_value_heads": 2, "pad_token_id": None}),
+    "smollm3": (
+        "smollm3",
+        {
+            "num_key_value_heads": 2,
+            "num_hidden_layers": 3,
+            "no_rope_layers": [1, 0, 0],
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+            "pad_token_id": None,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "phi3": (
+        "phi3",
+        {
+            "num_key_value_heads": 2,
+            "sliding_window": 20,
+            "max_position_embeddings": 512,
+            "original_max_position_embeddings": 128,
+            "pad_token_id": None,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.5,
+                "short_factor": [1.0, 1.3],
+                "long_factor": [1.0, 4.0],
+            },
+        },
+    ),
+    "granite": (
+        "granite",
+        {
+            "num_key_value_heads": 2,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 0.7,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "olmo2": ("olmo2", {"num_key_value_heads": 2, "pad_token_id": None}),
+    "olmo3": (
+        "olmo3",
+        {
+            "num_key_value_heads": 2,
+            "sliding_window": 6,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "pad_token_id": None,
+            "rope_parameters": {
+                "full_attention": YARN,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            "num_key_value_heads": 2,
+            "num_hidden_layers": 3,
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 20,
+            "shared_expert_intermediate_size": 24,
+            "mlp_only_layers": [1],
+        },
+    ),
     "mistral": ("mistral", {"sliding_window": 8}),
     "mistral without a window": ("mistral", {"sliding_window": None}),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_key_value_heads": 2}),

@@ -66,7 +66,7 @@ class Decoding:
 
     def compile(self) -> None:
         """Take the model as it is now into the compiled step, where that can compute it."""
-        plan = make_plan(self.model)
+        plan = make_plan(self.model, self.capacity)
         self.compiled = None
         if plan is not None:
             self.compiled = _CompiledStep(plan, self.model, self.cache, self.capacity)

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from lorakit.models.config import ModelConfig
-from lorakit.models.rope import rope_tables
+from lorakit.models.rope import query_scale, rope_tables
 from lorakit.models.views import AttentionView
 
 PAGE = 64
@@ -342,12 +342,19 @@ class NewPositions:
         positions = starts[:, None] + torch.arange(T, device=starts.device)
         positions = torch.minimum(positions, ends[:, None] - 1)
         tables = [rope_tables(rope, config.head_dim, positions) for rope in config.ropes]
-        views = []
-        for kind, window in enumerate(self.cache.reach):
-            local = config.rope_local is not None and window is not None
-            mask = None if self.fresh else self._mask(kind, positions, window)
-            views.append(AttentionView(tables[local], mask, window, None, False, False))
-        return [views[kind] for kind in self.cache.kind_of]
+        scale = query_scale(config.rope, positions, max(self.ends))
+        reach = self.cache.reach
+        views: dict[tuple[int, int], AttentionView] = {}
+        masks = [
+            None if self.fresh else self._mask(kind, positions, window)
+            for kind, window in enumerate(reach)
+        ]
+        kinds = [(kind, config.rope_number(i)) for i, kind in enumerate(self.cache.kind_of)]
+        for kind, rope in set(kinds):
+            views[kind, rope] = AttentionView(
+                tables[rope], masks[kind], reach[kind], None, False, False, scale
+            )
+        return [views[each] for each in kinds]
 
     def _mask(self, kind: int, positions: Tensor, window: int | None) -> Tensor:
         """Return which slots the queries at `positions` [n, T] look at: bool [n, 1, T, S]."""

@@ -1,11 +1,12 @@
 """The model as the compiled step takes it, with the adapters that rows may choose.
 
-The step takes weights in fp32, bf16, NF4 or int8, no experts, no hooks. An adapter goes along if
-all that it changes are low-rank updates of the linear layers of blocks: LoRA, PiSSA, VeRA, but not
-DoRA, new biases, or an update of the embedding. Rows with another adapter go through the modules;
-so does all of a model that the step cannot take. Updates are read where they lie, so training
-changes them; but a matrix that is computed (PiSSA's, VeRA's) stays as it was when the plan was
-made.
+The step takes weights in fp32, bf16, NF4 or int8, no experts, no hooks, and nothing that only a few
+families compute (OLMo 2's norms, Phi's fused layers, Granite's multipliers). An adapter goes along
+if all that it changes are low-rank updates of the linear layers of blocks: LoRA, PiSSA, VeRA, but
+not DoRA, new biases, or an update of the embedding. Rows with another adapter go through the
+modules; so does all of a model that the step cannot take. Updates are read where they lie, so
+training changes them; but a matrix that is computed (PiSSA's, VeRA's) stays as it was when the plan
+was made.
 """
 
 from collections.abc import Collection, Sequence
@@ -50,10 +51,13 @@ class Plan:
         return found
 
 
-def make_plan(model: Decoder) -> Plan | None:
-    """Return the model as `kernels.decode_step` takes it, or None where it cannot."""
-    if model.config.by_length:
-        return None  # every step has tables of its own
+def make_plan(model: Decoder, longest: int) -> Plan | None:
+    """Return the model as `kernels.decode_step` takes it, or None where it cannot.
+
+    No row has more than `longest` positions.
+    """
+    if _computes_more(model.config, longest):
+        return None
     if not kernels.decode_compiled(model.device):
         return None
     if any(has_hooks(m) or has_own_forward(m) for m in model.modules()):
@@ -79,6 +83,22 @@ def make_plan(model: Decoder) -> Plan | None:
     active = any(each.active is not None and id(each) != prompt for each in wrappers.values())
     current = selected_adapter(model) if active else None
     return Plan(plan, {name: number for number, name in enumerate(names)}, current)
+
+
+def _computes_more(config: ModelConfig, longest: int) -> bool:
+    """Return whether a model of this config computes what `kernels.decode_step` lacks."""
+    rope = config.rope
+    return (
+        config.by_length  # every step has tables of its own
+        or any(each.rotary_dim(config.head_dim) != config.head_dim for each in config.ropes)
+        or (bool(rope.llama_4_scaling_beta) and longest > rope.original_max_position_embeddings)
+        or config.qk_norm == "whole"
+        or config.norm_placement == "post"
+        or config.fused_qkv
+        or config.fused_gate_up
+        or config.residual_multiplier != 1
+        or config.logits_scaling != 1
+    )
 
 
 # ---- adapters ----
@@ -147,7 +167,7 @@ def _decode_plan(
             eps=config.rms_norm_eps,
             activation=config.hidden_act,
             norm_weight_offset=config.norm_weight_offset,
-            embedding_scale=scale if config.scale_embeddings else 1.0,
+            embedding_scale=scale if config.scale_embeddings else config.embedding_multiplier,
             attention_scale=config.attention_scale,
             attn_softcap=config.attn_logit_softcapping,
             final_softcap=config.final_logit_softcapping,
@@ -171,6 +191,7 @@ def _layer(
         )
         given[f"{name}_bias"] = computing.bias
     attention = block.self_attn
+    assert block.input_layernorm is not None  # else the model computes more than the step
     return kernels.DecodeLayer(
         **given,
         input_norm=_norm(block.input_layernorm),
@@ -179,7 +200,7 @@ def _layer(
         post_feedforward_norm=_norm_or_none(block.post_feedforward_layernorm),
         q_norm=_norm_or_none(attention.q_norm),
         k_norm=_norm_or_none(attention.k_norm),
-        rope=int(config.rope_local is not None and config.slides(number)),
+        rope=config.rope_number(number),
     )
 
 

@@ -7,14 +7,14 @@ that file.
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from lorakit.config.errors import LorakitError
 from lorakit.config.fields import from_mapping
 from lorakit.kernels.ops.swiglu import Activation
 from lorakit.models.config_json import fields_from_hf, fields_to_hf, text_config
 from lorakit.models.families import family_of
-from lorakit.models.rope import RopeConfig
+from lorakit.models.rope import NO_ROPE, RopeConfig
 
 _SIZES = (
     "vocab_size",
@@ -27,8 +27,12 @@ _SIZES = (
 )
 _POSITIVE_OR_NULL = (
     "query_pre_attn_scalar",
+    "attention_multiplier",
     "attn_logit_softcapping",
     "final_logit_softcapping",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
 )
 
 
@@ -64,6 +68,8 @@ class ModelConfig:
     """Rotary embedding of all layers, or of those without a sliding window."""
     rope_local: RopeConfig | None = None
     """Rotary embedding of the sliding layers, where they have one of their own."""
+    rope_layers: list[bool] = field(default_factory=list)
+    """Whether each layer turns its queries and keys; an empty list means that all do."""
     max_position_embeddings: int = 2048
     """Number of positions the model was trained for; see `context_length`."""
     tie_word_embeddings: bool = False
@@ -74,16 +80,28 @@ class ModelConfig:
     """Whether attention's output projection has a bias."""
     mlp_bias: bool = False
     """Whether the linear layers of the MLP have a bias."""
-    qk_norm: bool = False
-    """Whether each head's queries and keys pass an RMSNorm before the rotary embedding."""
+    qk_norm: Literal["none", "head", "whole"] = "none"
+    """RMSNorm of queries and keys before the rotary embedding: of each head, or of all together."""
     norm_weight_offset: float = 0.0
     """Number added to the weight of every norm: norms scale by offset + weight."""
     norm_casting_mode: str = "llama"
     """Whether a norm rounds to the model's dtype before ("llama") or after ("gemma") scaling."""
-    sandwich_norm: bool = False
-    """Whether the outputs of attention and of the MLP are normalized before they are added."""
+    norm_placement: Literal["pre", "post", "sandwich"] = "pre"
+    """Whether the inputs of attention and of the MLP are normalized, their outputs, or both."""
+    fused_qkv: bool = False
+    """Whether the query, key and value projections are one layer, qkv_proj."""
+    fused_gate_up: bool = False
+    """Whether gate and up of the MLP are one layer, gate_up_proj."""
     scale_embeddings: bool = False
     """Whether embeddings are multiplied by sqrt(hidden_size), rounded to their dtype."""
+    embedding_multiplier: float = 1.0
+    """Number that embeddings are multiplied by."""
+    residual_multiplier: float = 1.0
+    """Number that the outputs of attention and of the MLP are multiplied by."""
+    logits_scaling: float = 1.0
+    """Number that logits are divided by."""
+    attention_multiplier: float | None = None
+    """Number that attention scores are multiplied by; None: query_pre_attn_scalar says it."""
     query_pre_attn_scalar: float | None = None
     """Attention scores are divided by the square root of this number; None takes head_dim."""
     attn_logit_softcapping: float | None = None
@@ -100,6 +118,8 @@ class ModelConfig:
     """Number of experts that the router picks for each token."""
     moe_intermediate_size: int = 0
     """Width inside an expert."""
+    shared_expert_intermediate_size: int = 0
+    """Width inside the expert that all tokens take, weighed by a gate; 0: there is none."""
     norm_topk_prob: bool = True
     """Whether the weights of a token's experts are scaled to sum to one."""
     moe_layers: list[bool] = field(default_factory=list)
@@ -152,13 +172,22 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise LorakitError(f"{name} must be positive or null, not {value}")
-        pairs = self.head_dim // 2
+        if len(self.rope_layers) not in (0, self.num_hidden_layers):
+            raise LorakitError(
+                f"no_rope_layers names {len(self.rope_layers)} of {self.num_hidden_layers} layers"
+            )
         for rope in self.ropes:
+            turned = rope.rotary_dim(self.head_dim)
+            if turned < 2 or turned % 2:
+                raise LorakitError(
+                    f"partial_rotary_factor {rope.partial_rotary_factor} turns {turned} of "
+                    f"head_dim {self.head_dim}, which must be a positive even number"
+                )
             given = len(rope.short_factor), len(rope.long_factor)
-            if rope.rope_type == "longrope" and given != (pairs, pairs):
+            if rope.rope_type == "longrope" and given != (turned // 2, turned // 2):
                 raise LorakitError(
                     f"longrope's short_factor and long_factor hold {given[0]} and {given[1]} "
-                    f"numbers, not head_dim / 2 = {pairs}"
+                    f"numbers, not head_dim / 2 = {turned // 2}"
                 )
 
     def _check_experts(self) -> None:
@@ -169,11 +198,20 @@ class ModelConfig:
             )
         if self.moe_intermediate_size <= 0:
             raise LorakitError("moe_intermediate_size must be positive")
+        if self.shared_expert_intermediate_size < 0:
+            raise LorakitError("shared_expert_intermediate_size must not be negative")
 
     @property
     def ropes(self) -> list[RopeConfig]:
-        """The rotary embeddings in use: one for all layers, or also the sliding layers' own."""
-        return [self.rope] if self.rope_local is None else [self.rope, self.rope_local]
+        """The rotary embeddings in use; `rope_number` says which of them a layer has."""
+        found = [self.rope] if self.rope_local is None else [self.rope, self.rope_local]
+        return found if all(self.rope_layers) else [*found, NO_ROPE]
+
+    def rope_number(self, layer: int) -> int:
+        """Return which of `ropes` a layer has."""
+        if self.rope_layers and not self.rope_layers[layer]:
+            return len(self.ropes) - 1
+        return int(self.rope_local is not None and self.slides(layer))
 
     @property
     def by_length(self) -> bool:
@@ -195,6 +233,8 @@ class ModelConfig:
     @property
     def attention_scale(self) -> float:
         """The number that attention scores are multiplied by."""
+        if self.attention_multiplier is not None:
+            return self.attention_multiplier
         return (self.query_pre_attn_scalar or self.head_dim) ** -0.5
 
     @property

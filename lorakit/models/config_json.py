@@ -12,9 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorakit.config.errors import LorakitError
-from lorakit.config.fields import from_mapping
 from lorakit.models.families import FAMILIES, FLAT_WRAPPERS, WRAPPERS, Family, family_of
-from lorakit.models.rope import RopeConfig
+from lorakit.models.rope_json import read_ropes, write_ropes
 
 _SLIDES = {"full_attention": False, "sliding_attention": True}
 """Names in layer_types -> whether such a layer has the sliding window."""
@@ -33,20 +32,38 @@ _LEFT_OUT_IF_NULL = (
     "final_logit_softcapping",
 )
 """Fields that are not written where they are None, unless the family has them."""
-_NOT_WRITTEN = (
-    "qkv_bias",
+_INNER = (
+    "o_bias",
     "qk_norm",
     "norm_weight_offset",
     "norm_casting_mode",
-    "sandwich_norm",
+    "norm_placement",
     "scale_embeddings",
+    "fused_qkv",
+    "fused_gate_up",
     "moe_names",
-    "num_experts",
-    "num_experts_per_tok",
-    "moe_intermediate_size",
-    "norm_topk_prob",
+    "moe_layers",
+    "sliding_layers",
+    "rope_layers",
+    "rope",
+    "rope_local",
 )
-"""Fields that follow from the family or from other keys, or are written by `_write_experts`."""
+"""Fields that follow from the family or from other keys; in a file such a key says nothing."""
+_OF_SOME_FAMILIES = (
+    "qkv_bias",
+    "attention_out_bias",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+    "attention_multiplier",
+    "shared_expert_intermediate_size",
+    "partial_rotary_factor",
+    "no_rope_layers",
+    "no_rope_layer_interval",
+)
+"""Keys that mean something only in files of families whose defaults list them."""
+_OF_EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
+"""Fields that `_write_experts` writes."""
 _MOST_LAYERS = 10_000
 """Length at which lists per layer end; a damaged file may ask for more layers than memory holds."""
 
@@ -115,20 +132,26 @@ def fields_from_hf(config_json: Mapping[str, Any], where: str) -> dict[str, Any]
     """
     family = FAMILIES[config_json["model_type"]]
     ignored = {name for name in _NULL_IS_DEFAULT if config_json.get(name) is None}
-    ignored.update(family.ignored)
+    _refuse_what_is_not_computed(config_json, family, where)
+    ignored.update(family.ignored, _INNER)
+    ignored.update(name for name in _OF_SOME_FAMILIES if name not in family.defaults)
     values = family.defaults | {n: v for n, v in config_json.items() if n not in ignored}
-    _refuse_what_is_not_computed(values, where)
     _complete_heads(values, where)
     act = values.get(family.activation, "silu")
     values["hidden_act"] = family.activations.get(act, act) if isinstance(act, str) else act
-    values["rope"], values["rope_local"] = _read_ropes(values, family, where)
-    values["qkv_bias"] = values["o_bias"] = values.get("attention_bias", False)
-    values["sliding_layers"] = _read_sliding_layers(values, where)
+    values["rope"], values["rope_local"] = read_ropes(values, family, where)
+    bias = values.get("attention_bias", False)
+    values["qkv_bias"] = values.get("qkv_bias", bias)
+    values["o_bias"] = values.get("attention_out_bias", bias)
+    if values.get("sliding_window") == 0 and not values.get("use_sliding_window", True):
+        values["sliding_window"] = None  # transformers writes 0 for a window that is switched off
+    values["rope_layers"] = _read_rope_layers(values, where)
+    values["sliding_layers"] = _read_sliding_layers(values, family, where)
     _read_experts(values, family, where)
     return values | family.fields
 
 
-def _refuse_what_is_not_computed(values: Mapping[str, Any], where: str) -> None:
+def _refuse_what_is_not_computed(values: Mapping[str, Any], family: Family, where: str) -> None:
     """Raise LorakitError if a file asks for a computation that lorakit does not have."""
     if values.get("quantization") is not None:
         raise LorakitError(
@@ -147,7 +170,7 @@ def _refuse_what_is_not_computed(values: Mapping[str, Any], where: str) -> None:
     if values.get("use_bidirectional_attention"):
         raise LorakitError(f"{where}: use_bidirectional_attention is not supported")
     partial = values.get("partial_rotary_factor")
-    if partial is not None and partial != 1:
+    if partial not in (None, 1) and "partial_rotary_factor" not in family.defaults:
         raise LorakitError(
             f"{where}: partial_rotary_factor {partial!r} is not supported; it must be 1"
         )
@@ -170,60 +193,25 @@ def _complete_heads(values: dict[str, Any], where: str) -> None:
         values["head_dim"] = hidden // heads
 
 
-def _read_ropes(
-    values: Mapping[str, Any], family: Family, where: str
-) -> tuple[RopeConfig, RopeConfig | None]:
-    """Return the rotary embedding of all layers, and that of the sliding ones if it is another.
-
-    transformers 5 writes one rope_parameters, or one per layer type. transformers 4 writes
-    rope_theta beside rope_scaling, which belongs to the full layers, and rope_local_base_freq for
-    the sliding ones.
-    """
-    where = f"{where}, rope parameters"
-    full = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    local: Any = {}
-    nested = values.get("rope_parameters")
-    if isinstance(nested, Mapping) and any(name in nested for name in _SLIDES):
-        full, scaling = nested.get("full_attention") or {}, values.get("rope_scaling") or {}
-        if isinstance(full, Mapping) and isinstance(scaling, Mapping):
-            full = {**full, **scaling}
-        local = nested.get("sliding_attention") or {}
-    rope = _read_rope(full, values, family, values.get("rope_theta"), where)
-    if "rope_local_base_freq" not in values:
-        return rope, None
-    return rope, _read_rope(local, values, family, values["rope_local_base_freq"], where)
+def _read_rope_layers(values: Mapping[str, Any], where: str) -> list[bool]:
+    """Return whether each layer has a rotary embedding; an empty list means that all have."""
+    if "no_rope_layers" not in values:
+        return []
+    given, every = values["no_rope_layers"], values["no_rope_layer_interval"]
+    layers = values.get("num_hidden_layers")
+    if type(layers) is not int:
+        return []
+    if given is None:
+        if type(every) is not int or every <= 0:
+            raise LorakitError(f"{where}: no_rope_layer_interval must be positive, not {every!r}")
+        given = [int((i + 1) % every != 0) for i in range(min(layers, _MOST_LAYERS))]
+    if not isinstance(given, list) or not all(each in (0, 1) for each in given):
+        raise LorakitError(f"{where}: no_rope_layers must list 0 or 1, not {given!r}")
+    turns = [bool(each) for each in given[:layers]]
+    return [] if all(turns) and len(turns) == layers else turns
 
 
-def _read_rope(
-    given: Any, values: Mapping[str, Any], family: Family, theta: Any, where: str
-) -> RopeConfig:
-    """Read one rotary embedding from its keys `given`, the file's `values` and a default theta."""
-    if not isinstance(given, Mapping):
-        raise LorakitError(f"{where} must be a mapping of names to values, not {given!r}")
-    given = {name: value for name, value in given.items() if value is not None}
-    given = {"rope_type": given.pop("type", "default")} | given
-    if isinstance(given["rope_type"], str):
-        given["rope_type"] = family.rope_types.get(given["rope_type"], given["rope_type"])
-    kind, positions = given["rope_type"], values.get("max_position_embeddings")
-    if kind in ("linear", "dynamic", "llama3") and "factor" not in given:
-        raise LorakitError(f"{where}: rope_type {kind!r} needs a factor")
-    if (partial := given.get("partial_rotary_factor", 1)) != 1:
-        raise LorakitError(f"{where}: partial_rotary_factor {partial!r} is not supported")
-    if theta is not None:
-        given.setdefault("rope_theta", theta)
-    if kind == "dynamic":  # the context before stretching is the model's own
-        given.pop("original_max_position_embeddings", None)
-    if kind in ("dynamic", "yarn", "longrope", "llama3") and positions is not None:
-        beside = values.get("original_max_position_embeddings")
-        given.setdefault("original_max_position_embeddings", beside or positions)
-        original = given["original_max_position_embeddings"]
-        numbers = type(original) is int and type(positions) is int and original > 0
-        if kind in ("yarn", "longrope") and "factor" not in given and numbers:
-            given["factor"] = positions / original
-    return from_mapping(RopeConfig, given, where, ignore_unknown=True)
-
-
-def _read_sliding_layers(values: Mapping[str, Any], where: str) -> list[bool]:
+def _read_sliding_layers(values: Mapping[str, Any], family: Family, where: str) -> list[bool]:
     """Return whether each layer has the sliding window, from layer_types or the older keys."""
     if not values.get("use_sliding_window", True):
         return []
@@ -244,11 +232,10 @@ def _read_sliding_layers(values: Mapping[str, Any], where: str) -> list[bool]:
                 f"{where}: sliding_window_pattern must be a positive number, not {period!r}"
             )
         return _or_none([(i + 1) % period != 0 for i in numbers])
-    # Mistral's window holds for all layers, Qwen's from max_window_layers on
+    if "no_rope_layers" in values:  # SmolLM3 has the window where it has no rotary embedding
+        return _or_none([not turns for turns in values["rope_layers"]])
     first = values.get("max_window_layers", 0)
-    if type(first) is not int or first >= layers:
-        return []
-    return [i >= first for i in numbers]
+    return _or_none([family.slides(i, first) for i in numbers]) if type(first) is int else []
 
 
 def _or_none(sliding: list[bool]) -> list[bool]:
@@ -286,15 +273,24 @@ def fields_to_hf(fields: Mapping[str, Any]) -> dict[str, Any]:
     rope, local = values.pop("rope"), values.pop("rope_local")
     sliding, experts = values.pop("sliding_layers"), values.pop("moe_layers")
     values["architectures"] = [family.architecture]
-    values["attention_bias"] = values.pop("o_bias")
+    values["attention_bias"] = fields["o_bias"]
+    if "attention_out_bias" in family.defaults:
+        values |= {"attention_bias": fields["qkv_bias"], "attention_out_bias": fields["o_bias"]}
+    if "no_rope_layers" in family.defaults:
+        turns = fields["rope_layers"] or [True] * fields["num_hidden_layers"]
+        values["no_rope_layers"] = [int(each) for each in turns]
+        values["no_rope_layer_interval"] = family.defaults["no_rope_layer_interval"]
     values[family.activation] = fields["hidden_act"]
-    for name in (*family.fields, *_NOT_WRITTEN):
+    inner = [name for name in _INNER if name != "rope_layers"]
+    unknown = [name for name in _OF_SOME_FAMILIES if name not in family.defaults]
+    for name in (*family.fields, *inner, *unknown, *_OF_EXPERTS):
         values.pop(name, None)
     for name in _LEFT_OUT_IF_NULL:
         if values[name] is None and name not in family.defaults:
             del values[name]
     _write_sliding_layers(values, sliding, family)
-    _write_ropes(values, rope, local)
+    del values["rope_layers"]
+    write_ropes(values, rope, local, family)
     if any(experts):
         _write_experts(values, fields, family)
     return values
@@ -310,66 +306,10 @@ def _write_sliding_layers(values: dict[str, Any], sliding: list[bool], family: F
     elif "use_sliding_window" in family.defaults:
         values["use_sliding_window"] = any(sliding)
         values["max_window_layers"] = sliding.index(True) if any(sliding) else len(sliding)
-    if _read_sliding_layers(values, "") != sliding:
+    if _read_sliding_layers(values, family, "") != sliding:
         names = {slides: name for name, slides in _SLIDES.items()}
         layers = sliding or [False] * values["num_hidden_layers"]
         values["layer_types"] = [names[slides] for slides in layers]
-
-
-_SCALING_KEYS: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "yarn": (
-        "factor",
-        "original_max_position_embeddings",
-        "attention_factor",
-        "beta_fast",
-        "beta_slow",
-        "mscale",
-        "mscale_all_dim",
-        "truncate",
-    ),
-    "longrope": (
-        "factor",
-        "original_max_position_embeddings",
-        "attention_factor",
-        "short_factor",
-        "long_factor",
-    ),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
-}
-"""The keys of rope_scaling for each rope_type."""
-
-
-def _write_ropes(values: dict[str, Any], rope: RopeConfig, local: RopeConfig | None) -> None:
-    """Write the rotary embedding of all layers, and the sliding layers' own if there is one."""
-    values["rope_theta"], values["rope_scaling"] = rope.rope_theta, _scaling(rope)
-    if rope.rope_type == "longrope":
-        original = rope.original_max_position_embeddings
-        values["original_max_position_embeddings"] = original
-    if local is None:
-        return
-    values["rope_local_base_freq"] = local.rope_theta
-    if local.rope_type != "default":  # version 4 has no key for it
-        both = {"full_attention": rope, "sliding_attention": local}
-        values["rope_parameters"] = {
-            kind: {"rope_theta": each.rope_theta} | (_scaling(each) or {})
-            for kind, each in both.items()
-        }
-
-
-def _scaling(rope: RopeConfig) -> dict[str, Any] | None:
-    """Return the value of rope_scaling, or None if it would say nothing."""
-    names = [*_SCALING_KEYS[rope.rope_type], "mrope_section", "mrope_interleaved"]
-    values = {name: getattr(rope, name) for name in names}
-    given = {name: value for name, value in values.items() if value is not None}
-    return {"rope_type": rope.rope_type} | given if given else None
 
 
 def _write_experts(values: dict[str, Any], fields: Mapping[str, Any], family: Family) -> None:

@@ -4,9 +4,9 @@
     for each block:   x += attention(norm(x));   x += mlp(norm(x))
     logits = norm(x) head^T                       head = the embedding itself where they are tied
 
-This file is the way from ids to logits and to the loss. Its three parts have files of their own:
+This file is the way from ids to logits and to the loss. Its parts have files of their own:
 
-    blocks.py   a block: norms, attention, the MLP, experts
+    blocks.py   a block: norms and attention; mlp.py has the MLP and the experts
     views.py    what the positions of a call see: masks, rotary tables, packed documents
     head.py     the head, which turns hidden states into logits and into the loss
 
@@ -147,7 +147,8 @@ class Decoder(nn.Module):
         if self.config.scale_embeddings:
             # the factor is rounded to the model's dtype, as it was in training
             x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)
-        return x
+        multiplier = self.config.embedding_multiplier
+        return x if multiplier == 1 else x * multiplier
 
     def views(
         self,
@@ -178,7 +179,10 @@ class Decoder(nn.Module):
         tied = self.lm_head is None
         layer = self.model.embed_tokens if self.lm_head is None else self.lm_head
         float8 = self.float8_head if self.training else None
-        return OutputHead(layer, tied, self.config.final_logit_softcapping, float8)
+        config = self.config
+        return OutputHead(
+            layer, tied, config.final_logit_softcapping, float8, config.logits_scaling
+        )
 
     def frozen_head(self) -> Tensor | kernels.Packed | None:
         """Return the weight [V, H] of the head, unless it trains or the head computes more."""

@@ -43,6 +43,32 @@ class Family:
 _LEFTOVERS = ("sliding_window", "layer_types")  # of files whose family has no window
 _ENDS = {"bos_token_id": 1, "eos_token_id": 2}  # of Llama 2's vocabulary
 _MISTRAL = _ENDS | {"num_key_value_heads": 8, "max_position_embeddings": 131072}
+_YARN_OF_MINISTRAL = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16384,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+_LLAMA3_OF_CWM = {
+    "rope_type": "llama3",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+_OLMO = {"norm_placement": "post", "qk_norm": "whole", "norm_casting_mode": "gemma"}
+_OLMO_DEFAULTS = {
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "eos_token_id": 50279,
+    "pad_token_id": 1,
+}
 _QWEN = {
     "num_key_value_heads": 32,
     "max_position_embeddings": 32768,
@@ -89,6 +115,105 @@ FAMILIES = {
         ignored=_LEFTOVERS,
     ),
     "mistral": Family("MistralForCausalLM", defaults=_MISTRAL | {"sliding_window": 4096}),
+    "ministral": Family("MinistralForCausalLM", defaults=_MISTRAL | {"sliding_window": 4096}),
+    "ministral3": Family(
+        "Ministral3ForCausalLM",
+        defaults=_MISTRAL
+        | {
+            "head_dim": 128,
+            "max_position_embeddings": 262144,
+            "rms_norm_eps": 1e-5,
+            "pad_token_id": 11,
+            "rope_parameters": _YARN_OF_MINISTRAL,
+        },
+        ignored=("layer_types",),
+    ),
+    "cwm": Family(
+        "CwmForCausalLM",
+        defaults={
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": 8192,
+            "rope_theta": 1e6,
+            "rope_parameters": _LLAMA3_OF_CWM,
+            "bos_token_id": 128000,
+            "eos_token_id": [128001, 128008, 128009],
+        },
+        ignored=("attention_bias",),
+        slides=lambda layer, _: layer % 4 != 0,
+    ),
+    "seed_oss": Family(
+        "SeedOssForCausalLM",
+        defaults={
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 524288,
+            "attention_bias": True,
+            "attention_out_bias": False,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+            "pad_token_id": 1,
+        },
+        ignored=_LEFTOVERS,
+    ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        defaults={
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "rope_theta": 2e6,
+            "tie_word_embeddings": True,
+            "use_sliding_window": False,
+            "no_rope_layers": None,
+            "no_rope_layer_interval": 4,
+            "bos_token_id": 128000,
+            "eos_token_id": 128001,
+            "pad_token_id": 128004,
+        },
+        ignored=("max_window_layers",),
+    ),
+    "phi3": Family(
+        "Phi3ForCausalLM",
+        fields={"fused_qkv": True, "fused_gate_up": True},
+        defaults={
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "partial_rotary_factor": 1.0,
+            "bos_token_id": 1,
+            "eos_token_id": 32000,
+            "pad_token_id": 32000,
+        },
+        ignored=("attention_bias", "mlp_bias", "layer_types"),
+        rope_types={"su": "longrope", "yarn": "longrope"},
+    ),
+    "granite": Family(
+        "GraniteForCausalLM",
+        defaults=_ENDS
+        | {
+            "max_position_embeddings": 2048,
+            "embedding_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "logits_scaling": 1.0,
+            "attention_multiplier": 1.0,
+        },
+        ignored=_LEFTOVERS,
+    ),
+    "olmo2": Family("Olmo2ForCausalLM", _OLMO, _OLMO_DEFAULTS, ignored=_LEFTOVERS),
+    "olmo3": Family(
+        "Olmo3ForCausalLM",
+        _OLMO,
+        _OLMO_DEFAULTS
+        | {
+            "rope_theta": 5e5,
+            "rope_local_base_freq": None,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+        },
+        ignored=("sliding_window_pattern", "rope_local_base_freq"),
+    ),
     "mixtral": Family(
         "MixtralForCausalLM",
         fields={"moe_names": ["block_sparse_moe", "w1", "w3", "w2"]},
@@ -105,14 +230,30 @@ FAMILIES = {
         fields={"qkv_bias": True},
         defaults=_QWEN | {"max_window_layers": 28},
     ),
+    "qwen2_moe": Family(
+        "Qwen2MoeForCausalLM",
+        defaults=_QWEN
+        | {
+            "num_key_value_heads": 16,
+            "max_window_layers": 28,
+            "qkv_bias": True,
+            "num_local_experts": 60,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+            "norm_topk_prob": False,
+        },
+        ignored=("attention_bias",),
+        slides=lambda layer, first: layer % 2 == 0 and layer < first,
+    ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
-        fields={"qk_norm": True},
+        fields={"qk_norm": "head"},
         defaults=_QWEN | {"max_window_layers": 28, "head_dim": 128},
     ),
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM",
-        fields={"qk_norm": True},
+        fields={"qk_norm": "head"},
         defaults=_QWEN
         | {
             "num_key_value_heads": 4,
@@ -127,7 +268,7 @@ FAMILIES = {
     "qwen2_5_vl_text": Family("Qwen2_5_VLTextModel", {"qkv_bias": True}, _QWEN_VL, **_MROPE),
     "qwen3_vl_text": Family(
         "Qwen3VLTextModel",
-        {"qk_norm": True},
+        {"qk_norm": "head"},
         {
             "num_key_value_heads": 32,
             "head_dim": 128,
@@ -146,7 +287,7 @@ FAMILIES = {
     ),
     "gemma2": Family(
         "Gemma2ForCausalLM",
-        _GEMMA | {"sandwich_norm": True},
+        _GEMMA | {"norm_placement": "sandwich"},
         _GEMMA2_DEFAULTS
         | {
             "sliding_window_pattern": 2,
@@ -158,7 +299,7 @@ FAMILIES = {
     ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
-        _GEMMA | {"sandwich_norm": True, "qk_norm": True},
+        _GEMMA | {"norm_placement": "sandwich", "qk_norm": "head"},
         _GEMMA2_DEFAULTS
         | {
             "vocab_size": 262208,

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from lorakit.config.errors import LorakitError
 from lorakit.models.config import ModelConfig
 
 # GGUF's names -> Hugging Face's: first of the tensors outside the layers, then of those in a layer.
@@ -146,13 +147,18 @@ DIALECTS = {
 
 
 def dialect_of(config: ModelConfig) -> tuple[str, Dialect]:
-    """Return GGUF's name of a model's architecture, and its dialect."""
+    """Return GGUF's name of a model's architecture, and its dialect.
+
+    Raises LorakitError if the model's family has none here.
+    """
     if config.model_type in ("mistral", MIXTRAL.model_type):
         return "llama", MIXTRAL if any(config.moe_layers) else _LLAMA
-    return next(
-        (arch, dialect)
-        for arch, dialect in DIALECTS.items()
-        if dialect.model_type == config.model_type
+    for arch, dialect in DIALECTS.items():
+        if dialect.model_type == config.model_type:
+            return arch, dialect
+    raise LorakitError(
+        f"models of model_type {config.model_type!r} are not written as GGUF; save_model writes "
+        "safetensors, which llama.cpp's convert_hf_to_gguf.py takes"
     )
 
 

@@ -1,6 +1,8 @@
 """The output head: it turns hidden states into logits, and into the loss.
 
-    logits = hidden head^T,   and c tanh(logits / c) where the family has a soft cap c
+    logits = hidden head^T / s,   and c tanh(logits / c) where the family has a soft cap c
+
+s is 1 in most families. The hidden states are divided by it, not the logits, which are many more.
 
 The head is a layer of its own, `lm_head`, or the embedding itself where the two are tied. Either
 may be dense or packed, and either may carry adapters.
@@ -35,10 +37,12 @@ class OutputHead(NamedTuple):
     """Soft cap c of the logits; None: they have none."""
     float8: kernels.Float8Weight | None = None
     """The weight for the products of `loss`, if they are to run in float8."""
+    scaling: float = 1.0
+    """Number s that the logits are divided by."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [..., V] of hidden states [..., H]."""
-        logits = self._before_softcap(hidden)
+        logits = self._before_softcap(self._scaled(hidden))
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def loss(
@@ -66,7 +70,7 @@ class OutputHead(NamedTuple):
         Returns:
             The sum, fp32 [], and the count, int64 [].
         """
-        found = self._bare_weight()
+        hidden, found = self._scaled(hidden), self._bare_weight()
         if found is not None:
             stored, update = found
             weight = stored if self.float8 is None else self.float8
@@ -104,6 +108,9 @@ class OutputHead(NamedTuple):
         if found is None or (isinstance(found[0], Tensor) and found[0].requires_grad):
             return None
         return found[0]
+
+    def _scaled(self, hidden: Tensor) -> Tensor:
+        return hidden if self.scaling == 1 else hidden / self.scaling
 
     def _before_softcap(self, hidden: Tensor) -> Tensor:
         if not self.tied:

@@ -254,7 +254,7 @@ def _same_values(a: LazyWeight, b: LazyWeight) -> bool:
 
 def _empty_model(config: ModelConfig, weights: Mapping[str, LazyWeight], where: str) -> Decoder:
     """Build the model on the meta device; refuse sizes that the files do not hold, or none can."""
-    last = f"model.layers.{config.num_hidden_layers - 1}.input_layernorm.weight"
+    last = f"model.layers.{config.num_hidden_layers - 1}.post_attention_layernorm.weight"
     if last not in weights:  # checked first: a damaged config may ask for a million layers
         raise LorakitError(f"{where}: tensor {last} is missing")
     try:

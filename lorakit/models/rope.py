@@ -13,6 +13,14 @@ of the turned vectors: cos and sin are multiplied by a constant m.
                m = 0.1 ln(s) + 1                                          (arXiv:2309.00071)
     longrope   f_j / l_j with a searched list l, one up to L and one beyond, and
                m = sqrt(1 + ln(s) / ln(L))                                (arXiv:2402.13753)
+    proportional   f_j / s for the first p D / 2 pairs, and 0 for the others, which do not turn
+
+Where only a share p of each head turns (partial rotation), the first R = p D of its numbers are R/2
+pairs, with R in the place of D in the formulas. "proportional" instead pairs the whole head. A
+layer without positions (NoPE, arXiv:2305.19466) is NO_ROPE, a rotation by 0.
+
+Ministral 3 also multiplies the query at position t by 1 + b ln(1 + floor(t / L)), as Llama 4 does,
+so that attention stays sharp over long texts (`query_scale`).
 
 "dynamic" and "longrope" depend on how long the sequence is now. Each row of a batch and each packed
 document has a length of its own, and so its own frequencies. Keys that lie in a cache keep the
@@ -31,7 +39,7 @@ from torch import Tensor
 from lorakit import kernels
 from lorakit.config.errors import LorakitError
 
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 
 
 @dataclass(frozen=True)
@@ -66,12 +74,16 @@ class RopeConfig:
     truncate: bool = True
     """Whether the ends of yarn's ramp are rounded to whole pairs."""
     short_factor: list[float] = field(default_factory=list, hash=False)
-    """Divisors l of longrope for sequences up to L, [D / 2]."""
+    """Divisors l of longrope for sequences up to L, [R / 2]."""
     long_factor: list[float] = field(default_factory=list, hash=False)
-    """Divisors l of longrope for longer sequences, [D / 2]."""
+    """Divisors l of longrope for longer sequences, [R / 2]."""
+    partial_rotary_factor: float = 1.0
+    """Share p of each head that turns."""
+    llama_4_scaling_beta: float | None = None
+    """Factor b in the scale of queries; None: they have none."""
     mrope_section: list[int] | None = field(default=None, hash=False)
-    """How many pairs turn by each of an image's three positions. Text, where these are equal, turns
-    alike without it; it is kept for the model files."""
+    """How many pairs turn by each of an image's three positions. In text the three are equal, so
+    that this changes nothing; it is kept for the model files."""
     mrope_interleaved: bool | None = None
     """Whether these pairs lie interleaved; kept for the model files."""
 
@@ -91,6 +103,9 @@ class RopeConfig:
             raise LorakitError("rope: beta_fast, beta_slow must be > 0")
         if self.rope_type == "yarn" and not self.rope_theta > 1:
             raise LorakitError("rope: yarn needs a rope_theta above 1")
+        least = 0 if self.rope_type == "proportional" else 1e-9
+        if not least <= self.partial_rotary_factor <= 1:
+            raise LorakitError("rope: partial_rotary_factor must lie between 0 and 1")
         if not all(divisor > 0 for divisor in self.short_factor + self.long_factor):
             raise LorakitError("rope: short_factor and long_factor must be positive")
 
@@ -98,6 +113,16 @@ class RopeConfig:
     def by_length(self) -> bool:
         """Whether the frequencies depend on how long the sequence is."""
         return self.rope_type in ("dynamic", "longrope")
+
+    def rotary_dim(self, head_dim: int) -> int:
+        """Return how many numbers R of a head of so many the tables turn."""
+        if self.rope_type == "proportional":
+            return head_dim
+        return int(head_dim * self.partial_rotary_factor)
+
+
+NO_ROPE = RopeConfig(rope_type="proportional", partial_rotary_factor=0.0)
+"""The rotary embedding of a layer that knows no positions: it turns nothing."""
 
 
 def inverse_frequencies(
@@ -113,8 +138,9 @@ def inverse_frequencies(
             does not exceed L. Where no frequency depends on a length, it is not looked at.
 
     Returns:
-        Radians a position: fp32 [..., D / 2] where they depend on the length, else [D / 2].
+        Radians a position: fp32 [..., R / 2] where they depend on the length, else [R / 2].
     """
+    share, head_dim = rope.partial_rotary_factor, rope.rotary_dim(head_dim)
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     original = rope.original_max_position_embeddings
     if rope.rope_type == "dynamic" and lengths is not None:
@@ -125,6 +151,9 @@ def inverse_frequencies(
     freqs = 1.0 / rope.rope_theta**exponents
     if rope.rope_type == "linear":
         return freqs / rope.factor
+    if rope.rope_type == "proportional":
+        turned = int(share * head_dim / 2)
+        return torch.cat([freqs[:turned] / rope.factor, torch.zeros_like(freqs[turned:])])
     if rope.rope_type == "longrope":
         short, long = (
             torch.tensor(divisors, dtype=torch.float32, device=device)
@@ -207,7 +236,7 @@ def rope_tables(
             the frequencies depend on it.
 
     Returns:
-        Two fp32 tensors [B, T, D / 2], as `kernels.rope` takes them.
+        Two fp32 tensors [B, T, R / 2], as `kernels.rope` takes them.
     """
     if not rope.by_length:
         lengths = None
@@ -220,3 +249,21 @@ def rope_tables(
     angles, m = position_ids[..., None].float() * freqs, _magnitude(rope)
     cos, sin = angles.cos(), angles.sin()
     return (cos, sin) if m == 1 else (m * cos, m * sin)
+
+
+def query_scale(rope: RopeConfig, position_ids: Tensor, longest: int) -> Tensor | None:
+    """Return the factors of queries, 1 + b ln(1 + floor(position / L)).
+
+    Args:
+        rope: The rotary embedding.
+        position_ids: int64 [B, T].
+        longest: No position reaches this number.
+
+    Returns:
+        fp32 [B, T, 1, 1], or None if all are 1.
+    """
+    original = rope.original_max_position_embeddings
+    if not rope.llama_4_scaling_beta or longest <= original:
+        return None
+    turns = (position_ids // original).float()
+    return (1 + rope.llama_4_scaling_beta * torch.log1p(turns))[..., None, None]

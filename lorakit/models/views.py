@@ -24,7 +24,7 @@ from lorakit import kernels
 from lorakit.config.errors import LorakitError
 from lorakit.models.cache import Cache
 from lorakit.models.config import ModelConfig
-from lorakit.models.rope import rope_tables
+from lorakit.models.rope import query_scale, rope_tables
 
 
 class PackedRow(NamedTuple):
@@ -46,7 +46,7 @@ class AttentionView(NamedTuple):
     """What a layer needs to know about one call: what its positions see, and how it is run."""
 
     tables: tuple[Tensor, Tensor]
-    """Rotary tables, cos and sin: fp32 [B or 1, T, D / 2]."""
+    """Rotary tables, cos and sin: fp32 [B or 1, T, R / 2]."""
     mask: Tensor | None
     """True where a query may look: bool [T, S] or [B, 1, T, S]; None: causal attention."""
     window: int | None
@@ -57,6 +57,8 @@ class AttentionView(NamedTuple):
     """Whether the block runs a second time right before its backward (gradient checkpointing)."""
     keeps: bool
     """Whether the MLP keeps gate and up for backward, which otherwise computes them again."""
+    query_scale: Tensor | None = None
+    """Factors of the queries after their rotation: fp32 [B or 1, T, 1, 1]; None: all are 1."""
 
 
 def attention_views(
@@ -98,21 +100,21 @@ def attention_views(
     if attention_mask is not None:
         real = attention_mask.bool()
         position_ids = (real.cumsum(-1) - 1).clamp(min=0)[:, past:]
-    local = tables = rope_tables(config.rope, config.head_dim, position_ids, own)
-    if config.rope_local is not None:
-        local = rope_tables(config.rope_local, config.head_dim, position_ids, own)
+    tables = [rope_tables(rope, config.head_dim, position_ids, own) for rope in config.ropes]
+    scale = query_scale(config.rope, position_ids, past + T)
 
-    def view(slides: bool, keeps: bool) -> AttentionView:
+    def view(slides: bool, rope: int, keeps: bool) -> AttentionView:
         window, mask = config.sliding_window if slides else None, None
         if lengths is None:
             seen = positions if cache is None else cache.positions(T, window)
             mask = key_mask(positions, seen, window, real)
-        rotary = local if slides else tables
-        return AttentionView(rotary, mask, window, lengths, recomputed, keeps)
+        return AttentionView(tables[rope], mask, window, lengths, recomputed, keeps, scale)
 
     # what a block keeps that runs again right before its backward lives for that block only
     layers = range(config.num_hidden_layers)
-    kinds = [(config.slides(i), recomputed or i < kept_layers) for i in layers]
+    kinds = [
+        (config.slides(i), config.rope_number(i), recomputed or i < kept_layers) for i in layers
+    ]
     views = {kind: view(*kind) for kind in set(kinds)}
     return [views[kind] for kind in kinds]
 

@@ -34,9 +34,9 @@ from lorakit.adapters.layers.wrapper import Attached
 from lorakit.config.training import OPTIMIZERS, TrainConfig
 from lorakit.data.batching import Order
 from lorakit.data.encode import IGNORE, Example, PairExample
-from lorakit.models.blocks import MoE
 from lorakit.models.decoder import Decoder
 from lorakit.models.hooks import has_hooks, has_own_forward
+from lorakit.models.mlp import MoE
 from lorakit.models.views import PackedRow
 
 Function = Callable[[], Tensor | None]

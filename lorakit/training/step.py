@@ -15,8 +15,8 @@ from lorakit.config.errors import LorakitError
 from lorakit.config.training import TrainConfig
 from lorakit.data.encode import IGNORE, Example, PairExample
 from lorakit.data.examples import Examples
-from lorakit.models.blocks import MoE
 from lorakit.models.decoder import Decoder
+from lorakit.models.mlp import MoE
 from lorakit.training.captured import CapturedStep, HostRow
 from lorakit.training.losses.batch import Batch, collated, summed_loss
 from lorakit.training.losses.reference import Reference

@@ -10,6 +10,7 @@ import lorakit as lk
 from lorakit.files.gguf import read_header
 from lorakit.models.gguf import read_gguf
 from lorakit.models.load import open_model
+from tests.conftest import FAMILY_VARIANTS, tiny
 from tests.export.llama_cpp import LlamaCpp
 from tests.export.models import write_model
 from tests.models.test_gguf import VARIANTS
@@ -165,6 +166,15 @@ def test_what_a_file_cannot_say_is_refused_by_its_name(tmp_path, variant, settin
     with pytest.raises(lk.LorakitError, match=re.escape(said)):
         lk.export_gguf(model, tmp_path / "m.gguf", quantization="f32")
     assert not list(tmp_path.glob("*m.gguf*"))
+
+
+@pytest.mark.parametrize("name", ["phi3", "smollm3", "ministral3"])
+def test_a_family_that_is_not_written_as_gguf_is_refused_by_its_name(tmp_path, name):
+    family, options = FAMILY_VARIANTS[name]
+    tiny(family, **options).save_pretrained(tmp_path)
+    with pytest.raises(lk.LorakitError, match=f"model_type '{name}' are not written as GGUF"):
+        lk.export_gguf(tmp_path, tmp_path / "m.gguf")
+    assert not (tmp_path / "m.gguf").exists()
 
 
 def test_a_window_is_written_as_the_context(tmp_path):

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import lorakit as lk
-from lorakit.models.blocks import MoE
 from lorakit.models.expert_layers import expert_layers
+from lorakit.models.mlp import MoE
 from lorakit.training.float8 import end_float8, start_float8
 from tests.conftest import FAMILY_VARIANTS
 from tests.models.variants import load

@@ -30,7 +30,7 @@ def loss_and_gradients(model, ids):
 
 
 @pytest.mark.parametrize(
-    ("fields", "checkpointing"), [({"qkv_bias": True}, False), ({"qk_norm": True}, True)]
+    ("fields", "checkpointing"), [({"qkv_bias": True}, False), ({"qk_norm": "head"}, True)]
 )
 def test_a_model(fields, checkpointing, monkeypatch):
     """Loss and gradients are those of plain torch, and all layers but o run as one product."""

@@ -79,7 +79,7 @@ def test_bad_model_config(change, message):
 
 @pytest.mark.parametrize("model_type", ["qwen3_5", "gemma4", "gemma3n", "llama4", "gpt_oss"])
 def test_a_model_type_is_looked_at_before_anything_else(model_type):
-    """Of a model that lorakit lacks, no other key is complained of."""
+    """A model that lorakit lacks is refused by its name, whatever else its file lacks."""
     values = {"model_type": model_type, "text_config": {"model_type": f"{model_type}_text"}}
     with pytest.raises(lk.LorakitError, match=f"^config.json: model_type '{model_type}' is not su"):
         lk.ModelConfig.from_hf(values)

@@ -73,6 +73,31 @@ def test_sliding_layers_of_each_family():
     assert sliding("qwen2", use_sliding_window=False, **qwen) == []
     assert sliding("qwen2", use_sliding_window=True, **qwen) == [False] * 12 + [True] * 4
     assert sliding("qwen3", use_sliding_window=True, sliding_window=9, max_window_layers=99) == []
+    assert sliding("qwen2_moe", use_sliding_window=True, max_window_layers=3) == (
+        [True, False, True] + [False] * 13
+    )
+    assert sliding("cwm") == [False, True, True, True] * 4
+    assert sliding("olmo3") == [True, True, True, False] * 4
+    assert sliding("smollm3", sliding_window=9) == []
+    assert sliding("smollm3", sliding_window=9, use_sliding_window=True) == (
+        [False, False, False, True] * 4
+    )
+
+
+def test_layers_without_a_rotary_embedding():
+    def config(**change):
+        return lk.ModelConfig.from_hf(LLAMA | {"model_type": "smollm3"} | change)
+
+    assert config().rope_layers == [True, True, True, False] * 4
+    assert config(no_rope_layer_interval=17).rope_layers == []
+    assert config(no_rope_layers=[0] + [1] * 15).rope_layers == [False] + [True] * 15
+    for bad, message in [
+        ({"no_rope_layers": [1, 0]}, "no_rope_layers names 2 of 16 layers"),
+        ({"no_rope_layers": [2] * 16}, "no_rope_layers must list 0 or 1"),
+        ({"no_rope_layer_interval": 0}, "no_rope_layer_interval must be positive"),
+    ]:
+        with pytest.raises(lk.LorakitError, match=message):
+            config(**bad)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -111,11 +136,15 @@ def test_each_key_that_a_file_leaves_out_means_what_transformers_takes(model_typ
         "max_window_layers": 3, "query_pre_attn_scalar": 3, "final_logit_softcapping": 1.0,
         "attn_logit_softcapping": 2.0, "num_local_experts": 12, "num_experts_per_tok": 3,
         "moe_intermediate_size": 32, "norm_topk_prob": True, "decoder_sparse_step": 2,
-        "mlp_only_layers": [1],
+        "mlp_only_layers": [1], "shared_expert_intermediate_size": 40, "qkv_bias": False,
+        "attention_bias": False, "attention_out_bias": True, "mlp_bias": True,
+        "embedding_multiplier": 2.0, "residual_multiplier": 3.0, "logits_scaling": 4.0,
+        "attention_multiplier": 5.0, "no_rope_layers": [1, 0, 1, 1, 0, 1],
+        "no_rope_layer_interval": 2,
     }  # fmt: skip
     known = AutoConfig.for_model(model_type).to_dict().keys() - {"model_type"}
     values = {name: value for name, value in unusual.items() if name in known}
-    if scaled and model_type != "gemma3_text":
+    if scaled and model_type not in ("gemma3_text", "olmo3", "phi3"):  # two rotations; longrope
         values["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 3e4, "factor": 2.0}
     for left_out in known:
         given = {name: value for name, value in values.items() if name != left_out}

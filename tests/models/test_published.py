@@ -57,6 +57,29 @@ GEMMA3 = {
     "hidden_activation": "gelu_pytorch_tanh",
 }
 MISTRAL = {"model_type": "mistral", "rms_norm_eps": 1e-5}
+PHI = {"model_type": "phi3", "rms_norm_eps": 1e-5, "pad_token_id": None}
+LONGROPE = {
+    "type": "longrope",
+    "short_factor": [1.0] * 48,
+    "long_factor": [1 + 0.5 * i for i in range(48)],
+}
+GRANITE = {
+    "model_type": "granite",
+    "rope_theta": 1e7,
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 8.0,
+    "attention_multiplier": 0.015625,
+    "tie_word_embeddings": True,
+}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 8.0,
+    "original_max_position_embeddings": 8192,
+    "attention_factor": 1.2079441541679836,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}
 
 PUBLISHED = {
     "Llama 2 7B": (LLAMA | sizes(32000, 4096, 11008, 32, 32, 32), 6_738_415_616),
@@ -138,6 +161,54 @@ PUBLISHED = {
         | sizes(32000, 4096, 14336, 32, 32, 8),
         46_702_792_704,
     ),
+    "Mistral Small 3.1, its text model": (
+        MISTRAL
+        | {"rope_theta": 1e9, "head_dim": 128}
+        | sizes(131072, 5120, 32768, 40, 32, 8, sliding_window=None),
+        23_572_403_200,
+    ),
+    "Ministral 8B": (
+        {"model_type": "ministral", "rope_theta": 1e8, "head_dim": 128, "rms_norm_eps": 1e-5}
+        | sizes(131072, 4096, 12288, 36, 32, 8, sliding_window=32768),
+        8_019_808_256,
+    ),
+    "SmolLM3 3B": (
+        {"model_type": "smollm3", "rope_theta": 5e6, "no_rope_layer_interval": 4}
+        | sizes(128256, 2048, 11008, 36, 16, 4, max_position_embeddings=65536),
+        3_075_098_624,
+    ),
+    "Phi 3 mini": (PHI | sizes(32064, 3072, 8192, 32, 32, 32), 3_821_079_552),
+    "Phi 4": (
+        PHI | sizes(100352, 5120, 17920, 40, 40, 10, rope_theta=250000.0),
+        14_659_507_200,
+    ),
+    "Phi 4 mini": (
+        PHI
+        | {"partial_rotary_factor": 0.75, "tie_word_embeddings": True}
+        | {"max_position_embeddings": 131072, "rope_scaling": LONGROPE}
+        | sizes(200064, 3072, 8192, 32, 24, 8),
+        3_836_021_760,
+    ),
+    "Granite 3.3 2B": (GRANITE | sizes(49159, 2048, 8192, 40, 32, 8), 2_533_539_840),
+    "OLMo 2 7B": (
+        {"model_type": "olmo2", "rope_theta": 5e5, "rms_norm_eps": 1e-6}
+        | sizes(100352, 4096, 11008, 32, 32, 32),
+        7_298_617_344,
+    ),
+    "OLMo 3 7B": (
+        {"model_type": "olmo3", "rope_theta": 5e5, "rms_norm_eps": 1e-6, "rope_scaling": YARN}
+        | sizes(100278, 4096, 11008, 32, 32, 32, sliding_window=4096),
+        7_298_011_136,
+    ),
+    "Qwen1.5 MoE A2.7B": (
+        {"model_type": "qwen2_moe", "rope_theta": 1e6} | sizes(151936, 2048, 5632, 24, 16, 16),
+        14_315_784_192,
+    ),
+    "Seed OSS 36B": (
+        {"model_type": "seed_oss", "rope_theta": 1e7, "head_dim": 128}
+        | sizes(155136, 5120, 27648, 64, 80, 8),
+        36_151_104_512,
+    ),
 }
 
 
@@ -147,6 +218,21 @@ def test_number_of_parameters(name):
     with torch.device("meta"):
         model = Decoder(lk.ModelConfig.from_hf(values))
     assert sum(p.numel() for p in model.parameters()) == count
+
+
+@pytest.mark.parametrize(
+    ("stated", "values"),
+    [
+        (34, sizes(131072, 3072, 9216, 26, 32, 8, tie_word_embeddings=True)),
+        (84, sizes(131072, 4096, 14336, 34, 32, 8)),
+        (135, sizes(131072, 5120, 16384, 40, 32, 8)),
+    ],
+)
+def test_number_of_parameters_of_ministral_3(stated, values):
+    """Its pages state the text models' sizes in tenths of a billion, cut off."""
+    with torch.device("meta"):
+        model = Decoder(lk.ModelConfig.from_hf({"model_type": "ministral3"} | values))
+    assert sum(p.numel() for p in model.parameters()) // 10**8 == stated
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -165,9 +251,10 @@ def test_transformers_reads_the_same(name, tmp_path):
         theirs.num_hidden_layers = 1  # the modules of one layer say it all
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(theirs).model
-        assert model.layers[0].self_attn.scaling == pytest.approx(
-            (config.query_pre_attn_scalar or config.head_dim) ** -0.5
-        )
+        scale = config.attention_multiplier
+        if scale is None:
+            scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
+        assert model.layers[0].self_attn.scaling == pytest.approx(scale)
         kinds = {"full_attention": config.rope, "sliding_attention": config.rope_local}
         rope = type(model.rotary_emb)(theirs)
         found = {kind: rope for kind, rope in kinds.items() if rope is not None}

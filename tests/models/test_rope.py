@@ -6,8 +6,21 @@ import pytest
 import torch
 
 import lorakit as lk
-from lorakit.models.rope import RopeConfig, inverse_frequencies, rope_tables
-from tests.conftest import LLAMA3_ROPE, LOGITS, TINY, TINY_VARIANTS, tiny_llama
+from lorakit.models.rope import (
+    NO_ROPE,
+    RopeConfig,
+    inverse_frequencies,
+    query_scale,
+    rope_tables,
+)
+from tests.conftest import (
+    FAMILY_VARIANTS,
+    LLAMA3_ROPE,
+    LOGITS,
+    TINY,
+    TINY_VARIANTS,
+    tiny_llama,
+)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +104,50 @@ def test_every_spelling_of_rope_is_read_as_transformers_reads_it(tmp_path, chang
     assert (ours(ids) - theirs(ids).logits).abs().max() <= LOGITS
 
 
+def test_proportional_frequencies_and_none():
+    """The pairs of Gemma 4 are those of the whole head, of which the last do not turn."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25}
+    config = LlamaConfig(hidden_size=256, num_attention_heads=4, rope_parameters=dict(rope))
+    expected, _ = ROPE_INIT_FUNCTIONS["proportional"](config)
+    cpu = torch.device("cpu")
+    found = inverse_frequencies(RopeConfig(**rope), 64, cpu)
+    assert torch.allclose(found, expected, rtol=1e-6)  # fp32, one or two roundings apart
+    assert (found == 0).sum() == 24
+    assert torch.equal(inverse_frequencies(NO_ROPE, 64, cpu), torch.zeros(32))
+
+
+@pytest.mark.parametrize("length", [10, 200])
+def test_partial_longrope_of_phi(length):
+    """Its tables are transformers', below and beyond the original context of 128."""
+    from transformers import Phi3Config
+    from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
+
+    theirs = Phi3Config(**{**TINY, **FAMILY_VARIANTS["phi3"][1]})
+    positions = torch.arange(length)[None]
+    expected = Phi3RotaryEmbedding(theirs)(torch.zeros(1), positions)
+    ours = lk.ModelConfig.from_hf(theirs.to_dict())
+    for table, both_halves in zip(
+        rope_tables(ours.rope, ours.head_dim, positions), expected, strict=True
+    ):
+        # angles up to 200 in fp32: 200 * 2^-24, from frequencies one or two roundings apart
+        assert (table - both_halves[..., :2]).abs().max() <= 4e-5
+
+
+def test_scale_of_queries():
+    from transformers.models.ministral3.modeling_ministral3 import get_llama_4_attn_scale
+
+    rope = RopeConfig(original_max_position_embeddings=16, llama_4_scaling_beta=0.1)
+    positions = torch.stack([torch.arange(100), torch.arange(100).clamp(max=40)])
+    expected = get_llama_4_attn_scale(positions, 0.1, 16)  # [B, 1, T, 1]
+    # fp32, a rounding or two apart
+    assert torch.allclose(query_scale(rope, positions, 100), expected.transpose(1, 2), rtol=1e-6)
+    assert query_scale(rope, positions, 16) is None  # all are 1
+    assert query_scale(RopeConfig(), positions, 10**6) is None
+
+
 @pytest.mark.parametrize("length", [10, 60])
 @pytest.mark.parametrize("variant", [name for name in TINY_VARIANTS if "rope" in name])
 def test_tables_are_transformers_cos_and_sin(variant, length):
@@ -141,6 +198,7 @@ def test_each_row_has_the_tables_of_its_own_length(variant):
         ({"original_max_position_embeddings": 1}, "must be at least 2"),
         ({"beta_slow": 0.0}, "beta_fast, beta_slow must be > 0"),
         ({"rope_type": "yarn", "rope_theta": 1.0}, "yarn needs a rope_theta above 1"),
+        ({"partial_rotary_factor": 0.0}, "partial_rotary_factor must lie between 0 and 1"),
         ({"long_factor": [1.0, 0.0]}, "short_factor and long_factor must be positive"),
     ],
 )

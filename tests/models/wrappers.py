@@ -2,7 +2,7 @@
 
 import torch
 
-from tests.conftest import GEMMA3, TINY
+from tests.conftest import FAMILY_VARIANTS, GEMMA3, TINY
 
 SIGLIP = {
     "hidden_size": 16,
@@ -20,17 +20,6 @@ QWEN_VISION = {
     "out_hidden_size": TINY["hidden_size"],
     "patch_size": 14,
 }
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 1e4,
-    "factor": 4.0,
-    "original_max_position_embeddings": 8,
-    "beta_fast": 4.0,
-    "beta_slow": 1.0,
-    "mscale": 1.0,
-    "mscale_all_dim": 1.0,
-    "llama_4_scaling_beta": 0.3,
-}
 
 
 def mrope(*sections, **more):
@@ -43,6 +32,12 @@ WRAPPED = {
     "mistral3": (
         "mistral3",
         {"model_type": "mistral", "head_dim": 12, "sliding_window": None},
+        {**SIGLIP, "model_type": "pixtral", "head_dim": 8},
+        {"image_token_index": 96, "tie_word_embeddings": False},
+    ),
+    "mistral3 around ministral3": (
+        "mistral3",
+        {"model_type": "ministral3", **FAMILY_VARIANTS["ministral3"][1]},
         {**SIGLIP, "model_type": "pixtral", "head_dim": 8},
         {"image_token_index": 96, "tie_word_embeddings": False},
     ),

@@ -20,9 +20,9 @@ from lorakit import kernels
 from lorakit.data.batching import Order
 from lorakit.data.encode import Example
 from lorakit.kernels.ops.attention import documents
-from lorakit.models.blocks import MoE
 from lorakit.models.decoder import Decoder
 from lorakit.models.expert_layers import expert_layers
+from lorakit.models.mlp import MoE
 from lorakit.models.rope import RopeConfig
 from lorakit.training import run as training_run
 from lorakit.training.captured import CapturedStep, Kind, why_eager

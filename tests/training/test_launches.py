@@ -199,7 +199,7 @@ def step_of_experts(experts: int, *, targets="all-linear", checkpointing: bool =
     """One step of a packed row through two layers of Qwen3-30B-A3B, with so many experts."""
     sizes = {"num_experts": experts, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
     config = lk.ModelConfig(
-        "qwen3_moe", 1000, 2048, 6144, 2, 32, 4, 128, qk_norm=True, norm_topk_prob=True,
+        "qwen3_moe", 1000, 2048, 6144, 2, 32, 4, 128, qk_norm="head", norm_topk_prob=True,
         moe_layers=(True, True), **sizes,
     )  # fmt: skip
     with MetaGPU() as gpu:
