@@ -177,7 +177,8 @@ KIND_OF = {
     "attention": "attention", "nf4": "dequantize",
     "frozen_linear": "frozen products", "lora_linear": "casts", "cross_entropy": "head",
     "adamw": "optimizer", "float8": "casts", "experts": "frozen products",
-    "lora_linear/_join": "dequantize",
+    "lora_linear/_join": "dequantize", "lora_linear/_strips": "products with A and B",
+    "lora_linear/_sums": "products with A and B",
 }  # fmt: skip
 # Bytes of an optimizer's kernel per value that is trained, which it finds by a table of addresses.
 OF_ADAMW = {"adamw/_squares": 4, "adamw/_decide": 0, "adamw/_update": 28}
@@ -268,10 +269,15 @@ class Notes(TorchDispatchMode):
         if package == "frozen_linear":  # x [M, K] and y [M, N] come last, but for a bias
             x, y = [t for t in operands if t.dim() > 1][-2:]
             operations, rate = 2.0 * x.numel() * y.shape[-1], "product"
+        if name == "lora_linear/_strips":  # dlow and dB, each rank times all columns of dy
+            dys, sBs = operands[:3], operands[3:6]
+            pairs = {id(dy): dy.numel() * sB.shape[1] for dy, sB in zip(dys, sBs, strict=True)}
+            operations, rate = 4.0 * sum(pairs.values()), "product"
         if name == "experts/_rows":  # x [M, K] comes first, y [M, N] before the bounds
             operations, rate = 2.0 * operands[0].numel() * operands[-2].shape[1], "product"
         kind = KIND_OF.get(name, KIND_OF[package])
-        self.add(at, kind, operations, moved, operands[:2], rate=rate)
+        thin = name == "lora_linear/_strips"
+        self.add(at, kind, operations, moved, operands[:2], rate=rate, thin=thin)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         at, kwargs = len(self.gpu.launches), kwargs or {}

@@ -367,6 +367,8 @@ def cases() -> Iterator[tuple[str, Callable, int]]:
         rows = torch.empty(256, 4096 + 3 * r, dtype=torch.bfloat16)[:, :4096]
         run = partial(ops.lora_qkv, rows, joined, room=3 * r)
         yield f"lora joined {r}", run, 4096
+    for r in (16, 64):
+        yield f"lora gradients {r}", partial(gradients_at_once, r), 64 * (256 if r == 16 else 128)
     gate, up = bf16(8, 14336), bf16(8, 14336)
     yield "swiglu", both(lambda: ops.swiglu(gate, up)), 1024
     yield "geglu tanh", both(lambda: ops.geglu(gate, up)), 1024
@@ -428,6 +430,20 @@ def cases() -> Iterator[tuple[str, Callable, int]]:
         name = "nf4 dequantize" + (" double" if double else "")
         yield name, lambda q=q: ops.dequantize_nf4(q, torch.bfloat16), 4096
     yield from float8_cases(packed[True])
+
+
+def gradients_at_once(r: int) -> None:
+    """s dy B and dB of q, k and v from one reading of dy, as backward makes them."""
+    kernels = importlib.import_module("lorakit.kernels.ops.lora_linear.triton")
+    empty = partial(torch.empty, dtype=torch.bfloat16)
+    grads, sBs = (
+        [empty(512, n) for n in (4096, 1024, 1024)],
+        [empty(4096, r), *[empty(1024, r)] * 2],
+    )
+    low, dlow = empty(512, 4096 + 3 * r)[:, 4096:], empty(512, 3 * r)
+    if not lk.kernels.ops.swiglu.updates.adds_updates(low, [r]):
+        return
+    kernels.of_gradients(grads, sBs, low, [2.0] * 3, dlow, torch.float32)
 
 
 def updates_added(gate: torch.Tensor, up: torch.Tensor, r: int) -> None:

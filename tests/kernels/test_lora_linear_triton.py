@@ -107,6 +107,55 @@ def test_what_lies_one_after_the_other():
         assert reference.stacked(others) is None
 
 
+@settings(max_examples=12)
+@given(
+    layers=st.lists(st.tuples(st.integers(1, 300), st.integers(1, 64)), min_size=1, max_size=3),
+    rows=st.integers(1, 700),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 2**31),
+)
+def test_gradients_from_one_reading(layers, rows, dtype, seed):
+    """dlow = dy sB is rounded once, and dB = s dy^T low is as exact as an fp32 sum."""
+    R, dys, sBs = sum(r for _, r in layers), [], []
+    for i, (N, r) in enumerate(layers):
+        dys.append(random(seed + i, rows, N).to(dtype))
+        sBs.append(random(seed + 5 + i, N, r).to(dtype))
+    beside = random(seed + 9, rows, R + 3).to(dtype)
+    scalings = [0.5, 2.0, 3.0][: len(layers)]
+    with on_triton(), guarded(*dys, *sBs, beside) as copies:
+        low = copies[-1][:, :R]
+        dlow = torch.empty((rows, R + 5), dtype=dtype)[:, :R]
+        found = lora_triton.of_gradients(
+            copies[: len(dys)], copies[len(dys) : -1], low, scalings, dlow, torch.float32
+        )
+    exact = [dy.double() @ sB.double() for dy, sB in zip(dys, sBs, strict=True)]
+    sizes = [dy.double().abs() @ sB.double().abs() for dy, sB in zip(dys, sBs, strict=True)]
+    exact, size = torch.cat(exact, 1), torch.cat(sizes, 1)
+    # half a unit of the rounding, and of each of 300 sums in fp32 at most 2^-24
+    allowed = torch.finfo(dtype).eps / 2 * exact.abs() + 300 * 2**-24 * size + 2**-24
+    assert ((dlow.double() - exact).abs() <= allowed).all()
+    lows = low.split([r for _, r in layers], 1)
+    for dy, of_layer, s, dB in zip(dys, lows, scalings, found, strict=True):
+        exact = s * dy.double().t() @ of_layer.double()
+        size = s * dy.double().abs().t() @ of_layer.double().abs()
+        assert ((dB.double() - exact).abs() <= (rows + 1) * 2**-24 * size).all()
+
+
+def test_who_adds_up_what_one_reading_gives():
+    """It is how backward goes in 16 bits with many rows, and not in fp32 or with few."""
+    for dtype, rows, once in (
+        (torch.bfloat16, reference.FEW + 1, True),
+        (torch.bfloat16, reference.FEW, False),
+        (torch.float32, reference.FEW + 1, False),
+    ):
+        A, B = random(0, 2, 6), random(1, 8, 2)
+        static = [(Base(random(2, 8, 6).to(dtype)), 0.5)]
+        with on_triton():
+            group = reference.Group(static, reference.Dropout(0.0, 0), [A, B, None, None], dtype)
+            group.take([torch.ones(rows, 8, dtype=dtype)], [], x=random(3, rows, 6).to(dtype))
+        assert (group.of_B is not None) == once
+
+
 # ---- all layers of an input as one product ------------------------------------------------------
 
 

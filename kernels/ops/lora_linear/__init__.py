@@ -316,9 +316,10 @@ class LoraLinears(torch.autograd.Function):
         (group,) = ctx.groups or [_group(grads[0], ctx.static, ctx.drop, tensors)]
         small: list[Sum] = []
         later: list[Sum] = []
-        group.take([dy.to(group.dtype) for dy in grads], small)
+        x_like = x.to(group.dtype)
+        group.take([dy.to(group.dtype) for dy in grads], small, x=x_like)
         dx = group.grad_x(later) if ctx.needs_input_grad[0] else None
-        found = group.grad_tensors(x.to(group.dtype), ctx.needs_input_grad[5:], later)
+        found = group.grad_tensors(x_like, ctx.needs_input_grad[5:], later)
         sums_of_products(small, later)
         group.end()
         return _cast(dx, x.dtype), None, None, None, None, *found
@@ -372,7 +373,7 @@ class LoraMLP(torch.autograd.Function):
         swiglu.gated_backward_(hidden, gate, up, ctx.hidden_act, into, updates)
         small: list[Sum] = []
         later: list[Sum] = []
-        first.take(into, small, wide)
+        first.take(into, small, wide, flat)
         dx = first.grad_x(later) if ctx.needs_input_grad[0] else None
         need, split = ctx.needs_input_grad[9:], 2 * TENSORS
         of_inner = first.grad_tensors(flat, need[:split], later)

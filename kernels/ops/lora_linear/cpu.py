@@ -113,10 +113,16 @@ class Group:
         sums_of_products(small, sums)
         return ys
 
-    def take(self, grads: Sequence[Tensor], small: list[Sum], wide: None = None) -> None:
+    def take(
+        self,
+        grads: Sequence[Tensor],
+        small: list[Sum],
+        wide: None = None,
+        x: Tensor | None = None,
+    ) -> None:
         """Take the gradients dy [M, N] of each layer, from which the others follow.
 
-        `small` has to be run before what `grad_x` and `grad_tensors` leave.
+        `small` has to be run before what `grad_x` and `grad_tensors` leave. x is not needed.
         """
         self.grads = [dense_rows(dy) for dy in grads]
         # s dy B: [M, N] @ [N, r]

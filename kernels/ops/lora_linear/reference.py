@@ -17,7 +17,17 @@ from ... import dispatch
 from ..float8 import Float8Weight
 from ..frozen_linear.dense import Panels, product, product_back, weight_panels
 from ..products import Sum
-from .tensors import TENSORS, Dropout, FrozenLinearMap, LoraTensors, Static, by_layer
+from ..swiglu.updates import adds_updates
+from .tensors import (
+    TENSORS,
+    Dropout,
+    FrozenLinearMap,
+    LoraTensors,
+    Static,
+    by_layer,
+    stacked,
+    widened,
+)
 
 FEW = 128  # rows up to which a packed weight may be multiplied without making it dense
 # torch.mm and addmm can return the fp32 sums of a product in 16 bits, on NVIDIA's GPUs.
@@ -54,30 +64,6 @@ def triton_kernels() -> ModuleType:
     from . import triton
 
     return triton
-
-
-def stacked(tensors: Sequence[Tensor]) -> Tensor | None:
-    """Return a view of contiguous tensors of one shape as one tensor [n, ...].
-
-    Return None unless they lie one after the other in one memory.
-    """
-    first = tensors[0]
-    start, size, memory = first.storage_offset(), first.numel(), first.untyped_storage().data_ptr()
-    for i, t in enumerate(tensors):
-        same = t.shape == first.shape and t.dtype == first.dtype and t.is_contiguous()
-        if not same or t.storage_offset() != start + i * size:
-            return None
-        if t.untyped_storage().data_ptr() != memory:
-            return None
-    return first.as_strided((len(tensors), *first.shape), (size, *first.stride()))
-
-
-def widened(x: Tensor, columns: int) -> Tensor:
-    """Return x [M, K] and the memory beside its rows, [M, columns].
-
-    x is as it was for autograd, whatever is written beside it.
-    """
-    return x.data.as_strided((x.shape[0], columns), (columns, 1))
 
 
 def _gradient(a: Tensor, b: Tensor, dtype: torch.dtype, scaling: float = 1.0) -> Tensor:
@@ -187,6 +173,7 @@ class Group:
     scaled: list[Tensor]  # the same times DoRA's gain
     together: Tensor | None  # the same as one tensor [n, M, N], if they lie so, or None
     dlow: Tensor  # s dy B of each layer, side by side [M, R]
+    of_B: list[Tensor] | None  # dB of each layer, where dlow and these are made together
 
     def __init__(
         self,
@@ -305,12 +292,19 @@ class Group:
         shape, strides = (len(columns), *first.shape), (first.shape[1], *first.stride())
         return first.as_strided(shape, strides)
 
-    def take(self, grads: Sequence[Tensor], small: list[Sum], wide: Tensor | None = None) -> None:
+    def take(
+        self,
+        grads: Sequence[Tensor],
+        small: list[Sum],
+        wide: Tensor | None = None,
+        x: Tensor | None = None,
+    ) -> None:
         """Take the gradients dy [M, N] of each layer, from which the others follow.
 
-        `small` gets nothing. They may be the first columns of `wide` [M, N + room].
+        `small` gets nothing. They may be the first columns of `wide` [M, N + room]. x [M, K] is
+        what low is found from, if it is not kept.
         """
-        self.grads, self.wide = grads, wide
+        self.grads, self.wide, self.of_B = grads, wide, None
         self.scaled = [
             dy if layer.magnitude is None else dy * layer.gain(layer.magnitude)
             for layer, dy in zip(self.layers, grads, strict=True)
@@ -321,12 +315,35 @@ class Group:
         else:
             self.dlow = wide[:, self.N : self.N + self.R]
             self.together = None if self.stacked is None else self._side_by_side(grads)
+        if (x is not None or self.lows is not None) and self._reads_once():
+            self._take_once(x)
+            return
         columns = self.dlow.split_with_sizes(self.ranks, dim=1)
         if self.stacked is not None and self.together is not None:
             torch.bmm(self.together, self.stacked, out=self._side_by_side(columns))
             return
         for layer, dy, out in zip(self.layers, self.scaled, columns, strict=True):
             torch.mm(dy, layer.sB, out=out)  # s (dy B): [M, N] @ [N, r]
+
+    def _reads_once(self) -> bool:
+        """Return whether one reading of each dy gives its share of dlow, and dB."""
+        if len(self.dlow) <= FEW or not adds_updates(self.dlow, self.ranks):
+            return False
+        for layer, dy in zip(self.layers, self.scaled, strict=True):
+            like = layer.lora_B.dtype == self.layers[0].lora_B.dtype in dispatch.FLOATS
+            if not like or not layer.sB.is_contiguous() or dy.stride(1) != 1:
+                return False
+        return True
+
+    def _take_once(self, x: Tensor | None) -> None:
+        """Make dlow and dB for x [M, K], or for the low that is kept."""
+        lows = self.lows if x is None else self.low(x)
+        assert lows is not None  # that is when this is called
+        M, strides = len(lows[0]), lows[0].stride()
+        low = lows[0].as_strided((M, self.R), strides)  # they lie side by side
+        sBs, scalings = [layer.sB for layer in self.layers], [each.scaling for each in self.layers]
+        dtype = self.layers[0].lora_B.dtype
+        self.of_B = triton_kernels().of_gradients(self.scaled, sBs, low, scalings, self.dlow, dtype)
 
     def grad_x(self, later: list[Sum], apart: bool = False) -> Tensor:
         """Return dx = dy W + s (dy B) A, summed over the layers: [M, K]; `apart`: dy W alone.
@@ -375,11 +392,11 @@ class Group:
     def end(self) -> None:
         """Free what a backward pass has made; another pass makes it again."""
         self.forget_weights()
-        self.together = self.lows = self.wide = None
+        self.together = self.lows = self.wide = self.of_B = None
         del self.grads, self.scaled, self.dlow
 
-    def _gradients_together(self, lows: tuple[Tensor, ...]) -> Tensor | None:
-        """Return dB = s dy^T (d(x) A^T) of layers of one shape, [n, N, r], or None."""
+    def _gradients_together(self, lows: tuple[Tensor, ...]) -> Sequence[Tensor] | None:
+        """Return dB = s dy^T (d(x) A^T) of each of layers of one shape, [N, r], or None."""
         B = self.layers[0].lora_B
         if self.together is None or B.dtype != torch.float32:
             return None
@@ -388,8 +405,8 @@ class Group:
         unused = torch.empty((len(lows), *B.shape), device=B.device)  # beta = 0: it is not read
         a, b, s = self.together.transpose(1, 2), self._side_by_side(lows), self.layers[0].scaling
         if self.dtype == torch.float32:
-            return torch.baddbmm(unused, a, b, beta=0, alpha=s)
-        return torch.baddbmm(unused, a, b, beta=0, alpha=s, out_dtype=torch.float32)
+            return torch.baddbmm(unused, a, b, beta=0, alpha=s).unbind()
+        return torch.baddbmm(unused, a, b, beta=0, alpha=s, out_dtype=torch.float32).unbind()
 
     def grad_tensors(
         self, x: Tensor, need: Sequence[bool], later: list[Sum]
@@ -406,7 +423,7 @@ class Group:
             stacked = dA.split_with_sizes(self.ranks)
         if any(need[1::TENSORS]) or any(need[3::TENSORS]):
             lows = self.low(x)
-            together = self._gradients_together(lows)
+            together = self.of_B or self._gradients_together(lows)
         for i, layer in enumerate(self.layers):
             at = TENSORS * i
             if need[at]:

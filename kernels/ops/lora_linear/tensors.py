@@ -45,6 +45,30 @@ def by_layer(tensors: Sequence[Any]) -> list[LoraTensors]:
     return [LoraTensors(*tensors[i : i + TENSORS]) for i in range(0, len(tensors), TENSORS)]
 
 
+def stacked(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Return a view of contiguous tensors of one shape as one tensor [n, ...].
+
+    Return None unless they lie one after the other in one memory.
+    """
+    first = tensors[0]
+    start, size, memory = first.storage_offset(), first.numel(), first.untyped_storage().data_ptr()
+    for i, t in enumerate(tensors):
+        same = t.shape == first.shape and t.dtype == first.dtype and t.is_contiguous()
+        if not same or t.storage_offset() != start + i * size:
+            return None
+        if t.untyped_storage().data_ptr() != memory:
+            return None
+    return first.as_strided((len(tensors), *first.shape), (size, *first.stride()))
+
+
+def widened(x: Tensor, columns: int) -> Tensor:
+    """Return x [M, K] and the memory beside its rows, [M, columns].
+
+    x is as it was for autograd, whatever is written beside it.
+    """
+    return x.data.as_strided((x.shape[0], columns), (columns, 1))
+
+
 class Dropout(NamedTuple):
     """A mask that can be drawn again: from `seed`, or from seed and `counter` on the device."""
 

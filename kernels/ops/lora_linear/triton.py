@@ -22,11 +22,21 @@ is added. low lies beside x, in memory that who made x has left there (`lora_roo
 activation writes rows that lie apart at no cost. To copy x would take longer than q, k and v gain.
 Products are at their fastest in multiples of 8, so the ranks must add up to one. Rows are a
 multiple of 16 long, by which Triton knows that it may access 128 bits at a time.
+
+In backward dy is read once for two products that torch would read it for twice:
+
+    dlow = dy sB    sums over columns        dB = s dy^T low    sums over rows
+
+A program takes a strip of columns and a share of the rows. It keeps its dB in registers while it
+walks down, and writes a part of dlow for each tile, which another launch adds up in a fixed order.
+Parts are fp32: some 4 r (1 / COLUMNS + 1 / rows of a share) of the bytes of dy. How work is cut
+depends on shapes alone, so that the bits are those of any GPU.
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
-from typing import TypeGuard
+from typing import NamedTuple, TypeGuard
 
 import torch
 import triton
@@ -44,12 +54,18 @@ from ..nf4.triton import (
     scales_of,
     values_of,
 )
+from ..swiglu.triton import padded_rank
 
 MOST = 3  # layers of one launch: q, k and v
 BLOCK, WARPS = 1024, 4
 VALUES = 2 * PASSES * BYTES  # of a program
 SB_ROWS, SB_VALUES = 64, 4096  # of a program, at most
 MOST_ROWS = 65_535  # of x: the second dimension of an activation's grid has no more
+# Of a strip: rows of a tile, values of dB in registers, columns at most, and threads. There are
+# PROGRAMS at most, and each walks over LEAST rows, or more.
+STRIP_ROWS, STRIP_VALUES, STRIP_COLUMNS, STRIP_THREADS = 64, 8192, 256, 256
+PROGRAMS, LEAST = 256, 256
+SUMMED, SUM_THREADS = 512, 128
 
 
 @triton.jit
@@ -232,3 +248,162 @@ def join(weights: Sequence[NF4Tensor], A: Tensor, sBs: Sequence[Tensor], room: i
         **cut, **packed_options(first),
     )  # fmt: skip
     return J
+
+
+# ---- s dy B and dB from one reading of dy ----
+
+
+@triton.jit
+def _strips(
+    X0, X1, X2, SB0, SB1, SB2, LOW, PARTS, SMALL, M, stride0, stride1, stride2, low_row, n0, n1, n2,
+    r0, r1, r2, s1, s2, share, width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """A part of s dy B for each tile of rows, and of dy^T low for all of them."""
+    strip, zero = tl.program_id(0), tl.full((), 0, tl.int32)
+    X, SB, stride, N, r = X0, SB0, zero + stride0, zero + n0, zero + r0
+    first, column, before = zero, zero, zero
+    if strip >= s2:
+        X, SB, stride, N, r = X2, SB2, zero + stride2, zero + n2, zero + r2
+        first, column, before = zero + s2, zero + (r0 + r1), zero + (n0 + n1)
+    elif strip >= s1:
+        X, SB, stride, N, r = X1, SB1, zero + stride1, zero + n1, zero + r1
+        first, column, before = zero + s1, zero + r0, zero + n0
+    at, k = tl.arange(0, ROWS), tl.arange(0, RANK)
+    n = (strip - first) * COLUMNS + tl.arange(0, COLUMNS)
+    of_layer = (n < N)[:, None] & (k < r)[None, :]
+    sB = tl.load(SB + n[:, None] * r + k[None, :], mask=of_layer, other=0.0)
+    begin = tl.program_id(1) * share
+    end = tl.minimum(begin + share, M)
+    sums = tl.zeros((COLUMNS, RANK), tl.float32)
+    for row in range(begin, end, ROWS):
+        m, wide = row + at, tl.full((), 0, tl.int64) + row
+        inside = (m < end)[:, None]
+        source = X + wide * stride + at[:, None] * stride + n[None, :]
+        x = tl.load(source, mask=inside & (n < N)[None, :], other=0.0)
+        source = LOW + wide * low_row + at[:, None] * low_row + (column + k)[None, :]
+        low = tl.load(source, mask=inside & (k < r)[None, :], other=0.0)
+        target = PARTS + (strip.to(tl.int64) * M + wide) * width + at[:, None] * width + k[None, :]
+        tl.store(target, tl.dot(x, sB), mask=inside & (k < r)[None, :])
+        sums = tl.dot(tl.trans(x), low, sums)
+    target = SMALL + tl.program_id(1).to(tl.int64) * (n0 + n1 + n2) * width
+    tl.store(target + (before + n)[:, None] * width + k[None, :], sums, mask=of_layer)
+
+
+@triton.jit
+def _sums(
+    PARTS, SMALL, DLOW, FOUND, M, low_row, R, shares, n0, n1, n2, r0, r1, r2, s1, s2, s3,
+    f0, f1, f2, width, of_low, TURNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Add the parts of `_strips` up, strip after strip and share after share."""
+    program, at, zero = tl.program_id(0), tl.arange(0, BLOCK), tl.full((), 0, tl.int64)
+    total = tl.zeros((BLOCK,), tl.float32)
+    if program < of_low:
+        m, c = (program * BLOCK + at) // R, (program * BLOCK + at) % R
+        second, third = c >= r0, c >= r0 + r1
+        k = c - tl.where(third, r0 + r1, tl.where(second, r0, 0))
+        first = tl.where(third, s2, tl.where(second, s1, 0))
+        last = tl.where(third, s3, tl.where(second, s2, s1))
+        source = PARTS + (first.to(tl.int64) * M + m) * width + k
+        for i in range(tl.maximum(s1, tl.maximum(s2 - s1, s3 - s2))):
+            known = (m < M) & (first + i < last)
+            total += tl.load(source + (zero + i) * M * width, mask=known, other=0.0)
+        at_low = DLOW + m.to(tl.int64) * low_row + c
+        tl.store(at_low, total.to(DLOW.dtype.element_ty), mask=m < M)
+    else:
+        N, e = n0 + n1 + n2, (program - of_low) * BLOCK + at
+        row, column = e // width, e % width
+        after0, after1 = row >= n0, row >= n0 + n1
+        r = tl.where(after1, r2, tl.where(after0, r1, r0))
+        mine = (row < N) & (column < r)
+        for i in range(shares):
+            total += tl.load(SMALL + (zero + i) * N * width + e, mask=mine, other=0.0)
+        row -= tl.where(after1, n0 + n1, tl.where(after0, n0, 0))
+        start = tl.where(after1, n0 * r0 + n1 * r1, tl.where(after0, n0 * r0, 0))
+        place = row * r + column
+        if TURNED:
+            place = tl.where(after1, column * n2 + row, place)
+        total *= tl.where(after1, f2, tl.where(after0, f1, f0))
+        tl.store(FOUND + start + place, total.to(FOUND.dtype.element_ty), mask=mine)
+
+
+class Parts(NamedTuple):
+    """Parts of dlow and of dB, which are still to be added up."""
+
+    of_low: Tensor  # fp32 [strips, M, r], each layer's strips after those of the one before
+    small: Tensor  # fp32 [shares, N, r], the rows of each layer's dB after those of the one before
+    strips: list[int]  # of each layer
+
+
+def parts(M: int, widths: Sequence[int], rank: int, strips: list[int], on: torch.device) -> Parts:
+    """Return memory for the parts of M rows and of layers of these widths, of `rank` at most."""
+    found = sum(strips)
+    shares = -(-M // share_of(M, found))
+    of_low = torch.empty((found, M, rank), dtype=torch.float32, device=on)
+    small = torch.empty((shares, sum(widths), rank), dtype=torch.float32, device=on)
+    return Parts(of_low, small, strips)
+
+
+def share_of(M: int, strips: int) -> int:
+    """Return how many of M rows a program walks over."""
+    shares = max(1, min(PROGRAMS // strips, M // LEAST))
+    return -(-M // (shares * STRIP_ROWS)) * STRIP_ROWS
+
+
+def add_up(
+    found: Parts, ranks: Sequence[int], widths: Sequence[int], scalings: Sequence[float],
+    dlow: Tensor, dtype: torch.dtype, turned: bool = False,
+) -> list[Tensor]:  # fmt: skip
+    """Write the sums to dlow [M, R], and return those of each layer times its scaling, [N, r].
+
+    `turned`: the third one's is [r, N].
+    """
+    M, missing, (shares, N, width) = dlow.shape[0], MOST - len(widths), found.small.shape
+    sizes = [n * r for n, r in zip(widths, ranks, strict=True)]
+    flat = torch.empty(sum(sizes), dtype=dtype, device=dlow.device)
+    s1, s2, s3 = itertools.accumulate([*found.strips, *[0] * (MOST - len(found.strips))])
+    of_low = -(-dlow.numel() // SUMMED)
+    dispatch.launch(
+        _sums, (of_low + -(-N * width // SUMMED),), found.of_low, found.small, dlow, flat, M,
+        dlow.stride(0), dlow.shape[1], shares, *widths, *[0] * missing, *ranks, *[0] * missing,
+        s1, s2, s3, *scalings, *[0.0] * missing, width, of_low, turned, SUMMED,
+        num_warps=SUM_THREADS // dispatch.lanes(),
+    )  # fmt: skip
+    shapes = [(n, r) for n, r in zip(widths, ranks, strict=True)]
+    if turned:
+        shapes[2] = shapes[2][::-1]
+    each = flat.split_with_sizes(sizes)
+    return [part.view(shape) for part, shape in zip(each, shapes, strict=True)]
+
+
+def of_gradients(
+    grads: Sequence[Tensor], sBs: Sequence[Tensor], low: Tensor, scalings: Sequence[float],
+    dlow: Tensor, dtype: torch.dtype,
+) -> list[Tensor]:  # fmt: skip
+    """Write s dy B of each layer to dlow [M, R], and return its dB = s dy^T low, [N, r].
+
+    Args:
+        grads: dy [M, N] of each layer, whose rows may lie apart.
+        sBs: s B [N, r] of each, contiguous.
+        low: x A^T of all layers side by side, [M, R].
+        scalings: s of each.
+        dlow: where the products go, whose rows may lie apart.
+        dtype: of dB.
+    """
+    M, missing = len(low), MOST - len(grads)
+    widths, ranks = [sB.shape[0] for sB in sBs], [sB.shape[1] for sB in sBs]
+    depth = padded_rank(*ranks)
+    columns = min(STRIP_COLUMNS, STRIP_VALUES // depth)
+    columns = columns // 2 if dispatch.compiles_to() == "amdgcn" else columns
+    strips = [-(-n // columns) for n in widths]
+    found = parts(M, widths, max(ranks), strips, low.device)
+    s1, s2, *_ = itertools.accumulate([*strips, 0, 0])
+    share = share_of(M, sum(strips))
+    dispatch.launch(
+        _strips, (sum(strips), len(found.small)), *grads, *grads[:1] * missing, *sBs,
+        *sBs[:1] * missing, low, found.of_low, found.small, M, *[dy.stride(0) for dy in grads],
+        *[0] * missing, low.stride(0), *widths, *[0] * missing, *ranks, *[0] * missing, s1, s2,
+        share, max(ranks), STRIP_ROWS, columns, depth,
+        num_warps=STRIP_THREADS // dispatch.lanes(), num_stages=2,
+    )  # fmt: skip
+    return add_up(found, ranks, widths, scalings, dlow, dtype)

@@ -188,8 +188,8 @@ def _added_backward(
 
 
 @functools.cache
-def _padded_rank(*ranks: int) -> int:
-    """Return the depth of the tiles' products for updates of these ranks."""
+def padded_rank(*ranks: int) -> int:
+    """Return the depth of the tiles' products for updates of these ranks: a power of two."""
     return max(16, 1 << (max(ranks) - 1).bit_length())
 
 
@@ -204,7 +204,7 @@ def added_forward(
             _added_forward, (-(-width // TILE_COLUMNS), -(-M // TILE_ROWS)), gate, up, y,
             of_gate.low, of_up.low, of_gate.matrix, of_up.matrix, M, width, gate.stride(0),
             up.stride(0), y.stride(0), of_gate.low.stride(0), of_up.low.stride(0), R0, R1,
-            hidden_act, _padded_rank(R0, R1), TILE_ROWS, TILE_COLUMNS,
+            hidden_act, padded_rank(R0, R1), TILE_ROWS, TILE_COLUMNS,
             num_warps=TILE_THREADS // dispatch.lanes(),
         )  # fmt: skip
 
@@ -226,6 +226,6 @@ def added_backward(
         dispatch.launch(
             _added_backward, (-(-width // TILE_COLUMNS), -(-M // TILE_ROWS)), dy, gate, up, dgate,
             dup, low, low0, low1, A, B0, B1, M, width, dy.stride(0), gate.stride(0), up.stride(0),
-            dgate.stride(0), dup.stride(0), *strides, *ranks, hidden_act, _padded_rank(*ranks),
+            dgate.stride(0), dup.stride(0), *strides, *ranks, hidden_act, padded_rank(*ranks),
             TILE_ROWS, TILE_COLUMNS, num_warps=TILE_THREADS // dispatch.lanes(),
         )  # fmt: skip
