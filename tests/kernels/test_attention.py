@@ -1,5 +1,6 @@
 """Attention against fp64, with masks, windows, soft caps and packed documents."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -74,3 +75,21 @@ def test_soft_capped_attention_in_chunks(monkeypatch):
         )
     for whole, pieces in zip(*found, strict=True):  # gradients near 1, sums of 40 terms in fp32
         assert (whole - pieces).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("tokens", [1, 5, 15, 64, 65, 70])
+@pytest.mark.parametrize("options", [{}, {"window": 3}, {"softcap": 30.0}, {"lengths": True}])
+def test_a_query_of_nan_gets_nan(backend, tokens, options):
+    """And no other query does. Fewer keys than a vector has are compared in another way."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, tokens, 2, 16) for _ in range(3))
+    at = tokens // 2
+    q[0, at, 1, 3] = torch.nan
+    if "lengths" in options:
+        options = {"lengths": [at, tokens - at] if at else [tokens]}
+    with kernels.use_backend(backend):
+        y = kernels.attention(q, k, v, **options)
+    wrong = y.isnan()
+    assert wrong[0, at, 1].all()
+    assert wrong.sum() == 16

@@ -11,6 +11,10 @@ from ... import dispatch
 from .documents import PaddedDocuments
 
 CHUNK = 512  # query rows whose scores exist at a time
+# Keys up to which torch may take what is plainly causal only with a mask. Without one its kernel
+# for CPUs finds the largest score of less than a vector by comparisons, which are false for NaN:
+# a query whose scores are all NaN then counts as one that sees nothing, and gets 0.
+SHORT = 64
 
 
 def attention(
@@ -32,18 +36,20 @@ def attention(
         return _attend(q, k, v, mask, scale, softcap).to(dtype)
     lengths = [q.shape[1]] if lengths is None else list(lengths)
     if len(lengths) == 1:
-        return _attend(q, k, v, _window_mask(q, window), scale, softcap).to(dtype)
+        return _attend(q, k, v, _window_mask(q, k, window), scale, softcap).to(dtype)
     documents = zip(*(x.split(lengths, dim=1) for x in (q, k, v)), strict=True)
-    parts = [_attend(q, k, v, _window_mask(q, window), scale, softcap) for q, k, v in documents]
+    parts = [_attend(q, k, v, _window_mask(q, k, window), scale, softcap) for q, k, v in documents]
     return torch.cat(parts, dim=1).to(dtype)
 
 
-def _window_mask(q: Tensor, window: int | None) -> Tensor | None:
-    """Return the mask of one document, bool [T, T]; None where it is plainly causal."""
-    T = q.shape[1]
-    if window is None or window >= T:
+def _window_mask(q: Tensor, k: Tensor, window: int | None) -> Tensor | None:
+    """Return the mask of one document, bool [T, S]; None where it is plainly causal."""
+    T, S = q.shape[1], k.shape[1]
+    whole = window is None or window >= T
+    if whole and (S > SHORT or q.device.type != "cpu"):
         return None
-    return torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+    mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    return mask if whole or window is None else mask.triu(1 - window)
 
 
 def _mask_from(starts: Tensor, window: int | None) -> Tensor:
