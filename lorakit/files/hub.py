@@ -29,9 +29,9 @@ MODEL_FILES = ["config.json", "generation_config.json", "model*.safetensors", "m
 # What transformers reads to make pixels and samples into the input of a multimodal model:
 # preprocessor_config.json, processor_config.json, video_preprocessor_config.json.
 PROCESSOR_FILES = ["*processor_config.json"]
-# The vocabulary in the forms that others read. lorakit only hands these files on. The names are
-# those of transformers' tokenizer classes (VOCAB_FILES_NAMES) and of Mistral's repositories
-# (tokenizer.model.v3).
+# The vocabulary in the forms that others read. lorakit only hands these files on, but for
+# tekken.json, which it reads where there is no tokenizer.json. The names are those of transformers'
+# tokenizer classes (VOCAB_FILES_NAMES) and of Mistral's repositories (tokenizer.model.v3).
 VOCABULARY_FILES = ["tokenizer.model", "tokenizer.model.v*", "spiece.model", "added_tokens.json"]
 VOCABULARY_FILES += ["vocab.json", "merges.txt", "tekken.json"]
 TOKENIZER_FILES = ["tokenizer*.json", "special_tokens_map.json", "*.jinja", "chat_template.json"]

@@ -9,9 +9,10 @@ Several files say the same thing, each for other readers:
     chat template     chat_template.jinja and additional_chat_templates/, or tokenizer_config.json,
                       or chat_template.json
 
-lorakit reads tokenizer.json. A file that goes along is copied byte for byte while the tokenizer is
-what its directory says. A tokenizer that was changed is written into tokenizer.json,
-tokenizer_config.json and chat_template.jinja; the other files that would contradict them stay away.
+lorakit reads tokenizer.json, or else tekken.json (tekken.py). A file that goes along is copied byte
+for byte while the tokenizer is what its directory says. A tokenizer that was changed is written
+into tokenizer.json, tokenizer_config.json and chat_template.jinja; the other files that would
+contradict them stay away.
 """
 
 import logging
@@ -24,6 +25,7 @@ import tokenizers
 from lorakit.config.errors import LorakitError
 from lorakit.files.hub import VOCABULARY_FILES
 from lorakit.files.local import copy_file, read_json, read_text, write_json, write_text
+from lorakit.models.tekken import read_tekken
 
 log = logging.getLogger("lorakit")
 # Which files say what, beside tokenizer_config.json, which says of each.
@@ -60,24 +62,32 @@ class TokenizerParts(NamedTuple):
 def read_parts(path: Path) -> TokenizerParts:
     """Read a tokenizer from a directory.
 
-    Raises LorakitError if its tokenizer.json is missing, or a file is damaged.
+    Raises LorakitError if tokenizer.json and tekken.json are missing, or a file is damaged.
     """
-    file = path / "tokenizer.json"
-    if not file.exists():
+    special: dict[str, str] = {}
+    if (path / "tokenizer.json").exists():
+        backend = _backend(path / "tokenizer.json")
+    elif (path / "tekken.json").exists():
+        backend, special = read_tekken(path / "tekken.json")
+    else:
         raise LorakitError(f"{path}: tokenizer.json is missing")
+    config = _read_optional(path / "tokenizer_config.json")
+    for name, value in (_read_optional(path / "special_tokens_map.json") | config).items():
+        text = _text(value)
+        if name.endswith("_token") and text is not None:
+            special[name] = text
+    return TokenizerParts(backend, special, _template(path, config))
+
+
+def _backend(file: Path) -> tokenizers.Tokenizer:
+    """Read a tokenizer.json."""
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception for any parse error
         raise LorakitError(f"{file} is not a valid tokenizer: {error}") from None
     backend.no_truncation()  # limits of a training run that some repositories have kept
     backend.no_padding()
-    config = _read_optional(path / "tokenizer_config.json")
-    special = {}
-    for name, value in (_read_optional(path / "special_tokens_map.json") | config).items():
-        text = _text(value)
-        if name.endswith("_token") and text is not None:
-            special[name] = text
-    return TokenizerParts(backend, special, _template(path, config))
+    return backend
 
 
 def read_template(path: Path) -> str | dict[str, str] | None:

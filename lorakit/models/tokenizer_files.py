@@ -1,7 +1,8 @@
 """Read the tokenizer of a model from its files.
 
-A Hugging Face directory holds a tokenizer.json; tokenizer_directory.py reads it. A GGUF file holds
-the parts of a tokenizer, from which one is built that gives llama.cpp's ids. There are two kinds:
+A Hugging Face directory holds a tokenizer.json or a tekken.json; tokenizer_directory.py reads it. A
+GGUF file holds the parts of a tokenizer, from which one is built that gives llama.cpp's ids. There
+are two kinds:
 
 - "gpt2", byte-level BPE: the file holds vocabulary, merges and the name of a pre-tokenizer.
 - "llama", SentencePiece's BPE: the file holds a score for each token. Encoding joins the two
@@ -39,6 +40,11 @@ _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 PRE_TOKENIZERS = {
     "default": [
         r"[\p{P}\$\+<=>\^~\|]+",
@@ -50,8 +56,9 @@ PRE_TOKENIZERS = {
     "smollm": [r"\p{N}", GPT2],
     "llama-bpe": [_LLAMA3],
     "qwen2": [_LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")],
+    "tekken": [_TEKKEN],
 }
-TAKE_WORDS_WHOLE = ("llama-bpe",)
+TAKE_WORDS_WHOLE = ("llama-bpe", "tekken")
 """The pre-tokenizers after which a word that is a token is taken whole, whatever the merges say."""
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # GGUF token types
 
@@ -62,8 +69,8 @@ def load_tokenizer(
     """Load the tokenizer of a model.
 
     Args:
-        path_or_hub_id: A Hugging Face directory with a tokenizer.json, a .gguf file, or a Hub id
-            ("organization/name").
+        path_or_hub_id: A Hugging Face directory with a tokenizer.json or Mistral's tekken.json, a
+            .gguf file, or a Hub id ("organization/name").
         chat_template: The chat template to use instead of the model's own: a name (chatml, gemma,
             llama3 or zephyr), a jinja file, a directory with a template, such as that of an
             adapter, or the text of a template.
@@ -212,9 +219,10 @@ def _tokens_around(
 ) -> tuple[list[str], list[str]]:
     """Return the tokens that go before every text, and those after it.
 
-    A file may say so. Otherwise llama.cpp's rule holds: SentencePiece and Llama 3 put a BOS before.
+    A file may say so. Otherwise llama.cpp's rule holds: SentencePiece, Llama 3 and Mistral's tekken
+    put a BOS before.
     """
-    usual = sentencepiece or vocabulary.get("pre", str) == "llama-bpe"
+    usual = sentencepiece or vocabulary.get("pre", str) in ("llama-bpe", "tekken")
     add_bos = vocabulary.get("add_bos_token", bool, usual)
     add_eos = vocabulary.get("add_eos_token", bool, False)
     before = [special["bos_token"]] if add_bos and "bos_token" in special else []

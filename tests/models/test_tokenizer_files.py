@@ -9,6 +9,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 import lorakit as lk
 from lorakit.files.gguf import read_header
+from lorakit.models.tokenizer_files import PRE_TOKENIZERS
 from tests.conftest import llama_cpp_server, tiny_llama
 from tests.models.gguf_files import write_gguf, write_vocabulary
 from tests.models.sentencepiece import (
@@ -81,7 +82,7 @@ def test_gguf_chat_equals_transformers(pair):
             )
 
 
-@pytest.mark.parametrize("pre", ["default", None, "gpt-2", "smollm", "llama-bpe", "qwen2"])
+@pytest.mark.parametrize("pre", [None, *PRE_TOKENIZERS])
 def test_pre_tokenizers_equal_llama_cpp(smollm2, tmp_path, pre):
     """SmolLM2's vocabulary with every pre-tokenizer; a BOS is added where llama.cpp adds one."""
     metadata = read_header(smollm2).metadata
