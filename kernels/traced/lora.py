@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import dispatch
 from ..ops import lora_linear as op
 from ..ops.lora_linear.reference import stacked
 from ..ops.lora_linear.tensors import Dropout, Static
@@ -124,9 +123,14 @@ def _mlp(x: Tensor, hidden_act: str, keep: bool, *given: Any) -> list[Tensor]:
 
 
 def _fake_mlp(x: Tensor, hidden_act: str, keep: bool, *given: Any) -> list[Tensor]:
-    inner, _, outer = Layers(*given).rows()
+    layers = Layers(*given)
+    inner, _, outer = layers.rows()
     y = x.new_empty(x.shape[0], outer)
-    return [y, x.new_empty(2, x.shape[0], inner, dtype=dispatch.product_dtype(x))] if keep else [y]
+    if not keep:
+        return [y]
+    static, none = layers.static(), Dropout(0.0, 0)
+    first, _ = op.mlp_groups(x, (static[:2], none), (static[2:], none), layers.every())
+    return [y, x.new_empty(2, x.shape[0], inner, dtype=first.dtype)]
 
 
 def _mlp_backward(

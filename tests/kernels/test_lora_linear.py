@@ -1,6 +1,7 @@
 """The hand-derived backward of LoRA against autograd in fp64, and what it keeps."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from lorakit import kernels
 from lorakit.kernels import LoraWeights, dispatch
+from lorakit.kernels.ops import products
 from lorakit.kernels.ops.dropout import seeded_dropout
 from lorakit.kernels.ops.frozen_linear.dense import weight_panels
 from lorakit.kernels.ops.swiglu import Activation
@@ -126,7 +128,8 @@ def test_an_mlp_that_keeps_gate_and_up(dtype):
         grads = torch.autograd.grad(y.float().square().sum(), [x, *leaves(gate, up, down)])
         found.append((kept, y.detach(), grads))
     (less, y, grads), (more, same_y, same_grads) = found
-    wide = dispatch.product_dtype(x).itemsize
+    # rounded where the kernel computes them, and as torch multiplies where it does
+    wide = (x.dtype if products.available(x) else dispatch.product_dtype(x)).itemsize
     assert more == less + 2 * 72 * 192 * wide
     assert torch.equal(y, same_y)
     for a, b in zip(grads, same_grads, strict=True):
@@ -276,12 +279,31 @@ def qlora_mlp(r=16, H=1024, I=3584):  # noqa: E741
     return one(H, I), one(H, I), one(I, H)
 
 
+@pytest.mark.parametrize("which", [0, 2])
+def test_an_mlp_half_of_which_has_dora(which):
+    """torch multiplies that half, in fp32 where it has no products of 16 bits, the kernel the other
+    half in bf16. Both get one dtype: 8 bits of every value on the way, some four times.
+    """
+    torch.manual_seed(which)
+    layers = list(qlora_mlp(4, 64, 192))
+    magnitude = (torch.rand(len(layers[which].lora_B)) + 0.5).requires_grad_()
+    layers[which] = replace(layers[which], magnitude=magnitude)
+    x = torch.randn(72, 64, dtype=torch.bfloat16).div(8).requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    gate, up, down = layers
+    truth = spelled_out(act(spelled_out(wide, gate), "silu") * spelled_out(wide, up), down)
+    dy = torch.randn_like(x)
+    y = kernels.lora_mlp(x, *layers, "silu", keep=True)
+    ours = [y, *torch.autograd.grad(y, [x, *leaves(*layers)], dy)]
+    theirs = [truth, *torch.autograd.grad(truth, [wide, *leaves(*layers)], dy.double())]
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).norm() <= 4 * 2**-8 * b.norm()
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
 def test_a_qlora_mlp_keeps_its_input_alone(dropout):
     """It keeps at most 2,100 bytes a token at H = 1024, I = 3584: x in bf16 is 2,048."""
-    import dataclasses
-
-    layers = [dataclasses.replace(each, dropout=dropout) for each in qlora_mlp()]
+    layers = [replace(each, dropout=dropout) for each in qlora_mlp()]
     found = {}
     for T in (64, 192):
         x = torch.randn(1, T, 1024, dtype=torch.bfloat16, requires_grad=True)

@@ -12,7 +12,7 @@ There are three ways around a dense W':
 
     few rows    an NF4 weight is multiplied by as it is packed (FEW_ROWS, FEW_ROWS_CPU), on a CPU in
                 the forward pass only
-    products    on a CPU with AVX-512 no weight is made dense (`products`)
+    products    on a CPU with AVX2 no weight is made dense (`products`)
     panels      elsewhere on a CPU it is dense for a panel of rows at a time (`dense.py`)
 """
 

@@ -252,10 +252,15 @@ def tensors_of(layers: Sequence[LoraWeights]) -> list[Tensor | None]:
 
 
 def _group(
-    x: Tensor, static: Static, drop: Dropout, tensors: Sequence[Any], room: int = 0
+    x: Tensor,
+    static: Static,
+    drop: Dropout,
+    tensors: Sequence[Any],
+    room: int = 0,
+    by_sums: bool = True,
 ) -> cpu.Group | reference.Group:
     """Return the layers for one pass on x [M, K] with room, or on gradients in its dtype."""
-    found = cpu.group(x, static, drop, tensors)
+    found = cpu.group(x, static, drop, tensors) if by_sums else None
     if found is not None:
         return found
     dtype = dispatch.product_dtype(x)
@@ -325,6 +330,26 @@ class LoraLinears(torch.autograd.Function):
         return _cast(dx, x.dtype), None, None, None, None, *found
 
 
+def mlp_groups(
+    x: Tensor,
+    inner: tuple[Static, Dropout],
+    outer: tuple[Static, Dropout],
+    tensors: Sequence[Any],
+    rooms: tuple[int, int] = (0, 0),
+) -> tuple[cpu.Group | reference.Group, cpu.Group | reference.Group]:
+    """Return gate and up, and down, for one pass: both compute in one dtype."""
+    split = TENSORS * len(inner[0])
+
+    def made(by_sums: bool) -> tuple[cpu.Group | reference.Group, cpu.Group | reference.Group]:
+        first = _group(x, *inner, tensors[:split], rooms[0], by_sums)
+        return first, _group(x, *outer, tensors[split:], rooms[1], by_sums)
+
+    first, second = made(by_sums=True)
+    if first.dtype == second.dtype:
+        return first, second
+    return made(by_sums=False)  # torch multiplies one of them, as it has DoRA, and does so in fp32
+
+
 class LoraMLP(torch.autograd.Function):
     """Map x [M, K] to y [M, N], through gate, up and down."""
 
@@ -334,7 +359,7 @@ class LoraMLP(torch.autograd.Function):
     ):
         ctx.hidden_act, ctx.rooms = hidden_act, rooms
         ctx.static = (inner, inner_drop), (outer, outer_drop)
-        first, second = LoraMLP._made(ctx, x, tensors)
+        first, second = mlp_groups(x, *ctx.static, tensors, rooms)
         if isinstance(first, float8.Float8Group):
             first.leave_updates()
         same = first.dtype == x.dtype
@@ -354,7 +379,7 @@ class LoraMLP(torch.autograd.Function):
     @without_autocast
     def backward(ctx, grad):
         x, gate, up, *tensors = _kept(ctx)
-        first, second = ctx.groups or LoraMLP._made(ctx, grad, tensors)
+        first, second = ctx.groups or mlp_groups(grad, *ctx.static, tensors, ctx.rooms)
         flat = x.to(first.dtype)
         wide = None  # [d gate | d up | room]
         if gate is None:
@@ -398,10 +423,3 @@ class LoraMLP(torch.autograd.Function):
         of_hidden = second.grad_x(later)
         sums_of_products(small, later)
         return of_hidden, None if left is None else (None, *left)
-
-    @staticmethod
-    def _made(ctx, x, tensors):
-        (inner, inner_drop), (outer, outer_drop) = ctx.static
-        split = TENSORS * len(inner)
-        first = _group(x, inner, inner_drop, tensors[:split], ctx.rooms[0])
-        return first, _group(x, outer, outer_drop, tensors[split:], ctx.rooms[1])

@@ -10,11 +10,11 @@ and rounded once, the update costs its share of the depth instead of a walk over
 weight exists, in memory or in a workspace. These products also need none of the code that oneDNN
 makes, and keeps, for every new number of rows.
 
-One compiled kernel does it (cpu.cpp), on processors with AVX-512. bf16 is multiplied in pairs where
+One compiled kernel does it (cpu.cpp), on processors with AVX2. bf16 is multiplied in pairs where
 AVX512-BF16 does that at twice the rate of fp32, and as fp32 elsewhere: the products of two bf16 are
 exact in either. Callers use torch's products on panels of dense weight (`frozen_linear`) on other
 processors, for what `takes` refuses, in bf16 where oneDNN has the tiles of AMX to multiply with,
-and in fp32 on AMD's, where oneDNN is asked. `reference.py` says the sums in torch.
+and in fp32 on AMD's with AVX-512, where oneDNN is asked. `reference.py` says the sums in torch.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ from .terms import Sum, Term
 __all__ = ["Sum", "Term", "available", "dense_rows", "sums_of_products", "takes"]
 
 BLOCK = 64  # values of an NF4 row that the kernel unpacks at a time
-ISAS = "avx512", "avx512bf16"  # where it is faster than torch's products
+ISAS = "avx2", "avx512", "avx512bf16"  # where it is faster than torch's products
 
 
 def available(x: Tensor) -> bool:

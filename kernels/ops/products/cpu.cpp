@@ -13,7 +13,7 @@
 #include "floats.h"
 #include "pairs.h"
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 
 namespace {
 

@@ -1,13 +1,14 @@
 // Sums of products of single values in fp32, by fused multiply-add.
 //
 // A panel holds some columns of the b of all terms as fp32, `wide` of them side by side: 64, of which 6 rows of sums fill
-// the registers. A line of them is 24 multiply-adds for 10 loads, and flows fast enough from the second cache. Rows of a
+// the registers, or 16 where there are half as many of half the size. A line of 64 is 24 multiply-adds for 10 loads, one
+// of 16 is 12 for 8, and flows fast enough from the second cache. Rows of a
 // in bf16 are made fp32 a tile at a time, for all columns of the panel: some columns more where the depth leaves room.
 // NF4 is rounded as `dequantize` rounds it to the dtype of a, and so is b in fp32; a product of two bf16 is exact.
 #pragma once
 #include "sums.h"
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 
 namespace {
 namespace floats {
@@ -17,7 +18,15 @@ using simd::Vec;
 
 constexpr int64_t CHUNK = 64;   // values of a row that are looked up together
 constexpr int64_t DEPTH = 384;  // values of each row of a that are made fp32 at a time, which the nearest cache keeps
-constexpr int64_t PANEL = 1 << 17;  // words that panels of more columns than CHUNK may fill; cpu.py has it too
+#if defined(__AVX512F__)
+constexpr int VECTORS = 4;          // of a line at most
+constexpr int64_t TALL = 12;        // rows of a tile that is one vector wide
+constexpr int64_t PANEL = 1 << 17;  // words that panels of more columns than CHUNK may fill; cpu.py has the larger
+#else
+constexpr int VECTORS = 2;
+constexpr int64_t TALL = 6;
+constexpr int64_t PANEL = 1 << 16;  // a half of a second cache of 512 KB
+#endif
 constexpr int64_t AHEAD = 8;    // lines of a panel between the one that is fetched and the one that is multiplied
 
 // The CHUNK values of a packed row that begin with a block at `column`. R is the dtype of a.
@@ -159,8 +168,9 @@ void finish(const Sum& p, const float* sums, int64_t apart, int64_t row, int64_t
 struct Floats {
     const Sum& p;
     const bool singles;
-    const int64_t vectors = p.N > 2 * floats::LANES ? 4 : (p.N + floats::LANES - 1) / floats::LANES;
-    const int64_t wide = vectors * floats::LANES, high = vectors == 1 ? 12 : 6, depth = depth_of(p);
+    const int64_t fewest = (p.N + floats::LANES - 1) / floats::LANES;
+    const int64_t vectors = fewest > floats::VECTORS / 2 ? floats::VECTORS : fewest;
+    const int64_t wide = vectors * floats::LANES, high = vectors == 1 ? floats::TALL : 6, depth = depth_of(p);
     const int64_t lanes;  // columns of a panel, what there is room for
     float* const sums;    // [high, lanes]
     float* const rows;    // [high, DEPTH]
@@ -235,11 +245,9 @@ struct Floats {
     }
 
     void multiply(int64_t filled, Rows a, const float* b, int64_t some, float* out) {
-        switch (vectors) {
-            case 4: return multiply<6, 4>(filled, a, b, some, out);
-            case 2: return multiply<6, 2>(filled, a, b, some, out);
-            default: return multiply<12, 1>(filled, a, b, some, out);
-        }
+        if (vectors == 1) return multiply<floats::TALL, 1>(filled, a, b, some, out);
+        if (vectors == 2) return multiply<6, 2>(filled, a, b, some, out);
+        multiply<6, floats::VECTORS>(filled, a, b, some, out);
     }
     template <int R, int Z>
     void multiply(int64_t filled, Rows a, const float* b, int64_t some, float* out) {
