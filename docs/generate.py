@@ -19,6 +19,7 @@ ROOMS = {
     "adapters": "Adapters",
     "data": "Data",
     "inference": "Generation",
+    "serving": "Serving",
     "evaluation": "Evaluation",
     "export": "Export",
     "files": "The Hub",

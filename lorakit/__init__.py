@@ -86,6 +86,7 @@ _HOME = {
     "rouge_l": "evaluation.metrics",
     "save_adapter": "adapters.peft_files.save",
     "save_model": "models.save",
+    "serve": "serving.serve",
     "set_adapter": "adapters.manage",
     "show_rows": "data.inspect",
     "split_rows": "data.splitting",

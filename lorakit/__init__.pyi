@@ -76,6 +76,7 @@ from lorakit.models.packed_layers import quantize as quantize
 from lorakit.models.resize import resize_embeddings as resize_embeddings
 from lorakit.models.save import save_model as save_model
 from lorakit.models.tokenizer_files import load_tokenizer as load_tokenizer
+from lorakit.serving.serve import serve as serve
 from lorakit.training import memory as memory
 from lorakit.training import optim as optim
 from lorakit.training.cores import own_threads as own_threads

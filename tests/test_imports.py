@@ -19,6 +19,7 @@ ORDER = [
     {"models": {"tokenizers", "jinja2", "numpy", "gguf"}},
     {"adapters": set(), "data": {"pyarrow"}},
     {"inference": {"tokenizers"}},
+    {"serving": {"starlette", "uvicorn", "prometheus_client"}},
     {"evaluation": {"matplotlib"}},
     {"export": {"numpy", "xllamacpp", "yaml"}},
     {"training": {"tensorboard"}},

@@ -26,6 +26,7 @@ from lorakit.cli import (
     plot,
     push,
     quantize_report,
+    serve,
     train,
 )
 from lorakit.cli.arguments import take_nothing
@@ -84,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_parser(verbs, common)
     generate.add_parser(verbs, common)
     chat.add_parser(verbs, common)
+    serve.add_parser(verbs, common)
     merge.add_parser(verbs, common)
     export.add_parser(verbs, common)
     push.add_parser(verbs, common)
