@@ -24,6 +24,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from lorakit.config.errors import LorakitError
+from lorakit.inference.grammar import Constraint, json_object, json_schema
 from lorakit.models.decoder import Decoder
 from lorakit.models.tokenizer import Tokenizer
 from lorakit.serving.adapters import Models, Served
@@ -163,8 +164,8 @@ class Endpoint:
         """Answer a chat."""
         asked = parse_chat(await body_of(request))
         served = self.models.find(asked.generation.model)
-        ids = await asyncio.to_thread(self._chat_ids, asked, served)
-        job = self._job(asked.generation, served, [ids])
+        ids, constraints = await asyncio.to_thread(self._prepare, asked, served)
+        job = self._job(asked.generation, served, [ids], constraints)
         made = ChatAnswer(job, self.texts, len(ids), asked.generation.n, asked.tools)
         return await self._answer(request, asked.generation, job, made, made.beginning())
 
@@ -175,17 +176,27 @@ class Endpoint:
         prompts = await asyncio.to_thread(self._prompt_ids, asked)
         n = asked.generation.n
         echoed = [self.tok.decode(ids) if asked.echo else "" for ids in prompts for _ in range(n)]
-        job = self._job(asked.generation, served, prompts)
+        job = self._job(asked.generation, served, prompts, [None] * (len(prompts) * n))
         made = TextAnswer(job, self.texts, sum(map(len, prompts)), n, echoed)
         return await self._answer(request, asked.generation, job, made, made.beginning())
 
-    def _chat_ids(self, asked: Chat, served: Served) -> list[int]:
+    def _prepare(self, asked: Chat, served: Served) -> tuple[list[int], list[Constraint | None]]:
+        """Return the token ids of a chat, and what each of its answers may consist of."""
+        constraints: list[Constraint | None] = [None] * asked.generation.n
         try:
-            return served.tok.apply_chat_template(
+            ids = served.tok.apply_chat_template(
                 asked.messages, add_generation_prompt=True, tools=asked.tools, **asked.variables
             )
         except LorakitError as error:
             raise Refusal(400, f"{error}.", param="messages") from None
+        try:
+            if asked.form == "json_object":
+                constraints = [json_object(self.tok) for _ in constraints]
+            elif asked.form is not None:
+                constraints = [json_schema(asked.form, self.tok) for _ in constraints]
+        except LorakitError as error:
+            raise Refusal(400, f"{error}.", param="response_format") from None
+        return ids, constraints
 
     def _prompt_ids(self, asked: Completion) -> list[list[int]]:
         try:
@@ -193,15 +204,21 @@ class Endpoint:
         except LorakitError as error:
             raise Refusal(400, f"{error}.", param="prompt") from None
 
-    def _job(self, asked: Generation, served: Served, prompts: list[list[int]]) -> Job:
-        """Return the job of a request whose prompts fit."""
+    def _job(
+        self,
+        asked: Generation,
+        served: Served,
+        prompts: list[list[int]],
+        constraints: list[Constraint | None],
+    ) -> Job:
+        """Return the job of a request, whose prompts must fit; a constraint is that of a row."""
         for ids in prompts:
             self._check_fits(ids, asked.max_tokens)
         rows = []
         for ids in prompts:
             for i in range(asked.n):
                 seed = None if asked.seed is None else (asked.seed + i) % 2**63
-                rows.append(Row(ids, asked.max_tokens, seed, None))
+                rows.append(Row(ids, asked.max_tokens, seed, constraints[len(rows)]))
         return Job(
             rows=rows,
             model=served.name,

@@ -40,7 +40,9 @@ class Metrics:
         )
         self.new_tokens = counter("generated_tokens", "Tokens that were made", "model")
         self.running = gauge("texts_running", "Texts that are being made")
-        self.waiting = gauge("texts_waiting", "Texts that have no token yet")
+        self.waiting = gauge(
+            "texts_waiting", "Texts that wait for a slot, or for room in the cache"
+        )
         self.first_token = Histogram(
             "lorakit_first_token_seconds",
             "Time from a request to the first token of a text",
@@ -69,7 +71,6 @@ class Metrics:
 
     def page(self, worker: Worker) -> bytes:
         """Return the page of /metrics."""
-        running = sum(len(job.started) - job.ended for job in worker.jobs)
-        self.running.set(running)
-        self.waiting.set(worker.rows - running)
+        self.running.set(worker.engine.running)
+        self.waiting.set(worker.engine.waiting)
         return generate_latest(self.registry)

@@ -1,10 +1,12 @@
 """The endpoint as OpenAI's own client sees it."""
 
 import asyncio
+import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import jsonschema
 import openai
 import pytest
 import torch
@@ -34,7 +36,17 @@ def test_a_chat_is_answered(served, truth):
         model="tiny", max_completion_tokens=20, max_tokens=30, **GREEDY
     )
     assert again.choices[0].message.content == choice.message.content
-    assert again.usage.prompt_tokens_details.cached_tokens > 0
+
+
+def test_a_chat_that_goes_on_is_not_read_again(served, truth):
+    turns = [{"role": "user", "content": "a long question " * 9}]
+    ask = {"model": "tiny", "temperature": 0, "max_tokens": 8, "logit_bias": NO_END}
+    first = served.client.chat.completions.create(messages=turns, **ask)
+    turns += [{"role": "assistant", "content": "ab"}, {"role": "user", "content": "and?"}]
+    second = served.client.chat.completions.create(messages=turns, **ask)
+    assert first.usage.prompt_tokens_details.cached_tokens == 0
+    assert second.usage.prompt_tokens_details.cached_tokens >= 128  # whole pages
+    assert second.choices[0].message.content == truth.text(truth.ids(turns), 8)
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -178,6 +190,27 @@ def test_prompts_are_texts_or_tokens(served, truth):
         model="tiny", prompt="ab", temperature=0, max_tokens=5, logit_bias=NO_END, echo=True, n=2
     )
     assert [choice.text for choice in found.choices] == [f"ab{alone[0]}"] * 2
+
+
+def test_an_answer_fits_a_schema(served):
+    schema = {
+        "type": "object",
+        "properties": {"age": {"type": "integer"}, "kind": {"enum": ["cat", "dog"]}},
+        "required": ["age", "kind"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "pet", "schema": schema}}
+    found = served.client.chat.completions.create(
+        model="ann", messages=MESSAGES, response_format=form, n=3, seed=1, max_tokens=120
+    )
+    whole = [c.message.content for c in found.choices if c.finish_reason == "stop"]
+    assert whole  # a random model may go on with digits until its length cuts it
+    for text in whole:
+        jsonschema.validate(json.loads(text), schema)
+    wrong = form | {"json_schema": {"name": "pet", "schema": {"type": "animal"}}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        served.client.chat.completions.create(model="ann", messages=MESSAGES, response_format=wrong)
+    assert caught.value.param == "response_format"
 
 
 def test_a_text_ends_before_a_stop_string(served, truth):
