@@ -55,8 +55,7 @@ def serve(
     """
     if queue < 0 or not 0 <= port < 2**16:
         raise LorakitError(
-            f"serve: queue is {queue} and port {port}; queue must be at least 0, and port below "
-            "65536"
+            f"serve: queue is {queue} and port {port}; expected 0 on, and 0 to 65535"
         )
     _check_packages()
     from lorakit.serving.adapters import Models
@@ -68,6 +67,7 @@ def serve(
         for each, path in (adapters or {}).items():
             models.add(each, path)
         local = _is_loopback(host)
+        may_load = local or api_key is not None
         endpoint = Endpoint(
             model,
             tok,
@@ -75,7 +75,7 @@ def serve(
             slots=slots,
             capacity=capacity,
             most_waiting=queue,
-            may_load=local or api_key is not None,
+            may_load=may_load,
         )
         hosts = _own_names(host) if local and api_key is None else None
         app = application(endpoint, api_key=api_key, hosts=hosts)

@@ -40,5 +40,5 @@ def truth(tiny, adapters):
 
 @pytest.fixture(scope="package")
 def served(tiny, adapters):
-    with running(tiny, adapters) as endpoint:
+    with running(tiny, adapters, capacity=512) as endpoint:
         yield endpoint

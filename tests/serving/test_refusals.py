@@ -66,7 +66,7 @@ def error_of(response):
         ({"temperatur": 0}, "temperatur", "unknown_parameter"),
         ({"model": "carl"}, "model", "model_not_found"),
         ({"max_tokens": 10**6}, "messages", "context_length_exceeded"),
-        ({"messages": [{"role": "user", "content": "x" * 400}]}, "messages",
+        ({"messages": [{"role": "user", "content": "x" * 600}]}, "messages",
          "context_length_exceeded"),
     ],
 )  # fmt: skip
