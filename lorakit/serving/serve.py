@@ -39,24 +39,21 @@ def serve(
         name: What clients call the model.
         adapters: More adapters, by the names that clients use: a directory, a .gguf file or a Hub
             id of each.
-        host: The address to listen on. Other machines reach none but theirs: 0.0.0.0 is all.
+        host: The address to listen on; by 0.0.0.0 other machines reach the server.
         port: The port to listen on; 0 takes a free one.
         api_key: What clients must send as bearer token; None: nothing.
         slots: How many texts are made at a time.
         capacity: Positions that a text may reach with its prompt. None: 4096, or as many as the
             model is meant for if that is less.
         queue: How many texts may wait beside those; others get the status 429.
-        started: Called with the address, "http://127.0.0.1:8000", once the server listens.
+        started: Called with the address, "http://127.0.0.1:8000", once it is served.
 
     Raises:
         LorakitError: The address is taken, an adapter cannot be read or served, or a package of
             the extra `serve` is missing.
         KeyboardInterrupt: The process was interrupted. The texts that were being made have ended.
     """
-    if queue < 0 or not 0 <= port < 2**16:
-        raise LorakitError(
-            f"serve: queue is {queue} and port {port}; expected 0 on, and 0 to 65535"
-        )
+    _check_options(port, queue)
     _check_packages()
     from lorakit.serving.adapters import Models
     from lorakit.serving.endpoint import Endpoint, application
@@ -67,7 +64,6 @@ def serve(
         for each, path in (adapters or {}).items():
             models.add(each, path)
         local = _is_loopback(host)
-        may_load = local or api_key is not None
         endpoint = Endpoint(
             model,
             tok,
@@ -75,12 +71,20 @@ def serve(
             slots=slots,
             capacity=capacity,
             most_waiting=queue,
-            may_load=may_load,
+            may_load=local or api_key is not None,
         )
         hosts = _own_names(host) if local and api_key is None else None
         app = application(endpoint, api_key=api_key, hosts=hosts)
         address = f"http://{_in_address(host)}:{listener.getsockname()[1]}"
         run(app, endpoint.worker, listener, lambda: started(address) if started else None)
+
+
+def _check_options(port: int, queue: int) -> None:
+    if queue < 0 or not 0 <= port < 2**16:
+        raise LorakitError(
+            f"serve: queue is {queue} and port {port}; queue must be at least 0, and port at most "
+            "65535"
+        )
 
 
 def _check_packages() -> None:

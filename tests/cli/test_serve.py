@@ -56,7 +56,7 @@ def test_what_is_wrong_is_one_sentence(tiny_dir, tmp_path, capsys):
         port = str(listener.getsockname()[1])
         for options, said in [
             (["--port", port], f"cannot listen on 127.0.0.1:{port}"),
-            (["--port", "70000"], "port 70000; expected"),
+            (["--port", "70000"], "port at most 65535"),
             (["--port", "0", "--host", "no.such.host.invalid"], "cannot listen on no.such"),
             (["--port", "0", "--slots", "0"], "slots must be at least 1"),
             (["--port", "0", "--context-length", "100"], "64"),
