@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit import kernels
-from lorakit.models.adapted_layer import fused_weights
+from lorakit.models.adapted_layer import AdaptedLayer, fused_weights
 from lorakit.models.cache import Storage
 from lorakit.models.config import ModelConfig
 from lorakit.models.mlp import MLP, Adapted, MoE, Recipe
@@ -159,6 +159,10 @@ class Attention(nn.Module):
             return kernels.rope(q, k, *view.tables, inplace=inplace)
         assert self.q_norm is not None
         assert self.k_norm is not None
+        for norm in (self.q_norm, self.k_norm):
+            if isinstance(norm, AdaptedLayer) and norm.only_module() is None:
+                # each row of the batch has weights of its own
+                return kernels.rope(self.q_norm(q), self.k_norm(k), *view.tables)
         return kernels.norm_rope(
             q,
             k,

@@ -6,6 +6,7 @@ from torch import nn
 
 import lorakit as lk
 from lorakit.adapters.manage import selected_adapter
+from lorakit.models.decoder import Decoder
 from tests.adapters.common import CLOSE, CONFIG, IDS, chain, randomize
 
 
@@ -39,6 +40,32 @@ def test_rows_inside_rows():
     # one row alone or beside another: the same products in another order
     torch.testing.assert_close(outer, torch.stack([module(x)[0], base[1]]), **CLOSE)
     torch.testing.assert_close(inner, torch.stack([base[0], module(x)[1]]), **CLOSE)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]])
+def test_rows_with_norms_of_their_own(targets):
+    """Norms that read two tensors and return two, norms of heads, and the last one."""
+    torch.manual_seed(0)
+    fields = lk.ModelConfig("qwen3", 61, 32, 48, 2, 4, 2, 8, qk_norm=True)
+    model = Decoder(fields).requires_grad_(False)
+    norms = ["input_layernorm", "post_attention_layernorm", "q_norm", "k_norm", "norm"]
+    for name in ("a", "b"):
+        config = lk.LoraConfig(r=2, target_modules=targets, modules_to_save=norms)
+        lk.attach(model, config, name=name)
+    with torch.no_grad():
+        for p in model.parameters():  # of both adapters too
+            p.add_(torch.randn_like(p), alpha=0.1)
+    names, ids = ["b", None, "a", "b"], torch.arange(48).view(4, 12)
+    with lk.adapter_rows(model, names):
+        found = model(ids)
+    for row, name in enumerate(names):
+        if name is None:
+            with lk.disable_adapters(model):
+                alone = model(ids[row : row + 1])
+        else:
+            alone = lk.set_adapter(model, name)(ids[row : row + 1])
+        # the same products of other numbers of rows, in another order
+        torch.testing.assert_close(found[row], alone[0], **CLOSE)
 
 
 @pytest.mark.parametrize("names", [None, 3, "a"])

@@ -193,14 +193,18 @@ class Attached(AdaptedLayer, Generic[PartT]):
             return self._compute_by_rows(*args, **options)
         return self.current_module()(*args, **options)
 
-    def _compute_by_rows(self, *args: Any, **options: Any) -> Tensor:
-        """Compute the rows of each adapter together, and put them back in order."""
+    def _compute_by_rows(self, *args: Any, **options: Any) -> Any:
+        """Compute the rows of each adapter together, and put them back in order.
+
+        Other tensors with as many rows are taken apart as the first one is, and so are several
+        results put together: a norm also reads what x is added to, and returns the sum.
+        """
         if not args:
             raise LorakitError(
                 f"adapter_rows: a {type(self.base).__name__} is called with keywords alone: which "
                 "of them holds the rows is not known"
             )
-        x, *others = args
+        x = args[0]
         groups = self.row_groups
         assert groups is not None
         count = sum(len(index) for _, index in groups)
@@ -211,10 +215,16 @@ class Attached(AdaptedLayer, Generic[PartT]):
             )
         found = []
         for name, index in groups:
-            rows = x[index.to(x.device)]
+            index = index.to(x.device)
+            rows = [
+                each[index] if isinstance(each, Tensor) and each.shape[:1] == x.shape[:1] else each
+                for each in args
+            ]
             if name is not None and name in self.adapters:
-                found.append(self.compute(self.part_of(name), rows, *others, **options))
+                found.append(self.compute(self.part_of(name), *rows, **options))
             else:
-                found.append(self.original(rows, *others, **options))
-        order = torch.cat([index for _, index in groups]).argsort()
-        return torch.cat(found)[order.to(x.device)]
+                found.append(self.original(*rows, **options))
+        order = torch.cat([index for _, index in groups]).argsort().to(x.device)
+        if isinstance(found[0], tuple):
+            return tuple(torch.cat(parts)[order] for parts in zip(*found, strict=True))
+        return torch.cat(found)[order]
