@@ -46,7 +46,7 @@ def test_rows_inside_rows():
 def test_rows_with_norms_of_their_own(targets):
     """Norms that read two tensors and return two, norms of heads, and the last one."""
     torch.manual_seed(0)
-    fields = lk.ModelConfig("qwen3", 61, 32, 48, 2, 4, 2, 8, qk_norm=True)
+    fields = lk.ModelConfig("qwen3", 61, 32, 48, 2, 4, 2, 8, qk_norm="head")
     model = Decoder(fields).requires_grad_(False)
     norms = ["input_layernorm", "post_attention_layernorm", "q_norm", "k_norm", "norm"]
     for name in ("a", "b"):
