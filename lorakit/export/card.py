@@ -20,11 +20,14 @@ import yaml
 from lorakit.config.errors import LorakitError
 from lorakit.export.card_text import Told, card_text, name_of
 from lorakit.files import hub
+from lorakit.files.gguf import read_header
 from lorakit.files.local import as_path, read_json, write_text
 
-Kind = Literal["adapter", "mlx", "model", "gguf"]
+Kind = Literal["adapter", "mlx", "model", "gguf", "gguf-lora"]
 _LIBRARY = {"adapter": "peft", "mlx": "mlx", "model": "transformers", "gguf": "gguf"}
+_LIBRARY |= {"gguf-lora": "gguf"}
 _RELATION = {"adapter": "adapter", "mlx": "adapter", "model": "finetune", "gguf": "quantized"}
+_RELATION |= {"gguf-lora": "adapter"}
 _OF_BASE = ("license", "license_name", "license_link", "language")
 _FRONT = re.compile(r"\ufeff?\s*---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.S | re.M)
 _SIGNED = re.compile(r"<!-- written by lorakit ([0-9a-f]{16}) -->\s*\Z")
@@ -116,7 +119,7 @@ def describe(
         config=config,
         adapter=of_adapter,
         settings=settings or {},
-        ggufs=ggufs if kind == "gguf" else [],
+        ggufs=ggufs if kind.startswith("gguf") else [],
         license=metadata.get("license"),
     )
     return Card(metadata, _signed(card_text(told)))
@@ -125,7 +128,7 @@ def describe(
 def kind_of(path: Path) -> Kind:
     """Return what a directory holds; raise LorakitError if it is nothing that lorakit knows."""
     if path.suffix == ".gguf" and path.is_file():
-        return "gguf"
+        return "gguf-lora" if _is_adapter(path) else "gguf"
     if not path.is_dir():
         raise LorakitError(f"{path} is neither a directory nor a .gguf file")
     config, peft, mlx = hub.ADAPTER_FILES
@@ -135,12 +138,21 @@ def kind_of(path: Path) -> Kind:
         return "mlx"
     if (path / "config.json").is_file() and any(path.glob("model*.safetensors")):
         return "model"
-    if any(path.glob("*.gguf")):
-        return "gguf"
+    files = list(path.glob("*.gguf"))
+    if files:
+        return "gguf-lora" if all(map(_is_adapter, files)) else "gguf"
     raise LorakitError(
         f"{path} holds no adapter ({config} and {peft}), no model (config.json and "
         "model.safetensors) and no .gguf file"
     )
+
+
+def _is_adapter(file: Path) -> bool:
+    """Return whether a .gguf file says that it is an adapter."""
+    try:
+        return read_header(file).metadata.get("general.type") == "adapter"
+    except LorakitError:  # a damaged file says nothing
+        return False
 
 
 def base_of(path: Path) -> str | None:
@@ -171,7 +183,7 @@ def _metadata(
             del of_base["license_link"]
         else:
             of_base["license_link"] = f"https://huggingface.co/{repo}/blob/main/{link}"
-    method = "lora" if kind == "mlx" else config.get("peft_type")
+    method = "lora" if kind in ("mlx", "gguf-lora") else config.get("peft_type")
     tags = [str(tag).lower() for tag in (method, "lorakit", settings.get("objective")) if tag]
     return found | of_base | {"tags": tags}
 

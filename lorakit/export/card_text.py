@@ -25,7 +25,7 @@ class Told(NamedTuple):
     path: Path
     """The directory of the files, or one .gguf file."""
     kind: str
-    """What they are: "adapter", "mlx", "model" or "gguf"."""
+    """What they are: "adapter", "mlx", "model", "gguf" or "gguf-lora"."""
     base: str | None
     """The model that they were made from: a Hub id or a directory."""
     base_id: str | None
@@ -88,14 +88,21 @@ def _first_sentence(told: Told) -> str:
         return f"An adapter ({method}){f' for {base}' if base else ''}, of lorakit."
     if told.kind == "gguf":
         return f"GGUF files{f' of {base}' if base else ''}, for llama.cpp, Ollama and LM Studio."
+    if told.kind == "gguf-lora":
+        return f"An adapter (LoRA){f' for {base}' if base else ''}, for llama.cpp and Ollama."
     merged = f", with an adapter ({method}) merged into its weights" if method else ""
     return f"A model{f' made from {base}' if base else ''}{merged}, of lorakit."
 
 
 def _loading(told: Told) -> str:
     place, base = name_of(told.path), _base(told)
-    if told.kind == "gguf":
+    if told.ggufs:
         sizes = [(file.name, f"{file.stat().st_size / 1e6:,.1f}") for file in told.ggufs]
+        if told.kind == "gguf-lora":
+            file = told.ggufs[0].name
+            lines = [f"hf download {place} {file} --local-dir ."]
+            lines += [f"llama-server -m MODEL.gguf --lora {file}"]
+            return f"{table(['file', 'MB'], sizes)}\n\n{_code('sh', lines)}"
         quantization = _QUANTIZATION.search(told.ggufs[0].stem)
         tagged = f"{place}:{quantization.group(1)}" if quantization else place
         lines = [f"llama-server -hf {tagged}", f"ollama run hf.co/{tagged}"]

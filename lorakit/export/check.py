@@ -38,6 +38,7 @@ from lorakit.export.runtime import continue_in_llama_cpp
 from lorakit.export.sample import CHAT, TEXTS
 from lorakit.export.vocabulary import exported_tokenizer
 from lorakit.export.weights import DenseModel, dense_model
+from lorakit.files.hub import fetch_adapter
 from lorakit.files.local import as_path
 from lorakit.inference.generate import continue_text
 from lorakit.inference.sampling import Sampling
@@ -155,7 +156,7 @@ def check_export(
         file: The .gguf file.
         model: The model that `export_gguf` wrote: a directory, a .gguf file, a Hub id, or a model
             in memory, with the adapter that is selected in it.
-        adapter: The directory or .gguf file of an adapter of a model in files.
+        adapter: The directory, .gguf file or Hub id of an adapter of a model in files.
         rows: A file of rows or an iterable of them, as `read_rows` takes it, best such that the
             training did not see. Their answers are compared, and how much of the training is left.
             None takes a short text of lorakit's own.
@@ -171,6 +172,7 @@ def check_export(
     """
     check(isinstance(tokens, int) and tokens > 0, "check_export: tokens must be at least 1")
     file = as_path(file)
+    adapter = None if adapter is None else fetch_adapter(adapter)
     ours, theirs = dense_model(model, adapter), dense_model(file, None)
     _check_same(file, ours, theirs)
     tok = _tokenizer(ours, adapter) if tokenizer is None else tokenizer

@@ -34,14 +34,23 @@ from lorakit.export.vocabulary import (
     tokenizer_metadata,
 )
 from lorakit.export.weights import DenseModel, dense_model
-from lorakit.files.gguf import NewTensor, block_sizes, write_gguf
-from lorakit.files.hub import fetch_adapter
+from lorakit.files.gguf import NewTensor, Typed, block_sizes, read_header, write_gguf
+from lorakit.files.hub import fetch_adapter, name_of
 from lorakit.files.local import as_path
 from lorakit.models.decoder import Decoder
 from lorakit.models.gguf_names import Dialect, dialect_of, storage, stored_name
 from lorakit.models.tokenizer import Tokenizer
 
 _PART = 1 << 24  # values that are quantized at a time, 64 MB of fp32
+# What general keys say of a file and its blocks, not of the model in it.
+_OF_THE_FILE = {
+    "general.alignment",
+    "general.architecture",
+    "general.file_type",
+    "general.quantization_version",
+    "general.quantized_by",
+    "general.type",
+}
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -73,12 +82,15 @@ class GgufFile:
             f"{self.size / 1e6:,.1f} MB, {bits:.2f} bits each"
         ]
         for kind, (tensors, parameters) in sorted(self.formats.items(), key=lambda it: -it[1][1]):
-            lines.append(f"  {kind:<6} {tensors:>5} tensors {100 * parameters / total:>6.1f} %")
+            of = f"{tensors:>5} {'tensor' if tensors == 1 else 'tensors':<7}"
+            lines.append(f"  {kind:<6} {of} {100 * parameters / total:>6.1f} %")
         if self.falls_back:
+            count = len(self.falls_back)
+            are, their = ("tensor is", "its") if count == 1 else ("tensors are", "their")
             instead = ", ".join(sorted(set(self.falls_back.values())))
             lines.append(
-                f"  {len(self.falls_back)} tensors are {instead} and not what {self.quantization} "
-                "means: their rows are no multiple of its blocks"
+                f"  {count} {are} {instead} and not what {self.quantization} means: {their} rows "
+                "are no multiple of its blocks"
             )
         return "\n".join(lines)
 
@@ -109,7 +121,8 @@ def export_gguf(
         imatrix: What `importance` returned, or a file of it or of llama.cpp's llama-imatrix.
         tensor_types: Regexes of names in the file, such as "ffn_down" -> the block format of the
             matrices that they fit, such as "q8_0". The first that fits decides.
-        name: What the file calls the model. None takes the name of its directory.
+        name: What the file calls the model. None takes the name that a .gguf file has for it, or
+            that of its directory.
         context_length: The number of positions that the file states, at most the model's. A model
             whose sliding window llama.cpp would ignore can be written with that window.
 
@@ -130,12 +143,15 @@ def export_gguf(
     check_said(dense.config, arch, dialect, tied, context_length)
     measured = importance is not None
     mix = Mix(quantization, dense.config, arch, measured=measured, tensor_types=tensor_types)
+    said = _said_of_model(dense)
+    own_name = said.pop("general.name", None)
     metadata = {
         "general.architecture": arch,
         "general.type": "model",
-        "general.name": name or _name(model, dense),
+        "general.name": name or own_name or _name(model, dense),
         "general.file_type": mix.number,
         "general.quantization_version": 2,
+        **said,
         **model_metadata(dense.config, arch, dialect, context_length),
         **_tokenizer_metadata(dense, adapter, tokenizer),
     }
@@ -172,7 +188,19 @@ def _name(model: Decoder | str | Path, dense: DenseModel) -> str:
     """Return what a file calls a model that the caller did not name."""
     if isinstance(model, Decoder):
         return "model" if dense.path is None else dense.path.name.removesuffix(".gguf")
-    return Path(model).expanduser().absolute().name.removesuffix(".gguf")
+    return name_of(model)
+
+
+def _said_of_model(dense: DenseModel) -> dict[str, Any]:
+    """Return what a model's .gguf file says of its name, its license and its origin."""
+    if dense.path is None or dense.path.suffix != ".gguf":
+        return {}
+    header = read_header(dense.path)
+    return {
+        key: Typed(value, *header.types[key])
+        for key, value in header.metadata.items()
+        if key.startswith("general.") and key not in _OF_THE_FILE and value != []
+    }
 
 
 def _tokenizer_metadata(

@@ -28,6 +28,7 @@ from lorakit.adapters.peft_files.plain import PlainAdapter, PlainLayer, read_pla
 from lorakit.config.errors import LorakitError, check
 from lorakit.export.gguf import GgufFile, checked_file, count_formats
 from lorakit.files.gguf import NewTensor, write_gguf
+from lorakit.files.hub import name_of
 from lorakit.models.gguf_names import Dialect, dialect_of, storage, stored_name
 
 _DTYPES = {"float16": ("F16", 1, torch.float16), "float32": ("F32", 0, torch.float32)}
@@ -47,7 +48,8 @@ def export_gguf_adapter(
     The model's own GGUF file, of any quantization, stays as it is.
 
     Args:
-        adapter: A LoRA adapter of any kind that `load_adapter` reads.
+        adapter: The directory, .gguf file or Hub id of a LoRA adapter of any kind that
+            `load_adapter` reads.
         file: The file to write. Its directory is made if it is missing.
         base_model: A directory, .gguf file or Hub id of the model that it was trained on. None
             takes the one that the adapter names.
@@ -65,6 +67,7 @@ def export_gguf_adapter(
     """
     check(dtype in _DTYPES, f"dtype must be float16 or float32, not {dtype!r}")
     file = checked_file(file)
+    called = name or name_of(adapter)
     plain = read_plain(adapter, base_model)
     path = plain.stored.path
     for place, layer in plain.layers.items():
@@ -85,7 +88,7 @@ def export_gguf_adapter(
     metadata = {
         "general.architecture": arch,
         "general.type": "adapter",
-        "general.name": name or path.absolute().name.removesuffix(".gguf"),
+        "general.name": called,
         "general.file_type": file_type,
         "general.quantization_version": 2,
         "adapter.type": "lora",

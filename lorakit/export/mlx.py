@@ -32,6 +32,7 @@ from lorakit.adapters.peft_files.opened import open_files
 from lorakit.adapters.peft_files.plain import PlainAdapter, PlainLayer, read_plain
 from lorakit.adapters.peft_files.stored import open_adapter
 from lorakit.config.errors import LorakitError
+from lorakit.files.hub import fetch_adapter
 from lorakit.files.local import as_path
 
 _KINDS = {theirs: kind for kind, theirs in MIXTRAL_KINDS.items()}
@@ -75,7 +76,8 @@ def export_mlx(
     """Write a LoRA or DoRA adapter as mlx_lm's, for Apple's GPUs.
 
     Args:
-        adapter: A LoRA adapter of any kind that `load_adapter` reads.
+        adapter: The directory, .gguf file or Hub id of a LoRA adapter of any kind that
+            `load_adapter` reads.
         directory: The directory to write, which must be new or empty.
         base_model: A directory, .gguf file or Hub id of the model that it was trained on. None
             takes the one that the adapter names.
@@ -89,7 +91,7 @@ def export_mlx(
             it does not fit the model, a file cannot be read, or the directory is not empty.
             Nothing is written then.
     """
-    source, directory = as_path(adapter), as_path(directory).resolve()
+    source, directory = fetch_adapter(adapter), as_path(directory).resolve()
     check_target(source, directory)
     plain = read_plain(source, base_model)
     dora = _check_dora(plain)
@@ -124,7 +126,7 @@ def import_mlx(adapter: str | Path, directory: str | Path) -> Path:
     """Write an adapter of mlx_lm as PEFT's; no value changes.
 
     Args:
-        adapter: The directory of the adapter.
+        adapter: The directory or the Hub id of the adapter.
         directory: The directory to write, which must be new or empty.
 
     Returns:
@@ -134,7 +136,7 @@ def import_mlx(adapter: str | Path, directory: str | Path) -> Path:
         LorakitError: The adapter is not mlx_lm's, its files are missing or damaged, or the
             directory is not empty. Nothing is written then.
     """
-    source, directory = as_path(adapter), as_path(directory).resolve()
+    source, directory = fetch_adapter(adapter), as_path(directory).resolve()
     check_target(source, directory)
     files = open_files(source)
     if files.written_by != "MLX":

@@ -24,6 +24,7 @@ from lorakit.export.gguf_adapter import export_gguf_adapter
 from lorakit.export.go_template import go_template, lost_in_modelfile
 from lorakit.export.importance import Importance
 from lorakit.export.vocabulary import brings, exported_tokenizer
+from lorakit.files.hub import fetch_adapter, name_of
 from lorakit.files.local import as_path, read_json, write_text
 from lorakit.models.load import open_model
 from lorakit.models.tokenizer import Tokenizer
@@ -79,7 +80,7 @@ def export_ollama(
         model: A directory, .gguf file or Hub id.
         directory: The directory to write.
         quantization: That of the model's file, as in `export_gguf`.
-        adapter: The directory or .gguf file of an adapter.
+        adapter: The directory, .gguf file or Hub id of an adapter.
         merge: Merge the adapter into the model's file, or write it as a file of its own.
         system: A system prompt for chats that have none.
         context_length: The positions that Ollama makes room for, and that the file states.
@@ -98,14 +99,15 @@ def export_ollama(
     if lost := lost_in_modelfile(system or ""):
         raise LorakitError(f"system: a Modelfile has no way to write {lost}; leave it out")
     directory = as_path(directory)
-    name = (name or as_path(model).absolute().name.removesuffix(".gguf")).replace("/", "-")
+    adapter = None if adapter is None else fetch_adapter(adapter)
+    called = (name or name_of(model)).replace("/", "-")
     tok = exported_tokenizer(model, adapter)
     own = brings(adapter, "tokenizer.json") or brings(adapter, "chat_template.jinja")
     template, why = go_template(tok)
     parameters = _parameters(model, tok, context_length)
     written = export_gguf(
         model,
-        directory / f"{name}-{quantization.upper()}.gguf",
+        directory / f"{called}-{quantization.upper()}.gguf",
         quantization=quantization,
         adapter=adapter if merge else None,
         tokenizer=None if merge or not own else tok,  # merged, the adapter's is taken
@@ -116,10 +118,10 @@ def export_ollama(
     )
     files = [written]
     if adapter is not None and not merge:
-        file = directory / f"{name}-lora-F16.gguf"
+        file = directory / f"{called}-lora-F16.gguf"
         files.append(export_gguf_adapter(adapter, file, base_model=model, name=name))
     _write(directory, files, template, system, parameters)
-    return OllamaFiles(directory, tuple(files), why, _commands(directory, name))
+    return OllamaFiles(directory, tuple(files), why, _commands(directory, called))
 
 
 def _commands(directory: Path, name: str) -> tuple[str, str]:

@@ -25,6 +25,7 @@ _KNOWN = {
     "mlx": [*hub.ADAPTER_FILES, *hub.TOKENIZER_FILES],
     "model": [*_MODEL, *hub.TOKENIZER_FILES],
     "gguf": ["*.gguf", *_OLLAMA],
+    "gguf-lora": ["*.gguf"],
 }
 
 

@@ -21,6 +21,7 @@ from lorakit.adapters.peft_files.layout import CONFIG_FILE
 from lorakit.adapters.peft_files.plain import is_dora
 from lorakit.adapters.peft_files.stored import StoredAdapter, open_adapter
 from lorakit.config.errors import LorakitError, one_of
+from lorakit.files.hub import fetch_adapter
 from lorakit.files.local import as_path, read_json, write_json
 from lorakit.models.config import ModelConfig
 from lorakit.models.load import open_model
@@ -56,7 +57,8 @@ def export_for_server(
     """Write an adapter as a server of PEFT's files wants it: plain LoRA, with short names.
 
     Args:
-        adapter: A LoRA adapter of any kind that `load_adapter` reads. DoRA is approximated.
+        adapter: The directory, .gguf file or Hub id of a LoRA adapter of any kind that
+            `load_adapter` reads. DoRA is approximated.
         directory: The directory to write, which must be new or empty.
         server: vllm or sglang; peft for any other program that reads PEFT's files.
         base_model: A directory, .gguf file or Hub id of the model that it was trained on; DoRA,
@@ -72,7 +74,7 @@ def export_for_server(
     """
     if server not in get_args(Server):
         raise LorakitError(f"server must be {one_of(get_args(Server))}, not {server!r}")
-    source, directory = as_path(adapter), as_path(directory).resolve()
+    source, directory = fetch_adapter(adapter), as_path(directory).resolve()
     check_target(source, directory)
     base = None if base_model is None else open_model(base_model)[0].config
     stored = open_adapter(source, base)

@@ -10,7 +10,8 @@ A tokenizer that was read from a GGUF file goes back as it was. Every other one 
              two neighbours whose union scores highest. The scores follow the order of the merges:
              minus the number of the first merge that makes the token
 
-The file holds one token for each row of the embedding. Rows without a token are called [PAD...].
+The file holds one token for each row of the embedding. Rows without a token are called [PAD...], by
+a name that no token has.
 
 Sources: llama.cpp's llama-vocab.cpp and convert_hf_to_gguf.py, read, not copied.
 """
@@ -129,11 +130,14 @@ def _tokens(data: Mapping[str, Any], size: int, sentencepiece: bool) -> tuple[li
             f"token {max(texts)} ({texts[max(texts)]!r}) lies outside the model's vocabulary of "
             f"{size}: tokenizer and model do not belong together"
         )
+    taken = set(texts.values())
     tokens, types = [], []
     for number in range(size):
         text = texts.get(number)
         if text is None:
             kind, text = _UNUSED, f"[PAD{number}]"
+            while text in taken:
+                text = f"[{text}]"
         elif text == model["unk_token"] and sentencepiece:
             kind = _UNKNOWN
         elif number in added:
@@ -269,6 +273,12 @@ def _special(tok: Tokenizer, config: ModelConfig) -> dict[str, Any]:
         "padding_token_id": tok.pad_token_id,
     }
     found |= zip(("eot_token_id", "eom_token_id"), ends[1:], strict=False)
+    for name, number in found.items():
+        if number is not None and not 0 <= number < config.vocab_size:
+            raise LorakitError(
+                f"{name} is {number}, and the model has the tokens 0 to {config.vocab_size - 1}: "
+                "correct it in config.json or generation_config.json"
+            )
     around = tok.encode("")
     before = around[:1] == [bos]
     after = around[1:] if before else around

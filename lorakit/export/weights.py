@@ -3,7 +3,8 @@
 A model in files is opened and never loaded: each tensor is read when it is written. With an adapter
 beside it the model's parameters are views of its mapped files. They take no memory of their own,
 and only what the adapter holds does. Each adapted weight is merged in fp32 when its turn comes, and
-forgotten then. So no merged model exists, in memory or on disk.
+forgotten then. So no merged model exists, in memory or on disk. Biases, and modules that were
+trained whole, are fp32 from the start: a bf16 model would round what the adapter has of them.
 
 A GGUF file, and weights that bitsandbytes packed, cannot be mapped as they are. With an adapter
 such a model is loaded: a GGUF file in fp32.
@@ -22,13 +23,16 @@ from lorakit.adapters.layers.embeddings import TiedHead
 from lorakit.adapters.layers.whole_modules import SavedModule
 from lorakit.adapters.layers.wrapper import Attached
 from lorakit.adapters.manage import check_no_block
+from lorakit.adapters.peft_files.layout import PREFIX
 from lorakit.adapters.peft_files.load import load_adapter
+from lorakit.adapters.peft_files.opened import open_files
 from lorakit.config.errors import LorakitError
 from lorakit.files.safetensors import LazyTensor
 from lorakit.models.bitsandbytes import LazyWeight, only_dense
 from lorakit.models.config import ModelConfig
 from lorakit.models.decoder import Decoder
 from lorakit.models.load import load_model, open_model
+from lorakit.models.multimodal import text_name
 from lorakit.models.packed_layers import PackedWeight
 
 
@@ -69,10 +73,13 @@ def dense_model(model: Decoder | str | Path, adapter: str | Path | None) -> Dens
     if source.path.suffix == ".gguf" or only_dense(weights) is None:
         opened = load_model(source.path, dtype="float32", device="cpu")
     else:
+        trained = {text_name(key.removeprefix(PREFIX)) for key in open_files(adapter).tensors}
         for name, weight in weights.items():
             owner, _, leaf = name.rpartition(".")
-            mapped = nn.Parameter(_read(weight), requires_grad=False)
-            setattr(opened.get_submodule(owner), leaf, mapped)
+            value = _read(weight)
+            if name in trained or value.dim() == 1:  # the adapter's own has the dtype of this one
+                value = value.float()
+            setattr(opened.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
     load_adapter(opened, adapter)
     return DenseModel(opened.config, dict(_tensors(opened)), source.path)
 

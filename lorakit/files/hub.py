@@ -115,6 +115,14 @@ def fetch_adapter(path_or_hub_id: str | Path) -> Path:
     return resolve(path_or_hub_id, [*ADAPTER_FILES, *TOKENIZER_FILES])
 
 
+def name_of(path_or_hub_id: str | Path) -> str:
+    """Return what a model or an adapter is called: as its directory, its file or its repository."""
+    repo = hub_id(path_or_hub_id)
+    if repo is not None:
+        return repo.partition("/")[2]
+    return as_path(path_or_hub_id).absolute().name.removesuffix(".gguf")
+
+
 def _gguf_file(repo: str, tag: str) -> str:
     """Return the name of the file of a repository that a type or a name stands for.
 

@@ -19,11 +19,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lorakit.config.errors import LorakitError
-from lorakit.config.fields import from_mapping
 from lorakit.files.gguf import Header, TensorInfo, data_length, fp32_reader, read_header
 from lorakit.files.safetensors import LazyTensor
 from lorakit.models.config import ModelConfig, RopeConfig
@@ -36,7 +34,7 @@ from lorakit.models.gguf_names import (
     published_name,
     restoration,
 )
-from lorakit.models.rope import inverse_frequencies
+from lorakit.models.rope import llama3_of_divisors
 
 
 def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, LazyTensor]]:
@@ -217,27 +215,14 @@ def _rope_scaling(path: Path, metadata: Mapping[str, Any], prefix: str) -> dict[
 def _llama3_rope(path: Path, info: TensorInfo, config: ModelConfig) -> RopeConfig:
     """Return the rotary embedding that the divisors of the frequencies at `info` stand for.
 
-    Files store Llama 3's scaling as these divisors, not as its four parameters. The first of them,
-    the factor, is the largest divisor. Every published model uses 1, 4 and 8192 for the other
-    three. A file whose divisors do not follow from these four is refused.
+    Files store Llama 3's scaling as these divisors, not as its four parameters. A file whose
+    divisors follow from no four is refused.
     """
-    size, cpu = config.head_dim, torch.device("cpu")
+    size = config.head_dim
     if info.shape != (size // 2,):
         raise LorakitError(f"{path}: rope_freqs.weight is {info.shape}, not ({size // 2},)")
     divisors = fp32_reader(path, info, data_length(path, "rope_freqs.weight", info))()
-    scaled: RopeConfig = from_mapping(
-        RopeConfig,
-        {
-            "rope_theta": config.rope.rope_theta,
-            "rope_type": "llama3",
-            "factor": float(divisors.max()),
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-        f"{path}, rope parameters",
-    )
-    stored = inverse_frequencies(scaled, size, cpu) * divisors
-    if not torch.allclose(stored, inverse_frequencies(config.rope, size, cpu), rtol=1e-4):
+    found = llama3_of_divisors(divisors, config.rope.rope_theta)
+    if found is None:
         raise LorakitError(f"{path}: rope_freqs.weight holds a rotary scaling other than Llama 3's")
-    return scaled
+    return found

@@ -267,3 +267,62 @@ def query_scale(rope: RopeConfig, position_ids: Tensor, longest: int) -> Tensor 
         return None
     turns = (position_ids // original).float()
     return (1 + rope.llama_4_scaling_beta * torch.log1p(turns))[..., None, None]
+
+
+def llama3_of_divisors(divisors: Tensor, theta: float) -> RopeConfig | None:
+    """Return the llama3 scaling that divides the frequencies by these numbers, or None if none is.
+
+    The factor is the largest divisor. The frequencies tell the other three parameters up to one
+    factor, so the low one is 1, as in every published model. L = 8192 and 4, which those have too,
+    are tried first. Else the two follow from the divisors.
+
+    Args:
+        divisors: fp32 [D / 2].
+        theta: The base of the frequencies.
+    """
+    size, cpu = 2 * len(divisors), divisors.device
+    plain = inverse_frequencies(RopeConfig(rope_theta=theta), size, cpu)
+    if not (divisors.isfinite().all() and divisors.gt(0).all()):
+        return None
+    factor = float(divisors.max())
+    for length, high in [(8192, 4.0), _blended(divisors.double(), plain.double())]:
+        if length < 2 or not high > 1:
+            continue
+        scaled = RopeConfig(
+            theta, "llama3", factor, length, low_freq_factor=1.0, high_freq_factor=high
+        )
+        if torch.allclose(inverse_frequencies(scaled, size, cpu) * divisors, plain, rtol=1e-4):
+            return scaled
+    return None
+
+
+def _blended(divisors: Tensor, plain: Tensor) -> tuple[int, float]:
+    """Return L and the high factor h of llama3 where the low factor is 1; (0, 0) if none.
+
+    With x the turns a position, a frequency between 1 / L and h / L keeps the share
+    (L x - 1) / (h - 1) of itself. So x is a line over that share, from 1 / L to h / L.
+
+    Args:
+        divisors: fp64 [D / 2].
+        plain: The frequencies before they are divided, fp64 [D / 2], in radians a position.
+    """
+    least, turns = 1 / divisors.max(), plain / (2 * math.pi)
+    keep = (1 / divisors - least) / (1 - least)
+    between = (keep > 1e-4) & (keep < 1 - 1e-4)
+    if not keep.isfinite().all():  # all divisors are one
+        return 0, 0.0
+    low, high = turns[keep <= 1e-4].max(), 4 * turns.max()
+    if between.sum() > 1:
+        line = torch.stack([keep[between], torch.ones_like(keep[between])], 1)
+        slope, start = torch.linalg.lstsq(line, turns[between]).solution
+        low, high = start, start + slope
+    elif between.any():  # one point gives no line: h is 4
+        low = turns[between][0] / (1 + 3 * keep[between][0])
+        high = 4 * low
+    elif (keep > 0.5).any():  # any line between two neighbours will do
+        low = 1 / (1 / low).floor()
+        high = torch.minimum(4 * low, turns[keep > 0.5].min())
+    if not low > 1e-12:
+        return 0, 0.0
+    length = round(1 / float(low))
+    return length, round(float(high) * length, 4)

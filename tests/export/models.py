@@ -1,12 +1,16 @@
 """Tiny models on disk for the tests of exporting, with a tokenizer that llama.cpp has."""
 
 import json
+import math
+from functools import partial
 
+import numpy as np
 import tokenizers
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 
 import lorakit as lk
+from lorakit.files.gguf import NewTensor, Typed, read_header, write_gguf
 from lorakit.models.tokenizer import Tokenizer
 from tests.conftest import tiny
 from tests.models.test_gguf import VARIANTS
@@ -15,6 +19,7 @@ SIZE = 300  # of the vocabulary, more than the tokenizer has
 SPECIAL = ["<unk>", "<s>", "</s>", "<|turn|>"]
 MERGES = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "t"), ("1", "2")]
 TEMPLATE = "{% for m in messages %}<|turn|>{{ m.role }}\n{{ m.content }}</s>{% endfor %}"
+ASKS = TEMPLATE + "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
 
 
 def byte_level():
@@ -38,6 +43,19 @@ def write_model(path, variant, **settings):
     tiny(model_type, **{**own, "vocab_size": SIZE, **settings}).save_pretrained(path)
     byte_level().save(path)
     return path
+
+
+def write_again(plain, path, more):
+    """Write a GGUF file of fp32 tensors again, with more metadata."""
+    header = read_header(plain)
+    metadata = {key: Typed(value, *header.types[key]) for key, value in header.metadata.items()}
+    metadata |= more | {"general.architecture": header.metadata["general.architecture"]}
+    tensors = [
+        NewTensor(name, info.shape, "F32", partial(np.fromfile, plain, np.uint8, 4 * n, "", at))
+        for name, info in header.tensors.items()
+        for n, at in [(math.prod(info.shape), info.offset)]
+    ]
+    write_gguf(path, metadata, tensors)
 
 
 def train_adapter(directory, path, std=0.1, **config):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import lorakit as lk
 from lorakit.export import card
+from lorakit.files.gguf import write_gguf
 from tests.files.local_hub import complaints
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -128,6 +129,21 @@ def test_kinds(tmp_path):
     assert (metadata["library_name"], metadata["base_model"]) == ("mlx", BASE)
     with pytest.raises(lk.LorakitError, match=r"holds no adapter .*, no model .* and no \.gguf"):
         lk.write_card(tmp_path)
+
+
+def test_a_gguf_adapter_is_an_adapter(tmp_path):
+    """A directory that holds its model too is a quantization of it."""
+    metadata = {"general.architecture": "llama", "general.type": "adapter"}
+    write_gguf(tmp_path / "mine-F16.gguf", metadata, [])
+    for path in (tmp_path, tmp_path / "mine-F16.gguf"):
+        found = card.describe(path, BASE)
+        assert found.metadata["base_model_relation"] == "adapter"
+        assert found.metadata["library_name"] == "gguf"
+        assert "lora" in found.metadata["tags"]
+        assert "llama-server -m MODEL.gguf --lora mine-F16.gguf" in found.text
+        assert "ollama run" not in found.text
+    write_gguf(tmp_path / "model-Q8_0.gguf", metadata | {"general.type": "model"}, [])
+    assert card.describe(tmp_path, BASE).metadata["base_model_relation"] == "quantized"
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,17 @@
 import re
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 
 import lorakit as lk
-from lorakit.files.gguf import read_header
+from lorakit.files.gguf import Typed, read_header
 from lorakit.models.gguf import read_gguf
 from lorakit.models.load import open_model
 from tests.conftest import FAMILY_VARIANTS, tiny
 from tests.export.llama_cpp import LlamaCpp
-from tests.export.models import write_model
+from tests.export.models import write_again, write_model
 from tests.models.test_gguf import VARIANTS
 
 IDS = [1, *range(4, 30)]  # longer than any window
@@ -95,6 +96,53 @@ def test_a_bf16_model_is_merged_in_fp32(tmp_path):
     lk.merge(model)
     merged = model.get_submodule(name).current_module().weight
     assert torch.equal(read_gguf(file)[1][f"{name}.weight"].read(), merged)
+
+
+@pytest.mark.parametrize(
+    "trained",
+    [{"modules_to_save": ["lm_head", "norm"], "lora_bias": True}, {"bias": "all"}],
+    ids=["modules", "biases"],
+)
+def test_what_was_trained_whole_in_fp32_is_written_so(tmp_path, trained):
+    """The base in the files is bf16, which would round it."""
+    directory = write_model(tmp_path / "model", "qwen2")
+    lk.save_model(lk.load_model(directory, dtype="bfloat16"), tmp_path / "half")
+    model = lk.load_model(tmp_path / "half", dtype="float32")
+    lk.attach(model, lk.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **trained))
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_A" not in name:
+            torch.nn.init.normal_(parameter, 0, 0.1)
+    lk.save_adapter(model, tmp_path / "adapter")
+    file = tmp_path / "m.gguf"
+    lk.export_gguf(tmp_path / "half", file, quantization="f32", adapter=tmp_path / "adapter")
+    found = read_gguf(file)[1]
+    lk.merge_and_unload(model)
+    for name, parameter in model.state_dict().items():
+        assert torch.equal(found[name].read(), parameter), name
+
+
+def test_what_a_file_says_of_its_model_is_said_again(tmp_path):
+    """Name, license and origin stay; what is of the file's own blocks does not."""
+    kinds = gguf.GGUFValueType
+    said = {
+        "general.name": Typed("A Name", kinds.STRING, None),
+        "general.license": Typed("apache-2.0", kinds.STRING, None),
+        "general.languages": Typed(["en", "de"], kinds.ARRAY, kinds.STRING),
+        "general.base_model.count": Typed(1, kinds.UINT32, None),
+        "general.sampling.temp": Typed(0.5, kinds.FLOAT32, None),
+    }
+    plain, source = tmp_path / "plain.gguf", tmp_path / "source.gguf"
+    lk.export_gguf(write_model(tmp_path / "model", "llama"), plain, quantization="f32")
+    write_again(plain, source, said | {"general.quantized_by": "somebody"})
+    lk.export_gguf(source, tmp_path / "again.gguf", quantization="f16")
+    found = read_header(tmp_path / "again.gguf")
+    for key, (value, kind, of) in said.items():
+        assert (found.metadata[key], found.types[key]) == (value, (kind, of)), key
+    assert found.metadata["general.file_type"] == 1
+    assert "general.quantized_by" not in found.metadata
+    lk.export_gguf(source, tmp_path / "own.gguf", quantization="f16", name="Mine")
+    assert read_header(tmp_path / "own.gguf").metadata["general.name"] == "Mine"
 
 
 def test_a_packed_model_is_merged_into_what_it_computes_with(tmp_path):

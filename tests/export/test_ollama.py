@@ -10,10 +10,9 @@ import lorakit as lk
 from lorakit.files.gguf import read_header
 from tests.export.go_template import GoTemplate
 from tests.export.llama_cpp import LlamaCpp
-from tests.export.models import TEMPLATE, byte_level, train_adapter, write_model
+from tests.export.models import ASKS, byte_level, train_adapter, write_model
 
 IDS = [1, *range(4, 30)]
-ASKS = TEMPLATE + "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import lorakit as lk
+from lorakit.export.gguf import GgufFile
 from lorakit.export.mix import FILE_TYPES
 from lorakit.models.gguf import read_gguf
 from lorakit.models.load import open_model
@@ -63,6 +64,14 @@ def test_rows_that_do_not_fit_are_told(tmp_path):
     assert "tensors are F16, Q5_0, Q8_0 and not what q4_k_m means" in said
     with LlamaCpp(tmp_path / "m.gguf") as theirs:
         assert theirs.logits([1, 5, 9]).isfinite().all()
+
+
+def test_one_tensor_is_said_in_the_singular(tmp_path):
+    formats = {"F32": (1, 10), "Q4_0": (12, 90)}
+    told = str(GgufFile(tmp_path, "q4_k_m", 100, formats, {"blk.0.attn_q.weight": "Q4_0"}))
+    assert "F32        1 tensor    10.0 %\n" in told
+    assert "Q4_0      12 tensors   90.0 %\n" in told
+    assert "1 tensor is Q4_0 and not what q4_k_m means: its rows are no" in told
 
 
 def test_own_formats_of_tensors(wide, tmp_path):

@@ -1,26 +1,24 @@
 """Tokenizers in GGUF files: llama.cpp gives the ids that lorakit does."""
 
 import json
-import math
 import random
 import re
 import unicodedata
-from functools import cache, partial
+from functools import cache
 
 import gguf
-import numpy as np
 import pytest
 import tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
 import lorakit as lk
 from lorakit.export.vocabulary import tokenizer_metadata
-from lorakit.files.gguf import NewTensor, Typed, read_header, write_gguf
+from lorakit.files.gguf import Typed, read_header
 from lorakit.models.tokenizer import Tokenizer
 from lorakit.models.tokenizer_files import PRE_TOKENIZERS, TAKE_WORDS_WHOLE, load_tokenizer
 from tests.conftest import tiny_llama
 from tests.export.llama_cpp import LlamaCpp
-from tests.export.models import SIZE, byte_level, write_model
+from tests.export.models import SIZE, byte_level, write_again, write_model
 from tests.models.gguf_files import write_vocabulary
 from tests.models.sentencepiece import PRE_TEXTS, SPM_TEXTS, TEXTS, spm_metadata
 
@@ -190,14 +188,7 @@ def test_what_a_file_says_of_its_tokenizer_keeps_its_types(tmp_path):
     }
     plain, source, again = (tmp_path / f"{name}.gguf" for name in ("plain", "source", "again"))
     lk.export_gguf(write_model(tmp_path / "model", "llama"), plain, quantization="f32")
-    header = read_header(plain)
-    metadata = {key: Typed(v, *header.types[key]) for key, v in header.metadata.items()} | odd
-    tensors = [
-        NewTensor(name, info.shape, "F32", partial(np.fromfile, plain, np.uint8, 4 * n, "", at))
-        for name, info in header.tensors.items()
-        for n, at in [(math.prod(info.shape), info.offset)]
-    ]
-    write_gguf(source, metadata | {"general.architecture": "llama"}, tensors)
+    write_again(plain, source, odd)
     lk.export_gguf(source, again, quantization="f32")
     assert said_of_tokenizer(again) == said_of_tokenizer(source)
     assert odd.keys() <= said_of_tokenizer(again).keys()
@@ -267,6 +258,31 @@ def test_a_tokenizer_of_another_model_is_refused():
     tok.add_special_tokens([f"<|{i}|>" for i in range(SIZE)])
     with pytest.raises(lk.LorakitError, match="do not belong together"):
         tokenizer_metadata(tok, config())
+
+
+def test_rows_without_a_token_get_names_that_no_token_has():
+    """A token may be called as such a row is."""
+    tok = byte_level()
+    tok.add_special_tokens(["[PAD280]", "[PAD281]", "[[PAD281]]"])
+    found = tokenizer_metadata(tok, config())
+    tokens, types = found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"]
+    assert len(set(tokens)) == SIZE
+    assert tokens[279:283] == ["[PAD279]", "[[PAD280]]", "[[[PAD281]]]", "[PAD282]"]
+    assert set(types[len(tok) :]) == {5}
+
+
+@pytest.mark.parametrize("name", ["eos_token_id", "bos_token_id"])
+def test_a_token_beyond_the_vocabulary_is_named(name):
+    tok = byte_level()
+    tok.special_tokens.pop("bos_token")
+    tok.backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A", special_tokens=[]
+    )
+    tokenizer_metadata(tok, config())
+    given = {"eos_token_id": [2, SIZE]} if name == "eos_token_id" else {name: SIZE}
+    values = tiny_llama(vocab_size=SIZE).config.to_dict() | given
+    with pytest.raises(lk.LorakitError, match=f"_id is {SIZE}, and the model has the tokens 0 to"):
+        tokenizer_metadata(tok, lk.ModelConfig.from_hf(values))
 
 
 def test_several_templates_stand_under_their_names():

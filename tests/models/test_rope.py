@@ -4,12 +4,15 @@ import json
 
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 import lorakit as lk
 from lorakit.models.rope import (
     NO_ROPE,
     RopeConfig,
     inverse_frequencies,
+    llama3_of_divisors,
     query_scale,
     rope_tables,
 )
@@ -205,3 +208,50 @@ def test_each_row_has_the_tables_of_its_own_length(variant):
 def test_settings_that_no_rotation_has(settings, message):
     with pytest.raises(lk.LorakitError, match=message):
         RopeConfig(**settings)
+
+
+CPU = torch.device("cpu")
+
+
+def divided_by(rope, head_dim):
+    """The fp32 numbers that divide the frequencies, as a GGUF file holds them."""
+    plain = inverse_frequencies(RopeConfig(rope_theta=rope.rope_theta), head_dim, CPU)
+    return (plain / inverse_frequencies(rope, head_dim, CPU)).float()
+
+
+@given(
+    length=st.integers(64, 131072),
+    high=st.integers(2, 16),
+    factor=st.sampled_from([2.0, 8.0, 32.0]),
+    theta=st.sampled_from([1e4, 5e5]),
+    head_dim=st.sampled_from([16, 64, 128]),
+)
+def test_divisors_tell_the_scaling_that_they_are_of(length, high, factor, theta, head_dim):
+    """The same frequencies at least; of wide heads L and h too, where a few are blended."""
+    rope = RopeConfig(theta, "llama3", factor, length, high_freq_factor=float(high))
+    divisors = divided_by(rope, head_dim)
+    share = (1 / divisors.double() - 1 / factor) / (1 - 1 / factor)
+    blended = int(((share > 1e-4) & (share < 1 - 1e-4)).sum())
+    assume(divisors.max() > 0.9999 * factor)  # else no divisor is the factor
+    assume(blended != 1 or high == 4)  # which is then assumed
+    found = llama3_of_divisors(divisors, theta)
+    expected = inverse_frequencies(rope, head_dim, CPU)
+    assert torch.allclose(inverse_frequencies(found, head_dim, CPU), expected, rtol=1e-4, atol=0)
+    if blended > 2:
+        assert found.original_max_position_embeddings == pytest.approx(length, rel=1e-4)
+        assert found.high_freq_factor == pytest.approx(high, rel=1e-3)
+
+
+def test_published_scalings_are_read_as_they_are():
+    for length, factor in ((8192, 8.0), (8192, 32.0), (4096, 8.0)):
+        rope = RopeConfig(5e5, "llama3", factor, length)
+        assert llama3_of_divisors(divided_by(rope, 128), 5e5) == rope
+
+
+@given(st.lists(st.floats(width=32), min_size=4, max_size=4))
+def test_any_divisors_are_a_scaling_or_none(values):
+    """A scaling that is found has the divisors."""
+    divisors = torch.tensor(values, dtype=torch.float32)
+    found = llama3_of_divisors(divisors, 1e4)
+    if found is not None:
+        assert torch.allclose(divided_by(found, 8), divisors, rtol=1e-3)

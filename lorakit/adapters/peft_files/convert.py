@@ -46,6 +46,7 @@ from lorakit.adapters.peft_files.stored import (
 )
 from lorakit.adapters.targets import ends_with, short_names
 from lorakit.config.errors import LorakitError
+from lorakit.files.hub import fetch_adapter
 from lorakit.files.local import as_path, write_json
 from lorakit.files.safetensors import write_safetensors
 from lorakit.models.multimodal import text_name
@@ -126,7 +127,8 @@ def convert_adapter(
     weights are left out.
 
     Args:
-        source: A LoRA adapter of any kind that `load_adapter` reads.
+        source: The directory, .gguf file or Hub id of a LoRA adapter of any kind that
+            `load_adapter` reads.
         target: The directory to write, which must be new or empty.
         base_model: A model directory, .gguf file or Hub id. It is needed for DoRA, whose update
             depends on the weights (packed ones are dequantized), for fused experts, whose published
@@ -143,7 +145,7 @@ def convert_adapter(
             value is NaN, the rank is too small, or the target is neither new nor empty. Nothing is
             written then.
     """
-    source, target = as_path(source), as_path(target).resolve()  # not a link to it
+    source, target = fetch_adapter(source), as_path(target).resolve()  # not a link to it
     check_target(source, target)
     base = None if base_model is None else open_base(base_model)
     adapter = open_adapter(source, None if base is None else base.config)

@@ -22,7 +22,7 @@ from lorakit.adapters.peft_files.stored import (
 )
 from lorakit.config.adapters import PLAIN_INITIALIZATIONS
 from lorakit.config.errors import LorakitError, nearest
-from lorakit.files.local import as_path
+from lorakit.files.hub import fetch_adapter
 from lorakit.models.config import ModelConfig
 from lorakit.models.load import open_model
 from lorakit.models.multimodal import text_name
@@ -61,7 +61,7 @@ def read_plain(source: str | Path, base_model: str | Path | None) -> PlainAdapte
             tokens, ...), a layer is none of the base model's, a tied model's embedding or head is
             adapted, a file is missing or damaged, or a value is NaN.
     """
-    source = as_path(source)
+    source = fetch_adapter(source)
     if base_model is None:
         named = None if source.suffix == ".gguf" else open_adapter(source).config
         base_model = None if named is None else named.base_model_name_or_path
