@@ -143,15 +143,10 @@ def export_gguf(
     check_said(dense.config, arch, dialect, tied, context_length)
     measured = importance is not None
     mix = Mix(quantization, dense.config, arch, measured=measured, tensor_types=tensor_types)
-    said = _said_of_model(dense)
-    own_name = said.pop("general.name", None)
     metadata = {
+        **_general(model, dense, name),
         "general.architecture": arch,
-        "general.type": "model",
-        "general.name": name or own_name or _name(model, dense),
         "general.file_type": mix.number,
-        "general.quantization_version": 2,
-        **said,
         **model_metadata(dense.config, arch, dialect, context_length),
         **_tokenizer_metadata(dense, adapter, tokenizer),
     }
@@ -191,15 +186,22 @@ def _name(model: Decoder | str | Path, dense: DenseModel) -> str:
     return name_of(model)
 
 
-def _said_of_model(dense: DenseModel) -> dict[str, Any]:
-    """Return what a model's .gguf file says of its name, its license and its origin."""
-    if dense.path is None or dense.path.suffix != ".gguf":
-        return {}
-    header = read_header(dense.path)
+def _general(model: Decoder | str | Path, dense: DenseModel, name: str | None) -> dict[str, Any]:
+    """Return the general keys: the name, and what a .gguf file says of license and origin."""
+    said: dict[str, Any] = {}
+    if dense.path is not None and dense.path.suffix == ".gguf":
+        header = read_header(dense.path)
+        said = {
+            key: Typed(value, *header.types[key])
+            for key, value in header.metadata.items()
+            if key.startswith("general.") and key not in _OF_THE_FILE and value != []
+        }
+    own = said.pop("general.name", None)
     return {
-        key: Typed(value, *header.types[key])
-        for key, value in header.metadata.items()
-        if key.startswith("general.") and key not in _OF_THE_FILE and value != []
+        "general.type": "model",
+        "general.name": name or own or _name(model, dense),
+        "general.quantization_version": 2,
+        **said,
     }
 
 

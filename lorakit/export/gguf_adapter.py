@@ -48,8 +48,7 @@ def export_gguf_adapter(
     The model's own GGUF file, of any quantization, stays as it is.
 
     Args:
-        adapter: The directory, .gguf file or Hub id of a LoRA adapter of any kind that
-            `load_adapter` reads.
+        adapter: A LoRA adapter of any kind that `load_adapter` reads, by its Hub id too.
         file: The file to write. Its directory is made if it is missing.
         base_model: A directory, .gguf file or Hub id of the model that it was trained on. None
             takes the one that the adapter names.
@@ -67,7 +66,6 @@ def export_gguf_adapter(
     """
     check(dtype in _DTYPES, f"dtype must be float16 or float32, not {dtype!r}")
     file = checked_file(file)
-    called = name or name_of(adapter)
     plain = read_plain(adapter, base_model)
     path = plain.stored.path
     for place, layer in plain.layers.items():
@@ -88,7 +86,7 @@ def export_gguf_adapter(
     metadata = {
         "general.architecture": arch,
         "general.type": "adapter",
-        "general.name": called,
+        "general.name": name or name_of(adapter),
         "general.file_type": file_type,
         "general.quantization_version": 2,
         "adapter.type": "lora",

@@ -76,8 +76,7 @@ def export_mlx(
     """Write a LoRA or DoRA adapter as mlx_lm's, for Apple's GPUs.
 
     Args:
-        adapter: The directory, .gguf file or Hub id of a LoRA adapter of any kind that
-            `load_adapter` reads.
+        adapter: A LoRA adapter of any kind that `load_adapter` reads, by its Hub id too.
         directory: The directory to write, which must be new or empty.
         base_model: A directory, .gguf file or Hub id of the model that it was trained on. None
             takes the one that the adapter names.

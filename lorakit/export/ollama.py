@@ -98,9 +98,8 @@ def export_ollama(
     """
     if lost := lost_in_modelfile(system or ""):
         raise LorakitError(f"system: a Modelfile has no way to write {lost}; leave it out")
-    directory = as_path(directory)
+    directory, called = as_path(directory), (name or name_of(model)).replace("/", "-")
     adapter = None if adapter is None else fetch_adapter(adapter)
-    called = (name or name_of(model)).replace("/", "-")
     tok = exported_tokenizer(model, adapter)
     own = brings(adapter, "tokenizer.json") or brings(adapter, "chat_template.jinja")
     template, why = go_template(tok)

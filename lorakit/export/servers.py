@@ -57,8 +57,8 @@ def export_for_server(
     """Write an adapter as a server of PEFT's files wants it: plain LoRA, with short names.
 
     Args:
-        adapter: The directory, .gguf file or Hub id of a LoRA adapter of any kind that
-            `load_adapter` reads. DoRA is approximated.
+        adapter: A LoRA adapter of any kind that `load_adapter` reads, by its Hub id too. DoRA is
+            approximated.
         directory: The directory to write, which must be new or empty.
         server: vllm or sglang; peft for any other program that reads PEFT's files.
         base_model: A directory, .gguf file or Hub id of the model that it was trained on; DoRA,

@@ -227,7 +227,7 @@ def divided_by(rope, head_dim):
     head_dim=st.sampled_from([16, 64, 128]),
 )
 def test_divisors_tell_the_scaling_that_they_are_of(length, high, factor, theta, head_dim):
-    """The same frequencies at least; of wide heads L and h too, where a few are blended."""
+    """The frequencies come back, and L and h too where more than two are blended."""
     rope = RopeConfig(theta, "llama3", factor, length, high_freq_factor=float(high))
     divisors = divided_by(rope, head_dim)
     share = (1 / divisors.double() - 1 / factor) / (1 - 1 / factor)

@@ -127,8 +127,7 @@ def convert_adapter(
     weights are left out.
 
     Args:
-        source: The directory, .gguf file or Hub id of a LoRA adapter of any kind that
-            `load_adapter` reads.
+        source: A LoRA adapter of any kind that `load_adapter` reads, by its Hub id too.
         target: The directory to write, which must be new or empty.
         base_model: A model directory, .gguf file or Hub id. It is needed for DoRA, whose update
             depends on the weights (packed ones are dequantized), for fused experts, whose published
