@@ -8,9 +8,10 @@ the process, Triton's own included, into an interpreted one that no longer compi
 
 `interpreted()` runs ordinary @triton.jit functions in the interpreter for the length of a `with`
 block. Inside it bf16 operands are widened to fp32 before every operation and results rounded to
-nearest even after it, as a GPU does. Integers wrap around, as there: the stock interpreter computes
-every sum and product of integers once more in 64 bits, to say that it overflows, which was a third
-of its time. Shapes are remembered, as making them was another.
+nearest even after it, as a GPU does. A product of tiles adds up each row by itself, as there.
+Integers wrap around, as there: the stock interpreter computes every sum and product of integers
+once more in 64 bits, to say that it overflows, which was a third of its time. Shapes are
+remembered, as making them was another.
 """
 
 import dataclasses
@@ -112,8 +113,19 @@ def _fp_to_fp(self, source, target, rounding):
     return _original["create_fp_to_fp"](self, source, target, rounding)
 
 
-def _dot(self, a, b, *rest):
-    return _original["create_dot"](self, _wide(a), _wide(b), *rest)
+def _dot(self, a, b, d, *rest):
+    """Multiply row after row, [M, 1, K] by [1, K, N].
+
+    A product of BLAS takes some rows at a time, and adds up in another order in those that are left
+    over. On a GPU the bits of a row do not depend on where in the tile it stands.
+    """
+    a, b = _wide(a), _wide(b)
+    left, right = np.ascontiguousarray(a.data), np.ascontiguousarray(b.data)
+    rows = Handle(left[..., :, None, :], a.dtype)
+    whole = Handle(right[..., None, :, :], b.dtype)
+    added = Handle(d.data[..., :, None, :], d.dtype)
+    found = _original["create_dot"](self, rows, whole, added, *rest)
+    return Handle(found.data[..., 0, :], found.dtype)
 
 
 def _reduced_in_fp32(apply):
