@@ -264,7 +264,11 @@ def _extended(front: str, metadata: Mapping[str, Any], missing: Mapping[str, Any
 
 def _dumped(metadata: Mapping[str, Any]) -> str:
     text: str = yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True)
-    return text
+    if yaml.safe_load(text) == metadata:
+        return text
+    # PyYAML writes U+0085 as it is, and reads it as the end of a line
+    escaped: str = yaml.safe_dump(dict(metadata), sort_keys=False)
+    return escaped
 
 
 def _digest(text: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import lorakit as lk
@@ -168,9 +168,11 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
 
 @given(METADATA, TEXTS, st.sampled_from(["\n", "\r\n"]), METADATA)
+@example({}, "", "\n", {"license": "\x85"})
 def test_completing_a_card_adds_what_is_missing_and_nothing_else(theirs, text, end, ours):
     """joined(old, new): the text of old to the byte, theirs | ours by names, and a fixed point."""
     front = yaml.safe_dump(theirs, allow_unicode=True).replace("\n", end)
+    theirs = yaml.safe_load(front)  # PyYAML reads the U+0085 that it has written as a space
     old = f"---{end}{front}---{end}{text}"
     new = card.Card(ours, "ours")
     found = card.joined(old, new, "README.md", rewrite=True)
