@@ -8,7 +8,7 @@ the modules.
 
 The compiled step gives a row the same bits whoever is beside it, and also if its tokens come in
 other parts. torch's products do not: their bits may depend on how many tokens are multiplied
-together. So the engine lets a prompt's parts begin at multiples of `part`.
+together. So the engine gives a prompt's parts fixed bounds.
 """
 
 from collections.abc import Sequence
@@ -59,10 +59,6 @@ class Decoding:
     def compiles(self, adapter: str | None) -> bool:
         """Return whether the compiled step takes rows with this adapter."""
         return self.compiled is not None and self.compiled.plan.numbers(1, [adapter]) is not None
-
-    def exact(self, adapter: str | None) -> bool:
-        """Return whether a row's bits are the same if its tokens come in parts or one by one."""
-        return self.compiled_prompts and self.compiles(adapter)
 
     def compile(self) -> None:
         """Take the model as it is now into the compiled step, where that can compute it."""

@@ -105,6 +105,7 @@ class Engine:
         self._model_was: tuple[object, ...] = ()
         self._roots: dict[str | None, bytes] = {}  # what the pages of an adapter begin with
         self._parts: dict[str | None, list[object]] = {}
+        self._compiled: set[str | None] = set()  # adapters that the compiled step takes
         self._look()
 
     def _look(self) -> None:
@@ -116,11 +117,12 @@ class Engine:
         for each in found:
             for name in each.adapters:
                 parts.setdefault(name, []).append(each.part_of(name))
-        others = [name for name in parts if not _same(parts[name], self._parts.get(name))]
+        others = [key for key in parts if not _same(parts[key], self._parts.get(key))]
         if others or now != self._model_was:
             self.decoding.compile()
-        for name in others:
-            self._roots[name] = urandom(16)
+            self._compiled = {key for key in parts if self.decoding.compiles(key)}
+        for key in others:
+            self._roots[key] = urandom(16)
         self._model_was, self._parts = now, parts
 
     def forget(self) -> None:
@@ -304,9 +306,13 @@ class Engine:
 
     # ---- prompts ----
 
+    def _exact(self, row: Row) -> bool:
+        """Return whether a row's bits are the same if its tokens come in parts or one by one."""
+        return self.decoding.compiled_prompts and row.request.adapter in self._compiled
+
     def _known(self, row: Row) -> list[int]:
         """Return the tokens of a row that may be read in parts, and shared."""
-        return row.ids if self.decoding.exact(row.request.adapter) else row.request.prompt
+        return row.ids if self._exact(row) else row.request.prompt
 
     def _reads(self, row: Row) -> bool:
         """Return whether a row has tokens to be read, before it is continued one by one."""
@@ -316,7 +322,7 @@ class Engine:
 
     def _unit(self, row: Row) -> int:
         """Return how many tokens of a prompt are read at a time: its bits depend on that."""
-        return PAGE if self.decoding.exact(row.request.adapter) else PART
+        return PAGE if self._exact(row) else PART
 
     def _adopt(self, row: Row) -> None:
         """Let a row take over what others have computed of it; the last token's logits it wants."""
@@ -351,8 +357,8 @@ class Engine:
         if any(self.model.config.moe_layers or ()):
             names = {row.request.adapter for row in rows}
             return [[row for row in rows if row.request.adapter == name] for name in names]
-        compiled = [row for row in rows if self.decoding.compiles(row.request.adapter)]
-        rest = [row for row in rows if not self.decoding.compiles(row.request.adapter)]
+        compiled = [row for row in rows if row.request.adapter in self._compiled]
+        rest = [row for row in rows if row.request.adapter not in self._compiled]
         n = COMPILED_ROWS
         return [compiled[i : i + n] for i in range(0, len(compiled), n)] + [rest] * bool(rest)
 

@@ -24,7 +24,7 @@ from lorakit.config.errors import LorakitError
 from lorakit.models.tokenizer import Tokenizer
 
 _BLANKS = 32
-_OPTIONS = {"whitespace_pattern": rf"[\x20\x0A]{{1,{_BLANKS}}}"}
+_OPTIONS: Any = {"whitespace_pattern": rf"[\x20\x0A]{{1,{_BLANKS}}}"}
 
 # how llguidance sees a tokenizer, which takes a second to make, and how many tokens it had then
 _SEEN: WeakKeyDictionary[Tokenizer, tuple[int, Any]] = WeakKeyDictionary()

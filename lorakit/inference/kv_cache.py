@@ -200,6 +200,8 @@ class KVCache:
             False if pages are lacking. The line has got none then.
         """
         end, missing = line.length + n, []
+        if len(line.pages[0]) * PAGE >= end:
+            return True
         for kind, (pool, pages) in enumerate(zip(self.pools, line.pages, strict=True)):
             for number in range(min(len(pages), self.behind(kind, line.length)) - 1, -1, -1):
                 if pages[number] < 0:
@@ -240,7 +242,7 @@ class KVCache:
 
         Args:
             line: The line; it holds the first of the tokens.
-            tokens: The row's tokens, as far as it may take them over.
+            tokens: The row's tokens, as far as it may take them over. It goes on with these.
             unit: As in `name`; a line that ends between two groups takes nothing.
 
         Returns:

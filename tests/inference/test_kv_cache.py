@@ -125,7 +125,7 @@ def test_pages_hold_what_their_names_say(data, window, pages):
         patch.setattr(kv_cache, "PART", 4)
         unit = data.draw(st.sampled_from([2, 4]))
         cache = KVCache(config, 2 * pages, 4, torch.float32, torch.device("cpu"))
-        rows = {}
+        rows, ahead = {}, {}  # what a row holds, and what follows in it
         for _ in range(data.draw(st.integers(1, 25))):
             ended = rows and data.draw(st.integers(0, 3)) == 0
             if ended:
@@ -135,10 +135,12 @@ def test_pages_hold_what_their_names_say(data, window, pages):
             elif rows and data.draw(st.booleans()):
                 line = data.draw(st.sampled_from(list(rows)))
                 ids = rows[line]
-                new = data.draw(st.lists(st.integers(0, 1), min_size=1, max_size=4))
+                more = data.draw(st.lists(st.integers(0, 1), min_size=1, max_size=4))
+                new = [*ahead[line], *more][: len(more)]
                 before = [list(table) for table in line.pages], [pool.room for pool in cache.pools]
                 if cache.grow(line, len(new)):
                     _write(cache, line, ids, new)
+                    ahead[line] = ahead[line][len(new) :]
                     cache.name(line, ids, unit)
                 else:
                     assert [pool.room for pool in cache.pools] >= before[1]
@@ -148,7 +150,7 @@ def test_pages_hold_what_their_names_say(data, window, pages):
                 line = cache.line(root)
                 gained = cache.adopt(line, wanted, unit)
                 assert gained % unit == 0
-                rows[line] = wanted[:gained]
+                rows[line], ahead[line] = wanted[:gained], wanted[gained:]
             for line, ids in rows.items():
                 _check(cache, line, ids)
         for line in rows:
