@@ -18,7 +18,7 @@ ORDER = [
     {"files": {"huggingface_hub", "safetensors", "numpy", "gguf"}},
     {"models": {"tokenizers", "jinja2", "numpy", "gguf"}},
     {"adapters": set(), "data": {"pyarrow"}},
-    {"inference": {"tokenizers"}},
+    {"inference": {"tokenizers", "llguidance"}},
     {"serving": {"starlette", "uvicorn", "prometheus_client"}},
     {"evaluation": {"matplotlib"}},
     {"export": {"numpy", "xllamacpp", "yaml"}},
