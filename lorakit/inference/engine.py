@@ -182,20 +182,7 @@ class Engine:
                 cannot have a row of its own.
         """
         ids, strings = list(prompt), stop_strings(stop)
-        if not ids:
-            raise LorakitError("generate: a prompt has no tokens")
-        self.tok.check_fits(ids, self.model.config.vocab_size)
-        capacity = self.capacity
-        if not self.cache.fits(capacity):
-            capacity = self.cache.tokens
-        room = capacity - len(ids)
-        if max_new_tokens is None:
-            max_new_tokens = max(1, room)
-        if max_new_tokens < 1 or max_new_tokens > room:
-            raise LorakitError(
-                f"generate: a prompt of {len(ids)} tokens and max_new_tokens={max_new_tokens} do "
-                f"not fit the {capacity} positions of a row; max_new_tokens must be at least 1"
-            )
+        max_new_tokens = self._check_room(ids, max_new_tokens)
         if logprobs is not None and not 0 <= logprobs <= MOST_LOGPROBS:
             raise LorakitError(f"Engine: logprobs is {logprobs}, not in [0, {MOST_LOGPROBS}]")
         self.check_adapter(adapter)
@@ -213,6 +200,24 @@ class Engine:
         request = Request(ids, sampling, max_new_tokens, adapter, logprobs)
         self._new.append(Row(request, self.tok, strings, ends, picker))
         return request
+
+    def _check_room(self, ids: list[int], max_new_tokens: int | None) -> int:
+        """Return how many tokens a prompt may get; raise LorakitError if it gets none."""
+        if not ids:
+            raise LorakitError("generate: a prompt has no tokens")
+        self.tok.check_fits(ids, self.model.config.vocab_size)
+        capacity = self.capacity
+        if not self.cache.fits(capacity):
+            capacity = self.cache.tokens
+        room = capacity - len(ids)
+        if max_new_tokens is None:
+            max_new_tokens = max(1, room)
+        if max_new_tokens < 1 or max_new_tokens > room:
+            raise LorakitError(
+                f"generate: a prompt of {len(ids)} tokens and max_new_tokens={max_new_tokens} do "
+                f"not fit the {capacity} positions of a row; max_new_tokens must be at least 1"
+            )
+        return max_new_tokens
 
     def check_adapter(self, name: str | None) -> None:
         """Raise LorakitError unless a request may have this adapter, None for none."""

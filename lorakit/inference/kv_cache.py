@@ -1,8 +1,8 @@
 """Keys and values of the positions that a model has seen, so that each is computed once.
 
 They lie in pages of PAGE positions. What the cache holds of a row is a `Line`: its length, and the
-numbers of its pages in order. So memory follows what rows hold, and rows that begin alike share
-pages without a copy:
+numbers of its pages in order. So memory follows what rows hold, and rows with the same beginning
+share pages without a copy:
 
     keys, values of a layer      [pages, PAGE, Hk, D]
     position p of a row          slot p % PAGE of page pages[p // PAGE]

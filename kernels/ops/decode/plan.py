@@ -230,7 +230,7 @@ MOST_KINDS = 2
 
 
 class DecodePlace(NamedTuple):
-    """Where a row stands.
+    """A row's position, and the pages of what came before it.
 
     Attributes:
         position: the position of the row's first new token.
