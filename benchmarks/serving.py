@@ -1,6 +1,6 @@
 """The endpoint's speed: one client, and several at once, in one run.
 
-    python benchmarks/serving.py MODEL [--clients 1,8,32] [--tokens 64] [--repeats 3]
+    python benchmarks/serving.py MODEL [--clients 1,8,32] [--tokens 192] [--repeats 3]
                                  [--quantize nf4]
 
 `lorakit serve` runs in a process of its own, with as many slots as there are clients. A client asks
@@ -72,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model")
     parser.add_argument("--clients", default="1,8,32")
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=192)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--quantize", choices=("nf4", "fp4", "int8"))
