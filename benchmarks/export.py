@@ -6,7 +6,8 @@
 `loss` writes the model in each type and compares it with the model in fp32: the KL divergence in
 nats and the share of equal top tokens, read by lorakit in fp32 (`check_export`), and of the same
 file in llama.cpp, which rounds activations as its format has it. Both sides see the same positions
-of the same rows, or of a text that comes with lorakit.
+of the same rows, or of a text that comes with lorakit. `bytes` says whether every matrix of the
+file is what llama.cpp's own quantizer makes of the same weights.
 
 `speed` writes a random model of Qwen2.5-1.5B's shapes in bf16 first, with the tokenizer of a model.
 Then a process of its own exports it. The peak is the process's resident memory, Python and torch
@@ -27,6 +28,8 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
+import gguf
+import gguf_blocks
 import torch
 from torch import Tensor
 
@@ -109,11 +112,13 @@ def print_loss(args: argparse.Namespace, folder: Path) -> None:
     for example in lk.encode_rows(rows, tok, max_seq_length=256)[:16]:
         texts.append((example.input_ids, torch.tensor(example.labels[1:]) != -100))
     oracle = llama_cpp()
+    dense = folder / "f32.gguf"
+    lk.export_gguf(args.model, dense, quantization="f32", adapter=args.adapter)
     with torch.no_grad():
         ours = [model(torch.tensor([ids]))[0, :-1][asked] for ids, asked in texts]
     print(f"{sum(map(len, ours))} positions of {len(texts)} rows")
     print(f"{'':16} {'lorakit':>19}   {'llama.cpp':>19}")
-    print(f"{'type':8} {'MB':>7}" + 2 * f"   {'KL':>10} {'top-1':>8}")
+    print(f"{'type':8} {'MB':>7}" + 2 * f"   {'KL':>10} {'top-1':>8}" + "   bytes")
     for quantization in args.types.split(","):
         file = folder / f"{quantization}.gguf"
         written = lk.export_gguf(args.model, file, quantization=quantization, adapter=args.adapter)
@@ -129,10 +134,23 @@ def print_loss(args: argparse.Namespace, folder: Path) -> None:
         (kl, top), (their_kl, their_top) = sides
         print(
             f"{quantization:8} {written.size / 1e6:7.1f}   {kl:10.5f} {100 * top:6.1f} %   "
-            f"{their_kl:10.5f} {100 * their_top:6.1f} %",
+            f"{their_kl:10.5f} {100 * their_top:6.1f} %   {same_bytes(dense, file)}",
             flush=True,
         )
         file.unlink()
+
+
+def same_bytes(dense: Path, file: Path) -> str:
+    """Return whether llama.cpp's quantizer makes the matrices of `file` of those in fp32."""
+    weights = {tensor.name: tensor.data for tensor in gguf.GGUFReader(dense).tensors}
+    quantize, equal = gguf_blocks.llama_cpp(), []
+    for tensor in gguf.GGUFReader(file).tensors:
+        kind = tensor.tensor_type.name.lower()
+        if kind in gguf_blocks.TYPES:
+            w = torch.tensor(weights[tensor.name])
+            theirs = quantize(w, kind, None)
+            equal.append(torch.equal(theirs, torch.tensor(tensor.data)))
+    return "-" if not equal else "equal" if all(equal) else f"{equal.count(False)} differ"
 
 
 def compared(ours: list[Tensor], theirs: list[Tensor]) -> tuple[float, float]:

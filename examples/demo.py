@@ -169,6 +169,9 @@ def main() -> None:
         {"prompt": row["prompt"], "library": row["completion"], "before": before, "after": after}
         for row, before, after in zip(asked, answers_before, answers_after, strict=True)
     ]
+    rows_file = args.output_dir / "held_out.jsonl"  # as `lorakit export --rows` takes them
+    kept = [{key: row[key] for key in ("prompt", "completion")} for row in held_out]
+    rows_file.write_text("".join(json.dumps(row) + "\n" for row in kept))
     picture = args.output_dir / "demo.png"
     plot(args.output_dir / "metrics.jsonl", picture, (loss_before, loss_after), answers)
 
@@ -194,7 +197,7 @@ training              {result.steps} steps, {result.seconds:.0f} s
 tokens per second     {result.tokens_per_second:.0f}
 peak memory           {result.peak_memory_mb:.0f} MB
 whole demo            {summary["seconds"]:.0f} s
-adapter, metrics.jsonl, demo.png, summary.json in {args.output_dir}/""")
+adapter, metrics.jsonl, held_out.jsonl, demo.png, summary.json in {args.output_dir}/""")
 
 
 if __name__ == "__main__":
