@@ -9,6 +9,7 @@ CODESPELL ?= codespell==2.4.1
 VENV := .venv
 VIEW := build/view
 BIN := $(VENV)/bin
+WORKERS := -n auto --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 LIBRARY_SOURCES := pyproject.toml CMakeLists.txt $(wildcard kernels/*.cpp kernels/*.h kernels/ops/*/*.cpp kernels/ops/*/*.h)
@@ -22,11 +23,12 @@ GPU_TESTS := tests/gpu $(addprefix tests/kernels/test_,triton.py attention_trito
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py $(MODEL) $(DEMO)
 
+# One process a processor (tests/conftest.py), with one thread each; PYTEST="-n 0" is one process for all.
 test: $(VENV)/.test
-	$(BIN)/pytest $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(WORKERS) $(PYTEST)
 
 test-all: $(VENV)/.test
-	$(BIN)/pytest -m "" $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(WORKERS) -m "" $(PYTEST)
 
 # The CPU kernels under AddressSanitizer, for every instruction set that the machine has.
 test-asan: $(VENV)/.asan

@@ -26,6 +26,14 @@ settings.load_profile("lorakit")
 LOGITS = 4e-5
 
 
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which a run in one process does not need
+def pytest_xdist_auto_num_workers() -> int:
+    """Return what `-n auto` means: one process for each processor, 4 at most for their memory."""
+    from lorakit.kernels import processors
+
+    return min(4, processors.usable())
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--differences", action="store_true", help="print the largest differences from transformers"
