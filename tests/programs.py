@@ -76,6 +76,7 @@ def _become(request: dict) -> None:
     for number, path in zip((1, 2), request["files"], strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115 - requests were read from the other
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
