@@ -25,7 +25,7 @@ from lorakit.models.blocks import Block, RMSNorm
 from lorakit.models.config import ModelConfig
 from lorakit.models.decoder import Decoder
 from lorakit.models.hooks import has_hooks, has_own_forward
-from lorakit.models.packed_layers import PackedLinear
+from lorakit.models.packed_layers import PackedEmbedding, PackedLinear, PackedWeight
 
 
 @dataclass
@@ -143,9 +143,8 @@ def _decode_plan(
     config = model.config
     embedding = _computing(model.model.embed_tokens)
     head = embedding if model.lm_head is None else _computing(model.lm_head)
-    if type(embedding) is not nn.Embedding:
-        return None
-    if type(head) is not nn.Linear and type(head) is not nn.Embedding:
+    plain = isinstance(embedding, PackedEmbedding) or type(embedding) is nn.Embedding
+    if not plain or (head is not embedding and not _linear(head)):
         return None
     layers = []
     for number, block in enumerate(model.model.layers):
@@ -157,10 +156,10 @@ def _decode_plan(
     scale = torch.tensor(config.hidden_size**0.5, dtype=model.dtype).item()
     try:
         return kernels.DecodePlan(
-            embedding.weight,
+            _weight(embedding),
             layers,
             _norm(model.model.norm),
-            head.weight,
+            _weight(head),
             num_heads=config.num_attention_heads,
             num_kv_heads=config.num_key_value_heads,
             head_dim=config.head_dim,
@@ -184,11 +183,9 @@ def _layer(
     given: dict[str, Any] = {}
     for name, module in linears.items():
         computing = _computing(module)
-        if type(computing) is not nn.Linear and not isinstance(computing, PackedLinear):
+        if not _linear(computing):
             return None
-        given[name] = (
-            computing.quantized if isinstance(computing, PackedLinear) else computing.weight
-        )
+        given[name] = _weight(computing)
         given[f"{name}_bias"] = computing.bias
     attention = block.self_attn
     assert block.input_layernorm is not None  # else the model computes more than the step
@@ -202,6 +199,18 @@ def _layer(
         k_norm=_norm_or_none(attention.k_norm),
         rope=config.rope_number(number),
     )
+
+
+def _linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear or isinstance(module, PackedLinear)
+
+
+def _weight(module: nn.Module) -> Tensor | kernels.Packed:
+    """Return the matrix of a linear layer or an embedding, dense or packed."""
+    if isinstance(module, PackedWeight):
+        return module.quantized
+    assert isinstance(module.weight, Tensor)
+    return module.weight
 
 
 def _norm(module: nn.Module) -> Tensor:

@@ -74,7 +74,10 @@ def test_bf16_logits_are_at_least_as_near_to_exact_ones(tmp_path, family, option
     assert fused.max() <= 1.5 * plain.max()  # a single logit may be lucky in the forward pass
 
 
-@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+THROUGHOUT = {"quant_type": "nf4", "embed_tokens": "int8", "lm_head": "nf4"}
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8", THROUGHOUT])
 def test_packed_weights_are_decoded_as_the_forward_pass_does(tmp_path, quantize):
     options = {**TINY_VARIANTS["gqa"], "hidden_size": 64, "intermediate_size": 128}
     model = load(tmp_path, options=options, quantize=quantize)

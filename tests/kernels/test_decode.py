@@ -27,6 +27,8 @@ def backend(name):
 
 QUANTIZE = {
     "nf4": kernels.quantize_nf4,
+    "nf4, 32": lambda w: kernels.quantize_nf4(w, block_size=32),
+    "nf4, 128": lambda w: kernels.quantize_nf4(w, block_size=128),
     "fp4": lambda w: kernels.quantize_fp4(w, double_quant=False),
     "int8": kernels.quantize_int8,
 }
@@ -45,6 +47,9 @@ CASES = {
     "adapters": {"B": 4, "ranks": (3, 16, 9), "I": 43, "biases": True},
     "nf4": {"packed": "nf4", "B": 3, "I": 128, "ranks": (4,)},
     "fp4 beside dense": {"packed": "fp4", "I": 70, "windows": [None]},  # down has odd blocks
+    "nf4, blocks of 32": {"packed": "nf4, 32", "ends": True, "B": 5, "H": 96, "I": 160},
+    "nf4, blocks of 128": {"packed": "nf4, 128", "ends": True, "H": 128, "D": 32, "I": 384},
+    "int8 throughout": {"packed": "int8", "ends": True, "B": 6, "I": 75},
     "int8": {"packed": "int8", "B": 5, "H": 33, "D": 10, "I": 43, "biases": True},
     "seven heads to one": {"Hq": 7, "Hk": 1, "D": 12},
     "biases": {"biases": True, "B": 2},
@@ -85,10 +90,11 @@ def build(dtype, **case):
 
     def matrix(*shape):
         w = weight(*shape)
-        if packed is None or (packed != "int8" and shape[-1] % 64):
+        if packed is None or (packed in ("nf4", "fp4") and shape[-1] % 64):
             return w
         return QUANTIZE[packed](w)
 
+    end = matrix if case.pop("ends", False) else weight
     layers = []
     for i in range(len(windows)):
         extra = {"rope": i % ropes}
@@ -115,7 +121,7 @@ def build(dtype, **case):
     ]
     case = {"activation": "silu", "eps": 1e-5} | case
     plan = DecodePlan(
-        weight(V, H), layers, weight(H), weight(V, H),
+        end(V, H), layers, weight(H), end(V, H),
         num_heads=Hq, num_kv_heads=Hk, head_dim=D, **case,
     )  # fmt: skip
     angles = [torch.rand(B, D // 2, generator=random) * 6 for _ in range(ropes)]
@@ -252,12 +258,15 @@ def test_bits_of_the_cache_and_of_repeated_calls(dtype, name):
 
 @pytest.mark.parametrize("name", BACKENDS[1:])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_neither_threads_nor_other_rows_change_a_bit(dtype, name):
-    case = {"B": 7, "H": 40, "windows": [None, 34], "page": 16, "qk_norm": True}
-    case["position"] = [600, 2, 599, 31, 32, 300, 0]
+@pytest.mark.parametrize("packed", [None, "nf4, 32", "nf4, 128", "int8"])
+def test_neither_threads_nor_other_rows_change_a_bit(packed, dtype, name):
+    case = {"B": 15, "H": 40, "windows": [None, 34], "page": 16, "qk_norm": True}
+    if packed is not None:
+        case |= {"packed": packed, "ends": True, "H": 128, "D": 32, "I": 384, "V": 101}
+    case["position"] = [600, 2, 599, 31, 32, 300, 0, *range(8)]
     case["ranks"] = (3, 16)
     plan, ids, tables, cache, places, _ = build(dtype, **case)
-    adapters = [0, None, 1, 1, 0, None, 1]
+    adapters = [0, None, 1, 1, 0, None, 1, *[None] * 8]
     threads = torch.get_num_threads()
     with backend(name):
         logits = step_on(plan, ids, tables, copied(cache), places, adapters)
@@ -268,7 +277,7 @@ def test_neither_threads_nor_other_rows_change_a_bit(dtype, name):
                 assert torch.equal(again, logits), n
         finally:
             torch.set_num_threads(threads)
-        for rows in (slice(0, 1), slice(1, 3), slice(3, 6)):
+        for rows in (slice(0, 1), slice(1, 3), slice(3, 6), slice(6, 15)):
             some = [(cos[rows], sin[rows]) for cos, sin in tables]
             found = step_on(plan, ids[rows], some, copied(cache), places[rows], adapters[rows])
             assert torch.equal(found, logits[rows])

@@ -20,10 +20,10 @@ Each product W x may have an update of the row's own adapter (arXiv:2106.09685),
 A sandwich layer (Gemma 2 and 3) also takes the norm of what attention and the MLP add to x. Keys
 are stored rotated, so that rows with the same beginning may read the same ones.
 
-Weights are fp32 or bf16 and widened exactly; everything else is fp32. The matrices of layers may be
-packed in 4 bits or in 8: a row is multiplied as it is packed, without rounding. The new keys and
-values are the only activations that are rounded: when they are stored, and attention reads them
-rounded.
+Weights are fp32 or bf16 and widened exactly; everything else is fp32. Matrices may be packed in 4
+bits or in 8, embedding and head too: a row is multiplied as it is packed, without rounding. The new
+keys and values are the only activations that are rounded: when they are stored, and attention reads
+them rounded.
 
 Memory layout
 -------------

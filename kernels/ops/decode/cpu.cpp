@@ -21,8 +21,7 @@
 // attention is cut into pieces by the length of what a row sees alone. So threads and batch size change no bit.
 //
 // Nothing here is an inline template of the standard library: see simd.h.
-#include "ops/nf4/packed.h"
-#include "simd.h"
+#include "ops/decode/dots.h"
 
 #include <math.h>
 #include <sched.h>
@@ -69,24 +68,6 @@ inline Vec any_exponential(Vec x) {
 }
 #endif
 
-// Eight whole numbers of a byte, or the first of them, the rest 0.
-#if defined(__AVX2__)
-inline Vec load(const int8_t* p) {
-    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))};
-}
-#else
-inline Vec load(const int8_t* p) {
-    return lanes([&](int i) { return static_cast<float>(p[i]); });
-}
-#endif
-inline Vec load(const int8_t* p, First part) {
-    int8_t padded[8] = {};
-    std::memcpy(padded, p, static_cast<size_t>(part.count));
-    return load(padded);
-}
-using simd::load;
-
 inline int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
 
 // ---- what Python hands over (cpu.py and operands.py build the same layouts) ------------------------------------
@@ -98,14 +79,8 @@ struct Update {
     double scale;
 };
 
-// The weight of a linear layer in 4 bits or in 8, with one scale a row; null codes and values: it is dense
-struct PackedWeight {
-    PackedNF4 nf4;
-    const int8_t* values;
-    const float* scale;
-};
-
-enum Linear { Q, K_, V, O, GATE, UP, DOWN, LINEARS, NONE = -1 };
+enum Linear { Q, K_, V, O, GATE, UP, DOWN, LINEARS };
+enum { EMBEDDING, HEAD };  // in the place of a layer after the last
 
 template <class W>
 struct Layer {
@@ -120,7 +95,7 @@ struct Model {
     const Layer<W>* layers;
     int64_t depth, vocab, hidden, inner, heads, kv_heads, head_dim;
     int64_t activation;  // 0 silu, 1 gelu by tanh, 2 gelu by erf
-    const PackedWeight* packed;  // [depth, LINEARS], or null
+    const PackedWeight* packed;  // [depth, LINEARS] and those of the embedding and the head, or null
     const Update* updates;       // [adapters, depth, LINEARS]
     int64_t rank;                // the largest
     float eps, norm_offset, embedding_scale, attention_scale, attn_softcap, final_softcap;  // no cap: 0
@@ -226,78 +201,25 @@ struct Step {
     Barrier barrier;
 };
 
-// Rows [first, last) of a matrix w [.., K] times the activations: out[b, row], plus a bias.
+// Rows [first, last) of a matrix times the activations: out[b, row], plus a bias.
 template <class W>
 struct Run {
-    const W *w, *bias;
+    Matrix<W> w;
+    const W* bias;
     int64_t first, last;
     float* out;
-    int64_t stride;
-    Linear linear;
-    const PackedWeight* packed;  // in the place of w
+    int64_t stride, linear;
+};
+
+// The memory that a thread reads in a stage
+struct Stretch {
+    const char* start;
+    int64_t bytes;
 };
 
 // How far ahead of the row that is read another is prefetched, and how much of a stage's matrix is fetched while
-// waiting for the other threads, in bytes.
-constexpr int64_t AHEAD = 2048, WAITING = 1 << 17;
-
-// A row of w times N rows of x. Every product is summed in the same order: two vectors take turns. The row at
-// `ahead` is prefetched, a bf16 line twice: once per line, with the loop unrolled further, was measurably slower.
-template <int N, class W>
-inline void dots(const W* w, int64_t K, const float* x, int64_t x_stride, const W* ahead, float (&out)[N]) {
-    Vec part[N][2];
-    for (int n = 0; n < N; ++n) part[n][0] = part[n][1] = fill(0);
-    int64_t k = 0;
-    for (; k + 16 <= K; k += 16) {
-        if (ahead) __builtin_prefetch(ahead + k);
-        const Vec a = load(w + k), b = load(w + k + 8);
-        for (int n = 0; n < N; ++n) {
-            part[n][0] = madd(a, load(x + n * x_stride + k), part[n][0]);
-            part[n][1] = madd(b, load(x + n * x_stride + k + 8), part[n][1]);
-        }
-    }
-    if (k < K) {
-        const Vec a = K - k >= 8 ? load(w + k) : load(w + k, First{K - k});
-        const Vec b = K - k > 8 ? load(w + k + 8, First{K - k - 8}) : fill(0);
-        for (int n = 0; n < N; ++n) {
-            part[n][0] = madd(a, load(x + n * x_stride + k), part[n][0]);
-            part[n][1] = madd(b, load(x + n * x_stride + k + 8), part[n][1]);
-        }
-    }
-    for (int n = 0; n < N; ++n) out[n] = sum(part[n][0] + part[n][1]);
-}
-
-#if defined(__AVX512F__)
-// The same for row i of a matrix in 4 bits: a sum of each block's unscaled levels, times the block's scale.
-template <int N>
-inline void dots_nf4(const PackedNF4& w, int64_t i, int64_t K, const float* x, int64_t x_stride, float (&out)[N]) {
-    const __m512 levels = _mm512_loadu_ps(w.table);
-    // two lanes of 32 bits to a byte: its higher code in the even lane, its lower one in the odd; 0x80 gives a zero
-    const __m512i low = _mm512_add_epi32(_mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7),
-                                         _mm512_set1_epi32(static_cast<int>(0x80808000u)));
-    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8)), shift = _mm512_set1_epi64(4);
-    const int64_t block = w.block, first = i * K / block;
-    __m512 total[N];
-    for (int n = 0; n < N; ++n) total[n] = _mm512_setzero_ps();
-    for (int64_t b = 0; b < K / block; ++b) {
-        const uint8_t* codes = w.codes + (first + b) * block / 2;
-        const float* at = x + b * block;
-        __m512 even[N], odd[N];
-        for (int n = 0; n < N; ++n) even[n] = odd[n] = _mm512_setzero_ps();
-        for (int64_t k = 0; k < block; k += 32) {
-            const __m512 v = _mm512_permutexvar_ps(_mm512_srlv_epi32(spread(codes + k / 2, low), shift), levels);
-            const __m512 u = _mm512_permutexvar_ps(_mm512_srlv_epi32(spread(codes + k / 2, high), shift), levels);
-            for (int n = 0; n < N; ++n) {
-                even[n] = _mm512_fmadd_ps(v, _mm512_loadu_ps(at + n * x_stride + k), even[n]);
-                odd[n] = _mm512_fmadd_ps(u, _mm512_loadu_ps(at + n * x_stride + k + 16), odd[n]);
-            }
-        }
-        const __m512 scale = _mm512_set1_ps(scale_of(w, first + b));
-        for (int n = 0; n < N; ++n) total[n] = _mm512_fmadd_ps(_mm512_add_ps(even[n], odd[n]), scale, total[n]);
-    }
-    for (int n = 0; n < N; ++n) out[n] = _mm512_reduce_add_ps(total[n]);
-}
-#endif
+// waiting for the other threads, in bytes. PANEL of a matrix are multiplied by eight rows before the next eight come.
+constexpr int64_t AHEAD = 2048, WAITING = 1 << 17, PANEL = 1 << 16;
 
 template <class W>
 struct Worker {
@@ -310,7 +232,8 @@ struct Worker {
     float *query, *scores;         // [G, D], [G, 256]
     float *row, *low;              // [H or D], [rank]
     const W* zeros;                // [D]
-    float* dense;                  // [H, I or Hq D], a row of a packed matrix
+    float* scales;                 // of two rows in 4 bits
+    float* in_order;               // [rows, H, I or Hq D]: activations as rows in 4 bits want them
 
     Worker(Step<W>& s, int64_t index, int64_t team)
         : step(s), model(s.model), index(index), team(team), rows(s.rows), T(s.tokens), H(s.model.hidden), D(s.model.head_dim),
@@ -318,7 +241,7 @@ struct Worker {
           inner_wide(padded(model.inner)), projected_wide(padded((model.heads + 2 * model.kv_heads) * D)),
           head_wide(padded(D)), rank_wide(padded(model.rank)),
           arena(rows * (2 * wide + attended_wide) + (group + 1) * head_wide + group * 256 + wide + head_wide + rank_wide +
-                (model.packed ? wide + inner_wide + attended_wide : 0)) {
+                (model.packed ? 2 * scales_wide() + rows * (longest() + 64) : 0)) {
         x = arena.take(rows * wide);
         normed = arena.take(rows * wide);
         attended = arena.take(rows * attended_wide);
@@ -327,18 +250,23 @@ struct Worker {
         scores = arena.take(group * 256);
         row = arena.take(wide + head_wide);
         low = arena.take(rank_wide);
-        dense = model.packed ? arena.take(wide + inner_wide + attended_wide) : nullptr;
+        scales = model.packed ? arena.take(2 * scales_wide()) : nullptr;
+        in_order = model.packed ? arena.take(rows * (longest() + 64)) : nullptr;
     }
 
-    // Until all threads are here; `rows` rows of K at `next` are what this one reads afterwards.
-    void wait(const W* next, int64_t rows, int64_t K) {
+    int64_t scales_wide() const { return padded(longest() / 32 + 8); }
+
+    // The longest row of a matrix, in memory
+    int64_t longest() const {
+        const int64_t most = wide > inner_wide ? wide : inner_wide;
+        return most > attended_wide ? most : attended_wide;
+    }
+
+    // Until all threads are here; `next` is what this one reads afterwards.
+    void wait(Stretch next = {nullptr, 0}) {
         if (team == 1) return;
-        const char* start = reinterpret_cast<const char*>(next);
-        const int64_t bytes = smaller(rows * K * static_cast<int64_t>(sizeof(W)), WAITING);
-        step.barrier.wait(team, start, next ? start + bytes : start);
+        step.barrier.wait(team, next.start, next.start + smaller(next.bytes, WAITING));
     }
-
-    int64_t length(int64_t n) const { return share(n, index + 1) - share(n, index); }
 
     // The first of this thread's share of n rows; share(n, index + 1) is the end of it.
     int64_t share(int64_t n, int64_t i) const { return i == team ? n : n * i / team / 4 * 4; }
@@ -376,73 +304,101 @@ struct Worker {
     }
 
     void embed() {
+        const PackedWeight* table = packed(model.depth, EMBEDDING);
         for (int64_t b = 0; b < rows; ++b) {
-            const W* source = model.embedding + step.ids[b] * H;
+            if (table) unpack(*table, step.ids[b], H, row);
             float* out = x + b * wide;
-            const Vec scale = fill(model.embedding_scale);
-            int64_t i = 0;
-            for (; i + 8 <= H; i += 8) store(load(source + i) * scale, out + i);
-            if (i < H) store(load(source + i, First{H - i}) * scale, out + i);
+            if (table) {
+                widen_row(row, out);
+            } else {
+                widen_row(model.embedding + step.ids[b] * H, out);
+            }
         }
+    }
+
+    template <class T>
+    void widen_row(const T* source, float* out) const {
+        const Vec scale = fill(model.embedding_scale);
+        int64_t i = 0;
+        for (; i + 8 <= H; i += 8) store(load(source + i) * scale, out + i);
+        if (i < H) store(load(source + i, First{H - i}) * scale, out + i);
     }
 
     // ---- matrix times vectors ----
 
-    template <int N>
-    void products(const Run<W>& run, int64_t i, int64_t b, int64_t K, const float* a, int64_t a_stride,
-                  const W* ahead) const {
-        float out[N];
+    // Rows [i, i + R) of a run times N rows of a, from the b-th on.
+    template <int R, int N>
+    void products(const Run<W>& run, const Levels& levels, int64_t i, int64_t b, const float* a, int64_t a_stride,
+                  const char* next) const {
+        float out[R][N];
         const float* x = a + b * a_stride;
-        if (!run.packed) {
-            dots<N>(run.w + i * K, K, x, a_stride, ahead, out);
-        } else if (run.packed->values) {
-            dots<N>(run.packed->values + i * K, K, x, a_stride, static_cast<const int8_t*>(nullptr), out);
-            for (int n = 0; n < N; ++n) out[n] *= run.packed->scale[i] * (1.0f / 127);
+        const int64_t K = run.w.K;
+        const PackedWeight* packed = run.w.packed;
+        const char* ahead = b == 0 ? ahead_of(run, i, next) : run.w.row(i);
+        const int64_t apart = run.w.bytes();
+        if (!packed) {
+            Row<W> w[R];
+            for (int r = 0; r < R; ++r) w[r] = {run.w.dense + (i + r) * K};
+            dots<R, N>(w, K, x, a_stride, ahead, apart, out);
+        } else if (packed->values) {
+            Row<int8_t> w[R];
+            for (int r = 0; r < R; ++r) w[r] = {packed->values + (i + r) * K};
+            dots<R, N>(w, K, x, a_stride, ahead, apart, out);
+            for (int r = 0; r < R; ++r)
+                for (int n = 0; n < N; ++n) out[r][n] *= packed->scale[i + r] * (1.0f / 127);
         } else {
-#if defined(__AVX512F__)
-            dots_nf4<N>(run.packed->nf4, i, K, x, a_stride, out);
-#else
-            dots<N>(dense, K, x, a_stride, static_cast<const float*>(nullptr), out);
-#endif
+            dots_nf4<R, N>(packed->nf4, levels, i, K, x, a_stride, scales, ahead, apart, out);
         }
-        const float bias = run.bias ? widen(run.bias[i]) : 0.0f;
-        for (int n = 0; n < N; ++n) run.out[(b + n) * run.stride + i] = out[n] + bias;
+        for (int r = 0; r < R; ++r) {
+            const float bias = run.bias ? widen(run.bias[i + r]) : 0.0f;
+            for (int n = 0; n < N; ++n) run.out[(b + n) * run.stride + i + r] = out[r][n] + bias;
+        }
     }
 
-    // One row of the matrix for all n rows of a: it stays in the nearest cache.
-    void rows_of_batch(const Run<W>& run, int64_t i, int64_t K, const float* a, int64_t a_stride, int64_t n,
-                       const W* ahead) const {
-#if !defined(__AVX512F__)
-        if (run.packed && !run.packed->values) unpack(run.packed->nf4, i, K);
-#endif
-        int64_t b = 0;
-        for (; b + 4 <= n; b += 4, ahead = nullptr) products<4>(run, i, b, K, a, a_stride, ahead);
-        for (; b + 2 <= n; b += 2, ahead = nullptr) products<2>(run, i, b, K, a, a_stride, ahead);
-        if (b < n) products<1>(run, i, b, K, a, a_stride, ahead);
+    // What is fetched while row i of a run is read; `next` is where the thread will read after the run, or null.
+    const char* ahead_of(const Run<W>& run, int64_t i, const char* next) const {
+        const int64_t bytes = run.w.bytes(), distance = (AHEAD + bytes - 1) / bytes;  // in rows
+        const int64_t over = i + distance - run.last;
+        return over < 0 || !next ? run.w.row(over < 0 ? i + distance : i) : next + over * bytes;
     }
 
-#if !defined(__AVX512F__)
-    void unpack(const PackedNF4& w, int64_t i, int64_t K) const {
-        const Decoder<float> decode(w);
-        const int64_t size = w.block, first = i * K / size;
-        for (int64_t b = 0; b < K / size; ++b) decode(first + b, scale_of(w, first + b), size, dense + b * size);
+    // Rows [first, last) of a run times N rows of a.
+    template <int N>
+    void panel(const Run<W>& run, const Levels& levels, int64_t first, int64_t last, int64_t b, const float* a,
+               int64_t a_stride, const char* next) const {
+        int64_t i = first;
+        if (N > 1) {  // two rows read the activations once
+            for (; i + 2 <= last; i += 2) products<2, N>(run, levels, i, b, a, a_stride, next);
+        }
+        for (; i < last; ++i) products<1, N>(run, levels, i, b, a, a_stride, next);
     }
-#endif
-
-    static const W* row_of(const W* w, int64_t i, int64_t K) { return w ? w + i * K : nullptr; }
 
     // a [n, K] times the runs. `next` is where the thread will read afterwards.
-    void multiply(const Run<W>* runs, int count, int64_t K, const float* a, int64_t a_stride, int64_t n,
-                  const W* next) const {
-        const int64_t distance = (AHEAD / static_cast<int64_t>(sizeof(W)) + K - 1) / K;  // in rows
+    void multiply(const Run<W>* runs, int count, const float* a, int64_t a_stride, int64_t n, const char* next) const {
         for (int r = 0; r < count; ++r) {
             const Run<W>& run = runs[r];
-            const W* then = r + 1 < count ? row_of(runs[r + 1].w, runs[r + 1].first, K) : next;
-            for (int64_t i = run.first; i < run.last; ++i) {
-                const int64_t over = i + distance - run.last;
-                const W* ahead = over < 0 ? row_of(run.w, i + distance, K) : then ? then + over * K : nullptr;
-                rows_of_batch(run, i, K, a, a_stride, n, ahead);
+            const float* x = a;
+            int64_t stride = a_stride;
+            if (DEALS && run.w.in_4_bits()) {
+                stride = (run.w.K + 63) / 64 * 64;
+                for (int64_t b = 0; b < n; ++b) deal(a + b * a_stride, run.w.K, in_order + b * stride);
+                x = in_order;
             }
+            multiply(run, x, stride, n, r + 1 < count ? runs[r + 1].w.row(runs[r + 1].first) : next);
+        }
+    }
+
+    // Eight rows of a at a time are multiplied by a panel of the matrix, which a near cache keeps.
+    void multiply(const Run<W>& run, const float* a, int64_t a_stride, int64_t n, const char* next) const {
+        const Levels levels(run.w.in_4_bits() ? run.w.packed->nf4.table : NO_LEVELS);
+        const int64_t together = n <= 8 ? run.last - run.first : 1 + PANEL / run.w.bytes();
+        for (int64_t i = run.first; i < run.last; i += together) {
+            const int64_t end = smaller(run.last, i + together);
+            int64_t b = 0;
+            for (; b + 8 <= n; b += 8) panel<8>(run, levels, i, end, b, a, a_stride, next);
+            for (; b + 4 <= n; b += 4) panel<4>(run, levels, i, end, b, a, a_stride, next);
+            for (; b + 2 <= n; b += 2) panel<2>(run, levels, i, end, b, a, a_stride, next);
+            if (b < n) panel<1>(run, levels, i, end, b, a, a_stride, next);
         }
     }
 
@@ -463,9 +419,10 @@ struct Worker {
         const int64_t rank = update.rank;
         std::memset(low, 0, static_cast<size_t>(rank_wide) * 4);
         for (int64_t j = 0; j < rank; ++j) {
-            float out[1];
-            dots<1>(update.A + j * K, K, a, K, static_cast<const float*>(nullptr), out);
-            low[j] = out[0] * static_cast<float>(update.scale);
+            float out[1][1];
+            const Row<float> w[1] = {{update.A + j * K}};
+            dots<1, 1>(w, K, a, K, reinterpret_cast<const char*>(w[0].w + K), 0, out);
+            low[j] = out[0][0] * static_cast<float>(update.scale);
         }
         float* out = run.out + b * run.stride;
         for (int64_t i = run.first; i < run.last; i += 8) {
@@ -486,24 +443,47 @@ struct Worker {
     }
 
     // This thread's share of all rows of w [n, K]
-    Run<W> share_of(const W* w, const W* bias, int64_t n, float* out, int64_t stride, int64_t l, Linear linear) const {
-        return {w, bias, share(n, index), share(n, index + 1), out, stride, linear, packed(l, linear)};
+    Run<W> share_of(const W* w, const W* bias, int64_t n, int64_t K, float* out, int64_t stride, int64_t l,
+                    int64_t linear) const {
+        return {{w, packed(l, linear), K}, bias, share(n, index), share(n, index + 1), out, stride, linear};
     }
 
-    const PackedWeight* packed(int64_t l, Linear linear) const {
-        if (!model.packed || linear == NONE) return nullptr;
+    const PackedWeight* packed(int64_t l, int64_t linear) const {
+        if (!model.packed) return nullptr;
         const PackedWeight* found = model.packed + l * LINEARS + linear;
         return found->values || found->nf4.codes ? found : nullptr;
     }
 
-    const W* start_of(const W* w, int64_t n, int64_t K) const { return row_of(w, share(n, index), K); }
+    Run<W> o_of(int64_t l) const {
+        const Layer<W>& layer = model.layers[l];
+        return share_of(layer.o, layer.o_bias, H, model.heads * D, step.delta, wide, l, O);
+    }
+    Run<W> gate_of(int64_t l) const {
+        const Layer<W>& layer = model.layers[l];
+        return share_of(layer.gate, layer.gate_bias, model.inner, H, step.gate, inner_wide, l, GATE);
+    }
+    Run<W> up_of(int64_t l) const {
+        const Layer<W>& layer = model.layers[l];
+        return share_of(layer.up, layer.up_bias, model.inner, H, step.inner, inner_wide, l, UP);
+    }
+    Run<W> down_of(int64_t l) const {
+        const Layer<W>& layer = model.layers[l];
+        return share_of(layer.down, layer.down_bias, H, model.inner, step.delta, wide, l, DOWN);
+    }
+    Run<W> head_of() const {
+        return share_of(model.head, nullptr, model.vocab, H, step.logits, model.vocab, model.depth, HEAD);
+    }
+
+    static const char* start_of(const Run<W>& run) { return run.w.row(run.first); }
+    static Stretch all_of(const Run<W>& run) { return {start_of(run), (run.last - run.first) * run.w.bytes()}; }
 
     // The part of rows [first, first + n) of the stacked q, k, v that is this thread's
     void add_part(Run<W>* runs, int& count, const W* w, const W* bias, int64_t first, int64_t n, int64_t all,
-                  int64_t l, Linear linear) const {
+                  int64_t l, int64_t linear) const {
         const int64_t from = share(all, index) - first, to = share(all, index + 1) - first;
         const int64_t low = from > 0 ? from : 0, high = smaller(to, n);
-        if (low < high) runs[count++] = {w, bias, low, high, step.projected + first, projected_wide, linear, packed(l, linear)};
+        if (low < high)
+            runs[count++] = {{w, packed(l, linear), H}, bias, low, high, step.projected + first, projected_wide, linear};
     }
 
     // ---- stages ----
@@ -522,7 +502,7 @@ struct Worker {
         norm_x(layer.input_norm);
         Run<W> runs[3];
         const int count = parts(l, runs);
-        multiply(runs, count, H, normed, wide, rows, start_of(layer.o, H, model.heads * D));
+        multiply(runs, count, normed, wide, rows, start_of(o_of(l)));
         adapt(runs, count, l, H, normed, wide);
     }
 
@@ -771,10 +751,9 @@ struct Worker {
         return a / (fill(1) + any_exponential(fill(0) - u));
     }
 
-    void feed(const Layer<W>& layer, int64_t l) {
-        const Run<W> runs[] = {share_of(layer.gate, layer.gate_bias, model.inner, step.gate, inner_wide, l, GATE),
-                               share_of(layer.up, layer.up_bias, model.inner, step.inner, inner_wide, l, UP)};
-        multiply(runs, 2, H, normed, wide, rows, start_of(layer.down, H, model.inner));
+    void feed(int64_t l) {
+        const Run<W> runs[] = {gate_of(l), up_of(l)};
+        multiply(runs, 2, normed, wide, rows, start_of(down_of(l)));
         adapt(runs, 2, l, H, normed, wide);
         for (int64_t b = 0; b < rows; ++b) {
             const float* gate = step.gate + b * inner_wide;
@@ -794,8 +773,8 @@ struct Worker {
         const int64_t batch = rows / T;
         for (int64_t b = 0; b < batch; ++b)  // of the last tokens only
             rms_norm(x + (b * T + T - 1) * wide, model.norm, H, normed + b * wide);
-        const Run<W> run = share_of(model.head, nullptr, model.vocab, step.logits, model.vocab, 0, NONE);
-        multiply(&run, 1, H, normed, wide, batch, nullptr);
+        const Run<W> run = head_of();
+        multiply(&run, 1, normed, wide, batch, nullptr);
         const float cap = model.final_softcap;
         if (cap == 0) return;
         for (int64_t b = 0; b < batch; ++b) {
@@ -806,34 +785,31 @@ struct Worker {
 
     void run() {
         embed();
-        const int64_t I = model.inner, wide_q = model.heads * D;
         for (int64_t l = 0; l < model.depth; ++l) {
             const Layer<W>& layer = model.layers[l];
             project(layer, l);
-            wait(nullptr, 0, 0);
+            wait();
             if (T > 1) {
                 keep_all(layer, step.contexts[l]);
-                wait(nullptr, 0, 0);
+                wait();
             }
             attend(layer, step.contexts[l]);
-            wait(start_of(layer.o, H, wide_q), length(H), wide_q);
+            const Run<W> o = o_of(l), gate = gate_of(l), down = down_of(l);
+            wait(all_of(o));
             merge(step.contexts[l]);
-            const Run<W> o = share_of(layer.o, layer.o_bias, H, step.delta, wide, l, O);
-            multiply(&o, 1, wide_q, attended, attended_wide, rows, start_of(layer.gate, I, H));
-            adapt(&o, 1, l, wide_q, attended, attended_wide);
-            wait(start_of(layer.gate, I, H), length(I), H);
+            multiply(&o, 1, attended, attended_wide, rows, start_of(gate));
+            adapt(&o, 1, l, model.heads * D, attended, attended_wide);
+            wait(all_of(gate));
             const bool sandwich = layer.pre_feedforward_norm;
             add_delta(sandwich ? layer.post_attention_norm : nullptr);
             norm_x(sandwich ? layer.pre_feedforward_norm : layer.post_attention_norm);
-            feed(layer, l);
-            wait(start_of(layer.down, H, I), length(H), I);
-            const Run<W> down = share_of(layer.down, layer.down_bias, H, step.delta, wide, l, DOWN);
-            Run<W> next[3] = {share_of(model.head, nullptr, model.vocab, nullptr, 0, 0, NONE)};
+            feed(l);
+            wait(all_of(down));
+            Run<W> next[3] = {head_of()};
             if (l + 1 < model.depth) parts(l + 1, next);
-            const W* start = row_of(next[0].w, next[0].first, H);
-            multiply(&down, 1, I, step.inner, inner_wide, rows, start);
-            adapt(&down, 1, l, I, step.inner, inner_wide);
-            wait(start, next[0].last - next[0].first, H);
+            multiply(&down, 1, step.inner, inner_wide, rows, start_of(next[0]));
+            adapt(&down, 1, l, model.inner, step.inner, inner_wide);
+            wait(all_of(next[0]));
             add_delta(layer.post_feedforward_norm);
         }
         predict();

@@ -48,7 +48,7 @@ class PackedPlan(NamedTuple):
 
     op: str
     layers: array  # `Layer[depth]` of cpu.cpp
-    packed: ctypes.Array | None  # `PackedWeight[depth, LINEARS]`, if one is packed
+    packed: ctypes.Array | None  # `PackedWeight[depth LINEARS + 2]`, if one is packed
     updates: array  # `Update[adapters, depth, LINEARS]`
     model: Model  # which points to the layers and updates
 
@@ -57,9 +57,10 @@ def pack(plan: "DecodePlan") -> PackedPlan:
     """Return the plan as the kernel reads it. The order of a layer's fields is DecodeLayer's."""
     layers = array("q")
     for layer in plan.layers:
-        layers.extend(t.data_ptr() if isinstance(t, Tensor) else 0 for t in layer[:-1])
+        layers.extend(map(_dense_address, layer[:-1]))
         layers.append(layer.rope)
-    weights = [getattr(layer, name) for layer in plan.layers for name in LINEARS]
+    weights = [layer._asdict()[name] for layer in plan.layers for name in LINEARS]
+    weights += plan.embedding, plan.head
     packed = None
     if not all(isinstance(weight, Tensor) for weight in weights):
         packed = (PackedWeight * len(weights))(*map(_packed_weight, weights))
@@ -75,9 +76,9 @@ def pack(plan: "DecodePlan") -> PackedPlan:
                     updates.frombytes(struct.pack("qqqd", A.data_ptr(), B.data_ptr(), r, scale))
                     rank = max(rank, r)
     model = Model(
-        plan.embedding.data_ptr(),
+        _dense_address(plan.embedding),
         plan.norm.data_ptr(),
-        plan.head.data_ptr(),
+        _dense_address(plan.head),
         layers.buffer_info()[0],
         len(plan.layers),
         plan.vocab_size,
@@ -98,6 +99,10 @@ def pack(plan: "DecodePlan") -> PackedPlan:
         plan.final_softcap or 0,
     )
     return PackedPlan(f"decode_{CPU_DTYPES[plan.dtype]}", layers, packed, updates, model)
+
+
+def _dense_address(weight: Tensor | NF4Tensor | Int8Tensor | None) -> int:
+    return weight.data_ptr() if isinstance(weight, Tensor) else 0
 
 
 def _packed_weight(weight: Tensor | NF4Tensor | Int8Tensor) -> PackedWeight:

@@ -86,9 +86,10 @@ class DecodeUpdate(NamedTuple):
 class DecodePlan:
     """A model made ready for `decode_step`: its tensors, checked once, and its sizes.
 
-    All dense tensors are contiguous, in host memory and of one dtype, fp32 or bf16. The plan keeps
-    them alive and sees changes made to their values in place. Several threads may use it at a time,
-    each with a cache of its own.
+    All dense tensors are contiguous, in host memory and of one dtype, fp32 or bf16. Embedding and
+    head may be packed, like the matrices of layers. The plan keeps its tensors alive and sees
+    changes made to their values in place. Several threads may use it at a time, each with a cache
+    of its own.
 
     Args:
         embedding: the rows of the tokens [V, H].
@@ -114,10 +115,10 @@ class DecodePlan:
 
     def __init__(
         self,
-        embedding: Tensor,
+        embedding: Tensor | Packed,
         layers: Sequence[DecodeLayer],
         norm: Tensor,
-        head: Tensor,
+        head: Tensor | Packed,
         *,
         num_heads: int,
         num_kv_heads: int,
@@ -136,9 +137,10 @@ class DecodePlan:
             raise ValueError(f"{num_heads} heads are no multiple of {num_kv_heads} kv heads")
         if head_dim < 2 or head_dim % 2:
             raise ValueError(f"head_dim is {head_dim}: rotation needs an even number")
-        if embedding.dim() != 2 or embedding.dtype not in (torch.float32, torch.bfloat16):
+        dtype = (embedding if isinstance(embedding, Tensor) else norm).dtype
+        if len(embedding.shape) != 2 or dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(
-                f"embedding is {embedding.dtype} {list(embedding.shape)}: "
+                f"embedding is {dtype} {list(embedding.shape)}: "
                 "[vocabulary, hidden] in float32 or bfloat16 is expected"
             )
         self.embedding, self.layers, self.norm, self.head = embedding, tuple(layers), norm, head
@@ -148,7 +150,7 @@ class DecodePlan:
         self.attention_scale = head_dim**-0.5 if attention_scale is None else attention_scale
         self.attn_softcap, self.final_softcap = attn_softcap, final_softcap
         self.vocab_size, self.hidden_size = embedding.shape
-        self.dtype, self.device = embedding.dtype, embedding.device
+        self.dtype, self.device = dtype, embedding.device
         self.ropes = 1 + max((layer.rope for layer in self.layers), default=0)
         self.inner_size = self.layers[0].gate.shape[0] if self.layers else 0
         self.adapters = tuple(adapters)
@@ -209,7 +211,7 @@ class DecodePlan:
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} is {list(tensor.shape)}, expected {list(shape)}")
         if not isinstance(tensor, Tensor):
-            if name.rpartition(".")[2] not in cpu.LINEARS:
+            if name.rpartition(".")[2] not in (*cpu.LINEARS, "embedding", "head"):
                 raise ValueError(f"{name} must be dense")
             if isinstance(tensor, NF4Tensor) and shape[1] % tensor.block_size:
                 raise ValueError(f"{name} has rows that are no multiple of its block")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..frozen_linear.dense import dequantize
+from ..frozen_linear.dense import dequantize, dequantize_rows
 from ..swiglu.reference import activate
 from .plan import DecodeCache, DecodePlace, DecodePlan
 
@@ -62,7 +62,10 @@ def decode_step(
         return y
 
     B = len(ids)
-    x = plan.embedding[ids].to(wide) * plan.embedding_scale
+    if isinstance(plan.embedding, Tensor):
+        x = plan.embedding[ids].to(wide) * plan.embedding_scale
+    else:
+        x = dequantize_rows(plan.embedding, ids, torch.float32).to(wide) * plan.embedding_scale
     for i, layer in enumerate(plan.layers):
         normed = norm(x, layer.input_norm)
         q = adapted(normed, i, "q").view(B, plan.num_heads, plan.head_dim)
