@@ -62,10 +62,7 @@ def decode_step(
         return y
 
     B = len(ids)
-    if isinstance(plan.embedding, Tensor):
-        x = plan.embedding[ids].to(wide) * plan.embedding_scale
-    else:
-        x = dequantize_rows(plan.embedding, ids, torch.float32).to(wide) * plan.embedding_scale
+    x = _embedded(plan, ids).to(wide) * plan.embedding_scale
     for i, layer in enumerate(plan.layers):
         normed = norm(x, layer.input_norm)
         q = adapted(normed, i, "q").view(B, plan.num_heads, plan.head_dim)
@@ -93,6 +90,12 @@ def decode_step(
         delta = adapted(gate * adapted(normed, i, "up"), i, "down")
         x = x + (norm(delta, layer.post_feedforward_norm) if sandwich else delta)
     return _capped(linear(norm(x, plan.norm), plan.head), plan.final_softcap)
+
+
+def _embedded(plan: DecodePlan, ids: Tensor) -> Tensor:
+    if isinstance(plan.embedding, Tensor):
+        return plan.embedding[ids]
+    return dequantize_rows(plan.embedding, ids, torch.float32)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
