@@ -214,7 +214,7 @@ class Endpoint:
         """Return the job of a request, whose prompts must fit; a constraint is that of a row."""
         for ids in prompts:
             self._check_fits(ids, asked.max_tokens)
-        rows = []
+        rows: list[Row] = []
         for ids in prompts:
             for i in range(asked.n):
                 seed = None if asked.seed is None else (asked.seed + i) % 2**63

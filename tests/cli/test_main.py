@@ -62,6 +62,7 @@ HELP = [
     ["train"],
     ["generate"],
     ["chat"],
+    ["serve"],
     ["merge"],
     ["export"],
     ["push"],
