@@ -111,6 +111,9 @@ def _typed(interactive: bool) -> Iterator[str]:
             if text:
                 yield text
     except (EOFError, KeyboardInterrupt) as end:
+        text = "\n".join(lines).strip()
+        if text and not interactive and isinstance(end, EOFError):
+            yield text  # the last line of a pipe ended in \
         if not interactive and isinstance(end, KeyboardInterrupt):
             raise
         if interactive:

@@ -48,7 +48,7 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
     add("--port", type=count, default=8000, help="port to listen on (default: 8000; 0: a free one)")
     add(
         "--api-key",
-        default=os.environ.get("LORAKIT_API_KEY"),
+        default=os.environ.get("LORAKIT_API_KEY") or None,  # an empty one is none
         metavar="KEY",
         help="token that clients must send (default: that of the variable LORAKIT_API_KEY)",
     )

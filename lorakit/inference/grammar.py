@@ -94,7 +94,9 @@ def json_schema(schema: Mapping[str, Any], tok: Tokenizer) -> Constraint:
         raise LorakitError(f"json_schema: {_in_a_line(error)}") from None
     if matcher.is_error():
         raise LorakitError(f"json_schema: {_in_a_line(matcher.get_error())}")
-    return _Matched(matcher, _seen(tok).eos_tokens)
+    found = _Matched(matcher, _seen(tok).eos_tokens)
+    found.allowed()  # some schemas fail at the first token only, such as {"$ref": "#"}
+    return found
 
 
 def _seen(tok: Tokenizer) -> Any:

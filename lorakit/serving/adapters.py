@@ -141,6 +141,10 @@ class Models:
     def _check_name(self, name: str) -> None:
         if not name:
             raise LorakitError("an adapter needs a name")
+        try:
+            name.encode()
+        except UnicodeEncodeError:  # the page of metrics, which is UTF-8, could not name it
+            raise LorakitError(f"{name!a} is no name: it is not valid Unicode text") from None
         if name in self.served:
             raise LorakitError(f"the name {name!r} is taken; unload that adapter first")
 

@@ -142,7 +142,7 @@ class Endpoint:
         name, path = fields.needed("lora_name", str), fields.needed("lora_path", str)
         try:
             await self.models.load(name, path, self.worker)
-        except (LorakitError, OSError) as error:
+        except (LorakitError, OSError, UnicodeEncodeError) as error:
             raise Refusal(400, f"The adapter was not loaded: {error}.", param="lora_path") from None
         return Response(f"Success: LoRA adapter '{name}' added successfully.")
 

@@ -23,7 +23,7 @@ _MOST_STOPS, _LONGEST_STOP = 16, 256  # the end of a text is compared with each 
 _MOST_BIASES = 1024
 _LEAST_TOP_P = 1e-6  # of 0, which OpenAI allows: the likeliest token alone is left
 _ROLES = ("system", "developer", "user", "assistant", "tool")
-_TEMPLATES_OWN = ("messages", "tools", "documents", "add_generation_prompt", "tokenize")
+_TEMPLATES_OWN = ("self", "messages", "tools", "documents", "add_generation_prompt", "tokenize")
 
 # Fields that lorakit does not have, and the values of them that change nothing.
 _NEUTRAL: dict[str, tuple[object, ...]] = {

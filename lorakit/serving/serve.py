@@ -7,6 +7,7 @@ that trained them. vLLM and llama.cpp are for traffic: they keep many more users
 import contextlib
 import importlib.util
 import ipaddress
+import re
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -41,7 +42,7 @@ def serve(
             id of each.
         host: The address to listen on; by 0.0.0.0 other machines reach the server.
         port: The port to listen on; 0 takes a free one.
-        api_key: What clients must send as bearer token; None: nothing.
+        api_key: What clients must send as bearer token, one word of ASCII; None: nothing.
         slots: How many texts are made at a time.
         capacity: Positions that a text may reach with its prompt. None: 4096, or as many as the
             model is meant for if that is less.
@@ -53,7 +54,7 @@ def serve(
             the extra `serve` is missing.
         KeyboardInterrupt: The process was interrupted. The texts that were being made have ended.
     """
-    _check_options(port, queue)
+    _check_options(port, queue, api_key)
     _check_packages()
     from lorakit.serving.adapters import Models
     from lorakit.serving.endpoint import Endpoint, application
@@ -79,11 +80,16 @@ def serve(
         run(app, endpoint.worker, listener, lambda: started(address) if started else None)
 
 
-def _check_options(port: int, queue: int) -> None:
+def _check_options(port: int, queue: int, api_key: str | None) -> None:
     if queue < 0 or not 0 <= port < 2**16:
         raise LorakitError(
             f"serve: queue is {queue} and port {port}; queue must be at least 0, and port at most "
             "65535"
+        )
+    if api_key is not None and not re.fullmatch("[!-~]+", api_key):
+        raise LorakitError(
+            "serve: the key must be one word of ASCII letters, digits and signs, as clients send "
+            "no other; leave it out to ask for none"
         )
 
 

@@ -229,6 +229,11 @@ def test_each_adapter_is_spoken_to_by_its_own_template(talk, model, tmp_path):
     assert printed == twin.printed
 
 
+def test_a_last_line_that_would_go_on_is_answered(talk):
+    _, printed, _ = talk(["hello"])
+    assert talk(["hello\\"])[1] == printed != ""
+
+
 def test_no_text_from_a_pipe_is_one_sentence(talk, model, monkeypatch, capsys):
     """A byte that is no UTF-8; the next line is answered."""
     _, printed, _ = talk(["hello"])

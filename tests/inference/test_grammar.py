@@ -134,6 +134,7 @@ def test_what_is_refused_says_why(toks, monkeypatch):
         ({"not": {"type": "string"}}, 'Unimplemented keys: \\["not"\\]'),
         ({"type": "string", "pattern": "("}, "regex parse error.*unclosed group"),
         ({"$ref": "http://localhost/schema"}, "does not fetch"),
+        ({"$ref": "#"}, "constrained text"),
         ({"enum": []}, "json_schema: "),
         ({"const": {1, 2}}, "not JSON serializable"),
         ("{}", "a schema is an object"),

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import lorakit as lk
 from tests.serving.running import MESSAGES, NO_END, running
 
 CHAT = {"model": "tiny", "messages": MESSAGES, "max_tokens": 1}
@@ -63,6 +64,7 @@ def error_of(response):
         ({"modalities": ["audio"]}, "modalities", "unsupported_parameter"),
         ({"guided_json": {}}, "guided_json", "unsupported_parameter"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "invalid_value"),
+        ({"chat_template_kwargs": {"self": 1}}, "chat_template_kwargs", "invalid_value"),
         ({"temperatur": 0}, "temperatur", "unknown_parameter"),
         ({"model": "carl"}, "model", "model_not_found"),
         ({"max_tokens": 10**6}, "messages", "context_length_exceeded"),
@@ -271,6 +273,12 @@ def test_a_key(tiny):
         body = {"lora_name": "a", "lora_path": "b"}
         response = served.post("/v1/load_lora_adapter", json=body, headers=headers)
         assert response.status_code == 403
+
+
+@pytest.mark.parametrize("key", ["", " ", "two words", "schl\u00fcssel", "a\n"])
+def test_a_key_that_no_client_can_send_is_refused(key):
+    with pytest.raises(lk.LorakitError, match="the key must be one word"):
+        lk.serve(None, None, name="tiny", api_key=key)
 
 
 def test_a_page_of_another_site_does_not_reach_loopback(tiny):
