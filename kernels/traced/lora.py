@@ -129,7 +129,7 @@ def _fake_mlp(x: Tensor, hidden_act: str, keep: bool, *given: Any) -> list[Tenso
     if not keep:
         return [y]
     static, none = layers.static(), Dropout(0.0, 0)
-    first, _ = op.mlp_groups(x, (static[:2], none), (static[2:], none), layers.every())
+    first, _ = op.mlp_groups(x, ((static[:2], none), (static[2:], none)), layers.every())
     return [y, x.new_empty(2, x.shape[0], inner, dtype=first.dtype)]
 
 

@@ -332,15 +332,15 @@ class LoraLinears(torch.autograd.Function):
 
 def mlp_groups(
     x: Tensor,
-    inner: tuple[Static, Dropout],
-    outer: tuple[Static, Dropout],
+    static: tuple[tuple[Static, Dropout], tuple[Static, Dropout]],
     tensors: Sequence[Any],
     rooms: tuple[int, int] = (0, 0),
-) -> tuple[cpu.Group | reference.Group, cpu.Group | reference.Group]:
-    """Return gate and up, and down, for one pass: both compute in one dtype."""
+) -> tuple[Any, Any]:
+    """Return the groups of gate and up, and of down, for one pass: both compute in one dtype."""
+    inner, outer = static
     split = TENSORS * len(inner[0])
 
-    def made(by_sums: bool) -> tuple[cpu.Group | reference.Group, cpu.Group | reference.Group]:
+    def made(by_sums: bool) -> tuple[Any, Any]:
         first = _group(x, *inner, tensors[:split], rooms[0], by_sums)
         return first, _group(x, *outer, tensors[split:], rooms[1], by_sums)
 
@@ -359,7 +359,7 @@ class LoraMLP(torch.autograd.Function):
     ):
         ctx.hidden_act, ctx.rooms = hidden_act, rooms
         ctx.static = (inner, inner_drop), (outer, outer_drop)
-        first, second = mlp_groups(x, *ctx.static, tensors, rooms)
+        first, second = mlp_groups(x, ctx.static, tensors, rooms)
         if isinstance(first, float8.Float8Group):
             first.leave_updates()
         same = first.dtype == x.dtype
@@ -379,7 +379,7 @@ class LoraMLP(torch.autograd.Function):
     @without_autocast
     def backward(ctx, grad):
         x, gate, up, *tensors = _kept(ctx)
-        first, second = ctx.groups or mlp_groups(grad, *ctx.static, tensors, ctx.rooms)
+        first, second = ctx.groups or mlp_groups(grad, ctx.static, tensors, ctx.rooms)
         flat = x.to(first.dtype)
         wide = None  # [d gate | d up | room]
         if gate is None:
