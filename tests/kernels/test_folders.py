@@ -19,7 +19,7 @@ EXTRA = {
     "adamw": {"clipped.py", "lists.py", "state.py"},
     "attention": {"documents.py", "flash.py"},
     "cross_entropy": {"linear.py"},
-    "decode": {"plan.py", "operands.py"},
+    "decode": {"plan.py", "operands.py", "dots.h"},
     "experts": {"layers.py", "passes.py"},
     "frozen_linear": {"dense.py"},
     "gguf_blocks": {"fits.py", "layouts.py"},

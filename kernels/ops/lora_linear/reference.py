@@ -29,6 +29,7 @@ from .tensors import (
     widened,
 )
 
+MANY = 4096  # rows from which one reading of dy saves more than the calls of it cost
 FEW = 128  # rows up to which a packed weight may be multiplied without making it dense
 # torch.mm and addmm can return the fp32 sums of a product in 16 bits, on NVIDIA's GPUs.
 _KEEPS_FP32 = torch.version.hip is None and (
@@ -327,7 +328,7 @@ class Group:
 
     def _reads_once(self) -> bool:
         """Return whether one reading of each dy gives its share of dlow, and dB."""
-        if len(self.dlow) <= FEW or not adds_updates(self.dlow, self.ranks):
+        if len(self.dlow) < MANY or not adds_updates(self.dlow, self.ranks):
             return False
         for layer, dy in zip(self.layers, self.scaled, strict=True):
             like = layer.lora_B.dtype == self.layers[0].lora_B.dtype in dispatch.FLOATS

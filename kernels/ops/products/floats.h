@@ -17,14 +17,15 @@ using simd::LANES;
 using simd::Vec;
 
 constexpr int64_t CHUNK = 64;   // values of a row that are looked up together
-constexpr int64_t DEPTH = 384;  // values of each row of a that are made fp32 at a time, which the nearest cache keeps
 #if defined(__AVX512F__)
 constexpr int VECTORS = 4;          // of a line at most
 constexpr int64_t TALL = 12;        // rows of a tile that is one vector wide
+constexpr int64_t DEPTH = 384;      // values of each row of a that are made fp32 at a time, which the nearest cache keeps
 constexpr int64_t PANEL = 1 << 17;  // words that panels of more columns than CHUNK may fill; cpu.py has the larger
 #else
 constexpr int VECTORS = 2;
 constexpr int64_t TALL = 6;
+constexpr int64_t DEPTH = 192;
 constexpr int64_t PANEL = 1 << 16;  // a half of a second cache of 512 KB
 #endif
 constexpr int64_t AHEAD = 8;    // lines of a panel between the one that is fetched and the one that is multiplied

@@ -5,6 +5,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import lorakit as lk
+from lorakit.kernels import dispatch
 from lorakit.models.decoder import Decoder
 
 H, I, L, HEADS, KV_HEADS, D, V, R = 2048, 5632, 2, 16, 4, 128, 4096, 16  # noqa: E741
@@ -45,6 +46,8 @@ def formula(tokens: int, checkpointing: bool) -> int:
     kept = block + L * bf16 * H if checkpointing else L * block
     kept += L * bf16 * 7 * R
     kept += bf16 * 2 * H + 2 * fp32 * D
+    if dispatch.product_dtype(torch.empty(0, dtype=torch.bfloat16)) == torch.float32:
+        kept += 2 * fp32 * H - bf16 * H  # the head's copy and gradient
     backward = bf16 * (3 * I + 4 * H)
     rank = L * R * (2 * (H + HEADS * D) + 2 * (H + KV_HEADS * D) + 3 * (H + I))
     return tokens * (kept + backward) + fp32 * rank + (4 << 20)
