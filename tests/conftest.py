@@ -356,12 +356,17 @@ def tiny(model_type, **overrides):
     model = AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, attn_implementation="eager"
     ).eval()
+    randomize(model, model_type)
+    return model
+
+
+def randomize(model, model_type):
+    """Make biases and norms random too, so that each of them bites."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
                 around = 0.0 if "gemma" in model_type or "norm" not in name else 1.0
                 parameter.normal_(around, 0.2)
-    return model
 
 
 def published(named, model_type):

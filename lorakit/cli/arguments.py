@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import TypeAlias
 
+import lorakit as lk
+
 # argparse has no public name for what `add_subparsers` returns.
 Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -52,17 +54,24 @@ def tokenizer_of(model: str, adapter: str | Path | None) -> str | Path:
 def named_adapter(text: str) -> tuple[str, str]:
     """Return the name of an adapter, and its place, which an argument [NAME=]ADAPTER holds.
 
-    Without NAME it is called as its directory or its repository is. argparse reports a name that no
-    adapter can have as wrong usage.
+    Without NAME it is called as its directory or its repository is. argparse reports an argument
+    that lacks one of the two as wrong usage.
     """
     name, equals, place = text.partition("=")
     if not equals or "/" in name:  # a path may hold any letter
         place = text
         last = Path(text).expanduser().resolve().name.removesuffix(".gguf")
         name = re.sub(r"[.:]", "-", last)
-    if not name or not place or "." in name or name == "none":
+    if not name or not place:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=ADAPTER")
     return name, place
+
+
+def fetched_adapters(named: list[tuple[str, str]]) -> dict[str, Path]:
+    """Return where named adapters lie on this machine; raise LorakitError if two have one name."""
+    if len(dict(named)) < len(named):
+        raise lk.LorakitError("--adapter: two adapters have one name; write NAME=ADAPTER")
+    return {name: lk.fetch_adapter(place) for name, place in named}
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

@@ -28,6 +28,7 @@ from lorakit.cli.arguments import (
     Verbs,
     add_sampling,
     chat_template,
+    fetched_adapters,
     named_adapter,
     tokenizer_of,
 )
@@ -159,9 +160,9 @@ class _Chat:
             args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty
         )
         self.random = random.Random(args.seed)  # a seed for each answer: /retry draws again
-        adapters = {name: lk.fetch_adapter(place) for name, place in args.adapter}
-        if len(adapters) < len(args.adapter):
-            raise lk.LorakitError("--adapter: two adapters have one name; write NAME=ADAPTER")
+        adapters = fetched_adapters(args.adapter)
+        if "none" in adapters:
+            raise lk.LorakitError("--adapter: /adapter none means no adapter; write NAME=ADAPTER")
         # each adapter is spoken to as it was trained, with the tokens and the template beside it
         self.toks = {
             name: lk.load_tokenizer(

@@ -10,11 +10,14 @@ import lorakit as lk
 from lorakit.cli.arguments import (
     DTYPE_HELP,
     MODEL_HELP,
+    NAMED_ADAPTER_HELP,
     STORAGE,
     TEMPLATE_HELP,
     Verbs,
     chat_template,
     count,
+    fetched_adapters,
+    named_adapter,
     tokenizer_of,
 )
 
@@ -37,12 +40,11 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
     add("model", help=MODEL_HELP)
     add(
         "--adapter",
-        type=_named,
+        type=named_adapter,
         action="append",
         default=[],
-        metavar="NAME=DIR",
-        help="an adapter and the name that clients use: its directory, its .gguf file or its Hub "
-        "id; several --adapter may be given",
+        metavar="[NAME=]ADAPTER",
+        help=f"{NAMED_ADAPTER_HELP}; clients use the name",
     )
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     add("--port", type=count, default=8000, help="port to listen on (default: 8000; 0: a free one)")
@@ -66,20 +68,9 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=serve)
 
 
-def _named(text: str) -> tuple[str, str]:
-    """Return the name and the place of an adapter; argparse reports others as wrong usage."""
-    name, _, place = text.partition("=")
-    if not (name and place):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=DIR")
-    return name, place
-
-
 def serve(args: argparse.Namespace) -> int:
     """Serve until the process is interrupted."""
-    adapters = dict(args.adapter)
-    if len(adapters) < len(args.adapter):
-        raise lk.LorakitError("two adapters have one name: give each --adapter a name of its own")
-    adapters = {name: lk.fetch_adapter(place) for name, place in adapters.items()}
+    adapters = fetched_adapters(args.adapter)
     only = next(iter(adapters.values())) if len(adapters) == 1 else None
     tok = lk.load_tokenizer(
         tokenizer_of(args.model, only), chat_template=chat_template(args.chat_template, None)

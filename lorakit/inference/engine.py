@@ -284,6 +284,8 @@ class Engine:
         while self._waiting and len(self._running) < self.slots:
             row = self._waiting[0]
             row.line = self.cache.line(self._roots[row.request.adapter])
+            if not row.request.tokens:
+                row.request.cached_tokens = 0  # of an earlier time, after which it was put off
             self._adopt(row)
             rows = [row, *self._running]  # who has a slot already may not have read its prompt yet
             if not self.cache.has_room((_line(r), len(r.ids) + 1 - _line(r).length) for r in rows):

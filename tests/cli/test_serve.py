@@ -68,8 +68,8 @@ def test_what_is_wrong_is_one_sentence(tiny_dir, tmp_path, capsys):
             assert said in err
             assert err.splitlines()[-1].startswith("lorakit: ")
     with pytest.raises(SystemExit):
-        main(["serve", str(tiny_dir), "--adapter", "nameless"])
-    assert "not of the form NAME=DIR" in capsys.readouterr().err
+        main(["serve", str(tiny_dir), "--adapter", "=nameless"])
+    assert "not of the form NAME=ADAPTER" in capsys.readouterr().err
 
 
 def test_an_open_server_is_warned_about(tiny_dir, capsys):

@@ -268,6 +268,17 @@ def test_what_exceeds_the_cache_is_refused_or_waits(model, tok, small_pages):
     ]
 
 
+def test_what_is_taken_over_counts_once(model, tok, small_pages):
+    """However often a row that waits for room looked for its beginning."""
+    engine = Engine(model, tok, slots=2, capacity=28, cache_tokens=28)  # 7 pages of 4
+    first, second = (engine.submit([5] * 20, max_new_tokens=8) for _ in range(2))
+    while not first.done:
+        engine.step()
+        assert engine.waiting == 1 or first.done
+    drain(engine)
+    assert (first.cached_tokens, second.cached_tokens) == (0, 16)  # of 19, parts of 8
+
+
 def test_other_threads_may_submit_and_cancel(model, tok):
     engine, given = Engine(model, tok, slots=3, capacity=48), []
 

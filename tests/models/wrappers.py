@@ -2,7 +2,7 @@
 
 import torch
 
-from tests.conftest import FAMILY_VARIANTS, GEMMA3, TINY
+from tests.conftest import FAMILY_VARIANTS, GEMMA3, TINY, randomize
 
 SIGLIP = {
     "hidden_size": 16,
@@ -80,9 +80,5 @@ def wrapped(name):
     model = AutoModelForImageTextToText.from_config(
         config, dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    with torch.no_grad():
-        for path, parameter in model.named_parameters():
-            if path.endswith("bias") or "norm" in path:
-                around = 0.0 if "gemma" in model_type or "norm" not in path else 1.0
-                parameter.normal_(around, 0.2)
+    randomize(model, model_type)
     return model

@@ -15,6 +15,7 @@ from lorakit.models.multimodal import LAYOUTS, layout_of, name_in_layout, text_n
 from tests.adapters.common import edit_config, edit_tensors
 from tests.adapters.peft_files.adapters_of_peft import IDS, LOGITS, PREFIX, WEIGHTS
 from tests.conftest import GEMMA3, TINY
+from tests.models.wrappers import SIGLIP
 
 TOWER = r"(vision_tower|visual)"
 
@@ -23,16 +24,8 @@ def gemma3(path):
     """A Gemma 3 whose files lorakit reads as they are."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
-    vision = {
-        "hidden_size": 16,
-        "intermediate_size": 20,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": 28,
-        "patch_size": 14,
-    }
     config = Gemma3Config(
-        text_config={**TINY, **GEMMA3}, vision_config=vision, image_token_index=96
+        text_config={**TINY, **GEMMA3}, vision_config=SIGLIP, image_token_index=96
     )
     model = Gemma3ForConditionalGeneration._from_config(config, attn_implementation="eager")
     model.save_pretrained(path)
