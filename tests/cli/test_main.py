@@ -4,6 +4,7 @@ import argparse
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -107,11 +108,16 @@ def test_storages_are_those_of_the_settings():
     assert list(quantization.STORAGE) == STORAGE
 
 
-@pytest.mark.parametrize("module", ["lorakit", "lorakit.cli"])
-def test_python_m(module):
-    done = subprocess.run(
-        [sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True
-    )
+SCRIPT = Path(sys.executable).with_name("lorakit")
+
+
+@pytest.mark.parametrize(
+    "start",
+    [[sys.executable, "-m", "lorakit"], [sys.executable, "-m", "lorakit.cli"], [SCRIPT]],
+    ids=["python -m lorakit", "python -m lorakit.cli", "lorakit"],
+)
+def test_how_it_is_started(start):
+    done = subprocess.run([*start, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"lorakit {lk.__version__}\n"
 
 
