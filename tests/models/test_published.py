@@ -237,12 +237,12 @@ def test_number_of_parameters_of_ministral_3(stated, values):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_transformers_reads_the_same(name, tmp_path):
-    """Rotary frequencies, attention scale, windows and caps, as transformers' modules hold them;
-    and again from the config.json that lorakit writes.
+    """Parameters, rotary frequencies, attention scale, windows and caps, as transformers' modules
+    hold them; and again from the config.json that lorakit writes.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    values, _ = PUBLISHED[name]
+    values, count = PUBLISHED[name]
     config = lk.ModelConfig.from_hf(values)
     for content in (values, config.to_hf()):
         (tmp_path / "config.json").write_text(json.dumps(content))
@@ -250,7 +250,11 @@ def test_transformers_reads_the_same(name, tmp_path):
         slides = [config.slides(i) for i in range(config.num_hidden_layers)]
         theirs.num_hidden_layers = 1  # the modules of one layer say it all
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(theirs).model
+            whole = AutoModelForCausalLM.from_config(theirs)
+        model = whole.model
+        in_a_layer = sum(p.numel() for p in model.layers[0].parameters())
+        outside = sum(p.numel() for p in whole.parameters()) - in_a_layer
+        assert outside + config.num_hidden_layers * in_a_layer == count
         scale = config.attention_multiplier
         if scale is None:
             scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
