@@ -293,7 +293,7 @@ def _strips(
 @triton.jit
 def _sums(
     PARTS, SMALL, DLOW, FOUND, M, low_row, R, shares, n0, n1, n2, r0, r1, r2, s1, s2, s3,
-    f0, f1, f2, width, of_low, TURNED: tl.constexpr, BLOCK: tl.constexpr,
+    f0, f1, f2, width, of_low, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Add the parts of `_strips` up, strip after strip and share after share."""
     program, at, zero = tl.program_id(0), tl.arange(0, BLOCK), tl.full((), 0, tl.int64)
@@ -320,11 +320,8 @@ def _sums(
             total += tl.load(SMALL + (zero + i) * N * width + e, mask=mine, other=0.0)
         row -= tl.where(after1, n0 + n1, tl.where(after0, n0, 0))
         start = tl.where(after1, n0 * r0 + n1 * r1, tl.where(after0, n0 * r0, 0))
-        place = row * r + column
-        if TURNED:
-            place = tl.where(after1, column * n2 + row, place)
         total *= tl.where(after1, f2, tl.where(after0, f1, f0))
-        tl.store(FOUND + start + place, total.to(FOUND.dtype.element_ty), mask=mine)
+        tl.store(FOUND + start + row * r + column, total.to(FOUND.dtype.element_ty), mask=mine)
 
 
 class Parts(NamedTuple):
@@ -352,12 +349,9 @@ def share_of(M: int, strips: int) -> int:
 
 def add_up(
     found: Parts, ranks: Sequence[int], widths: Sequence[int], scalings: Sequence[float],
-    dlow: Tensor, dtype: torch.dtype, turned: bool = False,
+    dlow: Tensor, dtype: torch.dtype,
 ) -> list[Tensor]:  # fmt: skip
-    """Write the sums to dlow [M, R], and return those of each layer times its scaling, [N, r].
-
-    `turned`: the third one's is [r, N].
-    """
+    """Write the sums to dlow [M, R], and return those of each layer times its scaling, [N, r]."""
     M, missing, (shares, N, width) = dlow.shape[0], MOST - len(widths), found.small.shape
     sizes = [n * r for n, r in zip(widths, ranks, strict=True)]
     flat = torch.empty(sum(sizes), dtype=dtype, device=dlow.device)
@@ -366,14 +360,11 @@ def add_up(
     dispatch.launch(
         _sums, (of_low + -(-N * width // SUMMED),), found.of_low, found.small, dlow, flat, M,
         dlow.stride(0), dlow.shape[1], shares, *widths, *[0] * missing, *ranks, *[0] * missing,
-        s1, s2, s3, *scalings, *[0.0] * missing, width, of_low, turned, SUMMED,
+        s1, s2, s3, *scalings, *[0.0] * missing, width, of_low, SUMMED,
         num_warps=SUM_THREADS // dispatch.lanes(),
     )  # fmt: skip
-    shapes = [(n, r) for n, r in zip(widths, ranks, strict=True)]
-    if turned:
-        shapes[2] = shapes[2][::-1]
-    each = flat.split_with_sizes(sizes)
-    return [part.view(shape) for part, shape in zip(each, shapes, strict=True)]
+    each = zip(flat.split_with_sizes(sizes), widths, ranks, strict=True)
+    return [part.view(n, r) for part, n, r in each]
 
 
 def of_gradients(
