@@ -14,13 +14,20 @@ def _small_padding(monkeypatch):
     monkeypatch.setattr(documents, "PADDING", 16)
 
 
+CASES = {
+    **captured.CASES,
+    "a mixture": captured.MIXTURE,
+    "a mixture of dense experts": {**captured.MIXTURE, "packed": False},
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("case", captured.CASES)
+@pytest.mark.parametrize("case", CASES)
 def test_replayed_as_run(case, dtype, device):
     """Eight steps of other documents, labels and rates, one of them not finite."""
     if device.type == "cpu":
         pytest.skip("no CUDA graphs without a GPU; tests/training/test_captured.py replays there")
-    options = {"dtype": dtype, "device": device, **captured.CASES[case]}
+    options = {"dtype": dtype, "device": device, **CASES[case]}
     ours, theirs = (new_run(each, **options) for each in (CudaGraphs(device), Never()))
     found = take(ours, 1, 5)
     ours.step.free()  # as before an evaluation; what follows is recorded again

@@ -75,11 +75,11 @@ def some_rows(tokens: int, longest: int = 40) -> Rows:
     return found
 
 
-def adapted(dtype=torch.float32, layers=2, fields=None, **lora) -> Decoder:
+def adapted(dtype=torch.float32, layers=2, fields=None, packed=True, **lora) -> Decoder:
     torch.manual_seed(0)
     config = lk.ModelConfig("llama", VOCABULARY, 64, 96, layers, 4, 2, 16, **(fields or {}))
-    model = lk.quantize(Decoder(config).to(dtype).requires_grad_(False))
-    model = lk.attach(model, lk.LoraConfig(r=4, lora_alpha=8, **lora))
+    model = Decoder(config).to(dtype).requires_grad_(False)
+    model = lk.attach(lk.quantize(model) if packed else model, lk.LoraConfig(r=4, lora_alpha=8, **lora))
     for name, p in model.named_parameters():
         if name.endswith("lora_B"):
             torch.nn.init.normal_(p, std=0.02)
@@ -87,10 +87,10 @@ def adapted(dtype=torch.float32, layers=2, fields=None, **lora) -> Decoder:
 
 
 def new_run(recorder, *, dtype=torch.float32, layers=2, budget=80, steps=8, lora=None, bits=32,
-            checkpointing=False, state=None, done=0, device="cpu", fields=None,
+            checkpointing=False, state=None, done=0, device="cpu", fields=None, packed=True,
             **options):  # fmt: skip
     """A run up to its next step: a model, its optimizer, and its `CapturedStep`."""
-    model = adapted(dtype, layers, fields, **(lora or {})).to(device)
+    model = adapted(dtype, layers, fields, packed, **(lora or {})).to(device)
     model.gradient_checkpointing = checkpointing
     config = lk.TrainConfig(
         packing=True, per_device_train_batch_size=1, max_seq_length=budget, max_steps=steps,
@@ -227,10 +227,15 @@ def test_triton_replayed_as_run():
 
 
 MIXTURE = {
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "moe_layers": [True],
+    "layers": 1,
+    "budget": 16,
+    "fields": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "moe_layers": [True],
+    },
+    "lora": {"target_modules": ["gate_proj", "down_proj", "gate"]},
 }
 
 
@@ -252,19 +257,25 @@ def experts_on_triton():
         yield
 
 
-def test_a_mixture_replayed_as_run():
-    """Its experts get other tokens in each of eight steps, which the host does not count."""
+@pytest.mark.parametrize(
+    "packed", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["dense", "nf4"]
+)
+def test_a_mixture_replayed_as_run(packed):
+    """Its experts get other tokens in each of eight steps, which the host does not count.
+
+    Dense weights are read where they lie, by a table of their addresses.
+    """
     pytest.importorskip("triton")
-    options = {"layers": 1, "budget": 16, "fields": MIXTURE}
-    options["lora"] = {"target_modules": ["gate_proj", "down_proj", "gate"]}
+    kernels.dispatch.address_table.cache_clear()
     recorder = Replays()
     with experts_on_triton():
-        ours, theirs = (new_run(each, **options) for each in (recorder, Never()))
+        ours, theirs = (new_run(each, packed=packed, **MIXTURE) for each in (recorder, Never()))
         assert len(ours.params) == 2 * (2 * 4 + 1)
         assert same(take(ours, 1, 8), take(theirs, 1, 8))
         assert same_state(ours, theirs)
     assert recorder.problems == []
     assert recorder.replayed == 7
+    assert (kernels.dispatch.address_table.cache_info().currsize > 0) != packed
 
 
 def test_a_mixture_may_be_recorded():
@@ -274,7 +285,7 @@ def test_a_mixture_may_be_recorded():
 
     reason = "experts run one by one, being more than frozen layers with low-rank updates"
     for dropout, expected in ((0.0, None), (0.1, reason)):
-        model = adapted(layers=1, fields=MIXTURE, lora_dropout=dropout)
+        model = adapted(layers=1, fields=MIXTURE["fields"], lora_dropout=dropout)
         with on_triton():
             found = why_eager(model, trainable_layers(model), lk.TrainConfig(packing=True))
         assert found == expected
