@@ -79,7 +79,8 @@ def adapted(dtype=torch.float32, layers=2, fields=None, packed=True, **lora) -> 
     torch.manual_seed(0)
     config = lk.ModelConfig("llama", VOCABULARY, 64, 96, layers, 4, 2, 16, **(fields or {}))
     model = Decoder(config).to(dtype).requires_grad_(False)
-    model = lk.attach(lk.quantize(model) if packed else model, lk.LoraConfig(r=4, lora_alpha=8, **lora))
+    model = lk.quantize(model) if packed else model
+    model = lk.attach(model, lk.LoraConfig(r=4, lora_alpha=8, **lora))
     for name, p in model.named_parameters():
         if name.endswith("lora_B"):
             torch.nn.init.normal_(p, std=0.02)
