@@ -91,8 +91,8 @@ class MLP(nn.Module):
         )
 
 
-class MoE(nn.Module):
-    """Experts in the MLP's place: a router picks a few for every token and weighs their outputs.
+class Experts(nn.ModuleList):
+    """The experts of a layer, each an MLP that some of the tokens go through.
 
     The tokens are grouped by expert. On a GPU all experts run together, and the host does not ask
     how many tokens each has (`kernels.expert_mlp`). Elsewhere an expert runs by itself, once, on
@@ -103,21 +103,79 @@ class MoE(nn.Module):
     share the groups, and matrix libraries sum a product of few rows in another order than one of
     many. So the groups of a packed row are filled up to a multiple of ROWS; from that many rows on,
     the order stays the same. How many tokens a packed row has does not decide how it is computed.
-
-    In some families all tokens take a shared expert too, y += sigmoid(x . g) shared(x).
     """
 
     ROWS = 16
 
     def __init__(self, config: ModelConfig):
+        _, gate, up, down = config.moe_names
+        names, width = (gate, up, down), config.moe_intermediate_size
+        super().__init__(MLP(config, width, names) for _ in range(config.num_experts))
+        self.names, self.hidden_act = names, config.hidden_act
+
+    def forward(
+        self, tokens: Tensor, picked: Tensor, weights: Tensor, packed: bool, keep: bool
+    ) -> Tensor:
+        """Return the weighted sum of the picked experts' outputs, [n, H].
+
+        Args:
+            tokens: [n, H].
+            picked: The numbers of each token's experts, int64 [n, k].
+            weights: Their weights, fp32 [n, k].
+            packed: Whether the tokens are one row of packed documents.
+            keep: As in MLP.
+        """
+        few = picked.numel() < len(self) and not packed  # most experts have no token
+        layers = None if few else self.together(tokens)
+        if layers is None:
+            return self._one_by_one(tokens, picked, weights, packed, keep)
+        gate, up, down = layers
+        act = self.hidden_act
+        return kernels.expert_mlp(tokens, picked, weights, gate, up, down, act, keep=keep)
+
+    def together(self, tokens: Tensor) -> list[kernels.ExpertLayers] | None:
+        """Return the layers of all experts, if the kernels compute them together.
+
+        Of the tokens only dtype and device count. What a packed row computes follows from this
+        alone.
+        """
+        if not kernels.dispatch.triton_runs(tokens):
+            return None
+        if torch.is_autocast_enabled(tokens.device.type):
+            return None
+        layers = expert_layers(self, self.names)
+        return layers if layers is not None and kernels.takes_experts(tokens, *layers) else None
+
+    def _one_by_one(
+        self, tokens: Tensor, picked: Tensor, weights: Tensor, packed: bool, keep: bool
+    ) -> Tensor:
+        """Return the output for tokens [n, H], one expert after the other."""
+        order = picked.flatten().argsort(stable=True)  # numbers of the picks, by expert
+        counts = picked.flatten().bincount(minlength=len(self)).tolist()
+        groups = (order // picked.shape[1]).split(counts)  # numbers of the tokens of each expert
+        group_weights = weights.flatten()[order].split(counts)
+        out = torch.zeros_like(tokens)
+        for expert, group, weight in zip(self, groups, group_weights, strict=True):
+            if len(group):
+                assert isinstance(expert, MLP)  # as it was made
+                filling = -len(group) % self.ROWS if packed else 0
+                own = F.pad(tokens[group], (0, 0, 0, filling))
+                found = expert(own, keep, expert.adapted())[: len(group)]
+                out.index_add_(0, group, (found * weight[:, None]).to(out.dtype))
+        return out
+
+
+class MoE(nn.Module):
+    """Experts in the MLP's place: a router picks a few for every token and weighs their outputs.
+
+    In some families all tokens take a shared expert too, y += sigmoid(x . g) shared(x).
+    """
+
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.per_token, self.normalize = config.num_experts_per_tok, config.norm_topk_prob
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
-        _, gate, up, down = config.moe_names
-        self.names, self.hidden_act = (gate, up, down), config.hidden_act
-        self.experts = nn.ModuleList(
-            MLP(config, config.moe_intermediate_size, self.names) for _ in range(config.num_experts)
-        )
+        self.experts = Experts(config)
         self.shared_expert: MLP | None = None
         if config.shared_expert_intermediate_size:
             self.shared_expert = MLP(config, config.shared_expert_intermediate_size)
@@ -136,46 +194,8 @@ class MoE(nn.Module):
         weights, picked = probs.topk(self.per_token)  # [n, per_token]
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
-        few = picked.numel() < len(self.experts) and not packed  # most experts have no token
-        layers = None if few else self.together(tokens)
-        if layers is not None:
-            gate, up, down = layers
-            act = self.hidden_act
-            out = kernels.expert_mlp(tokens, picked, weights, gate, up, down, act, keep=keep)
-        else:
-            out = self._one_by_one(tokens, picked, weights, packed, keep)
+        out = self.experts(tokens, picked, weights, packed, keep)
         if self.shared_expert is not None:
             shared = self.shared_expert(tokens, keep, self.shared_expert.adapted())
             out = out + self.shared_expert_gate(tokens).sigmoid() * shared
         return out.view_as(x)
-
-    def together(self, tokens: Tensor) -> list[kernels.ExpertLayers] | None:
-        """Return the layers of all experts, if the kernels compute them together.
-
-        Of the tokens only dtype and device count. What a packed row computes follows from this
-        alone.
-        """
-        if not kernels.dispatch.triton_runs(tokens):
-            return None
-        if torch.is_autocast_enabled(tokens.device.type):
-            return None
-        layers = expert_layers(self.experts, self.names)
-        return layers if layers is not None and kernels.takes_experts(tokens, *layers) else None
-
-    def _one_by_one(
-        self, tokens: Tensor, picked: Tensor, weights: Tensor, packed: bool, keep: bool
-    ) -> Tensor:
-        """Return the output for tokens [n, H], one expert after the other."""
-        order = picked.flatten().argsort(stable=True)  # numbers of the picks, by expert
-        counts = picked.flatten().bincount(minlength=len(self.experts)).tolist()
-        groups = (order // self.per_token).split(counts)  # numbers of the tokens of each expert
-        group_weights = weights.flatten()[order].split(counts)
-        out = torch.zeros_like(tokens)
-        for expert, group, weight in zip(self.experts, groups, group_weights, strict=True):
-            if len(group):
-                assert isinstance(expert, MLP)  # as it was made
-                filling = -len(group) % self.ROWS if packed else 0
-                own = F.pad(tokens[group], (0, 0, 0, filling))
-                found = expert(own, keep, expert.adapted())[: len(group)]
-                out.index_add_(0, group, (found * weight[:, None]).to(out.dtype))
-        return out

@@ -36,7 +36,7 @@ from lorakit.data.batching import Order
 from lorakit.data.encode import IGNORE, Example, PairExample
 from lorakit.models.decoder import Decoder
 from lorakit.models.hooks import has_hooks, has_own_forward
-from lorakit.models.mlp import MoE
+from lorakit.models.mlp import Experts
 from lorakit.models.views import PackedRow
 
 Function = Callable[[], Tensor | None]
@@ -360,7 +360,7 @@ def why_eager(model: Decoder, layers: Mapping[str, Attached], config: TrainConfi
         "experts run one by one, being more than frozen layers with low-rank updates": any(
             each.together(model.model.norm.weight) is None
             for each in model.modules()
-            if isinstance(each, MoE)
+            if isinstance(each, Experts)
         ),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)

@@ -16,7 +16,7 @@ from lorakit.config.training import TrainConfig
 from lorakit.data.encode import IGNORE, Example, PairExample
 from lorakit.data.examples import Examples
 from lorakit.models.decoder import Decoder
-from lorakit.models.mlp import MoE
+from lorakit.models.mlp import Experts
 from lorakit.training.captured import CapturedStep, HostRow
 from lorakit.training.losses.batch import Batch, collated, summed_loss
 from lorakit.training.losses.reference import Reference
@@ -113,7 +113,7 @@ def check_gradients(model: Decoder, layers: Mapping[str, Attached]) -> None:
 
     An expert of a mixture may have none: perhaps no token has chosen it yet.
     """
-    experts = tuple(f"{n}.experts." for n, m in model.named_modules() if isinstance(m, MoE))
+    experts = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, Experts))
     for name, layer in layers.items():
         assert layer.selected is not None
         for ending, parameter in layer.trained_tensors(layer.selected).items():

@@ -8,7 +8,7 @@ import torch
 
 import lorakit as lk
 from lorakit.models.expert_layers import expert_layers
-from lorakit.models.mlp import MoE
+from lorakit.models.mlp import Experts
 from lorakit.training.float8 import end_float8, start_float8
 from tests.conftest import FAMILY_VARIANTS
 from tests.models.variants import load
@@ -126,7 +126,7 @@ def test_experts_together_are_those_one_by_one(tmp_path, name, quantize, checkpo
     ids = torch.randint(97, (1, 12), generator=torch.Generator().manual_seed(0))
     bounds = torch.tensor([0, 5, 12])
     loss, grads = step(model, ids, cu_seqlens=bounds)
-    with on_triton(), forbidden(MoE, "_one_by_one"):
+    with on_triton(), forbidden(Experts, "_one_by_one"):
         ours, found = step(model, ids, cu_seqlens=bounds)
     assert torch.allclose(ours, loss, rtol=1e-5)
     for key, expected in grads.items():
@@ -160,8 +160,8 @@ def test_what_runs_one_by_one(tmp_path, config):
 
 
 def layers_of(model):
-    moe = next(m for m in model.modules() if isinstance(m, MoE))
-    found = expert_layers(moe.experts, moe.names)
+    experts = next(m for m in model.modules() if isinstance(m, Experts))
+    found = expert_layers(experts, experts.names)
     if found is not None and not all(each.uniform for each in found):
         return None
     return found
@@ -169,7 +169,7 @@ def layers_of(model):
 
 def test_a_hook_or_a_trained_expert_runs_one_by_one(tmp_path):
     model = load(tmp_path, *FAMILY_VARIANTS["mixtral"]).requires_grad_(False)
-    expert = next(m for m in model.modules() if isinstance(m, MoE)).experts[1]
+    expert = next(m for m in model.modules() if isinstance(m, Experts))[1]
     for module in (expert, expert.w2):
         handle = module.register_forward_hook(lambda *_: None)
         assert layers_of(model) is None

@@ -22,7 +22,7 @@ from lorakit.data.encode import Example
 from lorakit.kernels.ops.attention import documents
 from lorakit.models.decoder import Decoder
 from lorakit.models.expert_layers import expert_layers
-from lorakit.models.mlp import MoE
+from lorakit.models.mlp import Experts
 from lorakit.models.rope import RopeConfig
 from lorakit.training import run as training_run
 from lorakit.training.captured import CapturedStep, Kind, why_eager
@@ -252,7 +252,7 @@ def experts_on_triton():
     with (
         kernels.use_backend("reference"),
         interpreted(),
-        mock.patch.object(MoE, "together", together),
+        mock.patch.object(Experts, "together", together),
         mock.patch.object(experts, "takes_experts", return_value=True),
     ):
         yield
