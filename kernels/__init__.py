@@ -10,6 +10,7 @@ from .ops.adamw import Moment8bit, adamw_step, adamw_step_8bit
 from .ops.adamw.clipped import AdamWGroup, AdamWRow, ClippedAdamW
 from .ops.attention import attention
 from .ops.attention.documents import Documents, PaddedDocuments
+from .ops.causal_conv import causal_conv
 from .ops.cross_entropy import cross_entropy, labelled, linear_cross_entropy
 from .ops.decode import (
     DecodeCache,
@@ -20,6 +21,7 @@ from .ops.decode import (
     decode_compiled,
     decode_step,
 )
+from .ops.delta_net import gated_delta_net
 from .ops.dropout import seeded_dropout
 from .ops.experts import expert_mlp, takes_experts
 from .ops.experts.layers import ExpertLayers
@@ -57,6 +59,7 @@ __all__ = [
     "adamw_step_8bit",
     "add_rms_norm",
     "attention",
+    "causal_conv",
     "cross_entropy",
     "decode_compiled",
     "decode_step",
@@ -69,6 +72,7 @@ __all__ = [
     "frozen_linear",
     "gated",
     "gated_backward_",
+    "gated_delta_net",
     "geglu",
     "labelled",
     "linear_cross_entropy",

@@ -20,6 +20,7 @@ graph is differentiated once.
 """
 
 from .attention import attention
+from .delta_net import causal_conv, gated_delta_net
 from .linear import dequantize_nf4, dequantize_nf4_rows, frozen_linear
 from .lora import lora_mlp, lora_qkv
 from .losses import cross_entropy, linear_cross_entropy
@@ -28,11 +29,13 @@ from .rows import add_rms_norm, gated, norm_rope, rms_norm, rope
 __all__ = [
     "add_rms_norm",
     "attention",
+    "causal_conv",
     "cross_entropy",
     "dequantize_nf4",
     "dequantize_nf4_rows",
     "frozen_linear",
     "gated",
+    "gated_delta_net",
     "linear_cross_entropy",
     "lora_mlp",
     "lora_qkv",

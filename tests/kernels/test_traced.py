@@ -42,6 +42,10 @@ def qkv(x, *tensors):
     return kernels.lora_qkv(x, layers)
 
 
+def delta_net(q, k, v, g, beta, **options):
+    return kernels.gated_delta_net(q, k, v, -g.square(), beta, **options)
+
+
 Q, INT8 = kernels.quantize_nf4(values(6, 64)), kernels.quantize_int8(values(4, 64))
 WITHOUT_DOUBLE_QUANT = kernels.quantize_nf4(values(6, 64), double_quant=False)
 DOWN = values(4, 6)
@@ -54,6 +58,7 @@ LABEL_ROWS, DENSE_HEAD = torch.tensor([4, 0, 2]), values(11, 64)
 LOSS = {"softcap": 30.0, "label_smoothing": 0.1, "z_loss": 1e-3}
 X, HEADS = (2, 3, 64), [(2, 5, 4, 8), (2, 5, 2, 8), (2, 5, 2, 8)]
 ONE_ROW = [(1, *shape[1:]) for shape in HEADS]
+DELTA = [(2, 5, 1, 8), (2, 5, 1, 8), (2, 5, 2, 4), (2, 5, 2), (2, 5, 2)]
 PAIR = [(2, 64), (6, 2)]
 MLP = [X, *PAIR, *PAIR, (2, 6), (4, 2)]
 
@@ -78,6 +83,13 @@ CALLS = {
         lambda *qkv: kernels.attention(*qkv, lengths=kernels.Documents([3, 2])),
         ONE_ROW,
     ),
+    "causal_conv": (kernels.causal_conv, [(2, 5, 6), (6, 4)]),
+    "gated_delta_net": (delta_net, DELTA),
+    "gated_delta_net, documents": (
+        lambda *given: delta_net(*given, lengths=kernels.Documents([3, 2])),
+        [(1, *shape[1:]) for shape in DELTA],
+    ),
+    "gated_delta_net, state": (lambda *given: delta_net(*given, with_state=True), DELTA),
     "dequantize_nf4": (lambda: kernels.dequantize_nf4(Q, torch.bfloat16), []),
     "dequantize_rows": (lambda: kernels.dequantize_rows(WITHOUT_DOUBLE_QUANT, ROWS), []),
     "frozen_linear": (lambda x, bias: kernels.frozen_linear(x, Q, bias), [X, (6,)]),
@@ -236,6 +248,8 @@ def test_what_belongs_to_a_cuda_graph_cannot_be_traced():
     q, k, v = (values(*shape) for shape in ONE_ROW)
     with pytest.raises(TypeError, match="PaddedDocuments change"):
         make_fx(lambda q: kernels.attention(q, k, v, lengths=documents))(q)
+    with pytest.raises(TypeError, match="PaddedDocuments change"):
+        make_fx(lambda x: kernels.causal_conv(x, values(6, 4), lengths=documents))(values(1, 5, 6))
     layer = lora(DOWN, values(2, 6), values(4, 2), dropout=0.5)
     layer = dataclasses.replace(layer, counter=torch.tensor(1))
     with pytest.raises(TypeError, match="counter"):
