@@ -181,6 +181,158 @@ R1 = """
 {%- if add_generation_prompt %}{{- '<|Assistant|><think>\\n' }}{%- endif %}
 """
 
+# Phi-4-mini: <|role|>content<|end|>; a text that goes on with no header ends with the end token
+PHI4 = """
+{%- for message in messages %}
+  {%- if message.role == 'tool' %}
+    {{- '<|tool_response|>' + message.content | tojson + '<|end|>' }}
+  {%- else %}
+    {{- '<|' + message.role + '|>' }}
+    {%- if message.role == 'assistant' %}
+      {%- generation %}
+        {{- message.content or '' }}
+        {%- for call in message.tool_calls or [] %}
+          {{- '<|tool_call|>' + call.function | tojson + '<|/tool_call|>' }}
+        {%- endfor %}
+        {{- '<|end|>' }}
+      {%- endgeneration %}
+    {%- else %}
+      {{- message.content }}
+      {%- if message.role == 'system' and tools %}
+        {{- '<|tool|>' + tools | tojson + '<|/tool|>' }}
+      {%- endif %}
+      {{- '<|end|>' }}
+    {%- endif %}
+  {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|assistant|>' }}
+{%- else %}{%- generation %}{{- eos_token }}{%- endgeneration %}
+{%- endif %}
+"""
+
+# OLMo 3: ChatML whose last answer ends with the end token in the place of <|im_end|>; the functions
+# stand in the system turn
+OLMO3 = """
+{%- if messages[0].role != 'system' %}
+  {{- '<|im_start|>system\\nYou are Olmo. <functions></functions><|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+  {%- if message.role == 'assistant' %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- generation %}
+      {{- message.content or '' }}
+      {%- if message.tool_calls %}
+        {{- '<function_calls>' }}
+        {%- for call in message.tool_calls %}
+          {{- call.function.name + '(' + call.function.arguments | tojson + ')' }}
+        {%- endfor %}
+        {{- '</function_calls>' }}
+      {%- endif %}
+      {{- '<|im_end|>' if not loop.last else eos_token }}
+    {%- endgeneration %}
+    {{- '\\n' if not loop.last }}
+  {%- else %}
+    {%- set role = 'environment' if message.role == 'tool' else message.role %}
+    {{- '<|im_start|>' + role + '\\n' + message.content }}
+    {%- if role == 'system' %}
+      {{- ' <functions>' + (tools | tojson if tools else '') + '</functions>' }}
+    {%- endif %}
+    {{- '<|im_end|>\\n' }}
+  {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
+
+# Granite: <|start_of_role|>role<|end_of_role|>content<|end_of_text|>\n; tools have a role
+GRANITE = """
+{%- if messages[0].role != 'system' %}
+  {{- '<|start_of_role|>system<|end_of_role|>Today: ' + strftime_now('%B %d, %Y') }}
+  {{- '.<|end_of_text|>\\n' }}
+{%- endif %}
+{%- if tools %}
+  {{- '<|start_of_role|>available_tools<|end_of_role|>' + tools | tojson(indent=4) }}
+  {{- '<|end_of_text|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+  {{- '<|start_of_role|>' + message.role + '<|end_of_role|>' }}
+  {%- if message.role == 'assistant' %}
+    {%- generation %}
+      {{- message.content or '' }}
+      {%- if message.tool_calls %}
+        {{- '<|tool_call|>' + message.tool_calls | map(attribute='function') | list | tojson }}
+      {%- endif %}
+      {{- '<|end_of_text|>' }}
+    {%- endgeneration %}
+  {%- else %}
+    {{- message.content + '<|end_of_text|>' }}
+  {%- endif %}
+  {{- '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+  {{- '<|start_of_role|>assistant<|end_of_role|>' }}
+{%- endif %}
+"""
+
+# SmolLM3: ChatML with the date; with enable_thinking false each answer starts behind an empty
+# thought, which the header shows
+SMOLLM3 = """
+{%- set think = enable_thinking | default(true) %}
+{{- '<|im_start|>system\\nToday Date: ' + strftime_now('%d %B %Y') + '\\nReasoning Mode: ' }}
+{{- ('/think' if think else '/no_think') + '\\n\\n' }}
+{%- if messages[0].role == 'system' %}{{- messages[0].content }}{%- endif %}
+{%- if tools %}{{- '<tools>' + tools | tojson + '</tools>' }}{%- endif %}
+{{- '<|im_end|>\\n' }}
+{%- for message in messages %}
+  {%- if message.role == 'assistant' %}
+    {{- '<|im_start|>assistant\\n' + ('' if think else '<think>\\n\\n</think>\\n') }}
+    {%- generation %}
+      {{- message.content or '' }}
+      {%- for call in message.tool_calls or [] %}
+        {{- '<tool_call>' + call.function | tojson + '</tool_call>' }}
+      {%- endfor %}
+      {{- '<|im_end|>' }}
+    {%- endgeneration %}
+    {{- '\\n' }}
+  {%- elif message.role != 'system' %}
+    {%- set role = 'user' if message.role == 'tool' else message.role %}
+    {{- '<|im_start|>' + role + '\\n' + message.content + '<|im_end|>\\n' }}
+  {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+  {{- '<|im_start|>assistant\\n' + ('' if think else '<think>\\n\\n</think>\\n') }}
+{%- endif %}
+"""
+
+# Ministral 3: Mistral's marks without spaces; a call names its function, then [ARGS]; a thought is
+# a chunk of the content
+MINISTRAL3 = """
+{{- bos_token }}
+{%- if messages[0].role == 'system' %}
+  {{- '[SYSTEM_PROMPT]' + messages[0].content + '[/SYSTEM_PROMPT]' }}
+{%- endif %}
+{%- if tools %}{{- '[AVAILABLE_TOOLS]' + tools | tojson + '[/AVAILABLE_TOOLS]' }}{%- endif %}
+{%- for message in messages %}
+  {%- if message.role == 'user' %}
+    {{- '[INST]' + message.content + '[/INST]' }}
+  {%- elif message.role == 'tool' %}
+    {{- '[TOOL_RESULTS]' + message.content + '[/TOOL_RESULTS]' }}
+  {%- elif message.role == 'assistant' %}
+    {%- generation %}
+      {%- if message.content is string %}{{- message.content }}
+      {%- else %}
+        {%- for block in message.content or [] %}
+          {{- block.text if block.type == 'text' else '[THINK]' + block.thinking + '[/THINK]' }}
+        {%- endfor %}
+      {%- endif %}
+      {%- for call in message.tool_calls or [] %}
+        {{- '[TOOL_CALLS]' + call.function.name + '[ARGS]' + call.function.arguments | tojson }}
+      {%- endfor %}
+      {{- eos_token }}
+    {%- endgeneration %}
+  {%- endif %}
+{%- endfor %}
+"""
+
 SPECIAL = {
     "llama3": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
     "qwen25": ["<|im_start|>", "<|im_end|>", "<|endoftext|>"],
@@ -212,3 +364,11 @@ TEMPLATES = {
     "qwen3": QWEN3,
     "r1": R1,
 }
+NEWER = {
+    "phi4": PHI4,
+    "olmo3": OLMO3,
+    "granite": GRANITE,
+    "smollm3": SMOLLM3,
+    "ministral3": MINISTRAL3,
+}
+"""Those of families whose tests need no tokenizer of their own."""

@@ -29,8 +29,9 @@ The shares, one after the other, must be the text of the whole chat, to the last
 where they are not, messages are looked at within the whole chat.
 """
 
+import re
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from lorakit.config.errors import LorakitError
@@ -66,12 +67,13 @@ class RenderedChat:
 
     The first of `renders` makes the text; another one renders without the tools, if there are any.
     Each part of a long chat takes the first of them that makes its share of the text, since some
-    templates show the tools only before the last question.
+    templates show the tools only before the last question. `special` are the special tokens of the
+    tokenizer, as text.
     """
 
-    def __init__(self, renders: Sequence[Render], messages: Messages):
+    def __init__(self, renders: Sequence[Render], messages: Messages, special: Collection[str]):
         self.messages, self.text = messages, renders[0](messages)
-        self._renders = renders
+        self._renders, self._special = renders, special
         self._whole = _Part(renders[0], messages, self.text)
         long = sum(each["role"] == "assistant" for each in messages) > LONG
         self._parts = list(_parts(renders, self._whole)) if long else [self._whole]
@@ -85,11 +87,11 @@ class RenderedChat:
         part = self._parts[bisect_right(self._firsts, i) - 1]
         if part.messages is not self.messages:
             try:
-                start, end = _span(part, part.context + i - part.first)
+                start, end = _span(part, part.context + i - part.first, self._special)
                 return start + part.shift, end + part.shift
             except LorakitError:
                 pass  # the whole chat tells what is wrong
-        return _span(self._whole, i)
+        return _span(self._whole, i, self._special)
 
     def check_shown(self, turns: Iterable[int]) -> None:
         """Raise LorakitError if the text does not hold all that the messages `turns` say."""
@@ -189,7 +191,7 @@ def _part(
 # ---- within a part, or the whole ----
 
 
-def _span(chat: _Part, i: int) -> tuple[int, int]:
+def _span(chat: _Part, i: int, special: Collection[str]) -> tuple[int, int]:
     """Return where the assistant's message `i` starts and ends in the text of a part.
 
     Raises LorakitError if the template shows the turn in a way that leaves it unclear, or leaves
@@ -208,27 +210,90 @@ def _span(chat: _Part, i: int) -> tuple[int, int]:
         _check_shown(messages[i], i, _letters(text[len(before) : len(after)]), before)
         return len(before), len(after)
 
-    one, other = _probes(messages[i])
-    shown, shown_other = (
-        render([*messages[:i], probe, *messages[i + 1 :]]) for probe in (one, other)
-    )
-    header, tail = _common_prefix(shown, shown_other), _common_suffix(shown, shown_other)
-    # The tail holds the turn's own end token and then the later turns. The end token alone follows
-    # the content if the turn is the last one.
-    last, last_other = (_tried(render, [*messages[:i], probe]) for probe in (one, other))
-    closing = tail
-    if last is not None and last_other is not None:
-        closing = _common_suffix(last, last_other)
-    closing = closing.rstrip()
+    found = _around_content(render, messages, i)
+    if found is None:  # a chat that does not go on without the tools that the turn calls
+        _check_shown(messages[i], i, _letters(text), "")
+        raise _unclear(messages, i)
+    header, tail = found
     start, end = _start(header, before), len(text) - len(tail)
+    closing = _closing(render, messages, i, tail, special)
     fits = start <= end and text.startswith(header[:start]) and text.endswith(tail)
-    if not (fits and tail.startswith(closing)):
+    if closing is None or not fits:
+        raise _unclear(messages, i)
+    if _holds_an_answer(chat, i, end):
         raise LorakitError(
-            f"the chat template shows message {i} in a way that leaves unclear where it starts and "
-            "ends; use train_on all"
+            f"the chat template writes what a tool answered into message {i}; "
+            + ("take the content out of that message" if messages[i].get("content") else _TO_ALL)
         )
     _check_shown(messages[i], i, _letters(text[start:end]), text[:start])
     return start, end + len(closing)
+
+
+_TO_ALL = "use train_on all"
+
+
+def _unclear(messages: Messages, i: int) -> LorakitError:
+    thinks = any(name in messages[i] for name in REASONING)
+    return LorakitError(
+        f"the chat template shows message {i} in a way that leaves unclear where it starts and "
+        f"ends; {_TO_ALL}"
+        + (", or set enable_thinking in chat_template_kwargs of the row" if thinks else "")
+    )
+
+
+def _around_content(
+    render: Render, messages: Messages, i: int, generation_prompt: bool = False
+) -> tuple[str, str] | None:
+    """Return the texts before and after the content of message `i`, as two other contents show it.
+
+    Returns None if the template refuses the chat with them.
+    """
+    one, other = (
+        _tried(render, [*messages[:i], probe, *messages[i + 1 :]], generation_prompt)
+        for probe in _probes(messages[i])
+    )
+    if one is None or other is None:
+        return None
+    return _common_prefix(one, other), _common_suffix(one, other)
+
+
+def _closing(
+    render: Render, messages: Messages, i: int, tail: str, special: Collection[str]
+) -> str | None:
+    """Return the beginning of `tail` that ends message `i`; None if that is unclear.
+
+    `tail` holds the turn's own end token and then the later turns. The end token alone follows the
+    content if the turn is the last one. If that ends in another way, another answer is put behind
+    the turn, and what both tails begin with holds the end token.
+    """
+    last = _around_content(render, messages[: i + 1], i)
+    if last is not None and tail.startswith(last[1].rstrip()):
+        return last[1].rstrip()
+    answers = [*messages[: i + 1], {"role": "assistant", "content": "and"}]
+    mark = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
+    for going_on in (
+        _around_content(render, messages[: i + 1], i, generation_prompt=True),
+        _around_content(render, answers, i),
+    ):
+        shared = "" if going_on is None else _common_prefix(tail, going_on[1])
+        first = mark.search(shared)
+        if first is not None and first.group():
+            return shared[: first.end()]
+    return None
+
+
+def _holds_an_answer(chat: _Part, i: int, end: int) -> bool:
+    """Return whether the text up to `end`, where message `i` ends, holds what a tool says later."""
+
+    def other(message: dict[str, Any]) -> dict[str, Any]:
+        probe = PROBES[message.get("content") == PROBES[0]]
+        return {**message, "content": probe} if message["role"] == "tool" else message
+
+    later = chat.messages[i + 1 :]
+    if all(message["role"] != "tool" for message in later):
+        return False
+    changed = _tried(chat.render, [*chat.messages[: i + 1], *map(other, later)])
+    return changed is not None and not changed.startswith(chat.text[:end])
 
 
 def _check_shown(message: dict[str, Any], i: int, shown: str, before: str) -> None:
@@ -276,13 +341,19 @@ def _letters(text: str) -> str:
 
 
 def _start(header: str, before: str | None) -> int:
-    """Return where the turn starts: after its header, less the white space that the model writes.
+    """Return where the turn starts: after its header, less what the model writes itself.
 
-    `before` is the text that generation starts from, or None if the template refuses to render it.
+    `header` is the text before the content, and `before` the text that generation starts from, None
+    if the template refuses to render it. What stands between their ends the model writes (the name
+    of gpt-oss' channel). A `before` that the whole chat does not show tells only of white space.
     """
+    if before is None:
+        return len(header)
+    if header.startswith(before):
+        return len(before)
     space = header[len(header.rstrip()) :]
     start = len(header)
-    while before is not None and space and not before.endswith(space):
+    while space and not before.endswith(space):
         space, start = space[:-1], start - 1
     return start
 

@@ -99,6 +99,7 @@ class Encoder:
         added = tok.backend.get_added_tokens_decoder()
         special = {number for number, token in added.items() if token.special}
         self._end_tokens = special | set(self.end)
+        self._marks = [token.content for token in added.values() if token.special]
         # The roles of messages that the template was seen to show whole, by its variables.
         self._shown_roles: dict[str, set[tuple[Any, ...]]] = {}
 
@@ -173,7 +174,7 @@ class Encoder:
         return Uncut(ids, labels, head, first)
 
     def _chat(self, row: Chat) -> Uncut:
-        chat = RenderedChat(self._renders(row), row.messages)
+        chat = RenderedChat(self._renders(row), row.messages, self._marks)
         what = chat.left_out(self._shown_roles.setdefault(repr(row.variables), set()))
         if what is not None:
             raise LorakitError(
