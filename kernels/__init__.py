@@ -8,7 +8,7 @@ touched until an op runs.
 from .dispatch import use_backend
 from .ops.adamw import Moment8bit, adamw_step, adamw_step_8bit
 from .ops.adamw.clipped import AdamWGroup, AdamWRow, ClippedAdamW
-from .ops.attention import attention
+from .ops.attention import attention, attention_kernel
 from .ops.attention.documents import Documents, PaddedDocuments
 from .ops.causal_conv import causal_conv
 from .ops.cross_entropy import cross_entropy, labelled, linear_cross_entropy
@@ -59,6 +59,7 @@ __all__ = [
     "adamw_step_8bit",
     "add_rms_norm",
     "attention",
+    "attention_kernel",
     "causal_conv",
     "cross_entropy",
     "decode_compiled",

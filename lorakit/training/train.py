@@ -22,6 +22,7 @@ from lorakit.models.decoder import Decoder
 from lorakit.models.tokenizer import Tokenizer
 from lorakit.training.float8 import check_frozen_dtype
 from lorakit.training.interrupt import interrupt
+from lorakit.training.kernel_line import kernel_line
 from lorakit.training.log import say
 from lorakit.training.memory import peak_memory_mb
 from lorakit.training.run import HeldOut, Run, trainable_layers, training_mode
@@ -100,6 +101,7 @@ def train(
     output_dir = _made_directory(config.output_dir)
     with only_run_in(output_dir):
         run = Run(model, tok, examples, held_out, config, base_model)
+        say(kernel_line(model, max(examples.lengths), config.packing))
         mode = training_mode(model, config, run.order.largest)
         with mode, run.open_log() as log, interrupt() as stop:
             run.loop(log, stop, after_step)

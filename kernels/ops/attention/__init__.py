@@ -22,6 +22,7 @@ one chunk's.
 """
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -75,17 +76,61 @@ def attention(
         window = None
     if dispatch.traces():
         return dispatch.traced().attention(q, k, v, mask, scale, softcap, window, lengths)
-    whole = window is None or window >= S  # no query is further back
-    dense = mask is None and lengths is None and softcap is None and whole
-    if dense and flash.takes(q, k, v):
+    module = _module(q, k, v, mask, scale, softcap, window, lengths is not None)
+    if module is flash:
         return flash.attention(q, k, v, scale)
-    module = dispatch.backend(
+    return module.attention(q, k, v, mask, scale, softcap, window, lengths)
+
+
+def attention_kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    packed: bool = False,
+) -> str:
+    """Name what `attention` runs on such tensors without a mask; nothing is computed.
+
+    Args:
+        q: queries [B, T, Hq, D]; their values do not matter.
+        k: keys [B, S, Hk, D].
+        v: values [B, S, Hk, D].
+        scale: what the scores are multiplied by; None for D^-0.5.
+        softcap: the soft cap of the scores; None for none.
+        window: how many positions a query may look back; None for all.
+        packed: whether documents are packed along T.
+
+    Returns:
+        "cpu", "triton", "reference", or "flash" for torch's FlashAttention.
+    """
+    module = _module(q, k, v, None, scale, softcap, window, packed)
+    return module.__name__.rpartition(".")[2]
+
+
+def _module(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    window: int | None,
+    packed: bool,
+) -> ModuleType:
+    """Return the module of this folder that attends."""
+    whole = window is None or window >= k.shape[1]  # no query is further back
+    dense = mask is None and not packed and softcap is None and whole
+    if dense and flash.takes(q, k, v):
+        return flash
+    return dispatch.backend(
         __package__,
         q.device,
         cpu=cpu.fits(q, k, v, mask, scale),
         triton=mask is None and _walks_documents(q, k, v, dense),
     )
-    return module.attention(q, k, v, mask, scale, softcap, window, lengths)
 
 
 def _walks_documents(q: Tensor, k: Tensor, v: Tensor, dense: bool) -> bool:
