@@ -164,6 +164,45 @@ GEMMA3 = {
     "rope_parameters": TWO_ROPES,
     "tie_word_embeddings": True,
 }
+GEMMA4 = {
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "hidden_size_per_layer_input": 0,
+    "sliding_window": 6,
+    "final_logit_softcapping": 5.0,
+    "initializer_range": 0.15,  # larger, a rounding grows from layer to layer
+    "rope_parameters": {
+        "full_attention": {
+            "rope_type": "proportional",
+            "rope_theta": 100.0,
+            "partial_rotary_factor": 0.25,
+        },
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+    "tie_word_embeddings": True,
+}
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+GEMMA4_KINDS = [_SLIDING, _FULL, _SLIDING]
+# what its large models have: values made of keys on the full layers, which have fewer heads
+GEMMA4_LARGE = {
+    **GEMMA4,
+    "num_hidden_layers": 4,
+    "layer_types": [*GEMMA4_KINDS, _FULL],
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 1,
+}
+# what its small ones have: layers that see others' keys, wider MLPs there, a second embedding
+GEMMA4_SMALL = {
+    **GEMMA4,
+    "num_key_value_heads": 1,
+    "num_hidden_layers": 6,
+    "layer_types": [*GEMMA4_KINDS, *GEMMA4_KINDS[:2], _FULL],
+    "num_kv_shared_layers": 3,
+    "use_double_wide_mlp": True,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 97,
+}
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 1e4,
@@ -338,6 +377,12 @@ FAMILY_VARIANTS = {
         "gemma3_text",
         {**GEMMA3, "num_hidden_layers": 2, "layer_types": ["full_attention"] * 2},
     ),
+    "gemma4_text small": ("gemma4_text", GEMMA4_SMALL),
+    "gemma4_text large": ("gemma4_text", GEMMA4_LARGE),
+    "gemma4_unified_text": (
+        "gemma4_unified_text",
+        {name: value for name, value in GEMMA4_LARGE.items() if "per_layer" not in name},
+    ),
 }
 
 
@@ -361,12 +406,17 @@ def tiny(model_type, **overrides):
 
 
 def randomize(model, model_type):
-    """Make biases and norms random too, so that each of them bites."""
+    """Make biases, norms and scales random too, so that each of them bites."""
+    from_zero = "gemma" in model_type and "gemma4" not in model_type  # 1 is added to the norms
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
             if name.endswith("bias") or "norm" in name:
-                around = 0.0 if "gemma" in model_type or "norm" not in name else 1.0
+                around = 0.0 if from_zero or "norm" not in name else 1.0
+                if "gemma4" in model_type and name.endswith(("q_norm.weight", "k_norm.weight")):
+                    around = 0.5  # scores are not divided by sqrt(D): larger ones pick one key
                 parameter.normal_(around, 0.2)
+            elif name.endswith(("layer_scalar", "router.scale", "per_expert_scale")):
+                parameter.uniform_(0.5, 1.5)
 
 
 def published(named, model_type):

@@ -29,7 +29,9 @@ class QuantConfig:
     them dense."""
     lm_head: Storage | None = None
     """Storage of an output head that is not tied: "nf4", "fp4" or "int8"; null keeps it dense."""
-    skip_modules: list[str] = field(default_factory=lambda: ["gate", "shared_expert_gate"])
+    skip_modules: list[str] = field(
+        default_factory=lambda: ["gate", "shared_expert_gate", "router"]
+    )
     """Layers that stay dense: names of layers or of modules that hold them, whole or a part between
     dots. The default is the router of a mixture of experts, and the gate of an expert that all
     tokens share: they are small, and everything after them depends on what they choose."""

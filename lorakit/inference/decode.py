@@ -23,7 +23,7 @@ from lorakit.config.errors import LorakitError
 from lorakit.inference.kv_cache import PAGE, PART, KVCache, Line, NewPositions
 from lorakit.inference.plan import Plan, make_plan
 from lorakit.models.decoder import Decoder
-from lorakit.models.rope import rope_tables
+from lorakit.models.views import tables_of
 
 COMPILED_ROWS = 32
 """Most rows that the compiled step takes: the most for which it was measured (docs/dev/LOG.md)."""
@@ -156,7 +156,7 @@ class Decoding:
         n, T = ids.shape
         call = NewPositions(self.cache, lines, [T] * n if new is None else new)
         views = call.views(self.model.config, T)
-        hidden = self.model.through_blocks(self.model.embed(ids), views, call)
+        hidden = self.model.through_blocks(ids, self.model.embed(ids), views, call)
         call.commit()
         last = hidden[:, -1]
         if new is not None:
@@ -171,7 +171,7 @@ class _CompiledStep:
     def __init__(self, plan: Plan, model: Decoder, cache: KVCache, capacity: int):
         self.plan, config = plan, model.config
         positions = torch.arange(capacity)
-        self.tables = [rope_tables(rope, config.head_dim, positions) for rope in config.ropes]
+        self.tables = tables_of(config, positions)
         self.memory = kernels.DecodeCache(plan.model, cache.keys, cache.values, cache.windows)
 
     def __call__(

@@ -14,7 +14,8 @@ keeps its content and its name until room is needed; the one that was left first
 
 Layers with a sliding window look at the last positions alone, so they have pages of their own,
 which a row leaves when they lie behind the window. Layers with one window are a kind; a line has a
-list of pages for each kind.
+list of pages for each kind. A layer that sees the keys and values of an earlier one has none of
+its own.
 
 The compiled step reads keys and values through these lists. The decoder's modules want one tensor,
 so that for them a call gathers the pages of its rows: a copy, which costs less than the rest of
@@ -29,8 +30,8 @@ import torch
 from torch import Tensor
 
 from lorakit.models.config import ModelConfig
-from lorakit.models.rope import query_scale, rope_tables
-from lorakit.models.views import AttentionView
+from lorakit.models.rope import query_scale
+from lorakit.models.views import AttentionView, tables_of
 
 PAGE = 64
 """Positions of a page, a power of two."""
@@ -137,18 +138,22 @@ class KVCache:
         pages = -(-tokens // PAGE)
         self.tokens = pages * PAGE
         self.pools = [_Pool(min(pages, rows * self._span(w)) if w else pages) for w in self.reach]
-        heads, width = config.num_key_value_heads, config.head_dim
+        owners = [
+            kind for layer, kind in enumerate(self.kind_of) if config.kv_source(layer) is None
+        ]
+        firsts = [self.kind_of.index(kind) for kind in range(len(self.pools))]
+        shapes = [(config.layer_kv_heads(i), config.layer_head_dim(i)) for i in firsts]
         # Memory that is not touched yet costs nothing on most systems; `grow` fills pages with 0.
         self.stores = [
             torch.empty(
-                (self.kind_of.count(kind), 2, pool.count, PAGE, heads, width),
+                (owners.count(kind), 2, pool.count, PAGE, *shapes[kind]),
                 dtype=dtype,
                 device=device,
             )
             for kind, pool in enumerate(self.pools)
         ]
         layers = [iter(store) for store in self.stores]
-        pairs = [next(layers[kind]) for kind in self.kind_of]
+        pairs = [next(layers[kind]) for kind in owners]
         self.keys, self.values = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
     @staticmethod
@@ -343,7 +348,7 @@ class NewPositions:
         starts, ends = self.bounds
         positions = starts[:, None] + torch.arange(T, device=starts.device)
         positions = torch.minimum(positions, ends[:, None] - 1)
-        tables = [rope_tables(rope, config.head_dim, positions) for rope in config.ropes]
+        tables = tables_of(config, positions)
         scale = query_scale(config.rope, positions, max(self.ends))
         reach = self.cache.reach
         views: dict[tuple[int, int], AttentionView] = {}

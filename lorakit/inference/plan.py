@@ -70,6 +70,9 @@ def make_plan(model: Decoder, longest: int) -> Plan | None:
         if not isinstance(block, Block) or block.moe_name is not None:
             return None
         attention, mlp = block.self_attn, block.mlp
+        # a layer without keys of its own, which has no k_proj, is no business of the step
+        assert attention.k_proj is not None
+        assert attention.v_proj is not None
         qkvo = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
         places = [*qkvo, *(mlp.get_submodule(name) for name in mlp.names)]
         linears.append(dict(zip(("q", "k", "v", "o", "gate", "up", "down"), places, strict=True)))
@@ -98,6 +101,11 @@ def _computes_more(config: ModelConfig, longest: int) -> bool:
         or config.fused_gate_up
         or config.residual_multiplier != 1
         or config.logits_scaling != 1
+        or config.v_norm
+        or config.layer_scalar
+        or config.num_kv_shared_layers > 0
+        or config.hidden_size_per_layer_input > 0
+        or config.global_head_dim is not None
     )
 
 

@@ -5,6 +5,7 @@ Text is generated with the cache of inference/kv_cache.py. A learned prompt is a
 who makes the views of a call.
 """
 
+from collections.abc import Collection
 from typing import Protocol
 
 from torch import Tensor
@@ -19,6 +20,35 @@ class Storage(Protocol):
         Returns:
             Keys and values [B, S, Hk, D] of the positions that the new ones may look at.
         """
+
+
+class SharedKeys:
+    """A storage whose keys and values later layers of the same call see too.
+
+    Gradients flow from these layers into the one that made them. A block that runs again for its
+    backward (gradient checkpointing) finds what its first run found, and changes nothing here.
+    """
+
+    def __init__(self, storage: Storage | None, sources: Collection[int]):
+        """Make room for one call.
+
+        Args:
+            storage: The storage that keeps keys and values beyond the call, if there is one.
+            sources: The numbers of the layers whose keys and values others see.
+        """
+        self.storage, self.sources = storage, sources
+        self._found: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values [B, T, Hk, D] as `Storage.append` does, and keep a source's."""
+        seen = (k, v) if self.storage is None else self.storage.append(layer, k, v)
+        if layer in self.sources:
+            self._found.setdefault(layer, seen)
+        return seen
+
+    def of(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return what `append` returned for a layer, [B, S, Hk, D] each."""
+        return self._found[layer]
 
 
 class Cache(Storage, Protocol):

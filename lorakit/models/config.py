@@ -60,6 +60,10 @@ class ModelConfig:
     """Number of key and value heads, Hk; it divides Hq."""
     head_dim: int
     """Width of one head, D; an even number."""
+    global_head_dim: int | None = None
+    """Width of a head in the layers without a sliding window; None: head_dim."""
+    num_global_key_value_heads: int | None = None
+    """Number of key and value heads in those of them that have no v_proj; None: as elsewhere."""
     hidden_act: str = "silu"
     """Activation of the MLP's gate: "silu", "gelu_pytorch_tanh" or "gelu"."""
     rms_norm_eps: float = 1e-6
@@ -82,6 +86,16 @@ class ModelConfig:
     """Whether the linear layers of the MLP have a bias."""
     qk_norm: Literal["none", "head", "whole"] = "none"
     """RMSNorm of queries and keys before the rotary embedding: of each head, or of all together."""
+    v_norm: bool = False
+    """Whether the values of each head are normalized too, by an RMSNorm without a weight."""
+    attention_k_eq_v: bool = False
+    """Whether values are made of the keys in the layers without a window, which have no v_proj."""
+    num_kv_shared_layers: int = 0
+    """Number of last layers that see the keys and values of an earlier layer of their kind."""
+    use_double_wide_mlp: bool = False
+    """Whether these layers have an MLP of twice the width."""
+    use_bidirectional_attention: Literal["vision"] | None = None
+    """Whether tokens of one image see each other. Text never does; kept for the model files."""
     norm_weight_offset: float = 0.0
     """Number added to the weight of every norm: norms scale by offset + weight."""
     norm_casting_mode: str = "llama"
@@ -92,6 +106,12 @@ class ModelConfig:
     """Whether the query, key and value projections are one layer, qkv_proj."""
     fused_gate_up: bool = False
     """Whether gate and up of the MLP are one layer, gate_up_proj."""
+    layer_scalar: bool = False
+    """Whether each layer multiplies what it returns by a number of its own."""
+    hidden_size_per_layer_input: int = 0
+    """Width P of a second embedding, which each layer has a part of; 0: there is none."""
+    vocab_size_per_layer_input: int = 0
+    """Number of tokens that the second embedding knows."""
     scale_embeddings: bool = False
     """Whether embeddings are multiplied by sqrt(hidden_size), rounded to their dtype."""
     embedding_multiplier: float = 1.0
@@ -124,6 +144,8 @@ class ModelConfig:
     """Whether the weights of a token's experts are scaled to sum to one."""
     moe_layers: list[bool] = field(default_factory=list)
     """Whether each layer has experts in the MLP's place; an empty list means that none has."""
+    moe_beside_mlp: bool = False
+    """Whether a layer with experts has its MLP too, and adds the two."""
     moe_names: list[str] = field(
         default_factory=lambda: ["mlp", "gate_proj", "up_proj", "down_proj"]
     )
@@ -139,6 +161,7 @@ class ModelConfig:
         family_of(self.model_type)
         self._check_sizes()
         self._check_attention()
+        self._check_layers_that_differ()
         if any(self.moe_layers):
             self._check_experts()
 
@@ -151,8 +174,9 @@ class ModelConfig:
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
-        if self.head_dim % 2:
-            raise LorakitError(f"head_dim must be even, not {self.head_dim}")
+        for name in ("head_dim", "global_head_dim"):
+            if (getattr(self, name) or 0) % 2:
+                raise LorakitError(f"{name} must be even, not {getattr(self, name)}")
         if self.hidden_act not in Activation.__members__:
             raise LorakitError(
                 f"hidden_act {self.hidden_act!r} is not supported; supported are "
@@ -176,12 +200,12 @@ class ModelConfig:
             raise LorakitError(
                 f"no_rope_layers names {len(self.rope_layers)} of {self.num_hidden_layers} layers"
             )
-        for rope in self.ropes:
-            turned = rope.rotary_dim(self.head_dim)
+        for rope, size in zip(self.ropes, self.rope_head_dims, strict=True):
+            turned = rope.rotary_dim(size)
             if turned < 2 or turned % 2:
                 raise LorakitError(
                     f"partial_rotary_factor {rope.partial_rotary_factor} turns {turned} of "
-                    f"head_dim {self.head_dim}, which must be a positive even number"
+                    f"head_dim {size}, which must be a positive even number"
                 )
             given = len(rope.short_factor), len(rope.long_factor)
             if rope.rope_type == "longrope" and given != (turned // 2, turned // 2):
@@ -189,6 +213,31 @@ class ModelConfig:
                     f"longrope's short_factor and long_factor hold {given[0]} and {given[1]} "
                     f"numbers, not head_dim / 2 = {turned // 2}"
                 )
+
+    def _check_layers_that_differ(self) -> None:
+        heads = self.num_global_key_value_heads
+        if (self.global_head_dim or 1) <= 0:
+            raise LorakitError(f"global_head_dim must be positive, not {self.global_head_dim}")
+        if heads is not None and (heads <= 0 or self.num_attention_heads % heads):
+            raise LorakitError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_global_key_value_heads ({heads})"
+            )
+        for name in ("hidden_size_per_layer_input", "vocab_size_per_layer_input"):
+            if getattr(self, name) < 0:
+                raise LorakitError(f"{name} must not be negative, but {getattr(self, name)}")
+        if self.hidden_size_per_layer_input and self.vocab_size_per_layer_input < self.vocab_size:
+            raise LorakitError(
+                f"vocab_size_per_layer_input ({self.vocab_size_per_layer_input}) must not be "
+                f"smaller than vocab_size ({self.vocab_size})"
+            )
+        first = self.num_hidden_layers - self.num_kv_shared_layers
+        own, shared = self.sliding_layers[:first], self.sliding_layers[first:]
+        if not 0 < first <= self.num_hidden_layers or not set(shared) <= set(own):
+            raise LorakitError(
+                f"num_kv_shared_layers ({self.num_kv_shared_layers}) leaves no layer whose keys "
+                "and values the shared ones could see"
+            )
 
     def _check_experts(self) -> None:
         if not 0 < self.num_experts_per_tok <= self.num_experts:
@@ -206,6 +255,12 @@ class ModelConfig:
         """The rotary embeddings in use; `rope_number` says which of them a layer has."""
         found = [self.rope] if self.rope_local is None else [self.rope, self.rope_local]
         return found if all(self.rope_layers) else [*found, NO_ROPE]
+
+    @property
+    def rope_head_dims(self) -> list[int]:
+        """The width of the heads that each of `ropes` turns."""
+        full = self.global_head_dim or self.head_dim
+        return [full, *[self.head_dim] * (len(self.ropes) - 1)]
 
     def rope_number(self, layer: int) -> int:
         """Return which of `ropes` a layer has."""
@@ -225,6 +280,31 @@ class ModelConfig:
     def window(self, layer: int) -> int | None:
         """Return how many positions a layer sees, or None if it sees all before it."""
         return self.sliding_window if self.slides(layer) else None
+
+    def layer_head_dim(self, layer: int) -> int:
+        """Return the width of one head in a layer."""
+        return self.head_dim if self.slides(layer) else self.global_head_dim or self.head_dim
+
+    def has_values(self, layer: int) -> bool:
+        """Return whether a layer has a v_proj; else its values are made of its keys."""
+        return self.slides(layer) or not self.attention_k_eq_v
+
+    def layer_kv_heads(self, layer: int) -> int:
+        """Return the number of key and value heads in a layer."""
+        fewer = None if self.has_values(layer) else self.num_global_key_value_heads
+        return fewer or self.num_key_value_heads
+
+    def kv_source(self, layer: int) -> int | None:
+        """Return the layer whose keys and values a layer sees; None if it has its own."""
+        first = self.num_hidden_layers - self.num_kv_shared_layers
+        if layer < first:
+            return None
+        return max(i for i in range(first) if self.slides(i) == self.slides(layer))
+
+    def mlp_width(self, layer: int) -> int:
+        """Return the width inside a layer's MLP."""
+        wide = self.use_double_wide_mlp and self.kv_source(layer) is not None
+        return self.intermediate_size * (2 if wide else 1)
 
     def has_experts(self, layer: int) -> bool:
         """Return whether a layer has experts in the place of its MLP."""

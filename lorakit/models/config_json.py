@@ -35,6 +35,9 @@ _LEFT_OUT_IF_NULL = (
 _INNER = (
     "o_bias",
     "qk_norm",
+    "v_norm",
+    "layer_scalar",
+    "moe_beside_mlp",
     "norm_weight_offset",
     "norm_casting_mode",
     "norm_placement",
@@ -60,6 +63,15 @@ _OF_SOME_FAMILIES = (
     "partial_rotary_factor",
     "no_rope_layers",
     "no_rope_layer_interval",
+    "global_head_dim",
+    "num_global_key_value_heads",
+    "attention_k_eq_v",
+    "num_kv_shared_layers",
+    "enable_moe_block",
+    "use_double_wide_mlp",
+    "hidden_size_per_layer_input",
+    "vocab_size_per_layer_input",
+    "use_bidirectional_attention",
 )
 """Keys that mean something only in files of families whose defaults list them."""
 _OF_EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
@@ -136,6 +148,7 @@ def fields_from_hf(config_json: Mapping[str, Any], where: str) -> dict[str, Any]
     ignored.update(family.ignored, _INNER)
     ignored.update(name for name in _OF_SOME_FAMILIES if name not in family.defaults)
     values = family.defaults | {n: v for n, v in config_json.items() if n not in ignored}
+    _read_heads_of_full_layers(values, where)
     _complete_heads(values, where)
     act = values.get(family.activation, "silu")
     values["hidden_act"] = family.activations.get(act, act) if isinstance(act, str) else act
@@ -167,13 +180,36 @@ def _refuse_what_is_not_computed(values: Mapping[str, Any], family: Family, wher
                 f"({method or 'quantization_config'}), which is not supported; load its 16-bit "
                 "original"
             )
-    if values.get("use_bidirectional_attention"):
+    bidirectional = values.get("use_bidirectional_attention")
+    vision = "use_bidirectional_attention" in family.defaults and bidirectional == "vision"
+    if bidirectional and not vision:  # text rows are causal where images are not
         raise LorakitError(f"{where}: use_bidirectional_attention is not supported")
     partial = values.get("partial_rotary_factor")
     if partial not in (None, 1) and "partial_rotary_factor" not in family.defaults:
         raise LorakitError(
             f"{where}: partial_rotary_factor {partial!r} is not supported; it must be 1"
         )
+
+
+def _read_heads_of_full_layers(values: dict[str, Any], where: str) -> None:
+    """Set the sizes of heads in layers without a window, as transformers 5 writes them.
+
+    It writes `per_layer_config`, which holds both sizes for every such layer by its number, in the
+    place of global_head_dim and num_global_key_value_heads.
+    """
+    given = values.get("per_layer_config")
+    if given is None or "global_head_dim" not in values:
+        return
+    keys = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
+    said: Any = next(iter(given.values()), {}) if isinstance(given, Mapping) else None
+    if not isinstance(said, Mapping) or any(each != said for each in given.values()):
+        raise LorakitError(f"{where}: per_layer_config must say the same of all its layers")
+    if not said.keys() <= keys.keys():
+        raise LorakitError(
+            f"{where}: per_layer_config names {', '.join(map(str, said))}; only "
+            f"{' and '.join(keys)} may differ between layers"
+        )
+    values |= {keys[name]: value for name, value in said.items()}
 
 
 def _complete_heads(values: dict[str, Any], where: str) -> None:
@@ -221,7 +257,10 @@ def _read_sliding_layers(values: Mapping[str, Any], family: Family, where: str) 
             raise LorakitError(
                 f"{where}: layer_types must list {' or '.join(_SLIDES)}, not {kinds!r}"
             )
-        return _or_none([_SLIDES[kind] for kind in kinds])
+        sliding = [_SLIDES[kind] for kind in kinds]
+        if family.last_is_full:
+            sliding[-1:] = [False] * len(sliding[-1:])
+        return _or_none(sliding)
     layers, period = values.get("num_hidden_layers"), values.get("sliding_window_pattern")
     if values.get("sliding_window") is None or type(layers) is not int:
         return []
@@ -231,7 +270,8 @@ def _read_sliding_layers(values: Mapping[str, Any], family: Family, where: str) 
             raise LorakitError(
                 f"{where}: sliding_window_pattern must be a positive number, not {period!r}"
             )
-        return _or_none([(i + 1) % period != 0 for i in numbers])
+        last = layers - 1 if family.last_is_full else layers
+        return _or_none([(i + 1) % period != 0 and i != last for i in numbers])
     if "no_rope_layers" in values:  # SmolLM3 has the window where it has no rotary embedding
         return _or_none([not turns for turns in values["rope_layers"]])
     first = values.get("max_window_layers", 0)
@@ -244,7 +284,12 @@ def _or_none(sliding: list[bool]) -> list[bool]:
 
 
 def _read_experts(values: dict[str, Any], family: Family, where: str) -> None:
-    """Set `num_experts` and `moe_layers`, from the keys of Mixtral or of Qwen3-MoE."""
+    """Set `num_experts` and `moe_layers`, from the keys of Mixtral, Qwen3-MoE or Gemma 4."""
+    if values.get("enable_moe_block", False):  # Gemma 4 has them in all layers, or in none
+        values["num_experts_per_tok"] = values["top_k_experts"]
+        if type(values.get("num_hidden_layers")) is int:
+            values["moe_layers"] = [True] * min(values["num_hidden_layers"], _MOST_LAYERS)
+        return
     if "num_local_experts" not in family.defaults:
         for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
             values.pop(name, None)
@@ -313,7 +358,11 @@ def _write_sliding_layers(values: dict[str, Any], sliding: list[bool], family: F
 
 
 def _write_experts(values: dict[str, Any], fields: Mapping[str, Any], family: Family) -> None:
-    """Write the keys of the experts, under the names of Mixtral or of Qwen3-MoE."""
+    """Write the keys of the experts, under the names of Mixtral, Qwen3-MoE or Gemma 4."""
+    if "enable_moe_block" in family.defaults:
+        values["enable_moe_block"], values["top_k_experts"] = True, fields["num_experts_per_tok"]
+        values |= {name: fields[name] for name in ("num_experts", "moe_intermediate_size")}
+        return
     values["num_experts_per_tok"] = fields["num_experts_per_tok"]
     if "moe_intermediate_size" not in family.defaults:  # Mixtral
         values["num_local_experts"] = fields["num_experts"]

@@ -20,6 +20,7 @@ Shapes: B rows, T positions of this call, S positions with those in the cache, H
 V vocabulary.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -28,9 +29,10 @@ from torch import Tensor, nn
 from lorakit import kernels
 from lorakit.config.errors import LorakitError
 from lorakit.models.blocks import Block, RMSNorm
-from lorakit.models.cache import Cache, Storage
+from lorakit.models.cache import Cache, SharedKeys, Storage
 from lorakit.models.config import ModelConfig
 from lorakit.models.head import OutputHead
+from lorakit.models.per_layer import HostTable
 from lorakit.models.recompute import run_recomputed
 from lorakit.models.source import Source
 from lorakit.models.views import AttentionView, PackedRow, attention_views
@@ -126,20 +128,33 @@ class Decoder(nn.Module):
         x = self.embed(input_ids)
         if self.training and self.neftune_noise_alpha is not None:
             x = x + _neftune_noise(x, self.neftune_noise_alpha, cu_seqlens)
-        return self.through_blocks(x, views, cache)
+        return self.through_blocks(input_ids, x, views, cache)
 
     def through_blocks(
-        self, x: Tensor, views: list[AttentionView], cache: Storage | None
+        self, input_ids: Tensor, x: Tensor, views: list[AttentionView], cache: Storage | None
     ) -> Tensor:
-        """Return the final, normalized hidden states [B, T, H] of embeddings x [B, T, H]."""
+        """Return the final, normalized hidden states [B, T, H] of embeddings x [B, T, H].
+
+        Some models look input_ids int64 [B, T] up in a second embedding too.
+        """
+        parts = self.model.per_layer_inputs(input_ids, x)
+        cache = self.shared_keys(cache)
         added: Tensor | None = None  # what the last block adds to x; the next norm reads both
-        for block, view in zip(self.model.layers, views, strict=True):
+        for block, view, part in zip(self.model.layers, views, parts, strict=True):
             if view.recomputed:
                 x, offload = x if added is None else x + added, self.offload_activations
-                x, added = run_recomputed(block, x, None, view, cache, offload=offload)
+                x, added = run_recomputed(block, x, None, view, cache, part, offload=offload)
             else:
-                x, added = block(x, added, view, cache)
+                x, added = block(x, added, view, cache, part)
         return self.model.norm(x) if added is None else self.model.norm(added, x)[0]
+
+    def shared_keys(self, cache: Storage | None) -> Storage | None:
+        """Return the storage of one call where layers see others' keys, else `cache` as it is."""
+        if not self.config.num_kv_shared_layers:
+            return cache
+        layers = range(self.config.num_hidden_layers)
+        sources = [self.config.kv_source(layer) for layer in layers]
+        return SharedKeys(cache, {source for source in sources if source is not None})
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Return the embeddings [B, T, H] of input_ids, scaled where the family does so."""
@@ -246,7 +261,8 @@ class Decoder(nn.Module):
             The sum, fp32 [].
         """
         views = self.views(row.input_ids, packed=row)
-        hidden = self.through_blocks(self.embed(row.input_ids), views, None)
+        ids = row.input_ids
+        hidden = self.through_blocks(ids, self.embed(ids), views, None)
         total, _ = self._output_head().loss(
             hidden,
             row.targets,
@@ -306,6 +322,33 @@ class Trunk(nn.Module):
         self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config)
+        self.parts = config.num_hidden_layers, config.hidden_size_per_layer_input
+        self.embed_tokens_per_layer: HostTable | None = None
+        if config.hidden_size_per_layer_input:
+            layers, width = self.parts
+            table = HostTable(config.vocab_size_per_layer_input, layers * width)
+            self.embed_tokens_per_layer = table
+            self.per_layer_model_projection = nn.Linear(
+                config.hidden_size, layers * width, bias=False
+            )
+            self.per_layer_projection_norm = RMSNorm(width, config)
+
+    def per_layer_inputs(self, input_ids: Tensor, x: Tensor) -> Sequence[Tensor | None]:
+        """Return each layer's part of the second embedding [B, T, P], or None; see per_layer.py.
+
+        Args:
+            input_ids: int64 [B, T].
+            x: Their embeddings [B, T, H], which are scaled already.
+        """
+        layers, width = self.parts
+        if self.embed_tokens_per_layer is None:
+            return [None] * layers
+        of_states = self.per_layer_model_projection(x) * x.shape[-1] ** -0.5
+        of_states = self.per_layer_projection_norm(of_states.unflatten(-1, self.parts))
+        # the factor is rounded to the model's dtype, as it was in training
+        rows = self.embed_tokens_per_layer(input_ids, x.dtype)
+        rows = rows * torch.tensor(width**0.5, dtype=x.dtype)
+        return ((of_states + rows.unflatten(-1, self.parts)) * 2**-0.5).unbind(-2)
 
 
 class NoPrompt(nn.Module):

@@ -39,6 +39,9 @@ class Family:
     It gets the layer's number and the file's max_window_layers, 0 if there is none.
     """
 
+    last_is_full: bool = False
+    """Whether the last layer has no window, whatever a file says."""
+
 
 _LEFTOVERS = ("sliding_window", "layer_types")  # of files whose family has no window
 _ENDS = {"bos_token_id": 1, "eos_token_id": 2}  # of Llama 2's vocabulary
@@ -107,6 +110,46 @@ _GEMMA2_DEFAULTS = _GEMMA_DEFAULTS | {
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
     "hidden_activation": "gelu_pytorch_tanh",
+}
+_GEMMA4 = {
+    "norm_casting_mode": "gemma",
+    "norm_placement": "sandwich",
+    "qk_norm": "head",
+    "v_norm": True,
+    "layer_scalar": True,
+    "scale_embeddings": True,
+    "attention_multiplier": 1.0,
+    "moe_beside_mlp": True,
+}
+_GEMMA4_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 262144,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "global_head_dim": 512,
+    "num_global_key_value_heads": None,
+    "attention_k_eq_v": False,
+    "num_kv_shared_layers": 0,
+    "use_double_wide_mlp": False,
+    "max_position_embeddings": 262144,
+    "tie_word_embeddings": True,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "sliding_window": 1024,
+    "sliding_window_pattern": 6,
+    "rope_local_base_freq": 1e4,
+    "rope_parameters": {
+        "full_attention": {
+            "rope_type": "proportional",
+            "rope_theta": 1e6,
+            "partial_rotary_factor": 0.25,
+        },
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+    "final_logit_softcapping": None,
+    "use_bidirectional_attention": "vision",
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
 }
 FAMILIES = {
     "llama": Family(
@@ -310,9 +353,36 @@ FAMILIES = {
         },
         activation="hidden_activation",
     ),
+    "gemma4_text": Family(
+        "Gemma4ForCausalLM",
+        _GEMMA4,
+        _GEMMA4_DEFAULTS
+        | {
+            "max_position_embeddings": 131072,
+            "sliding_window": 512,
+            "use_bidirectional_attention": None,
+            "hidden_size_per_layer_input": 256,
+            "vocab_size_per_layer_input": 262144,
+            "enable_moe_block": False,
+            "top_k_experts": None,
+        },
+        ignored=("sliding_window_pattern", "rope_local_base_freq", "mlp_bias"),
+        activation="hidden_activation",
+        last_is_full=True,
+    ),
+    "gemma4_unified_text": Family(
+        "Gemma4UnifiedForCausalLM",
+        _GEMMA4,
+        _GEMMA4_DEFAULTS,
+        ignored=("sliding_window_pattern", "rope_local_base_freq", "mlp_bias"),
+        activation="hidden_activation",
+        last_is_full=True,
+    ),
 }
 WRAPPERS = {
     "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
+    "gemma4_unified": "gemma4_unified_text",
     "mistral3": "mistral",
     "qwen2_vl": "qwen2_vl_text",
     "qwen2_5_vl": "qwen2_5_vl_text",

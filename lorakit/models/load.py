@@ -44,6 +44,7 @@ from lorakit.models.large_pages import HUGE_PAGE, in_large_pages
 from lorakit.models.multimodal import split_text_model, text_name
 from lorakit.models.packed_layers import PackedWeight, packed_layer
 from lorakit.models.packed_layers import quantize as quantize_module
+from lorakit.models.per_layer import HostTable, host_tables
 from lorakit.models.source import Source
 
 log = logging.getLogger("lorakit")
@@ -272,6 +273,7 @@ def _selected(
     Raises LorakitError if one is missing, of another shape than the model's, or left over.
     """
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    expected |= {name: tuple(t.weight.shape) for name, t in host_tables(model).items()}
     for name, shape in expected.items():
         if name not in weights:
             raise LorakitError(f"{where}: tensor {name} is missing{nearest(name, weights)}")
@@ -282,9 +284,18 @@ def _selected(
     for name in weights:
         # Old files store the rotary frequencies. Tied models may store the embedding as head too.
         derived = name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
-        if name not in expected and not derived:
+        if name not in expected and not derived and not _of_shared_keys(name, model.config):
             raise LorakitError(f"{where}: tensor {name} belongs to no part of the model")
     return {name: weights[name] for name in expected}
+
+
+def _of_shared_keys(name: str, config: ModelConfig) -> bool:
+    """Return whether a tensor would make keys or values that a layer takes from an earlier one.
+
+    Some files of Gemma 4 hold such tensors, which nothing computes with.
+    """
+    found = re.match(r"model\.layers\.(\d+)\.self_attn\.[kv]_(proj|norm)\.", name)
+    return found is not None and config.kv_source(int(found[1])) is not None
 
 
 # ---- filling: every weight is read, packed where it has to be, and put in its place --------------
@@ -362,9 +373,15 @@ def _place(model: nn.Module, name: str, value: Tensor | kernels.Packed, target: 
     owner = model.get_submodule(owner_name)
     if isinstance(value, Tensor) and not value.is_floating_point():
         raise ValueError(f"holds {value.dtype}; only floating-point weights are read")
+    if isinstance(owner, HostTable):
+        if not isinstance(value, Tensor):
+            raise ValueError("is packed; the second embedding is read dense")
+        owner.weight = value  # as it lies in the file, which stays mapped
+        return
     if not isinstance(owner, PackedWeight) or leaf != "weight":
         assert isinstance(value, Tensor)  # a packed value has the shell of a packed layer
-        setattr(owner, leaf, nn.Parameter(target.copied(name, value, target.dtype)))
+        copied = target.copied(name, value, target.dtype)
+        setattr(owner, leaf, nn.Parameter(copied, owner.get_parameter(leaf).requires_grad))
         return
     if isinstance(value, Tensor):
         owner.requantize(value.to(target.device))

@@ -165,6 +165,30 @@ class Experts(nn.ModuleList):
         return out
 
 
+class Router(nn.Module):
+    """Picks the experts of a token where these stand beside an MLP (Gemma 4).
+
+    p = softmax(proj(x / rms(x) * scale / sqrt(H))). The k largest are divided by their sum, and
+    each is multiplied by a number of its expert.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.per_token, self.eps = config.num_experts_per_tok, config.rms_norm_eps
+        self.proj = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.scale = nn.Parameter(torch.ones(config.hidden_size))
+        self.per_expert_scale = nn.Parameter(torch.ones(config.num_experts))
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the numbers of the experts of tokens [n, H], int64 [n, k], and weights, fp32."""
+        hidden = tokens.shape[-1]
+        x = F.rms_norm(tokens, (hidden,), eps=self.eps) * self.scale * hidden**-0.5
+        probs = self.proj(x).softmax(-1, dtype=torch.float32)
+        weights, picked = probs.topk(self.per_token)
+        weights = weights / weights.sum(-1, keepdim=True)
+        return picked, weights * self.per_expert_scale[picked]
+
+
 class MoE(nn.Module):
     """Experts in the MLP's place: a router picks a few for every token and weighs their outputs.
 

@@ -22,6 +22,7 @@ from lorakit.config.errors import LorakitError
 from lorakit.models.adapted_layer import AdaptedLayer
 from lorakit.models.decoder import Decoder
 from lorakit.models.packed_layers import PackedEmbedding, PackedLinear, PackedWeight
+from lorakit.models.per_layer import host_tables
 
 log = logging.getLogger("lorakit")
 
@@ -41,8 +42,8 @@ def resize_embeddings(model: Decoder, vocab_size: int) -> Decoder:
         `model`.
 
     Raises:
-        LorakitError: `model` is no lorakit decoder or carries an adapter, or `vocab_size` is
-            smaller than before.
+        LorakitError: `model` is no lorakit decoder, carries an adapter or has a second embedding,
+            or `vocab_size` is smaller than before.
     """
     if not isinstance(model, Decoder):
         raise LorakitError("resize_embeddings: a lorakit decoder is wanted, as load_model returns")
@@ -72,7 +73,15 @@ def add_rows(
         count: Number n of rows.
         embedding: The rows [n, H] of the embedding; None takes the mean of the old ones.
         head: The rows [n, H] of the head, if it has its own; None takes the mean of the old ones.
+
+    Raises:
+        LorakitError: The model has a second embedding, whose rows are in its file.
     """
+    if host_tables(model):
+        raise LorakitError(
+            "the model has a second embedding (embed_tokens_per_layer), which stays in its file "
+            "and gets no new rows: use tokens that it has, such as the unused ones"
+        )
     model.model.embed_tokens = _longer(model.model.embed_tokens, count, embedding)
     if model.lm_head is not None:
         model.lm_head = _longer(model.lm_head, count, head)

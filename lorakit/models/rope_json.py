@@ -112,6 +112,15 @@ def write_ropes(
     values: dict[str, Any], rope: RopeConfig, local: RopeConfig | None, family: Family
 ) -> None:
     """Write the rotary embedding of all layers, and the sliding layers' own if there is one."""
+    by_kind = {"full_attention": rope, "sliding_attention": local}
+    nested = {
+        kind: {"rope_theta": each.rope_theta, "rope_type": each.rope_type} | (_scaling(each) or {})
+        for kind, each in by_kind.items()
+        if each is not None
+    }
+    if "rope_parameters" in family.defaults and local is not None:
+        values["rope_parameters"] = nested
+        return
     if "rope_parameters" in family.defaults:  # without this key another rotation is meant
         scaling = _scaling(rope) or {"rope_type": rope.rope_type}
         values["rope_parameters"] = {"rope_theta": rope.rope_theta} | scaling
@@ -130,11 +139,7 @@ def write_ropes(
     elif local == RopeConfig(rope.rope_theta) and rope.rope_theta == family.defaults["rope_theta"]:
         return  # another theta of the sliding layers is not read from the older keys
     if of_full or local.rope_type != "default":  # version 4 has no key for it
-        both = {"full_attention": rope, "sliding_attention": local}
-        values["rope_parameters"] = {
-            kind: {"rope_theta": each.rope_theta} | (_scaling(each) or {})
-            for kind, each in both.items()
-        }
+        values["rope_parameters"] = nested
 
 
 def _scaling(rope: RopeConfig) -> dict[str, Any] | None:
@@ -142,4 +147,6 @@ def _scaling(rope: RopeConfig) -> dict[str, Any] | None:
     names = [*_SCALING_KEYS[rope.rope_type], *_BESIDE_SCALING]
     values = {name: getattr(rope, name) for name in names}
     given = {name: value for name, value in values.items() if value is not None}
+    if rope.rope_type == "proportional" and rope.factor == 1:
+        del given["factor"]  # transformers warns of it
     return {"rope_type": rope.rope_type} | given if given else None

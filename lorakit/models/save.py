@@ -26,6 +26,7 @@ from lorakit.models.config_json import is_flat
 from lorakit.models.decoder import Decoder
 from lorakit.models.multimodal import Surroundings
 from lorakit.models.packed_layers import Int8Linear, NF4Linear, PackedLinear, PackedWeight
+from lorakit.models.per_layer import HostTable
 from lorakit.models.tokenizer_files import load_tokenizer
 
 log = logging.getLogger("lorakit")
@@ -193,6 +194,8 @@ def _entries(module: Decoder, kept: type[PackedLinear] | None) -> Iterator[_Entr
             continue
         prefix = f"{layer_name}." if layer_name else ""
         tensors: dict[str, Tensor] = dict(layer.named_parameters(recurse=False))
+        if isinstance(layer, HostTable):  # written from the file that it is mapped from
+            tensors["weight"] = layer.weight
         if isinstance(layer, PackedWeight):
             tensors = {name: tensor for name, tensor in tensors.items() if name == "bias"}
             if kept is not None and isinstance(layer, kept):

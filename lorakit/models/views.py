@@ -100,7 +100,7 @@ def attention_views(
     if attention_mask is not None:
         real = attention_mask.bool()
         position_ids = (real.cumsum(-1) - 1).clamp(min=0)[:, past:]
-    tables = [rope_tables(rope, config.head_dim, position_ids, own) for rope in config.ropes]
+    tables = tables_of(config, position_ids, own)
     scale = query_scale(config.rope, position_ids, past + T)
 
     def view(slides: bool, rope: int, keeps: bool) -> AttentionView:
@@ -117,6 +117,14 @@ def attention_views(
     ]
     views = {kind: view(*kind) for kind in set(kinds)}
     return [views[kind] for kind in kinds]
+
+
+def tables_of(
+    config: ModelConfig, position_ids: Tensor, lengths: Tensor | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """Return the tables of each of the model's rotary embeddings; see `rope_tables`."""
+    ropes = zip(config.ropes, config.rope_head_dims, strict=True)
+    return [rope_tables(rope, size, position_ids, lengths) for rope, size in ropes]
 
 
 def key_mask(

@@ -37,6 +37,7 @@ from lorakit.data.encode import IGNORE, Example, PairExample
 from lorakit.models.decoder import Decoder
 from lorakit.models.hooks import has_hooks, has_own_forward
 from lorakit.models.mlp import Experts
+from lorakit.models.per_layer import host_tables
 from lorakit.models.views import PackedRow
 
 Function = Callable[[], Tensor | None]
@@ -337,7 +338,7 @@ def why_eager(model: Decoder, layers: Mapping[str, Attached], config: TrainConfi
     """
     drops = any(part.dropout for part in low_rank_parts(layers))
     whole = all(each.base.frozen for each in layers.values() if isinstance(each, LowRankLinear))
-    heads, wide = model.config.head_dim, model.dtype == torch.float32
+    heads, wide = max(model.config.rope_head_dims), model.dtype == torch.float32
     trained = [p for p in model.parameters() if p.requires_grad]
     reasons = {
         f"objective is {config.objective}": config.objective != "sft",
@@ -345,6 +346,7 @@ def why_eager(model: Decoder, layers: Mapping[str, Attached], config: TrainConfi
         "neftune_noise_alpha is set": config.neftune_noise_alpha is not None,
         f"optim is {config.optim}": OPTIMIZERS[config.optim][1],
         "the rotary embedding depends on the length of a row": model.config.by_length,
+        "rows of the second embedding are looked up in host memory": bool(host_tables(model)),
         "the adapter is a learned prompt": model.beginning.length > 0,
         "a module has hooks or a forward of its own": any(
             has_hooks(each) or has_own_forward(each) for each in model.modules()

@@ -13,6 +13,7 @@ its free memory holds beside the rest:
 import torch
 
 from lorakit.config.training import MLPActivations
+from lorakit.models.config import ModelConfig
 from lorakit.models.decoder import Decoder
 
 SHARE = 0.8  # of the free memory that is given away; the rest is for what fragments leave unused
@@ -41,20 +42,27 @@ def kept_layers(model: Decoder, tokens: int, choice: MLPActivations) -> int:
 def fitting_layers(model: Decoder, tokens: int, free: int) -> int:
     """Return for how many blocks `free` bytes have room beside all else that a step needs."""
     config, size = model.config, model.dtype.itemsize
-    H, D = config.hidden_size, config.head_dim
-    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
-    per_token = size * (4 * H + heads * D)
-    widths = [
-        config.num_experts_per_tok * config.moe_intermediate_size
-        if config.has_experts(layer)
-        else config.intermediate_size
-        for layer in range(config.num_hidden_layers)
-    ]
+    H, layers = config.hidden_size, range(config.num_hidden_layers)
+    # per layer: inputs of four layers and norms; q, k, v and attention's output
+    per_token = sum(
+        size * (4 * H + 2 * config.layer_head_dim(layer) * heads)
+        for layer in layers
+        for heads in [config.num_attention_heads + config.layer_kv_heads(layer)]
+    )
+    widths = [_inner_width(config, layer) for layer in layers]
     dense_weights = 3 * max(widths) * H * size
     left = SHARE * free - HEAD_BYTES - dense_weights
-    left -= tokens * per_token * config.num_hidden_layers
+    left -= tokens * per_token
     for layer, width in enumerate(widths):
         left -= tokens * 2 * width * size
         if left < 0:
             return layer
     return config.num_hidden_layers
+
+
+def _inner_width(config: ModelConfig, layer: int) -> int:
+    """Return how many numbers of gate, and of up, a layer makes for a token."""
+    experts = config.num_experts_per_tok * config.moe_intermediate_size
+    if not config.has_experts(layer):
+        return config.mlp_width(layer)
+    return experts + config.mlp_width(layer) * config.moe_beside_mlp
