@@ -7,7 +7,7 @@ With x the embedding [H] of a token, L layers and P numbers for each of them:
 
 The table is large (2.3 of E2B's 5.1 billion numbers), a token needs one of its rows, and nobody
 trains it. So it is no parameter: it stays in host memory whatever device the model is on, and a
-loaded model's stays in the file, mapped read-only. Memory holds the rows that were looked up, as
+loaded model's stays in its file, which is mapped. Memory holds the rows that were looked up, as
 long as the system has room for them.
 """
 

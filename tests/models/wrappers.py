@@ -2,7 +2,7 @@
 
 import torch
 
-from tests.conftest import FAMILY_VARIANTS, GEMMA3, TINY, randomize
+from tests.conftest import FAMILY_VARIANTS, GEMMA3, GEMMA4_SMALL, TINY, randomize
 
 SIGLIP = {
     "hidden_size": 16,
@@ -11,6 +11,23 @@ SIGLIP = {
     "num_attention_heads": 2,
     "image_size": 28,
     "patch_size": 14,
+}
+GEMMA4_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 20,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "patch_size": 2,
+    "position_embedding_size": 8,
+}
+GEMMA4_AUDIO = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "subsampling_conv_channels": [4, 4],
+    "output_proj_dims": 16,
 }
 QWEN_VISION = {
     "depth": 1,
@@ -29,6 +46,18 @@ def mrope(*sections, **more):
 # name -> (model_type, settings of the text model, of the vision tower, of the whole)
 WRAPPED = {
     "gemma3": ("gemma3", GEMMA3, SIGLIP, {"image_token_index": 96}),
+    "gemma4": (
+        "gemma4",
+        GEMMA4_SMALL,
+        GEMMA4_VISION,
+        {"audio_config": GEMMA4_AUDIO},
+    ),
+    "gemma4_unified": (
+        "gemma4_unified",
+        FAMILY_VARIANTS["gemma4_unified_text"][1],
+        {"mm_embed_dim": 16, "mm_posemb_size": 8, "patch_size": 2},
+        {"audio_config": {"audio_embed_dim": 8}},
+    ),
     "mistral3": (
         "mistral3",
         {"model_type": "mistral", "head_dim": 12, "sliding_window": None},

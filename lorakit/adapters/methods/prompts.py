@@ -252,10 +252,11 @@ class _Keeping:
 def _run(model: Decoder, x: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Return k and v [1, n, Hk, D] of each layer for embeddings x [1, n, H] that begin a row."""
     kept = _Keeping()
+    cache = model.shared_keys(kept)
     ids = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)  # for the shape alone
     added: Tensor | None = None
     for block, view in zip(model.model.layers, model.views(ids), strict=True):
-        x, added = block(x, added, view, kept)
+        x, added = block(x, added, view, cache)
     return kept.layers
 
 
@@ -276,11 +277,20 @@ class PromptMethod(Method[P]):
                 "attach: a prompt goes on a lorakit Decoder (see load_model), not on a "
                 f"{type(model).__name__}"
             )
+        self.check_model(model.config)
         plan = Plan(model)
         beginning = plan.wrap("beginning", Prompt)
         assert beginning is not None, "a decoder has one beginning"
         plan.add(beginning, self.new_part(model, config).to(model.device))
         return plan
+
+    def check_model(self, config: ModelConfig) -> None:
+        """Raise LorakitError for a model that cannot have such a prompt."""
+        if config.hidden_size_per_layer_input:
+            raise LorakitError(
+                "attach: the positions of a learned prompt are no tokens, so that the model's "
+                "second embedding (embed_tokens_per_layer) has nothing for them; use LoRA"
+            )
 
     def config_values(self, model: nn.Module, name: str, config: P) -> dict[str, Any]:
         """Return every field, and the sizes of the model that the prompt is for."""
@@ -384,6 +394,14 @@ class PrefixTuning(PromptMethod[PrefixTuningConfig]):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
         return PrefixPart(config, embedding, encoder)
+
+    def check_model(self, config: ModelConfig) -> None:
+        """Raise LorakitError unless all layers have keys and values of one size."""
+        if config.num_kv_shared_layers or config.global_head_dim not in (None, config.head_dim):
+            raise LorakitError(
+                "attach: a prefix is keys and values of one size for every layer, which layers of "
+                "this model differ in; use LoRA or prompt tuning"
+            )
 
     def heads_and_width(self, model: ModelConfig) -> tuple[int, int]:
         """Return the numbers of the heads of keys and values, and of their features."""
