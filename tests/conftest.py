@@ -212,6 +212,19 @@ YARN = {
     "beta_slow": 1.0,
 }
 MINISTRAL3_ROPE = {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3}
+QWEN_LINEAR = {
+    "head_dim": 16,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "initializer_range": 0.15,  # from 0.3 on the delta rule widens fp32's roundings beyond LOGITS
+    "max_position_embeddings": 128,
+    "pad_token_id": None,
+}
 FAMILY_VARIANTS = {
     "ministral": (
         "ministral",
@@ -353,6 +366,32 @@ FAMILY_VARIANTS = {
             "sliding_window": 7,
         },
     ),
+    "qwen3_5_text": ("qwen3_5_text", QWEN_LINEAR),
+    "qwen3_5_text tied": (
+        "qwen3_5_text",
+        {**QWEN_LINEAR, "linear_num_value_heads": 2, "tie_word_embeddings": True},
+    ),
+    "qwen3_5_moe_text": (
+        "qwen3_5_moe_text",
+        {
+            **QWEN_LINEAR,
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 20,
+            "shared_expert_intermediate_size": 24,
+        },
+    ),
+    "qwen3_next": (
+        "qwen3_next",
+        {
+            **QWEN_LINEAR,
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 20,
+            "shared_expert_intermediate_size": 24,
+            "mlp_only_layers": [1],
+        },
+    ),
     "gemma": ("gemma", {"head_dim": 12, "num_key_value_heads": 1, "tie_word_embeddings": True}),
     "gemma2": (
         "gemma2",
@@ -407,11 +446,14 @@ def tiny(model_type, **overrides):
 
 def randomize(model, model_type):
     """Make biases, norms and scales random too, so that each of them bites."""
-    from_zero = "gemma" in model_type and "gemma4" not in model_type  # 1 is added to the norms
+    # 1 is added to the norms of these families
+    from_zero = "gemma" in model_type and "gemma4" not in model_type
+    from_zero |= model_type.startswith(("qwen3_5", "qwen3_next"))
     with torch.no_grad():
         for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
             if name.endswith("bias") or "norm" in name:
-                around = 0.0 if from_zero or "norm" not in name else 1.0
+                zero = from_zero and not name.endswith("linear_attn.norm.weight")
+                around = 0.0 if zero or "norm" not in name else 1.0
                 if "gemma4" in model_type and name.endswith(("q_norm.weight", "k_norm.weight")):
                     around = 0.5  # scores are not divided by sqrt(D): larger ones pick one key
                 parameter.normal_(around, 0.2)

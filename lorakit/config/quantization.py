@@ -30,11 +30,15 @@ class QuantConfig:
     lm_head: Storage | None = None
     """Storage of an output head that is not tied: "nf4", "fp4" or "int8"; null keeps it dense."""
     skip_modules: list[str] = field(
-        default_factory=lambda: ["gate", "shared_expert_gate", "router"]
+        default_factory=lambda: [
+            *("gate", "shared_expert_gate", "router"),
+            *("in_proj_a", "in_proj_b", "in_proj_ba"),
+        ]
     )
     """Layers that stay dense: names of layers or of modules that hold them, whole or a part between
-    dots. The default is the router of a mixture of experts, and the gate of an expert that all
-    tokens share: they are small, and everything after them depends on what they choose."""
+    dots. The default is the router of a mixture of experts, the gate of an expert that all tokens
+    share, and the layers of linear attention that make its decay and its learning rate: they are
+    small, and everything after them depends on what they choose."""
 
     def __post_init__(self) -> None:
         # block_size has a check of its own below. The other fields take what behaves like their

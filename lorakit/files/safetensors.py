@@ -74,6 +74,8 @@ class LazyTensor(NamedTuple):
     """The shape that the file's header says."""
     read: Callable[[], Tensor]
     """Reads the values. They may be a view of the file: copy what you keep."""
+    read_at: Callable[[int], Tensor] | None = None
+    """Reads those at one index of the first dimension; None: all of them have to be read."""
 
 
 def open_directory(path: Path) -> dict[str, LazyTensor]:
@@ -131,7 +133,10 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
     except (SafetensorError, OSError) as error:
         raise LorakitError(f"{path}: damaged or cut off ({error})") from None
     mapped = _Mapped(path)
-    return {name: LazyTensor(shape, partial(mapped.read, name)) for name, shape in shapes.items()}
+    return {
+        name: LazyTensor(shape, partial(mapped.read, name), partial(mapped.read, name))
+        for name, shape in shapes.items()
+    }
 
 
 class _Mapped:
@@ -147,12 +152,16 @@ class _Mapped:
         self.file: Any = None  # a safe_open, whose library has no types
         self.seen = 0
 
-    def read(self, name: str) -> Tensor:
-        """Return one tensor, a view of the file that keeps its mapping."""
+    def read(self, name: str, at: int | None = None) -> Tensor:
+        """Return one tensor, a view of the file that keeps its mapping.
+
+        With `at`, return what it holds at this index of its first dimension.
+        """
+        tensor: Tensor
         try:
             if self.file is None:
                 self.file = safe_open(self.path, framework="pt")
-            tensor: Tensor = self.file.get_tensor(name)
+            tensor = self.file.get_tensor(name) if at is None else self.file.get_slice(name)[at]
         except (FileNotFoundError, SafetensorError) as error:
             raise LorakitError(f"{self.path}: tensor {name} is there no more ({error})") from None
         self.seen += tensor.nbytes

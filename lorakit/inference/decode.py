@@ -172,7 +172,8 @@ class _CompiledStep:
         self.plan, config = plan, model.config
         positions = torch.arange(capacity)
         self.tables = tables_of(config, positions)
-        self.memory = kernels.DecodeCache(plan.model, cache.keys, cache.values, cache.windows)
+        found = (list(each.values()) for each in (cache.keys, cache.values, cache.windows))
+        self.memory = kernels.DecodeCache(plan.model, *found)
 
     def __call__(
         self, lines: Sequence[Line], ids: Tensor, adapters: Sequence[int | None]

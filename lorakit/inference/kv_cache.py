@@ -17,6 +17,11 @@ which a row leaves when they lie behind the window. Layers with one window are a
 list of pages for each kind. A layer that sees the keys and values of an earlier one has none of
 its own.
 
+Layers of linear attention keep no keys. Each line holds a state for each of them, of a fixed size,
+which says what all its positions left behind. A state belongs to the end of a row alone, so that a
+row with another end cannot go on with a page of the middle: in models with such layers, rows share
+nothing.
+
 The compiled step reads keys and values through these lists. The decoder's modules want one tensor,
 so that for them a call gathers the pages of its rows: a copy, which costs less than the rest of
 such a call.
@@ -45,6 +50,7 @@ class Line:
     def __init__(self, kinds: int, root: bytes):
         self.root, self.length = root, 0
         self.pages = tuple(array("q") for _ in range(kinds))  # -1: behind the window
+        self.states: dict[int, tuple[Tensor, Tensor]] = {}  # of layers of linear attention
         self.named = 0  # how many of its first pages can be found by name
         self._names: list[bytes] = []
 
@@ -132,29 +138,32 @@ class KVCache:
             dtype: Of keys and values.
             device: Where they lie.
         """
-        self.windows = [config.window(layer) for layer in range(config.num_hidden_layers)]
-        self.reach = list(dict.fromkeys(self.windows))  # the window of each kind
-        self.kind_of = [self.reach.index(window) for window in self.windows]
+        layers = range(config.num_hidden_layers)
+        self.windows = {i: config.window(i) for i in layers if not config.is_linear(i)}
+        self.reach = list(dict.fromkeys(self.windows.values()))  # the window of each kind
+        self.kind_of = {i: self.reach.index(window) for i, window in self.windows.items()}
+        self.shares = len(self.windows) == len(layers)
         pages = -(-tokens // PAGE)
         self.tokens = pages * PAGE
         self.pools = [_Pool(min(pages, rows * self._span(w)) if w else pages) for w in self.reach]
-        owners = [
-            kind for layer, kind in enumerate(self.kind_of) if config.kv_source(layer) is None
+        owners = {i: kind for i, kind in self.kind_of.items() if config.kv_source(i) is None}
+        firsts = [
+            next(i for i, each in owners.items() if each == kind) for kind in range(len(self.pools))
         ]
-        firsts = [self.kind_of.index(kind) for kind in range(len(self.pools))]
         shapes = [(config.layer_kv_heads(i), config.layer_head_dim(i)) for i in firsts]
         # Memory that is not touched yet costs nothing on most systems; `grow` fills pages with 0.
         self.stores = [
             torch.empty(
-                (owners.count(kind), 2, pool.count, PAGE, *shapes[kind]),
+                (list(owners.values()).count(kind), 2, pool.count, PAGE, *shapes[kind]),
                 dtype=dtype,
                 device=device,
             )
             for kind, pool in enumerate(self.pools)
         ]
-        layers = [iter(store) for store in self.stores]
-        pairs = [next(layers[kind]) for kind in owners]
-        self.keys, self.values = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        unused = [iter(store) for store in self.stores]
+        pairs = {i: next(unused[kind]) for i, kind in owners.items()}
+        self.keys = {i: pair[0] for i, pair in pairs.items()}
+        self.values = {i: pair[1] for i, pair in pairs.items()}
 
     @staticmethod
     def _span(window: int) -> int:
@@ -233,7 +242,7 @@ class KVCache:
         Pages get their names in groups of `unit` positions, a multiple of PAGE.
         """
         count = min(line.length, len(tokens)) // unit * (unit // PAGE)
-        if count <= line.named:
+        if count <= line.named or not self.shares:
             return
         names = line.names(tokens, count)
         for pool, pages in zip(self.pools, line.pages, strict=True):
@@ -254,7 +263,7 @@ class KVCache:
             How many positions it has gained.
         """
         start, step, most = line.length // PAGE, unit // PAGE, len(tokens) // unit * (unit // PAGE)
-        if line.length % unit or most <= start:
+        if line.length % unit or most <= start or not self.shares:
             return 0
         names = line.names(tokens, most)
         whole = [pool for pool, w in zip(self.pools, self.reach, strict=True) if w is None]
@@ -282,6 +291,7 @@ class KVCache:
                     pool.leave(page)
             del pages[:]
         line.length = line.named = 0
+        line.states.clear()
 
 
 class NewPositions:
@@ -296,7 +306,9 @@ class NewPositions:
         self.ends = [start + n for start, n in zip(self.starts, new, strict=True)]
         self.fresh = not any(self.starts)
         self.length = 0  # of a learned prompt's cache: it is yet to come
-        self.device = cache.keys[0].device
+        self.device = cache.stores[0].device
+        self.new = [end - start for start, end in zip(self.starts, self.ends, strict=True)]
+        self.states: dict[int, list[tuple[Tensor, Tensor]]] = {}  # after the new positions
         self.bounds = torch.tensor([self.starts, self.ends], device=self.device)
         self.places = [self._places(kind) for kind in range(len(cache.reach))]
 
@@ -338,10 +350,35 @@ class NewPositions:
             return k, v
         return keys[table].flatten(1, 2)[:, :used], values[table].flatten(1, 2)[:, :used]
 
+    def state(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Return the state of a layer of linear attention, or None where all rows begin.
+
+        Returns:
+            The last inputs of the convolution [n, K - 1, C], and S, fp32 [n, nv, dk, dv].
+        """
+        if self.fresh:
+            return None
+        known = next(line.states[layer] for line in self.lines if layer in line.states)
+        zeros = (torch.zeros_like(known[0]), torch.zeros_like(known[1]))
+        found = [line.states.get(layer, zeros) for line in self.lines]
+        if len(found) == 1:
+            return found[0]
+        return torch.cat([inputs for inputs, _ in found]), torch.cat([S for _, S in found])
+
+    def keep_state(self, layer: int, before: Tensor, inputs: Tensor, state: Tensor) -> None:
+        """Take the state of a layer after the new positions; see `States`."""
+        width, found = before.shape[1], []
+        for b, n in enumerate(self.new):
+            row = slice(b, b + 1)
+            last = torch.cat([before[row], inputs[row, max(0, n - width) : n]], dim=1)
+            found.append((last[:, last.shape[1] - width :], state[row]))
+        self.states[layer] = found
+
     def commit(self) -> None:
         """Count the new positions, once every layer has stored them."""
-        for line, end in zip(self.lines, self.ends, strict=True):
+        for b, (line, end) in enumerate(zip(self.lines, self.ends, strict=True)):
             line.length = end
+            line.states.update({layer: found[b] for layer, found in self.states.items()})
 
     def views(self, config: ModelConfig, T: int) -> list[AttentionView]:
         """Return, for each layer, what T positions a row see."""
@@ -356,12 +393,17 @@ class NewPositions:
             None if self.fresh else self._mask(kind, positions, window)
             for kind, window in enumerate(reach)
         ]
-        kinds = [(kind, config.rope_number(i)) for i, kind in enumerate(self.cache.kind_of)]
-        for kind, rope in set(kinds):
+        kinds = {i: (kind, config.rope_number(i)) for i, kind in self.cache.kind_of.items()}
+        for kind, rope in set(kinds.values()):
             views[kind, rope] = AttentionView(
                 tables[rope], masks[kind], reach[kind], None, False, False, scale
             )
-        return [views[each] for each in kinds]
+        real = None
+        if min(self.new) < T:
+            real = torch.arange(T, device=ends.device) < (ends - starts)[:, None]
+        linear = AttentionView(tables[0], None, None, None, False, False, None, real)
+        layers = range(config.num_hidden_layers)
+        return [views[kinds[i]] if i in kinds else linear for i in layers]
 
     def _mask(self, kind: int, positions: Tensor, window: int | None) -> Tensor:
         """Return which slots the queries at `positions` [n, T] look at: bool [n, 1, T, S]."""

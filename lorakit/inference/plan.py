@@ -70,7 +70,8 @@ def make_plan(model: Decoder, longest: int) -> Plan | None:
         if not isinstance(block, Block) or block.moe_name is not None:
             return None
         attention, mlp = block.self_attn, block.mlp
-        # a layer without keys of its own, which has no k_proj, is no business of the step
+        # a layer without attention of its own, or without keys, is no business of the step
+        assert attention is not None
         assert attention.k_proj is not None
         assert attention.v_proj is not None
         qkvo = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
@@ -97,6 +98,8 @@ def _computes_more(config: ModelConfig, longest: int) -> bool:
         or (bool(rope.llama_4_scaling_beta) and longest > rope.original_max_position_embeddings)
         or config.qk_norm == "whole"
         or config.norm_placement == "post"
+        or bool(config.linear_layers)
+        or config.attention_gate
         or config.fused_qkv
         or config.fused_gate_up
         or config.residual_multiplier != 1
@@ -196,7 +199,9 @@ def _layer(
         given[name] = _weight(computing)
         given[f"{name}_bias"] = computing.bias
     attention = block.self_attn
-    assert block.input_layernorm is not None  # else the model computes more than the step
+    # else the model computes more than the step
+    assert attention is not None
+    assert block.input_layernorm is not None
     return kernels.DecodeLayer(
         **given,
         input_norm=_norm(block.input_layernorm),

@@ -3,6 +3,8 @@
     x += attention(norm(x))
     x += mlp(norm(x))
 
+Some layers have linear attention in attention's place; linear_attention.py has it.
+
 Families differ in where the norms stand. "pre" is the above. "post" (OLMo 2) has them on what is
 added, x += norm(attention(x)), and "sandwich" (Gemma 2) on both sides. Gemma 4 adds experts to
 the MLP's output, reads a second embedding at the end of a block (per_layer.py), and multiplies what
@@ -29,6 +31,7 @@ from lorakit import kernels
 from lorakit.models.adapted_layer import AdaptedLayer, fused_weights
 from lorakit.models.cache import SharedKeys, Storage
 from lorakit.models.config import ModelConfig
+from lorakit.models.linear_attention import LinearAttention
 from lorakit.models.mlp import MLP, Adapted, Experts, MoE, Recipe, Router
 from lorakit.models.views import AttentionView
 
@@ -83,10 +86,12 @@ class Attention(nn.Module):
         own_keys = self.source is None
         own_values = own_keys and config.has_values(layer)
         self.widths, self.qkv_proj = [queries, keys, keys], None
+        self.gated = config.attention_gate
         if config.fused_qkv:
             self.qkv_proj = nn.Linear(hidden, sum(self.widths), bias=bias)
         else:
-            self.q_proj = nn.Linear(hidden, queries, bias=bias)
+            width = queries * (2 if self.gated else 1)
+            self.q_proj = nn.Linear(hidden, width, bias=bias)
             self.k_proj = nn.Linear(hidden, keys, bias=bias) if own_keys else None
             self.v_proj = nn.Linear(hidden, keys, bias=bias) if own_values else None
         self.o_proj = nn.Linear(queries, hidden, bias=config.o_bias)
@@ -132,6 +137,9 @@ class Attention(nn.Module):
             y.view(B, T, y.shape[-1] // self.head_dim, self.head_dim)  # [B, T, Hq or Hk, D]
             for y in self._project(x, adapted, room, recipe)
         )
+        gate = None
+        if self.gated:  # each head's queries, then its gate
+            q, gate = q[:, :, ::2], q[:, :, 1::2]
         if not own:
             assert isinstance(cache, SharedKeys)  # the decoder makes one for such a model
             assert self.source is not None
@@ -156,6 +164,8 @@ class Attention(nn.Module):
             window=view.window,
             lengths=view.lengths,
         )
+        if gate is not None:
+            attended = attended * gate.sigmoid()
         return self.o_proj(attended.reshape(B, T, -1))
 
     def _project(
@@ -217,7 +227,12 @@ class Block(nn.Module):
         hidden, placement = config.hidden_size, config.norm_placement
         self.residual_multiplier = config.residual_multiplier
         self.input_layernorm = None if placement == "post" else RMSNorm(hidden, config)
-        self.self_attn = Attention(config, layer)
+        self.self_attn: Attention | None = None
+        self.linear_attn: LinearAttention | None = None
+        if config.is_linear(layer):
+            self.linear_attn = LinearAttention(config, layer)
+        else:
+            self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(hidden, config)
         self.pre_feedforward_layernorm = self.post_feedforward_layernorm = None
         if placement == "sandwich":
@@ -245,6 +260,13 @@ class Block(nn.Module):
         if config.layer_scalar:  # the families that have it do not train it
             self.layer_scalar = nn.Parameter(torch.ones(1), requires_grad=False)
 
+    @property
+    def mixer(self) -> Attention | LinearAttention:
+        """The part that lets positions see one another."""
+        mixer = self.self_attn or self.linear_attn
+        assert mixer is not None
+        return mixer
+
     def forward(
         self,
         x: Tensor,
@@ -267,7 +289,8 @@ class Block(nn.Module):
         """
         if self.input_layernorm is None:
             return self._norms_after(x if added is None else x + added, view, cache)
-        adapted = self.self_attn.adapted()
+        mixer = self.mixer
+        adapted = mixer.adapted()
         room = _room(x, adapted)
         if added is None:
             normalized = self.input_layernorm(x, room=room)
@@ -278,7 +301,7 @@ class Block(nn.Module):
         # backward keeps nothing for long, and may keep the norms as well.
         again = x.device.type == "cpu" and not view.recomputed
         recipe = (self.input_layernorm, x) if again else None
-        attended = self.self_attn(normalized, view, cache, adapted, room, recipe)
+        attended = mixer(normalized, view, cache, adapted, room, recipe)
         norm = self.pre_feedforward_layernorm
         if norm is None:
             norm = self.post_attention_layernorm
@@ -320,7 +343,7 @@ class Block(nn.Module):
         self, x: Tensor, view: AttentionView, cache: Storage | None
     ) -> tuple[Tensor, Tensor]:
         """Return what `forward` does, for a block that normalizes outputs alone."""
-        attended = self.self_attn(x, view, cache, self.self_attn.adapted(), 0, None)
+        attended = self.mixer(x, view, cache, self.mixer.adapted(), 0, None)
         x = x + self._scaled(self.post_attention_layernorm(attended))
         adapted = self.mlp.adapted() if self.moe_name is None else None
         added = self._feed_forward(x, view, adapted, 0, None)

@@ -6,7 +6,7 @@ who makes the views of a call.
 """
 
 from collections.abc import Collection
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -49,6 +49,33 @@ class SharedKeys:
     def of(self, layer: int) -> tuple[Tensor, Tensor]:
         """Return what `append` returned for a layer, [B, S, Hk, D] each."""
         return self._found[layer]
+
+
+@runtime_checkable
+class States(Protocol):
+    """What layers of linear attention ask a cache for: a state of fixed size for each row.
+
+    Shapes: B rows, T new positions, C channels of a convolution over K positions, nv heads of
+    values of width dv, whose keys have the width dk.
+    """
+
+    def state(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Return the state of a layer after the positions that the cache holds.
+
+        Returns:
+            The last inputs of the convolution [B, K - 1, C], in the model's dtype, and the
+            matrices S, fp32 [B, nv, dk, dv]; None where all rows begin.
+        """
+
+    def keep_state(self, layer: int, before: Tensor, inputs: Tensor, state: Tensor) -> None:
+        """Take the state after the new positions.
+
+        Args:
+            layer: The number of the layer.
+            before: The last inputs of the convolution before this call [B, K - 1, C].
+            inputs: Those of the new positions [B, T, C].
+            state: The matrices S after them, fp32 [B, nv, dk, dv].
+        """
 
 
 class Cache(Storage, Protocol):

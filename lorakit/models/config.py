@@ -25,6 +25,13 @@ _SIZES = (
     "num_key_value_heads",
     "head_dim",
 )
+_LINEAR_SIZES = (
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_conv_kernel_dim",
+)
 _POSITIVE_OR_NULL = (
     "query_pre_attn_scalar",
     "attention_multiplier",
@@ -102,6 +109,8 @@ class ModelConfig:
     """Whether a norm rounds to the model's dtype before ("llama") or after ("gemma") scaling."""
     norm_placement: Literal["pre", "post", "sandwich"] = "pre"
     """Whether the inputs of attention and of the MLP are normalized, their outputs, or both."""
+    attention_gate: bool = False
+    """Whether q_proj has a gate beside each head's queries, whose sigmoid scales the output."""
     fused_qkv: bool = False
     """Whether the query, key and value projections are one layer, qkv_proj."""
     fused_gate_up: bool = False
@@ -132,6 +141,20 @@ class ModelConfig:
     """Number of positions that a sliding layer sees, its own included."""
     sliding_layers: list[bool] = field(default_factory=list)
     """Whether each layer has the sliding window; an empty list means that none has."""
+    linear_layers: list[bool] = field(default_factory=list)
+    """Whether each layer has linear attention, a gated delta net; an empty list: none has."""
+    linear_num_key_heads: int = 0
+    """Number of heads of queries and keys in linear attention, nk."""
+    linear_num_value_heads: int = 0
+    """Number of heads of values in linear attention, nv, a multiple of nk."""
+    linear_key_head_dim: int = 0
+    """Width of a query and of a key in linear attention, dk."""
+    linear_value_head_dim: int = 0
+    """Width of a value in linear attention, dv."""
+    linear_conv_kernel_dim: int = 4
+    """Number of positions that the convolution of linear attention sees, K."""
+    fused_qkvz: bool = False
+    """Whether the inputs of linear attention are two layers, in_proj_qkvz and in_proj_ba."""
     num_experts: int = 0
     """Number of experts in a layer that has them."""
     num_experts_per_tok: int = 0
@@ -162,6 +185,8 @@ class ModelConfig:
         self._check_sizes()
         self._check_attention()
         self._check_layers_that_differ()
+        if self.linear_layers:
+            self._check_linear_attention()
         if any(self.moe_layers):
             self._check_experts()
 
@@ -239,6 +264,22 @@ class ModelConfig:
                 "and values the shared ones could see"
             )
 
+    def _check_linear_attention(self) -> None:
+        if len(self.linear_layers) != self.num_hidden_layers:
+            raise LorakitError(
+                f"layer_types names {len(self.linear_layers)} of {self.num_hidden_layers} layers"
+            )
+        if all(self.linear_layers):
+            raise LorakitError("layer_types must name a layer of full_attention")
+        for name in _LINEAR_SIZES:
+            if getattr(self, name) <= 0:
+                raise LorakitError(f"{name} must be positive, not {getattr(self, name)}")
+        if self.linear_num_value_heads % self.linear_num_key_heads:
+            raise LorakitError(
+                f"linear_num_value_heads ({self.linear_num_value_heads}) must be a multiple of "
+                f"linear_num_key_heads ({self.linear_num_key_heads})"
+            )
+
     def _check_experts(self) -> None:
         if not 0 < self.num_experts_per_tok <= self.num_experts:
             raise LorakitError(
@@ -305,6 +346,10 @@ class ModelConfig:
         """Return the width inside a layer's MLP."""
         wide = self.use_double_wide_mlp and self.kv_source(layer) is not None
         return self.intermediate_size * (2 if wide else 1)
+
+    def is_linear(self, layer: int) -> bool:
+        """Return whether a layer has linear attention, which keeps a state and no keys."""
+        return bool(self.linear_layers) and self.linear_layers[layer]
 
     def has_experts(self, layer: int) -> bool:
         """Return whether a layer has experts in the place of its MLP."""

@@ -12,11 +12,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorakit.config.errors import LorakitError
-from lorakit.models.families import FAMILIES, FLAT_WRAPPERS, WRAPPERS, Family, family_of
+from lorakit.models.families import FAMILIES, FLAT_WRAPPERS, WRAPPERS, family_of
+from lorakit.models.family import Family
 from lorakit.models.rope_json import read_ropes, write_ropes
 
 _SLIDES = {"full_attention": False, "sliding_attention": True}
 """Names in layer_types -> whether such a layer has the sliding window."""
+_LINEAR = {"full_attention": False, "linear_attention": True}
+"""Names in layer_types -> whether such a layer has linear attention."""
 _NULL_IS_DEFAULT = (
     "rope_theta",
     "rope_local_base_freq",
@@ -44,9 +47,12 @@ _INNER = (
     "scale_embeddings",
     "fused_qkv",
     "fused_gate_up",
+    "attention_gate",
+    "fused_qkvz",
     "moe_names",
     "moe_layers",
     "sliding_layers",
+    "linear_layers",
     "rope_layers",
     "rope",
     "rope_local",
@@ -72,6 +78,12 @@ _OF_SOME_FAMILIES = (
     "hidden_size_per_layer_input",
     "vocab_size_per_layer_input",
     "use_bidirectional_attention",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_conv_kernel_dim",
+    "full_attention_interval",
 )
 """Keys that mean something only in files of families whose defaults list them."""
 _OF_EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
@@ -159,7 +171,10 @@ def fields_from_hf(config_json: Mapping[str, Any], where: str) -> dict[str, Any]
     if values.get("sliding_window") == 0 and not values.get("use_sliding_window", True):
         values["sliding_window"] = None  # transformers writes 0 for a window that is switched off
     values["rope_layers"] = _read_rope_layers(values, where)
-    values["sliding_layers"] = _read_sliding_layers(values, family, where)
+    if "full_attention_interval" in family.defaults:
+        values["linear_layers"] = _read_linear_layers(values, where)
+    else:
+        values["sliding_layers"] = _read_sliding_layers(values, family, where)
     _read_experts(values, family, where)
     return values | family.fields
 
@@ -278,9 +293,25 @@ def _read_sliding_layers(values: Mapping[str, Any], family: Family, where: str) 
     return _or_none([family.slides(i, first) for i in numbers]) if type(first) is int else []
 
 
-def _or_none(sliding: list[bool]) -> list[bool]:
-    """Return an empty list where no layer slides: ModelConfig has one way to say so."""
-    return sliding if any(sliding) else []
+def _read_linear_layers(values: Mapping[str, Any], where: str) -> list[bool]:
+    """Return whether each layer has linear attention, from layer_types or the interval."""
+    kinds, every = values.get("layer_types"), values["full_attention_interval"]
+    if kinds is not None:
+        if not isinstance(kinds, list) or not all(str(kind) in _LINEAR for kind in kinds):
+            raise LorakitError(
+                f"{where}: layer_types must list {' or '.join(_LINEAR)}, not {kinds!r}"
+            )
+        return _or_none([_LINEAR[kind] for kind in kinds])
+    if type(every) is not int or every <= 0:
+        raise LorakitError(f"{where}: full_attention_interval must be positive, not {every!r}")
+    layers = values.get("num_hidden_layers")
+    numbers = range(min(layers, _MOST_LAYERS)) if type(layers) is int else []
+    return _or_none([(i + 1) % every != 0 for i in numbers])
+
+
+def _or_none(layers: list[bool]) -> list[bool]:
+    """Return an empty list where no layer is meant: ModelConfig has one way to say so."""
+    return layers if any(layers) else []
 
 
 def _read_experts(values: dict[str, Any], family: Family, where: str) -> None:
@@ -317,6 +348,7 @@ def fields_to_hf(fields: Mapping[str, Any]) -> dict[str, Any]:
     values = dict(fields)
     rope, local = values.pop("rope"), values.pop("rope_local")
     sliding, experts = values.pop("sliding_layers"), values.pop("moe_layers")
+    linear = values.pop("linear_layers")
     values["architectures"] = [family.architecture]
     values["attention_bias"] = fields["o_bias"]
     if "attention_out_bias" in family.defaults:
@@ -333,7 +365,12 @@ def fields_to_hf(fields: Mapping[str, Any]) -> dict[str, Any]:
     for name in _LEFT_OUT_IF_NULL:
         if values[name] is None and name not in family.defaults:
             del values[name]
-    _write_sliding_layers(values, sliding, family)
+    if "full_attention_interval" in family.defaults:
+        names = {each: name for name, each in _LINEAR.items()}
+        layers = linear or [False] * fields["num_hidden_layers"]
+        values["layer_types"] = [names[each] for each in layers]
+    else:
+        _write_sliding_layers(values, sliding, family)
     del values["rope_layers"]
     write_ropes(values, rope, local, family)
     if any(experts):

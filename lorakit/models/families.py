@@ -8,40 +8,10 @@ A model with other towers (vision, audio) is a wrapper around one of these famil
 lists the wrappers whose text model can be read and written back.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from lorakit.config.errors import LorakitError, nearest
-
-
-@dataclass(frozen=True)
-class Family:
-    """What a model_type says beyond the keys of its config.json."""
-
-    architecture: str
-    """Name of the family's class in transformers, for the key `architectures`."""
-    fields: dict[str, Any] = field(default_factory=dict)
-    """ModelConfig fields that every model of the family has."""
-    defaults: dict[str, Any] = field(default_factory=dict)
-    """Defaults of transformers for keys that may be left out, where they are not ModelConfig's."""
-    ignored: tuple[str, ...] = ()
-    """Keys that files of the family carry and transformers does not use."""
-    activation: str = "hidden_act"
-    """Key under which the family's files name the MLP's activation."""
-    activations: dict[str, str] = field(default_factory=dict)
-    """Names of activations that mean another one in the family's files -> that one."""
-    rope_types: dict[str, str] = field(default_factory=dict)
-    """Names of rotary scalings that mean another one in the family's files -> that one."""
-    slides: Callable[[int, int], bool] = field(default=lambda layer, first: layer >= first)
-    """Whether a layer has the window where a file has neither layer_types nor a pattern.
-
-    It gets the layer's number and the file's max_window_layers, 0 if there is none.
-    """
-
-    last_is_full: bool = False
-    """Whether the last layer has no window, whatever a file says."""
-
+from lorakit.models.family import Family
 
 _LEFTOVERS = ("sliding_window", "layer_types")  # of files whose family has no window
 _ENDS = {"bos_token_id": 1, "eos_token_id": 2}  # of Llama 2's vocabulary
@@ -89,6 +59,29 @@ _QWEN_VL = _QWEN | {
 # A position in an image has three numbers, and sections of the frequencies for each. In text the
 # three are equal, so that the rotary embedding is the plain one.
 _MROPE: dict[str, Any] = {"rope_types": {"mrope": "default"}}
+_QWEN_LINEAR = {
+    "qk_norm": "head",
+    "norm_weight_offset": 1.0,
+    "norm_casting_mode": "gemma",
+    "attention_gate": True,
+}
+_QWEN_LINEAR_DEFAULTS: dict[str, Any] = {
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "max_position_embeddings": 32768,
+    "partial_rotary_factor": 0.25,
+    "full_attention_interval": 4,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+}
+_QWEN_LINEAR_MOE = _QWEN_LINEAR_DEFAULTS | {
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+}
 _GEMMA = {
     "norm_weight_offset": 1.0,
     "norm_casting_mode": "gemma",
@@ -307,6 +300,34 @@ FAMILIES = {
         },
         ignored=("max_window_layers", "layer_types"),
     ),
+    "qwen3_next": Family(
+        "Qwen3NextForCausalLM",
+        _QWEN_LINEAR | {"fused_qkvz": True},
+        _QWEN_LINEAR_MOE
+        | {"intermediate_size": 5632, "num_local_experts": 512, "num_experts_per_tok": 10},
+        ignored=("sliding_window",),
+    ),
+    "qwen3_5_text": Family(
+        "Qwen3_5ForCausalLM",
+        _QWEN_LINEAR,
+        _QWEN_LINEAR_DEFAULTS | {"num_key_value_heads": 4, "rope_parameters": {}},
+        ignored=("sliding_window",),
+        **_MROPE,
+    ),
+    "qwen3_5_moe_text": Family(
+        "Qwen3_5MoeForCausalLM",
+        _QWEN_LINEAR | {"norm_topk_prob": True},
+        _QWEN_LINEAR_MOE
+        | {
+            # of layers that no such model has
+            "intermediate_size": 512,
+            "num_local_experts": 256,
+            "num_experts_per_tok": 8,
+            "rope_parameters": {},
+        },
+        ignored=("sliding_window", "decoder_sparse_step", "mlp_only_layers"),
+        **_MROPE,
+    ),
     "qwen2_vl_text": Family("Qwen2VLTextModel", {"qkv_bias": True}, _QWEN_VL, **_MROPE),
     "qwen2_5_vl_text": Family("Qwen2_5_VLTextModel", {"qkv_bias": True}, _QWEN_VL, **_MROPE),
     "qwen3_vl_text": Family(
@@ -387,6 +408,8 @@ WRAPPERS = {
     "qwen2_vl": "qwen2_vl_text",
     "qwen2_5_vl": "qwen2_5_vl_text",
     "qwen3_vl": "qwen3_vl_text",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
 }
 """The model types of a text model beside other towers -> the text model's family.
 

@@ -39,6 +39,7 @@ from lorakit.models.config import ModelConfig
 from lorakit.models.config_json import text_config
 from lorakit.models.decoder import Decoder
 from lorakit.models.families import WRAPPERS
+from lorakit.models.fused_experts import split_experts
 from lorakit.models.gguf import read_gguf
 from lorakit.models.large_pages import HUGE_PAGE, in_large_pages
 from lorakit.models.multimodal import split_text_model, text_name
@@ -84,7 +85,7 @@ def load_model(
     model.to(dtype)
     where = str(source.path)
     _make_packed_layers(model, weights, quant, where)
-    target = _Target(dtype, device, _homes(model) if device.type == "cpu" else {})
+    target = _Target(device, _homes(model) if device.type == "cpu" else {})
     bar = tqdm(
         weights.items(),
         desc=f"loading {source.path.name}",
@@ -164,6 +165,7 @@ def open_model(path_or_hub_id: str | Path) -> tuple[Decoder, dict[str, LazyWeigh
         else:
             own_names = {name: text_name(name) for name in weights}
             weights = renamed(weights, own_names, str(path), "a multimodal model")
+        weights = split_experts(weights, config, str(path))
         said = text_config(values, str(path))[0]
         named = "eos_token_id" in said
         config = _with_end_tokens(config, path / "generation_config.json", named)
@@ -350,10 +352,8 @@ def _homes(model: Decoder) -> dict[str, Tensor]:
 
 
 class _Target(NamedTuple):
-    """The place that weights go to, and their dtype."""
+    """The place that weights go to."""
 
-    dtype: torch.dtype
-    """The dtype of dense weights."""
     device: torch.device
     """The device of all weights."""
     homes: Mapping[str, Tensor]
@@ -380,8 +380,9 @@ def _place(model: nn.Module, name: str, value: Tensor | kernels.Packed, target: 
         return
     if not isinstance(owner, PackedWeight) or leaf != "weight":
         assert isinstance(value, Tensor)  # a packed value has the shell of a packed layer
-        copied = target.copied(name, value, target.dtype)
-        setattr(owner, leaf, nn.Parameter(copied, owner.get_parameter(leaf).requires_grad))
+        empty = owner.get_parameter(leaf)  # the shell knows its dtype, which may stay fp32
+        copied = target.copied(name, value, empty.dtype)
+        setattr(owner, leaf, nn.Parameter(copied, empty.requires_grad))
         return
     if isinstance(value, Tensor):
         owner.requantize(value.to(target.device))

@@ -10,7 +10,7 @@ from typing import Any
 
 from lorakit.config.errors import LorakitError
 from lorakit.config.fields import from_mapping
-from lorakit.models.families import Family
+from lorakit.models.family import Family
 from lorakit.models.rope import RopeConfig
 
 _KINDS = ("full_attention", "sliding_attention")
@@ -124,6 +124,8 @@ def write_ropes(
     if "rope_parameters" in family.defaults:  # without this key another rotation is meant
         scaling = _scaling(rope) or {"rope_type": rope.rope_type}
         values["rope_parameters"] = {"rope_theta": rope.rope_theta} | scaling
+        if "partial_rotary_factor" in family.defaults:
+            values["rope_parameters"]["partial_rotary_factor"] = rope.partial_rotary_factor
         return
     values["rope_theta"], values["rope_scaling"] = rope.rope_theta, _scaling(rope)
     if "partial_rotary_factor" in family.defaults:

@@ -59,6 +59,8 @@ class AttentionView(NamedTuple):
     """Whether the MLP keeps gate and up for backward, which otherwise computes them again."""
     query_scale: Tensor | None = None
     """Factors of the queries after their rotation: fp32 [B or 1, T, 1, 1]; None: all are 1."""
+    real: Tensor | None = None
+    """False at padding, for linear attention: bool [B, T]; None: there is none."""
 
 
 def attention_views(
@@ -103,17 +105,19 @@ def attention_views(
     tables = tables_of(config, position_ids, own)
     scale = query_scale(config.rope, position_ids, past + T)
 
-    def view(slides: bool, rope: int, keeps: bool) -> AttentionView:
+    def view(linear: bool, slides: bool, rope: int, keeps: bool) -> AttentionView:
         window, mask = config.sliding_window if slides else None, None
+        if linear:
+            now = None if real is None else real[:, past:]
+            return AttentionView(tables[rope], None, None, lengths, recomputed, keeps, None, now)
         if lengths is None:
             seen = positions if cache is None else cache.positions(T, window)
             mask = key_mask(positions, seen, window, real)
         return AttentionView(tables[rope], mask, window, lengths, recomputed, keeps, scale)
 
     # what a block keeps that runs again right before its backward lives for that block only
-    layers = range(config.num_hidden_layers)
     kinds = [
-        (config.slides(i), config.rope_number(i), recomputed or i < kept_layers) for i in layers
+        (*_kind(config, i), recomputed or i < kept_layers) for i in range(config.num_hidden_layers)
     ]
     views = {kind: view(*kind) for kind in set(kinds)}
     return [views[kind] for kind in kinds]
@@ -125,6 +129,11 @@ def tables_of(
     """Return the tables of each of the model's rotary embeddings; see `rope_tables`."""
     ropes = zip(config.ropes, config.rope_head_dims, strict=True)
     return [rope_tables(rope, size, position_ids, lengths) for rope, size in ropes]
+
+
+def _kind(config: ModelConfig, layer: int) -> tuple[bool, bool, int]:
+    """Return whether a layer is linear, whether it slides, and the number of its embedding."""
+    return config.is_linear(layer), config.slides(layer), config.rope_number(layer)
 
 
 def key_mask(

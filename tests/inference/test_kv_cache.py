@@ -176,7 +176,7 @@ def _write(cache, line, ids, new):
 
 def _check(cache, line, ids):
     assert line.length == len(ids)
-    for layer, kind in enumerate(cache.kind_of):
+    for layer, kind in cache.kind_of.items():
         first = 0 if cache.reach[kind] is None else max(0, line.length + 1 - cache.reach[kind])
         for p in range(first, line.length):
             slot = line.pages[kind][p // 2], p % 2

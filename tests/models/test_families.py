@@ -106,7 +106,7 @@ def test_keys_that_a_file_leaves_out_mean_what_transformers_takes(model_type):
     from transformers import AutoConfig
 
     whole = AutoConfig.for_model(model_type, num_hidden_layers=6).to_dict()
-    found = {name: whole[name] for name in ("model_type", *SIZES)}
+    found = {name: whole[name] for name in ("model_type", *SIZES) if name in whole}
     assert same(lk.ModelConfig.from_hf(found), lk.ModelConfig.from_hf(whole))
 
 

@@ -278,6 +278,11 @@ class PromptMethod(Method[P]):
                 f"{type(model).__name__}"
             )
         self.check_model(model.config)
+        if any(model.config.linear_layers):
+            raise LorakitError(
+                "attach: a prompt is keys and values, and layers of linear attention have none; "
+                "take another method, such as LoRA"
+            )
         plan = Plan(model)
         beginning = plan.wrap("beginning", Prompt)
         assert beginning is not None, "a decoder has one beginning"
