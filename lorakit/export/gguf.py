@@ -25,7 +25,7 @@ from torch import Tensor
 from lorakit import kernels
 from lorakit.config.errors import LorakitError
 from lorakit.export.importance import Importance, load_importance
-from lorakit.export.metadata import check_said, llama3_divisors, model_metadata
+from lorakit.export.metadata import check_said, model_metadata, rotary_tensors
 from lorakit.export.mix import Mix
 from lorakit.export.vocabulary import (
     brings,
@@ -38,7 +38,7 @@ from lorakit.files.gguf import NewTensor, Typed, block_sizes, read_header, write
 from lorakit.files.hub import fetch_adapter, name_of
 from lorakit.files.local import as_path
 from lorakit.models.decoder import Decoder
-from lorakit.models.gguf_names import Dialect, dialect_of, storage, stored_name
+from lorakit.models.gguf_names import SHARED_GATE, Dialect, dialect_of, storage, stored_name
 from lorakit.models.tokenizer import Tokenizer
 
 _PART = 1 << 24  # values that are quantized at a time, 64 MB of fp32
@@ -228,11 +228,8 @@ def _planned(
     dense: DenseModel, dialect: Dialect, mix: Mix, importance: Importance | None, tied: bool
 ) -> Iterator[NewTensor]:
     """Yield the tensors of the file; their data are made when they are asked for."""
-    config = dense.config
-    if config.rope.rope_type == "llama3":
-        divisors = llama3_divisors(config)
-        data = partial(_vector, "rope_freqs.weight", divisors)
-        yield NewTensor("rope_freqs.weight", tuple(divisors.shape), "F32", data)
+    for stored, divisors in rotary_tensors(dense.config).items():
+        yield NewTensor(stored, tuple(divisors.shape), "F32", partial(_vector, stored, divisors))
     members: dict[str, dict[int | None, str]] = {}
     for published in dense.tensors:
         stored, expert = stored_name(published, dialect)
@@ -241,6 +238,8 @@ def _planned(
         names = [of[expert] for expert in sorted(of, key=lambda e: -1 if e is None else e)]
         shape = dense.tensors[names[0]].shape
         whole = shape if None in of else (len(of), *shape)
+        if names[0].endswith(SHARED_GATE):
+            whole = whole[-1:]
         kind = mix.kind(stored, whole, tied=tied)
         columns = None if importance is None else importance.columns(stored, shape, len(names))
         yield NewTensor(

@@ -17,7 +17,7 @@ import torch
 from lorakit.config.errors import LorakitError
 from lorakit.models.config import ModelConfig
 from lorakit.models.gguf_names import KEYS, Dialect
-from lorakit.models.rope import RopeConfig, inverse_frequencies
+from lorakit.models.rope import RopeConfig, inverse_frequencies, magnitude
 
 _FLOATS = (
     "rms_norm_eps",
@@ -25,8 +25,24 @@ _FLOATS = (
     "attn_logit_softcapping",
     "final_logit_softcapping",
     "rope_local_base_freq",
+    "attention_multiplier",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
 )
-_LLAMA_LIKE = ("llama", "qwen2", "qwen3", "qwen3moe")
+_STATES_WINDOWS = ("gemma2", "gemma3", "olmo2")
+_STRETCHES = {
+    "llama": ("linear", "yarn", "llama3"),
+    "granite": ("linear", "yarn", "llama3"),
+    "phi3": ("longrope",),
+    "gemma": ("linear",),
+    "gemma2": ("linear",),
+    "gemma3": ("linear",),
+}
+"""The rotary scalings that llama.cpp has for an architecture; the others have _OF_ALL."""
+_OF_ALL = ("linear", "yarn")
+_BIASED = ("llama", "granite")  # with or without, as the tensors say
+_STEP = 4  # llama.cpp's own for SmolLM3: every fourth layer knows no positions
 
 
 def model_metadata(
@@ -52,29 +68,52 @@ def model_metadata(
         value = values.get(name)
         if value is not None and name != "sliding_window_pattern":
             found[key] = float(value) if name in _FLOATS else int(value)
-    found["attention.value_length"] = found["rope.dimension_count"] = config.head_dim
+    found["attention.value_length"] = config.head_dim
+    found["rope.dimension_count"] = config.rope.rotary_dim(config.head_dim)
     if config.sliding_window is None or not any(config.sliding_layers):
         found.pop("attention.sliding_window", None)
         if arch == "gemma2":  # where llama.cpp takes 4096 if the file says nothing
             found["attention.sliding_window"] = found["context_length"]
-    elif arch == "gemma3":
+    elif arch in ("gemma3", "olmo2"):
         found["attention.sliding_window_pattern"] = list(config.sliding_layers)
-    found |= _rope_scaling(config.rope)
+    found |= _rope_scaling(config)
     return {f"{arch}.{key}": value for key, value in found.items()}
 
 
-def _rope_scaling(rope: RopeConfig) -> dict[str, Any]:
+def _rope_scaling(config: ModelConfig) -> dict[str, Any]:
     """Return the keys of a rotary embedding that is stretched; llama3's are a tensor instead."""
+    rope, original = config.rope, "rope.scaling.original_context_length"
+    if rope.rope_type == "longrope":  # its divisors are tensors
+        return {
+            original: rope.original_max_position_embeddings,
+            "rope.scaling.attn_factor": float(magnitude(rope)),
+        }
     if rope.rope_type not in ("linear", "yarn"):
         return {}
     found = {"rope.scaling.type": rope.rope_type, "rope.scaling.factor": float(rope.factor)}
     if rope.rope_type == "yarn":
         found |= {
-            "rope.scaling.original_context_length": rope.original_max_position_embeddings,
+            original: rope.original_max_position_embeddings,
             "rope.scaling.yarn_beta_fast": float(rope.beta_fast),
             "rope.scaling.yarn_beta_slow": float(rope.beta_slow),
         }
+    if rope.mscale_all_dim is not None:
+        found["rope.scaling.yarn_log_multiplier"] = float(rope.mscale_all_dim)
+    if rope.llama_4_scaling_beta is not None:
+        found["attention.temperature_scale"] = float(rope.llama_4_scaling_beta)
     return found
+
+
+def rotary_tensors(config: ModelConfig) -> dict[str, torch.Tensor]:
+    """Return the vectors by which some rotary embeddings divide the frequencies, fp32 [R / 2]."""
+    if config.rope.rope_type == "llama3":
+        return {"rope_freqs.weight": llama3_divisors(config)}
+    if config.rope.rope_type == "longrope":
+        return {
+            "rope_factors_short.weight": torch.tensor(config.rope.short_factor),
+            "rope_factors_long.weight": torch.tensor(config.rope.long_factor),
+        }
+    return {}
 
 
 def llama3_divisors(config: ModelConfig) -> torch.Tensor:
@@ -123,22 +162,32 @@ def check_said(
 def _unsaid_rope(config: ModelConfig, arch: str) -> str | None:
     """Return what of the rotary embeddings a file cannot say."""
     rope, local = config.rope, config.rope_local
-    kinds = ["default", "linear"]
-    kinds += ["yarn"] if arch in _LLAMA_LIKE else []
-    kinds += ["llama3"] if arch == "llama" else []
-    if rope.rope_type not in kinds:
+    if rope.rope_type not in ("default", *_STRETCHES.get(arch, _OF_ALL)):
         return f"the rotary scaling {rope.rope_type!r}"
     if local is not None and (arch != "gemma3" or local.rope_type != "default"):
-        return "this rotary embedding of the sliding layers"
-    if rope.rope_type == "yarn":
-        usual = 0.1 * math.log(rope.factor) + 1
-        factor = usual if rope.attention_factor is None else rope.attention_factor
-        scales = (rope.mscale, rope.mscale_all_dim)
-        if not math.isclose(factor, usual, rel_tol=1e-6) or scales != (None, None):
-            return "yarn's attention_factor, mscale and mscale_all_dim"
-        if not rope.truncate:
-            return "yarn with truncate=false"
-    return None
+        plain = RopeConfig(rope.rope_theta)
+        if arch != "olmo2" or local != plain:
+            return "this rotary embedding of the sliding layers"
+    every = [True] * config.num_hidden_layers
+    turning = [(layer + 1) % _STEP != 0 for layer in range(len(every))]
+    if (config.rope_layers or every) != (turning if arch == "smollm3" else every):
+        return "which layers know positions (no_rope_layers)"
+    if rope.partial_rotary_factor != 1 and arch != "phi3":
+        return f"partial_rotary_factor {rope.partial_rotary_factor}"
+    return _unsaid_yarn(rope, arch) if rope.rope_type == "yarn" else None
+
+
+def _unsaid_yarn(rope: RopeConfig, arch: str) -> str | None:
+    """Return what of a rotary embedding stretched by yarn a file cannot say."""
+    usual = 0.1 * math.log(rope.factor) + 1
+    factor = usual if rope.attention_factor is None else rope.attention_factor
+    scales = (1.0, 1.0) if arch == "mistral3" else (None, None)
+    if not math.isclose(factor, usual, rel_tol=1e-6) or scales != (
+        rope.mscale,
+        rope.mscale_all_dim,
+    ):
+        return "yarn's attention_factor, mscale and mscale_all_dim"
+    return None if rope.truncate else "yarn with truncate=false"
 
 
 def _unsaid_window(config: ModelConfig, arch: str, context_length: int) -> str | None:
@@ -146,7 +195,7 @@ def _unsaid_window(config: ModelConfig, arch: str, context_length: int) -> str |
     window, sliding = config.sliding_window, config.sliding_layers
     if not any(sliding) or window is None or window >= context_length:
         return None
-    if arch in (*_LLAMA_LIKE, "gemma"):
+    if arch not in _STATES_WINDOWS:
         return f"a sliding window of {window} (context_length={window} needs none)"
     if arch == "gemma2" and sliding != [i % 2 == 0 for i in range(len(sliding))]:
         return "these layer_types"
@@ -165,7 +214,8 @@ def _unsaid_attention(config: ModelConfig, arch: str, dialect: Dialect) -> str |
         return f"attn_logit_softcapping {config.attn_logit_softcapping}"
     if (config.final_logit_softcapping is not None) != (arch == "gemma2"):
         return f"final_logit_softcapping {config.final_logit_softcapping}"
-    if arch != "llama" and (config.o_bias or config.qkv_bias != (arch == "qwen2")):
+    biases = arch in ("qwen2", "qwen2moe", "seed_oss")
+    if arch not in _BIASED and (config.o_bias or config.qkv_bias != biases):
         return "these biases of the attention (attention_bias)"
     return None
 
@@ -175,11 +225,11 @@ def _unsaid_mlp(config: ModelConfig, arch: str, dialect: Dialect) -> str | None:
     usual = "gelu_pytorch_tanh" if arch.startswith("gemma") else "silu"
     if config.hidden_act != usual:
         return f"hidden_act {config.hidden_act!r}, only {usual!r}"
-    if config.mlp_bias and arch != "llama":
+    if config.mlp_bias and arch not in _BIASED:
         return "mlp_bias"
     if "ffn_gate_inp" in dialect.names:
         if not all(config.moe_layers):
             return "layers without experts (mlp_only_layers, decoder_sparse_step)"
-        if not config.norm_topk_prob:
-            return "norm_topk_prob=false"
+        if config.norm_topk_prob != (arch != "qwen2moe"):
+            return f"norm_topk_prob={str(config.norm_topk_prob).lower()}"
     return None

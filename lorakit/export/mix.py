@@ -124,6 +124,8 @@ class Mix:
             return self._of_head(row)
         if stem == "attn_v":
             return self._of_values(int(layer))
+        if stem == "attn_qkv":
+            return {"q4_k_m": "Q5_K", "q5_k_m": "Q6_K"}.get(self.name, self._default)
         if stem == "attn_k" and self._config.num_experts == 8:
             return "Q8_0"
         if stem.startswith("ffn_down"):

@@ -7,7 +7,8 @@ here, and reading it reads its bytes alone.
 
 A file leaves some things unsaid. For these lorakit computes what llama.cpp does: Gemma's attention
 scale goes by the number of layers, Qwen has no sliding window, Qwen3-MoE's expert weights sum to
-one.
+one, every fourth layer of SmolLM3 knows no positions. Phi 3's window, which llama.cpp ignores, is
+kept.
 
 Metadata of a wrong type, sizes that do not fit each other, and tensors that the architecture does
 not have raise a LorakitError. Nothing that a file says is believed without a check.
@@ -28,13 +29,19 @@ from lorakit.models.config import ModelConfig, RopeConfig
 from lorakit.models.gguf_names import (
     DIALECTS,
     KEYS,
+    MISTRAL,
     MIXTRAL,
+    OLMO2,
+    SHARED_GATE,
     TOKEN_KEYS,
     Dialect,
     published_name,
     restoration,
 )
 from lorakit.models.rope import llama3_of_divisors
+
+_SHORT, _LONG = "rope_factors_short.weight", "rope_factors_long.weight"
+_ROTARY = ("rope_freqs.weight", _SHORT, _LONG)
 
 
 def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, LazyTensor]]:
@@ -58,7 +65,7 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, LazyTensor]]:
     config = _model_config(path, header, dialect)
     tensors = {}
     for name, info in header.tensors.items():
-        if dialect.permuted and name == "rope_freqs.weight":  # the config has read it
+        if name in _ROTARY:  # the config has read it
             continue
         hf_name = _hf_name(path, name, dialect)
         if "{}" in hf_name:
@@ -66,6 +73,8 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, LazyTensor]]:
                 read = fp32_reader(path, expert, lengths[name] // config.num_experts)
                 tensors[hf_name.replace("{}", str(i))] = LazyTensor(expert.shape, read)
         else:
+            if hf_name.endswith(SHARED_GATE) and len(info.shape) == 1:
+                info = info._replace(shape=(1, *info.shape))
             read = fp32_reader(path, info, lengths[name])
             restore = restoration(hf_name, dialect, config)
             if restore is not None:
@@ -106,6 +115,10 @@ def _dialect(path: Path, header: Header) -> Dialect:
     experts = any("_exps." in name or "_gate_inp." in name for name in header.tensors)
     if arch == "llama" and (experts or header.metadata.get("llama.expert_count")):
         return MIXTRAL
+    if arch == "mistral3" and "mistral3.attention.temperature_scale" not in header.metadata:
+        return MISTRAL
+    if arch == "olmo2" and not header.metadata.get("olmo2.attention.sliding_window"):
+        return OLMO2
     return DIALECTS[arch]
 
 
@@ -146,15 +159,18 @@ def _model_config(path: Path, header: Header, dialect: Dialect) -> ModelConfig:
     values = _given_values(header.metadata, arch, dialect)
     _add_what_tensors_say(values, header.tensors)
     _add_derived_values(values, dialect)
-    values["rope_scaling"] = _rope_scaling(path, header.metadata, f"{arch}.rope")
+    values["rope_scaling"] = _rope_scaling(path, header, arch)
+    size = values.get("head_dim")
+    turned = header.metadata.get(f"{arch}.rope.dimension_count", size)
+    if arch == "phi3" and type(turned) is int and type(size) is int and size > 0:
+        values["partial_rotary_factor"] = turned / size
     config = ModelConfig.from_hf(values, str(path))
-    if dialect.permuted and "rope_freqs.weight" in header.tensors:
+    if "rope_freqs.weight" in header.tensors:
         rope = _llama3_rope(path, header.tensors["rope_freqs.weight"], config)
         config = dataclasses.replace(config, rope=rope)
-    rotated = header.metadata.get(f"{arch}.rope.dimension_count", config.head_dim)
-    if rotated != config.head_dim:
+    if turned != config.rope.rotary_dim(config.head_dim):
         raise LorakitError(
-            f"{path}: a rotary embedding of {rotated} of {config.head_dim} dimensions "
+            f"{path}: a rotary embedding of {turned} of {config.head_dim} dimensions "
             "is not supported"
         )
     return config
@@ -175,7 +191,8 @@ def _given_values(metadata: Mapping[str, Any], arch: str, dialect: Dialect) -> d
 
 def _add_what_tensors_say(values: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
     values["tie_word_embeddings"] = "output.weight" not in tensors
-    values["attention_bias"] = "blk.0.attn_output.bias" in tensors  # Qwen2's others go by its type
+    # the other biases of Qwen2 and Seed-OSS go by the type
+    values.setdefault("attention_bias", "blk.0.attn_output.bias" in tensors)
     values["mlp_bias"] = "blk.0.ffn_gate.bias" in tensors
 
 
@@ -192,24 +209,45 @@ def _add_derived_values(values: dict[str, Any], dialect: Dialect) -> None:
         kinds = ("full_attention", "sliding_attention")
         values["layer_types"] = [kinds[bool(slides)] for slides in pattern]
         del values["sliding_window_pattern"]
+    if values.get("sliding_window") == 0:  # of Phi 4
+        values["sliding_window"] = None
 
 
-def _rope_scaling(path: Path, metadata: Mapping[str, Any], prefix: str) -> dict[str, Any] | None:
+def _rope_scaling(path: Path, header: Header, arch: str) -> dict[str, Any] | None:
     """Return config.json's rope_scaling, or None if the frequencies are the plain ones."""
+    metadata, prefix = header.metadata, f"{arch}.rope"
     kind = metadata.get(f"{prefix}.scaling.type", "linear")
     factor = metadata.get(f"{prefix}.scaling.factor", metadata.get(f"{prefix}.scale_linear", 0.0))
-    if kind == "none" or (kind == "linear" and factor == 0):
-        return None
-    for key in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor"):
-        if metadata.get(f"{prefix}.scaling.{key}", 1.0) != 1:
-            raise LorakitError(f"{path}: {prefix}.scaling.{key} is not supported; it must be 1")
     keys = {
         "original_max_position_embeddings": "original_context_length",
         "beta_fast": "yarn_beta_fast",
         "beta_slow": "yarn_beta_slow",
     }
     given = {name: metadata.get(f"{prefix}.scaling.{key}") for name, key in keys.items()}
-    return {"rope_type": kind, "factor": factor or 1.0} | given
+    if _LONG in header.tensors:
+        given |= {"rope_type": "longrope", **_longrope_factors(path, header)}
+        return given | {"attention_factor": metadata.get(f"{prefix}.scaling.attn_factor")}
+    if kind == "none" or (kind == "linear" and factor == 0):
+        return None
+    for key in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor"):
+        if metadata.get(f"{prefix}.scaling.{key}", 1.0) != 1:
+            raise LorakitError(f"{path}: {prefix}.scaling.{key} is not supported; it must be 1")
+    multiplier = metadata.get(f"{prefix}.scaling.yarn_log_multiplier")
+    if multiplier is not None:  # llama.cpp then takes 1 for the other
+        given |= {"mscale": 1.0, "mscale_all_dim": multiplier}
+    beta = metadata.get(f"{arch}.attention.temperature_scale")
+    return {"rope_type": kind, "factor": factor or 1.0, "llama_4_scaling_beta": beta} | given
+
+
+def _longrope_factors(path: Path, header: Header) -> dict[str, Any]:
+    """Return the divisors of longrope, which files store as two tensors."""
+    found = {}
+    for key, name in (("short_factor", _SHORT), ("long_factor", _LONG)):
+        info = header.tensors.get(name)
+        if info is None or len(info.shape) != 1:
+            raise LorakitError(f"{path}: tensor {name} is missing, or no vector")
+        found[key] = fp32_reader(path, info, data_length(path, name, info))().tolist()
+    return found
 
 
 def _llama3_rope(path: Path, info: TensorInfo, config: ModelConfig) -> RopeConfig:

@@ -1,11 +1,12 @@
 """Names and keys of GGUF files, by architecture: one table, for reading and for writing.
 
 A *dialect* says how the files of one architecture name and store what Hugging Face's files hold.
-models/gguf.py reads by it, export/ writes by it. Values differ from the published ones in three
-ways, whose inverses stand here side by side:
+models/gguf.py reads by it, export/ writes by it. An architecture may have two, of families that
+differ in one setting. Values differ from the published ones in three ways, whose inverses stand
+here side by side:
 
-- `llama` files (Llama, Mistral, Mixtral) store the rows of q_proj and k_proj in another order: the
-  two halves of a head are interleaved, for a rotary embedding that turns neighbours.
+- The files of Llama, Mistral and their relatives store the rows of q_proj and k_proj in another
+  order: the two halves of a head are interleaved, for a rotary embedding that turns neighbours.
 - Gemma's norm weights are stored as what norms multiply by, one more than the published weight.
 - All experts of a layer lie in one tensor [E, out, in].
 """
@@ -42,6 +43,25 @@ _SANDWICH_NORMS = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 _MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+_FUSED = {
+    "attn_norm": "input_layernorm",
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_up": "mlp.gate_up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_POST_NORMS = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_SEED_ATTENTION = {
+    stem.replace("ffn_norm", "post_attention_norm"): name for stem, name in _ATTENTION.items()
+}
 _MIXTRAL_EXPERTS = {
     "ffn_gate_inp": "block_sparse_moe.gate",
     "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
@@ -54,6 +74,14 @@ _QWEN_EXPERTS = {
     "ffn_up_exps": "mlp.experts.{}.up_proj",
     "ffn_down_exps": "mlp.experts.{}.down_proj",
 }
+_SHARED_EXPERT = {
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+}
+SHARED_GATE = "mlp.shared_expert_gate.weight"
+"""Published [1, H]; files store the one row alone."""
 
 # Keys of config.json -> keys of the file, without the architecture before them.
 KEYS = {
@@ -74,9 +102,20 @@ _QWEN_MOE_KEYS = {
     "num_experts_per_tok": "expert_used_count",
     "moe_intermediate_size": "expert_feed_forward_length",
 }
-_GEMMA_KEYS = {
+_QWEN2_MOE_KEYS = _QWEN_MOE_KEYS | {
+    "shared_expert_intermediate_size": "expert_shared_feed_forward_length"
+}
+_GRANITE_KEYS = {
+    "attention_multiplier": "attention.scale",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "logits_scaling": "logit_scale",
+}
+_WINDOW_KEYS = {
     "sliding_window": "attention.sliding_window",
     "sliding_window_pattern": "attention.sliding_window_pattern",
+}
+_GEMMA_KEYS = _WINDOW_KEYS | {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
     "rope_local_base_freq": "rope.freq_base_swa",
@@ -112,10 +151,19 @@ class Dialect(NamedTuple):
 
 _LLAMA = Dialect("llama", _ATTENTION | _MLP, permuted=True)
 MIXTRAL = Dialect("mixtral", _ATTENTION | _MIXTRAL_EXPERTS, _MIXTRAL_KEYS, permuted=True)
+MISTRAL = Dialect("mistral", _ATTENTION | _MLP, defaults={"sliding_window": None}, permuted=True)
+OLMO2 = Dialect("olmo2", _POST_NORMS | _QK_NORM | _MLP)
 DIALECTS = {
     "llama": _LLAMA,  # MIXTRAL if it has experts
+    "mistral3": Dialect("ministral3", _ATTENTION | _MLP, permuted=True),  # MISTRAL if unscaled
+    "smollm3": Dialect("smollm3", _ATTENTION | _MLP, permuted=True),
+    "granite": Dialect("granite", _ATTENTION | _MLP, _GRANITE_KEYS, permuted=True),
+    "phi3": Dialect("phi3", _FUSED, {"sliding_window": "attention.sliding_window"}),
+    "olmo2": Dialect("olmo3", _POST_NORMS | _QK_NORM | _MLP, _WINDOW_KEYS),  # OLMO2 if no window
+    "seed_oss": Dialect("seed_oss", _SEED_ATTENTION | _MLP, defaults={"attention_bias": True}),
     "qwen2": Dialect("qwen2", _ATTENTION | _MLP),
     "qwen3": Dialect("qwen3", _ATTENTION | _QK_NORM | _MLP),
+    "qwen2moe": Dialect("qwen2_moe", _ATTENTION | _QWEN_EXPERTS | _SHARED_EXPERT, _QWEN2_MOE_KEYS),
     "qwen3moe": Dialect(
         "qwen3_moe",
         _ATTENTION | _QK_NORM | _QWEN_EXPERTS,
@@ -153,7 +201,7 @@ def dialect_of(config: ModelConfig) -> tuple[str, Dialect]:
     """
     if config.model_type in ("mistral", MIXTRAL.model_type):
         return "llama", MIXTRAL if any(config.moe_layers) else _LLAMA
-    for arch, dialect in DIALECTS.items():
+    for arch, dialect in [*DIALECTS.items(), ("olmo2", OLMO2)]:
         if dialect.model_type == config.model_type:
             return arch, dialect
     raise LorakitError(

@@ -208,7 +208,7 @@ def _yarn_kept(rope: RopeConfig, head_dim: int, device: torch.device) -> Tensor:
     return 1 - ((pairs - first) / (last - first)).clamp(0, 1)
 
 
-def _magnitude(rope: RopeConfig) -> float:
+def magnitude(rope: RopeConfig) -> float:
     """Return m, the constant by which cos and sin are multiplied."""
     if rope.rope_type not in ("yarn", "longrope"):
         return 1.0
@@ -246,7 +246,7 @@ def rope_tables(
         freqs = _fixed_frequencies(rope, head_dim, position_ids.device)
     else:
         freqs = inverse_frequencies(rope, head_dim, position_ids.device, lengths)
-    angles, m = position_ids[..., None].float() * freqs, _magnitude(rope)
+    angles, m = position_ids[..., None].float() * freqs, magnitude(rope)
     cos, sin = angles.cos(), angles.sin()
     return (cos, sin) if m == 1 else (m * cos, m * sin)
 

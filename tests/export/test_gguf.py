@@ -14,7 +14,7 @@ from lorakit.models.load import open_model
 from tests.conftest import FAMILY_VARIANTS, tiny
 from tests.export.llama_cpp import LlamaCpp
 from tests.export.models import write_again, write_model
-from tests.models.test_gguf import VARIANTS
+from tests.models.test_gguf import MINISTRAL, VARIANTS
 
 IDS = [1, *range(4, 30)]  # longer than any window
 
@@ -39,7 +39,9 @@ def test_logits_are_llama_cpp(tmp_path, variant):
     compare(tmp_path / "m.gguf", ours, variant)
 
 
-@pytest.mark.parametrize("variant", ["llama biases", "mixtral", "qwen3", "gemma3"])
+@pytest.mark.parametrize(
+    "variant", ["llama biases", "mixtral", "qwen2_moe", "phi3 longrope", "ministral3", "gemma3"]
+)
 def test_the_file_reads_back_as_the_model(tmp_path, variant):
     """The values are the published ones, those of norms up to the rounding of an added one."""
     model = write_model(tmp_path / "model", variant)
@@ -185,6 +187,10 @@ def test_gemma2_without_windows_says_so(tmp_path):
 
 SLIDING = {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "attention_factor": 1.0}
+OTHER_THETA = {
+    "full_attention": {"rope_type": "default", "rope_theta": 1e4},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e5},
+}
 REFUSED = [
     (
         "llama",
@@ -201,6 +207,15 @@ REFUSED = [
     ("qwen3", {"attention_bias": True}, "attention_bias"),
     ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers"),
     ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob"),
+    ("qwen2_moe", {"norm_topk_prob": True}, "norm_topk_prob=true"),
+    ("smollm3", {"no_rope_layers": [1, 0, 1, 1, 0]}, "no_rope_layers"),
+    ("phi3", {"sliding_window": 8}, "sliding window of 8 (context_length=8"),
+    (
+        "ministral3",
+        {"rope_parameters": MINISTRAL | {"mscale_all_dim": 0.5}},
+        "mscale and mscale_all_dim",
+    ),
+    ("olmo3", {"rope_parameters": OTHER_THETA}, "rotary embedding of the sliding layers"),
     ("gemma", {"tie_word_embeddings": False}, "an output head of its own"),
     ("gemma2", {"query_pre_attn_scalar": 20}, "query_pre_attn_scalar 20"),
     ("gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping None"),
@@ -208,7 +223,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("variant", "settings", "said"), REFUSED, ids=[r[2] for r in REFUSED])
+@pytest.mark.parametrize(
+    ("variant", "settings", "said"), REFUSED, ids=[f"{r[0]} {r[2]}" for r in REFUSED]
+)
 def test_what_a_file_cannot_say_is_refused_by_its_name(tmp_path, variant, settings, said):
     model = write_model(tmp_path / "model", variant, **settings)
     with pytest.raises(lk.LorakitError, match=re.escape(said)):
@@ -216,7 +233,7 @@ def test_what_a_file_cannot_say_is_refused_by_its_name(tmp_path, variant, settin
     assert not list(tmp_path.glob("*m.gguf*"))
 
 
-@pytest.mark.parametrize("name", ["phi3", "smollm3", "ministral3"])
+@pytest.mark.parametrize("name", ["ministral", "cwm"])
 def test_a_family_that_is_not_written_as_gguf_is_refused_by_its_name(tmp_path, name):
     family, options = FAMILY_VARIANTS[name]
     tiny(family, **options).save_pretrained(tmp_path)

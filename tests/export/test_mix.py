@@ -59,6 +59,19 @@ def test_the_formats_are_those_of_the_published_smollm2(smollm2):
         assert kind == info.kind, name
 
 
+def test_the_counts_are_those_of_the_published_phi_3_mini():
+    """Its queries, keys and values are one matrix, its gate and up another."""
+    sizes = {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32}
+    of_phi = {"model_type": "phi3", "head_dim": 96, "num_attention_heads": 32}
+    mix = Mix("q4_k_m", config(**sizes, **of_phi, num_key_value_heads=32), "phi3")
+    layer = {"attn_norm": (3072,), "attn_qkv": (9216, 3072), "attn_output": (3072, 3072)}
+    layer |= {"ffn_norm": (3072,), "ffn_up": (16384, 3072), "ffn_down": (3072, 8192)}
+    shapes = {"token_embd": (32064, 3072), "output_norm": (3072,), "output": (32064, 3072)}
+    shapes |= {f"blk.{i}.{name}": shape for i in range(32) for name, shape in layer.items()}
+    found = Counter(mix.kind(f"{name}.weight", it, tied=False) for name, it in shapes.items())
+    assert found == {"F32": 65, "Q4_K": 81, "Q5_K": 32, "Q6_K": 17}  # as llama.cpp prints them
+
+
 def test_rows_that_do_not_fit_fall_back():
     sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
     sizes |= {"head_dim": 64, "num_attention_heads": 9, "num_key_value_heads": 3}

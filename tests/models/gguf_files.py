@@ -19,7 +19,17 @@ ARCHITECTURES = {
     "gemma": "gemma",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
+    "mistral": "mistral3",  # of Small 3, within a wrapper
+    "ministral3": "mistral3",
+    "smollm3": "smollm3",
+    "granite": "granite",
+    "phi3": "phi3",
+    "olmo2": "olmo2",
+    "olmo3": "olmo2",
+    "seed_oss": "seed_oss",
+    "qwen2_moe": "qwen2moe",
 }
+PERMUTED = ("llama", "mistral3", "smollm3", "granite")
 
 
 def permute(weight, heads):
@@ -38,12 +48,14 @@ def stored(published, config):
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         array = tensor.float().numpy()
-        if arch == "llama" and "q_proj" in name:
+        if arch in PERMUTED and "q_proj" in name:
             array = permute(array, config.num_attention_heads)
-        if arch == "llama" and "k_proj" in name:
+        if arch in PERMUTED and "k_proj" in name:
             array = permute(array, config.num_key_value_heads)
         if arch.startswith("gemma") and name.endswith("norm.weight"):
             array = array + 1
+        if "shared_expert_gate" in name:
+            array = array[0]
         before, found, after = name.partition(".experts.")
         if found:  # ...experts.3.w1.weight
             number, _, rest = after.partition(".")
@@ -71,19 +83,9 @@ def write_gguf(
     head_dim = head_dim or config.hidden_size // config.num_attention_heads
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    add_rope(writer, config)
-    if config.model_type in ("mixtral", "qwen3_moe"):
-        writer.add_expert_count(config.num_local_experts)
-        writer.add_expert_used_count(config.num_experts_per_tok)
-    if config.model_type == "qwen3_moe":
-        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    if config.model_type in ("gemma2", "gemma3_text"):
-        writer.add_sliding_window(config.sliding_window)
-    if config.model_type == "gemma2":
-        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
-        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    add_rope(writer, config, head_dim)
+    add_of_family(writer, config)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(TOKENS)
@@ -111,23 +113,61 @@ def write_gguf(
     return path
 
 
-def add_rope(writer, config):
+def add_of_family(writer, config):
+    """Add the keys that some families alone have."""
+    kind = config.model_type
+    if kind in ("mixtral", "qwen3_moe", "qwen2_moe"):
+        experts = config.num_experts if kind == "qwen2_moe" else config.num_local_experts
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+    if kind in ("qwen3_moe", "qwen2_moe"):
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if kind == "qwen2_moe":
+        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+    if kind in ("gemma2", "gemma3_text", "olmo3"):
+        writer.add_sliding_window(config.sliding_window)
+    if kind == "olmo3":
+        writer.add_sliding_window_pattern([k == "sliding_attention" for k in config.layer_types])
+    if kind == "phi3":
+        writer.add_sliding_window(config.sliding_window or 0)
+    if kind == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if kind == "granite":
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
+
+
+def add_rope(writer, config, head_dim):
     rope = config.rope_parameters
     if "sliding_attention" in rope:
-        writer.add_rope_freq_base_swa(rope["sliding_attention"]["rope_theta"])
+        if config.model_type != "olmo3":
+            writer.add_rope_freq_base_swa(rope["sliding_attention"]["rope_theta"])
         rope = rope["full_attention"]
+    writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1)))
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] == "llama3":  # as divisors of the frequencies
         exponents = torch.arange(0, config.head_dim, 2) / config.head_dim
         plain = 1.0 / rope["rope_theta"] ** exponents
         scaled = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0]
         writer.add_tensor("rope_freqs.weight", (plain / scaled).numpy())
+    elif rope["rope_type"] == "longrope":
+        for name in ("short", "long"):
+            divisors = np.array(rope[f"{name}_factor"], np.float32)
+            writer.add_tensor(f"rope_factors_{name}.weight", divisors)
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        writer.add_rope_scaling_attn_factors(ROPE_INIT_FUNCTIONS["longrope"](config, "cpu")[1])
     elif rope["rope_type"] != "default":
         writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
         writer.add_rope_scaling_factor(rope["factor"])
     if rope["rope_type"] == "yarn":
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
         writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+        if config.model_type == "ministral3":
+            writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
+            writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
 
 
 def published_tensors(model, folder):
