@@ -76,6 +76,8 @@ class LazyTensor(NamedTuple):
     """Reads the values. They may be a view of the file: copy what you keep."""
     read_at: Callable[[int], Tensor] | None = None
     """Reads those at one index of the first dimension; None: all of them have to be read."""
+    dtype: str | None = None
+    """The dtype as a safetensors header names it, such as "BF16"; None if no header says it."""
 
 
 def open_directory(path: Path) -> dict[str, LazyTensor]:
@@ -127,15 +129,16 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}
+            headers = {name: file.get_slice(name) for name in list(file.keys())}
+            said = {n: (tuple(each.get_shape()), each.get_dtype()) for n, each in headers.items()}
     except FileNotFoundError:
         raise LorakitError(f"{path} does not exist") from None
     except (SafetensorError, OSError) as error:
         raise LorakitError(f"{path}: damaged or cut off ({error})") from None
     mapped = _Mapped(path)
     return {
-        name: LazyTensor(shape, partial(mapped.read, name), partial(mapped.read, name))
-        for name, shape in shapes.items()
+        name: LazyTensor(shape, partial(mapped.read, name), partial(mapped.read, name), dtype)
+        for name, (shape, dtype) in said.items()
     }
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from lorakit.config.errors import LorakitError
 from lorakit.models.families import FAMILIES, FLAT_WRAPPERS, WRAPPERS, family_of
 from lorakit.models.family import Family
+from lorakit.models.quantized_files.fold import check_method
 from lorakit.models.rope_json import read_ropes, write_ropes
 
 _SLIDES = {"full_attention": False, "sliding_attention": True}
@@ -124,8 +125,9 @@ def text_config(values: Any, where: str) -> tuple[Mapping[str, Any], str]:
     inner = text.get("model_type", inner)
     _check_family(inner, outer, where)
     beside = ["bos_token_id", "eos_token_id", "pad_token_id", "quantization", "quantization_config"]
+    inside = {n: v for n, v in text.items() if v is not None or n != "quantization_config"}
     shared = {name: values[name] for name in beside if values.get(name) is not None}
-    found = {**shared, **text, "model_type": inner}
+    found = {**shared, **inside, "model_type": inner}
     # Either place may say that head and embedding are one, depending on what wrote the file.
     ties = [each.get("tie_word_embeddings") for each in (text, values)]
     ties = [tie for tie in ties if tie is not None]
@@ -186,15 +188,8 @@ def _refuse_what_is_not_computed(values: Mapping[str, Any], family: Family, wher
             f"{where}: MLX has quantized the model, which is not supported: load its 16-bit "
             "original, or what `mlx_lm.convert --dequantize` makes of it"
         )
-    quantization = values.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-        if method != "bitsandbytes":  # the loader finds its packed tensors by their names
-            raise LorakitError(
-                f"{where}: the model is already quantized "
-                f"({method or 'quantization_config'}), which is not supported; load its 16-bit "
-                "original"
-            )
+    if values.get("quantization_config") is not None:
+        check_method(values["quantization_config"], where)
     bidirectional = values.get("use_bidirectional_attention")
     vision = "use_bidirectional_attention" in family.defaults and bidirectional == "vision"
     if bidirectional and not vision:  # text rows are causal where images are not

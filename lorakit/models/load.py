@@ -46,6 +46,7 @@ from lorakit.models.multimodal import split_text_model, text_name
 from lorakit.models.packed_layers import PackedWeight, packed_layer
 from lorakit.models.packed_layers import quantize as quantize_module
 from lorakit.models.per_layer import HostTable, host_tables
+from lorakit.models.quantized_files.fold import dequantized
 from lorakit.models.source import Source
 
 log = logging.getLogger("lorakit")
@@ -159,14 +160,15 @@ def open_model(path_or_hub_id: str | Path) -> tuple[Decoder, dict[str, LazyWeigh
     else:
         values = _read_config(path)
         config = ModelConfig.from_hf(values, str(path / "config.json"))
-        weights = fold_packed(_open_weights(path), str(path))
+        said = text_config(values, str(path))[0]
+        quantization = said.get("quantization_config")
+        weights = fold_packed(dequantized(_open_weights(path), quantization, str(path)), str(path))
         if values["model_type"] in WRAPPERS:
             weights, surroundings = split_text_model(weights, values, str(path))
         else:
             own_names = {name: text_name(name) for name in weights}
             weights = renamed(weights, own_names, str(path), "a multimodal model")
         weights = split_experts(weights, config, str(path))
-        said = text_config(values, str(path))[0]
         named = "eos_token_id" in said
         config = _with_end_tokens(config, path / "generation_config.json", named)
         unsaid = surroundings is not None and "tie_word_embeddings" not in said
@@ -177,14 +179,18 @@ def open_model(path_or_hub_id: str | Path) -> tuple[Decoder, dict[str, LazyWeigh
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """Return the contents of config.json.
+    """Return the contents of config.json, with what ModelOpt says of the quantization beside it.
 
     Raises LorakitError that says what else the directory holds if the file is missing.
     """
     what = None if (path / "config.json").exists() else other_weights(path)
     if what is not None:
         raise LorakitError(f"{path}: config.json is missing, and the directory holds {what}")
-    return read_json(path / "config.json")
+    values = read_json(path / "config.json")
+    beside = path / hub.MODELOPT
+    if values.get("quantization_config") is None and beside.exists():
+        values["quantization_config"] = {"quant_method": "modelopt"}
+    return values
 
 
 def _open_weights(path: Path) -> dict[str, LazyTensor]:
@@ -371,8 +377,8 @@ def _place(model: nn.Module, name: str, value: Tensor | kernels.Packed, target: 
     """Put a value that was read in the place of parameter `name`, packed if its layer is."""
     owner_name, _, leaf = name.rpartition(".")
     owner = model.get_submodule(owner_name)
-    if isinstance(value, Tensor) and not value.is_floating_point():
-        raise ValueError(f"holds {value.dtype}; only floating-point weights are read")
+    if isinstance(value, Tensor) and (not value.is_floating_point() or value.itemsize < 2):
+        raise ValueError(f"holds {value.dtype}; only weights of 16 bits and more are read")
     if isinstance(owner, HostTable):
         if not isinstance(value, Tensor):
             raise ValueError("is packed; the second embedding is read dense")

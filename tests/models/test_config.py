@@ -61,14 +61,14 @@ from tests.models.config_files import GEMMA2, LLAMA, MISTRAL, MIXTRAL, QWEN3_MOE
         ),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window must be positive"),
         ({"quantization_config": {"load_in_4bit": True}}, "already quantized"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "already quantized .gptq."),
+        ({"quantization_config": {"quant_method": "hqq"}}, "already quantized .hqq."),
         (
             {
                 "model_type": "gemma3",
                 "text_config": {},
-                "quantization_config": {"quant_method": "awq"},
+                "quantization_config": {"quant_method": "aqlm"},
             },
-            "already quantized .awq.",
+            "already quantized .aqlm.",
         ),
     ],
 )
