@@ -9,6 +9,7 @@ import torch
 
 import lorakit as lk
 from lorakit.models.decoder import Decoder
+from lorakit.models.per_layer import host_tables
 from lorakit.models.rope import inverse_frequencies
 
 
@@ -296,3 +297,70 @@ def test_a_published_gemma_3_config_leaves_most_fields_out():
     assert config.query_pre_attn_scalar == 256
     assert [config.slides(i) for i in range(7)] == [True] * 5 + [False, True]
     assert config.eos_token_ids == [1, 106]
+
+
+GEMMA4 = {"model_type": "gemma4_text", "final_logit_softcapping": 30.0, "num_experts": None}
+GEMMA4_SMALL = GEMMA4 | {"hidden_size_per_layer_input": 256, "sliding_window": 512}
+GEMMA4_LARGE = GEMMA4 | {"hidden_size_per_layer_input": 0, "sliding_window": 1024}
+GEMMA4_LARGE |= {"attention_k_eq_v": True, "use_bidirectional_attention": "vision"}
+GEMMA4_EXPERTS = {"enable_moe_block": True, "num_experts": 128, "top_k_experts": 8}
+FOUR_TO_ONE = ["sliding_attention"] * 4 + ["full_attention"]
+# Sizes: gemma/gm/nn/gemma4/_gemma4.py of google-deepmind/gemma; of 12B, its repository's file.
+GEMMA4_MODELS = {
+    "E2B": (
+        GEMMA4_SMALL
+        | {"num_kv_shared_layers": 20, "use_double_wide_mlp": True, "layer_types": FOUR_TO_ONE * 7}
+        | sizes(262144, 1536, 6144, 35, 8, 1),
+        4_628_569_379,
+    ),
+    "E4B": (
+        GEMMA4_SMALL | {"num_kv_shared_layers": 18} | sizes(262144, 2560, 10240, 42, 8, 2),
+        7_463_013_418,
+    ),
+    "12B": (
+        GEMMA4_LARGE
+        | {"model_type": "gemma4_unified_text"}
+        | sizes(262144, 3840, 15360, 48, 16, 8, num_global_key_value_heads=1),
+        11_907_350_320,
+    ),
+    "31B": (
+        GEMMA4_LARGE | sizes(262144, 5376, 21504, 60, 32, 16, num_global_key_value_heads=4),
+        30_697_345_340,
+    ),
+    "26B-A4B, 6 of its 30 layers": (
+        GEMMA4_LARGE
+        | GEMMA4_EXPERTS
+        | {"moe_intermediate_size": 704}
+        | sizes(262144, 2816, 2112, 6, 16, 8, num_global_key_value_heads=2),
+        5_637_188_614,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GEMMA4_MODELS)
+def test_gemma_4_has_as_many_parameters_as_transformers(name):
+    """Layers differ, so all are counted; and those of the config.json that lorakit writes.
+
+    The pages state 2.3B (5.1B with the second embedding, and 0.45B of towers) for E2B, 4.5B (8B),
+    11.95B with its projections of images and sound, 30.7B and 25.2B.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values, count = GEMMA4_MODELS[name]
+    config = lk.ModelConfig.from_hf(values)
+    with torch.device("meta"):
+        model = Decoder(config)
+        tables = sum(table.weight.numel() for table in host_tables(model).values())
+        assert sum(p.numel() for p in model.parameters()) + tables == count
+        for content in (values, config.to_hf()):
+            theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**content))
+            scalars = [b for n, b in theirs.named_buffers() if n.endswith("layer_scalar")]
+            assert sum(p.numel() for p in [*theirs.parameters(), *scalars]) == count
+    assert lk.ModelConfig.from_hf(config.to_hf()) == config
+
+
+def test_gemma_4_26b_has_the_stated_number_of_parameters():
+    """Its layers come in groups of six; its page states 25.2B."""
+    values, count = GEMMA4_MODELS["26B-A4B, 6 of its 30 layers"]
+    outside = 262144 * 2816 + 2816  # the embedding and the last norm
+    assert outside + 5 * (count - outside) == 25_233_141_790
