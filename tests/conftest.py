@@ -418,6 +418,18 @@ FAMILY_VARIANTS = {
     ),
     "gemma4_text small": ("gemma4_text", GEMMA4_SMALL),
     "gemma4_text large": ("gemma4_text", GEMMA4_LARGE),
+    "gemma4_text experts": (
+        "gemma4_text",
+        {
+            **GEMMA4_LARGE,
+            "num_hidden_layers": 2,
+            "layer_types": GEMMA4_KINDS[:2],
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 20,
+        },
+    ),
     "gemma4_unified_text": (
         "gemma4_unified_text",
         {name: value for name, value in GEMMA4_LARGE.items() if "per_layer" not in name},

@@ -169,6 +169,9 @@ class ModelConfig:
     """Whether each layer has experts in the MLP's place; an empty list means that none has."""
     moe_beside_mlp: bool = False
     """Whether a layer with experts has its MLP too, and adds the two."""
+    fused_experts: bool = False
+    """Whether model files hold the experts of a layer as two tensors, gate_up_proj and down_proj.
+    They are read in any family, and written where transformers reads nothing else."""
     moe_names: list[str] = field(
         default_factory=lambda: ["mlp", "gate_proj", "up_proj", "down_proj"]
     )

@@ -42,6 +42,7 @@ _INNER = (
     "v_norm",
     "layer_scalar",
     "moe_beside_mlp",
+    "fused_experts",
     "norm_weight_offset",
     "norm_casting_mode",
     "norm_placement",

@@ -113,6 +113,7 @@ _GEMMA4 = {
     "scale_embeddings": True,
     "attention_multiplier": 1.0,
     "moe_beside_mlp": True,
+    "fused_experts": True,
 }
 _GEMMA4_DEFAULTS: dict[str, Any] = {
     "vocab_size": 262144,

@@ -1,13 +1,15 @@
-"""Experts that files hold as two tensors a layer, read as the layers of each expert.
+"""Experts that files hold as two tensors a layer, read as the layers of each expert, and written.
 
     experts.gate_up_proj [E, 2 I, H]    experts.N.gate_proj.weight, experts.N.up_proj.weight [I, H]
     experts.down_proj [E, H, I]         experts.N.down_proj.weight [H, I]
 
 transformers holds the experts so in memory, and the files of Qwen 3.5 do. A part is read from the
-file when it is asked for, so that memory holds one expert at a time.
+file when it is asked for, so that memory holds one expert at a time. Of some families (Gemma 4)
+transformers reads no other form, so that they are written in this one.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 from torch import Tensor
@@ -61,3 +63,30 @@ def _read(tensor: LazyTensor, expert: int, start: int, rows: int) -> Tensor:
     """Return so many rows of one expert, from the row `start` on."""
     values = tensor.read()[expert] if tensor.read_at is None else tensor.read_at(expert)
     return values[start : start + rows]
+
+
+def fused_parts(names: Iterable[str], config: ModelConfig) -> dict[str, list[list[str]]]:
+    """Return which tensors of single experts make up each fused one.
+
+    Args:
+        names: The names of all tensors of a model.
+        config: What the model is.
+
+    Returns:
+        For each fused tensor the names of its parts, a list for each expert; they lie one under
+        the other in it. Experts that are packed stay apart, and are not in it.
+    """
+    _, gate, up, down = config.moe_names
+    kinds = {"gate_up_proj": (gate, up), "down_proj": (down,)}
+    known = set(names)
+    found: dict[str, list[list[str]]] = {}
+    for name in known:
+        first = re.fullmatch(rf"(.*\.experts)\.0\.({gate}|{down})\.weight", name)
+        if first is None or any(f"{name[:-6]}{end}" in known for end in ("SCB", "weight.absmax")):
+            continue
+        kind = "down_proj" if first[2] == down else "gate_up_proj"
+        found[f"{first[1]}.{kind}"] = [
+            [f"{first[1]}.{expert}.{part}.weight" for part in kinds[kind]]
+            for expert in range(config.num_experts)
+        ]
+    return found

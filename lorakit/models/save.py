@@ -8,6 +8,7 @@ memory never holds the model a second time.
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from lorakit.models.bitsandbytes import only_dense
 from lorakit.models.config import ModelConfig
 from lorakit.models.config_json import is_flat
 from lorakit.models.decoder import Decoder
+from lorakit.models.fused_experts import fused_parts
 from lorakit.models.multimodal import Surroundings
 from lorakit.models.packed_layers import Int8Linear, NF4Linear, PackedLinear, PackedWeight
 from lorakit.models.per_layer import HostTable
@@ -91,6 +93,8 @@ def save_model(
     if packed:
         kept, config["quantization_config"] = _packed_form(module)
     entries = list(_entries(module, kept))
+    if module.config.fused_experts:
+        entries = _with_fused_experts(entries, module.config)
     if surroundings is not None:
         config, entries = _surrounded(config, entries, surroundings, towers)
 
@@ -205,6 +209,22 @@ def _entries(module: Decoder, kept: type[PackedLinear] | None) -> Iterator[_Entr
                 yield _Entry(f"{prefix}weight", size, layer.dequantize)
         for name, tensor in tensors.items():
             yield _Entry(prefix + name, tensor.nbytes, tensor.detach)
+
+
+def _with_fused_experts(entries: Iterable[_Entry], config: ModelConfig) -> list[_Entry]:
+    """Return the tensors of a model with those of single experts in fused ones."""
+    left = {entry.name: entry for entry in entries}
+    fused = []
+    for name, parts in fused_parts(left, config).items():
+        experts = [[left.pop(part) for part in expert] for expert in parts]
+        size = sum(part.nbytes for expert in experts for part in expert)
+        fused.append(_Entry(name, size, partial(_stacked, experts)))
+    return [*left.values(), *fused]
+
+
+def _stacked(experts: Iterable[Iterable[_Entry]]) -> Tensor:
+    """Return the parts of all experts, one under the other in each, [E, rows, columns]."""
+    return torch.stack([torch.cat([part.read() for part in expert]) for expert in experts])
 
 
 # ---- multimodal models ---------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def test_it_goes_with_no_move_of_the_model(small):
 
 
 def test_it_is_written_back(small, tmp_path):
-    """From its file, in the dtype that it has there."""
+    """It is read from its file, and keeps the dtype that it has there."""
     model = lk.load_model(small, dtype="bfloat16", quantize="nf4", device="cpu")
     for path in (tmp_path / "a", tmp_path / "b"):
         lk.save_model(model, path, packed=path.name == "b")

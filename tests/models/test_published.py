@@ -361,6 +361,6 @@ def test_gemma_4_has_as_many_parameters_as_transformers(name):
 
 def test_gemma_4_26b_has_the_stated_number_of_parameters():
     """Its layers come in groups of six; its page states 25.2B."""
-    values, count = GEMMA4_MODELS["26B-A4B, 6 of its 30 layers"]
+    _, count = GEMMA4_MODELS["26B-A4B, 6 of its 30 layers"]
     outside = 262144 * 2816 + 2816  # the embedding and the last norm
     assert outside + 5 * (count - outside) == 25_233_141_790
