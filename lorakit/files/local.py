@@ -7,6 +7,7 @@ Text and JSON from a stranger are parsed, never run. A file that is no UTF-8, no
 deeply raises a LorakitError of one sentence.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -69,15 +70,37 @@ def atomic(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(mode)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with errors_name(path, temporary):
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            yield temporary
+            temporary.chmod(mode)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def errors_name(path: Path, temporary: Path) -> Iterator[None]:
+    """Let an OSError of the block name `path`, which the user asked for, and not `temporary`.
+
+    A write to a full disk says no name at all; then it gets that of `path`. Files in a temporary
+    directory become those of `path`.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # a message alone
+            error.args = (str(error).replace(str(temporary), str(path)),)
+        elif error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            error.filename = str(path)
+        elif str(error.filename).startswith(str(temporary)):
+            error.filename = str(error.filename).replace(str(temporary), str(path))
+            if error.filename2 is not None:  # what was to be renamed to `path`
+                del error.filename2
+        raise
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -8,8 +8,9 @@ each token which ones may come next. It works on the bytes of tokens, so a token
 middle of a word or a character. A text that ends by itself is whole; one that is cut by its length
 may not be.
 
-Between two parts of the JSON at most _BLANKS blanks may stand: enough for lines that are indented,
-and no model can go on with blanks forever.
+The JSON is written compactly, {"a":1,"b":2}, or with one blank after each comma and colon, as
+Python's json.dumps writes it. A weak model that may put blanks elsewhere fills its answer with
+them.
 """
 
 import json
@@ -23,8 +24,11 @@ from torch import Tensor
 from lorakit.config.errors import LorakitError
 from lorakit.models.tokenizer import Tokenizer
 
-_BLANKS = 32
-_OPTIONS: Any = {"whitespace_pattern": rf"[\x20\x0A]{{1,{_BLANKS}}}"}
+_OPTIONS: Any = {
+    "whitespace_flexible": False,
+    "item_separator": ", ?",  # regexes
+    "key_separator": ": ?",
+}
 
 # how llguidance sees a tokenizer, which takes a second to make, and how many tokens it had then
 _SEEN: WeakKeyDictionary[Tokenizer, tuple[int, Any]] = WeakKeyDictionary()

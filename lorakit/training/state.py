@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from lorakit.adapters.manage import attached
 from lorakit.config.errors import LorakitError
-from lorakit.files.local import read_json, write_json
+from lorakit.files.local import errors_name, read_json, write_json
 from lorakit.files.safetensors import LazyTensor, open_safetensors, write_safetensors
 from lorakit.training.optim import AdamW
 
@@ -67,15 +67,16 @@ def write_checkpoint(
     path, temporary = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir()
-        save_adapter(temporary)
-        write_safetensors(temporary / STATE_TENSORS, tensors)
-        write_json(temporary / STATE_VALUES, values)
-        _flush(temporary)
-        if path.exists():  # this run goes on from an earlier checkpoint, and reaches the step again
-            shutil.rmtree(path)
-        os.rename(temporary, path)
-        _flush(output_dir)
+        with errors_name(path, temporary):
+            temporary.mkdir()
+            save_adapter(temporary)
+            write_safetensors(temporary / STATE_TENSORS, tensors)
+            write_json(temporary / STATE_VALUES, values)
+            _flush(temporary)
+            if path.exists():  # this run goes on from an earlier checkpoint: the step comes again
+                shutil.rmtree(path)
+            os.rename(temporary, path)
+            _flush(output_dir)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Checkpoint(path, step)

@@ -1,12 +1,21 @@
 """Small files and paths: one clear error, and writing that leaves a whole file or the old one."""
 
+import errno
 import json
 
 import pytest
 import torch
 
 import lorakit as lk
-from lorakit.files.local import as_path, atomic, read_json, read_text, write_json, write_text
+from lorakit.files.local import (
+    as_path,
+    atomic,
+    errors_name,
+    read_json,
+    read_text,
+    write_json,
+    write_text,
+)
 from lorakit.files.safetensors import write_safetensors
 
 
@@ -50,6 +59,43 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
         write_half()
     assert read_text(tmp_path / "a") == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["a"]
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (lambda temporary: FULL, "[Errno 28] No space left on device: '{path}'"),
+        (
+            lambda temporary: PermissionError(13, "Permission denied", str(temporary)),
+            "[Errno 13] Permission denied: '{path}'",
+        ),
+        (
+            lambda temporary: OSError(18, "Cross-device", str(temporary), None, "a.json"),
+            "[Errno 18] Cross-device: '{path}'",
+        ),
+        (lambda temporary: OSError(f"{temporary}: I/O error"), "{path}: I/O error"),
+        (
+            lambda temporary: FileNotFoundError(2, "No such file or directory", "/other"),
+            "[Errno 2] No such file or directory: '/other'",
+        ),
+        (lambda temporary: OSError(errno.EBADF, "Bad"), f"[Errno {errno.EBADF}] Bad"),
+    ],
+)
+def test_an_error_names_the_file_that_was_asked_for(tmp_path, raised, said):
+    path = tmp_path / "a.json"
+    with pytest.raises(OSError, match=r"\w") as caught, atomic(path) as temporary:
+        raise raised(temporary)
+    assert str(caught.value) == said.format(path=path)
+
+
+def test_a_file_in_a_temporary_directory_too(tmp_path):
+    path, temporary = tmp_path / "adapter", tmp_path / ".adapter.tmp"
+    with pytest.raises(OSError, match="Is a directory") as caught, errors_name(path, temporary):
+        raise IsADirectoryError(21, "Is a directory", str(temporary / "b.json"))
+    assert str(caught.value) == f"[Errno 21] Is a directory: '{path / 'b.json'}'"
 
 
 def test_a_file_of_tensors_may_be_read_by_whom_other_files_may(tmp_path):

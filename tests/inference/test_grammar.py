@@ -1,6 +1,7 @@
 """Constrained text: whatever a model wants, what it writes parses and fits the schema."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -62,6 +63,11 @@ def lists(inner):
     )
 
 
+PAIR = {
+    "type": "object",
+    "properties": {"a": {"type": "integer"}, "b": {"enum": [1, 2]}},
+    "required": ["a", "b"],
+}
 SCHEMAS = st.recursive(LEAVES, lambda inner: objects(inner) | lists(inner), max_leaves=5)
 
 
@@ -101,6 +107,43 @@ def test_an_object_of_any_kind(toks, which):
             assert isinstance(json.loads(text), dict)
             whole += 1
     assert whole
+
+
+@pytest.mark.parametrize("make", [json_object, lambda tok: json_schema(PAIR, tok)])
+def test_blanks_stand_after_commas_and_colons_alone(toks, make):
+    """A model that likes them best gets one there, so that it cannot fill its answer with them."""
+    tok = toks[0]
+    texts = [tok.decode([token]) for token in range(len(tok))]
+    wanted = torch.tensor([float(bool(each) and each.isspace()) for each in texts])
+    constraint, text = make(tok), ""
+    for _ in range(60):
+        allowed = constraint.allowed()
+        scores = wanted[: len(allowed)].masked_fill(~allowed, -1.0)
+        if constraint.complete or constraint.ended:
+            break
+        constraint.take(token := int(scores.argmax()))
+        text += tok.decode([token])
+    outside = re.sub(r'"(\\.|[^"\\])*"?', '""', text)
+    assert re.search(r"(?<![:,])\s|\s\s", outside) is None, text
+
+
+def accepts(constraint, tok, text):
+    """Whether a text may be written, and end there."""
+    for token in tok.encode(text, add_special_tokens=False):
+        allowed = constraint.allowed()
+        if token >= len(allowed) or not allowed[token]:
+            return False
+        constraint.take(token)
+    return constraint.complete or constraint.ended
+
+
+def test_both_usual_forms_are_there(toks):
+    tok, value = toks[0], {"a": 1, "b": [2, {"c": "x  y"}]}
+    compact = json.dumps(value, separators=(",", ":"))
+    for text in (compact, json.dumps(value), "{}"):
+        assert accepts(json_object(tok), tok, text), text
+    for text in ('{"a" :1}', '{ "a":1}', '{"a":  1}', json.dumps(value, indent=1), " {}"):
+        assert not accepts(json_object(tok), tok, text), text
 
 
 def test_the_engine_writes_json_with_any_model(tiny_dir, toks):

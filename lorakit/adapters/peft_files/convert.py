@@ -47,7 +47,7 @@ from lorakit.adapters.peft_files.stored import (
 from lorakit.adapters.targets import ends_with, short_names
 from lorakit.config.errors import LorakitError
 from lorakit.files.hub import fetch_adapter
-from lorakit.files.local import as_path, write_json
+from lorakit.files.local import as_path, errors_name, write_json
 from lorakit.files.safetensors import write_safetensors
 from lorakit.models.multimodal import text_name
 
@@ -309,11 +309,12 @@ def write_adapter(
     So `target` holds a whole adapter or nothing.
     """
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
     try:
-        write_safetensors(temporary / weights_file, tensors)
-        write_json(temporary / CONFIG_FILE, config)
-        os.replace(temporary, target)
+        with errors_name(target, temporary):
+            temporary.mkdir(parents=True)
+            write_safetensors(temporary / weights_file, tensors)
+            write_json(temporary / CONFIG_FILE, config)
+            os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
