@@ -241,7 +241,7 @@ struct Worker {
           inner_wide(padded(model.inner)), projected_wide(padded((model.heads + 2 * model.kv_heads) * D)),
           head_wide(padded(D)), rank_wide(padded(model.rank)),
           arena(rows * (2 * wide + attended_wide) + (group + 1) * head_wide + group * 256 + wide + head_wide + rank_wide +
-                (model.packed ? 2 * scales_wide() + rows * (longest() + 64) : 0)) {
+                (model.packed ? 2 * scales_wide() + rows * (longest() + DEALT) : 0)) {
         x = arena.take(rows * wide);
         normed = arena.take(rows * wide);
         attended = arena.take(rows * attended_wide);
@@ -251,7 +251,7 @@ struct Worker {
         row = arena.take(wide + head_wide);
         low = arena.take(rank_wide);
         scales = model.packed ? arena.take(2 * scales_wide()) : nullptr;
-        in_order = model.packed ? arena.take(rows * (longest() + 64)) : nullptr;
+        in_order = model.packed ? arena.take(rows * (longest() + DEALT)) : nullptr;
     }
 
     int64_t scales_wide() const { return padded(longest() / 32 + 8); }
@@ -379,8 +379,8 @@ struct Worker {
             const Run<W>& run = runs[r];
             const float* x = a;
             int64_t stride = a_stride;
-            if (DEALS && run.w.in_4_bits()) {
-                stride = (run.w.K + 63) / 64 * 64;
+            if (run.w.in_4_bits()) {
+                stride = (run.w.K + DEALT - 1) / DEALT * DEALT;
                 for (int64_t b = 0; b < n; ++b) deal(a + b * a_stride, run.w.K, in_order + b * stride);
                 x = in_order;
             }

@@ -134,56 +134,69 @@ inline void scales_of(const PackedNF4& w, int64_t i, int64_t K, float* out) {
 constexpr float NO_LEVELS[16] = {};
 
 #if defined(__AVX512F__)
-constexpr bool DEALS = false;  // rows in 4 bits are multiplied by activations in their own order
-inline void deal(const float*, int64_t, float*) {}
+// Puts a row of x into the order in which codes come out: 64 bytes of codes are 16 words of 8 values, and a shift brings
+// one value of each word down. So 128 values of x are 8 vectors: of the values 1, 9, .., 121, then of 0, 8, .., 120, of
+// 3, 11, .. and so on, as the first of two values is the upper half of a byte. Zeros fill up the last 128.
+constexpr int64_t DEALT = 128;
+inline void deal(const float* x, int64_t K, float* out) {
+    const __m512i words = _mm512_setr_epi32(0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120);
+    for (int64_t k = 0; k < K; k += DEALT, out += DEALT) {
+        const auto here = static_cast<__mmask16>(K - k < DEALT ? (1u << (K - k) / 8) - 1 : 0xffff);
+        for (int j = 0; j < 8; ++j)
+            _mm512_storeu_ps(out + 16 * j, _mm512_mask_i32gather_ps(_mm512_setzero_ps(), here, words, x + k + (j ^ 1), 4));
+    }
+}
 
 struct Levels {
     __m512 levels;
     explicit Levels(const float* table) : levels(_mm512_loadu_ps(table)) {}
 };
 
-// Row i times N rows of x: a sum of each block's unscaled levels, times the block's scale.
-template <int N>
-inline void dots_nf4(const PackedNF4& w, const Levels& table, int64_t i, int64_t K, const float* x, int64_t x_stride,
-                     const float* scales, const char* ahead, float (&out)[N]) {
-    const __m512 levels = table.levels;
-    // two lanes of 32 bits to a byte: its higher code in the even lane, its lower one in the odd; 0x80 gives a zero
-    const __m512i low = _mm512_add_epi32(_mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7),
-                                         _mm512_set1_epi32(static_cast<int>(0x80808000u)));
-    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8)), shift = _mm512_set1_epi64(4);
-    const int64_t block = w.block;
-    __m512 total[N];
-    for (int n = 0; n < N; ++n) total[n] = _mm512_setzero_ps();
-    for (int64_t b = 0; b < K / block; ++b) {
-        const uint8_t* codes = w.codes + (i * K + b * block) / 2;
-        const float* at = x + b * block;
-        __m512 even[N], odd[N];
-        for (int n = 0; n < N; ++n) even[n] = odd[n] = _mm512_setzero_ps();
-        for (int64_t k = 0; k < block; k += 32) {
-            __builtin_prefetch(ahead + (b * block + k) / 2);
-            const __m512 v = _mm512_permutexvar_ps(_mm512_srlv_epi32(spread(codes + k / 2, low), shift), levels);
-            const __m512 u = _mm512_permutexvar_ps(_mm512_srlv_epi32(spread(codes + k / 2, high), shift), levels);
-            for (int n = 0; n < N; ++n) {
-                even[n] = _mm512_fmadd_ps(v, _mm512_loadu_ps(at + n * x_stride + k), even[n]);
-                odd[n] = _mm512_fmadd_ps(u, _mm512_loadu_ps(at + n * x_stride + k + 16), odd[n]);
-            }
-        }
-        const __m512 scale = _mm512_set1_ps(scales[b]);
-        for (int n = 0; n < N; ++n) total[n] = _mm512_fmadd_ps(_mm512_add_ps(even[n], odd[n]), scale, total[n]);
-    }
-    for (int n = 0; n < N; ++n) out[n] = _mm512_reduce_add_ps(total[n]);
-}
-
+// R rows in 4 bits times N rows of x. A look-up reads the lowest 4 bits of a lane, so that a shift is all that a code
+// needs. The sum of 4 products is multiplied by the scales: a lane has values of one word, and so of one block.
 template <int R, int N>
 inline void dots_nf4(const PackedNF4& w, const Levels& levels, int64_t i, int64_t K, const float* x, int64_t x_stride,
                      float* scales, const char* ahead, int64_t apart, float (&out)[R][N]) {
-    for (int r = 0; r < R; ++r) {
-        scales_of(w, i + r, K, scales);
-        dots_nf4<N>(w, levels, i + r, K, x, x_stride, scales, ahead + r * apart, out[r]);
+    const __m512 table = levels.levels;
+    const int64_t wide = (K / w.block + 15) / 8 * 8;
+    const int shift = __builtin_ctzll(static_cast<unsigned long long>(w.block));
+    __m512i block = _mm512_setr_epi32(0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120);
+    block = _mm512_srl_epi32(block, _mm_cvtsi32_si128(shift));
+    const uint8_t* codes = w.codes + i * K / 2;
+    for (int r = 0; r < R; ++r) scales_of(w, i + r, K, scales + r * wide);
+    __m512 total[R][N];
+    for (int r = 0; r < R; ++r)
+        for (int n = 0; n < N; ++n) total[r][n] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < K; k += DEALT) {
+        const auto here = static_cast<__mmask16>(K - k < DEALT ? (1u << (K - k) / 8) - 1 : 0xffff);
+        __m512i words[R];
+        __m512 scale[R];
+        for (int r = 0; r < R; ++r) {
+            __builtin_prefetch(ahead + r * apart + k / 2);
+            words[r] = _mm512_maskz_loadu_epi32(here, codes + (r * K + k) / 2);
+            const __m128 four = _mm_loadu_ps(scales + r * wide + (k >> shift));
+            scale[r] = _mm512_permutexvar_ps(block, _mm512_castps128_ps512(four));
+        }
+        for (int h = 0; h < 2; ++h) {
+            __m512 v[R][4];
+            for (int r = 0; r < R; ++r)
+                for (int j = 0; j < 4; ++j)
+                    v[r][j] = _mm512_permutexvar_ps(_mm512_srli_epi32(words[r], 16 * h + 4 * j), table);
+            const float* at = x + k + 64 * h;
+            for (int n = 0; n < N; ++n, at += x_stride) {
+                __m512 part[R];
+                for (int r = 0; r < R; ++r) part[r] = _mm512_mul_ps(v[r][0], _mm512_loadu_ps(at));
+                for (int j = 1; j < 4; ++j)
+                    for (int r = 0; r < R; ++r) part[r] = _mm512_fmadd_ps(v[r][j], _mm512_loadu_ps(at + 16 * j), part[r]);
+                for (int r = 0; r < R; ++r) total[r][n] = _mm512_fmadd_ps(part[r], scale[r], total[r][n]);
+            }
+        }
     }
+    for (int r = 0; r < R; ++r)
+        for (int n = 0; n < N; ++n) out[r][n] = _mm512_reduce_add_ps(total[r][n]);
 }
 #else
-constexpr bool DEALS = true;
+constexpr int64_t DEALT = 64;
 
 #if defined(__AVX2__)
 // Puts a row of x into the order in which look_up finds levels. Of each 64 values: those of the higher codes of 32
