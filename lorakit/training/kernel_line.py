@@ -3,16 +3,20 @@
     kernels: cpu avx512
     kernels: triton; attention 128: flash
     kernels: triton; attention 64: reference, no kernel for sm_75
+    kernels: triton; delta_net: reference, it has no triton kernel
     kernels: reference, the library of CPU kernels was not built
 
 What comes first all ops take (norms, rotary embedding, linear layers, loss, optimizer). Ops that
 take another kernel on this device follow. Each op is asked by its own rule.
 """
 
+from importlib.util import find_spec
+
 import torch
 
 from lorakit import kernels
 from lorakit.kernels import dispatch
+from lorakit.kernels.ops import __name__ as OPS
 from lorakit.models.decoder import Decoder
 from lorakit.models.mlp import Experts
 
@@ -21,6 +25,8 @@ def kernel_line(model: Decoder, tokens: int, packed: bool) -> str:
     """Return the line for a model and rows of at most `tokens` tokens, packed documents or not."""
     picked = dispatch.pick(model.device, "cpu", "triton")
     parts = [_whole(picked, model.device), *_attention(model, picked, tokens, packed)]
+    if any(model.config.linear_layers):
+        parts += _linear_attention(picked)
     if picked == "triton":
         x = torch.empty(1, model.config.hidden_size, device=model.device, dtype=model.dtype)
         experts = (each for each in model.modules() if isinstance(each, Experts))
@@ -47,14 +53,16 @@ def _whole(picked: str, device: torch.device) -> str:
 def _attention(model: Decoder, picked: str, tokens: int, packed: bool) -> list[str]:
     """Return what to say of the attention of each kind of layer, by the width of its heads."""
     config, said = model.config, list[str]()
-    width = config.head_dim
-    q, k = (
-        torch.empty(1, 1, heads, width, device=model.device, dtype=model.dtype).expand(
-            -1, tokens, -1, -1
-        )
-        for heads in (config.num_attention_heads, config.num_key_value_heads)
-    )
+    dtype = str(model.dtype).removeprefix("torch.")
     for layer in range(config.num_hidden_layers):
+        if config.is_linear(layer):
+            continue
+        width = config.layer_head_dim(layer)
+        q, k = (
+            torch.empty(1, 1, heads, width, device=model.device, dtype=model.dtype)
+            for heads in (config.num_attention_heads, config.layer_kv_heads(layer))
+        )
+        q, k = (x.expand(-1, tokens, -1, -1) for x in (q, k))  # no memory for so many
         found = kernels.attention_kernel(
             q,
             k,
@@ -67,12 +75,20 @@ def _attention(model: Decoder, picked: str, tokens: int, packed: bool) -> list[s
         if found == picked:
             continue
         if found == "reference":
-            dtype = str(model.dtype).removeprefix("torch.")
             found += f", {_why_not(model.device, f'heads of {width} in {dtype}')}"
         part = f"attention {width}: {found}"
         if part not in said:
             said.append(part)
     return said
+
+
+def _linear_attention(picked: str) -> list[str]:
+    """Return what to say of the ops of linear attention."""
+    return [
+        f"{name}: reference, it has no {picked} kernel"
+        for name in ("causal_conv", "delta_net")
+        if find_spec(f"{OPS}.{name}.{picked}") is None
+    ]
 
 
 def _why_not(device: torch.device, operands: str) -> str:
