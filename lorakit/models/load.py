@@ -8,7 +8,8 @@ belongs to a quantized layer, and put in its place:
     peak memory = the model as it will be + twice the largest dense tensor
 
 Files that hold more than a text model (Gemma 3 or Mistral Small 3 with a vision tower) are read for
-the text model. The other tensors stay on disk, and `save_model` copies them.
+the text model. The other tensors stay on disk, and `save_model` copies them. So do layers that
+draft several tokens at a time (`mtp` in Qwen's files).
 
 Files may come from a stranger. Nothing here unpickles them or runs code from them. Sizes are
 checked before memory is taken: a config that asks for more than the files hold is refused while the
@@ -42,7 +43,7 @@ from lorakit.models.families import WRAPPERS
 from lorakit.models.fused_experts import split_experts
 from lorakit.models.gguf import read_gguf
 from lorakit.models.large_pages import HUGE_PAGE, in_large_pages
-from lorakit.models.multimodal import split_text_model, text_name
+from lorakit.models.multimodal import DRAFTS, split_text_model, text_name
 from lorakit.models.packed_layers import PackedWeight, packed_layer
 from lorakit.models.packed_layers import quantize as quantize_module
 from lorakit.models.per_layer import HostTable, host_tables
@@ -154,6 +155,7 @@ def open_model(path_or_hub_id: str | Path) -> tuple[Decoder, dict[str, LazyWeigh
     wanted = [*hub.MODEL_FILES, *hub.TOKENIZER_FILES, *hub.PROCESSOR_FILES, hub.CARD]
     path = hub.resolve(path_or_hub_id, wanted)
     weights: Mapping[str, LazyWeight]
+    drafts: dict[str, LazyWeight] = {}
     surroundings = None
     if path.suffix == ".gguf":
         config, weights = read_gguf(path)
@@ -168,13 +170,15 @@ def open_model(path_or_hub_id: str | Path) -> tuple[Decoder, dict[str, LazyWeigh
         else:
             own_names = {name: text_name(name) for name in weights}
             weights = renamed(weights, own_names, str(path), "a multimodal model")
+            drafts = {n: tensor for n, tensor in weights.items() if n.startswith(DRAFTS)}
+            weights = {n: tensor for n, tensor in weights.items() if n not in drafts}
         weights = split_experts(weights, config, str(path))
         named = "eos_token_id" in said
         config = _with_end_tokens(config, path / "generation_config.json", named)
         unsaid = surroundings is not None and "tie_word_embeddings" not in said
         config = _tied_as_stored(config, weights, path, unsaid)
     model = _empty_model(config, weights, str(path))
-    model.source = Source(path.absolute(), surroundings)
+    model.source = Source(path.absolute(), surroundings, drafts)
     return model, _selected(weights, model, str(path)), model.source
 
 

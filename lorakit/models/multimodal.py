@@ -30,6 +30,8 @@ _TOWERS = (
     *("multi_modal_projector.", "connector.", "aligner.", "qformer."),
     *("audio_tower.", "audio_model.", "embed_audio."),
 )
+DRAFTS = "mtp."
+"""The beginning of the names of layers that draft further tokens, which nothing here computes."""
 # The way back from either layout. It also fits parts of names, such as an adapter's target_modules.
 _OWN = {"model.language_model.": "model.", "language_model.": ""}
 

@@ -7,7 +7,7 @@ memory never holds the model a second time.
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from lorakit.models.fused_experts import fused_parts
 from lorakit.models.multimodal import Surroundings
 from lorakit.models.packed_layers import Int8Linear, NF4Linear, PackedLinear, PackedWeight
 from lorakit.models.per_layer import HostTable
+from lorakit.models.source import Source
 from lorakit.models.tokenizer_files import load_tokenizer
 
 log = logging.getLogger("lorakit")
@@ -86,9 +87,7 @@ def save_model(
         )
     config = module.config.to_hf() | {"torch_dtype": str(module.dtype).removeprefix("torch.")}
     config["tie_word_embeddings"] = _is_tied(module)
-    towers: dict[str, LazyTensor] = {}
-    if source is not None and surroundings is not None:
-        towers = _other_towers(surroundings, source.path, path, packed)
+    towers = {} if source is None else _other_towers(source, path, packed)
     kept = None
     if packed:
         kept, config["quantization_config"] = _packed_form(module)
@@ -96,7 +95,8 @@ def save_model(
     if module.config.fused_experts:
         entries = _with_fused_experts(entries, module.config)
     if surroundings is not None:
-        config, entries = _surrounded(config, entries, surroundings, towers)
+        config, entries = _surrounded(config, entries, surroundings)
+    entries += [_Entry(name, tower.read().nbytes, tower.read) for name, tower in towers.items()]
 
     path.mkdir(parents=True, exist_ok=True)
     weight_map = _write_weights(path, entries, max_shard_size)
@@ -230,22 +230,22 @@ def _stacked(experts: Iterable[Iterable[_Entry]]) -> Tensor:
 # ---- multimodal models ---------------------------------------------------------------------------
 
 
-def _other_towers(
-    surroundings: Surroundings, source: Path, path: Path, packed: bool
-) -> dict[str, LazyTensor]:
-    """Return the tensors of the other towers of the model at `source`.
+def _other_towers(source: Source, path: Path, packed: bool) -> dict[str, LazyTensor]:
+    """Return the tensors at `source` that are no part of the text model.
 
     Raises LorakitError if they cannot be written to `path`, or not together with a packed text.
     """
-    if surroundings.tensors and path.resolve() == source.resolve():
+    around = {} if source.surroundings is None else source.surroundings.tensors
+    tensors = source.drafts | around
+    if tensors and path.resolve() == source.path.resolve():
         raise LorakitError(
             f"save_model: the other towers are read from {path} while it writes; choose another "
             "directory"
         )
-    towers = only_dense(surroundings.tensors)
+    towers = only_dense(tensors)
     if towers is None:
         raise LorakitError("save_model: towers that are packed beside a dense text are not written")
-    if packed:
+    if packed and source.surroundings is not None:
         raise LorakitError("save_model: a multimodal model is written with packed=False only")
     return towers
 
@@ -254,11 +254,9 @@ def _surrounded(
     config: dict[str, Any],
     entries: Iterable[_Entry],
     surroundings: Surroundings,
-    towers: Mapping[str, LazyTensor],
 ) -> tuple[dict[str, Any], list[_Entry]]:
-    """Return the config and the tensors of the whole model, given those of its text model."""
+    """Return the config of the whole model, and the text model's tensors by their names there."""
     found = [entry._replace(name=surroundings.file_name(entry.name)) for entry in entries]
-    found += [_Entry(name, tower.read().nbytes, tower.read) for name, tower in towers.items()]
     tied = {"tie_word_embeddings": config["tie_word_embeddings"]}
     text: dict[str, Any] = {"text_config": config}
     if is_flat(surroundings.config):

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from lorakit.models.bitsandbytes import LazyWeight
 from lorakit.models.multimodal import Surroundings
 
 
@@ -17,3 +18,5 @@ class Source(NamedTuple):
     """A directory or a .gguf file."""
     surroundings: Surroundings | None
     """What the files of a multimodal model hold around the text model."""
+    drafts: dict[str, LazyWeight]
+    """The tensors of layers that draft further tokens (mtp), which a text model has beside it."""

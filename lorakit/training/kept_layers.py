@@ -5,7 +5,8 @@ token in 16 bits, 57 KB for an 8B Llama. Where they are not kept, backward compu
 which is a fifth of all products of the frozen weights. So a GPU keeps them for as many blocks as
 its free memory holds beside the rest:
 
-    what every block keeps     the inputs of its layers and norms, q, k, v and attention's output
+    what every block keeps     the inputs of its layers and norms, q, k, v and attention's output;
+                               with linear attention its states at the starts of chunks too
     the head                   logits and hidden states of one chunk
     weights made dense         those of the largest MLP
 """
@@ -18,6 +19,7 @@ from lorakit.models.decoder import Decoder
 
 SHARE = 0.8  # of the free memory that is given away; the rest is for what fragments leave unused
 HEAD_BYTES = 1 << 30
+CHUNK = 64  # tokens between two kept states of linear attention
 
 
 def kept_layers(model: Decoder, tokens: int, choice: MLPActivations) -> int:
@@ -43,12 +45,8 @@ def fitting_layers(model: Decoder, tokens: int, free: int) -> int:
     """Return for how many blocks `free` bytes have room beside all else that a step needs."""
     config, size = model.config, model.dtype.itemsize
     H, layers = config.hidden_size, range(config.num_hidden_layers)
-    # per layer: inputs of four layers and norms; q, k, v and attention's output
-    per_token = sum(
-        size * (4 * H + 2 * config.layer_head_dim(layer) * heads)
-        for layer in layers
-        for heads in [config.num_attention_heads + config.layer_kv_heads(layer)]
-    )
+    # per layer: inputs of four layers and norms, and what attention keeps
+    per_token = sum(size * 4 * H + _attention_bytes(config, layer, size) for layer in layers)
     widths = [_inner_width(config, layer) for layer in layers]
     dense_weights = 3 * max(widths) * H * size
     left = SHARE * free - HEAD_BYTES - dense_weights
@@ -58,6 +56,20 @@ def fitting_layers(model: Decoder, tokens: int, free: int) -> int:
         if left < 0:
             return layer
     return config.num_hidden_layers
+
+
+def _attention_bytes(config: ModelConfig, layer: int, size: int) -> float:
+    """Return the bytes of a token that attention keeps, whose values have `size` bytes each."""
+    if config.is_linear(layer):
+        keys = config.linear_num_key_heads * config.linear_key_head_dim
+        values = config.linear_num_value_heads * config.linear_value_head_dim
+        # q, k and v before and after the convolution; z, the output, its norm, and their product
+        kept = 2 * (2 * keys + values) + 4 * values
+        return size * kept + 4 * config.linear_key_head_dim * values / CHUNK
+    queries, keys = config.num_attention_heads, config.layer_kv_heads(layer)
+    # q, k, v and the output; with a gate also q beside it, and the product
+    heads = 2 * (queries + keys) + (3 * queries if config.attention_gate else 0)
+    return size * config.layer_head_dim(layer) * heads
 
 
 def _inner_width(config: ModelConfig, layer: int) -> int:

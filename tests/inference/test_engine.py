@@ -440,3 +440,27 @@ def test_what_cannot_be_answered_is_refused(model, tok):
     with pytest.raises(lk.LorakitError, match="learned prompt"):
         engine.submit([5], adapter="soft")
     assert engine.idle
+
+
+# ---- layers that keep a state ----
+
+
+def test_rows_with_a_state_are_put_off_and_share_nothing(tmp_path, tok, small_pages):
+    """Where the cache is full a row is read again, its state with it; no prompt is taken over."""
+    family, options = FAMILY_VARIANTS["qwen3_5_text"]
+    tiny(family, **{**options, "vocab_size": 300}).save_pretrained(tmp_path)
+    model = lk.load_model(tmp_path, dtype="float32")
+    model.config = dataclasses.replace(model.config, eos_token_id=None)
+    given = prompts(20, 3, 20, 11)
+    given[2] = given[0]
+    truth = [likeliest(model, prompt, 12) for prompt in given]
+    engine, put_back = Engine(model, tok, slots=3, capacity=40, cache_tokens=64), 0
+    requests = [engine.submit(prompt, max_new_tokens=12) for prompt in given]
+    while not engine.idle:
+        before = list(engine._running)
+        engine.step()
+        put_back += sum(row.line is None and not row.request.done for row in before)
+    assert put_back > 0
+    assert [request.tokens for request in requests] == truth
+    assert not any(request.cached_tokens for request in requests)
+    assert all(pool.room == pool.count for pool in engine.cache.pools)

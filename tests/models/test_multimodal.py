@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import lorakit as lk
 from lorakit.models.multimodal import text_name
-from tests.conftest import LOGITS
+from tests.conftest import LOGITS, QWEN_LINEAR, tiny
 from tests.models.damage import fails
 from tests.models.wrappers import WRAPPED, wrapped
 
@@ -36,11 +36,12 @@ def test_the_text_model_is_read_alone_and_written_back(tmp_path, name):
     model = lk.load_model(tmp_path / "a", dtype="float32")
     with torch.no_grad():
         assert (model(IDS) - theirs(IDS).logits).abs().max() <= LOGITS
-        model.model.layers[0].mlp.up_proj.weight *= 2
+        up = next(name for name, _ in model.named_parameters() if name.endswith("up_proj.weight"))
+        model.get_parameter(up).mul_(2)
     lk.save_model(model, tmp_path / "b", max_shard_size=60_000)
     before, after = tensors(tmp_path / "a"), tensors(tmp_path / "b")
     assert before.keys() == after.keys()
-    changed = [n for n in before if n.endswith("layers.0.mlp.up_proj.weight") and "vis" not in n]
+    changed = [n for n in before if n.endswith(up.removeprefix("model.")) and "vis" not in n]
     assert len(changed) == 1
     assert any("vis" in name for name in after)
     for each, tensor in after.items():
@@ -57,6 +58,26 @@ def test_the_text_model_is_read_alone_and_written_back(tmp_path, name):
     assert found | given == found  # the sections that images need, and all else
     again = lk.load_model(tmp_path / "b", dtype="float32")
     assert again.config == model.config
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_layers_that_draft_tokens_are_carried_along(tmp_path, whole):
+    theirs = wrapped("qwen3_5") if whole else tiny("qwen3_5_text", **QWEN_LINEAR)
+    theirs.save_pretrained(tmp_path / "a")
+    drafts = {
+        "mtp.fc.weight": torch.randn(32, 64),
+        "mtp.layers.0.self_attn.q_proj.weight": IDS * 1.0,
+    }
+    found = tensors(tmp_path / "a")
+    save_file(found | drafts, tmp_path / "a" / "model.safetensors", metadata={"format": "pt"})
+    model = lk.load_model(tmp_path / "a", dtype="float32")
+    assert (model(IDS) - theirs(IDS).logits).abs().max() <= LOGITS
+    with pytest.raises(lk.LorakitError, match="the other towers are read from"):
+        lk.save_model(model, tmp_path / "a")
+    lk.save_model(model, tmp_path / "b")
+    after = tensors(tmp_path / "b")
+    assert after.keys() == {*found, *drafts}
+    assert all(torch.equal(after[name], tensor) for name, tensor in drafts.items())
 
 
 def test_names_as_transformers_has_them_in_memory(multimodal, tmp_path):

@@ -2,7 +2,7 @@
 
 import torch
 
-from tests.conftest import FAMILY_VARIANTS, GEMMA3, GEMMA4_SMALL, TINY, randomize
+from tests.conftest import FAMILY_VARIANTS, GEMMA3, GEMMA4_SMALL, QWEN_LINEAR, TINY, randomize
 
 SIGLIP = {
     "hidden_size": 16,
@@ -93,6 +93,18 @@ WRAPPED = {
         {"head_dim": 12, "rope_parameters": mrope(2, 2, 2, mrope_interleaved=True)},
         {**QWEN_VISION, "num_position_embeddings": 4, "deepstack_visual_indexes": [0]},
         {},
+    ),
+    "qwen3_5": (
+        "qwen3_5",
+        QWEN_LINEAR,
+        {**QWEN_VISION, "num_position_embeddings": 4},
+        {"tie_word_embeddings": True},
+    ),
+    "qwen3_5_moe": (
+        "qwen3_5_moe",
+        FAMILY_VARIANTS["qwen3_5_moe_text"][1],
+        {**QWEN_VISION, "num_position_embeddings": 4},
+        {"tie_word_embeddings": False},
     ),
 }
 
