@@ -73,7 +73,7 @@ def test_what_decays_stays_in_fp32(tmp_path, dtype):
 
 
 def test_logits_in_bf16_are_as_near_as_those_of_transformers(tmp_path):
-    """To those in fp32, of the same weights."""
+    """The truth is what transformers computes in fp32 with the same weights."""
     theirs = tiny("qwen3_5_text", **QWEN_LINEAR)
     theirs.to(torch.bfloat16).float().save_pretrained(tmp_path)
     rows = ids(4, 40)

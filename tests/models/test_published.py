@@ -3,6 +3,7 @@ the number of parameters that their pages state, and against transformers' readi
 """
 
 import json
+import re
 
 import pytest
 import torch
@@ -364,3 +365,69 @@ def test_gemma_4_26b_has_the_stated_number_of_parameters():
     _, count = GEMMA4_MODELS["26B-A4B, 6 of its 30 layers"]
     outside = 262144 * 2816 + 2816  # the embedding and the last norm
     assert outside + 5 * (count - outside) == 25_233_141_790
+
+
+QWEN35 = {
+    "model_type": "qwen3_5_text",
+    "rope_parameters": {"rope_theta": 1e7, "partial_rotary_factor": 0.25, "rope_type": "default"},
+    "max_position_embeddings": 262144,
+    "head_dim": 256,
+}
+LINEAR = {
+    "Qwen 3.5 0.8B": (
+        QWEN35
+        | {"linear_num_value_heads": 16, "tie_word_embeddings": True}
+        | sizes(248320, 1024, 3584, 24, 8, 2),
+        752_393_024,
+    ),
+    "Qwen 3.5 4B": (
+        QWEN35 | sizes(248320, 2560, 9216, 32, 16, 4, tie_word_embeddings=True),
+        4_205_751_296,
+    ),
+    "Qwen 3.5 27B": (
+        QWEN35 | {"linear_num_value_heads": 48} | sizes(248320, 5120, 17408, 64, 24, 4),
+        26_895_998_464,
+    ),
+    "Qwen 3.5 35B A3B": (
+        QWEN35 | {"model_type": "qwen3_5_moe_text"} | sizes(248320, 2048, 512, 40, 16, 2),
+        34_660_610_688,
+    ),
+    "Qwen3 Next 80B A3B": (
+        {"model_type": "qwen3_next", "rope_theta": 1e7, "head_dim": 256}
+        | sizes(151936, 2048, 5120, 48, 16, 2),
+        79_674_391_296,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_models_with_linear_attention(name, tmp_path):
+    """Three layers of linear attention and a full one, again and again: transformers' four layers
+    have the shapes of ours, and as many of them as the model has make up its size.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values, count = LINEAR[name]
+    config = lk.ModelConfig.from_hf(values)
+    layers = config.num_hidden_layers
+    assert config.linear_layers == [True, True, True, False] * (layers // 4)
+    four = lk.ModelConfig.from_hf(values | {"num_hidden_layers": 4})
+    with torch.device("meta"):
+        ours = Decoder(four)
+    for content in (values | {"num_hidden_layers": 4}, four.to_hf()):
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        with torch.device("meta"):
+            theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+        per_model = []
+        for model in (theirs, ours):
+            inner = sum(p.numel() for p in model.model.layers.parameters())
+            outside = sum(p.numel() for p in model.parameters()) - inner
+            per_model.append(outside + layers // 4 * inner)
+        assert per_model == [count, count]
+        assert theirs.config.layer_types == ["linear_attention"] * 3 + ["full_attention"]
+        rope = type(theirs.model.rotary_emb)(theirs.config)
+        mine = inverse_frequencies(config.rope, config.head_dim, torch.device("cpu"))
+        assert torch.allclose(mine, rope.inv_freq, rtol=1e-6)
+        assert len(mine) == 32
+    stated = float(re.search(r"([0-9.]+)B", name)[1])
+    assert abs(count / 1e9 - stated) < 0.25 or round(count / 1e9) == stated

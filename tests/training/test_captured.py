@@ -355,6 +355,15 @@ def test_kinds_of_labels():
     assert Kind(80, True, True) not in run.step.recordings
 
 
+LINEAR = {
+    "linear_layers": [True, False],
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+
+
 @pytest.mark.parametrize(
     ("reason", "model", "config"),
     [
@@ -362,6 +371,7 @@ def test_kinds_of_labels():
         ("optim is paged_adamw_8bit", {}, {"optim": "paged_adamw_8bit"}),
         ("neftune_noise_alpha is set", {}, {"neftune_noise_alpha": 5.0}),
         ("depends on the length", {"rope": RopeConfig(rope_type="dynamic", factor=2.0)}, {}),
+        ("linear attention asks the host", LINEAR, {}),
         ("Triton's kernels are not what runs", {}, {}),
     ],
 )

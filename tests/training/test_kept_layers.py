@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lorakit as lk
+from lorakit.models.decoder import Decoder
 from lorakit.training.kept_layers import SHARE, fitting_layers, kept_layers
 from tests.meta_gpu import MetaGPU
 
@@ -38,6 +39,24 @@ def test_an_8b_layer_of_2048_tokens(model):
     """An 80 GB GPU keeps them all; 5 GB, a part."""
     assert fitting_layers(model, 2048, 70 << 30) == LAYERS
     assert 0 < fitting_layers(model, 8192, 5 << 30) < LAYERS
+
+
+def test_linear_attention_keeps_more_of_a_token_than_attention():
+    """The shapes of Qwen 3.5 4B: its convolution, gate and states beside four heads of keys."""
+    shared = {"linear_num_key_heads": 16, "linear_num_value_heads": 32}
+    shared |= {"linear_key_head_dim": 128, "linear_value_head_dim": 128, "attention_gate": True}
+    found = []
+    for linear in ([], [True, True, True, False]):
+        config = lk.ModelConfig(
+            "qwen3_5_text", 1000, 2560, 9216, 4, 16, 4, 256, linear_layers=linear, **shared
+        )
+        with torch.device("meta"):
+            model = Decoder(config).to(torch.bfloat16)
+        # the smallest memory in which every block keeps gate and up
+        found.append(
+            next(gb for gb in range(1, 100) if fitting_layers(model, 8192, gb << 30) == LAYERS)
+        )
+    assert 0 < found[0] < found[1]
 
 
 def test_the_choice(model, tiny_dir):
