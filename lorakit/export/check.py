@@ -103,7 +103,7 @@ class ExportCheck:
             kept = f"{100 * self.kept:.0f} %" if self.kept > 0 else "nothing"
             found.append(
                 f"the file keeps {kept} of what the adapter learned: choose a format with more "
-                "bits, or an importance matrix"
+                "bits, or give an importance matrix if there is none"
             )
         return found
 
