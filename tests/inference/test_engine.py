@@ -446,7 +446,7 @@ def test_what_cannot_be_answered_is_refused(model, tok):
 
 
 def test_rows_with_a_state_are_put_off_and_share_nothing(tmp_path, tok, small_pages):
-    """Where the cache is full, a row goes back and is read again. No prompt is taken over."""
+    """A row goes back if the cache is full, and is read again later. No prompt is taken over."""
     family, options = FAMILY_VARIANTS["qwen3_5_text"]
     tiny(family, **{**options, "vocab_size": 300}).save_pretrained(tmp_path)
     model = lk.load_model(tmp_path, dtype="float32")
