@@ -183,8 +183,14 @@ class Peft(Side):
         if checkpointing:
             options = {"use_reentrant": False}
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        # lorakit's "all-linear" leaves these small ones of linear attention out
+        small = (".in_proj_a", ".in_proj_b", ".in_proj_ba")
         config = self.peft.LoraConfig(
-            r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+            r=rank,
+            lora_alpha=2 * rank,
+            target_modules="all-linear",
+            exclude_modules=[n for n, _ in self.model.named_modules() if n.endswith(small)] or None,
+            task_type="CAUSAL_LM",
         )
         return self.peft.get_peft_model(self.model, config).train()
 
@@ -233,6 +239,11 @@ class Writer:
     def model(self, source: str, folder: str, dtype: str) -> dict[str, Any]:
         """A Hugging Face directory of a .gguf file."""
         self.lk.save_model(self.lk.load_model(source, dtype=dtype, device="cpu"), folder)
+        return {}
+
+    def tokenizer(self, source: str, folder: str) -> dict[str, Any]:
+        """The tokenizer of a model, beside another one's weights."""
+        self.lk.load_tokenizer(source).save(folder)
         return {}
 
     def rows(self, folder: str, kind: str, length: int, batch: int, count: int) -> dict[str, Any]:

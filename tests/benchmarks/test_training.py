@@ -403,3 +403,14 @@ def test_random_checkpoint_is_read_by_transformers(module, tmp_path):
     # of 24,576 values: the deviation itself to 0.5 %, so 3 % is six of its own
     assert weight.std().item() == pytest.approx(0.02, rel=0.03)
     assert not torch.equal(weight, model.model.layers[0].mlp.down_proj.weight.float())
+
+
+def test_shapes_are_models(module):
+    """Each name of shapes.py is a model that transformers has too."""
+    from transformers import AutoConfig
+
+    shapes = module("shapes")
+    for name in shapes.SHAPES:
+        values = shapes.config_of(name, 4)
+        theirs = AutoConfig.for_model(**values)
+        assert lk.ModelConfig.from_hf(values).num_hidden_layers == theirs.num_hidden_layers
