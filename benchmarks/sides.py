@@ -218,8 +218,10 @@ class Writer:
     def __init__(self) -> None:
         import lorakit as lk
         import lorakit.models.decoder  # the decoder itself: load_model would want a file
+        import lorakit.models.per_layer
 
         self.lk, self.decoder = lk, lorakit.models.decoder.Decoder
+        self.host_tables = lorakit.models.per_layer.host_tables
 
     def machine(self) -> dict[str, Any]:
         isa = torch.backends.cpu.get_cpu_capability()
@@ -277,7 +279,9 @@ class Writer:
             model = self.decoder(self.lk.ModelConfig.from_hf(config, "the shape"))
         # the format: the header's length in 8 bytes, the header in JSON, all tensors' bytes
         header, end = {"__metadata__": {"format": "pt"}}, 0
-        for name, p in model.named_parameters():
+        tensors = dict(model.named_parameters())
+        tensors |= {name: table.weight for name, table in self.host_tables(model).items()}
+        for name, p in tensors.items():
             span = [end, end + 2 * p.numel()]
             header[name] = {"dtype": "BF16", "shape": list(p.shape), "data_offsets": span}
             end = span[1]
@@ -287,7 +291,7 @@ class Writer:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with open(Path(folder, "model.safetensors"), "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
-            for p in model.parameters():
+            for p in tensors.values():
                 values = torch.ones(p.shape, dtype=torch.bfloat16)
                 if p.dim() > 1:
                     values.normal_(std=0.02)
