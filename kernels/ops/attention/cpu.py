@@ -65,11 +65,13 @@ def fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | No
     return mask.dtype == torch.bool and mask.shape in shapes
 
 
-def _view(x: Tensor | None) -> HeadsView:
+def view_of(x: Tensor | None) -> HeadsView:
+    """Return where x [B, T, heads, D] lies; a null pointer for None."""
     return HeadsView() if x is None else HeadsView(x.data_ptr(), *x.stride()[:3])
 
 
-def _dense_rows(x: Tensor) -> Tensor:
+def dense_rows(x: Tensor) -> Tensor:
+    """Return x with the values of its last dimension side by side."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -125,7 +127,7 @@ def _launch(
         seen = torch.empty(shape, dtype=torch.uint8, device=on)
         strides = 0 if mask.shape[0] == 1 else mask.stride(0), mask.stride(1)
     arguments = Attention(
-        *(_view(x) for x in (q, k, v, dy, y, dq, dk, dv)),
+        *(view_of(x) for x in (q, k, v, dy, y, dq, dk, dv)),
         *(address(x) for x in (lse, *sums, mask, blocks, seen, turns, space)),
         *(len(blocks), *strides, slots, size),
         *(T, S, Hq, Hk, D, tokens, options.window, dispatch.multiplies_pairs()),
@@ -139,7 +141,7 @@ class BlockwiseAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, mask, options):
-        q, k, v = (_dense_rows(x) for x in (q, k, v))
+        q, k, v = (dense_rows(x) for x in (q, k, v))
         B, T, Hq, _ = q.shape
         y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.empty((B, Hq, T), dtype=torch.float32, device=q.device)
@@ -158,7 +160,7 @@ class BlockwiseAttention(torch.autograd.Function):
         dk, dv = make(k.shape), make(k.shape)
         wide = (B, S, Hk, -(-D // 16) * 16)  # whole vectors, to which the units add in fp32
         sums = [torch.empty(wide, dtype=torch.float32, device=q.device) for _ in range(2)]
-        gradients = {"dy": _dense_rows(dy), "dq": dq, "dk": dk, "dv": dv, "sums": tuple(sums)}
+        gradients = {"dy": dense_rows(dy), "dq": dq, "dk": dk, "dv": dv, "sums": tuple(sums)}
         _launch("attention_backward", q, k, v, y, lse, mask, ctx.options, **gradients)
         return dq, dk, dv, None, None
 
@@ -180,7 +182,7 @@ def attention(
         scale or D**-0.5, softcap or 0.0, T if window is None else window, lengths
     )
     if mask is not None:
-        mask = _dense_rows(mask[None] if mask.dim() == 2 else mask[:, 0])
+        mask = dense_rows(mask[None] if mask.dim() == 2 else mask[:, 0])
     dtype = q.dtype
     if dtype not in CPU_DTYPES:
         q, k, v = q.float(), k.float(), v.float()

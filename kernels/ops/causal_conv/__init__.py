@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ... import dispatch
-from . import reference
+from . import cpu
 
 
 def causal_conv(
@@ -40,7 +40,9 @@ def causal_conv(
     check_documents(x, state, lengths)
     if dispatch.traces():
         return dispatch.traced().causal_conv(x, weight, state, lengths)
-    return reference.causal_conv(x, weight, state, lengths)
+    fits = cpu.fits(x, weight)
+    module = dispatch.backend(__package__, x.device, cpu=fits, triton=False)
+    return module.causal_conv(x, weight, state, lengths)
 
 
 def check_documents(x: Tensor, state: Tensor | None, lengths: Sequence[int] | None) -> None:

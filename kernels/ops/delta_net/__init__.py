@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ... import dispatch
 from ..causal_conv import check_documents
-from . import reference
+from . import cpu
 
 
 @overload
@@ -96,7 +96,8 @@ def gated_delta_net(
         raise ValueError("packed documents have no common state; call without lengths to get one")
     if dispatch.traces():
         return dispatch.traced().gated_delta_net(q, k, v, g, beta, state, lengths, with_state)
-    o, last = reference.gated_delta_net(q, k, v, g, beta, state, lengths)
+    module = dispatch.backend(__package__, q.device, cpu=cpu.fits(q, k, v), triton=False)
+    o, last = module.gated_delta_net(q, k, v, g, beta, state, lengths, with_state)
     return (o, last) if with_state else o
 
 

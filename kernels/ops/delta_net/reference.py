@@ -18,8 +18,9 @@ def gated_delta_net(
     beta: Tensor,
     state: Tensor | None,
     lengths: Sequence[int] | None,
-) -> tuple[Tensor, Tensor]:
-    """Return o [B, T, nv, dv] in v's dtype, and the state of the last document, in fp32."""
+    with_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Return o [B, T, nv, dv] in v's dtype, and the last state in fp32 if that is asked for."""
     (B, T, nv, dv), dk = v.shape, q.shape[3]
     dtype, wide = v.dtype, torch.promote_types(v.dtype, torch.float32)
     q, k, v, g, beta = (x.to(wide).transpose(1, 2) for x in (q, k, v, g, beta))
@@ -30,7 +31,7 @@ def gated_delta_net(
     parts = zip(*(x.split(documents, dim=2) for x in (q, k, v, g, beta)), strict=True)
     found = [_document(part, start) for part in parts]
     out = torch.cat([o for o, _ in found], dim=2)
-    return out.transpose(1, 2).to(dtype), found[-1][1].detach()
+    return out.transpose(1, 2).to(dtype), found[-1][1].detach() if with_state else None
 
 
 def _normalized(x: Tensor) -> Tensor:
