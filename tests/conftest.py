@@ -66,6 +66,14 @@ def smollm2() -> Path:
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
+@pytest.fixture(scope="session")
+def smollm2_of_transformers(smollm2):
+    """The tokenizer that transformers makes of that file, which takes it seconds."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
+
+
 def llama_cpp_server(path, adapter=None):
     """llama.cpp's own server on a file, computing in fp32: ask("tokenize", {...}) -> its answer."""
     xllamacpp = pytest.importorskip("xllamacpp")

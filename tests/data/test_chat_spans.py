@@ -250,12 +250,8 @@ def test_transformers_names_of_reasoning(make):
 
 
 @pytest.mark.parametrize("chat", PLAIN)
-def test_smollm2(smollm2, chat):
-    from transformers import AutoTokenizer
-
-    ours = lk.load_tokenizer(smollm2)
-    theirs = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
-    messages = PLAIN[chat]
+def test_smollm2(smollm2, smollm2_of_transformers, chat):
+    ours, theirs, messages = lk.load_tokenizer(smollm2), smollm2_of_transformers, PLAIN[chat]
     example = encode(ours, messages)
     assert example.input_ids == theirs.apply_chat_template(messages, return_dict=False)
     answers = [m["content"] for m in messages if m["role"] == "assistant"]

@@ -24,12 +24,8 @@ from tests.models.sentencepiece import (
 
 
 @pytest.fixture(scope="module")
-def pair(smollm2):
-    from transformers import AutoTokenizer
-
-    return lk.load_tokenizer(smollm2), AutoTokenizer.from_pretrained(
-        smollm2.parent, gguf_file=smollm2.name
-    )
+def pair(smollm2, smollm2_of_transformers):
+    return lk.load_tokenizer(smollm2), smollm2_of_transformers
 
 
 @pytest.mark.parametrize("text", TEXTS[:-1])
