@@ -68,8 +68,9 @@ class TargetConfig:
     """Settings that every method on layers shares: which layers an adapter goes on."""
 
     target_modules: str | list[str] = "all-linear"
-    """Layers to adapt: "all-linear" for every linear layer but the output head, a list of names, or
-    one regex that matches whole names. A name is whole or an end after a dot, such as q_proj."""
+    """Layers to adapt: "all-linear" for every linear layer but the output head and the small ones
+    of linear attention (in_proj_a, in_proj_b, in_proj_ba), a list of names, or one regex that
+    matches whole names. A name is whole or an end after a dot, such as q_proj."""
     exclude_modules: str | list[str] | None = None
     """Layers that stay as they are although target_modules selects them, by the rules of
     target_modules; null excludes none."""
