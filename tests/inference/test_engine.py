@@ -451,11 +451,18 @@ def test_rows_with_a_state_are_put_off_and_share_nothing(tmp_path, tok, small_pa
     tiny(family, **{**options, "vocab_size": 300}).save_pretrained(tmp_path)
     model = lk.load_model(tmp_path, dtype="float32")
     model.config = dataclasses.replace(model.config, eos_token_id=None)
-    given = prompts(20, 3, 20, 11)
+    with_adapters(model)
+    names, given = ["a", None, "a", "b"], prompts(20, 3, 20, 11)
     given[2] = given[0]
-    truth = [likeliest(model, prompt, 12) for prompt in given]
+    truth = []
+    for prompt, name in zip(given, names, strict=True):
+        with lk.adapter_rows(model, [name]):
+            truth.append(likeliest(model, prompt, 12))
     engine, put_back = Engine(model, tok, slots=3, capacity=40, cache_tokens=64), 0
-    requests = [engine.submit(prompt, max_new_tokens=12) for prompt in given]
+    requests = [
+        engine.submit(prompt, max_new_tokens=12, adapter=name)
+        for prompt, name in zip(given, names, strict=True)
+    ]
     while not engine.idle:
         before = list(engine._running)
         engine.step()
