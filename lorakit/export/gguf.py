@@ -38,7 +38,8 @@ from lorakit.files.gguf import NewTensor, Typed, block_sizes, read_header, write
 from lorakit.files.hub import fetch_adapter, name_of
 from lorakit.files.local import as_path
 from lorakit.models.decoder import Decoder
-from lorakit.models.gguf_names import SHARED_GATE, Dialect, dialect_of, storage, stored_name
+from lorakit.models.gguf_linear import parted
+from lorakit.models.gguf_names import Dialect, dialect_of, storage, stored_name, stored_shape
 from lorakit.models.tokenizer import Tokenizer
 
 _PART = 1 << 24  # values that are quantized at a time, 64 MB of fp32
@@ -138,6 +139,7 @@ def export_gguf(
     adapter = None if adapter is None else fetch_adapter(adapter)
     importance = imatrix if isinstance(imatrix, Importance | None) else load_importance(imatrix)
     dense = dense_model(model, adapter)
+    dense = dense._replace(tensors=parted(dense.tensors, dense.config))
     arch, dialect = dialect_of(dense.config)
     tied = "lm_head.weight" not in dense.tensors
     check_said(dense.config, arch, dialect, tied, context_length)
@@ -237,9 +239,8 @@ def _planned(
     for stored, of in members.items():
         names = [of[expert] for expert in sorted(of, key=lambda e: -1 if e is None else e)]
         shape = dense.tensors[names[0]].shape
+        shape = stored_shape(names[0], shape)
         whole = shape if None in of else (len(of), *shape)
-        if names[0].endswith(SHARED_GATE):
-            whole = whole[-1:]
         kind = mix.kind(stored, whole, tied=tied)
         columns = None if importance is None else importance.columns(stored, shape, len(names))
         yield NewTensor(

@@ -77,7 +77,20 @@ def model_metadata(
     elif arch in ("gemma3", "olmo2"):
         found["attention.sliding_window_pattern"] = list(config.sliding_layers)
     found |= _rope_scaling(config)
+    if any(config.linear_layers):
+        values_of_heads = config.linear_num_value_heads * config.linear_value_head_dim
+        found["ssm.inner_size"] = values_of_heads
+        found["full_attention_interval"] = _interval(config)
+    if arch in ("qwen35", "qwen35moe"):  # where llama.cpp asks for them
+        pairs = config.rope.rotary_dim(config.head_dim) // 2
+        even = [(pairs + 2) // 3, (pairs + 1) // 3, pairs // 3]  # as published; text has one
+        found["rope.dimension_sections"] = [*(config.rope.mrope_section or even), 0, 0, 0][:4]
     return {f"{arch}.{key}": value for key, value in found.items()}
+
+
+def _interval(config: ModelConfig) -> int:
+    """Return the number of the first layer that has no linear attention, counted from 1."""
+    return config.linear_layers.index(False) + 1
 
 
 def _rope_scaling(config: ModelConfig) -> dict[str, Any]:
@@ -146,7 +159,7 @@ def check_said(
             f"{context_length!r}"
         )
     for what in (
-        _unsaid_rope(config, arch),
+        _unsaid_rope(config, arch, dialect),
         _unsaid_window(config, arch, context_length or config.max_position_embeddings),
         _unsaid_attention(config, arch, dialect),
         _unsaid_mlp(config, arch, dialect),
@@ -159,7 +172,7 @@ def check_said(
             )
 
 
-def _unsaid_rope(config: ModelConfig, arch: str) -> str | None:
+def _unsaid_rope(config: ModelConfig, arch: str, dialect: Dialect) -> str | None:
     """Return what of the rotary embeddings a file cannot say."""
     rope, local = config.rope, config.rope_local
     if rope.rope_type not in ("default", *_STRETCHES.get(arch, _OF_ALL)):
@@ -172,7 +185,7 @@ def _unsaid_rope(config: ModelConfig, arch: str) -> str | None:
     turning = [(layer + 1) % _STEP != 0 for layer in range(len(every))]
     if (config.rope_layers or every) != (turning if arch == "smollm3" else every):
         return "which layers know positions (no_rope_layers)"
-    if rope.partial_rotary_factor != 1 and arch != "phi3":
+    if rope.partial_rotary_factor != 1 and not dialect.partial:
         return f"partial_rotary_factor {rope.partial_rotary_factor}"
     return _unsaid_yarn(rope, arch) if rope.rope_type == "yarn" else None
 
@@ -214,6 +227,10 @@ def _unsaid_attention(config: ModelConfig, arch: str, dialect: Dialect) -> str |
         return f"attn_logit_softcapping {config.attn_logit_softcapping}"
     if (config.final_logit_softcapping is not None) != (arch == "gemma2"):
         return f"final_logit_softcapping {config.final_logit_softcapping}"
+    if any(config.linear_layers):
+        every = _interval(config)
+        if config.linear_layers != [(i + 1) % every != 0 for i in range(config.num_hidden_layers)]:
+            return "these layer_types"
     biases = arch in ("qwen2", "qwen2moe", "seed_oss")
     if arch not in _BIASED and (config.o_bias or config.qkv_bias != biases):
         return "these biases of the attention (attention_bias)"

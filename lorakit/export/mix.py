@@ -49,6 +49,7 @@ FILE_TYPES = {
 }
 FORMATS = sorted({file_type.default for file_type in FILE_TYPES.values()})
 """The formats that a tensor may have."""
+_NEVER = ("_norm.weight", "ssm_conv1d.weight")  # packed
 _DENSE = ("F32", "F16", "BF16")
 _NARROW = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # for rows that are no multiple of 256
 
@@ -87,7 +88,7 @@ class Mix:
         `tied` says that the model has no other head than its embedding.
         """
         is_matrix = len(shape) > 1 and name.endswith(".weight")
-        if not is_matrix or name.endswith("_norm.weight") or "ffn_gate_inp" in name:
+        if not is_matrix or name.endswith(_NEVER) or "ffn_gate_inp" in name:
             return "F32"
         wanted = self._chosen(name)
         if wanted is None:

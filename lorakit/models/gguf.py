@@ -26,21 +26,23 @@ from lorakit.config.errors import LorakitError
 from lorakit.files.gguf import Header, TensorInfo, data_length, fp32_reader, read_header
 from lorakit.files.safetensors import LazyTensor
 from lorakit.models.config import ModelConfig, RopeConfig
+from lorakit.models.gguf_linear import joined
 from lorakit.models.gguf_names import (
     DIALECTS,
     KEYS,
     MISTRAL,
     MIXTRAL,
     OLMO2,
-    SHARED_GATE,
     TOKEN_KEYS,
     Dialect,
     published_name,
+    published_shape,
     restoration,
 )
 from lorakit.models.rope import llama3_of_divisors
 
 _SHORT, _LONG = "rope_factors_short.weight", "rope_factors_long.weight"
+_PREDICT = "nextn_predict_layers"  # behind the others; they draft several tokens at once
 _ROTARY = ("rope_freqs.weight", _SHORT, _LONG)
 
 
@@ -63,9 +65,12 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, LazyTensor]]:
     lengths = {name: data_length(path, name, info) for name, info in header.tensors.items()}
     dialect = _dialect(path, header)
     config = _model_config(path, header, dialect)
-    tensors = {}
+    tensors: dict[str, LazyTensor] = {}
+    layers = config.num_hidden_layers
+    predict = header.metadata.get(f"{header.metadata['general.architecture']}.{_PREDICT}", 0)
+    more = tuple(f"blk.{layers + i}." for i in range(predict))
     for name, info in header.tensors.items():
-        if name in _ROTARY:  # the config has read it
+        if name in _ROTARY or name.startswith(more):  # the config has read it; of other layers
             continue
         hf_name = _hf_name(path, name, dialect)
         if "{}" in hf_name:
@@ -73,14 +78,13 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, LazyTensor]]:
                 read = fp32_reader(path, expert, lengths[name] // config.num_experts)
                 tensors[hf_name.replace("{}", str(i))] = LazyTensor(expert.shape, read)
         else:
-            if hf_name.endswith(SHARED_GATE) and len(info.shape) == 1:
-                info = info._replace(shape=(1, *info.shape))
+            info = info._replace(shape=published_shape(hf_name, info.shape))
             read = fp32_reader(path, info, lengths[name])
             restore = restoration(hf_name, dialect, config)
             if restore is not None:
                 read = partial(_restored, read, restore)
             tensors[hf_name] = LazyTensor(info.shape, read)
-    return config, tensors
+    return config, joined(tensors, config)
 
 
 def adapted_weight(
@@ -159,10 +163,15 @@ def _model_config(path: Path, header: Header, dialect: Dialect) -> ModelConfig:
     values = _given_values(header.metadata, arch, dialect)
     _add_what_tensors_say(values, header.tensors)
     _add_derived_values(values, dialect)
+    _add_linear_attention(values, header.metadata, arch)
     values["rope_scaling"] = _rope_scaling(path, header, arch)
+    sections = header.metadata.get(f"{arch}.rope.dimension_sections")
+    if isinstance(sections, list):  # of the positions of images, padded to four
+        kept = {"mrope_section": [n for n in sections if n], "mrope_interleaved": True}
+        values["rope_scaling"] = {"rope_type": "default"} | (values["rope_scaling"] or {}) | kept
     size = values.get("head_dim")
     turned = header.metadata.get(f"{arch}.rope.dimension_count", size)
-    if arch == "phi3" and type(turned) is int and type(size) is int and size > 0:
+    if dialect.partial and type(turned) is int and type(size) is int and size > 0:
         values["partial_rotary_factor"] = turned / size
     config = ModelConfig.from_hf(values, str(path))
     if "rope_freqs.weight" in header.tensors:
@@ -211,6 +220,16 @@ def _add_derived_values(values: dict[str, Any], dialect: Dialect) -> None:
         del values["sliding_window_pattern"]
     if values.get("sliding_window") == 0:  # of Phi 4
         values["sliding_window"] = None
+
+
+def _add_linear_attention(values: dict[str, Any], metadata: Mapping[str, Any], arch: str) -> None:
+    """Add what follows from other keys for models with linear attention, and the layers."""
+    heads, inner = values.get("linear_num_value_heads"), metadata.get(f"{arch}.ssm.inner_size")
+    if type(heads) is int and type(inner) is int and heads > 0:
+        values["linear_value_head_dim"] = inner // heads
+    more, layers = metadata.get(f"{arch}.{_PREDICT}"), values.get("num_hidden_layers")
+    if type(more) is int and type(layers) is int:
+        values["num_hidden_layers"] = layers - more
 
 
 def _rope_scaling(path: Path, header: Header, arch: str) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lorakit.config.errors import LorakitError
 from lorakit.models.config import ModelConfig
+from lorakit.models.gguf_linear import LINEAR, LINEAR_KEYS, LINEAR_VECTORS, linear_change
 
 # GGUF's names -> Hugging Face's: first of the tensors outside the layers, then of those in a layer.
 _OUTSIDE = {
@@ -80,8 +81,7 @@ _SHARED_EXPERT = {
     "ffn_up_shexp": "mlp.shared_expert.up_proj",
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
-SHARED_GATE = "mlp.shared_expert_gate.weight"
-"""Published [1, H]; files store the one row alone."""
+SHARED_GATE, _CONVOLUTION = "mlp.shared_expert_gate.weight", "linear_attn.conv1d.weight"
 
 # Keys of config.json -> keys of the file, without the architecture before them.
 KEYS = {
@@ -101,6 +101,16 @@ _QWEN_MOE_KEYS = {
     "num_experts": "expert_count",
     "num_experts_per_tok": "expert_used_count",
     "moe_intermediate_size": "expert_feed_forward_length",
+}
+_QWEN_LINEAR = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "post_attention_norm": "post_attention_layernorm",
+    **_QK_NORM,
+    **LINEAR,
 }
 _QWEN2_MOE_KEYS = _QWEN_MOE_KEYS | {
     "shared_expert_intermediate_size": "expert_shared_feed_forward_length"
@@ -142,6 +152,8 @@ class Dialect(NamedTuple):
     """Whether the rows of q_proj and k_proj are interleaved."""
     norm_offset: float = 0.0
     """The number that was added to the norm weights."""
+    partial: bool = False
+    """Whether a share of each head turns, which the file states as rope.dimension_count."""
     full_width_layers: int | None = None
     """The number of layers of the one size whose attention scale is 1 / sqrt(hidden_size / heads).
 
@@ -158,7 +170,7 @@ DIALECTS = {
     "mistral3": Dialect("ministral3", _ATTENTION | _MLP, permuted=True),  # MISTRAL if unscaled
     "smollm3": Dialect("smollm3", _ATTENTION | _MLP, permuted=True),
     "granite": Dialect("granite", _ATTENTION | _MLP, _GRANITE_KEYS, permuted=True),
-    "phi3": Dialect("phi3", _FUSED, {"sliding_window": "attention.sliding_window"}),
+    "phi3": Dialect("phi3", _FUSED, {"sliding_window": "attention.sliding_window"}, partial=True),
     "olmo2": Dialect("olmo3", _POST_NORMS | _QK_NORM | _MLP, _WINDOW_KEYS),  # OLMO2 if no window
     "seed_oss": Dialect("seed_oss", _SEED_ATTENTION | _MLP, defaults={"attention_bias": True}),
     "qwen2": Dialect("qwen2", _ATTENTION | _MLP),
@@ -169,6 +181,24 @@ DIALECTS = {
         _ATTENTION | _QK_NORM | _QWEN_EXPERTS,
         _QWEN_MOE_KEYS,
         {"norm_topk_prob": True},
+    ),
+    "qwen3next": Dialect(
+        "qwen3_next",
+        _QWEN_LINEAR | _QWEN_EXPERTS | _SHARED_EXPERT,
+        LINEAR_KEYS | _QWEN2_MOE_KEYS,
+        {"norm_topk_prob": True},
+        norm_offset=1.0,
+        partial=True,
+    ),
+    "qwen35": Dialect(
+        "qwen3_5_text", _QWEN_LINEAR | _MLP, LINEAR_KEYS, norm_offset=1.0, partial=True
+    ),
+    "qwen35moe": Dialect(
+        "qwen3_5_moe_text",
+        _QWEN_LINEAR | _QWEN_EXPERTS | _SHARED_EXPERT,
+        LINEAR_KEYS | _QWEN2_MOE_KEYS,
+        norm_offset=1.0,
+        partial=True,
     ),
     "gemma": Dialect("gemma", _ATTENTION | _MLP, norm_offset=1.0),
     "gemma2": Dialect(
@@ -221,6 +251,8 @@ def published_name(name: str, dialect: Dialect) -> str | None:
     match name.split("."):
         case [stem, leaf] if stem in _OUTSIDE:
             return f"{_OUTSIDE[stem]}.{leaf}"
+        case ["blk", layer, *rest] if ".".join(rest) in LINEAR_VECTORS:
+            return f"model.layers.{layer}.{LINEAR_VECTORS['.'.join(rest)]}"
         case ["blk", layer, stem, leaf] if stem in dialect.names:
             return f"model.layers.{layer}.{dialect.names[stem]}.{leaf}"
         case ["blk", layer, stem, expert, leaf] if f"{stem}_exps" in dialect.names:  # older files
@@ -238,6 +270,9 @@ def stored_name(published: str, dialect: Dialect) -> tuple[str, int | None]:
     found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
     assert found is not None  # a decoder has no other modules
     layer, inner = found.groups()
+    vectors = {theirs: stem for stem, theirs in LINEAR_VECTORS.items()}
+    if f"{inner}.{leaf}" in vectors:
+        return f"blk.{layer}.{vectors[f'{inner}.{leaf}']}", None
     expert = re.search(r"(?<=\.experts\.)\d+", inner)
     if expert is not None:
         inner = inner.replace(f".{expert.group()}.", ".{}.")
@@ -251,14 +286,30 @@ def stored_name(published: str, dialect: Dialect) -> tuple[str, int | None]:
 Change = Callable[[Tensor], Tensor]
 
 
+def published_shape(published: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the published shape of a stored tensor; some have a dimension of 1 more."""
+    if published.endswith(SHARED_GATE) and len(shape) == 1:
+        return (1, *shape)
+    if published.endswith(_CONVOLUTION) and len(shape) == 2:
+        return (shape[0], 1, shape[1])
+    return shape
+
+
+def stored_shape(published: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape that a published tensor is stored in."""
+    if published.endswith((SHARED_GATE, _CONVOLUTION)):
+        return tuple(size for size in shape if size != 1)
+    return shape
+
+
 def restoration(published: str, dialect: Dialect, config: ModelConfig) -> Change | None:
     """Return the function that turns a stored tensor into the published one, if they differ."""
     heads = _permuted_heads(published, dialect, config)
     if heads is not None:
         return partial(_unpermute, heads=heads)
-    if dialect.norm_offset and published.endswith("norm.weight"):
+    if _is_offset(published, dialect):
         return lambda weight: weight - dialect.norm_offset
-    return None
+    return linear_change(published, config, stores=False)
 
 
 def storage(published: str, dialect: Dialect, config: ModelConfig) -> Change | None:
@@ -266,9 +317,17 @@ def storage(published: str, dialect: Dialect, config: ModelConfig) -> Change | N
     heads = _permuted_heads(published, dialect, config)
     if heads is not None:
         return partial(_permute, heads=heads)
-    if dialect.norm_offset and published.endswith("norm.weight"):
+    if _is_offset(published, dialect):
         return lambda weight: weight.float() + dialect.norm_offset
-    return None
+    return linear_change(published, config, stores=True)
+
+
+def _is_offset(published: str, dialect: Dialect) -> bool:
+    """Return whether a tensor is the weight of a norm that is stored as what it multiplies by."""
+    is_norm = published.endswith("norm.weight") and not published.endswith(
+        "linear_attn.norm.weight"
+    )
+    return is_norm and dialect.norm_offset != 0
 
 
 def _permuted_heads(published: str, dialect: Dialect, config: ModelConfig) -> int | None:

@@ -28,6 +28,9 @@ ARCHITECTURES = {
     "olmo3": "olmo2",
     "seed_oss": "seed_oss",
     "qwen2_moe": "qwen2moe",
+    "qwen3_next": "qwen3next",
+    "qwen3_5_text": "qwen35",
+    "qwen3_5_moe_text": "qwen35moe",
 }
 PERMUTED = ("llama", "mistral3", "smollm3", "granite")
 
@@ -52,8 +55,12 @@ def stored(published, config):
             array = permute(array, config.num_attention_heads)
         if arch in PERMUTED and "k_proj" in name:
             array = permute(array, config.num_key_value_heads)
-        if arch.startswith("gemma") and name.endswith("norm.weight"):
+        offset = arch.startswith(("gemma", "qwen35", "qwen3next"))
+        if offset and name.endswith("norm.weight") and "linear_attn" not in name:
             array = array + 1
+        if "linear_attn." in name:
+            arrays |= of_linear_attention(name, array, config, names)
+            continue
         if "shared_expert_gate" in name:
             array = array[0]
         before, found, after = name.partition(".experts.")
@@ -66,6 +73,44 @@ def stored(published, config):
     return arrays
 
 
+def of_linear_attention(name, array, config, names):
+    """A tensor of linear attention as it is stored, or the two that it becomes."""
+    keys, values = config.linear_num_key_heads, config.linear_num_value_heads
+    dk, dv, each = config.linear_key_head_dim, config.linear_value_head_dim, values // keys
+    before, _, leaf = name.rpartition("linear_attn.")
+    leaf = leaf.removesuffix(".weight")
+
+    def tiled(rows, width):  # over the heads of keys
+        return rows.reshape(keys, each, width, -1).swapaxes(0, 1).reshape(rows.shape)
+
+    if leaf == "in_proj_qkvz":
+        q, k, v, z = np.split(
+            array.reshape(keys, 2 * (dk + each * dv), -1),
+            [dk, 2 * dk, 2 * dk + each * dv],
+            axis=1,
+        )
+        rows = array.shape[1]
+        qkv = np.concatenate([part.reshape(-1, rows) for part in (q, k, v)])
+        parts = {"in_proj_qkv": qkv, "in_proj_z": z.reshape(-1, rows)}
+        of = {f"{before}linear_attn.{part}.weight": value for part, value in parts.items()}
+        return {names.get_name(n, (".weight",)): value for n, value in of.items()}
+    if leaf == "A_log":
+        array = -np.exp(array)
+    if leaf == "conv1d":
+        array = array[:, 0]
+    if config.model_type != "qwen3_next":
+        if leaf in ("A_log", "dt_bias", "in_proj_a", "in_proj_b"):
+            array = tiled(array, 1)
+        elif leaf == "in_proj_z":
+            array = tiled(array, dv)
+        elif leaf in ("in_proj_qkv", "conv1d"):
+            array = np.concatenate([array[: 2 * keys * dk], tiled(array[2 * keys * dk :], dv)])
+        elif leaf == "out_proj":
+            array = tiled(array.T, dv).T
+    name = name.replace("dt_bias", "dt_proj.bias")
+    return {names.get_name(name, (".weight", ".bias")): array}
+
+
 def write_gguf(
     path, model, kind=gguf.GGMLQuantizationType.F32, metadata=None, skip=(), tensors=None
 ):
@@ -76,7 +121,8 @@ def write_gguf(
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
+    if config.model_type != "qwen3_5_moe_text":
+        writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     head_dim = getattr(config, "head_dim", None)
@@ -116,14 +162,24 @@ def write_gguf(
 def add_of_family(writer, config):
     """Add the keys that some families alone have."""
     kind = config.model_type
-    if kind in ("mixtral", "qwen3_moe", "qwen2_moe"):
-        experts = config.num_experts if kind == "qwen2_moe" else config.num_local_experts
-        writer.add_expert_count(experts)
+    with_shared = kind in ("qwen2_moe", "qwen3_next", "qwen3_5_moe_text")
+    if kind in ("mixtral", "qwen3_moe") or with_shared:
+        writer.add_expert_count(config.num_experts if with_shared else config.num_local_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
-    if kind in ("qwen3_moe", "qwen2_moe"):
+    if kind == "qwen3_moe" or with_shared:
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    if kind == "qwen2_moe":
+    if with_shared:
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+    if kind in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"):
+        values = config.linear_num_value_heads
+        writer.add_ssm_conv_kernel(config.linear_conv_kernel_dim)
+        writer.add_ssm_state_size(config.linear_key_head_dim)
+        writer.add_ssm_group_count(config.linear_num_key_heads)
+        writer.add_ssm_time_step_rank(values)
+        writer.add_ssm_inner_size(config.linear_value_head_dim * values)
+        writer.add_full_attention_interval(config.layer_types.index("full_attention") + 1)
+    if kind in ("qwen3_5_text", "qwen3_5_moe_text"):
+        writer.add_rope_dimension_sections([1, 1, 0, 0])
     if kind in ("gemma2", "gemma3_text", "olmo3"):
         writer.add_sliding_window(config.sliding_window)
     if kind == "olmo3":
