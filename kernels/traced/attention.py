@@ -17,6 +17,7 @@ def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    sinks: Tensor | None,
     mask: Tensor | None,
     scale: float | None,
     softcap: float | None,
@@ -24,16 +25,24 @@ def _attend(
     lengths: Sequence[int] | None,
 ) -> Tensor:
     return op.attention(
-        q, k, v, mask=mask, scale=scale, softcap=softcap, window=window, lengths=lengths
+        q,
+        k,
+        v,
+        mask=mask,
+        scale=scale,
+        softcap=softcap,
+        window=window,
+        lengths=lengths,
+        sinks=sinks,
     )
 
 
 differentiable(
     "attention",
-    "Tensor q, Tensor k, Tensor v, Tensor? mask, float? scale, float? softcap, SymInt? window, "
-    "SymInt[]? lengths",
+    "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? mask, float? scale, float? softcap, "
+    "SymInt? window, SymInt[]? lengths",
     "Tensor",
-    3,
+    4,
     _attend,
     lambda q, *rest: q.new_empty(q.shape),
 )
@@ -49,9 +58,10 @@ def attention(
     softcap: float | None,
     window: int | None,
     lengths: Sequence[int] | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend as the op does; the arguments are those of a backend."""
     if isinstance(lengths, PaddedDocuments):
         raise TypeError("PaddedDocuments change under a CUDA graph; a traced graph takes lengths")
     documents = None if lengths is None else list(lengths)
-    return _operator(q, k, v, mask, scale, softcap, window, documents)
+    return _operator(q, k, v, sinks, mask, scale, softcap, window, documents)

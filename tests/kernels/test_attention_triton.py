@@ -19,6 +19,7 @@ from lorakit.kernels.ops.attention import triton as document_attention
 from lorakit.kernels.ops.attention.documents import PADDING, Documents, PaddedDocuments, tiles_of
 from lorakit.kernels.ops.attention.triton import Tiling, Tilings
 from tests.kernels.test_attention import attention_in_double
+from tests.kernels.test_attention_sinks import exactly as attention_with_sinks
 from tests.triton_budget import guarded, random, within_budget
 from tests.triton_interpreter import DEVICE, on_triton
 
@@ -69,6 +70,32 @@ def test_documents(lengths, group, D, window, softcap, dtype, seed):
     # sums of up to 150 terms near 1; a soft cap's tanh is exact to 2^-23 of the cap
     with small_tiles():
         within_budget(ours, exactly, inputs, terms=4.0 * group + (softcap or 0.0))
+
+
+@settings(max_examples=12)
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=3),
+    window=st.none() | st.integers(1, 60),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**31),
+)
+def test_documents_with_sinks(lengths, window, dtype, seed):
+    """Each head's sink takes a share of the weights; its gradient is within the budget too."""
+    T = sum(lengths)
+    shapes = (1, T, 2, 16), (1, T, 1, 16), (1, T, 1, 16), (2,)
+    inputs = [random(seed + i, *shape).to(dtype) for i, shape in enumerate(shapes)]
+    seen = seen_in(lengths, window)
+
+    def ours(q, k, v, sinks):
+        return kernels.attention(
+            q, k, v, scale=0.3, window=window, lengths=lengths, sinks=sinks * 4
+        )
+
+    def exactly(q, k, v, sinks):
+        return attention_with_sinks(q, k, v, sinks * 4, seen[None], 0.3).to(q.dtype)
+
+    with small_tiles():
+        within_budget(ours, exactly, inputs, terms=8.0)
 
 
 def packed_value_and_grads(documents, window):

@@ -315,8 +315,14 @@ def exact_activation(z, hidden_act):
         return z * torch.sigmoid(z)
     if hidden_act == "gelu":
         return z * 0.5 * torch.special.erfc(-z / 2**0.5)
+    if hidden_act == "swiglu_oai":
+        return z.clamp(max=7) * torch.sigmoid(1.702 * z.clamp(max=7))
     u = (2 / math.pi) ** 0.5 * (z + 0.044715 * z**3)
     return z * torch.sigmoid(2 * u)
+
+
+def exact_other(up, hidden_act):
+    return up.clamp(-7, 7) + 1 if hidden_act == "swiglu_oai" else up
 
 
 @settings(max_examples=60)
@@ -329,7 +335,7 @@ def test_gated(isa, n, dtype, hidden_act, scale, seed):
     within_budget(
         isa,
         lambda gate, up: kernels.gated(gate, up, hidden_act),
-        lambda gate, up: exact_activation(gate, hidden_act) * up,
+        lambda gate, up: exact_activation(gate, hidden_act) * exact_other(up, hidden_act),
         (gate, up),
     )
 
@@ -365,7 +371,24 @@ def test_silu_is_good_to_three_ulp(isa):
     assert ((ours.double() - exact).abs() / ulp).max() <= 3
 
 
-@pytest.mark.parametrize("hidden_act", ACTIVATIONS)
+@pytest.mark.parametrize("isa", ISAS)
+def test_swiglu_oai_at_its_bounds(isa):
+    """Values stop at 7, where slopes of 7 itself still count and those beyond are 0."""
+    at = torch.tensor([-1e30, -8.0, -7.0, 0.0, 7.0, 7.5, 1e30, math.inf])
+    gate, up = at.repeat_interleave(8).requires_grad_(), at.repeat(8).requires_grad_()
+    found = []
+    for way in (on_cpu(isa), kernels.use_backend("reference")):
+        with way:
+            y = kernels.gated(gate, up, "swiglu_oai")
+            found.append([y, *torch.autograd.grad(y.sum(), (gate, up))])
+    for ours, same in zip(*found, strict=True):
+        assert torch.allclose(ours, same, rtol=1e-6, atol=1e-30)
+    with on_cpu(isa):
+        nan = torch.tensor([math.nan, 1.0])
+        assert kernels.gated(nan, nan.flip(0), "swiglu_oai").isnan().all()
+
+
+@pytest.mark.parametrize("hidden_act", [act for act in ACTIVATIONS if act != "swiglu_oai"])
 def test_activations_of_extreme_values(hidden_act):
     """The value and slope of huge gates are those of the identity, or 0; NaN stays NaN."""
     gate = torch.tensor([-1e30, -1e4, -0.0, 0.0, 1e4, 1e30, math.nan]).requires_grad_()

@@ -17,7 +17,7 @@ ALLOWED = {"__init__.py", "reference.py", "cpu.py", "cpu.cpp", "triton.py"}
 # What a folder has beside those: the parts that its backends share.
 EXTRA = {
     "adamw": {"clipped.py", "lists.py", "state.py"},
-    "attention": {"documents.py", "flash.py"},
+    "attention": {"documents.py", "flash.py", "sinks.py"},
     "cross_entropy": {"linear.py"},
     "decode": {"plan.py", "operands.py", "dots.h"},
     "experts": {"layers.py", "passes.py"},

@@ -76,7 +76,14 @@ def spelled_out(x, each, mask=None):
 def act(z, hidden_act):
     if hidden_act == "silu":
         return F.silu(z)
+    if hidden_act == "swiglu_oai":
+        return z.clamp(max=7) * torch.sigmoid(1.702 * z.clamp(max=7))
     return F.gelu(z, approximate="tanh" if hidden_act == "gelu_pytorch_tanh" else "none")
+
+
+def beside(up, hidden_act):
+    """What the activation is multiplied by."""
+    return up.clamp(-7, 7) + 1 if hidden_act == "swiglu_oai" else up
 
 
 def same(ours, truth, inputs, tolerance=1e-9):
@@ -112,7 +119,7 @@ def test_mlp(shape, inner, hidden_act, bias, dora):
     gate, up = (layer(5, inner, r=1 + i, bias=bias, dora=dora) for i in range(2))
     down = layer(inner, 6, bias=bias, dora=dora)
     ours = kernels.lora_mlp(x, gate, up, down, hidden_act)
-    hidden = act(spelled_out(x, gate), hidden_act) * spelled_out(x, up)
+    hidden = act(spelled_out(x, gate), hidden_act) * beside(spelled_out(x, up), hidden_act)
     same([ours], [spelled_out(hidden, down)], [x, *leaves(gate, up, down)])
 
 

@@ -79,6 +79,10 @@ CALLS = {
     "geglu": (kernels.geglu, [(2, 3, 16), (2, 3, 16)]),
     "attention": (lambda *qkv: kernels.attention(*qkv, softcap=30.0, window=3), HEADS),
     "attention, mask": (lambda *qkv: kernels.attention(*qkv, mask=MASK), HEADS),
+    "attention, sinks": (
+        lambda q, k, v, sinks: kernels.attention(q, k, v, sinks=sinks),
+        [*HEADS, HEADS[0][2:3]],
+    ),
     "attention, documents": (
         lambda *qkv: kernels.attention(*qkv, lengths=kernels.Documents([3, 2])),
         ONE_ROW,

@@ -3,6 +3,9 @@
     s_ij = scale q_i . k_j          s = c tanh(s / c) where there is a soft cap c (arXiv:2408.00118)
     p_i  = softmax over the j that i may see        o_i = sum_j p_ij v_j
 
+Heads may have sinks, scores of their own without a value, which the softmax goes over too
+(arXiv:2309.17453, learned in gpt-oss). They scale what attention without them gives (sinks.py).
+
 Query head h reads key head h // (Hq / Hk). `mask` says which query may see which key; without one
 attention is plainly causal. Packed documents (`lengths`) are taken one by one: none computes a
 product with another's keys, so that no bit of one depends on another, and the work is sum(T_i^2),
@@ -41,11 +44,12 @@ def attention(
     softcap: float | None = None,
     window: int | None = None,
     lengths: Sequence[int] | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend causally, with grouped queries, and with a mask or packed documents.
 
-    Differentiable in q, k and v. The maths is that of arXiv:1706.03762, section 3.2.1, blockwise as
-    in arXiv:2205.14135.
+    Differentiable in q, k, v and sinks. The maths is that of arXiv:1706.03762, section 3.2.1,
+    blockwise as in arXiv:2205.14135.
 
     Args:
         q: the queries [B, T, Hq, D], any floating-point dtype.
@@ -60,6 +64,8 @@ def attention(
         lengths: the tokens of each document packed along T == S, B == 1. Each is causal by itself;
             a mask is ignored then. As `Documents` they keep what the layers of a model share, as
             `PaddedDocuments` where a CUDA graph finds it.
+        sinks: a score of each head that stands beside those of the keys and has no value, [Hq] of
+            any floating-point dtype; the softmax goes over it too (sinks.py). None for none.
 
     Returns:
         The weighted sums of the values, [B, T, Hq, D] in q's dtype.
@@ -75,11 +81,12 @@ def attention(
     if mask is not None or T != S:
         window = None
     if dispatch.traces():
-        return dispatch.traced().attention(q, k, v, mask, scale, softcap, window, lengths)
-    module = _module(q, k, v, mask, scale, softcap, window, lengths is not None)
+        return dispatch.traced().attention(q, k, v, mask, scale, softcap, window, lengths, sinks)
+    more = softcap is not None or sinks is not None
+    module = _module(q, k, v, mask, scale, more, window, lengths is not None)
     if module is flash:
         return flash.attention(q, k, v, scale)
-    return module.attention(q, k, v, mask, scale, softcap, window, lengths)
+    return module.attention(q, k, v, mask, scale, softcap, window, lengths, sinks)
 
 
 def attention_kernel(
@@ -91,6 +98,7 @@ def attention_kernel(
     softcap: float | None = None,
     window: int | None = None,
     packed: bool = False,
+    sinks: bool = False,
 ) -> str:
     """Name what `attention` runs on such tensors without a mask; nothing is computed.
 
@@ -102,11 +110,12 @@ def attention_kernel(
         softcap: the soft cap of the scores; None for none.
         window: how many positions a query may look back; None for all.
         packed: whether documents are packed along T.
+        sinks: whether the heads have sinks.
 
     Returns:
         "cpu", "triton", "reference", or "flash" for torch's FlashAttention.
     """
-    module = _module(q, k, v, None, scale, softcap, window, packed)
+    module = _module(q, k, v, None, scale, softcap is not None or sinks, window, packed)
     return module.__name__.rpartition(".")[2]
 
 
@@ -116,13 +125,13 @@ def _module(
     v: Tensor,
     mask: Tensor | None,
     scale: float | None,
-    softcap: float | None,
+    more: bool,
     window: int | None,
     packed: bool,
 ) -> ModuleType:
-    """Return the module of this folder that attends."""
+    """Return the module of this folder that attends; `more`: with a soft cap or sinks."""
     whole = window is None or window >= k.shape[1]  # no query is further back
-    dense = mask is None and not packed and softcap is None and whole
+    dense = mask is None and not packed and not more and whole
     if dense and flash.takes(q, k, v):
         return flash
     return dispatch.backend(

@@ -18,6 +18,7 @@ from torch import Tensor
 from ... import dispatch, threads
 from ...autograd import once_differentiable
 from ...dispatch import CPU_DTYPES, FLOAT, INT64, POINTER, address, run
+from .sinks import sinks_gradient, with_sinks
 
 
 class HeadsView(ctypes.Structure):
@@ -137,23 +138,28 @@ def _launch(
 
 
 class BlockwiseAttention(torch.autograd.Function):
-    """Map q [B, T, Hq, D], k, v [B, S, Hk, D] and a mask [B or 1, T, S] to y [B, T, Hq, D]."""
+    """Map q [B, T, Hq, D], k, v [B, S, Hk, D] and a mask [B or 1, T, S] to y [B, T, Hq, D].
+
+    There may be sinks [Hq].
+    """
 
     @staticmethod
-    def forward(ctx, q, k, v, mask, options):
+    def forward(ctx, q, k, v, sinks, mask, options):
         q, k, v = (dense_rows(x) for x in (q, k, v))
         B, T, Hq, _ = q.shape
         y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.empty((B, Hq, T), dtype=torch.float32, device=q.device)
         _launch("attention", q, k, v, y, lse, mask, options)
-        ctx.save_for_backward(q, k, v, y, lse, mask)
+        if sinks is not None:
+            y, lse = with_sinks(y, lse, sinks)
+        ctx.save_for_backward(q, k, v, sinks, y, lse, mask)
         ctx.options = options
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        q, k, v, y, lse, mask = ctx.saved_tensors
+        q, k, v, sinks, y, lse, mask = ctx.saved_tensors
         B, S, Hk, D = k.shape
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         make = k.new_empty if mask is None else k.new_zeros  # whose keys may be seen by nobody
@@ -162,7 +168,8 @@ class BlockwiseAttention(torch.autograd.Function):
         sums = [torch.empty(wide, dtype=torch.float32, device=q.device) for _ in range(2)]
         gradients = {"dy": dense_rows(dy), "dq": dq, "dk": dk, "dv": dv, "sums": tuple(sums)}
         _launch("attention_backward", q, k, v, y, lse, mask, ctx.options, **gradients)
-        return dq, dk, dv, None, None
+        dsinks = sinks_gradient(dy, y, lse, sinks) if ctx.needs_input_grad[3] else None
+        return dq, dk, dv, dsinks, None, None
 
 
 def attention(
@@ -174,6 +181,7 @@ def attention(
     softcap: float | None,
     window: int | None,
     lengths: Sequence[int] | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend by the kernels, for operands that fit; a `window` needs a mask of None."""
     T, D = q.shape[1], q.shape[3]
@@ -186,4 +194,4 @@ def attention(
     dtype = q.dtype
     if dtype not in CPU_DTYPES:
         q, k, v = q.float(), k.float(), v.float()
-    return BlockwiseAttention.apply(q, k, v, mask, options).to(dtype)
+    return BlockwiseAttention.apply(q, k, v, sinks, mask, options).to(dtype)

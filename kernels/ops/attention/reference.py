@@ -1,4 +1,4 @@
-"""Attention in plain torch; with a soft cap the scores are spelled out."""
+"""Attention in plain torch; with a soft cap or sinks the scores are spelled out."""
 
 from collections.abc import Sequence
 
@@ -26,6 +26,7 @@ def attention(
     softcap: float | None,
     window: int | None,
     lengths: Sequence[int] | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend with q [B, T, Hq, D] to k and v [B, S, Hk, D], document by document: [B, T, Hq, D]."""
     dtype, wide = q.dtype, dispatch.product_dtype(q)
@@ -33,12 +34,14 @@ def attention(
     if isinstance(lengths, PaddedDocuments):
         mask = _mask_from(lengths.starts(q.device), window)
     if mask is not None:
-        return _attend(q, k, v, mask, scale, softcap).to(dtype)
+        return _attend(q, k, v, mask, scale, softcap, sinks).to(dtype)
     lengths = [q.shape[1]] if lengths is None else list(lengths)
     if len(lengths) == 1:
-        return _attend(q, k, v, _window_mask(q, k, window), scale, softcap).to(dtype)
+        return _attend(q, k, v, _window_mask(q, k, window), scale, softcap, sinks).to(dtype)
     documents = zip(*(x.split(lengths, dim=1) for x in (q, k, v)), strict=True)
-    parts = [_attend(q, k, v, _window_mask(q, k, window), scale, softcap) for q, k, v in documents]
+    parts = [
+        _attend(q, k, v, _window_mask(q, k, window), scale, softcap, sinks) for q, k, v in documents
+    ]
     return torch.cat(parts, dim=1).to(dtype)
 
 
@@ -67,11 +70,12 @@ def _attend(
     mask: Tensor | None,
     scale: float | None,
     softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Attend with q [B, T, Hq, D] to k and v [B, S, Hk, D]: [B, T, Hq, D]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T or S, D]
-    if softcap is not None:
-        return _softcapped(q, k, v, mask, scale, softcap).transpose(1, 2)
+    if softcap is not None or sinks is not None:
+        return _spelled_out(q, k, v, mask, scale, softcap, sinks).transpose(1, 2)
     out = F.scaled_dot_product_attention(
         q,
         k,
@@ -84,10 +88,16 @@ def _attend(
     return out.transpose(1, 2)
 
 
-def _softcapped(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, softcap: float
+def _spelled_out(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """Attend with capped scores, CHUNK query rows at a time; q, k and v are [B, H, T or S, D]."""
+    """Attend with scores that exist, CHUNK query rows at a time; q, k, v are [B, H, T or S, D]."""
     B, Hq, T, D = q.shape
     Hk, S = k.shape[1], k.shape[2]
     if mask is None:
@@ -95,16 +105,24 @@ def _softcapped(
     mask = mask.expand(B, 1, T, S)[:, :, None]
     q = q.reshape(B, Hk, Hq // Hk, T, D) * (D**-0.5 if scale is None else scale)
 
-    def rows(q, k, v, mask):
+    def rows(q, k, v, mask, sinks):
         scores = q @ k[:, :, None].transpose(-1, -2)  # [B, Hk, G, t, S]
-        scores = softcap * torch.tanh(scores.float() / softcap)
-        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~mask, -torch.inf)
+        if sinks is not None:
+            sink = sinks.to(scores.dtype).view(Hk, Hq // Hk, 1, 1).expand(*scores.shape[:-1], 1)
+            scores = torch.cat((scores, sink), -1)
+        weights = scores.softmax(-1)[..., :S]
         return weights.to(v.dtype) @ v[:, :, None]
 
     chunks = list(zip(q.split(CHUNK, dim=3), mask.split(CHUNK, dim=3), strict=True))
     again = len(chunks) > 1 and torch.is_grad_enabled()
     out = [
-        checkpoint(rows, part, k, v, seen, use_reentrant=False) if again else rows(part, k, v, seen)
+        checkpoint(rows, part, k, v, seen, sinks, use_reentrant=False)
+        if again
+        else rows(part, k, v, seen, sinks)
         for part, seen in chunks
     ]
     return torch.cat(out, dim=3).reshape(B, Hq, T, D)

@@ -32,6 +32,7 @@ from torch import Tensor
 from ... import dispatch
 from ...autograd import once_differentiable
 from .documents import Documents, equal_documents
+from .sinks import sinks_gradient, with_sinks
 
 LOG2E = tl.constexpr(1.4426950408889634)
 DELTA_VALUES = 4096  # of y that a program of delta reads
@@ -356,10 +357,10 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 
 class DocumentAttention(torch.autograd.Function):
-    """Map q [N, Hq, D], k and v [N, Hk, D] of documents to y [N, Hq, D]."""
+    """Map q [N, Hq, D], k and v [N, Hk, D] of documents to y [N, Hq, D]; sinks are [Hq] or None."""
 
     @staticmethod
-    def forward(ctx, q, k, v, documents, scale, softcap, window, dense):
+    def forward(ctx, q, k, v, sinks, documents, scale, softcap, window, dense):
         (N, heads, D), group = q.shape, q.shape[1] // k.shape[1]
         ctx.documents, ctx.scale, ctx.dense = documents, scale, dense
         ctx.tilings = tilings(q)
@@ -376,13 +377,15 @@ class DocumentAttention(torch.autograd.Function):
             scale, **ctx.shape, BM=cut.tile, BN=cut.step, num_warps=cut.warps,
             num_stages=cut.stages,
         )  # fmt: skip
-        ctx.save_for_backward(q, k, v, y, lse)
+        if sinks is not None:
+            y, lse = with_sinks(y, lse, sinks, base2=True)
+        ctx.save_for_backward(q, k, v, sinks, y, lse)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        q, k, v, y, lse = ctx.saved_tensors
+        q, k, v, sinks, y, lse = ctx.saved_tensors
         (N, heads, D), on = q.shape, q.device
         dy = dy if dy.stride(2) == 1 else dy.contiguous()
         delta, dq = torch.empty_like(lse), torch.empty(q.shape, dtype=q.dtype, device=on)
@@ -400,7 +403,8 @@ class DocumentAttention(torch.autograd.Function):
             ctx.scale, **ctx.shape, BM=cut.tile, BN=cut.step, num_warps=cut.warps,
             num_stages=cut.stages,
         )  # fmt: skip
-        return dq, dk, dv, None, None, None, None, None
+        dsinks = sinks_gradient(dy, y, lse, sinks, base2=True) if ctx.needs_input_grad[3] else None
+        return dq, dk, dv, dsinks, None, None, None, None, None
 
     @staticmethod
     def _of_keys(ctx, given) -> Tensor:
@@ -437,6 +441,7 @@ def attention(
     softcap: float | None,
     window: int | None,
     lengths: Sequence[int] | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend within the documents of a row, or within each row, for operands that fit."""
     B, T, _, D = q.shape
@@ -447,4 +452,4 @@ def attention(
     if window is not None and window >= documents.longest:
         window = None
     options = documents, D**-0.5 if scale is None else scale, softcap, window, dense
-    return DocumentAttention.apply(*(_flat(x) for x in (q, k, v)), *options).view(q.shape)
+    return DocumentAttention.apply(*(_flat(x) for x in (q, k, v)), sinks, *options).view(q.shape)

@@ -1,10 +1,14 @@
-"""The gated activations of the MLP (arXiv:2002.05202), elementwise: y = a(gate) up.
+"""The gated activations of the MLP (arXiv:2002.05202), elementwise: y = a(gate) b(up).
 
     silu                a(z) = z sigmoid(z)                                   SwiGLU
     gelu                a(z) = z Phi(z), Phi the normal distribution          GeGLU
     gelu_pytorch_tanh   gelu with Phi(z) ~ (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3))) / 2
+    swiglu_oai          a(z) = c sigmoid(1.702 c), c = min(z, 7)              gpt-oss
 
-    d gate = dy up a'(gate)          d up = dy a(gate)
+b(u) = u, but for the last, whose b(u) = 1 + max(-7, min(u, 7)). The name is llama.cpp's; the files
+of gpt-oss say "silu".
+
+    d gate = dy b(up) a'(gate)       d up = dy a(gate) b'(up)
 
 Low-rank updates may still be to be added to dy, gate and up (`updates.py`).
 
@@ -24,17 +28,18 @@ from .updates import Update, Updates
 
 
 def gated(gate: Tensor, up: Tensor, hidden_act: str) -> Tensor:
-    """Compute a(gate) * up, elementwise (arXiv:2002.05202).
+    """Compute a(gate) * b(up), elementwise (arXiv:2002.05202).
 
     Differentiable in both tensors; it keeps them for backward.
 
     Args:
         gate: [...], any floating-point dtype; kernels run for fp32, bf16 and fp16.
         up: the shape and dtype of `gate`.
-        hidden_act: the activation a: "silu", "gelu_pytorch_tanh" or "gelu".
+        hidden_act: the activation a: "silu", "gelu_pytorch_tanh", "gelu" or "swiglu_oai"; for the
+            last b(up) is 1 + up within -7 and 7, else it is up.
 
     Returns:
-        a(gate) * up, in the shape and dtype of `gate`.
+        a(gate) * b(up), in the shape and dtype of `gate`.
 
     Raises:
         ValueError: `hidden_act` is another name.

@@ -12,6 +12,7 @@ class Activation(IntEnum):
     silu = 0
     gelu_pytorch_tanh = 1
     gelu = 2
+    swiglu_oai = 3
 
     @property
     def approximate(self) -> str:

@@ -6,30 +6,48 @@ from torch import Tensor
 
 from .activation import Activation
 
+_ALPHA, _LIMIT = 1.702, 7.0  # of swiglu_oai, in every published model
+
 
 def gated(gate: Tensor, up: Tensor, hidden_act: str) -> Tensor:
-    """Return a(gate) * up."""
-    return activate(gate, hidden_act) * up
+    """Return a(gate) * b(up)."""
+    return activate(gate, hidden_act) * other(up, hidden_act)
 
 
 def gated_backward_(
     grad: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, hidden_act: str
 ) -> None:
     """Write d gate to dgate, d up to dup, and y over its gradient `grad`."""
-    act = activate(gate, hidden_act)
-    through = grad * up
+    act, factor = activate(gate, hidden_act), other(up, hidden_act)
+    through = grad * factor
     if Activation[hidden_act] is Activation.silu:
         slope = torch.ops.aten.silu_backward(through, gate)
+    elif Activation[hidden_act] is Activation.swiglu_oai:
+        scaled = gate.clamp(max=_LIMIT) * _ALPHA
+        slope = torch.ops.aten.silu_backward(through, scaled) * (gate <= _LIMIT)
     else:
         approximate = Activation[hidden_act].approximate
         slope = torch.ops.aten.gelu_backward(through, gate, approximate=approximate)
+    inside = up.abs() <= _LIMIT if Activation[hidden_act] is Activation.swiglu_oai else None
     dgate.copy_(slope)
-    torch.mul(act, up, out=through)
+    torch.mul(act, factor, out=through)
     torch.mul(grad, act, out=dup)
+    if inside is not None:
+        dup.mul_(inside)
     grad.copy_(through)
 
 
 def activate(x: Tensor, hidden_act: str) -> Tensor:
     """Return a(x)."""
     act = Activation[hidden_act]
+    if act is Activation.swiglu_oai:
+        clamped = x.clamp(max=_LIMIT)
+        return clamped * torch.sigmoid(clamped * _ALPHA)
     return F.silu(x) if act is Activation.silu else F.gelu(x, approximate=act.approximate)
+
+
+def other(up: Tensor, hidden_act: str) -> Tensor:
+    """Return b(up), what a(gate) is multiplied by."""
+    if Activation[hidden_act] is Activation.swiglu_oai:
+        return up.clamp(-_LIMIT, _LIMIT) + 1
+    return up

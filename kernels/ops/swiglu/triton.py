@@ -10,8 +10,10 @@ With a = act(gate), and a' its slope,
     silu:  a = z s(z)                 a' = s(z) (1 + z (1 - s(z)))           s the sigmoid
     gelu:  a = z P(z)                 a' = P(z) + z p(z)                     P and p of the normal
     tanh:  a = z s                    a' = s + 2 z s (1 - s) u'              s = s(2 u(z))
+    oai:   a = c s(1.702 c)           a' = s (1 + 1.702 c (1 - s))           c = min(z, 7)
 
-where the last is z (1 + tanh u) / 2 with u = sqrt(2 / pi) (z + 0.044715 z^3). Backward keeps gate
+where up is replaced by 1 + up, between -7 and 7, in the last, and slopes beyond the bounds are 0.
+The third is z (1 + tanh u) / 2 with u = sqrt(2 / pi) (z + 0.044715 z^3). Backward keeps gate
 and up only. A caller to whom these and the gradient belong gets the results in their places, and y
 as well, so that it need not keep y (`lora_mlp`).
 
@@ -44,6 +46,10 @@ def _activate(z, HIDDEN_ACT: tl.constexpr):
         half = 0.5 * (1 + tl.erf(z * 0.7071067811865476))
         density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
         return z * half, half + z * density
+    elif HIDDEN_ACT == "swiglu_oai":
+        c = tl.where(z > 7.0, 7.0, z)
+        s = tl.sigmoid(1.702 * c)
+        return c * s, tl.where(z > 7.0, 0.0, s * (1 + 1.702 * c * (1 - s)))
     else:
         u = 0.7978845608028654 * (z + 0.044715 * z * z * z)
         slope = 0.7978845608028654 * (1 + 3 * 0.044715 * z * z)
@@ -51,6 +57,16 @@ def _activate(z, HIDDEN_ACT: tl.constexpr):
         r = 1 / (1 + e)
         s = tl.where(u >= 0, r, e * r)
         return z * s, s + 2 * z * (e * r * r) * slope
+
+
+@triton.jit
+def _other(up, HIDDEN_ACT: tl.constexpr):
+    """What the activation is multiplied by, and its slope, at up, fp32."""
+    if HIDDEN_ACT == "swiglu_oai":
+        outside = tl.abs(up) > 7.0
+        return 1 + tl.where(outside, tl.where(up > 0, 7.0, -7.0), up), tl.where(outside, 0.0, 1.0)
+    else:
+        return up, 1.0
 
 
 @triton.jit
@@ -65,7 +81,8 @@ def _forward(
     gate = tl.load(GATE + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(UP + at, mask=inside, other=0.0).to(tl.float32)
     value, _ = _activate(gate, HIDDEN_ACT)
-    tl.store(Y + at, (value * up).to(Y.dtype.element_ty), mask=inside)
+    factor, _ = _other(up, HIDDEN_ACT)
+    tl.store(Y + at, (value * factor).to(Y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -83,10 +100,11 @@ def _backward(
     gate = tl.load(GATE + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(UP + at, mask=inside, other=0.0).to(tl.float32)
     value, slope = _activate(gate, HIDDEN_ACT)
-    tl.store(DGATE + at, (dy * up * slope).to(DGATE.dtype.element_ty), mask=inside)
-    tl.store(DUP + at, (dy * value).to(DUP.dtype.element_ty), mask=inside)
+    factor, inner = _other(up, HIDDEN_ACT)
+    tl.store(DGATE + at, (dy * factor * slope).to(DGATE.dtype.element_ty), mask=inside)
+    tl.store(DUP + at, (dy * value * inner).to(DUP.dtype.element_ty), mask=inside)
     if NEED_Y:
-        tl.store(Y + at, (value * up).to(Y.dtype.element_ty), mask=inside)
+        tl.store(Y + at, (value * factor).to(Y.dtype.element_ty), mask=inside)
 
 
 def _rows(*tensors: Tensor) -> tuple[int, int, list[int | None]]:
@@ -160,9 +178,10 @@ def _added_forward(
     gate = _tile(GATE, LOW0, WIDE0, m, n, rows, width, gate_row, low0_row, 1, R0, R0, RANK)
     up = _tile(UP, LOW1, WIDE1, m, n, rows, width, up_row, low1_row, 1, R1, R1, RANK)
     value, _ = _activate(gate, HIDDEN_ACT)
+    factor, _ = _other(up, HIDDEN_ACT)
     inside = (m < rows)[:, None] & (n < width)[None, :]
     at = m[:, None] * y_row + n[None, :]
-    tl.store(Y + at, (value * up).to(Y.dtype.element_ty), mask=inside)
+    tl.store(Y + at, (value * factor).to(Y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -178,13 +197,14 @@ def _added_backward(
     gate = _tile(GATE, LOW0, WIDE0, m, n, rows, width, gate_row, low0_row, 1, R0, R0, RANK)
     up = _tile(UP, LOW1, WIDE1, m, n, rows, width, up_row, low1_row, 1, R1, R1, RANK)
     value, slope = _activate(gate, HIDDEN_ACT)
+    factor, inner = _other(up, HIDDEN_ACT)
     inside = (m < rows)[:, None] & (n < width)[None, :]
     at = DGATE + m[:, None] * dgate_row + n[None, :]
-    tl.store(at, (dy * up * slope).to(DGATE.dtype.element_ty), mask=inside)
+    tl.store(at, (dy * factor * slope).to(DGATE.dtype.element_ty), mask=inside)
     at = DUP + m[:, None] * dup_row + n[None, :]
-    tl.store(at, (dy * value).to(DUP.dtype.element_ty), mask=inside)
+    tl.store(at, (dy * value * inner).to(DUP.dtype.element_ty), mask=inside)
     at = DY + m[:, None] * dy_row + n[None, :]
-    tl.store(at, (value * up).to(DY.dtype.element_ty), mask=inside)
+    tl.store(at, (value * factor).to(DY.dtype.element_ty), mask=inside)
 
 
 @functools.cache
