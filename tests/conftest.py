@@ -400,6 +400,19 @@ FAMILY_VARIANTS = {
             "mlp_only_layers": [1],
         },
     ),
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            "head_dim": 12,
+            "num_key_value_heads": 2,
+            "intermediate_size": 24,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "sliding_window": 6,
+            "initializer_range": 0.2,
+            "rope_parameters": {**YARN, "truncate": False},
+        },
+    ),
     "gemma": ("gemma", {"head_dim": 12, "num_key_value_heads": 1, "tie_word_embeddings": True}),
     "gemma2": (
         "gemma2",
@@ -477,6 +490,8 @@ def randomize(model, model_type):
                 if "gemma4" in model_type and name.endswith(("q_norm.weight", "k_norm.weight")):
                     around = 0.5  # scores are not divided by sqrt(D): larger ones pick one key
                 parameter.normal_(around, 0.2)
+                if name.endswith("gate_up_proj_bias"):  # of gpt-oss, which clamps gate and up at 7
+                    parameter.mul_(25)
             elif name.endswith(("layer_scalar", "router.scale", "per_expert_scale")):
                 parameter.uniform_(0.5, 1.5)
 
@@ -491,12 +506,18 @@ def published(named, model_type):
         if not fused:
             found[name] = tensor
             continue
+        bias = kind.endswith("_bias")
+        kind = kind.removesuffix("_bias")
         names = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[kind]
         if model_type == "mixtral":
             names = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}[kind]
         for expert, both in enumerate(tensor):
-            for leaf, part in zip(names, both.chunk(len(names)), strict=True):
-                found[f"{prefix}experts.{expert}.{leaf}.weight"] = part
+            parts = both.chunk(len(names))
+            if model_type == "gpt_oss":  # transposed, with gate and up in turns
+                both = both.t() if both.dim() == 2 else both
+                parts = [both[i :: len(names)] for i in range(len(names))]
+            for leaf, part in zip(names, parts, strict=True):
+                found[f"{prefix}experts.{expert}.{leaf}.{'bias' if bias else 'weight'}"] = part
     return found
 
 

@@ -100,6 +100,7 @@ def _computes_more(config: ModelConfig, longest: int) -> bool:
         or config.norm_placement == "post"
         or bool(config.linear_layers)
         or config.attention_gate
+        or config.attention_sinks
         or config.fused_qkv
         or config.fused_gate_up
         or config.residual_multiplier != 1

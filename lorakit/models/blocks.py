@@ -95,6 +95,9 @@ class Attention(nn.Module):
             self.k_proj = nn.Linear(hidden, keys, bias=bias) if own_keys else None
             self.v_proj = nn.Linear(hidden, keys, bias=bias) if own_values else None
         self.o_proj = nn.Linear(queries, hidden, bias=config.o_bias)
+        self.sinks: nn.Parameter | None = None
+        if config.attention_sinks:
+            self.sinks = nn.Parameter(torch.zeros(config.num_attention_heads))
         self.qk_norm, self.eps = config.qk_norm, config.rms_norm_eps
         self.v_norm = config.v_norm
         self.q_norm = self.k_norm = None
@@ -163,6 +166,7 @@ class Attention(nn.Module):
             softcap=self.softcap,
             window=view.window,
             lengths=view.lengths,
+            sinks=self.sinks,
         )
         if gate is not None:
             attended = attended * gate.sigmoid()

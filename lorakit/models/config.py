@@ -72,7 +72,7 @@ class ModelConfig:
     num_global_key_value_heads: int | None = None
     """Number of key and value heads in those of them that have no v_proj; None: as elsewhere."""
     hidden_act: str = "silu"
-    """Activation of the MLP's gate: "silu", "gelu_pytorch_tanh" or "gelu"."""
+    """Activation of the MLP's gate: "silu", "gelu_pytorch_tanh", "gelu" or "swiglu_oai"."""
     rms_norm_eps: float = 1e-6
     """Number added to the mean square in RMSNorm, under the root."""
     rope: RopeConfig = field(default_factory=RopeConfig)
@@ -109,6 +109,8 @@ class ModelConfig:
     """Whether a norm rounds to the model's dtype before ("llama") or after ("gemma") scaling."""
     norm_placement: Literal["pre", "post", "sandwich"] = "pre"
     """Whether the inputs of attention and of the MLP are normalized, their outputs, or both."""
+    attention_sinks: bool = False
+    """Whether each head has a sink, a score beside those of the keys that has no value."""
     attention_gate: bool = False
     """Whether q_proj has a gate beside each head's queries, whose sigmoid scales the output."""
     fused_qkv: bool = False
@@ -176,6 +178,12 @@ class ModelConfig:
         default_factory=lambda: ["mlp", "gate_proj", "up_proj", "down_proj"]
     )
     """Names in the model files of the MoE block, and of an expert's gate, up and down layers."""
+    router_name: str = "gate"
+    """Name in the model files of the layer that picks the experts."""
+    router_bias: bool = False
+    """Whether that layer has a bias."""
+    experts_interleaved: bool = False
+    """Whether files hold all experts of a layer as transposed matrices, gate and up in turns."""
     bos_token_id: int | None = None
     """Token that begins a text."""
     eos_token_id: int | list[int] | None = None

@@ -49,9 +49,13 @@ _INNER = (
     "scale_embeddings",
     "fused_qkv",
     "fused_gate_up",
+    "attention_sinks",
     "attention_gate",
     "fused_qkvz",
     "moe_names",
+    "router_name",
+    "router_bias",
+    "experts_interleaved",
     "moe_layers",
     "sliding_layers",
     "linear_layers",
@@ -88,6 +92,8 @@ _OF_SOME_FAMILIES = (
     "full_attention_interval",
 )
 """Keys that mean something only in files of families whose defaults list them."""
+_OF_SWIGLU_OAI = {"swiglu_limit": 7.0, "swiglu_alpha": 1.702}
+"""Numbers of the activation of gpt-oss, as all published files say them."""
 _OF_EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
 """Fields that `_write_experts` writes."""
 _MOST_LAYERS = 10_000
@@ -191,6 +197,9 @@ def _refuse_what_is_not_computed(values: Mapping[str, Any], family: Family, wher
         )
     if values.get("quantization_config") is not None:
         check_method(values["quantization_config"], where)
+    for name, value in _OF_SWIGLU_OAI.items():
+        if family.fields.get("hidden_act") == "swiglu_oai" and values.get(name, value) != value:
+            raise LorakitError(f"{where}: {name} {values[name]!r} is not supported, only {value}")
     bidirectional = values.get("use_bidirectional_attention")
     vision = "use_bidirectional_attention" in family.defaults and bidirectional == "vision"
     if bidirectional and not vision:  # text rows are causal where images are not

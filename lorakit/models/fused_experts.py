@@ -1,23 +1,74 @@
-"""Experts that files hold as two tensors a layer, read as the layers of each expert, and written.
+"""Experts that files hold as a few tensors a layer, read as the layers of each expert, and written.
 
     experts.gate_up_proj [E, 2 I, H]    experts.N.gate_proj.weight, experts.N.up_proj.weight [I, H]
     experts.down_proj [E, H, I]         experts.N.down_proj.weight [H, I]
 
-transformers holds the experts so in memory, and the files of Qwen 3.5 do. A part is read from the
-file when it is asked for, so that memory holds one expert at a time. Of some families (Gemma 4)
-transformers reads no other form, so that they are written in this one.
+transformers holds the experts so in memory, and the files of Qwen 3.5 do. gpt-oss holds transposed
+matrices, [E, H, 2 I] and [E, I, H], in which columns of gate and up take turns, and biases:
+gate_up_proj_bias [E, 2 I] and down_proj_bias [E, H].
+
+A part is read from the file when it is asked for, so that memory holds one expert at a time. Of
+some families (Gemma 4, gpt-oss) transformers reads no other form, so that they are written in this
+one.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from lorakit.config.errors import LorakitError
 from lorakit.files.safetensors import LazyTensor
 from lorakit.models.bitsandbytes import LazyWeight
 from lorakit.models.config import ModelConfig
+
+
+class FusedTensor(NamedTuple):
+    """A tensor that holds some parts of every expert of a layer."""
+
+    parts: tuple[str, ...]
+    """The names of its parts in an expert, such as "gate_proj.weight"."""
+    shape: tuple[int, ...]
+    """The shape of a part."""
+    interleaved: bool
+    """Whether it is transposed, and its parts take turns in it; else they lie one after another."""
+
+    @property
+    def expert_shape(self) -> tuple[int, ...]:
+        """The shape of what it holds of one expert."""
+        whole = (len(self.parts) * self.shape[0], *self.shape[1:])
+        return whole[::-1] if self.interleaved else whole
+
+    def part(self, values: Tensor, number: int) -> Tensor:
+        """Return one part of what it holds of one expert."""
+        if not self.interleaved:
+            return values[number * self.shape[0] : (number + 1) * self.shape[0]]
+        return (values.t() if values.dim() == 2 else values)[number :: len(self.parts)]
+
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return what it holds of one expert, given the parts."""
+        if not self.interleaved:
+            return torch.cat(tuple(parts))
+        whole = torch.stack(tuple(parts), 1).flatten(0, 1)
+        return whole.t() if whole.dim() == 2 else whole
+
+
+def fused_tensors(config: ModelConfig) -> dict[str, FusedTensor]:
+    """Return the fused tensors that a layer's experts may have, by their names after "experts."."""
+    _, gate, up, down = config.moe_names
+    hidden, inner = config.hidden_size, config.moe_intermediate_size
+    layers = {"gate_up_proj": ((gate, up), inner, hidden), "down_proj": ((down,), hidden, inner)}
+    found = {}
+    for name, (parts, rows, columns) in layers.items():
+        weights = tuple(f"{part}.weight" for part in parts)
+        found[name] = FusedTensor(weights, (rows, columns), config.experts_interleaved)
+        if config.mlp_bias:
+            biases = tuple(f"{part}.bias" for part in parts)
+            found[f"{name}_bias"] = FusedTensor(biases, (rows,), config.experts_interleaved)
+    return found
 
 
 def split_experts(
@@ -36,36 +87,35 @@ def split_experts(
     Raises:
         LorakitError: If fused experts have another number or another shape than the config says.
     """
-    _, gate, up, down = config.moe_names
-    layers = {".experts.gate_up_proj": (gate, up), ".experts.down_proj": (down,)}
+    known = fused_tensors(config)
     found: dict[str, LazyWeight] = {}
     for name, tensor in tensors.items():
-        ending = next((end for end in layers if name.endswith(end)), None)
-        if ending is None or not isinstance(tensor, LazyTensor):
+        layer, _, ending = name.rpartition(".experts.")
+        fused = known.get(ending) if layer else None
+        if fused is None or not isinstance(tensor, LazyTensor):
             found[name] = tensor
             continue
-        names, prefix = layers[ending], f"{name.removesuffix(ending)}.experts"
-        hidden, inner = config.hidden_size, config.moe_intermediate_size
-        shape = (hidden, inner) if names == (down,) else (inner, hidden)
-        whole = (config.num_experts, len(names) * shape[0], shape[1])
+        whole = (config.num_experts, *fused.expert_shape)
         if tensor.shape != whole:
             raise LorakitError(
                 f"{where}: tensor {name} is {tensor.shape}, the config asks for {whole}"
             )
         for expert in range(config.num_experts):
-            for part, layer in enumerate(names):
-                read = partial(_read, tensor, expert, part * shape[0], shape[0])
-                found[f"{prefix}.{expert}.{layer}.weight"] = LazyTensor(shape, read)
+            for number, part in enumerate(fused.parts):
+                read = partial(_read, tensor, fused, expert, number)
+                found[f"{layer}.experts.{expert}.{part}"] = LazyTensor(fused.shape, read)
     return found
 
 
-def _read(tensor: LazyTensor, expert: int, start: int, rows: int) -> Tensor:
-    """Return so many rows of one expert, from the row `start` on."""
+def _read(tensor: LazyTensor, fused: FusedTensor, expert: int, number: int) -> Tensor:
+    """Return one part of one expert."""
     values = tensor.read()[expert] if tensor.read_at is None else tensor.read_at(expert)
-    return values[start : start + rows]
+    return fused.part(values, number)
 
 
-def fused_parts(names: Iterable[str], config: ModelConfig) -> dict[str, list[list[str]]]:
+def fused_parts(
+    names: Iterable[str], config: ModelConfig
+) -> dict[str, tuple[FusedTensor, list[list[str]]]]:
     """Return which tensors of single experts make up each fused one.
 
     Args:
@@ -73,20 +123,18 @@ def fused_parts(names: Iterable[str], config: ModelConfig) -> dict[str, list[lis
         config: What the model is.
 
     Returns:
-        For each fused tensor the names of its parts, a list for each expert; they lie one under
-        the other in it. Experts that are packed stay apart, and are not in it.
+        For each fused tensor how it holds its parts, and their names, a list for each expert.
+        Experts that are packed stay apart, and are not in it.
     """
-    _, gate, up, down = config.moe_names
-    kinds = {"gate_up_proj": (gate, up), "down_proj": (down,)}
     known = set(names)
-    found: dict[str, list[list[str]]] = {}
-    for name in known:
-        first = re.fullmatch(rf"(.*\.experts)\.0\.({gate}|{down})\.weight", name)
-        if first is None or any(f"{name[:-6]}{end}" in known for end in ("SCB", "weight.absmax")):
-            continue
-        kind = "down_proj" if first[2] == down else "gate_up_proj"
-        found[f"{first[1]}.{kind}"] = [
-            [f"{first[1]}.{expert}.{part}.weight" for part in kinds[kind]]
-            for expert in range(config.num_experts)
-        ]
+    firsts = {match[1] for name in known if (match := re.match(r"(.*\.experts)\.0\.", name))}
+    found = {}
+    for experts in sorted(firsts):
+        for name, fused in fused_tensors(config).items():
+            layer = f"{experts}.0.{fused.parts[0].rpartition('.')[0]}"
+            if f"{layer}.SCB" in known or f"{layer}.weight.absmax" in known:
+                continue
+            numbers = range(config.num_experts)
+            parts = [[f"{experts}.{i}.{part}" for part in fused.parts] for i in numbers]
+            found[f"{experts}.{name}"] = fused, parts
     return found

@@ -198,7 +198,9 @@ class MoE(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.per_token, self.normalize = config.num_experts_per_tok, config.norm_topk_prob
-        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        router = nn.Linear(config.hidden_size, config.num_experts, bias=config.router_bias)
+        self.router_name = config.router_name
+        self.add_module(self.router_name, router)
         self.experts = Experts(config)
         self.shared_expert: MLP | None = None
         if config.shared_expert_intermediate_size:
@@ -214,7 +216,8 @@ class MoE(nn.Module):
             keep: As in MLP.
         """
         tokens = x.reshape(-1, x.shape[-1])  # [n, H]
-        probs = self.gate(tokens).softmax(-1, dtype=torch.float32)  # [n, experts]
+        scores = self.get_submodule(self.router_name)(tokens)
+        probs = scores.softmax(-1, dtype=torch.float32)  # [n, experts]
         weights, picked = probs.topk(self.per_token)  # [n, per_token]
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True)

@@ -25,7 +25,7 @@ from lorakit.models.bitsandbytes import only_dense
 from lorakit.models.config import ModelConfig
 from lorakit.models.config_json import is_flat
 from lorakit.models.decoder import Decoder
-from lorakit.models.fused_experts import fused_parts
+from lorakit.models.fused_experts import FusedTensor, fused_parts
 from lorakit.models.multimodal import Surroundings
 from lorakit.models.packed_layers import Int8Linear, NF4Linear, PackedLinear, PackedWeight
 from lorakit.models.per_layer import HostTable
@@ -215,16 +215,16 @@ def _with_fused_experts(entries: Iterable[_Entry], config: ModelConfig) -> list[
     """Return the tensors of a model with those of single experts in fused ones."""
     left = {entry.name: entry for entry in entries}
     fused = []
-    for name, parts in fused_parts(left, config).items():
+    for name, (kind, parts) in fused_parts(left, config).items():
         experts = [[left.pop(part) for part in expert] for expert in parts]
         size = sum(part.nbytes for expert in experts for part in expert)
-        fused.append(_Entry(name, size, partial(_stacked, experts)))
+        fused.append(_Entry(name, size, partial(_stacked, kind, experts)))
     return [*left.values(), *fused]
 
 
-def _stacked(experts: Iterable[Iterable[_Entry]]) -> Tensor:
-    """Return the parts of all experts, one under the other in each, [E, rows, columns]."""
-    return torch.stack([torch.cat([part.read() for part in expert]) for expert in experts])
+def _stacked(kind: FusedTensor, experts: Iterable[Iterable[_Entry]]) -> Tensor:
+    """Return a fused tensor of all experts, given their parts."""
+    return torch.stack([kind.joined([part.read() for part in expert]) for expert in experts])
 
 
 # ---- multimodal models ---------------------------------------------------------------------------

@@ -71,6 +71,7 @@ def _attention(model: Decoder, picked: str, tokens: int, packed: bool) -> list[s
             softcap=config.attn_logit_softcapping,
             window=config.window(layer),
             packed=packed,
+            sinks=config.attention_sinks,
         )
         if found == picked:
             continue

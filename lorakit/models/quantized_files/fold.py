@@ -35,7 +35,9 @@ class _Method(NamedTuple):
     """How the files of one tool are read."""
 
     readers: Mapping[str, Callable[[Parts, Said], Read]]
-    """The end of a tensor's name that shows a quantized weight -> its reader, in this order."""
+    """The end of a tensor's name that shows a quantized weight -> its reader, in this order.
+
+    The first character divides it from the name of the weight."""
     formats: tuple[str | None, ...] = ()
     """The formats that are read, if the tool has several."""
     key: str = ""
@@ -50,13 +52,14 @@ def _packed(parts: Parts, said: Said) -> Read:
 
 
 METHODS = {
-    "fp8": _Method({"weight_scale_inv": fp8.fine_grained}),
-    "fbgemm_fp8": _Method({"weight_scale": fp8.plain}),
-    "modelopt": _Method({"weight_scale_2": fp4.modelopt, "weight_scale": fp8.plain}),
-    "gptq": _Method({"qweight": integers.gptq}, (None, "gptq", "gptq_v2"), "checkpoint_format"),
-    "awq": _Method({"qweight": integers.awq}, (None, "gemm", "GEMM"), "version"),
+    "fp8": _Method({".weight_scale_inv": fp8.fine_grained}),
+    "fbgemm_fp8": _Method({".weight_scale": fp8.plain}),
+    "modelopt": _Method({".weight_scale_2": fp4.modelopt, ".weight_scale": fp8.plain}),
+    "mxfp4": _Method({"_blocks": fp4.gpt_oss}),
+    "gptq": _Method({".qweight": integers.gptq}, (None, "gptq", "gptq_v2"), "checkpoint_format"),
+    "awq": _Method({".qweight": integers.awq}, (None, "gemm", "GEMM"), "version"),
     "compressed-tensors": _Method(
-        {"weight_packed": _packed, "weight_scale": fp8.plain},
+        {".weight_packed": _packed, ".weight_scale": fp8.plain},
         (
             *(None, "dense", "naive-quantized", "float-quantized", "int-quantized"),
             *("pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized"),
@@ -123,17 +126,22 @@ def dequantized(
     found: dict[str, LazyTensor] = {}
     kinds: Counter[str] = Counter()
     for mark, reader in METHODS[quantization["quant_method"]].readers.items():
-        for name in [name for name in kept if name.endswith(f".{mark}")]:
+        for name in [name for name in kept if name.endswith(mark)]:
             if name not in kept:  # a part of a weight that was read
                 continue
-            parts = Parts(kept, name.removesuffix(mark))
+            parts = Parts(kept, name.removesuffix(mark[1:]))
             try:
                 kind, weight, dense = reader(parts, quantization)
                 if weight in kept:
                     raise ValueError("it is there a second time, as a dense tensor")
             except ValueError as error:
                 raise LorakitError(f"{where}: tensor {parts.weight}: {error}") from None
-            found[weight] = dense._replace(read=partial(_read, dense, weight, where))
+            read = partial(_read, dense.read, weight, where)
+            if dense.read_at is None:
+                found[weight] = dense._replace(read=read)
+            else:
+                read_at = partial(_read, dense.read_at, weight, where)
+                found[weight] = dense._replace(read=read, read_at=read_at)
             kinds[kind] += 1
     _check_rest(kept, where)
     for kind, count in kinds.items():
@@ -141,10 +149,10 @@ def dequantized(
     return {**kept, **found}
 
 
-def _read(tensor: LazyTensor, name: str, where: str) -> Tensor:
-    """Return the values of a weight; its name and place stand in an error."""
+def _read(read: Callable[..., Tensor], name: str, where: str, *at: int) -> Tensor:
+    """Return the values of a weight, or those at an index; its name and place are in an error."""
     try:
-        return tensor.read()
+        return read(*at)
     except ValueError as error:
         raise LorakitError(f"{where}: tensor {name}: {error}") from None
 

@@ -7,10 +7,16 @@
     compressed-tensors, MXFP4      weight_packed                      W = code * 2^(scale - 127)
                                    weight_scale uint8 [out, in / 32]
 
+    gpt-oss, MXFP4                 gate_up_proj_blocks uint8 [E, out, in / 32, 16], W as above
+                                   gate_up_proj_scales uint8 [E, out, in / 32]; down_proj too
+
 The low half of a byte is the first of its two codes. These are modelopt's NVFP4QTensor and the
-NVFP4PackedCompressor and MXFP4PackedCompressor of compressed_tensors.
+NVFP4PackedCompressor and MXFP4PackedCompressor of compressed_tensors, and transformers'
+integrations/mxfp4.py. The experts of gpt-oss are fused, and dense ones lie transposed in its files,
+so they are read as [E, in, out], one expert at a time.
 """
 
+import torch
 from torch import Tensor
 
 from lorakit.files.safetensors import LazyTensor
@@ -29,6 +35,27 @@ def modelopt(parts: Parts, said: Said) -> Read:
 def compressed_tensors(parts: Parts, said: Said) -> Read:
     """Read the weight whose codes are `weight_packed`."""
     return _read(parts, "weight_packed", parts.take_if_there("weight_global_scale", "F32"), True)
+
+
+def gpt_oss(parts: Parts, said: Said) -> Read:
+    """Read the fused weights of a layer's experts, whose codes are `blocks`."""
+    blocks, scale = parts.take("blocks", "U8"), parts.take("scales", "U8")
+    if len(blocks.shape) != 4 or 0 in blocks.shape or blocks.shape[3] != 16:
+        raise ValueError(f"its blocks are {blocks.shape}, not [experts, rows, blocks, 16]")
+    has_shape("scales", scale, blocks.shape[:3])
+    experts, rows, columns = blocks.shape[0], blocks.shape[1], blocks.shape[2] * 32
+
+    def read_at(expert: int) -> Tensor:
+        found = [each.read()[expert] if each.read_at is None else each.read_at(expert)
+                 for each in (blocks, scale)]  # fmt: skip
+        codes = unpacked(found[0].reshape(rows, columns // 2), 4, columns)
+        return scaled(four_bit_floats(codes), exponents(found[1])).t()
+
+    def read() -> Tensor:
+        return torch.stack([read_at(i) for i in range(experts)])
+
+    dense = LazyTensor((experts, columns, rows), read, read_at)
+    return "MXFP4 (blocks of 32)", parts.weight, dense
 
 
 def _read(parts: Parts, name: str, second: LazyTensor | None, divides: bool) -> Read:

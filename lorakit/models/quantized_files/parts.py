@@ -21,7 +21,8 @@ class Parts:
     @property
     def weight(self) -> str:
         """The name of the dense weight."""
-        return f"{self.beginning}weight"
+        name = self.beginning.removesuffix("_")
+        return f"{name}weight" if name.endswith(".") else name
 
     def take(self, end: str, *dtypes: str) -> LazyTensor:
         """Take a tensor out of those that are left.
