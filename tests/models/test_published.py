@@ -82,6 +82,29 @@ YARN = {
     "beta_fast": 32.0,
     "beta_slow": 1.0,
 }
+GPT_OSS = {
+    "model_type": "gpt_oss",
+    "head_dim": 64,
+    "attention_bias": True,
+    "hidden_act": "silu",
+    "swiglu_limit": 7.0,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 150000,
+    "initial_context_length": 4096,
+    "max_position_embeddings": 131072,
+    "num_experts_per_tok": 4,
+    "experts_per_token": 4,
+    "sliding_window": 128,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+    },
+    "quantization_config": {"quant_method": "mxfp4"},
+}
 
 PUBLISHED = {
     "Llama 2 7B": (LLAMA | sizes(32000, 4096, 11008, 32, 32, 32), 6_738_415_616),
@@ -205,6 +228,10 @@ PUBLISHED = {
     "Qwen1.5 MoE A2.7B": (
         {"model_type": "qwen2_moe", "rope_theta": 1e6} | sizes(151936, 2048, 5632, 24, 16, 16),
         14_315_784_192,
+    ),
+    "gpt-oss 20B": (
+        GPT_OSS | sizes(201088, 2880, 2880, 24, 64, 8, num_local_experts=32),
+        20_914_757_184,
     ),
     "Seed OSS 36B": (
         {"model_type": "seed_oss", "rope_theta": 1e7, "head_dim": 128}
