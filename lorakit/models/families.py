@@ -2,7 +2,7 @@
 
 A family is a row of `FAMILIES`: transformers' class, the `ModelConfig` fields that all its models
 share, and the defaults of keys that published files leave out. A new family is a row here as long
-as it computes nothing new.
+as it computes nothing new. gemma_families.py has the rows of Gemma.
 
 A model with other towers (vision, audio) is a wrapper around one of these families. `WRAPPERS`
 lists the wrappers whose text model can be read and written back.
@@ -11,9 +11,9 @@ lists the wrappers whose text model can be read and written back.
 from typing import Any
 
 from lorakit.config.errors import LorakitError, nearest
-from lorakit.models.family import Family
+from lorakit.models.family import LEFTOVERS, Family
+from lorakit.models.gemma_families import GEMMA_FAMILIES
 
-_LEFTOVERS = ("sliding_window", "layer_types")  # of files whose family has no window
 _ENDS = {"bos_token_id": 1, "eos_token_id": 2}  # of Llama 2's vocabulary
 _MISTRAL = _ENDS | {"num_key_value_heads": 8, "max_position_embeddings": 131072}
 _YARN_OF_MINISTRAL = {
@@ -91,74 +91,11 @@ _QWEN_LINEAR_MOE = _QWEN_LINEAR_DEFAULTS | {
     "moe_intermediate_size": 512,
     "shared_expert_intermediate_size": 512,
 }
-_GEMMA = {
-    "norm_weight_offset": 1.0,
-    "norm_casting_mode": "gemma",
-    "scale_embeddings": True,
-}
-_GEMMA_DEFAULTS = {
-    "num_key_value_heads": 16,
-    "head_dim": 256,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
-    "hidden_act": "gelu_pytorch_tanh",
-    "bos_token_id": 2,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
-_GEMMA2_DEFAULTS = _GEMMA_DEFAULTS | {
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "query_pre_attn_scalar": 256,
-    "sliding_window": 4096,
-    "hidden_activation": "gelu_pytorch_tanh",
-}
-_GEMMA4 = {
-    "norm_casting_mode": "gemma",
-    "norm_placement": "sandwich",
-    "qk_norm": "head",
-    "v_norm": True,
-    "layer_scalar": True,
-    "scale_embeddings": True,
-    "attention_multiplier": 1.0,
-    "moe_beside_mlp": True,
-    "fused_experts": True,
-}
-_GEMMA4_DEFAULTS: dict[str, Any] = {
-    "vocab_size": 262144,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "global_head_dim": 512,
-    "num_global_key_value_heads": None,
-    "attention_k_eq_v": False,
-    "num_kv_shared_layers": 0,
-    "use_double_wide_mlp": False,
-    "max_position_embeddings": 262144,
-    "tie_word_embeddings": True,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "sliding_window": 1024,
-    "sliding_window_pattern": 6,
-    "rope_local_base_freq": 1e4,
-    "rope_parameters": {
-        "full_attention": {
-            "rope_type": "proportional",
-            "rope_theta": 1e6,
-            "partial_rotary_factor": 0.25,
-        },
-        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-    },
-    "final_logit_softcapping": None,
-    "use_bidirectional_attention": "vision",
-    "bos_token_id": 2,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
 FAMILIES = {
     "llama": Family(
         "LlamaForCausalLM",
         defaults=_ENDS | {"max_position_embeddings": 2048},
-        ignored=_LEFTOVERS,
+        ignored=LEFTOVERS,
     ),
     "mistral": Family("MistralForCausalLM", defaults=_MISTRAL | {"sliding_window": 4096}),
     "ministral": Family("MinistralForCausalLM", defaults=_MISTRAL | {"sliding_window": 4096}),
@@ -202,7 +139,7 @@ FAMILIES = {
             "eos_token_id": 2,
             "pad_token_id": 1,
         },
-        ignored=_LEFTOVERS,
+        ignored=LEFTOVERS,
     ),
     "smollm3": Family(
         "SmolLM3ForCausalLM",
@@ -245,9 +182,9 @@ FAMILIES = {
             "logits_scaling": 1.0,
             "attention_multiplier": 1.0,
         },
-        ignored=_LEFTOVERS,
+        ignored=LEFTOVERS,
     ),
-    "olmo2": Family("Olmo2ForCausalLM", _OLMO, _OLMO_DEFAULTS, ignored=_LEFTOVERS),
+    "olmo2": Family("Olmo2ForCausalLM", _OLMO, _OLMO_DEFAULTS, ignored=LEFTOVERS),
     "olmo3": Family(
         "Olmo3ForCausalLM",
         _OLMO,
@@ -378,66 +315,10 @@ FAMILIES = {
             "max_position_embeddings": 128000,
             "rope_theta": 5e5,
         },
-        ignored=_LEFTOVERS,
+        ignored=LEFTOVERS,
         **_MROPE,
     ),
-    "gemma": Family(
-        "GemmaForCausalLM",
-        _GEMMA,
-        _GEMMA_DEFAULTS,
-        ignored=_LEFTOVERS,
-        activations={"gelu": "gelu_pytorch_tanh"},
-    ),
-    "gemma2": Family(
-        "Gemma2ForCausalLM",
-        _GEMMA | {"norm_placement": "sandwich"},
-        _GEMMA2_DEFAULTS
-        | {
-            "sliding_window_pattern": 2,
-            "attn_logit_softcapping": 50.0,
-            "final_logit_softcapping": 30.0,
-        },
-        ignored=("sliding_window_pattern",),
-        activation="hidden_activation",
-    ),
-    "gemma3_text": Family(
-        "Gemma3ForCausalLM",
-        _GEMMA | {"norm_placement": "sandwich", "qk_norm": "head"},
-        _GEMMA2_DEFAULTS
-        | {
-            "vocab_size": 262208,
-            "sliding_window_pattern": 6,
-            "max_position_embeddings": 131072,
-            "rope_theta": 1e6,
-            "rope_local_base_freq": 1e4,
-        },
-        activation="hidden_activation",
-    ),
-    "gemma4_text": Family(
-        "Gemma4ForCausalLM",
-        _GEMMA4,
-        _GEMMA4_DEFAULTS
-        | {
-            "max_position_embeddings": 131072,
-            "sliding_window": 512,
-            "use_bidirectional_attention": None,
-            "hidden_size_per_layer_input": 256,
-            "vocab_size_per_layer_input": 262144,
-            "enable_moe_block": False,
-            "top_k_experts": None,
-        },
-        ignored=("sliding_window_pattern", "rope_local_base_freq", "mlp_bias"),
-        activation="hidden_activation",
-        last_is_full=True,
-    ),
-    "gemma4_unified_text": Family(
-        "Gemma4UnifiedForCausalLM",
-        _GEMMA4,
-        _GEMMA4_DEFAULTS,
-        ignored=("sliding_window_pattern", "rope_local_base_freq", "mlp_bias"),
-        activation="hidden_activation",
-        last_is_full=True,
-    ),
+    **GEMMA_FAMILIES,
 }
 WRAPPERS = {
     "gemma3": "gemma3_text",

@@ -4,6 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+LEFTOVERS = ("sliding_window", "layer_types")
+"""Keys of files whose family has no window, for `ignored`."""
+
 
 @dataclass(frozen=True)
 class Family:

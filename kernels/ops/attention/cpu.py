@@ -150,8 +150,7 @@ class BlockwiseAttention(torch.autograd.Function):
         y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.empty((B, Hq, T), dtype=torch.float32, device=q.device)
         _launch("attention", q, k, v, y, lse, mask, options)
-        if sinks is not None:
-            y, lse = with_sinks(y, lse, sinks)
+        y, lse = with_sinks(y, lse, sinks)
         ctx.save_for_backward(q, k, v, sinks, y, lse, mask)
         ctx.options = options
         return y

@@ -14,19 +14,21 @@ from torch import Tensor
 
 
 def with_sinks(
-    y: Tensor, lse: Tensor, sinks: Tensor, *, base2: bool = False
+    y: Tensor, lse: Tensor, sinks: Tensor | None, *, base2: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Return attention's output and log-sum with sinks, given those without.
 
     Args:
         y: [..., T, Hq, D]; the result is written over it.
         lse: fp32 [..., Hq, T]; infinite for a query that sees nothing, whose y is 0.
-        sinks: [Hq].
+        sinks: [Hq]; None changes nothing.
         base2: whether lse is a logarithm to the base 2.
 
     Returns:
         y, and the log-sum in the same base.
     """
+    if sinks is None:
+        return y, lse
     unit = math.log(2) if base2 else 1.0
     sink, natural = sinks.float()[:, None], lse * unit
     y.mul_(torch.sigmoid(natural - sink).transpose(-1, -2).unsqueeze(-1))

@@ -35,8 +35,7 @@ from .documents import Documents, equal_documents
 from .sinks import sinks_gradient, with_sinks
 
 LOG2E = tl.constexpr(1.4426950408889634)
-DELTA_VALUES = 4096  # of y that a program of delta reads
-SUMMED = 1024  # sums of parts that a program makes
+DELTA_VALUES, SUMMED = 4096, 1024  # of y that a program of delta reads; sums that one makes
 
 
 class Tiling(NamedTuple):
@@ -377,8 +376,7 @@ class DocumentAttention(torch.autograd.Function):
             scale, **ctx.shape, BM=cut.tile, BN=cut.step, num_warps=cut.warps,
             num_stages=cut.stages,
         )  # fmt: skip
-        if sinks is not None:
-            y, lse = with_sinks(y, lse, sinks, base2=True)
+        y, lse = with_sinks(y, lse, sinks, base2=True)
         ctx.save_for_backward(q, k, v, sinks, y, lse)
         return y
 
@@ -389,9 +387,8 @@ class DocumentAttention(torch.autograd.Function):
         (N, heads, D), on = q.shape, q.device
         dy = dy if dy.stride(2) == 1 else dy.contiguous()
         delta, dq = torch.empty_like(lse), torch.empty(q.shape, dtype=q.dtype, device=on)
-        cut = ctx.tilings.dq
+        cut, given = ctx.tilings.dq, (q, k, v, dy, lse, delta)
         tiles = ctx.documents.tiles(cut.tile, on)
-        given = q, k, v, dy, lse, delta
         rows = DELTA_VALUES // ctx.shape["BD"]
         dispatch.launch(
             _delta, (-(-N // rows), heads), y, dy, delta, N, *_strides(y, dy), D, ctx.shape["BD"],
@@ -445,9 +442,7 @@ def attention(
 ) -> Tensor:
     """Attend within the documents of a row, or within each row, for operands that fit."""
     B, T, _, D = q.shape
-    dense = lengths is None
-    if lengths is None:
-        lengths = equal_documents(B, T)
+    dense, lengths = lengths is None, equal_documents(B, T) if lengths is None else lengths
     documents = lengths if isinstance(lengths, Documents) else Documents(lengths)
     if window is not None and window >= documents.longest:
         window = None
