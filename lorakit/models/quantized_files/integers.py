@@ -22,10 +22,10 @@ from torch import Tensor
 
 from lorakit.files.safetensors import LazyTensor
 from lorakit.models.quantized_files.parts import FLOATS, Parts, Read, Said, has_shape, matrix
-from lorakit.models.quantized_files.values import scaled, unpacked
+from lorakit.models.quantized_files.values import check_finite, scaled, unpacked
 
 _OF_GPTQ = (2, 3, 4, 8)
-_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # which number of a word column i of eight is
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which column of eight number i of a word is
 
 
 def gptq(parts: Parts, said: Said) -> Read:
@@ -68,7 +68,12 @@ def awq(parts: Parts, said: Said) -> Read:
     _fit(words, zeros, scales, (columns, out // 8), (groups, out // 8), (groups, width * 8))
 
     def numbers(words: Tensor) -> Tensor:
-        return unpacked(words, 4, out).view(len(words), -1, 8)[:, :, _AWQ_ORDER].flatten(1).t()
+        """Return [out, in or groups] uint8, of words [in or groups, out / 8]."""
+        words = words.t().contiguous()
+        found = torch.empty(out // 8, 8, words.shape[1], dtype=torch.uint8)
+        for i, column in enumerate(_AWQ_ORDER):
+            found[:, column] = words >> 4 * i & 15
+        return found.flatten(0, 1)
 
     def read() -> Tensor:
         return scaled(numbers(words.read()), scales.read().t(), numbers(zeros.read()))
@@ -171,4 +176,8 @@ def _by_group(numbers: Tensor, scales: Tensor, zeros: Tensor, each: Tensor) -> T
         raise ValueError(f"a column is in group {int(each.max())}, of {groups}")
     if columns % groups == 0 and torch.equal(each, torch.arange(columns) // (columns // groups)):
         return scaled(numbers, scales, zeros)
-    return scaled(numbers, scales[:, each], zeros[:, each])
+    check_finite(scales)
+    dense = numbers.to(torch.float32, copy=True)
+    for grid, combine in ((zeros, dense.sub_), (scales, dense.mul_)):
+        combine(grid.float().contiguous().index_select(1, each))
+    return dense

@@ -82,13 +82,13 @@ def scaled(
     rows, columns = numbers.shape
     r, c = scales.shape
     height, width = block or (rows // r, columns // c)
-    scales = scales.float()
-    if not scales.isfinite().all():
-        raise ValueError("its scales hold NaN or infinite numbers")
+    check_finite(scales)
 
     def spread(grid: Tensor) -> Tensor:
         """Return what belongs to each row, and to each group or column of it."""
-        grid = grid.float().repeat_interleave(height, 0)[:rows]
+        grid = grid.float()
+        if height > 1:
+            grid = grid.repeat_interleave(height, 0)[:rows]
         return grid.unsqueeze(-1) if whole else grid.repeat_interleave(width, 1)[:, :columns]
 
     whole = c * width == columns
@@ -98,3 +98,9 @@ def scaled(
         blocks.sub_(spread(zeros))
     blocks.mul_(spread(scales))
     return dense
+
+
+def check_finite(scales: Tensor) -> None:
+    """Raise ValueError if a scale is NaN or infinite."""
+    if not scales.float().isfinite().all():
+        raise ValueError("its scales hold NaN or infinite numbers")
