@@ -198,6 +198,20 @@ def test_the_gradients_after_a_state(backend):
     within_budget(found, same, truth)
 
 
+@pytest.mark.parametrize("T", [1, 5, 33])
+def test_what_memory_held_before_is_read_nowhere(backend, T):
+    """New memory is NaN here, as it may be at any time."""
+    given = inputs(B=1, T=T)
+    grad = torch.randn_like(given[2])
+    expected = value_and_grads(kernels.gated_delta_net, given, grad)
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = value_and_grads(kernels.gated_delta_net, given, grad)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
 def test_padding_on_the_left_leaves_the_state_zero(backend):
     """The convolution of zeros is zero, and a key and value of zero write nothing."""
     q, k, v, g, beta = inputs(1, 20)

@@ -70,7 +70,8 @@ def _launch(
     _, forward, backward = _sizes(dispatch.isa(), dk, dv, nv // nk)
     size = backward if "dq" in heads else forward
     slots = min(threads.count(), len(documents) * nk)
-    space = torch.empty((slots, size), dtype=torch.float32, device=documents.device)
+    # places behind the end of a document are multiplied by 0, so that they have to be finite
+    space = torch.zeros((slots, size), dtype=torch.float32, device=documents.device)
     pointers = {**pointers, "documents": documents, "space": space}
     numbers = {"count": len(documents), "slots": slots, "size": size, "T": T, "nk": nk, "nv": nv}
     arguments = DeltaNet(
