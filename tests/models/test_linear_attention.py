@@ -196,12 +196,10 @@ def test_fused_experts_are_read_as_layers(tmp_path):
         fails(tmp_path, rf"tensor {name} is .*, the config asks for \(5, 40, 32\)")
 
 
-def test_what_such_models_lack_is_refused(tmp_path):
+def test_learned_prompts_are_refused(tmp_path):
     model = load(tmp_path, "qwen3_5_text", QWEN_LINEAR)
     with pytest.raises(lk.LorakitError, match="layers of linear attention have none"):
         lk.attach(model, lk.PrefixTuningConfig(num_virtual_tokens=3))
-    with pytest.raises(lk.LorakitError, match="are not written as GGUF"):
-        lk.export_gguf(tmp_path, tmp_path / "m.gguf")
 
 
 @pytest.mark.parametrize(
