@@ -15,7 +15,7 @@ not have raise a LorakitError. Nothing that a file says is believed without a ch
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from lorakit.config.errors import LorakitError
 from lorakit.files.gguf import Header, TensorInfo, data_length, fp32_reader, read_header
 from lorakit.files.safetensors import LazyTensor
 from lorakit.models.config import ModelConfig, RopeConfig
+from lorakit.models.gguf_gemma4 import gemma4_layers
 from lorakit.models.gguf_linear import joined
 from lorakit.models.gguf_names import (
     DIALECTS,
@@ -74,9 +75,7 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, LazyTensor]]:
             continue
         hf_name = _hf_name(path, name, dialect)
         if "{}" in hf_name:
-            for i, expert in enumerate(_experts(path, name, info, lengths[name], config)):
-                read = fp32_reader(path, expert, lengths[name] // config.num_experts)
-                tensors[hf_name.replace("{}", str(i))] = LazyTensor(expert.shape, read)
+            tensors |= _expert_tensors(path, name, hf_name, info, lengths[name], config)
         else:
             info = info._replace(shape=published_shape(hf_name, info.shape))
             read = fp32_reader(path, info, lengths[name])
@@ -137,17 +136,27 @@ def _hf_name(path: Path, name: str, dialect: Dialect) -> str:
     return published
 
 
-def _experts(
-    path: Path, name: str, info: TensorInfo, length: int, config: ModelConfig
-) -> Iterator[TensorInfo]:
-    """Yield the tensors of the single experts; `info` [E, out, in] holds `length` bytes of them."""
-    if len(info.shape) != 3 or info.shape[0] != config.num_experts or length == 0:
-        raise LorakitError(
-            f"{path}: tensor {name} is {info.shape}, not ({config.num_experts} experts, out, in)"
-        )
-    step = length // info.shape[0]
-    for i in range(info.shape[0]):
-        yield TensorInfo(info.shape[1:], info.kind, info.offset + i * step)
+def _expert_tensors(
+    path: Path, name: str, hf_name: str, info: TensorInfo, length: int, config: ModelConfig
+) -> dict[str, LazyTensor]:
+    """Return the layers of the single experts; `info` [E, out, in] holds `length` bytes of them.
+
+    "+" in `hf_name` stands between the layers that lie in one, the rows of one behind the other's.
+    """
+    prefix, _, rest = hf_name.partition("{}.")
+    names, _, leaf = rest.rpartition(".")
+    layers, count = names.split("+"), config.num_experts
+    parts = count * len(layers)
+    wrong = len(info.shape) != 3 or info.shape[0] != count or length == 0
+    if wrong or info.shape[1] % len(layers):
+        raise LorakitError(f"{path}: tensor {name} is {info.shape}, not ({count} experts, out, in)")
+    step, shape = length // parts, (info.shape[1] // len(layers), info.shape[2])
+    found = {}
+    for i in range(parts):
+        read = fp32_reader(path, TensorInfo(shape, info.kind, info.offset + i * step), step)
+        expert, layer = divmod(i, len(layers))
+        found[f"{prefix}{expert}.{layers[layer]}.{leaf}"] = LazyTensor(shape, read)
+    return found
 
 
 def _restored(read: Callable[[], Tensor], restore: Callable[[Tensor], Tensor]) -> Tensor:
@@ -162,9 +171,17 @@ def _model_config(path: Path, header: Header, dialect: Dialect) -> ModelConfig:
     arch = header.metadata["general.architecture"]
     values = _given_values(header.metadata, arch, dialect)
     _add_what_tensors_say(values, header.tensors)
+    if arch == "gemma4":
+        gemma4_layers(values, header.tensors)
     _add_derived_values(values, dialect)
     _add_linear_attention(values, header.metadata, arch)
     values["rope_scaling"] = _rope_scaling(path, header, arch)
+    if arch == "gemma4":
+        theta, local = values["rope_theta"], values.get("rope_local_base_freq", 10000.0)
+        values["rope_parameters"] = {
+            "full_attention": _proportional(path, header) | {"rope_theta": theta},
+            "sliding_attention": {"rope_type": "default", "rope_theta": local},
+        }
     sections = header.metadata.get(f"{arch}.rope.dimension_sections")
     if isinstance(sections, list):  # of the positions of images, padded to four
         kept = {"mrope_section": [n for n in sections if n], "mrope_interleaved": True}
@@ -174,6 +191,8 @@ def _model_config(path: Path, header: Header, dialect: Dialect) -> ModelConfig:
     if dialect.partial and type(turned) is int and type(size) is int and size > 0:
         values["partial_rotary_factor"] = turned / size
     config = ModelConfig.from_hf(values, str(path))
+    if arch == "gemma4":
+        return config
     if "rope_freqs.weight" in header.tensors:
         rope = _llama3_rope(path, header.tensors["rope_freqs.weight"], config)
         config = dataclasses.replace(config, rope=rope)
@@ -256,6 +275,19 @@ def _rope_scaling(path: Path, header: Header, arch: str) -> dict[str, Any] | Non
         given |= {"mscale": 1.0, "mscale_all_dim": multiplier}
     beta = metadata.get(f"{arch}.attention.temperature_scale")
     return {"rope_type": kind, "factor": factor or 1.0, "llama_4_scaling_beta": beta} | given
+
+
+def _proportional(path: Path, header: Header) -> dict[str, Any]:
+    """Return Gemma 4's rotary embedding of the full layers, of which a share of the pairs turns."""
+    info = header.tensors.get("rope_freqs.weight")
+    if info is None:
+        return {"rope_type": "default"}
+    divisors = fp32_reader(path, info, data_length(path, "rope_freqs.weight", info))()
+    turning = divisors.flatten() == 1
+    count = int(turning.sum())
+    if not turning[:count].all() or not (divisors.flatten()[count:] >= 1e20).all():
+        raise LorakitError(f"{path}: rope_freqs.weight must be 1, and 1e30 from some pair on")
+    return {"rope_type": "proportional", "partial_rotary_factor": count / len(turning)}
 
 
 def _longrope_factors(path: Path, header: Header) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lorakit.config.errors import LorakitError
 from lorakit.models.config import ModelConfig
+from lorakit.models.gguf_gemma4 import GEMMA4, GEMMA4_KEYS, GEMMA4_WHOLE
 from lorakit.models.gguf_linear import LINEAR, LINEAR_KEYS, LINEAR_VECTORS, linear_change
 
 # GGUF's names -> Hugging Face's: first of the tensors outside the layers, then of those in a layer.
@@ -28,6 +29,11 @@ _OUTSIDE = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
+}
+_OF_GEMMA4 = {
+    "per_layer_token_embd": "model.embed_tokens_per_layer",
+    "per_layer_model_proj": "model.per_layer_model_projection",
+    "per_layer_proj_norm": "model.per_layer_projection_norm",
 }
 _ATTENTION = {
     "attn_norm": "input_layernorm",
@@ -152,6 +158,8 @@ class Dialect(NamedTuple):
     """Whether the rows of q_proj and k_proj are interleaved."""
     norm_offset: float = 0.0
     """The number that was added to the norm weights."""
+    written: bool = True
+    """Whether export writes such files too."""
     partial: bool = False
     """Whether a share of each head turns, which the file states as rope.dimension_count."""
     full_width_layers: int | None = None
@@ -221,6 +229,7 @@ DIALECTS = {
         norm_offset=1.0,
         full_width_layers=62,  # 27B
     ),
+    "gemma4": Dialect("gemma4_text", GEMMA4, GEMMA4_KEYS, written=False),
 }
 
 
@@ -232,7 +241,7 @@ def dialect_of(config: ModelConfig) -> tuple[str, Dialect]:
     if config.model_type in ("mistral", MIXTRAL.model_type):
         return "llama", MIXTRAL if any(config.moe_layers) else _LLAMA
     for arch, dialect in [*DIALECTS.items(), ("olmo2", OLMO2)]:
-        if dialect.model_type == config.model_type:
+        if dialect.model_type == config.model_type and dialect.written:
             return arch, dialect
     raise LorakitError(
         f"models of model_type {config.model_type!r} are not written as GGUF; save_model writes "
@@ -243,6 +252,9 @@ def dialect_of(config: ModelConfig) -> tuple[str, Dialect]:
 # ---- the names of tensors ----
 
 
+_WHOLE_NAMES = LINEAR_VECTORS | GEMMA4_WHOLE
+
+
 def published_name(name: str, dialect: Dialect) -> str | None:
     """Return the Hugging Face name of a file's tensor, with {} for the number of each expert in it.
 
@@ -251,8 +263,10 @@ def published_name(name: str, dialect: Dialect) -> str | None:
     match name.split("."):
         case [stem, leaf] if stem in _OUTSIDE:
             return f"{_OUTSIDE[stem]}.{leaf}"
-        case ["blk", layer, *rest] if ".".join(rest) in LINEAR_VECTORS:
-            return f"model.layers.{layer}.{LINEAR_VECTORS['.'.join(rest)]}"
+        case [stem, leaf] if stem in _OF_GEMMA4 and "inp_gate" in dialect.names:
+            return f"{_OF_GEMMA4[stem]}.{leaf}"
+        case ["blk", layer, *rest] if ".".join(rest) in _WHOLE_NAMES:
+            return f"model.layers.{layer}.{_WHOLE_NAMES['.'.join(rest)]}"
         case ["blk", layer, stem, leaf] if stem in dialect.names:
             return f"model.layers.{layer}.{dialect.names[stem]}.{leaf}"
         case ["blk", layer, stem, expert, leaf] if f"{stem}_exps" in dialect.names:  # older files

@@ -30,7 +30,7 @@ def compare(file, model, variant):
     assert torch.equal(found.argmax(-1), ours.argmax(-1))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if "gemma4" not in name])
 def test_logits_are_llama_cpp(tmp_path, variant):
     model = write_model(tmp_path / "model", variant)
     written = lk.export_gguf(model, tmp_path / "m.gguf", quantization="f32")
@@ -233,11 +233,11 @@ def test_what_a_file_cannot_say_is_refused_by_its_name(tmp_path, variant, settin
     assert not list(tmp_path.glob("*m.gguf*"))
 
 
-@pytest.mark.parametrize("name", ["ministral", "cwm"])
+@pytest.mark.parametrize("name", ["ministral", "cwm", "gemma4_text large"])
 def test_a_family_that_is_not_written_as_gguf_is_refused_by_its_name(tmp_path, name):
     family, options = FAMILY_VARIANTS[name]
     tiny(family, **options).save_pretrained(tmp_path)
-    with pytest.raises(lk.LorakitError, match=f"model_type '{name}' are not written as GGUF"):
+    with pytest.raises(lk.LorakitError, match=f"model_type '{family}' are not written as GGUF"):
         lk.export_gguf(tmp_path, tmp_path / "m.gguf")
     assert not (tmp_path / "m.gguf").exists()
 

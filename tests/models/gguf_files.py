@@ -1,11 +1,14 @@
 """GGUF files for tests: transformers' models as llama.cpp's converter writes them."""
 
+from types import SimpleNamespace
+
 import gguf
 import numpy as np
 import torch
 from safetensors.torch import load_file
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+import lorakit as lk
 from tests.conftest import tiny_llama
 
 TOKENS = ["<unk>", "<s>", "</s>", "t", "o", "k", "to", "tok", *[f"tok{i}" for i in range(89)]]
@@ -28,6 +31,7 @@ ARCHITECTURES = {
     "olmo3": "olmo2",
     "seed_oss": "seed_oss",
     "qwen2_moe": "qwen2moe",
+    "gemma4_text": "gemma4",
     "qwen3_next": "qwen3next",
     "qwen3_5_text": "qwen35",
     "qwen3_5_moe_text": "qwen35moe",
@@ -55,7 +59,7 @@ def stored(published, config):
             array = permute(array, config.num_attention_heads)
         if arch in PERMUTED and "k_proj" in name:
             array = permute(array, config.num_key_value_heads)
-        offset = arch.startswith(("gemma", "qwen35", "qwen3next"))
+        offset = arch.startswith(("gemma", "qwen35", "qwen3next")) and arch != "gemma4"
         if offset and name.endswith("norm.weight") and "linear_attn" not in name:
             array = array + 1
         if "linear_attn." in name:
@@ -63,8 +67,17 @@ def stored(published, config):
             continue
         if "shared_expert_gate" in name:
             array = array[0]
+        if arch == "gemma4" and "router." in name and "proj" not in name:
+            layer = name.split(".")[2]
+            stem = "ffn_gate_inp" if name.endswith("router.scale") else "ffn_down_exps"
+            arrays[f"blk.{layer}.{stem}.scale"] = array
+            continue
+        if name.endswith("layer_scalar"):
+            name += ".weight"
         before, found, after = name.partition(".experts.")
-        if found:  # ...experts.3.w1.weight
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            name += ".weight"
+        elif found:  # ...experts.3.w1.weight
             number, _, rest = after.partition(".")
             name = f"{before}.experts.{rest}"
             experts.setdefault(name, {})[int(number)] = array
@@ -116,21 +129,32 @@ def write_gguf(
 ):
     """A transformers model as llama.cpp's converter writes it."""
     config = model.config
+    if config.model_type == "gemma4_text":  # transformers' own asks for a layer's number
+        values = config.to_dict()
+        values |= lk.ModelConfig.from_hf(values).to_hf() | {
+            "rope_parameters": config.rope_parameters
+        }
+        config = SimpleNamespace(**values)
     writer = gguf.GGUFWriter(path, ARCHITECTURES[config.model_type])
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    if config.model_type != "qwen3_5_moe_text":
+    if config.model_type not in ("qwen3_5_moe_text", "gemma4_text"):
         writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    if config.model_type != "gemma4_text":
+        writer.add_head_count_kv(config.num_key_value_heads)
     head_dim = getattr(config, "head_dim", None)
     head_dim = head_dim or config.hidden_size // config.num_attention_heads
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
+    if config.model_type != "gemma4_text":
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    add_rope(writer, config, head_dim)
+    if config.model_type == "gemma4_text":
+        add_gemma4(writer, config)
+    else:
+        add_rope(writer, config, head_dim)
     add_of_family(writer, config)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
@@ -194,6 +218,40 @@ def add_of_family(writer, config):
         writer.add_embedding_scale(config.embedding_multiplier)
         writer.add_residual_scale(config.residual_multiplier)
         writer.add_logit_scale(config.logits_scaling)
+
+
+def add_gemma4(writer, config):
+    """Add what differs from layer to layer, and the rotary embeddings."""
+    slides = [kind == "sliding_attention" for kind in config.layer_types]
+    shared, width = config.num_kv_shared_layers, config.intermediate_size
+    first = len(slides) - shared
+    if config.use_double_wide_mlp:
+        width = [width * (1 + (i >= first)) for i in range(len(slides))]
+    writer.add_feed_forward_length(width)
+    heads, full = config.num_key_value_heads, config.num_global_key_value_heads
+    writer.add_head_count_kv(heads if full is None else [heads if s else full for s in slides])
+    writer.add_shared_kv_layers(shared)
+    writer.add_embedding_length_per_layer_input(config.hidden_size_per_layer_input)
+    writer.add_sliding_window(config.sliding_window)
+    writer.add_sliding_window_pattern(slides)
+    writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    size, wide = config.head_dim, config.global_head_dim
+    writer.add_key_length(wide)
+    writer.add_value_length(wide)
+    writer.add_key_length_swa(size)
+    writer.add_value_length_swa(size)
+    writer.add_rope_dimension_count(wide)
+    writer.add_rope_dimension_count_swa(size)
+    ropes = config.rope_parameters
+    writer.add_rope_freq_base(ropes["full_attention"]["rope_theta"])
+    writer.add_rope_freq_base_swa(ropes["sliding_attention"]["rope_theta"])
+    turning = int(wide * ropes["full_attention"]["partial_rotary_factor"] / 2)
+    divisors = np.array([1.0] * turning + [1e30] * (wide // 2 - turning), np.float32)
+    writer.add_tensor("rope_freqs.weight", divisors)
+    if config.enable_moe_block:
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.top_k_experts)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
 
 
 def add_rope(writer, config, head_dim):
