@@ -30,6 +30,7 @@ such a call.
 from array import array
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,13 +45,24 @@ PART = 256
 """Most new positions of a row that one call takes, unless the row is empty."""
 
 
+class _State(NamedTuple):
+    """The state of a row in a layer of linear attention, among those of rows computed with it."""
+
+    inputs: Tensor
+    """The last inputs of the convolution [n, K - 1, C]."""
+    S: Tensor
+    """The matrices, fp32 [n, nv, dk, dv]."""
+    row: int
+    """Which of the n rows it is."""
+
+
 class Line:
     """What the cache holds of one row."""
 
     def __init__(self, kinds: int, root: bytes):
         self.root, self.length = root, 0
         self.pages = tuple(array("q") for _ in range(kinds))  # -1: behind the window
-        self.states: dict[int, tuple[Tensor, Tensor]] = {}  # of layers of linear attention
+        self.states: dict[int, _State] = {}  # of layers of linear attention
         self.named = 0  # how many of its first pages can be found by name
         self._names: list[bytes] = []
 
@@ -308,7 +320,7 @@ class NewPositions:
         self.length = 0  # of a learned prompt's cache: it is yet to come
         self.device = cache.stores[0].device
         self.new = [end - start for start, end in zip(self.starts, self.ends, strict=True)]
-        self.states: dict[int, list[tuple[Tensor, Tensor]]] = {}  # after the new positions
+        self.states: dict[int, tuple[Tensor, Tensor]] = {}  # after the new positions
         self.bounds = torch.tensor([self.starts, self.ends], device=self.device)
         self.places = [self._places(kind) for kind in range(len(cache.reach))]
 
@@ -358,27 +370,36 @@ class NewPositions:
         """
         if self.fresh:
             return None
-        known = next(line.states[layer] for line in self.lines if layer in line.states)
-        zeros = (torch.zeros_like(known[0]), torch.zeros_like(known[1]))
-        found = [line.states.get(layer, zeros) for line in self.lines]
-        if len(found) == 1:
-            return found[0]
-        return torch.cat([inputs for inputs, _ in found]), torch.cat([S for _, S in found])
+        found = [line.states.get(layer) for line in self.lines]
+        known = next(each for each in found if each is not None)
+        rows = [each.row for each in found if each is not None and each.S is known.S]
+        if len(rows) == len(found) and rows == list(range(len(known.S))):
+            return known.inputs, known.S  # the rows of the last call, none of which left
+        beginning = _State(torch.zeros_like(known.inputs[:1]), torch.zeros_like(known.S[:1]), 0)
+        parts = [beginning if each is None else each for each in found]
+        return (
+            torch.cat([each.inputs[each.row : each.row + 1] for each in parts]),
+            torch.cat([each.S[each.row : each.row + 1] for each in parts]),
+        )
 
     def keep_state(self, layer: int, before: Tensor, inputs: Tensor, state: Tensor) -> None:
         """Take the state of a layer after the new positions; see `States`."""
-        width, found = before.shape[1], []
-        for b, n in enumerate(self.new):
-            row = slice(b, b + 1)
-            last = torch.cat([before[row], inputs[row, max(0, n - width) : n]], dim=1)
-            found.append((last[:, last.shape[1] - width :], state[row]))
-        self.states[layer] = found
+        width = before.shape[1]
+        ends = torch.tensor(self.new, device=before.device)[:, None]
+        # in the inputs, those of before first, the ones that come before position n of the new ones
+        places = ends + torch.arange(width, device=before.device)
+        if min(self.new) < width:
+            inputs = torch.cat([before, inputs], dim=1)
+        else:
+            places -= width
+        last = inputs.gather(1, places[..., None].expand(-1, -1, inputs.shape[2]))
+        self.states[layer] = last, state
 
     def commit(self) -> None:
         """Count the new positions, once every layer has stored them."""
         for b, (line, end) in enumerate(zip(self.lines, self.ends, strict=True)):
             line.length = end
-            line.states.update({layer: found[b] for layer, found in self.states.items()})
+            line.states.update({i: _State(*found, b) for i, found in self.states.items()})
 
     def views(self, config: ModelConfig, T: int) -> list[AttentionView]:
         """Return, for each layer, what T positions a row see."""
