@@ -458,3 +458,23 @@ def test_models_with_linear_attention(name, tmp_path):
         assert len(mine) == 32
     stated = float(re.search(r"([0-9.]+)B", name)[1])
     assert abs(count / 1e9 - stated) < 0.25 or round(count / 1e9) == stated
+
+
+def test_a_published_qwen_3_5_config():
+    """The keys that its files carry beside those of transformers' class change nothing."""
+    kinds = ["linear_attention"] * 3 + ["full_attention"]
+    rope = {"mrope_interleaved": True, "mrope_section": [11, 11, 10]}
+    text = QWEN35 | sizes(248320, 2560, 9216, 32, 16, 4)
+    text |= {"rope_parameters": QWEN35["rope_parameters"] | rope, "layer_types": kinds * 8}
+    text |= {"attn_output_gate": True, "mamba_ssm_dtype": "float32", "mlp_only_layers": []}
+    text |= {"mtp_num_hidden_layers": 1, "full_attention_interval": 4, "eos_token_id": 248044}
+    whole = {"model_type": "qwen3_5", "text_config": text, "tie_word_embeddings": True}
+    config = lk.ModelConfig.from_hf(whole)
+    plain = QWEN35 | sizes(248320, 2560, 9216, 32, 16, 4, tie_word_embeddings=True)
+    expected = lk.ModelConfig.from_hf(plain | {"eos_token_id": 248044})
+    assert config.to_hf() == expected.to_hf() | {
+        "rope_parameters": config.to_hf()["rope_parameters"]
+    }
+    assert config.linear_layers == expected.linear_layers
+    assert (config.rope.rope_theta, config.rope.partial_rotary_factor) == (1e7, 0.25)
+    assert (config.attention_gate, config.eos_token_ids) == (True, [248044])
