@@ -14,6 +14,8 @@ if not kernels.decode_compiled(torch.device("cpu")):
 VARIANTS = {"llama": ("llama", TINY_VARIANTS["gqa"])} | FAMILY_VARIANTS
 VARIANTS |= {"llama yarn": ("llama", TINY_VARIANTS["yarn_rope"])}
 NOT_COMPILED = ("mixtral", "qwen3_moe", "qwen2_moe", "phi3", "granite", "olmo2", "olmo3")
+NOT_COMPILED += ("gpt_oss", "gemma4_text", "gemma4_unified_text")
+NOT_COMPILED += ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
 NOT_COMPILED += ("ministral3",)  # beyond the positions where its queries are scaled; see below
 DENSE = {name: v for name, v in VARIANTS.items() if v[0] not in NOT_COMPILED}
 variants = pytest.mark.parametrize(("family", "options"), DENSE.values(), ids=DENSE.keys())
@@ -254,6 +256,12 @@ def test_scaled_queries_are_compiled_up_to_the_position_where_they_are_scaled(tm
     assert (run(model, rows, 5, [0], fused=True) - plain).abs().max() <= LOGITS
 
 
-@pytest.mark.parametrize("name", ["phi3", "granite", "olmo2", "olmo3", "qwen2_moe"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("phi3", "granite", "olmo2", "olmo3", "qwen2_moe", "gpt_oss", "gemma4_text small"),
+        *("gemma4_unified_text", "qwen3_5_text", "qwen3_next"),
+    ],
+)
 def test_families_that_the_step_lacks_go_through_the_modules(tmp_path, name):
     assert Decoding(load(tmp_path, *FAMILY_VARIANTS[name]), 1, 40).compiled is None

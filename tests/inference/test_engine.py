@@ -491,3 +491,21 @@ def test_rows_with_a_state_go_on_in_any_company(tmp_path):
         for i, found in zip(group, logits, strict=True):
             # the chunks of the delta rule end elsewhere, so that sums come in another order
             assert (model(torch.tensor([rows[i]]))[0, -1] - found).abs().max() <= LOGITS
+
+
+def test_rows_of_heads_with_sinks_share_a_beginning(tmp_path, tok, small_pages):
+    """A batch of gpt-oss gives what each row gives alone; a prompt is taken over from another."""
+    family, options = FAMILY_VARIANTS["gpt_oss"]
+    sizes = {"vocab_size": 300, "max_position_embeddings": 128}
+    tiny(family, **{**options, **sizes}).save_pretrained(tmp_path)
+    model = lk.load_model(tmp_path, dtype="float32")
+    model.config = dataclasses.replace(model.config, eos_token_id=None)
+    given = prompts(20, 3, 20, 11)
+    given[2] = given[0]
+    truth = [likeliest(model, prompt, 12) for prompt in given]
+    engine = Engine(model, tok, slots=2, capacity=60)
+    requests = [engine.submit(prompt, max_new_tokens=12) for prompt in given]
+    while not engine.idle:
+        engine.step()
+    assert [request.tokens for request in requests] == truth
+    assert any(request.cached_tokens for request in requests)
