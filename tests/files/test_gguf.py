@@ -57,7 +57,7 @@ def test_every_type_that_gguf_dequantizes(tmp_path, kind):
     writer.write_tensors_to_file()
     writer.close()
     _, tensors = read_gguf(tmp_path / "t.gguf")
-    shape, read, _ = tensors["model.layers.0.mlp.up_proj.weight"]
+    shape, read, *_ = tensors["model.layers.0.mlp.up_proj.weight"]
     assert shape == (3, 2 * block)
     if expected is None:
         with pytest.raises(lk.LorakitError, match="cannot be dequantized"):
