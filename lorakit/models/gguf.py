@@ -147,10 +147,11 @@ def _expert_tensors(
     names, _, leaf = rest.rpartition(".")
     layers, count = names.split("+"), config.num_experts
     parts = count * len(layers)
-    wrong = len(info.shape) != 3 or info.shape[0] != count or length == 0
+    dims = 2 if leaf == "bias" else 3
+    wrong = len(info.shape) != dims or info.shape[0] != count or length == 0
     if wrong or info.shape[1] % len(layers):
         raise LorakitError(f"{path}: tensor {name} is {info.shape}, not ({count} experts, out, in)")
-    step, shape = length // parts, (info.shape[1] // len(layers), info.shape[2])
+    step, shape = length // parts, (info.shape[1] // len(layers), *info.shape[2:])
     found = {}
     for i in range(parts):
         read = fp32_reader(path, TensorInfo(shape, info.kind, info.offset + i * step), step)
@@ -274,6 +275,8 @@ def _rope_scaling(path: Path, header: Header, arch: str) -> dict[str, Any] | Non
     if multiplier is not None:  # llama.cpp then takes 1 for the other
         given |= {"mscale": 1.0, "mscale_all_dim": multiplier}
     beta = metadata.get(f"{arch}.attention.temperature_scale")
+    if arch == "gpt-oss":  # as published
+        given["truncate"] = False
     return {"rope_type": kind, "factor": factor or 1.0, "llama_4_scaling_beta": beta} | given
 
 

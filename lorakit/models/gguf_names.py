@@ -89,6 +89,14 @@ _SHARED_EXPERT = {
 }
 SHARED_GATE, _CONVOLUTION = "mlp.shared_expert_gate.weight", "linear_attn.conv1d.weight"
 
+_GPT_OSS = {stem: name for stem, name in _ATTENTION.items() if stem != "ffn_norm"} | {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_gate_inp": "mlp.router",
+    "ffn_gate_exps": "mlp.experts.{}.gate_proj",
+    "ffn_up_exps": "mlp.experts.{}.up_proj",
+    "ffn_down_exps": "mlp.experts.{}.down_proj",
+}
+
 # Keys of config.json -> keys of the file, without the architecture before them.
 KEYS = {
     "hidden_size": "embedding_length",
@@ -229,6 +237,18 @@ DIALECTS = {
         norm_offset=1.0,
         full_width_layers=62,  # 27B
     ),
+    "gpt-oss": Dialect(
+        "gpt_oss",
+        _GPT_OSS,
+        {
+            "sliding_window": "attention.sliding_window",
+            "num_local_experts": "expert_count",
+            "num_experts_per_tok": "expert_used_count",
+            "intermediate_size": "expert_feed_forward_length",
+        },
+        {"attention_bias": True},
+        written=False,
+    ),
     "gemma4": Dialect("gemma4_text", GEMMA4, GEMMA4_KEYS, written=False),
 }
 
@@ -252,7 +272,7 @@ def dialect_of(config: ModelConfig) -> tuple[str, Dialect]:
 # ---- the names of tensors ----
 
 
-_WHOLE_NAMES = LINEAR_VECTORS | GEMMA4_WHOLE
+_WHOLE_NAMES = LINEAR_VECTORS | GEMMA4_WHOLE | {"attn_sinks.weight": "self_attn.sinks"}
 
 
 def published_name(name: str, dialect: Dialect) -> str | None:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import lorakit as lk
+from tests.conftest import published as unfused
 from tests.conftest import tiny_llama
 
 TOKENS = ["<unk>", "<s>", "</s>", "t", "o", "k", "to", "tok", *[f"tok{i}" for i in range(89)]]
@@ -32,6 +33,7 @@ ARCHITECTURES = {
     "seed_oss": "seed_oss",
     "qwen2_moe": "qwen2moe",
     "gemma4_text": "gemma4",
+    "gpt_oss": "gpt-oss",
     "qwen3_next": "qwen3next",
     "qwen3_5_text": "qwen35",
     "qwen3_5_moe_text": "qwen35moe",
@@ -51,6 +53,8 @@ def stored(published, config):
     known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(known[arch], config.num_hidden_layers)
     experts, arrays = {}, {}
+    if arch == "gpt-oss":
+        published = unfused(published, "gpt_oss")
     for name, tensor in published.items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
@@ -72,7 +76,7 @@ def stored(published, config):
             stem = "ffn_gate_inp" if name.endswith("router.scale") else "ffn_down_exps"
             arrays[f"blk.{layer}.{stem}.scale"] = array
             continue
-        if name.endswith("layer_scalar"):
+        if name.endswith(("layer_scalar", "sinks")):
             name += ".weight"
         before, found, after = name.partition(".experts.")
         if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
@@ -187,7 +191,7 @@ def add_of_family(writer, config):
     """Add the keys that some families alone have."""
     kind = config.model_type
     with_shared = kind in ("qwen2_moe", "qwen3_next", "qwen3_5_moe_text")
-    if kind in ("mixtral", "qwen3_moe") or with_shared:
+    if kind in ("mixtral", "qwen3_moe", "gpt_oss") or with_shared:
         writer.add_expert_count(config.num_experts if with_shared else config.num_local_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
     if kind == "qwen3_moe" or with_shared:
@@ -208,6 +212,9 @@ def add_of_family(writer, config):
         writer.add_sliding_window(config.sliding_window)
     if kind == "olmo3":
         writer.add_sliding_window_pattern([k == "sliding_attention" for k in config.layer_types])
+    if kind == "gpt_oss":
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_expert_feed_forward_length(config.intermediate_size)
     if kind == "phi3":
         writer.add_sliding_window(config.sliding_window or 0)
     if kind == "gemma2":
@@ -279,6 +286,7 @@ def add_rope(writer, config, head_dim):
     if rope["rope_type"] == "yarn":
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
         writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+        writer.add_rope_scaling_yarn_beta_slow(rope.get("beta_slow", 1.0))
         if config.model_type == "ministral3":
             writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
             writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
