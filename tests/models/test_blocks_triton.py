@@ -59,10 +59,10 @@ def test_a_model(fields, checkpointing, monkeypatch):
 def test_linear_attention(monkeypatch):
     """Its inputs q, k, v and z are one product, whose results lie side by side in memory."""
     linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
-    linear |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "attention_gate": True}
+    linear |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "attention_gate": True}
     torch.manual_seed(0)
     config = lk.ModelConfig(
-        "qwen3_5_text", 96, 32, 32, 2, 2, 2, 16, linear_layers=[True, False], **linear
+        "qwen3_5_text", 96, 64, 64, 2, 2, 2, 16, linear_layers=[True, False], **linear
     )
     model = lk.quantize(Decoder(config).requires_grad_(False))
     model = lk.attach(model, lk.LoraConfig(r=8, lora_alpha=16)).train()
@@ -71,12 +71,12 @@ def test_linear_attention(monkeypatch):
             torch.nn.init.normal_(p, std=0.1)
     ids = torch.zeros(1, reference.FEW + 2, dtype=torch.int64)
     attention, view = model.model.layers[0].linear_attn, model.views(ids)[0]
-    x = torch.randn(*ids.shape, 32)
+    x = torch.randn(*ids.shape, 64)
 
     def output_and_gradients():
         adapted = attention.adapted()
         room = lk.kernels.lora_room(x, adapted)
-        wide = torch.cat([x, torch.zeros(1, x.shape[1], room)], dim=2)[..., :32]
+        wide = torch.cat([x, torch.zeros(1, x.shape[1], room)], dim=2)[..., :64]
         given = wide.detach().requires_grad_()
         y = attention(given, view, None, adapted, room, None)
         trained = [p for p in attention.parameters() if p.requires_grad]
