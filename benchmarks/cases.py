@@ -34,6 +34,7 @@ PEERS = {
     "Liger": ("liger_kernel",),
     "bitsandbytes": ("bitsandbytes",),
     "PEFT, bitsandbytes": ("peft", "bitsandbytes"),
+    "transformers": ("transformers",),
 }
 GPU_ONLY = ("Liger", "torch, FlashAttention", "torch, cuDNN")
 OVERWRITES = ("Liger",)  # its inputs, with outputs or gradients: it gets copies of its own
@@ -201,6 +202,40 @@ def attentions(s: Setting) -> Iterator[Case]:
     yield Case(
         "attention packed", shape, moved, lambda *x: lk.kernels.attention(*x, lengths=[T]), {},
         (q, k, v), 2 * moved,
+    )  # fmt: skip
+
+
+def delta_nets(s: Setting) -> Iterator[Case]:
+    """The layer of Qwen 3.5: two value heads to a key head, and a convolution over all of them.
+
+    transformers' rule is its fallback in torch, which fp32 sums make slow; its kernels for GPUs are
+    another package.
+    """
+    T, D, nk, nv = s.sizes.tokens, s.sizes.head_dim, s.sizes.heads, 2 * s.sizes.heads
+    x, weight = s.random(1, T, (2 * nk + nv) * D, grad=True), s.random((2 * nk + nv) * D, 4)
+
+    def by_torch(x: Tensor) -> Tensor:
+        y = F.conv1d(x.mT, weight[:, None], padding=3, groups=len(weight))[..., :T]
+        return F.silu(y).mT
+
+    yield Case(
+        "causal_conv", f"{T}x{x.shape[2]}", 2 * x.nbytes,
+        lambda x: lk.kernels.causal_conv(x, weight), {"torch": by_torch}, (x,), 3 * x.nbytes,
+        ("cpu", "reference"),
+    )  # fmt: skip
+    q, k = (s.random(1, T, nk, D, grad=True) for _ in range(2))
+    v, beta = s.random(1, T, nv, D, grad=True), torch.rand(1, T, nv, device=s.device).to(s.dtype)
+    g = -torch.rand(1, T, nv, device=s.device)
+    inputs, moved = (q, k, v, g.requires_grad_(), beta.requires_grad_()), 4 * v.nbytes
+
+    def by_transformers(*given: Tensor) -> Tensor:
+        from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule
+
+        return torch_chunk_gated_delta_rule(*given, use_qk_l2norm_in_kernel=True)[0]
+
+    yield Case(
+        "gated_delta_net", f"{T}x{nk}/{nv}x{D}", moved, lk.kernels.gated_delta_net,
+        {"transformers": by_transformers}, inputs, 2 * moved, ("cpu", "reference"),
     )  # fmt: skip
 
 
@@ -464,6 +499,7 @@ CASES: dict[Callable[[Setting], Iterator[Case]], tuple[str, ...]] = {
     adapters: ("lora_linear", "lora_mlp"),
     heads: ("linear_cross_entropy",),
     attentions: ("attention", "attention packed"),
+    delta_nets: ("causal_conv", "gated_delta_net"),
     quantization: (
         "nf4 quantize", "nf4 to float32", "nf4 to bfloat16", "nf4 panels", "nf4 rows",
         "int8 dequantize",

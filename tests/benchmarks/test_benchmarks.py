@@ -315,8 +315,9 @@ def test_steps_compute_the_same_loss(programs, kind):
 TOLERANCES = {"nf4 rows": 0.15, "nf4 to bfloat16": 0.05}
 
 
-@pytest.mark.parametrize("make", ["norms", "rotation", "attentions", "activations", "losses",
-                                  "heads", "quantization", "products", "adapters"])  # fmt: skip
+@pytest.mark.parametrize("make", ["norms", "rotation", "attentions", "delta_nets", "activations",
+                                  "losses", "heads", "quantization", "products",
+                                  "adapters"])  # fmt: skip
 def test_peers_compute_the_same(programs, make):
     """Outputs and gradients of every peer that a CPU runs, beside lorakit's."""
     torch.manual_seed(0)

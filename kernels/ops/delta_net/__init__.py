@@ -15,8 +15,9 @@ chunk, P_ij = e^(L_i - L_j) for j <= i and 0 elsewhere. No decay above 1 is ever
     W = A^-1 (beta e^L k)                                N = U - W S
     o = e^L q S + (q k^T P) N        S = e^L_last S + (e^(L_last - L) k)^T N
 
-L is summed in fp64: where a gate of -60 stands beside gates near 0, its rounding in fp32 would be
-in the differences of all tokens that follow.
+A backend chooses its own chunks: 64 tokens in the reference, 32 in cpu.cpp. They begin at a
+document's first token. L is summed in fp64: where a gate of -60 stands beside gates near 0, its
+rounding in fp32 would be in the differences of all tokens that follow.
 """
 
 from collections.abc import Sequence
@@ -79,8 +80,8 @@ def gated_delta_net(
         g: the logarithms of the decays, fp32 [B, T, nv], at most 0.
         beta: how far each token corrects the memory, [B, T, nv].
         state: S before the first token, fp32 [B, nv, dk, dv]. None for zeros.
-        lengths: the tokens of each document packed along T, B == 1. Documents that lie on a
-            device alone (`PaddedDocuments` in a CUDA graph) are read from the host's copy.
+        lengths: the tokens of each document packed along T, B == 1. They are read on the host, so
+            that no CUDA graph can follow `PaddedDocuments` here.
         with_state: also return S after the last token of each row; not of packed documents.
 
     Returns:
