@@ -177,7 +177,8 @@ class ModelConfig:
     moe_names: list[str] = field(
         default_factory=lambda: ["mlp", "gate_proj", "up_proj", "down_proj"]
     )
-    """Names in the model files of the MoE block, and of an expert's gate, up and down layers."""
+    """Names in the model files of the MoE block, and of an expert's gate, up and down layers.
+    Experts beside an MLP are in no block: its name is empty."""
     router_name: str = "gate"
     """Name in the model files of the layer that picks the experts."""
     router_bias: bool = False

@@ -35,6 +35,7 @@ _GEMMA4 = {
     "scale_embeddings": True,
     "attention_multiplier": 1.0,
     "moe_beside_mlp": True,
+    "moe_names": ["", "gate_proj", "up_proj", "down_proj"],
     "fused_experts": True,
 }
 _GEMMA4_DEFAULTS: dict[str, Any] = {

@@ -86,7 +86,7 @@ def published_name(name: str, config: ModelConfig) -> str:
     transformers 5 calls every block of experts `mlp`; the files keep the family's own name.
     """
     block = config.moe_names[0]
-    if block != "mlp" and config.num_experts:
+    if block not in ("mlp", "") and config.num_experts:
         return re.sub(r"(\.layers\.\d+)\.mlp\.", rf"\1.{block}.", name)
     return name
 

@@ -25,6 +25,16 @@ _MOE_NAMES = ("mlp", "gate_proj", "up_proj", "down_proj")  # as ModelConfig.moe_
 _Pair = tuple[Tensor, Tensor]
 
 
+def experts_place(block: str) -> str:
+    """Return how the name of a layer's experts ends; `block` is the MoE block's, or empty."""
+    return f".{block}.experts" if block else ".experts"
+
+
+def fused_place(block: str) -> str:
+    """Return the same in transformers 5, which calls all blocks `mlp`."""
+    return experts_place(block and "mlp")
+
+
 def is_fused(key: str) -> bool:
     """Return whether `key`, a name up to .lora_A, is that of the fused experts of a layer."""
     return key.removesuffix(".base_layer").endswith(_FUSED)
@@ -96,7 +106,7 @@ def split_experts(
         both = (outer, outer + ".base_layer")
         shapes = {k: (pairs[k][0].shape[1], pairs[k][1].shape[0]) for k in both if k in pairs}
         kind = which_fused(shapes, target_parameters)[key]
-        prefix = re.sub(r"\.mlp\.experts$", f".{names[0]}.experts", outer)
+        prefix = outer.removesuffix(fused_place(names[0])) + experts_place(names[0])
         for leaf, (every_a, every_b) in _by_leaf(kind, *per_expert(a, b, experts), names).items():
             for e in range(experts):
                 result[f"{prefix}.{e}.{leaf}.lora_A.weight"] = every_a[e].contiguous()
@@ -187,7 +197,7 @@ def join_experts(
             )
         wanted = [(leaf, half) for leaf in (gate, up, down) if leaf in leaves for half in "AB"]
         stacks = {which: _stack(layer, parts, *which) for which in wanted}
-        outer = f"{layer}.mlp.experts"
+        outer = layer + fused_place(names[0])
         if gate in leaves:
             a = torch.cat([stacks[gate, "A"], stacks[up, "A"]], dim=1)
             blocks = zip(stacks[gate, "B"], stacks[up, "B"], strict=True)
@@ -202,10 +212,8 @@ def _single_experts(
     tensors: Mapping[str, Tensor], names: Sequence[str]
 ) -> tuple[dict[str, _Experts], dict[str, Tensor]]:
     """Return the tensors of each layer's experts, and the other tensors."""
-    block, *leaves = map(re.escape, names)
-    expert = re.compile(
-        rf"(.+)\.{block}\.experts\.(\d+)\.({'|'.join(leaves)})\.lora_([AB])\.weight"
-    )
+    place, leaves = re.escape(experts_place(names[0])), map(re.escape, names[1:])
+    expert = re.compile(rf"(.+){place}\.(\d+)\.({'|'.join(leaves)})\.lora_([AB])\.weight")
     layers: dict[str, _Experts] = {}
     rest = {}
     for name, tensor in tensors.items():

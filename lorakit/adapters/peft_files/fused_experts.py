@@ -15,7 +15,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorakit.adapters.peft_files.experts import is_fused, join_experts, split_experts
+from lorakit.adapters.peft_files.experts import (
+    experts_place,
+    fused_place,
+    is_fused,
+    join_experts,
+    split_experts,
+)
 from lorakit.adapters.peft_files.layout import CONFIG_FILE, PATTERNS, PREFIX, AdapterFiles
 from lorakit.adapters.peft_files.ties import adapted_heads
 from lorakit.adapters.targets import ends_with, targets_for
@@ -40,7 +46,8 @@ def fuse_experts(
     if not isinstance(model, Decoder) or not model.config.num_experts:
         raise LorakitError("save_adapter: fused_experts, but the model has no experts")
     block, *leaves = model.config.moe_names
-    single = re.compile(rf".*\.{block}\.experts\.\d+\.({'|'.join(leaves)})")
+    single = re.compile(rf".*{experts_place(block)}\.\d+\.({'|'.join(leaves)})")
+    fused_experts = fused_place(block).removeprefix(".")
     heads = adapted_heads(model)  # their tensors are those of the embedding
     adapted_layers = [place for place in _adapted(tensors) if place not in heads]
     places = [place for place in adapted_layers if not single.fullmatch(place)]
@@ -59,11 +66,11 @@ def fuse_experts(
     ranks = {place: config.rank(place) for place in places if config.rank(place) != config.r}
     alphas = {p: config.alpha(p) for p in places if config.alpha(p) != config.lora_alpha}
     if gate in adapted:
-        parameters.append("mlp.experts.gate_up_proj")
+        parameters.append(f"{fused_experts}.gate_up_proj")
         ranks["experts.gate_up_proj"] = 2 * r
         alphas["experts.gate_up_proj"] = (math.sqrt(2) if config.use_rslora else 2) * alpha
     if down in adapted:
-        parameters.append("mlp.experts.down_proj")
+        parameters.append(f"{fused_experts}.down_proj")
         ranks["experts.down_proj"] = r
         alphas["experts.down_proj"] = alpha
     values = values | {
@@ -129,8 +136,8 @@ def _of_single_experts(
     alphas: dict[str, float] = {}
     for place in _adapted(single):
         parameter = "down_proj" if place.endswith(f".{down}") else "gate_up_proj"
-        layer = place.partition(f".{block}.experts.")[0]
-        scaling = config.scaling(f"{layer}.mlp.experts.{parameter}")
+        layer = place.partition(f"{experts_place(block)}.")[0]
+        scaling = config.scaling(f"{layer}{fused_place(block)}.{parameter}")
         r = len(single[f"{PREFIX}{place}{_LORA_A}"])
         ranks[place] = r
         alphas[place] = scaling * (math.sqrt(r) if config.use_rslora else r)
