@@ -116,7 +116,7 @@ class RopeConfig:
 
     def rotary_dim(self, head_dim: int) -> int:
         """Return how many numbers R of a head of so many the tables turn."""
-        if self.rope_type == "proportional":
+        if self.rope_type == "proportional" or self.partial_rotary_factor == 1:
             return head_dim
         return int(head_dim * self.partial_rotary_factor)
 
@@ -152,8 +152,8 @@ def inverse_frequencies(
     if rope.rope_type == "linear":
         return freqs / rope.factor
     if rope.rope_type == "proportional":
-        turned = int(share * head_dim / 2)
-        return torch.cat([freqs[:turned] / rope.factor, torch.zeros_like(freqs[turned:])])
+        turns = torch.arange(head_dim // 2, device=device) < int(share * head_dim / 2)
+        return torch.where(turns, freqs / rope.factor, 0.0)
     if rope.rope_type == "longrope":
         short, long = (
             torch.tensor(divisors, dtype=torch.float32, device=device)

@@ -364,6 +364,9 @@ LINEAR = {
 }
 
 
+SECOND_EMBEDDING = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY}
+
+
 @pytest.mark.parametrize(
     ("reason", "model", "config"),
     [
@@ -372,6 +375,7 @@ LINEAR = {
         ("neftune_noise_alpha is set", {}, {"neftune_noise_alpha": 5.0}),
         ("depends on the length", {"rope": RopeConfig(rope_type="dynamic", factor=2.0)}, {}),
         ("linear attention asks the host", LINEAR, {}),
+        ("looked up in host memory", SECOND_EMBEDDING, {}),
         ("Triton's kernels are not what runs", {}, {}),
     ],
 )
