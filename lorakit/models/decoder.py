@@ -141,7 +141,7 @@ class Decoder(nn.Module):
         cache = self.shared_keys(cache)
         added: Tensor | None = None  # what the last block adds to x; the next norm reads both
         for block, view, part in zip(self.model.layers, views, parts, strict=True):
-            if view.recomputed:
+            if view.recomputed and not _keeps_for_others(cache, block):
                 x, offload = x if added is None else x + added, self.offload_activations
                 x, added = run_recomputed(block, x, None, view, cache, part, offload=offload)
             else:
@@ -367,6 +367,17 @@ class NoPrompt(nn.Module):
         A cache that holds positions already has its prompt. For None a new cache is made.
         """
         return cache
+
+
+def _keeps_for_others(cache: Storage | None, block: nn.Module) -> bool:
+    """Return whether a compiler must not recompute a block, since others see its keys.
+
+    It takes no change of what lies outside of a recomputed block.
+    """
+    if not isinstance(cache, SharedKeys) or not kernels.dispatch.traces():
+        return False
+    assert isinstance(block, Block)
+    return block.mixer.layer in cache.sources
 
 
 def _neftune_noise(x: Tensor, alpha: float, cu_seqlens: Tensor | None) -> Tensor:

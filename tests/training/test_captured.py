@@ -246,8 +246,8 @@ def experts_on_triton():
     from lorakit.kernels.ops import experts
     from tests.triton_interpreter import interpreted
 
-    def together(moe, tokens):
-        return expert_layers(moe.experts, moe.names)
+    def together(module, tokens):
+        return expert_layers(module, module.names)
 
     with (
         kernels.use_backend("reference"),
