@@ -20,7 +20,7 @@ NAMED_ADAPTER_HELP = (
 OUT_HELP = "directory to write; it must be new or empty"
 DTYPE_HELP = "dtype of the model: bfloat16, float16 or float32 (default: bfloat16)"
 TEMPLATE_HELP = (
-    "chat template: a jinja file, chatml, gemma, llama3 or zephyr (default: the model's)"
+    "chat template: a jinja file, chatml, gemma, gemma4, llama3 or zephyr (default: the model's)"
 )
 ADAPTED_TEMPLATE_HELP = TEMPLATE_HELP.replace("the model's", "the adapter's, or else the model's")
 STORAGE = ["nf4", "fp4", "int8"]  # the ways to pack a model's frozen weights

@@ -55,8 +55,8 @@ class RunConfig:
     dtype: str = "bfloat16"
     """Dtype that the model computes in: "bfloat16" or "float32"."""
     chat_template: str | None = None
-    """Chat template to use instead of the model's own: "chatml", "gemma", "llama3" or "zephyr", a
-    jinja file, or a directory with a template. It is saved with the adapter."""
+    """Chat template to use instead of the model's own: "chatml", "gemma", "gemma4", "llama3" or
+    "zephyr", a jinja file, or a directory with a template. It is saved with the adapter."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Settings of the training; in a run file they stand beside the other keys."""
 

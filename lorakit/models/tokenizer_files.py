@@ -72,8 +72,8 @@ def load_tokenizer(
         path_or_hub_id: A Hugging Face directory with a tokenizer.json or Mistral's tekken.json, a
             .gguf file, or a Hub id ("organization/name").
         chat_template: The chat template to use instead of the model's own: a name (chatml, gemma,
-            llama3 or zephyr), a jinja file, a directory with a template, such as that of an
-            adapter, or the text of a template.
+            gemma4, llama3 or zephyr), a jinja file, a directory with a template, such as that of
+            an adapter, or the text of a template.
 
     Returns:
         The tokenizer, with the model's special tokens and its chat template.

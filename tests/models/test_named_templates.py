@@ -1,5 +1,7 @@
 """The chat templates with a name: each the text of the models that it is named after."""
 
+from pathlib import Path
+
 import pytest
 
 import lorakit as lk
@@ -20,6 +22,8 @@ PUBLISHED = {
     "gemma": "<s><start_of_turn>user\nBe brief.\n\nWho?<end_of_turn>\n"
     "<start_of_turn>model\nMe.<end_of_turn>\n<start_of_turn>user\nWhy?<end_of_turn>\n"
     "<start_of_turn>model\n",
+    "gemma4": "<s><|turn>system\nBe brief.<turn|>\n<|turn>user\nWho?<turn|>\n"
+    "<|turn>model\nMe.<turn|>\n<|turn>user\nWhy?<turn|>\n<|turn>model\n",
     "llama3": "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
     "<|start_header_id|>user<|end_header_id|>\n\nWho?<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\nMe.<|eot_id|>"
@@ -59,9 +63,25 @@ def test_templates_of_real_models(smollm2, directory):
     ) == tok.apply_chat_template(CHAT, False, chat_template="gemma")
 
 
+def test_the_template_of_gemma_4(directory):
+    trl = pytest.importorskip("trl")
+    file = Path(trl.__file__).parent / "chat_templates" / "gemma4_v5.jinja"
+    theirs = file.read_text(encoding="utf-8")
+    tok = lk.load_tokenizer(directory)
+    for chat in (CHAT, CHAT[1:], CHAT[:3]):
+        for prompt in (False, True):
+            named = tok.apply_chat_template(chat, False, prompt, chat_template="gemma4")
+            assert named == tok.apply_chat_template(chat, False, prompt, chat_template=theirs)
+
+
 @pytest.mark.parametrize(
     ("name", "end"),
-    [("chatml", "<|im_end|>"), ("gemma", "<end_of_turn>"), ("llama3", "<|eot_id|>")],
+    [
+        ("chatml", "<|im_end|>"),
+        ("gemma", "<end_of_turn>"),
+        ("gemma4", "<turn|>"),
+        ("llama3", "<|eot_id|>"),
+    ],
 )
 def test_rows_are_learned_with_the_end_token(directory, name, end):
     """The token must be special: as plain text the model would not know it for an end."""
@@ -129,7 +149,7 @@ def test_a_template_that_is_given(directory, tmp_path):
     ("template", "message"),
     [
         ("chatm", "chatm is no file, and no name .* .did you mean 'chatml'..; give a jinja"),
-        ("tokenizer_default", "no name of a template; give a jinja file or chatml, gemma, llama3"),
+        ("tokenizer_default", "no name of a template; give a jinja file or chatml, gemma, gemma4"),
         ("{% for %}", "chat_template is no chat template that jinja2 reads: line 1: Expected"),
         ("a\0b", "is no path"),
         ("", "chat_template is ''; give a jinja file or chatml, gemma"),
