@@ -44,6 +44,7 @@ from lorakit.models.rope import llama3_of_divisors
 
 _SHORT, _LONG = "rope_factors_short.weight", "rope_factors_long.weight"
 _PREDICT = "nextn_predict_layers"  # behind the others; they draft several tokens at once
+_MOST_DRAFTS = 64
 _ROTARY = ("rope_freqs.weight", _SHORT, _LONG)
 
 
@@ -68,8 +69,9 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, LazyTensor]]:
     config = _model_config(path, header, dialect)
     tensors: dict[str, LazyTensor] = {}
     layers = config.num_hidden_layers
-    predict = header.metadata.get(f"{header.metadata['general.architecture']}.{_PREDICT}", 0)
-    more = tuple(f"blk.{layers + i}." for i in range(predict))
+    predict = header.metadata.get(f"{header.metadata['general.architecture']}.{_PREDICT}")
+    drafts = range(min(predict, _MOST_DRAFTS)) if type(predict) is int else ()
+    more = tuple(f"blk.{layers + i}." for i in drafts)
     for name, info in header.tensors.items():
         if name in _ROTARY or name.startswith(more):  # the config has read it; of other layers
             continue

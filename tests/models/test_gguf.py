@@ -378,13 +378,14 @@ def test_another_number_of_experts(tmp_path):
         lk.load_model(path)
 
 
-@pytest.mark.parametrize("variant", ["llama", "qwen3_moe", "gemma2", "phi3 longrope"])
+@pytest.mark.parametrize("variant", ["llama", "qwen3_moe", "gemma2", "qwen3_5", "gemma4 experts"])
 def test_a_metadata_value_of_another_type_never_crashes(tmp_path, variant):
     """A missing value does not crash either; config and vocabulary are read before any tensor."""
     theirs = make(variant)
     path = write_gguf(tmp_path / "good.gguf", theirs)
     arch = ARCHITECTURES[theirs.config.model_type]
     extra = ("rope.scaling.type", "rope.scaling.factor", "attention.sliding_window_pattern")
+    extra += ("nextn_predict_layers",) if variant == "qwen3_5" else ()
     keys = [*read_header(path).metadata, *(f"{arch}.{name}" for name in extra)]
     for key in [*keys, "tokenizer.chat_template"]:
         for value in ("x", 0, 3, -1.5, [7], ["y"], None):
