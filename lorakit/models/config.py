@@ -211,6 +211,8 @@ class ModelConfig:
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
+        if self.global_head_dim is not None and self.global_head_dim <= 0:
+            raise LorakitError(f"global_head_dim must be positive, not {self.global_head_dim}")
         for name in ("head_dim", "global_head_dim"):
             if (getattr(self, name) or 0) % 2:
                 raise LorakitError(f"{name} must be even, not {getattr(self, name)}")
@@ -253,8 +255,6 @@ class ModelConfig:
 
     def _check_layers_that_differ(self) -> None:
         heads = self.num_global_key_value_heads
-        if (self.global_head_dim or 1) <= 0:
-            raise LorakitError(f"global_head_dim must be positive, not {self.global_head_dim}")
         if heads is not None and (heads <= 0 or self.num_attention_heads % heads):
             raise LorakitError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -262,7 +262,7 @@ class ModelConfig:
             )
         for name in ("hidden_size_per_layer_input", "vocab_size_per_layer_input"):
             if getattr(self, name) < 0:
-                raise LorakitError(f"{name} must not be negative, but {getattr(self, name)}")
+                raise LorakitError(f"{name} must be 0 or more, not {getattr(self, name)}")
         if self.hidden_size_per_layer_input and self.vocab_size_per_layer_input < self.vocab_size:
             raise LorakitError(
                 f"vocab_size_per_layer_input ({self.vocab_size_per_layer_input}) must not be "

@@ -12,7 +12,7 @@ from lorakit.inference import kv_cache
 from lorakit.inference.decode import Decoding
 from lorakit.inference.kv_cache import PAGE, PART, KVCache, NewPositions
 from tests.conftest import LOGITS
-from tests.models.variants import load, variants
+from tests.models.variants import VARIANTS, load, variants
 
 
 def by_modules(model, lines, capacity):
@@ -209,3 +209,26 @@ def test_pages_that_nobody_uses_go_in_the_order_in_which_they_were_left():
     assert cache.load == 1
     assert not cache.grow(cache.line(), 1)
     assert cache.adopt(cache.line(), a, PAGE) == 0
+
+
+@pytest.mark.parametrize("name", ["gemma4_text small", "gemma4_text large"])
+@torch.no_grad()
+def test_heads_of_two_sizes_and_layers_without_keys(tmp_path, name):
+    """Each kind has its pages; a layer that sees others' keys has none. So do rows that go on with
+    the pages of others, and give the logits of a call without a cache (fp32, in another order).
+    """
+    model = load(tmp_path, *VARIANTS[name], device="cpu")
+    decoding = Decoding(model, rows=2, capacity=400)
+    assert decoding.compiled is None
+    shapes = [(len(store), *store.shape[4:]) for store in decoding.cache.stores]
+    assert shapes == ([(2, 1, 16), (1, 1, 32)] if "small" in name else [(2, 2, 16), (2, 1, 32)])
+    ids = torch.randint(3, 97, (1, 300), generator=torch.Generator().manual_seed(0))
+    row, other = decoding.begin(), decoding.begin()
+    for part in ids.split(100, dim=1):
+        logits = decoding([row], part)
+    decoding.cache.name(row, ids[0].tolist(), 64)
+    assert decoding.cache.adopt(other, ids[0].tolist(), 64) == 256
+    again = decoding([other], ids[:, 256:])
+    expected = model(ids)[:, -1]
+    assert (logits - expected).abs().max() <= 4e-6
+    assert (again - expected).abs().max() <= 4e-6

@@ -113,3 +113,60 @@ def test_any_json_gives_a_config_or_one_clear_error(change):
         assert "config.json" in str(error)
     else:
         assert config.head_dim > 0
+
+
+GEMMA4 = {
+    "model_type": "gemma4_text",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"per_layer_config": [1]}, "per_layer_config must say the same of all its layers"),
+        ({"per_layer_config": {"3": 5}}, "per_layer_config must say the same of all its layers"),
+        (
+            {"per_layer_config": {"2": {"head_dim": 32}, "3": {"head_dim": 64}}},
+            "per_layer_config must say the same of all its layers",
+        ),
+        ({"per_layer_config": {"3": {"sliding_window": 5}}}, "per_layer_config names sliding_wind"),
+        ({"global_head_dim": 33}, "global_head_dim must be even, not 33"),
+        ({"global_head_dim": -2}, "global_head_dim must be positive, not -2"),
+        ({"attention_k_eq_v": 1}, "attention_k_eq_v"),
+        ({"num_global_key_value_heads": 3}, r"a multiple of num_global_key_value_heads \(3\)"),
+        ({"num_kv_shared_layers": 4}, "leaves no layer whose keys"),
+        ({"num_kv_shared_layers": 1}, "leaves no layer whose keys"),  # of its kind
+        ({"hidden_size_per_layer_input": -1}, "hidden_size_per_layer_input must be 0 or more"),
+        ({"vocab_size_per_layer_input": 7}, r"\(7\) must not be smaller than vocab_size"),
+        ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention is not supported"),
+        ({"enable_moe_block": True}, "num_experts"),
+        ({"layer_types": ["chunked_attention"] * 4}, "layer_types must list"),
+    ],
+)
+def test_a_bad_config_of_gemma_4(change, message):
+    with pytest.raises(lk.LorakitError, match=message):
+        lk.ModelConfig.from_hf(GEMMA4 | change)
+
+
+def test_what_a_config_of_gemma_4_leaves_out():
+    """The defaults of transformers; its own files say the sizes of full layers by their numbers."""
+    config = lk.ModelConfig.from_hf(GEMMA4)
+    assert [config.slides(i) for i in range(4)] == [True, True, True, False]  # the last is full
+    assert [config.layer_head_dim(i) for i in (0, 3)] == [256, 512]
+    assert config.rope_head_dims == [512, 256]
+    said = {"head_dim": 64, "num_key_value_heads": 1}
+    values = GEMMA4 | {"attention_k_eq_v": True, "per_layer_config": {"3": said}}
+    other = lk.ModelConfig.from_hf(values)
+    assert [(other.layer_head_dim(i), other.layer_kv_heads(i)) for i in (0, 3)] == [
+        (256, 2),
+        (64, 1),
+    ]
+    assert other.to_hf()["global_head_dim"] == 64
+    unified = lk.ModelConfig.from_hf(GEMMA4 | {"model_type": "gemma4_unified_text"})
+    assert unified.use_bidirectional_attention == "vision"
+    assert unified.hidden_size_per_layer_input == 0
