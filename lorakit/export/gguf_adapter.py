@@ -29,6 +29,7 @@ from lorakit.config.errors import LorakitError, check
 from lorakit.export.gguf import GgufFile, checked_file, count_formats
 from lorakit.files.gguf import NewTensor, write_gguf
 from lorakit.files.hub import name_of
+from lorakit.models.gguf_linear import MOVES_COLUMNS
 from lorakit.models.gguf_names import Dialect, dialect_of, storage, stored_name
 
 _DTYPES = {"float16": ("F16", 1, torch.float16), "float32": ("F32", 0, torch.float32)}
@@ -100,14 +101,22 @@ _Members = dict[int | None, PlainLayer]  # the layers of one stored weight, by e
 
 
 def _groups(plain: PlainAdapter, dialect: Dialect) -> dict[str, _Members]:
-    """Return the layers of each weight of the file, with B in the order of the file's rows."""
+    """Return the layers of each weight of the file, with A and B in the file's order."""
     groups: dict[str, _Members] = {}
     for place, layer in plain.layers.items():
         published = f"{place}.weight"
         stored, expert = stored_name(published, dialect)
+        if place.endswith(".in_proj_qkvz"):
+            raise LorakitError(
+                f"{plain.stored.path}: {place} is two layers in GGUF files, so that an adapter of "
+                "it has no place there: merge it (lorakit export with the adapter)"
+            )
         change = storage(published, dialect, plain.base.config)
-        b = layer.b if change is None else change(layer.b)
-        groups.setdefault(stored, {})[expert] = layer._replace(b=b)
+        if change is not None and place.endswith(MOVES_COLUMNS):
+            layer = layer._replace(a=change(layer.a))
+        elif change is not None:
+            layer = layer._replace(b=change(layer.b))
+        groups.setdefault(stored, {})[expert] = layer
     return groups
 
 

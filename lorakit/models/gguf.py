@@ -27,7 +27,7 @@ from lorakit.files.gguf import Header, TensorInfo, data_length, fp32_reader, rea
 from lorakit.files.safetensors import LazyTensor
 from lorakit.models.config import ModelConfig, RopeConfig
 from lorakit.models.gguf_gemma4 import gemma4_layers
-from lorakit.models.gguf_linear import joined
+from lorakit.models.gguf_linear import MOVES_COLUMNS, joined
 from lorakit.models.gguf_names import (
     DIALECTS,
     KEYS,
@@ -108,7 +108,10 @@ def adapted_weight(
     """
     dialect = _dialect(path, header)
     published = _hf_name(path, name, dialect)
-    return published, None if config is None else restoration(published, dialect, config)
+    restore = None if config is None else restoration(published, dialect, config)
+    if restore is not None and published.endswith(f"{MOVES_COLUMNS}.weight"):
+        raise LorakitError(f"{path}: an adapter of {name}, whose columns are moved, is not read")
+    return published, restore
 
 
 def _dialect(path: Path, header: Header) -> Dialect:

@@ -43,6 +43,8 @@ LINEAR_KEYS = {
     "full_attention_interval": "full_attention_interval",
 }
 """Keys of config.json -> keys of the file."""
+MOVES_COLUMNS = ".linear_attn.out_proj"
+"""The layer whose columns change places, not its rows."""
 _WHOLE, _PARTS = "linear_attn.in_proj_qkvz.weight", ("in_proj_qkv", "in_proj_z")
 
 

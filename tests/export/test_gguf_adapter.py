@@ -42,6 +42,9 @@ def compare(tmp_path, directory, model, dtype, tolerance):
         ("mixtral", {"r": 3}, 1e-4),
         ("qwen2", {**PATTERNS, "use_rslora": True}, 1e-4),
         ("qwen3_moe", {"rank_pattern": {"experts.1.up_proj": 4}}, 1e-4),
+        ("granite", {}, 1e-4),
+        ("phi3", {}, 1e-4),
+        ("qwen3_5", {}, 1e-4),
         ("gemma3", {}, 1e-2),
     ],
 )
@@ -114,6 +117,7 @@ def test_the_update_of_each_weight_survives(llama, tmp_path_factory, r, alpha, r
             "embedding and head of .* are one",
         ),
         ("llama tied", {"target_modules": ["lm_head"]}, "embedding and head of .* are one"),
+        ("qwen3_next", {"target_modules": ["in_proj_qkvz"]}, "is two layers in GGUF files"),
         ("llama", {"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ("llama", {"std": 1e6}, "holds values beyond float16; choose float32"),
     ],
@@ -137,3 +141,12 @@ def test_the_model_must_be_the_one_it_was_trained_on(llama, tmp_path):
         lk.export_gguf_adapter(tmp_path / "a.gguf", tmp_path / "b.gguf")
     with pytest.raises(lk.LorakitError, match="dtype must be float16 or float32"):
         lk.export_gguf_adapter(tmp_path / "adapter", tmp_path / "b.gguf", dtype="q8_0")
+
+
+def test_an_adapter_whose_columns_moved_is_not_read(tmp_path):
+    directory = write_model(tmp_path / "model", "qwen3_5")
+    train_adapter(directory, tmp_path / "adapter", target_modules=["out_proj"])
+    file = tmp_path / "adapter.gguf"
+    lk.export_gguf_adapter(tmp_path / "adapter", file, base_model=directory)
+    with pytest.raises(lk.LorakitError, match="ssm_out.*whose columns are moved, is not read"):
+        lk.load_adapter(lk.load_model(directory, dtype="float32"), file)
