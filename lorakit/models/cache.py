@@ -6,7 +6,7 @@ who makes the views of a call.
 """
 
 from collections.abc import Collection
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 from torch import Tensor
 
@@ -51,7 +51,6 @@ class SharedKeys:
         return self._found[layer]
 
 
-@runtime_checkable
 class States(Protocol):
     """What layers of linear attention ask a cache for: a state of fixed size for each row.
 

@@ -20,6 +20,7 @@ nv heads of values of width dv, C = 2 nk dk + nv dv channels of the convolution 
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -134,19 +135,17 @@ class LinearAttention(_Wide):
     ) -> Tensor:
         """Return what the delta net makes of its inputs [B, T, nv, dv], and keep the state."""
         B, T, _ = qkv.shape
-        before, state = None, None
-        if cache is not None:
-            assert isinstance(cache, States)  # learned prompts are refused for such models
-            before, state = cache.state(self.layer) or (None, None)
+        states = cast(States | None, cache)  # learned prompts are refused for such models
+        before, state = (states and states.state(self.layer)) or (None, None)
         weight = self.conv1d.weight.squeeze(1)
         mixed = kernels.causal_conv(qkv, weight, state=before, lengths=view.lengths)
         q, k, v = mixed.split(self.widths, dim=-1)
         q, k = (t.view(B, T, self.key_heads, self.key_dim) for t in (q, k))
         v = v.view(B, T, self.value_heads, self.value_dim)
-        if cache is None:
+        if states is None:
             return kernels.gated_delta_net(q, k, v, g, beta, lengths=view.lengths)
         o, state = kernels.gated_delta_net(q, k, v, g, beta, state=state, with_state=True)
         if before is None:
             before = qkv.new_zeros(B, weight.shape[1] - 1, qkv.shape[2])
-        cache.keep_state(self.layer, before, qkv, state)
+        states.keep_state(self.layer, before, qkv, state)
         return o
