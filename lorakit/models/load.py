@@ -296,7 +296,9 @@ def _selected(
     for name in weights:
         # Old files store the rotary frequencies. Tied models may store the embedding as head too.
         derived = name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
-        if name not in expected and not derived and not _of_shared_keys(name, model.config):
+        if name in expected or derived or _of_shared_keys(name, model.config):
+            continue
+        if not _is_zero_bias(name, weights, expected):
             raise LorakitError(f"{where}: tensor {name} belongs to no part of the model")
     return {name: weights[name] for name in expected}
 
@@ -308,6 +310,20 @@ def _of_shared_keys(name: str, config: ModelConfig) -> bool:
     """
     found = re.match(r"model\.layers\.(\d+)\.self_attn\.[kv]_(proj|norm)\.", name)
     return found is not None and config.kv_source(int(found[1])) is not None
+
+
+def _is_zero_bias(
+    name: str, weights: Mapping[str, LazyWeight], expected: Mapping[str, tuple[int, ...]]
+) -> bool:
+    """Return whether a tensor is a bias of zeros beside a weight that the model has without bias.
+
+    Early versions of AutoGPTQ wrote such biases for all linear layers, and they compute nothing.
+    """
+    layer, _, leaf = name.rpartition(".")
+    bias, shape = weights[name], expected.get(f"{layer}.weight")
+    if leaf != "bias" or shape is None or bias.shape != shape[:1]:
+        return False
+    return isinstance(bias, LazyTensor) and not bias.read().any()
 
 
 # ---- filling: every weight is read, packed where it has to be, and put in its place --------------

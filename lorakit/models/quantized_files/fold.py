@@ -52,7 +52,7 @@ def _packed(parts: Parts, said: Said) -> Read:
 
 
 METHODS = {
-    "fp8": _Method({".weight_scale_inv": fp8.fine_grained}),
+    "fp8": _Method({".weight_scale_inv": fp8.fine_grained, ".weight_scale": fp8.plain}),
     "fbgemm_fp8": _Method({".weight_scale": fp8.plain}),
     "modelopt": _Method({".weight_scale_2": fp4.modelopt, ".weight_scale": fp8.plain}),
     "mxfp4": _Method({"_blocks": fp4.gpt_oss}),

@@ -203,6 +203,40 @@ def test_a_model_of_gptq_is_near_the_one_it_was_made_of(llama, tmp_path, caplog)
         assert (model(IDS) - back(IDS).logits).abs().max() <= LOGITS
 
 
+@pytest.mark.parametrize("mark", ["weight_scale_inv", "weight_scale"])
+def test_fp8_has_its_scales_under_either_name(mark, tmp_path):
+    """AutoFP8, which wrote many of the FP8 files before llm-compressor, calls them weight_scale."""
+    tiny("llama").save_pretrained(tmp_path)
+
+    def change(name, weight):
+        codes, scale = fp8(weight, weight.shape)
+        layer = name.removesuffix("weight")
+        return {
+            name: codes,
+            f"{layer}{mark}": scale.reshape(1),
+            f"{layer}input_scale": torch.ones(1),
+        }
+
+    rewrite(tmp_path, change, quant_method="fp8", activation_scheme="static")
+    model = lk.load_model(tmp_path, dtype="float32", device="cpu")
+    found = load_file(tmp_path / "model.safetensors")
+    name = f"{UP}weight"
+    assert torch.equal(model.get_parameter(name), found[name].float() * found[f"{UP}{mark}"])
+
+
+def test_biases_of_zeros_that_gptq_writes_for_all_layers_are_left_out(llama, tmp_path):
+    """AutoGPTQ wrote one for each linear layer, also of models without biases."""
+    found = load_file(llama / "model.safetensors")
+    more = {f"{UP}bias": torch.zeros(48, dtype=torch.float16)}
+    save_file(found | more, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_bytes((llama / "config.json").read_bytes())
+    model, expected = (lk.load_model(p, dtype="float32", device="cpu") for p in (tmp_path, llama))
+    assert torch.equal(model(IDS), expected(IDS))
+    more[f"{UP}bias"][3] = 1
+    save_file(found | more, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    fails(tmp_path, "up_proj.bias belongs to no part of the model")
+
+
 def test_modelopt_says_what_it_did_in_a_file_of_its_own(tmp_path):
     tiny("llama").save_pretrained(tmp_path)
 
