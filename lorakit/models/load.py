@@ -270,6 +270,12 @@ def _empty_model(config: ModelConfig, weights: Mapping[str, LazyWeight], where: 
     last = f"model.layers.{config.num_hidden_layers - 1}.post_attention_layernorm.weight"
     if last not in weights:  # checked first: a damaged config may ask for a million layers
         raise LorakitError(f"{where}: tensor {last} is missing")
+    expert = f".experts.{config.num_experts - 1}."  # or for as many experts
+    if any(config.moe_layers) and not any(expert in name for name in weights):
+        raise LorakitError(
+            f"{where}: the config asks for {config.num_experts} experts, and the files do not hold "
+            "the last of them"
+        )
     try:
         with torch.device("meta"):
             return Decoder(config)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lorakit as lk
-from tests.conftest import LOGITS, TINY, tiny_llama
+from tests.conftest import FAMILY_VARIANTS, LOGITS, TINY, tiny, tiny_llama
 from tests.models.damage import edit, fails
 
 IDS = torch.arange(24).view(2, 12)
@@ -117,6 +117,14 @@ def test_derived_tensors_are_ignored(copy):
 def test_integers_are_no_weights(copy):
     edit(copy, lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}))
     fails(copy, r"model\.norm\.weight: holds torch\.int8; only weights of 16 bits")
+
+
+def test_more_experts_than_the_files_hold(tmp_path):
+    """They are refused before the model is built, which would take hours for so many."""
+    tiny("qwen3_moe", **FAMILY_VARIANTS["qwen3_moe"][1]).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_experts": 10**12}))
+    fails(tmp_path, "asks for 1000000000000 experts, and the files do not hold the last")
 
 
 def test_impossible_sizes(copy):
