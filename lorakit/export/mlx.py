@@ -6,7 +6,8 @@
 mlx_lm computes W x + scale (x a) b. It adapts the modules `keys` of the last `num_layers` layers,
 all with one rank and one scale, and every one of them must be in the file. So ranks are made one
 with zeros, different scalings go into b, and a layer in between that is not adapted gets zeros.
-All of that is exact up to one rounding of b. The experts of a block are one module, `switch_mlp`.
+All of that is exact up to one rounding of b. The experts of a block are one module, `switch_mlp`,
+or what mlx_lm calls it in gpt-oss and Gemma 4. What has a vision tower is `language_model.` there.
 
 adapters/peft_files/mlx_files.py reads such files, and holds the names. Source: tuner/utils.py,
 tuner/lora.py and tuner/dora.py of mlx-lm 0.32.2.
@@ -24,7 +25,6 @@ from torch import Tensor
 from lorakit.adapters.peft_files.convert import check_target, write_adapter
 from lorakit.adapters.peft_files.mlx_files import (
     MIXTRAL_KINDS,
-    SWITCH,
     WEIGHTS_OF_MLX,
     expert_leaf,
 )
@@ -34,6 +34,7 @@ from lorakit.adapters.peft_files.stored import open_adapter
 from lorakit.config.errors import LorakitError
 from lorakit.files.hub import fetch_adapter
 from lorakit.files.local import as_path
+from lorakit.models.config import ModelConfig
 
 _KINDS = {theirs: kind for kind, theirs in MIXTRAL_KINDS.items()}
 _IN_LAYER = re.compile(r"(model\.layers\.(\d+)\.)(.+)")
@@ -110,14 +111,15 @@ def export_mlx(
         "fine_tune_type": "dora" if dora else "lora",
         "lora_parameters": {
             "dropout": stored.config.lora_dropout,
-            "keys": keys,
+            "keys": [f"{_around(plain)}{key}" if key in modules else key for key in keys],
             "rank": rank,
             "scale": scale,
         },
         "model": stored.config.base_model_name_or_path,
         "num_layers": plain.base.config.num_hidden_layers - first,
     }
-    write_adapter(directory, _tensors(modules | holes), config, WEIGHTS_OF_MLX)
+    tensors = _tensors(modules | holes, _around(plain))
+    write_adapter(directory, tensors, config, WEIGHTS_OF_MLX)
     return MlxAdapter(directory, len(modules) + len(holes), len(holes), rank, scale)
 
 
@@ -162,6 +164,18 @@ def _check_dora(plain: PlainAdapter) -> bool:
     return True
 
 
+def _switch(config: ModelConfig) -> str:
+    """Return what stands between the name of a block and that of its experts' gate, up or down."""
+    if config.experts_interleaved:  # gpt-oss
+        return ".experts."
+    return ".experts.switch_glu." if config.moe_beside_mlp else ".switch_mlp."  # Gemma 4, or others
+
+
+def _around(plain: PlainAdapter) -> str:
+    """Return what mlx_lm puts before the names of a text model that has other towers beside it."""
+    return "language_model." if plain.base.towers else ""
+
+
 def _modules(plain: PlainAdapter, rank: int, *, fold: bool) -> dict[str, _Module]:
     """Return the adapted modules by mlx_lm's names."""
     found: dict[str, _Module] = {}
@@ -172,7 +186,7 @@ def _modules(plain: PlainAdapter, rank: int, *, fold: bool) -> dict[str, _Module
             found[name] = _Module(a, b, layer.magnitude, layer.embedding)
             continue
         block, number, leaf = expert.groups()
-        place = f"{block}{SWITCH}{_KINDS.get(leaf, leaf)}"
+        place = f"{block}{_switch(plain.base.config)}{_KINDS.get(leaf, leaf)}"
         if place not in found:
             shape = plain.base.config.num_experts
             found[place] = _Module(a.new_zeros(shape, *a.shape), b.new_zeros(shape, *b.shape), None)
@@ -197,7 +211,11 @@ def _selection(modules: dict[str, _Module], layers: int) -> tuple[int, list[str]
 
 
 def _holes(
-    plain: PlainAdapter, modules: dict[str, _Module], first: int, keys: list[str], rank: int
+    plain: PlainAdapter,
+    modules: dict[str, _Module],
+    first: int,
+    keys: list[str],
+    rank: int,
 ) -> dict[str, _Module]:
     """Return zeros for the modules that mlx_lm selects and the adapter does not adapt."""
     config = plain.base.config
@@ -205,7 +223,7 @@ def _holes(
     for number in range(first, config.num_hidden_layers):
         for key in keys:
             name = f"model.layers.{number}.{key}"
-            block, switch, kind = name.partition(SWITCH)
+            block, switch, kind = name.partition(_switch(config))
             expert = f"{block}.experts.0.{expert_leaf(block, kind)}"
             weight = f"{expert if switch else name}.weight"
             if name in modules or weight not in plain.base.tensors:
@@ -217,14 +235,14 @@ def _holes(
     return found
 
 
-def _tensors(modules: dict[str, _Module]) -> dict[str, Tensor]:
-    """Return the tensors of the file by their names."""
+def _tensors(modules: dict[str, _Module], around: str) -> dict[str, Tensor]:
+    """Return the tensors of the file by their names, which begin with `around`."""
     found: dict[str, Tensor] = {}
     for name, module in modules.items():
         a, b = module.a, module.b
         if a.dim() == 2:
             a, b = a.t(), b.t()
-        found |= {f"{name}.lora_a": a, f"{name}.lora_b": b}
+        found |= {f"{around}{name}.lora_a": a, f"{around}{name}.lora_b": b}
         if module.magnitude is not None:
-            found[f"{name}.m"] = module.magnitude
+            found[f"{around}{name}.m"] = module.magnitude
     return found

@@ -2,6 +2,7 @@
 mlx_lm's formula."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import lorakit as lk
+from lorakit.adapters.peft_files.mlx_files import WEIGHTS_OF_MLX
+from tests.conftest import FAMILY_VARIANTS, tiny
 from tests.export.models import train_adapter, write_model
+from tests.models.wrappers import wrapped
 
 IDS = torch.arange(4, 24)[None]
 TOLERANCE = 1e-5  # fp32 sums of the same terms, some after one rounding of b
@@ -120,6 +124,37 @@ def test_peft_computes_what_mlx_trained(model, tmp_path, dora):
     with torch.no_grad():
         gap = (theirs(IDS).logits - adapted(IDS)).abs().max()
     assert gap <= 1e-4  # two fp32 implementations
+
+
+def variant(name):
+    family, options = FAMILY_VARIANTS[name]
+    return tiny(family, **options)
+
+
+@pytest.mark.parametrize(
+    ("made", "name"),
+    [
+        (lambda: variant("gpt_oss"), "model.layers.0.mlp.experts.gate_proj"),
+        (
+            lambda: variant("gemma4_text experts"),
+            "model.layers.1.experts.switch_glu.down_proj",
+        ),
+        (lambda: wrapped("gemma4"), "language_model.model.layers.2.mlp.up_proj"),
+    ],
+    ids=["gpt_oss", "gemma4 experts", "gemma4 with a tower"],
+)
+def test_modules_have_the_names_that_mlx_has_for_the_family(tmp_path, made, name):
+    """They were read in its models/gpt_oss.py, gemma4.py and gemma4_text.py, 0.32.2."""
+    made().save_pretrained(tmp_path / "model")
+    model = train_adapter(tmp_path / "model", tmp_path / "adapter")
+    lk.export_mlx(tmp_path / "adapter", tmp_path / "mlx", base_model=tmp_path / "model")
+    found = {each.rpartition(".")[0] for each in load_file(tmp_path / "mlx" / WEIGHTS_OF_MLX)}
+    config = json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())
+    assert name in found
+    keys = {re.sub(r".*layers\.\d+\.", "", each) for each in found}
+    assert keys == set(config["lora_parameters"]["keys"])
+    again = lk.load_adapter(lk.load_model(tmp_path / "model", dtype="float32"), tmp_path / "mlx")
+    assert (again(IDS) - model(IDS)).abs().max() <= 4 * TOLERANCE  # of more layers
 
 
 def test_refusals(model, tmp_path):

@@ -9,11 +9,13 @@ mlx_lm computes y = W x + scale (x a) b. So PEFT's A is a^T, its B is b^T, and i
 scale times r. On an embedding, where a is [V, r], they are lora_embedding_A and lora_embedding_B.
 
 The experts of a layer lie in one module, <block>.switch_mlp.gate_proj and so on, with lora_a
-[E, r, in] and lora_b [E, out, r], which are A and B of each expert already.
+[E, r, in] and lora_b [E, out, r], which are A and B of each expert already. In gpt-oss it is
+<block>.experts.gate_proj, in Gemma 4 <layer>.experts.switch_glu.gate_proj.
 
 Source: tuner/lora.py, tuner/dora.py and tuner/utils.py of mlx-lm 0.32.2.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from lorakit.files.safetensors import LazyTensor, open_safetensors
 
 WEIGHTS_OF_MLX = "adapters.safetensors"
 _LARGEST = 1e30  # of scale; a number in JSON may have any number of digits
-SWITCH = ".switch_mlp."
+_EXPERTS = re.compile(r"(.+?)\.(?:switch_mlp|experts|experts\.switch_glu)\.([a-z]+_proj)")
 MIXTRAL_KINDS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
 
@@ -114,8 +116,8 @@ def _renamed(path: Path, name: str, tensor: LazyTensor) -> Iterator[tuple[str, L
         return
     if part not in ends:
         raise LorakitError(f"{path}: tensor {name} is none of lora_a, lora_b and m of a layer")
-    if SWITCH in layer:
-        yield from _of_experts(path, layer, ends[part], tensor)
+    if experts := _EXPERTS.fullmatch(layer):
+        yield from _of_experts(path, experts, ends[part], tensor)
     elif len(tensor.shape) == 2:
         yield f"{PREFIX}{layer}{ends[part]}", _transposed(tensor)
     else:
@@ -128,12 +130,12 @@ def _transposed(tensor: LazyTensor) -> LazyTensor:
 
 
 def _of_experts(
-    path: Path, layer: str, end: str, tensor: LazyTensor
+    path: Path, layer: re.Match[str], end: str, tensor: LazyTensor
 ) -> Iterator[tuple[str, LazyTensor]]:
     """Yield A or B of each expert, [E, r, in] or [E, out, r] in the file."""
     if len(tensor.shape) != 3:
-        raise LorakitError(f"{path}: {layer} is {tensor.shape}, not of (experts, rows, columns)")
-    block, _, kind = layer.partition(SWITCH)
+        raise LorakitError(f"{path}: {layer[0]} is {tensor.shape}, not of (experts, rows, columns)")
+    block, kind = layer.groups()
     leaf = expert_leaf(block, kind)
     for i in range(tensor.shape[0]):
 
