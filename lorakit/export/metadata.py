@@ -231,6 +231,8 @@ def _unsaid_attention(config: ModelConfig, arch: str, dialect: Dialect) -> str |
         every = _interval(config)
         if config.linear_layers != [(i + 1) % every != 0 for i in range(config.num_hidden_layers)]:
             return "these layer_types"
+        if config.linear_key_head_dim != config.linear_value_head_dim:
+            return "a linear_value_head_dim that is not linear_key_head_dim"
     biases = arch in ("qwen2", "qwen2moe", "seed_oss")
     if arch not in _BIASED and (config.o_bias or config.qkv_bias != biases):
         return "these biases of the attention (attention_bias)"

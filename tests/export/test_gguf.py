@@ -209,6 +209,7 @@ REFUSED = [
     ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers"),
     ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob"),
     ("qwen2_moe", {"norm_topk_prob": True}, "norm_topk_prob=true"),
+    ("qwen3_5", {"linear_value_head_dim": 12}, "linear_value_head_dim that is not"),
     ("smollm3", {"no_rope_layers": [1, 0, 1, 1, 0]}, "no_rope_layers"),
     ("phi3", {"sliding_window": 8}, "sliding window of 8 (context_length=8"),
     (
