@@ -44,9 +44,9 @@ class LoftQResult:
     """
 
     before: dict[str, float]
-    """The error of each adapted layer by its name, without the adapter, as loaded."""
+    """The error of each quantized layer by its name, without the adapter, as loaded."""
     after: dict[str, float]
-    """The error of each adapted layer by its name, with the adapter."""
+    """The error of each quantized layer by its name, with the adapter."""
 
     def __str__(self) -> str:
         n = len(self.before)
@@ -60,21 +60,23 @@ def loftq(
 ) -> LoftQResult:
     """Start the selected LoRA adapter from the quantization error of its layers (arXiv:2310.08659).
 
-    The values that the adapter held are lost. Everything is computed on the layers' device.
+    The values that the adapter held are lost. Everything is computed on the layers' device. Layers
+    that the quantization left dense, as the router of experts, have no error and stay as they are.
 
     Args:
         module: The quantized model that the adapter is attached to.
-        weights: The original weight [out_features, in_features] of every adapted layer, by the
-            layer's name. None reads them again, one at a time, from where the model was loaded.
+        weights: The original weight [out_features, in_features] of every adapted layer that is
+            quantized, by the layer's name. None reads them again, one at a time, from where the
+            model was loaded.
         iterations: How often the adapter is fitted; each one after the first quantizes the base
             again.
 
     Returns:
-        The relative error of each layer before and after.
+        The relative error of each quantized layer before and after.
 
     Raises:
-        LorakitError: No adapter is attached or it is merged, a layer is dense, or an original is
-            missing or of another shape; nothing has changed then. Or an original holds NaN or
+        LorakitError: No adapter is attached or it is merged, all layers are dense, or an original
+            is missing or of another shape; nothing has changed then. Or an original holds NaN or
             infinite values, which is found when its turn comes; the layers before it are started
             then.
     """
@@ -85,7 +87,15 @@ def loftq(
         raise LorakitError(f"loftq: iterations must be a whole number from 1 on, not {iterations}")
     source = module.source if isinstance(module, Decoder) else None
     originals = dense_weights(source, weights, "loftq")
-    layers = {name: _checked(name, layer, originals) for name, layer in selected.items()}
+    kept = {n: each for n, each in selected.items() if _is_dense(each)}
+    if len(kept) == len(selected):
+        raise LorakitError(
+            f"loftq: {next(iter(kept))} is dense; quantize the model before attaching"
+        )
+    packed = {name: layer for name, layer in selected.items() if name not in kept}
+    layers = {name: _checked(name, layer, originals) for name, layer in packed.items()}
+    for layer in kept.values():
+        layer.part.awaits = None
     before, after = {}, {}
     for name, layer in tqdm(layers.items(), desc="LoftQ", unit="layer", disable=None, leave=False):
         original = originals[name].read().to(layer.lora_A.device, torch.float32)
@@ -95,12 +105,14 @@ def loftq(
     return LoftQResult(before, after)
 
 
+def _is_dense(layer: LoraLayer) -> bool:
+    return isinstance(layer, LoraLinear) and isinstance(layer.base, DenseBase)
+
+
 def _checked(name: str, layer: LoraLayer, originals: Mapping[str, LazyTensor]) -> LoraLinear:
     """Return the layer called `name` if LoftQ can start it; raise LorakitError otherwise."""
     if not isinstance(layer, LoraLinear):
         raise LorakitError(f"loftq: {name} is an embedding; leave it out of target_modules")
-    if isinstance(layer.base, DenseBase):
-        raise LorakitError(f"loftq: {name} is dense; quantize the model before attaching")
     if layer.merged is not None:
         raise LorakitError(f"loftq: the adapter of {name} is merged; unmerge it first")
     if layer.part.scaling == 0:

@@ -6,6 +6,7 @@ from torch import nn
 
 import lorakit as lk
 from lorakit.adapters.layers.lora import lora_layers
+from lorakit.adapters.start import start_adapter
 
 
 def quantized(width=96, r=8, seed=0, **quant):
@@ -52,6 +53,21 @@ def test_more_iterations_lower_the_error_and_change_the_base():
     with torch.no_grad():
         error = (layer(x) - truth).norm() / truth.norm()
     assert error < 1.2 * five.after["0"]  # the forward pass computes what was measured
+
+
+def test_a_layer_that_stays_dense_has_no_error_and_starts_as_any():
+    """Routers of experts stay dense, and target_modules: all-linear adapts them too."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    weights = {"0": module[0].weight.detach().clone()}
+    lk.quantize(module, lk.QuantConfig(skip_modules=["1"]))
+    lk.attach(module, lk.LoraConfig(r=4, init_lora_weights="loftq"))
+    result = lk.loftq(module, weights)
+    assert list(result.after) == ["0"]
+    assert result.after["0"] < result.before["0"]
+    assert module[1].lora_A.any()
+    assert not module[1].lora_B.any()
+    assert start_adapter(module, lambda: []) is None
 
 
 @pytest.mark.parametrize("r", [1, 64, 100])
