@@ -35,11 +35,14 @@ def ends_with(name: str, entry: str) -> bool:
     return name == entry or name.endswith("." + entry)
 
 
-def is_target(name: str, targets: str | Sequence[str]) -> bool:
-    """Return whether a regex matches the whole name, or a list has the name or an end of it."""
+def is_target(name: str, targets: str | Collection[str]) -> bool:
+    """Return whether a regex matches the whole name, or a list has the name or an end of it.
+
+    A set of many targets is looked up by the few ends of the name.
+    """
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
-    return any(ends_with(name, entry) for entry in targets)
+    return not {name, *endings([name])}.isdisjoint(targets)
 
 
 def match_targets(
@@ -66,7 +69,11 @@ def match_targets(
                 "string is matched against whole names, a list against their ends"
             )
         return found
-    matched = {target: [n for n in names if ends_with(n, target)] for target in targets}
+    by_end: dict[str, list[str]] = {}  # a large mixture has as many targets as names, 30,000
+    for name in names:
+        for end in {name, *endings([name])}:
+            by_end.setdefault(end, []).append(name)
+    matched = {target: by_end.get(target, []) for target in targets}
     for target, hits in matched.items():
         if not hits:
             raise LorakitError(

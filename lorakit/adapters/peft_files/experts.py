@@ -74,6 +74,7 @@ def split_experts(
     experts: int,
     names: Sequence[str] = _MOE_NAMES,
     target_parameters: Sequence[str] = ("gate_up_proj", "down_proj"),
+    interleaved: bool = False,
 ) -> dict[str, Tensor]:
     """Return PEFT's adapters of fused experts as adapters of each expert's layers.
 
@@ -87,6 +88,8 @@ def split_experts(
         experts: How many experts a layer has, E.
         names: What the MoE block, gate, up and down are to be called: `ModelConfig.moe_names`.
         target_parameters: The adapted parameters. They tell where a layer's only pair belongs.
+        interleaved: Whether rows of gate and up take turns in B of gate_up_proj, as in gpt-oss
+            (`ModelConfig.experts_interleaved`); else all of gate stand first.
 
     Returns:
         The tensors of each expert e, `….<block>.experts.<e>.<gate|up|down>.lora_A.weight` [r, in]
@@ -107,7 +110,8 @@ def split_experts(
         shapes = {k: (pairs[k][0].shape[1], pairs[k][1].shape[0]) for k in both if k in pairs}
         kind = which_fused(shapes, target_parameters)[key]
         prefix = outer.removesuffix(fused_place(names[0])) + experts_place(names[0])
-        for leaf, (every_a, every_b) in _by_leaf(kind, *per_expert(a, b, experts), names).items():
+        every = per_expert(a, b, experts)
+        for leaf, (every_a, every_b) in _by_leaf(kind, *every, names, interleaved).items():
             for e in range(experts):
                 result[f"{prefix}.{e}.{leaf}.lora_A.weight"] = every_a[e].contiguous()
                 result[f"{prefix}.{e}.{leaf}.lora_B.weight"] = every_b[e].contiguous()
@@ -140,11 +144,15 @@ def _fused_pairs(
     return pairs, rest
 
 
-def _by_leaf(kind: str, a: Tensor, b: Tensor, names: Sequence[str]) -> dict[str, _Pair]:
+def _by_leaf(
+    kind: str, a: Tensor, b: Tensor, names: Sequence[str], interleaved: bool
+) -> dict[str, _Pair]:
     """Return A [E, r, in] and B [E, out, r] of a fused parameter for each layer that it holds."""
     _, gate, up, down = names
     if kind == "down_proj":
         return {down: (a, b)}
+    if interleaved:
+        b = torch.cat((b[:, 0::2], b[:, 1::2]), dim=1)
     of_gate, of_up = b[:, : b.shape[1] // 2], b[:, b.shape[1] // 2 :]
     if not _block_diagonal(b):
         return {gate: (a, of_gate), up: (a, of_up)}
@@ -167,7 +175,9 @@ _Experts = dict[tuple[str, str], dict[int, Tensor]]
 
 
 def join_experts(
-    tensors: Mapping[str, Tensor], names: Sequence[str] = _MOE_NAMES
+    tensors: Mapping[str, Tensor],
+    names: Sequence[str] = _MOE_NAMES,
+    interleaved: bool = False,
 ) -> dict[str, Tensor]:
     """Return adapters of single experts as PEFT keeps them with transformers 5.
 
@@ -179,6 +189,7 @@ def join_experts(
         tensors: The tensors of an adapter file. Those that belong to no expert are returned as they
             are.
         names: What the MoE block, gate, up and down are called: `ModelConfig.moe_names`.
+        interleaved: Whether rows of gate and up take turns in B of gate_up_proj, as in gpt-oss.
 
     Returns:
         The fused tensors, `….mlp.experts[.base_layer].lora_A.weight` [E r, in] and
@@ -202,6 +213,8 @@ def join_experts(
             a = torch.cat([stacks[gate, "A"], stacks[up, "A"]], dim=1)
             blocks = zip(stacks[gate, "B"], stacks[up, "B"], strict=True)
             b = torch.stack([torch.block_diag(g, u) for g, u in blocks])
+            if interleaved:
+                b = b.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
             _put_fused(result, f"{outer}.base_layer" if down in leaves else outer, a, b)
         if down in leaves:
             _put_fused(result, outer, stacks[down, "A"], stacks[down, "B"])

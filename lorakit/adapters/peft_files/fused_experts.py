@@ -23,6 +23,7 @@ from lorakit.adapters.peft_files.experts import (
     split_experts,
 )
 from lorakit.adapters.peft_files.layout import CONFIG_FILE, PATTERNS, PREFIX, AdapterFiles
+from lorakit.adapters.peft_files.lora_config import of_each_layer
 from lorakit.adapters.peft_files.ties import adapted_heads
 from lorakit.adapters.targets import ends_with, targets_for
 from lorakit.config.adapters import LoraConfig
@@ -79,7 +80,7 @@ def fuse_experts(
     }
     values |= {"rank_pattern": ranks, "alpha_pattern": alphas}
     names = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
-    fused = join_experts(names, model.config.moe_names)
+    fused = join_experts(names, model.config.moe_names, model.config.experts_interleaved)
     return {PREFIX + name: tensor for name, tensor in fused.items()}, values
 
 
@@ -112,16 +113,41 @@ def without_parameters(files: AdapterFiles, model: nn.Module) -> AdapterFiles:
         assert isinstance(model, Decoder)
         keys = [key for key in tensors if is_fused(re.sub(r"\.lora_[AB]\..*", "", key))]
         together = {key: tensors.pop(key).read() for key in keys}
-        own_names = model.config.moe_names
-        single = split_experts(together, model.config.num_experts, own_names, fused)
+        of, own_names = model.config, model.config.moe_names
+        single = split_experts(together, of.num_experts, own_names, fused, of.experts_interleaved)
         ranks, alphas = _of_single_experts(config, single, own_names)
     for place in _adapted(tensors):
         parameter = f"{place}.weight"
         name = parameter if any(ends_with(parameter, each) for each in weights) else place
         ranks[place], alphas[place] = config.rank(name), config.alpha(name)
     tensors |= {key: _in_memory(tensor) for key, tensor in single.items()}
-    more = {"target_modules": list(ranks), "rank_pattern": ranks, "alpha_pattern": alphas}
-    return AdapterFiles(files.path, {**values, **more, "target_parameters": None}, tensors)
+    each = of_each_layer(ranks, alphas)
+    more = {
+        "target_modules": list(ranks),
+        "target_parameters": None,
+        "r": each.r,
+        "lora_alpha": each.lora_alpha,
+        "rank_pattern": each.rank_pattern,
+        "alpha_pattern": each.alpha_pattern,
+    }
+    return AdapterFiles(files.path, {**values, **more}, tensors)
+
+
+def without_absent_experts(files: AdapterFiles, model: nn.Module) -> AdapterFiles:
+    """Return an adapter whose target_modules select no experts if its tensors are none of theirs.
+
+    To transformers 5 experts are parameters, which target_modules does not reach: there gate_proj
+    is the layer of a shared expert or of an MLP. Here every expert has a layer of this name.
+    """
+    experts = isinstance(model, Decoder) and model.config.num_experts > 0
+    experts = experts and bool(files.values.get("target_modules"))
+    if not experts or any(".experts." in key for key in files.tensors):
+        return files
+    excluded = files.values.get("exclude_modules") or []
+    if not isinstance(excluded, str):
+        excluded = rf"(.*\.)?({'|'.join(map(re.escape, excluded))})" if excluded else ""
+    regex = "|".join(filter(None, (excluded, r".*\.experts\..*")))
+    return files._replace(values={**files.values, "exclude_modules": regex})
 
 
 def _of_single_experts(

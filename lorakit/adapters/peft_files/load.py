@@ -31,7 +31,7 @@ from lorakit.adapters.manage import (
 from lorakit.adapters.methods.known import METHODS, method_called, method_of
 from lorakit.adapters.methods.method import Method
 from lorakit.adapters.peft_files import features
-from lorakit.adapters.peft_files.fused_experts import without_parameters
+from lorakit.adapters.peft_files.fused_experts import without_absent_experts, without_parameters
 from lorakit.adapters.peft_files.layout import PREFIX, AdapterFiles, name_in
 from lorakit.adapters.peft_files.opened import open_files
 from lorakit.adapters.peft_files.text_part import text_part
@@ -64,9 +64,9 @@ def load_adapter(module: nn.Module, path: str | Path, *, name: str = "default") 
             then as it was.
     """
     method, files = _open(path, module)
-    files = text_part(files, module)
     if files.values.get("target_parameters"):
         files = without_parameters(files, module)
+    files = without_absent_experts(text_part(files, module), module)
     with vocabulary_kept(module):
         files = fit_vocabulary(files, module)
         config = method.read_config(files, module)

@@ -18,6 +18,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
+from statistics import mode
 from typing import Any
 
 from torch import nn
@@ -137,7 +138,7 @@ def _of_twice_the_rank(
     if config.use_rslora:
         plain = {p: config.alpha(p) * ranks[p] / math.sqrt(config.rank(p)) for p in places}
         if all(alpha.is_integer() for alpha in plain.values()):
-            return _of_each_layer(ranks, plain)
+            return of_each_layer(ranks, plain)
     more = math.sqrt(2) if config.use_rslora else 2
     if len(doubled) == len(places):
         rank_pattern = {key: 2 * r for key, r in config.rank_pattern.items()}
@@ -154,10 +155,12 @@ def _of_twice_the_rank(
     )
 
 
-def _of_each_layer(ranks: Mapping[str, int], alphas: Mapping[str, int | float]) -> LoraConfig:
-    """Return a config without rsLoRA that gives each layer its rank and its alpha."""
-    r = max(ranks.values(), key=[*ranks.values()].count)
-    alpha = max(alphas.values(), key=[*alphas.values()].count)
+def of_each_layer(ranks: Mapping[str, int], alphas: Mapping[str, int | float]) -> LoraConfig:
+    """Return a config without rsLoRA that gives each layer its rank and its alpha.
+
+    What most layers have is the config's own, so that the patterns are short.
+    """
+    r, alpha = mode(ranks.values()), mode(alphas.values())
     other_ranks = {place: each for place, each in sorted(ranks.items()) if each != r}
     other_alphas = {place: each for place, each in sorted(alphas.items()) if each != alpha}
     return LoraConfig(

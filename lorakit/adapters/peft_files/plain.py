@@ -189,7 +189,8 @@ def split_layer(
     # The shapes of one parameter alone do not tell which it is; its name does.
     outer, kind = layer.key.removesuffix(".base_layer"), layer.name.rpartition(".")[2]
     pair = {f"{outer}.lora_A.weight": a, f"{outer}.lora_B.weight": b}
-    split = split_experts(pair, layer.experts, config.moe_names, [kind])
+    interleaved = config.experts_interleaved
+    split = split_experts(pair, layer.experts, config.moe_names, [kind], interleaved)
     return {
         key.removeprefix(PREFIX): PlainLayer(
             split[f"{key}.lora_A.weight"], split[f"{key}.lora_B.weight"], layer.scaling, False

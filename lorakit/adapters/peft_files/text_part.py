@@ -109,17 +109,23 @@ def for_whole_model(
     for field in ("target_modules", "feedforward_modules"):
         if values.get(field):
             found[field] = [_there(name) for name in layers if is_target(name, values[field])]
+    parameters = values.get("target_parameters") or []
     for field in PATTERNS:
-        if values.get(field):
-            found[field] = _pattern_there(values[field], layers, found["target_modules"])
+        if pattern := values.get(field):
+            of_experts = {
+                key: value
+                for key, value in pattern.items()
+                if any(ends_with(name, key) for name in parameters)
+            }
+            found[field] = _pattern_there(pattern, layers, found["target_modules"]) | of_experts
     if saved := values.get("modules_to_save"):
         whole = [name for name in modules if any(ends_with(name, entry) for entry in saved)]
         found["modules_to_save"] = [_there(name) for name in whole]
     tokens = values.get("trainable_token_indices")
     if isinstance(tokens, dict):
         found["trainable_token_indices"] = {_there(name): ids for name, ids in tokens.items()}
-    if values.get("target_parameters"):
-        found["target_parameters"] = [_there(name) for name in values["target_parameters"]]
+    if parameters:
+        found["target_parameters"] = [_there(name) for name in parameters]
     return {_key_there(key): tensor for key, tensor in tensors.items()}, found
 
 
@@ -206,7 +212,8 @@ def _own_layers(model: Decoder) -> list[str]:
 def _selected(values: Mapping[str, Any], there: Mapping[str, str]) -> list[str]:
     """Return the layers that the config selects by PEFT's rules, given their names there."""
     targets, excluded = values["target_modules"], values.get("exclude_modules")
-    chosen = [own for own, name in there.items() if is_target(name, targets)]
+    named = targets if isinstance(targets, str) else frozenset(targets)
+    chosen = [own for own, name in there.items() if is_target(name, named)]
     if excluded:
         chosen = [own for own in chosen if not is_target(there[own], excluded)]
     numbers = values.get("layers_to_transform")
@@ -217,7 +224,7 @@ def _selected(values: Mapping[str, Any], there: Mapping[str, str]) -> list[str]:
     return [
         own
         for own in chosen
-        if there[own] in targets or layer_number(there[own], patterns) in numbers
+        if there[own] in named or layer_number(there[own], patterns) in numbers
     ]
 
 

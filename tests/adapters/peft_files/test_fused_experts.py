@@ -3,12 +3,14 @@
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import lorakit as lk
 from lorakit.adapters.layers.lora import lora_layers
+from lorakit.adapters.manage import adapter_config
 from lorakit.adapters.peft_files.experts import experts_place
 from tests.conftest import FAMILY_VARIANTS, tiny
+from tests.models.wrappers import wrapped
 
 IDS = torch.arange(40).view(2, 20) % 97
 OPTIONS = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
@@ -90,6 +92,76 @@ def test_we_load_pefts(directory, tmp_path, parameters):
     lk.save_adapter(model, tmp_path / "ours")
     again = lk.load_adapter(load(directory), tmp_path / "ours")
     assert torch.equal(again(IDS), model(IDS))
+
+
+@pytest.fixture(scope="module")
+def gpt_oss(tmp_path_factory):
+    path = tmp_path_factory.mktemp("gpt_oss")
+    tiny("gpt_oss", **FAMILY_VARIANTS["gpt_oss"][1]).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("parameters", [["gate_up_proj", "down_proj"], ["gate_up_proj"]])
+def test_gate_and_up_in_turns(gpt_oss, tmp_path, parameters):
+    """gpt-oss has transposed experts, in which columns of gate and up take turns."""
+    config = peft.LoraConfig(
+        r=2,
+        lora_alpha=5,
+        target_modules=["q_proj"],
+        target_parameters=[f"experts.{p}" for p in parameters],
+    )
+    theirs = peft.get_peft_model(hugging_face(gpt_oss), config).eval()
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = lk.load_adapter(load(gpt_oss), tmp_path / "theirs")
+    assert same(ours(IDS), theirs(IDS).logits)
+    lk.save_adapter(ours, tmp_path / "fused", fused_experts=True)
+    back = peft.PeftModel.from_pretrained(hugging_face(gpt_oss), tmp_path / "fused").eval()
+    assert same(ours(IDS), back(IDS).logits)
+    plain = lk.convert_adapter(tmp_path / "theirs", tmp_path / "plain", base_model=gpt_oss)
+    assert plain is not None
+    assert same(lk.load_adapter(load(gpt_oss), tmp_path / "plain")(IDS), ours(IDS))
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    """A mixture with a shared expert and a vision tower, as its files."""
+    path = tmp_path_factory.mktemp("qwen")
+    wrapped("qwen3_5_moe").save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_a_mixture_with_a_vision_tower(qwen, tmp_path, experts):
+    """target_modules means the shared expert alone there: the others are parameters."""
+    parameters = ["experts.gate_up_proj", "experts.down_proj"] if experts else None
+    config = peft.LoraConfig(
+        r=2,
+        lora_alpha=5,
+        target_modules=["q_proj", "gate_proj", "down_proj"],
+        target_parameters=parameters,
+    )
+    whole = AutoModelForImageTextToText.from_pretrained(
+        qwen, dtype=torch.float32, attn_implementation="eager"
+    )
+    theirs = peft.get_peft_model(whole, config).eval()
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path)
+    ours = lk.load_adapter(load(qwen), tmp_path)
+    assert same(ours(IDS), theirs(IDS).logits)
+    names = [name for name in lora_layers(ours) if ".experts." in name]
+    assert bool(names) == experts
+    # an entry for each of many experts would be compared with each of their names
+    config = adapter_config(ours, "default")
+    assert not config.rank_pattern
+    assert not config.alpha_pattern
+    if experts:
+        lk.save_adapter(ours, tmp_path / "fused", fused_experts=True)
+        whole = AutoModelForImageTextToText.from_pretrained(
+            qwen, dtype=torch.float32, attn_implementation="eager"
+        )
+        back = peft.PeftModel.from_pretrained(whole, tmp_path / "fused").eval()
+        assert same(ours(IDS), back(IDS).logits)
 
 
 def test_some_experts_alone(directory, tmp_path):
