@@ -169,7 +169,7 @@ BAD = {
     "no type": (Q, {"general.type": None}, "is a model and no adapter"),
     "a vector": (Q, {"adapter.type": "control_vector"}, "adapter.type is 'control_vector'"),
     "aLoRA": (Q, {"adapter.alora.invocation_tokens": [1, 2]}, "aLoRA, which tokens of the input"),
-    "architecture": (Q, {"general.architecture": "phi3"}, "architecture 'phi3' is not supported"),
+    "architecture": (Q, {"general.architecture": "mamba"}, "architecture 'mamba' is not supported"),
     "nothing": ({}, {}, "no layer is adapted"),
     "a norm": (Q | {"output_norm.weight": torch.ones(32)}, {}, "is no pair of lora_a and lora_b"),
     "a alone": ({k: t for k, t in Q.items() if "_a" in k[-2:]}, {}, "is no pair of lora_a and"),
