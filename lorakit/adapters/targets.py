@@ -2,8 +2,8 @@
 
     target_modules      a list: each entry is a layer's whole name, or its end after a dot.
                         a string: a regex that matches the whole name. "all-linear" means every
-                        linear layer but the output head, and but the small ones that make decay
-                        and learning rate of linear attention (in_proj_a, in_proj_b, in_proj_ba)
+                        linear layer but the output head and the small ones that decide: routers
+                        of experts, and decay and learning rate of linear attention
     exclude_modules     leaves out what it matches by the same rules, and wins
     layers_to_transform keeps only the layers with one of these numbers. A layer's number is the
                         first one in its name that stands between dots, after another name or
@@ -25,9 +25,10 @@ from lorakit.adapters.manage import outer_modules
 from lorakit.config.adapters import TargetConfig
 from lorakit.config.errors import LorakitError, nearest
 from lorakit.config.patterns import endings, lies_in, valid_regex
+from lorakit.config.quantization import DECIDING_LAYERS
 
-_BY_NAME_ALONE = ("lm_head", "in_proj_a", "in_proj_b", "in_proj_ba")
-"""Linear layers that "all-linear" leaves out."""
+_BY_NAME_ALONE = ("lm_head", *DECIDING_LAYERS)
+"""Linear layers that "all-linear" leaves out, or the modules that hold them."""
 
 
 def ends_with(name: str, entry: str) -> bool:
@@ -55,7 +56,7 @@ def match_targets(
     """
     leaves = sorted({_leaf(name) for name in names})
     if targets == "all-linear":
-        found = [name for name in names if _leaf(name) not in _BY_NAME_ALONE]
+        found = [name for name in names if not any(lies_in(name, each) for each in _BY_NAME_ALONE)]
         if not found:
             raise LorakitError(f"{what} 'all-linear': the module holds no linear layer")
         return found

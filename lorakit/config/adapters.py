@@ -69,8 +69,8 @@ class TargetConfig:
 
     target_modules: str | list[str] = "all-linear"
     """Layers to adapt: "all-linear" for every linear layer but the output head and the small ones
-    of linear attention (in_proj_a, in_proj_b, in_proj_ba), a list of names, or one regex that
-    matches whole names. A name is whole or an end after a dot, such as q_proj."""
+    that decide (routers of experts, decay and learning rate of linear attention), a list of names,
+    or one regex that matches whole names. A name is whole or an end after a dot, such as q_proj."""
     exclude_modules: str | list[str] | None = None
     """Layers that stay as they are although target_modules selects them, by the rules of
     target_modules; null excludes none."""

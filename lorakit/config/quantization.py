@@ -11,6 +11,14 @@ Storage = Literal["nf4", "fp4", "int8"]
 STORAGE = get_args(Storage)
 
 
+DECIDING_LAYERS = (
+    *("gate", "shared_expert_gate", "router"),
+    *("in_proj_a", "in_proj_b", "in_proj_ba"),
+)
+"""Small linear layers that the rest of a layer depends on: the router of a mixture of experts, the
+gate of its shared expert, and decay and learning rate of linear attention."""
+
+
 @dataclass(frozen=True)
 class QuantConfig:
     """Settings of the quantization: how the frozen weights of a model are stored."""
@@ -29,12 +37,7 @@ class QuantConfig:
     them dense."""
     lm_head: Storage | None = None
     """Storage of an output head that is not tied: "nf4", "fp4" or "int8"; null keeps it dense."""
-    skip_modules: list[str] = field(
-        default_factory=lambda: [
-            *("gate", "shared_expert_gate", "router"),
-            *("in_proj_a", "in_proj_b", "in_proj_ba"),
-        ]
-    )
+    skip_modules: list[str] = field(default_factory=lambda: [*DECIDING_LAYERS])
     """Layers that stay dense: names of layers or of modules that hold them, whole or a part between
     dots. The default is the router of a mixture of experts, the gate of an expert that all tokens
     share, and the layers of linear attention that make its decay and its learning rate: they are

@@ -89,3 +89,11 @@ def test_a_module_lies_in_one_that_is_saved():
     assert is_saved_whole("head", config)
     assert not is_saved_whole("model.layers.11.mlp", config)
     assert not is_saved_whole("head", lk.LoraConfig())
+
+
+def test_all_linear_leaves_out_what_decides():
+    """Routers, by their own name or their module's, and the small layers of linear attention."""
+    kept = ["mlp.gate_proj", "mlp.experts.3.down_proj", "linear_attn.in_proj_z", "self_attn.o_proj"]
+    small = ["mlp.gate", "mlp.shared_expert_gate", "router.proj", "linear_attn.in_proj_ba"]
+    names = [f"model.layers.0.{name}" for name in [*small, *kept]]
+    assert match_targets([*names, "lm_head"], "all-linear") == names[len(small) :]
