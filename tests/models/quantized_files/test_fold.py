@@ -28,7 +28,9 @@ FILES = [Path(__file__).parent / f"{name}.safetensors" for name in ("integers", 
 CASES = {}
 for file in FILES:
     with safe_open(file, "pt") as opened:
-        CASES |= {name: (file, json.loads(said)) for name, said in opened.metadata().items()}
+        CASES |= {
+            name: (file, json.loads(said)) for name, said in sorted(opened.metadata().items())
+        }
 
 
 def parts(case):
