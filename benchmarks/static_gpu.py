@@ -337,6 +337,13 @@ def cases() -> Iterator[tuple[str, Callable, int]]:
             more = {"lengths": documents, **more}
             run = both(lambda t=row, more=more: ops.attention(*t, **more))
             yield f"attention {dim}{kind}", run, 64 * dim
+    mixed, shifts = bf16(1, 812, 8192), torch.empty(8192, 4)
+    run = both(lambda: ops.causal_conv(mixed, shifts, lengths=documents))
+    yield "causal_conv", run, 16 * 128  # a tile
+    row = [bf16(1, 812, heads, 128) for heads in (2, 2, 4)]
+    gates = torch.empty(1, 812, 4).requires_grad_(), bf16(1, 812, 4)
+    net = both(lambda: ops.gated_delta_net(*row, *gates, lengths=documents))
+    yield "gated_delta_net 128", net, 32 * 128  # a chunk of a head
     pair = [torch.ones(16, 4096), torch.ones(4096, 16)]
     layers = [ops.LoraWeights(_Base(bf16(4096, 4096, grad=False)), *pair, 2.0) for _ in range(3)]
     yield "lora cast", lambda: ops.lora_qkv(bf16(8, 4096, grad=False), layers), 1024

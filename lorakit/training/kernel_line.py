@@ -3,20 +3,18 @@
     kernels: cpu avx512
     kernels: triton; attention 128: flash
     kernels: triton; attention 64: reference, no kernel for sm_75
-    kernels: triton; delta_net: reference, it has no triton kernel
+    kernels: triton; delta_net: reference, no kernel for heads of 128 in float32
     kernels: reference, the library of CPU kernels was not built
 
 What comes first all ops take (norms, rotary embedding, linear layers, loss, optimizer). Ops that
 take another kernel on this device follow. Each op is asked by its own rule.
 """
 
-from importlib.util import find_spec
-
 import torch
 
 from lorakit import kernels
 from lorakit.kernels import dispatch
-from lorakit.kernels.ops import __name__ as OPS
+from lorakit.kernels.ops import causal_conv, delta_net
 from lorakit.models.decoder import Decoder
 from lorakit.models.mlp import Experts
 
@@ -26,7 +24,7 @@ def kernel_line(model: Decoder, tokens: int, packed: bool) -> str:
     picked = dispatch.pick(model.device, "cpu", "triton")
     parts = [_whole(picked, model.device), *_attention(model, picked, tokens, packed)]
     if any(model.config.linear_layers):
-        parts += _linear_attention(picked)
+        parts += _linear_attention(model, picked)
     if picked == "triton":
         x = torch.empty(1, model.config.hidden_size, device=model.device, dtype=model.dtype)
         experts = (each for each in model.modules() if isinstance(each, Experts))
@@ -83,12 +81,28 @@ def _attention(model: Decoder, picked: str, tokens: int, packed: bool) -> list[s
     return said
 
 
-def _linear_attention(picked: str) -> list[str]:
+def linear_kernels(model: Decoder) -> dict[str, str]:
+    """Name what each op of linear attention runs in the model's dtype: "triton", "cpu", ..."""
+    config = model.config
+    x, v = (
+        torch.empty(1, 1, 1, width, device=model.device, dtype=model.dtype)
+        for width in (config.linear_key_head_dim, config.linear_value_head_dim)
+    )
+    weight = v.new_empty(v.shape[-1], config.linear_conv_kernel_dim)
+    return {
+        "causal_conv": causal_conv.kernel(v[0], weight),
+        "delta_net": delta_net.kernel(x, x, v),
+    }
+
+
+def _linear_attention(model: Decoder, picked: str) -> list[str]:
     """Return what to say of the ops of linear attention."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    operands = f"heads of {model.config.linear_key_head_dim} in {dtype}"
     return [
-        f"{name}: reference, it has no {picked} kernel"
-        for name in ("causal_conv", "delta_net")
-        if find_spec(f"{OPS}.{name}.{picked}") is None
+        f"{name}: {found}, {_why_not(model.device, operands)}"
+        for name, found in linear_kernels(model).items()
+        if found != picked
     ]
 
 

@@ -91,6 +91,7 @@ def figures(launches):
 
 
 STREAMING = ("rms_norm", "add_rms_norm", "rope", "norm_rope", "swiglu", "geglu", "cross_entropy")
+STREAMING += ("causal_conv",)
 
 
 def test_streaming_kernels_move_128_bits_at_a_time():

@@ -107,6 +107,24 @@ def attention(s: Shape, **options) -> Op:
     return lambda q, k, v: kernels.attention(q, k, v, **options), inputs
 
 
+def causal_conv(s: Shape) -> Op:
+    inputs = [s.random(1, s.rows, s.width), random(s.device, s.width, 4, seed=1)]
+    return lambda x, w: kernels.causal_conv(x, w), inputs
+
+
+def gated_delta_net(s: Shape) -> Op:
+    """Build the op of 16-bit operands, which its kernels take."""
+    dtype = torch.bfloat16 if s.dtype == torch.float32 else s.dtype
+    shapes = [(1, s.rows, n, s.head_dim) for n in (1, 1, 2)]
+    inputs = [random(s.device, *shape, seed=i).to(dtype) for i, shape in enumerate(shapes)]
+    inputs += [random(s.device, 1, s.rows, 2, seed=i) for i in (3, 4)]
+
+    def run(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+        return kernels.gated_delta_net(q, k, v, -g.square(), beta.sigmoid())
+
+    return run, inputs
+
+
 def gated(s: Shape, hidden_act: str) -> Op:
     inputs = [s.random(s.rows, s.width, seed=i, scale=3) for i in range(2)]
     return lambda gate, up: kernels.gated(gate, up, hidden_act), inputs
@@ -207,6 +225,8 @@ OPS: dict[str, Callable[[Shape], Op]] = {
     "rope": rope,
     "rope in place": rope_in_place,
     "norm_rope": norm_rope,
+    "causal_conv": causal_conv,
+    "gated_delta_net": gated_delta_net,
     "swiglu": partial(gated, hidden_act="silu"),
     "geglu tanh": partial(gated, hidden_act="gelu_pytorch_tanh"),
     "geglu": partial(gated, hidden_act="gelu"),

@@ -20,6 +20,7 @@ EXTRA = {
     "attention": {"documents.py", "flash.py", "sinks.py"},
     "cross_entropy": {"linear.py"},
     "decode": {"plan.py", "operands.py", "dots.h"},
+    "delta_net": {"passes.py"},
     "experts": {"layers.py", "passes.py"},
     "frozen_linear": {"dense.py"},
     "gguf_blocks": {"fits.py", "layouts.py"},

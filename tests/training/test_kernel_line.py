@@ -64,7 +64,7 @@ def test_windows_and_experts_on_a_gpu():
             )
 
 
-def test_heads_of_each_kind_and_linear_attention(monkeypatch):
+def test_heads_of_each_kind_and_linear_attention():
     """Gemma 4's full layers have wider heads; Qwen 3.5's linear layers have ops of their own."""
     fields = {"sliding_window": 256, "sliding_layers": [True, False], "global_head_dim": 512}
     with MetaGPU() as gpu:
@@ -75,13 +75,18 @@ def test_heads_of_each_kind_and_linear_attention(monkeypatch):
                 "kernels: triton; attention 128: reference, no kernel for sm_75; "
                 "attention 512: reference, no kernel for sm_75"
             )
-    monkeypatch.setattr("lorakit.training.kernel_line.find_spec", lambda name: None)
     linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8}
     with MetaGPU() as gpu:
         model = gpu.decoder(2, linear_layers=[True, False], linear_value_head_dim=8, **linear)
+        assert kernel_line(model, 2048, True) == "kernels: triton"
+        with mock.patch.object(dispatch, "capability", return_value=(7, 5)):
+            assert kernel_line(model, 2048, True) == (
+                "kernels: triton; attention 128: reference, no kernel for sm_75; "
+                "delta_net: reference, no kernel for sm_75"
+            )
+        model.float()
         assert kernel_line(model, 2048, True) == (
-            "kernels: triton; causal_conv: reference, it has no triton kernel; "
-            "delta_net: reference, it has no triton kernel"
+            "kernels: triton; delta_net: reference, no kernel for heads of 8 in float32"
         )
 
 

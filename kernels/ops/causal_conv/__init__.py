@@ -7,11 +7,14 @@ What lies before a row is zero, or the last K - 1 inputs of the call before. Pac
 """
 
 from collections.abc import Sequence
+from types import ModuleType
 
 from torch import Tensor
 
 from ... import dispatch
 from . import cpu
+
+MOST = 8  # columns of the weight in the Triton kernels, which take them one after the other
 
 
 def causal_conv(
@@ -40,9 +43,18 @@ def causal_conv(
     check_documents(x, state, lengths)
     if dispatch.traces():
         return dispatch.traced().causal_conv(x, weight, state, lengths)
-    fits = cpu.fits(x, weight)
-    module = dispatch.backend(__package__, x.device, cpu=fits, triton=False)
-    return module.causal_conv(x, weight, state, lengths)
+    return _module(x, weight).causal_conv(x, weight, state, lengths)
+
+
+def kernel(x: Tensor, weight: Tensor) -> str:
+    """Name what `causal_conv` runs on such tensors: "cpu", "triton" or "reference"."""
+    return _module(x, weight).__name__.rpartition(".")[2]
+
+
+def _module(x: Tensor, weight: Tensor) -> ModuleType:
+    """Return the module of this folder that takes the operands."""
+    tiles = x.dtype in dispatch.FLOATS and weight.shape[1] <= MOST and x.numel() > 0
+    return dispatch.backend(__package__, x.device, cpu=cpu.fits(x, weight), triton=tiles)
 
 
 def check_documents(x: Tensor, state: Tensor | None, lengths: Sequence[int] | None) -> None:

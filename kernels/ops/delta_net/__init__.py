@@ -20,14 +20,19 @@ document's first token. L is summed in fp64: where a gate of -60 stands beside g
 rounding in fp32 would be in the differences of all tokens that follow.
 """
 
+import importlib
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
 from ... import dispatch
 from ..causal_conv import check_documents
 from . import cpu
+
+WIDEST = 128  # dk of the Triton kernels: a strip of a wider state would spill registers
 
 
 @overload
@@ -80,8 +85,8 @@ def gated_delta_net(
         g: the logarithms of the decays, fp32 [B, T, nv], at most 0.
         beta: how far each token corrects the memory, [B, T, nv].
         state: S before the first token, fp32 [B, nv, dk, dv]. None for zeros.
-        lengths: the tokens of each document packed along T, B == 1. They are read on the host, so
-            that no CUDA graph can follow `PaddedDocuments` here.
+        lengths: the tokens of each document packed along T, B == 1. `PaddedDocuments` of a CUDA
+            graph are those of the moment in the Triton kernels, and the host's in the others.
         with_state: also return S after the last token of each row; not of packed documents.
 
     Returns:
@@ -97,9 +102,20 @@ def gated_delta_net(
         raise ValueError("packed documents have no common state; call without lengths to get one")
     if dispatch.traces():
         return dispatch.traced().gated_delta_net(q, k, v, g, beta, state, lengths, with_state)
-    module = dispatch.backend(__package__, q.device, cpu=cpu.fits(q, k, v), triton=False)
-    o, last = module.gated_delta_net(q, k, v, g, beta, state, lengths, with_state)
+    o, last = _module(q, k, v).gated_delta_net(q, k, v, g, beta, state, lengths, with_state)
     return (o, last) if with_state else o
+
+
+def kernel(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """Name what `gated_delta_net` runs on such tensors: "cpu", "triton" or "reference"."""
+    fits, tiles = cpu.fits(q, k, v), _fits_tiles(q, k, v)
+    return dispatch.backend(__package__, q.device, cpu=fits, triton=tiles).__name__.split(".")[-1]
+
+
+def _module(q: Tensor, k: Tensor, v: Tensor) -> ModuleType:
+    """Return the module of this folder that takes the operands; passes.py is that of a GPU."""
+    found = kernel(q, k, v)
+    return importlib.import_module(f".{'passes' if found == 'triton' else found}", __package__)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> None:
@@ -108,3 +124,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> None:
     if q.shape != k.shape or v.shape[:2] != q.shape[:2] or nv % nk or not gates:
         shapes = ", ".join(str(list(x.shape)) for x in (q, k, v, g, beta))
         raise ValueError(f"the shapes of q, k, v, g and beta do not go together: {shapes}")
+
+
+def _fits_tiles(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Return whether the kernels of triton.py take the operands; their products need sm_80."""
+    half = q.dtype == k.dtype == v.dtype and q.dtype in (torch.bfloat16, torch.float16)
+    if not half or not v.numel() or q.shape[3] > WIDEST:
+        return False
+    return dispatch.compiles_to() == "amdgcn" or dispatch.capability(q.device) >= (8, 0)
