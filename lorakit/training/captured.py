@@ -39,6 +39,7 @@ from lorakit.models.hooks import has_hooks, has_own_forward
 from lorakit.models.mlp import Experts
 from lorakit.models.per_layer import host_tables
 from lorakit.models.views import PackedRow
+from lorakit.training.kernel_line import linear_kernels
 
 Function = Callable[[], Tensor | None]
 
@@ -347,7 +348,8 @@ def why_eager(model: Decoder, layers: Mapping[str, Attached], config: TrainConfi
         f"optim is {config.optim}": OPTIMIZERS[config.optim][1],
         "the rotary embedding depends on the length of a row": model.config.by_length,
         "rows of the second embedding are looked up in host memory": bool(host_tables(model)),
-        "linear attention asks the host where documents end": any(model.config.linear_layers),
+        "linear attention asks the host where documents end": any(model.config.linear_layers)
+        and set(linear_kernels(model).values()) != {"triton"},
         "the adapter is a learned prompt": model.beginning.length > 0,
         "a module has hooks or a forward of its own": any(
             has_hooks(each) or has_own_forward(each) for each in model.modules()

@@ -279,6 +279,63 @@ def test_a_mixture_replayed_as_run(packed):
     assert (kernels.dispatch.address_table.cache_info().currsize > 0) != packed
 
 
+LINEAR = {
+    "linear_layers": [True, False],
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+
+
+@contextmanager
+def delta_nets_on_triton():
+    """The kernels of linear attention run, in the interpreter, and all else by its reference."""
+    from lorakit.kernels.ops import causal_conv, delta_net
+    from lorakit.kernels.ops.causal_conv import triton as conv_kernels
+    from lorakit.kernels.ops.delta_net import passes
+    from tests.triton_interpreter import interpreted
+
+    with (
+        kernels.use_backend("reference"),
+        interpreted(),
+        mock.patch.object(causal_conv, "_module", return_value=conv_kernels),
+        mock.patch.object(delta_net, "_module", return_value=passes),
+    ):
+        yield
+
+
+def test_a_delta_net_replayed_as_run():
+    """Its kernels find the documents of the step in tables on the device."""
+    pytest.importorskip("triton")
+    targets = {"target_modules": ["q_proj", "in_proj_qkv"]}
+    fields = {**LINEAR, "linear_num_value_heads": 1}
+    options = {"fields": fields, "budget": 16, "steps": 3, "dtype": torch.bfloat16, "lora": targets}
+    recorder = Replays()
+    with delta_nets_on_triton():
+        ours, theirs = (new_run(each, **options) for each in (recorder, Never()))
+        assert len(ours.params) == 4
+        assert same(take(ours, 1, 3), take(theirs, 1, 3))
+        assert same_state(ours, theirs)
+    assert recorder.problems == []
+    assert recorder.replayed == 2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "reason"),
+    [(torch.bfloat16, None), (torch.float32, "linear attention asks the host where documents end")],
+)
+def test_a_delta_net_may_be_recorded(dtype, reason):
+    """It is where its kernels run, which take 16 bits."""
+    pytest.importorskip("triton")
+    from tests.triton_interpreter import on_triton
+
+    model = adapted(dtype, fields=LINEAR)
+    with on_triton():
+        found = why_eager(model, trainable_layers(model), lk.TrainConfig(packing=True))
+    assert found == reason
+
+
 def test_a_mixture_may_be_recorded():
     """It is if its experts are computed together, and not if their layers drop a part of x."""
     pytest.importorskip("triton")
@@ -353,15 +410,6 @@ def test_kinds_of_labels():
         assert row.positions.tolist() == [*range(70), *range(10)]
         assert (int(run.step.inputs.count), int(run.step.inputs.number)) == (labels, 5)
     assert Kind(80, True, True) not in run.step.recordings
-
-
-LINEAR = {
-    "linear_layers": [True, False],
-    "linear_num_key_heads": 1,
-    "linear_num_value_heads": 2,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-}
 
 
 SECOND_EMBEDDING = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY}
