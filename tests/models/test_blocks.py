@@ -52,7 +52,7 @@ TARGETS = {
     "one of one layer": (["model.layers.1.block_sparse_moe.experts.2.w2"], 1),
     "by a regex": (r".*experts\.(1|2)\.w[12]", 2 * 2 * 2),
     "the router": (["gate"], 2),
-    "all linear layers": ("all-linear", 2 * (4 + 1 + 4 * 3)),
+    "all linear layers but the router": ("all-linear", 2 * (4 + 4 * 3)),
 }
 
 
