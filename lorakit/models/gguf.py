@@ -43,7 +43,7 @@ from lorakit.models.gguf_names import (
 from lorakit.models.rope import llama3_of_divisors
 
 _SHORT, _LONG = "rope_factors_short.weight", "rope_factors_long.weight"
-_PREDICT = "nextn_predict_layers"  # behind the others; they draft several tokens at once
+_PREDICT = "nextn_predict_layers"  # behind the others; they draft tokens, and are not read
 _MOST_DRAFTS = 64
 _ROTARY = ("rope_freqs.weight", _SHORT, _LONG)
 
@@ -73,7 +73,7 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, LazyTensor]]:
     drafts = range(min(predict, _MOST_DRAFTS)) if type(predict) is int else ()
     more = tuple(f"blk.{layers + i}." for i in drafts)
     for name, info in header.tensors.items():
-        if name in _ROTARY or name.startswith(more):  # the config has read it; of other layers
+        if name in _ROTARY or name.startswith(more):  # in the config already, or drafts
             continue
         hf_name = _hf_name(path, name, dialect)
         if "{}" in hf_name:
@@ -179,15 +179,14 @@ def _model_config(path: Path, header: Header, dialect: Dialect) -> ModelConfig:
     _add_what_tensors_say(values, header.tensors)
     if arch == "gemma4":
         gemma4_layers(values, header.tensors)
-    _add_derived_values(values, dialect)
-    _add_linear_attention(values, header.metadata, arch)
-    values["rope_scaling"] = _rope_scaling(path, header, arch)
-    if arch == "gemma4":
         theta, local = values["rope_theta"], values.get("rope_local_base_freq", 10000.0)
         values["rope_parameters"] = {
             "full_attention": _proportional(path, header) | {"rope_theta": theta},
             "sliding_attention": {"rope_type": "default", "rope_theta": local},
         }
+    _add_derived_values(values, dialect)
+    _add_linear_attention(values, header.metadata, arch)
+    values["rope_scaling"] = _rope_scaling(path, header, arch)
     sections = header.metadata.get(f"{arch}.rope.dimension_sections")
     if isinstance(sections, list):  # of the positions of images, padded to four
         kept = {"mrope_section": [n for n in sections if n], "mrope_interleaved": True}
@@ -197,7 +196,7 @@ def _model_config(path: Path, header: Header, dialect: Dialect) -> ModelConfig:
     if dialect.partial and type(turned) is int and type(size) is int and size > 0:
         values["partial_rotary_factor"] = turned / size
     config = ModelConfig.from_hf(values, str(path))
-    if arch == "gemma4":
+    if arch == "gemma4":  # whose rotary embeddings are read and checked above
         return config
     if "rope_freqs.weight" in header.tensors:
         rope = _llama3_rope(path, header.tensors["rope_freqs.weight"], config)

@@ -12,19 +12,6 @@ from typing import Any
 from lorakit.files.gguf import TensorInfo
 
 GEMMA4 = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "post_ffw_norm": "post_feedforward_layernorm",
     "ffn_gate_inp": "router.proj",
     "ffn_gate_up_exps": "experts.{}.gate_proj+up_proj",
     "ffn_gate_exps": "experts.{}.gate_proj",
@@ -37,13 +24,19 @@ GEMMA4 = {
     "proj": "per_layer_projection",
     "post_norm": "post_per_layer_input_norm",
 }
-"""GGUF's names of a layer's tensors -> Hugging Face's."""
+"""GGUF's names of a layer's tensors -> Hugging Face's, beside those that Gemma 3 has too."""
 GEMMA4_WHOLE = {
     "layer_output_scale.weight": "layer_scalar",
     "ffn_gate_inp.scale": "router.scale",
     "ffn_down_exps.scale": "router.per_expert_scale",
 }
 """Those whose names end otherwise."""
+GEMMA4_OUTSIDE = {
+    "per_layer_token_embd": "model.embed_tokens_per_layer",
+    "per_layer_model_proj": "model.per_layer_model_projection",
+    "per_layer_proj_norm": "model.per_layer_projection_norm",
+}
+"""Those of tensors outside the layers."""
 GEMMA4_KEYS = {
     "global_head_dim": "attention.key_length",
     "head_dim": "attention.key_length_swa",

@@ -33,7 +33,7 @@ LINEAR = {
     "ssm_out": "linear_attn.out_proj",
 }
 """GGUF's names of a layer's tensors -> Hugging Face's."""
-LINEAR_VECTORS = {"ssm_a": "linear_attn.A_log", "ssm_dt.bias": "linear_attn.dt_bias"}
+LINEAR_WHOLE = {"ssm_a": "linear_attn.A_log", "ssm_dt.bias": "linear_attn.dt_bias"}
 """Those whose names end otherwise."""
 LINEAR_KEYS = {
     "linear_num_key_heads": "ssm.group_count",
@@ -62,7 +62,7 @@ def linear_change(
         The function, or None if the two are the same or the tensor is of something else.
     """
     _, found, name = published.partition(".linear_attn.")
-    if not found:
+    if not found or not any(config.linear_layers):  # a damaged file may have its tensors alone
         return None
     keys, dim = config.linear_num_key_heads, config.linear_value_head_dim
     heads = (keys, config.linear_num_value_heads // keys)

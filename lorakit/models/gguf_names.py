@@ -21,8 +21,8 @@ from torch import Tensor
 
 from lorakit.config.errors import LorakitError
 from lorakit.models.config import ModelConfig
-from lorakit.models.gguf_gemma4 import GEMMA4, GEMMA4_KEYS, GEMMA4_WHOLE
-from lorakit.models.gguf_linear import LINEAR, LINEAR_KEYS, LINEAR_VECTORS, linear_change
+from lorakit.models.gguf_gemma4 import GEMMA4, GEMMA4_KEYS, GEMMA4_OUTSIDE, GEMMA4_WHOLE
+from lorakit.models.gguf_linear import LINEAR, LINEAR_KEYS, LINEAR_WHOLE, linear_change
 
 # GGUF's names -> Hugging Face's: first of the tensors outside the layers, then of those in a layer.
 _OUTSIDE = {
@@ -30,18 +30,18 @@ _OUTSIDE = {
     "output_norm": "model.norm",
     "output": "lm_head",
 }
-_OF_GEMMA4 = {
-    "per_layer_token_embd": "model.embed_tokens_per_layer",
-    "per_layer_model_proj": "model.per_layer_model_projection",
-    "per_layer_proj_norm": "model.per_layer_projection_norm",
-}
-_ATTENTION = {
-    "attn_norm": "input_layernorm",
+_PROJECTIONS = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
+}
+_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+_ATTENTION = _NORMS | _PROJECTIONS
+# The same, where the second norm has another name.
+_NORM_AFTER = _PROJECTIONS | {
+    "attn_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
 }
 _QK_NORM = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 _SANDWICH_NORMS = {
@@ -50,24 +50,15 @@ _SANDWICH_NORMS = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 _MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
-_FUSED = {
-    "attn_norm": "input_layernorm",
+_FUSED = _NORMS | {
     "attn_qkv": "self_attn.qkv_proj",
     "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
     "ffn_up": "mlp.gate_up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_POST_NORMS = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
+_POST_NORMS = _PROJECTIONS | {
     "post_attention_norm": "post_attention_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
-}
-_SEED_ATTENTION = {
-    stem.replace("ffn_norm", "post_attention_norm"): name for stem, name in _ATTENTION.items()
 }
 _MIXTRAL_EXPERTS = {
     "ffn_gate_inp": "block_sparse_moe.gate",
@@ -87,15 +78,9 @@ _SHARED_EXPERT = {
     "ffn_up_shexp": "mlp.shared_expert.up_proj",
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
-SHARED_GATE, _CONVOLUTION = "mlp.shared_expert_gate.weight", "linear_attn.conv1d.weight"
-
-_GPT_OSS = {stem: name for stem, name in _ATTENTION.items() if stem != "ffn_norm"} | {
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_gate_inp": "mlp.router",
-    "ffn_gate_exps": "mlp.experts.{}.gate_proj",
-    "ffn_up_exps": "mlp.experts.{}.up_proj",
-    "ffn_down_exps": "mlp.experts.{}.down_proj",
-}
+_GPT_OSS = _NORM_AFTER | _QWEN_EXPERTS | {"ffn_gate_inp": "mlp.router"}
+_QWEN_LINEAR = _NORM_AFTER | _QK_NORM | LINEAR
+_SHARED_GATE, _CONVOLUTION = "mlp.shared_expert_gate.weight", "linear_attn.conv1d.weight"
 
 # Keys of config.json -> keys of the file, without the architecture before them.
 KEYS = {
@@ -115,16 +100,6 @@ _QWEN_MOE_KEYS = {
     "num_experts": "expert_count",
     "num_experts_per_tok": "expert_used_count",
     "moe_intermediate_size": "expert_feed_forward_length",
-}
-_QWEN_LINEAR = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "post_attention_norm": "post_attention_layernorm",
-    **_QK_NORM,
-    **LINEAR,
 }
 _QWEN2_MOE_KEYS = _QWEN_MOE_KEYS | {
     "shared_expert_intermediate_size": "expert_shared_feed_forward_length"
@@ -175,6 +150,10 @@ class Dialect(NamedTuple):
 
     The other sizes scale by 1 / sqrt(head_dim). None means that all sizes do.
     """
+    whole: Mapping[str, str] = MappingProxyType({})
+    """The same as `names`, for tensors whose names end otherwise in the two."""
+    outside: Mapping[str, str] = MappingProxyType(_OUTSIDE)
+    """GGUF's names of the tensors outside the layers -> Hugging Face's."""
 
 
 _LLAMA = Dialect("llama", _ATTENTION | _MLP, permuted=True)
@@ -188,7 +167,7 @@ DIALECTS = {
     "granite": Dialect("granite", _ATTENTION | _MLP, _GRANITE_KEYS, permuted=True),
     "phi3": Dialect("phi3", _FUSED, {"sliding_window": "attention.sliding_window"}, partial=True),
     "olmo2": Dialect("olmo3", _POST_NORMS | _QK_NORM | _MLP, _WINDOW_KEYS),  # OLMO2 if no window
-    "seed_oss": Dialect("seed_oss", _SEED_ATTENTION | _MLP, defaults={"attention_bias": True}),
+    "seed_oss": Dialect("seed_oss", _NORM_AFTER | _MLP, defaults={"attention_bias": True}),
     "qwen2": Dialect("qwen2", _ATTENTION | _MLP),
     "qwen3": Dialect("qwen3", _ATTENTION | _QK_NORM | _MLP),
     "qwen2moe": Dialect("qwen2_moe", _ATTENTION | _QWEN_EXPERTS | _SHARED_EXPERT, _QWEN2_MOE_KEYS),
@@ -205,9 +184,15 @@ DIALECTS = {
         {"norm_topk_prob": True},
         norm_offset=1.0,
         partial=True,
+        whole=LINEAR_WHOLE,
     ),
     "qwen35": Dialect(
-        "qwen3_5_text", _QWEN_LINEAR | _MLP, LINEAR_KEYS, norm_offset=1.0, partial=True
+        "qwen3_5_text",
+        _QWEN_LINEAR | _MLP,
+        LINEAR_KEYS,
+        norm_offset=1.0,
+        partial=True,
+        whole=LINEAR_WHOLE,
     ),
     "qwen35moe": Dialect(
         "qwen3_5_moe_text",
@@ -215,6 +200,7 @@ DIALECTS = {
         LINEAR_KEYS | _QWEN2_MOE_KEYS,
         norm_offset=1.0,
         partial=True,
+        whole=LINEAR_WHOLE,
     ),
     "gemma": Dialect("gemma", _ATTENTION | _MLP, norm_offset=1.0),
     "gemma2": Dialect(
@@ -248,8 +234,16 @@ DIALECTS = {
         },
         {"attention_bias": True},
         written=False,
+        whole={"attn_sinks.weight": "self_attn.sinks"},
     ),
-    "gemma4": Dialect("gemma4_text", GEMMA4, GEMMA4_KEYS, written=False),
+    "gemma4": Dialect(
+        "gemma4_text",
+        _ATTENTION | _QK_NORM | _SANDWICH_NORMS | _MLP | GEMMA4,
+        GEMMA4_KEYS,
+        written=False,
+        whole=GEMMA4_WHOLE,
+        outside=_OUTSIDE | GEMMA4_OUTSIDE,
+    ),
 }
 
 
@@ -272,21 +266,16 @@ def dialect_of(config: ModelConfig) -> tuple[str, Dialect]:
 # ---- the names of tensors ----
 
 
-_WHOLE_NAMES = LINEAR_VECTORS | GEMMA4_WHOLE | {"attn_sinks.weight": "self_attn.sinks"}
-
-
 def published_name(name: str, dialect: Dialect) -> str | None:
     """Return the Hugging Face name of a file's tensor, with {} for the number of each expert in it.
 
     The result is None if the architecture has no such tensor.
     """
     match name.split("."):
-        case [stem, leaf] if stem in _OUTSIDE:
-            return f"{_OUTSIDE[stem]}.{leaf}"
-        case [stem, leaf] if stem in _OF_GEMMA4 and "inp_gate" in dialect.names:
-            return f"{_OF_GEMMA4[stem]}.{leaf}"
-        case ["blk", layer, *rest] if ".".join(rest) in _WHOLE_NAMES:
-            return f"model.layers.{layer}.{_WHOLE_NAMES['.'.join(rest)]}"
+        case [stem, leaf] if stem in dialect.outside:
+            return f"{dialect.outside[stem]}.{leaf}"
+        case ["blk", layer, *rest] if (inner := ".".join(rest)) in dialect.whole:
+            return f"model.layers.{layer}.{dialect.whole[inner]}"
         case ["blk", layer, stem, leaf] if stem in dialect.names:
             return f"model.layers.{layer}.{dialect.names[stem]}.{leaf}"
         case ["blk", layer, stem, expert, leaf] if f"{stem}_exps" in dialect.names:  # older files
@@ -298,15 +287,15 @@ def published_name(name: str, dialect: Dialect) -> str | None:
 def stored_name(published: str, dialect: Dialect) -> tuple[str, int | None]:
     """Return a file's name of a published tensor, and the number of the expert that it is of."""
     module, _, leaf = published.rpartition(".")
-    outside = {theirs: stem for stem, theirs in _OUTSIDE.items()}
+    outside = {theirs: stem for stem, theirs in dialect.outside.items()}
     if module in outside:
         return f"{outside[module]}.{leaf}", None
     found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
     assert found is not None  # a decoder has no other modules
     layer, inner = found.groups()
-    vectors = {theirs: stem for stem, theirs in LINEAR_VECTORS.items()}
-    if f"{inner}.{leaf}" in vectors:
-        return f"blk.{layer}.{vectors[f'{inner}.{leaf}']}", None
+    whole = {theirs: stem for stem, theirs in dialect.whole.items()}
+    if f"{inner}.{leaf}" in whole:
+        return f"blk.{layer}.{whole[f'{inner}.{leaf}']}", None
     expert = re.search(r"(?<=\.experts\.)\d+", inner)
     if expert is not None:
         inner = inner.replace(f".{expert.group()}.", ".{}.")
@@ -322,7 +311,7 @@ Change = Callable[[Tensor], Tensor]
 
 def published_shape(published: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the published shape of a stored tensor; some have a dimension of 1 more."""
-    if published.endswith(SHARED_GATE) and len(shape) == 1:
+    if published.endswith(_SHARED_GATE) and len(shape) == 1:
         return (1, *shape)
     if published.endswith(_CONVOLUTION) and len(shape) == 2:
         return (shape[0], 1, shape[1])
@@ -331,7 +320,7 @@ def published_shape(published: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def stored_shape(published: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape that a published tensor is stored in."""
-    if published.endswith((SHARED_GATE, _CONVOLUTION)):
+    if published.endswith((_SHARED_GATE, _CONVOLUTION)):
         return tuple(size for size in shape if size != 1)
     return shape
 

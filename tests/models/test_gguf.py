@@ -341,6 +341,30 @@ def test_greedy_text_equals_llama_cpp(smollm2, llama_cpp):
     assert lk.generate(model, tok, prompt, max_new_tokens=12) == answer["content"]
 
 
+@pytest.mark.parametrize(
+    ("name", "variant", "metadata", "said"),
+    [
+        ("blk.0.ssm_a", "llama", {}, "belongs to no llama model"),
+        ("blk.0.attn_sinks.weight", "llama", {}, "belongs to no llama model"),
+        ("per_layer_proj_norm.weight", "llama", {}, "belongs to no llama model"),
+        (
+            "blk.0.ssm_a",
+            "qwen3_5",
+            {"qwen35.full_attention_interval": 1, "qwen35.ssm.group_count": 0},
+            "self_attn.q_proj.weight is missing",
+        ),
+    ],
+)
+def test_a_tensor_of_another_architecture(tmp_path, name, variant, metadata, said):
+    """The last file has a tensor of linear attention, and metadata that know no such layer."""
+    theirs = make(variant)
+    arrays = stored(published_tensors(theirs, tmp_path), theirs.config)
+    arrays[name] = -np.ones(6, np.float32)
+    path = write_gguf(tmp_path / "m.gguf", theirs, tensors=arrays, metadata=metadata)
+    with pytest.raises(lk.LorakitError, match=said):
+        lk.load_model(path)
+
+
 def test_truncated_rotary_scaling(tmp_path):
     rope = {**LLAMA3_ROPE, "rope_theta": 5e5, "original_max_position_embeddings": 8192}
     path = write_gguf(tmp_path / "bad.gguf", tiny_llama(rope_parameters=rope))
