@@ -92,8 +92,7 @@ def loftq(
         raise LorakitError(
             f"loftq: {next(iter(kept))} is dense; quantize the model before attaching"
         )
-    packed = {name: layer for name, layer in selected.items() if name not in kept}
-    layers = {name: _checked(name, layer, originals) for name, layer in packed.items()}
+    layers = {n: _checked(n, each, originals) for n, each in selected.items() if n not in kept}
     for layer in kept.values():
         layer.part.awaits = None
     before, after = {}, {}

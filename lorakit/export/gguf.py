@@ -238,8 +238,7 @@ def _planned(
         members.setdefault(stored, {})[expert] = published
     for stored, of in members.items():
         names = [of[expert] for expert in sorted(of, key=lambda e: -1 if e is None else e)]
-        shape = dense.tensors[names[0]].shape
-        shape = stored_shape(names[0], shape)
+        shape = stored_shape(names[0], dense.tensors[names[0]].shape)
         whole = shape if None in of else (len(of), *shape)
         kind = mix.kind(stored, whole, tied=tied)
         columns = None if importance is None else importance.columns(stored, shape, len(names))

@@ -177,10 +177,10 @@ def _unsaid_rope(config: ModelConfig, arch: str, dialect: Dialect) -> str | None
     rope, local = config.rope, config.rope_local
     if rope.rope_type not in ("default", *_STRETCHES.get(arch, _OF_ALL)):
         return f"the rotary scaling {rope.rope_type!r}"
-    if local is not None and (arch != "gemma3" or local.rope_type != "default"):
-        plain = RopeConfig(rope.rope_theta)
-        if arch != "olmo2" or local != plain:
-            return "this rotary embedding of the sliding layers"
+    stated = arch == "gemma3" and local is not None and local.rope_type == "default"
+    plain = arch == "olmo2" and local == RopeConfig(rope.rope_theta)
+    if local is not None and not (stated or plain):
+        return "this rotary embedding of the sliding layers"
     every = [True] * config.num_hidden_layers
     turning = [(layer + 1) % _STEP != 0 for layer in range(len(every))]
     if (config.rope_layers or every) != (turning if arch == "smollm3" else every):

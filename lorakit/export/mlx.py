@@ -211,11 +211,7 @@ def _selection(modules: dict[str, _Module], layers: int) -> tuple[int, list[str]
 
 
 def _holes(
-    plain: PlainAdapter,
-    modules: dict[str, _Module],
-    first: int,
-    keys: list[str],
-    rank: int,
+    plain: PlainAdapter, modules: dict[str, _Module], first: int, keys: list[str], rank: int
 ) -> dict[str, _Module]:
     """Return zeros for the modules that mlx_lm selects and the adapter does not adapt."""
     config = plain.base.config

@@ -23,12 +23,17 @@ from lorakit.files.local import as_path, read_text
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-# The files of a model and of its tokenizer, as patterns. "*.safetensors" would be too wide: some
-# repositories keep the same weights a second time under another name.
-MODEL_FILES = ["config.json", "generation_config.json", "model*.safetensors", "model*.index.json"]
 # ModelOpt tells what it quantized in a file of its own; newer versions in config.json too.
 MODELOPT = "hf_quant_config.json"
-MODEL_FILES += [MODELOPT]
+# The files of a model and of its tokenizer, as patterns. "*.safetensors" would be too wide: some
+# repositories keep the same weights a second time under another name.
+MODEL_FILES = [
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model*.index.json",
+    MODELOPT,
+]
 # What transformers reads to make pixels and samples into the input of a multimodal model:
 # preprocessor_config.json, processor_config.json, video_preprocessor_config.json.
 PROCESSOR_FILES = ["*processor_config.json"]

@@ -148,7 +148,7 @@ def test_a_tools_answer_within_a_turn_is_refused():
         Encoder(tok)(Chat(without, None, 0, "row 0"))
 
 
-def test_a_thought_behind_a_header_that_closes_one(today):
+def test_a_thought_behind_a_header_that_closes_one():
     """Qwen3.5's small models answer without a thought unless the row says otherwise."""
     tok = tokenizer(source("qwen3_5_nothink"))
     with pytest.raises(lk.LorakitError, match="enable_thinking in chat_template_kwargs"):

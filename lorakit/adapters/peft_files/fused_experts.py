@@ -139,9 +139,9 @@ def without_absent_experts(files: AdapterFiles, model: nn.Module) -> AdapterFile
     To transformers 5 experts are parameters, which target_modules does not reach: there gate_proj
     is the layer of a shared expert or of an MLP. Here every expert has a layer of this name.
     """
-    experts = isinstance(model, Decoder) and model.config.num_experts > 0
-    experts = experts and bool(files.values.get("target_modules"))
-    if not experts or any(".experts." in key for key in files.tensors):
+    if not isinstance(model, Decoder) or not model.config.num_experts:
+        return files
+    if not files.values.get("target_modules") or any(".experts." in key for key in files.tensors):
         return files
     excluded = files.values.get("exclude_modules") or []
     if not isinstance(excluded, str):
