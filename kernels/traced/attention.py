@@ -13,6 +13,17 @@ from ..ops.attention.documents import PaddedDocuments
 from .library import differentiable, operator_of
 
 
+def listed(lengths: Sequence[int] | None) -> list[int] | None:
+    """Return the lengths of documents as an operator takes them.
+
+    Raises:
+        TypeError: they are `PaddedDocuments`.
+    """
+    if isinstance(lengths, PaddedDocuments):
+        raise TypeError("PaddedDocuments change under a CUDA graph; a traced graph takes lengths")
+    return None if lengths is None else list(lengths)
+
+
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -61,7 +72,4 @@ def attention(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend as the op does; the arguments are those of a backend."""
-    if isinstance(lengths, PaddedDocuments):
-        raise TypeError("PaddedDocuments change under a CUDA graph; a traced graph takes lengths")
-    documents = None if lengths is None else list(lengths)
-    return _operator(q, k, v, sinks, mask, scale, softcap, window, documents)
+    return _operator(q, k, v, sinks, mask, scale, softcap, window, listed(lengths))

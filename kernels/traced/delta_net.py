@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..ops import causal_conv as conv
 from ..ops import delta_net
-from ..ops.attention.documents import PaddedDocuments
+from .attention import listed
 from .library import apart, define, differentiable, gradient, operator_of, recomputed
 
 
@@ -86,17 +86,11 @@ _operator, _with_state = (
 )
 
 
-def _listed(lengths: Sequence[int] | None) -> list[int] | None:
-    if isinstance(lengths, PaddedDocuments):
-        raise TypeError("PaddedDocuments change under a CUDA graph; a traced graph takes lengths")
-    return None if lengths is None else list(lengths)
-
-
 def causal_conv(
     x: Tensor, weight: Tensor, state: Tensor | None, lengths: Sequence[int] | None
 ) -> Tensor:
     """Convolve as the op does; the arguments are those of a backend."""
-    return _conv_operator(x, weight, state, _listed(lengths))
+    return _conv_operator(x, weight, state, listed(lengths))
 
 
 def gated_delta_net(
@@ -112,4 +106,4 @@ def gated_delta_net(
     """Read the memory as the op does; the arguments are those of a backend, and `with_state`."""
     if with_state:
         return _with_state(q, k, v, g, beta, state)
-    return _operator(q, k, v, g, beta, state, _listed(lengths))
+    return _operator(q, k, v, g, beta, state, listed(lengths))

@@ -343,7 +343,7 @@ def parts_of(group: int, work: int, device: torch.device) -> int:
     return next((p for p in divisors if p * work >= enough), group)
 
 
-def _flat(x: Tensor) -> Tensor:
+def flat(x: Tensor) -> Tensor:
     """Return x [B, T, H, D] as [B T, H, D], a copy unless a token's values and rows are in line."""
     if x.stride(3) != 1 or (len(x) > 1 and x.stride(0) != x.shape[1] * x.stride(1)):
         x = x.contiguous()
@@ -447,4 +447,4 @@ def attention(
     if window is not None and window >= documents.longest:
         window = None
     options = documents, D**-0.5 if scale is None else scale, softcap, window, dense
-    return DocumentAttention.apply(*(_flat(x) for x in (q, k, v)), sinks, *options).view(q.shape)
+    return DocumentAttention.apply(*(flat(x) for x in (q, k, v)), sinks, *options).view(q.shape)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...autograd import once_differentiable
 from ...dispatch import CPU_DTYPES, INT64, POINTER, address, run
+from ..attention.cpu import dense_rows
 from . import reference
 
 TOKENS, MOST = 32, 8  # tokens of a block, and columns of the weight at most, as in cpu.cpp
@@ -56,19 +57,17 @@ def _launch(
 ) -> None:
     blocks, dy = _blocks(len(x), lengths), tensors.get("dy", x)
     (x_row, x_token), (dy_row, dy_token) = x.stride()[:2], dy.stride()[:2]
-    strides = {"x_row": x_row, "x_token": x_token, "dy_row": dy_row, "dy_token": dy_token}
     pointers = {"x": x, "weight": weight, "state": state, "blocks": blocks, **tensors}
     arguments = CausalConv(
         **{name: address(t) for name, t in pointers.items()},
         **dict(zip("TCK", (*x.shape[1:], len(weight)), strict=True)),
-        **strides,
         count=len(blocks),
+        x_row=x_row,
+        x_token=x_token,
+        dy_row=dy_row,
+        dy_token=dy_token,
     )
     run(op, x.dtype, arguments)
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class CausalConvolution(torch.autograd.Function):
@@ -76,7 +75,7 @@ class CausalConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, state, lengths):
-        x, columns = _dense(x), weight.t().float().contiguous()
+        x, columns = dense_rows(x), weight.t().float().contiguous()
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         _launch("causal_conv", x, columns, state, lengths, y=y)
         ctx.save_for_backward(x, weight, columns, state)
@@ -89,7 +88,8 @@ class CausalConvolution(torch.autograd.Function):
         (x, weight, columns, state), dx, dw = ctx.saved_tensors, None, None
         if ctx.needs_input_grad[0]:
             dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            _launch("causal_conv_backward", x, columns, state, ctx.lengths, dy=_dense(dy), dx=dx)
+            dy = dense_rows(dy)
+            _launch("causal_conv_backward", x, columns, state, ctx.lengths, dy=dy, dx=dx)
         if ctx.needs_input_grad[1]:
             dw = reference.weight_gradient(x, weight, state, ctx.lengths, dy)
         return dx, dw, None, None

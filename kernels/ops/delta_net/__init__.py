@@ -15,7 +15,7 @@ chunk, P_ij = e^(L_i - L_j) for j <= i and 0 elsewhere. No decay above 1 is ever
     W = A^-1 (beta e^L k)                                N = U - W S
     o = e^L q S + (q k^T P) N        S = e^L_last S + (e^(L_last - L) k)^T N
 
-A backend chooses its own chunks: 64 tokens in the reference, 32 in cpu.cpp. They begin at a
+A backend chooses its own chunks: 64 tokens in the reference, 32 in the kernels. They begin at a
 document's first token. L is summed in fp64: where a gate of -60 stands beside gates near 0, its
 rounding in fp32 would be in the differences of all tokens that follow.
 """

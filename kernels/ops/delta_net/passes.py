@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ...autograd import once_differentiable
 from ..attention.documents import Documents, equal_documents
+from ..attention.triton import flat
 from ..rms_norm import triton as rms_norm
+from .reference import EPS
 from .triton import Heads
 
-EPS = 1e-6  # added to the sums of squares of q and k
 MOST_STATES = 1 << 26  # values of states that backward may hold at a time
 
 
@@ -78,12 +79,6 @@ class GatedDeltaNet(torch.autograd.Function):
         return dq, dk, *grads[2:], None, None, None
 
 
-def _rows(x: Tensor) -> Tensor:
-    """Return x [B, T, H, D] as [B T, H, D], a copy unless a token's values and rows are in line."""
-    x = x.flatten(0, 1)
-    return x if x.stride(2) == 1 else x.contiguous()
-
-
 def gated_delta_net(
     q: Tensor,
     k: Tensor,
@@ -98,7 +93,7 @@ def gated_delta_net(
     if lengths is None:
         lengths = equal_documents(*q.shape[:2])
     documents = lengths if isinstance(lengths, Documents) else Documents(lengths)
-    rows = [_rows(x) for x in (q, k, v)]
+    rows = [flat(x) for x in (q, k, v)]
     gates = [x.float().reshape(-1, x.shape[2]).contiguous() for x in (g, beta)]
     state = None if state is None else state.detach().float().contiguous()
     o, last = GatedDeltaNet.apply(*rows, *gates, state, documents, with_state)

@@ -18,22 +18,19 @@ def gated_backward_(
     grad: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, hidden_act: str
 ) -> None:
     """Write d gate to dgate, d up to dup, and y over its gradient `grad`."""
-    act, factor = activate(gate, hidden_act), other(up, hidden_act)
-    through = grad * factor
-    if Activation[hidden_act] is Activation.silu:
+    act, factor, kind = activate(gate, hidden_act), other(up, hidden_act), Activation[hidden_act]
+    through, up_slope = grad * factor, act
+    if kind is Activation.silu:
         slope = torch.ops.aten.silu_backward(through, gate)
-    elif Activation[hidden_act] is Activation.swiglu_oai:
+    elif kind is Activation.swiglu_oai:
         scaled = gate.clamp(max=_LIMIT) * _ALPHA
         slope = torch.ops.aten.silu_backward(through, scaled) * (gate <= _LIMIT)
+        up_slope = act * (up.abs() <= _LIMIT)
     else:
-        approximate = Activation[hidden_act].approximate
-        slope = torch.ops.aten.gelu_backward(through, gate, approximate=approximate)
-    inside = up.abs() <= _LIMIT if Activation[hidden_act] is Activation.swiglu_oai else None
+        slope = torch.ops.aten.gelu_backward(through, gate, approximate=kind.approximate)
     dgate.copy_(slope)
     torch.mul(act, factor, out=through)
-    torch.mul(grad, act, out=dup)
-    if inside is not None:
-        dup.mul_(inside)
+    torch.mul(grad, up_slope, out=dup)
     grad.copy_(through)
 
 
