@@ -221,7 +221,6 @@ def delta_nets(s: Setting) -> Iterator[Case]:
     yield Case(
         "causal_conv", f"{T}x{x.shape[2]}", 2 * x.nbytes,
         lambda x: lk.kernels.causal_conv(x, weight), {"torch": by_torch}, (x,), 3 * x.nbytes,
-        ("cpu", "reference"),
     )  # fmt: skip
     q, k = (s.random(1, T, nk, D, grad=True) for _ in range(2))
     v, beta = s.random(1, T, nv, D, grad=True), torch.rand(1, T, nv, device=s.device).to(s.dtype)
@@ -235,7 +234,7 @@ def delta_nets(s: Setting) -> Iterator[Case]:
 
     yield Case(
         "gated_delta_net", f"{T}x{nk}/{nv}x{D}", moved, lk.kernels.gated_delta_net,
-        {"transformers": by_transformers}, inputs, 2 * moved, ("cpu", "reference"),
+        {"transformers": by_transformers}, inputs, 2 * moved,
     )  # fmt: skip
 
 

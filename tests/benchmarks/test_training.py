@@ -22,6 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lorakit as lk
+from lorakit.models.decoder import Decoder
+from lorakit.models.per_layer import host_tables
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PEER = "PEFT, bitsandbytes"
@@ -405,12 +407,16 @@ def test_random_checkpoint_is_read_by_transformers(module, tmp_path):
     assert not torch.equal(weight, model.model.layers[0].mlp.down_proj.weight.float())
 
 
+@pytest.mark.slow
 def test_shapes_are_models(module):
-    """Each name of shapes.py is a model that transformers has too."""
-    from transformers import AutoConfig
-
+    """A model of each name of shapes.py has the tensors that transformers' own class reads."""
     shapes = module("shapes")
     for name in shapes.SHAPES:
         values = shapes.config_of(name, 4)
-        theirs = AutoConfig.for_model(**values)
-        assert lk.ModelConfig.from_hf(values).num_hidden_layers == theirs.num_hidden_layers
+        with torch.device("meta"):
+            theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
+            ours = Decoder(lk.ModelConfig.from_hf(values))
+        found = dict(ours.named_parameters())
+        found |= {key: table.weight for key, table in host_tables(ours).items()}
+        wanted = {key: x.shape for key, x in theirs.state_dict().items() if key != "lm_head.weight"}
+        assert {key: x.shape for key, x in found.items()} == wanted
