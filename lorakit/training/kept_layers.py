@@ -6,7 +6,8 @@ which is a fifth of all products of the frozen weights. So a GPU keeps them for 
 its free memory holds beside the rest:
 
     what every block keeps     the inputs of its layers and norms, q, k, v and attention's output;
-                               with linear attention its states at the starts of chunks too
+                               with linear attention its states at the starts of chunks too, which
+                               the reference keeps, and Triton's kernels compute again
     the head                   logits and hidden states of one chunk
     weights made dense         those of the largest MLP
 """
@@ -19,7 +20,7 @@ from lorakit.models.decoder import Decoder
 
 SHARE = 0.8  # of the free memory that is given away; the rest is for what fragments leave unused
 HEAD_BYTES = 1 << 30
-CHUNK = 64  # tokens between two kept states of linear attention
+CHUNK = 64  # tokens between two states of linear attention in the reference
 
 
 def kept_layers(model: Decoder, tokens: int, choice: MLPActivations) -> int:
@@ -74,7 +75,8 @@ def _attention_bytes(config: ModelConfig, layer: int, size: int) -> float:
 
 def _inner_width(config: ModelConfig, layer: int) -> int:
     """Return how many numbers of gate, and of up, a layer makes for a token."""
-    experts = config.num_experts_per_tok * config.moe_intermediate_size
+    mlp = config.mlp_width(layer)
     if not config.has_experts(layer):
-        return config.mlp_width(layer)
-    return experts + config.mlp_width(layer) * config.moe_beside_mlp
+        return mlp
+    experts = config.num_experts_per_tok * config.moe_intermediate_size
+    return experts + mlp if config.moe_beside_mlp else experts

@@ -51,7 +51,6 @@ def _whole(picked: str, device: torch.device) -> str:
 def _attention(model: Decoder, picked: str, tokens: int, packed: bool) -> list[str]:
     """Return what to say of the attention of each kind of layer, by the width of its heads."""
     config, said = model.config, list[str]()
-    dtype = str(model.dtype).removeprefix("torch.")
     for layer in range(config.num_hidden_layers):
         if config.is_linear(layer):
             continue
@@ -74,7 +73,7 @@ def _attention(model: Decoder, picked: str, tokens: int, packed: bool) -> list[s
         if found == picked:
             continue
         if found == "reference":
-            found += f", {_why_not(model.device, f'heads of {width} in {dtype}')}"
+            found += f", {_why_not(model.device, _heads(width, model.dtype))}"
         part = f"attention {width}: {found}"
         if part not in said:
             said.append(part)
@@ -97,13 +96,16 @@ def linear_kernels(model: Decoder) -> dict[str, str]:
 
 def _linear_attention(model: Decoder, picked: str) -> list[str]:
     """Return what to say of the ops of linear attention."""
-    dtype = str(model.dtype).removeprefix("torch.")
-    operands = f"heads of {model.config.linear_key_head_dim} in {dtype}"
+    operands = _heads(model.config.linear_key_head_dim, model.dtype)
     return [
         f"{name}: {found}, {_why_not(model.device, operands)}"
         for name, found in linear_kernels(model).items()
         if found != picked
     ]
+
+
+def _heads(width: int, dtype: torch.dtype) -> str:
+    return f"heads of {width} in {str(dtype).removeprefix('torch.')}"
 
 
 def _why_not(device: torch.device, operands: str) -> str:
