@@ -79,6 +79,10 @@ class LazyTensor(NamedTuple):
     dtype: str | None = None
     """The dtype as a safetensors header names it, such as "BF16"; None if no header says it."""
 
+    def at(self, index: int) -> Tensor:
+        """Read the values at one index of the first dimension, and no others where that goes."""
+        return self.read()[index] if self.read_at is None else self.read_at(index)
+
 
 def open_directory(path: Path) -> dict[str, LazyTensor]:
     """Open the weights of a Hugging Face directory, which lie in one file or in several shards.

@@ -319,7 +319,7 @@ class NewPositions:
         self.fresh = not any(self.starts)
         self.length = 0  # of a learned prompt's cache: it is yet to come
         self.device = cache.stores[0].device
-        self.new = [end - start for start, end in zip(self.starts, self.ends, strict=True)]
+        self.new = list(new)
         self.states: dict[int, tuple[Tensor, Tensor]] = {}  # after the new positions
         self.bounds = torch.tensor([self.starts, self.ends], device=self.device)
         self.places = [self._places(kind) for kind in range(len(cache.reach))]
@@ -385,9 +385,9 @@ class NewPositions:
     def keep_state(self, layer: int, before: Tensor, inputs: Tensor, state: Tensor) -> None:
         """Take the state of a layer after the new positions; see `States`."""
         width = before.shape[1]
-        ends = torch.tensor(self.new, device=before.device)[:, None]
+        starts, ends = self.bounds
         # in the inputs, those of before first, the ones that come before position n of the new ones
-        places = ends + torch.arange(width, device=before.device)
+        places = (ends - starts)[:, None] + torch.arange(width, device=before.device)
         if min(self.new) < width:
             inputs = torch.cat([before, inputs], dim=1)
         else:

@@ -271,13 +271,8 @@ def _read_sliding_layers(values: Mapping[str, Any], family: Family, where: str) 
     """Return whether each layer has the sliding window, from layer_types or the older keys."""
     if not values.get("use_sliding_window", True):
         return []
-    kinds = values.get("layer_types")
-    if kinds is not None:
-        if not isinstance(kinds, list) or not all(str(kind) in _SLIDES for kind in kinds):
-            raise LorakitError(
-                f"{where}: layer_types must list {' or '.join(_SLIDES)}, not {kinds!r}"
-            )
-        sliding = [_SLIDES[kind] for kind in kinds]
+    sliding = _read_layer_types(values, _SLIDES, where)
+    if sliding is not None:
         if family.last_is_full:
             sliding[-1:] = [False] * len(sliding[-1:])
         return _or_none(sliding)
@@ -300,18 +295,32 @@ def _read_sliding_layers(values: Mapping[str, Any], family: Family, where: str) 
 
 def _read_linear_layers(values: Mapping[str, Any], where: str) -> list[bool]:
     """Return whether each layer has linear attention, from layer_types or the interval."""
-    kinds, every = values.get("layer_types"), values["full_attention_interval"]
-    if kinds is not None:
-        if not isinstance(kinds, list) or not all(str(kind) in _LINEAR for kind in kinds):
-            raise LorakitError(
-                f"{where}: layer_types must list {' or '.join(_LINEAR)}, not {kinds!r}"
-            )
-        return _or_none([_LINEAR[kind] for kind in kinds])
+    linear, every = _read_layer_types(values, _LINEAR, where), values["full_attention_interval"]
+    if linear is not None:
+        return _or_none(linear)
     if type(every) is not int or every <= 0:
         raise LorakitError(f"{where}: full_attention_interval must be positive, not {every!r}")
     layers = values.get("num_hidden_layers")
     numbers = range(min(layers, _MOST_LAYERS)) if type(layers) is int else []
     return _or_none([(i + 1) % every != 0 for i in numbers])
+
+
+def _read_layer_types(
+    values: Mapping[str, Any], meanings: Mapping[str, bool], where: str
+) -> list[bool] | None:
+    """Return what the names in layer_types mean, or None where a file has none."""
+    kinds = values.get("layer_types")
+    if kinds is None:
+        return None
+    if not isinstance(kinds, list) or not all(str(kind) in meanings for kind in kinds):
+        raise LorakitError(f"{where}: layer_types must list {' or '.join(meanings)}, not {kinds!r}")
+    return [meanings[kind] for kind in kinds]
+
+
+def _layer_types(layers: list[bool], count: int, meanings: Mapping[str, bool]) -> list[str]:
+    """Return the names in layer_types of `count` layers; an empty list: none of them is meant."""
+    names = {meaning: name for name, meaning in meanings.items()}
+    return [names[each] for each in layers or [False] * count]
 
 
 def _or_none(layers: list[bool]) -> list[bool]:
@@ -321,7 +330,7 @@ def _or_none(layers: list[bool]) -> list[bool]:
 
 def _read_experts(values: dict[str, Any], family: Family, where: str) -> None:
     """Set `num_experts` and `moe_layers`, from the keys of Mixtral, Qwen3-MoE or Gemma 4."""
-    if values.get("enable_moe_block", False):  # Gemma 4 has them in all layers, or in none
+    if values.get("enable_moe_block"):  # Gemma 4 has them in all layers, or in none
         values["num_experts_per_tok"] = values["top_k_experts"]
         if type(values.get("num_hidden_layers")) is int:
             values["moe_layers"] = [True] * min(values["num_hidden_layers"], _MOST_LAYERS)
@@ -371,9 +380,7 @@ def fields_to_hf(fields: Mapping[str, Any]) -> dict[str, Any]:
         if values[name] is None and name not in family.defaults:
             del values[name]
     if "full_attention_interval" in family.defaults:
-        names = {each: name for name, each in _LINEAR.items()}
-        layers = linear or [False] * fields["num_hidden_layers"]
-        values["layer_types"] = [names[each] for each in layers]
+        values["layer_types"] = _layer_types(linear, fields["num_hidden_layers"], _LINEAR)
     else:
         _write_sliding_layers(values, sliding, family)
     del values["rope_layers"]
@@ -394,9 +401,7 @@ def _write_sliding_layers(values: dict[str, Any], sliding: list[bool], family: F
         values["use_sliding_window"] = any(sliding)
         values["max_window_layers"] = sliding.index(True) if any(sliding) else len(sliding)
     if _read_sliding_layers(values, family, "") != sliding:
-        names = {slides: name for name, slides in _SLIDES.items()}
-        layers = sliding or [False] * values["num_hidden_layers"]
-        values["layer_types"] = [names[slides] for slides in layers]
+        values["layer_types"] = _layer_types(sliding, values["num_hidden_layers"], _SLIDES)
 
 
 def _write_experts(values: dict[str, Any], fields: Mapping[str, Any], family: Family) -> None:

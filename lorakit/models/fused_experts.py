@@ -109,8 +109,7 @@ def split_experts(
 
 def _read(tensor: LazyTensor, fused: FusedTensor, expert: int, number: int) -> Tensor:
     """Return one part of one expert."""
-    values = tensor.read()[expert] if tensor.read_at is None else tensor.read_at(expert)
-    return fused.part(values, number)
+    return fused.part(tensor.at(expert), number)
 
 
 def fused_parts(

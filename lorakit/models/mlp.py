@@ -165,6 +165,23 @@ class Experts(nn.ModuleList):
         return out
 
 
+def _likeliest(scores: Tensor, count: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    """Return the numbers of the experts with the largest softmax, and their weights.
+
+    Args:
+        scores: The router's output [n, experts].
+        count: How many experts a token has, k.
+        normalize: Whether the weights of a token are scaled to sum to one.
+
+    Returns:
+        The numbers, int64 [n, k], and the weights, fp32 [n, k].
+    """
+    weights, picked = scores.softmax(-1, dtype=torch.float32).topk(count)
+    if normalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return picked, weights
+
+
 class Router(nn.Module):
     """Picks the experts of a token where these stand beside an MLP (Gemma 4).
 
@@ -183,9 +200,7 @@ class Router(nn.Module):
         """Return the numbers of the experts of tokens [n, H], int64 [n, k], and weights, fp32."""
         hidden = tokens.shape[-1]
         x = F.rms_norm(tokens, (hidden,), eps=self.eps) * self.scale * hidden**-0.5
-        probs = self.proj(x).softmax(-1, dtype=torch.float32)
-        weights, picked = probs.topk(self.per_token)
-        weights = weights / weights.sum(-1, keepdim=True)
+        picked, weights = _likeliest(self.proj(x), self.per_token, normalize=True)
         return picked, weights * self.per_expert_scale[picked]
 
 
@@ -217,10 +232,7 @@ class MoE(nn.Module):
         """
         tokens = x.reshape(-1, x.shape[-1])  # [n, H]
         scores = self.get_submodule(self.router_name)(tokens)
-        probs = scores.softmax(-1, dtype=torch.float32)  # [n, experts]
-        weights, picked = probs.topk(self.per_token)  # [n, per_token]
-        if self.normalize:
-            weights = weights / weights.sum(-1, keepdim=True)
+        picked, weights = _likeliest(scores, self.per_token, self.normalize)
         out = self.experts(tokens, picked, weights, packed, keep)
         if self.shared_expert is not None:
             shared = self.shared_expert(tokens, keep, self.shared_expert.adapted())

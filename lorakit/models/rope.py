@@ -116,6 +116,7 @@ class RopeConfig:
 
     def rotary_dim(self, head_dim: int) -> int:
         """Return how many numbers R of a head of so many the tables turn."""
+        # a product with 1 would be the same, but no number where a compiler has symbols for sizes
         if self.rope_type == "proportional" or self.partial_rotary_factor == 1:
             return head_dim
         return int(head_dim * self.partial_rotary_factor)

@@ -239,8 +239,8 @@ def _other_towers(source: Source, path: Path, packed: bool) -> dict[str, LazyTen
     tensors = source.drafts | around
     if tensors and path.resolve() == source.path.resolve():
         raise LorakitError(
-            f"save_model: the other towers are read from {path} while it writes; choose another "
-            "directory"
+            f"save_model: tensors that are no part of the text model are read from {path} while it "
+            "writes; choose another directory"
         )
     towers = only_dense(tensors)
     if towers is None:

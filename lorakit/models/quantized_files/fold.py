@@ -20,7 +20,7 @@ from torch import Tensor
 from lorakit.config.errors import LorakitError
 from lorakit.files.safetensors import LazyTensor
 from lorakit.models.quantized_files import fp4, fp8, integers
-from lorakit.models.quantized_files.parts import Parts, Read, Said
+from lorakit.models.quantized_files.parts import Parts, Read, Said, config_groups
 
 log = logging.getLogger("lorakit")
 
@@ -93,9 +93,7 @@ def check_method(quantization: Any, where: str) -> None:
 
 def _formats_of_groups(said: Said) -> list[Any]:
     """Return what the parts of a config of compressed-tensors say of formats and transforms."""
-    groups = said.get("config_groups")
-    groups = groups.values() if isinstance(groups, Mapping) else []
-    found = [group.get("format") for group in groups if isinstance(group, Mapping)]
+    found = [group.get("format") for group in config_groups(said)]
     sparsity, transforms = said.get("sparsity_config"), said.get("transform_config")
     if isinstance(sparsity, Mapping):
         found.append(sparsity.get("format"))
@@ -136,12 +134,10 @@ def dequantized(
                     raise ValueError("it is there a second time, as a dense tensor")
             except ValueError as error:
                 raise LorakitError(f"{where}: tensor {parts.weight}: {error}") from None
-            read = partial(_read, dense.read, weight, where)
-            if dense.read_at is None:
-                found[weight] = dense._replace(read=read)
-            else:
-                read_at = partial(_read, dense.read_at, weight, where)
-                found[weight] = dense._replace(read=read, read_at=read_at)
+            read, read_at = partial(_read, dense.read, weight, where), dense.read_at
+            if read_at is not None:
+                read_at = partial(_read, read_at, weight, where)
+            found[weight] = dense._replace(read=read, read_at=read_at)
             kinds[kind] += 1
     _check_rest(kept, where)
     for kind, count in kinds.items():

@@ -46,10 +46,8 @@ def gpt_oss(parts: Parts, said: Said) -> Read:
     experts, rows, columns = blocks.shape[0], blocks.shape[1], blocks.shape[2] * 32
 
     def read_at(expert: int) -> Tensor:
-        found = [each.read()[expert] if each.read_at is None else each.read_at(expert)
-                 for each in (blocks, scale)]  # fmt: skip
-        codes = unpacked(found[0].reshape(rows, columns // 2), 4, columns)
-        return scaled(four_bit_floats(codes), exponents(found[1])).t()
+        codes = unpacked(blocks.at(expert).reshape(rows, columns // 2), 4, columns)
+        return scaled(four_bit_floats(codes), exponents(scale.at(expert))).t()
 
     def read() -> Tensor:
         return torch.stack([read_at(i) for i in range(experts)])

@@ -17,7 +17,15 @@ from typing import Any
 from torch import Tensor
 
 from lorakit.files.safetensors import LazyTensor
-from lorakit.models.quantized_files.parts import FLOATS, Parts, Read, Said, has_shape, matrix
+from lorakit.models.quantized_files.parts import (
+    FLOATS,
+    Parts,
+    Read,
+    Said,
+    config_groups,
+    has_shape,
+    matrix,
+)
 from lorakit.models.quantized_files.values import exponents, scaled
 
 _SCALES = (*FLOATS, "U8", "F8_E8M0")
@@ -30,9 +38,7 @@ def fine_grained(parts: Parts, said: Said) -> Read:
 
 def plain(parts: Parts, said: Said) -> Read:
     """Read the weight whose scales are `weight_scale`."""
-    groups = said.get("config_groups")
-    groups = groups.values() if isinstance(groups, Mapping) else []
-    weights = [group.get("weights") for group in groups if isinstance(group, Mapping)]
+    weights = [group.get("weights") for group in config_groups(said)]
     sizes = [each.get("block_structure") for each in weights if isinstance(each, Mapping)]
     return _read(parts, parts.take("weight_scale", *_SCALES), sizes)
 

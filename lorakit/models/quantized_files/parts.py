@@ -12,6 +12,13 @@ Read = tuple[str, str, LazyTensor]
 """How a weight is stored, for the log; its name; and the dense weight, still on disk."""
 
 
+def config_groups(said: Said) -> list[Mapping[str, Any]]:
+    """Return what a config of compressed-tensors says of each group of layers."""
+    groups = said.get("config_groups")
+    found = groups.values() if isinstance(groups, Mapping) else ()
+    return [group for group in found if isinstance(group, Mapping)]
+
+
 class Parts:
     """The tensors whose names have one beginning, such as "model.layers.0.mlp.up_proj."."""
 
