@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lorakit as lk
-from tests.conftest import FAMILY_VARIANTS, TINY_VARIANTS
+from tests.conftest import FAMILY_VARIANTS, GEMMA4, TINY_VARIANTS
 from tests.models.variants import load
 
 LLAMA = "llama", {**TINY_VARIANTS["gqa"], "num_hidden_layers": 2}
@@ -53,6 +53,20 @@ def test_the_loss_is_one_graph_for_every_length(tmp_path, dtype, shape):
     with torch._dynamo.config.patch(error_on_recompile=True):
         found = step(model, compiled, longer)
     assert_same_bits(found, step(model, model.loss, longer))
+
+
+def test_layers_that_see_others_keys_are_in_the_graph(tmp_path):
+    """The checkpointed blocks are, too; heads of two sizes make the compiler take one for a symbol.
+
+    A compiler refuses a recomputed block that changes what lies outside of it, so that the block
+    whose keys are seen runs once.
+    """
+    kinds = ["sliding_attention", "full_attention", "full_attention"]
+    options = {**GEMMA4, "num_hidden_layers": 3, "layer_types": kinds, "num_kv_shared_layers": 1}
+    model = load(tmp_path, "gemma4_text", options).train()
+    model.gradient_checkpointing = True
+    compiled = torch.compile(model.loss, fullgraph=True, backend="eager", dynamic=True)
+    assert_same_bits(step(model, compiled), step(model, model.loss))
 
 
 def test_gradient_checkpointing_is_part_of_the_graph(tmp_path):
