@@ -27,11 +27,11 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, overload
 
 import torch
 
@@ -164,13 +164,29 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
         grid: the number of programs along each axis.
         *arguments: the kernel's arguments; the first is a tensor.
         **options: its other arguments, and what Triton compiles it with, such as num_warps.
+
+    Raises:
+        TypeError: an argument is a DTensor.
     """
+    if not _KNOWN.issuperset(map(type, arguments)):
+        _check_arguments(arguments)
     device = arguments[0].device
     if device.type == "cuda" and _gpus() > 1 and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel.run(*arguments, grid=grid, warmup=False, **options)
     else:
         kernel.run(*arguments, grid=grid, warmup=False, **options)
+
+
+# What kernels are launched with; only an argument of another type is looked at.
+_KNOWN = frozenset({torch.Tensor, torch.nn.Parameter, int, float, bool, str, type(None)})
+
+
+def _check_arguments(arguments: Sequence[Any]) -> None:
+    """Raise TypeError if one of the arguments is a tensor without memory of its own."""
+    for each in arguments:
+        if isinstance(each, torch.Tensor):
+            address(each)
 
 
 @functools.cache
@@ -391,6 +407,30 @@ def run(op: str, dtype: torch.dtype, arguments: ctypes.Structure) -> None:
     function(f"{op}_{CPU_DTYPES[dtype]}", POINTER)(ctypes.addressof(arguments))
 
 
+@overload
+def address(t: torch.Tensor) -> int: ...
+
+
+@overload
+def address(t: torch.Tensor | None) -> int | None: ...
+
+
 def address(t: torch.Tensor | None) -> int | None:
-    """Return the address of the first value; None, a null pointer in C, for None."""
-    return None if t is None else t.data_ptr()
+    """Return the address of the first value; None, a null pointer in C, for None.
+
+    Raises TypeError for a tensor that holds values and lies nowhere, such as a DTensor: a kernel
+    would read from address 0.
+    """
+    if t is None:
+        return None
+    return t.data_ptr() or _nowhere(t)
+
+
+def _nowhere(t: torch.Tensor) -> int:
+    """Return 0 for a tensor without values, or of the meta device, where no kernel runs."""
+    if t.numel() == 0 or t.device.type == "meta":
+        return 0
+    raise TypeError(
+        f"a kernel got a {type(t).__name__}, whose values lie nowhere in this process's memory: "
+        "gather a DTensor first (full_tensor), or give this rank's part of it (to_local)"
+    )

@@ -129,7 +129,7 @@ class NF4Weight(PackedWeight):
         if self.config.double_quant:
             freeze("absmax", blocks, dtype=torch.uint8)
             freeze("nested_absmax", math.ceil(blocks / NESTED_BLOCK), dtype=torch.float32)
-            freeze("offset", dtype=torch.float32)
+            freeze("offset", 1, dtype=torch.float32)
         else:
             freeze("absmax", blocks, dtype=torch.float32)
             self.nested_absmax = self.offset = None

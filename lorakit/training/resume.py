@@ -7,6 +7,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lorakit.adapters.manage import adapter_config, selected_adapter
 from lorakit.config.errors import LorakitError
 from lorakit.config.training import TrainConfig
@@ -84,9 +86,11 @@ def _digest(examples: Examples) -> str:
 
 def _digest_of_frozen(model: Decoder) -> str:
     found = blake2b(digest_size=16)
-    for p in model.parameters():
+    for name, p in model.named_parameters():
         if not p.requires_grad:
-            found.update(str((p.dtype, p.shape)).encode())
+            # the offset of double quantization was a scalar in 0.1.0, whose checkpoints go on
+            shape = torch.Size() if name.endswith(".offset") else p.shape
+            found.update(str((p.dtype, shape)).encode())
             found.update(str(p.detach().flatten()[:16].tolist()).encode())
     return found.hexdigest()
 

@@ -121,7 +121,7 @@ def work(
     `before` is returned if nothing has changed since: then nothing is sent to the device.
     """
     device = groups[0][0].device
-    rows = [[*(t.data_ptr() for t in group), group[0].numel()] for group in groups]
+    rows = [[*(dispatch.address(t) for t in group), group[0].numel()] for group in groups]
     if numbered is not None:
         rows = [[*row, number] for row, number in zip(rows, numbered, strict=True)]
     if before is not None and before.rows == rows:

@@ -68,7 +68,7 @@ def fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | No
 
 def view_of(x: Tensor | None) -> HeadsView:
     """Return where x [B, T, heads, D] lies; a null pointer for None."""
-    return HeadsView() if x is None else HeadsView(x.data_ptr(), *x.stride()[:3])
+    return HeadsView() if x is None else HeadsView(address(x), *x.stride()[:3])
 
 
 def dense_rows(x: Tensor) -> Tensor:

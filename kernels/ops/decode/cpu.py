@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
-from ...dispatch import CPU_DTYPES, FLOAT, INT64, POINTER
+from ...dispatch import CPU_DTYPES, FLOAT, INT64, POINTER, address
 from ..int8 import Int8Tensor
 from ..nf4 import NF4Tensor
 from ..nf4.cpu import PackedNF4, packed_arguments
@@ -73,11 +73,11 @@ def pack(plan: "DecodePlan") -> PackedPlan:
                     updates.frombytes(struct.pack("qqqd", 0, 0, 0, 0.0))
                 else:
                     (A, B, scale), r = update, len(update.A)
-                    updates.frombytes(struct.pack("qqqd", A.data_ptr(), B.data_ptr(), r, scale))
+                    updates.frombytes(struct.pack("qqqd", address(A), address(B), r, scale))
                     rank = max(rank, r)
     model = Model(
         _dense_address(plan.embedding),
-        plan.norm.data_ptr(),
+        address(plan.norm),
         _dense_address(plan.head),
         layers.buffer_info()[0],
         len(plan.layers),
@@ -102,7 +102,7 @@ def pack(plan: "DecodePlan") -> PackedPlan:
 
 
 def _dense_address(weight: Tensor | NF4Tensor | Int8Tensor | None) -> int:
-    return weight.data_ptr() if isinstance(weight, Tensor) else 0
+    return address(weight) if isinstance(weight, Tensor) else 0
 
 
 def _packed_weight(weight: Tensor | NF4Tensor | Int8Tensor) -> PackedWeight:
@@ -110,7 +110,7 @@ def _packed_weight(weight: Tensor | NF4Tensor | Int8Tensor) -> PackedWeight:
         return PackedWeight(packed_arguments(weight))
     found = PackedWeight()
     if isinstance(weight, Int8Tensor):
-        found.values, found.scale = weight.values.data_ptr(), weight.scale.data_ptr()
+        found.values, found.scale = address(weight.values), address(weight.scale)
     return found
 
 
@@ -132,7 +132,7 @@ def decode_step(
     run = dispatch.function(packed.op, *6 * (POINTER,), INT64, INT64)
     run(
         ctypes.addressof(packed.model),
-        ids.data_ptr(),
+        address(ids),
         rotations.buffer_info()[0],
         contexts.buffer_info()[0],
         places.buffer_info()[0],

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...dispatch import address
 from .plan import MOST_KINDS, DecodeCache, DecodePlace, DecodePlan
 
 
@@ -34,7 +35,7 @@ def check_inputs(plan: DecodePlan, ids: Tensor, tables: Sequence[tuple[Tensor, T
                 )
             if not table.is_contiguous() or not table.is_cpu:
                 raise ValueError(f"tables[{i}] {name} must be contiguous and in host memory")
-            rotations.append(table.data_ptr())
+            rotations.append(address(table))
     return rotations
 
 

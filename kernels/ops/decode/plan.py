@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...dispatch import address
 from ..frozen_linear.dense import Packed
 from ..nf4 import NF4Tensor
 from ..swiglu import check_activation
@@ -291,7 +292,7 @@ class DecodeCache:
             if window is not None and window < 1:
                 raise ValueError(f"cache[{i}] has a window of {window}")
             shift = self.size.bit_length() - 1
-            self.contexts.extend((k.data_ptr(), v.data_ptr(), shift, window or 0, kind))
+            self.contexts.extend((address(k), address(v), shift, window or 0, kind))
 
     def _check_pair(
         self, plan: DecodePlan, pages: int, i: int, keys: Tensor, values: Tensor

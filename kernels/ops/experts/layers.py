@@ -95,7 +95,7 @@ def weights(
     """Yield some experts, and their weights [count, N, K] or the addresses of these, int64."""
     first = stored[0]
     if isinstance(first, Tensor):
-        addresses = tuple(w.data_ptr() for w in stored if isinstance(w, Tensor))
+        addresses = tuple(dispatch.address(w) for w in stored if isinstance(w, Tensor))
         yield slice(0, len(stored)), dispatch.address_table(addresses, first.device)
         return
     N, K = first.shape

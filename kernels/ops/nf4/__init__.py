@@ -34,7 +34,7 @@ Memory layout
     codes          uint8 [ceil(n / 2)]     element 2i in the high nibble of byte i, 2i + 1 low
     absmax         uint8 [blocks], or fp32 [blocks] without double quantization
     nested_absmax  fp32 [ceil(blocks / 256)]
-    offset         fp32 []
+    offset         fp32 [1]
 
 These are bitsandbytes' bytes, so that its checkpoints need no conversion (`tensor.py`). The padding
 nibble of an odd length is the code of 0, which all-zero blocks, of absmax 0, have everywhere.
@@ -162,7 +162,7 @@ def _quantize(
         absmax = torch.where(found > torch.finfo(w.dtype).max, absmax, found)
     nested = offset = None
     if double_quant:
-        offset = reference.mean_absmax(absmax) if len(absmax) else absmax.new_zeros(())
+        offset = reference.mean_absmax(absmax) if len(absmax) else absmax.new_zeros(1)
         quantize = cpu.quantize_absmax if backend is cpu else reference.quantize_absmax
         absmax, nested = quantize(absmax, offset, middles(w.device), ABSMAX_FLOOR)
     q = NF4Tensor(codes, absmax, nested, offset, tuple(w.shape), block_size, w.dtype, quant_type)

@@ -75,12 +75,12 @@ def _codes(
     taken = flat.dtype if flat.dtype in CPU_DTYPES else torch.float32
     run = dispatch.function(f"{op}_{CPU_DTYPES[taken]}", *[POINTER] * 5, INT64, INT64, FLOAT)
     codes = torch.empty(-(-flat.numel() // 2), dtype=torch.uint8, device=flat.device)
-    tables = thresholds.data_ptr(), order.data_ptr()
+    tables = address(thresholds), address(order)
     step = flat.numel() if flat.dtype == taken else CHUNK
     for start in range(0, flat.numel(), max(1, step)):
         x = flat[start : start + step].to(taken)
-        places = codes.data_ptr() + start // 2, scales.data_ptr() + 4 * (start // block_size)
-        run(x.data_ptr(), *tables, *places, x.numel(), block_size, floor)
+        places = address(codes) + start // 2, address(scales) + 4 * (start // block_size)
+        run(address(x), *tables, *places, x.numel(), block_size, floor)
     return codes
 
 
@@ -96,11 +96,11 @@ def search(
     """Call the C++ kernel `nf4_search`; see reference.search."""
     run = dispatch.function("nf4_search", *[POINTER] * 6, *[INT64] * 3, FLOAT)
     scales, inverse = absmax.clone(), 1 / factors
-    tables = [t.data_ptr() for t in (thresholds, table, factors, inverse)]
+    tables = [address(t) for t in (thresholds, table, factors, inverse)]
     for start in range(0, flat.numel(), CHUNK):
         x = flat[start : start + CHUNK].float()
-        place = scales.data_ptr() + 4 * (start // block_size)
-        run(x.data_ptr(), *tables, place, len(factors), x.numel(), block_size, floor)
+        place = address(scales) + 4 * (start // block_size)
+        run(address(x), *tables, place, len(factors), x.numel(), block_size, floor)
     return scales
 
 
@@ -119,7 +119,7 @@ def quantize_absmax(
 @functools.cache
 def _tables(quant_type: str) -> tuple[int, int]:
     """Return the addresses of the dynamic map and the levels, which live until the process ends."""
-    return dynamic_map(HOST).data_ptr(), levels(quant_type, HOST).data_ptr()
+    return address(dynamic_map(HOST)), address(levels(quant_type, HOST))
 
 
 def _arguments(q: NF4Tensor) -> tuple:

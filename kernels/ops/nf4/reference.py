@@ -115,17 +115,17 @@ def dequantize_at(codes: Tensor, scales: Tensor, table: Tensor, at: Tensor) -> T
 
 
 def mean_absmax(absmax: Tensor) -> Tensor:
-    """Return the offset of double quantization, fp32 []."""
-    offset = absmax.mean()
+    """Return the offset of double quantization, fp32 [1]."""
+    offset = absmax.mean().view(1)
     if not torch.isfinite(offset):  # the sum overflowed
-        offset = (absmax / absmax.numel()).sum()
+        offset = (absmax / absmax.numel()).sum().view(1)
     return offset
 
 
 def quantize_absmax(
     absmax: Tensor, offset: Tensor, middles: Tensor, floor: float
 ) -> tuple[Tensor, Tensor]:
-    """Quantize absmax fp32 [blocks], from which offset fp32 [] is subtracted.
+    """Quantize absmax fp32 [blocks], from which offset fp32 [1] is subtracted.
 
     `middles` fp32 [255] are those of the dynamic map's levels. Returns codes uint8 [blocks] and
     nested_absmax fp32 [ceil(blocks / NESTED_BLOCK)].

@@ -115,7 +115,7 @@ class NF4Tensor:
         absmax: the scale of each block, uint8 [blocks] with double quantization, else fp32
             [blocks].
         nested_absmax: the scales of 256 scales each, fp32 [ceil(blocks / 256)], or None.
-        offset: the mean of the scales, fp32 [], or None.
+        offset: the mean of the scales, fp32 [1], or None; [] is taken too.
         shape: the shape of the original.
         block_size: how many values share a scale.
         dtype: the dtype of the original, fp32, bf16 or fp16.
@@ -149,6 +149,8 @@ class NF4Tensor:
             nested = -(-blocks // NESTED_BLOCK)
             held.append(("nested_absmax", self.nested_absmax, nested, torch.float32))
             held.append(("offset", self.offset, 1, torch.float32))
+            if self.offset.dim() != 1 and self.offset.numel() == 1:
+                object.__setattr__(self, "offset", self.offset.view(1))
         for name, tensor, count, dtype in held:
             if tensor.device != self.device:
                 raise ValueError(f"{name} is on {tensor.device}, codes on {self.device}")
@@ -258,7 +260,8 @@ class NF4Tensor:
         if "nested_blocksize" in state:
             nested = _entry(tensors, f"{name}.nested_absmax").view(-1)
             _same(tensors, f"{name}.nested_quant_map", dynamic_map(absmax.device))
-            offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=absmax.device)
+            mean = [state["nested_offset"]]
+            offset = torch.tensor(mean, dtype=torch.float32, device=absmax.device)
         if not torch.isfinite(absmax if nested is None else nested).all():
             raise ValueError("its scales hold NaN or infinite values")
         dtype, shape = DTYPES[state["dtype"]], tuple(state["shape"])

@@ -292,7 +292,7 @@ def dequantize_each(packed: Sequence[NF4Tensor], dtype: torch.dtype) -> Tensor:
     n, values = y[0].numel(), 2 * PASSES * BYTES
     if n:
         *_, scale_map, both = packed_arguments(first)
-        addresses = tuple(t.data_ptr() for q in packed for t in packed_arguments(q)[:4])
+        addresses = tuple(dispatch.address(t) for q in packed for t in packed_arguments(q)[:4])
         table = dispatch.address_table(addresses, y.device)
         grid = (-(-n // values), len(packed))
         options = _dequantize_options(

@@ -62,22 +62,22 @@ def _term(term: given.Term, held: list[object]) -> Any:
     """Return the fields of a Term, of which ctypes makes one. What they point at goes to `held`."""
     a, b, turned, factor = term
     if isinstance(b, Tensor):
-        matrix = Matrix(b.data_ptr(), b.stride(0), b.dtype == torch.float32, factor)
+        matrix = Matrix(address(b), b.stride(0), b.dtype == torch.float32, factor)
     else:
         packed = packed_arguments(b)
         held.append(packed)
         matrix = Matrix(None, b.shape[1], PACKED, 1.0, ctypes.addressof(packed))
-    return a.data_ptr(), a.stride(0), a.shape[1], matrix, b.shape[turned], turned
+    return address(a), a.stride(0), a.shape[1], matrix, b.shape[turned], turned
 
 
 def _places(out: Tensor | None, turned: Tensor | None) -> tuple[Any, Any]:
     """Return M and N, and where a Sum goes: pointers, strides, and whether in fp32."""
     if turned is None:
         assert out is not None  # or there is no sum
-        return out.shape, (out.data_ptr(), None, out.stride(0), 0, out.dtype == torch.float32)
+        return out.shape, (address(out), None, out.stride(0), 0, out.dtype == torch.float32)
     N, M = turned.shape
     strides = 0 if out is None else out.stride(0), turned.stride(0)
-    return (M, N), (address(out), turned.data_ptr(), *strides, turned.dtype == torch.float32)
+    return (M, N), (address(out), address(turned), *strides, turned.dtype == torch.float32)
 
 
 def _passed(sums: Sequence[given.Sum], held: list[object]) -> tuple[Any, int]:

@@ -70,5 +70,5 @@ def rotate(
     sign = -1.0 if back else 1.0
     options = (sign, norms.eps, norms.offset) if norms else (sign, 0.0, 0.0)
     llama = norms is not None and norms.casting_mode == "llama"
-    arguments = Rotation(*heads, cos.data_ptr(), sin.data_ptr(), *sizes, llama, *options)
+    arguments = Rotation(*heads, address(cos), address(sin), *sizes, llama, *options)
     run("rope", pair[0].dtype, arguments)
