@@ -1,6 +1,7 @@
 """What a QLoRA step must cost on a GPU, from the launches that it makes. No GPU is needed.
 
     python benchmarks/cost_model.py [--gpu H100] [--tokens 8192] [--rows packed] [--launches]
+        [--shape qwen3.5-4b]
 
 The step of `steps.py` runs on the meta device, and every launch is noted with its operands
 (tests/meta_gpu.py). So the list is the code's own, whatever the code does. A launch takes
@@ -9,7 +10,9 @@ The step of `steps.py` runs on the meta device, and every launch is noted with i
 
 A product of matrices has 2 M N K operations. Attention over documents of t tokens, H heads of D
 each, has sum(t^2) H D for each of its products, as half of the scores are seen: two forward, five
-backward, or seven in kernels of two passes. Each operand is read or written once. Nothing is
+backward, or seven in kernels of two passes. Linear attention has the products of its chunks
+(kernels/ops/delta_net/triton.py), as if those of a document did not wait for each other; with
+--shape the layers are those of shapes.py. Each operand is read or written once. Nothing is
 fitted: rates are data sheets', other people's measurements, or a copy's, a product's and
 attention's that were measured by themselves. Attention's depend on the tokens of a row, and are
 interpolated along their logarithm.
@@ -32,11 +35,14 @@ from unittest import mock
 
 import torch
 from cases import RANK, Setting, Sizes
+from shapes import config_of
 from steps import IGNORE, KINDS, Rows, Step, make_rows, our_step
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
+
+import lorakit as lk
 
 BF16 = 2  # bytes
 NF4 = 0.516  # bytes of a packed value: its code, an 8-bit scale for 64, and their scales
@@ -64,6 +70,8 @@ class GPU:
 
     def rate(self, name: str, tokens: int) -> float:
         """Return the operations per second of a launch in a row of so many tokens."""
+        if name == "tf32":  # half of bf16's, in the data sheets of all of them
+            return self.product / 2
         if name not in self.attention:
             return vars(self)[name]
         step = math.log2(max(tokens, 1) / MEASURED_AT[0])
@@ -141,6 +149,7 @@ class Job:
     checkpointing: bool = False
     kept_layers: int | None = None  # that keep gate and up for backward; None: all
     float8: bool = False  # whether frozen weights are multiplied in float8
+    config: lk.ModelConfig | None = None  # of the model; None: a Llama of the sizes
 
     @property
     def tokens(self) -> int:
@@ -179,12 +188,20 @@ KIND_OF = {
     "adamw": "optimizer", "float8": "casts", "experts": "frozen products",
     "lora_linear/_join": "dequantize", "lora_linear/_strips": "products with A and B",
     "lora_linear/_sums": "products with A and B",
+    "delta_net": "linear attention", "causal_conv": "linear attention",
 }  # fmt: skip
 # Bytes of an optimizer's kernel per value that is trained, which it finds by a table of addresses.
 OF_ADAMW = {"adamw/_squares": 4, "adamw/_decide": 0, "adamw/_update": 28}
 # Products of an attention kernel with the scores.
 FORWARD = "attention/_forward"
 PRODUCTS = {FORWARD: 2, "attention/_dkv": 4, "attention/_dq": 3}
+CHUNK = 32  # tokens, of the delta rule's kernels
+# Products of a kernel of the delta rule, for each token and head of values: how many have dk dv
+# pairs, C dk and C dv. Those of blocks of a chunk, and the inverses, count by their share.
+OF_DELTA_NET = {
+    "_chunks": (0, 0, 0), "_local": (0, 1.75, 0), "_scan": (2, 0, 1), "_back": (3, 0, 2),
+    "_slopes": (3, 2, 2), "_gradients": (3, 3, 0),
+}  # fmt: skip
 # Kernels that read and write in place, or may: how often they move a tensor of their first's size.
 IN_PLACE = {"swiglu/_backward": 6, "swiglu/_added_backward": 6, "cross_entropy/_backward": 2}
 MULTIPLIED = {"mm": 0, "bmm": 0, "_scaled_mm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1}
@@ -214,7 +231,7 @@ class Notes(TorchDispatchMode):
 
     def __init__(self, gpu: Any, job: Job):
         super().__init__()
-        self.gpu, self.job, self.part = gpu, job, ""
+        self.gpu, self.job, self.part, self.trained = gpu, job, "", 0
         self.found: dict[int, Cost] = {}  # by the place of the launch in gpu.launches
 
     def watch(self, stack: ExitStack) -> None:
@@ -261,7 +278,7 @@ class Notes(TorchDispatchMode):
         if name in IN_PLACE:
             moved = IN_PLACE[name] * size(operands[0])
         if package == "adamw":
-            moved = OF_ADAMW[name] * self.job.trained
+            moved = OF_ADAMW[name] * self.trained
         # a forward kernel may run again in the backward pass
         operations, rate = 0.0, "triton_forward" if name == FORWARD else "triton_backward"
         if name in PRODUCTS:
@@ -275,9 +292,25 @@ class Notes(TorchDispatchMode):
             operations, rate = 4.0 * sum(pairs.values()), "product"
         if name == "experts/_rows":  # x [M, K] comes first, y [M, N] before the bounds
             operations, rate = 2.0 * operands[0].numel() * operands[-2].shape[1], "product"
+        if package == "delta_net":
+            operations, rate = self.of_delta_net(name, operands), "tf32"
         kind = KIND_OF.get(name, KIND_OF[package])
         thin = name == "lora_linear/_strips"
         self.add(at, kind, operations, moved, operands[:2], rate=rate, thin=thin)
+
+    def of_delta_net(self, name: str, operands: Sequence[Tensor]) -> float:
+        """Return the operations of a kernel of the delta rule, which begins with q, k and v."""
+        kernel, chunk = name.partition("/")[2], CHUNK
+        deep, keys, values = OF_DELTA_NET[kernel]
+        if kernel == "_chunks":
+            return 0.0
+        q, v = operands[0], operands[2]  # [N, nk, dk] and [N, nv, dv], or the gates [N, nv]
+        dk, dv = q.shape[2], math.prod(v.shape[2:])
+        inverse = 0.0 if kernel != "_local" else chunk**2 / 2
+        if kernel == "_scan" and operands[7].dim() == 3:  # with y
+            deep, values = deep + 1, values + 1
+        each = deep * dk * dv + chunk * (keys * dk + values * dv) + inverse
+        return 2.0 * v.shape[0] * v.shape[1] * each
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         at, kwargs = len(self.gpu.launches), kwargs or {}
@@ -370,9 +403,10 @@ def costs(job: Job) -> list[Cost]:
     """
     with meta_gpu().MetaGPU() as gpu, ExitStack() as stack:
         setting = Setting(torch.device("meta"), torch.bfloat16, job.sizes)
-        options = job.checkpointing, job.kept_layers, job.float8
+        options = job.checkpointing, job.kept_layers, job.float8, job.config
         step = our_step(setting, job.layers, job.rows, "triton", *options)
         notes = Notes(gpu, job)
+        notes.trained = sum(p.numel() for p in step.optimizer.param_groups[0]["params"])
         gpu.clear()
         notes.watch(stack)
         run_parts(step, notes)
@@ -421,8 +455,10 @@ def report(job: Job, gpu: GPU, found: Sequence[Cost]) -> str:
         lines.append(
             f"{kind:26} {len(mine):8} {operations / 1e12:7.2f} {moved / 1e9:7.2f} {ms:8.2f}"
         )
-    floor = floor_ms(job, gpu)
-    return "\n".join([*lines, f"floor {floor:.2f} ms; in all {whole[-1][2] / floor:.2f} times it"])
+    if job.config is None:  # its formula is that of a Llama
+        floor = floor_ms(job, gpu)
+        lines.append(f"floor {floor:.2f} ms; in all {whole[-1][2] / floor:.2f} times it")
+    return "\n".join(lines)
 
 
 def by_launch(found: Sequence[Cost], gpu: GPU) -> str:
@@ -431,6 +467,14 @@ def by_launch(found: Sequence[Cost], gpu: GPU) -> str:
         f"{c.moved / 1e6:9.2f} MB {1e6 * c.seconds(gpu):9.1f} us  {c.shape}  {c.where}"
         for c in found
     )
+
+
+def sizes_of(config: lk.ModelConfig) -> Sizes:
+    return LLAMA_8B._replace(
+        hidden=config.hidden_size, inner=config.intermediate_size, head_dim=config.head_dim,
+        heads=config.num_attention_heads, kv_heads=config.num_key_value_heads,
+        vocabularies=(config.vocab_size,),
+    )  # fmt: skip
 
 
 LLAMA_8B = Sizes(
@@ -454,6 +498,7 @@ def main() -> None:
     parser.add_argument("--gpu", choices=tuple(GPUS), action="append", help="default: H100")
     parser.add_argument("--tokens", type=int, action="append", help="default: 2048 and 8192")
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--shape", choices=("qwen3.5-4b",), help="layers of these widths instead")
     for name in ("hidden", "inner", "heads", "kv_heads", "head_dim"):
         option, default = name.replace("_", "-"), LLAMA_8B._asdict()[name]
         parser.add_argument(f"--{option}", type=int, default=default)
@@ -471,15 +516,19 @@ def main() -> None:
         vocabularies=(args.vocab,), **{k: v for k, v in vars(args).items() if k in Sizes._fields
                                        and k not in ("tokens", "rows")},
     )  # fmt: skip
+    config = None
+    if args.shape:
+        config = lk.ModelConfig.from_hf(config_of(args.shape, args.layers))
+        sizes = sizes_of(config)
     for tokens in args.tokens or (2048, 8192):
-        options = args.checkpointing, args.kept_layers, args.frozen_dtype == "float8"
+        options = args.checkpointing, args.kept_layers, args.frozen_dtype == "float8", config
         job = Job(sizes, args.layers, rows_of(args, tokens), *options)
         found = costs(job)
         for name in args.gpu or ["H100"]:
             gpu = GPUS[name]
             print(
                 f"\n{name}: {tokens} tokens, {job.labels} labels, {len(job.rows)} documents, "
-                f"{args.layers} layers of {args.hidden} and {args.inner}, r = {RANK}\n"
+                f"{args.layers} layers of {sizes.hidden} and {sizes.inner}, r = {RANK}\n"
                 f"({gpu.source})"
             )
             print(by_launch(found, gpu) if args.launches else report(job, gpu, found))

@@ -104,12 +104,13 @@ def make_rows(kind: str, tokens: int, vocabulary: int) -> Rows:
 # ---- lorakit ------------------------------------------------------------------------------------
 
 
-def decoder(s: Setting, layers: int) -> nn.Module:
-    """Return lorakit's, random, packed, with adapters."""
+def decoder(s: Setting, layers: int, config: lk.ModelConfig | None = None) -> nn.Module:
+    """Return lorakit's, random, packed, with adapters; without a config a Llama of the sizes."""
     n = s.sizes
-    config = lk.ModelConfig(
-        "llama", n.vocabularies[0], n.hidden, n.inner, layers, n.heads, n.kv_heads, n.head_dim
-    )
+    if config is None:
+        config = lk.ModelConfig(
+            "llama", n.vocabularies[0], n.hidden, n.inner, layers, n.heads, n.kv_heads, n.head_dim
+        )
     with torch.device("meta"):
         model = lorakit.models.decoder.Decoder(config)
     model = model.to(s.dtype).to_empty(device=s.device).requires_grad_(False)
@@ -139,10 +140,10 @@ def our_loss(s: Setting, model: nn.Module, rows: Rows) -> Callable[[], Tensor]:
 
 def our_step(
     s: Setting, layers: int, rows: Rows, backend: str, checkpointing: bool = False,
-    kept_layers: int | None = None, float8: bool = False,
+    kept_layers: int | None = None, float8: bool = False, config: lk.ModelConfig | None = None,
 ) -> Step:  # fmt: skip
     """kept_layers: how many keep gate and up for backward; None: all."""
-    model = decoder(s, layers)
+    model = decoder(s, layers, config)
     model.gradient_checkpointing = checkpointing
     model.kept_layers = layers if kept_layers is None else kept_layers
     if float8:

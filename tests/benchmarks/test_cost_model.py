@@ -23,7 +23,7 @@ B = 2  # bytes of bf16
 def model():
     """benchmarks/cost_model.py, beside whose files it imports others by name."""
     loaded = []
-    for name in ("cases", "sides", "steps", "cost_model"):
+    for name in ("cases", "shapes", "sides", "steps", "cost_model"):
         spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
@@ -159,6 +159,46 @@ def test_bytes_of_kernels(costs_of):
     for name, each in (("_squares", 4), ("_decide", 0), ("_update", 28)):
         [adamw] = named(costs, f"adamw/{name}")
         assert adamw.moved == each * trained
+
+
+def products_of_a_chunk(C, H, dk, dv):
+    """The products [M, K, N] of a chunk of C tokens and a head of values, by kernel.
+
+    A^-1 is made by two blocks of H rows, each row by row, in a product's place; see
+    kernels/ops/delta_net/__init__.py and triton.py.
+    """
+    forward = [(C, dk, dv), (C, C, dv), (C, dk, dv), (C, C, dv), (dk, C, dv)]  # kS, Xr, qS, mn, k'n
+    again = [forward[0], forward[1], forward[4]]
+    local = [(H, dk, H)] * 3 + [(C, dk, C)] + [(H, H, H)] * 4
+    back = [(C, C, dv), (C, dk, dv), (C, C, dv), (dk, C, dv), (dk, C, dv)]
+    slopes = [(C, dk, C)] * 2 + [(C, dk, dv)] * 3 + [(C, dv, C)] * 2
+    gradients = [(C, dv, dk)] * 3 + [(C, C, dk)] * 3
+    return {
+        "forward": [*local, *forward],
+        "backward": [*local, *again, *back, *slopes, *gradients],
+    }
+
+
+def test_operations_of_linear_attention(model):
+    """The model's width has nothing to do with them."""
+    kernels = importlib.import_module("lorakit.kernels.ops.delta_net.triton")
+    assert model.CHUNK == kernels.C
+    names = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    dims = {"linear_key_head_dim": 64, "linear_value_head_dim": 128}
+    sizes = model.LLAMA_8B._replace(hidden=256, inner=512, heads=2, vocabularies=(1000,))
+    config = lk.ModelConfig(
+        "llama", 1000, 256, 512, 2, 2, 1, 128, linear_layers=[True, False], **names, **dims
+    )
+    job = model.Job(sizes, 2, model.make_rows("dense", 256, 1000), config=config)
+    found = [c for c in model.costs(job) if c.kind == "linear attention"]
+    expected = products_of_a_chunk(32, 16, 64, 128)
+    for part, products in expected.items():
+        each = sum(2 * M * K * N for M, K, N in products)
+        operations = sum(c.operations for c in found if c.part == part)
+        assert operations == 256 // 32 * 4 * each
+    x = 256 * (2 * 2 * 64 + 4 * 128) * B
+    [convolution] = [c for c in named(found, "causal_conv/_forward") if c.part == "forward"]
+    assert 2 * x < convolution.moved < 2.1 * x  # read and written, beside weights and a table
 
 
 def test_bytes_of_tensors(model):

@@ -30,6 +30,11 @@ TABLE = Path(__file__).with_name("launches.csv")
 TOKENS = 2048
 # the most launches of a layer, outside the layers, and of clipping and AdamW
 MOST_OF_A_LAYER, MOST_OUTSIDE, MOST_OF_ADAMW = 61, 30, 3
+# linear attention of Qwen 3.5 4B; one layer of a model has keys, or it is refused
+HEADS = {
+    "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+}  # fmt: skip
 
 
 class Step(NamedTuple):
@@ -46,13 +51,15 @@ def step(
     checkpointing: bool = False,
     micro_batches: int = 1,
     float8: bool = False,
+    linear: bool = False,
 ):
     """One step of rows packed with so many documents; 0: of one dense row."""
     bounds = None
     if documents:
         bounds = torch.linspace(0, TOKENS, documents + 1).to(torch.int32)
     with MetaGPU() as gpu:
-        model = gpu.decoder(layers)
+        fields = {"linear_layers": [True] * (layers - 1) + [False], **HEADS} if linear else {}
+        model = gpu.decoder(layers, **fields)
         model.gradient_checkpointing = checkpointing
         if float8:
             start_float8(model)
@@ -92,20 +99,22 @@ CASES = {
     "packed, 12 documents": {"documents": 12},
     "packed, 12 documents, checkpointing": {"documents": 12, "checkpointing": True},
     "dense, float8": {"float8": True},
+    "linear attention, 12 documents": {"documents": 12, "linear": True},
 }
 
 
 def rows():
-    """The rows of the table."""
+    """The rows of the table; what is outside of layers of two kinds, a model of one kind says."""
     for case, options in CASES.items():
         layer, whole = of_a_layer(**options), step(2, **options)
+        places = ["a layer"] if options.get("linear") else ["a layer", "outside the layers"]
         for part in ("forward", "backward"):
             each, all_ = getattr(layer, part), getattr(whole, part)
             outside = all_ - Counter({name: 2 * n for name, n in each.items()})
-            for place, found in (("a layer", each), ("outside the layers", outside)):
+            for place, found in zip(places, (each, outside), strict=False):
                 for name, n in sorted(found.items()):
                     yield [case, part, place, name, str(n)]
-        for name, n in sorted(whole.optimizer.items()):
+        for name, n in sorted(whole.optimizer.items()) if len(places) > 1 else ():
             yield [case, "optimizer", "all layers", name, str(n)]
 
 
@@ -129,6 +138,17 @@ def test_launches_do_not_depend_on_the_number_of_documents(documents):
     outside = launches[2] + launches[3] - 2 * (launches[0] + launches[1])
     assert outside <= MOST_OUTSIDE
     assert launches[4] <= MOST_OF_ADAMW
+
+
+def test_linear_attention_asks_the_host_for_nothing():
+    """Nor does the number of documents change its launches, but for parts of a backward pass: so
+    many heads at a time as their states have room.
+    """
+    few, many = (step(2, documents, linear=True) for documents in (3, 100))
+    assert few.forward == many.forward
+    assert set(few.backward) == set(many.backward)
+    assert many.gpu.waits == []
+    assert [copy for copy in many.gpu.copies if copy.blocking] == []
 
 
 @pytest.mark.parametrize("documents", [0, 12])
