@@ -6,8 +6,8 @@ which is a fifth of all products of the frozen weights. So a GPU keeps them for 
 its free memory holds beside the rest:
 
     what every block keeps     the inputs of its layers and norms, q, k, v and attention's output;
-                               with linear attention its states at the starts of chunks too, which
-                               the reference keeps, and Triton's kernels compute again
+                               where linear attention runs the reference, its states at the starts
+                               of chunks too; Triton's kernels compute them again
     the head                   logits and hidden states of one chunk
     weights made dense         those of the largest MLP
 """
@@ -17,6 +17,7 @@ import torch
 from lorakit.config.training import MLPActivations
 from lorakit.models.config import ModelConfig
 from lorakit.models.decoder import Decoder
+from lorakit.training.kernel_line import linear_kernels
 
 SHARE = 0.8  # of the free memory that is given away; the rest is for what fragments leave unused
 HEAD_BYTES = 1 << 30
@@ -46,8 +47,9 @@ def fitting_layers(model: Decoder, tokens: int, free: int) -> int:
     """Return for how many blocks `free` bytes have room beside all else that a step needs."""
     config, size = model.config, model.dtype.itemsize
     H, layers = config.hidden_size, range(config.num_hidden_layers)
+    states = any(config.linear_layers) and linear_kernels(model)["delta_net"] == "reference"
     # per layer: inputs of four layers and norms, and what attention keeps
-    per_token = sum(size * 4 * H + _attention_bytes(config, layer, size) for layer in layers)
+    per_token = sum(size * 4 * H + _attention_bytes(config, i, size, states) for i in layers)
     widths = [_inner_width(config, layer) for layer in layers]
     dense_weights = 3 * max(widths) * H * size
     left = SHARE * free - HEAD_BYTES - dense_weights
@@ -59,14 +61,17 @@ def fitting_layers(model: Decoder, tokens: int, free: int) -> int:
     return config.num_hidden_layers
 
 
-def _attention_bytes(config: ModelConfig, layer: int, size: int) -> float:
-    """Return the bytes of a token that attention keeps, whose values have `size` bytes each."""
+def _attention_bytes(config: ModelConfig, layer: int, size: int, states: bool) -> float:
+    """Return the bytes of a token that attention keeps, whose values have `size` bytes each.
+
+    `states` says whether linear attention keeps those at the starts of chunks.
+    """
     if config.is_linear(layer):
         keys = config.linear_num_key_heads * config.linear_key_head_dim
         values = config.linear_num_value_heads * config.linear_value_head_dim
         # q, k and v before and after the convolution; z, the output, its norm, and their product
         kept = 2 * (2 * keys + values) + 4 * values
-        return size * kept + 4 * config.linear_key_head_dim * values / CHUNK
+        return size * kept + states * 4 * config.linear_key_head_dim * values / CHUNK
     queries, keys = config.num_attention_heads, config.layer_kv_heads(layer)
     # q, k, v and the output; with a gate also q beside it, and the product
     heads = 2 * (queries + keys) + (3 * queries if config.attention_gate else 0)

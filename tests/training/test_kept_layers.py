@@ -1,5 +1,7 @@
 """How many blocks keep gate and up, and that it changes no bit."""
 
+from bisect import bisect_left
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 import lorakit as lk
 from lorakit.models.decoder import Decoder
-from lorakit.training.kept_layers import SHARE, fitting_layers, kept_layers
+from lorakit.training.kept_layers import HEAD_BYTES, SHARE, fitting_layers, kept_layers
 from tests.meta_gpu import MetaGPU
 
 pytest.importorskip("triton")
@@ -41,22 +43,35 @@ def test_an_8b_layer_of_2048_tokens(model):
     assert 0 < fitting_layers(model, 8192, 5 << 30) < LAYERS
 
 
-def test_linear_attention_keeps_more_of_a_token_than_attention():
-    """The shapes of Qwen 3.5 4B: its convolution, gate and states beside four heads of keys."""
+def least_memory(linear, dtype):
+    """The MB in which every block of four, in Qwen 3.5 4B's widths, keeps gate and up."""
     shared = {"linear_num_key_heads": 16, "linear_num_value_heads": 32}
     shared |= {"linear_key_head_dim": 128, "linear_value_head_dim": 128, "attention_gate": True}
-    found = []
-    for linear in ([], [True, True, True, False]):
-        config = lk.ModelConfig(
-            "qwen3_5_text", 1000, 2560, 9216, 4, 16, 4, 256, linear_layers=linear, **shared
-        )
+    config = lk.ModelConfig(
+        "qwen3_5_text", 1000, 2560, 9216, 4, 16, 4, 256, linear_layers=linear, **shared
+    )
+    with MetaGPU():
         with torch.device("meta"):
-            model = Decoder(config).to(torch.bfloat16)
-        # the smallest memory in which every block keeps gate and up
-        found.append(
-            next(gb for gb in range(1, 100) if fitting_layers(model, 8192, gb << 30) == LAYERS)
+            model = Decoder(config).to(dtype)
+        return bisect_left(
+            range(1 << 17), LAYERS, key=lambda mb: fitting_layers(model, 8192, mb << 20)
         )
-    assert 0 < found[0] < found[1]
+
+
+def test_linear_attention_keeps_more_of_a_token_than_attention():
+    """Its convolution and gate, beside four heads of keys."""
+    full, mixed = (least_memory(linear, torch.bfloat16) for linear in ([], [True] * 3 + [False]))
+    assert 0 < full < mixed
+
+
+def test_states_of_linear_attention_count_where_they_are_kept():
+    """The reference, which fp32 takes on a GPU, keeps 4 bytes for each of dk dv nv in 64 tokens."""
+    linear = [True] * 3 + [False]
+    half, wide = (least_memory(linear, dtype) for dtype in (torch.bfloat16, torch.float32))
+    states = 3 * 8192 / 64 * 4 * 128 * 128 * 32 / SHARE
+    # the head's space is the same in both; all else is twice as large
+    head = HEAD_BYTES / SHARE
+    assert (wide << 20) - head == pytest.approx(2 * ((half << 20) - head) + states, rel=1e-3)
 
 
 def test_the_choice(model, tiny_dir):
