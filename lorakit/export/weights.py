@@ -68,11 +68,13 @@ def dense_model(model: Decoder | str | Path, adapter: str | Path | None) -> Dens
         return DenseModel(model.config, dict(_tensors(model)), path)
     opened, weights, source = open_model(model)
     if adapter is None:
+        source.log_quantized()
         found = {name: LazyTensor(w.shape, partial(_read, w)) for name, w in weights.items()}
         return DenseModel(opened.config, found, source.path)
     if source.path.suffix == ".gguf" or only_dense(weights) is None:
         opened = load_model(source.path, dtype="float32", device="cpu")
     else:
+        source.log_quantized()
         trained = {text_name(key.removeprefix(PREFIX)) for key in open_files(adapter).tensors}
         for name, weight in weights.items():
             owner, _, leaf = name.rpartition(".")

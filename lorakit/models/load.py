@@ -86,6 +86,7 @@ def load_model(
     model, weights, source = open_model(path_or_hub_id)
     model.to(dtype)
     where = str(source.path)
+    source.log_quantized()
     _make_packed_layers(model, weights, quant, where)
     target = _Target(device, _homes(model) if device.type == "cpu" else {})
     bar = tqdm(
@@ -157,6 +158,7 @@ def open_model(path_or_hub_id: str | Path) -> tuple[Decoder, dict[str, LazyWeigh
     weights: Mapping[str, LazyWeight]
     drafts: dict[str, LazyWeight] = {}
     surroundings = None
+    kinds: Mapping[str, int] = {}
     if path.suffix == ".gguf":
         config, weights = read_gguf(path)
     else:
@@ -164,7 +166,8 @@ def open_model(path_or_hub_id: str | Path) -> tuple[Decoder, dict[str, LazyWeigh
         config = ModelConfig.from_hf(values, str(path / "config.json"))
         said = text_config(values, str(path))[0]
         quantization = said.get("quantization_config")
-        weights = fold_packed(dequantized(_open_weights(path), quantization, str(path)), str(path))
+        weights, kinds = dequantized(_open_weights(path), quantization, str(path))
+        weights = fold_packed(weights, str(path))
         if values["model_type"] in WRAPPERS:
             weights, surroundings = split_text_model(weights, values, str(path))
         else:
@@ -178,7 +181,7 @@ def open_model(path_or_hub_id: str | Path) -> tuple[Decoder, dict[str, LazyWeigh
         unsaid = surroundings is not None and "tie_word_embeddings" not in said
         config = _tied_as_stored(config, weights, path, unsaid)
     model = _empty_model(config, weights, str(path))
-    model.source = Source(path.absolute(), surroundings, drafts)
+    model.source = Source(path.absolute(), surroundings, drafts, kinds)
     return model, _selected(weights, model, str(path)), model.source
 
 

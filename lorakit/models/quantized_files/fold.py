@@ -9,7 +9,6 @@ Every weight is read as it is asked for and is dense then, in fp32. So it can be
 packed to NF4 or int8 while the model is loaded, as any other.
 """
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -21,8 +20,6 @@ from lorakit.config.errors import LorakitError
 from lorakit.files.safetensors import LazyTensor
 from lorakit.models.quantized_files import fp4, fp8, integers
 from lorakit.models.quantized_files.parts import Parts, Read, Said, config_groups
-
-log = logging.getLogger("lorakit")
 
 _IGNORED = (
     *(".activation_scale", ".input_scale", ".input_global_scale", ".input_zero_point"),
@@ -104,7 +101,7 @@ def _formats_of_groups(said: Said) -> list[Any]:
 
 def dequantized(
     tensors: Mapping[str, LazyTensor], quantization: Any, where: str
-) -> dict[str, LazyTensor]:
+) -> tuple[dict[str, LazyTensor], Mapping[str, int]]:
     """Return the tensors of files with each quantized weight as one dense weight.
 
     Args:
@@ -113,13 +110,14 @@ def dequantized(
         where: The files' place, for messages.
 
     Returns:
-        The weights by name, still on disk; quantized ones are read as fp32.
+        The weights by name, still on disk, of which quantized ones are read as fp32; and how many
+        of these there are of each kind, such as "GPTQ (4 bits, groups of 128)".
 
     Raises:
         LorakitError: A quantized weight is not whole, or its tensors do not fit together.
     """
     if quantization is None or quantization["quant_method"] == "bitsandbytes":
-        return dict(tensors)
+        return dict(tensors), {}
     kept = {name: each for name, each in tensors.items() if not name.endswith(_IGNORED)}
     found: dict[str, LazyTensor] = {}
     kinds: Counter[str] = Counter()
@@ -140,9 +138,7 @@ def dequantized(
             found[weight] = dense._replace(read=read, read_at=read_at)
             kinds[kind] += 1
     _check_rest(kept, where)
-    for kind, count in kinds.items():
-        log.warning("lorakit: %s: read %s: %d tensors", where, kind, count)
-    return {**kept, **found}
+    return {**kept, **found}, kinds
 
 
 def _read(read: Callable[..., Tensor], name: str, where: str, *at: int) -> Tensor:

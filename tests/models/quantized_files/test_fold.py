@@ -41,7 +41,7 @@ def parts(case):
 def test_the_tool_that_wrote_a_weight_reads_the_same_bits(case):
     said = CASES[case][1]
     check_method(said["quantization_config"], "here")
-    found = dequantized(parts(case), said["quantization_config"], "here")
+    found, _ = dequantized(parts(case), said["quantization_config"], "here")
     assert list(found) == [f"{case}.weight"]
     dense = found[f"{case}.weight"].read()
     assert dense.dtype == torch.float32
@@ -114,7 +114,7 @@ def test_a_part_that_is_missing_or_of_another_shape_or_dtype_is_named(case):
 def refused(tensors, said, case):
     """Fold tensors, which has to fail in one sentence or leave an odd tensor to the loader."""
     try:
-        found = dequantized(tensors, said, "here")
+        found, _ = dequantized(tensors, said, "here")
     except lk.LorakitError as error:
         assert "\n" not in str(error)
         assert case in str(error)
@@ -126,8 +126,8 @@ def refused(tensors, said, case):
 @pytest.mark.parametrize("case", ["gptqmodel3v1", "gptqmodel4v2"])
 def test_groups_are_equal_where_no_tensor_says_them(case):
     said, whole = CASES[case][1]["quantization_config"], parts(case)
-    expected = dequantized(whole, said, "here")[f"{case}.weight"].read()
+    expected = dequantized(whole, said, "here")[0][f"{case}.weight"].read()
     del whole[f"{case}.g_idx"]
-    assert torch.equal(dequantized(whole, said, "here")[f"{case}.weight"].read(), expected)
+    assert torch.equal(dequantized(whole, said, "here")[0][f"{case}.weight"].read(), expected)
     with pytest.raises(lk.LorakitError, match="g_idx is missing, and None bits do not fit"):
         dequantized(whole, said | {"bits": None}, "here")
