@@ -420,7 +420,7 @@ class NewPositions:
                 tables[rope], masks[kind], reach[kind], None, False, False, scale
             )
         real = None
-        if min(self.new) < T:
+        if any(config.linear_layers) and min(self.new) < T:
             real = torch.arange(T, device=ends.device) < (ends - starts)[:, None]
         linear = AttentionView(tables[0], None, None, None, False, False, None, real)
         layers = range(config.num_hidden_layers)

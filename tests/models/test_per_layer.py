@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 import lorakit as lk
 from lorakit.models.decoder import Decoder
 from lorakit.models.per_layer import host_tables
-from tests.conftest import FAMILY_VARIANTS, GEMMA4_SMALL, tiny
+from tests.conftest import FAMILY_VARIANTS, GEMMA4_LARGE, GEMMA4_SMALL, tiny
 
 NAME = "model.embed_tokens_per_layer.weight"
 
@@ -85,11 +85,19 @@ def test_what_a_model_with_a_table_refuses(small, tmp_path):
     for config in (lk.PromptTuningConfig, lk.PromptEncoderConfig):
         with pytest.raises(lk.LorakitError, match="second embedding .* has nothing for them"):
             lk.attach(model, config(num_virtual_tokens=2))
-    with pytest.raises(lk.LorakitError, match="keys and values of one size for every layer"):
+    with pytest.raises(lk.LorakitError, match="one size for every layer.*; use LoRA$"):
         lk.attach(model, lk.PrefixTuningConfig(num_virtual_tokens=2))
     with pytest.raises(lk.LorakitError, match="'gemma4_text' are not written as GGUF"):
         lk.export_gguf(model, tmp_path / "model.gguf")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_a_table_takes_the_prompt_that_its_refusal_names():
+    model = Decoder(lk.ModelConfig.from_hf(tiny("gemma4_text", **GEMMA4_LARGE).config.to_dict()))
+    with pytest.raises(lk.LorakitError, match="; use LoRA or prompt tuning$"):
+        lk.attach(model, lk.PrefixTuningConfig(num_virtual_tokens=2))
+    lk.attach(model, lk.PromptTuningConfig(num_virtual_tokens=2))
+    assert model(torch.arange(9)[None]).isfinite().all()
 
 
 def test_a_table_of_another_size_is_refused(small, tmp_path):

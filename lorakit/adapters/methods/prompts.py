@@ -403,9 +403,11 @@ class PrefixTuning(PromptMethod[PrefixTuningConfig]):
     def check_model(self, config: ModelConfig) -> None:
         """Raise LorakitError unless all layers have keys and values of one size."""
         if config.num_kv_shared_layers or config.global_head_dim not in (None, config.head_dim):
+            # prompt tuning is refused beside a second embedding
+            other = "LoRA" if config.hidden_size_per_layer_input else "LoRA or prompt tuning"
             raise LorakitError(
                 "attach: a prefix is keys and values of one size for every layer, which layers of "
-                "this model differ in; use LoRA or prompt tuning"
+                f"this model differ in; use {other}"
             )
 
     def heads_and_width(self, model: ModelConfig) -> tuple[int, int]:
