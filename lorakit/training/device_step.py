@@ -95,8 +95,9 @@ class DeviceStep:
         self.optimizer.start()
         for p in self.params:
             if p.grad is not None:
-                moments = self.optimizer.moments(p)
-                rows.append(AdamWRow(self._group_of[p], p, p.grad, *moments))
+                first, second = self.optimizer.moments(p)
+                remainder = self.optimizer.remainder(p)
+                rows.append(AdamWRow(self._group_of[p], p, p.grad, first, second, remainder))
         with _noted():
             return self.clipped(rows, losses)
 
@@ -153,7 +154,8 @@ class HostStep:
             group["lr"] = rate
         grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
         # as torch's clip_grad_norm_, but what is not finite stays as it is, to be named
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        norms = torch._foreach_norm(grads, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(torch.stack(norms))
         values = torch.cat([norm.view(1), losses]).tolist()  # here the host waits for a device
         taken = all(map(math.isfinite, values))
         if taken:

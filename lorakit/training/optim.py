@@ -4,6 +4,9 @@
 `kernels.adamw_step`, or `kernels.adamw_step_8bit`, over all the tensors of a group. Its state is
 resident, beside the parameters, or paged (paged_state.py). The step over paged state takes one page
 after another and gives the same bits.
+
+A parameter in bfloat16 takes the steps of one in fp32. Its state has a third tensor, `remainder`,
+which holds what bfloat16 leaves out (kernels/ops/adamw/remainder.py).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,7 +19,7 @@ from torch import Tensor, nn
 
 from lorakit.config.errors import LorakitError
 from lorakit.kernels import Moment8bit, adamw_step, adamw_step_8bit
-from lorakit.training.paged_state import MOMENTS, PagedState, layout
+from lorakit.training.paged_state import MOMENTS, REMAINDER, PagedState, has_remainder, layout
 from lorakit.training.schedules import learning_rate
 
 __all__ = ["AdamW", "decay_groups", "learning_rate", "loraplus_groups"]
@@ -56,6 +59,9 @@ class AdamW(torch.optim.Optimizer):
     State of 32 bits is fp32 tensors exp_avg and exp_avg_sq beside every parameter, 8 bytes per
     value. State of 8 bits is their codes, uint8 [n], and exp_avg_absmax and exp_avg_sq_absmax, fp32
     [ceil(n / 256)], 2.03 bytes per value. Parameters of fewer than 4096 values keep fp32 state.
+
+    The state of a bfloat16 parameter has `remainder` beside, int16 [n], 2 bytes per value: the
+    parameter and its remainder are the fp32 number that the steps move, so small ones add up.
 
     Paged state lies in pages of 8 MB: in pinned host memory for parameters on a CUDA device, in a
     file that the system removes for parameters on the CPU. As many pages are resident as
@@ -144,9 +150,9 @@ class AdamW(torch.optim.Optimizer):
         """Load what `state_dict` returned.
 
         Each tensor keeps its dtype; torch's method would cast the state to the dtype of its
-        parameter. State of either kind, resident or paged, can be loaded into either. Paged state
-        is given back first, and written page by page from tensors that may be memory-mapped
-        (torch.load(..., mmap=True)).
+        parameter. State of lorakit 0.1.0 has no remainders, which then are 0. State of either kind,
+        resident or paged, can be loaded into either. Paged state is given back first, and written
+        page by page from tensors that may be memory-mapped (torch.load(..., mmap=True)).
 
         Raises LorakitError if the state is not that of AdamW for such parameters. Then nothing has
         changed.
@@ -156,7 +162,7 @@ class AdamW(torch.optim.Optimizer):
         states: dict[Tensor, State] = {}
         for i, p in zip(saved, params, strict=False):  # torch says if they are not as many
             if state_dict["state"].get(i):
-                states[p] = state_dict["state"][i]
+                states[p] = {**_remainder(p), **state_dict["state"][i]}
                 _check_state(i, p, states[p])
         _Plain.load_state_dict(self, {**state_dict, "state": {}})
         if self._paged is None:
@@ -216,6 +222,10 @@ class AdamW(torch.optim.Optimizer):
         """Return the resident state of a parameter, its exp_avg and its exp_avg_sq."""
         return _moments(self.state[p])
 
+    def remainder(self, p: Tensor) -> Tensor | None:
+        """Return what a bfloat16 parameter leaves out, int16 of its shape; None for others."""
+        return self.state[p].get(REMAINDER)
+
     def _start(self, params: list[Tensor], state_bits: int) -> None:
         """Give zero state to those of the parameters that have none."""
         if self._paged is not None:
@@ -251,10 +261,15 @@ def _step_paged(groups: list[tuple[Group, list[Tensor]]], paged: PagedState) -> 
 def _update(group: Group, parts: _Parts) -> None:
     """Take one step of a group over parameters, or parts of them, and their state."""
     options = {name: group[name] for name in ("step", "lr", "betas", "eps", "weight_decay")}
-    rows = list(zip(*parts, strict=True))
-    for in_8bit, op in ((False, adamw_step), (True, adamw_step_8bit)):
-        some = [(p, g, *_moments(state)) for p, g, state in rows if _is_8bit(state) == in_8bit]
-        op(*([row[i] for row in some] for i in range(4)), **options)
+    rows: dict[tuple[bool, bool], list[tuple[Any, ...]]] = {}
+    for p, g, state in zip(*parts, strict=True):
+        kind = _is_8bit(state), REMAINDER in state
+        row = (p, g, *_moments(state), state.get(REMAINDER))
+        rows.setdefault(kind, []).append(row)
+    for (in_8bit, halves), some in rows.items():
+        *lists, remainders = ([row[i] for row in some] for i in range(5))
+        op = adamw_step_8bit if in_8bit else adamw_step
+        op(*lists, remainders=remainders if halves else None, **options)
 
 
 def _moments(state: State) -> tuple[Tensor, Tensor] | tuple[Moment8bit, Moment8bit]:
@@ -273,12 +288,17 @@ def _is_8bit(state: Mapping[str, Tensor]) -> bool:
     return "exp_avg_absmax" in state
 
 
+def _remainder(p: Tensor) -> State:
+    """Return the remainder of a parameter as it is before the first step, if it has one."""
+    return {REMAINDER: torch.zeros_like(p, dtype=torch.int16)} if has_remainder(p) else {}
+
+
 def _check_state(number: int, p: Tensor, state: Mapping[str, Any]) -> None:
     """Raise LorakitError if `state` is not that of AdamW for parameter `p`."""
     in_8bit = _is_8bit(state)
     expected = {
-        name: (dtype, (count,) if in_8bit else tuple(p.shape))
-        for name, (dtype, count) in layout(p.numel(), in_8bit).items()
+        name: (dtype, (count,) if in_8bit and name != REMAINDER else tuple(p.shape))
+        for name, (dtype, count) in layout(p.numel(), in_8bit, has_remainder(p)).items()
     }
     found = {
         name: (t.dtype, tuple(t.shape)) if isinstance(t, Tensor) else t for name, t in state.items()
@@ -300,7 +320,7 @@ def _zero_states(params: list[Tensor], state_bits: int) -> Iterator[State]:
     wide = [p for p, few_bits in zip(params, in_8bit, strict=True) if not few_bits]
     both = [iter(_side_by_side(wide)) for _ in MOMENTS]
     for p, few_bits in zip(params, in_8bit, strict=True):
-        state: State = {}
+        state = _remainder(p)
         for name, tensors in zip(MOMENTS, both, strict=True):
             if few_bits:
                 state[name], state[f"{name}_absmax"] = Moment8bit.zeros(p.numel(), p.device)

@@ -8,6 +8,8 @@ for every value, or for every block, so a piece at a time gives the same bits as
     8-bit piece of n values    exp_avg uint8 [n] | its absmax fp32 [n / 256] | exp_avg_sq | absmax
     32-bit piece               exp_avg fp32 [n] | exp_avg_sq fp32 [n]
 
+A piece of a bfloat16 parameter ends with its remainder, int16 [n].
+
 Only the places of the pieces are kept beside the pages.
 """
 
@@ -33,6 +35,7 @@ from lorakit.training.paging import (
 )
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+REMAINDER = "remainder"  # of bfloat16 parameters
 ALIGNMENT = 64  # bytes; the kernels ask for 16
 
 
@@ -48,43 +51,53 @@ class Piece(NamedTuple):
         return self.start // BLOCK if name.endswith("absmax") else self.start
 
 
-def layout(n: int, in_8bit: bool) -> dict[str, tuple[torch.dtype, int]]:
-    """Return the dtype and the length of each tensor of the state of n values, in their order."""
+def has_remainder(p: Tensor) -> bool:
+    """Return whether the state of a parameter has what its dtype leaves out."""
+    return p.dtype == torch.bfloat16
+
+
+def layout(n: int, in_8bit: bool, halves: bool = False) -> dict[str, tuple[torch.dtype, int]]:
+    """Return the dtype and the length of each tensor of the state of n values, in their order.
+
+    `halves` says that the parameter has a remainder.
+    """
     found = {}
     for name in MOMENTS:
         found[name] = (torch.uint8 if in_8bit else torch.float32, n)
         if in_8bit:
             found[f"{name}_absmax"] = (torch.float32, -(-n // BLOCK))
+    if halves:
+        found[REMAINDER] = (torch.int16, n)
     return found
 
 
-def views(memory: Tensor, n: int, in_8bit: bool) -> dict[str, Tensor]:
+def views(memory: Tensor, n: int, in_8bit: bool, halves: bool = False) -> dict[str, Tensor]:
     """Return the tensors of a piece of n values. `memory`, uint8, begins with the piece."""
     found: dict[str, Tensor] = {}
     at = 0
-    for name, (dtype, count) in layout(n, in_8bit).items():
+    for name, (dtype, count) in layout(n, in_8bit, halves).items():
         nbytes = count * dtype.itemsize
         found[name] = memory[at : at + nbytes].view(dtype)
         at += _aligned(nbytes)
     return found
 
 
-def cut(n: int, in_8bit: bool, position: int, page_bytes: int) -> tuple[list[Piece], int]:
+def cut(
+    n: int, in_8bit: bool, position: int, page_bytes: int, halves: bool = False
+) -> tuple[list[Piece], int]:
     """Return the pieces of n values, side by side from `position` on, and the end of the last."""
     pieces: list[Piece] = []
     start = 0
     while start < n:
         left = page_bytes - position % page_bytes
         count = n - start
-        if _piece_bytes(count, in_8bit) > left:
-            bytes_of_a_block = sum(
-                k * dtype.itemsize for dtype, k in layout(BLOCK, in_8bit).values()
-            )
-            count = left // bytes_of_a_block * BLOCK
-            while _piece_bytes(count, in_8bit) > left:  # aligning the parts takes room too
+        if _piece_bytes(count, in_8bit, halves) > left:
+            of_block = layout(BLOCK, in_8bit, halves).values()
+            count = left // sum(k * dtype.itemsize for dtype, k in of_block) * BLOCK
+            while _piece_bytes(count, in_8bit, halves) > left:  # aligning the parts takes room too
                 count -= BLOCK
         if count:
-            nbytes = _piece_bytes(count, in_8bit)
+            nbytes = _piece_bytes(count, in_8bit, halves)
             pieces.append(Piece(start, start + count, position))
         position += nbytes if count else left
         start += count
@@ -95,8 +108,9 @@ def _aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def _piece_bytes(n: int, in_8bit: bool) -> int:
-    return sum(_aligned(count * dtype.itemsize) for dtype, count in layout(n, in_8bit).values())
+def _piece_bytes(n: int, in_8bit: bool, halves: bool) -> int:
+    tensors = layout(n, in_8bit, halves).values()
+    return sum(_aligned(count * dtype.itemsize) for dtype, count in tensors)
 
 
 class PagedState:
@@ -134,7 +148,8 @@ class PagedState:
                     "paged state needs it to be"
                 )
             end = ends.get(p.device, 0)
-            pieces[p], ends[p.device] = cut(p.numel(), in_8bit, end, self.page_bytes)
+            halves = has_remainder(p)
+            pieces[p], ends[p.device] = cut(p.numel(), in_8bit, end, self.page_bytes, halves)
         for device, end in ends.items():
             self._table(device).grow(end)
         self._ends = ends
@@ -159,7 +174,10 @@ class PagedState:
         The copy is memory-mapped from a file of its own in the directory. The file is gone with the
         last of the tensors.
         """
-        total = sum(_piece_bytes(p.numel(), bits) for p, bits in self._in_8bit.items())
+        total = sum(
+            _piece_bytes(p.numel(), in_8bit, has_remainder(p))
+            for p, in_8bit in self._in_8bit.items()
+        )
         file = scratch_file(self.directory)
         region = mapped(file, 0, max(1, total))
         found: dict[Tensor, dict[str, Tensor]] = {}
@@ -167,11 +185,12 @@ class PagedState:
         at = 0
         for p, in_8bit in self._in_8bit.items():
             found[p], starts[p] = {}, {}
-            for name, (dtype, count) in layout(p.numel(), in_8bit).items():
+            whole = (REMAINDER,) if in_8bit else (*MOMENTS, REMAINDER)  # of the parameter's shape
+            for name, (dtype, count) in layout(p.numel(), in_8bit, has_remainder(p)).items():
                 tensor = torch.empty(0, dtype=dtype, device="cpu")
                 if count:
                     tensor = torch.frombuffer(region, dtype=dtype, count=count, offset=at)
-                found[p][name] = tensor if in_8bit else tensor.view(p.shape)
+                found[p][name] = tensor.view(p.shape) if name in whole else tensor
                 starts[p][name] = at
                 at += _aligned(count * dtype.itemsize)
         memory = torch.empty(self.page_bytes, dtype=torch.uint8, device="cpu")
@@ -207,7 +226,8 @@ class PagedState:
     def _views(self, memory: Tensor, p: Tensor, piece: Piece) -> dict[str, Tensor]:
         """Return the tensors of a piece in the memory of its page."""
         start = piece.position % self.page_bytes
-        return views(memory[start:], piece.stop - piece.start, self._in_8bit[p])
+        n = piece.stop - piece.start
+        return views(memory[start:], n, self._in_8bit[p], has_remainder(p))
 
     def _table(self, device: torch.device) -> PageTable:
         if device not in self._tables:

@@ -32,27 +32,33 @@ def rates(steps):
     return [[lr, 16 * lr] for lr in (1e-2 * (1 + math.cos(i)) for i in range(steps))]
 
 
-def rows(sizes, seed=0, narrow=()):
-    """Rows of both groups by turns; those in `narrow` have 8-bit state."""
+def rows(sizes, seed=0, narrow=(), halves=()):
+    """Rows of both groups by turns; those in `narrow` have 8-bit state, those in `halves` are bf16
+    with a remainder.
+    """
     found = []
     for i, n in enumerate(sizes):
-        p, g = random(seed + i, n), random(seed + 100 + i, n)
+        p, g, remainder = random(seed + i, n), random(seed + 100 + i, n), None
         if i in narrow:
             m, v = (Moment8bit.zeros(n, DEVICE) for _ in range(2))
         else:
             m, v = (torch.zeros(n, device=DEVICE) for _ in range(2))
-        found.append(AdamWRow(i % 2, p, g, m, v))
+        if i in halves:
+            p, g = p.bfloat16(), g.bfloat16()
+            remainder = torch.zeros(n, dtype=torch.int16, device=DEVICE)
+        found.append(AdamWRow(i % 2, p, g, m, v, remainder))
     return found
 
 
 def tensors(row):
-    state = [t for m in row[3:] for t in (m if isinstance(m, Moment8bit) else (m,))]
-    return [row.param, *state]
+    return [t for t in row.tensors if t is not row.grad]
 
 
 def copies(some):
     def copy(x):
-        return Moment8bit(*map(torch.clone, x)) if isinstance(x, Moment8bit) else x.clone()
+        if isinstance(x, Moment8bit):
+            return Moment8bit(*map(torch.clone, x))
+        return None if x is None else x.clone()
 
     return [AdamWRow(row.group, *map(copy, row[1:])) for row in some]
 
@@ -79,7 +85,7 @@ def on_the_host(some, t, lr_of, clip=None):
             (kernels.adamw_step, torch.Tensor),
             (kernels.adamw_step_8bit, Moment8bit),
         ):
-            mine = [r[1:] for r in some if r.group == number and isinstance(r.exp_avg, kind)]
+            mine = [r[1:5] for r in some if r.group == number and isinstance(r.exp_avg, kind)]
             if mine:
                 op(*map(list, zip(*mine, strict=True)), **options)
 
@@ -199,7 +205,7 @@ def test_tensors_that_do_not_fit_take_the_reference():
         AdamWRow(1, random(2, 9)[1:], random(3, 8), *torch.zeros(2, 8)),
         AdamWRow(0, random(4, 30, 40), random(5, 40, 30).t(), *torch.zeros(2, 30, 40)),
     ]
-    odd = [AdamWRow(g, *(t.to(DEVICE) for t in each)) for g, *each in odd]
+    odd = [AdamWRow(g, *(t.to(DEVICE) for t in each[:4])) for g, *each in odd]
     some = [*rows([500]), *odd]
     others = [*copies([some[0]]), *copies(odd)]
     steps = [ClippedAdamW(GROUPS, rates(2), MAX_NORM, DEVICE) for _ in range(2)]

@@ -16,7 +16,7 @@ FOLDERS = sorted(path.name for path in (ROOT / "ops").iterdir() if (path / "__in
 ALLOWED = {"__init__.py", "reference.py", "cpu.py", "cpu.cpp", "triton.py"}
 # What a folder has beside those: the parts that its backends share.
 EXTRA = {
-    "adamw": {"clipped.py", "lists.py", "state.py"},
+    "adamw": {"clipped.py", "remainder.py", "lists.py", "state.py"},
     "attention": {"documents.py", "flash.py", "sinks.py"},
     "cross_entropy": {"linear.py"},
     "decode": {"plan.py", "operands.py", "dots.h"},

@@ -27,6 +27,12 @@ bitsandbytes lets that happen. Here v is rounded up to the lowest level above 0,
 parameter moves too little instead of too far. (The CUDA kernel of bitsandbytes also moves the code
 of a small negative m away from 0, but not that of a positive one; here m has the nearest level.)
 
+Parameters in bfloat16
+----------------------
+A step is too small for the 8 bits of a bf16 number. With `remainders`, int16 tensors beside such
+parameters, the steps are those of fp32 parameters, to the bit (remainder.py). Without them p is
+rounded to its dtype after each step.
+
 A NaN or an infinity in the gradient makes absmax of its block NaN or infinite too: from the next
 step on all 256 parameters of the block are NaN, where fp32 state loses one. (The CUDA kernel of
 bitsandbytes forgets the state of such a parameter, and says nothing.)
@@ -41,6 +47,7 @@ from torch import Tensor
 from ... import dispatch
 from . import reference
 from .lists import AdamWOptions, M, Update, fits, fits_8bit, numbers
+from .remainder import in_fp32
 from .state import Moment8bit
 
 
@@ -55,6 +62,7 @@ def adamw_step(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    remainders: list[Tensor] | None = None,
 ) -> None:
     """Update parameters and their fp32 state in place by one step of AdamW (arXiv:1711.05101).
 
@@ -71,12 +79,15 @@ def adamw_step(
         betas: b1 and b2, the decay rates of m and v.
         eps: what is added to the root of v.
         weight_decay: wd, the share of p that lr times it takes away.
+        remainders: what bf16 parameters leave out of fp32, int16 of their shapes; zeros before
+            step 1. None rounds parameters to their dtype.
     """
     if params:
         options = AdamWOptions(step, lr, betas, eps, weight_decay)
         update = Update(params, grads, exp_avgs, exp_avg_sqs, numbers(options))
-        for backend, part in _by_backend(update, fits):
-            backend.adamw_step(part)
+        for each in [update] if remainders is None else in_fp32(update, remainders):
+            for backend, part in _by_backend(each, fits):
+                backend.adamw_step(part)
 
 
 def adamw_step_8bit(
@@ -90,6 +101,7 @@ def adamw_step_8bit(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    remainders: list[Tensor] | None = None,
 ) -> None:
     """Update parameters and their 8-bit state in place by one step of AdamW (arXiv:2110.02861).
 
@@ -105,6 +117,8 @@ def adamw_step_8bit(
         betas: b1 and b2, the decay rates of m and v.
         eps: what is added to the root of v.
         weight_decay: wd, the share of p that lr times it takes away.
+        remainders: what bf16 parameters leave out of fp32, int16 of their shapes; zeros before
+            step 1. None rounds parameters to their dtype.
 
     Raises:
         RuntimeError: a moment is not as long as its parameter.
@@ -112,8 +126,9 @@ def adamw_step_8bit(
     if params:
         options = AdamWOptions(step, lr, betas, eps, weight_decay)
         update = Update(params, grads, exp_avgs, exp_avg_sqs, numbers(options))
-        for backend, part in _by_backend(update, fits_8bit):
-            backend.adamw_step_8bit(part)
+        for each in [update] if remainders is None else in_fp32(update, remainders):
+            for backend, part in _by_backend(each, fits_8bit):
+                backend.adamw_step_8bit(part)
 
 
 def _by_backend(

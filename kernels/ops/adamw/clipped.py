@@ -59,6 +59,7 @@ class AdamWRow(NamedTuple):
         grad: g, of the same shape.
         exp_avg: m, fp32 of the same shape, or in 8 bits.
         exp_avg_sq: v, likewise.
+        remainder: what p in bfloat16 leaves out, int16 of the same shape; None with other dtypes.
     """
 
     group: int
@@ -66,6 +67,15 @@ class AdamWRow(NamedTuple):
     grad: Tensor
     exp_avg: Tensor | Moment8bit
     exp_avg_sq: Tensor | Moment8bit
+    remainder: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors of the row: p, g, those of m and v, and the remainder."""
+        moments = (self.exp_avg, self.exp_avg_sq)
+        each = [t for m in moments for t in (m if isinstance(m, Moment8bit) else (m,))]
+        remainder = () if self.remainder is None else (self.remainder,)
+        return self.param, self.grad, *each, *remainder
 
 
 class ClippedAdamW:

@@ -68,7 +68,7 @@ def fits(*lists: list[Tensor], alignment: int) -> bool:
     together have one shape.
     """
     device = lists[0][0].device
-    dense = all(_dense(t, torch.float32, device, alignment) for tensors in lists for t in tensors)
+    dense = all(is_dense(t, torch.float32, device, alignment) for tensors in lists for t in tensors)
     return dense and all(len({t.shape for t in group}) == 1 for group in zip(*lists, strict=True))
 
 
@@ -80,16 +80,27 @@ def fits_8bit(
     params and grads are as in `fits`, and the moments as long as they have to be.
     """
     return fits(params, grads, alignment=alignment) and all(
-        moment.codes.numel() == p.numel()
-        and moment.absmax.numel() == -(-p.numel() // BLOCK)
-        and _dense(moment.codes, torch.uint8, p.device, alignment)
-        and _dense(moment.absmax, torch.float32, p.device, alignment)
+        moment_fits(moment, p, alignment)
         for of_all in moments
         for p, moment in zip(params, of_all, strict=True)
     )
 
 
-def _dense(t: Tensor, dtype: torch.dtype, device: torch.device, alignment: int) -> bool:
+def moment_fits(moment: Tensor | Moment8bit, p: Tensor, alignment: int) -> bool:
+    """Return whether the kernels take a moment, of either kind, beside parameter p."""
+    if isinstance(moment, Tensor):
+        same = moment.shape == p.shape
+        return same and is_dense(moment, torch.float32, p.device, alignment)
+    return (
+        moment.codes.numel() == p.numel()
+        and moment.absmax.numel() == -(-p.numel() // BLOCK)
+        and is_dense(moment.codes, torch.uint8, p.device, alignment)
+        and is_dense(moment.absmax, torch.float32, p.device, alignment)
+    )
+
+
+def is_dense(t: Tensor, dtype: torch.dtype, device: torch.device, alignment: int) -> bool:
+    """Return whether a tensor is dense, of this dtype and place, and on so many bytes."""
     aligned = t.is_contiguous() and t.data_ptr() % alignment == 0
     return aligned and t.dtype == dtype and t.device == device
 

@@ -4,7 +4,7 @@ A step whose numbers lie on the device takes one tensor after another too, in pa
 computed in new memory and copied where the step is taken: so nothing has to be known on the host.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,8 @@ from torch import Tensor
 from ..nf4 import ABSMAX_FLOOR
 from .clipped import AdamWRow, ClippedAdamW
 from .lists import Numbers, Update
+from .remainder import PART, joined, parts, put
 from .state import BLOCK, Map, Moment8bit, signed_map, unsigned_map
-
-PART = 1 << 24  # values of a tensor that a step on the device takes at once
 
 
 def adamw_step(update: Update[Tensor]) -> None:
@@ -110,30 +109,18 @@ def take(step: ClippedAdamW, rows: Sequence[AdamWRow]) -> None:
         decay, *_, rate, correction, _, factor, taken = step.numbers[row.group].unbind()
         betas = beta1, 1 - beta1, beta2, 1 - beta2
         numbers = Numbers(decay, *betas, rate, correction, eps)
-        for part in _parts(row):
-            _, p, g, m, v = part
-            new = Update([_copy(p)], [_wide(g) * factor], [_copy(m)], [_copy(v)], numbers)
+        for part in parts(row, PART):
+            _, p, g, m, v, remainder = part
+            x = p.clone() if remainder is None else joined(p, remainder)
+            new = Update([x], [_wide(g) * factor], [_copy(m)], [_copy(v)], numbers)
             (adamw_step_8bit if isinstance(m, Moment8bit) else adamw_step)(new)
-            news = (new.params[0], *_tensors(new.exp_avgs[0]), *_tensors(new.exp_avg_sqs[0]))
-            for old, each in zip((p, *_tensors(m), *_tensors(v)), news, strict=True):
+            moments = (*_tensors(new.exp_avgs[0]), *_tensors(new.exp_avg_sqs[0]))
+            for old, each in zip((*_tensors(m), *_tensors(v)), moments, strict=True):
                 old.copy_(torch.where(taken != 0, each, old))
-
-
-def _parts(row: AdamWRow) -> Iterator[AdamWRow]:
-    """Yield the row in parts that share its memory; as it is, if it is small or has strides."""
-    tensors = (row.param, row.grad, *_tensors(row.exp_avg), *_tensors(row.exp_avg_sq))
-    if row.param.numel() <= PART or not all(t.is_contiguous() for t in tensors):
-        yield row
-        return
-    columns = [row.param.view(-1).split(PART), row.grad.view(-1).split(PART)]
-    for moment in (row.exp_avg, row.exp_avg_sq):
-        if isinstance(moment, Moment8bit):
-            pairs = zip(moment.codes.split(PART), moment.absmax.split(PART // BLOCK), strict=True)
-            columns.append([Moment8bit(*pair) for pair in pairs])
-        else:
-            columns.append(moment.view(-1).split(PART))
-    for parts in zip(*columns, strict=True):
-        yield AdamWRow(row.group, *parts)
+            if remainder is None:
+                p.copy_(torch.where(taken != 0, x, p))
+            else:
+                put(torch.where(taken != 0, x, joined(p, remainder)), p, remainder)
 
 
 def _tensors(moment: Tensor | Moment8bit) -> tuple[Tensor, ...]:

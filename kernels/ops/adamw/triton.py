@@ -3,7 +3,9 @@
 A LoRA adapter is hundreds of tensors of some ten thousand values; a launch for each would take
 longer than the arithmetic. The kernel gets a table of addresses, and a list that says which tensor
 and which piece of it each program updates. With fp32 state 16 bytes are read and 12 written per
-value, once each; with 8-bit state 10 and 6, and 16 more per block of 256.
+value, once each; with 8-bit state 10 and 6, and 16 more per block of 256. Of a parameter in
+bfloat16 the kernel reads and writes both halves (remainder.py), as many bytes as of one in fp32;
+its gradient has 2 bytes.
 
 8-bit state
 -----------
@@ -28,6 +30,7 @@ one rounding. p has the GPU's faster square root and division, off by a few unit
 """
 
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 import triton
@@ -38,7 +41,7 @@ from ... import dispatch
 from ..nf4 import ABSMAX_FLOOR
 from . import reference
 from .clipped import AdamWRow, ClippedAdamW
-from .lists import M, Update, Work, changed, fits, fits_8bit, work
+from .lists import M, Update, Work, changed, is_dense, moment_fits, work
 from .state import BLOCK as BLOCK_8BIT
 from .state import Moment8bit, signed_map, unsigned_map
 
@@ -51,40 +54,72 @@ EXACT = {"enable_fp_fusion": False}
 
 
 @triton.jit
-def _update(TENSORS, PIECES, NUMBERS, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
+def _update(
+    TENSORS, PIECES, NUMBERS, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, HALVES: tl.constexpr
+):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     tensor, piece = tl.load(PIECES + 2 * program), tl.load(PIECES + 2 * program + 1)
-    entry = TENSORS + 6 * tensor
-    numbers = NUMBERS + COLUMNS * tl.load(entry + 5)
+    entry = TENSORS + (6 + HALVES) * tensor
+    numbers = NUMBERS + COLUMNS * tl.load(entry + 5 + HALVES)
     if tl.load(numbers + 9) != 0:
-        _piece(entry, piece, numbers, BLOCK)
+        _piece(entry, piece, numbers, BLOCK, HALVES)
 
 
 @triton.jit
-def _piece(entry, piece, numbers, BLOCK: tl.constexpr):
+def _piece(entry, piece, numbers, BLOCK: tl.constexpr, HALVES: tl.constexpr):
+    P, G, LOW = _addresses(entry, entry + 4, HALVES)
     kind = tl.pointer_type(tl.float32)
-    P = tl.multiple_of(tl.load(entry).to(kind), 16)
-    G = tl.multiple_of(tl.load(entry + 1).to(kind), 16)
     M = tl.multiple_of(tl.load(entry + 2).to(kind), 16)
     V = tl.multiple_of(tl.load(entry + 3).to(kind), 16)
-    n = tl.load(entry + 4)
+    n = tl.load(entry + 4 + HALVES)
     at = piece * BLOCK + tl.arange(0, BLOCK)
     if piece * BLOCK + BLOCK <= n:
-        p, m, v = _adam(
-            tl.load(P + at), tl.load(G + at), tl.load(M + at), tl.load(V + at), numbers
-        )  # fmt: skip
-        tl.store(P + at, p)
-        tl.store(M + at, m)
-        tl.store(V + at, v)
+        _values(P, G, M, V, LOW, at, None, numbers, HALVES)
     else:
-        inside = at < n
-        p, m, v = _adam(
-            tl.load(P + at, mask=inside), tl.load(G + at, mask=inside),
-            tl.load(M + at, mask=inside), tl.load(V + at, mask=inside), numbers,
-        )  # fmt: skip
-        tl.store(P + at, p, mask=inside)
-        tl.store(M + at, m, mask=inside)
-        tl.store(V + at, v, mask=inside)
+        _values(P, G, M, V, LOW, at, at < n, numbers, HALVES)
+
+
+@triton.jit
+def _values(P, G, M, V, LOW, at, inside, numbers, HALVES: tl.constexpr):
+    p, g = _read(P, LOW, at, inside, HALVES), tl.load(G + at, mask=inside).to(tl.float32)
+    m, v = tl.load(M + at, mask=inside), tl.load(V + at, mask=inside)
+    p, m, v = _adam(p, g, m, v, numbers)
+    _write(p, P, LOW, at, inside, HALVES)
+    tl.store(M + at, m, mask=inside)
+    tl.store(V + at, v, mask=inside)
+
+
+@triton.jit
+def _addresses(entry, low, HALVES: tl.constexpr):
+    """The addresses of p, its gradient, and of its remainder, which only two halves have."""
+    if HALVES:
+        i16 = tl.pointer_type(tl.int16)
+        P, LOW = tl.load(entry).to(i16), tl.multiple_of(tl.load(low).to(i16), 16)
+        G = tl.load(entry + 1).to(tl.pointer_type(tl.bfloat16))
+    else:
+        fp32 = tl.pointer_type(tl.float32)
+        P, G = tl.load(entry).to(fp32), tl.load(entry + 1).to(fp32)
+        LOW = P
+    return tl.multiple_of(P, 16), tl.multiple_of(G, 16), LOW
+
+
+@triton.jit
+def _read(P, LOW, at, inside, HALVES: tl.constexpr):
+    """The parameter in fp32, of its two halves or as it is."""
+    p = tl.load(P + at, mask=inside)
+    if HALVES:
+        p = (p.to(tl.int32) << 16) + tl.load(LOW + at, mask=inside).to(tl.int32)
+        p = p.to(tl.float32, bitcast=True)
+    return p
+
+
+@triton.jit
+def _write(p, P, LOW, at, inside, HALVES: tl.constexpr):
+    if HALVES:
+        bits = p.to(tl.int32, bitcast=True)
+        tl.store(LOW + at, bits.to(tl.int16), mask=inside)
+        p = ((bits + 0x8000) >> 16).to(tl.int16)
+    tl.store(P + at, p, mask=inside)
 
 
 @triton.jit
@@ -104,46 +139,49 @@ def _adam(p, g, m, v, numbers):
 def _update_8bit(
     TENSORS, PIECES, NUMBERS, M_LEVELS, M_EDGES, V_LEVELS, V_EDGES,
     floor: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+    HALVES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     tensor, piece = tl.load(PIECES + 2 * program), tl.load(PIECES + 2 * program + 1)
-    entry = TENSORS + 8 * tensor
-    numbers = NUMBERS + COLUMNS * tl.load(entry + 7)
+    entry = TENSORS + (8 + HALVES) * tensor
+    numbers = NUMBERS + COLUMNS * tl.load(entry + 7 + HALVES)
     if tl.load(numbers + 9) != 0:
-        _piece_8bit(entry, piece, numbers, M_LEVELS, M_EDGES, V_LEVELS, V_EDGES, floor, ROWS, BLOCK)
+        _piece_8bit(
+            entry, piece, numbers, M_LEVELS, M_EDGES, V_LEVELS, V_EDGES, floor, ROWS, BLOCK, HALVES
+        )  # fmt: skip
 
 
 @triton.jit
 def _piece_8bit(
     entry, piece, numbers, M_LEVELS, M_EDGES, V_LEVELS, V_EDGES,
-    floor: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    floor: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     fp32 = tl.pointer_type(tl.float32)
     u8 = tl.pointer_type(tl.uint8)
     start = piece * (ROWS * BLOCK)
-    P = tl.multiple_of(tl.load(entry).to(fp32), 16) + start
-    G = tl.multiple_of(tl.load(entry + 1).to(fp32), 16) + start
+    P, G, LOW = _addresses(entry, entry + 6, HALVES)
     M = tl.multiple_of(tl.load(entry + 2).to(u8), 16) + start
     M_ABSMAX = tl.load(entry + 3).to(fp32) + piece * ROWS
     V = tl.multiple_of(tl.load(entry + 4).to(u8), 16) + start
     V_ABSMAX = tl.load(entry + 5).to(fp32) + piece * ROWS
-    left = tl.load(entry + 6) - start
+    left = tl.load(entry + 6 + HALVES) - start
     if left >= ROWS * BLOCK:
         _blocks(
-            P, G, M, M_ABSMAX, V, V_ABSMAX, M_LEVELS, M_EDGES, V_LEVELS, V_EDGES, left,
-            numbers, floor, True, ROWS, BLOCK,
+            P + start, G + start, LOW + start, M, M_ABSMAX, V, V_ABSMAX, M_LEVELS, M_EDGES,
+            V_LEVELS, V_EDGES, left, numbers, floor, True, ROWS, BLOCK, HALVES,
         )  # fmt: skip
     else:
         _blocks(
-            P, G, M, M_ABSMAX, V, V_ABSMAX, M_LEVELS, M_EDGES, V_LEVELS, V_EDGES, left.to(tl.int32),
-            numbers, floor, False, ROWS, BLOCK,
+            P + start, G + start, LOW + start, M, M_ABSMAX, V, V_ABSMAX, M_LEVELS, M_EDGES,
+            V_LEVELS, V_EDGES, left.to(tl.int32), numbers, floor, False, ROWS, BLOCK, HALVES,
         )  # fmt: skip
 
 
 @triton.jit
 def _blocks(
-    P, G, M, M_ABSMAX, V, V_ABSMAX, M_LEVELS, M_EDGES, V_LEVELS, V_EDGES, left, numbers,
+    P, G, LOW, M, M_ABSMAX, V, V_ABSMAX, M_LEVELS, M_EDGES, V_LEVELS, V_EDGES, left, numbers,
     floor: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    HALVES: tl.constexpr,
 ):  # fmt: skip
     row = tl.arange(0, ROWS)[:, None]
     low = row * BLOCK + tl.arange(0, BLOCK // 2)[None, :]
@@ -153,10 +191,12 @@ def _blocks(
     else:
         of_row, of_low, of_high = row * BLOCK < left, low < left, high < left
     m_absmax, v_absmax = tl.load(M_ABSMAX + row, mask=of_row), tl.load(V_ABSMAX + row, mask=of_row)
-    m_low, v_low = _half(P, G, M, V, low, of_low, m_absmax, v_absmax, M_LEVELS, V_LEVELS, numbers)
+    m_low, v_low = _half(
+        P, G, LOW, M, V, low, of_low, m_absmax, v_absmax, M_LEVELS, V_LEVELS, numbers, HALVES
+    )  # fmt: skip
     m_high, v_high = _half(
-        P, G, M, V, high, of_high, m_absmax, v_absmax, M_LEVELS, V_LEVELS, numbers
-    )
+        P, G, LOW, M, V, high, of_high, m_absmax, v_absmax, M_LEVELS, V_LEVELS, numbers, HALVES
+    )  # fmt: skip
     m_absmax, v_absmax = _absmax(m_low, m_high), _absmax(v_low, v_high)
     over_m, over_v = _over(m_absmax, floor), _over(v_absmax, floor)
     tl.store(M + low, _code(m_low * over_m, M_EDGES, True), mask=of_low)
@@ -168,17 +208,21 @@ def _blocks(
 
 
 @triton.jit
-def _half(P, G, M, V, at, inside, m_absmax, v_absmax, M_LEVELS, V_LEVELS, numbers):
+def _half(
+    P, G, LOW, M, V, at, inside, m_absmax, v_absmax, M_LEVELS, V_LEVELS, numbers,
+    HALVES: tl.constexpr,
+):  # fmt: skip
     """Update p; the new m and v."""
+    p = _read(P, LOW, at, inside, HALVES)
     if inside is None:
-        p, g, m, v = tl.load(P + at), tl.load(G + at), tl.load(M + at), tl.load(V + at)
+        g, m, v = tl.load(G + at), tl.load(M + at), tl.load(V + at)
     else:  # 0 for what is not there, which raises no absmax
-        p, g = tl.load(P + at, mask=inside, other=0.0), tl.load(G + at, mask=inside, other=0.0)
+        g = tl.load(G + at, mask=inside, other=0.0)
         m, v = tl.load(M + at, mask=inside, other=127), tl.load(V + at, mask=inside, other=0)
     m = tl.load(M_LEVELS + m.to(tl.int32)) * m_absmax
     v = tl.load(V_LEVELS + v.to(tl.int32)) * v_absmax
-    p, m, v = _adam(p, g, m, v, numbers)
-    tl.store(P + at, p, mask=inside)
+    p, m, v = _adam(p, g.to(tl.float32), m, v, numbers)
+    _write(p, P, LOW, at, inside, HALVES)
     return m, v
 
 
@@ -213,23 +257,34 @@ def _code(x, EDGES, SIGNED: tl.constexpr):
 
 @triton.jit
 def _squares(TENSORS, PIECES, SUMS, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
-    """SUMS: of the squares of each piece of a gradient, which is so many blocks."""
+    """SUMS: of the squares of each piece of a gradient, fp32 or bf16, which is so many blocks."""
     program = tl.program_id(0).to(tl.int64)
     tensor, piece = tl.load(PIECES + 2 * program), tl.load(PIECES + 2 * program + 1)
-    G = tl.multiple_of(tl.load(TENSORS + 2 * tensor).to(tl.pointer_type(tl.float32)), 16)
-    n = tl.load(TENSORS + 2 * tensor + 1)
+    address, n = tl.load(TENSORS + 3 * tensor), tl.load(TENSORS + 3 * tensor + 1)
     start = piece * (BLOCK * BLOCKS)
+    if tl.load(TENSORS + 3 * tensor + 2) == 0:
+        total = _sum_of_squares(address, tl.float32, start, n, BLOCK, BLOCKS)
+    else:
+        total = _sum_of_squares(address, tl.bfloat16, start, n, BLOCK, BLOCKS)
+    tl.store(SUMS + program, total)
+
+
+@triton.jit
+def _sum_of_squares(
+    address, dtype: tl.constexpr, start, n, BLOCK: tl.constexpr, BLOCKS: tl.constexpr
+):
+    G = tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
     sums = tl.zeros([BLOCK], tl.float32)
     if start + BLOCK * BLOCKS <= n:
         for i in tl.static_range(BLOCKS):
-            g = tl.load(G + start + i * BLOCK + tl.arange(0, BLOCK))
+            g = tl.load(G + start + i * BLOCK + tl.arange(0, BLOCK)).to(tl.float32)
             sums += g * g
     else:
         for i in range(BLOCKS):
             at = start + i * BLOCK + tl.arange(0, BLOCK)
-            g = tl.load(G + at, mask=at < n, other=0.0)
+            g = tl.load(G + at, mask=at < n, other=0.0).to(tl.float32)
             sums += g * g
-    tl.store(SUMS + program, tl.sum(sums))
+    return tl.sum(sums)
 
 
 @triton.jit
@@ -303,44 +358,50 @@ def _uploaded(update: Update[M]) -> Tensor:
     return dispatch.sent(numbers, update.params[0].device)
 
 
-def _launch_update(done: Work, numbers: Tensor) -> None:
+def _launch_update(done: Work, numbers: Tensor, halves: bool = False) -> None:
     if len(done.pieces):
         dispatch.launch(
             _update, (len(done.pieces),), done.tensors, done.pieces, numbers, BLOCK, COLUMNS,
-            num_warps=THREADS // dispatch.lanes(),
+            int(halves), num_warps=THREADS // dispatch.lanes(),
         )  # fmt: skip
 
 
-def _launch_update_8bit(done: Work, numbers: Tensor) -> None:
+def _launch_update_8bit(done: Work, numbers: Tensor, halves: bool = False) -> None:
     device = done.tensors.device
     if len(done.pieces):
         dispatch.launch(
             _update_8bit, (len(done.pieces),), done.tensors, done.pieces, numbers,
             *signed_map(device), *unsigned_map(device), ABSMAX_FLOOR, ROWS, BLOCK_8BIT, COLUMNS,
-            num_warps=THREADS // dispatch.lanes(), **EXACT,
+            int(halves), num_warps=THREADS // dispatch.lanes(), **EXACT,
         )  # fmt: skip
 
 
 def clipped_step(step: ClippedAdamW, rows: Sequence[AdamWRow], losses: Tensor) -> Tensor:
-    """Take a step in three launches, four with 8-bit state; return what is told of it (clipped.py).
+    """Take a step in three launches, up to three more with several kinds of parameters and state.
 
-    The reference updates the tensors that do not fit (lists.py).
+    Return what is told of it (clipped.py). The reference updates the tensors that do not fit
+    (lists.py).
     """
     ours = [_fits(row) for row in rows]
     told = _decided(step, rows, ours, losses)
     taken = [row for row, fit in zip(rows, ours, strict=True) if fit]
-    wide = [row for row in taken if not isinstance(row.exp_avg, Moment8bit)]
-    narrow = [row for row in taken if isinstance(row.exp_avg, Moment8bit)]
-    for name, part, launch, values in (
-        ("wide", wide, _launch_update, BLOCK),
-        ("narrow", narrow, _launch_update_8bit, ROWS * BLOCK_8BIT),
-    ):
+    for in_8bit, halves in product((False, True), repeat=2):
+        part = [
+            row
+            for row in taken
+            if isinstance(row.exp_avg, Moment8bit) == in_8bit
+            and (row.remainder is not None) == halves
+        ]
         if part:
-            groups = [_tensors(row) for row in part]
+            name = f"8-bit state {in_8bit}, halves {halves}"
+            values, launch = BLOCK, _launch_update
+            if in_8bit:
+                values, launch = ROWS * BLOCK_8BIT, _launch_update_8bit
+            groups = [row.tensors for row in part]
             numbered = [row.group for row in part]
             done = work(groups, values, numbered=numbered, before=step.work.get(name))
             step.work[name] = done
-            launch(done, step.numbers)
+            launch(done, step.numbers, halves)
             torch.autograd.graph.increment_version([t for p, _, *s in groups for t in (p, *s)])
     reference.take(step, [row for row, fit in zip(rows, ours, strict=True) if not fit])
     return told
@@ -350,12 +411,15 @@ def _decided(
     step: ClippedAdamW, rows: Sequence[AdamWRow], ours: Sequence[bool], losses: Tensor
 ) -> Tensor:
     """Launch the squares and what follows from them."""
-    # a gradient of another dtype or with strides is copied for its squares
+    # a gradient of another dtype or with strides is copied for its squares; numbers say which are
+    # in bfloat16
     grads = [
         row.grad if fit else row.grad.to(torch.float32, copy=True).contiguous()
         for row, fit in zip(rows, ours, strict=True)
     ]
-    done = work([(g,) for g in grads], BLOCK * BLOCKS, before=step.work.get("squares"))
+    numbered = [int(g.dtype == torch.bfloat16) for g in grads]
+    before = step.work.get("squares")
+    done = work([(g,) for g in grads], BLOCK * BLOCKS, numbered=numbered, before=before)
     step.work["squares"] = done
     count, (steps, groups, _) = len(done.pieces), step.by_step.shape
     sums = torch.empty(count, dtype=torch.float32, device=losses.device)
@@ -376,14 +440,10 @@ def _decided(
 
 def _fits(row: AdamWRow) -> bool:
     """Return whether the kernels take the tensors of a row."""
-    _, p, g, m, v = row
-    if isinstance(m, Moment8bit) and isinstance(v, Moment8bit):
-        return fits_8bit([p], [g], [m], [v], alignment=ALIGNMENT)
-    return fits([p], [g], [m], [v], alignment=ALIGNMENT)
-
-
-def _tensors(row: AdamWRow) -> tuple[Tensor, ...]:
-    """Return the tensors of a row as the kernels want their addresses."""
-    moments = (row.exp_avg, row.exp_avg_sq)
-    each = [t for m in moments for t in (m if isinstance(m, Moment8bit) else (m,))]
-    return row.param, row.grad, *each
+    _, p, g, m, v, remainder = row
+    halves = remainder is not None
+    kind = torch.bfloat16 if halves else torch.float32
+    own = [(p, kind), (g, kind), *([(remainder, torch.int16)] if halves else [])]
+    return all(
+        is_dense(t, dtype, p.device, ALIGNMENT) and t.shape == p.shape for t, dtype in own
+    ) and all(moment_fits(moment, p, ALIGNMENT) for moment in (m, v))
