@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 # public name -> the module of lorakit that defines it
 _HOME = {
     "AdaLoraConfig": "adapters.methods.adalora",
+    "Card": "training.memory_plan.cards",
     "Drift": "adapters.merge",
     "Engine": "inference.engine",
     "Event": "inference.request",
@@ -59,6 +60,7 @@ _HOME = {
     "export_mlx": "export.mlx",
     "export_ollama": "export.ollama",
     "fetch_adapter": "files.hub",
+    "find_card": "training.memory_plan.cards",
     "generate": "inference.generate",
     "generate_batch": "inference.generate",
     "import_mlx": "export.mlx",

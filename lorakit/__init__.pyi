@@ -85,6 +85,8 @@ from lorakit.training.losses.preference import orpo_loss as orpo_loss
 from lorakit.training.losses.preference import pair_losses as pair_losses
 from lorakit.training.losses.reference import Reference as Reference
 from lorakit.training.memory import tune_allocator as tune_allocator
+from lorakit.training.memory_plan.cards import Card as Card
+from lorakit.training.memory_plan.cards import find_card as find_card
 from lorakit.training.profile import profile_training as profile_training
 from lorakit.training.train import train as train
 

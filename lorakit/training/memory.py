@@ -1,4 +1,4 @@
-"""The memory that a run has used, and the memory that the C library keeps for it."""
+"""The memory that a run has used, what the C library keeps for it, and sizes as text."""
 
 import ctypes
 import platform
@@ -7,7 +7,9 @@ import sys
 
 import torch
 
-__all__ = ["peak_memory_mb", "tune_allocator"]
+from lorakit.training.units import format_bytes, parse_bytes
+
+__all__ = ["format_bytes", "parse_bytes", "peak_memory_mb", "tune_allocator"]
 
 # Settings of mallopt, from glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
