@@ -14,6 +14,7 @@ from lorakit.data.encode import Example, PairExample
 from lorakit.data.examples import Examples, encode_rows
 from lorakit.data.rows import RowSource
 from lorakit.evaluation.score import check_rows, score_rows
+from lorakit.evaluation.share import ALL, Share
 from lorakit.models.decoder import Decoder
 from lorakit.models.tokenizer import Tokenizer
 
@@ -96,8 +97,13 @@ def encode_for(
     return examples
 
 
-def text_loss(model: Decoder, examples: Examples, batch_size: int) -> dict[str, float]:
-    """Return the mean loss of examples over their label tokens, as `evaluate` does."""
+def text_loss(
+    model: Decoder, examples: Examples, batch_size: int, share: Share = ALL
+) -> dict[str, float]:
+    """Return the mean loss of examples over their label tokens, as `evaluate` does.
+
+    Every process returns it, and computes its `share` of the batches.
+    """
 
     def summed_loss(batch: Sequence[Example | PairExample]) -> tuple[Tensor, Tensor]:
         rows = [example.answers[0] for example in batch]
@@ -105,7 +111,7 @@ def text_loss(model: Decoder, examples: Examples, batch_size: int) -> dict[str, 
         mask = real_tokens(rows).to(model.device) if model.config.by_length else None
         return model.loss(ids.to(model.device), labels, attention_mask=mask)
 
-    total, count = summed_over(model, examples, batch_size, summed_loss)
+    total, count = summed_over(model, examples, batch_size, summed_loss, share)
     mean = total / count
     return {
         "loss": mean,
@@ -121,20 +127,25 @@ def summed_over(
     examples: Examples,
     batch_size: int,
     summed_loss: Callable[[Sequence[Example | PairExample]], tuple[Tensor, Tensor]],
+    share: Share = ALL,
 ) -> tuple[float, int]:
     """Return the sums of both results of `summed_loss` over batches of examples of like length.
 
-    The model is in evaluation mode meanwhile, and back in its mode afterwards.
+    A process computes its `share` of the batches, and all add all results in the same order. The
+    model is in evaluation mode meanwhile, and back in its mode afterwards.
     """
-    total, count = 0.0, 0
+    found = list[tuple[float, int]]()
     ordered = sorted(range(len(examples)), key=examples.lengths.__getitem__)
-    starts = range(0, len(ordered), batch_size)
+    starts = share.of(range(0, len(ordered), batch_size))
     was_training = model.training
     model.eval()
     try:
         for start in tqdm(starts, desc="evaluating", unit="batch", disable=None, leave=False):
             loss, n = summed_loss([examples[i] for i in ordered[start : start + batch_size]])
-            total, count = total + loss.item(), count + int(n.item())
+            found.append((loss.item(), int(n.item())))
     finally:
         model.train(was_training)
+    total, count = 0.0, 0
+    for each, n_labels in share.collect(found):
+        total, count = total + each, count + n_labels
     return total, count

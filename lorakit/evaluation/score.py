@@ -13,6 +13,7 @@ from lorakit.data.encode import TODAY
 from lorakit.data.instructions import as_chat_or_pair
 from lorakit.data.schemas import Chat, Choice, Instruction, Row, Text
 from lorakit.evaluation.metrics import score
+from lorakit.evaluation.share import ALL, Share
 from lorakit.inference.generate import generate_batch
 from lorakit.models.chat_template import Messages
 from lorakit.models.decoder import Decoder
@@ -20,11 +21,17 @@ from lorakit.models.tokenizer import Tokenizer
 
 
 def score_rows(
-    model: Decoder, tok: Tokenizer, rows: Sequence[Row], metrics: Sequence[str], batch_size: int
+    model: Decoder,
+    tok: Tokenizer,
+    rows: Sequence[Row],
+    metrics: Sequence[str],
+    batch_size: int,
+    share: Share = ALL,
 ) -> dict[str, float]:
     """Return metrics by name (see metrics.py) of greedy completions of rows.
 
-    `batch_size` rows are completed at a time. They are rows that `check_rows` has accepted.
+    `batch_size` rows are completed at a time. They are rows that `check_rows` has accepted. A
+    process completes its `share` of them, and every process returns the scores of all.
     """
     if not metrics:
         return {}
@@ -33,12 +40,12 @@ def score_rows(
     predictions = generate_batch(
         model,
         tok,
-        [_prompt_ids(tok, prompt) for prompt, _ in asked],
+        [_prompt_ids(tok, prompt) for prompt, _ in share.of(asked)],
         max_new_tokens=1 + max(_length(tok, reference) for reference in references),
         batch_size=batch_size,
         progress=True,
     )
-    return score(predictions, references, metrics)
+    return score(share.collect(predictions), references, metrics)
 
 
 def check_rows(model: Decoder, tok: Tokenizer, rows: Sequence[Row], metrics: Sequence[str]) -> None:

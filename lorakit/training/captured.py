@@ -21,8 +21,7 @@ A step that is not recorded computes the same bits by the same code. So a run go
 a recording fails.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -39,6 +38,7 @@ from lorakit.models.hooks import has_hooks, has_own_forward
 from lorakit.models.mlp import Experts
 from lorakit.models.per_layer import host_tables
 from lorakit.models.views import PackedRow
+from lorakit.training.draws import drawing_from
 from lorakit.training.kernel_line import linear_kernels
 
 Function = Callable[[], Tensor | None]
@@ -262,7 +262,8 @@ class CapturedStep:
     def _micro_batch(self, kind: Kind) -> Tensor | None:
         """Compute loss and gradients, and after the last micro-batch of a step the update."""
         config, inputs = self.config, self.inputs
-        with _drawing_from(config.seed):
+        # each layer's dropout gets the same number in every step, as a graph has it
+        with drawing_from(config.seed):
             loss = self.model.packed_loss(
                 inputs.row(kind.rows),
                 label_smoothing=config.label_smoothing_factor,
@@ -290,20 +291,6 @@ class CapturedStep:
             used = [i for i, grad in enumerate(grads) if grad is not None]
             self.params = [self.params[i] for i in used]
             self.grads = [self.grads[i] for i in used]
-
-
-@contextmanager
-def _drawing_from(seed: int) -> Iterator[None]:
-    """Let the generator of host memory start from `seed`; afterwards it goes on as it was.
-
-    It gives each layer's dropout its number: the same one in every step, as a graph has it.
-    """
-    before = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the devices' too
-    try:
-        yield
-    finally:
-        torch.set_rng_state(before)
 
 
 def low_rank_parts(layers: Mapping[str, Attached]) -> list[LowRankPart]:

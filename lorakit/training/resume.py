@@ -132,7 +132,7 @@ def resume_from(
     same: Mapping[str, Any],
     order: Order,
 ) -> Progress:
-    """Set model, optimizer and random state as they were, and return how far the run had come.
+    """Set model and optimizer as they were, and return how far the run had come.
 
     Raises LorakitError if this run cannot go on from the checkpoint, or it is damaged.
     """
@@ -154,7 +154,7 @@ def resume_from(
         raise LorakitError(
             f"train: resume: {checkpoint.path} is of another version of lorakit ({error})"
         ) from None
-    run_state.restore(checkpoint, values, model, optimizer, model.device)
+    run_state.restore(checkpoint, values, model, optimizer)
     say(f"resumed from {checkpoint.path}")
     return progress
 

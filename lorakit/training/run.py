@@ -91,7 +91,7 @@ class Run:
         self.output_dir = as_path(config.output_dir)
         self.publisher = Publisher(self.output_dir, model, config, base_model)
         checkpoint = checkpoint_to_resume(self.output_dir, config)
-        torch.manual_seed(config.seed)  # dropout
+        torch.manual_seed(config.seed)  # of what starts an adapter
         started = start_adapter(model, lambda: _padded_batches(model, examples, config))
         if started is not None:
             say(str(started))
@@ -222,7 +222,6 @@ class Run:
         values: dict[str, Any] = {"progress": asdict(self.progress), "same": self.same}
         try:
             tensors = run_state.trained_tensors(self.model)
-            tensors |= run_state.random_tensors(self.model.device)
             tensors |= run_state.optimizer_tensors(optimizer)  # paged state takes disk for it
             values["groups"] = run_state.group_values(optimizer)
             if self.reference is not None:

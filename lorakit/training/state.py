@@ -2,15 +2,15 @@
 
     output_dir/checkpoint-40/
         adapter_model.safetensors, adapter_config.json     the adapter, as `save_adapter` writes it
-        state.safetensors       every trained tensor as it is, the optimizer's state, random state,
-                                and the reference of DPO
+        state.safetensors       every trained tensor as it is, the optimizer's state, and the
+                                reference of DPO
         state.json              the step, counts, evaluations, and what a resumed run must share
 
 A checkpoint is whole or absent: it is written under another name, flushed to the disk, and renamed.
 A run that is killed at any moment leaves the earlier checkpoints, and at most a directory with a
 name that starts with a dot, which the next run removes. A full disk leaves the earlier checkpoints
 too. The place of a run in its data follows from the step alone, since seed and epoch decide the
-order of the rows.
+order of the rows. So do its random numbers: seed and micro-batch decide what is drawn (draws.py).
 """
 
 import fcntl
@@ -173,14 +173,6 @@ def reference_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"reference.{name}": tensor for name, tensor in tensors.items()}
 
 
-def random_tensors(device: torch.device) -> dict[str, Tensor]:
-    """Return the state of torch's random generators, on the CPU and on a CUDA device."""
-    found = {"random.cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        found["random.cuda"] = torch.cuda.get_rng_state(device)
-    return found
-
-
 def read_values(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return what state.json holds: progress, same and groups.
 
@@ -199,9 +191,8 @@ def restore(
     values: Mapping[str, Any],
     module: nn.Module,
     optimizer: AdamW,
-    device: torch.device,
 ) -> None:
-    """Set adapter, optimizer and random state as they were.
+    """Set adapter and optimizer as they were.
 
     The optimizer takes the number of its steps from the checkpoint, and keeps its other settings.
 
@@ -211,9 +202,6 @@ def restore(
     restore_adapter(checkpoint.path, tensors, module)
     try:
         _restore_optimizer(optimizer, tensors, values["groups"])
-        torch.set_rng_state(tensors["random.cpu"].read().clone())
-        if device.type == "cuda" and "random.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random.cuda"].read().clone(), device)
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise LorakitError(
             f"{checkpoint.path} is damaged ({type(error).__name__}: {error}); remove it"

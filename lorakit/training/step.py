@@ -18,6 +18,7 @@ from lorakit.data.examples import Examples
 from lorakit.models.decoder import Decoder
 from lorakit.models.mlp import Experts
 from lorakit.training.captured import CapturedStep, HostRow
+from lorakit.training.draws import drawing_from, seed_of
 from lorakit.training.losses.batch import Batch, collated, summed_loss
 from lorakit.training.losses.reference import Reference
 
@@ -101,9 +102,11 @@ def backward(
     Nothing waits for the device: the summed losses are returned as they are, each fp32 [].
     """
     losses = []
-    for batch in step.batches:
-        loss, _ = summed_loss(model, batch, config, reference)
-        (loss / step.count).backward()
+    first = (step.number - 1) * config.gradient_accumulation_steps
+    for i, batch in enumerate(step.batches):
+        with drawing_from(seed_of(config.seed, first + i), model.device):
+            loss, _ = summed_loss(model, batch, config, reference)
+            (loss / step.count).backward()
         losses.append(loss.detach())
     return losses
 
