@@ -41,47 +41,79 @@ def fuse_experts(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors and the config of an adapter with its experts fused.
 
-    Raises LorakitError if `model` has no experts, none of them is adapted, they differ in rank or
-    alpha, or use DoRA.
+    Raises LorakitError if `model` has no experts, or those adapted differ in rank or alpha, or use
+    DoRA.
     """
     if not isinstance(model, Decoder) or not model.config.num_experts:
         raise LorakitError("save_adapter: fused_experts, but the model has no experts")
     block, *leaves = model.config.moe_names
     single = re.compile(rf".*{experts_place(block)}\.\d+\.({'|'.join(leaves)})")
-    fused_experts = fused_place(block).removeprefix(".")
     heads = adapted_heads(model)  # their tensors are those of the embedding
     adapted_layers = [place for place in _adapted(tensors) if place not in heads]
     places = [place for place in adapted_layers if not single.fullmatch(place)]
     experts = [place for place in adapted_layers if single.fullmatch(place)]
     config = LoraConfig(**{key: values[key] for key in _RANKS if key in values})
     kinds = {(config.rank(place), config.alpha(place)) for place in experts}
-    if len(kinds) != 1 or values.get("use_dora"):
+    if len(kinds) > 1 or values.get("use_dora"):
         raise LorakitError(
-            "save_adapter: fused_experts needs adapted experts, all of one rank and alpha, and no "
+            "save_adapter: fused_experts needs experts that are all of one rank and alpha, and no "
             "use_dora"
         )
-    ((r, alpha),) = kinds
-    gate, _, down = leaves
-    adapted = {place.rpartition(".")[2] for place in experts}
-    parameters: list[str] = []
-    ranks = {place: config.rank(place) for place in places if config.rank(place) != config.r}
-    alphas = {p: config.alpha(p) for p in places if config.alpha(p) != config.lora_alpha}
-    if gate in adapted:
-        parameters.append(f"{fused_experts}.gate_up_proj")
-        ranks["experts.gate_up_proj"] = 2 * r
-        alphas["experts.gate_up_proj"] = (math.sqrt(2) if config.use_rslora else 2) * alpha
-    if down in adapted:
-        parameters.append(f"{fused_experts}.down_proj")
-        ranks["experts.down_proj"] = r
-        alphas["experts.down_proj"] = alpha
+    alike = {place for place in places if _taken_for_experts(place, model)}
+    ranks, alphas = dict[str, int](), dict[str, float]()
+    for place in places:
+        name = f"{place}.weight" if place in alike else place
+        if config.rank(place) != config.r:
+            ranks[name] = config.rank(place)
+        if config.alpha(place) != config.lora_alpha:
+            alphas[name] = config.alpha(place)
+    parameters = _parameters(model, experts, config, ranks, alphas)
     values = values | {
-        "target_modules": targets_for(places, model),
-        "target_parameters": parameters,
+        "target_modules": targets_for([place for place in places if place not in alike], model),
+        "target_parameters": parameters + [f"{place}.weight" for place in places if place in alike],
+        "lora_dropout": 0.0,  # PEFT has none before parameters, and raises
     }
     values |= {"rank_pattern": ranks, "alpha_pattern": alphas}
     names = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
     fused = join_experts(names, model.config.moe_names, model.config.experts_interleaved)
     return {PREFIX + name: tensor for name, tensor in fused.items()}, values
+
+
+def _taken_for_experts(place: str, model: Decoder) -> bool:
+    """Return whether PEFT takes the name of a layer beside the experts for a name of theirs.
+
+    For some families it moves each entry of target_modules that ends with gate_proj, up_proj or
+    down_proj to target_parameters, and means the experts; a shared expert and the MLP of a layer
+    without experts are left out then. As a parameter the weight of such a layer is adapted alike.
+    No multimodal model is among these families.
+    """
+    alone = model.source is None or model.source.surroundings is None
+    return alone and place.rpartition(".")[2] in model.config.moe_names[1:]
+
+
+def _parameters(
+    model: Decoder,
+    experts: Sequence[str],
+    config: LoraConfig,
+    ranks: dict[str, int],
+    alphas: dict[str, float],
+) -> list[str]:
+    """Return the parameters of the adapted experts; their ranks and alphas go to the patterns."""
+    if not experts:
+        return []
+    block, gate, _, down = model.config.moe_names
+    fused, r, alpha = fused_place(block)[1:], config.rank(experts[0]), config.alpha(experts[0])
+    adapted = {place.rpartition(".")[2] for place in experts}
+    found: list[str] = []
+    if gate in adapted:
+        found.append(f"{fused}.gate_up_proj")
+        ranks["experts.gate_up_proj"] = 2 * r
+        alphas["experts.gate_up_proj"] = (math.sqrt(2) if config.use_rslora else 2) * alpha
+    if down in adapted:
+        found.append(f"{fused}.down_proj")
+        ranks["experts.down_proj"] = r
+        alphas["experts.down_proj"] = alpha
+    return found
 
 
 def without_parameters(files: AdapterFiles, model: nn.Module) -> AdapterFiles:

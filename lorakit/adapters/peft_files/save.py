@@ -66,8 +66,8 @@ def save_adapter(
         path: The directory; it is made if it is missing.
         name: The adapter; None means the selected one.
         base_model: What the config records as base_model_name_or_path.
-        fused_experts: Write the experts of a `Decoder` as transformers 5 holds them. By default
-            they are linear layers of their own, which PEFT and every server read.
+        fused_experts: Write the experts of a `Decoder` as transformers 5 holds them, for PEFT. By
+            default they are linear layers of their own, which servers read.
 
     Raises:
         LorakitError: There is no such adapter, `path` is a file, or the experts cannot be fused.

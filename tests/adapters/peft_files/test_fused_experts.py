@@ -124,6 +124,33 @@ def test_gate_and_up_in_turns(gpt_oss, tmp_path, parameters):
 
 
 @pytest.fixture(scope="module")
+def next_80b(tmp_path_factory):
+    """A mixture with shared experts, and a layer without experts."""
+    path = tmp_path_factory.mktemp("next")
+    tiny("qwen3_next", **FAMILY_VARIANTS["qwen3_next"][1]).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize(
+    "targets", ["all-linear", r".*(shared_expert|layers\.1\.mlp)\.(gate|up|down)_proj"]
+)
+def test_layers_that_peft_takes_for_experts(next_80b, tmp_path, targets, rslora):
+    """Of qwen3_next and qwen3_moe PEFT takes gate_proj in target_modules for the experts' alone."""
+    model = load(next_80b)
+    config = lk.LoraConfig(
+        r=2, lora_alpha=5, target_modules=targets, use_rslora=rslora, lora_dropout=0.1,
+        rank_pattern={"shared_expert.down_proj": 3}, alpha_pattern={"1.mlp.up_proj": 7},
+    )  # fmt: skip
+    lk.attach(model, config).eval()
+    randomize(model)
+    lk.save_adapter(model, tmp_path, fused_experts=True)
+    theirs = peft.PeftModel.from_pretrained(hugging_face(next_80b), tmp_path).eval()
+    assert same(model(IDS), theirs(IDS).logits)
+    assert same(lk.load_adapter(load(next_80b), tmp_path)(IDS), model(IDS))
+
+
+@pytest.fixture(scope="module")
 def qwen(tmp_path_factory):
     """A mixture with a shared expert and a vision tower, as its files."""
     path = tmp_path_factory.mktemp("qwen")
