@@ -59,18 +59,18 @@ def fuse_experts(
             "save_adapter: fused_experts needs experts that are all of one rank and alpha, and no "
             "use_dora"
         )
-    alike = {place for place in places if _taken_for_experts(place, model)}
+    beside = {place for place in places if _taken_for_experts(place, model)}
     ranks, alphas = dict[str, int](), dict[str, float]()
     for place in places:
-        name = f"{place}.weight" if place in alike else place
+        name = f"{place}.weight" if place in beside else place
         if config.rank(place) != config.r:
             ranks[name] = config.rank(place)
         if config.alpha(place) != config.lora_alpha:
             alphas[name] = config.alpha(place)
     parameters = _parameters(model, experts, config, ranks, alphas)
     values = values | {
-        "target_modules": targets_for([place for place in places if place not in alike], model),
-        "target_parameters": parameters + [f"{place}.weight" for place in places if place in alike],
+        "target_modules": targets_for([place for place in places if place not in beside], model),
+        "target_parameters": parameters + [f"{place}.weight" for place in places if place in beside],
         "lora_dropout": 0.0,  # PEFT has none before parameters, and raises
     }
     values |= {"rank_pattern": ranks, "alpha_pattern": alphas}
@@ -84,8 +84,8 @@ def _taken_for_experts(place: str, model: Decoder) -> bool:
 
     For some families it moves each entry of target_modules that ends with gate_proj, up_proj or
     down_proj to target_parameters, and means the experts; a shared expert and the MLP of a layer
-    without experts are left out then. As a parameter the weight of such a layer is adapted alike.
-    No multimodal model is among these families.
+    without experts are left out then. The weight of such a layer as a parameter is adapted as the
+    layer is. No multimodal model is among these families.
     """
     alone = model.source is None or model.source.surroundings is None
     return alone and place.rpartition(".")[2] in model.config.moe_names[1:]

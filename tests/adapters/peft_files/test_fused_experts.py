@@ -136,7 +136,7 @@ def next_80b(tmp_path_factory):
     "targets", ["all-linear", r".*(shared_expert|layers\.1\.mlp)\.(gate|up|down)_proj"]
 )
 def test_layers_that_peft_takes_for_experts(next_80b, tmp_path, targets, rslora):
-    """Of qwen3_next and qwen3_moe PEFT takes gate_proj in target_modules for the experts' alone."""
+    """PEFT takes gate_proj in target_modules for the experts' alone in these families."""
     model = load(next_80b)
     config = lk.LoraConfig(
         r=2, lora_alpha=5, target_modules=targets, use_rslora=rslora, lora_dropout=0.1,
