@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 
 import lorakit as lk
-from lorakit.cli.arguments import Verbs, chat_template, take_overrides, tokenizer_of
+from lorakit.cli.arguments import Verbs, chat_template, count, take_overrides, tokenizer_of
+from lorakit.cli.launch import launch, one_of_many
 from lorakit.cli.run_file import read_run_file
 
 
@@ -28,14 +29,29 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run a few steps only, save nothing, and print where the time of a step goes",
     )
+    parser.add_argument(
+        "--nproc",
+        type=count,
+        metavar="N",
+        help="train on N processes of this machine, each with a GPU, or without GPUs with its "
+        "share of the cores",
+    )
     parser.set_defaults(run=train, take_rest=take_overrides)
 
 
 def train(args: argparse.Namespace) -> int:
     """Run the training or its profile, and return the exit code."""
+    run = lk.RunConfig.from_dict(read_run_file(args.run_file, args.overrides), str(args.run_file))
+    if args.nproc is not None:
+        return launch(args)
+    with one_of_many():
+        return _train(args, run)
+
+
+def _train(args: argparse.Namespace, run: lk.RunConfig) -> int:
+    """Run the training or its profile in this process."""
     import torch
 
-    run = lk.RunConfig.from_dict(read_run_file(args.run_file, args.overrides), str(args.run_file))
     adapter = None if run.adapter is None else _checked(lk.fetch_adapter(run.adapter))
     template = chat_template(run.chat_template, adapter)
     tok = lk.load_tokenizer(tokenizer_of(run.model, adapter), chat_template=template)

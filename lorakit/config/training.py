@@ -26,6 +26,7 @@ OverLength = Literal["truncate", "drop", "raise"]
 TrainOn = Literal["completion", "last_turn", "all"]
 MLPActivations = Literal["auto", "keep", "recompute"]
 CudaGraph = Literal["auto", "off"]
+Reduce = Literal["ordered", "fast"]
 HubStrategy = Literal["end", "every_save", "checkpoint"]
 
 SCHEDULES = get_args(Schedule)
@@ -77,7 +78,10 @@ class TrainConfig:
     per_device_train_batch_size: int = 8
     """Number of rows that are computed at a time."""
     gradient_accumulation_steps: int = 1
-    """Number of batches that make one optimizer step."""
+    """Number of batches that make one optimizer step, on all processes together."""
+    reduce: Reduce = "ordered"
+    """Sum of the gradients of several processes: "ordered" adds them batch by batch, with the bytes
+    of one process, and "fast" in one go, with other last bits."""
     learning_rate: float = 2e-4
     """Highest learning rate, which is reached at the end of the warm-up."""
     lr_scheduler_type: Schedule = "cosine"

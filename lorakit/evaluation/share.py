@@ -23,6 +23,14 @@ class Share:
         """Return the items of this process."""
         return items[self.rank :: self.size]
 
+    def rounds(self, items: Sequence[T]) -> list[T | None]:
+        """Return the item of this process in each round of one item a process.
+
+        In the last round some processes may have none, which is None.
+        """
+        places = range(self.rank, len(items) + self.rank, self.size)
+        return [items[i] if i < len(items) else None for i in places]
+
 
 ALL = Share()
 """The share of a process that computes everything itself."""

@@ -18,6 +18,7 @@ model is still on the meta device. A refusal is a LorakitError of one sentence.
 
 import dataclasses
 import logging
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,7 +73,8 @@ def load_model(
             the head and the embeddings only if the config says so. None packs nothing. Weights that
             bitsandbytes packed keep their very codes: `quantize` is not applied to files that hold
             such weights, and a line in the log says so.
-        device: The device to put the model on. None takes the GPU if torch has one, else the CPU.
+        device: The device to put the model on. None takes the GPU if torch has one, else the CPU;
+            a process that torchrun has started takes the GPU of its own number.
 
     Returns:
         The model, with `source` set to the files that it came from.
@@ -82,7 +84,7 @@ def load_model(
             if lorakit does not have what the config asks for.
     """
     dtype, quant = to_dtype(dtype), quant_config(quantize)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _own_device() if device is None else torch.device(device)
     model, weights, source = open_model(path_or_hub_id)
     model.to(dtype)
     where = str(source.path)
@@ -102,6 +104,24 @@ def load_model(
         except ValueError as error:
             raise LorakitError(f"{where}: tensor {name}: {error}") from None
     return model.eval()
+
+
+def _own_device() -> torch.device:
+    """Return the device of this process, which may be one of several that torchrun has started.
+
+    Raises LorakitError if there are more processes than GPUs.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    number = os.environ.get("LOCAL_RANK")
+    if number is None:
+        return torch.device("cuda")
+    if int(number) >= (count := torch.cuda.device_count()):
+        raise LorakitError(
+            f"load_model: this is process {number} of its machine, counted from 0, and the machine "
+            f"has GPUs for {count}; start as many processes as there are GPUs"
+        )
+    return torch.device("cuda", int(number))
 
 
 def dense_weights(

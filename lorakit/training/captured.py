@@ -5,7 +5,7 @@ kind of micro-batch is recorded when it first comes, and replayed from then on. 
 
     rows     how many hidden states the head takes: T/4, T/2, 3T/4 or T
     first    whether its gradients are written to memory, or added to those that are there
-    last     whether the optimizer's step follows
+    last     whether the optimizer's step follows, which it does op by op if there are several ranks
 
 A graph holds addresses and numbers. So what differs from step to step lies in tensors that stay
 (`PackedInputs`), and is copied there before a replay, without a wait. A row has T tokens whatever
@@ -39,6 +39,7 @@ from lorakit.models.mlp import Experts
 from lorakit.models.per_layer import host_tables
 from lorakit.models.views import PackedRow
 from lorakit.training.draws import drawing_from
+from lorakit.training.gradients import ALONE, GradientSum
 from lorakit.training.kernel_line import linear_kernels
 
 Function = Callable[[], Tensor | None]
@@ -176,6 +177,7 @@ class CapturedStep:
         update: Callable[[Tensor], Tensor],
         recorder: Recorder,
         say: Callable[[str], None],
+        sums: GradientSum = ALONE,
     ):
         """Prepare the memory of the steps.
 
@@ -189,12 +191,14 @@ class CapturedStep:
                 on the device.
             recorder: What records.
             say: Prints a line.
+            sums: Adds up the gradients of several ranks. Then a graph ends with the gradients of
+                a micro-batch, and the optimizer's step follows op by op.
         """
         assert order.packs is not None
         rows = [[order.lengths[i] for i in pack] for pack in order.packs]
         documents = kernels.PaddedDocuments.for_rows(rows)
         self.model, self.config, self.update = model, config, update
-        self.recorder, self.say, self.failed = recorder, say, False
+        self.recorder, self.say, self.failed, self.sums = recorder, say, False, sums
         self.inputs = PackedInputs(documents, model.device)
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.grads = [torch.zeros_like(p) for p in self.params]
@@ -207,29 +211,56 @@ class CapturedStep:
 
     def prepare(
         self, step: int, micro_batches: Sequence[Sequence[Example | PairExample]], count: int
-    ) -> list[HostRow]:
-        """Return the micro-batches of step 1, 2, ..., which has `count` label tokens."""
+    ) -> list[HostRow | None]:
+        """Return this rank's micro-batches of step 1, 2, ..., which has `count` label tokens.
+
+        `micro_batches` are those of all ranks. A round without one of this rank is None.
+        """
         first = (step - 1) * self.config.gradient_accumulation_steps
-        return [
-            self.inputs.prepare([row for each in batch for row in each.answers], count, first + i)
-            for i, batch in enumerate(micro_batches)
-        ]
+        found = list[HostRow | None]()
+        for each in self.sums.share.rounds(list(enumerate(micro_batches, first))):
+            if each is None:
+                found.append(None)
+            else:
+                rows = [row for example in each[1] for row in example.answers]
+                found.append(self.inputs.prepare(rows, count, each[0]))
+        return found
 
-    def __call__(self, micro_batches: Sequence[HostRow]) -> Tensor:
-        """Take a step with these rows, and return what `update` returns.
+    def __call__(self, micro_batches: Sequence[HostRow | None], parts: int | None = None) -> Tensor:
+        """Take a step with these rows of this rank, and return what `update` returns.
 
+        `parts` is the number of micro-batches of all ranks; None means that there are no others.
         The parameters' gradients are those of the step. What is returned is overwritten by later
         steps.
         """
         told: Tensor | None = None
+        losses, alone = list[Tensor](), self.sums.alone
         for i, row in enumerate(micro_batches):
-            self.inputs.write(row)
-            told = self._take(Kind(row.rows, i == 0, i == len(micro_batches) - 1))
-        self.warm = True
-        for p, grad in zip(self.params, self.grads, strict=True):
-            p.grad = grad
+            if row is not None:
+                self.inputs.write(row)
+                last = alone and i == len(micro_batches) - 1
+                told = self._take(Kind(row.rows, i == 0 or not alone, last))
+                self.warm = self.warm or last or not alone
+                self._give_gradients()
+                if not alone:
+                    losses.append(self.loss[0].clone())
+            self.sums.end_round()
+        if not alone:
+            told = self._update_of_ranks(losses, parts or len(micro_batches))
         assert told is not None
         return told
+
+    def _give_gradients(self) -> None:
+        for p, grad in zip(self.params, self.grads, strict=True):
+            p.grad = grad
+
+    def _update_of_ranks(self, losses: Sequence[Tensor], parts: int) -> Tensor:
+        """Take the step by the gradients of all ranks, and by the sum of their losses."""
+        first, *others = self.sums.finish(losses, parts)
+        total = first.view(1)
+        for loss in others:
+            total = total + loss
+        return self.update(total)
 
     def free(self) -> None:
         """Give the graphs' memory back; they are recorded again when steps follow."""
@@ -281,8 +312,7 @@ class CapturedStep:
             self.loss.add_(total)
         if not kind.last:
             return None
-        for p, grad in zip(self.params, self.grads, strict=True):
-            p.grad = grad
+        self._give_gradients()
         return self.update(self.loss)
 
     def _drop_unused(self, grads: Sequence[Tensor | None]) -> None:
@@ -305,6 +335,7 @@ def captured_step(
     config: TrainConfig,
     update: Callable[[Tensor], Tensor],
     say: Callable[[str], None],
+    sums: GradientSum,
 ) -> CapturedStep | None:
     """Return what takes the steps of a run as CUDA graphs; the arguments are `CapturedStep`'s.
 
@@ -316,7 +347,8 @@ def captured_step(
     if reason is not None:
         say(f"lorakit: no CUDA graph of a step, since {reason}")
         return None
-    return CapturedStep(model, layers, order, config, update, CudaGraphs(model.device), say)
+    recorder = CudaGraphs(model.device)
+    return CapturedStep(model, layers, order, config, update, recorder, say, sums)
 
 
 def why_eager(model: Decoder, layers: Mapping[str, Attached], config: TrainConfig) -> str | None:

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,20 +28,28 @@ class Flag:
 
 
 @contextmanager
-def interrupt() -> Iterator[Flag]:
+def interrupt(grace: float = 0.0) -> Iterator[Flag]:
     """Yield a flag that the first Ctrl-C or SIGTERM sets. A second one acts as usual.
 
-    Outside of the main thread, which alone may set signal handlers, the flag is never set.
+    One that comes within `grace` seconds is taken for the same one, on another way. Outside of the
+    main thread, which alone may set signal handlers, the flag is never set.
     """
     stop = Flag()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
     before: dict[int, Any] = {}
+    began: list[float] = []  # when the first signal came
 
     def handle(number: int, frame: Any) -> None:
+        if not stop.is_set():
+            began.append(time.monotonic())
         stop.set()
-        signal.signal(number, before[number])
+        if grace == 0.0:
+            signal.signal(number, before[number])
+        elif time.monotonic() - began[0] > grace:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         before[number] = signal.signal(number, handle)

@@ -7,7 +7,8 @@ from then on, so that a line does not tear the progress bar.
 import errno
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,24 @@ from lorakit.config.errors import LorakitError
 from lorakit.config.training import METRICS, TrainConfig
 from lorakit.files.local import write_text
 
+_heard = True  # whether lines are printed; of several processes those of one are
+
 
 def say(line: str) -> None:
     """Print a line, for a run that has no log yet."""
-    print(line, flush=True)
+    if _heard:
+        print(line, flush=True)
+
+
+@contextmanager
+def heard(yes: bool) -> Iterator[None]:
+    """Print what is said in the block, or not."""
+    global _heard
+    before, _heard = _heard, yes
+    try:
+        yield
+    finally:
+        _heard = before
 
 
 class Log:
@@ -94,6 +109,20 @@ class Log:
             for name, value in values.items():
                 if name != "step":
                     self.board.add_scalar(name, value, values["step"])
+
+
+class SilentLog(Log):
+    """The log of a process that writes and shows nothing, since another one does."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def __exit__(self, *_: Any) -> None: ...
+
+    def step(self, **values: Any) -> None: ...
+
+    def evaluation(self, step: int, result: Mapping[str, float]) -> None: ...
+
+    def say(self, line: str) -> None: ...
 
 
 def _is_kept(line: str, done: int) -> bool:

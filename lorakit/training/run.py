@@ -16,8 +16,7 @@ the end of a run read first. On a CPU, which has nothing to gain, each step is r
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,17 +38,16 @@ from lorakit.models.decoder import Decoder
 from lorakit.models.tokenizer import Tokenizer
 from lorakit.training import state as run_state
 from lorakit.training.captured import CapturedStep, captured_step
-from lorakit.training.cores import FewerThreads, own_threads
+from lorakit.training.cores import FewerThreads
 from lorakit.training.device_step import DeviceStep, HostStep, Told, optimizer_step, read
-from lorakit.training.float8 import end_float8, start_float8
 from lorakit.training.interrupt import Flag
-from lorakit.training.kept_layers import kept_layers
-from lorakit.training.log import Log, say
+from lorakit.training.log import Log, SilentLog, say
 from lorakit.training.losses.held_out import held_out_loss
 from lorakit.training.memory import peak_memory_mb
 from lorakit.training.optim import AdamW, decay_groups, loraplus_groups
 from lorakit.training.progress import Progress
 from lorakit.training.publish import Publisher
+from lorakit.training.ranks import Ranks
 from lorakit.training.resume import (
     checkpoint_to_resume,
     end_with_the_best,
@@ -58,7 +56,14 @@ from lorakit.training.resume import (
     resume_from,
 )
 from lorakit.training.schedules import Rates, learning_rate
-from lorakit.training.step import Late, Prepared, backward, check_gradients, prepare
+from lorakit.training.step import (
+    Late,
+    Prepared,
+    backward,
+    check_gradients,
+    has_experts,
+    prepare,
+)
 
 BAD_STEPS = 10
 
@@ -84,13 +89,14 @@ class Run:
         held_out: HeldOut | None,
         config: TrainConfig,
         base_model: str | None,
+        ranks: Ranks,
     ):
         """Prepare the first step, or the one after the checkpoint that the run resumes from."""
         self.model, self.tok, self.config, self.base_model = model, tok, config, base_model
-        self.examples, self.held_out = examples, held_out
+        self.examples, self.held_out, self.ranks = examples, held_out, ranks
         self.output_dir = as_path(config.output_dir)
         self.publisher = Publisher(self.output_dir, model, config, base_model)
-        checkpoint = checkpoint_to_resume(self.output_dir, config)
+        checkpoint = ranks.first(lambda: checkpoint_to_resume(self.output_dir, config))
         torch.manual_seed(config.seed)  # of what starts an adapter
         started = start_adapter(model, lambda: _padded_batches(model, examples, config))
         if started is not None:
@@ -104,6 +110,11 @@ class Run:
         self.progress = Progress()
         if checkpoint is not None:
             self.progress = resume_from(checkpoint, model, self.optimizer, self.same, self.order)
+        self.tensors = run_state.trained_tensors(model)
+        settings = asdict(replace(config, output_dir="", resume=None))  # which are rank 0's
+        ranks.agree(lambda: {**self.same, **settings, **self._sums_of_tensors()})
+        params = list(self.trained.values())
+        self.sums = ranks.gradients(params, config.reduce, has_experts(model))
         self.update = self._optimizer_step(shares)
         self.reference = reference_of_run(model, config, checkpoint)
         self.own_tokenizer = _is_not_the_models(tok, model)
@@ -116,12 +127,13 @@ class Run:
 
     def open_log(self) -> Log:
         """Return the log of the run, which goes on after the steps that are done."""
-        return Log(self.output_dir, self.order.total, self.progress.step, self.config)
+        kind = Log if self.ranks.is_writer else SilentLog
+        return kind(self.output_dir, self.order.total, self.progress.step, self.config)
 
     def loop(self, log: Log, stop: Flag, after_step: Callable[[], None] | None) -> None:
         """Take steps until the run has ended or `stop` is set, with evaluations and checkpoints."""
         options = self.order, self.config, self.update, log.say
-        self.captured = captured_step(self.model, self.layers, *options)
+        self.captured = captured_step(self.model, self.layers, *options, self.sums)
         self.threads = FewerThreads(log.say)
         try:
             self._loop(log, stop, after_step)
@@ -135,19 +147,18 @@ class Run:
         saved = progress.step  # the step of the last checkpoint, if there is one
         while True:
             due = self._evaluation_is_due()
-            waits = due and stop.is_set()  # for the run that goes on from here
+            stopped = self.ranks.any(stop.is_set())
+            waits = due and stopped  # for the run that goes on from here
             evaluated = due and not waits
             is_best = evaluated and self._evaluate(log)
             # Asked once for the checkpoint and for the end: a signal may come at any moment, and
             # between two questions it would end the run without a checkpoint.
-            stopped = stop.is_set()
+            stopped = self.ranks.any(stop.is_set()) if evaluated else stopped
             self.ended = self._is_done() and not waits
             wanted = stopped or self._wants_checkpoint(is_best)
             if wanted and (progress.step != saved or evaluated):
-                self._write_checkpoint(log)
+                self._write_checkpoint(log, upload=not (self.ended or stopped))
                 saved = progress.step
-                if self.config.hub_strategy != "end" and not (self.ended or stopped):
-                    self.publisher.upload_now(self._save, progress, log.say)
             if self.ended or stopped:
                 self._read_begun(log)
                 return
@@ -169,6 +180,9 @@ class Run:
             raise LorakitError(f"train: none of the {self.progress.step} steps was finite")
         if self.ended and self.config.load_best_model_at_end:
             end_with_the_best(self.model, self.output_dir, self.progress, log)
+        self.ranks.first(lambda: self._save_all(log))
+
+    def _save_all(self, log: Log) -> None:
         self._save(self.output_dir)
         self.publisher.write_card(self.progress, log.say)
 
@@ -200,11 +214,13 @@ class Run:
         if self.captured is not None:
             self.captured.free()  # what an evaluation needs
         if self.progress.step == self.order.total:
-            self._save(self.output_dir)  # before an evaluation that may be cut short
+            # before an evaluation that may be cut short
+            self.ranks.first(lambda: self._save(self.output_dir))
         config, size = self.config, self.config.per_device_train_batch_size
-        result = held_out_loss(self.model, self.held_out.examples, size, config, self.reference)
-        metrics = config.eval_metrics
-        result |= score_rows(self.model, self.tok, self.held_out.rows, metrics, size)
+        share, rows = self.ranks.share, self.held_out.rows
+        options = config, self.reference, share
+        result = held_out_loss(self.model, self.held_out.examples, size, *options)
+        result |= score_rows(self.model, self.tok, rows, config.eval_metrics, size, share)
         log.evaluation(self.progress.step, result)
         return self.progress.add_evaluation(result)
 
@@ -215,9 +231,24 @@ class Run:
             return True
         return is_best and (self.config.load_best_model_at_end or every is not None)
 
-    def _write_checkpoint(self, log: Log) -> None:
-        """Write a checkpoint of the step that is done. If the disk is full, say so and go on."""
+    def _write_checkpoint(self, log: Log, upload: bool) -> None:
+        """Let rank 0 write a checkpoint of the step that is done, and upload it if `upload`.
+
+        All ranks must have the same adapter, which only other hardware or a defect could change.
+        """
         self._read_begun(log)
+        self.ranks.agree(self._sums_of_tensors)
+        self.ranks.first(lambda: self._write(log))
+        if upload and self.config.hub_strategy != "end":
+            now = self.publisher.upload_now
+            self.ranks.first(lambda: now(self._save, self.progress, log.say))
+
+    def _sums_of_tensors(self) -> dict[str, int]:
+        """Return a sum of the bits of each trained tensor, by name."""
+        return {f"tensor {name}": run_state.sum_of_bits(t) for name, t in self.tensors.items()}
+
+    def _write(self, log: Log) -> None:
+        """Write a checkpoint. If the disk is full, say so and go on."""
         step, optimizer = self.progress.step, self.optimizer
         values: dict[str, Any] = {"progress": asdict(self.progress), "same": self.same}
         try:
@@ -272,18 +303,19 @@ class Run:
     def _compute(self, step: Prepared) -> Tensor:
         """Compute the gradients of a step, and let the optimizer take it. Return what it tells."""
         if self.captured is not None:
-            told = self.captured(step.packed)
+            told = self.captured(step.packed, step.parts)
             if step.number == 1:
                 check_gradients(self.model, self.layers)
             return told
-        losses = backward(self.model, step, self.config, self.reference)
+        losses = backward(self.model, step, self.config, self.reference, self.sums)
         if step.number == 1:
             check_gradients(self.model, self.layers)
         return self.update(torch.stack(losses))
 
     def _prepare(self, number: int) -> Prepared:
         rows = self.order.step(number)
-        return prepare(self.model, self.examples, number, rows, self.config, self.captured)
+        options = self.config, self.captured, self.ranks.share
+        return prepare(self.model, self.examples, number, rows, *options)
 
     def _read_begun(self, log: Log) -> None:
         """Read the step that was begun, if it was not read. The host waits for its end."""
@@ -408,30 +440,3 @@ def _optimizer(model: Decoder, config: TrainConfig) -> tuple[AdamW, list[float]]
         page_dir=as_path(config.output_dir),
     )
     return optimizer, [group["lr"] for group in groups]
-
-
-@contextmanager
-def training_mode(model: Decoder, config: TrainConfig, tokens: int) -> Iterator[None]:
-    """Set dropout, noise, threads and what is kept for backward for the block as the run wants it.
-
-    `tokens` is the most that a batch may have.
-    """
-    was_training = model.training
-    checkpointing, offloading = model.gradient_checkpointing, model.offload_activations
-    noise, layers = model.neftune_noise_alpha, model.kept_layers
-    model.train()
-    model.gradient_checkpointing = config.gradient_checkpointing
-    model.offload_activations = config.activation_offloading
-    model.neftune_noise_alpha = config.neftune_noise_alpha
-    if config.frozen_dtype is not None:
-        say(start_float8(model, config.z_loss))
-    model.kept_layers = kept_layers(model, tokens, config.mlp_activations)
-    try:
-        # of pairs torch computes the logits, which is too much for its single thread
-        with own_threads(model) if config.objective == "sft" else nullcontext():
-            yield
-    finally:
-        model.train(was_training)
-        model.gradient_checkpointing, model.offload_activations = checkpointing, offloading
-        model.neftune_noise_alpha, model.kept_layers = noise, layers
-        end_float8(model)

@@ -131,6 +131,12 @@ def remove_unfinished(output_dir: Path) -> None:
 # ---- the contents of a checkpoint ----
 
 
+def sum_of_bits(t: Tensor) -> int:
+    """Return the sum of the bits of a tensor, read as whole numbers: cheap to compare."""
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
+    return int(t.detach().view(whole).sum(dtype=torch.int64))
+
+
 def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return every tensor of the selected adapter by name, as it is in memory.
 

@@ -15,10 +15,12 @@ from lorakit.config.errors import LorakitError
 from lorakit.config.training import TrainConfig
 from lorakit.data.encode import IGNORE, Example, PairExample
 from lorakit.data.examples import Examples
+from lorakit.evaluation.share import ALL, Share
 from lorakit.models.decoder import Decoder
 from lorakit.models.mlp import Experts
 from lorakit.training.captured import CapturedStep, HostRow
 from lorakit.training.draws import drawing_from, seed_of
+from lorakit.training.gradients import ALONE, GradientSum
 from lorakit.training.losses.batch import Batch, collated, summed_loss
 from lorakit.training.losses.reference import Reference
 
@@ -31,10 +33,12 @@ class Prepared:
     """The number of the step, from 1."""
     rows: list[int]
     """The numbers of its rows."""
-    batches: list[Batch]
-    """Its micro-batches, if it is launched op by op."""
-    packed: list[HostRow]
-    """Its micro-batches, if it is a CUDA graph."""
+    parts: int
+    """The number of its micro-batches, on all ranks."""
+    batches: list[Batch | None]
+    """This rank's micro-batch of each round, if it is launched op by op; None if it has none."""
+    packed: list[HostRow | None]
+    """The same, if the step is a CUDA graph."""
     count: int
     """What its summed loss is divided by: label tokens, or pairs."""
     tokens: int
@@ -70,10 +74,11 @@ def prepare(
     micro_batches: Sequence[Sequence[int]],
     config: TrainConfig,
     captured: CapturedStep | None,
+    share: Share = ALL,
 ) -> Prepared:
     """Collate the micro-batches of a step, lists of row numbers, and send them to the device.
 
-    A step that is `captured` writes them there itself.
+    A rank collates its `share` of them. A step that is `captured` writes them there itself.
     """
     taken = [[examples[i] for i in rows] for rows in micro_batches]
     each = [example for batch in taken for example in batch]
@@ -83,32 +88,47 @@ def prepare(
     else:
         count = len(each)
     rows = [i for batch in micro_batches for i in batch]
-    batches, packed = list[Batch](), list[HostRow]()
+    batches, packed = list[Batch | None](), list[HostRow | None]()
     tokens, computed = _count_tokens(taken, config.packing)
     if captured is None:
-        batches = [collated(model, batch, config) for batch in taken]
+        mine = share.rounds(taken)
+        batches = [None if each is None else collated(model, each, config) for each in mine]
     else:
         packed = captured.prepare(number, taken, count)
-        computed = len(packed) * captured.inputs.tokens
-    return Prepared(number, rows, batches, packed, count, tokens, computed)
+        computed = len(taken) * captured.inputs.tokens
+    return Prepared(number, rows, len(taken), batches, packed, count, tokens, computed)
 
 
 def backward(
-    model: Decoder, step: Prepared, config: TrainConfig, reference: Reference | None
+    model: Decoder,
+    step: Prepared,
+    config: TrainConfig,
+    reference: Reference | None,
+    sums: GradientSum = ALONE,
 ) -> list[Tensor]:
     """Add the gradients of the mean loss of a step to the parameters.
 
     The mean is over the label tokens of the step, or over its pairs. DPO compares with `reference`.
-    Nothing waits for the device: the summed losses are returned as they are, each fp32 [].
+    A rank computes its share of the micro-batches, and `sums` adds up what all have computed.
+    Nothing waits for the device: the summed losses of all micro-batches are returned as they are,
+    each fp32 [].
     """
     losses = []
-    first = (step.number - 1) * config.gradient_accumulation_steps
+    first = (step.number - 1) * config.gradient_accumulation_steps + sums.share.rank
     for i, batch in enumerate(step.batches):
-        with drawing_from(seed_of(config.seed, first + i), model.device):
-            loss, _ = summed_loss(model, batch, config, reference)
-            (loss / step.count).backward()
-        losses.append(loss.detach())
-    return losses
+        if batch is not None:
+            seed = seed_of(config.seed, first + i * sums.share.size)
+            with drawing_from(seed, model.device):
+                loss, _ = summed_loss(model, batch, config, reference)
+                (loss / step.count).backward()
+            losses.append(loss.detach())
+        sums.end_round()
+    return sums.finish(losses, step.parts)
+
+
+def has_experts(model: Decoder) -> bool:
+    """Return whether a parameter may have a gradient in some steps and none in others."""
+    return any(isinstance(module, Experts) for module in model.modules())
 
 
 def check_gradients(model: Decoder, layers: Mapping[str, Attached]) -> None:

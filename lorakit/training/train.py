@@ -8,6 +8,7 @@ step are in step.py.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,9 +24,11 @@ from lorakit.models.tokenizer import Tokenizer
 from lorakit.training.float8 import check_frozen_dtype
 from lorakit.training.interrupt import interrupt
 from lorakit.training.kernel_line import kernel_line
-from lorakit.training.log import say
+from lorakit.training.log import heard, say
 from lorakit.training.memory import peak_memory_mb
-from lorakit.training.run import HeldOut, Run, trainable_layers, training_mode
+from lorakit.training.mode import training_mode
+from lorakit.training.ranks import Ranks, joined
+from lorakit.training.run import HeldOut, Run, trainable_layers
 from lorakit.training.state import only_run_in
 
 
@@ -72,6 +75,7 @@ def train(
 
     Ctrl-C and SIGTERM end the run after the current step, with a checkpoint. Runs with the same
     rows, config and seed end with the same bytes, also if one of them was interrupted and resumed.
+    Processes that torchrun has started share the steps of one run, and only the first one writes.
 
     Args:
         model: A model with an adapter (see `attach`), in bfloat16 or float32.
@@ -89,9 +93,23 @@ def train(
     Raises:
         LorakitError: Before the first step, no adapter is attached, the model is float16, the data
             cannot be used, there is no float8, or output_dir holds checkpoints and resume is null.
-            After it, some parameter got no gradient. Later, ten steps in a row were not finite.
+            After it, some parameter got no gradient. Later, ten steps in a row were not finite, or
+            another process of the run is gone.
     """
-    config = config or TrainConfig()
+    with joined(model.device) as ranks, heard(ranks.is_writer):
+        return _train(model, tok, data, config or TrainConfig(), base_model, after_step, ranks)
+
+
+def _train(
+    model: Decoder,
+    tok: Tokenizer,
+    data: RowSource | Examples | Mapping[str, RowSource | Examples],
+    config: TrainConfig,
+    base_model: str | None,
+    after_step: Callable[[], None] | None,
+    ranks: Ranks,
+) -> TrainResult:
+    """Train as `train` does, as one of the ranks."""
     trainable_layers(model)
     check_frozen_dtype(model, config)
     train_rows, validation_rows = _two_sources(data)
@@ -99,14 +117,16 @@ def train(
     held_out = None if validation_rows is None else _held_out(model, tok, validation_rows, config)
     _check_validation(held_out, config)
     output_dir = _made_directory(config.output_dir)
-    with only_run_in(output_dir):
-        run = Run(model, tok, examples, held_out, config, base_model)
+    with ExitStack() as held:
+        ranks.first(lambda: held.enter_context(only_run_in(output_dir)))
+        run = Run(model, tok, examples, held_out, config, base_model, ranks)
         say(kernel_line(model, max(examples.lengths), config.packing))
         mode = training_mode(model, config, run.order.largest)
-        with mode, run.open_log() as log, interrupt() as stop:
+        with mode, run.open_log() as log, interrupt(ranks.grace) as stop:
             run.loop(log, stop, after_step)
             run.end(log)
-        address = run.publisher.upload(run.progress, say) if run.ended else None
+        upload = run.publisher.upload
+        address = ranks.first(lambda: upload(run.progress, say)) if run.ended else None
     return _result(run, address)
 
 

@@ -75,7 +75,7 @@ class SetAtQuestion:
 @pytest.mark.parametrize("number", range(1, 9))
 def test_a_signal_at_any_moment_saves_a_checkpoint(tiny_dir, tok, tmp_path, monkeypatch, number):
     """Whichever question of the loop is the first to be answered by yes."""
-    monkeypatch.setattr(training_train, "interrupt", lambda: nullcontext(SetAtQuestion(number)))
+    monkeypatch.setattr(training_train, "interrupt", lambda _: nullcontext(SetAtQuestion(number)))
     data = {"train": ROWS, "validation": ROWS[:4]}
     _, result = run(tiny_dir, tok, tmp_path, data, eval_steps=2)
     assert result.interrupted

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 import lorakit as lk
 from lorakit.training import run as training_run
 from lorakit.training import state as run_state
+from lorakit.training.mode import training_mode
 from tests.conftest import ROWS
 from tests.training.runs import ADAPTER, adapted, run
 
@@ -157,7 +158,7 @@ def test_the_settings_of_the_model_are_put_back(tiny_dir):
     assert before == (False, False, 3.0, model.config.num_hidden_layers)
     for mode in (True, False):
         model.train(mode)
-        with pytest.raises(ZeroDivisionError), training_run.training_mode(model, config, 64):
+        with pytest.raises(ZeroDivisionError), training_mode(model, config, 64):
             fails()
         assert settings() == (mode, *before)
 

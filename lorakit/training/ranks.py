@@ -1,0 +1,324 @@
+"""The processes of a run, one a GPU or a few cores each: who computes what, and how they meet.
+
+torchrun starts R processes, the ranks 0 to R - 1. All of them load the model, read the rows and go
+through the same steps; `Share` says which micro-batches, batches and rows of an evaluation are this
+rank's. Rank 0 alone writes, prints and uploads. A process by itself is `Ranks`, which computes all
+and waits for nobody; several are a `RankGroup`.
+
+Messages of the host (flags, losses of an evaluation, errors) go through gloo. Gradients go through
+NCCL on GPUs, and through gloo else. No message waits for ever: a rank that has died closes its
+connections, and one that hangs runs into a limit of time. Then the others look whose pulse has
+stopped, or who has come to fewer meetings than they have, and end in a sentence that names it.
+"""
+
+import atexit
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lorakit.config.errors import LorakitError
+from lorakit.evaluation.share import ALL, Share
+from lorakit.training.gradients import ALONE, FastSum, GradientSum, OrderedSum
+
+PATIENT = timedelta(hours=1)  # for what a rank may do while others wait: load, save, upload, score
+STEP = timedelta(minutes=15)  # for a micro-batch
+PULSE = 1.0  # s between two signs of life
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """One process that computes everything; the base class of several."""
+
+    rank, size, share = 0, 1, ALL
+    grace = 0.0
+    """Seconds after a signal in which another one is taken for the same; see interrupt.py."""
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this process writes and prints what belongs to the run."""
+        return self.rank == 0
+
+    def first(self, function: Callable[[], T]) -> T:
+        """Return what the function returns on rank 0, which alone calls it.
+
+        Its result must be small, and something that pickle takes. An error there is one everywhere.
+        """
+        return function()
+
+    def any(self, flag: bool) -> bool:
+        """Return whether the flag is set on any rank."""
+        return self.any_of([flag])[0]
+
+    def any_of(self, flags: Sequence[bool]) -> list[bool]:
+        """Return for each flag whether any rank has set it."""
+        return list(flags)
+
+    def agree(self, values: Callable[[], Mapping[str, Any]]) -> None:
+        """Raise LorakitError, which names a value, unless all of them are equal on all ranks."""
+
+    def wait(self) -> None:
+        """Wait until all ranks have come here."""
+
+    def gradients(self, params: Sequence[Tensor], reduce: str, varies: bool) -> GradientSum:
+        """Return what adds the gradients of a step; see gradients.py for the arguments."""
+        return ALONE
+
+
+class RankGroup(Ranks):
+    """One of several processes; see the module.
+
+    Args:
+        device: The device of this rank's model.
+    """
+
+    grace = 5.0  # a cluster may send a signal to torchrun, which passes it on, and to the ranks
+
+    def __init__(self, device: torch.device):
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.share = Share(self.rank, self.size, self._collect)
+        self.meetings = 0
+        self.places = [f"rank {rank}" for rank in range(self.size)]
+        self.pulse = _Pulse(self)
+        with self._meeting():
+            self.host = dist.new_group(timeout=STEP, backend="gloo")
+            self.patient = dist.new_group(timeout=PATIENT, backend="gloo")
+            self.data = self.host
+            if device.type == "cuda":
+                self.data = dist.new_group(timeout=STEP, backend="nccl")
+        machines = self._all(socket.gethostname())
+        if len(set(machines)) > 1:
+            self.places = [f"rank {rank} on {name}" for rank, name in enumerate(machines)]
+
+    # ---- messages of the host ----
+
+    def first(self, function: Callable[[], T]) -> T:
+        found: list[Any] = [None, None]
+        problem: BaseException | None = None
+        if self.rank == 0:
+            try:
+                found[0] = function()
+            except BaseException as error:
+                problem, found[1] = error, str(error) or type(error).__name__
+        with self._meeting():
+            dist.broadcast_object_list(found, src=0, group=self.patient)
+        if problem is not None:
+            raise problem
+        if found[1] is not None:
+            raise LorakitError(found[1])
+        result: T = found[0]
+        return result
+
+    def any_of(self, flags: Sequence[bool]) -> list[bool]:
+        found = torch.tensor(flags, dtype=torch.uint8)
+        with self._meeting():
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=self.host)
+        return found.bool().tolist()
+
+    def agree(self, values: Callable[[], Mapping[str, Any]]) -> None:
+        of_first, *others = self._all(dict(values()))
+        for name, value in of_first.items():
+            for rank, theirs in enumerate(others, 1):
+                if theirs[name] != value:
+                    raise LorakitError(
+                        f"train: {self.places[rank]} has another {name} than rank 0; all ranks "
+                        "need the same"
+                    )
+
+    def wait(self) -> None:
+        with self._meeting():
+            dist.barrier(group=self.patient)
+
+    def _collect(self, mine: list[Any]) -> list[Any]:
+        """Return the items of all ranks, dealt as `Share` deals them."""
+        parts = self._all(mine)
+        longest = max(map(len, parts))
+        return [part[i] for i in range(longest) for part in parts if i < len(part)]
+
+    def _all(self, mine: Any) -> list[Any]:
+        """Return what each rank has."""
+        found: list[Any] = [None] * self.size
+        with self._meeting():
+            dist.all_gather_object(found, mine, group=self.patient)
+        return found
+
+    # ---- gradients ----
+
+    def gradients(self, params: Sequence[Tensor], reduce: str, varies: bool) -> GradientSum:
+        return (OrderedSum if reduce == "ordered" else FastSum)(self, params, varies)
+
+    def exchange(self, received: Tensor, sent: Tensor) -> None:
+        """Send slice k of `sent` to rank k, and receive one of each; both dense, of one size."""
+        with self._meeting():  # as bytes, which every library sends, whatever the dtype is
+            dist.all_to_all_single(_bytes(received), _bytes(sent), group=self.data)
+
+    def gather(self, received: Tensor, sent: Tensor) -> None:
+        """Receive what each rank has sent, one after the other; both dense."""
+        with self._meeting():
+            parts = list(_bytes(received).chunk(self.size))
+            dist.all_gather(parts, _bytes(sent), group=self.data)
+
+    def add_up(self, values: Tensor) -> None:
+        """Add the values of all ranks, in any order, in place."""
+        with self._meeting():
+            dist.all_reduce(values, group=self.data)
+
+    # ---- the end ----
+
+    def leave(self, *, done: bool) -> None:
+        """End the connections: when all are done, or at once, so that the others notice."""
+        if done:
+            self.wait()
+        self.pulse.end()
+        for group in {self.host, self.patient, self.data}:
+            dist.destroy_process_group(group)
+
+    @contextmanager
+    def _meeting(self) -> Iterator[None]:
+        """Turn the error of a message that did not get through into a sentence."""
+        self.meetings += 1
+        try:
+            yield
+        except RuntimeError as error:
+            raise LorakitError(self._what_is_wrong(error)) from error
+
+    def _what_is_wrong(self, error: RuntimeError) -> str:
+        again = "the run cannot go on; with resume: auto it goes on from its last checkpoint"
+        reason = str(error).partition("\n")[0][:200]
+        silent, behind = self.pulse.look_around()
+        names = ", ".join(self.places[rank] for rank in silent or behind)
+        if silent:
+            return f"train: {names} ended or hangs: {again}"
+        if behind:
+            return f"train: {names} did not come to where the others wait ({reason}): {again}"
+        return f"train: the ranks have lost each other ({reason}): {again}"
+
+
+class _Pulse:
+    """A thread that writes signs of life into the store that all ranks see.
+
+    A sign is a count that grows, and the number of meetings that the rank has come to.
+    """
+
+    def __init__(self, ranks: RankGroup):
+        self.ranks, self.beats = ranks, 0
+        self.store = dist.PrefixStore(f"lorakit/{_next_number()}", _store())
+        self.over = threading.Event()
+        self._beat()
+        self.thread = threading.Thread(target=self._run, name="lorakit pulse", daemon=True)
+        self.thread.start()
+
+    def look_around(self) -> tuple[list[int], list[int]]:
+        """Return the ranks that give no sign of life, and those that are behind this one."""
+        before = self._signs()
+        time.sleep(3 * PULSE)
+        after = self._signs()
+        others = [rank for rank in range(self.ranks.size) if rank != self.ranks.rank]
+        silent = [rank for rank in others if before[rank] == after[rank]]
+        behind = [rank for rank in others if after[rank][1] < self.ranks.meetings]
+        return silent, behind
+
+    def end(self) -> None:
+        """Stop the thread."""
+        self.over.set()
+        self.thread.join()
+
+    def _signs(self) -> list[tuple[int, int]]:
+        """Return the sign of each rank; those that cannot be read are (0, 0)."""
+        found = []
+        for rank in range(self.ranks.size):
+            try:
+                there = self.store.check([str(rank)])
+                beats, meetings = self.store.get(str(rank)).split() if there else (0, 0)
+            except RuntimeError:  # whoever held the store is gone
+                beats, meetings = 0, 0
+            found.append((int(beats), int(meetings)))
+        return found
+
+    def _beat(self) -> None:
+        self.beats += 1
+        self.store.set(str(self.ranks.rank), f"{self.beats} {self.ranks.meetings}")
+
+    def _run(self) -> None:
+        while not self.over.wait(PULSE):
+            try:
+                self._beat()
+            except RuntimeError:
+                return
+
+
+_groups = 0  # how many groups this process has made
+
+
+def _next_number() -> int:
+    global _groups
+    _groups += 1
+    return _groups
+
+
+def _store() -> dist.Store:
+    """Return the store of the processes, which torchrun or rank 0 holds."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def _bytes(t: Tensor) -> Tensor:
+    return t.view(-1).view(torch.uint8)
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Ranks]:
+    """Join the ranks that torchrun has started, or a group that is initialised already.
+
+    A process that torchrun has not started is alone.
+
+    Args:
+        device: The device of this rank's model.
+
+    Yields:
+        The ranks.
+
+    Raises:
+        LorakitError: Ranks are missing.
+    """
+    started_by_torchrun = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if dist.is_available() and not dist.is_initialized() and started_by_torchrun:
+        _start(device)
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        yield Ranks()
+        return
+    group = RankGroup(device)
+    done = False
+    try:
+        yield group
+        done = True
+    finally:
+        group.leave(done=done)
+
+
+def _start(device: torch.device) -> None:
+    """Start the group of processes that torchrun's environment tells of."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENT)
+        else:
+            dist.init_process_group("gloo", timeout=PATIENT)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise LorakitError(f"train: the ranks did not find each other ({reason})") from error
+    atexit.register(_end)
+
+
+def _end() -> None:
+    """End the group, unless somebody has."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

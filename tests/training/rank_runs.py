@@ -1,0 +1,117 @@
+"""Runs of tiny models on several ranks, and the processes that take them.
+
+ranks = start(2, ["padded", "packed"], model, folder)     two processes, which run both cases
+ended(ranks)                                              their outputs, when all have ended
+"""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import lorakit as lk
+from lorakit.training.state import STATE_TENSORS, checkpoints
+from tests.conftest import ROWS
+from tests.training.runs import ADAPTER, PAIRS
+
+ROOT = Path(__file__).parents[2]
+LIMIT = 120.0  # s that a group of processes may take
+
+SHORT = {"max_steps": 3, "save_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
+# name -> the model's dtype, the adapter's settings, the run's, and whether it is evaluated
+CASES = {
+    "padded": (
+        "float32",
+        {"lora_dropout": 0.2},
+        {"gradient_accumulation_steps": 3, "neftune_noise_alpha": 5.0, "optim": "adamw_8bit",
+         "eval_steps": 2, "eval_metrics": ["exact_match", "rouge_l"]},
+        ROWS,
+    ),
+    "packed": (
+        "bfloat16",
+        {"modules_to_save": ["lm_head"]},
+        {"packing": True, "max_seq_length": 40, "gradient_accumulation_steps": 4,
+         "gradient_checkpointing": True},
+        ROWS,
+    ),
+    "idle": ("float32", {"use_dora": True}, {}, ROWS),  # all ranks but one have nothing to do
+    "dpo": (
+        "float32",
+        {"lora_dropout": 0.1},
+        {"objective": "dpo", "gradient_accumulation_steps": 2, "eval_steps": 3},
+        PAIRS,
+    ),
+    "fast": ("float32", {}, {"gradient_accumulation_steps": 3, "reduce": "fast"}, ROWS),
+}  # fmt: skip
+
+
+def take(case: str, path: Path, out: Path, seed: int = 0, **options):
+    """Take the run of a case in this process, alone or as one of the ranks."""
+    dtype, lora, own, rows = CASES[case]
+    model = lk.load_model(path, dtype=dtype, quantize="nf4")
+    torch.manual_seed(seed)
+    lk.attach(model, lk.LoraConfig(r=4, lora_alpha=8, **lora))
+    config = lk.TrainConfig(str(out / case), seed=seed, **{**SHORT, **own, **options})
+    data = {"train": rows, "validation": rows[:5]} if config.eval_steps else rows
+    lk.train(model, lk.load_tokenizer(path), data, config)
+    return model
+
+
+def found(out: Path, case: str) -> dict:
+    """What a run has left: bytes of its files, and its numbers without times."""
+    steps = [json.loads(line) for line in (out / case / "metrics.jsonl").open()]
+    timed = ("tokens_per_second", "peak_memory_mb")
+    return {
+        "adapter": (out / case / ADAPTER).read_bytes(),
+        "state": (checkpoints(out / case)[-1].path / STATE_TENSORS).read_bytes(),
+        "steps": [{k: v for k, v in step.items() if k not in timed} for step in steps],
+    }  # fmt: skip
+
+
+def free_port() -> int:
+    """Return a port that nobody listens at."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start(size: int, command: list[str], **env: str) -> list[subprocess.Popen]:
+    """Start the ranks of a group, as torchrun would, each with `command` after python."""
+    port = str(free_port())
+    return [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank),
+                 "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **env},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        )
+        for rank in range(size)
+    ]  # fmt: skip
+
+
+def ended(ranks: list[subprocess.Popen], limit: float = LIMIT) -> list[tuple[int, str, str]]:
+    """Wait for processes, and return the exit code and the output of each; none outlives this."""
+    end, results = time.monotonic() + limit, []
+    try:
+        for each in ranks:
+            out, err = each.communicate(timeout=max(0.1, end - time.monotonic()))
+            results.append((each.returncode, out, err))
+    finally:
+        for each in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                each.kill()
+            each.wait()
+    return results
+
+
+if __name__ == "__main__":  # python -m tests.training.rank_runs MODEL OUT [case ...]
+    torch.set_num_threads(1)
+    for _case in sys.argv[3:]:
+        take(_case, Path(sys.argv[1]), Path(sys.argv[2]))
+    print("all done")
