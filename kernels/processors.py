@@ -79,22 +79,35 @@ def quota(root: Path = Path("/")) -> float | None:
     Returns:
         The number of processors, or None if there is no limit, or nothing to tell it by.
     """
+    found = [limit for group in groups("cpu", root) for limit in _limits(group)]
+    return min(found, default=None)
+
+
+def groups(controller: str, root: Path = Path("/")) -> Iterator[Path]:
+    """Yield the directories of the control groups that hold the process, in both versions.
+
+    Args:
+        controller: What the groups control: "cpu" or "memory".
+        root: The directory under which /proc and /sys lie.
+
+    Yields:
+        Each group up to the root of each tree. Some may not exist.
+    """
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
-        return None
-    found: list[float] = []
+        return
     for line in lines:  # number:controllers:path; cgroups(7)
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
-        for name in ("cpu", "cpu,cpuacct") if controllers else ("", "unified"):
+        # version 1 mounts a tree under the names of all its controllers, with links for each
+        for name in (controller, "cpu,cpuacct") if controllers else ("", "unified"):
             mount = root / "sys/fs/cgroup" / name
             parts = [part for part in path.split("/") if part not in ("", "..")]
             for depth in range(len(parts) + 1):
-                found += _limits(mount.joinpath(*parts[:depth]))
-    return min(found, default=None)
+                yield mount.joinpath(*parts[:depth])
 
 
 def _limits(group: Path) -> Iterator[float]:

@@ -1,11 +1,15 @@
 """The memory of a training run: what the allocator keeps."""
 
 import mmap
+import os
 import platform
 import subprocess
 import sys
 
 import pytest
+
+import lorakit as lk
+from lorakit.training.memory import free_host_memory
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's settings")
@@ -30,3 +34,51 @@ def test_tuned_the_allocator_keeps_what_was_freed():
             [sys.executable, "-c", code, how], capture_output=True, text=True, check=True
         )
         assert (int(done.stdout) < pages / 10) == few, how
+
+
+GROUP = "proc/self/cgroup"
+MEMINFO = {"proc/meminfo": "MemTotal:       100 kB\nMemAvailable:        64 kB\n"}
+
+
+@pytest.mark.parametrize(
+    ("files", "left"),
+    [
+        (MEMINFO, 64 << 10),
+        # version 2: of all groups up to the root the one that has the least left
+        (
+            {
+                **MEMINFO,
+                GROUP: "0::/a/b\n",
+                "sys/fs/cgroup/a/b/memory.max": "max\n",
+                "sys/fs/cgroup/a/b/memory.current": "1\n",
+                "sys/fs/cgroup/a/b/memory.stat": "anon 3\ninactive_file 100\n",
+                "sys/fs/cgroup/a/memory.max": "9000\n",
+                "sys/fs/cgroup/a/memory.current": "8500\n",
+                "sys/fs/cgroup/a/memory.stat": "anon 3\ninactive_file 100\n",
+            },
+            600,
+        ),
+        (
+            {
+                **MEMINFO,
+                GROUP: "4:memory:/job\n3:cpu:/x\n",
+                "sys/fs/cgroup/memory/job/memory.limit_in_bytes": "5000\n",
+                "sys/fs/cgroup/memory/job/memory.usage_in_bytes": "6000\n",
+                "sys/fs/cgroup/memory/job/memory.stat": "cache 9\n",
+            },
+            0,
+        ),
+        ({**MEMINFO, GROUP: "nonsense"}, 64 << 10),
+    ],
+)
+def test_free_memory_is_what_the_machine_and_its_control_groups_leave(files, left, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert free_host_memory(tmp_path) == left
+
+
+def test_free_memory_of_this_machine(tmp_path):
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < lk.memory.free_memory("cpu") <= whole
+    assert free_host_memory(tmp_path) == whole  # a system without /proc
