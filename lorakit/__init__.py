@@ -22,6 +22,7 @@ _HOME = {
     "Importance": "export.importance",
     "LoraConfig": "config.adapters",
     "LorakitError": "config.errors",
+    "Mended": "data.mend",
     "MlxAdapter": "export.mlx",
     "ModelConfig": "models.config",
     "OllamaFiles": "export.ollama",
@@ -42,10 +43,12 @@ _HOME = {
     "adapter_names": "adapters.manage",
     "adapter_rows": "adapters.manage",
     "attach": "adapters.attach",
+    "balance_rows": "data.mend",
     "check_export": "export.check",
     "collate_packed": "data.packing",
     "combine_adapters": "adapters.combine",
     "convert_adapter": "adapters.peft_files.convert",
+    "dedup_rows": "data.mend",
     "delete_adapter": "adapters.manage",
     "describe_adapter": "adapters.peft_files.inspect",
     "detach": "adapters.manage",
@@ -86,6 +89,7 @@ _HOME = {
     "read_rows": "data.rows",
     "resize_embeddings": "models.resize",
     "rouge_l": "evaluation.metrics",
+    "sample_rows": "data.mend",
     "save_adapter": "adapters.peft_files.save",
     "save_model": "models.save",
     "serve": "serving.serve",
@@ -96,6 +100,7 @@ _HOME = {
     "tune_allocator": "training.memory",
     "unmerge": "adapters.merge",
     "write_card": "export.card",
+    "write_rows": "data.write",
 }
 # public name of a module -> the module
 _MODULES = {

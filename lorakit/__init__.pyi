@@ -36,11 +36,16 @@ from lorakit.config.training import TrainConfig as TrainConfig
 from lorakit.data.examples import encode_rows as encode_rows
 from lorakit.data.inspect import lint_rows as lint_rows
 from lorakit.data.inspect import show_rows as show_rows
+from lorakit.data.mend import Mended as Mended
+from lorakit.data.mend import balance_rows as balance_rows
+from lorakit.data.mend import dedup_rows as dedup_rows
+from lorakit.data.mend import sample_rows as sample_rows
 from lorakit.data.packing import collate_packed as collate_packed
 from lorakit.data.packing import pack_rows as pack_rows
 from lorakit.data.packing import padding_share as padding_share
 from lorakit.data.rows import read_rows as read_rows
 from lorakit.data.splitting import split_rows as split_rows
+from lorakit.data.write import write_rows as write_rows
 from lorakit.evaluation import metrics as metrics
 from lorakit.evaluation.evaluate import evaluate as evaluate
 from lorakit.evaluation.metrics import rouge_l as rouge_l

@@ -17,7 +17,7 @@ ORDER = [
     {"config": set()},
     {"files": {"huggingface_hub", "safetensors", "numpy", "gguf"}},
     {"models": {"tokenizers", "jinja2", "numpy", "gguf"}},
-    {"adapters": set(), "data": {"pyarrow"}},
+    {"adapters": set(), "data": {"numpy", "pyarrow"}},
     {"inference": {"tokenizers", "llguidance"}},
     {"serving": {"starlette", "uvicorn", "prometheus_client"}},
     {"evaluation": {"matplotlib"}},

@@ -5,7 +5,6 @@ lint reads the rows once. It keeps a digest of 16 bytes and the length of each r
 answers.
 """
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -14,7 +13,8 @@ from dataclasses import dataclass, field
 from lorakit.config.errors import LorakitError
 from lorakit.config.training import TrainOn
 from lorakit.data.encode import IGNORE, Encoder, Example, PairExample
-from lorakit.data.schemas import Chat, Choice, Instruction, OneAnswer, Row, Text
+from lorakit.data.schemas import Chat, Choice, OneAnswer, Row
+from lorakit.data.texts import answer_of, texts_of, words_digest
 from lorakit.models.tokenizer import Tokenizer
 
 LEARNED, MASKED, PLAIN = "\x1b[30;42m", "\x1b[2m", "\x1b[0m"
@@ -197,12 +197,12 @@ def lint_rows(
     answers: Counter[str] = Counter()
     for number, row in enumerate(rows):
         report.rows += 1
-        digest = _digest(row)
+        digest = words_digest(*texts_of(row))
         if digest in first_with:
             report.duplicates.append((row.place, rows[first_with[digest]].place))
         first_with.setdefault(digest, number)
         report.empty += _empty_turns(row)
-        answer = _answer(row)
+        answer = answer_of(row)
         if len(answer) <= SHORT and (answer in answers or len(answers) < CLASSES):
             answers[answer] += 1
         try:
@@ -223,33 +223,6 @@ def _count(report: LintReport, place: str, example: Example | PairExample) -> No
     length = max(len(each.input_ids) for each in example.answers)
     if length > report.max_seq_length:
         report.over_long.append(f"{place}: {length:,} tokens")
-
-
-def _texts(row: Row) -> list[str]:
-    if isinstance(row, Choice):
-        return _texts(row.chosen) + _texts(row.rejected)
-    if not isinstance(row, Chat):
-        return list(row[:-1])
-    texts = [str(row.tools), str(row.variables)]
-    for message in row.messages:
-        others = {name: value for name, value in message.items() if name != "content"}
-        texts += [message.get("content") or "", str(others)]
-    return texts
-
-
-def _digest(row: Row) -> bytes:
-    words = "\0".join(" ".join(text.split()) for text in _texts(row))
-    return hashlib.blake2b(words.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-
-
-def _answer(row: Row) -> str:
-    if isinstance(row, Choice):
-        return _answer(row.chosen)
-    if isinstance(row, Chat):
-        return (row.messages[-1].get("content") or "").strip()
-    if isinstance(row, Text):
-        return row.text.strip()
-    return (row.output if isinstance(row, Instruction) else row.completion).strip()
 
 
 def _empty_turns(row: Row) -> list[str]:

@@ -40,7 +40,7 @@ from lorakit.data.readers import (
     Table,
     decoded,
 )
-from lorakit.data.schemas import Row, has_empty_answer
+from lorakit.data.schemas import Row, fields_of, has_empty_answer
 from lorakit.data.values import EmptyAnswer, parse_json
 from lorakit.files.local import as_path
 
@@ -71,6 +71,10 @@ class LazyRows(Sequence[Row]):
     def place(self, index: int) -> str:
         """Return where row number `index` came from, as "train.jsonl line 3"."""
         return self.fetch(index).place
+
+    def fields(self, index: int) -> Any:
+        """Return the fields of row number `index`, as its source has them where it keeps them."""
+        return fields_of(self.fetch(index))
 
     @overload
     def __getitem__(self, index: int) -> Row: ...
@@ -261,6 +265,9 @@ class IndexedRows(SourceRows):
         number = self.numbers[index]
         return make_row(self._value(number), f"{self.name} {number}", self.check.format)
 
+    def fields(self, index: int) -> Any:
+        return self._value(self.numbers[index])
+
     def _first_pass(self) -> Iterator[Row]:
         self.numbers = array("q")
         for i in range(len(self.values)):
@@ -282,6 +289,11 @@ class IndexedRows(SourceRows):
 def place_of(rows: Sequence[Row], index: int) -> str:
     """Return where row number `index` came from. Rows of a file of lines are not read for it."""
     return rows.place(index) if isinstance(rows, LazyRows) else rows[index].place
+
+
+def fields_at(rows: Sequence[Row], index: int) -> Any:
+    """Return the fields of row number `index`, as its source has them where it keeps them."""
+    return rows.fields(index) if isinstance(rows, LazyRows) else fields_of(rows[index])
 
 
 # ---- files --------------------------------------------------------------------------------------
@@ -327,9 +339,10 @@ class FileRows(SourceRows):
         return len(self.starts)
 
     def fetch(self, index: int) -> Row:
-        for record in self._records(index):
-            return self._row(record)
-        raise LorakitError(f"{self.path} was cut off after it was read; read it again")
+        return self._row(self._record(index))
+
+    def fields(self, index: int) -> Any:
+        return self.reader.value(self._record(index))
 
     def place(self, index: int) -> str:
         return f"{self.path} line {self.lines[index]}"
@@ -356,6 +369,11 @@ class FileRows(SourceRows):
             if number < len(self) and record.start == self.starts[number]:
                 yield self._row(record)
                 number += 1
+
+    def _record(self, index: int) -> Record:
+        for record in self._records(index):
+            return record
+        raise LorakitError(f"{self.path} was cut off after it was read; read it again")
 
     def _records(self, index: int) -> Iterator[Record]:
         """Yield the records from row number `index` to the end of the file."""
@@ -401,7 +419,7 @@ def _json_rows(file: SourceFile, check: Check) -> Sequence[Row]:
             f"{path} must hold rows in one JSON array, in an array under 'data', or as an object "
             f"per line, not {what}"
         )
-    return _held(values, f"{path} item", check)
+    return IndexedRows(values, f"{path} item", check)
 
 
 def _object_of(line: bytes, path: Path) -> Mapping[str, Any] | None:

@@ -70,6 +70,29 @@ def content_of(row: Row) -> list[Any]:
     return [content_of(item) if isinstance(item, Row) else item for item in said]
 
 
+def fields_of(row: Row) -> dict[str, Any]:
+    """Return fields from which `make_row` (formats.py) makes the row again."""
+    if isinstance(row, Choice):
+        better, worse = fields_of(row.chosen), fields_of(row.rejected)
+        if isinstance(row.chosen, Chat) and not row.chosen.first:
+            better = {**better, "prompt": [], "completion": better.pop("messages")}
+            worse = {"completion": worse["messages"]}
+        chosen = better.pop("completion")
+        return {**better, "chosen": chosen, "rejected": worse["completion"]}
+    if not isinstance(row, Chat):
+        named = zip(row._fields, row, strict=True)
+        return {name: text for name, text in named if name != "place"}
+    before, after = row.messages[: row.first], row.messages[row.first :]
+    fields: dict[str, Any] = {"prompt": before, "completion": after}
+    if not before:
+        fields = {"messages": after}
+    if row.tools is not None:
+        fields["tools"] = row.tools
+    if row.variables is not None:
+        fields["chat_template_kwargs"] = row.variables
+    return fields
+
+
 def has_empty_answer(row: Row) -> bool:
     """Whether an answer that would be learned has no text, no reasoning and no tool calls."""
     if isinstance(row, Choice):

@@ -8,9 +8,10 @@ import hashlib
 import json
 from array import array
 from collections.abc import Sequence
+from typing import Any
 
 from lorakit.config.errors import LorakitError
-from lorakit.data.rows import LazyRows, RowSource, place_of, read_rows
+from lorakit.data.rows import LazyRows, RowSource, fields_at, place_of, read_rows
 from lorakit.data.schemas import Row, content_of
 
 
@@ -29,15 +30,18 @@ class SelectedRows(LazyRows):
     def place(self, index: int) -> str:
         return place_of(self.rows, self.numbers[index])
 
+    def fields(self, index: int) -> Any:
+        return fields_at(self.rows, self.numbers[index])
 
-def content_digest(row: Row) -> bytes:
-    """Return 8 bytes that depend on what a row says: BLAKE2b of its canonical JSON.
+
+def content_digest(row: Row, key: str = "") -> bytes:
+    """Return 8 bytes that depend on what a row says, and on a key: BLAKE2b of its canonical JSON.
 
     They do not depend on where the row stands, or on the kind of file that held it.
     """
     content = [type(row).__name__, *content_of(row)]
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.blake2b(text.encode("ascii"), digest_size=8).digest()
+    return hashlib.blake2b(text.encode("ascii"), digest_size=8, key=key.encode()).digest()
 
 
 def split_rows(

@@ -1,4 +1,4 @@
-"""`lorakit data show` and `lorakit data lint`: what they print, on any terminal."""
+"""`lorakit data`: what its actions print, on any terminal, and the files that they write."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+import lorakit as lk
 from lorakit.cli.main import main
 from lorakit.data.inspect import PLAIN
 from tests.data.chats import SYSTEM, assistant, user
@@ -101,3 +102,53 @@ def test_a_reader_that_has_seen_enough(tiny_dir, tmp_path):
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait(timeout=60) == 128 + signal.SIGPIPE
+
+
+def test_split_dedup_balance_and_sample(tmp_path, capsys):
+    values = [{"id": i, "text": f"text {i % 40}"} for i in range(60)]
+    source = rows_file(tmp_path / "rows.jsonl", values)
+    with open(source, "a") as file:
+        file.write("{broken\n")
+    before = source.read_bytes()
+
+    def run(action, *options):
+        code = main(["data", action, str(source), *map(str, options)])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    parts = tmp_path / "parts"
+    code, out, _ = run("split", "--out", parts, "--shares", 50, 50, 0)
+    assert code == 0
+    assert sorted(path.name for path in parts.iterdir()) == ["train.jsonl", "validation.jsonl"]
+    assert "rows that cannot be used: 1\n" in out
+    train, validation = (lk.read_rows(parts / f"{name}.jsonl") for name in ("train", "validation"))
+    assert f"train.jsonl: {len(train)} of 60 rows" in out
+    assert len(train) + len(validation) == 60
+    assert not {row.text for row in train} & {row.text for row in validation}
+
+    new = tmp_path / "new.jsonl"
+    code, out, _ = run("dedup", "--out", new, "--near", 0.9)
+    assert code == 0
+    assert out.startswith(f"{new}: 40 of 61 rows\nrows left out: 20\n  {source} line 41 repeats")
+    assert [json.loads(line) for line in new.read_text().splitlines()] == values[:40]
+
+    code, out, _ = run("balance", "--out", tmp_path / "b.jsonl")
+    assert code == 0
+    assert out.startswith(f"{tmp_path / 'b.jsonl'}: 40 of 61 rows\n")
+    code, out, _ = run("sample", "--out", tmp_path / "s.jsonl", "--rows", 7)
+    assert code == 0
+    assert len((tmp_path / "s.jsonl").read_text().splitlines()) == 7
+
+    for command, message in [
+        (["sample", "--out", new, "--rows", 7], "new.jsonl is there already"),
+        (["sample", "--out", source, "--rows", 7], "rows.jsonl is there already"),
+        (["split", "--out", parts], "parts is not empty; name a new directory"),
+        (["split", "--out", tmp_path / "p", "--shares", 50, 30], "percentages that sum to 100"),
+        (["balance", "--out", tmp_path / "x.jsonl", "--by", "di"], "did you mean 'id'"),
+    ]:
+        code, _, error = run(*command)
+        assert code == 1
+        assert message in error
+        assert error.count("\n") == 1
+    assert source.read_bytes() == before
+    assert not (tmp_path / "p").exists()

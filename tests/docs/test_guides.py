@@ -1,6 +1,7 @@
 """Every snippet and command of README and of the guides, run as it stands there."""
 
 import dataclasses
+import json
 import os
 import re
 import shlex
@@ -135,9 +136,17 @@ def test_examples_of_the_guide_to_data(prepared):
     assert done.stdout.strip().splitlines() == re.findall(r"print.*\)  # (.*)", code)
     [rows] = blocks("docs/getting-started.md", "json", "train.jsonl")
     (work / "train.jsonl").write_text(rows)
-    shown, linted = (run(command).stdout for command in commands("docs/data.md"))
+    answers = [{"prompt": f"question {i}?", "completion": "yn"[i % 3 == 0]} for i in range(90)]
+    (work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers * 2))
+    shown, linted, *files = (run(command).stdout for command in commands("docs/data.md"))
     assert shown.count("8 tokens, 3 of them labels\n") == 2
     assert linted.startswith("3 rows, ")
+    assert [out.splitlines()[0].partition(": ")[2] for out in files[:3]] == [
+        "90 of 180 rows",
+        "60 of 90 rows",
+        "50 of 60 rows",
+    ]
+    assert files[3].count(" of 50 rows (") == 3
 
 
 def test_examples_of_the_guide_to_export(prepared):
