@@ -13,7 +13,7 @@ from torch import Tensor
 # numbers of ggml_type
 TYPES = {
     "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8,
-    "q4_k": 12, "q5_k": 13, "q6_k": 14, "iq4_nl": 20,
+    "q4_k": 12, "q5_k": 13, "q6_k": 14, "iq4_nl": 20, "mxfp4": 39,
 }  # fmt: skip
 
 

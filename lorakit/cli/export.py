@@ -14,7 +14,7 @@ from lorakit.cli.arguments import (
 )
 
 TYPES = ["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k_s", "q4_k_m"]
-TYPES += ["q5_k_s", "q5_k_m", "q6_k", "iq4_nl"]
+TYPES += ["q5_k_s", "q5_k_m", "q6_k", "iq4_nl", "mxfp4_moe"]
 
 _OF_GGUF = {
     "no_check",

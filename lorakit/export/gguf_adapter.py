@@ -111,6 +111,11 @@ def _groups(plain: PlainAdapter, dialect: Dialect) -> dict[str, _Members]:
                 f"{plain.stored.path}: {place} is two layers in GGUF files, so that an adapter of "
                 "it has no place there: merge it (lorakit export with the adapter)"
             )
+        if _computed_without(stored, dialect):
+            raise LorakitError(
+                f"{plain.stored.path}: {place}: llama.cpp leaves an adapter out there, or scales "
+                "it otherwise: merge it (lorakit export with the adapter)"
+            )
         change = storage(published, dialect, plain.base.config)
         if change is not None and place.endswith(MOVES_COLUMNS):
             layer = layer._replace(a=change(layer.a))
@@ -118,6 +123,16 @@ def _groups(plain: PlainAdapter, dialect: Dialect) -> dict[str, _Members]:
             layer = layer._replace(b=change(layer.b))
         groups.setdefault(stored, {})[expert] = layer
     return groups
+
+
+def _computed_without(stored: str, dialect: Dialect) -> bool:
+    """Return whether llama.cpp does not add an adapter of a weight as the model does.
+
+    In Gemma 4 the input of the second embedding has none. An expert's output is multiplied by the
+    factor of the expert, and what an adapter adds to it is not.
+    """
+    scaled = "ffn_down_exps.scale" in dialect.whole and "ffn_down_exps" in stored
+    return scaled or stored.startswith("per_layer_model_proj.")
 
 
 def _rank(members: _Members) -> int:

@@ -16,6 +16,7 @@ import torch
 
 from lorakit.config.errors import LorakitError
 from lorakit.models.config import ModelConfig
+from lorakit.models.gguf_gemma4 import gemma4_metadata, proportional_divisors
 from lorakit.models.gguf_names import KEYS, Dialect
 from lorakit.models.rope import RopeConfig, inverse_frequencies, magnitude
 
@@ -30,7 +31,7 @@ _FLOATS = (
     "residual_multiplier",
     "logits_scaling",
 )
-_STATES_WINDOWS = ("gemma2", "gemma3", "olmo2")
+_STATES_WINDOWS = ("gemma2", "gemma3", "gemma4", "gpt-oss", "olmo2")
 _STRETCHES = {
     "llama": ("linear", "yarn", "llama3"),
     "granite": ("linear", "yarn", "llama3"),
@@ -38,10 +39,13 @@ _STRETCHES = {
     "gemma": ("linear",),
     "gemma2": ("linear",),
     "gemma3": ("linear",),
+    "gemma4": ("proportional",),
 }
 """The rotary scalings that llama.cpp has for an architecture; the others have _OF_ALL."""
 _OF_ALL = ("linear", "yarn")
 _BIASED = ("llama", "granite")  # with or without, as the tensors say
+_ALWAYS_BIASED = ("qwen2", "qwen2moe", "seed_oss", "gpt-oss")  # in q, k and v
+_ACTIVATIONS = {"gpt-oss": "swiglu_oai"}  # the others' are Gemma's, or SiLU
 _STEP = 4  # llama.cpp's own for SmolLM3: every fourth layer knows no positions
 
 
@@ -77,6 +81,8 @@ def model_metadata(
     elif arch in ("gemma3", "olmo2"):
         found["attention.sliding_window_pattern"] = list(config.sliding_layers)
     found |= _rope_scaling(config)
+    if arch == "gemma4":
+        found |= gemma4_metadata(config)
     if any(config.linear_layers):
         values_of_heads = config.linear_num_value_heads * config.linear_value_head_dim
         found["ssm.inner_size"] = values_of_heads
@@ -119,6 +125,8 @@ def _rope_scaling(config: ModelConfig) -> dict[str, Any]:
 
 def rotary_tensors(config: ModelConfig) -> dict[str, torch.Tensor]:
     """Return the vectors by which some rotary embeddings divide the frequencies, fp32 [R / 2]."""
+    if config.rope.rope_type == "proportional":
+        return {"rope_freqs.weight": proportional_divisors(config)}
     if config.rope.rope_type == "llama3":
         return {"rope_freqs.weight": llama3_divisors(config)}
     if config.rope.rope_type == "longrope":
@@ -177,7 +185,9 @@ def _unsaid_rope(config: ModelConfig, arch: str, dialect: Dialect) -> str | None
     rope, local = config.rope, config.rope_local
     if rope.rope_type not in ("default", *_STRETCHES.get(arch, _OF_ALL)):
         return f"the rotary scaling {rope.rope_type!r}"
-    stated = arch == "gemma3" and local is not None and local.rope_type == "default"
+    if arch == "gemma4" and (rope.rope_type != "proportional" or rope.factor != 1):
+        return "this rotary embedding of the full layers"
+    stated = arch in ("gemma3", "gemma4") and local is not None and local.rope_type == "default"
     plain = arch == "olmo2" and local == RopeConfig(rope.rope_theta)
     if local is not None and not (stated or plain):
         return "this rotary embedding of the sliding layers"
@@ -185,7 +195,7 @@ def _unsaid_rope(config: ModelConfig, arch: str, dialect: Dialect) -> str | None
     turning = [(layer + 1) % _STEP != 0 for layer in range(len(every))]
     if (config.rope_layers or every) != (turning if arch == "smollm3" else every):
         return "which layers know positions (no_rope_layers)"
-    if rope.partial_rotary_factor != 1 and not dialect.partial:
+    if rope.partial_rotary_factor != 1 and not (dialect.partial or arch == "gemma4"):
         return f"partial_rotary_factor {rope.partial_rotary_factor}"
     return _unsaid_yarn(rope, arch) if rope.rope_type == "yarn" else None
 
@@ -200,19 +210,27 @@ def _unsaid_yarn(rope: RopeConfig, arch: str) -> str | None:
         rope.mscale_all_dim,
     ):
         return "yarn's attention_factor, mscale and mscale_all_dim"
-    return None if rope.truncate else "yarn with truncate=false"
+    # llama.cpp truncates: the published gpt-oss does not, and is run so everywhere
+    return None if rope.truncate or arch == "gpt-oss" else "yarn with truncate=false"
 
 
 def _unsaid_window(config: ModelConfig, arch: str, context_length: int) -> str | None:
     """Return what of the sliding windows a file cannot say."""
     window, sliding = config.sliding_window, config.sliding_layers
+    if arch == "gpt-oss" and (window is None or sliding != _every_other(config)):
+        return "these layer_types"
     if not any(sliding) or window is None or window >= context_length:
         return None
     if arch not in _STATES_WINDOWS:
         return f"a sliding window of {window} (context_length={window} needs none)"
-    if arch == "gemma2" and sliding != [i % 2 == 0 for i in range(len(sliding))]:
+    if arch == "gemma2" and sliding != _every_other(config):
         return "these layer_types"
     return None
+
+
+def _every_other(config: ModelConfig) -> list[bool]:
+    """Return whether each layer slides if every other does, from the first one on."""
+    return [layer % 2 == 0 for layer in range(config.num_hidden_layers)]
 
 
 def _unsaid_attention(config: ModelConfig, arch: str, dialect: Dialect) -> str | None:
@@ -225,7 +243,8 @@ def _unsaid_attention(config: ModelConfig, arch: str, dialect: Dialect) -> str |
         return f"query_pre_attn_scalar {config.query_pre_attn_scalar}, only {width}"
     if (config.attn_logit_softcapping is not None) != (arch == "gemma2"):
         return f"attn_logit_softcapping {config.attn_logit_softcapping}"
-    if (config.final_logit_softcapping is not None) != (arch == "gemma2"):
+    capped = config.final_logit_softcapping is not None
+    if arch != "gemma4" and capped != (arch == "gemma2"):
         return f"final_logit_softcapping {config.final_logit_softcapping}"
     if any(config.linear_layers):
         every = _interval(config)
@@ -233,20 +252,21 @@ def _unsaid_attention(config: ModelConfig, arch: str, dialect: Dialect) -> str |
             return "these layer_types"
         if config.linear_key_head_dim != config.linear_value_head_dim:
             return "a linear_value_head_dim that is not linear_key_head_dim"
-    biases = arch in ("qwen2", "qwen2moe", "seed_oss")
-    if arch not in _BIASED and (config.o_bias or config.qkv_bias != biases):
+    of_output, of_inputs = arch == "gpt-oss", arch in _ALWAYS_BIASED
+    found = config.o_bias == of_output and config.qkv_bias == of_inputs
+    if arch not in _BIASED and not found:
         return "these biases of the attention (attention_bias)"
     return None
 
 
 def _unsaid_mlp(config: ModelConfig, arch: str, dialect: Dialect) -> str | None:
     """Return what of the MLP or of the experts a file cannot say."""
-    usual = "gelu_pytorch_tanh" if arch.startswith("gemma") else "silu"
+    usual = _ACTIVATIONS.get(arch, "gelu_pytorch_tanh" if arch.startswith("gemma") else "silu")
     if config.hidden_act != usual:
         return f"hidden_act {config.hidden_act!r}, only {usual!r}"
-    if config.mlp_bias and arch not in _BIASED:
+    if config.mlp_bias != (arch == "gpt-oss") and arch not in _BIASED:
         return "mlp_bias"
-    if "ffn_gate_inp" in dialect.names:
+    if "ffn_gate_inp" in dialect.names and not (arch == "gemma4" and not any(config.moe_layers)):
         if not all(config.moe_layers):
             return "layers without experts (mlp_only_layers, decoder_sparse_step)"
         if config.norm_topk_prob != (arch != "qwen2moe"):

@@ -46,6 +46,7 @@ FILE_TYPES = {
     "q5_k_m": FileType(17, "Q5_K"),
     "q6_k": FileType(18, "Q6_K"),
     "iq4_nl": FileType(25, "IQ4_NL"),
+    "mxfp4_moe": FileType(38, "MXFP4"),
 }
 FORMATS = sorted({file_type.default for file_type in FILE_TYPES.values()})
 """The formats that a tensor may have."""
@@ -121,6 +122,8 @@ class Mix:
         _, _, rest = name.partition("blk.")
         layer, _, inner = rest.partition(".")
         stem = (inner or name).removesuffix(".weight")
+        if self.name == "mxfp4_moe":  # for the experts alone, which gpt-oss publishes so
+            return self._default if "_exps" in stem else "Q8_0"
         if stem == "output" or (stem == "token_embd" and tied):
             return self._of_head(row)
         if stem == "attn_v":

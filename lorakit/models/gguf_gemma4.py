@@ -9,7 +9,11 @@ and up together, gate first.
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from lorakit.files.gguf import TensorInfo
+from lorakit.models.config import ModelConfig
 
 GEMMA4 = {
     "ffn_gate_inp": "router.proj",
@@ -51,6 +55,42 @@ GEMMA4_KEYS = {
     "moe_intermediate_size": "expert_feed_forward_length",
 }
 """Keys of config.json -> keys of the file."""
+
+
+_STILL = 1e30  # divides the frequency of a pair that does not turn
+
+
+def gemma4_metadata(config: ModelConfig) -> dict[str, Any]:
+    """Return the keys of a file that say what `gemma4_layers` reads, and the rotary embeddings."""
+    layers = range(config.num_hidden_layers)
+    wide, size = config.rope_head_dims
+    assert config.rope_local is not None, "a model of another kind is refused before"
+    return {
+        "feed_forward_length": _alike([config.mlp_width(i) for i in layers]),
+        "attention.head_count_kv": _alike([config.layer_kv_heads(i) for i in layers]),
+        "attention.shared_kv_layers": config.num_kv_shared_layers,
+        "attention.sliding_window_pattern": [config.slides(i) for i in layers],
+        "attention.key_length": wide,
+        "attention.value_length": wide,
+        "attention.key_length_swa": size,
+        "attention.value_length_swa": size,
+        "rope.dimension_count": wide,
+        "rope.dimension_count_swa": size,
+        "rope.freq_base_swa": config.rope_local.rope_theta,
+    }
+
+
+def _alike(numbers: list[int]) -> int | list[int]:
+    """Return a number for each layer, or one for all of them."""
+    return numbers if len(set(numbers)) > 1 else numbers[0]
+
+
+def proportional_divisors(config: ModelConfig) -> Tensor:
+    """Return by what a file divides the frequencies of the full layers, fp32 [D / 2]."""
+    pairs = config.rope_head_dims[0] // 2
+    divisors = torch.full((pairs,), _STILL)
+    divisors[: int(pairs * config.rope.partial_rotary_factor)] = 1
+    return divisors
 
 
 def gemma4_layers(values: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> None:

@@ -141,8 +141,6 @@ class Dialect(NamedTuple):
     """Whether the rows of q_proj and k_proj are interleaved."""
     norm_offset: float = 0.0
     """The number that was added to the norm weights."""
-    written: bool = True
-    """Whether export writes such files too."""
     partial: bool = False
     """Whether a share of each head turns, which the file states as rope.dimension_count."""
     full_width_layers: int | None = None
@@ -233,14 +231,12 @@ DIALECTS = {
             "intermediate_size": "expert_feed_forward_length",
         },
         {"attention_bias": True},
-        written=False,
         whole={"attn_sinks.weight": "self_attn.sinks"},
     ),
     "gemma4": Dialect(
         "gemma4_text",
         _ATTENTION | _QK_NORM | _SANDWICH_NORMS | _MLP | GEMMA4,
         GEMMA4_KEYS,
-        written=False,
         whole=GEMMA4_WHOLE,
         outside=_OUTSIDE | GEMMA4_OUTSIDE,
     ),
@@ -254,8 +250,10 @@ def dialect_of(config: ModelConfig) -> tuple[str, Dialect]:
     """
     if config.model_type in ("mistral", MIXTRAL.model_type):
         return "llama", MIXTRAL if any(config.moe_layers) else _LLAMA
+    if config.model_type == "gemma4_unified_text":  # files call both alike
+        return "gemma4", DIALECTS["gemma4"]
     for arch, dialect in [*DIALECTS.items(), ("olmo2", OLMO2)]:
-        if dialect.model_type == config.model_type and dialect.written:
+        if dialect.model_type == config.model_type:
             return arch, dialect
     raise LorakitError(
         f"models of model_type {config.model_type!r} are not written as GGUF; save_model writes "
@@ -290,17 +288,17 @@ def stored_name(published: str, dialect: Dialect) -> tuple[str, int | None]:
     outside = {theirs: stem for stem, theirs in dialect.outside.items()}
     if module in outside:
         return f"{outside[module]}.{leaf}", None
-    found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
+    found = re.fullmatch(r"model\.layers\.(\d+)\.((.+)\..+|.+)", published)
     assert found is not None  # a decoder has no other modules
-    layer, inner = found.groups()
+    layer, rest, inner = found.groups()
     whole = {theirs: stem for stem, theirs in dialect.whole.items()}
-    if f"{inner}.{leaf}" in whole:
-        return f"blk.{layer}.{whole[f'{inner}.{leaf}']}", None
-    expert = re.search(r"(?<=\.experts\.)\d+", inner)
+    if rest in whole:
+        return f"blk.{layer}.{whole[rest]}", None
+    expert = re.search(r"\bexperts\.(\d+)\.", inner)
     if expert is not None:
-        inner = inner.replace(f".{expert.group()}.", ".{}.")
+        inner = inner.replace(expert.group(), "experts.{}.")
     stems = {theirs: stem for stem, theirs in dialect.names.items()}
-    number = None if expert is None else int(expert.group())
+    number = None if expert is None else int(expert[1])
     return f"blk.{layer}.{stems[inner]}.{leaf}", number
 
 

@@ -40,6 +40,8 @@ def byte_level():
 def write_model(path, variant, **settings):
     """A tiny model of tests/models/test_gguf.py, with the tokenizer beside it."""
     model_type, own = VARIANTS[variant]
+    if "vocab_size_per_layer_input" in own:
+        settings = {"vocab_size_per_layer_input": SIZE, **settings}
     tiny(model_type, **{**own, "vocab_size": SIZE, **settings}).save_pretrained(path)
     byte_level().save(path)
     return path

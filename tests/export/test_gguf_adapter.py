@@ -46,6 +46,9 @@ def compare(tmp_path, directory, model, dtype, tolerance):
         ("phi3", {}, 1e-4),
         ("qwen3_5", {}, 1e-4),
         ("gemma3", {}, 1e-2),
+        ("gpt_oss", {}, 1e-4),
+        ("gemma4 small", {"exclude_modules": ["per_layer_model_projection"]}, 1e-2),
+        ("gemma4 experts", {"exclude_modules": r".*experts\..*down_proj"}, 1e-2),
     ],
 )
 def test_logits_are_llama_cpp(tmp_path, variant, config, tolerance):
@@ -118,6 +121,8 @@ def test_the_update_of_each_weight_survives(llama, tmp_path_factory, r, alpha, r
         ),
         ("llama tied", {"target_modules": ["lm_head"]}, "embedding and head of .* are one"),
         ("qwen3_next", {"target_modules": ["in_proj_qkvz"]}, "is two layers in GGUF files"),
+        ("gemma4 small", {}, "per_layer_model_projection: llama.cpp leaves an adapter out"),
+        ("gemma4 experts", {}, "experts.0.down_proj: llama.cpp leaves an adapter out"),
         ("llama", {"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ("llama", {"std": 1e6}, "holds values beyond float16; choose float32"),
     ],

@@ -15,7 +15,7 @@ from tests.export.models import write_model
 # for random weights, rounded up.
 ERROR = {"f16": 3e-4, "bf16": 2.5e-3, "q8_0": 0.007, "q6_k": 0.02, "q5_k_m": 0.045, "q5_k_s": 0.045}
 ERROR |= {"q5_0": 0.05, "q5_1": 0.05, "q4_k_m": 0.085, "q4_k_s": 0.085, "q4_0": 0.11, "q4_1": 0.1}
-ERROR |= {"iq4_nl": 0.09}
+ERROR |= {"iq4_nl": 0.09, "mxfp4_moe": 0.007}  # a model without experts is in q8_0
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,27 @@ def test_a_file_reads_back_within_its_error(wide, tmp_path, name):
             assert (after - before).norm() <= ERROR[name] * before.norm(), key
     assert written.size == (tmp_path / "m.gguf").stat().st_size
     assert written.parameters == sum(w.read().numel() for w in expected.values())
+
+
+def test_experts_in_mxfp4_have_the_values_of_their_files(tmp_path):
+    """gpt-oss publishes its experts in MXFP4, with other bytes where a scale may be either."""
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_experts_per_tok": 5}  # none flips
+    dense = write_model(tmp_path / "dense", "gpt_oss", **sizes)
+    lk.export_gguf(dense, tmp_path / "first.gguf", quantization="mxfp4_moe")  # which rounds them
+    lk.save_model(lk.load_model(tmp_path / "first.gguf", dtype="float32"), tmp_path / "rounded")
+    tok = lk.load_tokenizer(dense)
+    lk.export_gguf(
+        tmp_path / "rounded", tmp_path / "m.gguf", quantization="mxfp4_moe", tokenizer=tok
+    )
+    _, found = read_gguf(tmp_path / "m.gguf")
+    _, expected, _ = open_model(tmp_path / "rounded")
+    experts = [name for name in expected if ".experts." in name]
+    assert experts
+    assert all(torch.equal(found[name].read(), expected[name].read()) for name in experts)
+    with LlamaCpp(tmp_path / "m.gguf") as theirs:
+        logits = theirs.logits([1, *range(4, 60)])
+    ours = lk.load_model(tmp_path / "m.gguf", dtype="float32")(torch.tensor([[1, *range(4, 60)]]))
+    assert (logits - ours[0]).std() <= 0.1 * ours.std()  # it rounds what layers read to 8 bits
 
 
 @pytest.mark.parametrize("name", ["q8_0", "q4_k_m", "iq4_nl"])

@@ -9,9 +9,13 @@ own. The formulas are what a reader computes; q is a code, d, m and dmin are fp1
     q5_0    32 values, 22 bytes     d (q - 16)              d, fifth bits, nibbles
     q5_1    32 values, 24 bytes     d q + m                 d, m, fifth bits, nibbles
     iq4_nl  32 values, 18 bytes     d LEVELS[q]             d, nibbles
+    mxfp4   32 values, 17 bytes     2^(e-128) LEVELS4[q]    e, nibbles
     q4_k    256 values, 144 bytes   (d s_j) q - dmin m_j    d, dmin, s and m, nibbles
     q5_k    256 values, 176 bytes   (d s_j) q - dmin m_j    d, dmin, s and m, fifth bits, nibbles
     q6_k    256 values, 210 bytes   (d s_j) (q - 32)        4 bits, 2 bits, s as 16 int8, d
+
+mxfp4 is the OCP's format of microscaling floats, whose scales are powers of two. Values that came
+from it come out as they were. It has no search, and no C++.
 
 Nibbles: the low half of a byte is one value, the high half the value 16 later (32 later in q4_k and
 q5_k, 64 in q6_k). Fifth bits: bit i of a 32-bit integer is that of value i; in q5_k bit j of byte i
@@ -49,7 +53,7 @@ def quantize_blocks(w: Tensor, block_type: str, importance: Tensor | None = None
         w: [rows, columns], fp32, bf16 or fp16, of any strides.
         block_type: a key of BLOCK_LAYOUTS, such as "q4_k". It must divide the columns into blocks.
         importance: how much an error in each column matters, fp32 [columns], at least 0; its unit
-            is any. q8_0 ignores it, as llama.cpp does.
+            is any. q8_0 and mxfp4 ignore it, as llama.cpp does.
 
     Returns:
         The blocks of each row, uint8 [rows, bytes], in new memory on the device of `w`.
@@ -79,9 +83,9 @@ def quantize_blocks(w: Tensor, block_type: str, importance: Tensor | None = None
         raise ValueError(
             f"cannot quantize a matrix with values from {low} to {high}: its scales are in float16"
         )
-    if block_type == "q8_0":
+    if block_type in ("q8_0", "mxfp4"):
         importance = None
-    backend = dispatch.backend(__package__, w.device, triton=False)
+    backend = dispatch.backend(__package__, w.device, cpu=block_type != "mxfp4", triton=False)
     return backend.quantize(w, block_type, importance)
 
 

@@ -9,7 +9,7 @@ from ... import dispatch
 from ...dispatch import CPU_DTYPES, INT64, POINTER, address
 from .layouts import BLOCK_LAYOUTS
 
-TYPES = list(BLOCK_LAYOUTS)  # in the order of cpu.cpp
+TYPES = [name for name in BLOCK_LAYOUTS if name != "mxfp4"]  # in the order of cpu.cpp
 
 
 class Quantize(ctypes.Structure):

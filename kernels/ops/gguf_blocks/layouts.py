@@ -22,4 +22,5 @@ BLOCK_LAYOUTS = {
     "q4_k": BlockLayout(256, 144),
     "q5_k": BlockLayout(256, 176),
     "q6_k": BlockLayout(256, 210),
+    "mxfp4": BlockLayout(32, 17),
 }

@@ -180,6 +180,34 @@ def quantize_q6_k(x: Tensor, importance: Tensor | None) -> Tensor:
     return torch.cat(parts, dim=1).masked_fill_((extreme.abs() < NOTHING)[:, None], 0)
 
 
+# ---- mxfp4 --------------------------------------------------------------------------------------
+
+LEVELS4 = (0, 1, 2, 3, 4, 6, 8, 12)  # of codes 0 to 7, in halves; 8 to 15 are their negatives
+BETWEEN = (0.5, 1.5, 2.5, 3.5, 5.0, 7.0, 10.0)  # a value there takes the smaller level
+
+
+def quantize_mxfp4(x: Tensor) -> Tensor:
+    """Return the blocks of x [rows, columns]; the largest value has an exponent of 2 in its block.
+
+    It may lie above the largest level, 6 of 4 to 8, and is 6 then: so do llama.cpp and the OCP.
+    """
+    x = x.reshape(-1, 32)
+    largest = x.abs().amax(dim=1)
+    _, exponent = largest.frexp()  # of a fraction in [0.5, 1)
+    e = (exponent - 3 + 127).clamp_(0, 254).masked_fill_(largest == 0, 0)
+    halves = torch.ldexp(x.abs().double(), 128 - e[:, None]).contiguous()
+    q = torch.bucketize(halves, torch.tensor(BETWEEN, dtype=torch.float64, device=x.device))
+    q = (q + 8 * ((x < 0) & (q > 0))).to(torch.uint8)
+    return torch.cat([e.to(torch.uint8)[:, None], nibbles(q.view(-1, 2, 16))], dim=1)
+
+
+def _values_mxfp4(blocks: Tensor) -> Tensor:
+    e, low4 = blocks.split([1, 16], dim=1)
+    levels = torch.tensor([*LEVELS4, *(-each for each in LEVELS4)], device=e.device)
+    values = levels.double()[spread(low4, 4).view(-1, 32).int()]
+    return torch.ldexp(values, e.int() - 128).float()
+
+
 # ---- whole matrices -----------------------------------------------------------------------------
 
 
@@ -196,6 +224,8 @@ def _quantize(x: Tensor, block_type: str, importance: Tensor | None) -> Tensor:
         blocks = quantize_affine_k(x, block_type, importance)
     elif block_type == "q8_0":
         blocks = quantize_q8_0(x)
+    elif block_type == "mxfp4":
+        blocks = quantize_mxfp4(x)
     elif importance is None and block_type != "iq4_nl":
         blocks = quantize_plain(x, block_type)
     else:
@@ -217,6 +247,8 @@ def _dequantize(blocks: Tensor, block_type: str) -> Tensor:
     elif block_type == "q8_0":
         d, q = blocks.reshape(-1, 34).split([2, 32], dim=1)
         values = halves_of(d) * q.view(torch.int8)
+    elif block_type == "mxfp4":
+        values = _values_mxfp4(blocks.reshape(-1, 17))
     else:
         values = _values32(blocks, block_type)
     return values.reshape(len(blocks), -1)

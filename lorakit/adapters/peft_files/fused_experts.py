@@ -68,9 +68,10 @@ def fuse_experts(
         if config.alpha(place) != config.lora_alpha:
             alphas[name] = config.alpha(place)
     parameters = _parameters(model, experts, config, ranks, alphas)
+    parameters += [f"{place}.weight" for place in places if place in beside]
     values = values | {
         "target_modules": targets_for([place for place in places if place not in beside], model),
-        "target_parameters": parameters + [f"{place}.weight" for place in places if place in beside],
+        "target_parameters": parameters,
         "lora_dropout": 0.0,  # PEFT has none before parameters, and raises
     }
     values |= {"rank_pattern": ranks, "alpha_pattern": alphas}
