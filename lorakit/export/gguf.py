@@ -115,8 +115,7 @@ def export_gguf(
             memory, with the adapter that is selected in it, if one is.
         file: The file to write. Its directory is made if it is missing.
         quantization: f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_k_s, q4_k_m, q5_k_s, q5_k_m,
-            q6_k, iq4_nl or mxfp4_moe. All but the first four mix several block formats, as
-            llama.cpp does; mxfp4_moe keeps the experts of gpt-oss as they are published.
+            q6_k, iq4_nl or mxfp4_moe. All but the first four mix formats, as llama.cpp does.
         adapter: The directory, .gguf file or Hub id of an adapter to merge into the weights of a
             model in files, in fp32.
         tokenizer: The tokenizer. None takes the adapter's, or else that of the model's files.

@@ -66,8 +66,8 @@ def gemma4_metadata(config: ModelConfig) -> dict[str, Any]:
     wide, size = config.rope_head_dims
     assert config.rope_local is not None, "a model of another kind is refused before"
     return {
-        "feed_forward_length": _alike([config.mlp_width(i) for i in layers]),
-        "attention.head_count_kv": _alike([config.layer_kv_heads(i) for i in layers]),
+        "feed_forward_length": _one_or_list([config.mlp_width(i) for i in layers]),
+        "attention.head_count_kv": _one_or_list([config.layer_kv_heads(i) for i in layers]),
         "attention.shared_kv_layers": config.num_kv_shared_layers,
         "attention.sliding_window_pattern": [config.slides(i) for i in layers],
         "attention.key_length": wide,
@@ -80,7 +80,7 @@ def gemma4_metadata(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _alike(numbers: list[int]) -> int | list[int]:
+def _one_or_list(numbers: list[int]) -> int | list[int]:
     """Return a number for each layer, or one for all of them."""
     return numbers if len(set(numbers)) > 1 else numbers[0]
 

@@ -250,7 +250,7 @@ def dialect_of(config: ModelConfig) -> tuple[str, Dialect]:
     """
     if config.model_type in ("mistral", MIXTRAL.model_type):
         return "llama", MIXTRAL if any(config.moe_layers) else _LLAMA
-    if config.model_type == "gemma4_unified_text":  # files call both alike
+    if config.model_type == "gemma4_unified_text":  # files know one name
         return "gemma4", DIALECTS["gemma4"]
     for arch, dialect in [*DIALECTS.items(), ("olmo2", OLMO2)]:
         if dialect.model_type == config.model_type:
