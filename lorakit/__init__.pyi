@@ -47,7 +47,15 @@ from lorakit.data.rows import read_rows as read_rows
 from lorakit.data.splitting import split_rows as split_rows
 from lorakit.data.write import write_rows as write_rows
 from lorakit.evaluation import metrics as metrics
+from lorakit.evaluation.completions import Completion as Completion
+from lorakit.evaluation.completions import complete_rows as complete_rows
+from lorakit.evaluation.completions import read_completions as read_completions
+from lorakit.evaluation.completions import write_completions as write_completions
 from lorakit.evaluation.evaluate import evaluate as evaluate
+from lorakit.evaluation.intervals import Comparison as Comparison
+from lorakit.evaluation.intervals import Interval as Interval
+from lorakit.evaluation.intervals import bootstrap_interval as bootstrap_interval
+from lorakit.evaluation.intervals import compare_predictions as compare_predictions
 from lorakit.evaluation.metrics import rouge_l as rouge_l
 from lorakit.evaluation.plots import plot_runs as plot_runs
 from lorakit.evaluation.quantization_report import quantize_report as quantize_report

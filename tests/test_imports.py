@@ -20,7 +20,7 @@ ORDER = [
     {"adapters": set(), "data": {"numpy", "pyarrow"}},
     {"inference": {"tokenizers", "llguidance"}},
     {"serving": {"starlette", "uvicorn", "prometheus_client"}},
-    {"evaluation": {"matplotlib"}},
+    {"evaluation": {"matplotlib", "sacrebleu"}},
     {"export": {"numpy", "xllamacpp", "yaml"}},
     {"training": {"tensorboard"}},
     {"compat": set()},

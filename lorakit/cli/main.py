@@ -20,6 +20,7 @@ from lorakit.cli import (
     adapter,
     chat,
     data,
+    evaluate,
     export,
     generate,
     merge,
@@ -83,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     train.add_parser(verbs, common)
+    evaluate.add_parser(verbs, common)
     generate.add_parser(verbs, common)
     chat.add_parser(verbs, common)
     serve.add_parser(verbs, common)

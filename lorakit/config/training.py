@@ -47,6 +47,8 @@ METRICS = (
     "partial_match",
     "entity_f1",
     "rouge_l",
+    "bleu",
+    "chrf",
 )
 
 
@@ -157,7 +159,7 @@ class TrainConfig:
     only."""
     eval_metrics: list[str] = field(default_factory=list)
     """Scores of the model's own completions of the validation rows, beside the loss: accuracy,
-    macro_f1, weighted_f1, exact_match, partial_match, entity_f1 and rouge_l."""
+    macro_f1, weighted_f1, exact_match, partial_match, entity_f1, rouge_l, bleu and chrf."""
     early_stopping_patience: int | None = None
     """Number of evaluations in a row without a better loss that stop the run; null never stops
     it."""

@@ -44,11 +44,12 @@ def evaluate(
         over_length: What happens to a longer row, as `encode_rows` takes it.
         train_on: Which tokens are labels, as `encode_rows` takes it.
         metrics: The names of the metrics to score completions by: accuracy, macro_f1, weighted_f1,
-            exact_match, partial_match, entity_f1, rouge_l. Without one, nothing is completed.
+            exact_match, partial_match, entity_f1, rouge_l, bleu, chrf. Without one, nothing is
+            completed.
 
     Returns:
         "loss" in nats per label token, its "perplexity", the numbers of "label_tokens" and "rows",
-        and each metric by its name, in [0, 1].
+        and each metric by its name, as `lorakit.metrics.score` returns it.
 
     Raises:
         LorakitError: The rows cannot be read, encoded or scored, a metric is unknown, a prompt

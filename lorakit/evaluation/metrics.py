@@ -1,4 +1,4 @@
-"""Scores of generated texts against references, each in [0, 1].
+"""Scores of generated texts against references: bleu and chrf in [0, 100], others in [0, 1].
 
 `score` compares predictions with as many references, by the metrics of these names:
 
@@ -9,6 +9,8 @@
     macro_f1       mean over the labels that occur in either list of the F1 of each
     weighted_f1    mean of the same, weighted by how often each label is the reference
     entity_f1      F1 of entities, counted over all texts together
+    bleu           BLEU of all texts together, as sacrebleu computes it
+    chrf           chrF2 of all texts together, as sacrebleu computes it
 
 A label is the whole text, without case and the space around it. Words are runs of letters and
 digits in lower case.
@@ -32,9 +34,12 @@ from typing import Any
 
 from lorakit.config.errors import LorakitError
 from lorakit.config.training import check_metrics
+from lorakit.evaluation.translation import bleu, check_sacrebleu, chrf
 
 __all__ = [
     "accuracy",
+    "bleu",
+    "chrf",
     "entity_f1",
     "exact_match",
     "macro_f1",
@@ -56,22 +61,37 @@ def score(predictions: Texts, references: Texts, metrics: str | Iterable[str]) -
         predictions: Texts that a model wrote.
         references: As many texts that it should have written.
         metrics: The name of a metric, or several names: accuracy, macro_f1, weighted_f1,
-            exact_match, partial_match, entity_f1, rouge_l. The module's docstring defines them.
+            exact_match, partial_match, entity_f1, rouge_l, bleu, chrf. The module's docstring
+            defines them.
 
     Returns:
-        The value of each metric by its name, in [0, 1].
+        The value of each metric by its name: of bleu and chrf in [0, 100], of others in [0, 1].
 
     Raises:
-        LorakitError: A name is unknown, there are no texts, or the lists differ in length.
+        LorakitError: A name is unknown, a metric needs a package that is missing, there are no
+            texts, or the lists differ in length.
     """
     metrics = [metrics] if isinstance(metrics, str) else list(metrics)
+    check_usable(metrics)
+    check_texts(predictions, references)
+    return {name: SCORES[name](predictions, references) for name in metrics}
+
+
+def check_usable(metrics: Iterable[str]) -> None:
+    """Raise LorakitError unless each name is that of a metric whose package is installed."""
+    metrics = list(metrics)
     check_metrics(metrics)
+    if "bleu" in metrics or "chrf" in metrics:
+        check_sacrebleu()
+
+
+def check_texts(predictions: Texts, references: Texts) -> None:
+    """Raise LorakitError unless there are as many predictions as references, and any."""
     if len(predictions) != len(references) or not references:
         raise LorakitError(
             f"score: {len(predictions)} predictions and {len(references)} references; give as many "
             "of one as of the other, and at least one"
         )
-    return {name: SCORES[name](predictions, references) for name in metrics}
 
 
 # ---- metrics of whole texts ----
@@ -147,7 +167,7 @@ def _longest_common_subsequence(a: list[str], b: list[str]) -> int:
 def accuracy(predictions: Texts, references: Texts) -> float:
     """Return the share of pairs with one label: the text without case and space around it."""
     pairs = zip(predictions, references, strict=True)
-    return _mean(_label(p) == _label(r) for p, r in pairs)
+    return _mean(label(p) == label(r) for p, r in pairs)
 
 
 def macro_f1(predictions: Texts, references: Texts) -> float:
@@ -158,19 +178,20 @@ def macro_f1(predictions: Texts, references: Texts) -> float:
 def weighted_f1(predictions: Texts, references: Texts) -> float:
     """Return the mean F1 of the labels, each counted as often as it is the reference."""
     f1 = _f1_of_labels(predictions, references)
-    return _mean(f1[_label(r)] for r in references)
+    return _mean(f1[label(r)] for r in references)
 
 
-def _label(text: str) -> str:
+def label(text: str) -> str:
+    """Return the label that a text is: without case and the space around it."""
     return text.strip().casefold()
 
 
 def _f1_of_labels(predictions: Texts, references: Texts) -> dict[str, float]:
-    pairs = [(_label(p), _label(r)) for p, r in zip(predictions, references, strict=True)]
+    pairs = [(label(p), label(r)) for p, r in zip(predictions, references, strict=True)]
     hits = Counter(p for p, r in pairs if p == r)
     predicted, true = Counter(p for p, _ in pairs), Counter(r for _, r in pairs)
     labels = sorted(predicted | true)  # sorted: the sum of floats is the same in every process
-    return {label: _f1(hits[label], predicted[label], true[label]) for label in labels}
+    return {name: _f1(hits[name], predicted[name], true[name]) for name in labels}
 
 
 def _f1(hits: int, predicted: int, true: int) -> float:
@@ -185,14 +206,17 @@ def entity_f1(predictions: Texts, references: Texts) -> float:
 
     Each reference decides which form it and its prediction have.
     """
-    hits = predicted = true = 0
-    for prediction, reference in zip(predictions, references, strict=True):
-        tagged = all(map(TAG.fullmatch, reference.split()))
-        read: Callable[[str], Counter[Any]] = _tagged_entities if tagged else _written_entities
-        found, wanted = read(prediction), read(reference)
-        hits += (found & wanted).total()
-        predicted, true = predicted + found.total(), true + wanted.total()
+    counts = map(entity_counts, predictions, references)
+    hits, predicted, true = (sum(each) for each in zip(*counts, strict=True))
     return _f1(hits, predicted, true)
+
+
+def entity_counts(prediction: str, reference: str) -> tuple[int, int, int]:
+    """Return how many entities both texts hold, how many the prediction, and the reference."""
+    tagged = all(map(TAG.fullmatch, reference.split()))
+    read: Callable[[str], Counter[Any]] = _tagged_entities if tagged else _written_entities
+    found, wanted = read(prediction), read(reference)
+    return (found & wanted).total(), found.total(), wanted.total()
 
 
 def _tagged_entities(text: str) -> Counter[tuple[str, int, int]]:
@@ -224,4 +248,6 @@ SCORES: dict[str, Callable[[Texts, Texts], float]] = {
     "partial_match": partial_match,
     "entity_f1": entity_f1,
     "rouge_l": mean_rouge_l,
+    "bleu": bleu,
+    "chrf": chrf,
 }

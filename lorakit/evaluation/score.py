@@ -8,11 +8,10 @@ from array import array
 from collections.abc import Sequence
 
 from lorakit.config.errors import LorakitError
-from lorakit.config.training import check_metrics
 from lorakit.data.encode import TODAY
 from lorakit.data.instructions import as_chat_or_pair
 from lorakit.data.schemas import Chat, Choice, Instruction, Row, Text
-from lorakit.evaluation.metrics import score
+from lorakit.evaluation.metrics import check_usable, score
 from lorakit.evaluation.share import ALL, Share
 from lorakit.inference.generate import generate_batch
 from lorakit.models.chat_template import Messages
@@ -35,17 +34,27 @@ def score_rows(
     """
     if not metrics:
         return {}
-    asked = [_asked(tok, row) for row in rows]
-    references = [reference for _, reference in asked]
+    return score(*predict_rows(model, tok, rows, batch_size, share), metrics)
+
+
+def predict_rows(
+    model: Decoder, tok: Tokenizer, rows: Sequence[Row], batch_size: int, share: Share = ALL
+) -> tuple[list[str], list[str]]:
+    """Return greedy completions of rows that `check_rows` has accepted, and the rows' own.
+
+    A process completes its `share` of the rows, and every process returns the texts of all.
+    """
+    pairs = [asked(tok, row) for row in rows]
+    references = [reference for _, reference in pairs]
     predictions = generate_batch(
         model,
         tok,
-        [_prompt_ids(tok, prompt) for prompt, _ in share.of(asked)],
+        [_prompt_ids(tok, prompt) for prompt, _ in share.of(pairs)],
         max_new_tokens=1 + max(_length(tok, reference) for reference in references),
         batch_size=batch_size,
         progress=True,
     )
-    return score(share.collect(predictions), references, metrics)
+    return share.collect(predictions), references
 
 
 def check_rows(model: Decoder, tok: Tokenizer, rows: Sequence[Row], metrics: Sequence[str]) -> None:
@@ -54,12 +63,12 @@ def check_rows(model: Decoder, tok: Tokenizer, rows: Sequence[Row], metrics: Seq
     A metric may be unknown, a row may have nothing to complete, and a prompt may be empty, or leave
     no room for the longest completion within the positions that the model is meant for.
     """
-    check_metrics(metrics)
+    check_usable(metrics)
     if not metrics:
         return
     new, lengths = 1, array("l")
     for row in rows:
-        prompt, reference = _asked(tok, row)
+        prompt, reference = asked(tok, row)
         new = max(new, 1 + _length(tok, reference))
         lengths.append(len(_prompt_ids(tok, prompt)))
     room = model.config.context_length - new
@@ -85,16 +94,16 @@ def _length(tok: Tokenizer, completion: str) -> int:
     return len(tok.encode(completion, add_special_tokens=False))
 
 
-def _asked(tok: Tokenizer, row: Row) -> tuple[str | Messages, str]:
+def asked(tok: Tokenizer, row: Row) -> tuple[str | Messages, str]:
     """Return what the model is to continue, text or messages, and what it should say.
 
     In a chat it should say the last turn of the assistant. Raises LorakitError for a row without
     such an answer.
     """
     if isinstance(row, Choice):
-        return _asked(tok, row.chosen)
+        return asked(tok, row.chosen)
     if isinstance(row, Instruction):
-        return _asked(tok, as_chat_or_pair(row, chat=tok.chat_template is not None))
+        return asked(tok, as_chat_or_pair(row, chat=tok.chat_template is not None))
     if isinstance(row, Chat):
         turns = [i for i, m in enumerate(row.messages) if m["role"] == "assistant"]
         answers = turns and turns[-1] > 0 and row.messages[turns[-1]].get("content")

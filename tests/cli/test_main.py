@@ -61,6 +61,7 @@ def test_wrong_usage_exits_with_2(arguments, capsys):
 HELP = [
     [],
     ["train"],
+    ["evaluate"],
     ["generate"],
     ["chat"],
     ["serve"],

@@ -67,6 +67,7 @@ def test_evaluate_scores_greedy_completions(tiny_dir, tok):
     rows = [{"prompt": p, "completion": c} for p, c in zip(prompts, said, strict=True)]
     longest = 1 + max(len(tok.encode(text, add_special_tokens=False)) for text in said)
     longer = lk.generate_batch(model, tok, prompts, max_new_tokens=longest)
+    pytest.importorskip("sacrebleu")
     expected = metrics.score(longer, said, METRICS)
     model.train()
     result = lk.evaluate(model, tok, rows, batch_size=2, metrics=METRICS)

@@ -14,6 +14,8 @@ import lorakit as lk
 from lorakit.config.training import METRICS
 from lorakit.evaluation import metrics
 
+OWN = [name for name in METRICS if name not in ("bleu", "chrf")]  # test_translation.py has these
+
 words = st.lists(st.sampled_from(["a", "b", "c", "d"]), max_size=7)
 
 
@@ -162,17 +164,17 @@ texts = st.lists(st.text("aB 0-O:;I\n", max_size=9) | st.text(max_size=5), min_s
 def test_every_metric_of_any_text(data, references):
     size = len(references)
     predictions = data.draw(st.lists(st.sampled_from(references), min_size=size, max_size=size))
-    scores = metrics.score(predictions, references, METRICS)
-    assert list(scores) == list(METRICS)
+    scores = metrics.score(predictions, references, OWN)
+    assert list(scores) == OWN
     assert all(0 <= value <= 1 for value in scores.values())
     assert scores["exact_match"] <= scores["partial_match"]
     assert scores["exact_match"] <= scores["accuracy"]
-    same = metrics.score(references, references, METRICS)
+    same = metrics.score(references, references, OWN)
     for name in ("exact_match", "partial_match", "accuracy", "macro_f1", "weighted_f1"):
         assert same[name] == pytest.approx(1)
     order = data.draw(st.permutations(range(size)))
     shuffled = [predictions[i] for i in order], [references[i] for i in order]
-    assert metrics.score(*shuffled, METRICS) == pytest.approx(scores)
+    assert metrics.score(*shuffled, OWN) == pytest.approx(scores)
 
 
 def test_refused():
@@ -182,4 +184,4 @@ def test_refused():
         metrics.score(["a"], ["a"], ["perplexity"])
     for predictions, references in ([], []), (["a"], []), (["a"], ["a", "b"]):
         with pytest.raises(lk.LorakitError, match="as many of one as of the other"):
-            metrics.score(predictions, references, METRICS)
+            metrics.score(predictions, references, OWN)

@@ -1,0 +1,130 @@
+"""`lorakit evaluate`: the loss of rows, and scores of what a model makes of them."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import lorakit as lk
+from lorakit.cli.arguments import (
+    ADAPTED_TEMPLATE_HELP,
+    ADAPTER_HELP,
+    DTYPE_HELP,
+    MODEL_HELP,
+    STORAGE,
+    Verbs,
+    chat_template,
+    count,
+    tokenizer_of,
+)
+
+
+def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
+    """Add the verb to the command line."""
+    parser = verbs.add_parser(
+        "evaluate",
+        parents=[common],
+        help="measure the loss of rows, and score the model's own completions",
+        description="Measure the loss and the perplexity of rows. With --metrics the model also "
+        "completes each row greedily, and each score is printed with its 95% bootstrap interval.",
+    )
+    add = parser.add_argument
+    add("model", help=MODEL_HELP)
+    add("rows", type=Path, help="JSONL, JSON, CSV, TSV or Parquet file of rows")
+    add("--adapter", type=Path, help=ADAPTER_HELP)
+    add(
+        "--metrics",
+        type=lambda text: text.split(","),
+        default=[],
+        metavar="NAME,NAME",
+        help="scores of the completions: accuracy, macro_f1, weighted_f1, exact_match, "
+        "partial_match, entity_f1, rouge_l, bleu, chrf",
+    )
+    add("--batch-size", type=count, default=8, help="rows in a batch (default: 8)")
+    add("--save", type=Path, metavar="FILE", help="JSONL file to write the completions to")
+    add(
+        "--compare",
+        type=Path,
+        metavar="FILE",
+        help="completions of another model, from its --save: say whether the scores differ by "
+        "more than chance",
+    )
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+    add("--format", help="format of the rows (default: what their fields say)")
+    add("--max-seq-length", type=count, default=1024, help="most tokens of a row (default: 1024)")
+    add(
+        "--train-on",
+        default="completion",
+        help="tokens that the loss counts: completion (the default), last_turn or all",
+    )
+    add("--chat-template", help=ADAPTED_TEMPLATE_HELP)
+    add("--quantize", choices=STORAGE, help="pack the weights of the model")
+    add("--dtype", default="bfloat16", help=DTYPE_HELP)
+    parser.set_defaults(run=evaluate)
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Print the loss and the scores, and return the exit code."""
+    if (args.save or args.compare) and not args.metrics:
+        raise lk.LorakitError("--save and --compare are about completions: give --metrics too")
+    lk.metrics.check_usable(args.metrics)
+    other = None if args.compare is None else lk.read_completions(args.compare)
+    adapter = None if args.adapter is None else lk.fetch_adapter(args.adapter)
+    template = chat_template(args.chat_template, adapter)
+    tok = lk.load_tokenizer(tokenizer_of(args.model, adapter), chat_template=template)
+    # The rows are encoded before the model is loaded: an error in them should not take minutes.
+    examples = lk.encode_rows(
+        args.rows,
+        tok,
+        max_seq_length=args.max_seq_length,
+        train_on=args.train_on,
+        format=args.format,
+    )
+    model = lk.load_model(args.model, dtype=args.dtype, quantize=args.quantize)
+    if adapter is not None:
+        lk.load_adapter(model, adapter)
+    result: dict[str, Any] = lk.evaluate(
+        model,
+        tok,
+        examples,
+        batch_size=args.batch_size,
+        max_seq_length=args.max_seq_length,
+        train_on=args.train_on,
+    )
+    if args.metrics:
+        completions = lk.complete_rows(model, tok, examples, batch_size=args.batch_size)
+        if args.save is not None:
+            lk.write_completions(args.save, completions)
+        result |= _scores(completions, args.metrics)
+        if other is not None:
+            result["compared"] = _compared(other, completions, args.metrics, args.compare)
+    print(json.dumps(result) if args.json else _table(result))
+    return 0
+
+
+def _scores(completions: list["lk.Completion"], metrics: list[str]) -> dict[str, "lk.Interval"]:
+    predictions = [each.prediction for each in completions]
+    references = [each.reference for each in completions]
+    return {name: lk.bootstrap_interval(predictions, references, name) for name in metrics}
+
+
+def _compared(
+    other: list["lk.Completion"], ours: list["lk.Completion"], metrics: list[str], path: Path
+) -> dict[str, "lk.Comparison"]:
+    """Compare two models by metrics; raise LorakitError if they have not answered the same rows."""
+    references = [each.reference for each in ours]
+    if [each.reference for each in other] != references:
+        raise lk.LorakitError(f"--compare {path}: it holds completions of other rows")
+    first, second = ([each.prediction for each in completions] for completions in (other, ours))
+    return {name: lk.compare_predictions(first, second, references, name) for name in metrics}
+
+
+def _table(result: dict[str, Any]) -> str:
+    """Return a line for each number, and one for each comparison."""
+    lines = []
+    for name, value in result.items():
+        if name != "compared":
+            text = f"{value:.4f}" if isinstance(value, float) else str(value)
+            lines.append(f"{name:14} {text}")
+    compared = result.get("compared", {})
+    return "\n".join([*lines, *(f"{name:14} {each}" for name, each in compared.items())])

@@ -1,0 +1,67 @@
+"""`lorakit evaluate`: what it prints is what the API returns."""
+
+import json
+
+import pytest
+
+import lorakit as lk
+from lorakit.cli import main
+from tests.conftest import ROWS
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def test_loss_scores_and_a_comparison(tiny_dir, rows, tmp_path, capsys):
+    adapter, saved = tmp_path / "adapter", tmp_path / "new" / "said.jsonl"
+    model, tok = lk.load_model(tiny_dir, dtype="float32"), lk.load_tokenizer(tiny_dir)
+    wide = {"r": 4, "lora_alpha": 64, "init_lora_weights": False}
+    lk.save_adapter(lk.attach(model, lk.LoraConfig(**wide)), adapter)
+    command = ["evaluate", str(tiny_dir), str(rows), "--dtype", "float32"]
+    scored = [*command, "--metrics", "exact_match,rouge_l", "--json"]
+    assert main([*scored, "--save", str(saved)]) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert main([*scored, "--adapter", str(adapter), "--compare", str(saved)]) == 0
+    adapted = json.loads(capsys.readouterr().out)
+
+    said = lk.complete_rows(model, tok, rows)
+    texts, references = [[each[i] for each in said] for i in (2, 1)]
+    loss = lk.evaluate(model, tok, rows)
+    assert {name: adapted[name] for name in loss} == loss
+    assert adapted["rouge_l"] == list(lk.bootstrap_interval(texts, references, "rouge_l"))
+    before = lk.read_completions(saved)
+    assert [each.prompt for each in before] == [row["prompt"] for row in ROWS]
+    assert adapted["compared"]["rouge_l"] == json.loads(
+        json.dumps(
+            lk.compare_predictions([c.prediction for c in before], texts, references, "rouge_l")
+        )
+    )
+    with lk.disable_adapters(model):
+        assert lk.complete_rows(model, tok, rows) == before
+        assert plain["loss"] == lk.evaluate(model, tok, rows)["loss"] != adapted["loss"]
+
+    assert main([*scored[:-1], "--compare", str(saved)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [*loss, *["exact_match", "rouge_l"] * 2]
+    assert lines[-1].endswith("p = 1: the difference is within noise")
+
+
+def test_what_is_refused(tiny_dir, rows, tmp_path, capsys):
+    other = tmp_path / "other.jsonl"
+    lk.write_completions(other, [lk.Completion("a", "b\u2028", "c")])
+    assert lk.read_completions(other) == [("a", "b\u2028", "c")]
+    command = ["evaluate", str(tiny_dir), str(rows)]
+    scored = [*command, "--metrics", "exact_match"]
+    for arguments, message in [
+        ([*command, "--save", "x"], "--save and --compare are about completions: give --metrics"),
+        ([*command, "--metrics", "exact"], "unknown metric 'exact' (did you mean 'exact_match'"),
+        ([*scored, "--compare", str(other)], f"--compare {other}: it holds completions of other"),
+        ([*scored, "--compare", str(rows)], "line 1: a completion has a text as reference and"),
+        ([*command, "--train-on", "x"], "train_on"),
+    ]:
+        assert main(arguments) == 1
+        assert message in capsys.readouterr().err
