@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .pretend import autocasts
+
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a backward whose results cannot be differentiated again.
@@ -32,10 +34,10 @@ def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Any) -> Any:
-        kind = grads[0].device.type
-        if not torch.is_autocast_enabled(kind):
+        device = grads[0].device
+        if not autocasts(device):
             return backward(ctx, *grads)
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(device.type, enabled=False):
             return backward(ctx, *grads)
 
     return run

@@ -20,13 +20,13 @@ the ops take tens: one wheel per platform is worth that.
 
 import ctypes
 import functools
-import hashlib
 import importlib
 import importlib.util
 import logging
 import os
 import platform
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +35,8 @@ from typing import Any, overload
 
 import torch
 
-from . import processors
+from . import pretend, processors
+from .sources import check_sources
 
 BACKENDS = ("reference", "cpu", "triton")
 LIBRARY = {"darwin": "liblorakit_cpu.dylib"}.get(sys.platform, "liblorakit_cpu.so")
@@ -94,6 +95,8 @@ def pick(device: torch.device, *implemented: str) -> str:
     The op has a reference, and the backends named in `implemented`.
     """
     kind = device.type
+    if kind == "meta":
+        kind = pretend.kind_of(device)
     if _forced is None:
         if kind == "cuda":
             return "triton" if "triton" in implemented and has_triton() else "reference"
@@ -171,6 +174,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     if not _KNOWN.issuperset(map(type, arguments)):
         _check_arguments(arguments)
     device = arguments[0].device
+    now = pretend.current
+    if now is not None and device.type == "meta":
+        if now.launched is not None:
+            now.launched(kernel, arguments)
+        return
     if device.type == "cuda" and _gpus() > 1 and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel.run(*arguments, grid=grid, warmup=False, **options)
@@ -222,7 +230,7 @@ def product_dtype(x: torch.Tensor) -> torch.dtype:
     products in 16 bits are ten (x W^T) to fifty times (dy W) slower than those in fp32.
     """
     half = x.dtype in (torch.bfloat16, torch.float16)
-    on_cpu = x.device.type == "cpu" and _forced in (None, "cpu")
+    on_cpu = pretend.kind_of(x.device) == "cpu" and _forced in (None, "cpu")
     return torch.float32 if half and on_cpu and not _multiplies_bf16() else x.dtype
 
 
@@ -232,8 +240,8 @@ def asks_onednn(x: torch.Tensor, w: torch.Tensor) -> bool:
     It is in fp32 on AMD's processors with AVX-512. There torch asks MKL, which uses half of their
     vectors and takes 2.3 times as long. Under autocast torch's product is not in fp32.
     """
-    fp32 = x.dtype == w.dtype == torch.float32 and x.device.type == "cpu" and len(x) > 0
-    if not fp32 or _forced not in (None, "cpu") or torch.is_autocast_enabled("cpu"):
+    fp32 = x.dtype == w.dtype == torch.float32 and pretend.kind_of(x.device) == "cpu" and len(x) > 0
+    if not fp32 or _forced not in (None, "cpu") or pretend.autocasts(x.device):
         return False
     return mkl_is_slow()
 
@@ -285,15 +293,20 @@ def rounded_up(rows: int, device: torch.device) -> int:
     some 0.7 MB for each product of a training step. There the number is one of eight sizes an
     octave, at most an eighth more; elsewhere it is `rows`.
     """
-    if device.type != "cpu":
+    if pretend.kind_of(device) != "cpu":
         return rows
     step = 1 << max(0, rows.bit_length() - 4)
     return -(-rows // step) * step
 
 
-@functools.cache
 def compiles_to() -> str:
     """Return what a Triton kernel becomes: "ptx" (NVIDIA), "amdgcn" (AMD) or "interpreted"."""
+    now = pretend.current
+    return "ptx" if now is not None and now.kind == "cuda" else _compiles_to()
+
+
+@functools.cache
+def _compiles_to() -> str:
     if _interprets():
         return "interpreted"
     return "ptx" if torch.version.hip is None else "amdgcn"
@@ -304,10 +317,15 @@ def lanes() -> int:
     return 64 if compiles_to() == "amdgcn" else 32
 
 
-@functools.cache
 def capability(device: torch.device) -> tuple[int, int]:
     """Return the compute capability of NVIDIA's GPU `device`; an H100's in the interpreter."""
-    return (9, 0) if device.type == "cpu" else torch.cuda.get_device_capability(device)
+    now = pretend.current if device.type == "meta" else None
+    return _capability(device) if now is None else now.capability
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return pretend.H100 if device.type == "cpu" else torch.cuda.get_device_capability(device)
 
 
 @functools.cache
@@ -344,7 +362,7 @@ def library() -> ctypes.CDLL | None:
     for path in [Path(named)] if named else [Path(folder) / LIBRARY for folder in folders]:
         if path.exists():
             handle = ctypes.CDLL(str(path))
-            _check_sources(handle, path)
+            check_sources(handle, path, Path(__file__).parent)
             handle.lk_runnable.restype = ctypes.c_char_p
             handle.lk_set_threads.argtypes, handle.lk_set_threads.restype = (INT64,), None
             processors.fit()
@@ -353,25 +371,6 @@ def library() -> ctypes.CDLL | None:
         "lorakit: %s is not installed; CPU tensors use the slower torch reference.", LIBRARY
     )
     return None
-
-
-def _check_sources(handle: ctypes.CDLL, path: Path) -> None:
-    """Raise a RuntimeError where C++ sources stand beside this file and others made the library."""
-    folder = Path(__file__).parent
-    files = [path for kind in ("*.cpp", "*.h") for path in folder.rglob(kind)]
-    if not files:  # an installed wheel
-        return
-    digests = sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in files)
-    try:
-        handle.lk_sources.restype = ctypes.c_char_p
-        made_of = handle.lk_sources().decode()
-    except AttributeError:  # older than this check
-        made_of = None
-    if made_of != hashlib.sha256(";".join(digests).encode()).hexdigest():
-        raise RuntimeError(
-            f"{path} was made of other sources than those in {folder}; build it again "
-            "(pip install -e .)"
-        )
 
 
 @functools.cache
@@ -394,9 +393,24 @@ def runnable() -> list[str]:
     return handle.lk_runnable().decode().split()
 
 
-@functools.cache
 def function(op: str, *argtypes: type) -> Callable[..., None]:
-    """Return the C function of `op` for the chosen instruction set, with argument types."""
+    """Return the C function of `op` for the chosen instruction set, with argument types.
+
+    While this thread pretends a CPU (pretend.py), what is returned does nothing.
+    """
+    now = pretend.current
+    if now is not None and now.kind == "cpu" and now.thread == threading.get_ident():
+        return _nothing
+    return sizes_function(op, *argtypes)
+
+
+def _nothing(*arguments: Any) -> None:
+    """Take the place of a C function."""
+
+
+@functools.cache
+def sizes_function(op: str, *argtypes: type) -> Callable[..., None]:
+    """Return what `function` does, for a C function that reads and writes no tensor."""
     entry = getattr(library(), f"lk_{isa()}_{op}")
     entry.argtypes, entry.restype = argtypes, None
     return entry

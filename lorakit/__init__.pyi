@@ -100,6 +100,8 @@ from lorakit.training.losses.reference import Reference as Reference
 from lorakit.training.memory import tune_allocator as tune_allocator
 from lorakit.training.memory_plan.cards import Card as Card
 from lorakit.training.memory_plan.cards import find_card as find_card
+from lorakit.training.memory_plan.plan import MemoryPlan as MemoryPlan
+from lorakit.training.memory_plan.plan import plan_memory as plan_memory
 from lorakit.training.profile import profile_training as profile_training
 from lorakit.training.train import train as train
 

@@ -13,8 +13,8 @@ ISAS = dispatch.runnable() if dispatch.library() else []  # the best last
 @contextmanager
 def on_cpu(isa: str | None = None) -> Iterator[None]:
     """Ops run their C++ kernels, for `isa` or the best."""
-    dispatch.function.cache_clear()
+    dispatch.sizes_function.cache_clear()
     chosen = mock.patch.object(dispatch, "isa", return_value=isa or ISAS[-1])
     with chosen, kernels.use_backend("cpu"):
         yield
-    dispatch.function.cache_clear()
+    dispatch.sizes_function.cache_clear()

@@ -8,8 +8,8 @@
     gpu.copies      what is copied between host and device, and whether the host waits for it
 
 The decoder's own Python runs, with autograd and the choice of backends as on a GPU, on tensors of
-the meta device, which have shapes and no values. For lorakit whatever is not "cpu" is a GPU. Only
-what asks for "cuda" by name is answered here, and addresses, which meta tensors have not.
+the meta device, which have shapes and no values, and which lorakit takes for those of a GPU
+(kernels/pretend.py).
 
 Views, metadata and allocations launch nothing and are not noted. A product counts as one launch,
 though cuBLAS may cut it in two. Torch's FlashAttention counts as 1 launch forward and
@@ -30,10 +30,9 @@ import torch.fx.experimental._config as fx_config
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
-from triton.runtime.jit import JITFunction
 
 import lorakit as lk
-from lorakit.kernels import dispatch
+from lorakit.kernels.pretend import pretend_gpu
 from lorakit.models.decoder import Decoder
 
 FLASH = "_scaled_dot_product_flash_attention"
@@ -129,33 +128,11 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [t for t in tree_flatten(tree)[0] if isinstance(t, Tensor)]
 
 
-_is_autocast_enabled, _torch_autocast = torch.is_autocast_enabled, torch.autocast
-
-
-def _autocasts(kind: str) -> bool:
-    return kind != "meta" and _is_autocast_enabled(kind)
-
-
-def _autocast(kind: str, **options):
-    return contextlib.nullcontext() if kind == "meta" else _torch_autocast(kind, **options)
-
-
-def interprets() -> bool:
-    return True
-
-
-def compiles_to() -> str:
-    return "ptx"
-
-
-def capability(device: torch.device) -> tuple[int, int]:
-    return 9, 0
-
-
 class MetaGPU:
-    """An H100 that computes nothing; see the module's docstring."""
+    """An H100, or another GPU, that computes nothing; see the module's docstring."""
 
-    def __init__(self):
+    def __init__(self, capability: tuple[int, int] = (9, 0)):
+        self.capability = capability
         self.launches: list[Launch] = []
         self.waits: list[Launch] = []
         self.copies: list[Copy] = []
@@ -164,22 +141,9 @@ class MetaGPU:
     def __enter__(self) -> "MetaGPU":
         with contextlib.ExitStack() as stack:
             enter = stack.enter_context
-            gpu = self
-
-            def note(function, *arguments, grid, warmup, **options):
-                package = function.fn.__module__.split(".")[-2]
-                gpu.launches.append(Launch(f"{package}/{function.fn.__name__}", _where()))
-
-            enter(mock.patch.object(JITFunction, "run", note))
-            enter(mock.patch.object(dispatch, "_interprets", interprets))  # of any device
-            enter(mock.patch.object(dispatch, "compiles_to", compiles_to))
-            enter(mock.patch.object(dispatch, "capability", capability))
+            enter(pretend_gpu(self.capability, self.note))
             enter(mock.patch.object(fx_config, "meta_nonzero_assume_all_nonzero", True))
-            enter(mock.patch.object(torch, "is_autocast_enabled", _autocasts))
-            enter(mock.patch.object(torch, "autocast", _autocast))
-            enter(mock.patch.object(lists, "_dense", _dense))
             enter(mock.patch.object(adamw, "work", self._work))
-            enter(lk.kernels.use_backend("triton"))
             enter(_Notes(self))
             self._stack = stack.pop_all()
         return self
@@ -203,13 +167,14 @@ class MetaGPU:
         adapter = lk.LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=lora_dropout)
         return lk.attach(model, adapter).train()
 
+    def note(self, kernel, arguments) -> None:
+        """Note a launch."""
+        package = kernel.fn.__module__.split(".")[-2]
+        self.launches.append(Launch(f"{package}/{kernel.fn.__name__}", _where()))
+
     def _work(self, groups, values, *, numbered=None, before=None) -> lists.Work:
         columns = len(groups[0]) + 1 + (numbered is not None)
         shape = len(groups), columns
         self.copies.append(Copy("to the device", False, shape, "adamw/lists.py work"))
         table = torch.empty(shape, dtype=torch.int64, device="meta")
         return lists.Work([], table, torch.empty(9, 2, dtype=torch.int64, device="meta"))
-
-
-def _dense(t: Tensor, dtype: torch.dtype, device: torch.device, alignment: int) -> bool:
-    return t.is_contiguous() and t.dtype == dtype

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit import kernels
+from lorakit.kernels import pretend
 from lorakit.models.adapted_layer import AdaptedLayer, fused_weights
 from lorakit.models.cache import SharedKeys, Storage
 from lorakit.models.config import ModelConfig
@@ -303,7 +304,7 @@ class Block(nn.Module):
         # The linear layers read norms of tensors that backward keeps in any case. On a CPU a norm
         # is cheap to compute again, so it is not kept. A block that runs again right before its
         # backward keeps nothing for long, and may keep the norms as well.
-        again = x.device.type == "cpu" and not view.recomputed
+        again = pretend.kind_of(x.device) == "cpu" and not view.recomputed
         recipe = (self.input_layernorm, x) if again else None
         attended = mixer(normalized, view, cache, adapted, room, recipe)
         norm = self.pre_feedforward_layernorm

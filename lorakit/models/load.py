@@ -90,7 +90,7 @@ def load_model(
     where = str(source.path)
     source.log_quantized()
     _make_packed_layers(model, weights, quant, where)
-    target = _Target(device, _homes(model) if device.type == "cpu" else {})
+    target = Target(device, _homes(model) if device.type == "cpu" else {})
     bar = tqdm(
         weights.items(),
         desc=f"loading {source.path.name}",
@@ -100,7 +100,7 @@ def load_model(
     )
     for name, weight in bar:
         try:
-            _place(model, name, weight.read(), target)
+            place_tensor(model, name, weight.read(), target)
         except ValueError as error:
             raise LorakitError(f"{where}: tensor {name}: {error}") from None
     return model.eval()
@@ -406,7 +406,7 @@ def _homes(model: Decoder) -> dict[str, Tensor]:
     return homes
 
 
-class _Target(NamedTuple):
+class Target(NamedTuple):
     """The place that weights go to."""
 
     device: torch.device
@@ -422,7 +422,9 @@ class _Target(NamedTuple):
         return value.to(self.device, dtype, copy=True)
 
 
-def _place(model: nn.Module, name: str, value: Tensor | kernels.Packed, target: _Target) -> None:
+def place_tensor(
+    model: nn.Module, name: str, value: Tensor | kernels.Packed, target: Target
+) -> None:
     """Put a value that was read in the place of parameter `name`, packed if its layer is."""
     owner_name, _, leaf = name.rpartition(".")
     owner = model.get_submodule(owner_name)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit import kernels
+from lorakit.kernels import pretend
 from lorakit.models.adapted_layer import fused_weights
 from lorakit.models.config import ModelConfig
 from lorakit.models.expert_layers import expert_layers
@@ -141,7 +142,7 @@ class Experts(nn.ModuleList):
         """
         if not kernels.dispatch.triton_runs(tokens):
             return None
-        if torch.is_autocast_enabled(tokens.device.type):
+        if pretend.autocasts(tokens.device):
             return None
         layers = expert_layers(self, self.names)
         return layers if layers is not None and kernels.takes_experts(tokens, *layers) else None

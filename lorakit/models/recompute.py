@@ -21,6 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from lorakit import kernels
+from lorakit.kernels import pretend
 
 
 def run_recomputed(
@@ -59,9 +60,9 @@ class _Run:
         self.count = 0  # tensors that the first run saved
         self.found: dict[int, Tensor] = {}  # those of the second run, by their numbers
         self.random = _random_state(x.device)
-        kind = x.device.type
         self.autocast: torch.autocast | nullcontext[None] = nullcontext()
-        if torch.is_autocast_enabled(kind):
+        if pretend.autocasts(x.device):
+            kind = x.device.type
             self.autocast = torch.autocast(kind, torch.get_autocast_dtype(kind))
 
     def number(self, tensor: Tensor) -> int:
@@ -105,7 +106,9 @@ class _Enough(Exception):
 
 def _to_host(x: Tensor) -> Tensor:
     """Return a copy of x in host memory; it is pinned and written while a GPU goes on."""
-    host = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=x.is_cuda)
+    on_host = pretend.kind_of(x.device) == "cpu"
+    device = x.device if on_host else torch.device("cpu")
+    host = torch.empty(x.shape, dtype=x.dtype, device=device, pin_memory=x.is_cuda)
     return host.copy_(x.detach(), non_blocking=True)
 
 

@@ -21,6 +21,7 @@ A step that is not recorded computes the same bits by the same code. So a run go
 a recording fails.
 """
 
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -68,6 +69,15 @@ class Recorder(Protocol):
 
     def record(self, function: Function) -> Recording:
         """Record what the function launches; nothing of it runs."""
+
+
+class Packs(Protocol):
+    """What rows are packed of: see `Order`."""
+
+    packs: list[list[int]] | None
+    """Numbers of the documents in each row."""
+    lengths: "array[int]"
+    """Tokens of each document."""
 
 
 class CudaGraphs:
@@ -172,7 +182,7 @@ class CapturedStep:
         self,
         model: Decoder,
         layers: Mapping[str, Attached],
-        order: Order,
+        order: "Packs",
         config: TrainConfig,
         update: Callable[[Tensor], Tensor],
         recorder: Recorder,

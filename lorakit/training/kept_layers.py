@@ -36,7 +36,7 @@ def kept_layers(model: Decoder, tokens: int, choice: MLPActivations) -> int:
     config, device = model.config, model.device
     if choice == "recompute":
         return 0
-    if choice == "keep" or device.type != "cuda":
+    if choice == "keep" or device.type != "cuda":  # nor is known of a GPU that is pretended
         return config.num_hidden_layers
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

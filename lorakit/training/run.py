@@ -103,7 +103,7 @@ class Run:
             say(str(started))
         self.layers = trainable_layers(model)  # EVA may have left some out
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer, shares = _optimizer(model, config)
+        self.optimizer, shares = run_optimizer(model, config)
         self.order = Order(examples, config)
         validation = None if held_out is None else held_out.examples
         self.same = must_match(model, tok, examples, validation, config)  # saved with checkpoints
@@ -423,7 +423,7 @@ def _padded_batches(
         yield {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
 
 
-def _optimizer(model: Decoder, config: TrainConfig) -> tuple[AdamW, list[float]]:
+def run_optimizer(model: Decoder, config: TrainConfig) -> tuple[AdamW, list[float]]:
     """Return the optimizer, and the share of the scheduled rate that each of its groups takes."""
     ratio, decay = config.loraplus_lr_ratio, config.weight_decay
     if ratio is None:

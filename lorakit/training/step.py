@@ -14,7 +14,6 @@ from lorakit.adapters.layers.wrapper import Attached
 from lorakit.config.errors import LorakitError
 from lorakit.config.training import TrainConfig
 from lorakit.data.encode import IGNORE, Example, PairExample
-from lorakit.data.examples import Examples
 from lorakit.evaluation.share import ALL, Share
 from lorakit.models.decoder import Decoder
 from lorakit.models.mlp import Experts
@@ -69,7 +68,7 @@ class Late:
 
 def prepare(
     model: Decoder,
-    examples: Examples,
+    examples: Sequence[Example | PairExample],
     number: int,
     micro_batches: Sequence[Sequence[int]],
     config: TrainConfig,

@@ -43,7 +43,7 @@ def test_with_the_library(tiny):
     ],
 )
 def test_on_a_gpu(capability, tokens, packed, after):
-    with MetaGPU() as gpu, mock.patch.object(dispatch, "capability", return_value=capability):
+    with MetaGPU(capability) as gpu:
         model = gpu.decoder(2)
         assert model.dtype == torch.bfloat16
         assert kernel_line(model, tokens, packed) == "kernels: triton" + after

@@ -30,7 +30,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ... import dispatch
+from ... import dispatch, pretend
 from . import cpu, flash
 
 
@@ -147,7 +147,7 @@ def _walks_documents(q: Tensor, k: Tensor, v: Tensor, dense: bool) -> bool:
 
     Triton's products need sm_80. Tiles of wide heads in fp32 do not fit in every GPU's memory.
     """
-    if dense and q.device.type == "cpu":
+    if dense and pretend.kind_of(q.device) == "cpu":
         return False
     same = q.dtype == k.dtype == v.dtype and q.dtype in dispatch.FLOATS and k.shape == v.shape
     fits = same and q.shape[:2] == k.shape[:2] and q.shape[2] % k.shape[2] == 0

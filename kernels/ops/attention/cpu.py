@@ -80,7 +80,8 @@ def dense_rows(x: Tensor) -> Tensor:
 def _sizes(isa: str, D: int, group: int) -> tuple[int, ...]:
     """Return the tokens of a block, the keys of a block, and the floats of a thread's space."""
     sizes = (INT64 * 3)()
-    dispatch.function("attention_sizes", INT64, INT64, POINTER)(D, group, ctypes.addressof(sizes))
+    entry = dispatch.sizes_function("attention_sizes", INT64, INT64, POINTER)
+    entry(D, group, ctypes.addressof(sizes))
     return tuple(sizes)
 
 

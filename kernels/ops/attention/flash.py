@@ -31,7 +31,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ... import dispatch
+from ... import dispatch, pretend
 
 WIDEST = 256  # head that FlashAttention 2 takes
 LONG, LONG_HEAD, LONG_ON = 3366, 128, (9, 0)  # tokens, from which on triton.py is faster; see above
@@ -39,7 +39,7 @@ LONG, LONG_HEAD, LONG_ON = 3366, 128, (9, 0)  # tokens, from which on triton.py 
 
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Return whether q [B, T, Hq, D], k and v [B, S, Hk, D], without a mask, are to go here."""
-    if q.device.type == "cpu" or not dispatch.triton_runs(q) or not q.numel():
+    if pretend.kind_of(q.device) == "cpu" or not dispatch.triton_runs(q) or not q.numel():
         return False
     same = q.dtype == k.dtype == v.dtype != torch.float32 and k.shape == v.shape
     square = q.shape[:2] == k.shape[:2] and q.shape[2] % k.shape[2] == 0

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ... import dispatch
+from ... import dispatch, pretend
 from .documents import PaddedDocuments
 
 CHUNK = 512  # query rows whose scores exist at a time
@@ -49,7 +49,7 @@ def _window_mask(q: Tensor, k: Tensor, window: int | None) -> Tensor | None:
     """Return the mask of one document, bool [T, S]; None where it is plainly causal."""
     T, S = q.shape[1], k.shape[1]
     whole = window is None or window >= T
-    if whole and (S > SHORT or q.device.type != "cpu"):
+    if whole and (S > SHORT or pretend.kind_of(q.device) != "cpu"):
         return None
     mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     return mask if whole or window is None else mask.triu(1 - window)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import dispatch
+from ... import dispatch, pretend
 from ...autograd import once_differentiable
 from .. import products
 from ..float8 import Float8Weight, product_back, rounded_product_back
@@ -36,7 +36,7 @@ class Form(NamedTuple):
 
 def _chunk_rows(rows: int, vocabulary: int, hidden: Tensor) -> int:
     """Return the rows of a chunk, where there are `rows` in all."""
-    if hidden.device.type == "cpu":
+    if pretend.kind_of(hidden.device) == "cpu":
         most = max(FEWEST, CHUNK_BYTES // (vocabulary * hidden.element_size()))
         chunks = max(1, -(-rows // most))
         return max(1, dispatch.rounded_up(-(-rows // chunks), hidden.device))

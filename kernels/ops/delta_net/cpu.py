@@ -38,7 +38,7 @@ def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
 def _sizes(isa: str, dk: int, dv: int, group: int) -> tuple[int, ...]:
     """Return the tokens of a span, and the floats of a thread's space forward and backward."""
     sizes = (INT64 * 3)()
-    entry = dispatch.function("delta_net_sizes", INT64, INT64, INT64, POINTER)
+    entry = dispatch.sizes_function("delta_net_sizes", INT64, INT64, INT64, POINTER)
     entry(dk, dv, group, ctypes.addressof(sizes))
     return tuple(sizes)
 

@@ -21,7 +21,7 @@ from typing import NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
-from ... import dispatch
+from ... import dispatch, pretend
 from ...autograd import once_differentiable
 from ..nf4 import NF4Tensor, cpu
 from ..products import Sum, Term, available, dense_rows, sums_of_products, takes
@@ -132,7 +132,7 @@ def _backward(grad: Tensor, q: Packed) -> Tensor:
 def _multiplied_packed(x: Tensor, q: Packed) -> bool:
     """Return whether x can be multiplied by q as it is packed."""
     whole = isinstance(q, NF4Tensor) and len(q.shape) == 2 and q.shape[1] % q.block_size == 0
-    return whole and not torch.is_autocast_enabled(x.device.type)  # which follows torch's products
+    return whole and not pretend.autocasts(x.device)  # which follows torch's products
 
 
 def few_rows(x: Tensor, q: Packed) -> FewRows:
@@ -157,5 +157,5 @@ def _few_rows_cpu(x: Tensor, q: Packed, dtype: torch.dtype) -> int:
 
 def _by_sums(q: Packed, x: Tensor) -> TypeGuard[NF4Tensor]:
     """Return whether the products of x with q, as it is packed, are those of `products`."""
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = pretend.autocasts(x.device)
     return len(x) > 0 and available(x) and takes(q) and not autocast

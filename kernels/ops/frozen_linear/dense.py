@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from ... import dispatch
+from ... import dispatch, pretend
 from ..int8 import Int8Tensor, dequantize_int8, dequantize_int8_rows
 from ..nf4 import (
     NF4Tensor,
@@ -91,7 +91,7 @@ def panels(w: Tensor | Packed, dtype: torch.dtype) -> Iterator[tuple[slice, Tens
 
 def weight_panels(w: Tensor | Packed, dtype: torch.dtype) -> Panels:
     """Return the `panels` of w on a CPU; elsewhere, and where it is dense already, w whole."""
-    if w.device.type == "cpu" and not (isinstance(w, Tensor) and w.dtype == dtype):
+    if pretend.kind_of(w.device) == "cpu" and not (isinstance(w, Tensor) and w.dtype == dtype):
         return panels(w, dtype)
     dense = w.to(dtype) if isinstance(w, Tensor) else _dense(w, dtype)
     return [(slice(0, w.shape[0]), dense)]

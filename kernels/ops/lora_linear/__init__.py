@@ -58,7 +58,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import dispatch
+from ... import dispatch, pretend
 from ...autograd import once_differentiable, without_autocast
 from .. import swiglu
 from ..products import Sum, sums_of_products
@@ -142,7 +142,7 @@ def lora_room(x: Tensor, layers: Sequence[LoraWeights]) -> int:
         weights than NF4 or FP4, for an A or B of other strides or in fp64, with DoRA and under
         autocast.
     """
-    if dispatch.traces() or not dispatch.triton_runs(x) or torch.is_autocast_enabled(x.device.type):
+    if dispatch.traces() or not dispatch.triton_runs(x) or pretend.autocasts(x.device):
         return 0
     ranks, stored = 0, []
     for layer in layers:
@@ -280,7 +280,7 @@ def _keep_groups(ctx, x: Tensor, *groups: cpu.Group | reference.Group) -> None:
     Under autocast the gradients may have another dtype than x: then they are made again.
     """
     ctx.groups = None
-    if not torch.is_autocast_enabled(x.device.type):
+    if not pretend.autocasts(x.device):
         ctx.groups = groups
         for i, group in enumerate(groups):
             group.rest(x_stays=i == 0 and ctx.make is None)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ... import pretend
 from ..nf4 import NF4Tensor
 from ..products import Sum, Term, available, dense_rows, sums_of_products, takes
 from .tensors import TENSORS, Dropout, Static, by_layer
@@ -41,7 +42,7 @@ class Small(NamedTuple):
 
 def group(x: Tensor, static: Static, drop: Dropout, tensors: Sequence[Any]) -> "Group | None":
     """Return the layers for x [M, K], or None if the kernel does not take them."""
-    if not available(x) or not x.shape[0] or torch.is_autocast_enabled("cpu"):
+    if not available(x) or not x.shape[0] or pretend.autocasts(x.device):
         return None
     if any(magnitude is not None for magnitude in tensors[3::TENSORS]):
         return None

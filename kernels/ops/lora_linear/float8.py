@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ... import pretend
 from ..float8 import Float8Weight, ScaledRows, product, product_back, scaled_rows
 from ..products import Sum
 from ..swiglu.updates import Update, adds_updates
@@ -52,7 +53,7 @@ class Float8Group(reference.Group):
         """Let `forward` return y without updates from now on, where an activation can add them."""
         bare = all(layer.magnitude is None and layer.bias is None for layer in self.layers)
         in_line = all(layer.sB.is_contiguous() for layer in self.layers)  # else B is not
-        autocast = torch.is_autocast_enabled(self.A.device.type)
+        autocast = pretend.autocasts(self.A.device)
         self.leaves = bare and in_line and not autocast and adds_updates(self.A, self.ranks)
 
     def left(self, x: Tensor) -> tuple[Update, Update] | None:

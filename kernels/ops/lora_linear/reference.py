@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import dispatch
+from ... import dispatch, pretend
 from ..float8 import Float8Weight
 from ..frozen_linear.dense import Panels, product, product_back, weight_panels
 from ..products import Sum
@@ -69,7 +69,7 @@ def triton_kernels() -> ModuleType:
 
 def _gradient(a: Tensor, b: Tensor, dtype: torch.dtype, scaling: float = 1.0) -> Tensor:
     """Return scaling a b in `dtype`; on a GPU the product's sums are not rounded before that."""
-    if a.device.type == "cpu" or not _KEEPS_FP32:
+    if pretend.kind_of(a.device) == "cpu" or not _KEEPS_FP32:
         found = (a @ b).to(dtype)
         return found if scaling == 1 else found * scaling
     shape, on = (a.shape[0], b.shape[1]), a.device
@@ -106,7 +106,7 @@ class DenseLayer:
         stored = self.base.stored
         stored = stored.stored if isinstance(stored, Float8Weight) else stored
         found = weight_panels(stored, self.dtype)
-        if self.lora_A.device.type != "cpu":
+        if pretend.kind_of(self.lora_A.device) != "cpu":
             self.kept = found  # a list, there
         return found
 
@@ -153,7 +153,7 @@ class DenseLayer:
         """
         if self.magnitude is not None or self.bias is not self.base.bias:
             return self.forward(x, low)
-        autocast = torch.is_autocast_enabled(x.device.type)
+        autocast = pretend.autocasts(x.device)
         if x.shape[0] > FEW and self.bias is None and dispatch.triton_runs(x) and not autocast:
             y, self.kept = self.product(x, low), None
             return y
@@ -401,7 +401,7 @@ class Group:
         B = self.layers[0].lora_B
         if self.together is None or B.dtype != torch.float32:
             return None
-        if self.dtype != torch.float32 and (B.device.type == "cpu" or not _KEEPS_FP32):
+        if self.dtype != torch.float32 and (pretend.kind_of(B.device) == "cpu" or not _KEEPS_FP32):
             return None
         unused = torch.empty((len(lows), *B.shape), device=B.device)  # beta = 0: it is not read
         a, b, s = self.together.transpose(1, 2), self._side_by_side(lows), self.layers[0].scaling

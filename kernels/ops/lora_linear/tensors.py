@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ... import pretend
 from ..dropout import seeded_dropout
 from ..float8 import Float8Weight
 from ..frozen_linear.dense import Packed
@@ -51,12 +52,12 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor | None:
     Return None unless they lie one after the other in one memory.
     """
     first = tensors[0]
-    start, size, memory = first.storage_offset(), first.numel(), first.untyped_storage().data_ptr()
+    start, size = first.storage_offset(), first.numel()
     for i, t in enumerate(tensors):
         same = t.shape == first.shape and t.dtype == first.dtype and t.is_contiguous()
         if not same or t.storage_offset() != start + i * size:
             return None
-        if t.untyped_storage().data_ptr() != memory:
+        if not pretend.same_memory(t, first):
             return None
     return first.as_strided((len(tensors), *first.shape), (size, *first.stride()))
 

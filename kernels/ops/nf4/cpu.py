@@ -109,8 +109,8 @@ def quantize_absmax(
 ) -> tuple[Tensor, Tensor]:
     """Call the C++ kernel `nf4_quantize_scales`; see reference.quantize_absmax."""
     n = absmax.numel()
-    codes = torch.empty(n, dtype=torch.uint8, device=HOST)
-    nested = torch.empty(-(-n // NESTED_BLOCK), dtype=torch.float32, device=HOST)
+    codes = torch.empty(n, dtype=torch.uint8, device=absmax.device)
+    nested = torch.empty(-(-n // NESTED_BLOCK), dtype=torch.float32, device=absmax.device)
     run = dispatch.function("nf4_quantize_scales", *[POINTER] * 4, INT64, FLOAT, FLOAT)
     run(*(address(t) for t in (absmax, middles, codes, nested)), n, offset.item(), floor)
     return codes, nested
@@ -137,7 +137,7 @@ def packed_arguments(q: NF4Tensor) -> PackedNF4:
 def dequantize(q: NF4Tensor, dtype: torch.dtype) -> Tensor:
     """Return the dense tensor."""
     computed = dtype if dtype in CPU_DTYPES else torch.float32
-    out = torch.empty(q.shape, dtype=computed, device=HOST)
+    out = torch.empty(q.shape, dtype=computed, device=q.device)
     arguments = Dequantize(*_arguments(q), address(out), 0, out.numel())
     dispatch.run("nf4_dequantize", computed, arguments)
     return out if dtype == computed else out.to(dtype)
@@ -147,7 +147,7 @@ def panels(q: NF4Tensor, step: int, dtype: torch.dtype) -> Iterator[tuple[slice,
     """Yield panels as `dequantize_nf4_panels` does, all in one memory."""
     computed = dtype if dtype in CPU_DTYPES else torch.float32
     N, K = q.shape
-    out = torch.empty((step, K), dtype=computed, device=HOST)
+    out = torch.empty((step, K), dtype=computed, device=q.device)
     arguments = Dequantize(*_arguments(q), address(out), 0, 0)
     for start in range(0, N, step):
         rows = slice(start, min(start + step, N))
@@ -164,7 +164,7 @@ def product(x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
     as `dequantize` rounds it.
     """
     (M, K), N = x.shape, q.shape[0]
-    y, x = torch.empty((M, N), dtype=x.dtype, device=HOST), x.contiguous()
+    y, x = torch.empty((M, N), dtype=x.dtype, device=x.device), x.contiguous()
     bias = None if bias is None else bias.contiguous()
     arguments = Product(*_arguments(q), *map(address, (x, bias, y)), M, N, K)
     dispatch.run("nf4_product", x.dtype, arguments)

@@ -23,7 +23,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from ... import dispatch
+from ... import dispatch, pretend
 from ..nf4 import NF4Tensor
 from . import cpu
 from .terms import Sum, Term
@@ -36,7 +36,7 @@ ISAS = "avx2", "avx512", "avx512bf16"  # where it is faster than torch's product
 
 def available(x: Tensor) -> bool:
     """Return whether the kernel is there, and pays, for products with x [M, K]."""
-    if x.device.type != "cpu" or x.dtype not in dispatch.CPU_DTYPES:
+    if pretend.kind_of(x.device) != "cpu" or x.dtype not in dispatch.CPU_DTYPES:
         return False
     if dispatch.pick(x.device, "cpu") != "cpu" or dispatch.isa() not in ISAS:
         return False

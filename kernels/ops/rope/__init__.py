@@ -19,7 +19,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ... import dispatch
+from ... import dispatch, pretend
 from ...autograd import once_differentiable
 from ..rms_norm import check_casting_mode, rms_norm
 from . import cpu, reference
@@ -173,7 +173,8 @@ def _own_memory(q: Tensor, k: Tensor) -> bool:
 
     Some are after `expand`, and where k is q itself.
     """
-    return q.data_ptr() != k.data_ptr() and all(
+    apart = q.storage_offset() != k.storage_offset() or not pretend.same_memory(q, k)
+    return apart and all(
         x.stride(-1) == 1 and all(n == 1 or s for n, s in zip(x.shape, x.stride(), strict=True))
         for x in (q, k)
     )

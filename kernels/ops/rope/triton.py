@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ... import dispatch
+from ... import dispatch, pretend
 from .norms import HeadNorms
 
 PAIRS = 8  # that a thread turns, of several heads where they are small
@@ -121,7 +121,7 @@ def rotate(
     q, k = pair
     B, T, q_heads, D = q.shape
     half = cos.shape[-1]
-    in_place = out[0].data_ptr() == q.data_ptr()
+    in_place = pretend.same_memory(out[0], q)
     if 2 * half < D and not in_place:  # the kernel leaves what is not turned
         for x, y in zip(pair, out, strict=True):
             y[..., 2 * half :] = x[..., 2 * half :]

@@ -1,0 +1,253 @@
+"""A training run on tensors without memory: lorakit's own code, every byte booked.
+
+It loads a model of empty tensors as `load_model` does, attaches an adapter, and takes two steps: in
+the second one the optimizer's state is there. Nothing is computed (kernels/pretend.py).
+"""
+
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.adapters.attach import attach
+from lorakit.config.adapters import LoraConfig, TargetConfig
+from lorakit.config.quantization import QuantConfig
+from lorakit.config.training import TrainConfig
+from lorakit.data.encode import IGNORE, Example, PairExample
+from lorakit.kernels.pretend import pretend_cpu, pretend_gpu
+from lorakit.models.config import ModelConfig
+from lorakit.models.decoder import Decoder
+from lorakit.models.empty import empty_model, fill_empty
+from lorakit.models.packed_layers import PackedWeight
+from lorakit.training.captured import CapturedStep, Function, Recording, why_eager
+from lorakit.training.device_step import optimizer_step
+from lorakit.training.losses.reference import Reference
+from lorakit.training.memory_plan.ledger import Kind, Ledger
+from lorakit.training.memory_plan.pool import Pool
+from lorakit.training.memory_plan.watch import NO_LAYER, Mark, Watch
+from lorakit.training.memory_plan.workspace import cublas
+from lorakit.training.run import run_optimizer, trainable_layers
+from lorakit.training.step import backward, prepare
+
+STEPS = 2  # the first has no optimizer state
+RATES = 1000  # steps whose rates lie on the device; 16 bytes each
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is forecast.
+
+    Attributes:
+        config: The model, perhaps with a few of its layers.
+        numbers: The number of each of its layers in the whole model.
+        kept_layers: How many of them keep gate and up for backward.
+        dtype: What the model computes in.
+        quantize: How its weights are packed.
+        lora: The adapter.
+        train: The settings of the run.
+        rows: The tokens of each row of a micro-batch, or of each document of a packed one.
+        label_share: The share of tokens that are learned.
+        device: "cuda" or "cpu".
+        capability: The GPU's compute capability.
+    """
+
+    config: ModelConfig
+    numbers: list[int]
+    kept_layers: int
+    dtype: torch.dtype
+    quantize: QuantConfig | None
+    lora: TargetConfig
+    train: TrainConfig
+    rows: tuple[int, ...]
+    label_share: float
+    device: str
+    capability: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The bytes of a run, by kind: between two steps, at the peak of each moment, and so on.
+
+    Attributes:
+        resident: What is held between two steps.
+        peaks: What is held at the peak of each moment.
+        reserved: What CUDA's allocator has taken of the card by then.
+        host: The most bytes of copies in host memory.
+    """
+
+    resident: Mapping[Kind, float]
+    peaks: Mapping[Mark, Mapping[Kind, float]]
+    reserved: Mapping[Mark, float]
+    host: float
+
+
+def forecast(setting: Setting) -> Forecast:
+    """Return what a run takes; see the module."""
+    on_gpu = setting.device == "cuda"
+    ledger = Ledger("meta", Pool() if on_gpu else None)
+    model = empty_model(setting.config, setting.dtype, setting.quantize)
+    with _pretending(setting), ledger:
+        _load(setting, model, ledger)
+        attach(model, plain(setting.lora))
+        model.train()
+        own_weights(ledger, model)
+        with Watch(ledger, model, setting.numbers) as watch:
+            resident = _steps(setting, model, ledger, watch)
+    peaks = {mark: peak.kinds for mark, peak in ledger.peaks.items() if mark}
+    return Forecast(resident, peaks, dict(ledger.reserved), ledger.most_on_host)
+
+
+def _pretending(setting: Setting) -> AbstractContextManager[None]:
+    return pretend_gpu(setting.capability) if setting.device == "cuda" else pretend_cpu()
+
+
+def plain(lora: TargetConfig) -> TargetConfig:
+    """Return an adapter of the same sizes that starts from nothing but random numbers."""
+    return replace(lora, init_lora_weights=True) if isinstance(lora, LoraConfig) else lora
+
+
+def _load(setting: Setting, model: Decoder, ledger: Ledger) -> None:
+    """Fill the model tensor by tensor, as `load_model` does."""
+    ledger.kind = "loading", ""
+    for name, place in fill_empty(model, torch.device("meta")):
+        parts = name.split(".")
+        layer = setting.numbers[int(parts[2])] if parts[1:2] == ["layers"] else NO_LAYER
+        ledger.mark = Mark("loading", layer)
+        place()
+        own_weights(ledger, model.get_submodule(name.rpartition(".")[0]), name)
+
+
+def own_weights(ledger: Ledger, module: nn.Module, prefix: str = "") -> None:
+    """Book the parameters of a module by what they are."""
+    for name, part in module.named_modules():
+        for leaf, p in part.named_parameters(recurse=False):
+            ledger.own(_kind_of(f"{prefix}.{name}.{leaf}".split("."), part, leaf, p), [p])
+
+
+def _kind_of(names: Sequence[str], module: nn.Module, leaf: str, p: Tensor) -> Kind:
+    if p.requires_grad:
+        return "adapters", ""
+    if "embed_tokens" in names:
+        return "embeddings", ""
+    if "lm_head" in names:
+        return "head", ""
+    if isinstance(module, PackedWeight) and leaf != "bias":
+        return ("packed weights" if leaf == "weight" else "scales"), ""
+    return "weights", ""
+
+
+def _steps(setting: Setting, model: Decoder, ledger: Ledger, watch: Watch) -> Mapping[Kind, float]:
+    """Take the steps, and return what is held after them."""
+    train = setting.train
+    model.gradient_checkpointing = train.gradient_checkpointing
+    model.offload_activations = train.activation_offloading
+    model.neftune_noise_alpha = train.neftune_noise_alpha
+    model.kept_layers = setting.kept_layers
+    watch.begin("optimizer", ("optimizer state", ""))
+    optimizer, shares = run_optimizer(model, train)
+    params = [p for p in model.parameters() if p.requires_grad]
+    for p in params:
+        p.register_post_accumulate_grad_hook(lambda p: _own_gradient(ledger, p))
+    update = optimizer_step(optimizer, params, [shares] * RATES, train.max_grad_norm)
+    reference = Reference(model) if train.objective == "dpo" else None
+    if reference is not None:
+        ledger.own(("adapters", ""), reference.tensors.values())
+
+    def updated(losses: Tensor) -> Tensor:
+        watch.begin("optimizer", ("optimizer state", ""))
+        told = update(losses)
+        watch.begin("optimizer", ("workspace", ""))
+        return told
+
+    taken = micro_batches(setting)
+    captured = _captured(setting, model, taken, ledger, updated)
+    if setting.device == "cuda":  # of this thread, and of the one that goes backward
+        watch.begin("forward", ("workspace", ""))
+        ledger.while_it_runs(("workspace", ""), [cublas(setting.capability)] * 2)
+    examples = [example for batch in taken for example in batch]
+    numbers = iter(range(len(examples)))
+    rows = [[next(numbers) for _ in batch] for batch in taken]
+    for number in range(1, STEPS + 1):
+        watch.begin("forward", ("inputs", ""))
+        step = prepare(model, examples, number, rows, train, captured)
+        if captured is None:
+            updated(torch.stack(backward(model, step, train, reference)))
+        else:
+            captured(step.packed, step.parts)
+        del step
+        optimizer.zero_grad(set_to_none=True)
+    return dict(+ledger.now)
+
+
+def _own_gradient(ledger: Ledger, p: Tensor) -> None:
+    if p.grad is not None:
+        ledger.own(("gradients", ""), [p.grad])
+
+
+def micro_batches(setting: Setting) -> list[list[Example | PairExample]]:
+    """Return the micro-batches of a step, two if it has more: the second adds to gradients."""
+    pairs = setting.train.objective != "sft"
+    batch: list[Example | PairExample] = []
+    for n in setting.rows:
+        learned = max(1, round(n * setting.label_share))
+        row = Example([1] * n, [IGNORE] * (n - learned) + [1] * learned)
+        batch.append(PairExample(row, row) if pairs else row)
+    return [batch] * min(2, setting.train.gradient_accumulation_steps)
+
+
+@dataclass
+class _Order:
+    """The packed rows of a step, as `CapturedStep` asks for them."""
+
+    packs: list[list[int]] | None
+    lengths: "array[int]"
+
+
+class _Graphs:
+    """The recorder of a GPU that is pretended: what is recorded has memory of its own."""
+
+    def __init__(self, ledger: Ledger):
+        self.ledger = ledger
+
+    def run(self, function: Function) -> Tensor | None:
+        """Run the function on the stream that records."""
+        return self._within("stream", function)
+
+    def record(self, function: Function) -> Recording:
+        """Record the function: torch gives back what nobody uses before."""
+        assert self.ledger.pool is not None
+        self.ledger.pool.empty(lambda arena: arena != "graphs")
+        return Recording(lambda: None, self._within("graphs", function))
+
+    def _within(self, arena: str, function: Function) -> Tensor | None:
+        before, self.ledger.arena = self.ledger.arena, arena
+        try:
+            return function()
+        finally:
+            self.ledger.arena = before
+
+
+def _captured(
+    setting: Setting,
+    model: Decoder,
+    taken: Sequence[Sequence[Example | PairExample]],
+    ledger: Ledger,
+    update: Callable[[Tensor], Tensor],
+) -> CapturedStep | None:
+    """Return what takes steps as CUDA graphs, if a run would."""
+    train, layers = setting.train, trainable_layers(model)
+    if not train.packing or setting.device != "cuda" or train.cuda_graph == "off":
+        return None
+    if why_eager(model, layers, train) is not None:
+        return None
+    lengths = [len(example.input_ids) for example in taken[0]]
+    order = _Order([list(range(len(lengths)))], array("l", lengths))
+    with ledger.as_kind(("inputs", "")):
+        found = CapturedStep(
+            model, layers, order, train, update, _Graphs(ledger), lambda line: None
+        )
+    ledger.own(("gradients", ""), found.grads)
+    return found

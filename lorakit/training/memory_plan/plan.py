@@ -1,0 +1,176 @@
+"""`plan_memory`: how much memory a run takes, before it runs."""
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lorakit.config.adapters import LoraConfig, TargetConfig
+from lorakit.config.errors import LorakitError
+from lorakit.config.fields import to_dtype
+from lorakit.config.quantization import QuantConfig, quant_config
+from lorakit.config.training import TrainConfig
+from lorakit.files import hub
+from lorakit.files.local import read_json
+from lorakit.kernels.dispatch import has_triton
+from lorakit.kernels.pretend import H100
+from lorakit.models.config import ModelConfig
+from lorakit.training.memory_plan.forecast import Forecast, Setting, forecast
+from lorakit.training.memory_plan.ledger import Kind
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The memory of a run, in bytes.
+
+    A forecast on a GPU counts what torch's allocator counts. The CUDA context (some 500 MB) and
+    other processes on the card come on top of `reserved`.
+    """
+
+    peak: int
+    """The most bytes that torch holds at a time."""
+    reserved: int
+    """What torch's allocator takes of the card for that; on a CPU the same as peak."""
+    host: int
+    """Bytes in host memory that belong to it: paged state, activations and weights that wait
+    there. On a CPU 0."""
+    when: str
+    """Phase of the peak: "loading", "forward", "head", "backward", "optimizer" or "generate"."""
+    resident: dict[str, int]
+    """Bytes between two steps, by kind."""
+    at_peak: dict[str, int]
+    """Bytes at the peak, by kind; their sum is `peak`."""
+    phases: dict[str, int]
+    """The peak of each phase."""
+    activations: dict[str, int]
+    """The activations at the peak, by the part of the model that made them."""
+    seconds: float
+    """The time that the forecast took."""
+
+
+def plan_memory(
+    model: str | Path | ModelConfig | Mapping[str, Any],
+    *,
+    dtype: str = "bfloat16",
+    quantize: str | Mapping[str, Any] | QuantConfig | None = None,
+    lora: TargetConfig | None = None,
+    train: TrainConfig | None = None,
+    tokens: int | None = None,
+    documents: Sequence[int] | None = None,
+    label_share: float = 1.0,
+    device: Literal["cuda", "cpu"] = "cuda",
+    capability: tuple[int, int] = H100,
+    ranks: int = 1,
+    shard: Literal["none", "full"] = "none",
+    offload_weights: bool = False,
+    generate: tuple[int, int, int] | None = None,
+) -> MemoryPlan:
+    """Forecast the memory of a run, without its weights and without its device.
+
+    lorakit's own code takes two steps on tensors without memory, and every byte is booked.
+
+    Args:
+        model: A directory, a Hub id, the contents of a config.json, or a ModelConfig. Of files only
+            config.json is read.
+        dtype: As `load_model` takes it.
+        quantize: As `load_model` takes it.
+        lora: The adapter; None means LoraConfig().
+        train: The settings of the run; None means TrainConfig().
+        tokens: The tokens of each row; None means train.max_seq_length.
+        documents: The tokens of each document in a packed row; None: as many as the batch has rows.
+        label_share: The share of tokens that are learned, above 0 and up to 1.
+        device: "cuda" for an NVIDIA GPU with Triton, or "cpu" for this machine.
+        capability: The GPU's compute capability.
+        ranks: How many processes share the run.
+        shard: "full" if the frozen weights are spread over the ranks.
+        offload_weights: Whether the frozen weights wait in host memory.
+        generate: Rows, tokens of the prompt, and new tokens, to forecast inference instead.
+
+    Returns:
+        The plan.
+
+    Raises:
+        LorakitError: The model or a setting is unknown, or Triton is missing for a GPU.
+    """
+    started = time.perf_counter()
+    _check(device, ranks, shard, offload_weights, generate)
+    train, config = train or TrainConfig(), model_config(model)
+    given = quant_config(quantize), lora or LoraConfig(), train, _rows(train, tokens, documents)
+    numbers = list(range(config.num_hidden_layers))
+    whole = config, numbers, kept_of(config, train), to_dtype(dtype)
+    setting = Setting(*whole, *given, label_share, device, capability)
+    found = forecast(setting)
+    return _plan(found, device, time.perf_counter() - started)
+
+
+def kept_of(config: ModelConfig, train: TrainConfig) -> int:
+    """Return how many blocks keep gate and up for backward."""
+    return 0 if train.mlp_activations == "recompute" else config.num_hidden_layers
+
+
+def _check(
+    device: str, ranks: int, shard: str, offload: bool, generate: tuple[int, int, int] | None
+) -> None:
+    """Raise LorakitError for what cannot be forecast."""
+    if ranks != 1 or shard != "none" or offload:
+        raise LorakitError("plan_memory: sharded weights are not forecast yet: set shard to none")
+    if generate is not None:
+        raise LorakitError("plan_memory: generation is not forecast yet")
+    if device == "cuda" and not has_triton():
+        raise LorakitError(
+            "plan_memory: a GPU's kernels are Triton's: pip install lorakit[triton], or plan for a "
+            "cpu"
+        )
+
+
+def model_config(model: str | Path | ModelConfig | Mapping[str, Any]) -> ModelConfig:
+    """Return the config of a model, of whose files config.json alone is read."""
+    if isinstance(model, ModelConfig):
+        return model
+    if isinstance(model, Mapping):
+        return ModelConfig.from_hf(dict(model))
+    path = hub.resolve(model, ["config.json"])
+    return ModelConfig.from_hf(read_json(path / "config.json"), str(path / "config.json"))
+
+
+def _rows(
+    train: TrainConfig, tokens: int | None, documents: Sequence[int] | None
+) -> tuple[int, ...]:
+    """Return the tokens of each row of a micro-batch, or of each document of a packed one."""
+    if documents is not None:
+        if not train.packing:
+            raise LorakitError("plan_memory: documents are those of a packed row: set packing")
+        return tuple(documents)
+    return (tokens or train.max_seq_length,) * train.per_device_train_batch_size
+
+
+def _by_name(kinds: Mapping[Kind, float]) -> dict[str, int]:
+    found: Counter[str] = Counter()
+    for (name, _), size in kinds.items():
+        found[name] += round(size)
+    return {name: size for name, size in found.most_common() if size}
+
+
+def _plan(found: Forecast, device: str, seconds: float) -> MemoryPlan:
+    totals = {mark: sum(kinds.values()) for mark, kinds in found.peaks.items()}
+    phases: dict[str, int] = {}
+    for mark, total in totals.items():
+        phases[mark.phase] = max(phases.get(mark.phase, 0), round(total))
+    mark = max(totals, key=totals.__getitem__)
+    kinds = found.peaks[mark]
+    at_peak = _by_name(kinds)
+    peak = sum(at_peak.values())
+    parts = {part: round(size) for (_, part), size in kinds.items() if part and size}
+    return MemoryPlan(
+        peak=peak,
+        reserved=round(max(found.reserved.values())) if device == "cuda" else peak,
+        host=round(found.host) if device == "cuda" else 0,
+        when=mark.phase,
+        resident=_by_name(found.resident),
+        at_peak=at_peak,
+        phases=phases,
+        activations=dict(sorted(parts.items(), key=lambda each: -each[1])),
+        seconds=seconds,
+    )
