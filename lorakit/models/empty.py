@@ -12,7 +12,7 @@ import torch
 from lorakit.config.quantization import QuantConfig
 from lorakit.models.config import ModelConfig
 from lorakit.models.decoder import Decoder
-from lorakit.models.load import Target, place_tensor
+from lorakit.models.load import Target, place
 from lorakit.models.packed_layers import PackedWeight, quantize
 
 
@@ -43,4 +43,4 @@ def fill_empty(model: Decoder, device: torch.device) -> Iterator[tuple[str, Call
         shape = layer.shape if layer is not None and whole else model.get_parameter(name).shape
         # one value in host memory stands for all
         value = torch.empty((), dtype=model.dtype, device="cpu").expand(shape)
-        yield name, functools.partial(place_tensor, model, name, value, Target(device, {}))
+        yield name, functools.partial(place, model, name, value, Target(device, {}))

@@ -100,7 +100,7 @@ def load_model(
     )
     for name, weight in bar:
         try:
-            place_tensor(model, name, weight.read(), target)
+            place(model, name, weight.read(), target)
         except ValueError as error:
             raise LorakitError(f"{where}: tensor {name}: {error}") from None
     return model.eval()
@@ -422,9 +422,7 @@ class Target(NamedTuple):
         return value.to(self.device, dtype, copy=True)
 
 
-def place_tensor(
-    model: nn.Module, name: str, value: Tensor | kernels.Packed, target: Target
-) -> None:
+def place(model: nn.Module, name: str, value: Tensor | kernels.Packed, target: Target) -> None:
     """Put a value that was read in the place of parameter `name`, packed if its layer is."""
     owner_name, _, leaf = name.rpartition(".")
     owner = model.get_submodule(owner_name)
