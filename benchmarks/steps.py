@@ -35,7 +35,7 @@ import lorakit.models.decoder  # the decoder itself: load_model would want a fil
 import lorakit.training.captured
 import lorakit.training.device_step  # as a run clips and steps
 import lorakit.training.float8
-import lorakit.training.run
+import lorakit.training.trainable
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KINDS = ("dense", "packed")  # of rows
@@ -258,7 +258,7 @@ def graph_step(s: Setting, layers: int, rows: Rows) -> Step:
     order = SimpleNamespace(packs=[range(len(rows))], lengths=[len(ids) for ids, _ in rows])
     config = lk.TrainConfig(packing=True)
     recorder = captured.CudaGraphs(torch.device(s.device))
-    adapted = lorakit.training.run.trainable_layers(model)
+    adapted = lorakit.training.trainable.trainable_layers(model)
     step = captured.CapturedStep(model, adapted, order, config, update, recorder, print)
     count = sum(label != IGNORE for _, labels in rows for label in labels[1:])
     loss = our_loss(s, model, rows)

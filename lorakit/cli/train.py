@@ -1,4 +1,4 @@
-"""`lorakit train`: train an adapter as a run file says, or profile a few steps of that run."""
+"""`lorakit train`: train an adapter or a model as a run file says, or profile a few steps of it."""
 
 import argparse
 import sys
@@ -16,8 +16,9 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
     parser = verbs.add_parser(
         "train",
         parents=[common],
-        help="train an adapter as a run file says",
-        description="Train an adapter, a new one or one that is there, as a run file says. "
+        help="train an adapter, or the model itself, as a run file says",
+        description="Train an adapter, a new one or one that is there, or with train: full the "
+        "model itself, as a run file says. "
         "key=value replaces a value of the file; a.b=value reaches into a mapping, as in lora.r=8.",
     )
     parser.add_argument("run_file", type=Path, metavar="run.yaml", help="YAML file of the run")
@@ -75,15 +76,17 @@ def _train(args: argparse.Namespace, run: lk.RunConfig) -> int:
     model = lk.load_model(run.model, dtype=run.dtype, quantize=run.quantize)
     print(f"loaded {run.model} in {time.perf_counter() - started:.1f} s on {model.device}")
     torch.manual_seed(run.train.seed)
-    if adapter is None:
-        lora = lk.add_tokens(model, tok, run.add_tokens, run.lora) if run.add_tokens else run.lora
-        lk.attach(model, lora)
-    else:
+    lora = lk.add_tokens(model, tok, run.add_tokens, run.lora) if run.add_tokens else run.lora
+    full = run.train.train == "full"
+    if adapter is not None:
         lk.load_adapter(model, adapter)
         print(f"going on from the adapter in {run.adapter}")
+    elif not full:
+        lk.attach(model, lora)
     lk.tune_allocator()  # after loading, so that the memory of loading goes back to the system
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"training {trainable:,} adapter parameters on {len(data['train'])} rows")
+    learns = "the model" if full else f"{trainable:,} adapter parameters"
+    print(f"training {learns} on {len(data['train'])} rows")
     if args.profile:
         print(lk.profile_training(model, tok, data["train"], run.train))
         return 0
@@ -92,12 +95,11 @@ def _train(args: argparse.Namespace, run: lk.RunConfig) -> int:
         f"{result.steps} steps in {result.seconds:.0f} s, loss {result.loss:.4f}, "
         f"{result.tokens_per_second:.0f} tokens/s, peak {result.peak_memory_mb:.0f} MB"
     )
+    what = "model" if full else "adapter"
     if result.interrupted:
-        print(
-            f"lorakit: interrupted; the adapter so far is in {result.output_dir}", file=sys.stderr
-        )
+        print(f"lorakit: interrupted; the {what} so far is in {result.output_dir}", file=sys.stderr)
         return 130
-    print(f"adapter in {result.output_dir}")
+    print(f"{what} in {result.output_dir}")
     if result.address is not None:
         print(f"uploaded to {result.address}")
     return 1 if run.train.push_to_hub and result.address is None else 0

@@ -13,6 +13,7 @@ Axolotl's templates, except for the names in NULL_SAYS. Errors are ValueErrors w
 the file, which the caller puts in front (RunConfig.from_dict in run.py).
 """
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -77,7 +78,6 @@ SETTLED: dict[str, tuple[list[Any], str]] = {
         "lorakit splits no rows off: write those to evaluate on to a file and name it in data, "
         "as validation",
     ),
-    "use_peft": ([True], "lorakit trains adapters only"),
     "lora_task_type": (["CAUSAL_LM"], "lorakit trains causal language models only"),
 }
 
@@ -254,11 +254,21 @@ def _of_4bit(target: str) -> Conversion:
 
 
 def _adapter(value: Any, values: File, notes: Notes) -> Meaning:
-    """Convert Axolotl's name of a method. Any other text is a directory, as lorakit means it."""
+    """Convert Axolotl's name of a method. Any other text is a directory, as lorakit means it.
+
+    Null trains all weights in Axolotl. It means that only in a file that is surely Axolotl's.
+    """
+    if value is None and values.get("base_model") is not None:
+        notes.append("adapter: null is taken as train: full")
+        return {"train": "full"}
+    if value is None:
+        raise ValueError(
+            "null asks Axolotl to train all weights: say train: full for that, or take it out"
+        )
     if not isinstance(value, str) or not value:
         raise ValueError(
-            f"choose lora or qlora, or name the directory of an adapter, not {value!r}: lorakit "
-            "trains adapters only; without this key a new one starts"
+            f"choose lora or qlora, or name the directory of an adapter, not {value!r}; without "
+            "this key a new one starts"
         )
     if value not in ("lora", "qlora"):
         return {"adapter": value}
@@ -267,6 +277,19 @@ def _adapter(value: Any, values: File, notes: Notes) -> Meaning:
     if values.get("load_in_4bit") is not None:
         raise ValueError("qlora needs load_in_4bit: true")
     return {"quantize.quant_type": "nf4"}
+
+
+def _use_peft(value: Any, values: File, notes: Notes) -> Meaning:
+    return {} if _true(value) else {"train": "full"}
+
+
+def _unfrozen(value: Any, values: File, notes: Notes) -> Meaning:
+    """Convert Axolotl's patterns of the weights that train, which begin where a name does."""
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        raise ValueError("give a list of patterns")
+    if any(re.search(r"\[\d*:\d*\]", each) for each in value):
+        raise ValueError("rows of a weight, as in [0:100], cannot be trained alone")
+    return {"freeze": [f"^(?!{'|'.join(f'(?:{each})' for each in value)})"] if value else []}
 
 
 def _lora_model_dir(value: Any, values: File, notes: Notes) -> Meaning:
@@ -383,6 +406,8 @@ CONVERTED: dict[str, Conversion] = {
     "use_bnb_nested_quant": _of_4bit("quantize.double_quant"),
     "bnb_4bit_use_double_quant": _of_4bit("quantize.double_quant"),
     "adapter": _adapter,
+    "use_peft": _use_peft,
+    "unfrozen_parameters": _unfrozen,
     "lora_model_dir": _lora_model_dir,
     "lora_target_linear": _target_linear,
     "train_on_inputs": _train_on_inputs,
@@ -397,7 +422,7 @@ CONVERTED: dict[str, Conversion] = {
     "auto_resume_from_checkpoints": _switch("resume", "auto"),
 }
 
-# Null asks for something here: to train all weights, and to cut off no row. Lorakit does neither.
+# Null asks for something here: to train all weights, and to cut off no row, which is refused.
 # `adapter` is a setting of lorakit too, a directory; Axolotl's is the name of a method.
 NULL_SAYS = ("adapter", "max_length")
 ALIASES = {*RENAMED, *CONVERTED, *SETTLED, *IGNORED, *REFUSED}

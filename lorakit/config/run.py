@@ -61,6 +61,8 @@ class RunConfig:
     """Settings of the training; in a run file they stand beside the other keys."""
 
     def __post_init__(self) -> None:
+        if self.train.train == "full":
+            self._check_full(with_lora=self.lora != LoraConfig())
         if self.adapter is not None and self.lora != LoraConfig():
             raise LorakitError(
                 f"adapter: the adapter in {self.adapter} has settings of its own: leave out lora"
@@ -73,6 +75,17 @@ class RunConfig:
         if self.quantize is None and self.lora.init_lora_weights == "loftq":
             raise LorakitError(
                 "init_lora_weights: loftq starts from the error of a quantization; set quantize too"
+            )
+
+    def _check_full(self, with_lora: bool) -> None:
+        """Raise LorakitError for what does not go with training the model itself."""
+        for name, given in (("lora", with_lora), ("adapter", self.adapter is not None)):
+            if given:
+                raise LorakitError(f"train: full trains the model, no adapter: leave out {name}")
+        if self.quantize is not None:
+            raise LorakitError(
+                "train: full needs dense weights, which quantize packs: leave out quantize, or "
+                "train an adapter"
             )
 
     @classmethod
@@ -108,8 +121,8 @@ class RunConfig:
 
         Raises LorakitError for unknown keys with a value, which names all of them.
         """
-        fields = [*dataclasses.fields(cls), *dataclasses.fields(TrainConfig)]
-        valid = [f.name for f in fields if f.name != "train"]
+        own = [f.name for f in dataclasses.fields(cls) if f.name != "train"]
+        valid = [*own, *(f.name for f in dataclasses.fields(TrainConfig))]
         unknown = [name for name in values if name not in valid]
         with_value = [name for name in unknown if values[name] is not None]
         if with_value:
@@ -126,6 +139,10 @@ class RunConfig:
         if values.get("data") is not None:
             values["data"] = from_mapping(DataConfig, values["data"], f"{where}, data")
         if "lora" in values and values["lora"] is not None:
+            if values.get("train") == "full":
+                raise LorakitError(
+                    f"{where}: train: full trains the model, no adapter: leave out lora"
+                )
             lora = without_unset(LoraConfig, values["lora"])
             values["lora"] = from_mapping(LoraConfig, lora, f"{where}, lora")
         values["quantize"] = quant_config(values.get("quantize"), f"{where}, quantize")

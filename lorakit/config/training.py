@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 from lorakit.config.errors import LorakitError, nearest
 from lorakit.config.fields import check_below_one, check_positive, check_share, check_types
+from lorakit.config.patterns import valid_regex
 
 Schedule = Literal[
     "constant",
@@ -71,7 +72,12 @@ class TrainConfig:
     """
 
     output_dir: str = "runs/lorakit"
-    """Directory for the adapter, metrics.jsonl and the checkpoints."""
+    """Directory for the adapter or the model, metrics.jsonl and the checkpoints."""
+    train: Literal["adapter", "full"] = "adapter"
+    """What learns: an "adapter", or with "full" the weights of the model, which is saved whole."""
+    freeze: list[str] = field(default_factory=list)
+    """Regular expressions; with train: full a weight stays as it is if one is found in its name,
+    such as "embed_tokens" or "layers\\.[0-9]\\."."""
     max_steps: int | None = None
     """Number of optimizer steps; null lets num_train_epochs decide."""
     num_train_epochs: float = 1.0
@@ -164,7 +170,7 @@ class TrainConfig:
     """Number of evaluations in a row without a better loss that stop the run; null never stops
     it."""
     load_best_model_at_end: bool = False
-    """End with the adapter of the best evaluation instead of the last one."""
+    """End with the adapter, or the model, of the best evaluation instead of the last one."""
     save_steps: int | None = None
     """Number of steps between checkpoints, with one more at the end; null writes one only when the
     run is interrupted, or when load_best_model_at_end needs it."""
@@ -177,8 +183,8 @@ class TrainConfig:
     """Second place for the metrics: "tensorboard" writes TensorBoard's files beside metrics.jsonl;
     null writes metrics.jsonl alone."""
     push_to_hub: bool = False
-    """Upload the adapter to the Hub, with a README.md that tells of the run; false uploads
-    nothing."""
+    """Upload the adapter or the model to the Hub, with a README.md that tells of the run; false
+    uploads nothing."""
     hub_model_id: str | None = None
     """Repository to upload to, "organization/name"; it is made if it is missing."""
     hub_strategy: HubStrategy = "end"
@@ -193,6 +199,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        self._check_full()
         self._check_length()
         self._check_learning_rate()
         self._check_loss()
@@ -204,6 +211,18 @@ class TrainConfig:
             )
         if not 0 <= self.seed < 2**63:
             raise LorakitError(f"seed is {self.seed}; it must be in [0, 2^63)")
+
+    def _check_full(self) -> None:
+        if self.train == "full":
+            given = {"loraplus_lr_ratio": self.loraplus_lr_ratio, "frozen_dtype": self.frozen_dtype}
+            for name, value in given.items():
+                if value is not None:
+                    raise LorakitError(f"{name} goes with an adapter, not with train: full")
+        elif self.freeze:
+            raise LorakitError("freeze goes with train: full; an adapter freezes all other weights")
+        for pattern in self.freeze:
+            if not valid_regex(pattern):
+                raise LorakitError(f"freeze: {pattern!r} is no valid regular expression")
 
     def _check_length(self) -> None:
         check_positive(self, "max_steps", or_null=True)

@@ -87,7 +87,7 @@ def save_model(
         )
     config = module.config.to_hf() | {"torch_dtype": str(module.dtype).removeprefix("torch.")}
     config["tie_word_embeddings"] = _is_tied(module)
-    towers = {} if source is None else _other_towers(source, path, packed)
+    towers = {} if source is None else other_towers(source, path, packed)
     kept = None
     if packed:
         kept, config["quantization_config"] = _packed_form(module)
@@ -230,7 +230,7 @@ def _stacked(kind: FusedTensor, experts: Iterable[Iterable[_Entry]]) -> Tensor:
 # ---- multimodal models ---------------------------------------------------------------------------
 
 
-def _other_towers(source: Source, path: Path, packed: bool) -> dict[str, LazyTensor]:
+def other_towers(source: Source, path: Path, packed: bool) -> dict[str, LazyTensor]:
     """Return the tensors at `source` that are no part of the text model.
 
     Raises LorakitError if they cannot be written to `path`, or not together with a packed text.

@@ -211,7 +211,12 @@ class CapturedStep:
         self.recorder, self.say, self.failed, self.sums = recorder, say, False, sums
         self.inputs = PackedInputs(documents, model.device)
         self.params = [p for p in model.parameters() if p.requires_grad]
-        self.grads = [torch.zeros_like(p) for p in self.params]
+        several = sums.alone and config.gradient_accumulation_steps > 1
+        self.totals = [torch.zeros_like(p, dtype=_sum_dtype(p, several)) for p in self.params]
+        self.grads = [
+            total if total.dtype == p.dtype else torch.zeros_like(p)
+            for p, total in zip(self.params, self.totals, strict=True)
+        ]
         self.loss = torch.zeros(1, device=model.device)  # summed over the labels of the step
         self.recordings: dict[Kind, Recording] = {}
         self.warm = False
@@ -254,15 +259,12 @@ class CapturedStep:
                 self._give_gradients()
                 if not alone:
                     losses.append(self.loss[0].clone())
-            self.sums.end_round()
+            if not alone:
+                self.sums.end_round()
         if not alone:
             told = self._update_of_ranks(losses, parts or len(micro_batches))
         assert told is not None
         return told
-
-    def _give_gradients(self) -> None:
-        for p, grad in zip(self.params, self.grads, strict=True):
-            p.grad = grad
 
     def _update_of_ranks(self, losses: Sequence[Tensor], parts: int) -> Tensor:
         """Take the step by the gradients of all ranks, and by the sum of their losses."""
@@ -315,15 +317,22 @@ class CapturedStep:
         self._drop_unused(found)
         grads = [grad for grad in found if grad is not None]
         if kind.first:
-            torch._foreach_copy_(self.grads, grads)
+            torch._foreach_copy_(self.totals, grads)
             self.loss.copy_(total)
         else:
-            torch._foreach_add_(self.grads, grads)
+            torch._foreach_add_(self.totals, grads)
             self.loss.add_(total)
         if not kind.last:
             return None
         self._give_gradients()
         return self.update(self.loss)
+
+    def _give_gradients(self) -> None:
+        """Let the parameters have their gradients, the sums rounded to their dtypes."""
+        for p, grad, total in zip(self.params, self.grads, self.totals, strict=True):
+            if grad is not total:
+                grad.copy_(total)
+            p.grad = grad
 
     def _drop_unused(self, grads: Sequence[Tensor | None]) -> None:
         """Leave out parameters that got no gradient, in the first step; a check of it names one."""
@@ -331,6 +340,12 @@ class CapturedStep:
             used = [i for i, grad in enumerate(grads) if grad is not None]
             self.params = [self.params[i] for i in used]
             self.grads = [self.grads[i] for i in used]
+            self.totals = [self.totals[i] for i in used]
+
+
+def _sum_dtype(p: Tensor, several: bool) -> torch.dtype:
+    """Return the dtype that gradients of p, of several micro-batches or of one, are added up in."""
+    return torch.float32 if several and p.dtype == torch.bfloat16 else p.dtype
 
 
 def low_rank_parts(layers: Mapping[str, Attached]) -> list[LowRankPart]:
@@ -385,8 +400,8 @@ def why_eager(model: Decoder, layers: Mapping[str, Attached], config: TrainConfi
         ),
         "dropout comes before a weight that is trained": drops and not whole,
         # whose gradients the optimizer copies, and a graph would hold the copies' addresses
-        "a trained parameter is not fp32, or has strides": not all(
-            p.dtype == torch.float32 and p.is_contiguous() for p in trained
+        "a trained parameter is fp16, or has strides": not all(
+            p.dtype in (torch.float32, torch.bfloat16) and p.is_contiguous() for p in trained
         ),
         "Triton's kernels are not what runs": not _runs_triton(model),
         f"heads of {heads} in {model.dtype} are too wide": heads > (128 if wide else 512),

@@ -14,6 +14,10 @@ order that is the library's.
 A parameter without a gradient in a micro-batch, such as an expert that no token chose, sends -0.0:
 x + -0.0 is x for every x, so that it counts as if nothing was added.
 
+Gradients in bfloat16 are added in fp32, and their sum is rounded once: of a sum that is rounded each
+time, small gradients would be lost. (A fast sum leaves that to the library.) It takes 4 bytes for
+each of their values.
+
 N bytes of gradients, k rounds: a rank sends (k + 1) (R - 1) / R N bytes a step if they are ordered,
 and 2 (R - 1) / R N if they are fast; with one round that is the same.
 """
@@ -76,6 +80,34 @@ class GradientSum:
 
 
 ALONE = GradientSum()
+
+
+class WideSum(GradientSum):
+    """The gradients of several micro-batches in one process, those in bfloat16 added in fp32.
+
+    Args:
+        params: What trains.
+    """
+
+    def __init__(self, params: Sequence[Tensor]):
+        self.params = [p for p in params if p.dtype == torch.bfloat16]
+        self.sums: dict[Tensor, Tensor] = {}
+
+    def end_round(self) -> None:
+        for p in self.params:
+            if p.grad is None:
+                continue
+            if p in self.sums:
+                self.sums[p] += p.grad
+            else:
+                self.sums[p] = p.grad.float()
+            p.grad = None
+
+    def finish(self, losses: Sequence[Tensor], parts: int) -> list[Tensor]:
+        for p in self.params:
+            if p in self.sums:
+                p.grad = self.sums.pop(p).to(p.dtype)
+        return list(losses)
 
 
 class SumOfRanks(GradientSum):
@@ -147,7 +179,7 @@ class OrderedSum(SumOfRanks):
             flat.slice.add_(each)
 
     def _sums(self, flat: "_Flat") -> list[Tensor]:
-        self.ranks.gather(flat.all, flat.slice)
+        self.ranks.gather(flat.all, flat.slice.to(flat.all.dtype))
         return flat.views(flat.all)
 
 
@@ -181,7 +213,8 @@ class _Flat:
             end += math.ceil(p.numel() / line) * line
         of_rank = math.ceil(end / (size * line)) * line
         self.own, self.all = (first.new_full((of_rank * size,), -0.0) for _ in range(2))
-        self.slice = self.own.new_empty(of_rank)
+        wide = torch.float32 if first.dtype == torch.bfloat16 else first.dtype
+        self.slice = self.own.new_empty(of_rank, dtype=wide)
         self.places = self.views(self.own)
 
     def views(self, flat: Tensor) -> list[Tensor]:

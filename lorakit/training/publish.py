@@ -1,7 +1,7 @@
 """The card of a run, and the uploads that its config asks for.
 
-The card is written beside the adapter when the run ends. An upload that fails is one line: the run
-goes on, and all files stay on the disk.
+The card is written beside the adapter or the model when the run ends. An upload that fails is one
+line: the run goes on, and all files stay on the disk.
 """
 
 from collections.abc import Callable
@@ -57,9 +57,10 @@ class Publisher:
             base_model = str(model.source.path)
         self.output_dir, self.model = output_dir, model
         self.config, self.base_model = config, base_model
+        self.what = "model" if config.train == "full" else "adapter"
 
     def write_card(self, progress: Progress, say: Say) -> None:
-        """Write the card beside the adapter. What keeps it from that is one line."""
+        """Write the card beside the adapter or the model. What keeps it from that is one line."""
         try:
             settings = self._settings(progress)
             write_card(self.output_dir, base_model=self.base_model, settings=settings)
@@ -78,7 +79,8 @@ class Publisher:
         kinds = {layer.config.quant_type for layer in packed}
         frozen = " and ".join(sorted(kinds)) or str(self.model.dtype).removeprefix("torch.")
         counts = {"steps": progress.step, "tokens": f"{progress.tokens:,}"}
-        return {**found, "frozen weights": frozen, **counts}
+        kept = {"weights" if self.what == "model" else "frozen weights": frozen}
+        return {**found, **kept, **counts}
 
     def upload(self, progress: Progress, say: Say) -> str | None:
         """Upload what is saved if the run wants that, and return its address.
@@ -96,7 +98,7 @@ class Publisher:
                 self.output_dir,
                 self.config.hub_model_id,
                 private=self.config.hub_private_repo,
-                message=f"Upload the adapter of step {progress.step} with lorakit",
+                message=f"Upload the {self.what} of step {progress.step} with lorakit",
                 checkpoint=checkpoint,
             )
         except (LorakitError, OSError) as error:
@@ -104,7 +106,7 @@ class Publisher:
             return None
 
     def upload_now(self, save: Callable[[Path], None], progress: Progress, say: Say) -> None:
-        """Save the adapter of the step that is done, and upload it. A failure is one line."""
+        """Save what the step that is done has made, and upload it. A failure is one line."""
         try:
             save(self.output_dir)
         except OSError as error:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lorakit.config.errors import LorakitError
 from lorakit.evaluation.share import ALL, Share
-from lorakit.training.gradients import ALONE, FastSum, GradientSum, OrderedSum
+from lorakit.training.gradients import ALONE, FastSum, GradientSum, OrderedSum, WideSum
 
 PATIENT = timedelta(hours=1)  # for what a rank may do while others wait: load, save, upload, score
 STEP = timedelta(minutes=15)  # for a micro-batch
@@ -69,9 +69,15 @@ class Ranks:
     def wait(self) -> None:
         """Wait until all ranks have come here."""
 
-    def gradients(self, params: Sequence[Tensor], reduce: str, varies: bool) -> GradientSum:
-        """Return what adds the gradients of a step; see gradients.py for the arguments."""
-        return ALONE
+    def gradients(
+        self, params: Sequence[Tensor], reduce: str, varies: bool, several: bool = False
+    ) -> GradientSum:
+        """Return what adds the gradients of a step; see gradients.py for the arguments.
+
+        `several` says whether a step has more than one micro-batch.
+        """
+        wide = several and any(p.dtype == torch.bfloat16 for p in params)
+        return WideSum(params) if wide else ALONE
 
 
 class RankGroup(Ranks):
@@ -153,7 +159,9 @@ class RankGroup(Ranks):
 
     # ---- gradients ----
 
-    def gradients(self, params: Sequence[Tensor], reduce: str, varies: bool) -> GradientSum:
+    def gradients(
+        self, params: Sequence[Tensor], reduce: str, varies: bool, several: bool = False
+    ) -> GradientSum:
         return (OrderedSum if reduce == "ordered" else FastSum)(self, params, varies)
 
     def exchange(self, received: Tensor, sent: Tensor) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from lorakit.adapters.manage import adapter_config, selected_adapter
 from lorakit.config.errors import LorakitError
 from lorakit.config.training import TrainConfig
 from lorakit.data.batching import Order
@@ -22,6 +21,7 @@ from lorakit.training.log import Log, say
 from lorakit.training.losses.reference import Reference
 from lorakit.training.optim import AdamW
 from lorakit.training.progress import Progress
+from lorakit.training.trainable import TOKENS, Trained
 
 # Settings that a resumed run shares with the one that made the checkpoint.
 SAME_SETTINGS = (
@@ -46,11 +46,8 @@ WHICH_LAYERS = (
 )
 
 
-_TOKENS = "the tokens of trained rows"  # checkpoints of 0.1.0 do not say them
-
-
 def must_match(
-    model: Decoder,
+    trained: Trained,
     tok: Tokenizer,
     examples: Examples,
     validation: Examples | None,
@@ -63,18 +60,12 @@ def must_match(
     """
     names = [*SAME_SETTINGS, *(["max_seq_length"] if config.packing else [])]
     settings = asdict(config)
-    selected = selected_adapter(model)
-    assert selected is not None
-    adapter = asdict(adapter_config(model, selected))
-    rows = adapter.get("trainable_token_indices") or {}
-    trained = rows if isinstance(rows, list) else {i for ids in rows.values() for i in ids}
-    return {name: settings[name] for name in names} | {
-        _TOKENS: {str(i): tok.backend.id_to_token(i) for i in sorted(trained)},
+    own = {
         "data": _digest(examples),
         "validation data": None if validation is None else _digest(validation),
-        "model": _digest_of_frozen(model),
-        "adapter": json.loads(json.dumps(adapter)),
+        "model": _digest_of_frozen(trained.model),
     }
+    return {name: settings[name] for name in names} | trained.same(tok) | own
 
 
 def _digest(examples: Examples) -> str:
@@ -127,12 +118,12 @@ def checkpoint_to_resume(output_dir: Path, config: TrainConfig) -> run_state.Che
 
 def resume_from(
     checkpoint: run_state.Checkpoint,
-    model: Decoder,
+    trained: Trained,
     optimizer: AdamW,
     same: Mapping[str, Any],
     order: Order,
 ) -> Progress:
-    """Set model and optimizer as they were, and return how far the run had come.
+    """Set what is trained and its optimizer as they were, and return how far the run had come.
 
     Raises LorakitError if this run cannot go on from the checkpoint, or it is damaged.
     """
@@ -142,11 +133,9 @@ def resume_from(
             "raise max_steps"
         )
     values = run_state.read_values(checkpoint)
-    if run_state.has_tensors_of(checkpoint.path, model):
+    if run_state.has_tensors_of(checkpoint.path, trained.model):
         same = _in_words_of(values["same"], same)
-    said = {
-        name: value for name, value in same.items() if name in values["same"] or name != _TOKENS
-    }
+    said = {name: value for name, value in same.items() if name in values["same"] or name != TOKENS}
     run_state.check_same(checkpoint.path, values["same"], said)
     try:
         progress = Progress(**values["progress"])
@@ -154,7 +143,7 @@ def resume_from(
         raise LorakitError(
             f"train: resume: {checkpoint.path} is of another version of lorakit ({error})"
         ) from None
-    run_state.restore(checkpoint, values, model, optimizer)
+    run_state.restore(checkpoint, values, trained.restore, optimizer)
     say(f"resumed from {checkpoint.path}")
     return progress
 
@@ -190,17 +179,19 @@ def reference_of_run(
     return reference
 
 
-def end_with_the_best(model: Decoder, output_dir: Path, progress: Progress, log: Log) -> None:
-    """Give the model the adapter of the best evaluation. If that is gone, the last one stays."""
+def end_with_the_best(trained: Trained, output_dir: Path, progress: Progress, log: Log) -> None:
+    """Set what is trained as the best evaluation had it. If that is gone, the last one stays."""
     best = progress.best_step
     path = output_dir / f"checkpoint-{best}"
     if best == progress.step:
         return
     if best is None:
-        log.say("the last adapter stays: no evaluation had a finite loss")
+        log.say(f"the last {trained.what} stays: no evaluation had a finite loss")
         return
     if not path.exists():  # the disk was full, or the run came from another directory
-        log.say(f"the last adapter stays: the checkpoint of the best, step {best}, is not there")
+        log.say(
+            f"the last {trained.what} stays: the checkpoint of the best, step {best}, is not there"
+        )
         return
-    run_state.restore_adapter(path, run_state.read_tensors(path), model)
-    log.say(f"the adapter is that of step {best}, the best evaluation")
+    trained.restore(path)
+    log.say(f"the {trained.what} is that of step {best}, the best evaluation")

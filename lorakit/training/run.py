@@ -23,10 +23,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lorakit.adapters.layers.wrapper import Attached
-from lorakit.adapters.manage import attached
-from lorakit.adapters.peft_files.save import save_adapter
-from lorakit.adapters.start import start_adapter
 from lorakit.config.errors import LorakitError
 from lorakit.config.training import OPTIMIZERS, TrainConfig
 from lorakit.data.batching import Order, batches, collate, real_tokens
@@ -64,6 +60,7 @@ from lorakit.training.step import (
     has_experts,
     prepare,
 )
+from lorakit.training.trainable import Trained
 
 BAD_STEPS = 10
 
@@ -83,7 +80,7 @@ class Run:
 
     def __init__(
         self,
-        model: Decoder,
+        trained: Trained,
         tok: Tokenizer,
         examples: Examples,
         held_out: HeldOut | None,
@@ -92,29 +89,29 @@ class Run:
         ranks: Ranks,
     ):
         """Prepare the first step, or the one after the checkpoint that the run resumes from."""
+        model, self.part = trained.model, trained
         self.model, self.tok, self.config, self.base_model = model, tok, config, base_model
         self.examples, self.held_out, self.ranks = examples, held_out, ranks
         self.output_dir = as_path(config.output_dir)
         self.publisher = Publisher(self.output_dir, model, config, base_model)
         checkpoint = ranks.first(lambda: checkpoint_to_resume(self.output_dir, config))
         torch.manual_seed(config.seed)  # of what starts an adapter
-        started = start_adapter(model, lambda: _padded_batches(model, examples, config))
+        started = trained.start(lambda: _padded_batches(model, examples, config))
         if started is not None:
-            say(str(started))
-        self.layers = trainable_layers(model)  # EVA may have left some out
+            say(started)
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer, shares = run_optimizer(model, config)
         self.order = Order(examples, config)
         validation = None if held_out is None else held_out.examples
-        self.same = must_match(model, tok, examples, validation, config)  # saved with checkpoints
+        self.same = must_match(trained, tok, examples, validation, config)  # saved with checkpoints
         self.progress = Progress()
         if checkpoint is not None:
-            self.progress = resume_from(checkpoint, model, self.optimizer, self.same, self.order)
-        self.tensors = run_state.trained_tensors(model)
+            self.progress = resume_from(checkpoint, trained, self.optimizer, self.same, self.order)
+        self.tensors = trained.everything()
         settings = asdict(replace(config, output_dir="", resume=None))  # which are rank 0's
         ranks.agree(lambda: {**self.same, **settings, **self._sums_of_tensors()})
-        params = list(self.trained.values())
-        self.sums = ranks.gradients(params, config.reduce, has_experts(model))
+        params, several = list(self.trained.values()), config.gradient_accumulation_steps > 1
+        self.sums = ranks.gradients(params, config.reduce, has_experts(model), several)
         self.update = self._optimizer_step(shares)
         self.reference = reference_of_run(model, config, checkpoint)
         self.own_tokenizer = _is_not_the_models(tok, model)
@@ -133,7 +130,7 @@ class Run:
     def loop(self, log: Log, stop: Flag, after_step: Callable[[], None] | None) -> None:
         """Take steps until the run has ended or `stop` is set, with evaluations and checkpoints."""
         options = self.order, self.config, self.update, log.say
-        self.captured = captured_step(self.model, self.layers, *options, self.sums)
+        self.captured = captured_step(self.model, self.part.layers, *options, self.sums)
         self.threads = FewerThreads(log.say)
         try:
             self._loop(log, stop, after_step)
@@ -170,7 +167,7 @@ class Run:
             self.optimizer.zero_grad(set_to_none=True)
 
     def end(self, log: Log) -> None:
-        """Save the adapter of the last step, or of the best evaluation if the config wants that.
+        """Save what the last step has made, or the best evaluation if the config wants that.
 
         Its card is written beside it.
 
@@ -179,7 +176,7 @@ class Run:
         if self.progress.skipped == self.progress.step > 0:
             raise LorakitError(f"train: none of the {self.progress.step} steps was finite")
         if self.ended and self.config.load_best_model_at_end:
-            end_with_the_best(self.model, self.output_dir, self.progress, log)
+            end_with_the_best(self.part, self.output_dir, self.progress, log)
         self.ranks.first(lambda: self._save_all(log))
 
     def _save_all(self, log: Log) -> None:
@@ -252,7 +249,7 @@ class Run:
         step, optimizer = self.progress.step, self.optimizer
         values: dict[str, Any] = {"progress": asdict(self.progress), "same": self.same}
         try:
-            tensors = run_state.trained_tensors(self.model)
+            tensors = self.part.tensors()
             tensors |= run_state.optimizer_tensors(optimizer)  # paged state takes disk for it
             values["groups"] = run_state.group_values(optimizer)
             if self.reference is not None:
@@ -268,11 +265,11 @@ class Run:
             )
 
     def _save(self, path: Path) -> None:
-        """Save the adapter, with the tokenizer if the model's files hold another one.
+        """Save the adapter or the model, with the tokenizer if the model's files hold another one.
 
-        A tokenizer that an earlier run left in `path` would be taken for that of this adapter.
+        A tokenizer that an earlier run left in `path` would be taken for that of this one.
         """
-        save_adapter(self.model, path, base_model=self.base_model)
+        self.part.save(path, self.base_model)
         if self.own_tokenizer or (path / "tokenizer.json").exists():
             self.tok.save(path)
         else:
@@ -305,11 +302,11 @@ class Run:
         if self.captured is not None:
             told = self.captured(step.packed, step.parts)
             if step.number == 1:
-                check_gradients(self.model, self.layers)
+                check_gradients(self.model, self.part.parameters())
             return told
         losses = backward(self.model, step, self.config, self.reference, self.sums)
         if step.number == 1:
-            check_gradients(self.model, self.layers)
+            check_gradients(self.model, self.part.parameters())
         return self.update(torch.stack(losses))
 
     def _prepare(self, number: int) -> Prepared:
@@ -387,23 +384,6 @@ class Run:
                 "be too high, or the rows damaged"
             )
         log.say(f"lorakit: skipped: {what}")
-
-
-def trainable_layers(model: Decoder) -> dict[str, Attached]:
-    """Return the wrappers of `model` that hold a part of the selected adapter, by name.
-
-    Raises LorakitError if there are none, the adapter is merged, or the model is float16.
-    """
-    layers = {name: each for name, each in attached(model).items() if each.selected is not None}
-    if not layers:
-        raise LorakitError("train: no adapter is attached; call lorakit.attach(model, ...) first")
-    if any(layer.merged is not None for layer in layers.values()):
-        raise LorakitError("train: the adapter is merged; call lorakit.unmerge(model) first")
-    if model.dtype == torch.float16:
-        raise LorakitError(
-            "train: gradients of a float16 model underflow; load it in bfloat16 or float32"
-        )
-    return layers
 
 
 def _is_not_the_models(tok: Tokenizer, model: Decoder) -> bool:

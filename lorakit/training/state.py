@@ -6,6 +6,9 @@
                                 reference of DPO
         state.json              the step, counts, evaluations, and what a resumed run must share
 
+With `train: full` the files of the whole model are in the place of the adapter's, and the state has
+no second copy of its weights.
+
 A checkpoint is whole or absent: it is written under another name, flushed to the disk, and renamed.
 A run that is killed at any moment leaves the earlier checkpoints, and at most a directory with a
 name that starts with a dot, which the next run removes. A full disk leaves the earlier checkpoints
@@ -58,18 +61,18 @@ def write_checkpoint(
     step: int,
     tensors: Mapping[str, Tensor],
     values: Mapping[str, Any],
-    save_adapter: Callable[[Path], None],
+    save: Callable[[Path], None],
 ) -> Checkpoint:
     """Write checkpoint-`step`, whole or not at all. Raises OSError if the disk is full.
 
-    tensors and values go into the state's files; save_adapter writes the adapter into a directory.
+    tensors and values go into the state's files; `save` writes what was trained to a directory.
     """
     path, temporary = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with errors_name(path, temporary):
             temporary.mkdir()
-            save_adapter(temporary)
+            save(temporary)
             write_safetensors(temporary / STATE_TENSORS, tensors)
             write_json(temporary / STATE_VALUES, values)
             _flush(temporary)
@@ -195,17 +198,17 @@ def read_values(checkpoint: Checkpoint) -> dict[str, Any]:
 def restore(
     checkpoint: Checkpoint,
     values: Mapping[str, Any],
-    module: nn.Module,
+    restore_trained: Callable[[Path], None],
     optimizer: AdamW,
 ) -> None:
-    """Set adapter and optimizer as they were.
+    """Set what is trained, by `restore_trained`, and the optimizer as they were.
 
     The optimizer takes the number of its steps from the checkpoint, and keeps its other settings.
 
     Raises LorakitError if a file is damaged, or comes from another adapter.
     """
     tensors = read_tensors(checkpoint.path)
-    restore_adapter(checkpoint.path, tensors, module)
+    restore_trained(checkpoint.path)
     try:
         _restore_optimizer(optimizer, tensors, values["groups"])
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:

@@ -4,13 +4,12 @@ A step sums the loss over the label tokens of all its micro-batches and divides 
 number. So a step of 8 rows has the same gradient as 1 x 8 or 8 x 1 rows, padded or packed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lorakit.adapters.layers.wrapper import Attached
 from lorakit.config.errors import LorakitError
 from lorakit.config.training import TrainConfig
 from lorakit.data.encode import IGNORE, Example, PairExample
@@ -130,17 +129,15 @@ def has_experts(model: Decoder) -> bool:
     return any(isinstance(module, Experts) for module in model.modules())
 
 
-def check_gradients(model: Decoder, layers: Mapping[str, Attached]) -> None:
-    """Raise LorakitError if a parameter that is to be trained has no gradient.
+def check_gradients(model: Decoder, parameters: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise LorakitError if one of the named parameters, which are to be trained, has no gradient.
 
     An expert of a mixture may have none: perhaps no token has chosen it yet.
     """
     experts = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, Experts))
-    for name, layer in layers.items():
-        assert layer.selected is not None
-        for ending, parameter in layer.trained_tensors(layer.selected).items():
-            if parameter.grad is None and not name.startswith(experts):
-                raise LorakitError(f"train: {name}.{ending} got no gradient; it is not used")
+    for name, parameter in parameters:
+        if parameter.grad is None and not name.startswith(experts):
+            raise LorakitError(f"train: {name} got no gradient; it is not used")
 
 
 def _count_tokens(

@@ -1,7 +1,8 @@
-"""`train`: fine-tune the adapter of a model on rows.
+"""`train`: fine-tune the adapter of a model on rows, or the model itself.
 
 A run writes into `output_dir`: the adapter and its card, and the chat template that it was trained
-with, or the whole tokenizer if that has new tokens or is not the model's; metrics.jsonl, with one
+with, or the whole tokenizer if that has new tokens or is not the model's; with `train: full` the
+model in the place of the adapter; metrics.jsonl, with one
 line per step (loss, learning rate, gradient norm, tokens per second, share of padding, peak memory)
 and per evaluation; and checkpoints (state.py). What a run does is in run.py, and the parts of a
 step are in step.py.
@@ -28,8 +29,9 @@ from lorakit.training.log import heard, say
 from lorakit.training.memory import peak_memory_mb
 from lorakit.training.mode import training_mode
 from lorakit.training.ranks import Ranks, joined
-from lorakit.training.run import HeldOut, Run, trainable_layers
+from lorakit.training.run import HeldOut, Run
 from lorakit.training.state import only_run_in
+from lorakit.training.trainable import trained_part
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,16 @@ def train(
 ) -> TrainResult:
     """Train the selected adapter of a model, and save it into `config.output_dir`.
 
+    With `config.train` "full" the weights of the model itself are trained that require gradients,
+    which all of a loaded model do, and the whole model is saved.
+
     Ctrl-C and SIGTERM end the run after the current step, with a checkpoint. Runs with the same
     rows, config and seed end with the same bytes, also if one of them was interrupted and resumed.
     Processes that torchrun has started share the steps of one run, and only the first one writes.
 
     Args:
-        model: A model with an adapter (see `attach`), in bfloat16 or float32.
+        model: A model with an adapter (see `attach`), or a dense one for "full"; in bfloat16 or
+            float32.
         tok: The model's tokenizer.
         data: A file of rows or an iterable of them, as `read_rows` takes it, or what `encode_rows`
             made of them with the settings of `config`, or {"train": ..., "validation": ...} of
@@ -91,8 +97,9 @@ def train(
         What the run did, as numbers.
 
     Raises:
-        LorakitError: Before the first step, no adapter is attached, the model is float16, the data
-            cannot be used, there is no float8, or output_dir holds checkpoints and resume is null.
+        LorakitError: Before the first step, no adapter is attached, or with "full" the model has
+            one, is packed, or has no weight left to train; the model is float16, the data cannot be
+            used, there is no float8, or output_dir holds checkpoints and resume is null.
             After it, some parameter got no gradient. Later, ten steps in a row were not finite, or
             another process of the run is gone.
     """
@@ -110,7 +117,7 @@ def _train(
     ranks: Ranks,
 ) -> TrainResult:
     """Train as `train` does, as one of the ranks."""
-    trainable_layers(model)
+    trained = trained_part(model, config)
     check_frozen_dtype(model, config)
     train_rows, validation_rows = _two_sources(data)
     examples = encode_for(model, tok, train_rows, config, "the training rows")
@@ -119,7 +126,7 @@ def _train(
     output_dir = _made_directory(config.output_dir)
     with ExitStack() as held:
         ranks.first(lambda: held.enter_context(only_run_in(output_dir)))
-        run = Run(model, tok, examples, held_out, config, base_model, ranks)
+        run = Run(trained, tok, examples, held_out, config, base_model, ranks)
         say(kernel_line(model, max(examples.lengths), config.packing))
         mode = training_mode(model, config, run.order.largest)
         with mode, run.open_log() as log, interrupt(ranks.grace) as stop:

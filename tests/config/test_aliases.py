@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from operator import attrgetter
 
 import pytest
@@ -161,7 +162,7 @@ def test_trl_file():
         ({"fp16": True}, "fp16 is True: gradients of a float16 model underflow"),
         (
             {"adapter": None},
-            "adapter: choose lora or qlora, or name the .* of an adapter, not None",
+            "adapter: null asks Axolotl to train all weights: say train: full",
         ),
         ({"adapter": 3}, "adapter: choose lora or qlora, .* not 3"),
         ({"special_tokens": "<pad>"}, "special_tokens: give a mapping of names to tokens"),
@@ -273,6 +274,20 @@ def test_special_tokens_that_nothing_learns(caplog):
     assert caplog.text == ""
 
 
+def test_axolotls_full_training(caplog):
+    """Null is full training beside base_model alone, which no file of lorakit's has."""
+    run = lk.RunConfig.from_dict({"base_model": "m", "data": "d", "adapter": None, "lora_r": None})
+    assert run == lk.RunConfig.from_dict({"model": "m", "data": "d", "train": "full"})
+    assert "adapter: null is taken as train: full" in caplog.text
+    parts = ["^lm_head.weight$", "model.layers.1[0-9]"]
+    names = ["lm_head.weight", "model.layers.12.mlp.up_proj.weight", "model.layers.2.mlp", "model"]
+    run = lk.RunConfig.from_dict(RUN | {"train": "full", "unfrozen_parameters": parts})
+    [pattern] = run.train.freeze
+    assert [re.search(pattern, name) is None for name in names] == [True, True, False, False]
+    with pytest.raises(lk.LorakitError, match=r"rows of a weight, as in \[0:100\], cannot"):
+        lk.RunConfig.from_dict(RUN | {"unfrozen_parameters": ["^lm_head.weight$[0:100]"]})
+
+
 def test_no_alias_hides_a_key_of_ours():
     ours = {f.name for cls in (lk.RunConfig, lk.TrainConfig) for f in dataclasses.fields(cls)}
     assert ours & aliases.ALIASES == {"adapter"}  # Axolotl's two values are no directories
@@ -348,13 +363,14 @@ SWITCHES = {
     "train_on_inputs": (("train.train_on", "all"), ("train.train_on", "completion")),
     "completion_only_loss": (("train.train_on", "completion"), ("train.train_on", "all")),
     "assistant_only_loss": (("train.train_on", "completion"), None),
+    "use_peft": (("train.train", "adapter"), ("train.train", "full")),
     "resume_from_checkpoint": (("train.resume", "auto"), ("train.resume", None)),
     "auto_resume_from_checkpoints": (("train.resume", "auto"), ("train.resume", None)),
 }
 NO_SWITCHES = {  # these take other values than true and false, or say nothing but their own
     "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_use_double_quant", "adapter",
     "lora_model_dir", "datasets", "test_datasets", "save_strategy", "eval_strategy",
-    "chat_template_jinja", "evaluation_strategy", "special_tokens",
+    "chat_template_jinja", "evaluation_strategy", "special_tokens", "unfrozen_parameters",
 }  # fmt: skip
 
 

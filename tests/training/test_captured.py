@@ -27,8 +27,8 @@ from lorakit.models.rope import RopeConfig
 from lorakit.training import run as training_run
 from lorakit.training.captured import CapturedStep, Kind, why_eager
 from lorakit.training.device_step import DeviceStep, read
-from lorakit.training.run import trainable_layers
 from lorakit.training.step import backward, prepare
+from lorakit.training.trainable import trainable_layers
 from tests.conftest import ROWS
 from tests.replay import Replays
 from tests.training.runs import ADAPTER, run
