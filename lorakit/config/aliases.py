@@ -318,6 +318,13 @@ def _completion_only(value: Any, values: File, notes: Notes) -> Meaning:
     return {"train_on": "completion" if _true(value) else "all"}
 
 
+def _packing_strategy(value: Any, values: File, notes: Notes) -> Meaning:
+    """Convert TRL's strategy, which also says whether a row that is too long is cut in several."""
+    if value not in ("bfd", "bfd_split"):
+        raise ValueError(f"choose bfd or bfd_split, not {value!r}: a row holds whole documents")
+    return {"over_length": "split"} if value == "bfd_split" else {}
+
+
 def _train_on_inputs(value: Any, values: File, notes: Notes) -> Meaning:
     if _true(value):
         return {"train_on": "all"}
@@ -410,6 +417,7 @@ CONVERTED: dict[str, Conversion] = {
     "unfrozen_parameters": _unfrozen,
     "lora_model_dir": _lora_model_dir,
     "lora_target_linear": _target_linear,
+    "packing_strategy": _packing_strategy,
     "train_on_inputs": _train_on_inputs,
     "completion_only_loss": _completion_only,
     "assistant_only_loss": _assistant_only,

@@ -23,7 +23,7 @@ Schedule = Literal[
     "inverse_sqrt",
 ]
 Optimizer = Literal["adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]
-OverLength = Literal["truncate", "drop", "raise"]
+OverLength = Literal["truncate", "drop", "raise", "split"]
 TrainOn = Literal["completion", "last_turn", "all"]
 MLPActivations = Literal["auto", "keep", "recompute"]
 CudaGraph = Literal["auto", "off"]
@@ -122,8 +122,8 @@ class TrainConfig:
     max_seq_length: int = 1024
     """Largest number of tokens in a row; over_length says what becomes of longer ones."""
     over_length: OverLength = "truncate"
-    """Treatment of a row that is too long: "truncate" (the prompt's start goes first), "drop" or
-    "raise"."""
+    """Treatment of a row that is too long: "truncate" (the prompt's start goes first), "drop",
+    "raise", or "split", which cuts a text into several rows, so that all of it is learned."""
     skip_empty: bool = False
     """Leave out rows with an empty output or completion, or an empty turn of the assistant, and say
     how many; false stops at an empty output or completion."""

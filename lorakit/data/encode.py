@@ -11,6 +11,14 @@ token is labelled if some of it belongs to the completion. So a token that spans
 alone and cannot make such a token, so these rows are counted. The end token is labelled by its
 place, not its id: a model that pads with its end token still learns to stop.
 
+A text may be cut into windows of at most W tokens, each an example of its own:
+
+    text        0 1 2 3 4 5 6 7 8 9        W = 4, of which window i begins with token 3 i
+    windows     0 1 2 3 | 3 4 5 6 | 6 7 8 9
+
+Nothing predicts the first token of an example. So a window begins with the last token of the one
+before, and every token of the text but its first is learned once.
+
 What becomes of the examples of many rows is in examples.py.
 """
 
@@ -103,6 +111,24 @@ class Encoder:
         # The roles of messages that the template was seen to show whole, by its variables.
         self._shown_roles: dict[str, set[tuple[Any, ...]]] = {}
 
+    def examples(self, row: Row) -> Sequence[Example | PairExample]:
+        """Return the examples of a row: one, none if it is dropped, or the windows of a text.
+
+        Raises LorakitError as a call does.
+        """
+        limit = self.max_seq_length
+        if self.over_length == "split" and limit is not None and isinstance(row, Text):
+            ids = self._tokens(row).input_ids
+            with _at(row.place):
+                self._check_bos(ids)
+                _check(ids, ids)
+            self.long += len(ids) > limit
+            starts = range(0, len(ids) - 1, limit - 1)
+            windows = [ids[start : start + limit] for start in starts]
+            return [Example(window, window) for window in windows]
+        example = self(row)
+        return [] if example is None else [example]
+
     def __call__(self, row: Row) -> Example | PairExample | None:
         """Return the example of a row, of at most max_seq_length tokens; None if it is dropped.
 
@@ -120,6 +146,11 @@ class Encoder:
                 raise LorakitError(
                     f"{row.place}: {longest} tokens, more than max_seq_length={limit}; "
                     "raise it, or set over_length to truncate or drop"
+                )
+            if self.over_length == "split":
+                raise LorakitError(
+                    f"{row.place}: {longest} tokens, more than max_seq_length={limit}, and "
+                    "over_length split cuts texts alone; set it to truncate or drop"
                 )
             if self.over_length == "drop":
                 return None

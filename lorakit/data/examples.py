@@ -34,7 +34,7 @@ IN_MEMORY = 1 << 26  # bytes; the tokens of about 60 MB of English text
 
 
 class Examples(Sequence[Example | PairExample]):
-    """The examples of rows, without those that `encoder` drops.
+    """The examples of rows, without those that `encoder` drops; a text may have several.
 
     `lengths` holds the number of tokens of each, and `largest_id` the largest token id of all.
     Raises LorakitError if there is no room for the temporary file.
@@ -48,16 +48,14 @@ class Examples(Sequence[Example | PairExample]):
         weakref.finalize(self, self._tokens.close)
         end = 0
         for number, row in enumerate(rows):
-            example = encoder(row)
-            if example is None:
-                continue
-            length, tokens = _packed(example)
-            self.numbers.append(number)
-            self.lengths.append(length)
-            self._starts.append(end)
-            self.largest_id = max(self.largest_id, max(example.input_ids))
-            with _room():
-                end += self._tokens.write(tokens)
+            for example in encoder.examples(row):
+                length, tokens = _packed(example)
+                self.numbers.append(number)
+                self.lengths.append(length)
+                self._starts.append(end)
+                self.largest_id = max(self.largest_id, max(example.input_ids))
+                with _room():
+                    end += self._tokens.write(tokens)
         with _room():
             self._tokens.flush()
 
@@ -144,7 +142,8 @@ def encode_rows(
         over_length: What happens to a longer row. "truncate" cuts it at the start of the prompt,
             where its first special tokens stay, and at the end of the completion only if that
             alone is too long; a chat loses its oldest exchanges first, and text is cut at its end.
-            "drop" leaves the row out. "raise" raises an error.
+            "drop" leaves the row out. "raise" raises an error. "split" cuts a text into examples
+            of at most max_seq_length tokens, and raises an error for rows of other formats.
         train_on: Which tokens are labels. "completion" takes every turn of the assistant of a
             chat, "last_turn" only its last one, and "all" takes every token.
         format: The format of rows that are not read yet, as `read_rows` takes it.
@@ -185,7 +184,7 @@ def _warn(encoder: Encoder, count: int) -> None:
             encoder.long,
             count,
             encoder.max_seq_length,
-            "dropped" if encoder.over_length == "drop" else "truncated",
+            {"drop": "dropped", "split": "cut into several"}.get(encoder.over_length, "truncated"),
         )
     if encoder.joined:
         log.warning(

@@ -232,5 +232,5 @@ def freeze_matching(module: nn.Module, patterns: Iterable[str]) -> None:
     if not any(p.requires_grad for p in parameters.values()):
         raise LorakitError(
             "train: full has nothing to train: every weight is frozen; freeze fewer of them, or "
-            "load the model anew"
+            "load the model again"
         )

@@ -164,6 +164,7 @@ def test_trl_file():
             {"adapter": None},
             "adapter: null asks Axolotl to train all weights: say train: full",
         ),
+        ({"packing_strategy": "wrapped"}, "packing_strategy: choose bfd or bfd_split, not 'wrap"),
         ({"adapter": 3}, "adapter: choose lora or qlora, .* not 3"),
         ({"special_tokens": "<pad>"}, "special_tokens: give a mapping of names to tokens"),
         ({"special_tokens": {"eos_token": "<e>"}}, "special_tokens: eos_token is the tokenizer's"),
@@ -371,6 +372,7 @@ NO_SWITCHES = {  # these take other values than true and false, or say nothing b
     "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_use_double_quant", "adapter",
     "lora_model_dir", "datasets", "test_datasets", "save_strategy", "eval_strategy",
     "chat_template_jinja", "evaluation_strategy", "special_tokens", "unfrozen_parameters",
+    "packing_strategy",
 }  # fmt: skip
 
 

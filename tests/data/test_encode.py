@@ -1,5 +1,6 @@
 """Rows as token ids and labels, what is cut from long ones, and what is refused."""
 
+import itertools
 import json
 
 import pytest
@@ -50,6 +51,33 @@ def test_policies_for_long_rows(tok, caplog):
         encode_rows(rows, tok, max_seq_length=10, over_length="raise")
     with pytest.raises(lk.LorakitError, match="all 1 rows are longer"):
         encode_rows(rows[:1], tok, max_seq_length=10, over_length="drop")
+
+
+@settings(max_examples=50)
+@given(st.text(st.characters(codec="utf-8"), min_size=1, max_size=60), st.integers(2, 30))
+def test_a_text_that_is_split_is_learned_once(tok, text, limit):
+    """Each token but the first of the text is a label, in its place and after those before it."""
+    whole = [*tok.encode(text), 2]
+    source = [{"text": text}, {"text": "abc"}]
+    examples = encode_rows(source, tok, max_seq_length=limit, over_length="split")
+    mine = [e for i, e in enumerate(examples) if examples.numbers[i] == 0]
+    assert all(e.input_ids == e.labels and 2 <= len(e.input_ids) <= limit for e in mine)
+    assert mine[0].input_ids[0] == whole[0]
+    assert [label for e in mine for label in e.labels[1:]] == whole[1:]
+    for a, b in itertools.pairwise(mine):
+        assert len(a.input_ids) == limit
+        assert a.input_ids[-1] == b.input_ids[0]
+    assert examples.numbers[-1] == 1
+
+
+def test_only_text_is_split(tok, caplog):
+    texts = [{"text": "a" * 20}, {"text": "b"}]
+    assert len(encode_rows(texts, tok, max_seq_length=10, over_length="split")) == 4
+    assert "1 of 2 rows are longer than max_seq_length=10 and were cut into several" in caplog.text
+    rows = [Pair("a" * 20, "b", "f line 7")]
+    with pytest.raises(lk.LorakitError, match="f line 7: 23 tokens, .* split cuts texts alone"):
+        encode_rows(rows, tok, max_seq_length=10, over_length="split")
+    assert len(encode_rows(rows, tok, max_seq_length=30, over_length="split")) == 1
 
 
 def test_the_place_of_text_that_is_not_unicode(tok):

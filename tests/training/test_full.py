@@ -24,7 +24,7 @@ def train(directory, tok, out, rows=ROWS, dtype="float32", **options):
 
 
 def torchs(theirs, tok, config):
-    """The same run with transformers' model and torch's optimizer; the rows of a step are ours."""
+    """Return the losses of the run with transformers' model and torch's optimizer, on our rows."""
     decays = [p for p in theirs.parameters() if p.dim() > 1]
     others = [p for p in theirs.parameters() if p.dim() <= 1]
     groups = [{"params": decays}, {"params": others, "weight_decay": 0.0}]
@@ -76,7 +76,7 @@ def test_equals_transformers_with_torchs_adamw_step_by_step(family, options, tmp
 
 
 def test_bf16_with_8_bit_state_learns_as_fp32(tiny_dir, tok, tmp_path):
-    """Within 1 % of the loss over 200 steps; without remainders the small steps would be lost."""
+    """The loss after 200 steps is within 1 %; without remainders small steps would be lost."""
     options = {"max_steps": 200, "learning_rate": 3e-4, "per_device_train_batch_size": 4}
     means = {}
     for dtype, optim in (("float32", "adamw_torch"), ("bfloat16", "adamw_8bit")):
