@@ -14,9 +14,9 @@ order that is the library's.
 A parameter without a gradient in a micro-batch, such as an expert that no token chose, sends -0.0:
 x + -0.0 is x for every x, so that it counts as if nothing was added.
 
-Gradients in bfloat16 are added in fp32, and their sum is rounded once: of a sum that is rounded each
-time, small gradients would be lost. (A fast sum leaves that to the library.) It takes 4 bytes for
-each of their values.
+Gradients in bfloat16 are added in fp32, and their sum is rounded once: where every sum is rounded,
+small gradients are lost. (A fast sum leaves that to the library.) It takes 4 bytes for each of
+their values.
 
 N bytes of gradients, k rounds: a rank sends (k + 1) (R - 1) / R N bytes a step if they are ordered,
 and 2 (R - 1) / R N if they are fast; with one round that is the same.

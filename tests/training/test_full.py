@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import lorakit as lk
 from lorakit.data.batching import Order, collate
 from lorakit.training import state as run_state
-from lorakit.training.step import Fp32Sums
+from lorakit.training.gradients import WideSum
 from tests.conftest import ROWS, tiny, write_tokenizer
 from tests.training.runs import PAIRS
 
@@ -171,13 +171,13 @@ def test_gradient_checkpointing_and_packing_change_nothing(tiny_dir, tok, tmp_pa
 def test_gradients_of_micro_batches_are_added_in_fp32(tiny_dir):
     """A thousand gradients of 1 make 1000; in bfloat16 the sum stays at 256."""
     model = lk.load_model(tiny_dir)
-    sums = Fp32Sums(model)
+    sums = WideSum(list(model.parameters()))
     weight = model.model.norm.weight
     for _ in range(1000):
         weight.grad = torch.ones_like(weight)
-        sums.take()
+        sums.end_round()
         assert weight.grad is None
-    sums.give()
+    sums.finish([], 1000)
     assert torch.equal(weight.grad, torch.full_like(weight, 1000))
     assert not sums.sums
     assert all(p.grad is None for p in model.parameters() if p is not weight)
