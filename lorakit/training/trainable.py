@@ -76,7 +76,7 @@ class TrainedAdapter:
         return self.everything()
 
     def everything(self) -> dict[str, Tensor]:
-        """Return every tensor of the adapter by name, which ranks must have alike."""
+        """Return every tensor of the adapter by name; all ranks must agree on them."""
         return run_state.trained_tensors(self.model)
 
     def restore(self, path: Path) -> None:
@@ -129,7 +129,7 @@ class TrainedModel:
         return {}
 
     def everything(self) -> dict[str, Tensor]:
-        """Return every weight that is trained by name, which ranks must have alike."""
+        """Return every weight that is trained by name; all ranks must agree on them."""
         return dict(self.parameters())
 
     def restore(self, path: Path) -> None:
