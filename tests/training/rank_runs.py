@@ -1,7 +1,7 @@
 """Runs of tiny models on several ranks, and the processes that take them.
 
-ranks = start(2, ["padded", "packed"], model, folder)     two processes, which run both cases
-ended(ranks)                                              their outputs, when all have ended
+ranks = start(2, command(model, folder, ["padded", {}], ["packed", {"seed": 1}]))
+ended(ranks)                                     what they return, when all have ended
 """
 
 import contextlib
@@ -11,17 +11,19 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 
 import lorakit as lk
+from lorakit.training import ranks
 from lorakit.training.state import STATE_TENSORS, checkpoints
 from tests.conftest import ROWS
 from tests.training.runs import ADAPTER, PAIRS
 
 ROOT = Path(__file__).parents[2]
-LIMIT = 120.0  # s that a group of processes may take
+LIMIT = 300.0  # s that a group of processes may take
 
 SHORT = {"max_steps": 3, "save_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
 # name -> the model's dtype, the adapter's settings, the run's, and whether it is evaluated
@@ -51,16 +53,29 @@ CASES = {
 }  # fmt: skip
 
 
-def take(case: str, path: Path, out: Path, seed: int = 0, **options):
+def take(path: Path, out: Path, case: str, options: dict):
     """Take the run of a case in this process, alone or as one of the ranks."""
     dtype, lora, own, rows = CASES[case]
     model = lk.load_model(path, dtype=dtype, quantize="nf4")
-    torch.manual_seed(seed)
+    torch.manual_seed(options.get("seed", 0))
     lk.attach(model, lk.LoraConfig(r=4, lora_alpha=8, **lora))
-    config = lk.TrainConfig(str(out / case), seed=seed, **{**SHORT, **own, **options})
+    config = lk.TrainConfig(**{"output_dir": str(out / case), **SHORT, **own, **options})
     data = {"train": rows, "validation": rows[:5]} if config.eval_steps else rows
-    lk.train(model, lk.load_tokenizer(path), data, config)
-    return model
+    written = [bytes_written()]
+    lk.train(
+        model,
+        lk.load_tokenizer(path),
+        data,
+        config,
+        after_step=lambda: written.append(bytes_written()),
+    )
+    return model, written
+
+
+def bytes_written() -> int:
+    """Return how many bytes this process has written, to sockets too; Linux counts them."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("wchar"))
 
 
 def found(out: Path, case: str) -> dict:
@@ -81,37 +96,54 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def start(size: int, command: list[str], **env: str) -> list[subprocess.Popen]:
-    """Start the ranks of a group, as torchrun would, each with `command` after python."""
+def start(size: int, arguments: list[str]) -> list[subprocess.Popen]:
+    """Start the ranks of a group, as torchrun would, each a python with these arguments."""
     port = str(free_port())
     return [
         subprocess.Popen(
-            [sys.executable, *command],
+            [sys.executable, *arguments],
             env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank),
-                 "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **env},
+                 "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
         )
         for rank in range(size)
     ]  # fmt: skip
 
 
-def ended(ranks: list[subprocess.Popen], limit: float = LIMIT) -> list[tuple[int, str, str]]:
+def ended(processes: list[subprocess.Popen], limit: float = LIMIT) -> list[tuple[int, str, str]]:
     """Wait for processes, and return the exit code and the output of each; none outlives this."""
     end, results = time.monotonic() + limit, []
     try:
-        for each in ranks:
+        for each in processes:
             out, err = each.communicate(timeout=max(0.1, end - time.monotonic()))
             results.append((each.returncode, out, err))
     finally:
-        for each in ranks:
+        for each in processes:
             with contextlib.suppress(ProcessLookupError):
                 each.kill()
             each.wait()
     return results
 
 
-if __name__ == "__main__":  # python -m tests.training.rank_runs MODEL OUT [case ...]
+def command(path: Path, out: Path, *jobs, limit: float = 120.0) -> list[str]:
+    """Return what python is given to take the runs of some cases, each [case, options].
+
+    A message between the ranks takes `limit` seconds at most.
+    """
+    words = [str(path), str(out), json.dumps(jobs), str(limit)]
+    return ["-m", "tests.training.rank_runs", *words]
+
+
+def main(path: Path, out: Path, jobs: str, limit: float) -> None:
     torch.set_num_threads(1)
-    for _case in sys.argv[3:]:
-        take(_case, Path(sys.argv[1]), Path(sys.argv[2]))
-    print("all done")
+    out.mkdir(exist_ok=True)
+    rank = os.environ.get("RANK", "0")
+    (out / f"pid-{rank}").write_text(str(os.getpid()))
+    ranks.STEP = timedelta(seconds=limit)
+    for case, options in json.loads(jobs):
+        _, written = take(path, out, case, options)
+        (out / f"written-{case}-{rank}").write_text(json.dumps(written))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], float(sys.argv[4]))

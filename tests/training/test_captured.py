@@ -19,6 +19,7 @@ import lorakit as lk
 from lorakit import kernels
 from lorakit.data.batching import Order
 from lorakit.data.encode import Example
+from lorakit.evaluation.share import Share
 from lorakit.kernels.ops.attention import documents
 from lorakit.models.decoder import Decoder
 from lorakit.models.expert_layers import expert_layers
@@ -27,6 +28,7 @@ from lorakit.models.rope import RopeConfig
 from lorakit.training import run as training_run
 from lorakit.training.captured import CapturedStep, Kind, why_eager
 from lorakit.training.device_step import DeviceStep, read
+from lorakit.training.gradients import OrderedSum
 from lorakit.training.step import backward, prepare
 from lorakit.training.trainable import trainable_layers
 from tests.conftest import ROWS
@@ -210,6 +212,34 @@ def test_resumed_and_freed_in_the_middle():
         assert not first.step.recordings
         assert same(found + take(first, 5, 6), expected)
         assert same_state(first, whole)
+
+
+class OneRank:
+    """Ranks that are one process, whose gradients take the way of several all the same."""
+
+    share = Share()
+
+    def exchange(self, received, sent):
+        received.copy_(sent)
+
+    def gather(self, received, sent):
+        received.view(-1).copy_(sent)
+
+    def any_of(self, flags):
+        return flags
+
+
+def test_replayed_as_one_of_several_ranks():
+    """The graph ends with the gradients of a micro-batch, and the rest follows op by op."""
+    recorder, options = Replays(), {**CASES["accumulation"], "steps": 3, "layers": 1}
+    with kernels.use_backend("reference"):
+        ours, theirs = new_run(recorder, **options), new_run(Never(), **options)
+        ours.step.sums = OrderedSum(OneRank(), ours.params, False)
+        assert same(take(ours, 1, 3), take(theirs, 1, 3))
+        assert same_state(ours, theirs)
+    assert recorder.problems == []
+    assert recorder.replayed > 0
+    assert all(kind.first and not kind.last for kind in ours.step.recordings)
 
 
 def test_triton_replayed_as_run():
