@@ -22,7 +22,7 @@ ORDER = [
     {"serving": {"starlette", "uvicorn", "prometheus_client"}},
     {"evaluation": {"matplotlib", "sacrebleu"}},
     {"export": {"numpy", "xllamacpp", "yaml"}},
-    {"training": {"tensorboard"}},
+    {"training": {"mlflow", "tensorboard", "trackio", "wandb"}},
     {"compat": set()},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(ORDER) for room in rooms}

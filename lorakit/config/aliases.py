@@ -108,7 +108,7 @@ IGNORED = {
     "lora_o_kernel": OWN_KERNELS,
     "strict": "unknown keys are always errors",
 }
-WANDB = "the numbers are in metrics.jsonl, and with report_to: tensorboard in its files"
+WANDB = "report_to: wandb sends the numbers, where its own variables say, as WANDB_PROJECT"
 
 File = Mapping[Any, Any]  # the mapping of a run file
 Meaning = dict[str, Any]  # lorakit's names -> values

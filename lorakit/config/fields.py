@@ -175,15 +175,19 @@ def _refusal(name: str, kind: Any, value: Any) -> str:
 def _choices(kind: Any) -> list[str]:
     """Return the values that a Literal allows, "null" among them if it may be None.
 
-    Other types have no choices.
+    A list of such values, or one of them, has the same choices. Other types have none.
     """
-    args = typing.get_args(kind)
-    nullable = typing.get_origin(kind) in (typing.Union, types.UnionType) and type(None) in args
-    literal = args[0] if nullable and len(args) == 2 else kind
-    if typing.get_origin(literal) is not Literal:
+    is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    parts = [arg for arg in typing.get_args(kind) if arg is not type(None)] if is_union else [kind]
+    literals = {
+        typing.get_args(part)[0] if is_union and typing.get_origin(part) is list else part
+        for part in parts
+    }
+    literal = literals.pop()
+    if literals or typing.get_origin(literal) is not Literal:
         return []
     names = [str(choice) for choice in typing.get_args(literal)]
-    return [*names, "null"] if nullable else names
+    return [*names, "null"] if is_union and type(None) in typing.get_args(kind) else names
 
 
 def _type_name(kind: Any) -> str:

@@ -28,6 +28,7 @@ TrainOn = Literal["completion", "last_turn", "all"]
 MLPActivations = Literal["auto", "keep", "recompute"]
 CudaGraph = Literal["auto", "off"]
 Reduce = Literal["ordered", "fast"]
+TrackerName = Literal["tensorboard", "trackio", "wandb", "mlflow"]
 HubStrategy = Literal["end", "every_save", "checkpoint"]
 
 SCHEDULES = get_args(Schedule)
@@ -179,9 +180,9 @@ class TrainConfig:
     resume: str | None = None
     """Checkpoint to go on from: its directory, or "auto" for the last one in output_dir, if there
     is one; null starts from the beginning, and output_dir must hold no checkpoint."""
-    report_to: Literal["tensorboard"] | None = None
-    """Second place for the metrics: "tensorboard" writes TensorBoard's files beside metrics.jsonl;
-    null writes metrics.jsonl alone."""
+    report_to: list[TrackerName] | TrackerName | None = None
+    """Other places for the metrics beside metrics.jsonl, one or a list: "tensorboard", "trackio",
+    "wandb" and "mlflow"; null has none."""
     push_to_hub: bool = False
     """Upload the adapter or the model to the Hub, with a README.md that tells of the run; false
     uploads nothing."""
@@ -211,6 +212,12 @@ class TrainConfig:
             )
         if not 0 <= self.seed < 2**63:
             raise LorakitError(f"seed is {self.seed}; it must be in [0, 2^63)")
+
+    @property
+    def trackers(self) -> list[TrackerName]:
+        """The trackers that report_to names, each once."""
+        names = self.report_to
+        return list(dict.fromkeys(names if isinstance(names, list) else [names] if names else []))
 
     def _check_full(self) -> None:
         if self.train == "full":

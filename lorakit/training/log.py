@@ -1,4 +1,4 @@
-"""What a run says while it trains: metrics.jsonl, a progress bar or plain lines, TensorBoard.
+"""What a run says while it trains: metrics.jsonl, a progress bar or plain lines, trackers.
 
 All that a run prints goes through here to standard output: `say` before the first step, `Log.say`
 from then on, so that a line does not tear the progress bar.
@@ -9,14 +9,16 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from lorakit.config.errors import LorakitError
 from lorakit.config.training import METRICS, TrainConfig
 from lorakit.files.local import write_text
+from lorakit.training.trackers.reporter import Reporter
+from lorakit.training.trackers.tracker import TrackedRun
 
 _heard = True  # whether lines are printed; of several processes those of one are
 
@@ -42,7 +44,7 @@ class Log:
     """Writes metrics.jsonl, and shows a progress bar, or plain lines if there is no terminal.
 
     `done` is the number of steps that are done already. Lines of later steps, and lines that are
-    damaged, leave the file. Raises LorakitError if TensorBoard is asked for and not installed.
+    damaged, leave the file. Raises LorakitError if a tracker is asked for and not installed.
     """
 
     def __init__(self, output_dir: Path, total: int, done: int, config: TrainConfig):
@@ -53,9 +55,10 @@ class Log:
         self.file = open(path, "ab", buffering=0)  # noqa: SIM115
         self.lost = False  # whether a line could not be written
         self.bar = tqdm(total=total, initial=done, desc="training", unit="step", disable=None)
-        self.total, self.board = total, None
-        if config.report_to == "tensorboard":
-            self.board = _board(output_dir, done)
+        self.total = total
+        self.reporter = Reporter(
+            config.trackers, TrackedRun(output_dir, done, asdict(config)), self.say
+        )
 
     def __enter__(self) -> "Log":
         return self
@@ -63,8 +66,7 @@ class Log:
     def __exit__(self, *_: Any) -> None:
         self.bar.close()
         self.file.close()
-        if self.board is not None:
-            self.board.close()
+        self.reporter.end()
 
     def step(self, **values: Any) -> None:
         """Write and show the values of a step, by the names of metrics.jsonl."""
@@ -105,10 +107,7 @@ class Log:
                     "on, and lines of it are missing"
                 )
             self.lost = True
-        if self.board is not None:
-            for name, value in values.items():
-                if name != "step":
-                    self.board.add_scalar(name, value, values["step"])
+        self.reporter.report(values)
 
 
 class SilentLog(Log):
@@ -135,13 +134,3 @@ def _is_kept(line: str, done: int) -> bool:
     except (ValueError, TypeError, KeyError, RecursionError):
         return False
     return line.endswith("\n") and isinstance(step, int) and step <= done
-
-
-def _board(output_dir: Path, done: int):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise LorakitError(
-            "report_to: tensorboard is not installed; pip install 'lorakit[tensorboard]'"
-        ) from None
-    return SummaryWriter(str(output_dir / "tensorboard"), purge_step=done + 1)

@@ -334,6 +334,7 @@ class Run:
         progress.tokens, progress.seconds = progress.tokens + step.tokens, progress.seconds + took
         log.step(
             step=step.number,
+            epoch=step.number / self.order.per_epoch,
             loss=progress.loss,
             learning_rate=self._rate(step.number),
             grad_norm=told.norm,

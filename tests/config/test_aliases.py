@@ -190,7 +190,10 @@ def test_trl_file():
         ({"save_strategy": "steps"}, "it is 'steps', and save_steps is missing"),
         ({"save_strategy": False, "save_steps": 3}, "it is 'no', and save_steps is given too"),
         ({"eval_strategy": "no", "eval_steps": 3}, "it is 'no', and eval_steps is given too"),
-        ({"report_to": "wandb"}, "report_to is 'wandb'; choose tensorboard or null"),
+        (
+            {"report_to": "clearml"},
+            "report_to is 'clearml'; choose tensorboard, trackio, wandb, mlf",
+        ),
         ({"optimizer": "lion"}, "optim is 'lion'; choose adamw_torch, adamw_8bit"),
         ({"lr_scheduler": "polynomial"}, "lr_scheduler_type is 'polynomial'"),
         ({"deepspeed": "zero3.json"}, "deepspeed: lorakit trains on one device"),

@@ -26,7 +26,7 @@ def test_every_optimizer_has_a_state():
         ("train_on", TRAIN_ON),
         ("objective", ("sft", "dpo", "orpo")),
         ("optim", tuple(OPTIMIZERS)),
-        ("report_to", ("tensorboard", None)),
+        ("report_to", ("tensorboard", "trackio", "wandb", "mlflow", None)),
     ],
 )
 def test_a_setting_takes_its_choices_alone(field, choices):

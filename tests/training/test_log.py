@@ -51,19 +51,3 @@ def test_a_full_disk_costs_a_checkpoint_and_lines_of_the_log(
     assert (tmp_path / ADAPTER).exists()
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()]
     assert steps == [1, 5, 6]
-
-
-def test_tensorboard_has_the_numbers_of_the_log(tiny_dir, tok, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    data = {"train": ROWS, "validation": ROWS[:4]}
-    run(tiny_dir, tok, tmp_path, data, max_steps=4, eval_steps=2, report_to="tensorboard")
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    board = EventAccumulator(str(tmp_path / "tensorboard"))
-    board.Reload()
-    for name in ("loss", "learning_rate", "grad_norm", "eval_loss"):
-        logged = [(line["step"], line[name]) for line in lines if name in line]
-        shown = [(event.step, event.value) for event in board.Scalars(name)]
-        assert [step for step, _ in shown] == [step for step, _ in logged]
-        # the files hold fp32
-        assert [v for _, v in shown] == pytest.approx([v for _, v in logged], rel=1e-6)

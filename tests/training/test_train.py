@@ -23,7 +23,7 @@ def test_learns_and_writes(tiny_dir, tok, tmp_path):
     assert [line["step"] for line in steps] == list(range(1, 31))
     assert steps[-1]["loss"] < 0.7 * steps[0]["loss"]
     assert set(steps[0]) == {
-        "step", "loss", "learning_rate", "grad_norm",
+        "step", "epoch", "loss", "learning_rate", "grad_norm",
         "tokens", "tokens_per_second", "padding", "peak_memory_mb",
     }  # fmt: skip
     evaluations = [line for line in lines if "eval_loss" in line]
