@@ -98,10 +98,18 @@ from lorakit.training.losses.preference import orpo_loss as orpo_loss
 from lorakit.training.losses.preference import pair_losses as pair_losses
 from lorakit.training.losses.reference import Reference as Reference
 from lorakit.training.memory import tune_allocator as tune_allocator
+from lorakit.training.memory_plan.before import check_memory as check_memory
 from lorakit.training.memory_plan.cards import Card as Card
 from lorakit.training.memory_plan.cards import find_card as find_card
 from lorakit.training.memory_plan.plan import MemoryPlan as MemoryPlan
 from lorakit.training.memory_plan.plan import plan_memory as plan_memory
+from lorakit.training.memory_plan.planned import PlannedRun as PlannedRun
+from lorakit.training.memory_plan.search import Saving as Saving
+from lorakit.training.memory_plan.search import forecast_savings as forecast_savings
+from lorakit.training.memory_plan.search import largest_that_fits as largest_that_fits
+from lorakit.training.memory_plan.search import settings_that_fit as settings_that_fit
+from lorakit.training.memory_plan.search import settled_run as settled_run
+from lorakit.training.memory_plan.table import plan_table as plan_table
 from lorakit.training.profile import profile_training as profile_training
 from lorakit.training.train import train as train
 

@@ -24,6 +24,7 @@ from lorakit.cli import (
     export,
     generate,
     merge,
+    plan,
     plot,
     push,
     quantize_report,
@@ -93,6 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     push.add_parser(verbs, common)
     quantize_report.add_parser(verbs, common)
     data.add_parser(verbs, common)
+    plan.add_parser(verbs, common)
     plot.add_parser(verbs, common)
     adapter.add_parser(verbs, common)
     return parser

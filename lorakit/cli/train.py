@@ -1,9 +1,12 @@
 """`lorakit train`: train an adapter or a model as a run file says, or profile a few steps of it."""
 
 import argparse
+import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lorakit as lk
 from lorakit.cli.arguments import Verbs, chat_template, count, take_overrides, tokenizer_of
@@ -49,7 +52,7 @@ def train(args: argparse.Namespace) -> int:
         return _train(args, run)
 
 
-def _train(args: argparse.Namespace, run: lk.RunConfig) -> int:
+def _train(args: argparse.Namespace, run: "lk.RunConfig") -> int:
     """Run the training or its profile in this process."""
     import torch
 
@@ -72,6 +75,7 @@ def _train(args: argparse.Namespace, run: lk.RunConfig) -> int:
         for name, file in files.items()
         if file is not None
     }
+    _check_memory(run, data["train"].lengths)
     started = time.perf_counter()
     model = lk.load_model(run.model, dtype=run.dtype, quantize=run.quantize)
     print(f"loaded {run.model} in {time.perf_counter() - started:.1f} s on {model.device}")
@@ -103,6 +107,25 @@ def _train(args: argparse.Namespace, run: lk.RunConfig) -> int:
     if result.address is not None:
         print(f"uploaded to {result.address}")
     return 1 if run.train.push_to_hub and result.address is None else 0
+
+
+def _check_memory(run: "lk.RunConfig", lengths: Sequence[int]) -> None:
+    """Print what the run needs of the memory that is free.
+
+    Raises LorakitError if it cannot fit.
+    """
+    import torch
+
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    device: dict[str, Any] = {"device": kind}
+    name = "cpu"
+    if kind == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # torchrun's number of the process
+        device["capability"] = torch.cuda.get_device_capability(name)
+    planned = lk.PlannedRun.from_run(run, lengths, **device)
+    line = lk.check_memory(planned, lk.memory.free_memory(name))
+    if line:
+        print(line, flush=True)
 
 
 def _checked(adapter: Path) -> Path:

@@ -196,4 +196,6 @@ def _type_name(kind: Any) -> str:
         return "null"
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return " or ".join(_type_name(arg) for arg in typing.get_args(kind))
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(map(str, typing.get_args(kind)))
     return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)

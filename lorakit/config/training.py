@@ -6,7 +6,7 @@ with a few choices is a Literal: its annotation is the list of the choices.
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from lorakit.config.errors import LorakitError, nearest
@@ -30,6 +30,9 @@ CudaGraph = Literal["auto", "off"]
 Reduce = Literal["ordered", "fast"]
 TrackerName = Literal["tensorboard", "trackio", "wandb", "mlflow"]
 HubStrategy = Literal["end", "every_save", "checkpoint"]
+
+# The rows and batches that "auto" stands for where the rows of a step are counted: the defaults.
+ROWS, BATCHES = 8, 1
 
 SCHEDULES = get_args(Schedule)
 OVER_LENGTH = get_args(OverLength)
@@ -69,7 +72,8 @@ class TrainConfig:
     """Settings of a training run.
 
     An optimizer step averages over per_device_train_batch_size x gradient_accumulation_steps rows,
-    and each row counts by its label tokens.
+    and each row counts by its label tokens. "auto" stands for its default in this product: the
+    rows of a step do not depend on the memory, only how they are split does.
     """
 
     output_dir: str = "runs/lorakit"
@@ -84,10 +88,11 @@ class TrainConfig:
     num_train_epochs: float = 1.0
     """Number of passes over the rows, unless max_steps is given; it may be a fraction, such as
     0.5."""
-    per_device_train_batch_size: int = 8
-    """Number of rows that are computed at a time."""
-    gradient_accumulation_steps: int = 1
-    """Number of batches that make one optimizer step, on all processes together."""
+    per_device_train_batch_size: int | Literal["auto"] = ROWS
+    """Number of rows that are computed at a time; "auto" takes as many as the memory holds."""
+    gradient_accumulation_steps: int | Literal["auto"] = BATCHES
+    """Number of batches that make one optimizer step, on all processes together; "auto" makes steps
+    of the same rows with as few batches as the memory allows."""
     reduce: Reduce = "ordered"
     """Sum of the gradients of several processes: "ordered" adds them batch by batch, with the bytes
     of one process, and "fast" in one go, with other last bits."""
@@ -231,12 +236,57 @@ class TrainConfig:
             if not valid_regex(pattern):
                 raise LorakitError(f"freeze: {pattern!r} is no valid regular expression")
 
+    @property
+    def splits_itself(self) -> bool:
+        """Whether the memory decides how many rows of a step are computed at a time."""
+        return "auto" in (self.per_device_train_batch_size, self.gradient_accumulation_steps)
+
+    @property
+    def rows_of_step(self) -> int:
+        """Number of rows that an optimizer step averages over."""
+        rows, steps = self.per_device_train_batch_size, self.gradient_accumulation_steps
+        return (ROWS if rows == "auto" else rows) * (BATCHES if steps == "auto" else steps)
+
+    @property
+    def rows_at_a_time(self) -> int:
+        """Number of rows that are computed at a time.
+
+        Raises LorakitError if the memory still has to decide it.
+        """
+        return self.rows_of_step // self.batches_of_step
+
+    @property
+    def batches_of_step(self) -> int:
+        """Number of batches that make an optimizer step.
+
+        Raises LorakitError if the memory still has to decide it.
+        """
+        steps = self.gradient_accumulation_steps
+        if steps == "auto" or self.splits_itself:
+            raise LorakitError(
+                "per_device_train_batch_size or gradient_accumulation_steps is auto, which only a "
+                "training run settles: give both as numbers"
+            )
+        return steps
+
+    def split(self, rows: int) -> "TrainConfig":
+        """Return the settings with so many rows at a time and the same rows in a step.
+
+        Raises LorakitError if the rows of a step are no multiple of them.
+        """
+        steps, rest = divmod(self.rows_of_step, rows)
+        if rest:
+            raise LorakitError(f"{rows} rows at a time do not divide {self.rows_of_step} of a step")
+        return replace(self, per_device_train_batch_size=rows, gradient_accumulation_steps=steps)
+
     def _check_length(self) -> None:
         check_positive(self, "max_steps", or_null=True)
         check_positive(self, "num_train_epochs")
         if self.num_train_epochs >= 1e9:
             raise LorakitError("num_train_epochs must be below 10^9")
-        check_positive(self, "per_device_train_batch_size", "gradient_accumulation_steps")
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) != "auto":
+                check_positive(self, name)
         if self.max_seq_length < 2:
             raise LorakitError("max_seq_length must be at least 2")
 

@@ -29,13 +29,13 @@ class Order:
         self._rows_of_one = 1 if config.objective == "sft" else 2  # a pair is two rows
         self.packs: list[list[int]] | None = None
         if config.packing:
-            size = config.per_device_train_batch_size * config.max_seq_length
+            size = config.rows_at_a_time * config.max_seq_length
             size *= self._rows_of_one
             self.packs = pack_rows(self.lengths, size)
         self.epoch, self.micro_batches = -1, list[list[int]]()
         self._load(0)
         self.largest = self._largest()
-        self.per_epoch = math.ceil(len(self.micro_batches) / config.gradient_accumulation_steps)
+        self.per_epoch = math.ceil(len(self.micro_batches) / config.batches_of_step)
         self.total = config.max_steps or math.ceil(config.num_train_epochs * self.per_epoch)
 
     def _load(self, epoch: int) -> None:
@@ -43,7 +43,7 @@ class Order:
             return
         self.epoch, config = epoch, self.config
         if self.packs is None:
-            size = config.per_device_train_batch_size
+            size = config.rows_at_a_time
             self.micro_batches = batches(self.lengths, size, config.seed, epoch)
         else:
             self.micro_batches = list(self.packs)
@@ -52,13 +52,13 @@ class Order:
     def _largest(self) -> int:
         if self.packs is not None:
             return max(sum(self.lengths[i] for i in pack) for pack in self.packs)
-        return self.config.per_device_train_batch_size * max(self.lengths) * self._rows_of_one
+        return self.config.rows_at_a_time * max(self.lengths) * self._rows_of_one
 
     def step(self, step: int) -> list[list[int]]:
         """Return the micro-batches of step 1, 2, ...: lists of row numbers."""
         epoch, i = divmod(step - 1, self.per_epoch)
         self._load(epoch)
-        accumulate = self.config.gradient_accumulation_steps
+        accumulate = self.config.batches_of_step
         return self.micro_batches[i * accumulate : (i + 1) * accumulate]
 
 

@@ -211,7 +211,7 @@ class CapturedStep:
         self.recorder, self.say, self.failed, self.sums = recorder, say, False, sums
         self.inputs = PackedInputs(documents, model.device)
         self.params = [p for p in model.parameters() if p.requires_grad]
-        several = sums.alone and config.gradient_accumulation_steps > 1
+        several = sums.alone and config.batches_of_step > 1
         self.totals = [torch.zeros_like(p, dtype=_sum_dtype(p, several)) for p in self.params]
         self.grads = [
             total if total.dtype == p.dtype else torch.zeros_like(p)
@@ -231,7 +231,7 @@ class CapturedStep:
 
         `micro_batches` are those of all ranks. A round without one of this rank is None.
         """
-        first = (step - 1) * self.config.gradient_accumulation_steps
+        first = (step - 1) * self.config.batches_of_step
         found = list[HostRow | None]()
         for each in self.sums.share.rounds(list(enumerate(micro_batches, first))):
             if each is None:

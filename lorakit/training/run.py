@@ -110,7 +110,7 @@ class Run:
         self.tensors = trained.everything()
         settings = asdict(replace(config, output_dir="", resume=None))  # which are rank 0's
         ranks.agree(lambda: {**self.same, **settings, **self._sums_of_tensors()})
-        params, several = list(self.trained.values()), config.gradient_accumulation_steps > 1
+        params, several = list(self.trained.values()), config.batches_of_step > 1
         self.sums = ranks.gradients(params, config.reduce, has_experts(model), several)
         self.update = self._optimizer_step(shares)
         self.reference = reference_of_run(model, config, checkpoint)
@@ -213,7 +213,7 @@ class Run:
         if self.progress.step == self.order.total:
             # before an evaluation that may be cut short
             self.ranks.first(lambda: self._save(self.output_dir))
-        config, size = self.config, self.config.per_device_train_batch_size
+        config, size = self.config, self.config.rows_at_a_time
         share, rows = self.ranks.share, self.held_out.rows
         options = config, self.reference, share
         result = held_out_loss(self.model, self.held_out.examples, size, *options)
@@ -398,7 +398,7 @@ def _padded_batches(
 ) -> Iterator[dict[str, Tensor]]:
     """Yield the rows of the first epoch in padded batches; of a pair the chosen answer."""
     lengths = examples.lengths
-    for rows in batches(lengths, config.per_device_train_batch_size, config.seed, 0):
+    for rows in batches(lengths, config.rows_at_a_time, config.seed, 0):
         chosen = [examples[row].answers[0] for row in rows]
         ids, mask = collate(chosen)[0], real_tokens(chosen)
         yield {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}

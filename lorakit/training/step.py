@@ -112,7 +112,7 @@ def backward(
     each fp32 [].
     """
     losses = []
-    first = (step.number - 1) * config.gradient_accumulation_steps + sums.share.rank
+    first = (step.number - 1) * config.batches_of_step + sums.share.rank
     for i, batch in enumerate(step.batches):
         if batch is not None:
             seed = seed_of(config.seed, first + i * sums.share.size)

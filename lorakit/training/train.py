@@ -22,6 +22,7 @@ from lorakit.evaluation.score import check_rows
 from lorakit.files.local import as_path
 from lorakit.models.decoder import Decoder
 from lorakit.models.tokenizer import Tokenizer
+from lorakit.training.auto_batch import with_split
 from lorakit.training.float8 import check_frozen_dtype
 from lorakit.training.interrupt import interrupt
 from lorakit.training.kernel_line import kernel_line
@@ -126,6 +127,9 @@ def _train(
     output_dir = _made_directory(config.output_dir)
     with ExitStack() as held:
         ranks.first(lambda: held.enter_context(only_run_in(output_dir)))
+        config, split = ranks.first(lambda: with_split(model, examples, config, ranks.size))
+        if split:
+            say(split)
         run = Run(trained, tok, examples, held_out, config, base_model, ranks)
         say(kernel_line(model, max(examples.lengths), config.packing))
         mode = training_mode(model, config, run.order.largest)

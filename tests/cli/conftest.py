@@ -1,4 +1,4 @@
-"""A small run file for the tests of the command line."""
+"""A small run file for the tests of the command line, and forecasts by arithmetic."""
 
 import json
 
@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROWS
+from tests.training.memory_plan.arithmetic import counted_forecasts
 
 
 @pytest.fixture
@@ -27,3 +28,9 @@ def run_file(tiny_dir, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
+
+
+@pytest.fixture
+def forecasts(monkeypatch):
+    """The arguments of all forecasts that a test makes, which are by arithmetic."""
+    return counted_forecasts(monkeypatch)

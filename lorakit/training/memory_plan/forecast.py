@@ -29,8 +29,9 @@ from lorakit.training.memory_plan.ledger import Kind, Ledger
 from lorakit.training.memory_plan.pool import Pool
 from lorakit.training.memory_plan.watch import NO_LAYER, Mark, Watch
 from lorakit.training.memory_plan.workspace import cublas
-from lorakit.training.run import run_optimizer, trainable_layers
+from lorakit.training.run import run_optimizer
 from lorakit.training.step import backward, prepare
+from lorakit.training.trainable import trainable_layers
 
 STEPS = 2  # the first has no optimizer state
 RATES = 1000  # steps whose rates lie on the device; 16 bytes each
@@ -195,7 +196,7 @@ def micro_batches(setting: Setting) -> list[list[Example | PairExample]]:
         learned = max(1, round(n * setting.label_share))
         row = Example([1] * n, [IGNORE] * (n - learned) + [1] * learned)
         batch.append(PairExample(row, row) if pairs else row)
-    return [batch] * min(2, setting.train.gradient_accumulation_steps)
+    return [batch] * min(2, setting.train.batches_of_step)
 
 
 @dataclass

@@ -143,7 +143,7 @@ def _rows(
         if not train.packing:
             raise LorakitError("plan_memory: documents are those of a packed row: set packing")
         return tuple(documents)
-    return (tokens or train.max_seq_length,) * train.per_device_train_batch_size
+    return (tokens or train.max_seq_length,) * train.rows_at_a_time
 
 
 def _by_name(kinds: Mapping[Kind, float]) -> dict[str, int]:

@@ -1,0 +1,143 @@
+"""A run whose memory is to be forecast, as a value that can be changed and forecast again."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from lorakit.config.adapters import LoraConfig
+from lorakit.config.errors import LorakitError
+from lorakit.config.quantization import QuantConfig
+from lorakit.config.run import RunConfig
+from lorakit.config.training import TrainConfig
+from lorakit.data.packing import pack_rows
+from lorakit.models.config import ModelConfig
+from lorakit.training.memory_plan.plan import MemoryPlan, model_config, plan_memory
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """What a forecast of memory depends on. `forecast` makes it, once for each value."""
+
+    model: str | Path | ModelConfig
+    """Model: a path, a Hub id or its config. Its weights are not read."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Settings of the training."""
+    lora: LoraConfig | None = field(default_factory=LoraConfig)
+    """Settings of the adapter; None is a run without one."""
+    quantize: QuantConfig | None = None
+    """Storage of the frozen weights."""
+    dtype: str = "bfloat16"
+    """Dtype that the model computes in."""
+    lengths: Sequence[int] | None = None
+    """Number of tokens of each row; None takes rows of max_seq_length tokens."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """Device of the run: "cuda" or "cpu"."""
+    capability: tuple[int, int] = (9, 0)
+    """Compute capability of the GPU."""
+    ranks: int = 1
+    """Number of devices that train together."""
+    shard: Literal["none", "full"] = "none"
+    """Whether each device holds its part of the frozen weights only ("full"), or all of them."""
+    offload_weights: bool = False
+    """Whether the frozen weights wait in host memory."""
+    generate: tuple[int, int, int] | None = None
+    """Texts at a time, tokens of a prompt and new tokens, to forecast inference instead."""
+
+    @classmethod
+    def from_run(
+        cls, run: RunConfig, lengths: Sequence[int] | None = None, **device: Any
+    ) -> "PlannedRun":
+        """Return what the memory of a run file's run depends on.
+
+        Args:
+            run: The settings of the run file.
+            lengths: The number of tokens of each row, as `encode_rows` says them.
+            **device: Further fields: device, capability, ranks.
+
+        Returns:
+            The run, to be forecast.
+        """
+        lora = None if run.train.train == "full" else run.lora
+        planned = cls(run.model, run.train, lora, run.quantize, run.dtype, lengths)
+        return dataclasses.replace(planned, **device)
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        """Config of the model."""
+        return model_config(self.model)
+
+    @property
+    def rows(self) -> int:
+        """Number of rows that are computed at a time."""
+        return self.train.rows_at_a_time
+
+    @property
+    def rows_of_step(self) -> int:
+        """Number of rows that make one optimizer step."""
+        return self.train.rows_of_step
+
+    def tokens(self) -> int:
+        """Return the number of tokens of the longest row.
+
+        It is max_seq_length at most, and of a pair the longer answer may have so many.
+        """
+        longest = self.train.max_seq_length
+        return longest if not self.lengths else min(longest, max(self.lengths))
+
+    def documents(self) -> list[int] | None:
+        """Return the lengths of the rows in the largest packed row; None without packing."""
+        if not self.train.packing:
+            return None
+        budget = self.rows * self.train.max_seq_length
+        if not self.lengths:
+            return [self.train.max_seq_length] * self.rows
+        lengths = [min(length, self.train.max_seq_length) for length in self.lengths]
+        packs = pack_rows(lengths, budget)
+        return max(([lengths[i] for i in pack] for pack in packs), key=sum)
+
+    @cached_property
+    def _forecast(self) -> MemoryPlan:
+        if self.train.train == "full":
+            raise LorakitError("the memory of full fine-tuning is not forecast yet")
+        return plan_memory(
+            self.model,
+            dtype=self.dtype,
+            quantize=self.quantize,
+            lora=self.lora,
+            train=self.train,
+            tokens=self.tokens(),
+            documents=self.documents(),
+            device=self.device,
+            capability=self.capability,
+            ranks=self.ranks,
+            shard=self.shard,
+            offload_weights=self.offload_weights,
+            generate=self.generate,
+        )
+
+    def forecast(self) -> MemoryPlan:
+        """Return the forecast, as `plan_memory` makes it.
+
+        Raises:
+            LorakitError: As `plan_memory` does.
+        """
+        return self._forecast
+
+    def with_train(self, **settings: Any) -> "PlannedRun":
+        """Return the run with other settings of the training.
+
+        Raises:
+            LorakitError: They cannot be together.
+        """
+        return dataclasses.replace(self, train=dataclasses.replace(self.train, **settings))
+
+    def with_rows(self, rows: int) -> "PlannedRun":
+        """Return the run with so many rows at a time, and as many rows in a step as before.
+
+        Raises:
+            LorakitError: They do not divide the rows of a step.
+        """
+        return dataclasses.replace(self, train=self.train.split(rows))

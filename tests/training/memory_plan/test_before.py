@@ -1,0 +1,73 @@
+"""What a run says of its memory before it starts, and when it is refused."""
+
+import dataclasses
+
+import pytest
+
+import lorakit as lk
+from lorakit.training.memory_plan import before, planned
+from lorakit.training.memory_plan.before import MARGIN, surely_fits
+from tests.training.memory_plan.arithmetic import CONFIG, needs, run
+
+
+def test_a_small_run_needs_no_forecast(forecasts):
+    assert lk.check_memory(run(device="cpu"), 10**12) == ""
+    assert not forecasts
+
+
+def test_what_surely_fits_is_far_below_the_memory():
+    """The bound counts each weight 12 bytes, so what fits has four times its room."""
+    weights = sum(p.numel() for p in before.Decoder(CONFIG).parameters())
+    memory = 4 * 10**9
+    assert surely_fits(run(lengths=[100, 7]), memory)
+    assert not surely_fits(run(), 48 * weights)
+    for more in (
+        run(max_seq_length=1 << 14),
+        run(per_device_train_batch_size=1 << 12),
+        run(gradient_accumulation_steps="auto", per_device_train_batch_size=1 << 12),
+        run(lora=lk.LoraConfig(r=1 << 16)),
+        dataclasses.replace(run(), lora=None),
+    ):
+        assert not surely_fits(more, memory)
+
+
+@pytest.mark.usefixtures("forecasts")
+def test_the_line_and_the_refusal():
+    big = run(mlp_activations="keep", per_device_train_batch_size=8)
+    peak, reserved = big.forecast().peak, needs(big)
+    line = lk.check_memory(big, 4 * reserved)
+    assert line == "memory: needs 1.1 of 4.4 MB, most in backward"
+    assert lk.check_memory(big, reserved) == "memory: needs 1.1 of 1.1 MB, most in backward"
+    assert lk.check_memory(big, peak).endswith("; this is tight, and may fail")
+    assert lk.check_memory(big, round(peak / MARGIN) + 1).endswith("; this is tight, and may fail")
+    with pytest.raises(lk.LorakitError) as caught:
+        lk.check_memory(big, round(peak / MARGIN) - 1)
+    assert str(caught.value) == (
+        "the run needs 1.1 MB of memory, and 1.1 MB are free: with per_device_train_batch_size=4 "
+        "gradient_accumulation_steps=2 it needs 907 kB"
+    )
+    with pytest.raises(lk.LorakitError, match="take a smaller model or shorter rows .the least is"):
+        lk.check_memory(big, 1000)
+    cpu = dataclasses.replace(big, device="cpu")
+    assert lk.check_memory(cpu, reserved).endswith("; the process takes 1.6 to 2.5 times that")
+
+
+@pytest.mark.parametrize("error", [lk.LorakitError("no config"), RuntimeError("a\nb"), KeyError()])
+def test_a_forecast_that_fails_stops_no_run(error, monkeypatch):
+    def fails(*args, **options):
+        raise error
+
+    monkeypatch.setattr(planned, "plan_memory", fails)
+    line = lk.check_memory(run(), 1)
+    assert line.startswith("memory: there is no forecast (")
+    assert "\n" not in line
+
+
+@pytest.mark.usefixtures("forecasts")
+def test_auto_is_refused_only_if_one_row_does_not_fit():
+    auto = run(per_device_train_batch_size="auto", max_seq_length=1024)
+    one = auto.with_rows(1).with_train(mlp_activations="recompute")
+    memory = one.forecast().reserved
+    assert "most in backward" in lk.check_memory(auto, memory)
+    with pytest.raises(lk.LorakitError, match="and 200 kB are free"):
+        lk.check_memory(auto, 200_000)
