@@ -354,11 +354,14 @@ def cases() -> Iterator[tuple[str, Callable, int]]:
     with lk.kernels.use_backend("reference"):
         in_4_bits = ops.quantize_nf4(torch.ones(768, 2048))
     small = [[t] * 128 for t in (torch.ones(16, 2048), torch.ones(768, 16))]
-    # packed and dense weights, with an adapter and without: every kind of product is there
+    # packed and dense weights, with an adapter, a bias, and without: every kind of product is there
+    kinds = (in_4_bits, (), 0), (inner, small, 768), (outer, (), 2048)
     three = [
-        ops.ExpertLayers([W] * 128, *ab) for W, ab in ((in_4_bits, ()), (inner, small), (outer, ()))
+        ops.ExpertLayers([W] * 128, *ab, bias=[torch.ones(width)] * 128 if width else ())
+        for W, ab, width in kinds
     ]
-    tokens, picked, weights = bf16(8, 2048), torch.zeros(8, 8, dtype=torch.int64), torch.ones(8, 8)
+    tokens, picked = bf16(8, 2048), torch.zeros(8, 8, dtype=torch.int64)
+    weights = torch.ones(8, 8).requires_grad_()
 
     def experts() -> torch.Tensor:
         return ops.expert_mlp(tokens, picked, weights, *three, "silu", keep=True)

@@ -2,10 +2,11 @@
 
 `expert_layers` finds what the experts' layers store and which low-rank updates they carry. It finds
 nothing where a layer has to be called as it is, is trained whole, drops a part of its input, or
-computes more than W x + s B A x. Then each expert runs by itself.
+computes more than W x + s B A x and a frozen bias. Then each expert runs by itself.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,15 @@ from lorakit.models.adapted_layer import AdaptedLayer
 from lorakit.models.hooks import has_hooks, has_own_forward
 from lorakit.models.packed_layers import PackedLinear
 
-_Found = tuple[Tensor | kernels.Packed, Tensor | None, Tensor | None, float]
+
+class _Found(NamedTuple):
+    """What a layer of one expert computes with."""
+
+    stored: Tensor | kernels.Packed
+    lora_A: Tensor | None
+    lora_B: Tensor | None
+    scaling: float
+    bias: Tensor | None
 
 
 def expert_layers(
@@ -39,7 +48,7 @@ def expert_layers(
 
 
 def _parts(layer: nn.Module) -> _Found | None:
-    """Return W, A, B and s of a layer; A and B are None if it carries no adapter."""
+    """Return what a layer computes with; A and B are None if it carries no adapter."""
     if has_hooks(layer) or has_own_forward(layer):
         return None
     if isinstance(layer, AdaptedLayer):
@@ -50,22 +59,29 @@ def _parts(layer: nn.Module) -> _Found | None:
         if update is None or update.dropout or update.magnitude is not None:
             return None
         stored = update.base.stored
-        if update.bias is not None or isinstance(stored, kernels.Float8Weight):
+        if _trained(update.bias) or isinstance(stored, kernels.Float8Weight):
             return None
-        return stored, update.lora_A, update.lora_B, update.scaling
+        return _Found(stored, update.lora_A, update.lora_B, update.scaling, update.bias)
     if isinstance(layer, PackedLinear):
-        return None if layer.bias is not None else (layer.quantized, None, None, 1.0)
-    if type(layer) is not nn.Linear or layer.bias is not None or "weight" not in layer._parameters:
+        found = _Found(layer.quantized, None, None, 1.0, layer.bias)
+        return None if _trained(layer.bias) else found
+    if type(layer) is not nn.Linear or "weight" not in layer._parameters:
         return None
-    trained = layer.weight.requires_grad and torch.is_grad_enabled()
-    return None if trained else (layer.weight.detach(), None, None, 1.0)
+    if _trained(layer.weight) or _trained(layer.bias):
+        return None
+    return _Found(layer.weight.detach(), None, None, 1.0, layer.bias)
+
+
+def _trained(parameter: Tensor | None) -> bool:
+    return parameter is not None and parameter.requires_grad and torch.is_grad_enabled()
 
 
 def _together(found: Sequence[_Found]) -> kernels.ExpertLayers | None:
     """Return the layers of all experts, if all of them carry adapters of one scaling, or none."""
-    stored = [W for W, *_ in found]
-    A, B = [a for _, a, _, _ in found if a is not None], [b for *_, b, _ in found if b is not None]
-    scalings = {scaling for *_, scaling in found}
-    if len(scalings) != 1 or len(A) not in (0, len(found)):
+    stored, scalings = [each.stored for each in found], {each.scaling for each in found}
+    A = [each.lora_A for each in found if each.lora_A is not None]
+    B = [each.lora_B for each in found if each.lora_B is not None]
+    bias = [each.bias.detach() for each in found if each.bias is not None]
+    if len(scalings) != 1 or any(len(each) not in (0, len(found)) for each in (A, bias)):
         return None
-    return kernels.ExpertLayers(stored, A, B, scalings.pop())
+    return kernels.ExpertLayers(stored, A, B, scalings.pop(), bias)

@@ -20,23 +20,24 @@ HIDDEN, INNER, EXPERTS, PICKS = 64, 96, 5, 2
 KINDS = ["dense", "nf4", "int8"]
 
 
-def layer(seed, N, K, kind, dtype, r=0, scaling=0.7):
+def layer(seed, N, K, kind, dtype, r=0, scaling=0.7, biased=False):
     """One layer of all experts; r: the rank of its adapter, 0 for none."""
+    bias = [random(seed + 300 + i, N).to(dtype) for i in range(EXPERTS * biased)]
     W = [random(seed + i, N, K, scale=K**-0.5).to(dtype) for i in range(EXPERTS)]
     pack = {"nf4": kernels.quantize_nf4, "int8": kernels.quantize_int8}.get(
         kind, torch.Tensor.clone
     )
     if not r:
-        return ExpertLayers([pack(w) for w in W])
+        return ExpertLayers([pack(w) for w in W], bias=bias)
     A = [random(seed + 100 + i, r, K, scale=K**-0.5) for i in range(EXPERTS)]
     B = [random(seed + 200 + i, N, r, scale=0.3) for i in range(EXPERTS)]
-    return ExpertLayers([pack(w) for w in W], A, B, scaling)
+    return ExpertLayers([pack(w) for w in W], A, B, scaling, bias)
 
 
-def mlp(kind, dtype, ranks, seed=0):
+def mlp(kind, dtype, ranks, seed=0, biased=False):
     sizes = (INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER)
     return [
-        layer(seed + 1000 * i, *size, kind, dtype, r)
+        layer(seed + 1000 * i, *size, kind, dtype, r, biased=biased)
         for i, (size, r) in enumerate(zip(sizes, ranks, strict=True))
     ]
 
@@ -45,18 +46,19 @@ def exact(each):
     """Return the layers in fp64."""
     dense = [w if isinstance(w, torch.Tensor) else kernels.dequantize(w) for w in each.stored]
     small = [[t.double() for t in of_all] for of_all in (each.lora_A, each.lora_B)]
-    return ExpertLayers([w.double() for w in dense], *small, each.scaling)
+    bias = [t.double() for t in each.bias]
+    return ExpertLayers([w.double() for w in dense], *small, each.scaling, bias)
 
 
-def outputs(x, picked, weights, layers, keep=False):
+def outputs(x, picked, weights, layers, keep=False, hidden_act="silu"):
     """The output, and the gradients of x, the weights, and all A and B; zeros for None."""
     inputs = [x, weights, *(t for each in layers for t in (*each.lora_A, *each.lora_B))]
     inputs = [t.detach().requires_grad_() for t in inputs]
     rest, own = iter(inputs[2:]), []
     for each in layers:
         small = [[next(rest) for _ in of_all] for of_all in (each.lora_A, each.lora_B)]
-        own.append(ExpertLayers(each.stored, *small, each.scaling))
-    y = kernels.expert_mlp(inputs[0], picked, inputs[1], *own, "silu", keep=keep)
+        own.append(ExpertLayers(each.stored, *small, each.scaling, each.bias))
+    y = kernels.expert_mlp(inputs[0], picked, inputs[1], *own, hidden_act, keep=keep)
     grad = random(7, *y.shape).to(y.dtype)
     found = torch.autograd.grad(y, inputs, grad, allow_unused=True, materialize_grads=True)
     return [y.detach(), *found]
@@ -69,15 +71,15 @@ def routed(seed, n, experts=EXPERTS):
     return picked.to(DEVICE), weights.to(DEVICE)
 
 
-def check(x, picked, weights, layers, *, keep=False):
+def check(x, picked, weights, layers, *, keep=False, hidden_act="silu"):
     """The error of each result is at most twice what the reference has in the same dtype."""
     with on_triton():
         assert kernels.takes_experts(x, *layers)
-        ours = outputs(x, picked, weights, layers, keep)
+        ours = outputs(x, picked, weights, layers, keep, hidden_act)
     with kernels.use_backend("reference"):
-        same = outputs(x, picked, weights, layers)
+        same = outputs(x, picked, weights, layers, hidden_act=hidden_act)
         of_fp64 = [exact(each) for each in layers]
-        truth = outputs(x.double(), picked, weights.double(), of_fp64)
+        truth = outputs(x.double(), picked, weights.double(), of_fp64, hidden_act=hidden_act)
     for a, b, c in zip(ours, same, truth, strict=True):
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
         # w multiplies the hidden state, which rounds in another place: 2, and some roundings more
@@ -110,6 +112,21 @@ def test_any_number_of_tokens_on_some_of_the_experts(n, experts, seed):
     """One token, experts without any, and all tokens on one expert."""
     x = random(seed, n, HIDDEN)
     check(x, *routed(seed, n, experts), mlp("dense", torch.float32, (2, 2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "hidden_act", "keep"),
+    [
+        ("dense", torch.float32, "swiglu_oai", False),
+        ("nf4", torch.bfloat16, "swiglu_oai", True),
+        ("int8", torch.float16, "silu", False),
+    ],
+)
+def test_experts_with_biases(kind, dtype, hidden_act, keep):
+    """As in gpt-oss, whose activation is not linear in up, so that dw has a path of its own."""
+    x = 3 * random(1, 40, HIDDEN).to(dtype)  # some of gate and up are clamped
+    layers = mlp(kind, dtype, (2, 0, 3), biased=True)
+    check(x, *routed(3, 40), layers, keep=keep, hidden_act=hidden_act)
 
 
 def test_an_expert_of_more_rows_than_a_tile():

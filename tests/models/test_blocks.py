@@ -181,6 +181,17 @@ def test_a_hook_or_a_trained_expert_runs_one_by_one(tmp_path):
         assert layers_of(model) is not None
 
 
+def test_frozen_biases_go_along_and_a_trained_one_runs_one_by_one(tmp_path):
+    model = load(tmp_path, *FAMILY_VARIANTS["gpt_oss"], quantize="nf4").requires_grad_(False)
+    lk.attach(model, lk.LoraConfig(r=2, target_modules=["gate_proj"]))
+    gate, up, _ = layers_of(model)
+    expert = next(m for m in model.modules() if isinstance(m, Experts))[1]
+    for each, layer in ((gate, expert.gate_proj.original), (up, expert.up_proj)):
+        assert torch.equal(each.bias[1], layer.bias)
+    expert.up_proj.bias.requires_grad_()
+    assert layers_of(model) is None
+
+
 def test_merged_adapters_and_a_switched_off_one_are_plain_layers(tmp_path):
     model = load(tmp_path, *FAMILY_VARIANTS["mixtral"], quantize="nf4")
     randomized(lk.attach(model, lk.LoraConfig(r=2, target_modules=["w1"])))

@@ -215,12 +215,14 @@ def test_a_run_waits_for_a_step_when_it_has_issued_the_next(
 # ---- mixtures of experts ------------------------------------------------------------------------
 
 
-def step_of_experts(experts: int, *, targets="all-linear", checkpointing: bool = False) -> Step:
+def step_of_experts(
+    experts: int, *, targets="all-linear", checkpointing: bool = False, **fields
+) -> Step:
     """One step of a packed row through two layers of Qwen3-30B-A3B, with so many experts."""
     sizes = {"num_experts": experts, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
     config = lk.ModelConfig(
         "qwen3_moe", 1000, 2048, 6144, 2, 32, 4, 128, qk_norm="head", norm_topk_prob=True,
-        moe_layers=(True, True), **sizes,
+        moe_layers=(True, True), **sizes, **fields,
     )  # fmt: skip
     with MetaGPU() as gpu:
         with torch.device("meta"):
@@ -246,4 +248,13 @@ def test_launches_do_not_depend_on_the_number_of_experts(targets, checkpointing)
     assert few[:2] == many[:2]
     assert many.gpu.waits == []
     assert [copy for copy in many.gpu.copies if copy.blocking] == []
+    assert few.forward["experts/_summed"] == 2
+
+
+def test_experts_with_biases_run_together():
+    """As those of gpt-oss do."""
+    fields = {"mlp_bias": True, "hidden_act": "swiglu_oai"}
+    _, few, many = (step_of_experts(n, **fields) for n in (8, 8, 64))  # the first makes tables
+    assert few[:2] == many[:2]
+    assert many.gpu.waits == []
     assert few.forward["experts/_summed"] == 2

@@ -7,11 +7,16 @@ whose three layers have their own frozen weights and low-rank updates (`lora_lin
 
     y_t = sum over its picks (e, w) of w down_e(a(gate_e(x_t)) * up_e(x_t))
 
-The layers have no bias, so w goes into the hidden state, w down(h) = down(w h), and its gradient is
+With down(h) = W_down h + b, w goes into the hidden state and the bias,
 
-    dw = (dy W_down) . h = dup . up        where dup = (dy W_down) a(gate), before w multiplies it
+    w down(h) = W_down (w h) + w b
 
-and needs no output of `down`. The rest is as in `lora_linear`, expert by expert.
+and its gradient needs no output of `down`:
+
+    dw = dh . h + dy . b        dh = dy W_down, and dh . h = dup . up, as h = a(gate) up
+
+In gpt-oss h is not linear in up, so that h is made again. The rest is as in `lora_linear`, expert
+by expert.
 
 The layout
 ----------
@@ -86,7 +91,7 @@ def expert_mlp(
         gate: the layers that the activation is taken of, [I, K] each.
         up: the layers that it is multiplied by, [I, K] each.
         down: the layers of the product, [N, I] each.
-        hidden_act: the activation: "silu", "gelu_pytorch_tanh" or "gelu".
+        hidden_act: the activation: "silu", "gelu_pytorch_tanh", "gelu" or "swiglu_oai".
         keep: whether the outputs of gate and up are kept for backward, which otherwise computes
             them again.
 

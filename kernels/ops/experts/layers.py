@@ -36,12 +36,14 @@ class ExpertLayers:
         lora_A: A [r, K] of each expert; empty if they have no update.
         lora_B: B [N, r] of each expert.
         scaling: s, what every B A is multiplied by.
+        bias: the bias [N] of each expert, frozen; empty if they have none.
     """
 
     stored: Sequence[Tensor | Packed]
     lora_A: Sequence[Tensor] = ()
     lora_B: Sequence[Tensor] = ()
     scaling: float = 1.0
+    bias: Sequence[Tensor] = ()
 
     @cached_property
     def uniform(self) -> bool:
@@ -49,7 +51,7 @@ class ExpertLayers:
         first = _kind(self.stored[0])
         if first is None or any(_kind(w) != first for w in self.stored):
             return False
-        small = self.lora_A, self.lora_B
+        small = self.lora_A, self.lora_B, self.bias
         return all(len({(t.shape, t.dtype, t.device) for t in of_all}) <= 1 for of_all in small)
 
 

@@ -12,6 +12,8 @@ from .. import swiglu
 from . import triton
 from .layers import ExpertLayers, Groups, weights
 
+CLAMPED = "swiglu_oai"  # the activation whose product is not linear in up
+
 
 def _stacked(matrices: Sequence[Tensor], dtype: torch.dtype, scaling: float = 1.0) -> Tensor:
     """Return matrices [rows, columns] times s in `dtype`, one after the other in new memory."""
@@ -51,17 +53,18 @@ class Group:
             self.sB.append(sB)
             self.columns.append(slice(start, start + r))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return y [M, N] of each layer for x [M, K]."""
+    def forward(self, x: Tensor, factors: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Return y [M, N] of each layer for x [M, K], with biases times `factors` [M, 1]."""
         if self.A is not None and self.low is None:
             self.low = x.new_empty(len(x), self.A.shape[1])
             triton.rows(x, self.A, self.bounds, self.low)
         found = []
         for i, layer in enumerate(self.layers):
-            y = x.new_empty(len(x), layer.stored[0].shape[0])
+            y, bias = x.new_empty(len(x), layer.stored[0].shape[0]), self._bias(layer)
             for some, W in weights(layer.stored, self.dtype):
                 low, sB = self._small(i, some, self.low, self.sB[i])
-                triton.rows(x, W, self._bounds(some), y, low, sB)
+                own = None if bias is None else bias[some]
+                triton.rows(x, W, self._bounds(some), y, low, sB, bias=own, factors=factors)
             found.append(y)
         return tuple(found)
 
@@ -100,6 +103,22 @@ class Group:
                 found += triton.columns(dy, low, self.bounds, dtype, layer.scaling).unbind()
         return found
 
+    def along_bias(self) -> Tensor | None:
+        """Return dy . bias of each row, fp32 [M, 1], of the only layer; None if it has no bias."""
+        [layer], [dy] = self.layers, self.grads
+        bias = self._bias(layer)
+        if bias is None:
+            return None
+        found = dy.new_empty((len(dy), 1), dtype=torch.float32)
+        triton.rows(dy, bias[:, None], self.bounds, found)
+        return found
+
+    def _bias(self, layer: ExpertLayers) -> Tensor | None:
+        """Return the biases of a layer [E, N], or None."""
+        if not layer.bias:
+            return None
+        return _stacked([each[None] for each in layer.bias], self.dtype)
+
     def _bounds(self, some: slice) -> Tensor:
         return self.bounds[some.start : some.stop + 1]
 
@@ -120,8 +139,8 @@ def tensors(layers: Sequence[ExpertLayers]) -> list[Tensor]:
 class ExpertMLP(torch.autograd.Function):
     """Map x [n, K] and the weights of the picks [n, k] to the weighed sum of the experts [n, N].
 
-    The weights multiply the hidden state: down(h) w = down(h w). So their gradients need no output
-    of `down`. Backward keeps x alone, the low-rank products, and with `keep` gate and up.
+    The weights multiply the hidden state: W h w = W (h w), and the bias. So their gradients need no
+    output of `down`. Backward keeps x alone, the low-rank products, and with `keep` gate and up.
     """
 
     @staticmethod
@@ -132,7 +151,7 @@ class ExpertMLP(torch.autograd.Function):
         second = Group(outer, groups.bounds, x.dtype)
         gate, up = first.forward(x.index_select(0, groups.tokens))
         hidden = swiglu.gated(gate, up, hidden_act).mul_(weight)
-        (y,) = second.forward(hidden)
+        (y,) = second.forward(hidden, weight)
         kept = (gate, up) if keep else (None, None)
         ctx.save_for_backward(x, weight, *groups, first.low, second.low, *kept, *tensors)
         ctx.layers = [dataclasses.replace(each, lora_A=(), lora_B=()) for each in layers]
@@ -156,10 +175,15 @@ class ExpertMLP(torch.autograd.Function):
         second.take([grad.index_select(0, groups.tokens)])
         hidden = second.grad_x()  # the gradient of h w; h goes over it
         into = torch.empty_like(gate) if kept else gate, torch.empty_like(up)
+        dweights = dweight = None
+        if ctx.needs_input_grad[1] and ctx.hidden_act == CLAMPED:
+            dweight = (hidden * swiglu.gated(gate, up, CLAMPED)).sum(1, dtype=weight.dtype)
         swiglu.gated_backward_(hidden, gate, up, ctx.hidden_act, into)
-        dweights = None
-        if ctx.needs_input_grad[1]:  # dh . h = d(a(gate) up) . a(gate) up = dup . up
-            dweight = (into[1] * up).sum(1, dtype=weight.dtype)
+        if ctx.needs_input_grad[1]:
+            if dweight is None:  # dh . h = d(a(gate) up) . a(gate) up = dup . up
+                dweight = (into[1] * up).sum(1, dtype=weight.dtype)
+            along = second.along_bias()
+            dweight = dweight if along is None else dweight + along[:, 0]
             dweights = dweight.index_select(0, groups.places.flatten()).view(groups.places.shape)
         for t in (hidden, *into):
             t.mul_(weight)

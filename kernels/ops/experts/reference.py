@@ -12,7 +12,8 @@ def linear(x: Tensor, layers: ExpertLayers, expert: int) -> Tensor:
     """Return y [m, N] of one expert's layer for x [m, K]."""
     stored = layers.stored[expert]
     W = stored if isinstance(stored, Tensor) else dequantize(stored, x.dtype)
-    y = F.linear(x, W.to(x.dtype))
+    bias = layers.bias[expert].to(x.dtype) if layers.bias else None
+    y = F.linear(x, W.to(x.dtype), bias)
     if layers.lora_A:
         A, B = layers.lora_A[expert].to(x.dtype), layers.lora_B[expert].to(x.dtype)
         y = y + layers.scaling * F.linear(F.linear(x, A), B)

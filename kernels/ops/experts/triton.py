@@ -68,8 +68,8 @@ def _added(
 
 @triton.jit
 def _rows(
-    X, W, LOW, S, Y, BOUNDS, count, tiles, N, K, R, x_stride, w_stride, low_stride, s_stride,
-    y_stride, TRANSPOSED: tl.constexpr, ADDS: tl.constexpr, EXPERTS: tl.constexpr,
+    X, W, LOW, S, BIAS, FACTOR, Y, BOUNDS, count, tiles, N, K, R, x_stride, w_stride, low_stride,
+    s_stride, y_stride, TRANSPOSED: tl.constexpr, ADDS: tl.constexpr, EXPERTS: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, RANK: tl.constexpr,
     BESIDE: tl.constexpr,
 ):  # fmt: skip
@@ -92,6 +92,12 @@ def _rows(
         if LOW is not None:
             small = S + expert.to(tl.int64) * s_stride
             y = _added(y, LOW, small, m, inside, n, N, R, low_stride, TRANSPOSED, RANK)
+        if BIAS is not None:
+            bias = tl.load(BIAS + expert.to(tl.int64) * N + n, mask=n < N, other=0.0)
+            bias = bias.to(tl.float32)[None, :]
+            if FACTOR is not None:
+                bias *= tl.load(FACTOR + m, mask=inside, other=0.0).to(tl.float32)[:, None]
+            y += bias
         at = Y + m[:, None] * y_stride + n[None, :]
         known = inside[:, None] & (n < N)[None, :]
         if ADDS:
@@ -143,7 +149,8 @@ def _stages() -> int:
 
 def rows(
     x: Tensor, weight: Tensor, bounds: Tensor, y: Tensor, low: Tensor | None = None,
-    small: Tensor | None = None, *, transposed: bool = False, adds: bool = False,
+    small: Tensor | None = None, *, bias: Tensor | None = None, factors: Tensor | None = None,
+    transposed: bool = False, adds: bool = False,
 ) -> None:  # fmt: skip
     """Write x W_e^T + low S_e^T, or with `transposed` x W_e + low S_e, to y; `adds`: add it to y.
 
@@ -155,6 +162,8 @@ def rows(
         y: [M, N], rows of any stride. What lies outside of the bounds stays.
         low: [M, R], rows of any stride, or None.
         small: S [E, N, R], transposed [E, R, N].
+        bias: [E, N], which is added to the products of each expert, or None.
+        factors: what the bias is multiplied by in each row, [M, 1]; None for 1.
         transposed: Which way W and S are multiplied.
         adds: Whether y keeps what it has, and the products are added.
     """
@@ -166,7 +175,8 @@ def rows(
     width, depth = _side(N, WIDTH // x.itemsize), _side(K, DEPTH // x.itemsize)
     if tiles and N:
         dispatch.launch(
-            _rows, (tiles * -(-N // width),), x, weight, low, small, y, bounds, count, tiles,
+            _rows, (tiles * -(-N // width),), x, weight, low, small, bias, factors, y, bounds,
+            count, tiles,
             N, K, R, x.stride(0), weight.stride(0), low_stride, s_stride, y.stride(0), transposed,
             adds, triton.next_power_of_2(count), ROWS, width, depth, _side(R, depth), BESIDE,
             num_warps=WARPS, num_stages=_stages(),
