@@ -67,6 +67,7 @@ _HOME = {
     "encode_rows": "data.examples",
     "eva": "adapters.eva",
     "evaluate": "evaluation.evaluate",
+    "evaluate_tasks": "evaluation.tasks",
     "export_for_server": "export.servers",
     "export_gguf": "export.gguf",
     "export_gguf_adapter": "export.gguf_adapter",

@@ -59,6 +59,7 @@ from lorakit.evaluation.intervals import compare_predictions as compare_predicti
 from lorakit.evaluation.metrics import rouge_l as rouge_l
 from lorakit.evaluation.plots import plot_runs as plot_runs
 from lorakit.evaluation.quantization_report import quantize_report as quantize_report
+from lorakit.evaluation.tasks import evaluate_tasks as evaluate_tasks
 from lorakit.export.card import write_card as write_card
 from lorakit.export.check import ExportCheck as ExportCheck
 from lorakit.export.check import check_export as check_export

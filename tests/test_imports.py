@@ -20,7 +20,7 @@ ORDER = [
     {"adapters": set(), "data": {"numpy", "pyarrow"}},
     {"inference": {"tokenizers", "llguidance"}},
     {"serving": {"starlette", "uvicorn", "prometheus_client"}},
-    {"evaluation": {"matplotlib", "sacrebleu"}},
+    {"evaluation": {"lm_eval", "matplotlib", "sacrebleu"}},
     {"export": {"numpy", "xllamacpp", "yaml"}},
     {"training": {"mlflow", "tensorboard", "trackio", "wandb"}},
     {"compat": set()},

@@ -1,4 +1,4 @@
-"""`lorakit evaluate`: the loss of rows, and scores of what a model makes of them."""
+"""`lorakit evaluate`: the loss of rows, scores of what a model makes of them, and benchmarks."""
 
 import argparse
 import json
@@ -24,17 +24,18 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
     parser = verbs.add_parser(
         "evaluate",
         parents=[common],
-        help="measure the loss of rows, and score the model's own completions",
+        help="measure the loss of rows, score the model's own completions, or run benchmarks",
         description="Measure the loss and the perplexity of rows. With --metrics the model also "
-        "completes each row greedily, and each score is printed with its 95% bootstrap interval.",
+        "completes each row greedily, and each score is printed with its 95%% bootstrap interval. "
+        "With --tasks lm-evaluation-harness runs its tasks; rows may then be left out.",
     )
     add = parser.add_argument
     add("model", help=MODEL_HELP)
-    add("rows", type=Path, help="JSONL, JSON, CSV, TSV or Parquet file of rows")
+    add("rows", type=Path, nargs="?", help="JSONL, JSON, CSV, TSV or Parquet file of rows")
     add("--adapter", type=Path, help=ADAPTER_HELP)
     add(
         "--metrics",
-        type=lambda text: text.split(","),
+        type=_names,
         default=[],
         metavar="NAME,NAME",
         help="scores of the completions: accuracy, macro_f1, weighted_f1, exact_match, "
@@ -49,6 +50,7 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
         help="completions of another model, from its --save: say whether the scores differ by "
         "more than chance",
     )
+    _add_tasks(parser)
     add("--json", action="store_true", help="print one JSON object instead of a table")
     add("--format", help="format of the rows (default: what their fields say)")
     add("--max-seq-length", type=count, default=1024, help="most tokens of a row (default: 1024)")
@@ -60,37 +62,54 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
     add("--chat-template", help=ADAPTED_TEMPLATE_HELP)
     add("--quantize", choices=STORAGE, help="pack the weights of the model")
     add("--dtype", default="bfloat16", help=DTYPE_HELP)
-    parser.set_defaults(run=evaluate)
+    parser.set_defaults(run=evaluate, take_rest=_take_rows)
+
+
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of benchmarks."""
+    add = parser.add_argument
+    add(
+        "--tasks",
+        type=_names,
+        default=[],
+        metavar="NAME,NAME",
+        help="tasks of lm-evaluation-harness, such as hellaswag",
+    )
+    add("--num-fewshot", type=count, metavar="N", help="examples in a prompt of a task")
+    add("--limit", type=count, metavar="N", help="rows of each task to take (default: all)")
+    add("--tasks-dir", type=Path, metavar="DIR", help="YAML files of tasks to read instead")
+    add("--chat", action="store_true", help="put the prompts of tasks into the chat template")
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
+def _take_rows(args: argparse.Namespace, rest: list[str]) -> bool:
+    """Take one argument after an option as the rows, if there are none yet."""
+    if args.rows is None and rest:
+        args.rows = Path(rest.pop(0))
+    return not rest
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """Print the loss and the scores, and return the exit code."""
-    if (args.save or args.compare) and not args.metrics:
-        raise lk.LorakitError("--save and --compare are about completions: give --metrics too")
-    lk.metrics.check_usable(args.metrics)
+    """Print the loss, the scores and the results of tasks, and return the exit code."""
+    _check(args)
     other = None if args.compare is None else lk.read_completions(args.compare)
     adapter = None if args.adapter is None else lk.fetch_adapter(args.adapter)
     template = chat_template(args.chat_template, adapter)
     tok = lk.load_tokenizer(tokenizer_of(args.model, adapter), chat_template=template)
+    options = {"max_seq_length": args.max_seq_length, "train_on": args.train_on}
     # The rows are encoded before the model is loaded: an error in them should not take minutes.
-    examples = lk.encode_rows(
-        args.rows,
-        tok,
-        max_seq_length=args.max_seq_length,
-        train_on=args.train_on,
-        format=args.format,
-    )
+    examples = None
+    if args.rows is not None:
+        examples = lk.encode_rows(args.rows, tok, format=args.format, **options)
     model = lk.load_model(args.model, dtype=args.dtype, quantize=args.quantize)
     if adapter is not None:
         lk.load_adapter(model, adapter)
-    result: dict[str, Any] = lk.evaluate(
-        model,
-        tok,
-        examples,
-        batch_size=args.batch_size,
-        max_seq_length=args.max_seq_length,
-        train_on=args.train_on,
-    )
+    result: dict[str, Any] = {}
+    if examples is not None:
+        result |= lk.evaluate(model, tok, examples, batch_size=args.batch_size, **options)
     if args.metrics:
         completions = lk.complete_rows(model, tok, examples, batch_size=args.batch_size)
         if args.save is not None:
@@ -98,8 +117,30 @@ def evaluate(args: argparse.Namespace) -> int:
         result |= _scores(completions, args.metrics)
         if other is not None:
             result["compared"] = _compared(other, completions, args.metrics, args.compare)
+    if args.tasks:
+        result["tasks"] = lk.evaluate_tasks(
+            model,
+            tok,
+            args.tasks,
+            num_fewshot=args.num_fewshot,
+            limit=args.limit,
+            batch_size=args.batch_size,
+            chat=args.chat,
+            tasks_dir=args.tasks_dir,
+        )
     print(json.dumps(result) if args.json else _table(result))
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise LorakitError for arguments that do not go together."""
+    if args.rows is None and not args.tasks:
+        raise lk.LorakitError("there is nothing to evaluate: give a file of rows, or --tasks")
+    if args.rows is None and args.metrics:
+        raise lk.LorakitError("--metrics are scores of rows: give a file of rows")
+    if (args.save or args.compare) and not args.metrics:
+        raise lk.LorakitError("--save and --compare are about completions: give --metrics too")
+    lk.metrics.check_usable(args.metrics)
 
 
 def _scores(completions: list["lk.Completion"], metrics: list[str]) -> dict[str, "lk.Interval"]:
@@ -120,11 +161,13 @@ def _compared(
 
 
 def _table(result: dict[str, Any]) -> str:
-    """Return a line for each number, and one for each comparison."""
-    lines = []
-    for name, value in result.items():
-        if name != "compared":
-            text = f"{value:.4f}" if isinstance(value, float) else str(value)
-            lines.append(f"{name:14} {text}")
-    compared = result.get("compared", {})
-    return "\n".join([*lines, *(f"{name:14} {each}" for name, each in compared.items())])
+    """Return a line for each number, one for each comparison, and one for each number of a task."""
+    lines = [
+        f"{name:14} {value:.4f}" if isinstance(value, float) else f"{name:14} {value}"
+        for name, value in result.items()
+        if name not in ("compared", "tasks")
+    ]
+    lines += [f"{name:14} {each}" for name, each in result.get("compared", {}).items()]
+    for task, values in result.get("tasks", {}).items():
+        lines += [f"{task:20} {name:24} {value:.4f}" for name, value in values.items()]
+    return "\n".join(lines)

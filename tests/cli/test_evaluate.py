@@ -50,6 +50,29 @@ def test_loss_scores_and_a_comparison(tiny_dir, rows, tmp_path, capsys):
     assert lines[-1].endswith("p = 1: the difference is within noise")
 
 
+def test_tasks_come_beside_the_loss_of_rows(tiny_dir, rows, monkeypatch, capsys):
+    """What runs them has tests of its own; here are its arguments, and the table."""
+    asked = []
+
+    def evaluate_tasks(model, tok, tasks, **options):
+        asked.append((tasks, options))
+        return {"mine": {"acc,none": 0.25, "sample_len": 4}}
+
+    monkeypatch.setattr(lk, "evaluate_tasks", evaluate_tasks)
+    options = ["--tasks", "mine, other", "--limit", "4", "--num-fewshot", "2", "--chat"]
+    assert main(["evaluate", str(tiny_dir), *options, "--dtype", "float32", str(rows)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[0] == "loss"
+    assert [line.split() for line in lines[4:]] == [
+        ["mine", "acc,none", "0.2500"],
+        ["mine", "sample_len", "4.0000"],
+    ]
+    [(tasks, found)] = asked
+    assert tasks == ["mine", "other"]
+    expected = {"num_fewshot": 2, "limit": 4, "batch_size": 8, "chat": True, "tasks_dir": None}
+    assert found == expected
+
+
 def test_what_is_refused(tiny_dir, rows, tmp_path, capsys):
     other = tmp_path / "other.jsonl"
     lk.write_completions(other, [lk.Completion("a", "b\u2028", "c")])
@@ -62,6 +85,8 @@ def test_what_is_refused(tiny_dir, rows, tmp_path, capsys):
         ([*scored, "--compare", str(other)], f"--compare {other}: it holds completions of other"),
         ([*scored, "--compare", str(rows)], "line 1: a completion has a text as reference and"),
         ([*command, "--train-on", "x"], "train_on"),
+        (command[:2], "there is nothing to evaluate: give a file of rows, or --tasks"),
+        ([*command[:2], "--tasks", "a", "--metrics", "bleu"], "--metrics are scores of rows"),
     ]:
         assert main(arguments) == 1
         assert message in capsys.readouterr().err
