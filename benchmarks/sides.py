@@ -209,6 +209,49 @@ class Peft(Side):
             return self.model(**inputs, use_cache=False).loss
 
 
+class Full(Lorakit):
+    """Lorakit's training of the model itself; its state of AdamW has `bits` bits."""
+
+    bits = 32
+
+    def load_model(self, folder: str, dtype: torch.dtype) -> nn.Module:
+        return self.lk.load_model(folder, dtype=dtype, device="cpu")
+
+    def adapted(self, rank: int, checkpointing: bool) -> nn.Module:
+        self.model.gradient_checkpointing = checkpointing
+        return self.model.train()
+
+    def make_optimizer(self, **options: float) -> torch.optim.Optimizer:
+        return self.lk.optim.AdamW(self.params, state_bits=self.bits, **options)
+
+
+class Full8bit(Full):
+    bits = 8
+
+
+class Transformers(Peft):
+    """Transformers' training of the model itself, as its Trainer does it with bf16=True.
+
+    The weights are fp32, and products under autocast take them in bfloat16.
+    """
+
+    def __init__(self) -> None:
+        import transformers
+
+        self.transformers = transformers
+        self.used = transformers.AutoModelForCausalLM  # imported on first use
+
+    def load_model(self, folder: str, dtype: torch.dtype) -> nn.Module:
+        self.dtype = dtype
+        return self.transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    def adapted(self, rank: int, checkpointing: bool) -> nn.Module:
+        if checkpointing:
+            options = {"use_reentrant": False}
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        return self.model.train()
+
+
 # ---- what both sides read -----------------------------------------------------------------------
 
 
@@ -241,6 +284,19 @@ class Writer:
     def model(self, source: str, folder: str, dtype: str) -> dict[str, Any]:
         """A Hugging Face directory of a .gguf file."""
         self.lk.save_model(self.lk.load_model(source, dtype=dtype, device="cpu"), folder)
+        return {}
+
+    def first_layers(self, source: str, folder: str, count: int | None) -> dict[str, Any]:
+        """A directory of a model's first layers, or of all of them, in fp32."""
+        model = self.lk.load_model(source, dtype="float32", device="cpu")
+        if count is not None:
+            config = model.config.to_hf() | {"num_hidden_layers": count}
+            smaller = self.decoder(self.lk.ModelConfig.from_hf(config, "the model"))
+            names = {name for name, _ in smaller.named_parameters()}
+            state = {n: t for n, t in model.state_dict().items() if n in names}
+            smaller.load_state_dict(state)
+            smaller.source, model = model.source, smaller
+        self.lk.save_model(model, folder)
         return {}
 
     def tokenizer(self, source: str, folder: str) -> dict[str, Any]:
@@ -307,4 +363,5 @@ def library_tokens(tok: Any) -> Iterator[int]:
 
 SIDES = {
     "lorakit": Lorakit, "emulated": Emulated, "float8": Float8, "peft": Peft, "writer": Writer,
+    "full": Full, "full8bit": Full8bit, "transformers": Transformers,
 }  # fmt: skip
