@@ -10,6 +10,7 @@ its free memory holds beside the rest:
                                of chunks too; Triton's kernels compute them again
     the head                   logits and hidden states of one chunk
     weights made dense         those of the largest MLP
+    what trains                gradients and the optimizer's state, which the first step makes
 """
 
 import torch
@@ -24,7 +25,7 @@ HEAD_BYTES = 1 << 30
 CHUNK = 64  # tokens between two states of linear attention in the reference
 
 
-def kept_layers(model: Decoder, tokens: int, choice: MLPActivations) -> int:
+def kept_layers(model: Decoder, tokens: int, choice: MLPActivations, made_later: int = 0) -> int:
     """Return how many blocks of `model` keep gate and up for a batch of so many tokens.
 
     Args:
@@ -32,6 +33,7 @@ def kept_layers(model: Decoder, tokens: int, choice: MLPActivations) -> int:
         tokens: The most tokens of a batch, the padding included.
         choice: "keep" for all blocks, "recompute" for none, or "auto" for as many as the memory of
             a GPU has room for. On a CPU "auto" keeps all of them.
+        made_later: The bytes of gradients and state that the first step makes.
     """
     config, device = model.config, model.device
     if choice == "recompute":
@@ -40,7 +42,7 @@ def kept_layers(model: Decoder, tokens: int, choice: MLPActivations) -> int:
         return config.num_hidden_layers
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return fitting_layers(model, tokens, free)
+    return fitting_layers(model, tokens, free - made_later)
 
 
 def fitting_layers(model: Decoder, tokens: int, free: int) -> int:

@@ -3,12 +3,26 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
-from lorakit.config.training import TrainConfig
+from lorakit.config.training import OPTIMIZERS, TrainConfig
 from lorakit.models.decoder import Decoder
 from lorakit.training.cores import own_threads
 from lorakit.training.float8 import end_float8, start_float8
 from lorakit.training.kept_layers import kept_layers
 from lorakit.training.log import say
+from lorakit.training.optim import state_bytes
+from lorakit.training.paged_state import has_remainder
+
+
+def bytes_of(model: Decoder, config: TrainConfig) -> int:
+    """Return the bytes of gradients and resident state of all that trains."""
+    state_bits, paged = OPTIMIZERS[config.optim]
+    several, total = config.gradient_accumulation_steps > 1, 0
+    for p in model.parameters():
+        if p.requires_grad:
+            wide_sum = 4 if several and has_remainder(p) else 0
+            total += p.nbytes + wide_sum * p.numel()
+            total += 0 if paged else state_bytes(p, state_bits)
+    return total
 
 
 @contextmanager
@@ -26,7 +40,7 @@ def training_mode(model: Decoder, config: TrainConfig, tokens: int) -> Iterator[
     model.neftune_noise_alpha = config.neftune_noise_alpha
     if config.frozen_dtype is not None:
         say(start_float8(model, config.z_loss))
-    model.kept_layers = kept_layers(model, tokens, config.mlp_activations)
+    model.kept_layers = kept_layers(model, tokens, config.mlp_activations, bytes_of(model, config))
     try:
         # of pairs torch computes the logits, which is too much for its single thread
         with own_threads(model) if config.objective == "sft" else nullcontext():

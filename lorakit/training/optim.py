@@ -284,6 +284,12 @@ def _in_8bit(p: Tensor, state_bits: int) -> bool:
     return state_bits == 8 and p.numel() >= MIN_8BIT_SIZE
 
 
+def state_bytes(p: Tensor, state_bits: int) -> int:
+    """Return the bytes of a parameter's state, resident or in pages."""
+    tensors = layout(p.numel(), _in_8bit(p, state_bits), has_remainder(p)).values()
+    return sum(count * dtype.itemsize for dtype, count in tensors)
+
+
 def _is_8bit(state: Mapping[str, Tensor]) -> bool:
     return "exp_avg_absmax" in state
 

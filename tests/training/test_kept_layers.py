@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lorakit as lk
+from lorakit.config.training import OPTIMIZERS
 from lorakit.models.decoder import Decoder
 from lorakit.training.kept_layers import HEAD_BYTES, SHARE, fitting_layers, kept_layers
+from lorakit.training.mode import bytes_of
 from tests.meta_gpu import MetaGPU
 
 pytest.importorskip("triton")
@@ -72,6 +74,25 @@ def test_states_of_linear_attention_count_where_they_are_kept():
     # the head's space is the same in both; all else is twice as large
     head = HEAD_BYTES / SHARE
     assert (wide << 20) - head == pytest.approx(2 * ((half << 20) - head) + states, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "paged_adamw_8bit"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_what_the_first_step_makes(tiny_dir, dtype, optim, accumulate):
+    """The bytes are those of the gradients, their fp32 sums, and the state that a step leaves."""
+    model = lk.load_model(tiny_dir, dtype=dtype)
+    config = lk.TrainConfig(optim=optim, gradient_accumulation_steps=accumulate)
+    bits, paged = OPTIMIZERS[optim]
+    optimizer = lk.optim.AdamW(model.parameters(), state_bits=bits)
+    ids = torch.arange(8)[None]
+    model.loss(ids, ids)[0].backward()
+    optimizer.step()
+    made = sum(p.grad.nbytes for p in model.parameters())
+    state = sum(t.nbytes for each in optimizer.state.values() for t in each.values())
+    sums = 4 * sum(p.numel() for p in model.parameters())
+    wide = dtype == "bfloat16" and accumulate > 1
+    assert bytes_of(model, config) == made + (0 if paged else state) + (sums if wide else 0)
 
 
 def test_the_choice(model, tiny_dir):
