@@ -29,9 +29,10 @@ from lorakit.training.memory_plan.ledger import Kind, Ledger
 from lorakit.training.memory_plan.pool import Pool
 from lorakit.training.memory_plan.watch import NO_LAYER, Mark, Watch
 from lorakit.training.memory_plan.workspace import cublas
+from lorakit.training.ranks import Ranks
 from lorakit.training.run import run_optimizer
 from lorakit.training.step import backward, prepare
-from lorakit.training.trainable import trainable_layers
+from lorakit.training.trainable import trained_part
 
 STEPS = 2  # the first has no optimizer state
 RATES = 1000  # steps whose rates lie on the device; 16 bytes each
@@ -92,7 +93,11 @@ def forecast(setting: Setting) -> Forecast:
     model = empty_model(setting.config, setting.dtype, setting.quantize)
     with _pretending(setting), ledger:
         _load(setting, model, ledger)
-        attach(model, plain(setting.lora))
+        if setting.train.train == "full":
+            for p in model.parameters():  # as those of a model that was loaded do
+                p.requires_grad_(p.is_floating_point())
+        else:
+            attach(model, plain(setting.lora))
         model.train()
         own_weights(ledger, model)
         with Watch(ledger, model, setting.numbers) as watch:
@@ -143,6 +148,7 @@ def _kind_of(names: Sequence[str], module: nn.Module, leaf: str, p: Tensor) -> K
 def _steps(setting: Setting, model: Decoder, ledger: Ledger, watch: Watch) -> Mapping[Kind, float]:
     """Take the steps, and return what is held after them."""
     train = setting.train
+    trained_part(model, train)  # freezes what is to be frozen
     model.gradient_checkpointing = train.gradient_checkpointing
     model.offload_activations = train.activation_offloading
     model.neftune_noise_alpha = train.neftune_noise_alpha
@@ -150,6 +156,8 @@ def _steps(setting: Setting, model: Decoder, ledger: Ledger, watch: Watch) -> Ma
     watch.begin("optimizer", ("optimizer state", ""))
     optimizer, shares = run_optimizer(model, train)
     params = [p for p in model.parameters() if p.requires_grad]
+    several = train.gradient_accumulation_steps > 1
+    sums = Ranks().gradients(params, train.reduce, False, several)
     for p in params:
         p.register_post_accumulate_grad_hook(lambda p: _own_gradient(ledger, p))
     update = optimizer_step(optimizer, params, [shares] * RATES, train.max_grad_norm)
@@ -175,7 +183,7 @@ def _steps(setting: Setting, model: Decoder, ledger: Ledger, watch: Watch) -> Ma
         watch.begin("forward", ("inputs", ""))
         step = prepare(model, examples, number, rows, train, captured)
         if captured is None:
-            updated(torch.stack(backward(model, step, train, reference)))
+            updated(torch.stack(backward(model, step, train, reference, sums)))
         else:
             captured(step.packed, step.parts)
         del step
@@ -239,7 +247,7 @@ def _captured(
     update: Callable[[Tensor], Tensor],
 ) -> CapturedStep | None:
     """Return what takes steps as CUDA graphs, if a run would."""
-    train, layers = setting.train, trainable_layers(model)
+    train, layers = setting.train, trained_part(model, setting.train).layers
     if not train.packing or setting.device != "cuda" or train.cuda_graph == "off":
         return None
     if why_eager(model, layers, train) is not None:
