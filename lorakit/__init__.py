@@ -81,7 +81,7 @@ _HOME = {
     "import_mlx": "export.mlx",
     "importance": "export.importance",
     "largest_that_fits": "training.memory_plan.search",
-    "lint_rows": "data.inspect",
+    "lint_rows": "data.lint",
     "load_adapter": "adapters.peft_files.load",
     "load_importance": "export.importance",
     "load_model": "models.load",

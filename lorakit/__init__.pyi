@@ -34,8 +34,8 @@ from lorakit.config.quantization import QuantConfig as QuantConfig
 from lorakit.config.run import RunConfig as RunConfig
 from lorakit.config.training import TrainConfig as TrainConfig
 from lorakit.data.examples import encode_rows as encode_rows
-from lorakit.data.inspect import lint_rows as lint_rows
 from lorakit.data.inspect import show_rows as show_rows
+from lorakit.data.lint import lint_rows as lint_rows
 from lorakit.data.mend import Mended as Mended
 from lorakit.data.mend import balance_rows as balance_rows
 from lorakit.data.mend import dedup_rows as dedup_rows

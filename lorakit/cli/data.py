@@ -5,6 +5,7 @@ that they read stays as it is.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,9 +59,11 @@ def _add_reading(actions: Verbs, parents: list[argparse.ArgumentParser]) -> None
     lint = actions.add_parser(
         "lint",
         parents=[*parents, rows],
-        help="report duplicates, lengths, class balance, empty turns and over-long rows",
-        description="Report lengths, class balance, duplicates, empty turns, over-long rows and "
-        "rows that cannot be used. The exit code is 1 if any row cannot be used.",
+        help="report duplicates, lengths, class balance, private strings and leaks",
+        description="Report lengths, scripts, class balance, duplicates and near ones, empty "
+        "turns, answers that repeat the question, strings that look private, over-long rows and "
+        "rows that cannot be used. The exit code is 1 if any row cannot be used, or the file gives "
+        "away a row of the one that --against names.",
     )
     lint.add_argument(
         "--max-seq-length",
@@ -68,6 +71,20 @@ def _add_reading(actions: Verbs, parents: list[argparse.ArgumentParser]) -> None
         default=1024,
         help="a row of more tokens is over-long (default: 1024)",
     )
+    lint.add_argument(
+        "--near",
+        type=float,
+        default=0.8,
+        metavar="SIMILARITY",
+        help="near duplicates share this part of what they say, from 0.3 to 1 (default: 0.8)",
+    )
+    lint.add_argument(
+        "--against",
+        type=Path,
+        metavar="TEST",
+        help="file of rows to test a model on, which those of the first file may give away",
+    )
+    lint.add_argument("--json", action="store_true", help="print the report as JSON")
     lint.set_defaults(run=data_lint)
 
 
@@ -155,15 +172,20 @@ def data_show(args: argparse.Namespace) -> int:
 
 
 def data_lint(args: argparse.Namespace) -> int:
-    """Print a report on the rows, and return 1 if any row cannot be used."""
-    errors: list[str] = []
-    rows = lk.read_rows(args.file, format=args.format, errors=errors, skip_empty=args.skip_empty)
+    """Print a report on the rows, and return 1 if any row cannot be used or is given away."""
+    rows, errors = _readable(args)
     tok = lk.load_tokenizer(args.model, chat_template=args.chat_template)
     report = lk.lint_rows(
-        rows, tok, max_seq_length=args.max_seq_length, train_on=args.train_on, errors=errors
+        rows,
+        tok,
+        max_seq_length=args.max_seq_length,
+        train_on=args.train_on,
+        errors=errors,
+        near=args.near,
+        against=None if args.against is None else lk.read_rows(args.against, format=args.format),
     )
-    print(report)
-    return 1 if report.unusable else 0
+    print(json.dumps(report.as_dict()) if args.json else report)
+    return 1 if report.unusable or report.leaks else 0
 
 
 PARTS = ("train", "validation", "test")

@@ -65,6 +65,15 @@ def question_of(row: Row) -> str:
     return "" if isinstance(row, Text) else row.prompt
 
 
+def asked_of(row: Row) -> list[str]:
+    """Return all texts before the answer of a row but the system's; text has none."""
+    if isinstance(row, Choice):
+        return asked_of(row.chosen)
+    if not isinstance(row, Chat):
+        return [question_of(row)] if question_of(row) else []
+    return spoken_texts(row._replace(messages=row.messages[:-1]))
+
+
 def words_digest(*texts: str) -> bytes:
     """Return 16 bytes that depend on the words of texts, and not on the white space between."""
     words = "\0".join(" ".join(text.split()) for text in texts)

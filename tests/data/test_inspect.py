@@ -6,7 +6,8 @@ import pytest
 
 import lorakit as lk
 from lorakit.cli.main import main
-from lorakit.data.inspect import lint_rows, show_rows
+from lorakit.data.inspect import show_rows
+from lorakit.data.lint import lint_rows
 from tests.data.chats import SYSTEM, assistant, user
 
 
