@@ -186,8 +186,7 @@ def _summary(run: "lk.PlannedRun") -> str:
     """Return the run in a few words."""
     storage = run.dtype if run.quantize is None else run.quantize.quant_type
     parts = [f"{run.model}", f"weights in {storage}"]
-    if run.lora is not None:
-        parts.append(f"LoRA of rank {run.lora.r}")
+    parts.append("all trained" if run.lora is None else f"LoRA of rank {run.lora.r}")
     if run.generate is not None:
         rows, prompt, new = run.generate
         return ", ".join([*parts, f"{rows} texts of {prompt} + {new} tokens"])

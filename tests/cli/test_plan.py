@@ -167,3 +167,17 @@ def test_train_refuses_what_cannot_fit(run_file, tmp_path, capsys, monkeypatch):
     assert "of memory, and 1.2 MB are free: with " in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_forecast_of_lorakits_own_step(planned, capsys):
+    """On a pretended GPU: what is kept between steps is what the model's tensors take."""
+    told = json.loads(_json(planned, capsys, "--device", "4090", "--largest", "batch"))
+    model = lk.load_model(yaml.safe_load(open(planned).read())["model"], quantize="nf4")
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    kept = told["plan"]["resident"]
+    frozen = sum(
+        kept.get(name, 0) for name in ("packed weights", "scales", "embeddings", "weights")
+    )
+    assert weights <= frozen + kept.get("rounding", 0) + kept.get("head", 0)
+    assert told["plan"]["phases"].keys() >= {"loading", "forward", "head", "backward", "optimizer"}
+    assert told["largest"]["batch"] == 4096

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorakit.config.adapters import LoraConfig
-from lorakit.config.errors import LorakitError
 from lorakit.config.quantization import QuantConfig
 from lorakit.config.run import RunConfig
 from lorakit.config.training import TrainConfig
@@ -100,8 +99,6 @@ class PlannedRun:
 
     @cached_property
     def _forecast(self) -> MemoryPlan:
-        if self.train.train == "full":
-            raise LorakitError("the memory of full fine-tuning is not forecast yet")
         return plan_memory(
             self.model,
             dtype=self.dtype,
@@ -112,7 +109,7 @@ class PlannedRun:
             documents=self.documents(),
             device=self.device,
             capability=self.capability,
-            ranks=self.ranks,
+            ranks=1 if self.shard == "none" else self.ranks,  # each has all, as one has
             shard=self.shard,
             offload_weights=self.offload_weights,
             generate=self.generate,

@@ -32,7 +32,7 @@ def plan_table(plan: MemoryPlan, card: Card | None = None, *, width: int = 100) 
     lines = [f"{'':{names}}   between steps  at the peak"]
     for name, between, peak in rows:
         lines.append(_line(name, names, between, peak, round(bars * peak / whole)))
-    between, peak = (sum(row[i] for row in rows) for i in (1, 2))
+    between, peak = sum(row[1] for row in rows), sum(row[2] for row in rows)
     lines.append(_line("together", names, between, peak, 0))
     if left > 0:
         lines.append(f"{'left of the device':{names}}   {'':13}  {format_bytes(left):>11}")
@@ -75,7 +75,7 @@ def _kinds(plan: MemoryPlan, whole: int) -> list[tuple[str, int, int]]:
 
 def _line(name: str, names: int, between: int, peak: int, bar: int) -> str:
     numbers = "  ".join(
-        f"{format_bytes(size) if size else '-':>{width}}"
+        f"{format_bytes(size) if size >= 1000 else '-':>{width}}"
         for size, width in ((between, 13), (peak, 11))
     )
     return f"{name:{names}}   {numbers}  {'#' * bar}".rstrip()
