@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 # public name -> the module of lorakit that defines it
 _HOME = {
     "AdaLoraConfig": "adapters.methods.adalora",
+    "BertScore": "evaluation.bertscore",
     "Card": "training.memory_plan.cards",
     "Comparison": "evaluation.intervals",
     "Completion": "evaluation.completions",
@@ -50,6 +51,7 @@ _HOME = {
     "add_tokens": "adapters.new_tokens",
     "attach": "adapters.attach",
     "balance_rows": "data.mend",
+    "bert_score": "evaluation.bertscore",
     "bootstrap_interval": "evaluation.intervals",
     "check_export": "export.check",
     "check_memory": "training.memory_plan.before",

@@ -47,6 +47,8 @@ from lorakit.data.rows import read_rows as read_rows
 from lorakit.data.splitting import split_rows as split_rows
 from lorakit.data.write import write_rows as write_rows
 from lorakit.evaluation import metrics as metrics
+from lorakit.evaluation.bertscore import BertScore as BertScore
+from lorakit.evaluation.bertscore import bert_score as bert_score
 from lorakit.evaluation.completions import Completion as Completion
 from lorakit.evaluation.completions import complete_rows as complete_rows
 from lorakit.evaluation.completions import read_completions as read_completions
