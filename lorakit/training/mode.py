@@ -16,7 +16,7 @@ from lorakit.training.paged_state import has_remainder
 def bytes_of(model: Decoder, config: TrainConfig) -> int:
     """Return the bytes of gradients and resident state of all that trains."""
     state_bits, paged = OPTIMIZERS[config.optim]
-    several, total = config.gradient_accumulation_steps > 1, 0
+    several, total = config.batches_of_step > 1, 0
     for p in model.parameters():
         if p.requires_grad:
             wide_sum = 4 if several and has_remainder(p) else 0

@@ -169,10 +169,10 @@ def test_train_refuses_what_cannot_fit(run_file, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_forecast_of_lorakits_own_step(planned, capsys):
-    """On a pretended GPU: what is kept between steps is what the model's tensors take."""
+def test_a_forecast_of_lorakits_own_step(planned, tiny_dir, capsys):
+    """The frozen tensors that a pretended GPU keeps between steps are those of the model."""
     told = json.loads(_json(planned, capsys, "--device", "4090", "--largest", "batch"))
-    model = lk.load_model(yaml.safe_load(open(planned).read())["model"], quantize="nf4")
+    model = lk.load_model(tiny_dir, quantize="nf4")
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     kept = told["plan"]["resident"]
     frozen = sum(

@@ -156,7 +156,7 @@ def _steps(setting: Setting, model: Decoder, ledger: Ledger, watch: Watch) -> Ma
     watch.begin("optimizer", ("optimizer state", ""))
     optimizer, shares = run_optimizer(model, train)
     params = [p for p in model.parameters() if p.requires_grad]
-    several = train.gradient_accumulation_steps > 1
+    several = train.batches_of_step > 1
     sums = Ranks().gradients(params, train.reduce, False, several)
     for p in params:
         p.register_post_accumulate_grad_hook(lambda p: _own_gradient(ledger, p))
