@@ -124,6 +124,11 @@ class AdamW(torch.optim.Optimizer):
         """Whether the state is paged."""
         return self._paged is not None
 
+    @property
+    def paged_bytes(self) -> int:
+        """The bytes of all pages of the state, resident or not."""
+        return 0 if self._paged is None else self._paged.nbytes
+
     def add_param_group(self, param_group: Group) -> None:
         """Add a group, as torch does. Raises LorakitError if its state_bits are not 32 or 8."""
         _Plain.add_param_group(self, param_group)

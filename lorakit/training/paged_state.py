@@ -22,12 +22,14 @@ import torch
 from torch import Tensor
 
 from lorakit.config.errors import LorakitError
+from lorakit.kernels import pretend
 from lorakit.kernels.ops.adamw.state import BLOCK
 from lorakit.training.paging import (
     PAGE_BYTES,
     FileStore,
     PageTable,
     PinnedStore,
+    PretendedStore,
     Store,
     check_budget,
     mapped,
@@ -130,6 +132,11 @@ class PagedState:
         self._ends: dict[torch.device, int] = {}
         self._pieces: dict[Tensor, list[Piece]] = {}
         self._in_8bit: dict[Tensor, bool] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all pages, wherever they lie."""
+        return sum(table.pages * self.page_bytes for table in self._tables.values())
 
     def __contains__(self, p: Tensor) -> bool:
         return p in self._pieces
@@ -236,6 +243,8 @@ class PagedState:
                 store = PinnedStore(device, self.page_bytes)
             elif device.type == "cpu":
                 store = FileStore(self.directory, self.page_bytes)
+            elif pretend.kind_of(device) in ("cpu", "cuda"):
+                store = PretendedStore(device, self.page_bytes)
             else:
                 raise LorakitError(f"AdamW: state of parameters on {device} cannot be paged")
             self._tables[device] = PageTable(store, self.budget)

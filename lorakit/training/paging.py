@@ -291,6 +291,41 @@ class PinnedStore:
         return _Slot(memory, torch.cuda.current_stream(self.device).record_event())
 
 
+class PretendedStore:
+    """Pages of a device that is pretended (kernels/pretend.py): a resident one has its size."""
+
+    def __init__(self, device: torch.device, page_bytes: int = PAGE_BYTES):
+        self.page_bytes, self.device = page_bytes, device
+        self._resident: dict[int, Tensor] = {}
+        self._free: list[Tensor] = []
+
+    def grow(self, pages: int) -> None:
+        """Nothing is kept."""
+
+    def load(self, page: int) -> Tensor:
+        memory = self._free.pop() if self._free else self._new()
+        self._resident[page] = memory
+        return memory
+
+    def wait(self, page: int) -> None:
+        """There is nothing to wait for."""
+
+    def used(self, page: int) -> None:
+        """There is nothing to wait for."""
+
+    def write_back(self, page: int) -> None:
+        """There are no values."""
+
+    def drop(self, page: int) -> None:
+        self._free.append(self._resident.pop(page))
+
+    def read(self, page: int, into: Tensor) -> None:
+        raise LorakitError("a device that is pretended holds no values")
+
+    def _new(self) -> Tensor:
+        return torch.empty(self.page_bytes, dtype=torch.uint8, device=self.device)
+
+
 def scratch_file(directory: str | Path | None) -> FileIO:
     """Return a new file without a name in `directory`, or in the system's for temporary files.
 

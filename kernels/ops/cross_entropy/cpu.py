@@ -39,9 +39,9 @@ def _run(
 
 
 def _check(labels: Tensor, V: int, ignore_index: int) -> None:
-    outside = ((labels < 0) | (labels >= V)) & (labels != ignore_index)
-    if outside.any():
-        label = labels[outside][0].item()
+    known = ((labels >= 0) & (labels < V)) | (labels == ignore_index)
+    if not known.all():
+        label = labels[~known][0].item()
         raise IndexError(f"label {label} is outside of the vocabulary of {V} words")
 
 
@@ -53,7 +53,7 @@ def loss_and_lse(
     The rows of the logits may lie apart. Raises IndexError for a label that is not a word.
     """
     _check(labels, logits.shape[1], ignore_index)
-    loss, lse = torch.empty((2, len(labels)), dtype=torch.float32).unbind()
+    loss, lse = torch.empty((2, len(labels)), dtype=torch.float32, device=labels.device).unbind()
     _run(logits, labels, loss, lse, None, None, form, ignore_index)
     return loss, lse
 
@@ -62,7 +62,7 @@ def gradient(
     logits: Tensor, labels: Tensor, lse: Tensor, scale: Tensor, form: Form, ignore_index: int,
 ) -> Tensor:  # fmt: skip
     """Return d (scale * sum of losses) / d logits, [N, V]; scale: fp32 []."""
-    out = torch.empty(logits.shape, dtype=logits.dtype)
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     _run(logits, labels, None, lse, out, scale, form, ignore_index)
     return out
 
@@ -70,12 +70,12 @@ def gradient(
 def logits(h: Tensor, head: Tensor | Packed) -> Tensor:
     """Return h [n, H] times the transpose of the head [V, H]: [n, V] in h's dtype."""
     if by_sums(head, h):
-        out = torch.empty((len(h), head.shape[0]), dtype=h.dtype)
+        out = torch.empty((len(h), head.shape[0]), dtype=h.dtype, device=h.device)
         sums_of_products([Sum([Term(dense_rows(h), head, True)], out)])
         return out
     if is_ready(head, h.dtype):
         return dispatch.linear(h, head)
-    out = torch.empty((len(h), head.shape[0]), dtype=h.dtype)
+    out = torch.empty((len(h), head.shape[0]), dtype=h.dtype, device=h.device)
     for words, panel in panels(head, h.dtype):
         torch.mm(h, panel.t(), out=out[:, words])
     return out
@@ -90,7 +90,7 @@ def loss_and_gradient(
     nothing.
     """
     _check(labels, logits.shape[1], ignored)
-    loss, lse = torch.empty((2, len(labels)), dtype=torch.float32).unbind()
+    loss, lse = torch.empty((2, len(labels)), dtype=torch.float32, device=labels.device).unbind()
     found = logits if need else None
     _run(logits, labels, loss, lse, found, torch.ones(()), form, ignored)
     return loss.sum()

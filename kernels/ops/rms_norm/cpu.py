@@ -39,9 +39,9 @@ def normalize(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, llama: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalize x [rows, H], or x + residual: return y, the sum (or x), and rstd fp32 [rows]."""
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = x if residual is None else torch.empty_like(y)
-    rstd = torch.empty(len(x), dtype=torch.float32)
+    rstd = torch.empty(len(x), dtype=torch.float32, device=x.device)
     pointers = [address(t) for t in (x, residual, weight, total, y, rstd)]
     strides = x.stride(0), 0 if residual is None else residual.stride(0)
     run("rms_norm", x.dtype, Norm(*pointers, *strides, *x.shape, llama, eps, offset))
@@ -57,7 +57,9 @@ def gradients(
     The gradient of the sum, if there is one, is added to dx.
     """
     dx, pieces = torch.empty_like(grad), min(PIECES, len(x))
-    dw = torch.empty((pieces, x.shape[1]), dtype=torch.float32) if need_dw else None
+    dw = None
+    if need_dw:
+        dw = torch.empty((pieces, x.shape[1]), dtype=torch.float32, device=x.device)
     pointers = [address(t) for t in (grad, grad_total, x, weight, rstd, dx, dw)]
     arguments = Gradient(*pointers, x.stride(0), *x.shape, pieces, offset)
     run("rms_norm_backward", x.dtype, arguments)

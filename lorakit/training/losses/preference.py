@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorakit import kernels
 from lorakit.adapters.manage import disable_adapters
 from lorakit.config.errors import LorakitError
 from lorakit.models.decoder import Decoder
@@ -149,7 +150,8 @@ def pair_losses(
         options = {"beta": beta, "label_smoothing": label_smoothing}
         losses = dpo_loss(chosen, rejected, better, worse, **options)
         return losses, chosen - better > rejected - worse
-    lengths = counts.clamp(min=1).chunk(2)
+    # counted where the labels lie, which is host memory
+    lengths = kernels.dispatch.sent(counts.clamp(min=1), found.device).chunk(2)
     chosen, rejected = chosen / lengths[0], rejected / lengths[1]
     return -chosen + orpo_loss(chosen, rejected, beta=beta), chosen > rejected
 

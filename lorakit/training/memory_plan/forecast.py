@@ -24,6 +24,7 @@ from lorakit.models.empty import empty_model, fill_empty
 from lorakit.models.packed_layers import PackedWeight
 from lorakit.training.captured import CapturedStep, Function, Recording, why_eager
 from lorakit.training.device_step import optimizer_step
+from lorakit.training.float8 import check_frozen_dtype, start_float8
 from lorakit.training.losses.reference import Reference
 from lorakit.training.memory_plan.ledger import Kind, Ledger
 from lorakit.training.memory_plan.pool import Pool
@@ -76,13 +77,13 @@ class Forecast:
     Attributes:
         resident: What is held between two steps.
         peaks: What is held at the peak of each moment.
-        reserved: What CUDA's allocator has taken of the card by then.
+        reserved: What CUDA's allocator takes of the card for it.
         host: The most bytes of copies in host memory.
     """
 
     resident: Mapping[Kind, float]
     peaks: Mapping[Mark, Mapping[Kind, float]]
-    reserved: Mapping[Mark, float]
+    reserved: float
     host: float
 
 
@@ -101,9 +102,10 @@ def forecast(setting: Setting) -> Forecast:
         model.train()
         own_weights(ledger, model)
         with Watch(ledger, model, setting.numbers) as watch:
-            resident = _steps(setting, model, ledger, watch)
+            resident, paged = _steps(setting, model, ledger, watch)
     peaks = {mark: peak.kinds for mark, peak in ledger.peaks.items() if mark}
-    return Forecast(resident, peaks, dict(ledger.reserved), ledger.most_on_host)
+    reserved = ledger.pool.peak_reserved if ledger.pool is not None else 0
+    return Forecast(resident, peaks, reserved, ledger.most_on_host + paged)
 
 
 def _pretending(setting: Setting) -> AbstractContextManager[None]:
@@ -145,14 +147,20 @@ def _kind_of(names: Sequence[str], module: nn.Module, leaf: str, p: Tensor) -> K
     return "weights", ""
 
 
-def _steps(setting: Setting, model: Decoder, ledger: Ledger, watch: Watch) -> Mapping[Kind, float]:
-    """Take the steps, and return what is held after them."""
+def _steps(
+    setting: Setting, model: Decoder, ledger: Ledger, watch: Watch
+) -> tuple[Mapping[Kind, float], int]:
+    """Take the steps; return what is held after them, and the bytes of paged state."""
     train = setting.train
     trained_part(model, train)  # freezes what is to be frozen
     model.gradient_checkpointing = train.gradient_checkpointing
     model.offload_activations = train.activation_offloading
     model.neftune_noise_alpha = train.neftune_noise_alpha
     model.kept_layers = setting.kept_layers
+    if train.frozen_dtype is not None:
+        check_frozen_dtype(model, train)
+        with ledger.as_kind(("weights", "")):
+            start_float8(model, train.z_loss)
     watch.begin("optimizer", ("optimizer state", ""))
     optimizer, shares = run_optimizer(model, train)
     params = [p for p in model.parameters() if p.requires_grad]
@@ -188,7 +196,7 @@ def _steps(setting: Setting, model: Decoder, ledger: Ledger, watch: Watch) -> Ma
             captured(step.packed, step.parts)
         del step
         optimizer.zero_grad(set_to_none=True)
-    return dict(+ledger.now)
+    return dict(+ledger.now), optimizer.paged_bytes
 
 
 def _own_gradient(ledger: Ledger, p: Tensor) -> None:

@@ -57,7 +57,6 @@ class Ledger(TorchDispatchMode):
         host: The bytes of copies in host memory that are held now.
         most_on_host: The most that `host` was.
         peaks: The peak of each mark that there was.
-        reserved: The most that the pool had reserved while a mark was current.
 
     Args:
         device: The type of the device, such as "meta".
@@ -73,7 +72,6 @@ class Ledger(TorchDispatchMode):
         self.total, self.host, self.most_on_host = 0, 0, 0
         self.now: Counter[Kind] = Counter()
         self.peaks: dict[Any, Peak] = {}
-        self.reserved: dict[Any, int] = {}
         self._held: dict[int, _Held] = {}
         self._on_host: dict[int, int] = {}
         self._mark: Any = ""
@@ -158,9 +156,6 @@ class Ledger(TorchDispatchMode):
         known = self.peaks.get(self._mark)
         if known is None or self.total > known.total:
             self.peaks[self._mark] = Peak(self.total, dict(+self.now))
-        if self.pool is not None:
-            most = self.reserved.get(self._mark, 0)
-            self.reserved[self._mark] = max(most, self.pool.reserved)
 
     # ---- watching ----
 
@@ -230,6 +225,16 @@ def _copied_into(ledger: Ledger, func: Any, to: Tensor, t: Tensor, *rest: Any) -
     return to
 
 
+def _counts(
+    ledger: Ledger, func: Any, t: Tensor, weights: Tensor | None = None, minlength: int = 0
+) -> Tensor:
+    """Return, in host memory, how often each number occurs: all equally often, as far as can be."""
+    if not t.is_meta:
+        return func(t, weights, minlength)
+    n, bins = len(t), minlength
+    return torch.tensor([n * (i + 1) // bins - n * i // bins for i in range(bins)])
+
+
 def _of_first(ledger: Ledger, func: Any, first: Tensor, *rest: Any, **options: Any) -> Tensor:
     """Torch 2.13 fails on beta, on the meta device; 2.11 in the first of them too."""
     return torch.empty_like(first) if first.is_meta else func(first, *rest, **options)
@@ -243,6 +248,7 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
     aten._local_scalar_dense.default: _value,
     aten._to_copy.default: _copied,
     aten.copy_.default: _copied_into,
+    aten.bincount.default: _counts,
     aten.addmm.dtype: _of_first,
     aten.baddbmm.dtype: _of_first,
     aten._scaled_mm.out: _into_out,

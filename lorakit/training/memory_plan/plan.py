@@ -18,6 +18,7 @@ from lorakit.kernels.dispatch import has_triton
 from lorakit.kernels.pretend import H100
 from lorakit.models.config import ModelConfig
 from lorakit.training.memory_plan.forecast import Forecast, Setting, forecast
+from lorakit.training.memory_plan.layers import forecast_by_layers
 from lorakit.training.memory_plan.ledger import Kind
 
 
@@ -95,19 +96,30 @@ def plan_memory(
         LorakitError: The model or a setting is unknown, or Triton is missing for a GPU.
     """
     started = time.perf_counter()
+    _check_rows(tokens, documents, label_share)
     _check(device, ranks, shard, offload_weights, generate)
     train, config = train or TrainConfig(), model_config(model)
     given = quant_config(quantize), lora or LoraConfig(), train, _rows(train, tokens, documents)
     numbers = list(range(config.num_hidden_layers))
     whole = config, numbers, kept_of(config, train), to_dtype(dtype)
     setting = Setting(*whole, *given, label_share, device, capability)
-    found = forecast(setting)
+    found = forecast_by_layers(setting, forecast)
     return _plan(found, device, time.perf_counter() - started)
 
 
 def kept_of(config: ModelConfig, train: TrainConfig) -> int:
     """Return how many blocks keep gate and up for backward."""
     return 0 if train.mlp_activations == "recompute" else config.num_hidden_layers
+
+
+def _check_rows(tokens: int | None, documents: Sequence[int] | None, label_share: float) -> None:
+    """Raise LorakitError for rows that no run can have."""
+    if not 0 < label_share <= 1:
+        raise LorakitError(f"plan_memory: label_share is {label_share}; it must be in (0, 1]")
+    if tokens is not None and tokens < 2:
+        raise LorakitError(f"plan_memory: tokens is {tokens}; a row has at least 2")
+    if documents is not None and (not documents or min(documents) < 2):
+        raise LorakitError("plan_memory: documents must hold lengths of at least 2")
 
 
 def _check(
@@ -165,7 +177,7 @@ def _plan(found: Forecast, device: str, seconds: float) -> MemoryPlan:
     parts = {part: round(size) for (_, part), size in kinds.items() if part and size}
     return MemoryPlan(
         peak=peak,
-        reserved=round(max(found.reserved.values())) if device == "cuda" else peak,
+        reserved=round(found.reserved) if device == "cuda" else peak,
         host=round(found.host) if device == "cuda" else 0,
         when=mark.phase,
         resident=_by_name(found.resident),

@@ -1,0 +1,124 @@
+"""A forecast of all layers from a few: bytes are linear in the number of layers of each kind.
+
+Layers that differ in nothing but their number are of one kind. A base of few layers, FEW of each
+kind, is forecast, and once more for each kind with a layer more of it. What that layer adds stands
+for all those that are left out. It is added to what is held at the peak of each moment by itself:
+which moment has the highest peak may change with the number of layers, as checkpoints are given
+back while gradients grow.
+
+The layers of the base are the last ones of each kind, and one that is its first. The highest peaks
+are at the ends: bytes rise or fall from layer to layer. What is said of a layer between, before the
+one that is added, is too little, which no peak is told by.
+
+What the allocator reserves is no such sum. It is taken to be the same share above the peak as in
+the base.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any, TypeVar
+
+from lorakit.models.config import ModelConfig
+from lorakit.training.memory_plan.forecast import Forecast, Setting
+
+FEW = 3
+K = TypeVar("K", bound=Hashable)
+
+
+def forecast_by_layers(setting: Setting, forecast: Callable[[Setting], Forecast]) -> Forecast:
+    """Return the forecast of all layers of a setting; `forecast` is called for some of them."""
+    kinds = kinds_of(setting)
+    if not is_regular(setting):
+        return forecast(setting)
+    left = Counter(kinds)
+    base: set[int] = set()
+    more: dict[Hashable, int] = {}
+    for kind in left:
+        of_kind = [i for i, each in enumerate(kinds) if each == kind]
+        chosen = {of_kind[0], *of_kind[1 - FEW :]}
+        base |= chosen
+        left[kind] -= len(chosen)
+        if left[kind]:
+            more[kind] = max(set(of_kind) - chosen)
+    whole_layers = len(base) + len(more) * (len(base) + 1)
+    if whole_layers >= len(kinds):
+        return forecast(setting)
+    found = forecast(with_layers(setting, sorted(base)))
+    steps = {
+        kind: (left[kind], forecast(with_layers(setting, sorted({*base, layer}))))
+        for kind, layer in more.items()
+    }
+    return extended(found, list(steps.values()))
+
+
+def kinds_of(setting: Setting) -> list[Hashable]:
+    """Return what the layers of a model are, by number; equal ones take the same memory."""
+    config = setting.config
+    return [
+        (
+            config.is_linear(i),
+            config.slides(i),
+            config.rope_number(i),
+            config.has_experts(i),
+            config.kv_source(i) is None,
+            i < setting.kept_layers,
+        )
+        for i in range(config.num_hidden_layers)
+    ]
+
+
+def is_regular(setting: Setting) -> bool:
+    """Return whether no setting names single layers of the model."""
+    names: list[object] = [] if setting.quantize is None else [*setting.quantize.skip_modules]
+    for value in vars(setting.lora).values():
+        names += value if isinstance(value, (str, list, dict)) else ()
+    layers = vars(setting.lora).get("layers_to_transform")
+    return layers is None and not any(c.isdigit() for name in names for c in str(name))
+
+
+def with_layers(setting: Setting, layers: Sequence[int]) -> Setting:
+    """Return a setting with these layers of the model alone, in their order."""
+    config = setting.config
+    chosen: dict[str, Any] = {"num_hidden_layers": len(layers)}
+    for each in fields(ModelConfig):
+        values = vars(config)[each.name]
+        if each.name.endswith("_layers") and isinstance(values, list) and values:
+            chosen[each.name] = [values[i] for i in layers]
+    shared = sum(config.kv_source(i) is not None for i in layers)
+    few = replace(config, **chosen, num_kv_shared_layers=shared)
+    kept = sum(i < setting.kept_layers for i in layers)
+    return replace(
+        setting, config=few, numbers=[setting.numbers[i] for i in layers], kept_layers=kept
+    )
+
+
+def extended(base: Forecast, steps: Sequence[tuple[int, Forecast]]) -> Forecast:
+    """Return a forecast with more layers.
+
+    Args:
+        base: The forecast of few.
+        steps: How many layers of a kind are left out, and the forecast with one of them.
+    """
+    peaks = {
+        mark: _added(kinds, [(n, each.peaks[mark]) for n, each in steps])
+        for mark, kinds in base.peaks.items()
+    }
+    most = max(sum(kinds.values()) for kinds in peaks.values())
+    return Forecast(
+        resident=_added(base.resident, [(n, each.resident) for n, each in steps]),
+        peaks=peaks,
+        reserved=base.reserved * most / max(sum(kinds.values()) for kinds in base.peaks.values()),
+        host=base.host + sum(n * (each.host - base.host) for n, each in steps),
+    )
+
+
+def _added(
+    base: Mapping[K, float], steps: Sequence[tuple[int, Mapping[K, float]]]
+) -> dict[K, float]:
+    names = dict.fromkeys([*base, *(name for _, each in steps for name in each)])
+    return {
+        name: base.get(name, 0)
+        + sum(n * (each.get(name, 0) - base.get(name, 0)) for n, each in steps)
+        for name in names
+    }
