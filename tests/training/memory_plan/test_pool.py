@@ -21,7 +21,7 @@ SIZES = st.one_of(st.integers(1, 4096), st.integers(1, 3 << 20), st.integers(9 <
     ],
 )
 def test_the_segment_of_a_first_request(size, segment):
-    """As CUDACachingAllocator.cpp says in get_allocation_size."""
+    """The rules are those of get_allocation_size in CUDACachingAllocator.cpp."""
     pool = Pool()
     assert pool.take(size).size >= rounded(size)
     assert pool.reserved == segment
