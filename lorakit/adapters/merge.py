@@ -32,6 +32,7 @@ from lorakit.models.decoder import Decoder
 from lorakit.models.hooks import has_own_forward
 from lorakit.models.load import dense_weights
 from lorakit.models.packed_layers import PackedWeight, packed_layer
+from lorakit.models.sharding import divide_like, gathered
 
 BASES = ("dequantized", "dense", "nf4")
 _TOKENS = 32  # the drift is measured on so many, where the caller gives none
@@ -72,7 +73,8 @@ def merge(
 ) -> Drift | None:
     """Let every adapted layer compute with one weight that holds base and selected adapter.
 
-    This needs memory for the merged weights beside the base. `save_model` writes merged weights;
+    This needs memory for the merged weights beside the base; those of a sharded model are sharded
+    too, and all ranks must call it. `save_model` writes merged weights;
     `unmerge` returns to base and adapter.
 
     Args:
@@ -174,7 +176,8 @@ def _merged(name: str, each: Attached, base: str, original: LazyTensor | None) -
             f"merge: {name} has a forward of its own (accelerate's hooks?), which would still "
             "compute with the old weight; take that off first"
         )
-    merged = each.make_merged(weight)
+    with gathered(each.base):
+        merged = each.make_merged(weight)
     added = isinstance(each, AttachedLinear) and each.base.bias is None
     if added and merged._parameters.get("bias") is not None:
         raise LorakitError(
@@ -187,6 +190,8 @@ def _merged(name: str, each: Attached, base: str, original: LazyTensor | None) -
     if base == "nf4" and isinstance(each.base, PackedWeight):
         assert isinstance(merged, (nn.Linear, nn.Embedding))  # packed ones merge into these
         merged = packed_layer(merged, each.base.config)
+    if isinstance(each, (AttachedLinear, AttachedEmbedding)):  # the others' parts are whole
+        divide_like(merged, next(each.original.parameters()))
     return merged
 
 

@@ -19,6 +19,7 @@ from lorakit.config.errors import LorakitError, nearest
 from lorakit.config.patterns import lies_in
 from lorakit.models.decoder import Decoder
 from lorakit.models.packed_layers import PackedWeight
+from lorakit.models.sharding import gathered
 
 _ONLY_LORA = "shares its weight with another module; only LoRA saves both"
 
@@ -82,4 +83,5 @@ def _trainable_copy(name: str, module: nn.Module) -> nn.Module:
         raise LorakitError(f"modules_to_save: {name} is packed; only a dense module can be trained")
     if not list(module.parameters()):
         raise LorakitError(f"modules_to_save: {name} has no parameters")
-    return copy.deepcopy(module).requires_grad_(True)
+    with gathered(module):
+        return copy.deepcopy(module).requires_grad_(True)

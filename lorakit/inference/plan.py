@@ -56,7 +56,7 @@ def make_plan(model: Decoder, longest: int) -> Plan | None:
 
     No row has more than `longest` positions.
     """
-    if _computes_more(model.config, longest):
+    if _computes_more(model.config, longest) or model.mesh is not None:  # weights that move
         return None
     if not kernels.decode_compiled(model.device):
         return None

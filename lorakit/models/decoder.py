@@ -21,7 +21,9 @@ V vocabulary.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +36,12 @@ from lorakit.models.config import ModelConfig
 from lorakit.models.head import OutputHead
 from lorakit.models.per_layer import HostTable
 from lorakit.models.recompute import run_recomputed
+from lorakit.models.sharding import gathered
 from lorakit.models.source import Source
 from lorakit.models.views import AttentionView, PackedRow, attention_views
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class Decoder(nn.Module):
@@ -64,6 +70,7 @@ class Decoder(nn.Module):
         neftune_noise_alpha: A number a; in training, uniform noise up to a / sqrt(T H) is added to
             the embeddings (NEFTune, arXiv:2310.05914). None, the default: no noise.
         source: The files that the weights came from, or None.
+        mesh: The ranks that the weights are divided among (sharding.py); None: they are whole here.
         beginning: The learned prompt, or the empty place for one.
         model: The embedding, the blocks and the last norm.
         lm_head: The output head; None if it is the embedding itself.
@@ -77,6 +84,7 @@ class Decoder(nn.Module):
         self.neftune_noise_alpha: float | None = None
         self.float8_head: kernels.Float8Weight | None = None
         self.source: Source | None = None
+        self.mesh: DeviceMesh | None = None
         self.beginning = NoPrompt()  # the saved state of runs has this name
         self.model = Trunk(config)
         self.lm_head: nn.Module | None = None
@@ -139,13 +147,7 @@ class Decoder(nn.Module):
         """
         parts = self.model.per_layer_inputs(input_ids, x)
         cache = self.shared_keys(cache)
-        added: Tensor | None = None  # what the last block adds to x; the next norm reads both
-        for block, view, part in zip(self.model.layers, views, parts, strict=True):
-            if view.recomputed and not _keeps_for_others(cache, block):
-                x, offload = x if added is None else x + added, self.offload_activations
-                x, added = run_recomputed(block, x, None, view, cache, part, offload=offload)
-            else:
-                x, added = block(x, added, view, cache, part)
+        x, added = self.model.layers(x, views, cache, parts, self.offload_activations)
         return self.model.norm(x) if added is None else self.model.norm(added, x)[0]
 
     def shared_keys(self, cache: Storage | None) -> Storage | None:
@@ -158,7 +160,8 @@ class Decoder(nn.Module):
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Return the embeddings [B, T, H] of input_ids, scaled where the family does so."""
-        x = self.model.embed_tokens(input_ids)
+        with self._whole(self.model.embed_tokens):
+            x = self.model.embed_tokens(input_ids)
         if self.config.scale_embeddings:
             # the factor is rounded to the model's dtype, as it was in training
             x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)
@@ -188,16 +191,22 @@ class Decoder(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Return the logits [..., V] of hidden states [..., H]."""
-        return self._output_head().logits(hidden)
+        with self._whole(self._head_layer()):
+            return self._output_head().logits(hidden)
+
+    def _whole(self, layer: nn.Module) -> AbstractContextManager[None]:
+        """Return the context in which the weights of the embedding or the head are whole."""
+        return nullcontext() if self.mesh is None else gathered(layer)
+
+    def _head_layer(self) -> nn.Module:
+        return self.model.embed_tokens if self.lm_head is None else self.lm_head
 
     def _output_head(self) -> OutputHead:
         tied = self.lm_head is None
-        layer = self.model.embed_tokens if self.lm_head is None else self.lm_head
         float8 = self.float8_head if self.training else None
-        config = self.config
-        return OutputHead(
-            layer, tied, config.final_logit_softcapping, float8, config.logits_scaling
-        )
+        softcap, scaling = self.config.final_logit_softcapping, self.config.logits_scaling
+        options = softcap, float8, scaling, self.mesh is not None
+        return OutputHead(self._head_layer(), tied, *options)
 
     def frozen_head(self) -> Tensor | kernels.Packed | None:
         """Return the weight [V, H] of the head, unless it trains or the head computes more."""
@@ -237,12 +246,11 @@ class Decoder(nn.Module):
             The sum, fp32 [], and the count, int64 [].
         """
         hidden = self._hidden_for_loss(input_ids, labels, attention_mask, cu_seqlens)
-        return self._output_head().loss(
-            hidden,
-            _next_tokens(labels, cu_seqlens),
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-        )
+        targets = _next_tokens(labels, cu_seqlens)
+        with self._whole(self._head_layer()):
+            return self._output_head().loss(
+                hidden, targets, label_smoothing=label_smoothing, z_loss=z_loss
+            )
 
     def packed_loss(
         self, row: PackedRow, *, label_smoothing: float = 0.0, z_loss: float = 0.0
@@ -292,8 +300,9 @@ class Decoder(nn.Module):
         else:
             parts = [slice(start, end) for start, end in pairwise(cu_seqlens.tolist())]
             rows = [(hidden[:, part], targets[:, part]) for part in parts]
-        head = self._output_head()
-        sums, counts = zip(*(head.loss(*row) for row in rows), strict=True)
+        with self._whole(self._head_layer()):
+            head = self._output_head()
+            sums, counts = zip(*(head.loss(*row) for row in rows), strict=True)
         return torch.stack(sums), torch.stack(counts)
 
     def _hidden_for_loss(
@@ -320,7 +329,7 @@ class Trunk(nn.Module):
         if not weight.is_meta:
             nn.init.normal_(weight)
         self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.layers = Blocks(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config)
         self.parts = config.num_hidden_layers, config.hidden_size_per_layer_input
         self.embed_tokens_per_layer: HostTable | None = None
@@ -349,6 +358,36 @@ class Trunk(nn.Module):
         rows = self.embed_tokens_per_layer(input_ids, x.dtype)
         rows = rows * torch.tensor(width**0.5, dtype=x.dtype)
         return ((of_states + rows.unflatten(-1, self.parts)) * 2**-0.5).unbind(-2)
+
+
+class Blocks(nn.ModuleList):
+    """The blocks, one after the other."""
+
+    def forward(
+        self,
+        x: Tensor,
+        views: Sequence[AttentionView],
+        cache: Storage | None,
+        parts: Sequence[Tensor | None],
+        offload: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return x [B, T, H] after all blocks, and what is still to be added to it.
+
+        Args:
+            x: The embeddings [B, T, H].
+            views: What the positions see, of each block.
+            cache: The keys and values of earlier calls, if there are any.
+            parts: Each block's part of the second embedding [B, T, P], if the model has one.
+            offload: Whether inputs of blocks that are recomputed wait in host memory.
+        """
+        added: Tensor | None = None  # what the last block adds to x; the next norm reads both
+        for block, view, part in zip(self, views, parts, strict=True):
+            if view.recomputed and not _keeps_for_others(cache, block):
+                x = x if added is None else x + added
+                x, added = run_recomputed(block, x, None, view, cache, part, offload=offload)
+            else:
+                x, added = block(x, added, view, cache, part)
+        return x, added
 
 
 class NoPrompt(nn.Module):

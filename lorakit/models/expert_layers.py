@@ -15,6 +15,7 @@ from lorakit import kernels
 from lorakit.models.adapted_layer import AdaptedLayer
 from lorakit.models.hooks import has_hooks, has_own_forward
 from lorakit.models.packed_layers import PackedLinear
+from lorakit.models.shards import is_sharded
 
 
 class _Found(NamedTuple):
@@ -62,6 +63,8 @@ def _parts(layer: nn.Module) -> _Found | None:
         if _trained(update.bias) or isinstance(stored, kernels.Float8Weight):
             return None
         return _Found(stored, update.lora_A, update.lora_B, update.scaling, update.bias)
+    if any(map(is_sharded, layer.parameters())):  # merged, and gathered where it is called
+        return None
     if isinstance(layer, PackedLinear):
         found = _Found(layer.quantized, None, None, 1.0, layer.bias)
         return None if _trained(layer.bias) else found

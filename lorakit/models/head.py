@@ -24,6 +24,7 @@ from lorakit.config.errors import LorakitError
 from lorakit.models.adapted_layer import AdaptedLayer
 from lorakit.models.hooks import has_hooks
 from lorakit.models.packed_layers import PackedWeight
+from lorakit.models.sharding import gathered_in_backward
 
 
 class OutputHead(NamedTuple):
@@ -39,6 +40,8 @@ class OutputHead(NamedTuple):
     """The weight for the products of `loss`, if they are to run in float8."""
     scaling: float = 1.0
     """Number s that the logits are divided by."""
+    sharded: bool = False
+    """Whether the weight is whole only while this is called."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [..., V] of hidden states [..., H]."""
@@ -113,6 +116,12 @@ class OutputHead(NamedTuple):
         return hidden if self.scaling == 1 else hidden / self.scaling
 
     def _before_softcap(self, hidden: Tensor) -> Tensor:
+        logits = self._called(hidden)
+        if self.sharded and isinstance(self.layer, AdaptedLayer):
+            return gathered_in_backward(logits, self.layer)
+        return logits
+
+    def _called(self, hidden: Tensor) -> Tensor:
         if not self.tied:
             return self.layer(hidden)
         embedding, update = self._embedding()

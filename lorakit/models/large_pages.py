@@ -8,12 +8,13 @@ other systems the memory is like any other.
 
 import math
 import mmap
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 HUGE_PAGE = 2 << 20
 """The bytes of a large page on x86-64, and on aarch64 with small pages of 4 KB."""
@@ -40,3 +41,24 @@ def in_large_pages(shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[
         tensors.append(flat.view(*shape))
         start += size
     return tensors
+
+
+def homes_in_large_pages(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return memory in large pages for dense matrices and packed codes, by parameter.
+
+    Matrices of one layer that are smaller than a large page lie side by side. Memory that is taken
+    while loading, between its temporaries, would leave holes in the heap.
+    """
+    groups: dict[tuple[str, torch.dtype], dict[str, Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        dense = parameter.dim() == 2 and parameter.dtype == dtype
+        if dense or parameter.dtype in (torch.uint8, torch.int8):
+            layer = re.match(r"model\.layers\.\d+\.", name)
+            small = layer is not None and parameter.nbytes < HUGE_PAGE
+            key = layer.group() if layer is not None and small else name
+            groups.setdefault((key, parameter.dtype), {})[name] = parameter
+    homes: dict[str, Tensor] = {}
+    for (_, kind), group in groups.items():
+        places = in_large_pages([parameter.shape for parameter in group.values()], kind)
+        homes |= zip(group, places, strict=True)
+    return homes

@@ -18,11 +18,10 @@ model is still on the meta device. A refusal is a LorakitError of one sentence.
 
 import dataclasses
 import logging
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,16 +39,22 @@ from lorakit.models.bitsandbytes import LazyPacked, LazyWeight, fold_packed, onl
 from lorakit.models.config import ModelConfig
 from lorakit.models.config_json import text_config
 from lorakit.models.decoder import Decoder
+from lorakit.models.devices import device_and_mesh
 from lorakit.models.families import WRAPPERS
 from lorakit.models.fused_experts import split_experts
 from lorakit.models.gguf import read_gguf
-from lorakit.models.large_pages import HUGE_PAGE, in_large_pages
+from lorakit.models.large_pages import homes_in_large_pages
 from lorakit.models.multimodal import DRAFTS, split_text_model, text_name
 from lorakit.models.packed_layers import PackedWeight, packed_layer
 from lorakit.models.packed_layers import quantize as quantize_module
 from lorakit.models.per_layer import HostTable, host_tables
 from lorakit.models.quantized_files.fold import dequantized
+from lorakit.models.sharding import shard
+from lorakit.models.shards import is_sharded, keep
 from lorakit.models.source import Source
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 log = logging.getLogger("lorakit")
 
@@ -60,6 +65,8 @@ def load_model(
     dtype: str | torch.dtype = "bfloat16",
     quantize: str | Mapping | QuantConfig | None = None,
     device: str | torch.device | None = None,
+    mesh: "DeviceMesh | None" = None,
+    offload_weights: bool = False,
 ) -> Decoder:
     """Load a causal language model, in evaluation mode.
 
@@ -75,6 +82,9 @@ def load_model(
             such weights, and a line in the log says so.
         device: The device to put the model on. None takes the GPU if torch has one, else the CPU;
             a process that torchrun has started takes the GPU of its own number.
+        mesh: The ranks that divide the weights among them, [ranks] or [copies, ranks], all of which
+            load; see models/sharding.py. Memory takes this rank's part and one tensor.
+        offload_weights: Whether weights wait in host memory for their block's turn.
 
     Returns:
         The model, with `source` set to the files that it came from.
@@ -84,13 +94,16 @@ def load_model(
             if lorakit does not have what the config asks for.
     """
     dtype, quant = to_dtype(dtype), quant_config(quantize)
-    device = _own_device() if device is None else torch.device(device)
+    device, mesh = device_and_mesh(device, mesh, offload_weights)
     model, weights, source = open_model(path_or_hub_id)
     model.to(dtype)
     where = str(source.path)
     source.log_quantized()
     _make_packed_layers(model, weights, quant, where)
-    target = Target(device, _homes(model) if device.type == "cpu" else {})
+    if mesh is not None:
+        shard(model, mesh, offload=offload_weights)
+    in_pages = device.type == "cpu" and mesh is None
+    target = Target(device, homes_in_large_pages(model, dtype) if in_pages else {})
     bar = tqdm(
         weights.items(),
         desc=f"loading {source.path.name}",
@@ -104,24 +117,6 @@ def load_model(
         except ValueError as error:
             raise LorakitError(f"{where}: tensor {name}: {error}") from None
     return model.eval()
-
-
-def _own_device() -> torch.device:
-    """Return the device of this process, which may be one of several that torchrun has started.
-
-    Raises LorakitError if there are more processes than GPUs.
-    """
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    number = os.environ.get("LOCAL_RANK")
-    if number is None:
-        return torch.device("cuda")
-    if int(number) >= (count := torch.cuda.device_count()):
-        raise LorakitError(
-            f"load_model: this is process {number} of its machine, counted from 0, and the machine "
-            f"has GPUs for {count}; start as many processes as there are GPUs"
-        )
-    return torch.device("cuda", int(number))
 
 
 def dense_weights(
@@ -385,27 +380,6 @@ def _make_shell(model: nn.Module, tensor: str, config: QuantConfig, where: str) 
     model.set_submodule(name, packed_layer(layer, config))
 
 
-def _homes(model: Decoder) -> dict[str, Tensor]:
-    """Return memory in large pages for dense matrices and packed codes, by parameter.
-
-    Matrices of one layer that are smaller than a large page lie side by side. Memory that is taken
-    while loading, between its temporaries, would leave holes in the heap.
-    """
-    groups: dict[tuple[str, torch.dtype], dict[str, Tensor]] = {}
-    for name, parameter in model.named_parameters():
-        dense = parameter.dim() == 2 and parameter.dtype == model.dtype
-        if dense or parameter.dtype in (torch.uint8, torch.int8):
-            layer = re.match(r"model\.layers\.\d+\.", name)
-            small = layer is not None and parameter.nbytes < HUGE_PAGE
-            key = layer.group() if layer is not None and small else name
-            groups.setdefault((key, parameter.dtype), {})[name] = parameter
-    homes: dict[str, Tensor] = {}
-    for (_, dtype), group in groups.items():
-        places = in_large_pages([parameter.shape for parameter in group.values()], dtype)
-        homes |= zip(group, places, strict=True)
-    return homes
-
-
 class Target(NamedTuple):
     """The place that weights go to."""
 
@@ -436,6 +410,9 @@ def place(model: nn.Module, name: str, value: Tensor | kernels.Packed, target: T
     if not isinstance(owner, PackedWeight) or leaf != "weight":
         assert isinstance(value, Tensor)  # a packed value has the shell of a packed layer
         empty = owner.get_parameter(leaf)  # the shell knows its dtype, which may stay fp32
+        if is_sharded(empty):
+            keep(empty, value)
+            return
         copied = target.copied(name, value, empty.dtype)
         setattr(owner, leaf, nn.Parameter(copied, empty.requires_grad))
         return
@@ -444,6 +421,6 @@ def place(model: nn.Module, name: str, value: Tensor | kernels.Packed, target: T
     else:
         owner.place(value)
     for part, parameter in owner.named_parameters(recurse=False):
-        if part != "bias":
+        if part != "bias" and not is_sharded(parameter):
             part_name = f"{owner_name}.{part}"
             parameter.data = target.copied(part_name, parameter.data, parameter.dtype)

@@ -28,6 +28,7 @@ from lorakit.config.patterns import lies_in
 from lorakit.config.quantization import QuantConfig, Storage
 from lorakit.kernels.dispatch import FLOATS
 from lorakit.kernels.ops.nf4.tensor import NESTED_BLOCK
+from lorakit.models.shards import is_sharded, keep, whole
 
 # ---- how a weight is stored ----
 
@@ -73,13 +74,20 @@ class PackedWeight(nn.Module):
         """The matrix as an adapter asks for it."""
         return self.quantized
 
+    def whole(self) -> kernels.Packed:
+        """Return the matrix with the parts of all ranks, which must all call it if it is sharded.
+
+        `quantized` of a sharded layer, outside of its block's pass, is of no use to a kernel.
+        """
+        raise NotImplementedError
+
     def place(self, q: kernels.Packed) -> None:
         """Take `q`, of the same kind and shape, as the new matrix, on the device of `q`."""
         raise NotImplementedError
 
     def dequantize(self) -> Tensor:
-        """Return the dense matrix, in the layer's dtype."""
-        return kernels.dequantize(self.quantized, self.dtype)
+        """Return the dense matrix, in the layer's dtype, with the parts of all ranks."""
+        return kernels.dequantize(self.whole(), self.dtype)
 
     def requantize(self, w: Tensor) -> None:
         """Pack the dense matrix `w` and take it as the new one, on the device of `w`."""
@@ -90,7 +98,12 @@ class PackedWeight(nn.Module):
         self.place(self._pack(w))
 
     def _freeze(self, name: str, tensor: Tensor) -> None:
-        setattr(self, name, nn.Parameter(tensor, requires_grad=False))
+        """Take a tensor as the parameter `name`, or this rank's part of it if that is sharded."""
+        before = self._parameters.get(name)
+        if before is not None and is_sharded(before) and not is_sharded(tensor):
+            keep(before, tensor)
+        else:
+            setattr(self, name, nn.Parameter(tensor, requires_grad=False))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Let `.to(dtype)` change what the layer computes in; the scales stay fp32."""
@@ -116,7 +129,11 @@ class NF4Weight(PackedWeight):
 
     def _freeze(self, name: str, tensor: Tensor) -> None:
         super()._freeze(name, tensor)
-        self._made = None  # else it would keep the memory of the tensor before
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of what was made of the parameters, which would keep their memory."""
+        self._made = None
 
     def _allocate(self, device: torch.device | None) -> None:
         values = math.prod(self.shape)
@@ -150,22 +167,34 @@ class NF4Weight(PackedWeight):
             and made.dtype is self.dtype
         ):
             return made
-        found = self._whole()
+        found = self._of(self.weight, self.absmax, self.nested_absmax, self.offset)
         if not torch.compiler.is_dynamo_compiling():  # else the next call would compile again
             self._made = found
         return found
 
-    def _whole(self) -> kernels.NF4Tensor:
+    def _of(
+        self, codes: Tensor, absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None
+    ) -> kernels.NF4Tensor:
+        config = self.config
         return kernels.NF4Tensor(
-            self.weight,
-            self.absmax,
-            self.nested_absmax,
-            self.offset,
+            codes,
+            absmax,
+            nested_absmax,
+            offset,
             self.shape,
-            self.config.block_size,
+            config.block_size,
             self.dtype,
-            self.config.quant_type,
+            config.quant_type,
         )
+
+    def whole(self) -> kernels.NF4Tensor:
+        if not is_sharded(self.weight):
+            return self.quantized
+        parts = self.weight, self.absmax, self.nested_absmax, self.offset
+        codes, absmax, nested, offset = (None if p is None else whole(p) for p in parts)
+        assert codes is not None
+        assert absmax is not None
+        return self._of(codes, absmax, nested, offset)
 
     stored = quantized  # by itself, and not by the class above, which is one call more
 
@@ -204,6 +233,9 @@ class Int8Weight(PackedWeight):
     @property
     def quantized(self) -> kernels.Int8Tensor:
         return kernels.Int8Tensor(self.weight, self.scale, self.dtype)
+
+    def whole(self) -> kernels.Int8Tensor:
+        return kernels.Int8Tensor(whole(self.weight), whole(self.scale), self.dtype)
 
     def place(self, q: kernels.Packed) -> None:
         assert isinstance(q, kernels.Int8Tensor)
@@ -400,6 +432,10 @@ def _check_weights(module: nn.Module, storage: dict[str, Storage]) -> None:
     for name in storage:
         layer = _dense_layer(module, name)
         weight = layer.weight
+        if is_sharded(weight):
+            raise LorakitError(
+                "quantize: the model is sharded; quantize it while it is loaded (load_model)"
+            )
         if owners[id(weight)] > 1:
             raise LorakitError(
                 f"quantize: {name} shares its weight with another layer; packed they would be two"

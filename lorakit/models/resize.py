@@ -77,6 +77,8 @@ def add_rows(
     Raises:
         LorakitError: The model has a second embedding, whose rows are in its file.
     """
+    if model.mesh is not None:
+        raise LorakitError("the model is sharded: give it new tokens, save it, and load it sharded")
     if host_tables(model):
         raise LorakitError(
             "the model has a second embedding (embed_tokens_per_layer), which stays in its file "

@@ -29,6 +29,8 @@ from lorakit.models.fused_experts import FusedTensor, fused_parts
 from lorakit.models.multimodal import Surroundings
 from lorakit.models.packed_layers import Int8Linear, NF4Linear, PackedLinear, PackedWeight
 from lorakit.models.per_layer import HostTable
+from lorakit.models.sharding import writes_files
+from lorakit.models.shards import whole
 from lorakit.models.source import Source
 from lorakit.models.tokenizer_files import load_tokenizer
 
@@ -61,6 +63,9 @@ def save_model(
     from goes along byte for byte: all files of the tokenizer (tokenizer.model and vocab.json too),
     of the processors and of the generation config. So do the other towers of a multimodal model. A
     tokenizer that was changed in memory is saved after the model, by its own `save`.
+
+    All ranks of a sharded model must call it, and the first one writes; memory holds one file at a
+    time there, and one tensor on the others.
 
     Args:
         module: The model.
@@ -98,10 +103,11 @@ def save_model(
         config, entries = _surrounded(config, entries, surroundings)
     entries += [_Entry(name, tower.read().nbytes, tower.read) for name, tower in towers.items()]
 
-    path.mkdir(parents=True, exist_ok=True)
-    weight_map = _write_weights(path, entries, max_shard_size)
-    write_json(path / "config.json", config)
-    _remove_stale(path, set(weight_map.values()))
+    if not writes_files(module.mesh):
+        for entry in entries:  # this rank's parts are wanted by the one that writes
+            entry.read()
+        return
+    _write(path, config, entries, max_shard_size)
     if source is not None:
         _copy_beside(source.path, path, module.config)
 
@@ -203,12 +209,22 @@ def _entries(module: Decoder, kept: type[PackedLinear] | None) -> Iterator[_Entr
         if isinstance(layer, PackedWeight):
             tensors = {name: tensor for name, tensor in tensors.items() if name == "bias"}
             if kept is not None and isinstance(layer, kept):
-                tensors |= layer.quantized.tensors("weight")
+                for name, tensor in layer.whole().tensors("weight").items():
+                    yield _Entry(prefix + name, tensor.nbytes, partial(_packed, layer, name))
             else:
                 size = math.prod(layer.shape) * layer.dtype.itemsize
                 yield _Entry(f"{prefix}weight", size, layer.dequantize)
         for name, tensor in tensors.items():
-            yield _Entry(prefix + name, tensor.nbytes, tensor.detach)
+            yield _Entry(prefix + name, tensor.nbytes, partial(_values, tensor))
+
+
+def _packed(layer: PackedLinear, name: str) -> Tensor:
+    """Return one of the tensors that a packed weight is in a file."""
+    return layer.whole().tensors("weight")[name]
+
+
+def _values(tensor: Tensor) -> Tensor:
+    return whole(tensor.detach())
 
 
 def _with_fused_experts(entries: Iterable[_Entry], config: ModelConfig) -> list[_Entry]:
@@ -267,6 +283,16 @@ def _surrounded(
 
 
 # ---- files ---------------------------------------------------------------------------------------
+
+
+def _write(
+    path: Path, config: dict[str, Any], entries: Iterable[_Entry], max_shard_size: int
+) -> None:
+    """Write tensors and config, and remove the files of an earlier model."""
+    path.mkdir(parents=True, exist_ok=True)
+    weight_map = _write_weights(path, entries, max_shard_size)
+    write_json(path / "config.json", config)
+    _remove_stale(path, set(weight_map.values()))
 
 
 def _write_weights(path: Path, entries: Iterable[_Entry], max_shard_size: int) -> dict[str, str]:

@@ -368,6 +368,8 @@ def captured_step(
     """
     if not config.packing or model.device.type != "cuda" or config.cuda_graph == "off":
         return None
+    if model.mesh is not None:  # its weights move
+        return None
     reason = why_eager(model, layers, config)
     if reason is not None:
         say(f"lorakit: no CUDA graph of a step, since {reason}")

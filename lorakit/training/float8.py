@@ -20,6 +20,11 @@ def check_frozen_dtype(model: Decoder, config: TrainConfig) -> None:
     """Raise LorakitError if float8 is wanted and `model` cannot have it, by dtype or device."""
     if config.frozen_dtype is None:
         return
+    if model.mesh is not None:
+        raise LorakitError(
+            "train: frozen_dtype float8 makes copies of whole weights, and those of the model are "
+            "sharded; leave it out"
+        )
     if not runs_on(model.device):
         raise LorakitError(
             "train: frozen_dtype float8 needs an NVIDIA GPU of compute capability 8.9 or more (RTX "

@@ -15,6 +15,7 @@ from lorakit.data.batching import Order
 from lorakit.data.examples import Examples
 from lorakit.files.local import as_path
 from lorakit.models.decoder import Decoder
+from lorakit.models.shards import beginnings
 from lorakit.models.tokenizer import Tokenizer
 from lorakit.training import state as run_state
 from lorakit.training.log import Log, say
@@ -77,12 +78,13 @@ def _digest(examples: Examples) -> str:
 
 def _digest_of_frozen(model: Decoder) -> str:
     found = blake2b(digest_size=16)
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            # the offset of double quantization was a scalar in 0.1.0, whose checkpoints go on
-            shape = torch.Size() if name.endswith(".offset") else p.shape
-            found.update(str((p.dtype, shape)).encode())
-            found.update(str(p.detach().flatten()[:16].tolist()).encode())
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    numbers = beginnings(list(frozen.values()), 16)
+    for (name, p), first in zip(frozen.items(), numbers, strict=True):
+        # the offset of double quantization was a scalar in 0.1.0, whose checkpoints go on
+        shape = torch.Size() if name.endswith(".offset") else p.shape
+        found.update(str((p.dtype, shape)).encode())
+        found.update(str(first).encode())
     return found.hexdigest()
 
 

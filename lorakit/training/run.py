@@ -29,6 +29,7 @@ from lorakit.data.batching import Order, batches, collate, real_tokens
 from lorakit.data.examples import Examples
 from lorakit.data.schemas import Row
 from lorakit.evaluation.score import score_rows
+from lorakit.evaluation.share import ALL
 from lorakit.files.local import as_path
 from lorakit.models.decoder import Decoder
 from lorakit.models.tokenizer import Tokenizer
@@ -214,7 +215,9 @@ class Run:
             # before an evaluation that may be cut short
             self.ranks.first(lambda: self._save(self.output_dir))
         config, size = self.config, self.config.rows_at_a_time
-        share, rows = self.ranks.share, self.held_out.rows
+        rows = self.held_out.rows
+        # every pass through sharded weights is one of all ranks
+        share = self.ranks.share if self.model.mesh is None else ALL
         options = config, self.reference, share
         result = held_out_loss(self.model, self.held_out.examples, size, *options)
         result |= score_rows(self.model, self.tok, rows, config.eval_metrics, size, share)

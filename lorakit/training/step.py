@@ -43,6 +43,8 @@ class Prepared:
     """How many tokens its rows have."""
     computed: int
     """How many tokens are computed, the padding included."""
+    filler: Batch | None = None
+    """What a rank computes, and forgets, in a round without a batch for it; see `backward`."""
 
 
 class Late:
@@ -88,13 +90,16 @@ def prepare(
     rows = [i for batch in micro_batches for i in batch]
     batches, packed = list[Batch | None](), list[HostRow | None]()
     tokens, computed = _count_tokens(taken, config.packing)
+    filler: Batch | None = None
     if captured is None:
         mine = share.rounds(taken)
+        if model.mesh is not None and None in mine:
+            filler = collated(model, [min(each, key=_length)], config)
         batches = [None if each is None else collated(model, each, config) for each in mine]
     else:
         packed = captured.prepare(number, taken, count)
         computed = len(taken) * captured.inputs.tokens
-    return Prepared(number, rows, len(taken), batches, packed, count, tokens, computed)
+    return Prepared(number, rows, len(taken), batches, packed, count, tokens, computed, filler)
 
 
 def backward(
@@ -108,8 +113,9 @@ def backward(
 
     The mean is over the label tokens of the step, or over its pairs. DPO compares with `reference`.
     A rank computes its share of the micro-batches, and `sums` adds up what all have computed.
-    Nothing waits for the device: the summed losses of all micro-batches are returned as they are,
-    each fp32 [].
+    A pass through sharded weights is a meeting of all ranks: one that has no micro-batch left comes
+    with a filler. Nothing waits for the device: the summed losses of all micro-batches are returned
+    as they are, each fp32 [].
     """
     losses = []
     first = (step.number - 1) * config.batches_of_step + sums.share.rank
@@ -120,8 +126,18 @@ def backward(
                 loss, _ = summed_loss(model, batch, config, reference)
                 (loss / step.count).backward()
             losses.append(loss.detach())
+        elif step.filler is not None:
+            with drawing_from(config.seed, model.device):
+                summed_loss(model, step.filler, config, reference)[0].backward()
+            for parameter in model.parameters():
+                parameter.grad = None
         sums.end_round()
     return sums.finish(losses, step.parts)
+
+
+def _length(example: Example | PairExample) -> int:
+    """Return how many tokens the answers of an example have."""
+    return sum(len(row.input_ids) for row in example.answers)
 
 
 def has_experts(model: Decoder) -> bool:

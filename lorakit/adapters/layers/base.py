@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lorakit.adapters.layers.wrapper import Attached, PartT
 from lorakit.kernels import Packed
 from lorakit.models.hooks import has_hooks, has_own_forward
+from lorakit.models.shards import keep, whole
 
 
 @runtime_checkable
@@ -73,14 +74,14 @@ class DenseBase(nn.Module):
         return F.linear(x, linear.weight, linear.bias)
 
     def dequantize(self) -> Tensor:
-        return self.linear.weight.detach()
+        return whole(self.linear.weight).detach()
 
     @property
     def stored(self) -> Tensor:
         return self.linear.weight.detach()
 
     def requantize(self, w: Tensor) -> None:
-        self.linear.weight.data.copy_(w)
+        keep(self.linear.weight, w)
 
 
 class CalledBase(DenseBase):
@@ -114,14 +115,14 @@ class TransposedBase(DenseBase):
         return F.linear(x, self.linear.weight.t(), self.linear.bias)
 
     def dequantize(self) -> Tensor:
-        return self.linear.weight.detach().t()
+        return whole(self.linear.weight).detach().t()
 
     @property
     def stored(self) -> Tensor:
         return self.linear.weight.detach().t()
 
     def requantize(self, w: Tensor) -> None:
-        self.linear.weight.data.copy_(w.t())
+        keep(self.linear.weight, w.t())
 
 
 class CalledTransposedBase(CalledBase, TransposedBase):

@@ -36,6 +36,8 @@ from lorakit.adapters.layers.base import AttachedLinear, DenseBase
 from lorakit.adapters.layers.wrapper import Attached, Part
 from lorakit.config.adapters import LoraConfig
 from lorakit.kernels import LoraWeights, lora_linear
+from lorakit.models.sharding import gathered
+from lorakit.models.shards import whole
 
 # An input with at most so many numbers goes op by op through autograd: the call of the fused
 # function would cost more than it saves (benchmarks/lora_overhead.py).
@@ -254,9 +256,11 @@ class LoraLinear(LowRankLinear[LoraPart], LoraLayer):
         if config.lora_bias:
             part.lora_bias = nn.Parameter(torch.zeros_like(part.lora_B[:, 0]))
         if config.bias != "none" and base.bias is not None:
-            part.bias = nn.Parameter(base.bias.detach().float().clone())
+            part.bias = nn.Parameter(whole(base.bias).detach().float().clone())
         if config.use_dora:
-            length = kernels.lora_row_norms(LoraWeights(base, *part.pair(), part.scaling))
+            assert isinstance(base, nn.Module)
+            with gathered(base):
+                length = kernels.lora_row_norms(LoraWeights(base, *part.pair(), part.scaling))
             part.magnitude = nn.Parameter(length)
 
     def start_over(self, part: LoraPart) -> None:

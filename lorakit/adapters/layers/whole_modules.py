@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lorakit.adapters.layers.wrapper import Attached, PartT
+from lorakit.models.shards import whole
 
 
 class _Delegate(Attached[PartT]):
@@ -60,7 +61,7 @@ class BiasPart(nn.Module):
 
     def __init__(self, bias: Tensor):
         super().__init__()
-        self.bias = nn.Parameter(bias.detach().clone())
+        self.bias = nn.Parameter(whole(bias).detach().clone())
 
 
 class TrainedBias(_Delegate[BiasPart]):

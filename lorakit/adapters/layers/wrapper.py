@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from lorakit.config.errors import LorakitError
 from lorakit.kernels import LoraWeights
 from lorakit.models.adapted_layer import AdaptedLayer, RowGroups
+from lorakit.models.sharding import gathered
+from lorakit.models.shards import home, is_sharded
 
 PartT = TypeVar("PartT", bound=nn.Module)
 
@@ -58,6 +60,7 @@ class Attached(AdaptedLayer, Generic[PartT]):
         self.selected: str | None = None
         self.enabled = True
         self.merged: nn.Module | None = None
+        self.gathers = False  # whether the merged module is sharded, outside of its block's unit
         self.row_groups: RowGroups | None = None
         self._refresh()
         self.train(base.training)
@@ -103,8 +106,8 @@ class Attached(AdaptedLayer, Generic[PartT]):
 
     @property
     def device(self) -> torch.device:
-        """The device of the base, where new parts belong."""
-        return next(self.base.parameters()).device
+        """The device that the base computes on, where new parts belong."""
+        return home(next(self.base.parameters()))
 
     def low_rank_update(self) -> LoraWeights | None:
         """Return base and update, if the active part is a low-rank update."""
@@ -151,6 +154,7 @@ class Attached(AdaptedLayer, Generic[PartT]):
     def set_merged(self, merged: nn.Module | None) -> None:
         """Compute with `merged`, made by `make_merged`; None returns to base and part."""
         self.merged = merged
+        self.gathers = merged is not None and any(map(is_sharded, merged.parameters()))
         self._refresh()
 
     def set_row_groups(self, row_groups: RowGroups | None) -> None:
@@ -191,7 +195,11 @@ class Attached(AdaptedLayer, Generic[PartT]):
         """Compute where no part is active: row by row, or with one module alone."""
         if self.by_rows:
             return self._compute_by_rows(*args, **options)
-        return self.current_module()(*args, **options)
+        module = self.current_module()
+        if not self.gathers:
+            return module(*args, **options)
+        with gathered(module):
+            return module(*args, **options)
 
     def _compute_by_rows(self, *args: Any, **options: Any) -> Any:
         """Compute the rows of each adapter together, and put them back in order.

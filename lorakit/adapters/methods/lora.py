@@ -50,6 +50,7 @@ from lorakit.adapters.tied_weights import (
 from lorakit.config.adapters import LoraConfig
 from lorakit.config.errors import LorakitError, nearest
 from lorakit.config.patterns import in_pattern
+from lorakit.models.sharding import gathered
 
 _TIED = (
     "shares its weight with the output head; with ensure_weight_tying=true both are adapted "
@@ -178,7 +179,8 @@ def _plan_embedding(plan: Plan, name: str, config: LoraConfig) -> None:
     B = torch.randn(layer.base.embedding_dim, r, device=device)
     part = LoraPart(config, scaling, A, B)
     if config.use_dora:
-        part.magnitude = nn.Parameter(layer.column_norms(part))
+        with gathered(layer.base):
+            part.magnitude = nn.Parameter(layer.column_norms(part))
     plan.add(layer, part)
     plan.tie_heads(heads or [], layer)
 
@@ -249,7 +251,8 @@ def _plan_token_rows(plan: Plan, name: str, ids: list[int], config: LoraConfig) 
         return
     V = layer.base.num_embeddings
     index = _checked_tokens(name, ids, V, layer.device)
-    rows = layer.original_rows(index).clone()
+    with gathered(layer.base):
+        rows = layer.original_rows(index).clone()
     plan.add(layer, RowsPart(config, index, rows, V))
     heads = heads_of_embedding(plan.model, plan.layers, plan.layers[name])
     plan.tie_heads(heads or [], layer)
