@@ -34,7 +34,7 @@ from lorakit.models.decoder import Decoder
 from lorakit.models.load import load_model, open_model
 from lorakit.models.multimodal import text_name
 from lorakit.models.packed_layers import PackedWeight
-from lorakit.models.per_layer import HostTable, host_tables
+from lorakit.models.per_layer import host_tables
 
 
 class DenseModel(NamedTuple):
@@ -111,7 +111,7 @@ def _tensors(model: Decoder) -> Iterator[tuple[str, LazyTensor]]:
                 shape = layer.shape
             yield prefix + leaf, LazyTensor(shape, partial(_value, name, module, leaf))
     for name, table in host_tables(model).items():
-        yield name, LazyTensor(tuple(table.weight.shape), partial(_of_table, table))
+        yield name, LazyTensor(tuple(table.weight.shape), table.read)
 
 
 def modules_with_adapters(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -129,10 +129,6 @@ def modules_with_adapters(module: nn.Module, name: str = "") -> Iterator[tuple[s
 
 
 @torch.no_grad()
-def _of_table(table: HostTable) -> Tensor:
-    return table.weight
-
-
 def _value(name: str, module: nn.Module, leaf: str) -> Tensor:
     """Return the parameter `leaf` of a module, dense, with the active part in it if it has one."""
     if isinstance(module, Attached):

@@ -207,21 +207,40 @@ def fp32_reader(path: Path, info: TensorInfo, length: int) -> Callable[[], Tenso
 
     The function raises LorakitError if the gguf package cannot dequantize the block format.
     """
-    gguf = _gguf_package()
-    kind = gguf.GGMLQuantizationType(info.kind)
+    _gguf_package()  # missing, it is told before anything is read
 
     def read() -> Tensor:
         raw = np.fromfile(path, dtype=np.uint8, count=length, offset=info.offset)
-        rows = math.prod(info.shape[:-1])
-        try:
-            dense = gguf.quants.dequantize(raw.reshape(rows, -1), kind)
-        except NotImplementedError:
-            raise LorakitError(
-                f"{path}: tensors of type {kind.name} cannot be dequantized"
-            ) from None
-        return torch.from_numpy(np.ascontiguousarray(dense, dtype=np.float32)).view(info.shape)
+        rows = raw.reshape(math.prod(info.shape[:-1]), -1)
+        return _dequantized(path, rows, info.kind).view(info.shape)
 
     return read
+
+
+def rows_reader(path: Path, info: TensorInfo, length: int) -> Callable[[Tensor], Tensor]:
+    """Return a function that reads the rows of a matrix [V, N] by their numbers, int64 [n].
+
+    It maps the file, so that the other rows are not read, and returns fp32 [n, N]. It raises
+    LorakitError as the function of `fp32_reader` does.
+    """
+
+    def read(numbers: Tensor) -> Tensor:
+        shape = info.shape[0], length // info.shape[0]
+        blocks = np.memmap(path, np.uint8, "r", info.offset, shape)
+        return _dequantized(path, np.asarray(blocks[numbers.numpy()]), info.kind)
+
+    return read
+
+
+def _dequantized(path: Path, rows: np.ndarray[Any, np.dtype[np.uint8]], number: int) -> Tensor:
+    """Return the values of blocks uint8 [rows, bytes] of a format by its number, fp32."""
+    gguf = _gguf_package()
+    kind = gguf.GGMLQuantizationType(number)
+    try:
+        dense = gguf.quants.dequantize(rows, kind)
+    except NotImplementedError:
+        raise LorakitError(f"{path}: tensors of type {kind.name} cannot be dequantized") from None
+    return torch.from_numpy(np.ascontiguousarray(dense, dtype=np.float32))
 
 
 # ---- writing ------------------------------------------------------------------------------------

@@ -78,6 +78,8 @@ class LazyTensor(NamedTuple):
     """Reads those at one index of the first dimension; None: all of them have to be read."""
     dtype: str | None = None
     """The dtype as a safetensors header names it, such as "BF16"; None if no header says it."""
+    read_rows: Callable[[Tensor], Tensor] | None = None
+    """Reads rows by their numbers, int64 [n], and no others; None where `read` maps the file."""
 
     def at(self, index: int) -> Tensor:
         """Read the values at one index of the first dimension, and no others where that goes."""

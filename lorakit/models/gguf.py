@@ -23,7 +23,14 @@ from typing import Any
 from torch import Tensor
 
 from lorakit.config.errors import LorakitError
-from lorakit.files.gguf import Header, TensorInfo, data_length, fp32_reader, read_header
+from lorakit.files.gguf import (
+    Header,
+    TensorInfo,
+    data_length,
+    fp32_reader,
+    read_header,
+    rows_reader,
+)
 from lorakit.files.safetensors import LazyTensor
 from lorakit.models.config import ModelConfig, RopeConfig
 from lorakit.models.gguf_gemma4 import gemma4_layers
@@ -82,9 +89,12 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, LazyTensor]]:
             info = info._replace(shape=published_shape(hf_name, info.shape))
             read = fp32_reader(path, info, lengths[name])
             restore = restoration(hf_name, dialect, config)
+            rows = None
             if restore is not None:
                 read = partial(_restored, read, restore)
-            tensors[hf_name] = LazyTensor(info.shape, read)
+            elif len(info.shape) == 2:
+                rows = rows_reader(path, info, lengths[name])
+            tensors[hf_name] = LazyTensor(info.shape, read, read_rows=rows)
     return config, joined(tensors, config)
 
 

@@ -47,7 +47,7 @@ from lorakit.models.large_pages import homes_in_large_pages
 from lorakit.models.multimodal import DRAFTS, split_text_model, text_name
 from lorakit.models.packed_layers import PackedWeight, packed_layer
 from lorakit.models.packed_layers import quantize as quantize_module
-from lorakit.models.per_layer import HostTable, host_tables
+from lorakit.models.per_layer import HostTable, host_tables, left_in_file
 from lorakit.models.quantized_files.fold import dequantized
 from lorakit.models.sharding import shard
 from lorakit.models.shards import is_sharded, keep
@@ -105,7 +105,7 @@ def load_model(
     in_pages = device.type == "cpu" and mesh is None
     target = Target(device, homes_in_large_pages(model, dtype) if in_pages else {})
     bar = tqdm(
-        weights.items(),
+        left_in_file(model, weights).items(),
         desc=f"loading {source.path.name}",
         unit="tensor",
         disable=None,

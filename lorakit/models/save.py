@@ -205,7 +205,7 @@ def _entries(module: Decoder, kept: type[PackedLinear] | None) -> Iterator[_Entr
         prefix = f"{layer_name}." if layer_name else ""
         tensors: dict[str, Tensor] = dict(layer.named_parameters(recurse=False))
         if isinstance(layer, HostTable):  # written from the file that it is mapped from
-            tensors["weight"] = layer.weight
+            yield _Entry(f"{prefix}weight", layer.weight.nbytes, layer.read)
         if isinstance(layer, PackedWeight):
             tensors = {name: tensor for name, tensor in tensors.items() if name == "bias"}
             if kept is not None and isinstance(layer, kept):

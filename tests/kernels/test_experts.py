@@ -123,7 +123,7 @@ def test_any_number_of_tokens_on_some_of_the_experts(n, experts, seed):
     ],
 )
 def test_experts_with_biases(kind, dtype, hidden_act, keep):
-    """As in gpt-oss, whose activation is not linear in up, so that dw has a path of its own."""
+    """They are those of gpt-oss, whose dw has a path of its own: h is not linear in up."""
     x = 3 * random(1, 40, HIDDEN).to(dtype)  # some of gate and up are clamped
     layers = mlp(kind, dtype, (2, 0, 3), biased=True)
     check(x, *routed(3, 40), layers, keep=keep, hidden_act=hidden_act)

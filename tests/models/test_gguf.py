@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from unittest import mock
 
 import gguf
 import numpy as np
@@ -12,6 +13,7 @@ import lorakit as lk
 from lorakit.files.gguf import read_header
 from lorakit.models.config import RopeConfig
 from lorakit.models.gguf import read_gguf
+from lorakit.models.per_layer import host_tables
 from tests.conftest import FAMILY_VARIANTS, LLAMA3_ROPE, LOGITS, tiny, tiny_llama
 from tests.conftest import published as unfused
 from tests.export.llama_cpp import LlamaCpp
@@ -189,6 +191,24 @@ def test_tensors_and_config_are_the_published_ones(pair):
     layers = range(config.num_hidden_layers)
     assert [config.window(i) for i in layers] == [expected.window(i) for i in layers]
     assert config.eos_token_ids == [2]
+
+
+@pytest.mark.parametrize("kind", ["F32", "BF16", "Q8_0", "Q4_0"])
+def test_the_second_embedding_stays_in_its_file(tmp_path, kind):
+    """Rows that are looked up have the values that the whole has, and no others are read."""
+    model_type, settings = VARIANTS["gemma4 small"]
+    whole_blocks = {"hidden_size_per_layer_input": 32, "intermediate_size": 64}
+    theirs = tiny(model_type, **{**settings, **whole_blocks})
+    path = write_gguf(tmp_path / "m.gguf", theirs, kind=gguf.GGMLQuantizationType[kind])
+    model = lk.load_model(path, dtype="float32", device="cpu")
+    [(name, table)] = host_tables(model).items()
+    whole = read_gguf(path)[1][name].read()
+    assert table.weight.is_meta
+    ids = torch.tensor([[5, 96, 5, 0], [1, 2, 2, 96]])
+    with mock.patch.object(np, "fromfile", side_effect=AssertionError("reads all of it")):
+        assert torch.equal(table(ids, torch.float32), whole[ids])
+    lk.save_model(model, tmp_path / "saved")
+    assert torch.equal(lk.load_model(tmp_path / "saved", dtype="float32")(ids), model(ids))
 
 
 def test_logits_are_transformers(pair):

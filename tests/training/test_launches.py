@@ -252,7 +252,7 @@ def test_launches_do_not_depend_on_the_number_of_experts(targets, checkpointing)
 
 
 def test_experts_with_biases_run_together():
-    """As those of gpt-oss do."""
+    """They are those of gpt-oss."""
     fields = {"mlp_bias": True, "hidden_act": "swiglu_oai"}
     _, few, many = (step_of_experts(n, **fields) for n in (8, 8, 64))  # the first makes tables
     assert few[:2] == many[:2]
