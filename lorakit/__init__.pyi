@@ -58,6 +58,8 @@ from lorakit.evaluation.intervals import Comparison as Comparison
 from lorakit.evaluation.intervals import Interval as Interval
 from lorakit.evaluation.intervals import bootstrap_interval as bootstrap_interval
 from lorakit.evaluation.intervals import compare_predictions as compare_predictions
+from lorakit.evaluation.judge import Judgement as Judgement
+from lorakit.evaluation.judge import judge_answers as judge_answers
 from lorakit.evaluation.metrics import rouge_l as rouge_l
 from lorakit.evaluation.plots import plot_runs as plot_runs
 from lorakit.evaluation.quantization_report import quantize_report as quantize_report

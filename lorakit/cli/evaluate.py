@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
         help="completions of another model, from its --save: say whether the scores differ by "
         "more than chance",
     )
+    _add_judge(parser)
     _add_tasks(parser)
     add("--json", action="store_true", help="print one JSON object instead of a table")
     add("--format", help="format of the rows (default: what their fields say)")
@@ -63,6 +65,25 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
     add("--quantize", choices=STORAGE, help="pack the weights of the model")
     add("--dtype", default="bfloat16", help=DTYPE_HELP)
     parser.set_defaults(run=evaluate, take_rest=_take_rows)
+
+
+def _add_judge(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of a judge."""
+    add = parser.add_argument
+    add(
+        "--judge",
+        metavar="URL",
+        help="OpenAI-compatible endpoint whose model judges the completions beside those of "
+        "--compare, such as http://localhost:8000/v1",
+    )
+    add("--judge-model", metavar="NAME", help="model that judges")
+    add("--judge-calls", type=count, metavar="N", help="most requests to send to it")
+    add(
+        "--judge-key",
+        default=os.environ.get("LORAKIT_JUDGE_KEY") or None,
+        metavar="KEY",
+        help="key of the endpoint (default: that of the variable LORAKIT_JUDGE_KEY)",
+    )
 
 
 def _add_tasks(parser: argparse.ArgumentParser) -> None:
@@ -110,13 +131,16 @@ def evaluate(args: argparse.Namespace) -> int:
     result: dict[str, Any] = {}
     if examples is not None:
         result |= lk.evaluate(model, tok, examples, batch_size=args.batch_size, **options)
-    if args.metrics:
+    if args.metrics or args.judge:
         completions = lk.complete_rows(model, tok, examples, batch_size=args.batch_size)
         if args.save is not None:
             lk.write_completions(args.save, completions)
         result |= _scores(completions, args.metrics)
         if other is not None:
-            result["compared"] = _compared(other, completions, args.metrics, args.compare)
+            _check_same_rows(other, completions, args.compare)
+            result["compared"] = _compared(other, completions, args.metrics)
+        if other is not None and args.judge:
+            result["judged"] = _judged(args, other, completions)
     if args.tasks:
         result["tasks"] = lk.evaluate_tasks(
             model,
@@ -136,10 +160,15 @@ def _check(args: argparse.Namespace) -> None:
     """Raise LorakitError for arguments that do not go together."""
     if args.rows is None and not args.tasks:
         raise lk.LorakitError("there is nothing to evaluate: give a file of rows, or --tasks")
-    if args.rows is None and args.metrics:
-        raise lk.LorakitError("--metrics are scores of rows: give a file of rows")
-    if (args.save or args.compare) and not args.metrics:
+    if args.rows is None and (args.metrics or args.judge):
+        raise lk.LorakitError("--metrics and --judge are about rows: give a file of rows")
+    if (args.save or args.compare) and not (args.metrics or args.judge):
         raise lk.LorakitError("--save and --compare are about completions: give --metrics too")
+    if args.judge and (args.compare is None or args.judge_model is None):
+        raise lk.LorakitError(
+            "--judge compares two models: give --compare, the other one's completions, and "
+            "--judge-model, who judges"
+        )
     lk.metrics.check_usable(args.metrics)
 
 
@@ -149,15 +178,43 @@ def _scores(completions: list["lk.Completion"], metrics: list[str]) -> dict[str,
     return {name: lk.bootstrap_interval(predictions, references, name) for name in metrics}
 
 
-def _compared(
-    other: list["lk.Completion"], ours: list["lk.Completion"], metrics: list[str], path: Path
-) -> dict[str, "lk.Comparison"]:
-    """Compare two models by metrics; raise LorakitError if they have not answered the same rows."""
-    references = [each.reference for each in ours]
-    if [each.reference for each in other] != references:
+def _check_same_rows(other: list["lk.Completion"], ours: list["lk.Completion"], path: Path) -> None:
+    """Raise LorakitError if two models have not answered the same rows."""
+    if [each.reference for each in other] != [each.reference for each in ours]:
         raise lk.LorakitError(f"--compare {path}: it holds completions of other rows")
+
+
+def _compared(
+    other: list["lk.Completion"], ours: list["lk.Completion"], metrics: list[str]
+) -> dict[str, "lk.Comparison"]:
+    references = [each.reference for each in ours]
     first, second = ([each.prediction for each in completions] for completions in (other, ours))
     return {name: lk.compare_predictions(first, second, references, name) for name in metrics}
+
+
+def _judged(
+    args: argparse.Namespace, other: list["lk.Completion"], ours: list["lk.Completion"]
+) -> dict[str, Any]:
+    """Return how often a judge prefers our completions, and how often the other ones."""
+    found = lk.judge_answers(
+        [each.prompt for each in ours],
+        [each.prediction for each in other],
+        [each.prediction for each in ours],
+        references=[each.reference for each in ours],
+        endpoint=args.judge,
+        judge=args.judge_model,
+        api_key=args.judge_key,
+        max_calls=args.judge_calls,
+    )
+    return {
+        "win_rate": found.win_rate,
+        "wins": found.count("second"),
+        "losses": found.count("first"),
+        "ties": found.count("tie"),
+        "not_judged": found.count("none"),
+        "p_value": found.p_value,
+        "calls": found.calls,
+    }
 
 
 def _table(result: dict[str, Any]) -> str:
@@ -165,9 +222,11 @@ def _table(result: dict[str, Any]) -> str:
     lines = [
         f"{name:14} {value:.4f}" if isinstance(value, float) else f"{name:14} {value}"
         for name, value in result.items()
-        if name not in ("compared", "tasks")
+        if name not in ("compared", "judged", "tasks")
     ]
     lines += [f"{name:14} {each}" for name, each in result.get("compared", {}).items()]
+    for name, value in result.get("judged", {}).items():
+        lines.append(f"judged         {name:14} {value:.4g}")
     for task, values in result.get("tasks", {}).items():
         lines += [f"{task:20} {name:24} {value:.4f}" for name, value in values.items()]
     return "\n".join(lines)

@@ -288,9 +288,13 @@ def _f1(hits: Tensor, predicted: Tensor, true: Tensor) -> Tensor:
 
 
 def _mcnemar(first: Tensor, second: Tensor) -> float:
-    """Return the exact two-sided p-value of two models' right (1) and wrong (0) rows."""
-    worse, better = int((first > second).sum()), int((second > first).sum())
-    tosses, fewer = worse + better, min(worse, better)
+    """Return the exact p-value of two models' right (1) and wrong (0) rows."""
+    return sign_test(int((first > second).sum()), int((second > first).sum()))
+
+
+def sign_test(one: int, other: int) -> float:
+    """Return the two-sided p-value of so many wins of either side, which a fair coin gives too."""
+    tosses, fewer = one + other, min(one, other)
     ways = term = 1  # of `tosses` fair coins, those with no head
     for heads in range(1, fewer + 1):
         term = term * (tosses - heads + 1) // heads

@@ -73,6 +73,41 @@ def test_tasks_come_beside_the_loss_of_rows(tiny_dir, rows, monkeypatch, capsys)
     assert found == expected
 
 
+def test_a_judge_sees_both_models_answers(tiny_dir, rows, tmp_path, monkeypatch, capsys):
+    """What asks the endpoint has tests of its own; here is what it is given, and the table."""
+    saved, asked = tmp_path / "said.jsonl", []
+    said = [lk.Completion(row["prompt"], row["completion"], "no") for row in ROWS]
+    lk.write_completions(saved, said)
+
+    def judge_answers(prompts, first, second, **options):
+        asked.append((prompts, first, options))
+        return lk.Judgement(["second", "second", "tie", "none"], 7)
+
+    monkeypatch.setattr(lk, "judge_answers", judge_answers)
+    options = ["--compare", str(saved), "--judge", "http://x/v1", "--judge-model", "j"]
+    options += ["--judge-calls", "9", "--judge-key", "k"]
+    assert main(["evaluate", str(tiny_dir), str(rows), "--dtype", "float32", *options]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[4:]]
+    assert [line[1:] for line in lines] == [
+        ["win_rate", "0.8333"],
+        ["wins", "2"],
+        ["losses", "0"],
+        ["ties", "1"],
+        ["not_judged", "1"],
+        ["p_value", "0.5"],
+        ["calls", "7"],
+    ]
+    [(prompts, first, found)] = asked
+    assert (prompts, first) == ([row["prompt"] for row in ROWS], ["no"] * len(ROWS))
+    assert found == {
+        "references": [row["completion"] for row in ROWS],
+        "endpoint": "http://x/v1",
+        "judge": "j",
+        "api_key": "k",
+        "max_calls": 9,
+    }
+
+
 def test_what_is_refused(tiny_dir, rows, tmp_path, capsys):
     other = tmp_path / "other.jsonl"
     lk.write_completions(other, [lk.Completion("a", "b\u2028", "c")])
@@ -85,8 +120,12 @@ def test_what_is_refused(tiny_dir, rows, tmp_path, capsys):
         ([*scored, "--compare", str(other)], f"--compare {other}: it holds completions of other"),
         ([*scored, "--compare", str(rows)], "line 1: a completion has a text as reference and"),
         ([*command, "--train-on", "x"], "train_on"),
+        ([*command, "--judge", "http://x/v1"], "--judge compares two models: give --compare"),
         (command[:2], "there is nothing to evaluate: give a file of rows, or --tasks"),
-        ([*command[:2], "--tasks", "a", "--metrics", "bleu"], "--metrics are scores of rows"),
+        (
+            [*command[:2], "--tasks", "a", "--metrics", "bleu"],
+            "--metrics and --judge are about rows",
+        ),
     ]:
         assert main(arguments) == 1
         assert message in capsys.readouterr().err
