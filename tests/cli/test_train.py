@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pty
+import re
 import shutil
 import signal
 import struct
@@ -73,6 +74,21 @@ def test_rows_with_an_empty_answer(run_file, tmp_path, capsys, caplog):
     assert "set skip_empty to leave such rows out" in error
     assert main([*options, "skip_empty=true"]) == 0
     assert "train.jsonl: 1 of 3 rows have an empty answer and were left out" in caplog.text
+
+
+def test_the_model_itself(run_file, tmp_path, capsys):
+    """The model in output_dir answers; new tokens have rows, and a tokenizer that knows them."""
+    options = ["train", str(run_file), "max_steps=2", "train=full"]
+    assert main(options) == 1
+    assert "leave out lora" in capsys.readouterr().err
+    options += ["lora=null", "quantize=null", "add_tokens=[<a>, <b>]", "freeze=[norm]"]
+    assert main(options) == 0
+    out = capsys.readouterr().out
+    assert "training the model on" in out
+    assert re.search(r"train: full trains [\d,]+ of the [\d,]+ parameters", out)
+    assert f"model in {tmp_path / 'out'}" in out
+    assert len(lk.load_tokenizer(tmp_path / "out").encode("<a><b>", add_special_tokens=False)) == 2
+    assert main(["generate", str(tmp_path / "out"), "a<b>", "--max-new-tokens", "2"]) == 0
 
 
 def test_errors_of_rows_come_before_the_model(run_file, tmp_path, capsys, monkeypatch):
