@@ -6,6 +6,7 @@ import torch
 import lorakit as lk
 from lorakit.inference.generate import continue_text
 from lorakit.inference.sampling import Sampling
+from lorakit.models.families import FAMILIES, WRAPPERS
 from lorakit.models.per_layer import host_tables
 from tests.conftest import (
     FAMILY_VARIANTS,
@@ -14,6 +15,7 @@ from tests.conftest import (
     published,
     tiny,
 )
+from tests.models.wrappers import WRAPPED
 
 
 def ours_and_theirs(tmp_path, family="llama", **overrides):
@@ -67,6 +69,14 @@ def compare(ours, theirs, family, differences, label):
     differences(family, f"{label}: gradients, relative", largest)
     trained = {name for name, parameter in ours.named_parameters() if parameter.requires_grad}
     return trained, set(truths) - set(host_tables(ours))
+
+
+def test_every_family_is_compared():
+    """Those of Qwen's vision models are compared within their wrappers (test_multimodal.py)."""
+    compared = {family for family, _ in VARIANTS}
+    within = {WRAPPERS[wrapper] for wrapper, *_ in WRAPPED.values()}
+    assert compared | within >= set(FAMILIES)
+    assert set(FAMILIES) - compared == {"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"}
 
 
 @variants
