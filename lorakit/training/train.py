@@ -2,10 +2,9 @@
 
 A run writes into `output_dir`: the adapter and its card, and the chat template that it was trained
 with, or the whole tokenizer if that has new tokens or is not the model's; with `train: full` the
-model in the place of the adapter; metrics.jsonl, with one
-line per step (loss, learning rate, gradient norm, tokens per second, share of padding, peak memory)
-and per evaluation; and checkpoints (state.py). What a run does is in run.py, and the parts of a
-step are in step.py.
+model in the place of the adapter; metrics.jsonl, with one line per step (epoch, loss, learning
+rate, gradient norm, tokens per second, share of padding, peak memory) and per evaluation; and
+checkpoints (state.py). What a run does is in run.py, and the parts of a step are in step.py.
 """
 
 from collections.abc import Callable, Mapping

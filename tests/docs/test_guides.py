@@ -149,6 +149,25 @@ def test_examples_of_the_guide_to_data(prepared):
     assert files[3].count(" of 50 rows (") == 3
 
 
+def test_examples_of_the_guide_to_evaluation(prepared):
+    work, run = prepared
+    [rows] = blocks("docs/getting-started.md", "json", "train.jsonl")
+    (work / "train.jsonl").write_text(rows)
+    adapter = f"""
+model = lk.attach(lk.load_model("{MODEL}"), lk.LoraConfig(r=2))
+lk.save_adapter(model, "runs/opposites")
+"""
+    done = run(["-c", python("docs/evaluation.md") + adapter])
+    assert re.fullmatch(
+        r"0\.5000 \[0\.[34]\d{3}, 0\.[56]\d{3}\]\n\+0\.25, within noise: False\n", done.stdout
+    )
+    scored, compared = (run(each).stdout for each in commands("docs/evaluation.md")[:2])
+    assert len((work / "base.jsonl").read_text().splitlines()) == 3
+    assert scored.splitlines()[-1].startswith("rouge_l")
+    # the adapter is new, and changes nothing
+    assert compared.splitlines()[-1].endswith("p = 1: the difference is within noise")
+
+
 def test_examples_of_the_guide_to_export(prepared):
     work, run = prepared
     [rows] = blocks("docs/getting-started.md", "json", "train.jsonl")
