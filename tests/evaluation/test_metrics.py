@@ -7,7 +7,7 @@ seqeval 1.2's f1_score.
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorakit as lk
@@ -81,6 +81,21 @@ def test_f1_of_labels_is_its_definition(pairs):
     weighted = sum(f1[label] * n for label, n in support.items()) / len(pairs)
     assert scores["weighted_f1"] == pytest.approx(weighted)
     assert scores["accuracy"] == sum(p == r for p, r in pairs) / len(pairs)
+
+
+@settings(max_examples=15)  # its functions take milliseconds to check their arguments
+@given(pairs)
+def test_f1_of_labels_is_that_of_scikit_learn(pairs):
+    learn = pytest.importorskip("sklearn.metrics")
+    predictions, references = map(list, zip(*pairs, strict=True))
+    assert metrics.accuracy(predictions, references) == learn.accuracy_score(
+        references, predictions
+    )
+    for name in ("macro", "weighted"):
+        # sums of as many fp64 numbers in another order
+        assert metrics.score(predictions, references, f"{name}_f1")[f"{name}_f1"] == pytest.approx(
+            learn.f1_score(references, predictions, average=name, zero_division=0), rel=1e-12
+        )
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,7 @@ def test_mlflow_has_the_numbers_of_the_log(tiny_dir, tok, tmp_path, monkeypatch)
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     out = tmp_path / "mine"
     train_and_go_on(tiny_dir, tok, out, report_to="mlflow")
     client = mlflow.tracking.MlflowClient()
