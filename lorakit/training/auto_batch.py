@@ -90,4 +90,6 @@ def _fitting_rows(
         return 1, f"since there is no forecast of memory ({error})"
     if rows == 0:
         return 1, "although the forecast is that not even one row fits"
+    if rows == whole.rows_of_step:
+        return rows, "which is all of them"
     return rows, f"which is what fits into {format_bytes(free)}"

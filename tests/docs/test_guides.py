@@ -106,6 +106,15 @@ def test_examples_of_the_guide_to_training(prepared):
     assert (work / "runs" / "sums" / "checkpoint-6" / "state.json").exists()
 
 
+def test_examples_of_the_guide_to_memory(prepared):
+    _, run = prepared
+    done = run(["-c", python("docs/memory.md")])
+    *table, last = done.stdout.splitlines()
+    assert table[0].split() == ["between", "steps", "at", "the", "peak"]
+    assert {"weights", "activations", "together"} <= {line.split()[0] for line in table[1:]}
+    assert last == "['per_device_train_batch_size=1', 'gradient_accumulation_steps=4']"
+
+
 def test_examples_of_the_guide_to_lora(prepared):
     _, run = prepared
     code = python("docs/lora.md")
