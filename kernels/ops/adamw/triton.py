@@ -256,16 +256,24 @@ def _code(x, EDGES, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def _squares(TENSORS, PIECES, SUMS, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
-    """SUMS: of the squares of each piece of a gradient, fp32 or bf16, which is so many blocks."""
+def _squares(
+    TENSORS, PIECES, SUMS, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, MIXED: tl.constexpr
+):  # fmt: skip
+    """SUMS: of the squares of each piece of a gradient, which is so many blocks.
+
+    Gradients are fp32; MIXED: some of them are bf16.
+    """
     program = tl.program_id(0).to(tl.int64)
     tensor, piece = tl.load(PIECES + 2 * program), tl.load(PIECES + 2 * program + 1)
     address, n = tl.load(TENSORS + 3 * tensor), tl.load(TENSORS + 3 * tensor + 1)
     start = piece * (BLOCK * BLOCKS)
-    if tl.load(TENSORS + 3 * tensor + 2) == 0:
-        total = _sum_of_squares(address, tl.float32, start, n, BLOCK, BLOCKS)
+    if MIXED:
+        if tl.load(TENSORS + 3 * tensor + 2) == 0:
+            total = _sum_of_squares(address, tl.float32, start, n, BLOCK, BLOCKS)
+        else:
+            total = _sum_of_squares(address, tl.bfloat16, start, n, BLOCK, BLOCKS)
     else:
-        total = _sum_of_squares(address, tl.bfloat16, start, n, BLOCK, BLOCKS)
+        total = _sum_of_squares(address, tl.float32, start, n, BLOCK, BLOCKS)
     tl.store(SUMS + program, total)
 
 
@@ -427,7 +435,15 @@ def _decided(
     warps = THREADS // dispatch.lanes()
     if count:
         dispatch.launch(
-            _squares, (count,), done.tensors, done.pieces, sums, BLOCK, BLOCKS, num_warps=warps
+            _squares,
+            (count,),
+            done.tensors,
+            done.pieces,
+            sums,
+            BLOCK,
+            BLOCKS,
+            int(any(numbered)),
+            num_warps=warps,
         )
     dispatch.launch(
         _decide, (1,), sums, done.pieces, losses, step.counters, step.by_step, step.by_taken,
