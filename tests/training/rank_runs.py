@@ -23,10 +23,11 @@ from tests.conftest import ROWS
 from tests.training.runs import ADAPTER, PAIRS
 
 ROOT = Path(__file__).parents[2]
+MODEL = "model.safetensors"
 LIMIT = 300.0  # s that a group of processes may take
 
 SHORT = {"max_steps": 3, "save_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
-# name -> the model's dtype, the adapter's settings, the run's, and whether it is evaluated
+# name -> the model's dtype, the adapter's settings or None, the run's, and the rows
 CASES = {
     "padded": (
         "float32",
@@ -49,6 +50,12 @@ CASES = {
         {"objective": "dpo", "gradient_accumulation_steps": 2, "eval_steps": 3},
         PAIRS,
     ),
+    "full": (
+        "bfloat16",
+        None,
+        {"train": "full", "gradient_accumulation_steps": 3, "optim": "adamw_8bit", "eval_steps": 3},
+        ROWS,
+    ),
     "fast": ("float32", {}, {"gradient_accumulation_steps": 3, "reduce": "fast"}, ROWS),
 }  # fmt: skip
 
@@ -56,9 +63,10 @@ CASES = {
 def take(path: Path, out: Path, case: str, options: dict):
     """Take the run of a case in this process, alone or as one of the ranks."""
     dtype, lora, own, rows = CASES[case]
-    model = lk.load_model(path, dtype=dtype, quantize="nf4")
+    model = lk.load_model(path, dtype=dtype, quantize=None if lora is None else "nf4")
     torch.manual_seed(options.get("seed", 0))
-    lk.attach(model, lk.LoraConfig(r=4, lora_alpha=8, **lora))
+    if lora is not None:
+        lk.attach(model, lk.LoraConfig(r=4, lora_alpha=8, **lora))
     config = lk.TrainConfig(**{"output_dir": str(out / case), **SHORT, **own, **options})
     data = {"train": rows, "validation": rows[:5]} if config.eval_steps else rows
     written = [bytes_written()]
@@ -83,7 +91,7 @@ def found(out: Path, case: str) -> dict:
     steps = [json.loads(line) for line in (out / case / "metrics.jsonl").open()]
     timed = ("tokens_per_second", "peak_memory_mb")
     return {
-        "adapter": (out / case / ADAPTER).read_bytes(),
+        "result": (out / case / (MODEL if CASES[case][1] is None else ADAPTER)).read_bytes(),
         "state": (checkpoints(out / case)[-1].path / STATE_TENSORS).read_bytes(),
         "steps": [{k: v for k, v in step.items() if k not in timed} for step in steps],
     }  # fmt: skip

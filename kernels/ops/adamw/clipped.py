@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
-from .lists import Work
+from .lists import Work, is_dense, moment_fits
 from .state import Moment8bit
 
 
@@ -76,6 +76,22 @@ class AdamWRow(NamedTuple):
         each = [t for m in moments for t in (m if isinstance(m, Moment8bit) else (m,))]
         remainder = () if self.remainder is None else (self.remainder,)
         return self.param, self.grad, *each, *remainder
+
+    @property
+    def kind(self) -> tuple[bool, bool]:
+        """Whether the state is in 8 bits, and whether there is a remainder."""
+        return isinstance(self.exp_avg, Moment8bit), self.remainder is not None
+
+    def fits(self, alignment: int) -> bool:
+        """Return whether the kernels take the row, its tensors dense and on so many bytes."""
+        p, halves = self.param, self.remainder is not None
+        kind = torch.bfloat16 if halves else torch.float32
+        own = [(p, kind), (self.grad, kind)]
+        if self.remainder is not None:
+            own.append((self.remainder, torch.int16))
+        return all(
+            is_dense(t, dtype, p.device, alignment) and t.shape == p.shape for t, dtype in own
+        ) and all(moment_fits(m, p, alignment) for m in (self.exp_avg, self.exp_avg_sq))
 
 
 class ClippedAdamW:

@@ -41,7 +41,7 @@ from ... import dispatch
 from ..nf4 import ABSMAX_FLOOR
 from . import reference
 from .clipped import AdamWRow, ClippedAdamW
-from .lists import M, Update, Work, changed, is_dense, moment_fits, work
+from .lists import M, Update, Work, changed, work
 from .state import BLOCK as BLOCK_8BIT
 from .state import Moment8bit, signed_map, unsigned_map
 
@@ -390,16 +390,11 @@ def clipped_step(step: ClippedAdamW, rows: Sequence[AdamWRow], losses: Tensor) -
     Return what is told of it (clipped.py). The reference updates the tensors that do not fit
     (lists.py).
     """
-    ours = [_fits(row) for row in rows]
+    ours = [row.fits(ALIGNMENT) for row in rows]
     told = _decided(step, rows, ours, losses)
     taken = [row for row, fit in zip(rows, ours, strict=True) if fit]
     for in_8bit, halves in product((False, True), repeat=2):
-        part = [
-            row
-            for row in taken
-            if isinstance(row.exp_avg, Moment8bit) == in_8bit
-            and (row.remainder is not None) == halves
-        ]
+        part = [row for row in taken if row.kind == (in_8bit, halves)]
         if part:
             name = f"8-bit state {in_8bit}, halves {halves}"
             values, launch = BLOCK, _launch_update
@@ -452,14 +447,3 @@ def _decided(
         num_warps=warps,
     )  # fmt: skip
     return told
-
-
-def _fits(row: AdamWRow) -> bool:
-    """Return whether the kernels take the tensors of a row."""
-    _, p, g, m, v, remainder = row
-    halves = remainder is not None
-    kind = torch.bfloat16 if halves else torch.float32
-    own = [(p, kind), (g, kind), *([(remainder, torch.int16)] if halves else [])]
-    return all(
-        is_dense(t, dtype, p.device, ALIGNMENT) and t.shape == p.shape for t, dtype in own
-    ) and all(moment_fits(moment, p, ALIGNMENT) for moment in (m, v))
