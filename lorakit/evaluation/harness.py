@@ -113,11 +113,11 @@ class HarnessModel(LM):
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Continue each prompt until one of the texts that its settings name."""
-        alike: dict[str, list[int]] = defaultdict(list)
+        grouped: dict[str, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
-            alike[json.dumps(request.args[1], sort_keys=True)].append(number)
+            grouped[json.dumps(request.args[1], sort_keys=True)].append(number)
         texts = [""] * len(requests)
-        for settings, numbers in alike.items():
+        for settings, numbers in grouped.items():
             options = _options(json.loads(settings))
             room = self.length - options["max_new_tokens"]
             if room < 1:

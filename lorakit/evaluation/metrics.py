@@ -39,6 +39,7 @@ from lorakit.evaluation.translation import bleu, check_sacrebleu, chrf
 __all__ = [
     "accuracy",
     "bleu",
+    "check_usable",
     "chrf",
     "entity_f1",
     "exact_match",
