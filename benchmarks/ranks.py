@@ -1,6 +1,7 @@
 """QLoRA on two processes of one thread each, beside one process of two threads.
 
     python benchmarks/ranks.py MODEL [--steps 6] [--rounds 3] [--parts 2]
+        [--tokens 512]
 
 MODEL is a Hugging Face directory or a .gguf file. The three sides take turns, one short run each:
 
@@ -8,10 +9,10 @@ MODEL is a Hugging Face directory or a .gguf file. The three sides take turns, o
     ordered   two processes, one thread each, gradients added in the order of micro-batches
     fast      the same, gradients added by one all-reduce
 
-All take the same steps of --parts micro-batches of packed rows. Tokens a second are the medians of
-a run's steps after the first two; a ratio is the median of the rounds'. Bytes are those that the
-second process has written in a step, as Linux counts them: to sockets, since it writes no files.
-They are compared with the formula of docs/scale.md.
+All take the same steps of --parts micro-batches, which are packed rows of --tokens tokens. Tokens a
+second are the medians of a run's steps after the first two; a ratio is the median of the rounds'.
+Bytes are those that the second process has written in a step, as Linux counts them: to sockets,
+since it writes no files. They are compared with the formula of docs/scale.md.
 """
 
 import argparse
@@ -63,7 +64,7 @@ def train(args: argparse.Namespace) -> None:
         per_device_train_batch_size=1,
         gradient_accumulation_steps=args.parts,
         packing=True,
-        max_seq_length=512,
+        max_seq_length=args.tokens,
         reduce=SIDES[args.side][1],
     )
     sent = [written()]
@@ -111,6 +112,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--parts", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=512, help="of a packed row")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -16,6 +16,7 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -187,7 +188,8 @@ class RankGroup(Ranks):
         if done:
             self.wait()
         self.pulse.end()
-        for group in {self.host, self.patient, self.data}:
+        groups = {self.host, self.patient}
+        for group in groups | {self.data} if done else groups:  # NCCL may wait for who is gone
             dist.destroy_process_group(group)
 
     @contextmanager
@@ -228,7 +230,7 @@ class _Pulse:
     def look_around(self) -> tuple[list[int], list[int]]:
         """Return the ranks that give no sign of life, and those that are behind this one."""
         before = self._signs()
-        time.sleep(3 * PULSE)
+        time.sleep(5 * PULSE)
         after = self._signs()
         others = [rank for rank in range(self.ranks.size) if rank != self.ranks.rank]
         silent = [rank for rank in others if before[rank] == after[rank]]
@@ -314,16 +316,46 @@ def joined(device: torch.device) -> Iterator[Ranks]:
 
 def _start(device: torch.device) -> None:
     """Start the group of processes that torchrun's environment tells of."""
+    backend = "gloo"
+    if device.type == "cuda":
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
     try:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-            dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENT)
-        else:
-            dist.init_process_group("gloo", timeout=PATIENT)
+        store, rank, size = next(dist.rendezvous("env://", timeout=PATIENT))
+        own = dist.PrefixStore(name_of_start(store, rank, size), store)
+        dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=PATIENT)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0][:200]
         raise LorakitError(f"train: the ranks did not find each other ({reason})") from error
     atexit.register(_end)
+
+
+def name_of_start(store: dist.Store, rank: int, size: int) -> str:
+    """Return a name that the ranks of this start share, and no others have ever had.
+
+    When torchrun starts all ranks again, its store may hold what the last ones have written. They
+    would look for each other at the old addresses, and wait. So rank 0 offers a name, each rank
+    answers with a word of its own, and whoever finds its word in the result takes the name.
+
+    Raises RuntimeError if a rank does not answer.
+    """
+    end, word, offered = time.monotonic() + PATIENT.total_seconds(), uuid.uuid4().hex, ""
+    if rank == 0:
+        store.set("lorakit/offer", word)
+    while time.monotonic() < end:
+        name = store.get("lorakit/offer").decode()
+        if name != offered:
+            offered = name
+            store.set(f"lorakit/{name}/{rank}", word)
+        answers = [f"lorakit/{name}/{each}" for each in range(size)]
+        if rank == 0 and store.check(answers):
+            words = [store.get(answer).decode() for answer in answers]
+            store.set(f"lorakit/{name}/all", " ".join(words))
+        there = store.check([f"lorakit/{name}/all"])
+        if there and word in store.get(f"lorakit/{name}/all").decode().split():
+            return f"lorakit/{name}"
+        time.sleep(0.05)
+    raise RuntimeError("a rank did not answer")
 
 
 def _end() -> None:

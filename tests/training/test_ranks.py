@@ -7,12 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 
 import pytest
 import torch
 
+from lorakit.training.ranks import name_of_start
 from lorakit.training.state import checkpoints
 from tests.training.rank_runs import CASES, ROOT, command, ended, found, start, take
 
@@ -58,6 +60,25 @@ def test_two_ranks_have_the_bytes_of_one_process(tiny_dir, tmp_path):
     # half of them in the exchange and half in the gather, 16 values' room for each parameter at
     # most, and 4 KB for flags, losses and signs of life
     assert 4 * values <= sent <= 4 * values + 64 * 42 + 4096
+
+
+def test_a_second_start_on_the_same_store_has_a_name_of_its_own():
+    """torchrun keeps the store when it starts the ranks again, with the addresses of the last."""
+    store, names = torch.distributed.HashStore(), []
+
+    def join(rank):
+        names.append(name_of_start(store, rank, 3))
+
+    for _ in range(3):
+        # the others come first, and find what an earlier start has left
+        threads = [threading.Thread(target=join, args=(rank,)) for rank in (2, 1, 0)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join(20)
+    assert len(names) == 9
+    assert len(set(names)) == 3
+    assert [len(set(names[i : i + 3])) for i in (0, 3, 6)] == [1, 1, 1]
 
 
 @pytest.mark.slow
