@@ -29,6 +29,8 @@ from lorakit.adapters.peft_files.inspect import describe_adapter as describe_ada
 from lorakit.adapters.peft_files.load import load_adapter as load_adapter
 from lorakit.adapters.peft_files.save import save_adapter as save_adapter
 from lorakit.config.adapters import LoraConfig as LoraConfig
+from lorakit.config.data import DataConfig as DataConfig
+from lorakit.config.data import SourceConfig as SourceConfig
 from lorakit.config.errors import LorakitError as LorakitError
 from lorakit.config.quantization import QuantConfig as QuantConfig
 from lorakit.config.run import RunConfig as RunConfig
@@ -44,6 +46,7 @@ from lorakit.data.packing import collate_packed as collate_packed
 from lorakit.data.packing import pack_rows as pack_rows
 from lorakit.data.packing import padding_share as padding_share
 from lorakit.data.rows import read_rows as read_rows
+from lorakit.data.sources import open_data as open_data
 from lorakit.data.splitting import split_rows as split_rows
 from lorakit.data.write import write_rows as write_rows
 from lorakit.evaluation import metrics as metrics

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 import lorakit as lk
-from lorakit.config.run import DataConfig
 
 ROOT = Path(__file__).parent.parent
 FILES = [
@@ -24,7 +23,7 @@ FILES = [
 ]
 PUBLIC = {f"lorakit.{name}": getattr(lk, name) for name in lk.__all__}
 PUBLIC |= {f"lorakit.kernels.{name}": getattr(lk.kernels, name) for name in lk.kernels.__all__}
-CONFIGS = [value for name, value in PUBLIC.items() if name.endswith("Config")] + [DataConfig]
+CONFIGS = [value for name, value in PUBLIC.items() if name.endswith("Config")]
 
 PREPOSITION = re.compile(
     r"(Of|In|With|From|By|Where|To|For|At|On|As|Within|Beside|Without|After|Before|Under|Over"

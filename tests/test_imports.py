@@ -17,7 +17,7 @@ ORDER = [
     {"config": set()},
     {"files": {"huggingface_hub", "safetensors", "numpy", "gguf"}},
     {"models": {"tokenizers", "jinja2", "numpy", "gguf"}},
-    {"adapters": set(), "data": {"numpy", "pyarrow"}},
+    {"adapters": set(), "data": {"datasets", "numpy", "pyarrow"}},
     {"inference": {"tokenizers", "llguidance"}},
     {"serving": {"starlette", "uvicorn", "prometheus_client"}},
     {"evaluation": {"lm_eval", "matplotlib", "sacrebleu"}},

@@ -158,8 +158,9 @@ def _put(values: dict[str, Any], override: str) -> None:
 def _lengths(config: "lk.RunConfig") -> tuple[Any, list[str]]:
     """Return the number of tokens of each row of the run's file, if it is there, or say why not."""
     whole = f"rows of {config.train.max_seq_length} tokens are planned for"
-    if not Path(config.data.train).expanduser().exists():
-        return None, [f"{config.data.train} is not there: {whole}"]
+    train = config.data.train
+    if isinstance(train, str) and not Path(train).expanduser().exists():
+        return None, [f"{train} is not there: {whole}"]
     try:
         tok = lk.load_tokenizer(
             config.model, chat_template=chat_template(config.chat_template, None)
@@ -168,13 +169,11 @@ def _lengths(config: "lk.RunConfig") -> tuple[Any, list[str]]:
         return None, [f"the rows cannot be counted ({error}): {whole}"]
     tok.add_special_tokens(config.add_tokens)
     rows = lk.encode_rows(
-        config.data.train,
+        lk.open_data(config.data, skip_empty=config.train.skip_empty)["train"],
         tok,
         max_seq_length=config.train.max_seq_length,
         over_length=config.train.over_length,
         train_on=config.train.train_on,
-        format=config.data.format,
-        skip_empty=config.train.skip_empty,
     )
     return rows.lengths, []
 

@@ -61,19 +61,15 @@ def _train(args: argparse.Namespace, run: "lk.RunConfig") -> int:
     tok = lk.load_tokenizer(tokenizer_of(run.model, adapter), chat_template=template)
     tok.add_special_tokens(run.add_tokens)
     # The rows are encoded before the model is loaded: an error in them should not take minutes.
-    files = {"train": run.data.train, "validation": run.data.validation}
     data = {
         name: lk.encode_rows(
-            file,
+            rows,
             tok,
             max_seq_length=run.train.max_seq_length,
             over_length=run.train.over_length,
             train_on=run.train.train_on,
-            format=run.data.format,
-            skip_empty=run.train.skip_empty,
         )
-        for name, file in files.items()
-        if file is not None
+        for name, rows in lk.open_data(run.data, skip_empty=run.train.skip_empty).items()
     }
     _check_memory(run, data["train"].lengths)
     started = time.perf_counter()

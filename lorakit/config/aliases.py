@@ -17,6 +17,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lorakit.config.data import source_of
+
 RENAMED = {
     "base_model": "model",
     "model_name_or_path": "model",
@@ -142,7 +144,7 @@ def _open_mappings(own: dict[Any, Any]) -> None:
     Aliases then find a mapping to write to, and the caller's stays as it is.
     """
     for name, leaf in (("data", "train"), ("quantize", "quant_type")):
-        if isinstance(own.get(name), str):
+        if isinstance(own.get(name), (str, list)):
             own[name] = {leaf: own[name]}
     for name in ("data", "lora", "quantize"):
         if isinstance(own.get(name), Mapping):
@@ -297,21 +299,21 @@ def _lora_model_dir(value: Any, values: File, notes: Notes) -> Meaning:
 
 
 def _datasets(target: str) -> Conversion:
-    """Return a conversion of a list of one entry whose path is `target`."""
+    """Return a conversion of a list of entries with paths, the sources of `target`."""
 
     def convert(value: Any, values: File, notes: Notes) -> Meaning:
-        if not isinstance(value, list) or len(value) != 1 or not isinstance(value[0], Mapping):
-            raise ValueError("a list of one entry with a path is wanted; put all rows in one file")
-        for key in value[0]:
-            if key in ("type", "ds_type"):
-                notes.append(f"{key} of datasets is ignored: the fields of a row say how to read")
-            elif key != "path":
-                raise ValueError(f"{key!r} of an entry cannot be honoured: take it out")
-        if "path" not in value[0]:
-            raise ValueError("the entry has no path")
-        return {target: value[0]["path"]}
+        fine = isinstance(value, list) and value and all(isinstance(e, Mapping) for e in value)
+        if not fine:
+            raise ValueError("a list of entries with a path is wanted")
+        sources = [source_of(entry, notes) for entry in value]
+        alone = len(sources) == 1 and set(sources[0]) == {"path"}
+        return {target: sources[0]["path"] if alone else sources}
 
     return convert
+
+
+def _text_field(value: Any, values: File, notes: Notes) -> Meaning:
+    return {} if value == "text" else {"data.columns": {"text": value}}
 
 
 def _completion_only(value: Any, values: File, notes: Notes) -> Meaning:
@@ -421,6 +423,7 @@ CONVERTED: dict[str, Conversion] = {
     "train_on_inputs": _train_on_inputs,
     "completion_only_loss": _completion_only,
     "assistant_only_loss": _assistant_only,
+    "dataset_text_field": _text_field,
     "datasets": _datasets("data.train"),
     "test_datasets": _datasets("data.validation"),
     "save_strategy": _strategy("save_steps"),

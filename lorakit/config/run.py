@@ -13,6 +13,7 @@ from typing import Any
 
 from lorakit.config.adapters import LoraConfig
 from lorakit.config.aliases import ALIASES, own_names
+from lorakit.config.data import DataConfig, data_config
 from lorakit.config.errors import LorakitError, nearest
 from lorakit.config.fields import from_mapping, to_dtype, without_unset
 from lorakit.config.quantization import QuantConfig, quant_config
@@ -22,26 +23,14 @@ log = logging.getLogger("lorakit")
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Settings of the data: files of rows, in JSONL, JSON, CSV, TSV or Parquet."""
-
-    train: str
-    """File of the rows to train on."""
-    validation: str | None = None
-    """File of the rows to evaluate on; null evaluates on none."""
-    format: str | None = None
-    """Format of the rows: "messages", "sharegpt", "prompt_completion", "preference", "alpaca" or
-    "text"; null lets the fields of the first row tell."""
-
-
-@dataclass(frozen=True)
 class RunConfig:
     """Settings of a whole run: what to train, on what, and how."""
 
     model: str
     """Model to train: a directory, a .gguf file or a Hub id."""
     data: DataConfig
-    """Files of the rows; one file name means the training rows alone."""
+    """Rows of the run; the name of a file or of a data set on the Hub, or a list of sources, means
+    the training rows alone."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Settings of a new adapter."""
     adapter: str | None = None
@@ -137,7 +126,7 @@ class RunConfig:
     def _from_own_names(cls, values: dict[Any, Any], where: str) -> "RunConfig":
         """Build the settings from a mapping with lorakit's names alone, and change that mapping."""
         if values.get("data") is not None:
-            values["data"] = from_mapping(DataConfig, values["data"], f"{where}, data")
+            values["data"] = data_config(values["data"], f"{where}, data")
         if "lora" in values and values["lora"] is not None:
             if values.get("train") == "full":
                 raise LorakitError(

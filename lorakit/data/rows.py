@@ -21,17 +21,17 @@ pass; `encode_rows` (examples.py) encodes in the same one.
 The fields of a row tell what it means (formats.py). All rows of a source have one format.
 """
 
-import logging
 import os
 from array import array
 from codecs import BOM_UTF8 as BOM
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, overload, runtime_checkable
 
-from lorakit.config.errors import LorakitError, nearest
-from lorakit.data.formats import FORMATS, detect, make_row
+from lorakit.config.errors import LorakitError
+from lorakit.data.check import Check, check_format
+from lorakit.data.formats import detect
 from lorakit.data.readers import (
     CsvRecords,
     JsonLines,
@@ -40,11 +40,9 @@ from lorakit.data.readers import (
     Table,
     decoded,
 )
-from lorakit.data.schemas import Row, fields_of, has_empty_answer
-from lorakit.data.values import EmptyAnswer, parse_json
+from lorakit.data.schemas import Row, fields_of
+from lorakit.data.values import parse_json
 from lorakit.files.local import as_path
-
-log = logging.getLogger("lorakit")
 
 
 @runtime_checkable
@@ -134,68 +132,19 @@ def unread_rows(
     format: str | None = None,
     errors: list[str] | None = None,
     skip_empty: bool = False,
+    columns: Mapping[str, str] | None = None,
 ) -> Sequence[Row]:
     """Return rows as `read_rows` does; but those of a `SourceRows` wait for the first pass.
 
-    The arguments are those of `read_rows`. Raises LorakitError as it does, in the first pass too.
+    The arguments are those of `read_rows`; `columns` has the field that holds what a field of a
+    format should. Raises LorakitError as `read_rows` does, in the first pass too.
     """
-    if format is not None and format not in FORMATS:
-        raise LorakitError(
-            f"format is {format!r}{nearest(format, FORMATS)}; choose one of {', '.join(FORMATS)}"
-        )
+    check_format(format)
     if isinstance(source, LazyRows) and not skip_empty:
         return source
     if isinstance(source, (str, Path)):
-        return _file_rows(source, Check(str(source), format, errors, skip_empty))
-    return _other_rows(source, Check("data", format, errors, skip_empty))
-
-
-class Check:
-    """Makes the rows of one source, and decides what becomes of those that cannot be used.
-
-    `name` is that of the source; the other arguments are those of `read_rows`. `format` becomes
-    that of the first row.
-    """
-
-    def __init__(
-        self, name: str, format: str | None, errors: list[str] | None, skip_empty: bool
-    ) -> None:
-        self.name, self.format, self.errors, self.skip_empty = name, format, errors, skip_empty
-        self.empty = 0
-
-    def row(self, value: Callable[[], Any], place: str) -> Row | None:
-        """Return the row that `value` returns the fields of, or None if it is left out.
-
-        Raises LorakitError for a row that cannot be used, unless the errors are collected.
-        """
-        try:
-            fields = value()
-            self.format = self.format or detect(fields, place)
-            row = make_row(fields, place, self.format)
-            if self.skip_empty and has_empty_answer(row):
-                raise EmptyAnswer(f"{place} has an empty answer")
-            return row
-        except LorakitError as error:
-            if self.skip_empty and isinstance(error, EmptyAnswer):
-                self.empty += 1
-            elif self.errors is None:
-                raise
-            else:
-                self.errors.append(str(error))
-        return None
-
-    def end(self, count: int) -> None:
-        """Say how many rows were left out beside `count` good ones; LorakitError if that is 0."""
-        if not count:
-            nothing = f"{self.name} holds no rows" + " but empty ones" * (self.empty > 0)
-            raise LorakitError(self.errors[0] if self.errors else nothing)
-        if self.empty:
-            log.warning(
-                "lorakit: %s: %d of %d rows have an empty answer and were left out",
-                self.name,
-                self.empty,
-                self.empty + count + len(self.errors or ()),
-            )
+        return _file_rows(source, Check(str(source), format, errors, skip_empty, columns))
+    return _other_rows(source, Check("data", format, errors, skip_empty, columns))
 
 
 def _other_rows(source: Any, check: Check) -> Sequence[Row]:
@@ -263,7 +212,7 @@ class IndexedRows(SourceRows):
 
     def fetch(self, index: int) -> Row:
         number = self.numbers[index]
-        return make_row(self._value(number), f"{self.name} {number}", self.check.format)
+        return self.check.again(self._value(number), f"{self.name} {number}")
 
     def fields(self, index: int) -> Any:
         return self._value(self.numbers[index])
@@ -387,8 +336,7 @@ class FileRows(SourceRows):
             raise LorakitError(f"{self.path} was changed after it was read; read it again")
 
     def _row(self, record: Record) -> Row:
-        value = self.reader.value(record)
-        return make_row(value, f"{self.path} line {record.line}", self.check.format)
+        return self.check.again(self.reader.value(record), f"{self.path} line {record.line}")
 
 
 def _version(file: BinaryIO) -> tuple[int, int]:

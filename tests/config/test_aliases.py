@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import lorakit as lk
 from lorakit.config import aliases
-from lorakit.config.run import DataConfig
+from lorakit.config.data import DataConfig, SourceConfig
 from tests.config.run_files import RUN, scalars, table
 
 AXOLOTL = {
@@ -182,9 +182,8 @@ def test_trl_file():
         ({"adapter": "qlora", "load_in_4bit": False}, "adapter: qlora needs load_in_4bit: true"),
         ({"bnb_4bit_quant_type": "nf4"}, "bnb_4bit_quant_type: it says how load_in_4bit packs"),
         ({"val_set_size": 0.05}, "val_set_size is 0.05: lorakit splits no rows off"),
-        ({"test_datasets": []}, "test_datasets: a list of one entry with a path is wanted"),
-        ({"test_datasets": [{"path": "a"}, {"path": "b"}]}, "put all rows in one file"),
-        ({"test_datasets": [{"path": "a", "split": "train"}]}, "'split' of an entry cannot be"),
+        ({"test_datasets": []}, "test_datasets: a list of entries with a path is wanted"),
+        ({"test_datasets": [{"path": "a", "shards": 2}]}, "'shards' of an entry cannot be"),
         ({"test_datasets": [{"type": "alpaca"}]}, "test_datasets: the entry has no path"),
         ({"save_strategy": "epoch"}, "save_strategy: give save_steps instead of 'epoch'"),
         ({"save_strategy": "steps"}, "it is 'steps', and save_steps is missing"),
@@ -375,7 +374,7 @@ NO_SWITCHES = {  # these take other values than true and false, or say nothing b
     "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_use_double_quant", "adapter",
     "lora_model_dir", "datasets", "test_datasets", "save_strategy", "eval_strategy",
     "chat_template_jinja", "evaluation_strategy", "special_tokens", "unfrozen_parameters",
-    "packing_strategy",
+    "packing_strategy", "dataset_text_field",
 }  # fmt: skip
 
 
@@ -433,3 +432,25 @@ def test_unknown_keys_without_a_value_are_ignored_with_a_line(caplog):
     assert run == lk.RunConfig.from_dict(RUN)
     assert "'local_rank' is unknown, has no value and is ignored" in caplog.text
     assert "'debug' is unknown" in caplog.text
+
+
+def test_sources_of_trl_and_axolotl():
+    run = lk.RunConfig.from_dict(
+        {
+            "model": "m",
+            "datasets": [
+                {"path": "a.jsonl", "type": "alpaca", "field_instruction": "question"},
+                {"path": "org/x", "name": "en", "split": "train", "revision": "v1"},
+            ],
+            "dataset_text_field": "content",
+        }
+    )
+    assert run.data == DataConfig(
+        [
+            SourceConfig("a.jsonl", columns={"instruction": "question"}),
+            SourceConfig("org/x", name="en", split="train", revision="v1"),
+        ],
+        columns={"text": "content"},
+    )
+    plain = lk.RunConfig.from_dict({"model": "m", "data": "a", "dataset_text_field": "text"})
+    assert plain.data == DataConfig("a")

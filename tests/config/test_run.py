@@ -10,7 +10,7 @@ import textwrap
 import pytest
 
 import lorakit as lk
-from lorakit.config.run import DataConfig
+from lorakit.config.data import DataConfig, SourceConfig
 from tests.config.run_files import RUN, table
 
 # The sections of docs/run-file.md, and the settings that each lists.
@@ -18,6 +18,7 @@ SECTIONS = {
     "## What to train": lk.RunConfig,
     "## How to train": lk.TrainConfig,
     "## `data`": DataConfig,
+    "## Sources of data": SourceConfig,
     "## `lora`": lk.LoraConfig,
     "## `quantize`": lk.QuantConfig,
 }
