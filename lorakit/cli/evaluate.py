@@ -131,7 +131,7 @@ def evaluate(args: argparse.Namespace) -> int:
     result: dict[str, Any] = {}
     if examples is not None:
         result |= lk.evaluate(model, tok, examples, batch_size=args.batch_size, **options)
-    if args.metrics or args.judge:
+    if examples is not None and (args.metrics or args.judge):
         completions = lk.complete_rows(model, tok, examples, batch_size=args.batch_size)
         if args.save is not None:
             lk.write_completions(args.save, completions)
