@@ -61,7 +61,7 @@ class PackedWeight(nn.Module):
         """Make the parameters, without values."""
         raise NotImplementedError
 
-    def _pack(self, w: Tensor) -> kernels.Packed:
+    def _pack(self, w: Tensor, device: torch.device) -> kernels.Packed:
         raise NotImplementedError
 
     @property
@@ -89,13 +89,13 @@ class PackedWeight(nn.Module):
         """Return the dense matrix, in the layer's dtype, with the parts of all ranks."""
         return kernels.dequantize(self.whole(), self.dtype)
 
-    def requantize(self, w: Tensor) -> None:
-        """Pack the dense matrix `w` and take it as the new one, on the device of `w`."""
+    def requantize(self, w: Tensor, device: torch.device | None = None) -> None:
+        """Pack the dense matrix `w` and take it as the new one, on `device` or where `w` lies."""
         if tuple(w.shape) != self.shape:
             raise LorakitError(
                 f"requantize: the weight is {tuple(w.shape)}, the layer {self.shape}"
             )
-        self.place(self._pack(w))
+        self.place(self._pack(w, device or w.device))
 
     def _freeze(self, name: str, tensor: Tensor) -> None:
         """Take a tensor as the parameter `name`, or this rank's part of it if that is sharded."""
@@ -209,7 +209,7 @@ class NF4Weight(PackedWeight):
             self._freeze("nested_absmax", q.nested_absmax)
             self._freeze("offset", q.offset)
 
-    def _pack(self, w: Tensor) -> kernels.NF4Tensor:
+    def _pack(self, w: Tensor, device: torch.device) -> kernels.NF4Tensor:
         config = self.config
         quantize = kernels.quantize_nf4 if config.quant_type == "nf4" else kernels.quantize_fp4
         return quantize(
@@ -217,6 +217,7 @@ class NF4Weight(PackedWeight):
             block_size=config.block_size,
             double_quant=config.double_quant,
             search_scales=config.search_scales,
+            device=device,
         )
 
 
@@ -242,8 +243,8 @@ class Int8Weight(PackedWeight):
         self._freeze("weight", q.values)
         self._freeze("scale", q.scale)
 
-    def _pack(self, w: Tensor) -> kernels.Int8Tensor:
-        return kernels.quantize_int8(w)
+    def _pack(self, w: Tensor, device: torch.device) -> kernels.Int8Tensor:
+        return kernels.quantize_int8(w.to(device))
 
 
 # ---- what a layer does with its weight ----

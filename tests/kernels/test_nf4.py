@@ -178,6 +178,19 @@ def test_double_quantization_equals_bitsandbytes(kind, block_size, differences):
         assert torch.equal(kernels.dequantize_nf4(theirs), dequantize_in_torch(packed, state))
 
 
+def test_rows_that_are_packed_in_parts_get_the_same_bits(monkeypatch):
+    """A scale belongs to its block, and the blocks of scales are cut after all parts are there."""
+    w = torch.randn(70, 512)
+    whole = nf4.quantize_nf4(w)
+    monkeypatch.setattr(nf4, "PART", 16 * 512)
+    assert [len(part) for part in nf4._parts(w, 64, torch.device("meta"))] == [16] * 4 + [6]
+    assert len(nf4._parts(w, 64, w.device)) == 1
+    monkeypatch.setattr(nf4, "_parts", lambda w, block_size, device: w.split(16))
+    found = nf4.quantize_nf4(w)
+    for name in ("codes", "absmax", "nested_absmax", "offset"):
+        assert torch.equal(getattr(found, name), getattr(whole, name))
+
+
 def test_scale_codes_are_the_nearest():
     """|map[code] - x| = min_i |map[i] - x|, x the scaled residue, in fp64."""
     absmax = torch.rand(2000, generator=torch.Generator().manual_seed(0)) + 0.1

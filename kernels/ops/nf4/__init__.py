@@ -69,6 +69,7 @@ from .tensor import (
 
 # A smaller absmax divides as if it were this, so that 1 / absmax stays finite (bitsandbytes' rule).
 ABSMAX_FLOOR = 1e-38
+PART = 1 << 26  # values that are sent at a time to be packed, 128 MB in 16 bits
 ALIGNMENT = 16  # bytes, of codes that are read by their address
 # Of absmax. On the weights of SmolLM2 half the step gains 0.7 % of the squared error, and a wider
 # range nothing (docs/dev/LOG.md). 1 comes first: of equally good ones the first is kept.
@@ -100,7 +101,12 @@ def middles(device: torch.device) -> Tensor:
 
 
 def quantize_nf4(
-    w: Tensor, *, block_size: int = 64, double_quant: bool = True, search_scales: bool = False
+    w: Tensor,
+    *,
+    block_size: int = 64,
+    double_quant: bool = True,
+    search_scales: bool = False,
+    device: torch.device | None = None,
 ) -> NF4Tensor:
     """Quantize a tensor to NF4, 4-bit NormalFloat (arXiv:2305.14314, section 3).
 
@@ -110,19 +116,26 @@ def quantize_nf4(
         double_quant: whether the scales are stored in 8 bits.
         search_scales: whether to look for the scale of every block that minimises the squared
             error, instead of its largest magnitude.
+        device: where to pack; None for the device of `w`. A large matrix is sent there some rows at
+            a time.
 
     Returns:
-        The packed tensor, in new memory on the device of `w`.
+        The packed tensor, in new memory on that device.
 
     Raises:
         ValueError: `w` has another dtype, or NaN or infinite values, which have no scale; or
             `block_size` is another number.
     """
-    return _quantize(w, "nf4", block_size, double_quant, search_scales)
+    return _quantize(w, "nf4", block_size, double_quant, search_scales, device or w.device)
 
 
 def quantize_fp4(
-    w: Tensor, *, block_size: int = 64, double_quant: bool = True, search_scales: bool = False
+    w: Tensor,
+    *,
+    block_size: int = 64,
+    double_quant: bool = True,
+    search_scales: bool = False,
+    device: torch.device | None = None,
 ) -> NF4Tensor:
     """Quantize a tensor to FP4, the 4-bit float of bitsandbytes.
 
@@ -133,44 +146,66 @@ def quantize_fp4(
         block_size: how many values share a scale, a power of two from 32 to 4096.
         double_quant: whether the scales are stored in 8 bits.
         search_scales: as in `quantize_nf4`.
+        device: as in `quantize_nf4`.
 
     Returns:
-        The packed tensor, in new memory on the device of `w`.
+        The packed tensor, in new memory on that device.
 
     Raises:
         ValueError: as `quantize_nf4` does.
     """
-    return _quantize(w, "fp4", block_size, double_quant, search_scales)
+    return _quantize(w, "fp4", block_size, double_quant, search_scales, device or w.device)
 
 
 def _quantize(
-    w: Tensor, quant_type: str, block_size: int, double_quant: bool, search_scales: bool
+    w: Tensor,
+    quant_type: str,
+    block_size: int,
+    double_quant: bool,
+    search_scales: bool,
+    device: torch.device,
 ) -> NF4Tensor:
     if w.dtype not in dispatch.FLOATS:
         raise ValueError(f"4 bits hold float32, bfloat16 or float16 tensors, not {w.dtype}")
     check_block_size(block_size)
-    flat = w.detach().reshape(-1).contiguous()  # reshape alone may keep the strides
-    backend = dispatch.backend(__package__, w.device)
-    bounds, codes_by_level = thresholds(quant_type, w.device), order(quant_type, w.device)
-    codes, absmax = backend.quantize(flat, bounds, codes_by_level, block_size, ABSMAX_FLOOR)
+    backend = dispatch.backend(__package__, device)
+    bounds, codes_by_level = thresholds(quant_type, device), order(quant_type, device)
+    # to search for scales is to read all values twice more
+    parts = [w] if search_scales else _parts(w, block_size, device)
+    found = []
+    for part in parts:
+        flat = part.detach().to(device).reshape(-1).contiguous()  # reshape alone may keep strides
+        found.append(backend.quantize(flat, bounds, codes_by_level, block_size, ABSMAX_FLOOR))
+    codes, absmax = map(_joined, zip(*found, strict=True))
     if absmax.numel() and not torch.isfinite(absmax.amax()):  # NaN counts as the largest there
         raise ValueError("cannot quantize a tensor that holds NaN or infinite values")
     if search_scales:
-        table = levels(quant_type, w.device)[codes_by_level.long()]
-        factors = torch.tensor(FACTORS, dtype=torch.float32, device=w.device)
-        found = backend.search(flat, absmax, bounds, table, factors, block_size, ABSMAX_FLOOR)
-        absmax = torch.where(found > torch.finfo(w.dtype).max, absmax, found)
+        table = levels(quant_type, device)[codes_by_level.long()]
+        factors = torch.tensor(FACTORS, dtype=torch.float32, device=device)
+        better = backend.search(flat, absmax, bounds, table, factors, block_size, ABSMAX_FLOOR)
+        absmax = torch.where(better > torch.finfo(w.dtype).max, absmax, better)
     nested = offset = None
     if double_quant:
         offset = reference.mean_absmax(absmax) if len(absmax) else absmax.new_zeros(1)
         quantize = cpu.quantize_absmax if backend is cpu else reference.quantize_absmax
-        absmax, nested = quantize(absmax, offset, middles(w.device), ABSMAX_FLOOR)
+        absmax, nested = quantize(absmax, offset, middles(device), ABSMAX_FLOOR)
     q = NF4Tensor(codes, absmax, nested, offset, tuple(w.shape), block_size, w.dtype, quant_type)
     if search_scales:
         scales = block_scales(q)
         codes = backend.encode(flat, scales, bounds, codes_by_level, block_size, ABSMAX_FLOOR)
         q = replace(q, codes=codes)
     return q
+
+
+def _parts(w: Tensor, block_size: int, device: torch.device) -> Sequence[Tensor]:
+    """Return the rows of w in parts that are sent one by one: whole blocks, PART values or less."""
+    if w.device == device or w.numel() <= PART or w.dim() != 2 or w.shape[1] % block_size:
+        return [w]
+    return w.split(max(1, PART // w.shape[1]))
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def dequantize_nf4(q: NF4Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -17,6 +17,7 @@ from lorakit.config.adapters import LoraConfig, TargetConfig
 from lorakit.config.quantization import QuantConfig
 from lorakit.config.training import TrainConfig
 from lorakit.data.encode import IGNORE, Example, PairExample
+from lorakit.inference.decode import Decoding
 from lorakit.kernels.pretend import pretend_cpu, pretend_gpu
 from lorakit.models.config import ModelConfig
 from lorakit.models.decoder import Decoder
@@ -49,12 +50,13 @@ class Setting:
         kept_layers: How many of them keep gate and up for backward.
         dtype: What the model computes in.
         quantize: How its weights are packed.
-        lora: The adapter.
+        lora: The adapter; None for none.
         train: The settings of the run.
         rows: The tokens of each row of a micro-batch, or of each document of a packed one.
         label_share: The share of tokens that are learned.
         device: "cuda" or "cpu".
         capability: The GPU's compute capability.
+        new_tokens: How many tokens follow each of `rows`, which are prompts; None: a step trains.
     """
 
     config: ModelConfig
@@ -62,12 +64,13 @@ class Setting:
     kept_layers: int
     dtype: torch.dtype
     quantize: QuantConfig | None
-    lora: TargetConfig
+    lora: TargetConfig | None
     train: TrainConfig
     rows: tuple[int, ...]
     label_share: float
     device: str
     capability: tuple[int, int]
+    new_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -94,15 +97,17 @@ def forecast(setting: Setting) -> Forecast:
     model = empty_model(setting.config, setting.dtype, setting.quantize)
     with _pretending(setting), ledger:
         _load(setting, model, ledger)
-        if setting.train.train == "full":
+        if setting.train.train == "full" and setting.new_tokens is None:
             for p in model.parameters():  # as those of a model that was loaded do
                 p.requires_grad_(p.is_floating_point())
-        else:
+        elif setting.lora is not None:
             attach(model, plain(setting.lora))
-        model.train()
         own_weights(ledger, model)
         with Watch(ledger, model, setting.numbers) as watch:
-            resident, paged = _steps(setting, model, ledger, watch)
+            if setting.new_tokens is not None:
+                resident, paged = _generate(setting, model, ledger, watch), 0
+            else:
+                resident, paged = _steps(setting, model.train(), ledger, watch)
     peaks = {mark: peak.kinds for mark, peak in ledger.peaks.items() if mark}
     reserved = ledger.pool.peak_reserved if ledger.pool is not None else 0
     return Forecast(resident, peaks, reserved, ledger.most_on_host + paged)
@@ -197,6 +202,24 @@ def _steps(
         del step
         optimizer.zero_grad(set_to_none=True)
     return dict(+ledger.now), optimizer.paged_bytes
+
+
+def _generate(
+    setting: Setting, model: Decoder, ledger: Ledger, watch: Watch
+) -> Mapping[Kind, float]:
+    """Read the prompts and take a step; return what is held after it."""
+    assert setting.new_tokens is not None
+    model.eval()
+    watch.begin("generate", ("keys and values", ""))
+    prompts = [[1] * n for n in setting.rows]
+    decoding = Decoding(model, len(prompts), max(setting.rows) + setting.new_tokens)
+    if setting.device == "cuda":
+        ledger.while_it_runs(("workspace", ""), [cublas(setting.capability)])
+    watch.begin("generate", ("activations", "residual"))
+    lines, logits = decoding.read(prompts)
+    decoding(lines, logits.argmax(-1)[:, None])
+    del logits
+    return dict(+ledger.now)
 
 
 def _own_gradient(ledger: Ledger, p: Tensor) -> None:

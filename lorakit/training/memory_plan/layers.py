@@ -71,9 +71,10 @@ def kinds_of(setting: Setting) -> list[Hashable]:
 def is_regular(setting: Setting) -> bool:
     """Return whether no setting names single layers of the model."""
     names: list[object] = [] if setting.quantize is None else [*setting.quantize.skip_modules]
-    for value in vars(setting.lora).values():
+    adapter = {} if setting.lora is None else vars(setting.lora)
+    for value in adapter.values():
         names += value if isinstance(value, (str, list, dict)) else ()
-    layers = vars(setting.lora).get("layers_to_transform")
+    layers = adapter.get("layers_to_transform")
     return layers is None and not any(c.isdigit() for name in names for c in str(name))
 
 

@@ -77,7 +77,7 @@ def plan_memory(
             config.json is read.
         dtype: As `load_model` takes it.
         quantize: As `load_model` takes it.
-        lora: The adapter; None means LoraConfig().
+        lora: The adapter; None means LoraConfig(), and for generation none.
         train: The settings of the run; None means TrainConfig().
         tokens: The tokens of each row; None means train.max_seq_length.
         documents: The tokens of each document in a packed row; None: as many as the batch has rows.
@@ -99,10 +99,12 @@ def plan_memory(
     _check_rows(tokens, documents, label_share)
     _check(device, ranks, shard, offload_weights, generate)
     train, config = train or TrainConfig(), model_config(model)
-    given = quant_config(quantize), lora or LoraConfig(), train, _rows(train, tokens, documents)
+    rows = _rows(train, tokens, documents, generate)
+    lora = lora or (LoraConfig() if generate is None else None)
+    given = quant_config(quantize), lora, train, rows
     numbers = list(range(config.num_hidden_layers))
     whole = config, numbers, kept_of(config, train), to_dtype(dtype)
-    setting = Setting(*whole, *given, label_share, device, capability)
+    setting = Setting(*whole, *given, label_share, device, capability, generate and generate[2])
     found = forecast_by_layers(setting, forecast)
     return _plan(found, device, time.perf_counter() - started)
 
@@ -128,8 +130,8 @@ def _check(
     """Raise LorakitError for what cannot be forecast."""
     if ranks != 1 or shard != "none" or offload:
         raise LorakitError("plan_memory: sharded weights are not forecast yet: set shard to none")
-    if generate is not None:
-        raise LorakitError("plan_memory: generation is not forecast yet")
+    if generate is not None and (min(generate) < 1 or len(generate) != 3):
+        raise LorakitError("plan_memory: generate is (rows, tokens of a prompt, new tokens)")
     if device == "cuda" and not has_triton():
         raise LorakitError(
             "plan_memory: a GPU's kernels are Triton's: pip install lorakit[triton], or plan for a "
@@ -148,9 +150,14 @@ def model_config(model: str | Path | ModelConfig | Mapping[str, Any]) -> ModelCo
 
 
 def _rows(
-    train: TrainConfig, tokens: int | None, documents: Sequence[int] | None
+    train: TrainConfig,
+    tokens: int | None,
+    documents: Sequence[int] | None,
+    generate: tuple[int, int, int] | None,
 ) -> tuple[int, ...]:
-    """Return the tokens of each row of a micro-batch, or of each document of a packed one."""
+    """Return the tokens of each row of a micro-batch, or document of a packed one, or prompt."""
+    if generate is not None:
+        return (generate[1],) * generate[0]
     if documents is not None:
         if not train.packing:
             raise LorakitError("plan_memory: documents are those of a packed row: set packing")

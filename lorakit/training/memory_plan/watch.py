@@ -76,6 +76,8 @@ class Watch:
         trunk, phase = self.model.model, self.ledger.mark.phase
         if module is trunk.embed_tokens and phase != "generate":
             self.begin("forward", self._between())
+        if module in self.layers and phase == "generate":
+            self.begin(phase, self._between(), self.layers[module])
         if module in self.layers and phase == "forward":
             self.begin("forward", self._between(), self.layers[module])
         part = PARTS.get(type(module))

@@ -163,6 +163,24 @@ def test_a_step_as_a_graph_holds_its_gradients():
     assert "gradients" not in eager.resident
 
 
+def test_generation_holds_keys_and_values():
+    """Rows have pages of 16 positions: 2 rows of 80, 2 layers, keys and values of 2 x 32, bf16."""
+    plan = lk.plan_memory(TINY, generate=(2, 70, 10))
+    assert plan.when == "generate"
+    assert plan.resident["keys and values"] == pytest.approx(2 * 80 * 2 * 2 * 64 * 2, rel=0.1)
+
+
+def test_a_packed_head_is_loaded_by_rows():
+    """Loading takes at most 128 MB beside the model, and codes twice while parts are joined."""
+    config = dataclasses.replace(TINY, vocab_size=1 << 18, hidden_size=1024, head_dim=32)
+    quantize = {"lm_head": "nf4", "embed_tokens": "nf4"}
+    train = lk.TrainConfig(per_device_train_batch_size=1, max_seq_length=64)
+    plan = lk.plan_memory(config, quantize=quantize, train=train)
+    kept = sum(plan.resident[kind] for kind in ("embeddings", "head", "packed weights", "scales"))
+    codes = config.vocab_size * config.hidden_size // 2
+    assert plan.phases["loading"] < kept + (128 << 20) + 1.1 * codes
+
+
 @pytest.mark.parametrize("objective", ["dpo", "orpo"])
 def test_pairs_take_more_than_rows(objective):
     train = lk.TrainConfig(per_device_train_batch_size=1, max_seq_length=64)
