@@ -418,8 +418,6 @@ def place(model: nn.Module, name: str, value: Tensor | kernels.Packed, target: T
         return
     if isinstance(value, Tensor):
         owner.requantize(value, target.device)
-        if target.device.type != "cpu":  # it is in memory of its own there
-            return
     else:
         owner.place(value)
     for part, parameter in owner.named_parameters(recurse=False):

@@ -212,13 +212,8 @@ class NF4Weight(PackedWeight):
     def _pack(self, w: Tensor, device: torch.device) -> kernels.NF4Tensor:
         config = self.config
         quantize = kernels.quantize_nf4 if config.quant_type == "nf4" else kernels.quantize_fp4
-        return quantize(
-            w,
-            block_size=config.block_size,
-            double_quant=config.double_quant,
-            search_scales=config.search_scales,
-            device=device,
-        )
+        options = {"double_quant": config.double_quant, "search_scales": config.search_scales}
+        return quantize(w, block_size=config.block_size, device=device, **options)
 
 
 class Int8Weight(PackedWeight):

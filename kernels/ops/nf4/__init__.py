@@ -170,13 +170,15 @@ def _quantize(
     check_block_size(block_size)
     backend = dispatch.backend(__package__, device)
     bounds, codes_by_level = thresholds(quant_type, device), order(quant_type, device)
-    # to search for scales is to read all values twice more
-    parts = [w] if search_scales else _parts(w, block_size, device)
-    found = []
-    for part in parts:
-        flat = part.detach().to(device).reshape(-1).contiguous()  # reshape alone may keep strides
-        found.append(backend.quantize(flat, bounds, codes_by_level, block_size, ABSMAX_FLOOR))
-    codes, absmax = map(_joined, zip(*found, strict=True))
+    sent = functools.partial(_flat, device=device)
+    given = bounds, codes_by_level, block_size, ABSMAX_FLOOR
+    if search_scales:  # which reads all values twice more
+        flat = sent(w)
+        codes, absmax = backend.quantize(flat, *given)
+    else:
+        found = [backend.quantize(sent(part), *given) for part in _parts(w, block_size, device)]
+        codes, absmax = map(_joined, zip(*found, strict=True))
+        del found
     if absmax.numel() and not torch.isfinite(absmax.amax()):  # NaN counts as the largest there
         raise ValueError("cannot quantize a tensor that holds NaN or infinite values")
     if search_scales:
@@ -204,8 +206,13 @@ def _parts(w: Tensor, block_size: int, device: torch.device) -> Sequence[Tensor]
     return w.split(max(1, PART // w.shape[1]))
 
 
+def _flat(w: Tensor, device: torch.device) -> Tensor:
+    """Return w on a device, its values side by side; reshape alone may keep the strides."""
+    return w.detach().to(device).reshape(-1).contiguous()
+
+
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def dequantize_nf4(q: NF4Tensor, dtype: torch.dtype | None = None) -> Tensor:
