@@ -36,6 +36,21 @@ def test_rows_and_plot(tmp_path):
 
 
 @pytest.mark.slow
+def test_full(tiny_dir):
+    """All sides begin with the same loss, and end with the same one after three steps."""
+    options = ["--dtype", "float32", "--layers", "1", "--length", "16", "--steps", "1"]
+    command = [sys.executable, BENCHMARKS / "full.py", tiny_dir, *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    _, _, *rows = done.stdout.splitlines()
+    assert [row[:28].strip() for row in rows] == [
+        "lorakit", "lorakit, 8-bit state", "transformers, torch's AdamW"
+    ]  # fmt: skip
+    first, last = zip(*(map(float, row.split()[-2:]) for row in rows), strict=True)
+    assert max(first) - min(first) < 1e-3
+    assert max(last) - min(last) < 1e-2
+
+
+@pytest.mark.slow
 def test_optimizers():
     command = [BENCHMARKS / "optimizers.py", "--values", "9000", "--tensors", "2", "--steps", "2"]
     done = subprocess.run(
