@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import lorakit as lk
+from lorakit.kernels.ops.adamw.remainder import joined
 from tests.conftest import ROWS
 
 SMALL = [(3, 4), (5,), ()]
@@ -161,6 +162,23 @@ def test_resumes_from_a_file_with_the_same_bits(bits, dtype):
         for name, expected in reached.state[p].items():
             assert resumed.state[q][name].dtype == expected.dtype
             assert torch.equal(resumed.state[q][name], expected)
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_state_of_0_1_has_no_remainder(paged):
+    """That of a bfloat16 parameter is then 0, and the next step is that of the parameter itself."""
+    p = torch.nn.Parameter(torch.linspace(-1, 1, 300).bfloat16())
+    state = {"exp_avg": torch.zeros(300), "exp_avg_sq": torch.zeros(300)}
+    optimizer = lk.optim.AdamW([p], lr=1e-5, paged=paged)
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": {0: state}, "param_groups": groups})
+    assert not optimizer.state_dict()["state"][0]["remainder"].any()
+    wide = torch.nn.Parameter(p.detach().float())
+    p.grad, wide.grad = torch.ones(300).bfloat16(), torch.ones(300)
+    optimizer.step()
+    lk.optim.AdamW([wide], lr=1e-5).step()
+    remainder = optimizer.state_dict()["state"][0]["remainder"]
+    assert torch.equal(joined(p, remainder), wide)
 
 
 def test_a_group_of_its_own():
