@@ -17,6 +17,7 @@ import lorakit as lk
 from lorakit.training import run as training_run
 from lorakit.training import state as run_state
 from tests.conftest import ROWS
+from tests.data.files import written
 from tests.training.runs import ADAPTER, OPTIONS, run, same_tensors
 
 
@@ -45,6 +46,30 @@ def test_a_resumed_run_ends_with_the_same_bytes(tiny_dir, tok, tmp_path, options
     assert same_tensors(tmp_path / "a" / "checkpoint-12", tmp_path / "whole" / "checkpoint-12")
     steps = [json.loads(x)["step"] for x in (tmp_path / "a" / "metrics.jsonl").open()]
     assert steps == list(range(1, 13))
+
+
+def test_a_resumed_run_reads_the_same_mixture(tiny_dir, tok, tmp_path):
+    """Rows drawn of two sources, opened again for the second half; another draw is refused."""
+    for name in "ab":
+        rows = [{"prompt": f"{name}{i}", "completion": str(i)} for i in range(30)]
+        written(tmp_path / f"{name}.jsonl", rows)
+    sources = [
+        lk.SourceConfig(str(tmp_path / "a.jsonl"), weight=2),
+        lk.SourceConfig(str(tmp_path / "b.jsonl"), weight=1),
+    ]
+
+    def mixture(seed=0):
+        return lk.open_data(lk.DataConfig(sources, seed=seed))["train"]
+
+    options = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 3}
+    run(tiny_dir, tok, tmp_path / "whole", mixture(), **options)
+    run(tiny_dir, tok, tmp_path / "part", mixture(), **options)
+    shutil.rmtree(tmp_path / "part" / "checkpoint-4")
+    (tmp_path / "part" / ADAPTER).unlink()
+    with pytest.raises(lk.LorakitError, match="data"):
+        run(tiny_dir, tok, tmp_path / "part", mixture(seed=1), **options, resume="auto")
+    run(tiny_dir, tok, tmp_path / "part", mixture(), **options, resume="auto")
+    assert (tmp_path / "part" / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes()
 
 
 RUN = """
