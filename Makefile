@@ -18,7 +18,7 @@ MODEL = $(shell $(BIN)/python -c "import importlib.util as u, pathlib; \
 
 GPU_TESTS := tests/gpu $(addprefix tests/kernels/test_,triton.py attention_triton.py adamw.py)
 
-.PHONY: demo test test-all test-asan lint types docs bench gpu clean view
+.PHONY: demo test test-all test-asan lint types docs bench gpu plan-tables clean view
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py $(MODEL) $(DEMO)
@@ -60,6 +60,10 @@ docs: $(VENV)/.docs view
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/generation.py $(MODEL)
+
+# What fits where: forecasts for published models, written into their page. It needs no GPU, only Triton.
+plan-tables: $(VENV)/.test
+	$(BIN)/python benchmarks/plan_tables.py --write docs/scale-tables.md
 
 # On a machine with a GPU, with a build of torch for it: make gpu TORCH=torch. It takes ten minutes beside
 # the set-up: the steps first, then the tests, then the ops in what is left. Every row is on disk at once.
