@@ -96,11 +96,13 @@ from lorakit.models.load import load_model as load_model
 from lorakit.models.packed_layers import quantize as quantize
 from lorakit.models.resize import resize_embeddings as resize_embeddings
 from lorakit.models.save import save_model as save_model
+from lorakit.models.sharding import shard as shard
 from lorakit.models.tokenizer_files import load_tokenizer as load_tokenizer
 from lorakit.serving.serve import serve as serve
 from lorakit.training import memory as memory
 from lorakit.training import optim as optim
 from lorakit.training.cores import own_threads as own_threads
+from lorakit.training.division import mesh_of_run as mesh_of_run
 from lorakit.training.losses.preference import dpo_loss as dpo_loss
 from lorakit.training.losses.preference import orpo_loss as orpo_loss
 from lorakit.training.losses.preference import pair_losses as pair_losses

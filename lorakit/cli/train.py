@@ -71,10 +71,19 @@ def _train(args: argparse.Namespace, run: "lk.RunConfig") -> int:
         )
         for name, rows in lk.open_data(run.data, skip_empty=run.train.skip_empty).items()
     }
-    _check_memory(run, data["train"].lengths)
+    mesh = lk.mesh_of_run(run)
+    if mesh is None and not run.offload_weights:
+        _check_memory(run, data["train"].lengths)
     started = time.perf_counter()
-    model = lk.load_model(run.model, dtype=run.dtype, quantize=run.quantize)
-    print(f"loaded {run.model} in {time.perf_counter() - started:.1f} s on {model.device}")
+    model = lk.load_model(
+        run.model,
+        dtype=run.dtype,
+        quantize=run.quantize,
+        mesh=mesh,
+        offload_weights=run.offload_weights,
+    )
+    where = model.device if mesh is None else f"{mesh.size()} ranks, which divide its weights"
+    print(f"loaded {run.model} in {time.perf_counter() - started:.1f} s on {where}")
     torch.manual_seed(run.train.seed)
     lora = lk.add_tokens(model, tok, run.add_tokens, run.lora) if run.add_tokens else run.lora
     full = run.train.train == "full"

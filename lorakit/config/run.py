@@ -9,7 +9,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from lorakit.config.adapters import LoraConfig
 from lorakit.config.aliases import ALIASES, own_names
@@ -43,6 +43,11 @@ class RunConfig:
     """Storage of the frozen weights: a quant_type, settings, or null to leave them dense."""
     dtype: str = "bfloat16"
     """Dtype that the model computes in: "bfloat16" or "float32"."""
+    shard: Literal["auto", "none", "full"] = "auto"
+    """Whether several processes divide the frozen weights: "full", "none", or "auto", which divides
+    them if they take more than half of the free memory."""
+    offload_weights: bool = False
+    """Whether the frozen weights wait in host memory and go to the GPU one block at a time."""
     chat_template: str | None = None
     """Chat template to use instead of the model's own: "chatml", "gemma", "gemma4", "llama3" or
     "zephyr", a jinja file, or a directory with a template. It is saved with the adapter."""
@@ -71,6 +76,11 @@ class RunConfig:
         for name, given in (("lora", with_lora), ("adapter", self.adapter is not None)):
             if given:
                 raise LorakitError(f"train: full trains the model, no adapter: leave out {name}")
+        if self.shard == "full" or self.offload_weights:
+            raise LorakitError(
+                "train: full needs whole weights on every process: leave out shard and "
+                "offload_weights"
+            )
         if self.quantize is not None:
             raise LorakitError(
                 "train: full needs dense weights, which quantize packs: leave out quantize, or "

@@ -21,14 +21,14 @@ def device_and_mesh(
     Raises LorakitError if both are given.
     """
     if mesh is None:
-        device = _own_device() if device is None else torch.device(device)
+        device = own_device() if device is None else torch.device(device)
         return device, mesh_of_one(device) if offload else None
     if device is not None:
         raise LorakitError("load_model: give a device or a mesh, which has one, and not both")
     return device_of(mesh), mesh
 
 
-def _own_device() -> torch.device:
+def own_device() -> torch.device:
     """Return the device of this process, which may be one of several that torchrun has started.
 
     Raises LorakitError if there are more processes than GPUs.

@@ -119,6 +119,14 @@ def load_model(
     return model.eval()
 
 
+def stored_bytes(path_or_hub_id: str | Path, dtype: torch.dtype, quant: QuantConfig | None) -> int:
+    """Return how many bytes the weights of a model will take, without a look at their values."""
+    model, weights, source = open_model(path_or_hub_id)
+    model.to(dtype)
+    _make_packed_layers(model, weights, quant, str(source.path))
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
 def dense_weights(
     source: Source | None, weights: Mapping[str, Tensor] | None, what: str
 ) -> dict[str, LazyTensor]:

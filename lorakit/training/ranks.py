@@ -299,10 +299,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     Raises:
         LorakitError: Ranks are missing.
     """
-    started_by_torchrun = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if dist.is_available() and not dist.is_initialized() and started_by_torchrun:
-        _start(device)
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not start_group(device):
         yield Ranks()
         return
     group = RankGroup(device)
@@ -312,6 +309,24 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         done = True
     finally:
         group.leave(done=done)
+
+
+def start_group(device: torch.device) -> bool:
+    """Start the group of the processes that torchrun has started, unless somebody has.
+
+    Args:
+        device: The device of this rank's model.
+
+    Returns:
+        Whether there are several processes.
+
+    Raises:
+        LorakitError: Ranks are missing.
+    """
+    started_by_torchrun = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if dist.is_available() and not dist.is_initialized() and started_by_torchrun:
+        _start(device)
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _start(device: torch.device) -> None:
