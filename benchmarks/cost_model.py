@@ -31,7 +31,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from cases import RANK, Setting, Sizes
@@ -40,9 +39,9 @@ from steps import IGNORE, KINDS, Rows, Step, make_rows, our_step
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from triton.runtime.jit import JITFunction
 
 import lorakit as lk
+import lorakit.kernels.pretend
 
 BF16 = 2  # bytes
 NF4 = 0.516  # bytes of a packed value: its code, an 8-bit scale for 64, and their scales
@@ -236,13 +235,13 @@ class Notes(TorchDispatchMode):
 
     def watch(self, stack: ExitStack) -> None:
         """Note from now on, until `stack` ends; within the MetaGPU's own `with`."""
-        launched = JITFunction.run
 
-        def run(function: JITFunction, *arguments: Any, **options: Any) -> None:
-            launched(function, *arguments, **options)
-            self.of_kernel(len(self.gpu.launches) - 1, on_device((arguments, options)))
+        def launched(kernel: Any, arguments: tuple[Any, ...]) -> None:
+            self.gpu.note(kernel, arguments)
+            self.of_kernel(len(self.gpu.launches) - 1, on_device(arguments))
 
-        stack.enter_context(mock.patch.object(JITFunction, "run", run))
+        pretended = lorakit.kernels.pretend.pretend_gpu(self.gpu.capability, launched)
+        stack.enter_context(pretended)
         stack.enter_context(self)
 
     def clear(self) -> None:
