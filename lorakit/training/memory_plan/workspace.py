@@ -34,10 +34,10 @@ def flash_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) ->
 def cublas(capability: tuple[int, int]) -> int:
     """Return the bytes that cuBLAS gets from torch for each thread that multiplies.
 
-    They are torch's default (ATen/cuda/CublasHandlePool.cpp): 32 MiB from Hopper on, and before it
+    They are torch's default (ATen/cuda/CublasHandlePool.cpp): 32 MiB on sm_90 and sm_100, and else
     two pieces of 4 MiB and eight of 16 KiB.
     """
-    return 32 << 20 if capability >= (9, 0) else (2 * 4096 + 8 * 16) << 10
+    return 32 << 20 if capability in ((9, 0), (10, 0)) else (2 * 4096 + 8 * 16) << 10
 
 
 WORKSPACES: dict[Any, Callable[..., Sequence[int]]] = {
