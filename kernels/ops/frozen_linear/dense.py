@@ -25,6 +25,7 @@ Packed = NF4Tensor | Int8Tensor
 Panels = Iterable[tuple[slice, Tensor]]  # which rows, and these, dense: [rows, K]
 
 PANEL = 1 << 20  # values: 4 MB in fp32
+PANEL_GPU = 1 << 26  # of a head, whose products would else be some thousand small launches
 
 
 def dequantize(q: Packed, dtype: torch.dtype | None = None) -> Tensor:
@@ -67,13 +68,15 @@ def dequantize_rows(q: Packed, rows: Tensor, dtype: torch.dtype | None = None) -
 
 
 def panels(w: Tensor | Packed, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Yield the rows of w [N, K], packed or of another dtype, dense and PANEL values at a time.
+    """Yield the rows of w [N, K], packed or of another dtype, dense and some values at a time.
 
-    The panels may share one memory: each holds until the next is asked for.
+    They are PANEL on a CPU, and PANEL_GPU elsewhere. The panels may share one memory: each holds
+    until the next is asked for.
     """
     N, K = w.shape
     together = math.lcm(w.block_size, K) // K if isinstance(w, NF4Tensor) and K else 1
-    step = max(1, PANEL // max(1, K * together)) * together  # so that panels begin with a block
+    most = PANEL if pretend.kind_of(w.device) == "cpu" else PANEL_GPU
+    step = max(1, most // max(1, K * together)) * together  # so that panels begin with a block
     if step >= N and not isinstance(w, Tensor):
         yield slice(0, N), _dense(w, dtype)
         return
