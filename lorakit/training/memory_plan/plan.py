@@ -33,7 +33,8 @@ class MemoryPlan:
     peak: int
     """The most bytes that torch holds at a time."""
     reserved: int
-    """What torch's allocator takes of the card for that; on a CPU the same as peak."""
+    """What torch's allocator takes of the card for that, which is an estimate where few layers tell
+    of all; on a CPU the same as peak."""
     host: int
     """Bytes in host memory that belong to it: paged state, activations and weights that wait
     there. On a CPU 0."""
