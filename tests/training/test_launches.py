@@ -21,7 +21,9 @@ from lorakit.models.decoder import Decoder
 from lorakit.training import run as training_run
 from lorakit.training.device_step import optimizer_step
 from lorakit.training.float8 import start_float8
+from lorakit.training.ranks import Ranks
 from lorakit.training.step import Late
+from lorakit.training.trainable import TrainedAdapter
 
 pytest.importorskip("triton")
 from tests.meta_gpu import MetaGPU
@@ -196,7 +198,8 @@ def test_a_run_waits_for_a_step_when_it_has_issued_the_next(
         max_seq_length=400, per_device_train_batch_size=2, loraplus_lr_ratio=16.0,
     )  # fmt: skip
     with MetaGPU() as gpu:
-        run = training_run.Run(gpu.decoder(2), tokens, Rows(), None, config, None)
+        part = TrainedAdapter(gpu.decoder(2))
+        run = training_run.Run(part, tokens, Rows(), None, config, None, Ranks())
         with run.open_log() as log:
             run._step(log)
             gpu.clear()
