@@ -18,7 +18,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -229,13 +229,21 @@ class _Pulse:
 
     def look_around(self) -> tuple[list[int], list[int]]:
         """Return the ranks that give no sign of life, and those that are behind this one."""
+        with suppress(RuntimeError):  # whoever looks around may end before others do
+            self.store.set(f"looked/{self.ranks.rank}", "")
         before = self._signs()
         time.sleep(5 * PULSE)
         after = self._signs()
         others = [rank for rank in range(self.ranks.size) if rank != self.ranks.rank]
-        silent = [rank for rank in others if before[rank] == after[rank]]
+        silent = [r for r in others if before[r] == after[r] and not self._looked(r)]
         behind = [rank for rank in others if after[rank][1] < self.ranks.meetings]
         return silent, behind
+
+    def _looked(self, rank: int) -> bool:
+        try:
+            return self.store.check([f"looked/{rank}"])
+        except RuntimeError:
+            return False
 
     def end(self) -> None:
         """Stop the thread."""
