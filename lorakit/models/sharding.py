@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from lorakit.config.errors import LorakitError
 from lorakit.models.adapted_layer import AdaptedLayer
 from lorakit.models.packed_layers import NF4Weight
-from lorakit.models.shards import device_of, first_row, is_sharded, whole
+from lorakit.models.shards import device_of, first_row, is_sharded, keep, whole
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -198,10 +198,12 @@ def _part(t: Tensor, mesh: "DeviceMesh", store: torch.device) -> Tensor:
 
     start, count = first_row(len(t), mesh), -(-len(t) // mesh.size(mesh.ndim - 1))
     mine = t[start : start + count]
-    local = torch.empty_like(mine, device=store)
-    if not mine.is_meta:
-        local.copy_(mine)
     placements: list[Placement] = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
-    return DTensor.from_local(
-        local, mesh, placements, run_check=False, shape=t.shape, stride=t.stride()
+    # from_local would move what lies in host memory to the device of the mesh
+    empty = DTensor.from_local(
+        mine.to("meta"), mesh, placements, run_check=False, shape=t.shape, stride=t.stride()
     )
+    part = torch.empty_like(empty, device=store)
+    if not mine.is_meta:
+        keep(part, t)
+    return part
