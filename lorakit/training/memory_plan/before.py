@@ -14,6 +14,7 @@ from torch import nn
 from lorakit.config.errors import LorakitError
 from lorakit.models.config import ModelConfig
 from lorakit.models.decoder import Decoder
+from lorakit.training.memory_plan import elsewhere
 from lorakit.training.memory_plan.planned import PlannedRun
 from lorakit.training.memory_plan.search import settings_that_fit, settled_run
 from lorakit.training.memory_plan.table import plan_line
@@ -45,6 +46,8 @@ def check_memory(run: PlannedRun, memory: int) -> str:
     except Exception as error:  # a run that could go must not end by its forecast
         reason = " ".join(str(error).split()) or type(error).__name__
         return f"memory: there is no forecast ({reason})"
+    finally:
+        elsewhere.end()  # a training needs its memory
     if plan.peak > MARGIN * memory:
         raise LorakitError(_refusal(run, plan.peak, memory))
     line = plan_line(plan, memory)

@@ -1,12 +1,13 @@
 """A training run on tensors without memory: lorakit's own code, every byte booked.
 
 It loads a model of empty tensors as `load_model` does, attaches an adapter, and takes two steps: in
-the second one the optimizer's state is there. Nothing is computed (kernels/pretend.py).
+the second one the optimizer's state is there. Nothing is computed (kernels/pretend.py). Of several
+ranks the first one is forecast (several.py).
 """
 
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,12 +24,15 @@ from lorakit.models.config import ModelConfig
 from lorakit.models.decoder import Decoder
 from lorakit.models.empty import empty_model, fill_empty
 from lorakit.models.packed_layers import PackedWeight
+from lorakit.models.sharding import shard
 from lorakit.training.captured import CapturedStep, Function, Recording, why_eager
 from lorakit.training.device_step import optimizer_step
 from lorakit.training.float8 import check_frozen_dtype, start_float8
+from lorakit.training.gradients import FastSum, GradientSum, OrderedSum
 from lorakit.training.losses.reference import Reference
 from lorakit.training.memory_plan.ledger import Kind, Ledger
 from lorakit.training.memory_plan.pool import Pool
+from lorakit.training.memory_plan.several import Absent, pretended_mesh
 from lorakit.training.memory_plan.watch import NO_LAYER, Mark, Watch
 from lorakit.training.memory_plan.workspace import cublas
 from lorakit.training.ranks import Ranks
@@ -57,6 +61,9 @@ class Setting:
         device: "cuda" or "cpu".
         capability: The GPU's compute capability.
         new_tokens: How many tokens follow each of `rows`, which are prompts; None: a step trains.
+        ranks: How many processes share the run; this is the first of them.
+        divided: Whether each of them has its part of the frozen weights alone.
+        offload: Whether the frozen weights wait in host memory.
     """
 
     config: ModelConfig
@@ -71,6 +78,14 @@ class Setting:
     device: str
     capability: tuple[int, int]
     new_tokens: int | None = None
+    ranks: int = 1
+    divided: bool = False
+    offload: bool = False
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the forecast changes torch, and so is made by a process of its own."""
+        return self.divided or self.offload
 
 
 @dataclass(frozen=True)
@@ -95,7 +110,12 @@ def forecast(setting: Setting) -> Forecast:
     on_gpu = setting.device == "cuda"
     ledger = Ledger("meta", Pool() if on_gpu else None)
     model = empty_model(setting.config, setting.dtype, setting.quantize)
-    with _pretending(setting), ledger:
+    with ExitStack() as stack:
+        if setting.is_elsewhere:
+            mesh = pretended_mesh(setting.ranks if setting.divided else 1, ledger)
+            shard(model, stack.enter_context(mesh), offload=setting.offload)
+        stack.enter_context(_pretending(setting))
+        stack.enter_context(ledger)
         _load(setting, model, ledger)
         if setting.train.train == "full" and setting.new_tokens is None:
             for p in model.parameters():  # as those of a model that was loaded do
@@ -169,8 +189,7 @@ def _steps(
     watch.begin("optimizer", ("optimizer state", ""))
     optimizer, shares = run_optimizer(model, train)
     params = [p for p in model.parameters() if p.requires_grad]
-    several = train.batches_of_step > 1
-    sums = Ranks().gradients(params, train.reduce, False, several)
+    sums = _sums(setting, params, ledger)
     for p in params:
         p.register_post_accumulate_grad_hook(lambda p: _own_gradient(ledger, p))
     update = optimizer_step(optimizer, params, [shares] * RATES, train.max_grad_norm)
@@ -194,7 +213,7 @@ def _steps(
     rows = [[next(numbers) for _ in batch] for batch in taken]
     for number in range(1, STEPS + 1):
         watch.begin("forward", ("inputs", ""))
-        step = prepare(model, examples, number, rows, train, captured)
+        step = prepare(model, examples, number, rows, train, captured, sums.share)
         if captured is None:
             updated(torch.stack(backward(model, step, train, reference, sums)))
         else:
@@ -222,20 +241,32 @@ def _generate(
     return dict(+ledger.now)
 
 
+def _sums(setting: Setting, params: Sequence[Tensor], ledger: Ledger) -> GradientSum:
+    """Return what adds the gradients of a step, over ranks that are not there."""
+    train = setting.train
+    if setting.ranks == 1:
+        return Ranks().gradients(params, train.reduce, False, train.batches_of_step > 1)
+    kind = OrderedSum if train.reduce == "ordered" else FastSum
+    sums = kind(Absent(setting.ranks), params, False)
+    for flat in sums.flats:
+        ledger.own(("gradients", ""), [flat.own, flat.all, flat.slice])
+    return sums
+
+
 def _own_gradient(ledger: Ledger, p: Tensor) -> None:
     if p.grad is not None:
         ledger.own(("gradients", ""), [p.grad])
 
 
 def micro_batches(setting: Setting) -> list[list[Example | PairExample]]:
-    """Return the micro-batches of a step, two if it has more: the second adds to gradients."""
+    """Return the micro-batches of a step, two a rank if it has more: one adds to the other."""
     pairs = setting.train.objective != "sft"
     batch: list[Example | PairExample] = []
     for n in setting.rows:
         learned = max(1, round(n * setting.label_share))
         row = Example([1] * n, [IGNORE] * (n - learned) + [1] * learned)
         batch.append(PairExample(row, row) if pairs else row)
-    return [batch] * min(2, setting.train.batches_of_step)
+    return [batch] * min(2 * setting.ranks, setting.train.batches_of_step)
 
 
 @dataclass

@@ -6,12 +6,14 @@ for all those that are left out. It is added to what is held at the peak of each
 which moment has the highest peak may change with the number of layers, as checkpoints are given
 back while gradients grow.
 
-The layers of the base are the last ones of each kind, and one that is its first. The highest peaks
-are at the ends: bytes rise or fall from layer to layer. What is said of a layer between, before the
-one that is added, is too little, which no peak is told by.
+The layers of the base are the last ones of each kind, and one that is its first, or two where
+weights are divided. The highest peaks are at the ends: bytes rise or fall from layer to layer. What
+is said of a layer between, before the one that is added, is too little, which no peak is told by.
 
 What the allocator reserves is no such sum. It is taken to be the same share above the peak as in
-the base.
+the base. Where weights are divided or wait in host memory, the units that come and go leave gaps
+whose size hardly depends on the number of layers: there it is halfway between the same share and
+the same bytes above the peak.
 """
 
 from collections import Counter
@@ -36,7 +38,9 @@ def forecast_by_layers(setting: Setting, forecast: Callable[[Setting], Forecast]
     more: dict[Hashable, int] = {}
     for kind in left:
         of_kind = [i for i, each in enumerate(kinds) if each == kind]
-        chosen = {of_kind[0], *of_kind[1 - FEW :]}
+        # where weights are divided, no layer is gathered while the very first one goes backward
+        first = 2 if setting.divided else 1
+        chosen = {*of_kind[:first], *of_kind[1 - FEW :]}
         base |= chosen
         left[kind] -= len(chosen)
         if left[kind]:
@@ -49,7 +53,7 @@ def forecast_by_layers(setting: Setting, forecast: Callable[[Setting], Forecast]
         kind: (left[kind], forecast(with_layers(setting, sorted({*base, layer}))))
         for kind, layer in more.items()
     }
-    return extended(found, list(steps.values()))
+    return extended(found, list(steps.values()), setting.is_elsewhere)
 
 
 def kinds_of(setting: Setting) -> list[Hashable]:
@@ -94,22 +98,28 @@ def with_layers(setting: Setting, layers: Sequence[int]) -> Setting:
     )
 
 
-def extended(base: Forecast, steps: Sequence[tuple[int, Forecast]]) -> Forecast:
+def extended(
+    base: Forecast, steps: Sequence[tuple[int, Forecast]], units_come: bool = False
+) -> Forecast:
     """Return a forecast with more layers.
 
     Args:
         base: The forecast of few.
         steps: How many layers of a kind are left out, and the forecast with one of them.
+        units_come: Whether a layer's weights are there only while it computes.
     """
     peaks = {
         mark: _added(kinds, [(n, each.peaks[mark]) for n, each in steps])
         for mark, kinds in base.peaks.items()
     }
-    most = max(sum(kinds.values()) for kinds in peaks.values())
+    most, of_base = (max(sum(k.values()) for k in each.values()) for each in (peaks, base.peaks))
+    reserved = base.reserved * most / of_base
+    if units_come:
+        reserved = (reserved + most + base.reserved - of_base) / 2
     return Forecast(
         resident=_added(base.resident, [(n, each.resident) for n, each in steps]),
         peaks=peaks,
-        reserved=base.reserved * most / max(sum(kinds.values()) for kinds in base.peaks.values()),
+        reserved=reserved,
         host=base.host + sum(n * (each.host - base.host) for n, each in steps),
     )
 

@@ -8,6 +8,8 @@ A `Ledger` sees every operation of torch. Memory that it has not seen is booked 
 is current, from then until the last tensor on it is gone. What no tensor shows, such as what an
 operation takes for itself, is booked by `while_it_runs`.
 
+Of a tensor that is divided among ranks, the part of this one is booked.
+
 Tensors of the meta device have no values. An operation that asks for one gets an answer here: zero
 is not asked about, so a condition is true and a number is 0.
 """
@@ -22,13 +24,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lorakit.models.shards import is_sharded
 from lorakit.training.memory_plan.pool import Block, Pool, rounded
 from lorakit.training.memory_plan.workspace import WORKSPACES
 
 Kind = tuple[str, str]
 """What bytes are, and of which part of the model, if that is known: ("activations", "mlp")."""
 ROUNDING: Kind = ("rounding", "")
+GATHERED: Kind = ("gathered weights", "")
 aten = torch.ops.aten
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Peak(NamedTuple):
@@ -74,6 +79,7 @@ class Ledger(TorchDispatchMode):
         self.peaks: dict[Any, Peak] = {}
         self._held: dict[int, _Held] = {}
         self._on_host: dict[int, int] = {}
+        self._wait_there: set[int] = set()  # of these, what is weights
         self._mark: Any = ""
 
     @property
@@ -93,11 +99,16 @@ class Ledger(TorchDispatchMode):
     # ---- booking ----
 
     def own(self, kind: Kind, tensors: Iterable[Tensor]) -> None:
-        """Book tensors as of this kind, whatever they were booked as, if at all."""
-        for tensor in tensors:
-            if tensor.device.type != self.device:
-                continue
+        """Book tensors as of this kind, whatever they were booked as, if at all.
+
+        Those in host memory are weights that wait there.
+        """
+        for tensor in map(_own_part, tensors):
             key = tensor.untyped_storage()._cdata
+            if tensor.device.type != self.device:
+                self._wait_there.add(key)
+                self.copied_to_host(tensor)
+                continue
             held = self._held.get(key)
             if held is None:
                 self._book(tensor, kind)
@@ -133,13 +144,21 @@ class Ledger(TorchDispatchMode):
             weakref.finalize(storage, self._gone, key).atexit = False
 
     def _taken(self, size: int, kind: Kind) -> _Held:
-        block = None if self.pool is None else self.pool.take(size, self.arena)
+        block = None if self.pool is None or not size else self.pool.take(size, self.arena)
         filling = 0 if self.pool is None else rounded(size) - size
         self.now[kind] += size
         self.now[ROUNDING] += filling
         self.total += size + filling
         self._note()
         return _Held(kind, size, filling, block)
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """Book memory that was given back, or taken again, while its tensor lived on."""
+        key = storage._cdata
+        held = self._held.get(key)
+        if held is not None and held.size != storage.nbytes():
+            self._given(held)
+            self._held[key] = self._taken(storage.nbytes(), held.kind)
 
     def _gone(self, key: int) -> None:
         self._given(self._held.pop(key))
@@ -162,9 +181,15 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if any(each not in _PLAIN for each in types):
+            return NotImplemented  # it tells in operations on its parts, which come here
         kwargs = kwargs or {}
-        answer = _ANSWERS.get(func, _run)
+        waits = func.namespace == "_c10d_functional" and func not in _GATHERS
+        answer = _there if waits else _ANSWERS.get(func, _run)
         out = answer(self, func, *args, **kwargs)
+        if func in _GATHERS:
+            with self.as_kind(GATHERED):
+                self._see(out)
         self._see(out)
         workspace = WORKSPACES.get(func)
         if workspace is not None:
@@ -208,9 +233,19 @@ def _value(ledger: Ledger, func: Any, t: Tensor) -> Any:
     return 0.0 if t.dtype.is_floating_point else 0
 
 
+def _own_part(t: Tensor) -> Tensor:
+    """Return a tensor, or of one that is divided the part of this rank."""
+    return t.to_local().detach() if is_sharded(t) else t  # type: ignore[attr-defined]
+
+
 def _copied(ledger: Ledger, func: Any, t: Tensor, **options: Any) -> Tensor:
     """Return a copy that may go to the host, where it is zeros."""
     device = options.get("device")
+    if t.untyped_storage()._cdata in ledger._wait_there:
+        with ledger.as_kind(GATHERED):
+            out: Tensor = func(t, **options)
+            ledger._see(out)
+            return out
     if not t.is_meta or device is None or device.type == "meta":
         return func(t, **options)
     found = torch.zeros(t.shape, dtype=options.get("dtype") or t.dtype, device=device)
@@ -219,7 +254,8 @@ def _copied(ledger: Ledger, func: Any, t: Tensor, **options: Any) -> Tensor:
 
 
 def _copied_into(ledger: Ledger, func: Any, to: Tensor, t: Tensor, *rest: Any) -> Tensor:
-    if not t.is_meta or to.is_meta:
+    one_value = ledger.device == "meta" and not any(t.stride())  # stands for a weight of a file
+    if to.is_meta or not (t.is_meta or one_value):
         return func(to, t, *rest)
     ledger.copied_to_host(to)  # there is nothing to copy
     return to
@@ -244,6 +280,20 @@ def _into_out(ledger: Ledger, func: Any, *rest: Any, out: Tensor, **options: Any
     return out if out.is_meta else func(*rest, out=out, **options)
 
 
+def _sent(ledger: Ledger, func: Any, out: Tensor, t: Tensor, *rest: Any) -> tuple[Tensor, Any]:
+    """Send nothing to ranks that are not there."""
+    if not t.is_meta:
+        return func(out, t, *rest)
+    from torch._C._distributed_c10d import FakeWork
+
+    return out, FakeWork().boxed()
+
+
+def _there(ledger: Ledger, func: Any, t: Tensor, *rest: Any) -> Any:
+    """Return what was sent, for which torch would make another tensor on the meta device."""
+    return t if t.is_meta else func(t, *rest)
+
+
 _ANSWERS: dict[Any, Callable[..., Any]] = {
     aten._local_scalar_dense.default: _value,
     aten._to_copy.default: _copied,
@@ -253,3 +303,7 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
     aten.baddbmm.dtype: _of_first,
     aten._scaled_mm.out: _into_out,
 }
+_GATHERS: set[Any] = set()
+if torch.distributed.is_available():
+    _GATHERS.add(torch.ops._c10d_functional.all_gather_into_tensor.default)
+    _ANSWERS[torch.ops.c10d._allgather_base_.default] = _sent

@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from lorakit.files.local import read_json
 from lorakit.kernels.dispatch import has_triton
 from lorakit.kernels.pretend import H100
 from lorakit.models.config import ModelConfig
+from lorakit.training.memory_plan.elsewhere import forecast_elsewhere
 from lorakit.training.memory_plan.forecast import Forecast, Setting, forecast
 from lorakit.training.memory_plan.layers import forecast_by_layers
 from lorakit.training.memory_plan.ledger import Kind
@@ -85,9 +86,10 @@ def plan_memory(
         label_share: The share of tokens that are learned, above 0 and up to 1.
         device: "cuda" for an NVIDIA GPU with Triton, or "cpu" for this machine.
         capability: The GPU's compute capability.
-        ranks: How many processes share the run.
-        shard: "full" if the frozen weights are spread over the ranks.
-        offload_weights: Whether the frozen weights wait in host memory.
+        ranks: How many processes share the run; the plan is that of the first one.
+        shard: "full" if the frozen weights are divided among the ranks.
+        offload_weights: Whether the frozen weights wait in host memory. This, and "full", is
+            forecast by another process (elsewhere.py), which takes some seconds to start.
         generate: Rows, tokens of the prompt, and new tokens, to forecast inference instead.
 
     Returns:
@@ -95,6 +97,7 @@ def plan_memory(
 
     Raises:
         LorakitError: The model or a setting is unknown, or Triton is missing for a GPU.
+        RuntimeError: The other process has failed.
     """
     started = time.perf_counter()
     _check_rows(tokens, documents, label_share)
@@ -106,7 +109,9 @@ def plan_memory(
     numbers = list(range(config.num_hidden_layers))
     whole = config, numbers, kept_of(config, train), to_dtype(dtype)
     setting = Setting(*whole, *given, label_share, device, capability, generate and generate[2])
-    found = forecast_by_layers(setting, forecast)
+    divided = shard == "full" and ranks > 1
+    setting = replace(setting, ranks=ranks, divided=divided, offload=offload_weights)
+    found = forecast_by_layers(setting, forecast_elsewhere if setting.is_elsewhere else forecast)
     return _plan(found, device, time.perf_counter() - started)
 
 
@@ -129,8 +134,8 @@ def _check(
     device: str, ranks: int, shard: str, offload: bool, generate: tuple[int, int, int] | None
 ) -> None:
     """Raise LorakitError for what cannot be forecast."""
-    if ranks != 1 or shard != "none" or offload:
-        raise LorakitError("plan_memory: sharded weights are not forecast yet: set shard to none")
+    if ranks < 1:
+        raise LorakitError(f"plan_memory: ranks is {ranks}; there is at least 1")
     if generate is not None and (min(generate) < 1 or len(generate) != 3):
         raise LorakitError("plan_memory: generate is (rows, tokens of a prompt, new tokens)")
     if device == "cuda" and not has_triton():

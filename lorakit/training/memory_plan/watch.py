@@ -80,7 +80,8 @@ class Watch:
             self.begin(phase, self._between(), self.layers[module])
         if module in self.layers and phase == "forward":
             self.begin("forward", self._between(), self.layers[module])
-        part = PARTS.get(type(module))
+        # FSDP2 gives a block a class of its own, which it is still one of
+        part = next((PARTS[each] for each in type(module).__mro__ if each in PARTS), None)
         inner = self.parts[-1] if self.parts else "residual"
         # an expert is an MLP
         self.parts.append(inner if part is None or inner == "experts" else part)
@@ -103,7 +104,7 @@ class Watch:
             self.begin("head", ("logits", ""))
 
     def _at_gradient(self, out: Any, layer: int) -> None:
-        """Begin the backward of a layer when the gradient of its output is there."""
+        """Begin the backward of a layer when the first gradient of its outputs is there."""
 
         def begin(grad: Tensor) -> None:
             self.begin("backward", ("backward", ""), layer)
@@ -111,7 +112,6 @@ class Watch:
         for each in out if isinstance(out, tuple) else (out,):
             if isinstance(each, Tensor) and each.requires_grad:
                 each.register_hook(begin)
-                return
 
     def _between(self) -> Kind:
         """Return the kind of what is made outside of the blocks."""

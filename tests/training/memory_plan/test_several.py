@@ -1,0 +1,110 @@
+"""Forecasts of divided weights and of weights in host memory."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import lorakit as lk
+from lorakit.training.memory_plan import elsewhere
+from tests import programs
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[3]
+TINY = lk.ModelConfig("llama", 512, 128, 256, 2, 4, 2, 32)
+LLAMA_70B = lk.ModelConfig("llama", 128256, 8192, 28672, 80, 64, 8, 128)
+EVERY_SAVING = lk.TrainConfig(
+    per_device_train_batch_size=1,
+    max_seq_length=2048,
+    gradient_checkpointing=True,
+    activation_offloading=True,
+    mlp_activations="recompute",
+    optim="adamw_8bit",
+)
+ENDS = lk.QuantConfig(embed_tokens="nf4", lm_head="nf4")
+WEIGHTS = ("packed weights", "scales", "embeddings", "head")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_process_stays():
+    yield
+    elsewhere.end()
+
+
+def plan(**options):
+    train = lk.TrainConfig(per_device_train_batch_size=1, max_seq_length=64)
+    return lk.plan_memory(TINY, quantize="nf4", lora=lk.LoraConfig(r=8), train=train, **options)
+
+
+def test_pretended_ranks_gather_what_real_ones_do(tmp_path):
+    """They are equal to the byte, as both run FSDP2, one with gloo and numbers, one without."""
+    done = programs.run(["-m", "tests.training.memory_plan.gathering", tmp_path], cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found["real"]) == 5
+    assert min(found["real"].values()) > 0
+    assert found["pretended"] == found["real"]
+
+
+def test_what_is_held_between_two_steps():
+    """Half of the weights on each of two ranks; and on a device whose weights wait on the host,
+    none of them. The offset of double quantization, 4 bytes a layer, is no half."""
+    whole, half = plan(), plan(ranks=2, shard="full")
+    waiting = plan(offload_weights=True)
+    assert not hasattr(torch, "meta")  # torch is changed in the other process alone
+    assert not torch.distributed.is_initialized()
+    for kind in WEIGHTS:
+        assert half.resident[kind] == pytest.approx(whole.resident[kind] / 2, abs=64)
+    weights = sum(whole.resident[kind] for kind in WEIGHTS)
+    assert not {*WEIGHTS} & {*waiting.resident}
+    assert waiting.host == pytest.approx(weights + whole.resident["weights"], rel=0.01)
+    assert half.host == 0
+    for found in (half, waiting):
+        assert found.at_peak["gathered weights"] > 0
+        assert "gathered weights" not in found.resident
+
+
+def test_a_sum_over_ranks_takes_memory():
+    """gradients.py: own and all of the gradients, and one slice of two, beside the gradients."""
+    adapters = plan().resident["adapters"]
+    for shard in ("none", "full"):
+        sums = plan(ranks=2, shard=shard).resident["gradients"]
+        assert sums == pytest.approx(2.5 * adapters, rel=0.01)  # filled up to lines of 64 bytes
+
+
+def test_what_the_other_process_raises_is_raised_here():
+    lora = lk.LoraConfig(r=8, target_modules=["no_such_layer"])
+    with pytest.raises(lk.LorakitError, match="no_such_layer"):
+        lk.plan_memory(TINY, lora=lora, ranks=2, shard="full")
+    with pytest.raises(lk.LorakitError, match="ranks is 0"):
+        plan(ranks=0)
+
+
+def test_a_process_that_has_ended_is_said_and_replaced():
+    first = plan(offload_weights=True)
+    elsewhere._helper.process.kill()
+    elsewhere._helper.process.wait()
+    with pytest.raises(RuntimeError, match="has ended"):
+        plan(offload_weights=True)
+    again = plan(offload_weights=True)
+    assert again.peak == pytest.approx(first.peak, rel=1e-3)  # garbage may be collected later
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "gigabytes"),
+    [
+        # 23.3 of them, and the 2.1 GB of the ordered sum over two ranks
+        ({"ranks": 2, "shard": "full"}, 25.6),
+        ({}, 43),
+        ({"offload_weights": True}, 6),
+    ],
+    ids=["two of 24", "one of 48", "weights on the host"],
+)
+def test_a_70b_with_every_saving(options, gigabytes):
+    found = lk.plan_memory(
+        LLAMA_70B, quantize=ENDS, lora=lk.LoraConfig(r=16), train=EVERY_SAVING, **options
+    )
+    print(options, f"{found.peak / 1e9:.2f} GB", f"host {found.host / 1e9:.2f}", found.at_peak)
+    assert found.peak <= gigabytes * 1e9
