@@ -1,10 +1,12 @@
 """`lorakit train --nproc N`: N processes of this machine, started by torchrun's launcher.
 
 Each of them runs the same command without --nproc, and finds its number in the environment. The
-first one speaks. Ctrl-C and SIGTERM go on to all of them, and they end with a checkpoint.
+first one speaks. Ctrl-C and SIGTERM go on to all of them, and they end with a checkpoint. On Linux
+they do so too when the launcher itself was killed, which can tell them nothing.
 """
 
 import argparse
+import ctypes
 import logging
 import os
 import signal
@@ -17,6 +19,8 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 import lorakit as lk
 
 PATIENCE = 3.0  # s in which the first process says an error that all processes have
+FEW = 8  # processes that a machine of fewer cores may try; a thousand would take all its memory
+PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent has ended
 LAST_STEP = 900  # s that the processes have for their last step and checkpoint after a signal
 
 
@@ -27,12 +31,11 @@ def launch(args: argparse.Namespace) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    gpus = torch.cuda.device_count()
-    if args.nproc < 1 or (gpus and args.nproc > gpus):
-        there = f"; this machine has {gpus} GPUs" if gpus else ""
-        raise lk.LorakitError(f"--nproc is {args.nproc}; it must be at least 1{there}")
-    cores = max(1, lk.kernels.processors.usable() // args.nproc)
-    os.environ.setdefault("OMP_NUM_THREADS", str(cores))
+    gpus, cores = torch.cuda.device_count(), lk.kernels.processors.usable()
+    most = gpus or max(FEW, cores)
+    if not 1 <= args.nproc <= most:
+        raise lk.LorakitError(f"--nproc is {args.nproc}; on this machine it is from 1 to {most}")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // args.nproc)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(LAST_STEP))
     logging.disable(logging.ERROR)  # the launcher's; the processes say what went wrong
     config = LaunchConfig(
@@ -64,8 +67,11 @@ def launch(args: argparse.Namespace) -> int:
 def one_of_many() -> Iterator[None]:
     """Let one of several processes be silent in the block, unless it is the first.
 
-    It still says its errors, with its number, if the first one does not have the same.
+    It still says its errors, with its number, if the first one does not have the same. It gets
+    SIGTERM when the launcher is gone.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     rank = os.environ.get("RANK", "0")
     if rank == "0":
         yield

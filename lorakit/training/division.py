@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lorakit.config.errors import LorakitError
 from lorakit.config.fields import to_dtype
 from lorakit.config.run import RunConfig
 from lorakit.models.devices import own_device
@@ -31,15 +32,20 @@ def mesh_of_run(run: RunConfig) -> "DeviceMesh | None":
         The mesh of all ranks; None if each has all weights, or there is one process.
 
     Raises:
-        LorakitError: Ranks are missing, or the model's files cannot be read.
+        LorakitError: Ranks are missing, or have other settings; or the model's files cannot be
+            read.
     """
     device = own_device()
-    if run.shard == "none" or run.train.train == "full" or not start_group(device):
+    if not start_group(device):
         return None
-    divided = run.shard == "full" or _is_large(run, device)
-    found = torch.tensor(divided, dtype=torch.uint8, device=device)
+    whole = run.shard == "none" or run.train.train == "full"
+    divided = not whole and (run.shard == "full" or _is_large(run, device))
+    found = torch.tensor([whole, divided], dtype=torch.uint8, device=device)
     torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-    if not found.item():
+    some_whole, some_divided = found.tolist()
+    if some_whole and (some_divided or not whole):
+        raise LorakitError("train: some ranks have another shard or train; all need the same")
+    if not some_divided:
         return None
     from torch.distributed.device_mesh import init_device_mesh
 

@@ -336,7 +336,8 @@ def scratch_file(directory: str | Path | None) -> FileIO:
     except OSError as error:
         where = directory or tempfile.gettempdir()
         raise LorakitError(
-            f"no page file can be made in {where} ({error.strerror}); name another page_dir"
+            f"no page file can be made in {where} ({error.strerror}); name another page_dir, "
+            "which in a run is output_dir"
         ) from error
 
 
@@ -353,8 +354,8 @@ def mapped(file: FileIO, start: int, nbytes: int) -> mmap.mmap:
         os.ftruncate(file.fileno(), start)
         raise LorakitError(
             "paged state: the disk of the page file has no room for "
-            f"{math.ceil(nbytes / 1e6)} MB more ({error.strerror}); name another page_dir, or "
-            "use 8-bit state"
+            f"{math.ceil(nbytes / 1e6)} MB more ({error.strerror}); name another page_dir, "
+            "which in a run is output_dir, or use 8-bit state"
         ) from error
 
 

@@ -329,12 +329,40 @@ def start_group(device: torch.device) -> bool:
         Whether there are several processes.
 
     Raises:
-        LorakitError: Ranks are missing.
+        LorakitError: Ranks are missing, or the environment does not say which they are.
     """
-    started_by_torchrun = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if dist.is_available() and not dist.is_initialized() and started_by_torchrun:
+    if dist.is_available() and not dist.is_initialized() and _started_by_torchrun():
         _start(device)
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _started_by_torchrun() -> bool:
+    """Return whether the environment tells of several processes, of which this is one.
+
+    Raises LorakitError if what it tells is not complete, or cannot be.
+    """
+    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
+        return False
+    found = {}
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        text = os.environ.get(name, "")
+        if not text.isdecimal():
+            raise LorakitError(
+                f"train: {name} is {text!r} in the environment, where torchrun sets a number; "
+                "start the processes with torchrun, or unset RANK and WORLD_SIZE"
+            )
+        found[name] = int(text)
+    if found["RANK"] >= found["WORLD_SIZE"]:
+        raise LorakitError(
+            f"train: RANK is {found['RANK']} in the environment, and WORLD_SIZE "
+            f"{found['WORLD_SIZE']}; ranks are counted from 0"
+        )
+    if not os.environ.get("MASTER_ADDR"):
+        raise LorakitError(
+            "train: MASTER_ADDR is not in the environment; start the processes with torchrun, or "
+            "unset RANK and WORLD_SIZE"
+        )
+    return found["WORLD_SIZE"] > 1
 
 
 def _start(device: torch.device) -> None:

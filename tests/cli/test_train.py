@@ -37,6 +37,12 @@ def test_profile(run_file, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("number", ["0", "1000"])
+def test_a_number_of_processes_that_cannot_be_is_refused(number, run_file, capsys):
+    assert main(["train", str(run_file), "--nproc", number]) == 1
+    assert f"--nproc is {number}; on this machine it is from 1 to" in capsys.readouterr().err
+
+
 def test_train_then_generate(run_file, tiny_dir, tmp_path, capsys):
     assert main(["train", str(run_file), "max_steps=4", "lora.r=2"]) == 0
     out = capsys.readouterr().out

@@ -244,6 +244,9 @@ def refusals(mesh, folder):
     refused("attach", shard, attach(random_model()), mesh)
     refused("quantize it while it is loaded", lk.quantize, shard(random_model(), mesh))
     refused("give a device or a mesh", lk.load_model, folder / "llama", mesh=mesh, device="cpu")
+    ours = {"shard": "full" if distributed.get_rank() == 0 else "none"}
+    run = {"model": str(folder / "llama"), "data": "rows.jsonl"} | ours
+    refused("another shard or train", lk.mesh_of_run, lk.RunConfig.from_dict(run))
     for layer in many.model.layers[0].modules():
         if isinstance(layer, torch.nn.Module) and "absmax" in dict(layer.named_parameters()):
             with gathered(layer):
@@ -263,7 +266,7 @@ def refused(words, function, *arguments, **options):
 CASES = {f"{s} {t} {p} {d}": (form, (s, t, p, d), {}) for s, t, p, d in FORMS}
 SLOW = CASES.keys() - {f"{s} {t} {p} {d}" for s, t, p, d in FAST}
 SLOW |= {"gemma3_text", "qwen3_5_text", "merged dequantized", "copies", "tokens"}
-SLOW |= {"dropout of the head"}
+SLOW |= {"dropout of the head", "qwen3_moe", "merged nf4", "loftq", "generated"}
 CASES |= {name: (family, (name,), {}) for name in FAMILIES}
 CASES |= {
     "merged dequantized": (merged, ("dequantized",), {}),

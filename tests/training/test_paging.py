@@ -197,7 +197,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path):
     )
     message, after = done.stdout.strip().split("\n")
     assert message.startswith("paged state: the disk of the page file has no room for 17 MB more (")
-    assert message.endswith("); name another page_dir, or use 8-bit state")
+    assert message.endswith("which in a run is output_dir, or use 8-bit state")
     assert after == "True 2"
 
 

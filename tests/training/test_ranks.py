@@ -14,7 +14,8 @@ from contextlib import suppress
 import pytest
 import torch
 
-from lorakit.training.ranks import name_of_start
+import lorakit as lk
+from lorakit.training.ranks import name_of_start, start_group
 from lorakit.training.state import checkpoints
 from tests.training.rank_runs import CASES, ROOT, command, ended, found, start, take
 
@@ -50,8 +51,13 @@ def check(size, tiny_dir, tmp_path, jobs):
             assert ours == theirs
 
 
-def test_two_ranks_have_the_bytes_of_one_process(tiny_dir, tmp_path):
-    check(2, tiny_dir, tmp_path, [[case, {}] for case in CASES])
+@pytest.mark.parametrize(
+    "cases",
+    [["padded", "idle"], pytest.param(list(CASES), marks=pytest.mark.slow)],
+    ids=["two cases", "all cases"],
+)
+def test_two_ranks_have_the_bytes_of_one_process(cases, tiny_dir, tmp_path):
+    check(2, tiny_dir, tmp_path, [[case, {}] for case in cases])
     # LoRA of q, k, v, o, gate, up and down, r = 4, with DoRA's lengths, in two layers
     _, first, second, _ = json.loads((tmp_path / "many" / "written-idle-1").read_text())
     values = sum(p.numel() for p in take(tiny_dir, tmp_path, "idle", {})[0].parameters()
@@ -79,6 +85,27 @@ def test_a_second_start_on_the_same_store_has_a_name_of_its_own():
     assert len(names) == 9
     assert len(set(names)) == 3
     assert [len(set(names[i : i + 3])) for i in (0, 3, 6)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"RANK": "x"}, "RANK is 'x' in the environment, where torchrun sets a number"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two' in the environment"),
+        ({"MASTER_PORT": None}, "MASTER_PORT is '' in the environment"),
+        ({"MASTER_ADDR": None}, "MASTER_ADDR is not in the environment"),
+        ({"RANK": "2"}, "RANK is 2 in the environment, and WORLD_SIZE 2"),
+    ],
+)
+def test_an_environment_that_cannot_be_torchruns_is_refused(changed, words, monkeypatch):
+    whole = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in (whole | changed).items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(lk.LorakitError, match=f"^train: {words}"):
+        start_group(torch.device("cpu"))
 
 
 @pytest.mark.slow
@@ -113,7 +140,7 @@ def until_step(process, step):
 @pytest.mark.parametrize(
     ("size", "killed", "number"),
     [
-        (2, 1, signal.SIGKILL),
+        pytest.param(2, 1, signal.SIGKILL, marks=pytest.mark.slow),
         pytest.param(2, 0, signal.SIGKILL, marks=pytest.mark.slow),
         pytest.param(3, 2, signal.SIGKILL, marks=pytest.mark.slow),
         pytest.param(2, 1, signal.SIGSTOP, marks=pytest.mark.slow),
@@ -136,8 +163,13 @@ def test_a_rank_that_is_gone_is_named_by_the_others(tiny_dir, tmp_path, size, ki
         assert f"LorakitError: train: rank {killed} ended or hangs: the run cannot go on" in err
 
 
-def test_a_signal_to_the_launcher_ends_all_with_a_checkpoint(tiny_dir, tmp_path):
-    """`lorakit train --nproc 2`, which ends with 130 as a single process does."""
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 130), (signal.SIGKILL, -9)])
+def test_a_signal_to_the_launcher_ends_all_with_a_checkpoint(number, expected, tiny_dir, tmp_path):
+    """`lorakit train --nproc 2`, which ends with 130 as a single process does.
+
+    Where it was killed, its processes end by themselves; their connections tell of it too.
+    """
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 8)
     (tmp_path / "run.yaml").write_text(
         f"{{model: {tiny_dir}, data: {tmp_path}/rows.jsonl, output_dir: {tmp_path}/out, "
@@ -149,12 +181,13 @@ def test_a_signal_to_the_launcher_ends_all_with_a_checkpoint(tiny_dir, tmp_path)
     )
     try:
         until_step(process, 3)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         [(code, out, err)] = ended([process], 120)
     finally:
         process.kill()
-    assert code == 130
-    assert err == f"lorakit: interrupted; the adapter so far is in {tmp_path}/out\n"
+    assert code == expected
+    said = f"lorakit: interrupted; the adapter so far is in {tmp_path}/out\n"
+    assert err == said or (number == signal.SIGKILL and said in err)
     [saved] = checkpoints(tmp_path / "out")
     assert f"{saved.step} steps in" in out
 
