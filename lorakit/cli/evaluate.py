@@ -169,6 +169,13 @@ def _check(args: argparse.Namespace) -> None:
             "--judge compares two models: give --compare, the other one's completions, and "
             "--judge-model, who judges"
         )
+    if args.judge and not args.judge.startswith(("http://", "https://")):
+        raise lk.LorakitError(f"--judge {args.judge}: it must begin with http:// or https://")
+    if args.save is not None and args.save.is_dir():
+        raise lk.LorakitError(f"--save {args.save} is a directory; name a file")
+    for name, path in (("the rows", args.rows), ("--compare", args.compare)):
+        if args.save is not None and path is not None and args.save.resolve() == path.resolve():
+            raise lk.LorakitError(f"--save {args.save} would replace {name}; name another file")
     lk.metrics.check_usable(args.metrics)
 
 

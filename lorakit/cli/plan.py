@@ -9,8 +9,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lorakit as lk
-from lorakit.cli.arguments import MODEL_HELP, Verbs, chat_template, count, take_overrides
-from lorakit.cli.run_file import read_run_file, yaml_value
+from lorakit.cli.arguments import (
+    MODEL_HELP,
+    Verbs,
+    chat_template,
+    count,
+    take_overrides,
+    tokenizer_of,
+)
+from lorakit.cli.run_file import put_overrides, read_run_file
 
 _WIDEST = 120  # characters of a line; a longer bar is no easier to read
 
@@ -62,6 +69,12 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
 
 def plan(args: argparse.Namespace) -> int:
     """Print the forecast and what was asked for beside it, and return the exit code."""
+    if args.generate is not None and (args.largest or args.fit):
+        raise lk.LorakitError(
+            "--largest and --fit search the settings of a training: leave out --generate"
+        )
+    if args.ranks == 0:
+        raise lk.LorakitError("--ranks is 0; a run has at least 1 device")
     kind, card = _device(args.device, args.memory)
     run, notes = _planned(args, kind, card)
     run = lk.settled_run(run, card.usable)
@@ -130,8 +143,7 @@ def _planned(
         values = read_run_file(Path(args.what), args.overrides)
     else:
         values = {"model": args.what, "data": "-"}
-        for override in args.overrides:
-            _put(values, override)
+        put_overrides(values, args.overrides, "the settings of the run")
     config = lk.RunConfig.from_dict(values, args.what)
     lengths = None
     if config.data.train != "-" and args.generate is None:
@@ -139,7 +151,11 @@ def _planned(
     device: dict[str, Any] = {"device": kind, "ranks": args.ranks, "generate": args.generate}
     if kind == "cuda":
         device["capability"] = card.capability
-    return lk.PlannedRun.from_run(config, lengths, **device), notes
+    run = lk.PlannedRun.from_run(config, lengths, **device)
+    plain = config.adapter is None and config.lora == lk.LoraConfig()
+    if args.generate is not None and plain and not _is_run_file(args.what):
+        run = dataclasses.replace(run, lora=None)
+    return run, notes
 
 
 def _is_run_file(what: str) -> bool:
@@ -147,29 +163,23 @@ def _is_run_file(what: str) -> bool:
     return what.endswith((".yaml", ".yml"))
 
 
-def _put(values: dict[str, Any], override: str) -> None:
-    """Put a key=value into the mapping of a run; a.b=value goes into a mapping within it."""
-    *parents, leaf = override.partition("=")[0].split(".")
-    for parent in parents:
-        values = values.setdefault(parent, {})
-    values[leaf] = yaml_value(override)
-
-
 def _lengths(config: "lk.RunConfig") -> tuple[Any, list[str]]:
     """Return the number of tokens of each row of the run's file, if it is there, or say why not."""
     whole = f"rows of {config.train.max_seq_length} tokens are planned for"
     train = config.data.train
-    if isinstance(train, str) and not Path(train).expanduser().exists():
+    gone = isinstance(train, str) and not Path(train).expanduser().exists()
+    if isinstance(train, str) and gone and (Path(train).suffix or "/" not in train):  # no data set
         return None, [f"{train} is not there: {whole}"]
+    adapter = None if config.adapter is None else lk.fetch_adapter(config.adapter)
+    template = chat_template(config.chat_template, adapter)
     try:
-        tok = lk.load_tokenizer(
-            config.model, chat_template=chat_template(config.chat_template, None)
-        )
+        tok = lk.load_tokenizer(tokenizer_of(config.model, adapter), chat_template=template)
+        sources = lk.open_data(config.data, skip_empty=config.train.skip_empty)
     except lk.LorakitError as error:
         return None, [f"the rows cannot be counted ({error}): {whole}"]
     tok.add_special_tokens(config.add_tokens)
     rows = lk.encode_rows(
-        lk.open_data(config.data, skip_empty=config.train.skip_empty)["train"],
+        sources["train"],
         tok,
         max_seq_length=config.train.max_seq_length,
         over_length=config.train.over_length,
@@ -185,7 +195,12 @@ def _summary(run: "lk.PlannedRun") -> str:
     """Return the run in a few words."""
     storage = run.dtype if run.quantize is None else run.quantize.quant_type
     parts = [f"{run.model}", f"weights in {storage}"]
-    parts.append("all trained" if run.lora is None else f"LoRA of rank {run.lora.r}")
+    if isinstance(run.lora, lk.LoraConfig):
+        parts.append(f"LoRA of rank {run.lora.r}")
+    elif run.lora is not None:
+        parts.append(f"an adapter of {type(run.lora).__name__}")
+    elif run.generate is None:
+        parts.append("all trained")
     if run.generate is not None:
         rows, prompt, new = run.generate
         return ", ".join([*parts, f"{rows} texts of {prompt} + {new} tokens"])
@@ -206,7 +221,7 @@ def _verdict(run: "lk.PlannedRun", forecast: "lk.MemoryPlan", card: "lk.Card") -
         parts = sorted(forecast.activations.items(), key=lambda part: -part[1])
         kept = ", ".join(f"{name} {size(bytes_)}" for name, bytes_ in parts if bytes_)
         lines.append(f"activations at the peak: {kept}")
-    if forecast.host:
+    if forecast.host >= 1000:
         lines.append(f"host memory: {size(forecast.host)}")
     if run.device == "cpu":
         lines.append("a process on a CPU takes 1.6 to 2.5 times what torch does, and its libraries")

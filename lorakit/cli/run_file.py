@@ -33,15 +33,23 @@ def read_run_file(path: Path, overrides: list[str]) -> dict[str, Any]:
         raise lk.LorakitError(f"{path} is not valid YAML: {reason}") from None
     if not isinstance(values, dict):
         raise lk.LorakitError(f"{path} must hold a mapping of names to values")
+    put_overrides(values, overrides, str(path))
+    return values
+
+
+def put_overrides(values: dict[str, Any], overrides: list[str], where: str) -> None:
+    """Put overrides in the place of a mapping's values; a.b=value goes into a mapping within it.
+
+    Raises LorakitError if an override does not fit; `where` says what the mapping is of.
+    """
     for override in overrides:
         *parents, leaf = override.partition("=")[0].split(".")
         target = values
         for parent in parents:
             target = target.setdefault(parent, {})
             if not isinstance(target, dict):
-                raise lk.LorakitError(f"{override!r}: {parent} is not a mapping in {path}")
+                raise lk.LorakitError(f"{override!r}: {parent} is not a mapping in {where}")
         target[leaf] = yaml_value(override)
-    return values
 
 
 def yaml_value(override: str) -> Any:

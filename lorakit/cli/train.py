@@ -46,6 +46,7 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
 def train(args: argparse.Namespace) -> int:
     """Run the training or its profile, and return the exit code."""
     run = lk.RunConfig.from_dict(read_run_file(args.run_file, args.overrides), str(args.run_file))
+    lk.metrics.check_usable(run.train.eval_metrics)
     if args.nproc is not None:
         return launch(args)
     with one_of_many():

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse
 from threading import Lock
 from typing import Any, Literal
 
@@ -49,6 +49,18 @@ _QUESTION = """\
 
 _VERDICT = re.compile(r"^\W*verdict\W+(a|b|tie)\b", re.IGNORECASE | re.MULTILINE)
 _LONGEST_WAIT = 30.0  # seconds before another try
+_PART = 1 << 16  # bytes that are read at a time
+_LARGEST = 1 << 24  # bytes of an answer; no judge writes so much
+
+
+class _Straight(urllib.request.HTTPRedirectHandler):
+    """Follows no redirection, which would take the key to another host."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_Straight)
 
 
 @dataclass(frozen=True)
@@ -168,6 +180,10 @@ class _Client:
             raise LorakitError(
                 f"judge_answers: endpoint is {endpoint!r}; it must begin with http:// or https://"
             )
+        check(
+            api_key is None or (api_key.isascii() and api_key.isprintable()),
+            "judge_answers: api_key holds a character that no header may have, or a line break",
+        )
         self.address = endpoint.rstrip("/") + "/chat/completions"
         self.judge, self.api_key, self.max_calls = judge, api_key, max_calls
         self.retries, self.timeout, self.max_tokens = retries, timeout, max_tokens
@@ -207,7 +223,10 @@ class _Client:
         headers = {"Content-Type": "application/json"}
         if self.api_key:
             headers["Authorization"] = f"Bearer {self.api_key}"
-        request = urllib.request.Request(self.address, json.dumps(body).encode(), headers)
+        try:
+            request = urllib.request.Request(self.address, json.dumps(body).encode(), headers)
+        except ValueError as error:
+            raise LorakitError(f"judge_answers: {self.address} is no address: {error}") from None
         for attempt in range(self.retries + 1):
             with self.lock:
                 if self.calls == self.max_calls:
@@ -215,8 +234,8 @@ class _Client:
                 self.calls += 1
             wait = min(_LONGEST_WAIT, 0.5 * 2**attempt)
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                    return _content(answer.read())
+                with _OPENER.open(request, timeout=self.timeout) as answer:
+                    return _content(_body(answer, time.monotonic() + self.timeout))
             except urllib.error.HTTPError as error:
                 with error:
                     reason = f"HTTP {error.code}: {error.read(300).decode(errors='replace')}"
@@ -230,6 +249,18 @@ class _Client:
         raise LorakitError(f"judge_answers: {self.address} gave no answer ({reason.strip()})")
 
 
+def _body(answer: HTTPResponse, end: float) -> bytes:
+    """Return the body of an answer; raise OSError if it takes too long or never ends."""
+    body = bytearray()
+    while part := answer.read1(_PART):
+        body += part
+        if time.monotonic() > end:
+            raise TimeoutError("timed out")
+        if len(body) > _LARGEST:
+            raise OSError(f"its answer has more than {_LARGEST:,} bytes")
+    return bytes(body)
+
+
 def _wait(asked: str | None, otherwise: float) -> float:
     """Return the seconds that a server asks to wait, within bounds; it may name a date."""
     return min(_LONGEST_WAIT, float(asked)) if asked and asked.isdecimal() else otherwise
@@ -239,7 +270,7 @@ def _content(body: bytes) -> str:
     """Return the text in an answer of the API."""
     try:
         return str(json.loads(body)["choices"][0]["message"]["content"] or "")
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         raise LorakitError(
             f"judge_answers: the endpoint's answer is none of the API: {body[:100]!r}"
         ) from None

@@ -120,6 +120,16 @@ def test_what_is_refused(tiny_dir, rows, tmp_path, capsys):
         ([*scored, "--compare", str(other)], f"--compare {other}: it holds completions of other"),
         ([*scored, "--compare", str(rows)], "line 1: a completion has a text as reference and"),
         ([*command, "--train-on", "x"], "train_on"),
+        ([*scored, "--save", str(rows)], f"--save {rows} would replace the rows"),
+        (
+            [*scored, "--save", str(other), "--compare", str(other)],
+            f"--save {other} would replace --compare",
+        ),
+        ([*scored, "--save", str(tmp_path)], f"--save {tmp_path} is a directory; name a file"),
+        (
+            [*scored, "--compare", str(other), "--judge", "x", "--judge-model", "j"],
+            "--judge x: it must begin with http:// or https://",
+        ),
         ([*command, "--judge", "http://x/v1"], "--judge compares two models: give --compare"),
         (command[:2], "there is nothing to evaluate: give a file of rows, or --tasks"),
         (

@@ -3,6 +3,7 @@ arithmetic; tests/training/memory_plan has those of lorakit's own step."""
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -102,6 +103,40 @@ def test_a_model_without_a_run_file_and_without_rows(
     assert forecasts[-1]["tokens"] == 1024
 
 
+def test_an_adapter_to_go_on_from_is_planned_as_it_is(
+    planned, tiny_dir, tmp_path, capsys, forecasts
+):
+    """The run file's `lora` is left out, since the adapter has settings of its own."""
+    model = lk.attach(lk.load_model(tiny_dir), lk.LoraConfig(r=3, target_modules=["v_proj"]))
+    lk.save_adapter(model, tmp_path / "adapter")
+    values = yaml.safe_load(Path(planned).read_text()) | {"adapter": str(tmp_path / "adapter")}
+    del values["lora"]
+    Path(planned).write_text(yaml.safe_dump(values))
+    assert main(["plan", planned, "--memory", "2GB"]) == 0
+    assert "LoRA of rank 3" in capsys.readouterr().out
+    assert {each["lora"].r for each in forecasts} == {3}
+    assert forecasts[0]["lora"].target_modules == ["v_proj"]
+
+
+@pytest.mark.usefixtures("forecasts")
+def test_a_data_set_that_the_hub_does_not_give(planned, capsys, monkeypatch):
+    def away(*_, **__):
+        raise lk.LorakitError("org/rows cannot be read as a data set")
+
+    monkeypatch.setattr(lk, "open_data", away)
+    assert main(["plan", planned, "data=org/rows", "--memory", "2GB"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == (
+        "the rows cannot be counted (org/rows cannot be read as a data set): rows of 1024 tokens "
+        "are planned for"
+    )
+
+
+def test_a_model_alone_makes_texts_without_an_adapter(tiny_dir, capsys, forecasts):
+    assert main(["plan", str(tiny_dir), "--generate", "1,8,8", "--memory", "2GB"]) == 0
+    assert "weights in bfloat16, 1 texts of 8 + 8 tokens, on" in capsys.readouterr().out
+    assert forecasts[-1]["lora"] is None
+
+
 def test_texts_instead_of_training(planned, capsys, forecasts):
     assert main(["plan", planned, "--generate", "4,512,128", "--memory", "2GB"]) == 0
     out = capsys.readouterr().out
@@ -115,6 +150,9 @@ def test_texts_instead_of_training(planned, capsys, forecasts):
     [
         (["nowhere.yaml"], "nowhere.yaml does not exist; give the path of a run file"),
         (["/nowhere"], "/nowhere"),
+        (["/nowhere", "data.train=rows.jsonl"], "data is not a mapping in the settings of the run"),
+        (["RUN", "--ranks", "0"], "--ranks is 0"),
+        (["RUN", "--generate", "1,8,8", "--fit"], "leave out --generate"),
         (["RUN", "--device", "RTX 4900"], "did you mean 'RTX 4090 24GB'"),
         (["RUN", "--device", "V100"], "its kernels need compute capability 7.5"),
         (["RUN", "learning_rat=1", "--memory", "1GB"], "did you mean 'learning_rate'"),

@@ -354,6 +354,17 @@ def test_ctrl_c_saves_the_adapter(run_file, tmp_path):
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
+def test_a_missing_package_of_a_metric_is_named_before_the_model_is_loaded(
+    run_file, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    monkeypatch.setattr(lk, "load_model", None)
+    assert main(["train", str(run_file), "eval_metrics=[bleu]"]) == 1
+    assert capsys.readouterr().err == (
+        "lorakit: bleu and chrf need sacrebleu; pip install 'lorakit[metrics]'\n"
+    )
+
+
 def test_progress_bar_on_a_terminal(run_file):
     """A bar on the terminal shows loss, learning rate, tokens/s and memory."""
     parent, child = pty.openpty()

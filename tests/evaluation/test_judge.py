@@ -133,9 +133,31 @@ def test_an_endpoint_that_is_away_or_slow_is_one_sentence(monkeypatch):
         assert len(seen) == 2
 
 
+class _Drops:
+    """An answer that comes byte by byte and never ends."""
+
+    def __init__(self, many):
+        self.many = many
+
+    def read1(self, size):
+        return b" " * (size if self.many else 1)
+
+
+def test_an_answer_that_never_ends():
+    with pytest.raises(TimeoutError):
+        judging._body(_Drops(many=False), time.monotonic() + 0.05)
+    with pytest.raises(OSError, match="its answer has more than 16,777,216 bytes"):
+        judging._body(_Drops(many=True), time.monotonic() + 60)
+
+
 @pytest.mark.parametrize(
     ("said", "message"),
-    [((401, {}), r"gave no answer \(HTTP 401: refused\)"), (b"{}", "none of the API: b'{}'")],
+    [
+        ((401, {}), r"gave no answer \(HTTP 401: refused\)"),
+        (b"{}", "none of the API: b'{}'"),
+        (b"[" * 100_000, "none of the API"),
+        ((302, {"Location": "/elsewhere"}), r"gave no answer \(HTTP 302: refused\)"),
+    ],
 )
 def test_an_endpoint_that_refuses_is_asked_once(said, message):
     refused = pytest.raises(lk.LorakitError, match=message)
@@ -151,6 +173,9 @@ def test_an_endpoint_that_refuses_is_asked_once(said, message):
         ({"first": [], "second": []}, "and at least one"),
         ({"address": "localhost:8000"}, "it must begin with http:// or https://"),
         ({"retries": -1}, "is out of range"),
+        ({"address": "http://[::1"}, "is no address: Invalid IPv6 URL"),
+        ({"api_key": "a\n"}, "api_key holds a character that no header may have"),
+        ({"api_key": "\u20ac"}, "api_key holds a character that no header may have"),
     ],
 )
 def test_what_is_refused(options, message):

@@ -85,6 +85,27 @@ def load_adapter(module: nn.Module, path: str | Path, *, name: str = "default") 
     return module
 
 
+def read_settings(path: str | Path, module: nn.Module) -> Any:
+    """Return the settings of an adapter that was saved, without its tensors.
+
+    Args:
+        path: The adapter, as `load_adapter` takes it.
+        module: The module that it is for, which stays as it is and may have no values.
+
+    Returns:
+        What `attach` takes: a `LoraConfig` or the config of another method.
+
+    Raises:
+        LorakitError: A file is missing or damaged, or the adapter uses a feature of PEFT that
+            lorakit does not have.
+    """
+    method, files = _open(path, module)
+    if files.values.get("target_parameters"):
+        files = without_parameters(files, module)
+    files = without_absent_experts(text_part(files, module), module)
+    return method.read_config(files, module)
+
+
 def _open(path: str | Path, module: nn.Module) -> tuple[Method[Any], AdapterFiles]:
     """Return the method of an adapter and its files; raise LorakitError for what lorakit lacks."""
     files = open_files(path, module)

@@ -11,6 +11,7 @@ writes several times over, and still stays far below the memory of any machine.
 import torch
 from torch import nn
 
+from lorakit.config.adapters import LoraConfig
 from lorakit.config.errors import LorakitError
 from lorakit.models.config import ModelConfig
 from lorakit.models.decoder import Decoder
@@ -78,7 +79,7 @@ def surely_fits(run: PlannedRun, memory: int) -> bool:
         run: The run.
         memory: The bytes that are free.
     """
-    if run.lora is None or run.generate is not None:
+    if not isinstance(run.lora, LoraConfig) or run.generate is not None:
         return False
     train, config = run.train, run.config
     answers = 1 if train.objective == "sft" else 4  # two, and what they are compared with

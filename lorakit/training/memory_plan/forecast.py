@@ -162,7 +162,7 @@ def own_weights(ledger: Ledger, module: nn.Module, prefix: str = "") -> None:
 
 def _kind_of(names: Sequence[str], module: nn.Module, leaf: str, p: Tensor) -> Kind:
     if p.requires_grad:
-        return "adapters", ""
+        return ("adapters" if "adapters" in names else "trained weights"), ""
     if "embed_tokens" in names:
         return "embeddings", ""
     if "lm_head" in names:

@@ -7,12 +7,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from lorakit.config.adapters import LoraConfig
+import torch
+
+from lorakit.adapters.peft_files.load import read_settings
+from lorakit.config.adapters import LoraConfig, TargetConfig
 from lorakit.config.quantization import QuantConfig
 from lorakit.config.run import RunConfig
 from lorakit.config.training import TrainConfig
 from lorakit.data.packing import pack_rows
 from lorakit.models.config import ModelConfig
+from lorakit.models.empty import empty_model
 from lorakit.training.memory_plan.plan import MemoryPlan, model_config, plan_memory
 
 
@@ -24,7 +28,7 @@ class PlannedRun:
     """Model: a path, a Hub id or its config. Its weights are not read."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Settings of the training."""
-    lora: LoraConfig | None = field(default_factory=LoraConfig)
+    lora: TargetConfig | None = field(default_factory=LoraConfig)
     """Settings of the adapter; None is a run without one."""
     quantize: QuantConfig | None = None
     """Storage of the frozen weights."""
@@ -57,9 +61,17 @@ class PlannedRun:
             **device: Further fields: device, capability, ranks.
 
         Returns:
-            The run, to be forecast.
+            The run, to be forecast. The settings of an adapter to go on from are those in its
+            files.
+
+        Raises:
+            LorakitError: The adapter, or the model that it is for, cannot be read.
         """
-        lora = None if run.train.train == "full" else run.lora
+        lora: TargetConfig | None = None if run.train.train == "full" else run.lora
+        if run.adapter is not None:
+            lora = read_settings(
+                run.adapter, empty_model(model_config(run.model), torch.float32, None)
+            )
         planned = cls(run.model, run.train, lora, run.quantize, run.dtype, lengths)
         return dataclasses.replace(planned, **device)
 

@@ -12,6 +12,7 @@ from typing import Literal, TypeAlias
 
 from tqdm import tqdm
 
+from lorakit.config.adapters import LoraConfig
 from lorakit.config.errors import LorakitError
 from lorakit.config.quantization import QuantConfig
 from lorakit.training.memory_plan.planned import PlannedRun
@@ -165,8 +166,8 @@ def largest_that_fits(run: PlannedRun, what: What, memory: int) -> int:
     Raises:
         LorakitError: A run with the smallest number cannot be forecast, or the run has no adapter.
     """
-    if what == "rank" and run.lora is None:
-        raise LorakitError("the run has no adapter, so there is no rank to search for")
+    if what == "rank" and not isinstance(run.lora, LoraConfig):
+        raise LorakitError("the run has no adapter of LoRA, so there is no rank to search for")
     run, grain, most = _lean(run), GRAIN[what], MOST[what]
     if what == "length":
         most = min(most, run.config.context_length)
@@ -248,7 +249,7 @@ def _sized(run: PlannedRun, what: What, number: int) -> PlannedRun:
         return run.with_train(per_device_train_batch_size=number)
     if what == "length":
         return dataclasses.replace(run.with_train(max_seq_length=number), lengths=None)
-    assert run.lora is not None
+    assert isinstance(run.lora, LoraConfig)
     return dataclasses.replace(run, lora=dataclasses.replace(run.lora, r=number))
 
 

@@ -17,25 +17,25 @@ def plan_table(plan: MemoryPlan, card: Card | None = None, *, width: int = 100) 
 
     Returns:
         The lines: each kind of memory with its bytes between two steps and at the peak, and a bar
-        of what it takes at the peak, as a part of the device or of the peak. All bars have one
-        scale, so that their lengths can be added.
+        of what it takes at the peak, as a part of all that is taken then. All bars have one scale,
+        so that their lengths can be added. The last but one says what part of the device that is.
     """
     context = 0 if card is None else card.context
-    whole = max(plan.reserved + context, 0 if card is None else card.memory, 1)
+    whole = max(plan.reserved + context, 1)
     rows = _kinds(plan, whole)
     rows.append(("allocator's rounding", 0, plan.reserved - plan.peak))
     rows.append(("CUDA context (allowance)", context, context))
     rows = [row for row in rows if row[1] or row[2]]
-    left = 0 if card is None else card.usable - plan.reserved
-    names = max(len("left of the device"), *(len(name) for name, _, _ in rows))
+    names = max(len("allocator's rounding"), *(len(name) for name, _, _ in rows))
     bars = max(10, width - names - NUMBERS)
     lines = [f"{'':{names}}   between steps  at the peak"]
     for name, between, peak in rows:
         lines.append(_line(name, names, between, peak, round(bars * peak / whole)))
     between, peak = sum(row[1] for row in rows), sum(row[2] for row in rows)
     lines.append(_line("together", names, between, peak, 0))
-    if left > 0:
-        lines.append(f"{'left of the device':{names}}   {'':13}  {format_bytes(left):>11}")
+    if card is not None:
+        share = f"{100 * whole / max(card.memory, 1):.0f} %"
+        lines.append(f"{'':{names}}   {'':13}  {share:>11}  of {format_bytes(card.memory)}")
     lines.append(f"each # is {format_bytes(round(whole / bars))}")
     return "\n".join(lines)
 

@@ -33,15 +33,15 @@ def test_the_table_as_it_is_printed():
     )
     assert lk.plan_table(forecast, card, width=100).splitlines() == [
         "                           between steps  at the peak",
-        "packed weights                    4.4 GB       4.4 GB  ########",
-        "adapters                          160 MB       160 MB",
-        "activations                            -       3.0 GB  ######",
-        "gradients                              -       160 MB",
+        "packed weights                    4.4 GB       4.4 GB  ########################",
+        "adapters                          160 MB       160 MB  #",
+        "activations                            -       3.0 GB  ################",
+        "gradients                              -       160 MB  #",
         "allocator's rounding                   -        80 MB",
-        "CUDA context (allowance)          600 MB       600 MB  #",
+        "CUDA context (allowance)          600 MB       600 MB  ###",
         "together                          5.2 GB       8.4 GB",
-        "left of the device                            15.6 GB",
-        "each # is 533 MB",
+        "                                                 35 %  of 24.0 GB",
+        "each # is 187 MB",
     ]
 
 
@@ -60,9 +60,9 @@ def test_bars_are_honest_and_lines_fit(kept, made, memory, width):
     card = None if memory is None else lk.Card("a GPU", memory, (9, 0))
     lines = lk.plan_table(forecast, card, width=width).splitlines()
     assert max(map(len, lines)) <= width
-    whole = max(forecast.peak + (0 if card is None else card.context), memory or 0)
+    whole = forecast.peak + (0 if card is None else card.context)
     lengths = {name: line.count("#") for line in lines for name in [line.split("   ")[0].strip()]}
-    cells = width - max(len("CUDA context (allowance)" if card else "left of the device"), 6) - 31
+    cells = width - max(len("CUDA context (allowance)" if card else "allocator's rounding"), 6) - 31
     for name, size in forecast.at_peak.items():
         if 1000 * size < whole:
             continue
