@@ -223,3 +223,14 @@ def test_a_70b_is_forecast_in_seconds():
     again = lk.plan_memory(config, quantize="nf4", lora=LORA, train=train, tokens=2048)
     assert 40e9 < plan.peak < 50e9
     assert again.seconds < 5
+
+
+def test_what_learns_has_its_name():
+    """In a full run the model's own weights learn, all 4-byte values of it; in another the adapter
+    does."""
+    few = lk.ModelConfig("llama", 64, 32, 64, 1, 2, 1, 16)
+    options = {"dtype": "float32", "tokens": 4, "device": "cpu"}
+    full = lk.plan_memory(few, train=lk.TrainConfig(train="full"), **options).resident
+    assert full["trained weights"] == 4 * sum(p.numel() for p in Decoder(few).parameters())
+    assert "adapters" not in full
+    assert lk.plan_memory(few, **options).resident.keys() >= {"adapters", "weights"}
