@@ -226,7 +226,7 @@ def test_a_70b_is_forecast_in_seconds():
 
 
 def test_what_learns_has_its_name():
-    """In a full run the model's own weights learn, all 4-byte values of it; in another the adapter
+    """In a full run the model's own weights learn, of 4 bytes a value. In another the adapter
     does."""
     few = lk.ModelConfig("llama", 64, 32, 64, 1, 2, 1, 16)
     options = {"dtype": "float32", "tokens": 4, "device": "cpu"}
