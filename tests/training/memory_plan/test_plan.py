@@ -226,8 +226,7 @@ def test_a_70b_is_forecast_in_seconds():
 
 
 def test_what_learns_has_its_name():
-    """In a full run the model's own weights learn, of 4 bytes a value. In another the adapter
-    does."""
+    """The model's own weights learn in a full run, and the adapter learns in another."""
     few = lk.ModelConfig("llama", 64, 32, 64, 1, 2, 1, 16)
     options = {"dtype": "float32", "tokens": 4, "device": "cpu"}
     full = lk.plan_memory(few, train=lk.TrainConfig(train="full"), **options).resident
