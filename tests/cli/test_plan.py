@@ -152,6 +152,8 @@ def test_texts_instead_of_training(planned, capsys, forecasts):
         (["/nowhere"], "/nowhere"),
         (["/nowhere", "data.train=rows.jsonl"], "data is not a mapping in the settings of the run"),
         (["RUN", "--ranks", "0"], "--ranks is 0"),
+        (["RUN", "--generate", "1,1000000000,1"], "a prompt has at most 16,777,216 tokens"),
+        (["RUN", "data=gone", "max_seq_length=1000000000"], "not 1,000,000,000"),
         (["RUN", "--generate", "1,8,8", "--fit"], "leave out --generate"),
         (["RUN", "--device", "RTX 4900"], "did you mean 'RTX 4090 24GB'"),
         (["RUN", "--device", "V100"], "its kernels need compute capability 7.5"),

@@ -22,6 +22,8 @@ from lorakit.training.memory_plan.forecast import Forecast, Setting, forecast
 from lorakit.training.memory_plan.layers import forecast_by_layers
 from lorakit.training.memory_plan.ledger import Kind
 
+LONGEST = 1 << 24  # tokens of a row that can be forecast, since they stand in a list
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
@@ -163,12 +165,17 @@ def _rows(
 ) -> tuple[int, ...]:
     """Return the tokens of each row of a micro-batch, or document of a packed one, or prompt."""
     if generate is not None:
+        if generate[1] > LONGEST:
+            raise LorakitError(f"plan_memory: a prompt has at most {LONGEST:,} tokens")
         return (generate[1],) * generate[0]
     if documents is not None:
         if not train.packing:
             raise LorakitError("plan_memory: documents are those of a packed row: set packing")
         return tuple(documents)
-    return (tokens or train.max_seq_length,) * train.rows_at_a_time
+    longest = tokens or train.max_seq_length
+    if longest > LONGEST:
+        raise LorakitError(f"plan_memory: a row has at most {LONGEST:,} tokens, not {longest:,}")
+    return (longest,) * train.rows_at_a_time
 
 
 def _by_name(kinds: Mapping[Kind, float]) -> dict[str, int]:
