@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import lorakit as lk
 from lorakit.data import examples as kept
-from lorakit.data import rows as source
+from lorakit.data import check as source
 from lorakit.data.encode import Encoder
 from lorakit.data.examples import Examples
 from tests.data.files import ROWS, pairs, written
