@@ -195,6 +195,12 @@ def _summary(run: "lk.PlannedRun") -> str:
     """Return the run in a few words."""
     storage = run.dtype if run.quantize is None else run.quantize.quant_type
     parts = [f"{run.model}", f"weights in {storage}"]
+    if run.shard == "full":
+        parts.append(f"divided among {run.ranks} devices")
+    elif run.ranks > 1:
+        parts.append(f"whole on each of {run.ranks} devices")
+    if run.offload_weights:
+        parts.append("waiting in host memory")
     if isinstance(run.lora, lk.LoraConfig):
         parts.append(f"LoRA of rank {run.lora.r}")
     elif run.lora is not None:

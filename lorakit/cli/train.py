@@ -73,7 +73,7 @@ def _train(args: argparse.Namespace, run: "lk.RunConfig") -> int:
         for name, rows in lk.open_data(run.data, skip_empty=run.train.skip_empty).items()
     }
     mesh = lk.mesh_of_run(run)
-    if mesh is None and not run.offload_weights:
+    if mesh is None:
         _check_memory(run, data["train"].lengths)
     started = time.perf_counter()
     model = lk.load_model(
@@ -123,7 +123,7 @@ def _check_memory(run: "lk.RunConfig", lengths: Sequence[int]) -> None:
     import torch
 
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    device: dict[str, Any] = {"device": kind}
+    device: dict[str, Any] = {"device": kind, "shard": "none"}  # nothing is divided here
     name = "cpu"
     if kind == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # torchrun's number of the process

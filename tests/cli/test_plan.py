@@ -56,6 +56,22 @@ def test_json_holds_the_same(planned, capsys):
     assert "savings" not in found
 
 
+def test_several_devices_and_weights_on_the_host(planned, capsys, forecasts):
+    """The run file's keys come to the forecast; `auto` divides no weights of this size."""
+    several = ["--memory", "2GB", "--ranks", "2"]
+    for words, shard, said in (
+        (["shard=full"], "full", "weights in nf4, divided among 2 devices, LoRA"),
+        ([], "none", "weights in nf4, whole on each of 2 devices, LoRA"),
+        (["offload_weights=true"], "none", "devices, waiting in host memory, LoRA"),
+    ):
+        assert main(["plan", planned, *words, *several]) == 0
+        assert said in capsys.readouterr().out
+        assert {each["ranks"] for each in forecasts} == {2}
+        assert forecasts[0]["shard"] == shard
+        assert forecasts[0]["offload_weights"] == (words == ["offload_weights=true"])
+        forecasts.clear()
+
+
 @pytest.mark.usefixtures("forecasts")
 def test_settings_that_fit_are_a_command(planned, capsys):
     """What --fit prints is a run that fits: forecast again, it ends with 0."""

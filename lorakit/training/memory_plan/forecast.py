@@ -113,7 +113,8 @@ def forecast(setting: Setting) -> Forecast:
     with ExitStack() as stack:
         if setting.is_elsewhere:
             mesh = pretended_mesh(setting.ranks if setting.divided else 1, ledger)
-            shard(model, stack.enter_context(mesh), offload=setting.offload)
+            # a CPU's memory is the host's
+            shard(model, stack.enter_context(mesh), offload=setting.offload and on_gpu)
         stack.enter_context(_pretending(setting))
         stack.enter_context(ledger)
         _load(setting, model, ledger)

@@ -71,14 +71,14 @@ def plan_memory(
     shard: Literal["none", "full"] = "none",
     offload_weights: bool = False,
     generate: tuple[int, int, int] | None = None,
+    kept_layers: int | None = None,
 ) -> MemoryPlan:
     """Forecast the memory of a run, without its weights and without its device.
 
     lorakit's own code takes two steps on tensors without memory, and every byte is booked.
 
     Args:
-        model: A directory, a Hub id, the contents of a config.json, or a ModelConfig. Of files only
-            config.json is read.
+        model: A directory or Hub id, of which config.json is read, its contents, or a ModelConfig.
         dtype: As `load_model` takes it.
         quantize: As `load_model` takes it.
         lora: The adapter; None means LoraConfig(), and for generation none.
@@ -89,36 +89,38 @@ def plan_memory(
         device: "cuda" for an NVIDIA GPU with Triton, or "cpu" for this machine.
         capability: The GPU's compute capability.
         ranks: How many processes share the run; the plan is that of the first one.
-        shard: "full" if the frozen weights are divided among the ranks.
-        offload_weights: Whether the frozen weights wait in host memory. This, and "full", is
-            forecast by another process (elsewhere.py), which takes some seconds to start.
+        shard: "full" if the frozen weights are divided among the ranks; see elsewhere.py.
+        offload_weights: Whether the frozen weights wait in host memory; see elsewhere.py too.
         generate: Rows, tokens of the prompt, and new tokens, to forecast inference instead.
+        kept_layers: How many blocks keep gate and up; None takes mlp_activations "auto" for "keep".
 
     Returns:
         The plan.
 
     Raises:
         LorakitError: The model or a setting is unknown, or Triton is missing for a GPU.
-        RuntimeError: The other process has failed.
+        RuntimeError: The other process failed.
     """
     started = time.perf_counter()
     _check_rows(tokens, documents, label_share)
-    _check(device, ranks, shard, offload_weights, generate)
     train, config = train or TrainConfig(), model_config(model)
+    _check(device, ranks, train.train == "full" and (shard == "full" or offload_weights), generate)
     rows = _rows(train, tokens, documents, generate)
     lora = lora or (LoraConfig() if generate is None else None)
     given = quant_config(quantize), lora, train, rows
-    numbers = list(range(config.num_hidden_layers))
-    whole = config, numbers, kept_of(config, train), to_dtype(dtype)
+    kept = kept_of(config, train, kept_layers)
+    whole = config, list(range(config.num_hidden_layers)), kept, to_dtype(dtype)
     setting = Setting(*whole, *given, label_share, device, capability, generate and generate[2])
-    divided = shard == "full" and ranks > 1
-    setting = replace(setting, ranks=ranks, divided=divided, offload=offload_weights)
+    several = replace(setting, ranks=ranks, divided=shard == "full" and ranks > 1)
+    setting = replace(several, offload=offload_weights)
     found = forecast_by_layers(setting, forecast_elsewhere if setting.is_elsewhere else forecast)
     return _plan(found, device, time.perf_counter() - started)
 
 
-def kept_of(config: ModelConfig, train: TrainConfig) -> int:
-    """Return how many blocks keep gate and up for backward."""
+def kept_of(config: ModelConfig, train: TrainConfig, said: int | None = None) -> int:
+    """Return how many blocks keep gate and up for backward, which may be `said`."""
+    if said is not None:
+        return said
     return 0 if train.mlp_activations == "recompute" else config.num_hidden_layers
 
 
@@ -133,11 +135,16 @@ def _check_rows(tokens: int | None, documents: Sequence[int] | None, label_share
 
 
 def _check(
-    device: str, ranks: int, shard: str, offload: bool, generate: tuple[int, int, int] | None
+    device: str, ranks: int, trains_parts: bool, generate: tuple[int, int, int] | None
 ) -> None:
     """Raise LorakitError for what cannot be forecast."""
     if ranks < 1:
         raise LorakitError(f"plan_memory: ranks is {ranks}; there is at least 1")
+    if trains_parts:
+        raise LorakitError(
+            "plan_memory: train: full needs whole weights on every device: leave out shard and "
+            "offload_weights"
+        )
     if generate is not None and (min(generate) < 1 or len(generate) != 3):
         raise LorakitError("plan_memory: generate is (rows, tokens of a prompt, new tokens)")
     if device == "cuda" and not has_triton():

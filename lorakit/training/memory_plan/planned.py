@@ -42,12 +42,16 @@ class PlannedRun:
     """Compute capability of the GPU."""
     ranks: int = 1
     """Number of devices that train together."""
-    shard: Literal["none", "full"] = "none"
-    """Whether each device holds its part of the frozen weights only ("full"), or all of them."""
+    shard: Literal["auto", "none", "full"] = "none"
+    """Whether each device holds its part of the frozen weights only ("full"), or all of them;
+    `settled_run` decides "auto", which is "none" until then."""
     offload_weights: bool = False
     """Whether the frozen weights wait in host memory."""
     generate: tuple[int, int, int] | None = None
     """Texts at a time, tokens of a prompt and new tokens, to forecast inference instead."""
+    kept_layers: int | None = None
+    """Number of blocks that keep gate and up for backward where mlp_activations is "auto";
+    `settled_run` decides it, and None stands for all."""
 
     @classmethod
     def from_run(
@@ -73,7 +77,8 @@ class PlannedRun:
                 run.adapter, empty_model(model_config(run.model), torch.float32, None)
             )
         planned = cls(run.model, run.train, lora, run.quantize, run.dtype, lengths)
-        return dataclasses.replace(planned, **device)
+        where = {"shard": run.shard, "offload_weights": run.offload_weights, **device}
+        return dataclasses.replace(planned, **where)
 
     @cached_property
     def config(self) -> ModelConfig:
@@ -121,10 +126,11 @@ class PlannedRun:
             documents=self.documents(),
             device=self.device,
             capability=self.capability,
-            ranks=1 if self.shard == "none" else self.ranks,  # each has all, as one has
-            shard=self.shard,
+            ranks=self.ranks,
+            shard="full" if self.shard == "full" else "none",
             offload_weights=self.offload_weights,
             generate=self.generate,
+            kept_layers=self.kept_layers if self.train.mlp_activations == "auto" else None,
         )
 
     def forecast(self) -> MemoryPlan:

@@ -14,13 +14,21 @@ from tqdm import tqdm
 
 from lorakit.config.adapters import LoraConfig
 from lorakit.config.errors import LorakitError
+from lorakit.config.fields import to_dtype
 from lorakit.config.quantization import QuantConfig
+from lorakit.kernels.pretend import pretend_gpu
+from lorakit.models.empty import empty_model
+from lorakit.training.division import SHARE
+from lorakit.training.kept_layers import fitting_layers
 from lorakit.training.memory_plan.planned import PlannedRun
 
 What = Literal["batch", "length", "rank"]
 # The steps that a search goes in, and where it ends.
 GRAIN: dict[What, int] = {"batch": 1, "length": 64, "rank": 8}
 MOST: dict[What, int] = {"batch": 4096, "length": 1 << 20, "rank": 4096}
+# Kinds of bytes that a run holds when it counts what is free.
+_FROZEN = ("weights", "packed weights", "scales", "embeddings", "head")
+_TRAINED = ("adapters", "trained weights")
 
 
 @dataclass(frozen=True)
@@ -48,19 +56,45 @@ def settled_run(run: PlannedRun, memory: int) -> PlannedRun:
         memory: The bytes that torch may take of the device.
 
     Returns:
-        The run with as many rows at a time as fit, or one row if none fits; and with
-        mlp_activations "keep" if keeping them all fits, or else "recompute", which is the least
-        that "auto" comes down to on a GPU.
+        The run with as many rows at a time as fit, or one row if none fits; with "full" for a
+        shard of "auto" if whole weights take more than half of the memory; and with the number of
+        blocks that keep gate and up on a GPU, which is mlp_activations "keep" for all of them and
+        "recompute" for none.
 
     Raises:
         LorakitError: The run cannot be forecast.
     """
+    if run.shard == "auto":
+        may_be = run.ranks > 1 and run.train.train != "full"
+        divided = may_be and weights_of(run) > SHARE * memory
+        run = dataclasses.replace(run, shard="full" if divided else "none")
     if run.train.splits_itself:
         run = run.with_rows(max(1, rows_that_fit(run, memory)))
-    if run.train.mlp_activations != "auto" or run.device == "cpu":
+    if run.train.mlp_activations != "auto" or run.device == "cpu" or run.generate is not None:
         return run
-    keeping = run.with_train(mlp_activations="keep")
-    return keeping if keeping.forecast().reserved <= memory else _lean(run)
+    kept = _kept_layers(run, memory)
+    if kept == run.config.num_hidden_layers:
+        return run.with_train(mlp_activations="keep")
+    return dataclasses.replace(run, kept_layers=kept) if kept else _lean(run)
+
+
+def weights_of(run: PlannedRun) -> int:
+    """Return the bytes of the weights of a run's model, as `shard: auto` counts them."""
+    model = empty_model(run.config, to_dtype(run.dtype), run.quantize)
+    return sum(p.nbytes for p in model.parameters())
+
+
+def _kept_layers(run: PlannedRun, memory: int) -> int:
+    """Return how many blocks a run would let keep gate and up; see kept_layers.py."""
+    resident = _lean(run).forecast().resident
+    trained = sum(resident.get(kind, 0) for kind in _TRAINED)
+    made_later = trained + resident.get("optimizer state", 0)  # gradients take what is trained
+    free = memory - made_later - trained - sum(resident.get(kind, 0) for kind in _FROZEN)
+    documents = run.documents()
+    tokens = run.rows * run.tokens() if documents is None else sum(documents)
+    with pretend_gpu(run.capability):
+        model = empty_model(run.config, to_dtype(run.dtype), None)
+        return fitting_layers(model, tokens, free)
 
 
 def forecast_savings(run: PlannedRun) -> list[Saving]:

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lorakit as lk
+from lorakit.models.decoder import Decoder
 from lorakit.training.memory_plan.search import _last_below, rows_that_fit
-from tests.training.memory_plan.arithmetic import needs, run
+from tests.training.memory_plan.arithmetic import CONFIG, HIDDEN, LAYERS, needs, run
 
 
 @given(
@@ -151,12 +152,40 @@ def test_rows_that_fit_are_a_part_of_the_rows_of_a_step(packing):
 def test_what_is_auto_follows_from_the_memory():
     auto = run(per_device_train_batch_size="auto", gradient_accumulation_steps=2)
     assert auto.rows_of_step == 16
-    roomy, tight = (lk.settled_run(auto, memory) for memory in (10**9, 1))
+    roomy, tight = (lk.settled_run(auto, memory) for memory in (10**10, 1))
     assert (roomy.rows, roomy.train.mlp_activations) == (16, "keep")
     assert (tight.rows, tight.train.mlp_activations) == (1, "recompute")
     assert roomy.rows_of_step == tight.rows_of_step == 16
     cpu = lk.settled_run(run(device="cpu"), 1)
     assert cpu.train.mlp_activations == "auto"  # a CPU keeps all of them
+
+
+def test_as_many_blocks_keep_gate_and_up_as_in_a_run(forecasts):
+    """The rule of kept_layers.py, told again: 0.8 of what is free, less 1 GiB for the head, three
+    dense weights and what every block keeps, has room for gate and up of two blocks and a half."""
+    planned = run(per_device_train_batch_size=4)
+    tokens, inner = 4 * 512, 128
+    every_block = 2 * (4 * HIDDEN + 2 * (4 + 2) * 16)  # inputs; q, k, v and the output
+    left = (1 << 30) + 3 * inner * HIDDEN * 2 + tokens * LAYERS * every_block
+    free = (left + 2.5 * tokens * 2 * inner * 2) / 0.8
+    resident = planned.forecast().resident
+    held = resident["weights"] + 2 * resident["adapters"]  # and their gradients
+    settled = lk.settled_run(planned, int(free + held))
+    assert (settled.kept_layers, settled.train.mlp_activations) == (2, "auto")
+    settled.forecast()
+    assert forecasts[-1]["kept_layers"] == 2
+    assert settled.with_train(mlp_activations="keep")._forecast
+    assert forecasts[-1]["kept_layers"] is None
+
+
+def test_weights_that_take_half_of_the_memory_are_divided():
+    """`shard: auto` divides what takes more than half of the memory, if there are several ranks."""
+    weights = sum(p.nbytes for p in Decoder(CONFIG).bfloat16().parameters())
+    auto = dataclasses.replace(run(quantize="none", ranks=2, device="cpu"), shard="auto")
+    for memory, shard in ((2 * weights, "none"), (2 * weights - 2, "full")):
+        assert lk.settled_run(auto, memory).shard == shard
+        alone = dataclasses.replace(auto, ranks=1)
+        assert lk.settled_run(alone, memory).shard == "none"
 
 
 def test_the_longest_rows_are_those_of_the_data():

@@ -79,6 +79,9 @@ def test_what_the_other_process_raises_is_raised_here():
         lk.plan_memory(TINY, lora=lora, ranks=2, shard="full")
     with pytest.raises(lk.LorakitError, match="ranks is 0"):
         plan(ranks=0)
+    full = lk.TrainConfig(train="full", per_device_train_batch_size=1)
+    with pytest.raises(lk.LorakitError, match="full needs whole weights"):
+        lk.plan_memory(TINY, train=full, ranks=2, shard="full")
 
 
 def test_a_process_that_has_ended_is_said_and_replaced():
