@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorakit as lk
-from lorakit.data import examples as kept
 from lorakit.data import check as source
+from lorakit.data import examples as kept
 from lorakit.data.encode import Encoder
 from lorakit.data.examples import Examples
 from tests.data.files import ROWS, pairs, written

@@ -485,7 +485,7 @@ def run_with(tiny_dir, tok, tmp_path_factory):
 
     def run_of(recorder, name, **options):
         def make(*args):
-            return CapturedStep(*args[:-1], recorder, args[-1])
+            return CapturedStep(*args[:-2], recorder, *args[-2:])
 
         out = tmp_path_factory.mktemp(name)
         with pytest.MonkeyPatch.context() as patch, kernels.use_backend("reference"):
