@@ -77,11 +77,11 @@ class Judgement:
         return self.outcomes.count(outcome)
 
     @property
-    def win_rate(self) -> float:
-        """Share of judged pairs that the second answer wins; a tie counts half. 0 without any."""
+    def win_rate(self) -> float | None:
+        """Share of judged pairs that the second answer wins, a tie as half; None without any."""
         counts = Counter(self.outcomes)
         judged = len(self.outcomes) - counts["none"]
-        return (counts["second"] + counts["tie"] / 2) / judged if judged else 0.0
+        return (counts["second"] + counts["tie"] / 2) / judged if judged else None
 
     @property
     def p_value(self) -> float:
@@ -89,9 +89,10 @@ class Judgement:
         return sign_test(self.count("first"), self.count("second"))
 
     def __str__(self) -> str:
+        rate = "of nothing" if self.win_rate is None else f"{self.win_rate:.3f}"
         return (
             f"second wins {self.count('second')}, first wins {self.count('first')}, ties "
-            f"{self.count('tie')}, not judged {self.count('none')}: win rate {self.win_rate:.3f}, "
+            f"{self.count('tie')}, not judged {self.count('none')}: win rate {rate}, "
             f"p = {self.p_value:.3g}, {self.calls} calls"
         )
 

@@ -94,7 +94,7 @@ def test_what_has_no_verdict_is_not_judged_and_chats_are_texts():
     with endpoint(lambda body: "I cannot say.") as (address, seen):
         chat = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes?"}]
         found = lk.judge_answers([chat], ["x"], ["y"], endpoint=address, judge="j")
-    assert (found.outcomes, found.calls, found.win_rate) == (["none"], 1, 0.0)
+    assert (found.outcomes, found.calls, found.win_rate) == (["none"], 1, None)
     assert "user: Hi?\n\nassistant: Yes?" in seen[0][2]["messages"][1]["content"]
     assert "not judged 1" in str(found)
 
