@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lorakit as lk
-from lorakit.data import rows
+from lorakit.data import check
 from lorakit.data.encode import Encoder
 from tests.conftest import ROWS, tiny
 from tests.training.runs import (
@@ -62,8 +62,8 @@ def test_chats_from_a_file(tiny_dir, tok, tmp_path):
 def test_each_row_of_a_file_is_read_and_encoded_once(tiny_dir, tok, tmp_path, monkeypatch):
     """No step, evaluation or digest of a checkpoint does so again."""
     made, encoded = [], []
-    make_row, encode = rows.make_row, Encoder.__call__
-    monkeypatch.setattr(rows, "make_row", lambda *args: made.append(args[1]) or make_row(*args))
+    make_row, encode = check.make_row, Encoder.__call__
+    monkeypatch.setattr(check, "make_row", lambda *args: made.append(args[1]) or make_row(*args))
     monkeypatch.setattr(
         Encoder, "__call__", lambda self, row: encoded.append(row.place) or encode(self, row)
     )
