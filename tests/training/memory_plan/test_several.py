@@ -37,6 +37,7 @@ def plan(**options):
     return lk.plan_memory(TINY, quantize="nf4", lora=lk.LoraConfig(r=8), train=train, **options)
 
 
+@pytest.mark.slow
 def test_pretended_ranks_gather_what_real_ones_do(tmp_path):
     """They are equal to the byte, as both run FSDP2, one with gloo and numbers, one without."""
     done = programs.run(["-m", "tests.training.memory_plan.gathering", tmp_path], cwd=ROOT)
