@@ -16,15 +16,17 @@ whose size hardly depends on the number of layers: there it is halfway between t
 the same bytes above the peak.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 from lorakit.models.config import ModelConfig
-from lorakit.training.memory_plan.forecast import Forecast, Setting
+from lorakit.training.memory_plan.forecast import Forecast, Setting, plain
 
 FEW = 3
+_NUMBER = re.compile(r"[0-9]|\\[dw]")  # what names or patterns have that tell layers apart
 K = TypeVar("K", bound=Hashable)
 
 
@@ -74,12 +76,14 @@ def kinds_of(setting: Setting) -> list[Hashable]:
 
 def is_regular(setting: Setting) -> bool:
     """Return whether no setting names single layers of the model."""
-    names: list[object] = [] if setting.quantize is None else [*setting.quantize.skip_modules]
-    adapter = {} if setting.lora is None else vars(setting.lora)
+    names: list[object] = [*setting.train.freeze]
+    names += () if setting.quantize is None else setting.quantize.skip_modules
+    adapter = {} if setting.lora is None else vars(plain(setting.lora))
     for value in adapter.values():
-        names += value if isinstance(value, (str, list, dict)) else ()
+        names += [value] if isinstance(value, str) else ()
+        names += value if isinstance(value, (list, dict)) else ()
     layers = adapter.get("layers_to_transform")
-    return layers is None and not any(c.isdigit() for name in names for c in str(name))
+    return layers is None and not any(_NUMBER.search(str(name)) for name in names)
 
 
 def with_layers(setting: Setting, layers: Sequence[int]) -> Setting:

@@ -145,7 +145,7 @@ def _check(
             "plan_memory: train: full needs whole weights on every device: leave out shard and "
             "offload_weights"
         )
-    if generate is not None and (min(generate) < 1 or len(generate) != 3):
+    if generate is not None and (len(generate) != 3 or min(generate) < 1):
         raise LorakitError("plan_memory: generate is (rows, tokens of a prompt, new tokens)")
     if device == "cuda" and not has_triton():
         raise LorakitError(

@@ -12,7 +12,12 @@ from lorakit.inference.kv_cache import PAGE
 from lorakit.models.decoder import Decoder
 from lorakit.training.device_step import optimizer_step
 from lorakit.training.memory_plan.forecast import Setting, forecast, micro_batches
-from lorakit.training.memory_plan.layers import forecast_by_layers, kinds_of, with_layers
+from lorakit.training.memory_plan.layers import (
+    forecast_by_layers,
+    is_regular,
+    kinds_of,
+    with_layers,
+)
 from lorakit.training.run import run_optimizer
 from lorakit.training.step import backward, prepare
 
@@ -147,6 +152,25 @@ def test_single_layers_that_are_named_are_forecast_all():
     assert [each.config.num_hidden_layers for each in calls] == [9]
 
 
+@pytest.mark.parametrize(
+    ("freeze", "targets", "regular"),
+    [
+        (["embed_tokens", "mlp"], None, True),
+        ([r"layers\.[0-5]\."], None, False),
+        ([r"layers\.\d\."], None, False),
+        ([], r".*\.(down|q)_proj", True),
+        ([], r".*layers\.\d\..*q_proj", False),
+    ],
+)
+def test_patterns_that_tell_layers_apart(freeze, targets, regular):
+    """Few layers have other numbers, so that a pattern would find other layers than in a run."""
+    train = lk.TrainConfig(train="full" if freeze else "adapter", freeze=freeze)
+    lora = lk.LoraConfig(init_lora_weights="pissa_niter_4")
+    if targets is not None:
+        lora = dataclasses.replace(lora, target_modules=targets)
+    assert is_regular(dataclasses.replace(setting(DEEP, train), lora=lora)) == regular
+
+
 def test_host_memory_of_offloaded_activations_and_paged_state():
     """Two blocks' inputs of 64 tokens, 128 values of 2 bytes; and a page of 8 MB."""
     train = {"per_device_train_batch_size": 1, "max_seq_length": 64}
@@ -207,6 +231,7 @@ def test_a_config_json_is_enough(tmp_path):
         ({"documents": [3, 4]}, "set packing"),
         ({"label_share": 0.0}, "label_share"),
         ({"tokens": 1}, "tokens"),
+        ({"generate": ()}, "generate is"),
         ({"train": lk.TrainConfig(frozen_dtype="float8"), "capability": (8, 0)}, "float8"),
     ],
 )
