@@ -35,7 +35,9 @@ def forecast_elsewhere(setting: Setting) -> Forecast:
             _helper = _Helper()
         try:
             return _helper.ask(setting)
-        except RuntimeError:
+        except LorakitError:
+            raise
+        except BaseException:  # an interrupt too: its answer would be taken for the next one's
             _helper.end()
             _helper = None
             raise

@@ -95,6 +95,29 @@ def test_a_process_that_has_ended_is_said_and_replaced():
     assert again.peak == pytest.approx(first.peak, rel=1e-3)  # garbage may be collected later
 
 
+def test_an_interrupted_question_ends_the_process(monkeypatch):
+    """Its answer would come when the next question is asked."""
+
+    class Interrupted:
+        ended = False
+
+        def is_mine(self):
+            return True
+
+        def ask(self, setting):
+            raise KeyboardInterrupt
+
+        def end(self):
+            self.ended = True
+
+    helper = Interrupted()
+    monkeypatch.setattr(elsewhere, "_helper", helper)
+    with pytest.raises(KeyboardInterrupt):
+        elsewhere.forecast_elsewhere(None)
+    assert helper.ended
+    assert elsewhere._helper is None
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "gigabytes"),
