@@ -65,14 +65,13 @@ _TABLE = [
     ("B200", 180, 182630, (10, 0)),
     ("RTX 6000 Ada", 48, 48497, (8, 9)),
     ("RTX PRO 6000", 96, 97249, (12, 0)),
-    ("MI300X", 192, 196592, (9, 4)),
 ]
 CARDS = [Card(f"{name} {gb}GB", mib << 20, capability) for name, gb, mib, capability in _TABLE]
 
 # Words of a GPU's full name that tell it from no other one here.
 _FILLERS = re.compile(
-    r"nvidia|amd|geforce|quadro|tesla|instinct|generation|blackwell|server|workstation|max|q"
-    r"|edition|sxm[0-9]?|pcie|nvl|hbm[0-9]?e?|oam"
+    r"nvidia|geforce|quadro|tesla|generation|blackwell|server|workstation|max|q"
+    r"|edition|sxm[0-9]?|pcie|nvl|hbm[0-9]?e?"
 )
 _TOO_OLD = ("v100", "p100", "p40", "gtx1080ti", "1080ti")
 
