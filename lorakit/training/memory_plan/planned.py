@@ -15,6 +15,7 @@ from lorakit.config.quantization import QuantConfig
 from lorakit.config.run import RunConfig
 from lorakit.config.training import TrainConfig
 from lorakit.data.packing import pack_rows
+from lorakit.kernels.pretend import H100
 from lorakit.models.config import ModelConfig
 from lorakit.models.empty import empty_model
 from lorakit.training.memory_plan.plan import MemoryPlan, model_config, plan_memory
@@ -22,7 +23,7 @@ from lorakit.training.memory_plan.plan import MemoryPlan, model_config, plan_mem
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """What a forecast of memory depends on. `forecast` makes it, once for each value."""
+    """What a forecast of memory depends on. `forecast` makes it once for each object."""
 
     model: str | Path | ModelConfig
     """Model: a path, a Hub id or its config. Its weights are not read."""
@@ -38,7 +39,7 @@ class PlannedRun:
     """Number of tokens of each row; None takes rows of max_seq_length tokens."""
     device: Literal["cuda", "cpu"] = "cuda"
     """Device of the run: "cuda" or "cpu"."""
-    capability: tuple[int, int] = (9, 0)
+    capability: tuple[int, int] = H100
     """Compute capability of the GPU."""
     ranks: int = 1
     """Number of devices that train together."""

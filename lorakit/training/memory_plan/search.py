@@ -137,12 +137,13 @@ def settings_that_fit(run: PlannedRun, memory: int) -> Saving:
     Raises:
         LorakitError: The run cannot be forecast.
     """
-    now, taken = Saving({}, settled_run(run, memory)), list[Change]()
+    start, taken = settled_run(run, memory), list[Change]()
+    now = Saving({}, start)
     reserved = now.run.forecast().reserved
     for change in _CHANGES:
         if reserved <= memory:
             break
-        then = _with(settled_run(run, memory), [*taken, change])
+        then = _with(start, [*taken, change])
         after = _reserved(then.run)
         if after is not None and after < reserved:
             now, reserved = then, after
@@ -151,7 +152,7 @@ def settings_that_fit(run: PlannedRun, memory: int) -> Saving:
         return now
     for change in reversed(taken[:-1]):  # the slow ones first: perhaps the last one made it
         without = [each for each in taken if each is not change]
-        then = _with(settled_run(run, memory), without)
+        then = _with(start, without)
         after = _reserved(then.run)
         if after is not None and after <= memory:
             now, taken = then, without

@@ -76,10 +76,8 @@ class Watch:
         trunk, phase = self.model.model, self.ledger.mark.phase
         if module is trunk.embed_tokens and phase != "generate":
             self.begin("forward", self._between())
-        if module in self.layers and phase == "generate":
+        if module in self.layers and phase in ("forward", "generate"):
             self.begin(phase, self._between(), self.layers[module])
-        if module in self.layers and phase == "forward":
-            self.begin("forward", self._between(), self.layers[module])
         # FSDP2 gives a block a class of its own, which it is still one of
         part = next((PARTS[each] for each in type(module).__mro__ if each in PARTS), None)
         inner = self.parts[-1] if self.parts else "residual"
