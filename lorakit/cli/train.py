@@ -116,20 +116,23 @@ def _train(args: argparse.Namespace, run: "lk.RunConfig") -> int:
 
 
 def _check_memory(run: "lk.RunConfig", lengths: Sequence[int]) -> None:
-    """Print what the run needs of the memory that is free.
+    """Print what the run needs of the memory that is free, on each of several processes.
 
     Raises LorakitError if it cannot fit.
     """
     import torch
 
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    device: dict[str, Any] = {"device": kind, "shard": "none"}  # nothing is divided here
-    name = "cpu"
+    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    device: dict[str, Any] = {"device": kind, "shard": "none", "ranks": ranks}  # none is divided
     if kind == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # torchrun's number of the process
         device["capability"] = torch.cuda.get_device_capability(name)
+        free = lk.memory.free_memory(name)
+    else:  # the processes of a machine share its memory
+        free = lk.memory.free_memory("cpu") // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     planned = lk.PlannedRun.from_run(run, lengths, **device)
-    line = lk.check_memory(planned, lk.memory.free_memory(name))
+    line = lk.check_memory(planned, free)
     if line:
         print(line, flush=True)
 

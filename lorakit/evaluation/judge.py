@@ -68,7 +68,7 @@ class Judgement:
     """What a judge says of pairs of answers."""
 
     outcomes: list[Outcome]
-    """For each pair, the better answer."""
+    """Better answer of each pair."""
     calls: int
     """Number of requests that were sent, those that failed included."""
 
