@@ -139,8 +139,8 @@ def evaluate(args: argparse.Namespace) -> int:
         if other is not None:
             _check_same_rows(other, completions, args.compare)
             result["compared"] = _compared(other, completions, args.metrics)
-        if other is not None and args.judge:
-            result["judged"] = _judged(args, other, completions)
+            if args.judge:
+                result["judged"] = _judged(args, other, completions)
     if args.tasks:
         result["tasks"] = lk.evaluate_tasks(
             model,
@@ -233,7 +233,8 @@ def _table(result: dict[str, Any]) -> str:
     ]
     lines += [f"{name:14} {each}" for name, each in result.get("compared", {}).items()]
     for name, value in result.get("judged", {}).items():
-        lines.append(f"judged         {name:14} {value:.4g}")
+        shown = "of nothing" if value is None else f"{value:.4g}"
+        lines.append(f"{'judged':14} {name:14} {shown}")
     for task, values in result.get("tasks", {}).items():
         lines += [f"{task:20} {name:24} {value:.4f}" for name, value in values.items()]
     return "\n".join(lines)

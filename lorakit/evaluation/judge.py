@@ -14,6 +14,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
 from threading import Lock
@@ -140,7 +141,8 @@ def judge_answers(
         raise LorakitError("judge_answers: give as many answers as prompts, and at least one")
     check(
         retries >= 0 and at_a_time >= 1 and timeout > 0 and (max_calls is None or max_calls >= 0),
-        "judge_answers: retries, at_a_time, timeout or max_calls is out of range",
+        "judge_answers: retries and max_calls must be at least 0, at_a_time at least 1, and "
+        "timeout above 0",
     )
     client = _Client(endpoint, judge, api_key, max_calls, retries, timeout, max_tokens)
     with ThreadPoolExecutor(at_a_time) as pool:
@@ -238,9 +240,8 @@ class _Client:
                 with _OPENER.open(request, timeout=self.timeout) as answer:
                     return _content(_body(answer, time.monotonic() + self.timeout))
             except urllib.error.HTTPError as error:
-                with error:
-                    reason = f"HTTP {error.code}: {error.read(300).decode(errors='replace')}"
-                    wait = _wait(error.headers.get("Retry-After"), wait)
+                reason = f"HTTP {error.code}: {_beginning(error)}"
+                wait = _wait(error.headers.get("Retry-After"), wait)
                 if error.code not in (408, 409, 429) and error.code < 500:
                     break
             except (OSError, HTTPException) as error:  # no route, a timeout, an end in the middle
@@ -248,6 +249,13 @@ class _Client:
             if attempt < self.retries:
                 time.sleep(wait)
         raise LorakitError(f"judge_answers: {self.address} gave no answer ({reason.strip()})")
+
+
+def _beginning(error: urllib.error.HTTPError) -> str:
+    """Return the beginning of what a refusal says, "" if that does not arrive."""
+    with error, suppress(OSError, HTTPException):
+        return error.read(300).decode(errors="replace")
+    return ""
 
 
 def _body(answer: HTTPResponse, end: float) -> bytes:

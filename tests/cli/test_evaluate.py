@@ -97,6 +97,9 @@ def test_a_judge_sees_both_models_answers(tiny_dir, rows, tmp_path, monkeypatch,
         ["p_value", "0.5"],
         ["calls", "7"],
     ]
+    monkeypatch.setattr(lk, "judge_answers", lambda *_, **__: lk.Judgement(["none"], 0))
+    assert main(["evaluate", str(tiny_dir), str(rows), "--dtype", "float32", *options]) == 0
+    assert "win_rate       of nothing\n" in capsys.readouterr().out
     [(prompts, first, found)] = asked
     assert (prompts, first) == ([row["prompt"] for row in ROWS], ["no"] * len(ROWS))
     assert found == {

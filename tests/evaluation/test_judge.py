@@ -133,6 +133,16 @@ def test_an_endpoint_that_is_away_or_slow_is_one_sentence(monkeypatch):
         assert len(seen) == 2
 
 
+def test_a_refusal_that_breaks_off_is_one_sentence(monkeypatch):
+    """The body is said to be in chunks, and is in none."""
+    monkeypatch.setattr(judging.time, "sleep", lambda seconds: None)
+    broken = (500, {"Transfer-Encoding": "chunked"})
+    refused = pytest.raises(lk.LorakitError, match=r"gave no answer \(HTTP 500:\)")
+    with endpoint(lambda body: broken) as (address, seen), refused:
+        judge(address, ["a"], ["b"], retries=1)
+    assert len(seen) == 2
+
+
 class _Drops:
     """An answer that comes byte by byte and never ends."""
 
@@ -172,7 +182,7 @@ def test_an_endpoint_that_refuses_is_asked_once(said, message):
         ({"second": ["b", "c"]}, "give as many answers as prompts"),
         ({"first": [], "second": []}, "and at least one"),
         ({"address": "localhost:8000"}, "it must begin with http:// or https://"),
-        ({"retries": -1}, "is out of range"),
+        ({"retries": -1}, "retries and max_calls must be at least 0"),
         ({"address": "http://[::1"}, "is no address: Invalid IPv6 URL"),
         ({"api_key": "a\n"}, "api_key holds a character that no header may have"),
         ({"api_key": "\u20ac"}, "api_key holds a character that no header may have"),
