@@ -100,6 +100,8 @@ class Encoder:
                 f"over_length is {over_length!r}{nearest(over_length, OVER_LENGTH)}; "
                 f"choose {', '.join(OVER_LENGTH)}"
             )
+        if max_seq_length is not None and max_seq_length < 2:
+            raise LorakitError("max_seq_length must be at least 2")
         self.tok, self.train_on = tok, train_on
         self.max_seq_length, self.over_length = max_seq_length, over_length
         self.long = self.joined = 0

@@ -157,7 +157,8 @@ def encode_rows(
     Raises:
         LorakitError: The rows cannot be read; a row starts with two BOS tokens, has no label, holds
             a message that the template leaves out, or would not teach the model to stop; every row
-            is dropped; or over_length or train_on is none of these words.
+            is dropped; over_length or train_on is none of these words; or max_seq_length is below
+            2.
     """
     encoder = Encoder(
         tok, max_seq_length=max_seq_length, over_length=over_length, train_on=train_on

@@ -1,8 +1,9 @@
 """What is wrong with training data: `lorakit data lint`.
 
 `lint_rows` uses the Encoder that training uses, so a row that it can use is one that can be learned
-from. It reads the rows twice: once to encode them, and once to compare them. Each row leaves a
-digest of 16 bytes, its length, and its sketch of at most 4 KB (similar.py).
+from. It reads the rows twice: once to encode them, and once to compare them; once more to compare
+them with the rows of `against`. Each row leaves a digest of 16 bytes, its length, and its sketch of
+at most 4 KB (similar.py).
 """
 
 import re
@@ -185,18 +186,10 @@ def lint_rows(
     report.classes = Counter({text: n for text, n in report.classes.items() if n > 1})
     kept = SelectedRows(rows, distinct)
     if near is not None and distinct:
-        report.near = _near(kept, near)
+        report.near = [found.said(kept, kept) for found in similar_rows(kept, near)]
     if against is not None:
         report.leaks = _leaks(rows, kept, against, asked, near)
     return report
-
-
-def _near(distinct: SelectedRows, near: float) -> list[str]:
-    """Return a sentence about each row that is nearly an earlier one."""
-    return [
-        f"{distinct.place(row)} is nearly {distinct.place(like)} ({share:.0%} shared)"
-        for row, like, share in similar_rows(distinct, near)
-    ]
 
 
 def _leaks(
@@ -207,17 +200,16 @@ def _leaks(
     near: float | None,
 ) -> list[str]:
     """Return a sentence about each row of `against` that the others give away."""
-    found = {}
+    leaks = {}
     nothing = words_digest()
     for number, row in enumerate(against):
         digest = words_digest(*asked_of(row))
         if digest in asked and digest != nothing:
             place = place_of(rows, asked[digest])
-            found[number] = f"{row.place} asks what {place} does"
-    for i, like, share in similar_rows(distinct, near or 1.0, others=against) if distinct else []:
-        sentence = f"{place_of(against, i)} is nearly {distinct.place(like)} ({share:.0%} shared)"
-        found.setdefault(i, sentence)
-    return [found[number] for number in sorted(found)]
+            leaks[number] = f"{row.place} asks what {place} does"
+    for found in similar_rows(distinct, near or 1.0, others=against) if distinct else []:
+        leaks.setdefault(found.row, found.said(against, distinct))
+    return [leaks[number] for number in sorted(leaks)]
 
 
 def _look(report: LintReport, row: Row) -> None:

@@ -64,10 +64,7 @@ def dedup_rows(source: RowSource, *, near: float | None = None) -> Mended:
         return Mended(SelectedRows(rows, kept), dropped)
     distinct = SelectedRows(rows, kept)
     similar = similar_rows(distinct, near)
-    for row_number, like, share in similar:
-        dropped.append(
-            f"{distinct.place(row_number)} is nearly {distinct.place(like)} ({share:.0%} shared)"
-        )
+    dropped += [found.said(distinct, distinct) for found in similar]
     gone = {found.row for found in similar}
     kept = array("q", (number for i, number in enumerate(kept) if i not in gone))
     return Mended(SelectedRows(rows, kept), dropped)
@@ -95,8 +92,12 @@ def balance_rows(
         raise LorakitError(f"the most rows of a class must be at least 1, not {most}")
     rows = read_rows(source)
     members = defaultdict[str, list[int]](list)
-    for i, row in enumerate(_with_bar(rows, "reading")):
-        members[answer_of(row) if by is None else _class_of(rows, i, by)].append(i)
+    if by is None:
+        for i, row in enumerate(_with_bar(rows, "reading")):
+            members[answer_of(row)].append(i)
+    else:
+        for i in _with_bar(range(len(rows)), "reading"):
+            members[_class_of(rows, i, by)].append(i)
     alone = sum(len(numbers) == 1 for numbers in members.values())
     if len(members) < 2 or alone * 2 > len(rows):
         what = "one class alone" if len(members) < 2 else f"{alone:,} classes of one row"
@@ -135,12 +136,14 @@ def sample_rows(source: RowSource, count: int, *, seed: int = 0) -> Mended:
     rows = read_rows(source)
     if not 1 <= count <= len(rows):
         raise LorakitError(f"a sample of {len(rows):,} rows has 1 to {len(rows):,}, not {count:,}")
-    kept = _drawn(rows, range(len(rows)), count, seed)
-    gone = sorted(set(range(len(rows))) - set(kept))
-    return Mended(
-        SelectedRows(rows, array("q", kept)),
-        [f"{place_of(rows, i)} was not drawn" for i in gone],
-    )
+    kept = draw_rows(rows, count, seed)
+    gone = sorted(set(range(len(rows))) - set(kept.numbers))
+    return Mended(kept, [f"{place_of(rows, i)} was not drawn" for i in gone])
+
+
+def draw_rows(rows: Sequence[Row], count: int, seed: int) -> SelectedRows:
+    """Return the rows that `sample_rows` keeps, without a sentence about each of the others."""
+    return SelectedRows(rows, array("q", _drawn(rows, range(len(rows)), count, seed)))
 
 
 def _class_of(rows: Sequence[Row], index: int, name: str) -> str:

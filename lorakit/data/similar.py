@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from lorakit.config.errors import LorakitError
+from lorakit.data.rows import place_of
 from lorakit.data.schemas import Row
 from lorakit.data.texts import spoken_texts
 
@@ -54,6 +55,11 @@ class Similar(NamedTuple):
     row: int
     like: int
     similarity: float
+
+    def said(self, rows: Sequence[Row], others: Sequence[Row]) -> str:
+        """Return a sentence about the row, one of `rows`, and the one of `others` it is like."""
+        place, like = place_of(rows, self.row), place_of(others, self.like)
+        return f"{place} is nearly {like} ({self.similarity:.0%} shared)"
 
 
 def sketch_of(texts: Iterable[str]) -> Hashes:

@@ -19,7 +19,7 @@ from typing import Any
 from lorakit.config.data import DataConfig, SourceConfig
 from lorakit.config.errors import LorakitError
 from lorakit.data.check import Check, check_format
-from lorakit.data.mend import sample_rows
+from lorakit.data.mend import draw_rows
 from lorakit.data.rows import (
     DELIMITERS,
     IndexedRows,
@@ -97,7 +97,7 @@ def _mixed(
     parts = [read_rows(rows) for rows in opened]
     counts = shares_of(sources, [len(rows) for rows in parts])
     parts = [
-        rows if len(rows) == count else sample_rows(rows, count, seed=config.seed).rows
+        rows if len(rows) == count else draw_rows(rows, count, config.seed)
         for rows, count in zip(parts, counts, strict=True)
     ]
     pairs = [isinstance(rows[0], Choice) for rows in parts]

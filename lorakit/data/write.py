@@ -25,7 +25,7 @@ def write_rows(files: Mapping[str | Path, Sequence[Row]]) -> None:
 
     Raises:
         LorakitError: A file is there already, is named otherwise or gets no rows, a row cannot be
-            read again, or holds what JSON has no form for, such as the bytes or a date of Parquet.
+            read again, or holds what JSON has no form for: the bytes, a date or a NaN of Parquet.
     """
     paths = {as_path(path): rows for path, rows in files.items()}
     for path, rows in paths.items():
@@ -47,7 +47,7 @@ def write_rows(files: Mapping[str | Path, Sequence[Row]]) -> None:
 
 def _line(fields: Any, rows: Sequence[Row], index: int) -> bytes:
     try:
-        text = json.dumps(fields, ensure_ascii=False)
+        text = json.dumps(fields, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise LorakitError(f"{place_of(rows, index)} cannot be written as JSON: {error}") from None
     try:

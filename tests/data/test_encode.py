@@ -78,6 +78,8 @@ def test_only_text_is_split(tok, caplog):
     with pytest.raises(lk.LorakitError, match="f line 7: 23 tokens, .* split cuts texts alone"):
         encode_rows(rows, tok, max_seq_length=10, over_length="split")
     assert len(encode_rows(rows, tok, max_seq_length=30, over_length="split")) == 1
+    with pytest.raises(lk.LorakitError, match="max_seq_length must be at least 2"):
+        encode_rows(texts, tok, max_seq_length=1, over_length="split")
 
 
 def test_the_place_of_text_that_is_not_unicode(tok):

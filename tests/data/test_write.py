@@ -1,5 +1,6 @@
 """Files of rows: they hold what the source held, and there are no halves of them."""
 
+import datetime
 import json
 import os
 import signal
@@ -87,12 +88,12 @@ def test_a_source_that_breaks_in_the_middle_leaves_no_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def test_a_date_of_parquet_is_refused(tmp_path):
-    import datetime
-
-    values = [{"text": "a", "at": datetime.date(2026, 1, 1)}]
-    rows = lk.read_rows(written(tmp_path / "a.parquet", values))
-    with pytest.raises(lk.LorakitError, match="row 0 cannot be written as JSON: .*date"):
+@pytest.mark.parametrize(
+    ("value", "said"), [(datetime.date(2026, 1, 1), "date"), (float("nan"), "not JSON compliant")]
+)
+def test_what_json_has_no_form_for_is_refused(tmp_path, value, said):
+    rows = lk.read_rows(written(tmp_path / "a.parquet", [{"text": "a", "at": value}]))
+    with pytest.raises(lk.LorakitError, match=f"row 0 cannot be written as JSON: .*{said}"):
         lk.write_rows({tmp_path / "b.jsonl": rows})
     assert not (tmp_path / "b.jsonl").exists()
 
