@@ -324,14 +324,15 @@ class CapturedStep:
             self.loss.add_(total)
         if not kind.last:
             return None
+        for grad, total in zip(self.grads, self.totals, strict=True):
+            if grad is not total:
+                grad.copy_(total)
         self._give_gradients()
         return self.update(self.loss)
 
     def _give_gradients(self) -> None:
-        """Let the parameters have their gradients, the sums rounded to their dtypes."""
-        for p, grad, total in zip(self.params, self.grads, self.totals, strict=True):
-            if grad is not total:
-                grad.copy_(total)
+        """Let the parameters have their gradients; a replay writes only the memory of them."""
+        for p, grad in zip(self.params, self.grads, strict=True):
             p.grad = grad
 
     def _drop_unused(self, grads: Sequence[Tensor | None]) -> None:

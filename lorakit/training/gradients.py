@@ -144,8 +144,10 @@ class SumOfRanks(GradientSum):
     def finish(self, losses: Sequence[Tensor], parts: int) -> list[Tensor]:
         if self.varies or not self.agreed:
             self.seen, self.agreed = self.ranks.any_of(self.seen), True
-        views = [view for flat in self.flats for view in self._sums(flat)]
-        for p, view, seen in zip(self.params, views, self.seen, strict=True):
+        for flat in self.flats:
+            self._end(flat)
+        sums = [view for flat in self.flats for view in flat.places_of_all]
+        for p, view, seen in zip(self.params, sums, self.seen, strict=True):
             p.grad = view if seen else None
         if self.varies:
             self.seen = [False] * len(self.params)
@@ -161,8 +163,8 @@ class SumOfRanks(GradientSum):
         """Take the gradients of a round."""
         raise NotImplementedError
 
-    def _sums(self, flat: "_Flat") -> list[Tensor]:
-        """Return the gradients of the step, in memory that the next one writes to."""
+    def _end(self, flat: "_Flat") -> None:
+        """Write the gradients of the step to `flat.all`, which the next one writes to again."""
         raise NotImplementedError
 
 
@@ -178,9 +180,8 @@ class OrderedSum(SumOfRanks):
         for each in flat.all.view(self.share.size, -1):
             flat.slice.add_(each)
 
-    def _sums(self, flat: "_Flat") -> list[Tensor]:
+    def _end(self, flat: "_Flat") -> None:
         self.ranks.gather(flat.all, flat.slice.to(flat.all.dtype))
-        return flat.views(flat.all)
 
 
 class FastSum(SumOfRanks):
@@ -194,9 +195,8 @@ class FastSum(SumOfRanks):
             flat.fill(flat.own)
             flat.all.add_(flat.own)
 
-    def _sums(self, flat: "_Flat") -> list[Tensor]:
+    def _end(self, flat: "_Flat") -> None:
         self.ranks.add_up(flat.all)
-        return flat.views(flat.all)
 
 
 class _Flat:
@@ -215,9 +215,9 @@ class _Flat:
         self.own, self.all = (first.new_full((of_rank * size,), -0.0) for _ in range(2))
         wide = torch.float32 if first.dtype == torch.bfloat16 else first.dtype
         self.slice = self.own.new_empty(of_rank, dtype=wide)
-        self.places = self.views(self.own)
+        self.places, self.places_of_all = self._places(self.own), self._places(self.all)
 
-    def views(self, flat: Tensor) -> list[Tensor]:
+    def _places(self, flat: Tensor) -> list[Tensor]:
         """Return the place of each gradient in memory like `own`, with its parameter's strides."""
         found = []
         for p, start in zip(self.params, self.starts, strict=True):
@@ -227,7 +227,7 @@ class _Flat:
 
     def fill(self, flat: Tensor) -> None:
         """Copy the gradients that are there, and write -0.0 for the others."""
-        places = self.places if flat is self.own else self.views(flat)
+        places = self.places if flat is self.own else self.places_of_all
         there = [
             (v, p.grad) for v, p in zip(places, self.params, strict=True) if p.grad is not None
         ]
