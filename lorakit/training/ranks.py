@@ -135,7 +135,7 @@ class RankGroup(Ranks):
         of_first, *others = self._all(dict(values()))
         for name, value in of_first.items():
             for rank, theirs in enumerate(others, 1):
-                if theirs[name] != value:
+                if theirs.get(name) != value:
                     raise LorakitError(
                         f"train: {self.places[rank]} has another {name} than rank 0; all ranks "
                         "need the same"
@@ -173,8 +173,7 @@ class RankGroup(Ranks):
     def gather(self, received: Tensor, sent: Tensor) -> None:
         """Receive what each rank has sent, one after the other; both dense."""
         with self._meeting():
-            parts = list(_bytes(received).chunk(self.size))
-            dist.all_gather(parts, _bytes(sent), group=self.data)
+            dist.all_gather_into_tensor(_bytes(received), _bytes(sent), group=self.data)
 
     def add_up(self, values: Tensor) -> None:
         """Add the values of all ranks, in any order, in place."""
@@ -185,8 +184,6 @@ class RankGroup(Ranks):
 
     def leave(self, *, done: bool) -> None:
         """End the connections: when all are done, or at once, so that the others notice."""
-        if done:
-            self.wait()
         self.pulse.end()
         groups = {self.host, self.patient}
         for group in groups | {self.data} if done else groups:  # NCCL may wait for who is gone
@@ -314,6 +311,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     done = False
     try:
         yield group
+        group.wait()
         done = True
     finally:
         group.leave(done=done)

@@ -16,7 +16,7 @@ the end of a run read first. On a CPU, which has nothing to gain, each step is r
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,8 +109,7 @@ class Run:
         if checkpoint is not None:
             self.progress = resume_from(checkpoint, trained, self.optimizer, self.same, self.order)
         self.tensors = trained.everything()
-        settings = asdict(replace(config, output_dir="", resume=None))  # which are rank 0's
-        ranks.agree(lambda: {**self.same, **settings, **self._sums_of_tensors()})
+        ranks.agree(lambda: {**self.same, **self._sums_of_tensors()})
         params, several = list(self.trained.values()), config.batches_of_step > 1
         self.sums = ranks.gradients(params, config.reduce, has_experts(model), several)
         self.update = self._optimizer_step(shares)

@@ -9,7 +9,7 @@ checkpoints (state.py). What a run does is in run.py, and the parts of a step ar
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from lorakit.config.errors import LorakitError
@@ -126,6 +126,8 @@ def _train(
     output_dir = _made_directory(config.output_dir)
     with ExitStack() as held:
         ranks.first(lambda: held.enter_context(only_run_in(output_dir)))
+        # Asked before the config of rank 0 is that of all; its output_dir and resume hold anyway.
+        ranks.agree(lambda: asdict(replace(config, output_dir="", resume=None)))
         config, split = ranks.first(lambda: with_split(model, examples, config, ranks.size))
         if split:
             say(split)

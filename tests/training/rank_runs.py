@@ -104,12 +104,15 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def start(size: int, arguments: list[str]) -> list[subprocess.Popen]:
-    """Start the ranks of a group, as torchrun would, each a python with these arguments."""
+def start(size: int, *arguments: list[str]) -> list[subprocess.Popen]:
+    """Start the ranks of a group, as torchrun would, each a python with arguments.
+
+    They are those of its rank, or the last ones that are given.
+    """
     port = str(free_port())
     return [
         subprocess.Popen(
-            [sys.executable, *arguments],
+            [sys.executable, *arguments[min(rank, len(arguments) - 1)]],
             env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank),
                  "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,

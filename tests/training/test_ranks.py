@@ -132,6 +132,14 @@ def test_resumed_on_another_number_of_ranks(tiny_dir, tmp_path, sizes):
     assert found(out, "padded") == found(tmp_path / "whole", "padded")
 
 
+@pytest.mark.slow
+def test_ranks_with_other_settings_end_in_a_sentence(tiny_dir, tmp_path):
+    jobs = [command(tiny_dir, tmp_path, ["idle", {"learning_rate": rate}]) for rate in (1e-3, 1e-4)]
+    for code, _, err in ended(start(2, *jobs)):
+        assert code == 1
+        assert "LorakitError: train: rank 1 has another learning_rate than rank 0; all" in err
+
+
 def until_step(process, step):
     while not process.stdout.readline().startswith(f"step {step}/"):
         assert process.poll() is None
