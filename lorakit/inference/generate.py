@@ -120,7 +120,8 @@ class _Generation:
         self.model, self.tok = model, tok
         self.sampling, self.max_new_tokens = sampling, max_new_tokens
         self.ends = end_tokens(model, tok, self.stop)
-        if model.mesh is not None and sampling.temperature > 0 and seed is None:
+        divided = model.mesh is not None and model.mesh.size(model.mesh.ndim - 1) > 1
+        if divided and sampling.temperature > 0 and seed is None:
             raise LorakitError("generate: every rank of a sharded model draws: give them one seed")
         self.generator = generator_of(seed, model.device)
 

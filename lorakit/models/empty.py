@@ -37,10 +37,12 @@ def fill_empty(model: Decoder, device: torch.device) -> Iterator[tuple[str, Call
     for name in [name for name, _ in model.named_parameters()]:
         owner, _, leaf = name.rpartition(".")
         layer = packed.get(owner)
-        if layer is not None and leaf not in ("weight", "bias"):
+        if layer is None or leaf == "bias":
+            shape = tuple(model.get_parameter(name).shape)
+        elif leaf == "weight":
+            shape = layer.shape
+        else:
             continue  # comes with the weight
-        whole = layer is not None and leaf == "weight"
-        shape = layer.shape if layer is not None and whole else model.get_parameter(name).shape
         # one value in host memory stands for all
         value = torch.empty((), dtype=model.dtype, device="cpu").expand(shape)
         yield name, functools.partial(place, model, name, value, Target(device, {}))

@@ -63,16 +63,15 @@ def _parts(layer: nn.Module) -> _Found | None:
         if _trained(update.bias) or isinstance(stored, kernels.Float8Weight):
             return None
         return _Found(stored, update.lora_A, update.lora_B, update.scaling, update.bias)
-    if any(map(is_sharded, layer.parameters())):  # merged, and gathered where it is called
+    weight = layer._parameters.get("weight")
+    if weight is None or is_sharded(weight):  # merged, and gathered where it is called
         return None
     if isinstance(layer, PackedLinear):
         found = _Found(layer.quantized, None, None, 1.0, layer.bias)
         return None if _trained(layer.bias) else found
-    if type(layer) is not nn.Linear or "weight" not in layer._parameters:
+    if type(layer) is not nn.Linear or _trained(weight) or _trained(layer.bias):
         return None
-    if _trained(layer.weight) or _trained(layer.bias):
-        return None
-    return _Found(layer.weight.detach(), None, None, 1.0, layer.bias)
+    return _Found(weight.detach(), None, None, 1.0, layer.bias)
 
 
 def _trained(parameter: Tensor | None) -> bool:

@@ -131,17 +131,16 @@ def gathered(module: nn.Module) -> Iterator[None]:
         for name, parameter in owner._parameters.items()
         if parameter is not None and is_sharded(parameter)
     ]
-    gathered: dict[int, nn.Parameter] = {}  # two layers may share a parameter
+    plain: dict[int, nn.Parameter] = {}  # by the id of its parts; two layers may share a parameter
     try:
         for owner, name, parameter in found:
-            if id(parameter) not in gathered:
-                tensor = whole(parameter)
-                gathered[id(parameter)] = nn.Parameter(tensor, parameter.requires_grad)
-            owner._parameters[name] = gathered[id(parameter)]
+            if id(parameter) not in plain:
+                plain[id(parameter)] = nn.Parameter(whole(parameter), parameter.requires_grad)
+            owner._parameters[name] = plain[id(parameter)]
         yield
     finally:
         for owner, name, parameter in found:
-            owner._parameters[name] = parameter
+            owner._parameters[name] = parameter  # type: ignore[assignment]
             if isinstance(owner, NF4Weight):
                 owner.forget()
 
@@ -175,8 +174,7 @@ def divide_like(layer: nn.Module, parameter: Tensor) -> None:
     Nothing happens if that is whole. Who calls the layer has to gather it.
     """
     if is_sharded(parameter):
-        mesh: DeviceMesh = parameter.device_mesh  # type: ignore[attr-defined]
-        _divide(layer, mesh, parameter.device)
+        _divide(layer, parameter.device_mesh, parameter.device)
 
 
 def writes_files(mesh: "DeviceMesh | None") -> bool:

@@ -9,14 +9,18 @@ are computed with.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def is_sharded(t: Tensor) -> bool:
+def is_sharded(t: Tensor) -> "TypeGuard[DTensor]":
     """Return whether this rank holds only a part of a tensor."""
     if type(t) in _PLAIN:  # torch's own look at it would import all of DTensor
         return False
@@ -31,12 +35,10 @@ def whole(t: Tensor) -> Tensor:
     All ranks must call it for the same tensor, since each sends its part. The result has no
     gradient.
     """
-    if type(t) in _PLAIN:
+    if not is_sharded(t):
         return t
     from torch.distributed.tensor import DTensor
 
-    if not isinstance(t, DTensor):
-        return t
     mesh, local = t.device_mesh, t.to_local().detach().to(home(t))
     parts = DTensor.from_local(
         local, mesh, t.placements, run_check=False, shape=t.shape, stride=t.stride()
@@ -49,12 +51,9 @@ def keep(t: Tensor, value: Tensor) -> None:
 
     Nothing is sent: every rank has the value. Of one that views a file only the part is read.
     """
-    if type(t) in _PLAIN:
+    if not is_sharded(t):
         t.data.copy_(value)
         return
-    from torch.distributed.tensor import DTensor
-
-    assert isinstance(t, DTensor)
     local = t.to_local().detach()
     start = first_row(len(value), t.device_mesh)
     local.copy_(value[start : start + len(local)])
@@ -66,17 +65,17 @@ def beginnings(tensors: Sequence[Tensor], count: int) -> list[list[float]]:
     One message goes between ranks for all tensors.
     """
     found = [t.detach() for t in tensors]
-    parts = [t.to_local() if is_sharded(t) else t for t in found]  # type: ignore[attr-defined]
+    parts = [t.to_local() if is_sharded(t) else t for t in found]
     mine = [part.flatten()[:count].tolist() for part in parts]
-    places = [i for i, t in enumerate(found) if is_sharded(t)]
-    if not places:
+    sharded = {i: t for i, t in enumerate(found) if is_sharded(t)}
+    if not sharded:
         return mine
-    mesh = found[places[0]].device_mesh  # type: ignore[attr-defined]
+    mesh = next(iter(sharded.values())).device_mesh
     dim = mesh.ndim - 1
     gathered: list[list[list[float]]] = [[] for _ in range(mesh.size(dim))]
-    sent = [mine[i] for i in places]
+    sent = [mine[i] for i in sharded]
     torch.distributed.all_gather_object(gathered, sent, group=mesh.get_group(dim))
-    for i, of_ranks in zip(places, zip(*gathered, strict=True), strict=True):
+    for i, of_ranks in zip(sharded, zip(*gathered, strict=True), strict=True):
         mine[i] = [number for part in of_ranks for number in part][:count]
     return mine
 
@@ -89,13 +88,7 @@ def first_row(rows: int, mesh: "torch.distributed.device_mesh.DeviceMesh") -> in
 
 def home(t: Tensor) -> torch.device:
     """Return the device that computes with a tensor; a part of one may wait in host memory."""
-    if type(t) in _PLAIN:
-        return t.device
-    from torch.distributed.tensor import DTensor
-
-    if not isinstance(t, DTensor):
-        return t.device
-    return device_of(t.device_mesh)
+    return device_of(t.device_mesh) if is_sharded(t) else t.device
 
 
 def device_of(mesh: "torch.distributed.device_mesh.DeviceMesh") -> torch.device:

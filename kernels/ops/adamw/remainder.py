@@ -19,6 +19,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from ... import pretend
 from .clipped import AdamWRow
 from .lists import M, Update
 from .state import BLOCK, Moment8bit
@@ -46,7 +47,7 @@ def in_fp32(update: Update[M], remainders: list[Tensor]) -> Iterator[Update[M]]:
     The caller takes that step before it asks for the next part; then the part is written back.
     """
     for p, g, m, v, remainder in zip(*update.lists, remainders, strict=True):
-        size = PART_CPU if p.device.type == "cpu" else PART
+        size = PART_CPU if pretend.kind_of(p.device) == "cpu" else PART
         for row in parts(AdamWRow(0, p, g, m, v, remainder), size):
             assert row.remainder is not None
             x = joined(row.param, row.remainder)

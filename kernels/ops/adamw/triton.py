@@ -30,7 +30,6 @@ one rounding. p has the GPU's faster square root and division, off by a few unit
 """
 
 from collections.abc import Sequence
-from itertools import product
 
 import torch
 import triton
@@ -393,19 +392,20 @@ def clipped_step(step: ClippedAdamW, rows: Sequence[AdamWRow], losses: Tensor) -
     ours = [row.fits(ALIGNMENT) for row in rows]
     told = _decided(step, rows, ours, losses)
     taken = [row for row, fit in zip(rows, ours, strict=True) if fit]
-    for in_8bit, halves in product((False, True), repeat=2):
-        part = [row for row in taken if row.kind == (in_8bit, halves)]
-        if part:
-            name = f"8-bit state {in_8bit}, halves {halves}"
-            values, launch = BLOCK, _launch_update
-            if in_8bit:
-                values, launch = ROWS * BLOCK_8BIT, _launch_update_8bit
-            groups = [row.tensors for row in part]
-            numbered = [row.group for row in part]
-            done = work(groups, values, numbered=numbered, before=step.work.get(name))
-            step.work[name] = done
-            launch(done, step.numbers, halves)
-            torch.autograd.graph.increment_version([t for p, _, *s in groups for t in (p, *s)])
+    kinds: dict[tuple[bool, bool], list[AdamWRow]] = {}
+    for row in taken:
+        kinds.setdefault(row.kind, []).append(row)
+    for (in_8bit, halves), part in kinds.items():
+        name = f"8-bit state {in_8bit}, halves {halves}"
+        values, launch = BLOCK, _launch_update
+        if in_8bit:
+            values, launch = ROWS * BLOCK_8BIT, _launch_update_8bit
+        groups = [row.tensors for row in part]
+        numbered = [row.group for row in part]
+        done = work(groups, values, numbered=numbered, before=step.work.get(name))
+        step.work[name] = done
+        launch(done, step.numbers, halves)
+        torch.autograd.graph.increment_version([t for p, _, *s in groups for t in (p, *s)])
     reference.take(step, [row for row, fit in zip(rows, ours, strict=True) if not fit])
     return told
 

@@ -83,7 +83,7 @@ def _grad_weight(grad: Tensor, h: Tensor) -> Tensor:
     On a GPU the product is in the dtype of h, whose units are ten times as fast as those of fp32,
     and each chunk's is rounded to it; on a CPU it is in fp32.
     """
-    if h.device.type == "cpu":
+    if pretend.kind_of(h.device) == "cpu":
         return grad.t().float() @ h.float()
     return grad.t().to(h.dtype) @ h
 

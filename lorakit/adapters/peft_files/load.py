@@ -64,9 +64,6 @@ def load_adapter(module: nn.Module, path: str | Path, *, name: str = "default") 
             then as it was.
     """
     method, files = _open(path, module)
-    if files.values.get("target_parameters"):
-        files = without_parameters(files, module)
-    files = without_absent_experts(text_part(files, module), module)
     with vocabulary_kept(module):
         files = fit_vocabulary(files, module)
         config = method.read_config(files, module)
@@ -100,14 +97,14 @@ def read_settings(path: str | Path, module: nn.Module) -> Any:
             lorakit does not have.
     """
     method, files = _open(path, module)
-    if files.values.get("target_parameters"):
-        files = without_parameters(files, module)
-    files = without_absent_experts(text_part(files, module), module)
     return method.read_config(files, module)
 
 
 def _open(path: str | Path, module: nn.Module) -> tuple[Method[Any], AdapterFiles]:
-    """Return the method of an adapter and its files; raise LorakitError for what lorakit lacks."""
+    """Return the method of an adapter and its files, which name the layers of `module`.
+
+    Raises LorakitError for what lorakit lacks.
+    """
     files = open_files(path, module)
     kind = files.values.get("peft_type")
     method = method_called(kind)
@@ -115,7 +112,9 @@ def _open(path: str | Path, module: nn.Module) -> tuple[Method[Any], AdapterFile
         known = ", ".join(method.peft_type for method in METHODS)
         raise LorakitError(f"{files.path}: peft_type is {kind!r}; lorakit has {known}")
     features.check_file(files.path, files.values)
-    return method, files
+    if files.values.get("target_parameters"):
+        files = without_parameters(files, module)
+    return method, without_absent_experts(text_part(files, module), module)
 
 
 @torch.no_grad()

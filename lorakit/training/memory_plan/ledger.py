@@ -235,7 +235,7 @@ def _value(ledger: Ledger, func: Any, t: Tensor) -> Any:
 
 def _own_part(t: Tensor) -> Tensor:
     """Return a tensor, or of one that is divided the part of this rank."""
-    return t.to_local().detach() if is_sharded(t) else t  # type: ignore[attr-defined]
+    return t.to_local().detach() if is_sharded(t) else t
 
 
 def _copied(ledger: Ledger, func: Any, t: Tensor, **options: Any) -> Tensor:
