@@ -229,8 +229,12 @@ class _Pulse:
         with suppress(RuntimeError):  # whoever looks around may end before others do
             self.store.set(f"looked/{self.ranks.rank}", "")
         before = self._signs()
+        if not before:  # rank 0, or the torchrun beside it, held the store
+            return [0] if self.ranks.rank else [], []
         time.sleep(5 * PULSE)
         after = self._signs()
+        if not after:  # rank 0 has looked around, and ended
+            return [], []
         others = [rank for rank in range(self.ranks.size) if rank != self.ranks.rank]
         silent = [r for r in others if before[r] == after[r] and not self._looked(r)]
         behind = [rank for rank in others if after[rank][1] < self.ranks.meetings]
@@ -248,15 +252,15 @@ class _Pulse:
         self.thread.join()
 
     def _signs(self) -> list[tuple[int, int]]:
-        """Return the sign of each rank; those that cannot be read are (0, 0)."""
+        """Return the sign of each rank, (0, 0) before its first; [] if the store is gone."""
         found = []
-        for rank in range(self.ranks.size):
-            try:
+        try:
+            for rank in range(self.ranks.size):
                 there = self.store.check([str(rank)])
                 beats, meetings = self.store.get(str(rank)).split() if there else (0, 0)
-            except RuntimeError:  # whoever held the store is gone
-                beats, meetings = 0, 0
-            found.append((int(beats), int(meetings)))
+                found.append((int(beats), int(meetings)))
+        except RuntimeError:
+            return []
         return found
 
     def _beat(self) -> None:

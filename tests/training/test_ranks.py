@@ -149,7 +149,7 @@ def until_step(process, step):
     ("size", "killed", "number"),
     [
         pytest.param(2, 1, signal.SIGKILL, marks=pytest.mark.slow),
-        pytest.param(2, 0, signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(3, 0, signal.SIGKILL, marks=pytest.mark.slow),
         pytest.param(3, 2, signal.SIGKILL, marks=pytest.mark.slow),
         pytest.param(2, 1, signal.SIGSTOP, marks=pytest.mark.slow),
     ],
