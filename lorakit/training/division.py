@@ -40,10 +40,10 @@ def mesh_of_run(run: RunConfig) -> "DeviceMesh | None":
         return None
     whole = run.shard == "none" or run.train.train == "full"
     divided = not whole and (run.shard == "full" or _is_large(run, device))
-    found = torch.tensor([whole, divided], dtype=torch.uint8, device=device)
+    found = torch.tensor([whole, not whole, divided], dtype=torch.uint8, device=device)
     torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-    some_whole, some_divided = found.tolist()
-    if some_whole and (some_divided or not whole):
+    some_whole, some_not, some_divided = found.tolist()
+    if some_whole and some_not:
         raise LorakitError("train: some ranks have another shard or train; all need the same")
     if not some_divided:
         return None

@@ -246,7 +246,7 @@ def refusals(mesh, folder):
     refused("attach", shard, attach(random_model()), mesh)
     refused("quantize it while it is loaded", lk.quantize, shard(random_model(), mesh))
     refused("give a device or a mesh", lk.load_model, folder / "llama", mesh=mesh, device="cpu")
-    ours = {"shard": "full" if distributed.get_rank() == 0 else "none"}
+    ours = {"shard": "auto" if distributed.get_rank() == 0 else "none"}
     run = {"model": str(folder / "llama"), "data": "rows.jsonl"} | ours
     refused("another shard or train", lk.mesh_of_run, lk.RunConfig.from_dict(run))
     for layer in many.model.layers[0].modules():
