@@ -79,7 +79,8 @@ class Programs:
     """The programs for a GPU as modules, which import each other by name."""
 
     def __init__(self, monkeypatch):
-        for name in ("cases", "kernels", "sides", "steps", "gpu_report", "cost_model", "gpu"):
+        names = "cases", "kernels", "sides", "shapes", "steps", "gpu_report", "cost_model", "gpu"
+        for name in names:
             spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
             module = importlib.util.module_from_spec(spec)
             monkeypatch.setitem(sys.modules, name, module)

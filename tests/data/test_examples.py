@@ -12,6 +12,7 @@ from lorakit.data import check as source
 from lorakit.data import examples as kept
 from lorakit.data.encode import Encoder
 from lorakit.data.examples import Examples
+from lorakit.data.rows import unread_rows
 from tests.data.files import ROWS, pairs, written
 
 LONG = {"prompt": "a" * 99, "completion": "b"}
@@ -122,7 +123,7 @@ def test_a_file_that_changes(tmp_path, tok):
 
     written(path, ROWS)
     with pytest.raises(lk.LorakitError, match="was changed after it was read"):
-        Examples(source.unread_rows(path), Changing(tok))
+        Examples(unread_rows(path), Changing(tok))
 
 
 def test_a_bad_row_is_named_and_nothing_is_kept(tmp_path, tok):
