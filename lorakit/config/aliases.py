@@ -98,7 +98,6 @@ IGNORED = {
     "eval_batch_size": EVALUATION,
     "eval_sample_packing": EVALUATION,
     "pad_to_sequence_len": "rows are padded to the longest of a batch",
-    "group_by_length": "batches hold rows of similar length in any case",
     "dataset_prepared_path": "rows are read again for each run, which takes seconds",
     "dataloader_num_workers": "rows are read before training",
     "model_type": TOKENIZER,

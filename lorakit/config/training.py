@@ -141,6 +141,9 @@ class TrainConfig:
     packing: bool = False
     """Put several rows into one instead of padding them. The rows in it do not see each other, and
     it has at most per_device_train_batch_size * max_seq_length tokens."""
+    group_by_length: bool = True
+    """Put rows of like length into a batch, which saves padding. With false the order of the rows
+    follows from their number and the seed alone, so that it is the same for every tokenizer."""
     label_smoothing_factor: float = 0.0
     """Share of each label that is spread over all tokens, from 0 to below 1. In DPO it is the
     share of pairs that are taken to be the wrong way round, below 0.5."""

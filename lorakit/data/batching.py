@@ -1,7 +1,8 @@
 """The order of the rows of a run, and the tensors of a batch.
 
 The rows that a step takes are a function of the seed, the lengths of the rows, the settings and the
-number of the step. So a checkpoint saves nothing of the order.
+number of the step. So a checkpoint saves nothing of the order. Without `group_by_length` the lengths
+do not matter, unless the rows are packed.
 """
 
 import math
@@ -43,8 +44,9 @@ class Order:
             return
         self.epoch, config = epoch, self.config
         if self.packs is None:
+            lengths = self.lengths if config.group_by_length else [0] * len(self.lengths)
             size = config.rows_at_a_time
-            self.micro_batches = batches(self.lengths, size, config.seed, epoch)
+            self.micro_batches = batches(lengths, size, config.seed, epoch)
         else:
             self.micro_batches = list(self.packs)
             random.Random(f"{config.seed}/{epoch}").shuffle(self.micro_batches)

@@ -107,9 +107,9 @@ def bootstrap_interval(
     """
     _check(level, resamples, metric)
     check_texts(predictions, references)
-    [sums], value = _statistics([predictions], references, metric)
-    drawn = [value(sums(weights)) for weights in _draws(len(references), resamples, seed)]
-    low, high = _middle(torch.cat(drawn), level)
+    [sums], value = statistics([predictions], references, metric)
+    drawn = [value(sums(weights)) for weights in draws(len(references), resamples, seed)]
+    low, high = middle(torch.cat(drawn), level)
     return Interval(SCORES[metric](predictions, references), low, high)
 
 
@@ -144,17 +144,17 @@ def compare_predictions(
     _check(level, resamples, metric)
     check_texts(first, references)
     check_texts(second, references)
-    (one, two), value = _statistics([first, second], references, metric)
+    (one, two), value = statistics([first, second], references, metric)
     rows = len(references)
-    drawn = [value(two(w)) - value(one(w)) for w in _draws(rows, resamples, seed)]
-    low, high = _middle(torch.cat(drawn), level)
+    drawn = [value(two(w)) - value(one(w)) for w in draws(rows, resamples, seed)]
+    low, high = middle(torch.cat(drawn), level)
     scores = SCORES[metric](first, references), SCORES[metric](second, references)
     difference = scores[1] - scores[0]
     if metric in OF_RIGHT_OR_WRONG:
-        p_value = _mcnemar(*(_by_row(texts, references, metric) for texts in (first, second)))
+        p_value = mcnemar(*(by_row(texts, references, metric) for texts in (first, second)))
     else:
         swapped = 0
-        for swap in _swaps(rows, resamples, seed):
+        for swap in swaps(rows, resamples, seed):
             mixed = value(one(swap) + two(1 - swap)) - value(two(swap) + one(1 - swap))
             # sums of the same numbers in another order are the same difference
             swapped += int((mixed.abs() >= abs(difference) - 1e-9).sum())
@@ -168,7 +168,7 @@ def _check(level: float, resamples: int, metric: str) -> None:
     check_usable([metric])
 
 
-def _middle(values: Tensor, level: float) -> tuple[float, float]:
+def middle(values: Tensor, level: float) -> tuple[float, float]:
     """Return the ends of the middle share of values."""
     ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=values.dtype)
     low, high = values.quantile(ends).tolist()
@@ -178,7 +178,7 @@ def _middle(values: Tensor, level: float) -> tuple[float, float]:
 # ---- weights of the rows ----
 
 
-def _draws(rows: int, resamples: int, seed: int) -> Iterator[Tensor]:
+def draws(rows: int, resamples: int, seed: int) -> Iterator[Tensor]:
     """Yield how often each resample draws each row, float64 [some, rows] at a time."""
     generator = torch.Generator().manual_seed(seed)
     for count in _parts(rows, resamples):
@@ -187,8 +187,8 @@ def _draws(rows: int, resamples: int, seed: int) -> Iterator[Tensor]:
         yield torch.zeros(count, rows, dtype=torch.float64).scatter_add_(1, numbers, ones)
 
 
-def _swaps(rows: int, resamples: int, seed: int) -> Iterator[Tensor]:
-    """Yield 1 where a resample keeps a row's two texts and 0 where it swaps them, as `_draws`."""
+def swaps(rows: int, resamples: int, seed: int) -> Iterator[Tensor]:
+    """Yield 1 where a resample keeps a row's two texts and 0 where it swaps them, as `draws`."""
     generator = torch.Generator().manual_seed(seed)
     for count in _parts(rows, resamples):
         yield torch.randint(2, (count, rows), generator=generator).double()
@@ -208,7 +208,7 @@ Value = Callable[[Tensor], Tensor]
 """The sums of a metric, float64 [R, k] -> the metric, float64 [R]."""
 
 
-def _statistics(systems: list[Texts], references: Texts, metric: str) -> tuple[list[Sums], Value]:
+def statistics(systems: list[Texts], references: Texts, metric: str) -> tuple[list[Sums], Value]:
     """Return the sums of a metric for each system's texts, and what the metric makes of them."""
     if metric in ("macro_f1", "weighted_f1"):
         names = {label(text) for texts in [*systems, references] for text in texts}
@@ -228,7 +228,7 @@ def _row_sums(rows: Tensor) -> Sums:
     return lambda weights: weights @ rows
 
 
-def _by_row(predictions: Texts, references: Texts, metric: str) -> Tensor:
+def by_row(predictions: Texts, references: Texts, metric: str) -> Tensor:
     """Return a metric of each row alone, float64 [n]."""
     of_one = SCORES[metric]
     pairs = zip(predictions, references, strict=True)
@@ -236,7 +236,7 @@ def _by_row(predictions: Texts, references: Texts, metric: str) -> Tensor:
 
 
 def _with_count(predictions: Texts, references: Texts, metric: str) -> Tensor:
-    values = _by_row(predictions, references, metric)
+    values = by_row(predictions, references, metric)
     return torch.stack([values, torch.ones_like(values)], dim=1)
 
 
@@ -287,7 +287,7 @@ def _f1(hits: Tensor, predicted: Tensor, true: Tensor) -> Tensor:
     return torch.where(hits > 0, 2 * hits / (predicted + true), 0.0)
 
 
-def _mcnemar(first: Tensor, second: Tensor) -> float:
+def mcnemar(first: Tensor, second: Tensor) -> float:
     """Return the exact p-value of two models' right (1) and wrong (0) rows."""
     return sign_test(int((first > second).sum()), int((second > first).sum()))
 

@@ -60,6 +60,7 @@ def must_match(
     numbers of each frozen parameter.
     """
     names = [*SAME_SETTINGS, *(["max_seq_length"] if config.packing else [])]
+    names += [] if config.group_by_length else ["group_by_length"]  # 0.1.0 had the default alone
     settings = asdict(config)
     own = {
         "data": _digest(examples),

@@ -32,6 +32,26 @@ def test_batches_differ_by_epoch_and_waste_little():
     assert padded < 1.1 * sum(lengths)
 
 
+def test_the_order_of_rows_without_groups_is_that_of_any_tokenizer():
+    """Rows of 1 to 40 tokens and rows of one length each come in one order, epoch by epoch."""
+    config = lk.TrainConfig(group_by_length=False, per_device_train_batch_size=4, seed=3)
+    orders = []
+    for length in (lambda i: 1 + i * 7 % 40, lambda i: 9):
+        rows = [Example([1] * length(i), [1] * length(i)) for i in range(30)]
+        order = Order(Lengths(rows), config)
+        orders.append([order.step(i) for i in range(1, 20)])
+    assert orders[0] == orders[1]
+    assert sorted(i for step in orders[0][:8] for batch in step for i in batch) == list(range(30))
+
+
+class Lengths(list):
+    """Examples, as far as an order asks them."""
+
+    @property
+    def lengths(self):
+        return [len(each.input_ids) for each in self]
+
+
 def test_collate():
     rows = [Example([5, 6], [IGNORE, 6]), Example([7, 8, 9], [7, 8, 9])]
     ids, labels = collate(rows)

@@ -25,7 +25,7 @@ def test_a_weight_is_the_number_of_times_that_a_row_counts(rows, metric):
     one, two, references, weights = map(list, zip(*rows, strict=True))
     weights[0] += 1  # some row is drawn
     weighed = torch.tensor([weights], dtype=torch.float64)
-    sums, value = intervals._statistics([one, two], references, metric)
+    sums, value = intervals.statistics([one, two], references, metric)
     for texts, of_system in zip((one, two), sums, strict=True):
         pairs = [
             pair
