@@ -1,8 +1,8 @@
 """The order of the rows of a run, and the tensors of a batch.
 
 The rows that a step takes are a function of the seed, the lengths of the rows, the settings and the
-number of the step. So a checkpoint saves nothing of the order. Without `group_by_length` the lengths
-do not matter, unless the rows are packed.
+number of the step. So a checkpoint saves nothing of the order. Without `group_by_length` the
+lengths do not matter, unless the rows are packed.
 """
 
 import math

@@ -30,6 +30,7 @@ SAME_SETTINGS = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "packing",
+    "group_by_length",
     "objective",
     "optim",
     "loraplus_lr_ratio",
@@ -60,7 +61,6 @@ def must_match(
     numbers of each frozen parameter.
     """
     names = [*SAME_SETTINGS, *(["max_seq_length"] if config.packing else [])]
-    names += [] if config.group_by_length else ["group_by_length"]  # 0.1.0 had the default alone
     settings = asdict(config)
     own = {
         "data": _digest(examples),
@@ -136,10 +136,11 @@ def resume_from(
             "raise max_steps"
         )
     values = run_state.read_values(checkpoint)
+    before = {"group_by_length": True, **values["same"]}  # 0.1.0 knew no other order
     if run_state.has_tensors_of(checkpoint.path, trained.model):
-        same = _in_words_of(values["same"], same)
-    said = {name: value for name, value in same.items() if name in values["same"] or name != TOKENS}
-    run_state.check_same(checkpoint.path, values["same"], said)
+        same = _in_words_of(before, same)
+    said = {name: value for name, value in same.items() if name in before or name != TOKENS}
+    run_state.check_same(checkpoint.path, before, said)
     try:
         progress = Progress(**values["progress"])
     except TypeError as error:
