@@ -28,6 +28,7 @@ from lorakit.adapters.peft_files.convert import convert_adapter as convert_adapt
 from lorakit.adapters.peft_files.inspect import describe_adapter as describe_adapter
 from lorakit.adapters.peft_files.load import load_adapter as load_adapter
 from lorakit.adapters.peft_files.save import save_adapter as save_adapter
+from lorakit.board.serve import serve_board as serve_board
 from lorakit.config.adapters import LoraConfig as LoraConfig
 from lorakit.config.data import DataConfig as DataConfig
 from lorakit.config.data import SourceConfig as SourceConfig
@@ -85,6 +86,7 @@ from lorakit.export.push import push_to_hub as push_to_hub
 from lorakit.export.servers import ServedAdapter as ServedAdapter
 from lorakit.export.servers import export_for_server as export_for_server
 from lorakit.files.hub import fetch_adapter as fetch_adapter
+from lorakit.files.yaml_text import parse_yaml as parse_yaml
 from lorakit.inference.engine import Engine as Engine
 from lorakit.inference.generate import generate as generate
 from lorakit.inference.generate import generate_batch as generate_batch

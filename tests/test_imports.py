@@ -15,7 +15,7 @@ FOREIGN = {"transformers", "peft", "bitsandbytes", "trl", "unsloth", "liger_kern
 ORDER = [
     {"kernels": {"triton"}},
     {"config": set()},
-    {"files": {"huggingface_hub", "safetensors", "numpy", "gguf"}},
+    {"files": {"huggingface_hub", "safetensors", "numpy", "gguf", "yaml"}},
     {"models": {"tokenizers", "jinja2", "numpy", "gguf"}},
     {"adapters": set(), "data": {"datasets", "numpy", "pyarrow"}},
     {"inference": {"tokenizers", "llguidance"}},
@@ -23,12 +23,13 @@ ORDER = [
     {"evaluation": {"lm_eval", "matplotlib", "sacrebleu"}},
     {"export": {"numpy", "xllamacpp", "yaml"}},
     {"training": {"mlflow", "tensorboard", "trackio", "wandb"}},
+    {"board": {"numpy", "starlette", "uvicorn", "yaml"}},
     {"compat": set()},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(ORDER) for room in rooms}
 LIBRARIES = {room: found for rooms in ORDER for room, found in rooms.items()}
 # The command line, the examples and the benchmarks use the public API, `import lorakit as lk`.
-PUBLIC_ONLY = {"cli": {"yaml"}}
+PUBLIC_ONLY = {"cli": set()}
 
 
 def imported(tree: ast.AST, package: str) -> list[tuple[str, str | None]]:

@@ -18,6 +18,7 @@ import traceback
 import lorakit as lk
 from lorakit.cli import (
     adapter,
+    board,
     chat,
     data,
     evaluate,
@@ -96,5 +97,6 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_parser(verbs, common)
     plan.add_parser(verbs, common)
     plot.add_parser(verbs, common)
+    board.add_parser(verbs, common)
     adapter.add_parser(verbs, common)
     return parser

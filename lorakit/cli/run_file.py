@@ -1,6 +1,5 @@
 """Read a run file, which is a YAML mapping, and the key=value arguments that replace its values."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,19 @@ def read_run_file(path: Path, overrides: list[str]) -> dict[str, Any]:
         LorakitError: The file is missing or no YAML mapping, or an override does not fit it.
     """
     try:
-        values = _read_yaml(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         what = "does not exist" if isinstance(error, FileNotFoundError) else "is no file"
         raise lk.LorakitError(
             f"{path} {what}; give the path of a run file, which is YAML and says at least model "
             "and data"
         ) from None
-    except ValueError as error:
-        reason = " ".join(str(error).split())
-        raise lk.LorakitError(f"{path} is not valid YAML: {reason}") from None
+    except UnicodeDecodeError as error:
+        raise lk.LorakitError(f"{path} is not valid YAML: {error}") from None
+    try:
+        values = lk.parse_yaml(text)
+    except lk.LorakitError as error:
+        raise lk.LorakitError(f"{path} is {error}") from None
     if not isinstance(values, dict):
         raise lk.LorakitError(f"{path} must hold a mapping of names to values")
     put_overrides(values, overrides, str(path))
@@ -58,32 +60,6 @@ def yaml_value(override: str) -> Any:
     Raises LorakitError if it is not valid YAML.
     """
     try:
-        return _read_yaml(override.partition("=")[2])
-    except ValueError:
+        return lk.parse_yaml(override.partition("=")[2])
+    except lk.LorakitError:
         raise lk.LorakitError(f"{override!r}: the value is not valid YAML") from None
-
-
-# 2e-4 is a number in YAML 1.2. PyYAML reads YAML 1.1, in which 2e-4 is a text.
-_NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+")
-
-
-def _read_yaml(text: str) -> Any:
-    """Return the value of a YAML text.
-
-    Raises ValueError if the text is not valid YAML, or a mapping in it holds a key twice.
-    """
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            names = [key.value for key, _ in node.value if isinstance(key.value, str)]
-            for name in names:
-                if names.count(name) > 1 and name != "<<":
-                    raise ValueError(f"{name} is given twice: keep one")
-            return super().construct_mapping(node, deep)
-
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))
-    try:
-        return yaml.load(text, Loader)
-    except Exception as error:  # the constructor of a tag, as in `!!bool x`, raises anything
-        raise ValueError(error) from None

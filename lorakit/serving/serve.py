@@ -4,18 +4,17 @@ The endpoint is for trying a model and its adapters from any client of OpenAI's 
 that trained them. vLLM and llama.cpp are for traffic: they keep many more users busy at a time.
 """
 
-import contextlib
 import importlib.util
 import ipaddress
 import re
-import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lorakit.config.errors import LorakitError
 from lorakit.models.decoder import Decoder
 from lorakit.models.tokenizer import Tokenizer
+from lorakit.serving.listen import listen
 
 
 def serve(
@@ -60,7 +59,7 @@ def serve(
     from lorakit.serving.endpoint import Endpoint, application
     from lorakit.serving.server import run
 
-    with _listen(host, port) as listener:
+    with listen(host, port) as (listener, address):
         models = Models(model, tok, name)
         for each, path in (adapters or {}).items():
             models.add(each, path)
@@ -76,8 +75,8 @@ def serve(
         )
         hosts = _own_names(host) if local and api_key is None else None
         app = application(endpoint, api_key=api_key, hosts=hosts)
-        address = f"http://{_in_address(host)}:{listener.getsockname()[1]}"
-        run(app, endpoint.worker, listener, lambda: started(address) if started else None)
+        tell = started or (lambda _: None)
+        run(app, listener, started=lambda: tell(address), ending=endpoint.worker.close)
 
 
 def _check_options(port: int, queue: int, api_key: str | None) -> None:
@@ -100,22 +99,6 @@ def _check_packages() -> None:
             raise LorakitError(f'serving takes the package {package}: pip install "lorakit[serve]"')
 
 
-@contextlib.contextmanager
-def _listen(host: str, port: int) -> Iterator[socket.socket]:
-    """Hold a socket that listens; raise LorakitError if it cannot."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        listener = socket.create_server((host, port), family=family)
-    except OSError as error:
-        reason = error.strerror or error
-        raise LorakitError(
-            f"cannot listen on {_in_address(host)}:{port} ({reason}): choose another --port or "
-            "--host, or end the program that has it"
-        ) from None
-    with listener:
-        yield listener
-
-
 def _is_loopback(host: str) -> bool:
     """Return whether an address is this machine's own, which no other machine reaches."""
     if host == "localhost":
@@ -129,7 +112,3 @@ def _is_loopback(host: str) -> bool:
 def _own_names(host: str) -> list[str]:
     """Return the names by which programs of this machine call a loopback address."""
     return list(dict.fromkeys(["localhost", "127.0.0.1", "::1", host]))
-
-
-def _in_address(host: str) -> str:
-    return f"[{host}]" if ":" in host else host

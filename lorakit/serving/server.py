@@ -7,8 +7,6 @@ from collections.abc import Callable
 import uvicorn
 from starlette.types import ASGIApp
 
-from lorakit.serving.worker import Worker
-
 _PATIENCE = 5
 """Seconds that the end of the server waits for clients that do not take their answers."""
 _KEEP_ALIVE = 75
@@ -18,27 +16,35 @@ _KEEP_ALIVE = 75
 class _Server(uvicorn.Server):
     """uvicorn's server, with something to do when it has started and before it ends."""
 
-    def __init__(self, config: uvicorn.Config, worker: Worker, started: Callable[[], None]):
+    def __init__(
+        self, config: uvicorn.Config, started: Callable[[], None], ending: Callable[[], None]
+    ):
         super().__init__(config)
-        self.worker, self.tell = worker, started
+        self.tell, self.ending = started, ending
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.tell()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self.worker.close()
+        self.ending()
         await super().shutdown(sockets)
 
 
-def run(app: ASGIApp, worker: Worker, listener: socket.socket, started: Callable[[], None]) -> None:
+def run(
+    app: ASGIApp,
+    listener: socket.socket,
+    *,
+    started: Callable[[], None],
+    ending: Callable[[], None],
+) -> None:
     """Serve an application until the process is interrupted or terminated.
 
     Args:
         app: The application.
-        worker: The worker whose texts end with the server.
         listener: The socket that listens.
         started: Called once requests are taken.
+        ending: Called when the server begins to end; it ends the answers that take long.
 
     Raises:
         KeyboardInterrupt: The process was interrupted.
@@ -51,4 +57,4 @@ def run(app: ASGIApp, worker: Worker, listener: socket.socket, started: Callable
         timeout_keep_alive=_KEEP_ALIVE,
         timeout_graceful_shutdown=_PATIENCE,
     )
-    _Server(config, worker, started).run(sockets=[listener])
+    _Server(config, started, ending).run(sockets=[listener])

@@ -1,0 +1,245 @@
+"""What a run has written, read for the page: its state, its figures, its settings, its samples.
+
+Whether a run goes on is told by its lock, which ends with its process, never by a process id. Only
+the end of metrics.jsonl is read for the list of runs, so that long runs are listed as fast as short
+ones.
+"""
+
+import fcntl
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lorakit.board.folder import (
+    METRICS,
+    RECORD,
+    STARTED,
+    NotThereError,
+    is_file,
+    open_file,
+    read_end,
+)
+from lorakit.board.metrics import parsed
+
+LOCK, SAMPLES, RUN_FILE, OUTPUT = ".lock", "samples.jsonl", "run.yaml", "output.log"
+SAVED = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
+_END = 64 << 10  # bytes of metrics.jsonl that the list looks at
+_MOST = 16 << 20  # bytes of a small file, and of the samples that are shown
+
+_LISTED = {
+    "loss": "loss",
+    "eval_loss": "eval_loss",
+    "tokens": "tokens",
+    "tokens_per_second": "tokens_per_second",
+    "peak_memory_mb": "peak_memory_mb",
+}
+
+
+def summary(run: Path, id_: str) -> dict[str, Any]:
+    """Return what the list of runs says of a run.
+
+    Args:
+        run: The folder of the run.
+        id_: Its id.
+
+    Returns:
+        The id, the name, the state and how far the run has come; None where nothing is known.
+    """
+    record, last, times = read_record(run), _last_values(run), _times(run)
+    state, error = state_of(run, record)
+    started = record.get("started") or times[0]
+    updated = record.get("ended") if state != "running" else None
+    updated = updated or times[1]
+    return {
+        "id": id_,
+        "name": run.name,
+        "state": state,
+        "error": error,
+        "step": last.get("step", 0),
+        "total_steps": record.get("total_steps"),
+        **{name: last.get(key) for name, key in _LISTED.items()},
+        "seconds": max(0.0, updated - started) if started and updated else None,
+        "started": started,
+        "updated": updated,
+        "model": record.get("model"),
+        "objective": record.get("objective"),
+        "metrics": sorted(last.keys() - {"step"}),
+        "can_resume": state in ("stopped", "failed") and has_run_file(run, record),
+    }
+
+
+def read_record(run: Path) -> dict[str, Any]:
+    """Return run.json, {} if there is none or it is damaged."""
+    return _object(run / RECORD)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        text, whole = read_end(path, _MOST)
+        value = json.loads(text) if whole else None
+    except (NotThereError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+# ---- the state ----
+
+
+def state_of(run: Path, record: Mapping[str, Any]) -> tuple[str, str | None]:
+    """Return the state of a run, and what went wrong if it failed.
+
+    Args:
+        run: The folder of the run.
+        record: Its run.json.
+
+    Returns:
+        "running", "finished", "stopped" or "failed", and a sentence or None.
+    """
+    if is_locked(run / LOCK) or is_locked(run / STARTED):
+        return "running", None
+    started = _object(run / STARTED)
+    if _time(started, "started") > _time(record, "started"):  # it ended before its first step
+        return ("stopped", None) if started.get("stopped") else ("failed", last_words(run))
+    state = record.get("state")
+    if state == "running":
+        return "failed", "the process of the run was killed"
+    if state in ("finished", "stopped"):
+        return str(state), None
+    if state is None and any(is_file(run / name) for name in SAVED):  # by an older lorakit
+        return "finished", None
+    error = record.get("error")
+    return "failed", str(error) if error else last_words(run)
+
+
+def is_locked(path: Path) -> bool:
+    """Return whether a process holds the lock of a file."""
+    try:
+        file = open_file(path)
+    except NotThereError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no locks on this file system
+        return False
+    finally:
+        os.close(file)
+    return False
+
+
+def last_words(run: Path) -> str | None:
+    """Return the last line that a run which the board started has printed, None if there is none.
+
+    A line of an error comes before others.
+    """
+    try:
+        text, _ = read_end(run / OUTPUT, _END)
+    except NotThereError:
+        return None
+    lines = [line.strip() for line in text.decode(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("lorakit: ")]
+    words = errors[-1:] or lines[-1:]
+    return words[0].removeprefix("lorakit: ")[:1000] if words else None
+
+
+def _time(values: Mapping[str, Any], name: str) -> float:
+    value = values.get(name)
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else 0.0
+
+
+def _times(run: Path) -> tuple[float | None, float | None]:
+    """Return when a run began to write its metrics, as far as files tell, and when it did last."""
+    for name in (METRICS, RECORD, STARTED):
+        if is_file(run / name):
+            return None, (run / name).stat().st_mtime
+    return None, None
+
+
+# ---- figures ----
+
+
+def _last_values(run: Path) -> dict[str, Any]:
+    """Return the last value of each quantity near the end of metrics.jsonl, and the last step."""
+    try:
+        text, whole = read_end(run / METRICS, _END)
+    except NotThereError:
+        return {}
+    text = text[: text.rfind(b"\n") + 1]  # what follows is not written whole
+    if not whole:
+        text = text.partition(b"\n")[2]
+    values: dict[str, Any] = {}
+    for line in parsed(text):
+        if type(line.get("step")) is int:
+            values |= {k: v for k, v in line.items() if type(v) in (int, float)}
+    return {k: v if math.isfinite(v) else None for k, v in values.items()}
+
+
+def memory(run: Path, curves: Mapping[str, Mapping[str, list[Any]]]) -> dict[str, Any]:
+    """Return the memory of a run.
+
+    Args:
+        run: The folder of the run.
+        curves: The curves of its metrics, "peak_memory_mb" among them.
+
+    Returns:
+        {"peak_mb": [[step, MB], ...]}.
+    """
+    peak = curves.get("peak_memory_mb", {"step": [], "value": []})
+    return {"peak_mb": [list(each) for each in zip(peak["step"], peak["value"], strict=True)]}
+
+
+# ---- settings and texts ----
+
+
+def settings(run: Path) -> dict[str, Any]:
+    """Return the settings in effect of a run, flat: {"lora.r": 8, ...}; {} if it saved none."""
+    found = read_record(run).get("settings")
+    return _flat(found, "") if isinstance(found, dict) else {}
+
+
+def _flat(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def has_run_file(run: Path, record: Mapping[str, Any]) -> bool:
+    """Return whether a run has a run file, or says what stood in it."""
+    return is_file(run / RUN_FILE) or isinstance(record.get("run_file"), dict)
+
+
+def run_file(run: Path) -> str:
+    """Return the text of a run file that says what the one of this run said.
+
+    Raises NotThereError if the run saved none.
+    """
+    if is_file(run / RUN_FILE):
+        text, whole = read_end(run / RUN_FILE, _MOST)
+        if whole:
+            return text.decode(errors="replace")
+    values = read_record(run).get("run_file")
+    if not isinstance(values, dict):
+        raise NotThereError("this run was not started from a run file")
+    import yaml
+
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def samples(run: Path) -> list[dict[str, Any]]:
+    """Return the completions that a run has written in its evaluations, the latest if many."""
+    try:
+        text, whole = read_end(run / SAMPLES, _MOST)
+    except NotThereError:
+        return []
+    text = text[: text.rfind(b"\n") + 1]
+    if not whole:
+        text = text.partition(b"\n")[2]
+    return [line for line in parsed(text) if type(line.get("step")) is int]

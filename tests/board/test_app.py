@@ -1,0 +1,89 @@
+"""What a board answers about the runs of a folder."""
+
+import json
+import os
+
+import pytest
+
+from lorakit.board.app import Board
+from lorakit.board.folder import Folder
+from lorakit.config.errors import LorakitError
+from tests.board.conftest import write_metrics
+
+
+def test_the_list(get, folder):
+    found = {run["id"]: run for run in get("runs")}
+    assert set(found) == {"a", "deep/b c"}
+    assert found["a"]["name"] == "a"
+    assert found["a"]["step"] == 10
+    assert found["a"]["loss"] == 0.1
+    assert found["a"]["tokens"] == 1000
+    assert found["a"]["peak_memory_mb"] == 70.0
+    assert found["a"]["eval_loss"] is None
+    assert found["a"]["metrics"] == ["loss", "peak_memory_mb", "tokens", "tokens_per_second"]
+    assert found["deep/b c"]["step"] == 3
+    assert get("board") == {"name": "runs"}
+
+
+def test_what_is_no_run_is_not_listed(folder):
+    for name in (".hidden", "checkpoint-3", "a/checkpoint-5", "a/.hidden"):
+        write_metrics(folder / name, 1)
+    (folder / "pipe").mkdir()
+    os.mkfifo(folder / "pipe" / "metrics.jsonl")
+    os.makedirs(os.fsencode(folder) + b"/\xff")
+    (folder / "deep" / "back").symlink_to(folder)
+    assert set(Folder(folder).runs()) == {"a", "deep/b c"}
+
+
+def test_a_folder_that_is_a_run_itself(folder):
+    found = Board(Folder(folder / "a"))
+    [run] = found.summaries()
+    assert run["id"] == "/"
+    assert found.folder.run("/") == folder / "a"
+    with pytest.raises(LorakitError, match="is no folder; name the one that holds the runs"):
+        Folder(folder / "a" / "metrics.jsonl")
+
+
+def test_curves(get, refused):
+    assert get("runs/a/metrics?points=4&names=loss") == {
+        "loss": {"step": [1, 2, 9, 10], "value": [1.0, 1 / 2, 1 / 9, 1 / 10]}
+    }
+    assert get("runs/deep%2Fb%20c/metrics?names=loss")["loss"]["step"] == [1, 2, 3]
+    assert get("runs/a/metrics?names=loss&since=8")["loss"]["step"] == [9, 10]
+    assert get("runs/a/memory")["peak_mb"] == [[step, 70.0] for step in range(1, 11)]
+    assert get("runs/a/evaluations") == []
+    assert refused("runs/a/metrics?points=3")[1] == "points is 3; it must be at least 4."
+    assert refused("runs/a/metrics?points=-1")[0] == 400
+    assert refused("runs/a/metrics?since=1e3")[0] == 400
+    assert refused("runs/b/metrics") == (404, "there is no run 'b' in this folder.")
+    assert refused("nothing")[0] == 404
+
+
+def test_settings_samples_and_run_file(get, refused, folder):
+    assert get("runs/a/settings") == {}
+    assert get("runs/a/samples") == []
+    assert refused("runs/a/run_file") == (404, "this run was not started from a run file.")
+    record = {
+        "settings": {"lora": {"r": 8, "target_modules": ["q"]}, "seed": 0, "rope": {}},
+        "run_file": {"model": "é", "learning_rate": 2e-05},
+    }
+    (folder / "a" / "run.json").write_text(json.dumps(record))
+    sample = {
+        "step": 1,
+        "row": 0,
+        "prompt": "<img onerror>",
+        "reference": "",
+        "completion": "\ud800",
+    }
+    whole = json.dumps(sample) + "\n" + '{"step": 2, "loss": NaN}\n'
+    (folder / "a" / "samples.jsonl").write_text(whole + '{"step": 3')
+    assert get("runs/a/settings") == {
+        "lora.r": 8,
+        "lora.target_modules": ["q"],
+        "seed": 0,
+        "rope": {},
+    }
+    assert get("runs/a/samples") == [sample, {"step": 2, "loss": None}]
+    assert get("runs/a/run_file") == {"text": "model: é\nlearning_rate: 2.0e-05\n"}
+    (folder / "a" / "run.yaml").write_text("# mine\nmodel: x\n")
+    assert get("runs/a/run_file") == {"text": "# mine\nmodel: x\n"}
