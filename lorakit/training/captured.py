@@ -254,13 +254,14 @@ class CapturedStep:
             if row is not None:
                 self.inputs.write(row)
                 last = alone and i == len(micro_batches) - 1
-                told = self._take(Kind(row.rows, i == 0 or not alone, last))
+                first = i == 0 or self.sums.takes_rounds
+                told = self._take(Kind(row.rows, first, last))
                 self.warm = self.warm or last or not alone
                 self._give_gradients()
                 if not alone:
                     losses.append(self.loss[0].clone())
             if not alone:
-                self.sums.end_round()
+                self.sums.end_round(i == len(micro_batches) - 1)
         if not alone:
             told = self._update_of_ranks(losses, parts or len(micro_batches))
         assert told is not None

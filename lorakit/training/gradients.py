@@ -6,10 +6,14 @@ gradients one micro-batch after the other:
 
     each round      every rank cuts its gradients into R slices and sends slice k to rank k, which
                     adds the slices it gets to its sum, in the order of the ranks
-    after the last  every rank sends its slice of the sum to all
+    in the last     every rank sends its slice of the sum to all, who write it where the gradients
+                    of their own were
 
 `fast` adds a rank's own micro-batches first, and then all ranks' sums by one all-reduce, in an
 order that is the library's.
+
+Gradients are sent in parts of a bounded size, through two small buffers. So a sum over ranks takes
+no second copy of the gradients. Between the rounds of an ordered one a rank keeps its slice.
 
 A parameter without a gradient in a micro-batch, such as an expert that no token chose, sends -0.0:
 x + -0.0 is x for every x, so that it counts as if nothing was added.
@@ -22,17 +26,18 @@ N bytes of gradients, k rounds: a rank sends (k + 1) (R - 1) / R N bytes a step 
 and 2 (R - 1) / R N if they are fast; with one round that is the same.
 """
 
-import math
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Protocol
+from itertools import accumulate
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from lorakit.evaluation.share import ALL, Share
 
-LINE = 64  # bytes that each gradient's place begins at a multiple of, as memory of its own does
+BUFFER = 32 << 20  # bytes of each of the two buffers through which gradients are sent
 
 
 class Meeting(Protocol):
@@ -62,9 +67,14 @@ class GradientSum:
     """The micro-batches of a step that this process computes."""
     alone = True
     """Whether there is no other process."""
+    takes_rounds = False
+    """Whether it takes the gradients of each round; if not, autograd adds one to the other."""
 
-    def end_round(self) -> None:
-        """Take the gradients that the parameters have from one micro-batch, or from none."""
+    def end_round(self, last: bool) -> None:
+        """Take the gradients that the parameters have from one micro-batch, or from none.
+
+        `last` says whether it is the last round of the step.
+        """
 
     def finish(self, losses: Sequence[Tensor], parts: int) -> list[Tensor]:
         """Give the parameters the gradients of the whole step.
@@ -89,11 +99,13 @@ class WideSum(GradientSum):
         params: What trains.
     """
 
+    takes_rounds = True
+
     def __init__(self, params: Sequence[Tensor]):
         self.params = [p for p in params if p.dtype == torch.bfloat16]
         self.sums: dict[Tensor, Tensor] = {}
 
-    def end_round(self) -> None:
+    def end_round(self, last: bool) -> None:
         for p in self.params:
             if p.grad is None:
                 continue
@@ -111,7 +123,7 @@ class WideSum(GradientSum):
 
 
 class SumOfRanks(GradientSum):
-    """The base class of sums over several ranks: what lies where in memory, and the losses.
+    """The base class of sums over several ranks: the parts that are sent, and the losses.
 
     Args:
         ranks: The ranks, which meet in `end_round` and `finish`.
@@ -132,23 +144,20 @@ class SumOfRanks(GradientSum):
         self.agreed = False  # whether all ranks know which parameters get a gradient
         self.rounds = 0
 
-    def end_round(self) -> None:
+    @torch.no_grad()
+    def end_round(self, last: bool) -> None:
         self.seen = [a or p.grad is not None for a, p in zip(self.seen, self.params, strict=True)]
         for flat in self.flats:
-            self._take(flat)
-        for p in self.params:
-            p.grad = None
+            self._take(flat, last)
         self.rounds += 1
 
     @torch.no_grad()
     def finish(self, losses: Sequence[Tensor], parts: int) -> list[Tensor]:
         if self.varies or not self.agreed:
             self.seen, self.agreed = self.ranks.any_of(self.seen), True
-        for flat in self.flats:
-            self._end(flat)
-        sums = [view for flat in self.flats for view in flat.places_of_all]
-        for p, view, seen in zip(self.params, sums, self.seen, strict=True):
-            p.grad = view if seen else None
+        for p, seen in zip(self.params, self.seen, strict=True):
+            if not seen:
+                p.grad = None
         if self.varies:
             self.seen = [False] * len(self.params)
         own = torch.zeros(self.rounds, device=self.params[0].device)
@@ -159,80 +168,152 @@ class SumOfRanks(GradientSum):
         self.rounds = 0
         return list(found.t().reshape(-1)[:parts].unbind())
 
-    def _take(self, flat: "_Flat") -> None:
-        """Take the gradients of a round."""
-        raise NotImplementedError
-
-    def _end(self, flat: "_Flat") -> None:
-        """Write the gradients of the step to `flat.all`, which the next one writes to again."""
+    def _take(self, flat: "_Flat", last: bool) -> None:
+        """Take the gradients of a round. After the last, the parameters have those of the step."""
         raise NotImplementedError
 
 
 class OrderedSum(SumOfRanks):
     """Gradients that are added in the order of the micro-batches, as one process adds them."""
 
-    @torch.no_grad()
-    def _take(self, flat: "_Flat") -> None:
-        flat.fill(flat.own)
-        self.ranks.exchange(flat.all, flat.own)
-        if self.rounds == 0:
-            flat.slice.fill_(-0.0)
-        for each in flat.all.view(self.share.size, -1):
-            flat.slice.add_(each)
+    takes_rounds = True
 
-    def _end(self, flat: "_Flat") -> None:
-        self.ranks.gather(flat.all, flat.slice.to(flat.all.dtype))
+    def _take(self, flat: "_Flat", last: bool) -> None:
+        gradients = flat.gradients(all_of_them=last)
+        if self.rounds == 0 and not last:
+            flat.slice = flat.sent.new_empty(flat.of_rank, dtype=flat.wide)
+        for part in flat.parts:
+            sent, received = (t[: self.share.size * part.length] for t in (flat.sent, flat.received))
+            flat.pack(gradients, part)
+            self.ranks.exchange(received, sent)
+            total = self._added(flat, part, received.view(self.share.size, -1))
+            if last:
+                self.ranks.gather(received, sent[: part.length].copy_(total))
+                flat.unpack(gradients, part, received)
+        if last:
+            flat.slice = None
+        else:
+            for p in flat.params:
+                p.grad = None
+
+    def _added(self, flat: "_Flat", part: "_Part", received: Tensor) -> Tensor:
+        """Return this rank's slice of a part, with what all ranks [R, values] have sent added."""
+        if flat.slice is None:
+            total, others = received[0].to(flat.wide), received[1:]
+        else:
+            total, others = flat.slice[part.start : part.start + part.length], received
+            if self.rounds == 0:
+                total.copy_(received[0])
+                others = received[1:]
+        for each in others:
+            total.add_(each)
+        return total
 
 
 class FastSum(SumOfRanks):
     """Gradients that are added by one all-reduce."""
 
-    @torch.no_grad()
-    def _take(self, flat: "_Flat") -> None:
-        if self.rounds == 0:
-            flat.fill(flat.all)
-        else:
-            flat.fill(flat.own)
-            flat.all.add_(flat.own)
+    def _take(self, flat: "_Flat", last: bool) -> None:
+        if not last:
+            return
+        gradients = flat.gradients(all_of_them=True)
+        for part in flat.parts:
+            flat.pack(gradients, part)
+            self.ranks.add_up(flat.sent[: self.share.size * part.length])
+            flat.unpack(gradients, part, flat.sent)
 
-    def _end(self, flat: "_Flat") -> None:
-        self.ranks.add_up(flat.all)
+
+class _Piece(NamedTuple):
+    """Some values of one gradient, and where they lie in a buffer."""
+
+    number: int  # of the parameter
+    start: int
+    stop: int
+    at: int
+
+
+class _Part(NamedTuple):
+    """What is sent at a time: values `start` to `start + length` of every slice."""
+
+    start: int
+    length: int
+    pieces: list[_Piece]
 
 
 class _Flat:
-    """Memory for the gradients of parameters of one dtype, side by side, in one slice a rank.
+    """Gradients of one dtype, as if they lay side by side, in one slice a rank.
 
-    `own` are those of this rank, `all` what it gets of all, `slice` its slice of the sum.
+    Attributes:
+        params: What they are the gradients of.
+        of_rank: The values of a slice.
+        parts: What is sent, one part after the other.
+        sent: The buffer of what a rank sends, [ranks, values of a part].
+        received: The buffer of what it gets.
+        wide: The dtype that they are added in.
+        slice: This rank's slice of the sum, between the rounds of a step.
     """
 
     def __init__(self, params: Sequence[Tensor], size: int):
         self.params, first = list(params), params[0]
-        line, self.starts, end = LINE // first.element_size(), list[int](), 0
-        for p in params:
-            self.starts.append(end)
-            end += math.ceil(p.numel() / line) * line
-        of_rank = math.ceil(end / (size * line)) * line
-        self.own, self.all = (first.new_full((of_rank * size,), -0.0) for _ in range(2))
-        wide = torch.float32 if first.dtype == torch.bfloat16 else first.dtype
-        self.slice = self.own.new_empty(of_rank, dtype=wide)
-        self.places, self.places_of_all = self._places(self.own), self._places(self.all)
+        self.strides = [torch.empty_like(p, device="meta").stride() for p in params]
+        ends = list(accumulate(p.numel() for p in params))
+        self.of_rank = -(-ends[-1] // size)
+        count = max(1, min(self.of_rank, BUFFER // (size * first.element_size())))
+        self.parts = [
+            self._part(ends, size, start, min(count, self.of_rank - start))
+            for start in range(0, self.of_rank, count)
+        ]
+        self.sent, self.received = (first.new_empty(size * count) for _ in range(2))
+        self.wide = torch.float32 if first.dtype == torch.bfloat16 else first.dtype
+        self.slice: Tensor | None = None
 
-    def _places(self, flat: Tensor) -> list[Tensor]:
-        """Return the place of each gradient in memory like `own`, with its parameter's strides."""
-        found = []
-        for p, start in zip(self.params, self.starts, strict=True):
-            like = torch.empty_like(p, device="meta")
-            found.append(flat.as_strided(like.shape, like.stride(), start))
+    def _part(self, ends: list[int], size: int, start: int, count: int) -> _Part:
+        """Return a part, given where each gradient ends in the row of all."""
+        pieces = []
+        for rank in range(size):
+            at = rank * self.of_rank + start
+            stop, shift = min(at + count, (rank + 1) * self.of_rank, ends[-1]), rank * count - at
+            while at < stop:
+                number = bisect_right(ends, at)
+                begin = ends[number] - self.params[number].numel()
+                end = min(stop, ends[number])
+                pieces.append(_Piece(number, at - begin, end - begin, at + shift))
+                at = end
+        return _Part(start, count, pieces)
+
+    def gradients(self, *, all_of_them: bool) -> list[Tensor | None]:
+        """Return the values of each gradient in the order of memory, dense; None if it has none.
+
+        With `all_of_them` a missing one becomes -0.0, so that a sum can be written to it.
+        """
+        found: list[Tensor | None] = []
+        for p, strides in zip(self.params, self.strides, strict=True):
+            if p.grad is None and all_of_them:
+                p.grad = torch.full_like(p, -0.0)
+            if p.grad is not None and p.grad.stride() != strides:  # a norm adds as memory lies
+                p.grad = torch.empty_like(p).copy_(p.grad)
+            found.append(None if p.grad is None else p.grad.as_strided((p.numel(),), (1,)))
         return found
 
-    def fill(self, flat: Tensor) -> None:
-        """Copy the gradients that are there, and write -0.0 for the others."""
-        places = self.places if flat is self.own else self.places_of_all
-        there = [
-            (v, p.grad) for v, p in zip(places, self.params, strict=True) if p.grad is not None
-        ]
-        if len(there) < len(places):
-            flat.fill_(-0.0)
-        if there:
-            into, grads = zip(*there, strict=True)
-            torch._foreach_copy_(into, grads)
+    def pack(self, gradients: Sequence[Tensor | None], part: _Part) -> None:
+        """Copy a part of the gradients to the buffer, and write -0.0 for the missing ones."""
+        into, values = list[Tensor](), list[Tensor]()
+        for number, start, stop, at in part.pieces:
+            gradient, place = gradients[number], self.sent[at : at + stop - start]
+            if gradient is None:
+                place.fill_(-0.0)
+            else:
+                into.append(place)
+                values.append(gradient[start:stop])
+        if into:
+            torch._foreach_copy_(into, values)
+
+    def unpack(self, gradients: Sequence[Tensor | None], part: _Part, buffer: Tensor) -> None:
+        """Copy a part from a buffer to the gradients, all of which are there."""
+        into, values = list[Tensor](), list[Tensor]()
+        for number, start, stop, at in part.pieces:
+            gradient = gradients[number]
+            assert gradient is not None
+            into.append(gradient[start:stop])
+            values.append(buffer[at : at + stop - start])
+        torch._foreach_copy_(into, values)

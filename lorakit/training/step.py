@@ -4,7 +4,8 @@ A step sums the loss over the label tokens of all its micro-batches and divides 
 number. So a step of 8 rows has the same gradient as 1 x 8 or 8 x 1 rows, padded or packed.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -128,11 +129,22 @@ def backward(
             losses.append(loss.detach())
         elif step.filler is not None:
             with drawing_from(config.seed, model.device):
-                summed_loss(model, step.filler, config, reference)[0].backward()
-            for parameter in model.parameters():
-                parameter.grad = None
-        sums.end_round()
+                loss, _ = summed_loss(model, step.filler, config, reference)
+                with _forgotten_gradients(model):
+                    loss.backward()
+        sums.end_round(i == len(step.batches) - 1)
     return sums.finish(losses, step.parts)
+
+
+@contextmanager
+def _forgotten_gradients(model: Decoder) -> Iterator[None]:
+    """Let the parameters have the gradients, behind the block, that they had before it."""
+    before = [(p, p.grad) for p in model.parameters()]
+    for p, _ in before:
+        p.grad = None
+    yield
+    for p, grad in before:
+        p.grad = grad
 
 
 def _length(example: Example | PairExample) -> int:

@@ -1,6 +1,7 @@
 """The sum of gradients over ranks: the bits of one process that adds them one after the other."""
 
 import threading
+from unittest import mock
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorakit.evaluation.share import Share
+from lorakit.training import gradients
 from lorakit.training.gradients import FastSum, OrderedSum
 
 
@@ -58,13 +60,15 @@ def steps_of_ranks(kind, size, shapes, steps, varies):
             sums = kind(meeting, params, varies)
             for step in steps:
                 losses, before = [], meeting.sent
-                for part in sums.share.rounds(step):
+                rounds = sums.share.rounds(step)
+                for i, part in enumerate(rounds):
                     if part is not None:
                         loss, grads = part
                         losses.append(loss)
                         for p, grad in zip(params, grads, strict=True):
-                            p.grad = None if grad is None else grad.clone()
-                    sums.end_round()
+                            if grad is not None:  # as autograd does
+                                p.grad = grad.clone() if p.grad is None else p.grad + grad
+                    sums.end_round(i == len(rounds) - 1)
                 losses = sums.finish(losses, len(step))
                 grads = [None if p.grad is None else p.grad.clone() for p in params]
                 found[rank].append((grads, losses, meeting.sent - before))
@@ -129,7 +133,10 @@ def test_the_bits_of_one_process(data, size, shapes, parts):
         ]
         for n in parts
     ]
-    for rank in steps_of_ranks(OrderedSum, size, shapes, steps, varies):
+    buffer = data.draw(st.sampled_from([256, gradients.BUFFER]))  # many parts, or one
+    with mock.patch.object(gradients, "BUFFER", buffer):
+        found = steps_of_ranks(OrderedSum, size, shapes, steps, varies)
+    for rank in found:
         for (grads, losses, _), step in zip(rank, steps, strict=True):
             assert [bits(g) for g in grads] == [bits(g) for g in one_process(step)]
             assert [bits(x) for x in losses] == [bits(loss) for loss, _ in step]
@@ -149,6 +156,29 @@ def test_bytes_of_a_step(size, rounds):
             assert rank[0][2] == times * n * (size - 1) / size + losses
 
 
+def test_a_fast_sum_in_many_parts(monkeypatch):
+    """Whole numbers have one sum in every order; a parameter may have no gradient on a rank."""
+    monkeypatch.setattr(gradients, "BUFFER", 64)
+    shapes = [((5, 3), torch.float32), ((7,), torch.float32), ((2,), torch.float32)]
+    step = []
+    for i in range(5):
+        grads = [torch.full(shape, i + 1.0).to(dtype) for shape, dtype in shapes]
+        step.append((torch.ones(()), [grads[0], grads[1] if i == 3 else None, None]))
+    for rank in steps_of_ranks(FastSum, 2, shapes, [step, step], False):
+        for grads, _, _ in rank:
+            assert torch.equal(grads[0], torch.full((5, 3), 15.0))
+            assert torch.equal(grads[1], torch.full((7,), 4.0))
+            assert grads[2] is None
+
+
+def test_a_sum_takes_no_second_copy_of_the_gradients():
+    """Two buffers of 32 MB, however many gradients there are, and a slice between rounds."""
+    p = torch.zeros(10**9, device="meta")
+    [flat] = OrderedSum(Threads(0, 2, [None], threading.Barrier(1)), [p], False).flats
+    assert flat.sent.nbytes == flat.received.nbytes == 32 << 20
+    assert sum(part.length for part in flat.parts) == flat.of_rank == 5 * 10**8
+
+
 def test_strides_of_a_gradient_are_those_of_its_parameter():
     """A norm adds in the order of memory."""
     shapes = [((3, 5), torch.float32)]
@@ -156,7 +186,7 @@ def test_strides_of_a_gradient_are_those_of_its_parameter():
     p = torch.zeros(5, 3).t()
     sums = OrderedSum(Threads(0, 1, table, barrier), [p], False)
     p.grad = torch.arange(15.0).view(shapes[0][0])
-    sums.end_round()
+    sums.end_round(True)
     sums.finish([torch.zeros(())], 1)
     assert p.grad.stride() == p.stride()
     assert torch.equal(p.grad, torch.arange(15.0).view(3, 5))

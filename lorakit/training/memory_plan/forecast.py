@@ -250,7 +250,7 @@ def _sums(setting: Setting, params: Sequence[Tensor], ledger: Ledger) -> Gradien
     kind = OrderedSum if train.reduce == "ordered" else FastSum
     sums = kind(Absent(setting.ranks), params, False)
     for flat in sums.flats:
-        ledger.own(("gradients", ""), [flat.own, flat.all, flat.slice])
+        ledger.own(("gradients", ""), [flat.sent, flat.received])
     return sums
 
 

@@ -66,12 +66,12 @@ def test_what_is_held_between_two_steps():
         assert "gathered weights" not in found.resident
 
 
-def test_a_sum_over_ranks_takes_memory():
-    """gradients.py: own and all of the gradients, and one slice of two, beside the gradients."""
+def test_a_sum_over_ranks_takes_two_buffers():
+    """gradients.py: a model of few adapters has them as large as these are."""
     adapters = plan().resident["adapters"]
     for shard in ("none", "full"):
         sums = plan(ranks=2, shard=shard).resident["gradients"]
-        assert sums == pytest.approx(2.5 * adapters, rel=0.01)  # filled up to lines of 64 bytes
+        assert sums == pytest.approx(2 * adapters, rel=0.01)
 
 
 def test_what_the_other_process_raises_is_raised_here():
@@ -122,8 +122,7 @@ def test_an_interrupted_question_ends_the_process(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "gigabytes"),
     [
-        # 23.3 of them, and the 2.1 GB of the ordered sum over two ranks
-        ({"ranks": 2, "shard": "full"}, 25.6),
+        ({"ranks": 2, "shard": "full"}, 23.6),
         ({}, 43),
         ({"offload_weights": True}, 6),
     ],
