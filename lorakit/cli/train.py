@@ -100,7 +100,7 @@ def _train(args: argparse.Namespace, run: "lk.RunConfig") -> int:
     if args.profile:
         print(lk.profile_training(model, tok, data["train"], run.train))
         return 0
-    result = lk.train(model, tok, data, run.train, base_model=run.model)
+    result = lk.train(model, tok, data, run.train, base_model=run.model, run=run)
     print(
         f"{result.steps} steps in {result.seconds:.0f} s, loss {result.loss:.4f}, "
         f"{result.tokens_per_second:.0f} tokens/s, peak {result.peak_memory_mb:.0f} MB"

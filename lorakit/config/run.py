@@ -114,6 +114,20 @@ class RunConfig:
             log.warning("lorakit: %s: %s", where, note)
         return run
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the mapping of a run file that says the same, without what is the default.
+
+        Returns:
+            A mapping that JSON and YAML can hold, from which `from_dict` makes equal settings.
+        """
+        said = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        train = said.pop("train")
+        values = {"model": said.pop("model"), "data": _unlike_default(said.pop("data"))}
+        values |= _differing(self, said) | _unlike_default(train)
+        if self.quantize is not None:  # whose defaults are not those of null
+            values["quantize"] = dataclasses.asdict(self.quantize)
+        return values
+
     @classmethod
     def _take_out_unknown(cls, values: dict[Any, Any], where: str) -> list[str]:
         """Take unknown keys without a value out of a mapping, and return a line about each.
@@ -151,3 +165,30 @@ class RunConfig:
         run = from_mapping(cls, without_unset(cls, values), where)
         to_dtype(run.dtype)
         return run
+
+
+def _unlike_default(settings: Any) -> dict[str, Any]:
+    """Return the settings of a dataclass that are not the defaults, by name."""
+    said = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
+    return _differing(settings, said)
+
+
+def _differing(settings: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of some values that are not the defaults of a dataclass, as plain values."""
+    found = {}
+    for f in dataclasses.fields(settings):
+        if f.name in values:
+            default = f.default
+            if f.default_factory is not dataclasses.MISSING:
+                default = f.default_factory()
+            if values[f.name] != default:
+                found[f.name] = _plain(values[f.name])
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return _unlike_default(value)
+    if isinstance(value, list | tuple | set):
+        return [_plain(each) for each in value]
+    return value

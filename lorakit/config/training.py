@@ -175,6 +175,9 @@ class TrainConfig:
     eval_metrics: list[str] = field(default_factory=list)
     """Scores of the model's own completions of the validation rows, beside the loss: accuracy,
     macro_f1, weighted_f1, exact_match, partial_match, entity_f1, rouge_l, bleu and chrf."""
+    eval_samples: int = 0
+    """Number of validation rows, the first ones, whose completions each evaluation writes to
+    samples.jsonl; 0 writes none."""
     early_stopping_patience: int | None = None
     """Number of evaluations in a row without a better loss that stop the run; null never stops
     it."""
@@ -336,6 +339,8 @@ class TrainConfig:
     def _check_evaluation_and_checkpoints(self) -> None:
         check_positive(self, "eval_steps", "save_steps", "early_stopping_patience", or_null=True)
         check_metrics(self.eval_metrics)
+        if self.eval_samples < 0:
+            raise LorakitError(f"eval_samples must be 0 or more, not {self.eval_samples}")
         if self.save_total_limit < 1:
             raise LorakitError("save_total_limit must be at least 1")
 

@@ -6,6 +6,7 @@ of the rows has: a text that goes on beyond every reference is wrong already.
 
 from array import array
 from collections.abc import Sequence
+from typing import Any
 
 from lorakit.config.errors import LorakitError
 from lorakit.data.encode import TODAY
@@ -32,9 +33,33 @@ def score_rows(
     `batch_size` rows are completed at a time. They are rows that `check_rows` has accepted. A
     process completes its `share` of them, and every process returns the scores of all.
     """
-    if not metrics:
-        return {}
-    return score(*predict_rows(model, tok, rows, batch_size, share), metrics)
+    return score_and_show(model, tok, rows, metrics, 0, batch_size, share)[0]
+
+
+def score_and_show(
+    model: Decoder,
+    tok: Tokenizer,
+    rows: Sequence[Row],
+    metrics: Sequence[str],
+    samples: int,
+    batch_size: int,
+    share: Share = ALL,
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Return metrics as `score_rows` does, and how the first `samples` rows were completed.
+
+    A sample says the number of its row, the prompt, the reference and the completion. Without
+    metrics only those rows are completed.
+    """
+    asked_for = rows if metrics else rows[:samples]
+    if not len(asked_for):
+        return {}, []
+    predictions, references = predict_rows(model, tok, asked_for, batch_size, share)
+    shown = [
+        {"row": i, "prompt": asked(tok, rows[i])[0], "reference": reference, "completion": text}
+        for i, (text, reference) in enumerate(zip(predictions, references, strict=True))
+        if i < samples
+    ]
+    return score(predictions, references, metrics) if metrics else {}, shown
 
 
 def predict_rows(

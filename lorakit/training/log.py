@@ -1,4 +1,4 @@
-"""What a run says while it trains: metrics.jsonl, a progress bar or plain lines, trackers.
+"""What a run says while it trains: metrics.jsonl, samples.jsonl, a progress bar, trackers.
 
 All that a run prints goes through here to standard output: `say` before the first step, `Log.say`
 from then on, so that a line does not tear the progress bar.
@@ -7,7 +7,7 @@ from then on, so that a line does not tear the progress bar.
 import errno
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +20,7 @@ from lorakit.files.local import write_text
 from lorakit.training.trackers.reporter import Reporter
 from lorakit.training.trackers.tracker import TrackedRun
 
+SAMPLES = "samples.jsonl"
 _heard = True  # whether lines are printed; of several processes those of one are
 
 
@@ -40,20 +41,48 @@ def heard(yes: bool) -> Iterator[None]:
         _heard = before
 
 
-class Log:
-    """Writes metrics.jsonl, and shows a progress bar, or plain lines if there is no terminal.
+class _Lines:
+    """A file of JSON lines, each of which tells of a step.
 
     `done` is the number of steps that are done already. Lines of later steps, and lines that are
-    damaged, leave the file. Raises LorakitError if a tracker is asked for and not installed.
+    damaged, leave the file.
     """
 
-    def __init__(self, output_dir: Path, total: int, done: int, config: TrainConfig):
-        path = output_dir / "metrics.jsonl"
+    def __init__(self, path: Path, done: int, say: Callable[[str], None]):
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         kept = [line for line in text.splitlines(keepends=True) if _is_kept(line, done)]
         write_text(path, "".join(kept))
+        self.name, self.say = path.name, say
         self.file = open(path, "ab", buffering=0)  # noqa: SIM115
         self.lost = False  # whether a line could not be written
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Write a line, whole or not at all: a full disk costs lines, not the run."""
+        line, start = (json.dumps(values) + "\n").encode(), self.file.seek(0, os.SEEK_END)
+        try:
+            if self.file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self.file.truncate(start)
+            if not self.lost:
+                self.say(
+                    f"lorakit: {self.name} could not be written ({error.strerror}); the run goes "
+                    "on, and lines of it are missing"
+                )
+            self.lost = True
+
+
+class Log:
+    """Writes metrics.jsonl, and shows a progress bar, or plain lines if there is no terminal.
+
+    `done` is the number of steps that are done already. Samples go to samples.jsonl if the config
+    asks for some. Raises LorakitError if a tracker is asked for and not installed.
+    """
+
+    def __init__(self, output_dir: Path, total: int, done: int, config: TrainConfig):
+        self.metrics, self.shown = _Lines(output_dir / "metrics.jsonl", done, self.say), None
+        if config.eval_samples or (output_dir / SAMPLES).exists():
+            self.shown = _Lines(output_dir / SAMPLES, done, self.say)
         self.bar = tqdm(total=total, initial=done, desc="training", unit="step", disable=None)
         self.total = total
         self.reporter = Reporter(
@@ -65,7 +94,9 @@ class Log:
 
     def __exit__(self, *_: Any) -> None:
         self.bar.close()
-        self.file.close()
+        self.metrics.file.close()
+        if self.shown is not None:
+            self.shown.file.close()
         self.reporter.end()
 
     def step(self, **values: Any) -> None:
@@ -86,6 +117,12 @@ class Log:
         scores = "".join(f", {n} {v:.4f}" for n, v in result.items() if n in METRICS)
         self.say(f"step {step}/{self.total}: validation loss {result['loss']:.4f}{scores}")
 
+    def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Write how the model completed some validation rows."""
+        for sample in samples:
+            assert self.shown is not None  # the config asks for samples
+            self.shown.write({"step": step, **sample})
+
     def say(self, line: str) -> None:
         """Print a line, above the progress bar if there is one."""
         if self.bar.disable:
@@ -94,19 +131,7 @@ class Log:
             self.bar.write(line)
 
     def _write(self, values: Mapping[str, Any]) -> None:
-        """Write a line, whole or not at all: a full disk costs lines, not the run."""
-        line, start = (json.dumps(values) + "\n").encode(), self.file.seek(0, os.SEEK_END)
-        try:
-            if self.file.write(line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            self.file.truncate(start)
-            if not self.lost:
-                self.say(
-                    f"lorakit: metrics.jsonl could not be written ({error.strerror}); the run goes "
-                    "on, and lines of it are missing"
-                )
-            self.lost = True
+        self.metrics.write(values)
         self.reporter.report(values)
 
 
@@ -120,6 +145,8 @@ class SilentLog(Log):
     def step(self, **values: Any) -> None: ...
 
     def evaluation(self, step: int, result: Mapping[str, float]) -> None: ...
+
+    def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None: ...
 
     def say(self, line: str) -> None: ...
 

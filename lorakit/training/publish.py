@@ -38,6 +38,7 @@ _HIDDEN = (
     "save_steps",
     "save_total_limit",
     "eval_steps",
+    "eval_samples",
     "push_to_hub",
     "hub_model_id",
     "hub_strategy",

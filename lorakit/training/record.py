@@ -16,12 +16,29 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lorakit.config.run import RunConfig
+from lorakit.config.training import TrainConfig
 from lorakit.files.local import write_json
 
 RECORD = "run.json"
+
+
+def settings_in_effect(
+    config: TrainConfig, run: RunConfig | None, same: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the settings of a run by their names in a run file.
+
+    Args:
+        config: The settings of the training.
+        run: Those of the run file that it was started from, if it was.
+        same: What a run that goes on shares with this one; it knows the adapter.
+    """
+    around = asdict(run) if run is not None else {"lora": same.get("adapter")}
+    return {**around, **asdict(config)}
 
 
 @contextmanager

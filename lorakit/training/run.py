@@ -28,7 +28,7 @@ from lorakit.config.training import OPTIMIZERS, TrainConfig
 from lorakit.data.batching import Order, batches, collate, real_tokens
 from lorakit.data.examples import Examples
 from lorakit.data.schemas import Row
-from lorakit.evaluation.score import score_rows
+from lorakit.evaluation.score import score_and_show
 from lorakit.evaluation.share import ALL
 from lorakit.files.local import as_path
 from lorakit.models.decoder import Decoder
@@ -219,8 +219,11 @@ class Run:
         share = self.ranks.share if self.model.mesh is None else ALL
         options = config, self.reference, share
         result = held_out_loss(self.model, self.held_out.examples, size, *options)
-        result |= score_rows(self.model, self.tok, rows, config.eval_metrics, size, share)
+        wanted = config.eval_metrics, config.eval_samples
+        scores, samples = score_and_show(self.model, self.tok, rows, *wanted, size, share)
+        result |= scores
         log.evaluation(self.progress.step, result)
+        log.samples(self.progress.step, samples)
         return self.progress.add_evaluation(result)
 
     def _wants_checkpoint(self, is_best: bool) -> bool:

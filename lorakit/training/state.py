@@ -20,6 +20,7 @@ import fcntl
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from lorakit.files.safetensors import LazyTensor, open_safetensors, write_safete
 from lorakit.training.optim import AdamW
 
 STATE_TENSORS, STATE_VALUES = "state.safetensors", "state.json"
+_TRIES, _MOMENT = 4, 0.05  # how often a lock is asked for, and the seconds between
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,9 @@ def prune(output_dir: Path, keep: int, best: int | None) -> None:
 def only_run_in(output_dir: Path) -> Iterator[None]:
     """Hold a lock within the block, so that no other run trains into `output_dir`.
 
-    The lock ends with the process at the latest. Raises LorakitError if another run holds it, or
-    nothing can be written there.
+    The lock ends with the process at the latest. Who looks whether a run goes on may hold it for a
+    moment, so it is asked for some times. The time of the file says since when it is held. Raises
+    LorakitError if another run holds it, or nothing can be written there.
     """
     try:
         lock = os.open(output_dir / ".lock", os.O_WRONLY | os.O_CREAT, 0o666)
@@ -116,13 +119,25 @@ def only_run_in(output_dir: Path) -> Iterator[None]:
             "another name"
         ) from None
     with os.fdopen(lock, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        for _ in range(_TRIES):
+            if _locked(file.fileno()):
+                break
+            time.sleep(_MOMENT)
+        else:
             raise LorakitError(
                 f"train: another run is training into {output_dir}; choose another output_dir"
-            ) from None
+            )
+        os.utime(file.fileno())
         yield
+
+
+def _locked(file: int) -> bool:
+    """Lock a file, and return whether that was possible."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def remove_unfinished(output_dir: Path) -> None:

@@ -3,16 +3,18 @@
 A run writes into `output_dir`: the adapter and its card, and the chat template that it was trained
 with, or the whole tokenizer if that has new tokens or is not the model's; with `train: full` the
 model in the place of the adapter; metrics.jsonl, with one line per step (epoch, loss, learning
-rate, gradient norm, tokens per second, share of padding, peak memory) and per evaluation; and
-checkpoints (state.py). What a run does is in run.py, and the parts of a step are in step.py.
+rate, gradient norm, tokens per second, share of padding, peak memory) and per evaluation; run.json
+(record.py); and checkpoints (state.py). What a run does is in run.py, and the parts of a step are
+in step.py.
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from lorakit.config.errors import LorakitError
+from lorakit.config.run import RunConfig
 from lorakit.config.training import TrainConfig
 from lorakit.data.examples import Examples
 from lorakit.data.rows import RowSource
@@ -29,6 +31,7 @@ from lorakit.training.log import heard, say
 from lorakit.training.memory import peak_memory_mb
 from lorakit.training.mode import training_mode
 from lorakit.training.ranks import Ranks, joined
+from lorakit.training.record import recorded, settings_in_effect
 from lorakit.training.run import HeldOut, Run
 from lorakit.training.state import only_run_in
 from lorakit.training.trainable import trained_part
@@ -71,6 +74,7 @@ def train(
     config: TrainConfig | None = None,
     *,
     base_model: str | None = None,
+    run: RunConfig | None = None,
     after_step: Callable[[], None] | None = None,
 ) -> TrainResult:
     """Train the selected adapter of a model, and save it into `config.output_dir`.
@@ -91,6 +95,7 @@ def train(
             such. Each row is read and encoded once, before the first step.
         config: The settings of the run; None takes the defaults.
         base_model: The name of the base model that the adapter's config records.
+        run: The settings of the run file, which run.json keeps; None: those of `config` alone.
         after_step: Called after every step, its clipped gradients still there; costs a GPU a wait.
 
     Returns:
@@ -104,7 +109,8 @@ def train(
             another process of the run is gone.
     """
     with joined(model.device) as ranks, heard(ranks.is_writer):
-        return _train(model, tok, data, config or TrainConfig(), base_model, after_step, ranks)
+        config = config or TrainConfig()
+        return _train(model, tok, data, config, base_model, run, after_step, ranks)
 
 
 def _train(
@@ -113,6 +119,7 @@ def _train(
     data: RowSource | Examples | Mapping[str, RowSource | Examples],
     config: TrainConfig,
     base_model: str | None,
+    run_file: RunConfig | None,
     after_step: Callable[[], None] | None,
     ranks: Ranks,
 ) -> TrainResult:
@@ -132,6 +139,8 @@ def _train(
         if split:
             say(split)
         run = Run(trained, tok, examples, held_out, config, base_model, ranks)
+        if ranks.is_writer:
+            held.enter_context(_recorded(run, run_file))
         say(kernel_line(model, max(examples.lengths), config.packing))
         mode = training_mode(model, config, run.order.largest)
         with mode, run.open_log() as log, interrupt(ranks.grace) as stop:
@@ -140,6 +149,20 @@ def _train(
         upload = run.publisher.upload
         address = ranks.first(lambda: upload(run.progress, say)) if run.ended else None
     return _result(run, address)
+
+
+def _recorded(run: Run, run_file: RunConfig | None) -> AbstractContextManager[None]:
+    """Return what keeps run.json of a run while it goes on."""
+    source = run.model.source
+    values = {
+        "ranks": run.ranks.size,
+        "model": run.base_model or (None if source is None else str(source.path)),
+        "objective": run.config.objective,
+        "total_steps": run.order.total,
+        "settings": settings_in_effect(run.config, run_file, run.same),
+        "run_file": None if run_file is None else run_file.to_dict(),
+    }
+    return recorded(run.output_dir, values, lambda: run.ended, say)
 
 
 def _result(run: Run, address: str | None) -> TrainResult:
@@ -179,6 +202,8 @@ def _held_out(
 ) -> HeldOut:
     examples = encode_for(model, tok, source, config, "the validation rows")
     check_rows(model, tok, examples.rows, config.eval_metrics)
+    if config.eval_samples and not config.eval_metrics:
+        check_rows(model, tok, examples.rows[: config.eval_samples], ["exact_match"])
     return HeldOut(examples.rows, examples)
 
 
@@ -188,7 +213,11 @@ def _check_validation(held_out: HeldOut | None, config: TrainConfig) -> None:
         "early_stopping_patience": config.early_stopping_patience is not None,
         "load_best_model_at_end": config.load_best_model_at_end,
     }
-    of_any = {"eval_metrics": bool(config.eval_metrics), **of_several}
+    of_any = {
+        "eval_metrics": bool(config.eval_metrics),
+        "eval_samples": config.eval_samples > 0,
+        **of_several,
+    }
     for name, wanted in of_any.items():
         if wanted and held_out is None:
             raise LorakitError(f"train: {name} needs validation rows; give data some")

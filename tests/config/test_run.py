@@ -154,3 +154,25 @@ def test_a_null_is_not_set(name, given):
     if found != default:
         settings = found.lora if name.startswith("lora.") else found.train
         assert getattr(settings, name.removeprefix("lora.")) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"quantize": "nf4"},
+        {"quantize": {"block_size": 128, "lm_head": "int8"}},
+        {"train": "full", "freeze": ["embed_tokens"]},
+        {"adapter": "a", "dtype": "float32", "chat_template": "chatml"},
+        {"lora": {"r": 4, "target_modules": ["q_proj"], "rank_pattern": {"x.*": 2}}},
+        {"lora_r": 16, "learning_rate": 1e-5, "report_to": ["trackio"], "eval_metrics": ["bleu"]},
+        {"per_device_train_batch_size": "auto", "add_tokens": ["<a>"]},
+        {"data": {"train": [{"path": "a", "weight": 1}, {"path": "b", "weight": 2.5}]}},
+        {"data": {"train": "a", "validation": "b", "columns": {"prompt": "q"}, "seed": 3}},
+    ],
+)
+def test_a_run_says_itself_in_the_words_of_a_run_file(change):
+    said = lk.RunConfig.from_dict({**RUN, **change})
+    values = json.loads(json.dumps(said.to_dict()))
+    assert lk.RunConfig.from_dict(values) == said
+    assert "seed" not in values  # what is the default is left out
