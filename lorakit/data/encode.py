@@ -34,7 +34,7 @@ from lorakit.config.training import OVER_LENGTH, TRAIN_ON, OverLength, TrainOn
 from lorakit.data.chat_spans import Render, RenderedChat
 from lorakit.data.instructions import as_chat_or_pair
 from lorakit.data.messages import is_learned
-from lorakit.data.schemas import Chat, Choice, Instruction, OneAnswer, Row, Text
+from lorakit.data.schemas import Chat, Choice, Instruction, OneAnswer, Prompt, Row, Text
 from lorakit.data.truncate import Uncut, cut, cuts_of, first_kept, without_oldest
 from lorakit.models.chat_template import Messages
 from lorakit.models.tokenizer import Tokenizer
@@ -43,6 +43,10 @@ IGNORE = -100
 # The date that a template prints as today's, so that a run can be repeated. Llama 3.1's template
 # falls back on it too.
 TODAY = datetime(2024, 7, 26)
+_ENDS_PROMPTS = (
+    "the tokenizer puts its end token after every text, so also after a prompt that is to be "
+    "continued; turn that off in the tokenizer (add_eos_token)"
+)
 
 
 class Example(NamedTuple):
@@ -136,6 +140,8 @@ class Encoder:
 
         Raises LorakitError for a row from which the model would learn nothing, or something wrong.
         """
+        if isinstance(row, Prompt):
+            return self._prompt(row)
         answers = [row.chosen, row.rejected] if isinstance(row, Choice) else [row]
         uncut = [self._tokens(each) for each in answers]
         for each, whole in zip(answers, uncut, strict=True):
@@ -168,6 +174,33 @@ class Encoder:
             return PairExample(chosen=examples[0], rejected=examples[1])
         return examples[0]
 
+    def _prompt(self, row: Prompt) -> Example | None:
+        """Return the example of a prompt, which has no label; None if it is dropped.
+
+        No prompt is cut: its answer would be to another one.
+        """
+        with _at(row.place):
+            if isinstance(row.prompt, str):
+                ids = self.tok.encode(row.prompt)
+                if self.end and ids[-1:] == self.end != self.tok.encode(row.prompt, False)[-1:]:
+                    raise LorakitError(_ENDS_PROMPTS)
+            else:
+                variables = {"strftime_now": TODAY.strftime, **(row.variables or {})}
+                ids = self.tok.apply_chat_template(
+                    row.prompt, add_generation_prompt=True, tools=row.tools, **variables
+                )
+            self._check_bos(ids)
+            limit = self.max_seq_length
+            if limit is not None and len(ids) > limit:
+                self.long += 1
+                if self.over_length == "drop":
+                    return None
+                raise LorakitError(
+                    f"a prompt of {len(ids)} tokens, more than max_seq_length={limit}; raise it, "
+                    "or set over_length to drop"
+                )
+            return Example(ids, [IGNORE] * len(ids))
+
     def _tokens(self, row: OneAnswer) -> Uncut:
         with _at(row.place):
             if isinstance(row, Instruction):
@@ -187,10 +220,7 @@ class Encoder:
         text, border = prompt + completion, len(prompt)
         ids, offsets = self.tok.encode_with_offsets(text, add_special_tokens=True)
         if self.end and ids[-1:] == self.end and offsets[-1][0] == len(text):
-            raise LorakitError(
-                "the tokenizer puts its end token after every text, so also after a prompt that is "
-                "to be continued; turn that off in the tokenizer (add_eos_token)"
-            )
+            raise LorakitError(_ENDS_PROMPTS)
         tokens = range(len(ids))
         head = next((t for t in tokens if offsets[t][1] > 0), len(ids))
         first = next((t for t in tokens if offsets[t][1] > border), len(ids))

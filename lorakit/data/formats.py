@@ -13,6 +13,7 @@
     alpaca              instruction, output (input)                             Instruction
                         with history too, or a field of a chat                  Chat
     text                text                                                    Text
+    prompt_only         prompt: text or messages; others are for rewards        Prompt
 
 A row has the format of the first line above whose fields it has. A row that is a list is a row of
 messages. Every row that becomes a chat may have tools, a system prompt, and chat_template_kwargs,
@@ -35,7 +36,7 @@ from lorakit.config.errors import LorakitError, nearest
 from lorakit.data.foreign import check_row
 from lorakit.data.instructions import request
 from lorakit.data.messages import messages_of, system_of, tools_of, with_system
-from lorakit.data.schemas import Chat, Choice, Instruction, Pair, Row, Text
+from lorakit.data.schemas import Chat, Choice, Instruction, Pair, Prompt, Row, Text
 from lorakit.data.values import (
     EmptyAnswer,
     field,
@@ -65,6 +66,7 @@ FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
     "prompt_completion": (("prompt", "completion"),),
     "alpaca": (("instruction", "output"),),
     "text": (("text",),),
+    "prompt_only": (("prompt",),),
 }
 # Variables of apply_chat_template that a row cannot set, because it says them elsewhere or not at
 # all. `self` and `source` are names of Python's.
@@ -93,8 +95,8 @@ def detect(value: Any, place: str) -> str:
     close = [nearest(name, names) for forms in FORMATS.values() for name in forms[0]]
     raise LorakitError(
         f"{place} has no field that tells its format{next(filter(None, close), '')}: messages, "
-        "conversations, prompt and completion, chosen and rejected, instruction and output, or "
-        "text; it has "
+        "conversations, prompt and completion, chosen and rejected, instruction and output, text, "
+        "or a prompt alone; it has "
         f"{', '.join(names) or 'none':.200}"
     )
 
@@ -208,7 +210,8 @@ def _check_context(value: Mapping[str, Any], row: Row, place: str, format: str) 
     A row that has another format's fields too may hold it for that one.
     """
     name, answer = "", row.chosen if isinstance(row, Choice) else row
-    if not isinstance(answer, Chat):
+    chat = isinstance(answer, Prompt) and not isinstance(answer.prompt, str)
+    if not isinstance(answer, Chat) and not chat:
         name = _has_context(value, place)
     history = value.get("history")
     if isinstance(history, str):  # text is no history, unless it is JSON
@@ -396,6 +399,27 @@ def _plain(value: Mapping[str, Any], place: str) -> Row:
     return Text(filled_text(value, "text", place), place)
 
 
+def _prompt_only(value: Mapping[str, Any], place: str) -> Row:
+    """Return a prompt of text, or of messages that do not end in an answer."""
+    prompt = field(value, "prompt", place)
+    beside = ("prompt", "tools", "functions", "system", "system_prompt", "chat_template_kwargs")
+    columns = {str(name): item for name, item in value.items() if name not in beside}
+    if not isinstance(prompt, list):
+        text = text_of(value, "prompt", place)
+        if not text:
+            raise LorakitError(f"{place}: the prompt is empty")
+        return Prompt(text, None, None, columns, place)
+    messages = messages_of(prompt, f"{place}, prompt")
+    if messages[-1]["role"] == "assistant":
+        raise LorakitError(
+            f"{place}: the prompt ends with an answer of the assistant; take that out, or write it "
+            "as the completion"
+        )
+    messages = with_system(messages, system_of(value, place), place)
+    variables = _variables(value, place) or None
+    return Prompt(messages, tools_of(value, place), variables, columns, place)
+
+
 _MAKE: dict[str, Callable[[Mapping[str, Any], str], Row]] = {
     "preference": _choice,
     "messages": _chat,
@@ -403,4 +427,5 @@ _MAKE: dict[str, Callable[[Mapping[str, Any], str], Row]] = {
     "prompt_completion": _pair,
     "alpaca": _alpaca,
     "text": _plain,
+    "prompt_only": _prompt_only,
 }

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from lorakit.config.training import TrainOn
 from lorakit.data.encode import IGNORE, Encoder, Example
-from lorakit.data.schemas import Choice, OneAnswer, Row
+from lorakit.data.schemas import Choice, Row
 from lorakit.models.tokenizer import Tokenizer
 
 LEARNED, MASKED, PLAIN = "\x1b[30;42m", "\x1b[2m", "\x1b[0m"
@@ -41,7 +41,7 @@ def show_rows(
     encoder = Encoder(tok, train_on=train_on)
     shown = []
     for row in rows[:count]:
-        answers: list[OneAnswer] = [row.chosen, row.rejected] if isinstance(row, Choice) else [row]
+        answers: list[Row] = [row.chosen, row.rejected] if isinstance(row, Choice) else [row]
         for each in answers:
             example = encoder(each)
             assert isinstance(example, Example)  # one answer, and no limit to its length

@@ -21,7 +21,7 @@ from lorakit.data.encode import IGNORE, Encoder, Example, PairExample
 from lorakit.data.findings import private_kinds, repeats_question, script_of
 from lorakit.data.inspect import visible
 from lorakit.data.rows import place_of
-from lorakit.data.schemas import Chat, Choice, Row
+from lorakit.data.schemas import Chat, Choice, Prompt, Row
 from lorakit.data.similar import check_limit, similar_rows
 from lorakit.data.splitting import SelectedRows
 from lorakit.data.texts import answer_of, asked_of, spoken_texts, texts_of, words_digest
@@ -246,10 +246,13 @@ def _count(report: LintReport, place: str, example: Example | PairExample | None
 def _empty_turns(row: Row) -> list[str]:
     if isinstance(row, Choice):
         return _empty_turns(row.chosen) + _empty_turns(row.rejected)
-    if isinstance(row, Chat):
+    messages = row.messages if isinstance(row, Chat) else None
+    if isinstance(row, Prompt):
+        messages = [] if isinstance(row.prompt, str) else row.prompt
+    if messages is not None:
         return [
             f"{row.place}, message {i} ({m['role']:.20})"
-            for i, m in enumerate(row.messages)
+            for i, m in enumerate(messages)
             if not re.search(r"\S", m.get("content") or "") and not m.get("tool_calls")
         ]
     named = zip(row._fields, row[:-1], strict=False)

@@ -1,4 +1,4 @@
-"""The kinds of row: a prompt with its completion, a chat, an instruction, text, or a choice.
+"""The kinds of row: a prompt with its completion or alone, a chat, an instruction, text, a choice.
 
 Rows of all formats (formats.py) become one of these, and everything after them knows these alone.
 """
@@ -58,8 +58,21 @@ class Choice(NamedTuple):
     place: str
 
 
+class Prompt(NamedTuple):
+    """A prompt without an answer, text or messages. The model answers it, and rewards say how well.
+
+    `columns` are the other fields of the row, for the rewards.
+    """
+
+    prompt: str | list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
+    variables: dict[str, Any] | None
+    columns: dict[str, Any]
+    place: str
+
+
 OneAnswer = Pair | Chat | Instruction | Text
-Row = OneAnswer | Choice
+Row = OneAnswer | Choice | Prompt
 
 
 def content_of(row: Row) -> list[Any]:
@@ -79,22 +92,27 @@ def fields_of(row: Row) -> dict[str, Any]:
             worse = {"completion": worse["messages"]}
         chosen = better.pop("completion")
         return {**better, "chosen": chosen, "rejected": worse["completion"]}
+    if isinstance(row, Prompt):
+        fields = {**row.columns, "prompt": row.prompt}
+        return fields | _beside(row)
     if not isinstance(row, Chat):
         named = zip(row._fields, row, strict=True)
         return {name: text for name, text in named if name != "place"}
     before, after = row.messages[: row.first], row.messages[row.first :]
-    fields: dict[str, Any] = {"prompt": before, "completion": after}
-    if not before:
-        fields = {"messages": after}
-    if row.tools is not None:
-        fields["tools"] = row.tools
-    if row.variables is not None:
-        fields["chat_template_kwargs"] = row.variables
-    return fields
+    fields = {"messages": after} if not before else {"prompt": before, "completion": after}
+    return fields | _beside(row)
+
+
+def _beside(row: Chat | Prompt) -> dict[str, Any]:
+    """Return the fields that stand beside messages."""
+    found = {"tools": row.tools, "chat_template_kwargs": row.variables}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def has_empty_answer(row: Row) -> bool:
     """Whether an answer that would be learned has no text, no reasoning and no tool calls."""
+    if isinstance(row, Prompt):
+        return False
     if isinstance(row, Choice):
         return has_empty_answer(row.chosen) or has_empty_answer(row.rejected)
     if isinstance(row, Chat):

@@ -29,7 +29,7 @@ from lorakit.data.rows import (
     read_rows,
     unread_rows,
 )
-from lorakit.data.schemas import Choice, Row
+from lorakit.data.schemas import Choice, Prompt, Row
 from lorakit.files.hub import hub_id
 from lorakit.files.local import as_path
 
@@ -105,6 +105,12 @@ def _mixed(
         raise LorakitError(
             f"{place_of(parts[pairs.index(True)], 0)} has two answers to choose from, and "
             f"{place_of(parts[pairs.index(False)], 0)} has none: a run learns one kind of row"
+        )
+    alone = [isinstance(rows[0], Prompt) for rows in parts]
+    if any(alone) and not all(alone):
+        raise LorakitError(
+            f"{place_of(parts[alone.index(True)], 0)} is a prompt alone, and "
+            f"{place_of(parts[alone.index(False)], 0)} has an answer: a run learns one kind of row"
         )
     return MixedRows(parts)
 

@@ -3,13 +3,15 @@
 import hashlib
 from typing import Any
 
-from lorakit.data.schemas import Chat, Choice, Instruction, Row, Text
+from lorakit.data.schemas import Chat, Choice, Instruction, Prompt, Row, Text
 
 
 def texts_of(row: Row) -> list[str]:
     """Return every text of a row, tools and variables as Python prints them."""
     if isinstance(row, Choice):
         return texts_of(row.chosen) + texts_of(row.rejected)
+    if isinstance(row, Prompt):
+        return [*texts_of(_as_chat(row)), str(row.columns)]
     if not isinstance(row, Chat):
         return list(row[:-1])
     texts = [str(row.tools), str(row.variables)]
@@ -30,9 +32,18 @@ def spoken_texts(row: Row) -> list[str]:
             rejected = rejected._replace(messages=rejected.messages[rejected.first :])
             return spoken_texts(row.chosen) + spoken_texts(rejected)
         return [*spoken_texts(row.chosen), rejected.completion]
+    if isinstance(row, Prompt):
+        row = _as_chat(row)
     if not isinstance(row, Chat):
         return list(row[:-1])
     return [content_of_message(m) for m in row.messages if m["role"] not in ("system", "developer")]
+
+
+def _as_chat(row: Prompt) -> Chat:
+    """Return a prompt as a chat that nobody has answered; text is what a user says."""
+    said = row.prompt
+    messages = [{"role": "user", "content": said}] if isinstance(said, str) else said
+    return Chat(messages, row.tools, len(messages), row.place, row.variables)
 
 
 def content_of_message(message: dict[str, Any]) -> str:
@@ -41,9 +52,14 @@ def content_of_message(message: dict[str, Any]) -> str:
 
 
 def answer_of(row: Row) -> str:
-    """Return the answer of a row without white space around it: of two the better one."""
+    """Return the answer of a row without white space around it: of two the better one.
+
+    A prompt alone has none, which is "".
+    """
     if isinstance(row, Choice):
         return answer_of(row.chosen)
+    if isinstance(row, Prompt):
+        return ""
     if isinstance(row, Chat):
         return content_of_message(row.messages[-1]).strip()
     if isinstance(row, Text):
@@ -58,6 +74,8 @@ def question_of(row: Row) -> str:
     """
     if isinstance(row, Choice):
         return question_of(row.chosen)
+    if isinstance(row, Prompt):
+        return content_of_message(_as_chat(row).messages[-1])
     if isinstance(row, Chat):
         return content_of_message(row.messages[-2]) if len(row.messages) > 1 else ""
     if isinstance(row, Instruction):
@@ -69,6 +87,8 @@ def asked_of(row: Row) -> list[str]:
     """Return all texts before the answer of a row but the system's; text has none."""
     if isinstance(row, Choice):
         return asked_of(row.chosen)
+    if isinstance(row, Prompt):
+        return spoken_texts(row)
     if not isinstance(row, Chat):
         return [question_of(row)] if question_of(row) else []
     return spoken_texts(row._replace(messages=row.messages[:-1]))

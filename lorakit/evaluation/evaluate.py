@@ -10,7 +10,7 @@ from tqdm import tqdm
 from lorakit.config.errors import LorakitError, check
 from lorakit.config.training import OverLength, TrainConfig, TrainOn
 from lorakit.data.batching import collate, real_tokens
-from lorakit.data.encode import Example, PairExample
+from lorakit.data.encode import IGNORE, Example, PairExample
 from lorakit.data.examples import Examples, encode_rows
 from lorakit.data.rows import RowSource
 from lorakit.evaluation.score import check_rows, score_rows
@@ -90,12 +90,22 @@ def encode_for(
     else:
         examples = encode_rows(rows, tok, skip_empty=config.skip_empty, **settings)
     tok.check_fits([examples.largest_id], model.config.vocab_size)
-    if isinstance(examples[0], PairExample) != (config.objective != "sft"):
+    wanted = {"sft": "answer", "grpo": "prompt"}.get(config.objective, "pair")
+    if _kind(examples) != wanted:
         raise LorakitError(
             f"objective {config.objective!r} does not fit {what}: dpo and orpo need `chosen` and "
-            "`rejected`, sft rows without them or read with `format: messages`"
+            "`rejected`, sft rows with one answer, perhaps read with `format: messages`, and grpo "
+            "prompts alone"
         )
     return examples
+
+
+def _kind(examples: Examples) -> str:
+    """Return what the rows of examples have: a "pair" of answers, one "answer" or a "prompt"."""
+    first = examples[0]
+    if isinstance(first, PairExample):
+        return "pair"
+    return "answer" if any(label != IGNORE for label in first.labels) else "prompt"
 
 
 def text_loss(

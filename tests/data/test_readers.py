@@ -280,7 +280,7 @@ def test_jsonl(tmp_path):
         ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"', "line 2 is not valid JSON"),
         ("[1]", r"line 1 must be an object.*not \[1\]"),
         ('{"promt": "a", "completion": "b"}', "'prompt' is missing .did you mean 'promt'"),
-        ('{"prompt": "a"}', "line 1: field 'completion' is missing"),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}', "'completion' is missing"),
         ('{"prompt": 3, "completion": "b"}', "'prompt' must be text, not 3"),
         ('{"prompt": "a", "completion": ""}', "the completion is empty"),
     ],
