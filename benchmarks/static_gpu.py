@@ -485,14 +485,14 @@ def float8_cases(packed: lk.kernels.NF4Tensor) -> Iterator[tuple[str, Callable, 
     yield "float8 weight turned", lambda: weight.columns_to(turned), 128 * 64
 
 
-def measure_target(target: str, only: str | None, peers: bool) -> list[Figures]:
+def measure_target(target: str, only: list[str], peers: bool) -> list[Figures]:
     chosen = (("lorakit", *case) for case in cases())
     if peers:
         chosen = itertools.chain(chosen, static_peers.cases(target))
     kernels = []
     for provider, op, call, values in chosen:
         known = target in FLOAT8 or not op.startswith("float8")
-        if known and (only is None or only in op):
+        if known and (not only or any(part in op for part in only)):
             for launch in launches(call, target):
                 name = launch.function.fn.__name__.strip("_")
                 made = compile_for(launch, TARGETS[target])
@@ -500,7 +500,7 @@ def measure_target(target: str, only: str | None, peers: bool) -> list[Figures]:
     return measure(kernels, target)
 
 
-def measure_all(targets: list[str], only: str | None, peers: bool) -> list[Figures]:
+def measure_all(targets: list[str], only: list[str], peers: bool) -> list[Figures]:
     """All rows, by target; a process for each, as many at a time as there are processors."""
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
         parts = pool.map(measure_target, targets, *([x] * len(targets) for x in (only, peers)))
@@ -517,7 +517,7 @@ def installed(package: str) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--target", action="append", choices=TARGETS, help="default: all")
-    parser.add_argument("--op", help="only ops whose name holds this")
+    parser.add_argument("--op", action="append", default=[], help="only ops whose name holds this")
     parser.add_argument("--peers", action="store_true", help="Liger and bitsandbytes too")
     parser.add_argument("--csv", type=Path, help="write the rows to this file too")
     args = parser.parse_args()
