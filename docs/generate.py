@@ -21,6 +21,7 @@ ROOMS = {
     "inference": "Generation",
     "serving": "Serving",
     "evaluation": "Evaluation",
+    "comparison": "Comparisons",
     "export": "Export",
     "files": "The Hub",
     "config": "Settings and errors",

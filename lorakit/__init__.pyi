@@ -29,7 +29,17 @@ from lorakit.adapters.peft_files.inspect import describe_adapter as describe_ada
 from lorakit.adapters.peft_files.load import load_adapter as load_adapter
 from lorakit.adapters.peft_files.save import save_adapter as save_adapter
 from lorakit.board.serve import serve_board as serve_board
+from lorakit.comparison.compare import ComparedRun as ComparedRun
+from lorakit.comparison.compare import ComparisonResult as ComparisonResult
+from lorakit.comparison.compare import compare_models as compare_models
+from lorakit.comparison.compare import plan_comparison as plan_comparison
+from lorakit.comparison.compare import read_comparison as read_comparison
+from lorakit.comparison.votes import Ballot as Ballot
+from lorakit.comparison.votes import BlindPair as BlindPair
+from lorakit.comparison.votes import Share as Share
 from lorakit.config.adapters import LoraConfig as LoraConfig
+from lorakit.config.comparison import ComparisonConfig as ComparisonConfig
+from lorakit.config.comparison import TaskConfig as TaskConfig
 from lorakit.config.data import DataConfig as DataConfig
 from lorakit.config.data import SourceConfig as SourceConfig
 from lorakit.config.errors import LorakitError as LorakitError

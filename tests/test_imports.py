@@ -23,6 +23,7 @@ ORDER = [
     {"evaluation": {"lm_eval", "matplotlib", "sacrebleu"}},
     {"export": {"numpy", "xllamacpp", "yaml"}},
     {"training": {"mlflow", "tensorboard", "trackio", "wandb"}},
+    {"comparison": {"yaml"}},
     {"board": {"numpy", "starlette", "uvicorn", "yaml"}},
     {"compat": set()},
 ]

@@ -20,6 +20,7 @@ from lorakit.cli import (
     adapter,
     board,
     chat,
+    compare,
     data,
     evaluate,
     export,
@@ -87,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     train.add_parser(verbs, common)
     evaluate.add_parser(verbs, common)
+    compare.add_parser(verbs, common)
     generate.add_parser(verbs, common)
     chat.add_parser(verbs, common)
     serve.add_parser(verbs, common)

@@ -27,6 +27,8 @@ class Continued(NamedTuple):
     """The greedy tokens after each prompt."""
     chat: list[int] | None
     """The tokens of the chat, with the beginning of an answer; None if it was refused."""
+    tokens_per_second: list[float]
+    """How fast each text was decoded, without its prompt, by llama.cpp's own clock."""
 
 
 def continue_in_llama_cpp(
@@ -88,11 +90,12 @@ def _main() -> None:
     server = xllamacpp.Server(params)
     address = server.listening_address
     options = {"n_predict": request["new"], "temperature": 0, "return_tokens": True}
-    texts = [
-        _ask(address, "/completion", prompt=prompt, **options)["tokens"]
-        for prompt in request["prompts"]
+    answers = [
+        _ask(address, "/completion", prompt=prompt, **options) for prompt in request["prompts"]
     ]
-    print(json.dumps([texts, _rendered(address, request["chat"])]))
+    texts = [answer["tokens"] for answer in answers]
+    speeds = [answer["timings"]["predicted_per_second"] for answer in answers]
+    print(json.dumps([texts, _rendered(address, request["chat"]), speeds]))
 
 
 def _rendered(address: str, chat: Any) -> list[int] | None:

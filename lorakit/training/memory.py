@@ -1,6 +1,7 @@
 """The memory that a run has used, what the C library keeps for it, and sizes as text."""
 
 import ctypes
+import gc
 import os
 import platform
 import re
@@ -36,6 +37,24 @@ def peak_memory_mb(device: torch.device | str = "cpu") -> float:
         return torch.cuda.max_memory_allocated(device) / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB, macOS in bytes
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def forget_peak(device: torch.device | str = "cpu") -> None:
+    """Let the peak of memory begin again from what is in use now, where the system can do that.
+
+    What was freed goes back to the system first. Linux forgets the peak of a process that asks for
+    it; elsewhere, and where /proc may not be written to, it stays.
+    """
+    gc.collect()
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def free_memory(device: torch.device | str = "cpu") -> int:

@@ -1,0 +1,116 @@
+"""The rows of the tasks: divided once by content, the same for every run, and checked to stay so.
+
+A task with `data` is divided into train.jsonl, validation.jsonl and test.jsonl under
+output_dir/data. The part of a row follows from its content, so equal rows are in one part. The
+digests of the parts are noted with each run. If the source changes later, nothing is mixed: the
+comparison stops with a sentence.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorakit.comparison.grid import task_folder
+from lorakit.config.comparison import ComparisonConfig, TaskConfig
+from lorakit.config.data import DataConfig
+from lorakit.config.errors import LorakitError
+from lorakit.data.rows import read_rows
+from lorakit.data.schemas import Row
+from lorakit.data.sources import open_data
+from lorakit.data.splitting import content_digest, split_rows
+from lorakit.data.write import write_rows
+
+PARTS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """The rows of a task, by part, with a digest of each part's content and order."""
+
+    parts: dict[str, Sequence[Row]]
+    """Rows by "train", "test" and maybe "validation"."""
+    digests: dict[str, str]
+    """Digest of each part."""
+    notes: list[str]
+    """What a reader should know: sentences."""
+    divided_into: Path | None
+    """Folder for the parts, if they were divided and are to be written there."""
+
+
+def open_task(config: ComparisonConfig, name: str) -> TaskRows:
+    """Return the rows of a task, all read and checked. Nothing is written.
+
+    Raises LorakitError if they cannot be read, a part would be empty, or the source was changed
+    after it was divided.
+    """
+    said, folder = config.tasks[name], None
+    if said.data is not None:
+        folder = task_folder(config, name)
+        rows = _opened(said.data, said, f"task {name}")
+        parts = dict(zip(PARTS, split_rows(rows), strict=True))
+        empty = [part for part in PARTS if not len(parts[part])]
+        if empty:
+            raise LorakitError(
+                f"task {name}: the {len(rows)} rows of {said.data} leave none to {empty[0]}; it "
+                "takes more rows, or files of their own as train, validation and test"
+            )
+    else:
+        given = {"train": said.train, "validation": said.validation, "test": said.test}
+        parts = {
+            part: _opened(path, said, f"task {name}, {part}")
+            for part, path in given.items()
+            if path is not None
+        }
+    digests = {part: digest_of(rows) for part, rows in parts.items()}
+    if folder is not None and (folder / "train.jsonl").exists():
+        _check_unchanged(folder, said, name, digests)
+    return TaskRows(parts, digests, _notes(name, parts), folder)
+
+
+def write_task(rows: TaskRows) -> None:
+    """Write the parts of a task that was divided, unless they are there."""
+    if rows.divided_into is not None and not (rows.divided_into / "train.jsonl").exists():
+        write_rows({rows.divided_into / f"{part}.jsonl": rows.parts[part] for part in PARTS})
+
+
+def digest_of(rows: Sequence[Row]) -> str:
+    """Return a digest of what rows say, and of their order."""
+    found = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        found.update(content_digest(row))
+    return found.hexdigest()
+
+
+def _opened(path: str, said: TaskConfig, where: str) -> Sequence[Row]:
+    source = DataConfig(train=path, format=said.format, columns=dict(said.columns))
+    try:
+        return read_rows(_read_through(open_data(source)["train"]))
+    except LorakitError as error:
+        raise LorakitError(f"{where}: {error}") from None
+
+
+def _read_through(rows: Sequence[Row]) -> Sequence[Row]:
+    """Return rows after the pass that checks each of them."""
+    for _ in rows:
+        pass
+    return rows
+
+
+def _check_unchanged(folder: Path, said: TaskConfig, name: str, digests: dict[str, str]) -> None:
+    for part, digest in digests.items():
+        path = folder / f"{part}.jsonl"
+        if not path.exists() or digest_of(_opened(str(path), said, f"task {name}")) != digest:
+            raise LorakitError(
+                f"task {name}: {path} does not hold what {said.data} gives now; it was changed "
+                f"after it was divided, so remove {folder}, or choose another output_dir"
+            )
+
+
+def _notes(name: str, parts: dict[str, Sequence[Row]]) -> list[str]:
+    """Return a sentence about test rows that are learned too."""
+    tested = {content_digest(row) for row in parts["test"]}
+    leaked = sum(content_digest(row) in tested for row in parts["train"])
+    if not leaked:
+        return []
+    return [f"task {name}: {leaked} of its rows to train on are test rows too, so scores are high"]

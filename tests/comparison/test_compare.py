@@ -1,0 +1,276 @@
+"""Whole comparisons of tiny models: what is written, resumed, skipped, refused and reported."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import yaml
+
+import lorakit as lk
+from lorakit.comparison import work
+from lorakit.training import train as training
+
+TIMES = ("tokens_per_second", "seconds", "peak_memory_mb")
+
+
+def without_times(values):
+    """The values of comparison.json but for those that no two runs share."""
+    if isinstance(values, dict):
+        return {k: without_times(v) for k, v in values.items() if k not in (*TIMES, "created")}
+    if isinstance(values, list):
+        return [without_times(each) for each in values]
+    return values
+
+
+def rules_without_seconds(values):
+    """The recommendation without the sentence that names seconds."""
+    rules = [rule for rule in values["recommendation"]["rules"] if " s" not in rule["says"]]
+    return {**values, "recommendation": {**values["recommendation"], "rules": rules}}
+
+
+def told(result):
+    return rules_without_seconds(without_times(result.values))
+
+
+def test_a_grid_of_two_models(grid, rows, tmp_path, models, capsys):
+    result = lk.compare_models(grid)
+    folder = tmp_path / "compared"
+    values = json.loads((folder / "comparison.json").read_text())
+    assert values == result.values
+    assert lk.read_comparison(folder).values == values
+    ids = [run["id"] for run in values["runs"]]
+    assert ids == [
+        "parity--bytes--untrained",
+        "parity--bytes--default--s0",
+        "parity--words--untrained",
+        "parity--words--default--s0",
+    ]
+    assert {run["state"] for run in values["runs"]} == {"finished"}
+    assert "run 2 of 4: parity--bytes--default--s0" in capsys.readouterr().out
+    [task] = values["tasks"]
+    assert sum(task["sizes"].values()) == 60
+    # one run, and no seed to draw: the numbers are those of the library's own functions
+    said = lk.read_completions(folder / "predictions" / f"{ids[1]}.jsonl")
+    texts, references = ([c.prediction for c in said], [c.reference for c in said])
+    row = task["rows"][1]
+    expected = lk.bootstrap_interval(texts, references, "accuracy")
+    assert row["scores"]["accuracy"] == {**expected._asdict(), "better": "higher"}
+    model = lk.load_model(models["bytes"], dtype="float32")
+    lk.load_adapter(model, folder / "runs" / ids[1])
+    tok = lk.load_tokenizer(models["bytes"])
+    measured = lk.evaluate(model, tok, folder / "data" / "parity" / "test.jsonl")
+    # sums of fp32 losses in another order
+    assert row["scores"]["perplexity"]["value"] == pytest.approx(measured["perplexity"], rel=1e-5)
+    # a perplexity counts tokens, and these two models have other ones
+    pairs = {(p["metric"], p["first"]["model"], p["second"]["model"]) for p in task["pairs"]}
+    assert ("perplexity", "bytes", "bytes") in pairs
+    assert ("perplexity", "bytes", "words") not in pairs
+    assert ("bits_per_byte", "bytes", "words") in pairs
+    assert values["recommendation"]["model"] in models
+    page = (folder / "comparison.md").read_text()
+    assert page.startswith("# comparison\n")
+    assert "## Recommendation" in page
+
+
+def test_all_models_see_the_rows_in_one_order(grid, monkeypatch):
+    """The rows of every step, by their numbers, whatever the tokenizers make of them."""
+    seen = []
+    inner = training.Run
+
+    class Watched(inner):
+        def _prepare(self, number):
+            seen[-1].append([list(rows) for rows in self.order.step(number)])
+            return super()._prepare(number)
+
+        def __init__(self, *args):
+            seen.append([])
+            super().__init__(*args)
+
+    monkeypatch.setattr(training, "Run", Watched)
+    lk.compare_models({**grid, "baseline": False})
+    assert len(seen) == 2
+    assert seen[0] == seen[1]
+    assert sum(len(batch) for step in seen[0] for batch in step) == 24
+
+
+def test_a_run_is_that_of_lorakit_train(grid, tmp_path):
+    from lorakit.cli.main import main
+
+    result = lk.compare_models({**grid, "baseline": False, "models": [grid["models"]["bytes"]]})
+    folder = result.folder / "runs" / result.values["runs"][0]["id"]
+    run_file = folder / "run.yaml"
+    values = yaml.safe_load(run_file.read_text())
+    assert values["data"]["train"] == str(result.folder / "data" / "parity" / "train.jsonl")
+    assert main(["train", str(run_file), f"output_dir={tmp_path / 'alone'}"]) == 0
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "alone" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_a_comparison_that_is_stopped_goes_on(grid, tmp_path, monkeypatch):
+    """Ctrl-C in a run, then in an evaluation: in the end the numbers are those without either."""
+    whole = lk.compare_models({**grid, "output_dir": str(tmp_path / "whole")})
+    taken = training.Run._step
+
+    def interrupted(self, log):
+        taken(self, log)
+        if self.progress.step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(training.Run, "_step", interrupted)
+    stopped = lk.compare_models(grid)
+    assert stopped.interrupted
+    states = [run["state"] for run in stopped.values["runs"]]
+    assert states == ["finished", "stopped", "waiting", "waiting"]
+    assert (stopped.folder / "runs" / "parity--bytes--default--s0" / "checkpoint-2").is_dir()
+    monkeypatch.setattr(training.Run, "_step", taken)
+    completed = work.complete_rows
+
+    def killed(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(work, "complete_rows", killed)
+    assert lk.compare_models(grid).interrupted
+    monkeypatch.setattr(work, "complete_rows", completed)
+    trained = []
+    monkeypatch.setattr(work, "train", lambda *a, **k: trained.append(a) or training.train(*a, **k))
+    ended = lk.compare_models(grid)
+    assert len(trained) == 1  # the other run was trained before its evaluation was stopped
+    assert told(ended) == told(whole)
+
+
+def test_what_is_done_is_not_done_again(grid, tmp_path, monkeypatch, capsys):
+    grid["baseline"] = False
+    first = lk.compare_models(grid)
+    with monkeypatch.context() as patched:
+        for name in ("train", "load_model", "complete_rows"):
+            patched.setattr(work, name, None)
+        assert lk.compare_models(grid).values == first.values
+        # a metric of texts is computed from those that are there
+        grid["tasks"]["parity"]["metrics"] = ["exact_match"]
+        again = lk.compare_models(grid)
+        assert again.values["tasks"][0]["metrics"][0] == "exact_match"
+    adapter = first.folder / "runs" / "parity--bytes--default--s0" / "adapter_model.safetensors"
+    before = adapter.read_bytes()
+    grid["settings"] = {"default": {}, "r1": {"lora": {"r": 1}}}
+    capsys.readouterr()
+    wider = lk.compare_models(grid, only="--bytes--")
+    assert "run 2 of 2: parity--bytes--r1--s0" in capsys.readouterr().out
+    states = {run["id"]: run["state"] for run in wider.values["runs"]}
+    assert states["parity--words--r1--s0"] == "waiting"
+    assert adapter.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"base": {"max_steps": 2, "dtype": "float32"}}, "was made with lora.r 2, and now it is 8"),
+        ({"tasks": {"parity": "fewer.jsonl"}}, "was changed after it was divided"),
+    ],
+)
+def test_numbers_of_two_kinds_are_never_mixed(grid, rows, tmp_path, monkeypatch, change, message):
+    grid |= {"baseline": False, "models": {"bytes": grid["models"]["bytes"]}}
+    grid["base"]["max_steps"] = 2
+    lk.compare_models(grid)
+    monkeypatch.chdir(tmp_path)
+    Path("fewer.jsonl").write_text("".join(rows.read_text().splitlines(True)[:50]))
+    with pytest.raises(lk.LorakitError, match=message):
+        lk.compare_models({**grid, **change})
+
+
+def test_a_run_that_fails_is_reported_and_the_rest_goes_on(grid, capsys):
+    """A learning rate without bound diverges: ten steps are not finite."""
+    grid |= {"models": {"bytes": grid["models"]["bytes"]}, "baseline": False}
+    wild = {"learning_rate": 1e30, "max_steps": 14, "warmup_steps": 0}
+    grid["settings"] = {"wild": wild, "tame": {}}
+    result = lk.compare_models(grid)
+    [(id, reason)] = result.failed.items()
+    assert id == "parity--bytes--wild--s0"
+    assert "not finite" in reason or "none of the" in reason
+    assert [row["settings"] for row in result.values["tasks"][0]["rows"]] == ["tame"]
+    assert f"{id} failed: " in str(result)
+    assert result.values["recommendation"]["settings"] == "tame"
+
+
+def test_a_text_has_no_answers(grid, tmp_path):
+    """Rows of text are measured by their loss alone; files of their own are taken as they are."""
+    lines = [json.dumps({"text": f"{i} and {i + 1}."}) + "\n" for i in range(12)]
+    for name, part in (("train", lines[:8]), ("test", lines[6:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    task = {"train": "train.jsonl", "test": "test.jsonl", "kind": "text"}
+    task = {k: str(tmp_path / v) if k != "kind" else v for k, v in task.items()}
+    grid |= {"tasks": {"sums": task}, "models": {"bytes": grid["models"]["bytes"]}}
+    values = lk.compare_models(grid).values
+    [found] = values["tasks"]
+    assert found["metrics"] == ["bits_per_byte", "perplexity"]
+    assert found["sizes"] == {"train": 8, "test": 6}
+    assert values["notes"] == [
+        "task sums: 2 of its rows to train on are test rows too, so scores are high"
+    ]
+    scores = found["rows"][0]["scores"]
+    assert scores["bits_per_byte"]["better"] == "lower"
+    assert not (tmp_path / "compared" / "predictions").exists()
+
+
+def test_scores_of_meaning_and_of_files(grid, tmp_path, monkeypatch):
+    """BERTScore over the first model's hidden states, and GGUF files with lorakit's own decode."""
+    from lorakit.export import runtime
+
+    monkeypatch.setattr(runtime, "find_spec", lambda name: None)
+    grid |= {"models": {"bytes": grid["models"]["bytes"]}, "baseline": False, "exports": ["q8_0"]}
+    grid["tasks"]["parity"] |= {"metrics": ["bert_score", "accuracy"]}
+    result = lk.compare_models(grid)
+    [row] = result.values["tasks"][0]["rows"]
+    said = lk.read_completions(result.folder / "predictions" / f"{row['run ids'][0]}.jsonl")
+    model = lk.load_model(grid["models"]["bytes"], dtype="float32")
+    tok = lk.load_tokenizer(grid["models"]["bytes"])
+    texts = [c.prediction for c in said], [c.reference for c in said]
+    expected = lk.bert_score(model, tok, *texts).f1.double().mean().item()
+    assert row["scores"]["bert_score"]["value"] == pytest.approx(expected, abs=1e-6)
+    exported = row["export"]["q8_0"]
+    assert exported["measured_by"] == "lorakit"
+    assert exported["tokens_per_second"] > 0
+    run = result.folder / "runs" / row["run ids"][0]
+    file = tmp_path / "model.gguf"
+    written = lk.export_gguf(grid["models"]["bytes"], file, quantization="q8_0", adapter=run)
+    assert exported["bytes"] == written.size == file.stat().st_size
+    assert not list(result.folder.glob(".export-*"))
+    assert "Exported models" in str(result)
+
+
+def test_hostile_names(grid, tmp_path):
+    """Names go into folders, tables and pages; none of them leaves its place."""
+    hostile = "../../x <img src=x onerror=alert(1)>|`"
+    grid["tasks"] = {hostile: grid["tasks"]["parity"]}
+    grid |= {"models": {hostile: grid["models"]["bytes"]}, "settings": {hostile: {}}}
+    result = lk.compare_models({**grid, "baseline": False})
+    [run] = result.values["runs"]
+    assert run["task"] == run["model"] == run["settings"] == hostile
+    folder = (result.folder / run["folder"]).resolve()
+    assert folder.parent == (tmp_path / "compared" / "runs").resolve()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["compared", "rows.jsonl"]
+    page = (result.folder / "comparison.md").read_text()
+    assert "<img" not in page
+    assert "\\|\\`" in page
+
+
+def test_another_process_works_there(grid, tmp_path):
+    from lorakit.training.state import only_run_in
+
+    folder = tmp_path / "compared"
+    folder.mkdir()
+    with only_run_in(folder), pytest.raises(lk.LorakitError, match="another run is training into"):
+        lk.compare_models(grid)
+    shutil.rmtree(folder)
+    with pytest.raises(lk.LorakitError, match="no run has 'nothing' in its id"):
+        lk.compare_models(grid, only="nothing")
+    assert not folder.exists()
+
+
+def test_a_damaged_comparison_is_refused(tmp_path):
+    with pytest.raises(lk.LorakitError, match="comparison.json does not exist"):
+        lk.read_comparison(tmp_path)
+    (tmp_path / "comparison.json").write_text('{"version": 2}')
+    with pytest.raises(lk.LorakitError, match="is no comparison, or one of another version"):
+        lk.read_comparison(tmp_path)
