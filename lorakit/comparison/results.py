@@ -141,7 +141,7 @@ class _Task:
         return one == two
 
     def _measure(self, metric: str) -> Measure:
-        key = metric, self.name, tuple(job.run.id for job in self.finished)
+        key = "measure", metric, self.name, tuple(job.run.id for job in self.finished)
         return self.results.known(key, lambda: self._measured(metric))
 
     def _measured(self, metric: str) -> Measure:
@@ -158,7 +158,8 @@ class _Task:
             return measure_texts(metric, predictions, references)
         each = [
             self.results.known(
-                (metric, id), lambda id=id: measure_texts(metric, {id: predictions[id]}, references)
+                ("texts", metric, id),
+                lambda id=id: measure_texts(metric, {id: predictions[id]}, references),
             )
             for id in predictions
         ]
@@ -179,7 +180,7 @@ class _Task:
         ids = [job.run.id for job in jobs]
         scores = {}
         for name, measure in measures.items():
-            found = self.results.known((name, *ids), lambda m=measure: pooled(m, ids))
+            found = self.results.known(("score", name, *ids), lambda m=measure: pooled(m, ids))
             scores[name] = {**found._asdict(), "better": measure.better}
         trained = [job.record.trained for job in jobs if job.record.trained]
         seconds = sum(each["seconds"] for each in trained)
@@ -202,7 +203,7 @@ class _Task:
         """Return the difference of two rows of the table in one metric."""
         pairs = self._seeds(first, second)
         found: Difference = self.results.known(
-            (measure.metric, *pairs), lambda: difference(measure, pairs)
+            ("pair", measure.metric, *pairs), lambda: difference(measure, pairs)
         )
         return {
             "first": {"model": first[0], "settings": first[1]},
