@@ -32,7 +32,8 @@ from lorakit.config.errors import LorakitError, nearest, one_of
 from lorakit.data.encode import Encoder
 from lorakit.evaluation.metrics import check_usable
 from lorakit.export.mix import FILE_TYPES
-from lorakit.files.local import as_path, read_json, write_json, write_text
+from lorakit.files.local import as_path, read_json, read_text, write_json, write_text
+from lorakit.files.yaml_text import parse_yaml
 from lorakit.models.tokenizer import Tokenizer
 from lorakit.models.tokenizer_files import load_tokenizer
 from lorakit.training.log import say
@@ -77,7 +78,7 @@ class ComparedRun:
 
 
 def compare_models(
-    config: ComparisonConfig | Mapping[str, Any], *, only: str | None = None
+    config: ComparisonConfig | Mapping[str, Any] | str | Path, *, only: str | None = None
 ) -> ComparisonResult:
     """Fine-tune models on tasks with everything else equal, and say how they differ.
 
@@ -85,7 +86,7 @@ def compare_models(
     schedule. The same call goes on where an earlier one ended.
 
     Args:
-        config: The settings of the comparison, or the mapping of its file.
+        config: The settings of the comparison, the mapping of its file, or the file's path.
         only: A part of the ids of the runs to make, such as the name of a task. Others are shown if
             they are finished.
 
@@ -116,11 +117,13 @@ def compare_models(
         return ComparisonResult(folder, work.write(), interrupted)
 
 
-def plan_comparison(config: ComparisonConfig | Mapping[str, Any]) -> list[ComparedRun]:
+def plan_comparison(
+    config: ComparisonConfig | Mapping[str, Any] | str | Path,
+) -> list[ComparedRun]:
     """Return the runs that `compare_models` would make, without making or writing anything.
 
     Args:
-        config: The settings of the comparison, or the mapping of its file.
+        config: The settings of the comparison, the mapping of its file, or the file's path.
 
     Returns:
         A run for each task, model, settings and seed, in the order in which they are made.
@@ -164,8 +167,11 @@ def read_comparison(folder: str | Path) -> ComparisonResult:
     return ComparisonResult(folder, values)
 
 
-def _settings(config: ComparisonConfig | Mapping[str, Any]) -> ComparisonConfig:
+def _settings(config: ComparisonConfig | Mapping[str, Any] | str | Path) -> ComparisonConfig:
     """Return the settings of a comparison after the checks that take no time."""
+    if isinstance(config, (str, Path)):
+        values = parse_yaml(read_text(as_path(config)))
+        config = ComparisonConfig.from_dict(values, str(config))
     if not isinstance(config, ComparisonConfig):
         config = ComparisonConfig.from_dict(config)
     for task in config.tasks.values():

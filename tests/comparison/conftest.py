@@ -1,30 +1,29 @@
 """Two tiny models with other vocabularies, rows of a task, and a grid over both."""
 
 import json
-import shutil
 
 import pytest
 
 from tests.conftest import tiny_llama, write_tokenizer
+from tests.export.models import byte_level
 
 
 @pytest.fixture(scope="session")
-def models(tiny_dir, tmp_path_factory):
-    """The tiny model with a byte-level tokenizer, and a smaller one with some whole words."""
-    other = tmp_path_factory.mktemp("other") / "words"
-    tiny_llama(vocab_size=320, num_hidden_layers=1).save_pretrained(other)
-    write_tokenizer(other)
-    path = other / "tokenizer.json"
+def models(tmp_path_factory):
+    """A model with the tokenizer of the tests of exporting, and one whose tokenizer has words."""
+    folder = tmp_path_factory.mktemp("models")
+    tiny_llama(num_key_value_heads=2, vocab_size=300).save_pretrained(folder / "bytes")
+    byte_level().save(folder / "bytes")
+    tiny_llama(vocab_size=300, num_hidden_layers=1).save_pretrained(folder / "words")
+    write_tokenizer(folder / "words")
+    path = folder / "words" / "tokenizer.json"
     values = json.loads(path.read_text())
-    for text in (" even", " odd", "is"):
-        number = len(values["model"]["vocab"]) + len(values["added_tokens"])
+    for number, text in enumerate([" even", " odd", " is"], 259):
         token = {"id": number, "content": text, "special": False, "normalized": True}
         token |= {"single_word": False, "lstrip": False, "rstrip": False}
         values["added_tokens"].append(token)
     path.write_text(json.dumps(values))
-    small = tmp_path_factory.mktemp("bytes") / "bytes"
-    shutil.copytree(tiny_dir, small)
-    return {"bytes": str(small), "words": str(other)}
+    return {name: str(folder / name) for name in ("bytes", "words")}
 
 
 @pytest.fixture

@@ -110,6 +110,10 @@ def test_a_run_is_that_of_lorakit_train(grid, tmp_path):
 
 def test_a_comparison_that_is_stopped_goes_on(grid, tmp_path, monkeypatch):
     """Ctrl-C in a run, then in an evaluation: in the end the numbers are those without either."""
+    grid |= {
+        "models": {"bytes": grid["models"]["bytes"]},
+        "settings": {"r2": {}, "r1": {"lora": {"r": 1}}},
+    }
     whole = lk.compare_models({**grid, "output_dir": str(tmp_path / "whole")})
     taken = training.Run._step
 
@@ -122,8 +126,8 @@ def test_a_comparison_that_is_stopped_goes_on(grid, tmp_path, monkeypatch):
     stopped = lk.compare_models(grid)
     assert stopped.interrupted
     states = [run["state"] for run in stopped.values["runs"]]
-    assert states == ["finished", "stopped", "waiting", "waiting"]
-    assert (stopped.folder / "runs" / "parity--bytes--default--s0" / "checkpoint-2").is_dir()
+    assert states == ["finished", "stopped", "waiting"]
+    assert (stopped.folder / "runs" / "parity--bytes--r2--s0" / "checkpoint-2").is_dir()
     monkeypatch.setattr(training.Run, "_step", taken)
     completed = work.complete_rows
 
