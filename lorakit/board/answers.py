@@ -26,10 +26,13 @@ def refused(refusal: Refusal) -> Response:
 
 
 async def body_of(request: Request) -> dict[str, Any]:
-    """Return the JSON object in a request's body. Raises Refusal if it is too long, or none."""
+    """Return the JSON object in a request's body, {} if that is empty.
+
+    Raises Refusal if it is too long, or no object.
+    """
     body = bytearray()
     async for part in request.stream():
         body += part
         if len(body) > MOST_BYTES:
             raise Refusal(413, f"The body of the request is longer than {MOST_BYTES} bytes.")
-    return read_object(bytes(body))
+    return read_object(bytes(body)) if body else {}

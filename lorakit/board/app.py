@@ -17,11 +17,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from lorakit.board import runs
-from lorakit.board.answers import answer, refused
+from lorakit.board.answers import answer, body_of, refused
+from lorakit.board.control import Control
 from lorakit.board.folder import Folder, NotThereError
 from lorakit.board.gate import Gate
 from lorakit.board.metrics import Cache
 from lorakit.config.errors import LorakitError
+from lorakit.serving.fields import Fields
 from lorakit.serving.refusals import Refusal
 
 T = TypeVar("T")
@@ -46,7 +48,7 @@ class Board:
         Args:
             folder: The folder that is shown.
         """
-        self.folder, self.cache = folder, Cache()
+        self.folder, self.cache, self.control = folder, Cache(), Control(folder)
 
     def routes(self) -> list[Route]:
         """Return the routes."""
@@ -62,10 +64,15 @@ class Board:
             Route(f"{run}/settings", self.settings, methods=["GET"]),
             Route(f"{run}/run_file", self.run_file, methods=["GET"]),
             Route(f"{run}/samples", self.samples, methods=["GET"]),
+            Route("/api/runs", self.start, methods=["POST"]),
+            Route(f"{run}/stop", self.stop, methods=["POST"]),
+            Route(f"{run}/resume", self.resume, methods=["POST"]),
+            Route("/api/forecast", self.forecast, methods=["POST"]),
         ]
 
     def close(self) -> None:
-        """End what takes long: the server ends."""
+        """End what takes long: the server ends. Runs go on."""
+        self.control.close()
 
     # ---- the page ----
 
@@ -89,6 +96,7 @@ class Board:
 
     def summaries(self) -> list[dict[str, Any]]:
         """Return what the list says of each run."""
+        self.control.reap()
         return [runs.summary(path, id_) for id_, path in self.folder.runs().items()]
 
     async def metrics(self, request: Request) -> Response:
@@ -110,7 +118,8 @@ class Board:
         """Answer with the memory of a run."""
 
         def read(run: Path) -> Any:
-            return runs.memory(run, self.cache.of(run).curves(1000, ["peak_memory_mb"]))
+            found = runs.memory(run, self.cache.of(run).curves(1000, ["peak_memory_mb"]))
+            return found | {"forecast": self._known_forecast(run)}
 
         return await self._of_run(request, read)
 
@@ -126,6 +135,46 @@ class Board:
         """Answer with the completions of a run's evaluations."""
         return await self._of_run(request, runs.samples)
 
+    def _known_forecast(self, run: Path) -> Any:
+        """Return the forecast that was made of the run file of a run, None if none was."""
+        if not self.control.forecasts:
+            return None
+        try:
+            return self.control.forecasts.get(runs.run_file(run))
+        except NotThereError:
+            return None
+
+    # ---- what changes something ----
+
+    async def start(self, request: Request) -> Response:
+        """Start a run from a run file."""
+        text, name = await _texts(request, "run_file", "name")
+        return answer({"id": await asyncio.to_thread(self.control.start, text, name)})
+
+    async def stop(self, request: Request) -> Response:
+        """Stop a run."""
+        return await self._after(request, self.control.stop)
+
+    async def resume(self, request: Request) -> Response:
+        """Go on with a run."""
+        return await self._after(request, self.control.resume)
+
+    async def _after(self, request: Request, act: Callable[[Path], None]) -> Response:
+        """Answer with what the list says of a run after something was done to it."""
+        await body_of(request)
+        id_ = _id(request)
+
+        def acted(run: Path) -> Any:
+            act(run)
+            return runs.summary(run, id_)
+
+        return await self._of_run(request, acted)
+
+    async def forecast(self, request: Request) -> Response:
+        """Answer with the forecast of a run file."""
+        [text] = await _texts(request, "run_file")
+        return answer(await self.control.forecast(text))
+
     async def _of_run(self, request: Request, read: Callable[[Path], Any]) -> Response:
         """Answer with what a function reads of the run that a path names."""
         id_ = _id(request)
@@ -138,6 +187,14 @@ def _id(request: Request) -> str:
         return unquote(request.path_params["id"], errors="strict")
     except UnicodeDecodeError:
         raise NotThereError("an id must be text in UTF-8") from None
+
+
+async def _texts(request: Request, *names: str) -> list[str]:
+    """Return the texts in a request's body, which holds nothing else."""
+    fields = Fields(await body_of(request))
+    texts = [fields.needed(name, str) for name in names]
+    fields.finish()
+    return texts
 
 
 def _whole(request: Request, name: str, default: int) -> int:

@@ -14,7 +14,7 @@ from lorakit.config.errors import LorakitError
 
 METRICS, RECORD, STARTED, COMPARISON = "metrics.jsonl", "run.json", ".started", "comparison.json"
 RUN_FILES = {METRICS, RECORD, STARTED}
-_DEPTH = 6  # folders below which no run is looked for
+DEPTH = 6  # folders below which no run is looked for
 
 
 class NotThereError(LorakitError):
@@ -84,7 +84,7 @@ class Folder:
             except OSError:
                 continue
             yield parts, path, {e.name for e in found if e.is_file(follow_symlinks=False)}
-            if len(parts) < _DEPTH:
+            if len(parts) < DEPTH:
                 inner = [e.name for e in found if e.is_dir(follow_symlinks=False)]
                 waiting += [(*parts, name) for name in sorted(inner, reverse=True) if _shown(name)]
 

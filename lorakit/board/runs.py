@@ -76,6 +76,11 @@ def read_record(run: Path) -> dict[str, Any]:
     return _object(run / RECORD)
 
 
+def read_started(run: Path) -> dict[str, Any]:
+    """Return what the board wrote when it started a run, {} if it did not."""
+    return _object(run / STARTED)
+
+
 def _object(path: Path) -> dict[str, Any]:
     try:
         text, whole = read_end(path, _MOST)
@@ -100,7 +105,7 @@ def state_of(run: Path, record: Mapping[str, Any]) -> tuple[str, str | None]:
     """
     if is_locked(run / LOCK) or is_locked(run / STARTED):
         return "running", None
-    started = _object(run / STARTED)
+    started = read_started(run)
     if _time(started, "started") > _time(record, "started"):  # it ended before its first step
         return ("stopped", None) if started.get("stopped") else ("failed", last_words(run))
     state = record.get("state")
@@ -221,13 +226,13 @@ def run_file(run: Path) -> str:
 
     Raises NotThereError if the run saved none.
     """
-    if is_file(run / RUN_FILE):
-        text, whole = read_end(run / RUN_FILE, _MOST)
-        if whole:
-            return text.decode(errors="replace")
     values = read_record(run).get("run_file")
-    if not isinstance(values, dict):
-        raise NotThereError("this run was not started from a run file")
+    ours = is_file(run / STARTED) and is_file(run / RUN_FILE)  # the board wrote it as it was typed
+    if ours or not isinstance(values, dict):
+        try:
+            return read_end(run / RUN_FILE, _MOST)[0].decode(errors="replace")
+        except NotThereError:
+            raise NotThereError("this run was not started from a run file") from None
     import yaml
 
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

@@ -183,7 +183,9 @@ class OrderedSum(SumOfRanks):
         if self.rounds == 0 and not last:
             flat.slice = flat.sent.new_empty(flat.of_rank, dtype=flat.wide)
         for part in flat.parts:
-            sent, received = (t[: self.share.size * part.length] for t in (flat.sent, flat.received))
+            sent, received = (
+                t[: self.share.size * part.length] for t in (flat.sent, flat.received)
+            )
             flat.pack(gradients, part)
             self.ranks.exchange(received, sent)
             total = self._added(flat, part, received.view(self.share.size, -1))

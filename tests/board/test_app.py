@@ -85,5 +85,7 @@ def test_settings_samples_and_run_file(get, refused, folder):
     }
     assert get("runs/a/samples") == [sample, {"step": 2, "loss": None}]
     assert get("runs/a/run_file") == {"text": "model: é\nlearning_rate: 2.0e-05\n"}
-    (folder / "a" / "run.yaml").write_text("# mine\nmodel: x\n")
+    (folder / "a" / "run.yaml").write_text("# mine\nmodel: x\n")  # maybe what overrides changed
+    assert get("runs/a/run_file")["text"].startswith("model: é")
+    (folder / "a" / ".started").touch()  # the board wrote it
     assert get("runs/a/run_file") == {"text": "# mine\nmodel: x\n"}
