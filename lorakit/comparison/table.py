@@ -5,6 +5,7 @@ from typing import Any
 
 from lorakit.config.comparison import UNTRAINED
 
+_PARTS = ("train", "validation", "test")
 _NUMBERS = ("train tok/s", "seconds", "peak MB")
 
 
@@ -41,7 +42,7 @@ def _parts(
 ) -> list[str]:
     parts = []
     for task in values["tasks"]:
-        sizes = ", ".join(f"{count} {part}" for part, count in task["sizes"].items())
+        sizes = ", ".join(f"{task['sizes'][p]} {p}" for p in _PARTS if p in task["sizes"])
         parts += [heading(f"{task['name']} ({task['kind']}; rows: {sizes})"), ""]
         if not task["rows"]:
             parts += ["No run of this task is finished.", ""]
@@ -116,7 +117,7 @@ def _exports(
     found = {row["model"]: row["export"] for task in values["tasks"] for row in task["rows"]}
     rows = []
     for model, exports in found.items():
-        for name, said in exports.items():
+        for name, said in sorted(exports.items()):
             if "error" in said:
                 rows.append([model, name, said["error"], "", ""])
                 continue

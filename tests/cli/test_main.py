@@ -67,6 +67,7 @@ HELP = [
     ["evaluate"],
     ["generate"],
     ["chat"],
+    ["compare"],
     ["serve"],
     ["merge"],
     ["export"],
