@@ -114,7 +114,7 @@ _HOME = {
     "plan_comparison": "comparison.compare",
     "plan_memory": "training.memory_plan.plan",
     "plan_table": "training.memory_plan.table",
-    "plot_runs": "evaluation.plots",
+    "plot_runs": "board.plots",
     "profile_training": "training.profile",
     "push_to_hub": "export.push",
     "quantize": "models.packed_layers",
@@ -141,6 +141,7 @@ _HOME = {
     "write_card": "export.card",
     "write_rows": "data.write",
     "write_completions": "evaluation.completions",
+    "write_report": "board.report",
 }
 # public name of a module -> the module
 _MODULES = {

@@ -28,6 +28,8 @@ from lorakit.adapters.peft_files.convert import convert_adapter as convert_adapt
 from lorakit.adapters.peft_files.inspect import describe_adapter as describe_adapter
 from lorakit.adapters.peft_files.load import load_adapter as load_adapter
 from lorakit.adapters.peft_files.save import save_adapter as save_adapter
+from lorakit.board.plots import plot_runs as plot_runs
+from lorakit.board.report import write_report as write_report
 from lorakit.board.serve import serve_board as serve_board
 from lorakit.comparison.compare import ComparedRun as ComparedRun
 from lorakit.comparison.compare import ComparisonResult as ComparisonResult
@@ -75,7 +77,6 @@ from lorakit.evaluation.intervals import compare_predictions as compare_predicti
 from lorakit.evaluation.judge import Judgement as Judgement
 from lorakit.evaluation.judge import judge_answers as judge_answers
 from lorakit.evaluation.metrics import rouge_l as rouge_l
-from lorakit.evaluation.plots import plot_runs as plot_runs
 from lorakit.evaluation.quantization_report import quantize_report as quantize_report
 from lorakit.evaluation.tasks import evaluate_tasks as evaluate_tasks
 from lorakit.export.card import write_card as write_card

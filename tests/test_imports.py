@@ -24,7 +24,7 @@ ORDER = [
     {"export": {"numpy", "xllamacpp", "yaml"}},
     {"training": {"mlflow", "tensorboard", "trackio", "wandb"}},
     {"comparison": {"yaml"}},
-    {"board": {"numpy", "starlette", "uvicorn", "yaml"}},
+    {"board": {"matplotlib", "numpy", "starlette", "uvicorn", "yaml"}},
     {"compat": set()},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(ORDER) for room in rooms}

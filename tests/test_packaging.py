@@ -72,7 +72,11 @@ def test_wheel_contents(wheel):
     assert {"lorakit/py.typed", "lorakit/__init__.pyi"} <= set(names)  # for type checkers
     assert "lorakit/kernels/liblorakit_cpu.so" in names or sys.platform != "linux"
     assert not [name for name in names if name.endswith((".cpp", ".h"))]
-    assert any(name.endswith("LICENSE") for name in names)
+    assert any(name.endswith("dist-info/licenses/LICENSE") for name in names)
+    page = ROOT / "lorakit" / "board" / "page"
+    files = {p.relative_to(ROOT).as_posix() for p in page.rglob("*") if p.is_file()}
+    assert "lorakit/board/page/vendor/uplot/LICENSE" in files
+    assert files <= set(names)
 
 
 def test_installs_without_a_compiler_and_says_so(tmp_path):

@@ -30,6 +30,7 @@ from lorakit.cli import (
     plot,
     push,
     quantize_report,
+    report,
     serve,
     train,
 )
@@ -100,5 +101,6 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_parser(verbs, common)
     plot.add_parser(verbs, common)
     board.add_parser(verbs, common)
+    report.add_parser(verbs, common)
     adapter.add_parser(verbs, common)
     return parser

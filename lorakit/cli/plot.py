@@ -14,7 +14,7 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
         parents=[common],
         help="draw the curves of training runs",
         description="Draw loss, learning rate, gradient norm and tokens per second of training "
-        "runs side by side: a PNG for each, and a page that holds them with the last values.",
+        "runs side by side: a PNG for each, and the page that `lorakit report` writes.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="output_dir of a training run")
     parser.add_argument(

@@ -8,6 +8,8 @@ from starlette.testclient import TestClient
 from lorakit.board.app import Board, application
 from lorakit.board.folder import Folder
 
+from . import chromium
+
 TOKEN = "secret"
 
 
@@ -66,3 +68,12 @@ def refused(client):
         return response.status_code, response.json()["error"]
 
     return refused
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium; the test is skipped if something for it is missing."""
+    if (what := chromium.missing()) is not None:
+        pytest.skip(what)
+    with chromium.started() as browser:
+        yield browser

@@ -2,21 +2,18 @@
 
 PNG     one picture for each quantity over the optimizer steps, with a colour for each run: loss
         (solid in training, dashed in evaluations), learning rate, gradient norm, tokens per second
-HTML    one page that holds these pictures and a table of the last values; it needs neither files
-        beside it nor a network
+HTML    the report about these runs (report.py); it needs neither files beside it nor a network
 """
 
 import json
 import logging
 import math
-from base64 import b64encode
 from collections.abc import Iterable, Mapping
-from html import escape
 from pathlib import Path
-from typing import Any
 
+from lorakit.board.report import write_report
 from lorakit.config.errors import LorakitError
-from lorakit.files.local import as_path, atomic, read_text, write_text
+from lorakit.files.local import as_path, atomic, read_text
 
 log = logging.getLogger("lorakit")
 
@@ -27,23 +24,6 @@ PLOTS: dict[str, tuple[str, str, str | None]] = {
     "grad_norm": ("gradient norm", "grad_norm", None),
     "tokens_per_second": ("tokens per second", "tokens_per_second", None),
 }
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<title>Training runs</title>
-<style>
-body {{ font-family: sans-serif; margin: 2em; }}
-img {{ max-width: 100%; }}
-table {{ border-collapse: collapse; }}
-th, td {{ border-bottom: 1px solid #ccc; padding: 0.2em 1em; text-align: right; }}
-th:first-child {{ text-align: left; }}
-</style>
-<h1>Training runs</h1>
-{pictures}
-<h2>Last values</h2>
-{table}
-</html>
-"""
 
 
 def plot_runs(paths: str | Path | Iterable[str | Path], out: str | Path) -> Path:
@@ -57,7 +37,7 @@ def plot_runs(paths: str | Path | Iterable[str | Path], out: str | Path) -> Path
         out: The directory of the files. It is made if it is missing.
 
     Returns:
-        The path of runs.html, which holds all the pictures and a table of the last values.
+        The path of runs.html, the page that `write_report` writes about these runs.
 
     Raises:
         LorakitError: No run is given, matplotlib is missing, a directory holds no metrics.jsonl of
@@ -65,7 +45,8 @@ def plot_runs(paths: str | Path | Iterable[str | Path], out: str | Path) -> Path
     """
     if isinstance(paths, (str, Path)):
         paths = [paths]
-    runs = _named([as_path(path) for path in paths])
+    folders = [as_path(path) for path in paths]
+    runs = _named(folders)
     if not runs:
         raise LorakitError("plot_runs: name the output directory of at least one run")
     out = as_path(out)
@@ -76,9 +57,7 @@ def plot_runs(paths: str | Path | Iterable[str | Path], out: str | Path) -> Path
     for name in PLOTS:
         with atomic(out / f"{name}.png") as temporary:
             _draw(name, runs, temporary)
-    pictures = "\n".join(_picture(out / f"{name}.png", PLOTS[name][0]) for name in PLOTS)
-    write_text(out / "runs.html", PAGE.format(pictures=pictures, table=_table(runs)))
-    return out / "runs.html"
+    return write_report(folders, out / "runs.html")
 
 
 # ---- reading ----
@@ -176,29 +155,3 @@ def _plain(name: str) -> str:
     """
     space = " " if name.startswith("_") else ""
     return space + name.replace("$", r"\$")
-
-
-def _picture(path: Path, title: str) -> str:
-    data = b64encode(path.read_bytes()).decode()
-    return f'<p><img alt="{escape(title)} over steps" src="data:image/png;base64,{data}"></p>'
-
-
-def _table(runs: Mapping[str, list[Line]]) -> str:
-    """Return a table with a column for each run, and a row for each quantity in written order."""
-    last = {run: {k: v for line in lines for k, v in line.items()} for run, lines in runs.items()}
-    names = dict.fromkeys(name for values in last.values() for name in values)
-    rows = [_row("th", ["", *runs])]
-    rows += [_row("td", [name, *(_number(v.get(name)) for v in last.values())]) for name in names]
-    return "<table>\n" + "\n".join(rows) + "\n</table>"
-
-
-def _row(cell: str, texts: list[str]) -> str:
-    first, *others = map(escape, texts)
-    cells = "".join(f"<{cell}>{text}</{cell}>" for text in others)
-    return f"<tr><th>{first}</th>{cells}</tr>"
-
-
-def _number(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
