@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorakit as lk
+import lorakit.kernels.pretend
 import lorakit.models.decoder  # the decoder itself: load_model would want a file
 
 LESS, MORE = 2, 6  # layers
@@ -161,11 +162,13 @@ def _name(frame: FrameType) -> str:
 def functions_of(step: Callable[[], None]) -> Counter[str]:
     """Return the calls of Python and C functions of a step, by function.
 
-    What stands for a GPU counts as the one function that it stands for, and an operator of the meta
-    device, which is Python too, as nothing.
+    What stands for a GPU counts as the one function that it stands for. An operator of the meta
+    device, which is Python too, counts as nothing, and so does what that device is taken for, which
+    no tensor of a GPU asks.
     """
     found: Counter[str] = Counter()
     stand_in = str(Path("tests", "meta_gpu.py"))
+    asked_of_meta = lorakit.kernels.pretend.current.__code__
     inside: FrameType | None = None  # of a function of the stand-in: what it calls is not counted
 
     def see(frame: FrameType, event: str, called: Any) -> None:
@@ -176,10 +179,11 @@ def functions_of(step: Callable[[], None]) -> Counter[str]:
         elif event == "c_call":
             found[f"C {getattr(called, '__qualname__', called)}"] += 1
         elif event == "call":
-            name = frame.f_code.co_name
-            if name == BEFORE_A_MODE or frame.f_code.co_filename.endswith(stand_in):
+            name, code = frame.f_code.co_name, frame.f_code
+            as_nothing = name == BEFORE_A_MODE or code is asked_of_meta
+            if as_nothing or code.co_filename.endswith(stand_in):
                 inside = frame
-            if name not in (BEFORE_A_MODE, "__torch_dispatch__"):
+            if not as_nothing and name != "__torch_dispatch__":
                 found[_name(frame)] += 1
 
     sys.setprofile(see)

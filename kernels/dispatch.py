@@ -26,7 +26,6 @@ import logging
 import os
 import platform
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -174,8 +173,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     if not _KNOWN.issuperset(map(type, arguments)):
         _check_arguments(arguments)
     device = arguments[0].device
-    now = pretend.current
-    if now is not None and device.type == "meta":
+    now = pretend.current() if device.type == "meta" else None
+    if now is not None:
         if now.launched is not None:
             now.launched(kernel, arguments)
         return
@@ -301,7 +300,7 @@ def rounded_up(rows: int, device: torch.device) -> int:
 
 def compiles_to() -> str:
     """Return what a Triton kernel becomes: "ptx" (NVIDIA), "amdgcn" (AMD) or "interpreted"."""
-    now = pretend.current
+    now = pretend.current()
     return "ptx" if now is not None and now.kind == "cuda" else _compiles_to()
 
 
@@ -319,7 +318,7 @@ def lanes() -> int:
 
 def capability(device: torch.device) -> tuple[int, int]:
     """Return the compute capability of NVIDIA's GPU `device`; an H100's in the interpreter."""
-    now = pretend.current if device.type == "meta" else None
+    now = pretend.current() if device.type == "meta" else None
     return _capability(device) if now is None else now.capability
 
 
@@ -398,8 +397,8 @@ def function(op: str, *argtypes: type) -> Callable[..., None]:
 
     While this thread pretends a CPU (pretend.py), what is returned does nothing.
     """
-    now = pretend.current
-    if now is not None and now.kind == "cpu" and now.thread == threading.get_ident():
+    now = pretend.current() if pretend.by_thread else None
+    if now is not None and now.kind == "cpu":
         return _nothing
     return sizes_function(op, *argtypes)
 

@@ -25,11 +25,11 @@ class Pretended(NamedTuple):
     """Compute capability of NVIDIA's GPU."""
     launched: Callable[..., None] | None
     """What is told of each launch: (kernel, arguments)."""
-    thread: int
-    """The thread that pretends; on a CPU the others go on computing."""
 
 
-current: Pretended | None = None  # inside of a `with` block; only this file changes it
+# What each thread pretends. Others only ask whether it is empty, which costs no call. A ContextVar
+# is nothing that torch's compiler can trace.
+by_thread: dict[int, Pretended] = {}
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def pretend_gpu(
     Yields:
         Nothing.
     """
-    with _pretend(Pretended("cuda", capability, launched, threading.get_ident())):
+    with _pretend(Pretended("cuda", capability, launched)):
         yield
 
 
@@ -59,24 +59,38 @@ def pretend_cpu() -> Iterator[None]:
     Yields:
         Nothing.
     """
-    with _pretend(Pretended("cpu", H100, None, threading.get_ident())):
+    with _pretend(Pretended("cpu", H100, None)):
         yield
 
 
 @contextmanager
 def _pretend(what: Pretended) -> Iterator[None]:
-    global current
-    before, current = current, what
+    thread = threading.get_ident()
+    before = by_thread.get(thread)
+    by_thread[thread] = what
     try:
         yield
     finally:
-        current = before
+        if before is None:
+            del by_thread[thread]
+        else:
+            by_thread[thread] = before
+
+
+def current() -> Pretended | None:
+    """Return what this thread takes the meta device for; None outside of a `with` block.
+
+    Other threads go on computing, or pretend something else.
+    """
+    return by_thread.get(threading.get_ident()) if by_thread else None
 
 
 def kind_of(device: torch.device) -> str:
     """Return the type of a device; of the meta device, what it is taken for (pretend.py)."""
-    now = current
-    return device.type if device.type != "meta" or now is None else now.kind
+    if device.type != "meta":  # most often, and often asked
+        return device.type
+    now = current()
+    return device.type if now is None else now.kind
 
 
 def autocasts(device: torch.device) -> bool:

@@ -1,10 +1,13 @@
 """Which backend runs: by device, by what the kernels take, and by force."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 from lorakit import kernels
-from lorakit.kernels import dispatch
+from lorakit.kernels import dispatch, pretend
 
 OP = "lorakit.kernels.ops.swiglu"  # has all three
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -76,3 +79,23 @@ def test_without_the_library_every_op_runs_and_one_line_says_so(monkeypatch, cap
             pass
     finally:
         dispatch.library.cache_clear()
+
+
+def test_each_thread_pretends_for_itself():
+    """One takes the meta device for a GPU, one for a CPU, and a third for what it is."""
+    all_three = threading.Barrier(3, timeout=10)
+
+    def seen(pretended):
+        with pretended():
+            all_three.wait()
+            found = pretend.kind_of(META), pretend.kind_of(CPU)
+            all_three.wait()
+            return found
+
+    with ThreadPoolExecutor(2) as threads:
+        both = threads.map(seen, [pretend.pretend_gpu, pretend.pretend_cpu])
+        all_three.wait()
+        assert pretend.kind_of(META) == "meta"
+        all_three.wait()
+        assert list(both) == [("cuda", "cpu"), ("cpu", "cpu")]
+    assert not pretend.by_thread
