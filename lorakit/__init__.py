@@ -65,6 +65,8 @@ _HOME = {
     "bootstrap_interval": "evaluation.intervals",
     "check_export": "export.check",
     "check_memory": "training.memory_plan.before",
+    "check_outputs": "training.train",
+    "check_run": "training.memory_plan.before",
     "collate_packed": "data.packing",
     "combine_adapters": "adapters.combine",
     "compare_models": "comparison.compare",

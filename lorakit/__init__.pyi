@@ -122,6 +122,7 @@ from lorakit.training.losses.preference import pair_losses as pair_losses
 from lorakit.training.losses.reference import Reference as Reference
 from lorakit.training.memory import tune_allocator as tune_allocator
 from lorakit.training.memory_plan.before import check_memory as check_memory
+from lorakit.training.memory_plan.before import check_run as check_run
 from lorakit.training.memory_plan.cards import Card as Card
 from lorakit.training.memory_plan.cards import find_card as find_card
 from lorakit.training.memory_plan.plan import MemoryPlan as MemoryPlan
@@ -134,6 +135,7 @@ from lorakit.training.memory_plan.search import settings_that_fit as settings_th
 from lorakit.training.memory_plan.search import settled_run as settled_run
 from lorakit.training.memory_plan.table import plan_table as plan_table
 from lorakit.training.profile import profile_training as profile_training
+from lorakit.training.train import check_outputs as check_outputs
 from lorakit.training.train import train as train
 
 __version__: str

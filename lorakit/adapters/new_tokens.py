@@ -43,7 +43,18 @@ def add_tokens(
     ids = tok.add_special_tokens(tokens)
     if len(tok) > model.config.vocab_size:
         resize_embeddings(model, len(tok))
-    places = ["embed_tokens"] if model.lm_head is None else ["embed_tokens", "lm_head"]
+    return with_rows(config, ids, model.lm_head is None)
+
+
+def with_rows(config: LoraConfig, ids: Sequence[int], tied: bool) -> LoraConfig:
+    """Return the settings of an adapter with rows of tokens among those that it trains.
+
+    Args:
+        config: The settings.
+        ids: The tokens.
+        tied: Whether the head is the embedding, so that one row is enough.
+    """
+    places = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
     rows = dict(_wanted_rows(config))
     for place in places:
         if not is_saved_whole("model.embed_tokens" if place == "embed_tokens" else place, config):

@@ -145,13 +145,13 @@ def _planned(
         values = {"model": args.what, "data": "-"}
         put_overrides(values, args.overrides, "the settings of the run")
     config = lk.RunConfig.from_dict(values, args.what)
-    lengths = None
+    lengths, tok = None, None
     if config.data.train != "-" and args.generate is None:
-        lengths, notes = _lengths(config)
+        lengths, tok, notes = _lengths(config)
     device: dict[str, Any] = {"device": kind, "ranks": args.ranks, "generate": args.generate}
     if kind == "cuda":
         device["capability"] = card.capability
-    run = lk.PlannedRun.from_run(config, lengths, **device)
+    run = lk.PlannedRun.from_run(config, lengths, tok, **device)
     plain = config.adapter is None and config.lora == lk.LoraConfig()
     if args.generate is not None and plain and not _is_run_file(args.what):
         run = dataclasses.replace(run, lora=None)
@@ -163,20 +163,23 @@ def _is_run_file(what: str) -> bool:
     return what.endswith((".yaml", ".yml"))
 
 
-def _lengths(config: "lk.RunConfig") -> tuple[Any, list[str]]:
-    """Return the number of tokens of each row of the run's file, if it is there, or say why not."""
+def _lengths(config: "lk.RunConfig") -> tuple[Any, Any, list[str]]:
+    """Return the number of tokens of each row of the run's file, if it is there, or say why not.
+
+    The tokenizer comes with them, if it could be loaded.
+    """
     whole = f"rows of {config.train.max_seq_length} tokens are planned for"
     train = config.data.train
     gone = isinstance(train, str) and not Path(train).expanduser().exists()
     if isinstance(train, str) and gone and (Path(train).suffix or "/" not in train):  # no data set
-        return None, [f"{train} is not there: {whole}"]
+        return None, None, [f"{train} is not there: {whole}"]
     adapter = None if config.adapter is None else lk.fetch_adapter(config.adapter)
     template = chat_template(config.chat_template, adapter)
     try:
         tok = lk.load_tokenizer(tokenizer_of(config.model, adapter), chat_template=template)
         sources = lk.open_data(config.data, skip_empty=config.train.skip_empty)
     except lk.LorakitError as error:
-        return None, [f"the rows cannot be counted ({error}): {whole}"]
+        return None, None, [f"the rows cannot be counted ({error}): {whole}"]
     tok.add_special_tokens(config.add_tokens)
     rows = lk.encode_rows(
         sources["train"],
@@ -185,7 +188,7 @@ def _lengths(config: "lk.RunConfig") -> tuple[Any, list[str]]:
         over_length=config.train.over_length,
         train_on=config.train.train_on,
     )
-    return rows.lengths, []
+    return rows.lengths, tok, []
 
 
 # ---- what is said ----

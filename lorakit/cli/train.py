@@ -1,12 +1,9 @@
 """`lorakit train`: train an adapter or a model as a run file says, or profile a few steps of it."""
 
 import argparse
-import os
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import lorakit as lk
 from lorakit.cli.arguments import Verbs, chat_template, count, take_overrides, tokenizer_of
@@ -47,6 +44,7 @@ def train(args: argparse.Namespace) -> int:
     """Run the training or its profile, and return the exit code."""
     run = lk.RunConfig.from_dict(read_run_file(args.run_file, args.overrides), str(args.run_file))
     lk.metrics.check_usable(run.train.eval_metrics)
+    lk.check_outputs(run.train)
     if args.nproc is not None:
         return launch(args)
     with one_of_many():
@@ -73,8 +71,8 @@ def _train(args: argparse.Namespace, run: "lk.RunConfig") -> int:
         for name, rows in lk.open_data(run.data, skip_empty=run.train.skip_empty).items()
     }
     mesh = lk.mesh_of_run(run)
-    if mesh is None:
-        _check_memory(run, data["train"].lengths)
+    if line := lk.check_run(run, data["train"].lengths, tok, divided=mesh is not None):
+        print(line, flush=True)
     started = time.perf_counter()
     model = lk.load_model(
         run.model,
@@ -113,28 +111,6 @@ def _train(args: argparse.Namespace, run: "lk.RunConfig") -> int:
     if result.address is not None:
         print(f"uploaded to {result.address}")
     return 1 if run.train.push_to_hub and result.address is None else 0
-
-
-def _check_memory(run: "lk.RunConfig", lengths: Sequence[int]) -> None:
-    """Print what the run needs of the memory that is free, on each of several processes.
-
-    Raises LorakitError if it cannot fit.
-    """
-    import torch
-
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    device: dict[str, Any] = {"device": kind, "shard": "none", "ranks": ranks}  # none is divided
-    if kind == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # torchrun's number of the process
-        device["capability"] = torch.cuda.get_device_capability(name)
-        free = lk.memory.free_memory(name)
-    else:  # the processes of a machine share its memory
-        free = lk.memory.free_memory("cpu") // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    planned = lk.PlannedRun.from_run(run, lengths, **device)
-    line = lk.check_memory(planned, free)
-    if line:
-        print(line, flush=True)
 
 
 def _checked(adapter: Path) -> Path:

@@ -94,7 +94,9 @@ def add_rows(
 def _longer(layer: nn.Module, count: int, rows: Tensor | None) -> nn.Module:
     """Return a dense layer like this embedding or head, with `count` rows more."""
     if isinstance(layer, PackedWeight):
-        log.warning("lorakit: a packed %s becomes dense, for its new rows", type(layer).__name__)
+        if not layer.weight.is_meta:  # else it is a forecast
+            name = type(layer).__name__
+            log.warning("lorakit: a packed %s becomes dense, for its new rows", name)
         weight, trains = layer.dequantize(), False
     else:
         assert isinstance(layer.weight, nn.Parameter)

@@ -9,6 +9,7 @@ that its checkpoint says, whatever the memory is now.
 import dataclasses
 
 import torch
+from torch import Tensor
 
 from lorakit.adapters.manage import adapter_config, selected_adapter
 from lorakit.config.errors import LorakitError
@@ -17,11 +18,14 @@ from lorakit.data.examples import Examples
 from lorakit.files.local import as_path
 from lorakit.models.decoder import Decoder
 from lorakit.models.packed_layers import PackedLinear
+from lorakit.models.shards import is_sharded
 from lorakit.training import state as run_state
 from lorakit.training.memory import free_memory
+from lorakit.training.memory_plan import elsewhere
 from lorakit.training.memory_plan.before import surely_fits
 from lorakit.training.memory_plan.planned import PlannedRun
 from lorakit.training.memory_plan.search import rows_that_fit
+from lorakit.training.ranks import Ranks
 from lorakit.training.resume import checkpoint_to_resume
 from lorakit.training.units import format_bytes
 
@@ -31,7 +35,7 @@ RESIDENT = 2.5
 
 
 def with_split(
-    model: Decoder, examples: Examples, config: TrainConfig, ranks: int = 1
+    model: Decoder, examples: Examples, config: TrainConfig, ranks: Ranks
 ) -> tuple[TrainConfig, str]:
     """Return the settings with numbers of rows and batches in the place of "auto".
 
@@ -39,7 +43,7 @@ def with_split(
         model: The model with its adapter, on its device.
         examples: The examples of the run.
         config: The settings of the run.
-        ranks: The number of processes that train together, which share the memory of a CPU.
+        ranks: The processes that train together; those of one machine share the memory of a CPU.
 
     Returns:
         The settings, and the line that says what was decided; "" if there is nothing to decide.
@@ -61,35 +65,56 @@ def with_split(
 
 
 def _fitting_rows(
-    model: Decoder, examples: Examples, config: TrainConfig, ranks: int
+    model: Decoder, examples: Examples, config: TrainConfig, ranks: Ranks
 ) -> tuple[int, str]:
     """Return how many rows at a time fit, and why it is that many."""
-    packed = (layer.config for layer in model.modules() if isinstance(layer, PackedLinear))
-    selected = selected_adapter(model)
     device = model.device
-    free = free_memory(device) // (ranks if device.type == "cpu" else 1)
+    free = free_memory(device) // (ranks.on_machine if device.type == "cpu" else 1)
     whole = config.split(config.rows_of_step)
     try:
-        run = PlannedRun(
-            model.config,
-            whole,
-            None if selected is None else adapter_config(model, selected),
-            next(packed, None),
-            str(model.dtype).removeprefix("torch."),
-            examples.lengths,
-            device="cpu" if device.type == "cpu" else "cuda",
-        )
+        run = _planned(model, examples, whole, ranks)
         if surely_fits(run, free):
             return whole.rows_of_step, "which is all of them"
-        if device.type == "cuda":
-            run = dataclasses.replace(run, capability=torch.cuda.get_device_capability(device))
-        own = sum(p.numel() * p.element_size() for p in model.parameters())
         left = SHARE * free / (RESIDENT if device.type == "cpu" else 1)
-        rows = rows_that_fit(run, int(own + left))
-    except LorakitError as error:
+        rows = rows_that_fit(run, int(_held(model) + left))
+    except (LorakitError, RuntimeError) as error:
         return 1, f"since there is no forecast of memory ({error})"
+    finally:
+        elsewhere.end()  # a training needs its memory
     if rows == 0:
         return 1, "although the forecast is that not even one row fits"
     if rows == whole.rows_of_step:
         return rows, "which is all of them"
     return rows, f"which is what fits into {format_bytes(free)}"
+
+
+def _planned(model: Decoder, examples: Examples, config: TrainConfig, ranks: Ranks) -> PlannedRun:
+    """Return the run of a model that is loaded, to be forecast."""
+    packed = (layer.config for layer in model.modules() if isinstance(layer, PackedLinear))
+    selected, device, mesh = selected_adapter(model), model.device, model.mesh
+    dividers = 1 if mesh is None else mesh.size(mesh.ndim - 1)
+    run = PlannedRun(
+        model.config,
+        config,
+        None if selected is None else adapter_config(model, selected),
+        next(packed, None),
+        str(model.dtype).removeprefix("torch."),
+        examples.lengths,
+        device="cpu" if device.type == "cpu" else "cuda",
+        ranks=dividers if dividers > 1 else ranks.size,
+        shard="full" if dividers > 1 else "none",
+        offload_weights=any(part.device.type != device.type for part in _parts(model)),
+    )
+    if device.type == "cuda":
+        run = dataclasses.replace(run, capability=torch.cuda.get_device_capability(device))
+    return run
+
+
+def _held(model: Decoder) -> int:
+    """Return the bytes of a model's parameters that this process holds on the model's device."""
+    return sum(part.nbytes for part in _parts(model) if part.device.type == model.device.type)
+
+
+def _parts(model: Decoder) -> list[Tensor]:
+    """Return the parameters of a model, or this process's parts of them."""
+    return [p.to_local() if is_sharded(p) else p for p in model.parameters()]

@@ -41,6 +41,8 @@ class Ranks:
     """One process that computes everything; the base class of several."""
 
     rank, size, share = 0, 1, ALL
+    on_machine = 1
+    """How many of the processes are on this one's machine, itself among them."""
     grace = 0.0
     """Seconds after a signal in which another one is taken for the same; see interrupt.py."""
 
@@ -103,6 +105,7 @@ class RankGroup(Ranks):
             if device.type == "cuda":
                 self.data = dist.new_group(timeout=STEP, backend="nccl")
         machines = self._all(socket.gethostname())
+        self.on_machine = machines.count(machines[self.rank])
         if len(set(machines)) > 1:
             self.places = [f"rank {rank} on {name}" for rank, name in enumerate(machines)]
 

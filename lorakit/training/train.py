@@ -34,6 +34,7 @@ from lorakit.training.ranks import Ranks, joined
 from lorakit.training.record import recorded, settings_in_effect
 from lorakit.training.run import HeldOut, Run
 from lorakit.training.state import only_run_in
+from lorakit.training.trackers import reporter
 from lorakit.training.trainable import trained_part
 
 
@@ -130,12 +131,13 @@ def _train(
     examples = encode_for(model, tok, train_rows, config, "the training rows")
     held_out = None if validation_rows is None else _held_out(model, tok, validation_rows, config)
     _check_validation(held_out, config)
+    check_outputs(config)
     output_dir = _made_directory(config.output_dir)
     with ExitStack() as held:
         ranks.first(lambda: held.enter_context(only_run_in(output_dir)))
         # Asked before the config of rank 0 is that of all; its output_dir and resume hold anyway.
         ranks.agree(lambda: asdict(replace(config, output_dir="", resume=None)))
-        config, split = ranks.first(lambda: with_split(model, examples, config, ranks.size))
+        config, split = ranks.first(lambda: with_split(model, examples, config, ranks))
         if split:
             say(split)
         run = Run(trained, tok, examples, held_out, config, base_model, ranks)
@@ -230,10 +232,23 @@ def _check_validation(held_out: HeldOut | None, config: TrainConfig) -> None:
         say("eval_steps: there are no validation rows, so nothing is evaluated")
 
 
-def _made_directory(name: str) -> Path:
-    output_dir = as_path(name)
+def check_outputs(config: TrainConfig) -> None:
+    """Check what a run will write to, as `train` does, before a model is loaded.
+
+    Args:
+        config: The settings of the run.
+
+    Raises:
+        LorakitError: The package of a tracker is missing, or output_dir is a file.
+    """
+    reporter.check_trackers(config.trackers)
+    output_dir = as_path(config.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise LorakitError(f"train: output_dir {output_dir} is a file; choose another name")
+
+
+def _made_directory(name: str) -> Path:
+    output_dir = as_path(name)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -11,6 +11,7 @@ import yaml
 import lorakit as lk
 from lorakit.cli import plan as plan_verb
 from lorakit.cli.main import main
+from lorakit.training.memory_plan import before
 
 DENSE = ["quantize=null"]
 
@@ -216,7 +217,7 @@ def test_train_refuses_what_cannot_fit(run_file, tmp_path, capsys, monkeypatch):
     """The refusal comes before the model is loaded, with the words that make it fit."""
     values = yaml.safe_load(run_file.read_text())
     run_file.write_text(yaml.safe_dump({**values, "quantize": None}))
-    monkeypatch.setattr(lk.memory, "free_memory", lambda device: 1_200_000)
+    monkeypatch.setattr(before, "free_memory", lambda device: 1_200_000)
     monkeypatch.setattr(lk, "load_model", None)
     assert main(["train", str(run_file)]) == 1
     error = capsys.readouterr().err

@@ -21,6 +21,7 @@ import yaml
 import lorakit as lk
 from lorakit.cli.main import main
 from lorakit.models.named_templates import NAMED_TEMPLATES
+from lorakit.training.trackers import reporter
 
 
 def test_profile(run_file, tmp_path, capsys):
@@ -41,6 +42,20 @@ def test_profile(run_file, tmp_path, capsys):
 def test_a_number_of_processes_that_cannot_be_is_refused(number, run_file, capsys):
     assert main(["train", str(run_file), "--nproc", number]) == 1
     assert f"--nproc is {number}; on this machine it is from 1 to" in capsys.readouterr().err
+
+
+def test_what_a_run_cannot_write_to_is_said_before_the_model_is_loaded(
+    run_file, tmp_path, capsys, monkeypatch
+):
+    """The model does not exist, which would be said next."""
+    monkeypatch.setattr(reporter.importlib.util, "find_spec", lambda name: None)
+    (tmp_path / "file").touch()
+    for said, options in {
+        "report_to: wandb is not installed; pip install": ["report_to=wandb"],
+        "is a file; choose another name": [f"output_dir={tmp_path / 'file'}"],
+    }.items():
+        assert main(["train", str(run_file), "model=/no/model", *options]) == 1
+        assert said in capsys.readouterr().err
 
 
 def test_train_then_generate(run_file, tiny_dir, tmp_path, capsys):

@@ -6,6 +6,8 @@ import pytest
 
 import lorakit as lk
 from lorakit.training import auto_batch
+from lorakit.training.ranks import Ranks
+from tests.conftest import ROWS
 from tests.training.memory_plan.arithmetic import counted_forecasts
 from tests.training.runs import ADAPTER, run
 
@@ -50,6 +52,19 @@ def test_rows_are_split_as_the_memory_says_and_the_checkpoint_keeps_it(
     other = {**options, "per_device_train_batch_size": 6, "max_steps": 3, "resume": "auto"}
     with pytest.raises(lk.LorakitError, match="4 rows at a time do not divide 6 of a step"):
         run(tiny_dir, tok, tmp_path / "out", **other)
+
+
+def test_processes_of_one_machine_share_its_memory(tiny_dir, tok, tmp_path, monkeypatch):
+    """Two of four processes are on this machine, and the others have memory of their own."""
+    free, model = [], lk.attach(lk.load_model(tiny_dir), lk.LoraConfig(r=4))
+    ranks = Ranks()
+    ranks.size, ranks.on_machine = 4, 2
+    monkeypatch.setattr(auto_batch, "free_memory", lambda device: 10**6)
+    monkeypatch.setattr(auto_batch, "surely_fits", lambda run, memory: free.append(memory) or True)
+    examples = lk.encode_rows(ROWS, tok, max_seq_length=64)
+    config = lk.TrainConfig(output_dir=str(tmp_path), **AUTO)
+    auto_batch.with_split(model, examples, config, ranks)
+    assert free == [10**6 // 2]
 
 
 def test_without_a_forecast_a_run_takes_its_rows_one_by_one(

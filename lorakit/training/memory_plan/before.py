@@ -1,24 +1,35 @@
 """The memory of a run before it starts: one line, or the sentence that refuses it.
 
 A forecast may be off, and the memory that is free may change. So a run is refused only if torch's
-own bytes exceed what is free by more than MARGIN; a run that may be tight goes, and the line says
-so. A run whose forecast fails goes too.
+own bytes exceed what is free by more than MARGIN, on the device or in host memory; a run that may
+be tight goes, and the line says so. A run whose forecast fails goes too.
+
+Of several processes the first one makes the forecast, for the one of them that has the least
+memory, and all hear the answer.
 
 Small runs need no forecast: `surely_fits` counts each weight and each number that a layer reads or
 writes several times over, and still stays far below the memory of any machine.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import nn
 
 from lorakit.config.adapters import LoraConfig
-from lorakit.config.errors import LorakitError
+from lorakit.config.errors import LorakitError, one_of
+from lorakit.config.run import RunConfig
 from lorakit.models.config import ModelConfig
 from lorakit.models.decoder import Decoder
+from lorakit.models.devices import own_device
+from lorakit.models.tokenizer import Tokenizer
+from lorakit.training.memory import free_memory
 from lorakit.training.memory_plan import elsewhere
 from lorakit.training.memory_plan.planned import PlannedRun
 from lorakit.training.memory_plan.search import settings_that_fit, settled_run
 from lorakit.training.memory_plan.table import plan_line
+from lorakit.training.ranks import joined
 from lorakit.training.units import format_bytes
 
 MARGIN = 1.05
@@ -26,12 +37,53 @@ PLENTY = 4  # what surely fits takes at most this part of the memory
 COPIES = 8  # of each number between two layers: more than any op keeps or makes
 
 
-def check_memory(run: PlannedRun, memory: int) -> str:
+def check_run(
+    run: RunConfig,
+    lengths: Sequence[int] | None = None,
+    tok: Tokenizer | None = None,
+    *,
+    divided: bool = False,
+) -> str:
+    """Check the memory of a run file's run on the device of this process.
+
+    All processes of a run must ask.
+
+    Args:
+        run: The settings of the run.
+        lengths: The number of tokens of each row, as `encode_rows` says them.
+        tok: The tokenizer of the run, with the run's add_tokens.
+        divided: Whether the processes divide the frozen weights, as `mesh_of_run` decides.
+
+    Returns:
+        The line of `check_memory`.
+
+    Raises:
+        LorakitError: The run cannot fit.
+    """
+    device = own_device()
+    on_gpu = device.type == "cuda"
+    with joined(device) as ranks:
+        host = free_memory("cpu") // ranks.on_machine  # which they share
+        free = free_memory(device) if on_gpu else host
+        free, host = (min(ranks.share.collect([size])) for size in (free, host))
+
+        def line() -> str:
+            settings: dict[str, Any] = {"device": "cuda" if on_gpu else "cpu", "ranks": ranks.size}
+            settings["shard"] = "full" if divided else "none"
+            if on_gpu:
+                settings["capability"] = torch.cuda.get_device_capability(device)
+            return check_memory(PlannedRun.from_run(run, lengths, tok, **settings), free, host)
+
+        return ranks.first(line)
+
+
+def check_memory(run: PlannedRun, memory: int, host: int | None = None) -> str:
     """Return the line about the memory of a run that is about to start.
 
     Args:
         run: The run.
         memory: The bytes that are free on its device, as `lorakit.memory.free_memory` returns them.
+        host: The bytes of host memory that are free beside a GPU; None if nobody knows.
 
     Returns:
         The line; "" for a run so small that no forecast is worth its time.
@@ -40,28 +92,49 @@ def check_memory(run: PlannedRun, memory: int) -> str:
         LorakitError: The run cannot fit. The message says what to change.
     """
     try:
+        return _checked(run, memory, host)
+    finally:
+        elsewhere.end()  # a training needs its memory
+
+
+def _checked(run: PlannedRun, memory: int, host: int | None) -> str:
+    """Return or raise what `check_memory` does."""
+    try:
         if surely_fits(run, memory):
             return ""
-        settled = settled_run(run, memory)
-        plan = settled.forecast()
+        plan = settled_run(run, memory).forecast()
     except Exception as error:  # a run that could go must not end by its forecast
         reason = " ".join(str(error).split()) or type(error).__name__
         return f"memory: there is no forecast ({reason})"
-    finally:
-        elsewhere.end()  # a training needs its memory
     if plan.peak > MARGIN * memory:
-        raise LorakitError(_refusal(run, plan.peak, memory))
+        raise LorakitError(_refusal(run, plan.peak, memory, host))
+    if host is not None and plan.host > MARGIN * host:
+        raise LorakitError(_host_refusal(run, plan.host, host))
     line = plan_line(plan, memory)
     if run.device == "cpu":
         line += "; the process takes 1.6 to 2.5 times that"
     return line + ("; this is tight, and may fail" if plan.reserved > memory else "")
 
 
-def _refusal(run: PlannedRun, peak: int, memory: int) -> str:
+def _host_refusal(run: PlannedRun, needed: int, host: int) -> str:
+    """Return the sentence that refuses a run for what waits in host memory."""
+    waits = {
+        "offload_weights": run.offload_weights,
+        "activation_offloading": run.train.activation_offloading,
+        "the paged optimizer": run.train.optim.startswith("paged"),
+    }
+    names = one_of([name for name, is_on in waits.items() if is_on])
+    return (
+        f"the run needs {format_bytes(needed)} of host memory beside the GPU's, and "
+        f"{format_bytes(host)} are free: leave out {names}"
+    )
+
+
+def _refusal(run: PlannedRun, peak: int, memory: int, host: int | None) -> str:
     """Return the sentence that refuses a run, with the cheapest settings that fit."""
     needs = f"the run needs {format_bytes(peak)} of memory, and {format_bytes(memory)} are free"
     try:
-        saving = settings_that_fit(run, memory)
+        saving = settings_that_fit(run, memory, host)
     except LorakitError:
         return needs
     words = " ".join(saving.words())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lorakit.adapters.attach import attach
 from lorakit.config.adapters import LoraConfig, TargetConfig
+from lorakit.config.errors import LorakitError
 from lorakit.config.quantization import QuantConfig
 from lorakit.config.training import TrainConfig
 from lorakit.data.encode import IGNORE, Example, PairExample
@@ -24,6 +25,7 @@ from lorakit.models.config import ModelConfig
 from lorakit.models.decoder import Decoder
 from lorakit.models.empty import empty_model, fill_empty
 from lorakit.models.packed_layers import PackedWeight
+from lorakit.models.resize import resize_embeddings
 from lorakit.models.sharding import shard
 from lorakit.training.captured import CapturedStep, Function, Recording, why_eager
 from lorakit.training.device_step import optimizer_step
@@ -64,6 +66,7 @@ class Setting:
         ranks: How many processes share the run; this is the first of them.
         divided: Whether each of them has its part of the frozen weights alone.
         offload: Whether the frozen weights wait in host memory.
+        vocabulary: How many tokens the model is given rows for, if it has fewer.
     """
 
     config: ModelConfig
@@ -81,6 +84,7 @@ class Setting:
     ranks: int = 1
     divided: bool = False
     offload: bool = False
+    vocabulary: int = 0
 
     @property
     def is_elsewhere(self) -> bool:
@@ -118,6 +122,9 @@ def forecast(setting: Setting) -> Forecast:
         stack.enter_context(_pretending(setting))
         stack.enter_context(ledger)
         _load(setting, model, ledger)
+        if setting.vocabulary > setting.config.vocab_size:
+            resize_embeddings(model, setting.vocabulary)
+            own_weights(ledger, model)
         if setting.train.train == "full" and setting.new_tokens is None:
             for p in model.parameters():  # as those of a model that was loaded do
                 p.requires_grad_(p.is_floating_point())
@@ -261,6 +268,10 @@ def _own_gradient(ledger: Ledger, p: Tensor) -> None:
 
 def micro_batches(setting: Setting) -> list[list[Example | PairExample]]:
     """Return the micro-batches of a step, two a rank if it has more: one adds to the other."""
+    if not 0 < setting.label_share <= 1:
+        raise LorakitError(
+            f"plan_memory: label_share is {setting.label_share}; it must be in (0, 1]"
+        )
     pairs = setting.train.objective != "sft"
     batch: list[Example | PairExample] = []
     for n in setting.rows:

@@ -78,7 +78,8 @@ def is_regular(setting: Setting) -> bool:
     """Return whether no setting names single layers of the model."""
     names: list[object] = [*setting.train.freeze]
     names += () if setting.quantize is None else setting.quantize.skip_modules
-    adapter = {} if setting.lora is None else vars(plain(setting.lora))
+    adapter = {} if setting.lora is None else dict(vars(plain(setting.lora)))
+    adapter.pop("trainable_token_indices", None)  # numbers of tokens
     for value in adapter.values():
         names += [value] if isinstance(value, str) else ()
         names += value if isinstance(value, (list, dict)) else ()

@@ -72,6 +72,7 @@ def plan_memory(
     offload_weights: bool = False,
     generate: tuple[int, int, int] | None = None,
     kept_layers: int | None = None,
+    vocabulary: int = 0,
 ) -> MemoryPlan:
     """Forecast the memory of a run, without its weights and without its device.
 
@@ -93,6 +94,7 @@ def plan_memory(
         offload_weights: Whether the frozen weights wait in host memory; see elsewhere.py too.
         generate: Rows, tokens of the prompt, and new tokens, to forecast inference instead.
         kept_layers: How many blocks keep gate and up; None takes mlp_activations "auto" for "keep".
+        vocabulary: How many tokens the model gets rows for, as by `add_tokens`, if it has fewer.
 
     Returns:
         The plan.
@@ -102,17 +104,15 @@ def plan_memory(
         RuntimeError: The other process failed.
     """
     started = time.perf_counter()
-    _check_rows(tokens, documents, label_share)
     train, config = train or TrainConfig(), model_config(model)
     _check(device, ranks, train.train == "full" and (shard == "full" or offload_weights), generate)
-    rows = _rows(train, tokens, documents, generate)
     lora = lora or (LoraConfig() if generate is None else None)
-    given = quant_config(quantize), lora, train, rows
+    given = quant_config(quantize), lora, train, _rows(train, tokens, documents, generate)
     kept = kept_of(config, train, kept_layers)
     whole = config, list(range(config.num_hidden_layers)), kept, to_dtype(dtype)
     setting = Setting(*whole, *given, label_share, device, capability, generate and generate[2])
-    several = replace(setting, ranks=ranks, divided=shard == "full" and ranks > 1)
-    setting = replace(several, offload=offload_weights)
+    setting = replace(setting, ranks=ranks, divided=shard == "full" and ranks > 1)
+    setting = replace(setting, offload=offload_weights, vocabulary=vocabulary)
     found = forecast_by_layers(setting, forecast_elsewhere if setting.is_elsewhere else forecast)
     return _plan(found, device, time.perf_counter() - started)
 
@@ -124,10 +124,8 @@ def kept_of(config: ModelConfig, train: TrainConfig, said: int | None = None) ->
     return 0 if train.mlp_activations == "recompute" else config.num_hidden_layers
 
 
-def _check_rows(tokens: int | None, documents: Sequence[int] | None, label_share: float) -> None:
+def _check_rows(tokens: int | None, documents: Sequence[int] | None) -> None:
     """Raise LorakitError for rows that no run can have."""
-    if not 0 < label_share <= 1:
-        raise LorakitError(f"plan_memory: label_share is {label_share}; it must be in (0, 1]")
     if tokens is not None and tokens < 2:
         raise LorakitError(f"plan_memory: tokens is {tokens}; a row has at least 2")
     if documents is not None and (not documents or min(documents) < 2):
@@ -171,6 +169,7 @@ def _rows(
     generate: tuple[int, int, int] | None,
 ) -> tuple[int, ...]:
     """Return the tokens of each row of a micro-batch, or document of a packed one, or prompt."""
+    _check_rows(tokens, documents)
     if generate is not None:
         if generate[1] > LONGEST:
             raise LorakitError(f"plan_memory: a prompt has at most {LONGEST:,} tokens")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from lorakit.adapters.new_tokens import with_rows
 from lorakit.adapters.peft_files.load import read_settings
 from lorakit.config.adapters import LoraConfig, TargetConfig
 from lorakit.config.quantization import QuantConfig
@@ -18,6 +19,7 @@ from lorakit.data.packing import pack_rows
 from lorakit.kernels.pretend import H100
 from lorakit.models.config import ModelConfig
 from lorakit.models.empty import empty_model
+from lorakit.models.tokenizer import Tokenizer
 from lorakit.training.memory_plan.plan import MemoryPlan, model_config, plan_memory
 
 
@@ -53,16 +55,24 @@ class PlannedRun:
     kept_layers: int | None = None
     """Number of blocks that keep gate and up for backward where mlp_activations is "auto";
     `settled_run` decides it, and None stands for all."""
+    vocabulary: int = 0
+    """Number of tokens that the model is given rows for, if it has fewer."""
 
     @classmethod
     def from_run(
-        cls, run: RunConfig, lengths: Sequence[int] | None = None, **device: Any
+        cls,
+        run: RunConfig,
+        lengths: Sequence[int] | None = None,
+        tok: Tokenizer | None = None,
+        **device: Any,
     ) -> "PlannedRun":
         """Return what the memory of a run file's run depends on.
 
         Args:
             run: The settings of the run file.
             lengths: The number of tokens of each row, as `encode_rows` says them.
+            tok: The tokenizer of the run, with the run's add_tokens. Without it these are taken for
+                new ones.
             **device: Further fields: device, capability, ranks.
 
         Returns:
@@ -79,7 +89,20 @@ class PlannedRun:
             )
         planned = cls(run.model, run.train, lora, run.quantize, run.dtype, lengths)
         where = {"shard": run.shard, "offload_weights": run.offload_weights, **device}
-        return dataclasses.replace(planned, **where)
+        planned = dataclasses.replace(planned, **where)
+        return planned.with_tokens(run.add_tokens, tok) if run.add_tokens else planned
+
+    def with_tokens(self, tokens: Sequence[str], tok: Tokenizer | None) -> "PlannedRun":
+        """Return the run with new tokens, as `add_tokens` gives a model rows for them."""
+        size = self.config.vocab_size
+        if tok is None:
+            ids, vocabulary = list(range(size, size + len(tokens))), size + len(tokens)
+        else:
+            ids, vocabulary = tok.add_special_tokens(tokens), len(tok)
+        lora = self.lora
+        if isinstance(lora, LoraConfig):
+            lora = with_rows(lora, ids, self.config.tie_word_embeddings)
+        return dataclasses.replace(self, lora=lora, vocabulary=vocabulary)
 
     @cached_property
     def config(self) -> ModelConfig:
@@ -132,6 +155,7 @@ class PlannedRun:
             offload_weights=self.offload_weights,
             generate=self.generate,
             kept_layers=self.kept_layers if self.train.mlp_activations == "auto" else None,
+            vocabulary=self.vocabulary,
         )
 
     def forecast(self) -> MemoryPlan:

@@ -120,7 +120,7 @@ def forecast_savings(run: PlannedRun) -> list[Saving]:
     return [saving for _, saving in sorted(found, key=lambda pair: pair[0])]
 
 
-def settings_that_fit(run: PlannedRun, memory: int) -> Saving:
+def settings_that_fit(run: PlannedRun, memory: int, host: int | None = None) -> Saving:
     """Return the cheapest change of a run's settings with which it fits.
 
     Changes that leave the results as they are come before those that store numbers in fewer bits,
@@ -129,6 +129,7 @@ def settings_that_fit(run: PlannedRun, memory: int) -> Saving:
     Args:
         run: The run as it is.
         memory: The bytes that torch may take of the device.
+        host: The bytes that may wait in host memory beside a GPU; None for any number.
 
     Returns:
         The change, with no settings if the run fits as it is. If nothing makes it fit, what takes
@@ -144,7 +145,7 @@ def settings_that_fit(run: PlannedRun, memory: int) -> Saving:
         if reserved <= memory:
             break
         then = _with(start, [*taken, change])
-        after = _reserved(then.run)
+        after = _reserved(then.run, host)
         if after is not None and after < reserved:
             now, reserved = then, after
             taken.append(change)
@@ -153,7 +154,7 @@ def settings_that_fit(run: PlannedRun, memory: int) -> Saving:
     for change in reversed(taken[:-1]):  # the slow ones first: perhaps the last one made it
         without = [each for each in taken if each is not change]
         then = _with(start, without)
-        after = _reserved(then.run)
+        after = _reserved(then.run, host)
         if after is not None and after <= memory:
             now, taken = then, without
     if _row_by_row in taken:
@@ -258,12 +259,16 @@ def _lean(run: PlannedRun) -> PlannedRun:
     return run.with_train(mlp_activations="recompute")
 
 
-def _reserved(run: PlannedRun) -> int | None:
-    """Return the bytes that a run reserves, or None if its settings cannot be together."""
+def _reserved(run: PlannedRun, host: int | None = None) -> int | None:
+    """Return the bytes that a run reserves.
+
+    Return None if its settings cannot be together, or more waits in host memory than `host`.
+    """
     try:
-        return run.forecast().reserved
+        plan = run.forecast()
     except LorakitError:
         return None
+    return plan.reserved if host is None or plan.host <= host else None
 
 
 def _with(run: PlannedRun, changes: Sequence[Change]) -> Saving:

@@ -26,6 +26,7 @@ def arithmetic(model, *, quantize, lora, train, tokens, documents, shard, offloa
     """A plan whose bytes follow from the settings by plain products, as in PLAN of the tests."""
     weights = 1_000_000 if quantize is None else 250_000
     ends = 400_000 if quantize is None or quantize.embed_tokens is None else 100_000
+    host = weights if offload_weights else 0
     weights = 0 if offload_weights else weights // (2 if shard == "full" else 1)
     count = sum(documents) if documents else tokens * train.rows_at_a_time
     kept = {True: 20, False: 100}[train.gradient_checkpointing]
@@ -42,7 +43,7 @@ def arithmetic(model, *, quantize, lora, train, tokens, documents, shard, offloa
     return lk.MemoryPlan(
         peak=peak,
         reserved=peak + 1000,
-        host=0,
+        host=host,
         when="backward",
         resident=resident,
         at_peak=at_peak,

@@ -1,13 +1,19 @@
 """What a run says of its memory before it starts, and when it is refused."""
 
 import dataclasses
+from contextlib import contextmanager
 
 import pytest
+import torch
 
 import lorakit as lk
+from lorakit.evaluation.share import Share
 from lorakit.training.memory_plan import before, planned
 from lorakit.training.memory_plan.before import MARGIN, surely_fits
+from lorakit.training.ranks import Ranks
 from tests.training.memory_plan.arithmetic import CONFIG, needs, run
+
+GB = 10**9
 
 
 def test_a_small_run_needs_no_forecast(forecasts):
@@ -50,6 +56,49 @@ def test_the_line_and_the_refusal():
         lk.check_memory(big, 1000)
     cpu = dataclasses.replace(big, device="cpu")
     assert lk.check_memory(cpu, reserved).endswith("; the process takes 1.6 to 2.5 times that")
+
+
+@pytest.mark.usefixtures("forecasts")
+def test_what_waits_in_host_memory_must_fit_there_too():
+    """A quarter of a MB of packed weights waits there, which `arithmetic` says."""
+    waiting = dataclasses.replace(run(mlp_activations="keep"), offload_weights=True)
+    plan = waiting.forecast()
+    assert plan.host == 250_000
+    assert "host memory" in lk.check_memory(waiting, plan.reserved, 250_000)
+    lk.check_memory(waiting, plan.reserved)  # nobody knows how much there is
+    with pytest.raises(lk.LorakitError) as caught:
+        lk.check_memory(waiting, plan.reserved, 200_000)
+    assert str(caught.value) == (
+        "the run needs 250 kB of host memory beside the GPU's, and 200 kB are free: leave out "
+        "offload_weights"
+    )
+    whole = dataclasses.replace(waiting, offload_weights=False)
+    least = lk.settings_that_fit(whole, 1, host=50_000)  # of packed ends too, 100 kB would wait
+    assert "offload_weights" not in least.settings
+    below = least.run.forecast().reserved - 1
+    assert "offload_weights" in lk.settings_that_fit(whole, below, host=250_000).settings
+
+
+@pytest.mark.parametrize("divided", [False, True])
+def test_one_process_of_a_run_asks_for_the_one_that_has_the_least(divided, forecasts, monkeypatch):
+    """Two of the three are on this machine, and share its memory; one elsewhere has less."""
+
+    @contextmanager
+    def joined(device):
+        yield Three()
+
+    class Three(Ranks):
+        size, on_machine = 3, 2
+        share = Share(0, 3, lambda mine: [*mine, 10 * GB, 6 * GB])
+
+    config = lk.RunConfig(model="no/model", data={"train": "-"}, shard="full")
+    monkeypatch.setattr(before, "joined", joined)
+    monkeypatch.setattr(before, "own_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(before, "free_memory", lambda device: 16 * GB)
+    monkeypatch.setattr(before, "surely_fits", lambda run, memory: False)
+    assert " of 6.0 GB, most in backward" in lk.check_run(config, [20], divided=divided)
+    assert {made["ranks"] for made in forecasts} == {3}
+    assert {made["shard"] for made in forecasts} == {"full" if divided else "none"}
 
 
 @pytest.mark.parametrize("error", [lk.LorakitError("no config"), RuntimeError("a\nb"), KeyError()])

@@ -188,6 +188,25 @@ def test_a_step_as_a_graph_holds_its_gradients():
     assert "gradients" not in eager.resident
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_tokens_have_rows_that_are_trained(tied, tiny_dir, tok):
+    """What is kept between steps is, kind by kind, what a model with these tokens holds."""
+    added, config = ["<|one|>", "<|two|>"], dataclasses.replace(TINY, tie_word_embeddings=tied)
+    config = dataclasses.replace(config, vocab_size=len(tok))  # so that it must grow
+    run = lk.PlannedRun(config, lk.TrainConfig(max_seq_length=64), LORA, lk.QuantConfig())
+    plan = run.with_tokens(added, tok).forecast()
+    model = Decoder(config).to(torch.bfloat16).requires_grad_(False)
+    lk.quantize(model)
+    lk.attach(model, lk.add_tokens(model, tok, added, LORA))
+    adapter = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    assert plan.resident["adapters"] == adapter
+    ends = [name for name in ("embeddings", "head") if name in plan.resident]
+    assert len(ends) == (1 if tied else 2)
+    assert {plan.resident[name] for name in ends} == {len(tok) * config.hidden_size * 2}
+    unknown = run.with_tokens(added, None)  # where the tokenizer is not there, both are new
+    assert unknown.forecast().resident["adapters"] == adapter
+
+
 def test_generation_holds_keys_and_values():
     """Two rows of 80 positions, in pages: 2 layers, keys and values of 2 heads of 32, bf16."""
     plan = lk.plan_memory(TINY, generate=(2, 70, 10))
