@@ -1,13 +1,20 @@
-"""The answers of a board: JSON, an error of one sentence, and the body of a request."""
+"""What the routes of a board share: answers in JSON, and what requests ask for."""
 
-from typing import Any
+import asyncio
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+from urllib.parse import unquote
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from lorakit.board.as_json import to_json
-from lorakit.serving.fields import read_object
+from lorakit.board.folder import NotThereError
+from lorakit.serving.fields import Fields, read_object
 from lorakit.serving.refusals import Refusal
+
+T = TypeVar("T")
 
 MOST_BYTES = 1 << 20
 """Longest body of a request: a run file, or a chat."""
@@ -25,6 +32,9 @@ def refused(refusal: Refusal) -> Response:
     return response
 
 
+# ---- requests ----
+
+
 async def body_of(request: Request) -> dict[str, Any]:
     """Return the JSON object in a request's body, {} if that is empty.
 
@@ -36,3 +46,61 @@ async def body_of(request: Request) -> dict[str, Any]:
         if len(body) > MOST_BYTES:
             raise Refusal(413, f"The body of the request is longer than {MOST_BYTES} bytes.")
     return read_object(bytes(body)) if body else {}
+
+
+async def texts_of(request: Request, *names: str) -> list[str]:
+    """Return the texts in a request's body, which must be there."""
+    fields = Fields(await body_of(request))
+    texts = [fields.needed(name, str) for name in names]
+    fields.finish()
+    return texts
+
+
+def id_of(request: Request) -> str:
+    """Return the id in a path. Raises NotThereError if it is no text in UTF-8."""
+    try:
+        return unquote(request.path_params["id"], errors="strict")
+    except UnicodeDecodeError:
+        raise NotThereError("an id must be text in UTF-8") from None
+
+
+def number_of(request: Request, name: str, default: int) -> int:
+    """Return a whole number of the query. Raises Refusal if it is none."""
+    text = request.query_params.get(name)
+    if text is None:
+        return default
+    if not text.isascii() or not text.isdecimal() or len(text) > 15:
+        raise Refusal(400, f"{name} must be a whole number from 0 on, not {text[:40]!r}.")
+    return int(text)
+
+
+# ---- work ----
+
+
+async def aside(function: Callable[[], T]) -> T:
+    """Return what a function gives that may take long, such as to load a model.
+
+    It runs in a thread of its own, for which the end of the board does not wait.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def tell(result: T | None, error: BaseException | None) -> None:
+        if done.done():  # nobody waits any more
+            return
+        if error is None:
+            done.set_result(result)  # type: ignore[arg-type]
+        else:
+            done.set_exception(error)
+
+    def work() -> None:
+        result, problem = None, None
+        try:
+            result = function()
+        except BaseException as error:
+            problem = error
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(tell, result, problem)
+
+    threading.Thread(target=work, name="lorakit board", daemon=True).start()
+    return await done

@@ -238,6 +238,12 @@ def run_file(run: Path) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
+def started_in(run: Path) -> Path:
+    """Return the folder that the paths of a run's settings are relative to."""
+    cwd = read_record(run).get("cwd") or read_started(run).get("cwd")
+    return Path(cwd) if isinstance(cwd, str) else Path.cwd()
+
+
 def samples(run: Path) -> list[dict[str, Any]]:
     """Return the completions that a run has written in its evaluations, the latest if many."""
     try:

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from lorakit.config.training import TrainOn
 from lorakit.data.encode import IGNORE, Encoder, Example
@@ -54,7 +55,7 @@ def show_rows(
 
 def _colored(tok: Tokenizer, ids: list[int], labels: list[int], color: bool) -> str:
     out, learned = [], False
-    for text, label in _pieces(tok, ids, labels):
+    for text, _, label in token_pieces(tok, ids, labels):
         if color:
             # a line break would carry the colour on to the edge of the terminal
             start = LEARNED if label else MASKED
@@ -70,8 +71,17 @@ def _colored(tok: Tokenizer, ids: list[int], labels: list[int], color: bool) -> 
     return "".join(out).removesuffix("|") + ("]]" if learned else "")
 
 
-def _pieces(tok: Tokenizer, ids: list[int], labels: list[int]) -> Iterable[tuple[str, bool]]:
-    """Yield the text of each token and whether it is a label.
+class Piece(NamedTuple):
+    """The text of a token, or of a few that are one character together."""
+
+    text: str
+    ids: list[int]
+    learned: bool
+    """Whether they are labels."""
+
+
+def token_pieces(tok: Tokenizer, ids: list[int], labels: list[int]) -> Iterable[Piece]:
+    """Yield the text of each token, its id and whether it is a label.
 
     Tokens that are one character together are joined. A token is decoded after itself, because
     some tokenizers leave out its space at the start of a text.
@@ -84,7 +94,7 @@ def _pieces(tok: Tokenizer, ids: list[int], labels: list[int]) -> Iterable[tuple
         learned = labels[i] != IGNORE
         last = i + 1 == len(ids) or (labels[i + 1] != IGNORE) != learned
         if "\ufffd" not in text or len(held) == 4 or last:
-            yield text, learned
+            yield Piece(text, held, learned)
             held = []
 
 

@@ -37,7 +37,7 @@ def test_what_is_no_run_is_not_listed(folder):
 
 def test_a_folder_that_is_a_run_itself(folder):
     found = Board(Folder(folder / "a"))
-    [run] = found.summaries()
+    [run] = found.runs.summaries()
     assert run["id"] == "/"
     assert found.folder.run("/") == folder / "a"
     with pytest.raises(LorakitError, match="is no folder; name the one that holds the runs"):

@@ -43,8 +43,8 @@ def command(monkeypatch):
 @pytest.fixture
 def children(client):
     """The processes that the board has started, which end with the test."""
-    yield client.board.control.children
-    for child in client.board.control.children:
+    yield client.board.runs.control.children
+    for child in client.board.runs.control.children:
         child.kill()
         child.wait(20)
 
@@ -120,7 +120,7 @@ def test_a_wrong_run_file_starts_nothing(command, client, folder, refused, body,
     assert code == status
     assert said in sentence
     assert sorted(os.listdir(folder)) == ["a", "deep"]
-    assert client.board.control.children == []
+    assert client.board.runs.control.children == []
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_a_name_that_leads_elsewhere_starts_nothing(
 ):
     os.symlink(tmp_path / "secret", folder / "link")
     assert refused("runs", run_file=RUN_FILE, name=name)[0] == 409
-    assert client.board.control.children == []
+    assert client.board.runs.control.children == []
     assert os.listdir(tmp_path / "secret") == ["metrics.jsonl"]
 
 

@@ -1,0 +1,73 @@
+"""Comparisons and their blind votes, for the page."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorakit.board.folder import COMPARISON, NotThereError, read_end
+from lorakit.board.runs import LOCK, is_locked
+from lorakit.config.errors import LorakitError
+
+if TYPE_CHECKING:
+    from lorakit.comparison.votes import Ballot
+
+_MOST = 64 << 20  # bytes of comparison.json
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Return comparison.json. Raises LorakitError if it is damaged."""
+    text, whole = read_end(folder / COMPARISON, _MOST)
+    try:
+        values = json.loads(text) if whole else None
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise LorakitError(f"the {COMPARISON} of this comparison is damaged")
+    return values
+
+
+def summary(folder: Path, id_: str) -> dict[str, Any]:
+    """Return what the list says of a comparison: its id, its name and its state."""
+    try:
+        values = read(folder)
+    except LorakitError:
+        return {"id": id_, "name": folder.name, "state": "failed"}
+    found = values.get("runs")
+    runs = [run for run in found if isinstance(run, dict)] if isinstance(found, list) else []
+    done = all(run.get("state") in ("finished", "failed") for run in runs)
+    going_on = is_locked(folder / LOCK)
+    name = values.get("name")
+    return {
+        "id": id_,
+        "name": name if isinstance(name, str) and name else folder.name,
+        "state": "running" if going_on else "finished" if done else "stopped",
+    }
+
+
+def ballot(folder: Path, first: str, second: str) -> "Ballot":
+    """Return the votes on two runs, whose answers must lie in the folder of the comparison.
+
+    Raises NotThereError if they do not, and LorakitError if the runs cannot be compared.
+    """
+    from lorakit.comparison.votes import FILE, Ballot  # which takes seconds
+
+    files = [f"{name}.jsonl" for name in (first, second)]
+    for path in [*(folder / "predictions" / name for name in files), folder / FILE]:
+        inside = path.name in (*files, FILE) and "\0" not in path.name and path.resolve() == path
+        if not inside or (path.name != FILE and not path.is_file()):
+            raise NotThereError(f"there are no answers of {first[:100]!r} and {second[:100]!r}")
+    return Ballot(folder, first, second)
+
+
+def next_pair(votes: "Ballot") -> dict[str, Any]:
+    """Return the next blind pair, or {"done": True, "share"} when all have a vote."""
+    pair = votes.next()
+    return share(votes) | {"done": True} if pair is None else pair._asdict()
+
+
+def share(votes: "Ballot") -> dict[str, Any]:
+    """Return what the votes say so far, as {"share": {...}}."""
+    found = votes.share()
+    low, high = found.interval
+    names = ("first", "second", "ties", "same", "left_over", "votes", "value", "p_value")
+    return {"share": {name: getattr(found, name) for name in names} | {"low": low, "high": high}}
