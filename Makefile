@@ -18,10 +18,14 @@ MODEL = $(shell $(BIN)/python -c "import importlib.util as u, pathlib; \
 
 GPU_TESTS := tests/gpu $(addprefix tests/kernels/test_,triton.py attention_triton.py adamw.py)
 
-.PHONY: demo test test-all test-asan lint types docs bench gpu plan-tables clean view
+.PHONY: demo compare-demo test test-all test-asan lint types docs bench gpu plan-tables clean view
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py $(MODEL) $(DEMO)
+
+# Two learning rates on three tasks. Further models, and options: make compare-demo DEMO="more.gguf --steps 20".
+compare-demo: $(VENV)/.demo
+	$(BIN)/python examples/compare_demo.py $(MODEL) $(DEMO)
 
 # One process a processor (tests/conftest.py), with one thread each; PYTEST="-n 0" is one process for all.
 test: $(VENV)/.test

@@ -1,9 +1,20 @@
 """A comparison file: the mapping becomes settings, or one clear sentence says what is wrong."""
 
+import ast
+import dataclasses
+import inspect
+import json
+import textwrap
+from itertools import pairwise
+from pathlib import Path
+
 import pytest
 
 import lorakit as lk
 from lorakit.comparison.grid import grid_of, slug
+from tests.config.run_files import table
+
+GUIDE = (Path(__file__).parents[2] / "docs" / "comparison.md").read_text(encoding="utf-8")
 
 FILE = {
     "models": ["org/small", "models/large.gguf"],
@@ -94,3 +105,24 @@ def test_a_slug_is_a_plain_name_of_its_own(name):
     assert not found.startswith(("-", "."))
     assert found != slug(name + "!")
     assert slug("plain.name_1") == "plain.name_1"
+
+
+@pytest.mark.parametrize(
+    ("heading", "cls"), [("## The file", lk.ComparisonConfig), ("## `tasks`", lk.TaskConfig)]
+)
+def test_the_guide_lists_every_key_as_the_fields_say(heading, cls):
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+    told = {
+        node.target.id: " ".join(after.value.value.split())
+        for node, after in pairwise(body)
+        if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr)
+    }
+    expected = []
+    for f in dataclasses.fields(cls):
+        default = f.default
+        if f.default_factory is not dataclasses.MISSING:
+            default = f.default_factory()
+        required = default is dataclasses.MISSING
+        text = "required" if required else f"`{json.dumps(default)}`"
+        expected.append([f"`{f.name}`", text, told[f.name]])
+    assert table(heading, GUIDE) == expected

@@ -177,6 +177,24 @@ lk.save_adapter(model, "runs/opposites")
     assert compared.splitlines()[-1].endswith("p = 1: the difference is within noise")
 
 
+def test_examples_of_the_guide_to_comparisons(prepared):
+    """The file as it stands there, with one step a run and one seed."""
+    work, run = prepared
+    [file] = blocks("docs/comparison.md", "yaml", "compare.yaml")
+    (work / "compare.yaml").write_text(file)
+    rows = [
+        {"prompt": f"{i}: {a} or {b}, the opposite of {a} is", "completion": f" {b}"}
+        for i, (a, b) in enumerate([("hot", "cold"), ("big", "small"), ("light", "dark")] * 10)
+    ]
+    (work / "opposites.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    planned, made, shown, voted = commands("docs/comparison.md")
+    assert run([*planned, "seeds=[0]"]).stdout.count("memory ") == 2
+    tables = run([*made, "seeds=[0]"]).stdout
+    assert run(shown).stdout.strip() in tables
+    assert "SmolLM2-135M-Instruct  untrained  " in tables
+    assert "first 0, second 0, ties 0" in run(voted).stdout  # nobody answers
+
+
 def test_examples_of_the_guide_to_export(prepared):
     work, run = prepared
     [rows] = blocks("docs/getting-started.md", "json", "train.jsonl")
