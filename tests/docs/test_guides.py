@@ -178,7 +178,7 @@ lk.save_adapter(model, "runs/opposites")
 
 
 def test_examples_of_the_guide_to_comparisons(prepared):
-    """The file as it stands there, with one step a run and one seed."""
+    """The file as it stands there, with one step a run and one seed; one process for all."""
     work, run = prepared
     [file] = blocks("docs/comparison.md", "yaml", "compare.yaml")
     (work / "compare.yaml").write_text(file)
@@ -187,12 +187,15 @@ def test_examples_of_the_guide_to_comparisons(prepared):
         for i, (a, b) in enumerate([("hot", "cold"), ("big", "small"), ("light", "dark")] * 10)
     ]
     (work / "opposites.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    planned, made, shown, voted = commands("docs/comparison.md")
-    assert run([*planned, "seeds=[0]"]).stdout.count("memory ") == 2
-    tables = run([*made, "seeds=[0]"]).stdout
-    assert run(shown).stdout.strip() in tables
+    planned, made, shown, voted = (command[1:] for command in commands("docs/comparison.md"))
+    all_of = [[*planned, "seeds=[0]"], [*made, "seeds=[0]"], shown, voted]
+    code = "from lorakit.cli.main import main\n"
+    code += f"for command in {all_of}:\n    assert main(command) == 0\n    print('=' * 8)"
+    plan, tables, again, votes = run(["-c", code]).stdout.split("=" * 8)[:4]
+    assert plan.count("memory ") == 2
+    assert again.strip() in tables
     assert "SmolLM2-135M-Instruct  untrained  " in tables
-    assert "first 0, second 0, ties 0" in run(voted).stdout  # nobody answers
+    assert "first 0, second 0, ties 0" in votes  # nobody answers
 
 
 def test_examples_of_the_guide_to_export(prepared):
