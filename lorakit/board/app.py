@@ -4,7 +4,8 @@ The paths are those behind the token, as they were sent: an id is one part of a 
 slashes as "%2F". Reading files goes on in threads, so that a slow disk holds nobody up.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from lorakit.board.answers import answer, refused
+from lorakit.board.chat_routes import ChatRoutes
 from lorakit.board.comparison_routes import ComparisonRoutes
 from lorakit.board.folder import Folder, NotThereError
 from lorakit.board.gate import Gate
@@ -42,7 +44,7 @@ class Board:
             folder: The folder that is shown.
         """
         self.folder, self.runs = folder, RunRoutes(folder)
-        self.comparisons = ComparisonRoutes(folder)
+        self.comparisons, self.chat = ComparisonRoutes(folder), ChatRoutes(folder)
 
     def routes(self) -> list[Route]:
         """Return the routes."""
@@ -52,11 +54,13 @@ class Board:
             Route("/api/board", self.about, methods=["GET"]),
             *self.runs.routes(),
             *self.comparisons.routes(),
+            *self.chat.routes(),
         ]
 
     def close(self) -> None:
         """End what takes long: the server ends. Runs go on."""
         self.runs.control.close()
+        self.chat.close()
 
     # ---- the page ----
 
@@ -123,6 +127,12 @@ def application(board: Board, token: str) -> Gate:
         ClientDisconnect: _gone,
         Exception: _failed,
     }
-    app = Starlette(routes=board.routes(), exception_handlers=handlers)
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        await board.chat.end()
+
+    app = Starlette(routes=board.routes(), exception_handlers=handlers, lifespan=lifespan)
     app.router.redirect_slashes = False
     return Gate(app, token)

@@ -112,7 +112,7 @@ def test_a_run_that_cannot_begin_says_why(command, children, get, post):
         ({"run_file": RUN_FILE + "lora_r: x\n", "name": "n"}, 409, "lora"),
         ({"run_file": RUN_FILE}, 400, "name"),
         ({"run_file": 3, "name": "n"}, 400, "run_file"),
-        ({"run_file": RUN_FILE, "nam": "n"}, 400, "nam"),
+        ({"run_file": RUN_FILE, "nmae": "n"}, 400, "name"),
     ],
 )
 def test_a_wrong_run_file_starts_nothing(command, client, folder, refused, body, status, said):
