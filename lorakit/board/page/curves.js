@@ -1,7 +1,7 @@
 // The curves of the selected runs: a chart for each quantity, with one axis and one look for all.
 
 import { Chart, nearest, smoothed } from "./charts.js";
-import { runPath } from "./data.js";
+import { begun, runPath } from "./data.js";
 import { choice, h, nothing } from "./dom.js";
 import { spoken } from "./format.js";
 
@@ -61,6 +61,10 @@ export class Curves {
     const key = `${run.step}/${run.updated}/${points}`;
     const known = this.known.get(run.id);
     if (known?.key === key) return;
+    if (!begun(run)) {
+      this.known.set(run.id, { key, curves: {} });
+      return;
+    }
     const path = runPath(run.id, "metrics");
     try {
       this.known.set(run.id, { key, curves: await this.board.source.get(`${path}?points=${points}`) });

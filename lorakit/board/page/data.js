@@ -60,6 +60,11 @@ export function runPath(id, part) {
   return `api/runs/${encodeURIComponent(id)}/${part}`;
 }
 
+/** Return whether a run has written anything yet. */
+export function begun(run) {
+  return run.metrics.length > 0;
+}
+
 function sent(body) {
   const headers = { "Content-Type": "application/json" };
   return { method: "POST", headers, body: JSON.stringify(body) };

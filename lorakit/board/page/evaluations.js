@@ -1,6 +1,6 @@
 // Evaluations of the selected runs: the last one of each, and all of them, run by run.
 
-import { runPath } from "./data.js";
+import { begun, runPath } from "./data.js";
 import { h, nothing, wide } from "./dom.js";
 import { digits, number, spoken } from "./format.js";
 
@@ -25,14 +25,14 @@ export class Evaluations {
   }
 
   async update() {
-    const runs = this.board.chosen();
+    const runs = this.board.chosen().filter(begun);
     const key = JSON.stringify(runs.map((run) => [run.id, run.updated]));
     if (key === this.key) return;
     const all = await Promise.all(runs.map((run) => this.board.source.get(runPath(run.id, "evaluations"))));
     this.key = key;
     const measured = runs.map((run, i) => [run, all[i]]).filter(([, rows]) => rows.length);
     if (!measured.length) {
-      const text = runs.length ? "These runs have not been evaluated yet." : "Select runs in the table above.";
+      const text = this.board.selected.size ? "These runs have not been evaluated yet." : "Select runs in the table above.";
       this.element.replaceChildren(nothing(text));
       return;
     }

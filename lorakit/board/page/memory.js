@@ -1,6 +1,6 @@
 // The memory of runs: what was measured beside what was forecast, by what it holds.
 
-import { runPath } from "./data.js";
+import { begun, runPath } from "./data.js";
 import { h, nothing, wide } from "./dom.js";
 import { bytes, spoken } from "./format.js";
 
@@ -59,7 +59,8 @@ export class Memory {
     const runs = this.board.chosen();
     const key = JSON.stringify(runs.map((run) => [run.id, run.peak_memory_mb]));
     if (key === this.key) return;
-    const all = await Promise.all(runs.map((run) => this.board.source.get(runPath(run.id, "memory"))));
+    const ask = (run) => (begun(run) ? this.board.source.get(runPath(run.id, "memory")) : {});
+    const all = await Promise.all(runs.map(ask));
     this.key = key;
     const peaks = all.map((each) => measured(each.peak_mb));
     const most = Math.max(...peaks.map((peak) => peak ?? 0), 1);

@@ -74,19 +74,19 @@ export class Rows {
   }
 }
 
-function shown({ tokens, place }) {
+function shown({ tokens, place, answer }) {
   const learned = tokens.filter((token) => token.learned).length;
   const pieces = [];
   for (const [i, token] of tokens.entries()) {
     const turns = i === 0 ? token.learned : token.learned !== tokens[i - 1].learned;
     if (turns) pieces.push(unseen(token.learned ? " [learned: " : "] "));
-    pieces.push(h("span", { class: token.learned ? "token learned" : "token", title: `token ${token.id}` }, visible(token.text)));
+    pieces.push(h("span", { class: token.learned ? "token learned" : "token", title: `token ${token.ids.join(", ")}` }, visible(token.text)));
     if (token.text.includes("\n")) pieces.push(h("br"));
   }
   return h(
     "article",
     { class: "row" },
-    h("h3", {}, `${place}`, h("small", {}, ` ${number(tokens.length)} tokens, ${number(learned)} learned`)),
+    h("h3", {}, place, answer ? `, ${answer}` : "", h("small", {}, ` ${number(tokens.length)} tokens, ${number(learned)} learned`)),
     h("p", { class: "text" }, pieces),
   );
 }

@@ -1,0 +1,329 @@
+"""The page of a board that is served: runs that go on, buttons, forms, and many long runs."""
+
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+
+import pytest
+import yaml
+
+from ..conftest import ROWS
+from .folders import HOSTILE, curve, write_comparison, write_lines, write_run
+
+SECONDS = 60  # until a board answers; torch takes its time on a busy machine
+
+
+@pytest.fixture(scope="module")
+def serve():
+    """serve(folder) -> the address of a board over it; all of its runs end with the tests."""
+    boards, folders = [], []
+
+    def serve(folder):
+        command = [sys.executable, "-m", "lorakit", "board", str(folder), "--port", "0"]
+        board = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, cwd=folder, start_new_session=True
+        )
+        boards.append(board)
+        folders.append(folder)
+        assert select.select([board.stdout], [], [], SECONDS)[0], "the board did not begin"
+        return board.stdout.readline().split()[0]
+
+    try:
+        yield serve
+    finally:
+        for board in boards:
+            os.killpg(board.pid, signal.SIGKILL)
+            board.wait(10)
+        for started in (path for folder in folders for path in folder.rglob(".started")):
+            with suppress(ValueError, KeyError, ProcessLookupError):
+                os.killpg(json.loads(started.read_text())["pid"], signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def board(serve, tmp_path_factory):
+    """The address of a board over three runs and a comparison."""
+    root = tmp_path_factory.mktemp("board")
+    write_run(root / "first", started=1.7900e9)
+    write_run(root / HOSTILE, r=16, started=1.7902e9)
+    write_run(root / "deep" / "third", r=32, started=1.7901e9, state="stopped", steps=40)
+    write_comparison(root / "sizes")
+    return serve(root)
+
+
+def test_a_run_is_started_watched_stopped_and_resumed(browser, serve, tiny_dir, tmp_path):
+    """All of it by the page's own buttons, and no reload."""
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)) + "\n")
+    values = {
+        "model": str(tiny_dir),
+        "dtype": "float32",
+        "lora": {"r": 2},
+        "data": {"train": "rows.jsonl"},
+        "max_steps": 1_000_000,
+        "learning_rate": 1e-3,
+    }
+    told = browser.run(
+        """
+        const state = (name) => page.waitForSelector(`td[data-state=${name}]`, { timeout: 45_000 });
+        const confirm = async (button, answer) => {
+          await page.click(`td.action button:has-text("${button}")`);
+          await page.click(`dialog button:has-text("${answer}")`);
+        };
+        const step = async () => {
+          const text = await page.textContent("tbody td.step");
+          return Number(text.split("/")[0].replaceAll(",", ""));
+        };
+        const later = async (before) => {
+          for (let i = 0; i < 150; i += 1) {
+            if ((await step()) > before) return;
+            await page.waitForTimeout(200);
+          }
+          throw new Error(`the page stays at step ${before}`);
+        };
+        await page.goto(`${arg.url}#/start`);
+        await page.fill("#name", "from the page");
+        await page.fill("#text", arg.text);
+        await page.click("button[type=submit]");
+        await state("running");
+        await page.waitForSelector(".u-wrap canvas", { timeout: 45_000 });
+        const going = await page.textContent("tbody td.state");
+        const seen = await step();
+        await later(seen);
+        await confirm("Stop", "Cancel");
+        await confirm("Stop", "Stop it");
+        await state("stopped");
+        const stopped = await step();
+        await confirm("Resume", "Resume it");
+        await state("running");
+        await later(stopped);
+        await confirm("Stop", "Stop it");
+        await state("stopped");
+        return { going, seen, stopped, resumed: await step() };""",
+        url=serve(tmp_path),
+        text=yaml.safe_dump(values),
+    )
+    assert browser.said == []
+    assert "running" in told["going"]  # when the first curve appeared
+    assert told["seen"] < told["stopped"] < told["resumed"]
+    run = tmp_path / "from the page"
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()]
+    assert steps == list(range(1, len(steps) + 1))
+    assert steps[-1] >= told["resumed"]
+
+
+@pytest.mark.parametrize("steps", [1_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_a_hundred_runs_load_at_once(browser, serve, tmp_path, steps):
+    """The table has all runs at once, and curves come downsampled. Times are not asserted: other
+    programs share the machine."""
+    text = "".join(json.dumps(line) + "\n" for line in curve(steps))
+    for i in range(100):
+        run = tmp_path / f"run-{i:03}"
+        run.mkdir()
+        if i < 4:
+            (run / "metrics.jsonl").write_text(text)
+        else:  # a link to the same bytes, as 2 GB of files would take their time
+            os.link(tmp_path / "run-000" / "metrics.jsonl", run / "metrics.jsonl")
+    url = serve(tmp_path)
+    told = browser.run(
+        """
+        const bodies = [];
+        page.on("response", (response) => {
+          if (response.url().includes("/api/runs")) bodies.push(response);
+        });
+        const begin = Date.now();
+        await page.goto(arg.url);
+        await page.waitForSelector("tbody tr");
+        const rows = await page.locator("tbody tr").count();
+        const first = Date.now() - begin;
+        await page.waitForSelector(".u-wrap canvas", { timeout: 45_000 });
+        const charts = Date.now() - begin;
+        const sizes = [];
+        for (const response of bodies) {
+          const ofMetrics = new URL(response.url()).pathname.endsWith("metrics");
+          sizes.push([ofMetrics, (await response.body()).length]);
+        }
+        return { rows, first, charts, sizes };""",
+        url=url,
+    )
+    print(f"100 runs of {steps:,} steps: table {told['first']} ms, curves {told['charts']} ms")
+    assert told["rows"] == 100
+    lists = [size for of_metrics, size in told["sizes"] if not of_metrics]
+    curves = [size for of_metrics, size in told["sizes"] if of_metrics]
+    assert max(lists) < 100_000  # the list of 100 runs
+    assert 1 <= len(curves) <= 4  # of the runs that are selected at first, not of all
+    assert max(curves) < 1_000_000  # of 20 MB, if the runs are long
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_nothing_serious_in_what_takes_a_server(browser, board, theme):
+    found = browser.run(
+        """
+        const found = {};
+        for (const view of ["runs/rows", "start"]) {
+          await page.goto(`${arg.url}#/${view}`);
+          await page.waitForSelector("main section");
+          await page.waitForTimeout(200);
+          const graves = await axe();
+          if (graves.length) found[view] = graves;
+        }
+        return found;""",
+        theme=theme,
+        url=board,
+    )
+    assert found == {}
+
+
+def test_axe_finds_what_is_planted(browser, board):
+    found = browser.run(
+        """
+        await page.goto(arg.url);
+        await page.waitForSelector("tbody tr");
+        await page.evaluate(() => {
+          document.querySelector("main").append(document.createElement("img"));
+        });
+        return axe();""",
+        url=board,
+    )
+    assert [each.partition(":")[0] for each in found] == ["image-alt"]
+
+
+def test_names_stay_texts_and_nobody_else_is_asked(browser, board):
+    """The page's policy lets nothing else run, and it logs nothing."""
+    names = browser.run(
+        """
+        await page.goto(arg.url);
+        await page.waitForSelector(".u-wrap canvas");
+        await page.hover(".plot");
+        await page.waitForSelector(".tip:not([hidden])");
+        return await page.locator("tbody th .name").allTextContents();""",
+        url=board,
+    )
+    assert names == [HOSTILE, "third", "first"]
+    assert browser.said == []
+    assert browser.asked == [re.search("//([^/]+)/", board)[1]]
+
+
+def test_sorting_filtering_and_selecting(browser, board):
+    told = browser.run(
+        """
+        await page.goto(arg.url);
+        await page.waitForSelector("tbody tr");
+        const names = () => page.locator("tbody th .name").allTextContents();
+        const checked = () => page.locator("tbody input:checked").count();
+        const all = await checked();
+        await page.click('th button:has-text("Run")');
+        const up = await names();
+        const order = await page.getAttribute("th.name", "aria-sort");
+        await page.click('th button:has-text("Run")');
+        const down = await names();
+        await page.fill("input[type=search]", "third stopped");
+        const found = await names();
+        await page.fill("input[type=search]", "no such run");
+        const none = await page.textContent(".runs .nothing");
+        await page.fill("input[type=search]", "");
+        await page.click('button:has-text("Clear selection")');
+        return { all, up, order, down, found, none, cleared: await checked() };""",
+        url=board,
+    )
+    assert told["up"] == [HOSTILE, "first", "third"]
+    assert told["down"] == told["up"][::-1]
+    assert told["order"] == "ascending"
+    assert told["found"] == ["third"]
+    assert told["none"] == "No run has these words."
+    assert (told["all"], told["cleared"]) == (3, 0)
+
+
+def test_the_keyboard_reaches_everything(browser, board):
+    """Tab comes by every control; a chart reads its values, zooms and resets by keys alone."""
+    told = browser.run(
+        """
+        await page.goto(arg.url);
+        await page.waitForSelector(".u-wrap canvas");
+        const reached = await page.evaluate(() => document.querySelectorAll(
+          "a, button:not(:disabled), input, select, textarea, summary, [tabindex='0']").length);
+        const seen = new Set();
+        for (let i = 0; i < reached + 5; i += 1) {
+          await page.keyboard.press("Tab");
+          const focus = await page.evaluate(() => {
+            const { tagName, className, textContent, type } = document.activeElement;
+            const outline = getComputedStyle(document.activeElement).outlineStyle;
+            const text = [tagName, className, type, textContent.slice(0, 20)].join("/");
+            return { text, outline };
+          });
+          seen.add(focus.text);
+          const marked = focus.outline !== "none" || /radio|BODY/.test(focus.text);
+          if (!marked) throw new Error(`no outline: ${focus.text}`);
+        }
+        await page.focus(".plot");
+        for (const key of ["Home", "ArrowRight", "ArrowRight"]) await page.keyboard.press(key);
+        const said = await page.textContent("figure .unseen[aria-live]");
+        await page.keyboard.press("End");
+        const last = await page.textContent("figure .unseen[aria-live]");
+        return { seen: [...seen], said, last };""",
+        url=board,
+    )
+    text = "\n".join(told["seen"])
+    controls = ["Runs", "checkbox", "search", "radio", "range", "plot", "Values", "Resume"]
+    assert [control for control in controls if control not in text] == []
+    assert told["said"].startswith("step 3: ")
+    assert told["last"].startswith("step 120: ")
+    assert HOSTILE in told["last"]
+
+
+def test_axis_smoothing_and_values(browser, board):
+    """The axis is tokens, the table has the values of the file, smoothing moves the end."""
+    told = browser.run(
+        """
+        await page.goto(arg.url);
+        await page.waitForSelector(".u-wrap canvas");
+        await page.click('label:has-text("tokens")');
+        await page.click("figure summary");
+        const rows = () => page.locator("figure tbody").first().locator("tr").allTextContents();
+        const head = await page.textContent("figure thead");
+        const raw = await rows();
+        await page.fill(".controls input[type=range]", "0.9");
+        return { head, raw, smooth: await rows() };""",
+        url=board,
+    )
+    assert told["head"].startswith("tokens")
+    assert told["raw"][-1].startswith(f"{2048 * 120:,}")
+    assert told["raw"][0] == told["smooth"][0]  # an average begins at the first value
+    assert told["raw"][-1] != told["smooth"][-1]
+
+
+def test_a_narrow_window_has_no_sideways_scroll(browser, board):
+    wide = browser.run(
+        """
+        await page.goto(arg.url);
+        await page.waitForSelector(".u-wrap canvas");
+        return page.evaluate(() => {
+          const { scrollWidth, clientWidth } = document.documentElement;
+          return [scrollWidth, clientWidth];
+        });""",
+        width=360,
+        height=740,
+        url=board,
+    )
+    assert wide[0] <= wide[1]
+
+
+def test_a_board_that_ends_is_said(browser, serve, tmp_path):
+    write_lines(tmp_path / "metrics.jsonl", curve(5))
+    url = serve(tmp_path)
+    said = browser.run(
+        """
+        await page.goto(arg.url);
+        await page.waitForSelector("tbody tr");
+        await page.route("**/api/runs", (route) => route.abort());
+        await page.waitForSelector("#trouble");
+        const said = await page.textContent("#trouble");
+        await page.unroute("**/api/runs");
+        await page.waitForSelector("#trouble", { state: "detached" });
+        return said;""",
+        url=url,
+    )
+    assert said == "The board does not answer; is it still running?"
