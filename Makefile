@@ -18,7 +18,7 @@ MODEL = $(shell $(BIN)/python -c "import importlib.util as u, pathlib; \
 
 GPU_TESTS := tests/gpu $(addprefix tests/kernels/test_,triton.py attention_triton.py adamw.py)
 
-.PHONY: demo compare-demo test test-all test-asan lint types docs bench gpu plan-tables clean view
+.PHONY: demo compare-demo test test-all test-asan lint types docs bench browser screenshots gpu plan-tables clean view
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py $(MODEL) $(DEMO)
@@ -60,6 +60,25 @@ view: ; @mkdir -p $(VIEW)/lorakit && ln -sfn $(CURDIR)/lorakit/* $(CURDIR)/kerne
 # The site of the documentation, in build/site. A warning ends the build.
 docs: $(VENV)/.docs view
 	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
+
+# What the tests of the board's page take beside node: playwright-core and axe-core, and Chromium.
+# Where there is none, Debian's is installed by root; others are told what to install.
+browser: build/browser/.installed
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || { \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; \
+		else echo "make browser: install Chromium, on Debian by: apt-get install chromium" >&2; exit 1; fi; }
+
+build/browser/.installed: tests/board/browser/package.json tests/board/browser/package-lock.json
+	@command -v npm >/dev/null || { echo "make browser: install node 20 or later with npm" >&2; exit 1; }
+	mkdir -p build/browser
+	cp tests/board/browser/package.json tests/board/browser/package-lock.json build/browser/
+	npm ci --prefix build/browser --no-audit --no-fund
+	touch $@
+
+# The pictures of the board in docs/images, of runs that the tests make up.
+screenshots: $(VENV)/.test browser
+	$(BIN)/python -m tests.board.screenshots docs/images
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/kernels.py

@@ -69,7 +69,7 @@ def answers(step):
     yield {"step": step, "row": 1, **hostile}
 
 
-def write_comparison(folder):
+def write_comparison(folder, name=f"sizes {HOSTILE}"):
     """A finished comparison of two settings and the untrained model, on one task."""
     folder.mkdir(parents=True)
 
@@ -118,7 +118,7 @@ def write_comparison(folder):
         {"rule": "Within noise the smaller one wins.", "says": "r8 has half the parameters."},
     ]
     advice = {"text": "Take small with r8: no other is better by more than noise.", "rules": rules}
-    values = {"version": 1, "name": f"sizes {HOSTILE}", "runs": runs, "tasks": [task]}
+    values = {"version": 1, "name": name, "runs": runs, "tasks": [task]}
     values |= {"notes": ["120 rows tell differences of 0.08."], "recommendation": advice}
     (folder / "comparison.json").write_text(json.dumps(values))
     (folder / "predictions").mkdir()

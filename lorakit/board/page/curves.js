@@ -9,6 +9,7 @@ const FIRST = ["loss", "mean_token_accuracy", "learning_rate", "grad_norm", "tok
 const AXES = ["step", "epoch", "tokens", "seconds", "padding"]; // no charts of their own
 const EXACT = ["learning_rate", "peak_memory_mb"]; // nothing to smooth
 const MOST = 1000; // points of a curve
+const OFTEN = 150; // ms between two drawings while curves come in
 const ALL = 20000; // points of a quantity, of all runs together
 
 /** Return a curve's places on another axis, by linear interpolation in the axis's own curve. */
@@ -46,6 +47,7 @@ export class Curves {
   }
 
   close() {
+    this.closed = true;
     removeEventListener("themechange", this.repaint);
     this.charts.forEach((chart) => chart.close());
   }
@@ -53,8 +55,15 @@ export class Curves {
   async update() {
     const runs = this.board.chosen();
     const points = Math.max(100, Math.min(MOST, Math.floor(ALL / Math.max(1, runs.length))));
-    await Promise.all(runs.map((run) => this.#fetch(run, points)));
-    if (this.board.chosen().every((run) => this.known.has(run.id))) this.draw();
+    let last = performance.now();
+    const fetched = async (run) => {
+      await this.#fetch(run, points);
+      if (performance.now() - last < OFTEN) return;
+      this.draw(); // what is there, while long runs are being read
+      last = performance.now();
+    };
+    await Promise.all(runs.map(fetched));
+    this.draw();
   }
 
   async #fetch(run, points) {
@@ -75,10 +84,11 @@ export class Curves {
   }
 
   draw() {
-    const runs = this.board.chosen();
+    if (this.closed) return;
+    const runs = this.board.chosen().filter((run) => this.known.has(run.id));
     const curves = runs.map((run) => this.known.get(run.id).curves);
     const names = chartNames(curves);
-    const empty = runs.length ? "These runs have no steps yet." : "Select runs in the table above.";
+    const empty = this.board.selected.size ? "There are no steps yet." : "Select runs in the table above.";
     this.note.replaceChildren(names.length ? "" : nothing(empty));
     for (const [name, chart] of this.charts) {
       if (names.includes(name)) continue;
