@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from lorakit.board import comparisons
 from lorakit.board import runs as read
 from lorakit.board.folder import Folder, NotThereError
 from lorakit.board.metrics import Cache
@@ -39,11 +40,11 @@ def write_report(runs: str | Path | Iterable[str | Path], out: str | Path) -> Pa
     paths = [runs] if isinstance(runs, str | Path) else list(runs)
     if not paths:
         raise LorakitError("write_report: name the output directory of at least one run")
-    found, comparisons = dict[str, tuple[Path, str]](), dict[str, Path]()
+    found, compared = dict[str, tuple[Path, str]](), dict[str, Path]()
     roots = list(dict.fromkeys(as_path(path) for path in paths))
     for root in roots:
-        _look(root, found, comparisons, alone=len(roots) == 1)
-    answers = _answers(found) | _of_comparisons(comparisons)
+        _look(root, found, compared, alone=len(roots) == 1)
+    answers = _answers(found) | _of_comparisons(compared)
     name = roots[0].resolve().name if len(roots) == 1 else f"{len(found)} runs"
     target = as_path(out)
     if target.is_dir():
@@ -57,22 +58,22 @@ def write_report(runs: str | Path | Iterable[str | Path], out: str | Path) -> Pa
 
 
 def _look(
-    root: Path, runs: dict[str, tuple[Path, str]], comparisons: dict[str, Path], alone: bool
+    root: Path, runs: dict[str, tuple[Path, str]], compared: dict[str, Path], alone: bool
 ) -> None:
     """Add the runs and the comparisons in a folder, by ids that no other has.
 
     A run that is named itself is called by its folder's name.
     """
     folder = Folder(root)
-    there, compared = folder.runs(), folder.comparisons()
-    if not there and not compared:
+    there, found = folder.runs(), folder.comparisons()
+    if not there and not found:
         raise LorakitError(f"{root} holds no run: neither metrics.jsonl nor run.json is in it")
     prefix = "" if alone else f"{root}/"
     for id_, path in there.items():
         key = str(root) if id_ == "/" else f"{prefix}{id_}"
         runs[key] = (path, path.name)
-    for id_, path in compared.items():
-        comparisons[str(root) if id_ == "/" else f"{prefix}{id_}"] = path
+    for id_, path in found.items():
+        compared[str(root) if id_ == "/" else f"{prefix}{id_}"] = path
 
 
 def _answers(found: dict[str, tuple[Path, str]]) -> dict[str, Any]:
@@ -117,7 +118,7 @@ def _short(value: float | None) -> float | None:
 def _of_comparisons(found: dict[str, Path]) -> dict[str, Any]:
     """Return what the server would say of comparisons, by its paths."""
     values = {id_: read_json(path / "comparison.json") for id_, path in found.items()}
-    listed = [{"id": id_, "name": value.get("name", id_)} for id_, value in values.items()]
+    listed = [comparisons.summary(path, id_) for id_, path in found.items()]
     return {"api/comparisons": listed} | {
         f"api/comparisons/{id_}": value for id_, value in values.items()
     }

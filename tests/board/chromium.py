@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 MODULES = ROOT / "build" / "browser"  # where `make browser` installs playwright-core and axe-core
-SECONDS = 60  # for one call; each waits 15 s at most for something to appear
+SECONDS = 180  # for one call; what it waits for has limits of its own
 
 
 class Browser:

@@ -15,7 +15,7 @@ CURVES = """
 await page.goto(arg.url);
 await page.waitForSelector(".u-wrap canvas");
 await page.fill(".controls input[type=range]", "0.8");
-await page.hover(".plot", { position: { x: 330, y: 120 } });
+await page.hover(".plot", { position: { x: 130, y: 120 } });
 await page.waitForTimeout(300);
 await page.screenshot({ path: arg.path });"""
 

@@ -102,13 +102,19 @@ def test_a_run_is_started_watched_stopped_and_resumed(browser, serve, tiny_dir, 
         await later(stopped);
         await confirm("Stop", "Stop it");
         await state("stopped");
-        return { going, seen, stopped, resumed: await step() };""",
+        const resumed = await step();
+        await page.click('.tabs a:has-text("Rows")');
+        await page.waitForSelector(".token.learned", { timeout: 45_000 });
+        const row = await page.textContent("article.row");
+        return { going, seen, stopped, resumed, row };""",
         url=serve(tmp_path),
         text=yaml.safe_dump(values),
     )
     assert browser.said == []
     assert "running" in told["going"]  # when the first curve appeared
     assert told["seen"] < told["stopped"] < told["resumed"]
+    assert "What·is·0·plus·0?·" in told["row"].partition("[learned: ")[0]
+    assert "It·is·0." in told["row"].partition("[learned: ")[2]
     run = tmp_path / "from the page"
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()]
     assert steps == list(range(1, len(steps) + 1))
@@ -158,12 +164,37 @@ def test_a_hundred_runs_load_at_once(browser, serve, tmp_path, steps):
     assert max(curves) < 1_000_000  # of 20 MB, if the runs are long
 
 
+def test_votes_by_keys(browser, serve, tmp_path):
+    """Two pairs of answers, judged by the keys 1 and 0; whose they are stays unsaid."""
+    write_comparison(tmp_path / "sizes")
+    told = browser.run(
+        """
+        await page.goto(`${arg.url}#/comparisons/sizes`);
+        await page.click('a:has-text("Vote")');
+        await page.waitForSelector(".vote .sides");
+        const pair = await page.textContent(".vote .sides");
+        await page.keyboard.press("1");
+        await page.waitForSelector('p[role=status]:has-text("1 to go")');
+        await page.keyboard.press("0");
+        await page.waitForSelector('h1:has-text("All pairs are judged")');
+        return { pair, end: await page.textContent(".vote") };""",
+        url=serve(tmp_path),
+    )
+    assert browser.said == []
+    assert told["pair"].count(HOSTILE) == 2
+    assert "r8" not in told["pair"]
+    assert "1 for neither" in told["end"]
+    assert "ties as half" in told["end"]
+    votes = [json.loads(line) for line in (tmp_path / "sizes" / "votes.jsonl").open()]
+    assert [vote["winner"] == "tie" for vote in votes] == [False, True]
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_axe_finds_nothing_serious_in_what_takes_a_server(browser, board, theme):
     found = browser.run(
         """
         const found = {};
-        for (const view of ["runs/rows", "start"]) {
+        for (const view of ["runs/rows", "start", "comparisons", "vote/sizes", "chat"]) {
           await page.goto(`${arg.url}#/${view}`);
           await page.waitForSelector("main section");
           await page.waitForTimeout(200);

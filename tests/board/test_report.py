@@ -37,7 +37,8 @@ def test_a_report_has_what_the_runs_wrote(tmp_path):
     assert found["api/runs/a/settings"]["lora.r"] == 8
     assert found["api/runs/a/samples"][-1]["completion"] == COMPLETION
     assert found["api/comparisons/sizes"]["tasks"][0]["name"] == "sentiment"
-    assert found["api/comparisons"] == [{"id": "sizes", "name": f"sizes {HOSTILE}"}]
+    [listed] = found["api/comparisons"]
+    assert listed == {"id": "sizes", "name": f"sizes {HOSTILE}", "state": "finished"}
 
 
 def test_runs_are_named_one_by_one(tmp_path):

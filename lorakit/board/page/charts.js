@@ -1,7 +1,7 @@
 // Curves of several runs over one axis, drawn by uPlot, with a read-out and a table beside them.
 
 import { h, say, unseen, wide } from "./dom.js";
-import { number, tick } from "./format.js";
+import { digits, number, tick } from "./format.js";
 import { colour, dash } from "./palette.js";
 
 const HEIGHT = 230;
@@ -172,7 +172,7 @@ export class Chart {
           "span",
           {},
           h("i", { class: "dot", style: { background: colour(row.slot) } }),
-          h("b", {}, number(row.value)),
+          h("b", {}, digits(row.value)),
           h("span", { class: "name" }, row.name),
         ),
       ),

@@ -1,6 +1,6 @@
 // A chat with two models side by side: each side sees its own answers.
 
-import { failure, h, nothing, select } from "./dom.js";
+import { failure, h, nothing, say, select } from "./dom.js";
 
 export class Chat {
   constructor(board) {
@@ -58,6 +58,7 @@ export class Chat {
     this.stop = h("button", { type: "button", disabled: true, onclick: () => this.abort?.abort() }, "Stop");
     const again = h("button", { type: "button", class: "plain", onclick: () => this.#clear() }, "New chat");
     this.problem = h("div", {});
+    this.status = h("p", { class: "quiet", role: "status" });
     this.element.replaceChildren(
       h("h1", {}, "Chat"),
       h(
@@ -72,6 +73,7 @@ export class Chat {
       ),
       h("div", { class: "columns" }, this.columns.map((column) => column.element)),
       this.problem,
+      this.status,
       h("form", { class: "message", onsubmit: (event) => this.#send(event) }, this.text, h("p", { class: "buttons" }, this.button, this.stop, again)),
     );
   }
@@ -105,7 +107,9 @@ export class Chat {
     try {
       const body = { base: this.base, sides: this.sides, messages: this.#messages(), ...this.options() };
       for await (const event of this.board.source.stream("api/chat", body, this.abort.signal)) {
-        if (event.error) throw new Error(event.error);
+        say(this.status, event.loading ? `Loading ${event.loading} …` : "");
+        if (event.error) places[event.side].classList.add("failure");
+        if (event.error) places[event.side].textContent = event.error;
         if (event.text === undefined) continue;
         turn.answers[event.side] += event.text;
         places[event.side].textContent = turn.answers[event.side];
@@ -115,6 +119,7 @@ export class Chat {
     } catch (error) {
       if (error.name !== "AbortError") this.problem.replaceChildren(failure(error));
     }
+    say(this.status, "");
     [this.button.disabled, this.stop.disabled] = [false, true];
   }
 

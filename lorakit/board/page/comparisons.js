@@ -33,7 +33,7 @@ export class Comparisons {
       ...progress(value.runs ?? []),
       value.recommendation ? advice(value.recommendation) : "",
       ...(value.tasks ?? []).map(task),
-      value.notes?.length ? h("ul", { class: "quiet" }, value.notes.map((note) => h("li", {}, note))) : "",
+      ...(value.notes ?? []).map((note) => h("p", { class: "quiet" }, note)),
     );
   }
 }

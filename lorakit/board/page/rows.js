@@ -74,7 +74,8 @@ export class Rows {
   }
 }
 
-function shown({ tokens, place, answer }) {
+function shown({ tokens, place, answer, error }) {
+  if (error) return h("article", { class: "row" }, h("h3", {}, place), h("p", { class: "failure" }, error));
   const learned = tokens.filter((token) => token.learned).length;
   const pieces = [];
   for (const [i, token] of tokens.entries()) {

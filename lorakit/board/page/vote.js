@@ -59,17 +59,24 @@ export class Vote {
     if (winner && !typing) this.#vote(winner);
   }
 
-  async #next() {
+  #next() {
     const query = new URLSearchParams({ first: this.first, second: this.second });
+    return this.#take(this.board.source.get(`${this.path}/vote?${query}`));
+  }
+
+  /** Show the pair that is promised, or what the votes say if there is none left. */
+  async #take(promise) {
+    this.pair = null;
     this.result.textContent = "";
+    let pair;
     try {
-      this.pair = await this.board.source.get(`${this.path}/vote?${query}`);
+      pair = await promise;
     } catch (error) {
-      this.pair = null;
       this.place.replaceChildren(failure(error));
       return;
     }
-    this.pair.done ? this.#done(this.pair.share) : this.#show(this.pair);
+    this.pair = pair;
+    pair.done ? this.#done(pair.share) : this.#show(pair);
   }
 
   #show({ prompt, left, right, left_over: leftOver }) {
@@ -85,23 +92,17 @@ export class Vote {
     this.heading.focus({ preventScroll: true });
   }
 
-  async #vote(winner) {
+  #vote(winner) {
     if (!this.pair || this.pair.done) return;
-    const { ticket } = this.pair;
-    this.pair = null;
-    try {
-      await this.board.source.post(`${this.path}/vote`, { first: this.first, second: this.second, ticket, winner });
-      await this.#next();
-    } catch (error) {
-      this.place.replaceChildren(failure(error));
-    }
+    const vote = { first: this.first, second: this.second, ticket: this.pair.ticket, winner };
+    this.#take(this.board.source.post(`${this.path}/vote`, vote));
   }
 
-  #done({ value, interval, first, second, ties, same }) {
+  #done({ value, low, high, first, second, ties, same }) {
     const counted = `${number(second)} for ${this.second}, ${number(first)} for ${this.first}, ${number(ties)} for neither; ${number(same)} rows have the same answer.`;
     const share = value === null || value === undefined
       ? "There was nothing to vote on."
-      : `${this.second} wins ${score(value)} of the votes, ties as half (${score(interval[0])} to ${score(interval[1])}).`;
+      : `${this.second} wins ${score(value)} of the votes, ties as half (${score(low)} to ${score(high)}).`;
     this.heading.textContent = "All pairs are judged";
     this.place.replaceChildren(h("p", {}, h("b", {}, share)), h("p", {}, counted));
     this.heading.focus({ preventScroll: true });
