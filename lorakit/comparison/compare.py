@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from lorakit.comparison.exported import measure_exports, speeds
+from lorakit.comparison.exported import known_exports, measure_exports
 from lorakit.comparison.grid import GridRun, grid_of
 from lorakit.comparison.record import fingerprint, read_record, write_record
 from lorakit.comparison.results import Results
@@ -109,11 +109,11 @@ def compare_models(
         for rows in {job.run.task: job.rows for job in jobs}.values():
             write_task(rows)
         results = Results(config, jobs, notes, _created(folder))
+        results.exports = known_exports(config)
         work = _Work(folder, jobs, results)
         interrupted = work.through(chosen)
         if config.exports and not interrupted:
             results.exports = measure_exports(jobs, say)
-            results.notes += speeds(results.exports)
         return ComparisonResult(folder, work.write(), interrupted)
 
 

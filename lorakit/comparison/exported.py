@@ -8,7 +8,7 @@ lorakit, which reads the same blocks.
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ import torch
 
 from lorakit.comparison.record import fingerprint
 from lorakit.comparison.work import Job
+from lorakit.config.comparison import ComparisonConfig
 from lorakit.config.errors import LorakitError
 from lorakit.export.gguf import export_gguf
 from lorakit.export.runtime import continue_in_llama_cpp
 from lorakit.export.sample import TEXTS
-from lorakit.files.local import read_json, write_json
+from lorakit.files.local import as_path, read_json, write_json
 from lorakit.inference.generate import continue_text
 from lorakit.inference.sampling import Sampling
 from lorakit.models.load import load_model
@@ -34,7 +35,7 @@ _PROMPT = 16
 def measure_exports(
     jobs: Sequence[Job], say: Callable[[str], None]
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return size and speed of each model by quantization, from exports.json where it has them.
+    """Measure size and speed of each model by quantization, and return what `known_exports` does.
 
     A model is left out until one of its runs is finished. One that cannot be exported has an
     "error".
@@ -42,22 +43,31 @@ def measure_exports(
     config, folder = jobs[0].config, jobs[0].folder
     path = folder / FILE
     known = read_json(path) if path.exists() else {}
-    found: dict[str, dict[str, dict[str, Any]]] = {}
     for model, place in config.models.items():
         finished = [job for job in jobs if job.run.model == model]
         finished = [job for job in finished if job.record.state == "finished"]
         trained = [job for job in finished if job.run.is_trained] or finished
-        if not trained:
-            continue
-        of_files, found[model] = fingerprint(place), {}
-        for name in config.exports:
-            key = f"{of_files} {name}"
+        for name in config.exports if trained else []:
+            key = f"{fingerprint(place)} {name}"
             if key not in known:
                 say(f"exporting {model} as {name}")
                 known[key] = _measured(trained[0], name, folder)
                 write_json(path, known)
-            found[model][name] = known[key]
-    return found
+    return known_exports(config)
+
+
+def known_exports(config: ComparisonConfig) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the size and the speed of each model by quantization, where exports.json has them."""
+    path = as_path(config.output_dir) / FILE
+    known = read_json(path) if path.exists() else {}
+    keys = {
+        model: {name: f"{fingerprint(place)} {name}" for name in config.exports}
+        for model, place in config.models.items()
+    }
+    return {
+        model: {name: known[key] for name, key in of_model.items() if key in known}
+        for model, of_model in keys.items()
+    }
 
 
 def _measured(job: Job, quantization: str, folder: Path) -> dict[str, Any]:
@@ -74,7 +84,8 @@ def _measured(job: Job, quantization: str, folder: Path) -> dict[str, Any]:
             speed, by = _speed(file)
         except LorakitError as error:
             return {"error": str(error)}
-    return {"bytes": size, "tokens_per_second": speed, "measured_by": by}
+    threads = torch.get_num_threads()
+    return {"bytes": size, "tokens_per_second": speed, "measured_by": by, "threads": threads}
 
 
 def _speed(file: Path) -> tuple[float | None, str]:
@@ -90,17 +101,3 @@ def _speed(file: Path) -> tuple[float | None, str]:
         times = [time.perf_counter() for _ in continue_text(model, [prompt], NEW, Sampling(), None)]
     took = times[-1] - times[0]
     return (len(times) - 1) / took if took > 0 else None, "lorakit"
-
-
-def speeds(exports: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
-    """Return a note on how the speeds were measured, if any was."""
-    by = {
-        said["measured_by"]
-        for each in exports.values()
-        for said in each.values()
-        if "bytes" in said
-    }
-    if not by:
-        return []
-    threads = torch.get_num_threads()
-    return [f"speeds of GGUF files are of one text of {NEW} tokens on {threads} threads"]

@@ -17,6 +17,8 @@ from lorakit.config.run import RunConfig
 from lorakit.files.local import as_path
 
 _LONGEST_SLUG = 40
+# The beginnings of settings that matter to a model without training.
+_OF_A_MODEL = ("model", "dtype", "quantize", "chat_template", "add_tokens", "train.train_on")
 # What two runs of one kind may differ in: the places of files, and where a run goes on from.
 _PLACES = ("train.output_dir", "train.resume", "train.seed", "data.train", "data.validation")
 
@@ -48,10 +50,15 @@ class GridRun:
         return self.settings != UNTRAINED
 
     def says(self) -> dict[str, Any]:
-        """Return all settings in effect by names such as "lora.r", without places and the seed."""
+        """Return all settings in effect by names such as "lora.r", without places and the seed.
+
+        Without training, they are those of the model alone.
+        """
         values = flat(self.config)
-        if self.config.quantize is not None:
-            values.pop("quantize", None)
+        values["quantize"] = None if self.config.quantize is None else "as follows"
+        if not self.is_trained:
+            kept = [name for name in values if name.startswith(_OF_A_MODEL)]
+            return {name: values[name] for name in kept}
         return {name: value for name, value in values.items() if name not in _PLACES}
 
 

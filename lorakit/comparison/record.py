@@ -12,8 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.comparison.grid import GridRun
+from lorakit.config.comparison import flat
+from lorakit.config.data import DataConfig
 from lorakit.config.errors import LorakitError
+from lorakit.config.run import RunConfig
 from lorakit.files.local import as_path, read_json, write_json
+from lorakit.training.state import checkpoints
 
 FILE = "compared.json"
 _BEGINNING = 1 << 20  # bytes of a file of weights that its fingerprint takes
@@ -46,7 +50,8 @@ class Record:
 def read_record(run: GridRun, made_with: dict[str, Any]) -> Record:
     """Return what is known of a run, or a new record if nothing is.
 
-    Raises LorakitError if the run in the folder was made with something else.
+    Settings that the run has never heard of, since they are newer, had their defaults. Raises
+    LorakitError if the run in the folder was made with something else.
     """
     path = run.folder / FILE
     made_with = json.loads(json.dumps(made_with))  # as the file would say it
@@ -55,8 +60,10 @@ def read_record(run: GridRun, made_with: dict[str, Any]) -> Record:
     values = read_json(path)
     if set(values) != {f.name for f in fields(Record)} or not isinstance(values["made_with"], dict):
         raise LorakitError(f"{path} is of another version of lorakit: remove {run.folder}")
-    before = values["made_with"]
-    differ = [key for key in {**before, **made_with} if before.get(key) != made_with.get(key)]
+    before = {**flat(RunConfig("", DataConfig(""))), **values["made_with"]}
+    differ = [key for key, value in made_with.items() if before.get(key) != value]
+    if differ and not _has_results(run, values):
+        return Record(made_with)
     if differ:
         key = differ[0]
         raise LorakitError(
@@ -65,6 +72,11 @@ def read_record(run: GridRun, made_with: dict[str, Any]) -> Record:
             "another output_dir"
         )
     return Record(**values)
+
+
+def _has_results(run: GridRun, values: dict[str, Any]) -> bool:
+    """Whether a run has come so far that something of it would be mixed with something else."""
+    return bool(values["trained"] or values["tested_on"] or checkpoints(run.folder))
 
 
 def write_record(run: GridRun, record: Record) -> None:

@@ -123,7 +123,8 @@ def _exports(
                 continue
             speed = said["tokens_per_second"]
             shown = "" if speed is None else f"{speed:,.1f}"
-            rows.append([model, name, f"{said['bytes'] / 1e6:,.1f}", shown, said["measured_by"]])
+            by = f"{said['measured_by']}, {said['threads']} threads"
+            rows.append([model, name, f"{said['bytes'] / 1e6:,.1f}", shown, by])
     if not rows:
         return []
     head = ["model", "GGUF", "MB", "decoded tok/s", "measured by"]

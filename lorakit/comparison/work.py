@@ -26,7 +26,7 @@ from lorakit.data.schemas import Choice, Text
 from lorakit.data.sources import open_data
 from lorakit.evaluation.bertscore import bert_score
 from lorakit.evaluation.completions import complete_rows, read_completions, write_completions
-from lorakit.evaluation.score import asked
+from lorakit.evaluation.score import asked, check_rows
 from lorakit.files.local import as_path, write_text
 from lorakit.models.decoder import Decoder
 from lorakit.models.load import load_model
@@ -131,6 +131,8 @@ def _train(job: Job, tok: Tokenizer) -> tuple[Decoder, TrainResult]:
         for name, rows in open_data(config.data, skip_empty=config.train.skip_empty).items()
     }
     model = _loaded(run)
+    if job.metrics:  # a row that cannot be completed should not wait for the end
+        check_rows(model, tok, job.rows.parts["test"], ["exact_match"])
     torch.manual_seed(config.train.seed)
     lora = add_tokens(model, tok, config.add_tokens, config.lora) if config.add_tokens else None
     if config.train.train != "full":

@@ -182,13 +182,13 @@ def _check_names(what: str, names: Iterable[str]) -> None:
 
 
 def flat(values: Any, name: str = "") -> dict[str, Any]:
-    """Return the values of nested mappings and dataclasses by names such as "lora.r"."""
-    if dataclasses.is_dataclass(values) and not isinstance(values, type):
-        values = {f.name: getattr(values, f.name) for f in dataclasses.fields(values)}
-    if not isinstance(values, Mapping):
+    """Return the fields of settings, and of settings in them, by names such as "lora.r"."""
+    if not dataclasses.is_dataclass(values) or isinstance(values, type):
         return {name: values}
     return {
         inner: value
-        for key, each in values.items()
-        for inner, value in flat(each, f"{name}.{key}" if name else str(key)).items()
+        for f in dataclasses.fields(values)
+        for inner, value in flat(
+            getattr(values, f.name), f"{name}.{f.name}" if name else f.name
+        ).items()
     }

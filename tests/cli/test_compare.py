@@ -93,7 +93,7 @@ def test_exit_codes(compare_file, capsys, monkeypatch):
     ("arguments", "message"),
     [
         (["/nowhere.yaml"], "/nowhere.yaml does not exist"),
-        (["FILE", "modles=1"], "unknown key 'modles' (did you mean 'models'?)"),
+        (["FILE", "nmae=1"], "unknown key 'nmae' (did you mean 'name'?)"),
         (["FILE", "base.model=x"], "base: model is not for a comparison"),
         (["FILE", "exports=[q4]"], "exports: 'q4' is not f32, f16"),
         (["FILE", "tasks.sums.data=/nowhere.jsonl"], "task sums: /nowhere.jsonl does not exist"),

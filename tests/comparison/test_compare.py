@@ -197,6 +197,39 @@ def test_a_run_that_fails_is_reported_and_the_rest_goes_on(grid, capsys):
     assert result.values["recommendation"]["settings"] == "tame"
 
 
+def test_a_run_that_left_nothing_may_be_made_with_other_settings(grid):
+    """One that failed before its first checkpoint, as it would again with the same settings."""
+    grid |= {"models": {"bytes": grid["models"]["bytes"]}, "baseline": False}
+    grid["base"]["lora"]["target_modules"] = ["nothing"]
+    assert "matches no layer" in str(lk.compare_models(grid))
+    del grid["base"]["lora"]["target_modules"]
+    assert lk.compare_models(grid).failed == {}
+
+
+def test_models_are_read_back_as_they_were_measured(grid):
+    """Answers and losses of models that were trained in this process, and read from their files."""
+    grid |= {"models": {"bytes": grid["models"]["bytes"]}, "baseline": False}
+    grid["base"].pop("lora")
+    grid["settings"] = {"adapter": {"lora": {"r": 2}}, "full": {"train": "full"}}
+    first = lk.compare_models(grid)
+    for path in (first.folder / "predictions").iterdir():
+        path.unlink()
+    again = lk.compare_models(grid)
+    assert len(list((first.folder / "predictions").iterdir())) == 2
+    assert again.values == first.values
+
+
+def test_a_row_that_cannot_be_completed_stops_a_run_before_it_trains(grid, rows, tmp_path):
+    long = {"prompt": "long " * 40, "completion": " odd"}
+    (tmp_path / "test.jsonl").write_text(json.dumps(long) + "\n")
+    grid["tasks"]["parity"] = {"train": str(rows), "test": str(tmp_path / "test.jsonl")}
+    grid |= {"models": {"bytes": grid["models"]["bytes"]}, "baseline": False}
+    [reason] = lk.compare_models(grid).failed.values()
+    assert "test.jsonl line 1: to score completions" in reason
+    run = tmp_path / "compared" / "runs" / "parity--bytes--default--s0"
+    assert not (run / "metrics.jsonl").exists()
+
+
 def test_a_text_has_no_answers(grid, tmp_path):
     """Rows of text are measured by their loss alone; files of their own are taken as they are."""
     lines = [json.dumps({"text": f"{i} and {i + 1}."}) + "\n" for i in range(12)]

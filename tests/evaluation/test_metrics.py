@@ -64,6 +64,32 @@ def test_f1_of_labels_by_hand():
     assert metrics.macro_f1([" Yes\n"], ["yes"]) == 1.0
 
 
+@settings(max_examples=50)
+@given(pairs)
+def test_scores_of_labels_are_those_of_scikit_learn(pairs):
+    found = pytest.importorskip("sklearn.metrics")
+    predictions, references = map(list, zip(*pairs, strict=True))
+    scores = lk.metrics.score(predictions, references, ["macro_f1", "weighted_f1", "accuracy"])
+    for name, average in (("macro_f1", "macro"), ("weighted_f1", "weighted")):
+        options = {"average": average, "zero_division": 0}
+        assert scores[name] == pytest.approx(found.f1_score(references, predictions, **options))
+    assert scores["accuracy"] == found.accuracy_score(references, predictions)
+
+
+tags = st.lists(st.sampled_from(["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]), min_size=1, max_size=7)
+
+
+@settings(max_examples=50)
+@given(st.lists(st.tuples(tags, tags), min_size=1, max_size=5))
+def test_scores_of_entities_are_those_of_seqeval(pairs):
+    found = pytest.importorskip("seqeval.metrics")
+    cut = [(p[: len(r)], r[: len(p)]) for p, r in pairs]
+    predictions, references = map(list, zip(*cut, strict=True))
+    texts = [[" ".join(tags) for tags in side] for side in (predictions, references)]
+    expected = found.f1_score(references, predictions, zero_division=0)
+    assert lk.metrics.entity_f1(*texts) == pytest.approx(expected)
+
+
 @given(pairs)
 def test_f1_of_labels_is_its_definition(pairs):
     """Precision and recall of each label are counted one at a time."""
