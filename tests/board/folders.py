@@ -11,17 +11,17 @@ def write_lines(path, lines):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def curve(steps, floor=1.2, tau=40.0):
-    """A loss that falls, with the same bumps each time, and what training writes beside it."""
+def curve(steps, floor=1.2, tau=40.0, phase=0.0):
+    """A loss that falls, with the same bumps for a phase, and what training writes beside it."""
     return [
         {
             "step": step,
             "epoch": step / 100,
-            "loss": floor + 1.8 * math.exp(-step / tau) + 0.09 * math.sin(7.3 * step * step),
+            "loss": floor + 1.8 * math.exp(-step / tau) + 0.09 * math.sin(7.3 * step * step + phase),
             "learning_rate": 2e-4 * (1 - step / (steps + 1)),
-            "grad_norm": 0.4 + math.exp(-step / 50) + 0.1 * math.sin(step * 5.1),
+            "grad_norm": 0.4 + math.exp(-step / (45 + phase)) + 0.1 * math.sin(step * step + phase),
             "tokens": 2048 * step,
-            "tokens_per_second": 700.0 + 20 * math.sin(step),
+            "tokens_per_second": 760.0 - 2 * phase + 12 * math.sin(step * step + phase),
             "padding": 0.1,
             "peak_memory_mb": 1240.0,
         }
@@ -32,7 +32,7 @@ def curve(steps, floor=1.2, tau=40.0):
 def write_run(run, *, steps=120, r=8, floor=1.2, state="finished", started=1.79e9, samples=True):
     """A run with metrics, evaluations, settings and samples."""
     run.mkdir(parents=True)
-    lines = curve(steps, floor)
+    lines = curve(steps, floor, phase=r)
     measured = range(steps // 4, steps + 1, steps // 4)
     for step in measured:
         loss = floor + 0.1 + 1.8 * math.exp(-step / 40)

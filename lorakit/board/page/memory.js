@@ -39,7 +39,7 @@ export function forecastView(forecast, measured = null) {
         )),
       ),
     ),
-    h("p", { class: "quiet" }, `The peak is in ${plan.when}.`),
+    h("p", { class: "quiet" }, `The peak comes in this phase: ${plan.when}.`),
     (notes ?? []).map((note) => h("p", { class: "quiet" }, note)),
   );
 }
