@@ -134,6 +134,7 @@ def main() -> None:
         print("interrupted; the same command goes on from here")
         sys.exit(130)
     print(f"comparison.json, comparison.md and the runs are in {result.folder}/")
+    print(f"the page about them is {lk.write_report(result.folder, result.folder / 'report.html')}")
     sys.exit(1 if result.failed else 0)
 
 

@@ -53,7 +53,8 @@ def write_report(runs: str | Path | Iterable[str | Path], out: str | Path) -> Pa
         target.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise LorakitError(f"write_report: {target.parent} is not a directory") from None
-    write_text(target, single_page(answers, name))
+    home = "comparisons" if str(roots[0]) in compared else "runs"
+    write_text(target, single_page(answers, name, home))
     return target
 
 

@@ -27,19 +27,20 @@ EXPORT = re.compile(r"^export ((?:async )?(?:function\*?|class|const) (\w+))", r
 LEFT = re.compile(r"^(?:import|export)\b.*", re.MULTILINE)
 
 
-def single_page(answers: Mapping[str, Any], name: str) -> str:
+def single_page(answers: Mapping[str, Any], name: str, home: str = "runs") -> str:
     """Return the page as one HTML file.
 
     Args:
         answers: What the server would answer, by its path without a query.
         name: What the page is called at its top.
+        home: The view that opens first, "runs" or "comparisons".
 
     Returns:
         The text of the file. It needs no other file and no network.
     """
     style = read(f"{UPLOT}.min.css") + read("style.css")
     chart, code = read(f"{UPLOT}.iife.min.js"), joined("app")
-    frozen = to_json({"name": name, "answers": answers}).decode()
+    frozen = to_json({"name": name, "home": home, "answers": answers}).decode()
     policy = (
         f"default-src 'none'; script-src {_digest(chart)} {_digest(code)}; "
         f"style-src {_digest(style)}; img-src data:; base-uri 'none'; form-action 'none'"

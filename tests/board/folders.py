@@ -11,17 +11,24 @@ def write_lines(path, lines):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+def bump(x, phase):
+    """A number in [-1, 1] that looks drawn, and is the same each time."""
+    return math.sin(x * x + phase)
+
+
 def curve(steps, floor=1.2, tau=40.0, phase=0.0):
     """A loss that falls, with the same bumps for a phase, and what training writes beside it."""
     return [
         {
             "step": step,
             "epoch": step / 100,
-            "loss": floor + 1.8 * math.exp(-step / tau) + 0.09 * math.sin(7.3 * step * step + phase),
+            "loss": floor
+            + 1.8 * math.exp(-step / tau)
+            + 0.09 * math.sin(7.3 * step * step + phase),
             "learning_rate": 2e-4 * (1 - step / (steps + 1)),
-            "grad_norm": 0.4 + math.exp(-step / (45 + phase)) + 0.1 * math.sin(step * step + phase),
+            "grad_norm": 0.4 + math.exp(-step / (45 + phase)) + 0.1 * bump(step, phase),
             "tokens": 2048 * step,
-            "tokens_per_second": 760.0 - 2 * phase + 12 * math.sin(step * step + phase),
+            "tokens_per_second": 760.0 - 2 * phase + 12 * bump(step, phase),
             "padding": 0.1,
             "peak_memory_mb": 1240.0,
         }

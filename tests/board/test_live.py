@@ -12,6 +12,8 @@ from contextlib import suppress
 import pytest
 import yaml
 
+from lorakit.cli.main import main
+
 from ..conftest import ROWS
 from .folders import HOSTILE, curve, write_comparison, write_lines, write_run
 
@@ -187,6 +189,52 @@ def test_votes_by_keys(browser, serve, tmp_path):
     assert "ties as half" in told["end"]
     votes = [json.loads(line) for line in (tmp_path / "sizes" / "votes.jsonl").open()]
     assert [vote["winner"] == "tie" for vote in votes] == [False, True]
+
+
+def test_a_chat_with_base_and_adapter(browser, serve, tiny_dir, tmp_path):
+    """Two turns: each side is asked with its own answers, and both answer."""
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)) + "\n")
+    values = {"model": str(tiny_dir), "dtype": "float32", "lora": {"r": 2}, "max_steps": 1}
+    values |= {"data": str(tmp_path / "rows.jsonl"), "output_dir": str(tmp_path / "tuned")}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    assert main(["train", str(tmp_path / "run.yaml")]) == 0
+    told = browser.run(
+        """
+        const bodies = [];
+        page.on("request", (request) => {
+          if (request.url().endsWith("/api/chat")) bodies.push(request.postDataJSON());
+        });
+        await page.goto(`${arg.url}#/chat`);
+        await page.fill('label:has-text("New tokens") input', "4");
+        for (const [turn, text] of [arg.text, "and again"].entries()) {
+          await page.fill("textarea", text);
+          await page.keyboard.press("Enter");
+          await page.locator(".log .user").nth(2 * turn + 1).waitFor();
+          const free = ".chat button[type=submit]:not(:disabled)";
+          await page.waitForSelector(free, { timeout: 60_000 });
+        }
+        const heads = await page.locator(".column h2").allTextContents();
+        const users = await page.locator(".log .user").allTextContents();
+        const answers = await page.locator(".log .answer").allTextContents();
+        return { bodies, heads, users, answers, graves: await axe() };""",
+        url=serve(tmp_path),
+        text=HOSTILE,
+    )
+    assert browser.said == []
+    assert told["heads"] == [f"{tiny_dir.name}, the base", "tuned"]
+    assert told["users"] == [HOSTILE, "and again"] * 2
+    left, left_again, right, right_again = told["answers"]
+    assert all([left, left_again, right, right_again])
+    asked = [
+        [
+            {"role": "user", "content": HOSTILE},
+            {"role": "assistant", "content": answer},
+            {"role": "user", "content": "and again"},
+        ]
+        for answer in (left, right)
+    ]
+    assert told["bodies"][1]["messages"] == asked
+    assert told["graves"] == []
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

@@ -10,6 +10,15 @@ import lorakit as lk
 from .folders import COMPLETION, HOSTILE, write_comparison, write_run
 
 
+def test_a_report_of_a_comparison_begins_with_it(tmp_path):
+    write_comparison(tmp_path / "sizes")
+    write_run(tmp_path / "sizes" / "runs" / "one", steps=4)
+    text = lk.write_report(tmp_path / "sizes", tmp_path / "r.html").read_text()
+    assert '"home":"comparisons"' in text
+    text = lk.write_report(tmp_path / "sizes" / "runs", tmp_path / "r.html").read_text()
+    assert '"home":"runs"' in text
+
+
 def answers(path):
     """What a report answers, and its name."""
     [frozen] = re.findall(r'id="frozen">(.*?)</script>', path.read_text(encoding="utf-8"))

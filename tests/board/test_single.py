@@ -52,7 +52,7 @@ def test_any_answers_come_back_from_the_page(answers):
     [(_, frozen)] = [each for each in parsed.found if each[0].get("type") == "application/json"]
     # lone halves of surrogate pairs survive as escapes, and what is not finite is null
     finite = {k: None if v in (np.inf, -np.inf) or v != v else v for k, v in answers.items()}
-    assert json.loads(frozen) == {"name": "runs", "answers": finite}
+    assert json.loads(frozen) == {"name": "runs", "home": "runs", "answers": finite}
     assert "\u2028" not in frozen
     page.encode()
 

@@ -109,7 +109,7 @@ class Board {
 
   /** Build the views of the address: #/runs/curves, #/comparisons/ID, #/vote/ID, #/start, #/chat. */
   async open() {
-    const [, page = "runs", rest = ""] = location.hash.split("/");
+    const [, page = this.source.home, rest = ""] = location.hash.split("/");
     const id = decodeURIComponent(rest);
     this.views.forEach((view) => view.close?.());
     const live = this.source.live;

@@ -17,31 +17,44 @@ export class Chat {
   update() {}
 
   async #begin() {
-    let models;
     try {
-      models = await this.board.source.get("api/models");
+      this.models = await this.board.source.get("api/models");
     } catch (error) {
       this.element.lastChild.replaceWith(failure(error));
       return;
     }
-    const bases = models.filter((model) => model.kind === "base").map((model) => model.name);
+    const bases = this.models.filter((model) => model.kind === "base");
     if (!bases.length) {
       this.element.lastChild.replaceWith(nothing("There is no model to talk to yet: start a run first."));
       return;
     }
-    this.base = bases[0];
-    const adapters = models.filter((model) => model.kind === "adapter").map((model) => model.name);
-    this.sides = [this.base, adapters[0] ?? this.base];
-    this.#build(bases, models.map((model) => [model.name, model.kind === "base" ? `${model.name} (base)` : model.name]));
+    this.#build(bases);
+    this.#take(bases[0].name);
   }
 
-  #build(bases, names) {
+  /** Talk to a base and the adapters that were trained on it. */
+  #take(base) {
+    this.base = base;
+    const known = this.models.filter((model) => model.base === base || model.name === base);
+    const names = known.map((model) => [model.name, label(model)]);
+    const adapter = known.find((model) => model.kind === "adapter");
+    this.sides = [base, adapter?.name ?? base];
+    const show = (i) => {
+      this.columns[i].head.textContent = names.find(([name]) => name === this.sides[i])[1];
+    };
     const pick = (i) => (name) => {
       this.sides[i] = name;
-      this.columns[i].head.textContent = name;
+      show(i);
     };
-    this.columns = this.sides.map((name, i) => {
-      const head = h("h2", {}, name);
+    this.picks.replaceChildren(select("Left", names, this.sides[0], pick(0)), select("Right", names, this.sides[1], pick(1)));
+    [0, 1].forEach(show);
+    this.#clear();
+  }
+
+  #build(bases) {
+    this.picks = h("span", { class: "picks" });
+    this.columns = [0, 1].map((i) => {
+      const head = h("h2", {});
       const log = h("div", { class: "log", role: "log", "aria-label": `Answers of side ${i + 1}`, tabindex: 0 });
       return { head, log, element: h("div", { class: "column" }, head, log) };
     });
@@ -64,9 +77,8 @@ export class Chat {
       h(
         "div",
         { class: "controls" },
-        select("Base", bases.map((name) => [name, name]), this.base, (name) => (this.base = name)),
-        select("Left", names, this.sides[0], pick(0)),
-        select("Right", names, this.sides[1], pick(1)),
+        select("Base", bases.map((model) => [model.name, model.label]), bases[0].name, (name) => this.#take(name)),
+        this.picks,
         tokensField,
         heatField,
         seedField,
@@ -108,8 +120,11 @@ export class Chat {
       const body = { base: this.base, sides: this.sides, messages: this.#messages(), ...this.options() };
       for await (const event of this.board.source.stream("api/chat", body, this.abort.signal)) {
         say(this.status, event.loading ? `Loading ${event.loading} …` : "");
-        if (event.error) places[event.side].classList.add("failure");
-        if (event.error) places[event.side].textContent = event.error;
+        if (event.error && event.side === undefined) throw new Error(event.error);
+        if (event.error) {
+          places[event.side].textContent = event.error;
+          places[event.side].classList.add("failure");
+        }
         if (event.text === undefined) continue;
         turn.answers[event.side] += event.text;
         places[event.side].textContent = turn.answers[event.side];
@@ -132,4 +147,8 @@ export class Chat {
       ]),
     );
   }
+}
+
+function label(model) {
+  return model.kind === "base" ? `${model.label}, the base` : model.label;
 }

@@ -3,6 +3,7 @@
 /** Answers of a server, by its paths relative to the page. */
 export class LiveSource {
   live = true;
+  home = "runs";
 
   async get(path) {
     return answer(await reached(path, { headers: { Accept: "application/json" } }));
@@ -38,6 +39,7 @@ export class FrozenSource {
 
   constructor(frozen) {
     this.frozen = frozen;
+    this.home = frozen.home;
   }
 
   async get(path) {
