@@ -12,6 +12,7 @@ import threading
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,11 @@ class Series:
             self.values.pop()
         self.steps.append(step)
         self.values.append(value)
+
+    def extend(self, steps: "array[int]", values: "array[float]") -> None:
+        """Add values of steps that rise, all of them after the last one."""
+        self.steps.extend(steps)
+        self.values.extend(values)
 
 
 class Metrics:
@@ -76,20 +82,65 @@ class Metrics:
         return os.pread(file, len(self._seam), start) == self._seam
 
     def _take(self, text: bytes) -> None:
-        for line in parsed(text):
-            step = line.pop("step", None)
-            if type(step) is not int or not 0 <= step < 2**63:
-                continue
-            for name, value in line.items():
-                if type(value) is float or (type(value) is int and abs(value) < 2**63):
-                    self._add(name, step, value)
-            self._add_seconds(step, line)
+        lines = [line for line in parsed(text) if _has_step(line)]
+        if not self._take_columns(lines):
+            for line in lines:
+                self._take_line(line)
 
-    def _add(self, name: str, step: int, value: float) -> None:
+    def _take_line(self, line: dict[str, Any]) -> None:
+        step = line["step"]
+        for name, value in line.items():
+            number = _number(value)
+            if name != "step" and number is not None:
+                self._add(name, step, number)
+        self._add_seconds(step, line)
+
+    def _take_columns(self, lines: list[dict[str, Any]]) -> bool:
+        """Take many lines at once, a quantity after the other, if they are as runs write them.
+
+        Return whether they were: the steps rise, the values are numbers, and no quantity stands in
+        two kinds of line. Otherwise nothing has changed.
+        """
+        kinds: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        for line in lines:
+            kinds.setdefault(tuple(line), []).append(line)
+        names = [name for kind in kinds for name in kind if name != "step"]
+        found: dict[str, tuple[array[int], array[float]]] = {}
+        if len(set(names)) < len(names) or "seconds" in names:
+            return False
+        for kind, same in kinds.items():
+            steps = array("q", map(itemgetter("step"), same))
+            for name in kind:
+                column = list(map(itemgetter(name), same))
+                if not set(map(type, column)) <= {int, float}:
+                    return False
+                try:
+                    found[name] = steps, array("d", column)
+                except OverflowError:  # a whole number with hundreds of digits
+                    return False
+        found.pop("step", None)
+        if not all(self._rises(name, steps) for name, (steps, _) in found.items()):
+            return False
+        for name, (steps, values) in found.items():
+            self._series(name).extend(steps, values)
+        if "tokens" in found and "tokens_per_second" in found:
+            (steps, tokens), (others, rates) = found["tokens"], found["tokens_per_second"]
+            if steps is others:  # of the same lines
+                self._add_all_seconds(steps, tokens, rates)
+        return True
+
+    def _rises(self, name: str, steps: "array[int]") -> bool:
+        before = self.series[name].steps[-1:] if name in self.series else array("q")
+        return bool((np.diff(np.array(before + steps)) > 0).all())
+
+    def _series(self, name: str) -> Series:
         series = self.series.get(name)
         if series is None:
             series = self.series[name] = Series()
-        series.add(step, value)
+        return series
+
+    def _add(self, name: str, step: int, value: float) -> None:
+        self._series(name).add(step, value)
 
     def _add_seconds(self, step: int, line: dict[str, Any]) -> None:
         """Add how long the steps took until now, which the tokens and their rate tell."""
@@ -98,6 +149,21 @@ class Metrics:
             so_far = self.series["seconds"].values[-1] if "seconds" in self.series else 0.0
             self._add("seconds", step, so_far + max(0.0, tokens - self._tokens) / rate)
             self._tokens = tokens
+
+    def _add_all_seconds(
+        self, steps: "array[int]", tokens: "array[float]", rates: "array[float]"
+    ) -> None:
+        rate, count = np.array(rates), np.array([self._tokens, *tokens])
+        if not ((rate > 0) & np.isfinite(rate)).all() or not np.isfinite(count).all():
+            for step, seen, each in zip(steps, tokens, rates, strict=True):
+                self._add_seconds(step, {"tokens": seen, "tokens_per_second": each})
+            return
+        series = self._series("seconds")
+        took = np.maximum(np.diff(count), 0.0) / rate
+        so_far = series.values[-1] if series.values else 0.0
+        sums = np.cumsum(np.concatenate([[so_far], took]))[1:]
+        series.extend(steps, array("d", sums.tolist()))
+        self._tokens = tokens[-1]
 
     def numbers(self) -> int:
         """Return how many numbers are kept."""
@@ -187,6 +253,21 @@ def parsed(text: bytes) -> Iterator[dict[str, Any]]:
     for value in values:
         if isinstance(value, dict):
             yield value
+
+
+def _number(value: object) -> float | None:
+    """Return a value as a double, None if it is no number that one holds."""
+    if type(value) not in (int, float):
+        return None
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except OverflowError:
+        return None
+
+
+def _has_step(line: dict[str, Any]) -> bool:
+    step = line.get("step")
+    return type(step) is int and 0 <= step < 2**63
 
 
 def _parsed(line: bytes) -> Any:

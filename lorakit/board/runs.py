@@ -27,6 +27,7 @@ from lorakit.board.metrics import parsed
 LOCK, SAMPLES, RUN_FILE, OUTPUT = ".lock", "samples.jsonl", "run.yaml", "output.log"
 SAVED = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
 _END = 64 << 10  # bytes of metrics.jsonl that the list looks at
+_LINES = 8  # of them that are parsed, beside the last evaluation
 _MOST = 16 << 20  # bytes of a small file, and of the samples that are shown
 
 _LISTED = {
@@ -176,8 +177,10 @@ def _last_values(run: Path) -> dict[str, Any]:
     text = text[: text.rfind(b"\n") + 1]  # what follows is not written whole
     if not whole:
         text = text.partition(b"\n")[2]
+    lines = text.splitlines()
+    evaluated = [line for line in lines if b'"eval_' in line]
     values: dict[str, Any] = {}
-    for line in parsed(text):
+    for line in parsed(b"\n".join([*evaluated[-1:], *lines[-_LINES:]])):
         if type(line.get("step")) is int:
             values |= {k: v for k, v in line.items() if type(v) in (int, float)}
     return {k: v if math.isfinite(v) else None for k, v in values.items()}

@@ -104,6 +104,35 @@ def test_seconds_are_those_of_the_steps(tmp_path):
     assert metrics.curves(10)["seconds"]["value"] == [2.0, 4.0, 6.0, 8.0, 10.0]
 
 
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {"step": st.integers(0, 9)},
+            optional={
+                "loss": st.floats() | st.integers() | st.just(10**400) | st.just("x"),
+                "tokens": st.integers(0, 99) | st.floats(),
+                "tokens_per_second": st.floats(0.5, 9.0) | st.just(0.0),
+                "eval_loss": st.floats(0, 1),
+            },
+        ),
+        max_size=12,
+    ),
+    st.booleans(),
+)
+def test_many_lines_at_once_say_what_they_say_one_by_one(tmp_path_factory, lines, rising):
+    """Columns are a faster way for files as runs write them, with the same numbers."""
+    if rising:
+        lines = [{**line, "step": 2 * i + line["step"] % 2} for i, line in enumerate(lines)]
+    path = tmp_path_factory.mktemp("columns")
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (path / "metrics.jsonl").write_text(text)
+    fast, slow = Metrics(path), Metrics(path)
+    slow._take_columns = lambda lines: False
+    for metrics in (fast, slow):
+        metrics.read()
+    assert fast.curves(100) == slow.curves(100)
+
+
 def test_evaluations(tmp_path):
     lines = [
         {"step": 1, "loss": 2.0},
