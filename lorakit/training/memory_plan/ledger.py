@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakit.models.shards import is_sharded
+from lorakit.training.memory_plan.answers import answer
 from lorakit.training.memory_plan.pool import Block, Pool, rounded
 from lorakit.training.memory_plan.workspace import WORKSPACES
 
@@ -185,8 +186,8 @@ class Ledger(TorchDispatchMode):
             return NotImplemented  # it tells in operations on its parts, which come here
         kwargs = kwargs or {}
         waits = func.namespace == "_c10d_functional" and func not in _GATHERS
-        answer = _there if waits else _ANSWERS.get(func, _run)
-        out = answer(self, func, *args, **kwargs)
+        answers = _there if waits else _ANSWERS.get(func, _run)
+        out = answers(self, func, *args, **kwargs)
         if func in _GATHERS:
             with self.as_kind(GATHERED):
                 self._see(out)
@@ -222,7 +223,8 @@ class Ledger(TorchDispatchMode):
 
 
 def _run(ledger: Ledger, func: Any, *args: Any, **kwargs: Any) -> Any:
-    return func(*args, **kwargs)
+    found = answer(func, args, kwargs) if ledger.device == "meta" else None
+    return func(*args, **kwargs) if found is None else found
 
 
 def _value(ledger: Ledger, func: Any, t: Tensor) -> Any:
