@@ -189,7 +189,7 @@ class Control:
     # ---- forecast ----
 
     async def forecast(self, text: str) -> Any:
-        """Return what `lorakit plan --json` says of a run file.
+        """Return what `lorakit plan --json` says of a run file. One that is being made ends.
 
         Args:
             text: The run file.
@@ -197,6 +197,7 @@ class Control:
         Raises:
             LorakitError: The run file is wrong, or the forecast takes too long.
         """
+        self.close()  # the page asks again at each change
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / runs.RUN_FILE
             path.write_text(text, encoding="utf-8", errors="replace")
@@ -219,11 +220,12 @@ class Control:
                 self.plans.discard(plan)
                 if plan.returncode is None:
                     plan.kill()
+                    await plan.wait()
         try:
             found = json.loads(out)
         except ValueError:
             said = [line for line in err.decode(errors="replace").splitlines() if line.strip()]
-            reason = said[-1] if said else "the forecast was ended"
+            reason = said[-1] if said else "the forecast was ended for another one"
             reason = reason.removeprefix("lorakit: ").replace(str(path), "the run file")
             raise LorakitError(reason) from None
         self.forecasts[text] = found

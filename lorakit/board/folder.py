@@ -15,6 +15,7 @@ from lorakit.config.errors import LorakitError
 METRICS, RECORD, STARTED, COMPARISON = "metrics.jsonl", "run.json", ".started", "comparison.json"
 RUN_FILES = {METRICS, RECORD, STARTED}
 DEPTH = 6  # folders below which no run is looked for
+_MOST_FOLDERS = 20_000  # that are looked into: a home folder may hold millions
 
 
 class NotThereError(LorakitError):
@@ -75,8 +76,9 @@ class Folder:
     def _walk(self) -> Iterator[tuple[tuple[str, ...], Path, set[str]]]:
         """Yield each folder: the parts of its id, its path, and the names of its files."""
         waiting: list[tuple[str, ...]] = [()]
-        while waiting:
-            parts = waiting.pop()
+        seen = 0
+        while waiting and seen < _MOST_FOLDERS:
+            parts, seen = waiting.pop(), seen + 1
             path = self.root.joinpath(*parts)
             try:
                 with os.scandir(path) as entries:

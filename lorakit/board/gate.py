@@ -7,6 +7,7 @@ something must be JSON from the board's own page, which a form of another page c
 """
 
 import hmac
+import secrets
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -41,6 +42,16 @@ class Gate:
             token: The first part of each path.
         """
         self.app, self.token = app, token
+        self.tickets: set[str] = set()
+
+    def ticket(self) -> str:
+        """Return a path that leads to the page once.
+
+        The command line of a browser that is opened with it, which other users of the machine may
+        see, does not tell them the token.
+        """
+        self.tickets.add(ticket := secrets.token_urlsafe(32))
+        return ticket
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or answer it with a refusal."""
@@ -56,7 +67,11 @@ class Gate:
         headers = Headers(scope=scope)
         sent = scope.get("raw_path", b"").partition(b"?")[0].decode("latin-1")
         token, slash, rest = sent.removeprefix("/").partition("/")
-        refusal = _wrong_host(headers) or self._wrong_token(token)
+        refusal = _wrong_host(headers)
+        if refusal is None and scope["method"] == "GET" and token in self.tickets:
+            self.tickets.remove(token)
+            token, slash = self.token, ""
+        refusal = refusal or self._wrong_token(token)
         if refusal is None and scope["method"] not in ("GET", "HEAD"):
             refusal = _foreign(headers)
         if refusal is not None:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from lorakit.board.downsample import LEAST, downsample
-from lorakit.board.folder import METRICS, open_file
+from lorakit.board.folder import METRICS, NotThereError, open_file
 from lorakit.config.errors import LorakitError
 
 _PART = 4 << 20  # bytes that are read and parsed at a time
@@ -57,9 +57,10 @@ class Metrics:
             run: The folder of the run.
         """
         self.path, self.lock = run / METRICS, threading.Lock()
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Begin again: nothing was read."""
         self.series: dict[str, Series] = {}
         self._offset, self._seam = 0, b""
         self._tokens = 0.0
@@ -68,7 +69,7 @@ class Metrics:
         """Read what was written since the last time. Raises NotThereError if there is no file."""
         with self.lock, open(open_file(self.path), "rb", buffering=0) as file:
             if not self._goes_on(file.fileno()):
-                self._forget()
+                self.forget()
             rest = b""
             while part := os.pread(file.fileno(), _PART, self._offset + len(rest)):
                 whole, newline, rest = (rest + part).rpartition(b"\n")
@@ -90,9 +91,9 @@ class Metrics:
     def _take_line(self, line: dict[str, Any]) -> None:
         step = line["step"]
         for name, value in line.items():
-            number = _number(value)
-            if name != "step" and number is not None:
-                self._add(name, step, number)
+            double = number(value)
+            if name != "step" and double is not None:
+                self._add(name, step, double)
         self._add_seconds(step, line)
 
     def _take_columns(self, lines: list[dict[str, Any]]) -> bool:
@@ -227,14 +228,14 @@ class Cache:
         self.kept: OrderedDict[Path, Metrics] = OrderedDict()
 
     def of(self, run: Path) -> Metrics:
-        """Return the metrics of a run as its file has them now.
-
-        Raises NotThereError if there is no file.
-        """
+        """Return the metrics of a run as its file has them now, none if there is no file yet."""
         with self.lock:
             metrics = self.kept.setdefault(run, Metrics(run))
             self.kept.move_to_end(run)
-        metrics.read()
+        try:
+            metrics.read()
+        except NotThereError:
+            metrics.forget()
         with self.lock:
             while len(self.kept) > 1 and sum(m.numbers() for m in self.kept.values()) > self.most:
                 self.kept.popitem(last=False)
@@ -255,7 +256,7 @@ def parsed(text: bytes) -> Iterator[dict[str, Any]]:
             yield value
 
 
-def _number(value: object) -> float | None:
+def number(value: object) -> float | None:
     """Return a value as a double, None if it is no number that one holds."""
     if type(value) not in (int, float):
         return None

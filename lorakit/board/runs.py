@@ -22,7 +22,7 @@ from lorakit.board.folder import (
     open_file,
     read_end,
 )
-from lorakit.board.metrics import parsed
+from lorakit.board.metrics import number, parsed
 
 LOCK, SAMPLES, RUN_FILE, OUTPUT = ".lock", "samples.jsonl", "run.yaml", "output.log"
 SAVED = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
@@ -49,24 +49,24 @@ def summary(run: Path, id_: str) -> dict[str, Any]:
     Returns:
         The id, the name, the state and how far the run has come; None where nothing is known.
     """
-    record, last, times = read_record(run), _last_values(run), _times(run)
+    record, last = read_record(run), _last_values(run)
     state, error = state_of(run, record)
-    started = record.get("started") or times[0]
-    updated = record.get("ended") if state != "running" else None
-    updated = updated or times[1]
+    started = _time(record, "started") or None
+    ended = _time(record, "ended") if state != "running" else 0.0
+    updated = ended or _last_written(run)
     return {
         "id": id_,
         "name": run.name,
         "state": state,
         "error": error,
         "step": last.get("step", 0),
-        "total_steps": record.get("total_steps"),
+        "total_steps": _of_type(record, "total_steps", int),
         **{name: last.get(key) for name, key in _LISTED.items()},
         "seconds": max(0.0, updated - started) if started and updated else None,
         "started": started,
         "updated": updated,
-        "model": record.get("model"),
-        "objective": record.get("objective"),
+        "model": _of_type(record, "model", str),
+        "objective": _of_type(record, "objective", str),
         "metrics": sorted(last.keys() - {"step"}),
         "can_resume": state in ("stopped", "failed") and has_run_file(run, record),
     }
@@ -154,15 +154,21 @@ def last_words(run: Path) -> str | None:
 
 def _time(values: Mapping[str, Any], name: str) -> float:
     value = values.get(name)
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else 0.0
+    found = number(value)
+    return found if found is not None and math.isfinite(found) else 0.0
 
 
-def _times(run: Path) -> tuple[float | None, float | None]:
-    """Return when a run began to write its metrics, as far as files tell, and when it did last."""
+def _of_type(values: Mapping[str, Any], name: str, kind: type) -> Any:
+    value = values.get(name)
+    return value if type(value) is kind else None
+
+
+def _last_written(run: Path) -> float | None:
+    """Return when a run has written last."""
     for name in (METRICS, RECORD, STARTED):
         if is_file(run / name):
-            return None, (run / name).stat().st_mtime
-    return None, None
+            return (run / name).stat().st_mtime
+    return None
 
 
 # ---- figures ----
@@ -182,8 +188,8 @@ def _last_values(run: Path) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for line in parsed(b"\n".join([*evaluated[-1:], *lines[-_LINES:]])):
         if type(line.get("step")) is int:
-            values |= {k: v for k, v in line.items() if type(v) in (int, float)}
-    return {k: v if math.isfinite(v) else None for k, v in values.items()}
+            values |= {name: value for name, value in line.items() if number(value) is not None}
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def memory(run: Path, curves: Mapping[str, Mapping[str, list[Any]]]) -> dict[str, Any]:
@@ -256,4 +262,8 @@ def samples(run: Path) -> list[dict[str, Any]]:
     text = text[: text.rfind(b"\n") + 1]
     if not whole:
         text = text.partition(b"\n")[2]
-    return [line for line in parsed(text) if type(line.get("step")) is int]
+    return [
+        line
+        for line in parsed(text)
+        if type(line.get("step")) is int and isinstance(line.get("completion"), str)
+    ]

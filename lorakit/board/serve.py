@@ -63,6 +63,7 @@ def serve_board(
             if started is not None:
                 started(page)
             if open_page:  # which may wait for the browser
-                threading.Thread(target=webbrowser.open, args=[page], daemon=True).start()
+                once = f"{address}/{app.ticket()}"
+                threading.Thread(target=webbrowser.open, args=[once], daemon=True).start()
 
         run(app, listener, started=tell, ending=board.close)

@@ -1,6 +1,7 @@
 """What a board answers about the runs of a folder."""
 
 import json
+import math
 import os
 
 import pytest
@@ -75,7 +76,7 @@ def test_settings_samples_and_run_file(get, refused, folder):
         "reference": "",
         "completion": "\ud800",
     }
-    whole = json.dumps(sample) + "\n" + '{"step": 2, "loss": NaN}\n'
+    whole = json.dumps(sample) + "\n" + '{"step": 2, "completion": "", "row": NaN}\n{"step": 2}\n'
     (folder / "a" / "samples.jsonl").write_text(whole + '{"step": 3')
     assert get("runs/a/settings") == {
         "lora.r": 8,
@@ -83,9 +84,31 @@ def test_settings_samples_and_run_file(get, refused, folder):
         "seed": 0,
         "rope": {},
     }
-    assert get("runs/a/samples") == [sample, {"step": 2, "loss": None}]
+    assert get("runs/a/samples") == [sample, {"step": 2, "completion": "", "row": None}]
     assert get("runs/a/run_file") == {"text": "model: é\nlearning_rate: 2.0e-05\n"}
     (folder / "a" / "run.yaml").write_text("# mine\nmodel: x\n")  # maybe what overrides changed
     assert get("runs/a/run_file")["text"].startswith("model: é")
     (folder / "a" / ".started").touch()  # the board wrote it
     assert get("runs/a/run_file") == {"text": "# mine\nmodel: x\n"}
+
+
+@pytest.mark.parametrize("wrong", [None, [], {}, "x", 10**400, -1, True, math.nan])
+def test_a_run_that_writes_nonsense_does_not_hide_the_others(get, folder, wrong):
+    names = ("state", "started", "ended", "total_steps", "model", "settings", "run_file", "error")
+    (folder / "a" / "run.json").write_text(json.dumps(dict.fromkeys(names, wrong)))
+    (folder / "a" / ".started").write_text(json.dumps({"started": wrong, "cwd": wrong}))
+    (folder / "a" / "metrics.jsonl").write_text(json.dumps({"step": 3, "loss": wrong}) + "\n")
+    found = {run["id"]: run for run in get("runs")}
+    assert found["deep/b c"]["step"] == 3
+    assert found["a"]["state"] in ("running", "finished", "stopped", "failed")
+    assert found["a"]["model"] in (None, "x")
+    for what in ("settings", "samples", "metrics", "evaluations", "memory"):
+        get(f"runs/a/{what}")
+
+
+def test_a_run_that_has_written_nothing_yet(get, folder):
+    (folder / "new").mkdir()
+    (folder / "new" / ".started").write_text("{}")
+    assert get("runs/new/metrics") == {}
+    assert get("runs/new/evaluations") == []
+    assert get("runs/new/memory") == {"peak_mb": [], "forecast": None}

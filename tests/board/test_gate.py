@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from lorakit.board.answers import MOST_BYTES
 from lorakit.board.gate import HEADERS
 from tests.board.conftest import TOKEN
 
@@ -112,7 +113,7 @@ def test_a_link_to_a_file_outside_is_not_read(client, folder, tmp_path):
     (folder / "a" / ".started").touch()
     for what in ("metrics", "samples", "settings", "run_file", "evaluations"):
         assert "666" not in client.get(f"{RUNS}/a/{what}").text
-    assert client.get(f"{RUNS}/a/metrics").status_code == 404
+    assert client.get(f"{RUNS}/a/metrics").json() == {}
 
 
 @pytest.mark.parametrize(
@@ -122,3 +123,22 @@ def test_no_file_beside_the_page(client, file):
     response = client.get(f"/{TOKEN}/static/{file}")
     assert response.status_code == 404
     assert "error" in response.json()
+
+
+def test_a_body_that_is_too_long_or_no_json(client):
+    headers = {"Content-Type": "application/json"}
+    long = b'{"run_file": "' + b"x" * MOST_BYTES + b'"}'
+    for body, status in [(long, 413), (b"[]", 400), (b"{", 400), (b'{"a": NaN}', 400)]:
+        response = client.post(RUNS, content=body, headers=headers)
+        assert response.status_code == status
+        assert isinstance(response.json()["error"], str)
+
+
+def test_a_ticket_leads_to_the_page_once(client):
+    ticket = client.app.ticket()
+    assert client.head(f"/{ticket}").status_code == 403  # who looks ahead does not use it up
+    first = client.get(f"/{ticket}", follow_redirects=False)
+    assert first.headers["Location"] == f"/{TOKEN}/"
+    assert client.get(f"/{ticket}", follow_redirects=False).status_code == 403
+    other = client.app.ticket()
+    assert client.get(f"/{other}", headers={"Host": "evil.example"}).status_code == 403
