@@ -20,9 +20,9 @@ from lorakit.comparison.grid import GridRun
 from lorakit.comparison.record import Record, fingerprint, predictions_file, write_record
 from lorakit.comparison.rows import TaskRows
 from lorakit.config.comparison import BERT_SCORE, ComparisonConfig
-from lorakit.data.batching import collate
+from lorakit.data.batching import collate, real_tokens
 from lorakit.data.examples import Examples, encode_rows
-from lorakit.data.schemas import Choice, Text
+from lorakit.data.schemas import Choice, Row, Text
 from lorakit.data.sources import open_data
 from lorakit.evaluation.bertscore import bert_score
 from lorakit.evaluation.completions import complete_rows, read_completions, write_completions
@@ -198,25 +198,36 @@ def _measure(job: Job, model: Decoder, tok: Tokenizer) -> None:
 
 
 @torch.no_grad()
-def losses_of_rows(model: Decoder, tok: Tokenizer, examples: Examples) -> list[list[float]]:
+def losses_of_rows(
+    model: Decoder, tok: Tokenizer, examples: Examples, batch_size: int = 8
+) -> list[list[float]]:
     """Return the loss of each row in nats, its label tokens, and the bytes of its answer.
 
-    One row is computed at a time. A pair of answers counts by the better one.
+    Rows of like length are computed together. A pair of answers counts by the better one.
     """
-    found = []
+    found: dict[int, list[float]] = {}
+    ordered = sorted(range(len(examples)), key=examples.lengths.__getitem__)
     was_training = model.training
     model.eval()
     try:
-        for number, example in zip(examples.numbers, examples, strict=True):
-            ids, labels = collate(example.answers[:1])
-            loss, count = model.loss(ids.to(model.device), labels)
-            row = examples.rows[number]
-            row = row.chosen if isinstance(row, Choice) else row
-            text = row.text if isinstance(row, Text) else asked(tok, row)[1]
-            found.append([loss.item(), int(count), len(text.encode(errors="replace"))])
+        for start in range(0, len(ordered), batch_size):
+            batch = ordered[start : start + batch_size]
+            rows = [examples[i].answers[0] for i in batch]
+            ids, labels = collate(rows)
+            mask = real_tokens(rows).to(model.device) if model.config.by_length else None
+            sums, counts = model.row_losses(ids.to(model.device), labels, attention_mask=mask)
+            for i, loss, count in zip(batch, sums.tolist(), counts.tolist(), strict=True):
+                found[i] = [loss, count, _answer_bytes(tok, examples.rows[examples.numbers[i]])]
     finally:
         model.train(was_training)
-    return found
+    return [found[i] for i in range(len(examples))]
+
+
+def _answer_bytes(tok: Tokenizer, row: Row) -> int:
+    """Return the bytes of the text that is learned of a row, as UTF-8."""
+    row = row.chosen if isinstance(row, Choice) else row
+    text = row.text if isinstance(row, Text) else asked(tok, row)[1]
+    return len(text.encode(errors="replace"))
 
 
 def _compare_states(job: Job) -> None:
