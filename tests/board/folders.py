@@ -22,9 +22,7 @@ def curve(steps, floor=1.2, tau=40.0, phase=0.0):
         {
             "step": step,
             "epoch": step / 100,
-            "loss": floor
-            + 1.8 * math.exp(-step / tau)
-            + 0.09 * math.sin(7.3 * step * step + phase),
+            "loss": floor + 1.8 * math.exp(-step / tau) + 0.09 * bump(2.7 * step, phase),
             "learning_rate": 2e-4 * (1 - step / (steps + 1)),
             "grad_norm": 0.4 + math.exp(-step / (45 + phase)) + 0.1 * bump(step, phase),
             "tokens": 2048 * step,

@@ -15,7 +15,8 @@ import yaml
 from lorakit.cli.main import main
 
 from ..conftest import ROWS
-from .folders import HOSTILE, curve, write_comparison, write_lines, write_run
+from .folders import HOSTILE, curve, write_comparison, write_run
+from .test_page import RULES
 
 SECONDS = 60  # until a board answers; torch takes its time on a busy machine
 
@@ -47,13 +48,19 @@ def serve():
 
 
 @pytest.fixture(scope="module")
-def board(serve, tmp_path_factory):
-    """The address of a board over three runs and a comparison."""
+def root(tmp_path_factory):
+    """A folder of three runs and a comparison."""
     root = tmp_path_factory.mktemp("board")
     write_run(root / "first", started=1.7900e9)
     write_run(root / HOSTILE, r=16, started=1.7902e9)
     write_run(root / "deep" / "third", r=32, started=1.7901e9, state="stopped", steps=40)
     write_comparison(root / "sizes")
+    return root
+
+
+@pytest.fixture(scope="module")
+def board(serve, root):
+    """The address of a board over that folder."""
     return serve(root)
 
 
@@ -166,9 +173,8 @@ def test_a_hundred_runs_load_at_once(browser, serve, tmp_path, steps):
     assert max(curves) < 1_000_000  # of 20 MB, if the runs are long
 
 
-def test_votes_by_keys(browser, serve, tmp_path):
+def test_votes_by_keys(browser, board, root):
     """Two pairs of answers, judged by the keys 1 and 0; whose they are stays unsaid."""
-    write_comparison(tmp_path / "sizes")
     told = browser.run(
         """
         await page.goto(`${arg.url}#/comparisons/sizes`);
@@ -180,14 +186,14 @@ def test_votes_by_keys(browser, serve, tmp_path):
         await page.keyboard.press("0");
         await page.waitForSelector('h1:has-text("All pairs are judged")');
         return { pair, end: await page.textContent(".vote") };""",
-        url=serve(tmp_path),
+        url=board,
     )
     assert browser.said == []
     assert told["pair"].count(HOSTILE) == 2
     assert "r8" not in told["pair"]
     assert "1 for neither" in told["end"]
     assert "ties as half" in told["end"]
-    votes = [json.loads(line) for line in (tmp_path / "sizes" / "votes.jsonl").open()]
+    votes = [json.loads(line) for line in (root / "sizes" / "votes.jsonl").open()]
     assert [vote["winner"] == "tie" for vote in votes] == [False, True]
 
 
@@ -246,11 +252,12 @@ def test_axe_finds_nothing_serious_in_what_takes_a_server(browser, board, theme)
           await page.goto(`${arg.url}#/${view}`);
           await page.waitForSelector("main section");
           await page.waitForTimeout(200);
-          const graves = await axe();
+          const graves = await axe(arg.rules);
           if (graves.length) found[view] = graves;
         }
         return found;""",
         theme=theme,
+        rules=RULES[theme],
         url=board,
     )
     assert found == {}
@@ -390,9 +397,7 @@ def test_a_narrow_window_has_no_sideways_scroll(browser, board):
     assert wide[0] <= wide[1]
 
 
-def test_a_board_that_ends_is_said(browser, serve, tmp_path):
-    write_lines(tmp_path / "metrics.jsonl", curve(5))
-    url = serve(tmp_path)
+def test_a_board_that_ends_is_said(browser, board):
     said = browser.run(
         """
         await page.goto(arg.url);
@@ -403,6 +408,6 @@ def test_a_board_that_ends_is_said(browser, serve, tmp_path):
         await page.unroute("**/api/runs");
         await page.waitForSelector("#trouble", { state: "detached" });
         return said;""",
-        url=url,
+        url=board,
     )
     assert said == "The board does not answer; is it still running?"

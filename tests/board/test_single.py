@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorakit.board import single
@@ -44,6 +44,7 @@ class Scripts(HTMLParser):
 texts = st.text() | st.sampled_from(["</script>", "<!--<script>", "]]>", "\u2028", "\ud800"])
 
 
+@settings(max_examples=30)  # each makes a page of 150 kB
 @given(st.dictionaries(texts, st.lists(texts) | st.floats() | st.none(), max_size=4))
 def test_any_answers_come_back_from_the_page(answers):
     page = single_page(answers, "runs")
@@ -75,12 +76,10 @@ def test_every_module_is_in_the_one_file():
 
 @node
 def test_joined_modules_are_javascript(tmp_path):
-    for name in ["joined", *(path.stem for path in PAGE.glob("*.js"))]:
-        text = joined("app") if name == "joined" else single.read(f"{name}.js")
-        (tmp_path / f"{name}.mjs").write_text(text)
-    for path in tmp_path.iterdir():
-        done = subprocess.run(["node", "--check", path], capture_output=True, text=True, timeout=30)
-        assert done.returncode == 0, done.stderr
+    (tmp_path / "joined.mjs").write_text(joined("app"))
+    command = ["node", "--check", tmp_path / "joined.mjs"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

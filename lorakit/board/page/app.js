@@ -134,7 +134,14 @@ class Board {
       const links = parts.map(([key, [text]]) => h("a", { href: `#/runs/${key}` }, text));
       this.tabs = h("nav", { class: "tabs", "aria-label": "Parts of runs" }, links);
       this.part = h("div", {});
-      this.home = h("div", {}, h("h1", { class: "unseen" }, "Runs"), this.table.element, this.tabs, this.part);
+      this.home = h(
+        "div",
+        {},
+        h("h1", { class: "unseen" }, "Runs"),
+        this.table.element,
+        this.tabs,
+        this.part,
+      );
     }
     mark(this.tabs, `#/runs/${name}`);
     const part = new PARTS[name][1](this);
@@ -144,7 +151,10 @@ class Board {
   }
 
   #pages() {
-    const started = [["start", "Start a run"], ["chat", "Chat"]];
+    const started = [
+      ["start", "Start a run"],
+      ["chat", "Chat"],
+    ];
     const pages = [["runs", "Runs"], ["comparisons", "Comparisons"], ...(this.source.live ? started : [])];
     const nav = document.getElementById("pages");
     nav.replaceChildren(...pages.map(([key, text]) => h("a", { href: `#/${key}` }, text)));
@@ -163,7 +173,9 @@ function mark(nav, here) {
 /** Return the runs to begin with: those that are running, then the newest. */
 export function first(runs) {
   const age = (run) => run.started ?? run.updated ?? 0;
-  const order = [...runs].sort((a, b) => (b.state === "running") - (a.state === "running") || age(b) - age(a));
+  const order = [...runs].sort(
+    (a, b) => (b.state === "running") - (a.state === "running") || age(b) - age(a),
+  );
   return order.slice(0, AT_FIRST).map((run) => run.id);
 }
 
@@ -185,8 +197,22 @@ function theme() {
   }
   const start = ["light", "dark"].includes(kept) ? kept : "auto";
   document.documentElement.dataset.theme = start;
-  document.getElementById("theme").append(choice("Theme", "theme", [["auto", "Auto"], ["light", "Light"], ["dark", "Dark"]], start, set));
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => dispatchEvent(new Event("themechange")));
+  document.getElementById("theme").append(
+    choice(
+      "Theme",
+      "theme",
+      [
+        ["auto", "Auto"],
+        ["light", "Light"],
+        ["dark", "Dark"],
+      ],
+      start,
+      set,
+    ),
+  );
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () =>
+    dispatchEvent(new Event("themechange")),
+  );
 }
 
 async function begin() {

@@ -167,15 +167,17 @@ export class Chart {
     const rows = this.values(at);
     this.tip.replaceChildren(
       h("strong", {}, `${this.label} ${number(Math.round(at))}`),
-      ...rows.slice(0, SHOWN).map((row) =>
-        h(
-          "span",
-          {},
-          h("i", { class: "dot", style: { background: colour(row.slot) } }),
-          h("b", {}, digits(row.value)),
-          h("span", { class: "name" }, row.name),
+      ...rows
+        .slice(0, SHOWN)
+        .map((row) =>
+          h(
+            "span",
+            {},
+            h("i", { class: "dot", style: { background: colour(row.slot) } }),
+            h("b", {}, digits(row.value)),
+            h("span", { class: "name" }, row.name),
+          ),
         ),
-      ),
       rows.length > SHOWN ? h("em", {}, `and ${rows.length - SHOWN} more`) : "",
     );
     const right = left > u.over.clientWidth / 2;
@@ -240,7 +242,12 @@ export class Chart {
         const outside = at < s.x[0] || at > s.x[s.x.length - 1];
         return outside ? "–" : number(s.y[nearest(s.x, at)]);
       });
-      return h("tr", {}, h("th", { scope: "row" }, number(at)), near.map((text) => h("td", {}, text)));
+      return h(
+        "tr",
+        {},
+        h("th", { scope: "row" }, number(at)),
+        near.map((text) => h("td", {}, text)),
+      );
     });
     const names = shown.map((s) => h("th", { scope: "col" }, s.name));
     const head = h("tr", {}, h("th", { scope: "col" }, this.label), names);

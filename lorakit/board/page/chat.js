@@ -5,7 +5,12 @@ import { failure, h, nothing, say, select } from "./dom.js";
 export class Chat {
   constructor(board) {
     this.board = board;
-    this.element = h("section", { "aria-label": "Chat", class: "chat" }, h("h1", {}, "Chat"), nothing("Looking for models …"));
+    this.element = h(
+      "section",
+      { "aria-label": "Chat", class: "chat" },
+      h("h1", {}, "Chat"),
+      nothing("Looking for models …"),
+    );
     this.turns = []; // [{user, answers: [left, right]}]
     this.#begin();
   }
@@ -46,7 +51,10 @@ export class Chat {
       this.sides[i] = name;
       show(i);
     };
-    this.picks.replaceChildren(select("Left", names, this.sides[0], pick(0)), select("Right", names, this.sides[1], pick(1)));
+    this.picks.replaceChildren(
+      select("Left", names, this.sides[0], pick(0)),
+      select("Right", names, this.sides[1], pick(1)),
+    );
     [0, 1].forEach(show);
     this.#clear();
   }
@@ -55,7 +63,12 @@ export class Chat {
     this.picks = h("span", { class: "picks" });
     this.columns = [0, 1].map((i) => {
       const head = h("h2", {});
-      const log = h("div", { class: "log", role: "log", "aria-label": `Answers of side ${i + 1}`, tabindex: 0 });
+      const log = h("div", {
+        class: "log",
+        role: "log",
+        "aria-label": `Answers of side ${i + 1}`,
+        tabindex: 0,
+      });
       return { head, log, element: h("div", { class: "column" }, head, log) };
     });
     const value = (label, attributes) => {
@@ -65,8 +78,17 @@ export class Chat {
     const [tokens, tokensField] = value("New tokens", { min: 1, max: 4096, value: 128 });
     const [heat, heatField] = value("Temperature", { min: 0, max: 2, step: 0.1, value: 0 });
     const [seed, seedField] = value("Seed", { min: 0, step: 1, value: 0 });
-    this.options = () => ({ max_new_tokens: Number(tokens.value), temperature: Number(heat.value), seed: Number(seed.value) });
-    this.text = h("textarea", { rows: 3, "aria-label": "Message", placeholder: "Write a message; Enter sends it", onkeydown: (e) => this.#key(e) });
+    this.options = () => ({
+      max_new_tokens: Number(tokens.value),
+      temperature: Number(heat.value),
+      seed: Number(seed.value),
+    });
+    this.text = h("textarea", {
+      rows: 3,
+      "aria-label": "Message",
+      placeholder: "Write a message; Enter sends it",
+      onkeydown: (e) => this.#key(e),
+    });
     this.button = h("button", { type: "submit", class: "main" }, "Send");
     this.stop = h("button", { type: "button", disabled: true, onclick: () => this.abort?.abort() }, "Stop");
     const again = h("button", { type: "button", class: "plain", onclick: () => this.#clear() }, "New chat");
@@ -77,16 +99,30 @@ export class Chat {
       h(
         "div",
         { class: "controls" },
-        select("Base", bases.map((model) => [model.name, model.label]), bases[0].name, (name) => this.#take(name)),
+        select(
+          "Base",
+          bases.map((model) => [model.name, model.label]),
+          bases[0].name,
+          (name) => this.#take(name),
+        ),
         this.picks,
         tokensField,
         heatField,
         seedField,
       ),
-      h("div", { class: "columns" }, this.columns.map((column) => column.element)),
+      h(
+        "div",
+        { class: "columns" },
+        this.columns.map((column) => column.element),
+      ),
       this.problem,
       this.status,
-      h("form", { class: "message", onsubmit: (event) => this.#send(event) }, this.text, h("p", { class: "buttons" }, this.button, this.stop, again)),
+      h(
+        "form",
+        { class: "message", onsubmit: (event) => this.#send(event) },
+        this.text,
+        h("p", { class: "buttons" }, this.button, this.stop, again),
+      ),
     );
   }
 

@@ -20,16 +20,32 @@ export class Comparisons {
     if (key === this.key) return;
     this.key = key;
     if (!found) {
-      this.element.replaceChildren(h("h1", {}, "Comparisons"), nothing("There is no comparison in this folder. `lorakit compare compare.yaml` makes one."));
+      this.element.replaceChildren(
+        h("h1", {}, "Comparisons"),
+        nothing("There is no comparison in this folder. `lorakit compare compare.yaml` makes one."),
+      );
       return;
     }
     const links = list.map((each) =>
-      h("a", { href: `#/comparisons/${encodeURIComponent(each.id)}`, "aria-current": each === found ? "page" : null }, each.name),
+      h(
+        "a",
+        {
+          href: `#/comparisons/${encodeURIComponent(each.id)}`,
+          "aria-current": each === found ? "page" : null,
+        },
+        each.name,
+      ),
     );
     this.element.replaceChildren(
       list.length > 1 ? h("nav", { class: "tabs", "aria-label": "Comparisons" }, links) : "",
       h("h1", {}, value.name ?? found.name),
-      this.board.source.live ? h("p", {}, h("a", { href: `#/vote/${encodeURIComponent(found.id)}` }, "Vote blindly between answers")) : "",
+      this.board.source.live
+        ? h(
+            "p",
+            {},
+            h("a", { href: `#/vote/${encodeURIComponent(found.id)}` }, "Vote blindly between answers"),
+          )
+        : "",
       ...progress(value.runs ?? []),
       value.recommendation ? advice(value.recommendation) : "",
       ...(value.tasks ?? []).map(task),
@@ -42,13 +58,19 @@ function progress(runs) {
   const open = runs.filter((run) => run.state !== "finished");
   const failed = open.filter((run) => run.state === "failed");
   return [
-    open.length ? h("p", { class: "quiet" }, `${runs.length - open.length} of ${runs.length} runs are finished.`) : "",
-    ...failed.map((run) => h("p", { class: "failure" }, `${run.id} failed: ${run.error ?? "its folder says why"}`)),
+    open.length
+      ? h("p", { class: "quiet" }, `${runs.length - open.length} of ${runs.length} runs are finished.`)
+      : "",
+    ...failed.map((run) =>
+      h("p", { class: "failure" }, `${run.id} failed: ${run.error ?? "its folder says why"}`),
+    ),
   ];
 }
 
 function advice({ text, rules }) {
-  const items = (rules ?? []).map(({ rule, says }) => h("li", {}, h("span", { class: "rule" }, rule), " ", h("span", {}, says)));
+  const items = (rules ?? []).map(({ rule, says }) =>
+    h("li", {}, h("span", { class: "rule" }, rule), " ", h("span", {}, says)),
+  );
   return h(
     "article",
     { class: "card advice" },
@@ -63,7 +85,9 @@ function task(each) {
   const scale = Object.fromEntries(each.metrics.map((metric) => [metric, range(rows, metric)]));
   const exports = [...new Set(rows.flatMap((row) => Object.keys(row.export ?? {})))];
   const numbers = ["Tokens/s", "Time", "Peak memory", ...exports.map((name) => name.toUpperCase())];
-  const heads = ["Model", "Settings", ...each.metrics.map(spoken)].map((text) => h("th", { scope: "col" }, text));
+  const heads = ["Model", "Settings", ...each.metrics.map(spoken)].map((text) =>
+    h("th", { scope: "col" }, text),
+  );
   const body = rows.map((row) =>
     h(
       "tr",
@@ -77,7 +101,12 @@ function task(each) {
       exports.map((name) => h("td", { class: "number" }, exported(row.export?.[name]))),
     ),
   );
-  const head = h("tr", {}, heads, numbers.map((text) => h("th", { scope: "col", class: "number" }, text)));
+  const head = h(
+    "tr",
+    {},
+    heads,
+    numbers.map((text) => h("th", { scope: "col", class: "number" }, text)),
+  );
   return h(
     "article",
     { class: "task" },
@@ -88,17 +117,31 @@ function task(each) {
 }
 
 function sizes({ kind, sizes: counts }) {
-  const rows = counts ? `, ${Object.entries(counts).map(([part, count]) => `${number(count)} ${part}`).join(", ")} rows` : "";
+  const rows = counts
+    ? `, ${Object.entries(counts)
+        .map(([part, count]) => `${number(count)} ${part}`)
+        .join(", ")} rows`
+    : "";
   return `${spoken(kind ?? "")}${rows}`;
 }
 
 /** Make the sentences about pairs: those of the metric that decides, and the other ones folded. */
 function differences({ metrics, pairs = [] }) {
-  const list = (found) => h("ul", { class: "pairs" }, found.map((pair) => h("li", {}, verdict(pair))));
-  const [chief, others] = [pairs.filter((p) => p.metric === metrics[0]), pairs.filter((p) => p.metric !== metrics[0])];
+  const list = (found) =>
+    h(
+      "ul",
+      { class: "pairs" },
+      found.map((pair) => h("li", {}, verdict(pair))),
+    );
+  const [chief, others] = [
+    pairs.filter((p) => p.metric === metrics[0]),
+    pairs.filter((p) => p.metric !== metrics[0]),
+  ];
   return [
     chief.length ? list(chief) : "",
-    others.length ? h("details", {}, h("summary", {}, `${others.length} differences in other metrics`), list(others)) : "",
+    others.length
+      ? h("details", {}, h("summary", {}, `${others.length} differences in other metrics`), list(others))
+      : "",
   ];
 }
 
@@ -138,7 +181,8 @@ export function verdict({ first, second, metric, difference, p_value: p, within_
   const chance = p === null || p === undefined ? "" : p < 0.001 ? ", p < 0.001" : `, p = ${p.toFixed(3)}`;
   const gap = `${score(Math.abs(difference.value))} in ${spoken(metric)}`;
   const interval = `(${score(difference.low)} to ${score(difference.high)}${chance})`;
-  if (noise) return `${label(first)} and ${label(second)}: the difference of ${gap} is within noise ${interval}.`;
+  if (noise)
+    return `${label(first)} and ${label(second)}: the difference of ${gap} is within noise ${interval}.`;
   const sign = difference.value >= 0 ? "above" : "below";
   return `${label(second)} is ${gap} ${sign} ${label(first)} ${interval}.`;
 }

@@ -102,7 +102,10 @@ export class Curves {
       if (this.grid.children[names.indexOf(name)] !== chart.element) {
         this.grid.insertBefore(chart.element, this.grid.children[names.indexOf(name)] ?? null);
       }
-      chart.draw(this.#series(name, runs), { log: this.look.log && name !== "learning_rate", label: this.look.axis });
+      chart.draw(this.#series(name, runs), {
+        log: this.look.log && name !== "learning_rate",
+        label: this.look.axis,
+      });
     }
   }
 
@@ -124,7 +127,15 @@ export class Curves {
       if (measured) {
         const x = this.#x(measured, curves);
         const name = `validation of ${run.name}`;
-        drawn.push({ ...named, name, id: `${run.id} eval`, x, y: measured.value, dashed: true, points: true });
+        drawn.push({
+          ...named,
+          name,
+          id: `${run.id} eval`,
+          x,
+          y: measured.value,
+          dashed: true,
+          points: true,
+        });
       }
     }
     return drawn;
@@ -141,15 +152,27 @@ export class Curves {
       this.draw();
     };
     const smooth = h("input", {
-      type: "range", min: 0, max: 0.98, step: 0.02, value: this.look.smooth,
+      type: "range",
+      min: 0,
+      max: 0.98,
+      step: 0.02,
+      value: this.look.smooth,
       oninput: () => {
         shown.textContent = smooth.value === "0" ? "raw" : Number(smooth.value).toFixed(2);
         set("smooth")(Number(smooth.value));
       },
     });
     const shown = h("output", {}, this.look.smooth ? this.look.smooth.toFixed(2) : "raw");
-    const log = h("input", { type: "checkbox", checked: this.look.log, onchange: () => set("log")(log.checked) });
-    const axes = [["step", "step"], ["tokens", "tokens"], ["seconds", "seconds"]];
+    const log = h("input", {
+      type: "checkbox",
+      checked: this.look.log,
+      onchange: () => set("log")(log.checked),
+    });
+    const axes = [
+      ["step", "step"],
+      ["tokens", "tokens"],
+      ["seconds", "seconds"],
+    ];
     this.controls.append(
       choice("Over", "axis", axes, this.look.axis, set("axis")),
       h("label", { class: "field" }, h("span", {}, "Smooth"), smooth, shown),

@@ -32,7 +32,9 @@ export class Evaluations {
     this.key = key;
     const measured = runs.map((run, i) => [run, all[i]]).filter(([, rows]) => rows.length);
     if (!measured.length) {
-      const text = this.board.selected.size ? "These runs have not been evaluated yet." : "Select runs in the table above.";
+      const text = this.board.selected.size
+        ? "These runs have not been evaluated yet."
+        : "Select runs in the table above.";
       this.element.replaceChildren(nothing(text));
       return;
     }
@@ -46,7 +48,11 @@ export class Evaluations {
           "details",
           { open: open.has(run.id) || measured.length === 1, data: { run: run.id } },
           h("summary", {}, `${run.name}: ${rows.length} ${rows.length === 1 ? "evaluation" : "evaluations"}`),
-          table(`Evaluations of ${run.name}`, null, rows.map((row) => [null, row])),
+          table(
+            `Evaluations of ${run.name}`,
+            null,
+            rows.map((row) => [null, row]),
+          ),
         ),
       ),
     );
@@ -58,17 +64,40 @@ function table(label, first, rows) {
   const shown = ["step", ...names.filter((name) => name !== "step" && !/_(low|high)$/.test(name))];
   const heads = [...(first ? [first] : []), ...shown.map((name) => spoken(name))];
   const winners = Object.fromEntries(
-    shown.map((name) => [name, name === "step" ? -1 : best(rows.map(([, row]) => row[name]), isLower(name))]),
+    shown.map((name) => [
+      name,
+      name === "step"
+        ? -1
+        : best(
+            rows.map(([, row]) => row[name]),
+            isLower(name),
+          ),
+    ]),
   );
   const body = rows.map(([head, row], i) =>
-    h("tr", {}, head === null ? null : h("th", { scope: "row" }, head), shown.map((name) => cell(row, name, winners[name] === i))),
+    h(
+      "tr",
+      {},
+      head === null ? null : h("th", { scope: "row" }, head),
+      shown.map((name) => cell(row, name, winners[name] === i)),
+    ),
   );
-  const top = h("tr", {}, heads.map((text, i) => h("th", { scope: "col", class: first && i === 0 ? null : "number" }, text)));
+  const top = h(
+    "tr",
+    {},
+    heads.map((text, i) => h("th", { scope: "col", class: first && i === 0 ? null : "number" }, text)),
+  );
   return wide(label, h("table", {}, h("thead", {}, top), h("tbody", {}, body)));
 }
 
 function cell(row, name, wins) {
   const [low, high] = [row[`${name}_low`], row[`${name}_high`]];
   const interval = low === undefined ? null : h("small", {}, ` ${number(low)} to ${number(high)}`);
-  return h("td", { class: "number" }, name === "step" ? number(row[name]) : digits(row[name]), interval, wins ? h("small", { class: "best" }, " best") : null);
+  return h(
+    "td",
+    { class: "number" },
+    name === "step" ? number(row[name]) : digits(row[name]),
+    interval,
+    wins ? h("small", { class: "best" }, " best") : null,
+  );
 }

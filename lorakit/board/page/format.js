@@ -7,7 +7,8 @@ export function number(value) {
   if (value === null || value === undefined || Number.isNaN(value)) return "–";
   if (typeof value !== "number") return String(value);
   const size = Math.abs(value);
-  if (Number.isInteger(value) || size >= 1e4) return size < 1e15 ? GROUPED.format(value) : value.toExponential(3);
+  if (Number.isInteger(value) || size >= 1e4)
+    return size < 1e15 ? GROUPED.format(value) : value.toExponential(3);
   if (size !== 0 && size < 1e-3) return value.toExponential(2);
   return String(Number(value.toPrecision(4)));
 }
@@ -28,7 +29,11 @@ export function score(value) {
 export function tick(value) {
   if (value === null || value === undefined) return "";
   const size = Math.abs(value);
-  for (const [unit, letter] of [[1e9, "G"], [1e6, "M"], [1e4, "k"]]) {
+  for (const [unit, letter] of [
+    [1e9, "G"],
+    [1e6, "M"],
+    [1e4, "k"],
+  ]) {
     if (size >= unit) return `${Number((value / (letter === "k" ? 1e3 : unit)).toPrecision(4))}${letter}`;
   }
   return size !== 0 && size < 1e-3 ? value.toExponential() : String(Number(value.toPrecision(6)));

@@ -27,16 +27,30 @@ export function forecastView(forecast, measured = null) {
     "div",
     { class: "forecast" },
     h("p", { class: fits === false ? "verdict failure" : "verdict" }, verdict),
-    bar("forecast", found.map(([, size], i) => [size, `part-${i}`]), whole, bytes(plan.peak)),
+    bar(
+      "forecast",
+      found.map(([, size], i) => [size, `part-${i}`]),
+      whole,
+      bytes(plan.peak),
+    ),
     measured === null ? null : bar("measured", [[measured, "measured"]], whole, bytes(measured)),
     wide(
       "Memory at the peak, by kind",
       h(
         "table",
         { class: "small" },
-        h("tbody", {}, found.map(([kind, size], i) =>
-          h("tr", {}, h("th", { scope: "row" }, h("i", { class: `dot part-${i}` }), spoken(kind)), h("td", { class: "number" }, bytes(size))),
-        )),
+        h(
+          "tbody",
+          {},
+          found.map(([kind, size], i) =>
+            h(
+              "tr",
+              {},
+              h("th", { scope: "row" }, h("i", { class: `dot part-${i}` }), spoken(kind)),
+              h("td", { class: "number" }, bytes(size)),
+            ),
+          ),
+        ),
       ),
     ),
     h("p", { class: "quiet" }, `The peak comes in this phase: ${plan.when}.`),
@@ -45,8 +59,16 @@ export function forecastView(forecast, measured = null) {
 }
 
 function bar(label, pieces, whole, text) {
-  const inside = pieces.map(([size, name]) => h("i", { class: name, style: { width: `${(100 * size) / whole}%` } }));
-  return h("div", { class: "meter" }, h("span", {}, label), h("div", { class: "track", "aria-hidden": "true" }, inside), h("b", {}, text));
+  const inside = pieces.map(([size, name]) =>
+    h("i", { class: name, style: { width: `${(100 * size) / whole}%` } }),
+  );
+  return h(
+    "div",
+    { class: "meter" },
+    h("span", {}, label),
+    h("div", { class: "track", "aria-hidden": "true" }, inside),
+    h("b", {}, text),
+  );
 }
 
 export class Memory {
@@ -66,9 +88,10 @@ export class Memory {
     const most = Math.max(...peaks.map((peak) => peak ?? 0), 1);
     const each = runs.map((run, i) => {
       const { forecast } = all[i];
-      const plain = peaks[i] === null
-        ? h("p", { class: "quiet" }, "Nothing was measured yet.")
-        : bar("measured", [[peaks[i], "measured"]], most, bytes(peaks[i]));
+      const plain =
+        peaks[i] === null
+          ? h("p", { class: "quiet" }, "Nothing was measured yet.")
+          : bar("measured", [[peaks[i], "measured"]], most, bytes(peaks[i]));
       const known = forecast?.plan ? forecastView(forecast, peaks[i]) : plain;
       return h("article", { class: "card" }, h("h3", {}, run.name), known);
     });

@@ -36,9 +36,18 @@ export function place(slots, selected) {
 /** Make a sample of the line of a place. */
 export function swatch(h, svg, slot) {
   const line = svg("line", {
-    x1: 1, y1: 4, x2: 21, y2: 4,
+    x1: 1,
+    y1: 4,
+    x2: 21,
+    y2: 4,
     "stroke-width": 3,
-    "stroke-dasharray": dash(slot).map((d) => d / 2).join(" "),
+    "stroke-dasharray": dash(slot)
+      .map((d) => d / 2)
+      .join(" "),
   });
-  return svg("svg", { class: `swatch run-${slot % COLOURS}`, viewBox: "0 0 22 8", "aria-hidden": "true" }, line);
+  return svg(
+    "svg",
+    { class: `swatch run-${slot % COLOURS}`, viewBox: "0 0 22 8", "aria-hidden": "true" },
+    line,
+  );
 }

@@ -21,7 +21,13 @@ export class Rows {
     this.where = h("span", { class: "quiet", role: "status" });
     this.back = h("button", { type: "button", onclick: () => this.#turn(-PAGE) }, "Back");
     this.next = h("button", { type: "button", onclick: () => this.#turn(PAGE) }, "Next");
-    const legend = h("p", { class: "quiet hint" }, h("span", { class: "token learned" }, "learned"), " ", h("span", { class: "token" }, "read only"));
+    const legend = h(
+      "p",
+      { class: "quiet hint" },
+      h("span", { class: "token learned" }, "learned"),
+      " ",
+      h("span", { class: "token" }, "read only"),
+    );
     this.controls = h("div", { class: "controls" }, this.pick, this.back, this.next, this.where, legend);
     this.list = h("div", {});
     this.element = h("section", { "aria-label": "Rows" }, this.controls, this.list);
@@ -70,7 +76,9 @@ export class Rows {
     this.list.replaceChildren(...content);
     this.back.disabled = this.offset === 0;
     this.next.disabled = rows.length < PAGE || !this.board.source.live;
-    this.where.textContent = rows.length ? `${number(this.offset + 1)} to ${number(this.offset + rows.length)}` : "";
+    this.where.textContent = rows.length
+      ? `${number(this.offset + 1)} to ${number(this.offset + rows.length)}`
+      : "";
   }
 }
 
@@ -81,13 +89,25 @@ function shown({ tokens, place, answer, error }) {
   for (const [i, token] of tokens.entries()) {
     const turns = i === 0 ? token.learned : token.learned !== tokens[i - 1].learned;
     if (turns) pieces.push(unseen(token.learned ? " [learned: " : "] "));
-    pieces.push(h("span", { class: token.learned ? "token learned" : "token", title: `token ${token.ids.join(", ")}` }, visible(token.text)));
+    pieces.push(
+      h(
+        "span",
+        { class: token.learned ? "token learned" : "token", title: `token ${token.ids.join(", ")}` },
+        visible(token.text),
+      ),
+    );
     if (token.text.includes("\n")) pieces.push(h("br"));
   }
   return h(
     "article",
     { class: "row" },
-    h("h3", {}, place, answer ? `, ${answer}` : "", h("small", {}, ` ${number(tokens.length)} tokens, ${number(learned)} learned`)),
+    h(
+      "h3",
+      {},
+      place,
+      answer ? `, ${answer}` : "",
+      h("small", {}, ` ${number(tokens.length)} tokens, ${number(learned)} learned`),
+    ),
     h("p", { class: "text" }, pieces),
   );
 }

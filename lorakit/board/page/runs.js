@@ -24,7 +24,9 @@ const COLUMNS = [
 ];
 
 function leaf(path) {
-  return String(path ?? "–").split("/").slice(-1)[0];
+  return String(path ?? "–")
+    .split("/")
+    .slice(-1)[0];
 }
 
 function steps(run) {
@@ -35,7 +37,9 @@ function steps(run) {
 export function sorted(runs, { key, down }) {
   const missing = (run) => run[key] === null || run[key] === undefined;
   const compare = (a, b) =>
-    typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), "en", { numeric: true });
+    typeof a === "number" && typeof b === "number"
+      ? a - b
+      : String(a).localeCompare(String(b), "en", { numeric: true });
   return [...runs].sort((a, b) => {
     if (missing(a) || missing(b)) return missing(a) - missing(b);
     return (down ? -1 : 1) * compare(a[key], b[key]);
@@ -59,7 +63,11 @@ export class RunsTable {
     this.order = { key: "started", down: true };
     this.text = "";
     this.count = h("p", { class: "quiet count" });
-    this.all = h("input", { type: "checkbox", "aria-label": "Select all runs shown", onchange: () => this.#all() });
+    this.all = h("input", {
+      type: "checkbox",
+      "aria-label": "Select all runs shown",
+      onchange: () => this.#all(),
+    });
     this.body = h("tbody", {});
     this.heads = new Map(COLUMNS.map(([key, head, , numeric]) => [key, this.#head(key, head, numeric)]));
     const filter = h("input", {
@@ -72,7 +80,11 @@ export class RunsTable {
       },
     });
     this.empty = h("p", { class: "quiet nothing", hidden: true });
-    const none = h("button", { type: "button", class: "plain", onclick: () => board.select([]) }, "Clear selection");
+    const none = h(
+      "button",
+      { type: "button", class: "plain", onclick: () => board.select([]) },
+      "Clear selection",
+    );
     const first = h("tr", {}, h("th", { class: "pick", scope: "col" }, this.all), [...this.heads.values()]);
     if (board.source.live) first.append(h("th", { scope: "col" }, unseen("Actions")));
     this.element = h(
@@ -100,13 +112,15 @@ export class RunsTable {
     this.shown.forEach((run, i) => {
       const row = this.rows.get(run.id) ?? this.#row(run);
       row.fill(run);
-      if (this.body.children[i] !== row.element) this.body.insertBefore(row.element, this.body.children[i] ?? null);
+      if (this.body.children[i] !== row.element)
+        this.body.insertBefore(row.element, this.body.children[i] ?? null);
     });
     for (const [key, head] of this.heads) {
       const direction = this.order.down ? "descending" : "ascending";
       head.setAttribute("aria-sort", key === this.order.key ? direction : "none");
     }
-    const part = this.shown.length === runs.length ? `${runs.length}` : `${this.shown.length} of ${runs.length}`;
+    const part =
+      this.shown.length === runs.length ? `${runs.length}` : `${this.shown.length} of ${runs.length}`;
     say(this.count, `${part} ${runs.length === 1 ? "run" : "runs"}, ${selected.size} selected`);
     this.empty.hidden = this.shown.length > 0;
     say(this.empty, runs.length ? "No run has these words." : "There are no runs here yet.");
@@ -130,7 +144,11 @@ export class RunsTable {
       this.order = { key, down: this.order.key === key ? !this.order.down : numeric };
       this.update();
     };
-    return h("th", { scope: "col", class: numeric ? `number ${key}` : key }, h("button", { type: "button", class: "sort", onclick: sort }, text));
+    return h(
+      "th",
+      { scope: "col", class: numeric ? `number ${key}` : key },
+      h("button", { type: "button", class: "sort", onclick: sort }, text),
+    );
   }
 
   #all() {
@@ -144,9 +162,20 @@ export class RunsTable {
     const line = h("span", {});
     const name = h("span", { class: "name" });
     const cells = new Map();
-    const element = h("tr", {}, h("td", { class: "pick" }, h("label", {}, box, line, unseen("Select "), h("span", { class: "unseen" }, run.name))));
+    const element = h(
+      "tr",
+      {},
+      h(
+        "td",
+        { class: "pick" },
+        h("label", {}, box, line, unseen("Select "), h("span", { class: "unseen" }, run.name)),
+      ),
+    );
     for (const [key, , , numeric] of COLUMNS) {
-      const cell = h(key === "name" ? "th" : "td", { class: numeric ? `number ${key}` : key, scope: key === "name" ? "row" : null });
+      const cell = h(key === "name" ? "th" : "td", {
+        class: numeric ? `number ${key}` : key,
+        scope: key === "name" ? "row" : null,
+      });
       cells.set(key, cell);
       element.append(cell);
     }
@@ -180,7 +209,11 @@ export class RunsTable {
     cell.dataset.state = run.state;
     cell.title = why;
     const error = why ? h("small", { class: "why" }, why) : "";
-    cell.replaceChildren(h("span", { "aria-hidden": "true" }, STATES[run.state] ?? "·"), ` ${run.state}`, error);
+    cell.replaceChildren(
+      h("span", { "aria-hidden": "true" }, STATES[run.state] ?? "·"),
+      ` ${run.state}`,
+      error,
+    );
   }
 
   #action(cell, run) {
@@ -189,7 +222,9 @@ export class RunsTable {
     cell.dataset.what = what;
     const label = { stop: "Stop", resume: "Resume" }[what];
     const act = () => this.#act(run, what, cell.firstChild);
-    cell.replaceChildren(what ? h("button", { type: "button", onclick: act }, label, unseen(` ${run.name}`)) : "");
+    cell.replaceChildren(
+      what ? h("button", { type: "button", onclick: act }, label, unseen(` ${run.name}`)) : "",
+    );
   }
 
   async #act(run, what, button) {

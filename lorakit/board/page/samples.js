@@ -32,7 +32,9 @@ export class Samples {
     const all = await Promise.all(runs.map((run) => this.board.source.get(runPath(run.id, "samples"))));
     this.key = key;
     this.runs = runs.map((run, i) => ({ run, samples: all[i] })).filter((each) => each.samples.length);
-    this.steps = [...new Set(this.runs.flatMap((each) => each.samples.map((s) => s.step)))].sort((a, b) => a - b);
+    this.steps = [...new Set(this.runs.flatMap((each) => each.samples.map((s) => s.step)))].sort(
+      (a, b) => a - b,
+    );
     this.controls.hidden = this.steps.length === 0;
     this.slider.max = Math.max(0, this.steps.length - 1);
     if (this.at === null) this.slider.value = this.slider.max;
@@ -76,15 +78,24 @@ export class Samples {
   }
 
   #row({ sample, answers }) {
-    const side = (head, ...text) => h("div", { class: "side" }, h("h3", {}, head), h("p", { class: "text" }, ...text));
+    const side = (head, ...text) =>
+      h("div", { class: "side" }, h("h3", {}, head), h("p", { class: "text" }, ...text));
     const shown = answers.map(({ run, sample: each }) => {
       const slot = this.board.slots.get(run.id) ?? 0;
       const head = h("span", { class: `bar run-${slot % 6}` }, `${run.name}, step ${number(each.step)}`);
       const parts = this.differs ? marked(each.reference ?? "", each.completion) : [each.completion];
       return side(head, ...(each.completion || this.differs ? parts : ["(nothing)"]));
     });
-    const reference = sample.reference === null || sample.reference === undefined ? [] : [side("Reference", sample.reference)];
-    return h("article", { class: "sample" }, h("p", { class: "prompt" }, unseen("Prompt: "), promptText(sample.prompt)), h("div", { class: "sides" }, reference, shown));
+    const reference =
+      sample.reference === null || sample.reference === undefined
+        ? []
+        : [side("Reference", sample.reference)];
+    return h(
+      "article",
+      { class: "sample" },
+      h("p", { class: "prompt" }, unseen("Prompt: "), promptText(sample.prompt)),
+      h("div", { class: "sides" }, reference, shown),
+    );
   }
 }
 

@@ -48,7 +48,11 @@ export class Settings {
       "details",
       { open: one || !other.length },
       h("summary", {}, `${equal.length} equal settings`),
-      table("Equal settings", ["Setting", "Value"], equal.map(([name, texts]) => [name, [texts[0]], false])),
+      table(
+        "Equal settings",
+        ["Setting", "Value"],
+        equal.map(([name, texts]) => [name, [texts[0]], false]),
+      ),
     );
     const heads = ["Setting", ...runs.map((run) => run.name)];
     this.element.replaceChildren(
@@ -66,10 +70,19 @@ function table(label, heads, rows) {
     const most = Math.max(...seen.values());
     const cells = texts.map((text) => {
       const rare = differs && seen.get(text) < most;
-      return h("td", { class: rare ? "other" : null }, h("code", {}, text), rare ? unseen(" (unlike most)") : null);
+      return h(
+        "td",
+        { class: rare ? "other" : null },
+        h("code", {}, text),
+        rare ? unseen(" (unlike most)") : null,
+      );
     });
     return h("tr", {}, h("th", { scope: "row" }, h("code", {}, name)), cells);
   });
-  const head = h("tr", {}, heads.map((text) => h("th", { scope: "col" }, text)));
+  const head = h(
+    "tr",
+    {},
+    heads.map((text) => h("th", { scope: "col" }, text)),
+  );
   return wide(label, h("table", { class: "settings" }, h("thead", {}, head), h("tbody", {}, body)));
 }

@@ -21,8 +21,16 @@ export class Start {
       this.timer = setTimeout(() => this.#forecast(), WAIT);
     };
     this.name = h("input", { id: "name", type: "text", required: true, autocomplete: "off", value: "run" });
-    this.text = h("textarea", { id: "text", rows: 18, spellcheck: "false", required: true, oninput: changed }, EMPTY);
-    this.panel = h("div", { class: "panel", "aria-live": "polite" }, nothing("The forecast comes when you change the run file."));
+    this.text = h(
+      "textarea",
+      { id: "text", rows: 18, spellcheck: "false", required: true, oninput: changed },
+      EMPTY,
+    );
+    this.panel = h(
+      "div",
+      { class: "panel", "aria-live": "polite" },
+      nothing("The forecast comes when you change the run file."),
+    );
     this.problem = h("div", {});
     this.button = h("button", { type: "submit", class: "main" }, "Start the run");
     this.from = h("span", {});
@@ -42,7 +50,12 @@ export class Start {
           h("label", { for: "text" }, "Run file"),
           this.text,
           this.problem,
-          h("p", { class: "buttons" }, h("button", { type: "button", onclick: () => this.#forecast() }, "Forecast"), this.button),
+          h(
+            "p",
+            { class: "buttons" },
+            h("button", { type: "button", onclick: () => this.#forecast() }, "Forecast"),
+            this.button,
+          ),
         ),
         h("aside", { "aria-label": "Forecast" }, h("h2", {}, "Will it fit?"), this.panel),
       ),

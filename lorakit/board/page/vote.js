@@ -14,7 +14,15 @@ export class Vote {
     this.heading = h("h1", { tabindex: -1 }, "Which answer is better?");
     this.result = h("p", { class: "quiet", role: "status" });
     const back = h("a", { href: `#/comparisons/${encodeURIComponent(id)}` }, "Back to the comparison");
-    this.element = h("section", { "aria-label": "Vote", class: "vote" }, this.heading, this.controls, this.place, this.result, h("p", {}, back));
+    this.element = h(
+      "section",
+      { "aria-label": "Vote", class: "vote" },
+      this.heading,
+      this.controls,
+      this.place,
+      this.result,
+      h("p", {}, back),
+    );
     this.key = (event) => this.#key(event);
     document.addEventListener("keydown", this.key);
     this.#begin();
@@ -46,16 +54,31 @@ export class Vote {
     this.second = second ?? ids.find((id) => id !== this.first);
     const options = ids.map((id) => [id, id]);
     this.controls.replaceChildren(
-      this.tasks.length > 1 ? select("Task", this.tasks.map((name) => [name, name]), task, (name) => this.#choose(name)) : "",
-      select("Between", options, this.first, (id) => this.#choose(task, id, id === this.second ? undefined : this.second)),
-      select("and", options.filter(([id]) => id !== this.first), this.second, (id) => this.#choose(task, this.first, id)),
+      this.tasks.length > 1
+        ? select(
+            "Task",
+            this.tasks.map((name) => [name, name]),
+            task,
+            (name) => this.#choose(name),
+          )
+        : "",
+      select("Between", options, this.first, (id) =>
+        this.#choose(task, id, id === this.second ? undefined : this.second),
+      ),
+      select(
+        "and",
+        options.filter(([id]) => id !== this.first),
+        this.second,
+        (id) => this.#choose(task, this.first, id),
+      ),
     );
     this.#next();
   }
 
   #key(event) {
     const winner = WINNERS[event.key];
-    const typing = event.target.matches("input, textarea, select") || event.ctrlKey || event.metaKey || event.altKey;
+    const typing =
+      event.target.matches("input, textarea, select") || event.ctrlKey || event.metaKey || event.altKey;
     if (winner && !typing) this.#vote(winner);
   }
 
@@ -80,13 +103,21 @@ export class Vote {
   }
 
   #show({ prompt, left, right, left_over: leftOver }) {
-    const side = (head, text) => h("div", { class: "side" }, h("h2", {}, head), h("p", { class: "text" }, text || "(nothing)"));
-    const button = (key, text) => h("button", { type: "button", onclick: () => this.#vote(WINNERS[key]) }, h("kbd", {}, key), ` ${text}`);
+    const side = (head, text) =>
+      h("div", { class: "side" }, h("h2", {}, head), h("p", { class: "text" }, text || "(nothing)"));
+    const button = (key, text) =>
+      h("button", { type: "button", onclick: () => this.#vote(WINNERS[key]) }, h("kbd", {}, key), ` ${text}`);
     this.heading.textContent = "Which answer is better?";
     this.place.replaceChildren(
       h("p", { class: "prompt" }, promptText(prompt)),
       h("div", { class: "sides" }, side("Answer 1", left), side("Answer 2", right)),
-      h("p", { class: "buttons" }, button("1", "The first"), button("2", "The second"), button("0", "Neither")),
+      h(
+        "p",
+        { class: "buttons" },
+        button("1", "The first"),
+        button("2", "The second"),
+        button("0", "Neither"),
+      ),
     );
     if (leftOver !== undefined) this.result.textContent = `${number(leftOver)} to go`;
     this.heading.focus({ preventScroll: true });
@@ -100,9 +131,10 @@ export class Vote {
 
   #done({ value, low, high, first, second, ties, same }) {
     const counted = `${number(second)} for ${this.second}, ${number(first)} for ${this.first}, ${number(ties)} for neither; ${number(same)} rows have the same answer.`;
-    const share = value === null || value === undefined
-      ? "There was nothing to vote on."
-      : `${this.second} wins ${score(value)} of the votes, ties as half (${score(low)} to ${score(high)}).`;
+    const share =
+      value === null || value === undefined
+        ? "There was nothing to vote on."
+        : `${this.second} wins ${score(value)} of the votes, ties as half (${score(low)} to ${score(high)}).`;
     this.heading.textContent = "All pairs are judged";
     this.place.replaceChildren(h("p", {}, h("b", {}, share)), h("p", {}, counted));
     this.heading.focus({ preventScroll: true });

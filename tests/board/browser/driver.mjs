@@ -14,21 +14,32 @@ const playwright = require("playwright-core");
 const axeSource = readFileSync(require.resolve("axe-core/axe.min.js"), "utf8");
 const AsyncFunction = (async () => {}).constructor;
 const FLAGS = [
-  "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-  "--disable-component-update", "--disable-sync",
+  "--no-sandbox",
+  "--disable-gpu",
+  "--disable-quic",
+  "--no-first-run",
+  "--disable-background-networking",
+  "--disable-component-update",
+  "--disable-sync",
 ];
 
 const home = mkdtempSync(join(tmpdir(), "lorakit-chromium-"));
 const browser = await playwright.chromium.launchPersistentContext(home, {
-  executablePath: chromium, headless: true, args: FLAGS, viewport: null,
+  executablePath: chromium,
+  headless: true,
+  args: FLAGS,
+  viewport: null,
 });
 process.on("exit", () => rmSync(home, { recursive: true, force: true }));
 
-/** Return the violations that axe-core calls serious or critical. */
-async function violations(page) {
+/** Return the violations that axe-core calls serious or critical, of some rules or of all. */
+async function violations(page, rules) {
   // evaluate, as a script element would break the page's own policy
   await page.evaluate(axeSource);
-  const { violations: found } = await page.evaluate(() => globalThis.axe.run());
+  const { violations: found } = await page.evaluate(
+    (runOnly) => globalThis.axe.run(runOnly ? { runOnly } : {}),
+    rules,
+  );
   const grave = found.filter((each) => ["serious", "critical"].includes(each.impact));
   return grave.map((each) => `${each.id}: ${each.nodes.map((node) => node.html).join(" | ")}`);
 }
@@ -48,7 +59,7 @@ for await (const line of createInterface({ input: process.stdin })) {
     await page.setViewportSize({ width, height });
     await page.emulateMedia({ colorScheme: theme });
     const run = new AsyncFunction("page", "arg", "axe", code);
-    answer = { value: (await run(page, arg, () => violations(page))) ?? null };
+    answer = { value: (await run(page, arg, (rules) => violations(page, rules))) ?? null };
   } catch (error) {
     answer = { error: String(error.stack ?? error) };
   }
