@@ -10,7 +10,7 @@ The text is this Python's own standard library, and the tasks are made of its fu
 
 The program writes rows and a comparison file, compare.yaml, and makes its runs as `lorakit compare`
 does: the untrained model and two learning rates on each task. A run that was stopped goes on.
-Further models on the command line are compared too.
+Further models on the command line are compared too. The end is a page, comparison.html.
 """
 
 import argparse
@@ -133,7 +133,9 @@ def main() -> None:
     if result.interrupted:
         print("interrupted; the same command goes on from here")
         sys.exit(130)
+    page = lk.write_report(result.folder, result.folder / "comparison.html")
     print(f"comparison.json, comparison.md and the runs are in {result.folder}/")
+    print(f"{page} shows all of it; it opens in a browser")
     print(f"the page about them is {lk.write_report(result.folder, result.folder / 'report.html')}")
     sys.exit(1 if result.failed else 0)
 

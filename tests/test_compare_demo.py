@@ -75,3 +75,4 @@ def test_the_whole_comparison(smollm2, tmp_path):
         assert max(after) > before
         assert task["rows"][0]["export"]["q8_0"]["bytes"] > 100e6
     assert lk.read_comparison(tmp_path).values == values
+    assert "signature" in (tmp_path / "comparison.html").read_text(encoding="utf-8")

@@ -114,10 +114,10 @@ class Ballot:
                 rows.
         """
         self.folder, self.pair = as_path(folder), (first, second)
-        runs = read_json(self.folder / "comparison.json").get("runs", [])
-        ids = [run["id"] for run in runs]
+        runs = read_json(self.folder / "comparison.json").get("runs")
+        ids = [str(run.get("id")) for run in runs or [] if isinstance(run, dict)]
         for name in self.pair:
-            if name not in ids:
+            if name not in ids or Path(name).name != name:  # it names a file
                 raise LorakitError(
                     f"{self.folder} has no run {name!r:.80}{nearest(name, ids)}; its runs are "
                     f"{', '.join(ids)}"

@@ -139,7 +139,7 @@ def _train(job: Job, tok: Tokenizer) -> tuple[Decoder, TrainResult]:
         attach(model, lora or config.lora)
     tune_allocator()
     job.record.trained_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return model, train(model, tok, data, config.train, base_model=config.model)
+    return model, train(model, tok, data, config.train, base_model=config.model, run=config)
 
 
 def run_file(run: GridRun) -> str:

@@ -17,7 +17,7 @@ ANSWERS = [("a", "b"), ("same", "same"), *((f"one {i}", f"two {i}") for i in ran
 @pytest.fixture
 def folder(tmp_path):
     """A comparison of two runs with eight answers that differ, one that does not, and a chat."""
-    runs = [{"id": name} for name in ("one", "two", "other")]
+    runs = [{"id": name} for name in ("one", "two", "other", "../one")]
     (tmp_path / "comparison.json").write_text(json.dumps({"version": 1, "runs": runs}))
     prompts = [[{"role": "user", "content": "hello"}], *(f"prompt {i}" for i in range(9))]
     for side, name in enumerate(["one", "two"]):
@@ -88,7 +88,7 @@ def test_a_line_that_was_cut_off_and_lines_of_others_are_passed_over(folder):
 @pytest.mark.parametrize(
     ("runs", "message"),
     [
-        (("one", "to"), "no run 'to' (did you mean 'two'?); its runs are one, two, other"),
+        (("one", "to"), "no run 'to' (did you mean 'two'?); its runs are one, two, other, ../one"),
         (("one", "one"), "one cannot be compared with itself"),
         (("one", "other"), "one and other have not answered the same rows"),
         (("one", "../one"), "no run '../one'"),

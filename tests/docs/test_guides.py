@@ -187,15 +187,16 @@ def test_examples_of_the_guide_to_comparisons(prepared):
         for i, (a, b) in enumerate([("hot", "cold"), ("big", "small"), ("light", "dark")] * 10)
     ]
     (work / "opposites.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    planned, made, shown, voted = (command[1:] for command in commands("docs/comparison.md"))
-    all_of = [[*planned, "seeds=[0]"], [*made, "seeds=[0]"], shown, voted]
+    planned, made, *others = (command[1:] for command in commands("docs/comparison.md"))
+    all_of = [[*planned, "seeds=[0]"], [*made, "seeds=[0]"], *others]
     code = "from lorakit.cli.main import main\n"
     code += f"for command in {all_of}:\n    assert main(command) == 0\n    print('=' * 8)"
-    plan, tables, again, votes = run(["-c", code]).stdout.split("=" * 8)[:4]
+    plan, tables, again, _, votes = run(["-c", code]).stdout.split("=" * 8)[:5]
     assert plan.count("memory ") == 2
     assert again.strip() in tables
     assert "SmolLM2-135M-Instruct  untrained  " in tables
     assert "first 0, second 0, ties 0" in votes  # nobody answers
+    assert "opposites" in (work / "sizes.html").read_text(encoding="utf-8")
 
 
 def test_examples_of_the_guide_to_export(prepared):
