@@ -1,9 +1,6 @@
 """What the routes of a board share: answers in JSON, and what requests ask for."""
 
-import asyncio
-import threading
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import unquote
 
 from starlette.requests import Request
@@ -13,8 +10,6 @@ from lorakit.board.as_json import to_json
 from lorakit.board.folder import NotThereError
 from lorakit.serving.fields import Fields, read_object
 from lorakit.serving.refusals import Refusal
-
-T = TypeVar("T")
 
 MOST_BYTES = 1 << 20
 """Longest body of a request: a run file, or a chat."""
@@ -72,35 +67,3 @@ def number_of(request: Request, name: str, default: int) -> int:
     if not text.isascii() or not text.isdecimal() or len(text) > 15:
         raise Refusal(400, f"{name} must be a whole number from 0 on, not {text[:40]!r}.")
     return int(text)
-
-
-# ---- work ----
-
-
-async def aside(function: Callable[[], T]) -> T:
-    """Return what a function gives that may take long, such as to load a model.
-
-    It runs in a thread of its own, for which the end of the board does not wait.
-    """
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[T] = loop.create_future()
-
-    def tell(result: T | None, error: BaseException | None) -> None:
-        if done.done():  # nobody waits any more
-            return
-        if error is None:
-            done.set_result(result)  # type: ignore[arg-type]
-        else:
-            done.set_exception(error)
-
-    def work() -> None:
-        result, problem = None, None
-        try:
-            result = function()
-        except BaseException as error:
-            problem = error
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(tell, result, problem)
-
-    threading.Thread(target=work, name="lorakit board", daemon=True).start()
-    return await done

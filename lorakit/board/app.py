@@ -21,6 +21,7 @@ from lorakit.board.comparison_routes import ComparisonRoutes
 from lorakit.board.folder import Folder, NotThereError
 from lorakit.board.gate import Gate
 from lorakit.board.run_routes import RunRoutes
+from lorakit.board.work import Work
 from lorakit.config.errors import LorakitError
 from lorakit.serving.refusals import Refusal
 
@@ -43,8 +44,10 @@ class Board:
         Args:
             folder: The folder that is shown.
         """
-        self.folder, self.runs = folder, RunRoutes(folder)
-        self.comparisons, self.chat = ComparisonRoutes(folder), ChatRoutes(folder)
+        self.folder, self.work = folder, Work()
+        self.runs = RunRoutes(folder, self.work)
+        self.comparisons = ComparisonRoutes(folder, self.work)
+        self.chat = ChatRoutes(folder, self.work)
 
     def routes(self) -> list[Route]:
         """Return the routes."""
@@ -61,6 +64,7 @@ class Board:
         """End what takes long: the server ends. Runs go on."""
         self.runs.control.close()
         self.chat.close()
+        self.work.end()
 
     # ---- the page ----
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from lorakit.board.answers import aside
 from lorakit.board.choices import Choice
+from lorakit.board.work import in_thread
 from lorakit.config.errors import LorakitError
 from lorakit.inference.sampling import Sampling
 from lorakit.models.load import load_model
@@ -84,7 +84,7 @@ class Chat:
         if before is not None:
             await before.worker.stop()
             del before
-        models, worker = await aside(lambda: _load(base))
+        models, worker = await in_thread(lambda: _load(base))
         worker.start()
         self.loaded = Loaded(base, models, worker)
         return self.loaded

@@ -21,10 +21,11 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from lorakit.board.answers import answer, aside, body_of
+from lorakit.board.answers import answer, body_of
 from lorakit.board.as_json import to_json
 from lorakit.board.choices import Choice, choices
 from lorakit.board.folder import Folder
+from lorakit.board.work import Work
 from lorakit.config.errors import LorakitError
 from lorakit.serving.fields import Fields
 from lorakit.serving.refusals import Refusal
@@ -52,13 +53,14 @@ class Question:
 class ChatRoutes:
     """The routes of the chat."""
 
-    def __init__(self, folder: Folder):
+    def __init__(self, folder: Folder, work: Work):
         """Load nothing yet.
 
         Args:
             folder: The folder that is shown.
+            work: What takes long.
         """
-        self.folder = folder
+        self.folder, self.work = folder, work
         self.chat: Chat | None = None
 
     def routes(self) -> list[Route]:
@@ -98,7 +100,7 @@ class ChatRoutes:
             return Chat
 
         if self.chat is None:
-            kind = await aside(make)
+            kind = await self.work.aside(make)
             self.chat = self.chat or kind()
         return self.chat
 
@@ -134,7 +136,7 @@ class _Stream(StreamingResponse):
         chat = await self.routes.loaded_chat()
         if not chat.is_loaded(question.base):
             yield {"loading": question.base.name}
-        loaded = await chat.use(question.base)
+        loaded = await self.routes.work.wait(chat.use(question.base))
         told: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         for i in range(len(question.sides)):
             side = self._side(chat, loaded, i, told)

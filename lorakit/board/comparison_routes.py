@@ -8,8 +8,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from lorakit.board import comparisons
-from lorakit.board.answers import answer, aside, body_of, id_of
+from lorakit.board.answers import answer, body_of, id_of
 from lorakit.board.folder import Folder
+from lorakit.board.work import Work
 from lorakit.serving.fields import Fields
 from lorakit.serving.refusals import Refusal
 
@@ -20,13 +21,14 @@ if TYPE_CHECKING:
 class ComparisonRoutes:
     """The routes of comparisons."""
 
-    def __init__(self, folder: Folder):
+    def __init__(self, folder: Folder, work: Work):
         """Read nothing yet.
 
         Args:
             folder: The folder that is shown.
+            work: What takes long.
         """
-        self.folder = folder
+        self.folder, self.work = folder, work
 
     def routes(self) -> list[Route]:
         """Return the routes."""
@@ -66,7 +68,7 @@ class ComparisonRoutes:
         first, second = query.get("first"), query.get("second")
         if first is None or second is None:
             raise Refusal(400, "The query must name two runs, as first and second.")
-        return answer(await aside(lambda: read(self._ballot(request, first, second))))
+        return answer(await self.work.aside(lambda: read(self._ballot(request, first, second))))
 
     async def vote(self, request: Request) -> Response:
         """Save a vote, and answer with the next pair."""
@@ -82,7 +84,7 @@ class ComparisonRoutes:
             votes.vote(ticket, cast("Side", winner))
             return comparisons.next_pair(votes)
 
-        return answer(await aside(save))
+        return answer(await self.work.aside(save))
 
     def _ballot(self, request: Request, first: str, second: str) -> "Ballot":
         return comparisons.ballot(self.folder.comparison(id_of(request)), first, second)

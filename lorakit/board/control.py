@@ -225,7 +225,7 @@ class Control:
             found = json.loads(out)
         except ValueError:
             said = [line for line in err.decode(errors="replace").splitlines() if line.strip()]
-            reason = said[-1] if said else "the forecast was ended for another one"
+            reason = said[-1] if said else "the forecast was ended"
             reason = reason.removeprefix("lorakit: ").replace(str(path), "the run file")
             raise LorakitError(reason) from None
         self.forecasts[text] = found

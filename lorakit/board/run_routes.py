@@ -10,10 +10,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from lorakit.board import runs
-from lorakit.board.answers import answer, aside, body_of, id_of, number_of, texts_of
+from lorakit.board.answers import answer, body_of, id_of, number_of, texts_of
 from lorakit.board.control import Control
 from lorakit.board.folder import Folder, NotThereError
 from lorakit.board.metrics import Cache
+from lorakit.board.work import Work
 
 MOST_POINTS = 20_000
 MOST_ROWS = 100
@@ -22,12 +23,14 @@ MOST_ROWS = 100
 class RunRoutes:
     """The routes of runs, and what they work with."""
 
-    def __init__(self, folder: Folder):
+    def __init__(self, folder: Folder, work: Work):
         """Read nothing yet.
 
         Args:
             folder: The folder that is shown.
+            work: What takes long.
         """
+        self.work = work
         self.folder, self.cache, self.control = folder, Cache(), Control(folder)
         self._reader: Any = None
 
@@ -110,7 +113,7 @@ class RunRoutes:
             self._reader = self._reader or RowReader()
             return self._reader.tokens(run, offset, min(limit, MOST_ROWS))
 
-        return answer(await aside(read))
+        return answer(await self.work.aside(read))
 
     def _known_forecast(self, run: Path) -> Any:
         """Return the forecast that was made of the run file of a run, None if none was."""
@@ -131,7 +134,7 @@ class RunRoutes:
     async def start(self, request: Request) -> Response:
         """Start a run from a run file."""
         text, name = await texts_of(request, "run_file", "name")
-        return answer({"id": await aside(lambda: self.control.start(text, name))})
+        return answer({"id": await self.work.aside(lambda: self.control.start(text, name))})
 
     async def stop(self, request: Request) -> Response:
         """Stop a run."""

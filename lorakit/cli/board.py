@@ -1,6 +1,9 @@
 """`lorakit board`: show a folder of runs as a page on this machine."""
 
 import argparse
+import os
+import sys
+import threading
 
 import lorakit as lk
 from lorakit.cli.arguments import Verbs, count
@@ -30,7 +33,14 @@ def board(args: argparse.Namespace) -> int:
     def started(address: str) -> None:
         print(f"{address} shows {args.folder}; Ctrl-C ends it", flush=True)
 
-    lk.serve_board(
-        args.folder, host=args.host, port=args.port, open_page=args.open, started=started
-    )
+    options = {"host": args.host, "port": args.port, "open_page": args.open, "started": started}
+    try:
+        lk.serve_board(args.folder, **options)
+    except KeyboardInterrupt:
+        if threading.active_count() == 1:
+            raise
+        # A model is being loaded. The threads of its kernels would have the system end this process
+        # as one that has crashed, if Python ended it.
+        print("lorakit: interrupted", file=sys.stderr, flush=True)
+        os._exit(130)
     return 0
