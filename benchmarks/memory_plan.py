@@ -62,7 +62,8 @@ def measured(model: lk.ModelConfig, case: Case) -> int:
     rows = [[next(numbers) for _ in batch] for batch in batches]
     lk.attach(model, LORA).train()
     model.gradient_checkpointing = config.gradient_checkpointing
-    optimizer, shares = lorakit.training.run.run_optimizer(model, config)
+    part = lorakit.training.trainable.trained_part(model, config)
+    optimizer, shares = lorakit.training.stepping.run_optimizer(part, config)
     params = [p for p in model.parameters() if p.requires_grad]
     update = lorakit.training.device_step.optimizer_step(optimizer, params, [shares] * 1000, 1.0)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:

@@ -76,9 +76,9 @@ class RunConfig:
         for name, given in (("lora", with_lora), ("adapter", self.adapter is not None)):
             if given:
                 raise LorakitError(f"train: full trains the model, no adapter: leave out {name}")
-        if self.shard == "full" or self.offload_weights:
+        if self.offload_weights:
             raise LorakitError(
-                "train: full needs whole weights on every process: leave out shard and "
+                "train: full changes the weights, which then cannot wait in host memory: leave out "
                 "offload_weights"
             )
         if self.quantize is not None:

@@ -36,7 +36,7 @@ from lorakit.models.config import ModelConfig
 from lorakit.models.head import OutputHead
 from lorakit.models.per_layer import HostTable
 from lorakit.models.recompute import run_recomputed
-from lorakit.models.sharding import gathered
+from lorakit.models.sharding import TakesGradients, gathered
 from lorakit.models.source import Source
 from lorakit.models.views import AttentionView, PackedRow, attention_views
 
@@ -71,6 +71,7 @@ class Decoder(nn.Module):
             the embeddings (NEFTune, arXiv:2310.05914). None, the default: no noise.
         source: The files that the weights came from, or None.
         mesh: The ranks that the weights are divided among (sharding.py); None: they are whole here.
+        takes_gradients: What gets the gradients of a divided embedding and head, if they train.
         beginning: The learned prompt, or the empty place for one.
         model: The embedding, the blocks and the last norm.
         lm_head: The output head; None if it is the embedding itself.
@@ -85,6 +86,7 @@ class Decoder(nn.Module):
         self.float8_head: kernels.Float8Weight | None = None
         self.source: Source | None = None
         self.mesh: DeviceMesh | None = None
+        self.takes_gradients: TakesGradients | None = None
         self.beginning = NoPrompt()  # the saved state of runs has this name
         self.model = Trunk(config)
         self.lm_head: nn.Module | None = None
@@ -196,17 +198,16 @@ class Decoder(nn.Module):
 
     def _whole(self, layer: nn.Module) -> AbstractContextManager[None]:
         """Return the context in which the weights of the embedding or the head are whole."""
-        return nullcontext() if self.mesh is None else gathered(layer)
+        return nullcontext() if self.mesh is None else gathered(layer, self.takes_gradients)
 
     def _head_layer(self) -> nn.Module:
         return self.model.embed_tokens if self.lm_head is None else self.lm_head
 
     def _output_head(self) -> OutputHead:
-        tied = self.lm_head is None
         float8 = self.float8_head if self.training else None
         softcap, scaling = self.config.final_logit_softcapping, self.config.logits_scaling
         options = softcap, float8, scaling, self.mesh is not None
-        return OutputHead(self._head_layer(), tied, *options)
+        return OutputHead(self._head_layer(), self.lm_head is None, *options)
 
     def frozen_head(self) -> Tensor | kernels.Packed | None:
         """Return the weight [V, H] of the head, unless it trains or the head computes more."""
@@ -268,9 +269,8 @@ class Decoder(nn.Module):
         Returns:
             The sum, fp32 [].
         """
-        views = self.views(row.input_ids, packed=row)
         ids = row.input_ids
-        hidden = self.through_blocks(ids, self.embed(ids), views, None)
+        hidden = self.through_blocks(ids, self.embed(ids), self.views(ids, packed=row), None)
         total, _ = self._output_head().loss(
             hidden,
             row.targets,

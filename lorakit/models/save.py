@@ -7,6 +7,7 @@ memory never holds the model a second time.
 
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -85,6 +86,30 @@ def save_model(
         OSError: If the disk is full. A file that was there before is whole, old or new.
     """
     path, source = as_path(path), module.source
+    config, entries = _contents(module, path, packed)
+    if not writes_files(module.mesh):
+        for entry in entries:  # this rank's parts are wanted by the one that writes
+            entry.read()
+        return
+    in_order = _InOrder(entries)
+    try:
+        _write(path, config, in_order.entries, max_shard_size)
+    finally:
+        if module.mesh is not None:  # the others send all parts, whatever came in between
+            in_order.read_rest()
+    if source is not None:
+        _copy_beside(source.path, path, module.config)
+
+
+def send_parts(module: Decoder, path: Path) -> None:
+    """Meet the ranks that call `save_model` for a sharded model and this path; write nothing."""
+    for entry in _contents(module, path, packed=False)[1]:
+        entry.read()
+
+
+def _contents(module: Decoder, path: Path, packed: bool) -> tuple[dict[str, Any], list[_Entry]]:
+    """Return config.json, and all tensors in the order in which they are written."""
+    source = module.source
     surroundings = None if source is None else source.surroundings
     if not _is_merged(module):
         raise LorakitError(
@@ -102,14 +127,24 @@ def save_model(
     if surroundings is not None:
         config, entries = _surrounded(config, entries, surroundings)
     entries += [_Entry(name, tower.read().nbytes, tower.read) for name, tower in towers.items()]
+    return config, entries
 
-    if not writes_files(module.mesh):
-        for entry in entries:  # this rank's parts are wanted by the one that writes
-            entry.read()
-        return
-    _write(path, config, entries, max_shard_size)
-    if source is not None:
-        _copy_beside(source.path, path, module.config)
+
+class _InOrder:
+    """Tensors that are read one after the other, and those that were not read yet."""
+
+    def __init__(self, entries: Iterable[_Entry]):
+        self.left = deque(entries)
+        self.entries = [entry._replace(read=partial(self._read, entry)) for entry in self.left]
+
+    def _read(self, entry: _Entry) -> Tensor:
+        assert self.left.popleft() is entry
+        return entry.read()
+
+    def read_rest(self) -> None:
+        """Read and forget the tensors that are left."""
+        while self.left:
+            self.left.popleft().read()
 
 
 # ---- adapters and packed layers ------------------------------------------------------------------
@@ -209,8 +244,9 @@ def _entries(module: Decoder, kept: type[PackedLinear] | None) -> Iterator[_Entr
         if isinstance(layer, PackedWeight):
             tensors = {name: tensor for name, tensor in tensors.items() if name == "bias"}
             if kept is not None and isinstance(layer, kept):
+                once = _PackedTensors(layer)
                 for name, tensor in layer.whole().tensors("weight").items():
-                    yield _Entry(prefix + name, tensor.nbytes, partial(_packed, layer, name))
+                    yield _Entry(prefix + name, tensor.nbytes, partial(once.read, name))
             else:
                 size = math.prod(layer.shape) * layer.dtype.itemsize
                 yield _Entry(f"{prefix}weight", size, layer.dequantize)
@@ -218,9 +254,18 @@ def _entries(module: Decoder, kept: type[PackedLinear] | None) -> Iterator[_Entr
             yield _Entry(prefix + name, tensor.nbytes, partial(_values, tensor))
 
 
-def _packed(layer: PackedLinear, name: str) -> Tensor:
-    """Return one of the tensors that a packed weight is in a file."""
-    return layer.whole().tensors("weight")[name]
+class _PackedTensors:
+    """The tensors that a packed weight is in a file; those of a sharded one are gathered once."""
+
+    def __init__(self, layer: PackedLinear):
+        self.layer = layer
+        self.left: dict[str, Tensor] = {}
+
+    def read(self, name: str) -> Tensor:
+        """Return one of them, of which each is asked for once in a round."""
+        if name not in self.left:
+            self.left = self.layer.whole().tensors("weight")
+        return self.left.pop(name)
 
 
 def _values(tensor: Tensor) -> Tensor:

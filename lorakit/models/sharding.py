@@ -22,7 +22,8 @@ unit's part goes to the device when its turn comes, on one rank too.
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +104,8 @@ def mesh_of_one(device: torch.device) -> "DeviceMesh":
     from torch import distributed
     from torch.distributed.device_mesh import init_device_mesh
 
+    if device.index is not None:  # what is gathered lies on the current device
+        torch.cuda.set_device(device)
     if not distributed.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store = distributed.HashStore()
@@ -113,14 +116,25 @@ def mesh_of_one(device: torch.device) -> "DeviceMesh":
     return init_device_mesh(device.type, (ranks, 1), mesh_dim_names=("copies", "ranks"))
 
 
+class TakesGradients(Protocol):
+    """What the gradients of gathered weights go to; training/divided.py."""
+
+    def expect(self, whole: Tensor) -> None:
+        """Note that a gradient of a divided weight will come."""
+
+    def take(self, whole: Tensor, gradient: Tensor) -> None:
+        """Take the gradient of a divided weight, of its whole shape."""
+
+
 @contextmanager
-def gathered(module: nn.Module) -> Iterator[None]:
+def gathered(module: nn.Module, takes: TakesGradients | None = None) -> Iterator[None]:
     """Make the parameters inside a module whole for the block; all ranks must come to it together.
 
     What is computed inside may keep the whole tensors for backward. Changes are lost.
 
     Args:
         module: A module, of any size: memory must hold all of it.
+        takes: What is given the gradients of the whole parameters in backward.
 
     Yields:
         Nothing; parameters are plain tensors inside the block.
@@ -135,7 +149,7 @@ def gathered(module: nn.Module) -> Iterator[None]:
     try:
         for owner, name, parameter in found:
             if id(parameter) not in plain:
-                plain[id(parameter)] = nn.Parameter(whole(parameter), parameter.requires_grad)
+                plain[id(parameter)] = _gathered(parameter, takes)
             owner._parameters[name] = plain[id(parameter)]
         yield
     finally:
@@ -143,6 +157,21 @@ def gathered(module: nn.Module) -> Iterator[None]:
             owner._parameters[name] = parameter  # type: ignore[assignment]
             if isinstance(owner, NF4Weight):
                 owner.forget()
+
+
+def _gathered(parameter: Tensor, takes: TakesGradients | None) -> nn.Parameter:
+    """Return a parameter as a whole one."""
+    found = nn.Parameter(whole(parameter), parameter.requires_grad)
+    if takes is not None and parameter.requires_grad and torch.is_grad_enabled():
+        takes.expect(parameter)
+        found.register_post_accumulate_grad_hook(partial(_hand_over, takes, parameter))
+    return found
+
+
+def _hand_over(takes: TakesGradients, parameter: Tensor, found: Tensor) -> None:
+    gradient, found.grad = found.grad, None
+    assert gradient is not None
+    takes.take(parameter, gradient)
 
 
 def gathered_in_backward(y: Tensor, module: nn.Module) -> Tensor:

@@ -152,23 +152,31 @@ class HostStep:
         self._begun += 1
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate
-        grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        with_gradient = [p for group in groups for p in group["params"] if p.grad is not None]
         # as torch's clip_grad_norm_, but what is not finite stays as it is, to be named
-        norms = torch._foreach_norm(grads, dtype=torch.float32)
-        norm = torch.linalg.vector_norm(torch.stack(norms))
+        norm = torch.linalg.vector_norm(self.norms(with_gradient))
         values = torch.cat([norm.view(1), losses]).tolist()  # here the host waits for a device
         taken = all(map(math.isfinite, values))
         if taken:
-            torch._foreach_mul_(grads, (self.max_norm / (norm + 1e-6)).clamp(max=1.0))
+            factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(_gradients(with_gradient), factor)
             self.optimizer.step()
-        first = -1 if taken else self._first_not_finite()
+        bad = [] if taken else self.not_finite()
+        first = bad.index(True) if True in bad else -1
         return torch.tensor([values[0], taken, first, *values[1:]], device="cpu")
 
     def clip(self) -> None:
         """Do nothing: the gradients are clipped."""
 
-    def _first_not_finite(self) -> int:
-        for i, p in enumerate(self.params):
-            if p.grad is not None and not torch.isfinite(p.grad).all():
-                return i
-        return -1
+    def norms(self, params: Sequence[Tensor]) -> Tensor:
+        """Return the norm of each parameter's gradient, fp32 [n]."""
+        return torch.stack(torch._foreach_norm(_gradients(params), dtype=torch.float32))
+
+    def not_finite(self) -> list[bool]:
+        """Return for each parameter whether its gradient has a value that is not finite."""
+        grads = [p.grad for p in self.params]
+        return [grad is not None and not torch.isfinite(grad).all() for grad in grads]
+
+
+def _gradients(params: Sequence[Tensor]) -> list[Tensor]:
+    return [p.grad for p in params if p.grad is not None]

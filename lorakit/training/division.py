@@ -1,4 +1,4 @@
-"""Whether the ranks of a run divide its frozen weights (models/sharding.py)."""
+"""Whether the ranks of a run divide its weights (models/sharding.py)."""
 
 import os
 from typing import TYPE_CHECKING
@@ -8,10 +8,12 @@ import torch
 from lorakit.config.errors import LorakitError
 from lorakit.config.fields import to_dtype
 from lorakit.config.run import RunConfig
+from lorakit.config.training import OPTIMIZERS
 from lorakit.models.devices import own_device
 from lorakit.models.load import stored_bytes
 from lorakit.training.memory import free_memory
-from lorakit.training.ranks import start_group
+from lorakit.training.optim import MIN_8BIT_SIZE, state_bytes
+from lorakit.training.ranks import RankGroup, start_group
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -20,7 +22,7 @@ SHARE = 0.5  # of the free memory that whole weights may take; the rest is for t
 
 
 def mesh_of_run(run: RunConfig) -> "DeviceMesh | None":
-    """Return the ranks that divide the frozen weights of a run, for `load_model`.
+    """Return the ranks that divide the weights of a run, for `load_model`.
 
     With `shard: auto` they divide the weights if these take more than half of a rank's free memory.
     All ranks must ask.
@@ -38,23 +40,35 @@ def mesh_of_run(run: RunConfig) -> "DeviceMesh | None":
     device = own_device()
     if not start_group(device):
         return None
-    whole = run.shard == "none" or run.train.train == "full"
+    whole = run.shard == "none"
     divided = not whole and (run.shard == "full" or _is_large(run, device))
-    found = torch.tensor([whole, not whole, divided], dtype=torch.uint8, device=device)
-    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-    some_whole, some_not, some_divided = found.tolist()
+    ranks = RankGroup(device)
+    found = False
+    try:
+        some_whole, some_not, some_divided = ranks.any_of([whole, not whole, divided])
+        found = True
+    finally:
+        ranks.leave(done=found)
     if some_whole and some_not:
-        raise LorakitError("train: some ranks have another shard or train; all need the same")
+        raise LorakitError("train: some ranks have another shard; all need the same")
     if not some_divided:
         return None
     from torch.distributed.device_mesh import init_device_mesh
 
-    ranks = torch.distributed.get_world_size()
-    return init_device_mesh(device.type, (ranks,))
+    return init_device_mesh(device.type, (ranks.size,))
 
 
 def _is_large(run: RunConfig, device: torch.device) -> bool:
-    """Return whether the weights would take too much of this rank's free memory."""
+    """Return whether the weights would take too much of this rank's free memory.
+
+    Where they train, their gradients and the optimizer's state come with them.
+    """
     copies = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    needed = copies * stored_bytes(run.model, to_dtype(run.dtype), run.quantize)
+    dtype = to_dtype(run.dtype)
+    needed: float = copies * stored_bytes(run.model, dtype, run.quantize)
+    if run.train.train == "full":
+        bits, paged = OPTIMIZERS[run.train.optim]
+        one = torch.empty(MIN_8BIT_SIZE, dtype=dtype, device="meta")
+        state = 0 if paged else state_bytes(one, bits) / one.nbytes
+        needed *= 2 + state
     return needed > SHARE * free_memory(device)

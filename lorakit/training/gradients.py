@@ -56,6 +56,9 @@ class Meeting(Protocol):
     def add_up(self, values: Tensor) -> None:
         """Add the values of all ranks, in any order, in place."""
 
+    def collect(self, received: Tensor | None, sent: Tensor, where: int) -> None:
+        """Let rank `where` receive what each rank has sent, one after the other; all dense."""
+
     def any_of(self, flags: Sequence[bool]) -> list[bool]:
         """Return for each flag whether any rank has set it."""
 
@@ -69,6 +72,9 @@ class GradientSum:
     """Whether there is no other process."""
     takes_rounds = False
     """Whether it takes the gradients of each round; if not, autograd adds one to the other."""
+
+    def begin_round(self, counts: bool, last: bool) -> None:
+        """Prepare a backward pass; `counts` says whether its gradients are part of the step."""
 
     def end_round(self, last: bool) -> None:
         """Take the gradients that the parameters have from one micro-batch, or from none.
@@ -129,11 +135,15 @@ class SumOfRanks(GradientSum):
         ranks: The ranks, which meet in `end_round` and `finish`.
         params: What trains, the same on all ranks.
         varies: Whether a parameter may have a gradient in some steps and none in others.
+        device: The device of the losses, on which the ranks meet.
     """
 
     alone = False
 
-    def __init__(self, ranks: Meeting, params: Sequence[Tensor], varies: bool):
+    def __init__(
+        self, ranks: Meeting, params: Sequence[Tensor], varies: bool, device: torch.device
+    ):
+        self.device = device
         self.ranks, self.share, self.varies = ranks, ranks.share, varies
         by_dtype = defaultdict[torch.dtype, list[Tensor]](list)
         for p in params:
@@ -160,7 +170,7 @@ class SumOfRanks(GradientSum):
                 p.grad = None
         if self.varies:
             self.seen = [False] * len(self.params)
-        own = torch.zeros(self.rounds, device=self.params[0].device)
+        own = torch.zeros(self.rounds, device=self.device)
         if losses:
             torch.stack(list(losses), out=own[: len(losses)])
         found = own.new_empty(self.share.size, self.rounds)

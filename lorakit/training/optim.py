@@ -12,6 +12,7 @@ which holds what bfloat16 leaves out (kernels/ops/adamw/remainder.py).
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from inspect import unwrap
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -78,6 +79,7 @@ class AdamW(torch.optim.Optimizer):
         state_bits: 32 or 8. A group may have its own.
         paged: Whether the state is paged.
         page_budget: The bytes of resident pages, for each device; 64 MB by default.
+        numbers: How many values a parameter has in all, of those that are a rank's parts.
         page_dir: The directory of the page file. None takes the system's directory for temporary
             files. It should lie on a disk.
 
@@ -87,6 +89,7 @@ class AdamW(torch.optim.Optimizer):
     """
 
     _paged: PagedState | None = None
+    _numbers: Mapping[Tensor, int] = MappingProxyType({})
 
     def __init__(
         self,
@@ -100,12 +103,15 @@ class AdamW(torch.optim.Optimizer):
         paged: bool = False,
         page_budget: int = PAGE_BUDGET,
         page_dir: str | Path | None = None,
+        numbers: Mapping[Tensor, int] | None = None,
     ):
         if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= b < 1 for b in betas):
             raise LorakitError(
                 f"AdamW: lr, eps and weight_decay must not be negative and betas be in [0, 1): "
                 f"lr={lr}, betas={betas}, eps={eps}, weight_decay={weight_decay}"
             )
+        if numbers is not None:
+            self._numbers = numbers
         if paged:
             self._paged = PagedState(page_budget, page_dir)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0}
@@ -235,11 +241,20 @@ class AdamW(torch.optim.Optimizer):
         """Give zero state to those of the parameters that have none."""
         if self._paged is not None:
             fresh = [p for p in params if p not in self._paged]
-            self._paged.add({p: _in_8bit(p, state_bits) for p in fresh})
+            self._paged.add({p: self._in_8bit(p, state_bits) for p in fresh})
             return
         fresh = [p for p in params if not self.state[p]]
-        for p, state in zip(fresh, _zero_states(fresh, state_bits), strict=True):
+        in_8bit = [self._in_8bit(p, state_bits) for p in fresh]
+        for p, state in zip(fresh, _zero_states(fresh, in_8bit), strict=True):
             self.state[p].update(state)
+
+    def in_8bit(self, p: Tensor) -> bool:
+        """Return whether the state of one of the parameters has, or will have, 8 bits."""
+        groups = (g for g in self.param_groups if any(p is each for each in g["params"]))
+        return self._in_8bit(p, next(groups)["state_bits"])
+
+    def _in_8bit(self, p: Tensor, state_bits: int) -> bool:
+        return _in_8bit(self._numbers.get(p, p.numel()), state_bits)
 
 
 def _gradient(p: Tensor) -> Tensor:
@@ -285,13 +300,13 @@ def _moments(state: State) -> tuple[Tensor, Tensor] | tuple[Moment8bit, Moment8b
     return first, second
 
 
-def _in_8bit(p: Tensor, state_bits: int) -> bool:
-    return state_bits == 8 and p.numel() >= MIN_8BIT_SIZE
+def _in_8bit(n: int, state_bits: int) -> bool:
+    return state_bits == 8 and n >= MIN_8BIT_SIZE
 
 
 def state_bytes(p: Tensor, state_bits: int) -> int:
     """Return the bytes of a parameter's state, resident or in pages."""
-    tensors = layout(p.numel(), _in_8bit(p, state_bits), has_remainder(p)).values()
+    tensors = layout(p.numel(), _in_8bit(p.numel(), state_bits), has_remainder(p)).values()
     return sum(count * dtype.itemsize for dtype, count in tensors)
 
 
@@ -321,13 +336,12 @@ def _check_state(number: int, p: Tensor, state: Mapping[str, Any]) -> None:
         )
 
 
-def _zero_states(params: list[Tensor], state_bits: int) -> Iterator[State]:
+def _zero_states(params: list[Tensor], in_8bit: list[bool]) -> Iterator[State]:
     """Yield the states before the first step.
 
     Those in fp32 lie side by side. Made one by one, in the middle of training, they would cut the
     heap's free memory into pieces too short for activations.
     """
-    in_8bit = [_in_8bit(p, state_bits) for p in params]
     wide = [p for p, few_bits in zip(params, in_8bit, strict=True) if not few_bits]
     both = [iter(_side_by_side(wide)) for _ in MOMENTS]
     for p, few_bits in zip(params, in_8bit, strict=True):

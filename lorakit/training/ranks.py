@@ -14,11 +14,11 @@ stopped, or who has come to fewer meetings than they have, and end in a sentence
 import atexit
 import os
 import socket
-import threading
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -28,11 +28,11 @@ from torch import Tensor
 
 from lorakit.config.errors import LorakitError
 from lorakit.evaluation.share import ALL, Share
-from lorakit.training.gradients import ALONE, FastSum, GradientSum, OrderedSum, WideSum
+from lorakit.training.gradients import ALONE, FastSum, GradientSum, Meeting, OrderedSum, WideSum
+from lorakit.training.pulse import Pulse
 
 PATIENT = timedelta(hours=1)  # for what a rank may do while others wait: load, save, upload, score
 STEP = timedelta(minutes=15)  # for a micro-batch
-PULSE = 1.0  # s between two signs of life
 
 T = TypeVar("T")
 
@@ -57,6 +57,20 @@ class Ranks:
         Its result must be small, and something that pickle takes. An error there is one everywhere.
         """
         return function()
+
+    def meeting(self) -> Meeting:
+        """Return the ranks as those that gradients are sent between.
+
+        Raises LorakitError if there is one process.
+        """
+        raise LorakitError("train: full: the weights are divided, and one process trains alone")
+
+    def together(self, function: Callable[[], None]) -> None:
+        """Call the function on all ranks, which meet in it. An error on rank 0 is one everywhere.
+
+        On rank 0 it goes through all its meetings before it raises an error.
+        """
+        function()
 
     def any(self, flag: bool) -> bool:
         """Return whether the flag is set on any rank."""
@@ -96,8 +110,11 @@ class RankGroup(Ranks):
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.share = Share(self.rank, self.size, self._collect)
         self.meetings = 0
+        # torch 2.13 has a new name for it, which earlier ones lack
+        old = r".torch\.distributed\.all_gather_into_tensor. is deprecated"
+        warnings.filterwarnings("ignore", message=old, category=FutureWarning)
         self.places = [f"rank {rank}" for rank in range(self.size)]
-        self.pulse = _Pulse(self)
+        self.pulse = Pulse(self)
         with self._meeting():
             self.host = dist.new_group(timeout=STEP, backend="gloo")
             self.patient = dist.new_group(timeout=PATIENT, backend="gloo")
@@ -127,6 +144,23 @@ class RankGroup(Ranks):
             raise LorakitError(found[1])
         result: T = found[0]
         return result
+
+    def meeting(self) -> Meeting:
+        return self
+
+    def together(self, function: Callable[[], None]) -> None:
+        problem: Exception | None = None
+        try:
+            function()
+        except Exception as error:
+            problem = error
+
+        def tell() -> None:
+            if problem is not None:
+                raise problem
+
+        self.first(tell)
+        tell()
 
     def any_of(self, flags: Sequence[bool]) -> list[bool]:
         found = torch.tensor(flags, dtype=torch.uint8)
@@ -166,7 +200,8 @@ class RankGroup(Ranks):
     def gradients(
         self, params: Sequence[Tensor], reduce: str, varies: bool, several: bool = False
     ) -> GradientSum:
-        return (OrderedSum if reduce == "ordered" else FastSum)(self, params, varies)
+        kind = OrderedSum if reduce == "ordered" else FastSum
+        return kind(self, params, varies, params[0].device)
 
     def exchange(self, received: Tensor, sent: Tensor) -> None:
         """Send slice k of `sent` to rank k, and receive one of each; both dense, of one size."""
@@ -177,6 +212,12 @@ class RankGroup(Ranks):
         """Receive what each rank has sent, one after the other; both dense."""
         with self._meeting():
             dist.all_gather_into_tensor(_bytes(received), _bytes(sent), group=self.data)
+
+    def collect(self, received: Tensor | None, sent: Tensor, where: int) -> None:
+        """Let rank `where` receive what each rank has sent, one after the other; all dense."""
+        parts = None if received is None else list(_bytes(received).chunk(self.size))
+        with self._meeting():
+            dist.gather(_bytes(sent), parts, group=self.data, group_dst=where)
 
     def add_up(self, values: Tensor) -> None:
         """Add the values of all ranks, in any order, in place."""
@@ -211,85 +252,6 @@ class RankGroup(Ranks):
         if behind:
             return f"train: {names} did not come to where the others wait ({reason}): {again}"
         return f"train: the ranks have lost each other ({reason}): {again}"
-
-
-class _Pulse:
-    """A thread that writes signs of life into the store that all ranks see.
-
-    A sign is a count that grows, and the number of meetings that the rank has come to.
-    """
-
-    def __init__(self, ranks: RankGroup):
-        self.ranks, self.beats = ranks, 0
-        self.store = dist.PrefixStore(f"lorakit/{_next_number()}", _store())
-        self.over = threading.Event()
-        self._beat()
-        self.thread = threading.Thread(target=self._run, name="lorakit pulse", daemon=True)
-        self.thread.start()
-
-    def look_around(self) -> tuple[list[int], list[int]]:
-        """Return the ranks that give no sign of life, and those that are behind this one."""
-        with suppress(RuntimeError):  # whoever looks around may end before others do
-            self.store.set(f"looked/{self.ranks.rank}", "")
-        before = self._signs()
-        if not before:  # rank 0, or the torchrun beside it, held the store
-            return [0] if self.ranks.rank else [], []
-        time.sleep(5 * PULSE)
-        after = self._signs()
-        if not after:  # rank 0 has looked around, and ended
-            return [], []
-        others = [rank for rank in range(self.ranks.size) if rank != self.ranks.rank]
-        silent = [r for r in others if before[r] == after[r] and not self._looked(r)]
-        behind = [rank for rank in others if after[rank][1] < self.ranks.meetings]
-        return silent, behind
-
-    def _looked(self, rank: int) -> bool:
-        try:
-            return self.store.check([f"looked/{rank}"])
-        except RuntimeError:
-            return False
-
-    def end(self) -> None:
-        """Stop the thread."""
-        self.over.set()
-        self.thread.join()
-
-    def _signs(self) -> list[tuple[int, int]]:
-        """Return the sign of each rank, (0, 0) before its first; [] if the store is gone."""
-        found = []
-        try:
-            for rank in range(self.ranks.size):
-                there = self.store.check([str(rank)])
-                beats, meetings = self.store.get(str(rank)).split() if there else (0, 0)
-                found.append((int(beats), int(meetings)))
-        except RuntimeError:
-            return []
-        return found
-
-    def _beat(self) -> None:
-        self.beats += 1
-        self.store.set(str(self.ranks.rank), f"{self.beats} {self.ranks.meetings}")
-
-    def _run(self) -> None:
-        while not self.over.wait(PULSE):
-            try:
-                self._beat()
-            except RuntimeError:
-                return
-
-
-_groups = 0  # how many groups this process has made
-
-
-def _next_number() -> int:
-    global _groups
-    _groups += 1
-    return _groups
-
-
-def _store() -> dist.Store:
-    """Return the store of the processes, which torchrun or rank 0 holds."""
-    return dist.distributed_c10d._get_default_store()
 
 
 def _bytes(t: Tensor) -> Tensor:

@@ -147,7 +147,7 @@ def resume_from(
         raise LorakitError(
             f"train: resume: {checkpoint.path} is of another version of lorakit ({error})"
         ) from None
-    run_state.restore(checkpoint, values, trained.restore, optimizer)
+    run_state.restore(checkpoint, values, trained.restore, optimizer, trained.divided)
     say(f"resumed from {checkpoint.path}")
     return progress
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lorakit.config.errors import LorakitError
-from lorakit.config.training import OPTIMIZERS, TrainConfig
+from lorakit.config.training import TrainConfig
 from lorakit.data.batching import Order, batches, collate, real_tokens
 from lorakit.data.examples import Examples
 from lorakit.data.schemas import Row
@@ -32,16 +32,16 @@ from lorakit.evaluation.score import score_and_show
 from lorakit.evaluation.share import ALL
 from lorakit.files.local import as_path
 from lorakit.models.decoder import Decoder
+from lorakit.models.save import send_parts
 from lorakit.models.tokenizer import Tokenizer
 from lorakit.training import state as run_state
 from lorakit.training.captured import CapturedStep, captured_step
 from lorakit.training.cores import FewerThreads
-from lorakit.training.device_step import DeviceStep, HostStep, Told, optimizer_step, read
+from lorakit.training.device_step import DeviceStep, HostStep, Told, read
 from lorakit.training.interrupt import Flag
 from lorakit.training.log import Log, SilentLog, say
 from lorakit.training.losses.held_out import held_out_loss
 from lorakit.training.memory import peak_memory_mb
-from lorakit.training.optim import AdamW, decay_groups, loraplus_groups
 from lorakit.training.progress import Progress
 from lorakit.training.publish import Publisher
 from lorakit.training.ranks import Ranks
@@ -58,8 +58,13 @@ from lorakit.training.step import (
     Prepared,
     backward,
     check_gradients,
-    has_experts,
     prepare,
+)
+from lorakit.training.stepping import (
+    gradient_sum,
+    run_optimizer,
+    run_update,
+    whole_optimizer_state,
 )
 from lorakit.training.trainable import Trained
 
@@ -100,8 +105,8 @@ class Run:
         started = trained.start(lambda: _padded_batches(model, examples, config))
         if started is not None:
             say(started)
-        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer, shares = run_optimizer(model, config)
+        self.trained = trained.trained()
+        self.optimizer, shares = run_optimizer(trained, config)
         self.order = Order(examples, config)
         validation = None if held_out is None else held_out.examples
         self.same = must_match(trained, tok, examples, validation, config)  # saved with checkpoints
@@ -110,8 +115,7 @@ class Run:
             self.progress = resume_from(checkpoint, trained, self.optimizer, self.same, self.order)
         self.tensors = trained.everything()
         ranks.agree(lambda: {**self.same, **self._sums_of_tensors()})
-        params, several = list(self.trained.values()), config.batches_of_step > 1
-        self.sums = ranks.gradients(params, config.reduce, has_experts(model), several)
+        self.sums = gradient_sum(trained, config, ranks)
         self.update = self._optimizer_step(shares)
         self.reference = reference_of_run(model, config, checkpoint)
         self.own_tokenizer = _is_not_the_models(tok, model)
@@ -177,11 +181,19 @@ class Run:
             raise LorakitError(f"train: none of the {self.progress.step} steps was finite")
         if self.ended and self.config.load_best_model_at_end:
             end_with_the_best(self.part, self.output_dir, self.progress, log)
-        self.ranks.first(lambda: self._save_all(log))
+        self._by_the_writer(lambda: self._save_all(log))
 
     def _save_all(self, log: Log) -> None:
         self._save(self.output_dir)
-        self.publisher.write_card(self.progress, log.say)
+        if self.ranks.is_writer:
+            self.publisher.write_card(self.progress, log.say)
+
+    def _by_the_writer(self, function: Callable[[], None]) -> None:
+        """Call on rank 0 what writes files; on all ranks if they divide what is written."""
+        if self.part.divided is None:
+            self.ranks.first(function)
+        else:
+            self.ranks.together(function)
 
     def stopped_early(self) -> bool:
         """Whether the evaluations ended the run before its last step."""
@@ -212,7 +224,7 @@ class Run:
             self.captured.free()  # what an evaluation needs
         if self.progress.step == self.order.total:
             # before an evaluation that may be cut short
-            self.ranks.first(lambda: self._save(self.output_dir))
+            self._by_the_writer(lambda: self._save(self.output_dir))
         config, size = self.config, self.config.rows_at_a_time
         rows = self.held_out.rows
         # every pass through sharded weights is one of all ranks
@@ -240,7 +252,7 @@ class Run:
         """
         self._read_begun(log)
         self.ranks.agree(self._sums_of_tensors)
-        self.ranks.first(lambda: self._write(log))
+        self._by_the_writer(lambda: self._write(log))
         if upload and self.config.hub_strategy != "end":
             now = self.publisher.upload_now
             self.ranks.first(lambda: now(self._save, self.progress, log.say))
@@ -251,16 +263,27 @@ class Run:
 
     def _write(self, log: Log) -> None:
         """Write a checkpoint. If the disk is full, say so and go on."""
-        step, optimizer = self.progress.step, self.optimizer
+        step, optimizer, divided = self.progress.step, self.optimizer, self.part.divided
+        met = False  # the other ranks in `save`
+
+        def save(path: Path) -> None:
+            nonlocal met
+            met = True
+            self._save(path)
+
         values: dict[str, Any] = {"progress": asdict(self.progress), "same": self.same}
         try:
             tensors = self.part.tensors()
-            tensors |= run_state.optimizer_tensors(optimizer)  # paged state takes disk for it
+            # paged state takes disk for it
+            tensors |= whole_optimizer_state(self.part, optimizer, self.ranks)
             values["groups"] = run_state.group_values(optimizer)
             if self.reference is not None:
                 tensors |= run_state.reference_tensors(self.reference.tensors)
             values["reference"] = self.reference is not None
-            run_state.write_checkpoint(self.output_dir, step, tensors, values, self._save)
+            if not self.ranks.is_writer:  # it is here for its parts
+                save(self.output_dir)
+                return
+            run_state.write_checkpoint(self.output_dir, step, tensors, values, save)
             run_state.prune(self.output_dir, self.config.save_total_limit, self.progress.best_step)
         except (OSError, LorakitError) as error:
             reason = isinstance(error, OSError) and error.strerror
@@ -268,6 +291,8 @@ class Run:
                 f"lorakit: the checkpoint of step {step} could not be written "
                 f"({reason or error}); earlier ones are whole"
             )
+            if divided is not None and not met:
+                send_parts(self.model, self.output_dir)
 
     def _save(self, path: Path) -> None:
         """Save the adapter or the model, with the tokenizer if the model's files hold another one.
@@ -275,6 +300,8 @@ class Run:
         A tokenizer that an earlier run left in `path` would be taken for that of this one.
         """
         self.part.save(path, self.base_model)
+        if not self.ranks.is_writer:
+            return
         if self.own_tokenizer or (path / "tokenizer.json").exists():
             self.tok.save(path)
         else:
@@ -371,8 +398,7 @@ class Run:
         total = self.order.total
         steps = range(min(self.progress.step + 1, total), total + 1)
         rates = Rates(steps, self._rate, shares)
-        params = list(self.trained.values())
-        return optimizer_step(self.optimizer, params, rates, self.config.max_grad_norm)
+        return run_update(self.part, self.optimizer, rates, self.config.max_grad_norm, self.ranks)
 
     def _skip(self, step: Prepared, told: Told, log: Log) -> None:
         """Count a step whose loss or gradient is not finite. Raises LorakitError after too many."""
@@ -407,22 +433,3 @@ def _padded_batches(
         chosen = [examples[row].answers[0] for row in rows]
         ids, mask = collate(chosen)[0], real_tokens(chosen)
         yield {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
-
-
-def run_optimizer(model: Decoder, config: TrainConfig) -> tuple[AdamW, list[float]]:
-    """Return the optimizer, and the share of the scheduled rate that each of its groups takes."""
-    ratio, decay = config.loraplus_lr_ratio, config.weight_decay
-    if ratio is None:
-        groups = decay_groups(model, 1.0, decay)
-    else:
-        groups = loraplus_groups(model, 1.0, ratio, weight_decay=decay)
-    state_bits, paged = OPTIMIZERS[config.optim]
-    optimizer = AdamW(
-        groups,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        state_bits=state_bits,
-        paged=paged,
-        page_dir=as_path(config.output_dir),
-    )
-    return optimizer, [group["lr"] for group in groups]

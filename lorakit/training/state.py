@@ -34,6 +34,7 @@ from lorakit.adapters.manage import attached
 from lorakit.config.errors import LorakitError
 from lorakit.files.local import errors_name, read_json, write_json
 from lorakit.files.safetensors import LazyTensor, open_safetensors, write_safetensors
+from lorakit.training.divided import DividedWeights
 from lorakit.training.optim import AdamW
 
 STATE_TENSORS, STATE_VALUES = "state.safetensors", "state.json"
@@ -215,17 +216,19 @@ def restore(
     values: Mapping[str, Any],
     restore_trained: Callable[[Path], None],
     optimizer: AdamW,
+    divided: DividedWeights | None = None,
 ) -> None:
     """Set what is trained, by `restore_trained`, and the optimizer as they were.
 
     The optimizer takes the number of its steps from the checkpoint, and keeps its other settings.
+    If it moves parts of `divided` weights, it takes its part of the state.
 
     Raises LorakitError if a file is damaged, or comes from another adapter.
     """
     tensors = read_tensors(checkpoint.path)
     restore_trained(checkpoint.path)
     try:
-        _restore_optimizer(optimizer, tensors, values["groups"])
+        _restore_optimizer(optimizer, tensors, values["groups"], divided)
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise LorakitError(
             f"{checkpoint.path} is damaged ({type(error).__name__}: {error}); remove it"
@@ -270,15 +273,22 @@ def _fill(
 
 
 def _restore_optimizer(
-    optimizer: AdamW, tensors: Mapping[str, LazyTensor], saved_groups: list[Mapping[str, Any]]
+    optimizer: AdamW,
+    tensors: Mapping[str, LazyTensor],
+    saved_groups: list[Mapping[str, Any]],
+    divided: DividedWeights | None,
 ) -> None:
+    params = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name in tensors:
         kind, _, rest = name.partition(".")
         if kind == "optimizer":
             number, _, part = rest.partition(".")
+            found = tensors[name].read()
+            if divided is not None:
+                found = divided.own_state(params[int(number)], part, found)
             # a copy, because the tensor that is read is a view of the file
-            state.setdefault(int(number), {})[part] = tensors[name].read().clone()
+            state.setdefault(int(number), {})[part] = found.clone()
     groups = optimizer.state_dict()["param_groups"]
     for group, saved in zip(groups, saved_groups, strict=True):
         group["step"] = saved["step"]

@@ -17,6 +17,7 @@ from lorakit.data.encode import IGNORE, Example, PairExample
 from lorakit.evaluation.share import ALL, Share
 from lorakit.models.decoder import Decoder
 from lorakit.models.mlp import Experts
+from lorakit.models.shards import is_sharded
 from lorakit.training.captured import CapturedStep, HostRow
 from lorakit.training.draws import drawing_from, seed_of
 from lorakit.training.gradients import ALONE, GradientSum
@@ -125,11 +126,13 @@ def backward(
             seed = seed_of(config.seed, first + i * sums.share.size)
             with drawing_from(seed, model.device):
                 loss, _ = summed_loss(model, batch, config, reference)
+                sums.begin_round(True, i == len(step.batches) - 1)
                 (loss / step.count).backward()
             losses.append(loss.detach())
         elif step.filler is not None:
             with drawing_from(config.seed, model.device):
                 loss, _ = summed_loss(model, step.filler, config, reference)
+                sums.begin_round(False, i == len(step.batches) - 1)
                 with _forgotten_gradients(model):
                     loss.backward()
         sums.end_round(i == len(step.batches) - 1)
@@ -138,8 +141,11 @@ def backward(
 
 @contextmanager
 def _forgotten_gradients(model: Decoder) -> Iterator[None]:
-    """Let the parameters have the gradients, behind the block, that they had before it."""
-    before = [(p, p.grad) for p in model.parameters()]
+    """Let the parameters have the gradients, behind the block, that they had before it.
+
+    Those of divided weights are of all ranks, and stay.
+    """
+    before = [(p, p.grad) for p in model.parameters() if not is_sharded(p)]
     for p, _ in before:
         p.grad = None
     yield

@@ -27,10 +27,13 @@ from lorakit.config.training import TrainConfig
 from lorakit.files.local import as_path
 from lorakit.models.decoder import Decoder
 from lorakit.models.load import open_model
+from lorakit.models.mlp import Experts
 from lorakit.models.packed_layers import PackedWeight
 from lorakit.models.save import other_towers, save_model
+from lorakit.models.shards import is_sharded, keep
 from lorakit.models.tokenizer import Tokenizer
 from lorakit.training import state as run_state
+from lorakit.training.divided import DividedWeights
 
 Batches = Callable[[], Iterable[Mapping[str, Tensor]]]
 TOKENS = "the tokens of trained rows"  # checkpoints of 0.1.0 do not say them
@@ -43,6 +46,7 @@ class TrainedAdapter:
     """
 
     what = "adapter"
+    divided = None
 
     def __init__(self, model: Decoder):
         self.model = model
@@ -70,6 +74,10 @@ class TrainedAdapter:
         trained = rows if isinstance(rows, list) else {i for ids in rows.values() for i in ids}
         tokens = {str(i): tok.backend.id_to_token(i) for i in sorted(trained)}
         return {TOKENS: tokens, "adapter": json.loads(json.dumps(config))}
+
+    def trained(self) -> dict[str, Tensor]:
+        """Return what the optimizer moves, by name."""
+        return _that_train(self.model)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what the state of a checkpoint holds of the adapter."""
@@ -104,11 +112,18 @@ class TrainedModel:
 
     def __init__(self, model: Decoder, config: TrainConfig):
         self.model, self.freeze = model, config.freeze
+        self.divided: DividedWeights | None = None
         self.layers: dict[str, Attached] = {}
         _check_dense(model)
         _check_float16(model)
         _check_saves(model, as_path(config.output_dir))
+        if model.mesh is not None:
+            _check_divided(model, config)
+            for p in model.parameters():  # which were frozen as they were divided
+                p.requires_grad_(True)
         freeze_matching(model, config.freeze)
+        if model.mesh is not None:
+            self.divided = DividedWeights(model)
 
     def start(self, batches: Batches) -> str:
         """Return a line about how much is trained; the weights are what training starts from."""
@@ -118,7 +133,13 @@ class TrainedModel:
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the parameters that must get a gradient, by name."""
-        return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+        return iter(self.trained().items())
+
+    def trained(self) -> dict[str, Tensor]:
+        """Return what the optimizer moves, by name: each weight, or this rank's part of it."""
+        if self.divided is not None:
+            return self.divided.parts
+        return _that_train(self.model)
 
     def same(self, tok: Tokenizer) -> dict[str, Any]:
         """Return what a run that goes on from a checkpoint shares with the one that made it."""
@@ -129,8 +150,11 @@ class TrainedModel:
         return {}
 
     def everything(self) -> dict[str, Tensor]:
-        """Return every weight that is trained by name; all ranks must agree on them."""
-        return dict(self.parameters())
+        """Return every weight that is trained by name; all ranks must agree on them.
+
+        Those that the ranks divide exist once, and are left out.
+        """
+        return {name: p for name, p in _that_train(self.model).items() if not is_sharded(p)}
 
     def restore(self, path: Path) -> None:
         """Give the model the weights of the checkpoint at `path`, one after the other.
@@ -138,13 +162,13 @@ class TrainedModel:
         Raises LorakitError if they are those of another model, or damaged.
         """
         _, weights, _ = open_model(path)
-        for name, p in self.parameters():
+        for name, p in _that_train(self.model).items():
             if name not in weights or weights[name].shape != tuple(p.shape):
                 raise LorakitError(f"{path}: {name} is not as in this run; is it another model?")
             with torch.no_grad():
                 read = weights[name].read()
                 assert isinstance(read, Tensor)  # a run saves dense weights
-                p.copy_(read)
+                keep(p, read)
 
     def save(self, path: Path, base_model: str | None) -> None:
         """Save the whole model. It has no base model but in its card."""
@@ -177,6 +201,27 @@ def trainable_layers(model: Decoder) -> dict[str, Attached]:
         raise LorakitError("train: the adapter is merged; call lorakit.unmerge(model) first")
     _check_float16(model)
     return layers
+
+
+def _that_train(model: Decoder) -> dict[str, Tensor]:
+    """Return the parameters that require gradients, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _check_divided(model: Decoder, config: TrainConfig) -> None:
+    """Raise LorakitError for what does not go with weights that the ranks divide."""
+    refused = {
+        "objective: dpo, whose reference is a copy of the weights": config.objective == "dpo",
+        f"hub_strategy: {config.hub_strategy}; take end": (
+            config.push_to_hub and config.hub_strategy != "end"
+        ),
+        "a mixture of experts, of which a rank may use others than the next": any(
+            isinstance(module, Experts) for module in model.modules()
+        ),
+    }
+    for what, found in refused.items():
+        if found:
+            raise LorakitError(f"train: full with shard: full does not go with {what}")
 
 
 def _check_float16(model: Decoder) -> None:

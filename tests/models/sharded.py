@@ -13,7 +13,10 @@ import os
 import signal
 import sys
 import traceback
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import distributed
@@ -22,10 +25,13 @@ from torch.distributed.device_mesh import init_device_mesh
 import lorakit as lk
 from lorakit.adapters.layers.lora import lora_layers
 from lorakit.config.quantization import QuantConfig
+from lorakit.models import save
 from lorakit.models.decoder import Decoder
 from lorakit.models.sharding import gathered, mesh_of_one, shard
 from lorakit.models.shards import is_sharded, whole
 from lorakit.training.resume import _digest_of_frozen
+from lorakit.training.stepping import run_optimizer
+from lorakit.training.trainable import TrainedModel
 
 SECONDS = 240  # that a rank lives
 STORAGE = {
@@ -206,6 +212,28 @@ def merged(mesh, folder, base):
     assert_same_steps(many, one)
 
 
+def full_disk(mesh, folder):
+    """A rank that cannot write takes the parts of the others, which do not wait for it."""
+    many = shard(random_model(), mesh)
+    full = mock.patch.object(save, "write_safetensors", side_effect=OSError(28, "no space left"))
+    with full, suppress(OSError):
+        lk.save_model(many, folder / "full disk")
+    assert_same(values(many), values(random_model()))
+
+
+def full_training(mesh, folder):
+    """What full training of divided weights refuses."""
+    train = lk.TrainConfig(train="full", output_dir=str(folder / "full"))
+    offloaded = shard(random_model(), mesh_of_one(torch.device("cpu")))
+    refused("without offload_weights", TrainedModel, offloaded, train)
+    many = shard(random_model(), mesh)
+    refused("does not go with objective: dpo", TrainedModel, many, replace(train, objective="dpo"))
+    run_optimizer(TrainedModel(many, train), train)
+    if mesh.size() == 2:  # 97 x 64 values are cut at row 49, in the middle of a block
+        train = replace(train, optim="adamw_8bit")
+        refused("would cut one of", run_optimizer, TrainedModel(many, train), train)
+
+
 def generated(mesh, folder):
     """Every rank writes the text that one process writes."""
     tok = lk.load_tokenizer(folder / "llama")
@@ -248,7 +276,7 @@ def refusals(mesh, folder):
     refused("give a device or a mesh", lk.load_model, folder / "llama", mesh=mesh, device="cpu")
     ours = {"shard": "auto" if distributed.get_rank() == 0 else "none"}
     run = {"model": str(folder / "llama"), "data": "rows.jsonl"} | ours
-    refused("another shard or train", lk.mesh_of_run, lk.RunConfig.from_dict(run))
+    refused("another shard", lk.mesh_of_run, lk.RunConfig.from_dict(run))
     for layer in many.model.layers[0].modules():
         if "absmax" in layer._parameters:
             with gathered(layer):
@@ -278,6 +306,7 @@ CASES |= {
     function.__name__: (function, (), {})
     for function in (offloaded, copies, tied_head, loftq, generated, trained, refusals)
 }
+CASES |= {function.__name__: (function, (), {}) for function in (full_disk, full_training)}
 ADAPTERS = {
     "pissa": {"init_lora_weights": "pissa"},
     "dora": {"use_dora": True, "target_modules": ["q_proj", "embed_tokens", "lm_head"]},

@@ -56,6 +56,12 @@ CASES = {
         {"train": "full", "gradient_accumulation_steps": 3, "optim": "adamw_8bit", "eval_steps": 3},
         ROWS,
     ),
+    "divided": (
+        "bfloat16",
+        None,
+        {"train": "full", "gradient_accumulation_steps": 3, "eval_steps": 3, "max_grad_norm": 0.1},
+        ROWS,
+    ),
     "fast": ("float32", {}, {"gradient_accumulation_steps": 3, "reduce": "fast"}, ROWS),
 }  # fmt: skip
 
@@ -63,7 +69,12 @@ CASES = {
 def take(path: Path, out: Path, case: str, options: dict):
     """Take the run of a case in this process, alone or as one of the ranks."""
     dtype, lora, own, rows = CASES[case]
-    model = lk.load_model(path, dtype=dtype, quantize=None if lora is None else "nf4")
+    mesh = None
+    if case == "divided":
+        run = {"model": str(path), "data": "rows.jsonl", "shard": "full", "train": "full"}
+        mesh = lk.mesh_of_run(lk.RunConfig.from_dict(run))
+    quantize = None if lora is None else "nf4"
+    model = lk.load_model(path, dtype=dtype, quantize=quantize, mesh=mesh)
     torch.manual_seed(options.get("seed", 0))
     if lora is not None:
         lk.attach(model, lk.LoraConfig(r=4, lora_alpha=8, **lora))

@@ -57,7 +57,7 @@ def steps_of_ranks(kind, size, shapes, steps, varies):
         try:
             meeting = Threads(rank, size, table, barrier)
             params = [torch.zeros(shape, dtype=dtype) for shape, dtype in shapes]
-            sums = kind(meeting, params, varies)
+            sums = kind(meeting, params, varies, params[0].device)
             for step in steps:
                 losses, before = [], meeting.sent
                 rounds = sums.share.rounds(step)
@@ -174,7 +174,7 @@ def test_a_fast_sum_in_many_parts(monkeypatch):
 def test_a_sum_takes_no_second_copy_of_the_gradients():
     """Two buffers of 32 MB, however many gradients there are, and a slice between rounds."""
     p = torch.zeros(10**9, device="meta")
-    [flat] = OrderedSum(Threads(0, 2, [None], threading.Barrier(1)), [p], False).flats
+    [flat] = OrderedSum(Threads(0, 2, [None], threading.Barrier(1)), [p], False, p.device).flats
     assert flat.sent.nbytes == flat.received.nbytes == 32 << 20
     assert sum(part.length for part in flat.parts) == flat.of_rank == 5 * 10**8
 
@@ -184,7 +184,7 @@ def test_strides_of_a_gradient_are_those_of_its_parameter():
     shapes = [((3, 5), torch.float32)]
     table, barrier = [None], threading.Barrier(1)
     p = torch.zeros(5, 3).t()
-    sums = OrderedSum(Threads(0, 1, table, barrier), [p], False)
+    sums = OrderedSum(Threads(0, 1, table, barrier), [p], False, p.device)
     p.grad = torch.arange(15.0).view(shapes[0][0])
     sums.end_round(True)
     sums.finish([torch.zeros(())], 1)

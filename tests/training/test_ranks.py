@@ -17,6 +17,7 @@ import torch
 import lorakit as lk
 from lorakit.training.ranks import name_of_start, start_group
 from lorakit.training.state import checkpoints
+from tests.conftest import tiny_llama, write_tokenizer
 from tests.training.rank_runs import CASES, ROOT, command, ended, found, start, take
 
 LONG = {"max_steps": 100_000, "save_steps": None, "learning_rate": 1e-4}
@@ -53,8 +54,8 @@ def check(size, tiny_dir, tmp_path, jobs):
 
 @pytest.mark.parametrize(
     "cases",
-    [["padded", "idle"], pytest.param(list(CASES), marks=pytest.mark.slow)],
-    ids=["two cases", "all cases"],
+    [["padded", "divided", "idle"], pytest.param(list(CASES), marks=pytest.mark.slow)],
+    ids=["three cases", "all cases"],
 )
 def test_two_ranks_have_the_bytes_of_one_process(cases, tiny_dir, tmp_path):
     check(2, tiny_dir, tmp_path, [[case, {}] for case in cases])
@@ -117,19 +118,34 @@ def test_more_ranks_and_seeds(tiny_dir, tmp_path, size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [(2, 1), (1, 2), (1, 3, 2)])
-def test_resumed_on_another_number_of_ranks(tiny_dir, tmp_path, sizes):
+@pytest.mark.parametrize(
+    ("case", "sizes"),
+    [
+        ("padded", (2, 1)),
+        ("padded", (1, 2)),
+        ("padded", (1, 3, 2)),
+        ("divided", (2, 1, 3)),
+        ("divided in 8 bits", (1, 2, 1)),
+    ],
+)
+def test_resumed_on_another_number_of_ranks(tiny_dir, tmp_path, case, sizes):
     """A run of six steps, cut off after two of them, and after four."""
     options = {"max_steps": 6, "save_steps": 2, "resume": "auto", "save_total_limit": 9}
-    take(tiny_dir, tmp_path / "whole", "padded", options)
+    model = tiny_dir
+    if case == "divided in 8 bits":
+        # two ranks have whole blocks of 256 values of 320 x 32, and cut them in 300 x 32
+        case, model, options["optim"] = "divided", tmp_path / "model", "paged_adamw_8bit"
+        tiny_llama(num_key_value_heads=2, vocab_size=320).save_pretrained(model)
+        write_tokenizer(model)
+    take(model, tmp_path / "whole", case, options)
     out = tmp_path / "out"
     for i, size in enumerate(sizes):
-        for each in checkpoints(out / "padded"):
+        for each in checkpoints(out / case):
             if each.step > 2 * i:
                 shutil.rmtree(each.path)
-        for code, _, err in ended(start(size, command(tiny_dir, out, ["padded", options]))):
+        for code, _, err in ended(start(size, command(model, out, [case, options]))):
             assert code == 0, err
-    assert found(out, "padded") == found(tmp_path / "whole", "padded")
+    assert found(out, case) == found(tmp_path / "whole", case)
 
 
 @pytest.mark.slow

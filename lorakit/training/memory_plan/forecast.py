@@ -29,6 +29,7 @@ from lorakit.models.resize import resize_embeddings
 from lorakit.models.sharding import shard
 from lorakit.training.captured import CapturedStep, Function, Recording, why_eager
 from lorakit.training.device_step import optimizer_step
+from lorakit.training.divided import DividedStep, DividedSum
 from lorakit.training.float8 import check_frozen_dtype, start_float8
 from lorakit.training.gradients import FastSum, GradientSum, OrderedSum
 from lorakit.training.losses.reference import Reference
@@ -38,8 +39,8 @@ from lorakit.training.memory_plan.several import Absent, pretended_mesh
 from lorakit.training.memory_plan.watch import NO_LAYER, Mark, Watch
 from lorakit.training.memory_plan.workspace import cublas
 from lorakit.training.ranks import Ranks
-from lorakit.training.run import run_optimizer
 from lorakit.training.step import backward, prepare
+from lorakit.training.stepping import run_optimizer
 from lorakit.training.trainable import trained_part
 
 STEPS = 2  # the first has no optimizer state
@@ -185,7 +186,7 @@ def _steps(
 ) -> tuple[Mapping[Kind, float], int]:
     """Take the steps; return what is held after them, and the bytes of paged state."""
     train = setting.train
-    trained_part(model, train)  # freezes what is to be frozen
+    trained = trained_part(model, train)  # freezes what is to be frozen
     model.gradient_checkpointing = train.gradient_checkpointing
     model.offload_activations = train.activation_offloading
     model.neftune_noise_alpha = train.neftune_noise_alpha
@@ -195,12 +196,19 @@ def _steps(
         with ledger.as_kind(("weights", "")):
             start_float8(model, train.z_loss)
     watch.begin("optimizer", ("optimizer state", ""))
-    optimizer, shares = run_optimizer(model, train)
-    params = [p for p in model.parameters() if p.requires_grad]
-    sums = _sums(setting, params, ledger)
-    for p in params:
-        p.register_post_accumulate_grad_hook(lambda p: _own_gradient(ledger, p))
-    update = optimizer_step(optimizer, params, [shares] * RATES, train.max_grad_norm)
+    optimizer, shares = run_optimizer(trained, train)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(lambda p: _own_gradient(ledger, p))
+    params, rates = list(trained.trained().values()), [shares] * RATES
+    if trained.divided is None:
+        sums = _sums(setting, params, ledger)
+        update = optimizer_step(optimizer, params, rates, train.max_grad_norm)
+    else:
+        absent = Absent(setting.ranks)
+        sums = DividedSum(absent, trained.divided)
+        options = train.max_grad_norm, trained.divided, absent
+        update = DividedStep(optimizer, params, rates, *options)
     reference = Reference(model) if train.objective == "dpo" else None
     if reference is not None:
         ledger.own(("adapters", ""), reference.tensors.values())
@@ -255,7 +263,7 @@ def _sums(setting: Setting, params: Sequence[Tensor], ledger: Ledger) -> Gradien
     if setting.ranks == 1:
         return Ranks().gradients(params, train.reduce, False, train.batches_of_step > 1)
     kind = OrderedSum if train.reduce == "ordered" else FastSum
-    sums = kind(Absent(setting.ranks), params, False)
+    sums = kind(Absent(setting.ranks), params, False, params[0].device)
     for flat in sums.flats:
         ledger.own(("gradients", ""), [flat.sent, flat.received])
     return sums

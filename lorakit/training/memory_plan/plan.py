@@ -105,7 +105,7 @@ def plan_memory(
     """
     started = time.perf_counter()
     train, config = train or TrainConfig(), model_config(model)
-    _check(device, ranks, train.train == "full" and (shard == "full" or offload_weights), generate)
+    _check(device, ranks, train.train == "full" and offload_weights, generate)
     lora = lora or (LoraConfig() if generate is None else None)
     given = quant_config(quantize), lora, train, _rows(train, tokens, documents, generate)
     kept = kept_of(config, train, kept_layers)
@@ -133,15 +133,15 @@ def _check_rows(tokens: int | None, documents: Sequence[int] | None) -> None:
 
 
 def _check(
-    device: str, ranks: int, trains_parts: bool, generate: tuple[int, int, int] | None
+    device: str, ranks: int, trains_waiting: bool, generate: tuple[int, int, int] | None
 ) -> None:
     """Raise LorakitError for what cannot be forecast."""
     if ranks < 1:
         raise LorakitError(f"plan_memory: ranks is {ranks}; there is at least 1")
-    if trains_parts:
+    if trains_waiting:
         raise LorakitError(
-            "plan_memory: train: full needs whole weights on every device: leave out shard and "
-            "offload_weights"
+            "plan_memory: train: full changes the weights, which then cannot wait in host memory: "
+            "leave out offload_weights"
         )
     if generate is not None and (len(generate) != 3 or min(generate) < 1):
         raise LorakitError("plan_memory: generate is (rows, tokens of a prompt, new tokens)")

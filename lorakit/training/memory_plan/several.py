@@ -36,6 +36,9 @@ class Absent:
     def gather(self, received: Tensor, sent: Tensor) -> None:
         """Send nothing."""
 
+    def collect(self, received: Tensor | None, sent: Tensor, where: int) -> None:
+        """Send nothing."""
+
     def add_up(self, values: Tensor) -> None:
         """Send nothing."""
 

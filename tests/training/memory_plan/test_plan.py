@@ -18,8 +18,9 @@ from lorakit.training.memory_plan.layers import (
     kinds_of,
     with_layers,
 )
-from lorakit.training.run import run_optimizer
 from lorakit.training.step import backward, prepare
+from lorakit.training.stepping import run_optimizer
+from lorakit.training.trainable import trained_part
 
 TINY = lk.ModelConfig("llama", 512, 128, 256, 2, 4, 2, 32)
 H200 = lk.ModelConfig("llama", 128256, 4096, 14336, 4, 32, 8, 128)  # of benchmarks/gpu.md
@@ -48,7 +49,7 @@ def measured(config, given):
     examples = [example for batch in batches for example in batch]
     numbers = iter(range(len(examples)))
     rows = [[next(numbers) for _ in batch] for batch in batches]
-    optimizer, shares = run_optimizer(model, train)
+    optimizer, shares = run_optimizer(trained_part(model, train), train)
     params = [p for p in model.parameters() if p.requires_grad]
     update = optimizer_step(optimizer, params, [shares] * 1000, 1.0)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:

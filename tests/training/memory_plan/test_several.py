@@ -81,8 +81,23 @@ def test_what_the_other_process_raises_is_raised_here():
     with pytest.raises(lk.LorakitError, match="ranks is 0"):
         plan(ranks=0)
     full = lk.TrainConfig(train="full", per_device_train_batch_size=1)
-    with pytest.raises(lk.LorakitError, match="full needs whole weights"):
-        lk.plan_memory(TINY, train=full, ranks=2, shard="full")
+    with pytest.raises(lk.LorakitError, match="cannot wait in host memory"):
+        lk.plan_memory(TINY, train=full, offload_weights=True)
+
+
+def test_full_training_of_divided_weights():
+    """Half of the weights and of AdamW's state on each of two ranks, and no gradients between."""
+    full = lk.TrainConfig(train="full", per_device_train_batch_size=1, max_seq_length=64)
+    whole, half = (
+        lk.plan_memory(TINY, train=full, device="cpu", ranks=2, shard=shard)
+        for shard in ("none", "full")
+    )
+    for kind in ("trained weights", "optimizer state"):
+        # the last norm, of 128 values, is whole
+        assert half.resident[kind] == pytest.approx(whole.resident[kind] / 2, rel=0.01)
+    assert half.resident.get("gradients", 0) <= 4096
+    assert half.at_peak["gathered weights"] > 0
+    assert half.peak < whole.peak
 
 
 def test_a_process_that_has_ended_is_said_and_replaced():
