@@ -16,8 +16,9 @@ from torch.profiler import ProfilerActivity, profile
 import lorakit as lk
 import lorakit.training.device_step
 import lorakit.training.memory_plan.forecast
-import lorakit.training.run
 import lorakit.training.step
+import lorakit.training.stepping
+import lorakit.training.trainable
 
 STEPS = 2
 

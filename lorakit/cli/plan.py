@@ -75,7 +75,7 @@ def plan(args: argparse.Namespace) -> int:
         )
     if args.ranks == 0:
         raise lk.LorakitError("--ranks is 0; a run has at least 1 device")
-    kind, card = _device(args.device, args.memory)
+    kind, card = _device(args.device, args.memory, args.ranks)
     run, notes = _planned(args, kind, card)
     run = lk.settled_run(run, card.usable)
     forecast = run.forecast()
@@ -116,7 +116,7 @@ def _three(text: str) -> tuple[int, int, int]:
     return rows, prompt, new
 
 
-def _device(name: str | None, memory: int | None) -> tuple[str, "lk.Card"]:
+def _device(name: str | None, memory: int | None, ranks: int) -> tuple[str, "lk.Card"]:
     """Return "cuda" or "cpu", and the device that the arguments name, or that of this machine."""
     import torch
 
@@ -128,7 +128,8 @@ def _device(name: str | None, memory: int | None) -> tuple[str, "lk.Card"]:
         capability = (found.major, found.minor)
         return "cuda", lk.Card(found.name, found.total_memory, capability)
     if name is None or name.lower() == "cpu":
-        left = lk.memory.free_memory("cpu") if memory is None else memory
+        # the processes of a machine share its memory
+        left = lk.memory.free_memory("cpu") // ranks if memory is None else memory
         return "cpu", lk.Card("the CPU", left, (0, 0), context=0)
     card = lk.find_card(name)
     return "cuda", card if memory is None else dataclasses.replace(card, memory=memory)

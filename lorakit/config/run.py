@@ -44,8 +44,8 @@ class RunConfig:
     dtype: str = "bfloat16"
     """Dtype that the model computes in: "bfloat16" or "float32"."""
     shard: Literal["auto", "none", "full"] = "auto"
-    """Whether several processes divide the frozen weights: "full", "none", or "auto", which divides
-    them if they take more than half of the free memory."""
+    """Whether several processes divide the weights: "full", "none", or "auto", which divides them
+    if they take more than half of the free memory; gradients and state of train: full count."""
     offload_weights: bool = False
     """Whether the frozen weights wait in host memory and go to the GPU one block at a time."""
     chat_template: str | None = None

@@ -8,7 +8,7 @@ import torch
 from lorakit.config.errors import LorakitError
 from lorakit.config.fields import to_dtype
 from lorakit.config.run import RunConfig
-from lorakit.config.training import OPTIMIZERS
+from lorakit.config.training import OPTIMIZERS, TrainConfig
 from lorakit.models.devices import own_device
 from lorakit.models.load import stored_bytes
 from lorakit.training.memory import free_memory
@@ -58,17 +58,19 @@ def mesh_of_run(run: RunConfig) -> "DeviceMesh | None":
     return init_device_mesh(device.type, (ranks.size,))
 
 
-def _is_large(run: RunConfig, device: torch.device) -> bool:
-    """Return whether the weights would take too much of this rank's free memory.
+def with_what_trains(weights: int, train: TrainConfig, dtype: torch.dtype) -> float:
+    """Return the bytes of weights; if they train, with their gradients and optimizer state."""
+    if train.train != "full":
+        return weights
+    bits, paged = OPTIMIZERS[train.optim]
+    some = torch.empty(MIN_8BIT_SIZE, dtype=dtype, device="meta")
+    state = 0 if paged else state_bytes(some, bits) / some.nbytes
+    return weights * (2 + state)
 
-    Where they train, their gradients and the optimizer's state come with them.
-    """
+
+def _is_large(run: RunConfig, device: torch.device) -> bool:
+    """Return whether the weights would take too much of this rank's free memory."""
     copies = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     dtype = to_dtype(run.dtype)
-    needed: float = copies * stored_bytes(run.model, dtype, run.quantize)
-    if run.train.train == "full":
-        bits, paged = OPTIMIZERS[run.train.optim]
-        one = torch.empty(MIN_8BIT_SIZE, dtype=dtype, device="meta")
-        state = 0 if paged else state_bytes(one, bits) / one.nbytes
-        needed *= 2 + state
-    return needed > SHARE * free_memory(device)
+    weights = stored_bytes(run.model, dtype, run.quantize)
+    return copies * with_what_trains(weights, run.train, dtype) > SHARE * free_memory(device)

@@ -184,7 +184,12 @@ class Run:
         self._by_the_writer(lambda: self._save_all(log))
 
     def _save_all(self, log: Log) -> None:
-        self._save(self.output_dir)
+        try:
+            self._save(self.output_dir)
+        except OSError as error:
+            save = self._save if self.part.divided is None else None
+            options = self.output_dir, self.part.what, save, error
+            raise LorakitError(f"train: {run_state.kept_elsewhere(*options)}") from error
         if self.ranks.is_writer:
             self.publisher.write_card(self.progress, log.say)
 

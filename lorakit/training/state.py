@@ -20,6 +20,7 @@ import fcntl
 import os
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -139,6 +140,33 @@ def _locked(file: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def kept_elsewhere(
+    output_dir: Path, what: str, save: Callable[[Path], None] | None, error: OSError
+) -> str:
+    """Save what a run has made in the system's directory for temporary files.
+
+    Args:
+        output_dir: The directory that it could not be written to.
+        what: What it is.
+        save: Writes it to a directory; None: it cannot be written again.
+        error: What came in between.
+
+    Returns:
+        A sentence that says where it is, or which checkpoint is the last.
+    """
+    sentence = f"the {what} could not be written to {output_dir} ({error.strerror or error})"
+    if save is not None:
+        path = Path(tempfile.mkdtemp(prefix="lorakit-"))
+        try:
+            save(path)
+            return f"{sentence}; it is in {path}"
+        except OSError:
+            shutil.rmtree(path, ignore_errors=True)
+    found = checkpoints(output_dir)
+    last = f"the last checkpoint is {found[-1].path}" if found else "there is no checkpoint"
+    return f"{sentence}; {last}"
 
 
 def remove_unfinished(output_dir: Path) -> None:

@@ -212,6 +212,25 @@ def merged(mesh, folder, base):
     assert_same_steps(many, one)
 
 
+def failed_backward(mesh, folder):
+    """A backward pass that fails gives the gathered head back."""
+
+    def fail(gradient):
+        raise RuntimeError("on purpose")
+
+    many = attach(shard(random_model(), mesh), target_modules=["q_proj", "lm_head"], use_dora=True)
+    many.model.norm.register_forward_hook(lambda norm, x, y: y[0].register_hook(fail) and None)
+    ids, labels, _ = inputs()
+    loss, _ = many.loss(ids, labels)
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        assert str(error) == "on purpose"
+    else:
+        raise AssertionError("the backward pass did not fail")
+    assert is_sharded(many.lm_head.base.linear.weight)
+
+
 def full_disk(mesh, folder):
     """A rank that cannot write takes the parts of the others, which do not wait for it."""
     many = shard(random_model(), mesh)
@@ -306,7 +325,10 @@ CASES |= {
     function.__name__: (function, (), {})
     for function in (offloaded, copies, tied_head, loftq, generated, trained, refusals)
 }
-CASES |= {function.__name__: (function, (), {}) for function in (full_disk, full_training)}
+CASES |= {
+    function.__name__: (function, (), {})
+    for function in (failed_backward, full_disk, full_training)
+}
 ADAPTERS = {
     "pissa": {"init_lora_weights": "pissa"},
     "dora": {"use_dora": True, "target_modules": ["q_proj", "embed_tokens", "lm_head"]},

@@ -31,7 +31,7 @@ def late(monkeypatch):
             self.reads_late = reads_late
 
         monkeypatch.setattr(training_run.Run, "__init__", prepare)
-        monkeypatch.setattr(training_run, "optimizer_step", kind)
+        monkeypatch.setattr("lorakit.training.stepping.optimizer_step", kind)
 
     with backend:
         yield choose

@@ -242,7 +242,7 @@ def test_training_takes_the_state_from_the_config(tiny_dir, tmp_path, monkeypatc
             chosen.append((options["state_bits"], options["paged"]))
             super().__init__(params, **options)
 
-    monkeypatch.setattr("lorakit.training.run.AdamW", Noted)
+    monkeypatch.setattr("lorakit.training.stepping.AdamW", Noted)
     adapters = []
     for optim in ("adamw_torch", "paged_adamw_32bit", "adamw_8bit", "paged_adamw_8bit"):
         torch.manual_seed(0)

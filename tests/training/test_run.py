@@ -1,6 +1,8 @@
 """The loop of a run: steps that are skipped, evaluations, the best one, early stops."""
 
 import re
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import lorakit as lk
 from lorakit.training import run as training_run
 from lorakit.training import state as run_state
 from lorakit.training.mode import training_mode
+from lorakit.training.run import Run
 from tests.conftest import ROWS
 from tests.training.runs import ADAPTER, adapted, run
 
@@ -84,6 +87,33 @@ def test_a_best_checkpoint_that_is_gone(tiny_dir, tok, tmp_path, monkeypatch, ca
     assert result.steps == 3
     assert "the last adapter stays: the checkpoint of the best, step 1" in capsys.readouterr().out
     assert (tmp_path / ADAPTER).exists()
+
+
+def test_a_full_disk_at_the_end_does_not_lose_the_adapter(tiny_dir, tok, tmp_path, monkeypatch):
+    real, out = Run._save, tmp_path / "out"
+
+    def full(self, path):
+        if path == out:
+            raise OSError(28, "No space left on device")
+        real(self, path)
+
+    monkeypatch.setattr(Run, "_save", full)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(
+        lk.LorakitError, match="written to .*out .No space left.*; it is in"
+    ) as found:
+        run(tiny_dir, tok, out, ROWS, max_steps=1)
+    elsewhere = Path(str(found.value).rpartition("; it is in ")[2])
+    model = lk.load_model(tiny_dir)
+    lk.load_adapter(model, elsewhere)
+
+    def none(self, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Run, "_save", none)
+    with pytest.raises(lk.LorakitError, match="No space left on device.; there is no checkpoint"):
+        run(tiny_dir, tok, out, ROWS, max_steps=1)
+    assert [each for each in tmp_path.iterdir() if each.is_dir()] == [elsewhere, out]
 
 
 def test_a_skipped_step_names_the_rows_that_it_had(tiny_dir, tok, tmp_path, capsys):

@@ -18,7 +18,7 @@ from lorakit.config.fields import to_dtype
 from lorakit.config.quantization import QuantConfig
 from lorakit.kernels.pretend import pretend_gpu
 from lorakit.models.empty import empty_model
-from lorakit.training.division import SHARE
+from lorakit.training.division import SHARE, with_what_trains
 from lorakit.training.kept_layers import fitting_layers
 from lorakit.training.memory_plan.planned import PlannedRun
 
@@ -65,8 +65,8 @@ def settled_run(run: PlannedRun, memory: int) -> PlannedRun:
         LorakitError: The run cannot be forecast.
     """
     if run.shard == "auto":
-        may_be = run.ranks > 1 and run.train.train != "full"
-        divided = may_be and weights_of(run) > SHARE * memory
+        needed = with_what_trains(weights_of(run), run.train, to_dtype(run.dtype))
+        divided = run.ranks > 1 and needed > SHARE * memory
         run = dataclasses.replace(run, shard="full" if divided else "none")
     if run.train.splits_itself:
         run = run.with_rows(max(1, rows_that_fit(run, memory)))
