@@ -136,7 +136,6 @@ def main() -> None:
     page = lk.write_report(result.folder, result.folder / "comparison.html")
     print(f"comparison.json, comparison.md and the runs are in {result.folder}/")
     print(f"{page} shows all of it; it opens in a browser")
-    print(f"the page about them is {lk.write_report(result.folder, result.folder / 'report.html')}")
     sys.exit(1 if result.failed else 0)
 
 

@@ -27,7 +27,7 @@ await page.screenshot({ path: arg.path });"""
 
 
 def main(folder: Path) -> None:
-    """Write board.png, board-dark.png and comparison.png into a folder."""
+    """Write board.png and comparison.png into a folder."""
     with tempfile.TemporaryDirectory() as made, chromium.started() as browser:
         root = Path(made)
         write_run(root / "runs" / "smollm2-r8", steps=240, started=1.79000e9)
@@ -42,7 +42,6 @@ def main(folder: Path) -> None:
         target = folder.resolve()
         size = {"width": 1280, "height": 860}
         browser.run(CURVES, url=runs, path=str(target / "board.png"), **size)
-        browser.run(CURVES, url=runs, path=str(target / "board-dark.png"), theme="dark", **size)
         path = str(target / "comparison.png")
         browser.run(VIEW, url=comparison, view="comparisons", path=path, width=1280, height=700)
 

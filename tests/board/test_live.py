@@ -53,7 +53,7 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("board")
     write_run(root / "first", started=1.7900e9)
     write_run(root / HOSTILE, r=16, started=1.7902e9)
-    write_run(root / "deep" / "third", r=32, started=1.7901e9, state="stopped", steps=40)
+    write_run(root / "deep" / "100% #1?", r=32, started=1.7901e9, state="stopped", steps=40)
     write_comparison(root / "sizes")
     return root
 
@@ -288,7 +288,7 @@ def test_names_stay_texts_and_nobody_else_is_asked(browser, board):
         return await page.locator("tbody th .name").allTextContents();""",
         url=board,
     )
-    assert names == [HOSTILE, "third", "first"]
+    assert names == [HOSTILE, "100% #1?", "first"]
     assert browser.said == []
     assert browser.asked == [re.search("//([^/]+)/", board)[1]]
 
@@ -306,7 +306,7 @@ def test_sorting_filtering_and_selecting(browser, board):
         const order = await page.getAttribute("th.name", "aria-sort");
         await page.click('th button:has-text("Run")');
         const down = await names();
-        await page.fill("input[type=search]", "third stopped");
+        await page.fill("input[type=search]", "#1? stopped");
         const found = await names();
         await page.fill("input[type=search]", "no such run");
         const none = await page.textContent(".runs .nothing");
@@ -315,10 +315,10 @@ def test_sorting_filtering_and_selecting(browser, board):
         return { all, up, order, down, found, none, cleared: await checked() };""",
         url=board,
     )
-    assert told["up"] == [HOSTILE, "first", "third"]
+    assert told["up"] == [HOSTILE, "100% #1?", "first"]
     assert told["down"] == told["up"][::-1]
     assert told["order"] == "ascending"
-    assert told["found"] == ["third"]
+    assert told["found"] == ["100% #1?"]
     assert told["none"] == "No run has these words."
     assert (told["all"], told["cleared"]) == (3, 0)
 

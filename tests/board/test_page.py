@@ -23,7 +23,7 @@ def report(tmp_path_factory):
     write_run(root / "runs" / "first", started=1.7900e9)
     write_run(root / "runs" / "second", r=16, floor=1.0, started=1.7901e9)
     write_run(root / "runs" / HOSTILE, r=32, started=1.7902e9, state="failed", steps=80)
-    write_run(root / "runs" / "short", started=1.7903e9, state="stopped", steps=8, samples=False)
+    write_run(root / "runs" / "100% #1?", started=1.7903e9, state="stopped", steps=8, samples=False)
     write_comparison(root / "runs" / "sizes")
     return write_report(root / "runs", root / "report.html").as_uri()
 
@@ -43,7 +43,7 @@ def test_a_report_opens_from_a_file_and_asks_nobody(browser, report):
     )
     assert browser.said == []
     assert set(browser.asked) <= {""}  # file: and data: have no host
-    assert shown["names"] == ["short", HOSTILE, "second", "first"]  # the newest first
+    assert shown["names"] == ["100% #1?", HOSTILE, "second", "first"]  # the newest first
     assert shown["charts"][0] == "loss, nats per label token"
     assert shown["fetched"] == 0
 

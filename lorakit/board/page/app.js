@@ -110,7 +110,7 @@ class Board {
   /** Build the views of the address: #/runs/curves, #/comparisons/ID, #/vote/ID, #/start, #/chat. */
   async open() {
     const [, page = this.source.home, rest = ""] = location.hash.split("/");
-    const id = decodeURIComponent(rest);
+    const id = decoded(rest);
     this.views.forEach((view) => view.close?.());
     const live = this.source.live;
     const made = {
@@ -159,6 +159,14 @@ class Board {
     const nav = document.getElementById("pages");
     nav.replaceChildren(...pages.map(([key, text]) => h("a", { href: `#/${key}` }, text)));
     return nav;
+  }
+}
+
+function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text; // somebody typed it
   }
 }
 
