@@ -50,7 +50,7 @@ def compare(args: argparse.Namespace) -> int:
     values = read_run_file(args.what, args.overrides)
     config = lk.ComparisonConfig.from_dict(values, str(args.what))
     if args.dry_run:
-        return _list(config)
+        return _list(config, args.only or "")
     result = lk.compare_models(config, only=args.only)
     print(_printable(str(result)))
     print(f"comparison.json, comparison.md and the runs in {result.folder}")
@@ -60,12 +60,12 @@ def compare(args: argparse.Namespace) -> int:
     return 1 if result.failed else 0
 
 
-def _list(config: "lk.ComparisonConfig") -> int:
+def _list(config: "lk.ComparisonConfig", only: str) -> int:
     """Print the runs of a comparison, with a forecast of the memory of each."""
     import torch
 
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    runs = lk.plan_comparison(config)
+    runs = [each for each in lk.plan_comparison(config) if only in each.run.id]
     forecasts: dict[tuple[str, str, str], str] = {}
     for number, each in enumerate(runs, 1):
         run = each.run

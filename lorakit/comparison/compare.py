@@ -30,6 +30,7 @@ from lorakit.comparison.work import Job, do
 from lorakit.config.comparison import BERT_SCORE, ComparisonConfig
 from lorakit.config.errors import LorakitError, nearest, one_of
 from lorakit.data.encode import Encoder
+from lorakit.data.schemas import Row
 from lorakit.evaluation.metrics import check_usable
 from lorakit.export.mix import FILE_TYPES
 from lorakit.files.local import as_path, read_json, read_text, write_json, write_text
@@ -139,10 +140,8 @@ def plan_comparison(
         run = job.run
         key = run.task, run.model, run.settings
         if key not in lengths:
-            encoder, found = _encoder(run, _tokenizer(run)), list[int]()
-            for row in job.rows.parts["train"]:
-                found += [len(each.answers[0].input_ids) for each in encoder.examples(row)]
-            lengths[key] = found
+            by_row, _ = _lengths(_encoder(run, _tokenizer(run)), job.rows.parts["train"])
+            lengths[key] = [length for of_row in by_row for length in of_row]
         sizes = {part: len(rows) for part, rows in job.rows.parts.items()}
         planned.append(ComparedRun(run, job.record.state, lengths[key], sizes))
     return planned
@@ -196,7 +195,7 @@ def _created(folder: Path) -> str:
 def _jobs(config: ComparisonConfig) -> tuple[list[Job], list[str]]:
     """Return the runs with what is known of them, and notes on how models see the rows."""
     rows = {name: open_task(config, name) for name in config.tasks}
-    runs, notes = _in_one_order(config, grid_of(config), rows)
+    runs, notes = _in_one_order(grid_of(config), rows)
     prints = {name: fingerprint(path) for name, path in config.models.items()}
     jobs = []
     for run in runs:
@@ -215,35 +214,52 @@ def _jobs(config: ComparisonConfig) -> tuple[list[Job], list[str]]:
 
 
 def _in_one_order(
-    config: ComparisonConfig, runs: list[GridRun], rows: Mapping[str, TaskRows]
+    runs: list[GridRun], rows: Mapping[str, TaskRows]
 ) -> tuple[list[GridRun], list[str]]:
-    """Let all models see the rows of a task in one order, and say where they cannot.
+    """Let all runs of a task see its rows in one order, and say where they cannot.
 
     Batches hold rows of like length, and tokenizers disagree about lengths. So batches are made
-    without regard to them as soon as two models cut the rows into other tokens.
+    without regard to them as soon as two runs cut the rows into other tokens.
     """
     notes = list[str]()
+    encoders: dict[str, Encoder] = {}
+    of_run = {run.id: _reading(run, encoders) for run in runs if run.is_trained}
     for task, of_task in rows.items():
         same_task = [run for run in runs if run.task == task]
-        seen = {}
-        for model in config.models:
-            run = next(run for run in same_task if run.model == model and run.is_trained)
-            encoder = _encoder(run, _tokenizer(run))
-            lengths = [
-                [len(each.answers[0].input_ids) for each in encoder.examples(row)]
-                for row in of_task.parts["train"]
-            ]
-            seen[model] = lengths, encoder.long
-        if len({str(lengths) for lengths, _ in seen.values()}) == 1:
+        readings = {of_run[run.id]: run for run in same_task if run.is_trained}
+        if len(readings) == 1:
             continue
-        long = {model: count for model, (_, count) in seen.items() if count}
+        seen = {key: _lengths(encoders[key], of_task.parts["train"]) for key in readings}
+        first, *others = (lengths for lengths, _ in seen.values())
+        if all(lengths == first for lengths in others):
+            continue
+        long = {readings[key].model: count for key, (_, count) in seen.items() if count}
         if long:
             said = ", ".join(f"{count} by {model}" for model, count in long.items())
-            notes.append(f"task {task}: tokenizers differ, and so do the rows that are cut: {said}")
+            notes.append(f"task {task}: rows become other tokens, and so are cut: {said}")
         if any(run.config.train.packing for run in same_task):
-            notes.append(f"task {task}: tokenizers differ, and packed rows have no common order")
+            notes.append(
+                f"task {task}: rows become other tokens, and have no order to pack them in"
+            )
         runs = [_without_groups(run) if run.task == task else run for run in runs]
     return runs, notes
+
+
+def _reading(run: GridRun, encoders: dict[str, Encoder]) -> str:
+    """Return what decides about the tokens of a run's rows, with its encoder in `encoders`."""
+    config = run.config
+    said = (config.chat_template, config.add_tokens, config.train.max_seq_length)
+    key = repr((config.model, *said, config.train.over_length, config.train.train_on))
+    if key not in encoders:
+        encoders[key] = _encoder(run, _tokenizer(run))
+    return key
+
+
+def _lengths(encoder: Encoder, rows: Sequence[Row]) -> tuple[list[list[int]], int]:
+    """Return the tokens of each example of each row, and how many rows were too long."""
+    before = encoder.long
+    lengths = [[len(each.answers[0].input_ids) for each in encoder.examples(row)] for row in rows]
+    return lengths, encoder.long - before
 
 
 def _without_groups(run: GridRun) -> GridRun:

@@ -67,6 +67,8 @@ def test_a_dry_run_writes_nothing(compare_file, tmp_path, capsys, forecasts):
     assert second.partition("), memory ")[2] == first.partition("), memory ")[2]
     assert len(others) == 2
     assert len(forecasts) == 2  # one for each settings
+    assert main(["compare", str(compare_file), "--dry-run", "--only", "r4"]) == 0
+    assert capsys.readouterr().out.startswith("run 1 of 1: sums--tiny--r4--s0 ")
     assert not (tmp_path / "compared").exists()
 
 

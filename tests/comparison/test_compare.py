@@ -95,6 +95,20 @@ def test_all_models_see_the_rows_in_one_order(grid, monkeypatch):
     assert len({row for step in seen[0] for batch in step for row in batch}) > 16  # three steps
 
 
+def test_settings_that_cut_rows_see_them_in_one_order_too(grid, monkeypatch):
+    """Rows of 6 tokens at most, or of all: the runs say that their order is that of any length."""
+    grid |= {"models": {"bytes": grid["models"]["bytes"]}, "baseline": False}
+    grid["settings"] = {"short": {"max_seq_length": 8}, "long": {}}
+    trained = []
+    monkeypatch.setattr(
+        work, "train", lambda *a, **k: trained.append(a[3]) or training.train(*a, **k)
+    )
+    result = lk.compare_models(grid)
+    assert [config.group_by_length for config in trained] == [False, False]
+    [note] = result.values["notes"]
+    assert note.startswith("task parity: rows become other tokens, and so are cut: ")
+
+
 def test_a_run_is_that_of_lorakit_train(grid, tmp_path):
     from lorakit.cli.main import main
 
