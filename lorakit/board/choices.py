@@ -1,10 +1,13 @@
 """What the chat can talk to: the adapters in the folder, their bases, and models that were trained.
 
+The adapter of a run that goes on is that of its last checkpoint.
+
 A base is what the run of an adapter names as its model. No other model can be chosen, so a request
 cannot make the board read a place or ask a Hub of its own choice.
 """
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,12 +53,13 @@ def choices(folder: Folder) -> dict[str, Choice]:
         record = read_record(run)
         settings = record.get("settings")
         settings = settings if isinstance(settings, dict) else {}
-        if all(is_file(run / name) for name in ADAPTER):
-            base = _base_of(run, record)
+        adapter = _newest_adapter(run)
+        if adapter is not None:
+            stamp, place = adapter
+            base = _base_of(run, place, record)
             if base is not None:
                 bases.setdefault(base, Choice(base, base, base, None, settings, 0))
-                stamp = (run / ADAPTER[1]).stat().st_mtime_ns
-                adapters[id_] = Choice(id_, str(run), base, id_, settings, stamp)
+                adapters[id_] = Choice(id_, str(place), base, id_, settings, stamp)
         elif all(is_file(run / name) for name in MODEL):
             weights = [run / name for name in WEIGHTS if is_file(run / name)]
             if weights:
@@ -64,12 +68,22 @@ def choices(folder: Folder) -> dict[str, Choice]:
     return {**bases, **adapters}
 
 
-def _base_of(run: Path, record: dict[str, Any]) -> str | None:
+def _newest_adapter(run: Path) -> tuple[int, Path] | None:
+    """Return the adapter of a run, or of a checkpoint, that was written last, and when."""
+    found = []
+    for place in (run, *run.glob("checkpoint-*")):
+        if not place.is_symlink() and all(is_file(place / name) for name in ADAPTER):
+            with suppress(OSError):  # the run has just removed it
+                found.append(((place / ADAPTER[1]).stat().st_mtime_ns, place))
+    return max(found, key=lambda each: (each[0], each[1] == run), default=None)
+
+
+def _base_of(run: Path, place: Path, record: dict[str, Any]) -> str | None:
     """Return the place of the base of a run's adapter, None if nothing says it."""
     base = record.get("model")
     if not isinstance(base, str) or not base:
         try:
-            config = json.loads(read_end(run / ADAPTER[0], _MOST)[0])
+            config = json.loads(read_end(place / ADAPTER[0], _MOST)[0])
             base = config.get("base_model_name_or_path")
         except (NotThereError, ValueError, AttributeError, RecursionError):
             return None

@@ -32,6 +32,7 @@ class RunRoutes:
         """
         self.work = work
         self.folder, self.cache, self.control = folder, Cache(), Control(folder)
+        self.ends: runs.Ends = {}
         self._reader: Any = None
 
     def routes(self) -> list[Route]:
@@ -64,7 +65,7 @@ class RunRoutes:
     def summaries(self) -> list[dict[str, Any]]:
         """Return what the list says of each run."""
         self.control.reap()
-        return [runs.summary(path, id_) for id_, path in self.folder.runs().items()]
+        return [runs.summary(path, id_, self.ends) for id_, path in self.folder.runs().items()]
 
     async def metrics(self, request: Request) -> Response:
         """Answer with the curves of a run."""

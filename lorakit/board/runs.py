@@ -39,17 +39,23 @@ _LISTED = {
 }
 
 
-def summary(run: Path, id_: str) -> dict[str, Any]:
+Ends = dict[Path, tuple[tuple[int, int], dict[str, Any]]]
+
+
+def summary(run: Path, id_: str, ends: Ends | None = None) -> dict[str, Any]:
     """Return what the list of runs says of a run.
 
     Args:
         run: The folder of the run.
         id_: Its id.
+        ends: What was read of the ends of metrics before, with their sizes and times; it is added
+            to. None reads them.
 
     Returns:
         The id, the name, the state and how far the run has come; None where nothing is known.
     """
-    record, last = read_record(run), _last_values(run)
+    record = read_record(run)
+    last = _last_values(run, {} if ends is None else ends)
     state, error = state_of(run, record)
     started = _time(record, "started") or None
     ended = _time(record, "ended") if state != "running" else 0.0
@@ -174,8 +180,20 @@ def _last_written(run: Path) -> float | None:
 # ---- figures ----
 
 
-def _last_values(run: Path) -> dict[str, Any]:
+def _last_values(run: Path, ends: Ends) -> dict[str, Any]:
     """Return the last value of each quantity near the end of metrics.jsonl, and the last step."""
+    try:
+        status = (run / METRICS).lstat()
+    except OSError:
+        return {}
+    version = status.st_size, status.st_mtime_ns
+    before = ends.get(run)
+    if before is None or before[0] != version:
+        before = ends[run] = version, _read_last_values(run)
+    return before[1]
+
+
+def _read_last_values(run: Path) -> dict[str, Any]:
     try:
         text, whole = read_end(run / METRICS, _END)
     except NotThereError:

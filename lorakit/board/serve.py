@@ -19,7 +19,6 @@ def serve_board(
     *,
     host: str = "127.0.0.1",
     port: int = 8700,
-    token: str | None = None,
     open_page: bool = False,
     started: Callable[[str], Any] | None = None,
 ) -> None:
@@ -29,7 +28,6 @@ def serve_board(
         folder: The folder that holds the runs, at any depth.
         host: The address to listen on, one that only this machine reaches.
         port: The port to listen on; 0 takes a free one.
-        token: The secret part of the page's address; None draws one of 32 bytes.
         open_page: Open the page in the browser.
         started: Called with the address of the page once it is served.
 
@@ -53,7 +51,7 @@ def serve_board(
         )
     if not 0 <= port < 2**16:
         raise LorakitError(f"port is {port}; it must be at most 65535")
-    token = secrets.token_urlsafe(32) if token is None else token
+    token = secrets.token_urlsafe(32)
     with listen(host, port) as (listener, address):
         page = f"{address}/{token}/"
         board = Board(shown)

@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from lorakit.board import runs
 from lorakit.board.app import Board
 from lorakit.board.folder import Folder
 from lorakit.config.errors import LorakitError
@@ -24,6 +25,19 @@ def test_the_list(get, folder):
     assert found["a"]["metrics"] == ["loss", "peak_memory_mb", "tokens", "tokens_per_second"]
     assert found["deep/b c"]["step"] == 3
     assert get("board") == {"name": "runs"}
+
+
+def test_a_file_that_has_not_changed_is_not_read_again(get, folder, monkeypatch):
+    first, read = get("runs"), []
+    end = runs.read_end
+    monkeypatch.setattr(runs, "read_end", lambda path, most: read.append(path) or end(path, most))
+    assert get("runs") == first
+    assert not [path for path in read if path.name == "metrics.jsonl"]
+    write_metrics(folder / "a", 11)
+    assert get("runs")[0]["step"] == 11
+    (folder / "a" / "metrics.jsonl").unlink()
+    (folder / "a" / "run.json").write_text("{}")
+    assert get("runs")[0]["step"] == 0
 
 
 def test_what_is_no_run_is_not_listed(folder):

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import shutil
 import time
 
@@ -130,6 +131,18 @@ def test_what_the_chat_can_talk_to(get, folder, runs, base):
     for id_ in ("of/a", "of/b"):
         expected.append({"name": id_, "kind": "adapter", "run": id_, "base": base, "label": id_})
     assert get("models") == expected
+
+
+def test_a_run_that_goes_on_is_talked_to_by_its_last_checkpoint(runs):
+    for step, name in ((1, "b"), (2, "a")):
+        shutil.copytree(runs / name, runs / "a" / f"checkpoint-{step}")
+        os.utime(runs / "a" / f"checkpoint-{step}" / "adapter_model.safetensors", (0, step))
+    os.utime(runs / "a" / "adapter_model.safetensors", (0, 0))
+    (runs / "a" / "checkpoint-3").symlink_to(runs / "b")
+    os.utime(runs / "b" / "adapter_model.safetensors", (0, 9))
+    assert choices(Folder(runs))["a"].place == str(runs / "a" / "checkpoint-2")
+    os.utime(runs / "a" / "adapter_model.safetensors", (0, 2))  # it has ended
+    assert choices(Folder(runs))["a"].place == str(runs / "a")
 
 
 def test_a_model_that_was_trained_whole_is_a_base(made, runs):
