@@ -1,5 +1,6 @@
 """The page of a board that is served: runs that go on, buttons, forms, and many long runs."""
 
+import http.client
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
@@ -291,6 +293,32 @@ def test_names_stay_texts_and_nobody_else_is_asked(browser, board):
     assert names == [HOSTILE, "100% #1?", "first"]
     assert browser.said == []
     assert browser.asked == [re.search("//([^/]+)/", board)[1]]
+
+
+@pytest.mark.parametrize(
+    ("path", "host", "status"),
+    [
+        ("", None, 200),
+        ("", "evil.example", 403),  # a name of another host that leads here
+        ("api/runs", "127.0.0.1.evil.example", 403),
+        ("static/../../../etc/passwd", None, 404),
+        ("static/..%2f..%2fapp.py", None, 404),
+        ("api/runs/..%2F..%2Fetc/metrics", None, 404),
+        ("../wrong-token/api/runs", None, 403),
+    ],
+)
+def test_others_and_paths_outside_are_refused(board, path, host, status):
+    """The bytes of a request as they are, since a browser would tidy up the path first."""
+    url = urlsplit(board)
+    connection = http.client.HTTPConnection(url.hostname, url.port, timeout=10)
+    place = path.removeprefix("../") if path.startswith("..") else url.path.removeprefix("/") + path
+    connection.request("GET", f"/{place}", headers={"Host": host or url.netloc})
+    answer = connection.getresponse()
+    body = answer.read()
+    connection.close()
+    assert answer.status == status
+    assert (b"error" in body) == (status != 200)
+    assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
 
 
 def test_sorting_filtering_and_selecting(browser, board):

@@ -74,6 +74,22 @@ def test_every_module_is_in_the_one_file():
     assert set(re.findall(r"^const \$(\w+) = \(\(\) => \{$", text, re.MULTILINE)) == names
 
 
+@pytest.mark.parametrize("path", sorted(PAGE.glob("*.js")), ids=lambda path: path.stem)
+def test_modules_are_short_and_make_no_markup_of_texts(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 300
+    for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
+        assert word not in text
+    assert not re.search(r"alert\(|prompt\(|new Function|setAttribute\(.style", text)
+    assert text.startswith("// ")  # what the module is for
+
+
+def test_the_charts_library_names_its_version_and_its_licence():
+    folder = PAGE / "vendor" / "uplot"
+    assert "uPlot (v1.6.32) */" in (folder / "uPlot.iife.min.js").read_text(encoding="utf-8")[:80]
+    assert "The MIT License" in (folder / "LICENSE").read_text(encoding="utf-8")
+
+
 @node
 def test_joined_modules_are_javascript(tmp_path):
     (tmp_path / "joined.mjs").write_text(joined("app"))
