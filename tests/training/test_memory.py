@@ -7,9 +7,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import lorakit as lk
-from lorakit.training.memory import free_host_memory
+from lorakit.training.memory import forget_peak, free_host_memory, peak_memory_mb
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's settings")
@@ -82,3 +83,17 @@ def test_free_memory_of_this_machine(tmp_path):
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert 0 < lk.memory.free_memory("cpu") <= whole
     assert free_host_memory(tmp_path) == whole  # a system without /proc
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux forgets the peak of a process")
+def test_a_peak_that_is_forgotten_begins_from_what_is_in_use():
+    """A tensor of 200 MB is in the peak after it is gone, until the peak is forgotten."""
+    forget_peak()
+    before = peak_memory_mb()
+    tensor = torch.ones(50_000_000)
+    during = peak_memory_mb()
+    del tensor
+    assert during > before + 190
+    assert peak_memory_mb() == during
+    forget_peak()
+    assert peak_memory_mb() < during - 100
