@@ -377,7 +377,14 @@ def test_the_keyboard_reaches_everything(browser, board):
         const said = await page.textContent("figure .unseen[aria-live]");
         await page.keyboard.press("End");
         const last = await page.textContent("figure .unseen[aria-live]");
-        return { seen: [...seen], said, last };""",
+        const scales = () => page.evaluate(() =>
+          uPlot.sync("curves").plots.map((u) => [u.scales.x.min, u.scales.x.max]));
+        await page.keyboard.press("+");
+        await page.waitForTimeout(50);
+        const zoomed = await scales();
+        await page.keyboard.press("Escape");
+        await page.waitForTimeout(50);
+        return { seen: [...seen], said, last, zoomed, whole: await scales() };""",
         url=board,
     )
     text = "\n".join(told["seen"])
@@ -386,6 +393,10 @@ def test_the_keyboard_reaches_everything(browser, board):
     assert told["said"].startswith("step 3: ")
     assert told["last"].startswith("step 120: ")
     assert HOSTILE in told["last"]
+    assert len(told["zoomed"]) > 3
+    assert {tuple(scale) for scale in told["whole"][:3]} == {(1, 120)}
+    for low, high in told["zoomed"]:  # all charts, towards the end, where the cursor is
+        assert (low > 30, high) == (True, 120)
 
 
 def test_axis_smoothing_and_values(browser, board):

@@ -216,12 +216,20 @@ export class Chart {
       const at = u.cursor.left >= 0 ? u.posToVal(u.cursor.left, "x") : (min + max) / 2;
       const factor = event.key === "+" ? ZOOM : 1 / ZOOM;
       const [low, high] = [at - (at - min) * factor, at + (max - at) * factor];
-      u.setScale("x", { min: Math.max(low, x[0]), max: Math.min(high, x[x.length - 1]) });
+      this.#zoom(low, high);
     } else if (event.key === "Escape") {
-      u.setScale("x", { min: x[0], max: x[x.length - 1] });
+      this.#zoom(-Infinity, Infinity);
       u.setCursor({ left: -10, top: -10 });
     } else return;
     event.preventDefault();
+  }
+
+  /** Show a part of the axis in all charts of the group, as a drag of the mouse does. */
+  #zoom(low, high) {
+    for (const u of uPlot.sync(this.group).plots) {
+      const x = u.data[0];
+      if (x.length) u.setScale("x", { min: Math.max(low, x[0]), max: Math.min(high, x[x.length - 1]) });
+    }
   }
 
   #resize() {
