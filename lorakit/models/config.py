@@ -183,8 +183,10 @@ class ModelConfig:
     """Name in the model files of the layer that picks the experts."""
     router_bias: bool = False
     """Whether that layer has a bias."""
+    experts_transposed: bool = False
+    """Whether published files have transposed matrices in the tensors of all experts of a layer."""
     experts_interleaved: bool = False
-    """Whether files hold all experts of a layer as transposed matrices, gate and up in turns."""
+    """Whether the outputs of gate and up take turns there; else all of gate stand first."""
     bos_token_id: int | None = None
     """Token that begins a text."""
     eos_token_id: int | list[int] | None = None

@@ -55,6 +55,7 @@ _INNER = (
     "moe_names",
     "router_name",
     "router_bias",
+    "experts_transposed",
     "experts_interleaved",
     "moe_layers",
     "sliding_layers",

@@ -286,6 +286,7 @@ FAMILIES = {
             "router_name": "router",
             "router_bias": True,
             "fused_experts": True,
+            "experts_transposed": True,
             "experts_interleaved": True,
         },
         {
@@ -318,6 +319,26 @@ FAMILIES = {
         ignored=LEFTOVERS,
         **_MROPE,
     ),
+    "qwen3_vl_moe_text": Family(
+        "Qwen3VLMoeTextModel",
+        {
+            "qk_norm": "head",
+            "norm_topk_prob": True,
+            "fused_experts": True,
+            "experts_transposed": True,
+        },
+        {
+            "num_key_value_heads": 16,
+            "max_position_embeddings": 128000,
+            "tie_word_embeddings": True,
+            "rope_theta": 5e5,
+            "num_local_experts": 60,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408,
+        },
+        ignored=LEFTOVERS,
+        **_MROPE,
+    ),
     **GEMMA_FAMILIES,
 }
 WRAPPERS = {
@@ -328,6 +349,7 @@ WRAPPERS = {
     "qwen2_vl": "qwen2_vl_text",
     "qwen2_5_vl": "qwen2_5_vl_text",
     "qwen3_vl": "qwen3_vl_text",
+    "qwen3_vl_moe": "qwen3_vl_moe_text",
     "qwen3_5": "qwen3_5_text",
     "qwen3_5_moe": "qwen3_5_moe_text",
 }

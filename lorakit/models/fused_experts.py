@@ -5,7 +5,9 @@
 
 transformers holds the experts so in memory, and the files of Qwen 3.5 do. gpt-oss holds transposed
 matrices, [E, H, 2 I] and [E, I, H], in which columns of gate and up take turns, and biases:
-gate_up_proj_bias [E, 2 I] and down_proj_bias [E, H].
+gate_up_proj_bias [E, 2 I] and down_proj_bias [E, H]. Published files of Qwen3-VL-MoE hold
+transposed matrices too, where all of gate stand first; files that transformers 5 wrote hold them as
+above, and the shape tells which. A square one is not transposed, for transformers reads it so.
 
 A part is read from the file when it is asked for, so that memory holds one expert at a time. Of
 some families (Gemma 4, gpt-oss) transformers reads no other form, so that they are written in this
@@ -33,27 +35,36 @@ class FusedTensor(NamedTuple):
     """The names of its parts in an expert, such as "gate_proj.weight"."""
     shape: tuple[int, ...]
     """The shape of a part."""
+    transposed: bool
+    """Whether a matrix has its inputs as rows."""
     interleaved: bool
-    """Whether it is transposed, and its parts take turns in it; else they lie one after another."""
+    """Whether the outputs of its parts take turns in it; else they lie one after another."""
 
     @property
     def expert_shape(self) -> tuple[int, ...]:
         """The shape of what it holds of one expert."""
         whole = (len(self.parts) * self.shape[0], *self.shape[1:])
-        return whole[::-1] if self.interleaved else whole
+        return whole[::-1] if self.transposed else whole
+
+    @property
+    def upright(self) -> "FusedTensor":
+        """The same, not transposed."""
+        return self._replace(transposed=False)
 
     def part(self, values: Tensor, number: int) -> Tensor:
         """Return one part of what it holds of one expert."""
-        if not self.interleaved:
-            return values[number * self.shape[0] : (number + 1) * self.shape[0]]
-        return (values.t() if values.dim() == 2 else values)[number :: len(self.parts)]
+        rows = values.t() if self.transposed and values.dim() == 2 else values
+        if self.interleaved:
+            return rows[number :: len(self.parts)]
+        return rows[number * self.shape[0] : (number + 1) * self.shape[0]]
 
     def joined(self, parts: Sequence[Tensor]) -> Tensor:
         """Return what it holds of one expert, given the parts."""
-        if not self.interleaved:
-            return torch.cat(tuple(parts))
-        whole = torch.stack(tuple(parts), 1).flatten(0, 1)
-        return whole.t() if whole.dim() == 2 else whole
+        if self.interleaved:
+            whole = torch.stack(tuple(parts), 1).flatten(0, 1)
+        else:
+            whole = torch.cat(tuple(parts))
+        return whole.t() if self.transposed and whole.dim() == 2 else whole
 
 
 def fused_tensors(config: ModelConfig) -> dict[str, FusedTensor]:
@@ -61,13 +72,16 @@ def fused_tensors(config: ModelConfig) -> dict[str, FusedTensor]:
     _, gate, up, down = config.moe_names
     hidden, inner = config.hidden_size, config.moe_intermediate_size
     layers = {"gate_up_proj": ((gate, up), inner, hidden), "down_proj": ((down,), hidden, inner)}
+    interleaved = config.experts_interleaved
     found = {}
     for name, (parts, rows, columns) in layers.items():
+        square = len(parts) * rows == columns
+        form = config.experts_transposed and (interleaved or not square), interleaved
         weights = tuple(f"{part}.weight" for part in parts)
-        found[name] = FusedTensor(weights, (rows, columns), config.experts_interleaved)
+        found[name] = FusedTensor(weights, (rows, columns), *form)
         if config.mlp_bias:
             biases = tuple(f"{part}.bias" for part in parts)
-            found[f"{name}_bias"] = FusedTensor(biases, (rows,), config.experts_interleaved)
+            found[f"{name}_bias"] = FusedTensor(biases, (rows,), *form)
     return found
 
 
@@ -95,6 +109,11 @@ def split_experts(
         if fused is None or not isinstance(tensor, LazyTensor):
             found[name] = tensor
             continue
+        if not fused.interleaved and tensor.shape == (
+            config.num_experts,
+            *fused.upright.expert_shape,
+        ):
+            fused = fused.upright
         whole = (config.num_experts, *fused.expert_shape)
         if tensor.shape != whole:
             raise LorakitError(

@@ -8,20 +8,22 @@ from lorakit.inference.generate import continue_text
 from lorakit.inference.sampling import Sampling
 from lorakit.models.families import FAMILIES, WRAPPERS
 from lorakit.models.per_layer import host_tables
-from tests.conftest import (
-    FAMILY_VARIANTS,
-    LOGITS,
-    TINY_VARIANTS,
-    published,
-    tiny,
-)
+from tests.conftest import FAMILY_VARIANTS, LOGITS, TINY_VARIANTS, published
+from tests.models.variants import WITHIN, make
 from tests.models.wrappers import WRAPPED
 
 
-def ours_and_theirs(tmp_path, family="llama", **overrides):
-    theirs = tiny(family, **overrides)
+def ours_and_theirs(tmp_path, family, options):
+    theirs = make(family, options)
     theirs.save_pretrained(tmp_path)
     return lk.load_model(tmp_path, dtype="float32"), theirs
+
+
+def read_by_transformers(path, family):
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    auto = AutoModelForImageTextToText if family in WITHIN else AutoModelForCausalLM
+    return auto.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 def greedy(model, prompts, count):
@@ -31,9 +33,9 @@ def greedy(model, prompts, count):
 
 
 VARIANTS = [("llama", options) for options in TINY_VARIANTS.values()]
-VARIANTS += FAMILY_VARIANTS.values()
+VARIANTS += [*FAMILY_VARIANTS.values(), *WITHIN.values()]
 variants = pytest.mark.parametrize(
-    ("family", "options"), VARIANTS, ids=[*TINY_VARIANTS, *FAMILY_VARIANTS]
+    ("family", "options"), VARIANTS, ids=[*TINY_VARIANTS, *FAMILY_VARIANTS, *WITHIN]
 )
 
 
@@ -52,7 +54,11 @@ def compare(ours, theirs, family, differences, label):
     loss, count = ours.loss(ids, labels)
     (loss / count).backward()
     theirs(ids, labels=labels).loss.backward()
-    truths = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    truths = {
+        name.replace("model.language_model.", "model."): parameter.grad
+        for name, parameter in theirs.named_parameters()
+        if not name.startswith("model.visual.")
+    }
     truths = published(truths, family)
     largest = 0.0
     for name, parameter in ours.named_parameters():
@@ -72,16 +78,13 @@ def compare(ours, theirs, family, differences, label):
 
 
 def test_every_family_is_compared():
-    """Those of Qwen's vision models are compared within their wrappers (test_multimodal.py)."""
-    compared = {family for family, _ in VARIANTS}
-    within = {WRAPPERS[wrapper] for wrapper, *_ in WRAPPED.values()}
-    assert compared | within >= set(FAMILIES)
-    assert set(FAMILIES) - compared == {"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"}
+    assert {WRAPPERS.get(family, family) for family, _ in VARIANTS} == set(FAMILIES)
+    assert {wrapper for wrapper, *_ in WRAPPED.values()} == set(WRAPPERS)
 
 
 @variants
 def test_tiny_logits_and_every_gradient(tmp_path, family, options, differences):
-    ours, theirs = ours_and_theirs(tmp_path, family, **options)
+    ours, theirs = ours_and_theirs(tmp_path, family, options)
     names, expected = compare(ours, theirs, family, differences, "fp32")
     assert names == expected
     # transformers does not train these either: they are its buffers
@@ -92,15 +95,11 @@ def test_tiny_logits_and_every_gradient(tmp_path, family, options, differences):
 @variants
 def test_nf4_equals_the_dequantized_model(tmp_path, family, options, differences):
     """A quantized model computes what transformers computes with the dequantized weights."""
-    from transformers import AutoModelForCausalLM
-
-    original = tiny(family, **options)
+    original = make(family, options)
     original.save_pretrained(tmp_path)
     packed = lk.load_model(tmp_path, dtype="float32", quantize="nf4")
     lk.save_model(packed, tmp_path / "dense")
-    theirs = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "dense", dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    theirs = read_by_transformers(tmp_path / "dense", family)
     compare(packed, theirs, family, differences, "NF4")
     dense = lk.load_model(tmp_path / "dense", dtype="float32")
     ids = torch.arange(40)[None]
@@ -112,7 +111,7 @@ def test_nf4_equals_the_dequantized_model(tmp_path, family, options, differences
 @variants
 def test_greedy_tokens_equal_transformers(tmp_path, family, options):
     """64 greedy tokens: with the cache, without it, beside a longer row, and by transformers."""
-    ours, theirs = ours_and_theirs(tmp_path, family, **options)
+    ours, theirs = ours_and_theirs(tmp_path, family, options)
     prompts = [
         torch.randint(3, 97, (n,), generator=torch.Generator().manual_seed(n)) for n in (5, 17)
     ]
@@ -141,13 +140,9 @@ def test_greedy_tokens_equal_transformers(tmp_path, family, options):
 
 @variants
 def test_saved_model_loads_in_transformers(tmp_path, family, options):
-    from transformers import AutoModelForCausalLM
-
-    ours, theirs = ours_and_theirs(tmp_path, family, **options)
+    ours, theirs = ours_and_theirs(tmp_path, family, options)
     lk.save_model(ours, tmp_path / "again")
-    back = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "again", dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    back = read_by_transformers(tmp_path / "again", family)
     ids = torch.arange(40)[None]
     assert type(back) is type(theirs)
     assert torch.equal(back(ids).logits, theirs(ids).logits)
@@ -158,7 +153,7 @@ def test_saved_model_loads_in_transformers(tmp_path, family, options):
 
 @pytest.mark.parametrize("variant", ["gqa", "llama3_rope"])
 def test_gradient_checkpointing_changes_nothing(tmp_path, variant):
-    ours, _ = ours_and_theirs(tmp_path, **TINY_VARIANTS[variant])
+    ours, _ = ours_and_theirs(tmp_path, "llama", TINY_VARIANTS[variant])
     ids = torch.randint(97, (2, 20))
     grads = []
     for checkpointing in (False, True):
