@@ -116,10 +116,13 @@ from lorakit.training import memory as memory
 from lorakit.training import optim as optim
 from lorakit.training.cores import own_threads as own_threads
 from lorakit.training.division import mesh_of_run as mesh_of_run
+from lorakit.training.losses.preference import cpo_loss as cpo_loss
 from lorakit.training.losses.preference import dpo_loss as dpo_loss
 from lorakit.training.losses.preference import orpo_loss as orpo_loss
 from lorakit.training.losses.preference import pair_losses as pair_losses
+from lorakit.training.losses.preference import simpo_loss as simpo_loss
 from lorakit.training.losses.reference import Reference as Reference
+from lorakit.training.losses.unpaired import kto_loss as kto_loss
 from lorakit.training.memory import tune_allocator as tune_allocator
 from lorakit.training.memory_plan.before import check_memory as check_memory
 from lorakit.training.memory_plan.before import check_run as check_run

@@ -23,6 +23,10 @@ Schedule = Literal[
     "inverse_sqrt",
 ]
 Optimizer = Literal["adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]
+Objective = Literal["sft", "dpo", "orpo", "cpo", "simpo", "kto"]
+LossType = Literal[
+    "sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down", "kto", "apo_zero_unpaired"
+]
 OverLength = Literal["truncate", "drop", "raise", "split"]
 TrainOn = Literal["completion", "last_turn", "all"]
 MLPActivations = Literal["auto", "keep", "recompute"]
@@ -37,6 +41,14 @@ ROWS, BATCHES = 8, 1
 SCHEDULES = get_args(Schedule)
 OVER_LENGTH = get_args(OverLength)
 TRAIN_ON = get_args(TrainOn)
+# objective -> its forms of the loss, the default first
+LOSS_TYPES: dict[Objective, tuple[LossType, ...]] = {
+    "dpo": ("sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down"),
+    "cpo": ("sigmoid", "hinge", "ipo"),
+    "kto": ("kto", "apo_zero_unpaired"),
+}
+SMOOTHED = ("sigmoid", "robust")  # those that have label smoothing
+PAIRS: tuple[Objective, ...] = ("dpo", "orpo", "cpo", "simpo")
 # name -> the bits of AdamW's state, and whether the state is paged
 OPTIMIZERS: dict[Optimizer, tuple[int, bool]] = {
     "adamw_torch": (32, False),
@@ -133,11 +145,20 @@ class TrainConfig:
     skip_empty: bool = False
     """Leave out rows with an empty output or completion, or an empty turn of the assistant, and say
     how many; false stops at an empty output or completion."""
-    objective: Literal["sft", "dpo", "orpo"] = "sft"
-    """Aim of the training: "sft" learns the rows; "dpo" and "orpo" learn to prefer `chosen` to
-    `rejected`."""
+    objective: Objective = "sft"
+    """Aim of the training: "sft" learns the rows; "dpo", "orpo", "cpo" and "simpo" learn to prefer
+    `chosen` to `rejected`; "kto" learns from completions with a `label`, true for a good one."""
+    loss_type: LossType | None = None
+    """Form of the loss: of dpo "sigmoid", "hinge", "ipo", "robust", "apo_zero" or "apo_down"; of
+    cpo "sigmoid", "hinge" or "ipo"; of kto "kto" or "apo_zero_unpaired". Null takes the first."""
     beta: float = 0.1
-    """Strength of the preference term in DPO and ORPO."""
+    """Strength of the preference term in every objective but sft."""
+    simpo_gamma: float = 0.5
+    """Margin by which SimPO wants the chosen completion to be ahead."""
+    desirable_weight: float = 1.0
+    """Weight of the good completions in KTO."""
+    undesirable_weight: float = 1.0
+    """Weight of the bad completions in KTO."""
     packing: bool = False
     """Put several rows into one instead of padding them. The rows in it do not see each other, and
     it has at most per_device_train_batch_size * max_seq_length tokens."""
@@ -145,8 +166,8 @@ class TrainConfig:
     """Put rows of like length into a batch, which saves padding. With false the order of the rows
     follows from their number and the seed alone, so that it is the same for every tokenizer."""
     label_smoothing_factor: float = 0.0
-    """Share of each label that is spread over all tokens, from 0 to below 1. In DPO it is the
-    share of pairs that are taken to be the wrong way round, below 0.5."""
+    """Share of each label that is spread over all tokens, from 0 to below 1. In DPO, CPO and SimPO
+    it is the share of pairs that are taken to be the wrong way round, below 0.5."""
     z_loss: float = 0.0
     """Weight of the squared log of the softmax's normalizer in the loss, from 0 to below 1."""
     neftune_noise_alpha: float | None = None
@@ -315,25 +336,67 @@ class TrainConfig:
                 f"num_cycles goes with lr_scheduler_type cosine_with_restarts, not with {schedule}"
             )
 
+    @property
+    def pairs(self) -> bool:
+        """Whether a row has two answers, a better and a worse one."""
+        return self.objective in PAIRS
+
+    @property
+    def compares(self) -> bool:
+        """Whether the loss compares the model with a reference, itself before the first step."""
+        return self.objective in ("dpo", "kto")
+
+    @property
+    def form(self) -> LossType | None:
+        """The form of the loss: loss_type or the default of the objective, None if it has one."""
+        return self.loss_type or LOSS_TYPES.get(self.objective, (None,))[0]
+
     def _check_loss(self) -> None:
         check_below_one(self, "label_smoothing_factor", "z_loss")
-        check_positive(self, "beta")
+        check_positive(self, "beta", "desirable_weight", "undesirable_weight")
         check_positive(self, "neftune_noise_alpha", or_null=True)
-        if self.frozen_dtype is not None and self.objective == "dpo":
+        objective, z_loss = self.objective, self.z_loss
+        if self.frozen_dtype is not None and self.compares:
             raise LorakitError(
-                "frozen_dtype float8 goes with objective sft or orpo; dpo compares with answers of "
-                "the model in its own dtype"
+                f"frozen_dtype float8 does not go with objective {objective}, which compares with "
+                "answers of the model in its own dtype"
             )
-        pairs, smoothing = self.objective != "sft", self.label_smoothing_factor
-        if pairs and self.z_loss:
-            raise LorakitError("z_loss goes with objective sft only; dpo and orpo have none")
-        if smoothing and self.objective == "orpo":
+        if objective != "sft" and z_loss:
+            raise LorakitError(f"z_loss goes with objective sft only; {objective} has none")
+        forms = LOSS_TYPES.get(objective, ())
+        if self.loss_type is not None and self.loss_type not in forms:
+            others = f"; it has {', '.join(forms)}" if forms else ", which has one form only"
             raise LorakitError(
-                "label_smoothing_factor goes with objective sft or dpo; orpo has none"
+                f"loss_type {self.loss_type} does not go with objective {objective}{others}"
             )
-        if pairs and smoothing >= 0.5:
+        for name, of, default in (
+            ("simpo_gamma", "simpo", 0.5),
+            ("desirable_weight", "kto", 1.0),
+            ("undesirable_weight", "kto", 1.0),
+        ):
+            if getattr(self, name) != default and objective != of:
+                raise LorakitError(f"{name} goes with objective {of}, not with {objective}")
+        self._check_smoothing()
+        if self.form == "kto" and self.per_device_train_batch_size in (1, "auto"):
+            raise LorakitError(
+                "objective kto estimates how far the model is from its reference within a batch: "
+                "give per_device_train_batch_size as a number above 1"
+            )
+
+    def _check_smoothing(self) -> None:
+        smoothing, form = self.label_smoothing_factor, self.form
+        smoothed = self.objective in ("sft", "simpo") or form in SMOOTHED
+        if smoothing and not smoothed:
+            what = f"loss_type {form}" if self.loss_type else f"objective {self.objective}"
+            raise LorakitError(f"label_smoothing_factor does not go with {what}, which has none")
+        if self.pairs and smoothing >= 0.5:
             raise LorakitError(
                 f"label_smoothing_factor is {smoothing}; for pairs it must be in [0, 0.5)"
+            )
+        if form == "robust" and not smoothing:
+            raise LorakitError(
+                "loss_type robust needs label_smoothing_factor, the share of pairs that are the "
+                "wrong way round"
             )
 
     def _check_evaluation_and_checkpoints(self) -> None:

@@ -27,7 +27,7 @@ class Order:
 
     def __init__(self, examples: Examples, config: TrainConfig):
         self.lengths, self.config = examples.lengths, config
-        self._rows_of_one = 1 if config.objective == "sft" else 2  # a pair is two rows
+        self._rows_of_one = 1 + config.pairs  # a pair is two rows
         self.packs: list[list[int]] | None = None
         if config.packing:
             size = config.rows_at_a_time * config.max_seq_length

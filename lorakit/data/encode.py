@@ -34,7 +34,17 @@ from lorakit.config.training import OVER_LENGTH, TRAIN_ON, OverLength, TrainOn
 from lorakit.data.chat_spans import Render, RenderedChat
 from lorakit.data.instructions import as_chat_or_pair
 from lorakit.data.messages import is_learned
-from lorakit.data.schemas import Chat, Choice, Instruction, OneAnswer, Prompt, Row, Text
+from lorakit.data.schemas import (
+    Chat,
+    Choice,
+    Instruction,
+    Judged,
+    OneAnswer,
+    Prompt,
+    Row,
+    Text,
+    answers_of,
+)
 from lorakit.data.truncate import Uncut, cut, cuts_of, first_kept, without_oldest
 from lorakit.models.chat_template import Messages
 from lorakit.models.tokenizer import Tokenizer
@@ -78,6 +88,26 @@ class PairExample(NamedTuple):
         return self.chosen.input_ids + self.rejected.input_ids
 
 
+class JudgedExample(NamedTuple):
+    """The example of an answer that is good (desirable) or bad."""
+
+    answer: Example
+    desirable: bool
+
+    @property
+    def answers(self) -> tuple[Example, ...]:
+        """The rows that the example takes in a batch: its answer."""
+        return (self.answer,)
+
+    @property
+    def input_ids(self) -> list[int]:
+        """The tokens of the answer and its prompt."""
+        return self.answer.input_ids
+
+
+AnyExample = Example | PairExample | JudgedExample
+
+
 class Encoder:
     """Makes the examples of rows. `long` counts the rows over `max_seq_length`.
 
@@ -117,7 +147,7 @@ class Encoder:
         # The roles of messages that the template was seen to show whole, by its variables.
         self._shown_roles: dict[str, set[tuple[Any, ...]]] = {}
 
-    def examples(self, row: Row) -> Sequence[Example | PairExample]:
+    def examples(self, row: Row) -> Sequence[AnyExample]:
         """Return the examples of a row: one, none if it is dropped, or the windows of a text.
 
         Raises LorakitError as a call does.
@@ -135,14 +165,14 @@ class Encoder:
         example = self(row)
         return [] if example is None else [example]
 
-    def __call__(self, row: Row) -> Example | PairExample | None:
+    def __call__(self, row: Row) -> AnyExample | None:
         """Return the example of a row, of at most max_seq_length tokens; None if it is dropped.
 
         Raises LorakitError for a row from which the model would learn nothing, or something wrong.
         """
         if isinstance(row, Prompt):
             return self._prompt(row)
-        answers = [row.chosen, row.rejected] if isinstance(row, Choice) else [row]
+        answers = answers_of(row)
         uncut = [self._tokens(each) for each in answers]
         for each, whole in zip(answers, uncut, strict=True):
             with _at(each.place):
@@ -172,7 +202,7 @@ class Encoder:
             examples.append(Example(ids, labels))
         if isinstance(row, Choice):
             return PairExample(chosen=examples[0], rejected=examples[1])
-        return examples[0]
+        return JudgedExample(examples[0], row.desirable) if isinstance(row, Judged) else examples[0]
 
     def _prompt(self, row: Prompt) -> Example | None:
         """Return the example of a prompt, which has no label; None if it is dropped.

@@ -6,7 +6,8 @@
     lengths  4  3
     numbers  0  2               the number of each example's row
 
-n is the number of tokens of the first answer, which is all of them unless the row has two. A token
+n is the number of tokens of the first answer, which is all of them unless the row has two. Of an
+answer that is said to be good or bad n is below 0: -2 or -1. A token
 t that is learned is written as it is, one that is not as ~t, which is below 0: so a token and its
 label take 4 bytes together. Up to IN_MEMORY bytes stay in memory; more go to an unnamed temporary
 file, in the directory that TMPDIR names. So the rows may be more than memory holds. A row costs 24
@@ -23,7 +24,7 @@ from typing import overload
 
 from lorakit.config.errors import LorakitError
 from lorakit.config.training import OverLength, TrainOn
-from lorakit.data.encode import IGNORE, Encoder, Example, PairExample
+from lorakit.data.encode import IGNORE, AnyExample, Encoder, Example, JudgedExample, PairExample
 from lorakit.data.rows import RowSource, place_of, unread_rows
 from lorakit.data.schemas import Row
 from lorakit.models.tokenizer import Tokenizer
@@ -33,7 +34,7 @@ log = logging.getLogger("lorakit")
 IN_MEMORY = 1 << 26  # bytes; the tokens of about 60 MB of English text
 
 
-class Examples(Sequence[Example | PairExample]):
+class Examples(Sequence[AnyExample]):
     """The examples of rows, without those that `encoder` drops; a text may have several.
 
     `lengths` holds the number of tokens of each, and `largest_id` the largest token id of all.
@@ -63,14 +64,12 @@ class Examples(Sequence[Example | PairExample]):
         return len(self.numbers)
 
     @overload
-    def __getitem__(self, index: int) -> Example | PairExample: ...
+    def __getitem__(self, index: int) -> AnyExample: ...
 
     @overload
-    def __getitem__(self, index: slice) -> list[Example | PairExample]: ...
+    def __getitem__(self, index: slice) -> list[AnyExample]: ...
 
-    def __getitem__(
-        self, index: int | slice
-    ) -> Example | PairExample | list[Example | PairExample]:
+    def __getitem__(self, index: int | slice) -> AnyExample | list[AnyExample]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]  # an IndexError, or a number from 0 on
@@ -97,18 +96,22 @@ def _room() -> Iterator[None]:
 _SIZE = array("i").itemsize  # 4 bytes
 
 
-def _packed(example: Example | PairExample) -> tuple[int, bytes]:
+def _packed(example: AnyExample) -> tuple[int, bytes]:
     """Return the number of tokens of an example, and its tokens and labels as bytes."""
     answers = example.answers
     numbers = array("i", [len(answers[0].input_ids)])
+    if isinstance(example, JudgedExample):
+        numbers[0] = -1 - example.desirable
     for ids, labels in answers:
         numbers.extend(~t if label == IGNORE else t for t, label in zip(ids, labels, strict=True))
     return len(numbers) - 1, numbers.tobytes()
 
 
-def _unpacked(data: bytes) -> Example | PairExample:
+def _unpacked(data: bytes) -> AnyExample:
     numbers = array("i", data).tolist()
     first, tokens = numbers[0], numbers[1:]
+    if first < 0:
+        return JudgedExample(_example(tokens), first == -2)
     chosen = _example(tokens[:first])
     if first == len(tokens):
         return chosen

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorakit.config.errors import LorakitError
-from lorakit.data.values import holds
+from lorakit.data.values import field, has, holds
 
 _TEXT_ALONE = "lorakit trains on text alone; leave such rows out"
 _TOKENS = "lorakit makes tokens and labels itself; take the field out"
@@ -39,23 +39,45 @@ REFUSED_IN_MESSAGES = {
     **dict.fromkeys(("train_detail", "training_detail"), _WHOLE_TURNS),
     "refusal": "templates do not show it; move its text to content",
 }
-# A label that says that the answer is a bad one, by formats that KTO reads. A row of preference has
+# What says whether the answer is a good one, in the formats that KTO reads. A row of preference has
 # a bad answer of its own, and the label of a text is its class.
 LABELS = ("label", "kto_tag")
-_LABELED = ("messages", "sharegpt", "prompt_completion", "alpaca")
+LABELED = ("messages", "sharegpt", "prompt_completion", "alpaca")
+
+
+_VERDICTS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+
+
+def has_verdict(value: Mapping[str, Any]) -> bool:
+    """Return whether a row says without doubt that its answer is a good or a bad one."""
+    # CSV has text alone
+    return any(str(value.get(name)).strip().casefold() in ("true", "false") for name in LABELS)
+
+
+def verdict_of(value: Mapping[str, Any], place: str) -> bool:
+    """Return whether a row says that its answer is a good one.
+
+    Raises LorakitError if it says neither.
+    """
+    name = next((name for name in LABELS if has(value, name)), LABELS[0])
+    label = field(value, name, place)
+    verdict = _VERDICTS.get(str(label).strip().casefold())
+    if verdict is None:
+        raise LorakitError(f"{place}: {name} must be true or false, not {label!r:.60}")
+    return verdict
 
 
 def check_row(value: Mapping[str, Any], format: str, place: str) -> None:
     """Raise LorakitError if a row holds a field that other tools obey and lorakit does not."""
     _check(value, REFUSED, place)
-    for name in LABELS if format in _LABELED else ():
+    for name in LABELS if format in LABELED else ():
         label = value.get(name)
         bad = isinstance(label, (bool, int, float)) and not label
         if bad or str(label).strip().casefold() in ("false", "0"):  # CSV has text alone
             raise LorakitError(
-                f"{place}: {name} is {label!r}, which says that the answer is a bad one, and "
-                "lorakit has no KTO to learn from that: leave such rows out; if it is a class, "
-                "rename the field"
+                f"{place}: {name} is {label!r}, which says that the answer is a bad one: read such "
+                "rows with format: unpaired_preference, for objective kto, or leave them out; if "
+                "it is a class, rename the field"
             )
 
 

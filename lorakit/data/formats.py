@@ -1,4 +1,4 @@
-"""What a row of training data means: a prompt with its completion, a chat, an instruction, or text.
+"""What a row of training data means: a prompt and completion, a chat, an instruction, text, more.
 
     format              fields, those in brackets optional                      becomes
     preference          chosen, rejected: text or messages (prompt, or what     Choice
@@ -13,9 +13,12 @@
     alpaca              instruction, output (input)                             Instruction
                         with history too, or a field of a chat                  Chat
     text                text                                                    Text
+    unpaired_preference the fields of messages, sharegpt, prompt_completion or  Judged
+                        alpaca, and label or kto_tag: true or false
     prompt_only         prompt: text or messages; others are for rewards        Prompt
 
-A row has the format of the first line above whose fields it has. A row that is a list is a row of
+A row has the format of the first line above whose fields it has, but where a label is true or false
+that of the label. A row that is a list is a row of
 messages. Every row that becomes a chat may have tools, a system prompt, and chat_template_kwargs,
 the variables that its template gets. Fields that are null are left out, because a table has them
 in every row.
@@ -33,17 +36,16 @@ from itertools import product
 from typing import Any
 
 from lorakit.config.errors import LorakitError, nearest
-from lorakit.data.foreign import check_row
-from lorakit.data.instructions import request
+from lorakit.data.foreign import LABELED, LABELS, check_row, has_verdict, verdict_of
+from lorakit.data.instructions import assistant, history_of, request, user
 from lorakit.data.messages import messages_of, system_of, tools_of, with_system
-from lorakit.data.schemas import Chat, Choice, Instruction, Pair, Prompt, Row, Text
+from lorakit.data.schemas import Chat, Choice, Instruction, Judged, Pair, Prompt, Row, Text
 from lorakit.data.values import (
     EmptyAnswer,
     field,
     filled_text,
     has,
     holds,
-    listed,
     optional_text,
     parse_json,
     text_of,
@@ -66,6 +68,7 @@ FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
     "prompt_completion": (("prompt", "completion"),),
     "alpaca": (("instruction", "output"),),
     "text": (("text",),),
+    "unpaired_preference": tuple(("prompt", "completion", name) for name in LABELS),
     "prompt_only": (("prompt",),),
 }
 # Variables of apply_chat_template that a row cannot set, because it says them elsewhere or not at
@@ -86,6 +89,13 @@ def detect(value: Any, place: str) -> str:
     if _is_chat(value):
         return "messages"
     names = _names_of(value, place)
+    two = {"chosen", "rejected"}
+    if two <= value.keys() and not two.isdisjoint(names):
+        return "preference"  # also where one of the two is null, which a prompt alone has not
+    if has_verdict(value):
+        without = {name: item for name, item in value.items() if name not in LABELS}
+        if without and detect(without, place) in LABELED:
+            return "unpaired_preference"
     for format, forms in FORMATS.items():
         if any(all(name in names for name in fields) for fields in forms):
             return format
@@ -168,28 +178,6 @@ def _variables(value: Mapping[str, Any], place: str) -> dict[str, Any]:
     return dict(variables)
 
 
-def _history(value: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
-    """Return the exchanges before an instruction: pairs of a prompt and an answer, as messages."""
-    messages = []
-    for i, turn in enumerate(listed(value, "history", place)):
-        pair = isinstance(turn, (list, tuple)) and len(turn) == 2
-        if not pair or not all(isinstance(text, str) for text in turn):
-            raise LorakitError(
-                f"{place}: history must hold pairs of a prompt and an answer, but number {i} is "
-                f"{turn!r:.60}"
-            )
-        messages += [_user(turn[0]), _assistant(turn[1])]
-    return messages
-
-
-def _user(text: str) -> dict[str, Any]:
-    return {"role": "user", "content": text}
-
-
-def _assistant(text: str) -> dict[str, Any]:
-    return {"role": "assistant", "content": text}
-
-
 def _has_context(value: Mapping[str, Any], place: str) -> str:
     """Name the field of a row that only a chat has a place for, "" if there is none.
 
@@ -209,7 +197,9 @@ def _check_context(value: Mapping[str, Any], row: Row, place: str, format: str) 
 
     A row that has another format's fields too may hold it for that one.
     """
-    name, answer = "", row.chosen if isinstance(row, Choice) else row
+    name, answer = "", row
+    if isinstance(row, (Choice, Judged)):
+        answer = row[0]
     chat = isinstance(answer, Prompt) and not isinstance(answer.prompt, str)
     if not isinstance(answer, Chat) and not chat:
         name = _has_context(value, place)
@@ -269,7 +259,7 @@ def _choice(value: Mapping[str, Any], place: str) -> Row:
         answers.append([answer] if isinstance(answer, Mapping) else answer)
     prompt = _prompt(value, answers, place)
     if isinstance(prompt, list):
-        answers = [[_assistant(a)] if isinstance(a, str) else a for a in answers]
+        answers = [[assistant(a)] if isinstance(a, str) else a for a in answers]
         if all(answer[: len(prompt)] == prompt for answer in answers):
             answers = [answer[len(prompt) :] for answer in answers]
     if any(isinstance(answer, str) != isinstance(prompt, str) for answer in answers):
@@ -296,7 +286,7 @@ def _prompt(value: Mapping[str, Any], answers: list[Any], place: str) -> Any:
             if has(value, name):
                 return _asked(value[name], f"{place}, {name}")
         if has(value, "instruction"):
-            return [*_history(value, place), _user(_request(value, place))]
+            return [*history_of(value, place), user(_request(value, place))]
         if not chats:
             raise LorakitError(f"{place}: chosen and rejected need a prompt, unless both are chats")
     if isinstance(prompt, list) or not chats:
@@ -308,7 +298,7 @@ def _prompt(value: Mapping[str, Any], answers: list[Any], place: str) -> Any:
             "prompt; give them one"
         )
     if text and not both:
-        return [_user(value["prompt"])]
+        return [user(value["prompt"])]
     if text and not any(text in m.get("content", "") for m in messages_of(both, place)):
         raise LorakitError(
             f"{place}: chosen and rejected begin with messages that do not hold the prompt; take "
@@ -385,10 +375,10 @@ def _alpaca(value: Mapping[str, Any], place: str) -> Row:
     instruction = text_of(value, "instruction", place)
     more = optional_text(value, "input", place)
     output = filled_text(value, "output", place)
-    before = _history(value, place)
+    before = history_of(value, place)
     if not before and not _has_context(value, place):
         return Instruction(instruction, more, output, place)
-    return _chat_of([], [*before, _user(_request(value, place)), _assistant(output)], value, place)
+    return _chat_of([], [*before, user(_request(value, place)), assistant(output)], value, place)
 
 
 def _request(value: Mapping[str, Any], place: str) -> str:
@@ -397,6 +387,20 @@ def _request(value: Mapping[str, Any], place: str) -> str:
 
 def _plain(value: Mapping[str, Any], place: str) -> Row:
     return Text(filled_text(value, "text", place), place)
+
+
+def _judged(value: Mapping[str, Any], place: str) -> Row:
+    """Return an answer that a row says is good or bad."""
+    without = {name: item for name, item in value.items() if name not in LABELS}
+    format = detect(without, place)
+    if format not in LABELED:
+        raise LorakitError(
+            f"{place}: a row with a label needs one answer: prompt and completion, messages, "
+            "conversations, or instruction and output"
+        )
+    answer = _MAKE[format](without, place)
+    assert isinstance(answer, (Pair, Chat, Instruction))
+    return Judged(answer, verdict_of(value, place), place)
 
 
 def _prompt_only(value: Mapping[str, Any], place: str) -> Row:
@@ -427,5 +431,6 @@ _MAKE: dict[str, Callable[[Mapping[str, Any], str], Row]] = {
     "prompt_completion": _pair,
     "alpaca": _alpaca,
     "text": _plain,
+    "unpaired_preference": _judged,
     "prompt_only": _prompt_only,
 }

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from lorakit.config.training import TrainOn
 from lorakit.data.encode import IGNORE, Encoder, Example
-from lorakit.data.schemas import Choice, Row
+from lorakit.data.schemas import Judged, Prompt, Row, answers_of
 from lorakit.models.tokenizer import Tokenizer
 
 LEARNED, MASKED, PLAIN = "\x1b[30;42m", "\x1b[2m", "\x1b[0m"
@@ -42,13 +42,16 @@ def show_rows(
     encoder = Encoder(tok, train_on=train_on)
     shown = []
     for row in rows[:count]:
-        answers: list[Row] = [row.chosen, row.rejected] if isinstance(row, Choice) else [row]
+        judged = ""
+        if isinstance(row, Judged):
+            judged = f", a {'good' if row.desirable else 'bad'} answer"
+        answers: Sequence[Row] = [row] if isinstance(row, Prompt) else answers_of(row)
         for each in answers:
             example = encoder(each)
             assert isinstance(example, Example)  # one answer, and no limit to its length
             ids, labels = example
             learned = sum(label != IGNORE for label in labels)
-            head = f"{each.place}: {len(ids)} tokens, {learned} of them labels"
+            head = f"{each.place}: {len(ids)} tokens, {learned} of them labels{judged}"
             shown.append(f"{head}\n{_colored(tok, ids, labels, color)}\n")
     return "\n".join(shown)
 

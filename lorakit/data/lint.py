@@ -17,14 +17,14 @@ from tqdm import tqdm
 
 from lorakit.config.errors import LorakitError
 from lorakit.config.training import TrainOn
-from lorakit.data.encode import IGNORE, Encoder, Example, PairExample
+from lorakit.data.encode import IGNORE, AnyExample, Encoder
 from lorakit.data.findings import private_kinds, repeats_question, script_of
 from lorakit.data.inspect import visible
 from lorakit.data.rows import place_of
-from lorakit.data.schemas import Chat, Choice, Prompt, Row
+from lorakit.data.schemas import Chat, Choice, Judged, Prompt, Row
 from lorakit.data.similar import check_limit, similar_rows
 from lorakit.data.splitting import SelectedRows
-from lorakit.data.texts import answer_of, asked_of, spoken_texts, texts_of, words_digest
+from lorakit.data.texts import answer_of, asked_of, class_of, spoken_texts, texts_of, words_digest
 from lorakit.models.tokenizer import Tokenizer
 
 SHORT = 40  # an answer of more characters is not taken for a class
@@ -65,6 +65,8 @@ class LintReport:
     """Places of rows with strings of the shape of private ones, and their kinds."""
     repeating: list[str] = field(default_factory=list)
     """Places of rows whose answer holds the whole question."""
+    verdicts: Counter[str] = field(default_factory=Counter)
+    """Number of rows by their label of KTO, "true" or "false"."""
     scripts: Counter[str] = field(default_factory=Counter)
     """Number of rows by the script of most of their letters, as Unicode names it."""
 
@@ -80,6 +82,8 @@ class LintReport:
             lines += ["", *self._histogram()]
         if self.classes:
             lines += ["", *self._balance()]
+        if self.verdicts:
+            lines += ["", self._verdicts()]
         if self.scripts:
             shares = (f"{name or 'none'} {n / self.rows:.1%}" for name, n in self._most_scripts())
             lines += ["", f"scripts, by rows: {', '.join(shares)}"]
@@ -113,6 +117,17 @@ class LintReport:
             drawn = "#" * -(-WIDTH * n // max(counts.values()))
             lines.append(f"  {start:>7,} to {start + step - 1:>7,}  {drawn:{WIDTH}}  {n:,}")
         return [head, *lines]
+
+    def _verdicts(self) -> str:
+        """Say how many answers are good and bad, and which weights even them (KTO, section 4.3)."""
+        good, bad = self.verdicts["true"], self.verdicts["false"]
+        line = f"labels of KTO: true {good:,}, false {bad:,}"
+        if not good or not bad:
+            return f"{line}; it learns from good and bad answers, and there is one kind alone"
+        if max(good, bad) > min(good, bad) * 4 / 3:
+            name = "desirable_weight" if good < bad else "undesirable_weight"
+            line += f"; {name}: {max(good, bad) / min(good, bad):.2f} gives both the same weight"
+        return line
 
     def _most_scripts(self) -> list[tuple[str, int]]:
         return self.scripts.most_common(LISTED)
@@ -178,11 +193,9 @@ def lint_rows(
             asked.setdefault(words_digest(*asked_of(row)), number)
         _look(report, row)
         try:
-            example = encoder(row)
+            _count(report, row.place, encoder(row))
         except LorakitError as error:
             report.unusable.append(str(error))
-            continue
-        _count(report, row.place, example)
     report.classes = Counter({text: n for text, n in report.classes.items() if n > 1})
     kept = SelectedRows(rows, distinct)
     if near is not None and distinct:
@@ -218,7 +231,13 @@ def _look(report: LintReport, row: Row) -> None:
     report.empty += _empty_turns(row)
     answer = answer_of(row)
     classes = report.classes
-    if len(answer) <= SHORT and (answer in classes or len(classes) < CLASSES):
+    if isinstance(row, Judged):
+        report.verdicts[class_of(row)] += 1
+    if (
+        not isinstance(row, Prompt)
+        and len(answer) <= SHORT
+        and (answer in classes or len(classes) < CLASSES)
+    ):
         classes[answer] += 1
     texts = "\n".join(spoken_texts(row))
     report.scripts[script_of(texts)] += 1
@@ -233,7 +252,7 @@ def _with_bar(rows: Sequence[Row]) -> Any:
     return tqdm(rows, desc="checking", unit="row", total=len(rows), disable=None, leave=False)
 
 
-def _count(report: LintReport, place: str, example: Example | PairExample | None) -> None:
+def _count(report: LintReport, place: str, example: AnyExample | None) -> None:
     """Add the lengths and labels of a row to the report."""
     assert example is not None  # no limit to its length, so it is not dropped
     report.lengths[len(example.input_ids)] += 1
@@ -246,10 +265,12 @@ def _count(report: LintReport, place: str, example: Example | PairExample | None
 def _empty_turns(row: Row) -> list[str]:
     if isinstance(row, Choice):
         return _empty_turns(row.chosen) + _empty_turns(row.rejected)
-    messages = row.messages if isinstance(row, Chat) else None
-    if isinstance(row, Prompt):
-        messages = [] if isinstance(row.prompt, str) else row.prompt
-    if messages is not None:
+    if isinstance(row, Judged):
+        return _empty_turns(row.answer)
+    if isinstance(row, (Chat, Prompt)):
+        messages = row.messages if isinstance(row, Chat) else row.prompt
+        if isinstance(messages, str):
+            return []
         return [
             f"{row.place}, message {i} ({m['role']:.20})"
             for i, m in enumerate(messages)

@@ -18,7 +18,7 @@ from lorakit.data.rows import RowSource, fields_at, place_of, read_rows
 from lorakit.data.schemas import Row
 from lorakit.data.similar import check_limit, similar_rows
 from lorakit.data.splitting import SelectedRows, content_digest
-from lorakit.data.texts import answer_of, texts_of, words_digest
+from lorakit.data.texts import class_of, texts_of, words_digest
 
 
 class Mended(NamedTuple):
@@ -77,7 +77,8 @@ def balance_rows(
 
     Args:
         source: The rows, as `read_rows` takes them.
-        by: The field that holds the class of a row. None takes the answer for it.
+        by: The field that holds the class of a row. None takes the answer for it, or the label of
+            rows that say whether their answer is a good one.
         most: The most rows that a class keeps. None takes the size of the smallest class.
         seed: The seed by which the rows that stay are drawn.
 
@@ -94,7 +95,7 @@ def balance_rows(
     members = defaultdict[str, list[int]](list)
     if by is None:
         for i, row in enumerate(_with_bar(rows, "reading")):
-            members[answer_of(row)].append(i)
+            members[class_of(row)].append(i)
     else:
         for i in _with_bar(range(len(rows)), "reading"):
             members[_class_of(rows, i, by)].append(i)

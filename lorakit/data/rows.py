@@ -105,8 +105,9 @@ def read_rows(
         source: The path of a .jsonl, .ndjson, .json, .csv, .tsv or .parquet file, all but the last
             perhaps with .gz, an iterable of mappings from field names to values, or an object with
             a length and an index.
-        format: One of messages, sharegpt, prompt_completion, preference, alpaca, text and
-            prompt_only. None takes the format that the fields of the first row tell.
+        format: One of messages, sharegpt, prompt_completion, preference, alpaca, text,
+            unpaired_preference and prompt_only. None takes the format that the fields of the first
+            row tell.
         errors: If given, a row that cannot be used is left out and the reason is added to this
             list. If None, such a row raises an error.
         skip_empty: Leave out rows with an answer of no text: an empty output or completion, or an

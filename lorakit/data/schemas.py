@@ -1,4 +1,4 @@
-"""The kinds of row: a prompt with its completion or alone, a chat, an instruction, text, a choice.
+"""The kinds of row: a prompt with its completion or alone, a chat, text, a choice, and others.
 
 Rows of all formats (formats.py) become one of these, and everything after them knows these alone.
 """
@@ -58,6 +58,14 @@ class Choice(NamedTuple):
     place: str
 
 
+class Judged(NamedTuple):
+    """An answer that is good (desirable) or bad, without another beside it."""
+
+    answer: Pair | Chat | Instruction
+    desirable: bool
+    place: str
+
+
 class Prompt(NamedTuple):
     """A prompt without an answer, text or messages. The model answers it, and rewards say how well.
 
@@ -72,7 +80,14 @@ class Prompt(NamedTuple):
 
 
 OneAnswer = Pair | Chat | Instruction | Text
-Row = OneAnswer | Choice | Prompt
+Row = OneAnswer | Choice | Judged | Prompt
+
+
+def answers_of(row: OneAnswer | Choice | Judged) -> list[OneAnswer]:
+    """Return what a model learns of a row: its answer, or the better and the worse one."""
+    if isinstance(row, Choice):
+        return [row.chosen, row.rejected]
+    return [row.answer if isinstance(row, Judged) else row]
 
 
 def content_of(row: Row) -> list[Any]:
@@ -92,6 +107,8 @@ def fields_of(row: Row) -> dict[str, Any]:
             worse = {"completion": worse["messages"]}
         chosen = better.pop("completion")
         return {**better, "chosen": chosen, "rejected": worse["completion"]}
+    if isinstance(row, Judged):
+        return {**fields_of(row.answer), "label": row.desirable}
     if isinstance(row, Prompt):
         fields = {**row.columns, "prompt": row.prompt}
         return fields | _beside(row)
@@ -115,6 +132,8 @@ def has_empty_answer(row: Row) -> bool:
         return False
     if isinstance(row, Choice):
         return has_empty_answer(row.chosen) or has_empty_answer(row.rejected)
+    if isinstance(row, Judged):
+        return has_empty_answer(row.answer)
     if isinstance(row, Chat):
         return any(
             message["role"] == "assistant"

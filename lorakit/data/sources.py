@@ -29,7 +29,7 @@ from lorakit.data.rows import (
     read_rows,
     unread_rows,
 )
-from lorakit.data.schemas import Choice, Prompt, Row
+from lorakit.data.schemas import Choice, Judged, Prompt, Row
 from lorakit.files.hub import hub_id
 from lorakit.files.local import as_path
 
@@ -100,19 +100,23 @@ def _mixed(
         rows if len(rows) == count else draw_rows(rows, count, config.seed)
         for rows, count in zip(parts, counts, strict=True)
     ]
-    pairs = [isinstance(rows[0], Choice) for rows in parts]
-    if any(pairs) and not all(pairs):
+    kinds = [_kind(rows[0]) for rows in parts]
+    if len(set(kinds)) > 1:
+        other = next(i for i, kind in enumerate(kinds) if kind != kinds[0])
         raise LorakitError(
-            f"{place_of(parts[pairs.index(True)], 0)} has two answers to choose from, and "
-            f"{place_of(parts[pairs.index(False)], 0)} has none: a run learns one kind of row"
-        )
-    alone = [isinstance(rows[0], Prompt) for rows in parts]
-    if any(alone) and not all(alone):
-        raise LorakitError(
-            f"{place_of(parts[alone.index(True)], 0)} is a prompt alone, and "
-            f"{place_of(parts[alone.index(False)], 0)} has an answer: a run learns one kind of row"
+            f"{place_of(parts[0], 0)} {kinds[0]}, and {place_of(parts[other], 0)} {kinds[other]}: "
+            "a run learns one kind of row"
         )
     return MixedRows(parts)
+
+
+def _kind(row: Row) -> str:
+    """Say what a row is, as far as an objective takes one kind alone."""
+    if isinstance(row, Choice):
+        return "has two answers to choose from"
+    if isinstance(row, Judged):
+        return "has an answer that is good or bad"
+    return "is a prompt alone" if isinstance(row, Prompt) else "has one answer"
 
 
 def shares_of(sources: Sequence[SourceConfig], sizes: Sequence[int]) -> list[int]:

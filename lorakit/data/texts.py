@@ -3,13 +3,15 @@
 import hashlib
 from typing import Any
 
-from lorakit.data.schemas import Chat, Choice, Instruction, Prompt, Row, Text
+from lorakit.data.schemas import Chat, Choice, Instruction, Judged, Prompt, Row, Text
 
 
 def texts_of(row: Row) -> list[str]:
     """Return every text of a row, tools and variables as Python prints them."""
     if isinstance(row, Choice):
         return texts_of(row.chosen) + texts_of(row.rejected)
+    if isinstance(row, Judged):
+        return [*texts_of(row.answer), str(row.desirable)]
     if isinstance(row, Prompt):
         return [*texts_of(_as_chat(row)), str(row.columns)]
     if not isinstance(row, Chat):
@@ -32,6 +34,8 @@ def spoken_texts(row: Row) -> list[str]:
             rejected = rejected._replace(messages=rejected.messages[rejected.first :])
             return spoken_texts(row.chosen) + spoken_texts(rejected)
         return [*spoken_texts(row.chosen), rejected.completion]
+    if isinstance(row, Judged):
+        return spoken_texts(row.answer)
     if isinstance(row, Prompt):
         row = _as_chat(row)
     if not isinstance(row, Chat):
@@ -58,6 +62,8 @@ def answer_of(row: Row) -> str:
     """
     if isinstance(row, Choice):
         return answer_of(row.chosen)
+    if isinstance(row, Judged):
+        return answer_of(row.answer)
     if isinstance(row, Prompt):
         return ""
     if isinstance(row, Chat):
@@ -74,6 +80,8 @@ def question_of(row: Row) -> str:
     """
     if isinstance(row, Choice):
         return question_of(row.chosen)
+    if isinstance(row, Judged):
+        return question_of(row.answer)
     if isinstance(row, Prompt):
         return content_of_message(_as_chat(row).messages[-1])
     if isinstance(row, Chat):
@@ -87,11 +95,18 @@ def asked_of(row: Row) -> list[str]:
     """Return all texts before the answer of a row but the system's; text has none."""
     if isinstance(row, Choice):
         return asked_of(row.chosen)
+    if isinstance(row, Judged):
+        return asked_of(row.answer)
     if isinstance(row, Prompt):
         return spoken_texts(row)
     if not isinstance(row, Chat):
         return [question_of(row)] if question_of(row) else []
     return spoken_texts(row._replace(messages=row.messages[:-1]))
+
+
+def class_of(row: Row) -> str:
+    """Return the class of a row: its answer, or whether that is a good one where a row says it."""
+    return str(row.desirable).lower() if isinstance(row, Judged) else answer_of(row)
 
 
 def words_digest(*texts: str) -> bytes:

@@ -8,9 +8,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lorakit.config.errors import LorakitError, check
-from lorakit.config.training import OverLength, TrainConfig, TrainOn
+from lorakit.config.training import PAIRS, OverLength, TrainConfig, TrainOn
 from lorakit.data.batching import collate, real_tokens
-from lorakit.data.encode import IGNORE, Example, PairExample
+from lorakit.data.encode import IGNORE, AnyExample, JudgedExample, PairExample
 from lorakit.data.examples import Examples, encode_rows
 from lorakit.data.rows import RowSource
 from lorakit.evaluation.score import check_rows, score_rows
@@ -90,21 +90,23 @@ def encode_for(
     else:
         examples = encode_rows(rows, tok, skip_empty=config.skip_empty, **settings)
     tok.check_fits([examples.largest_id], model.config.vocab_size)
-    wanted = {"sft": "answer", "grpo": "prompt"}.get(config.objective, "pair")
+    wanted = {"sft": "answer", "grpo": "prompt", "kto": "label"}.get(config.objective, "pair")
     if _kind(examples) != wanted:
         raise LorakitError(
-            f"objective {config.objective!r} does not fit {what}: dpo and orpo need `chosen` and "
-            "`rejected`, sft rows with one answer, perhaps read with `format: messages`, and grpo "
-            "prompts alone"
+            f"objective {config.objective!r} does not fit {what}: {', '.join(PAIRS)} need `chosen` "
+            "and `rejected`, kto a `label` that is true or false, sft rows with one answer, "
+            "perhaps read with `format: messages`, and grpo prompts alone"
         )
     return examples
 
 
 def _kind(examples: Examples) -> str:
-    """Return what the rows of examples have: a "pair" of answers, one "answer" or a "prompt"."""
+    """Return what rows have: a "pair" of answers, an "answer", one with a "label", a "prompt"."""
     first = examples[0]
     if isinstance(first, PairExample):
         return "pair"
+    if isinstance(first, JudgedExample):
+        return "label"
     return "answer" if any(label != IGNORE for label in first.labels) else "prompt"
 
 
@@ -116,7 +118,7 @@ def text_loss(
     Every process returns it, and computes its `share` of the batches.
     """
 
-    def summed_loss(batch: Sequence[Example | PairExample]) -> tuple[Tensor, Tensor]:
+    def summed_loss(batch: Sequence[AnyExample]) -> tuple[Tensor, Tensor]:
         rows = [example.answers[0] for example in batch]
         ids, labels = collate(rows)
         mask = real_tokens(rows).to(model.device) if model.config.by_length else None
@@ -137,7 +139,7 @@ def summed_over(
     model: Decoder,
     examples: Examples,
     batch_size: int,
-    summed_loss: Callable[[Sequence[Example | PairExample]], tuple[Tensor, Tensor]],
+    summed_loss: Callable[[Sequence[AnyExample]], tuple[Tensor, Tensor]],
     share: Share = ALL,
 ) -> tuple[float, int]:
     """Return the sums of both results of `summed_loss` over batches of examples of like length.

@@ -11,7 +11,7 @@ from typing import Any
 from lorakit.config.errors import LorakitError
 from lorakit.data.encode import TODAY
 from lorakit.data.instructions import as_chat_or_pair
-from lorakit.data.schemas import Chat, Choice, Instruction, Prompt, Row, Text
+from lorakit.data.schemas import Chat, Choice, Instruction, Judged, Prompt, Row, Text
 from lorakit.evaluation.metrics import check_usable, score
 from lorakit.evaluation.share import ALL, Share
 from lorakit.inference.generate import generate_batch
@@ -127,6 +127,8 @@ def asked(tok: Tokenizer, row: Row) -> tuple[str | Messages, str]:
     """
     if isinstance(row, Choice):
         return asked(tok, row.chosen)
+    if isinstance(row, Judged):
+        return asked(tok, row.answer)
     if isinstance(row, Instruction):
         return asked(tok, as_chat_or_pair(row, chat=tok.chat_template is not None))
     if isinstance(row, Chat):

@@ -48,7 +48,7 @@ class FusedTensor(NamedTuple):
 
     @property
     def upright(self) -> "FusedTensor":
-        """The same, not transposed."""
+        """The form of a tensor that holds the same parts and is not transposed."""
         return self._replace(transposed=False)
 
     def part(self, values: Tensor, number: int) -> Tensor:

@@ -33,7 +33,7 @@ from lorakit.adapters.layers.lora import LowRankLinear, LowRankPart
 from lorakit.adapters.layers.wrapper import Attached
 from lorakit.config.training import OPTIMIZERS, TrainConfig
 from lorakit.data.batching import Order
-from lorakit.data.encode import IGNORE, Example, PairExample
+from lorakit.data.encode import IGNORE, AnyExample, Example
 from lorakit.models.decoder import Decoder
 from lorakit.models.hooks import has_hooks, has_own_forward
 from lorakit.models.mlp import Experts
@@ -225,7 +225,7 @@ class CapturedStep:
             part.counter = self.inputs.number
 
     def prepare(
-        self, step: int, micro_batches: Sequence[Sequence[Example | PairExample]], count: int
+        self, step: int, micro_batches: Sequence[Sequence[AnyExample]], count: int
     ) -> list[HostRow | None]:
         """Return this rank's micro-batches of step 1, 2, ..., which has `count` label tokens.
 

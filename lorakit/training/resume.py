@@ -61,6 +61,7 @@ def must_match(
     numbers of each frozen parameter.
     """
     names = [*SAME_SETTINGS, *(["max_seq_length"] if config.packing else [])]
+    names += [] if config.loss_type is None else ["loss_type"]
     settings = asdict(config)
     own = {
         "data": _digest(examples),
@@ -164,7 +165,7 @@ def _in_words_of(saved: Mapping[str, Any], same: Mapping[str, Any]) -> dict[str,
 def reference_of_run(
     model: Decoder, config: TrainConfig, checkpoint: run_state.Checkpoint | None
 ) -> Reference | None:
-    """Return what DPO compares with: the model before the first step of the run.
+    """Return what DPO and KTO compare with: the model before the first step of the run.
 
     It is the model as it is, or what the checkpoint holds that the run has gone on from. None means
     that the objective has no reference, or that the run was begun by lorakit 0.1.0. That compared
@@ -172,7 +173,7 @@ def reference_of_run(
 
     Raises LorakitError if the checkpoint is damaged.
     """
-    if config.objective != "dpo":
+    if not config.compares:
         return None
     reference = Reference(model)
     if checkpoint is not None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lorakit.config.errors import LorakitError
 from lorakit.config.training import TrainConfig
-from lorakit.data.encode import IGNORE, Example, PairExample
+from lorakit.data.encode import IGNORE, AnyExample
 from lorakit.evaluation.share import ALL, Share
 from lorakit.models.decoder import Decoder
 from lorakit.models.mlp import Experts
@@ -40,7 +40,7 @@ class Prepared:
     packed: list[HostRow | None]
     """The same, if the step is a CUDA graph."""
     count: int
-    """What its summed loss is divided by: label tokens, or pairs."""
+    """What its summed loss is divided by: label tokens, or rows of a preference."""
     tokens: int
     """How many tokens its rows have."""
     computed: int
@@ -71,7 +71,7 @@ class Late:
 
 def prepare(
     model: Decoder,
-    examples: Sequence[Example | PairExample],
+    examples: Sequence[AnyExample],
     number: int,
     micro_batches: Sequence[Sequence[int]],
     config: TrainConfig,
@@ -113,7 +113,8 @@ def backward(
 ) -> list[Tensor]:
     """Add the gradients of the mean loss of a step to the parameters.
 
-    The mean is over the label tokens of the step, or over its pairs. DPO compares with `reference`.
+    The mean is over the label tokens of the step, with other objectives than sft over its rows. DPO
+    and KTO compare with `reference`.
     A rank computes its share of the micro-batches, and `sums` adds up what all have computed.
     A pass through sharded weights is a meeting of all ranks: one that has no micro-batch left comes
     with a filler. Nothing waits for the device: the summed losses of all micro-batches are returned
@@ -153,7 +154,7 @@ def _forgotten_gradients(model: Decoder) -> Iterator[None]:
         p.grad = grad
 
 
-def _length(example: Example | PairExample) -> int:
+def _length(example: AnyExample) -> int:
     """Return how many tokens the answers of an example have."""
     return sum(len(row.input_ids) for row in example.answers)
 
@@ -174,9 +175,7 @@ def check_gradients(model: Decoder, parameters: Iterable[tuple[str, Tensor]]) ->
             raise LorakitError(f"train: {name} got no gradient; it is not used")
 
 
-def _count_tokens(
-    micro_batches: Sequence[Sequence[Example | PairExample]], packing: bool
-) -> tuple[int, int]:
+def _count_tokens(micro_batches: Sequence[Sequence[AnyExample]], packing: bool) -> tuple[int, int]:
     """Return how many tokens a step holds, and how many it computes, the padding included."""
     lengths = [
         [len(row.input_ids) for example in batch for row in example.answers]

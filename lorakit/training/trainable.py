@@ -211,7 +211,7 @@ def _that_train(model: Decoder) -> dict[str, Tensor]:
 def _check_divided(model: Decoder, config: TrainConfig) -> None:
     """Raise LorakitError for what does not go with weights that the ranks divide."""
     refused = {
-        "objective: dpo, whose reference is a copy of the weights": config.objective == "dpo",
+        f"objective: {config.objective}, whose reference is a copy of the weights": config.compares,
         f"hub_strategy: {config.hub_strategy}; take end": (
             config.push_to_hub and config.hub_strategy != "end"
         ),

@@ -6,7 +6,14 @@ from typing import get_args
 import pytest
 
 import lorakit as lk
-from lorakit.config.training import OPTIMIZERS, OVER_LENGTH, SCHEDULES, TRAIN_ON, Optimizer
+from lorakit.config.training import (
+    OPTIMIZERS,
+    OVER_LENGTH,
+    SCHEDULES,
+    TRAIN_ON,
+    Objective,
+    Optimizer,
+)
 
 
 def test_endless_epochs():
@@ -24,7 +31,7 @@ def test_every_optimizer_has_a_state():
         ("lr_scheduler_type", SCHEDULES),
         ("over_length", OVER_LENGTH),
         ("train_on", TRAIN_ON),
-        ("objective", ("sft", "dpo", "orpo")),
+        ("objective", get_args(Objective)),
         ("optim", tuple(OPTIMIZERS)),
         ("report_to", ("tensorboard", "trackio", "wandb", "mlflow", None)),
     ],
@@ -70,19 +77,46 @@ def test_what_a_run_cannot_be(options, message):
     [
         (
             {"objective": "orpo", "label_smoothing_factor": 0.1},
-            "label_smoothing_factor goes with objective sft or dpo; orpo has none",
+            "label_smoothing_factor does not go with objective orpo, which has none",
         ),
         (
             {"objective": "orpo", "z_loss": 0.1},
-            "z_loss goes with objective sft only; dpo and orpo have none",
+            "z_loss goes with objective sft only; orpo has none",
         ),
         (
             {"objective": "dpo", "z_loss": 0.1},
-            "z_loss goes with objective sft only; dpo and orpo have none",
+            "z_loss goes with objective sft only; dpo has none",
         ),
         (
             {"objective": "dpo", "label_smoothing_factor": 0.5},
             "label_smoothing_factor is 0.5; for pairs it must be in [0, 0.5)",
+        ),
+        (
+            {"objective": "dpo", "loss_type": "hinge", "label_smoothing_factor": 0.1},
+            "label_smoothing_factor does not go with loss_type hinge, which has none",
+        ),
+        (
+            {"objective": "dpo", "loss_type": "robust"},
+            "loss_type robust needs label_smoothing_factor, the share of pairs that are the wrong "
+            "way round",
+        ),
+        (
+            {"objective": "cpo", "loss_type": "apo_zero"},
+            "loss_type apo_zero does not go with objective cpo; it has sigmoid, hinge, ipo",
+        ),
+        (
+            {"objective": "orpo", "loss_type": "ipo"},
+            "loss_type ipo does not go with objective orpo, which has one form only",
+        ),
+        (
+            {"objective": "cpo", "simpo_gamma": 1.0},
+            "simpo_gamma goes with objective simpo, not with cpo",
+        ),
+        ({"desirable_weight": 2.0}, "desirable_weight goes with objective kto, not with sft"),
+        (
+            {"objective": "kto", "per_device_train_batch_size": 1},
+            "objective kto estimates how far the model is from its reference within a batch: give "
+            "per_device_train_batch_size as a number above 1",
         ),
     ],
 )

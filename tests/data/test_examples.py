@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import lorakit as lk
 from lorakit.data import check as source
 from lorakit.data import examples as kept
-from lorakit.data.encode import Encoder
+from lorakit.data.encode import Encoder, JudgedExample
 from lorakit.data.examples import Examples
 from lorakit.data.rows import unread_rows
 from tests.data.files import ROWS, pairs, written
@@ -69,14 +69,18 @@ def test_examples_of_a_file_are_those_of_its_rows(tmp_path, tok):
 @given(pairs, st.sampled_from([1, 40, 1 << 20]))
 def test_every_example_is_kept_as_it_is(tok, values, in_memory):
     """What is fetched is what was encoded, for all rows, in memory and in a temporary file."""
+    judged = [{**v, "label": len(v["completion"]) % 2 == 0} for v in values]
     values = [{"prompt": v["prompt"], "chosen": v["completion"], "rejected": "x"} for v in values]
     rows, encoder = lk.read_rows(values), Encoder(tok)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kept, "IN_MEMORY", in_memory)
         examples = Examples(rows, encoder)
         answers = Examples([row.chosen for row in rows], encoder)
+        good_or_bad = Examples(lk.read_rows(judged), encoder)
     assert list(examples) == [encoder(row) for row in rows]
     assert list(answers) == [encoder(row.chosen) for row in rows]
+    labels = [row["label"] for row in judged]
+    assert list(good_or_bad) == list(map(JudgedExample, answers, labels))
 
 
 def test_tokens_of_a_large_file_are_not_held(tmp_path, tok, monkeypatch):

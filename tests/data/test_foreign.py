@@ -10,6 +10,7 @@ import lorakit as lk
 from lorakit.data.foreign import LABELS, REFUSED, REFUSED_IN_MESSAGES
 from lorakit.data.formats import FORMATS
 from lorakit.data.messages import FLAGS
+from lorakit.data.schemas import Judged
 from lorakit.models.chat_template import REASONING
 from tests.data.files import HI, TOOL, YO
 
@@ -127,13 +128,35 @@ LABELED = [CHAT, {"conversations": TURNS}, {"prompt": "a", "completion": "b"}, A
 
 
 @pytest.mark.parametrize("name", LABELS)
-def test_a_label_that_calls_an_answer_bad_is_refused(name):
+def test_a_label_says_whether_an_answer_is_good(name):
     for row in LABELED:
-        for bad in (False, 0, 0.0, "false", "False", "0"):
-            with pytest.raises(lk.LorakitError, match=f"row 0: {name} is .* lorakit has no KTO"):
+        for verdict in (False, True, "false", "True"):
+            judged = Judged(read(row), str(verdict).lower() == "true", "row 0")
+            assert read({**row, name: verdict}) == judged
+        for verdict in (0, 1, 0.0, "0", "1", False, True, "TRUE"):
+            judged = Judged(read(row), str(verdict).lower() in ("1", "true"), "row 0")
+            assert read({**row, name: verdict}, "unpaired_preference") == judged
+        for other in ("spam", 3, []):
+            with pytest.raises(lk.LorakitError, match=f"row 0: {name} must be true or false"):
+                read({**row, name: other}, "unpaired_preference")
+        with pytest.raises(lk.LorakitError, match="row 0: field 'label' is missing"):
+            read(row, "unpaired_preference")
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_a_label_that_calls_an_answer_bad_is_refused_where_it_is_not_asked_for(name):
+    for row in LABELED:
+        format = next(f for f in FORMATS if any(all(n in row for n in form) for form in FORMATS[f]))
+        for bad in (False, "false", "False"):
+            with pytest.raises(lk.LorakitError, match="read such rows with format: unpaired_pref"):
+                read({**row, name: bad}, format)
+        for bad in (0, 0.0, "0"):
+            with pytest.raises(lk.LorakitError, match="read such rows with format: unpaired_pref"):
                 read({**row, name: bad})
-        for good in (True, 1, "true", "spam", "", None, 3):
+        for good in (1, "spam", "", None, 3):
             assert read({**row, name: good}) == read(row)
+        for good in (True, "true"):
+            assert read({**row, name: good}, format) == read(row)
     pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
     for row in ({"text": "a"}, pair):  # the class of a text; a pair has a bad answer of its own
         assert read({**row, name: False}) == read(row)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorakit as lk
-from lorakit.data.schemas import Chat, Choice, Instruction, Pair, Text
+from lorakit.data.schemas import Chat, Choice, Instruction, Judged, Pair, Text
 from lorakit.data.splitting import content_digest
 from lorakit.models.tokenizer import Tokenizer
 from tests.data.chats import GENERATION, TURNS, shown
@@ -45,6 +45,14 @@ def read(row):
                 ],
             },
             Chat([{"role": "system", "content": "S"}, HI, YO], None, 0, "row 0"),
+        ),
+        (
+            {"prompt": "a", "completion": "b", "label": True},
+            Judged(Pair("a", "b", "row 0"), True, "row 0"),
+        ),
+        (
+            {"messages": [HI, YO], "kto_tag": False},
+            Judged(Chat([HI, YO], None, 0, "row 0"), False, "row 0"),
         ),
     ],
 )
@@ -88,6 +96,7 @@ def test_format_may_be_named():
         ({"instruction": "a", "output": ""}, "the output is empty"),
         ({"text": ""}, "the text is empty"),
         ({"messages": None, "x": 3}, "no field that tells its format.*; it has x"),
+        ({"label": True}, "field that tells its format"),
     ],
 )
 def test_rows_that_are_refused(row, message):

@@ -21,6 +21,15 @@ def test_show_marks_labels(tok):
     assert "\\x1b" in colored  # what the data holds stays text
 
 
+def test_show_good_and_bad_answers(tok):
+    row = {"prompt": "a ", "completion": "b"}
+    rows = lk.read_rows([row | {"label": True}, row | {"label": False}])
+    shown = "5 tokens, 2 of them labels, a {} answer\n<s>|a|·[[b|</s>]]\n"
+    assert show_rows(rows, tok) == "\n".join(
+        f"row {i}: {shown.format(kind)}" for i, kind in enumerate(("good", "bad"))
+    )
+
+
 def test_show_holds_every_character(smollm2):
     """The text less marks and bars is the rendered chat."""
     tok = lk.load_tokenizer(smollm2)

@@ -63,6 +63,21 @@ def test_uneven_classes_come_with_a_remedy(tok):
     assert "short answers" not in report(1, 1, 1)
 
 
+def test_good_and_bad_answers_are_counted(tok):
+    def report(*labels):
+        rows = [
+            {"prompt": f"{i} ?", "completion": f"{i} !", "label": good}
+            for i, good in enumerate(labels)
+        ]
+        return str(lint_rows(lk.read_rows(rows), tok))
+
+    assert "labels of KTO: true 1, false 1\n" in report(True, False)
+    said = "true 1, false 3; desirable_weight: 3.00 gives both the same weight\n"
+    assert said in report(True, False, False, False)
+    assert "; undesirable_weight: 2.00 gives both" in report(True, False, True)
+    assert "true 2, false 0; it learns from good and bad answers" in report(True, True)
+
+
 def test_the_report_is_json_too(tok):
     values = [
         {"prompt": "Who is ada@lovelace.org, asks the text?", "completion": "Ada"},

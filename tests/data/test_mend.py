@@ -64,6 +64,11 @@ def test_balanced_classes_have_equal_numbers(values, seed):
     kept_and_dropped(mended, rows)
     found = Counter(row.completion for row in mended.rows)
     assert found == dict.fromkeys(counts, min(counts.values()))
+    judged = lk.read_rows([{**v, "label": len(v["completion"]) == 1} for v in values])
+    good = Counter(row.desirable for row in judged)
+    if len(good) == 2 and len(values) > 2 * (1 in good.values()):
+        even = Counter(row.desirable for row in lk.balance_rows(judged, seed=seed).rows)
+        assert even == dict.fromkeys((True, False), min(good.values()))
     most = lk.balance_rows(rows, most=2, seed=seed)
     assert Counter(r.completion for r in most.rows) == {c: min(n, 2) for c, n in counts.items()}
 

@@ -128,7 +128,10 @@ def test_sources_that_do_not_fit(files):
     with pytest.raises(lk.LorakitError, match=r"a.jsonl has 10 rows, and 11 are wanted"):
         opened({"path": a, "rows": 11})
     pair = written(files / "p.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
-    with pytest.raises(lk.LorakitError, match=r"p.jsonl line 1 has two answers .* has none"):
+    with pytest.raises(
+        lk.LorakitError,
+        match=r"a.jsonl line 1 has one answer, and .*p.jsonl line 1 has two answers",
+    ):
         opened([a, str(pair)])
     with pytest.raises(lk.LorakitError, match="would give no row of 10 with its weight of 0.001"):
         opened([{"path": a, "weight": 1}, {"path": str(files / "b.jsonl"), "weight": 0.001}])

@@ -25,6 +25,9 @@ OF_EVERY_KIND = [
     {"prompt": "a", "chosen": "b", "rejected": "c"},
     {"prompt": [SYSTEM, user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]},
     {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [CALL], "tools": [TOOL]},
+    {"prompt": "a", "completion": "b", "label": False},
+    {"messages": [SYSTEM, user("a"), assistant("b")], "kto_tag": True, "tools": [TOOL]},
+    {"instruction": "a", "input": "x", "output": "b", "label": True},
 ]
 
 

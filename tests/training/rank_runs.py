@@ -20,7 +20,7 @@ import lorakit as lk
 from lorakit.training import ranks
 from lorakit.training.state import STATE_TENSORS, checkpoints
 from tests.conftest import ROWS
-from tests.training.runs import ADAPTER, PAIRS
+from tests.training.runs import ADAPTER, JUDGED, PAIRS
 
 ROOT = Path(__file__).parents[2]
 MODEL = "model.safetensors"
@@ -49,6 +49,13 @@ CASES = {
         {"lora_dropout": 0.1},
         {"objective": "dpo", "gradient_accumulation_steps": 2, "eval_steps": 3},
         PAIRS,
+    ),
+    "kto": (
+        "float32",
+        {"lora_dropout": 0.1},
+        {"objective": "kto", "gradient_accumulation_steps": 3, "eval_steps": 3,
+         "undesirable_weight": 0.5},
+        JUDGED,
     ),
     "full": (
         "bfloat16",

@@ -18,6 +18,11 @@ PAIRS = [
     for a in range(6)
     for b in range(4)
 ]
+JUDGED = [
+    {"prompt": f"{a} plus {b} is ", "completion": f"{a + b + b % 2}.", "label": b % 2 == 0}
+    for a in range(6)
+    for b in range(4)
+]
 
 
 def adapted(tiny_dir, **options):

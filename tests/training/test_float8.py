@@ -99,6 +99,6 @@ def test_a_model_in_fp32(tiny_dir, tok, tmp_path):
 
 
 def test_dpo():
-    with pytest.raises(lk.LorakitError, match="dpo compares"):
+    with pytest.raises(lk.LorakitError, match="objective dpo, which compares"):
         lk.TrainConfig(frozen_dtype="float8", objective="dpo")
     assert lk.TrainConfig(frozen_dtype="float8", objective="orpo").frozen_dtype == "float8"

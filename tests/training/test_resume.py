@@ -18,7 +18,7 @@ from lorakit.training import run as training_run
 from lorakit.training import state as run_state
 from tests.conftest import ROWS
 from tests.data.files import written
-from tests.training.runs import ADAPTER, OPTIONS, run, same_tensors
+from tests.training.runs import ADAPTER, JUDGED, OPTIONS, run, same_tensors
 
 
 @pytest.mark.parametrize(
@@ -29,8 +29,9 @@ from tests.training.runs import ADAPTER, OPTIONS, run, same_tensors
         {"lora": {"init_lora_weights": "pissa"}, "loraplus_lr_ratio": 4.0},
         {"lora": {"init_lora_weights": "eva"}, "gradient_accumulation_steps": 2},
         {"lora": {"use_dora": True, "modules_to_save": ["lm_head"]}, "neftune_noise_alpha": 5.0},
+        {"rows": JUDGED, "objective": "kto", "packing": True, "max_seq_length": 40},
     ],
-    ids=["dropout", "packed, 8 bits", "PiSSA, LoRA+", "EVA", "DoRA, head, noise"],
+    ids=["dropout", "packed, 8 bits", "PiSSA, LoRA+", "EVA", "DoRA, head, noise", "KTO, packed"],
 )
 def test_a_resumed_run_ends_with_the_same_bytes(tiny_dir, tok, tmp_path, options):
     run(tiny_dir, tok, tmp_path / "whole", **OPTIONS, **options)

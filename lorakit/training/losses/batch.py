@@ -3,16 +3,22 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from lorakit import kernels
 from lorakit.config.training import TrainConfig
 from lorakit.data.batching import collate, real_tokens
-from lorakit.data.encode import Example, PairExample
+from lorakit.data.encode import AnyExample, Example, JudgedExample
 from lorakit.data.packing import collate_packed
 from lorakit.models.decoder import Decoder
 from lorakit.training.losses.preference import pair_losses
-from lorakit.training.losses.reference import Reference
+from lorakit.training.losses.reference import (
+    Reference,
+    losses_of_reference,
+    losses_without_gradient,
+)
+from lorakit.training.losses.unpaired import kto_loss, mismatched
 
 
 class Batch(NamedTuple):
@@ -23,25 +29,46 @@ class Batch(NamedTuple):
         labels: int64 [B, T], in host memory, where they can be counted.
         attention_mask: bool [B, T], on the model's device, or None where padding does not matter.
         cu_seqlens: int32 [n + 1], in host memory, of packed documents; else None.
+        desirable: Of KTO: bool [B], on the model's device, whether each answer is a good one.
+        mismatched: Of KTO: the batch of the same prompts with others' completions; see unpaired.py.
     """
 
     ids: Tensor
     labels: Tensor
     attention_mask: Tensor | None
     cu_seqlens: Tensor | None
+    desirable: Tensor | None = None
+    mismatched: "Batch | None" = None
+
+    @property
+    def rows(self) -> dict[str, Tensor | None]:
+        """What tells `Decoder.row_losses` where its rows are."""
+        return {"attention_mask": self.attention_mask, "cu_seqlens": self.cu_seqlens}
 
 
-def collated(model: Decoder, batch: Sequence[Example | PairExample], config: TrainConfig) -> Batch:
+def collated(model: Decoder, batch: Sequence[AnyExample], config: TrainConfig) -> Batch:
     """Return the tensors of a batch: of pairs, the answers chosen and then those rejected.
 
     What the device needs is on its way there. The host does not wait for it.
     """
     rows = [example.answers[0] for example in batch]
-    if config.objective != "sft":
+    if config.pairs:
         rows += [example.answers[1] for example in batch]
+    found = _of_rows(model, rows, config.packing)
+    if config.objective != "kto":
+        return found
+    good = torch.tensor([isinstance(each, JudgedExample) and each.desirable for each in batch])
+    others: Batch | None = None
+    if config.form == "kto":
+        others = _of_rows(model, mismatched(rows, config.max_seq_length), config.packing)
+    desirable = kernels.dispatch.sent(good, model.device)
+    return found._replace(desirable=desirable, mismatched=others)
+
+
+def _of_rows(model: Decoder, rows: Sequence[Example], packing: bool) -> Batch:
     bounds: Tensor | None = None
     mask: Tensor | None = None
-    if config.packing:
+    if packing:
         ids, labels, bounds = collate_packed(rows)
     else:
         ids, labels = collate(rows)
@@ -55,29 +82,53 @@ def summed_loss(
 ) -> tuple[Tensor, Tensor]:
     """Return the summed loss of a batch, and its number of label tokens.
 
-    For pairs the second number is how many of them the model has the right way round. DPO compares
-    with `reference`, as `pair_losses` takes it.
+    With other objectives than sft the second number is how many rows the model has the right way
+    round. DPO and KTO compare with `reference`, as `pair_losses` takes it.
     """
-    ids, labels, mask, bounds = batch
     smoothing = config.label_smoothing_factor
     if config.objective == "sft":
         return model.loss(
-            ids,
-            labels,
-            attention_mask=mask,
-            cu_seqlens=bounds,
-            label_smoothing=smoothing,
-            z_loss=config.z_loss,
+            batch.ids, batch.labels, **batch.rows, label_smoothing=smoothing, z_loss=config.z_loss
         )
+    if config.objective == "kto":
+        losses, right = _judged_losses(model, batch, config, reference)
+        return losses.sum(), right.sum()
     losses, prefers = pair_losses(
         model,
-        ids,
-        labels,
+        batch.ids,
+        batch.labels,
         objective=config.objective,
         beta=config.beta,
         label_smoothing=smoothing,
-        attention_mask=mask,
-        cu_seqlens=bounds,
+        loss_type=config.form or "sigmoid",
+        gamma=config.simpo_gamma,
+        **batch.rows,
         reference=reference,
     )
     return losses.sum(), prefers.sum()
+
+
+def _judged_losses(
+    model: Decoder, batch: Batch, config: TrainConfig, reference: Reference | None
+) -> tuple[Tensor, Tensor]:
+    """Return the loss of each good or bad answer, and whether it lies on its side of z."""
+    assert batch.desirable is not None  # those of KTO
+    # what has no gradient goes first, before the graph of the policy takes memory
+    before = losses_of_reference(model, reference, batch.ids, batch.labels, batch.rows)
+    divergence = torch.zeros((), device=before.device)
+    other = batch.mismatched
+    if other is not None:
+        theirs = losses_of_reference(model, reference, other.ids, other.labels, other.rows)
+        ours = losses_without_gradient(model, other.ids, other.labels, other.rows)
+        divergence = (theirs - ours).mean().clamp(min=0)
+    found, _ = model.row_losses(batch.ids, batch.labels, **batch.rows)
+    losses = kto_loss(
+        -found,
+        -before,
+        batch.desirable,
+        divergence=divergence,
+        beta=config.beta,
+        desirable_weight=config.desirable_weight,
+        undesirable_weight=config.undesirable_weight,
+    )
+    return losses, (before - found > divergence) == batch.desirable

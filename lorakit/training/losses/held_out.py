@@ -6,7 +6,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from lorakit.config.training import TrainConfig
-from lorakit.data.encode import Example, PairExample
+from lorakit.data.encode import AnyExample
 from lorakit.data.examples import Examples
 from lorakit.evaluation.evaluate import summed_over, text_loss
 from lorakit.evaluation.share import ALL, Share
@@ -25,18 +25,19 @@ def held_out_loss(
 ) -> dict[str, float]:
     """Return the mean loss of held-out examples, with the numbers that belong to it.
 
-    Rows with one answer give what `text_loss` returns. Pairs give the mean of the objective as
-    "loss", the share that the model has the right way round as "preference_accuracy", and "rows".
-    DPO compares with `reference`, as in training. Neither kind has the label smoothing or the
-    z-loss of training. A process computes its `share` of the batches.
+    With sft they are what `text_loss` returns. The other objectives give their mean as "loss", the
+    share of rows that the model has the right way round as "preference_accuracy", and "rows". DPO
+    and KTO compare with `reference`, as in training. Nothing has the label smoothing or the z-loss
+    of training. A process computes its `share` of the batches.
     """
     if config.objective == "sft":
         return text_loss(model, examples, batch_size, share)
-    plain = replace(config, packing=False, label_smoothing_factor=0.0)
+    form = None if config.form == "robust" else config.loss_type  # which is about the smoothing
+    plain = replace(config, packing=False, label_smoothing_factor=0.0, loss_type=form)
 
-    def loss(batch: Sequence[Example | PairExample]) -> tuple[Tensor, Tensor]:
+    def loss(batch: Sequence[AnyExample]) -> tuple[Tensor, Tensor]:
         return summed_loss(model, collated(model, batch, plain), plain, reference)
 
     total, right = summed_over(model, examples, batch_size, loss, share)
-    pairs = len(examples)
-    return {"loss": total / pairs, "preference_accuracy": right / pairs, "rows": pairs}
+    rows = len(examples)
+    return {"loss": total / rows, "preference_accuracy": right / rows, "rows": rows}

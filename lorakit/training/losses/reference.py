@@ -21,7 +21,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lorakit.adapters.manage import disable_adapters
 from lorakit.config.errors import LorakitError
+from lorakit.models.decoder import Decoder
 from lorakit.training.state import trained_tensors
 
 
@@ -66,6 +68,37 @@ class Reference:
         finally:
             for p, values in ours:
                 p.data = values
+
+
+def losses_of_reference(
+    model: Decoder,
+    reference: Reference | None,
+    input_ids: Tensor,
+    labels: Tensor,
+    rows: Mapping[str, Tensor | None],
+) -> Tensor:
+    """Return the summed loss of each row under the reference, [B], in evaluation mode.
+
+    Without one, the reference is the model with its adapter switched off.
+    """
+    with disable_adapters(model) if reference is None else reference.in_place():
+        return losses_without_gradient(model, input_ids, labels, rows)
+
+
+@torch.no_grad()
+def losses_without_gradient(
+    model: Decoder, input_ids: Tensor, labels: Tensor, rows: Mapping[str, Tensor | None]
+) -> Tensor:
+    """Return the summed loss of each row, [B], in evaluation mode.
+
+    `rows` has the attention_mask and the cu_seqlens of `Decoder.row_losses`.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        return model.row_losses(input_ids, labels, **rows)[0]
+    finally:
+        model.train(was_training)
 
 
 def _trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -155,7 +155,7 @@ def surely_fits(run: PlannedRun, memory: int) -> bool:
     if not isinstance(run.lora, LoraConfig) or run.generate is not None:
         return False
     train, config = run.train, run.config
-    answers = 1 if train.objective == "sft" else 4  # two, and what they are compared with
+    answers = 1 if train.objective == "sft" else 4  # two, and what they are compared with at most
     longest = train.max_seq_length if train.packing else run.tokens()
     tokens = train.rows_of_step * longest * answers
     if run.lengths:

@@ -18,7 +18,7 @@ from lorakit.config.adapters import LoraConfig, TargetConfig
 from lorakit.config.errors import LorakitError
 from lorakit.config.quantization import QuantConfig
 from lorakit.config.training import TrainConfig
-from lorakit.data.encode import IGNORE, Example, PairExample
+from lorakit.data.encode import IGNORE, AnyExample, Example, JudgedExample, PairExample
 from lorakit.inference.decode import Decoding
 from lorakit.kernels.pretend import pretend_cpu, pretend_gpu
 from lorakit.models.config import ModelConfig
@@ -209,7 +209,7 @@ def _steps(
         sums = DividedSum(absent, trained.divided)
         options = train.max_grad_norm, trained.divided, absent
         update = DividedStep(optimizer, params, rates, *options)
-    reference = Reference(model) if train.objective == "dpo" else None
+    reference = Reference(model) if train.compares else None
     if reference is not None:
         ledger.own(("adapters", ""), reference.tensors.values())
 
@@ -274,19 +274,22 @@ def _own_gradient(ledger: Ledger, p: Tensor) -> None:
         ledger.own(("gradients", ""), [p.grad])
 
 
-def micro_batches(setting: Setting) -> list[list[Example | PairExample]]:
+def micro_batches(setting: Setting) -> list[list[AnyExample]]:
     """Return the micro-batches of a step, two a rank if it has more: one adds to the other."""
     if not 0 < setting.label_share <= 1:
         raise LorakitError(
             f"plan_memory: label_share is {setting.label_share}; it must be in (0, 1]"
         )
-    pairs = setting.train.objective != "sft"
-    batch: list[Example | PairExample] = []
+    train = setting.train
+    batch: list[AnyExample] = []
     for n in setting.rows:
         learned = max(1, round(n * setting.label_share))
         row = Example([1] * n, [IGNORE] * (n - learned) + [1] * learned)
-        batch.append(PairExample(row, row) if pairs else row)
-    return [batch] * min(2 * setting.ranks, setting.train.batches_of_step)
+        judged = train.objective == "kto"
+        batch.append(
+            PairExample(row, row) if train.pairs else JudgedExample(row, True) if judged else row
+        )
+    return [batch] * min(2 * setting.ranks, train.batches_of_step)
 
 
 @dataclass
@@ -324,7 +327,7 @@ class _Graphs:
 def _captured(
     setting: Setting,
     model: Decoder,
-    taken: Sequence[Sequence[Example | PairExample]],
+    taken: Sequence[Sequence[AnyExample]],
     ledger: Ledger,
     update: Callable[[Tensor], Tensor],
 ) -> CapturedStep | None:

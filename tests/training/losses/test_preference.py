@@ -1,4 +1,4 @@
-"""DPO and ORPO against TRL on the same logits, and against fp64 on a model."""
+"""The losses of pairs against TRL on the same logits, and against fp64 on a model."""
 
 from collections import defaultdict
 from types import SimpleNamespace
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import lorakit as lk
 from lorakit.adapters.layers.lora import lora_layers
+from lorakit.config.training import LOSS_TYPES
 
 B, T, V = 3, 11, 17
 
@@ -44,12 +45,20 @@ def summed(logits, ids, mask):
     return (log_probabilities(logits, ids) * mask[:, 1:]).sum(1)
 
 
+FORMS = dict.fromkeys(LOSS_TYPES["dpo"], 0.0) | {"sigmoid": 0.2, "robust": 0.2}
+
+
 @pytest.mark.parametrize("beta", [0.05, 0.5])
-def test_dpo_is_trls(logits, ids, mask, beta):
-    """TRL's own loss, from the logits of a policy and a reference."""
+@pytest.mark.parametrize(("form", "smoothing"), [("sigmoid", 0.0), ("robust", 0.0), *FORMS.items()])
+def test_dpo_is_trls(logits, ids, mask, beta, form, smoothing):
+    """TRL's own loss, from the logits of a policy and a reference.
+
+    TRL ignores label smoothing with sigmoid; there the truth is its cDPO, as CPO has it.
+    """
+    from trl.experimental.cpo.cpo_trainer import CPOTrainer
     from trl.trainer.dpo_trainer import DPOTrainer
 
-    policy, reference = logits
+    policy, reference = (each.double() for each in logits)
 
     def model(labels, **_):  # as TRL's fused head returns it: zero where there is no label
         found = log_probabilities(policy, ids) * (labels[:, 1:] != -100)
@@ -63,19 +72,28 @@ def test_dpo_is_trls(logits, ids, mask, beta):
         model=SimpleNamespace(training=False),
         accelerator=SimpleNamespace(device="cpu", gather_for_metrics=same, gather=same),
         aux_loss_enabled=False, ld_alpha=None, precompute_ref_logps=True, ref_model=None,
-        f_divergence_type="reverse_kl", loss_types=["sigmoid"], loss_weights=[1.0], beta=beta,
-        label_smoothing=0.0, use_weighting=False, args=SimpleNamespace(),
+        f_divergence_type="reverse_kl", loss_types=[form], loss_weights=[1.0], beta=beta,
+        label_smoothing=smoothing, use_weighting=False, args=SimpleNamespace(),
         _metrics={"eval": defaultdict(list)}, _total_train_tokens=0,
     )  # fmt: skip
     chosen, rejected = summed(policy, ids, mask).chunk(2)
     better, worse = summed(reference, ids, mask).chunk(2)
-    ours = lk.dpo_loss(chosen, rejected, better, worse, beta=beta)
+    pairs = [chosen, rejected, better, worse]
+    if form == "ipo":
+        pairs = [each / n for each, n in zip(pairs, [*mask.sum(1).chunk(2)] * 2, strict=True)]
+    options = {"beta": beta, "label_smoothing": smoothing}
+    ours = lk.dpo_loss(*pairs, **options, loss_type=form)
     inputs = {
         "input_ids": ids, "completion_mask": mask.long(), "attention_mask": torch.ones_like(ids),
         "ref_chosen_logps": better, "ref_rejected_logps": worse,
     }  # fmt: skip
     theirs = DPOTrainer._compute_loss(trainer, model, inputs, False)
-    assert abs(theirs - ours.mean()) <= 1e-5 * ours.mean()  # fp32 sums in another order
+    if form == "sigmoid" and smoothing:
+        trainer = SimpleNamespace(
+            alpha=0.0, loss_type="sigmoid", **options, accelerator=SimpleNamespace(device="cpu")
+        )
+        theirs = CPOTrainer.cpo_loss(trainer, chosen - better, rejected - worse)[0].mean()
+    assert abs(theirs - ours.mean()) <= 1e-12 * ours.mean().abs()  # fp64 sums in another order
 
 
 @given(
@@ -91,6 +109,53 @@ def test_smoothed_dpo_in_fp64(values, beta, smoothing):
     zero = torch.zeros_like(margin)  # softplus is cut off at 20
     truth = (1 - smoothing) * zero.logaddexp(-margin) + smoothing * zero.logaddexp(margin)
     assert torch.allclose(ours, truth, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("beta", [0.05, 2.0])
+@pytest.mark.parametrize(
+    ("form", "smoothing"),
+    [
+        ("sigmoid", 0.0),
+        ("sigmoid", 0.2),
+        ("hinge", 0.0),
+        ("ipo", 0.0),
+        ("simpo", 0.0),
+        ("simpo", 0.2),
+    ],
+)
+def test_cpo_and_simpo_are_trls(logits, ids, mask, beta, form, smoothing):
+    from trl.experimental.cpo.cpo_trainer import CPOTrainer
+
+    found = summed(logits[0].double(), ids, mask)
+    if form in ("ipo", "simpo"):  # as TRL has it too (average_log_prob)
+        found = found / mask[:, 1:].sum(1)
+    options = {"beta": beta, "label_smoothing": smoothing}
+    trainer = SimpleNamespace(
+        alpha=0.0, loss_type=form, simpo_gamma=0.7, **options,
+        accelerator=SimpleNamespace(device="cpu"),
+    )  # fmt: skip
+    theirs, *_ = CPOTrainer.cpo_loss(trainer, *found.chunk(2))
+    if form == "simpo":
+        ours = lk.simpo_loss(*found.chunk(2), **options, gamma=0.7)
+    else:
+        ours = lk.cpo_loss(*found.chunk(2), **options, loss_type=form)
+    assert torch.allclose(ours, theirs, rtol=1e-12)  # fp64 sums in another order
+
+
+@given(
+    values=st.lists(st.floats(-200, 0), min_size=4, max_size=4),
+    form=st.sampled_from(LOSS_TYPES["dpo"]),
+    beta=st.floats(0.01, 5),
+)
+def test_every_form_has_a_finite_gradient(values, form, beta):
+    """It moves the better completion up and the worse one down, or not at all; apo_down both."""
+    pairs = torch.tensor(values, dtype=torch.float64, requires_grad=True)
+    smoothing = 0.1 if form == "robust" else 0.0
+    options = {"beta": beta, "label_smoothing": smoothing, "loss_type": form}
+    lk.dpo_loss(*pairs.split(1), **options).sum().backward()
+    assert torch.isfinite(pairs.grad).all()
+    if form in ("sigmoid", "hinge", "apo_zero"):
+        assert pairs.grad[0] <= 0 <= pairs.grad[1]
 
 
 @pytest.mark.parametrize("beta", [0.05, 0.5])
@@ -114,9 +179,13 @@ def test_orpo_near_certainty_is_finite():
     assert torch.isfinite(log_p.grad).all()
 
 
-@pytest.mark.parametrize("objective", ["dpo", "orpo"])
+@pytest.mark.parametrize(
+    ("objective", "form"),
+    [("dpo", None), ("dpo", "ipo"), ("dpo", "apo_zero"), ("orpo", None), ("cpo", None),
+     ("cpo", "ipo"), ("simpo", None)],
+)  # fmt: skip
 @pytest.mark.parametrize("packed", [False, True])
-def test_pairs_on_a_model(tiny_dir, objective, packed):
+def test_pairs_on_a_model(tiny_dir, objective, form, packed):
     """The truth is the model's logits with the adapter on and off; packed or padded the same."""
     model = lk.load_model(tiny_dir, dtype="float32", quantize="nf4")
     ids = torch.arange(4 * 9).view(4, 9) * 7 % 300
@@ -133,18 +202,30 @@ def test_pairs_on_a_model(tiny_dir, objective, packed):
         return found[:, 3:].sum(1)
 
     (chosen, rejected), (better, worse) = log_p(model(ids)).chunk(2), log_p(base).chunk(2)
+    mean, worst = chosen / 5, rejected / 5
+    prefers = mean > worst
     if objective == "dpo":
-        truth = F.softplus(-0.3 * ((chosen - better) - (rejected - worse)))
-        prefers = chosen - better > rejected - worse
+        up, down = chosen - better, rejected - worse
+        truth, prefers = F.softplus(-0.3 * (up - down)), up > down
+        if form == "apo_zero":
+            truth = (-0.3 * up).sigmoid() + (0.3 * down).sigmoid()
+        elif form == "ipo":
+            truth = ((up - down) / 5 - 1 / 0.6).square()
+    elif objective == "simpo":
+        truth = F.softplus(0.7 - 0.3 * (mean - worst))
+    elif objective == "cpo":
+        apart = F.softplus(-0.3 * (chosen - rejected))
+        truth = -mean + ((mean - worst - 1 / 0.6).square() if form else apart)
     else:
-        mean, worst = chosen / 5, rejected / 5
         odds = [(p.exp() / (1 - p.exp())).log() for p in (mean, worst)]
-        truth, prefers = -mean + 0.3 * F.softplus(odds[1] - odds[0]), mean > worst
+        truth = -mean + 0.3 * F.softplus(odds[1] - odds[0])
     batch = {"input_ids": ids, "labels": labels}
     if packed:
         batch = {name: x.reshape(1, -1) for name, x in batch.items()}
         batch["cu_seqlens"] = torch.arange(0, 37, 9)
-    losses, found = lk.pair_losses(model, **batch, objective=objective, beta=0.3)
+    form = {} if form is None else {"loss_type": form}
+    options = {"objective": objective, "beta": 0.3, "gamma": 0.7} | form
+    losses, found = lk.pair_losses(model, **batch, **options)
     # fp32 sums of five log-probabilities of some 5 nats
     assert torch.allclose(losses.double(), truth, atol=1e-4)
     assert torch.equal(found, prefers)
@@ -159,3 +240,11 @@ def test_bad_options():
             lk.dpo_loss(one, one, one, one, **options)
     with pytest.raises(lk.LorakitError, match="beta must be positive"):
         lk.orpo_loss(one, one, beta=-1.0)
+    with pytest.raises(lk.LorakitError, match="loss_type is 'hing' \\(did you mean 'hinge'"):
+        lk.dpo_loss(one, one, one, one, loss_type="hing")
+    with pytest.raises(lk.LorakitError, match="cpo has sigmoid, hinge, ipo"):
+        lk.cpo_loss(one, one, loss_type="apo_zero")
+    with pytest.raises(lk.LorakitError, match="does not go with loss_type ipo"):
+        lk.cpo_loss(one, one, loss_type="ipo", label_smoothing=0.1)
+    with pytest.raises(lk.LorakitError, match="objective is 'kto'; of pairs there are dpo, orpo"):
+        lk.pair_losses(None, one, one, objective="kto", beta=0.1)
