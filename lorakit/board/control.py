@@ -30,6 +30,10 @@ from lorakit.files.yaml_text import parse_yaml
 
 FORECAST_SECONDS = 120
 _RESUMED = ".resumed.yaml"  # the run file that a run is resumed with
+_MODULE = (
+    "import sys; sys.path[:] = filter(None, sys.path); "
+    "import runpy; runpy.run_module('lorakit', run_name='__main__', alter_sys=True)"
+)
 _NAME = re.compile(r"\w([\w .+,=@-]*[\w+=@-])?")
 
 
@@ -270,7 +274,12 @@ def _write_started(run: Path, values: Mapping[str, Any]) -> None:
 
 
 def _lorakit(command: Sequence[str]) -> list[str]:
-    return [sys.executable, "-m", "lorakit", *command]
+    """Return a command line of `lorakit`.
+
+    It runs in the folder where a run was started, in which a stranger may have put Python files. So
+    it is not `python -m`, which would look for modules there first.
+    """
+    return [sys.executable, "-c", _MODULE, *command]
 
 
 def _environment() -> dict[str, str]:

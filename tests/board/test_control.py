@@ -223,6 +223,20 @@ def test_forecast(command, folder, get, post, refused):
         module.FORECAST_SECONDS = before
 
 
+def test_no_python_file_of_the_folder_of_a_run_is_run(tmp_path):
+    for name in ("lorakit", "json", "runpy", "argparse"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('taken')")
+    done = subprocess.run(
+        module._lorakit(["--version"]),
+        cwd=tmp_path,
+        env={**module._environment(), "PYTHONSAFEPATH": ""},  # which Python 3.10 does not know
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout == f"lorakit {lk.__version__}\n"
+
+
 @pytest.mark.slow
 def test_a_real_run_is_started_stopped_and_resumed(children, folder, tiny_dir, tmp_path, get, post):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
