@@ -22,6 +22,7 @@ ROOMS = {
     "serving": "Serving",
     "evaluation": "Evaluation",
     "comparison": "Comparisons",
+    "board": "The board",
     "export": "Export",
     "files": "The Hub",
     "config": "Settings and errors",
