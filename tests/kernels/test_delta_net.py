@@ -232,6 +232,29 @@ def test_a_long_row_overflows_nowhere(gate):
         assert x.isfinite().all()
 
 
+def test_what_is_kept_for_backward_is_linear_in_the_length(backend):
+    """Four times the tokens keep four times the bytes, and no state for each token."""
+
+    def kept(T):
+        given, found = [x.requires_grad_() for x in inputs(1, T, 1, 2, 32, 32)], {}
+
+        def keep(x):
+            storage = x.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            o = kernels.gated_delta_net(*given)
+        assert o.requires_grad
+        return sum(found.values())
+
+    few, many = kept(512), kept(2048)
+    assert few > 0
+    assert many <= 4.1 * few  # tables of a few numbers may round up
+    if backend != "reference":
+        assert many < 2048 * 2 * 32 * 32 * 4  # a state of each head and token in fp32
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
