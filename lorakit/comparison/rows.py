@@ -13,13 +13,14 @@ from pathlib import Path
 
 from lorakit.comparison.grid import task_folder
 from lorakit.config.comparison import ComparisonConfig, TaskConfig
-from lorakit.config.data import DataConfig
+from lorakit.config.data import DataConfig, SourceConfig
 from lorakit.config.errors import LorakitError
 from lorakit.data.rows import read_rows
 from lorakit.data.schemas import Row
-from lorakit.data.sources import open_data
+from lorakit.data.sources import FILES, open_data
 from lorakit.data.splitting import content_digest, split_rows
 from lorakit.data.write import write_rows
+from lorakit.files.local import as_path
 
 PARTS = ("train", "validation", "test")
 
@@ -58,7 +59,7 @@ def open_task(config: ComparisonConfig, name: str) -> TaskRows:
     else:
         given = {"train": said.train, "validation": said.validation, "test": said.test}
         parts = {
-            part: _opened(path, said, f"task {name}, {part}")
+            part: _opened(path, said, f"task {name}, {part}", part)
             for part, path in given.items()
             if path is not None
         }
@@ -82,10 +83,13 @@ def digest_of(rows: Sequence[Row]) -> str:
     return found.hexdigest()
 
 
-def _opened(path: str, said: TaskConfig, where: str) -> Sequence[Row]:
-    source = DataConfig(train=path, format=said.format, columns=dict(said.columns))
+def _opened(path: str, said: TaskConfig, where: str, part: str = "train") -> Sequence[Row]:
+    """Return the rows of a file, or those of a data set that belong to a part."""
+    is_file = as_path(path).is_file() or as_path(path).suffix.lower() in FILES
+    source = path if is_file else [SourceConfig(path, split=part)]
+    data = DataConfig(train=source, format=said.format, columns=dict(said.columns))
     try:
-        return read_rows(_read_through(open_data(source)["train"]))
+        return read_rows(_read_through(open_data(data)["train"]))
     except LorakitError as error:
         raise LorakitError(f"{where}: {error}") from None
 

@@ -10,6 +10,7 @@ import yaml
 
 import lorakit as lk
 from lorakit.comparison import work
+from lorakit.comparison.rows import open_task
 from lorakit.training import train as training
 
 TIMES = ("tokens_per_second", "seconds", "peak_memory_mb")
@@ -242,6 +243,25 @@ def test_a_row_that_cannot_be_completed_stops_a_run_before_it_trains(grid, rows,
     assert "test.jsonl line 1: to score completions" in reason
     run = tmp_path / "compared" / "runs" / "parity--bytes--default--s0"
     assert not (run / "metrics.jsonl").exists()
+
+
+def test_a_data_set_has_its_own_parts(grid, tmp_path, monkeypatch):
+    """A directory that the library datasets reads: the rows to test on are those of its split."""
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "parity"
+    folder.mkdir()
+    for part, count in (("train", 6), ("test", 3)):
+        lines = [
+            json.dumps({"prompt": f"{part} {i} is", "completion": " odd"}) for i in range(count)
+        ]
+        (folder / f"{part}.jsonl").write_text("\n".join(lines))
+    task = {"train": str(folder), "test": str(folder), "kind": "classification"}
+    config = lk.ComparisonConfig.from_dict({**grid, "tasks": {"parity": task}})
+    rows = open_task(config, "parity")
+    assert {part: len(found) for part, found in rows.parts.items()} == {"train": 6, "test": 3}
+    assert {row.prompt.split()[0] for row in rows.parts["test"]} == {"test"}
+    assert rows.notes == []
 
 
 def test_a_text_has_no_answers(grid, tmp_path):
