@@ -171,6 +171,24 @@ def test_orpo_is_trls(logits, ids, mask, beta):
     assert torch.allclose(ours, -theirs, rtol=1e-5)
 
 
+OPTIONS = {
+    **{f"dpo {form}": (lk.dpo_loss, 4, {"loss_type": form}) for form in LOSS_TYPES["dpo"]},
+    **{f"cpo {form}": (lk.cpo_loss, 2, {"loss_type": form}) for form in LOSS_TYPES["cpo"]},
+    "dpo robust": (lk.dpo_loss, 4, {"loss_type": "robust", "label_smoothing": 0.2}),
+    "simpo": (lk.simpo_loss, 2, {"gamma": 0.7, "label_smoothing": 0.2}),
+    "orpo": (lk.orpo_loss, 2, {}),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_gradients_are_finite_differences(name):
+    loss, count, options = OPTIONS[name]
+    torch.manual_seed(0)
+    given = [-torch.rand(5, dtype=torch.float64) * 3 for _ in range(count)]
+    given = [each.requires_grad_() for each in given]
+    assert torch.autograd.gradcheck(lambda *pairs: loss(*pairs, beta=0.3, **options), given)
+
+
 def test_orpo_near_certainty_is_finite():
     log_p = torch.tensor([0.0, -1e-9, -1e-3, -50.0], requires_grad=True)
     losses = lk.orpo_loss(log_p, log_p.detach().flip(0))

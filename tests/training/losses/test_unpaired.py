@@ -155,6 +155,17 @@ def test_a_run_learns_which_answers_are_good(tiny_dir, tok, tmp_path):
             lk.train(model, tok, rows, lk.TrainConfig(str(tmp_path / "b"), objective=objective))
 
 
+def test_the_gradient_is_that_of_finite_differences():
+    torch.manual_seed(0)
+    given = [-torch.rand(5, dtype=torch.float64, requires_grad=True) * 3 for _ in range(2)]
+    weights = {"desirable_weight": 1.5, "undesirable_weight": 0.7}
+
+    def loss(completions, reference):
+        return lk.kto_loss(completions, reference, GOOD, divergence=0.4, beta=0.3, **weights)
+
+    assert torch.autograd.gradcheck(loss, given)
+
+
 def test_bad_beta():
     one = torch.zeros(1)
     with pytest.raises(lk.LorakitError, match="beta must be positive"):

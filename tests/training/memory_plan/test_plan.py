@@ -238,6 +238,15 @@ def test_pairs_take_more_than_rows(objective):
     assert sum(pairs.activations.values()) > 1.5 * sum(rows.activations.values())
 
 
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_a_reference_is_a_second_copy_of_what_trains(objective):
+    train = lk.TrainConfig(per_device_train_batch_size=2, max_seq_length=64)
+    rows = lk.plan_memory(TINY, train=train)
+    compared = lk.plan_memory(TINY, train=dataclasses.replace(train, objective=objective))
+    assert compared.resident["adapters"] == 2 * rows.resident["adapters"]
+    assert compared.peak > rows.peak
+
+
 def test_a_config_json_is_enough(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(TINY.to_hf()))
     train = lk.TrainConfig(per_device_train_batch_size=1, max_seq_length=64)
