@@ -22,7 +22,6 @@ unit's part goes to the device when its turn comes, on one rank too.
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -145,12 +144,12 @@ def gathered(module: nn.Module, takes: TakesGradients | None = None) -> Iterator
         for name, parameter in owner._parameters.items()
         if parameter is not None and is_sharded(parameter)
     ]
-    plain: dict[int, nn.Parameter] = {}  # by the id of its parts; two layers may share a parameter
+    plain: dict[int, Tensor] = {}  # by the id of its parts; two layers may share a parameter
     try:
         for owner, name, parameter in found:
             if id(parameter) not in plain:
                 plain[id(parameter)] = _gathered(parameter, takes)
-            owner._parameters[name] = plain[id(parameter)]
+            owner._parameters[name] = plain[id(parameter)]  # type: ignore[assignment]
         yield
     finally:
         for owner, name, parameter in found:
@@ -159,19 +158,33 @@ def gathered(module: nn.Module, takes: TakesGradients | None = None) -> Iterator
                 owner.forget()
 
 
-def _gathered(parameter: Tensor, takes: TakesGradients | None) -> nn.Parameter:
+def _gathered(parameter: Tensor, takes: TakesGradients | None) -> Tensor:
     """Return a parameter as a whole one."""
-    found = nn.Parameter(whole(parameter), parameter.requires_grad)
-    if takes is not None and parameter.requires_grad and torch.is_grad_enabled():
-        takes.expect(parameter)
-        found.register_post_accumulate_grad_hook(partial(_hand_over, takes, parameter))
+    if takes is None or not (parameter.requires_grad and torch.is_grad_enabled()):
+        return nn.Parameter(whole(parameter), parameter.requires_grad)
+    takes.expect(parameter)
+    anchor = torch.empty(0, requires_grad=True, device="cpu")
+    found: Tensor = _Gathered.apply(anchor, whole(parameter), parameter, takes)
     return found
 
 
-def _hand_over(takes: TakesGradients, parameter: Tensor, found: Tensor) -> None:
-    gradient, found.grad = found.grad, None
-    assert gradient is not None
-    takes.take(parameter, gradient)
+class _Gathered(torch.autograd.Function):
+    """A whole weight that hands its gradient over.
+
+    It is no leaf: a graph would keep a leaf to its end, and needs the embedding no more.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: Tensor, found: Tensor, parameter: Tensor, takes: TakesGradients
+    ) -> Tensor:
+        ctx.parameter, ctx.takes = parameter, takes
+        return found.view_as(found)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None, None]:
+        ctx.takes.take(ctx.parameter, gradient)
+        return None, None, None, None
 
 
 def gathered_in_backward(y: Tensor, module: nn.Module) -> Tensor:

@@ -32,6 +32,8 @@ from lorakit.training.gradients import GradientSum, Meeting, OrderedSum
 from lorakit.training.optim import AdamW, Group
 from lorakit.training.paged_state import BLOCK
 
+SOME = 8 << 20  # values that are added at a time in the last round
+
 if TYPE_CHECKING:
     from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
@@ -281,19 +283,31 @@ class _Unit:
             sent.fill_(-0.0)
         received = torch.empty_like(sent)
         sums.ranks.exchange(received, sent)
-        first, *others = received.view(sums.share.size, -1)
-        total = output
-        if output.dtype == torch.bfloat16:  # rounded once, after the last round
-            total = output.new_empty(output.shape, dtype=torch.float32)
-        if self.total is None:
-            total.copy_(first)
-        else:
-            torch.add(self.total, first, out=total)
-        for each in others:
-            total.add_(each)
-        if total is not output:
-            output.copy_(total)
-        self.total = None if sums.last else total
+        parts = received.view(sums.share.size, -1)
+        if not sums.last:
+            # FSDP2 takes it for a gradient, which the end of the round forgets
+            exact = output.dtype != torch.bfloat16
+            total = output if exact else torch.empty_like(output, dtype=torch.float32)
+            self.total = _add_up(self.total, parts, total)
+            return
+        for start in range(0, len(output), SOME):  # in fp32, which takes room
+            piece = slice(start, start + SOME)
+            before = None if self.total is None else self.total[piece]
+            total = torch.empty_like(output[piece], dtype=torch.float32)
+            output[piece] = _add_up(before, parts[:, piece], total)
+        self.total = None
+
+
+def _add_up(before: Tensor | None, parts: Tensor, total: Tensor) -> Tensor:
+    """Write the sum of `before` [n] and of parts [ranks, n], in this order, to total [n]."""
+    first, *others = parts
+    if before is None:
+        total.copy_(first)
+    else:
+        torch.add(before, first, out=total)
+    for each in others:
+        total.add_(each)
+    return total
 
 
 class _End:
