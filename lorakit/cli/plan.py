@@ -76,11 +76,11 @@ def plan(args: argparse.Namespace) -> int:
     if args.ranks == 0:
         raise lk.LorakitError("--ranks is 0; a run has at least 1 device")
     kind, card = _device(args.device, args.memory, args.ranks)
-    run, notes = _planned(args, kind, card)
-    run = lk.settled_run(run, card.usable)
+    asked, notes = _planned(args, kind, card)
+    run = lk.settled_run(asked, card.usable)
     forecast = run.forecast()
     fits = forecast.reserved <= card.usable
-    answer = _Answer(run, card, args)
+    answer = _Answer(run, asked.train.mlp_activations, card, args)
     if args.json:
         told = {"fits": fits, "device": dataclasses.asdict(card), "usable": card.usable}
         told |= {"plan": dataclasses.asdict(forecast), "notes": notes, **answer.values()}
@@ -247,6 +247,7 @@ class _Answer(NamedTuple):
     """What was asked for beside the forecast: a search, or else what would help."""
 
     run: "lk.PlannedRun"
+    mlp_activations: str  # as the run has it, which may be "auto"
     card: "lk.Card"
     args: argparse.Namespace
 
@@ -254,7 +255,9 @@ class _Answer(NamedTuple):
         """Return the answer for JSON."""
         usable, told = self.card.usable, dict[str, Any]()
         if self.args.largest:
-            found = lk.largest_that_fits(self.run, self.args.largest, usable)
+            # a run that is larger may have other blocks that keep gate and up
+            run = self.run.with_train(mlp_activations=self.mlp_activations)
+            found = lk.largest_that_fits(run, self.args.largest, usable)
             told["largest"] = {self.args.largest: found}
         if self.args.fit:
             saving = lk.settings_that_fit(self.run, usable)

@@ -44,6 +44,17 @@ def _json(planned, capsys, *options):
 
 
 @pytest.mark.usefixtures("forecasts")
+def test_the_largest_batch_is_that_of_a_run_as_large(planned, capsys):
+    """Where mlp_activations is auto, many rows have fewer blocks that keep gate and up. Those of
+    the run file, for which all do, decide nothing."""
+    options, found = ["--memory", "602MB", "--largest", "batch"], {}
+    for choice in ("auto", "recompute", "keep"):
+        told = json.loads(_json(planned, capsys, *options, f"mlp_activations={choice}"))
+        found[choice] = told["largest"]["batch"]
+    assert found["auto"] == found["recompute"] > found["keep"] > 0
+
+
+@pytest.mark.usefixtures("forecasts")
 def test_json_holds_the_same(planned, capsys):
     told = json.loads(_json(planned, capsys, "--device", "4090"))
     assert told["device"]["name"] == "RTX 4090 24GB"
