@@ -93,6 +93,7 @@ def _planned(model: Decoder, examples: Examples, config: TrainConfig, ranks: Ran
     packed = (layer.config for layer in model.modules() if isinstance(layer, PackedLinear))
     selected, device, mesh = selected_adapter(model), model.device, model.mesh
     dividers = 1 if mesh is None else mesh.size(mesh.ndim - 1)
+    waits = mesh is not None and any(part.device.type != device.type for part in _parts(model))
     run = PlannedRun(
         model.config,
         config,
@@ -103,7 +104,7 @@ def _planned(model: Decoder, examples: Examples, config: TrainConfig, ranks: Ran
         device="cpu" if device.type == "cpu" else "cuda",
         ranks=dividers if dividers > 1 else ranks.size,
         shard="full" if dividers > 1 else "none",
-        offload_weights=any(part.device.type != device.type for part in _parts(model)),
+        offload_weights=waits,
     )
     if device.type == "cuda":
         run = dataclasses.replace(run, capability=torch.cuda.get_device_capability(device))
