@@ -262,7 +262,8 @@ def run_file(run: Path) -> str:
             raise NotThereError("this run was not started from a run file") from None
     import yaml
 
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    first = {name: values[name] for name in ("model", "data") if name in values}
+    return yaml.safe_dump({**first, **values}, sort_keys=False, allow_unicode=True)
 
 
 def started_in(run: Path) -> Path:

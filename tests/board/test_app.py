@@ -80,7 +80,7 @@ def test_settings_samples_and_run_file(get, refused, folder):
     assert refused("runs/a/run_file") == (404, "this run was not started from a run file.")
     record = {
         "settings": {"lora": {"r": 8, "target_modules": ["q"]}, "seed": 0, "rope": {}},
-        "run_file": {"model": "é", "learning_rate": 2e-05},
+        "run_file": {"learning_rate": 2e-05, "model": "é"},
     }
     (folder / "a" / "run.json").write_text(json.dumps(record))
     sample = {
