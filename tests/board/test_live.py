@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
+from lorakit.board.runs import is_locked
 from lorakit.cli.main import main
 
 from ..conftest import ROWS
@@ -21,6 +22,15 @@ from .folders import HOSTILE, curve, write_comparison, write_run
 from .test_page import RULES
 
 SECONDS = 60  # until a board answers; torch takes its time on a busy machine
+
+
+def end_runs(folder):
+    """End the runs that go on in a folder, as those of a test that failed do: they hold a lock."""
+    for lock, said in ((".started", ".started"), (".lock", "run.json")):
+        for path in folder.rglob(lock):
+            if is_locked(path):
+                with suppress(OSError, ValueError, KeyError):
+                    os.killpg(json.loads((path.parent / said).read_text())["pid"], signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +54,8 @@ def serve():
         for board in boards:
             os.killpg(board.pid, signal.SIGKILL)
             board.wait(10)
-        for started in (path for folder in folders for path in folder.rglob(".started")):
-            with suppress(ValueError, KeyError, ProcessLookupError):
-                os.killpg(json.loads(started.read_text())["pid"], signal.SIGKILL)
+        for folder in folders:
+            end_runs(folder)
 
 
 @pytest.fixture(scope="module")
