@@ -4,7 +4,7 @@ POST api/chat {"base", "sides": [name, name], "messages": [[...], [...]], "max_n
 "temperature", "seed"}
 
 data: {"loading": "the base"}              while a base is loaded that was not
-data: {"side": 0, "text": "Hel"}           as the texts become
+data: {"side": 0, "text": "Hello"}           as the texts become
 data: {"side": 1, "done": true}            a side has ended
 data: {"side": 1, "error": "a sentence"}   a side has failed, and the other goes on
 data: {"error": "a sentence"}              neither can be answered
