@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 import lorakit as lk
 from lorakit.kernels import dispatch
 from lorakit.models.decoder import Decoder
+from tests.allocations import counted
 
 H, I, L, HEADS, KV_HEADS, D, V, R = 2048, 5632, 2, 16, 4, 128, 4096, 16  # noqa: E741
 
@@ -51,18 +51,6 @@ def formula(tokens: int, checkpointing: bool) -> int:
     backward = bf16 * (3 * I + 4 * H)
     rank = L * R * (2 * (H + HEADS * D) + 2 * (H + KV_HEADS * D) + 3 * (H + I))
     return tokens * (kept + backward) + fp32 * rank + (4 << 20)
-
-
-def counted(run) -> tuple[int, int]:
-    """Bytes that torch's allocator held while `run` ran, at most and at the end."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        run()
-    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak, live
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

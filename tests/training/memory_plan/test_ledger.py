@@ -5,10 +5,10 @@ import gc
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.profiler import ProfilerActivity, profile
 
 from lorakit.training.memory_plan.ledger import Ledger
 from lorakit.training.memory_plan.pool import Pool
+from tests.allocations import counted
 
 
 @settings(max_examples=40, deadline=None)
@@ -78,13 +78,7 @@ def test_a_real_computation_takes_what_the_profiler_of_torch_counts():
 
     compute()
     gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        compute()
-    held = most = 0
-    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
+    most, _ = counted(compute)
     with Ledger("cpu") as ledger:
         ledger.mark = "all"
         compute()

@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 import lorakit as lk
 from lorakit.inference.kv_cache import PAGE
@@ -21,6 +20,7 @@ from lorakit.training.memory_plan.layers import (
 from lorakit.training.step import backward, prepare
 from lorakit.training.stepping import run_optimizer
 from lorakit.training.trainable import trained_part
+from tests.allocations import counted
 
 TINY = lk.ModelConfig("llama", 512, 128, 256, 2, 4, 2, 32)
 H200 = lk.ModelConfig("llama", 128256, 4096, 14336, 4, 32, 8, 128)  # of benchmarks/gpu.md
@@ -52,17 +52,14 @@ def measured(config, given):
     optimizer, shares = run_optimizer(trained_part(model, train), train)
     params = [p for p in model.parameters() if p.requires_grad]
     update = optimizer_step(optimizer, params, [shares] * 1000, 1.0)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+
+    def steps():
         for number in (1, 2):
             step = prepare(model, examples, number, rows, train, None)
             update(torch.stack(backward(model, step, train, None)))
             optimizer.zero_grad(set_to_none=True)
-    held = most = 0
-    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
+
+    return counted(steps)[0]
 
 
 @pytest.mark.parametrize(
