@@ -123,7 +123,8 @@ def _exports(
                 continue
             speed = said["tokens_per_second"]
             shown = "" if speed is None else f"{speed:,.1f}"
-            by = f"{said['measured_by']}, {said['threads']} threads"
+            threads = said["threads"]
+            by = f"{said['measured_by']}, {threads} thread{'s' * (threads != 1)}"
             rows.append([model, name, f"{said['bytes'] / 1e6:,.1f}", shown, by])
     if not rows:
         return []
