@@ -45,7 +45,7 @@ def _json(planned, capsys, *options):
 
 @pytest.mark.usefixtures("forecasts")
 def test_the_largest_batch_is_that_of_a_run_as_large(planned, capsys):
-    """Where mlp_activations is auto, many rows have fewer blocks that keep gate and up. Those of
+    """Many rows have fewer blocks that keep gate and up, if mlp_activations is auto. Those of
     the run file, for which all do, decide nothing."""
     options, found = ["--memory", "602MB", "--largest", "batch"], {}
     for choice in ("auto", "recompute", "keep"):
