@@ -238,7 +238,7 @@ def test_replayed_as_one_of_several_ranks():
     recorder, options = Replays(), {**CASES["accumulation"], "steps": 3, "layers": 1}
     with kernels.use_backend("reference"):
         ours, theirs = new_run(recorder, **options), new_run(Never(), **options)
-        ours.step.sums = OrderedSum(OneRank(), ours.params, False)
+        ours.step.sums = OrderedSum(OneRank(), ours.params, False, ours.params[0].device)
         assert same(take(ours, 1, 3), take(theirs, 1, 3))
         assert same_state(ours, theirs)
     assert recorder.problems == []
