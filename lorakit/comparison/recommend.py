@@ -71,7 +71,7 @@ def _rule_of_rows(tasks: Sequence[Mapping[str, Any]], cells: Sequence[Cell]) -> 
         widths = [
             (score["high"] - score["low"]) / 2 for score in scores if score["low"] is not None
         ]
-        width = f"+-{max(widths):.3f}" if widths else "of no known width"
+        width = f"±{max(widths):.3f}" if widths else "of no known width"
         what = f"{task['name']}: {_count(task['sizes']['test'], 'test row')}, intervals {width}"
         pairs = _pairs(task, cells)
         if pairs and all(pair["within_noise"] for pair in pairs):
