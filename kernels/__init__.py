@@ -11,7 +11,12 @@ from .ops.adamw.clipped import AdamWGroup, AdamWRow, ClippedAdamW
 from .ops.attention import attention, attention_kernel
 from .ops.attention.documents import Documents, PaddedDocuments
 from .ops.causal_conv import causal_conv
-from .ops.cross_entropy import cross_entropy, labelled, linear_cross_entropy
+from .ops.cross_entropy import (
+    cross_entropy,
+    labelled,
+    linear_cross_entropy,
+    token_cross_entropy,
+)
 from .ops.decode import (
     DecodeCache,
     DecodeLayer,
@@ -92,5 +97,6 @@ __all__ = [
     "seeded_dropout",
     "swiglu",
     "takes_experts",
+    "token_cross_entropy",
     "use_backend",
 ]

@@ -45,6 +45,8 @@ from lorakit.config.comparison import TaskConfig as TaskConfig
 from lorakit.config.data import DataConfig as DataConfig
 from lorakit.config.data import SourceConfig as SourceConfig
 from lorakit.config.errors import LorakitError as LorakitError
+from lorakit.config.grpo import GrpoConfig as GrpoConfig
+from lorakit.config.grpo import RewardConfig as RewardConfig
 from lorakit.config.quantization import QuantConfig as QuantConfig
 from lorakit.config.run import RunConfig as RunConfig
 from lorakit.config.training import TrainConfig as TrainConfig
@@ -116,6 +118,7 @@ from lorakit.training import memory as memory
 from lorakit.training import optim as optim
 from lorakit.training.cores import own_threads as own_threads
 from lorakit.training.division import mesh_of_run as mesh_of_run
+from lorakit.training.losses.grpo import grpo_loss as grpo_loss
 from lorakit.training.losses.preference import cpo_loss as cpo_loss
 from lorakit.training.losses.preference import dpo_loss as dpo_loss
 from lorakit.training.losses.preference import orpo_loss as orpo_loss

@@ -16,6 +16,7 @@ from lorakit.config.aliases import ALIASES, own_names
 from lorakit.config.data import DataConfig, data_config
 from lorakit.config.errors import LorakitError, nearest
 from lorakit.config.fields import from_mapping, to_dtype, without_unset
+from lorakit.config.grpo import grpo_config
 from lorakit.config.quantization import QuantConfig, quant_config
 from lorakit.config.training import TrainConfig
 
@@ -158,6 +159,8 @@ class RunConfig:
                 )
             lora = without_unset(LoraConfig, values["lora"])
             values["lora"] = from_mapping(LoraConfig, lora, f"{where}, lora")
+        if "grpo" in values:
+            values["grpo"] = grpo_config(values["grpo"], f"{where}, grpo")
         values["quantize"] = quant_config(values.get("quantize"), f"{where}, quantize")
         training = [f.name for f in dataclasses.fields(TrainConfig) if f.name in values]
         train = {name: values.pop(name) for name in training}

@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 from lorakit.config.errors import LorakitError, nearest
 from lorakit.config.fields import check_below_one, check_positive, check_share, check_types
+from lorakit.config.grpo import GrpoConfig
 from lorakit.config.patterns import valid_regex
 
 Schedule = Literal[
@@ -34,6 +35,8 @@ CudaGraph = Literal["auto", "off"]
 Reduce = Literal["ordered", "fast"]
 TrackerName = Literal["tensorboard", "trackio", "wandb", "mlflow"]
 HubStrategy = Literal["end", "every_save", "checkpoint"]
+
+Objective = Literal["sft", "dpo", "orpo", "grpo"]
 
 # The rows and batches that "auto" stands for where the rows of a step are counted: the defaults.
 ROWS, BATCHES = 8, 1
@@ -147,7 +150,10 @@ class TrainConfig:
     how many; false stops at an empty output or completion."""
     objective: Objective = "sft"
     """Aim of the training: "sft" learns the rows; "dpo", "orpo", "cpo" and "simpo" learn to prefer
-    `chosen` to `rejected`; "kto" learns from completions with a `label`, true for a good one."""
+    `chosen` to `rejected`; "kto" learns from completions with a `label`, true for a good one;
+    "grpo" learns from rewards of the model's own completions."""
+    grpo: GrpoConfig | None = None
+    """Settings of objective grpo."""
     loss_type: LossType | None = None
     """Form of the loss: of dpo "sigmoid", "hinge", "ipo", "robust", "apo_zero" or "apo_down"; of
     cpo "sigmoid", "hinge" or "ipo"; of kto "kto" or "apo_zero_unpaired". Null takes the first."""
@@ -236,6 +242,7 @@ class TrainConfig:
         self._check_length()
         self._check_learning_rate()
         self._check_loss()
+        self._check_grpo()
         self._check_evaluation_and_checkpoints()
         self._check_upload()
         if self.activation_offloading and not self.gradient_checkpointing:
@@ -281,6 +288,11 @@ class TrainConfig:
         Raises LorakitError if the memory still has to decide it.
         """
         return self.rows_of_step // self.batches_of_step
+
+    @property
+    def prompts_of_step(self) -> int:
+        """Number of prompts whose completions make a step of objective grpo."""
+        return self.rows_of_step // (1 if self.grpo is None else self.grpo.num_generations)
 
     @property
     def batches_of_step(self) -> int:
@@ -344,7 +356,7 @@ class TrainConfig:
     @property
     def compares(self) -> bool:
         """Whether the loss compares the model with a reference, itself before the first step."""
-        return self.objective in ("dpo", "kto")
+        return self.objective in ("dpo", "kto") or (self.grpo is not None and self.grpo.beta > 0)
 
     @property
     def form(self) -> LossType | None:
@@ -398,6 +410,31 @@ class TrainConfig:
                 "loss_type robust needs label_smoothing_factor, the share of pairs that are the "
                 "wrong way round"
             )
+
+    def _check_grpo(self) -> None:
+        """Raise LorakitError for settings that do not go with objective grpo, or without it."""
+        if (self.objective == "grpo") != (self.grpo is not None):
+            raise LorakitError(
+                "objective grpo has its settings in a mapping `grpo`, with the rewards at least, "
+                "and other objectives have none"
+            )
+        if self.grpo is None:
+            return
+        n = self.grpo.num_generations
+        if self.splits_itself or self.rows_of_step % n:
+            raise LorakitError(
+                f"a step of grpo is made of groups of {n} completions (num_generations): let "
+                "per_device_train_batch_size * gradient_accumulation_steps be a multiple of it"
+            )
+        without = {
+            "beta (say it in grpo)": self.beta != 0.1,
+            "neftune_noise_alpha": self.neftune_noise_alpha is not None,
+            "frozen_dtype": self.frozen_dtype is not None,
+            "over_length split": self.over_length == "split",
+        }
+        for name, given in without.items():
+            if given:
+                raise LorakitError(f"objective grpo has no {name}; leave it out")
 
     def _check_evaluation_and_checkpoints(self) -> None:
         check_positive(self, "eval_steps", "save_steps", "early_stopping_patience", or_null=True)

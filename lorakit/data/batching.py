@@ -28,15 +28,18 @@ class Order:
     def __init__(self, examples: Examples, config: TrainConfig):
         self.lengths, self.config = examples.lengths, config
         self._rows_of_one = 1 + config.pairs  # a pair is two rows
+        grpo = config.grpo
+        self._completion = 0 if grpo is None else grpo.max_completion_length
+        self._repeats = 1 if grpo is None else grpo.num_iterations
         self.packs: list[list[int]] | None = None
-        if config.packing:
+        if config.packing and grpo is None:
             size = config.rows_at_a_time * config.max_seq_length
             size *= self._rows_of_one
             self.packs = pack_rows(self.lengths, size)
         self.epoch, self.micro_batches = -1, list[list[int]]()
         self._load(0)
         self.largest = self._largest()
-        self.per_epoch = math.ceil(len(self.micro_batches) / config.batches_of_step)
+        self.per_epoch = self._repeats * math.ceil(len(self.micro_batches) / self._accumulate)
         self.total = config.max_steps or math.ceil(config.num_train_epochs * self.per_epoch)
 
     def _load(self, epoch: int) -> None:
@@ -45,7 +48,7 @@ class Order:
         self.epoch, config = epoch, self.config
         if self.packs is None:
             lengths = self.lengths if config.group_by_length else [0] * len(self.lengths)
-            size = config.rows_at_a_time
+            size = config.rows_at_a_time if config.grpo is None else config.prompts_of_step
             self.micro_batches = batches(lengths, size, config.seed, epoch)
         else:
             self.micro_batches = list(self.packs)
@@ -54,13 +57,22 @@ class Order:
     def _largest(self) -> int:
         if self.packs is not None:
             return max(sum(self.lengths[i] for i in pack) for pack in self.packs)
-        return self.config.rows_at_a_time * max(self.lengths) * self._rows_of_one
+        longest = max(self.lengths) + self._completion
+        return self.config.rows_at_a_time * longest * self._rows_of_one
+
+    @property
+    def _accumulate(self) -> int:
+        """Number of micro-batches of a step; the prompts of GRPO are sampled all at once."""
+        return 1 if self.config.grpo is not None else self.config.batches_of_step
 
     def step(self, step: int) -> list[list[int]]:
-        """Return the micro-batches of step 1, 2, ...: lists of row numbers."""
+        """Return the micro-batches of step 1, 2, ...: lists of row numbers.
+
+        Of GRPO it is one list, the prompts, which are the same in `num_iterations` steps.
+        """
         epoch, i = divmod(step - 1, self.per_epoch)
         self._load(epoch)
-        accumulate = self.config.batches_of_step
+        i, accumulate = i // self._repeats, self._accumulate
         return self.micro_batches[i * accumulate : (i + 1) * accumulate]
 
 

@@ -24,7 +24,15 @@ from lorakit.data.rows import place_of
 from lorakit.data.schemas import Chat, Choice, Judged, Prompt, Row
 from lorakit.data.similar import check_limit, similar_rows
 from lorakit.data.splitting import SelectedRows
-from lorakit.data.texts import answer_of, asked_of, class_of, spoken_texts, texts_of, words_digest
+from lorakit.data.texts import (
+    answer_of,
+    as_chat,
+    asked_of,
+    class_of,
+    spoken_texts,
+    texts_of,
+    words_digest,
+)
 from lorakit.models.tokenizer import Tokenizer
 
 SHORT = 40  # an answer of more characters is not taken for a class
@@ -267,13 +275,12 @@ def _empty_turns(row: Row) -> list[str]:
         return _empty_turns(row.chosen) + _empty_turns(row.rejected)
     if isinstance(row, Judged):
         return _empty_turns(row.answer)
-    if isinstance(row, (Chat, Prompt)):
-        messages = row.messages if isinstance(row, Chat) else row.prompt
-        if isinstance(messages, str):
-            return []
+    if isinstance(row, Prompt):
+        row = as_chat(row)
+    if isinstance(row, Chat):
         return [
             f"{row.place}, message {i} ({m['role']:.20})"
-            for i, m in enumerate(messages)
+            for i, m in enumerate(row.messages)
             if not re.search(r"\S", m.get("content") or "") and not m.get("tool_calls")
         ]
     named = zip(row._fields, row[:-1], strict=False)

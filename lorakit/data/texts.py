@@ -13,7 +13,7 @@ def texts_of(row: Row) -> list[str]:
     if isinstance(row, Judged):
         return [*texts_of(row.answer), str(row.desirable)]
     if isinstance(row, Prompt):
-        return [*texts_of(_as_chat(row)), str(row.columns)]
+        return [*texts_of(as_chat(row)), str(row.columns)]
     if not isinstance(row, Chat):
         return list(row[:-1])
     texts = [str(row.tools), str(row.variables)]
@@ -37,13 +37,13 @@ def spoken_texts(row: Row) -> list[str]:
     if isinstance(row, Judged):
         return spoken_texts(row.answer)
     if isinstance(row, Prompt):
-        row = _as_chat(row)
+        row = as_chat(row)
     if not isinstance(row, Chat):
         return list(row[:-1])
     return [content_of_message(m) for m in row.messages if m["role"] not in ("system", "developer")]
 
 
-def _as_chat(row: Prompt) -> Chat:
+def as_chat(row: Prompt) -> Chat:
     """Return a prompt as a chat that nobody has answered; text is what a user says."""
     said = row.prompt
     messages = [{"role": "user", "content": said}] if isinstance(said, str) else said
@@ -83,7 +83,7 @@ def question_of(row: Row) -> str:
     if isinstance(row, Judged):
         return question_of(row.answer)
     if isinstance(row, Prompt):
-        return content_of_message(_as_chat(row).messages[-1])
+        return content_of_message(as_chat(row).messages[-1])
     if isinstance(row, Chat):
         return content_of_message(row.messages[-2]) if len(row.messages) > 1 else ""
     if isinstance(row, Instruction):

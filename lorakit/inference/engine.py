@@ -10,9 +10,9 @@ A step takes a part of the prompts that are still to be read, PART tokens at mos
 token of every row. A request that ends makes room for the next at once; nobody waits for the
 slowest of a batch.
 
-What a prompt shares with another of the same adapter, page by page, is computed once: with one that
-runs, also with the same prompt that was submitted several times, and with one that has ended, as
-long as its pages last (kv_cache.py). A chat that comes again with one more turn is read from that
+Of rows with the same prompt and adapter that have a slot, one reads it, and all go on from its end.
+What a prompt shares with another of the same adapter, page by page, is computed once too: with one
+that runs, and with one that has ended, as long as its pages last (kv_cache.py). A chat that comes again with one more turn is read from that
 turn on.
 
 Where the cache is full, the row that came last goes back to the front of those that wait. Later it
@@ -46,7 +46,7 @@ from lorakit.adapters.manage import (
 from lorakit.config.errors import LorakitError
 from lorakit.inference.decode import COMPILED_ROWS, Decoding
 from lorakit.inference.grammar import Constraint
-from lorakit.inference.kv_cache import PAGE, PART, Line
+from lorakit.inference.kv_cache import PAGE, PART
 from lorakit.inference.request import MOST_LOGPROBS, Event, Request, Row
 from lorakit.inference.sampling import Picker, Sampling
 from lorakit.inference.text import end_tokens, stop_strings
@@ -156,6 +156,7 @@ class Engine:
         logit_bias: Mapping[int, float] | None = None,
         constraint: Constraint | None = None,
         logprobs: int | None = None,
+        logprobs_temperature: float = 1.0,
     ) -> Request:
         """Take a request; the next steps compute it. Other threads may call this.
 
@@ -172,6 +173,7 @@ class Engine:
                 grammar.py. It serves one request.
             logprobs: Keep the model's log-probability of each new token, and of so many of the
                 likeliest at its place, 20 at most. None: keep none.
+            logprobs_temperature: Divides the logits that they are taken of, above 0.
 
         Returns:
             The request, which `step` fills in.
@@ -197,7 +199,8 @@ class Engine:
             constraint=constraint,
             ends=[end for end in ends if end < self.model.config.vocab_size],
         )
-        request = Request(ids, sampling, max_new_tokens, adapter, logprobs)
+        wanted = logprobs, logprobs_temperature
+        request = Request(ids, sampling, max_new_tokens, adapter, *wanted)
         self._new.append(Row(request, self.tok, strings, ends, picker))
         return request
 
@@ -288,7 +291,7 @@ class Engine:
                 row.request.cached_tokens = 0  # of an earlier time, after which it was put off
             self._adopt(row)
             rows = [row, *self._running]  # who has a slot already may not have read its prompt yet
-            if not self.cache.has_room((_line(r), len(r.ids) + 1 - _line(r).length) for r in rows):
+            if not self.cache.has_room((r.held, len(r.ids) + 1 - r.held.length) for r in rows):
                 self._put_off(row)
                 return
             self._waiting.popleft()
@@ -323,7 +326,7 @@ class Engine:
 
     def _reads(self, row: Row) -> bool:
         """Return whether a row has tokens to be read, before it is continued one by one."""
-        line = _line(row)
+        line = row.held
         whole = len(row.ids) - (1 if row.request.tokens else 0)
         return line.length < min(whole, len(self._known(row)))
 
@@ -336,7 +339,7 @@ class Engine:
         if self.model.config.by_length:  # keys depend on the whole row
             return
         known = self._known(row)[: len(row.ids) - 1]
-        gained = self.cache.adopt(_line(row), known, self._unit(row))
+        gained = self.cache.adopt(row.held, known, self._unit(row))
         if not row.request.tokens:
             row.request.cached_tokens += gained
 
@@ -345,7 +348,7 @@ class Engine:
         self._adopt(row)
         if not self._reads(row):  # of a row that was put back, all was there
             return 0
-        known, unit, start = self._known(row), self._unit(row), _line(row).length
+        known, unit, start = self._known(row), self._unit(row), row.held.length
         end = len(known) if self.model.config.by_length else (start // unit + 1) * unit
         part = known[start:end]
         if not self._has_room(row, len(part)):
@@ -371,11 +374,11 @@ class Engine:
 
     def _continue(self, rows: list[Row], events: list[Event]) -> None:
         """Take the next token of each row, and pick the one after it."""
-        self._take(rows, [[row.ids[_line(row).length]] for row in rows], events)
+        self._take(rows, [[row.ids[row.held.length]] for row in rows], events)
 
     def _take(self, rows: list[Row], ids: list[list[int]], events: list[Event]) -> None:
         """Take these tokens of each row; pick the next of those that have no other left."""
-        lines, tokens = [_line(row) for row in rows], torch.tensor(ids, device=self.model.device)
+        lines, tokens = [row.held for row in rows], torch.tensor(ids, device=self.model.device)
         try:
             logits = self.decoding(lines, tokens, adapters=[row.request.adapter for row in rows])
         except LorakitError as error:  # an adapter was taken off
@@ -386,7 +389,15 @@ class Engine:
             if not self.model.config.by_length:
                 self.cache.name(line, self._known(row), self._unit(row))
             if line.length == len(row.ids):
+                self._share(row, logits[i : i + 1], events)
                 self._push(row, logits[i : i + 1], events)
+
+    def _share(self, row: Row, logits: Tensor, events: list[Event]) -> None:
+        """Let the others with the prompt that a row has just read go on from there too."""
+        for other in [each for each in self._running if each.will_read_as(row)]:
+            if self.cache.copy(other.held, row.held):
+                other.request.cached_tokens = len(row.ids)
+                self._push(other, logits, events)
 
     def _push(self, row: Row, logits: Tensor, events: list[Event]) -> None:
         """Pick the next token of a row from its logits [1, V]; end the row where it ends."""
@@ -398,11 +409,12 @@ class Engine:
             return
         text.push(token, row.ends)
         if len(text.ids) == len(request.tokens):  # an end token
+            request.end(logits[0], token)
             self._end(row, "stop", None, events)
             return
         request.tokens.append(token)
         row.ids.append(token)
-        _keep_logprobs(request, logits[0], token)
+        request.keep_logprobs(logits[0], token)
         if not text.running or row.picker.ended:
             self._end(row, "stop", token, events)
         elif len(request.tokens) == request.max_new_tokens:
@@ -432,19 +444,3 @@ class Engine:
 def _same(some: list[object], others: list[object] | None) -> bool:
     """Return whether two lists hold the same objects."""
     return others is not None and list(map(id, some)) == list(map(id, others))
-
-
-def _line(row: Row) -> Line:
-    """Return the line of a row that has a slot."""
-    assert row.line is not None
-    return row.line
-
-
-def _keep_logprobs(request: Request, logits: Tensor, token: int) -> None:
-    """Keep the log-probabilities that a request wants of its new token, from its logits [V]."""
-    if request.logprobs_of is None:
-        return
-    logprobs = logits.log_softmax(-1)
-    request.logprobs.append(logprobs[token].item())
-    values, tokens = logprobs.topk(min(request.logprobs_of, len(logprobs)))
-    request.top_logprobs.append(list(zip(tokens.tolist(), values.tolist(), strict=True)))

@@ -19,8 +19,8 @@ its own.
 
 Layers of linear attention keep no keys. Each line holds a state for each of them, of a fixed size,
 which says what all its positions left behind. A state belongs to the end of a row alone, so that a
-row with another end cannot go on with a page of the middle: in models with such layers, rows share
-nothing.
+row with another end cannot go on with a page of the middle: in models with such layers, no page is
+found by its name. A copy of the whole row (`copy`) has its states too.
 
 The compiled step reads keys and values through these lists. The decoder's modules want one tensor,
 so that for them a call gathers the pages of its rows: a copy, which costs less than the rest of
@@ -35,6 +35,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lorakit.inference.pages import Pool
 from lorakit.models.config import ModelConfig
 from lorakit.models.rope import query_scale
 from lorakit.models.views import AttentionView, tables_of
@@ -76,59 +77,6 @@ class Line:
         return self._names
 
 
-class _Pool:
-    """The pages of one kind: how many rows use each, and what each holds."""
-
-    def __init__(self, count: int):
-        self.count = count
-        self.free = list(range(count))[::-1]  # without a name; the next one stands last
-        self.users = [0] * count
-        self.page_of: dict[bytes, int] = {}
-        self.name_of: dict[int, bytes] = {}
-        self.idle: dict[int, None] = {}  # with a name and no user, the longest so first
-
-    @property
-    def room(self) -> int:
-        return len(self.free) + len(self.idle)
-
-    def take(self) -> int:
-        """Return a page that nobody uses, for a new user."""
-        if self.free:
-            page = self.free.pop()
-        else:
-            page = next(iter(self.idle))
-            del self.idle[page]
-            self.forget(page)
-        self.users[page] = 1
-        return page
-
-    def share(self, name: bytes) -> int:
-        """Return the page of a name, which has one more user now."""
-        page = self.page_of[name]
-        self.idle.pop(page, None)
-        self.users[page] += 1
-        return page
-
-    def name(self, page: int, name: bytes) -> None:
-        """Name a page, unless another has the name already."""
-        if name not in self.page_of:
-            self.page_of[name], self.name_of[page] = page, name
-
-    def forget(self, page: int) -> None:
-        """Take a page's name away."""
-        if page in self.name_of:
-            del self.page_of[self.name_of.pop(page)]
-
-    def leave(self, page: int) -> None:
-        """Let a user go."""
-        self.users[page] -= 1
-        if not self.users[page]:
-            if page in self.name_of:
-                self.idle[page] = None
-            else:
-                self.free.append(page)
-
-
 class KVCache:
     """The pages of all layers, and who uses them."""
 
@@ -157,7 +105,7 @@ class KVCache:
         self.shares = len(self.windows) == len(layers)
         pages = -(-tokens // PAGE)
         self.tokens = pages * PAGE
-        self.pools = [_Pool(min(pages, rows * self._span(w)) if w else pages) for w in self.reach]
+        self.pools = [Pool(min(pages, rows * self._span(w)) if w else pages) for w in self.reach]
         owners = {i: kind for i, kind in self.kind_of.items() if config.kv_source(i) is None}
         firsts = [
             next(i for i, each in owners.items() if each == kind) for kind in range(len(self.pools))
@@ -292,6 +240,32 @@ class KVCache:
                 line.length, line.named = n * PAGE, n
                 return (n - start) * PAGE
         return 0
+
+    def copy(self, line: Line, source: Line) -> bool:
+        """Let a line go on from where another one has come to.
+
+        They share full pages. Of a page that is not full the line gets a copy.
+
+        Returns:
+            False if pages are lacking; the line is as it was then.
+        """
+        part = bool(source.length % PAGE)
+        if part and any(not pool.room for pool in self.pools):
+            return False
+        self.release(line)
+        line.root, line.length, line.named = source.root, source.length, source.named
+        line.states |= source.states
+        for pool, store, pages, held in zip(
+            self.pools, self.stores, line.pages, source.pages, strict=True
+        ):
+            full = source.length // PAGE
+            for page in held[:full]:
+                pool.users[page] += page >= 0
+                pages.append(page)
+            if part:
+                pages.append(pool.take())
+                store[:, :, pages[-1]] = store[:, :, held[full]]
+        return True
 
     def release(self, line: Line, forget: bool = False) -> None:
         """Empty a line; `forget` says that nobody may find its pages any more."""

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from torch import Tensor
+
 from lorakit.config.errors import LorakitError
 from lorakit.inference.kv_cache import Line
 from lorakit.inference.sampling import Picker, Sampling
@@ -27,10 +29,17 @@ class Request:
     """The adapter that its row goes through; None: the base alone."""
     logprobs_of: int | None
     """How many of the likeliest tokens `top_logprobs` has each time; None: no log-probabilities."""
+    logprobs_temperature: float = 1.0
+    """What divides the logits that log-probabilities are taken of."""
     tokens: list[int] = field(default_factory=list)
     """The new tokens, without the one that ended the text."""
     logprobs: list[float] = field(default_factory=list)
-    """The model's log-probability of each new token, before all of sampling."""
+    """The model's log-probability of each new token, before all of sampling; see
+    `logprobs_temperature`."""
+    end_token: int | None = None
+    """The token that ended the text, if one did."""
+    end_logprob: float | None = None
+    """Its log-probability, as `logprobs` has those of the others."""
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
     """The likeliest tokens at the place of each new one with their log-probabilities, falling."""
     text: str = ""
@@ -49,6 +58,23 @@ class Request:
     def done(self) -> bool:
         """Whether it has ended."""
         return self.finish_reason is not None
+
+    def keep_logprobs(self, logits: Tensor, token: int) -> None:
+        """Keep the log-probabilities that are wanted of a new token, from its logits [V]."""
+        if self.logprobs_of is not None:
+            logprobs = self._logprobs(logits)
+            self.logprobs.append(logprobs[token].item())
+            values, tokens = logprobs.topk(min(self.logprobs_of, len(logprobs)))
+            self.top_logprobs.append(list(zip(tokens.tolist(), values.tolist(), strict=True)))
+
+    def end(self, logits: Tensor, token: int) -> None:
+        """Note the token that ended the text, from its logits [V]."""
+        self.end_token = token
+        if self.logprobs_of is not None:
+            self.end_logprob = self._logprobs(logits)[token].item()
+
+    def _logprobs(self, logits: Tensor) -> Tensor:
+        return (logits / self.logprobs_temperature).log_softmax(-1)
 
     def cancel(self) -> None:
         """End the request at the next step; other threads may call this."""
@@ -77,6 +103,19 @@ class Row:
         self.pieces: list[str] = []  # of text, that no event has told yet
         self.text = RowText(tok, request.prompt, stop, self.pieces.append)
         self.line: Line | None = None  # None: it waits
+
+    @property
+    def held(self) -> Line:
+        """The line of a row that has a slot."""
+        assert self.line is not None
+        return self.line
+
+    def will_read_as(self, row: "Row") -> bool:
+        """Return whether this row is to read the prompt that another has just read."""
+        mine, its = self.request, row.request
+        begins = self.line is not None and not mine.tokens and not its.tokens
+        same = mine.prompt == its.prompt and mine.adapter == its.adapter
+        return begins and same and self.held.length < row.held.length
 
     def new_text(self) -> str:
         """Return the text that became certain, and give it to the request."""

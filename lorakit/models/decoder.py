@@ -36,6 +36,7 @@ from lorakit.models.config import ModelConfig
 from lorakit.models.head import OutputHead
 from lorakit.models.per_layer import HostTable
 from lorakit.models.recompute import run_recomputed
+from lorakit.models.rows import before_padding, neftune_noise, next_tokens
 from lorakit.models.sharding import TakesGradients, gathered
 from lorakit.models.source import Source
 from lorakit.models.views import AttentionView, PackedRow, attention_views
@@ -137,7 +138,7 @@ class Decoder(nn.Module):
         views = self.views(input_ids, attention_mask, cu_seqlens, cache)
         x = self.embed(input_ids)
         if self.training and self.neftune_noise_alpha is not None:
-            x = x + _neftune_noise(x, self.neftune_noise_alpha, cu_seqlens)
+            x = x + neftune_noise(x, self.neftune_noise_alpha, cu_seqlens)
         return self.through_blocks(input_ids, x, views, cache)
 
     def through_blocks(
@@ -247,7 +248,7 @@ class Decoder(nn.Module):
             The sum, fp32 [], and the count, int64 [].
         """
         hidden = self._hidden_for_loss(input_ids, labels, attention_mask, cu_seqlens)
-        targets = _next_tokens(labels, cu_seqlens)
+        targets = next_tokens(labels, cu_seqlens)
         with self._whole(self._head_layer()):
             return self._output_head().loss(
                 hidden, targets, label_smoothing=label_smoothing, z_loss=z_loss
@@ -294,7 +295,7 @@ class Decoder(nn.Module):
             The sums, fp32 [n], and the counts, int64 [n].
         """
         hidden = self._hidden_for_loss(input_ids, labels, attention_mask, cu_seqlens)
-        targets = _next_tokens(labels, cu_seqlens)
+        targets = next_tokens(labels, cu_seqlens)
         if cu_seqlens is None:
             rows = list(zip(hidden.split(1), targets.split(1), strict=True))
         else:
@@ -305,6 +306,25 @@ class Decoder(nn.Module):
             sums, counts = zip(*(head.loss(*row) for row in rows), strict=True)
         return torch.stack(sums), torch.stack(counts)
 
+    def token_losses(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """Return the cross-entropy of each label that counts, row after row, fp32 [n].
+
+        `temperature` divides the logits. The logits exist for a chunk of positions at a time.
+        """
+        hidden = self._hidden_for_loss(input_ids, labels, attention_mask, cu_seqlens)
+        targets = next_tokens(labels, cu_seqlens)
+        with self._whole(self._head_layer()):
+            head = self._output_head().tempered(temperature)
+            return head.token_losses(hidden, targets, self.config.vocab_size)
+
     def _hidden_for_loss(
         self,
         input_ids: Tensor,
@@ -314,7 +334,7 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Return the final hidden states [B, T, H]; see `loss` for rows whose length matters."""
         if self.config.by_length and attention_mask is None and cu_seqlens is None:
-            attention_mask = _before_padding(input_ids, labels.to(input_ids.device))
+            attention_mask = before_padding(input_ids, labels.to(input_ids.device))
         return self.hidden_states(input_ids, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
 
 
@@ -417,34 +437,3 @@ def _keeps_for_others(cache: Storage | None, block: nn.Module) -> bool:
         return False
     assert isinstance(block, Block)
     return block.mixer.layer in cache.sources
-
-
-def _neftune_noise(x: Tensor, alpha: float, cu_seqlens: Tensor | None) -> Tensor:
-    """Return uniform noise for embeddings x [B, T, H], up to alpha / sqrt(T H).
-
-    T is the length of the row, or of each packed document.
-    """
-    noise = torch.empty_like(x).uniform_(-alpha, alpha)
-    length = x.new_tensor(x.shape[1])
-    if cu_seqlens is not None:
-        lengths = cu_seqlens.diff().to(x.device)
-        length = lengths.repeat_interleave(lengths)[:, None].to(x.dtype)
-    return noise / (length * x.shape[2]).sqrt()
-
-
-def _before_padding(input_ids: Tensor, labels: Tensor) -> Tensor:
-    """Return which positions lie before a last run of tokens 0 without labels: bool [B, T]."""
-    kept = (input_ids != 0) | (labels != -100)
-    return kept.flip(-1).cummax(-1).values.flip(-1)
-
-
-def _next_tokens(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Return the label that each position predicts, int64 [B, T].
-
-    The last position of a row, and of a packed document, predicts nothing, which is -100.
-    """
-    targets = labels.roll(-1, dims=1)
-    targets[:, -1] = -100
-    if cu_seqlens is not None:
-        targets[:, cu_seqlens[1:].long() - 1] = -100
-    return targets

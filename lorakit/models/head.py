@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 from lorakit import kernels
 from lorakit.config.errors import LorakitError
+from lorakit.kernels.ops.cross_entropy.linear import chunk_rows
 from lorakit.models.adapted_layer import AdaptedLayer
 from lorakit.models.hooks import has_hooks
 from lorakit.models.packed_layers import PackedWeight
+from lorakit.models.recompute import run_recomputed
 from lorakit.models.sharding import gathered_in_backward
 
 
@@ -101,6 +103,33 @@ class OutputHead(NamedTuple):
             label_smoothing=label_smoothing,
             z_loss=z_loss,
         )
+
+    def token_losses(self, hidden: Tensor, targets: Tensor, words: int) -> Tensor:
+        """Return the cross-entropy of each target that counts, in their order.
+
+        The logits exist for a chunk of positions at a time, and backward computes them again.
+
+        Args:
+            hidden: [B, T, H].
+            targets: int64 [B, T], as `loss` takes them.
+            words: V, the size of the vocabulary.
+
+        Returns:
+            The losses in nats, fp32 [n].
+        """
+        hidden, counted = kernels.labelled(self._scaled(hidden), targets)
+        size = max(1, chunk_rows(len(counted), words, hidden))
+        chunks = zip(hidden.split(size), counted.split(size), strict=True)
+        return torch.cat([run_recomputed(self._losses_of_chunk, *chunk) for chunk in chunks])
+
+    def _losses_of_chunk(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = self._before_softcap(hidden)
+        return kernels.token_cross_entropy(logits, targets, softcap=self.softcap)
+
+    def tempered(self, temperature: float) -> "OutputHead":
+        """Return the head whose logits, the soft cap applied, are divided by a temperature."""
+        softcap = None if self.softcap is None else self.softcap / temperature
+        return self._replace(softcap=softcap, scaling=self.scaling * temperature)
 
     def frozen_weight(self) -> Tensor | kernels.Packed | None:
         """Return the weight [V, H] that `loss` multiplies with, if it is frozen and nothing more.

@@ -20,6 +20,15 @@ def seed_of(seed: int, number: int) -> int:
     return int.from_bytes(blake2b(f"{seed}/{number}".encode(), digest_size=8).digest(), "little")
 
 
+def seed_of_completion(seed: int, step: int, row: int, number: int) -> int:
+    """Return the seed of a completion that a run samples, from 0 to 2^63 - 1.
+
+    `number` is its own among the completions of the row.
+    """
+    text = f"{seed}/{step}/{row}/{number}"
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
 @contextmanager
 def drawing_from(seed: int, device: torch.device | None = None) -> Iterator[None]:
     """Let torch's generators start from `seed`; afterwards they go on as if nothing was drawn.

@@ -1,4 +1,4 @@
-"""What a run says while it trains: metrics.jsonl, samples.jsonl, a progress bar, trackers.
+"""What a run says while it trains: files of JSON lines, a progress bar, trackers.
 
 All that a run prints goes through here to standard output: `say` before the first step, `Log.say`
 from then on, so that a line does not tear the progress bar.
@@ -21,6 +21,7 @@ from lorakit.training.trackers.reporter import Reporter
 from lorakit.training.trackers.tracker import TrackedRun
 
 SAMPLES = "samples.jsonl"
+ROLLOUTS = "rollouts.jsonl"
 _heard = True  # whether lines are printed; of several processes those of one are
 
 
@@ -76,13 +77,17 @@ class Log:
     """Writes metrics.jsonl, and shows a progress bar, or plain lines if there is no terminal.
 
     `done` is the number of steps that are done already. Samples go to samples.jsonl if the config
-    asks for some. Raises LorakitError if a tracker is asked for and not installed.
+    asks for some, and the completions that GRPO learns from to rollouts.jsonl. Raises LorakitError
+    if a tracker is asked for and not installed.
     """
 
     def __init__(self, output_dir: Path, total: int, done: int, config: TrainConfig):
         self.metrics, self.shown = _Lines(output_dir / "metrics.jsonl", done, self.say), None
         if config.eval_samples or (output_dir / SAMPLES).exists():
             self.shown = _Lines(output_dir / SAMPLES, done, self.say)
+        self.learned: _Lines | None = None
+        if config.grpo is not None or (output_dir / ROLLOUTS).exists():
+            self.learned = _Lines(output_dir / ROLLOUTS, done, self.say)
         self.bar = tqdm(total=total, initial=done, desc="training", unit="step", disable=None)
         self.total = total
         self.reporter = Reporter(
@@ -95,15 +100,17 @@ class Log:
     def __exit__(self, *_: Any) -> None:
         self.bar.close()
         self.metrics.file.close()
-        if self.shown is not None:
-            self.shown.file.close()
+        for lines in (self.shown, self.learned):
+            if lines is not None:
+                lines.file.close()
         self.reporter.end()
 
     def step(self, **values: Any) -> None:
         """Write and show the values of a step, by the names of metrics.jsonl."""
         self._write(values)
+        reward = f"reward {values['reward']:.4f}, " if "reward" in values else ""
         line = (
-            f"loss {values['loss']:.4f}, lr {values['learning_rate']:.2e}, "
+            f"{reward}loss {values['loss']:.4f}, lr {values['learning_rate']:.2e}, "
             f"{values['tokens_per_second']:.0f} tok/s, {values['peak_memory_mb']:.0f} MB"
         )
         if self.bar.disable:
@@ -122,6 +129,12 @@ class Log:
         for sample in samples:
             assert self.shown is not None  # the config asks for samples
             self.shown.write({"step": step, **sample})
+
+    def rollouts(self, completions: Sequence[Mapping[str, Any]]) -> None:
+        """Write the graded completions that a step has learned from."""
+        for each in completions:
+            assert self.learned is not None  # the objective is grpo
+            self.learned.write(each)
 
     def say(self, line: str) -> None:
         """Print a line, above the progress bar if there is one."""
@@ -147,6 +160,8 @@ class SilentLog(Log):
     def evaluation(self, step: int, result: Mapping[str, float]) -> None: ...
 
     def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None: ...
+
+    def rollouts(self, completions: Sequence[Mapping[str, Any]]) -> None: ...
 
     def say(self, line: str) -> None: ...
 

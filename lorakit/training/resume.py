@@ -62,6 +62,7 @@ def must_match(
     """
     names = [*SAME_SETTINGS, *(["max_seq_length"] if config.packing else [])]
     names += [] if config.loss_type is None else ["loss_type"]
+    names += ["grpo"] if config.objective == "grpo" else []
     settings = asdict(config)
     own = {
         "data": _digest(examples),
@@ -165,7 +166,7 @@ def _in_words_of(saved: Mapping[str, Any], same: Mapping[str, Any]) -> dict[str,
 def reference_of_run(
     model: Decoder, config: TrainConfig, checkpoint: run_state.Checkpoint | None
 ) -> Reference | None:
-    """Return what DPO and KTO compare with: the model before the first step of the run.
+    """Return what DPO, KTO, and GRPO with a beta compare with: the model before the first step.
 
     It is the model as it is, or what the checkpoint holds that the run has gone on from. None means
     that the objective has no reference, or that the run was begun by lorakit 0.1.0. That compared

@@ -15,7 +15,7 @@ the end of a run read first. On a CPU, which has nothing to gain, each step is r
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,6 +52,8 @@ from lorakit.training.resume import (
     reference_of_run,
     resume_from,
 )
+from lorakit.training.rollouts.rewards import RewardFunction
+from lorakit.training.rollouts.rollouts import Rollouts
 from lorakit.training.schedules import Rates, learning_rate
 from lorakit.training.step import (
     Late,
@@ -93,6 +95,7 @@ class Run:
         config: TrainConfig,
         base_model: str | None,
         ranks: Ranks,
+        rewards: Mapping[str, RewardFunction],
     ):
         """Prepare the first step, or the one after the checkpoint that the run resumes from."""
         model, self.part = trained.model, trained
@@ -111,6 +114,9 @@ class Run:
         validation = None if held_out is None else held_out.examples
         self.same = must_match(trained, tok, examples, validation, config)  # saved with checkpoints
         self.progress = Progress()
+        self.rollouts: Rollouts | None = None  # of objective grpo
+        if config.grpo is not None:
+            self.rollouts = Rollouts(model, tok, examples, config, rewards, ranks.share)
         if checkpoint is not None:
             self.progress = resume_from(checkpoint, trained, self.optimizer, self.same, self.order)
         self.tensors = trained.everything()
@@ -118,9 +124,11 @@ class Run:
         self.sums = gradient_sum(trained, config, ranks)
         self.update = self._optimizer_step(shares)
         self.reference = reference_of_run(model, config, checkpoint)
+        if self.rollouts is not None and checkpoint is not None:
+            self.rollouts.restore(run_state.read_values(checkpoint).get("rollouts"))
         self.own_tokenizer = _is_not_the_models(tok, model)
         self.ended = False
-        self.reads_late = model.device.type != "cpu"
+        self.reads_late = model.device.type != "cpu" and self.rollouts is None
         self.captured: CapturedStep | None = None  # what takes steps as CUDA graphs, in the loop
         self._prepared: Prepared | None = None  # the next step
         self._begun: tuple[Prepared, Late] | None = None  # the last step, if it was not read
@@ -257,7 +265,8 @@ class Run:
         """
         self._read_begun(log)
         self.ranks.agree(self._sums_of_tensors)
-        self._by_the_writer(lambda: self._write(log))
+        rollouts = None if self.rollouts is None else self.rollouts.saved(self.progress.step)
+        self._by_the_writer(lambda: self._write(log, rollouts))
         if upload and self.config.hub_strategy != "end":
             now = self.publisher.upload_now
             self.ranks.first(lambda: now(self._save, self.progress, log.say))
@@ -266,7 +275,7 @@ class Run:
         """Return a sum of the bits of each trained tensor, by name."""
         return {f"tensor {name}": run_state.sum_of_bits(t) for name, t in self.tensors.items()}
 
-    def _write(self, log: Log) -> None:
+    def _write(self, log: Log, rollouts: dict[str, Any] | None) -> None:
         """Write a checkpoint. If the disk is full, say so and go on."""
         step, optimizer, divided = self.progress.step, self.optimizer, self.part.divided
         met = False  # the other ranks in `save`
@@ -285,6 +294,7 @@ class Run:
             if self.reference is not None:
                 tensors |= run_state.reference_tensors(self.reference.tensors)
             values["reference"] = self.reference is not None
+            values |= {"rollouts": rollouts} if rollouts is not None else {}
             if not self.ranks.is_writer:  # it is here for its parts
                 save(self.output_dir)
                 return
@@ -326,7 +336,9 @@ class Run:
         step = self._prepared or self._prepare(number)
         told = Late(self._compute(step))
         self.progress.step = number
-        self._prepared = self._prepare(number + 1) if number < self.order.total else None
+        # completions wait for the step before them, and for a checkpoint that may come first
+        ahead = number < self.order.total and self.rollouts is None
+        self._prepared = self._prepare(number + 1) if ahead else None
         if before is not None:
             self._read(*before, log)
         self._begun = step, told
@@ -348,6 +360,8 @@ class Run:
 
     def _prepare(self, number: int) -> Prepared:
         rows = self.order.step(number)
+        if self.rollouts is not None:
+            return self.rollouts.prepare(number, rows[0])
         options = self.config, self.captured, self.ranks.share
         return prepare(self.model, self.examples, number, rows, *options)
 
@@ -369,6 +383,10 @@ class Run:
         else:
             self._skip(step, told, log)
         progress.tokens, progress.seconds = progress.tokens + step.tokens, progress.seconds + took
+        more: dict[str, float] = {}
+        if self.rollouts is not None:
+            more, completions = self.rollouts.told(step)
+            log.rollouts(completions)
         log.step(
             step=step.number,
             epoch=step.number / self.order.per_epoch,
@@ -379,6 +397,7 @@ class Run:
             tokens_per_second=step.tokens / took,
             padding=1 - step.tokens / step.computed,
             peak_memory_mb=peak_memory_mb(self.model.device),
+            **more,
         )
 
     def _rate(self, step: int) -> float:

@@ -32,6 +32,7 @@ from lorakit.training.memory import peak_memory_mb
 from lorakit.training.mode import training_mode
 from lorakit.training.ranks import Ranks, joined
 from lorakit.training.record import recorded, settings_in_effect
+from lorakit.training.rollouts.rewards import RewardFunction
 from lorakit.training.run import HeldOut, Run
 from lorakit.training.state import only_run_in
 from lorakit.training.trackers import reporter
@@ -77,6 +78,7 @@ def train(
     base_model: str | None = None,
     run: RunConfig | None = None,
     after_step: Callable[[], None] | None = None,
+    rewards: Mapping[str, RewardFunction] | None = None,
 ) -> TrainResult:
     """Train the selected adapter of a model, and save it into `config.output_dir`.
 
@@ -98,6 +100,8 @@ def train(
         base_model: The name of the base model that the adapter's config records.
         run: The settings of the run file, which run.json keeps; None: those of `config` alone.
         after_step: Called after every step, its clipped gradients still there; costs a GPU a wait.
+        rewards: For objective "grpo", functions under the names that `config.grpo` gives them:
+            f(prompts, completions, **columns) -> a number for each completion.
 
     Returns:
         What the run did, as numbers.
@@ -110,8 +114,8 @@ def train(
             another process of the run is gone.
     """
     with joined(model.device) as ranks, heard(ranks.is_writer):
-        config = config or TrainConfig()
-        return _train(model, tok, data, config, base_model, run, after_step, ranks)
+        options = config or TrainConfig(), base_model, run, after_step, rewards or {}
+        return _train(model, tok, data, *options, ranks)
 
 
 def _train(
@@ -122,12 +126,15 @@ def _train(
     base_model: str | None,
     run_file: RunConfig | None,
     after_step: Callable[[], None] | None,
+    rewards: Mapping[str, RewardFunction],
     ranks: Ranks,
 ) -> TrainResult:
     """Train as `train` does, as one of the ranks."""
     trained = trained_part(model, config)
     check_frozen_dtype(model, config)
     train_rows, validation_rows = _two_sources(data)
+    if config.grpo is not None and validation_rows is not None:
+        raise LorakitError("train: grpo evaluates on no validation rows yet; leave them out")
     examples = encode_for(model, tok, train_rows, config, "the training rows")
     held_out = None if validation_rows is None else _held_out(model, tok, validation_rows, config)
     _check_validation(held_out, config)
@@ -140,7 +147,7 @@ def _train(
         config, split = ranks.first(lambda: with_split(model, examples, config, ranks))
         if split:
             say(split)
-        run = Run(trained, tok, examples, held_out, config, base_model, ranks)
+        run = Run(trained, tok, examples, held_out, config, base_model, ranks, rewards)
         if ranks.is_writer:
             held.enter_context(_recorded(run, run_file))
         say(kernel_line(model, max(examples.lengths), config.packing))

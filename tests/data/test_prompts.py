@@ -92,3 +92,8 @@ def test_prompts_are_not_mixed_with_rows_that_have_an_answer(tmp_path):
         lk.LorakitError, match="prompts.jsonl line 1 is a prompt alone, and .*pairs"
     ):
         lk.open_data(data)
+
+
+def test_data_check_reads_prompts(tok):
+    report = lk.lint_rows(lk.read_rows([{"prompt": "one"}, {"prompt": [HI]}, {"prompt": " "}]), tok)
+    assert report.labels == 0

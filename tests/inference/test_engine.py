@@ -144,7 +144,7 @@ def test_rows_share_pages_while_they_run(model, tok, small_pages):
     while engine.running < 4 or not all(request.tokens for request in given):
         engine.step()
     (pool,) = engine.cache.pools
-    assert [request.cached_tokens for request in given] == [0, 16, 16, 16]
+    assert [request.cached_tokens for request in given] == [0, 19, 19, 19]
     assert pool.users.count(4) == 4  # four pages of four positions, that all rows use
     assert set(pool.users) == {0, 1, 4}
     drain(engine)
@@ -445,8 +445,11 @@ def test_what_cannot_be_answered_is_refused(model, tok):
 # ---- layers that keep a state ----
 
 
-def test_rows_with_a_state_are_put_off_and_share_nothing(tmp_path, tok, small_pages):
-    """A row goes back if the cache is full, and is read again later. No prompt is taken over."""
+def test_rows_with_a_state_are_put_off(tmp_path, tok, small_pages):
+    """A row goes back if the cache is full, and is read again later.
+
+    A prompt is taken over by who waits for the same one, and by nobody later.
+    """
     family, options = FAMILY_VARIANTS["qwen3_5_text"]
     tiny(family, **{**options, "vocab_size": 300}).save_pretrained(tmp_path)
     model = lk.load_model(tmp_path, dtype="float32")
@@ -458,7 +461,7 @@ def test_rows_with_a_state_are_put_off_and_share_nothing(tmp_path, tok, small_pa
     for prompt, name in zip(given, names, strict=True):
         with lk.adapter_rows(model, [name]):
             truth.append(likeliest(model, prompt, 12))
-    engine, put_back = Engine(model, tok, slots=3, capacity=40, cache_tokens=64), 0
+    engine, put_back = Engine(model, tok, slots=3, capacity=40, cache_tokens=52), 0
     requests = [
         engine.submit(prompt, max_new_tokens=12, adapter=name)
         for prompt, name in zip(given, names, strict=True)
@@ -469,7 +472,7 @@ def test_rows_with_a_state_are_put_off_and_share_nothing(tmp_path, tok, small_pa
         put_back += sum(row.line is None and not row.request.done for row in before)
     assert put_back > 0
     assert [request.tokens for request in requests] == truth
-    assert not any(request.cached_tokens for request in requests)
+    assert not any(requests[i].cached_tokens for i in (0, 1, 3))
     assert all(pool.room == pool.count for pool in engine.cache.pools)
 
 
@@ -509,3 +512,23 @@ def test_rows_of_heads_with_sinks_share_a_beginning(tmp_path, tok, small_pages):
         engine.step()
     assert [request.tokens for request in requests] == truth
     assert any(request.cached_tokens for request in requests)
+
+
+@pytest.mark.parametrize("length", [3, 4, 7, 19])
+def test_a_prompt_of_several_is_read_once(model, tok, small_pages, length):
+    """Also one that is shorter than a page; each gets the bits that it gets alone."""
+    (prompt,) = prompts(length)
+
+    def run(engine, seeds):
+        options = {"max_new_tokens": 6, "logprobs": 0}
+        hot = Sampling(temperature=1.0)
+        given = [engine.submit(prompt, hot, seed=seed, **options) for seed in seeds]
+        while not engine.idle:
+            engine.step()
+        return given
+
+    alone = [run(Engine(model, tok, slots=4, capacity=32), [seed])[0] for seed in range(4)]
+    together = run(Engine(model, tok, slots=4, capacity=32), range(4))
+    assert [each.tokens for each in together] == [each.tokens for each in alone]
+    assert [each.logprobs for each in together] == [each.logprobs for each in alone]
+    assert [each.cached_tokens for each in together] == [0, *[length] * 3]

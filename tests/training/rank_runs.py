@@ -57,6 +57,15 @@ CASES = {
          "undesirable_weight": 0.5},
         JUDGED,
     ),
+    "grpo": (
+        "float32",
+        {},
+        {"objective": "grpo", "gradient_accumulation_steps": 4, "packing": True,
+         "grpo": lk.GrpoConfig(
+             [lk.RewardConfig("length", length=12)], num_generations=4, max_completion_length=5,
+             num_iterations=2, beta=0.05)},
+        [{"prompt": row["prompt"]} for row in PAIRS],
+    ),
     "full": (
         "bfloat16",
         None,
@@ -107,7 +116,7 @@ def bytes_written() -> int:
 def found(out: Path, case: str) -> dict:
     """What a run has left: bytes of its files, and its numbers without times."""
     steps = [json.loads(line) for line in (out / case / "metrics.jsonl").open()]
-    timed = ("tokens_per_second", "peak_memory_mb")
+    timed = ("tokens_per_second", "peak_memory_mb", "rollout_seconds")
     return {
         "result": (out / case / (MODEL if CASES[case][1] is None else ADAPTER)).read_bytes(),
         "state": (checkpoints(out / case)[-1].path / STATE_TENSORS).read_bytes(),

@@ -101,6 +101,51 @@ class CrossEntropy(torch.autograd.Function):
         return ctx.backend.gradient(logits, labels, lse, grad, *ctx.options), *(None,) * 4
 
 
+def token_cross_entropy(logits: Tensor, labels: Tensor, *, softcap: float | None = None) -> Tensor:
+    """Compute the cross-entropy of next-token logits, token by token.
+
+    Differentiable in the logits; it keeps them for backward.
+
+    Args:
+        logits: z [N, V], before any soft cap, of any floating-point dtype; kernels run for fp32,
+            bf16 and fp16.
+        labels: y, int64 [N], where the logits lie; each a word.
+        softcap: as in `cross_entropy`.
+
+    Returns:
+        The losses in nats, fp32 [N].
+
+    Raises:
+        IndexError: as in `cross_entropy`.
+    """
+    form = Form(softcap)
+    backend = reference if dispatch.traces() else backend_for(logits)
+    if backend is reference:
+        return reference.token_cross_entropy(logits, labels, form)
+    return TokenCrossEntropy.apply(logits, labels, form, backend)
+
+
+class TokenCrossEntropy(torch.autograd.Function):
+    """Map logits [N, V] and labels int64 [N] to the losses, fp32 [N]."""
+
+    @staticmethod
+    def forward(ctx, logits, labels, form, backend):
+        if logits.stride(-1) != 1:
+            logits = logits.contiguous()
+        loss, lse = backend.loss_and_lse(logits, labels, form, -100)
+        ctx.save_for_backward(logits, labels, lse)
+        ctx.form, ctx.backend = form, backend
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        logits, labels, lse = ctx.saved_tensors
+        one = torch.ones((), device=logits.device)
+        found = ctx.backend.gradient(logits, labels, lse, one, ctx.form, -100)
+        return found.mul_(grad[:, None]), None, None, None
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor | Packed | Float8Weight,

@@ -34,7 +34,7 @@ class Form(NamedTuple):
     z_loss: float = 0.0
 
 
-def _chunk_rows(rows: int, vocabulary: int, hidden: Tensor) -> int:
+def chunk_rows(rows: int, vocabulary: int, hidden: Tensor) -> int:
     """Return the rows of a chunk, where there are `rows` in all."""
     if pretend.kind_of(hidden.device) == "cpu":
         most = max(FEWEST, CHUNK_BYTES // (vocabulary * hidden.element_size()))
@@ -97,7 +97,7 @@ def _float8_loss(
     """
     grad_hidden = torch.empty_like(hidden)
     total = hidden.new_zeros((), dtype=torch.float32)
-    step = _chunk_rows(len(labels), head.shape[0], hidden)
+    step = chunk_rows(len(labels), head.shape[0], hidden)
     for start in range(0, len(labels), step):
         part = slice(start, start + step)
         logits = backend.logits(hidden[part], head)
@@ -141,7 +141,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         if adapted := lora_A is not None:
             A, sB = lora_A.to(hidden.dtype), (lora_B * scaling).to(hidden.dtype)
         total: Tensor | None = None
-        step = _chunk_rows(len(labels), weight.shape[0], hidden)
+        step = chunk_rows(len(labels), weight.shape[0], hidden)
         for start in range(0, len(labels), step):
             h, y = hidden[start : start + step], labels[start : start + step]
             n, filling = len(h), dispatch.rounded_up(len(h), h.device) - len(h)

@@ -29,6 +29,14 @@ def cross_entropy(
     return total, counted.sum()
 
 
+def token_cross_entropy(logits: Tensor, labels: Tensor, form: Form) -> Tensor:
+    """Return the losses [N] of logits [N, V] and labels int64 [N]."""
+    flat = logits.float()
+    if form.softcap is not None:
+        flat = form.softcap * torch.tanh(flat / form.softcap)
+    return F.cross_entropy(flat, labels, reduction="none")
+
+
 def logits(h: Tensor, head: Head) -> Tensor:
     """Return h [n, H] times the transpose of the head [V, H]: fp32 [n, V]."""
     if isinstance(head, Float8Weight):

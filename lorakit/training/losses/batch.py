@@ -12,6 +12,7 @@ from lorakit.data.batching import collate, real_tokens
 from lorakit.data.encode import AnyExample, Example, JudgedExample
 from lorakit.data.packing import collate_packed
 from lorakit.models.decoder import Decoder
+from lorakit.training.losses.graded import GradedBatch, graded_loss
 from lorakit.training.losses.preference import pair_losses
 from lorakit.training.losses.reference import (
     Reference,
@@ -31,6 +32,7 @@ class Batch(NamedTuple):
         cu_seqlens: int32 [n + 1], in host memory, of packed documents; else None.
         desirable: Of KTO: bool [B], on the model's device, whether each answer is a good one.
         mismatched: Of KTO: the batch of the same prompts with others' completions; see unpaired.py.
+        graded: What belongs to completions that rewards have graded; else None.
     """
 
     ids: Tensor
@@ -39,6 +41,7 @@ class Batch(NamedTuple):
     cu_seqlens: Tensor | None
     desirable: Tensor | None = None
     mismatched: "Batch | None" = None
+    graded: GradedBatch | None = None
 
     @property
     def rows(self) -> dict[str, Tensor | None]:
@@ -83,7 +86,8 @@ def summed_loss(
     """Return the summed loss of a batch, and its number of label tokens.
 
     With other objectives than sft the second number is how many rows the model has the right way
-    round. DPO and KTO compare with `reference`, as `pair_losses` takes it.
+    round, or of completions how many there are. DPO and KTO compare with `reference`, as
+    `pair_losses` takes it.
     """
     smoothing = config.label_smoothing_factor
     if config.objective == "sft":
@@ -93,6 +97,10 @@ def summed_loss(
     if config.objective == "kto":
         losses, right = _judged_losses(model, batch, config, reference)
         return losses.sum(), right.sum()
+    if batch.graded is not None and config.grpo is not None:
+        given = batch.graded, config.grpo, reference
+        loss = graded_loss(model, batch.ids, batch.labels, *given, **batch.rows)
+        return loss, batch.labels.new_tensor(len(batch.graded.mask))
     losses, prefers = pair_losses(
         model,
         batch.ids,

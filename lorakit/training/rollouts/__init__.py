@@ -1,0 +1,1 @@
+"""Completions that the model in training makes, their rewards, and steps that learn of them."""

@@ -1,0 +1,208 @@
+"""The rewards of completions: built in, or functions of the user's own.
+
+    exact_match      1 if the completion is the column's text, white space around both apart
+    numeric_answer   1 if the last number of the completion is the last number of the column
+    regex            1 if the pattern is found in the completion
+    length           1 - |n - length| / length for a completion of n characters, at least 0
+
+Everything else is a function, f(prompts, completions, **columns) -> one number for each completion,
+called by these names, as TRL calls them. prompts and completions are texts, or for chats lists of
+messages, and columns are the other fields of the rows, a list each.
+"""
+
+import importlib.util
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lorakit.config.errors import LorakitError, nearest
+from lorakit.config.grpo import BUILT_IN, RewardConfig
+from lorakit.data.schemas import Prompt
+from lorakit.files.local import as_path
+
+RewardFunction = Callable[..., Sequence[float]]
+_NUMBER = re.compile(r"(?:(?<![\w.])[-+])?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+
+
+class Graded(NamedTuple):
+    """A completion that is to be graded, and the prompt that it answers."""
+
+    row: Prompt
+    text: str
+
+
+class Rewards:
+    """The rewards of a run, by name.
+
+    Args:
+        configs: Their settings.
+        given: The functions that the caller has named himself.
+
+    Raises:
+        LorakitError: A name is that of no reward, or the function of a file cannot be read.
+    """
+
+    def __init__(self, configs: Sequence[RewardConfig], given: Mapping[str, RewardFunction]):
+        self.configs = configs
+        self._functions = {each.name: _function(each, given) for each in configs}
+
+    def __call__(self, graded: Sequence[Graded]) -> dict[str, list[float]]:
+        """Return the rewards of completions, a list for each reward by its name.
+
+        Raises LorakitError if a function raises, or returns something else than a finite number for
+        each completion, or if a row lacks the column of a reward.
+        """
+        if not graded:  # of a process without prompts
+            return {each.name: [] for each in self.configs}
+        return {each.name: self._of(each, graded) for each in self.configs}
+
+    def total(self, values: Mapping[str, list[float]]) -> list[float]:
+        """Return the weighted sum of the rewards of each completion."""
+        weights = [each.weight for each in self.configs]
+        columns = zip(*(values[each.name] for each in self.configs), strict=True)
+        return [math.fsum(map(float.__mul__, weights, each)) for each in columns]
+
+    def _of(self, config: RewardConfig, graded: Sequence[Graded]) -> list[float]:
+        function = self._functions[config.name]
+        if isinstance(function, _BuiltIn):
+            return [function(each) for each in graded]
+        names = {name: None for each in graded for name in each.row.columns}
+        columns = {name: [each.row.columns.get(name) for each in graded] for name in names}
+        prompts = [each.row.prompt for each in graded]
+        completions = [_as_prompt(each) for each in graded]
+        try:
+            found = list(function(prompts=prompts, completions=completions, **columns))
+        except Exception as error:  # of the user's code, whatever it is
+            raise LorakitError(
+                f"reward {config.name} failed with {type(error).__name__}: {error} "
+                f"(on completions of {_places(graded)})"
+            ) from error
+        if len(found) != len(graded):
+            raise LorakitError(
+                f"reward {config.name} returned {len(found)} numbers for {len(graded)} completions"
+            )
+        pairs = zip(found, graded, strict=True)
+        return [_number(value, config.name, each) for value, each in pairs]
+
+
+def _places(graded: Sequence[Graded]) -> str:
+    return ", ".join(dict.fromkeys(each.row.place for each in graded))
+
+
+def _as_prompt(graded: Graded) -> str | list[dict[str, Any]]:
+    """Return a completion in the form of its prompt: text, or one message of the assistant."""
+    if isinstance(graded.row.prompt, str):
+        return graded.text
+    return [{"role": "assistant", "content": graded.text}]
+
+
+def _number(value: Any, name: str, graded: Graded) -> float:
+    """Return a reward as a number. Raises LorakitError if it is none, or not finite."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise LorakitError(
+            f"{graded.row.place}: reward {name} is {value!r:.60} for the completion "
+            f"{graded.text!r:.60}; it must be a finite number"
+        )
+    return number
+
+
+# ---- where a reward comes from -------------------------------------------------------------------
+
+
+def _function(
+    config: RewardConfig, given: Mapping[str, RewardFunction]
+) -> "_BuiltIn | RewardFunction":
+    """Return what computes a reward. Raises LorakitError if there is no such reward."""
+    name = config.name
+    if name in given:
+        return given[name]
+    if name in BUILT_IN:
+        return _BuiltIn(config)
+    if ":" in name:
+        return _from_file(name)
+    known = [*BUILT_IN, *given]
+    raise LorakitError(
+        f"reward {name!r} is unknown{nearest(name, known)}; there are {', '.join(known)}, and "
+        "functions of a file, as rewards.py:brevity"
+    )
+
+
+def _from_file(name: str) -> RewardFunction:
+    """Return the function of a Python file, which is run. Raises LorakitError if it has none."""
+    file, _, function = name.rpartition(":")
+    path: Path = as_path(file)
+    if not path.is_file() or path.suffix != ".py":
+        raise LorakitError(f"reward {name}: {path} is no Python file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None  # of a .py file there is one
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # of the user's code, whatever it is
+        raise LorakitError(f"reward {name}: {path} failed with {error!r}") from error
+    found = vars(module).get(function)
+    if not callable(found):
+        raise LorakitError(
+            f"reward {name}: {path} has no function {function!r}"
+            f"{nearest(function, [key for key, value in vars(module).items() if callable(value)])}"
+        )
+    return found
+
+
+class _BuiltIn:
+    """A reward that lorakit has itself."""
+
+    def __init__(self, config: RewardConfig):
+        self.config = config
+        self._compute = {
+            "exact_match": self._exact_match,
+            "numeric_answer": self._numeric_answer,
+            "regex": self._regex,
+            "length": self._length,
+        }[config.name]
+
+    def __call__(self, graded: Graded) -> float:
+        return float(self._compute(graded))
+
+    def _answer(self, graded: Graded) -> str:
+        """Return what the row says the answer is. Raises LorakitError if it says nothing."""
+        column, columns = self.config.column, graded.row.columns
+        if columns.get(column) is None:
+            raise LorakitError(
+                f"{graded.row.place} has no field {column!r}{nearest(column, columns)}, which "
+                f"reward {self.config.name} compares with"
+            )
+        return str(columns[column])
+
+    def _exact_match(self, graded: Graded) -> bool:
+        return graded.text.strip() == self._answer(graded).strip()
+
+    def _numeric_answer(self, graded: Graded) -> bool:
+        wanted, said = _last_number(self._answer(graded)), _last_number(graded.text)
+        if wanted is None:
+            raise LorakitError(
+                f"{graded.row.place}: field {self.config.column!r} holds no number for reward "
+                "numeric_answer"
+            )
+        return said == wanted
+
+    def _regex(self, graded: Graded) -> bool:
+        assert self.config.pattern is not None
+        return re.search(self.config.pattern, graded.text) is not None
+
+    def _length(self, graded: Graded) -> float:
+        assert self.config.length is not None
+        return max(0.0, 1 - abs(len(graded.text) - self.config.length) / self.config.length)
+
+
+def _last_number(text: str) -> float | None:
+    """Return the last number of a text, whose commas part thousands; None if it has none."""
+    found = _NUMBER.findall(text)
+    return float(found[-1].replace(",", "")) if found else None

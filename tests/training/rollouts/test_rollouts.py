@@ -1,0 +1,263 @@
+"""Runs of GRPO: what they sample, what they learn, and that they resume to the bit."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import lorakit as lk
+from lorakit.evaluation.share import ALL
+from lorakit.training.rollouts.rollouts import Rollouts, advantages_of
+from lorakit.training.rollouts.sampler import Asked, Sampler
+from lorakit.training.step import backward
+from tests.training.runs import ADAPTER, adapted, same_tensors
+
+PROMPTS = [{"prompt": f"{a} plus {b} is ", "answer": a + b} for a in range(3) for b in range(3)]
+LENGTH = lk.RewardConfig("length", length=12)
+
+
+def config(out, **options):
+    """Return the settings of a run: two prompts a step, four completions of each."""
+    grpo = {"rewards": [LENGTH], "num_generations": 4, "max_completion_length": 8}
+    names = lk.GrpoConfig.__dataclass_fields__
+    grpo |= {name: options.pop(name) for name in list(options) if name in names}
+    common = {"max_steps": 4, "per_device_train_batch_size": 8, "learning_rate": 1e-2}
+    return lk.TrainConfig(
+        str(out), objective="grpo", grpo=lk.GrpoConfig(**grpo), **{**common, **options}
+    )
+
+
+def lines(out, name):
+    return [json.loads(line) for line in (out / name).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_dir):
+    """Return a model whose adapter changes what it says."""
+    model = adapted(tiny_dir)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.05)
+    return model
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_advantages(scale):
+    """By the formula, in numpy's fp64; a group of equal rewards has none."""
+    rewards = np.array([1.0, 0.0, 0.5, 0.2, 3.0, 3.0, 3.0, 3.0])
+    groups = rewards.reshape(2, 4)
+    truth = groups - groups.mean(1, keepdims=True)
+    spread = {"group": groups.std(1, ddof=1, keepdims=True), "batch": rewards.std(ddof=1)}
+    if scale != "none":
+        truth = truth / (spread[scale] + 1e-4)
+    found = advantages_of(rewards.tolist(), 4, scale)
+    np.testing.assert_allclose(found, truth.flatten(), atol=1e-6)
+    assert found[4:] == [0.0] * 4
+
+
+def test_what_is_sampled_has_the_models_log_probabilities(model, tok, tmp_path):
+    """At the temperature, the end token included; and a seed says what is drawn."""
+    settings = config(tmp_path, temperature=1.5, max_completion_length=20)
+    prompt = tok.encode("one two ")
+    asked = [Asked(0, i, prompt) for i in range(6)]
+    sampler = Sampler(model, tok, settings, len(prompt))
+    found = sampler(3, asked)
+    assert found == sampler(3, asked)
+    assert found != sampler(4, asked)
+    assert len({tuple(each.tokens) for each in found}) > 1
+    for each in found:
+        ids = torch.tensor([prompt + each.tokens])
+        logits = model(ids)[0, len(prompt) - 1 : -1].double() / 1.5
+        truth = logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])[:, 0]
+        # the sampler computes token by token, in another order
+        torch.testing.assert_close(torch.tensor(each.logprobs).double(), truth, rtol=0, atol=1e-4)
+        assert each.truncated == (len(each.tokens) == 20 and each.tokens[-1] != tok.eos_token_id)
+
+
+def rollouts_of(model, tok, settings):
+    examples = lk.encode_rows(PROMPTS, tok, max_seq_length=32)
+    return Rollouts(model, tok, examples, settings, {}, ALL)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo", "cispo", "gspo"])
+def test_the_gradient_is_that_of_the_formula(model, tok, tmp_path, loss_type, packing):
+    """In steps of two batches against one over all logits, where every ratio is exactly 1.
+
+    There the gradient of all losses is that of the log-probability times the advantage; for cispo
+    too, whose weight is 1. Sums of fp32 in another order.
+    """
+    options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    settings = config(tmp_path, loss_type=loss_type, packing=packing, **options)
+    rollouts = rollouts_of(model, tok, settings)
+    step = rollouts.prepare(1, [0, 5])
+    rollout = rollouts.current
+    model.zero_grad()
+    model.train()
+    backward(model, step, settings, None)
+    model.eval()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    tokens = sum(len(each.tokens) for each in rollout.completions)
+    total = torch.zeros((), dtype=torch.float64)
+    for asked, each, advantage in zip(
+        rollout.asked, rollout.completions, rollout.advantages, strict=True
+    ):
+        ids = torch.tensor([asked.prompt + each.tokens])
+        logits = model(ids)[0, len(asked.prompt) - 1 : -1].double()
+        logps = logits.log_softmax(-1).gather(-1, ids[0, len(asked.prompt) :, None])[:, 0]
+        parts = {"dr_grpo": 8 * 8, "dapo": tokens, "cispo": tokens}
+        total = total - advantage * logps.sum() / parts.get(loss_type, 8 * len(each.tokens))
+    model.zero_grad()
+    total.backward()
+    for name, gradient in found.items():
+        truth = dict(model.named_parameters())[name].grad
+        torch.testing.assert_close(gradient, truth, rtol=1e-3, atol=1e-5)
+    told, completions = rollouts.told(step)
+    assert told["clip_ratio"] == 0
+    assert told["sampling_logp_difference_max"] < 1e-4
+    assert len(completions) == 8
+
+
+def test_truncated_completions_can_be_left_out(model, tok, tmp_path):
+    settings = config(tmp_path, mask_truncated_completions=True, max_completion_length=2)
+    rollouts = rollouts_of(model, tok, settings)
+    step = rollouts.prepare(1, [0, 1])
+    cut = [each.truncated for each in rollouts.current.completions]
+    assert any(cut)
+    learned = sum(len(c.tokens) for c in rollouts.current.completions if not c.truncated)
+    assert step.count == max(1, learned)
+    assert sum(int(b.graded.counts.sum()) for b in rollouts.current.batches) == learned
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_dir, tok, tmp_path_factory):
+    """Return the directory of a run of which others are parts."""
+    out = tmp_path_factory.mktemp("grpo")
+    lk.train(adapted(tiny_dir), tok, PROMPTS, config(out, **RESUMED))
+    return out
+
+
+RESUMED = {"num_iterations": 2, "beta": 0.05, "save_steps": 1, "save_total_limit": 9}
+
+
+@pytest.mark.parametrize("stopped", [1, 2])
+def test_a_resumed_run_has_the_same_bytes(tiny_dir, tok, tmp_path, whole, stopped):
+    """Also if it was stopped between two steps that learn from the same completions."""
+    torch.manual_seed(7)  # of nothing that matters
+    lk.train(adapted(tiny_dir), tok, PROMPTS, config(tmp_path, **RESUMED, max_steps=stopped))
+    again = config(tmp_path, **RESUMED, resume="auto")
+    lk.train(adapted(tiny_dir), tok, PROMPTS, again)
+    assert (tmp_path / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes()
+    assert same_tensors(tmp_path / "checkpoint-4", whole / "checkpoint-4")
+    assert lines(tmp_path, "rollouts.jsonl") == lines(whole, "rollouts.jsonl")
+
+
+def test_what_a_run_tells(whole):
+    steps, completions = lines(whole, "metrics.jsonl"), lines(whole, "rollouts.jsonl")
+    assert [each["step"] for each in completions] == [1] * 8 + [3] * 8
+    assert "reward" not in steps[1]  # it learns from the completions of step 1
+    assert [step["kl"] == 0 for step in steps] == [True, False, False, False]
+    first = steps[0]
+    mine = [each for each in completions if each["step"] == 1]
+    rewards = np.array([each["reward"] for each in mine])
+    assert abs(first["reward"] - rewards.mean()) < 1e-6
+    assert abs(first["reward_std"] - rewards.reshape(2, 4).std(1, ddof=1).mean()) < 1e-6
+    assert first["reward_length"] == pytest.approx(first["reward"])
+    assert first["completion_length"] == np.mean([each["tokens"] for each in mine])
+    assert mine[0]["prompt"] == mine[3]["prompt"] != mine[4]["prompt"]
+    assert {each["row"] for each in mine} <= {f"row {i}" for i in range(9)}
+
+
+def test_the_reward_rises(tiny_dir, tok, tmp_path):
+    """A tiny model that says any bytes learns to say letters."""
+
+    def letters(completions, **_):
+        return [sum(c.isascii() and c.isalpha() for c in text) / 4 for text in completions]
+
+    mine = {"rewards": [lk.RewardConfig("letters")], "max_completion_length": 4}
+    options = {"max_steps": 10, "learning_rate": 5e-2, "num_generations": 8, **mine}
+    settings = config(tmp_path, per_device_train_batch_size=16, **options)
+    lk.train(adapted(tiny_dir), tok, PROMPTS, settings, rewards={"letters": letters})
+    rewards = [step["reward"] for step in lines(tmp_path, "metrics.jsonl")]
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.3
+
+
+def test_rewards_of_python(tiny_dir, tok, tmp_path):
+    """A function that the caller gives, which sees the columns of the rows."""
+    seen = []
+
+    def mine(prompts, completions, answer):
+        seen.append((prompts, answer))
+        return [0.5] * len(completions)
+
+    settings = config(tmp_path, rewards=[lk.RewardConfig("mine")], max_steps=1)
+    lk.train(adapted(tiny_dir), tok, PROMPTS, settings, rewards={"mine": mine})
+    [(prompts, answer)] = seen
+    assert {"prompt": prompts[0], "answer": answer[0]} in PROMPTS
+    [step] = lines(tmp_path, "metrics.jsonl")
+    assert (step["reward"], step["frac_reward_zero_std"], step["grad_norm"]) == (0.5, 1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"grpo": None}, "objective grpo has its settings in a mapping `grpo`"),
+        ({"objective": "sft"}, "objective grpo has its settings in a mapping `grpo`"),
+        ({"per_device_train_batch_size": 6}, "groups of 4 completions"),
+        ({"per_device_train_batch_size": "auto"}, "groups of 4 completions"),
+        ({"z_loss": 0.1}, "objective grpo has no z_loss"),
+        ({"beta": 0.2}, "objective grpo has no beta .say it in grpo"),
+        ({"neftune_noise_alpha": 5.0}, "objective grpo has no neftune_noise_alpha"),
+    ],
+)
+def test_settings_that_are_refused(tmp_path, options, message):
+    with pytest.raises(lk.LorakitError, match=message):
+        replace(config(tmp_path), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rewards": []}, "grpo needs rewards"),
+        ({"rewards": [LENGTH, LENGTH]}, "reward 'length' is there twice"),
+        ({"num_generations": 1}, "num_generations must be at least 2"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"top_p": 0.0}, "top_p is 0.0; it must be in"),
+        ({"beta": -0.1}, "beta is -0.1; in grpo it must not be negative"),
+        ({"loss_type": "ppo"}, "loss_type is 'ppo'; choose grpo"),
+    ],
+)
+def test_settings_of_grpo_that_are_refused(options, message):
+    with pytest.raises(lk.LorakitError, match=message):
+        lk.GrpoConfig(**{"rewards": [LENGTH], **options})
+
+
+def test_runs_that_are_refused(tiny_dir, tok, tmp_path):
+    model = adapted(tiny_dir)
+    data = {"train": PROMPTS, "validation": PROMPTS}
+    with pytest.raises(lk.LorakitError, match="grpo evaluates on no validation rows yet"):
+        lk.train(model, tok, data, config(tmp_path))
+    with pytest.raises(lk.LorakitError, match="'grpo' does not fit the training rows"):
+        lk.train(model, tok, [{"prompt": "a", "completion": "b"}], config(tmp_path))
+    with pytest.raises(lk.LorakitError, match="max_completion_length=60 exceed the 64 positions"):
+        lk.train(model, tok, PROMPTS, config(tmp_path, max_completion_length=60))
+    with pytest.raises(lk.LorakitError, match="'mine' is unknown"):
+        lk.train(model, tok, PROMPTS, config(tmp_path, rewards=[lk.RewardConfig("mine")]))
+
+
+def test_the_run_file():
+    run = lk.RunConfig.from_dict(
+        {
+            "model": "m", "data": "d", "objective": "grpo",
+            "grpo": {"rewards": ["exact_match", {"name": "length", "length": 9, "weight": 0.5}]},
+        }
+    )  # fmt: skip
+    assert run.train.grpo == lk.GrpoConfig(
+        [lk.RewardConfig("exact_match"), lk.RewardConfig("length", 0.5, length=9)]
+    )
+    with pytest.raises(lk.LorakitError, match="grpo, rewards: unknown key 'wieght' .did you mean"):
+        lk.RunConfig.from_dict(
+            {"model": "m", "data": "d", "grpo": {"rewards": [{"name": "regex", "wieght": 1}]}}
+        )
