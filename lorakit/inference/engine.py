@@ -12,8 +12,8 @@ slowest of a batch.
 
 Of rows with the same prompt and adapter that have a slot, one reads it, and all go on from its end.
 What a prompt shares with another of the same adapter, page by page, is computed once too: with one
-that runs, and with one that has ended, as long as its pages last (kv_cache.py). A chat that comes again with one more turn is read from that
-turn on.
+that runs, and with one that has ended, as long as its pages last (kv_cache.py). A chat that comes
+again with one more turn is read from that turn on.
 
 Where the cache is full, the row that came last goes back to the front of those that wait. Later it
 is read again, and goes on where it was.

@@ -21,6 +21,8 @@ SECTIONS = {
     "## Sources of data": SourceConfig,
     "## `lora`": lk.LoraConfig,
     "## `quantize`": lk.QuantConfig,
+    "## `grpo`": lk.GrpoConfig,
+    "## Rewards": lk.RewardConfig,
 }
 
 

@@ -5,7 +5,7 @@ every ratio of that step is exactly 1, whatever kernels have sampled. How far th
 them is measured, and told by the run.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -59,10 +59,12 @@ def graded_loss(
     model: Decoder,
     ids: Tensor,
     labels: Tensor,
-    rows: Mapping[str, Tensor | None],
     graded: GradedBatch,
     settings: GrpoConfig,
     reference: Reference | None,
+    *,
+    attention_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Return the summed loss of completions, fp32 []; see grpo.py for what divides it.
 
@@ -70,15 +72,26 @@ def graded_loss(
         model: The model.
         ids: int64 [B, T'], prompts with their completions, padded or packed.
         labels: The same shape, -100 but at the tokens of completions.
-        rows: attention_mask and cu_seqlens, as `Decoder.loss` takes them.
         graded: What belongs to the completions; it keeps the old log-probabilities.
         settings: The settings of the loss.
         reference: What the distance is measured from; None without beta.
+        attention_mask: As `Decoder.loss` takes it.
+        cu_seqlens: As `Decoder.loss` takes it.
     """
-    options = {"temperature": settings.temperature}
+
+    def now() -> Tensor:
+        losses = model.token_losses(
+            ids,
+            labels,
+            attention_mask=attention_mask,
+            cu_seqlens=cu_seqlens,
+            temperature=settings.temperature,
+        )
+        return graded.padded(losses)
+
     if reference is not None and graded.reference is None:
-        graded.reference = _reference_logps(model, ids, labels, rows, graded, settings, reference)
-    logps = graded.padded(model.token_losses(ids, labels, **rows, **options))
+        graded.reference = _under_reference(model, reference, now)
+    logps = now()
     if graded.old is None:
         graded.old = logps.detach()
     found = grpo_loss(
@@ -97,21 +110,12 @@ def graded_loss(
 
 
 @torch.no_grad()
-def _reference_logps(
-    model: Decoder,
-    ids: Tensor,
-    labels: Tensor,
-    rows: Mapping[str, Tensor | None],
-    graded: GradedBatch,
-    settings: GrpoConfig,
-    reference: Reference,
-) -> Tensor:
-    """Return the log-probabilities under the reference, in evaluation mode."""
+def _under_reference(model: Decoder, reference: Reference, now: Callable[[], Tensor]) -> Tensor:
+    """Return what `now` computes under the reference, in evaluation mode."""
     was_training = model.training
     model.eval()
     try:
         with reference.in_place():
-            losses = model.token_losses(ids, labels, **rows, temperature=settings.temperature)
-            return graded.padded(losses)
+            return now()
     finally:
         model.train(was_training)

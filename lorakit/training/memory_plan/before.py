@@ -55,11 +55,13 @@ def check_run(
         divided: Whether the processes divide the frozen weights, as `mesh_of_run` decides.
 
     Returns:
-        The line of `check_memory`.
+        The line of `check_memory`; for objective grpo, which is not forecast, one that says so.
 
     Raises:
         LorakitError: The run cannot fit.
     """
+    if run.train.grpo is not None:
+        return "memory: grpo samples completions, which no forecast knows"
     device = own_device()
     on_gpu = device.type == "cuda"
     with joined(device) as ranks:

@@ -12,6 +12,7 @@ import torch
 from lorakit.adapters.new_tokens import with_rows
 from lorakit.adapters.peft_files.load import read_settings
 from lorakit.config.adapters import LoraConfig, TargetConfig
+from lorakit.config.errors import LorakitError
 from lorakit.config.quantization import QuantConfig
 from lorakit.config.run import RunConfig
 from lorakit.config.training import TrainConfig
@@ -80,8 +81,11 @@ class PlannedRun:
             files.
 
         Raises:
-            LorakitError: The adapter, or the model that it is for, cannot be read.
+            LorakitError: The adapter, or the model that it is for, cannot be read; or the objective
+                is grpo, whose completions no forecast knows.
         """
+        if run.train.grpo is not None:
+            raise LorakitError("objective grpo samples completions, whose memory is not forecast")
         lora: TargetConfig | None = None if run.train.train == "full" else run.lora
         if run.adapter is not None:
             lora = read_settings(

@@ -277,7 +277,7 @@ class Rollouts:
         }
 
     def saved(self, step: int) -> dict[str, Any] | None:
-        """Return what a checkpoint after a step holds; None if the next one samples anew.
+        """Return what a checkpoint after a step holds; None if the next one samples.
 
         All processes call it, and each gives the log-probabilities of its share.
         """

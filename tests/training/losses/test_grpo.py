@@ -56,7 +56,7 @@ def trls(loss_type, beta, logps, old, advantages, reference):
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 @pytest.mark.parametrize("loss_type", TYPES)
 def test_losses_are_trls(tensors, loss_type, beta):
-    """Value and gradient, fp32 sums in another order; a completion without tokens counts as row."""
+    """Value and gradient agree but for the order of fp32 sums; one completion has no token."""
     start, old, advantages, reference = tensors
     ours, theirs = (start.clone().requires_grad_() for _ in range(2))
     found = lk.grpo_loss(
@@ -75,7 +75,7 @@ def test_losses_are_trls(tensors, loss_type, beta):
 
 @pytest.mark.parametrize("loss_type", TYPES)
 def test_gradients_in_fp64(tensors, loss_type):
-    """By finite differences, where no ratio lies at a bend of the clipping."""
+    """Finite differences agree, where no ratio lies at a bend of the clipping."""
     start, old, advantages, reference = (t.double() for t in tensors)
     beta, options = 0.2, {"loss_type": loss_type, "epsilon": 0.2, "highest": 1.3}
 

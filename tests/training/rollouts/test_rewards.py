@@ -53,7 +53,7 @@ def test_any_text_has_a_reward(text):
 
 
 def test_functions_are_called_as_trl_calls_them():
-    """By name, with chats as messages, and a list of each column, None where a row has none."""
+    """They get names, chats as messages, and a list of each column, None where a row has none."""
 
     def first(prompts, completions, **columns):
         assert prompts == ["p", [{"role": "user", "content": "Hi"}]]

@@ -45,7 +45,7 @@ def model(tiny_dir):
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_advantages(scale):
-    """By the formula, in numpy's fp64; a group of equal rewards has none."""
+    """The truth is the formula in numpy's fp64; a group of equal rewards has none."""
     rewards = np.array([1.0, 0.0, 0.5, 0.2, 3.0, 3.0, 3.0, 3.0])
     groups = rewards.reshape(2, 4)
     truth = groups - groups.mean(1, keepdims=True)
@@ -58,7 +58,7 @@ def test_advantages(scale):
 
 
 def test_what_is_sampled_has_the_models_log_probabilities(model, tok, tmp_path):
-    """At the temperature, the end token included; and a seed says what is drawn."""
+    """They are those at the temperature, the end token included; a seed says what is drawn."""
     settings = config(tmp_path, temperature=1.5, max_completion_length=20)
     prompt = tok.encode("one two ")
     asked = [Asked(0, i, prompt) for i in range(6)]
@@ -84,7 +84,7 @@ def rollouts_of(model, tok, settings):
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo", "cispo", "gspo"])
 def test_the_gradient_is_that_of_the_formula(model, tok, tmp_path, loss_type, packing):
-    """In steps of two batches against one over all logits, where every ratio is exactly 1.
+    """Two batches have the gradient of the formula over all logits; every ratio is exactly 1.
 
     There the gradient of all losses is that of the log-probability times the advantage; for cispo
     too, whose weight is 1. Sums of fp32 in another order.
