@@ -15,7 +15,7 @@ the end of a run read first. On a CPU, which has nothing to gain, each step is r
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lorakit.config.errors import LorakitError
 from lorakit.config.training import TrainConfig
-from lorakit.data.batching import Order, batches, collate, real_tokens
+from lorakit.data.batching import Order
 from lorakit.data.examples import Examples
 from lorakit.data.schemas import Row
 from lorakit.evaluation.score import score_and_show
@@ -40,6 +40,7 @@ from lorakit.training.cores import FewerThreads
 from lorakit.training.device_step import DeviceStep, HostStep, Told, read
 from lorakit.training.interrupt import Flag
 from lorakit.training.log import Log, SilentLog, say
+from lorakit.training.losses.batch import padded_batches
 from lorakit.training.losses.held_out import held_out_loss
 from lorakit.training.memory import peak_memory_mb
 from lorakit.training.progress import Progress
@@ -105,7 +106,7 @@ class Run:
         self.publisher = Publisher(self.output_dir, model, config, base_model)
         checkpoint = ranks.first(lambda: checkpoint_to_resume(self.output_dir, config))
         torch.manual_seed(config.seed)  # of what starts an adapter
-        started = trained.start(lambda: _padded_batches(model, examples, config))
+        started = trained.start(lambda: padded_batches(model, examples, config))
         if started is not None:
             say(started)
         self.trained = trained.trained()
@@ -446,14 +447,3 @@ def _is_not_the_models(tok: Tokenizer, model: Decoder) -> bool:
     """Return whether a tokenizer has new tokens, or was read from elsewhere than its model."""
     elsewhere = model.source is not None and tok.source not in (None, model.source.path)
     return tok.has_new_tokens or elsewhere
-
-
-def _padded_batches(
-    model: Decoder, examples: Examples, config: TrainConfig
-) -> Iterator[dict[str, Tensor]]:
-    """Yield the rows of the first epoch in padded batches; of a pair the chosen answer."""
-    lengths = examples.lengths
-    for rows in batches(lengths, config.rows_at_a_time, config.seed, 0):
-        chosen = [examples[row].answers[0] for row in rows]
-        ids, mask = collate(chosen)[0], real_tokens(chosen)
-        yield {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}

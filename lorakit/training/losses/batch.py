@@ -1,6 +1,6 @@
 """The loss of a batch, by the objective of a run."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -8,8 +8,9 @@ from torch import Tensor
 
 from lorakit import kernels
 from lorakit.config.training import TrainConfig
-from lorakit.data.batching import collate, real_tokens
+from lorakit.data.batching import batches, collate, real_tokens
 from lorakit.data.encode import AnyExample, Example, JudgedExample
+from lorakit.data.examples import Examples
 from lorakit.data.packing import collate_packed
 from lorakit.models.decoder import Decoder
 from lorakit.training.losses.graded import GradedBatch, graded_loss
@@ -140,3 +141,14 @@ def _judged_losses(
         undesirable_weight=config.undesirable_weight,
     )
     return losses, (before - found > divergence) == batch.desirable
+
+
+def padded_batches(
+    model: Decoder, examples: Examples, config: TrainConfig
+) -> Iterator[dict[str, Tensor]]:
+    """Yield the rows of the first epoch in padded batches; of a pair the chosen answer."""
+    lengths = examples.lengths
+    for rows in batches(lengths, config.rows_at_a_time, config.seed, 0):
+        chosen = [examples[row].answers[0] for row in rows]
+        ids, mask = collate(chosen)[0], real_tokens(chosen)
+        yield {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
