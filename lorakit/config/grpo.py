@@ -93,6 +93,22 @@ class GrpoConfig:
         for name in names:
             check(names.count(name) == 1, f"reward {name!r} is there twice: keep one")
 
+    def check_run(self, rows_of_step: int | None, others: list[str]) -> None:
+        """Raise LorakitError for what does not go with these settings in a run.
+
+        Args:
+            rows_of_step: The number of completions of a step, or None if the memory decides it.
+            others: Settings that were given and that GRPO has none of.
+        """
+        n = self.num_generations
+        if rows_of_step is None or rows_of_step % n:
+            raise LorakitError(
+                f"a step of grpo is made of groups of {n} completions (num_generations): let "
+                "per_device_train_batch_size * gradient_accumulation_steps be a multiple of it"
+            )
+        if others:
+            raise LorakitError(f"objective grpo has no {others[0]}; leave it out")
+
     @property
     def highest(self) -> float:
         """Number that a ratio is clipped to from above, or in cispo a weight."""

@@ -418,23 +418,15 @@ class TrainConfig:
                 "objective grpo has its settings in a mapping `grpo`, with the rewards at least, "
                 "and other objectives have none"
             )
-        if self.grpo is None:
-            return
-        n = self.grpo.num_generations
-        if self.splits_itself or self.rows_of_step % n:
-            raise LorakitError(
-                f"a step of grpo is made of groups of {n} completions (num_generations): let "
-                "per_device_train_batch_size * gradient_accumulation_steps be a multiple of it"
-            )
-        without = {
-            "beta (say it in grpo)": self.beta != 0.1,
-            "neftune_noise_alpha": self.neftune_noise_alpha is not None,
-            "frozen_dtype": self.frozen_dtype is not None,
-            "over_length split": self.over_length == "split",
-        }
-        for name, given in without.items():
-            if given:
-                raise LorakitError(f"objective grpo has no {name}; leave it out")
+        if self.grpo is not None:
+            without = {
+                "beta (say it in grpo)": self.beta != 0.1,
+                "neftune_noise_alpha": self.neftune_noise_alpha is not None,
+                "frozen_dtype": self.frozen_dtype is not None,
+                "over_length split": self.over_length == "split",
+            }
+            rows = None if self.splits_itself else self.rows_of_step
+            self.grpo.check_run(rows, [name for name, given in without.items() if given])
 
     def _check_evaluation_and_checkpoints(self) -> None:
         check_positive(self, "eval_steps", "save_steps", "early_stopping_patience", or_null=True)
