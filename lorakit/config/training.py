@@ -24,7 +24,7 @@ Schedule = Literal[
     "inverse_sqrt",
 ]
 Optimizer = Literal["adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]
-Objective = Literal["sft", "dpo", "orpo", "cpo", "simpo", "kto"]
+Objective = Literal["sft", "dpo", "orpo", "cpo", "simpo", "kto", "grpo"]
 LossType = Literal[
     "sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down", "kto", "apo_zero_unpaired"
 ]
@@ -35,8 +35,6 @@ CudaGraph = Literal["auto", "off"]
 Reduce = Literal["ordered", "fast"]
 TrackerName = Literal["tensorboard", "trackio", "wandb", "mlflow"]
 HubStrategy = Literal["end", "every_save", "checkpoint"]
-
-Objective = Literal["sft", "dpo", "orpo", "grpo"]
 
 # The rows and batches that "auto" stands for where the rows of a step are counted: the defaults.
 ROWS, BATCHES = 8, 1
@@ -415,18 +413,17 @@ class TrainConfig:
         """Raise LorakitError for settings that do not go with objective grpo, or without it."""
         if (self.objective == "grpo") != (self.grpo is not None):
             raise LorakitError(
-                "objective grpo has its settings in a mapping `grpo`, with the rewards at least, "
-                "and other objectives have none"
+                "objective grpo has its settings in a mapping `grpo`, and other objectives have "
+                "none"
             )
         if self.grpo is not None:
             without = {
                 "beta (say it in grpo)": self.beta != 0.1,
                 "neftune_noise_alpha": self.neftune_noise_alpha is not None,
                 "frozen_dtype": self.frozen_dtype is not None,
-                "over_length split": self.over_length == "split",
             }
-            rows = None if self.splits_itself else self.rows_of_step
-            self.grpo.check_run(rows, [name for name, given in without.items() if given])
+            others = [name for name, given in without.items() if given]
+            self.grpo.check_run(None if self.splits_itself else self.rows_of_step, others)
 
     def _check_evaluation_and_checkpoints(self) -> None:
         check_positive(self, "eval_steps", "save_steps", "early_stopping_patience", or_null=True)

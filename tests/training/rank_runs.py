@@ -117,6 +117,8 @@ def found(out: Path, case: str) -> dict:
     """What a run has left: bytes of its files, and its numbers without times."""
     steps = [json.loads(line) for line in (out / case / "metrics.jsonl").open()]
     timed = ("tokens_per_second", "peak_memory_mb", "rollout_seconds")
+    # the sampler's logits have other last bits with other rows beside them
+    timed += ("sampling_logp_difference", "sampling_logp_difference_max")
     return {
         "result": (out / case / (MODEL if CASES[case][1] is None else ADAPTER)).read_bytes(),
         "state": (checkpoints(out / case)[-1].path / STATE_TENSORS).read_bytes(),

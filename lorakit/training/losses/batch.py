@@ -99,8 +99,16 @@ def summed_loss(
         losses, right = _judged_losses(model, batch, config, reference)
         return losses.sum(), right.sum()
     if batch.graded is not None and config.grpo is not None:
-        given = batch.graded, config.grpo, reference
-        loss = graded_loss(model, batch.ids, batch.labels, *given, **batch.rows)
+        loss = graded_loss(
+            model,
+            batch.ids,
+            batch.labels,
+            batch.graded,
+            config.grpo,
+            reference,
+            attention_mask=batch.attention_mask,
+            cu_seqlens=batch.cu_seqlens,
+        )
         return loss, batch.labels.new_tensor(len(batch.graded.mask))
     losses, prefers = pair_losses(
         model,
