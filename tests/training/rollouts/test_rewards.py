@@ -83,8 +83,8 @@ def test_a_function_of_a_file(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("def brief(completions, **_):\n    return [-len(c) for c in completions]\n")
     assert of("abc", f"{path}:brief") == -3
-    with pytest.raises(lk.LorakitError, match="no function 'breif' .did you mean 'brief'"):
-        of("abc", f"{path}:breif")
+    with pytest.raises(lk.LorakitError, match="no function 'brieff' .did you mean 'brief'"):
+        of("abc", f"{path}:brieff")
     path.write_text("import nothing_of_this_name\n")
     with pytest.raises(lk.LorakitError, match="mine.py failed with ModuleNotFoundError"):
         of("abc", f"{path}:brief")

@@ -259,7 +259,9 @@ def test_the_run_file():
     assert run.train.grpo == lk.GrpoConfig(
         [lk.RewardConfig("exact_match"), lk.RewardConfig("length", 0.5, length=9)]
     )
-    with pytest.raises(lk.LorakitError, match="grpo, rewards: unknown key 'wieght' .did you mean"):
+    with pytest.raises(
+        lk.LorakitError, match="rewards: unknown key 'weights' .did you mean 'weight'"
+    ):
         lk.RunConfig.from_dict(
-            {"model": "m", "data": "d", "grpo": {"rewards": [{"name": "regex", "wieght": 1}]}}
+            {"model": "m", "data": "d", "grpo": {"rewards": [{"name": "regex", "weights": 1}]}}
         )
