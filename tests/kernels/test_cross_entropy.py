@@ -99,3 +99,22 @@ def test_linear_cross_entropy_leaves_a_frozen_head_alone():
     with torch.no_grad():
         again, _ = kernels.linear_cross_entropy(hidden, weight, torch.tensor([1, 2, 3, 4]))
     assert torch.equal(again, total)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_token_cross_entropy(backend, softcap):
+    """Each token has its loss, and a gradient of its own size, against fp64."""
+    torch.manual_seed(0)
+    logits, labels = torch.randn(7, 300) * 3, torch.randint(300, (7,))
+    weights = torch.linspace(-1, 2, 7)
+    ours, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    with kernels.use_backend(backend):
+        found = kernels.token_cross_entropy(ours, labels, softcap=softcap)
+        (found * weights).sum().backward()
+    capped = exact if softcap is None else softcap * torch.tanh(exact / softcap)
+    truth = torch.nn.functional.cross_entropy(capped, labels, reduction="none")
+    (truth * weights).sum().backward()
+    # fp32 exponentials and a sum of 300 of them
+    torch.testing.assert_close(found.double(), truth, rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=1e-5, atol=1e-6)
