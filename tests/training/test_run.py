@@ -113,7 +113,7 @@ def test_a_full_disk_at_the_end_does_not_lose_the_adapter(tiny_dir, tok, tmp_pat
     monkeypatch.setattr(Run, "_save", none)
     with pytest.raises(lk.LorakitError, match="No space left on device.; there is no checkpoint"):
         run(tiny_dir, tok, out, ROWS, max_steps=1)
-    assert [each for each in tmp_path.iterdir() if each.is_dir()] == [elsewhere, out]
+    assert {each for each in tmp_path.iterdir() if each.is_dir()} == {elsewhere, out}
 
 
 def test_a_skipped_step_names_the_rows_that_it_had(tiny_dir, tok, tmp_path, capsys):
