@@ -1,6 +1,7 @@
 """The curves of a run: metrics.jsonl, read as it grows, and kept as arrays.
 
-A line that is not written whole waits until it is. A file that was begun again, or cut back to a
+A line that is not written whole waits until it is, unless it is longer than any that a run writes;
+then it is left out. A file that was begun again, or cut back to a
 checkpoint by a resumed run, is noticed by its size and by the bytes before the place that was read
 last; then it is read from its start.
 """
@@ -75,8 +76,10 @@ class Metrics:
                 whole, newline, rest = (rest + part).rpartition(b"\n")
                 if newline:
                     self._take(whole)
-                    self._offset += len(whole) + 1
-                    self._seam = (self._seam + whole + newline)[-_SEAM:]
+                elif len(rest) >= _PART:  # no run writes such a line
+                    whole, rest = rest, b""
+                self._offset += len(whole) + len(newline)
+                self._seam = (self._seam + whole + newline)[-_SEAM:]
 
     def _goes_on(self, file: int) -> bool:
         start = self._offset - len(self._seam)
@@ -145,8 +148,8 @@ class Metrics:
 
     def _add_seconds(self, step: int, line: dict[str, Any]) -> None:
         """Add how long the steps took until now, which the tokens and their rate tell."""
-        tokens, rate = line.get("tokens"), line.get("tokens_per_second")
-        if isinstance(tokens, int | float) and isinstance(rate, int | float) and rate > 0:
+        tokens, rate = number(line.get("tokens")), number(line.get("tokens_per_second"))
+        if tokens is not None and rate is not None and rate > 0:
             so_far = self.series["seconds"].values[-1] if "seconds" in self.series else 0.0
             self._add("seconds", step, so_far + max(0.0, tokens - self._tokens) / rate)
             self._tokens = tokens

@@ -9,7 +9,9 @@ import fcntl
 import json
 import math
 import os
+import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -172,8 +174,10 @@ def _of_type(values: Mapping[str, Any], name: str, kind: type) -> Any:
 def _last_written(run: Path) -> float | None:
     """Return when a run has written last."""
     for name in (METRICS, RECORD, STARTED):
-        if is_file(run / name):
-            return (run / name).stat().st_mtime
+        with suppress(OSError):  # it may be removed at any time
+            status = (run / name).lstat()
+            if stat.S_ISREG(status.st_mode):
+                return status.st_mtime
     return None
 
 

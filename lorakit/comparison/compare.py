@@ -14,6 +14,7 @@ one that failed is tried again. Ctrl-C ends the comparison after the current ste
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -157,13 +158,21 @@ def read_comparison(folder: str | Path) -> ComparisonResult:
         The comparison, which prints as tables.
 
     Raises:
-        LorakitError: The folder holds no comparison.
+        LorakitError: The folder holds no comparison, or one that is damaged.
     """
     folder = as_path(folder)
     values = read_json(folder / FILE)
     if values.get("version") != 1 or not isinstance(values.get("tasks"), list):
         raise LorakitError(f"{folder / FILE} is no comparison, or one of another version")
-    return ComparisonResult(folder, values)
+    found = ComparisonResult(folder, values)
+    try:
+        str(found)
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise LorakitError(
+            f"{folder / FILE} is damaged: call compare with the comparison file, which writes it "
+            "again"
+        ) from None
+    return found
 
 
 def _settings(config: ComparisonConfig | Mapping[str, Any] | str | Path) -> ComparisonConfig:
@@ -183,9 +192,13 @@ def _settings(config: ComparisonConfig | Mapping[str, Any] | str | Path) -> Comp
 
 
 def _created(folder: Path) -> str:
-    """Return when a comparison was begun."""
+    """Return when a comparison was begun; now if no comparison.json tells, or a damaged one."""
+    created = None
     if (folder / FILE).exists():
-        return str(read_json(folder / FILE).get("created"))
+        with suppress(LorakitError):  # it is written again in a moment
+            created = read_json(folder / FILE).get("created")
+    if isinstance(created, str):
+        return created
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 

@@ -41,18 +41,22 @@ def recommend(values: Mapping[str, Any]) -> dict[str, Any]:
         _rule_of_rows(tasks, cells),
         _rule_of_noise(tasks, good),
         _rule_of_cost(tasks, first, chosen),
-        _rule_of_the_untrained(tasks, chosen),
     ]
     where = f"best, or within noise of the best, in {most} of {_count(len(tasks), 'task')}"
     text = f"Take {_name(chosen)}: {where}"
     text += f", and the cheapest of {len(first)} such." if len(first) > 1 else "."
     if len(cells) == 1:
         text = f"{_name(chosen)} is the only one that is trained on every task."
+    if verdicts := _against_the_untrained(tasks, chosen):
+        says = "; ".join(f"{name}: {verdict}" for name, (verdict, _) in verdicts.items())
+        rules.append({"rule": "Training must pay.", "says": f"{says}."})
+        if not any(pays for _, pays in verdicts.values()):
+            text += " But on no task is it shown to be better than the untrained model."
     return {
         "text": text,
         "model": chosen[0],
         "settings": chosen[1],
-        "rules": [rule for rule in rules if rule is not None],
+        "rules": rules,
     }
 
 
@@ -117,10 +121,11 @@ def _rule_of_cost(
     return {"rule": rule, "says": "; ".join(said) + f"{chosen_says}."}
 
 
-def _rule_of_the_untrained(
+def _against_the_untrained(
     tasks: Sequence[Mapping[str, Any]], chosen: Cell
-) -> dict[str, str] | None:
-    said, before = [], (chosen[0], UNTRAINED)
+) -> dict[str, tuple[str, bool]]:
+    """Return what training did for each task that was measured before: words, and if it paid."""
+    said, before = {}, (chosen[0], UNTRAINED)
     for task in tasks:
         found = [
             pair
@@ -134,14 +139,12 @@ def _rule_of_the_untrained(
         gain = pair["difference"]["value"]
         gain = None if gain is None else gain if forward else -gain
         if gain is None or pair["within_noise"]:
-            verdict = "no better than the untrained model, as far as the rows can tell"
+            verdict, pays = "no better than the untrained model, as far as the rows can tell", False
         else:
-            better = (gain > 0) == (_score(task, chosen)["better"] == "higher")
-            verdict = f"{gain:+.3f} {_decides(task)}, {'better' if better else 'WORSE'}"
-        said.append(f"{task['name']}: {verdict}")
-    if not said:
-        return None
-    return {"rule": "Training must pay.", "says": "; ".join(said) + "."}
+            pays = (gain > 0) == (_score(task, chosen)["better"] == "higher")
+            verdict = f"{gain:+.3f} {_decides(task)}, {'better' if pays else 'WORSE'}"
+        said[str(task["name"])] = verdict, pays
+    return said
 
 
 # ---- what the rules look at ----

@@ -46,9 +46,10 @@ def open_task(config: ComparisonConfig, name: str) -> TaskRows:
     after it was divided.
     """
     said, folder = config.tasks[name], None
+    skip_empty = config.base.get("skip_empty") is True
     if said.data is not None:
         folder = task_folder(config, name)
-        rows = _opened(said.data, said, f"task {name}")
+        rows = _opened(said.data, said, f"task {name}", skip_empty=skip_empty)
         parts = dict(zip(PARTS, split_rows(rows), strict=True))
         empty = [part for part in PARTS if not len(parts[part])]
         if empty:
@@ -59,7 +60,7 @@ def open_task(config: ComparisonConfig, name: str) -> TaskRows:
     else:
         given = {"train": said.train, "validation": said.validation, "test": said.test}
         parts = {
-            part: _opened(path, said, f"task {name}, {part}", part)
+            part: _opened(path, said, f"task {name}, {part}", part, skip_empty)
             for part, path in given.items()
             if path is not None
         }
@@ -83,13 +84,15 @@ def digest_of(rows: Sequence[Row]) -> str:
     return found.hexdigest()
 
 
-def _opened(path: str, said: TaskConfig, where: str, part: str = "train") -> Sequence[Row]:
+def _opened(
+    path: str, said: TaskConfig, where: str, part: str = "train", skip_empty: bool = False
+) -> Sequence[Row]:
     """Return the rows of a file, or those of a data set that belong to a part."""
     is_file = as_path(path).is_file() or as_path(path).suffix.lower() in FILES
     source = path if is_file else [SourceConfig(path, split=part)]
     data = DataConfig(train=source, format=said.format, columns=dict(said.columns))
     try:
-        return read_rows(_read_through(open_data(data)["train"]))
+        return read_rows(_read_through(open_data(data, skip_empty=skip_empty)["train"]))
     except LorakitError as error:
         raise LorakitError(f"{where}: {error}") from None
 

@@ -7,7 +7,10 @@ themselves.
 
 A vote is a line of votes.jsonl, written at once and flushed to the disk:
 
-    {"pair": [first, second], "row": 3, "order": "second first", "winner": "tie", "time": ...}
+    {"pair": [first, second], "row": 3, "answers": digest of what was shown,
+     "order": "second first", "winner": "tie", "time": ...}
+
+A vote counts as long as both runs answer as they did then; one that was made again may not.
 """
 
 import fcntl
@@ -165,6 +168,7 @@ class Ballot:
         line = {
             "pair": list(self.pair),
             "row": ticket,
+            "answers": self._digest(ticket),
             "order": "first second" if first_is_left else "second first",
             "winner": "tie" if winner == "tie" else "first" if for_first else "second",
             "time": round(time.time(), 3),
@@ -180,18 +184,26 @@ class Ballot:
 
     def _votes(self) -> dict[int, str]:
         """Return who won on each row that has a vote. A line that is no vote is passed over."""
-        path, found, rows = self.folder / FILE, dict[int, str](), set(self._rows)
+        path, found = self.folder / FILE, dict[int, str]()
+        shown = {row: self._digest(row) for row in self._rows}
         for line in read_text(path).splitlines() if path.exists() else []:
             with suppress(ValueError, TypeError, KeyError, RecursionError):
                 vote = json.loads(line)
                 pair, row, winner = vote["pair"], vote["row"], vote["winner"]
-                if winner in ("first", "second", "tie") and row in rows:
+                if winner in ("first", "second", "tie") and shown.get(row) == vote["answers"]:
                     if pair == list(self.pair):
                         found[row] = winner
                     elif pair == list(self.pair[::-1]):  # the same two, named the other way round
                         turned = {"first": "second", "second": "first", "tie": "tie"}
                         found[row] = turned[winner]
         return found
+
+    def _digest(self, row: int) -> str:
+        """Return a digest of the prompt of a row and of both answers, in the order of the names."""
+        answers = self._answers[row]
+        texts = {name: each.prediction for name, each in zip(self.pair, answers, strict=True)}
+        text = json.dumps([answers[0].prompt, texts], sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def _first_is_left(self, row: int) -> bool:
         return self._drawn("side", row) % 2 == 0

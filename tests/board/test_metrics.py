@@ -182,3 +182,30 @@ def test_any_bytes_are_read(tmp_path_factory, lines):
     metrics.read()
     assert losses(metrics)["value"][-1] == 0.25
     json.dumps(metrics.curves(100), allow_nan=False)
+
+
+def test_a_number_that_no_double_holds_is_left_out(tmp_path):
+    huge = 10**400
+    lines = [{"step": 1, "tokens": huge, "tokens_per_second": 5.0, "loss": 1.0}]
+    lines += [{"step": 2, "tokens": 10, "tokens_per_second": huge}, {"step": 3, "loss": 2.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    metrics = Metrics(tmp_path)
+    metrics.read()
+    curves = metrics.curves(10)
+    assert curves["loss"] == {"step": [1, 3], "value": [1.0, 2.0]}
+    assert curves["tokens"] == {"step": [2], "value": [10.0]}
+    assert "seconds" not in curves
+
+
+def test_a_line_without_an_end_is_not_read_again_and_again(tmp_path, monkeypatch):
+    """A file of one endless line would otherwise be held in memory, and read at each call."""
+    monkeypatch.setattr("lorakit.board.metrics._PART", 1 << 10)
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 3.0}\n{"step": 2, "x": "' + b"a" * 5000)
+    metrics = Metrics(tmp_path)
+    metrics.read()
+    assert path.stat().st_size - metrics._offset < 1 << 10
+    with path.open("ab") as file:
+        file.write(b'"}\n{"step": 3, "loss": 2.0}\n')
+    metrics.read()
+    assert metrics.curves(10)["loss"] == {"step": [1, 3], "value": [3.0, 2.0]}

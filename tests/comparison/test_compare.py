@@ -5,11 +5,13 @@ import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 import lorakit as lk
 from lorakit.comparison import work
+from lorakit.comparison.record import fingerprint
 from lorakit.comparison.rows import open_task
 from lorakit.training import train as training
 
@@ -345,3 +347,38 @@ def test_a_damaged_comparison_is_refused(tmp_path):
     (tmp_path / "comparison.json").write_text('{"version": 2}')
     with pytest.raises(lk.LorakitError, match="is no comparison, or one of another version"):
         lk.read_comparison(tmp_path)
+    (tmp_path / "comparison.json").write_text('{"version": 1, "tasks": [{}], "runs": []}')
+    with pytest.raises(lk.LorakitError, match="comparison.json is damaged: call compare with"):
+        lk.read_comparison(tmp_path)
+
+
+def test_a_damaged_comparison_is_written_again(grid, tmp_path):
+    """The runs know all of it; only the time of the first call is lost."""
+    grid["models"] = {"bytes": grid["models"]["bytes"]}
+    first = lk.compare_models(grid, only="untrained")
+    path = tmp_path / "compared" / "comparison.json"
+    path.write_text(path.read_text()[:99])
+    again = lk.compare_models(grid, only="untrained")
+    assert without_times(again.values) == without_times(first.values)
+    assert json.loads(path.read_text()) == again.values
+
+
+def test_empty_answers_are_left_out_before_rows_are_divided(grid, rows):
+    with rows.open("a") as file:
+        file.write('{"prompt": "61 is", "completion": ""}\n')
+    with pytest.raises(lk.LorakitError, match="set skip_empty to leave such rows out"):
+        lk.plan_comparison(grid)
+    grid["base"]["skip_empty"] = True
+    assert sum(lk.plan_comparison(grid)[0].sizes.values()) == 60
+
+
+def test_a_model_that_was_trained_in_place_has_another_fingerprint(tmp_path):
+    """Its embeddings, at the beginning of the file, may be those of before."""
+    path = tmp_path / "model.safetensors"
+    weights = np.zeros(3 << 20, dtype=np.uint8)
+    path.write_bytes(weights.tobytes())
+    before = fingerprint(str(tmp_path))
+    assert fingerprint(str(tmp_path)) == before
+    weights[1 << 21 :] = 1
+    path.write_bytes(weights.tobytes())
+    assert fingerprint(str(tmp_path)) != before

@@ -85,6 +85,20 @@ def test_a_line_that_was_cut_off_and_lines_of_others_are_passed_over(folder):
     assert ballot.share().ties == 9
 
 
+def test_a_vote_counts_for_the_answers_that_were_shown(folder):
+    """A run that was made again answers otherwise; a vote on its old answer says nothing then."""
+    ballot = lk.Ballot(folder, "one", "two")
+    for row in (0, 2, 3):
+        ballot.vote(row, "left")
+    path = folder / "predictions" / "one.jsonl"
+    texts = lk.read_completions(path)
+    texts[2] = texts[2]._replace(prediction="another answer")
+    lk.write_completions(path, texts)
+    for names in (("one", "two"), ("two", "one")):
+        share = lk.Ballot(folder, *names).share()
+        assert (share.votes, share.left_over) == (2, 7)
+
+
 @pytest.mark.parametrize(
     ("runs", "message"),
     [
