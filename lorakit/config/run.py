@@ -58,6 +58,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.train.train == "full":
             self._check_full(with_lora=self.lora != LoraConfig())
+        if self.train.grpo is not None:
+            self._check_grpo()
         if self.adapter is not None and self.lora != LoraConfig():
             raise LorakitError(
                 f"adapter: the adapter in {self.adapter} has settings of its own: leave out lora"
@@ -70,6 +72,16 @@ class RunConfig:
         if self.quantize is None and self.lora.init_lora_weights == "loftq":
             raise LorakitError(
                 "init_lora_weights: loftq starts from the error of a quantization; set quantize too"
+            )
+
+    def _check_grpo(self) -> None:
+        """Raise LorakitError for what does not go with sampling from the model in training."""
+        if self.data.validation is not None:
+            raise LorakitError("objective grpo evaluates on no validation rows yet; leave them out")
+        if self.shard == "full" or self.offload_weights:
+            raise LorakitError(
+                "objective grpo samples from whole weights on the device: leave out shard and "
+                "offload_weights"
             )
 
     def _check_full(self, with_lora: bool) -> None:

@@ -376,6 +376,8 @@ class TrainConfig:
         forms = LOSS_TYPES.get(objective, ())
         if self.loss_type is not None and self.loss_type not in forms:
             others = f"; it has {', '.join(forms)}" if forms else ", which has one form only"
+            if objective == "grpo":
+                others = "; say that of grpo in the mapping `grpo`"
             raise LorakitError(
                 f"loss_type {self.loss_type} does not go with objective {objective}{others}"
             )
@@ -387,10 +389,10 @@ class TrainConfig:
             if getattr(self, name) != default and objective != of:
                 raise LorakitError(f"{name} goes with objective {of}, not with {objective}")
         self._check_smoothing()
-        if self.form == "kto" and self.per_device_train_batch_size in (1, "auto"):
+        if self.form == "kto" and (self.splits_itself or self.per_device_train_batch_size == 1):
             raise LorakitError(
-                "objective kto estimates how far the model is from its reference within a batch: "
-                "give per_device_train_batch_size as a number above 1"
+                "kto estimates how far the model is from its reference within a batch: give "
+                "per_device_train_batch_size, above 1, and gradient_accumulation_steps as numbers"
             )
 
     def _check_smoothing(self) -> None:
@@ -413,8 +415,7 @@ class TrainConfig:
         """Raise LorakitError for settings that do not go with objective grpo, or without it."""
         if (self.objective == "grpo") != (self.grpo is not None):
             raise LorakitError(
-                "objective grpo has its settings in a mapping `grpo`, and other objectives have "
-                "none"
+                "objective grpo has its settings in a mapping `grpo`, and the others have none"
             )
         if self.grpo is not None:
             without = {

@@ -32,7 +32,7 @@ from lorakit.training.memory import peak_memory_mb
 from lorakit.training.mode import training_mode
 from lorakit.training.ranks import Ranks, joined
 from lorakit.training.record import recorded, settings_in_effect
-from lorakit.training.rollouts.rewards import RewardFunction
+from lorakit.training.rollouts.rewards import RewardFunction, check_names
 from lorakit.training.run import HeldOut, Run
 from lorakit.training.state import only_run_in
 from lorakit.training.trackers import reporter
@@ -138,7 +138,7 @@ def _train(
     examples = encode_for(model, tok, train_rows, config, "the training rows")
     held_out = None if validation_rows is None else _held_out(model, tok, validation_rows, config)
     _check_validation(held_out, config)
-    check_outputs(config)
+    check_outputs(config, rewards)
     output_dir = _made_directory(config.output_dir)
     with ExitStack() as held:
         ranks.first(lambda: held.enter_context(only_run_in(output_dir)))
@@ -239,15 +239,21 @@ def _check_validation(held_out: HeldOut | None, config: TrainConfig) -> None:
         say("eval_steps: there are no validation rows, so nothing is evaluated")
 
 
-def check_outputs(config: TrainConfig) -> None:
+def check_outputs(config: TrainConfig, rewards: Mapping[str, RewardFunction] | None = None) -> None:
     """Check what a run will write to, as `train` does, before a model is loaded.
+
+    Its rewards are checked too, as far as their names tell: no file of a reward is run.
 
     Args:
         config: The settings of the run.
+        rewards: The functions that `train` will be given.
 
     Raises:
-        LorakitError: The package of a tracker is missing, or output_dir is a file.
+        LorakitError: The package of a tracker is missing, output_dir is a file, or there is no such
+            reward.
     """
+    if config.grpo is not None:
+        check_names(config.grpo.rewards, rewards or {})
     reporter.check_trackers(config.trackers)
     output_dir = as_path(config.output_dir)
     if output_dir.exists() and not output_dir.is_dir():

@@ -38,7 +38,9 @@ def test_every_optimizer_has_a_state():
 )
 def test_a_setting_takes_its_choices_alone(field, choices):
     for choice in choices:
-        assert getattr(lk.TrainConfig(**{field: choice}), field) == choice
+        needed = {"grpo": lk.GrpoConfig([lk.RewardConfig("exact_match")])}
+        needed = needed if choice == "grpo" else {}
+        assert getattr(lk.TrainConfig(**{field: choice}, **needed), field) == choice
     listed = ["null" if choice is None else choice for choice in choices]
     with pytest.raises(lk.LorakitError) as caught:
         lk.TrainConfig(**{field: "none of these"})
@@ -115,8 +117,13 @@ def test_what_a_run_cannot_be(options, message):
         ({"desirable_weight": 2.0}, "desirable_weight goes with objective kto, not with sft"),
         (
             {"objective": "kto", "per_device_train_batch_size": 1},
-            "objective kto estimates how far the model is from its reference within a batch: give "
-            "per_device_train_batch_size as a number above 1",
+            "kto estimates how far the model is from its reference within a batch: give "
+            "per_device_train_batch_size, above 1, and gradient_accumulation_steps as numbers",
+        ),
+        (
+            {"objective": "kto", "gradient_accumulation_steps": "auto"},
+            "kto estimates how far the model is from its reference within a batch: give "
+            "per_device_train_batch_size, above 1, and gradient_accumulation_steps as numbers",
         ),
     ],
 )

@@ -50,7 +50,8 @@ class GradedBatch:
 
     def note(self, logps: Tensor, clipped: Tensor, distance: Tensor) -> None:
         """Keep what the run tells of a step."""
-        apart = (logps - self.sampled).abs()
+        assert self.old is not None  # with which the sampler's are compared, as long as it lasts
+        apart = (self.old - self.sampled).abs()
         sums = distance, clipped.sum(), -logps.sum(), apart.sum(), apart.max()
         self.told = torch.stack([each.detach().float() for each in sums])
 

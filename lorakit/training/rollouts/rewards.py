@@ -13,13 +13,13 @@ messages, and columns are the other fields of the rows, a list each.
 import importlib.util
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lorakit.config.errors import LorakitError, nearest
 from lorakit.config.grpo import BUILT_IN, RewardConfig
-from lorakit.data.schemas import Prompt
+from lorakit.data.schemas import Prompt, Row
 from lorakit.files.local import as_path
 
 RewardFunction = Callable[..., Sequence[float]]
@@ -46,6 +46,7 @@ class Rewards:
 
     def __init__(self, configs: Sequence[RewardConfig], given: Mapping[str, RewardFunction]):
         self.configs = configs
+        check_names(configs, given)
         self._functions = {each.name: _function(each, given) for each in configs}
 
     def __call__(self, graded: Sequence[Graded]) -> dict[str, list[float]]:
@@ -57,6 +58,15 @@ class Rewards:
         if not graded:  # of a process without prompts
             return {each.name: [] for each in self.configs}
         return {each.name: self._of(each, graded) for each in self.configs}
+
+    def check_columns(self, rows: Iterable[Row]) -> None:
+        """Raise LorakitError if a row lacks what a reward of lorakit's own compares with."""
+        own = [each for each in self._functions.values() if isinstance(each, _BuiltIn)]
+        own = [each for each in own if each.compares]
+        for row in rows if own else ():
+            assert isinstance(row, Prompt)  # `encode_for` has seen to it
+            for each in own:
+                each(Graded(row, ""))
 
     def total(self, values: Mapping[str, list[float]]) -> list[float]:
         """Return the weighted sum of the rewards of each completion."""
@@ -101,8 +111,8 @@ def _as_prompt(graded: Graded) -> str | list[dict[str, Any]]:
 def _number(value: Any, name: str, graded: Graded) -> float:
     """Return a reward as a number. Raises LorakitError if it is none, or not finite."""
     try:
-        number = float(value)
-    except (TypeError, ValueError):
+        number = math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise LorakitError(
@@ -118,27 +128,41 @@ def _number(value: Any, name: str, graded: Graded) -> float:
 def _function(
     config: RewardConfig, given: Mapping[str, RewardFunction]
 ) -> "_BuiltIn | RewardFunction":
-    """Return what computes a reward. Raises LorakitError if there is no such reward."""
-    name = config.name
-    if name in given:
-        return given[name]
-    if name in BUILT_IN:
-        return _BuiltIn(config)
-    if ":" in name:
-        return _from_file(name)
+    """Return what computes a reward. Raises LorakitError if the function of a file is not there."""
+    if config.name in given:
+        return given[config.name]
+    return _BuiltIn(config) if config.name in BUILT_IN else _from_file(config.name)
+
+
+def check_names(configs: Sequence[RewardConfig], given: Mapping[str, RewardFunction]) -> None:
+    """Check that rewards have names of functions or files that are there; no file is run.
+
+    Args:
+        configs: The settings of the rewards.
+        given: The functions that the caller has named himself.
+
+    Raises:
+        LorakitError: A name is that of no reward, or of a file that is not there.
+    """
     known = [*BUILT_IN, *given]
-    raise LorakitError(
-        f"reward {name!r} is unknown{nearest(name, known)}; there are {', '.join(known)}, and "
-        "functions of a file, as rewards.py:brevity"
-    )
+    for name in [each.name for each in configs if each.name not in known]:
+        if ":" not in name:
+            raise LorakitError(
+                f"reward {name!r} is unknown{nearest(name, known)}; there are {', '.join(known)}, "
+                "and functions of a file, as rewards.py:brevity"
+            )
+        path = _path_of(name)
+        if not path.is_file() or path.suffix != ".py":
+            raise LorakitError(f"reward {name}: {path} is no Python file")
+
+
+def _path_of(name: str) -> Path:
+    return as_path(name.rpartition(":")[0])
 
 
 def _from_file(name: str) -> RewardFunction:
     """Return the function of a Python file, which is run. Raises LorakitError if it has none."""
-    file, _, function = name.rpartition(":")
-    path: Path = as_path(file)
-    if not path.is_file() or path.suffix != ".py":
-        raise LorakitError(f"reward {name}: {path} is no Python file")
+    path, function = _path_of(name), name.rpartition(":")[2]
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None  # of a .py file there is one
     assert spec.loader is not None
@@ -161,6 +185,7 @@ class _BuiltIn:
 
     def __init__(self, config: RewardConfig):
         self.config = config
+        self.compares = config.name in ("exact_match", "numeric_answer")  # with a column
         self._compute = {
             "exact_match": self._exact_match,
             "numeric_answer": self._numeric_answer,

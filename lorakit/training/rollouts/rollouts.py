@@ -15,6 +15,7 @@ rollouts.jsonl has a line for each completion of the steps that are done.
 """
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -75,19 +76,30 @@ def advantages_of(rewards: Sequence[float], group: int, scale: ScaleRewards) -> 
         group: The number of completions of each prompt.
         scale: What advantages are divided by, as `GrpoConfig` says it.
     """
-    values = torch.tensor(rewards, dtype=torch.float32).view(-1, group)
-    found = values - values.mean(1, keepdim=True)
+    above = _above_the_first(rewards, group)
+    found = above - above.mean(1, keepdim=True)
     if scale == "group":
-        found = found / (values.std(1, keepdim=True) + 1e-4)
+        found = found / (above.std(1, keepdim=True) + 1e-4)
     elif scale == "batch":
-        found = found / (values.std() + 1e-4)
+        found = found / (torch.tensor(rewards, dtype=torch.float64).std() + 1e-4)
     return found.flatten().tolist()
+
+
+def _above_the_first(rewards: Sequence[float], group: int) -> Tensor:
+    """Return how far each reward is above the first of its prompt, fp64 [prompts, group].
+
+    So rewards that are equal are exactly 0, and so is what follows from them: the mean of equal
+    numbers may be rounded.
+    """
+    values = torch.tensor(rewards, dtype=torch.float64).view(-1, group)
+    return values - values[:, :1]
 
 
 class Rollouts:
     """The rollouts of a run; `prepare` makes its steps.
 
-    Raises LorakitError if the model cannot be sampled, or a reward is not there.
+    Raises LorakitError if the model cannot be sampled, a reward is not there, or a row lacks what
+    it is compared with.
     """
 
     def __init__(
@@ -103,6 +115,7 @@ class Rollouts:
         self.model, self.examples, self.config, self.share = model, examples, config, share
         self.settings: GrpoConfig = config.grpo
         self.rewards = Rewards(self.settings.rewards, functions)
+        self.rewards.check_columns(examples.rows)
         self.sampler = Sampler(model, tok, config, max(examples.lengths))
         self.current: Rollout | None = None
 
@@ -245,15 +258,14 @@ class Rollouts:
         return found
 
     def _told_of_rewards(self, rollout: Rollout) -> dict[str, float]:
-        totals = torch.tensor(rollout.totals).view(-1, self.settings.num_generations)
         lengths = [len(each.tokens) for each in rollout.completions]
-        spread = totals.std(1)
+        spread = _above_the_first(rollout.totals, self.settings.num_generations).std(1)
         cut = [each.truncated for each in rollout.completions]
         means = {name: sum(all) / len(all) for name, all in rollout.rewards.items()}
         return {
-            "reward": totals.mean().item(),
+            "reward": math.fsum(rollout.totals) / len(rollout.totals),
             "reward_std": spread.mean().item(),
-            "frac_reward_zero_std": (spread == 0).float().mean().item(),
+            "frac_reward_zero_std": (spread == 0).double().mean().item(),
             **{f"reward_{name}": mean for name, mean in means.items()},
             "completion_length": sum(lengths) / len(lengths),
             "completion_length_max": max(lengths),

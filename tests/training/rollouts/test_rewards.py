@@ -97,6 +97,8 @@ def test_a_function_of_a_file(tmp_path):
     [
         (lambda **_: [float("nan")], "line 3: reward mine is nan for the completion 'abc'"),
         (lambda **_: [None], "line 3: reward mine is None for .* must be a finite number"),
+        (lambda **_: "1", "line 3: reward mine is '1' for .* must be a finite number"),
+        (lambda **_: [10**400], "line 3: reward mine is 10+ for .* must be a finite number"),
         (lambda **_: [1.0, 2.0], "reward mine returned 2 numbers for 1 completions"),
         (lambda **_: 1 / 0, "mine failed with ZeroDivisionError: .*on completions of .*line 3"),
         (lambda completions: [1.0], "mine failed with TypeError"),
@@ -132,3 +134,18 @@ def test_settings_that_are_refused(options, message):
 def test_an_unknown_reward():
     with pytest.raises(lk.LorakitError, match=r"'exact' is unknown .did you mean 'exact_match'"):
         Rewards([lk.RewardConfig("exact")], {})
+
+
+def test_rewards_are_checked_before_a_model_is_loaded(tmp_path):
+    """Their files are not run yet."""
+    path = tmp_path / "mine.py"
+    path.write_text("raise SystemExit\n")
+
+    def check(name):
+        grpo = lk.GrpoConfig([lk.RewardConfig(name)])
+        lk.check_outputs(lk.TrainConfig(str(tmp_path), objective="grpo", grpo=grpo))
+
+    check(f"{path}:brief")
+    for name, message in (("exact", "'exact' is unknown"), ("other.py:f", "is no Python file")):
+        with pytest.raises(lk.LorakitError, match=message):
+            check(name)

@@ -57,6 +57,12 @@ def test_advantages(scale):
     assert found[4:] == [0.0] * 4
 
 
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_equal_rewards_have_no_advantage(scale):
+    """Exactly none, though fp64 rounds the mean of three of these numbers."""
+    assert advantages_of([1000.1] * 3 + [1.0, 2.0, 3.0], 3, scale)[:3] == [0.0] * 3
+
+
 def test_what_is_sampled_has_the_models_log_probabilities(model, tok, tmp_path):
     """They are those at the temperature, the end token included; a seed says what is drawn."""
     settings = config(tmp_path, temperature=1.5, max_completion_length=20)
@@ -157,6 +163,8 @@ def test_a_resumed_run_has_the_same_bytes(tiny_dir, tok, tmp_path, whole, stoppe
 def test_what_a_run_tells(whole):
     steps, completions = lines(whole, "metrics.jsonl"), lines(whole, "rollouts.jsonl")
     assert [each["step"] for each in completions] == [1] * 8 + [3] * 8
+    # the sampler is compared with the model that has sampled, not with the one of the second step
+    assert all(step["sampling_logp_difference_max"] < 1e-4 for step in steps)
     assert "reward" not in steps[1]  # it learns from the completions of step 1
     assert [step["kl"] == 0 for step in steps] == [True, False, False, False]
     first = steps[0]
@@ -209,7 +217,10 @@ def test_rewards_of_python(tiny_dir, tok, tmp_path):
         ({"per_device_train_batch_size": 6}, "groups of 4 completions"),
         ({"per_device_train_batch_size": "auto"}, "groups of 4 completions"),
         ({"z_loss": 0.1}, "z_loss goes with objective sft only; grpo has none"),
-        ({"loss_type": "ipo"}, "loss_type ipo does not go with objective grpo"),
+        (
+            {"loss_type": "ipo"},
+            "loss_type ipo does not go .* grpo; say that of grpo in the mapping",
+        ),
         ({"beta": 0.2}, "objective grpo has no beta .say it in grpo"),
         ({"neftune_noise_alpha": 5.0}, "objective grpo has no neftune_noise_alpha"),
     ],
@@ -247,6 +258,28 @@ def test_runs_that_are_refused(tiny_dir, tok, tmp_path):
         lk.train(model, tok, PROMPTS, config(tmp_path, max_completion_length=60))
     with pytest.raises(lk.LorakitError, match="'mine' is unknown"):
         lk.train(model, tok, PROMPTS, config(tmp_path, rewards=[lk.RewardConfig("mine")]))
+
+
+def test_a_row_without_an_answer_is_told_before_the_first_step(tiny_dir, tok, tmp_path):
+    rows = [*PROMPTS, {"prompt": "and ", "reply": 1}]
+    settings = config(tmp_path, rewards=[lk.RewardConfig("exact_match")])
+    with pytest.raises(lk.LorakitError, match="row 9 has no field 'answer'"):
+        lk.train(adapted(tiny_dir), tok, rows, settings)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": {"train": "d", "validation": "e"}}, "grpo evaluates on no validation rows yet"),
+        ({"shard": "full"}, "grpo samples from whole weights"),
+        ({"offload_weights": True}, "grpo samples from whole weights"),
+    ],
+)
+def test_run_files_that_are_refused(options, message):
+    values = {"model": "m", "data": "d", "objective": "grpo", "grpo": {"rewards": ["exact_match"]}}
+    with pytest.raises(lk.LorakitError, match=message):
+        lk.RunConfig.from_dict(values | options)
 
 
 def test_the_run_file():
