@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lorakit.config.errors import LorakitError
-from lorakit.config.training import TrainConfig
+from lorakit.config.training import LOSS_TYPES, TrainConfig
 from lorakit.data.batching import Order
 from lorakit.data.examples import Examples
 from lorakit.files.local import as_path
@@ -61,10 +61,10 @@ def must_match(
     numbers of each frozen parameter.
     """
     names = [*SAME_SETTINGS, *(["max_seq_length"] if config.packing else [])]
-    names += [] if config.loss_type is None else ["loss_type"]
     names += ["grpo"] if config.objective == "grpo" else []
     settings = asdict(config)
     own = {
+        **({} if config.form is None else {"loss_type": config.form}),
         "data": _digest(examples),
         "validation data": None if validation is None else _digest(validation),
         "model": _digest_of_frozen(trained.model),
@@ -138,7 +138,7 @@ def resume_from(
             "raise max_steps"
         )
     values = run_state.read_values(checkpoint)
-    before = {"group_by_length": True, **values["same"]}  # 0.1.0 knew no other order
+    before = {**_said_by_no_one(values["same"]), **values["same"]}
     if run_state.has_tensors_of(checkpoint.path, trained.model):
         same = _in_words_of(before, same)
     said = {name: value for name, value in same.items() if name in before or name != TOKENS}
@@ -152,6 +152,12 @@ def resume_from(
     run_state.restore(checkpoint, values, trained.restore, optimizer, trained.divided)
     say(f"resumed from {checkpoint.path}")
     return progress
+
+
+def _said_by_no_one(same: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what checkpoints of 0.1.0 leave out, since there was no other order or form."""
+    forms = LOSS_TYPES.get(same.get("objective", "sft"), ())
+    return {"group_by_length": True, **({"loss_type": forms[0]} if forms else {})}
 
 
 def _in_words_of(saved: Mapping[str, Any], same: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from lorakit.training import run as training_run
 from lorakit.training import state as run_state
 from tests.conftest import ROWS
 from tests.data.files import written
-from tests.training.runs import ADAPTER, JUDGED, OPTIONS, run, same_tensors
+from tests.training.runs import ADAPTER, JUDGED, OPTIONS, PAIRS, run, same_tensors
 
 
 @pytest.mark.parametrize(
@@ -162,6 +162,23 @@ def test_what_cannot_be_resumed(tiny_dir, tok, tmp_path):
     state.write_text(json.dumps(values))
     _, result = run(tiny_dir, tok, tmp_path, **earlier)
     assert result.steps == 12
+
+
+def test_the_form_of_a_loss_is_that_of_the_checkpoint(tiny_dir, tok, tmp_path):
+    """The default is a form as any other, and may be said by its name."""
+    options = {"objective": "dpo", "per_device_train_batch_size": 2, "save_steps": 1}
+    run(tiny_dir, tok, tmp_path, PAIRS, max_steps=1, loss_type="hinge", **options)
+    options |= {"resume": "auto", "max_steps": 2}
+    with pytest.raises(
+        lk.LorakitError, match="made with loss_type 'hinge', this run has 'sigmoid'"
+    ):
+        run(tiny_dir, tok, tmp_path, PAIRS, **options)
+    # as of a version that knew one form only
+    path = tmp_path / "checkpoint-1" / run_state.STATE_VALUES
+    values = json.loads(path.read_text())
+    del values["same"]["loss_type"]
+    path.write_text(json.dumps(values))
+    run(tiny_dir, tok, tmp_path, PAIRS, loss_type="sigmoid", **options)
 
 
 def test_an_adapter_whose_layers_are_named_in_other_words_goes_on(tiny_dir, tok, tmp_path):
