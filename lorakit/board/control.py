@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -50,6 +51,8 @@ class Control:
         self.children: list[subprocess.Popen[bytes]] = []
         self.plans: set[asyncio.subprocess.Process] = set()
         self.forecasts: dict[str, Any] = {}
+        self.asked: dict[Path, int] = {}  # which process of a run was asked to end
+        self.one_at_a_time = threading.Lock()
 
     def reap(self) -> None:
         """Forget the processes that have ended, so that the system does too."""
@@ -71,24 +74,32 @@ class Control:
             run: The folder of the run.
 
         Raises:
-            LorakitError: The run is not going on, or its process cannot be reached from here.
+            LorakitError: The run is not going on, was asked before, or its process cannot be
+                reached from here.
         """
+        with self.one_at_a_time:
+            pid = self._process_of(run)
+            if self.asked.get(run) == pid:  # a second signal would end it without a checkpoint
+                raise LorakitError("the run was asked to end already; it does after its step")
+            try:
+                os.kill(pid, signal.SIGTERM)
+            except ProcessLookupError:
+                raise LorakitError("the run has just ended") from None
+            except PermissionError:
+                raise LorakitError("the run belongs to another user") from None
+            self.asked[run] = pid
+
+    def _process_of(self, run: Path) -> int:
         if runs.is_locked(run / STARTED):
             started = runs.read_started(run)
             pid = started.get("pid")
             if not isinstance(pid, int):
                 raise LorakitError("the run is just being started: try again in a moment")
             _write_started(run, {**started, "stopped": True})
-        elif runs.is_locked(run / runs.LOCK):
-            pid = _recorded_pid(run)
-        else:
-            raise LorakitError("the run is not going on")
-        try:
-            os.kill(pid, signal.SIGTERM)
-        except ProcessLookupError:
-            raise LorakitError("the run has just ended") from None
-        except PermissionError:
-            raise LorakitError("the run belongs to another user") from None
+            return pid
+        if runs.is_locked(run / runs.LOCK):
+            return _recorded_pid(run)
+        raise LorakitError("the run is not going on")
 
     # ---- resume and start ----
 

@@ -175,6 +175,9 @@ def test_a_run_of_another_terminal_is_stopped_by_its_lock(folder, refused, post,
             assert refused("runs/a/stop", x=1)[1] == "the run goes on on elsewhere: stop it there."
         with recorded(run, {}, lambda: True, print):
             assert post("runs/a/stop")["state"] == "running"
+            # a second signal would end it at once, without its checkpoint
+            asked = "the run was asked to end already; it does after its step."
+            assert refused("runs/a/stop", x=1) == (409, asked)
         with recorded(run, {"pid": 1}, lambda: True, print):
             assert refused("runs/a/stop", x=1)[0] == 409
     assert sent == [(os.getpid(), signal.SIGTERM)]
