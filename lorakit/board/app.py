@@ -128,6 +128,7 @@ def application(board: Board, token: str) -> Gate:
         HTTPException: _refused,
         Refusal: _refused,
         LorakitError: _refused,
+        OSError: _refused,  # a full disk, or a folder that may not be written to
         ClientDisconnect: _gone,
         Exception: _failed,
     }

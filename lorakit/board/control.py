@@ -112,6 +112,10 @@ class Control:
         Raises:
             LorakitError: The run goes on already or has finished, or it has no run file.
         """
+        with self.one_at_a_time:
+            self._resume(run)
+
+    def _resume(self, run: Path) -> None:
         record = runs.read_record(run)
         state, _ = runs.state_of(run, record)
         if state in ("running", "finished"):

@@ -6,7 +6,7 @@ from typing import Any
 
 from lorakit.board import comparisons
 from lorakit.board import runs as read
-from lorakit.board.folder import Folder, NotThereError
+from lorakit.board.folder import Folder
 from lorakit.board.metrics import Cache
 from lorakit.board.single import single_page
 from lorakit.config.errors import LorakitError
@@ -99,10 +99,7 @@ def _answers(found: dict[str, tuple[Path, str]]) -> dict[str, Any]:
 
 def _curves(cache: Cache, path: Path, points: int) -> tuple[dict[str, Any], list[Any]]:
     """Return the curves and the evaluations of a run, none if it has no step yet."""
-    try:
-        metrics = cache.of(path)
-    except NotThereError:
-        return {}, []
+    metrics = cache.of(path)
     curves = {
         name: {"step": curve["step"], "value": [_short(value) for value in curve["value"]]}
         for name, curve in metrics.curves(points).items()

@@ -1,5 +1,6 @@
 """Buttons: a run is stopped, resumed and started as a process of its own."""
 
+import errno
 import fcntl
 import json
 import os
@@ -7,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -159,6 +161,41 @@ def test_resume_takes_the_run_file_and_the_place_of_the_run(
     record["cwd"] = str(tmp_path / "gone")
     (folder / "deep" / "b c" / "run.json").write_text(json.dumps(record | {"state": "stopped"}))
     assert "which is gone" in refused("runs/deep%2Fb%20c/resume", x=1)[1]
+
+
+def test_a_run_that_several_pages_resume_at_once_goes_on_once(command, children, folder, client):
+    """Each would write the same files, and one may find those of another half made."""
+    run, said = folder / "a", []
+    record = {"state": "stopped", "run_file": {"model": "x"}, "cwd": os.getcwd(), "started": 1.0}
+    (run / "run.json").write_text(json.dumps(record))
+    start = threading.Barrier(6)
+
+    def resume():
+        start.wait(20)
+        try:
+            client.board.runs.control.resume(run)
+        except Exception as error:
+            said.append(error)
+
+    threads = [threading.Thread(target=resume) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert [str(error) for error in said] == ["the run goes on already"] * 5
+    assert len(children) == 1
+
+
+def test_a_full_disk_is_said_in_a_sentence(folder, client, refused, monkeypatch):
+    (folder / "a" / "run.json").write_text('{"state": "stopped", "run_file": {"model": "x"}}')
+
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(module, "write_text", full)
+    status, sentence = refused("runs/a/resume", x=1)
+    assert status == 409
+    assert "No space left on device" in sentence
 
 
 def test_a_run_of_another_terminal_is_stopped_by_its_lock(folder, refused, post, monkeypatch):
