@@ -45,8 +45,7 @@ class ComparisonRoutes:
         """Answer with all comparisons."""
 
         def read() -> Any:
-            found = self.folder.comparisons().items()
-            return [comparisons.summary(path, id_) for id_, path in found]
+            return comparisons.summaries(self.folder.comparisons())
 
         return answer(await asyncio.to_thread(read))
 

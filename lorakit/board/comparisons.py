@@ -1,6 +1,8 @@
 """Comparisons and their blind votes, for the page."""
 
 import json
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +28,26 @@ def read(folder: Path) -> dict[str, Any]:
     return values
 
 
-def summary(folder: Path, id_: str) -> dict[str, Any]:
-    """Return what the list says of a comparison: its id, its name and its state."""
+def summaries(found: Mapping[str, Path]) -> list[dict[str, Any]]:
+    """Return what the list says of comparisons: their ids, their names and their states.
+
+    Several of one name have their ids beside it: a file that says no name gives all the same.
+
+    Args:
+        found: The folders of the comparisons by their ids.
+
+    Returns:
+        {"id", "name", "state"} for each, in the order of `found`.
+    """
+    listed = [_summary(path, id_) for id_, path in found.items()]
+    names = Counter(each["name"] for each in listed)
+    for each in listed:
+        if names[each["name"]] > 1:
+            each["name"] = f"{each['name']} ({each['id']})"
+    return listed
+
+
+def _summary(folder: Path, id_: str) -> dict[str, Any]:
     try:
         values = read(folder)
     except LorakitError:

@@ -116,7 +116,6 @@ def _short(value: float | None) -> float | None:
 def _of_comparisons(found: dict[str, Path]) -> dict[str, Any]:
     """Return what the server would say of comparisons, by its paths."""
     values = {id_: read_json(path / "comparison.json") for id_, path in found.items()}
-    listed = [comparisons.summary(path, id_) for id_, path in found.items()]
-    return {"api/comparisons": listed} | {
+    return {"api/comparisons": comparisons.summaries(found)} | {
         f"api/comparisons/{id_}": value for id_, value in values.items()
     }

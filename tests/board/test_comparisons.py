@@ -41,6 +41,18 @@ def test_the_list_and_the_results(sizes, get, refused):
     assert "is damaged" in refused("comparisons/sizes")[1]
 
 
+def test_comparisons_of_one_name_are_told_apart(sizes, folder, get):
+    for name, said in (("one", "comparison"), ("two", "comparison"), ("three", "two")):
+        (folder / name).mkdir()
+        (folder / name / "comparison.json").write_text(json.dumps({"name": said, "runs": []}))
+    assert {each["id"]: each["name"] for each in get("comparisons")} == {
+        "sizes": "<b>sizes",
+        "one": "comparison (one)",
+        "two": "comparison (two)",
+        "three": "two",
+    }
+
+
 def test_votes(sizes, client, get):
     path = "comparisons/sizes/vote"
     pair = get(f"{path}?first=one&second=two")
