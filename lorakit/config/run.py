@@ -16,7 +16,7 @@ from lorakit.config.aliases import ALIASES, own_names
 from lorakit.config.data import DataConfig, data_config
 from lorakit.config.errors import LorakitError, nearest
 from lorakit.config.fields import from_mapping, to_dtype, without_unset
-from lorakit.config.grpo import grpo_config
+from lorakit.config.grpo import GrpoConfig, grpo_config
 from lorakit.config.quantization import QuantConfig, quant_config
 from lorakit.config.training import TrainConfig
 
@@ -153,7 +153,9 @@ class RunConfig:
         with_value = [name for name in unknown if values[name] is not None]
         if with_value:
             known = [*valid, *sorted(ALIASES)]
-            each = ", ".join(f"{name!r}{nearest(name, known)}" for name in with_value)
+            of_grpo = {f.name: " (say it in grpo)" for f in dataclasses.fields(GrpoConfig)}
+            hints = [of_grpo.get(name) or nearest(name, known) for name in with_value]
+            each = ", ".join(map("{!r}{}".format, with_value, hints))
             raise LorakitError(f"{where}: unknown key{'s' * (len(with_value) > 1)} {each}")
         for name in unknown:
             del values[name]

@@ -156,7 +156,7 @@ class TrainConfig:
     """Form of the loss: of dpo "sigmoid", "hinge", "ipo", "robust", "apo_zero" or "apo_down"; of
     cpo "sigmoid", "hinge" or "ipo"; of kto "kto" or "apo_zero_unpaired". Null takes the first."""
     beta: float = 0.1
-    """Strength of the preference term in every objective but sft."""
+    """Strength of the preference term in every objective but sft and grpo, which has its own."""
     simpo_gamma: float = 0.5
     """Margin by which SimPO wants the chosen completion to be ahead."""
     desirable_weight: float = 1.0

@@ -272,6 +272,7 @@ def test_a_row_without_an_answer_is_told_before_the_first_step(tiny_dir, tok, tm
     ("options", "message"),
     [
         ({"data": {"train": "d", "validation": "e"}}, "grpo evaluates on no validation rows yet"),
+        ({"num_generations": 4}, "unknown key 'num_generations' .say it in grpo"),
         ({"shard": "full"}, "grpo samples from whole weights"),
         ({"offload_weights": True}, "grpo samples from whole weights"),
     ],
