@@ -48,7 +48,7 @@ def score_and_show(
     """Return metrics as `score_rows` does, and how the first `samples` rows were completed.
 
     A sample says the number of its row, the prompt, the reference and the completion. Without
-    metrics only those rows are completed.
+    metrics only those rows are completed. Metrics leave out rows whose answer is a bad one.
     """
     asked_for = rows if metrics else rows[:samples]
     if not len(asked_for):
@@ -59,7 +59,15 @@ def score_and_show(
         for i, (text, reference) in enumerate(zip(predictions, references, strict=True))
         if i < samples
     ]
-    return score(predictions, references, metrics) if metrics else {}, shown
+    if not metrics:
+        return {}, shown
+    good = [i for i, row in enumerate(rows) if not _is_bad(row)]
+    return score([predictions[i] for i in good], [references[i] for i in good], metrics), shown
+
+
+def _is_bad(row: Row) -> bool:
+    """Return whether a row says that its answer is a bad one, to which no model should come."""
+    return isinstance(row, Judged) and not row.desirable
 
 
 def predict_rows(
@@ -103,6 +111,12 @@ def check_rows(model: Decoder, tok: Tokenizer, rows: Sequence[Row], metrics: Seq
                 f"{rows[number].place}: to score completions of up to {new} tokens, a prompt must "
                 f"have 1 to {room} tokens, not {length}"
             )
+
+
+def check_good(rows: Sequence[Row], metrics: Sequence[str]) -> None:
+    """Raise LorakitError if metrics are wanted of rows whose answers are all bad ones."""
+    if metrics and all(map(_is_bad, rows)):
+        raise LorakitError(f"{', '.join(metrics)}: every row has a bad answer, and none is scored")
 
 
 def _prompt_ids(tok: Tokenizer, prompt: str | Messages) -> list[int]:

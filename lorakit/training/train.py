@@ -19,7 +19,7 @@ from lorakit.config.training import TrainConfig
 from lorakit.data.examples import Examples
 from lorakit.data.rows import RowSource
 from lorakit.evaluation.evaluate import encode_for
-from lorakit.evaluation.score import check_rows
+from lorakit.evaluation.score import check_good, check_rows
 from lorakit.files.local import as_path
 from lorakit.models.decoder import Decoder
 from lorakit.models.tokenizer import Tokenizer
@@ -211,6 +211,7 @@ def _held_out(
 ) -> HeldOut:
     examples = encode_for(model, tok, source, config, "the validation rows")
     check_rows(model, tok, examples.rows, config.eval_metrics)
+    check_good(examples.rows, config.eval_metrics)
     if config.eval_samples and not config.eval_metrics:
         check_rows(model, tok, examples.rows[: config.eval_samples], ["exact_match"])
     return HeldOut(examples.rows, examples)

@@ -36,6 +36,21 @@ def test_a_model_that_has_learnt_its_rows(tiny_dir, tok, tmp_path):
     ]
 
 
+def test_bad_answers_are_no_references(tiny_dir, tok, monkeypatch):
+    """A model that says the bad answers of rows for KTO has none right."""
+    model = lk.load_model(tiny_dir, dtype="float32")
+    rows = [
+        {"prompt": f"{i}?", "completion": "yes" if i % 2 else "no", "label": i % 2 == 0}
+        for i in range(4)
+    ]
+    monkeypatch.setattr(scoring, "generate_batch", lambda *_, **__: ["yes"] * 4)
+    rows = lk.read_rows(rows)
+    assert scoring.score_rows(model, tok, rows, ["exact_match"], 2) == {"exact_match": 0}
+    with pytest.raises(lk.LorakitError, match="every row has a bad answer"):
+        scoring.check_good(rows[1::2], ["exact_match"])
+    scoring.check_good(rows, ["exact_match"])
+
+
 def test_refused_before_the_first_step(tiny_dir, tok, tmp_path):
     model = lk.attach(lk.load_model(tiny_dir, dtype="float32"))
     with pytest.raises(lk.LorakitError, match="unknown metric 'exact' .did you mean 'exact_match'"):
