@@ -16,7 +16,7 @@ from lorakit.config.comparison import ComparisonConfig, TaskConfig
 from lorakit.config.data import DataConfig, SourceConfig
 from lorakit.config.errors import LorakitError
 from lorakit.data.rows import read_rows
-from lorakit.data.schemas import Row
+from lorakit.data.schemas import Prompt, Row
 from lorakit.data.sources import FILES, open_data
 from lorakit.data.splitting import content_digest, split_rows
 from lorakit.data.write import write_rows
@@ -42,8 +42,8 @@ class TaskRows:
 def open_task(config: ComparisonConfig, name: str) -> TaskRows:
     """Return the rows of a task, all read and checked. Nothing is written.
 
-    Raises LorakitError if they cannot be read, a part would be empty, or the source was changed
-    after it was divided.
+    Raises LorakitError if they cannot be read, a part would be empty, a row to test with has no
+    answer, or the source was changed after it was divided.
     """
     said, folder = config.tasks[name], None
     skip_empty = config.base.get("skip_empty") is True
@@ -64,6 +64,9 @@ def open_task(config: ComparisonConfig, name: str) -> TaskRows:
             for part, path in given.items()
             if path is not None
         }
+    without = next((row for row in parts["test"] if isinstance(row, Prompt)), None)
+    if without is not None:
+        raise LorakitError(f"task {name}: {without.place} has no answer to measure models by")
     digests = {part: digest_of(rows) for part, rows in parts.items()}
     if folder is not None and (folder / "train.jsonl").exists():
         _check_unchanged(folder, said, name, digests)

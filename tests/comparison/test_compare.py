@@ -372,6 +372,14 @@ def test_empty_answers_are_left_out_before_rows_are_divided(grid, rows):
     assert sum(lk.plan_comparison(grid)[0].sizes.values()) == 60
 
 
+def test_prompts_without_answers_measure_no_model(grid, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(f'{{"prompt": "say {i}"}}\n' for i in range(40)))
+    grid["tasks"] = {"prompts": {"data": str(path)}}
+    with pytest.raises(lk.LorakitError, match=r"prompts: .* has no answer to measure models by"):
+        lk.plan_comparison(grid)
+
+
 def test_a_model_that_was_trained_in_place_has_another_fingerprint(tmp_path):
     """Its embeddings, at the beginning of the file, may be those of before."""
     path = tmp_path / "model.safetensors"
