@@ -286,7 +286,7 @@ def _merged(before: Saving, then: Saving | None) -> Saving:
 def _sized(run: PlannedRun, what: What, number: int) -> PlannedRun:
     """Return the run with so many rows at a time, tokens of a row or ranks."""
     if what == "batch":
-        return run.with_train(per_device_train_batch_size=number)
+        return run.with_train(per_device_train_batch_size=max(number, _fewest(run)))
     if what == "length":
         return dataclasses.replace(run.with_train(max_seq_length=number), lengths=None)
     assert isinstance(run.lora, LoraConfig)
@@ -323,11 +323,17 @@ def _offloading(run: PlannedRun) -> Saving | None:
 
 
 def _half_the_rows(run: PlannedRun) -> Saving | None:
-    return _split(run, run.rows // 2) if run.rows % 2 == 0 else None
+    halves = run.rows % 2 == 0 and run.rows // 2 >= _fewest(run)
+    return _split(run, run.rows // 2) if halves else None
 
 
 def _row_by_row(run: PlannedRun) -> Saving | None:
-    return _split(run, 1) if run.rows > 1 else None
+    return _split(run, 1) if run.rows > 1 and _fewest(run) == 1 else None
+
+
+def _fewest(run: PlannedRun) -> int:
+    """Return the fewest rows that are computed at a time; KTO compares them with each other."""
+    return 2 if run.train.form == "kto" else 1
 
 
 def _recomputing(run: PlannedRun) -> Saving | None:

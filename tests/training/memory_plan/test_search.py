@@ -57,6 +57,15 @@ def test_the_largest_fits_and_the_next_does_not(what, memory):
     assert found == most or of(found + grain).forecast().reserved > memory
 
 
+@pytest.mark.usefixtures("forecasts")
+@pytest.mark.parametrize("rows", [2, 4])
+def test_kto_is_never_forecast_with_one_row(rows):
+    """It refuses that, and no search may end with the refusal."""
+    planned = run(objective="kto", per_device_train_batch_size=rows)
+    assert all(saving.run.rows >= 2 for saving in lk.forecast_savings(planned))
+    assert lk.largest_that_fits(planned, "batch", 10**12) == 4096
+
+
 def test_the_longest_row_is_no_longer_than_the_model_takes(forecasts):
     assert lk.largest_that_fits(run(), "length", 10**12) == 4096
     assert len(forecasts) <= 4
