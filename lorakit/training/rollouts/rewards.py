@@ -60,13 +60,22 @@ class Rewards:
         return {each.name: self._of(each, graded) for each in self.configs}
 
     def check_columns(self, rows: Iterable[Row]) -> None:
-        """Raise LorakitError if a row lacks what a reward of lorakit's own compares with."""
+        """Raise LorakitError if a row lacks what a reward of lorakit's own compares with.
+
+        Neither may a function get a column under the name of what it is given anyway.
+        """
         own = [each for each in self._functions.values() if isinstance(each, _BuiltIn)]
-        own = [each for each in own if each.compares]
-        for row in rows if own else ():
+        others, own = len(own) < len(self._functions), [each for each in own if each.compares]
+        for row in rows:
             assert isinstance(row, Prompt)  # `encode_for` has seen to it
             for each in own:
                 each(Graded(row, ""))
+            taken = sorted(row.columns.keys() & {"prompts", "completions"})
+            if others and taken:
+                raise LorakitError(
+                    f"{row.place}: reward functions get {taken[0]!r} from the run; give the field "
+                    "of that name another one"
+                )
 
     def total(self, values: Mapping[str, list[float]]) -> list[float]:
         """Return the weighted sum of the rewards of each completion."""

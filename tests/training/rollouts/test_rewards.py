@@ -109,6 +109,13 @@ def test_functions_that_fail(function, message):
         Rewards([lk.RewardConfig("mine")], {"mine": function})([graded("abc")])
 
 
+def test_a_column_that_a_function_gets_anyway():
+    rewards = Rewards([lk.RewardConfig("mine")], {"mine": lambda **given: [0.0]})
+    rewards.check_columns([graded("", prompt="p", answer="4").row])
+    with pytest.raises(lk.LorakitError, match="line 3: reward functions get 'prompts' from"):
+        rewards.check_columns([Prompt("p", None, None, {"prompts": 1}, "rows.jsonl line 3")])
+
+
 def test_rows_without_an_answer():
     with pytest.raises(lk.LorakitError, match="line 3 has no field 'answer', which reward exact"):
         of("x", "exact_match")
