@@ -1,7 +1,7 @@
 """run.json: what a run is, where it runs and how it ended, for whoever looks at its directory.
 
     {"version": 1, "state": "running", "pid": 4711, "host": "here", "started": 1764547200.0,
-     "cwd": "/home/me", "ranks": 1, "model": "org/name", "objective": "sft", "total_steps": 300,
+     "cwd": "/data", "ranks": 1, "model": "org/name", "objective": "sft", "total_steps": 300,
      "settings": {...}, "run_file": {...}}
 
 The state is "running", "finished", "stopped" (by Ctrl-C or SIGTERM) or "failed", with "ended" and
