@@ -67,6 +67,7 @@ def test_a_few_thousand_rows_and_no_module_on_both_sides(demo, smollm2):
     assert not {r["prompt"] for r in train} & {r["prompt"] for r in held_out}
 
 
+@pytest.mark.slow
 def test_short_demo_twice_gives_the_same_bytes(smollm2, tmp_path):
     out, summary = run(smollm2, tmp_path / "a", *SHORT)
     run(smollm2, tmp_path / "b", *SHORT)

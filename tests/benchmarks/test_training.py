@@ -97,6 +97,7 @@ def test_both_sides_do_the_same_job(tiny_dir, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="reads /proc for the processes")
+@pytest.mark.slow
 def test_steps_beside_busy_processes(tiny_dir, tmp_path):
     """There are as many steps again, and a table of them; quiet steps have nobody beside."""
     options = ["--length", 8, "--steps", 3, "--busy", 2, *OURS]
@@ -243,6 +244,7 @@ def test_a_peer_that_fails_is_a_row(tiny_dir, tmp_path):
     assert not left_behind(temporary)
 
 
+@pytest.mark.slow
 def test_our_failure_is_the_exit_code(module, tmp_path):
     """A directory without weights: the peer fails too, and is told as well."""
     (tmp_path / "model").mkdir()

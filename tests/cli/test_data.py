@@ -50,9 +50,9 @@ def test_show_and_lint(tiny_dir, tmp_path, capsys):
 
 
 def test_a_file_of_which_no_row_can_be_read(tiny_dir, tmp_path, capsys):
-    path = rows_file(tmp_path / "r.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
+    path = rows_file(tmp_path / "r.jsonl", [{"instruction": "a"}, {"instruction": "b"}])
     assert main(["data", "lint", str(path), "--model", str(tiny_dir)]) == 1
-    assert "line 1: field 'completion' is missing" in capsys.readouterr().err
+    assert "line 1: field 'output' is missing" in capsys.readouterr().err
 
 
 def test_rows_with_an_empty_answer(tiny_dir, tmp_path, capsys):

@@ -206,7 +206,7 @@ def test_quantizing_streams_from_disk(tmp_path):
     assert used < packed + 2 * largest + 150, (used, packed, largest)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["gguf", "safetensors"])
 def test_peak_memory_of_loading(smollm2, tmp_path, kind, dtype):
     """Loading in NF4 peaks below the packed model + the largest dense tensor + 150 MB."""

@@ -246,6 +246,7 @@ def test_replayed_as_one_of_several_ranks():
     assert all(kind.first and not kind.last for kind in ours.step.recordings)
 
 
+@pytest.mark.slow
 def test_triton_replayed_as_run():
     """The kernels themselves, in the interpreter, which is slow."""
     pytest.importorskip("triton")

@@ -199,7 +199,7 @@ def test_a_run_waits_for_a_step_when_it_has_issued_the_next(
     )  # fmt: skip
     with MetaGPU() as gpu:
         part = TrainedAdapter(gpu.decoder(2))
-        run = training_run.Run(part, tokens, Rows(), None, config, None, Ranks())
+        run = training_run.Run(part, tokens, Rows(), None, config, None, Ranks(), {})
         with run.open_log() as log:
             run._step(log)
             gpu.clear()

@@ -54,7 +54,7 @@ def formula(tokens: int, checkpointing: bool) -> int:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("tokens", [256, 1024])
+@pytest.mark.parametrize("tokens", [256, pytest.param(1024, marks=pytest.mark.slow)])
 def test_a_step_stays_under_the_formula(model, tokens, checkpointing):
     ids = torch.arange(tokens)[None]
     model.gradient_checkpointing = checkpointing
