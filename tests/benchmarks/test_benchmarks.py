@@ -144,6 +144,7 @@ def known_gpu(programs, monkeypatch):
     monkeypatch.setattr(programs.gpu, "gpu_name", lambda device: "NVIDIA H100 80GB HBM3")
 
 
+@pytest.mark.slow
 def test_the_steps(programs, tmp_path, known_gpu, monkeypatch):
     """Dense and packed, with what a CPU has of their figures, and the prediction for a GPU."""
     pytest.importorskip("triton")

@@ -42,7 +42,11 @@ def assert_same_bits(found, expected):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "shape"), [(torch.float32, LLAMA), (torch.bfloat16, SHALLOW)], ids=["fp32", "bf16"]
+    ("dtype", "shape"),
+    [
+        pytest.param(torch.float32, LLAMA, id="fp32", marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, SHALLOW, id="bf16"),
+    ],
 )
 def test_the_loss_is_one_graph_for_every_length(tmp_path, dtype, shape):
     model = adapted(tmp_path, *shape, dropout=0.1).to(dtype)

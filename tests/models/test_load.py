@@ -170,6 +170,7 @@ print((peak - imports) / 1e6, packed / 1e6, largest / 1e6)
 """
 
 
+@pytest.mark.slow
 def test_quantizing_streams_from_disk(tmp_path):
     """Loading 1.1 GB takes the packed model, two of the largest tensors, and 150 MB.
 

@@ -201,6 +201,7 @@ def test_replayed_as_run(case, dtype):
     assert len({kind.rows for kind in ours.step.recordings}) > 1
 
 
+@pytest.mark.slow
 def test_resumed_and_freed_in_the_middle():
     """A run that goes on from a state, and one whose graphs were freed, end with the same bits."""
     options = {**CASES["dropout, checkpointing"], "gradient_accumulation_steps": 2, "steps": 6}

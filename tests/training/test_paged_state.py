@@ -226,7 +226,8 @@ def test_refuses_what_cannot_be_paged():
 
 
 @on_linux
-@pytest.mark.parametrize("budget", [8, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", [8, 64])
 def test_resident_memory_stays_under_the_budget(budget):
     """2^30 bytes of state, stepped and copied out: at most the budget and 64 MB more."""
     code = f"""
