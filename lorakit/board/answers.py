@@ -13,6 +13,8 @@ from lorakit.serving.refusals import Refusal
 
 MOST_BYTES = 1 << 20
 """Longest body of a request: a run file, or a chat."""
+FAILED = "The board failed on this request; its terminal says how."
+"""What the page says when lorakit itself failed."""
 
 
 def answer(value: object, status: int = 200) -> Response:

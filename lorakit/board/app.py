@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from lorakit.board.answers import answer, refused
+from lorakit.board.answers import FAILED, answer, refused
 from lorakit.board.chat_routes import ChatRoutes
 from lorakit.board.comparison_routes import ComparisonRoutes
 from lorakit.board.folder import Folder, NotThereError
@@ -30,8 +30,6 @@ KINDS = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
-    ".svg": "image/svg+xml",
-    ".txt": "text/plain; charset=utf-8",
 }
 
 
@@ -106,7 +104,7 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _failed(request: Request, error: Exception) -> Response:
     """Answer a request on which lorakit itself failed; the log has the traceback."""
-    return refused(Refusal(500, "The board failed on this request; its terminal says how."))
+    return refused(Refusal(500, FAILED))
 
 
 async def _gone(request: Request, error: Exception) -> Response:

@@ -35,7 +35,7 @@ class Loaded:
     models: Models
     worker: Worker
     stamps: dict[str, int] = field(default_factory=dict)
-    """When the files of each adapter were written that is loaded, by its name."""
+    """The times of the files of the adapters that are loaded, by their names."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def _load(base: Choice) -> tuple[Models, Worker]:
     gc.collect()  # the one before
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    dtype, quantize = base.settings.get("dtype"), base.settings.get("quantize")
+    dtype, quantize = base.settings["dtype"], base.settings["quantize"]
     tok = load_tokenizer(base.place)
     model = load_model(
         base.place,

@@ -12,6 +12,7 @@ data: {"done": true}                       the last event, whatever came before
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from lorakit.board.answers import answer, body_of
+from lorakit.board.answers import FAILED, answer, body_of
 from lorakit.board.as_json import to_json
 from lorakit.board.choices import Choice, choices
 from lorakit.board.folder import Folder
@@ -33,6 +34,8 @@ from lorakit.serving.refusals import Refusal
 if TYPE_CHECKING:
     from lorakit.board.chat import Asked, Chat, Loaded
     from lorakit.serving.worker import Job
+
+log = logging.getLogger("lorakit")
 
 _ROLES = ("system", "user", "assistant")
 _MOST_SIDES = 2
@@ -127,7 +130,7 @@ class _Stream(StreamingResponse):
         try:
             async for value in self._values():
                 yield _event(value)
-        except (LorakitError, Refusal, OSError) as error:
+        except Exception as error:
             yield _event({"error": _sentence(error)})
         yield _event({"done": True})
 
@@ -165,7 +168,7 @@ class _Stream(StreamingResponse):
                 if piece.finish_reason is not None:
                     break
             await told.put({"side": i, "done": True})
-        except (LorakitError, Refusal, OSError) as error:
+        except Exception as error:
             await told.put({"side": i, "error": _sentence(error)})
 
 
@@ -180,7 +183,13 @@ def _event(value: object) -> bytes:
 
 
 def _sentence(error: Exception) -> str:
-    return error.message if isinstance(error, Refusal) else f"{error}."
+    """Return what the page says of an error. The log has one that nobody foresaw."""
+    if isinstance(error, Refusal):
+        return error.message
+    if isinstance(error, (LorakitError, OSError)):
+        return f"{error}."
+    log.error("lorakit: a chat failed", exc_info=error)
+    return FAILED
 
 
 def _question(fields: Fields, there: dict[str, Choice]) -> Question:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.board.folder import Folder, NotThereError, is_file, read_end
-from lorakit.board.runs import read_record, started_in
+from lorakit.board.runs import placed, read_record, started_in
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 MODEL = ("config.json", "tokenizer.json")
@@ -28,15 +28,15 @@ class Choice:
     name: str
     """Its name: the id of a run, or of a base its place."""
     place: str
-    """Where its files are: a path or a Hub id."""
+    """The path or the Hub id of its files."""
     base: str
     """The name of the base that it needs, which is its own if it is one."""
     run: str | None
     """The id of the run that made it, None if none here did."""
     settings: dict[str, Any]
-    """The settings of a run that used it: its dtype and its quantization."""
+    """How a run loaded it: the settings "dtype" and "quantize"."""
     stamp: int
-    """When its files were written, in nanoseconds; 0 of a base that no run here made."""
+    """The time of its files, in nanoseconds; 0 for a base that no run here made."""
 
     def told(self) -> dict[str, Any]:
         """Return what the page gets."""
@@ -51,8 +51,9 @@ def choices(folder: Folder) -> dict[str, Choice]:
     adapters: dict[str, Choice] = {}
     for id_, run in folder.runs().items():
         record = read_record(run)
-        settings = record.get("settings")
-        settings = settings if isinstance(settings, dict) else {}
+        said = record.get("settings")
+        said = said if isinstance(said, dict) else {}
+        settings = {name: said.get(name) for name in ("dtype", "quantize")}
         adapter = _newest_adapter(run)
         if adapter is not None:
             stamp, place = adapter
@@ -89,8 +90,4 @@ def _base_of(run: Path, place: Path, record: dict[str, Any]) -> str | None:
             return None
     if not isinstance(base, str) or not base or "\0" in base:
         return None
-    there = started_in(run) / base
-    try:
-        return str(there) if there.exists() else base
-    except OSError:  # a name that is too long
-        return base
+    return placed(base, started_in(run))

@@ -51,8 +51,12 @@ class ComparisonRoutes:
 
     async def comparison(self, request: Request) -> Response:
         """Answer with the results of a comparison."""
-        folder = self.folder.comparison(id_of(request))
-        return answer(await asyncio.to_thread(comparisons.read, folder))
+        id_ = id_of(request)
+
+        def read() -> Any:
+            return comparisons.read(self.folder.comparison(id_))
+
+        return answer(await asyncio.to_thread(read))
 
     async def pair(self, request: Request) -> Response:
         """Answer with the next blind pair of two runs."""

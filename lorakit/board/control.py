@@ -233,7 +233,8 @@ class Control:
                 out, err = await asyncio.wait_for(plan.communicate(), FORECAST_SECONDS)
             except asyncio.TimeoutError:
                 raise LorakitError(
-                    f"the forecast took more than {FORECAST_SECONDS} seconds"
+                    f"the forecast took more than {FORECAST_SECONDS} seconds: `lorakit plan` "
+                    "has no such limit"
                 ) from None
             finally:
                 self.plans.discard(plan)

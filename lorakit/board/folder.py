@@ -96,7 +96,7 @@ def _id(parts: tuple[str, ...]) -> str:
 
 
 def _shown(name: str) -> bool:
-    """Whether runs are looked for in a folder of this name, which must be valid Unicode."""
+    """Return whether runs are looked for in a folder of this name, which must be Unicode."""
     if name.startswith((".", "checkpoint-")):
         return False
     try:

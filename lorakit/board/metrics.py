@@ -1,9 +1,8 @@
 """The curves of a run: metrics.jsonl, read as it grows, and kept as arrays.
 
 A line that is not written whole waits until it is, unless it is longer than any that a run writes;
-then it is left out. A file that was begun again, or cut back to a
-checkpoint by a resumed run, is noticed by its size and by the bytes before the place that was read
-last; then it is read from its start.
+then it is left out. A file that was begun again, or cut back to a checkpoint by a resumed run, is
+noticed by the bytes before the place that was read last; then it is read from its start.
 """
 
 import json

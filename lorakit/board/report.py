@@ -1,12 +1,13 @@
 """Writes the page about runs as one file, which anybody can open and send on."""
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from lorakit.board import comparisons
 from lorakit.board import runs as read
-from lorakit.board.folder import Folder
+from lorakit.board.folder import COMPARISON, Folder
 from lorakit.board.metrics import Cache
 from lorakit.board.single import single_page
 from lorakit.config.errors import LorakitError
@@ -40,7 +41,7 @@ def write_report(runs: str | Path | Iterable[str | Path], out: str | Path) -> Pa
     paths = [runs] if isinstance(runs, str | Path) else list(runs)
     if not paths:
         raise LorakitError("write_report: name the output directory of at least one run")
-    found, compared = dict[str, tuple[Path, str]](), dict[str, Path]()
+    found, compared = dict[str, Path](), dict[str, Path]()
     roots = list(dict.fromkeys(as_path(path) for path in paths))
     for root in roots:
         _look(root, found, compared, alone=len(roots) == 1)
@@ -58,9 +59,7 @@ def write_report(runs: str | Path | Iterable[str | Path], out: str | Path) -> Pa
     return target
 
 
-def _look(
-    root: Path, runs: dict[str, tuple[Path, str]], compared: dict[str, Path], alone: bool
-) -> None:
+def _look(root: Path, runs: dict[str, Path], compared: dict[str, Path], alone: bool) -> None:
     """Add the runs and the comparisons in a folder, by ids that no other has.
 
     A run that is named itself is called by its folder's name.
@@ -70,21 +69,18 @@ def _look(
     if not there and not found:
         raise LorakitError(f"{root} holds no run: neither metrics.jsonl nor run.json is in it")
     prefix = "" if alone else f"{root}/"
-    for id_, path in there.items():
-        key = str(root) if id_ == "/" else f"{prefix}{id_}"
-        runs[key] = (path, path.name)
-    for id_, path in found.items():
-        compared[str(root) if id_ == "/" else f"{prefix}{id_}"] = path
+    for kept, new in ((runs, there), (compared, found)):
+        kept.update({str(root) if id_ == "/" else f"{prefix}{id_}": new[id_] for id_ in new})
 
 
-def _answers(found: dict[str, tuple[Path, str]]) -> dict[str, Any]:
+def _answers(found: dict[str, Path]) -> dict[str, Any]:
     """Return what the server would say of runs, by its paths."""
     cache = Cache()
     points = max(LEAST_POINTS, min(POINTS, ALL_POINTS // max(1, len(found))))
-    names = [name for _, name in found.values()]
+    names = Counter(path.name for path in found.values())
     listed, answers = list[dict[str, Any]](), dict[str, Any]()
-    for id_, (path, name) in found.items():
-        shown = name if names.count(name) == 1 else id_
+    for id_, path in found.items():
+        shown = path.name if names[path.name] == 1 else id_
         listed.append({**read.summary(path, id_), "name": shown, "can_resume": False})
         curves, evaluations = _curves(cache, path, points)
         answers |= {
@@ -92,7 +88,7 @@ def _answers(found: dict[str, tuple[Path, str]]) -> dict[str, Any]:
             f"api/runs/{id_}/evaluations": evaluations,
             f"api/runs/{id_}/settings": read.settings(path),
             f"api/runs/{id_}/samples": read.samples(path),
-            f"api/runs/{id_}/memory": read.memory(path, curves),
+            f"api/runs/{id_}/memory": read.memory(curves),
         }
     return {"api/runs": listed, **answers}
 
@@ -115,7 +111,7 @@ def _short(value: float | None) -> float | None:
 
 def _of_comparisons(found: dict[str, Path]) -> dict[str, Any]:
     """Return what the server would say of comparisons, by its paths."""
-    values = {id_: read_json(path / "comparison.json") for id_, path in found.items()}
+    values = {id_: read_json(path / COMPARISON) for id_, path in found.items()}
     return {"api/comparisons": comparisons.summaries(found)} | {
         f"api/comparisons/{id_}": value for id_, value in values.items()
     }

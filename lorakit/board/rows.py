@@ -117,8 +117,7 @@ def anchored(run: RunConfig, cwd: Path) -> RunConfig:
     """
 
     def place(text: str | None) -> Any:
-        there = text is not None and not Path(text).is_absolute() and (cwd / text).exists()
-        return str(cwd / text) if there and text is not None else text
+        return None if text is None else runs.placed(text, cwd)
 
     def sources(said: str | list[SourceConfig] | None) -> Any:
         if isinstance(said, list):

@@ -86,7 +86,7 @@ class RunRoutes:
         """Answer with the memory of a run."""
 
         def read(run: Path) -> Any:
-            found = runs.memory(run, self.cache.of(run).curves(1000, ["peak_memory_mb"]))
+            found = runs.memory(self.cache.of(run).curves(1000, ["peak_memory_mb"]))
             return found | {"forecast": self._known_forecast(run)}
 
         return await self._of_run(request, read)
@@ -106,13 +106,13 @@ class RunRoutes:
     async def rows(self, request: Request) -> Response:
         """Answer with rows of a run, as tokens."""
         offset, limit = number_of(request, "offset", 0), number_of(request, "limit", 10)
-        run = self.folder.run(id_of(request))
+        id_ = id_of(request)
 
         def read() -> Any:
             from lorakit.board.rows import RowReader  # which takes seconds
 
             self._reader = self._reader or RowReader()
-            return self._reader.tokens(run, offset, min(limit, MOST_ROWS))
+            return self._reader.tokens(self.folder.run(id_), offset, min(limit, MOST_ROWS))
 
         return answer(await self.work.aside(read))
 

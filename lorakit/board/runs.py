@@ -198,14 +198,7 @@ def _last_values(run: Path, ends: Ends) -> dict[str, Any]:
 
 
 def _read_last_values(run: Path) -> dict[str, Any]:
-    try:
-        text, whole = read_end(run / METRICS, _END)
-    except NotThereError:
-        return {}
-    text = text[: text.rfind(b"\n") + 1]  # what follows is not written whole
-    if not whole:
-        text = text.partition(b"\n")[2]
-    lines = text.splitlines()
+    lines = _last_lines(run / METRICS, _END).splitlines()
     evaluated = [line for line in lines if b'"eval_' in line]
     values: dict[str, Any] = {}
     for line in parsed(b"\n".join([*evaluated[-1:], *lines[-_LINES:]])):
@@ -214,11 +207,20 @@ def _read_last_values(run: Path) -> dict[str, Any]:
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
-def memory(run: Path, curves: Mapping[str, Mapping[str, list[Any]]]) -> dict[str, Any]:
+def _last_lines(path: Path, most: int) -> bytes:
+    """Return the whole lines among the last bytes of a file, none if there is no such file."""
+    try:
+        text, whole = read_end(path, most)
+    except NotThereError:
+        return b""
+    text = text[: text.rfind(b"\n") + 1]  # what follows is not written whole
+    return text if whole else text.partition(b"\n")[2]
+
+
+def memory(curves: Mapping[str, Mapping[str, list[Any]]]) -> dict[str, Any]:
     """Return the memory of a run.
 
     Args:
-        run: The folder of the run.
         curves: The curves of its metrics, "peak_memory_mb" among them.
 
     Returns:
@@ -276,17 +278,22 @@ def started_in(run: Path) -> Path:
     return Path(cwd) if isinstance(cwd, str) else Path.cwd()
 
 
+def placed(text: str, cwd: Path) -> str:
+    """Return a path that a run names, as it was in the folder where the run was started.
+
+    A text that names nothing there, such as a Hub id, stays.
+    """
+    there = cwd / text
+    try:
+        return str(there) if there.exists() else text
+    except OSError:  # a name that is too long
+        return text
+
+
 def samples(run: Path) -> list[dict[str, Any]]:
     """Return the completions that a run has written in its evaluations, the latest if many."""
-    try:
-        text, whole = read_end(run / SAMPLES, _MOST)
-    except NotThereError:
-        return []
-    text = text[: text.rfind(b"\n") + 1]
-    if not whole:
-        text = text.partition(b"\n")[2]
     return [
         line
-        for line in parsed(text)
+        for line in parsed(_last_lines(run / SAMPLES, _MOST))
         if type(line.get("step")) is int and isinstance(line.get("completion"), str)
     ]

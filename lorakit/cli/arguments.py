@@ -127,3 +127,9 @@ def take_overrides(args: argparse.Namespace, rest: list[str]) -> bool:
             print(f"lorakit: {override!r} is not of the form key=value", file=sys.stderr)
             sys.exit(2)
     return True
+
+
+def take_runs(args: argparse.Namespace, rest: list[str]) -> bool:
+    """Take every argument after an option as a run."""
+    args.runs += rest
+    return True

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 import lorakit as lk
-from lorakit.cli.arguments import Verbs
+from lorakit.cli.arguments import Verbs, take_runs
 
 
 def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
@@ -20,13 +20,7 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("plots"), help="directory to write (default: plots)"
     )
-    parser.set_defaults(run=plot, take_rest=_take_runs)
-
-
-def _take_runs(args: argparse.Namespace, rest: list[str]) -> bool:
-    """Take every argument after an option as a run."""
-    args.runs += rest
-    return True
+    parser.set_defaults(run=plot, take_rest=take_runs)
 
 
 def plot(args: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 import lorakit as lk
-from lorakit.cli.arguments import Verbs
+from lorakit.cli.arguments import Verbs, take_runs
 
 
 def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
@@ -25,13 +25,7 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("report.html"), help="file to write (default: report.html)"
     )
-    parser.set_defaults(run=report, take_rest=_take_runs)
-
-
-def _take_runs(args: argparse.Namespace, rest: list[str]) -> bool:
-    """Take every argument after an option as a run."""
-    args.runs += rest
-    return True
+    parser.set_defaults(run=report, take_rest=take_runs)
 
 
 def report(args: argparse.Namespace) -> int:

@@ -19,7 +19,7 @@ from lorakit.cli.main import main
 
 from ..conftest import ROWS
 from .folders import HOSTILE, curve, write_comparison, write_run
-from .test_page import RULES
+from .test_page import OPEN, serious
 
 SECONDS = 60  # until a board answers; torch takes its time on a busy machine
 
@@ -256,22 +256,8 @@ def test_a_chat_with_base_and_adapter(browser, serve, tiny_dir, tmp_path):
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_axe_finds_nothing_serious_in_what_takes_a_server(browser, board, theme):
-    found = browser.run(
-        """
-        const found = {};
-        for (const view of ["runs/rows", "start", "comparisons", "vote/sizes", "chat"]) {
-          await page.goto(`${arg.url}#/${view}`);
-          await page.waitForSelector("main section");
-          await page.waitForTimeout(200);
-          const graves = await axe(arg.rules);
-          if (graves.length) found[view] = graves;
-        }
-        return found;""",
-        theme=theme,
-        rules=RULES[theme],
-        url=board,
-    )
-    assert found == {}
+    views = ["runs/rows", "start", "comparisons", "vote/sizes", "chat"]
+    assert serious(browser, board, theme, views, "main section") == {}
 
 
 def test_axe_finds_what_is_planted(browser, board):
@@ -291,9 +277,8 @@ def test_axe_finds_what_is_planted(browser, board):
 def test_names_stay_texts_and_nobody_else_is_asked(browser, board):
     """The page's policy lets nothing else run, and it logs nothing."""
     names = browser.run(
-        """
-        await page.goto(arg.url);
-        await page.waitForSelector(".u-wrap canvas");
+        OPEN
+        + """
         await page.hover(".plot");
         await page.waitForSelector(".tip:not([hidden])");
         return await page.locator("tbody th .name").allTextContents();""",
@@ -363,9 +348,8 @@ def test_sorting_filtering_and_selecting(browser, board):
 def test_the_keyboard_reaches_everything(browser, board):
     """Tab comes by every control; a chart reads its values, zooms and resets by keys alone."""
     told = browser.run(
-        """
-        await page.goto(arg.url);
-        await page.waitForSelector(".u-wrap canvas");
+        OPEN
+        + """
         const reached = await page.evaluate(() => document.querySelectorAll(
           "a, button:not(:disabled), input, select, textarea, summary, [tabindex='0']").length);
         const seen = new Set();
@@ -411,9 +395,8 @@ def test_the_keyboard_reaches_everything(browser, board):
 def test_axis_smoothing_and_values(browser, board):
     """The axis is tokens, the table has the values of the file, smoothing moves the end."""
     told = browser.run(
-        """
-        await page.goto(arg.url);
-        await page.waitForSelector(".u-wrap canvas");
+        OPEN
+        + """
         await page.click('label:has-text("tokens")');
         await page.click("figure summary");
         const rows = () => page.locator("figure tbody").first().locator("tr").allTextContents();
@@ -431,9 +414,8 @@ def test_axis_smoothing_and_values(browser, board):
 
 def test_a_narrow_window_has_no_sideways_scroll(browser, board):
     wide = browser.run(
-        """
-        await page.goto(arg.url);
-        await page.waitForSelector(".u-wrap canvas");
+        OPEN
+        + """
         return page.evaluate(() => {
           const { scrollWidth, clientWidth } = document.documentElement;
           return [scrollWidth, clientWidth];

@@ -4,7 +4,7 @@ import { Chat } from "./chat.js";
 import { Comparisons } from "./comparisons.js";
 import { Curves } from "./curves.js";
 import { source } from "./data.js";
-import { choice, failure, h, nothing, say } from "./dom.js";
+import { choice, failure, h, say } from "./dom.js";
 import { Evaluations } from "./evaluations.js";
 import { Memory } from "./memory.js";
 import { paint, place } from "./palette.js";
@@ -179,7 +179,7 @@ function mark(nav, here) {
 }
 
 /** Return the runs to begin with: those that are running, then the newest. */
-export function first(runs) {
+function first(runs) {
   const age = (run) => run.started ?? run.updated ?? 0;
   const order = [...runs].sort(
     (a, b) => (b.state === "running") - (a.state === "running") || age(b) - age(a),
@@ -224,7 +224,7 @@ function theme() {
 }
 
 async function begin() {
-  paint(h);
+  paint();
   theme();
   const board = new Board();
   addEventListener("hashchange", () => board.open());

@@ -153,7 +153,7 @@ function exported(value) {
 }
 
 /** Return [low, high] that holds all intervals of a metric. */
-export function range(rows, metric) {
+function range(rows, metric) {
   const found = rows.map((row) => row.scores?.[metric]).filter(Boolean);
   const low = Math.min(...found.map((s) => s.low ?? s.value));
   const high = Math.max(...found.map((s) => s.high ?? s.value));

@@ -125,13 +125,11 @@ export class Curves {
       }
       const measured = name === "loss" ? curves.eval_loss : null;
       if (measured) {
-        const x = this.#x(measured, curves);
-        const name = `validation of ${run.name}`;
         drawn.push({
           ...named,
-          name,
+          name: `validation of ${run.name}`,
           id: `${run.id} eval`,
-          x,
+          x: this.#x(measured, curves),
           y: measured.value,
           dashed: true,
           points: true,

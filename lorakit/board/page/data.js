@@ -1,7 +1,7 @@
 // Where answers come from: the server, or the file that this page is in.
 
 /** Answers of a server, by its paths relative to the page. */
-export class LiveSource {
+class LiveSource {
   live = true;
   home = "runs";
 
@@ -34,7 +34,7 @@ export class LiveSource {
 }
 
 /** Answers that were written into this file when it was made. */
-export class FrozenSource {
+class FrozenSource {
   live = false;
 
   constructor(frozen) {

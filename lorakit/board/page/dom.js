@@ -61,7 +61,7 @@ export function wide(label, table) {
 
 /** Make a choice of one of several values, as radio buttons that look like one bar. */
 export function choice(label, name, options, chosen, pick) {
-  const buttons = options.map(([value, text, disabled]) =>
+  const buttons = options.map(([value, text]) =>
     h(
       "label",
       {},
@@ -70,7 +70,6 @@ export function choice(label, name, options, chosen, pick) {
         name,
         value,
         checked: value === chosen,
-        disabled,
         onchange: () => pick(value),
       }),
       h("span", {}, text),

@@ -7,12 +7,12 @@ import { digits, number, spoken } from "./format.js";
 const LOWER = /loss|perplexity/; // quantities of which less is better
 
 /** Return whether less of a quantity is better. */
-export function isLower(name) {
+function isLower(name) {
   return LOWER.test(name);
 }
 
 /** Return the index of the best of values, or -1 if fewer than two are numbers. */
-export function best(values, lower) {
+function best(values, lower) {
   const found = values.filter((value) => typeof value === "number");
   if (found.length < 2) return -1;
   return values.indexOf(lower ? Math.min(...found) : Math.max(...found));

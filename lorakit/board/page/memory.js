@@ -101,7 +101,5 @@ export class Memory {
 }
 
 function measured(peak) {
-  if (peak === null || peak === undefined) return null;
-  if (!Array.isArray(peak)) return peak * MB;
-  return peak.length ? Math.max(...peak.map(([, mb]) => mb)) * MB : null;
+  return peak?.length ? Math.max(...peak.map(([, mb]) => mb)) * MB : null;
 }

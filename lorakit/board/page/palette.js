@@ -1,5 +1,7 @@
 // Colours of runs. A run keeps its place while it is selected, so it looks the same in every chart.
 
+import { h, svg } from "./dom.js";
+
 const COLOURS = 6; // --run-0 to --run-5 in style.css; a test holds how far they are apart
 const DASHES = [[], [9, 5], [3, 4], [14, 4, 3, 4]]; // further runs take the colours again, dashed
 
@@ -9,14 +11,19 @@ export function colour(slot) {
   return style.color;
 }
 
+/** Return the class of what has the colour of a place. */
+export function runClass(slot) {
+  return `run-${slot % COLOURS}`;
+}
+
 /** Return the dashes of a place: none for the first six. */
 export function dash(slot) {
   return DASHES[Math.floor(slot / COLOURS) % DASHES.length];
 }
 
 /** Make the elements that `colour` reads, since only an element knows what a theme makes of it. */
-export function paint(h) {
-  const samples = Array.from({ length: COLOURS }, (_, i) => h("i", { id: `colour-${i}`, class: `run-${i}` }));
+export function paint() {
+  const samples = Array.from({ length: COLOURS }, (_, i) => h("i", { id: `colour-${i}`, class: runClass(i) }));
   document.body.append(h("div", { hidden: true }, samples));
 }
 
@@ -34,7 +41,7 @@ export function place(slots, selected) {
 }
 
 /** Make a sample of the line of a place. */
-export function swatch(h, svg, slot) {
+export function swatch(slot) {
   const line = svg("line", {
     x1: 1,
     y1: 4,
@@ -47,7 +54,7 @@ export function swatch(h, svg, slot) {
   });
   return svg(
     "svg",
-    { class: `swatch run-${slot % COLOURS}`, viewBox: "0 0 22 8", "aria-hidden": "true" },
+    { class: `swatch ${runClass(slot)}`, viewBox: "0 0 22 8", "aria-hidden": "true" },
     line,
   );
 }

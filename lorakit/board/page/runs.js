@@ -1,7 +1,7 @@
 // The table of runs: sorted, filtered, with a box for each run that selects it.
 
 import { runPath } from "./data.js";
-import { announce, confirmed, h, say, svg, unseen } from "./dom.js";
+import { announce, confirmed, h, say, unseen } from "./dom.js";
 import { bytes, date, digits, duration, number } from "./format.js";
 import { swatch } from "./palette.js";
 
@@ -47,7 +47,7 @@ export function sorted(runs, { key, down }) {
 }
 
 /** Return the runs in which every word of a text occurs: in name, state, model or objective. */
-export function filtered(runs, text) {
+function filtered(runs, text) {
   const words = text.toLowerCase().split(/\s+/).filter(Boolean);
   return runs.filter((run) => {
     const hay = [run.id, run.name, run.state, run.model, run.objective].join(" ").toLowerCase();
@@ -187,7 +187,7 @@ export class RunsTable {
       box.checked = this.board.selected.has(now.id);
       element.classList.toggle("selected", box.checked);
       const place = this.board.slots.get(now.id);
-      if (place !== slot) line.replaceChildren(place === undefined ? "" : swatch(h, svg, place));
+      if (place !== slot) line.replaceChildren(place === undefined ? "" : swatch(place));
       slot = place;
       say(name, now.name);
       name.title = now.id;

@@ -3,6 +3,7 @@
 import { runPath } from "./data.js";
 import { h, nothing, say, unseen } from "./dom.js";
 import { number, promptText } from "./format.js";
+import { runClass } from "./palette.js";
 import { difference } from "./words.js";
 
 const KINDS = { same: "span", gone: "del", new: "ins" };
@@ -82,7 +83,7 @@ export class Samples {
       h("div", { class: "side" }, h("h3", {}, head), h("p", { class: "text" }, ...text));
     const shown = answers.map(({ run, sample: each }) => {
       const slot = this.board.slots.get(run.id) ?? 0;
-      const head = h("span", { class: `bar run-${slot % 6}` }, `${run.name}, step ${number(each.step)}`);
+      const head = h("span", { class: `bar ${runClass(slot)}` }, `${run.name}, step ${number(each.step)}`);
       const parts = this.differs ? marked(each.reference ?? "", each.completion) : [each.completion];
       return side(head, ...(each.completion || this.differs ? parts : ["(nothing)"]));
     });
