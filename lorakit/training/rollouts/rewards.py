@@ -79,9 +79,8 @@ class Rewards:
 
     def total(self, values: Mapping[str, list[float]]) -> list[float]:
         """Return the weighted sum of the rewards of each completion."""
-        weights = [each.weight for each in self.configs]
-        columns = zip(*(values[each.name] for each in self.configs), strict=True)
-        return [math.fsum(map(float.__mul__, weights, each)) for each in columns]
+        weighted = [[each.weight * value for value in values[each.name]] for each in self.configs]
+        return [math.fsum(each) for each in zip(*weighted, strict=True)]
 
     def _of(self, config: RewardConfig, graded: Sequence[Graded]) -> list[float]:
         function = self._functions[config.name]

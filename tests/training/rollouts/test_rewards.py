@@ -61,7 +61,7 @@ def test_functions_are_called_as_trl_calls_them():
         assert columns == {"x": [1, None], "y": [None, 2]}
         return [1, 0.5]
 
-    configs = [lk.RewardConfig("first", weight=2.0), lk.RewardConfig("length", length=2)]
+    configs = [lk.RewardConfig("first", weight=2), lk.RewardConfig("length", length=2)]
     rewards = Rewards(configs, {"first": first})
     found = rewards([graded("a", x=1), graded("b", [{"role": "user", "content": "Hi"}], y=2)])
     assert found == {"first": [1.0, 0.5], "length": [0.5, 0.5]}
