@@ -109,17 +109,15 @@ def split_experts(
         if fused is None or not isinstance(tensor, LazyTensor):
             found[name] = tensor
             continue
-        if not fused.interleaved and tensor.shape == (
-            config.num_experts,
-            *fused.upright.expert_shape,
-        ):
+        count = config.num_experts
+        if not fused.interleaved and tensor.shape == (count, *fused.upright.expert_shape):
             fused = fused.upright
-        whole = (config.num_experts, *fused.expert_shape)
+        whole = (count, *fused.expert_shape)
         if tensor.shape != whole:
             raise LorakitError(
                 f"{where}: tensor {name} is {tensor.shape}, the config asks for {whole}"
             )
-        for expert in range(config.num_experts):
+        for expert in range(count):
             for number, part in enumerate(fused.parts):
                 read = partial(_read, tensor, fused, expert, number)
                 found[f"{layer}.experts.{expert}.{part}"] = LazyTensor(fused.shape, read)

@@ -1,4 +1,4 @@
-"""A model whose frozen weights are divided among ranks (ZeRO-3, arXiv:1910.02054).
+"""A model whose weights are divided among ranks (ZeRO-3, arXiv:1910.02054).
 
     blocks              a unit of FSDP2 each: whole while the block computes, forward and backward;
                         meanwhile the next one is gathered

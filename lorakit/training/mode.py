@@ -26,6 +26,17 @@ def bytes_of(model: Decoder, config: TrainConfig) -> int:
 
 
 @contextmanager
+def evaluation_mode(model: Decoder) -> Iterator[None]:
+    """Let a model compute in evaluation mode inside the block."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
 def training_mode(model: Decoder, config: TrainConfig, tokens: int) -> Iterator[None]:
     """Set dropout, noise, threads and what is kept for backward for the block as the run wants it.
 

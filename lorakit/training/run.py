@@ -56,13 +56,7 @@ from lorakit.training.resume import (
 from lorakit.training.rollouts.rewards import RewardFunction
 from lorakit.training.rollouts.rollouts import Rollouts
 from lorakit.training.schedules import Rates, learning_rate
-from lorakit.training.step import (
-    Late,
-    Prepared,
-    backward,
-    check_gradients,
-    prepare,
-)
+from lorakit.training.step import Late, Prepared, backward, check_gradients, prepare
 from lorakit.training.stepping import (
     gradient_sum,
     run_optimizer,
@@ -295,7 +289,8 @@ class Run:
             if self.reference is not None:
                 tensors |= run_state.reference_tensors(self.reference.tensors)
             values["reference"] = self.reference is not None
-            values |= {"rollouts": rollouts} if rollouts is not None else {}
+            if rollouts is not None:
+                values["rollouts"] = rollouts
             if not self.ranks.is_writer:  # it is here for its parts
                 save(self.output_dir)
                 return

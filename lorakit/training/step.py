@@ -123,20 +123,21 @@ def backward(
     losses = []
     first = (step.number - 1) * config.batches_of_step + sums.share.rank
     for i, batch in enumerate(step.batches):
+        last = i == len(step.batches) - 1
         if batch is not None:
             seed = seed_of(config.seed, first + i * sums.share.size)
             with drawing_from(seed, model.device):
                 loss, _ = summed_loss(model, batch, config, reference)
-                sums.begin_round(True, i == len(step.batches) - 1)
+                sums.begin_round(True, last)
                 (loss / step.count).backward()
             losses.append(loss.detach())
         elif step.filler is not None:
             with drawing_from(config.seed, model.device):
                 loss, _ = summed_loss(model, step.filler, config, reference)
-                sums.begin_round(False, i == len(step.batches) - 1)
+                sums.begin_round(False, last)
                 with _forgotten_gradients(model):
                     loss.backward()
-        sums.end_round(i == len(step.batches) - 1)
+        sums.end_round(last)
     return sums.finish(losses, step.parts)
 
 

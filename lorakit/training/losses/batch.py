@@ -100,14 +100,7 @@ def summed_loss(
         return losses.sum(), right.sum()
     if batch.graded is not None and config.grpo is not None:
         loss = graded_loss(
-            model,
-            batch.ids,
-            batch.labels,
-            batch.graded,
-            config.grpo,
-            reference,
-            attention_mask=batch.attention_mask,
-            cu_seqlens=batch.cu_seqlens,
+            model, batch.ids, batch.labels, batch.graded, config.grpo, reference, **batch.rows
         )
         return loss, batch.labels.new_tensor(len(batch.graded.mask))
     losses, prefers = pair_losses(

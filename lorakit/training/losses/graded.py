@@ -5,8 +5,6 @@ every ratio of that step is exactly 1, whatever kernels have sampled. How far th
 them is measured, and told by the run.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -14,9 +12,10 @@ from lorakit.config.grpo import GrpoConfig
 from lorakit.models.decoder import Decoder
 from lorakit.training.losses.grpo import grpo_loss
 from lorakit.training.losses.reference import Reference
+from lorakit.training.mode import evaluation_mode
 
 TOLD = ("kl", "clip_ratio", "entropy", "sampling_logp_difference", "sampling_logp_difference_max")
-"""What `GradedBatch.told` holds: sums over the tokens, and of the last a maximum."""
+"""What `GradedBatch.told` holds: sums over the learned tokens, and of the last a maximum."""
 
 
 class GradedBatch:
@@ -51,8 +50,8 @@ class GradedBatch:
     def note(self, logps: Tensor, clipped: Tensor, distance: Tensor) -> None:
         """Keep what the run tells of a step."""
         assert self.old is not None  # with which the sampler's are compared, as long as it lasts
-        apart = (self.old - self.sampled).abs()
-        sums = distance, clipped.sum(), -logps.sum(), apart.sum(), apart.max()
+        apart = (self.old - self.sampled).abs() * self.counts
+        sums = distance, clipped.sum(), -(logps * self.counts).sum(), apart.sum(), apart.max()
         self.told = torch.stack([each.detach().float() for each in sums])
 
 
@@ -91,7 +90,8 @@ def graded_loss(
         return graded.padded(losses)
 
     if reference is not None and graded.reference is None:
-        graded.reference = _under_reference(model, reference, now)
+        with reference.in_place(), evaluation_mode(model):
+            graded.reference = now()
     logps = now()
     if graded.old is None:
         graded.old = logps.detach()
@@ -108,15 +108,3 @@ def graded_loss(
     )
     graded.note(logps.detach(), found.clipped, found.distance)
     return found.losses.sum()
-
-
-@torch.no_grad()
-def _under_reference(model: Decoder, reference: Reference, now: Callable[[], Tensor]) -> Tensor:
-    """Return what `now` computes under the reference, in evaluation mode."""
-    was_training = model.training
-    model.eval()
-    try:
-        with reference.in_place():
-            return now()
-    finally:
-        model.train(was_training)

@@ -261,9 +261,9 @@ def pair_losses(
     if objective == "dpo":  # first, before the graph of the policy takes memory
         before = losses_of_reference(model, reference, input_ids, labels, rows)
     found, counts = model.row_losses(input_ids, labels, **rows)
-    lengths = kernels.dispatch.sent(counts.clamp(min=1), found.device)  # from host memory
     if loss_type == "ipo" or objective in ("orpo", "simpo"):
-        found, before = found / lengths, None if before is None else before / lengths
+        found = _mean(found, counts)
+        before = None if before is None else _mean(before, counts)
     chosen, rejected = (-found).chunk(2)
     options = {"beta": beta, "label_smoothing": label_smoothing}
     if before is not None:
@@ -274,6 +274,11 @@ def pair_losses(
         return simpo_loss(chosen, rejected, **options, gamma=gamma), chosen > rejected
     if objective == "orpo":
         return -chosen + orpo_loss(chosen, rejected, beta=beta), chosen > rejected
-    learned = chosen if loss_type == "ipo" else chosen / lengths.chunk(2)[0]
+    learned = chosen if loss_type == "ipo" else _mean(chosen, counts.chunk(2)[0])
     losses = cpo_loss(chosen, rejected, **options, loss_type=loss_type) - learned
     return losses, chosen > rejected
+
+
+def _mean(summed: Tensor, counts: Tensor) -> Tensor:
+    """Return sums over the tokens of rows as means; the counts come from host memory."""
+    return summed / kernels.dispatch.sent(counts.clamp(min=1), summed.device)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lorakit.adapters.manage import disable_adapters
 from lorakit.config.errors import LorakitError
 from lorakit.models.decoder import Decoder
+from lorakit.training.mode import evaluation_mode
 from lorakit.training.state import trained_tensors
 
 
@@ -93,12 +94,8 @@ def losses_without_gradient(
 
     `rows` has the attention_mask and the cu_seqlens of `Decoder.row_losses`.
     """
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         return model.row_losses(input_ids, labels, **rows)[0]
-    finally:
-        model.train(was_training)
 
 
 def _trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -52,7 +52,7 @@ def check_run(
         run: The settings of the run.
         lengths: The number of tokens of each row, as `encode_rows` says them.
         tok: The tokenizer of the run, with the run's add_tokens.
-        divided: Whether the processes divide the frozen weights, as `mesh_of_run` decides.
+        divided: Whether the processes divide the weights, as `mesh_of_run` decides.
 
     Returns:
         The line of `check_memory`; for objective grpo, which is not forecast, one that says so.

@@ -65,7 +65,7 @@ class Setting:
         capability: The GPU's compute capability.
         new_tokens: How many tokens follow each of `rows`, which are prompts; None: a step trains.
         ranks: How many processes share the run; this is the first of them.
-        divided: Whether each of them has its part of the frozen weights alone.
+        divided: Whether each of them has its part of the weights alone.
         offload: Whether the frozen weights wait in host memory.
         vocabulary: How many tokens the model is given rows for, if it has fewer.
     """

@@ -90,7 +90,7 @@ def plan_memory(
         device: "cuda" for an NVIDIA GPU with Triton, or "cpu" for this machine.
         capability: The GPU's compute capability.
         ranks: How many processes share the run; the plan is that of the first one.
-        shard: "full" if the frozen weights are divided among the ranks; see elsewhere.py.
+        shard: "full" if the weights are divided among the ranks; see elsewhere.py.
         offload_weights: Whether the frozen weights wait in host memory; see elsewhere.py too.
         generate: Rows, tokens of the prompt, and new tokens, to forecast inference instead.
         kept_layers: How many blocks keep gate and up; None takes mlp_activations "auto" for "keep".

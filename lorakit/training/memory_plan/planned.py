@@ -47,7 +47,7 @@ class PlannedRun:
     ranks: int = 1
     """Number of devices that train together."""
     shard: Literal["auto", "none", "full"] = "none"
-    """Whether each device holds its part of the frozen weights only ("full"), or all of them;
+    """Whether each device holds its part of the weights only ("full"), or all of them;
     `settled_run` decides "auto", which is "none" until then."""
     offload_weights: bool = False
     """Whether the frozen weights wait in host memory."""

@@ -19,6 +19,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -130,21 +131,19 @@ class Rollouts:
             rollout = self.current = self._sampled(first, rows)
         if not rollout.batches:
             self._collate(rollout)
-        parts = [[self._example(rollout, i) for i in part] for part in rollout.parts]
-        lengths = [[len(each.input_ids) for each in part] for part in parts]
+        lengths = [[_length(rollout, i) for i in part] for part in rollout.parts]
         tokens = sum(map(sum, lengths))
         padded = sum(len(part) * max(part) for part in lengths)
-        learned = sum(len(c.tokens) for c in rollout.completions if self._counts(c))
         return Prepared(
             number=number,
             rows=list(rows),
-            parts=len(parts),
+            parts=len(lengths),
             batches=self.share.rounds(rollout.batches),
             packed=[],
             count=divisor(
                 self.settings.loss_type,
                 len(rollout.completions),
-                learned,
+                self._learned(rollout),
                 self.settings.max_completion_length,
             ),
             tokens=tokens,
@@ -198,6 +197,10 @@ class Rollouts:
         """Return whether a completion is learned from."""
         return not (completion.truncated and self.settings.mask_truncated_completions)
 
+    def _learned(self, rollout: Rollout) -> int:
+        """Return how many tokens are learned from."""
+        return sum(len(each.tokens) for each in rollout.completions if self._counts(each))
+
     def _example(self, rollout: Rollout, i: int) -> Example:
         prompt, tokens = rollout.asked[i].prompt, rollout.completions[i].tokens
         return Example(prompt + tokens, [IGNORE] * len(prompt) + tokens)
@@ -207,10 +210,7 @@ class Rollouts:
     def _collate(self, rollout: Rollout) -> None:
         """Make the batches of a rollout, of completions of like length."""
         completions, size = rollout.completions, self.config.rows_at_a_time
-        order = sorted(
-            range(len(completions)),
-            key=lambda i: len(rollout.asked[i].prompt) + len(completions[i].tokens),
-        )
+        order = sorted(range(len(completions)), key=partial(_length, rollout))
         rollout.parts = [order[i : i + size] for i in range(0, len(order), size)]
         for part in rollout.parts:
             batch = collated(self.model, [self._example(rollout, i) for i in part], self.config)
@@ -247,21 +247,18 @@ class Rollouts:
         return {**told, **self._told_of_rewards(rollout)}, lines
 
     def _told_of_tokens(self, rollout: Rollout) -> dict[str, float]:
-        """Return the means over the tokens of a step, of which each process has its share."""
+        """Return the means over the learned tokens of a step, of which each process has some."""
         notes = [each.graded.told for each in self.share.of(rollout.batches) if each.graded]
         mine = [json.dumps(note.tolist()) for note in notes if note is not None]
         rows = torch.tensor([json.loads(text) for text in self.share.collect(mine)])
-        tokens = sum(len(each.tokens) for each in rollout.completions)
-        means = (rows.double().sum(0) / tokens).tolist()
-        found = dict(zip(TOLD, means, strict=True))
-        found["sampling_logp_difference_max"] = rows[:, -1].max().item()
-        return found
+        means = rows[:, :-1].double().sum(0) / max(1, self._learned(rollout))
+        return dict(zip(TOLD, [*means.tolist(), rows[:, -1].max().item()], strict=True))
 
     def _told_of_rewards(self, rollout: Rollout) -> dict[str, float]:
         lengths = [len(each.tokens) for each in rollout.completions]
         spread = _above_the_first(rollout.totals, self.settings.num_generations).std(1)
         cut = [each.truncated for each in rollout.completions]
-        means = {name: sum(all) / len(all) for name, all in rollout.rewards.items()}
+        means = {name: sum(each) / len(each) for name, each in rollout.rewards.items()}
         return {
             "reward": math.fsum(rollout.totals) / len(rollout.totals),
             "reward_std": spread.mean().item(),
@@ -319,6 +316,11 @@ class Rollouts:
             self.current = Rollout(**{**saved, "asked": asked, "completions": completions})
         except (KeyError, TypeError) as error:
             raise LorakitError(f"resume: the checkpoint's rollouts are damaged ({error})") from None
+
+
+def _length(rollout: Rollout, i: int) -> int:
+    """Return the tokens of a completion and its prompt."""
+    return len(rollout.asked[i].prompt) + len(rollout.completions[i].tokens)
 
 
 def _filled(mask: Tensor, rows: Sequence[Sequence[float]]) -> Tensor:

@@ -18,6 +18,7 @@ from lorakit.inference.sampling import Sampling
 from lorakit.models.decoder import Decoder
 from lorakit.models.tokenizer import Tokenizer
 from lorakit.training.draws import seed_of_completion
+from lorakit.training.mode import evaluation_mode
 
 SLOTS = 32
 """Most completions that are continued at a time."""
@@ -73,9 +74,7 @@ class Sampler:
 
         Raises LorakitError if the model's logits are not finite.
         """
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with evaluation_mode(self.model):
             engine = self.engine or Engine(
                 self.model, self.tok, slots=self.slots, capacity=self.capacity
             )
@@ -84,8 +83,6 @@ class Sampler:
             requests = [self._submit(engine, step, each) for each in asked]
             while not engine.idle:
                 engine.step()
-        finally:
-            self.model.train(was_training)
         return [_completion(request) for request in requests]
 
     def _submit(self, engine: Engine, step: int, asked: Asked) -> Request:
