@@ -86,7 +86,7 @@ def balanced(pairs: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def write_files(args: argparse.Namespace) -> Path:
-    """Write the rows and the comparison file, unless they are there, and return the file's path."""
+    """Write the rows and the comparison file, and return the file's path."""
     folder, file = args.output_dir, args.output_dir / "compare.yaml"
     folder.mkdir(parents=True, exist_ok=True)
     root = Path(sysconfig.get_paths()["stdlib"])

@@ -31,7 +31,7 @@ def test_rows_of_three_tasks(demo, tmp_path):
         '        """Read some bytes now.\n\n        More.\n        """\n'
         "        return self.file.read(size)\n"
     )
-    (tmp_path / "broken.py").write_text("def (")
+    (tmp_path / "email" / "broken.py").write_text("def (")
     rows = demo.task_rows(tmp_path, 5, 0)
     assert rows["package"] == []  # there is no row of another class
     assert rows["signature"] == [

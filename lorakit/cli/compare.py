@@ -50,7 +50,7 @@ def compare(args: argparse.Namespace) -> int:
     values = read_run_file(args.what, args.overrides)
     config = lk.ComparisonConfig.from_dict(values, str(args.what))
     if args.dry_run:
-        return _list(config, args.only or "")
+        return _list(lk.plan_comparison(config, only=args.only))
     result = lk.compare_models(config, only=args.only)
     print(_printable(str(result)))
     print(f"comparison.json, comparison.md and the runs in {result.folder}")
@@ -60,12 +60,11 @@ def compare(args: argparse.Namespace) -> int:
     return 1 if result.failed else 0
 
 
-def _list(config: "lk.ComparisonConfig", only: str) -> int:
+def _list(runs: list["lk.ComparedRun"]) -> int:
     """Print the runs of a comparison, with a forecast of the memory of each."""
     import torch
 
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    runs = [each for each in lk.plan_comparison(config) if only in each.run.id]
     forecasts: dict[tuple[str, str, str], str] = {}
     for number, each in enumerate(runs, 1):
         run = each.run
@@ -83,7 +82,7 @@ def _list(config: "lk.ComparisonConfig", only: str) -> int:
 def _forecast(each: "lk.ComparedRun", kind: str) -> str:
     """Return the memory that a run will take, as a few words."""
     planned = lk.PlannedRun.from_run(each.run.config, each.lengths, device=kind)
-    free = lk.memory.free_memory("cuda" if kind == "cuda" else "cpu")
+    free = lk.memory.free_memory(kind)
     forecast = lk.settled_run(planned, free).forecast()
     return f"memory {lk.memory.format_bytes(forecast.reserved)} of {lk.memory.format_bytes(free)}"
 

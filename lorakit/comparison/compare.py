@@ -103,9 +103,7 @@ def compare_models(
     config = _settings(config)
     folder = as_path(config.output_dir)
     jobs, notes = _jobs(config)
-    chosen = [job for job in jobs if only is None or only in job.run.id]
-    if not chosen:
-        raise LorakitError(f"no run has {only!r:.60} in its id; ids are {jobs[0].run.id} and so on")
+    chosen = _chosen(jobs, only)
     folder.mkdir(parents=True, exist_ok=True)
     with only_run_in(folder):
         for rows in {job.run.task: job.rows for job in jobs}.values():
@@ -120,12 +118,13 @@ def compare_models(
 
 
 def plan_comparison(
-    config: ComparisonConfig | Mapping[str, Any] | str | Path,
+    config: ComparisonConfig | Mapping[str, Any] | str | Path, *, only: str | None = None
 ) -> list[ComparedRun]:
     """Return the runs that `compare_models` would make, without making or writing anything.
 
     Args:
         config: The settings of the comparison, the mapping of its file, or the file's path.
+        only: A part of the ids of the runs to return, as `compare_models` takes it.
 
     Returns:
         A run for each task, model, settings and seed, in the order in which they are made.
@@ -135,13 +134,14 @@ def plan_comparison(
     """
     config = _settings(config)
     jobs, _ = _jobs(config)
-    lengths: dict[tuple[str, str, str], list[int]] = {}
+    encoders: dict[str, Encoder] = {}
+    lengths: dict[tuple[str, str], list[int]] = {}
     planned = []
-    for job in jobs:
+    for job in _chosen(jobs, only):
         run = job.run
-        key = run.task, run.model, run.settings
+        key = run.task, _reading(run, encoders)
         if key not in lengths:
-            by_row, _ = _lengths(_encoder(run, _tokenizer(run)), job.rows.parts["train"])
+            by_row, _ = _lengths(encoders[key[1]], job.rows.parts["train"])
             lengths[key] = [length for of_row in by_row for length in of_row]
         sizes = {part: len(rows) for part, rows in job.rows.parts.items()}
         planned.append(ComparedRun(run, job.record.state, lengths[key], sizes))
@@ -224,6 +224,14 @@ def _jobs(config: ComparisonConfig) -> tuple[list[Job], list[str]]:
             record.state = "waiting"  # for a metric that is new in the file
         jobs.append(job)
     return jobs, notes
+
+
+def _chosen(jobs: Sequence[Job], only: str | None) -> list[Job]:
+    """Return the runs with a text in their id; raise LorakitError if there is none."""
+    chosen = [job for job in jobs if only is None or only in job.run.id]
+    if not chosen:
+        raise LorakitError(f"no run has {only!r:.60} in its id; ids are {jobs[0].run.id} and so on")
+    return chosen
 
 
 def _in_one_order(

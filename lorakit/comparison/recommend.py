@@ -22,12 +22,9 @@ def recommend(values: Mapping[str, Any]) -> dict[str, Any]:
         "text", a sentence; "model" and "settings", None where nothing can be said; and "rules",
         each with what it "says" here.
     """
-    tasks = [task for task in values["tasks"] if _trained(task)]
-    cells = [
-        cell
-        for cell in dict.fromkeys(cell for task in tasks for cell in _trained(task))
-        if all(cell in _trained(task) for task in values["tasks"])
-    ]
+    tasks = values["tasks"]
+    trained = [_trained(task) for task in tasks]
+    cells = [cell for cell in trained[0] if all(cell in of_task for of_task in trained)]
     if not cells:
         text = "There is nothing to recommend: no model is trained on every task yet."
         return {"text": text, "model": None, "settings": None, "rules": []}

@@ -16,6 +16,7 @@ from lorakit.config.comparison import flat
 from lorakit.config.data import DataConfig
 from lorakit.config.errors import LorakitError
 from lorakit.config.run import RunConfig
+from lorakit.evaluation.completions import Completion, read_completions
 from lorakit.files.local import as_path, read_json, write_json
 from lorakit.training.state import checkpoints
 
@@ -105,6 +106,19 @@ def fingerprint(model: str) -> str:
     return found.hexdigest()
 
 
-def predictions_file(folder: Path, run: GridRun) -> Path:
-    """Return where the completions of a run lie, for the folder of a comparison."""
-    return folder / "predictions" / f"{run.id}.jsonl"
+def predictions_file(folder: Path, run: str) -> Path:
+    """Return where the completions of a run lie, by its id, for the folder of a comparison."""
+    return folder / "predictions" / f"{run}.jsonl"
+
+
+def read_predictions(path: Path) -> list[Completion]:
+    """Return the completions of a run.
+
+    Raises LorakitError, which says what to do, if the file is damaged.
+    """
+    try:
+        return read_completions(path)
+    except LorakitError as error:
+        raise LorakitError(
+            f"{error}: remove the file, and compare again to complete the rows"
+        ) from None

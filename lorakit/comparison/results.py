@@ -12,7 +12,7 @@ from itertools import combinations
 from typing import Any
 
 from lorakit.comparison.recommend import recommend
-from lorakit.comparison.record import predictions_file
+from lorakit.comparison.record import predictions_file, read_predictions
 from lorakit.comparison.scores import (
     Difference,
     Measure,
@@ -26,7 +26,7 @@ from lorakit.comparison.scores import (
 from lorakit.comparison.work import Job
 from lorakit.config.comparison import BERT_SCORE, UNTRAINED, ComparisonConfig
 from lorakit.config.errors import LorakitError
-from lorakit.evaluation.completions import Completion, read_completions
+from lorakit.evaluation.completions import Completion
 
 VERSION = 1
 LOSSES = ("perplexity", "bits_per_byte")
@@ -46,7 +46,7 @@ class Results:
         self._known: dict[Any, Any] = {}
 
     def values(self) -> dict[str, Any]:
-        """Return comparison.json, as docs/comparison.md describes it."""
+        """Return the values of comparison.json."""
         tasks = [_Task(self, name).values() for name in self.config.tasks]
         values = {
             "version": VERSION,
@@ -166,11 +166,12 @@ class _Task:
         return together(each)
 
     def _completions(self, job: Job) -> list[Completion]:
-        found = read_completions(predictions_file(job.folder, job.run))
+        path = predictions_file(job.folder, job.run.id)
+        found = read_predictions(path)
         if len(found) != self.test_rows:
             raise LorakitError(
-                f"{predictions_file(job.folder, job.run)} has {len(found)} lines for "
-                f"{self.test_rows} rows: remove it to complete them again"
+                f"{path} has {len(found)} lines for {self.test_rows} rows: remove it to complete "
+                "them again"
             )
         return found
 
@@ -216,17 +217,16 @@ class _Task:
 
     def _seeds(self, first: tuple[str, str], second: tuple[str, str]) -> list[tuple[str, str]]:
         """Return the runs of both for each seed that both have; the untrained has every seed."""
-        ids = [{job.run.seed: job.run.id for job in self.cells[cell]} for cell in (first, second)]
-        of_first, of_second = ids
-        seeds = [
-            seed for seed in self.results.config.seeds if seed in of_first or seed in of_second
-        ]
+        of_first, of_second = (
+            {job.run.seed: job.run.id for job in self.cells[cell]} for cell in (first, second)
+        )
         if first[1] == second[1] == UNTRAINED:
             return [(of_first[None], of_second[None])]
-        sides = [
-            (side.get(seed, side.get(None)) for side in (of_first, of_second)) for seed in seeds
+        pairs = [
+            (of_first.get(seed, of_first.get(None)), of_second.get(seed, of_second.get(None)))
+            for seed in self.results.config.seeds
         ]
-        return [(one, two) for one, two in map(tuple, sides) if one is not None and two is not None]
+        return [(one, two) for one, two in pairs if one is not None and two is not None]
 
 
 def _finite(value: Any) -> Any:

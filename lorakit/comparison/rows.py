@@ -7,7 +7,7 @@ comparison stops with a sentence.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,10 +67,11 @@ def open_task(config: ComparisonConfig, name: str) -> TaskRows:
     without = next((row for row in parts["test"] if isinstance(row, Prompt)), None)
     if without is not None:
         raise LorakitError(f"task {name}: {without.place} has no answer to measure models by")
-    digests = {part: digest_of(rows) for part, rows in parts.items()}
+    contents = {part: list(map(content_digest, rows)) for part, rows in parts.items()}
+    digests = {part: _digest_of(found) for part, found in contents.items()}
     if folder is not None and (folder / "train.jsonl").exists():
         _check_unchanged(folder, said, name, digests)
-    return TaskRows(parts, digests, _notes(name, parts), folder)
+    return TaskRows(parts, digests, _notes(name, contents), folder)
 
 
 def write_task(rows: TaskRows) -> None:
@@ -79,12 +80,9 @@ def write_task(rows: TaskRows) -> None:
         write_rows({rows.divided_into / f"{part}.jsonl": rows.parts[part] for part in PARTS})
 
 
-def digest_of(rows: Sequence[Row]) -> str:
-    """Return a digest of what rows say, and of their order."""
-    found = hashlib.blake2b(digest_size=16)
-    for row in rows:
-        found.update(content_digest(row))
-    return found.hexdigest()
+def _digest_of(contents: Iterable[bytes]) -> str:
+    """Return a digest of what rows say, from those of each, and of their order."""
+    return hashlib.blake2b(b"".join(contents), digest_size=16).hexdigest()
 
 
 def _opened(
@@ -110,17 +108,18 @@ def _read_through(rows: Sequence[Row]) -> Sequence[Row]:
 def _check_unchanged(folder: Path, said: TaskConfig, name: str, digests: dict[str, str]) -> None:
     for part, digest in digests.items():
         path = folder / f"{part}.jsonl"
-        if not path.exists() or digest_of(_opened(str(path), said, f"task {name}")) != digest:
+        rows = _opened(str(path), said, f"task {name}") if path.exists() else []
+        if _digest_of(map(content_digest, rows)) != digest:
             raise LorakitError(
                 f"task {name}: {path} does not hold what {said.data} gives now; it was changed "
                 f"after it was divided, so remove {folder}, or choose another output_dir"
             )
 
 
-def _notes(name: str, parts: dict[str, Sequence[Row]]) -> list[str]:
-    """Return a sentence about test rows that are learned too."""
-    tested = {content_digest(row) for row in parts["test"]}
-    leaked = sum(content_digest(row) in tested for row in parts["train"])
+def _notes(name: str, contents: dict[str, list[bytes]]) -> list[str]:
+    """Return a sentence about test rows that are learned too, from the digests of all rows."""
+    tested = set(contents["test"])
+    leaked = sum(content in tested for content in contents["train"])
     if not leaked:
         return []
     return [f"task {name}: {leaked} of its rows to train on are test rows too, so scores are high"]

@@ -16,7 +16,7 @@ the mean of BERTScore.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,9 +31,11 @@ from lorakit.evaluation.intervals import (
     by_row,
     draws,
     mcnemar,
+    mean,
     middle,
+    randomization,
+    row_sums,
     statistics,
-    swaps,
 )
 
 LEVEL, RESAMPLES = 0.95, 2000
@@ -94,7 +96,7 @@ def measure_losses(metric: str, losses: dict[str, list[list[float]]]) -> Measure
     """Return perplexity or bits_per_byte of runs, from [nats, tokens, bytes] of each row."""
     rows = {run: torch.tensor(values, dtype=torch.float64) for run, values in losses.items()}
     value = _perplexity if metric == "perplexity" else _bits_per_byte
-    return Measure(metric, {run: _sums(t) for run, t in rows.items()}, value, _rows(rows))
+    return Measure(metric, {run: row_sums(t) for run, t in rows.items()}, value, _rows(rows))
 
 
 def measure_means(metric: str, values: dict[str, list[float]]) -> Measure:
@@ -103,17 +105,12 @@ def measure_means(metric: str, values: dict[str, list[float]]) -> Measure:
         run: torch.tensor([[value, 1.0] for value in of_run], dtype=torch.float64)
         for run, of_run in values.items()
     }
-    return Measure(metric, {run: _sums(t) for run, t in rows.items()}, _mean, _rows(rows))
+    return Measure(metric, {run: row_sums(t) for run, t in rows.items()}, mean, _rows(rows))
 
 
 def pooled(measure: Measure, runs: Sequence[str]) -> Interval:
     """Return the mean score of runs that differ in their seed, with its interval."""
-    drawn = []
-    generator = torch.Generator().manual_seed(0)
-    for weights in draws(measure.rows, RESAMPLES, seed=0):
-        seeds = _seeds(len(runs), len(weights), generator)
-        drawn.append((_scores(measure, runs, weights) * seeds).sum(0))
-    low, high = middle(torch.cat(drawn), LEVEL)
+    low, high = _ends(measure, len(runs), lambda weights: _scores(measure, runs, weights))
     return Interval(_score(measure, runs), low, high)
 
 
@@ -123,13 +120,11 @@ def difference(measure: Measure, pairs: Sequence[tuple[str, str]]) -> Difference
     value = _score(measure, second) - _score(measure, first)
     if not math.isfinite(value):
         return Difference(Interval(value, math.nan, math.nan), 1.0)
-    drawn = []
-    generator = torch.Generator().manual_seed(0)
-    for weights in draws(measure.rows, RESAMPLES, seed=0):
-        seeds = _seeds(len(pairs), len(weights), generator)
-        gained = _scores(measure, second, weights) - _scores(measure, first, weights)
-        drawn.append((gained * seeds).sum(0))
-    low, high = middle(torch.cat(drawn), LEVEL)
+
+    def gained(weights: Tensor) -> Tensor:
+        return _scores(measure, second, weights) - _scores(measure, first, weights)
+
+    low, high = _ends(measure, len(pairs), gained)
     return Difference(Interval(value, low, high), _p_value(measure, pairs, value))
 
 
@@ -138,15 +133,21 @@ def _p_value(measure: Measure, pairs: Sequence[tuple[str, str]], value: float) -
     if measure.right is not None and len(pairs) == 1:
         [(one, two)] = pairs
         return mcnemar(measure.right[one], measure.right[two])
-    as_large = 0
-    for swap in swaps(measure.rows, RESAMPLES, seed=0):
-        mixed = torch.zeros(len(swap), dtype=torch.float64)
-        for one, two in pairs:
-            a, b = measure.runs[one], measure.runs[two]
-            mixed += measure.value(a(swap) + b(1 - swap)) - measure.value(b(swap) + a(1 - swap))
-        # sums of the same numbers in another order are the same difference
-        as_large += int(((mixed / len(pairs)).abs() >= abs(value) - 1e-9).sum())
-    return (1 + as_large) / (1 + RESAMPLES)
+    sums = [(measure.runs[one], measure.runs[two]) for one, two in pairs]
+    return randomization(sums, measure.value, value, measure.rows, RESAMPLES, seed=0)
+
+
+def _ends(measure: Measure, seeds: int, scores: Callable[[Tensor], Tensor]) -> tuple[float, float]:
+    """Return the ends of the interval of the mean over the seeds, both rows and seeds drawn.
+
+    `scores` takes weights of the rows, [R, rows] -> [seeds, R].
+    """
+    drawn = []
+    generator = torch.Generator().manual_seed(0)
+    for weights in draws(measure.rows, RESAMPLES, seed=0):
+        shares = _shares(seeds, len(weights), generator)
+        drawn.append((scores(weights) * shares).sum(0))
+    return middle(torch.cat(drawn), LEVEL)
 
 
 def _score(measure: Measure, runs: Sequence[str]) -> float:
@@ -160,7 +161,7 @@ def _scores(measure: Measure, runs: Sequence[str], weights: Tensor) -> Tensor:
     return torch.stack([measure.value(measure.runs[run](weights)) for run in runs])
 
 
-def _seeds(count: int, resamples: int, generator: torch.Generator) -> Tensor:
+def _shares(count: int, resamples: int, generator: torch.Generator) -> Tensor:
     """Return the share that each seed has of each resample, float64 [seeds, resamples]."""
     chosen = torch.randint(count, (resamples, count), generator=generator)
     shares = torch.zeros(resamples, count, dtype=torch.float64)
@@ -168,20 +169,12 @@ def _seeds(count: int, resamples: int, generator: torch.Generator) -> Tensor:
     return shares.scatter_add_(1, chosen, ones).T / count
 
 
-def _sums(rows: Tensor) -> Sums:
-    return lambda weights: weights @ rows
-
-
 def _rows(rows: dict[str, Tensor]) -> int:
     return len(next(iter(rows.values())))
 
 
-def _mean(sums: Tensor) -> Tensor:
-    return sums[:, 0] / sums[:, 1]
-
-
 def _perplexity(sums: Tensor) -> Tensor:
-    return (sums[:, 0] / sums[:, 1]).clamp(max=700).exp()  # beyond lies infinity
+    return mean(sums).clamp(max=700).exp()  # beyond lies infinity
 
 
 def _bits_per_byte(sums: Tensor) -> Tensor:

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lorakit.comparison.rows import PARTS
 from lorakit.config.comparison import UNTRAINED
 
-_PARTS = ("train", "validation", "test")
 _NUMBERS = ("train tok/s", "seconds", "peak MB")
 
 
@@ -42,7 +42,7 @@ def _parts(
 ) -> list[str]:
     parts = []
     for task in values["tasks"]:
-        sizes = ", ".join(f"{task['sizes'][p]} {p}" for p in _PARTS if p in task["sizes"])
+        sizes = ", ".join(f"{task['sizes'][p]} {p}" for p in PARTS if p in task["sizes"])
         parts += [heading(f"{task['name']} ({task['kind']}; rows: {sizes})"), ""]
         if not task["rows"]:
             parts += ["No run of this task is finished.", ""]
@@ -81,7 +81,7 @@ def _differences(task: Mapping[str, Any]) -> list[str]:
     The metric is the one that decides. comparison.json has all pairs in all metrics.
     """
     lines, metric = [], task["metrics"][0]
-    best = best_of(task, metric)
+    best = _best_of(task, metric)
     for pair in task["pairs"]:
         sides = [pair["first"], pair["second"]]
         same_model = sides[0]["model"] == sides[1]["model"]
@@ -98,7 +98,7 @@ def _differences(task: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def best_of(task: Mapping[str, Any], metric: str) -> dict[str, Any] | None:
+def _best_of(task: Mapping[str, Any], metric: str) -> dict[str, Any] | None:
     """Return the model and the settings with the best score; None if no score is finite."""
     scored = [row for row in task["rows"] if row["scores"][metric]["value"] is not None]
     if not scored:

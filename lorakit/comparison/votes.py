@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from lorakit.comparison.record import predictions_file, read_predictions
 from lorakit.config.errors import LorakitError, nearest
-from lorakit.evaluation.completions import read_completions
 from lorakit.evaluation.intervals import sign_test
 from lorakit.files.local import as_path, read_json, read_text
 
@@ -127,9 +127,7 @@ class Ballot:
                 )
         if first == second:
             raise LorakitError(f"{first} cannot be compared with itself: name two runs")
-        one, two = (
-            read_completions(self.folder / "predictions" / f"{name}.jsonl") for name in self.pair
-        )
+        one, two = (read_predictions(predictions_file(self.folder, name)) for name in self.pair)
         if [(c.prompt, c.reference) for c in one] != [(c.prompt, c.reference) for c in two]:
             raise LorakitError(f"{first} and {second} have not answered the same rows")
         self._answers = list(zip(one, two, strict=True))

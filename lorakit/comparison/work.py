@@ -17,7 +17,13 @@ from lorakit.adapters.attach import attach
 from lorakit.adapters.new_tokens import add_tokens
 from lorakit.adapters.peft_files.load import load_adapter
 from lorakit.comparison.grid import GridRun
-from lorakit.comparison.record import Record, fingerprint, predictions_file, write_record
+from lorakit.comparison.record import (
+    Record,
+    fingerprint,
+    predictions_file,
+    read_predictions,
+    write_record,
+)
 from lorakit.comparison.rows import TaskRows
 from lorakit.config.comparison import BERT_SCORE, ComparisonConfig
 from lorakit.data.batching import collate, real_tokens
@@ -25,7 +31,7 @@ from lorakit.data.examples import Examples, encode_rows
 from lorakit.data.schemas import Choice, Row, Text
 from lorakit.data.sources import open_data
 from lorakit.evaluation.bertscore import bert_score
-from lorakit.evaluation.completions import complete_rows, read_completions, write_completions
+from lorakit.evaluation.completions import complete_rows, write_completions
 from lorakit.evaluation.score import asked, check_rows
 from lorakit.files.local import as_path, write_text
 from lorakit.models.decoder import Decoder
@@ -33,6 +39,7 @@ from lorakit.models.load import load_model
 from lorakit.models.tokenizer import Tokenizer
 from lorakit.models.tokenizer_files import load_tokenizer
 from lorakit.training.memory import forget_peak, tune_allocator
+from lorakit.training.memory_plan.before import check_run
 from lorakit.training.train import TrainResult, train
 
 _ADAPTER, _MODEL = "adapter_config.json", "config.json"
@@ -63,12 +70,15 @@ class Job(NamedTuple):
 
     def is_measured(self) -> bool:
         """Whether everything that the file asks for is known."""
-        record, wanted = self.record, self.metrics
-        if not self.is_trained() or record.tested_on != self.tested_on:
+        if not self.is_trained() or not self.is_completed():
             return False
-        if wanted and not predictions_file(self.folder, self.run).exists():
+        return BERT_SCORE not in self.metrics or self.encoder() in self.record.similarity
+
+    def is_completed(self) -> bool:
+        """Whether the losses of the test rows and their completions are known."""
+        if self.record.tested_on != self.tested_on:
             return False
-        return BERT_SCORE not in wanted or self.encoder() in record.similarity
+        return not self.metrics or predictions_file(self.folder, self.run.id).exists()
 
     def encoder(self) -> str:
         """Return the fingerprint of the model that BERTScore compares with."""
@@ -91,14 +101,14 @@ def do(job: Job, say: Callable[[str], None]) -> bool:
     tok = load_tokenizer(run.config.model, chat_template=run.config.chat_template)
     tok.add_special_tokens(run.config.add_tokens)
     if not job.is_trained():
-        model, result = _train(job, tok)
+        model, result = _train(job, tok, say)
         if result.interrupted:
             return False
         record.trained = _numbers(result)
         write_record(run, record)
     else:
         model = _trained_model(run)
-    if record.tested_on != job.tested_on or not _has_predictions(job):
+    if not job.is_completed():
         say(f"measuring {run.id} on {len(job.rows.parts['test'])} rows")
         _measure(job, model, tok)
     del model
@@ -108,14 +118,10 @@ def do(job: Job, say: Callable[[str], None]) -> bool:
     return True
 
 
-def _has_predictions(job: Job) -> bool:
-    return not job.metrics or predictions_file(job.folder, job.run).exists()
-
-
 # ---- training ----
 
 
-def _train(job: Job, tok: Tokenizer) -> tuple[Decoder, TrainResult]:
+def _train(job: Job, tok: Tokenizer, say: Callable[[str], None]) -> tuple[Decoder, TrainResult]:
     """Train a run as `lorakit train` does with the file that is written beside it."""
     run, config = job.run, job.run.config
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -130,6 +136,8 @@ def _train(job: Job, tok: Tokenizer) -> tuple[Decoder, TrainResult]:
         )
         for name, rows in open_data(config.data, skip_empty=config.train.skip_empty).items()
     }
+    if line := check_run(config, data["train"].lengths, tok):
+        say(line)
     model = _loaded(run)
     if job.metrics:  # a row that cannot be completed should not wait for the end
         check_rows(model, tok, job.rows.parts["test"], ["exact_match"])
@@ -189,7 +197,7 @@ def _measure(job: Job, model: Decoder, tok: Tokenizer) -> None:
     )
     tok.check_fits([examples.largest_id], model.config.vocab_size)
     if job.metrics:
-        path = predictions_file(job.folder, run)
+        path = predictions_file(job.folder, run.id)
         write_completions(path, complete_rows(model, tok, examples))
     record.losses = losses_of_rows(model, tok, examples)
     tensors = [*model.parameters(), *model.buffers()]
@@ -233,7 +241,7 @@ def _answer_bytes(tok: Tokenizer, row: Row) -> int:
 def _compare_states(job: Job) -> None:
     """Note BERTScore F1 of each test row, over the hidden states of the comparison's encoder."""
     encoder = encoder_of(job.config)
-    texts = read_completions(predictions_file(job.folder, job.run))
+    texts = read_predictions(predictions_file(job.folder, job.run.id))
     model, tok = load_model(encoder, dtype=job.run.config.dtype), load_tokenizer(encoder)
     references = [text.reference for text in texts]
     scores = bert_score(model, tok, [text.prediction for text in texts], references)

@@ -3,6 +3,7 @@
 import hashlib
 from typing import Any
 
+from lorakit.data.instructions import user
 from lorakit.data.schemas import Chat, Choice, Instruction, Judged, Prompt, Row, Text
 
 
@@ -45,8 +46,7 @@ def spoken_texts(row: Row) -> list[str]:
 
 def as_chat(row: Prompt) -> Chat:
     """Return a prompt as a chat that nobody has answered; text is what a user says."""
-    said = row.prompt
-    messages = [{"role": "user", "content": said}] if isinstance(said, str) else said
+    messages = [user(row.prompt)] if isinstance(row.prompt, str) else row.prompt
     return Chat(messages, row.tools, len(messages), row.place, row.variables)
 
 

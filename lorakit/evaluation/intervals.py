@@ -153,12 +153,7 @@ def compare_predictions(
     if metric in OF_RIGHT_OR_WRONG:
         p_value = mcnemar(*(by_row(texts, references, metric) for texts in (first, second)))
     else:
-        swapped = 0
-        for swap in swaps(rows, resamples, seed):
-            mixed = value(one(swap) + two(1 - swap)) - value(two(swap) + one(1 - swap))
-            # sums of the same numbers in another order are the same difference
-            swapped += int((mixed.abs() >= abs(difference) - 1e-9).sum())
-        p_value = (1 + swapped) / (1 + resamples)
+        p_value = randomization([(one, two)], value, difference, rows, resamples, seed)
     return Comparison(*scores, Interval(difference, low, high), p_value, level)
 
 
@@ -187,7 +182,7 @@ def draws(rows: int, resamples: int, seed: int) -> Iterator[Tensor]:
         yield torch.zeros(count, rows, dtype=torch.float64).scatter_add_(1, numbers, ones)
 
 
-def swaps(rows: int, resamples: int, seed: int) -> Iterator[Tensor]:
+def _swaps(rows: int, resamples: int, seed: int) -> Iterator[Tensor]:
     """Yield 1 where a resample keeps a row's two texts and 0 where it swaps them, as `draws`."""
     generator = torch.Generator().manual_seed(seed)
     for count in _parts(rows, resamples):
@@ -219,11 +214,11 @@ def statistics(systems: list[Texts], references: Texts, metric: str) -> tuple[li
         "entity_f1": (_entities, _entity_f1),
         "bleu": (bleu_counts, bleu_value),
         "chrf": (chrf_counts, chrf_value),
-    }.get(metric, (partial(_with_count, metric=metric), _mean))
-    return [_row_sums(rows_of(texts, references)) for texts in systems], value
+    }.get(metric, (partial(_with_count, metric=metric), mean))
+    return [row_sums(rows_of(texts, references)) for texts in systems], value
 
 
-def _row_sums(rows: Tensor) -> Sums:
+def row_sums(rows: Tensor) -> Sums:
     """Return the weighted sums of rows, float64 [n, k]."""
     return lambda weights: weights @ rows
 
@@ -240,7 +235,8 @@ def _with_count(predictions: Texts, references: Texts, metric: str) -> Tensor:
     return torch.stack([values, torch.ones_like(values)], dim=1)
 
 
-def _mean(sums: Tensor) -> Tensor:
+def mean(sums: Tensor) -> Tensor:
+    """Return means from the sums of values and of how many there are, [R, 2] -> [R]."""
     return sums[:, 0] / sums[:, 1]
 
 
@@ -285,6 +281,28 @@ def _weighted_f1(sums: Tensor) -> Tensor:
 
 def _f1(hits: Tensor, predicted: Tensor, true: Tensor) -> Tensor:
     return torch.where(hits > 0, 2 * hits / (predicted + true), 0.0)
+
+
+def randomization(
+    pairs: Sequence[tuple[Sums, Sums]],
+    value: Value,
+    difference: float,
+    rows: int,
+    resamples: int,
+    seed: int,
+) -> float:
+    """Return how often chance alone gives a difference as large: approximate randomization.
+
+    The difference is the mean over the pairs. The texts of a row are swapped in all pairs at once.
+    """
+    as_large = 0
+    for swap in _swaps(rows, resamples, seed):
+        mixed = torch.zeros(len(swap), dtype=torch.float64)
+        for one, two in pairs:
+            mixed += value(one(swap) + two(1 - swap)) - value(two(swap) + one(1 - swap))
+        # sums of the same numbers in another order are the same difference
+        as_large += int(((mixed / len(pairs)).abs() >= abs(difference) - 1e-9).sum())
+    return (1 + as_large) / (1 + resamples)
 
 
 def mcnemar(first: Tensor, second: Tensor) -> float:

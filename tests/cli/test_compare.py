@@ -102,6 +102,7 @@ def test_exit_codes(compare_file, capsys, monkeypatch):
         (["FILE", "models.tiny=/nowhere"], "/nowhere does not exist"),
         (["FILE", "tasks.sums.metrics=[bert]"], "did you mean 'bert_score'"),
         (["FILE", "--only", "x/y"], "no run has 'x/y' in its id"),
+        (["FILE", "--only", "x/y", "--dry-run"], "no run has 'x/y' in its id"),
         (["FILE", "--vote", "a", "b"], "is no directory; name that of a comparison"),
         (["DIR"], "comparison.json does not exist"),
     ],

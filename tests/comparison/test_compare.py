@@ -236,6 +236,22 @@ def test_models_are_read_back_as_they_were_measured(grid):
     assert again.values == first.values
 
 
+def test_answers_that_are_cut_off_come_with_a_remedy(grid):
+    grid |= {"models": {"bytes": grid["models"]["bytes"]}, "baseline": False}
+    first = lk.compare_models(grid)
+    [path] = (first.folder / "predictions").iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(whole[: whole.rindex(b"\n", 0, -1) + 9])
+    with pytest.raises(lk.LorakitError, match="line .* valid JSON.*: remove the file, and"):
+        lk.compare_models(grid)
+    path.write_bytes(b"".join(whole.splitlines(True)[:-1]))
+    with pytest.raises(lk.LorakitError, match="remove it to complete them again"):
+        lk.compare_models(grid)
+    path.unlink()
+    assert lk.compare_models(grid).values == first.values
+    assert path.read_bytes() == whole
+
+
 def test_a_row_that_cannot_be_completed_stops_a_run_before_it_trains(grid, rows, tmp_path):
     long = {"prompt": "long " * 40, "completion": " odd"}
     (tmp_path / "test.jsonl").write_text(json.dumps(long) + "\n")
