@@ -22,7 +22,7 @@ from lorakit.data.schemas import Row
 from lorakit.data.sources import open_data
 from lorakit.files.hub import fetch_adapter
 from lorakit.files.yaml_text import parse_yaml
-from lorakit.models.tokenizer_files import load_tokenizer
+from lorakit.models.tokenizer_files import adapted_tokenizer
 
 _KEPT = 4  # runs whose rows and tokenizer are kept
 
@@ -71,11 +71,7 @@ def _open(run: RunConfig) -> tuple[Sequence[Row], Encoder]:
     """Return the rows of a run, all of which are read once, and what encodes them."""
     rows = read_rows(open_data(run.data, skip_empty=run.train.skip_empty)["train"])
     adapter = None if run.adapter is None else fetch_adapter(run.adapter)
-    template: str | Path | None = run.chat_template
-    if adapter is not None and template is None and (adapter / "chat_template.jinja").is_file():
-        template = adapter
-    own = adapter is not None and (adapter / "tokenizer.json").is_file()
-    tok = load_tokenizer(adapter if own and adapter else run.model, chat_template=template)
+    tok = adapted_tokenizer(run.model, adapter, run.chat_template)
     tok.add_special_tokens(run.add_tokens)
     train = run.train
     encoder = Encoder(

@@ -36,7 +36,6 @@ from lorakit.data.rows import RowSource, read_rows
 from lorakit.export.blockwise import fp32_bytes, free_bytes, run_blockwise, whole_model
 from lorakit.export.runtime import continue_in_llama_cpp
 from lorakit.export.sample import CHAT, TEXTS
-from lorakit.export.vocabulary import exported_tokenizer
 from lorakit.export.weights import DenseModel, dense_model
 from lorakit.files.hub import fetch_adapter
 from lorakit.files.local import as_path
@@ -45,7 +44,7 @@ from lorakit.inference.sampling import Sampling
 from lorakit.inference.text import end_tokens
 from lorakit.models.decoder import Decoder
 from lorakit.models.tokenizer import Tokenizer
-from lorakit.models.tokenizer_files import load_tokenizer
+from lorakit.models.tokenizer_files import adapted_tokenizer, load_tokenizer
 
 log = logging.getLogger("lorakit")
 
@@ -219,7 +218,7 @@ def _tokenizer(dense: DenseModel, adapter: str | Path | None) -> Tokenizer:
     """Return the tokenizer that `export_gguf` writes."""
     if dense.path is None:
         raise LorakitError("check_export: the model was not loaded from a file; give its tokenizer")
-    return exported_tokenizer(dense.path, adapter)
+    return adapted_tokenizer(dense.path, adapter)
 
 
 def _texts(tok: Tokenizer, rows: RowSource | None, longest: int, tokens: int) -> list[Example]:

@@ -28,9 +28,7 @@ from lorakit.export.importance import Importance, load_importance
 from lorakit.export.metadata import check_said, model_metadata, rotary_tensors
 from lorakit.export.mix import Mix
 from lorakit.export.vocabulary import (
-    brings,
     copied_tokenizer,
-    exported_tokenizer,
     tokenizer_metadata,
 )
 from lorakit.export.weights import DenseModel, dense_model
@@ -41,6 +39,7 @@ from lorakit.models.decoder import Decoder
 from lorakit.models.gguf_linear import parted
 from lorakit.models.gguf_names import Dialect, dialect_of, storage, stored_name, stored_shape
 from lorakit.models.tokenizer import Tokenizer
+from lorakit.models.tokenizer_files import adapted_tokenizer, brings
 
 _PART = 1 << 24  # values that are quantized at a time, 64 MB of fp32
 # What general keys say of a file and its blocks, not of the model in it.
@@ -215,7 +214,7 @@ def _tokenizer_metadata(
         return tokenizer_metadata(tokenizer, dense.config)
     if dense.path is None:
         raise LorakitError("export: the model was not loaded from a file; give its tokenizer")
-    tok = exported_tokenizer(dense.path, adapter)
+    tok = adapted_tokenizer(dense.path, adapter)
     if dense.path.suffix == ".gguf" and not brings(adapter, "tokenizer.json"):
         found = copied_tokenizer(dense.path, tok)
         if len(found["tokenizer.ggml.tokens"].value) == dense.config.vocab_size:

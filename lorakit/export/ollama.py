@@ -23,11 +23,11 @@ from lorakit.export.gguf import GgufFile, export_gguf
 from lorakit.export.gguf_adapter import export_gguf_adapter
 from lorakit.export.go_template import go_template, lost_in_modelfile
 from lorakit.export.importance import Importance
-from lorakit.export.vocabulary import brings, exported_tokenizer
 from lorakit.files.hub import fetch_adapter, name_of
 from lorakit.files.local import as_path, read_json, write_text
 from lorakit.models.load import open_model
 from lorakit.models.tokenizer import Tokenizer
+from lorakit.models.tokenizer_files import adapted_tokenizer, brings
 
 # Names in generation_config.json -> Ollama's.
 _SAMPLING = {
@@ -100,7 +100,7 @@ def export_ollama(
         raise LorakitError(f"system: a Modelfile has no way to write {lost}; leave it out")
     directory, called = as_path(directory), (name or name_of(model)).replace("/", "-")
     adapter = None if adapter is None else fetch_adapter(adapter)
-    tok = exported_tokenizer(model, adapter)
+    tok = adapted_tokenizer(model, adapter)
     own = brings(adapter, "tokenizer.json") or brings(adapter, "chat_template.jinja")
     template, why = go_template(tok)
     parameters = _parameters(model, tok, context_length)

@@ -24,14 +24,12 @@ from typing import Any
 
 from lorakit.config.errors import LorakitError
 from lorakit.files.gguf import Typed, read_header
-from lorakit.files.local import as_path
 from lorakit.models.config import ModelConfig
 from lorakit.models.tokenizer import Tokenizer
 from lorakit.models.tokenizer_files import (
     GPT2,
     PRE_TOKENIZERS,
     TAKE_WORDS_WHOLE,
-    load_tokenizer,
 )
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # GGUF token types
@@ -39,23 +37,6 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # GGUF
 _CONTROL_MARK = re.compile(r"<\|.*\|>|<unused\d*>|<pad>|<mask>", re.DOTALL)
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _UNMERGED, _NEVER = -1e6, -1000.0  # scores of what no merge makes, and of control tokens
-
-
-def exported_tokenizer(model: str | Path, adapter: str | Path | None) -> Tokenizer:
-    """Return the tokenizer of a model and an adapter that are written together.
-
-    It is the adapter's, or else the model's, with the chat template of the adapter if it has one.
-    """
-    if adapter is not None and brings(adapter, "tokenizer.json"):
-        return load_tokenizer(adapter)
-    brought = brings(adapter, "chat_template.jinja")
-    template = as_path(adapter) if adapter is not None and brought else None
-    return load_tokenizer(model, chat_template=template)
-
-
-def brings(adapter: str | Path | None, name: str) -> bool:
-    """Return whether a file of that name lies beside an adapter."""
-    return adapter is not None and (as_path(adapter) / name).is_file()
 
 
 def tokenizer_metadata(tok: Tokenizer, config: ModelConfig) -> dict[str, Any]:

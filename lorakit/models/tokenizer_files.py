@@ -93,6 +93,26 @@ def load_tokenizer(
     return tok
 
 
+def adapted_tokenizer(
+    model: str | Path, adapter: str | Path | None, chat_template: str | Path | None = None
+) -> Tokenizer:
+    """Return the tokenizer of a model with an adapter.
+
+    It is the adapter's, or else the model's, with the chat template that is given, or else that of
+    the adapter if it has one.
+    """
+    if adapter is not None and brings(adapter, "tokenizer.json"):
+        return load_tokenizer(adapter, chat_template=chat_template)
+    if chat_template is None and adapter is not None and brings(adapter, "chat_template.jinja"):
+        chat_template = as_path(adapter)
+    return load_tokenizer(model, chat_template=chat_template)
+
+
+def brings(adapter: str | Path | None, name: str) -> bool:
+    """Return whether a file of that name lies beside an adapter."""
+    return adapter is not None and (as_path(adapter) / name).is_file()
+
+
 def _given_template(chat_template: str | Path) -> str | dict[str, str]:
     """Return the template that a name, a file, a directory or a text means."""
     text, names = str(chat_template), one_of([*NAMED_TEMPLATES])

@@ -1,7 +1,5 @@
 """A folder of runs as files, and a client of a board over it."""
 
-import json
-
 import pytest
 from starlette.testclient import TestClient
 
@@ -9,6 +7,7 @@ from lorakit.board.app import Board, application
 from lorakit.board.folder import Folder
 
 from . import chromium
+from .folders import write_lines
 
 TOKEN = "secret"
 
@@ -20,7 +19,7 @@ def write_metrics(run, steps, **more):
         {"step": i, "loss": 1 / i, "tokens": 100 * i, "tokens_per_second": 50.0, **more}
         for i in range(1, steps + 1)
     ]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_lines(run / "metrics.jsonl", lines)
 
 
 @pytest.fixture

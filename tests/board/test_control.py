@@ -247,7 +247,7 @@ def test_a_lock_ends_with_its_process(tmp_path):
     assert not runs.is_locked(tmp_path / "nothing")
 
 
-def test_forecast(command, folder, get, post, refused):
+def test_forecast(command, folder, get, post, refused, monkeypatch):
     command(PLANS)  # the exit code is 1 if the run does not fit
     assert get("runs/a/memory")["forecast"] is None
     (folder / "a" / "run.yaml").write_text(RUN_FILE)
@@ -256,11 +256,8 @@ def test_forecast(command, folder, get, post, refused):
     command("import sys; sys.exit(f'lorakit: {sys.argv[2]}, lora: no')")
     assert refused("forecast", run_file="x") == (409, "the run file, lora: no.")
     command(WAITS)
-    module.FORECAST_SECONDS, before = 0.1, module.FORECAST_SECONDS
-    try:
-        assert "took more than 0.1 seconds" in refused("forecast", run_file="y")[1]
-    finally:
-        module.FORECAST_SECONDS = before
+    monkeypatch.setattr(module, "FORECAST_SECONDS", 0.1)
+    assert "took more than 0.1 seconds" in refused("forecast", run_file="y")[1]
 
 
 def test_no_python_file_of_the_folder_of_a_run_is_run(tmp_path):

@@ -1,6 +1,7 @@
 """Tokenizers of directories and GGUF files, against transformers and llama.cpp."""
 
 import json
+import shutil
 
 import pytest
 from hypothesis import assume, given, settings
@@ -9,7 +10,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 import lorakit as lk
 from lorakit.files.gguf import read_header
-from lorakit.models.tokenizer_files import PRE_TOKENIZERS
+from lorakit.models.named_templates import NAMED_TEMPLATES
+from lorakit.models.tokenizer_files import PRE_TOKENIZERS, adapted_tokenizer
 from tests.conftest import llama_cpp_server, tiny_llama
 from tests.models.gguf_files import write_gguf, write_vocabulary
 from tests.models.sentencepiece import (
@@ -21,6 +23,23 @@ from tests.models.sentencepiece import (
     TEXTS,
     spm_metadata,
 )
+
+
+def test_what_lies_beside_an_adapter_comes_before_the_model(tiny_dir, tmp_path):
+    def source_and_template(adapter, *given):
+        tok = adapted_tokenizer(tiny_dir, adapter, *given)
+        return tok.source, tok.chat_template
+
+    own = lk.load_tokenizer(tiny_dir).chat_template
+    assert source_and_template(None) == source_and_template(tmp_path) == (tiny_dir, own)
+    (tmp_path / "chat_template.jinja").write_text("beside")
+    assert source_and_template(tmp_path) == (tiny_dir, "beside")
+    given = NAMED_TEMPLATES["chatml"]
+    assert source_and_template(tmp_path, "chatml") == (tiny_dir, given)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_dir / name, tmp_path)
+    assert source_and_template(tmp_path) == (tmp_path, "beside")
+    assert source_and_template(tmp_path, "chatml") == (tmp_path, given)
 
 
 @pytest.fixture(scope="module")
