@@ -394,6 +394,8 @@ class Engine:
 
     def _share(self, row: Row, logits: Tensor, events: list[Event]) -> None:
         """Let the others with the prompt that a row has just read go on from there too."""
+        if row.request.tokens:  # the others have it from before
+            return
         for other in [each for each in self._running if each.will_read_as(row)]:
             if self.cache.copy(other.held, row.held):
                 other.request.cached_tokens = len(row.ids)

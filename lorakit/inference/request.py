@@ -113,9 +113,9 @@ class Row:
     def will_read_as(self, row: "Row") -> bool:
         """Return whether this row is to read the prompt that another has just read."""
         mine, its = self.request, row.request
-        begins = self.line is not None and not mine.tokens and not its.tokens
-        same = mine.prompt == its.prompt and mine.adapter == its.adapter
-        return begins and same and self.held.length < row.held.length
+        if self.line is None or mine.tokens or self.line.length >= row.held.length:
+            return False
+        return mine.adapter == its.adapter and mine.prompt == its.prompt
 
     def new_text(self) -> str:
         """Return the text that became certain, and give it to the request."""

@@ -20,6 +20,7 @@ from torch import nn
 from lorakit.config.adapters import LoraConfig
 from lorakit.config.errors import LorakitError, one_of
 from lorakit.config.run import RunConfig
+from lorakit.config.training import OPTIMIZERS
 from lorakit.models.config import ModelConfig
 from lorakit.models.decoder import Decoder
 from lorakit.models.devices import own_device
@@ -123,7 +124,7 @@ def _host_refusal(run: PlannedRun, needed: int, host: int) -> str:
     waits = {
         "offload_weights": run.offload_weights,
         "activation_offloading": run.train.activation_offloading,
-        "the paged optimizer": run.train.optim.startswith("paged"),
+        "the paged optimizer": OPTIMIZERS[run.train.optim][1],
     }
     names = one_of([name for name, is_on in waits.items() if is_on])
     return (

@@ -285,10 +285,10 @@ def micro_batches(setting: Setting) -> list[list[AnyExample]]:
     for n in setting.rows:
         learned = max(1, round(n * setting.label_share))
         row = Example([1] * n, [IGNORE] * (n - learned) + [1] * learned)
-        judged = train.objective == "kto"
-        batch.append(
-            PairExample(row, row) if train.pairs else JudgedExample(row, True) if judged else row
-        )
+        if train.pairs:
+            batch.append(PairExample(row, row))
+        else:
+            batch.append(JudgedExample(row, True) if train.objective == "kto" else row)
     return [batch] * min(2 * setting.ranks, train.batches_of_step)
 
 
