@@ -7,6 +7,7 @@ comparison stops with a sentence.
 """
 
 import hashlib
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,9 @@ from lorakit.config.errors import LorakitError
 from lorakit.data.rows import read_rows
 from lorakit.data.schemas import Prompt, Row
 from lorakit.data.sources import FILES, open_data
-from lorakit.data.splitting import content_digest, split_rows
+from lorakit.data.splitting import SelectedRows, content_digest, split_rows
 from lorakit.data.write import write_rows
+from lorakit.evaluation.score import is_bad
 from lorakit.files.local import as_path
 
 PARTS = ("train", "validation", "test")
@@ -42,8 +44,9 @@ class TaskRows:
 def open_task(config: ComparisonConfig, name: str) -> TaskRows:
     """Return the rows of a task, all read and checked. Nothing is written.
 
-    Raises LorakitError if they cannot be read, a part would be empty, a row to test with has no
-    answer, or the source was changed after it was divided.
+    Rows with a bad answer, for KTO, are none to test with. Raises LorakitError if rows cannot be
+    read, a part would be empty, a row to test with has no answer, or the source was changed after
+    it was divided.
     """
     said, folder = config.tasks[name], None
     skip_empty = config.base.get("skip_empty") is True
@@ -64,6 +67,7 @@ def open_task(config: ComparisonConfig, name: str) -> TaskRows:
             for part, path in given.items()
             if path is not None
         }
+    parts["test"] = _good(parts["test"], name)
     without = next((row for row in parts["test"] if isinstance(row, Prompt)), None)
     if without is not None:
         raise LorakitError(f"task {name}: {without.place} has no answer to measure models by")
@@ -96,6 +100,17 @@ def _opened(
         return read_rows(_read_through(open_data(data, skip_empty=skip_empty)["train"]))
     except LorakitError as error:
         raise LorakitError(f"{where}: {error}") from None
+
+
+def _good(rows: Sequence[Row], name: str) -> Sequence[Row]:
+    """Return the rows whose answer is not said to be a bad one, which no model should give."""
+    numbers = array("q", (i for i, row in enumerate(rows) if not is_bad(row)))
+    if not numbers:
+        raise LorakitError(
+            f"task {name}: every row to test with has a bad answer, which measures no model; give "
+            "test some with good ones"
+        )
+    return rows if len(numbers) == len(rows) else SelectedRows(rows, numbers)
 
 
 def _read_through(rows: Sequence[Row]) -> Sequence[Row]:

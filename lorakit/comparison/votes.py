@@ -134,6 +134,7 @@ class Ballot:
         self._salt = f"{seed}/{first}/{second}"
         differ = [i for i, (a, b) in enumerate(self._answers) if a.prediction != b.prediction]
         self._rows = sorted(differ, key=lambda row: self._drawn("row", row))
+        self._digests = {row: self._digest(row) for row in differ}
 
     def next(self) -> BlindPair | None:
         """Return the next pair to vote on; None if all rows have a vote."""
@@ -166,7 +167,7 @@ class Ballot:
         line = {
             "pair": list(self.pair),
             "row": ticket,
-            "answers": self._digest(ticket),
+            "answers": self._digests[ticket],
             "order": "first second" if first_is_left else "second first",
             "winner": "tie" if winner == "tie" else "first" if for_first else "second",
             "time": round(time.time(), 3),
@@ -183,17 +184,18 @@ class Ballot:
     def _votes(self) -> dict[int, str]:
         """Return who won on each row that has a vote. A line that is no vote is passed over."""
         path, found = self.folder / FILE, dict[int, str]()
-        shown = {row: self._digest(row) for row in self._rows}
+        # what a vote says of the same two runs, named the other way round
+        turned = {"first": "second", "second": "first", "tie": "tie"}
         for line in read_text(path).splitlines() if path.exists() else []:
             with suppress(ValueError, TypeError, KeyError, RecursionError):
                 vote = json.loads(line)
                 pair, row, winner = vote["pair"], vote["row"], vote["winner"]
-                if winner in ("first", "second", "tie") and shown.get(row) == vote["answers"]:
-                    if pair == list(self.pair):
-                        found[row] = winner
-                    elif pair == list(self.pair[::-1]):  # the same two, named the other way round
-                        turned = {"first": "second", "second": "first", "tie": "tie"}
-                        found[row] = turned[winner]
+                if self._digests.get(row) != vote["answers"]:
+                    continue
+                if pair == list(self.pair) and winner in turned:
+                    found[row] = winner
+                elif pair == list(self.pair[::-1]):
+                    found[row] = turned[winner]
         return found
 
     def _digest(self, row: int) -> str:

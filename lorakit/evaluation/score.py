@@ -61,11 +61,11 @@ def score_and_show(
     ]
     if not metrics:
         return {}, shown
-    good = [i for i, row in enumerate(rows) if not _is_bad(row)]
+    good = [i for i, row in enumerate(rows) if not is_bad(row)]
     return score([predictions[i] for i in good], [references[i] for i in good], metrics), shown
 
 
-def _is_bad(row: Row) -> bool:
+def is_bad(row: Row) -> bool:
     """Return whether a row says that its answer is a bad one, to which no model should come."""
     return isinstance(row, Judged) and not row.desirable
 
@@ -115,7 +115,7 @@ def check_rows(model: Decoder, tok: Tokenizer, rows: Sequence[Row], metrics: Seq
 
 def check_good(rows: Sequence[Row], metrics: Sequence[str]) -> None:
     """Raise LorakitError if metrics are wanted of rows whose answers are all bad ones."""
-    if metrics and all(map(_is_bad, rows)):
+    if metrics and all(map(is_bad, rows)):
         raise LorakitError(f"{', '.join(metrics)}: every row has a bad answer, and none is scored")
 
 

@@ -28,8 +28,9 @@ def without_times(values):
 
 
 def rules_without_seconds(values):
-    """The recommendation without the sentence that names seconds."""
-    rules = [rule for rule in values["recommendation"]["rules"] if " s" not in rule["says"]]
+    """The recommendation without the rule that names seconds."""
+    rules = values["recommendation"]["rules"]
+    rules = [rule for rule in rules if not rule["rule"].endswith("the shortest training.")]
     return {**values, "recommendation": {**values["recommendation"], "rules": rules}}
 
 
@@ -386,6 +387,25 @@ def test_empty_answers_are_left_out_before_rows_are_divided(grid, rows):
         lk.plan_comparison(grid)
     grid["base"]["skip_empty"] = True
     assert sum(lk.plan_comparison(grid)[0].sizes.values()) == 60
+
+
+def test_bad_answers_measure_no_model(grid, rows):
+    """KTO learns from them; as references they would praise the model that gives them."""
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    judged = [{**line, "label": i % 3 != 0} for i, line in enumerate(lines)]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in judged))
+    grid |= {"models": {"bytes": grid["models"]["bytes"]}, "baseline": False}
+    grid["base"] |= {"objective": "kto", "max_steps": 1}
+    result = lk.compare_models(grid)
+    assert result.failed == {}
+    data = result.folder / "data" / "parity"
+    tested, trained = (lk.read_rows(data / f"{part}.jsonl") for part in ("test", "train"))
+    assert {row.desirable for row in tested} == {True}
+    assert {row.desirable for row in trained} == {True, False}
+    assert lk.compare_models(grid).values == result.values
+    rows.write_text("".join(json.dumps({**line, "label": False}) + "\n" for line in lines))
+    with pytest.raises(lk.LorakitError, match="every row to test with has a bad answer"):
+        lk.compare_models(grid)
 
 
 def test_prompts_without_answers_measure_no_model(grid, tmp_path):
