@@ -115,6 +115,7 @@ def backward(
 
     The mean is over the label tokens of the step, with other objectives than sft over its rows. DPO
     and KTO compare with `reference`.
+
     A rank computes its share of the micro-batches, and `sums` adds up what all have computed.
     A pass through sharded weights is a meeting of all ranks: one that has no micro-batch left comes
     with a filler. Nothing waits for the device: the summed losses of all micro-batches are returned
