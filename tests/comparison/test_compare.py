@@ -215,6 +215,21 @@ def test_a_run_that_fails_is_reported_and_the_rest_goes_on(grid, capsys):
     assert result.values["recommendation"]["settings"] == "tame"
 
 
+def test_a_run_that_cannot_fit_is_refused_before_its_model_is_loaded(grid, monkeypatch):
+    grid |= {"models": {"bytes": grid["models"]["bytes"]}, "baseline": False}
+    asked = []
+
+    def refused(run, lengths, tok):
+        asked.append((run.lora.r, len(lengths)))
+        raise lk.LorakitError("the run needs more memory")
+
+    monkeypatch.setattr(work, "check_run", refused)
+    monkeypatch.setattr(work, "load_model", None)
+    result = lk.compare_models(grid)
+    assert list(result.failed.values()) == ["the run needs more memory"]
+    assert asked == [(2, result.values["tasks"][0]["sizes"]["train"])]
+
+
 def test_a_run_that_left_nothing_may_be_made_with_other_settings(grid):
     """One that failed before its first checkpoint, as it would again with the same settings."""
     grid |= {"models": {"bytes": grid["models"]["bytes"]}, "baseline": False}
