@@ -51,6 +51,7 @@ _HOME = {
     "Sampling": "inference.sampling",
     "Saving": "training.memory_plan.search",
     "ServedAdapter": "export.servers",
+    "Session": "training.session",
     "Share": "comparison.votes",
     "SourceConfig": "config.data",
     "TaskConfig": "config.comparison",

@@ -141,6 +141,7 @@ from lorakit.training.memory_plan.search import settings_that_fit as settings_th
 from lorakit.training.memory_plan.search import settled_run as settled_run
 from lorakit.training.memory_plan.table import plan_table as plan_table
 from lorakit.training.profile import profile_training as profile_training
+from lorakit.training.session import Session as Session
 from lorakit.training.train import check_outputs as check_outputs
 from lorakit.training.train import train as train
 

@@ -59,6 +59,16 @@ def adapter_config(module: nn.Module, name: str) -> Any:
     return next(part.config for part in parts if isinstance(part, Part))
 
 
+def parameters_of_others(module: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of adapters that are not selected, but for those that it shares."""
+    own, others = dict[int, nn.Parameter](), dict[int, nn.Parameter]()
+    for each in attached(module).values():
+        for name, part in each.adapters.items():
+            found = own if name == each.selected else others
+            found.update((id(p), p) for p in part.parameters())
+    return [p for key, p in others.items() if key not in own]
+
+
 # ---- what must hold before something changes; `caller` names who asks ----
 
 
@@ -246,6 +256,24 @@ def _state_restored(wrappers: Iterable[Attached]) -> Iterator[None]:
         for each, enabled, row_groups in before:
             each.set_enabled(enabled)
             each.set_row_groups(row_groups)
+
+
+@contextmanager
+def selected(module: nn.Module, name: str) -> Iterator[None]:
+    """Compute with adapter `name`, and train it alone, inside the `with` block.
+
+    Raises LorakitError if there is no such adapter, or one is merged.
+    """
+    before = selected_adapter(module)
+    if before == name:
+        yield
+        return
+    set_adapter(module, name)
+    try:
+        yield
+    finally:
+        if before is not None:
+            set_adapter(module, before)
 
 
 @contextmanager

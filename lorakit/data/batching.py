@@ -33,9 +33,7 @@ class Order:
         self._repeats = 1 if grpo is None else grpo.num_iterations
         self.packs: list[list[int]] | None = None
         if config.packing and grpo is None:
-            size = config.rows_at_a_time * config.max_seq_length
-            size *= self._rows_of_one
-            self.packs = pack_rows(self.lengths, size)
+            self.packs = packs(self.lengths, config)
         self.epoch, self.micro_batches = -1, list[list[int]]()
         self._load(0)
         self.largest = self._largest()
@@ -74,6 +72,15 @@ class Order:
         self._load(epoch)
         i, accumulate = i // self._repeats, self._accumulate
         return self.micro_batches[i * accumulate : (i + 1) * accumulate]
+
+
+def packs(lengths: Sequence[int], config: TrainConfig) -> list[list[int]]:
+    """Return the row numbers of packed batches, in no order of their own.
+
+    A pair is two rows, whose lengths are given as one.
+    """
+    size = config.rows_at_a_time * config.max_seq_length * (1 + config.pairs)
+    return pack_rows(lengths, size)
 
 
 def batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:

@@ -90,6 +90,12 @@ def encode_for(
     else:
         examples = encode_rows(rows, tok, skip_empty=config.skip_empty, **settings)
     tok.check_fits([examples.largest_id], model.config.vocab_size)
+    check_kind(examples, config, what)
+    return examples
+
+
+def check_kind(examples: Sequence[AnyExample], config: TrainConfig, what: str) -> None:
+    """Raise LorakitError unless examples, called `what`, fit the objective of `config`."""
     wanted = {"sft": "answer", "grpo": "prompt", "kto": "label"}.get(config.objective, "pair")
     if _kind(examples) != wanted:
         raise LorakitError(
@@ -97,10 +103,9 @@ def encode_for(
             "and `rejected`, kto a `label` that is true or false, sft rows with one answer, "
             "perhaps read with `format: messages`, and grpo prompts alone"
         )
-    return examples
 
 
-def _kind(examples: Examples) -> str:
+def _kind(examples: Sequence[AnyExample]) -> str:
     """Return what rows have: a "pair" of answers, an "answer", one with a "label", a "prompt"."""
     first = examples[0]
     if isinstance(first, PairExample):

@@ -158,7 +158,7 @@ class _Generation:
 
     def _encode(self, prompt: str | Messages | list[int]) -> list[int]:
         """Return the token ids of a prompt; refuse one that the model cannot take."""
-        ids = _token_ids(self.tok, prompt)
+        ids = token_ids(self.tok, prompt)
         if not ids:
             raise LorakitError("generate: a prompt has no tokens")
         self.tok.check_fits(ids, self.model.config.vocab_size)
@@ -183,7 +183,8 @@ class _Generation:
                 break
 
 
-def _token_ids(tok: Tokenizer, prompt: str | Messages | list[int]) -> list[int]:
+def token_ids(tok: Tokenizer, prompt: str | Messages | list[int]) -> list[int]:
+    """Return the token ids of a text, of messages by the chat template, or of ids as they are."""
     if isinstance(prompt, str):
         return tok.encode(prompt)
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):

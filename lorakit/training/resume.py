@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lorakit.adapters.manage import parameters_of_others
 from lorakit.config.errors import LorakitError
 from lorakit.config.training import LOSS_TYPES, TrainConfig
 from lorakit.data.batching import Order
@@ -67,7 +68,7 @@ def must_match(
         **({} if config.form is None else {"loss_type": config.form}),
         "data": _digest(examples),
         "validation data": None if validation is None else _digest(validation),
-        "model": _digest_of_frozen(trained.model),
+        "model": digest_of_frozen(trained.model),
     }
     return {name: settings[name] for name in names} | trained.same(tok) | own
 
@@ -79,9 +80,12 @@ def _digest(examples: Examples) -> str:
     return found.hexdigest()
 
 
-def _digest_of_frozen(model: Decoder) -> str:
+def digest_of_frozen(model: Decoder) -> str:
+    """Return a digest of what is frozen in a model, but for the adapters that are not selected."""
     found = blake2b(digest_size=16)
-    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    others = {id(p) for p in parameters_of_others(model)}
+    every = {name: p for name, p in model.named_parameters() if id(p) not in others}
+    frozen = {name: p for name, p in every.items() if not p.requires_grad}
     numbers = beginnings(list(frozen.values()), 16)
     for (name, p), first in zip(frozen.items(), numbers, strict=True):
         # the offset of double quantization was a scalar in 0.1.0, whose checkpoints go on
@@ -140,7 +144,7 @@ def resume_from(
     values = run_state.read_values(checkpoint)
     before = {**_said_by_no_one(values["same"]), **values["same"]}
     if run_state.has_tensors_of(checkpoint.path, trained.model):
-        same = _in_words_of(before, same)
+        same = in_words_of(before, same)
     said = {name: value for name, value in same.items() if name in before or name != TOKENS}
     run_state.check_same(checkpoint.path, before, said)
     try:
@@ -160,7 +164,7 @@ def _said_by_no_one(same: Mapping[str, Any]) -> dict[str, Any]:
     return {"group_by_length": True, **({"loss_type": forms[0]} if forms else {})}
 
 
-def _in_words_of(saved: Mapping[str, Any], same: Mapping[str, Any]) -> dict[str, Any]:
+def in_words_of(saved: Mapping[str, Any], same: Mapping[str, Any]) -> dict[str, Any]:
     """Return `same` with the layers of the adapter named as in `saved`, where both are the same."""
     before = saved.get("adapter")
     if not isinstance(before, dict):

@@ -71,7 +71,22 @@ def write_checkpoint(
 
     tensors and values go into the state's files; `save` writes what was trained to a directory.
     """
-    path, temporary = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.tmp"
+    path = output_dir / f"checkpoint-{step}"
+    write_whole(path, tensors, values, save)
+    return Checkpoint(path, step)
+
+
+def write_whole(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    values: Mapping[str, Any],
+    save: Callable[[Path], None],
+) -> None:
+    """Write a directory as checkpoints are, whole or not at all, in the place of what is at `path`.
+
+    Raises OSError if the disk is full.
+    """
+    temporary = path.parent / f".{path.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with errors_name(path, temporary):
@@ -80,13 +95,12 @@ def write_checkpoint(
             write_safetensors(temporary / STATE_TENSORS, tensors)
             write_json(temporary / STATE_VALUES, values)
             _flush(temporary)
-            if path.exists():  # this run goes on from an earlier checkpoint: the step comes again
+            if path.exists():  # a run goes on from an earlier checkpoint: the step comes again
                 shutil.rmtree(path)
             os.rename(temporary, path)
-            _flush(output_dir)
+            _flush(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return Checkpoint(path, step)
 
 
 def _flush(directory: Path) -> None:

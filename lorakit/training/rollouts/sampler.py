@@ -12,6 +12,7 @@ from lorakit.adapters.manage import selected_adapter
 from lorakit.config.errors import LorakitError
 from lorakit.config.grpo import GrpoConfig
 from lorakit.config.training import TrainConfig
+from lorakit.data.encode import IGNORE, Example
 from lorakit.inference.engine import Engine
 from lorakit.inference.request import Request
 from lorakit.inference.sampling import Sampling
@@ -42,6 +43,26 @@ class Completion(NamedTuple):
     logprobs: list[float]
     text: str
     truncated: bool
+
+
+class Sampled(NamedTuple):
+    """A completion of a prompt."""
+
+    prompt: list[int]
+    """The tokens of the prompt."""
+    tokens: list[int]
+    """The new tokens, with the one that ended them."""
+    logprobs: list[float]
+    """The log-probability of each new token, its logits divided by the temperature."""
+    text: str
+    """The new text."""
+    truncated: bool
+    """Whether it came to max_new_tokens without an end."""
+
+    @property
+    def example(self) -> Example:
+        """Prompt and completion as `forward_backward` takes them; the completion is learned."""
+        return Example(self.prompt + self.tokens, [IGNORE] * len(self.prompt) + self.tokens)
 
 
 class Sampler:
@@ -80,10 +101,7 @@ class Sampler:
             )
             self.engine = engine
             engine.forget()
-            requests = [self._submit(engine, step, each) for each in asked]
-            while not engine.idle:
-                engine.step()
-        return [_completion(request) for request in requests]
+            return answered(engine, [self._submit(engine, step, each) for each in asked])
 
     def _submit(self, engine: Engine, step: int, asked: Asked) -> Request:
         return engine.submit(
@@ -95,6 +113,13 @@ class Sampler:
             logprobs=0,
             logprobs_temperature=self.settings.temperature,
         )
+
+
+def answered(engine: Engine, requests: Sequence[Request]) -> list[Completion]:
+    """Return what an engine makes of requests. Raises LorakitError if one fails."""
+    while not engine.idle:
+        engine.step()
+    return [_completion(request) for request in requests]
 
 
 def _completion(request: Request) -> Completion:

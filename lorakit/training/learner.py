@@ -1,0 +1,219 @@
+"""What trains one adapter of a session: its optimizer, its counts, and its state on disk.
+
+A state has the files of a checkpoint of `train` (state.py), and goes on from one too.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorakit.adapters.start import start_adapter
+from lorakit.config.errors import LorakitError
+from lorakit.config.training import OPTIMIZERS, TrainConfig
+from lorakit.files.local import as_path
+from lorakit.models.decoder import Decoder
+from lorakit.models.tokenizer import Tokenizer
+from lorakit.training import state as run_state
+from lorakit.training.device_step import HostStep, read
+from lorakit.training.draws import drawing_from, seed_of
+from lorakit.training.losses.reference import Reference
+from lorakit.training.resume import digest_of_frozen, in_words_of
+from lorakit.training.step import check_gradients
+from lorakit.training.stepping import run_optimizer
+from lorakit.training.trainable import TrainedAdapter
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a call of `forward_backward` tells."""
+
+    loss: float
+    """The mean loss: over the label tokens, of other objectives than sft over the rows; of a
+    function its sum."""
+    count: int
+    """How many label tokens or rows the loss is the mean of; 1 of a function."""
+    tokens: int
+    """How many tokens the rows have, prompts included and padding not."""
+    logprobs: list[list[float]]
+    """Of a function: the log-probabilities of each row's learned tokens. Named losses form none."""
+
+
+class Stepped(NamedTuple):
+    """What a step tells."""
+
+    step: int
+    """How many steps the adapter has taken, this one included."""
+    grad_norm: float
+    """The norm of its gradients before they were clipped."""
+    taken: bool
+    """Whether it was taken; not if loss or gradients are not finite."""
+
+
+class Learner:
+    """Trains the adapter of a model that is selected when it is made.
+
+    The config's groups of parameters and optimizer are used; its rates come with each step. Raises
+    LorakitError if the adapter is merged, starts from rows, or the model is float16.
+    """
+
+    def __init__(self, model: Decoder, config: TrainConfig, name: str):
+        self.name, self.config = name, config
+        self.part = TrainedAdapter(model)
+        with drawing_from(config.seed):
+            start_adapter(model, _no_rows)
+        self.params = list(self.part.trained().values())
+        if OPTIMIZERS[config.optim][1]:
+            with suppress(OSError):  # the optimizer says that it has no place for pages
+                as_path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        self.optimizer, self.shares = run_optimizer(self.part, config)
+        self.steps = self.batches = self.count = 0  # of them count is since the last step
+        self.losses: list[Tensor] = []  # and these too
+        self.loss: str | None = None  # their name
+        self.before: Reference | None = None
+        self.checked = False
+        self.forget_gradients()
+
+    # ---- gradients ----
+
+    def check_loss(self, name: str) -> None:
+        """Raise LorakitError unless gradients of a loss can be added to those that wait."""
+        if self.losses and name != self.loss:
+            raise LorakitError(
+                f"forward_backward: gradients of {self.loss} wait for optim_step; those of {name} "
+                "are means over something else and cannot be added"
+            )
+        self.loss = name
+
+    def count_more(self, count: int) -> int:
+        """Return what the mean is over with `count` more, and weight the gradients so far by it."""
+        before, self.count = self.count, self.count + count
+        if before:
+            there = [p.grad for p in self.params if p.grad is not None]
+            torch._foreach_mul_(there, before / self.count)
+        return self.count
+
+    def drawing(self, seed: int, device: torch.device) -> AbstractContextManager[None]:
+        """Return the context in which the next batch draws its random numbers."""
+        return drawing_from(seed_of(seed, self.batches), device)
+
+    def add(self, losses: Sequence[Tensor], batches: int) -> None:
+        """Note the losses of batches, whose gradients are there."""
+        self.losses += losses
+        self.batches += batches
+        if not self.checked:
+            check_gradients(self.part.model, self.part.parameters())
+            self.checked = True
+
+    def reference(self, model: Decoder) -> Reference:
+        """Return the adapter as it was when a loss first compared with it."""
+        if self.before is None:
+            self.before = Reference(model)
+        return self.before
+
+    def step(self, config: TrainConfig) -> Stepped:
+        """Take a step with the gradients that are there, and forget them."""
+        for group in self.optimizer.param_groups:
+            group["betas"] = config.adam_beta1, config.adam_beta2
+            group["eps"] = config.adam_epsilon
+            decays = group["params"][0].dim() > 1
+            group["weight_decay"] = config.weight_decay if decays else 0.0
+        rates = [[share * config.learning_rate for share in self.shares]]
+        step = HostStep(self.optimizer, self.params, rates, config.max_grad_norm)
+        told = read(step(torch.stack(self.losses)).tolist())
+        self.forget_gradients()
+        self.steps += told.taken
+        return Stepped(self.steps, told.norm, told.taken)
+
+    def forget_gradients(self) -> None:
+        """Forget gradients and losses since the last step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.losses, self.count, self.loss = [], 0, None
+
+    # ---- states ----
+
+    def save(self, path: Path, tok: Tokenizer) -> None:
+        """Write the state to a directory, whole or not at all.
+
+        Raises LorakitError if gradients wait, or `path` holds something else or cannot be written.
+        """
+        if self.losses:
+            raise LorakitError(
+                f"save_state: adapter {self.name!r} has gradients, which a state has not: call "
+                "optim_step first"
+            )
+        if path.exists() and not (path / run_state.STATE_VALUES).is_file():
+            raise LorakitError(f"save_state: {path} is there, and holds no state; choose another")
+        tensors = self.part.tensors() | run_state.optimizer_tensors(self.optimizer)
+        if self.before is not None:
+            tensors |= run_state.reference_tensors(self.before.tensors)
+        values = {
+            "progress": {"step": self.steps, "batches": self.batches},
+            "same": self._same(tok),
+            "groups": run_state.group_values(self.optimizer),
+            "reference": self.before is not None,
+        }
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            run_state.write_whole(path, tensors, values, lambda to: self.part.save(to, None))
+        except OSError as error:
+            raise LorakitError(
+                f"save_state: {path} cannot be written ({error.strerror or error})"
+            ) from None
+
+    def load(self, path: Path, tok: Tokenizer) -> None:
+        """Go on from the state in a directory.
+
+        Raises LorakitError if there is none, or it is damaged or of something else.
+        """
+        if not (path / run_state.STATE_VALUES).is_file():
+            raise LorakitError(
+                f"load_state: {path} is neither a state of save_state nor a checkpoint of train"
+            )
+        checkpoint = run_state.Checkpoint(path, 0)
+        values = run_state.read_values(checkpoint)
+        self._check_same(path, values["same"], tok)
+        run_state.restore(checkpoint, values, self.part.restore, self.optimizer)
+        if values.get("reference"):
+            run_state.restore_reference(path, self.reference(self.part.model).tensors)
+        progress = values["progress"]
+        try:
+            self.steps = progress["step"]
+            of_run = self.steps * values["same"].get("gradient_accumulation_steps", 1)
+            self.batches = progress.get("batches", of_run)
+        except KeyError:
+            raise LorakitError(f"{path} is damaged: its step is missing") from None
+
+    def _same(self, tok: Tokenizer) -> dict[str, Any]:
+        """Return what a session that goes on from a state shares with the one that wrote it."""
+        config = self.config
+        return {
+            "optim": config.optim,
+            "loraplus_lr_ratio": config.loraplus_lr_ratio,
+            **self.part.same(tok),
+            "model": digest_of_frozen(self.part.model),
+        }
+
+    def _check_same(self, path: Path, saved: Mapping[str, Any], tok: Tokenizer) -> None:
+        """Raise LorakitError unless the state at `path` is of this model, adapter and optimizer."""
+        now = self._same(tok)
+        if run_state.has_tensors_of(path, self.part.model):
+            now = in_words_of(saved, now)
+        if saved.get("model") != now["model"]:
+            raise LorakitError(f"load_state: {path} is the state of an adapter of another model")
+        for key, value in now.items():
+            if saved.get(key) != value:
+                raise LorakitError(
+                    f"load_state: {path} was written with {key} {saved.get(key)!r}, and adapter "
+                    f"{self.name!r} has {value!r}"
+                )
+
+
+def _no_rows() -> Iterable[Mapping[str, Tensor]]:
+    raise LorakitError(
+        "Session: the adapter starts from rows (init_lora_weights eva): call lorakit.eva first"
+    )

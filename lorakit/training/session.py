@@ -1,0 +1,433 @@
+"""`Session`: the steps of training in your own hands, one call each.
+
+    forward_backward(rows)    adds the gradients of a loss of rows
+    optim_step(rate)          clips them, and lets AdamW take a step
+    sample(prompts)           continues prompts with the weights of this moment
+    save_state, load_state    write and read all that the next step depends on
+
+The calls, and the names of the first four, are those of Tinker's primitives
+(thinkingmachines.ai/tinker). Losses, gradients, optimizer and files are those of `train`: a session
+that is given the rows of a run, step by step, ends with the bytes of its adapter.
+
+An adapter has its own optimizer, counts and gradients. So one session trains several.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from lorakit.adapters.manage import check_adapter, require_selected, selected
+from lorakit.config.errors import LorakitError, check
+from lorakit.config.training import Objective, TrainConfig
+from lorakit.data.batching import packs
+from lorakit.data.encode import IGNORE, AnyExample, Example, JudgedExample, PairExample
+from lorakit.data.rows import RowSource
+from lorakit.evaluation.evaluate import check_kind, encode_for
+from lorakit.files.local import as_path
+from lorakit.inference.engine import Engine
+from lorakit.inference.generate import token_ids
+from lorakit.inference.sampling import Sampling
+from lorakit.models.chat_template import Messages
+from lorakit.models.decoder import Decoder
+from lorakit.models.tokenizer import Tokenizer
+from lorakit.training.draws import seed_of_completion
+from lorakit.training.learner import Learned, Learner, Stepped
+from lorakit.training.losses.batch import collated
+from lorakit.training.mode import evaluation_mode, training_mode
+from lorakit.training.rollouts.sampler import SLOTS, Sampled, answered
+from lorakit.training.step import backward, prepare
+
+LossFunction = Callable[[list[Tensor], list[int]], Tensor]
+"""f(logprobs, rows) -> loss []: of some rows, given by their numbers in the call, the fp32
+log-probabilities of the tokens that are learned."""
+
+
+class Session:
+    """Trains adapters of a model by hand; see the module.
+
+    Args:
+        model: A model with adapters (see `attach`), in bfloat16 or float32.
+        tok: The model's tokenizer.
+        config: How rows are encoded and split into batches, the settings of the losses, and the
+            defaults of `optim_step`. A call is a step's rows, whatever
+            gradient_accumulation_steps says. None takes the defaults.
+
+    Raises:
+        LorakitError: No adapter is attached, the weights of the model are divided, or the config
+            wants train: full or has objective grpo.
+    """
+
+    def __init__(self, model: Decoder, tok: Tokenizer, config: TrainConfig | None = None):
+        config = config or TrainConfig()
+        require_selected(model, "Session")
+        check(model.mesh is None, "Session: the weights are divided among processes; use train")
+        check(config.train == "adapter", "Session trains adapters; use train for train: full")
+        _check_loss(config.objective)
+        # a call is all of a step, whose micro-batches have as many rows as the config says
+        rows = config.rows_at_a_time
+        config = replace(config, per_device_train_batch_size=rows, gradient_accumulation_steps=1)
+        self.model, self.tok, self.config = model, tok, config
+        self._learners: dict[str, Learner] = {}
+        self._engine: Engine | None = None
+
+    # ---- learning ----
+
+    def forward_backward(
+        self,
+        rows: RowSource | Sequence[AnyExample],
+        loss: Objective | LossFunction | None = None,
+        *,
+        adapter: str | None = None,
+    ) -> Learned:
+        """Add the gradients of the mean loss of rows to those of an adapter.
+
+        The gradients of several calls before a step are those of one call with all the rows: the
+        mean is over the tokens, or rows, of all of them.
+
+        Args:
+            rows: Rows as `read_rows` takes them, or encoded ones: those of `encode_rows`, or the
+                `example` of what `sample` returns. They are computed in this order,
+                per_device_train_batch_size at a time, or packed.
+            loss: An objective of `TrainConfig` but grpo, or a function f(logprobs, rows) -> loss
+                [], called for each batch with the log-probabilities, fp32 [n], of the tokens that
+                are learned in each row, and the numbers of these rows. Losses of a function are
+                added up. None takes the objective of the config.
+            adapter: The name of the adapter. None: the selected one.
+
+        Returns:
+            The loss and counts of this call.
+
+        Raises:
+            LorakitError: There is no such adapter, it is merged, the rows cannot be read or have
+                nothing to learn, the loss does not go with them or with the gradients that wait, or
+                a function returns no number that has a gradient.
+        """
+        name = self._name(adapter)
+        with selected(self.model, name):
+            learner = self._learner(name)
+            function = None if loss is None or isinstance(loss, str) else loss
+            config = self._config(loss)
+            learner.check_loss("a function" if function else config.objective)
+            examples = self._examples(rows, config)
+            batches = _batches(examples, config)
+            largest = max(sum(len(examples[i].input_ids) for i in rows) for rows in batches)
+            with training_mode(self.model, config, largest):
+                if function is None:
+                    return self._by_objective(learner, examples, batches, config)
+                return self._by_function(learner, examples, batches, config, function)
+
+    def _by_objective(
+        self,
+        learner: Learner,
+        examples: Sequence[AnyExample],
+        batches: Sequence[list[int]],
+        config: TrainConfig,
+    ) -> Learned:
+        number = learner.batches + 1  # a batch draws by its number, as in a run
+        step = prepare(self.model, examples, number, batches, config, None)
+        check(step.count > 0, "forward_backward: no row has a token that is learned")
+        total = learner.count_more(step.count)
+        reference = learner.reference(self.model) if config.compares else None
+        losses = backward(self.model, replace(step, count=total), config, reference)
+        learner.add(losses, len(batches))
+        return Learned(float(torch.stack(losses).sum()) / step.count, step.count, step.tokens, [])
+
+    def _by_function(
+        self,
+        learner: Learner,
+        examples: Sequence[AnyExample],
+        batches: Sequence[list[int]],
+        config: TrainConfig,
+        function: LossFunction,
+    ) -> Learned:
+        losses, found = list[Tensor](), list[list[float]]()
+        for rows in batches:
+            some = [examples[i] for i in rows]
+            with learner.drawing(self.config.seed, self.model.device):
+                logprobs = self._logprobs(some, config)
+                check(all(map(len, logprobs)), "forward_backward: a row has nothing to learn")
+                loss = function(logprobs, rows)
+            if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+                raise LorakitError(
+                    "forward_backward: the function must return a loss [] that is computed from "
+                    f"the log-probabilities, not {loss!r}"
+                )
+            loss.backward()
+            learner.add([loss.detach().float().reshape(())], 1)
+            losses.append(loss.detach().float().sum())
+            found += [each.tolist() for each in logprobs]
+        tokens = sum(len(each.input_ids) for each in examples)
+        return Learned(float(torch.stack(losses).sum()), 1, tokens, found)
+
+    def logprobs(
+        self,
+        rows: RowSource | Sequence[AnyExample],
+        *,
+        adapter: str | None = None,
+        temperature: float = 1.0,
+    ) -> list[list[float]]:
+        """Return the log-probabilities of the tokens that rows with one answer would teach.
+
+        Args:
+            rows: As `forward_backward` takes them.
+            adapter: The name of the adapter. None: the selected one.
+            temperature: What divides the logits.
+
+        Returns:
+            The log-probabilities of each row's label tokens, in their order.
+
+        Raises:
+            LorakitError: There is no such adapter, or the rows cannot be read.
+        """
+        config = replace(self.config, objective="sft")
+        examples, found = self._examples(rows, config), list[list[float]]()
+        size = config.rows_at_a_time
+        name = self._name(adapter)
+        with selected(self.model, name), evaluation_mode(self.model), torch.no_grad():
+            for start in range(0, len(examples), size):
+                some = examples[start : start + size]
+                found += [each.tolist() for each in self._logprobs(some, config, temperature)]
+        return found
+
+    def _logprobs(
+        self, some: Sequence[AnyExample], config: TrainConfig, temperature: float = 1.0
+    ) -> list[Tensor]:
+        """Return the log-probabilities, fp32 [n], of the n label tokens of each row of a batch."""
+        batch = collated(self.model, some, config)
+        losses = self.model.token_losses(
+            batch.ids,
+            batch.labels,
+            attention_mask=batch.attention_mask,
+            cu_seqlens=batch.cu_seqlens,
+            temperature=temperature,
+        )
+        counts = [sum(t != IGNORE for t in each.answers[0].labels[1:]) for each in some]
+        return list((-losses).split(counts))
+
+    def optim_step(
+        self,
+        learning_rate: float | None = None,
+        *,
+        adapter: str | None = None,
+        weight_decay: float | None = None,
+        adam_beta1: float | None = None,
+        adam_beta2: float | None = None,
+        adam_epsilon: float | None = None,
+        max_grad_norm: float | None = None,
+    ) -> Stepped:
+        """Clip the gradients of an adapter, let AdamW take a step, and forget them.
+
+        A step whose loss or gradients are not finite is not taken.
+
+        Args:
+            learning_rate: The learning rate of this step. None, here and below: that of the config.
+            adapter: The name of the adapter. None: the selected one.
+            weight_decay: As in `TrainConfig`, and so are those that follow.
+            adam_beta1: The decay of the mean of gradients.
+            adam_beta2: The decay of the mean of squared gradients.
+            adam_epsilon: What is added to the divisor.
+            max_grad_norm: What a longer gradient is shortened to.
+
+        Returns:
+            The number of the step, the norm of the gradients, and whether the step was taken.
+
+        Raises:
+            LorakitError: There is no such adapter, it has no gradients, or a number is out of its
+                range.
+        """
+        given = {
+            "learning_rate": learning_rate,
+            "weight_decay": weight_decay,
+            "adam_beta1": adam_beta1,
+            "adam_beta2": adam_beta2,
+            "adam_epsilon": adam_epsilon,
+            "max_grad_norm": max_grad_norm,
+        }
+        settings: dict[str, Any] = {key: v for key, v in given.items() if v is not None}
+        config = replace(self.config, **settings)
+        name = self._name(adapter)
+        learner = self._learners.get(name)
+        if learner is None or not learner.losses:
+            raise LorakitError(f"optim_step: adapter {name!r} has no gradients: forward_backward")
+        return learner.step(config)
+
+    # ---- sampling ----
+
+    def sample(
+        self,
+        prompts: Sequence[str | Messages | list[int]],
+        *,
+        num_samples: int = 1,
+        max_new_tokens: int = 128,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        stop: str | Sequence[str] = (),
+        seed: int | None = None,
+        adapter: str | None = None,
+    ) -> list[list[Sampled]]:
+        """Continue prompts with the weights that an adapter has at this moment.
+
+        The completions of a prompt share its keys and values.
+
+        Args:
+            prompts: Each a text, a list of messages, or token ids.
+            num_samples: How many completions each prompt gets.
+            max_new_tokens: Most tokens that a completion gets.
+            temperature: Divisor of the logits; 0 takes the likeliest token.
+            top_k: Number of the likeliest tokens that may be drawn; None means all.
+            top_p: Share of the probability that the tokens which may be drawn hold together.
+            stop: A string, or several. A text ends before the first of them that it holds.
+            seed: Seed of the draws; None takes torch's global generator.
+            adapter: The name of the adapter. None: the selected one.
+
+        Returns:
+            The completions of each prompt, in the order of the prompts.
+
+        Raises:
+            LorakitError: There is no such adapter, it is a learned prompt, an option is out of its
+                range, or a prompt leaves no room.
+        """
+        check(num_samples >= 1, "sample: num_samples must be at least 1")
+        name = self._name(adapter)
+        encoded = [token_ids(self.tok, prompt) for prompt in prompts]
+        if not encoded:
+            return []
+        sampling = Sampling(temperature, top_k, top_p)
+        with selected(self.model, name), evaluation_mode(self.model):
+            longest = max(map(len, encoded)) + max_new_tokens
+            engine = self._engine_for(longest, len(encoded) * num_samples)
+            asked = [(i, n) for i in range(len(encoded)) for n in range(num_samples)]
+            requests = [
+                engine.submit(
+                    encoded[i],
+                    sampling,
+                    max_new_tokens=max_new_tokens,
+                    adapter=name,
+                    stop=stop,
+                    seed=None if seed is None else seed_of_completion(seed, 0, i, n),
+                    logprobs=0,
+                    logprobs_temperature=temperature or 1.0,
+                )
+                for i, n in asked
+            ]
+            done = iter(answered(engine, requests))
+        return [[Sampled(ids, *next(done)) for _ in range(num_samples)] for ids in encoded]
+
+    def _engine_for(self, positions: int, rows: int) -> Engine:
+        """Return an engine with room for rows of so many positions, which knows no old keys."""
+        slots, engine = min(SLOTS, rows), self._engine
+        if engine is None or engine.capacity < positions or engine.slots < slots:
+            limit = self.model.config.context_length
+            if positions > limit:
+                raise LorakitError(
+                    f"sample: a prompt and max_new_tokens come to {positions} positions, and the "
+                    f"model has {limit}"
+                )
+            if engine is not None:
+                positions, slots = max(positions, engine.capacity), max(slots, engine.slots)
+            self._engine = engine = None  # before the next one takes its memory
+            self._engine = engine = Engine(self.model, self.tok, slots=slots, capacity=positions)
+        engine.forget()
+        return engine
+
+    # ---- states ----
+
+    def save_state(self, path: str | Path, *, adapter: str | None = None) -> None:
+        """Write all that the next step of an adapter depends on, whole or not at all.
+
+        The directory holds the adapter as `save_adapter` writes it, and the state of its optimizer.
+        A state that is there already is replaced.
+
+        Args:
+            path: The directory to write.
+            adapter: The name of the adapter. None: the selected one.
+
+        Raises:
+            LorakitError: There is no such adapter, it has gradients that wait for a step, or `path`
+                holds something else or cannot be written.
+        """
+        name = self._name(adapter)
+        with selected(self.model, name):
+            self._learner(name).save(as_path(path).absolute(), self.tok)
+
+    def load_state(self, path: str | Path, *, adapter: str | None = None) -> None:
+        """Go on from what `save_state` wrote, or from a checkpoint of `train`.
+
+        Gradients that wait for a step are forgotten.
+
+        Args:
+            path: The directory of the state.
+            adapter: The name of the adapter. None: the selected one.
+
+        Raises:
+            LorakitError: There is no such adapter, no such state, it is damaged, or that of another
+                model, adapter or optimizer.
+        """
+        name = self._name(adapter)
+        with selected(self.model, name):
+            learner = Learner(self.model, self.config, name)
+            learner.load(as_path(path).absolute(), self.tok)
+            self._learners[name] = learner
+
+    # ---- parts ----
+
+    def _name(self, adapter: str | None) -> str:
+        """Return the name of an adapter, None for the selected one; check that it is there."""
+        if adapter is None:
+            return require_selected(self.model, "Session")
+        check_adapter(self.model, adapter, "Session")
+        return adapter
+
+    def _learner(self, name: str) -> Learner:
+        """Return what trains the adapter, which is selected."""
+        if name not in self._learners:
+            self._learners[name] = Learner(self.model, self.config, name)
+        return self._learners[name]
+
+    def _config(self, loss: Objective | LossFunction | None) -> TrainConfig:
+        if loss is None:
+            return self.config
+        if not isinstance(loss, str):
+            check(callable(loss), f"forward_backward: {loss!r} is no loss")
+            return replace(self.config, objective="sft", loss_type=None)
+        _check_loss(loss)
+        form = self.config.loss_type if loss == self.config.objective else None
+        return replace(self.config, objective=loss, loss_type=form)
+
+    def _examples(
+        self, rows: RowSource | Sequence[AnyExample], config: TrainConfig
+    ) -> Sequence[AnyExample]:
+        if isinstance(rows, list | tuple) and all(map(_is_encoded, rows)):
+            check(len(rows) > 0, "forward_backward: there are no rows")
+            examples = cast(list[AnyExample], list(rows))
+            largest = max(max(each.input_ids) for each in examples)
+            self.tok.check_fits([largest], self.model.config.vocab_size)
+            check_kind(examples, config, "the rows")
+            return examples
+        return encode_for(self.model, self.tok, cast(RowSource, rows), config)
+
+
+def _batches(examples: Sequence[AnyExample], config: TrainConfig) -> list[list[int]]:
+    """Return the numbers of the examples of each batch: in their order, or packed."""
+    if config.packing:
+        return packs([len(each.input_ids) for each in examples], config)
+    numbers, size = range(len(examples)), config.rows_at_a_time
+    return [list(numbers[i : i + size]) for i in range(0, len(numbers), size)]
+
+
+def _is_encoded(row: object) -> bool:
+    return isinstance(row, Example | PairExample | JudgedExample)
+
+
+def _check_loss(loss: str) -> None:
+    """Raise LorakitError for the loss that has no rows of its own."""
+    if loss == "grpo":
+        raise LorakitError(
+            "Session: grpo learns from advantages: give forward_backward the completions of "
+            "sample, and a function that calls lorakit.grpo_loss"
+        )

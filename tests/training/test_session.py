@@ -1,0 +1,268 @@
+"""The loop by hand: a session given the rows of a run ends with its bytes."""
+
+import json
+
+import pytest
+import torch
+
+import lorakit as lk
+from lorakit.data.batching import Order
+from tests.conftest import ROWS
+from tests.training.runs import ADAPTER, JUDGED, PAIRS, adapted, run
+
+STEPS = {"max_steps": 5, "lr_scheduler_type": "constant", "warmup_ratio": 0.0}
+STEPS |= {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "weight_decay": 0.1}
+
+
+@pytest.fixture(scope="module")
+def tok(tiny_dir):
+    return lk.load_tokenizer(tiny_dir)
+
+
+def by_hand(session, rows, config, steps):
+    """Give a session the rows of these steps of a run."""
+    examples = lk.encode_rows(rows, session.tok, max_seq_length=config.max_seq_length)
+    order = Order(examples, config)
+    for step in steps:
+        taken = [examples[i] for batch in order.step(step) for i in batch]
+        session.forward_backward(taken)
+        session.optim_step()
+
+
+def adapter_bytes(model, path):
+    lk.save_adapter(model, path)
+    return (path / ADAPTER).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("rows", "lora", "settings"),
+    [
+        (ROWS, {"lora_dropout": 0.1}, {}),
+        (ROWS, {}, {"gradient_accumulation_steps": 2}),
+        (ROWS, {}, {"packing": True, "max_seq_length": 16}),
+        (PAIRS, {}, {"objective": "dpo"}),
+        (JUDGED, {}, {"objective": "kto"}),
+    ],
+    ids=["sft", "two batches", "packed", "dpo", "kto"],
+)
+def test_the_rows_of_a_run_give_its_bytes(tiny_dir, tok, tmp_path, rows, lora, settings):
+    run(tiny_dir, tok, tmp_path / "run", rows, lora, **{**STEPS, **settings})
+    config = lk.TrainConfig(**{**STEPS, **settings})
+    session = lk.Session(adapted(tiny_dir, **lora), tok, config)
+    by_hand(session, rows, config, range(1, 6))
+    expected = (tmp_path / "run" / ADAPTER).read_bytes()
+    assert adapter_bytes(session.model, tmp_path / "hand") == expected
+
+
+def gradients(model):
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_several_calls_are_one_with_all_rows(tiny_dir, tok):
+    """The sums are the same numbers in another order: 1e-5 of the largest is fp32's rounding."""
+    found = []
+    for parts in [[ROWS[:7]], [ROWS[:3], ROWS[3:4], ROWS[4:7]]]:
+        session = lk.Session(adapted(tiny_dir), tok)
+        told = [session.forward_backward(part) for part in parts]
+        found.append(gradients(session.model))
+    assert told[0].count < told[0].tokens
+    one, several = found
+    largest = max(g.abs().max() for g in one.values())
+    assert all((one[n] - several[n]).abs().max() < 1e-5 * largest for n in one)
+
+
+def test_a_function_of_log_probabilities(tiny_dir, tok):
+    """The mean of the negative log-probabilities is sft, computed by other kernels: 1e-4."""
+    session = lk.Session(adapted(tiny_dir), tok, lk.TrainConfig(per_device_train_batch_size=2))
+    told = session.forward_backward(ROWS[:5])
+    expected = gradients(session.model)
+    session.optim_step(1e-9)
+    seen = []
+
+    def loss(logprobs, rows):
+        seen.extend(rows)
+        return -sum(each.sum() for each in logprobs) / told.count
+
+    other = lk.Session(adapted(tiny_dir), tok, lk.TrainConfig(per_device_train_batch_size=2))
+    again = other.forward_backward(ROWS[:5], loss)
+    assert seen == list(range(5))
+    assert again.loss == pytest.approx(told.loss, rel=1e-5)
+    assert again.tokens == told.tokens
+    largest = max(g.abs().max() for g in expected.values())
+    found = gradients(other.model)
+    assert all((found[n] - expected[n]).abs().max() < 1e-4 * largest for n in expected)
+    assert sum(map(sum, again.logprobs)) == pytest.approx(-told.loss * told.count, rel=1e-5)
+    flat = [x for row in other.logprobs(ROWS[:5]) for x in row]
+    assert flat == pytest.approx([x for row in again.logprobs for x in row], abs=1e-5)
+
+
+def test_states_go_on_to_the_same_bytes(tiny_dir, tok, tmp_path):
+    """Whether a session or a run wrote them, at any step; dropout draws on."""
+    config = lk.TrainConfig(**STEPS)
+    lora = {"lora_dropout": 0.1}
+    whole = lk.Session(adapted(tiny_dir, **lora), tok, config)
+    by_hand(whole, ROWS, config, range(1, 4))
+    whole.save_state(tmp_path / "deep" / "state")
+    by_hand(whole, ROWS, config, range(4, 6))
+    expected = adapter_bytes(whole.model, tmp_path / "whole")
+    resumed = lk.Session(adapted(tiny_dir, **lora), tok, config)
+    by_hand(resumed, ROWS[:8], config, range(1, 3))  # which is forgotten
+    resumed.forward_backward(ROWS[:2])
+    resumed.load_state(tmp_path / "deep" / "state")
+    by_hand(resumed, ROWS, config, range(4, 6))
+    assert adapter_bytes(resumed.model, tmp_path / "again") == expected
+    resumed.save_state(tmp_path / "deep" / "state")  # in the place of the first
+    run(tiny_dir, tok, tmp_path / "run", ROWS, lora, **STEPS, save_steps=3)
+    of_run = lk.Session(adapted(tiny_dir, **lora), tok, config)
+    of_run.load_state(tmp_path / "run" / "checkpoint-3")
+    by_hand(of_run, ROWS, config, range(4, 6))
+    assert adapter_bytes(of_run.model, tmp_path / "from run") == expected
+
+
+def test_the_reference_goes_on_with_a_state(tiny_dir, tok, tmp_path):
+    config = lk.TrainConfig(**STEPS, objective="dpo")
+    session = lk.Session(adapted(tiny_dir), tok, config)
+    by_hand(session, PAIRS, config, range(1, 3))
+    session.save_state(tmp_path / "state")
+    other = lk.Session(adapted(tiny_dir), tok, config)
+    other.load_state(tmp_path / "state")
+    assert other.forward_backward(PAIRS[:4]).loss == session.forward_backward(PAIRS[:4]).loss
+
+
+def test_adapters_train_by_themselves(tiny_dir, tok, tmp_path):
+    """What another adapter learns in between changes nothing."""
+    alone = lk.Session(adapted(tiny_dir), tok)
+    both = lk.Session(adapted(tiny_dir), tok)
+    torch.manual_seed(1)
+    lk.attach(both.model, lk.LoraConfig(r=2), name="other")
+    lk.set_adapter(both.model, "default")
+    for i in range(3):
+        alone.forward_backward(ROWS[i : i + 4])
+        both.forward_backward(ROWS[i : i + 4])
+        both.forward_backward(ROWS[:2], adapter="other")
+        assert both.optim_step(1e-2, adapter="other").step == i + 1
+        assert alone.optim_step(1e-3) == both.optim_step(1e-3, adapter="default")
+    assert adapter_bytes(alone.model, tmp_path / "a") == adapter_bytes(both.model, tmp_path / "b")
+    sampled = both.sample([[5, 6, 7]], temperature=0, max_new_tokens=6, adapter="other")
+    lk.set_adapter(both.model, "other")
+    assert sampled == both.sample([[5, 6, 7]], temperature=0, max_new_tokens=6)
+
+
+def test_samples(tiny_dir, tok):
+    """Their log-probabilities are those that the same weights have in training, within fp32."""
+    session = lk.Session(adapted(tiny_dir), tok)
+    prompts = ["1 plus 2 is ", [5, 6, 7]]
+    found = session.sample(prompts, num_samples=3, max_new_tokens=8, temperature=0.7, seed=3)
+    again = session.sample(prompts, num_samples=3, max_new_tokens=8, temperature=0.7, seed=3)
+    assert found == again
+    assert [len(each) for each in found] == [3, 3]
+    assert found[1][0].prompt == [5, 6, 7]
+    flat = [each for some in found for each in some]
+    assert len({tuple(each.tokens) for each in flat}) > 2
+    computed = session.logprobs([each.example for each in flat], temperature=0.7)
+    for each, values in zip(flat, computed, strict=True):
+        assert each.logprobs == pytest.approx(values, abs=2e-5)
+    session.forward_backward([each.example for each in flat])
+    session.optim_step(0.5)
+    longer = session.sample(prompts, max_new_tokens=12, temperature=0, seed=3)
+    texts = lk.generate_batch(session.model, tok, prompts, max_new_tokens=12)
+    assert [some[0].text for some in longer] == texts
+    assert session.sample([]) == []
+
+
+def test_a_step_that_is_not_finite_is_not_taken(tiny_dir, tok, tmp_path):
+    session = lk.Session(adapted(tiny_dir), tok)
+    before = adapter_bytes(session.model, tmp_path / "before")
+    session.forward_backward(ROWS[:2], lambda logprobs, rows: logprobs[0].sum() * float("nan"))
+    told = session.optim_step()
+    assert (told.step, told.taken) == (0, False)
+    assert adapter_bytes(session.model, tmp_path / "after") == before
+
+
+def test_paged_state(tiny_dir, tok, tmp_path):
+    options = {**STEPS, "output_dir": str(tmp_path / "new"), "optim": "paged_adamw_32bit"}
+    results = []
+    for config in [lk.TrainConfig(**STEPS), lk.TrainConfig(**options)]:
+        session = lk.Session(adapted(tiny_dir), tok, config)
+        by_hand(session, ROWS, config, [1, 2])
+        results.append(adapter_bytes(session.model, tmp_path / config.optim))
+    assert results[0] == results[1]
+
+
+def test_what_is_wrong_is_one_sentence(tiny_dir, tok, tmp_path):
+    plain = lk.load_model(tiny_dir, dtype="float32", quantize="nf4")
+    with pytest.raises(lk.LorakitError, match="no adapter is attached"):
+        lk.Session(plain, tok)
+    model = adapted(tiny_dir)
+    for settings, match in [
+        ({"train": "full"}, "trains adapters"),
+        (
+            {"objective": "grpo", "grpo": lk.GrpoConfig([lk.RewardConfig("length", length=9)])},
+            "lorakit.grpo_loss",
+        ),
+        ({"per_device_train_batch_size": "auto"}, "give both as numbers"),
+    ]:
+        with pytest.raises(lk.LorakitError, match=match):
+            lk.Session(model, tok, lk.TrainConfig(**settings))
+    session = lk.Session(model, tok)
+    with pytest.raises(lk.LorakitError, match="no adapter 'defaults'.*'default'"):
+        session.forward_backward(ROWS, adapter="defaults")
+    with pytest.raises(lk.LorakitError, match="'default' has no gradients"):
+        session.optim_step()
+    for rows, loss, match in [
+        ([], None, "no rows"),
+        (PAIRS, None, "does not fit"),
+        (ROWS, "dpo", "does not fit"),
+        (ROWS, "grpo", "lorakit.grpo_loss"),
+        (ROWS, "sgd", "objective"),
+        (ROWS, 3, "is no loss"),
+        (ROWS, lambda logprobs, rows: 1.0, "must return a loss"),
+        (ROWS, lambda logprobs, rows: torch.ones(()), "must return a loss"),
+        ([lk.encode_rows(ROWS, tok, max_seq_length=64)[0]._replace(labels=[-100])], None, "fit"),
+    ]:
+        with pytest.raises(lk.LorakitError, match=match):
+            session.forward_backward(rows, loss)
+    with pytest.raises(lk.LorakitError, match="no gradients"):  # none of these left any
+        session.optim_step()
+    session.forward_backward(ROWS[:2])
+    with pytest.raises(lk.LorakitError, match="of sft wait for optim_step; those of dpo"):
+        session.forward_backward(PAIRS[:2], "dpo")
+    with pytest.raises(lk.LorakitError, match="which a state has not"):
+        session.save_state(tmp_path / "state")
+    with pytest.raises(lk.LorakitError, match="learning_rate"):
+        session.optim_step(-1.0)
+    assert session.optim_step().taken
+    with pytest.raises(lk.LorakitError, match="num_samples"):
+        session.sample(["a"], num_samples=0)
+    with pytest.raises(lk.LorakitError, match="positions"):
+        session.sample(["a"], max_new_tokens=10**6)
+
+
+def test_states_of_something_else(tiny_dir, tok, tmp_path):
+    model = adapted(tiny_dir)
+    session = lk.Session(model, tok)
+    with pytest.raises(lk.LorakitError, match="neither a state"):
+        session.load_state(tmp_path)
+    with pytest.raises(lk.LorakitError, match="holds no state; choose another"):
+        session.save_state(tmp_path)
+    state = tmp_path / "state"
+    session.save_state(state)
+    torch.manual_seed(0)
+    lk.attach(model, lk.LoraConfig(r=2), name="other")
+    with pytest.raises(lk.LorakitError, match="with adapter .*'r': 4.* 'other' has .*'r': 2"):
+        session.load_state(state, adapter="other")
+    session.load_state(state, adapter="default")
+    dense = lk.attach(lk.load_model(tiny_dir, dtype="float32"), lk.LoraConfig(r=4, lora_alpha=8))
+    with pytest.raises(lk.LorakitError, match="of another model"):
+        lk.Session(dense, tok).load_state(state)
+    with pytest.raises(lk.LorakitError, match="optim"):
+        lk.Session(model, tok, lk.TrainConfig(optim="adamw_8bit")).load_state(
+            state, adapter="default"
+        )
+    values = json.loads((state / "state.json").read_text())
+    (state / "state.json").write_text(json.dumps({**values, "progress": {}}))
+    with pytest.raises(lk.LorakitError, match="is damaged: its step is missing"):
+        session.load_state(state, adapter="default")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(lk.LorakitError, match="cannot be written"):
+        session.save_state(tmp_path / "file" / "state", adapter="default")
