@@ -17,7 +17,7 @@ from ..ops.frozen_linear.dense import Packed
 from .library import Kept, apart, define, differentiable, gradient, operator_of
 from .packed import parts, whole
 
-FORM = "float? softcap, float label_smoothing, float z_loss, int ignore_index"
+FORM = "float? softcap, float label_smoothing, float z_loss, bool dft, int ignore_index"
 
 
 def _loss(
@@ -26,6 +26,7 @@ def _loss(
     softcap: float | None,
     label_smoothing: float,
     z_loss: float,
+    dft: bool,
     ignore_index: int,
 ) -> Tensor:
     total, _ = op.cross_entropy(
@@ -34,6 +35,7 @@ def _loss(
         softcap=softcap,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
+        dft=dft,
         ignore_index=ignore_index,
     )
     return total
@@ -67,6 +69,7 @@ def _loss_and_gradients(
     softcap: float | None,
     label_smoothing: float,
     z_loss: float,
+    dft: bool,
     ignore_index: int,
     need: list[bool],
 ) -> list[Tensor]:
@@ -74,7 +77,7 @@ def _loss_and_gradients(
     rows, chosen = op.label_rows(labels, hidden.device, ignore_index, rows)
     picked = hidden.index_select(0, rows)
     head = whole(held, form), lora_A, lora_B
-    options = Form(softcap, label_smoothing, z_loss), op.backend_for(picked), ignore_index
+    options = Form(softcap, label_smoothing, z_loss, dft), op.backend_for(picked), ignore_index
     ctx = Kept(needs_input_grad=need)
     total = LinearCrossEntropy.forward(ctx, picked, *head, scaling, chosen, *options)
     of_picked, *others = ctx.saved_tensors

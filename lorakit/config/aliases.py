@@ -57,6 +57,7 @@ VALUES: dict[str, dict[Any, Any]] = {
         "adamw_bnb_8bit": "adamw_8bit",
     },
     "report_to": {"none": None},
+    "loss_type": {"chunked_nll": "nll"},
     "max_steps": {-1: None},
     "chat_template": {"tokenizer_default": None},
 }

@@ -12,6 +12,7 @@ from typing import Literal, get_args
 from lorakit.config.errors import LorakitError, nearest
 from lorakit.config.fields import check_below_one, check_positive, check_share, check_types
 from lorakit.config.grpo import GrpoConfig
+from lorakit.config.objectives import LOSS_TYPES, PAIRS, LossType, Objective, check_loss
 from lorakit.config.patterns import valid_regex
 
 Schedule = Literal[
@@ -24,10 +25,6 @@ Schedule = Literal[
     "inverse_sqrt",
 ]
 Optimizer = Literal["adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]
-Objective = Literal["sft", "dpo", "orpo", "cpo", "simpo", "kto", "grpo"]
-LossType = Literal[
-    "sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down", "kto", "apo_zero_unpaired"
-]
 OverLength = Literal["truncate", "drop", "raise", "split"]
 TrainOn = Literal["completion", "last_turn", "all"]
 MLPActivations = Literal["auto", "keep", "recompute"]
@@ -42,14 +39,6 @@ ROWS, BATCHES = 8, 1
 SCHEDULES = get_args(Schedule)
 OVER_LENGTH = get_args(OverLength)
 TRAIN_ON = get_args(TrainOn)
-# objective -> its forms of the loss, the default first
-LOSS_TYPES: dict[Objective, tuple[LossType, ...]] = {
-    "dpo": ("sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down"),
-    "cpo": ("sigmoid", "hinge", "ipo"),
-    "kto": ("kto", "apo_zero_unpaired"),
-}
-SMOOTHED = ("sigmoid", "robust")  # those that have label smoothing
-PAIRS: tuple[Objective, ...] = ("dpo", "orpo", "cpo", "simpo")
 # name -> the bits of AdamW's state, and whether the state is paged
 OPTIMIZERS: dict[Optimizer, tuple[int, bool]] = {
     "adamw_torch": (32, False),
@@ -153,8 +142,9 @@ class TrainConfig:
     grpo: GrpoConfig | None = None
     """Settings of objective grpo."""
     loss_type: LossType | None = None
-    """Form of the loss: of dpo "sigmoid", "hinge", "ipo", "robust", "apo_zero" or "apo_down"; of
-    cpo "sigmoid", "hinge" or "ipo"; of kto "kto" or "apo_zero_unpaired". Null takes the first."""
+    """Form of the loss: of sft "nll" or "dft", which weighs each token by its probability; of dpo
+    "sigmoid", "hinge", "ipo", "robust", "apo_zero" or "apo_down"; of cpo "sigmoid", "hinge" or
+    "ipo"; of kto "kto" or "apo_zero_unpaired". Null takes the first."""
     beta: float = 0.1
     """Strength of the preference term in every objective but sft and grpo, which has its own."""
     simpo_gamma: float = 0.5
@@ -239,7 +229,7 @@ class TrainConfig:
         self._check_full()
         self._check_length()
         self._check_learning_rate()
-        self._check_loss()
+        check_loss(self)
         self._check_grpo()
         self._check_evaluation_and_checkpoints()
         self._check_upload()
@@ -360,56 +350,6 @@ class TrainConfig:
     def form(self) -> LossType | None:
         """The form of the loss: loss_type or the default of the objective, None if it has one."""
         return self.loss_type or LOSS_TYPES.get(self.objective, (None,))[0]
-
-    def _check_loss(self) -> None:
-        check_below_one(self, "label_smoothing_factor", "z_loss")
-        check_positive(self, "beta", "desirable_weight", "undesirable_weight")
-        check_positive(self, "neftune_noise_alpha", or_null=True)
-        objective, z_loss = self.objective, self.z_loss
-        if self.frozen_dtype is not None and self.compares:
-            raise LorakitError(
-                f"frozen_dtype float8 does not go with objective {objective}, which compares with "
-                "answers of the model in its own dtype"
-            )
-        if objective != "sft" and z_loss:
-            raise LorakitError(f"z_loss goes with objective sft only; {objective} has none")
-        forms = LOSS_TYPES.get(objective, ())
-        if self.loss_type is not None and self.loss_type not in forms:
-            others = f"; it has {', '.join(forms)}" if forms else ", which has one form only"
-            if objective == "grpo":
-                others = "; say that of grpo in the mapping `grpo`"
-            raise LorakitError(
-                f"loss_type {self.loss_type} does not go with objective {objective}{others}"
-            )
-        for name, of, default in (
-            ("simpo_gamma", "simpo", 0.5),
-            ("desirable_weight", "kto", 1.0),
-            ("undesirable_weight", "kto", 1.0),
-        ):
-            if getattr(self, name) != default and objective != of:
-                raise LorakitError(f"{name} goes with objective {of}, not with {objective}")
-        self._check_smoothing()
-        if self.form == "kto" and (self.splits_itself or self.per_device_train_batch_size == 1):
-            raise LorakitError(
-                "kto estimates how far the model is from its reference within a batch: give "
-                "per_device_train_batch_size, above 1, and gradient_accumulation_steps as numbers"
-            )
-
-    def _check_smoothing(self) -> None:
-        smoothing, form = self.label_smoothing_factor, self.form
-        smoothed = self.objective in ("sft", "simpo") or form in SMOOTHED
-        if smoothing and not smoothed:
-            what = f"loss_type {form}" if self.loss_type else f"objective {self.objective}"
-            raise LorakitError(f"label_smoothing_factor does not go with {what}, which has none")
-        if self.pairs and smoothing >= 0.5:
-            raise LorakitError(
-                f"label_smoothing_factor is {smoothing}; for pairs it must be in [0, 0.5)"
-            )
-        if form == "robust" and not smoothing:
-            raise LorakitError(
-                "loss_type robust needs label_smoothing_factor, the share of pairs that are the "
-                "wrong way round"
-            )
 
     def _check_grpo(self) -> None:
         """Raise LorakitError for settings that do not go with objective grpo, or without it."""

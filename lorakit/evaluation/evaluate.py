@@ -8,7 +8,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lorakit.config.errors import LorakitError, check
-from lorakit.config.training import PAIRS, OverLength, TrainConfig, TrainOn
+from lorakit.config.objectives import PAIRS
+from lorakit.config.training import OverLength, TrainConfig, TrainOn
 from lorakit.data.batching import collate, real_tokens
 from lorakit.data.encode import IGNORE, AnyExample, JudgedExample, PairExample
 from lorakit.data.examples import Examples, encode_rows

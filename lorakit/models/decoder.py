@@ -223,6 +223,7 @@ class Decoder(nn.Module):
         cu_seqlens: Tensor | None = None,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
+        dft: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Return the summed cross-entropy of the next tokens, and how many labels counted.
 
@@ -243,6 +244,7 @@ class Decoder(nn.Module):
             cu_seqlens: See the class.
             label_smoothing: See `kernels.cross_entropy`.
             z_loss: See `kernels.cross_entropy`.
+            dft: See `kernels.cross_entropy`.
 
         Returns:
             The sum, fp32 [], and the count, int64 [].
@@ -251,11 +253,16 @@ class Decoder(nn.Module):
         targets = next_tokens(labels, cu_seqlens)
         with self._whole(self._head_layer()):
             return self._output_head().loss(
-                hidden, targets, label_smoothing=label_smoothing, z_loss=z_loss
+                hidden, targets, label_smoothing=label_smoothing, z_loss=z_loss, dft=dft
             )
 
     def packed_loss(
-        self, row: PackedRow, *, label_smoothing: float = 0.0, z_loss: float = 0.0
+        self,
+        row: PackedRow,
+        *,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        dft: bool = False,
     ) -> Tensor:
         """Return the `loss` of documents whose bounds and labels are tensors on the device.
 
@@ -266,6 +273,7 @@ class Decoder(nn.Module):
             row: The row. Labels of -100 do not count.
             label_smoothing: See `kernels.cross_entropy`.
             z_loss: See `kernels.cross_entropy`.
+            dft: See `kernels.cross_entropy`.
 
         Returns:
             The sum, fp32 [].
@@ -278,6 +286,7 @@ class Decoder(nn.Module):
             rows=row.label_rows,
             label_smoothing=label_smoothing,
             z_loss=z_loss,
+            dft=dft,
         )
         return total
 

@@ -58,6 +58,7 @@ class OutputHead(NamedTuple):
         rows: Tensor | None = None,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
+        dft: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Return the summed cross-entropy, and how many targets counted.
 
@@ -71,6 +72,7 @@ class OutputHead(NamedTuple):
             rows: The positions that the head takes; see `kernels.linear_cross_entropy`.
             label_smoothing: See `kernels.cross_entropy`.
             z_loss: See `kernels.cross_entropy`.
+            dft: See `kernels.cross_entropy`.
 
         Returns:
             The sum, fp32 [], and the count, int64 [].
@@ -89,6 +91,7 @@ class OutputHead(NamedTuple):
                 softcap=self.softcap,
                 label_smoothing=label_smoothing,
                 z_loss=z_loss,
+                dft=dft,
             )
         if isinstance(self.layer, AdaptedLayer) and self.layer.row_groups is not None:
             logits = self._before_softcap(hidden)
@@ -102,6 +105,7 @@ class OutputHead(NamedTuple):
             softcap=self.softcap,
             label_smoothing=label_smoothing,
             z_loss=z_loss,
+            dft=dft,
         )
 
     def token_losses(self, hidden: Tensor, targets: Tensor, words: int) -> Tensor:

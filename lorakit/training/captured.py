@@ -312,6 +312,7 @@ class CapturedStep:
                 inputs.row(kind.rows),
                 label_smoothing=config.label_smoothing_factor,
                 z_loss=config.z_loss,
+                dft=config.form == "dft",
             )
         mean, total = loss / inputs.count, loss.detach().view(1)
         found = torch.autograd.grad(mean, self.params, allow_unused=not self.warm)

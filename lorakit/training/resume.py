@@ -11,7 +11,8 @@ import torch
 
 from lorakit.adapters.manage import parameters_of_others
 from lorakit.config.errors import LorakitError
-from lorakit.config.training import LOSS_TYPES, TrainConfig
+from lorakit.config.objectives import LOSS_TYPES
+from lorakit.config.training import TrainConfig
 from lorakit.data.batching import Order
 from lorakit.data.examples import Examples
 from lorakit.files.local import as_path

@@ -103,6 +103,18 @@ def test_what_a_run_cannot_be(options, message):
             "way round",
         ),
         (
+            {"loss_type": "dft", "label_smoothing_factor": 0.1},
+            "label_smoothing_factor does not go with loss_type dft, which has none",
+        ),
+        (
+            {"loss_type": "dft", "z_loss": 0.1},
+            "z_loss goes with loss_type nll only; dft has none",
+        ),
+        (
+            {"loss_type": "hinge"},
+            "loss_type hinge does not go with objective sft; it has nll, dft",
+        ),
+        (
             {"objective": "cpo", "loss_type": "apo_zero"},
             "loss_type apo_zero does not go with objective cpo; it has sigmoid, hinge, ipo",
         ),

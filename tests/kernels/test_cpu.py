@@ -406,15 +406,14 @@ def test_activations_of_extreme_values(hidden_act):
 # ---- cross_entropy ------------------------------------------------------------------------------
 
 
-def exact_loss(z, labels, softcap=None, label_smoothing=0.0, z_loss=0.0):
+def exact_loss(z, labels, softcap=None, label_smoothing=0.0, z_loss=0.0, dft=False):
     """Written out, in fp64."""
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     kept = labels != -100
     z, lse = z[kept], z[kept].logsumexp(-1)
     chosen = z.gather(-1, labels[kept][:, None])[:, 0]
-    return (
-        lse - (1 - label_smoothing) * chosen - label_smoothing * z.mean(-1) + z_loss * lse**2
-    ).sum()
+    losses = lse - (1 - label_smoothing) * chosen - label_smoothing * z.mean(-1) + z_loss * lse**2
+    return ((chosen - lse).exp().detach() * losses if dft else losses).sum()
 
 
 forms = st.fixed_dictionaries(
@@ -422,6 +421,7 @@ forms = st.fixed_dictionaries(
         "softcap": st.none() | st.floats(0.5, 30),
         "label_smoothing": st.sampled_from([0.0, 0.1, 1.0]),
         "z_loss": st.sampled_from([0.0, 1e-2]),
+        "dft": st.booleans(),
     }
 )
 

@@ -55,7 +55,7 @@ MASK = torch.ones(5, 5, dtype=torch.bool).tril()
 LABELS = torch.tensor([[1, -100, 3], [4, 0, -100]])
 ROWS = torch.tensor([[1, 5], [0, 1]])
 LABEL_ROWS, DENSE_HEAD = torch.tensor([4, 0, 2]), values(11, 64)
-LOSS = {"softcap": 30.0, "label_smoothing": 0.1, "z_loss": 1e-3}
+LOSS = {"softcap": 30.0, "label_smoothing": 0.1, "z_loss": 1e-3, "dft": True}
 X, HEADS = (2, 3, 64), [(2, 5, 4, 8), (2, 5, 2, 8), (2, 5, 2, 8)]
 ONE_ROW = [(1, *shape[1:]) for shape in HEADS]
 DELTA = [(2, 5, 1, 8), (2, 5, 1, 8), (2, 5, 2, 4), (2, 5, 2), (2, 5, 2)]

@@ -411,21 +411,25 @@ def some_labels(rows, vocabulary, seed):
     return labels.masked_fill(torch.rand(rows, generator=generator) < 0.3, -100).to(DEVICE)
 
 
-def exact_loss(logits, labels, softcap, label_smoothing, z_loss):
-    """The definition: sum of lse - (1 - e) z_y - e mean(z) + a lse^2 over the labels that count."""
+def exact_loss(logits, labels, softcap, label_smoothing, z_loss, dft=False):
+    """The definition: sum of lse - (1 - e) z_y - e mean(z) + a lse^2 over the labels that count.
+
+    With dft each is weighed by exp(z_y - lse), a constant.
+    """
     z = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     z, y = z[labels != -100], labels[labels != -100]
     lse, e = z.logsumexp(-1), label_smoothing
-    loss = lse - (1 - e) * z.gather(-1, y[:, None])[:, 0] - e * z.mean(-1) + z_loss * lse**2
-    return loss.sum()
+    chosen = z.gather(-1, y[:, None])[:, 0]
+    loss = lse - (1 - e) * chosen - e * z.mean(-1) + z_loss * lse**2
+    return ((chosen - lse).exp().detach() * loss if dft else loss).sum()
 
 
 @settings(max_examples=25)
 @given(
     st.integers(1, 5), st.integers(2, 9000), st.booleans(), st.sampled_from([None, 4.0, 30.0]),
-    st.sampled_from([0.0, 0.1]), st.sampled_from([0.0, 1e-3]), dtypes, seeds,
+    st.sampled_from([0.0, 0.1]), st.sampled_from([0.0, 1e-3]), st.booleans(), dtypes, seeds,
 )  # fmt: skip
-def test_cross_entropy(rows, vocabulary, padded, cap, smoothing, z_loss, dtype, seed):
+def test_cross_entropy(rows, vocabulary, padded, cap, smoothing, z_loss, dft, dtype, seed):
     labels = some_labels(rows, vocabulary, seed)
     buffer = torch.full((rows, -(-vocabulary // 16) * 16), math.nan, dtype=dtype, device=DEVICE)
     logits = random(seed, rows, vocabulary, scale=4).to(dtype)
@@ -436,7 +440,7 @@ def test_cross_entropy(rows, vocabulary, padded, cap, smoothing, z_loss, dtype, 
             logits = view.copy_(logits)
         return kernels.cross_entropy(logits, labels, **options)[0]
 
-    options = {"softcap": cap, "label_smoothing": smoothing, "z_loss": z_loss}
+    options = {"softcap": cap, "label_smoothing": smoothing, "z_loss": z_loss, "dft": dft}
     exactly = partial(exact_loss, labels=labels, **options)
 
     within_budget(f, exactly, (logits,), terms=rows * 32)
@@ -469,10 +473,10 @@ def test_cross_entropy_writes_its_gradient_and_nothing_else():
 @given(
     st.integers(1, 9), st.integers(2, 400), st.sampled_from([None, 5.0]), st.booleans(),
     st.booleans(), st.booleans(), st.sampled_from([0.0, 0.1]), st.sampled_from([0.0, 1e-3]),
-    dtypes, seeds,
+    st.booleans(), dtypes, seeds,
 )  # fmt: skip
 def test_linear_cross_entropy(
-    rows, vocabulary, cap, packed, adapted, chosen, smoothing, z_loss, dtype, seed
+    rows, vocabulary, cap, packed, adapted, chosen, smoothing, z_loss, dft, dtype, seed
 ):
     labels = some_labels(rows, vocabulary, seed)
     hidden, head = random(seed, rows, 64).to(dtype), random(seed + 1, vocabulary, 64).to(dtype)
@@ -495,14 +499,14 @@ def test_linear_cross_entropy(
         return kernels.linear_cross_entropy(
             hidden, q if packed else weight, labels.flip(0) if chosen else labels, rows=order,
             lora=lora, softcap=cap,
-            label_smoothing=smoothing, z_loss=z_loss,
+            label_smoothing=smoothing, z_loss=z_loss, dft=dft,
         )[0]  # fmt: skip
 
     def exactly(*inputs):
         hidden, weight, lora = taken(inputs)
         weight = head.double() if packed else weight
         z = hidden @ (weight if lora is None else weight + 0.5 * lora[1] @ lora[0]).t()
-        return exact_loss(z, labels, cap, smoothing, z_loss)
+        return exact_loss(z, labels, cap, smoothing, z_loss, dft)
 
     # the logits are rounded to the dtype, as a model's are: rows of |z| up to 40, and their slopes
     terms = rows * 40 * torch.finfo(dtype).eps * 2**21 * max(t.float().abs().max() for t in inputs)

@@ -164,7 +164,11 @@ CASES = {
     "packed": {},
     "dropout": {"lora": {"lora_dropout": 0.3}},
     "dropout, checkpointing": {"lora": {"lora_dropout": 0.3}, "checkpointing": True},
-    "accumulation": {"gradient_accumulation_steps": 2, "lora": {"lora_dropout": 0.3}},
+    "accumulation, DFT": {
+        "gradient_accumulation_steps": 2,
+        "lora": {"lora_dropout": 0.3},
+        "loss_type": "dft",
+    },
     "DoRA, 8-bit state, smoothing": {
         "lora": {"use_dora": True},
         "bits": 8,
@@ -236,7 +240,7 @@ class OneRank:
 
 def test_replayed_as_one_of_several_ranks():
     """The graph ends with the gradients of a micro-batch, and the rest follows op by op."""
-    recorder, options = Replays(), {**CASES["accumulation"], "steps": 3, "layers": 1}
+    recorder, options = Replays(), {**CASES["accumulation, DFT"], "steps": 3, "layers": 1}
     with kernels.use_backend("reference"):
         ours, theirs = new_run(recorder, **options), new_run(Never(), **options)
         ours.step.sums = OrderedSum(OneRank(), ours.params, False, ours.params[0].device)

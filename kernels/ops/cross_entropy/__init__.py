@@ -11,6 +11,11 @@ A soft cap c (Gemma 2) replaces z by c tanh(z / c), of slope 1 - tanh^2(z / c). 
     loss = logsumexp(z) - (1 - e) z_y - e mean(z) + a logsumexp(z)^2
     d loss / d z = softmax(z) (1 + 2 a logsumexp(z)) - (1 - e) onehot(y) - e / V
 
+Dynamic fine-tuning (DFT, arXiv:2508.05629) weighs the loss of a token by the probability of its
+label, which counts as a constant:
+
+    loss = p loss,   d loss / d z = p d loss / d z       p = exp(z_y - logsumexp(z))
+
 Both functions return the sum and the number of labels that were not `ignore_index`, so that a
 caller can add up micro-batches of different length and divide once: a mean of means gives short
 batches too much weight.
@@ -48,6 +53,7 @@ def cross_entropy(
     softcap: float | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    dft: bool = False,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor]:
     """Compute the cross-entropy of next-token logits, summed over the labels that count.
@@ -62,6 +68,7 @@ def cross_entropy(
         label_smoothing: e, the share of the probability that is spread over all V words
             (arXiv:1512.00567).
         z_loss: a, the weight of logsumexp(z)^2 in the loss (arXiv:2204.02311, section 5).
+        dft: whether the loss of a label is weighed by its probability p (arXiv:2508.05629).
         ignore_index: the label that does not count.
 
     Returns:
@@ -71,7 +78,7 @@ def cross_entropy(
         IndexError: on a CPU, a label is outside of the vocabulary. On a GPU, where nothing waits
             for the device, the loss is NaN instead.
     """
-    form = Form(softcap, label_smoothing, z_loss)
+    form = Form(softcap, label_smoothing, z_loss, dft)
     if dispatch.traces():
         return dispatch.traced().cross_entropy(logits, labels, form, ignore_index)
     backend = backend_for(logits) if labels.shape == logits.shape[:-1] else reference
@@ -156,6 +163,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    dft: bool = False,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor]:
     """Compute the cross-entropy of the logits hidden weight^T, which never exist all at once.
@@ -174,6 +182,7 @@ def linear_cross_entropy(
         softcap: as in `cross_entropy`.
         label_smoothing: as in `cross_entropy`.
         z_loss: as in `cross_entropy`.
+        dft: as in `cross_entropy`.
         ignore_index: the label that does not count.
 
     Returns:
@@ -184,7 +193,7 @@ def linear_cross_entropy(
         IndexError: as in `cross_entropy`.
         ValueError: the head is without its mean row, and there is a soft cap or a z-loss.
     """
-    form = Form(softcap, label_smoothing, z_loss)
+    form = Form(softcap, label_smoothing, z_loss, dft)
     if dispatch.traces():
         given = hidden, weight, labels, rows, lora, form, ignore_index
         return dispatch.traced().linear_cross_entropy(*given)

@@ -10,6 +10,8 @@
 //
 // A soft cap grows with its argument: the largest value is capped, not the largest of the capped values found.
 //
+// The weight of dynamic fine-tuning, the label's probability, scales loss and gradient of the row.
+//
 // A row is one thread's, and its pieces depend on V alone: the threads change no bit.
 #define LORAKIT_ANY_LANES
 #include "simd.h"
@@ -29,7 +31,7 @@ struct LogitRows {
     float *loss, *lse;      // [N]; loss null: lse is read
     T* gradient;            // [N, V] or null; may be the logits
     const float* scale;     // of the gradient
-    int64_t stride, gradient_stride, N, V, ignored;
+    int64_t stride, gradient_stride, N, V, ignored, dft;
     float cap, smoothing, z_loss;  // no cap: 0
 };
 
@@ -70,9 +72,11 @@ void forward_row(const LogitRows<T>& a, int64_t row) {
     float chosen;
     store(capped<CAPPED>(load(x + a.labels[row], First{1}), a.cap, inverse), &chosen, First{1});
     const double lse = M / static_cast<double>(LOG2E) + log(exponentials);
+    const double weight = a.dft ? exp(chosen - lse) : 1;
     a.lse[row] = static_cast<float>(lse);
-    a.loss[row] = static_cast<float>(lse - (1 - static_cast<double>(a.smoothing)) * chosen -
-                                     a.smoothing * values / static_cast<double>(a.V) + a.z_loss * lse * lse);
+    a.loss[row] =
+        static_cast<float>(weight * (lse - (1 - static_cast<double>(a.smoothing)) * chosen -
+                                     a.smoothing * values / static_cast<double>(a.V) + a.z_loss * lse * lse));
 }
 
 // a' (e^(z - lse) factor - spread), the label's share aside
@@ -80,7 +84,12 @@ template <bool CAPPED, class T>
 void backward_row(const LogitRows<T>& a, int64_t row) {
     const T* x = a.logits + row * a.stride;
     T* out = a.gradient + row * a.gradient_stride;
-    const float inverse = 1 / a.cap, scale = *a.scale, at = a.lse[row];
+    const int64_t label = a.labels[row];
+    const Vec chosen = load(x + label, First{1});  // before it is overwritten
+    const float inverse = 1 / a.cap, at = a.lse[row];
+    float likely;
+    store(capped<CAPPED>(chosen, a.cap, inverse), &likely, First{1});
+    const float scale = a.dft ? *a.scale * expf(likely - at) : *a.scale;
     const float M = at * LOG2E;
     const double rounding = M - at * static_cast<double>(LOG2E);
     const Vec log2e = fill(LOG2E), below = fill(-M);
@@ -93,8 +102,6 @@ void backward_row(const LogitRows<T>& a, int64_t row) {
         const Vec part = z * fill(inverse);
         return g * (fill(1) - part * part);
     };
-    const int64_t label = a.labels[row];
-    const Vec chosen = load(x + label, First{1});  // before it is overwritten
     vectors(a.V, [&](int64_t i, auto part) { store(gradient(load(x + i, part), fill(0)), out + i, part); });
     store(gradient(chosen, fill(scale * (1 - a.smoothing))), out + label, First{1});
 }

@@ -17,7 +17,7 @@ class LogitRows(ctypes.Structure):
 
     _fields_ = (
         *((name, POINTER) for name in ("logits", "labels", "loss", "lse", "gradient", "scale")),
-        *((name, INT64) for name in ("stride", "gradient_stride", "N", "V", "ignored")),
+        *((name, INT64) for name in ("stride", "gradient_stride", "N", "V", "ignored", "dft")),
         *((name, FLOAT) for name in ("cap", "smoothing", "z_loss")),
     )
 
@@ -33,7 +33,7 @@ def _run(
 ) -> None:  # fmt: skip
     pointers = [address(t) for t in (logits, labels, loss, lse, gradient, scale)]
     strides = logits.stride(0), 0 if gradient is None else gradient.stride(0)
-    options = form.softcap or 0.0, form.label_smoothing, form.z_loss
+    options = form.dft, form.softcap or 0.0, form.label_smoothing, form.z_loss
     arguments = LogitRows(*pointers, *strides, *logits.shape, ignore_index, *options)
     run("cross_entropy", logits.dtype, arguments)
 

@@ -32,6 +32,7 @@ class Form(NamedTuple):
     softcap: float | None = None
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    dft: bool = False
 
 
 def chunk_rows(rows: int, vocabulary: int, hidden: Tensor) -> int:

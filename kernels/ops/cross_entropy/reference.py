@@ -16,17 +16,20 @@ def cross_entropy(
     flat, labels = logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1)
     if form.softcap is not None:
         flat = form.softcap * torch.tanh(flat / form.softcap)
-    total = F.cross_entropy(
+    counted = labels != ignore_index
+    losses = F.cross_entropy(
         flat,
         labels,
         ignore_index=ignore_index,
-        reduction="sum",
+        reduction="none",
         label_smoothing=form.label_smoothing,
     )
-    counted = labels != ignore_index
     if form.z_loss:
-        total = total + form.z_loss * flat[counted].logsumexp(-1).square().sum()
-    return total, counted.sum()
+        losses = losses + form.z_loss * flat.logsumexp(-1).square().masked_fill(~counted, 0)
+    if form.dft:
+        words = labels.masked_fill(~counted, 0)[:, None]
+        losses = losses * flat.detach().log_softmax(-1).gather(-1, words)[:, 0].exp()
+    return losses.sum(), counted.sum()
 
 
 def token_cross_entropy(logits: Tensor, labels: Tensor, form: Form) -> Tensor:
@@ -57,18 +60,22 @@ def loss_and_gradient(
     If their gradients are needed, these are written over the logits. A label `ignored` counts for
     nothing.
     """
-    (cap, smoothing, z_loss), slope = form, None
+    (cap, smoothing, z_loss, dft), slope = form, None
     out = labels[:, None] == ignored
     y = labels[:, None].masked_fill(out, 0)
     if cap is not None:
         logits = logits.div_(cap).tanh_().mul_(cap)
         slope = 1 - (logits / cap).square_() if need else None
-    lse = logits.logsumexp(-1, keepdim=True)
-    loss = (lse - (1 - smoothing) * logits.gather(-1, y)).masked_fill(out, 0).sum()
+    lse, chosen = logits.logsumexp(-1, keepdim=True), logits.gather(-1, y)
+    weight = (chosen - lse).exp_() if dft else None
+    losses = lse - (1 - smoothing) * chosen
     if smoothing:
-        loss -= smoothing * logits.mean(-1, keepdim=True).masked_fill(out, 0).sum()
+        losses -= smoothing * logits.mean(-1, keepdim=True)
     if z_loss:
-        loss += z_loss * lse.square().masked_fill(out, 0).sum()
+        losses += z_loss * lse.square()
+    if weight is not None:
+        losses *= weight
+    loss = losses.masked_fill_(out, 0).sum()
     if not need:
         return loss
     grad = logits.sub_(lse).exp_()  # softmax
@@ -79,6 +86,8 @@ def loss_and_gradient(
         grad -= smoothing / logits.shape[-1]
     if slope is not None:
         grad *= slope
+    if weight is not None:
+        grad *= weight
     grad.masked_fill_(out, 0)
     return loss
 

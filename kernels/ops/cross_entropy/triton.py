@@ -43,7 +43,7 @@ def _capped(x, cap: tl.constexpr):
 @triton.jit
 def _forward(
     LOGITS, LABELS, LOSS, LSE, stride, V, padded, ignore_index: tl.constexpr, cap: tl.constexpr,
-    smoothing: tl.constexpr, z_loss: tl.constexpr, BLOCK: tl.constexpr,
+    smoothing: tl.constexpr, z_loss: tl.constexpr, dft: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(LABELS + row)
@@ -74,6 +74,8 @@ def _forward(
         loss -= smoothing * (total / V)
     if z_loss != 0:
         loss += z_loss * lse * lse
+    if dft:
+        loss *= tl.exp2((chosen - lse) * LOG2E)
     tl.store(LSE + row, lse)
     tl.store(LOSS + row, loss)
 
@@ -81,8 +83,8 @@ def _forward(
 @triton.jit
 def _backward(
     LOGITS, LABELS, LSE, SCALE, GRAD, stride, grad_stride, V, padded, ignore_index: tl.constexpr,
-    cap: tl.constexpr, smoothing: tl.constexpr, z_loss: tl.constexpr, PADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    cap: tl.constexpr, smoothing: tl.constexpr, z_loss: tl.constexpr, dft: tl.constexpr,
+    PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -104,7 +106,7 @@ def _backward(
     if cap is not None:
         part = z * (1 / cap)
         grad = grad * (1 - part * part)
-    grad = grad * tl.load(SCALE)
+    grad = grad * tl.load(SCALE + row if dft else SCALE)
     if PADDED:
         grad = tl.where(columns < V, grad, 0.0)
     tl.store(target, grad.to(GRAD.dtype.element_ty), mask=inside)
@@ -181,6 +183,8 @@ def gradient(
     N, V = logits.shape
     out = _padded_rows(N, V, logits.dtype, logits.device) if out is None else out
     padded = _padded(logits, out)
+    if form.dft:
+        scale = scale * _probabilities(logits, labels, lse, form.softcap)
     if N:
         dispatch.launch(
             _backward, (N, -(-V // BLOCK)), logits, labels, lse, scale, out, logits.stride(0),
@@ -188,6 +192,18 @@ def gradient(
             num_warps=THREADS // dispatch.lanes(),
         )  # fmt: skip
     return out
+
+
+def _probabilities(logits: Tensor, labels: Tensor, lse: Tensor, cap: float | None) -> Tensor:
+    """Return the probabilities of the labels, fp32 [N]; of one that is ignored, any number.
+
+    They are taken before the gradient may be written over the logits.
+    """
+    words = labels.clamp(0, logits.shape[1] - 1)
+    chosen = logits.gather(1, words[:, None])[:, 0].float()
+    if cap is not None:
+        chosen = cap * torch.tanh(chosen / cap)
+    return (chosen - lse).exp()
 
 
 def logits(h: Tensor, head: Head) -> Tensor:

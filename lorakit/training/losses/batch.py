@@ -93,7 +93,12 @@ def summed_loss(
     smoothing = config.label_smoothing_factor
     if config.objective == "sft":
         return model.loss(
-            batch.ids, batch.labels, **batch.rows, label_smoothing=smoothing, z_loss=config.z_loss
+            batch.ids,
+            batch.labels,
+            **batch.rows,
+            label_smoothing=smoothing,
+            z_loss=config.z_loss,
+            dft=config.form == "dft",
         )
     if config.objective == "kto":
         losses, right = _judged_losses(model, batch, config, reference)

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from lorakit import kernels
 from lorakit.config.errors import LorakitError, nearest
-from lorakit.config.training import LOSS_TYPES, PAIRS, SMOOTHED, Objective
+from lorakit.config.objectives import LOSS_TYPES, PAIRS, SMOOTHED, Objective
 from lorakit.models.decoder import Decoder
 from lorakit.training.losses.reference import Reference, losses_of_reference
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import lorakit as lk
 from lorakit.adapters.layers.lora import lora_layers
-from lorakit.config.training import LOSS_TYPES
+from lorakit.config.objectives import LOSS_TYPES
 
 B, T, V = 3, 11, 17
 
