@@ -71,6 +71,8 @@ from lorakit.evaluation.completions import Completion as Completion
 from lorakit.evaluation.completions import complete_rows as complete_rows
 from lorakit.evaluation.completions import read_completions as read_completions
 from lorakit.evaluation.completions import write_completions as write_completions
+from lorakit.evaluation.encoder import TextEncoder as TextEncoder
+from lorakit.evaluation.encoder import load_encoder as load_encoder
 from lorakit.evaluation.evaluate import evaluate as evaluate
 from lorakit.evaluation.intervals import Comparison as Comparison
 from lorakit.evaluation.intervals import Interval as Interval

@@ -1,5 +1,6 @@
 """BERTScore: the formula is bert-score's own, over the same hidden states."""
 
+import sys
 from collections import defaultdict
 from math import log
 
@@ -88,3 +89,81 @@ def test_what_is_refused(model, tok, options, message):
     options = {"predictions": ["a"], "references": ["b"], **options}
     with pytest.raises(lk.LorakitError, match=message):
         lk.bert_score(model, tok, **options)
+
+
+# ---- encoders ----
+
+WORDS = ["the", "cat", "sat", "down", "one", "two", "a", "b", "x", "dogs", "ran", "away", "##s"]
+
+
+@pytest.fixture(scope="module", params=["bert", "roberta"])
+def encoder_dir(request, tmp_path_factory):
+    """A tiny random encoder, as its files lie on the Hub."""
+    transformers = pytest.importorskip("transformers")
+    path = tmp_path_factory.mktemp(request.param)
+    sizes = {
+        "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "intermediate_size": 48, "max_position_embeddings": 24,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    if request.param == "bert":
+        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+        (path / "vocab.txt").write_text("\n".join(special + WORDS) + "\n", encoding="utf-8")
+        tok = transformers.BertTokenizer(str(path / "vocab.txt"), model_max_length=16)
+        config = transformers.BertConfig(vocab_size=len(tok), **sizes)
+        model = transformers.BertModel(config)
+    else:
+        from tokenizers.pre_tokenizers import ByteLevel
+
+        special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+        vocab = {t: i for i, t in enumerate([*special, *sorted(ByteLevel.alphabet())])}
+        tok = transformers.RobertaTokenizer(vocab, [], model_max_length=16)
+        config = transformers.RobertaConfig(vocab_size=len(tok), pad_token_id=1, **sizes)
+        model = transformers.RobertaModel(config)
+    tok.save_pretrained(path)
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize(("layer", "idf"), [(2, False), (2, True), (3, False)])
+def test_numbers_of_an_encoder_are_those_of_bert_score(encoder_dir, layer, idf):
+    """Pair by pair, by its own tokens, states and weights, truncation included."""
+    utils = pytest.importorskip("bert_score.utils")
+    predictions = [" the cat sat ", "one two", "a", "", "two dogs ran away", "cat " * 30]
+    references = ["the cat sat down", "two one two", "b", "x", "dogs ran", "the cats ran"]
+    encoder = lk.load_encoder(encoder_dir)
+    options = {"layer": layer, "idf": idf, "batch_size": 4}
+    found = lk.bert_score(encoder, None, predictions, references, **options)
+    model = utils.get_model(str(encoder_dir), layer)
+    # what bert-score asks of RoBERTa's tokenizer in each call, and transformers 5 lost
+    tok = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(
+        encoder_dir, add_prefix_space=True
+    )
+    weights = defaultdict(lambda: 1.0)
+    if idf:
+        weights = utils.get_idf_dict(references, tok, nthreads=0)
+    weights[tok.cls_token_id] = weights[tok.sep_token_id] = 0
+    assert not found.f1[3]
+    for number in (0, 1, 2, 4, 5):
+        pair = [references[number]], [predictions[number]]
+        theirs = utils.bert_cos_score_idf(model, *pair, tok, weights, device="cpu")[0]
+        ours = [each[number].item() for each in found]
+        # the same model in batches of other widths: some units of fp32
+        assert ours == pytest.approx(theirs.tolist(), abs=1e-5)
+
+
+def test_an_encoder_that_cannot_be_read_is_told(encoder_dir, model, monkeypatch, tmp_path):
+    from lorakit.evaluation.encoder import is_encoder
+
+    assert is_encoder(encoder_dir)
+    assert not is_encoder(model.source.path)
+    with pytest.raises(lk.LorakitError, match="layer is 4; the model has layers 1 to 3"):
+        lk.bert_score(lk.load_encoder(encoder_dir), None, ["a"], ["b"], layer=4)
+    with pytest.raises(lk.LorakitError, match="tok is the tokenizer of the model"):
+        lk.bert_score(model, None, ["a"], ["b"])
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
+    with pytest.raises(lk.LorakitError, match="transformers cannot read this encoder"):
+        lk.load_encoder(tmp_path)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(lk.LorakitError, match=r"pip install 'lorakit\[eval\]'"):
+        lk.load_encoder(encoder_dir)
