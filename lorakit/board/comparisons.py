@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,19 +50,30 @@ def summaries(found: Mapping[str, Path]) -> list[dict[str, Any]]:
 
 def _summary(folder: Path, id_: str) -> dict[str, Any]:
     try:
-        values = read(folder)
-    except LorakitError:
+        found = (folder / COMPARISON).stat()
+        name, done = _said(folder, found.st_mtime_ns, found.st_size)
+    except (LorakitError, OSError):
         return {"id": id_, "name": folder.name, "state": "failed"}
-    found = values.get("runs")
-    runs = [run for run in found if isinstance(run, dict)] if isinstance(found, list) else []
-    done = all(run.get("state") in ("finished", "failed") for run in runs)
     going_on = is_locked(folder / LOCK)
-    name = values.get("name")
     return {
         "id": id_,
-        "name": name if isinstance(name, str) and name else folder.name,
+        "name": name or folder.name,
         "state": "running" if going_on else "finished" if done else "stopped",
     }
+
+
+@lru_cache(maxsize=1000)
+def _said(folder: Path, changed: int, size: int) -> tuple[str, bool]:
+    """Return the name of a comparison and whether all its runs have ended.
+
+    The page asks every two seconds. The file is read again when its time or its size has `changed`.
+    Raises LorakitError if it is damaged.
+    """
+    values = read(folder)
+    found, name = values.get("runs"), values.get("name")
+    runs = [run for run in found if isinstance(run, dict)] if isinstance(found, list) else []
+    done = all(run.get("state") in ("finished", "failed") for run in runs)
+    return name if isinstance(name, str) else "", done
 
 
 def ballot(folder: Path, first: str, second: str) -> "Ballot":

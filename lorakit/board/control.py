@@ -30,6 +30,7 @@ from lorakit.files.local import write_text
 from lorakit.files.yaml_text import parse_yaml
 
 FORECAST_SECONDS = 120
+FORECASTS = 100  # the latest that are kept
 _RESUMED = ".resumed.yaml"  # the run file that a run is resumed with
 _MODULE = (
     "import sys; sys.path[:] = filter(None, sys.path); "
@@ -248,7 +249,10 @@ class Control:
             reason = said[-1] if said else "the forecast was ended"
             reason = reason.removeprefix("lorakit: ").replace(str(path), "the run file")
             raise LorakitError(reason) from None
-        self.forecasts[text] = found
+        self.forecasts.pop(text, None)
+        self.forecasts[text] = found  # the last one of them
+        for old in list(self.forecasts)[:-FORECASTS]:
+            del self.forecasts[old]
         return found
 
 

@@ -6,6 +6,7 @@ import os
 import pytest
 
 import lorakit as lk
+from lorakit.board import comparisons
 from lorakit.training.state import only_run_in
 from tests.board.conftest import TOKEN
 
@@ -39,6 +40,17 @@ def test_the_list_and_the_results(sizes, get, refused):
     (sizes / "comparison.json").write_text("[" * 9999)
     assert get("comparisons") == [{"id": "sizes", "name": "sizes", "state": "failed"}]
     assert "is damaged" in refused("comparisons/sizes")[1]
+
+
+def test_a_list_reads_a_comparison_again_when_it_has_changed(sizes, get, monkeypatch):
+    """The page asks for the list every two seconds, and files may have megabytes."""
+    reads, real = [], comparisons.read
+    monkeypatch.setattr(comparisons, "read", lambda path: reads.append(path) or real(path))
+    assert get("comparisons") == get("comparisons")
+    assert reads == [sizes]
+    (sizes / "comparison.json").write_text(json.dumps({"name": "other", "runs": []}))
+    assert get("comparisons")[0]["name"] == "other"
+    assert reads == [sizes] * 2
 
 
 def test_comparisons_of_one_name_are_told_apart(sizes, folder, get):

@@ -253,6 +253,9 @@ def test_forecast(command, folder, get, post, refused, monkeypatch):
     (folder / "a" / "run.yaml").write_text(RUN_FILE)
     assert post("forecast", run_file=RUN_FILE) == {"fits": True}
     assert get("runs/a/memory")["forecast"] == {"fits": True}
+    monkeypatch.setattr(module, "FORECASTS", 1)  # the last one is kept
+    assert post("forecast", run_file="model: m") == {"fits": True}
+    assert get("runs/a/memory")["forecast"] is None
     command("import sys; sys.exit(f'lorakit: {sys.argv[2]}, lora: no')")
     assert refused("forecast", run_file="x") == (409, "the run file, lora: no.")
     command(WAITS)

@@ -184,6 +184,28 @@ def test_a_hundred_runs_load_at_once(browser, serve, tmp_path, steps):
     assert max(curves) < 1_000_000  # of 20 MB, if the runs are long
 
 
+def test_a_damaged_comparison_says_so_and_the_others_can_be_reached(browser, board, root):
+    """It is the first of the list here, which the page shows if it is asked for none."""
+    bad = root / "a damaged one"
+    bad.mkdir()
+    (bad / "comparison.json").write_text('{"runs": [')
+    try:
+        told = browser.run(
+            """
+            await page.goto(`${arg.url}#/comparisons`);
+            await page.waitForSelector("p.failure");
+            const said = await page.textContent("p.failure");
+            await page.click('nav.tabs a:has-text("sizes")');
+            await page.waitForSelector("article.task");
+            return said;""",
+            url=board,
+        )
+    finally:
+        (bad / "comparison.json").unlink()
+        bad.rmdir()
+    assert "is damaged" in told
+
+
 def test_votes_by_keys(browser, board, root):
     """Two pairs of answers, judged by the keys 1 and 0; whose they are stays unsaid."""
     told = browser.run(

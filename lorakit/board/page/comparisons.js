@@ -15,7 +15,7 @@ export class Comparisons {
   async update() {
     const list = await this.board.source.get("api/comparisons");
     const found = list.find((each) => each.id === this.id) ?? list[0];
-    const value = found && (await this.board.source.get(`api/comparisons/${encodeURIComponent(found.id)}`));
+    const value = found && (await this.read(found.id));
     const key = JSON.stringify([list, value]);
     if (key === this.key) return;
     this.key = key;
@@ -39,7 +39,8 @@ export class Comparisons {
     this.element.replaceChildren(
       list.length > 1 ? h("nav", { class: "tabs", "aria-label": "Comparisons" }, links) : "",
       h("h1", {}, value.name ?? found.name),
-      this.board.source.live
+      value.failure ? h("p", { class: "failure" }, value.failure) : "",
+      this.board.source.live && !value.failure
         ? h(
             "p",
             {},
@@ -51,6 +52,15 @@ export class Comparisons {
       ...(value.tasks ?? []).map(task),
       ...(value.notes ?? []).map((note) => h("p", { class: "quiet" }, note)),
     );
+  }
+
+  /** Return the values of a comparison; of one that is damaged, only the reason. */
+  async read(id) {
+    try {
+      return await this.board.source.get(`api/comparisons/${encodeURIComponent(id)}`);
+    } catch (error) {
+      return { failure: error.message };
+    }
   }
 }
 
