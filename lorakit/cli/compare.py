@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import lorakit as lk
-from lorakit.cli.arguments import Verbs, take_overrides
+from lorakit.cli.arguments import Verbs, count, take_overrides
 from lorakit.cli.run_file import read_run_file
 
 _KEYS: dict[str, Literal["left", "right", "tie"]] = {"1": "left", "2": "right", "0": "tie"}
@@ -18,7 +18,7 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
         "compare",
         parents=[common],
         help="fine-tune models on tasks with everything else equal, and say how they differ",
-        description="Make the runs of a comparison file, one after the other: models x tasks x "
+        description="Make the runs of a comparison file: models x tasks x "
         "settings x seeds. The same command goes on where an earlier one ended. The output_dir of "
         "a comparison instead of the file prints what it shows; key=value replaces a value of the "
         "file. The exit code is 1 if a run failed.",
@@ -28,6 +28,13 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
     add("overrides", nargs="*", metavar="key=value", help="value to use instead of the file's")
     add("--dry-run", action="store_true", help="list the runs, with a forecast of their memory")
     add("--only", metavar="TEXT", help="make the runs with this text in their id, such as a task")
+    add(
+        "--jobs",
+        type=count,
+        default=1,
+        metavar="N",
+        help="make N runs at once, each a process of its own (default: one after the other)",
+    )
     add(
         "--vote",
         nargs=2,
@@ -51,7 +58,7 @@ def compare(args: argparse.Namespace) -> int:
     config = lk.ComparisonConfig.from_dict(values, str(args.what))
     if args.dry_run:
         return _list(lk.plan_comparison(config, only=args.only))
-    result = lk.compare_models(config, only=args.only)
+    result = lk.compare_models(config, only=args.only, at_once=args.jobs)
     print(_printable(str(result)))
     print(f"comparison.json, comparison.md and the runs in {result.folder}")
     if result.interrupted:

@@ -1,4 +1,4 @@
-"""`compare_models`: make the runs of a grid one after the other, and say what they show.
+"""`compare_models`: make the runs of a grid, and say what they show.
 
     output_dir/
         runs/ID/                a run folder, as `lorakit train` leaves it, and compared.json
@@ -19,17 +19,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from lorakit.comparison.at_once import make_at_once
 from lorakit.comparison.exported import known_exports, measure_exports
 from lorakit.comparison.grid import GridRun, grid_of
 from lorakit.comparison.record import fingerprint, read_record, write_record
 from lorakit.comparison.results import Results
 from lorakit.comparison.rows import TaskRows, open_task, write_task
 from lorakit.comparison.table import as_markdown, as_text
-from lorakit.comparison.work import Job, do
+from lorakit.comparison.work import Job, attempt
 from lorakit.config.comparison import BERT_SCORE, ComparisonConfig
-from lorakit.config.errors import LorakitError, nearest, one_of
+from lorakit.config.errors import LorakitError, check, nearest, one_of
 from lorakit.data.encode import Encoder
 from lorakit.data.schemas import Row
 from lorakit.evaluation.metrics import check_usable
@@ -80,7 +79,10 @@ class ComparedRun:
 
 
 def compare_models(
-    config: ComparisonConfig | Mapping[str, Any] | str | Path, *, only: str | None = None
+    config: ComparisonConfig | Mapping[str, Any] | str | Path,
+    *,
+    only: str | None = None,
+    at_once: int = 1,
 ) -> ComparisonResult:
     """Fine-tune models on tasks with everything else equal, and say how they differ.
 
@@ -91,18 +93,22 @@ def compare_models(
         config: The settings of the comparison, the mapping of its file, or the file's path.
         only: A part of the ids of the runs to make, such as the name of a task. Others are shown if
             they are finished.
+        at_once: How many runs are made at once. With more than 1 each is a process of its own, on
+            the next GPU in turn or with its share of the cores, and prints to output.log in its
+            folder. All of them must fit the memory together.
 
     Returns:
         The scores of all finished runs with their intervals, paired tests and a recommendation.
 
     Raises:
-        LorakitError: The settings, a model's tokenizer or the rows of a task cannot be used, a
-            finished run was made with other settings, or another process works in output_dir. A run
-            that fails by itself is noted, and the others go on.
+        LorakitError: at_once is below 1, the settings, a model's tokenizer or the rows of a task
+            cannot be used, a finished run was made with other settings, or another process works
+            in output_dir. A run that fails by itself is noted, and the others go on.
     """
+    check(at_once >= 1, f"compare: at_once is {at_once}, and at least 1 run is made at once")
     config = _settings(config)
     folder = as_path(config.output_dir)
-    jobs, notes = _jobs(config)
+    jobs, notes = jobs_of(config)
     chosen = _chosen(jobs, only)
     folder.mkdir(parents=True, exist_ok=True)
     with only_run_in(folder):
@@ -111,7 +117,10 @@ def compare_models(
         results = Results(config, jobs, notes, _created(folder))
         results.exports = known_exports(config)
         work = _Work(folder, jobs, results)
-        interrupted = work.through(chosen)
+        if at_once == 1:
+            interrupted = work.through(chosen)
+        else:
+            interrupted = make_at_once(chosen, at_once, work.note)
         if config.exports and not interrupted:
             results.exports = measure_exports(jobs, say)
         return ComparisonResult(folder, work.write(), interrupted)
@@ -133,7 +142,7 @@ def plan_comparison(
         LorakitError: As `compare_models`.
     """
     config = _settings(config)
-    jobs, _ = _jobs(config)
+    jobs, _ = jobs_of(config)
     encoders: dict[str, Encoder] = {}
     lengths: dict[tuple[str, str], list[int]] = {}
     planned = []
@@ -205,7 +214,7 @@ def _created(folder: Path) -> str:
 # ---- what is to be done ----
 
 
-def _jobs(config: ComparisonConfig) -> tuple[list[Job], list[str]]:
+def jobs_of(config: ComparisonConfig) -> tuple[list[Job], list[str]]:
     """Return the runs with what is known of them, and notes on how models see the rows."""
     rows = {name: open_task(config, name) for name in config.tasks}
     runs, notes = _in_one_order(grid_of(config), rows)
@@ -309,34 +318,29 @@ def _encoder(run: GridRun, tok: Tokenizer) -> Encoder:
 
 
 class _Work:
-    """The runs of a comparison, made one after the other."""
+    """The runs of a comparison, and the files that say what they show."""
 
     def __init__(self, folder: Path, jobs: Sequence[Job], results: Results):
         self.folder, self.jobs, self.results = folder, jobs, results
 
     def through(self, chosen: Sequence[Job]) -> bool:
-        """Make the chosen runs that are not finished. Return whether a signal has ended that."""
+        """Make the chosen runs that are not finished, one after the other.
+
+        Return whether a signal has ended that.
+        """
         for number, job in enumerate(chosen, 1):
             if job.record.state == "finished":
                 continue
-            self._note(job, "running")
+            self.note(job, "running", None)
             say(f"run {number} of {len(chosen)}: {job.run.id}")
-            try:
-                ended = do(job, say)
-            except KeyboardInterrupt:
-                self._note(job, "stopped")
-                return True
-            except (LorakitError, OSError, torch.OutOfMemoryError) as error:
-                reason = " ".join(str(error).split()) or type(error).__name__
-                say(f"{job.run.id} failed: {reason}")
-                self._note(job, "failed", reason)
-                continue
-            self._note(job, "finished" if ended else "stopped")
-            if not ended:
+            state, error = attempt(job, say)
+            self.note(job, state, error)
+            if state == "stopped":
                 return True
         return False
 
-    def _note(self, job: Job, state: str, error: str | None = None) -> None:
+    def note(self, job: Job, state: str, error: str | None) -> None:
+        """Write down the state of a run, and why it failed."""
         job.record.state, job.record.error = state, error
         write_record(job.run, job.record)
         self.write()

@@ -38,7 +38,7 @@ def measure_exports(
     """Measure size and speed of each model by quantization, and return what `known_exports` does.
 
     A model is left out until one of its runs is finished. One that cannot be exported has an
-    "error".
+    "error", and is tried again by the next call.
     """
     config, folder = jobs[0].config, jobs[0].folder
     path = folder / FILE
@@ -49,7 +49,7 @@ def measure_exports(
         trained = [job for job in finished if job.run.is_trained] or finished
         for name in config.exports if trained else []:
             key = f"{fingerprint(place)} {name}"
-            if key not in known:
+            if key not in known or "error" in known[key]:
                 say(f"exporting {model} as {name}")
                 known[key] = _measured(trained[0], name, folder)
                 write_json(path, known)

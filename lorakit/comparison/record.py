@@ -87,6 +87,12 @@ def write_record(run: GridRun, record: Record) -> None:
     write_json(run.folder / FILE, asdict(record))
 
 
+def read_again(run: GridRun, record: Record) -> None:
+    """Bring a record up to date with its file, which another process has written."""
+    for name, value in read_json(run.folder / FILE).items():
+        setattr(record, name, value)
+
+
 def fingerprint(model: str) -> str:
     """Return a text that changes with the files of a model; the id of one that is on the Hub."""
     path = as_path(model)

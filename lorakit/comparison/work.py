@@ -26,12 +26,14 @@ from lorakit.comparison.record import (
 )
 from lorakit.comparison.rows import TaskRows
 from lorakit.config.comparison import BERT_SCORE, ComparisonConfig
+from lorakit.config.errors import LorakitError
 from lorakit.data.batching import collate, real_tokens
 from lorakit.data.examples import Examples, encode_rows
 from lorakit.data.schemas import Choice, Row, Text
 from lorakit.data.sources import open_data
 from lorakit.evaluation.bertscore import bert_score
 from lorakit.evaluation.completions import complete_rows, write_completions
+from lorakit.evaluation.encoder import TextEncoder, is_encoder, load_encoder
 from lorakit.evaluation.score import asked, check_rows
 from lorakit.files.local import as_path, write_text
 from lorakit.models.decoder import Decoder
@@ -88,6 +90,18 @@ class Job(NamedTuple):
 def encoder_of(config: ComparisonConfig) -> str:
     """Return the model that BERTScore compares with."""
     return config.encoder or next(iter(config.models.values()))
+
+
+def attempt(job: Job, say: Callable[[str], None]) -> tuple[str, str | None]:
+    """Make a run. Return its state, finished, failed or stopped, and why it failed."""
+    try:
+        return ("finished" if do(job, say) else "stopped"), None
+    except KeyboardInterrupt:
+        return "stopped", None
+    except (LorakitError, OSError, torch.OutOfMemoryError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        say(f"{job.run.id} failed: {reason}")
+        return "failed", reason
 
 
 def do(job: Job, say: Callable[[str], None]) -> bool:
@@ -242,7 +256,11 @@ def _compare_states(job: Job) -> None:
     """Note BERTScore F1 of each test row, over the hidden states of the comparison's encoder."""
     encoder = encoder_of(job.config)
     texts = read_predictions(predictions_file(job.folder, job.run.id))
-    model, tok = load_model(encoder, dtype=job.run.config.dtype), load_tokenizer(encoder)
+    given: tuple[Decoder | TextEncoder, Tokenizer | None]
+    if is_encoder(encoder):
+        given = load_encoder(encoder), None
+    else:
+        given = load_model(encoder, dtype=job.run.config.dtype), load_tokenizer(encoder)
     references = [text.reference for text in texts]
-    scores = bert_score(model, tok, [text.prediction for text in texts], references)
+    scores = bert_score(*given, [text.prediction for text in texts], references)
     job.record.similarity[job.encoder()] = scores.f1.tolist()

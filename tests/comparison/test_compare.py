@@ -325,6 +325,9 @@ def test_scores_of_meaning_and_of_files(grid, tmp_path, monkeypatch):
     monkeypatch.setattr(runtime, "find_spec", lambda name: None)
     grid |= {"models": {"bytes": grid["models"]["bytes"]}, "baseline": False, "exports": ["q8_0"]}
     grid["tasks"]["parity"] |= {"metrics": ["bert_score", "accuracy"]}
+    before = {f"{fingerprint(grid['models']['bytes'])} q8_0": {"error": "the disk is full"}}
+    (tmp_path / "compared").mkdir()
+    (tmp_path / "compared" / "exports.json").write_text(json.dumps(before))
     result = lk.compare_models(grid)
     [row] = result.values["tasks"][0]["rows"]
     said = lk.read_completions(result.folder / "predictions" / f"{row['run ids'][0]}.jsonl")
