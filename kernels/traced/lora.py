@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..ops import lora_linear as op
+from ..ops.lora_linear import passes
 from ..ops.lora_linear.reference import stacked
 from ..ops.lora_linear.tensors import Dropout, Static
 from .library import Kept, apart, define, gradient, like
@@ -80,7 +81,9 @@ def _taken(given: Sequence[Tensor | None], need: Sequence[bool]) -> list[Tensor]
 def _layers(x: Tensor, *given: Any) -> list[Tensor]:
     layers = Layers(*given)
     (drop,) = layers.dropouts()
-    return apart(op.LoraLinears.forward(Kept(), x, None, 0, layers.static(), drop, *layers.every()))
+    return apart(
+        passes.LoraLinears.forward(Kept(), x, None, 0, layers.static(), drop, *layers.every())
+    )
 
 
 def _layers_backward(grads: list[Tensor], need: list[bool], x: Tensor, *given: Any) -> list[Tensor]:
@@ -89,7 +92,7 @@ def _layers_backward(grads: list[Tensor], need: list[bool], x: Tensor, *given: A
     ctx = Kept(make=None, groups=None, static=layers.static(), drop=drop)
     ctx.saved_tensors = x, *layers.every()
     ctx.needs_input_grad = needs[0], *(False,) * 4, *needs[1:]
-    dx, *others = op.LoraLinears.backward(ctx, *grads)
+    dx, *others = passes.LoraLinears.backward(ctx, *grads)
     return apart(_taken([dx, *others[4:]], needs))
 
 
@@ -114,7 +117,7 @@ def _mlp(x: Tensor, hidden_act: str, keep: bool, *given: Any) -> list[Tensor]:
     layers, ctx = Layers(*given), Kept()
     static, (inner, outer) = layers.static(), layers.dropouts()
     groups = static[:2], inner, static[2:], outer
-    y = op.LoraMLP.forward(ctx, x, hidden_act, keep, None, (0, 0), *groups, *layers.every())
+    y = passes.LoraMLP.forward(ctx, x, hidden_act, keep, None, (0, 0), *groups, *layers.every())
     if not keep:
         return apart([y])
     _, gate, up, *_ = ctx.saved_tensors
@@ -129,7 +132,7 @@ def _fake_mlp(x: Tensor, hidden_act: str, keep: bool, *given: Any) -> list[Tenso
     if not keep:
         return [y]
     static, none = layers.static(), Dropout(0.0, 0)
-    first, _ = op.mlp_groups(x, ((static[:2], none), (static[2:], none)), layers.every())
+    first, _ = passes.mlp_groups(x, ((static[:2], none), (static[2:], none)), layers.every())
     return [y, x.new_empty(2, x.shape[0], inner, dtype=first.dtype)]
 
 
@@ -143,7 +146,7 @@ def _mlp_backward(
     kept = (None, None) if pair is None else pair.unbind()
     ctx.saved_tensors = x, *kept, *layers.every()
     ctx.needs_input_grad = needs[0], *(False,) * 8, *needs[1:]
-    dx, *others = op.LoraMLP.backward(ctx, grad)
+    dx, *others = passes.LoraMLP.backward(ctx, grad)
     return apart(_taken([dx, *others[8:]], needs))
 
 

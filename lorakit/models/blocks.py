@@ -360,7 +360,7 @@ class Block(nn.Module):
     ) -> Tensor:
         """Return the output of the MLP, or of the experts in its place, for x [B, T, H]."""
         if self.moe_name is None:
-            return self.mlp(x, view.keeps, adapted, room, recipe)
+            return self.mlp(x, view.keeps, adapted, room, recipe, view.recomputed)
         return self.get_submodule(self.moe_name)(x, view.lengths is not None, view.keeps)
 
     def _scaled(self, added: Tensor) -> Tensor:

@@ -60,7 +60,13 @@ class MLP(nn.Module):
         return fused_weights(*[self.get_submodule(name) for name in self.names])
 
     def forward(
-        self, x: Tensor, keep: bool, adapted: Adapted, room: int = 0, recipe: Recipe | None = None
+        self,
+        x: Tensor,
+        keep: bool,
+        adapted: Adapted,
+        room: int = 0,
+        recipe: Recipe | None = None,
+        recomputed: bool = False,
     ) -> Tensor:
         """Return y [..., H].
 
@@ -71,6 +77,7 @@ class MLP(nn.Module):
             adapted: What the method of that name returned for this pass.
             room: Of `kernels.lora_room` for gate and up, which x was made with.
             recipe: Computes x again in backward; None: x is kept.
+            recomputed: Whether this runs again right before its backward.
         """
         if self.gate_up_proj is not None:
             gate_x, up_x = self.gate_up_proj(x).chunk(2, dim=-1)
@@ -87,6 +94,7 @@ class MLP(nn.Module):
             lora_down,
             self.hidden_act,
             keep=keep,
+            recomputed=recomputed,
             again=recipe,
             room=room,
         )

@@ -38,8 +38,8 @@ size H and intermediate size I that is 2 H bytes a token in bf16, for a third mo
 MLP; autograd keeps 2 H + 8 I and more (x, gate, a(gate), up, y).
 
 With `keep` gate and up are kept too, which saves a fifth of a step. The decoder asks for it where
-there is memory, and under gradient checkpointing: there a block is computed again right before its
-backward, what it keeps lives for that block only, and gate and up would be computed three times.
+there is memory. Under gradient checkpointing (`recomputed`) the second run of a block ends before
+its MLP, which passes.py explains, and long rows go through the MLP in tiles.
 
 How
 ---
@@ -51,22 +51,17 @@ any callable with its `stored` weight and `bias`. What it returns is written to;
 tensors are not.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import dispatch, pretend
-from ...autograd import once_differentiable, without_autocast
 from .. import swiglu
-from ..products import Sum, sums_of_products
-from ..swiglu.updates import Update, Updates, adds_updates
-from . import cpu, float8, reference
-from .tensors import TENSORS, Dropout, FrozenLinearMap, LoraTensors, Static
-
-Again = tuple[Callable[[Tensor], Tensor], Tensor] | None
+from . import reference
+from .passes import Again, LoraLinears, LoraMLP, TiledInput, TiledOutput
+from .tensors import Dropout, FrozenLinearMap, LoraTensors, Static
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,6 +186,7 @@ def lora_mlp(
     hidden_act: str,
     *,
     keep: bool = False,
+    recomputed: bool = False,
     again: Again = None,
     room: int = 0,
 ) -> Tensor:
@@ -205,6 +201,9 @@ def lora_mlp(
         down: the layer of the product, [N, I].
         hidden_act: the activation a: "silu", "gelu_pytorch_tanh" or "gelu".
         keep: whether gate(x) and up(x) are kept for backward too.
+        recomputed: whether this runs again right before backward, under gradient checkpointing.
+            Then the second run ends here, nothing but x is kept whatever `keep` says, and more than
+            TILE rows are computed in tiles. N = K.
         again: as in `lora_qkv`.
         room: as in `lora_qkv`, of gate and up.
 
@@ -221,7 +220,13 @@ def lora_mlp(
     inner, outer = _static(layers[:2]), _static(layers[2:])
     flat = x.reshape(-1, x.shape[-1])
     rooms = (room, lora_room(x, [down])) if room else (0, 0)
-    y = LoraMLP.apply(flat, hidden_act, keep, again, rooms, *inner, *outer, *tensors_of(layers))
+    tensors = tensors_of(layers)
+    if recomputed:
+        static = inner, outer
+        flat = TiledInput.apply(flat, hidden_act, again, rooms, static, *tensors)
+        y = TiledOutput.apply(flat, hidden_act, rooms, static, tensors)
+    else:
+        y = LoraMLP.apply(flat, hidden_act, keep, again, rooms, *inner, *outer, *tensors)
     return y.view(*x.shape[:-1], y.shape[1])
 
 
@@ -249,177 +254,3 @@ def tensors_of(layers: Sequence[LoraWeights]) -> list[Tensor | None]:
         bias = layer.base.bias if layer.bias is None else layer.bias
         found += [layer.lora_A, layer.lora_B, bias, layer.magnitude]
     return found
-
-
-def _group(
-    x: Tensor,
-    static: Static,
-    drop: Dropout,
-    tensors: Sequence[Any],
-    room: int = 0,
-    by_sums: bool = True,
-) -> cpu.Group | reference.Group:
-    """Return the layers for one pass on x [M, K] with room, or on gradients in its dtype."""
-    found = cpu.group(x, static, drop, tensors) if by_sums else None
-    if found is not None:
-        return found
-    dtype = dispatch.product_dtype(x)
-    kind = float8.Float8Group if float8.takes(static, dtype) else reference.Group
-    return kind(static, drop, tensors, dtype, room)
-
-
-def _keep(ctx, x: Tensor, again: Again, *tensors: Tensor | None) -> None:
-    """Keep tensors for backward, and x [M, K] itself, or what it is made of."""
-    ctx.make, source = (None, x) if again is None else again
-    ctx.save_for_backward(source, *tensors)
-
-
-def _keep_groups(ctx, x: Tensor, *groups: cpu.Group | reference.Group) -> None:
-    """Keep the layers for backward, without dense weights. The first ones read x.
-
-    Under autocast the gradients may have another dtype than x: then they are made again.
-    """
-    ctx.groups = None
-    if not pretend.autocasts(x.device):
-        ctx.groups = groups
-        for i, group in enumerate(groups):
-            group.rest(x_stays=i == 0 and ctx.make is None)
-
-
-def _kept(ctx) -> tuple[Any, ...]:
-    """Return x and the tensors that `_keep` has kept; they are Tensor | None."""
-    source, *tensors = ctx.saved_tensors
-    if ctx.make is not None:
-        with torch.no_grad():
-            made = ctx.make(source)
-        source = made.reshape(-1, made.shape[-1])
-    return source, *tensors
-
-
-def _cast(dx: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if dx is None else dx.to(dtype)
-
-
-class LoraLinears(torch.autograd.Function):
-    """Map x [M, K] to y [M, N] of each layer."""
-
-    @staticmethod
-    def forward(ctx, x, again, room, static, drop, *tensors):
-        _keep(ctx, x, again, *tensors)
-        ctx.static, ctx.drop = static, drop
-        group = _group(x, static, drop, tensors, room)
-        same = group.dtype == x.dtype
-        ys = group.forward(x.to(group.dtype), by_base=same)
-        _keep_groups(ctx, x, group)
-        return tuple(ys if same else (y.to(x.dtype) for y in ys))
-
-    @staticmethod
-    @once_differentiable
-    @without_autocast
-    def backward(ctx, *grads):
-        x, *tensors = _kept(ctx)
-        (group,) = ctx.groups or [_group(grads[0], ctx.static, ctx.drop, tensors)]
-        small: list[Sum] = []
-        later: list[Sum] = []
-        x_like = x.to(group.dtype)
-        group.take([dy.to(group.dtype) for dy in grads], small, x=x_like)
-        dx = group.grad_x(later) if ctx.needs_input_grad[0] else None
-        found = group.grad_tensors(x_like, ctx.needs_input_grad[5:], later)
-        sums_of_products(small, later)
-        group.end()
-        return _cast(dx, x.dtype), None, None, None, None, *found
-
-
-def mlp_groups(
-    x: Tensor,
-    static: tuple[tuple[Static, Dropout], tuple[Static, Dropout]],
-    tensors: Sequence[Any],
-    rooms: tuple[int, int] = (0, 0),
-) -> tuple[Any, Any]:
-    """Return the groups of gate and up, and of down, for one pass: both compute in one dtype."""
-    inner, outer = static
-    split = TENSORS * len(inner[0])
-
-    def made(by_sums: bool) -> tuple[Any, Any]:
-        first = _group(x, *inner, tensors[:split], rooms[0], by_sums)
-        return first, _group(x, *outer, tensors[split:], rooms[1], by_sums)
-
-    first, second = made(by_sums=True)
-    if first.dtype == second.dtype:
-        return first, second
-    return made(by_sums=False)  # torch multiplies one of them, as it has DoRA, and does so in fp32
-
-
-class LoraMLP(torch.autograd.Function):
-    """Map x [M, K] to y [M, N], through gate, up and down."""
-
-    @staticmethod
-    def forward(
-        ctx, x, hidden_act, keep, again, rooms, inner, inner_drop, outer, outer_drop, *tensors
-    ):
-        ctx.hidden_act, ctx.rooms = hidden_act, rooms
-        ctx.static = (inner, inner_drop), (outer, outer_drop)
-        first, second = mlp_groups(x, ctx.static, tensors, rooms)
-        if isinstance(first, float8.Float8Group):
-            first.leave_updates()
-        same = first.dtype == x.dtype
-        gate, up = first.forward(x.to(first.dtype), by_base=same)
-        _keep(ctx, x, again, *((gate, up) if keep else (None, None)), *tensors)
-        left = first.left(x) if isinstance(first, float8.Float8Group) else None
-        if rooms[0] or left:
-            hidden = swiglu.gated_beside(gate, up, hidden_act, rooms[1], left)
-        else:
-            hidden = swiglu.gated(gate, up, hidden_act)
-        (y,) = second.forward(hidden, by_base=same)
-        _keep_groups(ctx, x, first, second)
-        return y if same else y.to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    @without_autocast
-    def backward(ctx, grad):
-        x, gate, up, *tensors = _kept(ctx)
-        first, second = ctx.groups or mlp_groups(grad, ctx.static, tensors, ctx.rooms)
-        flat = x.to(first.dtype)
-        wide = None  # [d gate | d up | room]
-        if gate is None:
-            gate, up = into = first.forward(flat, by_base=False)
-            if ctx.rooms[0]:
-                wide = reference.widened(gate, 2 * gate.shape[1] + ctx.rooms[0])
-        elif ctx.rooms[0]:
-            M, inner = gate.shape
-            wide = torch.empty((M, 2 * inner + ctx.rooms[0]), dtype=gate.dtype, device=gate.device)
-            into = wide[:, :inner], wide[:, inner : 2 * inner]
-        else:  # another backward may ask for them
-            into = torch.empty((2, *gate.shape), dtype=gate.dtype, device=gate.device).unbind()
-        hidden, updates = LoraMLP._through(first, second, flat, gate, grad.to(second.dtype))
-        second.forget_weights()
-        # the hidden state goes over its gradient
-        swiglu.gated_backward_(hidden, gate, up, ctx.hidden_act, into, updates)
-        small: list[Sum] = []
-        later: list[Sum] = []
-        first.take(into, small, wide, flat)
-        dx = first.grad_x(later) if ctx.needs_input_grad[0] else None
-        need, split = ctx.needs_input_grad[9:], 2 * TENSORS
-        of_inner = first.grad_tensors(flat, need[:split], later)
-        of_outer = second.grad_tensors(hidden, need[split:], later)
-        sums_of_products(small, later)
-        first.end()
-        second.end()
-        return _cast(dx, x.dtype), *(None,) * 8, *of_inner, *of_outer
-
-    @staticmethod
-    def _through(first, second, x, gate, grad) -> tuple[Tensor, Updates | None]:
-        """Return the hidden state's gradient, and the updates that the activation is to add."""
-        small: list[Sum] = []
-        later: list[Sum] = []
-        second.take([grad], small)
-        left = first.left(x) if isinstance(first, float8.Float8Group) else None
-        apart = isinstance(second, reference.Group) and gate.dtype == second.dtype
-        apart = apart and not second.drop.rate and adds_updates(gate, second.ranks)
-        if apart:
-            of_grad = Update(second.dlow, second.A)
-            return second.grad_x(later, apart=True), (of_grad, *(left or (None, None)))
-        of_hidden = second.grad_x(later)
-        sums_of_products(small, later)
-        return of_hidden, None if left is None else (None, *left)

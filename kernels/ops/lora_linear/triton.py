@@ -368,7 +368,7 @@ def add_up(
 
 
 def of_gradients(
-    grads: Sequence[Tensor], sBs: Sequence[Tensor], low: Tensor, scalings: Sequence[float],
+    grads: list[Tensor], sBs: list[Tensor], low: Tensor, scalings: Sequence[float],
     dlow: Tensor, dtype: torch.dtype,
 ) -> list[Tensor]:  # fmt: skip
     """Write s dy B of each layer to dlow [M, R], and return its dB = s dy^T low, [N, r].

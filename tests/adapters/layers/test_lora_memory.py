@@ -42,9 +42,9 @@ def formula(tokens: int, checkpointing: bool) -> int:
     """docs/lora.md, in bytes, over what the model and the adapters' values take."""
     bf16, fp32 = 2, 4
     attention = bf16 * (2 * HEADS + 2 * KV_HEADS) * D + fp32 * HEADS
-    block = bf16 * (2 * H + 2 * I) + attention + 2 * fp32
-    kept = block + L * bf16 * H if checkpointing else L * block
-    kept += L * bf16 * 7 * R
+    block = bf16 * 2 * H + attention + 2 * fp32
+    plain = L * (block + bf16 * (2 * I + 7 * R))
+    kept = block + L * bf16 * (H + 4 * R) if checkpointing else plain
     kept += bf16 * 2 * H + 2 * fp32 * D
     if dispatch.product_dtype(torch.empty(0, dtype=torch.bfloat16)) == torch.float32:
         kept += 2 * fp32 * H - bf16 * H  # the head's copy and gradient
@@ -69,7 +69,7 @@ def test_a_step_stays_under_the_formula(model, tokens, checkpointing):
     model.zero_grad(set_to_none=True)
     model.gradient_checkpointing = False
     assert peak <= formula(tokens, checkpointing)
-    assert peak >= 0.74 * formula(tokens, checkpointing)  # the formula is not an empty promise
+    assert peak >= 0.7 * formula(tokens, checkpointing)  # the formula is not an empty promise
     adapters = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert left <= adapters + (1 << 20)  # the gradients
 
