@@ -3,7 +3,7 @@
 The decoder module computes a step of one new token per row as some 15 small ops a layer, and on a
 CPU calling them costs more than reading the weights. Where a model consists of plain linear layers,
 `kernels.decode_step` does the whole step in one compiled call, each row with the adapter that it
-wants. plan.py says which models and adapters that takes. Other rows, and more than 32, go through
+wants. plan.py says which models and adapters that takes. Other rows, and more than 64, go through
 the modules.
 
 The compiled step gives a row the same bits whoever is beside it, and also if its tokens come in
@@ -25,7 +25,7 @@ from lorakit.inference.plan import Plan, make_plan
 from lorakit.models.decoder import Decoder
 from lorakit.models.views import tables_of
 
-COMPILED_ROWS = 32
+COMPILED_ROWS = 64
 """Most rows that the compiled step takes: the most for which it was measured (docs/dev/LOG.md)."""
 _COMPILED_PART = 64
 """Most tokens of a prompt that one compiled call takes."""

@@ -37,12 +37,7 @@ import torch
 from torch import Tensor
 
 from lorakit.adapters.layers.wrapper import Attached
-from lorakit.adapters.manage import (
-    adapter_names,
-    attached,
-    check_adapter,
-    selected_adapter,
-)
+from lorakit.adapters.manage import adapter_names, attached, check_adapter, selected_adapter
 from lorakit.config.errors import LorakitError
 from lorakit.inference.decode import COMPILED_ROWS, Decoding
 from lorakit.inference.grammar import Constraint
@@ -181,13 +176,14 @@ class Engine:
         Raises:
             LorakitError: For an empty prompt, one with unknown ids or without room, a seed, stop,
                 bias or number of logprobs that is none, or an adapter that is not attached or
-                cannot have a row of its own.
+                cannot have a row of its own. One that went since the last step ends the request.
         """
         ids, strings = list(prompt), stop_strings(stop)
         max_new_tokens = self._check_room(ids, max_new_tokens)
         if logprobs is not None and not 0 <= logprobs <= MOST_LOGPROBS:
             raise LorakitError(f"Engine: logprobs is {logprobs}, not in [0, {MOST_LOGPROBS}]")
-        self.check_adapter(adapter)
+        if adapter not in self._parts:  # what was known has a look at the next step
+            self.check_adapter(adapter)
         sampling, ends = sampling or Sampling(), end_tokens(self.model, self.tok, strings)
         picker = Picker(
             sampling,
@@ -269,13 +265,17 @@ class Engine:
         """Take what was submitted since the last step."""
         if self._new:
             self._look()
+        fine: set[str | None] = set()  # adapters, which may have gone meanwhile
         while self._new:
             row = self._new.popleft()
+            name = row.request.adapter
             try:
-                self.check_adapter(row.request.adapter)  # it may have gone meanwhile
+                if name not in fine:
+                    self.check_adapter(name)
             except LorakitError as error:
                 self._fail(row, error, events)
             else:
+                fine.add(name)
                 self._waiting.append(row)
 
     def _drop_cancelled(self, events: list[Event]) -> None:

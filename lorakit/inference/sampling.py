@@ -211,15 +211,34 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) 
     if sampling.temperature < 1e-30:  # as good as 0, which in fp32 it may even become
         return token[:, 0]
     logits = logits - top  # a tiny temperature must not give inf - inf
+    tokens: Tensor | None = None
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         logits, tokens = logits.topk(sampling.top_k)
-    else:
+    elif sampling.top_p < 1:
         logits, tokens = logits.sort(descending=True, stable=True)
     probs = (logits / sampling.temperature).softmax(-1)
-    before = probs.cumsum(-1) - probs  # the mass of likelier tokens
-    probs[before >= sampling.top_p] = 0
-    probs[probs < sampling.min_p * probs[:, :1]] = 0
-    return tokens.gather(-1, torch.multinomial(probs, 1, generator=generator))[:, 0]
+    if sampling.top_p < 1:
+        before = probs.cumsum(-1) - probs  # the mass of likelier tokens
+        probs[before >= sampling.top_p] = 0
+    if sampling.min_p > 0:
+        probs[probs < sampling.min_p * probs.amax(-1, keepdim=True)] = 0
+    drawn = _drawn(probs, generator)
+    return (drawn if tokens is None else tokens.gather(-1, drawn))[:, 0]
+
+
+def _drawn(probs: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draw a place for each row of probabilities [B, V], in the share of their sum: int64 [B, 1].
+
+    A row takes one random number, and the first place at which the sum so far is above it.
+    `torch.multinomial` takes one for each of the V places.
+    """
+    sums = probs.cumsum(-1, dtype=torch.float64)
+    total = sums[:, -1:]
+    shape = (len(probs), 1)
+    at = torch.rand(shape, generator=generator, dtype=torch.float64, device=probs.device) * total
+    # the product may be rounded up to the total, above which there is no place
+    at = torch.minimum(at, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(sums, at, right=True)
 
 
 def generator_of(seed: int | None, device: torch.device) -> torch.Generator | None:

@@ -21,7 +21,7 @@ from lorakit.models.tokenizer import Tokenizer
 from lorakit.training.draws import seed_of_completion
 from lorakit.training.mode import evaluation_mode
 
-SLOTS = 32
+SLOTS = 64
 """Most completions that are continued at a time."""
 
 
