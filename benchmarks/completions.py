@@ -159,10 +159,10 @@ def main() -> None:
             "lorakit": lorakit_side(folder, tok, args),
             "transformers": transformers_side(folder, args),
         }
-    weights = args.quantize or args.dtype
+    name, weights = args.model.rstrip("/").rpartition("/")[2], args.quantize or args.dtype
+    adapter = "no adapter" if args.lora is None else f"LoRA of rank {args.lora}"
     print(
-        f"{args.model.rstrip('/').rpartition('/')[2]}, weights {weights}, computed in {args.dtype}, "
-        f"{'no adapter' if args.lora is None else f'LoRA of rank {args.lora}'}; prompts of "
+        f"{name}, weights {weights}, computed in {args.dtype}, {adapter}; prompts of "
         f"{args.prompt} tokens, completions of {args.tokens}"
     )
     for side in sides.values():
