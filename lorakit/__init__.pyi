@@ -44,6 +44,7 @@ from lorakit.config.comparison import ComparisonConfig as ComparisonConfig
 from lorakit.config.comparison import TaskConfig as TaskConfig
 from lorakit.config.data import DataConfig as DataConfig
 from lorakit.config.data import SourceConfig as SourceConfig
+from lorakit.config.distillation import DistillationConfig as DistillationConfig
 from lorakit.config.errors import LorakitError as LorakitError
 from lorakit.config.grpo import GrpoConfig as GrpoConfig
 from lorakit.config.grpo import RewardConfig as RewardConfig
@@ -120,6 +121,10 @@ from lorakit.training import memory as memory
 from lorakit.training import optim as optim
 from lorakit.training.cores import own_threads as own_threads
 from lorakit.training.division import mesh_of_run as mesh_of_run
+from lorakit.training.losses.distillation import distillation_loss as distillation_loss
+from lorakit.training.losses.distillation import (
+    top_k_distillation_loss as top_k_distillation_loss,
+)
 from lorakit.training.losses.grpo import grpo_loss as grpo_loss
 from lorakit.training.losses.preference import cpo_loss as cpo_loss
 from lorakit.training.losses.preference import dpo_loss as dpo_loss
@@ -127,6 +132,7 @@ from lorakit.training.losses.preference import orpo_loss as orpo_loss
 from lorakit.training.losses.preference import pair_losses as pair_losses
 from lorakit.training.losses.preference import simpo_loss as simpo_loss
 from lorakit.training.losses.reference import Reference as Reference
+from lorakit.training.losses.teacher import save_teacher_logits as save_teacher_logits
 from lorakit.training.losses.unpaired import kto_loss as kto_loss
 from lorakit.training.memory import tune_allocator as tune_allocator
 from lorakit.training.memory_plan.before import check_memory as check_memory
@@ -144,6 +150,7 @@ from lorakit.training.memory_plan.search import settled_run as settled_run
 from lorakit.training.memory_plan.table import plan_table as plan_table
 from lorakit.training.profile import profile_training as profile_training
 from lorakit.training.session import Session as Session
+from lorakit.training.teaching import load_teacher as load_teacher
 from lorakit.training.train import check_outputs as check_outputs
 from lorakit.training.train import train as train
 

@@ -32,6 +32,7 @@ from lorakit.cli import (
     quantize_report,
     report,
     serve,
+    teach,
     train,
 )
 from lorakit.cli.arguments import take_nothing
@@ -87,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
+    teach.add_parser(verbs, common)
     train.add_parser(verbs, common)
     evaluate.add_parser(verbs, common)
     compare.add_parser(verbs, common)

@@ -4,6 +4,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import lorakit as lk
 from lorakit.cli.arguments import Verbs, chat_template, count, take_overrides, tokenizer_of
@@ -56,20 +57,8 @@ def _train(args: argparse.Namespace, run: "lk.RunConfig") -> int:
     import torch
 
     adapter = None if run.adapter is None else _checked(lk.fetch_adapter(run.adapter))
-    template = chat_template(run.chat_template, adapter)
-    tok = lk.load_tokenizer(tokenizer_of(run.model, adapter), chat_template=template)
-    tok.add_special_tokens(run.add_tokens)
     # The rows are encoded before the model is loaded: an error in them should not take minutes.
-    data = {
-        name: lk.encode_rows(
-            rows,
-            tok,
-            max_seq_length=run.train.max_seq_length,
-            over_length=run.train.over_length,
-            train_on=run.train.train_on,
-        )
-        for name, rows in lk.open_data(run.data, skip_empty=run.train.skip_empty).items()
-    }
+    tok, data = rows_of_run(run, adapter)
     mesh = lk.mesh_of_run(run)
     if line := lk.check_run(run, data["train"].lengths, tok, divided=mesh is not None):
         print(line, flush=True)
@@ -111,6 +100,28 @@ def _train(args: argparse.Namespace, run: "lk.RunConfig") -> int:
     if result.address is not None:
         print(f"uploaded to {result.address}")
     return 1 if run.train.push_to_hub and result.address is None else 0
+
+
+def rows_of_run(run: "lk.RunConfig", adapter: Path | None) -> tuple[Any, dict[str, Any]]:
+    """Return the tokenizer of a run, and its rows as it encodes them, by "train" and "validation".
+
+    Raises LorakitError if one of them cannot be read.
+    """
+    template = chat_template(run.chat_template, adapter)
+    tok = lk.load_tokenizer(tokenizer_of(run.model, adapter), chat_template=template)
+    tok.add_special_tokens(run.add_tokens)
+    rows = lk.open_data(run.data, skip_empty=run.train.skip_empty)
+    settings = run.train
+    return tok, {
+        name: lk.encode_rows(
+            each,
+            tok,
+            max_seq_length=settings.max_seq_length,
+            over_length=settings.over_length,
+            train_on=settings.train_on,
+        )
+        for name, each in rows.items()
+    }
 
 
 def _checked(adapter: Path) -> Path:

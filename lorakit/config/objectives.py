@@ -8,7 +8,7 @@ from lorakit.config.fields import check_below_one, check_positive
 if TYPE_CHECKING:
     from lorakit.config.training import TrainConfig
 
-Objective = Literal["sft", "dpo", "orpo", "cpo", "simpo", "kto", "grpo"]
+Objective = Literal["sft", "dpo", "orpo", "cpo", "simpo", "kto", "grpo", "distillation"]
 LossType = Literal[
     "nll",
     "dft",
@@ -30,6 +30,7 @@ LOSS_TYPES: dict[Objective, tuple[LossType, ...]] = {
     "kto": ("kto", "apo_zero_unpaired"),
 }
 SMOOTHED = ("nll", "sigmoid", "robust")  # those that have label smoothing
+BY_TOKENS = ("sft", "distillation")  # those whose mean is over label tokens
 PAIRS: tuple[Objective, ...] = ("dpo", "orpo", "cpo", "simpo")
 
 

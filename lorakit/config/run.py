@@ -14,6 +14,7 @@ from typing import Any, Literal
 from lorakit.config.adapters import LoraConfig
 from lorakit.config.aliases import ALIASES, own_names
 from lorakit.config.data import DataConfig, data_config
+from lorakit.config.distillation import DistillationConfig
 from lorakit.config.errors import LorakitError, nearest
 from lorakit.config.fields import from_mapping, to_dtype, without_unset
 from lorakit.config.grpo import GrpoConfig, grpo_config
@@ -153,8 +154,13 @@ class RunConfig:
         with_value = [name for name in unknown if values[name] is not None]
         if with_value:
             known = [*valid, *sorted(ALIASES)]
-            of_grpo = {f.name: " (say it in grpo)" for f in dataclasses.fields(GrpoConfig)}
-            hints = [of_grpo.get(name) or nearest(name, known) for name in with_value]
+            inner = {"distillation": DistillationConfig, "grpo": GrpoConfig}
+            where_to = {
+                f.name: f" (say it in {mapping})"
+                for mapping, settings in inner.items()
+                for f in dataclasses.fields(settings)
+            }
+            hints = [where_to.get(name) or nearest(name, known) for name in with_value]
             each = ", ".join(map("{!r}{}".format, with_value, hints))
             raise LorakitError(f"{where}: unknown key{'s' * (len(with_value) > 1)} {each}")
         for name in unknown:
@@ -173,6 +179,10 @@ class RunConfig:
                 )
             lora = without_unset(LoraConfig, values["lora"])
             values["lora"] = from_mapping(LoraConfig, lora, f"{where}, lora")
+        if values.get("distillation") is not None:
+            given = without_unset(DistillationConfig, values["distillation"])
+            where_of = f"{where}, distillation"
+            values["distillation"] = from_mapping(DistillationConfig, given, where_of)
         if "grpo" in values:
             values["grpo"] = grpo_config(values["grpo"], f"{where}, grpo")
         values["quantize"] = quant_config(values.get("quantize"), f"{where}, quantize")

@@ -9,10 +9,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
+from lorakit.config.distillation import DistillationConfig
 from lorakit.config.errors import LorakitError, nearest
 from lorakit.config.fields import check_below_one, check_positive, check_share, check_types
 from lorakit.config.grpo import GrpoConfig
-from lorakit.config.objectives import LOSS_TYPES, PAIRS, LossType, Objective, check_loss
+from lorakit.config.objectives import BY_TOKENS, LOSS_TYPES, PAIRS, LossType, Objective, check_loss
 from lorakit.config.patterns import valid_regex
 
 Schedule = Literal[
@@ -138,15 +139,18 @@ class TrainConfig:
     objective: Objective = "sft"
     """Aim of the training: "sft" learns the rows; "dpo", "orpo", "cpo" and "simpo" learn to prefer
     `chosen` to `rejected`; "kto" learns from completions with a `label`, true for a good one;
-    "grpo" learns from rewards of the model's own completions."""
+    "grpo" learns from rewards of the model's own completions; "distillation" learns what a teacher
+    makes of the rows."""
     grpo: GrpoConfig | None = None
     """Settings of objective grpo."""
+    distillation: DistillationConfig | None = None
+    """Settings of objective distillation."""
     loss_type: LossType | None = None
     """Form of the loss: of sft "nll" or "dft", which weighs each token by its probability; of dpo
     "sigmoid", "hinge", "ipo", "robust", "apo_zero" or "apo_down"; of cpo "sigmoid", "hinge" or
     "ipo"; of kto "kto" or "apo_zero_unpaired". Null takes the first."""
     beta: float = 0.1
-    """Strength of the preference term in every objective but sft and grpo, which has its own."""
+    """Strength of the preference term. Sft has none, grpo and distillation have their own beta."""
     simpo_gamma: float = 0.5
     """Margin by which SimPO wants the chosen completion to be ahead."""
     desirable_weight: float = 1.0
@@ -231,6 +235,7 @@ class TrainConfig:
         self._check_learning_rate()
         check_loss(self)
         self._check_grpo()
+        self._check_distillation()
         self._check_evaluation_and_checkpoints()
         self._check_upload()
         if self.activation_offloading and not self.gradient_checkpointing:
@@ -344,7 +349,14 @@ class TrainConfig:
     @property
     def compares(self) -> bool:
         """Whether the loss compares the model with a reference, itself before the first step."""
+        if self.distillation is not None:
+            return self.distillation.compares_with_itself
         return self.objective in ("dpo", "kto") or (self.grpo is not None and self.grpo.beta > 0)
+
+    @property
+    def by_tokens(self) -> bool:
+        """Whether the loss of a step is a mean over label tokens, and not over rows."""
+        return self.objective in BY_TOKENS
 
     @property
     def form(self) -> LossType | None:
@@ -365,6 +377,17 @@ class TrainConfig:
             }
             others = [name for name, given in without.items() if given]
             self.grpo.check_run(None if self.splits_itself else self.rows_of_step, others)
+
+    def _check_distillation(self) -> None:
+        """Raise LorakitError for settings that do not go with objective distillation."""
+        if (self.objective == "distillation") != (self.distillation is not None):
+            raise LorakitError(
+                "objective distillation has its settings in a mapping `distillation`, and the "
+                "others have none"
+            )
+        if self.distillation is not None:
+            without = {"beta (say it in distillation)": self.beta != 0.1}
+            self.distillation.check_run([name for name, given in without.items() if given])
 
     def _check_evaluation_and_checkpoints(self) -> None:
         check_positive(self, "eval_steps", "save_steps", "early_stopping_patience", or_null=True)

@@ -97,12 +97,13 @@ def encode_for(
 
 def check_kind(examples: Sequence[AnyExample], config: TrainConfig, what: str) -> None:
     """Raise LorakitError unless examples, called `what`, fit the objective of `config`."""
-    wanted = {"sft": "answer", "grpo": "prompt", "kto": "label"}.get(config.objective, "pair")
+    wanted = {"grpo": "prompt", "kto": "label"}.get(config.objective, "answer")
+    wanted = "pair" if config.pairs else wanted
     if _kind(examples) != wanted:
         raise LorakitError(
             f"objective {config.objective!r} does not fit {what}: {', '.join(PAIRS)} need `chosen` "
-            "and `rejected`, kto a `label` that is true or false, sft rows with one answer, "
-            "perhaps read with `format: messages`, and grpo prompts alone"
+            "and `rejected`, kto a `label` that is true or false, sft and distillation rows with "
+            "one answer, perhaps read with `format: messages`, and grpo prompts alone"
         )
 
 

@@ -20,8 +20,8 @@ Shapes: B rows, T positions of this call, S positions with those in the cache, H
 V vocabulary.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -181,25 +181,25 @@ class Decoder(nn.Module):
     ) -> list[AttentionView]:
         """Return, for each layer, what the positions of a call see in it."""
         recomputed = self.gradient_checkpointing and torch.is_grad_enabled()
+        given = input_ids, attention_mask, cu_seqlens, cache
         return attention_views(
-            self.config,
-            input_ids,
-            attention_mask,
-            cu_seqlens,
-            cache,
-            packed=packed,
-            recomputed=recomputed,
-            kept_layers=self.kept_layers,
+            self.config, *given, packed=packed, recomputed=recomputed, kept_layers=self.kept_layers
         )
 
     def head(self, hidden: Tensor) -> Tensor:
         """Return the logits [..., V] of hidden states [..., H]."""
-        with self._whole(self._head_layer()):
-            return self._output_head().logits(hidden)
+        with self.whole_head() as head:
+            return head.logits(hidden)
 
     def _whole(self, layer: nn.Module) -> AbstractContextManager[None]:
         """Return the context in which the weights of the embedding or the head are whole."""
         return nullcontext() if self.mesh is None else gathered(layer, self.takes_gradients)
+
+    @contextmanager
+    def whole_head(self) -> Iterator[OutputHead]:
+        """Return the context in which the head's weights are whole; the head, for `with ... as`."""
+        with self._whole(self._head_layer()):
+            yield self._output_head()
 
     def _head_layer(self) -> nn.Module:
         return self.model.embed_tokens if self.lm_head is None else self.lm_head
@@ -249,10 +249,10 @@ class Decoder(nn.Module):
         Returns:
             The sum, fp32 [], and the count, int64 [].
         """
-        hidden = self._hidden_for_loss(input_ids, labels, attention_mask, cu_seqlens)
+        hidden = self.hidden_for_loss(input_ids, labels, attention_mask, cu_seqlens)
         targets = next_tokens(labels, cu_seqlens)
-        with self._whole(self._head_layer()):
-            return self._output_head().loss(
+        with self.whole_head() as head:
+            return head.loss(
                 hidden, targets, label_smoothing=label_smoothing, z_loss=z_loss, dft=dft
             )
 
@@ -303,15 +303,14 @@ class Decoder(nn.Module):
         Returns:
             The sums, fp32 [n], and the counts, int64 [n].
         """
-        hidden = self._hidden_for_loss(input_ids, labels, attention_mask, cu_seqlens)
+        hidden = self.hidden_for_loss(input_ids, labels, attention_mask, cu_seqlens)
         targets = next_tokens(labels, cu_seqlens)
         if cu_seqlens is None:
             rows = list(zip(hidden.split(1), targets.split(1), strict=True))
         else:
             parts = [slice(start, end) for start, end in pairwise(cu_seqlens.tolist())]
             rows = [(hidden[:, part], targets[:, part]) for part in parts]
-        with self._whole(self._head_layer()):
-            head = self._output_head()
+        with self.whole_head() as head:
             sums, counts = zip(*(head.loss(*row) for row in rows), strict=True)
         return torch.stack(sums), torch.stack(counts)
 
@@ -328,13 +327,13 @@ class Decoder(nn.Module):
 
         `temperature` divides the logits. The logits exist for a chunk of positions at a time.
         """
-        hidden = self._hidden_for_loss(input_ids, labels, attention_mask, cu_seqlens)
+        hidden = self.hidden_for_loss(input_ids, labels, attention_mask, cu_seqlens)
         targets = next_tokens(labels, cu_seqlens)
-        with self._whole(self._head_layer()):
-            head = self._output_head().tempered(temperature)
+        with self.whole_head() as head:
+            head = head.tempered(temperature)
             return head.token_losses(hidden, targets, self.config.vocab_size)
 
-    def _hidden_for_loss(
+    def hidden_for_loss(
         self,
         input_ids: Tensor,
         labels: Tensor,

@@ -22,6 +22,7 @@ from lorakit.models.tokenizer import Tokenizer
 from lorakit.training import state as run_state
 from lorakit.training.log import Log, say
 from lorakit.training.losses.reference import Reference
+from lorakit.training.losses.teacher import Teacher, TopTokens
 from lorakit.training.optim import AdamW
 from lorakit.training.progress import Progress
 from lorakit.training.trainable import TOKENS, Trained
@@ -63,7 +64,7 @@ def must_match(
     numbers of each frozen parameter.
     """
     names = [*SAME_SETTINGS, *(["max_seq_length"] if config.packing else [])]
-    names += ["grpo"] if config.objective == "grpo" else []
+    names += [config.objective] if config.objective in ("grpo", "distillation") else []
     settings = asdict(config)
     own = {
         **({} if config.form is None else {"loss_type": config.form}),
@@ -175,18 +176,30 @@ def in_words_of(saved: Mapping[str, Any], same: Mapping[str, Any]) -> dict[str, 
 
 
 def reference_of_run(
-    model: Decoder, config: TrainConfig, checkpoint: run_state.Checkpoint | None
-) -> Reference | None:
-    """Return what DPO, KTO, and GRPO with a beta compare with: the model before the first step.
+    model: Decoder,
+    config: TrainConfig,
+    checkpoint: run_state.Checkpoint | None,
+    source: Decoder | TopTokens | None = None,
+) -> Reference | Teacher | None:
+    """Return what the loss compares with: the model before the first step, or a teacher.
 
-    It is the model as it is, or what the checkpoint holds that the run has gone on from. None means
-    that the objective has no reference, or that the run was begun by lorakit 0.1.0. That compared
-    with the model without its adapter, and the run ends as it began.
+    The source of a teacher is another model, or a file. None stands for the model before the first
+    step: that is the model as it is, or what the checkpoint holds that the run goes on from. The
+    result is None if the objective has no reference, or the run was begun by lorakit 0.1.0. That
+    compared with the model without its adapter, and the run ends as it began.
 
     Raises LorakitError if the checkpoint is damaged.
     """
-    if not config.compares:
-        return None
+    if config.distillation is None:
+        return _before_the_first_step(model, checkpoint) if config.compares else None
+    before = _before_the_first_step(model, checkpoint) if source is None else source
+    assert before is not None  # which 0.1.0 had no teachers for
+    return Teacher(config.distillation, before)
+
+
+def _before_the_first_step(
+    model: Decoder, checkpoint: run_state.Checkpoint | None
+) -> Reference | None:
     reference = Reference(model)
     if checkpoint is not None:
         if not run_state.read_values(checkpoint).get("reference"):

@@ -39,9 +39,11 @@ from lorakit.training.captured import CapturedStep, captured_step
 from lorakit.training.cores import FewerThreads
 from lorakit.training.device_step import DeviceStep, HostStep, Told, read
 from lorakit.training.interrupt import Flag
+from lorakit.training.late import Late
 from lorakit.training.log import Log, SilentLog, say
 from lorakit.training.losses.batch import padded_batches
 from lorakit.training.losses.held_out import held_out_loss
+from lorakit.training.losses.teacher import TopTokens, told_by_teacher
 from lorakit.training.memory import peak_memory_mb
 from lorakit.training.progress import Progress
 from lorakit.training.publish import Publisher
@@ -56,7 +58,7 @@ from lorakit.training.resume import (
 from lorakit.training.rollouts.rewards import RewardFunction
 from lorakit.training.rollouts.rollouts import Rollouts
 from lorakit.training.schedules import Rates, learning_rate
-from lorakit.training.step import Late, Prepared, backward, check_gradients, prepare
+from lorakit.training.step import Prepared, backward, check_gradients, prepare
 from lorakit.training.stepping import (
     gradient_sum,
     run_optimizer,
@@ -91,6 +93,7 @@ class Run:
         base_model: str | None,
         ranks: Ranks,
         rewards: Mapping[str, RewardFunction],
+        teacher: Decoder | TopTokens | None = None,
     ):
         """Prepare the first step, or the one after the checkpoint that the run resumes from."""
         model, self.part = trained.model, trained
@@ -118,7 +121,7 @@ class Run:
         ranks.agree(lambda: {**self.same, **self._sums_of_tensors()})
         self.sums = gradient_sum(trained, config, ranks)
         self.update = self._optimizer_step(shares)
-        self.reference = reference_of_run(model, config, checkpoint)
+        self.reference = reference_of_run(model, config, checkpoint, teacher)
         if self.rollouts is not None and checkpoint is not None:
             self.rollouts.restore(run_state.read_values(checkpoint).get("rollouts"))
         self.own_tokenizer = _is_not_the_models(tok, model)
@@ -383,6 +386,8 @@ class Run:
         if self.rollouts is not None:
             more, completions = self.rollouts.told(step)
             log.rollouts(completions)
+        if self.config.distillation is not None:
+            more = told_by_teacher(batch.taught for batch in step.batches if batch is not None)
         log.step(
             step=step.number,
             epoch=step.number / self.order.per_epoch,

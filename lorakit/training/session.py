@@ -426,6 +426,11 @@ def _is_encoded(row: object) -> bool:
 
 def _check_loss(loss: str) -> None:
     """Raise LorakitError for the loss that has no rows of its own."""
+    if loss == "distillation":
+        raise LorakitError(
+            "Session: distillation has a teacher, which lorakit.train computes with: use that, or "
+            "give forward_backward a function"
+        )
     if loss == "grpo":
         raise LorakitError(
             "Session: grpo learns from advantages: give forward_backward the completions of "

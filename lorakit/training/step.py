@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lorakit.config.errors import LorakitError
@@ -23,6 +22,7 @@ from lorakit.training.draws import drawing_from, seed_of
 from lorakit.training.gradients import ALONE, GradientSum
 from lorakit.training.losses.batch import Batch, collated, summed_loss
 from lorakit.training.losses.reference import Reference
+from lorakit.training.losses.teacher import Teacher
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,26 +49,6 @@ class Prepared:
     """What a rank computes, and forgets, in a round without a batch for it; see `backward`."""
 
 
-class Late:
-    """A small tensor on its way to the host, which waits for it only where it is read."""
-
-    def __init__(self, t: Tensor):
-        self._values, self._there = t, None
-        if t.device.type != "cpu":
-            on_gpu = t.device.type == "cuda"
-            self._values = torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=on_gpu)
-            self._values.copy_(t, non_blocking=True)
-            if on_gpu:
-                self._there = torch.cuda.Event()
-                self._there.record(torch.cuda.current_stream(t.device))
-
-    def read(self) -> list[float]:
-        """Return the values, when they are there."""
-        if self._there is not None:
-            self._there.synchronize()
-        return self._values.tolist()
-
-
 def prepare(
     model: Decoder,
     examples: Sequence[AnyExample],
@@ -84,7 +64,7 @@ def prepare(
     """
     taken = [[examples[i] for i in rows] for rows in micro_batches]
     each = [example for batch in taken for example in batch]
-    if config.objective == "sft":
+    if config.by_tokens:
         labels = [row.labels[1:] for example in each for row in example.answers]
         count = sum(label != IGNORE for row in labels for label in row)
     else:
@@ -108,13 +88,13 @@ def backward(
     model: Decoder,
     step: Prepared,
     config: TrainConfig,
-    reference: Reference | None,
+    reference: Reference | Teacher | None,
     sums: GradientSum = ALONE,
 ) -> list[Tensor]:
     """Add the gradients of the mean loss of a step to the parameters.
 
-    The mean is over the label tokens of the step, with other objectives than sft over its rows. DPO
-    and KTO compare with `reference`.
+    The mean is over the label tokens of the step, with objectives of preference over its rows. What
+    DPO, KTO and distillation compare with is `reference`.
 
     A rank computes its share of the micro-batches, and `sums` adds up what all have computed.
     A pass through sharded weights is a meeting of all ranks: one that has no micro-batch left comes

@@ -35,6 +35,7 @@ from lorakit.training.record import recorded, settings_in_effect
 from lorakit.training.rollouts.rewards import RewardFunction, check_names
 from lorakit.training.run import HeldOut, Run
 from lorakit.training.state import only_run_in
+from lorakit.training.teaching import source_of_teacher
 from lorakit.training.trackers import reporter
 from lorakit.training.trainable import trained_part
 
@@ -79,6 +80,7 @@ def train(
     run: RunConfig | None = None,
     after_step: Callable[[], None] | None = None,
     rewards: Mapping[str, RewardFunction] | None = None,
+    teacher: Decoder | None = None,
 ) -> TrainResult:
     """Train the selected adapter of a model, and save it into `config.output_dir`.
 
@@ -102,6 +104,8 @@ def train(
         after_step: Called after every step, its clipped gradients still there; costs a GPU a wait.
         rewards: For objective "grpo", functions under the names that `config.grpo` gives them:
             f(prompts, completions, **columns) -> a number for each completion.
+        teacher: For objective "distillation", a model that is loaded, in the place of the one that
+            `config.distillation` names.
 
     Returns:
         What the run did, as numbers.
@@ -114,7 +118,7 @@ def train(
             another process of the run is gone.
     """
     with joined(model.device) as ranks, heard(ranks.is_writer):
-        options = config or TrainConfig(), base_model, run, after_step, rewards or {}
+        options = config or TrainConfig(), base_model, run, after_step, rewards or {}, teacher
         return _train(model, tok, data, *options, ranks)
 
 
@@ -127,6 +131,7 @@ def _train(
     run_file: RunConfig | None,
     after_step: Callable[[], None] | None,
     rewards: Mapping[str, RewardFunction],
+    teacher: Decoder | None,
     ranks: Ranks,
 ) -> TrainResult:
     """Train as `train` does, as one of the ranks."""
@@ -139,6 +144,9 @@ def _train(
     held_out = None if validation_rows is None else _held_out(model, tok, validation_rows, config)
     _check_validation(held_out, config)
     check_outputs(config, rewards)
+    validation = None if held_out is None else held_out.examples
+    rows_of_run = {"the training rows": examples, "the validation rows": validation}
+    source = source_of_teacher(model, tok, config, teacher, rows_of_run)
     output_dir = _made_directory(config.output_dir)
     with ExitStack() as held:
         ranks.first(lambda: held.enter_context(only_run_in(output_dir)))
@@ -147,7 +155,7 @@ def _train(
         config, split = ranks.first(lambda: with_split(model, examples, config, ranks))
         if split:
             say(split)
-        run = Run(trained, tok, examples, held_out, config, base_model, ranks, rewards)
+        run = Run(trained, tok, examples, held_out, config, base_model, ranks, rewards, source)
         if ranks.is_writer:
             held.enter_context(_recorded(run, run_file))
         say(kernel_line(model, max(examples.lengths), config.packing))

@@ -212,6 +212,8 @@ def _check_divided(model: Decoder, config: TrainConfig) -> None:
     """Raise LorakitError for what does not go with weights that the ranks divide."""
     refused = {
         f"objective: {config.objective}, whose reference is a copy of the weights": config.compares,
+        "objective: distillation, which takes a head that is whole": config.objective
+        == "distillation",
         f"hub_strategy: {config.hub_strategy}; take end": (
             config.push_to_hub and config.hub_strategy != "end"
         ),

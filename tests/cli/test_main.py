@@ -74,6 +74,7 @@ HELP = [
     ["export"],
     ["push"],
     ["quantize-report"],
+    ["teach"],
     ["data"],
     ["data", "show"],
     ["data", "lint"],

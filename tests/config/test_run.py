@@ -23,6 +23,7 @@ SECTIONS = {
     "## `quantize`": lk.QuantConfig,
     "## `grpo`": lk.GrpoConfig,
     "## Rewards": lk.RewardConfig,
+    "## `distillation`": lk.DistillationConfig,
 }
 
 

@@ -38,8 +38,10 @@ def test_every_optimizer_has_a_state():
 )
 def test_a_setting_takes_its_choices_alone(field, choices):
     for choice in choices:
-        needed = {"grpo": lk.GrpoConfig([lk.RewardConfig("exact_match")])}
-        needed = needed if choice == "grpo" else {}
+        needed = {
+            "grpo": {"grpo": lk.GrpoConfig([lk.RewardConfig("exact_match")])},
+            "distillation": {"distillation": lk.DistillationConfig("teacher")},
+        }.get(choice, {})
         assert getattr(lk.TrainConfig(**{field: choice}, **needed), field) == choice
     listed = ["null" if choice is None else choice for choice in choices]
     with pytest.raises(lk.LorakitError) as caught:

@@ -21,8 +21,8 @@ from lorakit.models.decoder import Decoder
 from lorakit.training import run as training_run
 from lorakit.training.device_step import optimizer_step
 from lorakit.training.float8 import start_float8
+from lorakit.training.late import Late
 from lorakit.training.ranks import Ranks
-from lorakit.training.step import Late
 from lorakit.training.trainable import TrainedAdapter
 
 pytest.importorskip("triton")

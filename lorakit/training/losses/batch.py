@@ -9,7 +9,7 @@ from torch import Tensor
 from lorakit import kernels
 from lorakit.config.training import TrainConfig
 from lorakit.data.batching import batches, collate, real_tokens
-from lorakit.data.encode import AnyExample, Example, JudgedExample
+from lorakit.data.encode import IGNORE, AnyExample, Example, JudgedExample
 from lorakit.data.examples import Examples
 from lorakit.data.packing import collate_packed
 from lorakit.models.decoder import Decoder
@@ -20,6 +20,7 @@ from lorakit.training.losses.reference import (
     losses_of_reference,
     losses_without_gradient,
 )
+from lorakit.training.losses.teacher import TaughtBatch, Teacher, taught_loss
 from lorakit.training.losses.unpaired import kto_loss, mismatched
 
 
@@ -34,6 +35,7 @@ class Batch(NamedTuple):
         desirable: Of KTO: bool [B], on the model's device, whether each answer is a good one.
         mismatched: Of KTO: the batch of the same prompts with others' completions; see unpaired.py.
         graded: What belongs to completions that rewards have graded; else None.
+        taught: What belongs to the rows of a teacher; else None.
     """
 
     ids: Tensor
@@ -43,6 +45,7 @@ class Batch(NamedTuple):
     desirable: Tensor | None = None
     mismatched: "Batch | None" = None
     graded: GradedBatch | None = None
+    taught: TaughtBatch | None = None
 
     @property
     def rows(self) -> dict[str, Tensor | None]:
@@ -59,6 +62,8 @@ def collated(model: Decoder, batch: Sequence[AnyExample], config: TrainConfig) -
     if config.pairs:
         rows += [example.answers[1] for example in batch]
     found = _of_rows(model, rows, config.packing)
+    if config.objective == "distillation":
+        return found._replace(taught=TaughtBatch(rows))
     if config.objective != "kto":
         return found
     good = torch.tensor([isinstance(each, JudgedExample) and each.desirable for each in batch])
@@ -82,13 +87,13 @@ def _of_rows(model: Decoder, rows: Sequence[Example], packing: bool) -> Batch:
 
 
 def summed_loss(
-    model: Decoder, batch: Batch, config: TrainConfig, reference: Reference | None
+    model: Decoder, batch: Batch, config: TrainConfig, reference: Reference | Teacher | None
 ) -> tuple[Tensor, Tensor]:
     """Return the summed loss of a batch, and its number of label tokens.
 
-    With other objectives than sft the second number is how many rows the model has the right way
+    With objectives of preference the second number is how many rows the model has the right way
     round, or of completions how many there are. DPO and KTO compare with `reference`, as
-    `pair_losses` takes it.
+    `pair_losses` takes it, and distillation with the teacher that it is.
     """
     smoothing = config.label_smoothing_factor
     if config.objective == "sft":
@@ -100,6 +105,10 @@ def summed_loss(
             z_loss=config.z_loss,
             dft=config.form == "dft",
         )
+    if isinstance(reference, Teacher):
+        assert batch.taught is not None  # the objective is distillation
+        loss = taught_loss(model, batch.ids, batch.labels, batch.rows, batch.taught, reference)
+        return loss, (batch.labels[:, 1:] != IGNORE).sum()
     if config.objective == "kto":
         losses, right = _judged_losses(model, batch, config, reference)
         return losses.sum(), right.sum()

@@ -13,6 +13,7 @@ from lorakit.evaluation.share import ALL, Share
 from lorakit.models.decoder import Decoder
 from lorakit.training.losses.batch import collated, summed_loss
 from lorakit.training.losses.reference import Reference
+from lorakit.training.losses.teacher import Teacher
 
 
 def held_out_loss(
@@ -20,12 +21,13 @@ def held_out_loss(
     examples: Examples,
     batch_size: int,
     config: TrainConfig,
-    reference: Reference | None,
+    reference: Reference | Teacher | None,
     share: Share = ALL,
 ) -> dict[str, float]:
     """Return the mean loss of held-out examples, with the numbers that belong to it.
 
-    With sft they are what `text_loss` returns. The other objectives give their mean as "loss", the
+    With sft they are what `text_loss` returns, and with distillation "loss", "label_tokens" and
+    "rows". The other objectives give their mean as "loss", the
     share of rows that the model has the right way round as "preference_accuracy", and "rows". DPO
     and KTO compare with `reference`, as in training. Nothing has the label smoothing or the z-loss
     of training. A process computes its `share` of the batches.
@@ -40,4 +42,6 @@ def held_out_loss(
 
     total, right = summed_over(model, examples, batch_size, loss, share)
     rows = len(examples)
+    if config.by_tokens:
+        return {"loss": total / right, "label_tokens": right, "rows": rows}
     return {"loss": total / rows, "preference_accuracy": right / rows, "rows": rows}

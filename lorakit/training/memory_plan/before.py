@@ -56,13 +56,16 @@ def check_run(
         divided: Whether the processes divide the weights, as `mesh_of_run` decides.
 
     Returns:
-        The line of `check_memory`; for objective grpo, which is not forecast, one that says so.
+        The line of `check_memory`; for objectives that are not forecast, grpo and distillation, one
+        that says so.
 
     Raises:
         LorakitError: The run cannot fit.
     """
     if run.train.grpo is not None:
         return "memory: grpo samples completions, which no forecast knows"
+    if run.train.distillation is not None:
+        return "memory: the teacher of distillation is in no forecast"
     device = own_device()
     on_gpu = device.type == "cuda"
     with joined(device) as ranks:

@@ -100,12 +100,12 @@ def plan_memory(
         The plan.
 
     Raises:
-        LorakitError: The model or a setting is unknown, or Triton is missing for a GPU.
+        LorakitError: A setting is unknown, or not for a forecast, or Triton is missing for a GPU.
         RuntimeError: The other process failed.
     """
     started = time.perf_counter()
     train, config = train or TrainConfig(), model_config(model)
-    _check(device, ranks, train.train == "full" and offload_weights, generate)
+    _check(device, ranks, train, offload_weights, generate)
     lora = lora or (LoraConfig() if generate is None else None)
     given = quant_config(quantize), lora, train, _rows(train, tokens, documents, generate)
     kept = kept_of(config, train, kept_layers)
@@ -133,12 +133,18 @@ def _check_rows(tokens: int | None, documents: Sequence[int] | None) -> None:
 
 
 def _check(
-    device: str, ranks: int, trains_waiting: bool, generate: tuple[int, int, int] | None
+    device: str,
+    ranks: int,
+    train: TrainConfig,
+    offload_weights: bool,
+    generate: tuple[int, int, int] | None,
 ) -> None:
     """Raise LorakitError for what cannot be forecast."""
+    if train.distillation is not None:
+        raise LorakitError("objective distillation has a teacher, whose memory is not forecast")
     if ranks < 1:
         raise LorakitError(f"plan_memory: ranks is {ranks}; there is at least 1")
-    if trains_waiting:
+    if train.train == "full" and offload_weights:
         raise LorakitError(
             "plan_memory: train: full changes the weights, which then cannot wait in host memory: "
             "leave out offload_weights"
