@@ -110,8 +110,8 @@ class LoraConfig(TargetConfig):
 
     r: int = 8
     """Rank of the update, the number of rows of A and of columns of B."""
-    lora_alpha: int | float = 8
-    """Strength of the update, which is scaled by lora_alpha / r."""
+    lora_alpha: int | float = 32
+    """Strength of the update, which is scaled by lora_alpha / r, so that it hardly depends on r."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Another r for some layers, by their names, ends of names after a dot, or regexes of these."""
     alpha_pattern: dict[str, int | float] = field(default_factory=dict)

@@ -32,9 +32,9 @@ def test_a_layer_in_two_places_is_adapted_in_both(place):
     torch.manual_seed(0)
     layer = nn.Linear(8, 8)
     module = nn.Sequential(layer, nn.ReLU(), layer)
-    filled(lk.attach(module, lk.LoraConfig(r=2, target_modules=[place])))
+    filled(lk.attach(module, lk.LoraConfig(r=2, lora_alpha=8, target_modules=[place])))
     assert module[0] is module[2]
-    W = layer.weight + 4 * module[0].lora_B @ module[0].lora_A  # lora_alpha 8 over r 2
+    W = layer.weight + 4 * module[0].lora_B @ module[0].lora_A
     x = torch.randn(3, 8)
     truth = torch.relu(x @ W.t() + layer.bias) @ W.t() + layer.bias
     torch.testing.assert_close(module(x), truth, **CLOSE)

@@ -24,7 +24,7 @@ def base(request, tmp_path):
 def grown(base, **options):
     """A model and a tokenizer with the new tokens, and an adapter that trains their rows."""
     model, tok = lk.load_model(base, dtype="float32"), lk.load_tokenizer(base)
-    config = lk.LoraConfig(r=2, target_modules=["q_proj"], **options)
+    config = lk.LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj"], **options)
     config = lk.add_tokens(model, tok, NEW, config)
     torch.manual_seed(0)
     return filled(lk.attach(model, config)), tok, config

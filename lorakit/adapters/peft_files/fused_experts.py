@@ -22,7 +22,14 @@ from lorakit.adapters.peft_files.experts import (
     join_experts,
     split_experts,
 )
-from lorakit.adapters.peft_files.layout import CONFIG_FILE, PATTERNS, PREFIX, AdapterFiles
+from lorakit.adapters.peft_files.layout import (
+    CONFIG_FILE,
+    PATTERNS,
+    PEFT_ALPHA,
+    PEFT_RANK,
+    PREFIX,
+    AdapterFiles,
+)
 from lorakit.adapters.peft_files.lora_config import of_each_layer
 from lorakit.adapters.peft_files.ties import adapted_heads
 from lorakit.adapters.targets import ends_with, targets_for
@@ -136,7 +143,8 @@ def without_parameters(files: AdapterFiles, model: nn.Module) -> AdapterFiles:
             f"{files.path}: target_parameters={json.dumps(parameters)}: only weights of linear "
             "layers, and experts of lorakit's own decoder, are adapted as parameters"
         )
-    known = {key: values[key] for key in _RANKS if values.get(key) is not None}
+    known: dict[str, Any] = {"r": PEFT_RANK, "lora_alpha": PEFT_ALPHA}
+    known |= {key: values[key] for key in _RANKS if values.get(key) is not None}
     config = from_mapping(LoraConfig, known, str(files.path / CONFIG_FILE))
     tensors = dict(files.tensors)
     ranks: dict[str, int] = {}

@@ -21,6 +21,8 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 PATTERNS = ("rank_pattern", "alpha_pattern")
+# What PEFT takes where an adapter_config.json leaves the key out; lorakit's own defaults differ.
+PEFT_RANK, PEFT_ALPHA = 8, 8
 
 
 class AdapterFiles(NamedTuple):

@@ -27,7 +27,15 @@ from lorakit.adapters.layers.embeddings import TiedHead
 from lorakit.adapters.layers.lora import lora_layers
 from lorakit.adapters.layers.whole_modules import SavedModule
 from lorakit.adapters.manage import attached, outer_modules
-from lorakit.adapters.peft_files.layout import CONFIG_FILE, PATTERNS, PREFIX, AdapterFiles, name_in
+from lorakit.adapters.peft_files.layout import (
+    CONFIG_FILE,
+    PATTERNS,
+    PEFT_ALPHA,
+    PEFT_RANK,
+    PREFIX,
+    AdapterFiles,
+    name_in,
+)
 from lorakit.adapters.peft_files.ties import adapted_heads
 from lorakit.adapters.targets import targets_for
 from lorakit.adapters.tied_weights import embedding_of_head
@@ -224,7 +232,8 @@ def _config_in(files: AdapterFiles) -> LoraConfig:
             "the adapter to plain LoRA first (PEFT: path_initial_model_for_weight_conversion)"
         )
     fields = {field.name for field in dataclasses.fields(LoraConfig)}
-    values = {key: value for key, value in files.values.items() if key in fields}
+    values: Values = {"r": PEFT_RANK, "lora_alpha": PEFT_ALPHA}
+    values |= {key: value for key, value in files.values.items() if key in fields}
     for key in (*PATTERNS, "bias", "lora_bias", "ensure_weight_tying"):
         if key in values and values[key] is None:  # PEFT writes null for what is not used
             del values[key]

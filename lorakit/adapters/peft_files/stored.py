@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lorakit.adapters.peft_files.experts import is_fused, which_fused
-from lorakit.adapters.peft_files.layout import CONFIG_FILE, PREFIX
+from lorakit.adapters.peft_files.layout import CONFIG_FILE, PEFT_ALPHA, PEFT_RANK, PREFIX
 from lorakit.adapters.peft_files.opened import open_files
 from lorakit.adapters.targets import ends_with
 from lorakit.config.errors import LorakitError, check
@@ -49,8 +49,8 @@ class StoredConfig:
     """The fields of adapter_config.json that tell what the tensors mean, with PEFT's defaults."""
 
     peft_type: str
-    r: int = 8
-    lora_alpha: int | float = 8
+    r: int = PEFT_RANK
+    lora_alpha: int | float = PEFT_ALPHA
     rank_pattern: dict | None = None
     alpha_pattern: dict | None = None
     use_rslora: bool | None = False

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.adapters.peft_files.features import check_new
-from lorakit.adapters.peft_files.layout import CONFIG_FILE
+from lorakit.adapters.peft_files.layout import CONFIG_FILE, PEFT_ALPHA, PEFT_RANK
 from lorakit.config.adapters import LoraConfig as PlainConfig
 from lorakit.config.errors import check
 from lorakit.config.fields import from_mapping
@@ -46,6 +46,10 @@ class LoraConfig(PlainConfig):
             module of its own to be trained, or lorakit's LoraConfig refuses a value.
     """
 
+    r: int = PEFT_RANK
+    """Rank of the update, as in lorakit's LoraConfig."""
+    lora_alpha: int | float = PEFT_ALPHA
+    """Strength of the update, with PEFT's default instead of lorakit's."""
     # None stands here only until __post_init__ puts the default in its place.
     target_modules: str | list[str] | None = None  # type: ignore[assignment]
     """Layers to adapt, as in lorakit's LoraConfig. null: ["q_proj", "v_proj"]."""

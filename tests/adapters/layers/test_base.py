@@ -127,7 +127,7 @@ def test_a_weight_that_is_computed(kind, rows):
     else:
         nn.utils.weight_norm(plain[0])
     x = torch.randn(rows, 8)
-    module = lk.attach(plain, lk.LoraConfig(r=2, target_modules=["0"]))
+    module = lk.attach(plain, lk.LoraConfig(r=2, lora_alpha=8, target_modules=["0"]))
     filled(module)
     truth = module[0].original(x) + 4 * x @ module[0].lora_A.t() @ module[0].lora_B.t()
     torch.testing.assert_close(module(x), truth, **CLOSE)

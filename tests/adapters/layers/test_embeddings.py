@@ -62,7 +62,7 @@ def test_the_weight_of_an_adapted_embedding(kind):
     options = {"target_modules": ["emb"], "use_dora": kind == "DoRA"}
     if kind == "rows":
         options = {"target_modules": ["out"], "trainable_token_indices": {"emb": [3, 5]}}
-    filled(lk.attach(module, lk.LoraConfig(r=2, **options)))
+    filled(lk.attach(module, lk.LoraConfig(r=2, lora_alpha=8, **options)))
     weight = lk.merge_and_unload(copy.deepcopy(module)).emb.weight
     torch.testing.assert_close(module.emb.weight, weight, **CLOSE)
     with torch.no_grad():

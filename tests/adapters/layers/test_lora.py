@@ -23,7 +23,7 @@ def test_few_rows_of_a_wide_type_are_as_exact_as_many():
     """The way that calls of a few numbers take must not round an fp64 layer to A's fp32."""
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(8, 8)).double()
-    layer = filled(lk.attach(module, lk.LoraConfig(r=2)))[0]
+    layer = filled(lk.attach(module, lk.LoraConfig(r=2, lora_alpha=8)))[0]
     x = torch.randn(3, 8, dtype=torch.float64)
     truth = x @ (layer.original.weight + 4 * layer.lora_B.double() @ layer.lora_A.double()).t()
     found = layer(x)

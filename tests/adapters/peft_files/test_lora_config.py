@@ -67,6 +67,22 @@ def test_a_tied_head_of_any_name_has_no_rank_of_its_own(tmp_path):
     assert torch.equal(again(ids), twice(ids))
 
 
+@pytest.mark.parametrize("parameters", [None, ["v_proj.weight"]])
+def test_what_a_file_leaves_out_is_as_peft_has_it(model, tiny_dir, tmp_path, parameters):
+    """A rank and an alpha that are not said are PEFT's defaults, which are not lorakit's."""
+    base = hugging_face(tiny_dir)
+    options = {"target_modules": ["q_proj"], "target_parameters": parameters}
+    filled(peft.get_peft_model(base, peft.LoraConfig(**options))).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    said = json.loads(file.read_text())
+    assert (said.pop("r"), said.pop("lora_alpha")) == (8, 8)
+    file.write_text(json.dumps(said))
+    theirs = peft.PeftModel.from_pretrained(hugging_face(tiny_dir), tmp_path).eval()
+    lk.load_adapter(model, tmp_path)
+    assert (model(IDS) - theirs(IDS).logits).abs().max() <= LOGITS
+    assert {layer.alpha for layer in lk.describe_adapter(tmp_path).layers} == {8}
+
+
 @pytest.mark.parametrize("whole", [["lm_head"], ["embed_tokens", "lm_head"]])
 def test_a_tied_head_that_was_trained_apart_is_named(tmp_path, whole):
     """PEFT copies both modules, which are one weight no more; the base has room for one."""
