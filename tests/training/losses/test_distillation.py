@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import lorakit as lk
 from lorakit.adapters.layers.lora import lora_layers
 from lorakit.models import label_logits
+from lorakit.training.losses import teacher as teachers
 from lorakit.training.losses.teacher import TaughtBatch, Teacher, taught_loss
 from tests.conftest import ROWS
 from tests.training.runs import ADAPTER, adapted, run
@@ -95,7 +96,7 @@ def two_models(tiny_dir):
 @pytest.mark.parametrize(("beta", "alpha"), [(0.0, 0.0), (0.3, 0.25), (1.0, 0.0)])
 @pytest.mark.parametrize("packed", [False, True])
 def test_distillation_on_a_model(tiny_dir, monkeypatch, beta, alpha, packed):
-    """Loss and gradients in chunks are those of whole logits."""
+    """Loss and gradients are those of whole logits, of which five rows exist at a time."""
     model, teacher = two_models(tiny_dir)
     settings = lk.DistillationConfig("t", beta=beta, temperature=2.0, alpha=alpha)
     q, p = model(IDS)[:, 3:-1], teacher(IDS)[:, 3:-1].detach()
@@ -110,9 +111,17 @@ def test_distillation_on_a_model(tiny_dir, monkeypatch, beta, alpha, packed):
         batch = [x.reshape(1, -1) for x in batch]
         rows["cu_seqlens"] = torch.arange(0, 37, 12)
     monkeypatch.setattr(label_logits, "chunk_rows", lambda *_: 5)
+    at_a_time = []
+
+    def of_chunk(student, teacher, **options):
+        at_a_time.append((len(student), len(teacher)))
+        return lk.distillation_loss(student, teacher, **options)
+
+    monkeypatch.setattr(teachers, "distillation_loss", of_chunk)
     taught = TaughtBatch([])
     loss = taught_loss(model, *batch, rows, taught, Teacher(settings, teacher))
     found = torch.autograd.grad(loss / 7, params)
+    assert at_a_time == [(5, 5)] * 4 + [(4, 4)]
     # fp32: products of 64 terms, and a sum of 24 divergences
     assert abs(loss - mixed) <= 1e-5 * mixed
     assert taught.told.read() == pytest.approx([truth.item(), nll.item(), 24], rel=1e-5)
