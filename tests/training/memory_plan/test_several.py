@@ -137,7 +137,7 @@ def test_an_interrupted_question_ends_the_process(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "gigabytes"),
     [
-        ({"ranks": 2, "shard": "full"}, 23.6),
+        ({"ranks": 2, "shard": "full"}, 23.3),
         ({}, 43),
         ({"offload_weights": True}, 6),
     ],
