@@ -4,13 +4,13 @@
 
 `make plan-tables` writes the page. No GPU is needed. Each cell holds the first of the ways below,
 in their order, with which the forecast fits the card. Tokens are those of one row, one row at a
-time. A way that lorakit cannot forecast is left out.
+time. A way that lorakit cannot forecast is left out. The ways between the first that fits the
+smallest card and the last are not forecast: the last one says what is the least.
 """
 
 import argparse
 import dataclasses
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,14 +24,14 @@ METHODS = ("LoRA", "QLoRA", "full")
 
 
 class Way(NamedTuple):
-    """A forecast with the settings that a letter stands for."""
+    """A run with the settings that letters stand for."""
 
     letters: str
-    plan: lk.MemoryPlan
+    run: lk.PlannedRun
 
 
-def ways(model: str, method: str, tokens: int, ranks: int) -> Iterator[Way]:
-    """Yield forecasts that take less and less memory, and more and more time or bits."""
+def ways(model: str, method: str, tokens: int, ranks: int) -> list[Way]:
+    """Return runs that take less and less memory, and more and more time or bits."""
     config = lk.ModelConfig.from_hf(dict(PUBLISHED[model]))
     quantize = lk.QuantConfig() if method == "QLoRA" else None
     train = lk.TrainConfig(
@@ -54,28 +54,37 @@ def ways(model: str, method: str, tokens: int, ranks: int) -> Iterator[Way]:
         steps.append(("ca8e", run := dataclasses.replace(run, quantize=ends)))
     if lora is not None:
         steps.append((f"{steps[-1][0]}w", dataclasses.replace(run, offload_weights=True)))
-    for letters, each in steps:
-        try:
-            yield Way(letters, each.forecast())
-        except lk.LorakitError as error:
-            print(f"{SIZES[model]} {method} {letters}, {ranks} devices: {error}", file=sys.stderr)
+    return [Way(*step) for step in steps]
+
+
+def reserved(way: Way, of: str) -> int | None:
+    """Return the bytes that a way takes of a card; None, and say why, if it cannot be forecast."""
+    try:
+        return way.run.forecast().reserved
+    except lk.LorakitError as error:
+        print(f"{of} {way.letters}: {error}", file=sys.stderr)
+        return None
 
 
 def row(model: str, method: str, tokens: int, ranks: int) -> str:
     """Return the row of a model and a method, or "" if nothing could be forecast."""
-    found = list(ways(model, method, tokens, ranks))
+    usable = {name: lk.find_card(name).usable for name in CARDS.values()}
+    of, left = f"{SIZES[model]} {method}, {ranks} devices", ways(model, method, tokens, ranks)
+    found: list[tuple[str, int]] = []
+    while left:
+        way = left.pop(0)
+        size = reserved(way, of)
+        if size is not None:
+            found.append((way.letters, size))
+            if size <= min(usable.values()):
+                left = left[-1:]
     if not found:
         return ""
     cells = []
-    for name in CARDS.values():
-        usable = lk.find_card(name).usable
-        fits = [way for way in found if way.plan.reserved <= usable]
-        if fits:
-            letters = f" {fits[0].letters}" if fits[0].letters else ""
-            cells.append(f"{fits[0].plan.reserved / 1e9:.1f}{letters}")
-        else:
-            cells.append("no")
-    least = min(way.plan.reserved for way in found) / 1e9
+    for most in usable.values():
+        fits = [(letters, size) for letters, size in found if size <= most]
+        cells.append(f"{fits[0][1] / 1e9:.1f} {fits[0][0]}".strip() if fits else "no")
+    least = min(size for _, size in found) / 1e9
     return f"| {SIZES[model]} | {method} | {' | '.join(cells)} | {least:.1f} |"
 
 

@@ -78,6 +78,12 @@ CASES = {
         {"train": "full", "gradient_accumulation_steps": 3, "eval_steps": 3, "max_grad_norm": 0.1},
         ROWS,
     ),
+    "divided orpo": (
+        "bfloat16",
+        None,
+        {"train": "full", "objective": "orpo", "gradient_accumulation_steps": 3, "eval_steps": 3},
+        PAIRS,
+    ),
     "fast": ("float32", {}, {"gradient_accumulation_steps": 3, "reduce": "fast"}, ROWS),
 }  # fmt: skip
 
@@ -86,7 +92,7 @@ def take(path: Path, out: Path, case: str, options: dict):
     """Take the run of a case in this process, alone or as one of the ranks."""
     dtype, lora, own, rows = CASES[case]
     mesh = None
-    if case == "divided":
+    if case.startswith("divided"):
         run = {"model": str(path), "data": "rows.jsonl", "shard": "full", "train": "full"}
         mesh = lk.mesh_of_run(lk.RunConfig.from_dict(run))
     quantize = None if lora is None else "nf4"

@@ -12,8 +12,11 @@ is said of a layer between, before the one that is added, is too little, which n
 
 What the allocator reserves is no such sum. It is taken to be the same share above the peak as in
 the base. Where weights are divided or wait in host memory, the units that come and go leave gaps
-whose size hardly depends on the number of layers: there it is halfway between the same share and
-the same bytes above the peak.
+whose size hardly depends on the number of layers: there it is as many bytes above the peak, of
+those forecasts the most.
+
+Rows of one length add the same bytes each, too, once they are more than a chunk of the loss. On a
+processor, whose loss goes through many small chunks, two forecasts of few rows tell of many.
 """
 
 import re
@@ -22,10 +25,16 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
+import torch
+
+from lorakit.kernels.ops.cross_entropy.linear import CHUNK_BYTES
 from lorakit.models.config import ModelConfig
 from lorakit.training.memory_plan.forecast import Forecast, Setting, plain
+from lorakit.training.memory_plan.ledger import Kind
+from lorakit.training.memory_plan.watch import Mark
 
 FEW = 3
+TOKENS = 2048  # that few rows have at least
 _NUMBER = re.compile(r"[0-9]|\\[dw]")  # what names or patterns have that tell layers apart
 K = TypeVar("K", bound=Hashable)
 
@@ -56,6 +65,20 @@ def forecast_by_layers(setting: Setting, forecast: Callable[[Setting], Forecast]
         for kind, layer in more.items()
     }
     return extended(found, list(steps.values()), setting.is_elsewhere)
+
+
+def forecast_by_rows(setting: Setting, forecast: Callable[[Setting], Forecast]) -> Forecast:
+    """Return the forecast of all rows of a setting; `forecast` is called for some of them."""
+    rows, longest = len(setting.rows), max(setting.rows)
+    itemsize = torch.empty((), dtype=setting.dtype, device="meta").element_size()
+    of_chunk = CHUNK_BYTES // (max(setting.config.vocab_size, setting.vocabulary) * itemsize)
+    few = -(-max(TOKENS, 2 * of_chunk) // longest)
+    if setting.device == "cuda" or setting.new_tokens is not None:
+        return forecast(setting)
+    if min(setting.rows) < longest or rows <= 2 * few + 1:
+        return forecast(setting)
+    found, more = (forecast(replace(setting, rows=(longest,) * n)) for n in (few, few + 1))
+    return extended(found, [(rows - few, more)])
 
 
 def kinds_of(setting: Setting) -> list[Hashable]:
@@ -106,27 +129,33 @@ def with_layers(setting: Setting, layers: Sequence[int]) -> Setting:
 def extended(
     base: Forecast, steps: Sequence[tuple[int, Forecast]], units_come: bool = False
 ) -> Forecast:
-    """Return a forecast with more layers.
+    """Return a forecast with more layers, or rows.
 
     Args:
         base: The forecast of few.
-        steps: How many layers of a kind are left out, and the forecast with one of them.
+        steps: How many layers of a kind, or rows, are left out, and the forecast with one of them.
         units_come: Whether a layer's weights are there only while it computes.
     """
     peaks = {
         mark: _added(kinds, [(n, each.peaks[mark]) for n, each in steps])
         for mark, kinds in base.peaks.items()
     }
-    most, of_base = (max(sum(k.values()) for k in each.values()) for each in (peaks, base.peaks))
-    reserved = base.reserved * most / of_base
+    most = _highest(peaks)
+    reserved = base.reserved * most / _highest(base.peaks)
     if units_come:
-        reserved = (reserved + most + base.reserved - of_base) / 2
+        made = [base, *(each for _, each in steps)]
+        reserved = most + max(each.reserved - _highest(each.peaks) for each in made)
     return Forecast(
         resident=_added(base.resident, [(n, each.resident) for n, each in steps]),
         peaks=peaks,
         reserved=reserved,
         host=base.host + sum(n * (each.host - base.host) for n, each in steps),
     )
+
+
+def _highest(peaks: Mapping[Mark, Mapping[Kind, float]]) -> float:
+    """Return the most bytes of all moments."""
+    return max(sum(kinds.values()) for kinds in peaks.values())
 
 
 def _added(

@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from lorakit.kernels.pretend import H100
 from lorakit.models.config import ModelConfig
 from lorakit.training.memory_plan.elsewhere import forecast_elsewhere
 from lorakit.training.memory_plan.forecast import Forecast, Setting, forecast
-from lorakit.training.memory_plan.layers import forecast_by_layers
+from lorakit.training.memory_plan.layers import forecast_by_layers, forecast_by_rows
 from lorakit.training.memory_plan.ledger import Kind
 
 LONGEST = 1 << 24  # tokens of a row that can be forecast, since they stand in a list
@@ -110,10 +110,10 @@ def plan_memory(
     given = quant_config(quantize), lora, train, _rows(train, tokens, documents, generate)
     kept = kept_of(config, train, kept_layers)
     whole = config, list(range(config.num_hidden_layers)), kept, to_dtype(dtype)
-    setting = Setting(*whole, *given, label_share, device, capability, generate and generate[2])
-    setting = replace(setting, ranks=ranks, divided=shard == "full" and ranks > 1)
-    setting = replace(setting, offload=offload_weights, vocabulary=vocabulary)
-    found = forecast_by_layers(setting, forecast_elsewhere if setting.is_elsewhere else forecast)
+    where = device, capability, generate and generate[2], ranks, shard == "full" and ranks > 1
+    setting = Setting(*whole, *given, label_share, *where, offload_weights, vocabulary)
+    make = forecast_elsewhere if setting.is_elsewhere else forecast
+    found = forecast_by_rows(setting, lambda rows: forecast_by_layers(rows, make))
     return _plan(found, device, time.perf_counter() - started)
 
 

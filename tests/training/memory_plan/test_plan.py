@@ -8,11 +8,13 @@ import torch
 
 import lorakit as lk
 from lorakit.inference.kv_cache import PAGE
+from lorakit.kernels.ops.cross_entropy.linear import CHUNK_BYTES
 from lorakit.models.decoder import Decoder
 from lorakit.training.device_step import optimizer_step
 from lorakit.training.memory_plan.forecast import Setting, forecast, micro_batches
 from lorakit.training.memory_plan.layers import (
     forecast_by_layers,
+    forecast_by_rows,
     is_regular,
     kinds_of,
     with_layers,
@@ -132,6 +134,28 @@ def test_few_layers_tell_of_all(config, checkpointing):
         )
         assert few == pytest.approx(every, rel=1e-3)
     assert found.reserved == pytest.approx(whole.reserved, rel=0.1)  # it is no sum
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_few_rows_tell_of_many_on_a_processor(packing):
+    """Bytes are whole sums of rows.
+
+    The loss of few goes in seven chunks, which may be smaller than those of many by one in seven.
+    """
+    config = dataclasses.replace(TINY, vocab_size=40_000)
+    train = lk.TrainConfig(per_device_train_batch_size=40, packing=packing)
+    given = setting(config, train, rows=(512,) * 40, device="cpu", quantize=lk.QuantConfig())
+    calls = []
+    found = forecast_by_rows(given, lambda each: calls.append(each) or forecast(each))
+    assert [len(each.rows) for each in calls] == [4, 5]
+    whole = forecast(given)
+    for mark, kinds in whole.peaks.items():
+        few, every = (sum(each.values()) for each in (found.peaks[mark], kinds))
+        assert few == pytest.approx(every, rel=0, abs=CHUNK_BYTES / 7)
+    calls.clear()
+    for rows in ((512,) * 4, (512, 64) * 20):
+        forecast_by_rows(dataclasses.replace(given, rows=rows), calls.append)
+    assert [len(each.rows) for each in calls] == [4, 40]
 
 
 def test_layers_are_chosen_with_what_is_said_of_each():
