@@ -264,6 +264,10 @@ def _mlp_backward(
     """
     first, second = groups
     flat = x.to(first.dtype)
+    # before gate and up, whose dense weights stay from here to dx
+    dtype = first.dtype if kept is None else kept[0].dtype
+    hidden, updates = _through(first, second, flat, dtype, grad.to(second.dtype))
+    second.forget_weights()
     wide = None  # [d gate | d up | room]
     if kept is None:
         gate, up = into = first.forward(flat, by_base=False)
@@ -277,8 +281,6 @@ def _mlp_backward(
     else:  # another backward may ask for them
         gate, up = kept
         into = torch.empty((2, *gate.shape), dtype=gate.dtype, device=gate.device).unbind()
-    hidden, updates = _through(first, second, flat, gate, grad.to(second.dtype))
-    second.forget_weights()
     # the hidden state goes over its gradient
     swiglu.gated_backward_(hidden, gate, up, hidden_act, into, updates)
     small: list[Sum] = []
@@ -294,14 +296,17 @@ def _mlp_backward(
     return _cast(dx, x.dtype), [*of_inner, *of_outer]
 
 
-def _through(first, second, x, gate, grad) -> tuple[Tensor, Updates | None]:
-    """Return the hidden state's gradient, and the updates that the activation is to add."""
+def _through(first, second, x, dtype, grad) -> tuple[Tensor, Updates | None]:
+    """Return the hidden state's gradient, and the updates that the activation is to add.
+
+    `dtype` is that of gate and up.
+    """
     small: list[Sum] = []
     later: list[Sum] = []
     second.take([grad], small)
     left = first.left(x) if isinstance(first, float8.Float8Group) else None
-    apart = isinstance(second, reference.Group) and gate.dtype == second.dtype
-    apart = apart and not second.drop.rate and adds_updates(gate, second.ranks)
+    apart = isinstance(second, reference.Group) and dtype == second.dtype
+    apart = apart and not second.drop.rate and adds_updates(grad, second.ranks)
     if apart:
         of_grad = Update(second.dlow, second.A)
         return second.grad_x(later, apart=True), (of_grad, *(left or (None, None)))
