@@ -22,7 +22,7 @@ ORDER = [
     {"serving": {"starlette", "uvicorn", "prometheus_client"}},
     {"evaluation": {"lm_eval", "matplotlib", "sacrebleu", "transformers"}},
     {"export": {"numpy", "xllamacpp", "yaml"}},
-    {"training": {"mlflow", "tensorboard", "trackio", "wandb"}},
+    {"training": {"jsonschema", "mlflow", "referencing", "tensorboard", "trackio", "wandb"}},
     {"comparison": {"yaml"}},
     {"board": {"matplotlib", "numpy", "starlette", "uvicorn", "yaml"}},
     {"compat": set()},

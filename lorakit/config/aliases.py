@@ -15,9 +15,11 @@ the file, which the caller puts in front (RunConfig.from_dict in run.py).
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
 
 from lorakit.config.data import source_of
+from lorakit.config.grpo import GrpoConfig
 
 RENAMED = {
     "base_model": "model",
@@ -48,7 +50,10 @@ RENAMED = {
     "peft_use_dora": "lora.use_dora",
     "init_lora_weights": "lora.init_lora_weights",
     "peft_init_lora_weights": "lora.init_lora_weights",
+    "reward_funcs": "grpo.rewards",
 }
+_NO_ALIASES = ("rewards", "beta", "loss_type")  # the last two have a meaning beside grpo too
+RENAMED |= {f.name: f"grpo.{f.name}" for f in fields(GrpoConfig) if f.name not in _NO_ALIASES}
 
 VALUES: dict[str, dict[Any, Any]] = {
     "optim": {
@@ -68,6 +73,7 @@ REFUSED = {
     "deepspeed": DEVICE,
     "fsdp": DEVICE,
     "fsdp_config": DEVICE,
+    "reward_weights": "give each entry of rewards its weight",
     "saves_per_epoch": PER_EPOCH,
     "evals_per_epoch": PER_EPOCH,
 }
@@ -82,6 +88,7 @@ SETTLED: dict[str, tuple[list[Any], str]] = {
         "as validation",
     ),
     "lora_task_type": (["CAUSAL_LM"], "lorakit trains causal language models only"),
+    "importance_sampling_level": (["token"], "for the ratio of a sequence set loss_type: gspo"),
 }
 
 ATTENTION = "lorakit chooses the kernel of attention itself, with the same result"
@@ -108,6 +115,8 @@ IGNORED = {
     "lora_mlp_kernel": OWN_KERNELS,
     "lora_qkv_kernel": OWN_KERNELS,
     "lora_o_kernel": OWN_KERNELS,
+    "use_vllm": "the model in training samples, in the same process",
+    "log_completions": "rollouts.jsonl gets every completion",
     "strict": "unknown keys are always errors",
 }
 WANDB = "report_to: wandb sends the numbers, where its own variables say, as WANDB_PROJECT"
@@ -129,6 +138,9 @@ def own_names(values: File) -> tuple[dict[Any, Any], Notes]:
     _open_mappings(own)
     notes: Notes = []
     said_by: dict[str, str] = {}  # a setting -> the alias that has set it
+    for name in ("beta", "loss_type") if own.get("objective") == "grpo" else ():
+        if own.get(name) is not None:
+            _put(own, f"grpo.{name}", own.pop(name), name, said_by)
     for name, value in values.items():
         if is_alias(name) and (value is not None or name in NULL_SAYS):
             for target, meant in _meaning(name, value, values, notes).items():
@@ -146,7 +158,7 @@ def _open_mappings(own: dict[Any, Any]) -> None:
     for name, leaf in (("data", "train"), ("quantize", "quant_type")):
         if isinstance(own.get(name), (str, list)):
             own[name] = {leaf: own[name]}
-    for name in ("data", "lora", "quantize"):
+    for name in ("data", "lora", "quantize", "grpo"):
         if isinstance(own.get(name), Mapping):
             own[name] = dict(own[name])
 
@@ -210,7 +222,6 @@ def _meaning(name: str, value: Any, values: File, notes: Notes) -> Meaning:
 
 
 # ---- conversions ----
-#
 # A conversion takes the value of a name, the whole file and the list of notes, to which it may add.
 # It returns what the value means in lorakit's names.
 

@@ -13,7 +13,7 @@ from lorakit.config.patterns import valid_regex
 LossType = Literal["grpo", "dr_grpo", "dapo", "cispo", "gspo"]
 ScaleRewards = Literal["group", "batch", "none"]
 LOSS_TYPES = get_args(LossType)
-BUILT_IN = ("exact_match", "numeric_answer", "regex", "length")
+BUILT_IN = ("exact_match", "numeric_answer", "regex", "length", "json_schema")
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,9 @@ class RewardConfig:
     """Settings of one reward."""
 
     name: str
-    """Reward: "exact_match", "numeric_answer", "regex", "length", a name that `lk.train` was given
-    a function for, or the function of a file, as "rewards.py:brevity", which runs your code."""
+    """Reward: "exact_match", "numeric_answer", "regex", "length", "json_schema", a name that
+    `lk.train` was given a function for, or the function of a file, as "rewards.py:brevity", which
+    runs your code."""
     weight: float = 1.0
     """Factor of this reward in the sum of all."""
     column: str = "answer"
@@ -31,10 +32,13 @@ class RewardConfig:
     """Regular expression that regex looks for."""
     length: int | None = None
     """Number of characters that length wants."""
+    schema: dict[str, Any] | None = None
+    """JSON schema that json_schema wants a completion to fit, as a mapping."""
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name, wanted in (("pattern", "regex"), ("length", "length")):
+        of = {"pattern": "regex", "length": "length", "schema": "json_schema"}
+        for name, wanted in of.items():
             given = getattr(self, name) is not None
             if given != (self.name == wanted):
                 says = f"goes with {wanted} alone" if given else "is missing"

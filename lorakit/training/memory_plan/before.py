@@ -63,7 +63,10 @@ def check_run(
         LorakitError: The run cannot fit.
     """
     if run.train.grpo is not None:
-        return "memory: grpo samples completions, which no forecast knows"
+        return (
+            "memory: not forecast, since grpo also keeps the keys and values of the completions "
+            "that it samples"
+        )
     if run.train.distillation is not None:
         return "memory: the teacher of distillation is in no forecast"
     device = own_device()

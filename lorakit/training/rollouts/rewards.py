@@ -4,6 +4,7 @@
     numeric_answer   1 if the last number of the completion is the last number of the column
     regex            1 if the pattern is found in the completion
     length           1 - |n - length| / length for a completion of n characters, at least 0
+    json_schema      1 if the completion is JSON that fits the schema (the package jsonschema)
 
 Everything else is a function, f(prompts, completions, **columns) -> one number for each completion,
 called by these names, as TRL calls them. prompts and completions are texts, or for chats lists of
@@ -11,6 +12,7 @@ messages, and columns are the other fields of the rows, a list each.
 """
 
 import importlib.util
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -150,9 +152,13 @@ def check_names(configs: Sequence[RewardConfig], given: Mapping[str, RewardFunct
         given: The functions that the caller has named himself.
 
     Raises:
-        LorakitError: A name is that of no reward, or of a file that is not there.
+        LorakitError: A name is that of no reward, or of a file that is not there; or a JSON schema
+            is none.
     """
     known = [*BUILT_IN, *given]
+    for each in configs:
+        if each.schema is not None:
+            _fits(each.schema)
     for name in [each.name for each in configs if each.name not in known]:
         if ":" not in name:
             raise LorakitError(
@@ -199,7 +205,9 @@ class _BuiltIn:
             "numeric_answer": self._numeric_answer,
             "regex": self._regex,
             "length": self._length,
+            "json_schema": self._json_schema,
         }[config.name]
+        self._fits = None if config.schema is None else _fits(config.schema)
 
     def __call__(self, graded: Graded) -> float:
         return float(self._compute(graded))
@@ -233,6 +241,51 @@ class _BuiltIn:
     def _length(self, graded: Graded) -> float:
         assert self.config.length is not None
         return max(0.0, 1 - abs(len(graded.text) - self.config.length) / self.config.length)
+
+    def _json_schema(self, graded: Graded) -> bool:
+        assert self._fits is not None
+        try:
+            value = json.loads(graded.text, parse_constant=_no_json)
+        except (ValueError, RecursionError):
+            return False
+        return self._fits(value)
+
+
+def _no_json(text: str) -> None:
+    """Refuse NaN and Infinity, which Python reads and JSON lacks."""
+    raise ValueError(f"{text} is no JSON")
+
+
+def _fits(schema: dict[str, Any]) -> Callable[[Any], bool]:
+    """Return what says whether a value fits a JSON schema; references stay inside the schema.
+
+    Raises LorakitError if it is no schema, or the package jsonschema is not there.
+    """
+    try:
+        from jsonschema import SchemaError
+        from jsonschema.validators import Draft202012Validator, validator_for
+        from referencing import Registry
+        from referencing.exceptions import Unresolvable
+    except ImportError:
+        raise LorakitError(
+            "reward json_schema needs jsonschema; pip install 'lorakit[rewards]'"
+        ) from None
+    kind = validator_for(schema, default=Draft202012Validator)
+    try:
+        kind.check_schema(schema)
+    except SchemaError as error:
+        raise LorakitError(f"reward json_schema: the schema is none: {error.message}") from None
+    validator = kind(schema, registry=Registry())  # which fetches nothing
+
+    def fits(value: Any) -> bool:
+        try:
+            return validator.is_valid(value)
+        except Unresolvable as error:
+            raise LorakitError(f"reward json_schema: the schema lacks {error.ref!r}") from None
+        except RecursionError:
+            return False
+
+    return fits
 
 
 def _last_number(text: str) -> float | None:

@@ -1,5 +1,7 @@
 """What completions are worth: built-in rewards, the user's functions, and what is refused."""
 
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -46,10 +48,50 @@ def test_built_in(completion, name, answer, options, worth):
     assert of(completion, name, answer, **options) == worth
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"age": {"$ref": "#/$defs/age"}},
+    "required": ["age"],
+    "$defs": {"age": {"type": "integer", "minimum": 0}},
+}
+
+
+@pytest.mark.parametrize(
+    ("completion", "worth"),
+    [
+        ('{"age": 3}', 1),
+        (' {"age": 3, "name": "x"}\n', 1),
+        ('{"age": -3}', 0),
+        ('{"age": "3"}', 0),
+        ("{}", 0),
+        ('{"age": 3} and more', 0),
+        ('{"age": NaN}', 0),
+        ("", 0),
+        ("[" * 100_000, 0),
+    ],
+)
+def test_json_that_fits_a_schema(completion, worth):
+    assert of(completion, "json_schema", schema=SCHEMA) == worth
+
+
+def test_schemas_that_are_refused(monkeypatch):
+    """A reference to another place is not fetched, and is told when a completion comes to it."""
+    with pytest.raises(lk.LorakitError, match="the schema is none: 'text' is not valid"):
+        of("1", "json_schema", schema={"type": "text"})
+    with pytest.raises(lk.LorakitError, match=r"the schema lacks 'https://example.org/a.json'"):
+        of("1", "json_schema", schema={"$ref": "https://example.org/a.json"})
+    monkeypatch.setitem(sys.modules, "jsonschema", None)
+    with pytest.raises(
+        lk.LorakitError, match=r"needs jsonschema; pip install 'lorakit\[rewards\]'"
+    ):
+        of("1", "json_schema", schema=SCHEMA)
+
+
 @given(st.text())
 def test_any_text_has_a_reward(text):
     assert of(text, "numeric_answer", "5") in (0, 1)
     assert 0 <= of(text, "length", length=7) <= 1
+    assert of(text, "json_schema", schema=SCHEMA) in (0, 1)
 
 
 def test_functions_are_called_as_trl_calls_them():
@@ -130,6 +172,7 @@ def test_rows_without_an_answer():
         ({"name": "regex", "pattern": "("}, r"'\(' is no valid regular expression"),
         ({"name": "length"}, "reward length: length is missing"),
         ({"name": "length", "length": 0}, "length must be positive"),
+        ({"name": "json_schema"}, "reward json_schema: schema is missing"),
         ({"name": "exact_match", "pattern": "x"}, "pattern goes with regex alone"),
     ],
 )

@@ -284,7 +284,9 @@ def test_a_row_without_an_answer_is_told_before_the_first_step(tiny_dir, tok, tm
     ("options", "message"),
     [
         ({"data": {"train": "d", "validation": "e"}}, "grpo evaluates on no validation rows yet"),
-        ({"num_generations": 4}, "unknown key 'num_generations' .say it in grpo"),
+        ({"rewards": ["regex"]}, "unknown key 'rewards' .say it in grpo"),
+        ({"beta": 0.1, "grpo": {"rewards": ["exact_match"], "beta": 0.2}}, "beta and grpo.beta"),
+        ({"reward_weights": [1.0]}, "give each entry of rewards its weight"),
         ({"shard": "full"}, "grpo samples from whole weights"),
         ({"offload_weights": True}, "grpo samples from whole weights"),
     ],
@@ -293,6 +295,21 @@ def test_run_files_that_are_refused(options, message):
     values = {"model": "m", "data": "d", "objective": "grpo", "grpo": {"rewards": ["exact_match"]}}
     with pytest.raises(lk.LorakitError, match=message):
         lk.RunConfig.from_dict(values | options)
+
+
+def test_a_file_of_trl(caplog):
+    """Its settings stand side by side, beta and loss_type too, which others have there as well."""
+    flat = {
+        "num_generations": 4, "max_completion_length": 99, "temperature": 0.7, "top_p": 0.9,
+        "num_iterations": 2, "epsilon": 0.1, "epsilon_high": 0.3, "scale_rewards": "batch",
+        "mask_truncated_completions": True, "beta": 0.04, "loss_type": "dr_grpo",
+    }  # fmt: skip
+    values = {"model": "m", "data": "d", "objective": "grpo", "per_device_train_batch_size": 8}
+    theirs = {"reward_funcs": ["exact_match"], "use_vllm": True, **flat}
+    run = lk.RunConfig.from_dict(values | theirs)
+    assert run == lk.RunConfig.from_dict(values | {"grpo": {"rewards": ["exact_match"], **flat}})
+    assert run.train.grpo == lk.GrpoConfig([lk.RewardConfig("exact_match")], **flat)
+    assert any("use_vllm is ignored" in message for message in caplog.messages)
 
 
 def test_the_run_file():
