@@ -36,6 +36,7 @@ from .ops.frozen_linear.dense import Packed, dequantize, dequantize_rows
 from .ops.gguf_blocks import dequantize_blocks, quantize_blocks
 from .ops.int8 import Int8Tensor, dequantize_int8, quantize_int8
 from .ops.lora_linear import LoraWeights, lora_linear, lora_mlp, lora_qkv, lora_room, lora_row_norms
+from .ops.lora_linear.spans import LoraSpan, lora_spans
 from .ops.nf4 import NF4Tensor, dequantize_nf4, quantize_fp4, quantize_nf4
 from .ops.rms_norm import add_rms_norm, rms_norm
 from .ops.rope import norm_rope, rope
@@ -55,6 +56,7 @@ __all__ = [
     "Float8Linear",
     "Float8Weight",
     "Int8Tensor",
+    "LoraSpan",
     "LoraWeights",
     "Moment8bit",
     "NF4Tensor",
@@ -87,6 +89,7 @@ __all__ = [
     "lora_qkv",
     "lora_room",
     "lora_row_norms",
+    "lora_spans",
     "norm_rope",
     "quantize_blocks",
     "quantize_fp4",

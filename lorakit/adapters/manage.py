@@ -7,6 +7,7 @@ layers/wrapper.py.
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from lorakit.adapters.layers.wrapper import Attached, Part
 from lorakit.config.errors import LorakitError, nearest
 from lorakit.models.decoder import Decoder
+from lorakit.models.mlp import Experts
 
 # ---- walks ----
 
@@ -344,3 +346,53 @@ def adapter_rows(module: nn.Module, names: Sequence[str | None]) -> Iterator[Non
         for each in found:
             each.set_row_groups(row_groups)
         yield
+
+
+@contextmanager
+def adapter_spans(module: nn.Module, spans: Sequence[tuple[str, int]]) -> Iterator[None]:
+    """Send spans of a packed row through adapters of their own, and train all of them.
+
+    Every frozen layer multiplies the whole row at once. `backward` belongs inside the block too
+    where gradient checkpointing computes the forward pass again.
+
+    Args:
+        module: A model with adapters.
+        spans: The adapters in the order of their tokens, and how many tokens each has. The row is
+            packed (`cu_seqlens`), and no document of it lies in two spans.
+
+    Yields:
+        Nothing. After the block the selected adapter computes, and it alone trains.
+
+    Raises:
+        LorakitError: There is no such adapter, or one does more than add low-rank updates to linear
+            layers, or is merged.
+    """
+    for name, _ in spans:
+        check_spans(module, name)
+    check_unmerged(module, "adapter_spans")
+    check_no_block(module, "adapter_spans")
+    ends = list(accumulate(count for _, count in spans))
+    places = [(name, end - count, end) for (name, count), end in zip(spans, ends, strict=True)]
+    found = list(attached(module).values())
+    try:
+        for each in found:
+            each.set_spans(places)
+        yield
+    finally:
+        for each in found:
+            each.set_spans(None)
+
+
+def check_spans(module: nn.Module, name: str) -> None:
+    """Raise LorakitError unless an adapter may have a span of a row; see `adapter_spans`."""
+    check_adapter(module, name, "adapter_spans")
+    experts = tuple(f"{n}." for n, m in module.named_modules() if isinstance(m, Experts))
+    for place, each in attached(module).items():
+        # experts take the tokens of all documents in another order, and a head some of them
+        mixed = place.startswith(experts) or place.endswith("lm_head")
+        if name in each.adapters and (mixed or not each.takes_spans(name)):
+            raise LorakitError(
+                f"several adapters in one pass: {name!r} does more at {place} than add a low-rank "
+                "update to a linear layer of a block; train it by itself, or leave out DoRA, "
+                "trained biases, dropout, embeddings, the head, experts and learned prompts"
+            )

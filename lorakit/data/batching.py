@@ -83,6 +83,14 @@ def packs(lengths: Sequence[int], config: TrainConfig) -> list[list[int]]:
     return pack_rows(lengths, size)
 
 
+def in_order(lengths: Sequence[int], config: TrainConfig) -> list[list[int]]:
+    """Return the row numbers of batches that keep the order of the rows, or are packed."""
+    if config.packing:
+        return packs(lengths, config)
+    numbers, size = range(len(lengths)), config.rows_at_a_time
+    return [list(numbers[i : i + size]) for i in range(0, len(numbers), size)]
+
+
 def batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """Return the row numbers of an epoch's batches: shuffled, yet rows of like length together.
 

@@ -108,6 +108,11 @@ class JudgedExample(NamedTuple):
 AnyExample = Example | PairExample | JudgedExample
 
 
+def count_labels(example: AnyExample) -> int:
+    """Return how many label tokens the answers of an example have."""
+    return sum(label != IGNORE for row in example.answers for label in row.labels[1:])
+
+
 class Encoder:
     """Makes the examples of rows. `long` counts the rows over `max_seq_length`.
 

@@ -20,6 +20,9 @@ RowGroups = Sequence[tuple[str | None, Tensor]]
 Each pair is an adapter's name (None for the base alone) and the numbers of its rows, int64 [n].
 """
 
+Spans = Sequence[tuple[str, int, int]]
+"""Adapters, and the tokens of a packed row that each of them computes: the first, and the end."""
+
 
 class AdaptedLayer(nn.Module):
     """A module in the place of a layer while adapters are attached to it."""

@@ -3,9 +3,9 @@
 A state has the files of a checkpoint of `train` (state.py), and goes on from one too.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,19 +13,25 @@ import torch
 from torch import Tensor
 
 from lorakit.adapters.start import start_adapter
-from lorakit.config.errors import LorakitError
+from lorakit.config.errors import LorakitError, check
 from lorakit.config.training import OPTIMIZERS, TrainConfig
+from lorakit.data.encode import AnyExample
 from lorakit.files.local import as_path
 from lorakit.models.decoder import Decoder
 from lorakit.models.tokenizer import Tokenizer
 from lorakit.training import state as run_state
 from lorakit.training.device_step import HostStep, read
 from lorakit.training.draws import drawing_from, seed_of
+from lorakit.training.losses.batch import row_logprobs
 from lorakit.training.losses.reference import Reference
 from lorakit.training.resume import digest_of_frozen, in_words_of
-from lorakit.training.step import check_gradients
+from lorakit.training.step import backward, check_gradients, prepare
 from lorakit.training.stepping import run_optimizer
 from lorakit.training.trainable import TrainedAdapter
+
+LossFunction = Callable[[list[Tensor], list[int]], Tensor]
+"""f(logprobs, rows) -> loss []: of some rows, given by their numbers in the call, the fp32
+log-probabilities of the tokens that are learned."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,7 @@ class Learner:
         self.part = TrainedAdapter(model)
         with drawing_from(config.seed):
             start_adapter(model, _no_rows)
+        self.named = list(self.part.parameters())
         self.params = list(self.part.trained().values())
         if OPTIMIZERS[config.optim][1]:
             with suppress(OSError):  # the optimizer says that it has no place for pages
@@ -89,30 +96,77 @@ class Learner:
             )
         self.loss = name
 
-    def count_more(self, count: int) -> int:
-        """Return what the mean is over with `count` more, and weight the gradients so far by it."""
-        before, self.count = self.count, self.count + count
-        if before:
-            there = [p.grad for p in self.params if p.grad is not None]
-            torch._foreach_mul_(there, before / self.count)
-        return self.count
+    @contextmanager
+    def adding(self, count: int) -> Iterator[int]:
+        """Add gradients in the block, whose mean is over `count` more than that of those there are.
 
-    def drawing(self, seed: int, device: torch.device) -> AbstractContextManager[None]:
-        """Return the context in which the next batch draws its random numbers."""
-        return drawing_from(seed_of(seed, self.batches), device)
+        Yields what the mean is over. An error in the block forgets all gradients, since some may be
+        added and some not.
+        """
+        before, self.count = self.count, self.count + count
+        try:
+            if before:
+                there = [p.grad for p in self.params if p.grad is not None]
+                torch._foreach_mul_(there, before / self.count)
+            yield self.count
+        except BaseException:
+            self.forget_gradients()
+            raise
+
+    def learn(
+        self, examples: Sequence[AnyExample], batches: Sequence[list[int]], config: TrainConfig
+    ) -> Learned:
+        """Add the gradients of the mean loss of batches of examples by the config's objective."""
+        number = self.batches + 1  # a batch draws by its number, as in a run
+        step = prepare(self.part.model, examples, number, batches, config, None)
+        if not step.count:
+            raise LorakitError("forward_backward: no row has a token that is learned")
+        reference = self._reference() if config.compares else None
+        with self.adding(step.count) as total:
+            losses = backward(self.part.model, replace(step, count=total), config, reference)
+            self.add(losses, len(batches))
+        return Learned(float(torch.stack(losses).sum()) / step.count, step.count, step.tokens, [])
+
+    def learn_by(
+        self,
+        function: LossFunction,
+        examples: Sequence[AnyExample],
+        batches: Sequence[list[int]],
+        config: TrainConfig,
+    ) -> Learned:
+        """Add the gradients of a function of the log-probabilities of batches of examples."""
+        model, losses, found = self.part.model, list[Tensor](), list[list[float]]()
+        with self.adding(0):
+            for rows in batches:
+                some = [examples[i] for i in rows]
+                with drawing_from(seed_of(config.seed, self.batches), model.device):
+                    logprobs = row_logprobs(model, some, config)
+                    check(all(map(len, logprobs)), "forward_backward: a row has nothing to learn")
+                    loss = function(logprobs, rows)
+                if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+                    raise LorakitError(
+                        "forward_backward: the function must return a loss [] that is computed "
+                        f"from the log-probabilities, not {loss!r}"
+                    )
+                loss.backward()
+                losses.append(loss.detach().float().reshape(()))
+                self.add(losses[-1:], 1)
+                found += [each.tolist() for each in logprobs]
+        tokens = sum(len(each.input_ids) for each in examples)
+        return Learned(float(torch.stack(losses).sum()), 1, tokens, found)
 
     def add(self, losses: Sequence[Tensor], batches: int) -> None:
         """Note the losses of batches, whose gradients are there."""
         self.losses += losses
         self.batches += batches
         if not self.checked:
-            check_gradients(self.part.model, self.part.parameters())
+            check_gradients(self.part.model, self.named)
             self.checked = True
 
-    def reference(self, model: Decoder) -> Reference:
+    def _reference(self) -> Reference:
         """Return the adapter as it was when a loss first compared with it."""
         if self.before is None:
-            self.before = Reference(model)
+            self.before = Reference(self.part.model)
         return self.before
 
     def step(self, config: TrainConfig) -> Stepped:
@@ -179,7 +233,7 @@ class Learner:
         self._check_same(path, values["same"], tok)
         run_state.restore(checkpoint, values, self.part.restore, self.optimizer)
         if values.get("reference"):
-            run_state.restore_reference(path, self.reference(self.part.model).tensors)
+            run_state.restore_reference(path, self._reference().tensors)
         progress = values["progress"]
         try:
             self.steps = progress["step"]

@@ -5,26 +5,29 @@
     sample(prompts)           continues prompts with the weights of this moment
     save_state, load_state    write and read all that the next step depends on
 
-The calls, and the names of the first four, are those of Tinker's primitives
-(thinkingmachines.ai/tinker). Losses, gradients, optimizer and files are those of `train`: a session
-that is given the rows of a run, step by step, ends with the bytes of its adapter.
-
-An adapter has its own optimizer, counts and gradients. So one session trains several.
+These names are those of Tinker's primitives (thinkingmachines.ai/tinker). Losses, gradients,
+optimizer and files are those of `train`: a session that is given the rows of a run, step by step,
+ends with the bytes of its adapter. An adapter has its own optimizer, counts and gradients, so one
+session trains several, also in one pass (together.py).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
-from lorakit.adapters.manage import check_adapter, require_selected, selected
+from lorakit.adapters.manage import (
+    check_adapter,
+    check_spans,
+    require_selected,
+    selected,
+)
 from lorakit.config.errors import LorakitError, check
 from lorakit.config.training import Objective, TrainConfig
-from lorakit.data.batching import packs
-from lorakit.data.encode import IGNORE, AnyExample, Example, JudgedExample, PairExample
+from lorakit.data.batching import in_order
+from lorakit.data.encode import AnyExample, Example, JudgedExample, PairExample
 from lorakit.data.rows import RowSource
 from lorakit.evaluation.evaluate import check_kind, encode_for
 from lorakit.files.local import as_path
@@ -35,15 +38,11 @@ from lorakit.models.chat_template import Messages
 from lorakit.models.decoder import Decoder
 from lorakit.models.tokenizer import Tokenizer
 from lorakit.training.draws import seed_of_completion
-from lorakit.training.learner import Learned, Learner, Stepped
-from lorakit.training.losses.batch import collated
+from lorakit.training.learner import Learned, Learner, LossFunction, Stepped
+from lorakit.training.losses.batch import row_logprobs
 from lorakit.training.mode import evaluation_mode, training_mode
 from lorakit.training.rollouts.sampler import SLOTS, Sampled, answered
-from lorakit.training.step import backward, prepare
-
-LossFunction = Callable[[list[Tensor], list[int]], Tensor]
-"""f(logprobs, rows) -> loss []: of some rows, given by their numbers in the call, the fp32
-log-probabilities of the tokens that are learned."""
+from lorakit.training.together import check_together, together
 
 
 class Session:
@@ -113,55 +112,46 @@ class Session:
             config = self._config(loss)
             learner.check_loss("a function" if function else config.objective)
             examples = self._examples(rows, config)
-            batches = _batches(examples, config)
+            batches = in_order([len(each.input_ids) for each in examples], config)
             largest = max(sum(len(examples[i].input_ids) for i in rows) for rows in batches)
             with training_mode(self.model, config, largest):
                 if function is None:
-                    return self._by_objective(learner, examples, batches, config)
-                return self._by_function(learner, examples, batches, config, function)
+                    return learner.learn(examples, batches, config)
+                return learner.learn_by(function, examples, batches, config)
 
-    def _by_objective(
-        self,
-        learner: Learner,
-        examples: Sequence[AnyExample],
-        batches: Sequence[list[int]],
-        config: TrainConfig,
-    ) -> Learned:
-        number = learner.batches + 1  # a batch draws by its number, as in a run
-        step = prepare(self.model, examples, number, batches, config, None)
-        check(step.count > 0, "forward_backward: no row has a token that is learned")
-        total = learner.count_more(step.count)
-        reference = learner.reference(self.model) if config.compares else None
-        losses = backward(self.model, replace(step, count=total), config, reference)
-        learner.add(losses, len(batches))
-        return Learned(float(torch.stack(losses).sum()) / step.count, step.count, step.tokens, [])
+    def forward_backward_many(
+        self, rows: Mapping[str, RowSource | Sequence[AnyExample]]
+    ) -> dict[str, Learned]:
+        """Add the gradients of several adapters, each of the mean loss of its own rows, in one go.
 
-    def _by_function(
-        self,
-        learner: Learner,
-        examples: Sequence[AnyExample],
-        batches: Sequence[list[int]],
-        config: TrainConfig,
-        function: LossFunction,
-    ) -> Learned:
-        losses, found = list[Tensor](), list[list[float]]()
-        for rows in batches:
-            some = [examples[i] for i in rows]
-            with learner.drawing(self.config.seed, self.model.device):
-                logprobs = self._logprobs(some, config)
-                check(all(map(len, logprobs)), "forward_backward: a row has nothing to learn")
-                loss = function(logprobs, rows)
-            if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-                raise LorakitError(
-                    "forward_backward: the function must return a loss [] that is computed from "
-                    f"the log-probabilities, not {loss!r}"
-                )
-            loss.backward()
-            learner.add([loss.detach().float().reshape(())], 1)
-            losses.append(loss.detach().float().sum())
-            found += [each.tolist() for each in logprobs]
-        tokens = sum(len(each.input_ids) for each in examples)
-        return Learned(float(torch.stack(losses).sum()), 1, tokens, found)
+        The rows of all are packed into one, which every frozen layer multiplies at once. An adapter
+        gets the gradients that `forward_backward` with its rows gives it, to the rounding of fp32.
+        Its rate, its count of steps and its clipping stay its own: call `optim_step` for each.
+
+        Args:
+            rows: The rows of each adapter by its name, as `forward_backward` takes them. Of each,
+                per_device_train_batch_size rows are computed at a time.
+
+        Returns:
+            The loss and counts of each adapter, by its name.
+
+        Raises:
+            LorakitError: As in `forward_backward`; or the config has another objective than sft,
+                label smoothing, a z-loss or noise, or an adapter more than low-rank updates.
+        """
+        check(len(rows) > 0, "forward_backward_many: there are no rows of any adapter")
+        check_together(self.config)
+        config = replace(self.config, packing=True)
+        taken: dict[str, Sequence[AnyExample]] = {}
+        for name in rows:
+            check_spans(self.model, name)
+            with selected(self.model, name):
+                self._learner(name).check_loss("sft")
+            taken[name] = self._examples(rows[name], config)
+        size = config.rows_at_a_time
+        some = [each[i] for each in taken.values() for i in range(min(size, len(each)))]
+        with training_mode(self.model, config, sum(len(each.input_ids) for each in some)):
+            return together(self.model, self._learners, taken, config)
 
     def logprobs(
         self,
@@ -190,23 +180,10 @@ class Session:
         with selected(self.model, name), evaluation_mode(self.model), torch.no_grad():
             for start in range(0, len(examples), size):
                 some = examples[start : start + size]
-                found += [each.tolist() for each in self._logprobs(some, config, temperature)]
+                found += [
+                    each.tolist() for each in row_logprobs(self.model, some, config, temperature)
+                ]
         return found
-
-    def _logprobs(
-        self, some: Sequence[AnyExample], config: TrainConfig, temperature: float = 1.0
-    ) -> list[Tensor]:
-        """Return the log-probabilities, fp32 [n], of the n label tokens of each row of a batch."""
-        batch = collated(self.model, some, config)
-        losses = self.model.token_losses(
-            batch.ids,
-            batch.labels,
-            attention_mask=batch.attention_mask,
-            cu_seqlens=batch.cu_seqlens,
-            temperature=temperature,
-        )
-        counts = [sum(t != IGNORE for t in each.answers[0].labels[1:]) for each in some]
-        return list((-losses).split(counts))
 
     def optim_step(
         self,
@@ -410,14 +387,6 @@ class Session:
             check_kind(examples, config, "the rows")
             return examples
         return encode_for(self.model, self.tok, cast(RowSource, rows), config)
-
-
-def _batches(examples: Sequence[AnyExample], config: TrainConfig) -> list[list[int]]:
-    """Return the numbers of the examples of each batch: in their order, or packed."""
-    if config.packing:
-        return packs([len(each.input_ids) for each in examples], config)
-    numbers, size = range(len(examples)), config.rows_at_a_time
-    return [list(numbers[i : i + size]) for i in range(0, len(numbers), size)]
 
 
 def _is_encoded(row: object) -> bool:

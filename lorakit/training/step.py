@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lorakit.config.errors import LorakitError
 from lorakit.config.training import TrainConfig
-from lorakit.data.encode import IGNORE, AnyExample
+from lorakit.data.encode import AnyExample, count_labels
 from lorakit.evaluation.share import ALL, Share
 from lorakit.models.decoder import Decoder
 from lorakit.models.mlp import Experts
@@ -64,11 +64,7 @@ def prepare(
     """
     taken = [[examples[i] for i in rows] for rows in micro_batches]
     each = [example for batch in taken for example in batch]
-    if config.by_tokens:
-        labels = [row.labels[1:] for example in each for row in example.answers]
-        count = sum(label != IGNORE for row in labels for label in row)
-    else:
-        count = len(each)
+    count = sum(map(count_labels, each)) if config.by_tokens else len(each)
     rows = [i for batch in micro_batches for i in batch]
     batches, packed = list[Batch | None](), list[HostRow | None]()
     tokens, computed = _count_tokens(taken, config.packing)

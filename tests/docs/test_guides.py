@@ -108,11 +108,12 @@ def test_examples_of_the_guide_to_training(prepared):
 
 def test_examples_of_the_guide_to_sessions(prepared):
     work, run = prepared
-    *steps, function = run(["-c", python("docs/session.md")]).stdout.splitlines()
+    *steps, function, several = run(["-c", python("docs/session.md")]).stdout.splitlines()
     losses = [float(line.split()[1]) for line in steps]
     assert [line.split()[0::2] for line in steps] == [[str(i), "True"] for i in (1, 2, 3)]
     assert losses == sorted(losses, reverse=True)
     assert function == "4 True"
+    assert several == "['rank-16', 'rank-4'] True"
     assert (work / "runs" / "by-hand" / "state.json").exists()
 
 

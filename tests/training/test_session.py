@@ -179,6 +179,23 @@ def test_a_step_that_is_not_finite_is_not_taken(tiny_dir, tok, tmp_path):
     assert adapter_bytes(session.model, tmp_path / "after") == before
 
 
+def test_an_error_between_batches_leaves_no_gradients(tiny_dir, tok):
+    """Some are added and some not: the next mean would be over other rows than it says."""
+    session = lk.Session(adapted(tiny_dir), tok, lk.TrainConfig(per_device_train_batch_size=1))
+    session.forward_backward(ROWS[:1], lambda logprobs, rows: logprobs[0].sum())
+
+    def fails(logprobs, rows):
+        if rows == [1]:
+            raise KeyboardInterrupt
+        return logprobs[0].sum()
+
+    with pytest.raises(KeyboardInterrupt):
+        session.forward_backward(ROWS[:2], fails)
+    assert not gradients(session.model)
+    with pytest.raises(lk.LorakitError, match="no gradients"):
+        session.optim_step()
+
+
 def test_paged_state(tiny_dir, tok, tmp_path):
     options = {**STEPS, "output_dir": str(tmp_path / "new"), "optim": "paged_adamw_32bit"}
     results = []
@@ -266,3 +283,80 @@ def test_states_of_something_else(tiny_dir, tok, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(lk.LorakitError, match="cannot be written"):
         session.save_state(tmp_path / "file" / "state", adapter="default")
+
+
+def adapters(tiny_dir, ranks, **settings):
+    """A session with an adapter of each rank, "a4" and so on."""
+    model = lk.load_model(tiny_dir, dtype="float32", quantize="nf4")
+    for rank in ranks:
+        torch.manual_seed(rank)
+        lk.attach(model, lk.LoraConfig(r=rank, lora_alpha=2 * rank), name=f"a{rank}")
+    return lk.Session(model, lk.load_tokenizer(tiny_dir), lk.TrainConfig(**settings))
+
+
+def weights_of(session, name):
+    named = session.model.named_parameters()
+    return {n: p.detach().clone() for n, p in named if f".adapters.{name}." in n}
+
+
+def test_several_adapters_in_one_pass_learn_what_each_learns_alone(tiny_dir):
+    """Different ranks, rows, batches and rates, and one that ends early.
+
+    fp32 adds up in another order, and Adam divides by the gradient's size: 1e-5 of the weights.
+    """
+    rates, rows = {"a2": 1e-3, "a5": 3e-4, "a16": 2e-3}, {}
+    for i, name in enumerate(rates):
+        rows[name] = [ROWS[i + step : i + step + 3 + 2 * i] for step in range(5)]
+    together = adapters(tiny_dir, [2, 5, 16], per_device_train_batch_size=2)
+    told = []
+    for step in range(5):
+        live = [name for name in rates if step < 3 or name != "a5"]
+        told.append(together.forward_backward_many({name: rows[name][step] for name in live}))
+        for name in live:
+            assert together.optim_step(rates[name], adapter=name).step == step + 1
+    for name, rate in rates.items():
+        alone = adapters(tiny_dir, [2, 5, 16], per_device_train_batch_size=2)
+        for step in range(3 if name == "a5" else 5):
+            learned = alone.forward_backward(rows[name][step], adapter=name)
+            assert told[step][name].loss == pytest.approx(learned.loss, rel=1e-5)
+            assert told[step][name].count == learned.count
+            alone.optim_step(rate, adapter=name)
+        found, expected = weights_of(together, name), weights_of(alone, name)
+        for key, weight in expected.items():
+            assert (found[key] - weight).norm() < 1e-5 * max(weight.norm(), 1)
+
+
+def test_a_pass_leaves_the_model_as_it_was(tiny_dir):
+    session = adapters(tiny_dir, [2, 3])
+    session.forward_backward_many({"a2": ROWS[:2]})
+    assert all(
+        p.requires_grad == (".a3." in n)
+        for n, p in session.model.named_parameters()
+        if "lora_" in n
+    )
+    ids = torch.arange(8)[None]
+    fresh = adapters(tiny_dir, [2, 3])
+    assert torch.equal(session.model.eval()(ids), fresh.model.eval()(ids))
+    assert not any(p.grad is not None for n, p in session.model.named_parameters() if ".a3." in n)
+
+
+def test_what_one_pass_refuses(tiny_dir, tok):
+    session = adapters(tiny_dir, [2, 3])
+    for rows, match in [
+        ({}, "no rows of any adapter"),
+        ({"a2": []}, "no rows"),
+        ({"a9": ROWS}, "no adapter 'a9'"),
+        ({"a2": ROWS[:2], "a3": PAIRS}, "does not fit"),
+    ]:
+        with pytest.raises(lk.LorakitError, match=match):
+            session.forward_backward_many(rows)
+    with pytest.raises(lk.LorakitError, match="no gradients"):  # none of these left any
+        session.optim_step(adapter="a2")
+    for lora in [{"use_dora": True}, {"lora_dropout": 0.1}, {"modules_to_save": ["norm"]}]:
+        other = adapters(tiny_dir, [2])
+        lk.attach(other.model, lk.LoraConfig(r=2, **lora), name="more")
+        with pytest.raises(lk.LorakitError, match="one pass: 'more' does more at"):
+            other.forward_backward_many({"a2": ROWS, "more": ROWS})
+    smooth = adapters(tiny_dir, [2], label_smoothing_factor=0.1)
+    with pytest.raises(lk.LorakitError, match="without label_smoothing"):
+        smooth.forward_backward_many({"a2": ROWS})

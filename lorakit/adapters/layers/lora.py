@@ -35,7 +35,7 @@ from lorakit import kernels
 from lorakit.adapters.layers.base import AttachedLinear, DenseBase
 from lorakit.adapters.layers.wrapper import Attached, Part
 from lorakit.config.adapters import LoraConfig
-from lorakit.kernels import LoraWeights, lora_linear
+from lorakit.kernels import LoraSpan, LoraWeights, lora_linear, lora_spans
 from lorakit.models.sharding import gathered
 from lorakit.models.shards import whole
 
@@ -186,6 +186,20 @@ class LowRankLinear(AttachedLinear[LowRankT]):
         if self.base.frozen:
             return lora_linear(x, self.weights_of(part))
         return self.compute_by_autograd(part, x)
+
+    def takes_spans(self, name: str) -> bool:
+        part = self.part_of(name)
+        return self.base.frozen and not part.has_extras and not part.dropout
+
+    def compute_spans(self, x: Tensor) -> Tensor:
+        assert self.spans is not None
+        flat = x.reshape(-1, x.shape[-1])
+        spans = [
+            LoraSpan(start, end, *(part := self.part_of(name)).pair(), part.scaling)
+            for name, start, end in self.spans
+            if name in self.adapters
+        ]
+        return lora_spans(flat, self.base(flat), spans).view(*x.shape[:-1], self.out_features)
 
     def compute_by_autograd(self, part: LowRankT, x: Tensor) -> Tensor:
         """Compute op by op, so that autograd sees all of it: the caller trains the base too."""

@@ -9,7 +9,8 @@ One adapter, or none, is selected. Its parameters train, and those of the others
 A wrapper computes in one of three states:
 
     one part     it adds the selected part to its base (`active` is that part)
-    by rows      inside `adapter_rows`, each row of a batch goes through a part of its own
+    by rows      inside `adapter_rows`, each row of a batch goes through a part of its own; inside
+                 `adapter_spans` each span of a packed row does, and all of them train
     one module   one module computes alone (`current_module`): the original where no part is
                  selected or adapters are disabled, or the merged module
 
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 
 from lorakit.config.errors import LorakitError
 from lorakit.kernels import LoraWeights
-from lorakit.models.adapted_layer import AdaptedLayer, RowGroups
+from lorakit.models.adapted_layer import AdaptedLayer, RowGroups, Spans
 from lorakit.models.sharding import gathered
 from lorakit.models.shards import home, is_sharded
 
@@ -62,6 +63,7 @@ class Attached(AdaptedLayer, Generic[PartT]):
         self.merged: nn.Module | None = None
         self.gathers = False  # whether the merged module is sharded, outside of its block's unit
         self.row_groups: RowGroups | None = None
+        self.spans: Spans | None = None
         self._refresh()
         self.train(base.training)
 
@@ -69,6 +71,10 @@ class Attached(AdaptedLayer, Generic[PartT]):
 
     def compute(self, part: PartT, *args: Any, **options: Any) -> Any:
         """Return the module's output with `part` added."""
+        raise NotImplementedError
+
+    def compute_spans(self, *args: Any, **options: Any) -> Any:
+        """Return the output for a packed row whose spans have adapters of their own."""
         raise NotImplementedError
 
     def make_merged(self, weight: Tensor | None) -> nn.Module:
@@ -117,6 +123,10 @@ class Attached(AdaptedLayer, Generic[PartT]):
         """Return base and update, if the fused kernels may compute both in one."""
         return None
 
+    def takes_spans(self, name: str) -> bool:
+        """Return whether adapter `name` may have a span of a packed row here."""
+        return False
+
     def has_parts(self) -> bool:
         """Return whether any adapter has a part here."""
         return len(self.adapters) > 0
@@ -162,9 +172,24 @@ class Attached(AdaptedLayer, Generic[PartT]):
         self.row_groups = row_groups
         self._refresh()
 
+    def set_spans(self, spans: Spans | None) -> None:
+        """Compute and train an adapter in each span of a packed row; None returns to one for all.
+
+        The span's tokens are those of the row, as `x [1, T, ...]` has them.
+        """
+        self.spans = spans
+        if spans is None:
+            self.select(self.selected)
+            return
+        for name, _, _ in spans:
+            if name in self.adapters:
+                self.adapters[name].requires_grad_(True)
+        self._refresh()
+
     def _refresh(self) -> None:
         """Work out what the state's fields mean for `forward`."""
-        one_for_all = self.enabled and self.merged is None and self.row_groups is None
+        apart = self.row_groups is not None or self.spans is not None
+        one_for_all = self.enabled and self.merged is None and not apart
         active = self.part if one_for_all and self.selected is not None else None
         # Not by setattr: torch would register it as a submodule, and its parameters would have two
         # names.
@@ -173,7 +198,7 @@ class Attached(AdaptedLayer, Generic[PartT]):
     @property
     def by_rows(self) -> bool:
         """Whether each row of a batch goes through a part of its own."""
-        return self.row_groups is not None and self.enabled
+        return (self.row_groups is not None or self.spans is not None) and self.enabled
 
     def current_module(self) -> nn.Module:
         """Return the module that an update is added to, or that computes alone."""
@@ -194,7 +219,8 @@ class Attached(AdaptedLayer, Generic[PartT]):
     def compute_inactive(self, *args: Any, **options: Any) -> Any:
         """Compute where no part is active: row by row, or with one module alone."""
         if self.by_rows:
-            return self._compute_by_rows(*args, **options)
+            compute = self._compute_by_rows if self.spans is None else self.compute_spans
+            return compute(*args, **options)
         module = self.current_module()
         if not self.gathers:
             return module(*args, **options)

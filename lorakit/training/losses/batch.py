@@ -9,7 +9,7 @@ from torch import Tensor
 from lorakit import kernels
 from lorakit.config.training import TrainConfig
 from lorakit.data.batching import batches, collate, real_tokens
-from lorakit.data.encode import IGNORE, AnyExample, Example, JudgedExample
+from lorakit.data.encode import IGNORE, AnyExample, Example, JudgedExample, count_labels
 from lorakit.data.examples import Examples
 from lorakit.data.packing import collate_packed
 from lorakit.models.decoder import Decoder
@@ -156,6 +156,24 @@ def _judged_losses(
         undesirable_weight=config.undesirable_weight,
     )
     return losses, (before - found > divergence) == batch.desirable
+
+
+def row_logprobs(
+    model: Decoder, rows: Sequence[AnyExample], config: TrainConfig, temperature: float = 1.0
+) -> list[Tensor]:
+    """Return the log-probabilities, fp32 [n], of the n label tokens of each row of a batch.
+
+    The rows have one answer. `temperature` divides the logits.
+    """
+    batch = collated(model, rows, config)
+    losses = model.token_losses(
+        batch.ids,
+        batch.labels,
+        attention_mask=batch.attention_mask,
+        cu_seqlens=batch.cu_seqlens,
+        temperature=temperature,
+    )
+    return list((-losses).split([count_labels(row) for row in rows]))
 
 
 def padded_batches(
