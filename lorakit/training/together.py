@@ -50,9 +50,9 @@ def together(
             learners[name].add(losses[name], len(losses[name]))
     found = {}
     for name, examples in taken.items():
-        loss = float(torch.stack(losses[name]).sum()) / counts[name]
+        mean = float(torch.stack(losses[name]).sum()) / counts[name]
         tokens = sum(len(each.input_ids) for each in examples)
-        found[name] = Learned(loss, counts[name], tokens, [])
+        found[name] = Learned(mean, counts[name], tokens, [])
     return found
 
 
