@@ -394,7 +394,9 @@ def _is_encoded(row: object) -> bool:
 
 
 def _check_loss(loss: str) -> None:
-    """Raise LorakitError for the loss that has no rows of its own."""
+    """Raise LorakitError for the losses that need more than rows."""
+    if loss == "distillation":
+        raise LorakitError("Session: distillation needs its teacher: use train")
     if loss == "distillation":
         raise LorakitError(
             "Session: distillation has a teacher, which lorakit.train computes with: use that, or "
