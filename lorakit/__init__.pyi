@@ -26,6 +26,7 @@ from lorakit.adapters.methods.vera import VeraConfig as VeraConfig
 from lorakit.adapters.new_tokens import add_tokens as add_tokens
 from lorakit.adapters.peft_files.convert import convert_adapter as convert_adapter
 from lorakit.adapters.peft_files.inspect import describe_adapter as describe_adapter
+from lorakit.adapters.peft_files.labels import read_classifier as read_classifier
 from lorakit.adapters.peft_files.load import load_adapter as load_adapter
 from lorakit.adapters.peft_files.save import save_adapter as save_adapter
 from lorakit.board.plots import plot_runs as plot_runs
@@ -40,6 +41,8 @@ from lorakit.comparison.votes import Ballot as Ballot
 from lorakit.comparison.votes import BlindPair as BlindPair
 from lorakit.comparison.votes import Share as Share
 from lorakit.config.adapters import LoraConfig as LoraConfig
+from lorakit.config.classifier import ClassifierConfig as ClassifierConfig
+from lorakit.config.classifier import classifier_of as classifier_of
 from lorakit.config.comparison import ComparisonConfig as ComparisonConfig
 from lorakit.config.comparison import TaskConfig as TaskConfig
 from lorakit.config.data import DataConfig as DataConfig
@@ -82,6 +85,8 @@ from lorakit.evaluation.intervals import compare_predictions as compare_predicti
 from lorakit.evaluation.judge import Judgement as Judgement
 from lorakit.evaluation.judge import judge_answers as judge_answers
 from lorakit.evaluation.metrics import rouge_l as rouge_l
+from lorakit.evaluation.predict import Prediction as Prediction
+from lorakit.evaluation.predict import predict as predict
 from lorakit.evaluation.quantization_report import quantize_report as quantize_report
 from lorakit.evaluation.tasks import evaluate_tasks as evaluate_tasks
 from lorakit.export.card import write_card as write_card
@@ -109,6 +114,7 @@ from lorakit.inference.generate import generate_batch as generate_batch
 from lorakit.inference.request import Event as Event
 from lorakit.inference.request import Request as Request
 from lorakit.inference.sampling import Sampling as Sampling
+from lorakit.models.classifier import Classifier as Classifier
 from lorakit.models.config import ModelConfig as ModelConfig
 from lorakit.models.load import load_model as load_model
 from lorakit.models.packed_layers import quantize as quantize
@@ -121,6 +127,9 @@ from lorakit.training import memory as memory
 from lorakit.training import optim as optim
 from lorakit.training.cores import own_threads as own_threads
 from lorakit.training.division import mesh_of_run as mesh_of_run
+from lorakit.training.head import head_of_run as head_of_run
+from lorakit.training.losses.classification import classification_loss as classification_loss
+from lorakit.training.losses.classification import reward_loss as reward_loss
 from lorakit.training.losses.distillation import distillation_loss as distillation_loss
 from lorakit.training.losses.distillation import (
     top_k_distillation_loss as top_k_distillation_loss,

@@ -15,8 +15,10 @@ from lorakit.adapters.manage import (
 )
 from lorakit.adapters.methods.known import method_of
 from lorakit.adapters.methods.prompts import PromptConfig
+from lorakit.adapters.modules_to_save import with_head_saved
 from lorakit.config.adapters import LoraConfig, TargetConfig
 from lorakit.config.errors import LorakitError
+from lorakit.models.classifier import Classifier
 
 
 def attach(
@@ -28,7 +30,8 @@ def attach(
     """Put a new adapter on a module, in place, and select it: it computes and trains from now on.
 
     The other adapters that are attached wait for `set_adapter`. With the first adapter all
-    parameters of `module` are frozen. Random numbers are drawn from torch's global generator.
+    parameters of `module` are frozen. Random numbers are drawn from torch's global generator. On a
+    model with a head for classes the adapter trains a copy of that head too.
 
     Args:
         module: A lorakit `Decoder`, or any other module; prompts go on a `Decoder` only.
@@ -48,6 +51,8 @@ def attach(
     if not isinstance(module, nn.Module):
         raise LorakitError(f"attach: a module of torch is wanted, not {module!r:.60}")
     config = config or LoraConfig()
+    if isinstance(module, Classifier):
+        config = with_head_saved(config)
     first = not adapter_names(module)
     check_new_name(module, name, "attach")
     check_no_block(module, "attach")

@@ -6,6 +6,8 @@ gets a copy of each, which trains; the module itself stays as it was.
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -21,6 +23,7 @@ from lorakit.models.decoder import Decoder
 from lorakit.models.packed_layers import PackedWeight
 from lorakit.models.sharding import gathered
 
+HEAD = "score"  # the head of a Classifier
 _ONLY_LORA = "shares its weight with another module; only LoRA saves both"
 
 
@@ -48,6 +51,19 @@ def plan_modules_to_save(plan: Plan, config: TargetConfig, tied: str | None = _O
         if wrapper is not None:
             plan.add(wrapper, _trainable_copy(name, wrapper.base))
             plan.tie_heads(heads or [], wrapper)
+
+
+def with_head_saved(config: Any) -> Any:
+    """Return the config of an adapter that trains the head for classes too, as PEFT's SEQ_CLS does.
+
+    Raises LorakitError for a learned prompt, which trains no module.
+    """
+    if not isinstance(config, TargetConfig):
+        raise LorakitError(
+            "attach: a learned prompt trains no head for classes; take a method that adapts layers"
+        )
+    saved = config.modules_to_save or []
+    return config if HEAD in saved else replace(config, modules_to_save=[*saved, HEAD])
 
 
 def _named(layers: Mapping[str, nn.Module], entries: Sequence[str]) -> Iterator[str]:

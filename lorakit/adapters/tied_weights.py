@@ -18,6 +18,7 @@ from lorakit.adapters.layers.embeddings import LoraEmbedding, TiedHead, TokenRow
 from lorakit.adapters.layers.whole_modules import SavedModule, TrainedBias
 from lorakit.adapters.layers.wrapper import Attached
 from lorakit.config.errors import LorakitError
+from lorakit.models.classifier import is_tied
 from lorakit.models.decoder import Decoder
 from lorakit.models.packed_layers import (
     PackedEmbedding,
@@ -74,7 +75,7 @@ def heads_of_embedding(model: nn.Module, layers: Layers, embedding: nn.Module) -
     for each in model.modules():
         if (
             isinstance(each, Decoder)
-            and each.lm_head is None
+            and is_tied(each)
             and original(each.model.embed_tokens) is plain
         ):
             return heads
@@ -86,7 +87,7 @@ def head_of_tied_decoder(model: nn.Module) -> nn.Linear | PackedLinear | None:
 
     None means that `model` is no decoder, or has a head.
     """
-    if not isinstance(model, Decoder) or model.lm_head is not None:
+    if not isinstance(model, Decoder) or not is_tied(model):
         return None
     embedding = original(model.model.embed_tokens)
     assert isinstance(embedding, (nn.Embedding, PackedEmbedding))

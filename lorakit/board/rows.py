@@ -69,7 +69,7 @@ class RowReader:
 
 def _open(run: RunConfig) -> tuple[Sequence[Row], Encoder]:
     """Return the rows of a run, all of which are read once, and what encodes them."""
-    rows = read_rows(open_data(run.data, skip_empty=run.train.skip_empty)["train"])
+    rows = read_rows(open_data(run.rows, skip_empty=run.train.skip_empty)["train"])
     adapter = None if run.adapter is None else fetch_adapter(run.adapter)
     tok = adapted_tokenizer(run.model, adapter, run.chat_template)
     tok.add_special_tokens(run.add_tokens)

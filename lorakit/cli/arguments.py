@@ -51,6 +51,13 @@ def tokenizer_of(model: str, adapter: str | Path | None) -> str | Path:
     return model
 
 
+def head_for(model: str, adapter: Path | None) -> "lk.ClassifierConfig | None":
+    """Return the head for classes that a model is given for an adapter; None if it needs none."""
+    if adapter is None or lk.read_classifier(model) is not None:
+        return None
+    return lk.read_classifier(adapter)
+
+
 def named_adapter(text: str) -> tuple[str, str]:
     """Return the name of an adapter, and its place, which an argument [NAME=]ADAPTER holds.
 

@@ -16,6 +16,7 @@ from lorakit.cli.arguments import (
     Verbs,
     chat_template,
     count,
+    head_for,
     tokenizer_of,
 )
 
@@ -26,7 +27,8 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
         "evaluate",
         parents=[common],
         help="measure the loss of rows, score the model's own completions, or run benchmarks",
-        description="Measure the loss and the perplexity of rows. With --metrics the model also "
+        description="Measure the loss and the perplexity of rows, or how often a model with a head "
+        "for classes tells their labels. With --metrics the model also "
         "completes each row greedily, and each score is printed with its 95%% bootstrap interval. "
         "With --tasks lm-evaluation-harness runs its tasks; rows may then be left out.",
     )
@@ -121,11 +123,17 @@ def evaluate(args: argparse.Namespace) -> int:
     template = chat_template(args.chat_template, adapter)
     tok = lk.load_tokenizer(tokenizer_of(args.model, adapter), chat_template=template)
     options = {"max_seq_length": args.max_seq_length, "train_on": args.train_on}
+    head = head_for(args.model, adapter)
+    told = head or lk.read_classifier(args.model)  # what the model tells of rows with labels
+    if told is not None:
+        _check_head(args)
+        if args.format is None and not told.rewards:
+            args.format = "classification"
     # The rows are encoded before the model is loaded: an error in them should not take minutes.
     examples = None
     if args.rows is not None:
         examples = lk.encode_rows(args.rows, tok, format=args.format, **options)
-    model = lk.load_model(args.model, dtype=args.dtype, quantize=args.quantize)
+    model = lk.load_model(args.model, dtype=args.dtype, quantize=args.quantize, classifier=head)
     if adapter is not None:
         lk.load_adapter(model, adapter)
     result: dict[str, Any] = {}
@@ -177,6 +185,16 @@ def _check(args: argparse.Namespace) -> None:
         if args.save is not None and path is not None and args.save.resolve() == path.resolve():
             raise lk.LorakitError(f"--save {args.save} would replace {name}; name another file")
     lk.metrics.check_usable(args.metrics)
+
+
+def _check_head(args: argparse.Namespace) -> None:
+    """Raise LorakitError for arguments about texts, which a head for classes writes none of."""
+    for name in ("metrics", "judge", "tasks"):
+        if getattr(args, name):
+            raise lk.LorakitError(
+                f"--{name} is about texts that a model writes, and this one tells classes: leave "
+                "it out"
+            )
 
 
 def _scores(completions: list["lk.Completion"], metrics: list[str]) -> dict[str, "lk.Interval"]:

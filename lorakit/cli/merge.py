@@ -13,6 +13,7 @@ from lorakit.cli.arguments import (
     STORAGE,
     Verbs,
     chat_template,
+    head_for,
     tokenizer_of,
 )
 
@@ -57,7 +58,8 @@ def merge(args: argparse.Namespace) -> int:
     template = chat_template(args.chat_template, adapter)
     if args.chat_template is not None:  # an error in it should not take minutes
         lk.load_tokenizer(args.model, chat_template=template)
-    model = lk.load_model(args.model, dtype=args.dtype, quantize=args.quantize)
+    head = head_for(args.model, adapter)
+    model = lk.load_model(args.model, dtype=args.dtype, quantize=args.quantize, classifier=head)
     lk.load_adapter(model, adapter)
     try:  # before the merge, not after it
         args.out.mkdir(parents=True, exist_ok=True)

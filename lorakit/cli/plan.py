@@ -178,7 +178,7 @@ def _lengths(config: "lk.RunConfig") -> tuple[Any, Any, list[str]]:
     template = chat_template(config.chat_template, adapter)
     try:
         tok = lk.load_tokenizer(tokenizer_of(config.model, adapter), chat_template=template)
-        sources = lk.open_data(config.data, skip_empty=config.train.skip_empty)
+        sources = lk.open_data(config.rows, skip_empty=config.train.skip_empty)
     except lk.LorakitError as error:
         return None, None, [f"the rows cannot be counted ({error}): {whole}"]
     tok.add_special_tokens(config.add_tokens)

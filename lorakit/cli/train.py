@@ -59,16 +59,19 @@ def _train(args: argparse.Namespace, run: "lk.RunConfig") -> int:
     adapter = None if run.adapter is None else _checked(lk.fetch_adapter(run.adapter))
     # The rows are encoded before the model is loaded: an error in them should not take minutes.
     tok, data = rows_of_run(run, adapter)
+    head = lk.head_of_run(run, data["train"])
     mesh = lk.mesh_of_run(run)
     if line := lk.check_run(run, data["train"].lengths, tok, divided=mesh is not None):
         print(line, flush=True)
     started = time.perf_counter()
+    torch.manual_seed(run.train.seed)  # of a new head
     model = lk.load_model(
         run.model,
         dtype=run.dtype,
         quantize=run.quantize,
         mesh=mesh,
         offload_weights=run.offload_weights,
+        classifier=head,
     )
     where = model.device if mesh is None else f"{mesh.size()} ranks, which divide its weights"
     print(f"loaded {run.model} in {time.perf_counter() - started:.1f} s on {where}")
@@ -83,16 +86,30 @@ def _train(args: argparse.Namespace, run: "lk.RunConfig") -> int:
     lk.tune_allocator()  # after loading, so that the memory of loading goes back to the system
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     learns = "the model" if full else f"{trainable:,} adapter parameters"
-    print(f"training {learns} on {len(data['train'])} rows")
+    print(f"training {learns} on {len(data['train'])} rows{_classes(model, run)}")
     if args.profile:
         print(lk.profile_training(model, tok, data["train"], run.train))
         return 0
-    result = lk.train(model, tok, data, run.train, base_model=run.model, run=run)
+    return _report(lk.train(model, tok, data, run.train, base_model=run.model, run=run), run)
+
+
+def _classes(model: Any, run: "lk.RunConfig") -> str:
+    """Return what to say of the labels that a run learns, "" if it learns none."""
+    head = model.config.classifier
+    if head is None or run.train.objective != "classification":
+        return ""
+    if head.regression:
+        return ", whose labels are numbers"
+    return f" of the classes {', '.join(head.labels)}"
+
+
+def _report(result: Any, run: "lk.RunConfig") -> int:
+    """Say what a run has done, and return the exit code."""
     print(
         f"{result.steps} steps in {result.seconds:.0f} s, loss {result.loss:.4f}, "
         f"{result.tokens_per_second:.0f} tokens/s, peak {result.peak_memory_mb:.0f} MB"
     )
-    what = "model" if full else "adapter"
+    what = "model" if run.train.train == "full" else "adapter"
     if result.interrupted:
         print(f"lorakit: interrupted; the {what} so far is in {result.output_dir}", file=sys.stderr)
         return 130
@@ -110,7 +127,7 @@ def rows_of_run(run: "lk.RunConfig", adapter: Path | None) -> tuple[Any, dict[st
     template = chat_template(run.chat_template, adapter)
     tok = lk.load_tokenizer(tokenizer_of(run.model, adapter), chat_template=template)
     tok.add_special_tokens(run.add_tokens)
-    rows = lk.open_data(run.data, skip_empty=run.train.skip_empty)
+    rows = lk.open_data(run.rows, skip_empty=run.train.skip_empty)
     settings = run.train
     return tok, {
         name: lk.encode_rows(

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from lorakit.config.errors import LorakitError, nearest
 from lorakit.config.fields import check_types, from_mapping, without_unset
-from lorakit.config.training import METRICS
+from lorakit.config.metrics import METRICS
 
 Kind = Literal["classification", "extraction", "writing", "text"]
 METRICS_OF: dict[Kind, list[str]] = {

@@ -54,7 +54,8 @@ class DataConfig:
     """Rows to evaluate on, likewise; null evaluates on none."""
     format: str | None = None
     """Format of the rows: "messages", "sharegpt", "prompt_completion", "preference", "alpaca",
-    "text", "unpaired_preference" or "prompt_only"; null lets the fields of the first row tell."""
+    "text", "unpaired_preference", "prompt_only" or "classification"; null lets the fields of the
+    first row tell, and the objective classification."""
     columns: dict[str, str] = field(default_factory=dict)
     """Names of the fields that hold what lorakit wants, as {prompt: question}, in all sources that
     name none of their own."""

@@ -8,7 +8,18 @@ from lorakit.config.fields import check_below_one, check_positive
 if TYPE_CHECKING:
     from lorakit.config.training import TrainConfig
 
-Objective = Literal["sft", "dpo", "orpo", "cpo", "simpo", "kto", "grpo", "distillation"]
+Objective = Literal[
+    "sft",
+    "dpo",
+    "orpo",
+    "cpo",
+    "simpo",
+    "kto",
+    "grpo",
+    "distillation",
+    "classification",
+    "reward",
+]
 LossType = Literal[
     "nll",
     "dft",
@@ -32,11 +43,14 @@ LOSS_TYPES: dict[Objective, tuple[LossType, ...]] = {
 SMOOTHED = ("nll", "sigmoid", "robust")  # those that have label smoothing
 BY_TOKENS = ("sft", "distillation")  # those whose mean is over label tokens
 PAIRS: tuple[Objective, ...] = ("dpo", "orpo", "cpo", "simpo")
+HEADED: tuple[Objective, ...] = ("classification", "reward")  # which need a head for classes
 
 
 def check_loss(config: "TrainConfig") -> None:
     """Raise LorakitError for settings of the loss that do not go together."""
     check_below_one(config, "label_smoothing_factor", "z_loss")
+    if config.center_rewards_coefficient < 0:
+        raise LorakitError("center_rewards_coefficient must not be negative")
     check_positive(config, "beta", "desirable_weight", "undesirable_weight")
     check_positive(config, "neftune_noise_alpha", or_null=True)
     objective, z_loss = config.objective, config.z_loss
@@ -61,6 +75,7 @@ def check_loss(config: "TrainConfig") -> None:
         ("simpo_gamma", "simpo", 0.5),
         ("desirable_weight", "kto", 1.0),
         ("undesirable_weight", "kto", 1.0),
+        ("center_rewards_coefficient", "reward", 0.0),
     ):
         if getattr(config, name) != default and objective != of:
             raise LorakitError(f"{name} goes with objective {of}, not with {objective}")
@@ -74,7 +89,7 @@ def check_loss(config: "TrainConfig") -> None:
 
 def _check_smoothing(config: "TrainConfig") -> None:
     smoothing, form = config.label_smoothing_factor, config.form
-    smoothed = config.objective == "simpo" or form in SMOOTHED
+    smoothed = config.objective in ("simpo", "classification") or form in SMOOTHED
     if smoothing and not smoothed:
         what = f"loss_type {form}" if config.loss_type else f"objective {config.objective}"
         raise LorakitError(f"label_smoothing_factor does not go with {what}, which has none")

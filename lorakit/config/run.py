@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from lorakit.config.adapters import LoraConfig
 from lorakit.config.aliases import ALIASES, own_names
+from lorakit.config.classifier import ClassifierConfig, ProblemType
 from lorakit.config.data import DataConfig, data_config
 from lorakit.config.distillation import DistillationConfig
 from lorakit.config.errors import LorakitError, nearest
@@ -53,6 +54,12 @@ class RunConfig:
     chat_template: str | None = None
     """Chat template to use instead of the model's own: "chatml", "gemma", "gemma4", "llama3" or
     "zephyr", a jinja file, or a directory with a template. It is saved with the adapter."""
+    labels: list[str] = field(default_factory=list)
+    """Names of the classes of objective classification, in the order of the head's outputs; an
+    empty list takes the labels of the rows."""
+    problem_type: ProblemType | None = None
+    """Meaning of the labels: "single_label_classification" or "regression"; null takes numbers with
+    a fraction for what is to be told, and other labels for classes."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Settings of the training; in a run file they stand beside the other keys."""
 
@@ -61,6 +68,7 @@ class RunConfig:
             self._check_full(with_lora=self.lora != LoraConfig())
         if self.train.grpo is not None:
             self._check_grpo()
+        self._check_head()
         if self.adapter is not None and self.lora != LoraConfig():
             raise LorakitError(
                 f"adapter: the adapter in {self.adapter} has settings of its own: leave out lora"
@@ -74,6 +82,32 @@ class RunConfig:
             raise LorakitError(
                 "init_lora_weights: loftq starts from the error of a quantization; set quantize too"
             )
+
+    @property
+    def rows(self) -> DataConfig:
+        """The data, with the format that rows of the objective have if they name none."""
+        if self.train.objective != "classification" or self.data.format is not None:
+            return self.data
+        return dataclasses.replace(self.data, format="classification")
+
+    def _check_head(self) -> None:
+        """Raise LorakitError for settings of a head that the run gives no model."""
+        given = {"labels": bool(self.labels), "problem_type": self.problem_type is not None}
+        objective = self.train.objective
+        for name, said in given.items():
+            if said and objective != "classification":
+                raise LorakitError(
+                    f"{name} goes with objective classification, not with {objective}"
+                )
+            if said and self.adapter is not None:
+                raise LorakitError(
+                    f"adapter: the adapter in {self.adapter} has a head of its own: leave out "
+                    f"{name}"
+                )
+        if len(self.labels) == 1:
+            raise LorakitError("labels names one class; a classifier tells two at least")
+        if self.labels:
+            ClassifierConfig(self.labels, self.problem_type)  # which says what is wrong with them
 
     def _check_grpo(self) -> None:
         """Raise LorakitError for what does not go with sampling from the model in training."""

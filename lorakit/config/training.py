@@ -5,15 +5,23 @@ with a few choices is a Literal: its annotation is the list of the choices.
 """
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from lorakit.config.distillation import DistillationConfig
-from lorakit.config.errors import LorakitError, nearest
+from lorakit.config.errors import LorakitError
 from lorakit.config.fields import check_below_one, check_positive, check_share, check_types
 from lorakit.config.grpo import GrpoConfig
-from lorakit.config.objectives import BY_TOKENS, LOSS_TYPES, PAIRS, LossType, Objective, check_loss
+from lorakit.config.metrics import check_metrics
+from lorakit.config.objectives import (
+    BY_TOKENS,
+    HEADED,
+    LOSS_TYPES,
+    PAIRS,
+    LossType,
+    Objective,
+    check_loss,
+)
 from lorakit.config.patterns import valid_regex
 
 Schedule = Literal[
@@ -47,27 +55,6 @@ OPTIMIZERS: dict[Optimizer, tuple[int, bool]] = {
     "paged_adamw_32bit": (32, True),
     "paged_adamw_8bit": (8, True),
 }
-METRICS = (
-    "accuracy",
-    "macro_f1",
-    "weighted_f1",
-    "exact_match",
-    "partial_match",
-    "entity_f1",
-    "rouge_l",
-    "bleu",
-    "chrf",
-)
-
-
-def check_metrics(names: Iterable[str]) -> None:
-    """Raise LorakitError, with the nearest valid name, unless each is one of METRICS."""
-    for name in names:
-        if name not in METRICS:
-            raise LorakitError(
-                f"unknown metric {name!r}{nearest(name, METRICS)}; beside loss and perplexity "
-                f"there are {', '.join(METRICS)}"
-            )
 
 
 @dataclass(frozen=True)
@@ -140,7 +127,8 @@ class TrainConfig:
     """Aim of the training: "sft" learns the rows; "dpo", "orpo", "cpo" and "simpo" learn to prefer
     `chosen` to `rejected`; "kto" learns from completions with a `label`, true for a good one;
     "grpo" learns from rewards of the model's own completions; "distillation" learns what a teacher
-    makes of the rows."""
+    makes of the rows; "classification" learns the `label` of a text, and "reward" a number that is
+    higher for `chosen` than for `rejected`."""
     grpo: GrpoConfig | None = None
     """Settings of objective grpo."""
     distillation: DistillationConfig | None = None
@@ -150,13 +138,16 @@ class TrainConfig:
     "sigmoid", "hinge", "ipo", "robust", "apo_zero" or "apo_down"; of cpo "sigmoid", "hinge" or
     "ipo"; of kto "kto" or "apo_zero_unpaired". Null takes the first."""
     beta: float = 0.1
-    """Strength of the preference term. Sft has none, grpo and distillation have their own beta."""
+    """Strength of the preference term in dpo, orpo, cpo, simpo and kto; grpo and distillation have
+    their own beta."""
     simpo_gamma: float = 0.5
     """Margin by which SimPO wants the chosen completion to be ahead."""
     desirable_weight: float = 1.0
     """Weight of the good completions in KTO."""
     undesirable_weight: float = 1.0
     """Weight of the bad completions in KTO."""
+    center_rewards_coefficient: float = 0.0
+    """Weight in objective reward of the squared sum of both rewards, which keeps them near 0."""
     packing: bool = False
     """Put several rows into one instead of padding them. The rows in it do not see each other, and
     it has at most per_device_train_batch_size * max_seq_length tokens."""
@@ -344,7 +335,7 @@ class TrainConfig:
     @property
     def pairs(self) -> bool:
         """Whether a row has two answers, a better and a worse one."""
-        return self.objective in PAIRS
+        return self.objective in (*PAIRS, "reward")
 
     @property
     def compares(self) -> bool:
@@ -392,6 +383,11 @@ class TrainConfig:
     def _check_evaluation_and_checkpoints(self) -> None:
         check_positive(self, "eval_steps", "save_steps", "early_stopping_patience", or_null=True)
         check_metrics(self.eval_metrics)
+        if self.objective in HEADED and (self.eval_metrics or self.eval_samples):
+            raise LorakitError(
+                f"eval_metrics and eval_samples are about completions, and objective "
+                f"{self.objective} has none: its evaluations say accuracy anyway"
+            )
         if self.eval_samples < 0:
             raise LorakitError(f"eval_samples must be 0 or more, not {self.eval_samples}")
         if self.save_total_limit < 1:

@@ -29,6 +29,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, NamedTuple
 
+from lorakit.config.classifier import Label
 from lorakit.config.errors import LorakitError, nearest
 from lorakit.config.training import OVER_LENGTH, TRAIN_ON, OverLength, TrainOn
 from lorakit.data.chat_spans import Render, RenderedChat
@@ -39,6 +40,7 @@ from lorakit.data.schemas import (
     Choice,
     Instruction,
     Judged,
+    Labelled,
     OneAnswer,
     Prompt,
     Row,
@@ -72,10 +74,11 @@ class Example(NamedTuple):
 
 
 class PairExample(NamedTuple):
-    """The examples of a better and a worse answer."""
+    """The examples of a better and a worse answer, and how much better the first one is."""
 
     chosen: Example
     rejected: Example
+    margin: float = 0.0
 
     @property
     def answers(self) -> tuple[Example, ...]:
@@ -105,7 +108,24 @@ class JudgedExample(NamedTuple):
         return self.answer.input_ids
 
 
-AnyExample = Example | PairExample | JudgedExample
+class LabelledExample(NamedTuple):
+    """The example of a text that is to be told apart, no token of which is learned."""
+
+    text: Example
+    label: Label
+
+    @property
+    def answers(self) -> tuple[Example, ...]:
+        """The rows that the example takes in a batch: its text."""
+        return (self.text,)
+
+    @property
+    def input_ids(self) -> list[int]:
+        """The tokens of the text."""
+        return self.text.input_ids
+
+
+AnyExample = Example | PairExample | JudgedExample | LabelledExample
 
 
 def count_labels(example: AnyExample) -> int:
@@ -177,6 +197,8 @@ class Encoder:
         """
         if isinstance(row, Prompt):
             return self._prompt(row)
+        if isinstance(row, Labelled):
+            return self._labelled(row)
         answers = answers_of(row)
         uncut = [self._tokens(each) for each in answers]
         for each, whole in zip(answers, uncut, strict=True):
@@ -206,7 +228,7 @@ class Encoder:
                 _check(ids, labels)
             examples.append(Example(ids, labels))
         if isinstance(row, Choice):
-            return PairExample(chosen=examples[0], rejected=examples[1])
+            return PairExample(examples[0], examples[1], row.margin or 0.0)
         return JudgedExample(examples[0], row.desirable) if isinstance(row, Judged) else examples[0]
 
     def _prompt(self, row: Prompt) -> Example | None:
@@ -235,6 +257,36 @@ class Encoder:
                     "or set over_length to drop"
                 )
             return Example(ids, [IGNORE] * len(ids))
+
+    def _labelled(self, row: Labelled) -> LabelledExample | None:
+        """Return the example of a text with a class; None if it is dropped.
+
+        It has the tokens that the tokenizer gives the text, and no end token after them. A text
+        that is too long loses its end, and a chat its start: the head reads the last token.
+        """
+        text, limit, head = row.text, self.max_seq_length, 0
+        with _at(row.place):
+            if isinstance(text, Chat):
+                shown = self._renders(text)[0](text.messages)
+                ids = self.tok.encode(shown, add_special_tokens=False)
+                head = int(ids[:1] == [self.tok.bos_token_id])
+            else:
+                ids = self.tok.encode("".join(text[:-1]))
+            self._check_bos(ids)
+            if not ids:
+                raise LorakitError("the text has no token")
+            if limit is not None and len(ids) > limit:
+                self.long += 1
+                if self.over_length == "drop":
+                    return None
+                if self.over_length != "truncate":
+                    raise LorakitError(
+                        f"{len(ids)} tokens, more than max_seq_length={limit}; raise it, or set "
+                        "over_length to truncate or drop"
+                    )
+                rest = limit - head
+                ids = ids[:head] + ids[-rest:] if isinstance(text, Chat) else ids[:limit]
+        return LabelledExample(Example(ids, [IGNORE] * len(ids)), row.label)
 
     def _tokens(self, row: OneAnswer) -> Uncut:
         with _at(row.place):

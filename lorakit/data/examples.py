@@ -22,9 +22,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import overload
 
+from lorakit.config.classifier import Label
 from lorakit.config.errors import LorakitError
 from lorakit.config.training import OverLength, TrainOn
-from lorakit.data.encode import IGNORE, AnyExample, Encoder, Example, JudgedExample, PairExample
+from lorakit.data.encode import (
+    IGNORE,
+    AnyExample,
+    Encoder,
+    Example,
+    JudgedExample,
+    LabelledExample,
+    PairExample,
+)
 from lorakit.data.rows import RowSource, place_of, unread_rows
 from lorakit.data.schemas import Row
 from lorakit.models.tokenizer import Tokenizer
@@ -37,13 +46,16 @@ IN_MEMORY = 1 << 26  # bytes; the tokens of about 60 MB of English text
 class Examples(Sequence[AnyExample]):
     """The examples of rows, without those that `encoder` drops; a text may have several.
 
-    `lengths` holds the number of tokens of each, and `largest_id` the largest token id of all.
+    `lengths` holds the number of tokens of each, `largest_id` the largest token id of all, and
+    `labels` the class of each, if rows have one, or `margins` how much better the better answer is.
     Raises LorakitError if there is no room for the temporary file.
     """
 
     def __init__(self, rows: Sequence[Row], encoder: Encoder):
         self.rows, self.encoder = rows, encoder
         self.largest_id = -1
+        self.labels: list[Label] = []
+        self.margins = array("d")
         self.numbers, self.lengths, self._starts = array("q"), array("l"), array("q")
         self._tokens = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115
         weakref.finalize(self, self._tokens.close)
@@ -54,11 +66,17 @@ class Examples(Sequence[AnyExample]):
                 self.numbers.append(number)
                 self.lengths.append(length)
                 self._starts.append(end)
+                if isinstance(example, LabelledExample):
+                    self.labels.append(example.label)
+                if isinstance(example, PairExample):
+                    self.margins.append(example.margin)
                 self.largest_id = max(self.largest_id, max(example.input_ids))
                 with _room():
                     end += self._tokens.write(tokens)
         with _room():
             self._tokens.flush()
+        if any(beside and len(beside) < len(self) for beside in (self.labels, self.margins)):
+            raise LorakitError("rows of several kinds are mixed; a run learns one kind")
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -74,7 +92,12 @@ class Examples(Sequence[AnyExample]):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]  # an IndexError, or a number from 0 on
         self._tokens.seek(self._starts[index])
-        return _unpacked(self._tokens.read(_SIZE * (1 + self.lengths[index])))
+        example = _unpacked(self._tokens.read(_SIZE * (1 + self.lengths[index])))
+        if self.labels:
+            return LabelledExample(example.answers[0], self.labels[index])
+        if isinstance(example, PairExample):
+            return example._replace(margin=self.margins[index])
+        return example
 
     def place(self, index: int) -> str:
         """Return where the row of an example came from, as "train.jsonl line 3"."""

@@ -2,7 +2,7 @@
 
     format              fields, those in brackets optional                      becomes
     preference          chosen, rejected: text or messages (prompt, or what     Choice
-                        a chat or an instruction has)
+                        a chat or an instruction has; margin)
                         preferred_output, non_preferred_output, input           Choice
                         messages or conversations, rejected_messages or         Choice
                         rejected_response
@@ -16,12 +16,14 @@
     unpaired_preference the fields of messages, sharegpt, prompt_completion or  Judged
                         alpaca, and label or kto_tag: true or false
     prompt_only         prompt: text or messages; others are for rewards        Prompt
+    classification      text, prompt, messages or conversations, or prompt and  Labelled
+                        completion, and label: text or a number
 
 A row has the format of the first line above whose fields it has, but where a label is true or false
-that of the label. A row that is a list is a row of
-messages. Every row that becomes a chat may have tools, a system prompt, and chat_template_kwargs,
-the variables that its template gets. Fields that are null are left out, because a table has them
-in every row.
+that of the label. Only who asks for classification gets it: a text with a label may be there to
+learn the text. A row that is a list is a row of messages. Every row that becomes a chat may have
+tools, a system prompt, and chat_template_kwargs, the variables that its template gets. Fields that
+are null are left out, because a table has them in every row.
 
 The messages of all formats are read in one way, whichever tool wrote them (messages.py). Every
 field of a message reaches the chat template: tool calls, reasoning, names. Fields of a row that
@@ -31,15 +33,28 @@ A new format needs its fields in FORMATS, and in _MAKE a function that makes one
 from a mapping.
 """
 
+import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from itertools import product
 from typing import Any
 
 from lorakit.config.errors import LorakitError, nearest
+from lorakit.data.beside import chat_of, has_context, variables_of
 from lorakit.data.foreign import LABELED, LABELS, check_row, has_verdict, verdict_of
 from lorakit.data.instructions import assistant, history_of, request, user
 from lorakit.data.messages import messages_of, system_of, tools_of, with_system
-from lorakit.data.schemas import Chat, Choice, Instruction, Judged, Pair, Prompt, Row, Text
+from lorakit.data.schemas import (
+    Chat,
+    Choice,
+    Instruction,
+    Judged,
+    Labelled,
+    Pair,
+    Prompt,
+    Row,
+    Text,
+)
 from lorakit.data.values import (
     EmptyAnswer,
     field,
@@ -47,7 +62,6 @@ from lorakit.data.values import (
     has,
     holds,
     optional_text,
-    parse_json,
     text_of,
     without_nulls,
 )
@@ -70,13 +84,12 @@ FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
     "text": (("text",),),
     "unpaired_preference": tuple(("prompt", "completion", name) for name in LABELS),
     "prompt_only": (("prompt",),),
+    "classification": (("text", "label"), ("prompt", "label"), ("messages", "label")),
 }
-# Variables of apply_chat_template that a row cannot set, because it says them elsewhere or not at
-# all. `self` and `source` are names of Python's.
-_NO_VARIABLES = (
-    *("messages", "conversation", "tools", "chat_template", "tokenize", "add_generation_prompt"),
-    *("continue_final_message", "self", "source"),
-)
+# Those that the fields of a row tell.
+_TOLD = {name: forms for name, forms in FORMATS.items() if name != "classification"}
+# Those whose rows have a class if there is a label.
+_CLASSED = ("text", "prompt_only", "messages", "sharegpt", "prompt_completion")
 
 
 def detect(value: Any, place: str) -> str:
@@ -96,13 +109,13 @@ def detect(value: Any, place: str) -> str:
         without = {name: item for name, item in value.items() if name not in LABELS}
         if without and detect(without, place) in LABELED:
             return "unpaired_preference"
-    for format, forms in FORMATS.items():
+    for format, forms in _TOLD.items():
         if any(all(name in names for name in fields) for fields in forms):
             return format
-    for format, forms in FORMATS.items():
+    for format, forms in _TOLD.items():
         if any(any(name in names for name in fields) for fields in forms):
             return format  # making the row will name the field that is missing
-    close = [nearest(name, names) for forms in FORMATS.values() for name in forms[0]]
+    close = [nearest(name, names) for forms in _TOLD.values() for name in forms[0]]
     raise LorakitError(
         f"{place} has no field that tells its format{next(filter(None, close), '')}: messages, "
         "conversations, prompt and completion, chosen and rejected, instruction and output, text, "
@@ -143,66 +156,17 @@ def make_row(value: Any, place: str, format: str | None) -> Row:
     return row
 
 
-# ---- what stands beside a chat -------------------------------------------------------------------
-
-
-def _chat_of(
-    before: list[dict[str, Any]], after: list[dict[str, Any]], value: Mapping[str, Any], place: str
-) -> Chat:
-    """Return a chat of messages that are not learned and of others, with what a row says beside it.
-
-    The system prompt becomes its first message.
-    """
-    system = system_of(value, place)
-    if before:
-        before = with_system(before, system, place)
-    else:
-        after = with_system(after, system, place)
-    variables = _variables(value, place) or None
-    return Chat(before + after, tools_of(value, place), len(before), place, variables)
-
-
-def _variables(value: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """Return the variables that a row has for its chat template, an object or JSON text of one."""
-    name = "chat_template_kwargs"
-    variables = value.get(name)
-    if isinstance(variables, str) and variables:
-        variables = without_nulls(parse_json(variables, f"{place}, {name}"))
-    if not variables:
-        return {}
-    if not isinstance(variables, Mapping) or not all(isinstance(key, str) for key in variables):
-        raise LorakitError(f"{place}: {name} must be an object, not {variables!r:.60}")
-    for key in _NO_VARIABLES:
-        if key in variables:
-            raise LorakitError(f"{place}: {name} cannot set {key!r}; take it out")
-    return dict(variables)
-
-
-def _has_context(value: Mapping[str, Any], place: str) -> str:
-    """Name the field of a row that only a chat has a place for, "" if there is none.
-
-    Raises LorakitError if one of them is malformed.
-    """
-    said = {
-        "system": optional_text(value, "system", place),
-        "system_prompt": optional_text(value, "system_prompt", place),
-        "chat_template_kwargs": _variables(value, place),
-        "tools" if holds(value, "tools") else "functions": tools_of(value, place),
-    }
-    return next((name for name, item in said.items() if item), "")
-
-
 def _check_context(value: Mapping[str, Any], row: Row, place: str, format: str) -> None:
     """Raise LorakitError if a row holds a field of chats for which its format has no place.
 
     A row that has another format's fields too may hold it for that one.
     """
     name, answer = "", row
-    if isinstance(row, (Choice, Judged)):
+    if isinstance(row, (Choice, Judged, Labelled)):
         answer = row[0]
     chat = isinstance(answer, Prompt) and not isinstance(answer.prompt, str)
     if not isinstance(answer, Chat) and not chat:
-        name = _has_context(value, place)
+        name = has_context(value, place)
     history = value.get("history")
     if isinstance(history, str):  # text is no history, unless it is JSON
         history = history.lstrip().startswith("[[")
@@ -237,7 +201,7 @@ def _pair(value: Mapping[str, Any], place: str) -> Pair | Chat:
     if isinstance(prompt, list) and isinstance(completion, list):
         before = messages_of(prompt, f"{place}, prompt") if prompt else []
         after = messages_of(completion, f"{place}, completion")
-        return _chat_of(before, after, value, place)
+        return chat_of(before, after, value, place)
     if isinstance(prompt, list) or isinstance(completion, list):
         raise LorakitError(f"{place}: prompt and completion must both be text, or both messages")
     return Pair(text_of(value, "prompt", place), filled_text(value, "completion", place), place)
@@ -270,7 +234,21 @@ def _choice(value: Mapping[str, Any], place: str) -> Row:
         _pair({**value, "prompt": prompt, "completion": answer}, f"{place}, {name}")
         for answer, name in zip(answers, ("chosen", "rejected"), strict=True)
     )
-    return Choice(chosen, rejected, place)
+    return Choice(chosen, rejected, place, _margin(value, place))
+
+
+def _margin(value: Mapping[str, Any], place: str) -> float | None:
+    """Return how much better the better answer is, if the row says it; text of CSV is a number."""
+    margin = value.get("margin")
+    if margin is None:
+        return None
+    number = math.nan
+    if isinstance(margin, str | int | float):
+        with suppress(ValueError):
+            number = float(margin)
+    if not math.isfinite(number):
+        raise LorakitError(f"{place}: margin must be a number, not {margin!r:.60}")
+    return number
 
 
 def _prompt(value: Mapping[str, Any], answers: list[Any], place: str) -> Any:
@@ -360,7 +338,7 @@ def _as_chosen_and_rejected(value: Mapping[str, Any], place: str) -> Mapping[str
 
 def _chat(value: Mapping[str, Any], place: str) -> Row:
     messages = messages_of(field(value, "messages", place), place)
-    return _chat_of([], messages, value, place)
+    return chat_of([], messages, value, place)
 
 
 def _sharegpt(value: Mapping[str, Any], place: str) -> Row:
@@ -368,7 +346,7 @@ def _sharegpt(value: Mapping[str, Any], place: str) -> Row:
     turns = field(value, name, place)
     if not isinstance(turns, list):
         raise LorakitError(f"{place}: {name} must be a list of turns, not {turns!r:.60}")
-    return _chat_of([], messages_of(turns, place, "turn"), value, place)
+    return chat_of([], messages_of(turns, place, "turn"), value, place)
 
 
 def _alpaca(value: Mapping[str, Any], place: str) -> Row:
@@ -376,9 +354,9 @@ def _alpaca(value: Mapping[str, Any], place: str) -> Row:
     more = optional_text(value, "input", place)
     output = filled_text(value, "output", place)
     before = history_of(value, place)
-    if not before and not _has_context(value, place):
+    if not before and not has_context(value, place):
         return Instruction(instruction, more, output, place)
-    return _chat_of([], [*before, user(_request(value, place)), assistant(output)], value, place)
+    return chat_of([], [*before, user(_request(value, place)), assistant(output)], value, place)
 
 
 def _request(value: Mapping[str, Any], place: str) -> str:
@@ -420,8 +398,33 @@ def _prompt_only(value: Mapping[str, Any], place: str) -> Row:
             "as the completion"
         )
     messages = with_system(messages, system_of(value, place), place)
-    variables = _variables(value, place) or None
+    variables = variables_of(value, place) or None
     return Prompt(messages, tools_of(value, place), variables, columns, place)
+
+
+def _classified(value: Mapping[str, Any], place: str) -> Row:
+    """Return a text with its class, or with its number."""
+    label = field(value, "label", place)
+    if isinstance(label, list):
+        raise LorakitError(f"{place}: label must be one class, not the list {label!r:.60}")
+    known = isinstance(label, (str, int)) or (isinstance(label, float) and math.isfinite(label))
+    if not known or (isinstance(label, str) and not label.strip()):
+        raise LorakitError(f"{place}: label must be text or a number, not {label!r:.60}")
+    without = {name: item for name, item in value.items() if name != "label"}
+    format = detect(without, place)
+    if format not in _CLASSED:
+        raise LorakitError(
+            f"{place}: a row with a class has a text, prompt, messages or conversations beside its "
+            f"label, and is of no format {format}"
+        )
+    if format != "prompt_only":
+        text = make_row(without, place, format)
+    elif isinstance(without["prompt"], list):
+        text = chat_of([], messages_of(without["prompt"], f"{place}, prompt"), without, place)
+    else:
+        text = Text(filled_text(without, "prompt", place), place)
+    assert isinstance(text, (Text, Pair, Chat))
+    return Labelled(text, label, place)
 
 
 _MAKE: dict[str, Callable[[Mapping[str, Any], str], Row]] = {
@@ -433,4 +436,5 @@ _MAKE: dict[str, Callable[[Mapping[str, Any], str], Row]] = {
     "text": _plain,
     "unpaired_preference": _judged,
     "prompt_only": _prompt_only,
+    "classification": _classified,
 }

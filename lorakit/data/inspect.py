@@ -6,9 +6,10 @@
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from lorakit.config.classifier import name_of
 from lorakit.config.training import TrainOn
-from lorakit.data.encode import IGNORE, Encoder, Example
-from lorakit.data.schemas import Judged, Prompt, Row, answers_of
+from lorakit.data.encode import IGNORE, Encoder, Example, LabelledExample
+from lorakit.data.schemas import Judged, Labelled, Prompt, Row, answers_of
 from lorakit.models.tokenizer import Tokenizer
 
 LEARNED, MASKED, PLAIN = "\x1b[30;42m", "\x1b[2m", "\x1b[0m"
@@ -45,9 +46,12 @@ def show_rows(
         judged = ""
         if isinstance(row, Judged):
             judged = f", a {'good' if row.desirable else 'bad'} answer"
-        answers: Sequence[Row] = [row] if isinstance(row, Prompt) else answers_of(row)
+        if isinstance(row, Labelled):
+            judged = f", the class {name_of(row.label)}"
+        answers: Sequence[Row] = [row] if isinstance(row, Prompt | Labelled) else answers_of(row)
         for each in answers:
             example = encoder(each)
+            example = example.text if isinstance(example, LabelledExample) else example
             assert isinstance(example, Example)  # one answer, and no limit to its length
             ids, labels = example
             learned = sum(label != IGNORE for label in labels)

@@ -21,7 +21,7 @@ from lorakit.data.encode import IGNORE, AnyExample, Encoder
 from lorakit.data.findings import private_kinds, repeats_question, script_of
 from lorakit.data.inspect import visible
 from lorakit.data.rows import place_of
-from lorakit.data.schemas import Chat, Choice, Judged, Prompt, Row
+from lorakit.data.schemas import Chat, Choice, Judged, Labelled, Prompt, Row
 from lorakit.data.similar import check_limit, similar_rows
 from lorakit.data.splitting import SelectedRows
 from lorakit.data.texts import (
@@ -239,10 +239,10 @@ def _look(report: LintReport, row: Row) -> None:
     report.empty += _empty_turns(row)
     answer = answer_of(row)
     classes = report.classes
-    if isinstance(row, Judged):
+    if isinstance(row, Judged | Labelled):
         report.verdicts[class_of(row)] += 1
     if (
-        not isinstance(row, Prompt)
+        not isinstance(row, Prompt | Labelled)
         and len(answer) <= SHORT
         and (answer in classes or len(classes) < CLASSES)
     ):
@@ -275,6 +275,8 @@ def _empty_turns(row: Row) -> list[str]:
         return _empty_turns(row.chosen) + _empty_turns(row.rejected)
     if isinstance(row, Judged):
         return _empty_turns(row.answer)
+    if isinstance(row, Labelled):
+        return _empty_turns(row.text)
     if isinstance(row, Prompt):
         row = as_chat(row)
     if isinstance(row, Chat):

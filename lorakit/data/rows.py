@@ -106,8 +106,8 @@ def read_rows(
             perhaps with .gz, an iterable of mappings from field names to values, or an object with
             a length and an index.
         format: One of messages, sharegpt, prompt_completion, preference, alpaca, text,
-            unpaired_preference and prompt_only. None takes the format that the fields of the first
-            row tell.
+            unpaired_preference, prompt_only and classification. None takes the format that the
+            fields of the first row tell.
         errors: If given, a row that cannot be used is left out and the reason is added to this
             list. If None, such a row raises an error.
         skip_empty: Leave out rows with an answer of no text: an empty output or completion, or an

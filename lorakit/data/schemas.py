@@ -5,6 +5,7 @@ Rows of all formats (formats.py) become one of these, and everything after them 
 
 from typing import Any, NamedTuple
 
+from lorakit.config.classifier import Label
 from lorakit.data.messages import is_learned
 from lorakit.models.chat_template import REASONING
 
@@ -51,11 +52,15 @@ class Text(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """Two answers to the same prompt, the better one first."""
+    """Two answers to the same prompt, the better one first.
+
+    `margin` says how much better it is, which a reward model may learn.
+    """
 
     chosen: Pair | Chat
     rejected: Pair | Chat
     place: str
+    margin: float | None = None
 
 
 class Judged(NamedTuple):
@@ -79,8 +84,16 @@ class Prompt(NamedTuple):
     place: str
 
 
+class Labelled(NamedTuple):
+    """A text that is to be told apart, with the class or the number that it has."""
+
+    text: Text | Pair | Chat
+    label: Label
+    place: str
+
+
 OneAnswer = Pair | Chat | Instruction | Text
-Row = OneAnswer | Choice | Judged | Prompt
+Row = OneAnswer | Choice | Judged | Prompt | Labelled
 
 
 def answers_of(row: OneAnswer | Choice | Judged) -> list[OneAnswer]:
@@ -91,8 +104,12 @@ def answers_of(row: OneAnswer | Choice | Judged) -> list[OneAnswer]:
 
 
 def content_of(row: Row) -> list[Any]:
-    """Return all that a row says, without where it came from, or variables if it has none."""
-    said = [item for name, item in zip(row._fields, row, strict=True) if name != "place"]
+    """Return all that a row says, without where it came from, or variables if it has none.
+
+    The margin of a pair is left out: the same two answers are one row.
+    """
+    left_out = ("place", "margin")
+    said = [item for name, item in zip(row._fields, row, strict=True) if name not in left_out]
     if isinstance(row, Chat) and row.variables is None:
         said.pop()
     return [content_of(item) if isinstance(item, Row) else item for item in said]
@@ -106,9 +123,12 @@ def fields_of(row: Row) -> dict[str, Any]:
             better = {**better, "prompt": [], "completion": better.pop("messages")}
             worse = {"completion": worse["messages"]}
         chosen = better.pop("completion")
-        return {**better, "chosen": chosen, "rejected": worse["completion"]}
+        margin = {} if row.margin is None else {"margin": row.margin}
+        return {**better, "chosen": chosen, "rejected": worse["completion"], **margin}
     if isinstance(row, Judged):
         return {**fields_of(row.answer), "label": row.desirable}
+    if isinstance(row, Labelled):
+        return {**fields_of(row.text), "label": row.label}
     if isinstance(row, Prompt):
         fields = {**row.columns, "prompt": row.prompt}
         return fields | _beside(row)
@@ -128,8 +148,10 @@ def _beside(row: Chat | Prompt) -> dict[str, Any]:
 
 def has_empty_answer(row: Row) -> bool:
     """Whether an answer that would be learned has no text, no reasoning and no tool calls."""
-    if isinstance(row, Prompt):
+    if isinstance(row, Prompt) or (isinstance(row, Labelled) and isinstance(row.text, Chat)):
         return False
+    if isinstance(row, Labelled):
+        return has_empty_answer(row.text)
     if isinstance(row, Choice):
         return has_empty_answer(row.chosen) or has_empty_answer(row.rejected)
     if isinstance(row, Judged):

@@ -29,7 +29,7 @@ from lorakit.data.rows import (
     read_rows,
     unread_rows,
 )
-from lorakit.data.schemas import Choice, Judged, Prompt, Row
+from lorakit.data.schemas import Choice, Judged, Labelled, Prompt, Row
 from lorakit.files.hub import hub_id
 from lorakit.files.local import as_path
 
@@ -116,6 +116,8 @@ def _kind(row: Row) -> str:
         return "has two answers to choose from"
     if isinstance(row, Judged):
         return "has an answer that is good or bad"
+    if isinstance(row, Labelled):
+        return "has a class"
     return "is a prompt alone" if isinstance(row, Prompt) else "has one answer"
 
 

@@ -3,8 +3,9 @@
 import hashlib
 from typing import Any
 
+from lorakit.config.classifier import name_of
 from lorakit.data.instructions import user
-from lorakit.data.schemas import Chat, Choice, Instruction, Judged, Prompt, Row, Text
+from lorakit.data.schemas import Chat, Choice, Instruction, Judged, Labelled, Prompt, Row, Text
 
 
 def texts_of(row: Row) -> list[str]:
@@ -13,6 +14,8 @@ def texts_of(row: Row) -> list[str]:
         return texts_of(row.chosen) + texts_of(row.rejected)
     if isinstance(row, Judged):
         return [*texts_of(row.answer), str(row.desirable)]
+    if isinstance(row, Labelled):
+        return [*texts_of(row.text), name_of(row.label)]
     if isinstance(row, Prompt):
         return [*texts_of(as_chat(row)), str(row.columns)]
     if not isinstance(row, Chat):
@@ -37,6 +40,8 @@ def spoken_texts(row: Row) -> list[str]:
         return [*spoken_texts(row.chosen), rejected.completion]
     if isinstance(row, Judged):
         return spoken_texts(row.answer)
+    if isinstance(row, Labelled):
+        return spoken_texts(row.text)
     if isinstance(row, Prompt):
         row = as_chat(row)
     if not isinstance(row, Chat):
@@ -58,13 +63,13 @@ def content_of_message(message: dict[str, Any]) -> str:
 def answer_of(row: Row) -> str:
     """Return the answer of a row without white space around it: of two the better one.
 
-    A prompt alone has none, which is "".
+    A prompt alone has none, nor has a text with a class, which is "".
     """
     if isinstance(row, Choice):
         return answer_of(row.chosen)
     if isinstance(row, Judged):
         return answer_of(row.answer)
-    if isinstance(row, Prompt):
+    if isinstance(row, Prompt | Labelled):
         return ""
     if isinstance(row, Chat):
         return content_of_message(row.messages[-1]).strip()
@@ -82,6 +87,8 @@ def question_of(row: Row) -> str:
         return question_of(row.chosen)
     if isinstance(row, Judged):
         return question_of(row.answer)
+    if isinstance(row, Labelled):
+        return ""
     if isinstance(row, Prompt):
         return content_of_message(as_chat(row).messages[-1])
     if isinstance(row, Chat):
@@ -97,7 +104,7 @@ def asked_of(row: Row) -> list[str]:
         return asked_of(row.chosen)
     if isinstance(row, Judged):
         return asked_of(row.answer)
-    if isinstance(row, Prompt):
+    if isinstance(row, Prompt | Labelled):
         return spoken_texts(row)
     if not isinstance(row, Chat):
         return [question_of(row)] if question_of(row) else []
@@ -106,6 +113,8 @@ def asked_of(row: Row) -> list[str]:
 
 def class_of(row: Row) -> str:
     """Return the class of a row: its answer, or whether that is a good one where a row says it."""
+    if isinstance(row, Labelled):
+        return name_of(row.label)
     return str(row.desirable).lower() if isinstance(row, Judged) else answer_of(row)
 
 

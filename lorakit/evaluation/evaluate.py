@@ -2,20 +2,30 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lorakit.config.classifier import ClassifierConfig
 from lorakit.config.errors import LorakitError, check
-from lorakit.config.objectives import PAIRS
+from lorakit.config.objectives import PAIRS, Objective
 from lorakit.config.training import OverLength, TrainConfig, TrainOn
 from lorakit.data.batching import collate, real_tokens
-from lorakit.data.encode import IGNORE, AnyExample, JudgedExample, PairExample
+from lorakit.data.encode import (
+    IGNORE,
+    AnyExample,
+    JudgedExample,
+    LabelledExample,
+    PairExample,
+)
 from lorakit.data.examples import Examples, encode_rows
 from lorakit.data.rows import RowSource
+from lorakit.evaluation.classes import check_labels, head_scores
 from lorakit.evaluation.score import check_rows, score_rows
 from lorakit.evaluation.share import ALL, Share
+from lorakit.models.classifier import Classifier
 from lorakit.models.decoder import Decoder
 from lorakit.models.tokenizer import Tokenizer
 
@@ -33,7 +43,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Return the mean loss of a model on rows, and scores of its own completions of them.
 
-    To score it, every row is completed greedily after its whole prompt, whatever over_length says.
+    A model with a head for classes has none: it is scored by the labels of rows, or as a reward
+    model by which of two answers it finds the better one. Of a language model every row is
+    completed greedily after its whole prompt, whatever over_length says.
 
     Args:
         model: The model, with or without an adapter.
@@ -50,7 +62,9 @@ def evaluate(
 
     Returns:
         "loss" in nats per label token, its "perplexity", the numbers of "label_tokens" and "rows",
-        and each metric by its name, as `lorakit.metrics.score` returns it.
+        and each metric by its name, as `lorakit.metrics.score` returns it. Of classes "loss",
+        "accuracy", "macro_f1" and "rows"; of numbers "loss", "mean_absolute_error", "pearson" and
+        "rows"; of pairs "loss", "preference_accuracy", "reward_margin" and "rows".
 
     Raises:
         LorakitError: The rows cannot be read, encoded or scored, a metric is unknown, a prompt
@@ -59,10 +73,25 @@ def evaluate(
     check(isinstance(batch_size, int) and batch_size > 0, "evaluate: batch_size must be at least 1")
     config = TrainConfig(max_seq_length=max_seq_length, over_length=over_length, train_on=train_on)
     metrics = [metrics] if isinstance(metrics, str) else list(metrics)
+    if isinstance(model, Classifier):
+        if metrics:
+            raise LorakitError(
+                "evaluate: metrics are of completions, and a model with a head for classes makes "
+                "none; its accuracy comes without asking"
+            )
+        config = replace(config, objective=_objective(model.classifier, data))
+        return head_scores(model, encode_for(model, tok, data, config), batch_size)
     examples = encode_for(model, tok, data, config)
     check_rows(model, tok, examples.rows, metrics)
     result = text_loss(model, examples, batch_size)
     return result | score_rows(model, tok, examples.rows, metrics, batch_size)
+
+
+def _objective(head: ClassifierConfig, data: RowSource | Examples) -> Objective:
+    """Return what a head for classes is scored by: a single number that says no more by pairs."""
+    if isinstance(data, Examples):
+        return "reward" if data.margins else "classification"
+    return "reward" if head.rewards else "classification"
 
 
 def encode_for(
@@ -89,27 +118,37 @@ def encode_for(
                     f"{value!r}: encode them with its settings"
                 )
     else:
-        examples = encode_rows(rows, tok, skip_empty=config.skip_empty, **settings)
+        format = "classification" if config.objective == "classification" else None
+        empty = config.skip_empty
+        examples = encode_rows(rows, tok, format=format, skip_empty=empty, **settings)
     tok.check_fits([examples.largest_id], model.config.vocab_size)
     check_kind(examples, config, what)
+    if model.config.classifier is not None:
+        check_labels(model.config.classifier, examples)
     return examples
+
+
+_WANTED = {"grpo": "prompt", "kto": "label", "classification": "class"}
+"""What rows of an objective have; those of the others are pairs, or have an answer."""
 
 
 def check_kind(examples: Sequence[AnyExample], config: TrainConfig, what: str) -> None:
     """Raise LorakitError unless examples, called `what`, fit the objective of `config`."""
-    wanted = {"grpo": "prompt", "kto": "label"}.get(config.objective, "answer")
-    wanted = "pair" if config.pairs else wanted
+    wanted = "pair" if config.pairs else _WANTED.get(config.objective, "answer")
     if _kind(examples) != wanted:
         raise LorakitError(
-            f"objective {config.objective!r} does not fit {what}: {', '.join(PAIRS)} need `chosen` "
-            "and `rejected`, kto a `label` that is true or false, sft and distillation rows with "
-            "one answer, perhaps read with `format: messages`, and grpo prompts alone"
+            f"objective {config.objective!r} does not fit {what}: {', '.join(PAIRS)} and reward "
+            "need `chosen` and `rejected`, kto a `label` that is true or false, sft and "
+            "distillation rows with one answer, perhaps read with `format: messages`, grpo prompts "
+            "alone, and classification a `label`, read with `format: classification`"
         )
 
 
 def _kind(examples: Sequence[AnyExample]) -> str:
-    """Return what rows have: a "pair" of answers, an "answer", one with a "label", a "prompt"."""
+    """Return what rows have: a "pair" of answers, an "answer", one with a "label", and so on."""
     first = examples[0]
+    if isinstance(first, LabelledExample):
+        return "class"
     if isinstance(first, PairExample):
         return "pair"
     if isinstance(first, JudgedExample):

@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from lorakit.config.errors import LorakitError
-from lorakit.config.training import check_metrics
+from lorakit.config.metrics import check_metrics
 from lorakit.evaluation.translation import bleu, check_sacrebleu, chrf
 
 __all__ = [

@@ -11,7 +11,7 @@ from typing import Any
 from lorakit.config.errors import LorakitError
 from lorakit.data.encode import TODAY
 from lorakit.data.instructions import as_chat_or_pair
-from lorakit.data.schemas import Chat, Choice, Instruction, Judged, Prompt, Row, Text
+from lorakit.data.schemas import Chat, Choice, Instruction, Judged, Labelled, Prompt, Row, Text
 from lorakit.evaluation.metrics import check_usable, score
 from lorakit.evaluation.share import ALL, Share
 from lorakit.inference.generate import generate_batch
@@ -156,6 +156,7 @@ def asked(tok: Tokenizer, row: Row) -> tuple[str | Messages, str]:
         return row.messages[: turns[-1]], row.messages[turns[-1]]["content"]
     if isinstance(row, Text):
         raise LorakitError(f"{row.place}: plain text has no completion to score")
-    if isinstance(row, Prompt):
-        raise LorakitError(f"{row.place}: a prompt alone has no completion to score by")
+    if isinstance(row, Prompt | Labelled):
+        what = "a prompt alone" if isinstance(row, Prompt) else "a text with a class"
+        raise LorakitError(f"{row.place}: {what} has no completion to score by")
     return row.prompt, row.completion

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
+from lorakit.adapters.peft_files.labels import read_classifier
 from lorakit.config.errors import LorakitError
 from lorakit.export.card_text import Told, card_text, name_of
 from lorakit.files import hub
@@ -110,6 +111,9 @@ def describe(
     config = {} if of_adapter is None else read_json(of_adapter / hub.ADAPTER_FILES[0])
     known = None if base is None else hub.card_of(base, download=download)
     metadata = _metadata(kind, base, config, settings or {}, known)
+    head = read_classifier(path) if kind in ("adapter", "model") else None
+    if head is not None:
+        metadata["pipeline_tag"] = "text-classification"
     ggufs = [path] if path.is_file() else sorted(path.glob("*.gguf"))
     told = Told(
         path=path,
@@ -121,6 +125,7 @@ def describe(
         settings=settings or {},
         ggufs=ggufs if kind.startswith("gguf") else [],
         license=metadata.get("license"),
+        head=head,
     )
     return Card(metadata, _signed(card_text(told)))
 

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lorakit.config.classifier import ClassifierConfig
+
 _STRETCHES = 10  # rows of the table of losses, and the most rows of that of evaluations
 # What a card tells of adapter_config.json, where it is set.
 _OPTIONS = ["peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save"]
@@ -40,6 +42,8 @@ class Told(NamedTuple):
     """The GGUF files."""
     license: Any
     """The license of the base model."""
+    head: ClassifierConfig | None = None
+    """What the outputs of a head for classes are, if there is one."""
 
 
 def name_of(path: Path) -> str:
@@ -51,6 +55,8 @@ def card_text(told: Told) -> str:
     """Return the text of a card, as Markdown."""
     title = told.path.absolute().name.removesuffix(".gguf")
     parts = [f"# {title}", _first_sentence(told), "## How to load it", _loading(told)]
+    if told.head and not told.head.regression:
+        parts.insert(2, f"It tells the classes {', '.join(map(_cell, told.head.labels[:100]))}.")
     settings = _settings(told)
     if settings:
         parts += ["## Settings", table(["setting", "value"], settings)]
@@ -109,25 +115,40 @@ def _loading(told: Told) -> str:
         return f"{table(['file', 'MB'], sizes)}\n\n{_code('sh', lines)}"
     if told.kind == "model":
         lines = ["import lorakit as lk", "", f'tok = lk.load_tokenizer("{place}")']
-        lines += [f'model = lk.load_model("{place}")', _GENERATE]
-        return f"{_code('python', lines)}\n\n{_code('sh', [f'vllm serve {place}'])}"
+        lines += [f'model = lk.load_model("{place}")', _used(told)]
+        served = [] if told.head else [_code("sh", [f"vllm serve {place}"])]
+        return "\n\n".join([_code("python", lines), *served])
     tokenizer = f'tok = lk.load_tokenizer("{base}")'
     if (told.path / "tokenizer.json").is_file():
         tokenizer = f'tok = lk.load_tokenizer("{place}")'
     elif (told.path / "chat_template.jinja").is_file():
         tokenizer = f'tok = lk.load_tokenizer("{base}", chat_template=lk.fetch_adapter("{place}"))'
     lines = ["import lorakit as lk", "", tokenizer, f'model = lk.load_model("{base}")']
-    lines += [f'lk.load_adapter(model, "{place}")', _GENERATE]
+    if told.head:
+        lines[-1] = f'head = lk.read_classifier("{place}")'
+        lines += [f'model = lk.load_model("{base}", classifier=head)']
+    lines += [f'lk.load_adapter(model, "{place}")', _used(told)]
     found = [_code("python", lines)]
     if told.kind == "adapter":
-        lines = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM", ""]
-        lines += [f'model = AutoModelForCausalLM.from_pretrained("{base}")']
+        kind, count = "AutoModelForCausalLM", ""
+        if told.head:
+            kind, count = (
+                "AutoModelForSequenceClassification",
+                f", num_labels={len(told.head.labels)}",
+            )
+        lines = ["from peft import PeftModel", f"from transformers import {kind}", ""]
+        lines += [f'model = {kind}.from_pretrained("{base}"{count})']
         lines += [f'model = PeftModel.from_pretrained(model, "{place}")']
         found += ["With PEFT:", _code("python", lines)]
     return "\n\n".join(found)
 
 
+_PREDICT = 'print(lk.predict(model, tok, ["Hello"]))'
 _GENERATE = 'print(lk.generate(model, tok, [{"role": "user", "content": "Hello"}]))'
+
+
+def _used(told: Told) -> str:
+    return _PREDICT if told.head else _GENERATE
 
 
 def _settings(told: Told) -> list[tuple[str, str]]:

@@ -21,7 +21,7 @@ _BESIDE = ["LICENSE*", "NOTICE*"]
 _OLLAMA = ["Modelfile", "template", "params", "system"]
 _MODEL = [*hub.MODEL_FILES, *hub.PROCESSOR_FILES, "additional_chat_templates/*.jinja"]
 _KNOWN = {
-    "adapter": [*hub.ADAPTER_FILES, *hub.TOKENIZER_FILES],
+    "adapter": [*hub.ADAPTER_FILES, hub.LABELS, *hub.TOKENIZER_FILES],
     "mlx": [*hub.ADAPTER_FILES, *hub.TOKENIZER_FILES],
     "model": [*_MODEL, *hub.TOKENIZER_FILES],
     "gguf": ["*.gguf", *_OLLAMA],

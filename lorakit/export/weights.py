@@ -29,6 +29,7 @@ from lorakit.adapters.peft_files.opened import open_files
 from lorakit.config.errors import LorakitError
 from lorakit.files.safetensors import LazyTensor
 from lorakit.models.bitsandbytes import LazyWeight, only_dense
+from lorakit.models.classifier import NO_TOKENS
 from lorakit.models.config import ModelConfig
 from lorakit.models.decoder import Decoder
 from lorakit.models.load import load_model, open_model
@@ -58,16 +59,18 @@ def dense_model(model: Decoder | str | Path, adapter: str | Path | None) -> Dens
 
     Raises:
         LorakitError: The files are damaged or do not fit, `adapter` is given for a model in memory,
-            or the model begins with a learned prompt.
+            or the model begins with a learned prompt or has a head for classes.
     """
     if isinstance(model, Decoder):
         if adapter is not None:
             raise LorakitError(
                 "export: adapter is for a model in files; give this one with load_adapter"
             )
+        _check_writes(model.config)
         path = None if model.source is None else model.source.path
         return DenseModel(model.config, dict(_tensors(model)), path)
     opened, weights, source = open_model(model)
+    _check_writes(opened.config)
     if adapter is None:
         source.log_quantized()
         found = {name: LazyTensor(w.shape, partial(_read, w)) for name, w in weights.items()}
@@ -85,6 +88,12 @@ def dense_model(model: Decoder | str | Path, adapter: str | Path | None) -> Dens
             setattr(opened.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
     load_adapter(opened, adapter)
     return DenseModel(opened.config, dict(_tensors(opened)), source.path)
+
+
+def _check_writes(config: ModelConfig) -> None:
+    """Raise LorakitError for a model with a head for classes, which these formats do not have."""
+    if config.classifier is not None:
+        raise LorakitError(f"export: {NO_TOKENS}; transformers loads its directory as it is")
 
 
 def _read(weight: LazyWeight) -> Tensor:

@@ -47,6 +47,8 @@ TOKENIZER_FILES += VOCABULARY_FILES
 # An adapter as PEFT and as mlx_lm write it.
 ADAPTER_WEIGHTS = ["adapter_model.safetensors", "adapters.safetensors"]
 ADAPTER_FILES = ["adapter_config.json", *ADAPTER_WEIGHTS]
+# What lorakit writes beside an adapter that tells classes.
+LABELS = "labels.json"
 CARD = "README.md"
 
 _ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?::([\w.-]+))?")
@@ -120,7 +122,7 @@ def fetch_adapter(path_or_hub_id: str | Path) -> Path:
     """
     if hub_id(path_or_hub_id) is None:
         return as_path(path_or_hub_id)
-    return resolve(path_or_hub_id, [*ADAPTER_FILES, *TOKENIZER_FILES])
+    return resolve(path_or_hub_id, [*ADAPTER_FILES, LABELS, *TOKENIZER_FILES])
 
 
 def name_of(path_or_hub_id: str | Path) -> str:

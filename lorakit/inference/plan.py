@@ -153,6 +153,8 @@ def _decode_plan(
     adapters: Sequence[Sequence[dict[str, kernels.DecodeUpdate]]],
 ) -> kernels.DecodePlan | None:
     config = model.config
+    if config.classifier is not None:
+        return None
     embedding = _computing(model.model.embed_tokens)
     head = embedding if model.lm_head is None else _computing(model.lm_head)
     plain = isinstance(embedding, PackedEmbedding) or type(embedding) is nn.Embedding

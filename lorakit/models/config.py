@@ -9,6 +9,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lorakit.config.classifier import ClassifierConfig
 from lorakit.config.errors import LorakitError
 from lorakit.config.fields import from_mapping
 from lorakit.kernels.ops.swiglu import Activation
@@ -193,6 +194,8 @@ class ModelConfig:
     """Token, or tokens, that end a text."""
     pad_token_id: int | None = None
     """Token that fills rows up."""
+    classifier: ClassifierConfig | None = None
+    """Head that tells classes in the place of tokens; None: there is none."""
 
     def __post_init__(self) -> None:
         family_of(self.model_type)

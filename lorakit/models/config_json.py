@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorakit.config.errors import LorakitError
+from lorakit.models.classifier_json import read_classifier, write_classifier
 from lorakit.models.families import FAMILIES, FLAT_WRAPPERS, WRAPPERS, family_of
 from lorakit.models.family import Family
 from lorakit.models.quantized_files.fold import check_method
@@ -63,6 +64,7 @@ _INNER = (
     "rope_layers",
     "rope",
     "rope_local",
+    "classifier",
 )
 """Fields that follow from the family or from other keys; in a file such a key says nothing."""
 _OF_SOME_FAMILIES = (
@@ -186,6 +188,7 @@ def fields_from_hf(config_json: Mapping[str, Any], where: str) -> dict[str, Any]
     else:
         values["sliding_layers"] = _read_sliding_layers(values, family, where)
     _read_experts(values, family, where)
+    values["classifier"] = read_classifier(config_json, where)
     return values | family.fields
 
 
@@ -361,10 +364,11 @@ def fields_to_hf(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the contents of a config.json that says what the fields of a `ModelConfig` say."""
     family = FAMILIES[fields["model_type"]]
     values = dict(fields)
-    rope, local = values.pop("rope"), values.pop("rope_local")
+    rope, local, head = (values.pop(name) for name in ("rope", "rope_local", "classifier"))
     sliding, experts = values.pop("sliding_layers"), values.pop("moe_layers")
     linear = values.pop("linear_layers")
     values["architectures"] = [family.architecture]
+    values |= {} if head is None else write_classifier(head, family)
     values["attention_bias"] = fields["o_bias"]
     if "attention_out_bias" in family.defaults:
         values |= {"attention_bias": fields["qkv_bias"], "attention_out_bias": fields["o_bias"]}

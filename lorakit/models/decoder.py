@@ -91,7 +91,7 @@ class Decoder(nn.Module):
         self.beginning = NoPrompt()  # the saved state of runs has this name
         self.model = Trunk(config)
         self.lm_head: nn.Module | None = None
-        if not config.tie_word_embeddings:
+        if not config.tie_word_embeddings and config.classifier is None:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property

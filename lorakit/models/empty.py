@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from lorakit.config.quantization import QuantConfig
+from lorakit.models.classifier import decoder_of
 from lorakit.models.config import ModelConfig
 from lorakit.models.decoder import Decoder
 from lorakit.models.load import Target, place
@@ -19,7 +20,7 @@ from lorakit.models.packed_layers import PackedWeight, quantize
 def empty_model(config: ModelConfig, dtype: torch.dtype, quant: QuantConfig | None) -> Decoder:
     """Return a model on the meta device that waits for its weights, as `load_model` makes it."""
     with torch.device("meta"):
-        model = Decoder(config)
+        model = decoder_of(config)
     model.to(dtype).requires_grad_(False)
     if quant is not None:
         quantize(model, quant)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lorakit import kernels
+from lorakit.config.classifier import ClassifierConfig
 from lorakit.config.errors import LorakitError, nearest
 from lorakit.config.fields import to_dtype
 from lorakit.config.quantization import QuantConfig, quant_config
@@ -36,6 +37,7 @@ from lorakit.files.local import read_json
 from lorakit.files.safetensors import LazyTensor, open_directory, other_weights
 from lorakit.files.wrappers import renamed, unwrapped
 from lorakit.models.bitsandbytes import LazyPacked, LazyWeight, fold_packed, only_dense
+from lorakit.models.classifier import decoder_of, with_head
 from lorakit.models.config import ModelConfig
 from lorakit.models.config_json import text_config
 from lorakit.models.decoder import Decoder
@@ -67,8 +69,9 @@ def load_model(
     device: str | torch.device | None = None,
     mesh: "DeviceMesh | None" = None,
     offload_weights: bool = False,
+    classifier: ClassifierConfig | None = None,
 ) -> Decoder:
-    """Load a causal language model, in evaluation mode.
+    """Load a causal language model, or one with a head for classes, in evaluation mode.
 
     Args:
         path_or_hub_id: A Hugging Face directory, a .gguf file, or a Hub id: "organization/name", or
@@ -85,9 +88,12 @@ def load_model(
         mesh: The ranks that divide the weights among them, [ranks] or [copies, ranks], all of which
             load; see models/sharding.py. Memory takes this rank's part and one tensor.
         offload_weights: Whether weights wait in host memory for their block's turn.
+        classifier: A new head for classes in the place of the language model's, drawn from torch's
+            global generator. Files of a `ForSequenceClassification` have one.
 
     Returns:
-        The model, with `source` set to the files that it came from.
+        The model, with `source` set to the files that it came from; a `Classifier` if it has a head
+        for classes.
 
     Raises:
         LorakitError: If a file or tensor is missing, damaged, of the wrong shape or left over, or
@@ -95,7 +101,7 @@ def load_model(
     """
     dtype, quant = to_dtype(dtype), quant_config(quantize)
     device, mesh = device_and_mesh(device, mesh, offload_weights)
-    model, weights, source = open_model(path_or_hub_id)
+    model, weights, source = open_model(path_or_hub_id, classifier)
     model.to(dtype)
     where = str(source.path)
     source.log_quantized()
@@ -104,18 +110,7 @@ def load_model(
         shard(model, mesh, offload=offload_weights)
     in_pages = device.type == "cpu" and mesh is None
     target = Target(device, homes_in_large_pages(model, dtype) if in_pages else {})
-    bar = tqdm(
-        left_in_file(model, weights).items(),
-        desc=f"loading {source.path.name}",
-        unit="tensor",
-        disable=None,
-        leave=False,
-    )
-    for name, weight in bar:
-        try:
-            place(model, name, weight.read(), target)
-        except ValueError as error:
-            raise LorakitError(f"{where}: tensor {name}: {error}") from None
+    _fill(model, left_in_file(model, weights), target, source.path)
     return model.eval()
 
 
@@ -164,11 +159,14 @@ def _in_memory(weight: Tensor) -> LazyTensor:
 # ---- opening: the model on the meta device, its weights on disk ----------------------------------
 
 
-def open_model(path_or_hub_id: str | Path) -> tuple[Decoder, dict[str, LazyWeight], Source]:
+def open_model(
+    path_or_hub_id: str | Path, classifier: ClassifierConfig | None = None
+) -> tuple[Decoder, dict[str, LazyWeight], Source]:
     """Open a model's files: check names and shapes, and read no weight.
 
     Args:
         path_or_hub_id: A Hugging Face directory, a .gguf file, or a Hub id.
+        classifier: As `load_model` takes it.
 
     Returns:
         The model on the meta device; its weights by name, still on disk; and where they are.
@@ -203,6 +201,11 @@ def open_model(path_or_hub_id: str | Path) -> tuple[Decoder, dict[str, LazyWeigh
         config = _with_end_tokens(config, path / "generation_config.json", named)
         unsaid = surroundings is not None and "tie_word_embeddings" not in said
         config = _tied_as_stored(config, weights, path, unsaid)
+    if classifier is not None:
+        config, drawn = with_head(config, classifier, str(path))
+        weights = {**weights, "score.weight": drawn}
+    if config.classifier is not None:  # it tells of text alone, once
+        surroundings, drafts = None, {}
     model = _empty_model(config, weights, str(path))
     model.source = Source(path.absolute(), surroundings, drafts, kinds)
     return model, _selected(weights, model, str(path)), model.source
@@ -304,7 +307,7 @@ def _empty_model(config: ModelConfig, weights: Mapping[str, LazyWeight], where: 
         )
     try:
         with torch.device("meta"):
-            return Decoder(config)
+            return decoder_of(config)
     except RuntimeError as error:
         raise LorakitError(f"{where}: the config's sizes are impossible ({error})") from None
 
@@ -386,6 +389,17 @@ def _make_shell(model: nn.Module, tensor: str, config: QuantConfig, where: str) 
         )
     assert isinstance(layer, nn.Linear | nn.Embedding)
     model.set_submodule(name, packed_layer(layer, config))
+
+
+def _fill(model: Decoder, weights: Mapping[str, LazyWeight], target: "Target", path: Path) -> None:
+    """Read the weights one after the other, and put each in its place."""
+    for name, weight in tqdm(
+        weights.items(), desc=f"loading {path.name}", unit="tensor", disable=None, leave=False
+    ):
+        try:
+            place(model, name, weight.read(), target)
+        except ValueError as error:
+            raise LorakitError(f"{path}: tensor {name}: {error}") from None
 
 
 class Target(NamedTuple):

@@ -23,6 +23,7 @@ from lorakit.files.local import as_path, copy_file, write_json
 from lorakit.files.safetensors import INDEX_FILE, WEIGHTS_FILE, LazyTensor, write_safetensors
 from lorakit.models.adapted_layer import AdaptedLayer
 from lorakit.models.bitsandbytes import only_dense
+from lorakit.models.classifier import Score
 from lorakit.models.config import ModelConfig
 from lorakit.models.config_json import is_flat
 from lorakit.models.decoder import Decoder
@@ -174,8 +175,8 @@ def _is_tied(module: Decoder) -> bool:
     A tied model may have a head of its own, with the embedding's weight or, merged, with another.
     """
     layers = dict(_layers(module))
-    if "lm_head" not in layers:
-        return True
+    if "lm_head" not in layers:  # a head for classes is neither
+        return module.config.classifier is None or module.config.tie_word_embeddings
     head, embedding = layers["lm_head"], layers["model.embed_tokens"]
     return head._parameters.get("weight") is embedding._parameters.get("weight")
 
@@ -199,7 +200,7 @@ def _packed_form(module: Decoder) -> tuple[type[PackedLinear], dict[str, Any]]:
         )
     # transformers must not expect these packed. Its models have a head of their own even where that
     # is the embedding.
-    kinds = (nn.Linear, PackedLinear)
+    kinds = (nn.Linear, PackedLinear, Score)
     dense = {name for name, layer in others.items() if isinstance(layer, kinds)}
     if module.lm_head is None:
         dense.add("lm_head")

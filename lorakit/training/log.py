@@ -15,7 +15,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lorakit.config.training import METRICS, TrainConfig
+from lorakit.config.metrics import METRICS
+from lorakit.config.training import TrainConfig
 from lorakit.files.local import write_text
 from lorakit.training.trackers.reporter import Reporter
 from lorakit.training.trackers.tracker import TrackedRun

@@ -14,6 +14,7 @@ from lorakit.config.errors import LorakitError
 from lorakit.config.objectives import LOSS_TYPES
 from lorakit.config.training import TrainConfig
 from lorakit.data.batching import Order
+from lorakit.data.encode import PairExample
 from lorakit.data.examples import Examples
 from lorakit.files.local import as_path
 from lorakit.models.decoder import Decoder
@@ -67,6 +68,7 @@ def must_match(
     names += [config.objective] if config.objective in ("grpo", "distillation") else []
     settings = asdict(config)
     own = {
+        **({"classifier": asdict(head)} if (head := trained.model.config.classifier) else {}),
         **({} if config.form is None else {"loss_type": config.form}),
         "data": _digest(examples),
         "validation data": None if validation is None else _digest(validation),
@@ -78,7 +80,11 @@ def must_match(
 def _digest(examples: Examples) -> str:
     found = blake2b(examples.lengths.tobytes(), digest_size=16)
     for i in range(0, len(examples), max(1, len(examples) // 1000)):
-        found.update(json.dumps(examples[i]).encode())
+        example = examples[i]
+        if isinstance(example, PairExample) and not example.margin:
+            found.update(json.dumps(example[:2]).encode())  # as before there were margins
+            continue
+        found.update(json.dumps(example).encode())
     return found.hexdigest()
 
 

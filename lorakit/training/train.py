@@ -28,6 +28,7 @@ from lorakit.training.float8 import check_frozen_dtype
 from lorakit.training.interrupt import interrupt
 from lorakit.training.kernel_line import kernel_line
 from lorakit.training.log import heard, say
+from lorakit.training.losses.classification import check_head
 from lorakit.training.memory import peak_memory_mb
 from lorakit.training.mode import training_mode
 from lorakit.training.ranks import Ranks, joined
@@ -135,6 +136,7 @@ def _train(
     ranks: Ranks,
 ) -> TrainResult:
     """Train as `train` does, as one of the ranks."""
+    check_head(model, config)
     trained = trained_part(model, config)
     check_frozen_dtype(model, config)
     train_rows, validation_rows = _two_sources(data)

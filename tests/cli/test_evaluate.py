@@ -111,6 +111,42 @@ def test_a_judge_sees_both_models_answers(tiny_dir, rows, tmp_path, monkeypatch,
     }
 
 
+def test_classes_from_the_run_file_to_the_merged_model(tiny_dir, tmp_path, capsys):
+    """Trained, evaluated with the adapter and merged; each says what Python does."""
+    rows, run_file = tmp_path / "rows.csv", tmp_path / "run.yaml"
+    lines = [f"{a} and {b},{'even' if (a + b) % 2 == 0 else 'odd'}" for a in range(4)
+             for b in range(4)]  # fmt: skip
+    rows.write_text("question,label\n" + "\n".join(lines) + "\n")
+    run = {"model": str(tiny_dir), "objective": "classification", "output_dir": f"{tmp_path}/out",
+           "data": {"train": str(rows), "columns": {"text": "question"}}, "max_steps": 3,
+           "dtype": "float32"}  # fmt: skip
+    run_file.write_text(json.dumps(run))
+    assert main(["train", str(run_file)]) == 0
+    assert "16 rows of the classes even, odd" in capsys.readouterr().out
+    rows.write_text(rows.read_text().replace("question", "text"))
+    command = ["evaluate", str(tiny_dir), str(rows), "--dtype", "float32", "--json"]
+    assert main([*command, "--adapter", f"{tmp_path}/out"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() == {"loss", "accuracy", "macro_f1", "rows"}
+    merged = str(tmp_path / "merged")
+    assert main(["merge", str(tiny_dir), f"{tmp_path}/out", merged, "--dtype", "float32"]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", merged, str(rows), "--dtype", "float32", "--json"]) == 0
+    # merged products round otherwise than those of the adapter
+    assert json.loads(capsys.readouterr().out) == pytest.approx(found, rel=1e-5)
+    for wrong, said in {
+        ("evaluate", merged, str(rows), "--metrics", "accuracy"): "--metrics is about texts",
+        ("generate", merged, "hi", "--max-new-tokens", "2"): "it tells no next token",
+        ("generate", str(tiny_dir), "hi", "--adapter", f"{tmp_path}/out"): "a head for classes",
+        ("export", merged, f"{tmp_path}/m.gguf"): "it tells no next token",
+        ("train", str(run_file), f"output_dir={tmp_path}/2", "labels=[even]"): "names one class",
+        ("train", str(run_file), f"output_dir={tmp_path}/2", "objective=sft", "labels=[a, b]"):
+            "labels goes with objective classification",
+    }.items():  # fmt: skip
+        assert main(list(wrong)) == 1
+        assert said in capsys.readouterr().err
+
+
 def test_what_is_refused(tiny_dir, rows, tmp_path, capsys):
     other = tmp_path / "other.jsonl"
     lk.write_completions(other, [lk.Completion("a", "b\u2028", "c")])

@@ -234,6 +234,20 @@ def test_examples_of_the_guide_to_text(prepared):
     assert done.stdout == "5 length\n8 length\n"
 
 
+@pytest.mark.slow  # half a minute
+def test_the_guide_to_classes(prepared):
+    """Its rows are learned in three steps as far as a probability goes, and its commands run."""
+    work, run = prepared
+    scores, film = run(["-c", python("docs/classification.md")]).stdout.splitlines()[-2:]
+    assert scores.startswith("{'loss': ")
+    assert film.split()[0] in ("bad", "good")
+    (work / "films-test.jsonl").write_text('{"text": "A fine film.", "label": "good"}\n')
+    [evaluated, merged] = commands("docs/classification.md")
+    assert "accuracy" in run(evaluated).stdout
+    run(merged)
+    assert lk.read_classifier(work / "merged").labels == ["bad", "good"]
+
+
 def test_example_of_the_guide_to_kernels(prepared):
     _, run = prepared
     done = run(["-c", python("docs/kernels.md")])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lorakit as lk
-from lorakit.config.training import METRICS
+from lorakit.config.metrics import METRICS
 from lorakit.data.encode import Encoder
 from lorakit.evaluation import metrics
 from lorakit.evaluation.evaluate import encode_for

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorakit as lk
-from lorakit.config.training import METRICS
+from lorakit.config.metrics import METRICS
 from lorakit.evaluation import intervals
 
 text = st.sampled_from(["a b", "a", "b c d e", "a b c d e", "B-PER I-PER O", "B-PER O O", "PER: a"])

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorakit as lk
-from lorakit.config.training import METRICS
+from lorakit.config.metrics import METRICS
 from lorakit.evaluation import metrics
 
 OWN = [name for name in METRICS if name not in ("bleu", "chrf")]  # test_translation.py has these

@@ -32,6 +32,7 @@ from lorakit.adapters.methods.known import METHODS, method_called, method_of
 from lorakit.adapters.methods.method import Method
 from lorakit.adapters.peft_files import features
 from lorakit.adapters.peft_files.fused_experts import without_absent_experts, without_parameters
+from lorakit.adapters.peft_files.labels import SEQ_CLS
 from lorakit.adapters.peft_files.layout import PREFIX, AdapterFiles, name_in
 from lorakit.adapters.peft_files.opened import open_files
 from lorakit.adapters.peft_files.text_part import text_part
@@ -39,6 +40,8 @@ from lorakit.adapters.peft_files.ties import TWINS, adapted_embedding_of, adapte
 from lorakit.adapters.peft_files.vocabulary import fit_vocabulary, vocabulary_kept
 from lorakit.config.errors import LorakitError
 from lorakit.files.safetensors import LazyTensor
+from lorakit.models.classifier import classifier_in
+from lorakit.models.decoder import Decoder
 
 
 def load_adapter(module: nn.Module, path: str | Path, *, name: str = "default") -> nn.Module:
@@ -112,6 +115,8 @@ def _open(path: str | Path, module: nn.Module) -> tuple[Method[Any], AdapterFile
         known = ", ".join(method.peft_type for method in METHODS)
         raise LorakitError(f"{files.path}: peft_type is {kind!r}; lorakit has {known}")
     features.check_file(files.path, files.values)
+    if files.values.get("task_type") == SEQ_CLS and isinstance(module, Decoder):
+        classifier_in(module, str(files.path))
     if files.values.get("target_parameters"):
         files = without_parameters(files, module)
     return method, without_absent_experts(text_part(files, module), module)

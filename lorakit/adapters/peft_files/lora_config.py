@@ -43,6 +43,7 @@ from lorakit.config.adapters import PLAIN_INITIALIZATIONS, LoraConfig
 from lorakit.config.errors import LorakitError
 from lorakit.config.fields import from_mapping
 from lorakit.config.patterns import each_alone
+from lorakit.models.classifier import is_tied
 from lorakit.models.decoder import Decoder
 
 log = logging.getLogger("lorakit")
@@ -254,7 +255,7 @@ def _without_tied_heads(pattern: Mapping[str, Any], model: nn.Module) -> Values:
 
 def _is_tied(name: str, layers: Mapping[str, nn.Module], model: nn.Module) -> bool:
     if isinstance(model, Decoder) and name == "lm_head":
-        return model.lm_head is None
+        return is_tied(model)
     layer = layers.get(name)
     if layer is None:
         return False

@@ -9,7 +9,8 @@
     token_adapter.trainable_tokens_delta [n, H]                 trained rows of an embedding
     base_layer.bias [out]                                       a trained bias of an adapted layer
     bias                                                        a trained bias of another module
-    weight, and the like                                        a module that is trained whole
+    weight, and the like                                        a module that is trained whole, as
+                                                                the head for classes (labels.py)
     ia3_l [out, 1] or [1, in]                                   IA3
     vera_lambda_b [out], vera_lambda_d [r]                      VeRA, whose matrices of all layers
                                                                 are base_model.vera_A and vera_B
@@ -32,12 +33,14 @@ from torch import Tensor, nn
 from lorakit.adapters.manage import adapter_config, attached, check_adapter, require_selected
 from lorakit.adapters.methods.known import method_of
 from lorakit.adapters.peft_files.fused_experts import fuse_experts
+from lorakit.adapters.peft_files.labels import SEQ_CLS, save_labels
 from lorakit.adapters.peft_files.layout import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from lorakit.adapters.peft_files.text_part import for_whole_model
 from lorakit.adapters.peft_files.ties import TWINS, adapted_heads
 from lorakit.config.errors import LorakitError
 from lorakit.files.local import as_path, write_json
 from lorakit.files.safetensors import write_safetensors
+from lorakit.models.classifier import Classifier
 from lorakit.models.decoder import Decoder
 
 
@@ -80,6 +83,8 @@ def save_adapter(
     values = method.config_values(module, name, config)
     if not isinstance(module, (Decoder, _Generating)):  # to PEFT a CAUSAL_LM generates
         values["task_type"] = None
+    if isinstance(module, Classifier):
+        values["task_type"] = SEQ_CLS
     tensors = adapter_tensors(module, name) | method.shared_tensors(module, name, config)
     if fused_experts:
         tensors, values = fuse_experts(module, tensors, values)
@@ -89,6 +94,8 @@ def save_adapter(
         raise LorakitError(f"save_adapter: {path} is a file; a directory is wanted")
     path.mkdir(parents=True, exist_ok=True)
     write_safetensors(path / WEIGHTS_FILE, tensors)
+    if isinstance(module, Classifier):
+        save_labels(path, module.classifier)
     write_json(path / CONFIG_FILE, values | {"base_model_name_or_path": base_model})
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from lorakit.adapters.layers.embeddings import TiedHead
 from lorakit.adapters.manage import attached
+from lorakit.models.classifier import is_tied
 from lorakit.models.decoder import Decoder
 
 # ending of a tied head's tensor -> that of the embedding's, and whether it lies transposed
@@ -28,7 +29,7 @@ def adapted_heads(model: nn.Module) -> dict[str, str]:
 def adapted_embedding_of(model: nn.Module, head: str) -> str | None:
     """Return the name of the adapted embedding whose weight `head` has too, if there is one."""
     wrappers = attached(model)
-    if isinstance(model, Decoder) and model.lm_head is None and head == "lm_head":
+    if isinstance(model, Decoder) and is_tied(model) and head == "lm_head":
         return "model.embed_tokens" if "model.embed_tokens" in wrappers else None
     wrapper = wrappers.get(head)
     if isinstance(wrapper, TiedHead):

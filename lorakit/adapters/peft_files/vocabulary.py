@@ -30,6 +30,7 @@ from lorakit.adapters.peft_files.layout import PREFIX, AdapterFiles, name_in
 from lorakit.adapters.tied_weights import is_embedding, original
 from lorakit.config.errors import LorakitError
 from lorakit.files.safetensors import LazyTensor
+from lorakit.models.classifier import is_tied
 from lorakit.models.decoder import Decoder
 from lorakit.models.resize import add_rows
 
@@ -82,7 +83,7 @@ def fit_vocabulary(files: AdapterFiles, module: nn.Module) -> AdapterFiles:
     saved = [name for name in given if isinstance(name, str)] if isinstance(given, list) else []
     own = {name: each for name, each in outer_modules(module) if is_embedding(each)}
     own |= {name: each for name, each in outer_modules(module) if name.endswith(_HEAD)}
-    if isinstance(module, Decoder) and module.lm_head is None:
+    if isinstance(module, Decoder) and is_tied(module):
         own[_HEAD] = own[_EMBEDDING]
     tied = {name: _embedding_of(name, own) for name in own}
     changed: list[str] = []

@@ -7,12 +7,23 @@ import torch
 from torch import Tensor
 
 from lorakit import kernels
+from lorakit.config.objectives import HEADED
 from lorakit.config.training import TrainConfig
 from lorakit.data.batching import batches, collate, real_tokens
-from lorakit.data.encode import IGNORE, AnyExample, Example, JudgedExample, count_labels
+from lorakit.data.encode import (
+    IGNORE,
+    AnyExample,
+    Example,
+    JudgedExample,
+    LabelledExample,
+    PairExample,
+    count_labels,
+)
 from lorakit.data.examples import Examples
 from lorakit.data.packing import collate_packed
+from lorakit.models.classifier import classifier_in, last_tokens
 from lorakit.models.decoder import Decoder
+from lorakit.training.losses.classification import HeadBatch, head_loss, targets_of
 from lorakit.training.losses.graded import GradedBatch, graded_loss
 from lorakit.training.losses.preference import pair_losses
 from lorakit.training.losses.reference import (
@@ -36,6 +47,7 @@ class Batch(NamedTuple):
         mismatched: Of KTO: the batch of the same prompts with others' completions; see unpaired.py.
         graded: What belongs to completions that rewards have graded; else None.
         taught: What belongs to the rows of a teacher; else None.
+        head: What a head for classes needs; else None.
     """
 
     ids: Tensor
@@ -46,6 +58,7 @@ class Batch(NamedTuple):
     mismatched: "Batch | None" = None
     graded: GradedBatch | None = None
     taught: TaughtBatch | None = None
+    head: HeadBatch | None = None
 
     @property
     def rows(self) -> dict[str, Tensor | None]:
@@ -64,6 +77,8 @@ def collated(model: Decoder, batch: Sequence[AnyExample], config: TrainConfig) -
     found = _of_rows(model, rows, config.packing)
     if config.objective == "distillation":
         return found._replace(taught=TaughtBatch(rows))
+    if config.objective in HEADED:
+        return found._replace(head=_head_batch(model, batch, rows, config, found.ids))
     if config.objective != "kto":
         return found
     good = torch.tensor([isinstance(each, JudgedExample) and each.desirable for each in batch])
@@ -72,6 +87,24 @@ def collated(model: Decoder, batch: Sequence[AnyExample], config: TrainConfig) -
         others = _of_rows(model, mismatched(rows, config.max_seq_length), config.packing)
     desirable = kernels.dispatch.sent(good, model.device)
     return found._replace(desirable=desirable, mismatched=others)
+
+
+def _head_batch(
+    model: Decoder,
+    batch: Sequence[AnyExample],
+    rows: Sequence[Example],
+    config: TrainConfig,
+    ids: Tensor,
+) -> HeadBatch:
+    """Return where the head reads the rows of a batch, and what it is to tell."""
+    head = classifier_in(model, "train").classifier
+    stride = None if config.packing else ids.shape[1]
+    last = last_tokens([row.input_ids for row in rows], model.config.pad_token_id, stride)
+    labels = [head.target(each.label) for each in batch if isinstance(each, LabelledExample)]
+    targets = targets_of(head, labels)
+    if config.pairs:
+        targets = torch.tensor([each.margin for each in batch if isinstance(each, PairExample)])
+    return HeadBatch(*(kernels.dispatch.sent(t, model.device) for t in (last, targets)))
 
 
 def _of_rows(model: Decoder, rows: Sequence[Example], packing: bool) -> Batch:
@@ -109,6 +142,8 @@ def summed_loss(
         assert batch.taught is not None  # the objective is distillation
         loss = taught_loss(model, batch.ids, batch.labels, batch.rows, batch.taught, reference)
         return loss, (batch.labels[:, 1:] != IGNORE).sum()
+    if batch.head is not None:
+        return head_loss(model, batch.ids, batch.head, config, **batch.rows)
     if config.objective == "kto":
         losses, right = _judged_losses(model, batch, config, reference)
         return losses.sum(), right.sum()

@@ -21,8 +21,8 @@ from lorakit.config.adapters import LoraConfig
 from lorakit.config.errors import LorakitError, one_of
 from lorakit.config.run import RunConfig
 from lorakit.config.training import OPTIMIZERS
+from lorakit.models.classifier import decoder_of
 from lorakit.models.config import ModelConfig
-from lorakit.models.decoder import Decoder
 from lorakit.models.devices import own_device
 from lorakit.models.tokenizer import Tokenizer
 from lorakit.training.memory import free_memory
@@ -179,7 +179,7 @@ def surely_fits(run: PlannedRun, memory: int) -> bool:
 def _sizes(config: ModelConfig) -> tuple[int, int]:
     """Return how many weights a model has, and the inputs and outputs of its linear layers."""
     with torch.device("meta"):
-        model = Decoder(config)
+        model = decoder_of(config)
     linear = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
     widths = sum(layer.in_features + layer.out_features for layer in linear)
     return sum(p.numel() for p in model.parameters()), widths + 2 * config.vocab_size

@@ -18,7 +18,14 @@ from lorakit.config.adapters import LoraConfig, TargetConfig
 from lorakit.config.errors import LorakitError
 from lorakit.config.quantization import QuantConfig
 from lorakit.config.training import TrainConfig
-from lorakit.data.encode import IGNORE, AnyExample, Example, JudgedExample, PairExample
+from lorakit.data.encode import (
+    IGNORE,
+    AnyExample,
+    Example,
+    JudgedExample,
+    LabelledExample,
+    PairExample,
+)
 from lorakit.inference.decode import Decoding
 from lorakit.kernels.pretend import pretend_cpu, pretend_gpu
 from lorakit.models.config import ModelConfig
@@ -86,6 +93,12 @@ class Setting:
     divided: bool = False
     offload: bool = False
     vocabulary: int = 0
+
+    @property
+    def label(self) -> str:
+        """The label of all rows, if the model has a head for classes."""
+        head = self.config.classifier
+        return "0" if head is None or head.regression else head.labels[0]
 
     @property
     def is_elsewhere(self) -> bool:
@@ -287,6 +300,8 @@ def micro_batches(setting: Setting) -> list[list[AnyExample]]:
         row = Example([1] * n, [IGNORE] * (n - learned) + [1] * learned)
         if train.pairs:
             batch.append(PairExample(row, row))
+        elif train.objective == "classification":
+            batch.append(LabelledExample(row, setting.label))
         else:
             batch.append(JudgedExample(row, True) if train.objective == "kto" else row)
     return [batch] * min(2 * setting.ranks, train.batches_of_step)

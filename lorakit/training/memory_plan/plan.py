@@ -1,13 +1,17 @@
-"""`plan_memory`: how much memory a run takes, before it runs."""
+"""`plan_memory`: how much memory a run takes, before it runs.
+
+lorakit's own code takes two steps on tensors without memory, and every byte is booked.
+"""
 
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from lorakit.config.adapters import LoraConfig, TargetConfig
+from lorakit.config.classifier import ClassifierConfig
 from lorakit.config.errors import LorakitError
 from lorakit.config.fields import to_dtype
 from lorakit.config.quantization import QuantConfig, quant_config
@@ -73,10 +77,9 @@ def plan_memory(
     generate: tuple[int, int, int] | None = None,
     kept_layers: int | None = None,
     vocabulary: int = 0,
+    classifier: ClassifierConfig | None = None,
 ) -> MemoryPlan:
     """Forecast the memory of a run, without its weights and without its device.
-
-    lorakit's own code takes two steps on tensors without memory, and every byte is booked.
 
     Args:
         model: A directory or Hub id, of which config.json is read, its contents, or a ModelConfig.
@@ -95,6 +98,7 @@ def plan_memory(
         generate: Rows, tokens of the prompt, and new tokens, to forecast inference instead.
         kept_layers: How many blocks keep gate and up; None takes mlp_activations "auto" for "keep".
         vocabulary: How many tokens the model gets rows for, as by `add_tokens`, if it has fewer.
+        classifier: As `load_model` takes it.
 
     Returns:
         The plan.
@@ -104,14 +108,14 @@ def plan_memory(
         RuntimeError: The other process failed.
     """
     started = time.perf_counter()
-    train, config = train or TrainConfig(), model_config(model)
+    train, config = train or TrainConfig(), model_config(model, classifier)
     _check(device, ranks, train, offload_weights, generate)
     lora = lora or (LoraConfig() if generate is None else None)
     given = quant_config(quantize), lora, train, _rows(train, tokens, documents, generate)
-    kept = kept_of(config, train, kept_layers)
-    whole = config, list(range(config.num_hidden_layers)), kept, to_dtype(dtype)
-    where = device, capability, generate and generate[2], ranks, shard == "full" and ranks > 1
-    setting = Setting(*whole, *given, label_share, *where, offload_weights, vocabulary)
+    layers, kept = list(range(config.num_hidden_layers)), kept_of(config, train, kept_layers)
+    where = label_share, device, capability, generate and generate[2], ranks
+    where += shard == "full" and ranks > 1, offload_weights, vocabulary
+    setting = Setting(config, layers, kept, to_dtype(dtype), *given, *where)
     make = forecast_elsewhere if setting.is_elsewhere else forecast
     found = forecast_by_rows(setting, lambda rows: forecast_by_layers(rows, make))
     return _plan(found, device, time.perf_counter() - started)
@@ -158,8 +162,15 @@ def _check(
         )
 
 
-def model_config(model: str | Path | ModelConfig | Mapping[str, Any]) -> ModelConfig:
-    """Return the config of a model, of whose files config.json alone is read."""
+def model_config(
+    model: str | Path | ModelConfig | Mapping[str, Any], classifier: ClassifierConfig | None = None
+) -> ModelConfig:
+    """Return the config of a model, of whose files config.json alone is read.
+
+    `classifier` is a new head for classes that it is given.
+    """
+    if classifier is not None:
+        return replace(model_config(model), classifier=classifier)
     if isinstance(model, ModelConfig):
         return model
     if isinstance(model, Mapping):

@@ -12,6 +12,7 @@ import torch
 from lorakit.adapters.new_tokens import with_rows
 from lorakit.adapters.peft_files.load import read_settings
 from lorakit.config.adapters import LoraConfig, TargetConfig
+from lorakit.config.classifier import ClassifierConfig
 from lorakit.config.errors import LorakitError
 from lorakit.config.quantization import QuantConfig
 from lorakit.config.run import RunConfig
@@ -21,6 +22,7 @@ from lorakit.kernels.pretend import H100
 from lorakit.models.config import ModelConfig
 from lorakit.models.empty import empty_model
 from lorakit.models.tokenizer import Tokenizer
+from lorakit.training.head import head_of_run
 from lorakit.training.memory_plan.plan import MemoryPlan, model_config, plan_memory
 
 
@@ -58,6 +60,8 @@ class PlannedRun:
     `settled_run` decides it, and None stands for all."""
     vocabulary: int = 0
     """Number of tokens that the model is given rows for, if it has fewer."""
+    classifier: ClassifierConfig | None = None
+    """New head for classes that the model is given."""
 
     @classmethod
     def from_run(
@@ -86,14 +90,13 @@ class PlannedRun:
         """
         if run.train.grpo is not None:
             raise LorakitError("objective grpo samples completions, whose memory is not forecast")
+        planned = cls(run.model, run.train, run.lora, run.quantize, run.dtype, lengths)
+        planned = dataclasses.replace(planned, classifier=head_of_run(run))
         lora: TargetConfig | None = None if run.train.train == "full" else run.lora
         if run.adapter is not None:
-            lora = read_settings(
-                run.adapter, empty_model(model_config(run.model), torch.float32, None)
-            )
-        planned = cls(run.model, run.train, lora, run.quantize, run.dtype, lengths)
+            lora = read_settings(run.adapter, empty_model(planned.config, torch.float32, None))
         where = {"shard": run.shard, "offload_weights": run.offload_weights, **device}
-        planned = dataclasses.replace(planned, **where)
+        planned = dataclasses.replace(planned, lora=lora, **where)
         return planned.with_tokens(run.add_tokens, tok) if run.add_tokens else planned
 
     def with_tokens(self, tokens: Sequence[str], tok: Tokenizer | None) -> "PlannedRun":
@@ -105,13 +108,14 @@ class PlannedRun:
             ids, vocabulary = tok.add_special_tokens(tokens), len(tok)
         lora = self.lora
         if isinstance(lora, LoraConfig):
-            lora = with_rows(lora, ids, self.config.tie_word_embeddings)
+            headed = self.config.classifier is not None
+            lora = with_rows(lora, ids, headed or self.config.tie_word_embeddings)
         return dataclasses.replace(self, lora=lora, vocabulary=vocabulary)
 
     @cached_property
     def config(self) -> ModelConfig:
-        """Config of the model."""
-        return model_config(self.model)
+        """Config of the model, with the head that it is given."""
+        return model_config(self.model, self.classifier)
 
     @property
     def rows(self) -> int:
@@ -160,6 +164,7 @@ class PlannedRun:
             generate=self.generate,
             kept_layers=self.kept_layers if self.train.mlp_activations == "auto" else None,
             vocabulary=self.vocabulary,
+            classifier=self.classifier,
         )
 
     def forecast(self) -> MemoryPlan:

@@ -372,7 +372,8 @@ def _packed_ends(run: PlannedRun) -> Saving | None:
     if quant is None or quant.embed_tokens is not None:
         return None
     packed = dataclasses.replace(quant, embed_tokens="nf4")
-    if not run.config.tie_word_embeddings and quant.lm_head is None:
+    apart = not run.config.tie_word_embeddings and run.config.classifier is None
+    if apart and quant.lm_head is None:
         packed = dataclasses.replace(packed, lm_head="nf4")
     plain = dataclasses.asdict(QuantConfig())
     said = {n: v for n, v in dataclasses.asdict(packed).items() if v != plain[n]}
