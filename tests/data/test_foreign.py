@@ -51,6 +51,7 @@ READ = {
     "system_prompt": (CHAT, "Be brief."),
     "chosen": ({"prompt": "a", "chosen": "b", "rejected": "c"}, "d"),
     "rejected": ({"prompt": "a", "chosen": "b", "rejected": "c"}, "d"),
+    "margin": ({"prompt": "a", "chosen": "b", "rejected": "c"}, 0.5),
     "preferred_output": (PREFERRED, [HI]),
     "non_preferred_output": (PREFERRED, [HI]),
     "rejected_messages": (CHAT, [HI, NO]),
