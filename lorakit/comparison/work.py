@@ -256,11 +256,13 @@ def _compare_states(job: Job) -> None:
     """Note BERTScore F1 of each test row, over the hidden states of the comparison's encoder."""
     encoder = encoder_of(job.config)
     texts = read_predictions(predictions_file(job.folder, job.run.id))
-    given: tuple[Decoder | TextEncoder, Tokenizer | None]
+    model: Decoder | TextEncoder
+    tok: Tokenizer | None = None
     if is_encoder(encoder):
-        given = load_encoder(encoder), None
+        model = load_encoder(encoder)
     else:
-        given = load_model(encoder, dtype=job.run.config.dtype), load_tokenizer(encoder)
+        model = load_model(encoder, dtype=job.run.config.dtype)
+        tok = load_tokenizer(encoder)
     references = [text.reference for text in texts]
-    scores = bert_score(*given, [text.prediction for text in texts], references)
+    scores = bert_score(model, tok, [text.prediction for text in texts], references)
     job.record.similarity[job.encoder()] = scores.f1.tolist()

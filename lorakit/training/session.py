@@ -25,7 +25,8 @@ from lorakit.adapters.manage import (
     selected,
 )
 from lorakit.config.errors import LorakitError, check
-from lorakit.config.training import Objective, TrainConfig
+from lorakit.config.objectives import Objective
+from lorakit.config.training import TrainConfig
 from lorakit.data.batching import in_order
 from lorakit.data.encode import AnyExample, Example, JudgedExample, PairExample
 from lorakit.data.rows import RowSource

@@ -99,7 +99,7 @@ def _check_vocabulary(theirs: Tokenizer, ours: Tokenizer, name: str) -> None:
     if of_teacher == of_model:
         return
     differing = {word for word, _ in of_teacher.items() ^ of_model.items()}
-    first = min(differing, key=lambda word: of_model.get(word, of_teacher.get(word)))
+    first = min(differing, key=lambda word: of_model.get(word, of_teacher.get(word, 0)))
     raise LorakitError(
         f"distillation: the teacher {name} has another vocabulary than the model: {first!r} is "
         f"{_number(first, of_teacher)} there and {_number(first, of_model)} here; "

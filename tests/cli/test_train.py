@@ -31,8 +31,8 @@ def test_profile(run_file, tmp_path, capsys):
     head, *rows = capsys.readouterr().out.partition("a step takes ")[2].splitlines()
     step = float(head.split(" ms")[0])
     times = {line.rsplit(None, 3)[0].strip(): float(line.split()[-3]) for line in rows}
-    assert {"lora_linear: LoraMLP", "lora_linear: LoraMLP backward", "optimizer"} <= times.keys()
-    assert 0 < times["lora_linear: LoraMLP backward"] < step
+    assert {"lora_linear: TiledMLPOutput", "optimizer"} <= times.keys()
+    assert 0 < times["lora_linear: TiledMLPInput backward"] < step
     # forward runs again in backward, inside of no op of ours; each row is rounded to 0.1 ms
     assert abs(sum(times.values()) - step) < 0.1 * len(rows)
     assert not (tmp_path / "out").exists()

@@ -60,7 +60,7 @@ from torch import Tensor
 from ... import dispatch, pretend
 from .. import swiglu
 from . import reference
-from .passes import Again, LoraLinears, LoraMLP, TiledInput, TiledOutput
+from .passes import Again, LoraLinears, LoraMLP, TiledMLPInput, TiledMLPOutput
 from .tensors import Dropout, FrozenLinearMap, LoraTensors, Static
 
 
@@ -223,8 +223,8 @@ def lora_mlp(
     tensors = tensors_of(layers)
     if recomputed:
         static = inner, outer
-        flat = TiledInput.apply(flat, hidden_act, again, rooms, static, *tensors)
-        y = TiledOutput.apply(flat, hidden_act, rooms, static, tensors)
+        flat = TiledMLPInput.apply(flat, hidden_act, again, rooms, static, *tensors)
+        y = TiledMLPOutput.apply(flat, hidden_act, rooms, static, tensors)
     else:
         y = LoraMLP.apply(flat, hidden_act, keep, again, rooms, *inner, *outer, *tensors)
     return y.view(*x.shape[:-1], y.shape[1])

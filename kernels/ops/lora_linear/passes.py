@@ -2,9 +2,9 @@
 
 `LoraMLP` keeps gate and up, or computes them again in backward. Under gradient checkpointing a
 block runs twice before its backward, and what its MLP computes in the second run would be computed
-a third time in backward. So there the MLP is two steps of autograd: `TiledInput` keeps what
-backward needs, before anything is computed, and `TiledOutput` computes y. The second run of a block
-is cut short at the last tensor that is kept, which comes before all products of the MLP.
+a third time in backward. So there the MLP is two steps of autograd: `TiledMLPInput` keeps what
+backward needs, before anything is computed, and `TiledMLPOutput` computes y. The second run of a
+block is cut short at the last tensor that is kept, which comes before all products of the MLP.
 
 Rows beyond TILE go through that MLP a tile at a time, forward and backward, so that gate, up and
 their gradients take the memory of one tile (TiledMLP, arXiv:2506.13996, section 3.1). The gradients
@@ -159,10 +159,10 @@ class LoraMLP(torch.autograd.Function):
         return dx, *(None,) * 8, *found
 
 
-class TiledInput(torch.autograd.Function):
+class TiledMLPInput(torch.autograd.Function):
     """Map x [M, K] to itself, and keep what backward needs. Its gradient comes as that of y.
 
-    `TiledOutput` hands the gradient of y on; K = N.
+    `TiledMLPOutput` hands the gradient of y on; K = N.
     """
 
     @staticmethod
@@ -191,8 +191,8 @@ class TiledInput(torch.autograd.Function):
         return dx, *(None,) * 4, *sums
 
 
-class TiledOutput(torch.autograd.Function):
-    """Map what `TiledInput` returned to y [M, N], and keep nothing."""
+class TiledMLPOutput(torch.autograd.Function):
+    """Map what `TiledMLPInput` returned to y [M, N], and keep nothing."""
 
     @staticmethod
     def forward(ctx, x, hidden_act, rooms, static, tensors):

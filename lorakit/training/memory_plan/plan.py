@@ -113,12 +113,17 @@ def plan_memory(
     lora = lora or (LoraConfig() if generate is None else None)
     given = quant_config(quantize), lora, train, _rows(train, tokens, documents, generate)
     layers, kept = list(range(config.num_hidden_layers)), kept_of(config, train, kept_layers)
-    where = label_share, device, capability, generate and generate[2], ranks
-    where += shard == "full" and ranks > 1, offload_weights, vocabulary
-    setting = Setting(config, layers, kept, to_dtype(dtype), *given, *where)
-    make = forecast_elsewhere if setting.is_elsewhere else forecast
-    found = forecast_by_rows(setting, lambda rows: forecast_by_layers(rows, make))
+    whole, where = (config, layers, kept, to_dtype(dtype)), (label_share, device, capability)
+    setting = Setting(*whole, *given, *where, generate and generate[2], ranks)
+    setting = replace(setting, divided=shard == "full" and ranks > 1, offload=offload_weights)
+    setting = replace(setting, vocabulary=vocabulary)
+    found = forecast_by_rows(setting, lambda rows: forecast_by_layers(rows, _made))
     return _plan(found, device, time.perf_counter() - started)
+
+
+def _made(setting: Setting) -> Forecast:
+    """Return a forecast, by the other process if it changes torch."""
+    return forecast_elsewhere(setting) if setting.is_elsewhere else forecast(setting)
 
 
 def kept_of(config: ModelConfig, train: TrainConfig, said: int | None = None) -> int:
