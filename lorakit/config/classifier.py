@@ -1,5 +1,6 @@
 """The head of a model that tells a class, or a number, in the place of the next token."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -32,8 +33,8 @@ class ClassifierConfig:
             raise LorakitError("labels is empty; a head has at least one output")
         if len(self.labels) > MOST_LABELS:
             raise LorakitError(f"there are {len(self.labels)} labels, and {MOST_LABELS} at most")
-        twice = next((name for name in self.labels if self.labels.count(name) > 1), None)
-        if twice is not None and len(self.labels) <= 1000:
+        if len(set(self.labels)) < len(self.labels):
+            twice, _ = Counter(self.labels).most_common(1)[0]
             raise LorakitError(f"the label {twice!r} is there twice: keep one")
         if self.problem_type == "regression" and len(self.labels) > 1:
             raise LorakitError(

@@ -48,7 +48,8 @@ def predict(
         max_seq_length: The most tokens of a row. A longer text loses its end, a chat its start.
 
     Returns:
-        A prediction for each, in their order. The reward of a reward model is a number.
+        A prediction for each, in their order. The reward of a reward model is a number. It reads
+        texts as its training does, with the end token behind them, and chats with an answer.
 
     Raises:
         LorakitError: The model has no head for classes, a row cannot be read, `rows` is one text,
@@ -60,7 +61,10 @@ def predict(
     asked = [_row(row, f"row {i}") for i, row in enumerate(rows)]
     if not asked:
         return []
-    examples = Examples(asked, Encoder(tok, max_seq_length=max_seq_length))
+    # a reward model learned from answers, with their end tokens
+    told: list[Row] = [row.text if head.classifier.rewards else row for row in asked]
+    encoder = Encoder(tok, max_seq_length=max_seq_length, train_on="last_turn")
+    examples = Examples(told, encoder)
     tok.check_fits([examples.largest_id], model.config.vocab_size)
     outputs = outputs_of(head, examples, batch_size)[:, 0]
     if head.classifier.regression:
@@ -73,7 +77,7 @@ def predict(
     return found
 
 
-def _row(asked: Any, place: str) -> Row:
+def _row(asked: Any, place: str) -> Labelled:
     """Return what is asked as a row of format classification, whose label nobody reads."""
     if isinstance(asked, Labelled):
         return asked
@@ -83,4 +87,6 @@ def _row(asked: Any, place: str) -> Row:
         asked = {"messages": asked}
     if not isinstance(asked, Mapping):
         raise LorakitError(f"{place} must be text, messages or fields, not {asked!r:.60}")
-    return make_row({**asked, "label": "?"}, place, "classification")
+    row = make_row({**asked, "label": "?"}, place, "classification")
+    assert isinstance(row, Labelled)
+    return row

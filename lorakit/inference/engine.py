@@ -101,6 +101,7 @@ class Engine:
         self._roots: dict[str | None, bytes] = {}  # what the pages of an adapter begin with
         self._parts: dict[str | None, list[object]] = {}
         self._compiled: set[str | None] = set()  # adapters that the compiled step takes
+        self._usable: set[str | None] = set()  # adapters that were found fine in this state
         self._look()
 
     def _look(self) -> None:
@@ -116,6 +117,7 @@ class Engine:
         if others or now != self._model_was:
             self.decoding.compile()
             self._compiled = {key for key in parts if self.decoding.compiles(key)}
+            self._usable = {None}
         for key in others:
             self._roots[key] = urandom(16)
         self._model_was, self._parts = now, parts
@@ -182,8 +184,7 @@ class Engine:
         max_new_tokens = self._check_room(ids, max_new_tokens)
         if logprobs is not None and not 0 <= logprobs <= MOST_LOGPROBS:
             raise LorakitError(f"Engine: logprobs is {logprobs}, not in [0, {MOST_LOGPROBS}]")
-        if adapter not in self._parts:  # what was known has a look at the next step
-            self.check_adapter(adapter)
+        self._check_known(adapter)
         sampling, ends = sampling or Sampling(), end_tokens(self.model, self.tok, strings)
         picker = Picker(
             sampling,
@@ -217,6 +218,11 @@ class Engine:
                 f"not fit the {capacity} positions of a row; max_new_tokens must be at least 1"
             )
         return max_new_tokens
+
+    def _check_known(self, name: str | None) -> None:
+        if name not in self._usable or name not in self._parts:
+            self.check_adapter(name)
+            self._usable.add(name)
 
     def check_adapter(self, name: str | None) -> None:
         """Raise LorakitError unless a request may have this adapter, None for none."""
@@ -265,17 +271,13 @@ class Engine:
         """Take what was submitted since the last step."""
         if self._new:
             self._look()
-        fine: set[str | None] = set()  # adapters, which may have gone meanwhile
         while self._new:
             row = self._new.popleft()
-            name = row.request.adapter
             try:
-                if name not in fine:
-                    self.check_adapter(name)
+                self._check_known(row.request.adapter)  # it may have gone meanwhile
             except LorakitError as error:
                 self._fail(row, error, events)
             else:
-                fine.add(name)
                 self._waiting.append(row)
 
     def _drop_cancelled(self, events: list[Event]) -> None:

@@ -110,12 +110,18 @@ def test_a_reward_model_is_scored_by_pairs(tiny_dir, tok):
     model = lk.load_model(tiny_dir, dtype="float32", classifier=lk.ClassifierConfig())
     rows = [{**pair, "margin": 0.5} for pair in PAIRS]
     result = lk.evaluate(model, tok, rows, batch_size=5)
-    ahead = []
+    ahead, rewards = [], []
     for pair in lk.encode_rows(rows, tok, max_seq_length=64):
         better, worse = (model(torch.tensor([each.input_ids])).item() for each in pair.answers)
         ahead.append(better - worse)
+        rewards += [better, worse]
         assert pair.margin == 0.5
     assert result["reward_margin"] == pytest.approx(np.mean(ahead), abs=1e-6)
     assert result["preference_accuracy"] == np.mean(np.array(ahead) > 0)
     assert result["loss"] == pytest.approx(np.mean(np.log1p(np.exp(0.5 - np.array(ahead)))))
     assert result["rows"] == len(PAIRS)
+    answers = [(pair["prompt"], pair[name]) for pair in PAIRS for name in ("chosen", "rejected")]
+    asked = [{"prompt": prompt, "completion": answer} for prompt, answer in answers]
+    for texts in (asked, ["".join(each) for each in answers]):
+        found = [each.score for each in lk.predict(model, tok, texts)]
+        assert found == pytest.approx(rewards, abs=1e-6)  # at the same token, the end token
