@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lorakit.config.adapters import LoraConfig
-from lorakit.config.aliases import ALIASES, own_names
+from lorakit.config.aliases import ALIASES, RENAMED, own_names
 from lorakit.config.classifier import ClassifierConfig, ProblemType
 from lorakit.config.data import DataConfig, data_config
 from lorakit.config.distillation import DistillationConfig
@@ -157,6 +157,7 @@ class RunConfig:
         except ValueError as error:
             raise LorakitError(f"{where}: {error}") from None
         notes += cls._take_out_unknown(own, where)
+        _check_flat_grpo(values, own, where)
         run = cls._from_own_names(own, where)
         for note in notes:
             log.warning("lorakit: %s: %s", where, note)
@@ -226,6 +227,25 @@ class RunConfig:
         run = from_mapping(cls, without_unset(cls, values), where)
         to_dtype(run.dtype)
         return run
+
+
+def _check_flat_grpo(values: Mapping[Any, Any], own: Mapping[Any, Any], where: str) -> None:
+    """Raise LorakitError for settings of grpo, outside of a mapping, in a run that has none.
+
+    Args:
+        values: The mapping of the run file.
+        own: The same with lorakit's names alone.
+        where: The name of the file in messages.
+    """
+    objective = own.get("objective") or "sft"
+    said = [name for name, value in values.items() if value is not None]
+    flat = [name for name in said if RENAMED.get(name, "").startswith("grpo.")]
+    if objective == "grpo" or not flat:
+        return
+    own_mapping = {f.name for f in dataclasses.fields(DistillationConfig)}
+    other = objective == "distillation" and flat[0] in own_mapping
+    todo = "say it in distillation" if other else "say that, or leave it out"
+    raise LorakitError(f"{where}: {flat[0]} goes with objective grpo, not with {objective}; {todo}")
 
 
 def _unlike_default(settings: Any) -> dict[str, Any]:

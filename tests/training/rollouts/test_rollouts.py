@@ -310,6 +310,11 @@ def test_a_file_of_trl(caplog):
     assert run == lk.RunConfig.from_dict(values | {"grpo": {"rewards": ["exact_match"], **flat}})
     assert run.train.grpo == lk.GrpoConfig([lk.RewardConfig("exact_match")], **flat)
     assert any("use_vllm is ignored" in message for message in caplog.messages)
+    teacher = {"objective": "distillation", "distillation": {"teacher": "t"}}
+    for others, match in [({}, "not with sft; say that"), (teacher, "say it in distillation")]:
+        values = {"model": "m", "data": "d", "temperature": 0.7, **others}
+        with pytest.raises(lk.LorakitError, match=f"temperature goes with .* grpo, .*{match}"):
+            lk.RunConfig.from_dict(values)
 
 
 def test_the_run_file():
