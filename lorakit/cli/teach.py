@@ -52,6 +52,6 @@ def teach(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
     )
     rows, took = sum(map(len, data.values())), time.perf_counter() - started
-    size = Path(settings.logits).stat().st_size / 1e6
+    size = Path(settings.logits).expanduser().stat().st_size / 1e6
     print(f"{rows} rows in {took:.0f} s, {size:.1f} MB in {settings.logits}")
     return 0

@@ -45,6 +45,11 @@ def source_of_teacher(
         if given is not None:
             raise LorakitError(f"train: objective {config.objective} has no teacher; leave it out")
         return None
+    if given is model:
+        raise LorakitError(
+            "train: the teacher is the model that learns: leave it out to compare with the model "
+            "as it was before the first step, or load another one"
+        )
     rows = {name: each for name, each in examples.items() if each is not None}
     if given is None and settings.logits is not None:
         return _opened(settings.logits, settings, rows)

@@ -252,7 +252,7 @@ def save_teacher_logits(
     Raises:
         LorakitError: A row holds a token that the teacher has not, or an argument is out of its
             range.
-        OSError: The disk is full.
+        OSError: The directory cannot be made, or the disk is full.
     """
     check(top_k > 0 and batch_size > 0, "save_teacher_logits: top_k and batch_size must be above 0")
     check(temperature > 0, f"temperature must be positive, not {temperature}")
@@ -260,6 +260,7 @@ def save_teacher_logits(
     for each in sources:
         each.encoder.tok.check_fits([each.largest_id], teacher.config.vocab_size)
     size = min(teacher.config.vocab_size, *(len(each.encoder.tok) for each in sources))
+    as_path(path).parent.mkdir(parents=True, exist_ok=True)  # before the teacher takes its time
     # of like length in a batch
     places = sorted((n, s, i) for s, each in enumerate(sources) for i, n in enumerate(each.lengths))
     found, starts, digests = list[tuple[Tensor, Tensor]](), [0], b""

@@ -232,7 +232,7 @@ def test_files_that_cannot_teach(tiny_dir, tok, tmp_path):
         run(tiny_dir, tok, tmp_path / "out", rows, objective="distillation",
             distillation=distillation, max_steps=1)  # fmt: skip
 
-    file = tmp_path / "teacher.safetensors"
+    file = tmp_path / "new" / "teacher.safetensors"
     with pytest.raises(lk.LorakitError, match="is not there; `lorakit teach run.yaml` writes it"):
         train(file)
     with pytest.raises(lk.LorakitError, match="does not hold a teacher's tokens"):
@@ -256,5 +256,8 @@ def test_teachers_that_cannot_teach(tiny_dir, tok, tmp_path):
     config = lk.TrainConfig(str(tmp_path), objective="distillation", distillation=settings)
     with pytest.raises(lk.LorakitError, match="the teacher has 20 tokens: take one of the same"):
         lk.train(adapted(tiny_dir), tok, ROWS, config, teacher=other)
+    student = adapted(tiny_dir)
+    with pytest.raises(lk.LorakitError, match="the teacher is the model that learns"):
+        lk.train(student, tok, ROWS, config, teacher=student)
     with pytest.raises(lk.LorakitError, match="whose memory is not forecast"):
         lk.plan_memory(tiny_dir, train=config, device="cpu")
