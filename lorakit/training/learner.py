@@ -6,6 +6,7 @@ A state has the files of a checkpoint of `train` (state.py), and goes on from on
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from operator import is_
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from lorakit.adapters.start import start_adapter
 from lorakit.config.errors import LorakitError, check
 from lorakit.config.training import OPTIMIZERS, TrainConfig
-from lorakit.data.encode import AnyExample
+from lorakit.data.encode import AnyExample, count_labels
 from lorakit.files.local import as_path
 from lorakit.models.decoder import Decoder
 from lorakit.models.tokenizer import Tokenizer
@@ -85,6 +86,11 @@ class Learner:
         self.checked = False
         self.forget_gradients()
 
+    def trains_what_is_there(self) -> bool:
+        """Return whether the selected adapter still has the parameters of the optimizer."""
+        now = self.part.trained().values()
+        return len(now) == len(self.params) and all(map(is_, now, self.params))
+
     # ---- gradients ----
 
     def check_loss(self, name: str) -> None:
@@ -136,12 +142,12 @@ class Learner:
     ) -> Learned:
         """Add the gradients of a function of the log-probabilities of batches of examples."""
         model, losses, found = self.part.model, list[Tensor](), list[list[float]]()
+        check(all(map(count_labels, examples)), "forward_backward: a row has nothing to learn")
         with self.adding(0):
             for rows in batches:
                 some = [examples[i] for i in rows]
                 with drawing_from(seed_of(config.seed, self.batches), model.device):
                     logprobs = row_logprobs(model, some, config)
-                    check(all(map(len, logprobs)), "forward_backward: a row has nothing to learn")
                     loss = function(logprobs, rows)
                 if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
                     raise LorakitError(

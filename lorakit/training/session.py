@@ -13,6 +13,7 @@ session trains several, also in one pass (together.py).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +29,13 @@ from lorakit.config.errors import LorakitError, check
 from lorakit.config.objectives import Objective
 from lorakit.config.training import TrainConfig
 from lorakit.data.batching import in_order
-from lorakit.data.encode import AnyExample, Example, JudgedExample, PairExample
+from lorakit.data.encode import (
+    AnyExample,
+    Example,
+    JudgedExample,
+    LabelledExample,
+    PairExample,
+)
 from lorakit.data.rows import RowSource
 from lorakit.evaluation.evaluate import check_kind, encode_for
 from lorakit.files.local import as_path
@@ -41,9 +48,19 @@ from lorakit.models.tokenizer import Tokenizer
 from lorakit.training.draws import seed_of_completion
 from lorakit.training.learner import Learned, Learner, LossFunction, Stepped
 from lorakit.training.losses.batch import row_logprobs
+from lorakit.training.losses.classification import check_head
 from lorakit.training.mode import evaluation_mode, training_mode
 from lorakit.training.rollouts.sampler import SLOTS, Sampled, answered
 from lorakit.training.together import check_together, together
+
+_DEFAULTS = TrainConfig()
+_OF_OBJECTIVES = (
+    "loss_type",
+    "simpo_gamma",
+    "desirable_weight",
+    "undesirable_weight",
+    "center_rewards_coefficient",
+)
 
 
 class Session:
@@ -92,10 +109,11 @@ class Session:
             rows: Rows as `read_rows` takes them, or encoded ones: those of `encode_rows`, or the
                 `example` of what `sample` returns. They are computed in this order,
                 per_device_train_batch_size at a time, or packed.
-            loss: An objective of `TrainConfig` but grpo, or a function f(logprobs, rows) -> loss
-                [], called for each batch with the log-probabilities, fp32 [n], of the tokens that
-                are learned in each row, and the numbers of these rows. Losses of a function are
-                added up. None takes the objective of the config.
+            loss: An objective of `TrainConfig` but grpo and distillation, or a function
+                f(logprobs, rows) -> loss [], called for each batch with the log-probabilities, fp32
+                [n], of the tokens that are learned in each row, and the numbers of these rows.
+                Losses of a function are added up. None takes the objective of the config. Of
+                another one the settings have their defaults.
             adapter: The name of the adapter. None: the selected one.
 
         Returns:
@@ -111,6 +129,7 @@ class Session:
             learner = self._learner(name)
             function = None if loss is None or isinstance(loss, str) else loss
             config = self._config(loss)
+            check_head(self.model, config)
             learner.check_loss("a function" if function else config.objective)
             examples = self._examples(rows, config)
             batches = in_order([len(each.input_ids) for each in examples], config)
@@ -138,10 +157,12 @@ class Session:
 
         Raises:
             LorakitError: As in `forward_backward`; or the config has another objective than sft,
-                label smoothing, a z-loss or noise, or an adapter more than low-rank updates.
+                dft, label smoothing, a z-loss, noise or float8, or an adapter more than low-rank
+                updates.
         """
         check(len(rows) > 0, "forward_backward_many: there are no rows of any adapter")
         check_together(self.config)
+        check_head(self.model, self.config)
         config = replace(self.config, packing=True)
         taken: dict[str, Sequence[AnyExample]] = {}
         for name in rows:
@@ -174,7 +195,7 @@ class Session:
         Raises:
             LorakitError: There is no such adapter, or the rows cannot be read.
         """
-        config = replace(self.config, objective="sft")
+        config = self._config_of("sft")
         examples, found = self._examples(rows, config), list[list[float]]()
         size = config.rows_at_a_time
         name = self._name(adapter)
@@ -271,6 +292,7 @@ class Session:
                 range, or a prompt leaves no room.
         """
         check(num_samples >= 1, "sample: num_samples must be at least 1")
+        check(not isinstance(prompts, str), "sample: prompts is a list, and this is one text")
         name = self._name(adapter)
         encoded = [token_ids(self.tok, prompt) for prompt in prompts]
         if not encoded:
@@ -279,7 +301,6 @@ class Session:
         with selected(self.model, name), evaluation_mode(self.model):
             longest = max(map(len, encoded)) + max_new_tokens
             engine = self._engine_for(longest, len(encoded) * num_samples)
-            asked = [(i, n) for i in range(len(encoded)) for n in range(num_samples)]
             requests = [
                 engine.submit(
                     encoded[i],
@@ -291,7 +312,7 @@ class Session:
                     logprobs=0,
                     logprobs_temperature=temperature or 1.0,
                 )
-                for i, n in asked
+                for i, n in product(range(len(encoded)), range(num_samples))
             ]
             done = iter(answered(engine, requests))
         return [[Sampled(ids, *next(done)) for _ in range(num_samples)] for ids in encoded]
@@ -363,19 +384,24 @@ class Session:
 
     def _learner(self, name: str) -> Learner:
         """Return what trains the adapter, which is selected."""
-        if name not in self._learners:
-            self._learners[name] = Learner(self.model, self.config, name)
-        return self._learners[name]
+        learner = self._learners.get(name)
+        if learner is None or not learner.trains_what_is_there():  # another one has its name now
+            learner = self._learners[name] = Learner(self.model, self.config, name)
+        return learner
 
     def _config(self, loss: Objective | LossFunction | None) -> TrainConfig:
         if loss is None:
             return self.config
         if not isinstance(loss, str):
             check(callable(loss), f"forward_backward: {loss!r} is no loss")
-            return replace(self.config, objective="sft", loss_type=None)
+            return self._config_of("sft")
         _check_loss(loss)
-        form = self.config.loss_type if loss == self.config.objective else None
-        return replace(self.config, objective=loss, loss_type=form)
+        return self.config if loss == self.config.objective else self._config_of(loss)
+
+    def _config_of(self, objective: Objective) -> TrainConfig:
+        """Return the config with another objective, whose own settings are the defaults."""
+        plain = {name: getattr(_DEFAULTS, name) for name in _OF_OBJECTIVES}
+        return replace(self.config, objective=objective, **plain)
 
     def _examples(
         self, rows: RowSource | Sequence[AnyExample], config: TrainConfig
@@ -391,13 +417,11 @@ class Session:
 
 
 def _is_encoded(row: object) -> bool:
-    return isinstance(row, Example | PairExample | JudgedExample)
+    return isinstance(row, Example | PairExample | JudgedExample | LabelledExample)
 
 
 def _check_loss(loss: str) -> None:
     """Raise LorakitError for the losses that need more than rows."""
-    if loss == "distillation":
-        raise LorakitError("Session: distillation needs its teacher: use train")
     if loss == "distillation":
         raise LorakitError(
             "Session: distillation has a teacher, which lorakit.train computes with: use that, or "

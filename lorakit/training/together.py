@@ -59,10 +59,10 @@ def together(
 def check_together(config: TrainConfig) -> None:
     """Raise LorakitError unless several adapters can learn by the loss of a config in one pass."""
     more = config.label_smoothing_factor or config.z_loss or config.neftune_noise_alpha
-    if config.objective != "sft" or more:
+    if config.form != "nll" or more or config.frozen_dtype is not None:
         raise LorakitError(
-            "several adapters in one pass: the objective is sft, without label_smoothing_factor, "
-            "z_loss and neftune_noise_alpha"
+            "several adapters in one pass: the objective is sft, without loss_type dft, "
+            "label_smoothing_factor, z_loss, neftune_noise_alpha and frozen_dtype"
         )
 
 

@@ -196,6 +196,23 @@ def test_an_error_between_batches_leaves_no_gradients(tiny_dir, tok):
         session.optim_step()
 
 
+def test_rows_that_are_refused_leave_the_gradients_that_wait(tiny_dir, tok):
+    session = lk.Session(adapted(tiny_dir), tok)
+    some, other = lk.encode_rows(ROWS[:2], tok, max_seq_length=64)
+    none = other._replace(labels=[-100] * len(other.labels))
+
+    def loss(logprobs, rows):
+        return -logprobs[0].sum()
+
+    session.forward_backward([some], loss)
+    before = gradients(session.model)
+    with pytest.raises(lk.LorakitError, match="a row has nothing to learn"):
+        session.forward_backward([some, none], loss)
+    assert before.keys() == gradients(session.model).keys()
+    assert all(torch.equal(g, before[n]) for n, g in gradients(session.model).items())
+    assert session.optim_step().taken
+
+
 def test_paged_state(tiny_dir, tok, tmp_path):
     options = {**STEPS, "output_dir": str(tmp_path / "new"), "optim": "paged_adamw_32bit"}
     results = []
@@ -357,6 +374,42 @@ def test_what_one_pass_refuses(tiny_dir, tok):
         lk.attach(other.model, lk.LoraConfig(r=2, **lora), name="more")
         with pytest.raises(lk.LorakitError, match="one pass: 'more' does more at"):
             other.forward_backward_many({"a2": ROWS, "more": ROWS})
-    smooth = adapters(tiny_dir, [2], label_smoothing_factor=0.1)
-    with pytest.raises(lk.LorakitError, match="without label_smoothing"):
-        smooth.forward_backward_many({"a2": ROWS})
+    for settings in [{"label_smoothing_factor": 0.1}, {"loss_type": "dft"}]:
+        other = adapters(tiny_dir, [2], **settings)
+        with pytest.raises(lk.LorakitError, match="without loss_type dft, label_smoothing"):
+            other.forward_backward_many({"a2": ROWS})
+
+
+def test_an_adapter_that_waits_may_be_of_any_kind(tiny_dir):
+    """The layers that only it has a part in compute as if it was not there."""
+    found = []
+    for more in [False, True]:
+        session = adapters(tiny_dir, [2, 3])
+        if more:
+            whole = lk.LoraConfig(target_modules=["embed_tokens"], modules_to_save=["norm"])
+            lk.attach(session.model, whole, name="more")
+        session.forward_backward_many({"a2": ROWS[:2], "a3": ROWS[2:5]})
+        named = session.model.named_parameters()
+        found.append([p.grad for n, p in named if ".adapters.a" in n])
+    assert len(found[0]) > 8
+    assert all(map(torch.equal, *found))
+
+
+def test_a_new_adapter_under_an_old_name_learns_anew(tiny_dir, tok):
+    session = lk.Session(adapted(tiny_dir), tok)
+    for rank in (4, 8):
+        session.forward_backward(ROWS[:2])
+        assert session.optim_step(1e-3).step == 1
+        lk.detach(session.model)
+        lk.attach(session.model, lk.LoraConfig(r=rank))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"objective": "dpo", "loss_type": "hinge"}, {"objective": "simpo", "simpo_gamma": 1.0}],
+)
+def test_another_loss_leaves_the_settings_of_the_first_alone(tiny_dir, tok, settings):
+    session = lk.Session(adapted(tiny_dir), tok, lk.TrainConfig(**settings))
+    plain = lk.Session(adapted(tiny_dir), tok)
+    assert session.logprobs(ROWS[:3]) == plain.logprobs(ROWS[:3])
+    assert session.forward_backward(ROWS[:3], "sft") == plain.forward_backward(ROWS[:3])

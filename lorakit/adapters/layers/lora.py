@@ -197,7 +197,6 @@ class LowRankLinear(AttachedLinear[LowRankT]):
         spans = [
             LoraSpan(start, end, *(part := self.part_of(name)).pair(), part.scaling)
             for name, start, end in self.spans
-            if name in self.adapters
         ]
         return lora_spans(flat, self.base(flat), spans).view(*x.shape[:-1], self.out_features)
 

@@ -175,15 +175,16 @@ class Attached(AdaptedLayer, Generic[PartT]):
     def set_spans(self, spans: Spans | None) -> None:
         """Compute and train an adapter in each span of a packed row; None returns to one for all.
 
-        The span's tokens are those of the row, as `x [1, T, ...]` has them.
+        The span's tokens are those of the row, as `x [1, T, ...]` has them. Where none of the
+        adapters has a part, the base computes alone.
         """
-        self.spans = spans
         if spans is None:
+            self.spans = None
             self.select(self.selected)
             return
-        for name, _, _ in spans:
-            if name in self.adapters:
-                self.adapters[name].requires_grad_(True)
+        self.spans = [span for span in spans if span[0] in self.adapters]
+        for name, _, _ in self.spans:
+            self.adapters[name].requires_grad_(True)
         self._refresh()
 
     def _refresh(self) -> None:
@@ -198,7 +199,7 @@ class Attached(AdaptedLayer, Generic[PartT]):
     @property
     def by_rows(self) -> bool:
         """Whether each row of a batch goes through a part of its own."""
-        return (self.row_groups is not None or self.spans is not None) and self.enabled
+        return (self.row_groups is not None or bool(self.spans)) and self.enabled
 
     def current_module(self) -> nn.Module:
         """Return the module that an update is added to, or that computes alone."""
@@ -219,7 +220,7 @@ class Attached(AdaptedLayer, Generic[PartT]):
     def compute_inactive(self, *args: Any, **options: Any) -> Any:
         """Compute where no part is active: row by row, or with one module alone."""
         if self.by_rows:
-            compute = self._compute_by_rows if self.spans is None else self.compute_spans
+            compute = self.compute_spans if self.spans else self._compute_by_rows
             return compute(*args, **options)
         module = self.current_module()
         if not self.gathers:
