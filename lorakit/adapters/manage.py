@@ -367,8 +367,7 @@ def adapter_spans(module: nn.Module, spans: Sequence[tuple[str, int]]) -> Iterat
         LorakitError: There is no such adapter, or one does more than add low-rank updates to linear
             layers, or is merged.
     """
-    for name, _ in spans:
-        check_spans(module, name)
+    check_spans(module, [name for name, _ in spans])
     check_unmerged(module, "adapter_spans")
     check_no_block(module, "adapter_spans")
     ends = list(accumulate(count for _, count in spans))
@@ -383,16 +382,21 @@ def adapter_spans(module: nn.Module, spans: Sequence[tuple[str, int]]) -> Iterat
             each.set_spans(None)
 
 
-def check_spans(module: nn.Module, name: str) -> None:
-    """Raise LorakitError unless an adapter may have a span of a row; see `adapter_spans`."""
-    check_adapter(module, name, "adapter_spans")
+def check_spans(module: nn.Module, names: Sequence[str]) -> None:
+    """Raise LorakitError unless adapters may have spans of a row; see `adapter_spans`."""
+    known = adapter_names(module)
+    for name in names:
+        if name not in known:
+            check_adapter(module, name, "adapter_spans")
     experts = tuple(f"{n}." for n, m in module.named_modules() if isinstance(m, Experts))
     for place, each in attached(module).items():
         # experts take the tokens of all documents in another order, and a head some of them
         mixed = place.startswith(experts) or place.endswith("lm_head")
-        if name in each.adapters and (mixed or not each.takes_spans(name)):
-            raise LorakitError(
-                f"several adapters in one pass: {name!r} does more at {place} than add a low-rank "
-                "update to a linear layer of a block; train it by itself, or leave out DoRA, "
-                "trained biases, dropout, embeddings, the head, experts and learned prompts"
-            )
+        for name in names:
+            if name in each.adapters and (mixed or not each.takes_spans(name)):
+                raise LorakitError(
+                    f"several adapters in one pass: {name!r} does more at {place} than add a "
+                    "low-rank update to a linear layer of a block; train it by itself, or leave "
+                    "out DoRA, trained biases, dropout, embeddings, the head, experts and learned "
+                    "prompts"
+                )

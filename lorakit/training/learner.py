@@ -6,13 +6,13 @@ A state has the files of a checkpoint of `train` (state.py), and goes on from on
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from operator import is_
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lorakit.adapters.manage import attached
 from lorakit.adapters.start import start_adapter
 from lorakit.config.errors import LorakitError, check
 from lorakit.config.training import OPTIMIZERS, TrainConfig
@@ -87,9 +87,11 @@ class Learner:
         self.forget_gradients()
 
     def trains_what_is_there(self) -> bool:
-        """Return whether the selected adapter still has the parameters of the optimizer."""
-        now = self.part.trained().values()
-        return len(now) == len(self.params) and all(map(is_, now, self.params))
+        """Return whether the adapter of this name is still the one that the optimizer moves."""
+        layers = attached(self.part.model).values()
+        parts = [each.adapters[self.name] for each in layers if self.name in each.adapters]
+        there = {id(p) for part in parts for p in part.parameters()}
+        return any(id(p) in there for p in self.params)
 
     # ---- gradients ----
 

@@ -51,7 +51,7 @@ from lorakit.training.losses.batch import row_logprobs
 from lorakit.training.losses.classification import check_head
 from lorakit.training.mode import evaluation_mode, training_mode
 from lorakit.training.rollouts.sampler import SLOTS, Sampled, answered
-from lorakit.training.together import check_together, together
+from lorakit.training.together import check_together, together, tokens_of_passes
 
 _DEFAULTS = TrainConfig()
 _OF_OBJECTIVES = (
@@ -165,14 +165,11 @@ class Session:
         check_head(self.model, self.config)
         config = replace(self.config, packing=True)
         taken: dict[str, Sequence[AnyExample]] = {}
+        check_spans(self.model, list(rows))
         for name in rows:
-            check_spans(self.model, name)
-            with selected(self.model, name):
-                self._learner(name).check_loss("sft")
+            self._learner(name).check_loss("sft")
             taken[name] = self._examples(rows[name], config)
-        size = config.rows_at_a_time
-        some = [each[i] for each in taken.values() for i in range(min(size, len(each)))]
-        with training_mode(self.model, config, sum(len(each.input_ids) for each in some)):
+        with training_mode(self.model, config, tokens_of_passes(taken, config)):
             return together(self.model, self._learners, taken, config)
 
     def logprobs(
@@ -383,10 +380,11 @@ class Session:
         return adapter
 
     def _learner(self, name: str) -> Learner:
-        """Return what trains the adapter, which is selected."""
+        """Return what trains the adapter."""
         learner = self._learners.get(name)
         if learner is None or not learner.trains_what_is_there():  # another one has its name now
-            learner = self._learners[name] = Learner(self.model, self.config, name)
+            with selected(self.model, name):
+                learner = self._learners[name] = Learner(self.model, self.config, name)
         return learner
 
     def _config(self, loss: Objective | LossFunction | None) -> TrainConfig:

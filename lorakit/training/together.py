@@ -8,6 +8,7 @@ No document sees another, and no adapter's parameters see another's tokens. So t
 sum holds the gradient of each adapter's own mean loss, as if it was alone.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
@@ -64,6 +65,15 @@ def check_together(config: TrainConfig) -> None:
             "several adapters in one pass: the objective is sft, without loss_type dft, "
             "label_smoothing_factor, z_loss, neftune_noise_alpha and frozen_dtype"
         )
+
+
+def tokens_of_passes(taken: Mapping[str, Sequence[AnyExample]], config: TrainConfig) -> int:
+    """Return the most tokens that a pass of `together` has."""
+    size, found = config.rows_at_a_time, defaultdict[int, int](int)
+    for examples in taken.values():
+        for i in range(len(examples)):
+            found[i // size] += len(examples[i].input_ids)
+    return max(found.values())
 
 
 def _pass(
