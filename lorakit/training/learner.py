@@ -239,16 +239,15 @@ class Learner:
         checkpoint = run_state.Checkpoint(path, 0)
         values = run_state.read_values(checkpoint)
         self._check_same(path, values["same"], tok)
+        progress = values["progress"]
+        if "step" not in progress:
+            raise LorakitError(f"{path} is damaged: its step is missing")
         run_state.restore(checkpoint, values, self.part.restore, self.optimizer)
         if values.get("reference"):
             run_state.restore_reference(path, self._reference().tensors)
-        progress = values["progress"]
-        try:
-            self.steps = progress["step"]
-            of_run = self.steps * values["same"].get("gradient_accumulation_steps", 1)
-            self.batches = progress.get("batches", of_run)
-        except KeyError:
-            raise LorakitError(f"{path} is damaged: its step is missing") from None
+        self.steps = progress["step"]
+        of_run = self.steps * values["same"].get("gradient_accumulation_steps", 1)
+        self.batches = progress.get("batches", of_run)
 
     def _same(self, tok: Tokenizer) -> dict[str, Any]:
         """Return what a session that goes on from a state shares with the one that wrote it."""

@@ -213,6 +213,24 @@ def test_rows_that_are_refused_leave_the_gradients_that_wait(tiny_dir, tok):
     assert session.optim_step().taken
 
 
+def test_a_head_for_classes(tiny_dir, tok):
+    """Rows and encoded rows are the same, and a head that tells classes learns no tokens."""
+    rows = [{"text": "yes", "label": "good"}, {"text": "oh no", "label": "bad"}]
+    encoded = list(lk.encode_rows(rows, tok, max_seq_length=64, format="classification"))
+    told = []
+    for given in (rows, encoded):
+        torch.manual_seed(0)
+        head = lk.ClassifierConfig(["good", "bad"])
+        model = lk.load_model(tiny_dir, dtype="float32", classifier=head)
+        lk.attach(model, lk.LoraConfig(r=2))
+        session = lk.Session(model, tok, lk.TrainConfig(objective="classification"))
+        told.append((session.forward_backward(given), session.optim_step(1e-3)))
+    assert told[0] == told[1]
+    assert told[0][0].count == 2
+    with pytest.raises(lk.LorakitError, match="learns tokens, and the model has a head for"):
+        session.forward_backward(ROWS[:2], "sft")
+
+
 def test_paged_state(tiny_dir, tok, tmp_path):
     options = {**STEPS, "output_dir": str(tmp_path / "new"), "optim": "paged_adamw_32bit"}
     results = []
