@@ -15,8 +15,10 @@ the base. Where weights are divided or wait in host memory, the units that come 
 whose size hardly depends on the number of layers: there it is as many bytes above the peak, of
 those forecasts the most.
 
-Rows of one length add the same bytes each, too, once they are more than a chunk of the loss. On a
-processor, whose loss goes through many small chunks, two forecasts of few rows tell of many.
+Rows of one length add the same bytes each, too, where they are more than a chunk of the loss, or a
+tile of an MLP. On a processor, whose loss goes through many small chunks, two forecasts tell of
+many rows: of few, and of twice as many. Those few are as many as go through pieces of the same size
+in both, since a piece that grew would be taken for what rows add.
 """
 
 import re
@@ -27,7 +29,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from lorakit.kernels.ops.cross_entropy.linear import CHUNK_BYTES
+from lorakit.kernels.ops.cross_entropy.linear import CHUNK_BYTES, FEWEST
+from lorakit.kernels.ops.lora_linear.passes import TILE
 from lorakit.models.config import ModelConfig
 from lorakit.training.memory_plan.forecast import Forecast, Setting, plain
 from lorakit.training.memory_plan.ledger import Kind
@@ -70,15 +73,29 @@ def forecast_by_layers(setting: Setting, forecast: Callable[[Setting], Forecast]
 def forecast_by_rows(setting: Setting, forecast: Callable[[Setting], Forecast]) -> Forecast:
     """Return the forecast of all rows of a setting; `forecast` is called for some of them."""
     rows, longest = len(setting.rows), max(setting.rows)
+    if setting.device == "cuda" or setting.new_tokens is not None or min(setting.rows) < longest:
+        return forecast(setting)
     itemsize = torch.empty((), dtype=setting.dtype, device="meta").element_size()
-    of_chunk = CHUNK_BYTES // (max(setting.config.vocab_size, setting.vocabulary) * itemsize)
-    few = -(-max(TOKENS, 2 * of_chunk) // longest)
-    if setting.device == "cuda" or setting.new_tokens is not None:
-        return forecast(setting)
-    if min(setting.rows) < longest or rows <= 2 * few + 1:
-        return forecast(setting)
-    found, more = (forecast(replace(setting, rows=(longest,) * n)) for n in (few, few + 1))
-    return extended(found, [(rows - few, more)])
+    words = max(setting.config.vocab_size, setting.vocabulary)
+    chunk = max(FEWEST, CHUNK_BYTES // (words * itemsize))
+    labels = min(longest - 1, max(1, round(longest * setting.label_share)))
+    pieces = [(labels, chunk)]  # of each row, and the most of a piece
+    if setting.train.gradient_checkpointing:
+        pieces.append((longest * (1 + setting.train.pairs), TILE))
+    least = max(-(-TOKENS // longest), -(-2 * chunk // longest))
+    for few in range(least, rows // 4 + 1):
+        if all(_same_size(few * n, rows * n, most) for n, most in pieces):
+            found, more = (forecast(replace(setting, rows=(longest,) * n)) for n in (few, 2 * few))
+            return extended(found, [(rows / few - 1, more)])
+    return forecast(setting)
+
+
+def _same_size(few: int, every: int, most: int) -> bool:
+    """Return whether `few`, and twice as many, go through pieces of the same size, or all in one.
+
+    There are as many pieces, of about the same size, as it takes for none to be above `most`.
+    """
+    return every <= most or 2 * -(-few // most) == -(-2 * few // most)
 
 
 def kinds_of(setting: Setting) -> list[Hashable]:
@@ -127,13 +144,14 @@ def with_layers(setting: Setting, layers: Sequence[int]) -> Setting:
 
 
 def extended(
-    base: Forecast, steps: Sequence[tuple[int, Forecast]], units_come: bool = False
+    base: Forecast, steps: Sequence[tuple[float, Forecast]], units_come: bool = False
 ) -> Forecast:
     """Return a forecast with more layers, or rows.
 
     Args:
         base: The forecast of few.
-        steps: How many layers of a kind, or rows, are left out, and the forecast with one of them.
+        steps: How many layers of a kind are left out, and the forecast with one of them; or how
+            many times the rows of base, and the forecast with twice as many.
         units_come: Whether a layer's weights are there only while it computes.
     """
     peaks = {
@@ -159,7 +177,7 @@ def _highest(peaks: Mapping[Mark, Mapping[Kind, float]]) -> float:
 
 
 def _added(
-    base: Mapping[K, float], steps: Sequence[tuple[int, Mapping[K, float]]]
+    base: Mapping[K, float], steps: Sequence[tuple[float, Mapping[K, float]]]
 ) -> dict[K, float]:
     names = dict.fromkeys([*base, *(name for _, each in steps for name in each)])
     return {
