@@ -13,6 +13,7 @@ from typing import Any
 
 from lorakit.config.comparison import UNTRAINED, ComparisonConfig, TaskConfig, flat
 from lorakit.config.errors import LorakitError
+from lorakit.config.objectives import HEADED
 from lorakit.config.run import RunConfig
 from lorakit.files.local import as_path
 
@@ -104,6 +105,11 @@ def _run(
     run = RunConfig.from_dict(values, where)
     if run.train.eval_metrics and "validation" not in values["data"]:
         raise LorakitError(f"task {task}: eval_metrics need validation rows")
+    if run.train.objective in HEADED:
+        raise LorakitError(
+            f"{where}: a comparison measures what models write, and objective "
+            f"{run.train.objective} gives them a head that tells no next token"
+        )
     return GridRun(id, task, model, settings, seed, values, run, folder)
 
 

@@ -89,6 +89,7 @@ def test_what_is_refused(change, message):
         ({"base": {"learning_rat": 1}}, "unknown key 'learning_rat' (did you mean"),
         ({"settings": {"s": {"lora": {"rank": 1}}}}, "base with settings s, lora: unknown key"),
         ({"base": {"eval_metrics": ["accuracy"]}}, "task b: eval_metrics need validation rows"),
+        ({"base": {"objective": "reward"}}, "a comparison measures what models write"),
     ],
 )
 def test_runs_that_cannot_be(change, message):
