@@ -1,7 +1,9 @@
 """The head of a model that tells a class, or a number, in the place of the next token."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -96,9 +98,11 @@ def classifier_of(
         The head.
 
     Raises:
-        LorakitError: Numbers and texts are mixed, or all rows are of one class.
+        LorakitError: A text is among numbers to be told, there are no labels, or one class only.
     """
     found = dict.fromkeys(labels)
+    if not found:
+        raise LorakitError("no row has a label that could be learned, as format classification has")
     fractions = any(isinstance(label, float) for label in found)
     if problem_type == "regression" or (problem_type is None and fractions):
         for label in found:
@@ -118,7 +122,9 @@ def classifier_of(
 
 def _number(label: Label) -> float:
     """Return a label as a number; a table of text has it as text."""
-    try:
-        return float(label)
-    except ValueError:
-        raise LorakitError(f"the label {label!r:.60} is no number, as regression wants") from None
+    number = math.nan
+    with suppress(ValueError, OverflowError):
+        number = float(label)
+    if not math.isfinite(number):
+        raise LorakitError(f"the label {label!r:.60} is no number, as regression wants")
+    return number

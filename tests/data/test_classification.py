@@ -104,6 +104,10 @@ def test_labels_with_a_fraction_are_numbers():
         classifier_of([1.5, "good"])
     with pytest.raises(lk.LorakitError, match="every row has the label 'a'"):
         classifier_of(["a", "a"])
+    with pytest.raises(lk.LorakitError, match="no row has a label"):
+        classifier_of([])
+    with pytest.raises(lk.LorakitError, match="'nan' is no number"):
+        classifier_of(["1", "nan"], "regression")  # of CSV, whose numbers are text
 
 
 def test_numbers_stand_for_classes_that_have_names():
