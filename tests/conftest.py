@@ -20,10 +20,10 @@ settings.register_profile(
 )
 settings.load_profile("lorakit")
 
-# How far the fp32 logits of two implementations of a tiny model may be apart. Each is up to 2.4e-5
-# from the same model in fp64 (transformers, the reference backend, the C++ kernels), so their
-# difference may be nearly the sum.
-LOGITS = 4e-5
+# How far the fp32 logits of two implementations of a tiny model may be apart. Each is up to 2.9e-5
+# from the same model in fp64 (transformers on AVX2; the reference backend, the C++ kernels 2.4e-5),
+# so their difference may be nearly the sum.
+LOGITS = 5e-5
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which a run in one process does not need

@@ -75,7 +75,9 @@ def test_a_run_resumes(expected, tmp_path):
     shutil.copytree(FILES / "run", tmp_path / "run")
     tok, model = lk.load_tokenizer(FILES / "model"), lk.load_model(FILES / "model", dtype="float32")
     torch.manual_seed(0)
-    lk.attach(model, lk.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.1))
+    # 0.1.0's alpha where none is named is 8
+    lora = lk.LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)
+    lk.attach(model, lora)
     config = lk.TrainConfig(
         str(tmp_path / "run"),
         max_steps=4,

@@ -9,9 +9,9 @@ from typing import Literal
 
 from lorakit.config.errors import LorakitError, nearest
 from lorakit.config.fields import check_types
+from lorakit.config.labels import Label, name_of
 
 ProblemType = Literal["single_label_classification", "regression"]
-Label = str | int | float
 NO_NAME = "LABEL_0"
 MOST_LABELS = 1 << 20  # a damaged file may ask for more outputs than memory holds
 
@@ -74,11 +74,6 @@ class ClassifierConfig:
         raise LorakitError(
             f"the label {name!r:.60} is none of the model's{nearest(name, self.labels)}: {shown}"
         )
-
-
-def name_of(label: Label) -> str:
-    """Return the name of the class that a label means."""
-    return str(label).lower() if isinstance(label, bool) else str(label)
 
 
 def classifier_of(

@@ -29,8 +29,8 @@ from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from lorakit.config.classifier import Label
 from lorakit.config.errors import LorakitError, nearest
+from lorakit.config.labels import Label
 from lorakit.config.training import OVER_LENGTH, TRAIN_ON, OverLength, TrainOn
 from lorakit.data.chat_spans import Render, RenderedChat
 from lorakit.data.instructions import as_chat_or_pair

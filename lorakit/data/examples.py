@@ -22,8 +22,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import overload
 
-from lorakit.config.classifier import Label
 from lorakit.config.errors import LorakitError
+from lorakit.config.labels import Label
 from lorakit.config.training import OverLength, TrainOn
 from lorakit.data.encode import (
     IGNORE,

@@ -6,7 +6,7 @@
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from lorakit.config.classifier import name_of
+from lorakit.config.labels import name_of
 from lorakit.config.training import TrainOn
 from lorakit.data.encode import IGNORE, Encoder, Example, LabelledExample
 from lorakit.data.schemas import Judged, Labelled, Prompt, Row, answers_of

@@ -5,7 +5,7 @@ Rows of all formats (formats.py) become one of these, and everything after them 
 
 from typing import Any, NamedTuple
 
-from lorakit.config.classifier import Label
+from lorakit.config.labels import Label
 from lorakit.data.messages import is_learned
 from lorakit.models.chat_template import REASONING
 

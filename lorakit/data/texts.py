@@ -3,7 +3,7 @@
 import hashlib
 from typing import Any
 
-from lorakit.config.classifier import name_of
+from lorakit.config.labels import name_of
 from lorakit.data.instructions import user
 from lorakit.data.schemas import Chat, Choice, Instruction, Judged, Labelled, Prompt, Row, Text
 

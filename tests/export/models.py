@@ -64,7 +64,9 @@ def train_adapter(directory, path, std=0.1, **config):
     """An adapter that changes what a model of `directory` computes, saved; and that model."""
     torch.manual_seed(0)
     model = lk.load_model(directory, dtype="float32")
-    lk.attach(model, lk.LoraConfig(**{"r": 2, "target_modules": "all-linear", **config}))
+    lk.attach(
+        model, lk.LoraConfig(**{"r": 2, "lora_alpha": 8, "target_modules": "all-linear", **config})
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name or "lora_embedding_A" in name:

@@ -29,7 +29,7 @@ from lorakit.models import save
 from lorakit.models.decoder import Decoder
 from lorakit.models.sharding import gathered, mesh_of_one, shard
 from lorakit.models.shards import is_sharded, whole
-from lorakit.training.resume import _digest_of_frozen
+from lorakit.training.resume import digest_of_frozen
 from lorakit.training.stepping import run_optimizer
 from lorakit.training.trainable import TrainedModel
 
@@ -271,7 +271,7 @@ def trained(mesh, folder):
     files, digests = [], set()
     for name, steps, each in (("whole", 4, None), ("run", 2, None), ("run", 4, mesh)):
         model = lk.load_model(folder / "llama", quantize="nf4", mesh=each)
-        digests.add(_digest_of_frozen(model.requires_grad_(False)))
+        digests.add(digest_of_frozen(model.requires_grad_(False)))
         torch.manual_seed(0)
         lk.attach(model, lk.LoraConfig(r=4))
         options = {"max_steps": steps, "save_steps": 2, "lr_scheduler_type": "constant"}

@@ -52,8 +52,8 @@ def randomize(model):
 TOLERANCE = 1e-5
 
 
-def same(a, b):
-    return (a - b).abs().max() <= TOLERANCE * b.abs().max()
+def same(a, b, tolerance=TOLERANCE):
+    return (a - b).abs().max() <= tolerance * b.abs().max()
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -146,7 +146,8 @@ def test_layers_that_peft_takes_for_experts(next_80b, tmp_path, targets, rslora)
     randomize(model)
     lk.save_adapter(model, tmp_path, fused_experts=True)
     theirs = peft.PeftModel.from_pretrained(hugging_face(next_80b), tmp_path).eval()
-    assert same(model(IDS), theirs(IDS).logits)
+    # linear attention in fp32 is 1.7e-5 from fp64 on AVX2
+    assert same(model(IDS), theirs(IDS).logits, 2e-5)
     assert same(lk.load_adapter(load(next_80b), tmp_path)(IDS), model(IDS))
 
 

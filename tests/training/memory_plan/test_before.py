@@ -8,6 +8,7 @@ import torch
 
 import lorakit as lk
 from lorakit.evaluation.share import Share
+from lorakit.models.decoder import Decoder
 from lorakit.training.memory_plan import before, planned
 from lorakit.training.memory_plan.before import MARGIN, surely_fits
 from lorakit.training.ranks import Ranks
@@ -23,7 +24,7 @@ def test_a_small_run_needs_no_forecast(forecasts):
 
 def test_what_surely_fits_is_far_below_the_memory():
     """The bound counts each weight 12 bytes, so what fits has four times its room."""
-    weights = sum(p.numel() for p in before.Decoder(CONFIG).parameters())
+    weights = sum(p.numel() for p in Decoder(CONFIG).parameters())
     memory = 4 * 10**9
     assert surely_fits(run(lengths=[100, 7]), memory)
     assert not surely_fits(run(), 48 * weights)
