@@ -15,10 +15,11 @@ the base. Where weights are divided or wait in host memory, the units that come 
 whose size hardly depends on the number of layers: there it is as many bytes above the peak, of
 those forecasts the most.
 
-Rows of one length add the same bytes each, too, where they are more than a chunk of the loss, or a
-tile of an MLP. On a processor, whose loss goes through many small chunks, two forecasts tell of
-many rows: of few, and of twice as many. Those few are as many as go through pieces of the same size
-in both, since a piece that grew would be taken for what rows add.
+Rows of one length add the same bytes each, too, where they are more than a chunk of the loss. On a
+processor, whose loss goes through many small chunks, two forecasts tell of many rows: of few, and
+of twice as many. Those few are as many as make chunks of the same size in both, since a chunk that
+grew would be taken for what rows add. Under gradient checkpointing the tiles of an MLP would grow
+so, and all rows are forecast.
 """
 
 import re
@@ -29,8 +30,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from lorakit.kernels.ops.cross_entropy.linear import CHUNK_BYTES, FEWEST
-from lorakit.kernels.ops.lora_linear.passes import TILE
+from lorakit.kernels.ops.cross_entropy.linear import chunk_rows
 from lorakit.models.config import ModelConfig
 from lorakit.training.memory_plan.forecast import Forecast, Setting, plain
 from lorakit.training.memory_plan.ledger import Kind
@@ -73,29 +73,21 @@ def forecast_by_layers(setting: Setting, forecast: Callable[[Setting], Forecast]
 def forecast_by_rows(setting: Setting, forecast: Callable[[Setting], Forecast]) -> Forecast:
     """Return the forecast of all rows of a setting; `forecast` is called for some of them."""
     rows, longest = len(setting.rows), max(setting.rows)
-    if setting.device == "cuda" or setting.new_tokens is not None or min(setting.rows) < longest:
+    alike = min(setting.rows) == longest and not setting.train.gradient_checkpointing
+    if setting.device == "cuda" or setting.new_tokens is not None or not alike:
         return forecast(setting)
-    itemsize = torch.empty((), dtype=setting.dtype, device="meta").element_size()
     words = max(setting.config.vocab_size, setting.vocabulary)
-    chunk = max(FEWEST, CHUNK_BYTES // (words * itemsize))
     labels = min(longest - 1, max(1, round(longest * setting.label_share)))
-    pieces = [(labels, chunk)]  # of each row, and the most of a piece
-    if setting.train.gradient_checkpointing:
-        pieces.append((longest * (1 + setting.train.pairs), TILE))
-    least = max(-(-TOKENS // longest), -(-2 * chunk // longest))
-    for few in range(least, rows // 4 + 1):
-        if all(_same_size(few * n, rows * n, most) for n, most in pieces):
+    like = torch.empty((), dtype=setting.dtype, device="cpu")
+
+    def chunk(number: int) -> int:
+        return chunk_rows(number * labels, words, like)
+
+    for few in range(-(-max(TOKENS, 2 * chunk(rows)) // longest), rows // 4 + 1):
+        if chunk(few) == chunk(2 * few):
             found, more = (forecast(replace(setting, rows=(longest,) * n)) for n in (few, 2 * few))
             return extended(found, [(rows / few - 1, more)])
     return forecast(setting)
-
-
-def _same_size(few: int, every: int, most: int) -> bool:
-    """Return whether `few`, and twice as many, go through pieces of the same size, or all in one.
-
-    There are as many pieces, of about the same size, as it takes for none to be above `most`.
-    """
-    return every <= most or 2 * -(-few // most) == -(-2 * few // most)
 
 
 def kinds_of(setting: Setting) -> list[Hashable]:
