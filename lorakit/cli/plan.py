@@ -9,15 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lorakit as lk
-from lorakit.cli.arguments import (
-    MODEL_HELP,
-    Verbs,
-    chat_template,
-    count,
-    take_overrides,
-    tokenizer_of,
-)
-from lorakit.cli.run_file import put_overrides, read_run_file
+from lorakit.cli.arguments import MODEL_HELP, Verbs, count, take_overrides
+from lorakit.cli.run_file import encode_as, open_rows, put_overrides, read_run_file
 
 _WIDEST = 120  # characters of a line; a longer bar is no easier to read
 
@@ -175,21 +168,11 @@ def _lengths(config: "lk.RunConfig") -> tuple[Any, Any, list[str]]:
     if isinstance(train, str) and gone and (Path(train).suffix or "/" not in train):  # no data set
         return None, None, [f"{train} is not there: {whole}"]
     adapter = None if config.adapter is None else lk.fetch_adapter(config.adapter)
-    template = chat_template(config.chat_template, adapter)
     try:
-        tok = lk.load_tokenizer(tokenizer_of(config.model, adapter), chat_template=template)
-        sources = lk.open_data(config.rows, skip_empty=config.train.skip_empty)
+        tok, rows = open_rows(config, adapter)
     except lk.LorakitError as error:
         return None, None, [f"the rows cannot be counted ({error}): {whole}"]
-    tok.add_special_tokens(config.add_tokens)
-    rows = lk.encode_rows(
-        sources["train"],
-        tok,
-        max_seq_length=config.train.max_seq_length,
-        over_length=config.train.over_length,
-        train_on=config.train.train_on,
-    )
-    return rows.lengths, tok, []
+    return encode_as(config.train, rows["train"], tok).lengths, tok, []
 
 
 # ---- what is said ----

@@ -1,9 +1,20 @@
-"""Read a run file, which is a YAML mapping, and the key=value arguments that replace its values."""
+"""Read a run file, the key=value arguments that replace its values, and the rows that it names."""
 
+import argparse
 from pathlib import Path
 from typing import Any
 
 import lorakit as lk
+from lorakit.cli.arguments import chat_template, take_overrides, tokenizer_of
+
+
+def add_run_file(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of a verb that takes a run file, and key=value arguments after it."""
+    parser.add_argument("run_file", type=Path, metavar="run.yaml", help="YAML file of the run")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="value to use instead of the file's"
+    )
+    parser.set_defaults(take_rest=take_overrides)
 
 
 def read_run_file(path: Path, overrides: list[str]) -> dict[str, Any]:
@@ -63,3 +74,40 @@ def yaml_value(override: str) -> Any:
         return lk.parse_yaml(override.partition("=")[2])
     except lk.LorakitError:
         raise lk.LorakitError(f"{override!r}: the value is not valid YAML") from None
+
+
+# ---- the rows ----
+
+
+def open_rows(run: "lk.RunConfig", adapter: Path | None) -> tuple[Any, dict[str, Any]]:
+    """Return the tokenizer of a run, and its rows before they are encoded, by "train" and so on.
+
+    Raises LorakitError if one of them cannot be read.
+    """
+    template = chat_template(run.chat_template, adapter)
+    tok = lk.load_tokenizer(tokenizer_of(run.model, adapter), chat_template=template)
+    tok.add_special_tokens(run.add_tokens)
+    return tok, lk.open_data(run.rows, skip_empty=run.train.skip_empty)
+
+
+def encode_as(settings: "lk.TrainConfig", rows: Any, tok: Any) -> Any:
+    """Return rows as a run with these settings encodes them.
+
+    Raises LorakitError if one of them cannot be encoded.
+    """
+    return lk.encode_rows(
+        rows,
+        tok,
+        max_seq_length=settings.max_seq_length,
+        over_length=settings.over_length,
+        train_on=settings.train_on,
+    )
+
+
+def rows_of_run(run: "lk.RunConfig", adapter: Path | None) -> tuple[Any, dict[str, Any]]:
+    """Return the tokenizer of a run, and its rows as it encodes them, by "train" and "validation".
+
+    Raises LorakitError if one of them cannot be read or encoded.
+    """
+    tok, rows = open_rows(run, adapter)
+    return tok, {name: encode_as(run.train, each, tok) for name, each in rows.items()}

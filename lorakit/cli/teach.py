@@ -5,9 +5,8 @@ import time
 from pathlib import Path
 
 import lorakit as lk
-from lorakit.cli.arguments import Verbs, count, take_overrides
-from lorakit.cli.run_file import read_run_file
-from lorakit.cli.train import rows_of_run
+from lorakit.cli.arguments import Verbs, count
+from lorakit.cli.run_file import add_run_file, read_run_file, rows_of_run
 
 
 def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
@@ -21,14 +20,11 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
         "that it names as logits. `lorakit train` of the same run file then needs no teacher. "
         "key=value replaces a value of the file.",
     )
-    parser.add_argument("run_file", type=Path, metavar="run.yaml", help="YAML file of the run")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="value to use instead of the file's"
-    )
+    add_run_file(parser)
     parser.add_argument(
         "--batch-size", type=count, default=8, metavar="N", help="rows at a time (default: 8)"
     )
-    parser.set_defaults(run=teach, take_rest=take_overrides)
+    parser.set_defaults(run=teach)
 
 
 def teach(args: argparse.Namespace) -> int:

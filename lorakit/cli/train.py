@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import lorakit as lk
-from lorakit.cli.arguments import Verbs, chat_template, count, take_overrides, tokenizer_of
+from lorakit.cli.arguments import Verbs, count
 from lorakit.cli.launch import launch, one_of_many
-from lorakit.cli.run_file import read_run_file
+from lorakit.cli.run_file import add_run_file, read_run_file, rows_of_run
 
 
 def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
@@ -22,10 +22,7 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
         "model itself, as a run file says. "
         "key=value replaces a value of the file; a.b=value reaches into a mapping, as in lora.r=8.",
     )
-    parser.add_argument("run_file", type=Path, metavar="run.yaml", help="YAML file of the run")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="value to use instead of the file's"
-    )
+    add_run_file(parser)
     parser.add_argument(
         "--profile",
         action="store_true",
@@ -38,7 +35,7 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
         help="train on N processes of this machine, each with a GPU, or without GPUs with its "
         "share of the cores",
     )
-    parser.set_defaults(run=train, take_rest=take_overrides)
+    parser.set_defaults(run=train)
 
 
 def train(args: argparse.Namespace) -> int:
@@ -117,28 +114,6 @@ def _report(result: Any, run: "lk.RunConfig") -> int:
     if result.address is not None:
         print(f"uploaded to {result.address}")
     return 1 if run.train.push_to_hub and result.address is None else 0
-
-
-def rows_of_run(run: "lk.RunConfig", adapter: Path | None) -> tuple[Any, dict[str, Any]]:
-    """Return the tokenizer of a run, and its rows as it encodes them, by "train" and "validation".
-
-    Raises LorakitError if one of them cannot be read.
-    """
-    template = chat_template(run.chat_template, adapter)
-    tok = lk.load_tokenizer(tokenizer_of(run.model, adapter), chat_template=template)
-    tok.add_special_tokens(run.add_tokens)
-    rows = lk.open_data(run.rows, skip_empty=run.train.skip_empty)
-    settings = run.train
-    return tok, {
-        name: lk.encode_rows(
-            each,
-            tok,
-            max_seq_length=settings.max_seq_length,
-            over_length=settings.over_length,
-            train_on=settings.train_on,
-        )
-        for name, each in rows.items()
-    }
 
 
 def _checked(adapter: Path) -> Path:
