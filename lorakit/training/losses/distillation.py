@@ -49,7 +49,7 @@ def distillation_loss(
         f"distillation_loss: the logits are {list(student.shape)} and {list(teacher.shape)}; both "
         "need one shape, and one vocabulary",
     )
-    q, p = _log_softmax(student, temperature), _log_softmax(teacher, temperature)
+    q, p = log_softmax(student, temperature), log_softmax(teacher, temperature)
     return _divergence(q, p, beta)
 
 
@@ -78,22 +78,38 @@ def top_k_distillation_loss(
         LorakitError: beta or temperature is out of its range.
     """
     _check(beta, temperature)
-    q = _log_softmax(student, temperature)
-    known = q.gather(-1, words)
-    if log_probs.shape[-1] > words.shape[-1]:
-        others = q.scatter(-1, words, -math.inf).logsumexp(-1, keepdim=True)
-        known = torch.cat([known, others], dim=-1)
+    has_others = log_probs.shape[-1] > words.shape[-1]
+    known = known_of(log_softmax(student, temperature), words, with_others=has_others)
     return _divergence(known, log_probs.to(known.dtype), beta)
+
+
+def known_of(log_probs: Tensor, words: Tensor, *, with_others: bool) -> Tensor:
+    """Return the log-probabilities of k tokens, and behind them that of all others together.
+
+    Args:
+        log_probs: The log-probabilities of all tokens, [n, V].
+        words: The tokens, int64 [n, k], all different in a row.
+        with_others: Whether there are others, V > k.
+
+    Returns:
+        The log-probabilities, [n, k + 1]; without others [n, k].
+    """
+    known = log_probs.gather(-1, words)
+    if not with_others:
+        return known
+    others = log_probs.scatter(-1, words, -math.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([known, others], dim=-1)
+
+
+def log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """Return the log-probabilities of logits [..., V] at a temperature, in fp32; fp64 stays."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return F.log_softmax(wide if temperature == 1 else wide / temperature, dim=-1)
 
 
 def _check(beta: float, temperature: float) -> None:
     check(0 <= beta <= 1, f"beta is {beta}; in distillation it must be in [0, 1]")
     check(temperature > 0, f"temperature must be positive, not {temperature}")
-
-
-def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return F.log_softmax(wide if temperature == 1 else wide / temperature, dim=-1)
 
 
 def _divergence(q: Tensor, p: Tensor, beta: float) -> Tensor:

@@ -18,7 +18,7 @@ that only one of the two models has a row for, as of a padded embedding, are lef
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 
@@ -30,14 +30,19 @@ from lorakit import kernels
 from lorakit.config.distillation import DistillationConfig
 from lorakit.config.errors import LorakitError, check
 from lorakit.data.batching import collate, real_tokens
-from lorakit.data.encode import IGNORE, AnyExample, Example
+from lorakit.data.encode import IGNORE, Example
 from lorakit.data.examples import Examples
 from lorakit.files.local import as_path
 from lorakit.files.safetensors import open_safetensors, write_safetensors
 from lorakit.models.decoder import Decoder
 from lorakit.models.label_logits import label_states, summed_over_logits
 from lorakit.training.late import Late
-from lorakit.training.losses.distillation import distillation_loss, top_k_distillation_loss
+from lorakit.training.losses.distillation import (
+    distillation_loss,
+    known_of,
+    log_softmax,
+    top_k_distillation_loss,
+)
 from lorakit.training.losses.reference import Reference
 from lorakit.training.mode import evaluation_mode
 
@@ -152,12 +157,11 @@ class Teacher:
                 )
 
             return from_file
-        at_work = self._itself(model) if isinstance(self.source, Reference) else self._other
-        with at_work() as teacher:
+        with self._at_work(model) as teacher:
             states = label_states(teacher, ids, labels, **rows).hidden
 
         def from_model(logits: Tensor, part: slice) -> Tensor:
-            with at_work() as teacher, teacher.whole_head() as head:
+            with self._at_work(model) as teacher, teacher.whole_head() as head:
                 theirs = head.logits(states[part])
             size = min(logits.shape[-1], theirs.shape[-1])
             both = logits[:, :size], theirs[:, :size]
@@ -166,19 +170,15 @@ class Teacher:
         return from_model
 
     @contextmanager
-    def _other(self) -> Iterator[Decoder]:
+    def _at_work(self, model: Decoder) -> Iterator[Decoder]:
+        """Compute with the teacher that is a model inside the block, without gradients."""
+        if isinstance(self.source, Reference):
+            with self.source.in_place(), evaluation_mode(model):
+                yield model
+            return
         assert isinstance(self.source, Decoder)
         with torch.no_grad():
             yield self.source
-
-    def _itself(self, model: Decoder) -> Callable[[], AbstractContextManager[Decoder]]:
-        @contextmanager
-        def before() -> Iterator[Decoder]:
-            assert isinstance(self.source, Reference)
-            with self.source.in_place(), evaluation_mode(model):
-                yield model
-
-        return before
 
 
 def taught_loss(
@@ -258,6 +258,7 @@ def save_teacher_logits(
     check(temperature > 0, f"temperature must be positive, not {temperature}")
     sources = [examples] if isinstance(examples, Examples) else examples
     for each in sources:
+        check(isinstance(each[0], Example), "save_teacher_logits: give rows with one answer each")
         each.encoder.tok.check_fits([each.largest_id], teacher.config.vocab_size)
     size = min(teacher.config.vocab_size, *(len(each.encoder.tok) for each in sources))
     as_path(path).parent.mkdir(parents=True, exist_ok=True)  # before the teacher takes its time
@@ -268,7 +269,6 @@ def save_teacher_logits(
         batches = range(0, len(places), batch_size)
         for start in tqdm(batches, "teaching", unit="batch", disable=None):
             some = [sources[s][i] for _, s, i in places[start : start + batch_size]]
-            check(all(map(_is_plain, some)), "save_teacher_logits: a row has one answer")
             rows = [each.answers[0] for each in some]
             found.append(_top_of_rows(teacher, rows, min(top_k, size), size, temperature))
             for row in rows:
@@ -286,10 +286,6 @@ def save_teacher_logits(
     write_safetensors(as_path(path), tensors)
 
 
-def _is_plain(example: AnyExample) -> bool:
-    return isinstance(example, Example)
-
-
 def _top_of_rows(
     teacher: Decoder, rows: Sequence[Example], top_k: int, size: int, temperature: float
 ) -> tuple[Tensor, Tensor]:
@@ -300,14 +296,10 @@ def _top_of_rows(
     words, log_probs = list[Tensor](), list[Tensor]()
 
     def of_chunk(logits: Tensor, _: Tensor, part: slice) -> Tensor:
-        found = (logits[:, :size].float() / temperature).log_softmax(-1)
-        best = found.topk(top_k)
-        known = [best.values]
-        if top_k < size:
-            others = found.scatter(-1, best.indices, float("-inf"))
-            known.append(others.logsumexp(-1, keepdim=True))
-        words.append(best.indices.int().cpu())
-        log_probs.append(torch.cat(known, dim=-1).cpu())
+        found = log_softmax(logits[:, :size], temperature)
+        best = found.topk(top_k).indices
+        words.append(best.int().cpu())
+        log_probs.append(known_of(found, best, with_others=top_k < size).cpu())
         return logits.new_zeros(1)
 
     summed_over_logits(teacher, states, of_chunk)

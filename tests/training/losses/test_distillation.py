@@ -15,7 +15,7 @@ from lorakit.models import label_logits
 from lorakit.training.losses import teacher as teachers
 from lorakit.training.losses.teacher import TaughtBatch, Teacher, taught_loss
 from tests.conftest import ROWS
-from tests.training.runs import ADAPTER, adapted, run
+from tests.training.runs import ADAPTER, PAIRS, adapted, run
 
 BETAS = [0.0, 0.3, 1.0]
 IDS = torch.arange(36).view(3, 12) * 5 % 300
@@ -149,14 +149,12 @@ def test_runs_from_a_model_and_from_its_file_are_the_same(tiny_dir, tok, tmp_pat
     """The file has all tokens; the run goes on from a checkpoint with the same bytes."""
     _, teacher = two_models(tiny_dir)
     file, data = tmp_path / "teacher.safetensors", {"train": ROWS[:12], "validation": ROWS[:4]}
-    examples = [lk.encode_rows(rows, tok, max_seq_length=1024) for rows in data.values()]
+    examples = [lk.encode_rows(rows, tok, max_seq_length=64) for rows in data.values()]
     lk.save_teacher_logits(teacher, examples, file, top_k=10**6, temperature=2.0)
     options = {"objective": "distillation", "max_steps": 4, "packing": True, "max_seq_length": 64}
     options |= {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
     shared = {"beta": 0.5, "temperature": 2.0, "alpha": 0.2}
     losses = []
-    examples = [lk.encode_rows(rows, tok, max_seq_length=64) for rows in data.values()]
-    lk.save_teacher_logits(teacher, examples, file, top_k=10**6, temperature=2.0)
     for settings in ({"teacher": "t"}, {"logits": str(file)}):
         name = tmp_path / next(iter(settings))
         model = adapted(tiny_dir)
@@ -179,7 +177,7 @@ def test_runs_from_a_model_and_from_its_file_are_the_same(tiny_dir, tok, tmp_pat
     for end in (2, 4):
         model = adapted(tiny_dir)
         config = lk.TrainConfig(
-            str(half), **options | {"max_steps": 4}, distillation=distillation,
+            str(half), **options, distillation=distillation,
             learning_rate=1e-2, save_steps=2, resume="auto",
         )  # fmt: skip
         if end == 2:
@@ -244,6 +242,9 @@ def test_files_that_cannot_teach(tiny_dir, tok, tmp_path):
         train(file, temperature=2.0)
     with pytest.raises(lk.LorakitError, match="2 of the training rows are not in"):
         train(file, ROWS[1:5])
+    pairs = lk.encode_rows(PAIRS[:2], tok, max_seq_length=64)
+    with pytest.raises(lk.LorakitError, match="give rows with one answer each"):
+        lk.save_teacher_logits(lk.load_model(tiny_dir, dtype="float32"), pairs, file)
 
 
 def test_teachers_that_cannot_teach(tiny_dir, tok, tmp_path):
