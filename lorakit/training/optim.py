@@ -368,6 +368,11 @@ def _side_by_side(params: list[Tensor]) -> list[Tensor]:
     return found
 
 
+def decays(p: Tensor) -> bool:
+    """Return whether weight decay is for a parameter: not for a bias, a norm or a magnitude."""
+    return p.dim() > 1
+
+
 def decay_groups(module: nn.Module, lr: float, weight_decay: float) -> list[Group]:
     """Return the parameters of a module that train, in groups for AdamW.
 
@@ -423,10 +428,10 @@ def _groups(
     groups: dict[tuple[float, bool], list[Tensor]] = {}
     for name, p in module.named_parameters():
         if p.requires_grad:
-            groups.setdefault((share(name, p), p.dim() > 1), []).append(p)
+            groups.setdefault((share(name, p), decays(p)), []).append(p)
     if not groups:
         raise LorakitError("no parameter trains; attach an adapter first")
     return [
-        {"params": params, "lr": lr * rate, "weight_decay": weight_decay if decays else 0.0}
-        for (rate, decays), params in groups.items()
+        {"params": params, "lr": lr * rate, "weight_decay": weight_decay if decay else 0.0}
+        for (rate, decay), params in groups.items()
     ]

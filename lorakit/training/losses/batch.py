@@ -100,10 +100,11 @@ def _head_batch(
     head = classifier_in(model, "train").classifier
     stride = None if config.packing else ids.shape[1]
     last = last_tokens([row.input_ids for row in rows], model.config.pad_token_id, stride)
-    labels = [head.target(each.label) for each in batch if isinstance(each, LabelledExample)]
-    targets = targets_of(head, labels)
     if config.pairs:
         targets = torch.tensor([each.margin for each in batch if isinstance(each, PairExample)])
+    else:
+        labels = [head.target(each.label) for each in batch if isinstance(each, LabelledExample)]
+        targets = targets_of(head, labels)
     return HeadBatch(*(kernels.dispatch.sent(t, model.device) for t in (last, targets)))
 
 

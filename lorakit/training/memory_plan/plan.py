@@ -114,9 +114,8 @@ def plan_memory(
     given = quant_config(quantize), lora, train, _rows(train, tokens, documents, generate)
     layers, kept = list(range(config.num_hidden_layers)), kept_of(config, train, kept_layers)
     whole, where = (config, layers, kept, to_dtype(dtype)), (label_share, device, capability)
-    setting = Setting(*whole, *given, *where, generate and generate[2], ranks)
-    setting = replace(setting, divided=shard == "full" and ranks > 1, offload=offload_weights)
-    setting = replace(setting, vocabulary=vocabulary)
+    new, divided = generate and generate[2], shard == "full" and ranks > 1
+    setting = Setting(*whole, *given, *where, new, ranks, divided, offload_weights, vocabulary)
     found = forecast_by_rows(setting, lambda rows: forecast_by_layers(rows, _made))
     return _plan(found, device, time.perf_counter() - started)
 

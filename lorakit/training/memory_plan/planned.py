@@ -90,13 +90,14 @@ class PlannedRun:
         """
         if run.train.grpo is not None:
             raise LorakitError("objective grpo samples completions, whose memory is not forecast")
-        planned = cls(run.model, run.train, run.lora, run.quantize, run.dtype, lengths)
-        planned = dataclasses.replace(planned, classifier=head_of_run(run))
+        head = head_of_run(run)
         lora: TargetConfig | None = None if run.train.train == "full" else run.lora
         if run.adapter is not None:
-            lora = read_settings(run.adapter, empty_model(planned.config, torch.float32, None))
+            model = empty_model(model_config(run.model, head), torch.float32, None)
+            lora = read_settings(run.adapter, model)
         where = {"shard": run.shard, "offload_weights": run.offload_weights, **device}
-        planned = dataclasses.replace(planned, lora=lora, **where)
+        given = run.model, run.train, lora, run.quantize, run.dtype, lengths
+        planned = cls(*given, classifier=head, **where)
         return planned.with_tokens(run.add_tokens, tok) if run.add_tokens else planned
 
     def with_tokens(self, tokens: Sequence[str], tok: Tokenizer | None) -> "PlannedRun":
