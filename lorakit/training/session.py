@@ -56,6 +56,8 @@ from lorakit.training.together import check_together, together, tokens_of_passes
 _DEFAULTS = TrainConfig()
 _OF_OBJECTIVES = (
     "loss_type",
+    "label_smoothing_factor",
+    "z_loss",
     "simpo_gamma",
     "desirable_weight",
     "undesirable_weight",
@@ -112,8 +114,8 @@ class Session:
             loss: An objective of `TrainConfig` but grpo and distillation, or a function
                 f(logprobs, rows) -> loss [], called for each batch with the log-probabilities, fp32
                 [n], of the tokens that are learned in each row, and the numbers of these rows.
-                Losses of a function are added up. None takes the objective of the config. Of
-                another one the settings have their defaults.
+                Losses of a function are added up. None takes the objective of the config. Another
+                one has its default settings, but for beta, which is that of the config.
             adapter: The name of the adapter. None: the selected one.
 
         Returns:

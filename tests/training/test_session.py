@@ -431,3 +431,11 @@ def test_another_loss_leaves_the_settings_of_the_first_alone(tiny_dir, tok, sett
     plain = lk.Session(adapted(tiny_dir), tok)
     assert session.logprobs(ROWS[:3]) == plain.logprobs(ROWS[:3])
     assert session.forward_backward(ROWS[:3], "sft") == plain.forward_backward(ROWS[:3])
+
+
+@pytest.mark.parametrize("settings", [{"z_loss": 0.1}, {"label_smoothing_factor": 0.1}])
+def test_settings_of_sft_are_none_of_preferences(tiny_dir, tok, settings):
+    session = lk.Session(adapted(tiny_dir), tok, lk.TrainConfig(**settings))
+    plain = lk.Session(adapted(tiny_dir), tok)
+    told = [each.forward_backward(PAIRS[:3], "simpo") for each in (session, plain)]
+    assert told[0] == told[1]
