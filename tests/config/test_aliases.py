@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import lorakit as lk
 from lorakit.config import aliases
+from lorakit.config.conversions import CONVERTED
 from lorakit.config.data import DataConfig, SourceConfig
 from tests.config.run_files import RUN, scalars, table
 
@@ -296,7 +297,7 @@ def test_axolotls_full_training(caplog):
 def test_no_alias_hides_a_key_of_ours():
     ours = {f.name for cls in (lk.RunConfig, lk.TrainConfig) for f in dataclasses.fields(cls)}
     assert ours & aliases.ALIASES == {"adapter"}  # Axolotl's two values are no directories
-    tables = [aliases.RENAMED, aliases.CONVERTED, aliases.SETTLED, aliases.IGNORED, aliases.REFUSED]
+    tables = [aliases.RENAMED, CONVERTED, aliases.SETTLED, aliases.IGNORED, aliases.REFUSED]
     assert sum(map(len, tables)) == len(aliases.ALIASES)
 
 
@@ -344,7 +345,7 @@ def test_any_mapping_gives_a_run_or_one_clear_error(start, change):
 
 def test_the_guide_lists_every_alias():
     assert table("Renamed:") == [[f"`{k}`", f"`{v}`"] for k, v in aliases.RENAMED.items()]
-    assert [row[0] for row in table("Converted:")] == [f"`{k}`" for k in aliases.CONVERTED]
+    assert [row[0] for row in table("Converted:")] == [f"`{k}`" for k in CONVERTED]
     assert table("Values with another") == [
         [f"`{key}`", f"`{json.dumps(theirs)}`", f"`{json.dumps(ours)}`"]
         for key, spellings in aliases.VALUES.items()
@@ -381,7 +382,7 @@ NO_SWITCHES = {  # these take other values than true and false, or say nothing b
 
 
 def test_every_conversion_is_a_switch_or_known_to_be_none():
-    assert set(aliases.CONVERTED) == set(SWITCHES) | NO_SWITCHES
+    assert set(CONVERTED) == set(SWITCHES) | NO_SWITCHES
 
 
 @pytest.mark.parametrize("name", SWITCHES)
