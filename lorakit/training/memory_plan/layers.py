@@ -73,8 +73,8 @@ def forecast_by_layers(setting: Setting, forecast: Callable[[Setting], Forecast]
 def forecast_by_rows(setting: Setting, forecast: Callable[[Setting], Forecast]) -> Forecast:
     """Return the forecast of all rows of a setting; `forecast` is called for some of them."""
     rows, longest = len(setting.rows), max(setting.rows)
-    alike = min(setting.rows) == longest and not setting.train.gradient_checkpointing
-    if setting.device == "cuda" or setting.new_tokens is not None or not alike:
+    all_equal = min(setting.rows) == longest and not setting.train.gradient_checkpointing
+    if setting.device == "cuda" or setting.new_tokens is not None or not all_equal:
         return forecast(setting)
     words = max(setting.config.vocab_size, setting.vocabulary)
     labels = min(longest - 1, max(1, round(longest * setting.label_share)))
