@@ -45,7 +45,7 @@ def together(
         totals = {n: adding.enter_context(learners[n].adding(c)) for n, c in counts.items()}
         for start in range(0, max(map(len, taken.values())), size):
             parts = {name: some for name in taken if (some := taken[name][start : start + size])}
-            for name, loss in _pass(model, parts, config, totals).items():
+            for name, loss in packed_pass(model, parts, config, totals).items():
                 losses[name].append(loss)
         for name in taken:
             learners[name].add(losses[name], len(losses[name]))
@@ -76,13 +76,20 @@ def tokens_of_passes(taken: Mapping[str, Sequence[AnyExample]], config: TrainCon
     return max(found.values())
 
 
-def _pass(
+def packed_pass(
     model: Decoder,
     parts: Mapping[str, Sequence[AnyExample]],
     config: TrainConfig,
     totals: Mapping[str, int],
 ) -> dict[str, Tensor]:
-    """Add the gradients of one packed row, and return the summed loss of each adapter, fp32 []."""
+    """Add the gradients of one packed row, and return the summed loss of each adapter, fp32 [].
+
+    Args:
+        model: The model with the adapters.
+        parts: The examples of each adapter in the row, by its name.
+        config: How the loss is computed; it packs.
+        totals: What the summed loss of each adapter is divided by for its gradients.
+    """
     spans = [(name, sum(len(e.input_ids) for e in part)) for name, part in parts.items()]
     every = [example for part in parts.values() for example in part]
     with adapter_spans(model, spans):
