@@ -39,6 +39,7 @@ _HOME = {
     "LorakitError": "config.errors",
     "Mended": "data.mend",
     "MemoryPlan": "training.memory_plan.plan",
+    "MissConfig": "adapters.methods.miss",
     "MlxAdapter": "export.mlx",
     "ModelConfig": "models.config",
     "OllamaFiles": "export.ollama",

@@ -19,6 +19,7 @@ from lorakit.adapters.methods.adalora import AdaLoraConfig as AdaLoraConfig
 from lorakit.adapters.methods.adalora import adalora_allocate as adalora_allocate
 from lorakit.adapters.methods.adalora import adalora_orthogonality as adalora_orthogonality
 from lorakit.adapters.methods.ia3 import IA3Config as IA3Config
+from lorakit.adapters.methods.miss import MissConfig as MissConfig
 from lorakit.adapters.methods.prompts import PrefixTuningConfig as PrefixTuningConfig
 from lorakit.adapters.methods.prompts import PromptEncoderConfig as PromptEncoderConfig
 from lorakit.adapters.methods.prompts import PromptTuningConfig as PromptTuningConfig

@@ -36,8 +36,8 @@ def attach(
     Args:
         module: A lorakit `Decoder`, or any other module; prompts go on a `Decoder` only.
         config: Which layers are adapted, and by its type how: LoraConfig, IA3Config, VeraConfig,
-            AdaLoraConfig, PromptTuningConfig, PromptEncoderConfig or PrefixTuningConfig. None means
-            LoRA on every linear layer but the output head.
+            AdaLoraConfig, MissConfig, PromptTuningConfig, PromptEncoderConfig or
+            PrefixTuningConfig. None means LoRA on every linear layer but the output head.
         name: What to call the adapter; it holds no dot.
 
     Returns:

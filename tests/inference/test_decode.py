@@ -130,17 +130,18 @@ def test_merged_adapters_are_decoded_merged(tmp_path):
 
 
 QV = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
-LORA = ["q_proj", "k_proj", "v_proj", "gate_proj", "down_proj"]  # no layer takes two methods
+LORA = ["q_proj", "k_proj", "v_proj", "down_proj"]  # no layer takes two methods
 ADAPTERS = {
     "lora": lk.LoraConfig(r=3, lora_alpha=5, target_modules=LORA),
     "rslora": lk.LoraConfig(r=9, target_modules=["q_proj", "down_proj"], use_rslora=True),
     "pissa": lk.LoraConfig(**QV, init_lora_weights="pissa"),
     "vera": lk.VeraConfig(r=4, target_modules=["o_proj"]),
+    "miss": lk.MissConfig(r=4, target_modules=["gate_proj"]),
     "dora": lk.LoraConfig(**QV, use_dora=True),
     "ia3": lk.IA3Config(target_modules=["up_proj"], feedforward_modules=["up_proj"]),
     "embedding": lk.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]),
 }
-COMPILED = ("lora", "rslora", "pissa", "vera")
+COMPILED = ("lora", "rslora", "pissa", "vera", "miss")
 
 
 @pytest.fixture

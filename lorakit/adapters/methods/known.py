@@ -6,6 +6,7 @@ from lorakit.adapters.methods.adalora import AdaLora
 from lorakit.adapters.methods.ia3 import IA3
 from lorakit.adapters.methods.lora import Lora
 from lorakit.adapters.methods.method import Method
+from lorakit.adapters.methods.miss import Miss
 from lorakit.adapters.methods.prompts import PrefixTuning, PromptEncoder, PromptTuning
 from lorakit.adapters.methods.vera import Vera
 from lorakit.config.errors import LorakitError
@@ -15,6 +16,7 @@ METHODS: tuple[Method[Any], ...] = (
     IA3(),
     Vera(),
     AdaLora(),
+    Miss(),
     PromptTuning(),
     PromptEncoder(),
     PrefixTuning(),

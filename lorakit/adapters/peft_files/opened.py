@@ -33,7 +33,7 @@ from lorakit.models.decoder import Decoder
 
 # What may stand before the adapter's name in a key of state_dict().
 _NAMED = re.compile(
-    r"\.(lora_[AB]|lora_E|lora_embedding_[AB]|lora_magnitude_vector|ia3_l|vera_lambda_[bd])"
+    r"\.(lora_[AB]|lora_E|lora_embedding_[AB]|lora_magnitude_vector|ia3_l|vera_lambda_[bd]|miss_block)"
     r"\.(?!(?:weight|bias)$)([^.]+)(?=$|\.(?:weight|bias)$)"
     r"|\.modules_to_save\.([^.]+)(?=\.)"
 )

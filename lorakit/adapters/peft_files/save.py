@@ -14,6 +14,7 @@
     ia3_l [out, 1] or [1, in]                                   IA3
     vera_lambda_b [out], vera_lambda_d [r]                      VeRA, whose matrices of all layers
                                                                 are base_model.vera_A and vera_B
+    miss_block [r, out], or [r, mini_r]                         MiSS
     lora_A [r, in], lora_B [out, r], lora_E [r, 1]              AdaLoRA, the triplets that are left
 
 A prompt has no module: it is prompt_embeddings, [n, H], or [n, 2 L Hk D] for keys and values.

@@ -16,6 +16,11 @@ METHODS = {
         "VeraConfig",
         {"target_modules": LAYERS, "r": 6, "save_projection": False, "projection_prng_key": 7},
     ),
+    "miss": ("MissConfig", {"target_modules": LAYERS, "r": 6}),
+    "miss mini": (
+        "MissConfig",
+        {"target_modules": LAYERS, "r": 4, "init_weights": "mini", "mini_r": 8},
+    ),
     "adalora": ("AdaLoraConfig", {"target_modules": LAYERS, "init_r": 4, "total_step": 9}),
 }
 

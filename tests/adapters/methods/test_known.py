@@ -96,14 +96,15 @@ def test_merge_and_unmerge(tiny_dir, method, quantize):
 # ---- training ----
 
 
-@pytest.mark.parametrize("method", ["ia3", "vera"])
+@pytest.mark.parametrize("method", ["ia3", "vera", "miss"])
 def test_ten_steps_of_sgd_are_pefts(model, tiny_dir, tmp_path, method):
     peft_model = theirs(tiny_dir, method).train()
     kind, fields = EVERY[method]
     lk.attach(model, getattr(lk, kind)(**fields))
     for each in (model, peft_model):
         params = [p for p in each.parameters() if p.requires_grad]
-        optimizer = torch.optim.SGD(params, lr=0.05)
+        # the gradient of a block of MiSS is a sum over many columns
+        optimizer = torch.optim.SGD(params, lr=0.01 if method == "miss" else 0.05)
         for _ in range(10):
             if each is model:
                 total, count = model.loss(IDS, IDS)
@@ -116,8 +117,9 @@ def test_ten_steps_of_sgd_are_pefts(model, tiny_dir, tmp_path, method):
     lk.save_adapter(model, tmp_path / "ours")
     peft_model.save_pretrained(tmp_path / "theirs")
     a, b = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("ours", "theirs"))
-    start = {"ia3": 1.0, "vera": 0.0}[method]
-    moved = max((v - start).abs().max() for k, v in b.items() if k.endswith(("ia3_l", "lambda_b")))
+    start = {"ia3": 1.0, "vera": 0.0, "miss": 0.0}[method]
+    trained = (v for k, v in b.items() if k.endswith(("ia3_l", "lambda_b", "miss_block")))
+    moved = max((v - start).abs().max() for v in trained)
     assert moved > 1e-2
     for key, value in b.items():
         # gradients in fp32, each summed in another order; ten steps of it
@@ -142,11 +144,11 @@ def test_train_takes_every_method(model, tiny_dir, tmp_path, method):
     assert torch.equal(other(IDS), model(IDS))
 
 
-@pytest.mark.parametrize("kind", [lk.IA3Config, lk.VeraConfig, lk.AdaLoraConfig])
+@pytest.mark.parametrize("kind", [lk.IA3Config, lk.VeraConfig, lk.AdaLoraConfig, lk.MissConfig])
 def test_a_name_in_which_another_one_ends_of_another_method(tmp_path, kind):
-    steps = {"total_step": 9} if kind is lk.AdaLoraConfig else {}
+    more = {lk.AdaLoraConfig: {"total_step": 9}, lk.MissConfig: {"r": 3}}.get(kind, {})
     module, x = nested(), torch.randn(3, 8)
-    filled(lk.attach(module, kind(target_modules=["0", "1.1"], exclude_modules=["1.0"], **steps)))
+    filled(lk.attach(module, kind(target_modules=["0", "1.1"], exclude_modules=["1.0"], **more)))
     lk.save_adapter(module, tmp_path)
     assert torch.equal(lk.load_adapter(nested(), tmp_path)(x), module(x))
 
@@ -164,6 +166,15 @@ def test_a_name_in_which_another_one_ends_of_another_method(tmp_path, kind):
         ),
         (lambda: lk.VeraConfig(r=0), "r must be positive"),
         (lambda: lk.VeraConfig(target_modules=["embed_tokens"]), "'embed_tokens' matches no layer"),
+        (lambda: lk.MissConfig(r=0), "r must be positive"),
+        (lambda: lk.MissConfig(r=100), "r is 100, and the layer reads"),
+        (lambda: lk.MissConfig(fan_in_fan_out=True), "fan_in_fan_out"),
+        (lambda: lk.MissConfig(init_weights="bat"), "which lorakit lacks: choose true or"),
+        (lambda: lk.MissConfig(init_weights="min"), "init_weights is 'min'"),
+        (
+            lambda: lk.MissConfig(r=4, init_weights="mini", mini_r=7),
+            "mini_r 7 does not divide its",
+        ),
         (lambda: lk.AdaLoraConfig(total_step=5, tinit=3, tfinal=2), "leave no step"),
         (lambda: lk.PromptTuningConfig(num_virtual_tokens=0), "num_virtual_tokens"),
         (
@@ -192,6 +203,7 @@ def test_every_method_is_found_by_its_config_and_by_its_name():
         lk.IA3Config(),
         lk.VeraConfig(),
         lk.AdaLoraConfig(total_step=9),
+        lk.MissConfig(),
         lk.PromptTuningConfig(num_virtual_tokens=2),
         lk.PromptEncoderConfig(num_virtual_tokens=2),
         lk.PrefixTuningConfig(num_virtual_tokens=2),
@@ -231,7 +243,7 @@ class Descent:
 def test_snippets_of_the_guide(tiny_dir):
     guide = (Path(__file__).parents[3] / "docs" / "methods.md").read_text(encoding="utf-8")
     snippets = re.findall(r"^```python\n(.*?)^```", guide, re.MULTILINE | re.DOTALL)
-    assert len(snippets) == 4
+    assert len(snippets) == 5
     for snippet in snippets:
         model = lk.load_model(tiny_dir, dtype="float32")
         names = {"lk": lk, "model": model, "optimizer": Descent(model)}

@@ -63,6 +63,7 @@ def test_what_is_refused_is_off_by_default():
         (peft.IA3Config, lk.IA3Config),
         (peft.VeraConfig, lk.VeraConfig),
         (peft.AdaLoraConfig, lk.AdaLoraConfig),
+        (peft.MissConfig, lk.MissConfig),
         (peft.PromptTuningConfig, lk.PromptTuningConfig),
         (peft.PromptEncoderConfig, lk.PromptEncoderConfig),
         (peft.PrefixTuningConfig, lk.PrefixTuningConfig),

@@ -57,6 +57,7 @@ def test_the_state_dict_of_a_start_that_is_a_part_of_the_weight(tiny_dir, start)
         lk.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
         lk.VeraConfig(target_modules=["q_proj"], r=4),
         lk.AdaLoraConfig(target_modules=["q_proj"], total_step=9),
+        lk.MissConfig(target_modules=["q_proj"], r=4),
         lk.PromptTuningConfig(num_virtual_tokens=3),
     ],
     ids=lambda config: type(config).__name__,

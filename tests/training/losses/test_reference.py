@@ -93,6 +93,7 @@ STARTS = {
     ),
     "ia3": attached(lk.IA3Config(), moved),
     "vera": attached(lk.VeraConfig(r=8), moved),
+    "miss": attached(lk.MissConfig(r=8), moved),
     "adalora": attached(lk.AdaLoraConfig(total_step=10, init_r=4, target_r=2), moved),
     "prompt": attached(lk.PromptTuningConfig(num_virtual_tokens=3)),
     "p-tuning": attached(lk.PromptEncoderConfig(num_virtual_tokens=3)),
