@@ -37,6 +37,7 @@ from .ops.gguf_blocks import dequantize_blocks, quantize_blocks
 from .ops.int8 import Int8Tensor, dequantize_int8, quantize_int8
 from .ops.lora_linear import LoraWeights, lora_linear, lora_mlp, lora_qkv, lora_room, lora_row_norms
 from .ops.lora_linear.spans import LoraSpan, lora_spans
+from .ops.muon import muon_step
 from .ops.nf4 import NF4Tensor, dequantize_nf4, quantize_fp4, quantize_nf4
 from .ops.rms_norm import add_rms_norm, rms_norm
 from .ops.rope import norm_rope, rope
@@ -90,6 +91,7 @@ __all__ = [
     "lora_room",
     "lora_row_norms",
     "lora_spans",
+    "muon_step",
     "norm_rope",
     "quantize_blocks",
     "quantize_fp4",

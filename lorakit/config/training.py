@@ -33,7 +33,7 @@ Schedule = Literal[
     "cosine_with_restarts",
     "inverse_sqrt",
 ]
-Optimizer = Literal["adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]
+Optimizer = Literal["adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "muon"]
 OverLength = Literal["truncate", "drop", "raise", "split"]
 TrainOn = Literal["completion", "last_turn", "all"]
 MLPActivations = Literal["auto", "keep", "recompute"]
@@ -45,6 +45,10 @@ HubStrategy = Literal["end", "every_save", "checkpoint"]
 # The rows and batches that "auto" stands for where the rows of a step are counted: the defaults.
 ROWS, BATCHES = 8, 1
 
+# The highest rate of what learns: that of an adapter is some ten times that of the weights
+# themselves ("LoRA Without Regret", https://thinkingmachines.ai/blog/lora, 2025).
+PEAK_RATES = {"adapter": 2e-4, "full": 2e-5}
+
 SCHEDULES = get_args(Schedule)
 OVER_LENGTH = get_args(OverLength)
 TRAIN_ON = get_args(TrainOn)
@@ -54,6 +58,7 @@ OPTIMIZERS: dict[Optimizer, tuple[int, bool]] = {
     "adamw_8bit": (8, False),
     "paged_adamw_32bit": (32, True),
     "paged_adamw_8bit": (8, True),
+    "muon": (32, False),  # of what it leaves to AdamW
 }
 
 
@@ -86,8 +91,9 @@ class TrainConfig:
     reduce: Reduce = "ordered"
     """Sum of the gradients of several processes: "ordered" adds them batch by batch, with the bytes
     of one process, and "fast" in one go, with other last bits."""
-    learning_rate: float = 2e-4
-    """Highest learning rate, which is reached at the end of the warm-up."""
+    learning_rate: float | None = None
+    """Highest learning rate, which is reached at the end of the warm-up; null takes 2e-4 for an
+    adapter, and with train: full a tenth of that, 2e-5."""
     lr_scheduler_type: Schedule = "cosine"
     """Course of the learning rate after a linear warm-up: "constant", "constant_with_warmup" (the
     same), "linear", "cosine", "cosine_with_min_lr", "cosine_with_restarts" or "inverse_sqrt"."""
@@ -101,7 +107,8 @@ class TrainConfig:
     """Number of times that cosine_with_restarts falls from learning_rate to 0."""
     optim: Optimizer = "adamw_torch"
     """AdamW with fp32 state ("adamw_torch") or 8-bit state ("adamw_8bit"), or with paged state
-    ("paged_adamw_32bit", "paged_adamw_8bit"), which on a CPU lies in a file in output_dir."""
+    ("paged_adamw_32bit", "paged_adamw_8bit"), which on a CPU lies in a file in output_dir; or, with
+    train: full, Muon for the matrices of the blocks and AdamW for the rest ("muon")."""
     loraplus_lr_ratio: float | None = None
     """Learning rate of lora_B as a multiple of lora_A's (LoRA+, arXiv:2402.12354), such as 16; null
     gives both the same."""
@@ -250,6 +257,8 @@ class TrainConfig:
                     raise LorakitError(f"{name} goes with an adapter, not with train: full")
         elif self.freeze:
             raise LorakitError("freeze goes with train: full; an adapter freezes all other weights")
+        elif self.optim == "muon":
+            raise LorakitError("optim: muon goes with train: full; an adapter learns by AdamW")
         for pattern in self.freeze:
             if not valid_regex(pattern):
                 raise LorakitError(f"freeze: {pattern!r} is no valid regular expression")
@@ -314,8 +323,8 @@ class TrainConfig:
             raise LorakitError("max_seq_length must be at least 2")
 
     def _check_learning_rate(self) -> None:
-        check_positive(self, "learning_rate", "max_grad_norm", "num_cycles")
-        check_positive(self, "loraplus_lr_ratio", or_null=True)
+        check_positive(self, "max_grad_norm", "num_cycles")
+        check_positive(self, "learning_rate", "loraplus_lr_ratio", or_null=True)
         check_share(self, "warmup_ratio", "min_lr_ratio")
         check_below_one(self, "weight_decay")
         if self.warmup_steps is not None and self.warmup_steps < 0:
@@ -331,6 +340,11 @@ class TrainConfig:
             raise LorakitError(
                 f"num_cycles goes with lr_scheduler_type cosine_with_restarts, not with {schedule}"
             )
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The highest learning rate: learning_rate, or the default of what learns."""
+        return self.learning_rate or PEAK_RATES[self.train]
 
     @property
     def pairs(self) -> bool:

@@ -394,7 +394,7 @@ def why_eager(model: Decoder, layers: Mapping[str, Attached], config: TrainConfi
         f"objective is {config.objective}": config.objective != "sft",
         "activation_offloading is set": config.activation_offloading,
         "neftune_noise_alpha is set": config.neftune_noise_alpha is not None,
-        f"optim is {config.optim}": OPTIMIZERS[config.optim][1],
+        f"optim is {config.optim}": config.optim == "muon" or OPTIMIZERS[config.optim][1],
         "the rotary embedding depends on the length of a row": model.config.by_length,
         "rows of the second embedding are looked up in host memory": bool(host_tables(model)),
         "linear attention asks the host where documents end": any(model.config.linear_layers)

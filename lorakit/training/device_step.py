@@ -6,8 +6,8 @@ A step gets the losses of its micro-batches, and returns a small tensor that say
     DeviceStep  on a GPU: rates, counts and the decision lie in tensors (kernels.ClippedAdamW). The
                 host waits for nothing, and one call is like another, so that a CUDA graph may hold
                 it. Each step of such a graph counts, though Python does not see it.
-    HostStep    on a CPU, where nothing has to be waited for, and for paged state, whose pages the
-                host moves: the norm is read, and then the step is taken or not
+    HostStep    on a CPU, where nothing has to be waited for, for paged state, whose pages the
+                host moves, and for Muon: the norm is read, and then the step is taken or not
 
 A rate belongs to the number of the step, and steps that are skipped have a number. The corrections
 of bias belong to the number of steps taken.
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lorakit.kernels import AdamWGroup, AdamWRow, ClippedAdamW
 from lorakit.kernels.dispatch import pick
-from lorakit.training.optim import AdamW
+from lorakit.training.adamw import AdamW
 
 
 class Told(NamedTuple):
@@ -48,7 +48,7 @@ def optimizer_step(
     optimizer: AdamW, params: Sequence[Tensor], rates: Sequence[Sequence[float]], max_norm: float
 ) -> "DeviceStep | HostStep":
     """Return the kind of step that fits the optimizer; its arguments are those of `DeviceStep`."""
-    on_host = optimizer.is_paged or pick(params[0].device, "cpu", "triton") == "cpu"
+    on_host = optimizer.needs_host or pick(params[0].device, "cpu", "triton") == "cpu"
     return (HostStep if on_host else DeviceStep)(optimizer, params, rates, max_norm)
 
 

@@ -27,9 +27,9 @@ from torch import Tensor
 from lorakit.config.errors import LorakitError
 from lorakit.models.decoder import Decoder
 from lorakit.models.shards import first_row, is_sharded
+from lorakit.training.adamw import AdamW, Group
 from lorakit.training.device_step import HostStep
 from lorakit.training.gradients import GradientSum, Meeting, OrderedSum
-from lorakit.training.optim import AdamW, Group
 from lorakit.training.paged_state import BLOCK
 
 SOME = 8 << 20  # values that are added at a time in the last round

@@ -11,8 +11,8 @@ from lorakit.config.run import RunConfig
 from lorakit.config.training import OPTIMIZERS, TrainConfig
 from lorakit.models.devices import own_device
 from lorakit.models.load import stored_bytes
+from lorakit.training.adamw import MIN_8BIT_SIZE, state_bytes
 from lorakit.training.memory import free_memory
-from lorakit.training.optim import MIN_8BIT_SIZE, state_bytes
 from lorakit.training.ranks import RankGroup, start_group
 
 if TYPE_CHECKING:

@@ -21,11 +21,11 @@ from lorakit.files.local import as_path
 from lorakit.models.decoder import Decoder
 from lorakit.models.tokenizer import Tokenizer
 from lorakit.training import state as run_state
+from lorakit.training.adamw import decays
 from lorakit.training.device_step import HostStep, read
 from lorakit.training.draws import drawing_from, seed_of
 from lorakit.training.losses.batch import row_logprobs
 from lorakit.training.losses.reference import Reference
-from lorakit.training.optim import decays
 from lorakit.training.resume import digest_of_frozen, in_words_of
 from lorakit.training.step import backward, check_gradients, prepare
 from lorakit.training.stepping import run_optimizer
@@ -184,7 +184,7 @@ class Learner:
             group["betas"] = config.adam_beta1, config.adam_beta2
             group["eps"] = config.adam_epsilon
             group["weight_decay"] = config.weight_decay if decays(group["params"][0]) else 0.0
-        rates = [[share * config.learning_rate for share in self.shares]]
+        rates = [[share * config.peak_learning_rate for share in self.shares]]
         step = HostStep(self.optimizer, self.params, rates, config.max_grad_norm)
         told = read(step(torch.stack(self.losses)).tolist())
         self.forget_gradients()

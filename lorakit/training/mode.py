@@ -3,25 +3,30 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
+from torch import Tensor
+
 from lorakit.config.training import OPTIMIZERS, TrainConfig
 from lorakit.models.decoder import Decoder
+from lorakit.training.adamw import state_bytes
 from lorakit.training.cores import own_threads
 from lorakit.training.float8 import end_float8, start_float8
 from lorakit.training.kept_layers import kept_layers
 from lorakit.training.log import say
-from lorakit.training.optim import state_bytes
+from lorakit.training.muon import matrices, momentum_bytes
 from lorakit.training.paged_state import has_remainder
 
 
 def bytes_of(model: Decoder, config: TrainConfig) -> int:
     """Return the bytes of gradients and resident state of all that trains."""
     state_bits, paged = OPTIMIZERS[config.optim]
+    of_muon = set(matrices(model)) if config.optim == "muon" else set[Tensor]()
     several, total = config.batches_of_step > 1, 0
     for p in model.parameters():
         if p.requires_grad:
             wide_sum = 4 if several and has_remainder(p) else 0
             total += p.nbytes + wide_sum * p.numel()
-            total += 0 if paged else state_bytes(p, state_bits)
+            state = momentum_bytes(p) if p in of_muon else state_bytes(p, state_bits)
+            total += 0 if paged else state
     return total
 
 

@@ -21,10 +21,10 @@ from lorakit.models.decoder import Decoder
 from lorakit.models.shards import beginnings
 from lorakit.models.tokenizer import Tokenizer
 from lorakit.training import state as run_state
+from lorakit.training.adamw import AdamW
 from lorakit.training.log import Log, say
 from lorakit.training.losses.reference import Reference
 from lorakit.training.losses.teacher import Teacher, TopTokens
-from lorakit.training.optim import AdamW
 from lorakit.training.progress import Progress
 from lorakit.training.trainable import TOKENS, Trained
 

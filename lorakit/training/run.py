@@ -408,7 +408,7 @@ class Run:
             config.lr_scheduler_type,
             step - 1,
             self.order.total,
-            config.learning_rate,
+            config.peak_learning_rate,
             config.warmup_ratio,
             warmup_steps=config.warmup_steps,
             min_lr_ratio=config.min_lr_ratio,

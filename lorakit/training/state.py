@@ -35,8 +35,8 @@ from lorakit.adapters.manage import attached
 from lorakit.config.errors import LorakitError
 from lorakit.files.local import errors_name, read_json, write_json
 from lorakit.files.safetensors import LazyTensor, open_safetensors, write_safetensors
+from lorakit.training.adamw import AdamW
 from lorakit.training.divided import DividedWeights
-from lorakit.training.optim import AdamW
 
 STATE_TENSORS, STATE_VALUES = "state.safetensors", "state.json"
 _TRIES, _MOMENT = 4, 0.05  # how often a lock is asked for, and the seconds between

@@ -10,10 +10,11 @@ from torch import Tensor
 from lorakit.config.training import OPTIMIZERS, TrainConfig
 from lorakit.files.local import as_path
 from lorakit.training import state as run_state
+from lorakit.training.adamw import AdamW, decay_groups, loraplus_groups
 from lorakit.training.device_step import DeviceStep, HostStep, optimizer_step
 from lorakit.training.divided import DividedStep, DividedSum
 from lorakit.training.gradients import GradientSum
-from lorakit.training.optim import AdamW, decay_groups, loraplus_groups
+from lorakit.training.muon import Muon, muon_groups
 from lorakit.training.ranks import Ranks
 from lorakit.training.step import has_experts
 from lorakit.training.trainable import Trained
@@ -55,6 +56,11 @@ def run_optimizer(trained: Trained, config: TrainConfig) -> tuple[AdamW, list[fl
     """
     model, divided = trained.model, trained.divided
     ratio, decay = config.loraplus_lr_ratio, config.weight_decay
+    betas = config.adam_beta1, config.adam_beta2
+    if config.optim == "muon":
+        groups = muon_groups(model, 1.0, decay)
+        shares = [group["lr"] for group in groups]
+        return Muon(groups, betas=betas, eps=config.adam_epsilon), shares
     if ratio is None:
         groups = decay_groups(model, 1.0, decay)
     else:
@@ -64,7 +70,7 @@ def run_optimizer(trained: Trained, config: TrainConfig) -> tuple[AdamW, list[fl
     state_bits, paged = OPTIMIZERS[config.optim]
     optimizer = AdamW(
         groups,
-        betas=(config.adam_beta1, config.adam_beta2),
+        betas=betas,
         eps=config.adam_epsilon,
         state_bits=state_bits,
         paged=paged,

@@ -118,8 +118,10 @@ def train(
             After it, some parameter got no gradient. Later, ten steps in a row were not finite, or
             another process of the run is gone.
     """
+    config = config or TrainConfig()
+    config = replace(config, learning_rate=config.peak_learning_rate)  # as log and card tell it
     with joined(model.device) as ranks, heard(ranks.is_writer):
-        options = config or TrainConfig(), base_model, run, after_step, rewards or {}, teacher
+        options = config, base_model, run, after_step, rewards or {}, teacher
         return _train(model, tok, data, *options, ranks)
 
 

@@ -212,6 +212,7 @@ def _check_divided(model: Decoder, config: TrainConfig) -> None:
     """Raise LorakitError for what does not go with weights that the ranks divide."""
     refused = {
         f"objective: {config.objective}, whose reference is a copy of the weights": config.compares,
+        "optim: muon, which moves matrices that are whole": config.optim == "muon",
         "objective: distillation, which takes a head that is whole": config.objective
         == "distillation",
         f"hub_strategy: {config.hub_strategy}; take end": (

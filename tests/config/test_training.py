@@ -25,6 +25,13 @@ def test_every_optimizer_has_a_state():
     assert tuple(OPTIMIZERS) == get_args(Optimizer)
 
 
+def test_the_learning_rate_follows_what_learns():
+    """The weights themselves take a tenth of an adapter's rate, unless the run says another."""
+    assert lk.TrainConfig().peak_learning_rate == 2e-4
+    assert lk.TrainConfig(train="full").peak_learning_rate == 2e-5
+    assert lk.TrainConfig(train="full", learning_rate=1e-3).peak_learning_rate == 1e-3
+
+
 @pytest.mark.parametrize(
     ("field", "choices"),
     [
@@ -41,6 +48,7 @@ def test_a_setting_takes_its_choices_alone(field, choices):
         needed = {
             "grpo": {"grpo": lk.GrpoConfig([lk.RewardConfig("exact_match")])},
             "distillation": {"distillation": lk.DistillationConfig("teacher")},
+            "muon": {"train": "full"},
         }.get(choice, {})
         assert getattr(lk.TrainConfig(**{field: choice}, **needed), field) == choice
     listed = ["null" if choice is None else choice for choice in choices]
@@ -56,7 +64,7 @@ def test_a_setting_takes_its_choices_alone(field, choices):
     [
         ({"max_steps": 0}, "max_steps must be positive or null, not 0"),
         ({"max_seq_length": 1}, "max_seq_length must be at least 2"),
-        ({"learning_rate": 0.0}, "learning_rate must be positive, not 0.0"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive or null, not 0.0"),
         ({"warmup_ratio": 1.5}, "warmup_ratio is 1.5; it must be in [0, 1]"),
         ({"weight_decay": 1.0}, "weight_decay is 1.0; it must be in [0, 1)"),
         ({"loraplus_lr_ratio": 0.0}, "loraplus_lr_ratio must be positive or null, not 0.0"),

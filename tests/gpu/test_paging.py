@@ -33,7 +33,7 @@ def test_paged_equals_resident(bits, pages, device, size, interpreted):
     small = partial(PagedState, page_bytes=page)
     params, same = (parameters(device, SIZES[interpreted]) for _ in range(2))
     resident = lk.optim.AdamW(params, lr=0.01, state_bits=bits)
-    with mock.patch("lorakit.training.optim.PagedState", small):
+    with mock.patch("lorakit.training.adamw.PagedState", small):
         paged = lk.optim.AdamW(same, lr=0.01, state_bits=bits, paged=True, page_budget=pages * page)
     for step in range(size(20, 3)):
         for optimizer, tensors in ((resident, params), (paged, same)):

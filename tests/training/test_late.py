@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lorakit as lk
-from lorakit.training import optim
+from lorakit.training import adamw
 from lorakit.training import run as training_run
 from lorakit.training.device_step import DeviceStep, HostStep
 from tests.conftest import ROWS
@@ -87,7 +87,7 @@ def test_reading_late_changes_no_bit_and_no_line(
 ):
     """The step is the device's or the host's, and two are not finite."""
     bad_steps(monkeypatch, 2, 6)
-    monkeypatch.setattr(optim, "MIN_8BIT_SIZE", 200)  # which some of these tensors have
+    monkeypatch.setattr(adamw, "MIN_8BIT_SIZE", 200)  # which some of these tensors have
     options, printed = {**OPTIONS, **more}, []
     data = {"train": ROWS, "validation": ROWS[:4]} if options["eval_steps"] else ROWS
     ways = ((False, HostStep), (True, HostStep), (False, DeviceStep), (True, DeviceStep))

@@ -62,7 +62,7 @@ def parameters(shapes, dtypes, seed):
 
 def paged_adamw(*args, **options):
     small = functools.partial(PagedState, page_bytes=PAGE)
-    with mock.patch("lorakit.training.optim.PagedState", small):
+    with mock.patch("lorakit.training.adamw.PagedState", small):
         return lk.optim.AdamW(*args, paged=True, **options)
 
 
