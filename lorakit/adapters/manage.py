@@ -36,7 +36,8 @@ def outer_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.M
 def attached(module: nn.Module) -> dict[str, Attached]:
     """Return every wrapper inside `module` by name, in the order of `named_modules`.
 
-    An engine asks often, and the nested generators of `named_modules` take twice as long.
+    An engine asks often, and the nested generators of `named_modules` take twice as long. No
+    wrapper lies in a part of an adapter.
     """
     found: dict[str, Attached] = {}
     seen, left = set[int](), [("", module)]
@@ -47,9 +48,13 @@ def attached(module: nn.Module) -> dict[str, Attached]:
         seen.add(id(each))
         if isinstance(each, Attached):
             found[name] = each
-        before = f"{name}." if name else ""
+        before, wraps = f"{name}." if name else "", isinstance(each, Attached)
         children = reversed(each._modules.items())
-        left += [(before + leaf, child) for leaf, child in children if child is not None]
+        left += [
+            (before + leaf, child)
+            for leaf, child in children
+            if child is not None and not (wraps and leaf == "adapters")
+        ]
     return found
 
 
@@ -108,7 +113,11 @@ def require_selected(module: nn.Module, caller: str) -> str:
 
 def check_unmerged(module: nn.Module, caller: str) -> None:
     """Raise LorakitError if an adapter is merged into the weights."""
-    if any(each.merged is not None for each in attached(module).values()):
+    _check_unmerged(attached(module).values(), caller)
+
+
+def _check_unmerged(wrappers: Iterable[Attached], caller: str) -> None:
+    if any(each.merged is not None for each in wrappers):
         raise LorakitError(f"{caller}: an adapter is merged; unmerge it first")
 
 
@@ -165,9 +174,11 @@ def set_adapter(module: nn.Module, name: str) -> nn.Module:
     Raises:
         LorakitError: There is no such adapter, or an adapter is merged.
     """
-    check_adapter(module, name, "set_adapter")
-    check_unmerged(module, "set_adapter")
-    for each in attached(module).values():
+    wrappers = attached(module).values()  # one walk, as a session comes here in every call
+    if not any(name in each.adapters for each in wrappers):
+        check_adapter(module, name, "set_adapter")
+    _check_unmerged(wrappers, "set_adapter")
+    for each in wrappers:
         each.select(name)
     return module
 

@@ -208,6 +208,7 @@ class Learner:
                 f"save_state: adapter {self.name!r} has gradients, which a state has not: call "
                 "optim_step first"
             )
+        run_state.recover(path)
         if path.exists() and not (path / run_state.STATE_VALUES).is_file():
             raise LorakitError(f"save_state: {path} is there, and holds no state; choose another")
         tensors = self.part.tensors() | run_state.optimizer_tensors(self.optimizer)
@@ -232,6 +233,7 @@ class Learner:
 
         Raises LorakitError if there is none, or it is damaged or of something else.
         """
+        run_state.recover(path)
         if not (path / run_state.STATE_VALUES).is_file():
             raise LorakitError(
                 f"load_state: {path} is neither a state of save_state nor a checkpoint of train"

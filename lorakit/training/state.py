@@ -10,10 +10,12 @@ With `train: full` the files of the whole model are in the place of the adapter'
 no second copy of its weights.
 
 A checkpoint is whole or absent: it is written under another name, flushed to the disk, and renamed.
-A run that is killed at any moment leaves the earlier checkpoints, and at most a directory with a
-name that starts with a dot, which the next run removes. A full disk leaves the earlier checkpoints
-too. The place of a run in its data follows from the step alone, since seed and epoch decide the
-order of the rows. So do its random numbers: seed and micro-batch decide what is drawn (draws.py).
+One that was there before goes under a name beside it meanwhile, and from there back if the new one
+never came. A run that is killed at any moment leaves the earlier checkpoints, and at most
+directories with names that start with a dot, which the next run puts back or removes. A full disk
+leaves the earlier checkpoints too. The place of a run in its data follows from the step alone,
+since seed and epoch decide the order of the rows. So do its random numbers: seed and micro-batch
+decide what is drawn (draws.py).
 """
 
 import fcntl
@@ -84,8 +86,11 @@ def write_whole(
 ) -> None:
     """Write a directory as checkpoints are, whole or not at all, in the place of what is at `path`.
 
+    Whoever is killed meanwhile leaves the old one or the new one whole; `recover` puts it in place.
+
     Raises OSError if the disk is full.
     """
+    recover(path)
     temporary = path.parent / f".{path.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -95,12 +100,26 @@ def write_whole(
             write_safetensors(temporary / STATE_TENSORS, tensors)
             write_json(temporary / STATE_VALUES, values)
             _flush(temporary)
-            if path.exists():  # a run goes on from an earlier checkpoint: the step comes again
-                shutil.rmtree(path)
+            if path.exists():
+                os.rename(path, _put_aside(path))
             os.rename(temporary, path)
             _flush(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        recover(path)
+
+
+def recover(path: Path) -> None:
+    """Put the directory at `path` back if `write_whole` was killed before the new one was there."""
+    aside = _put_aside(path)
+    if aside.exists() and not path.exists():
+        os.rename(aside, path)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _put_aside(path: Path) -> Path:
+    """Return where the directory at `path` goes while another one takes its place."""
+    return path.parent / f".{path.name}.old"
 
 
 def _flush(directory: Path) -> None:
@@ -184,7 +203,9 @@ def kept_elsewhere(
 
 
 def remove_unfinished(output_dir: Path) -> None:
-    """Remove the unfinished checkpoints of runs that were killed."""
+    """Remove the unfinished checkpoints of runs that were killed, and put back what was aside."""
+    for path in output_dir.glob(".checkpoint-*.old"):
+        recover(output_dir / path.name.removeprefix(".").removesuffix(".old"))
     for path in output_dir.glob(".checkpoint-*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
 
