@@ -52,6 +52,7 @@ from lorakit.config.distillation import DistillationConfig as DistillationConfig
 from lorakit.config.errors import LorakitError as LorakitError
 from lorakit.config.grpo import GrpoConfig as GrpoConfig
 from lorakit.config.grpo import RewardConfig as RewardConfig
+from lorakit.config.many import ManyConfig as ManyConfig
 from lorakit.config.quantization import QuantConfig as QuantConfig
 from lorakit.config.run import RunConfig as RunConfig
 from lorakit.config.training import TrainConfig as TrainConfig
@@ -144,6 +145,9 @@ from lorakit.training.losses.preference import simpo_loss as simpo_loss
 from lorakit.training.losses.reference import Reference as Reference
 from lorakit.training.losses.teacher import save_teacher_logits as save_teacher_logits
 from lorakit.training.losses.unpaired import kto_loss as kto_loss
+from lorakit.training.many.memory import check_many_memory as check_many_memory
+from lorakit.training.many.train import check_many as check_many
+from lorakit.training.many.train import train_many as train_many
 from lorakit.training.memory import tune_allocator as tune_allocator
 from lorakit.training.memory_plan.before import check_memory as check_memory
 from lorakit.training.memory_plan.before import check_run as check_run

@@ -1,4 +1,4 @@
-"""`lorakit train`: train an adapter or a model as a run file says, or profile a few steps of it."""
+"""`lorakit train`: train adapters or a model as a run file says, or profile a few steps of it."""
 
 import argparse
 import sys
@@ -10,6 +10,7 @@ import lorakit as lk
 from lorakit.cli.arguments import Verbs, count
 from lorakit.cli.launch import launch, one_of_many
 from lorakit.cli.run_file import add_run_file, read_run_file, rows_of_run
+from lorakit.cli.train_many import names_several, train_many
 
 
 def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
@@ -19,7 +20,8 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
         parents=[common],
         help="train an adapter, or the model itself, as a run file says",
         description="Train an adapter, a new one or one that is there, or with train: full the "
-        "model itself, as a run file says. "
+        "model itself, as a run file says. A file with adapters or sweep trains several adapters, "
+        "in one pass a step. "
         "key=value replaces a value of the file; a.b=value reaches into a mapping, as in lora.r=8.",
     )
     add_run_file(parser)
@@ -40,7 +42,10 @@ def add_parser(verbs: Verbs, common: argparse.ArgumentParser) -> None:
 
 def train(args: argparse.Namespace) -> int:
     """Run the training or its profile, and return the exit code."""
-    run = lk.RunConfig.from_dict(read_run_file(args.run_file, args.overrides), str(args.run_file))
+    values = read_run_file(args.run_file, args.overrides)
+    if names_several(values):
+        return train_many(args, values)
+    run = lk.RunConfig.from_dict(values, str(args.run_file))
     lk.metrics.check_usable(run.train.eval_metrics)
     lk.check_outputs(run.train)
     if args.nproc is not None:

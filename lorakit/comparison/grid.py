@@ -13,6 +13,7 @@ from typing import Any
 
 from lorakit.config.comparison import UNTRAINED, ComparisonConfig, TaskConfig, flat
 from lorakit.config.errors import LorakitError
+from lorakit.config.fields import merged
 from lorakit.config.objectives import HEADED
 from lorakit.config.run import RunConfig
 from lorakit.files.local import as_path
@@ -132,17 +133,6 @@ def data_of(config: ComparisonConfig, task: str, said: TaskConfig) -> dict[str, 
 def task_folder(config: ComparisonConfig, task: str) -> Path:
     """Return the folder of the rows of a task that were divided."""
     return as_path(config.output_dir) / "data" / slug(task)
-
-
-def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return base with the values of another mapping laid over it, those of mappings in it too."""
-    result = dict(base)
-    for key, value in over.items():
-        before = result.get(key)
-        if isinstance(before, Mapping) and isinstance(value, Mapping):
-            value = merged(before, value)
-        result[key] = value
-    return result
 
 
 def slug(name: str) -> str:

@@ -97,6 +97,17 @@ def without_unset(cls: type[Dataclass], values: Any) -> Any:
     return {name: v for name, v in values.items() if v is not None or name not in unset}
 
 
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return base with the values of another mapping laid over it, those of mappings in it too."""
+    result = dict(base)
+    for key, value in over.items():
+        before = result.get(key)
+        if isinstance(before, Mapping) and isinstance(value, Mapping):
+            value = merged(before, value)
+        result[key] = value
+    return result
+
+
 def check_types(settings: Dataclass, names: Iterable[str] | None = None) -> None:
     """Check that the fields of settings hold what their annotations say.
 

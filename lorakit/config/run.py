@@ -7,7 +7,7 @@ of TRL, transformers and Axolotl instead (see aliases.py).
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -156,12 +156,17 @@ class RunConfig:
             own, notes = own_names(values)
         except ValueError as error:
             raise LorakitError(f"{where}: {error}") from None
-        notes += cls._take_out_unknown(own, where)
+        notes += cls.take_out_unknown(own, where)
         _check_flat_grpo(values, own, where)
         run = cls._from_own_names(own, where)
+        cls.tell(notes, where)
+        return run
+
+    @staticmethod
+    def tell(notes: Iterable[str], where: str) -> None:
+        """Say in the log what the names of other libraries changed or left out."""
         for note in notes:
             log.warning("lorakit: %s: %s", where, note)
-        return run
 
     def to_dict(self) -> dict[str, Any]:
         """Return the mapping of a run file that says the same, without what is the default.
@@ -178,7 +183,7 @@ class RunConfig:
         return values
 
     @classmethod
-    def _take_out_unknown(cls, values: dict[Any, Any], where: str) -> list[str]:
+    def take_out_unknown(cls, values: dict[Any, Any], where: str) -> list[str]:
         """Take unknown keys without a value out of a mapping, and return a line about each.
 
         Raises LorakitError for unknown keys with a value, which names all of them.
@@ -195,6 +200,8 @@ class RunConfig:
                 for mapping, settings in inner.items()
                 for f in dataclasses.fields(settings)
             }
+            several = " (only `lorakit train` takes a file of several adapters)"
+            where_to |= dict.fromkeys(("adapters", "sweep"), several)
             hints = [where_to.get(name) or nearest(name, known) for name in with_value]
             each = ", ".join(map("{!r}{}".format, with_value, hints))
             raise LorakitError(f"{where}: unknown key{'s' * (len(with_value) > 1)} {each}")

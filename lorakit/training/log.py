@@ -74,32 +74,26 @@ class _Lines:
             self.lost = True
 
 
-class Log:
-    """Writes metrics.jsonl, and shows a progress bar, or plain lines if there is no terminal.
+class RunFiles:
+    """Writes metrics.jsonl, samples.jsonl and rollouts.jsonl, and tells the trackers.
 
-    `done` is the number of steps that are done already. Samples go to samples.jsonl if the config
-    asks for some, and the completions that GRPO learns from to rollouts.jsonl. Raises LorakitError
-    if a tracker is asked for and not installed.
+    `done` is the number of steps that are done already. Samples are written if the config asks for
+    some, and the completions that GRPO learns from. `say` prints a line. Raises LorakitError if a
+    tracker is asked for and not installed.
     """
 
-    def __init__(self, output_dir: Path, total: int, done: int, config: TrainConfig):
+    def __init__(self, output_dir: Path, done: int, config: TrainConfig):
         self.metrics, self.shown = _Lines(output_dir / "metrics.jsonl", done, self.say), None
         if config.eval_samples or (output_dir / SAMPLES).exists():
             self.shown = _Lines(output_dir / SAMPLES, done, self.say)
         self.learned: _Lines | None = None
         if config.grpo is not None or (output_dir / ROLLOUTS).exists():
             self.learned = _Lines(output_dir / ROLLOUTS, done, self.say)
-        self.bar = tqdm(total=total, initial=done, desc="training", unit="step", disable=None)
-        self.total = total
-        self.reporter = Reporter(
-            config.trackers, TrackedRun(output_dir, done, asdict(config)), self.say
-        )
+        tracked = TrackedRun(output_dir, done, asdict(config))
+        self.reporter = Reporter(config.trackers, tracked, self.say)
 
-    def __enter__(self) -> "Log":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.bar.close()
+    def close(self) -> None:
+        """Close the files, and wait for the trackers."""
         self.metrics.file.close()
         for lines in (self.shown, self.learned):
             if lines is not None:
@@ -107,23 +101,17 @@ class Log:
         self.reporter.end()
 
     def step(self, **values: Any) -> None:
-        """Write and show the values of a step, by the names of metrics.jsonl."""
-        self._write(values)
-        reward = f"reward {values['reward']:.4f}, " if "reward" in values else ""
-        line = (
-            f"{reward}loss {values['loss']:.4f}, lr {values['learning_rate']:.2e}, "
-            f"{values['tokens_per_second']:.0f} tok/s, {values['peak_memory_mb']:.0f} MB"
-        )
-        if self.bar.disable:
-            say(f"step {values['step']}/{self.total}: {line}")
-        self.bar.set_postfix_str(line, refresh=False)
-        self.bar.update()
+        """Write the values of a step, by the names of metrics.jsonl."""
+        self.metrics.write(values)
+        self.reporter.report(values)
 
     def evaluation(self, step: int, result: Mapping[str, float]) -> None:
-        """Write and show the result of an evaluation."""
-        self._write({"step": step, **{f"eval_{name}": value for name, value in result.items()}})
+        """Write the result of an evaluation, and say it."""
+        values = {"step": step, **{f"eval_{name}": value for name, value in result.items()}}
+        self.metrics.write(values)
+        self.reporter.report(values)
         scores = "".join(f", {n} {v:.4f}" for n, v in result.items() if n in METRICS)
-        self.say(f"step {step}/{self.total}: validation loss {result['loss']:.4f}{scores}")
+        self.say(f"{self.place(step)}: validation loss {result['loss']:.4f}{scores}")
 
     def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Write how the model completed some validation rows."""
@@ -138,15 +126,51 @@ class Log:
             self.learned.write(each)
 
     def say(self, line: str) -> None:
+        """Print a line."""
+        say(line)
+
+    def place(self, step: int) -> str:
+        """Return how a line begins that is about a step."""
+        return f"step {step}"
+
+
+class Log(RunFiles):
+    """The files of a run, and a progress bar, or plain lines if there is no terminal."""
+
+    def __init__(self, output_dir: Path, total: int, done: int, config: TrainConfig):
+        self.total = total
+        self.bar = tqdm(total=total, initial=done, desc="training", unit="step", disable=None)
+        super().__init__(output_dir, done, config)
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.bar.close()
+        self.close()
+
+    def step(self, **values: Any) -> None:
+        """Write and show the values of a step, by the names of metrics.jsonl."""
+        super().step(**values)
+        reward = f"reward {values['reward']:.4f}, " if "reward" in values else ""
+        line = (
+            f"{reward}loss {values['loss']:.4f}, lr {values['learning_rate']:.2e}, "
+            f"{values['tokens_per_second']:.0f} tok/s, {values['peak_memory_mb']:.0f} MB"
+        )
+        if self.bar.disable:
+            say(f"{self.place(values['step'])}: {line}")
+        self.bar.set_postfix_str(line, refresh=False)
+        self.bar.update()
+
+    def say(self, line: str) -> None:
         """Print a line, above the progress bar if there is one."""
         if self.bar.disable:
             say(line)
         else:
             self.bar.write(line)
 
-    def _write(self, values: Mapping[str, Any]) -> None:
-        self.metrics.write(values)
-        self.reporter.report(values)
+    def place(self, step: int) -> str:
+        return f"step {step}/{self.total}"
 
 
 class SilentLog(Log):

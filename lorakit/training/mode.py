@@ -42,10 +42,13 @@ def evaluation_mode(model: Decoder) -> Iterator[None]:
 
 
 @contextmanager
-def training_mode(model: Decoder, config: TrainConfig, tokens: int) -> Iterator[None]:
+def training_mode(
+    model: Decoder, config: TrainConfig, tokens: int, made_later: int | None = None
+) -> Iterator[None]:
     """Set dropout, noise, threads and what is kept for backward for the block as the run wants it.
 
-    `tokens` is the most that a batch may have.
+    `tokens` is the most that a batch may have, and `made_later` the bytes of gradients and state;
+    None counts those of all that trains now.
     """
     was_training = model.training
     checkpointing, offloading = model.gradient_checkpointing, model.offload_activations
@@ -56,7 +59,8 @@ def training_mode(model: Decoder, config: TrainConfig, tokens: int) -> Iterator[
     model.neftune_noise_alpha = config.neftune_noise_alpha
     if config.frozen_dtype is not None:
         say(start_float8(model, config.z_loss))
-    model.kept_layers = kept_layers(model, tokens, config.mlp_activations, bytes_of(model, config))
+    later = bytes_of(model, config) if made_later is None else made_later
+    model.kept_layers = kept_layers(model, tokens, config.mlp_activations, later)
     try:
         # of pairs torch computes the logits, which is too much for its single thread
         with own_threads(model) if config.objective == "sft" else nullcontext():

@@ -22,7 +22,7 @@ from lorakit.models.shards import beginnings
 from lorakit.models.tokenizer import Tokenizer
 from lorakit.training import state as run_state
 from lorakit.training.adamw import AdamW
-from lorakit.training.log import Log, say
+from lorakit.training.log import RunFiles, say
 from lorakit.training.losses.reference import Reference
 from lorakit.training.losses.teacher import Teacher, TopTokens
 from lorakit.training.progress import Progress
@@ -215,7 +215,9 @@ def _before_the_first_step(
     return reference
 
 
-def end_with_the_best(trained: Trained, output_dir: Path, progress: Progress, log: Log) -> None:
+def end_with_the_best(
+    trained: Trained, output_dir: Path, progress: Progress, log: RunFiles
+) -> None:
     """Set what is trained as the best evaluation had it. If that is gone, the last one stays."""
     best = progress.best_step
     path = output_dir / f"checkpoint-{best}"

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +27,6 @@ from lorakit.config.errors import LorakitError
 from lorakit.config.training import TrainConfig
 from lorakit.data.batching import Order
 from lorakit.data.examples import Examples
-from lorakit.data.schemas import Row
 from lorakit.evaluation.score import score_and_show
 from lorakit.evaluation.share import ALL
 from lorakit.files.local import as_path
@@ -40,9 +39,9 @@ from lorakit.training.cores import FewerThreads
 from lorakit.training.device_step import DeviceStep, HostStep, Told, read
 from lorakit.training.interrupt import Flag
 from lorakit.training.late import Late
-from lorakit.training.log import Log, SilentLog, say
+from lorakit.training.log import Log, RunFiles, SilentLog, say
 from lorakit.training.losses.batch import padded_batches
-from lorakit.training.losses.held_out import held_out_loss
+from lorakit.training.losses.held_out import HeldOut, held_out_loss
 from lorakit.training.losses.teacher import TopTokens, told_by_teacher
 from lorakit.training.memory import peak_memory_mb
 from lorakit.training.progress import Progress
@@ -57,7 +56,7 @@ from lorakit.training.resume import (
 )
 from lorakit.training.rollouts.rewards import RewardFunction
 from lorakit.training.rollouts.rollouts import Rollouts
-from lorakit.training.schedules import Rates, learning_rate
+from lorakit.training.schedules import Rates, scheduled_rate
 from lorakit.training.step import Prepared, backward, check_gradients, prepare
 from lorakit.training.stepping import (
     gradient_sum,
@@ -65,16 +64,9 @@ from lorakit.training.stepping import (
     run_update,
     whole_optimizer_state,
 )
-from lorakit.training.trainable import Trained
+from lorakit.training.trainable import Trained, is_not_the_models
 
 BAD_STEPS = 10
-
-
-class HeldOut(NamedTuple):
-    """The rows for validation, and their examples."""
-
-    rows: Sequence[Row]
-    examples: Examples
 
 
 class Run:
@@ -124,8 +116,8 @@ class Run:
         self.reference = reference_of_run(model, config, checkpoint, teacher)
         if self.rollouts is not None and checkpoint is not None:
             self.rollouts.restore(run_state.read_values(checkpoint).get("rollouts"))
-        self.own_tokenizer = _is_not_the_models(tok, model)
-        self.ended = False
+        self.own_tokenizer = is_not_the_models(tok, model)
+        self.ended, self.saved = False, 0  # the step of the last checkpoint that was written
         self.reads_late = model.device.type != "cpu" and self.rollouts is None
         self.captured: CapturedStep | None = None  # what takes steps as CUDA graphs, in the loop
         self._prepared: Prepared | None = None  # the next step
@@ -153,30 +145,38 @@ class Run:
         progress = self.progress
         saved = progress.step  # the step of the last checkpoint, if there is one
         while True:
-            due = self._evaluation_is_due()
             stopped = self.ranks.any(stop.is_set())
-            waits = due and stopped  # for the run that goes on from here
-            evaluated = due and not waits
-            is_best = evaluated and self._evaluate(log)
+            evaluated, wanted = self.look(log, stopped)
             # Asked once for the checkpoint and for the end: a signal may come at any moment, and
             # between two questions it would end the run without a checkpoint.
             stopped = self.ranks.any(stop.is_set()) if evaluated else stopped
-            self.ended = self._is_done() and not waits
-            wanted = stopped or self._wants_checkpoint(is_best)
-            if wanted and (progress.step != saved or evaluated):
-                self._write_checkpoint(log, upload=not (self.ended or stopped))
+            if (stopped or wanted) and (progress.step != saved or evaluated):
+                self.write_checkpoint(log, upload=not (self.ended or stopped))
                 saved = progress.step
             if self.ended or stopped:
-                self._read_begun(log)
+                self.read_begun(log)
                 return
             self._step(log)
             if after_step is not None:
-                self._read_begun(log)
+                self.read_begun(log)
                 self.update.clip()
                 after_step()
             self.optimizer.zero_grad(set_to_none=True)
 
-    def end(self, log: Log) -> None:
+    def look(self, log: RunFiles, stopped: bool) -> tuple[bool, bool]:
+        """Evaluate the step that is done if that is due, and set `ended`.
+
+        An evaluation that is due when the run is stopped waits for the run that goes on from here.
+
+        Returns whether it was evaluated, and whether the config wants a checkpoint of it.
+        """
+        due = self.evaluation_is_due()
+        evaluated = due and not stopped
+        is_best = evaluated and self._evaluate(log)
+        self.ended = self._is_done() and evaluated == due
+        return evaluated, self._wants_checkpoint(is_best)
+
+    def end(self, log: RunFiles) -> None:
         """Save what the last step has made, or the best evaluation if the config wants that.
 
         Its card is written beside it.
@@ -189,7 +189,7 @@ class Run:
             end_with_the_best(self.part, self.output_dir, self.progress, log)
         self._by_the_writer(lambda: self._save_all(log))
 
-    def _save_all(self, log: Log) -> None:
+    def _save_all(self, log: RunFiles) -> None:
         try:
             self._save(self.output_dir)
         except OSError as error:
@@ -217,7 +217,7 @@ class Run:
         patience = self.config.early_stopping_patience
         return self.progress.step == self.order.total or self.progress.has_lost_patience(patience)
 
-    def _evaluation_is_due(self) -> bool:
+    def evaluation_is_due(self) -> bool:
         """Whether the step that is done should be evaluated, and was not.
 
         A run that was interrupted before an evaluation makes up for it when it goes on.
@@ -227,10 +227,10 @@ class Run:
         every, step = self.config.eval_steps, self.progress.step
         return step == self.order.total or (every is not None and step % every == 0)
 
-    def _evaluate(self, log: Log) -> bool:
+    def _evaluate(self, log: RunFiles) -> bool:
         """Evaluate the step that is done. Return whether it is the best one so far."""
         assert self.held_out is not None
-        self._read_begun(log)
+        self.read_begun(log)
         if self.captured is not None:
             self.captured.free()  # what an evaluation needs
         if self.progress.step == self.order.total:
@@ -256,15 +256,17 @@ class Run:
             return True
         return is_best and (self.config.load_best_model_at_end or every is not None)
 
-    def _write_checkpoint(self, log: Log, upload: bool) -> None:
+    def write_checkpoint(self, log: RunFiles, upload: bool, prune: bool = True) -> None:
         """Let rank 0 write a checkpoint of the step that is done, and upload it if `upload`.
 
         All ranks must have the same adapter, which only other hardware or a defect could change.
+        `prune` says whether earlier checkpoints make room, and `saved` is the step if all is
+        written.
         """
-        self._read_begun(log)
+        self.read_begun(log)
         self.ranks.agree(self._sums_of_tensors)
         rollouts = None if self.rollouts is None else self.rollouts.saved(self.progress.step)
-        self._by_the_writer(lambda: self._write(log, rollouts))
+        self._by_the_writer(lambda: self._write(log, rollouts, prune))
         if upload and self.config.hub_strategy != "end":
             now = self.publisher.upload_now
             self.ranks.first(lambda: now(self._save, self.progress, log.say))
@@ -273,7 +275,7 @@ class Run:
         """Return a sum of the bits of each trained tensor, by name."""
         return {f"tensor {name}": run_state.sum_of_bits(t) for name, t in self.tensors.items()}
 
-    def _write(self, log: Log, rollouts: dict[str, Any] | None) -> None:
+    def _write(self, log: RunFiles, rollouts: dict[str, Any] | None, prune: bool) -> None:
         """Write a checkpoint. If the disk is full, say so and go on."""
         step, optimizer, divided = self.progress.step, self.optimizer, self.part.divided
         met = False  # the other ranks in `save`
@@ -298,7 +300,9 @@ class Run:
                 save(self.output_dir)
                 return
             run_state.write_checkpoint(self.output_dir, step, tensors, values, save)
-            run_state.prune(self.output_dir, self.config.save_total_limit, self.progress.best_step)
+            self.saved = step
+            if prune:
+                self.prune()
         except (OSError, LorakitError) as error:
             reason = isinstance(error, OSError) and error.strerror
             log.say(
@@ -307,6 +311,10 @@ class Run:
             )
             if divided is not None and not met:
                 send_parts(self.model, self.output_dir)
+
+    def prune(self) -> None:
+        """Remove the checkpoints that the config does not want to keep."""
+        run_state.prune(self.output_dir, self.config.save_total_limit, self.progress.best_step)
 
     def _save(self, path: Path) -> None:
         """Save the adapter or the model, with the tokenizer if the model's files hold another one.
@@ -323,27 +331,36 @@ class Run:
 
     # ---- a step ----
 
-    def _step(self, log: Log) -> None:
-        """Begin the next step, and read the one before it, or at once where nothing is gained.
+    def _step(self, log: RunFiles) -> None:
+        """Take the next step. Its gradients stay.
 
-        Its gradients stay. The step after it is prepared before the host waits for anything.
+        The step after it is prepared before the host waits for anything.
         """
-        if self._begun is None:
-            self._clock = time.perf_counter()
-        before, self._begun = self._begun, None
+        self.begin()
         number = self.progress.step + 1
         step = self._prepared or self._prepare(number)
         told = Late(self._compute(step))
-        self.progress.step = number
         # completions wait for the step before them, and for a checkpoint that may come first
         ahead = number < self.order.total and self.rollouts is None
         self._prepared = self._prepare(number + 1) if ahead else None
+        self.note(step, told, log)
+        if not self.reads_late:
+            self.threads.after_step()
+
+    def begin(self) -> None:
+        """Begin to measure the time of a step, unless it goes on from the one before it."""
+        if self._begun is None:
+            self._clock = time.perf_counter()
+
+    def note(self, step: Prepared, told: Late, log: RunFiles) -> None:
+        """Note a step that was issued; read the one before it, or it where nothing is gained."""
+        before, self._begun = self._begun, None
+        self.progress.step = step.number
         if before is not None:
             self._read(*before, log)
         self._begun = step, told
         if not self.reads_late:
-            self._read_begun(log)
-            self.threads.after_step()
+            self.read_begun(log)
 
     def _compute(self, step: Prepared) -> Tensor:
         """Compute the gradients of a step, and let the optimizer take it. Return what it tells."""
@@ -364,14 +381,14 @@ class Run:
         options = self.config, self.captured, self.ranks.share
         return prepare(self.model, self.examples, number, rows, *options)
 
-    def _read_begun(self, log: Log) -> None:
+    def read_begun(self, log: RunFiles) -> None:
         """Read the step that was begun, if it was not read. The host waits for its end."""
         if self._begun is not None:
             step, told = self._begun
             self._begun = None
             self._read(step, told, log)
 
-    def _read(self, step: Prepared, late: Late, log: Log) -> None:
+    def _read(self, step: Prepared, late: Late, log: RunFiles) -> None:
         """Wait for the end of a step, and note and log what it tells."""
         told, progress = read(late.read()), self.progress
         now = time.perf_counter()
@@ -403,17 +420,7 @@ class Run:
 
     def _rate(self, step: int) -> float:
         """Return the scheduled rate of a step."""
-        config = self.config
-        return learning_rate(
-            config.lr_scheduler_type,
-            step - 1,
-            self.order.total,
-            config.peak_learning_rate,
-            config.warmup_ratio,
-            warmup_steps=config.warmup_steps,
-            min_lr_ratio=config.min_lr_ratio,
-            num_cycles=config.num_cycles,
-        )
+        return scheduled_rate(self.config, step, self.order.total)
 
     def _optimizer_step(self, shares: Sequence[float]) -> DeviceStep | HostStep:
         """Return what clips and steps, with the rates of the steps that are left.
@@ -425,7 +432,7 @@ class Run:
         rates = Rates(steps, self._rate, shares)
         return run_update(self.part, self.optimizer, rates, self.config.max_grad_norm, self.ranks)
 
-    def _skip(self, step: Prepared, told: Told, log: Log) -> None:
+    def _skip(self, step: Prepared, told: Told, log: RunFiles) -> None:
         """Count a step whose loss or gradient is not finite. Raises LorakitError after too many."""
         progress = self.progress
         progress.skipped += 1
@@ -441,9 +448,3 @@ class Run:
                 "be too high, or the rows damaged"
             )
         log.say(f"lorakit: skipped: {what}")
-
-
-def _is_not_the_models(tok: Tokenizer, model: Decoder) -> bool:
-    """Return whether a tokenizer has new tokens, or was read from elsewhere than its model."""
-    elsewhere = model.source is not None and tok.source not in (None, model.source.path)
-    return tok.has_new_tokens or elsewhere

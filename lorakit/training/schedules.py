@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lorakit.config.errors import LorakitError, nearest
-from lorakit.config.training import SCHEDULES
+from lorakit.config.training import SCHEDULES, TrainConfig
 
 
 def learning_rate(
@@ -73,6 +73,20 @@ def learning_rate(
         scale = warmup or 10_000
         return peak / math.sqrt((step - warmup + scale) / scale)
     return peak
+
+
+def scheduled_rate(config: TrainConfig, step: int, total: int) -> float:
+    """Return the rate of step 1, 2, ... to total by the schedule of a config."""
+    return learning_rate(
+        config.lr_scheduler_type,
+        step - 1,
+        total,
+        config.peak_learning_rate,
+        config.warmup_ratio,
+        warmup_steps=config.warmup_steps,
+        min_lr_ratio=config.min_lr_ratio,
+        num_cycles=config.num_cycles,
+    )
 
 
 def _half_cosine(done: float) -> float:

@@ -24,7 +24,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,9 +133,13 @@ def _flush(directory: Path) -> None:
 
 def prune(output_dir: Path, keep: int, best: int | None) -> None:
     """Remove all checkpoints except the last `keep` and that of step `best`."""
-    for each in checkpoints(output_dir)[:-keep]:
-        if each.step != best:
-            shutil.rmtree(each.path)
+    remove([each for each in checkpoints(output_dir)[:-keep] if each.step != best])
+
+
+def remove(found: Iterable[Checkpoint]) -> None:
+    """Remove checkpoints."""
+    for each in found:
+        shutil.rmtree(each.path)
 
 
 @contextmanager

@@ -29,12 +29,13 @@ from lorakit.training.interrupt import interrupt
 from lorakit.training.kernel_line import kernel_line
 from lorakit.training.log import heard, say
 from lorakit.training.losses.classification import check_head
+from lorakit.training.losses.held_out import HeldOut
 from lorakit.training.memory import peak_memory_mb
 from lorakit.training.mode import training_mode
 from lorakit.training.ranks import Ranks, joined
 from lorakit.training.record import recorded, settings_in_effect
 from lorakit.training.rollouts.rewards import RewardFunction, check_names
-from lorakit.training.run import HeldOut, Run
+from lorakit.training.run import Run
 from lorakit.training.state import only_run_in
 from lorakit.training.teaching import source_of_teacher
 from lorakit.training.trackers import reporter
@@ -69,6 +70,8 @@ class TrainResult:
     """Whether early_stopping_patience ended the run before its last step."""
     address: str | None = None
     """The address of the upload; None if none was asked for, or it failed."""
+    error: str | None = None
+    """Why the run ended by itself among several that went on (`train_many`); None if it did not."""
 
 
 def train(
@@ -141,17 +144,12 @@ def _train(
     check_head(model, config)
     trained = trained_part(model, config)
     check_frozen_dtype(model, config)
-    train_rows, validation_rows = _two_sources(data)
-    if config.grpo is not None and validation_rows is not None:
-        raise LorakitError("train: grpo evaluates on no validation rows yet; leave them out")
-    examples = encode_for(model, tok, train_rows, config, "the training rows")
-    held_out = None if validation_rows is None else _held_out(model, tok, validation_rows, config)
-    _check_validation(held_out, config)
+    examples, held_out = rows_of(model, tok, data, config)
     check_outputs(config, rewards)
     validation = None if held_out is None else held_out.examples
     rows_of_run = {"the training rows": examples, "the validation rows": validation}
     source = source_of_teacher(model, tok, config, teacher, rows_of_run)
-    output_dir = _made_directory(config.output_dir)
+    output_dir = made_directory(config.output_dir)
     with ExitStack() as held:
         ranks.first(lambda: held.enter_context(only_run_in(output_dir)))
         # Asked before the config of rank 0 is that of all; its output_dir and resume hold anyway.
@@ -161,7 +159,7 @@ def _train(
             say(split)
         run = Run(trained, tok, examples, held_out, config, base_model, ranks, rewards, source)
         if ranks.is_writer:
-            held.enter_context(_recorded(run, run_file))
+            held.enter_context(recorded_run(run, run_file))
         say(kernel_line(model, max(examples.lengths), config.packing))
         mode = training_mode(model, config, run.order.largest)
         with mode, run.open_log() as log, interrupt(ranks.grace) as stop:
@@ -169,10 +167,10 @@ def _train(
             run.end(log)
         upload = run.publisher.upload
         address = ranks.first(lambda: upload(run.progress, say)) if run.ended else None
-    return _result(run, address)
+    return result_of(run, address)
 
 
-def _recorded(run: Run, run_file: RunConfig | None) -> AbstractContextManager[None]:
+def recorded_run(run: Run, run_file: RunConfig | None) -> AbstractContextManager[None]:
     """Return what keeps run.json of a run while it goes on."""
     source = run.model.source
     values = {
@@ -186,7 +184,7 @@ def _recorded(run: Run, run_file: RunConfig | None) -> AbstractContextManager[No
     return recorded(run.output_dir, values, lambda: run.ended, say)
 
 
-def _result(run: Run, address: str | None) -> TrainResult:
+def result_of(run: Run, address: str | None) -> TrainResult:
     """Return what a run did, and where its adapter was uploaded to."""
     progress = run.progress
     return TrainResult(
@@ -203,6 +201,25 @@ def _result(run: Run, address: str | None) -> TrainResult:
         stopped_early=run.stopped_early(),
         address=address,
     )
+
+
+def rows_of(
+    model: Decoder,
+    tok: Tokenizer,
+    data: RowSource | Examples | Mapping[str, RowSource | Examples],
+    config: TrainConfig,
+) -> tuple[Examples, HeldOut | None]:
+    """Return the examples of a run, and its rows for validation if there are any.
+
+    Raises LorakitError if they cannot be used, or the config wants rows that are not there.
+    """
+    train_rows, validation_rows = _two_sources(data)
+    if config.grpo is not None and validation_rows is not None:
+        raise LorakitError("train: grpo evaluates on no validation rows yet; leave them out")
+    examples = encode_for(model, tok, train_rows, config, "the training rows")
+    held_out = None if validation_rows is None else _held_out(model, tok, validation_rows, config)
+    _check_validation(held_out, config)
+    return examples, held_out
 
 
 def _two_sources(
@@ -273,7 +290,8 @@ def check_outputs(config: TrainConfig, rewards: Mapping[str, RewardFunction] | N
         raise LorakitError(f"train: output_dir {output_dir} is a file; choose another name")
 
 
-def _made_directory(name: str) -> Path:
+def made_directory(name: str) -> Path:
+    """Make the output_dir of a run. Raises LorakitError if that cannot be."""
     output_dir = as_path(name)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)

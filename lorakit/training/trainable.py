@@ -203,6 +203,12 @@ def trainable_layers(model: Decoder) -> dict[str, Attached]:
     return layers
 
 
+def is_not_the_models(tok: Tokenizer, model: Decoder) -> bool:
+    """Return whether a tokenizer has new tokens, or was read from elsewhere than its model."""
+    elsewhere = model.source is not None and tok.source not in (None, model.source.path)
+    return tok.has_new_tokens or elsewhere
+
+
 def _that_train(model: Decoder) -> dict[str, Tensor]:
     """Return the parameters that require gradients, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}

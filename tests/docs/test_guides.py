@@ -117,6 +117,23 @@ def test_examples_of_the_guide_to_sessions(prepared):
     assert (work / "runs" / "by-hand" / "state.json").exists()
 
 
+def test_examples_of_the_guide_to_several_adapters(prepared):
+    """The file is run a second time, which goes on from its last checkpoint."""
+    work, run = prepared
+    [file] = blocks("docs/many.md", "yaml", "many.yaml")
+    rows = [{"prompt": f"{i} plus 1 is", "completion": f" {i + 1}"} for i in range(12)]
+    (work / "many.yaml").write_text(file)
+    for name, some in (("rows.jsonl", rows), ("other.jsonl", rows[4:])):
+        (work / name).write_text("".join(json.dumps(row) + "\n" for row in some))
+    [command] = [each for each in commands("docs/many.md") if each[1] == "train"]
+    first, again = run(command).stdout, run(command).stdout
+    assert "step 4/6: 2 adapters, " in first
+    assert "small  6 steps, loss " in first
+    assert "resumed from " in again
+    losses = run(["-c", python("docs/many.md")]).stdout.splitlines()[-1]
+    assert re.fullmatch(r"\{'r-4': '\d\.\d{3}', 'r-16': '\d\.\d{3}'\}", losses)
+
+
 def test_examples_of_the_guide_to_memory(prepared):
     _, run = prepared
     done = run(["-c", python("docs/memory.md")])

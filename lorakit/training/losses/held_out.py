@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -9,6 +10,7 @@ from lorakit.config.objectives import HEADED
 from lorakit.config.training import TrainConfig
 from lorakit.data.encode import AnyExample
 from lorakit.data.examples import Examples
+from lorakit.data.schemas import Row
 from lorakit.evaluation.classes import head_scores
 from lorakit.evaluation.evaluate import summed_over, text_loss
 from lorakit.evaluation.share import ALL, Share
@@ -16,6 +18,13 @@ from lorakit.models.decoder import Decoder
 from lorakit.training.losses.batch import collated, summed_loss
 from lorakit.training.losses.reference import Reference
 from lorakit.training.losses.teacher import Teacher
+
+
+class HeldOut(NamedTuple):
+    """The rows for validation, and their examples."""
+
+    rows: Sequence[Row]
+    examples: Examples
 
 
 def held_out_loss(

@@ -1,0 +1,1 @@
+"""Several adapters over one frozen model, trained in one pass a step."""
