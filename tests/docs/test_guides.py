@@ -131,7 +131,7 @@ def test_examples_of_the_guide_to_several_adapters(prepared):
     assert "small  6 steps, loss " in first
     assert "resumed from " in again
     losses = run(["-c", python("docs/many.md")]).stdout.splitlines()[-1]
-    assert re.fullmatch(r"\{'r-4': '\d\.\d{3}', 'r-16': '\d\.\d{3}'\}", losses)
+    assert re.fullmatch(r"\{'r-4': '\d+\.\d{3}', 'r-16': '\d+\.\d{3}'\}", losses)
 
 
 def test_examples_of_the_guide_to_memory(prepared):

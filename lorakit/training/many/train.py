@@ -78,8 +78,6 @@ def train_many(
     configs = {n: replace(c, output_dir=f"{output_dir}/{n}") for n, c in configs.items()}
     check_many(configs)
     _check_model(model, configs)
-    with joined(model.device) as ranks:
-        check(ranks.size == 1, "several adapters in one pass are trained by one process")
     members = []
     for name, config in configs.items():
         with _about(name):
@@ -118,7 +116,9 @@ def check_many(configs: Mapping[str, TrainConfig]) -> None:
 
 
 def _check_model(model: Decoder, configs: Mapping[str, TrainConfig]) -> None:
-    """Raise LorakitError unless the model has these adapters, and they can share a pass."""
+    """Raise LorakitError unless the model has these adapters, and this process trains alone."""
+    with joined(model.device) as ranks:
+        check(ranks.size == 1, "several adapters in one pass are trained by one process")
     check(model.mesh is None, "several adapters are trained over weights that one device holds")
     for name, config in configs.items():
         check_adapter(model, name, "train_many")
