@@ -52,6 +52,8 @@ def joint_to_resume(output_dir: Path, names: Sequence[str], resume: str | None) 
     checkpoints and `resume` is None, those of other runs, or many.json knows other adapters.
     """
     path = output_dir / RECORD
+    for name in names:
+        run_state.remove_unfinished(output_dir / name)
     found = {name: run_state.checkpoints(output_dir / name) for name in names}
     there = [name for name, each in found.items() if each]
     if resume is None or not path.exists():

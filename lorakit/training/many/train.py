@@ -26,6 +26,7 @@ from lorakit.training.cores import FewerThreads
 from lorakit.training.interrupt import Flag, interrupt
 from lorakit.training.kernel_line import kernel_line
 from lorakit.training.losses.classification import check_head
+from lorakit.training.losses.held_out import HeldOut
 from lorakit.training.many.joint import Joint, joint_to_resume
 from lorakit.training.many.log import Shown
 from lorakit.training.many.member import Member
@@ -81,8 +82,9 @@ def train_many(
     members = []
     for name, config in configs.items():
         with _about(name):
-            run_file = None if runs is None else runs[name]
             rows = rows_of(model, tok, data[name], config)
+            _check_tokenizer(tok, *rows)
+            run_file = None if runs is None else runs[name]
             members.append(Member(name, model, config, *rows, run_file))
     with ExitStack() as held:
         folder = made_directory(output_dir)
@@ -125,6 +127,17 @@ def _check_model(model: Decoder, configs: Mapping[str, TrainConfig]) -> None:
         check_head(model, config)
     check_unmerged(model, "train_many")
     check_spans(model, list(configs))
+
+
+def _check_tokenizer(tok: Tokenizer, examples: Examples, held_out: HeldOut | None) -> None:
+    """Raise LorakitError if rows were encoded with a tokenizer that is not the one of all."""
+    for each in [examples] + ([] if held_out is None else [held_out.examples]):
+        theirs = each.encoder.tok
+        if theirs is not tok and theirs.backend.to_str() != tok.backend.to_str():
+            raise LorakitError(
+                "its rows were encoded with another tokenizer than that of the model, which all "
+                "adapters share: encode them with that one"
+            )
 
 
 @contextmanager

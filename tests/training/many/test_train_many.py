@@ -264,3 +264,19 @@ def test_other_checkpoints_are_not_taken_for_those_of_all(tiny_dir, tok, tmp_pat
     )
     with pytest.raises(lk.LorakitError, match="is later than the checkpoint of all"):
         train(tiny_dir, tok, out, {"small": resumed["small"]})
+
+
+def test_rows_that_teach_nothing_or_are_of_another_tokenizer(tiny_dir, tok, tmp_path):
+    configs = {name: CONFIGS[name] for name in ("small", "other")}
+    with pytest.raises(lk.LorakitError, match="adapter 'other': data holds no rows"):
+        train(tiny_dir, tok, tmp_path / "out", configs, {"small": ROWS, "other": []})
+    changed = lk.load_tokenizer(tiny_dir)
+    changed.add_special_tokens(["<new>"])
+    rows = {name: lk.encode_rows(ROWS, tok, max_seq_length=1024) for name in configs}
+    rows["other"] = lk.encode_rows(ROWS, changed, max_seq_length=32)
+    with pytest.raises(lk.LorakitError, match="adapter 'other': its rows were encoded with anoth"):
+        train(tiny_dir, tok, tmp_path / "out", configs, rows)
+    assert not (tmp_path / "out").exists()
+    same = lk.encode_rows(ROWS, lk.load_tokenizer(tiny_dir), max_seq_length=1024)
+    one = {"small": replace(CONFIGS["small"], max_steps=1)}
+    assert train(tiny_dir, tok, tmp_path / "out", one, {"small": same})["small"].steps == 1
