@@ -45,7 +45,8 @@ class Member:
         self.name, self.model, self.config = name, model, config
         self.examples, self.held_out, self.run_file = examples, held_out, run_file
         self.held = ExitStack()  # its lock, its files and its run.json
-        self.going, self.error = True, None
+        self.going = True
+        self.error: str | None = None  # why it ended while the others went on
         self.address: str | None = None
         self.step: Prepared | None = None  # the one that is computed
         self.batches = list[list[AnyExample]]()
