@@ -34,6 +34,7 @@ from lorakit.models.blocks import Block, RMSNorm
 from lorakit.models.cache import Cache, SharedKeys, Storage
 from lorakit.models.config import ModelConfig
 from lorakit.models.head import OutputHead
+from lorakit.models.offload import Offload
 from lorakit.models.per_layer import HostTable
 from lorakit.models.recompute import run_recomputed
 from lorakit.models.rows import before_padding, neftune_noise, next_tokens
@@ -409,10 +410,11 @@ class Blocks(nn.ModuleList):
             offload: Whether inputs of blocks that are recomputed wait in host memory.
         """
         added: Tensor | None = None  # what the last block adds to x; the next norm reads both
+        inputs = Offload(x.device) if offload else None
         for block, view, part in zip(self, views, parts, strict=True):
             if view.recomputed and not _keeps_for_others(cache, block):
                 x = x if added is None else x + added
-                x, added = run_recomputed(block, x, None, view, cache, part, offload=offload)
+                x, added = run_recomputed(block, x, None, view, cache, part, offload=inputs)
             else:
                 x, added = block(x, added, view, cache, part)
         return x, added

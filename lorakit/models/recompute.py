@@ -8,7 +8,8 @@ used.
 
 torch.utils.checkpoint does the same for any function, and much else; but its first call imports
 torch's compiler, which takes a second and 150 MB of memory. While a compiler traces, it is called
-all the same: the compiler knows it. `offload` is the compiler's business then.
+all the same: the compiler knows it. `offload` is the compiler's business then (offload.py is not
+asked).
 """
 
 from collections.abc import Callable, Iterator
@@ -22,10 +23,11 @@ from torch.utils.checkpoint import checkpoint
 
 from lorakit import kernels
 from lorakit.kernels import pretend
+from lorakit.models.offload import Offload, OffloadedInput
 
 
 def run_recomputed(
-    block: Callable[..., Tensor], x: Tensor, *rest: Any, offload: bool = False
+    block: Callable[..., Tensor], x: Tensor, *rest: Any, offload: Offload | None = None
 ) -> Tensor:
     """Return block(x, *rest), and keep only x and `rest` for backward; see the module.
 
@@ -33,7 +35,7 @@ def run_recomputed(
         block: A module or function that computes the same when it runs again.
         x: Its input.
         *rest: Its further arguments.
-        offload: Whether x waits for backward in host memory.
+        offload: Where x waits for backward in host memory; None keeps it where it is.
 
     Returns:
         What the block returns.
@@ -52,11 +54,15 @@ class _Run:
     """One run of a block, and what backward will ask of it."""
 
     def __init__(
-        self, block: Callable[..., Tensor], x: Tensor, rest: tuple[Any, ...], offload: bool
+        self,
+        block: Callable[..., Tensor],
+        x: Tensor,
+        rest: tuple[Any, ...],
+        offload: Offload | None,
     ):
         self.block, self.rest = block, rest
-        self.device, self.requires_grad = x.device, x.requires_grad
-        self.x = _to_host(x) if offload else x.detach()
+        self.requires_grad = x.requires_grad
+        self.x = x.detach() if offload is None else offload.put(x)
         self.count = 0  # tensors that the first run saved
         self.found: dict[int, Tensor] = {}  # those of the second run, by their numbers
         self.random = _random_state(x.device)
@@ -84,8 +90,8 @@ class _Run:
             if len(found) == self.count:
                 raise _Enough
 
-        # The stream does one thing after another: this copy waits for the one to host memory.
-        x = self.x.to(self.device, non_blocking=True).detach().requires_grad_(self.requires_grad)
+        x = self.x.take() if isinstance(self.x, OffloadedInput) else self.x
+        x = x.detach().requires_grad_(self.requires_grad)
         with torch.enable_grad(), self.autocast, _as_before(self.random, x.device):
             try:
                 with saved_tensors_hooks(keep, lambda nothing: nothing):
@@ -102,14 +108,6 @@ class _Run:
 
 class _Enough(Exception):
     """The last tensor that backward needs has been computed."""
-
-
-def _to_host(x: Tensor) -> Tensor:
-    """Return a copy of x in host memory; it is pinned and written while a GPU goes on."""
-    on_host = pretend.kind_of(x.device) == "cpu"
-    device = x.device if on_host else torch.device("cpu")
-    host = torch.empty(x.shape, dtype=x.dtype, device=device, pin_memory=x.is_cuda)
-    return host.copy_(x.detach(), non_blocking=True)
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
