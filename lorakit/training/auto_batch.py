@@ -35,7 +35,11 @@ RESIDENT = 2.5
 
 
 def with_split(
-    model: Decoder, examples: Examples, config: TrainConfig, ranks: Ranks
+    model: Decoder,
+    examples: Examples,
+    config: TrainConfig,
+    ranks: Ranks,
+    teacher: Decoder | None = None,
 ) -> tuple[TrainConfig, str]:
     """Return the settings with numbers of rows and batches in the place of "auto".
 
@@ -44,6 +48,7 @@ def with_split(
         examples: The examples of the run.
         config: The settings of the run.
         ranks: The processes that train together; those of one machine share the memory of a CPU.
+        teacher: The teacher that the config names, loaded already.
 
     Returns:
         The settings, and the line that says what was decided; "" if there is nothing to decide.
@@ -58,14 +63,18 @@ def with_split(
         same, why = run_state.read_values(checkpoint)["same"], "as the checkpoint says"
         rows = int(same["per_device_train_batch_size"])
     else:
-        rows, why = _fitting_rows(model, examples, config, ranks)
+        rows, why = _fitting_rows(model, examples, config, ranks, teacher)
     split = config.split(rows)
     line = f"auto: {rows} rows at a time, {split.batches_of_step} times a step, {why}"
     return split, line
 
 
 def _fitting_rows(
-    model: Decoder, examples: Examples, config: TrainConfig, ranks: Ranks
+    model: Decoder,
+    examples: Examples,
+    config: TrainConfig,
+    ranks: Ranks,
+    teacher: Decoder | None,
 ) -> tuple[int, str]:
     """Return how many rows at a time fit, and why it is that many."""
     device = model.device
@@ -76,7 +85,8 @@ def _fitting_rows(
         if surely_fits(run, free):
             return whole.rows_of_step, "which is all of them"
         left = SHARE * free / (RESIDENT if device.type == "cpu" else 1)
-        rows = rows_that_fit(run, int(_held(model) + left))
+        held = _held(model) + (0 if teacher is None else _held(teacher))
+        rows = rows_that_fit(run, int(held + left))
     except (LorakitError, RuntimeError) as error:
         return 1, f"since there is no forecast of memory ({error})"
     finally:

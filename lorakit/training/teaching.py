@@ -52,7 +52,8 @@ def source_of_teacher(
         )
     rows = {name: each for name, each in examples.items() if each is not None}
     if given is None and settings.logits is not None:
-        return _opened(settings.logits, settings, rows)
+        size = min(len(tok), model.config.vocab_size)
+        return _opened(settings.logits, settings, rows, size)
     teacher = given
     if teacher is None and settings.teacher is not None:
         teacher = load_teacher(settings.teacher, settings, tok, model.dtype, model.device)
@@ -116,8 +117,16 @@ def _number(word: str, vocabulary: Mapping[str, int]) -> str:
     return f"token {vocabulary[word]}" if word in vocabulary else "no token"
 
 
-def _opened(path: str, settings: DistillationConfig, rows: Mapping[str, Examples]) -> TopTokens:
+def _opened(
+    path: str, settings: DistillationConfig, rows: Mapping[str, Examples], size: int
+) -> TopTokens:
+    """Open a teacher's file for a model of `size` tokens; raise LorakitError if it is another's."""
     found = TopTokens(path)
+    if found.vocabulary > size:
+        raise LorakitError(
+            f"distillation: {path} is of a vocabulary of {found.vocabulary} tokens, and the model "
+            f"has {size}: write it again with the tokenizer of the model"
+        )
     if found.temperature != torch.tensor(settings.temperature).item():
         raise LorakitError(
             f"distillation: {path} was written at temperature {found.temperature:g}, and the run "

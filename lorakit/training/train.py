@@ -154,7 +154,9 @@ def _train(
         ranks.first(lambda: held.enter_context(only_run_in(output_dir)))
         # Asked before the config of rank 0 is that of all; its output_dir and resume hold anyway.
         ranks.agree(lambda: asdict(replace(config, output_dir="", resume=None)))
-        config, split = ranks.first(lambda: with_split(model, examples, config, ranks))
+        named = config.distillation is not None and config.distillation.teacher is not None
+        loaded = source if named and isinstance(source, Decoder) else None
+        config, split = ranks.first(lambda: with_split(model, examples, config, ranks, loaded))
         if split:
             say(split)
         run = Run(trained, tok, examples, held_out, config, base_model, ranks, rewards, source)

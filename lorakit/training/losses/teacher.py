@@ -99,6 +99,12 @@ class TopTokens:
             whole and len(self._words) == len(self._log_probs),
             f"distillation: {path} is damaged: write it again",
         )
+        words = self._words
+        check(
+            not words.numel() or 0 <= int(words.min()) <= int(words.max()) < self.vocabulary,
+            f"distillation: {path} is damaged: it has tokens that are none of its "
+            f"{self.vocabulary}; write it again",
+        )
 
     def check_rows(self, examples: Iterable[Example], what: str) -> None:
         """Raise LorakitError unless all examples, called `what`, are in the file."""

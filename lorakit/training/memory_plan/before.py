@@ -56,8 +56,7 @@ def check_run(
         divided: Whether the processes divide the weights, as `mesh_of_run` decides.
 
     Returns:
-        The line of `check_memory`; for objectives that are not forecast, grpo and distillation, one
-        that says so.
+        The line of `check_memory`; for grpo, which is not forecast, one that says so.
 
     Raises:
         LorakitError: The run cannot fit.
@@ -67,8 +66,6 @@ def check_run(
             "memory: not forecast, since grpo also keeps the keys and values of the completions "
             "that it samples"
         )
-    if run.train.distillation is not None:
-        return "memory: the teacher of distillation is in no forecast"
     device = own_device()
     on_gpu = device.type == "cuda"
     with joined(device) as ranks:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lorakit.adapters.attach import attach
 from lorakit.config.adapters import LoraConfig, TargetConfig
 from lorakit.config.errors import LorakitError
-from lorakit.config.quantization import QuantConfig
+from lorakit.config.quantization import QuantConfig, quant_config
 from lorakit.config.training import TrainConfig
 from lorakit.data.encode import (
     IGNORE,
@@ -39,10 +39,10 @@ from lorakit.training.device_step import optimizer_step
 from lorakit.training.divided import DividedStep, DividedSum
 from lorakit.training.float8 import check_frozen_dtype, start_float8
 from lorakit.training.gradients import FastSum, GradientSum, OrderedSum
-from lorakit.training.losses.reference import Reference
 from lorakit.training.memory_plan.ledger import Kind, Ledger
 from lorakit.training.memory_plan.pool import Pool
 from lorakit.training.memory_plan.several import Absent, pretended_mesh
+from lorakit.training.memory_plan.teacher import compared_with
 from lorakit.training.memory_plan.watch import NO_LAYER, Mark, Watch
 from lorakit.training.memory_plan.workspace import cublas
 from lorakit.training.ranks import Ranks
@@ -75,6 +75,7 @@ class Setting:
         divided: Whether each of them has its part of the weights alone.
         offload: Whether the frozen weights wait in host memory.
         vocabulary: How many tokens the model is given rows for, if it has fewer.
+        teacher: The model that distillation learns from, if it is another one.
     """
 
     config: ModelConfig
@@ -93,6 +94,7 @@ class Setting:
     divided: bool = False
     offload: bool = False
     vocabulary: int = 0
+    teacher: ModelConfig | None = None
 
     @property
     def label(self) -> str:
@@ -135,7 +137,7 @@ def forecast(setting: Setting) -> Forecast:
             shard(model, stack.enter_context(mesh), offload=setting.offload and on_gpu)
         stack.enter_context(_pretending(setting))
         stack.enter_context(ledger)
-        _load(setting, model, ledger)
+        _load(model, ledger, setting.numbers)
         if setting.vocabulary > setting.config.vocab_size:
             resize_embeddings(model, setting.vocabulary)
             own_weights(ledger, model)
@@ -145,11 +147,12 @@ def forecast(setting: Setting) -> Forecast:
         elif setting.lora is not None:
             attach(model, plain(setting.lora))
         own_weights(ledger, model)
+        teacher = _loaded_teacher(setting, ledger)
         with Watch(ledger, model, setting.numbers) as watch:
             if setting.new_tokens is not None:
                 resident, paged = _generate(setting, model, ledger, watch), 0
             else:
-                resident, paged = _steps(setting, model.train(), ledger, watch)
+                resident, paged = _steps(setting, model.train(), teacher, ledger, watch)
     peaks = {mark: peak.kinds for mark, peak in ledger.peaks.items() if mark}
     reserved = ledger.pool.peak_reserved if ledger.pool is not None else 0
     return Forecast(resident, peaks, reserved, ledger.most_on_host + paged)
@@ -164,12 +167,24 @@ def plain(lora: TargetConfig) -> TargetConfig:
     return replace(lora, init_lora_weights=True) if isinstance(lora, LoraConfig) else lora
 
 
-def _load(setting: Setting, model: Decoder, ledger: Ledger) -> None:
-    """Fill the model tensor by tensor, as `load_model` does."""
+def _loaded_teacher(setting: Setting, ledger: Ledger) -> Decoder | None:
+    """Return the teacher of a run, if it is another model, as the run loads it."""
+    settings, config = setting.train.distillation, setting.teacher
+    if settings is None or config is None:
+        return None
+    quantize = None if settings.quantize is None else quant_config(settings.quantize)
+    teacher = empty_model(config, setting.dtype, quantize)
+    _load(teacher, ledger, [NO_LAYER] * config.num_hidden_layers)
+    ledger.own(("teacher", ""), teacher.parameters())
+    return teacher
+
+
+def _load(model: Decoder, ledger: Ledger, numbers: Sequence[int]) -> None:
+    """Fill a model tensor by tensor, as `load_model` does; its layers have these numbers."""
     ledger.kind = "loading", ""
     for name, place in fill_empty(model, torch.device("meta")):
         parts = name.split(".")
-        layer = setting.numbers[int(parts[2])] if parts[1:2] == ["layers"] else NO_LAYER
+        layer = numbers[int(parts[2])] if parts[1:2] == ["layers"] else NO_LAYER
         ledger.mark = Mark("loading", layer)
         place()
         own_weights(ledger, model.get_submodule(name.rpartition(".")[0]), name)
@@ -195,7 +210,7 @@ def _kind_of(names: Sequence[str], module: nn.Module, leaf: str, p: Tensor) -> K
 
 
 def _steps(
-    setting: Setting, model: Decoder, ledger: Ledger, watch: Watch
+    setting: Setting, model: Decoder, teacher: Decoder | None, ledger: Ledger, watch: Watch
 ) -> tuple[Mapping[Kind, float], int]:
     """Take the steps; return what is held after them, and the bytes of paged state."""
     train = setting.train
@@ -222,9 +237,9 @@ def _steps(
         sums = DividedSum(absent, trained.divided)
         options = train.max_grad_norm, trained.divided, absent
         update = DividedStep(optimizer, params, rates, *options)
-    reference = Reference(model) if train.compares else None
-    if reference is not None:
-        ledger.own(("adapters", ""), reference.tensors.values())
+    taken = micro_batches(setting)
+    examples = [example for batch in taken for example in batch]
+    reference = compared_with(train, model, teacher, examples, ledger)
 
     def updated(losses: Tensor) -> Tensor:
         watch.begin("optimizer", ("optimizer state", ""))
@@ -232,12 +247,10 @@ def _steps(
         watch.begin("optimizer", ("workspace", ""))
         return told
 
-    taken = micro_batches(setting)
     captured = _captured(setting, model, taken, ledger, updated)
     if setting.device == "cuda":  # of this thread, and of the one that goes backward
         watch.begin("forward", ("workspace", ""))
         ledger.while_it_runs(("workspace", ""), [cublas(setting.capability)] * 2)
-    examples = [example for batch in taken for example in batch]
     numbers = iter(range(len(examples)))
     rows = [[next(numbers) for _ in batch] for batch in taken]
     for number in range(1, STEPS + 1):

@@ -115,9 +115,18 @@ def plan_memory(
     layers, kept = list(range(config.num_hidden_layers)), kept_of(config, train, kept_layers)
     whole, where = (config, layers, kept, to_dtype(dtype)), (label_share, device, capability)
     new, divided = generate and generate[2], shard == "full" and ranks > 1
-    setting = Setting(*whole, *given, *where, new, ranks, divided, offload_weights, vocabulary)
+    placed = new, ranks, divided, offload_weights, vocabulary
+    setting = Setting(*whole, *given, *where, *placed, None if new else _teacher(train))
     found = forecast_by_rows(setting, lambda rows: forecast_by_layers(rows, _made))
     return _plan(found, device, time.perf_counter() - started)
+
+
+def _teacher(train: TrainConfig) -> ModelConfig | None:
+    """Return the config of the model that distillation loads as its teacher."""
+    settings = train.distillation
+    if settings is None or settings.teacher is None or settings.logits is not None:
+        return None
+    return model_config(settings.teacher)
 
 
 def _made(setting: Setting) -> Forecast:
@@ -148,8 +157,6 @@ def _check(
     generate: tuple[int, int, int] | None,
 ) -> None:
     """Raise LorakitError for what cannot be forecast."""
-    if train.distillation is not None:
-        raise LorakitError("objective distillation has a teacher, whose memory is not forecast")
     if ranks < 1:
         raise LorakitError(f"plan_memory: ranks is {ranks}; there is at least 1")
     if train.train == "full" and offload_weights:

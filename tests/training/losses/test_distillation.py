@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import lorakit as lk
 from lorakit.adapters.layers.lora import lora_layers
@@ -242,6 +243,15 @@ def test_files_that_cannot_teach(tiny_dir, tok, tmp_path):
         train(file, temperature=2.0)
     with pytest.raises(lk.LorakitError, match="2 of the training rows are not in"):
         train(file, ROWS[1:5])
+    whole = load_file(file)
+    for name, value, message in (
+        ("vocabulary", torch.tensor(10**6), "of a vocabulary of 1000000 tokens, and the model has"),
+        ("words", whole["words"] + 10**6, "is damaged: it has tokens that are none of its"),
+    ):
+        changed = tmp_path / f"{name}.safetensors"
+        save_file({**whole, name: value}, changed)
+        with pytest.raises(lk.LorakitError, match=message):
+            train(changed)
     pairs = lk.encode_rows(PAIRS[:2], tok, max_seq_length=64)
     with pytest.raises(lk.LorakitError, match="give rows with one answer each"):
         lk.save_teacher_logits(lk.load_model(tiny_dir, dtype="float32"), pairs, file)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from lorakit.kernels.ops.cross_entropy.linear import CHUNK_BYTES
 from lorakit.models.classifier import decoder_of
 from lorakit.models.decoder import Decoder
 from lorakit.training.device_step import optimizer_step
+from lorakit.training.losses.teacher import Teacher
 from lorakit.training.memory_plan.forecast import Setting, forecast, micro_batches
 from lorakit.training.memory_plan.layers import (
     forecast_by_layers,
@@ -20,6 +22,7 @@ from lorakit.training.memory_plan.layers import (
     kinds_of,
     with_layers,
 )
+from lorakit.training.memory_plan.teacher import _Tokens
 from lorakit.training.step import backward, prepare
 from lorakit.training.stepping import run_optimizer
 from lorakit.training.trainable import trained_part
@@ -28,7 +31,7 @@ from tests.allocations import counted
 TINY = lk.ModelConfig("llama", 512, 128, 256, 2, 4, 2, 32)
 H200 = lk.ModelConfig("llama", 128256, 4096, 14336, 4, 32, 8, 128)  # of benchmarks/gpu.md
 LORA = lk.LoraConfig(r=16, lora_alpha=32)
-KEPT = ("embeddings", "head", "packed weights", "scales", "weights", "adapters")
+KEPT = ("embeddings", "head", "packed weights", "scales", "weights", "adapters", "teacher")
 triton = pytest.importorskip("triton")
 
 
@@ -40,8 +43,11 @@ def setting(config, train=None, rows=(64,), device="cuda", quantize=None, dtype=
     )
 
 
-def measured(config, given):
-    """Return the most bytes that torch held at a time in real steps, beyond model and adapter."""
+def measured(config, given, source=None):
+    """Return the most bytes that torch held at a time in real steps, beyond model and adapter.
+
+    `source` makes what a teacher is of the examples of a step.
+    """
     model = decoder_of(config).to(given.dtype).requires_grad_(False)
     if given.quantize is not None:
         lk.quantize(model, given.quantize)
@@ -55,11 +61,12 @@ def measured(config, given):
     optimizer, shares = run_optimizer(trained_part(model, train), train)
     params = [p for p in model.parameters() if p.requires_grad]
     update = optimizer_step(optimizer, params, [shares] * 1000, 1.0)
+    teacher = None if source is None else Teacher(train.distillation, source(examples))
 
     def steps():
         for number in (1, 2):
             step = prepare(model, examples, number, rows, train, None)
-            update(torch.stack(backward(model, step, train, None)))
+            update(torch.stack(backward(model, step, train, teacher)))
             optimizer.zero_grad(set_to_none=True)
 
     return counted(steps)[0]
@@ -107,6 +114,56 @@ def test_a_real_step_with_a_head_for_classes(objective, packing):
     assert most_of_steps(found) == pytest.approx(measured(config, given), rel=0.01)
     assert not any(kind == "logits" and size > 10_000 for kinds in found.peaks.values()
                    for (kind, _), size in kinds.items())  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "packing"),
+    [({"teacher": "another"}, False), ({"teacher": "another", "quantize": "nf4"}, True)],
+    ids=["dense", "nf4"],
+)
+def test_a_real_step_with_a_teacher(options, packing):
+    """One percent, as above; the teacher's weights have a line of their own."""
+    larger = dataclasses.replace(TINY, hidden_size=192, num_hidden_layers=3, vocab_size=640)
+    train = distilling(packing, **options)
+    given = setting(TINY, train, (64,) * 4, "cpu", None, torch.bfloat16)
+    given = dataclasses.replace(given, teacher=larger)
+
+    def teacher(examples):
+        model = decoder_of(larger).to(given.dtype).requires_grad_(False).eval()
+        if train.distillation.quantize is not None:
+            lk.quantize(model, lk.QuantConfig())
+        return model
+
+    found = forecast(given)
+    assert most_of_steps(found) == pytest.approx(measured(TINY, given, teacher), rel=0.01)
+    weights = sum(p.nbytes for p in teacher(None).parameters())
+    assert found.resident["teacher", ""] == pytest.approx(weights, rel=0.001)
+
+
+def test_a_real_step_with_a_teachers_file():
+    """One percent, as above: of each label eight tokens come to the device."""
+    train = distilling(False, logits="teacher.safetensors", top_k=8)
+    given = setting(TINY, train, (64,) * 4, "cpu", None, torch.bfloat16)
+
+    class Likely(_Tokens):
+        def of_rows(self, digests, device):
+            words, log_probs = super().of_rows(digests, device)
+            return words.copy_(torch.arange(8)), log_probs.fill_(-math.log(9))
+
+    def file(examples):
+        return Likely(train.distillation, TINY, examples)
+
+    assert most_of_steps(forecast(given)) == pytest.approx(measured(TINY, given, file), rel=0.01)
+
+
+def distilling(packing, **options):
+    return lk.TrainConfig(
+        objective="distillation",
+        distillation=lk.DistillationConfig(**options),
+        per_device_train_batch_size=4,
+        max_seq_length=64,
+        packing=packing,
+    )
 
 
 @pytest.mark.parametrize(("tokens", "megabytes"), [(2048, 4037), (8192, 7279 + 67.1)])
