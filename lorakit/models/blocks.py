@@ -329,7 +329,8 @@ class Block(nn.Module):
         assert self.router is not None
         picked, weights = self.router(x.flatten(0, -2))
         tokens = self.pre_feedforward_layernorm_2(x).flatten(0, -2)
-        found = self.experts(tokens, picked, weights, view.lengths is not None, view.keeps)
+        options = view.lengths is not None, view.keeps, view.recomputed
+        found = self.experts(tokens, picked, weights, *options)
         return self.post_feedforward_layernorm_2(found.view_as(x))
 
     def _end(
@@ -361,7 +362,8 @@ class Block(nn.Module):
         """Return the output of the MLP, or of the experts in its place, for x [B, T, H]."""
         if self.moe_name is None:
             return self.mlp(x, view.keeps, adapted, room, recipe, view.recomputed)
-        return self.get_submodule(self.moe_name)(x, view.lengths is not None, view.keeps)
+        options = view.lengths is not None, view.keeps, view.recomputed
+        return self.get_submodule(self.moe_name)(x, *options)
 
     def _scaled(self, added: Tensor) -> Tensor:
         return added if self.residual_multiplier == 1 else added * self.residual_multiplier

@@ -16,6 +16,7 @@ from lorakit import kernels
 from lorakit.kernels import pretend
 from lorakit.models.adapted_layer import fused_weights
 from lorakit.models.config import ModelConfig
+from lorakit.models.dense_tiles import ROWS, takes_tiles, tiled_mlp
 from lorakit.models.expert_layers import expert_layers
 
 Recipe = tuple[Callable[[Tensor], Tensor], Tensor]
@@ -84,7 +85,10 @@ class MLP(nn.Module):
             down = self.get_submodule(self.names[2])
             return down(kernels.gated(gate_x, up_x, self.hidden_act))
         if adapted is None:
-            gate, up, down = (self.get_submodule(name) for name in self.names)
+            layers = [self.get_submodule(name) for name in self.names]
+            if recomputed and takes_tiles(x, layers):
+                return tiled_mlp(x, layers, self.hidden_act)
+            gate, up, down = layers
             return down(kernels.gated(gate(x), up(x), self.hidden_act))
         lora_gate, lora_up, lora_down = adapted
         return kernels.lora_mlp(
@@ -123,9 +127,18 @@ class Experts(nn.ModuleList):
         self.names, self.hidden_act = names, config.hidden_act
 
     def forward(
-        self, tokens: Tensor, picked: Tensor, weights: Tensor, packed: bool, keep: bool
+        self,
+        tokens: Tensor,
+        picked: Tensor,
+        weights: Tensor,
+        packed: bool,
+        keep: bool,
+        recomputed: bool = False,
     ) -> Tensor:
         """Return the weighted sum of the picked experts' outputs, [n, H].
+
+        Under gradient checkpointing more tokens than a tile has go through all experts a tile at a
+        time, so that what frozen experts with adapters compute takes the memory of one tile.
 
         Args:
             tokens: [n, H].
@@ -133,7 +146,11 @@ class Experts(nn.ModuleList):
             weights: Their weights, fp32 [n, k].
             packed: Whether the tokens are one row of packed documents.
             keep: As in MLP.
+            recomputed: As in MLP.
         """
+        if recomputed and len(tokens) > ROWS:
+            parts = zip(*(t.split(ROWS) for t in (tokens, picked, weights)), strict=True)
+            return torch.cat([self(*part, packed, keep=False) for part in parts])
         few = picked.numel() < len(self) and not packed  # most experts have no token
         layers = None if few else self.together(tokens)
         if layers is None:
@@ -231,19 +248,21 @@ class MoE(nn.Module):
             self.shared_expert = MLP(config, config.shared_expert_intermediate_size)
             self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
-    def forward(self, x: Tensor, packed: bool, keep: bool) -> Tensor:
+    def forward(self, x: Tensor, packed: bool, keep: bool, recomputed: bool = False) -> Tensor:
         """Return the output for x [B, T, H].
 
         Args:
             x: [B, T, H].
             packed: Whether x is one row of packed documents.
             keep: As in MLP.
+            recomputed: As in MLP.
         """
         tokens = x.reshape(-1, x.shape[-1])  # [n, H]
         scores = self.get_submodule(self.router_name)(tokens)
         picked, weights = _likeliest(scores, self.per_token, self.normalize)
-        out = self.experts(tokens, picked, weights, packed, keep)
+        out = self.experts(tokens, picked, weights, packed, keep, recomputed)
         if self.shared_expert is not None:
-            shared = self.shared_expert(tokens, keep, self.shared_expert.adapted())
+            adapted = self.shared_expert.adapted()
+            shared = self.shared_expert(tokens, keep, adapted, recomputed=recomputed)
             out = out + self.shared_expert_gate(tokens).sigmoid() * shared
         return out.view_as(x)
