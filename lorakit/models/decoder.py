@@ -410,7 +410,7 @@ class Blocks(nn.ModuleList):
             offload: Whether inputs of blocks that are recomputed wait in host memory.
         """
         added: Tensor | None = None  # what the last block adds to x; the next norm reads both
-        inputs = Offload(x.device) if offload else None
+        inputs = Offload(x.device) if offload and not kernels.dispatch.traces() else None
         for block, view, part in zip(self, views, parts, strict=True):
             if view.recomputed and not _keeps_for_others(cache, block):
                 x = x if added is None else x + added

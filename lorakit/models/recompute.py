@@ -62,7 +62,9 @@ class _Run:
     ):
         self.block, self.rest = block, rest
         self.requires_grad = x.requires_grad
-        self.x = x.detach() if offload is None else offload.put(x)
+        self.x: Tensor | OffloadedInput = x.detach()
+        if offload is not None:
+            self.x = offload.put(x)
         self.count = 0  # tensors that the first run saved
         self.found: dict[int, Tensor] = {}  # those of the second run, by their numbers
         self.random = _random_state(x.device)

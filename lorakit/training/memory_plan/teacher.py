@@ -35,7 +35,8 @@ def compared_with(
         examples: All examples of a step.
         ledger: What books the copy of a reference as adapters.
     """
-    settings, reference = train.distillation, None
+    settings = train.distillation
+    reference: Reference | None = None
     if train.compares:
         reference = Reference(model)
         ledger.own(("adapters", ""), reference.tensors.values())
