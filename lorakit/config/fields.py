@@ -180,6 +180,8 @@ def _refusal(name: str, kind: Any, value: Any) -> str:
     if choices:
         return f"{name} is {value!r:.60}; choose {one_of(choices)}"
     size = " (too large)" if isinstance(value, int) and abs(value) >= 2**63 else ""
+    if isinstance(value, list) and value and all(_accepts(kind, item) for item in value):
+        size = "; in a run file, `sweep` tries each value of a list"
     return f"{name} must be {_type_name(kind)}, not {value!r:.60}{size}"
 
 

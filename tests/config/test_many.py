@@ -101,3 +101,10 @@ def test_one_sentence_each(keys, message):
 def test_a_run_of_one_says_who_takes_several():
     with pytest.raises(lk.LorakitError, match="only `lorakit train` takes a file of several"):
         lk.RunConfig.from_dict(SHARED | {"adapters": {"a": {}}})
+
+
+def test_a_list_in_the_place_of_a_value_is_told_of_sweeps():
+    with pytest.raises(lk.LorakitError, match="lora: r must be int, not .*`sweep` tries"):
+        lk.RunConfig.from_dict(SHARED | {"lora": {"r": [8, 16]}})
+    with pytest.raises(lk.LorakitError, match="learning_rate must be float or null, not [^;]*$"):
+        lk.RunConfig.from_dict(SHARED | {"learning_rate": ["fast"]})
