@@ -37,6 +37,7 @@ from .ops.gguf_blocks import dequantize_blocks, quantize_blocks
 from .ops.int8 import Int8Tensor, dequantize_int8, quantize_int8
 from .ops.lora_linear import LoraWeights, lora_linear, lora_mlp, lora_qkv, lora_room, lora_row_norms
 from .ops.lora_linear.spans import LoraSpan, lora_spans
+from .ops.lora_linear.straight_through import QuantizedWeight, straight_through_linear
 from .ops.muon import muon_step
 from .ops.nf4 import NF4Tensor, dequantize_nf4, quantize_fp4, quantize_nf4
 from .ops.rms_norm import add_rms_norm, rms_norm
@@ -63,6 +64,7 @@ __all__ = [
     "NF4Tensor",
     "Packed",
     "PaddedDocuments",
+    "QuantizedWeight",
     "adamw_step",
     "adamw_step_8bit",
     "add_rms_norm",
@@ -100,6 +102,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "seeded_dropout",
+    "straight_through_linear",
     "swiglu",
     "takes_experts",
     "token_cross_entropy",

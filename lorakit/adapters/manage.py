@@ -408,6 +408,6 @@ def check_spans(module: nn.Module, names: Sequence[str]) -> None:
                 raise LorakitError(
                     f"several adapters in one pass: {name!r} does more at {place} than add a "
                     "low-rank update to a linear layer of a block; train it by itself, or leave "
-                    "out DoRA, trained biases, dropout, embeddings, the head, experts and learned "
-                    "prompts"
+                    "out DoRA, trained biases, dropout, quantize_aware, embeddings, the head, "
+                    "experts and learned prompts"
                 )

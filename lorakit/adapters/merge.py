@@ -10,7 +10,8 @@ into, and none is right for all:
                     But an adapter that learned to make up for that error (LoftQ does so on purpose)
                     now overshoots
     "nf4"           the merged weights are quantized again. The result is as small as the base, and
-                    what the adapter changed by less than half a step of the quantization is lost
+                    what the adapter changed by less than half a step of the quantization is lost,
+                    unless it was trained with quantize_aware (merge_aware.py)
 
 So `merge` measures: it says how far the logits of a few tokens are from those before.
 """
@@ -24,9 +25,12 @@ from tqdm import tqdm
 
 from lorakit.adapters.layers.base import AttachedLinear
 from lorakit.adapters.layers.embeddings import AttachedEmbedding, TiedHead
+from lorakit.adapters.layers.lora import LoraPart, lora_layers
 from lorakit.adapters.layers.wrapper import Attached
 from lorakit.adapters.manage import check_no_block, put_back, require_attached
+from lorakit.adapters.merge_aware import without_rounding
 from lorakit.config.errors import LorakitError
+from lorakit.config.quantization import QuantConfig
 from lorakit.files.safetensors import LazyTensor
 from lorakit.models.decoder import Decoder
 from lorakit.models.hooks import has_own_forward
@@ -43,7 +47,8 @@ class Drift:
     """How far a merge moved the logits of some tokens."""
 
     base: str
-    """The weights that were merged into: "dequantized", "dense" or "nf4"."""
+    """The weights that were merged into: "dequantized", "dense" or "nf4"; of `rounding_drift` the
+    adapter's quantize_aware."""
     tokens: int
     """How many positions were compared."""
     largest: float
@@ -81,7 +86,8 @@ def merge(
         module: A module with adapters.
         base: What the update of a quantized layer is added to: "dequantized", the weights that the
             adapter was trained on; "dense", the original weights; or "nf4", the dequantized
-            weights, with the sum quantized again. For dense layers the three are the same.
+            weights, with the sum quantized again. For dense layers the three are the same, except
+            that "nf4" packs those that an adapter with quantize_aware "nf4" is on.
         input_ids: Tokens on which the drift of the logits is measured, int64 [B, T]. None takes a
             few of a `Decoder`'s vocabulary, and measures nothing on another module.
         weights: The original weight [out_features, in_features] of every quantized layer that is
@@ -187,12 +193,42 @@ def _merged(name: str, each: Attached, base: str, original: LazyTensor | None) -
     values = (*merged.parameters(), *merged.buffers())
     if not all(torch.isfinite(v).all() for v in values if v.is_floating_point()):
         raise LorakitError(f"merge: the merged weight of {name} holds NaN or infinite values")
-    if base == "nf4" and isinstance(each.base, PackedWeight):
+    config = _packed_as(each) if base == "nf4" else None
+    if config is not None:
         assert isinstance(merged, (nn.Linear, nn.Embedding))  # packed ones merge into these
-        merged = packed_layer(merged, each.base.config)
+        merged = packed_layer(merged, config)
     if isinstance(each, (AttachedLinear, AttachedEmbedding)):  # the others' parts are whole
         divide_like(merged, next(each.original.parameters()))
     return merged
+
+
+def _packed_as(layer: Attached) -> QuantConfig | None:
+    """Return how the merged layer is packed on the base "nf4"; None: it stays dense."""
+    if isinstance(layer.base, PackedWeight):
+        return layer.base.config
+    part = layer.part
+    aware = isinstance(part, LoraPart) and part.rounding is not None
+    return QuantConfig() if aware and part.config.quantize_aware == "nf4" else None
+
+
+def rounding_drift(model: Decoder) -> Drift | None:
+    """Return how far the quantization of a merge moves the logits, for merge-aware training.
+
+    Those before are of the sums of base and update as they are, those after of the quantized sums,
+    which the model computes with. The result is None if the selected adapter has no quantize_aware.
+    """
+    kinds = {
+        layer.active.config.quantize_aware
+        for layer in lora_layers(model).values()
+        if layer.active is not None and layer.active.rounding is not None
+    }
+    if not kinds:
+        return None
+    ids = _few_tokens(model)
+    with torch.no_grad():
+        with without_rounding(model):
+            before = _logits(model, ids)
+        return _drift(kinds.pop(), before, _logits(model, ids))
 
 
 def _originals(

@@ -32,9 +32,9 @@ from lorakit.config.errors import LorakitError, check, nearest, one_of
 from lorakit.data.encode import Encoder
 from lorakit.data.schemas import Row
 from lorakit.evaluation.metrics import check_usable
-from lorakit.export.mix import FILE_TYPES
 from lorakit.files.local import as_path, read_json, read_text, write_json, write_text
 from lorakit.files.yaml_text import parse_yaml
+from lorakit.models.gguf_mix import FILE_TYPES
 from lorakit.models.tokenizer import Tokenizer
 from lorakit.models.tokenizer_files import load_tokenizer
 from lorakit.training.log import say

@@ -15,6 +15,23 @@ from lorakit.config.patterns import of_pattern, valid_regex
 
 MOST_RANK = 1 << 16  # no layer is so wide; a larger rank is a slip that would fill the memory
 
+QuantizeAware = Literal[
+    "nf4",
+    "q8_0",
+    "q4_0",
+    "q4_1",
+    "q5_0",
+    "q5_1",
+    "iq4_nl",
+    "q4_k",
+    "q4_k_s",
+    "q4_k_m",
+    "q5_k",
+    "q5_k_s",
+    "q5_k_m",
+    "q6_k",
+]
+
 # The names that init_lora_weights takes, and whether each is plain: a plain initialization leaves
 # the weights of the base alone.
 INITIALIZATIONS = {
@@ -140,6 +157,10 @@ class LoraConfig(TargetConfig):
     """Start of A and B. True makes B zero; false draws both at random, which changes the model at
     once. A name chooses another start: gaussian, orthogonal, pissa, pissa_niter_N, olora, loftq or
     eva."""
+    quantize_aware: QuantizeAware | None = None
+    """Merge that the training computes with already: "nf4", or a quantization of GGUF files such as
+    "q4_k_m". Each layer multiplies by the quantized sum of base and update, and the gradients pass
+    through. null adds the update to the base."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -159,6 +180,13 @@ class LoraConfig(TargetConfig):
             raise LorakitError("lora_bias and use_dora do not go together: choose one")
         if self.lora_bias and not isinstance(self.init_lora_weights, bool):
             raise LorakitError("lora_bias goes with init_lora_weights true or false only")
+        if self.quantize_aware is not None:
+            for name, value in (("use_dora", self.use_dora), ("lora_dropout", self.lora_dropout)):
+                if value:
+                    raise LorakitError(
+                        f"quantize_aware quantizes the sum of weight and update, which {name} "
+                        "leaves apart: leave one of them out"
+                    )
 
     def rank(self, name: str) -> int:
         """Return the rank of the layer called `name`."""

@@ -69,6 +69,8 @@ class RunConfig:
         if self.train.grpo is not None:
             self._check_grpo()
         self._check_head()
+        if self.lora.quantize_aware is not None:
+            self._check_aware()
         if self.adapter is not None and self.lora != LoraConfig():
             raise LorakitError(
                 f"adapter: the adapter in {self.adapter} has settings of its own: leave out lora"
@@ -108,6 +110,17 @@ class RunConfig:
             raise LorakitError("labels names one class; a classifier tells two at least")
         if self.labels:
             ClassifierConfig(self.labels, self.problem_type)  # which says what is wrong with them
+
+    def _check_aware(self) -> None:
+        """Raise LorakitError for what does not go with quantizing sums of base and update."""
+        kind = self.lora.quantize_aware
+        if self.shard == "full" or self.offload_weights:
+            raise LorakitError(
+                f"quantize_aware {kind} needs whole weights on the device: leave out shard and "
+                "offload_weights"
+            )
+        if self.train.frozen_dtype is not None:
+            raise LorakitError(f"quantize_aware {kind} does not go with frozen_dtype float8")
 
     def _check_grpo(self) -> None:
         """Raise LorakitError for what does not go with sampling from the model in training."""

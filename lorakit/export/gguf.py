@@ -8,7 +8,7 @@ the tensors follow, one at a time. Memory holds one tensor and its blocks. The f
 its name when it is whole.
 
 Rows are quantized some at a time, as fp32. The bytes are those of llama.cpp's own quantization, and
-the formats those of its mixes (mix.py).
+the formats those of its mixes (models/gguf_mix.py).
 """
 
 import math
@@ -26,7 +26,6 @@ from lorakit import kernels
 from lorakit.config.errors import LorakitError
 from lorakit.export.importance import Importance, load_importance
 from lorakit.export.metadata import check_said, model_metadata, rotary_tensors
-from lorakit.export.mix import Mix
 from lorakit.export.vocabulary import (
     copied_tokenizer,
     tokenizer_metadata,
@@ -37,6 +36,7 @@ from lorakit.files.hub import fetch_adapter, name_of
 from lorakit.files.local import as_path
 from lorakit.models.decoder import Decoder
 from lorakit.models.gguf_linear import parted
+from lorakit.models.gguf_mix import Mix
 from lorakit.models.gguf_names import Dialect, dialect_of, storage, stored_name, stored_shape
 from lorakit.models.tokenizer import Tokenizer
 from lorakit.models.tokenizer_files import adapted_tokenizer, brings

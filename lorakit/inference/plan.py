@@ -128,7 +128,9 @@ def _fits(
         if id(each) not in places or each.merged is not None or not isinstance(part, LowRankPart):
             return False
         A, B = part.pair()
-        if part.has_extras or A.dtype != torch.float32 or B.dtype != torch.float32:
+        if part.has_extras or part.rounding is not None:
+            return False
+        if A.dtype != torch.float32 or B.dtype != torch.float32:
             return False
     return True
 

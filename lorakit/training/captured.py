@@ -386,7 +386,8 @@ def why_eager(model: Decoder, layers: Mapping[str, Attached], config: TrainConfi
 
     The sentence is for a run that packs rows on a GPU.
     """
-    drops = any(part.dropout for part in low_rank_parts(layers))
+    parts = low_rank_parts(layers)
+    drops = any(part.dropout for part in parts)
     whole = all(each.base.frozen for each in layers.values() if isinstance(each, LowRankLinear))
     heads, wide = max(model.config.rope_head_dims), model.dtype == torch.float32
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -399,6 +400,7 @@ def why_eager(model: Decoder, layers: Mapping[str, Attached], config: TrainConfi
         "rows of the second embedding are looked up in host memory": bool(host_tables(model)),
         "linear attention asks the host where documents end": any(model.config.linear_layers)
         and set(linear_kernels(model).values()) != {"triton"},
+        "quantize_aware is set": any(part.rounding is not None for part in parts),
         "the adapter is a learned prompt": model.beginning.length > 0,
         "a module has hooks or a forward of its own": any(
             has_hooks(each) or has_own_forward(each) for each in model.modules()

@@ -25,6 +25,11 @@ def check_frozen_dtype(model: Decoder, config: TrainConfig) -> None:
             "train: frozen_dtype float8 makes copies of whole weights, and those of the model are "
             "sharded; leave it out"
         )
+    if any(_quantizes(layer) for layer in low_rank_layers(model)):
+        raise LorakitError(
+            "train: frozen_dtype float8 does not go with quantize_aware, which computes with other "
+            "weights; leave one of them out"
+        )
     if not runs_on(model.device):
         raise LorakitError(
             "train: frozen_dtype float8 needs an NVIDIA GPU of compute capability 8.9 or more (RTX "
@@ -34,6 +39,10 @@ def check_frozen_dtype(model: Decoder, config: TrainConfig) -> None:
         raise LorakitError(
             f"train: frozen_dtype float8 goes with a bfloat16 model, and this one is {model.dtype}"
         )
+
+
+def _quantizes(layer: LowRankLinear) -> bool:
+    return layer.active is not None and layer.active.rounding is not None
 
 
 def start_float8(model: Decoder, z_loss: float = 0.0) -> str:

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from lorakit.adapters.merge import rounding_drift
 from lorakit.config.errors import LorakitError
 from lorakit.config.run import RunConfig
 from lorakit.config.training import TrainConfig
@@ -163,13 +164,22 @@ def _train(
         if ranks.is_writer:
             held.enter_context(recorded_run(run, run_file))
         say(kernel_line(model, max(examples.lengths), config.packing))
+        _say_drift(model, "before the next step")
         mode = training_mode(model, config, run.order.largest)
         with mode, run.open_log() as log, interrupt(ranks.grace) as stop:
             run.loop(log, stop, after_step)
             run.end(log)
+        _say_drift(model, "after the last step")
         upload = run.publisher.upload
         address = ranks.first(lambda: upload(run.progress, say)) if run.ended else None
     return result_of(run, address)
+
+
+def _say_drift(model: Decoder, when: str) -> None:
+    """Say how far the quantization of a merge-aware adapter moves the logits."""
+    drift = rounding_drift(model)
+    if drift is not None:
+        say(f"quantize_aware, {when}: {drift}")
 
 
 def recorded_run(run: Run, run_file: RunConfig | None) -> AbstractContextManager[None]:

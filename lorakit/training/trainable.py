@@ -70,6 +70,8 @@ class TrainedAdapter:
         selected = selected_adapter(self.model)
         assert selected is not None
         config = asdict(adapter_config(self.model, selected))
+        if config.get("quantize_aware") is None:  # which checkpoints of 0.1.0 do not say
+            config.pop("quantize_aware", None)
         rows = config.get("trainable_token_indices") or {}
         trained = rows if isinstance(rows, list) else {i for ids in rows.values() for i in ids}
         tokens = {str(i): tok.backend.id_to_token(i) for i in sorted(trained)}

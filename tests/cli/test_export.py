@@ -200,6 +200,6 @@ def test_an_adapter_has_two_types(model, adapter, tmp_path, capsys):
 
 def test_its_types_are_those_of_the_library():
     from lorakit.cli.export import TYPES
-    from lorakit.export.mix import FILE_TYPES
+    from lorakit.models.gguf_mix import FILE_TYPES
 
     assert set(TYPES) == set(FILE_TYPES)

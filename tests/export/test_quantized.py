@@ -5,8 +5,8 @@ import torch
 
 import lorakit as lk
 from lorakit.export.gguf import GgufFile
-from lorakit.export.mix import FILE_TYPES
 from lorakit.models.gguf import read_gguf
+from lorakit.models.gguf_mix import FILE_TYPES
 from lorakit.models.load import open_model
 from tests.export.llama_cpp import LlamaCpp
 from tests.export.models import write_model

@@ -30,8 +30,12 @@ from tests.training.runs import ADAPTER, JUDGED, OPTIONS, PAIRS, run, same_tenso
         {"lora": {"init_lora_weights": "eva"}, "gradient_accumulation_steps": 2},
         {"lora": {"use_dora": True, "modules_to_save": ["lm_head"]}, "neftune_noise_alpha": 5.0},
         {"rows": JUDGED, "objective": "kto", "packing": True, "max_seq_length": 40},
+        {"lora": {"quantize_aware": "nf4"}, "gradient_checkpointing": True},
     ],
-    ids=["dropout", "packed, 8 bits", "PiSSA, LoRA+", "EVA", "DoRA, head, noise", "KTO, packed"],
+    ids=[
+        *("dropout", "packed, 8 bits", "PiSSA, LoRA+", "EVA", "DoRA, head, noise", "KTO, packed"),
+        "merge-aware",
+    ],
 )
 def test_a_resumed_run_ends_with_the_same_bytes(tiny_dir, tok, tmp_path, options):
     run(tiny_dir, tok, tmp_path / "whole", **OPTIONS, **options)

@@ -84,17 +84,17 @@ class FrozenLinear(torch.autograd.Function):
     def forward(ctx, x, q, bias):
         ctx.q = q
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return _forward(x, q, bias)
+        return packed_product(x, q, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        grad_x = _backward(grad, ctx.q) if ctx.needs_input_grad[0] else None
+        grad_x = packed_product_back(grad, ctx.q) if ctx.needs_input_grad[0] else None
         grad_bias = grad.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
         return grad_x, None, grad_bias
 
 
-def _forward(x: Tensor, q: Packed, bias: Tensor | None) -> Tensor:
+def packed_product(x: Tensor, q: Packed, bias: Tensor | None) -> Tensor:
     """Return x [M, K] W'^T + bias [N], by the way that is the fastest for M rows."""
     few = few_rows(x, q)
     if 0 < len(x) <= max(few) and isinstance(q, NF4Tensor):
@@ -115,7 +115,7 @@ def _forward(x: Tensor, q: Packed, bias: Tensor | None) -> Tensor:
     return y if wide == x.dtype else y.to(x.dtype)  # autocast may have chosen another
 
 
-def _backward(grad: Tensor, q: Packed) -> Tensor:
+def packed_product_back(grad: Tensor, q: Packed) -> Tensor:
     """Return grad [M, N] W': [M, K]."""
     if _by_sums(q, grad):
         grad_x = grad.new_empty(len(grad), q.shape[1])

@@ -67,7 +67,7 @@ def triton_kernels() -> ModuleType:
     return triton
 
 
-def _gradient(a: Tensor, b: Tensor, dtype: torch.dtype, scaling: float = 1.0) -> Tensor:
+def gradient(a: Tensor, b: Tensor, dtype: torch.dtype, scaling: float = 1.0) -> Tensor:
     """Return scaling a b in `dtype`; on a GPU the product's sums are not rounded before that."""
     if pretend.kind_of(a.device) == "cpu" or not _KEEPS_FP32:
         found = (a @ b).to(dtype)
@@ -420,7 +420,7 @@ class Group:
         if any(need[0::TENSORS]):
             # === dA = s (dy B)^T d(x), stacked: [R, M] @ [M, K] ===
             A = self.layers[0].lora_A
-            dA = _gradient(self.dlow.t(), self.drop(x), A.dtype)
+            dA = gradient(self.dlow.t(), self.drop(x), A.dtype)
             stacked = dA.split_with_sizes(self.ranks)
         if any(need[1::TENSORS]) or any(need[3::TENSORS]):
             lows = self.low(x)
@@ -433,7 +433,7 @@ class Group:
                 # === dB = s dy^T (d(x) A^T): [N, M] @ [M, r] ===
                 dtype = layer.lora_B.dtype
                 found[at + 1] = (
-                    _gradient(self.scaled[i].t(), lows[i], dtype, layer.scaling)
+                    gradient(self.scaled[i].t(), lows[i], dtype, layer.scaling)
                     if together is None
                     else together[i]
                 )

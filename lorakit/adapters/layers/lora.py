@@ -33,9 +33,17 @@ from torch import Tensor, nn
 
 from lorakit import kernels
 from lorakit.adapters.layers.base import AttachedLinear, DenseBase
+from lorakit.adapters.layers.quantized_sum import QuantizedSum
 from lorakit.adapters.layers.wrapper import Attached, Part
 from lorakit.config.adapters import LoraConfig
-from lorakit.kernels import LoraSpan, LoraWeights, lora_linear, lora_spans
+from lorakit.kernels import (
+    LoraSpan,
+    LoraWeights,
+    QuantizedWeight,
+    lora_linear,
+    lora_spans,
+    straight_through_linear,
+)
 from lorakit.models.sharding import gathered
 from lorakit.models.shards import whole
 
@@ -53,6 +61,7 @@ class LowRankPart(Part):
     magnitude [out]     is DoRA's length of every row
     bias [out]          stands in place of the base's bias
     start_A, start_B    are A0 and B0, frozen: s B0 A0 is taken out of the weight
+    rounding            makes the quantized sum of base and update, which the layer computes with
     """
 
     lora_bias: nn.Parameter | None
@@ -66,6 +75,7 @@ class LowRankPart(Part):
         self.r, self.scaling, self.dropout = r, scaling, dropout
         self.counter: Tensor | None = None  # of dropout's masks, in a step that is a CUDA graph
         self.lora_bias = self.magnitude = self.bias = None
+        self.rounding: QuantizedSum | None = None
         self.register_buffer("start_A", None)
         self.register_buffer("start_B", None)
 
@@ -81,8 +91,8 @@ class LowRankPart(Part):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the part has neither extras nor a start."""
-        return self.start_A is None and not self.has_extras
+        """Whether the layer computes W x + s B A x with the part, and no more."""
+        return self.start_A is None and self.rounding is None and not self.has_extras
 
 
 class LoraPart(LowRankPart):
@@ -160,11 +170,14 @@ class LowRankLinear(AttachedLinear[LowRankT]):
     float8: kernels.Float8Linear | None = None
 
     def low_rank_update(self) -> LoraWeights | None:
-        return None if self.active is None else self.weights_of(self.active)
+        part = self.active
+        return None if part is None or part.rounding is not None else self.weights_of(part)
 
     def fusible_update(self) -> LoraWeights | None:
         part = self.active
-        return self.weights_of(part) if part is not None and self.base.frozen else None
+        if part is None or part.rounding is not None or not self.base.frozen:
+            return None
+        return self.weights_of(part)
 
     def weights_of(self, part: LowRankT) -> LoraWeights:
         """Return base and update as the kernels take them."""
@@ -183,13 +196,17 @@ class LowRankLinear(AttachedLinear[LowRankT]):
         return self.compute_inactive(x) if part is None else self.compute(part, x)
 
     def compute(self, part: LowRankT, x: Tensor) -> Tensor:
+        if part.rounding is not None:
+            weight, bias = self.quantized_sum(part), self.weights_of(part).bias
+            return straight_through_linear(x, weight, *part.pair(), part.scaling, bias)
         if self.base.frozen:
             return lora_linear(x, self.weights_of(part))
         return self.compute_by_autograd(part, x)
 
     def takes_spans(self, name: str) -> bool:
         part = self.part_of(name)
-        return self.base.frozen and not part.has_extras and not part.dropout
+        plain = part.rounding is None and not part.has_extras and not part.dropout
+        return self.base.frozen and plain
 
     def compute_spans(self, x: Tensor) -> Tensor:
         assert self.spans is not None
@@ -230,14 +247,21 @@ class LowRankLinear(AttachedLinear[LowRankT]):
         A, B = part.pair()
         return torch.addmm(weight.to(wide), B.to(wide), A.to(wide), alpha=part.scaling)
 
+    def quantized_sum(self, part: LowRankT) -> QuantizedWeight:
+        """Return Q(W + s B A) [out, in], the weight that the merge of `part` will write."""
+        base = self.base
+        assert part.rounding is not None
+        assert isinstance(base, nn.Module)
+        made_of = [*part.parameters(), *part.buffers(), *base.parameters()]
+        return part.rounding(made_of, base.stored.dtype, lambda: self._sum(part, base.dequantize()))
+
     @torch.no_grad()
     def make_merged(self, weight: Tensor | None) -> nn.Module:
-        base, part = self.base, self.part
-        weight = base.dequantize() if weight is None else weight
-        found = self._sum(part, weight)
+        part, own = self.part, self.base.dequantize()
+        found = self._sum(part, own if weight is None else weight)
         if part.magnitude is not None:
             found *= (part.magnitude / found.norm(dim=1))[:, None]
-        return self.make_plain(found.to(base.dequantize().dtype), self.weights_of(part).bias)
+        return self.make_plain(found.to(own.dtype), self.weights_of(part).bias)
 
     def extra_repr(self) -> str:
         names = [f"{name}: r={self.part_of(name).r}" for name in self.adapters]

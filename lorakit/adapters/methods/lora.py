@@ -29,7 +29,9 @@ from lorakit.adapters.layers.embeddings import (
     TokenRows,
 )
 from lorakit.adapters.layers.lora import LoraLayer, LoraLinear, LoraPart
+from lorakit.adapters.layers.quantized_sum import QuantizedSum
 from lorakit.adapters.layers.whole_modules import BiasPart, TrainedBias
+from lorakit.adapters.merge_aware import merge_quantizer
 from lorakit.adapters.methods.method import Method
 from lorakit.adapters.modules_to_save import plan_modules_to_save
 from lorakit.adapters.peft_files.layout import AdapterFiles
@@ -141,6 +143,9 @@ def _plan_linear(plan: Plan, name: str, config: LoraConfig) -> None:
     try:
         part = _linear_part(layer, config, r, scaling)
         layer.complete(part)
+        if config.quantize_aware is not None:
+            quantizer = merge_quantizer(config.quantize_aware, plan.model, name, layer.base)
+            part.rounding = QuantizedSum(quantizer)
     except LorakitError as error:
         raise LorakitError(f"attach: {name}: {error}") from None
     plan.add(layer, part)
@@ -161,6 +166,8 @@ def _linear_part(layer: LoraLinear, config: LoraConfig, r: int, scaling: float) 
 def _plan_embedding(plan: Plan, name: str, config: LoraConfig) -> None:
     """Plan A and B of the embedding `name`, and tie its heads to it."""
     embedding = plan.layers[name]
+    if config.quantize_aware is not None:
+        raise LorakitError(f"attach: {name} is an embedding, which quantize_aware leaves out")
     if config.lora_bias:
         raise LorakitError(f"attach: {name} is an embedding, which takes no lora_bias")
     if isinstance(embedding, nn.Embedding) and embedding.max_norm is not None:

@@ -115,6 +115,8 @@ def is_regular(setting: Setting) -> bool:
     for value in adapter.values():
         names += [value] if isinstance(value, str) else ()
         names += value if isinstance(value, (list, dict)) else ()
+    if adapter.get("quantize_aware") not in (None, "nf4"):  # its formats follow the layer's number
+        return False
     layers = adapter.get("layers_to_transform")
     return layers is None and not any(_NUMBER.search(str(name)) for name in names)
 

@@ -14,6 +14,7 @@ from torch.nn.modules.module import (
     register_module_forward_pre_hook,
 )
 
+from lorakit.adapters.layers.quantized_sum import QuantizedSum
 from lorakit.models.blocks import Attention, Block, RMSNorm
 from lorakit.models.decoder import Decoder
 from lorakit.models.linear_attention import LinearAttention
@@ -85,6 +86,8 @@ class Watch:
         self.parts.append(inner if part is None or inner == "experts" else part)
         if part is not None:
             self.ledger.kind = "activations", self.parts[-1]
+        if isinstance(module, QuantizedSum):
+            self.ledger.kind = "quantized sums", ""
 
     def _after(self, module: nn.Module, args: Any, out: Any) -> None:
         self.parts.pop()

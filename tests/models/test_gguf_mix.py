@@ -7,9 +7,9 @@ import pytest
 
 import lorakit as lk
 from lorakit.cli.export import TYPES
-from lorakit.export.mix import FILE_TYPES, Mix
 from lorakit.files.gguf import block_sizes, read_header
 from lorakit.models.gguf import read_gguf
+from lorakit.models.gguf_mix import FILE_TYPES, Mix
 
 LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
 LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}

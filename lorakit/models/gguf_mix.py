@@ -48,6 +48,7 @@ FILE_TYPES = {
     "iq4_nl": FileType(25, "IQ4_NL"),
     "mxfp4_moe": FileType(38, "MXFP4"),
 }
+_SHORT = {"q4_k": "q4_k_m", "q5_k": "q5_k_m"}  # as llama-quantize takes them
 FORMATS = sorted({file_type.default for file_type in FILE_TYPES.values()})
 """The formats that a tensor may have."""
 _NEVER = ("_norm.weight", "ssm_conv1d.weight")  # packed
@@ -73,7 +74,8 @@ class Mix:
         measured: bool = False,
         tensor_types: Mapping[str, str] | None = None,
     ):
-        self.name = name.lower() if isinstance(name, str) else name
+        lower = name.lower() if isinstance(name, str) else name
+        self.name = _SHORT.get(lower, lower)
         if self.name not in FILE_TYPES:
             hint = nearest(self.name, FILE_TYPES)
             raise LorakitError(f"quantization is {name!r}; choose {one_of([*FILE_TYPES])}{hint}")
