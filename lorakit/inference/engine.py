@@ -73,7 +73,7 @@ class Engine:
             capacity: Positions that a row may reach, prompt and new tokens together. None: 4096, or
                 as many as the model is meant for if that is less.
             cache_tokens: Positions that there is room for in all, of rows that run and of what is
-                kept of earlier ones. None: slots times capacity.
+                kept of earlier ones. None: what `slots` rows need that share nothing.
 
         Raises:
             LorakitError: slots or cache_tokens is not at least 1, or capacity exceeds the model's
@@ -86,13 +86,10 @@ class Engine:
                 f"Engine: slots is {slots} and capacity {capacity}; slots must be at least 1, "
                 f"capacity between 1 and the model's {limit} positions"
             )
-        if cache_tokens is None:
-            cache_tokens = slots * capacity
-        if cache_tokens < 1:
+        if cache_tokens is not None and cache_tokens < 1:
             raise LorakitError(f"Engine: cache_tokens is {cache_tokens}; it must be at least 1")
         self.model, self.tok, self.slots, self.capacity = model.eval(), tok, slots, capacity
-        # layers with a window keep as much of rows that have ended as of those that run
-        self.decoding = Decoding(model, 2 * slots, capacity, cache_tokens)
+        self.decoding = decoding_of(model, slots, capacity, cache_tokens)
         self.cache = self.decoding.cache
         self._new: deque[Row] = deque()  # what other threads hand over
         self._waiting: deque[Row] = deque()
@@ -443,6 +440,16 @@ class Engine:
         request.finish_reason = reason
         row.text.finish()
         events.append(Event(request, token, row.new_text()))
+
+
+def decoding_of(
+    model: Decoder, slots: int, capacity: int, cache_tokens: int | None = None
+) -> Decoding:
+    """Return what an engine with these settings holds of its rows."""
+    if cache_tokens is None:
+        cache_tokens = slots * -(-capacity // PAGE) * PAGE  # a row's last page is its own
+    # layers with a window keep as much of rows that have ended as of those that run
+    return Decoding(model, 2 * slots, capacity, cache_tokens)
 
 
 def _same(some: list[object], others: list[object] | None) -> bool:

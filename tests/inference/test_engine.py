@@ -268,6 +268,16 @@ def test_what_exceeds_the_cache_is_refused_or_waits(model, tok, small_pages):
     ]
 
 
+def test_no_row_waits_for_the_pages_of_another(model, tok, small_pages):
+    """A capacity of 9 takes 3 pages of 4 a row; 4 rows of 9 positions would be 9 pages."""
+    engine = Engine(model, tok, slots=4, capacity=9)
+    for i in range(4):
+        engine.submit([5 + i, 7], max_new_tokens=7)
+    while not engine.idle:
+        engine.step()
+        assert engine.waiting == 0
+
+
 def test_what_is_taken_over_counts_once(model, tok, small_pages):
     """However often a row that waits for room looked for its beginning."""
     engine = Engine(model, tok, slots=2, capacity=28, cache_tokens=28)  # 7 pages of 4
