@@ -10,7 +10,6 @@ allocation. With --gpu, the steps of gpu.md are forecast that an H200 has taken.
 import argparse
 from dataclasses import dataclass, field
 
-import torch
 from torch.profiler import ProfilerActivity, profile
 
 import lorakit as lk
@@ -70,7 +69,7 @@ def measured(model: lk.ModelConfig, case: Case) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         for number in range(1, STEPS + 1):
             step = lorakit.training.step.prepare(model, examples, number, rows, config, None)
-            update(torch.stack(lorakit.training.step.backward(model, step, config, None)))
+            update(lorakit.training.step.backward(model, step, config, None)[0])
             optimizer.zero_grad(set_to_none=True)
     return most_held(found)
 

@@ -391,10 +391,14 @@ def cases() -> Iterator[tuple[str, Callable, int]]:
     for r in (16, 64):
         yield f"updates added {r}", partial(updates_added, gate.detach(), up.detach(), r), 32 * 128
     labels = torch.zeros(4, dtype=torch.int64)
-    for vocabulary, cap in ((128256, None), (151936, None), (256000, 30.0)):
+    told = torch.zeros(2)  # what training asks for
+    cases = ((128256, None), (151936, None), (256000, 30.0))
+    for (vocabulary, cap), statistics in itertools.product(cases, (None, told)):
         logits = bf16(4, vocabulary)
         name = f"cross_entropy {vocabulary}" + (" capped" if cap else "")
-        run = both(lambda z=logits, c=cap: ops.cross_entropy(z, labels, softcap=c)[0])
+        name += "" if statistics is None else " statistics"
+        options = {"softcap": cap, "statistics": statistics}
+        run = both(lambda z=logits, o=options: ops.cross_entropy(z, labels, **o)[0])
         yield name, run, 4096
     odd = bf16(4, 50272).detach()[:, :50257].requires_grad_()  # rows padded to a multiple of 16
     yield "cross_entropy 50257", both(lambda: ops.cross_entropy(odd, labels)[0]), 4096

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor
@@ -61,10 +63,12 @@ def evaluate(
             completed.
 
     Returns:
-        "loss" in nats per label token, its "perplexity", the numbers of "label_tokens" and "rows",
-        and each metric by its name, as `lorakit.metrics.score` returns it. Of classes "loss",
-        "accuracy", "macro_f1" and "rows"; of numbers "loss", "mean_absolute_error", "pearson" and
-        "rows"; of pairs "loss", "preference_accuracy", "reward_margin" and "rows".
+        "loss" in nats per label token, its "perplexity", "mean_token_accuracy", the share of labels
+        that are the likeliest token, "entropy" of the predictions at the labels in nats, the
+        numbers of "label_tokens" and "rows", and each metric by its name, as
+        `lorakit.metrics.score` returns it. Of classes "loss", "accuracy", "macro_f1" and "rows";
+        of numbers "loss", "mean_absolute_error", "pearson" and "rows"; of pairs "loss",
+        "preference_accuracy", "reward_margin" and "rows".
 
     Raises:
         LorakitError: The rows cannot be read, encoded or scored, a metric is unknown, a prompt
@@ -164,18 +168,23 @@ def text_loss(
     Every process returns it, and computes its `share` of the batches.
     """
 
-    def summed_loss(batch: Sequence[AnyExample]) -> tuple[Tensor, Tensor]:
+    def summed_loss(batch: Sequence[AnyExample]) -> tuple[Tensor, ...]:
         rows = [example.answers[0] for example in batch]
         ids, labels = collate(rows)
         mask = real_tokens(rows).to(model.device) if model.config.by_length else None
-        return model.loss(ids.to(model.device), labels, attention_mask=mask)
+        ids, statistics = ids.to(model.device), torch.zeros(2, device=model.device)
+        loss, n = model.loss(ids, labels, attention_mask=mask, statistics=statistics)
+        return loss, n, *statistics.unbind()
 
-    total, count = summed_over(model, examples, batch_size, summed_loss, share)
+    sums = summed_over(model, examples, batch_size, summed_loss, share)
+    total, count, right, entropy = sums
     mean = total / count
     return {
         "loss": mean,
         "perplexity": math.exp(min(mean, 700)),  # beyond lies infinity
-        "label_tokens": count,
+        "mean_token_accuracy": right / count,
+        "entropy": entropy / count,
+        "label_tokens": int(count),
         "rows": len(examples),
     }
 
@@ -185,26 +194,24 @@ def summed_over(
     model: Decoder,
     examples: Examples,
     batch_size: int,
-    summed_loss: Callable[[Sequence[AnyExample]], tuple[Tensor, Tensor]],
+    sums_of: Callable[[Sequence[AnyExample]], tuple[Tensor, ...]],
     share: Share = ALL,
-) -> tuple[float, int]:
-    """Return the sums of both results of `summed_loss` over batches of examples of like length.
+) -> list[float]:
+    """Return the sums of each result [] of `sums_of` over batches of examples of like length.
 
     A process computes its `share` of the batches, and all add all results in the same order. The
     model is in evaluation mode meanwhile, and back in its mode afterwards.
     """
-    found = list[tuple[float, int]]()
+    found = list[list[float]]()
     ordered = sorted(range(len(examples)), key=examples.lengths.__getitem__)
     starts = share.of(range(0, len(ordered), batch_size))
     was_training = model.training
     model.eval()
     try:
         for start in tqdm(starts, desc="evaluating", unit="batch", disable=None, leave=False):
-            loss, n = summed_loss([examples[i] for i in ordered[start : start + batch_size]])
-            found.append((loss.item(), int(n.item())))
+            batch = [examples[i] for i in ordered[start : start + batch_size]]
+            found.append([each.item() for each in sums_of(batch)])
     finally:
         model.train(was_training)
-    total, count = 0.0, 0
-    for each, n_labels in share.collect(found):
-        total, count = total + each, count + n_labels
-    return total, count
+    # not by `sum`, whose bits depend on the version of Python
+    return [reduce(add, each, 0.0) for each in zip(*share.collect(found), strict=True)]

@@ -225,12 +225,12 @@ class Decoder(nn.Module):
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         dft: bool = False,
+        statistics: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the summed cross-entropy of the next tokens, and how many labels counted.
 
         Position t predicts label t + 1. A label of -100 does not count, nor does the first one of a
-        row or of a packed document. The head skips hidden states that have nothing to predict,
-        unless it has an adapter for each row.
+        row or of a packed document.
 
         Padding on the right needs no attention_mask: it lies in the future of every real token.
         Where the rotary embedding depends on the length of a row (config.by_length), an
@@ -239,23 +239,22 @@ class Decoder(nn.Module):
 
         Args:
             input_ids: int64 [B, T].
-            labels: int64 [B, T], usually input_ids with -100 where nothing is learned. From host
-                memory they cost no wait for a GPU.
+            labels: int64 [B, T], input_ids or -100; in host memory they cost no wait for a GPU.
             attention_mask: See the class.
             cu_seqlens: See the class.
             label_smoothing: See `kernels.cross_entropy`.
             z_loss: See `kernels.cross_entropy`.
             dft: See `kernels.cross_entropy`.
+            statistics: See `kernels.cross_entropy`.
 
         Returns:
             The sum, fp32 [], and the count, int64 [].
         """
         hidden = self.hidden_for_loss(input_ids, labels, attention_mask, cu_seqlens)
         targets = next_tokens(labels, cu_seqlens)
+        options = label_smoothing, z_loss, dft, statistics
         with self.whole_head() as head:
-            return head.loss(
-                hidden, targets, label_smoothing=label_smoothing, z_loss=z_loss, dft=dft
-            )
+            return head.loss(hidden, targets, None, *options)
 
     def packed_loss(
         self,
@@ -264,6 +263,7 @@ class Decoder(nn.Module):
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         dft: bool = False,
+        statistics: Tensor | None = None,
     ) -> Tensor:
         """Return the `loss` of documents whose bounds and labels are tensors on the device.
 
@@ -275,20 +275,15 @@ class Decoder(nn.Module):
             label_smoothing: See `kernels.cross_entropy`.
             z_loss: See `kernels.cross_entropy`.
             dft: See `kernels.cross_entropy`.
+            statistics: See `kernels.cross_entropy`.
 
         Returns:
             The sum, fp32 [].
         """
         ids = row.input_ids
         hidden = self.through_blocks(ids, self.embed(ids), self.views(ids, packed=row), None)
-        total, _ = self._output_head().loss(
-            hidden,
-            row.targets,
-            rows=row.label_rows,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            dft=dft,
-        )
+        options = label_smoothing, z_loss, dft, statistics
+        total, _ = self._output_head().loss(hidden, row.targets, row.label_rows, *options)
         return total
 
     def row_losses(

@@ -54,11 +54,11 @@ class OutputHead(NamedTuple):
         self,
         hidden: Tensor,
         targets: Tensor,
-        *,
         rows: Tensor | None = None,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         dft: bool = False,
+        statistics: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the summed cross-entropy, and how many targets counted.
 
@@ -73,6 +73,7 @@ class OutputHead(NamedTuple):
             label_smoothing: See `kernels.cross_entropy`.
             z_loss: See `kernels.cross_entropy`.
             dft: See `kernels.cross_entropy`.
+            statistics: See `kernels.cross_entropy`.
 
         Returns:
             The sum, fp32 [], and the count, int64 [].
@@ -92,6 +93,7 @@ class OutputHead(NamedTuple):
                 label_smoothing=label_smoothing,
                 z_loss=z_loss,
                 dft=dft,
+                statistics=statistics,
             )
         if isinstance(self.layer, AdaptedLayer) and self.layer.row_groups is not None:
             logits = self._before_softcap(hidden)
@@ -106,6 +108,7 @@ class OutputHead(NamedTuple):
             label_smoothing=label_smoothing,
             z_loss=z_loss,
             dft=dft,
+            statistics=statistics,
         )
 
     def token_losses(self, hidden: Tensor, targets: Tensor, words: int) -> Tensor:

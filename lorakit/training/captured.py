@@ -40,7 +40,7 @@ from lorakit.models.mlp import Experts
 from lorakit.models.per_layer import host_tables
 from lorakit.models.views import PackedRow
 from lorakit.training.draws import drawing_from
-from lorakit.training.gradients import ALONE, GradientSum
+from lorakit.training.gradients import ALONE, SUMS, GradientSum
 from lorakit.training.kernel_line import linear_kernels
 
 Function = Callable[[], Tensor | None]
@@ -217,7 +217,9 @@ class CapturedStep:
             total if total.dtype == p.dtype else torch.zeros_like(p)
             for p, total in zip(self.params, self.totals, strict=True)
         ]
-        self.loss = torch.zeros(1, device=model.device)  # summed over the labels of the step
+        # both summed over the labels of the step; see `gradients.SUMS`
+        self.loss = torch.zeros(1, device=model.device)
+        self.statistics = torch.zeros(SUMS - 1, device=model.device)
         self.recordings: dict[Kind, Recording] = {}
         self.warm = False
         self.parts = low_rank_parts(layers)
@@ -245,11 +247,11 @@ class CapturedStep:
         """Take a step with these rows of this rank, and return what `update` returns.
 
         `parts` is the number of micro-batches of all ranks; None means that there are no others.
-        The parameters' gradients are those of the step. What is returned is overwritten by later
-        steps.
+        The parameters' gradients are those of the step. What is returned, and the statistics, are
+        overwritten by later steps.
         """
         told: Tensor | None = None
-        losses, alone = list[Tensor](), self.sums.alone
+        found, alone = list[Tensor](), self.sums.alone
         for i, row in enumerate(micro_batches):
             if row is not None:
                 self.inputs.write(row)
@@ -259,21 +261,21 @@ class CapturedStep:
                 self.warm = self.warm or last or not alone
                 self._give_gradients()
                 if not alone:
-                    losses.append(self.loss[0].clone())
+                    found.append(torch.cat([self.loss, self.statistics]))
             if not alone:
                 self.sums.end_round(i == len(micro_batches) - 1)
         if not alone:
-            told = self._update_of_ranks(losses, parts or len(micro_batches))
+            told = self._update_of_ranks(found, parts or len(micro_batches))
         assert told is not None
         return told
 
-    def _update_of_ranks(self, losses: Sequence[Tensor], parts: int) -> Tensor:
+    def _update_of_ranks(self, sums: Sequence[Tensor], parts: int) -> Tensor:
         """Take the step by the gradients of all ranks, and by the sum of their losses."""
-        first, *others = self.sums.finish(losses, parts)
-        total = first.view(1)
-        for loss in others:
-            total = total + loss
-        return self.update(total)
+        total, *others = self.sums.finish(sums, parts)
+        for each in others:
+            total = total + each
+        self.statistics.copy_(total[1:])
+        return self.update(total[:1])
 
     def free(self) -> None:
         """Give the graphs' memory back; they are recorded again when steps follow."""
@@ -306,6 +308,7 @@ class CapturedStep:
     def _micro_batch(self, kind: Kind) -> Tensor | None:
         """Compute loss and gradients, and after the last micro-batch of a step the update."""
         config, inputs = self.config, self.inputs
+        statistics = torch.zeros_like(self.statistics)
         # each layer's dropout gets the same number in every step, as a graph has it
         with drawing_from(config.seed):
             loss = self.model.packed_loss(
@@ -313,6 +316,7 @@ class CapturedStep:
                 label_smoothing=config.label_smoothing_factor,
                 z_loss=config.z_loss,
                 dft=config.form == "dft",
+                statistics=statistics,
             )
         mean, total = loss / inputs.count, loss.detach().view(1)
         found = torch.autograd.grad(mean, self.params, allow_unused=not self.warm)
@@ -321,9 +325,11 @@ class CapturedStep:
         if kind.first:
             torch._foreach_copy_(self.totals, grads)
             self.loss.copy_(total)
+            self.statistics.copy_(statistics)
         else:
             torch._foreach_add_(self.totals, grads)
             self.loss.add_(total)
+            self.statistics.add_(statistics)
         if not kind.last:
             return None
         for grad, total in zip(self.grads, self.totals, strict=True):

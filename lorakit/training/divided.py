@@ -221,14 +221,14 @@ class DividedSum(GradientSum):
             for whole in self.divided.whole_of.values():
                 whole.grad = None
 
-    def finish(self, losses: Sequence[Tensor], parts: int) -> list[Tensor]:
+    def finish(self, sums: Sequence[Tensor], parts: int) -> list[Tensor]:
         for part, whole in self.divided.whole_of.items():
             if whole in self.ends:
                 part.grad, self.ends[whole].grad = self.ends[whole].grad, None
             elif whole.grad is not None:
                 assert is_sharded(whole.grad)
                 part.grad, whole.grad = whole.grad.to_local(), None
-        return self.whole.finish(losses, parts)
+        return self.whole.finish(sums, parts)
 
     # ---- of the embedding and the head, which the model gathers ----
 

@@ -63,6 +63,11 @@ class Meeting(Protocol):
         """Return for each flag whether any rank has set it."""
 
 
+SUMS = 3
+"""What is added up over the labels of a micro-batch: the loss, and with sft also how many labels
+are the likeliest word, and the entropy of the predictions."""
+
+
 class GradientSum:
     """The gradients of a step in one process: autograd adds them up, and nothing is left to do."""
 
@@ -82,17 +87,17 @@ class GradientSum:
         `last` says whether it is the last round of the step.
         """
 
-    def finish(self, losses: Sequence[Tensor], parts: int) -> list[Tensor]:
+    def finish(self, sums: Sequence[Tensor], parts: int) -> list[Tensor]:
         """Give the parameters the gradients of the whole step.
 
         Args:
-            losses: The summed loss of each own micro-batch, fp32 [].
+            sums: The sums of each own micro-batch, fp32 [SUMS].
             parts: The number of micro-batches of the step.
 
         Returns:
-            The losses of all of them, in their order.
+            The sums of all of them, in their order.
         """
-        return list(losses)
+        return list(sums)
 
 
 ALONE = GradientSum()
@@ -121,15 +126,15 @@ class WideSum(GradientSum):
                 self.sums[p] = p.grad.float()
             p.grad = None
 
-    def finish(self, losses: Sequence[Tensor], parts: int) -> list[Tensor]:
+    def finish(self, sums: Sequence[Tensor], parts: int) -> list[Tensor]:
         for p in self.params:
             if p in self.sums:
                 p.grad = self.sums.pop(p).to(p.dtype)
-        return list(losses)
+        return list(sums)
 
 
 class SumOfRanks(GradientSum):
-    """The base class of sums over several ranks: the parts that are sent, and the losses.
+    """The base class of sums over several ranks: the parts that are sent, and `SUMS`.
 
     Args:
         ranks: The ranks, which meet in `end_round` and `finish`.
@@ -162,7 +167,7 @@ class SumOfRanks(GradientSum):
         self.rounds += 1
 
     @torch.no_grad()
-    def finish(self, losses: Sequence[Tensor], parts: int) -> list[Tensor]:
+    def finish(self, sums: Sequence[Tensor], parts: int) -> list[Tensor]:
         if self.varies or not self.agreed:
             self.seen, self.agreed = self.ranks.any_of(self.seen), True
         for p, seen in zip(self.params, self.seen, strict=True):
@@ -170,13 +175,13 @@ class SumOfRanks(GradientSum):
                 p.grad = None
         if self.varies:
             self.seen = [False] * len(self.params)
-        own = torch.zeros(self.rounds, device=self.device)
-        if losses:
-            torch.stack(list(losses), out=own[: len(losses)])
-        found = own.new_empty(self.share.size, self.rounds)
-        self.ranks.gather(found, own)
+        own = torch.zeros(self.rounds, SUMS, device=self.device)
+        if sums:
+            torch.stack(list(sums), out=own[: len(sums)])
+        found = own.new_empty(self.share.size, self.rounds, SUMS)
+        self.ranks.gather(found.view(-1), own.view(-1))
         self.rounds = 0
-        return list(found.t().reshape(-1)[:parts].unbind())
+        return list(found.transpose(0, 1).reshape(-1, SUMS)[:parts].unbind())
 
     def _take(self, flat: "_Flat", last: bool) -> None:
         """Take the gradients of a round. After the last, the parameters have those of the step."""

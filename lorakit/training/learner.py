@@ -132,9 +132,9 @@ class Learner:
             raise LorakitError("forward_backward: no row has a token that is learned")
         reference = self._reference() if config.compares else None
         with self.adding(step.count) as total:
-            losses = backward(self.part.model, replace(step, count=total), config, reference)
-            self.add(losses, len(batches))
-        return Learned(float(torch.stack(losses).sum()) / step.count, step.count, step.tokens, [])
+            losses, _ = backward(self.part.model, replace(step, count=total), config, reference)
+            self.add(losses.unbind(), len(batches))
+        return Learned(float(losses.sum()) / step.count, step.count, step.tokens, [])
 
     def learn_by(
         self,

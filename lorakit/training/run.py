@@ -36,7 +36,7 @@ from lorakit.models.tokenizer import Tokenizer
 from lorakit.training import state as run_state
 from lorakit.training.captured import CapturedStep, captured_step
 from lorakit.training.cores import FewerThreads
-from lorakit.training.device_step import DeviceStep, HostStep, Told, read
+from lorakit.training.device_step import DeviceStep, HostStep, Told
 from lorakit.training.interrupt import Flag
 from lorakit.training.late import Late
 from lorakit.training.log import Log, RunFiles, SilentLog, say
@@ -57,7 +57,7 @@ from lorakit.training.resume import (
 from lorakit.training.rollouts.rewards import RewardFunction
 from lorakit.training.rollouts.rollouts import Rollouts
 from lorakit.training.schedules import Rates, scheduled_rate
-from lorakit.training.step import Prepared, backward, check_gradients, prepare
+from lorakit.training.step import Prepared, backward, check_gradients, prepare, split_told
 from lorakit.training.stepping import (
     gradient_sum,
     run_optimizer,
@@ -117,6 +117,7 @@ class Run:
         if self.rollouts is not None and checkpoint is not None:
             self.rollouts.restore(run_state.read_values(checkpoint).get("rollouts"))
         self.own_tokenizer = is_not_the_models(tok, model)
+        self.tells_tokens = config.objective == "sft"  # a step tells of its tokens
         self.ended, self.saved = False, 0  # the step of the last checkpoint that was written
         self.reads_late = model.device.type != "cpu" and self.rollouts is None
         self.captured: CapturedStep | None = None  # what takes steps as CUDA graphs, in the loop
@@ -365,14 +366,15 @@ class Run:
     def _compute(self, step: Prepared) -> Tensor:
         """Compute the gradients of a step, and let the optimizer take it. Return what it tells."""
         if self.captured is not None:
-            told = self.captured(step.packed, step.parts)
+            told, statistics = self.captured(step.packed, step.parts), self.captured.statistics
             if step.number == 1:
                 check_gradients(self.model, self.part.parameters())
-            return told
-        losses = backward(self.model, step, self.config, self.reference, self.sums)
-        if step.number == 1:
-            check_gradients(self.model, self.part.parameters())
-        return self.update(torch.stack(losses))
+        else:
+            losses, statistics = backward(self.model, step, self.config, self.reference, self.sums)
+            if step.number == 1:
+                check_gradients(self.model, self.part.parameters())
+            told = self.update(losses)
+        return torch.cat([told, statistics.to(told.device)]) if self.tells_tokens else told
 
     def _prepare(self, number: int) -> Prepared:
         rows = self.order.step(number)
@@ -384,14 +386,13 @@ class Run:
     def read_begun(self, log: RunFiles) -> None:
         """Read the step that was begun, if it was not read. The host waits for its end."""
         if self._begun is not None:
-            step, told = self._begun
-            self._begun = None
+            (step, told), self._begun = self._begun, None
             self._read(step, told, log)
 
     def _read(self, step: Prepared, late: Late, log: RunFiles) -> None:
         """Wait for the end of a step, and note and log what it tells."""
-        told, progress = read(late.read()), self.progress
-        now = time.perf_counter()
+        numbers, progress, now = late.read(), self.progress, time.perf_counter()
+        told, more = split_told(numbers, step.count, self.tells_tokens)
         took, self._clock = now - self._clock, now
         progress.loss = sum(told.losses) / step.count
         if told.taken:
@@ -399,7 +400,6 @@ class Run:
         else:
             self._skip(step, told, log)
         progress.tokens, progress.seconds = progress.tokens + step.tokens, progress.seconds + took
-        more: dict[str, float] = {}
         if self.rollouts is not None:
             more, completions = self.rollouts.told(step)
             log.rollouts(completions)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lorakit.config.errors import LorakitError
@@ -18,8 +19,9 @@ from lorakit.models.decoder import Decoder
 from lorakit.models.mlp import Experts
 from lorakit.models.shards import is_sharded
 from lorakit.training.captured import CapturedStep, HostRow
+from lorakit.training.device_step import Told, read
 from lorakit.training.draws import drawing_from, seed_of
-from lorakit.training.gradients import ALONE, GradientSum
+from lorakit.training.gradients import ALONE, SUMS, GradientSum
 from lorakit.training.losses.batch import Batch, collated, summed_loss
 from lorakit.training.losses.reference import Reference
 from lorakit.training.losses.teacher import Teacher
@@ -86,7 +88,7 @@ def backward(
     config: TrainConfig,
     reference: Reference | Teacher | None,
     sums: GradientSum = ALONE,
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Add the gradients of the mean loss of a step to the parameters.
 
     The mean is over the label tokens of the step, with objectives of preference over its rows. What
@@ -94,20 +96,24 @@ def backward(
 
     A rank computes its share of the micro-batches, and `sums` adds up what all have computed.
     A pass through sharded weights is a meeting of all ranks: one that has no micro-batch left comes
-    with a filler. Nothing waits for the device: the summed losses of all micro-batches are returned
-    as they are, each fp32 [].
+    with a filler. Nothing waits for the device.
+
+    Returns:
+        The summed losses of the n micro-batches of all ranks, fp32 [n], dense, and the `statistics`
+        of `kernels.cross_entropy`, of the whole step, fp32 [2]; 0 with other objectives than sft.
     """
-    losses = []
+    found = list[Tensor]()
     first = (step.number - 1) * config.batches_of_step + sums.share.rank
     for i, batch in enumerate(step.batches):
         last = i == len(step.batches) - 1
         if batch is not None:
             seed = seed_of(config.seed, first + i * sums.share.size)
             with drawing_from(seed, model.device):
-                loss, _ = summed_loss(model, batch, config, reference)
+                statistics = torch.zeros(SUMS - 1, device=model.device)
+                loss, _ = summed_loss(model, batch, config, reference, statistics)
                 sums.begin_round(True, last)
                 (loss / step.count).backward()
-            losses.append(loss.detach())
+            found.append(torch.cat([loss.detach().view(1), statistics]))
         elif step.filler is not None:
             with drawing_from(config.seed, model.device):
                 loss, _ = summed_loss(model, step.filler, config, reference)
@@ -115,7 +121,21 @@ def backward(
                 with _forgotten_gradients(model):
                     loss.backward()
         sums.end_round(last)
-    return sums.finish(losses, step.parts)
+    losses, statistics = torch.stack(sums.finish(found, step.parts)).split([1, SUMS - 1], 1)
+    return losses.reshape(-1).contiguous(), statistics.sum(0)
+
+
+def split_told(
+    numbers: Sequence[float], count: int, tells_tokens: bool
+) -> tuple[Told, dict[str, float]]:
+    """Return what the numbers of a step say of it, and by TRL's names of a label token.
+
+    Where `tells_tokens`, the `statistics` of its `count` label tokens are the last of them.
+    """
+    end = len(numbers) - (SUMS - 1) * tells_tokens
+    names = ("mean_token_accuracy", "entropy") if tells_tokens else ()
+    means = {name: each / count for name, each in zip(names, numbers[end:], strict=True)}
+    return read(numbers[:end]), means
 
 
 @contextmanager

@@ -30,18 +30,22 @@ def test_loss_is_the_mean_over_label_tokens(tiny_dir, tok):
     """evaluate = sum of cross-entropies of completion tokens / their number, one row at a time."""
     model = lk.load_model(tiny_dir, dtype="float32")
     result = lk.evaluate(model, tok, ROWS, batch_size=5)
-    total = count = 0
+    total = count = right = entropy = 0
     for row in ROWS:
         prompt = tok.encode(row["prompt"])
         ids = [*prompt, *tok.encode(row["completion"], add_special_tokens=False), 2]
         logp = model(torch.tensor([ids]))[0].double().log_softmax(-1)
         for t in range(len(prompt), len(ids)):
             total -= logp[t - 1, ids[t]].item()
+            right += logp[t - 1].argmax().item() == ids[t]
+            entropy -= (logp[t - 1].exp() * logp[t - 1]).sum().item()
             count += 1
     assert result["label_tokens"] == count
     # fp32 logits of other batches; an error of the loss is one of the perplexity's logarithm
     assert result["loss"] == pytest.approx(total / count, rel=1e-5)
     assert result["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+    assert result["mean_token_accuracy"] == right / count
+    assert result["entropy"] == pytest.approx(entropy / count, rel=1e-5)
 
 
 @pytest.mark.parametrize("variant", ["dynamic_rope", "longrope"])
@@ -73,7 +77,8 @@ def test_evaluate_scores_greedy_completions(tiny_dir, tok):
     result = lk.evaluate(model, tok, rows, batch_size=2, metrics=METRICS)
     assert {name: result[name] for name in METRICS} == expected
     assert model.training
-    assert lk.evaluate(model, tok, rows).keys() == {"loss", "perplexity", "label_tokens", "rows"}
+    names = {"loss", "perplexity", "mean_token_accuracy", "entropy", "label_tokens", "rows"}
+    assert lk.evaluate(model, tok, rows).keys() == names
     assert lk.evaluate(model, tok, rows)["loss"] == pytest.approx(result["loss"], rel=1e-5)
 
 

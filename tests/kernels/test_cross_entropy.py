@@ -118,3 +118,83 @@ def test_token_cross_entropy(backend, softcap):
     # fp32 exponentials and a sum of 300 of them
     torch.testing.assert_close(found.double(), truth, rtol=1e-6, atol=2e-6)
     torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=1e-5, atol=1e-6)
+
+
+def told_of(logits, labels):
+    """What the op tells, by its definition in fp64."""
+    counted = labels != -100
+    logits = logits[counted].double()
+    right = (logits.argmax(-1) == labels[counted]).sum()  # the first of equals
+    return right.item(), torch.distributions.Categorical(logits=logits).entropy().sum().item()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize(("V", "scale"), [(1, 1), (7, 3), (300, 0.1), (9001, 5), (9001, 40)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_accuracy_and_entropy(backend, V, scale, dtype):
+    """They are added to what is there, and change no bit of the loss or the gradient."""
+    torch.manual_seed(V)
+    logits = (torch.randn(40, V) * scale).to(dtype)
+    labels = torch.where(torch.rand(40) < 0.5, logits.argmax(-1), torch.randint(V, (40,)))
+    labels[::7] = -100
+    if V > 9:  # equals: at some places the first is the label, at others a later one
+        first = torch.randint(V // 2, (40,))
+        logits[torch.arange(40), first] = logits[torch.arange(40), first + V // 2] = 50
+        labels[1::7], labels[2::7] = first[1::7], first[2::7] + V // 2
+    found = []
+    for told in (None, torch.tensor([1.0, 2.0])):
+        leaf = logits.clone().requires_grad_()
+        with kernels.use_backend(backend):
+            loss, _ = kernels.cross_entropy(leaf, labels, statistics=told)
+        loss.backward()
+        found.append((loss.detach(), leaf.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    right, entropy = told_of(logits, labels)
+    assert told[0] == 1 + right
+    # 34 entropies of at most log V, each of some units of fp32
+    assert told[1].item() == pytest.approx(2 + entropy, rel=2e-6, abs=2e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_accuracy_and_entropy_of_a_head_in_chunks(backend, monkeypatch):
+    """A soft cap, words that are ruled out, and what has gradients or none."""
+    monkeypatch.setattr(linear, "FEWEST", 2)
+    monkeypatch.setattr(linear, "CHUNK_BYTES", 2 * 33 * 4)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(9, 4), torch.randn(33, 4)
+    labels = torch.tensor([3, -100, 5, 1, 2, -100, 32, 0, 8])
+    truth = told_of(5 * torch.tanh(hidden @ weight.t() / 5), labels)
+    for needs in (True, False):
+        told = torch.zeros(2)
+        with kernels.use_backend(backend):
+            kernels.linear_cross_entropy(
+                hidden.requires_grad_(needs), weight, labels, softcap=5.0, statistics=told
+            )
+        assert told.tolist() == pytest.approx(truth, rel=1e-6)
+    ruled_out = torch.tensor([[0.0, float("-inf"), 0.0]])
+    told = torch.zeros(2)
+    with kernels.use_backend(backend):
+        kernels.cross_entropy(ruled_out, torch.tensor([2]), statistics=told)
+    assert told.tolist() == pytest.approx([0, torch.tensor(2.0).log().item()])
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_accuracy_and_entropy_are_trls(softcap):
+    """TRL's SFTTrainer computes its metrics with this function; some words are equals."""
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    torch.manual_seed(1)
+    hidden, weight = torch.randn(50, 8), torch.randn(77, 8)
+    weight[40:60] = weight[20:40]
+    labels = (hidden @ weight.t()).argmax(-1)
+    labels[:10], labels[10:15] = torch.randint(77, (10,)), labels[10:15] + 20
+    labels.clamp_(max=76)
+    _, entropy, _, _, right = ChunkedLogProbFunction.apply(
+        hidden, weight, None, labels, 1.0, 32, softcap
+    )
+    told = torch.zeros(2)
+    kernels.linear_cross_entropy(hidden, weight, labels, softcap=softcap, statistics=told)
+    assert told[0] == right.sum()
+    # both in fp32, sums of 50 entropies
+    assert told[1].item() == pytest.approx(entropy.sum().item(), rel=1e-6)

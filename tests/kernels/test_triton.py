@@ -446,6 +446,28 @@ def test_cross_entropy(rows, vocabulary, padded, cap, smoothing, z_loss, dft, dt
     within_budget(f, exactly, (logits,), terms=rows * 32)
 
 
+@pytest.mark.parametrize(("V", "scale"), [(1, 1), (300, 0.1), (9001, 5), (9001, 40)])
+def test_accuracy_and_entropy(V, scale):
+    """They are added to what is there, and change no bit of the loss."""
+    labels = some_labels(20, V, 0).to(DEVICE)
+    logits = random(V, 20, V, scale=scale).to(DEVICE)
+    logits[1::3, V // 3] = logits[1::3, V // 2] = 99.0  # equals, of which the first counts
+    labels[1::3] = torch.tensor([V // 3, V // 2] * 3 + [-100], device=DEVICE)
+    logits[2, : V // 2] = float("-inf")  # words that are ruled out
+    labels[2] = logits[2].argmax()
+    told = torch.tensor([1.0, 2.0], device=DEVICE)
+    with interpreted(), kernels.use_backend("triton"):
+        plain, _ = kernels.cross_entropy(logits, labels)
+        loss, _ = kernels.cross_entropy(logits, labels, statistics=told)
+    assert torch.equal(loss, plain)
+    wide = logits[labels != -100].double()
+    assert told[0] == 1 + (wide.argmax(-1) == labels[labels != -100]).sum()
+    log_p = wide.log_softmax(-1)
+    entropy = -(log_p.exp() * log_p.clamp(min=-1e4)).sum().item()
+    # 20 entropies of at most log V, each of some units of fp32
+    assert told[1].item() == pytest.approx(2 + entropy, rel=4e-6, abs=4e-5)
+
+
 def test_cross_entropy_writes_its_gradient_and_nothing_else():
     from lorakit.kernels.ops.cross_entropy import triton as ours
     from lorakit.kernels.ops.cross_entropy.linear import Form

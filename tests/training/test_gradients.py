@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lorakit.evaluation.share import Share
 from lorakit.training import gradients
-from lorakit.training.gradients import FastSum, OrderedSum
+from lorakit.training.gradients import SUMS, FastSum, OrderedSum
 
 
 class Threads:
@@ -64,7 +64,7 @@ def steps_of_ranks(kind, size, shapes, steps, varies):
                 for i, part in enumerate(rounds):
                     if part is not None:
                         loss, grads = part
-                        losses.append(loss)
+                        losses.append(loss.repeat(SUMS))
                         for p, grad in zip(params, grads, strict=True):
                             if grad is not None:  # as autograd does
                                 p.grad = grad.clone() if p.grad is None else p.grad + grad
@@ -139,18 +139,18 @@ def test_the_bits_of_one_process(data, size, shapes, parts):
     for rank in found:
         for (grads, losses, _), step in zip(rank, steps, strict=True):
             assert [bits(g) for g in grads] == [bits(g) for g in one_process(step)]
-            assert [bits(x) for x in losses] == [bits(loss) for loss, _ in step]
+            assert [bits(x) for x in losses] == [bits(loss.repeat(SUMS)) for loss, _ in step]
 
 
 @pytest.mark.parametrize("size", [2, 3, 8])
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_bytes_of_a_step(size, rounds):
-    """What docs/scale.md says that a rank sends, but for the losses, 4 bytes a micro-batch."""
+    """What docs/scale.md says that a rank sends, but for the sums, 12 bytes a micro-batch."""
     shapes = [((48 * size, 16), torch.float32)]  # no slice has to be filled up
     n = 4 * 48 * size * 16
     part = (torch.ones(()), [torch.ones(shapes[0][0])])
     step = [part] * (rounds * size)
-    losses = 4 * rounds * (size - 1)
+    losses = 4 * SUMS * rounds * (size - 1)
     for kind, times in ((OrderedSum, rounds + 1), (FastSum, 2)):
         for rank in steps_of_ranks(kind, size, shapes, [step], False):
             assert rank[0][2] == times * n * (size - 1) / size + losses
@@ -187,6 +187,6 @@ def test_strides_of_a_gradient_are_those_of_its_parameter():
     sums = OrderedSum(Threads(0, 1, table, barrier), [p], False, p.device)
     p.grad = torch.arange(15.0).view(shapes[0][0])
     sums.end_round(True)
-    sums.finish([torch.zeros(())], 1)
+    sums.finish([torch.zeros(SUMS)], 1)
     assert p.grad.stride() == p.stride()
     assert torch.equal(p.grad, torch.arange(15.0).view(3, 5))

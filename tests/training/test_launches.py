@@ -21,6 +21,7 @@ from lorakit.models.decoder import Decoder
 from lorakit.training import run as training_run
 from lorakit.training.device_step import optimizer_step
 from lorakit.training.float8 import start_float8
+from lorakit.training.gradients import SUMS
 from lorakit.training.late import Late
 from lorakit.training.ranks import Ranks
 from lorakit.training.trainable import TrainedAdapter
@@ -31,7 +32,7 @@ from tests.meta_gpu import MetaGPU
 TABLE = Path(__file__).with_name("launches.csv")
 TOKENS = 2048
 # the most launches of a layer, outside the layers, and of clipping and AdamW
-MOST_OF_A_LAYER, MOST_OUTSIDE, MOST_OF_ADAMW = 61, 30, 3
+MOST_OF_A_LAYER, MOST_OUTSIDE, MOST_OF_ADAMW = 61, 34, 3
 # linear attention of Qwen 3.5 4B; one layer of a model has keys, or it is refused
 HEADS = {
     "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128,
@@ -78,7 +79,8 @@ def step(
             gpu.launches.clear()
 
         for _ in range(micro_batches):
-            loss, count = model.loss(ids, labels, cu_seqlens=bounds)
+            statistics = torch.zeros(SUMS - 1, device="meta")
+            loss, count = model.loss(ids, labels, cu_seqlens=bounds, statistics=statistics)
             part()
             (loss / count).backward()
             part()
@@ -185,7 +187,8 @@ def test_a_run_waits_for_a_step_when_it_has_issued_the_next(
     """And for nothing else: all that a run does between two evaluations or checkpoints."""
     monkeypatch.setattr(training_run, "must_match", lambda *_: {})  # it reads the frozen weights
     read, tokens = [], SimpleNamespace(has_new_tokens=False, source=None)
-    monkeypatch.setattr(Late, "read", lambda self: read.append(issued[-1]) or [1.0, 1.0, -1.0, 9.0])
+    told = [1.0, 1.0, -1.0, 9.0, *[0.0] * (SUMS - 1)]
+    monkeypatch.setattr(Late, "read", lambda self: read.append(issued[-1]) or told)
     issued, real = [], training_run.backward
 
     def backward(model, step, *rest):
@@ -210,7 +213,7 @@ def test_a_run_waits_for_a_step_when_it_has_issued_the_next(
     assert gpu.waits == []
     assert [copy for copy in gpu.copies if copy.blocking] == []
     back = [copy.shape for copy in gpu.copies if copy.way == "to the host"]
-    assert back == [(3 + accumulate,)] * 2
+    assert back == [(2 + accumulate + SUMS,)] * 2
     launched = Counter(launch.name for launch in gpu.launches if "adamw" in launch.name)
     assert launched == {"adamw/_squares": 2, "adamw/_decide": 2, "adamw/_update": 2}
 

@@ -23,7 +23,7 @@ def test_learns_and_writes(tiny_dir, tok, tmp_path):
     assert [line["step"] for line in steps] == list(range(1, 31))
     assert steps[-1]["loss"] < 0.7 * steps[0]["loss"]
     assert set(steps[0]) == {
-        "step", "epoch", "loss", "learning_rate", "grad_norm",
+        "step", "epoch", "loss", "learning_rate", "grad_norm", "mean_token_accuracy", "entropy",
         "tokens", "tokens_per_second", "padding", "peak_memory_mb",
     }  # fmt: skip
     evaluations = [line for line in lines if "eval_loss" in line]
@@ -39,6 +39,21 @@ def test_learns_and_writes(tiny_dir, tok, tmp_path):
     ids = torch.arange(10)[None]
     assert torch.equal(again(ids), model(ids))
     assert not model.training
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_accuracy_and_entropy_of_a_step(tiny_dir, tok, tmp_path, packing):
+    """They are those of an evaluation of the same rows, whatever micro-batches a step has."""
+    expected = lk.evaluate(adapted(tiny_dir).eval(), tok, ROWS[:12])
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 6}
+    options |= {"max_steps": 1, "packing": packing, "max_seq_length": 40}
+    run(tiny_dir, tok, tmp_path, ROWS[:12], **options)
+    [step] = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(ROWS[:12]) == expected["rows"]
+    # the rows of the one step, in other batches
+    assert step["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert step["mean_token_accuracy"] == pytest.approx(expected["mean_token_accuracy"], rel=1e-9)
+    assert step["entropy"] == pytest.approx(expected["entropy"], rel=1e-5)
 
 
 def test_chats_from_a_file(tiny_dir, tok, tmp_path):

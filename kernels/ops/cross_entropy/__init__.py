@@ -20,6 +20,10 @@ Both functions return the sum and the number of labels that were not `ignore_ind
 caller can add up micro-batches of different length and divide once: a mean of means gives short
 batches too much weight.
 
+Both tell, if they are asked, how often the label is the likeliest word, and the entropy of the
+predictions, -sum(p log p): from the pass that sums the exponentials, so it costs a multiply-add for
+each logit.
+
 `linear_cross_entropy` takes the hidden states instead of the logits. The logits of a large
 vocabulary are the biggest tensor of a training step (T x V x 4 bytes: 0.8 GB for 4096 tokens of a
 49,152-word model). So it walks over the rows in chunks (24 MB of logits, on a GPU 256), and
@@ -55,6 +59,7 @@ def cross_entropy(
     z_loss: float = 0.0,
     dft: bool = False,
     ignore_index: int = -100,
+    statistics: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the cross-entropy of next-token logits, summed over the labels that count.
 
@@ -70,6 +75,9 @@ def cross_entropy(
         z_loss: a, the weight of logsumexp(z)^2 in the loss (arXiv:2204.02311, section 5).
         dft: whether the loss of a label is weighed by its probability p (arXiv:2508.05629).
         ignore_index: the label that does not count.
+        statistics: fp32 [2], where the logits lie. To it are added the number of labels that are
+            the likeliest word, the first of equals, and the entropies of the predictions in nats,
+            summed over the labels that count. None, and under torch.compile: nothing is.
 
     Returns:
         The summed loss in nats, fp32 [], and the number of labels that count, int64 [].
@@ -83,9 +91,9 @@ def cross_entropy(
         return dispatch.traced().cross_entropy(logits, labels, form, ignore_index)
     backend = backend_for(logits) if labels.shape == logits.shape[:-1] else reference
     if backend is reference:
-        return reference.cross_entropy(logits, labels, form, ignore_index)
+        return reference.cross_entropy(logits, labels, form, ignore_index, statistics)
     flat, labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).contiguous()
-    total = CrossEntropy.apply(flat, labels, form, ignore_index, backend)
+    total = CrossEntropy.apply(flat, labels, form, ignore_index, backend, statistics)
     return total, (labels != ignore_index).sum()
 
 
@@ -93,10 +101,10 @@ class CrossEntropy(torch.autograd.Function):
     """Map logits [N, V] and labels int64 [N] to the summed loss, fp32 []."""
 
     @staticmethod
-    def forward(ctx, logits, labels, form, ignore_index, backend):
+    def forward(ctx, logits, labels, form, ignore_index, backend, statistics):
         if logits.stride(-1) != 1:
             logits = logits.contiguous()
-        loss, lse = backend.loss_and_lse(logits, labels, form, ignore_index)
+        loss, lse = backend.loss_and_lse(logits, labels, form, ignore_index, statistics)
         ctx.save_for_backward(logits, labels, lse)
         ctx.options, ctx.backend = (form, ignore_index), backend
         return loss.sum()
@@ -105,7 +113,7 @@ class CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         logits, labels, lse = ctx.saved_tensors
-        return ctx.backend.gradient(logits, labels, lse, grad, *ctx.options), *(None,) * 4
+        return ctx.backend.gradient(logits, labels, lse, grad, *ctx.options), *(None,) * 5
 
 
 def token_cross_entropy(logits: Tensor, labels: Tensor, *, softcap: float | None = None) -> Tensor:
@@ -165,6 +173,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     dft: bool = False,
     ignore_index: int = -100,
+    statistics: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the cross-entropy of the logits hidden weight^T, which never exist all at once.
 
@@ -184,6 +193,7 @@ def linear_cross_entropy(
         z_loss: as in `cross_entropy`.
         dft: as in `cross_entropy`.
         ignore_index: the label that does not count.
+        statistics: as in `cross_entropy`.
 
     Returns:
         The summed loss in nats, fp32 [], and the number of labels that count, int64 [], where the
@@ -205,7 +215,7 @@ def linear_cross_entropy(
     backend = backend_for(picked)
     if backend is cpu and isinstance(weight, Float8Weight):
         backend = reference
-    options = form, backend, ignore_index
+    options = form, backend, ignore_index, statistics
     total = LinearCrossEntropy.apply(picked, *head, scaling, chosen, *options)
     return total, (labels != ignore_index).sum()
 

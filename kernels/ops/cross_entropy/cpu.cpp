@@ -12,6 +12,9 @@
 //
 // The weight of dynamic fine-tuning, the label's probability, scales loss and gradient of the row.
 //
+// The entropy comes from the same pass. With e_i = 2^(x_i - M) and s their sum, the probabilities are p_i = e_i / s, and
+// -sum(p_i log p_i) = log(s) - log(2) sum(e_i (x_i - M)) / s: two terms of which none is negative.
+//
 // A row is one thread's, and its pieces depend on V alone: the threads change no bit.
 #define LORAKIT_ANY_LANES
 #include "simd.h"
@@ -29,6 +32,7 @@ struct LogitRows {
     const T* logits;        // [N, V]
     const int64_t* labels;  // [N], each in [0, V) or ignored
     float *loss, *lse;      // [N]; loss null: lse is read
+    float *right, *entropy;  // [N] or null: 1 if the label is the likeliest word, the first of equals; else 0
     T* gradient;            // [N, V] or null; may be the logits
     const float* scale;     // of the gradient
     int64_t stride, gradient_stride, N, V, ignored, dft;
@@ -40,43 +44,67 @@ inline Vec capped(Vec x, float cap, float inverse) {
     return CAPPED ? fill(cap) * tanh(x * fill(inverse)) : x;
 }
 
-template <bool CAPPED, class T>
+template <class T>
+float value_at(const T* x) {
+    float value;
+    store(load(x, First{1}), &value, First{1});
+    return value;
+}
+
+template <class T>
+float largest_of(const T* x, int64_t count, float none) {
+    return largest(running(count, fill(none), [&](int64_t i, auto part, Vec found) {
+        return larger(only(load(x + i, part), part, none), found);
+    }));
+}
+
+template <bool CAPPED, bool TELLS, class T>
 void forward_row(const LogitRows<T>& a, int64_t row) {
     const T* x = a.logits + row * a.stride;
     const float inverse = 1 / a.cap, none = -__builtin_inff();
-    const Vec log2e = fill(LOG2E);
-    float M = none;
-    double exponentials = 0, values = 0;
+    const Vec log2e = fill(LOG2E), lowest = fill(-1e4f);  // 2^lowest is 0, and 0 * -inf would be none
+    float M = none, best = none;
+    double exponentials = 0, weighted = 0, values = 0;
     for (int64_t start = 0; start < a.V; start += PIECE) {
         const T* piece = x + start;
         const int64_t count = smaller(PIECE, a.V - start);
-        const float top = largest(running(count, fill(none), [&](int64_t i, auto part, Vec found) {
-            return larger(only(load(piece + i, part), part, none), found);
-        }));
+        const float top = largest_of(piece, count, none);
+        if (TELLS && top > best) best = top;
         float next;
         store(capped<CAPPED>(fill(top), a.cap, inverse) * log2e, &next, First{1});
         if (next > M) {
-            exponentials *= exp2(static_cast<double>(M) - static_cast<double>(next));
+            const double grown = static_cast<double>(M) - static_cast<double>(next), factor = exp2(grown);
+            if (TELLS && exponentials > 0) weighted = (weighted + exponentials * grown) * factor;
+            exponentials *= factor;
             M = next;
         }
         const Vec below = fill(M == none ? 0 : -M);  // so far nothing but -inf
+        Vec products = fill(0);
         exponentials += sum(running(count, fill(0), [&](int64_t i, auto part, Vec sum) {
-            const Vec z = capped<CAPPED>(load(piece + i, part), a.cap, inverse);
-            return sum + only(exponential2(madd(z, log2e, below)), part, 0);
+            const Vec z = capped<CAPPED>(load(piece + i, part), a.cap, inverse), power = madd(z, log2e, below);
+            const Vec e = only(exponential2(power), part, 0);
+            if (TELLS) products = madd(e, larger(power, lowest), products);
+            return sum + e;
         }));
+        if (TELLS) weighted += sum(products);
         if (a.smoothing != 0)
             values += sum(running(count, fill(0), [&](int64_t i, auto part, Vec sum) {
                 return sum + capped<CAPPED>(load(piece + i, part), a.cap, inverse);
             }));
     }
+    const int64_t label = a.labels[row];
     float chosen;
-    store(capped<CAPPED>(load(x + a.labels[row], First{1}), a.cap, inverse), &chosen, First{1});
+    store(capped<CAPPED>(load(x + label, First{1}), a.cap, inverse), &chosen, First{1});
     const double lse = M / static_cast<double>(LOG2E) + log(exponentials);
     const double weight = a.dft ? exp(chosen - lse) : 1;
     a.lse[row] = static_cast<float>(lse);
     a.loss[row] =
         static_cast<float>(weight * (lse - (1 - static_cast<double>(a.smoothing)) * chosen -
                                      a.smoothing * values / static_cast<double>(a.V) + a.z_loss * lse * lse));
+    if (!TELLS) return;
+    const float of_label = value_at(x + label);
+    a.right[row] = of_label == best && (label == 0 || largest_of(x, label, none) < best) ? 1 : 0;
+    a.entropy[row] = static_cast<float>(log(exponentials) - weighted / exponentials / static_cast<double>(LOG2E));
 }
 
 // a' (e^(z - lse) factor - spread), the label's share aside
@@ -112,7 +140,8 @@ void rows(const LogitRows<T>& a) {
         for (int64_t row = first; row < last; ++row) {
             const bool ignored = a.labels[row] == a.ignored;
             if (a.loss && ignored) a.loss[row] = a.lse[row] = 0;
-            if (a.loss && !ignored) forward_row<CAPPED>(a, row);
+            if (a.right && ignored) a.right[row] = a.entropy[row] = 0;
+            if (a.loss && !ignored) a.right ? forward_row<CAPPED, true>(a, row) : forward_row<CAPPED, false>(a, row);
             if (a.gradient && ignored)
                 std::memset(a.gradient + row * a.gradient_stride, 0, static_cast<size_t>(a.V) * sizeof(T));
             if (a.gradient && !ignored) backward_row<CAPPED>(a, row);

@@ -16,7 +16,8 @@ class LogitRows(ctypes.Structure):
     """`LogitRows` of cpu.cpp: the arguments of `cross_entropy`, in both directions."""
 
     _fields_ = (
-        *((name, POINTER) for name in ("logits", "labels", "loss", "lse", "gradient", "scale")),
+        *((name, POINTER) for name in ("logits", "labels", "loss", "lse", "right", "entropy")),
+        *((name, POINTER) for name in ("gradient", "scale")),
         *((name, INT64) for name in ("stride", "gradient_stride", "N", "V", "ignored", "dft")),
         *((name, FLOAT) for name in ("cap", "smoothing", "z_loss")),
     )
@@ -29,13 +30,22 @@ def fits(x: Tensor) -> bool:
 
 def _run(
     logits: Tensor, labels: Tensor, loss: Tensor | None, lse: Tensor, gradient: Tensor | None,
-    scale: Tensor | None, form: Form, ignore_index: int,
+    scale: Tensor | None, form: Form, ignore_index: int, statistics: Tensor | None = None,
 ) -> None:  # fmt: skip
-    pointers = [address(t) for t in (logits, labels, loss, lse, gradient, scale)]
+    told: Tensor | None = None
+    right: Tensor | None = None
+    entropy: Tensor | None = None
+    if statistics is not None:
+        told = lse.new_empty((2, len(lse)))
+        right, entropy = told.unbind()
+    tensors = logits, labels, loss, lse, right, entropy, gradient, scale
+    pointers = [address(t) for t in tensors]
     strides = logits.stride(0), 0 if gradient is None else gradient.stride(0)
     options = form.dft, form.softcap or 0.0, form.label_smoothing, form.z_loss
     arguments = LogitRows(*pointers, *strides, *logits.shape, ignore_index, *options)
     run("cross_entropy", logits.dtype, arguments)
+    if statistics is not None and told is not None:
+        statistics += told.sum(1)
 
 
 def _check(labels: Tensor, V: int, ignore_index: int) -> None:
@@ -46,15 +56,16 @@ def _check(labels: Tensor, V: int, ignore_index: int) -> None:
 
 
 def loss_and_lse(
-    logits: Tensor, labels: Tensor, form: Form, ignore_index: int
+    logits: Tensor, labels: Tensor, form: Form, ignore_index: int, statistics: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return the losses and log-sum-exps, fp32 [N], of logits [N, V] and labels int64 [N].
 
     The rows of the logits may lie apart. Raises IndexError for a label that is not a word.
+    `statistics` are as in `cross_entropy`.
     """
     _check(labels, logits.shape[1], ignore_index)
     loss, lse = torch.empty((2, len(labels)), dtype=torch.float32, device=labels.device).unbind()
-    _run(logits, labels, loss, lse, None, None, form, ignore_index)
+    _run(logits, labels, loss, lse, None, None, form, ignore_index, statistics)
     return loss, lse
 
 
@@ -82,15 +93,20 @@ def logits(h: Tensor, head: Tensor | Packed) -> Tensor:
 
 
 def loss_and_gradient(
-    logits: Tensor, labels: Tensor, form: Form, need: bool, ignored: int
+    logits: Tensor,
+    labels: Tensor,
+    form: Form,
+    need: bool,
+    ignored: int,
+    statistics: Tensor | None = None,
 ) -> Tensor:
     """Return the summed loss [] of logits [n, V] and labels int64 [n].
 
     If their gradients are needed, these are written over the logits. A label `ignored` counts for
-    nothing.
+    nothing. `statistics` are as in `cross_entropy`.
     """
     _check(labels, logits.shape[1], ignored)
     loss, lse = torch.empty((2, len(labels)), dtype=torch.float32, device=labels.device).unbind()
     found = logits if need else None
-    _run(logits, labels, loss, lse, found, torch.ones(()), form, ignored)
+    _run(logits, labels, loss, lse, found, torch.ones(()), form, ignored, statistics)
     return loss.sum()

@@ -90,7 +90,12 @@ def _grad_weight(grad: Tensor, h: Tensor) -> Tensor:
 
 
 def _float8_loss(
-    hidden: Tensor, head: Float8Weight, labels: Tensor, backend: ModuleType, ignored: int
+    hidden: Tensor,
+    head: Float8Weight,
+    labels: Tensor,
+    backend: ModuleType,
+    ignored: int,
+    statistics: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the summed loss [] and the gradient of hidden [N, H], both products in float8.
 
@@ -102,7 +107,8 @@ def _float8_loss(
     for start in range(0, len(labels), step):
         part = slice(start, start + step)
         logits = backend.logits(hidden[part], head)
-        loss, grad = backend.loss_and_rounded_gradient(logits, labels[part], ignored)
+        options = labels[part], ignored, statistics
+        loss, grad = backend.loss_and_rounded_gradient(logits, *options)
         del logits
         grad_hidden[part] = rounded_product_back(grad, head)
         total = total + loss
@@ -121,14 +127,14 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, hidden, weight, lora_A, lora_B, scaling, labels, form: Form, backend: ModuleType,
-        ignored: int,
+        ignored: int, statistics: Tensor | None = None,
     ):  # fmt: skip
         if isinstance(weight, Float8Weight) and weight.centred and (form.softcap or form.z_loss):
             raise ValueError("a soft cap and a z-loss see the mean row that the head is without")
         plain = lora_A is None and form == Form()
         if isinstance(weight, Float8Weight) and plain and ctx.needs_input_grad[0]:
             ctx.dtypes = [hidden.dtype, None, None, None]
-            loss, of_hidden = _float8_loss(hidden, weight, labels, backend, ignored)
+            loss, of_hidden = _float8_loss(hidden, weight, labels, backend, ignored, statistics)
             ctx.save_for_backward(of_hidden, None, None, None)
             return loss
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, lora_A, lora_B)]
@@ -152,7 +158,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             if adapted:
                 low = h @ A.t()  # [n, H] @ [H, r]
                 logits.addmm_(low.to(logits.dtype), sB.t().to(logits.dtype))
-            part = backend.loss_and_gradient(logits[:n], y, form, any(need), ignored)
+            part = backend.loss_and_gradient(logits[:n], y, form, any(need), ignored, statistics)
             total = part if total is None else total + part
             grad = logits  # which they have become; the filling has none
             if filling:
@@ -180,4 +186,4 @@ class LinearCrossEntropy(torch.autograd.Function):
             None if g is None else (g.float() * grad).to(dtype)  # grad is one over the labels: fp32
             for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return *scaled, *(None,) * 5
+        return *scaled, *(None,) * 6

@@ -10,7 +10,7 @@ from .linear import Form, Head, is_ready
 
 
 def cross_entropy(
-    logits: Tensor, labels: Tensor, form: Form, ignore_index: int
+    logits: Tensor, labels: Tensor, form: Form, ignore_index: int, statistics: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return the summed loss of logits [..., V], and the number of labels [...] that count."""
     flat, labels = logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1)
@@ -24,12 +24,24 @@ def cross_entropy(
         reduction="none",
         label_smoothing=form.label_smoothing,
     )
+    if statistics is not None:
+        _add_statistics(flat, labels, ignore_index, statistics)
     if form.z_loss:
         losses = losses + form.z_loss * flat.logsumexp(-1).square().masked_fill(~counted, 0)
     if form.dft:
         words = labels.masked_fill(~counted, 0)[:, None]
         losses = losses * flat.detach().log_softmax(-1).gather(-1, words)[:, 0].exp()
     return losses.sum(), counted.sum()
+
+
+@torch.no_grad()
+def _add_statistics(z: Tensor, labels: Tensor, ignored: int, statistics: Tensor) -> None:
+    """Add what `cross_entropy` tells of logits fp32 [N, V], the soft cap applied."""
+    counted = labels != ignored
+    right = (z.argmax(-1) == labels) & counted  # argmax is the first of equals
+    log_p = z.detach().log_softmax(-1)
+    entropies = -(log_p.exp() * log_p.clamp(min=-1e4)).sum(-1)
+    statistics += torch.stack([right, entropies.masked_fill(~counted, 0)]).sum(1)
 
 
 def token_cross_entropy(logits: Tensor, labels: Tensor, form: Form) -> Tensor:
@@ -53,12 +65,17 @@ def logits(h: Tensor, head: Head) -> Tensor:
 
 
 def loss_and_gradient(
-    logits: Tensor, labels: Tensor, form: Form, need: bool, ignored: int
+    logits: Tensor,
+    labels: Tensor,
+    form: Form,
+    need: bool,
+    ignored: int,
+    statistics: Tensor | None = None,
 ) -> Tensor:
     """Return the summed loss [] of logits fp32 [n, V], which are given up, and labels int64 [n].
 
     If their gradients are needed, these are written over the logits. A label `ignored` counts for
-    nothing.
+    nothing. `statistics` are as in `cross_entropy`.
     """
     (cap, smoothing, z_loss, dft), slope = form, None
     out = labels[:, None] == ignored
@@ -66,6 +83,8 @@ def loss_and_gradient(
     if cap is not None:
         logits = logits.div_(cap).tanh_().mul_(cap)
         slope = 1 - (logits / cap).square_() if need else None
+    if statistics is not None:
+        _add_statistics(logits, labels, ignored, statistics)
     lse, chosen = logits.logsumexp(-1, keepdim=True), logits.gather(-1, y)
     weight = (chosen - lse).exp_() if dft else None
     losses = lse - (1 - smoothing) * chosen
@@ -93,8 +112,8 @@ def loss_and_gradient(
 
 
 def loss_and_rounded_gradient(
-    logits: Tensor, labels: Tensor, ignored: int
+    logits: Tensor, labels: Tensor, ignored: int, statistics: Tensor | None = None
 ) -> tuple[Tensor, ScaledRows]:
     """Return what `loss_and_gradient` does, for logits that are given up, and gradients in e4m3."""
-    loss = loss_and_gradient(logits, labels, Form(), True, ignored)
+    loss = loss_and_gradient(logits, labels, Form(), True, ignored, statistics)
     return loss, scaled_rows([logits], [None])

@@ -42,16 +42,23 @@ def _capped(x, cap: tl.constexpr):
 
 @triton.jit
 def _forward(
-    LOGITS, LABELS, LOSS, LSE, stride, V, padded, ignore_index: tl.constexpr, cap: tl.constexpr,
-    smoothing: tl.constexpr, z_loss: tl.constexpr, dft: tl.constexpr, BLOCK: tl.constexpr,
+    LOGITS, LABELS, LOSS, LSE, TOLD, stride, V, padded, ignore_index: tl.constexpr,
+    cap: tl.constexpr, smoothing: tl.constexpr, z_loss: tl.constexpr,
+    dft: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(LABELS + row)
     if label == ignore_index:
         tl.store(LOSS + row, 0.0)
         tl.store(LSE + row, 0.0)
+        if TOLD is not None:
+            tl.store(TOLD + row, 0.0)
+            tl.store(TOLD + tl.num_programs(0) + row, 0.0)
         return
     start_of_row = LOGITS + row * stride
+    weighted = tl.full((), 0.0, tl.float32)
+    top = tl.full((), float("-inf"), tl.float32)  # the largest logit, and that before the label
+    before = tl.full((), float("-inf"), tl.float32)
     m = tl.full((), float("-inf"), tl.float32)
     s = tl.full((), 0.0, tl.float32)
     total = tl.full((), 0.0, tl.float32)
@@ -64,11 +71,20 @@ def _forward(
         z = tl.where(columns < V, z, float("-inf"))
         largest = tl.maximum(m, tl.max(z))
         base = tl.where(largest == float("-inf"), 0.0, largest)  # so far nothing but -inf
-        s = s * tl.exp2((m - base) * LOG2E) + tl.sum(tl.exp2((z - base) * LOG2E))
+        e = tl.exp2((z - base) * LOG2E)
+        if TOLD is not None:
+            top = tl.maximum(top, tl.max(tl.where(columns < V, x, float("-inf"))))
+            earlier = tl.where(columns < label.to(tl.int32), x, float("-inf"))
+            before = tl.maximum(before, tl.max(earlier))
+            grown = tl.where(m == float("-inf"), 0.0, m - base)  # 0 * -inf would be none
+            weighted = (weighted + s * grown) * tl.exp2(grown * LOG2E)
+            weighted += tl.sum(e * tl.maximum(z - base, -1e4))
+        s = s * tl.exp2((m - base) * LOG2E) + tl.sum(e)
         m = largest
     known = (label >= 0) & (label < V)
+    of_label = tl.load(start_of_row + label, mask=known, other=0.0).to(tl.float32)
     lse = tl.where(known, m + tl.log2(s) * LN2, float("nan"))  # from where it reaches the gradient
-    chosen = _capped(tl.load(start_of_row + label, mask=known, other=0.0).to(tl.float32), cap)
+    chosen = _capped(of_label, cap)
     loss = lse - (1 - smoothing) * chosen
     if smoothing != 0:
         loss -= smoothing * (total / V)
@@ -78,6 +94,10 @@ def _forward(
         loss *= tl.exp2((chosen - lse) * LOG2E)
     tl.store(LSE + row, lse)
     tl.store(LOSS + row, loss)
+    if TOLD is not None:
+        # log(s) - sum(e (z - m)) / s: two terms of which none is negative
+        tl.store(TOLD + row, ((of_label == top) & (before < top)).to(tl.float32))
+        tl.store(TOLD + tl.num_programs(0) + row, tl.log2(s) * LN2 - weighted / s)
 
 
 @triton.jit
@@ -155,19 +175,22 @@ def _padded_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.devi
 
 
 def loss_and_lse(
-    logits: Tensor, labels: Tensor, form: Form, ignore_index: int
+    logits: Tensor, labels: Tensor, form: Form, ignore_index: int, statistics: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return the losses and log-sum-exps, fp32 [N], of logits [N, V] and labels int64 [N].
 
-    The rows of the logits may lie apart.
+    The rows of the logits may lie apart. `statistics` are as in `cross_entropy`.
     """
     N, V = logits.shape
     loss, lse = torch.empty((2, N), dtype=torch.float32, device=logits.device).unbind()
+    told = None if statistics is None else lse.new_empty((2, N))
     if N:
         dispatch.launch(
-            _forward, (N,), logits, labels, loss, lse, logits.stride(0), V, _padded(logits),
+            _forward, (N,), logits, labels, loss, lse, told, logits.stride(0), V, _padded(logits),
             ignore_index, *form, BLOCK, num_warps=THREADS // dispatch.lanes(),
         )  # fmt: skip
+    if N and statistics is not None and told is not None:
+        statistics += told.sum(1)
     return loss, lse
 
 
@@ -227,27 +250,32 @@ def _one(device: torch.device) -> Tensor:
 
 
 def loss_and_gradient(
-    logits: Tensor, labels: Tensor, form: Form, need: bool, ignored: int
+    logits: Tensor,
+    labels: Tensor,
+    form: Form,
+    need: bool,
+    ignored: int,
+    statistics: Tensor | None = None,
 ) -> Tensor:
     """Return the summed loss [] of logits [n, V] and labels int64 [n].
 
     If their gradients are needed, these are written over the logits. A label `ignored` counts for
-    nothing.
+    nothing. `statistics` are as in `cross_entropy`.
     """
-    loss, lse = loss_and_lse(logits, labels, form, ignored)
+    loss, lse = loss_and_lse(logits, labels, form, ignored, statistics)
     if need:
         gradient(logits, labels, lse, _one(logits.device), form, ignored, logits)
     return loss.sum()
 
 
 def loss_and_rounded_gradient(
-    logits: Tensor, labels: Tensor, ignored: int
+    logits: Tensor, labels: Tensor, ignored: int, statistics: Tensor | None = None
 ) -> tuple[Tensor, ScaledRows]:
     """Return the summed loss [] of logits [n, V] and labels int64 [n], and gradients in e4m3.
 
-    A label `ignored` counts for nothing.
+    A label `ignored` counts for nothing. `statistics` are as in `cross_entropy`.
     """
-    loss, lse = loss_and_lse(logits, labels, Form(), ignored)
+    loss, lse = loss_and_lse(logits, labels, Form(), ignored, statistics)
     n, V = logits.shape
     grad = torch.empty((n, V), dtype=E4M3, device=logits.device)
     scale = torch.empty((n, 1), dtype=torch.float32, device=logits.device)

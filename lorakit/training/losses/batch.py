@@ -121,13 +121,18 @@ def _of_rows(model: Decoder, rows: Sequence[Example], packing: bool) -> Batch:
 
 
 def summed_loss(
-    model: Decoder, batch: Batch, config: TrainConfig, reference: Reference | Teacher | None
+    model: Decoder,
+    batch: Batch,
+    config: TrainConfig,
+    reference: Reference | Teacher | None,
+    statistics: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the summed loss of a batch, and its number of label tokens.
 
     With objectives of preference the second number is how many rows the model has the right way
     round, or of completions how many there are. DPO and KTO compare with `reference`, as
-    `pair_losses` takes it, and distillation with the teacher that it is.
+    `pair_losses` takes it, and distillation with the teacher that it is. With sft the `statistics`
+    of `kernels.cross_entropy` are added up.
     """
     smoothing = config.label_smoothing_factor
     if config.objective == "sft":
@@ -138,6 +143,7 @@ def summed_loss(
             label_smoothing=smoothing,
             z_loss=config.z_loss,
             dft=config.form == "dft",
+            statistics=statistics,
         )
     if isinstance(reference, Teacher):
         assert batch.taught is not None  # the objective is distillation

@@ -57,5 +57,5 @@ def held_out_loss(
     total, right = summed_over(model, examples, batch_size, loss, share)
     rows = len(examples)
     if config.by_tokens:
-        return {"loss": total / right, "label_tokens": right, "rows": rows}
+        return {"loss": total / right, "label_tokens": int(right), "rows": rows}
     return {"loss": total / rows, "preference_accuracy": right / rows, "rows": rows}

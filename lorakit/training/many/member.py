@@ -74,6 +74,7 @@ class Member:
             self.run = Run(part, tok, *rows, config, base_model, Ranks(), {})
             self.parameters = list(self.run.part.parameters())
         self.run.saved = step
+        self.run.tells_tokens = False  # the pass has the losses of tokens alone
 
     def open(self, shown: Shown) -> None:
         """Open the files of the run, which then is going on."""

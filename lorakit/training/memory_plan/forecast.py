@@ -257,7 +257,7 @@ def _steps(
         watch.begin("forward", ("inputs", ""))
         step = prepare(model, examples, number, rows, train, captured, sums.share)
         if captured is None:
-            updated(torch.stack(backward(model, step, train, reference, sums)))
+            updated(backward(model, step, train, reference, sums)[0])
         else:
             captured(step.packed, step.parts)
         del step

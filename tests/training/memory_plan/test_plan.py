@@ -66,7 +66,7 @@ def measured(config, given, source=None):
     def steps():
         for number in (1, 2):
             step = prepare(model, examples, number, rows, train, None)
-            update(torch.stack(backward(model, step, train, teacher)))
+            update(backward(model, step, train, teacher)[0])
             optimizer.zero_grad(set_to_none=True)
 
     return counted(steps)[0]
