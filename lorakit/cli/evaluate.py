@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,12 @@ def evaluate(args: argparse.Namespace) -> int:
     told = head or lk.read_classifier(args.model)  # what the model tells of rows with labels
     if told is not None:
         _check_head(args)
+        if told.rewards:
+            print(
+                "lorakit: the head has one output and is taken for that of a reward model, which "
+                "pairs score; --format classification scores it by rows with numbers",
+                file=sys.stderr,
+            )
         if args.format is None and not told.rewards:
             args.format = "classification"
     # The rows are encoded before the model is loaded: an error in them should not take minutes.

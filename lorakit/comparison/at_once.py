@@ -95,7 +95,7 @@ def _started(job: Job, place: int, most: int) -> "subprocess.Popen[bytes]":
         devices = named.split(",")[:count] if named else [str(i) for i in range(count)]
         environment["CUDA_VISIBLE_DEVICES"] = devices[place % count]
     else:
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, processors.usable() // most)))
+        environment["OMP_NUM_THREADS"] = str(_threads(os.environ.get("OMP_NUM_THREADS"), most))
     job.run.folder.mkdir(parents=True, exist_ok=True)
     with open(job.run.folder / OUTPUT, "ab") as log:
         process = subprocess.Popen(
@@ -110,6 +110,13 @@ def _started(job: Job, place: int, most: int) -> "subprocess.Popen[bytes]":
     with process.stdin as given:
         pickle.dump((job.config, job.run.id, os.getpid()), given)
     return process
+
+
+def _threads(named: str | None, most: int) -> int:
+    """Return how many threads each of `most` runs has: its share, or the fewer that are named."""
+    share = max(1, processors.usable() // most)
+    first = (named or "").split(",")[0].strip()  # a number for each level of nesting
+    return min(share, max(1, int(first))) if first.isdecimal() else share
 
 
 def _note_end(ended: _Going, stopped: bool, note: Note) -> None:

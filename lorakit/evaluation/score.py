@@ -47,8 +47,9 @@ def score_and_show(
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Return metrics as `score_rows` does, and how the first `samples` rows were completed.
 
-    A sample says the number of its row, the prompt, the reference and the completion. Without
-    metrics only those rows are completed. Metrics leave out rows whose answer is a bad one.
+    A sample says the number of its row, the prompt, the reference and the completion, and the
+    `label` of a row that has a good or a bad answer. Without metrics only those rows are completed.
+    Metrics leave out rows whose answer is a bad one.
     """
     asked_for = rows if metrics else rows[:samples]
     if not len(asked_for):
@@ -56,6 +57,7 @@ def score_and_show(
     predictions, references = predict_rows(model, tok, asked_for, batch_size, share)
     shown = [
         {"row": i, "prompt": asked(tok, rows[i])[0], "reference": reference, "completion": text}
+        | _label(rows[i])
         for i, (text, reference) in enumerate(zip(predictions, references, strict=True))
         if i < samples
     ]
@@ -63,6 +65,10 @@ def score_and_show(
         return {}, shown
     good = [i for i, row in enumerate(rows) if not is_bad(row)]
     return score([predictions[i] for i in good], [references[i] for i in good], metrics), shown
+
+
+def _label(row: Row) -> dict[str, bool]:
+    return {"label": row.desirable} if isinstance(row, Judged) else {}
 
 
 def is_bad(row: Row) -> bool:

@@ -178,3 +178,21 @@ def test_what_is_refused(tiny_dir, rows, tmp_path, capsys):
     ]:
         assert main(arguments) == 1
         assert message in capsys.readouterr().err
+
+
+def test_a_head_of_one_output_says_what_it_is_taken_for(tiny_dir, tmp_path, capsys):
+    lk.save_model(
+        lk.load_model(tiny_dir, dtype="float32", classifier=lk.ClassifierConfig()), tmp_path / "m"
+    )
+    lk.load_tokenizer(tiny_dir).save(tmp_path / "m")
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    (tmp_path / "numbers.jsonl").write_text(
+        '{"text": "a", "label": 0.5}\n{"text": "b", "label": 2}\n'
+    )
+    assert main(["evaluate", str(tmp_path / "m"), str(tmp_path / "pairs.jsonl")]) == 0
+    said = capsys.readouterr()
+    assert "is taken for that of a reward model" in said.err
+    assert "preference_accuracy" in said.out
+    command = ["evaluate", str(tmp_path / "m"), str(tmp_path / "numbers.jsonl")]
+    assert main([*command, "--format", "classification"]) == 0
+    assert "mean_absolute_error" in capsys.readouterr().out

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 import lorakit as lk
+from lorakit.comparison import at_once
 
 TIMES = ("seconds", "tokens_per_second", "peak_memory_mb")  # of no two runs the same
 
@@ -56,6 +57,14 @@ def test_bytes_are_those_of_one_after_the_other(one_model, tmp_path, capsys):
     folder = result.folder / "runs" / "parity--bytes--r2--s0"
     assert "step 3/3" in (folder / "output.log").read_text()
     assert lk.read_comparison(result.folder).values == result.values
+
+
+@pytest.mark.parametrize(
+    ("named", "threads"), [(None, 4), ("3", 3), ("8", 4), ("2,4", 2), ("0", 1), ("many", 4)]
+)
+def test_runs_have_no_more_threads_than_processors(monkeypatch, named, threads):
+    monkeypatch.setattr(at_once.processors, "usable", lambda: 8)
+    assert at_once._threads(named, 2) == threads
 
 
 def test_less_than_one_at_once_is_refused(one_model):

@@ -10,6 +10,7 @@ from lorakit.training import state as run_state
 from tests.conftest import ROWS
 from tests.training.runs import (
     ADAPTER,
+    JUDGED,
     adapted,
     run,
     small_files,
@@ -68,6 +69,13 @@ def test_samples_are_the_models_own_completions_of_the_first_rows(tiny_dir, tok,
     # with a metric, which completes all rows, the samples are the same
     run(tiny_dir, tok, tmp_path / "b", data, eval_metrics=["exact_match"], **options)
     assert (tmp_path / "b" / "samples.jsonl").read_text() == text
+
+
+def test_a_sample_of_kto_says_whether_its_reference_is_a_good_answer(tiny_dir, tok, tmp_path):
+    options = {"max_steps": 1, "eval_steps": 1, "eval_samples": 4, "objective": "kto"}
+    run(tiny_dir, tok, tmp_path, {"train": JUDGED, "validation": JUDGED[:5]}, **options)
+    lines = (tmp_path / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["label"] for line in lines] == [row["label"] for row in JUDGED[:4]]
 
 
 def test_a_resumed_run_has_the_samples_of_one_that_was_not_stopped(tiny_dir, tok, tmp_path):

@@ -90,7 +90,7 @@ export class Samples {
     const reference =
       sample.reference === null || sample.reference === undefined
         ? []
-        : [side("Reference", sample.reference)];
+        : [side(sample.label === false ? "Reference, a bad answer" : "Reference", sample.reference)];
     return h(
       "article",
       { class: "sample" },
