@@ -199,7 +199,9 @@ def _summary(run: "lk.PlannedRun") -> str:
         return ", ".join([*parts, f"{rows} texts of {prompt} + {new} tokens"])
     documents = run.documents()
     if documents is None:
-        parts.append(f"{run.rows} x {run.tokens()} tokens at a time")
+        grpo = run.train.grpo
+        new = "" if grpo is None else f" + {grpo.max_completion_length}"
+        parts.append(f"{run.rows} x {run.tokens()}{new} tokens at a time")
     else:
         parts.append(f"{sum(documents)} packed tokens at a time")
     return ", ".join(parts)

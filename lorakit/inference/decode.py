@@ -165,6 +165,16 @@ class Decoding:
         return self.model.head(last).float()
 
 
+def decoding_of(
+    model: Decoder, slots: int, capacity: int, cache_tokens: int | None = None
+) -> Decoding:
+    """Return what an engine with these settings holds of its rows."""
+    if cache_tokens is None:
+        cache_tokens = slots * -(-capacity // PAGE) * PAGE  # a row's last page is its own
+    # layers with a window keep as much of rows that have ended as of those that run
+    return Decoding(model, 2 * slots, capacity, cache_tokens)
+
+
 class _CompiledStep:
     """`kernels.decode_step` for a model and its cache."""
 

@@ -39,7 +39,7 @@ from torch import Tensor
 from lorakit.adapters.layers.wrapper import Attached
 from lorakit.adapters.manage import adapter_names, attached, check_adapter, selected_adapter
 from lorakit.config.errors import LorakitError
-from lorakit.inference.decode import COMPILED_ROWS, Decoding
+from lorakit.inference.decode import COMPILED_ROWS, decoding_of
 from lorakit.inference.grammar import Constraint
 from lorakit.inference.kv_cache import PAGE, PART
 from lorakit.inference.request import MOST_LOGPROBS, Event, Request, Row
@@ -440,16 +440,6 @@ class Engine:
         request.finish_reason = reason
         row.text.finish()
         events.append(Event(request, token, row.new_text()))
-
-
-def decoding_of(
-    model: Decoder, slots: int, capacity: int, cache_tokens: int | None = None
-) -> Decoding:
-    """Return what an engine with these settings holds of its rows."""
-    if cache_tokens is None:
-        cache_tokens = slots * -(-capacity // PAGE) * PAGE  # a row's last page is its own
-    # layers with a window keep as much of rows that have ended as of those that run
-    return Decoding(model, 2 * slots, capacity, cache_tokens)
 
 
 def _same(some: list[object], others: list[object] | None) -> bool:

@@ -339,11 +339,11 @@ class Run:
         """
         self.begin()
         number = self.progress.step + 1
-        step = self._prepared or self._prepare(number)
+        step = self._prepared or self._prepare(number, log)
         told = Late(self._compute(step))
         # completions wait for the step before them, and for a checkpoint that may come first
         ahead = number < self.order.total and self.rollouts is None
-        self._prepared = self._prepare(number + 1) if ahead else None
+        self._prepared = self._prepare(number + 1, log) if ahead else None
         self.note(step, told, log)
         if not self.reads_late:
             self.threads.after_step()
@@ -376,12 +376,12 @@ class Run:
             told = self.update(losses)
         return torch.cat([told, statistics.to(told.device)]) if self.tells_tokens else told
 
-    def _prepare(self, number: int) -> Prepared:
-        rows = self.order.step(number)
+    def _prepare(self, n: int, log: RunFiles) -> Prepared:
+        rows = self.order.step(n)
         if self.rollouts is not None:
-            return self.rollouts.prepare(number, rows[0])
+            return self.rollouts.prepare(n, rows[0], lambda: self.write_checkpoint(log, False))
         options = self.config, self.captured, self.ranks.share
-        return prepare(self.model, self.examples, number, rows, *options)
+        return prepare(self.model, self.examples, n, rows, *options)
 
     def read_begun(self, log: RunFiles) -> None:
         """Read the step that was begun, if it was not read. The host waits for its end."""

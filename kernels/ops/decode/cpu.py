@@ -128,7 +128,7 @@ def decode_step(
     `Context[layers]` and `Place[B]` of cpu.cpp.
     """
     B, T = len(ids), ids.shape[-1] if ids.dim() == 2 else 1
-    logits = torch.empty(B, vocab_size)
+    logits = torch.empty(B, vocab_size, device=ids.device)
     run = dispatch.function(packed.op, *6 * (POINTER,), INT64, INT64)
     run(
         ctypes.addressof(packed.model),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ...dispatch import address
-from .plan import MOST_KINDS, DecodeCache, DecodePlace, DecodePlan
+from .plan import MOST_KINDS, DecodeCache, DecodePlace, DecodePlan, in_host_memory
 
 
 def check_inputs(plan: DecodePlan, ids: Tensor, tables: Sequence[tuple[Tensor, Tensor]]) -> array:
@@ -19,7 +19,7 @@ def check_inputs(plan: DecodePlan, ids: Tensor, tables: Sequence[tuple[Tensor, T
         raise ValueError(
             f"ids is {ids.dtype} {list(ids.shape)}, expected int64 [B] or [B, T], none of them 0"
         )
-    if not ids.is_contiguous() or not ids.is_cpu:
+    if not in_host_memory(ids):
         raise ValueError("ids must be contiguous and in host memory")
     if not all(0 <= i < plan.vocab_size for i in ids.flatten().tolist()):
         raise ValueError(f"ids hold a token outside of [0, {plan.vocab_size})")
@@ -33,7 +33,7 @@ def check_inputs(plan: DecodePlan, ids: Tensor, tables: Sequence[tuple[Tensor, T
                     f"tables[{i}] {name} is {table.dtype} {list(table.shape)}, "
                     f"expected float32 {list(shape)}"
                 )
-            if not table.is_contiguous() or not table.is_cpu:
+            if not in_host_memory(table):
                 raise ValueError(f"tables[{i}] {name} must be contiguous and in host memory")
             rotations.append(address(table))
     return rotations

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...dispatch import address
+from ...pretend import kind_of
 from ..frozen_linear.dense import Packed
 from ..nf4 import NF4Tensor
 from ..swiglu import check_activation
@@ -205,7 +206,7 @@ class DecodePlan:
                                 f"{what} is {part.dtype} {list(part.shape)}, expected float32 "
                                 f"{list(shape)}"
                             )
-                        if not part.is_cpu or not part.is_contiguous():
+                        if not in_host_memory(part):
                             raise ValueError(f"{what} must be contiguous and in host memory")
 
     def _check(self, name: str, tensor: Tensor | Packed, *shape: int) -> None:
@@ -219,13 +220,18 @@ class DecodePlan:
             parts = (
                 (tensor.codes,) if isinstance(tensor, NF4Tensor) else (tensor.values, tensor.scale)
             )
-            if not all(part.is_cpu and part.is_contiguous() for part in parts):
+            if not all(map(in_host_memory, parts)):
                 raise ValueError(f"{name} must be contiguous and in host memory")
             return
         if tensor.dtype != self.dtype:
             raise ValueError(f"{name} is {tensor.dtype}, the embedding {self.dtype}")
-        if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        if not in_host_memory(tensor):
             raise ValueError(f"{name} must be contiguous and in host memory")
+
+
+def in_host_memory(tensor: Tensor) -> bool:
+    """Return whether a tensor is contiguous there, or pretended to be (pretend.py)."""
+    return kind_of(tensor.device) == "cpu" and tensor.is_contiguous()
 
 
 MOST_KINDS = 2
@@ -304,5 +310,5 @@ class DecodeCache:
                 raise ValueError(f"cache[{i}] {name} are {list(tensor.shape)}, expected {expected}")
             if tensor.dtype != plan.dtype:
                 raise ValueError(f"cache[{i}] {name} are {tensor.dtype}, not {plan.dtype}")
-            if not tensor.is_contiguous() or not tensor.is_cpu:
+            if not in_host_memory(tensor):
                 raise ValueError(f"cache[{i}] {name} must be contiguous and in host memory")

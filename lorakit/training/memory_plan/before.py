@@ -21,6 +21,7 @@ from lorakit.config.adapters import LoraConfig
 from lorakit.config.errors import LorakitError, one_of
 from lorakit.config.run import RunConfig
 from lorakit.config.training import OPTIMIZERS
+from lorakit.inference.kv_cache import PAGE
 from lorakit.models.classifier import decoder_of
 from lorakit.models.config import ModelConfig
 from lorakit.models.devices import own_device
@@ -56,16 +57,11 @@ def check_run(
         divided: Whether the processes divide the weights, as `mesh_of_run` decides.
 
     Returns:
-        The line of `check_memory`; for grpo, which is not forecast, one that says so.
+        The line of `check_memory`.
 
     Raises:
         LorakitError: The run cannot fit.
     """
-    if run.train.grpo is not None:
-        return (
-            "memory: not forecast, since grpo also keeps the keys and values of the completions "
-            "that it samples"
-        )
     device = own_device()
     on_gpu = device.type == "cuda"
     with joined(device) as ranks:
@@ -163,8 +159,10 @@ def surely_fits(run: PlannedRun, memory: int) -> bool:
     train, config = run.train, run.config
     answers = 1 if train.objective == "sft" else 4  # two, and what they are compared with at most
     longest = train.max_seq_length if train.packing else run.tokens()
+    if train.grpo is not None:  # and what is left of a completion's last page
+        longest += train.grpo.max_completion_length + PAGE
     tokens = train.rows_of_step * longest * answers
-    if run.lengths:
+    if run.lengths and train.grpo is None:
         tokens = min(tokens, sum(run.lengths) * answers)
     row = tokens if train.packing else longest  # what a token may attend to
     weights, widths = _sizes(config)

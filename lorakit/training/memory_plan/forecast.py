@@ -41,6 +41,7 @@ from lorakit.training.float8 import check_frozen_dtype, start_float8
 from lorakit.training.gradients import FastSum, GradientSum, OrderedSum
 from lorakit.training.memory_plan.ledger import Kind, Ledger
 from lorakit.training.memory_plan.pool import Pool
+from lorakit.training.memory_plan.sampled import graded_step, sample
 from lorakit.training.memory_plan.several import Absent, pretended_mesh
 from lorakit.training.memory_plan.teacher import compared_with
 from lorakit.training.memory_plan.watch import NO_LAYER, Mark, Watch
@@ -247,6 +248,8 @@ def _steps(
         watch.begin("optimizer", ("workspace", ""))
         return told
 
+    asked = max(setting.rows), setting.ranks, watch
+    sampling = sample(model, train, *asked) if train.grpo is not None else None  # pages stay
     captured = _captured(setting, model, taken, ledger, updated)
     if setting.device == "cuda":  # of this thread, and of the one that goes backward
         watch.begin("forward", ("workspace", ""))
@@ -256,6 +259,8 @@ def _steps(
     for number in range(1, STEPS + 1):
         watch.begin("forward", ("inputs", ""))
         step = prepare(model, examples, number, rows, train, captured, sums.share)
+        if sampling is not None:
+            step = graded_step(model, taken, number, train, sums.share)
         if captured is None:
             updated(backward(model, step, train, reference, sums)[0])
         else:

@@ -87,9 +87,9 @@ def plan_memory(
         quantize: As `load_model` takes it.
         lora: The adapter; None means LoraConfig(), and for generation none.
         train: The settings of the run; None means TrainConfig().
-        tokens: The tokens of each row; None means train.max_seq_length.
+        tokens: The tokens of each row, in grpo of each prompt; None means train.max_seq_length.
         documents: The tokens of each document in a packed row; None: as many as the batch has rows.
-        label_share: The share of tokens that are learned, above 0 and up to 1.
+        label_share: The share of tokens that are learned, in (0, 1]; grpo learns completions.
         device: "cuda" for an NVIDIA GPU with Triton, or "cpu" for this machine.
         capability: The GPU's compute capability.
         ranks: How many processes share the run; the plan is that of the first one.
@@ -109,14 +109,14 @@ def plan_memory(
     """
     started = time.perf_counter()
     train, config = train or TrainConfig(), model_config(model, classifier)
-    _check(device, ranks, train, offload_weights, generate)
+    _check(device, ranks, train, shard, offload_weights, generate)
     lora = lora or (LoraConfig() if generate is None else None)
     given = quant_config(quantize), lora, train, _rows(train, tokens, documents, generate)
     layers, kept = list(range(config.num_hidden_layers)), kept_of(config, train, kept_layers)
-    whole, where = (config, layers, kept, to_dtype(dtype)), (label_share, device, capability)
+    where = _learned(train, given[3], label_share), device, capability
     new, divided = generate and generate[2], shard == "full" and ranks > 1
-    placed = new, ranks, divided, offload_weights, vocabulary
-    setting = Setting(*whole, *given, *where, *placed, None if new else _teacher(train))
+    placed = new, ranks, divided, offload_weights, vocabulary, None if new else _teacher(train)
+    setting = Setting(config, layers, kept, to_dtype(dtype), *given, *where, *placed)
     found = forecast_by_rows(setting, lambda rows: forecast_by_layers(rows, _made))
     return _plan(found, device, time.perf_counter() - started)
 
@@ -153,10 +153,16 @@ def _check(
     device: str,
     ranks: int,
     train: TrainConfig,
+    shard: str,
     offload_weights: bool,
     generate: tuple[int, int, int] | None,
 ) -> None:
     """Raise LorakitError for what cannot be forecast."""
+    if train.grpo is not None and generate is None and (offload_weights or shard == "full"):
+        raise LorakitError(
+            "plan_memory: grpo samples from whole weights: leave out shard: full and "
+            "offload_weights"
+        )
     if ranks < 1:
         raise LorakitError(f"plan_memory: ranks is {ranks}; there is at least 1")
     if train.train == "full" and offload_weights:
@@ -171,6 +177,13 @@ def _check(
             "plan_memory: a GPU's kernels are Triton's: pip install lorakit[triton], or plan for a "
             "cpu"
         )
+
+
+def _learned(train: TrainConfig, rows: Sequence[int], label_share: float) -> float:
+    """Return the share of tokens that are learned: in grpo, of the longest completions."""
+    if train.grpo is None:
+        return label_share
+    return min(1.0, train.grpo.max_completion_length / max(rows))
 
 
 def model_config(
@@ -206,7 +219,8 @@ def _rows(
         if not train.packing:
             raise LorakitError("plan_memory: documents are those of a packed row: set packing")
         return tuple(documents)
-    longest = tokens or train.max_seq_length
+    completion = 0 if train.grpo is None else train.grpo.max_completion_length
+    longest = (tokens or train.max_seq_length) + completion
     if longest > LONGEST:
         raise LorakitError(f"plan_memory: a row has at most {LONGEST:,} tokens, not {longest:,}")
     return (longest,) * train.rows_at_a_time

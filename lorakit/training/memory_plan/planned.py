@@ -13,7 +13,6 @@ from lorakit.adapters.new_tokens import with_rows
 from lorakit.adapters.peft_files.load import read_settings
 from lorakit.config.adapters import LoraConfig, TargetConfig
 from lorakit.config.classifier import ClassifierConfig
-from lorakit.config.errors import LorakitError
 from lorakit.config.quantization import QuantConfig
 from lorakit.config.run import RunConfig
 from lorakit.config.training import TrainConfig
@@ -85,11 +84,8 @@ class PlannedRun:
             files.
 
         Raises:
-            LorakitError: The adapter, or the model that it is for, cannot be read; or the objective
-                is grpo, whose completions no forecast knows.
+            LorakitError: The adapter, or the model that it is for, cannot be read.
         """
-        if run.train.grpo is not None:
-            raise LorakitError("objective grpo samples completions, whose memory is not forecast")
         head = head_of_run(run)
         lora: TargetConfig | None = None if run.train.train == "full" else run.lora
         if run.adapter is not None:
@@ -129,7 +125,7 @@ class PlannedRun:
         return self.train.rows_of_step
 
     def tokens(self) -> int:
-        """Return the number of tokens of the longest row.
+        """Return the number of tokens of the longest row, and with objective grpo of a prompt.
 
         It is max_seq_length at most, and of a pair the longer answer may have so many.
         """
@@ -140,6 +136,8 @@ class PlannedRun:
         """Return the lengths of the rows in the largest packed row; None without packing."""
         if not self.train.packing:
             return None
+        if self.train.grpo is not None:  # completions of the longest prompt
+            return [self.tokens() + self.train.grpo.max_completion_length] * self.rows
         budget = self.rows * self.train.max_seq_length
         if not self.lengths:
             return [self.train.max_seq_length] * self.rows

@@ -6,7 +6,9 @@
                                                                                 (arXiv:2402.03300)
 
 The standard deviation is that of the prompt's rewards or of the step's, or there is none
-(arXiv:2503.20783). Completions of equal rewards have advantage 0, and nothing is learned of them.
+(arXiv:2503.20783). Completions of equal rewards have advantage 0, and nothing is learned of them:
+without a beta their gradients are exactly 0, so they are not computed. They count in what the loss
+is divided by, as if they were.
 
 With several processes each samples and grades the prompts of its share, and all get all of it. They
 deal the batches of completions as they deal those of other rows.
@@ -17,7 +19,7 @@ rollouts.jsonl has a line for each completion of the steps that are done.
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -35,6 +37,7 @@ from lorakit.data.schemas import Prompt
 from lorakit.evaluation.share import Share
 from lorakit.models.decoder import Decoder
 from lorakit.models.tokenizer import Tokenizer
+from lorakit.training.log import say
 from lorakit.training.losses.batch import Batch, collated
 from lorakit.training.losses.graded import TOLD, GradedBatch
 from lorakit.training.losses.grpo import divisor
@@ -120,15 +123,31 @@ class Rollouts:
         self.sampler = Sampler(model, tok, config, max(examples.lengths))
         self.current: Rollout | None = None
 
-    def prepare(self, number: int, rows: Sequence[int]) -> Prepared:
+    def prepare(
+        self, number: int, rows: Sequence[int], keep: Callable[[], None] | None = None
+    ) -> Prepared:
         """Return a step whose prompts have these numbers, and sample if it is the first of them.
 
-        Raises LorakitError if a reward fails.
+        Args:
+            number: The number of the step.
+            rows: The numbers of its prompts.
+            keep: Writes a checkpoint of the step before, which no other step may lose. It is called
+                if a reward fails, or two Ctrl-C end it, in a run of one process: of several, the
+                others would not know that they are to come for it.
+
+        Raises:
+            LorakitError: A reward fails.
         """
         first = number - (number - 1) % self.settings.num_iterations
         rollout = self.current
         if rollout is None or rollout.step != first:
-            rollout = self.current = self._sampled(first, rows)
+            try:
+                rollout = self.current = self._sampled(first, rows)
+            except (LorakitError, KeyboardInterrupt):
+                if keep is not None and number > 1 and self.share.size == 1:
+                    keep()
+                    say(f"lorakit: step {number - 1} is saved; resume: auto goes on from there")
+                raise
         if not rollout.batches:
             self._collate(rollout)
         lengths = [[_length(rollout, i) for i in part] for part in rollout.parts]
@@ -209,12 +228,22 @@ class Rollouts:
 
     def _collate(self, rollout: Rollout) -> None:
         """Make the batches of a rollout, of completions of like length."""
-        completions, size = rollout.completions, self.config.rows_at_a_time
-        order = sorted(range(len(completions)), key=partial(_length, rollout))
+        size = self.config.rows_at_a_time
+        order = sorted(self._computed(rollout), key=partial(_length, rollout))
         rollout.parts = [order[i : i + size] for i in range(0, len(order), size)]
         for part in rollout.parts:
             batch = collated(self.model, [self._example(rollout, i) for i in part], self.config)
             rollout.batches.append(batch._replace(graded=self._graded(rollout, part)))
+
+    def _computed(self, rollout: Rollout) -> list[int]:
+        """Return the completions whose gradients may be other than 0, or else the shortest one."""
+        every = range(len(rollout.completions))
+        if self.settings.beta > 0:  # all have a distance
+            return list(every)
+        graded = [
+            i for i in every if rollout.advantages[i] and self._counts(rollout.completions[i])
+        ]
+        return graded or [min(every, key=partial(_length, rollout))]
 
     def _graded(self, rollout: Rollout, part: Sequence[int]) -> GradedBatch:
         some = [rollout.completions[i] for i in part]
@@ -247,11 +276,13 @@ class Rollouts:
         return {**told, **self._told_of_rewards(rollout)}, lines
 
     def _told_of_tokens(self, rollout: Rollout) -> dict[str, float]:
-        """Return the means over the learned tokens of a step, of which each process has some."""
+        """Return the means over the tokens that a step computes; each process has some."""
         notes = [each.graded.told for each in self.share.of(rollout.batches) if each.graded]
         mine = [json.dumps(note.tolist()) for note in notes if note is not None]
         rows = torch.tensor([json.loads(text) for text in self.share.collect(mine)])
-        means = rows[:, :-1].double().sum(0) / max(1, self._learned(rollout))
+        each = (rollout.completions[i] for part in rollout.parts for i in part)
+        count = sum(len(completion.tokens) for completion in each if self._counts(completion))
+        means = rows[:, :-1].double().sum(0) / max(1, count)
         return dict(zip(TOLD, [*means.tolist(), rows[:, -1].max().item()], strict=True))
 
     def _told_of_rewards(self, rollout: Rollout) -> dict[str, float]:

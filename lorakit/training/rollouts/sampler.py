@@ -25,6 +25,11 @@ SLOTS = 64
 """Most completions that are continued at a time."""
 
 
+def slots_of(config: TrainConfig) -> int:
+    """Return how many completions the sampler of a run continues at a time."""
+    return min(SLOTS, config.rows_of_step)
+
+
 class Asked(NamedTuple):
     """A completion that is wanted: the number of its row, its own among them, and the prompt."""
 
@@ -77,7 +82,7 @@ class Sampler:
         self.model, self.tok, self.seed = model, tok, config.seed
         self.settings: GrpoConfig = config.grpo
         self.capacity = longest + self.settings.max_completion_length
-        self.slots = min(SLOTS, config.rows_of_step)
+        self.slots = slots_of(config)
         self.engine: Engine | None = None  # made when it is needed first
         if self.capacity > model.config.context_length:
             raise LorakitError(

@@ -1,6 +1,7 @@
 """Runs of GRPO: what they sample, what they learn, and that they resume to the bit."""
 
 import json
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -82,6 +83,16 @@ def test_what_is_sampled_has_the_models_log_probabilities(model, tok, tmp_path):
         assert each.truncated == (len(each.tokens) == 20 and each.tokens[-1] != tok.eos_token_id)
 
 
+class Fixed:
+    """Rewards that look at nothing."""
+
+    def __init__(self, rollouts, values):
+        self.values, self.total = values, rollouts.rewards.total
+
+    def __call__(self, graded):
+        return {"length": self.values}
+
+
 def rollouts_of(model, tok, settings):
     examples = lk.encode_rows(PROMPTS, tok, max_seq_length=32)
     return Rollouts(model, tok, examples, settings, {}, ALL)
@@ -126,6 +137,32 @@ def test_the_gradient_is_that_of_the_formula(model, tok, tmp_path, loss_type, pa
     assert len(completions) == 8
 
 
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo", "cispo", "gspo"])
+def test_completions_without_an_advantage_are_not_computed(model, tok, tmp_path, loss_type):
+    """The gradient is that of computing them too; sums of fp32 have another order then."""
+    settings = config(tmp_path, loss_type=loss_type, packing=True)
+    gradients, steps = [], []
+    for everything in (False, True):
+        rollouts = rollouts_of(model, tok, settings)
+        rollouts.rewards = Fixed(rollouts, [0.5] * 4 + [0.0, 1.0, 0.0, 0.5])
+        if everything:
+            rollouts._computed = lambda rollout: list(range(8))
+        step = rollouts.prepare(1, [0, 5])
+        model.zero_grad()
+        model.train()
+        backward(model, step, settings, None)
+        model.eval()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        steps.append(step)
+        rows = [i for part in rollouts.current.parts for i in part]
+        assert sorted(rows) == list(range(0 if everything else 4, 8))
+    model.zero_grad()
+    assert steps[0].count == steps[1].count
+    assert steps[0].tokens < steps[1].tokens
+    for few, every in zip(*gradients, strict=True):
+        torch.testing.assert_close(few, every, rtol=1e-4, atol=1e-6)
+
+
 def test_truncated_completions_can_be_left_out(model, tok, tmp_path):
     """Neither the loss nor what a run tells of tokens knows them. Every second one is one here."""
     settings = config(tmp_path, mask_truncated_completions=True, max_completion_length=2)
@@ -136,6 +173,7 @@ def test_truncated_completions_can_be_left_out(model, tok, tmp_path):
         return [each._replace(truncated=i % 2 == 1) for i, each in enumerate(sampler(step, asked))]
 
     rollouts.sampler = half_of_them
+    rollouts.rewards = Fixed(rollouts, [0.0, 1.0, 2.0, 3.0] * 2)
     step = rollouts.prepare(1, [0, 1])
     whole = rollouts.current.completions[::2]
     learned = sum(len(each.tokens) for each in whole)
@@ -219,6 +257,93 @@ def test_rewards_of_python(tiny_dir, tok, tmp_path):
     assert {"prompt": prompts[0], "answer": answer[0]} in PROMPTS
     [step] = lines(tmp_path, "metrics.jsonl")
     assert (step["reward"], step["frac_reward_zero_std"], step["grad_norm"]) == (0.5, 1.0, 0.0)
+
+
+def once_bad(at, fault):
+    """Return a reward that is as good as LENGTH, but its call number `at` has a fault."""
+    calls = []
+
+    def length(completions, **_):
+        calls.append(len(completions))
+        if len(calls) == at:
+            fault()
+        return [max(0.0, 1 - abs(len(text) - 12) / 12) for text in completions]
+
+    return {"mine": length}
+
+
+def fails():
+    raise ValueError("no such answer")
+
+
+def is_ended():
+    """Get Ctrl-C twice, the first of which waits for the end of the step."""
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.fixture
+def ctrl_c():
+    """Let Ctrl-C end a program, which shells take from what runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
+@pytest.mark.parametrize(
+    ("fault", "error", "message"),
+    [
+        (fails, lk.LorakitError, "reward mine failed with ValueError: no such answer"),
+        (is_ended, KeyboardInterrupt, None),
+    ],
+)
+def test_a_reward_that_fails_loses_no_step(tiny_dir, tok, tmp_path, capsys, fault, error, message):
+    """No step has asked for a checkpoint, and the run goes on to the bytes of a whole one."""
+    rewards = [lk.RewardConfig("mine")]
+    whole, failed = (config(tmp_path / name, rewards=rewards) for name in ("whole", "failed"))
+    lk.train(adapted(tiny_dir), tok, PROMPTS, whole, rewards=once_bad(9, fails))
+    with pytest.raises(error, match=message):
+        lk.train(adapted(tiny_dir), tok, PROMPTS, failed, rewards=once_bad(3, fault))
+    out = tmp_path / "failed"
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert {line["step"] for line in lines(out, "rollouts.jsonl")} == {1, 2}
+    assert "step 2 is saved" in capsys.readouterr().out
+    again = replace(failed, resume="auto")
+    lk.train(adapted(tiny_dir), tok, PROMPTS, again, rewards=once_bad(9, fails))
+    assert (out / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes()
+    assert lines(out, "rollouts.jsonl") == lines(tmp_path / "whole", "rollouts.jsonl")
+
+
+def test_a_reward_that_fails_at_once_leaves_nothing_to_go_on_from(tiny_dir, tok, tmp_path):
+    settings = config(tmp_path, rewards=[lk.RewardConfig("mine")])
+    with pytest.raises(lk.LorakitError, match="reward mine failed"):
+        lk.train(adapted(tiny_dir), tok, PROMPTS, settings, rewards=once_bad(1, fails))
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_ctrl_c_in_a_reward_waits_for_the_step(tiny_dir, tok, tmp_path):
+    settings = config(tmp_path, rewards=[lk.RewardConfig("mine")])
+    rewards = once_bad(2, lambda: signal.raise_signal(signal.SIGINT))
+    result = lk.train(adapted(tiny_dir), tok, PROMPTS, settings, rewards=rewards)
+    assert (result.interrupted, result.steps) == (True, 2)
+    assert (tmp_path / "checkpoint-2").is_dir()
+
+
+def test_empty_completions(tiny_dir, tok, tmp_path):
+    """A model that ends at once, whatever it draws: there is one token to learn, and no text."""
+    model = adapted(tiny_dir)
+    every = list(range(model.config.vocab_size))
+    model.config = replace(model.config, eos_token_id=every)
+    rewards = [LENGTH, lk.RewardConfig("numeric_answer"), lk.RewardConfig("regex", pattern="^$")]
+    lk.train(model, tok, PROMPTS, config(tmp_path, rewards=rewards, max_steps=1))
+    found = lines(tmp_path, "rollouts.jsonl")
+    assert {each["completion"] for each in found} == {""}
+    assert {(each["tokens"], each["truncated"]) for each in found} == {(1, False)}
+    [step] = lines(tmp_path, "metrics.jsonl")
+    assert step["completion_length"] == step["completion_length_max"] == 1
+    assert [step[f"reward_{each.name}"] for each in rewards] == [0.0, 0.0, 1.0]
+    assert (step["frac_reward_zero_std"], step["grad_norm"]) == (1.0, 0.0)
 
 
 @pytest.mark.parametrize(
