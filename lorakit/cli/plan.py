@@ -200,8 +200,8 @@ def _summary(run: "lk.PlannedRun") -> str:
     documents = run.documents()
     if documents is None:
         grpo = run.train.grpo
-        new = "" if grpo is None else f" + {grpo.max_completion_length}"
-        parts.append(f"{run.rows} x {run.tokens()}{new} tokens at a time")
+        completion = "" if grpo is None else f" + {grpo.max_completion_length}"
+        parts.append(f"{run.rows} x {run.tokens()}{completion} tokens at a time")
     else:
         parts.append(f"{sum(documents)} packed tokens at a time")
     return ", ".join(parts)
