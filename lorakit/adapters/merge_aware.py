@@ -39,12 +39,13 @@ def merge_quantizer(kind: str, model: nn.Module, name: str, base: LinearBase) ->
         LorakitError: The merge would leave the layer as it is, or store it in another way.
     """
     assert isinstance(base, nn.Module)
+    layer: nn.Module = base
     if is_sharded(next(base.parameters())):
         raise LorakitError(f"quantize_aware {kind} needs whole weights, and these are sharded")
     packed = isinstance(base, PackedWeight)
     if name == "lm_head":
         raise LorakitError("the head is not merged in few bits: quantize_aware leaves it out")
-    if not packed and type(base) is not DenseBase:
+    if not packed and type(layer) is not DenseBase:
         raise LorakitError(f"quantize_aware {kind} needs an nn.Linear, without hooks")
     if kind != "nf4":
         return _stored(kind, model, name, base)

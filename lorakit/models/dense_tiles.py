@@ -56,6 +56,9 @@ def tiled_mlp(x: Tensor, layers: Sequence[nn.Module], hidden_act: str) -> Tensor
 
 def _mlp(x: Tensor, tensors: Sequence[Tensor | None], hidden_act: str) -> Tensor:
     gate, gate_bias, up, up_bias, down, down_bias = tensors
+    assert gate is not None
+    assert up is not None
+    assert down is not None  # biases may be
     hidden = kernels.gated(F.linear(x, gate, gate_bias), F.linear(x, up, up_bias), hidden_act)
     return F.linear(hidden, down, down_bias)
 

@@ -108,22 +108,25 @@ def plan_memory(
         RuntimeError: The other process failed.
     """
     started = time.perf_counter()
-    train, config = train or TrainConfig(), model_config(model, classifier)
+    train, lora = train or TrainConfig(), lora or (None if generate else LoraConfig())
+    config, new = model_config(model, classifier), generate and generate[2]
     _check(device, ranks, train, shard, offload_weights, generate)
-    lora = lora or (LoraConfig() if generate is None else None)
     given = quant_config(quantize), lora, train, _rows(train, tokens, documents, generate)
     layers, kept = list(range(config.num_hidden_layers)), kept_of(config, train, kept_layers)
     where = _learned(train, given[3], label_share), device, capability
-    new, divided = generate and generate[2], shard == "full" and ranks > 1
-    placed = new, ranks, divided, offload_weights, vocabulary, None if new else _teacher(train)
-    setting = Setting(config, layers, kept, to_dtype(dtype), *given, *where, *placed)
+    setting = Setting(config, layers, kept, to_dtype(dtype), *given, *where, new, ranks)
+    setting = replace(setting, divided=shard == "full" and ranks > 1, offload=offload_weights)
+    setting = replace(setting, vocabulary=vocabulary, teacher=_teacher(train, new))
     found = forecast_by_rows(setting, lambda rows: forecast_by_layers(rows, _made))
     return _plan(found, device, time.perf_counter() - started)
 
 
-def _teacher(train: TrainConfig) -> ModelConfig | None:
-    """Return the config of the model that distillation loads as its teacher."""
-    settings = train.distillation
+def _teacher(train: TrainConfig, new_tokens: int | None) -> ModelConfig | None:
+    """Return the config of the model that distillation loads as its teacher; None: there is none.
+
+    Inference, which makes `new_tokens`, has none.
+    """
+    settings = None if new_tokens else train.distillation
     if settings is None or settings.teacher is None or settings.logits is not None:
         return None
     return model_config(settings.teacher)
