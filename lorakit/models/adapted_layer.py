@@ -29,6 +29,8 @@ class AdaptedLayer(nn.Module):
 
     row_groups: RowGroups | None
     """The rows of a batch that each adapter computes; None where one adapter computes all."""
+    spans: Spans | None
+    """The adapters that have spans of a packed row here; None where one adapter computes all."""
     merged: nn.Module | None
     """The layer with an adapter in its weights; None while none is merged."""
 
@@ -36,6 +38,13 @@ class AdaptedLayer(nn.Module):
         """Return base and low-rank update, or None if there is no such update.
 
         For an embedding it is the update that its tied head sees.
+        """
+        raise NotImplementedError
+
+    def span_updates(self) -> kernels.SpanWeights | None:
+        """Return base and the updates of the adapters that have spans of a packed row.
+
+        Return None if the layer has to be called as it is.
         """
         raise NotImplementedError
 
@@ -55,16 +64,29 @@ class AdaptedLayer(nn.Module):
         raise NotImplementedError
 
 
-def fused_weights(*layers: nn.Module) -> list[kernels.LoraWeights] | None:
+def fused_weights(
+    *layers: nn.Module,
+) -> list[kernels.LoraWeights] | list[kernels.SpanWeights] | None:
     """Return base and update of layers that read one input, for the fused kernels.
 
     Return None if one of them carries no adapter, has to be called as it is (also for its hooks),
     or drops another share of the input than the others.
     """
-    found = []
+    found: list[kernels.LoraWeights] = []
+    several: list[kernels.SpanWeights] = []
     for layer in layers:
-        weights = layer.fusible_update() if isinstance(layer, AdaptedLayer) else None
-        if weights is None or has_hooks(layer):
+        if not isinstance(layer, AdaptedLayer) or has_hooks(layer):
             return None
-        found.append(weights)
+        if layer.spans is None:
+            weights = layer.fusible_update()
+            if weights is None:
+                return None
+            found.append(weights)
+        else:
+            updates = layer.span_updates()
+            if updates is None:
+                return None
+            several.append(updates)
+    if several:
+        return several
     return found if len({weights.dropout for weights in found}) == 1 else None

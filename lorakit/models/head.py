@@ -13,6 +13,7 @@ plain low-rank update. A head that computes anything more (a hook, dropout, DoRA
 each row) is called instead, on the positions that have a label.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -110,6 +111,29 @@ class OutputHead(NamedTuple):
             dft=dft,
             statistics=statistics,
         )
+
+    def part_losses(
+        self, hidden: Tensor, targets: Tensor, words: int, parts: Sequence[int]
+    ) -> Tensor:
+        """Return the summed cross-entropy of each part of the targets, fp32 [parts].
+
+        The head multiplies all at once. Where it is a frozen weight, the gradients of a part are
+        those of `loss` for the part alone. It has no update here.
+
+        Args:
+            hidden: [B, T, H].
+            targets: int64 [B, T], as `loss` takes them.
+            words: V, the size of the vocabulary.
+            parts: How many of the targets that count belong to each part, in their order.
+        """
+        weight = self.frozen_weight()
+        if weight is None:
+            losses = self.token_losses(hidden, targets, words).split(list(parts))
+            return torch.stack([each.sum() for each in losses])
+        sums, _ = kernels.linear_cross_entropy(
+            self._scaled(hidden), weight, targets, softcap=self.softcap, parts=parts
+        )
+        return sums
 
     def token_losses(self, hidden: Tensor, targets: Tensor, words: int) -> Tensor:
         """Return the cross-entropy of each target that counts, in their order.

@@ -26,7 +26,7 @@ Backward computes that input again with it, so that forward need not keep it (se
 `kernels.lora_qkv`).
 """
 
-Adapted = list[kernels.LoraWeights] | None
+Adapted = list[kernels.LoraWeights] | list[kernels.SpanWeights] | None
 """Layers that share an input, as the fused kernels take them; None if one is to be called."""
 
 

@@ -165,14 +165,13 @@ class Session:
         check(len(rows) > 0, "forward_backward_many: there are no rows of any adapter")
         check_together(self.config)
         check_head(self.model, self.config)
-        config = replace(self.config, packing=True)
         taken: dict[str, Sequence[AnyExample]] = {}
         check_spans(self.model, list(rows))
         for name in rows:
             self._learner(name).check_loss("sft")
-            taken[name] = self._examples(rows[name], config)
-        with training_mode(self.model, config, tokens_of_passes(taken, config)):
-            return together(self.model, self._learners, taken, config)
+            taken[name] = self._examples(rows[name], self.config)
+        with training_mode(self.model, self.config, tokens_of_passes(taken, self.config)):
+            return together(self.model, self._learners, taken, self.config)
 
     def logprobs(
         self,

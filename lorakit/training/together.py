@@ -5,12 +5,13 @@
     loss    sum over adapters of (sum of its tokens' losses / its label tokens)
 
 No document sees another, and no adapter's parameters see another's tokens. So the gradient of the
-sum holds the gradient of each adapter's own mean loss, as if it was alone.
+sum holds the gradient of each adapter's own mean loss, as if it was alone. A pass has of each
+adapter the batch that it would have alone.
 """
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,10 +19,12 @@ from torch import Tensor
 from lorakit.adapters.manage import adapter_spans
 from lorakit.config.errors import LorakitError
 from lorakit.config.training import TrainConfig
+from lorakit.data.batching import in_order
 from lorakit.data.encode import AnyExample, count_labels
 from lorakit.models.decoder import Decoder
+from lorakit.models.rows import next_tokens
 from lorakit.training.learner import Learned, Learner
-from lorakit.training.losses.batch import row_logprobs
+from lorakit.training.losses.batch import collated
 
 
 def together(
@@ -32,20 +35,19 @@ def together(
 ) -> dict[str, Learned]:
     """Add the gradients of the mean loss of each adapter's examples, and return what they tell.
 
-    A pass has so many examples of each adapter as are computed at a time. The config packs them.
-    Raises LorakitError if an adapter's examples have nothing to learn.
+    The passes are those of `passes_of`. Raises LorakitError if an adapter's examples have nothing
+    to learn.
     """
     counts = {name: sum(map(count_labels, examples)) for name, examples in taken.items()}
     for name, count in counts.items():
         if not count:
             raise LorakitError(f"no row of adapter {name!r} has a token that is learned")
     losses: dict[str, list[Tensor]] = {name: [] for name in taken}
-    size = config.rows_at_a_time
+    packed = replace(config, packing=True)
     with ExitStack() as adding:
         totals = {n: adding.enter_context(learners[n].adding(c)) for n, c in counts.items()}
-        for start in range(0, max(map(len, taken.values())), size):
-            parts = {name: some for name in taken if (some := taken[name][start : start + size])}
-            for name, loss in packed_pass(model, parts, config, totals).items():
+        for parts in passes_of(taken, config):
+            for name, loss in packed_pass(model, parts, packed, totals).items():
                 losses[name].append(loss)
         for name in taken:
             learners[name].add(losses[name], len(losses[name]))
@@ -67,13 +69,25 @@ def check_together(config: TrainConfig) -> None:
         )
 
 
+def passes_of(
+    taken: Mapping[str, Sequence[AnyExample]], config: TrainConfig
+) -> list[dict[str, list[AnyExample]]]:
+    """Return the examples of each adapter in each pass: its batches, as it has them alone."""
+    passes: list[dict[str, list[AnyExample]]] = []
+    for name, examples in taken.items():
+        batches = in_order([len(each.input_ids) for each in examples], config)
+        passes += [{} for _ in range(len(batches) - len(passes))]
+        for parts, rows in zip(passes, batches, strict=False):  # others may have more
+            parts[name] = [examples[i] for i in rows]
+    return passes
+
+
 def tokens_of_passes(taken: Mapping[str, Sequence[AnyExample]], config: TrainConfig) -> int:
     """Return the most tokens that a pass of `together` has."""
-    size, found = config.rows_at_a_time, defaultdict[int, int](int)
-    for examples in taken.values():
-        for i in range(len(examples)):
-            found[i // size] += len(examples[i].input_ids)
-    return max(found.values())
+    return max(
+        sum(len(each.input_ids) for part in parts.values() for each in part)
+        for parts in passes_of(taken, config)
+    )
 
 
 def packed_pass(
@@ -91,11 +105,13 @@ def packed_pass(
         totals: What the summed loss of each adapter is divided by for its gradients.
     """
     spans = [(name, sum(len(e.input_ids) for e in part)) for name, part in parts.items()]
-    every = [example for part in parts.values() for example in part]
+    batch = collated(model, [example for part in parts.values() for example in part], config)
+    assert batch.cu_seqlens is not None  # the config packs
+    labels = [sum(map(count_labels, part)) for part in parts.values()]
     with adapter_spans(model, spans):
-        values = torch.cat(row_logprobs(model, every, config))
-        labels = [sum(map(count_labels, part)) for part in parts.values()]
-        sums = [-each.sum() for each in values.split(labels)]
-        means = [each / totals[name] for name, each in zip(parts, sums, strict=True)]
-        torch.stack(means).sum().backward()
-    return {name: each.detach() for name, each in zip(parts, sums, strict=True)}
+        hidden = model.hidden_for_loss(batch.ids, batch.labels, None, batch.cu_seqlens)
+        targets = next_tokens(batch.labels, batch.cu_seqlens)
+        with model.whole_head() as head:
+            sums = head.part_losses(hidden, targets, model.config.vocab_size, labels)
+        (sums / sums.new_tensor([totals[name] for name in parts])).sum().backward()
+    return dict(zip(parts, sums.detach().unbind(), strict=True))

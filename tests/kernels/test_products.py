@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +15,7 @@ from lorakit import kernels
 from lorakit.kernels import dispatch
 from lorakit.kernels.ops import products
 from lorakit.kernels.ops.lora_linear import cpu, reference
-from lorakit.kernels.ops.lora_linear.tensors import Dropout
+from lorakit.kernels.ops.lora_linear.tensors import Dropout, StaticUpdate
 from lorakit.kernels.ops.products import Sum, Term, sums_of_products
 from lorakit.kernels.ops.products import reference as spelled_out
 from tests.instruction_sets import ISAS, on_cpu
@@ -61,13 +62,13 @@ def term(generator, M, N, depth, kind, turned, dtype=BF16):
     return Term(a, b, turned, 1.5 if kind == "fp32" else 1.0)
 
 
-def exactly(terms, scale, bias):
+def exactly(terms, scale, bias, M):
     """Multiply in fp64 the values that the kernel multiplies, and their magnitudes."""
     total = size = 0
-    for a, b, turned, factor in terms:
+    for a, b, turned, factor, start in terms:
         b = spelled_out.dense(b, factor, a.dtype).double()
         b = b.t() if turned else b
-        a = a[:, : len(b)].double()
+        a = F.pad(a[:, : len(b)].double(), (0, 0, start, M - start - len(a)))
         total, size = total + a @ b, size + a.abs() @ b.abs()
     bias = torch.zeros(()) if bias is None else bias
     return scale * total + bias.double(), abs(scale) * size + bias.abs()
@@ -78,12 +79,12 @@ def exactly(terms, scale, bias):
     ways, sizes, sizes,
     st.lists(st.tuples(st.sampled_from(["bf16", "fp32", "nf4", "fp4"]), st.booleans(),
                        st.sampled_from([2, 6, 16, 64, 128, 450])), min_size=1, max_size=3),
-    st.booleans(), st.booleans(), seeds,
+    st.booleans(), st.booleans(), st.booleans(), seeds,
 )  # fmt: skip
-def test_a_sum_is_exact_but_for_its_roundings(way, M, N, kinds, wide, biased, seed):
+def test_a_sum_is_exact_but_for_its_roundings(way, M, N, kinds, wide, biased, parted, seed):
     """Products are exact, of bf16 in fp32, and of fp32 in a fused multiply-add; each of the sums
     that add them up rounds to 2^-24, some more often than once a value, and the result rounds to
-    its dtype. Turned it is the same, beside the other or alone.
+    its dtype. Turned it is the same, beside the other or alone. Terms may have some rows alone.
     """
     generator = torch.Generator().manual_seed(seed)
     terms = []
@@ -93,6 +94,9 @@ def test_a_sum_is_exact_but_for_its_roundings(way, M, N, kinds, wide, biased, se
         terms.append((kind, turned, depth))
     dtype = way[1]
     terms = [term(generator, M, N, depth, kind, turned, dtype) for kind, turned, depth in terms]
+    for i, each in enumerate(terms) if parted else ():
+        start, end = sorted(torch.randint(M + 1, (2,), generator=generator).tolist())
+        terms[i] = each._replace(a=each.a[start:end], start=start)
     bias = torch.randn(N, generator=generator) if biased else None
     whole, out = fenced((M, N), torch.float32 if wide else BF16)
     around, turned = fenced((N, M), out.dtype)
@@ -105,7 +109,7 @@ def test_a_sum_is_exact_but_for_its_roundings(way, M, N, kinds, wide, biased, se
     assert around[0].isnan().all()
     assert around[-1].isnan().all()
     assert around[1:-1, M:].isnan().all()
-    exact, size = exactly(terms, 0.75, bias)
+    exact, size = exactly(terms, 0.75, bias, M)
     depth = sum(a.shape[1] for a, *_ in terms)
     allowed = 2**-24 * (depth + 3) * size + (0 if wide else 2**-8) * exact.abs()
     assert ((out.double() - exact).abs() <= allowed).all()
@@ -139,7 +143,7 @@ def test_what_is_less_deep_ends_in_zeros(way, M, N, turned, seed):
     out = torch.empty(M, N)
     with multiplied(way):
         sums_of_products([Sum([Term(a, b, turned)], out)])
-    exact, size = exactly([Term(a, b, turned, 1.0)], 1.0, None)
+    exact, size = exactly([Term(a, b, turned, 1.0)], 1.0, None, M)
     assert ((out.double() - exact).abs() <= 2**-24 * 11 * size).all()
 
 
@@ -149,7 +153,7 @@ def test_threads_and_other_rows_change_no_bit(way):
     generator = torch.Generator().manual_seed(0)
     dtype = way[1]
     terms = [term(generator, 100, 200, depth, "fp32", True, dtype) for depth in (900, 64)]
-    fewer = [Term(a[40:57], b[64:101], True, factor) for a, b, _, factor in terms]
+    fewer = [Term(a[40:57], b[64:101], True, factor) for a, b, _, factor, _ in terms]
     found, before = [], torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
@@ -163,6 +167,34 @@ def test_threads_and_other_rows_change_no_bit(way):
         torch.set_num_threads(before)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_rows_have_the_bits_of_their_own_terms(way, threads):
+    """Adapters with 5, 13, 0 and 150 rows share two weights so deep that a panel of them is laid
+    out in parts. Each row is that of a sum of its own terms alone.
+    """
+    generator, dtype, before = torch.Generator().manual_seed(0), way[1], torch.get_num_threads()
+    shared = [term(generator, 170, 100, depth, "fp32", False, dtype) for depth in (1800, 200)]
+    spans = [(0, 5, 4), (5, 18, 64), (18, 18, 8), (20, 170, 6)]  # and two rows of nobody
+    own = [term(generator, end - start, 100, r, "fp32", True, dtype) for start, end, r in spans]
+    own = [each._replace(start=start) for each, (start, *_) in zip(own, spans, strict=True)]
+    found, alone = torch.empty(170, 100, dtype=dtype), torch.empty(170, 100, dtype=dtype)
+    torch.set_num_threads(threads)
+    try:
+        with multiplied(way):
+            sums_of_products([Sum([*shared, *own], found)])
+            for (start, end, _), each in zip([*spans, (18, 20, 0)], [*own, None], strict=True):
+                terms = [t._replace(a=t.a[start:end]) for t in shared]
+                terms += [] if each is None else [each._replace(start=0)]
+                sums_of_products([Sum(terms, alone[start:end])])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found, alone)
+    exact, size = exactly([*shared, *own], 1.0, None, 170)
+    allowed = 2**-24 * 2100 * size + (2**-8 * exact.abs() if dtype == BF16 else 0)
+    assert ((found.double() - exact).abs() <= allowed).all()
 
 
 def test_where_it_multiplies(monkeypatch):
@@ -235,8 +267,8 @@ def test_layers_of_one_input_agree(way, M, ranks, packed, biased, rate, seed):
         if packed:
             stored = kernels.quantize_nf4(w)
             w = kernels.dequantize_nf4(stored)
-        static.append((Frozen(stored if packed else w), 0.5))
-        dense.append((Frozen(w.float()), 0.5))
+        static.append(StaticUpdate(Frozen(stored if packed else w), 0.5))
+        dense.append(StaticUpdate(Frozen(w.float()), 0.5))
         bias = torch.randn(N).to(dtype) if biased else None
         tensors += [torch.randn(rank, K), torch.randn(N, rank), bias, None]
     x = torch.randn(M, 2 * K).to(dtype)[:, ::2]  # values not side by side
@@ -251,7 +283,7 @@ def test_layers_of_one_input_agree(way, M, ranks, packed, biased, rate, seed):
         ours = passes(cpu.group(x, static, drop, tensors), x, dys, need)
     wide = reference.Group(dense, drop, tensors, torch.float32)
     exact = passes(wide, x.float(), [dy.float() for dy in dys], need)
-    positive = [(Frozen(base.stored.abs()), s) for base, s in dense]
+    positive = [StaticUpdate(Frozen(base.stored.abs()), s) for base, s, _ in dense]
     magnitudes = [t if t is None else t.abs() for t in tensors]
     wide = reference.Group(positive, drop, magnitudes, torch.float32)
     sizes = passes(wide, x.float().abs(), [dy.float().abs() for dy in dys], need)
@@ -266,7 +298,7 @@ def test_layers_of_one_input_agree(way, M, ranks, packed, biased, rate, seed):
 
 def test_a_layer_that_does_not_fit_takes_torchs_products(monkeypatch):
     x, A, B = torch.randn(40, 64).to(BF16), torch.randn(2, 64), torch.randn(6, 2)
-    static, drop = [(Frozen(torch.randn(6, 64).to(BF16)), 1.0)], Dropout(0.0, 0)
+    static, drop = [StaticUpdate(Frozen(torch.randn(6, 64).to(BF16)), 1.0)], Dropout(0.0, 0)
     monkeypatch.setattr(cpu, "available", lambda x: True)
     assert cpu.group(x, static, drop, [A, B, None, None])
     for other in ([A, B, None, torch.ones(6)], [A.to(BF16), B, None, None]):  # the first is DoRA

@@ -7,7 +7,8 @@ import torch
 
 import lorakit as lk
 from lorakit.data.batching import Order
-from tests.conftest import ROWS
+from lorakit.kernels.ops import products
+from tests.conftest import ROWS, tiny_llama, write_tokenizer
 from tests.training.runs import ADAPTER, JUDGED, PAIRS, adapted, run
 
 STEPS = {"max_steps": 5, "lr_scheduler_type": "constant", "warmup_ratio": 0.0}
@@ -320,13 +321,13 @@ def test_states_of_something_else(tiny_dir, tok, tmp_path):
         session.save_state(tmp_path / "file" / "state", adapter="default")
 
 
-def adapters(tiny_dir, ranks, **settings):
+def adapters(path, ranks, quantize="nf4", **settings):
     """A session with an adapter of each rank, "a4" and so on."""
-    model = lk.load_model(tiny_dir, dtype="float32", quantize="nf4")
+    model = lk.load_model(path, dtype="float32", quantize=quantize)
     for rank in ranks:
         torch.manual_seed(rank)
         lk.attach(model, lk.LoraConfig(r=rank, lora_alpha=2 * rank), name=f"a{rank}")
-    return lk.Session(model, lk.load_tokenizer(tiny_dir), lk.TrainConfig(**settings))
+    return lk.Session(model, lk.load_tokenizer(path), lk.TrainConfig(**settings))
 
 
 def weights_of(session, name):
@@ -334,31 +335,70 @@ def weights_of(session, name):
     return {n: p.detach().clone() for n, p in named if f".adapters.{name}." in n}
 
 
-def test_several_adapters_in_one_pass_learn_what_each_learns_alone(tiny_dir):
-    """Different ranks, rows, batches and rates, and one that ends early.
+def check_each_learns_what_it_learns_alone(path, rates, exact, **settings):
+    """Train an adapter of each rank in one pass, of which the second ends early; and each alone.
 
-    fp32 adds up in another order, and Adam divides by the gradient's size: 1e-5 of the weights.
+    They have different rows, batches and rates. Where the sums are in one order, which `exact`
+    says, they have the same bits. Elsewhere Adam divides by the gradient's size: 1e-5 of the
+    weights. The losses of a pass are added up in another order.
     """
-    rates, rows = {"a2": 1e-3, "a5": 3e-4, "a16": 2e-3}, {}
-    for i, name in enumerate(rates):
+    names, rows = {f"a{rank}": rate for rank, rate in rates.items()}, {}
+    early = list(names)[1]
+    for i, name in enumerate(names):
         rows[name] = [ROWS[i + step : i + step + 3 + 2 * i] for step in range(5)]
-    together = adapters(tiny_dir, [2, 5, 16], per_device_train_batch_size=2)
+    together = adapters(path, rates, **settings)
     told = []
     for step in range(5):
-        live = [name for name in rates if step < 3 or name != "a5"]
+        live = [name for name in names if step < 3 or name != early]
         told.append(together.forward_backward_many({name: rows[name][step] for name in live}))
         for name in live:
-            assert together.optim_step(rates[name], adapter=name).step == step + 1
-    for name, rate in rates.items():
-        alone = adapters(tiny_dir, [2, 5, 16], per_device_train_batch_size=2)
-        for step in range(3 if name == "a5" else 5):
+            assert together.optim_step(names[name], adapter=name).step == step + 1
+    alone = adapters(path, rates, **settings)
+    for name, rate in names.items():
+        for step in range(3 if name == early else 5):
             learned = alone.forward_backward(rows[name][step], adapter=name)
             assert told[step][name].loss == pytest.approx(learned.loss, rel=1e-5)
             assert told[step][name].count == learned.count
             alone.optim_step(rate, adapter=name)
         found, expected = weights_of(together, name), weights_of(alone, name)
         for key, weight in expected.items():
-            assert (found[key] - weight).norm() < 1e-5 * max(weight.norm(), 1)
+            if exact:
+                assert torch.equal(found[key], weight)
+            else:
+                assert (found[key] - weight).norm() < 1e-5 * max(weight.norm(), 1)
+
+
+RATES = {2: 1e-3, 5: 3e-4, 16: 2e-3}
+BY_SUMS = pytest.mark.skipif(not products.available(torch.zeros(1, 2)), reason="torch multiplies")
+
+
+@BY_SUMS
+@pytest.mark.parametrize("packing", [True, False])
+def test_an_adapter_in_a_pass_has_the_bits_that_it_has_alone(tmp_path, packing):
+    tiny_llama(vocab_size=300, hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    settings = {"per_device_train_batch_size": 2, "packing": packing}
+    check_each_learns_what_it_learns_alone(tmp_path, RATES, True, **settings)
+
+
+def test_several_adapters_in_one_pass_learn_what_each_learns_alone(tiny_dir):
+    """Rows of 32 values, less than a block of NF4, go through torch's products."""
+    check_each_learns_what_it_learns_alone(tiny_dir, RATES, False, per_device_train_batch_size=2)
+
+
+@pytest.mark.slow
+@BY_SUMS
+@pytest.mark.parametrize("quantize", ["nf4", None])
+def test_the_bits_of_a_pass_at_the_widths_of_a_small_model(tmp_path, quantize):
+    """Those of SmolLM2-135M, with few blocks: sums so deep that they are cut, ranks up to 64."""
+    tiny_llama(
+        vocab_size=1200, hidden_size=576, intermediate_size=1536, num_hidden_layers=4,
+        num_attention_heads=9, num_key_value_heads=3,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    write_tokenizer(tmp_path)
+    rates = {4: 1e-3, 12: 3e-4, 31: 2e-3, 64: 1e-4}
+    settings = {"per_device_train_batch_size": 2, "quantize": quantize, "packing": True}
+    check_each_learns_what_it_learns_alone(tmp_path, rates, True, **settings)
 
 
 def test_a_pass_leaves_the_model_as_it_was(tiny_dir):

@@ -37,6 +37,7 @@ dense head never exists: twice for every chunk, for the logits and for the gradi
 bits becomes fp32 in this way too, where the processor has no products of 16 bits.
 """
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -174,6 +175,7 @@ def linear_cross_entropy(
     dft: bool = False,
     ignore_index: int = -100,
     statistics: Tensor | None = None,
+    parts: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the cross-entropy of the logits hidden weight^T, which never exist all at once.
 
@@ -194,17 +196,20 @@ def linear_cross_entropy(
         dft: as in `cross_entropy`.
         ignore_index: the label that does not count.
         statistics: as in `cross_entropy`.
+        parts: how many of the labels that count belong to each part of the rows, in their order;
+            None: there is one.
 
     Returns:
-        The summed loss in nats, fp32 [], and the number of labels that count, int64 [], where the
-        labels lie.
+        The summed loss in nats, fp32 [], of parts those of each [parts]; and the number of labels
+        that count, int64 [], where the labels lie.
 
     Raises:
         IndexError: as in `cross_entropy`.
-        ValueError: the head is without its mean row, and there is a soft cap or a z-loss.
+        ValueError: the head is without its mean row, and there is a soft cap or a z-loss; or parts
+            have a head that is learned, or are not of all labels.
     """
     form = Form(softcap, label_smoothing, z_loss, dft)
-    if dispatch.traces():
+    if dispatch.traces() and parts is None:
         given = hidden, weight, labels, rows, lora, form, ignore_index
         return dispatch.traced().linear_cross_entropy(*given)
     picked, chosen = labelled(hidden, labels, ignore_index, rows)
@@ -215,9 +220,24 @@ def linear_cross_entropy(
     backend = backend_for(picked)
     if backend is cpu and isinstance(weight, Float8Weight):
         backend = reference
-    options = form, backend, ignore_index, statistics
+    _check_parts(parts, len(chosen), weight, lora)
+    options = form, backend, ignore_index, statistics, parts
     total = LinearCrossEntropy.apply(picked, *head, scaling, chosen, *options)
     return total, (labels != ignore_index).sum()
+
+
+def _check_parts(
+    parts: Sequence[int] | None, count: int, weight: object, lora: object | None
+) -> None:
+    """Raise ValueError unless parts are of `count` labels, and the head has no gradients."""
+    if parts is None:
+        return
+    if dispatch.traces() or lora is not None:
+        raise ValueError("the losses of parts take no low-rank update and no torch.compile")
+    if isinstance(weight, Tensor) and weight.requires_grad:
+        raise ValueError("the losses of parts take a frozen head")
+    if sum(parts) != count:
+        raise ValueError(f"parts of {sum(parts)} labels, and {count} count")
 
 
 def labelled(

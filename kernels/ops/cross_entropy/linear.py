@@ -4,6 +4,7 @@ All backends share the walk over the chunks. What a backend does to a chunk's lo
 functions of its module, `logits` and `loss_and_gradient`.
 """
 
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import NamedTuple, TypeGuard
 
@@ -115,23 +116,43 @@ def _float8_loss(
     return total, grad_hidden
 
 
+def _rows_of_parts(
+    total: Tensor, parts: Sequence[int] | None, start: int, n: int
+) -> Iterator[tuple[Tensor, slice]]:
+    """Yield the sum of each part [], and which of n rows from `start` on it has; none are left out.
+
+    Without parts there is one sum, total [], of all rows.
+    """
+    if parts is None:
+        yield total, slice(0, n)
+        return
+    first = -start
+    for into, count in zip(total, parts, strict=True):
+        rows = slice(max(0, first), min(n, first + count))
+        if rows.start < rows.stop:
+            yield into, rows
+        first += count
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """Map hidden [N, H], a head [V, H] and labels [N] to the summed loss [].
 
     A label is a word, or `ignored`.
 
     The head is `weight`, dense, packed or in float8; with lora_A [r, H] and lora_B [V, r] it is
-    weight + scaling B A.
+    weight + scaling B A. With the counts of `parts` that the N rows consist of, the sums of these
+    [parts] are returned; the head is frozen then, and has no update.
     """
 
     @staticmethod
     def forward(
         ctx, hidden, weight, lora_A, lora_B, scaling, labels, form: Form, backend: ModuleType,
-        ignored: int, statistics: Tensor | None = None,
+        ignored: int, statistics: Tensor | None = None, parts: Sequence[int] | None = None,
     ):  # fmt: skip
+        ctx.parts = parts
         if isinstance(weight, Float8Weight) and weight.centred and (form.softcap or form.z_loss):
             raise ValueError("a soft cap and a z-loss see the mean row that the head is without")
-        plain = lora_A is None and form == Form()
+        plain = lora_A is None and form == Form() and parts is None
         if isinstance(weight, Float8Weight) and plain and ctx.needs_input_grad[0]:
             ctx.dtypes = [hidden.dtype, None, None, None]
             loss, of_hidden = _float8_loss(hidden, weight, labels, backend, ignored, statistics)
@@ -147,7 +168,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         )
         if adapted := lora_A is not None:
             A, sB = lora_A.to(hidden.dtype), (lora_B * scaling).to(hidden.dtype)
-        total: Tensor | None = None
+        total = hidden.new_zeros(() if parts is None else len(parts), dtype=torch.float32)
         step = chunk_rows(len(labels), weight.shape[0], hidden)
         for start in range(0, len(labels), step):
             h, y = hidden[start : start + step], labels[start : start + step]
@@ -158,8 +179,10 @@ class LinearCrossEntropy(torch.autograd.Function):
             if adapted:
                 low = h @ A.t()  # [n, H] @ [H, r]
                 logits.addmm_(low.to(logits.dtype), sB.t().to(logits.dtype))
-            part = backend.loss_and_gradient(logits[:n], y, form, any(need), ignored, statistics)
-            total = part if total is None else total + part
+            for into, rows in _rows_of_parts(total, parts, start, n):
+                into += backend.loss_and_gradient(
+                    logits[rows], y[rows], form, any(need), ignored, statistics
+                )
             grad = logits  # which they have become; the filling has none
             if filling:
                 grad[n:] = 0
@@ -177,13 +200,16 @@ class LinearCrossEntropy(torch.autograd.Function):
                 grad_A += (dlow.t() @ h).float()
             del logits, grad  # before the next chunk's are made
         ctx.save_for_backward(grad_hidden, grad_weight, grad_A, grad_B)
-        return hidden.new_zeros((), dtype=torch.float32) if total is None else total
+        return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
+        if ctx.parts is not None:  # that of each row, then
+            counts = torch.tensor(ctx.parts, device=grad.device)
+            grad = grad.repeat_interleave(counts, output_size=sum(ctx.parts))[:, None]
         scaled = (
             None if g is None else (g.float() * grad).to(dtype)  # grad is one over the labels: fp32
             for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return *scaled, *(None,) * 6
+        return *scaled, *(None,) * 7

@@ -61,7 +61,8 @@ from ... import dispatch, pretend
 from .. import swiglu
 from . import reference
 from .passes import Again, LoraLinears, LoraMLP, TiledMLPInput, TiledMLPOutput
-from .tensors import Dropout, FrozenLinearMap, LoraTensors, Static
+from .spans import SpanWeights, by_itself, in_sums
+from .tensors import Dropout, FrozenLinearMap, LoraTensors, Static, StaticUpdate
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +89,10 @@ class LoraWeights:
     magnitude: Tensor | None = None
     bias: Tensor | None = None
     counter: Tensor | None = None
+
+
+LayerWeights = LoraWeights | SpanWeights
+"""A base layer with the update of one adapter, or with those of several."""
 
 
 def lora_linear(x: Tensor, layer: LoraWeights) -> Tensor:
@@ -124,7 +129,7 @@ def lora_row_norms(layer: LoraWeights) -> Tensor:
     return reference.DenseLayer(layer.base, layer.scaling, tensors, pair).row_norms
 
 
-def lora_room(x: Tensor, layers: Sequence[LoraWeights]) -> int:
+def lora_room(x: Tensor, layers: Sequence[LayerWeights]) -> int:
     """Return how much room beside the rows of their input lets layers run as one product.
 
     Args:
@@ -134,13 +139,15 @@ def lora_room(x: Tensor, layers: Sequence[LoraWeights]) -> int:
     Returns:
         The number of values of memory beside each row of the input, the sum of the ranks or a few
         more; 0 where the layers do not run so: elsewhere than on a GPU, for few rows, for other
-        weights than NF4 or FP4, for an A or B of other strides or in fp64, with DoRA and under
-        autocast.
+        weights than NF4 or FP4, for an A or B of other strides or in fp64, with DoRA, with several
+        adapters and under autocast.
     """
     if dispatch.traces() or not dispatch.triton_runs(x) or pretend.autocasts(x.device):
         return 0
     ranks, stored = 0, []
     for layer in layers:
+        if isinstance(layer, SpanWeights):
+            return 0
         A, B = layer.lora_A, layer.lora_B
         in_line = A.is_contiguous() and B.is_contiguous()  # else `cast` leaves them apart
         known = A.dtype in dispatch.FLOATS and B.dtype in dispatch.FLOATS
@@ -155,13 +162,13 @@ def lora_room(x: Tensor, layers: Sequence[LoraWeights]) -> int:
 
 
 def lora_qkv(
-    x: Tensor, layers: Sequence[LoraWeights], *, again: Again = None, room: int = 0
+    x: Tensor, layers: Sequence[LayerWeights], *, again: Again = None, room: int = 0
 ) -> tuple[Tensor, ...]:
     """Apply several layers that read one x, such as q, k and v, each as `lora_linear` does.
 
     Args:
-        x: [..., K], any floating-point dtype.
-        layers: the bases and their updates, all of one dropout.
+        x: [..., K], any floating-point dtype. The rows of adapters are those of x [M, K].
+        layers: the bases and their updates, all of one dropout, and of one adapter or of several.
         again: (f, s) with x = f(s); s is kept for backward instead of x, which f makes again.
         room: what `lora_room` has returned, and x was made with; that memory is written to.
 
@@ -171,18 +178,21 @@ def lora_qkv(
     Raises:
         ValueError: the dropout of two layers differs.
     """
+    flat, several = x.reshape(-1, x.shape[-1]), _of_several(layers)
+    if several and not in_sums(flat, several):
+        ys = tuple(by_itself(flat, each) for each in several)
+        return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
     if dispatch.traces():
         return dispatch.traced().lora_qkv(x, layers)
-    flat = x.reshape(-1, x.shape[-1])
     ys = LoraLinears.apply(flat, again, room, *_static(layers), *tensors_of(layers))
     return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
 
 
 def lora_mlp(
     x: Tensor,
-    gate: LoraWeights,
-    up: LoraWeights,
-    down: LoraWeights,
+    gate: LayerWeights,
+    up: LayerWeights,
+    down: LayerWeights,
     hidden_act: str,
     *,
     keep: bool = False,
@@ -203,7 +213,7 @@ def lora_mlp(
         keep: whether gate(x) and up(x) are kept for backward too.
         recomputed: whether this runs again right before backward, under gradient checkpointing.
             Then the second run ends here, nothing but x is kept whatever `keep` says, and more than
-            TILE rows are computed in tiles. N = K.
+            TILE rows are computed in tiles. N = K. It makes no difference with several adapters.
         again: as in `lora_qkv`.
         room: as in `lora_qkv`, of gate and up.
 
@@ -215,13 +225,17 @@ def lora_mlp(
     """
     swiglu.check_activation(hidden_act)
     layers = [gate, up, down]
+    flat, several = x.reshape(-1, x.shape[-1]), _of_several(layers)
+    if several and not in_sums(flat, several):
+        gate_x, up_x = (by_itself(flat, each) for each in several[:2])
+        hidden = swiglu.gated(gate_x, up_x, hidden_act)
+        return by_itself(hidden, several[2]).view(*x.shape[:-1], -1)
     if dispatch.traces():
         return dispatch.traced().lora_mlp(x, layers, hidden_act, keep)
     inner, outer = _static(layers[:2]), _static(layers[2:])
-    flat = x.reshape(-1, x.shape[-1])
     rooms = (room, lora_room(x, [down])) if room else (0, 0)
     tensors = tensors_of(layers)
-    if recomputed:
+    if recomputed and not several:
         static = inner, outer
         flat = TiledMLPInput.apply(flat, hidden_act, again, rooms, static, *tensors)
         y = TiledMLPOutput.apply(flat, hidden_act, rooms, static, tensors)
@@ -230,7 +244,7 @@ def lora_mlp(
     return y.view(*x.shape[:-1], y.shape[1])
 
 
-def shared_dropout(layers: Sequence[LoraWeights]) -> float:
+def shared_dropout(layers: Sequence[LayerWeights]) -> float:
     """Return the dropout of layers that share an input; raise ValueError if it is not one."""
     rate = layers[0].dropout
     for layer in layers:
@@ -239,18 +253,37 @@ def shared_dropout(layers: Sequence[LoraWeights]) -> float:
     return rate
 
 
-def _static(layers: Sequence[LoraWeights]) -> tuple[Static, Dropout]:
+def _of_several(layers: Sequence[LayerWeights]) -> list[SpanWeights]:
+    """Return the layers if they have the updates of several adapters, else none."""
+    found = [layer for layer in layers if isinstance(layer, SpanWeights)]
+    if found and len(found) < len(layers):
+        raise ValueError("layers that share an input must all have one adapter, or all several")
+    return found
+
+
+def _static(layers: Sequence[LayerWeights]) -> tuple[Static, Dropout]:
     """Return what autograd does not see of layers that share an input."""
     rate = shared_dropout(layers)
     # drawn from the generator in host memory: nothing waits for the device
     seed = int(torch.randint(2**62, (), device="cpu")) if rate else 0
-    return [(layer.base, layer.scaling) for layer in layers], Dropout(rate, seed, layers[0].counter)
+    static: list[StaticUpdate] = []
+    counter: Tensor | None = None
+    for layer in layers:
+        if isinstance(layer, SpanWeights):
+            static += layer.static()
+        else:
+            static.append(StaticUpdate(layer.base, layer.scaling))
+            counter = layer.counter if counter is None else counter
+    return static, Dropout(rate, seed, counter)
 
 
-def tensors_of(layers: Sequence[LoraWeights]) -> list[Tensor | None]:
-    """Return what autograd sees of the layers: TENSORS of each, side by side."""
+def tensors_of(layers: Sequence[LayerWeights]) -> list[Tensor | None]:
+    """Return what autograd sees of the layers: TENSORS of each update, side by side."""
     found: list[Tensor | None] = []
     for layer in layers:
+        if isinstance(layer, SpanWeights):
+            found += layer.tensors()
+            continue
         bias = layer.base.bias if layer.bias is None else layer.bias
         found += [layer.lora_A, layer.lora_B, bias, layer.magnitude]
     return found

@@ -7,9 +7,15 @@ s dy B and the results are in the dtype of x, bf16 or fp32.
 The gradients sum over the rows of x A^T and s dy B, and the update over their columns. So these are
 written in both orders, by the call that makes them. dB is written by columns: its sum is of r rows,
 and reads dy as it lies.
+
+Updates of several adapters, each for rows of its own, are more terms of the same sums. The frozen
+weight is laid out once for the rows of all. A row's sum takes its terms in the order in which it
+takes them where one adapter is alone, and the gradients of an adapter sum over its own rows. So
+what an adapter gets depends on no other, to the bit.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -18,49 +24,91 @@ from torch import Tensor
 from ... import pretend
 from ..nf4 import NF4Tensor
 from ..products import Sum, Term, available, dense_rows, sums_of_products, takes
-from .tensors import TENSORS, Dropout, Static, by_layer
+from .tensors import TENSORS, Dropout, LoraTensors, Static, by_layer
 
 
-class StoredLayer(NamedTuple):
-    """One layer in one pass, forward or backward, with its weight as it is stored."""
+class Place(NamedTuple):
+    """The places of the products of an update with its rows."""
 
-    weight: Tensor | NF4Tensor  # [N, K]
+    rows: slice  # of x, that the update reads
+    columns: slice  # its own in the products of its rows with all A, side by side
+    pairs: slice  # the same, an even number of them: the last is zero if it is not the update's
+    turned: slice  # its rows where these products lie turned
+    even: slice  # the same, an even number of them
+
+
+class StoredUpdate(NamedTuple):
+    """A low-rank update in one pass, forward or backward."""
+
     scaling: float
     lora_A: Tensor
     lora_B: Tensor
+    at: Place
+
+
+class StoredLayer(NamedTuple):
+    """One layer in one pass, with its weight as it is stored, and its updates."""
+
+    weight: Tensor | NF4Tensor  # [N, K]
     bias: Tensor | None
-    columns: slice  # its own in the products of x with all A, side by side
-    pairs: slice  # the same, an even number of them: the last is zero if it is not the layer's
+    updates: list[StoredUpdate]
 
 
 class Small(NamedTuple):
-    """A product [M, r] of each layer, side by side [M, R], in both orders."""
+    """A product [rows, r] of each update, side by side, in both orders."""
 
     rows: Tensor  # [M, R]
-    turned: Tensor  # [R, M], with a zero at the end of each row if M is odd
+    turned: Tensor  # [R, M], with a zero behind the rows of an adapter if they are odd
+
+
+def takes_updates(x: Tensor, static: Static, tensors: Sequence[Any]) -> bool:
+    """Return whether the kernel takes the layers for x [M, K]."""
+    if not available(x) or not x.shape[0] or pretend.autocasts(x.device):
+        return False
+    if any(magnitude is not None for magnitude in tensors[3::TENSORS]):
+        return False
+    small = *tensors[0::TENSORS], *tensors[1::TENSORS]  # A and B of each update
+    if not all(t.dtype == torch.float32 and t.is_contiguous() for t in small):
+        return False
+    return all(takes(each.base.stored) for each in static)
 
 
 def group(x: Tensor, static: Static, drop: Dropout, tensors: Sequence[Any]) -> "Group | None":
     """Return the layers for x [M, K], or None if the kernel does not take them."""
-    if not available(x) or not x.shape[0] or pretend.autocasts(x.device):
+    if not takes_updates(x, static, tensors):
         return None
-    if any(magnitude is not None for magnitude in tensors[3::TENSORS]):
-        return None
-    small = *tensors[0::TENSORS], *tensors[1::TENSORS]  # A and B of each layer
-    if not all(t.dtype == torch.float32 and t.is_contiguous() for t in small):
-        return None
+    parts = by_layer(tensors)
+    updates = zip(static, parts, _places(len(x), static, parts), strict=True)
     layers: list[StoredLayer] = []
-    start = 0
-    for (base, scaling), part in zip(static, by_layer(tensors), strict=True):
-        weight = base.stored
-        if not takes(weight):
-            return None
-        end = start + len(part.lora_A)
-        columns, pairs = slice(start, end), slice(start, start + _even(end - start))
-        A, B, bias, _ = part
-        layers.append(StoredLayer(weight, scaling, A, B, bias, columns, pairs))
-        start = pairs.stop
+    for _, same in groupby(updates, lambda update: id(update[0].base)):
+        found = list(same)
+        weight, bias = found[0][0].base.stored, found[0][1].bias
+        assert takes(weight)
+        stored = [StoredUpdate(each.scaling, *part[:2], at) for each, part, at in found]
+        layers.append(StoredLayer(weight, bias, stored))
     return Group(layers, drop, x.dtype)
+
+
+def _places(M: int, static: Static, parts: Sequence[LoraTensors]) -> list[Place]:
+    """Return the place of each update of M rows.
+
+    Updates of other rows are of other adapters. They take the same columns.
+    """
+    found: list[Place] = []
+    places: dict[int, int] = {}  # of an adapter's rows where they lie turned, by the first of them
+    columns: dict[int, int] = {}  # how many are taken by its updates before
+    total = 0
+    for (_, _, own), part in zip(static, parts, strict=True):
+        rows = slice(0, M) if own is None else own
+        first, count = rows.start, rows.stop - rows.start
+        if first not in places:
+            places[first], columns[first], total = total, 0, total + _even(count)
+        start, place, r = columns[first], places[first], len(part.lora_A)
+        columns[first] = start + _even(r)
+        across = slice(start, start + r), slice(start, start + _even(r))
+        along = slice(place, place + count), slice(place, place + _even(count))
+        found.append(Place(rows, *across, *along))
+    return found
 
 
 class Group:
@@ -73,28 +121,29 @@ class Group:
         self.layers, self.drop, self.dtype = layers, drop, dtype  # of x and of what is computed
         self.lows: Small | None = None
 
-    def _small(self, terms: Sequence[tuple[Term, float]], small: list[Sum]) -> Small:
-        """Return factor times the product [M, r] of each layer, once `small` is run."""
-        a = terms[0][0].a
-        M, R = a.shape[0], self.layers[-1].pairs.stop
-        odd = M % 2 or any(layer.lora_A.shape[0] % 2 for layer in self.layers)
-        make = a.new_zeros if odd else a.new_empty
-        found = Small(make(M, R), make(R, _even(M)))
-        rows = found.turned[:, :M]
-        for layer, (term, factor) in zip(self.layers, terms, strict=True):
-            at = layer.columns
-            small.append(Sum([term], found.rows[:, at], factor, turned=rows[at]))
+    def _small(self, terms: Sequence[tuple[Term, float]], M: int, small: list[Sum]) -> Small:
+        """Return factor times the product [rows, r] of each update, once `small` is run."""
+        places = [update.at for layer in self.layers for update in layer.updates]
+        like = terms[0][0].a
+        odd = any(at.pairs != at.columns or at.even != at.turned for at in places)
+        make = like.new_zeros if odd else like.new_empty
+        R = max(at.pairs.stop for at in places)
+        found = Small(make(M, R), make(R, max(at.even.stop for at in places)))
+        for at, (term, factor) in zip(places, terms, strict=True):
+            out, turned = found.rows[at.rows, at.columns], found.turned[at.columns, at.turned]
+            small.append(Sum([term], out, factor, turned=turned))
         return found
 
     def low(self, x: Tensor, small: list[Sum]) -> Small:
-        """Return d(x) A^T of each layer, once `small` is run.
+        """Return d(x) A^T of each update, once `small` is run.
 
         It is kept: every call is for the same x.
         """
         if self.lows is None:
             x = self.drop(x)
-            terms = [(Term(x, each.lora_A, True), 1.0) for each in self.layers]
-            self.lows = self._small(terms, small)
+            updates = [update for layer in self.layers for update in layer.updates]
+            terms = [(Term(x[each.at.rows], each.lora_A, True), 1.0) for each in updates]
+            self.lows = self._small(terms, len(x), small)
         return self.lows
 
     def forward(self, x: Tensor, by_base: bool) -> list[Tensor]:
@@ -105,11 +154,13 @@ class Group:
         x = dense_rows(x)
         small: list[Sum] = []
         low, sums, ys = self.low(x, small).rows, [], []
-        for layer in self.layers:
-            y = x.new_empty(x.shape[0], layer.lora_B.shape[0])
-            update = Term(low[:, layer.pairs], layer.lora_B, True, layer.scaling)
-            bias = None if layer.bias is None else layer.bias.float()
-            sums.append(Sum([Term(x, layer.weight, True), update], y, bias=bias))
+        for weight, layer_bias, updates in self.layers:
+            y = x.new_empty(x.shape[0], weight.shape[0])
+            terms = [Term(x, weight, True)]
+            for scaling, _, B, at in updates:
+                terms.append(Term(low[at.rows, at.pairs], B, True, scaling, at.rows.start))
+            bias = None if layer_bias is None else layer_bias.float()
+            sums.append(Sum(terms, y, bias=bias))
             ys.append(y)
         sums_of_products(small, sums)
         return ys
@@ -126,9 +177,9 @@ class Group:
         `small` has to be run before what `grad_x` and `grad_tensors` leave. x is not needed.
         """
         self.grads = [dense_rows(dy) for dy in grads]
-        # s dy B: [M, N] @ [N, r]
-        terms = [(Term(dy, layer.lora_B, False), layer.scaling) for layer, dy in self._both()]
-        self.dlow = self._small(terms, small)
+        # s dy B: [rows, N] @ [N, r]
+        terms = [(Term(dy[at.rows], B, False), s) for (s, _, B, at), dy in self._both()]
+        self.dlow = self._small(terms, len(grads[0]), small)
         if self.drop.rate:  # dx is more than sums then
             sums_of_products(small)
             small.clear()
@@ -136,9 +187,13 @@ class Group:
     def grad_x(self, later: list[Sum]) -> Tensor:
         """Return dx = dy W + s (dy B) A, summed over the layers: [M, K], once `later` is run."""
         dlow = self.dlow.rows
-        dx = dlow.new_empty(dlow.shape[0], self.layers[0].lora_A.shape[1])
-        terms = [Term(dy, layer.weight, False) for layer, dy in self._both()]
-        update = [Term(dlow[:, each.pairs], each.lora_A, False) for each in self.layers]
+        both = list(zip(self.layers, self.grads, strict=True))
+        dx = dlow.new_empty(dlow.shape[0], both[0][0].weight.shape[1])
+        terms = [Term(dy, layer.weight, False) for layer, dy in both]
+        update = [
+            Term(dlow[at.rows, at.pairs], A, False, start=at.rows.start)
+            for (_, A, _, at), _ in self._both()
+        ]
         if not self.drop.rate:
             later.append(Sum(terms + update, dx))
             return dx
@@ -160,7 +215,7 @@ class Group:
     def grad_tensors(
         self, x: Tensor, need: Sequence[bool], later: list[Sum]
     ) -> list[Tensor | None]:
-        """Return the gradients of the small tensors of each layer, for x [M, K].
+        """Return the gradients of the small tensors of each update, for x [M, K].
 
         They are there once `later` is run.
         """
@@ -171,22 +226,28 @@ class Group:
             missing: list[Sum] = []
             low = self.low(x, missing).turned
             sums_of_products(missing)
-        for i, (layer, dy) in enumerate(self._both()):
-            at = TENSORS * i
-            if need[at]:  # s (dy B)^T d(x): [r, M] @ [M, K]
-                grad_A = found[at] = torch.empty_like(layer.lora_A)
-                later.append(Sum([Term(dlow[layer.columns], dropped, False)], grad_A))
-            if need[at + 1]:  # its transpose, s (d(x) A^T)^T dy: [r, M] @ [M, N]
-                grad_B = found[at + 1] = torch.empty_like(layer.lora_B)
-                terms = [Term(low[layer.columns], dy, False)]
-                later.append(Sum(terms, None, layer.scaling, turned=grad_B))
-            if need[at + 2] and layer.bias is not None:
-                found[at + 2] = dy.sum(0, dtype=torch.float32).to(layer.bias.dtype)
+        for i, ((scaling, A, B, at), dy) in enumerate(self._both()):
+            mine = TENSORS * i
+            if need[mine]:  # s (dy B)^T d(x): [r, rows] @ [rows, K]
+                grad_A = found[mine] = torch.empty_like(A)
+                term = Term(dlow[at.columns, at.even], dropped[at.rows], False)
+                later.append(Sum([term], grad_A))
+            if need[mine + 1]:  # its transpose, s (d(x) A^T)^T dy: [r, rows] @ [rows, N]
+                grad_B = found[mine + 1] = torch.empty_like(B)
+                term = Term(low[at.columns, at.even], dy[at.rows], False)
+                later.append(Sum([term], None, scaling, turned=grad_B))
+        first = 2  # the place of a layer's bias is that of its first update
+        for layer, dy in zip(self.layers, self.grads, strict=True):
+            if need[first] and layer.bias is not None:
+                found[first] = dy.sum(0, dtype=torch.float32).to(layer.bias.dtype)
+            first += TENSORS * len(layer.updates)
         return found
 
-    def _both(self) -> Iterator[tuple[StoredLayer, Tensor]]:
-        """Yield each layer with its dy."""
-        return zip(self.layers, self.grads, strict=True)
+    def _both(self) -> Iterator[tuple[StoredUpdate, Tensor]]:
+        """Yield each update with its layer's dy."""
+        for layer, dy in zip(self.layers, self.grads, strict=True):
+            for update in layer.updates:
+                yield update, dy
 
 
 def _even(n: int) -> int:

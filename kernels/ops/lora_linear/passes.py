@@ -78,6 +78,17 @@ def _kept(ctx) -> tuple[Any, ...]:
     return source, *tensors
 
 
+def _needs(ctx, before: int) -> tuple[bool, Sequence[bool], Sequence[bool]]:
+    """Return which gradients an MLP is asked for: of x, of gate's and up's tensors, of down's.
+
+    `before` is the number of arguments before the tensors.
+    """
+    (inner, _), _ = ctx.static
+    split = before + TENSORS * len(inner)
+    needed = ctx.needs_input_grad
+    return needed[0], needed[before:split], needed[split:]
+
+
 def _cast(dx: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if dx is None else dx.to(dtype)
 
@@ -153,7 +164,7 @@ class LoraMLP(torch.autograd.Function):
     def backward(ctx, grad):
         x, gate, up, *tensors = _kept(ctx)
         groups = ctx.groups or mlp_groups(grad, ctx.static, tensors, ctx.rooms)
-        needs = ctx.needs_input_grad[0], *ctx.needs_input_grad[9:]
+        needs = _needs(ctx, 9)
         kept = None if gate is None else (gate, up)
         dx, found = _mlp_backward(x, kept, grad, groups, ctx.hidden_act, ctx.rooms, needs)
         return dx, *(None,) * 8, *found
@@ -176,7 +187,7 @@ class TiledMLPInput(torch.autograd.Function):
     @without_autocast
     def backward(ctx, grad):
         x, *tensors = _kept(ctx)
-        needs = ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]
+        needs = _needs(ctx, 5)
         dx: Tensor | None = None
         sums: list[Tensor | None] = [None] * len(tensors)
         for rows, static in _tiles(len(x), ctx.static):
@@ -256,11 +267,12 @@ def _mlp_backward(
     groups: tuple[Any, Any],
     hidden_act: str,
     rooms: tuple[int, int],
-    needs: Sequence[bool],
+    needs: tuple[bool, Sequence[bool], Sequence[bool]],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Return the gradients of x [M, K] and of the tensors, for that of y, grad [M, N].
 
-    `kept` are gate and up, if they were. `needs` says which gradients are wanted.
+    `kept` are gate and up, if they were. `needs` says which gradients are wanted: that of x, those
+    of gate's and up's tensors, those of down's.
     """
     first, second = groups
     flat = x.to(first.dtype)
@@ -287,9 +299,8 @@ def _mlp_backward(
     later: list[Sum] = []
     first.take(into, small, wide, flat)
     dx = first.grad_x(later) if needs[0] else None
-    split = 1 + 2 * TENSORS
-    of_inner = first.grad_tensors(flat, needs[1:split], later)
-    of_outer = second.grad_tensors(hidden, needs[split:], later)
+    of_inner = first.grad_tensors(flat, needs[1], later)
+    of_outer = second.grad_tensors(hidden, needs[2], later)
     sums_of_products(small, later)
     first.end()
     second.end()

@@ -14,19 +14,26 @@ So the products with the frozen weight, which dominate, are those of one adapter
 each update costs what it costs alone. Kept for backward are x, which the layers of one input share,
 and r_a numbers a row.
 
-On a CPU the updates are fp32, as A and B are. On a GPU they are in the dtype of x, and the
-gradients of A and B are rounded to theirs once.
+There are two ways. Where the compiled kernel takes the layers (cpu.py), updates and frozen products
+are the terms of one sum, in one call for all adapters and all layers of an input. An adapter then
+gets the bits that it gets alone. Elsewhere `lora_spans` adds to what the frozen layer has made, by
+torch's products, adapter by adapter, and they may sum in another order than alone. There the
+updates are fp32 on a CPU, as A and B are. On a GPU they are in the dtype of x, and the gradients of
+A and B are rounded to theirs once.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import pretend
+from ... import dispatch, pretend
 from ...autograd import once_differentiable, without_autocast
+from . import cpu
+from .tensors import FrozenLinearMap, StaticUpdate
 
 
 class LoraSpan(NamedTuple):
@@ -45,6 +52,44 @@ class LoraSpan(NamedTuple):
     lora_A: Tensor
     lora_B: Tensor
     scaling: float
+
+
+@dataclass(frozen=True, eq=False)
+class SpanWeights:
+    """A base layer and the low-rank updates of several adapters, each of its own rows.
+
+    Attributes:
+        base: the frozen layer, base(x) = x W^T + bias, with its `stored` weight W [N, K].
+        spans: the updates, at least one. Their rows do not overlap; the base alone computes others.
+        dropout: the share of x that no update reads; 0.
+    """
+
+    base: FrozenLinearMap
+    spans: Sequence[LoraSpan]
+    dropout: float = 0.0
+
+    def static(self) -> list[StaticUpdate]:
+        """Return what autograd does not see of each update."""
+        return [StaticUpdate(self.base, s.scaling, slice(s.start, s.end)) for s in self.spans]
+
+    def tensors(self) -> list[Tensor | None]:
+        """Return what autograd sees of each update, side by side; the first has the bias."""
+        found = [t for s in self.spans for t in (s.lora_A, s.lora_B, None, None)]
+        found[2] = self.base.bias
+        return found
+
+
+def in_sums(x: Tensor, layers: Sequence[SpanWeights]) -> bool:
+    """Return whether x [M, K] goes through layers of one input as sums of products; see cpu.py."""
+    if dispatch.traces():
+        return False
+    static = [update for layer in layers for update in layer.static()]
+    return cpu.takes_updates(x, static, [t for layer in layers for t in layer.tensors()])
+
+
+def by_itself(x: Tensor, layer: SpanWeights) -> Tensor:
+    """Return what a layer makes of x [M, K], [M, N]: its base, and then the updates."""
+    return lora_spans(x, layer.base(x), layer.spans)
 
 
 def lora_spans(x: Tensor, y: Tensor, spans: Sequence[LoraSpan]) -> Tensor:

@@ -11,7 +11,7 @@ from ..dropout import seeded_dropout
 from ..float8 import Float8Weight
 from ..frozen_linear.dense import Packed
 
-TENSORS = 4  # of a layer: the fields of LoraTensors
+TENSORS = 4  # of an update: the fields of LoraTensors
 
 
 class FrozenLinearMap(Protocol):
@@ -29,11 +29,19 @@ class FrozenLinearMap(Protocol):
         """The bias [N], if there is one."""
 
 
-Static = Sequence[tuple[FrozenLinearMap, float]]  # base and scaling of each layer
+class StaticUpdate(NamedTuple):
+    """What autograd does not see of an update."""
+
+    base: FrozenLinearMap
+    scaling: float
+    rows: slice | None = None  # of x, that it reads; None: all
+
+
+Static = Sequence[StaticUpdate]  # those of one base follow each other
 
 
 class LoraTensors(NamedTuple):
-    """The tensors of a layer that gradients are computed for."""
+    """The tensors of an update that gradients are computed for, and its layer's bias."""
 
     lora_A: Tensor  # [r, K]
     lora_B: Tensor  # [N, r]
@@ -42,7 +50,7 @@ class LoraTensors(NamedTuple):
 
 
 def by_layer(tensors: Sequence[Any]) -> list[LoraTensors]:
-    """Return the tensors of each layer, of all layers' side by side."""
+    """Return the tensors of each update, of all that lie side by side."""
     return [LoraTensors(*tensors[i : i + TENSORS]) for i in range(0, len(tensors), TENSORS)]
 
 

@@ -10,11 +10,17 @@ and rounded once, the update costs its share of the depth instead of a walk over
 weight exists, in memory or in a workspace. These products also need none of the code that oneDNN
 makes, and keeps, for every new number of rows.
 
+A term may have some rows of the sum alone, as the update of one adapter of several has. Each row
+sums its own terms in their order, whatever other rows have: to the bit what it sums alone.
+
 One compiled kernel does it (cpu.cpp), on processors with AVX2. bf16 is multiplied in pairs where
 AVX512-BF16 does that at twice the rate of fp32, and as fp32 elsewhere: the products of two bf16 are
 exact in either. Callers use torch's products on panels of dense weight (`frozen_linear`) on other
 processors, for what `takes` refuses, in bf16 where oneDNN has the tiles of AMX to multiply with,
 and in fp32 on AMD's with AVX-512, where oneDNN is asked. `reference.py` says the sums in torch.
+
+A thread lays some columns of all factors out, for the rows to go past. What would not stay in the
+second cache is laid out in parts of the depth, and the sums of some tiles wait for the next part.
 """
 
 from collections.abc import Sequence

@@ -9,6 +9,9 @@
 // Every thread has a share of the tiles of every sum, takes some at a time, and helps with the other shares when its own
 // is done: a thread that comes late, or not at all, holds nobody up. Two may lay out the same panel. A sum runs over the
 // depth in order, in one thread: who takes a tile changes no bit.
+//
+// A term may have some rows alone. No tile has rows of which one has a term and the other has not, and a tile passes over
+// the lines of terms that it has not. So the sum of a row is that of its own terms, to the bit, whatever other rows have.
 #define LORAKIT_ANY_LANES
 #include "floats.h"
 #include "pairs.h"
@@ -19,26 +22,67 @@ namespace {
 
 constexpr int64_t TOGETHER = 2 << 20;  // products of two values, in the tiles that a thread takes at a time: some 10 us
 
+// The rows of a tile, the `number`-th of a panel, and where those that have the same terms end.
+struct Strip {
+    int64_t number, row, count, border;
+};
+
 // One sum, cut into tiles: panel after panel, each from the first row to the last.
 template <class Kernel>
 struct Tiles {
     const Sum& p;
     Kernel kernel;
     const int64_t lanes = kernel.lanes, high = kernel.high;
-    const int64_t tall = (p.M + high - 1) / high, all = (p.N + lanes - 1) / lanes * tall;
+    const int64_t tall = tiles_of_rows(), all = (p.N + lanes - 1) / lanes * tall;
     int64_t packed = -1;  // the first column of the panel that is laid out
+    Strip strip{0, 0, 0, 0};
 
     Tiles(const Sum& sum, const Sums& sums, uint32_t* space) : p(sum), kernel(sum, sums, space) {}
 
-    int64_t together() const { return 1 + TOGETHER / (high * lanes * (1 + depth_of(p))); }
+    int64_t tiles_of_rows() const {
+        int64_t count = 0;
+        for (int64_t row = 0, border; row < p.M; row = border) {
+            border = border_after(p, row);
+            count += (border - row + high - 1) / high;
+        }
+        return count;
+    }
+
+    // The tile that begins at `row`. Those up to the border are of like height: a low one leaves multipliers idle.
+    void begin(int64_t row) {
+        if (row == strip.border) strip.border = border_after(p, row);
+        const int64_t left = strip.border - row, more = (left + high - 1) / high;
+        strip.row = row;
+        strip.count = (left + more - 1) / more;
+    }
+
+    // Goes to the tile of a number: mostly the next.
+    void go(int64_t number) {
+        if (strip.count == 0 || number < strip.number) {
+            strip.number = strip.border = 0;
+            begin(0);
+        }
+        for (; strip.number < number; ++strip.number) begin(strip.row + strip.count);
+    }
+
+    // Where the depth is in parts, each part is laid out for as many tiles at a time as there is room for the sums of.
+    int64_t together() const {
+        const int64_t some = 1 + TOGETHER / (high * lanes * (1 + depth_of(p)));
+        return kernel.parts == 1 ? some : simd::smaller(tall, kernel.room);
+    }
 
     void add_up(int64_t from, int64_t to) {
-        for (int64_t i = from; i < to; ++i) {
-            const int64_t first = i / tall * lanes, row = i % tall * high;
-            const int64_t columns = simd::smaller(lanes, p.N - first), count = simd::smaller(high, p.M - row);
-            if (first != packed) kernel.pack(first, columns);
-            packed = first;
-            kernel.add_up(row, count, first, columns);
+        for (int64_t i = from, end; i < to; i = end) {
+            const int64_t panel = i / tall, first = panel * lanes, columns = simd::smaller(lanes, p.N - first);
+            end = simd::smaller(simd::smaller(to, (panel + 1) * tall), i + kernel.room);
+            for (int64_t part = 0; part < kernel.parts; ++part) {
+                if (first != packed || kernel.parts > 1) kernel.pack(first, columns, part);
+                packed = first;
+                for (int64_t n = i; n < end; ++n) {
+                    go(n % tall);
+                    kernel.add_up(n - i, part, strip.row, strip.count, first, columns);
+                }
+            }
         }
     }
 };

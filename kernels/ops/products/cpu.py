@@ -33,6 +33,7 @@ class Term(ctypes.Structure):
 
     _fields_ = (
         *(("a", POINTER), ("a_stride", INT64), ("depth", INT64)),
+        *(("first", INT64), ("end", INT64)),
         *(("b", Matrix), ("b_depth", INT64), ("turned", INT64)),
     )
 
@@ -60,14 +61,15 @@ class Sums(ctypes.Structure):
 
 def _term(term: given.Term, held: list[object]) -> Any:
     """Return the fields of a Term, of which ctypes makes one. What they point at goes to `held`."""
-    a, b, turned, factor = term
+    a, b, turned, factor, start = term
     if isinstance(b, Tensor):
         matrix = Matrix(address(b), b.stride(0), b.dtype == torch.float32, factor)
     else:
         packed = packed_arguments(b)
         held.append(packed)
         matrix = Matrix(None, b.shape[1], PACKED, 1.0, ctypes.addressof(packed))
-    return address(a), a.stride(0), a.shape[1], matrix, b.shape[turned], turned
+    rows, depth = a.shape
+    return (address(a), a.stride(0), depth, start, start + rows, matrix, b.shape[turned], turned)
 
 
 def _places(out: Tensor | None, turned: Tensor | None) -> tuple[Any, Any]:

@@ -22,13 +22,17 @@ constexpr int VECTORS = 4;          // of a line at most
 constexpr int64_t TALL = 12;        // rows of a tile that is one vector wide
 constexpr int64_t DEPTH = 384;      // values of each row of a that are made fp32 at a time, which the nearest cache keeps
 constexpr int64_t PANEL = 1 << 17;  // words that panels of more columns than CHUNK may fill; cpu.py has the larger
+constexpr int64_t BLOCK = 1 << 18;  // words of a part of a panel that is too large for the second cache
 #else
 constexpr int VECTORS = 2;
 constexpr int64_t TALL = 6;
 constexpr int64_t DEPTH = 192;
 constexpr int64_t PANEL = 1 << 16;  // a half of a second cache of 512 KB
+constexpr int64_t BLOCK = 1 << 16;
 #endif
-constexpr int64_t AHEAD = 8;    // lines of a panel between the one that is fetched and the one that is multiplied
+constexpr int64_t WHOLE = BLOCK * 3 / 2;  // words of a panel that is not too large
+constexpr int64_t ROOM = 24;              // tiles whose sums wait for the next part
+constexpr int64_t AHEAD = 8;  // lines of a panel between the one that is fetched and the one that is multiplied
 
 // The CHUNK values of a packed row that begin with a block at `column`. R is the dtype of a.
 template <class R>
@@ -59,17 +63,22 @@ struct Panel {
     }
 };
 
-// Columns [first, first + columns) of b to the lines of `panel` from `from` on, zeros to the column `lanes`.
+// A part of the depth of a term, and the line of a panel that it begins at.
+struct Piece {
+    int64_t k, end, line;
+};
+
+// Columns [first, first + columns) of b to the lines of a piece, zeros to the column `lanes`.
 template <class R>
-void pack_turned(const Term& t, int64_t first, int64_t columns, int64_t lanes, int64_t from, const Panel& panel) {
+void pack_turned(const Term& t, int64_t first, int64_t columns, int64_t lanes, const Piece& piece, const Panel& panel) {
     const bool packed = t.b.kind == 2;
     alignas(64) float values[LANES][CHUNK];
     for (int64_t column = 0; column < lanes; column += LANES)
-        for (int64_t k = 0; k < t.depth; k += CHUNK) {
+        for (int64_t k = piece.k; k < piece.end; k += CHUNK) {
             const int64_t rows = simd::smaller(LANES, columns - column);  // of b; none, too
             for (int64_t i = 0; packed && i < rows; ++i) decode_chunk<R>(t.b, first + column + i, k, values[i]);
-            float* to = panel.line(from + k, column);
-            for (int64_t j = 0; j < CHUNK && k + j < t.depth; j += LANES) {
+            float* to = panel.line(piece.line + k - piece.k, column);
+            for (int64_t j = 0; j < CHUNK && k + j < piece.end; j += LANES) {
                 Vec square[LANES];
                 for (int64_t i = 0; i < LANES; ++i) {
                     if (i >= rows)
@@ -80,37 +89,37 @@ void pack_turned(const Term& t, int64_t first, int64_t columns, int64_t lanes, i
                         square[i] = dense_values<R>(t.b, first + column + i, k + j, t.b_depth - k - j);
                 }
                 simd::transpose(square);
-                const int64_t lines = simd::smaller(LANES, t.depth - k - j);
+                const int64_t lines = simd::smaller(LANES, piece.end - k - j);
                 for (int64_t i = 0; i < lines; ++i, to += panel.wide) simd::store(square[i], to);
             }
         }
 }
 
 template <class R>
-void pack_lines(const Term& t, int64_t first, int64_t columns, int64_t lanes, int64_t from, const Panel& panel) {
+void pack_lines(const Term& t, int64_t first, int64_t columns, int64_t lanes, const Piece& piece, const Panel& panel) {
     const bool packed = t.b.kind == 2;
     alignas(64) float values[CHUNK];
     for (int64_t column = 0; column < lanes; column += CHUNK) {
         const int64_t vectors = simd::smaller(CHUNK, lanes - column) / LANES;
         float* to[CHUNK / LANES];
-        for (int64_t j = 0; j < vectors; ++j) to[j] = panel.line(from, column + j * LANES);
-        for (int64_t k = 0; k < t.depth; ++k) {
+        for (int64_t j = 0; j < vectors; ++j) to[j] = panel.line(piece.line, column + j * LANES);
+        for (int64_t k = piece.k; k < piece.end; ++k) {
             const int64_t there = k < t.b_depth ? columns - column : 0;
             if (packed && there > 0) decode_chunk<R>(t.b, k, first + column, values);
             for (int64_t j = 0; j < vectors; ++j) {
                 const int64_t at = j * LANES;
                 const Vec v = packed && there > 0 ? simd::load(values + at)
                                                   : dense_values<R>(t.b, k, first + column + at, there - at);
-                simd::store(v, to[j] + k * panel.wide);
+                simd::store(v, to[j] + (k - piece.k) * panel.wide);
             }
         }
     }
 }
 
 template <class R>
-void pack(const Term& t, int64_t first, int64_t columns, int64_t lanes, int64_t from, const Panel& panel) {
-    t.turned ? pack_turned<R>(t, first, columns, lanes, from, panel)
-             : pack_lines<R>(t, first, columns, lanes, from, panel);
+void pack(const Term& t, int64_t first, int64_t columns, int64_t lanes, const Piece& piece, const Panel& panel) {
+    t.turned ? pack_turned<R>(t, first, columns, lanes, piece, panel)
+             : pack_lines<R>(t, first, columns, lanes, piece, panel);
 }
 
 // Adds the products of R rows of a, `stride` apart, and of `depth` lines of Z vectors, b, to the sums in rows of `out`.
@@ -172,54 +181,79 @@ struct Floats {
     const int64_t fewest = (p.N + floats::LANES - 1) / floats::LANES;
     const int64_t vectors = fewest > floats::VECTORS / 2 ? floats::VECTORS : fewest;
     const int64_t wide = vectors * floats::LANES, high = vectors == 1 ? floats::TALL : 6, depth = depth_of(p);
-    const int64_t lanes;  // columns of a panel, what there is room for
-    float* const sums;    // [high, lanes]
-    float* const rows;    // [high, DEPTH]
+    const int64_t lanes;         // columns of a panel, what there is room for
+    const int64_t lines, parts;  // lines of a panel, and into how many parts they divide the depth
+    const int64_t room = parts == 1 ? 1 : floats::ROOM;  // tiles
+    float* const sums;           // [room, high, lanes]
+    float* const rows;           // [high, DEPTH]
     const floats::Panel panel;
 
     Floats(const Sum& sum, const Sums& all, uint32_t* space)
-        : p(sum), singles(all.singles), lanes(columns_of_panel(all)), sums(reinterpret_cast<float*>(space)),
-          rows(sums + high * lanes), panel{rows + high * floats::DEPTH, wide, depth} {}
+        : p(sum), singles(all.singles), lanes(columns_of_panel(all)),
+          lines(lanes * depth <= floats::WHOLE ? depth : floats::BLOCK / lanes), parts(count_parts()),
+          sums(reinterpret_cast<float*>(space)), rows(sums + room * high * lanes),
+          panel{rows + high * floats::DEPTH, wide, lines} {}
 
     int64_t columns_of_panel(const Sums& all) const {
         if (p.N <= wide) return wide;
         const int64_t chunks = (p.N + floats::CHUNK - 1) / floats::CHUNK;
-        const int64_t room = simd::smaller(all.size, floats::PANEL);
-        const int64_t fit = (room - high * floats::DEPTH) / (floats::CHUNK * (high + depth));
+        const int64_t space = simd::smaller(all.size, floats::PANEL);
+        const int64_t fit = (space - high * floats::DEPTH) / (floats::CHUNK * (high + depth));
         const int64_t share = (chunks + all.threads - 1) / all.threads;
         const int64_t most = simd::smaller(fit, share);
         return floats::CHUNK * (most > 1 ? most : 1);
     }
 
-    // Lays out columns [first, first + columns), at most `lanes`.
-    void pack(int64_t first, int64_t columns) {
-        for (int64_t n = 0, from = 0; n < p.count; from += p.terms[n++].depth)
-            singles ? floats::pack<float>(p.terms[n], first, columns, lanes, from, panel)
-                    : floats::pack<uint16_t>(p.terms[n], first, columns, lanes, from, panel);
+    // Calls f(term, piece) for what lies in a part of the depth: DEPTH values or fewer at a time, in order. Returns the
+    // number of parts up to there.
+    template <class F>
+    int64_t pieces(int64_t part, F f) const {
+        int64_t now = 0, line = 0;
+        for (int64_t n = 0; n < p.count && now <= part; ++n)
+            for (int64_t k = 0; k < p.terms[n].depth; k += floats::DEPTH) {
+                const int64_t end = simd::smaller(k + floats::DEPTH, p.terms[n].depth);
+                if (line + end - k > lines) ++now, line = 0;
+                if (now > part) break;
+                if (now == part) f(p.terms[n], floats::Piece{k, end, line});
+                line += end - k;
+            }
+        return now + 1;
     }
 
-    // Writes these columns of rows [row, row + count), at most `high`.
-    void add_up(int64_t row, int64_t count, int64_t first, int64_t columns) {
-        singles ? add_up<float>(row, count, first, columns) : add_up<uint16_t>(row, count, first, columns);
+    int64_t count_parts() const {
+        return lines == depth ? 1 : pieces(depth, [](const Term&, const floats::Piece&) {});
+    }
+
+    // Lays out a part of columns [first, first + columns), at most `lanes`.
+    void pack(int64_t first, int64_t columns, int64_t part) {
+        pieces(part, [&](const Term& t, const floats::Piece& piece) {
+            singles ? floats::pack<float>(t, first, columns, lanes, piece, panel)
+                    : floats::pack<uint16_t>(t, first, columns, lanes, piece, panel);
+        });
+    }
+
+    // Adds up a part of these columns of rows [row, row + count), at most `high`, and writes them after the last one. The
+    // sums wait at a place among `room` until then.
+    void add_up(int64_t place, int64_t part, int64_t row, int64_t count, int64_t first, int64_t columns) {
+        float* const its = sums + place * high * lanes;
+        singles ? add_up<float>(its, part, row, count, first, columns)
+                : add_up<uint16_t>(its, part, row, count, first, columns);
     }
 
   private:
     template <class T>
-    void add_up(int64_t row, int64_t count, int64_t first, int64_t columns) {
-        const int64_t filled = count > high * 2 / 3 ? high : count > high / 3 ? high * 2 / 3 : high / 3;
-        std::memset(sums, 0, static_cast<size_t>(filled * lanes) * sizeof(float));
-        for (int64_t n = 0, from = 0; n < p.count; from += p.terms[n++].depth) {
-            const Term& t = p.terms[n];
-            const T* a = static_cast<const T*>(t.a) + row * t.a_stride;
-            for (int64_t k = 0; k < t.depth; k += floats::DEPTH) {
-                const int64_t some = simd::smaller(floats::DEPTH, t.depth - k);
-                const Rows its = rows_of(a + k, t.a_stride, count, filled, some);
-                for (int64_t column = 0; column < columns; column += wide)
-                    multiply(filled, its, panel.line(from + k, column), some, sums + column);
-            }
-        }
-        p.wide ? floats::finish<float>(p, sums, lanes, row, count, first, columns)
-               : floats::finish<uint16_t>(p, sums, lanes, row, count, first, columns);
+    void add_up(float* its, int64_t part, int64_t row, int64_t count, int64_t first, int64_t columns) {
+        if (part == 0) std::memset(its, 0, static_cast<size_t>(count * lanes) * sizeof(float));
+        pieces(part, [&](const Term& t, const floats::Piece& piece) {
+            if (!t.has(row)) return;
+            const int64_t some = piece.end - piece.k;
+            const Rows a = rows_of(t.from<T>(row) + piece.k, t.a_stride, count, some);
+            for (int64_t column = 0; column < columns; column += wide)
+                multiply(count, a, panel.line(piece.line, column), some, its + column);
+        });
+        if (part < parts - 1) return;
+        p.wide ? floats::finish<float>(p, its, lanes, row, count, first, columns)
+               : floats::finish<uint16_t>(p, its, lanes, row, count, first, columns);
     }
 
     struct Rows {
@@ -227,34 +261,30 @@ struct Floats {
         int64_t apart;
     };
 
-    // `filled` rows of `some` values in fp32: the `count` that there are, and zeros. They are copied if they must be:
-    // a copy waits for memory, while sums read what is not there yet ahead.
+    // `count` rows of `some` values in fp32: those of a that are fp32 are read where they lie.
     template <class T>
-    Rows rows_of(const T* a, int64_t apart, int64_t count, int64_t filled, int64_t some) {
-        if constexpr (sizeof(T) == sizeof(float))
-            if (count == filled) return {a, apart};
-        for (int64_t i = 0; i < filled; ++i) {
-            float* out = rows + i * floats::DEPTH;
-            if (i >= count) {
-                std::memset(out, 0, static_cast<size_t>(some) * sizeof(float));
-                continue;
+    Rows rows_of(const T* a, int64_t apart, int64_t count, int64_t some) {
+        if constexpr (sizeof(T) == sizeof(float)) {
+            return {a, apart};
+        } else {
+            for (int64_t i = 0; i < count; ++i) {
+                float* out = rows + i * floats::DEPTH;
+                const T* from = a + i * apart;
+                simd::vectors(some, [=](int64_t k, auto part) { simd::store(simd::load(from + k, part), out + k, part); });
             }
-            const T* from = a + i * apart;
-            simd::vectors(some, [=](int64_t k, auto part) { simd::store(simd::load(from + k, part), out + k, part); });
+            return {rows, floats::DEPTH};
         }
-        return {rows, floats::DEPTH};
     }
 
-    void multiply(int64_t filled, Rows a, const float* b, int64_t some, float* out) {
-        if (vectors == 1) return multiply<floats::TALL, 1>(filled, a, b, some, out);
-        if (vectors == 2) return multiply<6, 2>(filled, a, b, some, out);
-        multiply<6, floats::VECTORS>(filled, a, b, some, out);
+    void multiply(int64_t count, Rows a, const float* b, int64_t some, float* out) {
+        if (vectors == 1) return multiply<floats::TALL, 1>(count, a, b, some, out);
+        if (vectors == 2) return multiply<6, 2>(count, a, b, some, out);
+        multiply<6, floats::VECTORS>(count, a, b, some, out);
     }
     template <int R, int Z>
-    void multiply(int64_t filled, Rows a, const float* b, int64_t some, float* out) {
-        if (filled == R) return floats::tile<R, Z>(a.data, a.apart, b, some, out, lanes);
-        if (filled == R * 2 / 3) return floats::tile<R * 2 / 3, Z>(a.data, a.apart, b, some, out, lanes);
-        floats::tile<R / 3, Z>(a.data, a.apart, b, some, out, lanes);
+    void multiply(int64_t count, Rows a, const float* b, int64_t some, float* out) {
+        if (count == R) return floats::tile<R, Z>(a.data, a.apart, b, some, out, lanes);
+        if constexpr (R > 1) multiply<R - 1, Z>(count, a, b, some, out);
     }
 };
 

@@ -109,7 +109,11 @@ void tile(const Sum& p, int64_t row, int64_t first, int64_t columns, const uint3
         for (int z = 0; z < Z; ++z) sums[i][z] = _mm512_setzero_ps();
     for (int64_t n = 0; n < p.count; ++n) {
         const Term& t = p.terms[n];
-        const char* a = static_cast<const char*>(t.a) + 2 * row * t.a_stride;
+        if (!t.has(row)) {
+            panel += t.depth / 2 * 16 * Z;
+            continue;
+        }
+        const char* a = reinterpret_cast<const char*>(t.from<uint16_t>(row));
         const int64_t apart = 2 * t.a_stride;
         for (int64_t k = 0; k < t.depth; k += 2, a += 4, panel += 16 * Z) {
             __m512bh b[Z];
@@ -157,12 +161,13 @@ struct Pairs {
     const Sum& p;
     const int64_t vectors = simd::smaller(4, (p.N + 15) / 16), lanes = 16 * vectors;  // columns of a panel
     const int64_t high = vectors == 1 ? 12 : 6;  // rows of a tile: so many sums as keep the multipliers busy
+    const int64_t parts = 1, room = 1;  // of the depth, and tiles whose sums wait: none do
     uint32_t* panel;
 
     Pairs(const Sum& sum, const Sums&, uint32_t* space) : p(sum), panel(space) {}
 
     // Lays out columns [first, first + columns), at most `lanes`.
-    void pack(int64_t first, int64_t columns) {
+    void pack(int64_t first, int64_t columns, int64_t) {
         uint32_t* place = panel;
         for (int64_t n = 0; n < p.count; ++n) {
             pairs::pack(p.terms[n], first, columns, lanes, place);
@@ -171,7 +176,7 @@ struct Pairs {
     }
 
     // Writes these columns of rows [row, row + count), at most `high`.
-    void add_up(int64_t row, int64_t count, int64_t first, int64_t columns) {
+    void add_up(int64_t, int64_t, int64_t row, int64_t count, int64_t first, int64_t columns) {
         switch (vectors) {
             case 4: return pairs::rows<6, 4>(p, row, count, first, columns, panel);
             case 3: return pairs::rows<6, 3>(p, row, count, first, columns, panel);

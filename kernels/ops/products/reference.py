@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..nf4 import NF4Tensor, dequantize_nf4
@@ -13,10 +14,12 @@ def sums_of_products(sums: Sequence[Sum]) -> None:
     """Write every sum to its `out` and to its `turned`."""
     for terms, out, scale, bias, turned in sums:
         total: Tensor | None = None
-        for a, b, lies_turned, factor in terms:
+        result = out if turned is None else turned.t()
+        assert result is not None  # or there is no sum
+        for a, b, lies_turned, factor, start in terms:
             b = dense(b, factor, a.dtype)
             b = b.t() if lies_turned else b
-            product = a[:, : len(b)].float() @ b
+            product = F.pad(a[:, : len(b)].float() @ b, (0, 0, start, len(result) - start - len(a)))
             total = product if total is None else total + product
         assert total is not None  # there is a term
         total = scale * total if bias is None else scale * total + bias

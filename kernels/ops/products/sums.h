@@ -16,8 +16,13 @@ struct Matrix {
 struct Term {
     const void* a;            // bf16, or fp32 (Sums::singles)
     int64_t a_stride, depth;  // of a; even for Pairs
+    int64_t first, end;       // the rows of the sum that a has
     Matrix b;
     int64_t b_depth, turned;  // zeros after b_depth; turned: b is [N, b_depth]
+
+    bool has(int64_t row) const { return first <= row && row < end; }
+    template <class T>
+    const T* from(int64_t row) const { return static_cast<const T*>(a) + (row - first) * a_stride; }
 };
 
 struct Sum {
@@ -46,6 +51,17 @@ inline int64_t depth_of(const Sum& p) {
     int64_t depth = 0;
     for (int64_t n = 0; n < p.count; ++n) depth += p.terms[n].depth;
     return depth;
+}
+
+// The row before which all rows from `row` on have the same terms.
+inline int64_t border_after(const Sum& p, int64_t row) {
+    int64_t border = p.M;
+    for (int64_t n = 0; n < p.count; ++n) {
+        const int64_t bounds[] = {p.terms[n].first, p.terms[n].end};
+        for (int64_t at : bounds)
+            if (at > row && at < border) border = at;
+    }
+    return border;
 }
 
 }  // namespace

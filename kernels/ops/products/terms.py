@@ -13,13 +13,15 @@ class Term(NamedTuple):
 
     a is bf16 or fp32, one of them in all sums of a call, and its depth even. b is bf16, fp32 or
     NF4, and rounded to a's dtype; if it is `turned` it lies as [N, depth]. A b that is less deep
-    than a is continued by zeros.
+    than a is continued by zeros. An a with fewer rows than the sum has those from `start` on, and
+    the term counts for these alone.
     """
 
     a: Tensor
     b: Tensor | NF4Tensor
     turned: bool
     factor: float = 1.0  # of an fp32 b
+    start: int = 0  # the row of the sum that a's first row belongs to
 
 
 class Sum(NamedTuple):

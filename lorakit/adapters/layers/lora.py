@@ -40,8 +40,9 @@ from lorakit.kernels import (
     LoraSpan,
     LoraWeights,
     QuantizedWeight,
+    SpanWeights,
     lora_linear,
-    lora_spans,
+    lora_qkv,
     straight_through_linear,
 )
 from lorakit.models.sharding import gathered
@@ -208,14 +209,17 @@ class LowRankLinear(AttachedLinear[LowRankT]):
         plain = part.rounding is None and not part.has_extras and not part.dropout
         return self.base.frozen and plain
 
+    def span_updates(self) -> SpanWeights | None:
+        if not self.spans or not self.by_rows:
+            return None
+        parts = [(self.part_of(name), start, end) for name, start, end in self.spans]
+        spans = [LoraSpan(start, end, *part.pair(), part.scaling) for part, start, end in parts]
+        return SpanWeights(self.base, spans)
+
     def compute_spans(self, x: Tensor) -> Tensor:
-        assert self.spans is not None
-        flat = x.reshape(-1, x.shape[-1])
-        spans = [
-            LoraSpan(start, end, *(part := self.part_of(name)).pair(), part.scaling)
-            for name, start, end in self.spans
-        ]
-        return lora_spans(flat, self.base(flat), spans).view(*x.shape[:-1], self.out_features)
+        updates = self.span_updates()
+        assert updates is not None
+        return lora_qkv(x, [updates])[0]
 
     def compute_by_autograd(self, part: LowRankT, x: Tensor) -> Tensor:
         """Compute op by op, so that autograd sees all of it: the caller trains the base too."""

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.config.errors import LorakitError
-from lorakit.kernels import LoraWeights
+from lorakit.kernels import LoraWeights, SpanWeights
 from lorakit.models.adapted_layer import AdaptedLayer, RowGroups, Spans
 from lorakit.models.sharding import gathered
 from lorakit.models.shards import home, is_sharded
@@ -121,6 +121,10 @@ class Attached(AdaptedLayer, Generic[PartT]):
 
     def fusible_update(self) -> LoraWeights | None:
         """Return base and update, if the fused kernels may compute both in one."""
+        return None
+
+    def span_updates(self) -> SpanWeights | None:
+        """Return base and the updates of the adapters that have spans, if kernels take them."""
         return None
 
     def takes_spans(self, name: str) -> bool:
