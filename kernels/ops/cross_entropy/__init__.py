@@ -184,11 +184,10 @@ def linear_cross_entropy(
     Args:
         hidden: [..., H], any floating-point dtype; kernels run for fp32, bf16 and fp16.
         weight: the head [V, H], dense, packed or in float8, which takes hidden states in bf16.
-        labels: int64 [...]. Rows whose label is `ignore_index` are left out before the product. The
-            labels may lie in host memory, so that the host need not wait for a GPU to count them.
-        rows: int64 [n], all different, the rows of hidden that have a label. Then labels [n] are
-            theirs, no row is left out, and a label of `ignore_index` does nothing: all shapes are
-            known beforehand. None looks at the labels.
+        labels: int64 [...], perhaps in host memory, where nothing waits for a GPU to count them.
+            Rows whose label is `ignore_index` are left out before the product.
+        rows: int64 [n], all different, the rows of hidden whose labels [n] these are; a label of
+            `ignore_index` does nothing. All shapes are known then. None looks at the labels.
         lora: A [r, H], B [V, r] and s of a head weight + s B A; None for the head alone.
         softcap: as in `cross_entropy`.
         label_smoothing: as in `cross_entropy`.
@@ -196,8 +195,7 @@ def linear_cross_entropy(
         dft: as in `cross_entropy`.
         ignore_index: the label that does not count.
         statistics: as in `cross_entropy`.
-        parts: how many of the labels that count belong to each part of the rows, in their order;
-            None: there is one.
+        parts: how many of the labels that count belong to each part of the rows, in order, or None.
 
     Returns:
         The summed loss in nats, fp32 [], of parts those of each [parts]; and the number of labels
