@@ -22,7 +22,7 @@ from torch import Tensor
 from ..ops import lora_linear as op
 from ..ops.lora_linear import passes
 from ..ops.lora_linear.reference import stacked
-from ..ops.lora_linear.tensors import Dropout, Static, StaticUpdate
+from ..ops.lora_linear.tensors import Dropout, Static
 from .library import Kept, apart, define, gradient, like
 from .packed import Frozen, parts, whole_of_each
 
@@ -54,7 +54,7 @@ class Layers(NamedTuple):
         """Return the base and the scaling of each layer."""
         stored, biases = whole_of_each(self.weights, self.forms), self.every()[2::4]
         bases = [Frozen(w, bias) for w, bias in zip(stored, biases, strict=True)]
-        return list(map(StaticUpdate, bases, self.scalings))
+        return [(base, s, None) for base, s in zip(bases, self.scalings, strict=True)]
 
     def dropouts(self) -> list[Dropout]:
         """Return the masks of each input."""

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 from lorakit import kernels
 from lorakit.kernels.ops.lora_linear import reference
 from lorakit.kernels.ops.lora_linear import triton as lora_triton
-from lorakit.kernels.ops.lora_linear.tensors import LoraTensors, StaticUpdate
+from lorakit.kernels.ops.lora_linear.tensors import LoraTensors
 from tests.triton_budget import guarded, random, within_budget
 from tests.triton_interpreter import on_triton
 
@@ -87,7 +87,7 @@ def test_gate_and_up_are_multiplied_together():
         for i in range(2)
     ]
     tensors = [t for w in layers for t in (w.lora_A, w.lora_B, None, None)]
-    static, x = [StaticUpdate(w.base, w.scaling) for w in layers], random(9, reference.FEW + 1, 6)
+    static, x = [(w.base, w.scaling, None) for w in layers], random(9, reference.FEW + 1, 6)
     no_dropout = reference.Dropout(0.0, 0)
     with on_triton():
         group = reference.Group(static, no_dropout, tensors, torch.float32)
@@ -95,7 +95,9 @@ def test_gate_and_up_are_multiplied_together():
         assert reference.stacked([gate, up]) is not None
         group.take(torch.ones(2, len(x), 8).unbind(), [])
         assert group.together is not None
-        other = reference.Group([static[0], (static[1][0], 0.6)], no_dropout, tensors, x.dtype)
+        other = reference.Group(
+            [static[0], (static[1][0], 0.6, None)], no_dropout, tensors, x.dtype
+        )
         assert other.stacked is None
 
 
@@ -150,7 +152,7 @@ def test_who_adds_up_what_one_reading_gives(monkeypatch):
         (torch.float32, 130, False),
     ):
         A, B = random(0, 2, 6), random(1, 8, 2)
-        static = [StaticUpdate(Base(random(2, 8, 6).to(dtype)), 0.5)]
+        static = [(Base(random(2, 8, 6).to(dtype)), 0.5, None)]
         with on_triton():
             group = reference.Group(static, reference.Dropout(0.0, 0), [A, B, None, None], dtype)
             group.take([torch.ones(rows, 8, dtype=dtype)], [], x=random(3, rows, 6).to(dtype))

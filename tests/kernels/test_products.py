@@ -15,7 +15,7 @@ from lorakit import kernels
 from lorakit.kernels import dispatch
 from lorakit.kernels.ops import products
 from lorakit.kernels.ops.lora_linear import cpu, reference
-from lorakit.kernels.ops.lora_linear.tensors import Dropout, StaticUpdate
+from lorakit.kernels.ops.lora_linear.tensors import Dropout
 from lorakit.kernels.ops.products import Sum, Term, sums_of_products
 from lorakit.kernels.ops.products import reference as spelled_out
 from tests.instruction_sets import ISAS, on_cpu
@@ -267,8 +267,8 @@ def test_layers_of_one_input_agree(way, M, ranks, packed, biased, rate, seed):
         if packed:
             stored = kernels.quantize_nf4(w)
             w = kernels.dequantize_nf4(stored)
-        static.append(StaticUpdate(Frozen(stored if packed else w), 0.5))
-        dense.append(StaticUpdate(Frozen(w.float()), 0.5))
+        static.append((Frozen(stored if packed else w), 0.5, None))
+        dense.append((Frozen(w.float()), 0.5, None))
         bias = torch.randn(N).to(dtype) if biased else None
         tensors += [torch.randn(rank, K), torch.randn(N, rank), bias, None]
     x = torch.randn(M, 2 * K).to(dtype)[:, ::2]  # values not side by side
@@ -283,7 +283,7 @@ def test_layers_of_one_input_agree(way, M, ranks, packed, biased, rate, seed):
         ours = passes(cpu.group(x, static, drop, tensors), x, dys, need)
     wide = reference.Group(dense, drop, tensors, torch.float32)
     exact = passes(wide, x.float(), [dy.float() for dy in dys], need)
-    positive = [StaticUpdate(Frozen(base.stored.abs()), s) for base, s, _ in dense]
+    positive = [(Frozen(base.stored.abs()), s, None) for base, s, _ in dense]
     magnitudes = [t if t is None else t.abs() for t in tensors]
     wide = reference.Group(positive, drop, magnitudes, torch.float32)
     sizes = passes(wide, x.float().abs(), [dy.float().abs() for dy in dys], need)
@@ -298,7 +298,7 @@ def test_layers_of_one_input_agree(way, M, ranks, packed, biased, rate, seed):
 
 def test_a_layer_that_does_not_fit_takes_torchs_products(monkeypatch):
     x, A, B = torch.randn(40, 64).to(BF16), torch.randn(2, 64), torch.randn(6, 2)
-    static, drop = [StaticUpdate(Frozen(torch.randn(6, 64).to(BF16)), 1.0)], Dropout(0.0, 0)
+    static, drop = [(Frozen(torch.randn(6, 64).to(BF16)), 1.0, None)], Dropout(0.0, 0)
     monkeypatch.setattr(cpu, "available", lambda x: True)
     assert cpu.group(x, static, drop, [A, B, None, None])
     for other in ([A, B, None, torch.ones(6)], [A.to(BF16), B, None, None]):  # the first is DoRA

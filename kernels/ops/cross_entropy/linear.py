@@ -4,9 +4,10 @@ All backends share the walk over the chunks. What a backend does to a chunk's lo
 functions of its module, `logits` and `loss_and_gradient`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from types import ModuleType
-from typing import NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -116,22 +117,27 @@ def _float8_loss(
     return total, grad_hidden
 
 
-def _rows_of_parts(
-    total: Tensor, parts: Sequence[int] | None, start: int, n: int
-) -> Iterator[tuple[Tensor, slice]]:
-    """Yield the sum of each part [], and which of n rows from `start` on it has; none are left out.
+def _losses(
+    backend: ModuleType,
+    logits: Tensor,
+    labels: Tensor,
+    parts: Sequence[int] | None,
+    start: int,
+    options: tuple[Any, ...],
+) -> Tensor:
+    """Return the summed loss [] of a chunk of rows from `start` on, or of each part of all rows.
 
-    Without parts there is one sum, total [], of all rows.
+    A part may have no row in the chunk.
     """
     if parts is None:
-        yield total, slice(0, n)
-        return
-    first = -start
-    for into, count in zip(total, parts, strict=True):
-        rows = slice(max(0, first), min(n, first + count))
-        if rows.start < rows.stop:
-            yield into, rows
-        first += count
+        return backend.loss_and_gradient(logits, labels, *options)
+    sums = logits.new_zeros(len(parts), dtype=torch.float32)
+    bounds = [min(max(0, end - start), len(labels)) for end in accumulate(parts, initial=0)]
+    for i, (first, end) in enumerate(pairwise(bounds)):
+        if first < end:
+            rows = slice(first, end)
+            sums[i] = backend.loss_and_gradient(logits[rows], labels[rows], *options)
+    return sums
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -168,7 +174,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         )
         if adapted := lora_A is not None:
             A, sB = lora_A.to(hidden.dtype), (lora_B * scaling).to(hidden.dtype)
-        total = hidden.new_zeros(() if parts is None else len(parts), dtype=torch.float32)
+        total: Tensor | None = None
         step = chunk_rows(len(labels), weight.shape[0], hidden)
         for start in range(0, len(labels), step):
             h, y = hidden[start : start + step], labels[start : start + step]
@@ -179,10 +185,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             if adapted:
                 low = h @ A.t()  # [n, H] @ [H, r]
                 logits.addmm_(low.to(logits.dtype), sB.t().to(logits.dtype))
-            for into, rows in _rows_of_parts(total, parts, start, n):
-                into += backend.loss_and_gradient(
-                    logits[rows], y[rows], form, any(need), ignored, statistics
-                )
+            options = form, any(need), ignored, statistics
+            part = _losses(backend, logits[:n], y, parts, start, options)
+            total = part if total is None else total + part
             grad = logits  # which they have become; the filling has none
             if filling:
                 grad[n:] = 0
@@ -200,6 +205,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 grad_A += (dlow.t() @ h).float()
             del logits, grad  # before the next chunk's are made
         ctx.save_for_backward(grad_hidden, grad_weight, grad_A, grad_B)
+        if total is None:
+            total = hidden.new_zeros(() if parts is None else len(parts), dtype=torch.float32)
         return total
 
     @staticmethod

@@ -53,6 +53,7 @@ tensors are not.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ from .. import swiglu
 from . import reference
 from .passes import Again, LoraLinears, LoraMLP, TiledMLPInput, TiledMLPOutput
 from .spans import SpanWeights, by_itself, in_sums
-from .tensors import Dropout, FrozenLinearMap, LoraTensors, Static, StaticUpdate
+from .tensors import Dropout, FrozenLinearMap, LoraTensors, Static
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +147,7 @@ def lora_room(x: Tensor, layers: Sequence[LayerWeights]) -> int:
         return 0
     ranks, stored = 0, []
     for layer in layers:
-        if isinstance(layer, SpanWeights):
+        if type(layer) is SpanWeights:
             return 0
         A, B = layer.lora_A, layer.lora_B
         in_line = A.is_contiguous() and B.is_contiguous()  # else `cast` leaves them apart
@@ -178,13 +179,14 @@ def lora_qkv(
     Raises:
         ValueError: the dropout of two layers differs.
     """
-    flat, several = x.reshape(-1, x.shape[-1]), _of_several(layers)
-    if several and not in_sums(flat, several):
-        ys = tuple(by_itself(flat, each) for each in several)
-        return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
-    if dispatch.traces():
+    flat = x.reshape(-1, x.shape[-1])
+    if type(layers[0]) is SpanWeights:
+        ys = _qkv_of_several(flat, _of_several(layers), again)
+    elif dispatch.traces():
         return dispatch.traced().lora_qkv(x, layers)
-    ys = LoraLinears.apply(flat, again, room, *_static(layers), *tensors_of(layers))
+    else:
+        one = cast(Sequence[LoraWeights], layers)
+        ys = LoraLinears.apply(flat, again, room, *_static(one), *tensors_of(one))
     return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
 
 
@@ -225,17 +227,17 @@ def lora_mlp(
     """
     swiglu.check_activation(hidden_act)
     layers = [gate, up, down]
-    flat, several = x.reshape(-1, x.shape[-1]), _of_several(layers)
-    if several and not in_sums(flat, several):
-        gate_x, up_x = (by_itself(flat, each) for each in several[:2])
-        hidden = swiglu.gated(gate_x, up_x, hidden_act)
-        return by_itself(hidden, several[2]).view(*x.shape[:-1], -1)
+    flat = x.reshape(-1, x.shape[-1])
+    if type(gate) is SpanWeights:
+        y = _mlp_of_several(flat, _of_several(layers), hidden_act, keep, again)
+        return y.view(*x.shape[:-1], y.shape[1])
     if dispatch.traces():
         return dispatch.traced().lora_mlp(x, layers, hidden_act, keep)
-    inner, outer = _static(layers[:2]), _static(layers[2:])
+    one = cast(Sequence[LoraWeights], layers)
+    inner, outer = _static(one[:2]), _static(one[2:])
     rooms = (room, lora_room(x, [down])) if room else (0, 0)
-    tensors = tensors_of(layers)
-    if recomputed and not several:
+    tensors = tensors_of(one)
+    if recomputed:
         static = inner, outer
         flat = TiledMLPInput.apply(flat, hidden_act, again, rooms, static, *tensors)
         y = TiledMLPOutput.apply(flat, hidden_act, rooms, static, tensors)
@@ -244,7 +246,37 @@ def lora_mlp(
     return y.view(*x.shape[:-1], y.shape[1])
 
 
-def shared_dropout(layers: Sequence[LayerWeights]) -> float:
+def _of_several(layers: Sequence[LayerWeights]) -> list[SpanWeights]:
+    """Return the layers, which have the updates of several adapters; raise ValueError if not."""
+    found = [layer for layer in layers if isinstance(layer, SpanWeights)]
+    if len(found) < len(layers):
+        raise ValueError("layers that share an input must all have one adapter, or all several")
+    return found
+
+
+def _qkv_of_several(x: Tensor, layers: list[SpanWeights], again: Again) -> Sequence[Tensor]:
+    """Return what each layer makes of x [M, K], [M, N]."""
+    if not in_sums(x, layers):
+        return [by_itself(x, each) for each in layers]
+    static = [update for layer in layers for update in layer.static()]
+    tensors = [t for layer in layers for t in layer.tensors()]
+    return LoraLinears.apply(x, again, 0, static, Dropout(0.0, 0), *tensors)
+
+
+def _mlp_of_several(
+    x: Tensor, layers: list[SpanWeights], hidden_act: str, keep: bool, again: Again
+) -> Tensor:
+    """Return what gate, up and down make of x [M, K], [M, N]."""
+    if not in_sums(x, layers):
+        gate_x, up_x = (by_itself(x, each) for each in layers[:2])
+        return by_itself(swiglu.gated(gate_x, up_x, hidden_act), layers[2])
+    inner = [update for layer in layers[:2] for update in layer.static()]
+    none, tensors = Dropout(0.0, 0), [t for layer in layers for t in layer.tensors()]
+    static = inner, none, layers[2].static(), none
+    return LoraMLP.apply(x, hidden_act, keep, again, (0, 0), *static, *tensors)
+
+
+def shared_dropout(layers: Sequence[LoraWeights]) -> float:
     """Return the dropout of layers that share an input; raise ValueError if it is not one."""
     rate = layers[0].dropout
     for layer in layers:
@@ -253,37 +285,19 @@ def shared_dropout(layers: Sequence[LayerWeights]) -> float:
     return rate
 
 
-def _of_several(layers: Sequence[LayerWeights]) -> list[SpanWeights]:
-    """Return the layers if they have the updates of several adapters, else none."""
-    found = [layer for layer in layers if isinstance(layer, SpanWeights)]
-    if found and len(found) < len(layers):
-        raise ValueError("layers that share an input must all have one adapter, or all several")
-    return found
-
-
-def _static(layers: Sequence[LayerWeights]) -> tuple[Static, Dropout]:
+def _static(layers: Sequence[LoraWeights]) -> tuple[Static, Dropout]:
     """Return what autograd does not see of layers that share an input."""
     rate = shared_dropout(layers)
     # drawn from the generator in host memory: nothing waits for the device
     seed = int(torch.randint(2**62, (), device="cpu")) if rate else 0
-    static: list[StaticUpdate] = []
-    counter: Tensor | None = None
-    for layer in layers:
-        if isinstance(layer, SpanWeights):
-            static += layer.static()
-        else:
-            static.append(StaticUpdate(layer.base, layer.scaling))
-            counter = layer.counter if counter is None else counter
-    return static, Dropout(rate, seed, counter)
+    static = [(layer.base, layer.scaling, None) for layer in layers]
+    return static, Dropout(rate, seed, layers[0].counter)
 
 
-def tensors_of(layers: Sequence[LayerWeights]) -> list[Tensor | None]:
-    """Return what autograd sees of the layers: TENSORS of each update, side by side."""
+def tensors_of(layers: Sequence[LoraWeights]) -> list[Tensor | None]:
+    """Return what autograd sees of the layers: TENSORS of each, side by side."""
     found: list[Tensor | None] = []
     for layer in layers:
-        if isinstance(layer, SpanWeights):
-            found += layer.tensors()
-            continue
         bias = layer.base.bias if layer.bias is None else layer.bias
         found += [layer.lora_A, layer.lora_B, bias, layer.magnitude]
     return found

@@ -62,29 +62,30 @@ class Small(NamedTuple):
 
 
 def takes_updates(x: Tensor, static: Static, tensors: Sequence[Any]) -> bool:
-    """Return whether the kernel takes the layers for x [M, K]."""
-    if not available(x) or not x.shape[0] or pretend.autocasts(x.device):
+    """Return whether the kernel, where it is `available`, takes the layers for x [M, K]."""
+    if not x.shape[0] or pretend.autocasts(x.device):
         return False
     if any(magnitude is not None for magnitude in tensors[3::TENSORS]):
         return False
     small = *tensors[0::TENSORS], *tensors[1::TENSORS]  # A and B of each update
     if not all(t.dtype == torch.float32 and t.is_contiguous() for t in small):
         return False
-    return all(takes(each.base.stored) for each in static)
+    return all(takes(base.stored) for base, _, _ in static)
 
 
 def group(x: Tensor, static: Static, drop: Dropout, tensors: Sequence[Any]) -> "Group | None":
     """Return the layers for x [M, K], or None if the kernel does not take them."""
-    if not takes_updates(x, static, tensors):
+    if not available(x) or not takes_updates(x, static, tensors):
         return None
     parts = by_layer(tensors)
     updates = zip(static, parts, _places(len(x), static, parts), strict=True)
     layers: list[StoredLayer] = []
-    for _, same in groupby(updates, lambda update: id(update[0].base)):
+    for _, same in groupby(updates, lambda update: id(update[0][0])):
         found = list(same)
-        weight, bias = found[0][0].base.stored, found[0][1].bias
+        (base, _, _), (_, _, bias, _), _ = found[0]
+        weight = base.stored
         assert takes(weight)
-        stored = [StoredUpdate(each.scaling, *part[:2], at) for each, part, at in found]
+        stored = [StoredUpdate(s, A, B, at) for (_, s, _), (A, B, _, _), at in found]
         layers.append(StoredLayer(weight, bias, stored))
     return Group(layers, drop, x.dtype)
 

@@ -92,5 +92,5 @@ class Float8Group(reference.Group):
 def takes(static: Static, dtype: torch.dtype) -> bool:
     """Return whether the frozen products of these layers, on x of `dtype`, run in float8."""
     return dtype == torch.bfloat16 and all(
-        isinstance(each.base.stored, Float8Weight) for each in static
+        isinstance(base.stored, Float8Weight) for base, _, _ in static
     )

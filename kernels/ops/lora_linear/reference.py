@@ -185,11 +185,11 @@ class Group:
         room: int = 0,
     ):
         self.dtype, self.drop, self.room = dtype, drop, room
-        parts, scalings = by_layer(tensors), [each.scaling for each in static]
+        parts, scalings = by_layer(tensors), [scaling for _, scaling, _ in static]
         self.A, self.pairs = cast_pairs(parts, scalings, dtype)  # [R, K]
         self.layers = [
-            self.layer_class(each.base, each.scaling, part, pair)
-            for each, part, pair in zip(static, parts, self.pairs, strict=True)
+            self.layer_class(base, scaling, part, pair)
+            for (base, scaling, _), part, pair in zip(static, parts, self.pairs, strict=True)
         ]
         self.ranks = [part.lora_A.shape[0] for part in parts]
         self.widths = [part.lora_B.shape[0] for part in parts]

@@ -24,7 +24,7 @@ A and B are rounded to theirs once.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, final
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ from torch import Tensor
 
 from ... import dispatch, pretend
 from ...autograd import once_differentiable, without_autocast
+from ..products import available
 from . import cpu
 from .tensors import FrozenLinearMap, StaticUpdate
 
@@ -54,6 +55,7 @@ class LoraSpan(NamedTuple):
     scaling: float
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class SpanWeights:
     """A base layer and the low-rank updates of several adapters, each of its own rows.
@@ -61,16 +63,14 @@ class SpanWeights:
     Attributes:
         base: the frozen layer, base(x) = x W^T + bias, with its `stored` weight W [N, K].
         spans: the updates, at least one. Their rows do not overlap; the base alone computes others.
-        dropout: the share of x that no update reads; 0.
     """
 
     base: FrozenLinearMap
     spans: Sequence[LoraSpan]
-    dropout: float = 0.0
 
     def static(self) -> list[StaticUpdate]:
         """Return what autograd does not see of each update."""
-        return [StaticUpdate(self.base, s.scaling, slice(s.start, s.end)) for s in self.spans]
+        return [(self.base, s.scaling, slice(s.start, s.end)) for s in self.spans]
 
     def tensors(self) -> list[Tensor | None]:
         """Return what autograd sees of each update, side by side; the first has the bias."""
@@ -81,7 +81,7 @@ class SpanWeights:
 
 def in_sums(x: Tensor, layers: Sequence[SpanWeights]) -> bool:
     """Return whether x [M, K] goes through layers of one input as sums of products; see cpu.py."""
-    if dispatch.traces():
+    if dispatch.traces() or not available(x):
         return False
     static = [update for layer in layers for update in layer.static()]
     return cpu.takes_updates(x, static, [t for layer in layers for t in layer.tensors()])

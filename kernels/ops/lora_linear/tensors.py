@@ -29,13 +29,9 @@ class FrozenLinearMap(Protocol):
         """The bias [N], if there is one."""
 
 
-class StaticUpdate(NamedTuple):
-    """What autograd does not see of an update."""
-
-    base: FrozenLinearMap
-    scaling: float
-    rows: slice | None = None  # of x, that it reads; None: all
-
+StaticUpdate = tuple[FrozenLinearMap, float, slice | None]
+"""What autograd does not see of an update: base, scaling, and the rows of x that it reads; None:
+all. (A tuple is made without a call.)"""
 
 Static = Sequence[StaticUpdate]  # those of one base follow each other
 
