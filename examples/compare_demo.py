@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("models", nargs="+", help=".gguf files, model directories or Hub ids")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/compare-demo"))
     parser.add_argument("--rows", type=int, default=600, help="rows of each task")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--exports", nargs="*", default=["q4_k_m", "q8_0"])
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -24,7 +24,7 @@ EXTRA = {
     "experts": {"layers.py", "passes.py"},
     "frozen_linear": {"dense.py"},
     "gguf_blocks": {"fits.py", "layouts.py"},
-    "lora_linear": {"float8.py", "passes.py", "spans.py", "tensors.py"},
+    "lora_linear": {"float8.py", "passes.py", "spans.py", "straight_through.py", "tensors.py"},
     "nf4": {"tensor.py", "packed.h"},
     "products": {"terms.py", "sums.h", "pairs.h", "floats.h"},
     "rms_norm": {"row.h"},

@@ -53,17 +53,27 @@ def test_a_resumed_run_ends_with_the_same_bytes(tiny_dir, tok, tmp_path, options
     assert steps == list(range(1, 13))
 
 
-def test_a_resumed_run_reads_the_same_mixture(tiny_dir, tok, tmp_path):
-    """Rows drawn of two sources, opened again for the second half; another draw is refused."""
+@pytest.mark.parametrize("streamed", [False, True], ids=["files", "streams"])
+def test_a_resumed_run_reads_the_same_mixture(tiny_dir, tok, tmp_path, streamed):
+    """Rows of two sources, opened again for the second half; other rows of them are refused."""
+    if streamed:
+        pytest.importorskip("datasets")
     for name in "ab":
+        (tmp_path / name).mkdir()
         rows = [{"prompt": f"{name}{i}", "completion": str(i)} for i in range(30)]
-        written(tmp_path / f"{name}.jsonl", rows)
-    sources = [
-        lk.SourceConfig(str(tmp_path / "a.jsonl"), weight=2),
-        lk.SourceConfig(str(tmp_path / "b.jsonl"), weight=1),
-    ]
+        written(tmp_path / name / "train.jsonl", rows)
 
     def mixture(seed=0):
+        if streamed:
+            sources = [
+                lk.SourceConfig(str(tmp_path / name), streaming=True, rows=rows + seed)
+                for name, rows in (("a", 24), ("b", 12))
+            ]
+        else:
+            sources = [
+                lk.SourceConfig(str(tmp_path / name / "train.jsonl"), weight=weight)
+                for name, weight in (("a", 2), ("b", 1))
+            ]
         return lk.open_data(lk.DataConfig(sources, seed=seed))["train"]
 
     options = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 3}
