@@ -63,7 +63,7 @@ def test_tasks_come_beside_the_loss_of_rows(tiny_dir, rows, monkeypatch, capsys)
     assert main(["evaluate", str(tiny_dir), *options, "--dtype", "float32", str(rows)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[0] == "loss"
-    assert [line.split() for line in lines[4:]] == [
+    assert [line.split() for line in lines[6:]] == [
         ["mine", "acc,none", "0.2500"],
         ["mine", "sample_len", "4.0000"],
     ]
@@ -87,7 +87,7 @@ def test_a_judge_sees_both_models_answers(tiny_dir, rows, tmp_path, monkeypatch,
     options = ["--compare", str(saved), "--judge", "http://x/v1", "--judge-model", "j"]
     options += ["--judge-calls", "9", "--judge-key", "k"]
     assert main(["evaluate", str(tiny_dir), str(rows), "--dtype", "float32", *options]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()[4:]]
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[6:]]
     assert [line[1:] for line in lines] == [
         ["win_rate", "0.8333"],
         ["wins", "2"],

@@ -84,9 +84,9 @@ def test_all_models_see_the_rows_in_one_order(grid, monkeypatch):
     inner = training.Run
 
     class Watched(inner):
-        def _prepare(self, number):
+        def _prepare(self, number, log):
             seen[-1].append([list(rows) for rows in self.order.step(number)])
-            return super()._prepare(number)
+            return super()._prepare(number, log)
 
         def __init__(self, *args):
             seen.append([])

@@ -17,10 +17,10 @@ def test_a_step_is_the_same_however_it_is_cut(tiny_dir, tok, tmp_path, monkeypat
     real = training_run.backward
 
     def note(model, step, *rest):
-        losses = real(model, step, *rest)
+        losses, statistics = real(model, step, *rest)
         grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
         found[key] = (sum(each.item() for each in losses) / step.count, torch.cat(grads).double())
-        return losses
+        return losses, statistics
 
     monkeypatch.setattr(training_run, "backward", note)
     for packing in (False, True):

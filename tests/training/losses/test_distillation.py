@@ -270,5 +270,5 @@ def test_teachers_that_cannot_teach(tiny_dir, tok, tmp_path):
     student = adapted(tiny_dir)
     with pytest.raises(lk.LorakitError, match="the teacher is the model that learns"):
         lk.train(student, tok, ROWS, config, teacher=student)
-    with pytest.raises(lk.LorakitError, match="whose memory is not forecast"):
+    with pytest.raises(lk.LorakitError, match="t does not exist"):
         lk.plan_memory(tiny_dir, train=config, device="cpu")
