@@ -35,14 +35,7 @@ from .ops.frozen_linear import frozen_linear
 from .ops.frozen_linear.dense import Packed, dequantize, dequantize_rows
 from .ops.gguf_blocks import dequantize_blocks, quantize_blocks
 from .ops.int8 import Int8Tensor, dequantize_int8, quantize_int8
-from .ops.lora_linear import (
-    LoraWeights,
-    lora_linear,
-    lora_mlp,
-    lora_qkv,
-    lora_room,
-    lora_row_norms,
-)
+from .ops.lora_linear import LoraWeights, lora_linear, lora_mlp, lora_qkv, lora_room, lora_row_norms
 from .ops.lora_linear.spans import LoraSpan, SpanWeights, lora_spans
 from .ops.lora_linear.straight_through import QuantizedWeight, straight_through_linear
 from .ops.muon import muon_step

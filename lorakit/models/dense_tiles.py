@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from lorakit import kernels
 from lorakit.kernels import pretend
 from lorakit.kernels.autograd import once_differentiable, without_autocast
+from lorakit.kernels.ops.lora_linear.passes import TILE
 from lorakit.models.hooks import has_hooks, has_own_forward
 
-ROWS = 8192
+ROWS = TILE
 """Positions that are computed at once, as many as with adapters."""
 
 

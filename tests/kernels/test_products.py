@@ -296,6 +296,44 @@ def test_layers_of_one_input_agree(way, M, ranks, packed, biased, rate, seed):
             assert ((found.float() - same).abs() <= allowed * size + 1e-6).all()
 
 
+@settings(max_examples=30)
+@given(
+    ways, st.lists(st.tuples(st.integers(0, 9), st.integers(1, 5)), min_size=1, max_size=4), seeds
+)  # fmt: skip
+def test_an_adapter_among_others_gets_the_bits_that_it_gets_alone(way, adapters, seed):
+    """Two layers read one input. Who has no row disturbs nobody, and gets gradients of zero."""
+    torch.manual_seed(seed)
+    K, widths, dtype = 64, (6, 10), way[1]
+    bases = [Frozen(torch.randn(N, K).to(dtype)) for N in widths]
+    ends = torch.tensor([rows for rows, _ in adapters]).cumsum(0).tolist()
+    spans = [slice(end - rows, end) for (rows, _), end in zip(adapters, ends, strict=True)]
+    M, count = ends[-1] + 2, len(adapters)  # two rows are nobody's
+    tensors = [
+        [torch.randn(r, K), torch.randn(N, r), None, None] for N in widths for _, r in adapters
+    ]
+    x, dys = torch.randn(M, K).to(dtype), [torch.randn(M, N).to(dtype) for N in widths]
+
+    def run(rows, places, which):
+        """Two outputs and the gradient of x, and then those of each update."""
+        static = [(base, 0.5, place) for base in bases for place in places]
+        flat = [t for i in which for t in tensors[i]]
+        group = cpu.group(x[rows], static, Dropout(0.0, 0), flat)
+        found = passes(group, x[rows], [dy[rows] for dy in dys], [t is not None for t in flat])
+        return found[:3], [found[3 + 4 * i : 5 + 4 * i] for i in range(len(which))]
+
+    with multiplied(way):
+        by_rows, of_updates = run(slice(0, M), spans, range(2 * count))
+        for i, rows in enumerate(spans):
+            own = of_updates[i], of_updates[count + i]
+            if rows.start == rows.stop:
+                assert not any(grad.any() for pair in own for grad in pair)
+                continue
+            alone, expected = run(rows, [None], [i, count + i])
+            assert all(torch.equal(a[rows], b) for a, b in zip(by_rows, alone, strict=True))
+            for pair, theirs in zip(own, expected, strict=True):
+                assert all(map(torch.equal, pair, theirs))
+
+
 def test_a_layer_that_does_not_fit_takes_torchs_products(monkeypatch):
     x, A, B = torch.randn(40, 64).to(BF16), torch.randn(2, 64), torch.randn(6, 2)
     static, drop = [(Frozen(torch.randn(6, 64).to(BF16)), 1.0, None)], Dropout(0.0, 0)

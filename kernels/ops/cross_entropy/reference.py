@@ -39,7 +39,7 @@ def _add_statistics(z: Tensor, labels: Tensor, ignored: int, statistics: Tensor)
     """Add what `cross_entropy` tells of logits fp32 [N, V], the soft cap applied."""
     counted = labels != ignored
     right = (z.argmax(-1) == labels) & counted  # argmax is the first of equals
-    log_p = z.detach().log_softmax(-1)
+    log_p = z.log_softmax(-1)
     entropies = -(log_p.exp() * log_p.clamp(min=-1e4)).sum(-1)
     statistics += torch.stack([right, entropies.masked_fill(~counted, 0)]).sum(1)
 

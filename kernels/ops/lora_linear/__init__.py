@@ -256,10 +256,10 @@ def _of_several(layers: Sequence[LayerWeights]) -> list[SpanWeights]:
 
 def _qkv_of_several(x: Tensor, layers: list[SpanWeights], again: Again) -> Sequence[Tensor]:
     """Return what each layer makes of x [M, K], [M, N]."""
-    if not in_sums(x, layers):
-        return [by_itself(x, each) for each in layers]
     static = [update for layer in layers for update in layer.static()]
     tensors = [t for layer in layers for t in layer.tensors()]
+    if not in_sums(x, static, tensors):
+        return [by_itself(x, each) for each in layers]
     return LoraLinears.apply(x, again, 0, static, Dropout(0.0, 0), *tensors)
 
 
@@ -267,12 +267,13 @@ def _mlp_of_several(
     x: Tensor, layers: list[SpanWeights], hidden_act: str, keep: bool, again: Again
 ) -> Tensor:
     """Return what gate, up and down make of x [M, K], [M, N]."""
-    if not in_sums(x, layers):
+    inner = [update for layer in layers[:2] for update in layer.static()]
+    outer, tensors = layers[2].static(), [t for layer in layers for t in layer.tensors()]
+    if not in_sums(x, [*inner, *outer], tensors):
         gate_x, up_x = (by_itself(x, each) for each in layers[:2])
         return by_itself(swiglu.gated(gate_x, up_x, hidden_act), layers[2])
-    inner = [update for layer in layers[:2] for update in layer.static()]
-    none, tensors = Dropout(0.0, 0), [t for layer in layers for t in layer.tensors()]
-    static = inner, none, layers[2].static(), none
+    none = Dropout(0.0, 0)
+    static = inner, none, outer, none
     return LoraMLP.apply(x, hidden_act, keep, again, (0, 0), *static, *tensors)
 
 

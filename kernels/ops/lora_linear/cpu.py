@@ -96,16 +96,16 @@ def _places(M: int, static: Static, parts: Sequence[LoraTensors]) -> list[Place]
     Updates of other rows are of other adapters. They take the same columns.
     """
     found: list[Place] = []
-    places: dict[int, int] = {}  # of an adapter's rows where they lie turned, by the first of them
-    columns: dict[int, int] = {}  # how many are taken by its updates before
+    places: dict[tuple[int, int], int] = {}  # of an adapter's rows where they lie turned
+    columns: dict[tuple[int, int], int] = {}  # how many are taken by its updates before
     total = 0
     for (_, _, own), part in zip(static, parts, strict=True):
         rows = slice(0, M) if own is None else own
-        first, count = rows.start, rows.stop - rows.start
-        if first not in places:
-            places[first], columns[first], total = total, 0, total + _even(count)
-        start, place, r = columns[first], places[first], len(part.lora_A)
-        columns[first] = start + _even(r)
+        span, count = (rows.start, rows.stop), rows.stop - rows.start
+        if span not in places:
+            places[span], columns[span], total = total, 0, total + _even(count)
+        start, place, r = columns[span], places[span], len(part.lora_A)
+        columns[span] = start + _even(r)
         across = slice(start, start + r), slice(start, start + _even(r))
         along = slice(place, place + count), slice(place, place + _even(count))
         found.append(Place(rows, *across, *along))

@@ -34,7 +34,7 @@ from ... import dispatch, pretend
 from ...autograd import once_differentiable, without_autocast
 from ..products import available
 from . import cpu
-from .tensors import FrozenLinearMap, StaticUpdate
+from .tensors import FrozenLinearMap, Static, StaticUpdate
 
 
 class LoraSpan(NamedTuple):
@@ -79,12 +79,9 @@ class SpanWeights:
         return found
 
 
-def in_sums(x: Tensor, layers: Sequence[SpanWeights]) -> bool:
+def in_sums(x: Tensor, static: Static, tensors: Sequence[Tensor | None]) -> bool:
     """Return whether x [M, K] goes through layers of one input as sums of products; see cpu.py."""
-    if dispatch.traces() or not available(x):
-        return False
-    static = [update for layer in layers for update in layer.static()]
-    return cpu.takes_updates(x, static, [t for layer in layers for t in layer.tensors()])
+    return not dispatch.traces() and available(x) and cpu.takes_updates(x, static, tensors)
 
 
 def by_itself(x: Tensor, layer: SpanWeights) -> Tensor:

@@ -25,9 +25,9 @@ from lorakit import kernels
 from lorakit.config.errors import LorakitError
 from lorakit.config.quantization import QuantConfig
 from lorakit.kernels.ops.gguf_blocks.layouts import BLOCK_LAYOUTS
+from lorakit.models.gguf_names import Change
 from lorakit.models.packed_layers import packed_layer
 
-Change = Callable[[Tensor], Tensor]
 Quantizer = Callable[[Tensor, torch.dtype], kernels.QuantizedWeight]
 """Makes Q(W + s B A) of the sum [out, in], fp32 or wider, for a layer of that dtype."""
 

@@ -188,7 +188,7 @@ class Attached(AdaptedLayer, Generic[PartT]):
             return
         self.spans = [span for span in spans if span[0] in self.adapters]
         for name, _, _ in self.spans:
-            self.adapters[name].requires_grad_(True)
+            _let_train(self.adapters[name], True)
         self._refresh()
 
     def _refresh(self) -> None:
