@@ -134,7 +134,7 @@ def transformers_side(folder: str, ends: list[int], args: argparse.Namespace) ->
 
 
 def asked(tok: Any, count: int, args: argparse.Namespace) -> list[list[int]]:
-    """Return so many prompts."""
+    """Return the ids of `count` prompts."""
     if not args.ends:
         ids = tok.encode(TEXT * (2 + args.prompt // 8))
         return [ids[i : i + args.prompt] for i in range(count)]

@@ -39,7 +39,7 @@ class Side(NamedTuple):
 
 
 GROUPS = (
-    (Side("nf4", None, 1e-4),),
+    (Side("nf4", None, 1e-4), Side("nf4", "nf4", 1e-4)),
     (Side("nf4", None, 3e-3), Side("nf4", "nf4", 3e-3)),
     (Side(None, None, 3e-4), Side(None, "nf4", 3e-4)),
 )

@@ -39,8 +39,8 @@ def test_the_sums_of_grpo_demo(tmp_path):
     for row in rows + held_out:
         a, b = (int(n) for n in row["prompt"][-1]["content"][8:-1].split(" + "))
         assert row["answer"] == a + b
-    said = [f"It is {row['answer']}." for row in held_out[:12]] + ["12 or 1000", "no", "", "8 is 9"]
-    assert demo.right(said, held_out) >= 12 / 16
+    said = [f"It is {row['answer']}." for row in held_out[:12]] + ["12 or 1000", "no", "", "8 is 1"]
+    assert demo.right(said, held_out) == 12 / 16
     assert demo.right(["1000"] * 16, held_out) == 0
     metrics = tmp_path / "metrics.jsonl"
     steps = [json.dumps({"step": i + 1, "reward": i / 12}) for i in range(12)]

@@ -65,7 +65,7 @@ def test_the_folders_are_those_of_runs(many_file, tiny_dir, tmp_path, capsys):
 
 
 def test_a_sweep_from_the_command_line(run_file, tmp_path, capsys):
-    """Going on does all that was done to the same bytes."""
+    """A second run finds all done, and leaves the same bytes."""
     sweep = ["sweep.lora.r=[2, 3]", "sweep.learning_rate=[1.0e-3, 2.0e-3]", "resume=auto"]
     assert main(["train", str(run_file), *sweep, "save_steps=2"]) == 0
     names = [f"r-{r}--learning_rate-{rate}e-3" for r in (2, 3) for rate in (1, 2)]
