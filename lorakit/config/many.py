@@ -15,14 +15,11 @@ from decimal import Decimal
 from itertools import product
 from typing import Any
 
-from lorakit.config.aliases import own_names
 from lorakit.config.errors import LorakitError
 from lorakit.config.fields import merged
-from lorakit.config.run import RunConfig
+from lorakit.config.run import SEVERAL, RunConfig
 from lorakit.config.training import TrainConfig
 
-SEVERAL = ("adapters", "sweep")
-"""The keys that only a run file of several adapters has."""
 SHARED_OF_MODEL = ("model", "quantize", "dtype", "shard", "offload_weights", "chat_template")
 SHARED = (
     "save_steps",
@@ -87,7 +84,6 @@ class ManyConfig:
         if not isinstance(values, Mapping):
             raise LorakitError(f"{where} must be a mapping of names to values, not {values!r:.60}")
         shared = _own({k: v for k, v in values.items() if k not in SEVERAL}, where)
-        RunConfig.take_out_unknown(shared, where)
         folder = shared.pop("output_dir", None) or TrainConfig.output_dir
         runs: dict[str, RunConfig] = {}
         for name, keys in _adapters(values, where):
@@ -183,12 +179,7 @@ def _own(values: Any, where: str) -> dict[Any, Any]:
     """Return keys of a run file by lorakit's names alone."""
     if values is None:  # `small:` alone says nothing more
         return {}
-    if not isinstance(values, Mapping):
-        raise LorakitError(f"{where} must be a mapping of names to values, not {values!r:.60}")
-    try:
-        own, notes = own_names(values)
-    except ValueError as error:
-        raise LorakitError(f"{where}: {error}") from None
+    own, notes = RunConfig.own_keys(values, where)
     RunConfig.tell(notes, where)
     return own
 

@@ -24,6 +24,9 @@ from lorakit.config.training import TrainConfig
 
 log = logging.getLogger("lorakit")
 
+SEVERAL = ("adapters", "sweep")
+"""The keys that only a run file of several adapters has; see many.py."""
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -163,17 +166,25 @@ class RunConfig:
             LorakitError: Keys are unknown, a value is wrong, two names set the same thing, or an
                 alias asks for what lorakit cannot do.
         """
-        if not isinstance(values, Mapping):
-            raise LorakitError(f"{where} must be a mapping of names to values, not {values!r}")
-        try:
-            own, notes = own_names(values)
-        except ValueError as error:
-            raise LorakitError(f"{where}: {error}") from None
-        notes += cls.take_out_unknown(own, where)
+        own, notes = cls.own_keys(values, where)
         _check_flat_grpo(values, own, where)
         run = cls._from_own_names(own, where)
         cls.tell(notes, where)
         return run
+
+    @classmethod
+    def own_keys(cls, values: Any, where: str) -> tuple[dict[Any, Any], list[str]]:
+        """Return keys of a run file by lorakit's names alone, and lines about what that changes.
+
+        Raises LorakitError if keys are unknown, or two names set the same thing.
+        """
+        if not isinstance(values, Mapping):
+            raise LorakitError(f"{where} must be a mapping of names to values, not {values!r:.60}")
+        try:
+            own, notes = own_names(values)
+        except ValueError as error:
+            raise LorakitError(f"{where}: {error}") from None
+        return own, notes + cls._take_out_unknown(own, where)
 
     @staticmethod
     def tell(notes: Iterable[str], where: str) -> None:
@@ -196,7 +207,7 @@ class RunConfig:
         return values
 
     @classmethod
-    def take_out_unknown(cls, values: dict[Any, Any], where: str) -> list[str]:
+    def _take_out_unknown(cls, values: dict[Any, Any], where: str) -> list[str]:
         """Take unknown keys without a value out of a mapping, and return a line about each.
 
         Raises LorakitError for unknown keys with a value, which names all of them.
@@ -214,7 +225,7 @@ class RunConfig:
                 for f in dataclasses.fields(settings)
             }
             several = " (only `lorakit train` takes a file of several adapters)"
-            where_to |= dict.fromkeys(("adapters", "sweep"), several)
+            where_to |= dict.fromkeys(SEVERAL, several)
             hints = [where_to.get(name) or nearest(name, known) for name in with_value]
             each = ", ".join(map("{!r}{}".format, with_value, hints))
             raise LorakitError(f"{where}: unknown key{'s' * (len(with_value) > 1)} {each}")

@@ -98,6 +98,14 @@ def test_one_sentence_each(keys, message):
     assert message in str(error.value)
 
 
+def test_what_is_left_out_is_said_once(caplog):
+    many(adapters={"a": {"xformers": None}, "b": {}}, flash=None)
+    assert [record.getMessage() for record in caplog.records] == [
+        "lorakit: many.yaml: 'flash' is unknown, has no value and is ignored",
+        "lorakit: many.yaml, adapter a: 'xformers' is unknown, has no value and is ignored",
+    ]
+
+
 def test_a_run_of_one_says_who_takes_several():
     with pytest.raises(lk.LorakitError, match="only `lorakit train` takes a file of several"):
         lk.RunConfig.from_dict(SHARED | {"adapters": {"a": {}}})
