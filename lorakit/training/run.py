@@ -72,7 +72,8 @@ BAD_STEPS = 10
 class Run:
     """One run of `train` into its output directory, which nobody else may write to meanwhile.
 
-    `progress` says how far the run has come, and `ended` whether it came to its end.
+    `progress` says how far the run has come, and `ended` whether it came to its end. With sft a
+    step tells of its tokens, unless `tells_tokens` is false.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Run:
         ranks: Ranks,
         rewards: Mapping[str, RewardFunction],
         teacher: Decoder | TopTokens | None = None,
+        tells_tokens: bool = True,
     ):
         """Prepare the first step, or the one after the checkpoint that the run resumes from."""
         model, self.part = trained.model, trained
@@ -117,8 +119,8 @@ class Run:
         if self.rollouts is not None and checkpoint is not None:
             self.rollouts.restore(run_state.read_values(checkpoint).get("rollouts"))
         self.own_tokenizer = is_not_the_models(tok, model)
-        self.tells_tokens = config.objective == "sft"  # a step tells of its tokens
-        self.ended, self.saved = False, 0  # the step of the last checkpoint that was written
+        self.tells_tokens = tells_tokens and config.objective == "sft"
+        self.ended, self.saved = False, self.progress.step  # that of the last checkpoint
         self.reads_late = model.device.type != "cpu" and self.rollouts is None
         self.captured: CapturedStep | None = None  # what takes steps as CUDA graphs, in the loop
         self._prepared: Prepared | None = None  # the next step
@@ -178,9 +180,7 @@ class Run:
         return evaluated, self._wants_checkpoint(is_best)
 
     def end(self, log: RunFiles) -> None:
-        """Save what the last step has made, or the best evaluation if the config wants that.
-
-        Its card is written beside it.
+        """Save what the last step or the best evaluation has made, as the config wants, and a card.
 
         Raises LorakitError if every step was skipped.
         """

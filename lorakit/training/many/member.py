@@ -42,7 +42,9 @@ class Member:
         held_out: HeldOut | None,
         run_file: RunConfig | None,
     ):
-        self.name, self.model, self.config = name, model, config
+        self.name, self.model = name, model
+        # as log and card tell it
+        self.config = replace(config, learning_rate=config.peak_learning_rate)
         self.examples, self.held_out, self.run_file = examples, held_out, run_file
         self.held = ExitStack()  # its lock, its files and its run.json
         self.going = True
@@ -50,7 +52,6 @@ class Member:
         self.address: str | None = None
         self.step: Prepared | None = None  # the one that is computed
         self.batches = list[list[AnyExample]]()
-        self.count = 0  # of its label tokens
         self.losses = list[Tensor]()
 
     def lock(self) -> None:
@@ -71,10 +72,9 @@ class Member:
             part = trained_part(self.model, config)
             self.bytes = bytes_of(self.model, config)
             rows = self.examples, self.held_out
-            self.run = Run(part, tok, *rows, config, base_model, Ranks(), {})
+            # the pass has no more of tokens than their losses
+            self.run = Run(part, tok, *rows, config, base_model, Ranks(), {}, tells_tokens=False)
             self.parameters = list(self.run.part.parameters())
-        self.run.saved = step
-        self.run.tells_tokens = False  # the pass has the losses of tokens alone
 
     def open(self, shown: Shown) -> None:
         """Open the files of the run, which then is going on."""
@@ -142,8 +142,8 @@ class Member:
 
     # ---- a step ----
 
-    def begin(self) -> None:
-        """Take the rows of the next step."""
+    def begin(self) -> int:
+        """Take the rows of the next step, and return how many of their tokens are learned."""
         self.run.begin()
         number = self.run.progress.step + 1
         rows = self.run.order.step(number)
@@ -152,7 +152,8 @@ class Member:
         tokens, count = sum(len(e.input_ids) for e in every), sum(map(count_labels, every))
         flat = [i for batch in rows for i in batch]
         self.step = Prepared(number, flat, len(rows), [], [], count, tokens, tokens)
-        self.losses, self.count = [], count
+        self.losses = []
+        return count
 
     def add(self, loss: Tensor) -> None:
         """Note the summed loss of the next of its batches, whose gradients are there."""

@@ -247,9 +247,7 @@ class _Loop:
     def _step(self) -> None:
         """Let all that are going take a step, whose gradients come from one pass for each batch."""
         going = self.going
-        for member in going:
-            member.begin()
-        totals = {member.name: member.count for member in going}
+        totals = {member.name: member.begin() for member in going}
         for i in range(max(len(member.batches) for member in going)):
             parts = {m.name: m.batches[i] for m in going if i < len(m.batches)}
             losses = packed_pass(self.model, parts, self.config, totals)

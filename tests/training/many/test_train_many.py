@@ -90,6 +90,11 @@ def test_each_ends_as_it_does_alone(tiny_dir, tok, whole, tmp_path, name):
                 assert line[key] == pytest.approx(other[key], rel=1e-4), key
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert json.loads((out / name / "adapter_config.json").read_text()) == config
+    told = [
+        json.loads((path / "run.json").read_text())["settings"] | {"output_dir": ""}
+        for path in (out / name, tmp_path)
+    ]
+    assert told[0] == told[1]
 
 
 def files(folder):
