@@ -24,12 +24,11 @@ from lorakit.models.devices import own_device
 from lorakit.models.empty import empty_model
 from lorakit.training.memory import free_memory
 from lorakit.training.memory_plan import elsewhere
-from lorakit.training.memory_plan.before import MARGIN, surely_fits
+from lorakit.training.memory_plan.before import MARGIN, line_of, no_forecast, place_of, surely_fits
 from lorakit.training.memory_plan.forecast import plain
 from lorakit.training.memory_plan.plan import model_config
 from lorakit.training.memory_plan.planned import PlannedRun
 from lorakit.training.memory_plan.search import settled_run
-from lorakit.training.memory_plan.table import plan_line
 from lorakit.training.mode import bytes_of
 from lorakit.training.units import format_bytes
 
@@ -60,8 +59,7 @@ def check_many_memory(many: ManyConfig, lengths: Mapping[str, Sequence[int]]) ->
             return ""
         plan = settled_run(run, free - others).forecast()
     except Exception as error:  # a run that could go must not end by its forecast
-        reason = " ".join(str(error).split()) or type(error).__name__
-        return f"memory: there is no forecast ({reason})"
+        return no_forecast(error)
     finally:
         elsewhere.end()  # a training needs its memory
     if plan.peak + others > MARGIN * free:
@@ -71,9 +69,9 @@ def check_many_memory(many: ManyConfig, lengths: Mapping[str, Sequence[int]]) ->
             "free: train fewer at a time, fewer rows of each (per_device_train_batch_size), or "
             "with gradient_checkpointing: true"
         )
-    line = plan_line(replace(plan, reserved=plan.reserved + others), free)
-    line += f", {format_bytes(others)} of it for all adapters but the largest"
-    return line + ("; the process takes 1.6 to 2.5 times that" if run.device == "cpu" else "")
+    every = replace(plan, reserved=plan.reserved + others)
+    more = f", {format_bytes(others)} of it for all adapters but the largest"
+    return line_of(run, every, free, more)
 
 
 def _sizes_of_adapters(many: ManyConfig) -> dict[str, int]:
@@ -110,11 +108,7 @@ def _as_one(
         max_seq_length=max(2, *rows),
         cuda_graph="off",
     )
-    on_gpu = device.type == "cuda"
-    where: dict[str, Any] = {"device": "cuda" if on_gpu else "cpu"}
-    if on_gpu:
-        where["capability"] = torch.cuda.get_device_capability(device)
-    return PlannedRun.from_run(replace(run, train=train), rows, **where)
+    return PlannedRun.from_run(replace(run, train=train), rows, **place_of(device))
 
 
 def _largest_batch(run: RunConfig, lengths: Sequence[int]) -> list[int]:

@@ -28,6 +28,7 @@ from lorakit.models.devices import own_device
 from lorakit.models.tokenizer import Tokenizer
 from lorakit.training.memory import free_memory
 from lorakit.training.memory_plan import elsewhere
+from lorakit.training.memory_plan.plan import MemoryPlan, teacher_of
 from lorakit.training.memory_plan.planned import PlannedRun
 from lorakit.training.memory_plan.search import settings_that_fit, settled_run
 from lorakit.training.memory_plan.table import plan_line
@@ -70,10 +71,8 @@ def check_run(
         free, host = (min(ranks.share.collect([size])) for size in (free, host))
 
         def line() -> str:
-            settings: dict[str, Any] = {"device": "cuda" if on_gpu else "cpu", "ranks": ranks.size}
+            settings = place_of(device) | {"ranks": ranks.size}
             settings["shard"] = "full" if divided else "none"
-            if on_gpu:
-                settings["capability"] = torch.cuda.get_device_capability(device)
             return check_memory(PlannedRun.from_run(run, lengths, tok, **settings), free, host)
 
         return ranks.first(line)
@@ -106,13 +105,30 @@ def _checked(run: PlannedRun, memory: int, host: int | None) -> str:
             return ""
         plan = settled_run(run, memory).forecast()
     except Exception as error:  # a run that could go must not end by its forecast
-        reason = " ".join(str(error).split()) or type(error).__name__
-        return f"memory: there is no forecast ({reason})"
+        return no_forecast(error)
     if plan.peak > MARGIN * memory:
         raise LorakitError(_refusal(run, plan.peak, memory, host))
     if host is not None and plan.host > MARGIN * host:
         raise LorakitError(_host_refusal(run, plan.host, host))
-    line = plan_line(plan, memory)
+    return line_of(run, plan, memory)
+
+
+def place_of(device: torch.device) -> dict[str, Any]:
+    """Return where a run is planned that goes on this device, as `PlannedRun` takes it."""
+    if device.type != "cuda":
+        return {"device": "cpu"}
+    return {"device": "cuda", "capability": torch.cuda.get_device_capability(device)}
+
+
+def no_forecast(error: Exception) -> str:
+    """Return the line about a run whose forecast fails."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return f"memory: there is no forecast ({reason})"
+
+
+def line_of(run: PlannedRun, plan: MemoryPlan, memory: int, more: str = "") -> str:
+    """Return the line about a run that goes, with `more` behind what it needs."""
+    line = plan_line(plan, memory) + more
     if run.device == "cpu":
         line += "; the process takes 1.6 to 2.5 times that"
     return line + ("; this is tight, and may fail" if plan.reserved > memory else "")
@@ -165,9 +181,12 @@ def surely_fits(run: PlannedRun, memory: int) -> bool:
     if run.lengths and train.grpo is None:
         tokens = min(tokens, sum(run.lengths) * answers)
     row = tokens if train.packing else longest  # what a token may attend to
-    weights, widths = _sizes(config)
-    scores = config.num_hidden_layers * config.num_attention_heads * row
-    bound = 12 * weights + 24 * run.lora.r * widths + 4 * COPIES * tokens * (widths + scores)
+    bound = 24 * run.lora.r * _sizes(config)[1]
+    for each in (config, teacher_of(train)):
+        if each is not None:
+            weights, widths = _sizes(each)
+            scores = each.num_hidden_layers * each.num_attention_heads * row
+            bound += 12 * weights + 4 * COPIES * tokens * (widths + scores)
     return PLENTY * bound < memory
 
 

@@ -258,8 +258,9 @@ def _steps(
     rows = [[next(numbers) for _ in batch] for batch in taken]
     for number in range(1, STEPS + 1):
         watch.begin("forward", ("inputs", ""))
-        step = prepare(model, examples, number, rows, train, captured, sums.share)
-        if sampling is not None:
+        if sampling is None:
+            step = prepare(model, examples, number, rows, train, captured, sums.share)
+        else:
             step = graded_step(model, taken, number, train, sums.share)
         if captured is None:
             updated(backward(model, step, train, reference, sums)[0])

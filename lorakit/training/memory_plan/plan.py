@@ -116,17 +116,17 @@ def plan_memory(
     where = _learned(train, given[3], label_share), device, capability
     setting = Setting(config, layers, kept, to_dtype(dtype), *given, *where, new, ranks)
     setting = replace(setting, divided=shard == "full" and ranks > 1, offload=offload_weights)
-    setting = replace(setting, vocabulary=vocabulary, teacher=_teacher(train, new))
+    setting = replace(setting, vocabulary=vocabulary, teacher=None if new else teacher_of(train))
     found = forecast_by_rows(setting, lambda rows: forecast_by_layers(rows, _made))
     return _plan(found, device, time.perf_counter() - started)
 
 
-def _teacher(train: TrainConfig, new_tokens: int | None) -> ModelConfig | None:
+def teacher_of(train: TrainConfig) -> ModelConfig | None:
     """Return the config of the model that distillation loads as its teacher; None: there is none.
 
-    Inference, which makes `new_tokens`, has none.
+    Raises LorakitError if it cannot be read.
     """
-    settings = None if new_tokens else train.distillation
+    settings = train.distillation
     if settings is None or settings.teacher is None or settings.logits is not None:
         return None
     return model_config(settings.teacher)

@@ -45,6 +45,15 @@ def test_a_run_that_fits_gets_a_line_about_the_others(tiny_dir, monkeypatch):
     assert megabytes(line) == pytest.approx(16 * count / 1e6, rel=0.05)
 
 
+def test_a_run_that_is_tight_says_so(tiny_dir, monkeypatch):
+    """A hundredth is missing, which is below the margin of a forecast."""
+    config = many(tiny_dir)
+    largest = memory._as_one(config, "large", LENGTHS, torch.device("cpu"))
+    needed = largest.forecast().reserved + memory._sizes_of_adapters(config)["small"]
+    line = said(monkeypatch, tiny_dir, needed - needed // 100)
+    assert line.endswith("; this is tight, and may fail")
+
+
 def test_a_small_run_says_nothing(tiny_dir, monkeypatch):
     assert said(monkeypatch, tiny_dir, 1 << 40) == ""
 

@@ -38,6 +38,18 @@ def test_what_surely_fits_is_far_below_the_memory():
         assert not surely_fits(more, memory)
 
 
+def test_a_teacher_counts(monkeypatch):
+    """Its weights count 12 bytes too, and four times that is more than there is."""
+    larger = dataclasses.replace(CONFIG, hidden_size=30 * CONFIG.hidden_size)
+    with torch.device("meta"):
+        memory = 48 * sum(p.numel() for p in Decoder(larger).parameters())
+    monkeypatch.setattr("lorakit.training.memory_plan.plan.model_config", lambda model: larger)
+    for settings, fits in (({"logits": "file"}, True), ({"teacher": "another"}, False)):
+        distillation = lk.DistillationConfig(**settings)
+        given = run(lengths=[9], objective="distillation", distillation=distillation)
+        assert surely_fits(given, memory) == fits
+
+
 @pytest.mark.usefixtures("forecasts")
 def test_the_line_and_the_refusal():
     big = run(mlp_activations="keep", per_device_train_batch_size=8)
